@@ -1,0 +1,44 @@
+// The Python module kvmem._core: arguments in, typed errors out. No logic lives here.
+
+#include "bindings.h"
+
+#include "types.h"
+
+namespace nb = nanobind;
+using namespace kvmem;
+
+namespace {
+
+// Raises kvmem.errors.<name>(what, *extra). The classes live in Python so that they can also be a MemoryError, ValueError ...
+template <class... Extra>
+void raise(const char* name, const char* what, Extra... extra) {
+  nb::object type = nb::module_::import_("kvmem.errors").attr(name);
+  nb::object error = type(what, extra...);
+  PyErr_SetObject(type.ptr(), error.ptr());
+}
+
+void translate(const std::exception_ptr& pointer, void*) {
+  try {
+    std::rethrow_exception(pointer);
+  } catch (const OutOfMemory& e) {
+    raise("OutOfMemory", e.what());
+  } catch (const SpecError& e) {
+    raise("SpecError", e.what());
+  } catch (const StaleHandle& e) {
+    raise("StaleHandle", e.what());
+  } catch (const DeviceError& e) {
+    raise("DeviceError", e.what(), e.call().c_str(), e.code());
+  } catch (const InvalidArgument& e) {
+    PyErr_SetString(PyExc_ValueError, e.what());
+  } catch (const Error& e) {
+    raise("KVMemError", e.what());
+  }
+}
+
+}  // namespace
+
+NB_MODULE(_core, m) {
+  m.doc() = "The native half of kvmem: drivers, pages, rows, blocks, sequences.";
+  nb::register_exception_translator(translate);
+  bind_drivers(m);
+}

@@ -1,0 +1,8 @@
+// What the files that include Python share. Everything else in csrc/ is free of Python.
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+namespace kvmem {
+void bind_drivers(nanobind::module_& m);  // bindings_drivers.cpp
+}  // namespace kvmem

@@ -1,0 +1,5 @@
+#include "bindings.h"
+
+namespace kvmem {
+void bind_drivers(nanobind::module_&) {}
+}  // namespace kvmem

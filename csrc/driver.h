@@ -1,0 +1,92 @@
+// The verbs a device must offer: the only door to memory. Three implementations (driver_host.cpp, driver_cuda.cpp)
+// and one wrapper (driver_checked.cpp) satisfy this one table; nothing above it knows which one it holds.
+//
+// Rules, the same for every driver (they are CUDA's, see the VMM section of the driver API):
+//   1. A page handle is mapped whole, at offset 0, and unmapped whole.
+//   2. A range must be reserved and free of mappings before map; it may be touched only after set_access.
+//   3. One page may be mapped at several addresses. A page is destroyed only when nothing maps it.
+//   4. unmap does not wait for work in flight: the caller waits for the event of the last user first.
+//   5. Every call that fails throws and has changed nothing. OutOfMemory where the driver says so, else DeviceError.
+// Sizes and addresses are multiples of info().granularity_bytes. Calls may come from any thread, one at a time.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "types.h"
+
+namespace kvmem {
+
+using PageHandle = std::uint64_t;  // one physical page; 0 is never a page
+using Address = std::uintptr_t;
+using Stream = std::uintptr_t;  // the driver's stream handle; 0 is the default stream
+using Event = std::uint64_t;    // 0 is an event that has already completed
+
+struct DriverInfo {
+  std::string name;              // "host", "cuda", ...
+  int dlpack_device_type = 1;    // kDLCPU = 1, kDLCUDA = 2
+  int device_index = 0;
+  i64 granularity_bytes = 0;     // every size and address is a multiple of this
+  i64 recommended_bytes = 0;     // the page size the driver itself would choose
+  i64 total_bytes = 0;           // physical memory of the device
+  bool fresh_pages_are_zero = false;
+};
+
+// How often each verb was called (successfully or not), and what is held now.
+struct DriverCounters {
+  i64 reserve = 0, release = 0, create = 0, destroy = 0, map = 0, set_access = 0, unmap = 0;
+  i64 zero = 0, copy = 0, record = 0, wait = 0;
+  i64 total() const { return reserve + release + create + destroy + map + set_access + unmap; }
+};
+
+class Driver {
+ public:
+  virtual ~Driver() = default;
+  virtual const DriverInfo& info() const = 0;
+  virtual DriverCounters counters() const = 0;
+  // Physical bytes the system says this driver holds now: what the memfd really contains, or pages created.
+  virtual i64 physical_bytes() const = 0;
+  // Bytes that could still be created, as far as the system tells.
+  virtual i64 available_bytes() const = 0;
+
+  // Address space. `alignment` is a power of two or 0. Costs no memory.
+  virtual Address reserve(i64 bytes, i64 alignment) = 0;
+  virtual void release(Address base, i64 bytes) = 0;  // exactly what reserve returned, nothing mapped in it
+
+  // Physical pages.
+  virtual PageHandle create(i64 bytes) = 0;
+  virtual void destroy(PageHandle page) = 0;
+
+  // Mappings. `bytes` is the size the page was created with, `offset` is 0.
+  virtual void map(Address at, i64 bytes, i64 offset, PageHandle page) = 0;
+  virtual void set_access(Address at, i64 bytes) = 0;  // read and write; the whole range must be mapped
+  virtual void unmap(Address at, i64 bytes) = 0;       // exactly one mapping
+
+  // A run of pages of `page_bytes` each, mapped back to back from `at`, and the reverse. All or nothing. The base
+  // class calls the verbs above once a page; a driver that can do better overrides (host: one mmap per adjacent run).
+  // map_run does not call set_access.
+  virtual void map_run(Address at, i64 page_bytes, const PageHandle* pages, i64 count);
+  virtual void unmap_run(Address at, i64 page_bytes, i64 count);
+
+  // Contents, ordered on `stream`. The range must be accessible.
+  virtual void zero(Address at, i64 bytes, Stream stream) = 0;
+  virtual void copy(Address to, Address from, i64 bytes, Stream stream) = 0;
+
+  // Fences. record() marks what has been put on `stream` so far; wait() blocks the calling thread until it is done.
+  virtual Event record(Stream stream) = 0;
+  virtual bool done(Event event) = 0;
+  virtual void wait(Event event) = 0;
+  virtual void forget(Event event) = 0;  // gives the event back; done() need not be true
+};
+
+// memfd + mmap: the CPU device. Real memory, really mapped on demand.
+std::shared_ptr<Driver> make_host_driver();
+
+// libcuda opened at run time. `library` is a path, "" for KVMEM_CUDA_DRIVER or else libcuda.so.1. DeviceError where
+// there is none, the device does not exist, or it has no virtual memory management.
+std::shared_ptr<Driver> make_cuda_driver(int device_index, const std::string& library);
+
+}  // namespace kvmem

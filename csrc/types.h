@@ -1,0 +1,58 @@
+// Ids, units, arithmetic and errors: the layer everyone includes. No Python, no torch, no device header.
+#pragma once
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+namespace kvmem {
+
+// Sizes carry their unit in the name: *_bytes, *_tokens, *_blocks, *_pages. Ranges are half-open.
+using i64 = std::int64_t;
+using i32 = std::int32_t;
+
+// The errors of this module. bindings.cpp turns each into the Python class of the same name (kvmem/errors.py).
+// A message says what was asked, what there is, the largest that would fit, and what to change.
+class Error : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
+class SpecError : public Error {  // the geometry asked for cannot be built
+ public:
+  using Error::Error;
+};
+
+class OutOfMemory : public Error {  // a scheduling outcome: nothing has changed, ask for less or free something
+ public:
+  using Error::Error;
+};
+
+class StaleHandle : public Error {  // a sequence that was freed, or never existed
+ public:
+  using Error::Error;
+};
+
+class InvalidArgument : public Error {  // a value that no state of the allocator could accept; ValueError in Python
+ public:
+  using Error::Error;
+};
+
+// A driver call failed for a reason other than lack of memory. `call` and `code` are the driver's own.
+class DeviceError : public Error {
+ public:
+  explicit DeviceError(const std::string& what, std::string call = "", i64 code = 0)
+      : Error(what), call_(std::move(call)), code_(code) {}
+  const std::string& call() const { return call_; }
+  i64 code() const { return code_; }
+
+ private:
+  std::string call_;
+  i64 code_;
+};
+
+constexpr i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
+constexpr i64 round_up(i64 a, i64 b) { return ceil_div(a, b) * b; }
+
+}  // namespace kvmem
