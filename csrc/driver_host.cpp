@@ -117,7 +117,7 @@ class HostDriver final : public Driver {
   Page& page_of(const char* call, PageHandle page, i64 bytes);
   void check_accessible(const char* call, Address at, i64 bytes);
   std::vector<Run> runs_of(i64 page_bytes, const PageHandle* pages, i64 count);
-  void check_mappings(i64 more) const;
+  void check_mappings(i64 more, i64 percent) const;
   void map_file(Address at, i64 bytes, i64 offset) const;
   bool make_hole(Address at, i64 bytes) const;
   // Applies `change` to the pieces of a reservation and keeps the process's count of mappings.
@@ -190,14 +190,15 @@ void HostDriver::check_accessible(const char* call, Address at, i64 bytes) {
   }
 }
 
-// The kernel refuses the mapping past vm.max_map_count, and there even replacing one by a hole fails. So stop at 80 %:
-// the rest is for the process's other mappings and for the splits that unmapping in the middle of a run causes.
-void HostDriver::check_mappings(i64 more) const {
-  const i64 budget = max_mappings_ / 5 * 4, held = mappings_held.load();
-  if (held + more <= budget) return;
+// Past vm.max_map_count the kernel refuses every mmap, even the one by which a mapping becomes a hole again: the
+// process would be stuck. So new mappings stop at 80 %, and an unmap that splits a mapping in two stops at 90 %; the
+// rest is for the process's other mappings. An unmap that does not split always goes through.
+void HostDriver::check_mappings(i64 more, i64 percent) const {
+  const i64 budget = max_mappings_ / 100 * percent, held = mappings_held.load();
+  if (more <= 0 || held + more <= budget) return;
   throw OutOfMemory("the host driver: " + std::to_string(held) + " kernel mappings are held and " +
-                    std::to_string(more) + " more would pass " + std::to_string(budget) +
-                    ", 80 % of vm.max_map_count = " + std::to_string(max_mappings_) +
+                    std::to_string(more) + " more would pass " + std::to_string(budget) + ", " +
+                    std::to_string(percent) + " % of vm.max_map_count = " + std::to_string(max_mappings_) +
                     ". Free sequences, use a larger page_bytes or fewer rows, or raise `sysctl vm.max_map_count`");
 }
 
@@ -214,7 +215,7 @@ Address HostDriver::reserve(i64 bytes, i64 alignment) {
     throw OutOfMemory("the host driver: reserve of " + std::to_string(bytes) +
                       " bytes: more than an address space holds");
   }
-  check_mappings(1);
+  check_mappings(1, 80);
   const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
   void* got = mmap(nullptr, bytes + slack, PROT_NONE, flags, -1, 0);
   if (got == MAP_FAILED) system_failed("reserve", "mmap", std::to_string(bytes) + " bytes");
@@ -337,7 +338,7 @@ void HostDriver::map_run(Address at, i64 page_bytes, const PageHandle* pages, i6
     refuse("map", range(at, page_bytes * count) + " is already mapped, in part or whole");
   }
   const std::vector<Run> runs = runs_of(page_bytes, pages, count);
-  check_mappings(static_cast<i64>(runs.size()) + 1);  // and one, where they split the hole they lie in
+  check_mappings(static_cast<i64>(runs.size()) + 1, 80);  // and one, where they split the hole they lie in
   for (const Run& run : runs) {
     ++counters_.map;
     try {
@@ -388,6 +389,7 @@ void HostDriver::unmap_run(Address at, i64 page_bytes, i64 count) {
     if (offset == HostPieces::kHole) refuse("unmap", range(at + i * page_bytes, page_bytes) + " is not mapped");
     pages.push_back(&page_of("unmap", handle_of(offset), page_bytes));
   }
+  check_mappings(pieces.growth_of_unmap(at, page_bytes * count), 90);
   if (!make_hole(at, page_bytes * count)) system_failed("unmap", "mmap", range(at, page_bytes * count));
   account(pieces, [&](HostPieces& p) { p.unmap(at, page_bytes * count); });
   for (Page* page : pages) --page->mappings;

@@ -43,6 +43,25 @@ class HostPieces {
     return true;
   }
 
+  // By how much count() would change if the range, wholly mapped, became a hole: at most 2, and negative where it joins
+  // holes.
+  i64 growth_of_unmap(Address at, i64 bytes) const {
+    const Address end = at + bytes;
+    auto it = find(at);
+    i64 growth = 1;
+    if (it->first < at) {
+      ++growth;  // its left part stays
+    } else if (it != pieces_.begin() && std::prev(it)->second.offset == kHole) {
+      --growth;
+    }
+    for (; it != pieces_.end() && it->first < end; ++it) {
+      --growth;
+      if (it->second.end > end) ++growth;  // its right part stays
+    }
+    if (it != pieces_.end() && it->first == end && it->second.offset == kHole) --growth;
+    return growth;
+  }
+
   void map(Address at, i64 bytes, i64 offset) { assign(at, at + bytes, offset, false); }
   void unmap(Address at, i64 bytes) { assign(at, at + bytes, kHole, false); }
   void set_accessible(Address at, i64 bytes) {
