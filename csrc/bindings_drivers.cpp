@@ -11,6 +11,7 @@
 
 #include "bindings.h"
 #include "driver.h"
+#include "driver_checked.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -96,11 +97,48 @@ void bind_driver(nb::module_& m) {
       .def("forget", &Driver::forget, "event"_a, Free());
 }
 
+void bind_checked(nb::module_& m) {
+  nb::class_<CheckedDriver::Call>(m, "DriverCall", "One entry of CheckedDriver.log().")
+      .def_ro("verb", &CheckedDriver::Call::verb)
+      .def_ro("at", &CheckedDriver::Call::at, "0 where the verb has no address")
+      .def_ro("bytes", &CheckedDriver::Call::bytes)
+      .def_ro("id", &CheckedDriver::Call::id, "The page or the event; 0 where the verb has none.")
+      .def("__repr__", [](const CheckedDriver::Call& call) {
+        return call.verb + "(at=" + std::to_string(call.at) + ", bytes=" + std::to_string(call.bytes) +
+               ", id=" + std::to_string(call.id) + ")";
+      });
+  nb::class_<CheckedDriver::Live>(m, "DriverLive", "What a CheckedDriver holds now: all zero when nothing leaks.")
+      .def_ro("reservations", &CheckedDriver::Live::reservations)
+      .def_ro("pages", &CheckedDriver::Live::pages)
+      .def_ro("mappings", &CheckedDriver::Live::mappings)
+      .def_ro("events", &CheckedDriver::Live::events)
+      .def_ro("page_bytes", &CheckedDriver::Live::page_bytes);
+  nb::class_<CheckedDriver, Driver>(m, "CheckedDriver",
+                                    "Wraps a driver: refuses misuse, fails calls on request, holds events, counts.")
+      .def(
+          "__init__",
+          [](CheckedDriver* self, std::shared_ptr<Driver> inner) { new (self) CheckedDriver(std::move(inner)); },
+          "inner"_a)
+      .def("fail", &CheckedDriver::fail, "verb"_a, "nth"_a = 1, "code"_a = 2, "undo_too"_a = false,
+           "Fails the nth call from now of a verb ('' = any) once. Code 2 raises OutOfMemory, others DeviceError.")
+      .def("clear_failures", &CheckedDriver::clear_failures)
+      .def("pending_failures", &CheckedDriver::pending_failures)
+      .def("hold_events", &CheckedDriver::hold_events, "hold"_a,
+           "While held, recorded events are not done; wait() completes its event and counts in held_waits().")
+      .def("complete_events", &CheckedDriver::complete_events)
+      .def("held_waits", &CheckedDriver::held_waits)
+      .def("log", &CheckedDriver::log, "The last successful calls, oldest first.")
+      .def("clear_log", &CheckedDriver::clear_log)
+      .def("live", &CheckedDriver::live)
+      .def("touch", &CheckedDriver::touch, "at"_a, "bytes"_a, "DeviceError unless the range is mapped and accessible.");
+}
+
 }  // namespace
 
 void bind_drivers(nb::module_& m) {
   bind_info(m);
   bind_driver(m);
+  bind_checked(m);
   m.def("host_driver", &make_host_driver, "The CPU device: memfd and mmap.");
   m.def("read_bytes", &read_bytes, "at"_a, "bytes"_a,
         "The host bytes at an address. DeviceError, never a signal, where they cannot be read.");
