@@ -140,6 +140,8 @@ void bind_drivers(nb::module_& m) {
   bind_driver(m);
   bind_checked(m);
   m.def("host_driver", &make_host_driver, "The CPU device: memfd and mmap.");
+  m.def("cuda_driver", &make_cuda_driver, "index"_a = 0, "library"_a = "", Free(),
+        "A CUDA device. `library` is a path to libcuda; empty is $KVMEM_CUDA_DRIVER, or else libcuda.so.1.");
   m.def("read_bytes", &read_bytes, "at"_a, "bytes"_a,
         "The host bytes at an address. DeviceError, never a signal, where they cannot be read.");
   m.def("write_bytes", &write_bytes, "at"_a, "data"_a, "The reverse of read_bytes.");
