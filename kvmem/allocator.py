@@ -243,7 +243,8 @@ class Allocator:
         where = layout.slice(layer, component)
         token_bytes = layout.token_bytes[where.arena]
         mapped = self.core.mapped_extent_bytes(index, where.arena)
-        view = block_view(self._arena(index, where.arena), where, token_bytes, group.block_size, mapped // (token_bytes * group.block_size))
+        blocks = -(-mapped // (token_bytes * group.block_size))  # the last one may be mapped in part
+        view = block_view(self._arena(index, where.arena), where, token_bytes, group.block_size, blocks)
         return view.as_subclass(CacheTensor)
 
     def rows(self, layer: int, component: str = "k") -> torch.Tensor:
