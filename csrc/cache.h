@@ -83,6 +83,7 @@ class Cache final : public TableState {
   void set_length(i64 index, i64 g, i64 tokens, Transaction& tx);
   void set_committed(i64 index, i64 g, i64 tokens, Transaction& tx);
   void set_front(i64 index, i64 g, i64 token, Transaction& tx);
+  BatchRow step_of(i64 handle, i64 g, const i32* new_tokens);
   void share_group(i64 parent, i64 child, i64 g, Transaction& tx);
 
   Geometry geometry_;

@@ -9,19 +9,13 @@
 #include <string>
 #include <vector>
 
+#include "batch.h"
 #include "geometry.h"
 #include "pages.h"
 #include "sequences.h"
 #include "transaction.h"
 
 namespace kvmem {
-
-// Where one sequence's entries of one group lie, for kernels.
-struct Placement {
-  const i32* blocks = nullptr;  // paged: the block table's row
-  i64 first_block = 0;          // virtual: the row's first block; the others follow
-  i64 row = -1;                 // virtual: the row, -1 where there are none
-};
 
 class PageTable : public PageOwner {
  public:
