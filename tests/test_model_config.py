@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from kvmem import model_config
+from kvmem import model_families
 from kvmem.errors import SpecError
 from kvmem.spec import CacheSpec
 
@@ -80,7 +80,9 @@ def test_llama_is_one_group_of_rotated_keys() -> None:
         ("gpt-oss-20b", 128, 12, 12 * 2048, 12 * 2048),
     ],
 )
-def test_sliding_and_full_layers_are_two_groups(name: str, window: int, num_full: int, full_bytes: int, sliding_bytes: int) -> None:
+def test_sliding_and_full_layers_are_two_groups(
+    name: str, window: int, num_full: int, full_bytes: int, sliding_bytes: int
+) -> None:
     full, sliding = CacheSpec.from_config(CONFIGS / f"{name}.json").groups
     assert (full.name, sliding.name) == ("full", "sliding")
     assert (full.window_tokens, sliding.window_tokens) == (None, window)
@@ -129,12 +131,16 @@ def test_t5_has_cross_attention_fixed_after_prefill() -> None:
     assert spec.bytes_per_token == spec.prefill_bytes_per_token == 12 * 2 * 12 * 64 * 4
     assert [c.name for c in spec.layer_components(0)] == ["k", "v", "cross_k", "cross_v"]
     # T5-11B: heads x d_kv is 16 times d_model, and decoder layers may differ from the encoder's.
-    big = CacheSpec.from_config(read("t5-base") | {"num_heads": 128, "d_kv": 128, "num_decoder_layers": 6}, dtype="bf16")
+    big = CacheSpec.from_config(
+        read("t5-base") | {"num_heads": 128, "d_kv": 128, "num_decoder_layers": 6}, dtype="bf16"
+    )
     assert (big.num_layers, big.bytes_per_token) == (6, 6 * 2 * 128 * 128 * 2)
 
 
 def test_whisper_cross_attention_holds_at_most_its_audio_frames() -> None:
-    spec = CacheSpec.from_config(read("whisper-large-v3") | {"decoder_layers": 4})  # the turbo model: encoder 32, decoder 4
+    spec = CacheSpec.from_config(
+        read("whisper-large-v3") | {"decoder_layers": 4}
+    )  # the turbo model: encoder 32, decoder 4
     assert (spec.num_layers, spec.bytes_per_token) == (4, 4 * 2 * 1280 * 2)
     assert (spec.groups[1].max_tokens, spec.prefill_bytes_per_token) == (1500, 4 * 2 * 1280 * 2)
 
@@ -182,7 +188,11 @@ def test_layers_that_read_one_copy() -> None:
 
 
 def test_cross_attention_layers_inside_a_decoder() -> None:
-    text = read("llama-3-8b") | {"model_type": "mllama_text_model", "num_hidden_layers": 40, "cross_attention_layers": [3, 8, 13]}
+    text = read("llama-3-8b") | {
+        "model_type": "mllama_text_model",
+        "num_hidden_layers": 40,
+        "cross_attention_layers": [3, 8, 13],
+    }
     spec = CacheSpec.from_config({"model_type": "mllama", "text_config": text})
     assert spec.bytes_per_token == 37 * 2 * 8 * 128 * 2
     assert spec.prefill_bytes_per_token == 3 * 2 * 8 * 128 * 2
@@ -193,7 +203,9 @@ def test_layers_without_rotation_are_told_apart() -> None:
     smollm3 = llama(model_type="smollm3", num_hidden_layers=4, no_rope_layers=[1, 1, 1, 0])
     group = CacheSpec.from_config(smollm3).groups[0]
     assert [group.rope("k", layer) for layer in range(4)] == ["post", "post", "post", "none"]
-    assert CacheSpec.from_config(llama(model_type="smollm3", num_hidden_layers=4)).groups[0] == group, "the class's every fourth"
+    assert CacheSpec.from_config(llama(model_type="smollm3", num_hidden_layers=4)).groups[0] == group, (
+        "the class's every fourth"
+    )
     full, sliding = CacheSpec.from_config(llama(model_type="cohere2", num_hidden_layers=8, sliding_window=64)).groups
     assert (full.component("k").rope, sliding.component("k").rope) == ("none", "post")
 
@@ -247,6 +259,8 @@ def test_sources_are_equal(tmp_path: Path) -> None:
         ({"mamba_d_state": 16}, r"^mamba_d_state: got 16.*recurrent layers keep a state.*by hand"),
         ({"linear_num_key_heads": 16}, r"^linear_num_key_heads: got 16.*recurrent"),
         ({"index_topk": 2048}, r"^index_topk: got 2048.*index keys"),
+        ({"model_type": "bert"}, r"^model_type: got 'bert'.*an encoder keeps no KV"),
+        ({"model_type": "longcat_flash"}, r"^model_type: got 'longcat_flash'.*two attentions"),
         ({"attention_chunk_size": 8192}, r"^attention_chunk_size: got 8192.*chunk"),
         ({"global_head_dim": 512}, r"^global_head_dim: got 512.*differ in shape"),
         ({"use_bidirectional_attention": True}, r"^use_bidirectional_attention: got True.*encoder"),
@@ -299,7 +313,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
 def test_equal_to_the_cache_that_transformers_fills(family: str) -> None:
     """Not the config alone: a small model runs, and the tensors in its cache are counted, layer by layer."""
     transformers = pytest.importorskip("transformers", reason="compares with transformers' own cache; optional package")
-    shape = {"num_hidden_layers": 4, "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 32}
+    shape = {
+        "num_hidden_layers": 4,
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+        "vocab_size": 32,
+    }
     config = transformers.CONFIG_MAPPING[family](**(shape | FAMILIES[family]))
     spec = CacheSpec.from_config(config, dtype=torch.float32)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
@@ -320,7 +340,9 @@ def test_equal_to_the_cache_that_transformers_fills(family: str) -> None:
 def test_cross_attention_equals_transformers(family: str) -> None:
     transformers = pytest.importorskip("transformers", reason="compares with transformers' own cache; optional package")
     if family == "t5":
-        config = transformers.T5Config(d_model=32, d_kv=12, num_heads=3, num_layers=2, num_decoder_layers=3, d_ff=32, vocab_size=16)
+        config = transformers.T5Config(
+            d_model=32, d_kv=12, num_heads=3, num_layers=2, num_decoder_layers=3, d_ff=32, vocab_size=16
+        )
         inputs, num_source = {"input_ids": torch.arange(6)[None]}, 6
     else:
         config = transformers.WhisperConfig(
@@ -332,7 +354,9 @@ def test_cross_attention_equals_transformers(family: str) -> None:
     spec = CacheSpec.from_config(config, dtype=torch.float32)
     model = transformers.AutoModelForSeq2SeqLM if family == "t5" else transformers.AutoModelForSpeechSeq2Seq
     with torch.no_grad():
-        out = model.from_config(config, dtype=torch.float32).eval()(**inputs, decoder_input_ids=torch.ones(1, 4, dtype=torch.long))
+        out = model.from_config(config, dtype=torch.float32).eval()(
+            **inputs, decoder_input_ids=torch.ones(1, 4, dtype=torch.long)
+        )
     own, cross = out.past_key_values.self_attention_cache, out.past_key_values.cross_attention_cache
     assert sum(x.keys.nbytes + x.values.nbytes for x in own.layers) == 4 * spec.bytes_per_token
     assert sum(x.keys.nbytes + x.values.nbytes for x in cross.layers) == num_source * spec.prefill_bytes_per_token
@@ -341,19 +365,29 @@ def test_cross_attention_equals_transformers(family: str) -> None:
 
 def test_defaults_are_those_of_the_classes() -> None:
     """What a config may leave out is filled as transformers fills it; renamed or moved defaults there show here."""
-    transformers = pytest.importorskip("transformers", reason="compares with transformers' own config classes; optional package")
+    transformers = pytest.importorskip(
+        "transformers", reason="compares with transformers' own config classes; optional package"
+    )
     private = {"sliding_window_pattern"}  # lives in layer_types in current classes: compared through the spec below
-    for family, defaults in model_config._DEFAULTS.items():
+    for family, defaults in model_families.DEFAULTS.items():
         filled = transformers.CONFIG_MAPPING[family]().to_dict()
-        for field, value in (defaults | model_config._NESTED_DEFAULTS.get(family, {})).items():
-            if field in filled and field not in private and not (field == "sliding_window" and "use_sliding_window" in filled):
+        for field, value in (defaults | model_families.NESTED_DEFAULTS.get(family, {})).items():
+            if (
+                field in filled
+                and field not in private
+                and not (field == "sliding_window" and "use_sliding_window" in filled)
+            ):
                 assert filled[field] == value, (family, field)
         if "sliding_window_pattern" in defaults:
             layers = filled["num_hidden_layers"]
-            sizes = {"num_hidden_layers": layers, "hidden_size": filled["hidden_size"], "num_attention_heads": filled["num_attention_heads"]}
+            sizes = {
+                "num_hidden_layers": layers,
+                "hidden_size": filled["hidden_size"],
+                "num_attention_heads": filled["num_attention_heads"],
+            }
             bare = CacheSpec.from_config({"model_type": family} | sizes, dtype="bf16")
             assert bare == CacheSpec.from_config(filled, dtype="bf16"), family
-    for family, sizes in model_config._NESTED_DEFAULTS.items():
+    for family, sizes in model_families.NESTED_DEFAULTS.items():
         filled = transformers.CONFIG_MAPPING[family]().to_dict()
         assert {field: filled[field] for field in sizes} == sizes, family
 
@@ -361,6 +395,8 @@ def test_defaults_are_those_of_the_classes() -> None:
 def test_a_saved_multimodal_config_reads_as_the_live_one(tmp_path: Path) -> None:
     """transformers drops what equals a class default from text_config when it saves."""
     transformers = pytest.importorskip("transformers", reason="saves a transformers config; optional package")
-    config = transformers.Gemma3Config(text_config={"num_hidden_layers": 34, "hidden_size": 2560, "sliding_window": 1024})
+    config = transformers.Gemma3Config(
+        text_config={"num_hidden_layers": 34, "hidden_size": 2560, "sliding_window": 1024}
+    )
     config.save_pretrained(tmp_path)
     assert CacheSpec.from_config(tmp_path, dtype="bf16") == CacheSpec.from_config(config, dtype="bf16")
