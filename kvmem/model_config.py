@@ -1,8 +1,8 @@
 """Published model configs (``config.json``) as cache specs: which layers cache what, in which shape.
 
-A config is read by its field names, so a family that uses the usual ones needs no entry anywhere. What decides the shape
-of a cache and is not understood is refused with the reason, never guessed: a wrong spec corrupts silently, a refusal costs
-a hand-written spec.
+A config is read by its field names, so a family that uses the usual ones needs no entry anywhere. What decides the
+shape of a cache and is not understood is refused with the reason, never guessed: a wrong spec corrupts silently, a
+refusal costs a hand-written spec.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def spec_from_config(
 ) -> CacheSpec:
     """The cache of a published model, exact to the byte.
 
-    config: a dict, a path to ``config.json`` or to its directory, or anything with ``to_dict()`` (a transformers config).
+    config: a dict, a path to ``config.json`` or to its directory, or an object with ``to_dict()`` (transformers).
     dtype: element type of the cache; default what the config says (``dtype`` or ``torch_dtype``).
     Understands MHA, GQA, MQA, MLA, sliding windows on all or some layers, KV shared by layers, and cross attention; a
     multimodal config by its text part. Groups are named ``full``, ``sliding``, ``cross``, and ``full_shared``,
@@ -215,7 +215,7 @@ def _implied_kinds(fields: _Fields, num_layers: int) -> list[str]:
 def _copies(
     fields: _Fields, kind: str, layers: tuple[int, ...], num_layers: int
 ) -> Iterator[tuple[str, tuple[int, ...], Scope]]:
-    """Groups of one kind: layers with a copy each, then those that all read the copy of one (Gemma-3n's last layers)."""
+    """Groups of one kind: layers with a copy each, then those that read the copy of one (Gemma-3n's last layers)."""
     shared = fields.size("num_kv_shared_layers") if fields.values.get("num_kv_shared_layers") != 0 else None
     owners = tuple(layer for layer in layers if layer < num_layers - (shared or 0))
     readers = layers[len(owners) :]
@@ -249,7 +249,8 @@ def _kv(fields: _Fields, heads: int, dtype: torch.dtype, ropes: tuple[Rope, ...]
         hidden = fields.need(*families.HIDDEN)
         if hidden % heads:
             raise SpecError(
-                f"hidden_size: got {hidden}{fields.where}; num_attention_heads {heads} does not divide it: give head_dim"
+                f"hidden_size: got {hidden}{fields.where}; num_attention_heads {heads} does not divide it: "
+                "give head_dim"
             )
         head_dim = hidden // heads
     rope = ropes[0] if len(set(ropes)) == 1 else ropes

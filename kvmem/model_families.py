@@ -1,4 +1,4 @@
-"""What distinguishes model families for a cache, as data: field names, defaults, rotation, and what cannot be described.
+"""What tells model families apart for a cache, as data: field names, defaults, rotation, what cannot be described.
 
 Read by ``kvmem.model_config`` alone. A family that uses the usual field names needs no entry.
 """
@@ -24,17 +24,18 @@ TEXT: Final = ("text_config", "llm_config", "language_config", "thinker_config")
 # Encoders keep no KV between steps, unless a config makes one a decoder.
 ENCODERS: Final = frozenset(
     {
-        "bert", "roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "camembert", "electra", "rembert", "ernie",
-        "megatron-bert", "xmod", "roc_bert", "roformer", "data2vec-text", "bert-generation", "big_bird", "albert",
-        "distilbert", "deberta", "deberta-v2", "modernbert", "mpnet", "nomic_bert",
+        "bert", "roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "camembert", "electra",
+        "rembert", "ernie", "megatron-bert", "xmod", "roc_bert", "roformer", "data2vec-text", "bert-generation",
+        "big_bird", "albert", "distilbert", "deberta", "deberta-v2", "modernbert", "mpnet", "nomic_bert",
     }
 )  # fmt: skip
 # Keys are stored as projected: learned, relative or ALiBi positions. Any other family is taken to store rotated keys.
 NO_ROPE: Final = frozenset(
     {
-        "gpt2", "gpt_bigcode", "gpt_neo", "openai-gpt", "ctrl", "opt", "bloom", "mpt", "biogpt", "xglm", "git", "t5", "mt5",
-        "umt5", "longt5", "switch_transformers", "bart", "mbart", "pegasus", "marian", "blenderbot", "blenderbot-small",
-        "whisper", "speech_to_text", "m2m_100", "nllb-moe", "plbart", "mvp", "prophetnet", "bigbird_pegasus", "cpmant",
+        "gpt2", "gpt_bigcode", "gpt_neo", "openai-gpt", "ctrl", "opt", "bloom", "mpt", "biogpt", "xglm", "git",
+        "t5", "mt5", "umt5", "longt5", "switch_transformers", "bart", "mbart", "pegasus", "marian",
+        "blenderbot", "blenderbot-small", "whisper", "speech_to_text", "m2m_100", "nllb-moe", "plbart", "mvp",
+        "prophetnet", "bigbird_pegasus", "cpmant",
     }
 ) | (ENCODERS - {"roformer", "modernbert", "nomic_bert"})  # fmt: skip
 UNROTATED: Final = ("absolute", "relative_key", "relative_key_query", "alibi", "nope")  # of position_embedding_type
@@ -90,7 +91,8 @@ _UNEQUAL: Final = "its sliding layers differ in shape from the full ones by fiel
 REFUSED_FIELDS: Final[tuple[tuple[str, str], ...]] = (
     ("mamba_*", _STATE), ("ssm_*", _STATE), ("state_size", _STATE), ("linear_*", _STATE), ("conv_L_cache", _STATE),
     ("short_conv*", _STATE), ("block_types", _STATE), ("layers_block_type", _STATE),
-    ("hybrid_override_pattern", _STATE), ("attn_layer_*", _STATE), ("rescale_every", _STATE), ("chunkwise_kernel", _STATE),
+    ("hybrid_override_pattern", _STATE), ("attn_layer_*", _STATE), ("rescale_every", _STATE),
+    ("chunkwise_kernel", _STATE),
     ("index_*", _INDEX), ("indexer_*", _INDEX), ("compress_*", _INDEX),
     ("swa_*", _UNEQUAL), ("global_head_dim", _UNEQUAL), ("num_global_key_value_heads", _UNEQUAL),
     ("attention_k_eq_v", _UNEQUAL),

@@ -29,12 +29,12 @@ class Component:
     """One thing a group keeps for a token (or, with ``growth="fixed"``, for a sequence).
 
     heads: KV heads, or latent groups, or rows of a state matrix; an int, or one int per layer of the group.
-    width: elements per head; an int, one per layer, or per layer one per head group (Palu's unequal ranks: the heads of a
-        layer are split evenly over the entries).
+    width: elements per head; an int, one per layer, or per layer one per head group (Palu's unequal ranks: the heads
+        of a layer are split evenly over the entries).
     dtype: a ``torch.dtype``; a name such as ``"bfloat16"`` is converted.
     scope: ``"layer"`` one copy per layer; ``"shared"`` one copy that every layer of the group reads.
-    growth: ``"token"`` with each token; ``"prefill"`` once, at prefill (cross attention); ``"fixed"`` bytes per sequence
-        (recurrent state).
+    growth: ``"token"`` with each token; ``"prefill"`` once, at prefill (cross attention); ``"fixed"`` bytes per
+        sequence (recurrent state).
     rope: ``"pre"`` stored before rotation, ``"post"`` after, ``"none"`` never rotated; one value, or one per layer.
     planes: bits of each plane an element is split into, highest first (AlignedKV); empty for plain elements.
     ragged: lengths per (sequence, head) instead of per sequence (gated eviction).

@@ -133,7 +133,7 @@ COMPONENT_RULES: Final[tuple[tuple[str, Callable[[Component], bool], str], ...]]
     ("planes", lambda c: bool(c.planes) and sum(c.planes) != 8 * c.dtype.itemsize,
      "planes must sum to the bits of the dtype"),
     ("planes", _cuts_exponent,
-     "the first plane must hold sign and exponent (bf16 has 8 exponent bits, so 8/4/4 cuts one off: use 12/4, or fp16)"),
+     "the first plane must hold sign and exponent (bf16 has 8 exponent bits, so 8/4/4 cuts one: use 12/4, or fp16)"),
     ("planes", lambda c: bool(c.planes) and "pre" in c.ropes,
      "planes are read by the magnitude of a stored channel, and rotation mixes channels: store the key after rotation"),
     ("heads", lambda c: c.scope == "shared" and isinstance(c.heads, tuple) and len(c.heads) > 1,
