@@ -198,8 +198,8 @@ class CacheSpec:
                     raise SpecError(f"num_query_heads: got {queries}, not a multiple of the {heads} heads of {name!r}")
                 if group.k_only and heads < queries:
                     raise SpecError(
-                        f"group {group.name!r}: heads: got {heads} of {name!r} with no V for {queries} query heads; V is "
-                        "derived through the inverse of W_K, and under GQA the K of a token has too low a rank: store V"
+                        f"group {group.name!r}: heads: got {heads} of {name!r} with no V for {queries} query heads; V "
+                        "is derived by inverting W_K, and under GQA the K of a token has too low a rank: store V"
                     )
 
     @classmethod
