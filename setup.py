@@ -16,7 +16,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 CSRC = Path("csrc")  # relative, as setuptools wants it: pip and build start this file in its own folder
-NANOBIND = Path(nanobind.source_dir()).parent
+NANOBIND = Path(nanobind.include_dir()).parent
 DEBUG = os.environ.get("KVMEM_DEBUG", "0") not in ("", "0")
 SANITIZE = os.environ.get("KVMEM_SANITIZE", "")
 
