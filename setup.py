@@ -21,6 +21,8 @@ DEBUG = os.environ.get("KVMEM_DEBUG", "0") not in ("", "0")
 SANITIZE = os.environ.get("KVMEM_SANITIZE", "")
 
 compile_args = ["-std=c++17", "-fvisibility=hidden", "-fno-strict-aliasing", "-Wall", "-Wextra"]
+for part in ("include", "src", "ext/robin_map/include"):
+    compile_args += ["-isystem", str(NANOBIND / part)]  # as a system header: its warnings are not ours
 link_args = ["-ldl", "-pthread"]
 if DEBUG or SANITIZE:
     compile_args += ["-O1", "-g", "-fno-omit-frame-pointer", "-UNDEBUG"]
@@ -73,7 +75,7 @@ core = Extension(
     "kvmem._core",
     sources=sorted(map(str, CSRC.glob("*.cpp"))),
     depends=["setup.py", *sorted(map(str, CSRC.glob("*.h")))],
-    include_dirs=[str(CSRC), *(str(NANOBIND / part) for part in ("include", "src", "ext/robin_map/include"))],
+    include_dirs=[str(CSRC)],
     define_macros=[("NB_COMPACT_ASSERTIONS", None)],
     extra_compile_args=compile_args,
     extra_link_args=link_args,
