@@ -25,7 +25,7 @@ RUN_tsan := $(NO_ASLR)
 # signal, because some tests ask for exactly that.
 ASAN_LIBRARY = $(shell $(CXX) -print-file-name=libasan.so)
 ASAN_PYTHON = env LD_PRELOAD=$(ASAN_LIBRARY) ASAN_OPTIONS=detect_leaks=0:handle_segv=0:allocator_may_return_null=1 \
-  PYTHONPATH=$(SAN)/python KVMEM_EXPECT_CORE=$(SAN)/python
+  PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/$(SAN)/python KVMEM_EXPECT_CORE=$(CURDIR)/$(SAN)/python
 
 .PHONY: test-sanitize test-canaries test-stress test-asan-python
 test-sanitize: test-canaries test-stress test-asan-python  ## C++ stress program and core tests under the sanitizers
@@ -57,7 +57,7 @@ $(SAN)/canary.so: csrc/stress/canary.cpp csrc/stress/sanitize.mk
 # $(call must_report,COMMAND,WORDS): the command fails, and says so in a sanitizer's words.
 define must_report
 	@if $(1) > $(SAN)/canary.log 2>&1 || ! grep -q $(2) $(SAN)/canary.log; then \
-	  cat $(SAN)/canary.log; echo "a planted bug went unnoticed: $(1)"; exit 1; fi
+	  cat $(SAN)/canary.log; echo "a planted bug went unnoticed:" $(2); exit 1; fi
 	@echo "planted bug reported: "$(2)
 endef
 
@@ -75,8 +75,8 @@ test-stress:
 	@echo "csrc/stress/stress.cpp is missing"; exit 1
 endif
 
-# PYTHONPATH comes before an installed kvmem, `pytest` does not put the checkout first as `python -m pytest` would, and
-# tests/conftest.py refuses to start if another module was loaded all the same.
+# PYTHONPATH comes before an installed kvmem, PYTHONSAFEPATH (Python 3.11) keeps the checkout out of the path of every
+# `python -c` that a test starts, and tests/conftest.py refuses to start if another module was loaded all the same.
 test-asan-python: $(READY)
 	KVMEM_DEBUG=1 KVMEM_SANITIZE=$(SAN_asan) $(PY) setup.py -q build --build-base $(SAN)/objects --build-lib $(SAN)/python
 	$(ASAN_PYTHON) $(BIN)pytest -p no:cacheprovider -m "core and not gpu" $(ARGS)
