@@ -221,7 +221,7 @@ def test_importing_kvmem_loads_nothing_but_torch_and_numpy() -> None:
 
 
 def test_importing_kvmem_is_cheap_beside_torch() -> None:
-    """Pairs of fresh processes, one imports torch, the other torch and kvmem; the least of each, as the machine is shared."""
+    """Pairs of fresh processes, one imports torch, the other torch and kvmem; the least of each is compared."""
     clock = "import json, time; t0 = time.perf_counter(); import torch; t1 = time.perf_counter()\n"
     torch_alone, extra = [], []
     for _ in range(3):
