@@ -232,4 +232,4 @@ def test_importing_kvmem_is_cheap_beside_torch() -> None:
     summary = f"import torch {min(torch_alone):.3f} s, kvmem {min(extra):.3f} s more: {ratio:.1%}"
     print(summary)
     assert min(extra) < 0.1, summary
-    assert ratio < 0.1, summary
+    assert ratio < 0.07, summary
