@@ -23,10 +23,12 @@ LEVELS: dict[str, int] = {
     name: level
     for level, names in enumerate(
         [
-            ["errors", "spec", "batch", "ops"],
-            ["protocols", "_core"],
+            # The native module is at the bottom too: it knows kvmem.errors and nothing else of the package.
+            ["_core", "batch", "errors", "ops", "stats", "units"]
+            + ["model_config", "model_families", "spec", "spec_component", "spec_rules"],
+            ["protocols"],
             ["backends", "device", "eviction", "layouts", "pool", "prefix", "tiers", "transfer"],
-            ["allocator", "sequence"],
+            ["allocator", "sequence", "views"],
             ["connectors", "kernels", "plan", "transformers"],
             ["bench", "cli"],
         ]
