@@ -1,0 +1,1 @@
+"""The native half of kvmem: drivers, pages, rows, blocks, sequences."""
