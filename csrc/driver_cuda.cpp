@@ -69,24 +69,19 @@ class CudaDriver final : public Driver {
     PageHandle page;
     bool accessible;
   };
-  // Makes our context current for one scope: streams, events and memset need one, and the caller's must be left as it
-  // was.
-  class Current {
-   public:
-    explicit Current(const CudaDriver& driver) : driver_(driver) {
-      driver.check(driver.api_.cuCtxPushCurrent(driver.context_), "cuCtxPushCurrent");
-    }
-    ~Current() {
-      cuda::ContextPtr ours = nullptr;
-      driver_.api_.cuCtxPopCurrent(&ours);  // can fail only where the push did
-    }
-
-   private:
-    const CudaDriver& driver_;
-  };
-
   void check(Result code, const char* call, const std::string& what = "") const {
     if (code != cuda::kSuccess) failed(code, call, what);
+  }
+  // Runs one driver call with our context current and leaves the thread's own as it was. What needs a context: streams,
+  // events, memset, cuMemGetInfo. The calls of virtual memory management need none.
+  template <class Call>
+  Result in_context(Call call) const {
+    check(api_.cuCtxPushCurrent(context_), "cuCtxPushCurrent");
+    const Result code = call();
+    cuda::ContextPtr ours = nullptr;
+    const Result popped = api_.cuCtxPopCurrent(&ours);
+    if (code == cuda::kSuccess) check(popped, "cuCtxPopCurrent");
+    return code;
   }
   [[noreturn]] void failed(Result code, const char* call, const std::string& what) const;
   void open_device(int index);
@@ -96,6 +91,7 @@ class CudaDriver final : public Driver {
     std::lock_guard<std::mutex> lock(event_mutex_);
     ++(counters_.*counter);
   }
+  cuda::EventPtr take_event();
   void give_everything_back();
 
   const ForkGuard fork_;
@@ -218,9 +214,8 @@ DriverCounters CudaDriver::counters() const {
 
 i64 CudaDriver::available_bytes() const {
   fork_.check(kName);
-  Current current(*this);
   size_t free = 0, total = 0;
-  check(api_.cuMemGetInfo(&free, &total), "cuMemGetInfo");
+  check(in_context([&] { return api_.cuMemGetInfo(&free, &total); }), "cuMemGetInfo");
   return static_cast<i64>(free);
 }
 
@@ -329,37 +324,44 @@ void CudaDriver::zero(Address at, i64 bytes, Stream stream) {
   count(&DriverCounters::zero);
   fork_.check(kName);
   if (bytes == 0) return;
-  Current current(*this);
-  check(api_.cuMemsetD8Async(at, 0, bytes, reinterpret_cast<cuda::StreamPtr>(stream)), "cuMemsetD8Async",
-        range(at, bytes));
+  const auto on = reinterpret_cast<cuda::StreamPtr>(stream);
+  check(in_context([&] { return api_.cuMemsetD8Async(at, 0, bytes, on); }), "cuMemsetD8Async", range(at, bytes));
 }
 
 void CudaDriver::copy(Address to, Address from, i64 bytes, Stream stream) {
   count(&DriverCounters::copy);
   fork_.check(kName);
   if (bytes == 0) return;
-  Current current(*this);
-  check(api_.cuMemcpyDtoDAsync(to, from, bytes, reinterpret_cast<cuda::StreamPtr>(stream)), "cuMemcpyDtoDAsync",
+  const auto on = reinterpret_cast<cuda::StreamPtr>(stream);
+  check(in_context([&] { return api_.cuMemcpyDtoDAsync(to, from, bytes, on); }), "cuMemcpyDtoDAsync",
         range(from, bytes) + " to " + range(to, bytes));
+}
+
+cuda::EventPtr CudaDriver::take_event() {
+  {
+    std::lock_guard<std::mutex> lock(event_mutex_);
+    if (!idle_events_.empty()) {
+      const cuda::EventPtr event = idle_events_.back();
+      idle_events_.pop_back();
+      return event;
+    }
+  }
+  cuda::EventPtr event = nullptr;
+  check(in_context([&] { return api_.cuEventCreate(&event, cuda::kEventDisableTiming); }), "cuEventCreate");
+  return event;
 }
 
 Event CudaDriver::record(Stream stream) {
   count(&DriverCounters::record);
   fork_.check(kName);
-  Current current(*this);
-  cuda::EventPtr event = nullptr;
-  {
-    std::lock_guard<std::mutex> lock(event_mutex_);
-    if (!idle_events_.empty()) {
-      event = idle_events_.back();
-      idle_events_.pop_back();
-    }
-  }
-  if (!event) check(api_.cuEventCreate(&event, cuda::kEventDisableTiming), "cuEventCreate");
-  const Result code = api_.cuEventRecord(event, reinterpret_cast<cuda::StreamPtr>(stream));
-  if (code != cuda::kSuccess) {
+  const cuda::EventPtr event = take_event();
+  const auto on = reinterpret_cast<cuda::StreamPtr>(stream);
+  try {
+    check(in_context([&] { return api_.cuEventRecord(event, on); }), "cuEventRecord",
+          "on stream " + std::to_string(stream));
+  } catch (const Error&) {
     forget(reinterpret_cast<Event>(event));
-    failed(code, "cuEventRecord", "on stream " + std::to_string(stream));
+    throw;
   }
   return reinterpret_cast<Event>(event);
 }
@@ -367,8 +369,7 @@ Event CudaDriver::record(Stream stream) {
 bool CudaDriver::done(Event event) {
   if (event == 0) return true;
   fork_.check(kName);
-  Current current(*this);
-  const Result code = api_.cuEventQuery(reinterpret_cast<cuda::EventPtr>(event));
+  const Result code = in_context([&] { return api_.cuEventQuery(reinterpret_cast<cuda::EventPtr>(event)); });
   if (code == cuda::kNotReady) return false;
   check(code, "cuEventQuery");
   return true;
@@ -378,8 +379,8 @@ void CudaDriver::wait(Event event) {
   count(&DriverCounters::wait);
   if (event == 0) return;
   fork_.check(kName);
-  Current current(*this);
-  check(api_.cuEventSynchronize(reinterpret_cast<cuda::EventPtr>(event)), "cuEventSynchronize");
+  check(in_context([&] { return api_.cuEventSynchronize(reinterpret_cast<cuda::EventPtr>(event)); }),
+        "cuEventSynchronize");
 }
 
 // Kept for the next record: an event that is recorded again forgets what it stood for.
