@@ -28,6 +28,11 @@ std::string range(Address at, i64 bytes) {
   throw DeviceError(std::string("the CUDA driver: ") + verb + ": " + why, verb, cuda::kInvalidValue);
 }
 
+// The driver's sizes are unsigned: a negative one would arrive as an enormous one.
+void check_positive(const char* verb, i64 bytes) {
+  if (bytes <= 0) refuse(verb, std::to_string(bytes) + " bytes is not a positive size");
+}
+
 class CudaDriver final : public Driver {
  public:
   CudaDriver(int device_index, const std::string& library);
@@ -223,6 +228,8 @@ Address CudaDriver::reserve(i64 bytes, i64 alignment) {
   std::lock_guard<std::mutex> lock(mutex_);
   ++counters_.reserve;
   fork_.check(kName);
+  check_positive("reserve", bytes);
+  if (alignment < 0) refuse("reserve", "the alignment is negative");
   cuda::DevicePtr at = 0;
   check(api_.cuMemAddressReserve(&at, bytes, alignment, 0, 0), "cuMemAddressReserve",
         "reserving " + std::to_string(bytes) + " bytes aligned to " + std::to_string(alignment));
@@ -249,6 +256,7 @@ PageHandle CudaDriver::create(i64 bytes) {
   std::lock_guard<std::mutex> lock(mutex_);
   ++counters_.create;
   fork_.check(kName);
+  check_positive("create", bytes);
   const cuda::AllocationProp prop = this->prop();
   cuda::AllocationHandle page = 0;
   check(api_.cuMemCreate(&page, bytes, &prop, 0), "cuMemCreate",
@@ -293,6 +301,7 @@ void CudaDriver::set_access(Address at, i64 bytes) {
   std::lock_guard<std::mutex> lock(mutex_);
   ++counters_.set_access;
   fork_.check(kName);
+  check_positive("set_access", bytes);
   const cuda::AccessDesc access{{cuda::kLocationDevice, device_}, cuda::kAccessReadWrite};
   check(api_.cuMemSetAccess(at, bytes, &access, 1), "cuMemSetAccess", range(at, bytes));
   for (auto it = mappings_.lower_bound(at); it != mappings_.end() && it->first < at + bytes; ++it)
@@ -324,6 +333,7 @@ void CudaDriver::zero(Address at, i64 bytes, Stream stream) {
   count(&DriverCounters::zero);
   fork_.check(kName);
   if (bytes == 0) return;
+  check_positive("zero", bytes);
   const auto on = reinterpret_cast<cuda::StreamPtr>(stream);
   check(in_context([&] { return api_.cuMemsetD8Async(at, 0, bytes, on); }), "cuMemsetD8Async", range(at, bytes));
 }
@@ -332,6 +342,7 @@ void CudaDriver::copy(Address to, Address from, i64 bytes, Stream stream) {
   count(&DriverCounters::copy);
   fork_.check(kName);
   if (bytes == 0) return;
+  check_positive("copy", bytes);
   const auto on = reinterpret_cast<cuda::StreamPtr>(stream);
   check(in_context([&] { return api_.cuMemcpyDtoDAsync(to, from, bytes, on); }), "cuMemcpyDtoDAsync",
         range(from, bytes) + " to " + range(to, bytes));

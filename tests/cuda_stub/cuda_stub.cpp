@@ -46,7 +46,8 @@ bool in_one_reservation(State& s, DevicePtr at, size_t bytes) {
   auto it = s.reservations.upper_bound(at);
   if (it == s.reservations.begin()) return false;
   --it;
-  return at - it->first + bytes <= static_cast<size_t>(it->second);
+  const auto size = static_cast<size_t>(it->second), skipped = static_cast<size_t>(at - it->first);
+  return skipped <= size && bytes <= size - skipped;
 }
 
 bool overlaps_mapping(State& s, DevicePtr at, size_t bytes) {
@@ -216,7 +217,7 @@ Result cuMemCreate(AllocationHandle* handle, size_t bytes, const AllocationProp*
   ENTER("cuMemCreate", Needs::kInit);
   if (Result code = check_prop(s, prop)) return code;
   if (flags || !aligned(s, 0, bytes)) return kInvalidValue;
-  if (static_cast<long long>(bytes) > s.settings["memory_bytes"] - s.created_bytes) return kOutOfMemory;
+  if (bytes > static_cast<size_t>(s.settings["memory_bytes"] - s.created_bytes)) return kOutOfMemory;
   auto& free_offsets = s.free_offsets[static_cast<long long>(bytes)];
   long long offset = s.file_end;
   if (!free_offsets.empty()) {
