@@ -113,7 +113,8 @@ class CudaDriver final : public Driver {
 
   mutable std::mutex event_mutex_;  // never held during a call: polling an event must not wait for a slow set_access
   DriverCounters counters_;
-  std::vector<cuda::EventPtr> idle_events_;
+  std::vector<cuda::EventPtr> events_;       // all that were created
+  std::vector<cuda::EventPtr> idle_events_;  // those that forget() gave back
 };
 
 // ---- Opening -------------------------------------------------------------------------------------------------------
@@ -204,7 +205,7 @@ void CudaDriver::give_everything_back() {
   for (const auto& [at, mapping] : mappings_) api_.cuMemUnmap(at, mapping.bytes);
   for (const auto& [page, info] : pages_) api_.cuMemRelease(page);
   for (const auto& [base, bytes] : reservations_) api_.cuMemAddressFree(base, bytes);
-  for (cuda::EventPtr event : idle_events_) api_.cuEventDestroy(event);
+  for (cuda::EventPtr event : events_) api_.cuEventDestroy(event);
   cuda::ContextPtr ours = nullptr;
   if (pushed == cuda::kSuccess) api_.cuCtxPopCurrent(&ours);
   api_.cuDevicePrimaryCtxRelease(device_);
@@ -358,7 +359,15 @@ cuda::EventPtr CudaDriver::take_event() {
     }
   }
   cuda::EventPtr event = nullptr;
-  check(in_context([&] { return api_.cuEventCreate(&event, cuda::kEventDisableTiming); }), "cuEventCreate");
+  const auto create = [&] {
+    const Result code = api_.cuEventCreate(&event, cuda::kEventDisableTiming);
+    if (code == cuda::kSuccess) {
+      std::lock_guard<std::mutex> lock(event_mutex_);
+      events_.push_back(event);
+    }
+    return code;
+  };
+  check(in_context(create), "cuEventCreate");
   return event;
 }
 
