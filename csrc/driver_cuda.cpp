@@ -9,20 +9,13 @@
 #include <mutex>
 #include <unordered_map>
 
-#include "cuda_api.h"
+#include "cuda_device.h"
 #include "driver.h"
-#include "fork_guard.h"
 
 namespace kvmem {
 namespace {
 
 using cuda::Result;
-
-std::string range(Address at, i64 bytes) {
-  char text[64];
-  std::snprintf(text, sizeof text, "[0x%zx, +%lld)", static_cast<size_t>(at), static_cast<long long>(bytes));
-  return text;
-}
 
 [[noreturn]] void refuse(const char* verb, const std::string& why) {
   throw DeviceError(std::string("the CUDA driver: ") + verb + ": " + why, verb, cuda::kInvalidValue);
@@ -35,10 +28,10 @@ void check_positive(const char* verb, i64 bytes) {
 
 class CudaDriver final : public Driver {
  public:
-  CudaDriver(int device_index, const std::string& library);
+  CudaDriver(int index, const std::string& library) : device_(index, library), api_(device_.api()) {}
   ~CudaDriver() override;
 
-  const DriverInfo& info() const override { return info_; }
+  const DriverInfo& info() const override { return device_.info(); }
   DriverCounters counters() const override;
   i64 physical_bytes() const override { return created_bytes_; }
   i64 available_bytes() const override;
@@ -64,7 +57,6 @@ class CudaDriver final : public Driver {
   Mapped mapped_at(Address at) const override;
 
  private:
-  static constexpr const char* kName = "the CUDA driver";
   struct Page {
     i64 bytes;
     i64 mappings;
@@ -74,24 +66,6 @@ class CudaDriver final : public Driver {
     PageHandle page;
     bool accessible;
   };
-  void check(Result code, const char* call, const std::string& what = "") const {
-    if (code != cuda::kSuccess) failed(code, call, what);
-  }
-  // Runs one driver call with our context current and leaves the thread's own as it was. What needs a context: streams,
-  // events, memset, cuMemGetInfo. The calls of virtual memory management need none.
-  template <class Call>
-  Result in_context(Call call) const {
-    check(api_.cuCtxPushCurrent(context_), "cuCtxPushCurrent");
-    const Result code = call();
-    cuda::ContextPtr ours = nullptr;
-    const Result popped = api_.cuCtxPopCurrent(&ours);
-    if (code == cuda::kSuccess) check(popped, "cuCtxPopCurrent");
-    return code;
-  }
-  [[noreturn]] void failed(Result code, const char* call, const std::string& what) const;
-  void open_device(int index);
-  void read_info(int index);
-  cuda::AllocationProp prop() const;
   void count(i64 DriverCounters::* counter) {
     std::lock_guard<std::mutex> lock(event_mutex_);
     ++(counters_.*counter);
@@ -99,11 +73,8 @@ class CudaDriver final : public Driver {
   cuda::EventPtr take_event();
   void give_everything_back();
 
-  const ForkGuard fork_;
-  const cuda::Api api_;
-  DriverInfo info_;
-  cuda::DeviceId device_ = 0;
-  cuda::ContextPtr context_ = nullptr;
+  const cuda::Device device_;
+  const cuda::Api& api_;
 
   mutable std::mutex mutex_;  // the books below; held during the driver's calls, which it serialises anyway
   std::atomic<i64> created_bytes_{0};
@@ -117,89 +88,17 @@ class CudaDriver final : public Driver {
   std::vector<cuda::EventPtr> idle_events_;  // those that forget() gave back
 };
 
-// ---- Opening -------------------------------------------------------------------------------------------------------
-
-CudaDriver::CudaDriver(int device_index, const std::string& library) : api_(cuda::load_api(library)) {
-  open_device(device_index);
-  check(api_.cuDevicePrimaryCtxRetain(&context_, device_), "cuDevicePrimaryCtxRetain");
-  try {
-    read_info(device_index);
-  } catch (const Error&) {
-    api_.cuDevicePrimaryCtxRelease(device_);
-    throw;
-  }
-}
-
-void CudaDriver::open_device(int index) {
-  const Result code = api_.cuInit(0);
-  if (code == cuda::kNoDevice) {
-    throw DeviceError("no CUDA device: cuInit says " + api_.describe(code) + " (is CUDA_VISIBLE_DEVICES empty?)",
-                      "cuInit", code);
-  }
-  check(code, "cuInit");
-  int devices = 0;
-  check(api_.cuDeviceGetCount(&devices), "cuDeviceGetCount");
-  if (index < 0 || index >= devices) {
-    throw DeviceError("cuda:" + std::to_string(index) + " does not exist: there are " + std::to_string(devices) +
-                          " CUDA devices, counted from 0",
-                      "cuDeviceGetCount");
-  }
-  check(api_.cuDeviceGet(&device_, index), "cuDeviceGet");
-  int supported = 0;
-  check(api_.cuDeviceGetAttribute(&supported, cuda::kAttributeVmmSupported, device_), "cuDeviceGetAttribute");
-  if (!supported) {
-    throw DeviceError(
-        "cuda:" + std::to_string(index) +
-            " has no virtual memory management (some virtualised GPUs and WSL2 lack it); kvmem cannot use it",
-        "cuDeviceGetAttribute");
-  }
-}
-
-void CudaDriver::read_info(int index) {
-  const cuda::AllocationProp prop = this->prop();
-  size_t minimum = 0, recommended = 0, total = 0;
-  check(api_.cuMemGetAllocationGranularity(&minimum, &prop, cuda::kGranularityMinimum),
-        "cuMemGetAllocationGranularity");
-  check(api_.cuMemGetAllocationGranularity(&recommended, &prop, cuda::kGranularityRecommended),
-        "cuMemGetAllocationGranularity");
-  check(api_.cuDeviceTotalMem(&total, device_), "cuDeviceTotalMem");
-  info_.name = "cuda";
-  info_.dlpack_device_type = 2;
-  info_.device_index = index;
-  info_.granularity_bytes = static_cast<i64>(minimum);
-  info_.recommended_bytes = static_cast<i64>(recommended);
-  info_.total_bytes = static_cast<i64>(total);
-  info_.fresh_pages_are_zero = false;  // usually true, documented nowhere
-}
-
-// Exactly the memory that create() makes: granularity depends on it.
-cuda::AllocationProp CudaDriver::prop() const {
-  cuda::AllocationProp prop{};
-  prop.type = cuda::kAllocationTypePinned;
-  prop.location = {cuda::kLocationDevice, device_};
-  return prop;
-}
-
-void CudaDriver::failed(Result code, const char* call, const std::string& what) const {
-  const std::string message = std::string(call) + " failed: " + api_.describe(code) + (what.empty() ? "" : ", " + what);
-  if (code == cuda::kOutOfMemory) {
-    throw OutOfMemory(message + ". This driver holds " + std::to_string(created_bytes_) + " of the device's " +
-                      std::to_string(info_.total_bytes) + " bytes; other processes and torch's own cache hold theirs");
-  }
-  throw DeviceError(message, call, code);
-}
-
 // ---- Closing -------------------------------------------------------------------------------------------------------
 
 CudaDriver::~CudaDriver() {
-  if (fork_.forked()) return;  // the parent's context; the child has none
+  if (device_.forked()) return;  // the parent's context; the child has none
   give_everything_back();
 }
 
 // Errors have nowhere to go from here, and at process exit the driver answers CUDA_ERROR_DEINITIALIZED or
 // CUDA_ERROR_CONTEXT_IS_DESTROYED to everything: then all of it is gone already.
 void CudaDriver::give_everything_back() {
-  const Result pushed = api_.cuCtxPushCurrent(context_);
+  const Result pushed = api_.cuCtxPushCurrent(device_.context());
   if (pushed == cuda::kDeinitialized || pushed == cuda::kContextIsDestroyed) return;
   if (!mappings_.empty()) api_.cuCtxSynchronize();  // unmapping under a running kernel is a fault
   for (const auto& [at, mapping] : mappings_) api_.cuMemUnmap(at, mapping.bytes);
@@ -208,7 +107,6 @@ void CudaDriver::give_everything_back() {
   for (cuda::EventPtr event : events_) api_.cuEventDestroy(event);
   cuda::ContextPtr ours = nullptr;
   if (pushed == cuda::kSuccess) api_.cuCtxPopCurrent(&ours);
-  api_.cuDevicePrimaryCtxRelease(device_);
 }
 
 // ---- Address space and pages ---------------------------------------------------------------------------------------
@@ -219,21 +117,22 @@ DriverCounters CudaDriver::counters() const {
 }
 
 i64 CudaDriver::available_bytes() const {
-  fork_.check(kName);
+  device_.check_fork();
   size_t free = 0, total = 0;
-  check(in_context([&] { return api_.cuMemGetInfo(&free, &total); }), "cuMemGetInfo");
+  device_.check(device_.in_context([&] { return api_.cuMemGetInfo(&free, &total); }), "cuMemGetInfo");
   return static_cast<i64>(free);
 }
 
 Address CudaDriver::reserve(i64 bytes, i64 alignment) {
   std::lock_guard<std::mutex> lock(mutex_);
   ++counters_.reserve;
-  fork_.check(kName);
+  device_.check_fork();
   check_positive("reserve", bytes);
   if (alignment < 0) refuse("reserve", "the alignment is negative");
   cuda::DevicePtr at = 0;
-  check(api_.cuMemAddressReserve(&at, bytes, alignment, 0, 0), "cuMemAddressReserve",
-        "reserving " + std::to_string(bytes) + " bytes aligned to " + std::to_string(alignment));
+  device_.check(api_.cuMemAddressReserve(&at, bytes, alignment, 0, 0), "cuMemAddressReserve", [&] {
+    return "reserving " + std::to_string(bytes) + " bytes aligned to " + std::to_string(alignment);
+  });
   reservations_[at] = bytes;
   return at;
 }
@@ -241,27 +140,29 @@ Address CudaDriver::reserve(i64 bytes, i64 alignment) {
 void CudaDriver::release(Address base, i64 bytes) {
   std::lock_guard<std::mutex> lock(mutex_);
   ++counters_.release;
-  fork_.check(kName);
+  device_.check_fork();
   auto it = reservations_.find(base);
   if (it == reservations_.end() || it->second != bytes)
-    refuse("release", range(base, bytes) + " is not what reserve returned");
+    refuse("release", range_text(base, bytes) + " is not what reserve returned");
   auto mapping = mappings_.lower_bound(base);
   if (mapping != mappings_.end() && mapping->first < base + bytes) {
-    refuse("release", range(base, bytes) + " still has pages mapped in it");
+    refuse("release", range_text(base, bytes) + " still has pages mapped in it");
   }
-  check(api_.cuMemAddressFree(base, bytes), "cuMemAddressFree", range(base, bytes));
+  device_.check(api_.cuMemAddressFree(base, bytes), "cuMemAddressFree", [&] { return range_text(base, bytes); });
   reservations_.erase(it);
 }
 
 PageHandle CudaDriver::create(i64 bytes) {
   std::lock_guard<std::mutex> lock(mutex_);
   ++counters_.create;
-  fork_.check(kName);
+  device_.check_fork();
   check_positive("create", bytes);
-  const cuda::AllocationProp prop = this->prop();
+  const cuda::AllocationProp prop = device_.prop();
   cuda::AllocationHandle page = 0;
-  check(api_.cuMemCreate(&page, bytes, &prop, 0), "cuMemCreate",
-        "creating a page of " + std::to_string(bytes) + " bytes");
+  device_.check(api_.cuMemCreate(&page, bytes, &prop, 0), "cuMemCreate", [&] {
+    return "creating a page of " + std::to_string(bytes) + " bytes; this driver holds " +
+           std::to_string(created_bytes_) + " of the device's " + std::to_string(info().total_bytes) + " bytes";
+  });
   if (page == 0) refuse("create", "cuMemCreate returned handle 0");
   pages_[page] = {bytes, 0};
   created_bytes_ += bytes;
@@ -271,11 +172,11 @@ PageHandle CudaDriver::create(i64 bytes) {
 void CudaDriver::destroy(PageHandle page) {
   std::lock_guard<std::mutex> lock(mutex_);
   ++counters_.destroy;
-  fork_.check(kName);
+  device_.check_fork();
   auto it = pages_.find(page);
   if (it == pages_.end()) refuse("destroy", "there is no page " + std::to_string(page));
   if (it->second.mappings) refuse("destroy", "page " + std::to_string(page) + " is still mapped");
-  check(api_.cuMemRelease(page), "cuMemRelease", "page " + std::to_string(page));
+  device_.check(api_.cuMemRelease(page), "cuMemRelease", [&] { return "page " + std::to_string(page); });
   created_bytes_ -= it->second.bytes;
   pages_.erase(it);
 }
@@ -285,15 +186,15 @@ void CudaDriver::destroy(PageHandle page) {
 void CudaDriver::map(Address at, i64 bytes, i64 offset, PageHandle page) {
   std::lock_guard<std::mutex> lock(mutex_);
   ++counters_.map;
-  fork_.check(kName);
+  device_.check_fork();
   auto it = pages_.find(page);
   if (it == pages_.end()) refuse("map", "there is no page " + std::to_string(page));
   if (it->second.bytes != bytes) {
     refuse("map", "page " + std::to_string(page) + " has " + std::to_string(it->second.bytes) +
                       " bytes and is mapped whole, not " + std::to_string(bytes));
   }
-  check(api_.cuMemMap(at, bytes, offset, page, 0), "cuMemMap",
-        "page " + std::to_string(page) + " at " + range(at, bytes));
+  device_.check(api_.cuMemMap(at, bytes, offset, page, 0), "cuMemMap",
+                [&] { return "page " + std::to_string(page) + " at " + range_text(at, bytes); });
   mappings_[at] = {bytes, page, false};
   ++it->second.mappings;
 }
@@ -301,10 +202,10 @@ void CudaDriver::map(Address at, i64 bytes, i64 offset, PageHandle page) {
 void CudaDriver::set_access(Address at, i64 bytes) {
   std::lock_guard<std::mutex> lock(mutex_);
   ++counters_.set_access;
-  fork_.check(kName);
+  device_.check_fork();
   check_positive("set_access", bytes);
-  const cuda::AccessDesc access{{cuda::kLocationDevice, device_}, cuda::kAccessReadWrite};
-  check(api_.cuMemSetAccess(at, bytes, &access, 1), "cuMemSetAccess", range(at, bytes));
+  const cuda::AccessDesc access = device_.access();
+  device_.check(api_.cuMemSetAccess(at, bytes, &access, 1), "cuMemSetAccess", [&] { return range_text(at, bytes); });
   for (auto it = mappings_.lower_bound(at); it != mappings_.end() && it->first < at + bytes; ++it)
     it->second.accessible = true;
 }
@@ -312,11 +213,11 @@ void CudaDriver::set_access(Address at, i64 bytes) {
 void CudaDriver::unmap(Address at, i64 bytes) {
   std::lock_guard<std::mutex> lock(mutex_);
   ++counters_.unmap;
-  fork_.check(kName);
+  device_.check_fork();
   auto it = mappings_.find(at);
   if (it == mappings_.end() || it->second.bytes != bytes)
-    refuse("unmap", range(at, bytes) + " is not exactly one mapping");
-  check(api_.cuMemUnmap(at, bytes), "cuMemUnmap", range(at, bytes));
+    refuse("unmap", range_text(at, bytes) + " is not exactly one mapping");
+  device_.check(api_.cuMemUnmap(at, bytes), "cuMemUnmap", [&] { return range_text(at, bytes); });
   --pages_.find(it->second.page)->second.mappings;
   mappings_.erase(it);
 }
@@ -332,21 +233,22 @@ Driver::Mapped CudaDriver::mapped_at(Address at) const {
 
 void CudaDriver::zero(Address at, i64 bytes, Stream stream) {
   count(&DriverCounters::zero);
-  fork_.check(kName);
+  device_.check_fork();
   if (bytes == 0) return;
   check_positive("zero", bytes);
   const auto on = reinterpret_cast<cuda::StreamPtr>(stream);
-  check(in_context([&] { return api_.cuMemsetD8Async(at, 0, bytes, on); }), "cuMemsetD8Async", range(at, bytes));
+  device_.check(device_.in_context([&] { return api_.cuMemsetD8Async(at, 0, bytes, on); }), "cuMemsetD8Async",
+                [&] { return range_text(at, bytes); });
 }
 
 void CudaDriver::copy(Address to, Address from, i64 bytes, Stream stream) {
   count(&DriverCounters::copy);
-  fork_.check(kName);
+  device_.check_fork();
   if (bytes == 0) return;
   check_positive("copy", bytes);
   const auto on = reinterpret_cast<cuda::StreamPtr>(stream);
-  check(in_context([&] { return api_.cuMemcpyDtoDAsync(to, from, bytes, on); }), "cuMemcpyDtoDAsync",
-        range(from, bytes) + " to " + range(to, bytes));
+  device_.check(device_.in_context([&] { return api_.cuMemcpyDtoDAsync(to, from, bytes, on); }), "cuMemcpyDtoDAsync",
+                [&] { return range_text(from, bytes) + " to " + range_text(to, bytes); });
 }
 
 cuda::EventPtr CudaDriver::take_event() {
@@ -367,18 +269,18 @@ cuda::EventPtr CudaDriver::take_event() {
     }
     return code;
   };
-  check(in_context(create), "cuEventCreate");
+  device_.check(device_.in_context(create), "cuEventCreate");
   return event;
 }
 
 Event CudaDriver::record(Stream stream) {
   count(&DriverCounters::record);
-  fork_.check(kName);
+  device_.check_fork();
   const cuda::EventPtr event = take_event();
   const auto on = reinterpret_cast<cuda::StreamPtr>(stream);
   try {
-    check(in_context([&] { return api_.cuEventRecord(event, on); }), "cuEventRecord",
-          "on stream " + std::to_string(stream));
+    device_.check(device_.in_context([&] { return api_.cuEventRecord(event, on); }), "cuEventRecord",
+                  [&] { return "on stream " + std::to_string(stream); });
   } catch (const Error&) {
     forget(reinterpret_cast<Event>(event));
     throw;
@@ -388,19 +290,19 @@ Event CudaDriver::record(Stream stream) {
 
 bool CudaDriver::done(Event event) {
   if (event == 0) return true;
-  fork_.check(kName);
-  const Result code = in_context([&] { return api_.cuEventQuery(reinterpret_cast<cuda::EventPtr>(event)); });
+  device_.check_fork();
+  const Result code = device_.in_context([&] { return api_.cuEventQuery(reinterpret_cast<cuda::EventPtr>(event)); });
   if (code == cuda::kNotReady) return false;
-  check(code, "cuEventQuery");
+  device_.check(code, "cuEventQuery");
   return true;
 }
 
 void CudaDriver::wait(Event event) {
   count(&DriverCounters::wait);
   if (event == 0) return;
-  fork_.check(kName);
-  check(in_context([&] { return api_.cuEventSynchronize(reinterpret_cast<cuda::EventPtr>(event)); }),
-        "cuEventSynchronize");
+  device_.check_fork();
+  device_.check(device_.in_context([&] { return api_.cuEventSynchronize(reinterpret_cast<cuda::EventPtr>(event)); }),
+                "cuEventSynchronize");
 }
 
 // Kept for the next record: an event that is recorded again forgets what it stood for.

@@ -90,3 +90,9 @@ enum class Needs { kNothing, kInit, kContext };
 Result enter(State& s, const char* call, Needs needs);
 
 }  // namespace stub
+
+// Counts the call, fails it where a test asked, and leaves the state locked as `s` for the rest of the function.
+#define ENTER(call, needs)                    \
+  State& s = state();                         \
+  std::unique_lock<std::mutex> lock(s.mutex); \
+  if (Result code = enter(s, call, needs)) return code
