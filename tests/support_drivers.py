@@ -44,7 +44,7 @@ def assert_runs(code: str, timeout: float = 60, env: dict[str, str] | None = Non
 
 
 def build_stub(*flags: str) -> Path:
-    """Compiles tests/cuda_stub once per content and flags, into a cache outside the repository. Skips without a compiler."""
+    """Compiles the stand-in, once per content and flags, into a cache outside the repository."""
     compiler = os.environ.get("CXX") or shutil.which("c++")
     if not compiler:
         pytest.skip("no C++ compiler (c++ or $CXX) to build the stand-in for libcuda")

@@ -10,6 +10,7 @@ from kvmem import _core
 from kvmem.errors import DeviceError, OutOfMemory
 
 PAGE = 65536
+Scene = tuple[int, list[int]]
 
 
 @pytest.fixture
@@ -23,7 +24,7 @@ def state(driver: _core.CheckedDriver) -> tuple[int, ...]:
 
 
 @pytest.fixture
-def scene(driver: _core.CheckedDriver) -> tuple[int, list[int]]:
+def scene(driver: _core.CheckedDriver) -> Scene:
     """A range of 16 places, 4 pages mapped and accessible in the first, 4 more pages mapped nowhere."""
     base = driver.reserve(16 * PAGE)
     pages = [driver.create(PAGE) for _ in range(8)]
@@ -50,8 +51,9 @@ def calls_of(driver: _core.CheckedDriver, base: int, pages: list[int]) -> dict[s
 
 
 @pytest.mark.parametrize(("code", "error"), [(2, OutOfMemory), (719, DeviceError)])
-def test_every_verb_fails_as_asked_and_changes_nothing(driver: _core.CheckedDriver, scene: tuple[int, list[int]], code: int,
-                                                       error: type[Exception]) -> None:
+def test_every_verb_fails_as_asked_and_changes_nothing(
+    driver: _core.CheckedDriver, scene: Scene, code: int, error: type[Exception]
+) -> None:
     for verb, call in calls_of(driver, *scene).items():
         before, inner_bytes = state(driver), driver.physical_bytes()
         driver.fail(verb, 1, code)
@@ -84,7 +86,7 @@ def test_nonsense_in_fail_is_refused(driver: _core.CheckedDriver) -> None:
 
 
 @pytest.mark.parametrize("nth", [1, 2, 3, 4])
-def test_a_run_that_fails_in_the_middle_is_undone(driver: _core.CheckedDriver, scene: tuple[int, list[int]], nth: int) -> None:
+def test_a_run_that_fails_in_the_middle_is_undone(driver: _core.CheckedDriver, scene: Scene, nth: int) -> None:
     base, pages = scene
     _core.write_bytes(base, bytes([1, 2, 3, 4]) * PAGE)
     before = state(driver)
@@ -100,7 +102,7 @@ def test_a_run_that_fails_in_the_middle_is_undone(driver: _core.CheckedDriver, s
     assert _core.read_bytes(base, 4 * PAGE) == bytes([1, 2, 3, 4]) * PAGE, "each page is back in its own place"
 
 
-def test_undoing_is_spared_from_failures_unless_asked(driver: _core.CheckedDriver, scene: tuple[int, list[int]]) -> None:
+def test_undoing_is_spared_from_failures_unless_asked(driver: _core.CheckedDriver, scene: Scene) -> None:
     base, pages = scene
     before = state(driver)
     driver.fail("map", 3, 2)
@@ -115,8 +117,7 @@ def test_undoing_is_spared_from_failures_unless_asked(driver: _core.CheckedDrive
         driver.map_run(base + 4 * PAGE, PAGE, pages[4:])
 
 
-def test_a_run_of_pages_without_access_is_put_back_without_access(driver: _core.CheckedDriver,
-                                                                  scene: tuple[int, list[int]]) -> None:
+def test_a_run_of_pages_without_access_is_put_back_without_access(driver: _core.CheckedDriver, scene: Scene) -> None:
     base, pages = scene
     driver.map_run(base + 4 * PAGE, PAGE, pages[4:])
     driver.fail("unmap", 3, 700)
@@ -167,7 +168,8 @@ def test_the_log_tells_what_happened_in_order(driver: _core.CheckedDriver) -> No
     driver.zero(base, 7)
     driver.unmap(base + PAGE, PAGE)
     assert [(call.verb, call.at, call.bytes, call.id) for call in driver.log()] == [
-        ("reserve", base, 2 * PAGE, 0), ("create", 0, PAGE, page), ("map", base, PAGE, page), ("map", base + PAGE, PAGE, page),
+        ("reserve", base, 2 * PAGE, 0), ("create", 0, PAGE, page),
+        ("map", base, PAGE, page), ("map", base + PAGE, PAGE, page),
         ("set_access", base, 2 * PAGE, 0), ("zero", base, 7, 0), ("unmap", base + PAGE, PAGE, page)]
     assert driver.counters().map == 3
     driver.clear_log()
@@ -180,14 +182,14 @@ def test_the_log_is_bounded(driver: _core.CheckedDriver) -> None:
     assert len(driver.log()) == 65_536
 
 
-def test_live_shows_a_leak(driver: _core.CheckedDriver, scene: tuple[int, list[int]]) -> None:
+def test_live_shows_a_leak(driver: _core.CheckedDriver, scene: Scene) -> None:
     assert state(driver) == (1, 8, 4, 0, 8 * PAGE)
 
 
 @pytest.mark.parametrize(("rule", "misuse"), [
     ("offset is 65536 and must be 0", lambda d, base, pages: d.map(base + 8 * PAGE, PAGE, PAGE, pages[5])),
     ("never in part", lambda d, base, pages: d.map(base + 8 * PAGE, PAGE // 2, 0, pages[5])),
-    ("before set_access", lambda d, base, pages: (d.map(base + 4 * PAGE, PAGE, 0, pages[5]), d.zero(base + 4 * PAGE, 1))),
+    ("before set_access", lambda d, base, pages: (d.map(base + 4 * PAGE, PAGE, 0, pages[5]), d.touch(base, 5 * PAGE))),
     ("mapped already", lambda d, base, pages: d.map(base, PAGE, 0, pages[5])),
     ("a part of one, or several", lambda d, base, pages: d.unmap(base, PAGE // 2)),
     ("nothing is mapped there", lambda d, base, pages: d.unmap(base + 9 * PAGE, PAGE)),
@@ -200,7 +202,8 @@ def test_live_shows_a_leak(driver: _core.CheckedDriver, scene: tuple[int, list[i
     ("overlap", lambda d, base, pages: d.copy(base, base + 1, PAGE)),
     ("does not exist", lambda d, base, pages: d.destroy(12345)),
 ])
-def test_a_refusal_names_the_rule(driver: _core.CheckedDriver, scene: tuple[int, list[int]], rule: str,
-                                  misuse: Callable[[_core.CheckedDriver, int, list[int]], object]) -> None:
+def test_a_refusal_names_the_rule(
+    driver: _core.CheckedDriver, scene: Scene, rule: str, misuse: Callable[..., object]
+) -> None:
     with pytest.raises(DeviceError, match=rule):
         misuse(driver, *scene)

@@ -1,4 +1,4 @@
-"""The drivers' conformance suite on every driver: host, CUDA over its stand-in, CUDA where there is a GPU, each also checked."""
+"""The drivers' conformance suite on every driver: host, CUDA over its stand-in, CUDA on a GPU, each also checked."""
 
 from __future__ import annotations
 
