@@ -18,34 +18,27 @@ Cache::Cache(Geometry geometry, std::shared_ptr<PagePool> pool, bool paged, i64 
     : geometry_(std::move(geometry)), pool_(std::move(pool)), paged_(paged),
       groups_(static_cast<i64>(geometry_.groups.size())), token_group_(find_token_group(geometry_)),
       sequences_(geometry_.max_sequences, groups_), stamp_(geometry_.max_sequences, 0) {
-  Lock lock(pool_->mutex);
+  Lock lock = pool_->lock();
   table_ = paged ? make_paged_table(geometry_, *pool_, sequences_) : make_virtual_table(geometry_, *pool_, sequences_);
   table_->limit_pages = limit_pages;
 }
 
 Cache::~Cache() {
-  Lock lock(pool_->mutex);
-  pool_->mapper().wait_idle();
+  if (pool_->forked()) {
+    table_.release();  // the parent's: nothing here may be unmapped, and its locks may be closed for ever
+    return;
+  }
+  Lock lock = pool_->lock(true);
+  pool_->settle();
   table_.reset();
 }
 
-Cache::Lock Cache::enter() {
+Cache::Lock Cache::enter(bool look) {
   fork_guard_.check("the allocator");
-  Lock lock(pool_->mutex);
-  if (pool_->mapper().has_failed()) settle();
-  return lock;
+  return pool_->lock(look);
 }
 
-void Cache::settle() {
-  pool_->mapper().wait_idle();
-  std::vector<Op> failed = pool_->mapper().take_failed();
-  while (!failed.empty()) {
-    const Op op = inverse(failed.back());
-    failed.pop_back();
-    pool_->apply(op, true);
-    if (pool_->recording) pool_->log.push_back(op);
-  }
-}
+void Cache::settle() { pool_->settle(); }
 
 void Cache::leave() {
   if (!geometry_.debug) return;
@@ -374,25 +367,25 @@ void Cache::free(const i32* handles, i64 n) {
 }
 
 i64 Cache::tokens(i64 handle, i64 group) {
-  Lock lock = enter();
+  Lock lock = enter(true);
   check_group(group);
   return sequences_.tokens(sequences_.index(handle), group < 0 ? token_group_ : group);
 }
 
 i64 Cache::committed(i64 handle, i64 group) {
-  Lock lock = enter();
+  Lock lock = enter(true);
   check_group(group);
   return sequences_.committed(sequences_.index(handle), group < 0 ? token_group_ : group);
 }
 
 i64 Cache::first_token(i64 handle, i64 group) {
-  Lock lock = enter();
+  Lock lock = enter(true);
   check_group(group);
   return sequences_.front(sequences_.index(handle), group < 0 ? token_group_ : group);
 }
 
 void Cache::lengths(const i32* handles, i64 n, i64 group, i64* tokens, i64* committed) {
-  Lock lock = enter();
+  Lock lock = enter(true);
   check_group(group);
   const i64 g = group < 0 ? token_group_ : group;
   for (i64 i = 0; i < n; ++i) {
@@ -409,7 +402,7 @@ Placement Cache::place(i64 handle, i64 group) {
 }
 
 std::vector<i64> Cache::handles() {
-  Lock lock = enter();
+  Lock lock = enter(true);
   std::vector<i64> found;
   for (i64 index = 0; index < sequences_.capacity(); ++index) {
     if (sequences_.live(index)) found.push_back(sequences_.handle_of(index));
@@ -450,7 +443,7 @@ void Cache::set_memory(i64 pages, bool resize_pool) {
 }
 
 CacheStats Cache::stats() {
-  Lock lock = enter();
+  Lock lock = enter(true);
   const i64 page = pool_->page_bytes();
   CacheStats s;
   s.budget_bytes = pool_->budget_pages() * page;
@@ -466,7 +459,7 @@ CacheStats Cache::stats() {
 }
 
 std::vector<std::string> Cache::check() {
-  Lock lock = enter();
+  Lock lock = enter(true);
   std::vector<std::string> found;
   pool_->check(&found);
   table_->check(&found);
@@ -484,7 +477,7 @@ void Cache::record() {
 }
 
 std::vector<Op> Cache::take_ops() {
-  Lock lock = enter();
+  Lock lock = enter(true);
   std::vector<Op> ops;
   ops.swap(pool_->log);
   return ops;

@@ -65,8 +65,8 @@ class Cache final : public TableState {
 
  private:
   using Lock = std::unique_lock<std::mutex>;
-  Lock enter();
-  void settle();  // the mapper is idle and its failures are taken back
+  Lock enter(bool look = false);  // look: the books only
+  void settle();
   void leave();
   i64 group_begin(i64 group) const { return group < 0 ? 0 : group; }
   i64 group_end(i64 group) const { return group < 0 ? groups_ : group + 1; }

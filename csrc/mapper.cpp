@@ -48,8 +48,7 @@ void Mapper::run() {
     if (!failed) {
       lock.unlock();
       try {
-        std::vector<Op> stuck;
-        job.space->execute(job.ops.data(), job.ops.data() + job.ops.size(), &stuck);
+        job.space->execute(job.ops.data(), job.ops.data() + job.ops.size());
       } catch (const Error&) {
         failed = true;  // the step finds its room missing, maps it itself and reports what the driver says then
       }
