@@ -15,9 +15,13 @@ i64 find_token_group(const Geometry& geometry) {
 }  // namespace
 
 Cache::Cache(Geometry geometry, std::shared_ptr<PagePool> pool, bool paged, i64 limit_pages)
-    : geometry_(std::move(geometry)), pool_(std::move(pool)), paged_(paged),
-      groups_(static_cast<i64>(geometry_.groups.size())), token_group_(find_token_group(geometry_)),
-      sequences_(geometry_.max_sequences, groups_), stamp_(geometry_.max_sequences, 0) {
+    : geometry_(std::move(geometry)),
+      pool_(std::move(pool)),
+      paged_(paged),
+      groups_(static_cast<i64>(geometry_.groups.size())),
+      token_group_(find_token_group(geometry_)),
+      sequences_(geometry_.max_sequences, groups_),
+      stamp_(geometry_.max_sequences, 0) {
   Lock lock(pool_->mutex);
   table_ = paged ? make_paged_table(geometry_, *pool_, sequences_) : make_virtual_table(geometry_, *pool_, sequences_);
   table_->limit_pages = limit_pages;
@@ -524,8 +528,7 @@ BatchRow Cache::step_of(i64 handle, i64 g, const i32* new_tokens) {
   return row;
 }
 
-BatchSizes Cache::fill(const i32* handles, i64 n, const i32* new_tokens, i64 group, i64 rows,
-                       const BatchBuffers& out) {
+BatchSizes Cache::fill(const i32* handles, i64 n, const i32* new_tokens, i64 group, i64 rows, const BatchBuffers& out) {
   Lock lock = enter();
   check_group(group);
   const i64 g = group < 0 ? token_group_ : group;

@@ -1,7 +1,8 @@
 """The two backends, seen from above: how many addresses each reserves, and what tensors over them look like.
 
-``VirtualBackend`` gives each sequence a row of addresses; ``PagedBackend`` gives all sequences one arena of blocks. The rest of
-kvmem does not ask which one it has: both offer the same memory as ``[num_blocks, block_size, heads, width]`` with block ids.
+``VirtualBackend`` gives each sequence a row of addresses; ``PagedBackend`` gives all sequences one arena of blocks.
+The rest of kvmem does not ask which one it has: both offer the same memory as ``[num_blocks, block_size, heads,
+width]`` with block ids.
 """
 
 from __future__ import annotations
@@ -43,8 +44,9 @@ def _group_tokens(layout: GroupLayout, max_tokens: int) -> int:
 def _refuse_addresses(layout: GroupLayout, reserved: int, blocks: int) -> None:
     if reserved > MAX_RESERVED_BYTES or blocks > MAX_BLOCKS:
         raise SpecError(
-            f"group {layout.group.name!r} would reserve {format_bytes(reserved)} of addresses and {blocks} block ids; there are "
-            f"{format_bytes(MAX_RESERVED_BYTES)} and {MAX_BLOCKS}: lower max_sequences, max_tokens or page_bytes"
+            f"group {layout.group.name!r} would reserve {format_bytes(reserved)} of addresses and {blocks} block ids; "
+            f"there are {format_bytes(MAX_RESERVED_BYTES)} and {MAX_BLOCKS}: lower max_sequences, max_tokens "
+            "or page_bytes"
         )
 
 
