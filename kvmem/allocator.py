@@ -13,12 +13,13 @@ import torch
 from torch.utils.dlpack import from_dlpack
 
 from kvmem import _core
-from kvmem.backends import BACKENDS, Sizes
+from kvmem.backends import BACKENDS
 from kvmem.batch import Batch, GroupBatch
 from kvmem.errors import OutOfMemory, SpecError
 from kvmem.layouts import GroupLayout, resolve_interleave
 from kvmem.ops import Op
 from kvmem.pool import PagePool
+from kvmem.protocols import Sizes
 from kvmem.sequence import Sequence, count_tokens
 from kvmem.spec import CacheSpec
 from kvmem.spec_rules import check_size

@@ -26,8 +26,8 @@ LEVELS: dict[str, int] = {
         [
             "_core batch errors model_config model_families ops spec spec_component spec_rules stats units",
             "protocols",
-            "backends device eviction layouts pool prefix tiers transfer",
-            "allocator sequence views",
+            "backends device eviction layouts prefix tiers transfer",
+            "allocator pool sequence views",
             "connectors kernels plan transformers",
             "bench cli",
         ]
