@@ -100,8 +100,7 @@ class PagedTable final : public PageTable {
 
   void close(i64 index, Transaction& tx) override {
     for (i64 g = 0; g < groups_; ++g) {
-      Blocks& b = blocks_[g];
-      copy_tail_[index * groups_ + g] = 0;
+      Blocks& b = blocks_[g];  // copy_tail_ stays: it only asks to look, and this may yet be taken back
       if (sequences_.tokens(index, g) == 0) continue;
       b.fence = tx.fence();
       // Last block first: the free list then gives them out again in ascending order.

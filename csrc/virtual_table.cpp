@@ -141,7 +141,7 @@ class VirtualTable final : public PageTable {
     if (row < 0) return;
     rows_[row].fence = tx.fence();
     tx.push({OpKind::unbind, 0, sequences_.handle_of(index), row});
-    for (i64 g = 0; g < groups_; ++g) copy_tail_[index * groups_ + g] = 0;
+    // copy_tail_ stays: it only asks to look, and should this be taken back, a tail that is shared must still be copied.
   }
 
   void back_trash(i64 group, Transaction& tx) override {
@@ -416,15 +416,20 @@ class VirtualTable final : public PageTable {
     }
   }
 
-  // A parked row may still show pages that a live one shares. They are not ours to write.
+  // A parked row may still show pages that a live one shares. They are not ours to write. The mark goes only when there
+  // is none: were they dropped and then taken back with a failed transaction, the row would show them unmarked.
   void drop_shared(i64 row, Transaction& tx) {
+    bool shared = false;
     for (i64 a = 0; a < arenas_; ++a) {
       const Extent& e = extent(row, a);
       i64 end = e.hi;
       while (end > e.lo && pool_.refs(e.pages[end - 1]) <= 1) --end;
-      if (end > e.lo) unmap(row, a, e.lo, end, rows_[row].fence, tx);
+      if (end > e.lo) {
+        unmap(row, a, e.lo, end, rows_[row].fence, tx);
+        shared = true;
+      }
     }
-    rows_[row].maybe_shared = false;
+    rows_[row].maybe_shared = shared;
   }
 
   // The page that the length cuts is shared: replace it by a copy of what is used. The new page is filled at the
