@@ -137,6 +137,14 @@ class PagedTable final : public PageTable {
     if (op.d != 0) drop(b, op.d);
   }
 
+  void unmap_all(Transaction& tx) override {
+    for (std::size_t a = 0; a < pages_.size(); ++a) {
+      for (i64 slot = 0; slot < static_cast<i64>(pages_[a].size()); ++slot) {
+        if (pages_[a][slot] >= 0) unmap(static_cast<i64>(a), slot, slot + 1, pool_.fence(), tx);
+      }
+    }
+  }
+
   void on_map(const Op& op) override { change(op, true); }
   void on_unmap(const Op& op) override { change(op, false); }
 

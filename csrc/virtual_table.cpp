@@ -62,7 +62,8 @@ class VirtualTable final : public PageTable {
     if (copy_tail_[index * groups_ + group]) return false;
     Row& r = rows_[row];
     if (r.job != 0) {
-      if (r.job > pool_.mapper().done()) return tokens <= ready_[row * groups_ + group];
+      // A job that failed is done as well; what it left out is taken back under the next settle().
+      if (r.job > pool_.mapper().done() || pool_.mapper().has_failed()) return tokens <= ready_[row * groups_ + group];
       r.job = 0;
     }
     return tokens <= room(row, group);
@@ -141,7 +142,8 @@ class VirtualTable final : public PageTable {
     if (row < 0) return;
     rows_[row].fence = tx.fence();
     tx.push({OpKind::unbind, 0, sequences_.handle_of(index), row});
-    // copy_tail_ stays: it only asks to look, and should this be taken back, a tail that is shared must still be copied.
+    // copy_tail_ stays: it only asks to look, and should this be taken back, a tail that is shared must still be
+    // copied.
   }
 
   void back_trash(i64 group, Transaction& tx) override {
@@ -192,6 +194,15 @@ class VirtualTable final : public PageTable {
       add_unbound(op.b);
     } else {
       throw SpecError("block: the virtual backend has no block table");
+    }
+  }
+
+  void unmap_all(Transaction& tx) override {
+    for (i64 row = 0; row < static_cast<i64>(rows_.size()); ++row) {
+      for (i64 a = 0; a < arenas_; ++a) {
+        const Extent& e = extent(row, a);
+        if (e.count > 0) unmap(row, a, e.lo, e.hi, pool_.fence(), tx);
+      }
     }
   }
 

@@ -89,7 +89,7 @@ class Allocator:
         self.spec, self.backend = spec, backend
         self.max_sequences = check_size("max_sequences", max_sequences)
         self.max_tokens = check_size("max_tokens", max_tokens)
-        self._owns_pool, self._recording = pool is None, record_ops
+        self._recording = record_ops
         self.pool = self._open_pool(pool, device, memory, page_bytes, driver, record_ops)
         home = self.pool.device
         self.device = home.torch_device
@@ -114,6 +114,7 @@ class Allocator:
             pool=self.pool.core,
             paged=BACKENDS[backend].paged,
             limit_pages=PagePool.pages("memory", limit, self.pool.page_bytes),
+            owns_pool=pool is None,
         )
         if record_ops:
             self.core.record()
@@ -325,7 +326,7 @@ class Allocator:
         ``OutOfMemory``, and nothing changed, when live sequences hold more than that.
         """
         pages = PagePool.pages("memory", parse_bytes("memory", memory), self.pool.page_bytes)
-        self.core.set_memory(pages, self._owns_pool)
+        self.core.set_memory(pages)
 
     def trim(self, bytes: int | str | None = None) -> int:
         """Gives parked and free pages back to the system: at least ``bytes`` of them if there are as many, or all.
