@@ -1,5 +1,150 @@
+// kvmem._core.Driver and what makes one. The verbs are bound one to one; the rules they obey are written in driver.h.
+
+#include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
+
 #include "bindings.h"
+#include "driver.h"
+#include "driver_checked.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
 
 namespace kvmem {
-void bind_drivers(nanobind::module_&) {}
+namespace {
+
+// Every verb may enter the kernel or block on a device, so other Python threads run meanwhile.
+using Free = nb::call_guard<nb::gil_scoped_release>;
+
+// Through the kernel, which answers EFAULT where a load or store of ours would be a fatal signal.
+[[noreturn]] void cannot_touch(const char* call, Address at, i64 bytes) {
+  const int code = errno;
+  throw DeviceError(std::string(call) + " of " + std::to_string(bytes) + " bytes at " + std::to_string(at) + ": " +
+                        (code ? std::strerror(code) : "only part of the range is accessible"),
+                    call, code);
+}
+
+nb::bytes read_bytes(Address at, i64 bytes) {
+  std::string data(static_cast<size_t>(bytes), '\0');
+  iovec ours{data.data(), data.size()}, theirs{reinterpret_cast<void*>(at), data.size()};
+  errno = 0;
+  if (process_vm_readv(getpid(), &ours, 1, &theirs, 1, 0) != bytes) cannot_touch("read_bytes", at, bytes);
+  return nb::bytes(data.data(), data.size());
+}
+
+void write_bytes(Address at, nb::bytes data) {
+  iovec ours{const_cast<char*>(data.c_str()), data.size()}, theirs{reinterpret_cast<void*>(at), data.size()};
+  errno = 0;
+  const i64 bytes = static_cast<i64>(data.size());
+  if (process_vm_writev(getpid(), &ours, 1, &theirs, 1, 0) != bytes) cannot_touch("write_bytes", at, bytes);
+}
+
+void bind_info(nb::module_& m) {
+  nb::class_<DriverInfo>(m, "DriverInfo", "What a driver is. Sizes in bytes.")
+      .def_ro("name", &DriverInfo::name)
+      .def_ro("dlpack_device_type", &DriverInfo::dlpack_device_type, "kDLCPU = 1, kDLCUDA = 2")
+      .def_ro("device_index", &DriverInfo::device_index)
+      .def_ro("granularity_bytes", &DriverInfo::granularity_bytes)
+      .def_ro("recommended_bytes", &DriverInfo::recommended_bytes)
+      .def_ro("total_bytes", &DriverInfo::total_bytes)
+      .def_ro("fresh_pages_are_zero", &DriverInfo::fresh_pages_are_zero);
+  nb::class_<DriverCounters>(m, "DriverCounters", "How often each verb was called, whether it succeeded or not.")
+      .def_ro("reserve", &DriverCounters::reserve)
+      .def_ro("release", &DriverCounters::release)
+      .def_ro("create", &DriverCounters::create)
+      .def_ro("destroy", &DriverCounters::destroy)
+      .def_ro("map", &DriverCounters::map)
+      .def_ro("set_access", &DriverCounters::set_access)
+      .def_ro("unmap", &DriverCounters::unmap)
+      .def_ro("zero", &DriverCounters::zero)
+      .def_ro("copy", &DriverCounters::copy)
+      .def_ro("record", &DriverCounters::record)
+      .def_ro("wait", &DriverCounters::wait)
+      .def_prop_ro("total", &DriverCounters::total, "Calls that manage memory: all but zero, copy, record and wait.");
+}
+
+void bind_driver(nb::module_& m) {
+  nb::class_<Driver>(m, "Driver", "The verbs of a device. Addresses, page handles, streams and events are ints.")
+      .def_prop_ro("info", &Driver::info, nb::rv_policy::reference_internal)
+      .def("counters", &Driver::counters)
+      .def("physical_bytes", &Driver::physical_bytes, Free())
+      .def("available_bytes", &Driver::available_bytes, Free())
+      .def("reserve", &Driver::reserve, "bytes"_a, "alignment"_a = 0, Free())
+      .def("release", &Driver::release, "base"_a, "bytes"_a, Free())
+      .def("create", &Driver::create, "bytes"_a, Free())
+      .def("destroy", &Driver::destroy, "page"_a, Free())
+      .def("map", &Driver::map, "at"_a, "bytes"_a, "offset"_a, "page"_a, Free())
+      .def("set_access", &Driver::set_access, "at"_a, "bytes"_a, Free())
+      .def("unmap", &Driver::unmap, "at"_a, "bytes"_a, Free())
+      .def(
+          "map_run",
+          [](Driver& driver, Address at, i64 page_bytes, const std::vector<PageHandle>& pages) {
+            driver.map_run(at, page_bytes, pages.data(), static_cast<i64>(pages.size()));
+          },
+          "at"_a, "page_bytes"_a, "pages"_a, Free())
+      .def("unmap_run", &Driver::unmap_run, "at"_a, "page_bytes"_a, "count"_a, Free())
+      .def("zero", &Driver::zero, "at"_a, "bytes"_a, "stream"_a = 0, Free())
+      .def("copy", &Driver::copy, "to"_a, "source"_a, "bytes"_a, "stream"_a = 0, Free())
+      .def("record", &Driver::record, "stream"_a = 0, Free())
+      .def("done", &Driver::done, "event"_a, Free())
+      .def("wait", &Driver::wait, "event"_a, Free())
+      .def("forget", &Driver::forget, "event"_a, Free());
+}
+
+void bind_checked(nb::module_& m) {
+  nb::class_<CheckedDriver::Call>(m, "DriverCall", "One entry of CheckedDriver.log().")
+      .def_ro("verb", &CheckedDriver::Call::verb)
+      .def_ro("at", &CheckedDriver::Call::at, "0 where the verb has no address")
+      .def_ro("bytes", &CheckedDriver::Call::bytes)
+      .def_ro("id", &CheckedDriver::Call::id, "The page or the event; 0 where the verb has none.")
+      .def("__repr__", [](const CheckedDriver::Call& call) {
+        return call.verb + "(at=" + std::to_string(call.at) + ", bytes=" + std::to_string(call.bytes) +
+               ", id=" + std::to_string(call.id) + ")";
+      });
+  nb::class_<CheckedDriver::Live>(m, "DriverLive", "What a CheckedDriver holds now: all zero when nothing leaks.")
+      .def_ro("reservations", &CheckedDriver::Live::reservations)
+      .def_ro("pages", &CheckedDriver::Live::pages)
+      .def_ro("mappings", &CheckedDriver::Live::mappings)
+      .def_ro("events", &CheckedDriver::Live::events)
+      .def_ro("page_bytes", &CheckedDriver::Live::page_bytes);
+  nb::class_<CheckedDriver, Driver>(m, "CheckedDriver",
+                                    "Wraps a driver: refuses misuse, fails calls on request, holds events, counts.")
+      .def(
+          "__init__",
+          [](CheckedDriver* self, std::shared_ptr<Driver> inner) { new (self) CheckedDriver(std::move(inner)); },
+          "inner"_a)
+      .def("fail", &CheckedDriver::fail, "verb"_a, "nth"_a = 1, "code"_a = 2, "undo_too"_a = false,
+           "Fails the nth call from now of a verb ('' = any) once. Code 2 raises OutOfMemory, others DeviceError.")
+      .def("clear_failures", &CheckedDriver::clear_failures)
+      .def("pending_failures", &CheckedDriver::pending_failures)
+      .def("hold_events", &CheckedDriver::hold_events, "hold"_a,
+           "While held, recorded events are not done; wait() completes its event and counts in held_waits().")
+      .def("complete_events", &CheckedDriver::complete_events)
+      .def("held_waits", &CheckedDriver::held_waits)
+      .def("log", &CheckedDriver::log, "The last successful calls, oldest first.")
+      .def("clear_log", &CheckedDriver::clear_log)
+      .def("live", &CheckedDriver::live)
+      .def("touch", &CheckedDriver::touch, "at"_a, "bytes"_a, "DeviceError unless the range is mapped and accessible.");
+}
+
+}  // namespace
+
+void bind_drivers(nb::module_& m) {
+  bind_info(m);
+  bind_driver(m);
+  bind_checked(m);
+  m.def("host_driver", &make_host_driver, "The CPU device: memfd and mmap.");
+  m.def("cuda_driver", &make_cuda_driver, "index"_a = 0, "library"_a = "", Free(),
+        "A CUDA device. `library` is a path to libcuda; empty is $KVMEM_CUDA_DRIVER, or else libcuda.so.1.");
+  m.def("read_bytes", &read_bytes, "at"_a, "bytes"_a,
+        "The host bytes at an address. DeviceError, never a signal, where they cannot be read.");
+  m.def("write_bytes", &write_bytes, "at"_a, "data"_a, "The reverse of read_bytes.");
+}
+
 }  // namespace kvmem

@@ -7,7 +7,8 @@
 //   3. One page may be mapped at several addresses. A page is destroyed only when nothing maps it.
 //   4. unmap does not wait for work in flight: the caller waits for the event of the last user first.
 //   5. Every call that fails throws and has changed nothing. OutOfMemory where the driver says so, else DeviceError.
-// Sizes and addresses are multiples of info().granularity_bytes. Calls may come from any thread, one at a time.
+// Sizes and addresses of pages, mappings and reservations are multiples of info().granularity_bytes; zero and copy take
+// any. Calls may come from any thread. A driver made before fork() throws DeviceError in the child (see fork_guard.h).
 #pragma once
 
 #include <cstddef>
@@ -26,12 +27,12 @@ using Stream = std::uintptr_t;  // the driver's stream handle; 0 is the default 
 using Event = std::uint64_t;    // 0 is an event that has already completed
 
 struct DriverInfo {
-  std::string name;              // "host", "cuda", ...
-  int dlpack_device_type = 1;    // kDLCPU = 1, kDLCUDA = 2
+  std::string name;            // "host", "cuda", ...
+  int dlpack_device_type = 1;  // kDLCPU = 1, kDLCUDA = 2
   int device_index = 0;
-  i64 granularity_bytes = 0;     // every size and address is a multiple of this
-  i64 recommended_bytes = 0;     // the page size the driver itself would choose
-  i64 total_bytes = 0;           // physical memory of the device
+  i64 granularity_bytes = 0;  // every size and address is a multiple of this
+  i64 recommended_bytes = 0;  // the page size the driver itself would choose
+  i64 total_bytes = 0;        // physical memory of the device
   bool fresh_pages_are_zero = false;
 };
 
@@ -71,7 +72,8 @@ class Driver {
   virtual void map_run(Address at, i64 page_bytes, const PageHandle* pages, i64 count);
   virtual void unmap_run(Address at, i64 page_bytes, i64 count);
 
-  // Contents, ordered on `stream`. The range must be accessible.
+  // Contents, ordered on `stream`. Every range must be mapped by this driver and accessible. A copy must not overlap
+  // itself.
   virtual void zero(Address at, i64 bytes, Stream stream) = 0;
   virtual void copy(Address to, Address from, i64 bytes, Stream stream) = 0;
 
@@ -80,6 +82,16 @@ class Driver {
   virtual bool done(Event event) = 0;
   virtual void wait(Event event) = 0;
   virtual void forget(Event event) = 0;  // gives the event back; done() need not be true
+
+ protected:
+  // What the base unmap_run needs to know to put a page back when a later call of the same run fails.
+  struct Mapped {
+    PageHandle page = 0;  // 0: unknown, cannot be put back
+    bool accessible = false;
+  };
+  virtual Mapped mapped_at(Address) const { return {}; }
+  // Brackets the calls by which the base run verbs undo themselves.
+  virtual void undoing(bool /*begin*/) {}
 };
 
 // memfd + mmap: the CPU device. Real memory, really mapped on demand.

@@ -2,17 +2,127 @@
 // events back, and counts. Debug builds of the allocator and most tests run on it.
 #pragma once
 
+#include <deque>
 #include <map>
 #include <memory>
 #include <mutex>
-#include <set>
 #include <string>
+#include <unordered_map>
+#include <vector>
 
 #include "driver.h"
 
 namespace kvmem {
 
-class CheckedDriver;  // see driver_checked.cpp
+class CheckedDriver final : public Driver {
+ public:
+  explicit CheckedDriver(std::shared_ptr<Driver> inner);
+
+  // ---- Test controls. Verbs by name: reserve release create destroy map set_access unmap zero copy record wait.
+  // Makes the n-th call (1 = the next) of `verb` ("" = any) fail once with CUDA's `code`: 2 is OutOfMemory, any other
+  // DeviceError. The failing call does not reach the inner driver. Calls by which a run verb undoes itself neither
+  // count nor fail, unless `undo_too`. Several may be pending.
+  void fail(const std::string& verb, i64 nth, i64 code, bool undo_too = false);
+  void clear_failures();
+  i64 pending_failures() const;
+
+  // While events are held, what record() returns is not done, whatever the inner driver says. wait() on a held event
+  // does not block: it completes that event alone and counts it in held_waits(), so a test cannot hang and can see that
+  // someone waited.
+  void hold_events(bool hold);
+  void complete_events();  // completes those held so far
+  i64 held_waits() const;
+
+  struct Call {
+    std::string verb;
+    Address at;        // 0 where the verb has none
+    i64 bytes;         // 0 where the verb has none
+    std::uint64_t id;  // the page (create: the new one), or the event
+  };
+  std::vector<Call> log() const;  // successful calls, oldest first, at most the last kLogCalls
+  void clear_log();
+  static constexpr size_t kLogCalls = 1 << 16;
+
+  // What is held now: all zero when nothing leaks.
+  struct Live {
+    i64 reservations = 0, pages = 0, mappings = 0, events = 0, page_bytes = 0;
+  };
+  Live live() const;
+
+  // DeviceError unless the whole range is mapped and accessible: what a kernel that touches it would need.
+  void touch(Address at, i64 bytes) const;
+
+  // ---- The verbs.
+  const DriverInfo& info() const override { return inner_->info(); }
+  DriverCounters counters() const override;
+  i64 physical_bytes() const override { return inner_->physical_bytes(); }
+  i64 available_bytes() const override { return inner_->available_bytes(); }
+  Address reserve(i64 bytes, i64 alignment) override;
+  void release(Address base, i64 bytes) override;
+  PageHandle create(i64 bytes) override;
+  void destroy(PageHandle page) override;
+  void map(Address at, i64 bytes, i64 offset, PageHandle page) override;
+  void set_access(Address at, i64 bytes) override;
+  void unmap(Address at, i64 bytes) override;
+  void zero(Address at, i64 bytes, Stream stream) override;
+  void copy(Address to, Address from, i64 bytes, Stream stream) override;
+  Event record(Stream stream) override;
+  bool done(Event event) override;
+  void wait(Event event) override;
+  void forget(Event event) override;
+
+ protected:
+  // The run verbs are the base class's: single calls, each of which can be made to fail.
+  Mapped mapped_at(Address at) const override;
+  void undoing(bool begin) override;
+
+ private:
+  struct Page {
+    i64 bytes;
+    i64 mappings;
+  };
+  struct Mapping {
+    i64 bytes;
+    PageHandle page;
+    bool accessible;
+  };
+  struct Fence {
+    Event inner;
+    bool held;
+  };
+  struct Failure {
+    std::string verb;
+    i64 countdown;
+    i64 code;
+    bool undo_too;
+  };
+  using Mappings = std::map<Address, Mapping>;
+
+  void inject(const char* verb);  // throws where a failure is due
+  void note(const char* verb, Address at, i64 bytes, std::uint64_t id);
+  void check_size(const char* verb, Address at, i64 bytes) const;
+  void check_reserved(const char* verb, Address at, i64 bytes) const;
+  // Walks the mappings that cover [at, at + bytes) without a gap; refuses otherwise.
+  template <class Visit>
+  void cover(const char* verb, Address at, i64 bytes, Visit visit) const;
+  bool overlaps(Address at, i64 bytes) const;
+  void check_accessible(const char* verb, Address at, i64 bytes) const;
+
+  const std::shared_ptr<Driver> inner_;
+  mutable std::mutex mutex_;
+  DriverCounters counters_;
+  std::map<Address, i64> reservations_;
+  std::unordered_map<PageHandle, Page> pages_;
+  Mappings mappings_;
+  std::unordered_map<Event, Fence> events_;
+  Event last_event_ = 0;
+  std::vector<Failure> failures_;
+  bool undoing_ = false;
+  bool hold_ = false;
+  i64 held_waits_ = 0;
+  std::deque<Call> log_;
+};
+
 std::shared_ptr<CheckedDriver> make_checked_driver(std::shared_ptr<Driver> inner);
 
 }  // namespace kvmem

@@ -1,0 +1,103 @@
+// The part of the CUDA driver API that kvmem calls, declared by us: building needs no CUDA toolkit, and running none
+// needs a driver. tests/cuda_stub/check_abi.cpp compares every line here with the real cuda.h where there is one.
+#pragma once
+
+#include <cstddef>
+#include <string>
+
+#include "types.h"
+
+namespace kvmem::cuda {
+
+// Handles and enumerations have the width of the API's own; pointers are opaque.
+using Result = int;
+using DeviceId = int;
+using DevicePtr = unsigned long long;
+using AllocationHandle = unsigned long long;
+using ContextPtr = struct ContextTag*;
+using StreamPtr = struct StreamTag*;
+using EventPtr = struct EventTag*;
+
+struct MemLocation {
+  int type;
+  int id;
+};
+
+struct AllocationProp {
+  int type;
+  int requested_handle_types;
+  MemLocation location;
+  void* win32_handle_metadata;
+  struct {
+    unsigned char compression_type;
+    unsigned char gpu_direct_rdma_capable;
+    unsigned short usage;
+    unsigned char reserved[4];
+  } flags;
+};
+
+struct AccessDesc {
+  MemLocation location;
+  int flags;
+};
+
+static_assert(sizeof(MemLocation) == 8 && sizeof(AllocationProp) == 32 && sizeof(AccessDesc) == 12);
+static_assert(offsetof(AllocationProp, location) == 8 && offsetof(AllocationProp, flags) == 24);
+
+constexpr Result kSuccess = 0, kInvalidValue = 1, kOutOfMemory = 2, kDeinitialized = 4, kNoDevice = 100,
+                 kNotReady = 600, kContextIsDestroyed = 709;
+constexpr int kAttributeVmmSupported = 102;
+constexpr int kAllocationTypePinned = 1, kLocationDevice = 1, kAccessReadWrite = 3;
+constexpr int kGranularityMinimum = 0, kGranularityRecommended = 1;
+constexpr unsigned kEventDisableTiming = 2;
+
+// ENTRY(name, version, arguments...): `version` is the CUDA release in which the entry point got the signature given
+// here. cuGetProcAddress is asked for exactly that one, which is how cuMemGetInfo_v2 and its like are told from their
+// elders.
+#define KVMEM_CUDA_ENTRIES(ENTRY)                                                                                      \
+  ENTRY(cuInit, 2000, unsigned flags)                                                                                  \
+  ENTRY(cuDeviceGetCount, 2000, int* count)                                                                            \
+  ENTRY(cuDeviceGet, 2000, DeviceId* device, int ordinal)                                                              \
+  ENTRY(cuDeviceGetAttribute, 2000, int* value, int attribute, DeviceId device)                                        \
+  ENTRY(cuDeviceTotalMem, 3020, size_t* bytes, DeviceId device)                                                        \
+  ENTRY(cuDevicePrimaryCtxRetain, 7000, ContextPtr* context, DeviceId device)                                          \
+  ENTRY(cuDevicePrimaryCtxRelease, 11000, DeviceId device)                                                             \
+  ENTRY(cuCtxPushCurrent, 4000, ContextPtr context)                                                                    \
+  ENTRY(cuCtxPopCurrent, 4000, ContextPtr* context)                                                                    \
+  ENTRY(cuCtxSynchronize, 2000)                                                                                        \
+  ENTRY(cuMemGetInfo, 3020, size_t* free, size_t* total)                                                               \
+  ENTRY(cuMemGetAllocationGranularity, 10020, size_t* bytes, const AllocationProp* prop, int option)                   \
+  ENTRY(cuMemAddressReserve, 10020, DevicePtr* at, size_t bytes, size_t alignment, DevicePtr hint,                     \
+        unsigned long long flags)                                                                                      \
+  ENTRY(cuMemAddressFree, 10020, DevicePtr at, size_t bytes)                                                           \
+  ENTRY(cuMemCreate, 10020, AllocationHandle* handle, size_t bytes, const AllocationProp* prop,                        \
+        unsigned long long flags)                                                                                      \
+  ENTRY(cuMemRelease, 10020, AllocationHandle handle)                                                                  \
+  ENTRY(cuMemMap, 10020, DevicePtr at, size_t bytes, size_t offset, AllocationHandle handle, unsigned long long flags) \
+  ENTRY(cuMemUnmap, 10020, DevicePtr at, size_t bytes)                                                                 \
+  ENTRY(cuMemSetAccess, 10020, DevicePtr at, size_t bytes, const AccessDesc* access, size_t count)                     \
+  ENTRY(cuMemsetD8Async, 3020, DevicePtr at, unsigned char value, size_t bytes, StreamPtr stream)                      \
+  ENTRY(cuMemcpyDtoDAsync, 3020, DevicePtr to, DevicePtr from, size_t bytes, StreamPtr stream)                         \
+  ENTRY(cuEventCreate, 2000, EventPtr* event, unsigned flags)                                                          \
+  ENTRY(cuEventRecord, 2000, EventPtr event, StreamPtr stream)                                                         \
+  ENTRY(cuEventQuery, 2000, EventPtr event)                                                                            \
+  ENTRY(cuEventSynchronize, 2000, EventPtr event)                                                                      \
+  ENTRY(cuEventDestroy, 4000, EventPtr event)                                                                          \
+  ENTRY(cuGetErrorName, 6000, Result code, const char** text)                                                          \
+  ENTRY(cuGetErrorString, 6000, Result code, const char** text)
+
+// Every entry point, resolved. The library stays loaded for the life of the process: it has threads of its own.
+struct Api {
+#define KVMEM_CUDA_MEMBER(name, version, ...) Result (*name)(__VA_ARGS__) = nullptr;
+  KVMEM_CUDA_ENTRIES(KVMEM_CUDA_MEMBER)
+#undef KVMEM_CUDA_MEMBER
+
+  // "CUDA_ERROR_INVALID_VALUE (invalid argument)"
+  std::string describe(Result code) const;
+};
+
+// `library` is a path or soname; "" is $KVMEM_CUDA_DRIVER, or else libcuda.so.1. DeviceError where it cannot be opened
+// or an entry point is missing.
+Api load_api(const std::string& library);
+
+}  // namespace kvmem::cuda

@@ -1,0 +1,64 @@
+// The run verbs for drivers that have nothing better: one call a page, undone when one fails.
+
+#include "driver.h"
+
+#include <vector>
+
+namespace kvmem {
+namespace {
+
+// An undo that fails too leaves the run half done. That breaks rule 5 of driver.h, so say so with both causes.
+[[noreturn]] void half_done(const char* run, const Error& cause, const Error& undo) {
+  throw DeviceError(std::string(run) + " failed (" + cause.what() + ") and could not be undone (" + undo.what() +
+                        "): the range is now partly mapped; discard this driver",
+                    run);
+}
+
+}  // namespace
+
+void Driver::map_run(Address at, i64 page_bytes, const PageHandle* pages, i64 count) {
+  i64 mapped = 0;
+  try {
+    for (; mapped < count; ++mapped) map(at + mapped * page_bytes, page_bytes, 0, pages[mapped]);
+  } catch (const Error& cause) {
+    undoing(true);
+    try {
+      while (mapped > 0) unmap(at + --mapped * page_bytes, page_bytes);
+    } catch (const Error& undo) {
+      undoing(false);
+      half_done("map_run", cause, undo);
+    }
+    undoing(false);
+    throw;
+  }
+}
+
+void Driver::unmap_run(Address at, i64 page_bytes, i64 count) {
+  std::vector<Mapped> taken;
+  taken.reserve(count);
+  try {
+    for (i64 i = 0; i < count; ++i) {
+      const Mapped before = mapped_at(at + i * page_bytes);
+      unmap(at + i * page_bytes, page_bytes);
+      taken.push_back(before);
+    }
+  } catch (const Error& cause) {
+    undoing(true);
+    try {
+      while (!taken.empty()) {
+        const Mapped before = taken.back();
+        taken.pop_back();
+        const Address page_at = at + taken.size() * page_bytes;
+        map(page_at, page_bytes, 0, before.page);
+        if (before.accessible) set_access(page_at, page_bytes);
+      }
+    } catch (const Error& undo) {
+      undoing(false);
+      half_done("unmap_run", cause, undo);
+    }
+    undoing(false);
+    throw;
+  }
+}
+
+}  // namespace kvmem

@@ -1,0 +1,425 @@
+// The host driver: memfd + mmap. Physical memory is one sparse file, a page is a range of it, mapping is
+// mmap(MAP_FIXED).
+//
+// The rules of driver.h are checked here and not left to the kernel, because mmap(MAP_FIXED) would silently replace
+// whatever lies at an address, and punching a hole under a mapping makes it read zeros instead of failing.
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <cerrno>
+#include <cstring>
+#include <map>
+#include <mutex>
+#include <unordered_map>
+
+#include "driver.h"
+#include "fork_guard.h"
+#include "host_file.h"
+#include "host_memory.h"
+#include "host_pieces.h"
+
+namespace kvmem {
+namespace {
+
+// Mappings held by all host drivers of this process: the kernel's limit is per process.
+std::atomic<i64> mappings_held{0};
+
+std::string hex(Address at) {
+  char text[32];
+  std::snprintf(text, sizeof text, "0x%zx", static_cast<size_t>(at));
+  return text;
+}
+
+std::string range(Address at, i64 bytes) { return "[" + hex(at) + ", +" + std::to_string(bytes) + ")"; }
+
+[[noreturn]] void refuse(const char* call, const std::string& why) {
+  throw DeviceError(std::string("the host driver: ") + call + ": " + why, call, EINVAL);
+}
+
+// errno of a failed system call, as the right error. Where memory or mappings ran out nothing is broken: OutOfMemory.
+[[noreturn]] void system_failed(const char* call, const char* system_call, const std::string& what) {
+  const int code = errno;
+  const std::string message =
+      std::string("the host driver: ") + call + " of " + what + ": " + system_call + " failed: " + std::strerror(code);
+  if (code == ENOMEM) {
+    throw OutOfMemory(message +
+                      " (address space, or vm.max_map_count: use a larger page_bytes, fewer rows, or raise it)");
+  }
+  throw DeviceError(message, call, code);
+}
+
+class HostDriver final : public Driver {
+ public:
+  HostDriver() : max_mappings_(host_max_mappings()) {
+    info_.name = "host";
+    info_.granularity_bytes = sysconf(_SC_PAGESIZE);
+    info_.recommended_bytes = round_up(64 * 1024, info_.granularity_bytes);
+    info_.total_bytes = host_total_bytes();
+    info_.fresh_pages_are_zero = true;
+  }
+  ~HostDriver() override;
+
+  const DriverInfo& info() const override { return info_; }
+  DriverCounters counters() const override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return counters_;
+  }
+  i64 physical_bytes() const override {
+    fork_.check(kName);
+    return file_.physical_bytes();
+  }
+  i64 available_bytes() const override;
+
+  Address reserve(i64 bytes, i64 alignment) override;
+  void release(Address base, i64 bytes) override;
+  PageHandle create(i64 bytes) override;
+  void destroy(PageHandle page) override;
+  void map(Address at, i64 bytes, i64 offset, PageHandle page) override;
+  void set_access(Address at, i64 bytes) override;
+  void unmap(Address at, i64 bytes) override { unmap_run(at, bytes, 1); }
+  void map_run(Address at, i64 page_bytes, const PageHandle* pages, i64 count) override;
+  void unmap_run(Address at, i64 page_bytes, i64 count) override;
+
+  void zero(Address at, i64 bytes, Stream stream) override;
+  void copy(Address to, Address from, i64 bytes, Stream stream) override;
+
+  // The CPU has done everything by the time a call returns, so there is only the completed event.
+  Event record(Stream) override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    fork_.check(kName);
+    ++counters_.record;
+    return 0;
+  }
+  bool done(Event) override { return true; }
+  void wait(Event) override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    ++counters_.wait;
+  }
+  void forget(Event) override {}
+
+ private:
+  static constexpr const char* kName = "the host driver";
+  struct Page {
+    i64 bytes;
+    i64 mappings;
+  };
+  // Pages that lie back to back in the file: one mmap.
+  struct Run {
+    i64 first, count, offset;
+  };
+
+  PageHandle handle_of(i64 offset) const { return static_cast<PageHandle>(offset / info_.granularity_bytes + 1); }
+  i64 offset_of(PageHandle page) const { return static_cast<i64>(page - 1) * info_.granularity_bytes; }
+  void check_size(const char* call, Address at, i64 bytes) const;
+  HostPieces& reservation(const char* call, Address at, i64 bytes);
+  Page& page_of(const char* call, PageHandle page, i64 bytes);
+  void check_accessible(const char* call, Address at, i64 bytes);
+  std::vector<Run> runs_of(i64 page_bytes, const PageHandle* pages, i64 count);
+  void check_mappings(i64 more, i64 percent) const;
+  void map_file(Address at, i64 bytes, i64 offset) const;
+  bool make_hole(Address at, i64 bytes) const;
+  // Applies `change` to the pieces of a reservation and keeps the process's count of mappings.
+  template <class Change>
+  void account(HostPieces& pieces, Change change) {
+    const i64 before = pieces.count();
+    change(pieces);
+    mappings_held += pieces.count() - before;
+  }
+
+  const ForkGuard fork_;
+  const i64 max_mappings_;
+  DriverInfo info_;
+  HostFile file_;
+  mutable std::mutex mutex_;  // not held while bytes are copied
+  DriverCounters counters_;
+  i64 created_bytes_ = 0;
+  std::unordered_map<PageHandle, Page> pages_;
+  std::map<Address, HostPieces> reservations_;
+};
+
+HostDriver::~HostDriver() {
+  for (auto& [base, pieces] : reservations_) {
+    mappings_held -= pieces.count();
+    // In a forked child nothing is mapped there (MADV_DONTFORK) and the addresses may since belong to someone else.
+    if (!fork_.forked()) munmap(reinterpret_cast<void*>(base), pieces.bytes());
+  }
+}
+
+i64 HostDriver::available_bytes() const {
+  fork_.check(kName);
+  std::lock_guard<std::mutex> lock(mutex_);
+  // Created pages that nobody has touched yet are promised, though the system still counts them as free.
+  const i64 promised = std::max<i64>(0, created_bytes_ - file_.physical_bytes());
+  return std::max<i64>(0, std::min(host_available_bytes() - promised, info_.total_bytes - created_bytes_));
+}
+
+// ---- Checks --------------------------------------------------------------------------------------------------------
+
+void HostDriver::check_size(const char* call, Address at, i64 bytes) const {
+  const i64 granularity = info_.granularity_bytes;
+  if (bytes <= 0 || bytes % granularity || at % granularity) {
+    refuse(call, range(at, bytes) + " is not a positive multiple of the granularity, " + std::to_string(granularity));
+  }
+}
+
+HostPieces& HostDriver::reservation(const char* call, Address at, i64 bytes) {
+  auto it = reservations_.upper_bound(at);
+  if (it == reservations_.begin() || !std::prev(it)->second.contains(at, bytes)) {
+    refuse(call, range(at, bytes) + " does not lie in one reserved range");
+  }
+  return std::prev(it)->second;
+}
+
+HostDriver::Page& HostDriver::page_of(const char* call, PageHandle page, i64 bytes) {
+  auto it = pages_.find(page);
+  if (it == pages_.end()) refuse(call, "there is no page " + std::to_string(page));
+  if (it->second.bytes != bytes) {
+    refuse(call, "page " + std::to_string(page) + " has " + std::to_string(it->second.bytes) +
+                     " bytes and is mapped whole, not " + std::to_string(bytes));
+  }
+  return it->second;
+}
+
+void HostDriver::check_accessible(const char* call, Address at, i64 bytes) {
+  if (bytes < 0) refuse(call, "a negative size");
+  HostPieces& pieces = reservation(call, at, bytes);
+  if (bytes && !pieces.all(at, bytes, [](const auto& piece) { return piece.accessible; })) {
+    refuse(call, range(at, bytes) + " is not wholly mapped and accessible (map, then set_access)");
+  }
+}
+
+// Past vm.max_map_count the kernel refuses every mmap, even the one by which a mapping becomes a hole again: the
+// process would be stuck. So new mappings stop at 80 %, and an unmap that splits a mapping in two stops at 90 %; the
+// rest is for the process's other mappings. An unmap that does not split always goes through.
+void HostDriver::check_mappings(i64 more, i64 percent) const {
+  const i64 budget = max_mappings_ / 100 * percent, held = mappings_held.load();
+  if (more <= 0 || held + more <= budget) return;
+  throw OutOfMemory("the host driver: " + std::to_string(held) + " kernel mappings are held and " +
+                    std::to_string(more) + " more would pass " + std::to_string(budget) + ", " +
+                    std::to_string(percent) + " % of vm.max_map_count = " + std::to_string(max_mappings_) +
+                    ". Free sequences, use a larger page_bytes or fewer rows, or raise `sysctl vm.max_map_count`");
+}
+
+// ---- Address space -------------------------------------------------------------------------------------------------
+
+Address HostDriver::reserve(i64 bytes, i64 alignment) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  ++counters_.reserve;
+  fork_.check(kName);
+  check_size("reserve", 0, bytes);
+  if (alignment < 0 || (alignment & (alignment - 1))) refuse("reserve", "alignment is not 0 or a power of two");
+  const i64 slack = alignment > info_.granularity_bytes ? alignment : 0;
+  if (bytes > (i64{1} << 62) - slack) {
+    throw OutOfMemory("the host driver: reserve of " + std::to_string(bytes) +
+                      " bytes: more than an address space holds");
+  }
+  check_mappings(1, 80);
+  const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+  void* got = mmap(nullptr, bytes + slack, PROT_NONE, flags, -1, 0);
+  if (got == MAP_FAILED) system_failed("reserve", "mmap", std::to_string(bytes) + " bytes");
+  Address base = reinterpret_cast<Address>(got);
+  if (slack) {
+    const Address aligned = (base + alignment - 1) & ~static_cast<Address>(alignment - 1);
+    if (aligned > base) munmap(got, aligned - base);
+    const Address end = base + bytes + slack;
+    if (end > aligned + bytes) munmap(reinterpret_cast<void*>(aligned + bytes), end - (aligned + bytes));
+    base = aligned;
+  }
+  madvise(reinterpret_cast<void*>(base), bytes, MADV_DONTFORK);  // holes hold nothing; a failure here is harmless
+  reservations_.emplace(base, HostPieces(base, bytes));
+  ++mappings_held;
+  return base;
+}
+
+void HostDriver::release(Address base, i64 bytes) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  ++counters_.release;
+  fork_.check(kName);
+  auto it = reservations_.find(base);
+  if (it == reservations_.end() || it->second.bytes() != bytes) {
+    refuse("release", range(base, bytes) + " is not what reserve returned");
+  }
+  if (it->second.offset_at(base) != HostPieces::kHole || it->second.count() != 1) {
+    refuse("release", range(base, bytes) + " still has pages mapped in it");
+  }
+  if (munmap(reinterpret_cast<void*>(base), bytes) != 0) system_failed("release", "munmap", range(base, bytes));
+  reservations_.erase(it);
+  --mappings_held;
+}
+
+// ---- Pages ---------------------------------------------------------------------------------------------------------
+
+PageHandle HostDriver::create(i64 bytes) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  ++counters_.create;
+  fork_.check(kName);
+  check_size("create", 0, bytes);
+  // The file is sparse, so the system would say no only at first touch, with a signal. Promise no more than there is.
+  if (bytes > info_.total_bytes - created_bytes_) {
+    throw OutOfMemory("the host driver: create of " + std::to_string(bytes) +
+                      " bytes: " + std::to_string(created_bytes_) + " of " + std::to_string(info_.total_bytes) +
+                      " bytes of memory are already created; destroy pages first");
+  }
+  const PageHandle page = handle_of(file_.take(bytes));
+  pages_[page] = {bytes, 0};
+  created_bytes_ += bytes;
+  return page;
+}
+
+void HostDriver::destroy(PageHandle page) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  ++counters_.destroy;
+  fork_.check(kName);
+  auto it = pages_.find(page);
+  if (it == pages_.end()) refuse("destroy", "there is no page " + std::to_string(page));
+  if (it->second.mappings) {
+    refuse("destroy", "page " + std::to_string(page) + " is still mapped at " + std::to_string(it->second.mappings) +
+                          " address(es)");
+  }
+  file_.give(offset_of(page), it->second.bytes);
+  created_bytes_ -= it->second.bytes;
+  pages_.erase(it);
+}
+
+// ---- Mappings ------------------------------------------------------------------------------------------------------
+
+// Mapped without access, so that a touch before set_access faults here as it does on a GPU.
+void HostDriver::map_file(Address at, i64 bytes, i64 offset) const {
+  void* where = reinterpret_cast<void*>(at);
+  if (mmap(where, bytes, PROT_NONE, MAP_SHARED | MAP_FIXED, file_.fd(), offset) == MAP_FAILED) {
+    system_failed("map", "mmap", range(at, bytes));
+  }
+  // A shared mapping would stay shared with a forked child, which could then write into the parent's cache.
+  if (madvise(where, bytes, MADV_DONTFORK) != 0) {
+    const int code = errno;
+    make_hole(at, bytes);
+    errno = code;
+    system_failed("map", "madvise", range(at, bytes));
+  }
+}
+
+// Takes a mapping away but keeps the addresses ours: a munmap would let another thread's mmap have them.
+bool HostDriver::make_hole(Address at, i64 bytes) const {
+  void* where = reinterpret_cast<void*>(at);
+  const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED;
+  if (mmap(where, bytes, PROT_NONE, flags, -1, 0) == MAP_FAILED) return false;
+  madvise(where, bytes, MADV_DONTFORK);  // a new mapping loses the flag; with it the hole merges with its neighbours
+  return true;
+}
+
+void HostDriver::map(Address at, i64 bytes, i64 offset, PageHandle page) {
+  if (offset != 0) refuse("map", "offset is " + std::to_string(offset) + "; a page is mapped whole, from offset 0");
+  map_run(at, bytes, &page, 1);
+}
+
+std::vector<HostDriver::Run> HostDriver::runs_of(i64 page_bytes, const PageHandle* pages, i64 count) {
+  std::vector<Run> runs;
+  for (i64 i = 0; i < count; ++i) {
+    page_of("map", pages[i], page_bytes);
+    const i64 offset = offset_of(pages[i]);
+    if (!runs.empty() && runs.back().offset + runs.back().count * page_bytes == offset) {
+      ++runs.back().count;
+    } else {
+      runs.push_back({i, 1, offset});
+    }
+  }
+  return runs;
+}
+
+void HostDriver::map_run(Address at, i64 page_bytes, const PageHandle* pages, i64 count) {
+  if (count <= 0) return;
+  std::lock_guard<std::mutex> lock(mutex_);
+  fork_.check(kName);
+  check_size("map", at, page_bytes);
+  HostPieces& pieces = reservation("map", at, page_bytes * count);
+  if (!pieces.all(at, page_bytes * count, [](const auto& piece) { return piece.offset == HostPieces::kHole; })) {
+    refuse("map", range(at, page_bytes * count) + " is already mapped, in part or whole");
+  }
+  const std::vector<Run> runs = runs_of(page_bytes, pages, count);
+  check_mappings(static_cast<i64>(runs.size()) + 1, 80);  // and one, where they split the hole they lie in
+  for (const Run& run : runs) {
+    ++counters_.map;
+    try {
+      map_file(at + run.first * page_bytes, run.count * page_bytes, run.offset);
+    } catch (const Error&) {
+      if (run.first) make_hole(at, run.first * page_bytes);
+      throw;
+    }
+  }
+  account(pieces, [&](HostPieces& p) {
+    for (const Run& run : runs) p.map(at + run.first * page_bytes, run.count * page_bytes, run.offset);
+  });
+  for (i64 i = 0; i < count; ++i) ++pages_.find(pages[i])->second.mappings;
+}
+
+void HostDriver::set_access(Address at, i64 bytes) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  ++counters_.set_access;
+  fork_.check(kName);
+  check_size("set_access", at, bytes);
+  HostPieces& pieces = reservation("set_access", at, bytes);
+  if (!pieces.all(at, bytes, [](const auto& piece) { return piece.offset != HostPieces::kHole; })) {
+    refuse("set_access", range(at, bytes) + " is not wholly mapped");
+  }
+  if (mprotect(reinterpret_cast<void*>(at), bytes, PROT_READ | PROT_WRITE) != 0) {
+    const int code = errno;
+    // Over several mappings mprotect may have done some before it failed: take those back.
+    pieces.each(at, bytes, [](Address begin, Address end, const HostPieces::Piece& piece) {
+      if (!piece.accessible) mprotect(reinterpret_cast<void*>(begin), end - begin, PROT_NONE);
+    });
+    errno = code;
+    system_failed("set_access", "mprotect", range(at, bytes));
+  }
+  account(pieces, [&](HostPieces& p) { p.set_accessible(at, bytes); });
+}
+
+void HostDriver::unmap_run(Address at, i64 page_bytes, i64 count) {
+  if (count <= 0) return;
+  std::lock_guard<std::mutex> lock(mutex_);
+  ++counters_.unmap;
+  fork_.check(kName);
+  check_size("unmap", at, page_bytes);
+  HostPieces& pieces = reservation("unmap", at, page_bytes * count);
+  std::vector<Page*> pages;
+  pages.reserve(count);
+  for (i64 i = 0; i < count; ++i) {
+    const i64 offset = pieces.offset_at(at + i * page_bytes);
+    if (offset == HostPieces::kHole) refuse("unmap", range(at + i * page_bytes, page_bytes) + " is not mapped");
+    pages.push_back(&page_of("unmap", handle_of(offset), page_bytes));
+  }
+  check_mappings(pieces.growth_of_unmap(at, page_bytes * count), 90);
+  if (!make_hole(at, page_bytes * count)) system_failed("unmap", "mmap", range(at, page_bytes * count));
+  account(pieces, [&](HostPieces& p) { p.unmap(at, page_bytes * count); });
+  for (Page* page : pages) --page->mappings;
+}
+
+// ---- Contents ------------------------------------------------------------------------------------------------------
+
+void HostDriver::zero(Address at, i64 bytes, Stream) {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    ++counters_.zero;
+    fork_.check(kName);
+    check_accessible("zero", at, bytes);
+  }
+  std::memset(reinterpret_cast<void*>(at), 0, bytes);
+}
+
+void HostDriver::copy(Address to, Address from, i64 bytes, Stream) {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    ++counters_.copy;
+    fork_.check(kName);
+    check_accessible("copy", to, bytes);
+    check_accessible("copy", from, bytes);
+  }
+  std::memcpy(reinterpret_cast<void*>(to), reinterpret_cast<void*>(from), bytes);
+}
+
+}  // namespace
+
+std::shared_ptr<Driver> make_host_driver() { return std::make_shared<HostDriver>(); }
+
+}  // namespace kvmem

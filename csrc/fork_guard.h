@@ -1,0 +1,29 @@
+// A forked child has the parent's objects but must not have its cache: device memory, mappings and contexts belong to
+// the process that made them. Whoever owns such a thing keeps a ForkGuard and asks it before each use.
+#pragma once
+
+#include <cstdint>
+
+#include "types.h"
+
+namespace kvmem {
+
+class ForkGuard {
+ public:
+  ForkGuard();
+  // True in a process forked after this guard was made. One atomic load. (A bare clone() without libc's fork is not
+  // seen.)
+  bool forked() const;
+  // DeviceError in such a process; `what` names the owner, e.g. "the host driver".
+  void check(const char* what) const;
+
+ private:
+  std::uint64_t generation_;
+};
+
+// A descriptor that a forked child must not keep: a child holding a memfd would keep its memory alive after the parent
+// died. keep_in_parent() from open to close; the child closes it at once.
+void keep_in_parent(int fd);
+void close_kept(int fd);  // close() and forget; does nothing in a forked child, where it is closed already
+
+}  // namespace kvmem

@@ -1,0 +1,53 @@
+// The numbers that the deciding half works on: what a token takes, and where. Made by kvmem/layouts.py from a CacheSpec.
+#pragma once
+
+#include <vector>
+
+#include "types.h"
+
+namespace kvmem {
+
+enum class Growth : std::uint8_t {
+  token,    // one entry per token of the sequence
+  prefill,  // grows once, by its own count (cross attention), then stays
+  fixed,    // one entry per sequence (recurrent state)
+};
+
+enum class Zero : std::uint8_t {
+  never,   // pages come as they are
+  fresh,   // a page that this allocator has not owned before is zeroed when it is mapped
+  always,  // besides, memory is zeroed each time it is given to a sequence
+};
+
+// One group of layers and components whose tokens live and die together. Its tokens lie in `token_bytes.size()` arenas
+// (one for each `interleave` layers), token after token, `token_bytes[i]` apart in arena i.
+struct GroupGeometry {
+  Growth growth = Growth::token;
+  i64 block_tokens = 16;   // tokens of a block
+  i64 window_tokens = 0;   // keep only what a window of this many tokens needs; 0 keeps all
+  i64 payload_bytes = 0;   // bytes of one token that hold data (padding left out), all arenas together
+  i64 max_tokens = 0;      // the longest sequence this group can hold
+  i64 row_tokens = 0;      // virtual: tokens between the starts of two rows
+  i64 max_blocks = 0;      // paged: block ids are in [0, max_blocks)
+  std::vector<i64> token_bytes;
+  std::vector<i64> row_slots;    // virtual: slots of one row, per arena
+  std::vector<i64> arena_slots;  // slots of the whole arena, per arena
+};
+
+struct Geometry {
+  i64 page_bytes = 0;
+  i64 max_sequences = 0;
+  i64 tail_guard_tokens = 0;  // the frontier is kept this far ahead of the length
+  i64 map_ahead_tokens = 0;   // and the mapper maps this much further
+  Zero zero = Zero::fresh;
+  bool debug = false;  // run check() after each call that changes something
+  std::vector<GroupGeometry> groups;
+};
+
+// Blocks 0 and 1 belong to nobody. Padding rows of a batch, and table entries of dropped blocks, read block 0, which is
+// zero and stays so; padding tokens are written to block 1. In the virtual backend they lie in row 0.
+constexpr i32 kReadTrash = 0;
+constexpr i32 kWriteTrash = 1;
+constexpr i64 kTrashBlocks = 2;
+
+}  // namespace kvmem

@@ -1,0 +1,89 @@
+#include "host_file.h"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+#include <iterator>
+#include <string>
+
+#include "fork_guard.h"
+
+namespace kvmem {
+namespace {
+
+[[noreturn]] void fail(const char* call) {
+  const int code = errno;
+  throw DeviceError(std::string("the host driver: ") + call + " failed: " + std::strerror(code), call, code);
+}
+
+// Growing past RLIMIT_FSIZE would raise SIGXFSZ, which kills the process.
+i64 nominal_bytes() {
+  constexpr i64 kNominal = i64{1} << 46;
+  rlimit limit{};
+  if (getrlimit(RLIMIT_FSIZE, &limit) != 0 || limit.rlim_cur >= static_cast<rlim_t>(kNominal)) return kNominal;
+  return static_cast<i64>(limit.rlim_cur) / sysconf(_SC_PAGESIZE) * sysconf(_SC_PAGESIZE);
+}
+
+}  // namespace
+
+HostFile::HostFile() {
+  fd_ = memfd_create("kvmem", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+  if (fd_ < 0) fail("memfd_create");
+  const i64 bytes = nominal_bytes();
+  // Sealed against shrinking, because touching a mapping beyond the end of a file is SIGBUS. Punching holes stays
+  // allowed.
+  if (ftruncate(fd_, bytes) != 0 || fcntl(fd_, F_ADD_SEALS, F_SEAL_SHRINK) != 0) {
+    const int code = errno;
+    ::close(fd_);
+    errno = code;
+    fail("ftruncate");
+  }
+  free_[0] = bytes;
+  keep_in_parent(fd_);
+}
+
+HostFile::~HostFile() { close_kept(fd_); }
+
+i64 HostFile::take(i64 bytes) {
+  for (auto it = free_.begin(); it != free_.end(); ++it) {
+    if (it->second < bytes) continue;
+    const i64 offset = it->first, rest = it->second - bytes;
+    it = free_.erase(it);
+    if (rest > 0) free_.emplace_hint(it, offset + bytes, rest);
+    return offset;
+  }
+  throw OutOfMemory("the host driver: no " + std::to_string(bytes) +
+                    " adjacent bytes left in its file (RLIMIT_FSIZE is " + "the usual cause: raise `ulimit -f`)");
+}
+
+void HostFile::give(i64 offset, i64 bytes) {
+  int result;
+  do {
+    result = fallocate(fd_, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, bytes);
+  } while (result != 0 && errno == EINTR);
+  if (result != 0) fail("fallocate");
+  auto it = free_.emplace(offset, bytes).first;
+  auto next = std::next(it);
+  if (next != free_.end() && offset + bytes == next->first) {
+    it->second += next->second;
+    free_.erase(next);
+  }
+  if (it != free_.begin() && std::prev(it)->first + std::prev(it)->second == offset) {
+    std::prev(it)->second += it->second;
+    free_.erase(it);
+  }
+}
+
+i64 HostFile::physical_bytes() const {
+  struct stat status{};
+  if (fstat(fd_, &status) != 0) fail("fstat");
+  return static_cast<i64>(status.st_blocks) * 512;
+}
+
+}  // namespace kvmem

@@ -1,0 +1,125 @@
+// The kernel's view of one reservation, kept on our side: pieces of address space that have one file offset and one
+// protection. Neighbours that the kernel merges are merged here, so count() is the number of mappings (VMAs) it holds.
+#pragma once
+
+#include <algorithm>
+#include <iterator>
+#include <map>
+
+#include "driver.h"
+
+namespace kvmem {
+
+class HostPieces {
+ public:
+  struct Piece {
+    Address end;
+    i64 offset;  // in the memfd; kHole where nothing is mapped
+    bool accessible;
+  };
+  static constexpr i64 kHole = -1;
+
+  HostPieces(Address base, i64 bytes) : base_(base), end_(base + bytes) { pieces_[base] = {end_, kHole, false}; }
+
+  Address base() const { return base_; }
+  i64 bytes() const { return static_cast<i64>(end_ - base_); }
+  i64 count() const { return static_cast<i64>(pieces_.size()); }
+  bool contains(Address at, i64 bytes) const {
+    return at >= base_ && at <= end_ && bytes <= static_cast<i64>(end_ - at);
+  }
+
+  // The file offset mapped at `at`, or kHole.
+  i64 offset_at(Address at) const {
+    auto it = find(at);
+    return it->second.offset == kHole ? kHole : it->second.offset + static_cast<i64>(at - it->first);
+  }
+
+  // True if `test(piece)` holds for every piece that touches [at, at + bytes).
+  template <class Test>
+  bool all(Address at, i64 bytes, Test test) const {
+    for (auto it = find(at); it != pieces_.end() && it->first < at + bytes; ++it) {
+      if (!test(it->second)) return false;
+    }
+    return true;
+  }
+
+  // By how much count() would change if the range, wholly mapped, became a hole: at most 2, and negative where it joins
+  // holes.
+  i64 growth_of_unmap(Address at, i64 bytes) const {
+    const Address end = at + bytes;
+    auto it = find(at);
+    i64 growth = 1;
+    if (it->first < at) {
+      ++growth;  // its left part stays
+    } else if (it != pieces_.begin() && std::prev(it)->second.offset == kHole) {
+      --growth;
+    }
+    for (; it != pieces_.end() && it->first < end; ++it) {
+      --growth;
+      if (it->second.end > end) ++growth;  // its right part stays
+    }
+    if (it != pieces_.end() && it->first == end && it->second.offset == kHole) --growth;
+    return growth;
+  }
+
+  void map(Address at, i64 bytes, i64 offset) { assign(at, at + bytes, offset, false); }
+  void unmap(Address at, i64 bytes) { assign(at, at + bytes, kHole, false); }
+  void set_accessible(Address at, i64 bytes) {
+    const Address end = at + bytes;
+    while (at < end) {
+      const Address next = std::min(find(at)->second.end, end);
+      assign(at, next, offset_at(at), true);
+      at = next;
+    }
+  }
+
+  // Calls visit(begin, end, piece) for the part of each piece inside [at, at + bytes).
+  template <class Visit>
+  void each(Address at, i64 bytes, Visit visit) const {
+    const Address end = at + bytes;
+    for (auto it = find(at); it != pieces_.end() && it->first < end; ++it) {
+      visit(std::max(it->first, at), std::min(it->second.end, end), it->second);
+    }
+  }
+
+ private:
+  using Map = std::map<Address, Piece>;
+
+  Map::const_iterator find(Address at) const { return --pieces_.upper_bound(at); }
+
+  void split(Address at) {
+    auto it = --pieces_.upper_bound(at);
+    if (it->first == at || it->second.end <= at) return;
+    Piece right = it->second;
+    if (right.offset != kHole) right.offset += static_cast<i64>(at - it->first);
+    it->second.end = at;
+    pieces_[at] = right;
+  }
+
+  static bool merges(const Map::value_type& left, const Piece& right) {
+    if (left.second.accessible != right.accessible) return false;
+    if (left.second.offset == kHole || right.offset == kHole) return left.second.offset == right.offset;
+    return left.second.offset + static_cast<i64>(left.second.end - left.first) == right.offset;
+  }
+
+  void assign(Address at, Address end, i64 offset, bool accessible) {
+    split(at);
+    if (end < end_) split(end);
+    pieces_.erase(pieces_.lower_bound(at), pieces_.lower_bound(end));
+    auto it = pieces_.emplace(at, Piece{end, offset, accessible}).first;
+    auto next = std::next(it);
+    if (next != pieces_.end() && merges(*it, next->second)) {
+      it->second.end = next->second.end;
+      pieces_.erase(next);
+    }
+    if (it != pieces_.begin() && merges(*std::prev(it), it->second)) {
+      std::prev(it)->second.end = it->second.end;
+      pieces_.erase(it);
+    }
+  }
+
+  Address base_, end_;
+  Map pieces_;  // covers [base_, end_) without gaps
+};
+
+}  // namespace kvmem

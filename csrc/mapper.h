@@ -1,0 +1,54 @@
+// One long-lived thread that maps ahead, so that the step never waits for the driver. What it does was decided before,
+// under the pool's lock; it only executes. It knows no Python, and it is not started before the first job.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include "ops.h"
+
+namespace kvmem {
+
+class Space;
+
+class Mapper {
+ public:
+  Mapper() = default;
+  ~Mapper();  // finishes what is queued
+  Mapper(const Mapper&) = delete;
+  Mapper& operator=(const Mapper&) = delete;
+
+  // Queues records for execution; returns the number of the job. Jobs are done in order.
+  i64 post(std::shared_ptr<Space> space, std::vector<Op> ops);
+  i64 done() const { return done_.load(std::memory_order_acquire); }
+  i64 posted() const { return posted_; }
+  bool idle() const { return done() == posted_; }
+  void wait_idle();
+  // Records of jobs that failed, and of all that were queued behind them, oldest first. They were not executed.
+  std::vector<Op> take_failed();
+  bool has_failed() const { return failed_flag_.load(std::memory_order_acquire); }
+
+ private:
+  struct Job {
+    std::shared_ptr<Space> space;
+    std::vector<Op> ops;
+  };
+  void run();
+
+  std::mutex mutex_;
+  std::condition_variable wake_, rest_;
+  std::deque<Job> queue_;
+  std::vector<Op> failed_;
+  std::atomic<bool> failed_flag_{false};
+  std::atomic<i64> done_{0};
+  i64 posted_ = 0;  // written under the pool's lock only
+  bool stop_ = false;
+  std::thread thread_;
+};
+
+}  // namespace kvmem

@@ -1,0 +1,61 @@
+// The records that join the deciding half to the acting half. Every change of state is one of these: a decision pushes
+// it (which changes the bookkeeping), the space executes it (which changes memory), a replica applies it, and the log
+// that take_ops() hands out is nothing else. Plain integers only, so a list of them can be sent anywhere.
+#pragma once
+
+#include "types.h"
+
+namespace kvmem {
+
+enum class OpKind : std::uint8_t {
+  // What the acting half executes. An arena is one reserved address range; a slot is one page-sized piece of it.
+  create,   // a = first page, b = count
+  destroy,  // a = first page, b = count
+  map,      // at = arena, a = first slot, b = first page, c = count: slot a+i shows page b+i
+  unmap,    // at = arena, a = first slot, b = first page, c = count, d = number of the fence to wait for
+  zero,     // at = arena, a = offset in bytes, b = bytes
+  copy,     // at = arena, a = to offset, b = from offset, c = bytes
+  fence,    // a = number: marks what the device has been given so far
+  // What only the tables need.
+  open,    // a = sequence handle
+  close,   // a = sequence handle
+  bind,    // a = sequence handle, b = row
+  unbind,  // a = sequence handle, b = row
+  length,  // at = group, a = sequence handle, b = new number of tokens, c = old
+  commit,  // at = group, a = sequence handle, b = new number of committed tokens, c = old
+  front,   // at = group, a = sequence handle, b = new first token still held, c = old
+  block,   // at = group, a = sequence handle, b = ordinal, c = new block, d = old block (0 is none)
+};
+constexpr int kOpKinds = 15;
+
+struct Op {
+  OpKind kind;
+  i32 at = 0;
+  i64 a = 0, b = 0, c = 0, d = 0;
+};
+
+constexpr bool is_physical(OpKind kind) { return kind <= OpKind::fence; }
+
+// The record that takes `op` back. open and close carry d = 1 then, so that handles and free lists return exactly.
+inline Op inverse(Op op) {
+  switch (op.kind) {
+    case OpKind::create: op.kind = OpKind::destroy; break;
+    case OpKind::destroy: op.kind = OpKind::create; break;
+    case OpKind::map: op.kind = OpKind::unmap; break;
+    case OpKind::unmap: op.kind = OpKind::map; break;
+    case OpKind::fence: op.a -= 1; break;
+    case OpKind::open: op.kind = OpKind::close, op.d = 1; break;
+    case OpKind::close: op.kind = OpKind::open, op.d = 1; break;
+    case OpKind::bind: op.kind = OpKind::unbind; break;
+    case OpKind::unbind: op.kind = OpKind::bind; break;
+    case OpKind::length:
+    case OpKind::commit:
+    case OpKind::front: std::swap(op.b, op.c); break;
+    case OpKind::block: std::swap(op.c, op.d); break;
+    case OpKind::zero:
+    case OpKind::copy: break;  // they write only to memory that nobody owns yet
+  }
+  return op;
+}
+
+}  // namespace kvmem

@@ -1,0 +1,65 @@
+// What a backend is: the page table that says where a sequence's tokens lie. Two implementations, virtual_table (the
+// MMU holds the table: a row of addresses per sequence) and paged_table (kernels read it: a list of blocks per sequence).
+// Everything else (lengths, transactions, batches, accounting) is written once, in cache.cpp.
+//
+// Functions that take a Transaction only push records; the state changes in on_map, on_unmap and apply.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "geometry.h"
+#include "pages.h"
+#include "sequences.h"
+#include "transaction.h"
+
+namespace kvmem {
+
+// Where one sequence's entries of one group lie, for kernels.
+struct Placement {
+  const i32* blocks = nullptr;  // paged: the block table's row
+  i64 first_block = 0;          // virtual: the row's first block; the others follow
+  i64 row = -1;                 // virtual: the row, -1 where there are none
+};
+
+class PageTable : public PageOwner {
+ public:
+  // True if tokens [0, tokens) of the group have room already: nothing to decide, no driver call.
+  virtual bool has_room(i64 index, i64 group, i64 tokens) = 0;
+  // Makes room for tokens [old_tokens, new_tokens), copying the tail first where it is shared.
+  virtual void grow(i64 index, i64 group, i64 old_tokens, i64 new_tokens, Transaction& tx) = 0;
+  // The length is about to become `new_tokens`; what lies behind may go.
+  virtual void shrink(i64 index, i64 group, i64 old_tokens, i64 new_tokens, Transaction& tx) = 0;
+  // Tokens before `first` are no longer needed (a sliding window has passed them).
+  virtual void drop_front(i64 index, i64 group, i64 old_first, i64 first, Transaction& tx) = 0;
+  // Gives `child` (which holds nothing) the first `tokens` tokens of `parent`: whole shared pieces plus a copied tail.
+  virtual void share(i64 parent, i64 child, i64 group, i64 first, i64 tokens, Transaction& tx) = 0;
+  // The sequence ends; its lengths are about to become 0.
+  virtual void close(i64 index, Transaction& tx) = 0;
+  // Makes sure that blocks 0 and 1 (kReadTrash, kWriteTrash) of a group exist.
+  virtual void back_trash(i64 group, Transaction& tx) = 0;
+  // Room beyond the length that can be prepared in the background, best effort. False when nothing is to be done.
+  virtual bool map_ahead(i64 index, i64 group, i64 tokens, Transaction& tx) = 0;
+  // The records of the transaction that map_ahead filled are executed once job `job` is done.
+  virtual void set_pending(i64 index, i64 job) = 0;
+  virtual i64 pending(i64 index) const = 0;
+
+  virtual void apply(const Op& op) = 0;  // bind, unbind, block
+  // Where a token of a sequence lies: bytes from the start of the group's a-th arena.
+  virtual i64 offset_bytes(i64 index, i64 group, i64 a, i64 token) const = 0;
+  virtual Placement place(i64 index, i64 group) const = 0;
+  // The most tokens one sequence could grow to with `pages` more pages (an answer for error messages).
+  virtual i64 tokens_that_fit(i64 index, i64 group, i64 pages) const = 0;
+  // Bytes of live tokens, padding included, each physical byte once; and physical bytes with more than one user.
+  virtual void count_bytes(i64* used_bytes, i64* shared_bytes) const = 0;
+  virtual i64 first_arena(i64 group) const = 0;
+  // Slots of an arena up to and including the last mapped one: what a default tensor shows.
+  virtual i64 mapped_extent_slots(i64 group, i64 arena_in_group) const = 0;
+  virtual void check(std::vector<std::string>* out) const = 0;
+};
+
+std::unique_ptr<PageTable> make_virtual_table(const Geometry& geometry, PagePool& pool, const Sequences& sequences);
+std::unique_ptr<PageTable> make_paged_table(const Geometry& geometry, PagePool& pool, const Sequences& sequences);
+
+}  // namespace kvmem

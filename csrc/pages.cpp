@@ -1,0 +1,301 @@
+#include "pages.h"
+
+#include <algorithm>
+#include <string>
+
+#include "transaction.h"
+
+namespace kvmem {
+
+PagePool::PagePool(i64 page_bytes, i64 budget_pages, std::shared_ptr<Driver> driver, bool create_ahead)
+    : page_bytes_(page_bytes), create_ahead_(create_ahead) {
+  if (driver) {
+    const i64 step = driver->info().granularity_bytes;
+    if (page_bytes <= 0 || page_bytes % step != 0) {
+      throw SpecError("page_bytes is " + std::to_string(page_bytes) + "; device " + driver->info().name +
+                      " maps multiples of " + std::to_string(step) + " bytes");
+    }
+    space_ = std::make_shared<Space>(std::move(driver), page_bytes);
+  }
+  budget_pages_ = budget_pages;
+  refs_.assign(budget_pages, -1);
+  content_.assign(budget_pages, kGarbage);
+  if (create_ahead_ && budget_pages_ > 0) {
+    const Op op{OpKind::create, 0, 0, budget_pages_};
+    if (space_) {
+      std::vector<Op> stuck;
+      space_->execute(&op, &op + 1, &stuck);
+    }
+    apply(op, false);
+  }
+}
+
+void PagePool::add_owner(PageOwner* owner) {
+  owner->number = owners_seen_++;
+  owners_.push_back(owner);
+}
+
+void PagePool::remove_owner(PageOwner* owner) {
+  for (std::size_t i = 0; i < arenas_.size(); ++i) {
+    if (arenas_[i].owner != owner) continue;
+    if (space_) space_->remove_arena(static_cast<i32>(i));
+    arenas_[i] = Arena();
+  }
+  owners_.erase(std::find(owners_.begin(), owners_.end(), owner));
+}
+
+i32 PagePool::add_arena(PageOwner* owner, i64 slots) {
+  if (space_) space_->add_arena(slots);
+  Arena arena;
+  arena.owner = owner;
+  arena.slots = slots;
+  arenas_.push_back(arena);
+  return static_cast<i32>(arenas_.size() - 1);
+}
+
+// The page after `near` if it is free, else the lowest free one; -1 if none is.
+i64 PagePool::find_free(i64 near) const {
+  const i64 total = static_cast<i64>(refs_.size());
+  if (present_pages_ == mapped_pages_) return -1;
+  if (near >= 0 && near + 1 < total && refs_[near + 1] == 0) return near + 1;
+  while (refs_[free_hint_] != 0) ++free_hint_;
+  return free_hint_;
+}
+
+void PagePool::map_slots(PageOwner& owner, i32 arena, i64 slot, i64 count, i64 near, Zero zero, Transaction& tx) {
+  const i64 asked = count;
+  while (count > 0) {
+    const i64 allowed = owner.limit_pages - owner.owned_pages;
+    if (allowed <= 0) {
+      if (owner.spill(count, tx) == 0) refuse(owner, asked);
+      continue;
+    }
+    i64 page = find_free(near);
+    if (page < 0) {
+      const i64 room = budget_pages_ - present_pages_;
+      if (room > 0) {  // create the lowest absent pages, as many as are wanted and lie together
+        const i64 total = static_cast<i64>(refs_.size());
+        while (absent_hint_ < total && refs_[absent_hint_] >= 0) ++absent_hint_;
+        const i64 first = absent_hint_;
+        i64 n = 0;
+        while (n < std::min({count, room, allowed}) && first + n < total && refs_[first + n] < 0) ++n;
+        tx.push({OpKind::create, 0, first, n});
+        page = first;
+      } else {
+        i64 freed = owner.spill(count, tx);
+        for (PageOwner* other : owners_) {
+          if (freed >= count) break;
+          if (other != &owner) freed += other->spill(count - freed, tx);
+        }
+        if (freed == 0) refuse(owner, asked);
+        continue;
+      }
+    }
+    const i64 total = static_cast<i64>(refs_.size());
+    i64 n = 1;
+    while (n < std::min(count, allowed) && page + n < total && refs_[page + n] == 0) ++n;
+    tx.push({OpKind::map, arena, slot, page, n});
+    need_zero(owner, arena, slot, page, n, zero, tx);
+    slot += n;
+    count -= n;
+    near = page + n - 1;
+  }
+}
+
+// Zeroes what is not known to be zero, as far as the policy asks for it, and notes who writes here from now on.
+void PagePool::need_zero(const PageOwner& owner, i32 arena, i64 slot, i64 page, i64 count, Zero zero,
+                         Transaction& tx) {
+  for (i64 i = 0; i < count; ++i) {
+    i32& content = content_[page + i];
+    const bool dirty = content != kClean && (zero == Zero::always || (zero == Zero::fresh && content != owner.number));
+    if (dirty) tx.push({OpKind::zero, arena, (slot + i) * page_bytes_, page_bytes_});
+    content = owner.number;
+  }
+}
+
+void PagePool::refuse(const PageOwner& owner, i64 asked) const {
+  throw OutOfMemory(std::to_string(asked) + " more page(s) of " + std::to_string(page_bytes_) + " bytes are needed; " +
+                    std::to_string(owner.owned_pages) + " of " + std::to_string(owner.limit_pages) +
+                    " allowed pages are in use here, " + std::to_string(room_pages()) + " of " +
+                    std::to_string(budget_pages_) + " are left in the pool");
+}
+
+i64 PagePool::available_pages(const PageOwner& owner) const {
+  i64 pages = room_pages();
+  for (const PageOwner* other : owners_) pages += other->parked_pages();
+  return std::min(pages, owner.limit_pages - owner.owned_pages + owner.parked_pages());
+}
+
+namespace {
+// For transactions of the pool itself, which touch no table.
+class NoTables final : public TableState {
+ public:
+  void apply_table(const Op&) override { throw SpecError("a pool has no sequences"); }
+};
+}  // namespace
+
+void PagePool::set_budget(i64 pages) {
+  NoTables none;
+  Transaction tx(*this, none);
+  i64 excess = mapped_pages_ - pages;
+  for (PageOwner* owner : owners_) {
+    if (excess > 0) excess -= owner->spill(excess, tx);
+  }
+  if (excess > 0) {
+    throw OutOfMemory("asked for a budget of " + std::to_string(pages) + " pages of " + std::to_string(page_bytes_) +
+                      " bytes, but live sequences hold " + std::to_string(pages + excess) +
+                      ", which is the smallest that would fit; free or preempt sequences first");
+  }
+  if (present_pages_ > pages) give_back(present_pages_ - pages, tx);
+  if (pages > static_cast<i64>(refs_.size())) {
+    refs_.resize(pages, -1);
+    content_.resize(pages, kGarbage);
+  }
+  if (create_ahead_) {
+    for (i64 first = 0; present_pages_ < pages; ++first) {
+      if (refs_[first] >= 0) continue;
+      i64 n = 1;
+      while (present_pages_ + n < pages && refs_[first + n] < 0) ++n;
+      tx.push({OpKind::create, 0, first, n});
+    }
+  }
+  tx.commit();
+  budget_pages_ = pages;
+}
+
+void PagePool::count_calls(const std::vector<Op>& ops) {
+  i32 arena = -1;
+  i64 next = -1;
+  for (const Op& op : ops) {
+    if (op.kind == OpKind::map) {
+      driver_calls_ += op.c + (op.at != arena || op.a != next ? 1 : 0);
+      arena = op.at, next = op.a + op.c;
+    } else {
+      if (op.kind == OpKind::unmap) driver_calls_ += op.c;
+      if (is_physical(op.kind)) arena = -1;
+    }
+  }
+}
+
+// Highest pages first, so that what remains lies together.
+i64 PagePool::give_back(i64 pages, Transaction& tx) {
+  i64 given = 0;
+  for (i64 last = static_cast<i64>(refs_.size()); last > 0 && given < pages;) {
+    if (refs_[last - 1] != 0) {
+      --last;
+      continue;
+    }
+    i64 first = last - 1;
+    while (first > 0 && refs_[first - 1] == 0 && last - first < pages - given) --first;
+    tx.push({OpKind::destroy, 0, first, last - first});
+    given += last - first;
+    last = first;
+  }
+  return given;
+}
+
+void PagePool::apply(const Op& op, bool undo) {
+  switch (op.kind) {
+    case OpKind::create:
+      if (op.a < 0 || op.b < 0) throw SpecError("create: a page range below 0");
+      if (op.a + op.b > static_cast<i64>(refs_.size())) {
+        refs_.resize(op.a + op.b, -1);
+        content_.resize(op.a + op.b, kGarbage);
+      }
+      for (i64 p = op.a; p < op.a + op.b; ++p) {
+        if (refs_[p] >= 0) throw SpecError("create: page " + std::to_string(p) + " is there already");
+      }
+      for (i64 p = op.a; p < op.a + op.b; ++p) {
+        refs_[p] = 0;
+        content_[p] = space_ && space_->info().fresh_pages_are_zero && !undo ? kClean : kGarbage;
+      }
+      present_pages_ += op.b;
+      free_hint_ = std::min(free_hint_, op.a);
+      break;
+    case OpKind::destroy:
+      for (i64 p = op.a; p < op.a + op.b; ++p) {
+        if (p < 0 || p >= static_cast<i64>(refs_.size()) || refs_[p] != 0) {
+          throw SpecError("destroy: page " + std::to_string(p) + " is not free");
+        }
+      }
+      for (i64 p = op.a; p < op.a + op.b; ++p) refs_[p] = -1;
+      present_pages_ -= op.b;
+      absent_hint_ = std::min(absent_hint_, op.a);
+      break;
+    case OpKind::map: set_mapped(op); break;
+    case OpKind::unmap:
+      set_unmapped(op);
+      // Whatever the lost mapping held was written by an owner whose number may be gone by now.
+      if (undo) {
+        for (i64 p = op.b; p < op.b + op.c; ++p) {
+          if (refs_[p] == 0) content_[p] = kGarbage;
+        }
+      }
+      break;
+    case OpKind::fence:
+      if (op.a < fence_ - 1) throw SpecError("fence: numbers do not go back");
+      fence_ = op.a;
+      break;
+    default: break;
+  }
+}
+
+void PagePool::set_mapped(const Op& op) {
+  const i64 total = static_cast<i64>(refs_.size());
+  if (op.at < 0 || op.at >= static_cast<i32>(arenas_.size()) || arenas_[op.at].owner == nullptr || op.a < 0 ||
+      op.c <= 0 || op.a + op.c > arenas_[op.at].slots) {
+    throw SpecError("map: no such slots: arena " + std::to_string(op.at) + ", slot " + std::to_string(op.a));
+  }
+  for (i64 p = op.b; p < op.b + op.c; ++p) {
+    if (p < 0 || p >= total || refs_[p] < 0) throw SpecError("map: page " + std::to_string(p) + " was never created");
+  }
+  PageOwner& owner = *arenas_[op.at].owner;
+  owner.on_map(op);
+  for (i64 p = op.b; p < op.b + op.c; ++p) {
+    if (refs_[p]++ == 0) {
+      ++mapped_pages_;
+      ++owner.owned_pages;
+    }
+  }
+}
+
+void PagePool::set_unmapped(const Op& op) {
+  if (op.at < 0 || op.at >= static_cast<i32>(arenas_.size()) || arenas_[op.at].owner == nullptr || op.a < 0 ||
+      op.c <= 0 || op.a + op.c > arenas_[op.at].slots) {
+    throw SpecError("unmap: no such slots: arena " + std::to_string(op.at) + ", slot " + std::to_string(op.a));
+  }
+  PageOwner& owner = *arenas_[op.at].owner;
+  owner.on_unmap(op);
+  for (i64 p = op.b; p < op.b + op.c; ++p) {
+    if (--refs_[p] == 0) {
+      --mapped_pages_;
+      --owner.owned_pages;
+      free_hint_ = std::min(free_hint_, p);
+    }
+  }
+}
+
+void PagePool::check(std::vector<std::string>* out) const {
+  i64 present = 0, mapped = 0;
+  for (i32 refs : refs_) {
+    present += refs >= 0;
+    mapped += refs > 0;
+  }
+  if (present != present_pages_ || mapped != mapped_pages_) {
+    out->push_back("invariant 1: counted " + std::to_string(present) + " pages present and " + std::to_string(mapped) +
+                   " mapped, but the pool says " + std::to_string(present_pages_) + " and " +
+                   std::to_string(mapped_pages_));
+  }
+  if (present_pages_ > budget_pages_) {
+    out->push_back("invariant 1: " + std::to_string(present_pages_) + " pages exist, over the budget of " +
+                   std::to_string(budget_pages_));
+  }
+  i64 owned = 0;
+  for (const PageOwner* owner : owners_) owned += owner->owned_pages;
+  if (owned != mapped_pages_) {
+    out->push_back("invariant 1: owners hold " + std::to_string(owned) + " pages, but " +
+                   std::to_string(mapped_pages_) + " are mapped");
+  }
+}
+
+}  // namespace kvmem

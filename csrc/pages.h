@@ -1,0 +1,126 @@
+// The pool of physical pages: who may have how many, and which. The deciding half only; pool.space() acts.
+//
+// Invariant 1: present = free + mapped (parked pages are mapped ones), and present <= budget. A page is
+//   absent   never created, or given back to the system;
+//   free     created, mapped nowhere;
+//   mapped   refs > 0 slots show it. refs > 1 is sharing.
+#pragma once
+
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "driver.h"
+#include "mapper.h"
+#include "ops.h"
+#include "space.h"
+
+namespace kvmem {
+
+class Transaction;
+
+// Whoever maps pages of a pool: the page table of one allocator.
+class PageOwner {
+ public:
+  virtual ~PageOwner() = default;
+  // The state changes that one of its arenas has gained or lost mappings.
+  virtual void on_map(const Op& op) = 0;
+  virtual void on_unmap(const Op& op) = 0;
+  // Mapped pages that no live sequence needs.
+  virtual i64 parked_pages() const = 0;
+  // Pushes unmap records until about `pages` parked pages are free; returns how many it freed.
+  virtual i64 spill(i64 pages, Transaction& tx) = 0;
+
+  i64 owned_pages = 0;  // distinct pages mapped in its arenas
+  i64 limit_pages = 0;  // and how many that may be
+  i32 number = 0;       // counts the owners of a pool, from 0
+};
+
+class PagePool {
+ public:
+  // `driver` null: bookkeeping only, memory of any size. `create_ahead`: create the whole budget at once, so that no
+  // driver call for a page is left for later (28 us each on a GPU).
+  PagePool(i64 page_bytes, i64 budget_pages, std::shared_ptr<Driver> driver, bool create_ahead);
+
+  i64 page_bytes() const { return page_bytes_; }
+  i64 budget_pages() const { return budget_pages_; }
+  i64 present_pages() const { return present_pages_; }
+  i64 mapped_pages() const { return mapped_pages_; }
+  i64 free_pages() const { return present_pages_ - mapped_pages_; }
+  i64 room_pages() const { return budget_pages_ - mapped_pages_; }  // free, or could be created
+  i32 refs(i64 page) const { return refs_[page]; }
+  bool present(i64 page) const { return page >= 0 && page < static_cast<i64>(refs_.size()) && refs_[page] >= 0; }
+  bool create_ahead() const { return create_ahead_; }
+  Space* space() const { return space_.get(); }
+  std::shared_ptr<Space> shared_space() const { return space_; }
+  Mapper& mapper() { return mapper_; }
+  i64 fence() const { return fence_; }
+
+  void add_owner(PageOwner* owner);
+  void remove_owner(PageOwner* owner);  // with everything it has mapped
+  i32 add_arena(PageOwner* owner, i64 slots);
+
+  // --- decisions: push records to `tx` ---
+  // Maps `count` slots of an arena from `slot` on, taking pages that follow `near` where they are free, so that
+  // neighbours in the arena are neighbours in memory. Spills parked pages when none is free. OutOfMemory when there is
+  // nothing left; the transaction is then the caller's to drop.
+  void map_slots(PageOwner& owner, i32 arena, i64 slot, i64 count, i64 near, Zero zero, Transaction& tx);
+  i64 give_back(i64 pages, Transaction& tx);  // free pages to the system
+
+  // Grows or shrinks the budget, spilling parked pages of every owner. OutOfMemory, and nothing changed, when live
+  // sequences hold more. The caller holds the lock.
+  void set_budget(i64 pages);
+
+  // --- state: called by Transaction only ---
+  void apply(const Op& op, bool undo);
+
+  // Without a driver, what a GPU's driver would have been asked: one map for each page, one set_access for each run.
+  void count_calls(const std::vector<Op>& ops);
+  i64 driver_calls() const { return space_ ? space_->driver().counters().total() : driver_calls_; }
+
+  // Pages that could be had for `owner` right now, spilling included.
+  i64 available_pages(const PageOwner& owner) const;
+  void check(std::vector<std::string>* out) const;
+
+  // Serialises every allocator of this pool.
+  std::mutex mutex;
+  bool recording = false;
+  std::vector<Op> log;      // committed records, while recording
+  std::vector<Op> scratch;  // the buffer of the one open transaction
+
+ private:
+  struct Arena {
+    PageOwner* owner = nullptr;
+    i64 slots = 0;
+    i32 space_arena = -1;
+  };
+  // What a page holds: zeroes, garbage, or what owner number n left there.
+  static constexpr i32 kClean = -1;
+  static constexpr i32 kGarbage = -2;
+
+  i64 find_free(i64 near) const;
+  void need_zero(const PageOwner& owner, i32 arena, i64 slot, i64 page, i64 count, Zero zero, Transaction& tx);
+  void set_mapped(const Op& op);
+  void set_unmapped(const Op& op);
+  [[noreturn]] void refuse(const PageOwner& owner, i64 asked) const;
+
+  const i64 page_bytes_;
+  i64 budget_pages_ = 0;
+  i64 present_pages_ = 0;
+  i64 mapped_pages_ = 0;
+  i64 driver_calls_ = 0;
+  i64 fence_ = 0;
+  const bool create_ahead_;
+  mutable i64 free_hint_ = 0;    // no page below it is free
+  mutable i64 absent_hint_ = 0;  // no page below it is absent
+  std::vector<i32> refs_;     // -1 absent, 0 free, else the number of mappings
+  std::vector<i32> content_;  // kClean, kGarbage, or the number of the owner that wrote it
+  std::vector<Arena> arenas_;
+  std::vector<PageOwner*> owners_;
+  i32 owners_seen_ = 0;
+  std::shared_ptr<Space> space_;
+  Mapper mapper_;  // last: it stops before the space goes
+};
+
+}  // namespace kvmem

@@ -1,0 +1,218 @@
+#include "space.h"
+
+#include <algorithm>
+#include <chrono>
+#include <thread>
+
+namespace kvmem {
+
+Reservation::~Reservation() {
+  try {
+    driver_->release(base_, bytes_);
+  } catch (const Error&) {
+    // A destructor has nobody to tell. The addresses stay reserved; no memory is lost with them.
+  }
+}
+
+Space::Space(std::shared_ptr<Driver> driver, i64 page_bytes) : driver_(std::move(driver)), page_bytes_(page_bytes) {}
+
+Space::~Space() {
+  // Wait before unmapping, as always. A dead context makes every call here fail: the system has taken all back then.
+  try {
+    for (const Mark& mark : marks_) driver_->wait(mark.event);
+  } catch (const Error&) {
+  }
+  for (const Mark& mark : marks_) {
+    try {
+      driver_->forget(mark.event);
+    } catch (const Error&) {
+    }
+  }
+  for (std::size_t arena = 0; arena < arenas_.size(); ++arena) remove_arena(static_cast<i32>(arena));
+  for (PageHandle page : pages_) {
+    if (page == 0) continue;
+    try {
+      driver_->destroy(page);
+    } catch (const Error&) {
+    }
+  }
+}
+
+i32 Space::add_arena(i64 slots) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  Arena arena;
+  arena.reservation = std::make_unique<Reservation>(driver_, slots * page_bytes_, 0);
+  arena.slots.resize(static_cast<std::size_t>(slots));
+  arenas_.push_back(std::move(arena));
+  return static_cast<i32>(arenas_.size() - 1);
+}
+
+void Space::remove_arena(i32 number) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  Arena& arena = arenas_[number];
+  if (!arena.reservation) return;
+  const i64 slots = static_cast<i64>(arena.slots.size());
+  for (i64 from = 0; from < slots;) {
+    i64 to = from;
+    while (to < slots && arena.slots[to]) ++to;
+    if (to > from) {
+      try {
+        driver_->unmap_run(at(number, from), page_bytes_, to - from);
+      } catch (const Error&) {
+      }
+    }
+    from = to + 1;
+  }
+  arena = Arena();
+}
+
+Address Space::arena_base(i32 arena) const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return arenas_[arena].reservation->base();
+}
+
+i64 Space::arena_bytes(i32 arena) const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return arenas_[arena].reservation->bytes();
+}
+
+void Space::execute(const Op* first, const Op* last, std::vector<Op>* stuck) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  const Op* op = first;
+  try {
+    while (op != last) {
+      if (op->kind == OpKind::map) {
+        op += run_maps(op, static_cast<std::size_t>(last - op));
+      } else {
+        run_one(*op);
+        ++op;
+      }
+    }
+  } catch (const Error&) {
+    undo(first, op, stuck);
+    throw;
+  }
+}
+
+void Space::finish() {
+  Event event = 0;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    event = driver_->record(stream_);
+  }
+  // Asks now and then rather than waiting: the lock must stay free, since a driver takes one call at a time.
+  for (bool done = event == 0; !done;) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    done = driver_->done(event);
+    if (done) {
+      driver_->forget(event);
+    } else {
+      lock.unlock();
+      std::this_thread::sleep_for(std::chrono::microseconds(20));
+    }
+  }
+}
+
+// Maps the longest run of adjacent slots that starts at ops[0]; returns how many records it took. set_access costs per
+// call and not per byte, so the whole run gets one.
+std::size_t Space::run_maps(const Op* ops, std::size_t count) {
+  run_.clear();
+  std::size_t taken = 0;
+  i64 next = ops[0].a;
+  while (taken < count && ops[taken].kind == OpKind::map && ops[taken].at == ops[0].at && ops[taken].a == next) {
+    for (i64 i = 0; i < ops[taken].c; ++i) run_.push_back(pages_.at(ops[taken].b + i));
+    next += ops[taken].c;
+    ++taken;
+  }
+  const Address base = at(ops[0].at, ops[0].a);
+  const i64 pages = next - ops[0].a;
+  driver_->map_run(base, page_bytes_, run_.data(), pages);
+  try {
+    driver_->set_access(base, pages * page_bytes_);
+  } catch (const Error&) {
+    driver_->unmap_run(base, page_bytes_, pages);
+    throw;
+  }
+  std::vector<bool>& slots = arenas_[ops[0].at].slots;
+  std::fill(slots.begin() + ops[0].a, slots.begin() + next, true);
+  return taken;
+}
+
+void Space::run_one(const Op& op) {
+  switch (op.kind) {
+    case OpKind::create: {
+      if (static_cast<i64>(pages_.size()) < op.a + op.b) pages_.resize(op.a + op.b, 0);
+      i64 i = 0;
+      try {
+        for (; i < op.b; ++i) pages_[op.a + i] = driver_->create(page_bytes_);
+      } catch (const Error&) {
+        while (i-- > 0) {
+          driver_->destroy(pages_[op.a + i]);
+          pages_[op.a + i] = 0;
+        }
+        throw;
+      }
+      break;
+    }
+    case OpKind::destroy: {
+      i64 i = 0;
+      try {
+        for (; i < op.b; ++i) {
+          driver_->destroy(pages_[op.a + i]);
+          pages_[op.a + i] = 0;
+        }
+      } catch (const Error&) {
+        while (i-- > 0) pages_[op.a + i] = driver_->create(page_bytes_);  // they held nothing of value
+        throw;
+      }
+      break;
+    }
+    case OpKind::unmap: {
+      wait_for(op.d);
+      driver_->unmap_run(at(op.at, op.a), page_bytes_, op.c);
+      std::vector<bool>& slots = arenas_[op.at].slots;
+      std::fill(slots.begin() + op.a, slots.begin() + op.a + op.c, false);
+      break;
+    }
+    case OpKind::zero: driver_->zero(at(op.at, 0) + Address(op.a), op.b, stream_); break;
+    case OpKind::copy:
+      driver_->copy(at(op.at, 0) + Address(op.a), at(op.at, 0) + Address(op.b), op.c, stream_);
+      break;
+    case OpKind::fence: {
+      wait_for(0);  // only to forget what is done, so that the list stays short
+      const Event event = driver_->record(stream_);
+      if (event != 0) marks_.push_back({op.a, event});
+      break;
+    }
+    default: break;
+  }
+}
+
+void Space::undo(const Op* first, const Op* last, std::vector<Op>* stuck) {
+  while (last != first) {
+    const Op back = inverse(*--last);
+    try {
+      if (back.kind == OpKind::map) {
+        run_maps(&back, 1);
+      } else if (back.kind != OpKind::zero && back.kind != OpKind::copy && back.kind != OpKind::fence) {
+        run_one(back);
+      } else if (back.kind == OpKind::fence && !marks_.empty() && marks_.back().number == last->a) {
+        driver_->forget(marks_.back().event);
+        marks_.pop_back();
+      }
+    } catch (const Error&) {
+      stuck->push_back(back);
+    }
+  }
+}
+
+// Blocks until the work before fence `number` is done; forgets every event that is.
+void Space::wait_for(i64 number) {
+  while (!marks_.empty() && (marks_.front().number <= number || driver_->done(marks_.front().event))) {
+    if (marks_.front().number <= number) driver_->wait(marks_.front().event);
+    driver_->forget(marks_.front().event);
+    marks_.pop_front();
+  }
+}
+
+}  // namespace kvmem

@@ -1,0 +1,410 @@
+"""What is true of the host driver alone: its memory is a real file's, and the kernel agrees with its bookkeeping."""
+
+from __future__ import annotations
+
+import random
+import re
+import signal
+
+import pytest
+from support_drivers import assert_runs, run_python
+
+from kvmem import _core
+from kvmem.errors import DeviceError, OutOfMemory
+
+PAGE = 65536
+TIB = 1 << 40
+
+
+def smaps_rollup(field: str) -> int:
+    with open("/proc/self/smaps_rollup") as file:
+        return int(re.search(rf"^{field}:\s+(\d+) kB", file.read(), re.M).group(1)) * 1024
+
+
+def kernel_pieces(base: int, size: int) -> list[tuple[int, int, str, int]]:
+    """(begin, end, permissions, file offset or -1) of what the kernel maps in [base, base + size), as far as it lies inside.
+
+    Only the kernel's own merging is undone from outside: anonymous holes may be one with a neighbour's.
+    """
+    found = []
+    with open("/proc/self/maps") as file:
+        for line in file:
+            addresses, permissions, offset, _, inode = line.split()[:5]
+            begin, end = (int(x, 16) for x in addresses.split("-"))
+            if begin < base + size and end > base:
+                inside = max(begin, base), min(end, base + size)
+                found.append((*inside, permissions[:2], int(offset, 16) if inode != "0" else -1))
+    return found
+
+
+@pytest.fixture
+def driver() -> _core.Driver:
+    return _core.host_driver()
+
+
+def test_reserving_a_tebibyte_costs_nothing(driver: _core.Driver) -> None:
+    before = smaps_rollup("Pss")
+    bases = [driver.reserve(TIB) for _ in range(4)]
+    assert driver.physical_bytes() == 0
+    assert smaps_rollup("Pss") - before < 1 << 20
+    for base in bases:
+        driver.release(base, TIB)
+
+
+def test_physical_bytes_grow_only_with_pages_touched(driver: _core.Driver) -> None:
+    """fstat (what the file holds) and Pss (what this process is charged) move by the page, to the byte."""
+    base = driver.reserve(TIB)
+    pages = [driver.create(PAGE) for _ in range(64)]
+    assert driver.physical_bytes() == 0
+    driver.map_run(base, PAGE, pages)
+    driver.set_access(base, 64 * PAGE)
+    assert driver.physical_bytes() == 0
+    before = smaps_rollup("Pss")
+    driver.zero(base, 16 * PAGE)
+    assert driver.physical_bytes() == 16 * PAGE
+    driver.zero(base + 16 * PAGE, 48 * PAGE)
+    assert driver.physical_bytes() == 64 * PAGE
+    assert abs(smaps_rollup("Pss") - before - 64 * PAGE) < 1 << 20
+
+
+def test_a_page_mapped_twice_is_held_once(driver: _core.Driver) -> None:
+    """RSS counts an alias twice; Pss and the file do not."""
+    count = 256
+    one, two = driver.reserve(count * PAGE), driver.reserve(count * PAGE)
+    pages = [driver.create(PAGE) for _ in range(count)]
+    pss, rss = smaps_rollup("Pss"), smaps_rollup("Rss")
+    for base in (one, two):
+        driver.map_run(base, PAGE, pages)
+        driver.set_access(base, count * PAGE)
+    driver.zero(one, count * PAGE)
+    driver.copy(two, one, 0)
+    assert _core.read_bytes(two, count * PAGE) == bytes(count * PAGE)
+    assert driver.physical_bytes() == count * PAGE
+    assert smaps_rollup("Rss") - rss >= 2 * count * PAGE - (1 << 20)
+    # The kernel halves each page between its two mappings here; together they are charged once.
+    assert abs(smaps_rollup("Pss") - pss - count * PAGE) < 1 << 20
+
+
+def test_destroying_gives_memory_back_to_the_system(driver: _core.Driver) -> None:
+    count = 512
+    base = driver.reserve(count * PAGE)
+    pages = [driver.create(PAGE) for _ in range(count)]
+    driver.map_run(base, PAGE, pages)
+    driver.set_access(base, count * PAGE)
+    driver.zero(base, count * PAGE)
+    shared_before = meminfo("Shmem")
+    driver.unmap_run(base, PAGE, count)
+    assert driver.physical_bytes() == count * PAGE, "unmapping alone keeps a page's content"
+    for page in pages[::2]:
+        driver.destroy(page)
+    assert driver.physical_bytes() == count // 2 * PAGE
+    for page in pages[1::2]:
+        driver.destroy(page)
+    assert driver.physical_bytes() == 0
+    assert shared_before - meminfo("Shmem") > count * PAGE // 2  # system-wide, so only roughly
+
+
+def meminfo(field: str) -> int:
+    with open("/proc/meminfo") as file:
+        return int(re.search(rf"^{field}:\s+(\d+) kB", file.read(), re.M).group(1)) * 1024
+
+
+def test_destroyed_memory_reads_zero_when_created_again(driver: _core.Driver) -> None:
+    base = driver.reserve(PAGE)
+    page = driver.create(PAGE)
+    driver.map(base, PAGE, 0, page)
+    driver.set_access(base, PAGE)
+    _core.write_bytes(base, b"\xff" * PAGE)
+    driver.unmap(base, PAGE)
+    driver.destroy(page)
+    again = driver.create(PAGE)
+    assert again == page, "the lowest free range is handed out first"
+    driver.map(base, PAGE, 0, again)
+    driver.set_access(base, PAGE)
+    assert _core.read_bytes(base, PAGE) == bytes(PAGE)
+
+
+def test_pages_created_in_order_are_adjacent_and_map_in_one_call(driver: _core.Driver) -> None:
+    base = driver.reserve(1000 * PAGE)
+    pages = [driver.create(PAGE) for _ in range(1000)]
+    driver.map_run(base, PAGE, pages)
+    driver.set_access(base, 1000 * PAGE)
+    assert driver.counters().map == 1
+    assert [piece[2] for piece in kernel_pieces(base, 1000 * PAGE)] == ["rw"]
+
+
+def test_holes_in_the_file_are_filled_lowest_first(driver: _core.Driver) -> None:
+    pages = [driver.create(PAGE) for _ in range(8)]
+    for index in (5, 2, 3):
+        driver.destroy(pages[index])
+    big = driver.create(2 * PAGE)
+    assert big == pages[2], "two neighbours freed apart are one range again"
+    assert driver.create(PAGE) == pages[5]
+
+
+def test_our_pieces_are_the_kernels(driver: _core.Driver) -> None:
+    """Random maps, unmaps and accesses: /proc/self/maps shows the offset and protection of every page as a model says."""
+    seed = random.randrange(1 << 30)
+    print(f"seed {seed}")
+    rng = random.Random(seed)
+    slots, grain = 48, driver.info.granularity_bytes
+    base = driver.reserve(slots * grain)
+    pages = [driver.create(grain) for _ in range(24)]
+    model: list[tuple[int, bool] | None] = [None] * slots
+    for _ in range(600):
+        at = rng.randrange(slots)
+        count = rng.randint(1, min(6, slots - at))
+        span = range(at, at + count)
+        where = base + at * grain
+        action = rng.choice(["map", "unmap", "access"])
+        if action == "map" and all(model[i] is None for i in span):
+            first = rng.randrange(len(pages))
+            chosen = [pages[(first + k) % len(pages)] for k in range(count)]
+            driver.map_run(where, grain, chosen)
+            for i, page in zip(span, chosen, strict=True):
+                model[i] = (page, False)
+        elif action == "unmap" and all(model[i] is not None for i in span):
+            driver.unmap_run(where, grain, count)
+            for i in span:
+                model[i] = None
+        elif action == "access" and all(model[i] is not None for i in span):
+            driver.set_access(where, count * grain)
+            for i in span:
+                model[i] = (model[i][0], True)
+        seen: list[tuple[int, bool] | None] = [None] * slots
+        for begin, end, permissions, offset in kernel_pieces(base, slots * grain):
+            for address in range(begin, end, grain):
+                if offset >= 0:
+                    page = (offset + address - begin) // grain + 1
+                    seen[(address - base) // grain] = (page, permissions == "rw")
+                else:
+                    assert permissions == "--"
+        assert seen == model, f"seed {seed}"
+
+
+def test_create_promises_no_more_than_the_machine_has(driver: _core.Driver) -> None:
+    total = driver.info.total_bytes
+    page = driver.create(total // 2 // PAGE * PAGE)
+    with pytest.raises(OutOfMemory, match="destroy pages first"):
+        driver.create(total // 2 // PAGE * PAGE + 2 * PAGE)
+    driver.destroy(page)
+    assert driver.create(total // PAGE * PAGE)
+    assert driver.available_bytes() < PAGE
+    assert driver.physical_bytes() == 0
+
+
+def test_address_space_that_does_not_exist_is_a_typed_error(driver: _core.Driver) -> None:
+    with pytest.raises(OutOfMemory, match="reserve of"):
+        driver.reserve(1 << 50)
+    with pytest.raises(OutOfMemory):
+        driver.reserve(1 << 62)
+
+
+def test_touching_before_access_and_after_unmap_is_a_fault() -> None:
+    """Not the bookkeeping's opinion: a plain store there is SIGSEGV."""
+    code = """
+        import ctypes
+        from kvmem import _core
+        driver = _core.host_driver()
+        base = driver.reserve(65536)
+        page = driver.create(65536)
+        driver.map(base, 65536, 0, page)
+        {step}
+        ctypes.memset(base, 1, 1)
+    """
+    assert run_python(code.format(step="")).returncode == -signal.SIGSEGV
+    assert run_python(code.format(step="driver.set_access(base, 65536)")).returncode == 0
+    gone = "driver.set_access(base, 65536); driver.unmap(base, 65536)"
+    assert run_python(code.format(step=gone)).returncode == -signal.SIGSEGV
+
+
+def test_a_forked_child_has_no_share_in_the_cache() -> None:
+    out = assert_runs("""
+        import os, signal, ctypes, warnings
+        from kvmem import _core
+        from kvmem.errors import DeviceError
+        P = 65536
+        driver = _core.host_driver()
+        base = driver.reserve(4 * P)
+        pages = [driver.create(P) for _ in range(2)]
+        driver.map_run(base, P, pages)
+        driver.set_access(base, 2 * P)
+        _core.write_bytes(base, b"parent")
+
+        def in_child(work):
+            child = os.fork()
+            if child == 0:
+                try:
+                    os._exit(work() or 0)
+                except BaseException as error:
+                    print(repr(error), flush=True)
+                    os._exit(99)
+            return os.waitpid(child, 0)[1]
+
+        def refused():
+            calls = [lambda: driver.create(P), lambda: driver.map(base + 2 * P, P, 0, pages[0]), lambda: driver.unmap(base, P),
+                     lambda: driver.reserve(P), lambda: driver.release(base, 4 * P), lambda: driver.destroy(pages[0]),
+                     lambda: driver.zero(base, P), lambda: driver.copy(base, base + P, P), driver.physical_bytes,
+                     driver.available_bytes, lambda: driver.set_access(base, P), driver.record]
+            for call in calls:
+                try:
+                    call()
+                except DeviceError as error:
+                    assert "fork" in str(error), error
+                else:
+                    return 1
+            links = [os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{fd}")]
+            assert not any("kvmem" in link for link in links), links
+
+        def teardown_touches_nothing():
+            global driver
+            driver = None
+
+        def own_driver_works():
+            mine = _core.host_driver()
+            at = mine.reserve(P)
+            mine.map(at, P, 0, mine.create(P))
+            mine.set_access(at, P)
+            _core.write_bytes(at, b"child!")
+            assert _core.read_bytes(at, 6) == b"child!"
+
+        assert in_child(refused) == 0
+        assert in_child(lambda: ctypes.memset(base, 0, 6) and 0) == signal.SIGSEGV
+        assert in_child(teardown_touches_nothing) == 0
+        assert in_child(own_driver_works) == 0
+        assert _core.read_bytes(base, 6) == b"parent"
+        driver.unmap_run(base, P, 2)
+        driver.map(base, P, 0, pages[0])  # a mapping made anew must have the flag again
+        driver.set_access(base, P)
+        assert in_child(lambda: ctypes.memset(base, 0, 6) and 0) == signal.SIGSEGV
+        assert _core.read_bytes(base, 6) == b"parent"
+        print("ok")
+    """)
+    assert out.strip().endswith("ok")
+
+
+def test_the_kernels_limit_on_mappings_is_a_typed_error() -> None:
+    """Scattered pages meet vm.max_map_count as OutOfMemory with the driver whole; adjacent ones never meet it."""
+    out = assert_runs("""
+        from kvmem import _core
+        from kvmem.errors import OutOfMemory
+        limit = int(open("/proc/sys/vm/max_map_count").read())
+        assert limit <= 1_000_000, "raise COUNT: this machine's limit is far above the default"
+        driver = _core.host_driver()
+        P = driver.info.granularity_bytes
+        base = driver.reserve(1 << 40)
+        pages = [driver.create(P) for _ in range(limit + 5000)]
+        driver.map_run(base, P, pages)                       # adjacent: one mapping, however many pages
+        driver.set_access(base, P * len(pages))
+        driver.unmap_run(base, P, len(pages))
+        assert sum(1 for _ in open("/proc/self/maps")) < limit // 2
+        held = 0
+        try:
+            for page in pages:                               # each alone, with a gap: two mappings a page
+                driver.map(base + 2 * P * held, P, 0, page)
+                held += 1
+        except OutOfMemory as error:
+            assert "vm.max_map_count" in str(error) and "page_bytes" in str(error), error
+        else:
+            raise AssertionError("never refused")
+        assert limit * 0.38 < held < limit * 0.41, held
+        scattered = pages[::-2]
+        try:
+            driver.map_run(base + (1 << 39), P, scattered)   # a run that needs a mapping a page
+        except OutOfMemory:
+            pass
+        else:
+            raise AssertionError("a run was not refused")
+        for i in range(held):                                # and everything can still be taken back
+            driver.unmap(base + 2 * P * i, P)
+        driver.map_run(base, P, pages)
+        driver.set_access(base, P * len(pages))
+        driver.zero(base, P)
+        driver.unmap_run(base, P, len(pages))
+        driver.release(base, 1 << 40)
+        for page in pages:
+            driver.destroy(page)
+        print("ok", held)
+    """)
+    assert out.startswith("ok")
+
+
+def test_unmapping_within_a_run_beyond_the_limit_is_a_typed_error() -> None:
+    """Every second page of one long run taken out splits it: refused before the kernel is so full that nothing unmaps."""
+    out = assert_runs("""
+        from kvmem import _core
+        from kvmem.errors import OutOfMemory
+        limit = int(open("/proc/sys/vm/max_map_count").read())
+        driver = _core.host_driver()
+        P = driver.info.granularity_bytes
+        count = limit + 5000
+        base = driver.reserve(count * P)
+        pages = [driver.create(P) for _ in range(count)]
+        driver.map_run(base, P, pages)
+        driver.set_access(base, count * P)
+        taken = []
+        try:
+            for i in range(1, count, 2):
+                driver.unmap(base + i * P, P)
+                taken.append(i)
+        except OutOfMemory as error:
+            assert "vm.max_map_count" in str(error), error
+        else:
+            raise AssertionError("never refused")
+        failed = taken[-1] + 2
+        _core.write_bytes(base + failed * P, b"still mapped")  # the failing call changed nothing
+        for i in range(0, taken[-1], 2):                       # what joins holes goes through
+            driver.unmap(base + i * P, P)
+        driver.unmap(base + failed * P, P)
+        print("ok", len(taken))
+    """)
+    assert out.startswith("ok")
+
+
+def test_two_drivers_share_one_count_of_mappings() -> None:
+    out = assert_runs("""
+        from kvmem import _core
+        from kvmem.errors import OutOfMemory
+        drivers = [_core.host_driver() for _ in range(2)]
+        P = drivers[0].info.granularity_bytes
+        bases = [driver.reserve(1 << 38) for driver in drivers]
+        pages = [driver.create(P) for driver in drivers]
+        limit, held = int(open("/proc/sys/vm/max_map_count").read()), 0
+        try:
+            while True:
+                which = held % 2
+                drivers[which].map(bases[which] + held * P, P, 0, pages[which])
+                held += 1
+        except OutOfMemory:
+            assert limit * 0.38 < held < limit * 0.41, held
+        del drivers[0]
+        drivers[0].map(bases[1] + P * (1 << 20), P, 0, pages[1])  # the other's mappings are ours to use now
+        print("ok")
+    """)
+    assert out.strip() == "ok"
+
+
+def test_a_file_size_limit_is_a_typed_error() -> None:
+    """RLIMIT_FSIZE would otherwise answer with SIGXFSZ."""
+    out = assert_runs("""
+        import resource
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+        from kvmem import _core
+        from kvmem.errors import OutOfMemory
+        driver = _core.host_driver()
+        pages = [driver.create(1 << 18) for _ in range(4)]
+        try:
+            driver.create(1 << 18)
+        except OutOfMemory as error:
+            assert "RLIMIT_FSIZE" in str(error)
+            print("ok")
+    """)
+    assert out.strip() == "ok"
+
+
+def test_reading_where_nothing_is_mapped_raises(driver: _core.Driver) -> None:
+    base = driver.reserve(PAGE)
+    with pytest.raises(DeviceError, match="read_bytes"):
+        _core.read_bytes(base, 1)
+    with pytest.raises(DeviceError, match="write_bytes"):
+        _core.write_bytes(base, b"x")
