@@ -28,8 +28,6 @@ void translate(const std::exception_ptr& pointer, void*) {
     raise("StaleHandle", e.what());
   } catch (const DeviceError& e) {
     raise("DeviceError", e.what(), e.call().c_str(), e.code());
-  } catch (const InvalidArgument& e) {
-    PyErr_SetString(PyExc_ValueError, e.what());
   } catch (const Error& e) {
     raise("KVMemError", e.what());
   }
@@ -41,4 +39,5 @@ NB_MODULE(_core, m) {
   m.doc() = "The native half of kvmem: drivers, pages, rows, blocks, sequences.";
   nb::register_exception_translator(translate);
   bind_drivers(m);
+  bind_core(m);
 }

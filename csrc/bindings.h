@@ -5,4 +5,5 @@
 
 namespace kvmem {
 void bind_drivers(nanobind::module_& m);  // bindings_drivers.cpp
+void bind_core(nanobind::module_& m);     // bindings_core.cpp
 }  // namespace kvmem

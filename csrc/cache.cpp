@@ -30,6 +30,7 @@ Cache::~Cache() {
 }
 
 Cache::Lock Cache::enter() {
+  fork_guard_.check("the allocator");
   Lock lock(pool_->mutex);
   if (pool_->mapper().has_failed()) settle();
   return lock;
@@ -390,6 +391,15 @@ i64 Cache::first_token(i64 handle, i64 group) {
 Placement Cache::place(i64 handle, i64 group) {
   Lock lock(pool_->mutex);
   return table_->place(sequences_.index(handle), group < 0 ? token_group_ : group);
+}
+
+std::vector<i64> Cache::handles() {
+  Lock lock = enter();
+  std::vector<i64> found;
+  for (i64 index = 0; index < sequences_.capacity(); ++index) {
+    if (sequences_.live(index)) found.push_back(sequences_.handle_of(index));
+  }
+  return found;
 }
 
 i64 Cache::trim(i64 bytes) {

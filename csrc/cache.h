@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "batch.h"
+#include "fork_guard.h"
 #include "geometry.h"
 #include "page_table.h"
 #include "pages.h"
@@ -37,6 +38,7 @@ class Cache final : public TableState {
   i64 committed(i64 handle, i64 group);
   i64 first_token(i64 handle, i64 group);
   Placement place(i64 handle, i64 group);
+  std::vector<i64> handles();  // of the live sequences, by place
 
   // Writes one group's metadata for these sequences, then padding rows up to `rows`. `new_tokens` null: what is
   // reserved but not committed. SpecError when a buffer is too small; nothing is promised about its contents then.
@@ -92,6 +94,7 @@ class Cache final : public TableState {
   std::vector<i64> indices_;   // of the call in progress
   std::vector<i64> stamp_;     // by sequence: the last call that named it
   i64 call_ = 0;
+  ForkGuard fork_guard_;
 };
 
 }  // namespace kvmem

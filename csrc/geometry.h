@@ -25,7 +25,6 @@ struct GroupGeometry {
   Growth growth = Growth::token;
   i64 block_tokens = 16;   // tokens of a block
   i64 window_tokens = 0;   // keep only what a window of this many tokens needs; 0 keeps all
-  i64 payload_bytes = 0;   // bytes of one token that hold data (padding left out), all arenas together
   i64 max_tokens = 0;      // the longest sequence this group can hold
   i64 row_tokens = 0;      // virtual: tokens between the starts of two rows
   i64 max_blocks = 0;      // paged: block ids are in [0, max_blocks)

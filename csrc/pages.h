@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "driver.h"
+#include "geometry.h"
 #include "mapper.h"
 #include "ops.h"
 #include "space.h"

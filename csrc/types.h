@@ -19,10 +19,12 @@ class Error : public std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-class SpecError : public Error {  // the geometry asked for cannot be built
+class SpecError : public Error {  // an argument that no state of the allocator could accept
  public:
   using Error::Error;
 };
+
+using InvalidArgument = SpecError;
 
 class OutOfMemory : public Error {  // a scheduling outcome: nothing has changed, ask for less or free something
  public:
@@ -30,11 +32,6 @@ class OutOfMemory : public Error {  // a scheduling outcome: nothing has changed
 };
 
 class StaleHandle : public Error {  // a sequence that was freed, or never existed
- public:
-  using Error::Error;
-};
-
-class InvalidArgument : public Error {  // a value that no state of the allocator could accept; ValueError in Python
  public:
   using Error::Error;
 };

@@ -1,0 +1,312 @@
+// kvmem._core.PagePool, Cache and what they take. Arrays never convert: a conversion would let writes to a wrong-typed
+// output vanish into a temporary copy.
+
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include "bindings.h"
+#include "cache.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace kvmem {
+namespace {
+
+using Free = nb::call_guard<nb::gil_scoped_release>;
+template <class T>
+using In = nb::ndarray<const T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+template <class T, int D = 1>
+using Out = nb::ndarray<T, nb::ndim<D>, nb::c_contig, nb::device::cpu>;
+
+const char* const kNames[kOpKinds] = {"create", "destroy", "map",    "unmap",  "zero",   "copy",  "fence", "open",
+                                      "close",  "bind",    "unbind", "length", "commit", "front", "block"};
+
+OpKind kind_of(const std::string& name) {
+  for (int i = 0; i < kOpKinds; ++i) {
+    if (name == kNames[i]) return static_cast<OpKind>(i);
+  }
+  throw SpecError("op kind '" + name + "' is not one of create, destroy, map, unmap, zero, copy, fence, open, close, "
+                  "bind, unbind, length, commit, front, block");
+}
+
+nb::list to_records(const std::vector<Op>& ops) {
+  nb::list out;
+  for (const Op& op : ops) {
+    out.append(nb::make_tuple(kNames[static_cast<int>(op.kind)], op.at, op.a, op.b, op.c, op.d));
+  }
+  return out;
+}
+
+std::vector<Op> from_records(const nb::sequence& records) {
+  std::vector<Op> ops;
+  for (nb::handle item : records) {
+    if (!nb::isinstance<nb::sequence>(item) || nb::len(item) != 6) {
+      throw SpecError("an op is (kind, at, a, b, c, d): one name and five integers");
+    }
+    const nb::sequence record = nb::borrow<nb::sequence>(item);
+    std::string name;
+    i64 value[5];
+    bool good = nb::try_cast(record[0], name);
+    for (int i = 0; i < 5; ++i) good = good && nb::try_cast(record[i + 1], value[i], false);
+    if (!good) throw SpecError("an op is (kind, at, a, b, c, d): one name and five integers");
+    ops.push_back({kind_of(name), static_cast<i32>(value[0]), value[1], value[2], value[3], value[4]});
+  }
+  return ops;
+}
+
+void same_length(const In<i32>& handles, const In<i32>& counts) {
+  if (handles.shape(0) != counts.shape(0)) {
+    throw SpecError("got " + std::to_string(handles.shape(0)) + " handles and " + std::to_string(counts.shape(0)) +
+                    " counts");
+  }
+}
+
+// The buffers of a batch, kept alive beside their addresses.
+struct Buffers {
+  BatchBuffers at;
+  std::vector<nb::object> owners;
+};
+
+template <class T>
+T* take(Buffers& b, const nb::object& owner, const char* name, i64 least) {
+  if (owner.is_none()) return nullptr;
+  Out<T> array;
+  // convert = false: a copy would be written in place of the caller's array
+  if (!nb::try_cast(owner, array, false) || static_cast<i64>(array.shape(0)) < least) {
+    throw SpecError(std::string(name) + ": needs a contiguous writable CPU array of at least " + std::to_string(least) +
+                    " " + (sizeof(T) == 8 ? "int64" : "int32"));
+  }
+  b.owners.push_back(owner);
+  return array.data();
+}
+
+void bind_buffers(nb::module_& m) {
+  nb::class_<Buffers>(m, "BatchBuffers", "Where Cache.fill() writes; one array per field of kvmem.Batch, or None.")
+      .def(
+          "__init__",
+          [](Buffers* self, i64 max_sequences, i64 max_new_tokens, i64 max_blocks, i64 max_indices,
+             nb::object block_table, nb::object seq_lens, nb::object first_tokens, nb::object slot_mapping,
+             nb::object positions, nb::object batch_indices, nb::object cu_seqlens_q, nb::object cu_seqlens_k,
+             nb::object kv_indptr, nb::object kv_indices, nb::object kv_last_page_len, nb::object rows,
+             nb::object row_starts) {
+            Buffers b;
+            b.at.max_sequences = max_sequences;
+            b.at.max_new_tokens = max_new_tokens;
+            b.at.max_blocks = max_blocks;
+            b.at.max_indices = max_indices;
+            const i64 n = max_sequences;
+            b.at.block_table = take<i32>(b, block_table, "block_table", n * max_blocks);
+            b.at.seq_lens = take<i32>(b, seq_lens, "seq_lens", n);
+            b.at.first_tokens = take<i32>(b, first_tokens, "first_tokens", n);
+            b.at.slot_mapping = take<i64>(b, slot_mapping, "slot_mapping", max_new_tokens);
+            b.at.positions = take<i32>(b, positions, "positions", max_new_tokens);
+            b.at.batch_indices = take<i32>(b, batch_indices, "batch_indices", max_new_tokens);
+            b.at.cu_seqlens_q = take<i32>(b, cu_seqlens_q, "cu_seqlens_q", n + 1);
+            b.at.cu_seqlens_k = take<i32>(b, cu_seqlens_k, "cu_seqlens_k", n + 1);
+            b.at.kv_indptr = take<i32>(b, kv_indptr, "kv_indptr", n + 1);
+            b.at.kv_indices = take<i32>(b, kv_indices, "kv_indices", max_indices);
+            b.at.kv_last_page_len = take<i32>(b, kv_last_page_len, "kv_last_page_len", n);
+            b.at.rows = take<i32>(b, rows, "rows", n);
+            b.at.row_starts = take<i32>(b, row_starts, "row_starts", n + 1);
+            new (self) Buffers(std::move(b));
+          },
+          nb::kw_only(), "max_sequences"_a, "max_new_tokens"_a, "max_blocks"_a, "max_indices"_a,
+          "block_table"_a.none() = nb::none(), "seq_lens"_a.none() = nb::none(), "first_tokens"_a.none() = nb::none(),
+          "slot_mapping"_a.none() = nb::none(), "positions"_a.none() = nb::none(),
+          "batch_indices"_a.none() = nb::none(), "cu_seqlens_q"_a.none() = nb::none(),
+          "cu_seqlens_k"_a.none() = nb::none(), "kv_indptr"_a.none() = nb::none(), "kv_indices"_a.none() = nb::none(),
+          "kv_last_page_len"_a.none() = nb::none(), "rows"_a.none() = nb::none(), "row_starts"_a.none() = nb::none());
+}
+
+void bind_geometry(nb::module_& m) {
+  nb::enum_<Growth>(m, "Growth").value("token", Growth::token).value("prefill", Growth::prefill).value("fixed", Growth::fixed);
+  nb::enum_<Zero>(m, "Zero").value("never", Zero::never).value("fresh", Zero::fresh).value("always", Zero::always);
+  nb::class_<GroupGeometry>(m, "GroupGeometry", "Where one group's tokens lie; see kvmem.layouts.")
+      .def(
+          "__init__",
+          [](GroupGeometry* self, Growth growth, i64 block_tokens, i64 window_tokens, i64 max_tokens, i64 row_tokens,
+             i64 max_blocks, std::vector<i64> token_bytes, std::vector<i64> row_slots, std::vector<i64> arena_slots) {
+            new (self) GroupGeometry{growth,     block_tokens, window_tokens,          max_tokens,
+                                     row_tokens, max_blocks,   std::move(token_bytes), std::move(row_slots),
+                                     std::move(arena_slots)};
+          },
+          nb::kw_only(), "growth"_a, "block_tokens"_a, "window_tokens"_a, "max_tokens"_a, "row_tokens"_a,
+          "max_blocks"_a, "token_bytes"_a, "row_slots"_a, "arena_slots"_a);
+  nb::class_<Geometry>(m, "Geometry")
+      .def(
+          "__init__",
+          [](Geometry* self, i64 page_bytes, i64 max_sequences, i64 tail_guard_tokens, i64 map_ahead_tokens, Zero zero,
+             bool debug, std::vector<GroupGeometry> groups) {
+            new (self) Geometry{page_bytes, max_sequences, tail_guard_tokens, map_ahead_tokens,
+                                zero,       debug,         std::move(groups)};
+          },
+          nb::kw_only(), "page_bytes"_a, "max_sequences"_a, "tail_guard_tokens"_a, "map_ahead_tokens"_a, "zero"_a,
+          "debug"_a, "groups"_a);
+}
+
+void bind_pool(nb::module_& m) {
+  nb::class_<PagePool>(m, "PagePool", "Physical pages under one budget; see kvmem.PagePool.")
+      .def(
+          "__init__",
+          [](PagePool* self, i64 page_bytes, i64 budget_pages, std::shared_ptr<Driver> driver, bool create_ahead) {
+            new (self) PagePool(page_bytes, budget_pages, std::move(driver), create_ahead);
+          },
+          nb::kw_only(), "page_bytes"_a, "budget_pages"_a, "driver"_a.none(), "create_ahead"_a, Free())
+      .def_prop_ro("page_bytes", &PagePool::page_bytes)
+      .def_prop_ro("budget_pages", [](PagePool& p) { return std::lock_guard(p.mutex), p.budget_pages(); })
+      .def_prop_ro("present_pages", [](PagePool& p) { return std::lock_guard(p.mutex), p.present_pages(); })
+      .def_prop_ro("mapped_pages", [](PagePool& p) { return std::lock_guard(p.mutex), p.mapped_pages(); })
+      .def_prop_ro("driver_calls", [](PagePool& p) { return std::lock_guard(p.mutex), p.driver_calls(); })
+      .def(
+          "set_budget",
+          [](PagePool& p, i64 pages) {
+            std::lock_guard lock(p.mutex);
+            p.mapper().wait_idle();
+            p.set_budget(pages);
+          },
+          "pages"_a, Free())
+      .def(
+          "set_stream",
+          [](PagePool& p, Stream stream) {
+            std::lock_guard lock(p.mutex);
+            if (p.space()) p.space()->set_stream(stream);
+          },
+          "stream"_a, Free());
+}
+
+void bind_stats(nb::module_& m) {
+  nb::class_<CacheStats>(m, "CacheStats")
+      .def_ro("budget_bytes", &CacheStats::budget_bytes)
+      .def_ro("created_bytes", &CacheStats::created_bytes)
+      .def_ro("free_bytes", &CacheStats::free_bytes)
+      .def_ro("mapped_bytes", &CacheStats::mapped_bytes)
+      .def_ro("used_bytes", &CacheStats::used_bytes)
+      .def_ro("parked_bytes", &CacheStats::parked_bytes)
+      .def_ro("shared_bytes", &CacheStats::shared_bytes)
+      .def_ro("num_sequences", &CacheStats::num_sequences)
+      .def_ro("driver_calls", &CacheStats::driver_calls)
+      .def_ro("physical_bytes", &CacheStats::physical_bytes);
+}
+
+// One arena as a flat tensor of bytes (DLPack). It holds the space, so the memory outlives the allocator if need be.
+nb::ndarray<std::uint8_t> arena_bytes(Cache& cache, i64 group, i64 arena_in_group) {
+  std::shared_ptr<Space> space = cache.pool().shared_space();
+  if (!space) throw DeviceError("device \"meta\" keeps the books only: it has no memory to show");
+  const i32 arena = static_cast<i32>(cache.first_arena(group) + arena_in_group);
+  const Address base = space->arena_base(arena);
+  const size_t shape[1] = {static_cast<size_t>(space->arena_bytes(arena))};
+  const DriverInfo& info = space->info();
+  auto* keep = new std::shared_ptr<Space>(std::move(space));
+  nb::capsule owner(keep, [](void* p) noexcept { delete static_cast<std::shared_ptr<Space>*>(p); });
+  return nb::ndarray<std::uint8_t>(reinterpret_cast<void*>(base), 1, shape, owner, nullptr, nb::dtype<std::uint8_t>(),
+                                   info.dlpack_device_type, info.device_index);
+}
+
+void bind_cache(nb::module_& m) {
+  nb::class_<Cache>(m, "Cache", "Sequences over one of the two page tables; kvmem.Allocator is its public face.")
+      .def(
+          "__init__",
+          [](Cache* self, const Geometry& geometry, std::shared_ptr<PagePool> pool, bool paged, i64 limit_pages) {
+            new (self) Cache(geometry, std::move(pool), paged, limit_pages);
+          },
+          nb::kw_only(), "geometry"_a, "pool"_a, "paged"_a, "limit_pages"_a, Free())
+      .def(
+          "open",
+          [](Cache& c) {
+            i32 handle = 0;
+            c.open(1, &handle);
+            return handle;
+          },
+          Free())
+      .def(
+          "open_batch", [](Cache& c, Out<i32> handles) { c.open(static_cast<i64>(handles.shape(0)), handles.data()); },
+          "handles"_a.noconvert(), Free())
+      .def(
+          "extend",
+          [](Cache& c, i32 handle, i64 count, i64 group) {
+            const i32 small = count > INT32_MAX ? INT32_MAX : count < INT32_MIN ? INT32_MIN : static_cast<i32>(count);
+            c.extend(&handle, &small, 1, group);
+          },
+          "handle"_a, "count"_a, "group"_a = -1, Free())
+      .def(
+          "extend_batch",
+          [](Cache& c, In<i32> handles, In<i32> counts, i64 group) {
+            same_length(handles, counts);
+            c.extend(handles.data(), counts.data(), static_cast<i64>(handles.shape(0)), group);
+          },
+          "handles"_a.noconvert(), "counts"_a.noconvert(), "group"_a = -1, Free())
+      .def(
+          "commit",
+          [](Cache& c, i32 handle, i64 count, i64 group) {
+            const i32 small = count > INT32_MAX ? INT32_MAX : count < INT32_MIN ? INT32_MIN : static_cast<i32>(count);
+            c.commit(&handle, &small, 1, group);
+          },
+          "handle"_a, "count"_a, "group"_a = -1, Free())
+      .def(
+          "commit_batch",
+          [](Cache& c, In<i32> handles, In<i32> counts, i64 group) {
+            same_length(handles, counts);
+            c.commit(handles.data(), counts.data(), static_cast<i64>(handles.shape(0)), group);
+          },
+          "handles"_a.noconvert(), "counts"_a.noconvert(), "group"_a = -1, Free())
+      .def("truncate", &Cache::truncate, "handle"_a, "tokens"_a, Free())
+      .def("fork", &Cache::fork, "handle"_a, Free())
+      .def("free", [](Cache& c, i32 handle) { c.free(&handle, 1); }, "handle"_a, Free())
+      .def(
+          "free_batch",
+          [](Cache& c, In<i32> handles) { c.free(handles.data(), static_cast<i64>(handles.shape(0))); },
+          "handles"_a.noconvert(), Free())
+      .def("tokens", &Cache::tokens, "handle"_a, "group"_a = -1)
+      .def("committed", &Cache::committed, "handle"_a, "group"_a = -1)
+      .def("first_token", &Cache::first_token, "handle"_a, "group"_a = -1)
+      .def(
+          "row", [](Cache& c, i64 handle, i64 group) { return c.place(handle, group).row; }, "handle"_a,
+          "group"_a = -1)
+      .def(
+          "fill",
+          [](Cache& c, In<i32> handles, std::optional<In<i32>> new_tokens, i64 group, i64 rows, const Buffers& out) {
+            if (new_tokens) same_length(handles, *new_tokens);
+            const i64 n = static_cast<i64>(handles.shape(0));
+            BatchSizes s;
+            {
+              nb::gil_scoped_release release;
+              s = c.fill(handles.data(), n, new_tokens ? new_tokens->data() : nullptr, group, rows, out.at);
+            }
+            return nb::make_tuple(s.rows, s.new_tokens, s.indices, s.max_new_tokens, s.max_tokens);
+          },
+          "handles"_a.noconvert(), "new_tokens"_a.noconvert().none(), "group"_a, "rows"_a, "out"_a,
+          "-> (rows, new tokens, indices, most new tokens of a sequence, longest sequence)")
+      .def("trim", &Cache::trim, "bytes"_a, Free())
+      .def("set_memory", &Cache::set_memory, "pages"_a, "resize_pool"_a, Free())
+      .def("stats", &Cache::stats, Free())
+      .def("check", &Cache::check, Free())
+      .def("record", &Cache::record, Free())
+      .def("take_ops", [](Cache& c) { return to_records(c.take_ops()); })
+      .def(
+          "apply",
+          [](Cache& c, const nb::sequence& records) {
+            const std::vector<Op> ops = from_records(records);
+            nb::gil_scoped_release release;
+            c.apply(ops);
+          },
+          "ops"_a)
+      .def("arena_bytes", &arena_bytes, "group"_a, "arena"_a)
+      .def("mapped_extent_bytes", &Cache::mapped_extent_bytes, "group"_a, "arena"_a, Free())
+      .def("handles", &Cache::handles, Free());
+}
+
+}  // namespace
+
+void bind_core(nb::module_& m) {
+  bind_geometry(m);
+  bind_buffers(m);
+  bind_pool(m);
+  bind_stats(m);
+  bind_cache(m);
+}
+
+}  // namespace kvmem

@@ -1,0 +1,377 @@
+"""Published model configs (``config.json``) as cache specs: which layers cache what, in which shape.
+
+A config is read by its field names, so a family that uses the usual ones needs no entry here. What decides the shape of a cache and
+is not understood is refused with the reason, never guessed: a wrong spec corrupts silently, a refusal costs a hand-written spec.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from os import PathLike
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from kvmem.errors import SpecError
+from kvmem.spec import CacheSpec, Component, Group, Rope, Scope
+from kvmem.spec_rules import MAX_LAYERS, brief, check_size, parse_dtype
+
+__all__ = ["spec_from_config"]
+
+# The same number under the names that families give it; the first is the one that errors name.
+_HIDDEN: Final = ("hidden_size", "n_embd", "d_model", "n_embed")
+_LAYERS: Final = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_HEADS: Final = ("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads")
+_KV_HEADS: Final = (
+    "num_key_value_heads",
+    "num_kv_heads",
+    "n_head_kv",
+    "n_kv_heads",
+    "num_query_groups",
+    "multi_query_group_num",
+)
+_HEAD_DIM: Final = ("head_dim", "d_kv", "kv_channels")
+# Encoder-decoder configs give the usual names to the encoder (Whisper: num_hidden_layers), so the decoder's come first.
+_DECODER_LAYERS: Final = ("num_decoder_layers", "decoder_layers", *_LAYERS)
+_DECODER_HEADS: Final = ("num_decoder_attention_heads", "decoder_attention_heads", *_HEADS)
+_TEXT: Final = (
+    "text_config",
+    "llm_config",
+    "language_config",
+    "thinker_config",
+)  # multimodal: where the decoder is described
+
+# Keys stored as projected, with no rotation: learned, relative or ALiBi positions. Any other family is taken to store rotated keys.
+_NO_ROPE: Final = frozenset(
+    "gpt2 gpt_bigcode gpt_neo openai-gpt ctrl opt bloom mpt biogpt xglm bert roberta xlm-roberta camembert electra rembert "
+    "t5 mt5 umt5 longt5 switch_transformers bart mbart pegasus marian blenderbot blenderbot-small whisper speech_to_text m2m_100 "
+    "nllb-moe plbart mvp prophetnet bigbird_pegasus musicgen".split()
+)
+_UNROTATED: Final = (
+    "absolute",
+    "relative_key",
+    "relative_key_query",
+    "alibi",
+    "nope",
+)  # values of position_embedding_type
+_ROPE_ON_SLIDING_ONLY: Final = frozenset(
+    {"cohere2", "exaone4"}
+)  # their full-attention layers have no position encoding
+_ALL_SLIDE: Final = frozenset(
+    {"", "mistral", "mixtral", "phi3", "phi3small", "phimoe", "starcoder2"}
+)  # "": a config of no family
+_SLIDE_FROM_LAYER: Final = frozenset(
+    {"qwen2", "qwen2_vl", "qwen2_vl_text", "qwen2_5_vl", "qwen2_5_vl_text", "qwen3", "dots1"}
+)
+
+# What configs of a family may leave out, as their own classes fill it. Files of transformers state these at the top level, but drop
+# whatever equals the class default inside text_config (Gemma-3: no head counts; LLaVA-1.5: no sizes at all).
+_DEFAULTS: Final[dict[str, dict[str, Any]]] = {
+    "cohere2": {"sliding_window": 4096, "sliding_window_pattern": 4},
+    "deepseek_v2": {"kv_lora_rank": 512, "qk_rope_head_dim": 64},
+    "deepseek_v3": {"kv_lora_rank": 512, "qk_rope_head_dim": 64},
+    "falcon": {"multi_query": True},
+    "gemma": {"head_dim": 256},
+    "gemma2": {"head_dim": 256, "num_key_value_heads": 4, "sliding_window": 4096, "sliding_window_pattern": 2},
+    "gemma3_text": {"head_dim": 256, "num_key_value_heads": 4, "sliding_window": 4096, "sliding_window_pattern": 6},
+    "gemma3n_text": {
+        "head_dim": 256, "num_key_value_heads": 2, "sliding_window": 512, "sliding_window_pattern": 5, "num_kv_shared_layers": 15,
+    },
+    "gpt_bigcode": {"multi_query": True},
+    "gpt_oss": {"head_dim": 64, "num_key_value_heads": 8, "sliding_window": 128, "sliding_window_pattern": 2},
+    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
+    "mixtral": {"num_key_value_heads": 8},
+    "olmo3": {"sliding_window": 4096, "sliding_window_pattern": 4},
+    "qwen2": {"use_sliding_window": False, "max_window_layers": 28},
+    "qwen3": {"head_dim": 128, "use_sliding_window": False, "max_window_layers": 28},
+    "smollm3": {"no_rope_layer_interval": 4, "use_sliding_window": False},
+    "starcoder2": {"num_key_value_heads": 2},
+    "t5": {"d_kv": 64},
+    "mt5": {"d_kv": 64},
+    "umt5": {"d_kv": 64},
+}  # fmt: skip
+_NESTED_DEFAULTS: Final[dict[str, dict[str, int]]] = {
+    "llama": {"num_hidden_layers": 32, "hidden_size": 4096, "num_attention_heads": 32},
+    "mistral": {"num_hidden_layers": 32, "hidden_size": 4096, "num_attention_heads": 32},
+    "gemma": {"num_hidden_layers": 28, "hidden_size": 3072, "num_attention_heads": 16},
+    "gemma2": {"num_hidden_layers": 26, "hidden_size": 2304, "num_attention_heads": 8},
+    "gemma3_text": {"num_hidden_layers": 26, "hidden_size": 2304, "num_attention_heads": 8},
+    "gemma3n_text": {"num_hidden_layers": 35, "hidden_size": 2048, "num_attention_heads": 8},
+    "qwen2": {"num_hidden_layers": 32, "hidden_size": 4096, "num_attention_heads": 32},
+    "qwen3": {"num_hidden_layers": 32, "hidden_size": 4096, "num_attention_heads": 32},
+}
+
+_STATE: Final = "its recurrent layers keep a state whose size and dtype the kernels decide"
+_INDEX: Final = "its sparse attention caches index keys beside the KV, whose dtype the kernels decide"
+_UNEQUAL: Final = "its sliding layers differ in shape from the full ones by fields that are its own"
+# Fields that, when set, say that the cache is not what the usual fields describe. A trailing * matches any ending.
+_REFUSED: Final[tuple[tuple[str, str], ...]] = (
+    ("mamba_*", _STATE), ("ssm_*", _STATE), ("state_size", _STATE), ("linear_*", _STATE), ("conv_L_cache", _STATE),
+    ("short_conv*", _STATE), ("block_types", _STATE), ("layers_block_type", _STATE), ("hybrid_override_pattern", _STATE),
+    ("attn_layer_*", _STATE), ("rescale_every", _STATE), ("chunkwise_kernel", _STATE),
+    ("index_*", _INDEX), ("indexer_*", _INDEX), ("compress_*", _INDEX),
+    ("swa_*", _UNEQUAL), ("global_head_dim", _UNEQUAL), ("num_global_key_value_heads", _UNEQUAL), ("attention_k_eq_v", _UNEQUAL),
+    ("per_layer_config", "it overrides shapes layer by layer"),
+    ("block_configs", "it overrides shapes layer by layer"),
+    ("num_attention_heads_per_layer", "it has its own number of heads in each layer"),
+    ("attention_chunk_size", "chunked attention drops everything at each chunk's end, which a sliding window does not describe"),
+    ("use_cla", "it shares KV between layers by a rule of its own"),
+    ("cla_share_factor", "it shares KV between layers by a rule of its own"),
+    ("attn_layers", "hashed attention caches buckets, not KV"),
+    ("mem_len", "it caches hidden states of segments, not KV"),
+)  # fmt: skip
+_BY_HAND: Final = "build the CacheSpec by hand from Components (growth='fixed' for a state)"
+
+
+class _Fields:
+    """A config with its family's defaults. Look-ups check and convert; every error names the field, the value and the family."""
+
+    def __init__(self, values: Mapping[str, Any], nested: bool) -> None:
+        family = values.get("model_type") or ""
+        if not isinstance(family, str):
+            raise SpecError(f"model_type: got {brief(family)}; must be a string")
+        self.family = family
+        defaults = _DEFAULTS.get(family, {}) | (_NESTED_DEFAULTS.get(family, {}) if nested else {})
+        self.values = defaults | dict(values)
+        self.where = f" (model_type {family!r})" if family else ""
+
+    def get(self, *names: str) -> Any:
+        """The first of ``names`` that is present and not null."""
+        return next((self.values[name] for name in names if self.values.get(name) is not None), None)
+
+    def size(self, *names: str) -> int | None:
+        """A positive int under the first of ``names`` that is set; None if none is."""
+        for name in names:
+            if self.values.get(name) is not None:
+                return check_size(name, self.values[name])
+        return None
+
+    def need(self, *names: str) -> int:
+        """As ``size``; ``SpecError`` if missing."""
+        value = self.size(*names)
+        if value is None:
+            others = f" (nor {', '.join(names[1:])})" if len(names) > 1 else ""
+            raise SpecError(f"{names[0]}: missing{others} from the config{self.where}; add the field")
+        return value
+
+    def refuse(self, field: str, why: str) -> SpecError:
+        return SpecError(f"{field}: got {brief(self.values.get(field))}{self.where}; {why}: {_BY_HAND}")
+
+
+def spec_from_config(
+    config: Mapping[str, Any] | str | PathLike[str] | object,
+    *,
+    dtype: torch.dtype | str | None = None,
+    block_size: int = 16,
+) -> CacheSpec:
+    """The cache of a published model, exact to the byte.
+
+    config: a dict, a path to ``config.json`` or to the directory that holds it, or anything with ``to_dict()`` (a transformers config).
+    dtype: element type of the cache; default what the config says (``dtype`` or ``torch_dtype``).
+    Understands MHA, GQA, MQA, MLA, sliding windows on all or some layers, KV shared by layers, and cross attention; a multimodal config
+    by its text part. Groups are named ``full``, ``sliding``, ``cross`` (``full_shared``, ``sliding_shared`` where layers read one copy).
+    Raises ``SpecError``, naming field and value, on what is missing, wrong or not describable.
+    """
+    outer = _load(config)
+    values, nested = outer, False
+    while inner := next((values[key] for key in _TEXT if isinstance(values.get(key), Mapping) and values[key]), None):
+        values, nested = inner, True
+    fields = _Fields(values, nested)
+    for pattern, why in _REFUSED:
+        for field in sorted(_matching(pattern, fields.values)):
+            raise fields.refuse(field, why)
+    if fields.values.get("use_bidirectional_attention") is True:
+        raise fields.refuse("use_bidirectional_attention", "a bidirectional encoder keeps no KV between steps")
+    if dtype is None:
+        dtype = fields.get("dtype", "torch_dtype") or outer.get("dtype") or outer.get("torch_dtype")
+        if dtype is None:
+            raise SpecError(f"dtype: missing from the config{fields.where}; pass dtype=, for example torch.bfloat16")
+    decoder = _is_encoder_decoder(fields)
+    num_layers = fields.need(*(_DECODER_LAYERS if decoder else _LAYERS))
+    if num_layers > MAX_LAYERS:
+        raise SpecError(f"num_hidden_layers: got {num_layers}{fields.where}; at most {MAX_LAYERS}")
+    heads = fields.need(*(_DECODER_HEADS if decoder else _HEADS))
+    groups = _groups(fields, num_layers, heads, parse_dtype(dtype))
+    return CacheSpec(groups, num_layers=num_layers, block_size=block_size, num_query_heads=heads)
+
+
+def _load(config: object) -> Mapping[str, Any]:
+    to_dict = getattr(config, "to_dict", None)
+    if isinstance(config, Mapping):
+        values: object = config
+    elif isinstance(config, (str, PathLike)):
+        path = Path(config)
+        path = path / "config.json" if path.is_dir() else path
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise SpecError(
+                f"config: cannot read {str(path)!r} ({error.strerror}); give a config.json or its directory"
+            ) from error
+        except ValueError as error:
+            raise SpecError(f"config: {str(path)!r} is not JSON ({error})") from error
+    elif callable(to_dict):
+        values = to_dict()
+    else:
+        values = config
+    if not isinstance(values, Mapping):
+        raise SpecError(f"config: got {brief(values)}; must be a dict, a path or an object with to_dict()")
+    return values
+
+
+def _matching(pattern: str, values: Mapping[str, Any]) -> list[str]:
+    """Names of set fields that match; null, false, zero and empty say that a feature is off."""
+    stem = pattern.removesuffix("*")
+    return [
+        name for name, value in values.items() if value and (name.startswith(stem) if stem != pattern else name == stem)
+    ]
+
+
+def _is_encoder_decoder(fields: _Fields) -> bool:
+    return fields.get("is_encoder_decoder") is True
+
+
+def _groups(fields: _Fields, num_layers: int, heads: int, dtype: torch.dtype) -> tuple[Group, ...]:
+    kinds = _layer_kinds(fields, num_layers)
+    groups = []
+    for kind in ("full", "sliding"):
+        layers = tuple(layer for layer in range(num_layers) if kinds[layer] == kind)
+        window = fields.need("sliding_window") if kind == "sliding" and layers else None
+        for name, members, scope in _copies(fields, kind, layers, num_layers):
+            ropes = tuple(_rope(fields, layer, kinds) for layer in members)
+            components = _self_components(fields, heads, dtype, ropes if scope == "layer" else ropes[:1])
+            components = tuple(replace(c, scope=scope) for c in components)
+            groups.append(Group(name, components, members, window_tokens=window))
+    cross = tuple(layer for layer in range(num_layers) if kinds[layer] == "cross")
+    if _is_encoder_decoder(fields) or fields.get("add_cross_attention") is True:
+        cross = tuple(range(num_layers))
+    if cross:
+        pair = _kv(fields, heads, dtype, ("none",))
+        components = tuple(replace(c, name=f"cross_{c.name}", growth="prefill") for c in pair)
+        groups.append(Group("cross", components, cross, max_tokens=fields.size("max_source_positions")))
+    return tuple(groups)
+
+
+def _layer_kinds(fields: _Fields, num_layers: int) -> list[str]:
+    """``full``, ``sliding`` or ``cross`` (cross attention in place of self attention) for each layer."""
+    stated = fields.get("layer_types")
+    kinds = _implied_kinds(fields, num_layers) if stated is None else _stated_kinds(fields, stated, num_layers)
+    cross = fields.get("cross_attention_layers") or ()
+    for layer in cross if isinstance(cross, (list, tuple)) else (cross,):
+        if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < num_layers:
+            raise SpecError(f"cross_attention_layers: got {brief(layer)}; needs layer numbers under {num_layers}")
+        kinds[layer] = "cross"
+    return kinds
+
+
+def _stated_kinds(fields: _Fields, stated: object, num_layers: int) -> list[str]:
+    if not isinstance(stated, (list, tuple)) or len(stated) != num_layers:
+        raise SpecError(
+            f"layer_types: got {brief(stated)}{fields.where}; needs one entry for each of {num_layers} layers"
+        )
+    known = {"full_attention": "full", "attention": "full", "sliding_attention": "sliding"}
+    for entry in stated:
+        if not isinstance(entry, str) or entry not in known:
+            why = f"only {' and '.join(known)} have a cache of known shape; others keep states or drop tokens by rules of their own"
+            raise SpecError(f"layer_types: got {brief(entry)}{fields.where}; {why}: {_BY_HAND}")
+    kinds = [known[entry] for entry in stated]
+    if "sliding" in kinds and fields.get("use_sliding_window") is False:
+        raise SpecError(
+            f"use_sliding_window: got False{fields.where}; but layer_types has sliding_attention: make them agree"
+        )
+    return kinds
+
+
+def _implied_kinds(fields: _Fields, num_layers: int) -> list[str]:
+    """The kinds of a config without layer_types, by the rule of its family."""
+    if not fields.get("sliding_window") or fields.get("use_sliding_window") is False:
+        return ["full"] * num_layers
+    if (pattern := fields.size("sliding_window_pattern")) is not None:
+        return ["sliding" if (layer + 1) % pattern else "full" for layer in range(num_layers)]
+    if fields.family in _SLIDE_FROM_LAYER:
+        first = fields.values.get("max_window_layers")
+        if isinstance(first, bool) or not isinstance(first, int) or first < 0:
+            raise SpecError(
+                f"max_window_layers: got {brief(first)}{fields.where}; needs the number of layers before the sliding ones"
+            )
+        return ["full" if layer < first else "sliding" for layer in range(num_layers)]
+    if fields.family in _ALL_SLIDE:
+        return ["sliding"] * num_layers
+    raise fields.refuse("sliding_window", "which layers slide is not stated; add layer_types to the config, or")
+
+
+def _copies(
+    fields: _Fields, kind: str, layers: tuple[int, ...], num_layers: int
+) -> Iterator[tuple[str, tuple[int, ...], Scope]]:
+    """Groups of one kind: the layers with a copy each, then those that all read the copy of one (Gemma-3n's last layers)."""
+    shared = fields.size("num_kv_shared_layers") if fields.values.get("num_kv_shared_layers") != 0 else None
+    owners = tuple(layer for layer in layers if layer < num_layers - (shared or 0))
+    readers = layers[len(owners) :]
+    if readers and not owners:
+        raise SpecError(
+            f"num_kv_shared_layers: got {shared}{fields.where}; no {kind} layer before them holds the KV they read"
+        )
+    alone = owners[:-1] if readers else owners
+    if alone:
+        yield kind, alone, "layer"
+    if readers:
+        yield f"{kind}_shared", (owners[-1], *readers), "shared"
+
+
+def _self_components(fields: _Fields, heads: int, dtype: torch.dtype, ropes: tuple[Rope, ...]) -> tuple[Component, ...]:
+    if fields.get("kv_lora_rank") is None:
+        return _kv(fields, heads, dtype, ropes)
+    # MLA: one latent for all heads, and beside it the part of the key that carries the position.
+    latent = Component("ckv", width=fields.need("kv_lora_rank"), dtype=dtype)
+    return latent, Component("kpe", width=fields.need("qk_rope_head_dim"), dtype=dtype, rope=ropes)
+
+
+def _kv(fields: _Fields, heads: int, dtype: torch.dtype, ropes: tuple[Rope, ...]) -> tuple[Component, ...]:
+    kv_heads = _kv_heads(fields, heads)
+    if heads % kv_heads:
+        raise SpecError(
+            f"num_key_value_heads: got {kv_heads}{fields.where}; does not divide num_attention_heads {heads}"
+        )
+    head_dim = fields.size(*_HEAD_DIM)
+    if head_dim is None:
+        hidden = fields.need(*_HIDDEN)
+        if hidden % heads:
+            raise SpecError(
+                f"hidden_size: got {hidden}{fields.where}; num_attention_heads {heads} does not divide it, and there is no head_dim"
+            )
+        head_dim = hidden // heads
+    rope = ropes[0] if len(set(ropes)) == 1 else ropes
+    k = Component("k", heads=kv_heads, width=head_dim, dtype=dtype, rope=rope)
+    return k, Component("v", heads=kv_heads, width=fields.size("v_head_dim") or head_dim, dtype=dtype)
+
+
+def _kv_heads(fields: _Fields, heads: int) -> int:
+    attn_config = fields.get("attn_config")  # MPT and DBRX nest the number
+    if isinstance(attn_config, Mapping) and attn_config.get("kv_n_heads") is not None:
+        return check_size("attn_config.kv_n_heads", attn_config["kv_n_heads"])
+    # Falcon's larger models set both; the new architecture then ignores multi_query.
+    if fields.get("multi_query") is True and fields.get("new_decoder_architecture") is not True:
+        return 1
+    return fields.size(*_KV_HEADS) or heads
+
+
+def _rope(fields: _Fields, layer: int, kinds: list[str]) -> Rope:
+    """How ``layer`` stores its keys: ``post`` wherever the family rotates them, as all published caches do."""
+    rotary = any(fields.get(name) is not None for name in ("rope_parameters", "rope_theta", "rope_scaling"))
+    if not rotary and (_is_encoder_decoder(fields) or fields.family in _NO_ROPE):
+        return "none"
+    if fields.get("alibi") is True or fields.get("position_embedding_type") in _UNROTATED:
+        return "none"
+    unrotated = fields.get("no_rope_layers")  # 1 for a layer that rotates, 0 for one that does not
+    if isinstance(unrotated, (list, tuple)) and unrotated:
+        if layer >= len(unrotated):
+            raise SpecError(f"no_rope_layers: got {len(unrotated)} entries{fields.where}; needs one for each layer")
+        return "post" if unrotated[layer] else "none"
+    interval = fields.size("no_rope_layer_interval")
+    if interval is not None and (layer + 1) % interval == 0:
+        return "none"
+    skips = fields.family in _ROPE_ON_SLIDING_ONLY and "sliding" in kinds
+    return "none" if skips and kinds[layer] == "full" else "post"

@@ -1,0 +1,310 @@
+"""What one token stores: pure data and exact integer arithmetic. No device, no tensor, no byte layout (strides live elsewhere).
+
+A :class:`CacheSpec` holds :class:`Group`s; a group holds :class:`Component`s (K, V, latents, state) and the layers whose tokens
+live and die together. Everything is frozen and hashable; every refusal is a ``SpecError`` that names the field, the value and why.
+Byte counts are payload: what the elements take, with no padding, block or page rounding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, InitVar, dataclass, fields, replace
+from functools import cached_property
+from os import PathLike
+from typing import Any, Final, TypeVar
+
+import torch
+
+from kvmem import spec_rules as rules
+from kvmem.errors import SpecError
+from kvmem.spec_component import Component, Growth, Rope, Scope, assign, canonical
+from kvmem.spec_rules import dtype_name, parse_dtype
+
+__all__ = ["CacheSpec", "Component", "Group", "Growth", "Rope", "Scope", "dtype_name", "parse_dtype"]
+
+_FORMAT: Final = 1  # of to_dict(), and part of the fingerprint: raise it when a field changes its meaning
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Group:
+    """Components and layers whose tokens live and die together: one block table, one set of lengths.
+
+    layers: model layer numbers, ascending; per-layer tuples of a component follow this order.
+    window_tokens: tokens a query sees, itself included (``sliding_window`` of transformers); None for all of them.
+    max_tokens: with ``growth="prefill"``, the most tokens the model's encoder gives (Whisper: 1,500), or None if it sets no limit.
+    block_size: tokens a block; None takes the spec's. Within a ``CacheSpec`` it is always an int, and 1 for ``growth="fixed"``.
+    """
+
+    name: str
+    components: tuple[Component, ...]
+    layers: tuple[int, ...]
+    _: KW_ONLY
+    window_tokens: int | None = None
+    max_tokens: int | None = None
+    block_size: int = None  # type: ignore[assignment]  # None only until a CacheSpec takes the group: readers get an int
+
+    def __post_init__(self) -> None:
+        rules.check_name("Group.name", self.name)
+        here = f"group {self.name!r}: "
+        layers = rules.check_layers(here + "layers", self.layers)
+        components = rules.check_members(here + "components", self.components, Component)
+        rules.check_unique(here + "components", [c.name for c in components])
+        components = tuple(canonical(c, len(layers), f"{here}component {c.name!r}: ") for c in components)
+        assign(self, layers=layers, components=components)
+        for field in ("window_tokens", "max_tokens", "block_size"):
+            if getattr(self, field) is not None:
+                assign(self, **{field: rules.check_size(here + field, getattr(self, field))})
+        if self.growth == "fixed" and self.block_size is None:
+            assign(self, block_size=1)
+        for field, refused, why in rules.GROUP_RULES:
+            if refused(self):
+                raise SpecError(f"{here}{field}: got {rules.brief(getattr(self, field))}; {why}")
+        tokens = max(self.block_size or 1, self.window_tokens or 1, self.max_tokens or 1)
+        if tokens * self.bytes_per_token + self.fixed_bytes >= rules.BYTES_LIMIT:
+            raise SpecError(
+                f"{here}got {self.bytes_per_token} bytes a token, {tokens} tokens and {self.fixed_bytes} fixed bytes; a group "
+                "must stay under 2**63 bytes: check heads, width, layers, block_size and window_tokens"
+            )
+
+    @property
+    def growth(self) -> Growth:
+        return self.components[0].growth
+
+    @property
+    def ragged(self) -> bool:
+        return self.components[0].ragged
+
+    @property
+    def k_only(self) -> bool:
+        """True if K is all there is, so that V is derived from it and every reader needs the rows of all heads (Slim attention)."""
+        return len(self.components) == 1 and self.components[0].name in ("k", "cross_k")
+
+    @cached_property
+    def bytes_per_token(self) -> int:
+        """Exact payload bytes of one token: all layers, all components; 0 for a group of fixed size."""
+        return 0 if self.growth == "fixed" else self._row_total
+
+    @cached_property
+    def fixed_bytes(self) -> int:
+        """Exact bytes per sequence of a group of fixed size; 0 for the others."""
+        return self._row_total if self.growth == "fixed" else 0
+
+    @property
+    def _row_total(self) -> int:
+        copies = {"layer": range(len(self.layers)), "shared": range(1)}
+        return sum(c.elements_at(index) * c.dtype.itemsize for c in self.components for index in copies[c.scope])
+
+    def component(self, name: str) -> Component:
+        """The component of that name; ``SpecError`` if the group has none."""
+        for component in self.components:
+            if component.name == name:
+                return component
+        raise SpecError(f"group {self.name!r}: component: got {name!r}; it has {rules.brief(self.components)}")
+
+    def heads(self, component: str, layer: int) -> int:
+        """Heads of ``component`` in ``layer``."""
+        return self.component(component).heads_at(self._index(component, layer))
+
+    def widths(self, component: str, layer: int) -> tuple[int, ...]:
+        """Elements per head, one entry per head group; a single entry where all heads are equal."""
+        return self.component(component).widths_at(self._index(component, layer))
+
+    def rope(self, component: str, layer: int) -> Rope:
+        """Rotation state of ``component`` in ``layer``."""
+        rope = self.component(component).rope
+        return rope[self._index(component, layer)] if isinstance(rope, tuple) else rope
+
+    def row_bytes(self, component: str, layer: int) -> int:
+        """Payload bytes of one token (``fixed``: of one sequence) of ``component`` in ``layer``; of a shared copy, the same for each layer."""
+        found = self.component(component)
+        return found.elements_at(self._index(component, layer)) * found.dtype.itemsize
+
+    def _index(self, component: str, layer: int) -> int:
+        if layer not in self.layers:
+            raise SpecError(f"group {self.name!r}: layer: got {layer!r}; it has {rules.brief(self.layers)}")
+        return 0 if self.component(component).scope == "shared" else self.layers.index(layer)
+
+
+@dataclass(frozen=True)
+class CacheSpec:
+    """All that a model caches, as groups. ``CacheSpec(groups)``, or ``CacheSpec(components=[...], num_layers=32)`` for one group.
+
+    block_size: tokens a block, for the groups that do not set their own.
+    num_layers: layers of the model; default the highest layer of a group plus one. A layer may have no component at all.
+    num_query_heads: query heads of the model, if known; lets the spec refuse layouts that need the K of every query head.
+    """
+
+    groups: tuple[Group, ...] = ()
+    _: KW_ONLY
+    components: InitVar[Sequence[Component] | None] = None
+    num_layers: int = None  # type: ignore[assignment]  # None only as an argument: __post_init__ makes it an int
+    block_size: int = 16
+    num_query_heads: int | None = None
+
+    def __post_init__(self, components: Sequence[Component] | None) -> None:
+        assign(self, block_size=rules.check_size("block_size", self.block_size))
+        if self.num_query_heads is not None:
+            assign(self, num_query_heads=rules.check_size("num_query_heads", self.num_query_heads))
+        if self.num_layers is not None and rules.check_size("num_layers", self.num_layers) > rules.MAX_LAYERS:
+            raise SpecError(f"num_layers: got {self.num_layers!r}; at most {rules.MAX_LAYERS}")
+        groups = (
+            rules.check_members("groups", self.groups, Group) if components is None else self._one_group(components)
+        )
+        rules.check_unique("groups", [g.name for g in groups])
+        top = max(g.layers[-1] for g in groups)
+        if self.num_layers is not None and self.num_layers <= top:
+            raise SpecError(f"num_layers: got {self.num_layers!r}; a group holds layer {top}")
+        assign(self, num_layers=top + 1 if self.num_layers is None else int(self.num_layers))
+        assign(
+            self,
+            groups=tuple(g if g.block_size is not None else replace(g, block_size=self.block_size) for g in groups),
+        )
+        self._check_owners()
+        self._check_query_heads()
+        total = sum(g.bytes_per_token * g.block_size + g.fixed_bytes for g in self.groups)
+        if total >= rules.BYTES_LIMIT:
+            raise SpecError(f"groups: got {total} bytes for one block of each; a spec must stay under 2**63 bytes")
+
+    def _one_group(self, components: Sequence[Component]) -> tuple[Group, ...]:
+        if self.groups:
+            raise SpecError(
+                f"components: got both components and groups {rules.brief(self.groups)}; components make one group of all layers"
+            )
+        if self.num_layers is None:
+            raise SpecError("num_layers: got None; components need the number of layers they are for")
+        return (Group("all", rules.check_members("components", components, Component), tuple(range(self.num_layers))),)
+
+    def _check_owners(self) -> None:
+        owner: dict[tuple[int, str], Group] = {}
+        for group in self.groups:
+            for key in ((layer, c.name) for layer in group.layers for c in group.components):
+                if key in owner:
+                    raise SpecError(f"groups: got component {key[1]!r} of layer {key[0]} in {owner[key].name!r} and in {group.name!r}; "
+                                    "it lives in one: rename the component, or take the layer out of a group")  # fmt: skip
+                owner[key] = group
+
+    def _check_query_heads(self) -> None:
+        if (queries := self.num_query_heads) is None:
+            return
+        pairs = [(g, c.name) for g in self.groups for c in g.components if c.name in ("k", "v", "cross_k", "cross_v")]
+        for group, name in pairs:
+            for heads in sorted({group.heads(name, layer) for layer in group.layers}):
+                if queries % heads:
+                    raise SpecError(
+                        f"num_query_heads: got {queries}, which {heads} heads of {name!r} in group {group.name!r} do not divide"
+                    )
+                if group.k_only and heads < queries:
+                    raise SpecError(f"group {group.name!r}: heads: got {heads} of {name!r} with no V for {queries} query heads; V is derived "
+                                    "through the inverse of W_K, and under GQA the K of a token has too low a rank: store V too")  # fmt: skip
+
+    @classmethod
+    def kv(
+        cls, *, num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype | str, block_size: int = 16,
+        window_tokens: int | None = None, num_query_heads: int | None = None,
+    ) -> CacheSpec:  # fmt: skip
+        """The usual cache: K (after rotation) and V, alike in every layer."""
+        if rules.check_size("num_layers", num_layers) > rules.MAX_LAYERS:
+            raise SpecError(f"num_layers: got {num_layers!r}; at most {rules.MAX_LAYERS}")
+        rules.check_size("num_kv_heads", num_kv_heads), rules.check_size("head_dim", head_dim)
+        k = Component("k", heads=num_kv_heads, width=head_dim, dtype=parse_dtype(dtype), rope="post")
+        group = Group(
+            "all", (k, replace(k, name="v", rope="none")), tuple(range(num_layers)), window_tokens=window_tokens
+        )
+        return cls((group,), block_size=block_size, num_query_heads=num_query_heads)
+
+    @classmethod
+    def from_config(
+        cls,
+        config: Mapping[str, Any] | str | PathLike[str] | object,
+        *,
+        dtype: torch.dtype | str | None = None,
+        block_size: int = 16,
+    ) -> CacheSpec:
+        """The spec of a published model; see :func:`kvmem.model_config.spec_from_config`."""
+        from kvmem.model_config import spec_from_config  # it builds on these types
+
+        return spec_from_config(config, dtype=dtype, block_size=block_size)
+
+    @cached_property
+    def bytes_per_token(self) -> int:
+        """Exact payload bytes a new token adds, over all groups that grow with tokens (a window that is full gives as much back)."""
+        return sum(g.bytes_per_token for g in self.groups if g.growth == "token")
+
+    @cached_property
+    def prefill_bytes_per_token(self) -> int:
+        """Exact payload bytes of one encoder token, over the groups that are fixed after prefill."""
+        return sum(g.bytes_per_token for g in self.groups if g.growth == "prefill")
+
+    @cached_property
+    def fixed_bytes(self) -> int:
+        """Exact bytes per sequence whatever its length."""
+        return sum(g.fixed_bytes for g in self.groups)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """64 hex digits: SHA-256 of the canonical JSON of ``to_dict()``. Equal specs have equal ones in every process and version."""
+        text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def group_of(self, layer: int, component: str) -> int:
+        """Index in ``groups`` of the group that holds ``component`` for ``layer``; ``SpecError`` if none does."""
+        for index, group in enumerate(self.groups):
+            if layer in group.layers and any(c.name == component for c in group.components):
+                return index
+        there = ", ".join(c.name for c in self.layer_components(layer))
+        raise SpecError(f"component: got {component!r} of layer {layer!r}; that layer has {there or 'none'}")
+
+    def layer_components(self, layer: int) -> tuple[Component, ...]:
+        """Every component that ``layer`` reads, in the order of the groups; empty for a layer that caches nothing."""
+        if isinstance(layer, bool) or layer not in range(self.num_layers):
+            raise SpecError(f"layer: got {layer!r}; the spec has layers 0 to {self.num_layers - 1}")
+        return tuple(c for g in self.groups if layer in g.layers for c in g.components)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON data: ``CacheSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec``."""
+        groups = [_plain(g) | {"components": [_plain(c) for c in g.components]} for g in self.groups]
+        return {"format": _FORMAT} | _plain(self) | {"groups": groups}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> CacheSpec:
+        """The inverse of ``to_dict``; ``SpecError`` on an unknown or missing field."""
+        rest = dict(_mapping("spec", data))
+        if (found := rest.pop("format", None)) != _FORMAT:
+            raise SpecError(f"format: got {found!r}; this version reads {_FORMAT}")
+        groups = [dict(_mapping("groups", group)) for group in rules.check_members("groups", rest.get("groups"), dict)]
+        for group in groups:
+            components = rules.check_members("components", group.get("components"), dict)
+            group["components"] = tuple(_build(Component, c) for c in components)
+        return _build(cls, rest | {"groups": tuple(_build(Group, g) for g in groups)})
+
+
+def _plain(instance: Component | Group | CacheSpec) -> dict[str, Any]:
+    values = {f.name: getattr(instance, f.name) for f in fields(instance)}
+    plain = {
+        name: dtype_name(v) if isinstance(v, torch.dtype) else v
+        for name, v in values.items()
+        if name not in ("groups", "components")
+    }
+    return {name: _lists(value) for name, value in plain.items()}
+
+
+def _lists(value: Any) -> Any:
+    return [_lists(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _mapping(field: str, value: object) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise SpecError(f"{field}: got {rules.brief(value)}; must be a dict")
+    return value
+
+
+def _build(cls: type[_T], data: Mapping[str, Any]) -> _T:
+    known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
+    for field in sorted(data.keys() - known):
+        raise SpecError(f"{field}: got {rules.brief(data[field])}; {cls.__name__} has no such field")
+    for field in sorted(known - data.keys()):
+        raise SpecError(f"{field}: missing from a {cls.__name__}")
+    return cls(**data)

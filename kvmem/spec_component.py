@@ -1,0 +1,130 @@
+"""One component of a cache: what its elements are, how many, and how they grow. See ``kvmem.spec`` for what holds components."""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass, replace
+from math import gcd
+from typing import Any, Literal, get_args
+
+import torch
+
+from kvmem import spec_rules as rules
+from kvmem.errors import SpecError
+from kvmem.spec_rules import parse_dtype
+
+Scope = Literal["layer", "shared"]
+Growth = Literal["token", "prefill", "fixed"]
+Rope = Literal["none", "pre", "post"]
+Width = int | tuple[int, ...] | tuple[tuple[int, ...], ...]
+
+
+def assign(instance: object, **values: object) -> None:
+    """Normalise fields of a frozen instance; only for ``__post_init__``."""
+    for field, value in values.items():
+        object.__setattr__(instance, field, value)
+
+
+@dataclass(frozen=True)
+class Component:
+    """One thing a group keeps for a token (or, with ``growth="fixed"``, for a sequence).
+
+    heads: KV heads, or latent groups, or rows of a state matrix; an int, or one int per layer of the group.
+    width: elements per head; an int, one per layer, or per layer one per head group (Palu's unequal ranks: the heads of a layer
+        are split evenly over the entries).
+    dtype: a ``torch.dtype``; a name such as ``"bfloat16"`` is converted.
+    scope: ``"layer"`` one copy per layer; ``"shared"`` one copy that every layer of the group reads.
+    growth: ``"token"`` with each token; ``"prefill"`` once, at prefill (cross attention); ``"fixed"`` bytes per sequence (recurrent state).
+    rope: ``"pre"`` stored before rotation, ``"post"`` after, ``"none"`` never rotated; one value, or one per layer.
+    planes: bits of each plane an element is split into, highest first (AlignedKV); empty for plain elements.
+    ragged: lengths per (sequence, head) instead of per sequence (gated eviction).
+
+    Names have meaning to readers: ``k`` and ``v`` of self attention, ``cross_k`` and ``cross_v`` of cross attention, ``ckv`` (latent)
+    and ``kpe`` (rotary key) of MLA. Others are free.
+    """
+
+    name: str
+    _: KW_ONLY
+    width: Width
+    dtype: torch.dtype
+    heads: int | tuple[int, ...] = 1
+    scope: Scope = "layer"
+    growth: Growth = "token"
+    rope: Rope | tuple[Rope, ...] = "none"
+    planes: tuple[int, ...] = ()
+    ragged: bool = False
+
+    def __post_init__(self) -> None:
+        rules.check_name("Component.name", self.name)
+        here = f"component {self.name!r}: "
+        assign(
+            self,
+            heads=rules.check_sizes(here + "heads", self.heads, 1),
+            width=rules.check_sizes(here + "width", self.width, 2),
+        )
+        assign(self, dtype=parse_dtype(self.dtype, here + "dtype"))
+        if not isinstance(self.planes, (tuple, list)):
+            raise SpecError(f"{here}planes: got {self.planes!r}; must be a tuple of bits, highest plane first")
+        assign(self, planes=tuple(rules.check_size(f"{here}planes[{i}]", bits) for i, bits in enumerate(self.planes)))
+        rules.check_choice(here + "scope", self.scope, get_args(Scope))
+        rules.check_choice(here + "growth", self.growth, get_args(Growth))
+        if isinstance(self.rope, list):
+            assign(self, rope=tuple(self.rope))
+        for rope in self.rope if isinstance(self.rope, tuple) and self.rope else (self.rope,):
+            rules.check_choice(here + "rope", rope, get_args(Rope))
+        rules.check_bool(here + "ragged", self.ragged)
+        for field, refused, why in rules.COMPONENT_RULES:
+            if refused(self):
+                raise SpecError(f"{here}{field}: got {rules.brief(getattr(self, field))}; {why}")
+
+    @property
+    def ropes(self) -> set[str]:
+        """The rotation states that occur in any layer."""
+        return set(self.rope) if isinstance(self.rope, tuple) else {self.rope}
+
+    @property
+    def unequal(self) -> bool:
+        """True if the heads of one layer differ in width."""
+        return isinstance(self.width, tuple) and any(isinstance(w, tuple) and len(set(w)) > 1 for w in self.width)
+
+    # The three below take a position in the group's layers, not a layer number: Group translates.
+    def heads_at(self, index: int) -> int:
+        return self.heads[index] if isinstance(self.heads, tuple) else self.heads
+
+    def widths_at(self, index: int) -> tuple[int, ...]:
+        width = self.width[index] if isinstance(self.width, tuple) else self.width
+        return width if isinstance(width, tuple) else (width,)
+
+    def elements_at(self, index: int) -> int:
+        widths = self.widths_at(index)
+        return sum(widths) * (self.heads_at(index) // len(widths))
+
+
+def canonical(component: Component, num_layers: int, here: str) -> Component:
+    """The one spelling of equal shapes, after the checks that need the number of layers: heads=8 and heads=(8, 8) are one spec."""
+    count = 1 if component.scope == "shared" else num_layers
+    for field in ("heads", "width", "rope"):
+        value = getattr(component, field)
+        if isinstance(value, tuple) and len(value) != count:
+            raise SpecError(
+                f"{here}{field}: got {len(value)} entries, {rules.brief(value)}; needs {count}, one per copy"
+            )
+    widths = []
+    for index in range(count):
+        groups, heads, elements = component.widths_at(index), component.heads_at(index), component.elements_at(index)
+        if heads % len(groups):
+            raise SpecError(f"{here}width: got {len(groups)} head groups {groups!r}, which do not divide {heads} heads")
+        if any(elements * bits % 8 for bits in component.planes):
+            raise SpecError(
+                f"{here}planes: got {component.planes!r}; with {elements} elements a token a plane does not fill whole bytes"
+            )
+        # The longest run that respects every change of width: (64, 64, 32, 32) says no more than (64, 32).
+        run = gcd(len(groups), *(i for i in range(1, len(groups)) if groups[i] != groups[i - 1]))
+        widths.append(groups[::run])
+    flat = tuple(w[0] for w in widths) if all(len(w) == 1 for w in widths) else tuple(widths)
+    return replace(component, heads=_collapse(component.heads), width=_collapse(flat), rope=_collapse(component.rope))
+
+
+def _collapse(value: Any) -> Any:
+    """(8, 8, 8) as 8; a tuple of unequal head groups stays per layer, since a lone tuple would read as one width per layer."""
+    alike = isinstance(value, tuple) and len(set(value)) == 1 and not isinstance(value[0], tuple)
+    return value[0] if alike else value
