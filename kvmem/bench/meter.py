@@ -31,8 +31,9 @@ class Meter:
     Rounding is measured where it is largest, at a request's end: the drop of wasted bytes that its `finish` causes.
     """
 
-    def __init__(self, pool: Pool, sample_steps: int = 33, on_sample: Callable[[Sample], None] | None = None) -> None:
-        self.pool, self.sample_steps, self._on_sample = pool, sample_steps, on_sample
+    def __init__(self, pool: Pool, sample_steps: int = 33) -> None:
+        self.pool, self.sample_steps = pool, sample_steps
+        self.on_sample: Callable[[Sample], None] | None = None
         self.samples: list[Sample] = []
         self.finished_used_bytes = 0
         self.finished_wasted_bytes = 0
@@ -97,8 +98,8 @@ class Meter:
     def sample(self, step: int, running: int, waiting: int) -> None:
         self._next_sample = step + self.sample_steps
         self.samples.append(Sample(step, running, waiting, self.pool.usage()))
-        if self._on_sample:
-            self._on_sample(self.samples[-1])
+        if self.on_sample is not None:
+            self.on_sample(self.samples[-1])
 
     @property
     def step_ns(self) -> npt.NDArray[np.int64]:

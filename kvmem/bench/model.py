@@ -11,7 +11,7 @@ from kvmem.bench.errors import BenchError
 from kvmem.errors import SpecError
 
 if TYPE_CHECKING:
-    from kvmem import CacheSpec
+    from kvmem.spec import CacheSpec
 
 __all__ = ["LLAMA_3_8B", "LLAMA_3_8B_WEIGHT_BYTES", "Model", "load_model"]
 
@@ -42,7 +42,7 @@ class Model:
 
 def load_model(path: Path | None, *, dtype: str, block_size: int) -> Model:
     """The packaged Llama 3 8B, or a published ``config.json``. Raises `SpecError` where it describes no cache that kvmem knows."""
-    from kvmem import CacheSpec
+    from kvmem.spec import CacheSpec
 
     source = path or LLAMA_3_8B
     config = _read_config(source)

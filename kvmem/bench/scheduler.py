@@ -98,6 +98,11 @@ class Scheduler:
         return Outcome(self._completed, self._refused, self._preemptions, self._recomputed, self._step, self._peak_running,
                        self._peak_tokens)
 
+    @property
+    def ended(self) -> int:
+        """Requests completed or refused so far."""
+        return self._completed + self._refused
+
     # Admission -------------------------------------------------------------------------------------------------------------------
 
     def _head(self) -> int | None:
