@@ -37,6 +37,9 @@ void translate(const std::exception_ptr& pointer, void*) {
 
 NB_MODULE(_core, m) {
   m.doc() = "The native half of kvmem: drivers, pages, rows, blocks, sequences.";
+#ifndef KVMEM_DEBUG
+  nb::set_leak_warnings(false);  // an allocator that lives until the interpreter exits is no leak
+#endif
   nb::register_exception_translator(translate);
   bind_drivers(m);
   bind_core(m);

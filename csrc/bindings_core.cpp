@@ -135,7 +135,10 @@ void bind_geometry(nb::module_& m) {
                                      std::move(arena_slots)};
           },
           nb::kw_only(), "growth"_a, "block_tokens"_a, "window_tokens"_a, "max_tokens"_a, "row_tokens"_a,
-          "max_blocks"_a, "token_bytes"_a, "row_slots"_a, "arena_slots"_a);
+          "max_blocks"_a, "token_bytes"_a, "row_slots"_a, "arena_slots"_a)
+      .def_ro("row_tokens", &GroupGeometry::row_tokens)
+      .def_ro("max_blocks", &GroupGeometry::max_blocks)
+      .def_ro("arena_slots", &GroupGeometry::arena_slots);
   nb::class_<Geometry>(m, "Geometry")
       .def(
           "__init__",
@@ -263,6 +266,15 @@ void bind_cache(nb::module_& m) {
       .def("tokens", &Cache::tokens, "handle"_a, "group"_a = -1)
       .def("committed", &Cache::committed, "handle"_a, "group"_a = -1)
       .def("first_token", &Cache::first_token, "handle"_a, "group"_a = -1)
+      .def(
+          "lengths",
+          [](Cache& c, In<i32> handles, i64 group, Out<i64> tokens, Out<i64> committed) {
+            if (tokens.shape(0) < handles.shape(0) || committed.shape(0) < handles.shape(0)) {
+              throw SpecError("tokens and committed need an entry for each handle");
+            }
+            c.lengths(handles.data(), static_cast<i64>(handles.shape(0)), group, tokens.data(), committed.data());
+          },
+          "handles"_a.noconvert(), "group"_a, "tokens"_a.noconvert(), "committed"_a.noconvert())
       .def(
           "row", [](Cache& c, i64 handle, i64 group) { return c.place(handle, group).row; }, "handle"_a,
           "group"_a = -1)

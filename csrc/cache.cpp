@@ -374,22 +374,37 @@ void Cache::free(const i32* handles, i64 n) {
 }
 
 i64 Cache::tokens(i64 handle, i64 group) {
-  Lock lock(pool_->mutex);
+  Lock lock = enter();
+  check_group(group);
   return sequences_.tokens(sequences_.index(handle), group < 0 ? token_group_ : group);
 }
 
 i64 Cache::committed(i64 handle, i64 group) {
-  Lock lock(pool_->mutex);
+  Lock lock = enter();
+  check_group(group);
   return sequences_.committed(sequences_.index(handle), group < 0 ? token_group_ : group);
 }
 
 i64 Cache::first_token(i64 handle, i64 group) {
-  Lock lock(pool_->mutex);
+  Lock lock = enter();
+  check_group(group);
   return sequences_.front(sequences_.index(handle), group < 0 ? token_group_ : group);
 }
 
+void Cache::lengths(const i32* handles, i64 n, i64 group, i64* tokens, i64* committed) {
+  Lock lock = enter();
+  check_group(group);
+  const i64 g = group < 0 ? token_group_ : group;
+  for (i64 i = 0; i < n; ++i) {
+    const i64 index = sequences_.index(handles[i]);
+    tokens[i] = sequences_.tokens(index, g);
+    committed[i] = sequences_.committed(index, g);
+  }
+}
+
 Placement Cache::place(i64 handle, i64 group) {
-  Lock lock(pool_->mutex);
+  Lock lock = enter();
+  check_group(group);
   return table_->place(sequences_.index(handle), group < 0 ? token_group_ : group);
 }
 

@@ -37,6 +37,7 @@ class Cache final : public TableState {
   i64 tokens(i64 handle, i64 group);
   i64 committed(i64 handle, i64 group);
   i64 first_token(i64 handle, i64 group);
+  void lengths(const i32* handles, i64 n, i64 group, i64* tokens, i64* committed);
   Placement place(i64 handle, i64 group);
   std::vector<i64> handles();  // of the live sequences, by place
 

@@ -224,6 +224,12 @@ class VirtualTable final : public PageTable {
 
   i64 parked_pages() const override {
     i64 pages = 0;
+    std::unordered_map<i32, i32> shared;  // page -> how many of its mappings are parked ones
+    const auto count = [&](const Row& row, const Extent& e, i64 from, i64 to) {
+      if (to <= from) return;
+      if (!row.maybe_shared) pages += to - from;
+      for (i64 slot = from; row.maybe_shared && slot < to; ++slot) ++shared[e.pages[slot]];
+    };
     for (i64 row = 1; row < static_cast<i64>(rows_.size()); ++row) {
       if (rows_[row].slots == 0) continue;
       for (i64 a = 0, g = 0; a < arenas_; ++a) {
@@ -231,9 +237,11 @@ class VirtualTable final : public PageTable {
         const Extent& e = extent(row, a);
         i64 lo, hi;
         needed(row, g, a, &lo, &hi);
-        pages += alone(row, e, e.lo, std::min(lo, e.hi)) + alone(row, e, std::max(hi, e.lo), e.hi);
+        count(rows_[row], e, e.lo, std::min(lo, e.hi));
+        count(rows_[row], e, std::max(hi, e.lo), e.hi);
       }
     }
+    for (const auto& [page, mappings] : shared) pages += pool_.refs(page) == mappings;
     return pages;
   }
 
@@ -367,14 +375,6 @@ class VirtualTable final : public PageTable {
     rows_[unbound_[place].row].place = place;
     unbound_.pop_back();
     rows_[row].place = -1;
-  }
-
-  i64 alone(i64 row, const Extent& e, i64 from, i64 to) const {
-    if (to <= from) return 0;
-    if (!rows_[row].maybe_shared) return to - from;
-    i64 pages = 0;
-    for (i64 slot = from; slot < to; ++slot) pages += pool_.refs(e.pages[slot]) == 1;
-    return pages;
   }
 
   // The smallest parked row that holds enough, else the largest. The trash row is never among them.

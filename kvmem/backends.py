@@ -1,0 +1,114 @@
+"""The two backends, seen from above: how many addresses each reserves, and what tensors over them look like.
+
+``VirtualBackend`` gives each sequence a row of addresses; ``PagedBackend`` gives all sequences one arena of blocks. The rest of
+kvmem does not ask which one it has: both offer the same memory as ``[num_blocks, block_size, heads, width]`` with block ids.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import gcd, lcm
+
+from kvmem import _core
+from kvmem.errors import SpecError
+from kvmem.layouts import GroupLayout
+from kvmem.units import format_bytes
+
+__all__ = ["BACKENDS", "PagedBackend", "Sizes", "VirtualBackend"]
+
+#: Kernels accept a row as pages of any legal size if its length is a multiple of this (FlashAttention 2 asks for 256).
+ROW_TOKENS = 256
+#: 47 bits of addresses, less what the process itself needs.
+MAX_RESERVED_BYTES = 100 << 40
+#: Block ids are int32.
+MAX_BLOCKS = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a backend needs to know to lay out its arenas. ``capacity_bytes`` bounds what can ever be mapped."""
+
+    page_bytes: int
+    max_sequences: int
+    max_tokens: int
+    tail_guard_tokens: int
+    capacity_bytes: int
+
+
+def _group_tokens(layout: GroupLayout, max_tokens: int) -> int:
+    growth = layout.group.growth
+    return 1 if growth == "fixed" else (layout.group.max_tokens or max_tokens) if growth == "prefill" else max_tokens
+
+
+def _refuse_addresses(layout: GroupLayout, reserved: int, blocks: int) -> None:
+    if reserved > MAX_RESERVED_BYTES or blocks > MAX_BLOCKS:
+        raise SpecError(
+            f"group {layout.group.name!r} would reserve {format_bytes(reserved)} of addresses and {blocks} block ids; there are "
+            f"{format_bytes(MAX_RESERVED_BYTES)} and {MAX_BLOCKS}: lower max_sequences, max_tokens or page_bytes"
+        )
+
+
+class VirtualBackend:
+    """Rows of addresses, one per sequence plus row 0, whose first two blocks are the trash blocks of padded batches."""
+
+    name = "virtual"
+    paged = False
+
+    @staticmethod
+    def geometry(layout: GroupLayout, sizes: Sizes) -> _core.GroupGeometry:
+        """Rows start at a page and at a block in every arena, so that a row can be read as blocks too."""
+        group, page = layout.group, sizes.page_bytes
+        tokens = _group_tokens(layout, sizes.max_tokens)
+        step = group.block_size if group.growth == "fixed" else lcm(ROW_TOKENS, group.block_size)
+        for token_bytes in layout.token_bytes:
+            step = lcm(step, page // gcd(page, token_bytes))
+        # The trash blocks and the guard must fit in a row as well.
+        wanted = max(tokens + sizes.tail_guard_tokens, 2 * group.block_size)
+        row_tokens = -(-wanted // step) * step
+        row_slots = [row_tokens * token_bytes // page for token_bytes in layout.token_bytes]
+        rows = sizes.max_sequences + 1
+        arena_slots = [rows * slots + 1 for slots in row_slots]  # one more: the scratch slot of copy-on-write
+        _refuse_addresses(layout, sum(arena_slots) * page, rows * row_tokens // group.block_size)
+        return _core.GroupGeometry(
+            growth=getattr(_core.Growth, group.growth),
+            block_tokens=group.block_size,
+            window_tokens=group.window_tokens or 0,
+            max_tokens=tokens,
+            row_tokens=row_tokens,
+            max_blocks=rows * row_tokens // group.block_size,
+            token_bytes=layout.token_bytes,
+            row_slots=row_slots,
+            arena_slots=arena_slots,
+        )
+
+
+class PagedBackend:
+    """One arena of blocks for all sequences. Blocks 0 and 1 are the trash blocks of padded batches."""
+
+    name = "paged"
+    paged = True
+
+    @staticmethod
+    def geometry(layout: GroupLayout, sizes: Sizes) -> _core.GroupGeometry:
+        """Addresses for every block that the tables can name, or that memory can ever hold, whichever is less."""
+        group, page = layout.group, sizes.page_bytes
+        tokens = _group_tokens(layout, sizes.max_tokens)
+        named = sizes.max_sequences * -(-tokens // group.block_size)
+        held = -(-sizes.capacity_bytes // (layout.total_token_bytes * group.block_size)) + 1
+        max_blocks = 2 + min(named, held)
+        arena_slots = [-(-max_blocks * group.block_size * token_bytes // page) for token_bytes in layout.token_bytes]
+        _refuse_addresses(layout, sum(arena_slots) * page, max_blocks)
+        return _core.GroupGeometry(
+            growth=getattr(_core.Growth, group.growth),
+            block_tokens=group.block_size,
+            window_tokens=group.window_tokens or 0,
+            max_tokens=tokens,
+            row_tokens=0,
+            max_blocks=max_blocks,
+            token_bytes=layout.token_bytes,
+            row_slots=[0] * len(layout.token_bytes),
+            arena_slots=arena_slots,
+        )
+
+
+BACKENDS: dict[str, type[VirtualBackend] | type[PagedBackend]] = {"virtual": VirtualBackend, "paged": PagedBackend}

@@ -1,0 +1,149 @@
+"""The metadata of one step, in the forms that attention kernels read. Filled by the core, in place, at fixed addresses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from kvmem import _core
+
+__all__ = ["Batch", "GroupBatch"]
+
+# name -> (dtype, shape in terms of B rows, T new tokens, M blocks a sequence, N blocks in all)
+_FIELDS = {
+    "block_table": (torch.int32, "BM"),
+    "seq_lens": (torch.int32, "B"),
+    "first_tokens": (torch.int32, "B"),
+    "slot_mapping": (torch.int64, "T"),
+    "positions": (torch.int32, "T"),
+    "batch_indices": (torch.int32, "T"),
+    "cu_seqlens_q": (torch.int32, "B+1"),
+    "cu_seqlens_k": (torch.int32, "B+1"),
+    "kv_indptr": (torch.int32, "B+1"),
+    "kv_indices": (torch.int32, "N"),
+    "kv_last_page_len": (torch.int32, "B"),
+    "rows": (torch.int32, "B"),
+    "row_starts": (torch.int32, "B+1"),
+}
+
+
+class GroupBatch:
+    """One group's metadata. ``B`` rows (sequences, then padding rows), ``T`` new tokens. Values are valid until the next fill.
+
+    =====================  ===================  ==================================================================
+    block_table            int32 [B, M]         block ids; entries past a sequence's last block are 0
+    seq_lens               int32 [B]            tokens, this step's included
+    first_tokens           int32 [B]            first token still held; 0 without a sliding window
+    slot_mapping           int64 [T]            ``block * block_size + offset``: where each new token is written
+    positions              int32 [T]            position of each new token in its sequence
+    batch_indices          int32 [T]            row of the batch that each new token belongs to
+    cu_seqlens_q           int32 [B + 1]        new tokens, running sum from 0 (FlashInfer's ``qo_indptr``)
+    cu_seqlens_k           int32 [B + 1]        tokens, running sum from 0
+    kv_indptr              int32 [B + 1]        blocks, running sum from 0 (FlashInfer CSR)
+    kv_indices             int32 [N]            block ids of all sequences, one after the other
+    kv_last_page_len       int32 [B]            tokens in the last block, 1 to ``block_size``
+    rows                   int32 [B] or None    row of each sequence in ``Allocator.rows()``; None where there are none
+    row_starts             int32 [B + 1]        ``row * row_tokens``; None where ``rows`` is
+    =====================  ===================  ==================================================================
+
+    Each field also exists as ``<field>_cpu`` (on the CPU device, the same tensor): ``plan()`` of FlashInfer reads some there.
+    A padding row has one new token: it reads block 0, which is zero, and writes block 1. Blocks that a window has dropped
+    stand as 0 too.
+    """
+
+    block_table: torch.Tensor
+    seq_lens: torch.Tensor
+    first_tokens: torch.Tensor
+    slot_mapping: torch.Tensor
+    positions: torch.Tensor
+    batch_indices: torch.Tensor
+    cu_seqlens_q: torch.Tensor
+    cu_seqlens_k: torch.Tensor
+    kv_indptr: torch.Tensor
+    kv_indices: torch.Tensor
+    kv_last_page_len: torch.Tensor
+    rows: torch.Tensor | None
+    row_starts: torch.Tensor | None
+    seq_lens_cpu: torch.Tensor
+    cu_seqlens_q_cpu: torch.Tensor
+    cu_seqlens_k_cpu: torch.Tensor
+    kv_indptr_cpu: torch.Tensor
+    kv_last_page_len_cpu: torch.Tensor
+
+    def __init__(
+        self, device: torch.device, block_size: int, has_rows: bool, max_sequences: int, max_new_tokens: int, max_blocks: int,
+        max_indices: int,
+    ) -> None:  # fmt: skip
+        self.block_size = block_size
+        self.num_rows = self.num_new_tokens = self.num_indices = self.max_seqlen_q = self.max_seqlen_k = 0
+        self._max_blocks = max_blocks
+        lengths = {"B": max_sequences, "B+1": max_sequences + 1, "T": max_new_tokens, "N": max_indices, "BM": max_sequences * max_blocks}
+        self._host: dict[str, torch.Tensor] = {}
+        self._device: dict[str, torch.Tensor] = {}
+        for name, (dtype, shape) in _FIELDS.items():
+            if name in ("rows", "row_starts") and not has_rows:
+                continue
+            host = torch.zeros(lengths[shape], dtype=dtype, pin_memory=device.type == "cuda")
+            self._host[name] = host
+            self._device[name] = host.to(device) if device.type == "cuda" else host
+        self.buffers = _core.BatchBuffers(
+            max_sequences=max_sequences, max_new_tokens=max_new_tokens, max_blocks=max_blocks, max_indices=max_indices,
+            **{name: tensor.numpy() for name, tensor in self._host.items()},
+        )  # fmt: skip
+
+    def update(self, sizes: tuple[int, int, int, int, int]) -> None:
+        """Takes the sizes that the core has filled in, and puts what changed on the device."""
+        self.num_rows, self.num_new_tokens, self.num_indices, self.max_seqlen_q, self.max_seqlen_k = sizes
+        self.__dict__.pop("_views", None)
+        for name, host in self._host.items():
+            if (device := self._device[name]) is not host:
+                used = self._used(name)
+                device[:used].copy_(host[:used], non_blocking=True)
+
+    def _used(self, name: str) -> int:
+        counts = {"B": self.num_rows, "B+1": self.num_rows + 1, "T": self.num_new_tokens, "N": self.num_indices}
+        return counts.get(_FIELDS[name][1], self.num_rows * self._max_blocks)
+
+    def full(self, name: str) -> torch.Tensor:
+        """The whole buffer of a field on the device: what a captured graph is given. Its address never changes."""
+        buffer = self._device[name]
+        return buffer.view(-1, self._max_blocks) if name == "block_table" else buffer
+
+    def __getattr__(self, name: str) -> torch.Tensor | None:
+        # Only for names not set in __init__: views of the used part of a buffer, made when first asked for.
+        field, cpu = (name[:-4], True) if name.endswith("_cpu") else (name, False)
+        if field not in _FIELDS:
+            raise AttributeError(f"a batch has no field {name!r}")
+        if field not in self._host:
+            return None
+        views = self.__dict__.setdefault("_views", {})
+        if name not in views:
+            used = (self._host if cpu else self._device)[field][: self._used(field)]
+            views[name] = used.view(-1, self._max_blocks) if field == "block_table" else used
+        return views[name]  # type: ignore[no-any-return]
+
+
+class Batch(GroupBatch):
+    """The metadata of a step for every group; attributes are those of the first group that grows with the tokens.
+
+    Made by ``Allocator.batch()`` and refilled in place by ``Allocator.fill()``. ``batch.group(i)`` gives another group.
+    """
+
+    def __init__(self, groups: list[GroupBatch], main: int) -> None:
+        self._groups = groups
+        self.__dict__["_main"] = groups[main]
+
+    def group(self, index: int) -> GroupBatch:
+        """The metadata of group ``index`` of the spec."""
+        return self._groups[index]
+
+    @property
+    def groups(self) -> Iterator[GroupBatch]:
+        return iter(self._groups)
+
+    def __getattr__(self, name: str) -> torch.Tensor | None:
+        return getattr(self.__dict__["_main"], name)  # type: ignore[no-any-return]
+
+    def full(self, name: str) -> torch.Tensor:
+        return self.__dict__["_main"].full(name)  # type: ignore[no-any-return]

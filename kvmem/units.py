@@ -1,0 +1,34 @@
+"""Sizes as people write them."""
+
+from __future__ import annotations
+
+import re
+
+from kvmem.errors import SpecError
+
+__all__ = ["format_bytes", "parse_bytes"]
+
+_UNITS = {"": 1, "B": 1}
+_UNITS |= {f"{letter}iB": 1024 ** (i + 1) for i, letter in enumerate("KMGTP")}
+_UNITS |= {f"{letter}B": 1000 ** (i + 1) for i, letter in enumerate("KMGTP")}
+
+
+def parse_bytes(field: str, value: int | str) -> int:
+    """Bytes from an int or a text such as ``"20GiB"``, ``"1.5 TiB"`` or ``"500MB"`` (decimal); ``SpecError`` otherwise."""
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value) if isinstance(value, str) else None
+    unit = None if match is None else _UNITS.get(match.group(2))
+    if match is None or unit is None:
+        raise SpecError(f'{field}: got {value!r}; must be bytes as an int, or a text such as "20GiB" or "500MB"')
+    return int(float(match.group(1)) * unit) if "." in match.group(1) else int(match.group(1)) * unit
+
+
+def format_bytes(count: int) -> str:
+    """``1536`` as ``"1.5 KiB"``: three significant digits, binary units."""
+    size, unit = float(count), "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB", "PiB"):
+        if abs(size) < 1024 or unit == "PiB":
+            break
+        size /= 1024
+    return f"{count} B" if unit == "B" else f"{size:.3g} {unit}"
