@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from kvmem.bench.model import Model
 from kvmem.bench.pools import AllocatorPool
@@ -11,9 +11,10 @@ from kvmem.bench.pools import AllocatorPool
 if TYPE_CHECKING:
     from kvmem import Allocator
 
-__all__ = ["BACKENDS", "Budget", "open_allocator", "open_pool"]
+__all__ = ["BACKENDS", "Backend", "Budget", "open_allocator", "open_pool"]
 
-BACKENDS = ("virtual", "paged")
+Backend = Literal["virtual", "paged"]
+BACKENDS: tuple[Backend, ...] = ("virtual", "paged")
 
 
 @dataclass(frozen=True)
@@ -26,15 +27,15 @@ class Budget:
     page_bytes: int
 
 
-def open_pool(model: Model, backend: str, device: str, budget: Budget) -> AllocatorPool:
+def open_pool(model: Model, backend: Backend, device: str, budget: Budget) -> AllocatorPool:
     """An allocator with all layers of a token side by side: 16 tokens of an 8B model fill a stock 2 MiB page."""
     return AllocatorPool(open_allocator(model, backend, device, budget), backend, budget.max_tokens)
 
 
-def open_allocator(model: Model, backend: str, device: str, budget: Budget) -> Allocator:
+def open_allocator(model: Model, backend: Backend, device: str, budget: Budget) -> Allocator:
     from kvmem import Allocator
 
     return Allocator(
         model.spec, backend=backend, device=device, memory=budget.memory_bytes, max_sequences=budget.max_sequences,
-        max_tokens=budget.max_tokens, page_bytes=budget.page_bytes, interleave=model.spec.num_layers,
+        max_tokens=budget.max_tokens, page_bytes=budget.page_bytes, interleave="all",
         map_ahead_tokens=0, tail_guard_tokens=0)  # fmt: skip

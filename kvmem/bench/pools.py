@@ -64,7 +64,8 @@ class AllocatorPool:
 
     def usage(self) -> Usage:
         stats = self.allocator.stats()
-        return Usage(stats.mapped_bytes, stats.used_bytes, stats.wasted_bytes, stats.parked_bytes, stats.free_bytes, stats.driver_calls)
+        free = stats.budget_bytes - stats.mapped_bytes + stats.parked_bytes
+        return Usage(stats.mapped_bytes, stats.used_bytes, stats.wasted_bytes, stats.parked_bytes, free, stats.driver_calls)
 
 
 class StaticPool:
