@@ -1,12 +1,13 @@
 """Attention over memory that kvmem manages, on the CPU: one layer's decode step, against the same kernel over plain tensors.
 
-The kernel is torch's ``scaled_dot_product_attention``, one sequence a call. In the virtual backend it reads a sequence in place; in the paged
+The kernel is torch's ``scaled_dot_product_attention``, one sequence a call, on one thread. In the virtual backend it reads a sequence in place; in the paged
 backend its blocks are gathered first, as any kernel that does not know block tables needs. Every result is checked against float64.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter_ns
 
@@ -64,30 +65,49 @@ def attention(
     if sequences * tokens * model.bytes_per_token > memory_bytes:
         raise BenchError(f"{sequences} sequences of {tokens} tokens need {sequences * tokens * model.bytes_per_token} bytes of real memory; "
                          f"there are {memory_bytes}. Give more --real-memory")
-    generator = torch.Generator().manual_seed(_SEED)
-    data = [tuple(torch.randn(tokens, heads, width, generator=generator).to(dtype) for _ in "kv") for _ in range(sequences)]
-    query = torch.randn(sequences, queries, 1, width, generator=generator).to(dtype)
-    plain: Views = [(k, v) for k, v in data]
-    memories = [_Memory("plain tensors", lambda: plain, None)]
+    data = _random(sequences, tokens, heads, width, dtype)
+    query = torch.randn(sequences, heads, queries // heads, width, generator=_generator()).to(dtype)
     budget = Budget(memory_bytes, sequences, -(-tokens // 256) * 256, page_bytes)
-    memories += [_managed(model, backend, budget, layer, plain) for backend in backends]
-    expected = _attend(query.double(), [(k.double(), v.double()) for k, v in plain])
+    memories = [_Memory("plain tensors", lambda: data, None), *(_managed(model, backend, budget, layer, data) for backend in backends)]
+    expected = _attend(query.double(), [(k.double(), v.double()) for k, v in data])
     times: dict[str, list[int]] = {memory.name: [] for memory in memories}
     errors = {memory.name: 0.0 for memory in memories}
-    for repetition in range(_WARM_UP + repetitions):
-        for memory in memories:
-            begin = perf_counter_ns()
-            result = _attend(query, memory.read())
-            if repetition >= _WARM_UP:
-                times[memory.name].append(perf_counter_ns() - begin)
-            errors[memory.name] = max(errors[memory.name], float((result.double() - expected).abs().max()))
-        if progress is not None:
-            progress(repetition + 1)
+    with _one_thread():
+        for repetition in range(_WARM_UP + repetitions):
+            for memory in memories:
+                begin = perf_counter_ns()
+                result = _attend(query, memory.read())
+                if repetition >= _WARM_UP:
+                    times[memory.name].append(perf_counter_ns() - begin)
+                errors[memory.name] = max(errors[memory.name], float((result.double() - expected).abs().max()))
+            if progress is not None:
+                progress(repetition + 1)
     for name, error in errors.items():
         if not error < _TOLERANCE:
             raise BenchError(f"attention over {name} is off by {error} from float64 (seed {_SEED}); at most {_TOLERANCE} is rounding")
     case = f"decode, {sequences} sequences of {tokens:,} tokens"
     return [AttentionResult(case, name, sequences, tokens, Spread.of_ns(times[name]), errors[name]) for name in times]
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator().manual_seed(_SEED)
+
+
+def _random(sequences: int, tokens: int, heads: int, width: int, dtype: torch.dtype) -> Views:
+    """Values of order one for every sequence."""
+    k, v = torch.randn(2, sequences, tokens, heads, width, generator=_generator()).to(dtype)
+    return list(zip(k, v, strict=True))
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """The spread of a parallel region on a shared machine would drown what is measured: how the memory is read."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _managed(model: Model, backend: Backend, budget: Budget, layer: int, data: Views) -> _Memory:
@@ -108,10 +128,12 @@ def _managed(model: Model, backend: Backend, budget: Budget, layer: int, data: V
 
 
 def _attend(query: torch.Tensor, views: Views) -> torch.Tensor:
-    """query [sequences, query heads, 1, width] -> the same shape."""
+    """query [sequences, KV heads, query heads of each, width] -> the same shape.
+
+    One token sees all of its sequence, so the query heads that share a KV head can stand where a prefill has its query tokens.
+    """
     rows = [
-        torch.nn.functional.scaled_dot_product_attention(
-            query[i : i + 1], k.transpose(0, 1).unsqueeze(0), v.transpose(0, 1).unsqueeze(0), enable_gqa=True)
+        torch.nn.functional.scaled_dot_product_attention(query[i : i + 1], k.transpose(0, 1).unsqueeze(0), v.transpose(0, 1).unsqueeze(0))
         for i, (k, v) in enumerate(views)
-    ]  # fmt: skip
+    ]
     return torch.cat(rows)

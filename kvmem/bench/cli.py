@@ -19,6 +19,7 @@ from kvmem.bench.results import write_json
 __all__ = ["bench"]
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
+_FILE_WIDTH = 160
 _PATH = click.Path(path_type=Path)
 
 _OPTIONS = [
@@ -48,8 +49,13 @@ def _options(command: _Command) -> _Command:
     return command
 
 
+def console() -> Console:
+    """Standard output; as wide as a table needs when nobody watches."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else _FILE_WIDTH)
+
+
 def _run(parts: tuple[str, ...], json_path: Path | None, plot_path: Path | None, **options: Any) -> None:
-    report, status = Report(Console(highlight=False)), Console(stderr=True, highlight=False)
+    report, status = Report(console()), Console(stderr=True, highlight=False)
     run = Run(Settings(**options), status)
     if {"replay", "waste", "steady"} & set(parts):
         report.setup(run.results.setup)

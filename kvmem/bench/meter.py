@@ -15,6 +15,9 @@ from kvmem.bench.pools import Int32s, Pool, Usage
 __all__ = ["Meter", "Sample"]
 
 
+_MOST_SAMPLES = 1000
+
+
 @dataclass(frozen=True)
 class Sample:
     """One moment of a replay. ``step`` counts scheduler steps from the first arrival."""
@@ -26,7 +29,7 @@ class Sample:
 
 
 class Meter:
-    """Times every call into ``pool`` and nothing around it; takes a `Sample` every ``sample_steps`` steps.
+    """Times every call into ``pool`` and nothing around it; takes a `Sample` every ``sample_steps`` steps, more rarely in a long run.
 
     Rounding is measured where it is largest, at a request's end: the drop of wasted bytes that its `finish` causes.
     """
@@ -96,6 +99,9 @@ class Meter:
         return step >= self._next_sample
 
     def sample(self, step: int, running: int, waiting: int) -> None:
+        if len(self.samples) >= _MOST_SAMPLES:
+            del self.samples[1::2]
+            self.sample_steps *= 2
         self._next_sample = step + self.sample_steps
         self.samples.append(Sample(step, running, waiting, self.pool.usage()))
         if self.on_sample is not None:

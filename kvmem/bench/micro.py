@@ -20,7 +20,6 @@ __all__ = ["MicroResult", "micro"]
 
 _WARM_UP = 2
 _STEPS = 48  # decode steps of a repetition: crosses three block edges
-_FILLS = 8
 
 
 @dataclass(frozen=True)
@@ -53,6 +52,7 @@ class _Bench:
         self.block_size, self.page_bytes = model.spec.block_size, budget.page_bytes
         self.allocator = open_allocator(model, backend, "cpu", budget)
         self.ns: dict[str, list[float]] = {case: [] for case in _CASES}
+        self.batch = self.allocator.make_batch(max_new_tokens=sequences, max_tokens=tokens)
         self.one = np.ones(sequences, dtype=np.int32)
 
     def time(self, case: str, call: Callable[[], object], units: int = 1) -> None:
@@ -88,12 +88,11 @@ class _Bench:
         allocator = self.allocator
         ids = allocator.open_batch(self.sequences)
         self.time("admit", lambda: self.extend(ids, prompt))
-        batch = allocator.batch(ids)
         for step in range(_STEPS):
             edge = (self.tokens - _STEPS + step) % self.block_size == 0
-            self.time("extend at an edge" if edge else "extend", lambda: self.extend(ids, self.one))
-        for _ in range(_FILLS):
-            self.time("batch", lambda: allocator.fill(ids, batch))
+            self.time("extend at an edge" if edge else "extend", lambda: allocator.extend_batch(ids, self.one))
+            self.time("batch", lambda: allocator.fill(ids, self.batch))
+            allocator.commit_batch(ids, self.one)
         allocator.free_batch(ids)
 
     def forget(self) -> None:

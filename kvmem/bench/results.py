@@ -2,7 +2,8 @@
 
 ``{"schema_version": 1, "environment": {...}, "command": [...], "setup": {...}, "results": {part: [...], ...}}``. ``setup`` has the fields of
 `Setup`. Each part under ``results`` is a list of objects with the fields of its dataclass (`ReplayResult`, `Rounding`, `SteadyResult`,
-`MicroResult`, `AttentionResult`, `GenerateResult`); a part that was not run is an empty list. Bytes, tokens and driver calls are integers, shares
+`MicroResult`, `AttentionResult`, `GenerateResult`); a part that was not run is an empty list. The ``samples`` of a replay are columns: one list
+a field of `Sample` and `Usage`. Bytes, tokens and driver calls are integers, shares
 are fractions of one, ``_us`` are microseconds. Fields may be added within a version; none changes its meaning.
 """
 
@@ -65,12 +66,19 @@ class Results:
 
     def to_dict(self, command: list[str]) -> dict[str, Any]:
         parts = {part.name: [asdict(row) for row in getattr(self, part.name)] for part in fields(self) if part.name != "setup"}
+        for run in parts["replay"]:
+            run["samples"] = _columns(run["samples"])
         return {"schema_version": SCHEMA_VERSION, "environment": environment(), "command": command, "setup": asdict(self.setup),
                 "results": parts}  # fmt: skip
 
 
+def _columns(samples: list[dict[str, Any]]) -> dict[str, list[int]]:
+    rows = [sample | sample.pop("usage") for sample in samples]
+    return {name: [row[name] for row in rows] for name in rows[0]} if rows else {}
+
+
 def write_json(results: Results, command: list[str], path: Path) -> None:
     try:
-        path.write_text(json.dumps(results.to_dict(command), indent=1) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(results.to_dict(command)) + "\n", encoding="utf-8")
     except OSError as error:
         raise BenchError(f"{path}: cannot write the JSON report: {error.strerror}") from error

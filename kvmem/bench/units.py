@@ -6,8 +6,8 @@ __all__ = ["format_percent", "format_seconds", "format_us"]
 
 
 def format_percent(share: float) -> str:
-    """Two decimals, where one would hide what is small: 0.06 %, 21.87 %."""
-    return f"{100 * share:.2f} %"
+    """Two decimals, where fewer would hide what is small: 0.06 %, 21.87 %, but 574 %."""
+    return f"{100 * share:.{0 if share >= 1 else 2}f} %"
 
 
 def format_seconds(seconds: float) -> str:
