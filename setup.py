@@ -1,51 +1,85 @@
-"""Builds csrc/ into the one native module kvmem._core. No torch, no CUDA toolkit, no CMake: nanobind's own sources are
-compiled beside ours."""
+"""Builds csrc/ into the one native module, kvmem._core. Needs a C++17 compiler, setuptools and nanobind, nothing else.
+
+Two environment variables choose another flavour, each with its own object files:
+
+    KVMEM_DEBUG=1                       -O1 -g, assertions, and the allocator checks itself after every call
+    KVMEM_SANITIZE=address,undefined    any value of -fsanitize=; python must then be started with the runtime preloaded
+"""
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nanobind
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-HERE = Path(__file__).parent
-NANOBIND = Path(nanobind.source_dir()).parent
+CSRC = Path("csrc")  # relative, as setuptools wants it: pip and build start this file in its own folder
+NANOBIND = Path(nanobind.include_dir()).parent
+DEBUG = os.environ.get("KVMEM_DEBUG", "0") not in ("", "0")
+SANITIZE = os.environ.get("KVMEM_SANITIZE", "")
+
+compile_args = ["-std=c++17", "-fvisibility=hidden", "-fno-strict-aliasing", "-Wall", "-Wextra"]
+for part in ("include", "src", "ext/robin_map/include"):
+    compile_args += ["-isystem", str(NANOBIND / part)]  # as a system header: its warnings are not ours
+link_args = ["-ldl", "-pthread"]
+if DEBUG or SANITIZE:
+    compile_args += ["-O1", "-g", "-fno-omit-frame-pointer", "-UNDEBUG"]
+else:
+    compile_args += ["-O3", "-g0", "-DNDEBUG"]
+    link_args += ["-Wl,-s"]  # strip: the symbol names of nanobind's templates would double the file
+if DEBUG:
+    compile_args += ["-DKVMEM_DEBUG"]
+if SANITIZE:
+    compile_args += [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all"]
+    link_args += [f"-fsanitize={SANITIZE}"]
 
 
 class BuildExt(build_ext):
-    """Compiles the sources of the one extension in parallel; setuptools does so only across extensions."""
+    """Compiles the changed sources of the one extension side by side; setuptools would take all of them, one by one."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        # Objects of one flavour, or of one nanobind, must not be linked into another.
+        flavour = "".join(f"-{word}" for word in (DEBUG and "debug", SANITIZE.replace(",", "-")) if word)
+        self.build_temp += f"-nanobind{nanobind.__version__}{flavour}"
+        if self.inplace:
+            self.build_lib += flavour
 
     def build_extensions(self) -> None:
-        from concurrent.futures import ThreadPoolExecutor
+        compile_serially = self.compiler.compile
 
-        compile_one = self.compiler._compile
+        def compile_all(sources, *, output_dir, depends, **options):
+            def compile_one(source):
+                (target,) = self.compiler.object_filenames([source], output_dir=output_dir)
+                if not is_newer(target, [source, *depends]):
+                    compile_serially([source], output_dir=output_dir, depends=depends, **options)
+                return target
 
-        def compile_all(sources, output_dir=None, macros=None, include_dirs=None, debug=0, extra_preargs=None,
-                        extra_postargs=None, depends=None):
-            macros, objects, extra_postargs, pp_opts, build = self.compiler._setup_compile(
-                output_dir, macros, include_dirs, sources, depends, extra_postargs)
-            cc_args = self.compiler._get_cc_args(pp_opts, debug, extra_preargs)
             with ThreadPoolExecutor(os.cpu_count()) as pool:
-                jobs = [pool.submit(compile_one, o, *build[o], cc_args, extra_postargs, pp_opts)
-                        for o in objects if o in build]
-                for job in jobs:
-                    job.result()
-            return objects
+                return list(pool.map(compile_one, sources))
 
         self.compiler.compile = compile_all
         super().build_extensions()
 
 
-sources = sorted(str(p.relative_to(HERE)) for p in (HERE / "csrc").glob("*.cpp"))
+def is_newer(target, prerequisites) -> bool:
+    return os.path.exists(target) and all(os.path.getmtime(p) < os.path.getmtime(target) for p in prerequisites)
+
+
+# setuptools 77 began to want the licence as an SPDX expression and to warn about the older field.
+licence = "license_expression" if int(setuptools.__version__.split(".")[0]) >= 77 else "license"
+
 core = Extension(
     "kvmem._core",
-    sources=[*sources, str(NANOBIND / "src" / "nb_combined.cpp")],
-    depends=sorted(str(p.relative_to(HERE)) for p in (HERE / "csrc").glob("*.h")),
-    include_dirs=["csrc", str(NANOBIND / "include"), str(NANOBIND / "ext" / "robin_map" / "include")],
+    sources=sorted(map(str, CSRC.glob("*.cpp"))),
+    depends=["setup.py", *sorted(map(str, CSRC.glob("*.h")))],
+    include_dirs=[str(CSRC)],
     define_macros=[("NB_COMPACT_ASSERTIONS", None)],
-    extra_compile_args=["-std=c++17", "-O2", "-fvisibility=hidden", "-fno-strict-aliasing", "-Wall", "-Wextra"],
-    extra_link_args=["-ldl", "-pthread"],
+    extra_compile_args=compile_args,
+    extra_link_args=link_args,
     language="c++",
 )
 
-setup(ext_modules=[core], cmdclass={"build_ext": BuildExt})
+setup(ext_modules=[core], cmdclass={"build_ext": BuildExt}, **{licence: "Apache-2.0"})

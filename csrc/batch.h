@@ -2,6 +2,7 @@
 // addresses, so a captured graph that reads them stays valid; a step only rewrites their contents.
 #pragma once
 
+#include "geometry.h"
 #include "types.h"
 
 namespace kvmem {
@@ -26,6 +27,39 @@ struct BatchBuffers {
 
 struct BatchSizes {
   i64 new_tokens = 0, indices = 0, max_new_tokens = 0, max_tokens = 0, rows = 0;
+};
+
+// Where one sequence's entries of one group lie, for kernels.
+struct Placement {
+  const i32* blocks = nullptr;  // paged: the block table's row
+  i64 first_block = 0;          // virtual: the row's first block; the others follow
+  i64 row = -1;                 // virtual: the row, -1 where there are none
+};
+
+// What one row of a batch says: `fresh` new tokens at the end of `length`, of which those before `first` are dropped.
+struct BatchRow {
+  i64 length = 0, fresh = 0, first = 0;
+  Placement at;
+};
+
+// Writes rows one after the other. SpecError when a buffer is too small for the next one.
+class BatchWriter {
+ public:
+  BatchWriter(const BatchBuffers& out, i64 block_tokens, i64 row_tokens);
+  void add(const BatchRow& row);
+  void pad();  // a row that reads the read-trash block and writes the write-trash block
+  const BatchSizes& sizes() const { return sizes_; }
+
+ private:
+  void check_room(i64 blocks, i64 fresh) const;
+  void write_blocks(i32* to, const BatchRow& row, i64 blocks) const;
+  void write_new_tokens(const BatchRow& row);
+  void close_row(i64 length, i64 fresh, i64 blocks, i64 first, i64 row);
+
+  const BatchBuffers& out_;
+  const i64 size_, row_tokens_;
+  i64 all_tokens_ = 0;
+  BatchSizes sizes_;
 };
 
 }  // namespace kvmem

@@ -15,9 +15,13 @@ i64 find_token_group(const Geometry& geometry) {
 }  // namespace
 
 Cache::Cache(Geometry geometry, std::shared_ptr<PagePool> pool, bool paged, i64 limit_pages)
-    : geometry_(std::move(geometry)), pool_(std::move(pool)), paged_(paged),
-      groups_(static_cast<i64>(geometry_.groups.size())), token_group_(find_token_group(geometry_)),
-      sequences_(geometry_.max_sequences, groups_), stamp_(geometry_.max_sequences, 0) {
+    : geometry_(std::move(geometry)),
+      pool_(std::move(pool)),
+      paged_(paged),
+      groups_(static_cast<i64>(geometry_.groups.size())),
+      token_group_(find_token_group(geometry_)),
+      sequences_(geometry_.max_sequences, groups_),
+      stamp_(geometry_.max_sequences, 0) {
   Lock lock(pool_->mutex);
   table_ = paged ? make_paged_table(geometry_, *pool_, sequences_) : make_virtual_table(geometry_, *pool_, sequences_);
   table_->limit_pages = limit_pages;
@@ -507,97 +511,42 @@ void Cache::apply(const std::vector<Op>& ops) {
   leave();
 }
 
-BatchSizes Cache::fill(const i32* handles, i64 n, const i32* new_tokens, i64 group, i64 rows,
-                       const BatchBuffers& out) {
+// What this step does for one sequence: every reserved token that is not committed, unless the caller says how many.
+BatchRow Cache::step_of(i64 handle, i64 g, const i32* new_tokens) {
+  const i64 index = sequences_.index(handle);
+  const i64 done = sequences_.committed(index, g), have = sequences_.tokens(index, g);
+  const bool chosen = new_tokens && geometry_.groups[g].growth == Growth::token;
+  BatchRow row;
+  row.fresh = geometry_.groups[g].growth == Growth::fixed ? 0 : chosen ? *new_tokens : have - done;
+  row.length = chosen ? done + row.fresh : have;
+  if (row.fresh < 0 || row.length > have) {
+    throw SpecError("a step of " + std::to_string(row.fresh) + " new tokens for sequence handle " +
+                    std::to_string(handle) + ", which has " + std::to_string(have - done) + " reserved");
+  }
+  row.first = sequences_.front(index, g);
+  row.at = table_->place(index, g);
+  return row;
+}
+
+BatchSizes Cache::fill(const i32* handles, i64 n, const i32* new_tokens, i64 group, i64 rows, const BatchBuffers& out) {
   Lock lock = enter();
   check_group(group);
   const i64 g = group < 0 ? token_group_ : group;
-  const GroupGeometry& geometry = geometry_.groups[g];
   rows = std::max(rows, n);
   if (rows > out.max_sequences) {
     throw SpecError("a batch of " + std::to_string(rows) + " rows does not fit buffers for " +
                     std::to_string(out.max_sequences));
   }
   if (rows > n) {
+    settle();
     Transaction tx(*pool_, *this);
     table_->back_trash(g, tx);
-    if (!tx.empty()) {
-      settle();
-      tx.commit();
-    }
+    tx.commit();
   }
-  BatchSizes sizes;
-  sizes.rows = rows;
-  i64 all_tokens = 0;
-  if (out.cu_seqlens_q) out.cu_seqlens_q[0] = 0;
-  if (out.cu_seqlens_k) out.cu_seqlens_k[0] = 0;
-  if (out.kv_indptr) out.kv_indptr[0] = 0;
-  const i64 size = geometry.block_tokens;
-  for (i64 i = 0; i < rows; ++i) {
-    i64 length = 1, fresh = 1, first = 0;
-    Placement at;
-    if (i < n) {
-      const i64 index = sequences_.index(handles[i]);
-      const i64 done = sequences_.committed(index, g), have = sequences_.tokens(index, g);
-      fresh = new_tokens ? new_tokens[i] : have - done;
-      if (geometry.growth == Growth::fixed) fresh = 0;
-      length = new_tokens && geometry.growth == Growth::token ? done + fresh : have;
-      if (fresh < 0 || length > have) {
-        throw SpecError("a step of " + std::to_string(fresh) + " new tokens for sequence handle " +
-                        std::to_string(handles[i]) + ", which has " + std::to_string(have - done) + " reserved");
-      }
-      if (new_tokens && geometry.growth != Growth::token) fresh = have - done;
-      first = sequences_.front(index, g);
-      at = table_->place(index, g);
-    }
-    const bool pad = i >= n;
-    const i64 blocks = ceil_div(length, size);
-    if (blocks > out.max_blocks || sizes.indices + blocks > out.max_indices ||
-        sizes.new_tokens + fresh > out.max_new_tokens) {
-      throw SpecError("the step needs " + std::to_string(blocks) + " blocks for one sequence, " +
-                      std::to_string(sizes.indices + blocks) + " in all and " +
-                      std::to_string(sizes.new_tokens + fresh) + " new tokens; the batch was made for " +
-                      std::to_string(out.max_blocks) + ", " + std::to_string(out.max_indices) + " and " +
-                      std::to_string(out.max_new_tokens));
-    }
-    const auto block_at = [&](i64 ordinal) -> i64 {
-      if (pad || ordinal * size + size <= first) return kReadTrash;
-      return at.blocks ? at.blocks[ordinal] : at.first_block + ordinal;
-    };
-    if (out.block_table) {
-      i32* row = out.block_table + i * out.max_blocks;
-      for (i64 b = 0; b < blocks; ++b) row[b] = static_cast<i32>(block_at(b));
-      std::fill(row + blocks, row + out.max_blocks, kReadTrash);
-    }
-    if (out.kv_indices) {
-      for (i64 b = 0; b < blocks; ++b) out.kv_indices[sizes.indices + b] = static_cast<i32>(block_at(b));
-    }
-    for (i64 t = 0; t < fresh; ++t) {
-      const i64 position = pad ? 0 : length - fresh + t;
-      const i64 block = pad ? kWriteTrash : block_at(position / size);
-      const i64 to = sizes.new_tokens + t;
-      if (out.slot_mapping) out.slot_mapping[to] = block * size + position % size;
-      if (out.positions) out.positions[to] = static_cast<i32>(position);
-      if (out.batch_indices) out.batch_indices[to] = static_cast<i32>(i);
-    }
-    sizes.new_tokens += fresh;
-    sizes.indices += blocks;
-    all_tokens += length;
-    sizes.max_new_tokens = std::max(sizes.max_new_tokens, fresh);
-    sizes.max_tokens = std::max(sizes.max_tokens, length);
-    if (out.seq_lens) out.seq_lens[i] = static_cast<i32>(length);
-    if (out.first_tokens) out.first_tokens[i] = static_cast<i32>(first);
-    if (out.cu_seqlens_q) out.cu_seqlens_q[i + 1] = static_cast<i32>(sizes.new_tokens);
-    if (out.cu_seqlens_k) out.cu_seqlens_k[i + 1] = static_cast<i32>(all_tokens);
-    if (out.kv_indptr) out.kv_indptr[i + 1] = static_cast<i32>(sizes.indices);
-    if (out.kv_last_page_len) out.kv_last_page_len[i] = length == 0 ? 0 : static_cast<i32>((length - 1) % size + 1);
-    if (out.rows) out.rows[i] = static_cast<i32>(pad ? 0 : at.row);
-    if (out.row_starts) {
-      out.row_starts[i] = static_cast<i32>(pad ? 0 : at.row * geometry.row_tokens);
-      out.row_starts[i + 1] = out.row_starts[i];
-    }
-  }
-  return sizes;
+  BatchWriter writer(out, geometry_.groups[g].block_tokens, geometry_.groups[g].row_tokens);
+  for (i64 i = 0; i < n; ++i) writer.add(step_of(handles[i], g, new_tokens ? new_tokens + i : nullptr));
+  for (i64 i = n; i < rows; ++i) writer.pad();
+  return writer.sizes();
 }
 
 }  // namespace kvmem

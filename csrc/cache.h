@@ -1,5 +1,5 @@
-// The allocator's core: sequences over one of the two page tables. Python-free and device-free but for the pool's space.
-// Any number of threads may call; the pool's lock serialises them, also across allocators that share the pool.
+// The allocator's core: sequences over one of the two page tables. Python-free and device-free but for the pool's
+// space. Any number of threads may call; the pool's lock serialises them, also across allocators that share the pool.
 #pragma once
 
 #include <memory>
@@ -83,6 +83,7 @@ class Cache final : public TableState {
   void set_length(i64 index, i64 g, i64 tokens, Transaction& tx);
   void set_committed(i64 index, i64 g, i64 tokens, Transaction& tx);
   void set_front(i64 index, i64 g, i64 token, Transaction& tx);
+  BatchRow step_of(i64 handle, i64 g, const i32* new_tokens);
   void share_group(i64 parent, i64 child, i64 g, Transaction& tx);
 
   Geometry geometry_;
@@ -92,8 +93,8 @@ class Cache final : public TableState {
   const i64 token_group_;  // the first group that grows with the tokens, or 0
   Sequences sequences_;
   std::unique_ptr<PageTable> table_;
-  std::vector<i64> indices_;   // of the call in progress
-  std::vector<i64> stamp_;     // by sequence: the last call that named it
+  std::vector<i64> indices_;  // of the call in progress
+  std::vector<i64> stamp_;    // by sequence: the last call that named it
   i64 call_ = 0;
   ForkGuard fork_guard_;
 };

@@ -56,8 +56,8 @@ class Library {
 
 std::string Api::describe(Result code) const {
   const char *name = nullptr, *text = nullptr;
-  if (cuGetErrorName(code, &name) != kSuccess || !name) name = "an unknown CUDA error";
   if (cuGetErrorString(code, &text) != kSuccess || !text) text = "no description";
+  if (cuGetErrorName(code, &name) != kSuccess || !name) return "CUDA error " + std::to_string(code) + " (" + text + ")";
   return std::string(name) + " (" + text + ")";
 }
 

@@ -2,6 +2,7 @@
 
 #include "driver.h"
 
+#include <cstdio>
 #include <vector>
 
 namespace kvmem {
@@ -15,6 +16,12 @@ namespace {
 }
 
 }  // namespace
+
+std::string range_text(Address at, i64 bytes) {
+  char text[64];
+  std::snprintf(text, sizeof text, "[0x%zx, +%lld)", static_cast<size_t>(at), static_cast<long long>(bytes));
+  return text;
+}
 
 void Driver::map_run(Address at, i64 page_bytes, const PageHandle* pages, i64 count) {
   i64 mapped = 0;

@@ -70,6 +70,8 @@ class Driver {
   // class calls the verbs above once a page; a driver that can do better overrides (host: one mmap per adjacent run).
   // map_run does not call set_access.
   virtual void map_run(Address at, i64 page_bytes, const PageHandle* pages, i64 count);
+  // On the host, unmapping in the middle of a run splits a mapping of the kernel's; where that would use up
+  // vm.max_map_count, unmap and unmap_run throw OutOfMemory.
   virtual void unmap_run(Address at, i64 page_bytes, i64 count);
 
   // Contents, ordered on `stream`. Every range must be mapped by this driver and accessible. A copy must not overlap
@@ -93,6 +95,9 @@ class Driver {
   // Brackets the calls by which the base run verbs undo themselves.
   virtual void undoing(bool /*begin*/) {}
 };
+
+// "[0x7f0000000000, +65536)": an address range in a message.
+std::string range_text(Address at, i64 bytes);
 
 // memfd + mmap: the CPU device. Real memory, really mapped on demand.
 std::shared_ptr<Driver> make_host_driver();

@@ -10,12 +10,6 @@ namespace {
 
 constexpr i64 kInvalidValue = 1, kOutOfMemory = 2;  // CUDA's codes
 
-std::string range(Address at, i64 bytes) {
-  char text[64];
-  std::snprintf(text, sizeof text, "[0x%zx, +%lld)", static_cast<size_t>(at), static_cast<long long>(bytes));
-  return text;
-}
-
 [[noreturn]] void refuse(const char* verb, const std::string& rule) {
   throw DeviceError(std::string("checked driver: ") + verb + ": " + rule, verb, kInvalidValue);
 }
@@ -124,7 +118,7 @@ void CheckedDriver::check_size(const char* verb, Address at, i64 bytes) const {
   if (bytes <= 0 || bytes % granularity) {
     refuse(verb, "size " + std::to_string(bytes) + " is off the granularity, " + std::to_string(granularity));
   }
-  if (at % granularity) refuse(verb, "address " + range(at, bytes) + " is off the granularity");
+  if (at % granularity) refuse(verb, "address " + range_text(at, bytes) + " is off the granularity");
 }
 
 void CheckedDriver::check_reserved(const char* verb, Address at, i64 bytes) const {
@@ -134,7 +128,7 @@ void CheckedDriver::check_reserved(const char* verb, Address at, i64 bytes) cons
     if (at - it->first <= static_cast<Address>(it->second) && bytes <= it->second - static_cast<i64>(at - it->first))
       return;
   }
-  refuse(verb, range(at, bytes) + " is not reserved, or not by one reserve");
+  refuse(verb, range_text(at, bytes) + " is not reserved, or not by one reserve");
 }
 
 bool CheckedDriver::overlaps(Address at, i64 bytes) const {
@@ -150,7 +144,7 @@ void CheckedDriver::cover(const char* verb, Address at, i64 bytes, Visit visit) 
   if (it != mappings_.begin()) --it;
   for (Address next = at; next < end; ++it) {
     if (it == mappings_.end() || it->first > next || it->first + it->second.bytes <= next) {
-      refuse(verb, range(at, bytes) + " is not wholly mapped");
+      refuse(verb, range_text(at, bytes) + " is not wholly mapped");
     }
     visit(it->first, it->second);
     next = it->first + it->second.bytes;
@@ -160,7 +154,7 @@ void CheckedDriver::cover(const char* verb, Address at, i64 bytes, Visit visit) 
 void CheckedDriver::check_accessible(const char* verb, Address at, i64 bytes) const {
   if (bytes < 0) refuse(verb, "size " + std::to_string(bytes) + " is negative");
   cover(verb, at, bytes, [&](Address, const Mapping& mapping) {
-    if (!mapping.accessible) refuse(verb, range(at, bytes) + " is touched before set_access");
+    if (!mapping.accessible) refuse(verb, range_text(at, bytes) + " is touched before set_access");
   });
 }
 
@@ -184,9 +178,9 @@ void CheckedDriver::release(Address base, i64 bytes) {
   ++counters_.release;
   auto it = reservations_.find(base);
   if (it == reservations_.end() || it->second != bytes) {
-    refuse("release", range(base, bytes) + " is not exactly what reserve returned");
+    refuse("release", range_text(base, bytes) + " is not exactly what reserve returned");
   }
-  if (overlaps(base, bytes)) refuse("release", range(base, bytes) + " is released while pages are mapped in it");
+  if (overlaps(base, bytes)) refuse("release", range_text(base, bytes) + " is released while pages are mapped in it");
   inject("release");
   inner_->release(base, bytes);
   reservations_.erase(it);
@@ -236,7 +230,7 @@ void CheckedDriver::map(Address at, i64 bytes, i64 offset, PageHandle page) {
                       std::to_string(it->second.bytes) + ": a handle is mapped whole, never in part");
   }
   check_reserved("map", at, bytes);
-  if (overlaps(at, bytes)) refuse("map", range(at, bytes) + " is mapped already");
+  if (overlaps(at, bytes)) refuse("map", range_text(at, bytes) + " is mapped already");
   inject("map");
   inner_->map(at, bytes, offset, page);
   mappings_[at] = {bytes, page, false};
@@ -251,7 +245,7 @@ void CheckedDriver::set_access(Address at, i64 bytes) {
   check_reserved("set_access", at, bytes);
   cover("set_access", at, bytes, [&](Address begin, const Mapping& mapping) {
     if (begin < at || begin + mapping.bytes > at + bytes) {
-      refuse("set_access", range(at, bytes) + " covers a part of the mapping " + range(begin, mapping.bytes));
+      refuse("set_access", range_text(at, bytes) + " covers a part of the mapping " + range_text(begin, mapping.bytes));
     }
   });
   inject("set_access");
@@ -267,7 +261,7 @@ void CheckedDriver::unmap(Address at, i64 bytes) {
   check_size("unmap", at, bytes);
   auto it = mappings_.find(at);
   if (it == mappings_.end() || it->second.bytes != bytes) {
-    refuse("unmap", range(at, bytes) + " is not exactly one mapping: " +
+    refuse("unmap", range_text(at, bytes) + " is not exactly one mapping: " +
                         (overlaps(at, bytes) ? "a part of one, or several" : "nothing is mapped there"));
   }
   inject("unmap");

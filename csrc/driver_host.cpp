@@ -7,7 +7,6 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#include <atomic>
 #include <cerrno>
 #include <cstring>
 #include <map>
@@ -19,20 +18,10 @@
 #include "host_file.h"
 #include "host_memory.h"
 #include "host_pieces.h"
+#include "mapping_budget.h"
 
 namespace kvmem {
 namespace {
-
-// Mappings held by all host drivers of this process: the kernel's limit is per process.
-std::atomic<i64> mappings_held{0};
-
-std::string hex(Address at) {
-  char text[32];
-  std::snprintf(text, sizeof text, "0x%zx", static_cast<size_t>(at));
-  return text;
-}
-
-std::string range(Address at, i64 bytes) { return "[" + hex(at) + ", +" + std::to_string(bytes) + ")"; }
 
 [[noreturn]] void refuse(const char* call, const std::string& why) {
   throw DeviceError(std::string("the host driver: ") + call + ": " + why, call, EINVAL);
@@ -52,7 +41,7 @@ std::string range(Address at, i64 bytes) { return "[" + hex(at) + ", +" + std::t
 
 class HostDriver final : public Driver {
  public:
-  HostDriver() : max_mappings_(host_max_mappings()) {
+  HostDriver() {
     info_.name = "host";
     info_.granularity_bytes = sysconf(_SC_PAGESIZE);
     info_.recommended_bytes = round_up(64 * 1024, info_.granularity_bytes);
@@ -87,15 +76,12 @@ class HostDriver final : public Driver {
 
   // The CPU has done everything by the time a call returns, so there is only the completed event.
   Event record(Stream) override {
-    std::lock_guard<std::mutex> lock(mutex_);
-    fork_.check(kName);
-    ++counters_.record;
+    count_checked(&DriverCounters::record, [] {});
     return 0;
   }
   bool done(Event) override { return true; }
   void wait(Event) override {
-    std::lock_guard<std::mutex> lock(mutex_);
-    ++counters_.wait;
+    count_checked(&DriverCounters::wait, [] {});
   }
   void forget(Event) override {}
 
@@ -110,6 +96,14 @@ class HostDriver final : public Driver {
     i64 first, count, offset;
   };
 
+  // Counts a call and runs its checks under the lock; what follows, and may take long, runs without it.
+  template <class Checks>
+  void count_checked(i64 DriverCounters::* counter, Checks checks) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    ++(counters_.*counter);
+    fork_.check(kName);
+    checks();
+  }
   PageHandle handle_of(i64 offset) const { return static_cast<PageHandle>(offset / info_.granularity_bytes + 1); }
   i64 offset_of(PageHandle page) const { return static_cast<i64>(page - 1) * info_.granularity_bytes; }
   void check_size(const char* call, Address at, i64 bytes) const;
@@ -125,12 +119,12 @@ class HostDriver final : public Driver {
   void account(HostPieces& pieces, Change change) {
     const i64 before = pieces.count();
     change(pieces);
-    mappings_held += pieces.count() - before;
+    budget_.add(pieces.count() - before);
   }
 
   const ForkGuard fork_;
-  const i64 max_mappings_;
   DriverInfo info_;
+  MappingBudget budget_;
   HostFile file_;
   mutable std::mutex mutex_;  // not held while bytes are copied
   DriverCounters counters_;
@@ -141,7 +135,7 @@ class HostDriver final : public Driver {
 
 HostDriver::~HostDriver() {
   for (auto& [base, pieces] : reservations_) {
-    mappings_held -= pieces.count();
+    budget_.add(-pieces.count());
     // In a forked child nothing is mapped there (MADV_DONTFORK) and the addresses may since belong to someone else.
     if (!fork_.forked()) munmap(reinterpret_cast<void*>(base), pieces.bytes());
   }
@@ -160,14 +154,15 @@ i64 HostDriver::available_bytes() const {
 void HostDriver::check_size(const char* call, Address at, i64 bytes) const {
   const i64 granularity = info_.granularity_bytes;
   if (bytes <= 0 || bytes % granularity || at % granularity) {
-    refuse(call, range(at, bytes) + " is not a positive multiple of the granularity, " + std::to_string(granularity));
+    refuse(call,
+           range_text(at, bytes) + " is not a positive multiple of the granularity, " + std::to_string(granularity));
   }
 }
 
 HostPieces& HostDriver::reservation(const char* call, Address at, i64 bytes) {
   auto it = reservations_.upper_bound(at);
   if (it == reservations_.begin() || !std::prev(it)->second.contains(at, bytes)) {
-    refuse(call, range(at, bytes) + " does not lie in one reserved range");
+    refuse(call, range_text(at, bytes) + " does not lie in one reserved range");
   }
   return std::prev(it)->second;
 }
@@ -186,20 +181,8 @@ void HostDriver::check_accessible(const char* call, Address at, i64 bytes) {
   if (bytes < 0) refuse(call, "a negative size");
   HostPieces& pieces = reservation(call, at, bytes);
   if (bytes && !pieces.all(at, bytes, [](const auto& piece) { return piece.accessible; })) {
-    refuse(call, range(at, bytes) + " is not wholly mapped and accessible (map, then set_access)");
+    refuse(call, range_text(at, bytes) + " is not wholly mapped and accessible (map, then set_access)");
   }
-}
-
-// Past vm.max_map_count the kernel refuses every mmap, even the one by which a mapping becomes a hole again: the
-// process would be stuck. So new mappings stop at 80 %, and an unmap that splits a mapping in two stops at 90 %; the
-// rest is for the process's other mappings. An unmap that does not split always goes through.
-void HostDriver::check_mappings(i64 more, i64 percent) const {
-  const i64 budget = max_mappings_ / 100 * percent, held = mappings_held.load();
-  if (more <= 0 || held + more <= budget) return;
-  throw OutOfMemory("the host driver: " + std::to_string(held) + " kernel mappings are held and " +
-                    std::to_string(more) + " more would pass " + std::to_string(budget) + ", " +
-                    std::to_string(percent) + " % of vm.max_map_count = " + std::to_string(max_mappings_) +
-                    ". Free sequences, use a larger page_bytes or fewer rows, or raise `sysctl vm.max_map_count`");
 }
 
 // ---- Address space -------------------------------------------------------------------------------------------------
@@ -215,7 +198,7 @@ Address HostDriver::reserve(i64 bytes, i64 alignment) {
     throw OutOfMemory("the host driver: reserve of " + std::to_string(bytes) +
                       " bytes: more than an address space holds");
   }
-  check_mappings(1, 80);
+  budget_.check_map(1);
   const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
   void* got = mmap(nullptr, bytes + slack, PROT_NONE, flags, -1, 0);
   if (got == MAP_FAILED) system_failed("reserve", "mmap", std::to_string(bytes) + " bytes");
@@ -229,7 +212,7 @@ Address HostDriver::reserve(i64 bytes, i64 alignment) {
   }
   madvise(reinterpret_cast<void*>(base), bytes, MADV_DONTFORK);  // holes hold nothing; a failure here is harmless
   reservations_.emplace(base, HostPieces(base, bytes));
-  ++mappings_held;
+  budget_.add(1);
   return base;
 }
 
@@ -239,14 +222,14 @@ void HostDriver::release(Address base, i64 bytes) {
   fork_.check(kName);
   auto it = reservations_.find(base);
   if (it == reservations_.end() || it->second.bytes() != bytes) {
-    refuse("release", range(base, bytes) + " is not what reserve returned");
+    refuse("release", range_text(base, bytes) + " is not what reserve returned");
   }
   if (it->second.offset_at(base) != HostPieces::kHole || it->second.count() != 1) {
-    refuse("release", range(base, bytes) + " still has pages mapped in it");
+    refuse("release", range_text(base, bytes) + " still has pages mapped in it");
   }
-  if (munmap(reinterpret_cast<void*>(base), bytes) != 0) system_failed("release", "munmap", range(base, bytes));
+  if (munmap(reinterpret_cast<void*>(base), bytes) != 0) system_failed("release", "munmap", range_text(base, bytes));
   reservations_.erase(it);
-  --mappings_held;
+  budget_.add(-1);
 }
 
 // ---- Pages ---------------------------------------------------------------------------------------------------------
@@ -289,14 +272,14 @@ void HostDriver::destroy(PageHandle page) {
 void HostDriver::map_file(Address at, i64 bytes, i64 offset) const {
   void* where = reinterpret_cast<void*>(at);
   if (mmap(where, bytes, PROT_NONE, MAP_SHARED | MAP_FIXED, file_.fd(), offset) == MAP_FAILED) {
-    system_failed("map", "mmap", range(at, bytes));
+    system_failed("map", "mmap", range_text(at, bytes));
   }
   // A shared mapping would stay shared with a forked child, which could then write into the parent's cache.
   if (madvise(where, bytes, MADV_DONTFORK) != 0) {
     const int code = errno;
     make_hole(at, bytes);
     errno = code;
-    system_failed("map", "madvise", range(at, bytes));
+    system_failed("map", "madvise", range_text(at, bytes));
   }
 }
 
@@ -335,10 +318,10 @@ void HostDriver::map_run(Address at, i64 page_bytes, const PageHandle* pages, i6
   check_size("map", at, page_bytes);
   HostPieces& pieces = reservation("map", at, page_bytes * count);
   if (!pieces.all(at, page_bytes * count, [](const auto& piece) { return piece.offset == HostPieces::kHole; })) {
-    refuse("map", range(at, page_bytes * count) + " is already mapped, in part or whole");
+    refuse("map", range_text(at, page_bytes * count) + " is already mapped, in part or whole");
   }
   const std::vector<Run> runs = runs_of(page_bytes, pages, count);
-  check_mappings(static_cast<i64>(runs.size()) + 1, 80);  // and one, where they split the hole they lie in
+  budget_.check_map(static_cast<i64>(runs.size()) + 1);  // and one, where they split the hole they lie in
   for (const Run& run : runs) {
     ++counters_.map;
     try {
@@ -361,7 +344,7 @@ void HostDriver::set_access(Address at, i64 bytes) {
   check_size("set_access", at, bytes);
   HostPieces& pieces = reservation("set_access", at, bytes);
   if (!pieces.all(at, bytes, [](const auto& piece) { return piece.offset != HostPieces::kHole; })) {
-    refuse("set_access", range(at, bytes) + " is not wholly mapped");
+    refuse("set_access", range_text(at, bytes) + " is not wholly mapped");
   }
   if (mprotect(reinterpret_cast<void*>(at), bytes, PROT_READ | PROT_WRITE) != 0) {
     const int code = errno;
@@ -370,7 +353,7 @@ void HostDriver::set_access(Address at, i64 bytes) {
       if (!piece.accessible) mprotect(reinterpret_cast<void*>(begin), end - begin, PROT_NONE);
     });
     errno = code;
-    system_failed("set_access", "mprotect", range(at, bytes));
+    system_failed("set_access", "mprotect", range_text(at, bytes));
   }
   account(pieces, [&](HostPieces& p) { p.set_accessible(at, bytes); });
 }
@@ -386,11 +369,11 @@ void HostDriver::unmap_run(Address at, i64 page_bytes, i64 count) {
   pages.reserve(count);
   for (i64 i = 0; i < count; ++i) {
     const i64 offset = pieces.offset_at(at + i * page_bytes);
-    if (offset == HostPieces::kHole) refuse("unmap", range(at + i * page_bytes, page_bytes) + " is not mapped");
+    if (offset == HostPieces::kHole) refuse("unmap", range_text(at + i * page_bytes, page_bytes) + " is not mapped");
     pages.push_back(&page_of("unmap", handle_of(offset), page_bytes));
   }
-  check_mappings(pieces.growth_of_unmap(at, page_bytes * count), 90);
-  if (!make_hole(at, page_bytes * count)) system_failed("unmap", "mmap", range(at, page_bytes * count));
+  budget_.check_unmap(pieces.growth_of_unmap(at, page_bytes * count));
+  if (!make_hole(at, page_bytes * count)) system_failed("unmap", "mmap", range_text(at, page_bytes * count));
   account(pieces, [&](HostPieces& p) { p.unmap(at, page_bytes * count); });
   for (Page* page : pages) --page->mappings;
 }
@@ -398,23 +381,15 @@ void HostDriver::unmap_run(Address at, i64 page_bytes, i64 count) {
 // ---- Contents ------------------------------------------------------------------------------------------------------
 
 void HostDriver::zero(Address at, i64 bytes, Stream) {
-  {
-    std::lock_guard<std::mutex> lock(mutex_);
-    ++counters_.zero;
-    fork_.check(kName);
-    check_accessible("zero", at, bytes);
-  }
+  count_checked(&DriverCounters::zero, [&] { check_accessible("zero", at, bytes); });
   std::memset(reinterpret_cast<void*>(at), 0, bytes);
 }
 
 void HostDriver::copy(Address to, Address from, i64 bytes, Stream) {
-  {
-    std::lock_guard<std::mutex> lock(mutex_);
-    ++counters_.copy;
-    fork_.check(kName);
+  count_checked(&DriverCounters::copy, [&] {
     check_accessible("copy", to, bytes);
     check_accessible("copy", from, bytes);
-  }
+  });
   std::memcpy(reinterpret_cast<void*>(to), reinterpret_cast<void*>(from), bytes);
 }
 

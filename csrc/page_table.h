@@ -1,6 +1,6 @@
 // What a backend is: the page table that says where a sequence's tokens lie. Two implementations, virtual_table (the
-// MMU holds the table: a row of addresses per sequence) and paged_table (kernels read it: a list of blocks per sequence).
-// Everything else (lengths, transactions, batches, accounting) is written once, in cache.cpp.
+// MMU holds the table: a row of addresses per sequence) and paged_table (kernels read it: a list of blocks per
+// sequence). Everything else (lengths, transactions, batches, accounting) is written once, in cache.cpp.
 //
 // Functions that take a Transaction only push records; the state changes in on_map, on_unmap and apply.
 #pragma once
@@ -9,19 +9,13 @@
 #include <string>
 #include <vector>
 
+#include "batch.h"
 #include "geometry.h"
 #include "pages.h"
 #include "sequences.h"
 #include "transaction.h"
 
 namespace kvmem {
-
-// Where one sequence's entries of one group lie, for kernels.
-struct Placement {
-  const i32* blocks = nullptr;  // paged: the block table's row
-  i64 first_block = 0;          // virtual: the row's first block; the others follow
-  i64 row = -1;                 // virtual: the row, -1 where there are none
-};
 
 class PageTable : public PageOwner {
  public:

@@ -174,7 +174,9 @@ void Space::run_one(const Op& op) {
       std::fill(slots.begin() + op.a, slots.begin() + op.a + op.c, false);
       break;
     }
-    case OpKind::zero: driver_->zero(at(op.at, 0) + Address(op.a), op.b, stream_); break;
+    case OpKind::zero:
+      driver_->zero(at(op.at, 0) + Address(op.a), op.b, stream_);
+      break;
     case OpKind::copy:
       driver_->copy(at(op.at, 0) + Address(op.a), at(op.at, 0) + Address(op.b), op.c, stream_);
       break;
@@ -184,7 +186,8 @@ void Space::run_one(const Op& op) {
       if (event != 0) marks_.push_back({op.a, event});
       break;
     }
-    default: break;
+    default:
+      break;
   }
 }
 

@@ -1,4 +1,5 @@
-// The acting half: reservations, physical pages and mappings as owned things, and the execution of op lists on a driver.
+// The acting half: reservations, physical pages and mappings as owned things, and the execution of op lists on a
+// driver.
 #pragma once
 
 #include <deque>
@@ -36,7 +37,7 @@ class Space {
   Space(const Space&) = delete;
   Space& operator=(const Space&) = delete;
 
-  i32 add_arena(i64 slots);     // reserves; returns the arena's number, counted from 0
+  i32 add_arena(i64 slots);      // reserves; returns the arena's number, counted from 0
   void remove_arena(i32 arena);  // unmaps and gives back the addresses
   Address arena_base(i32 arena) const;
   i64 arena_bytes(i32 arena) const;

@@ -30,8 +30,12 @@ struct Row {
 class VirtualTable final : public PageTable {
  public:
   VirtualTable(const Geometry& geometry, PagePool& pool, const Sequences& sequences)
-      : geometry_(geometry), pool_(pool), sequences_(sequences), groups_(static_cast<i64>(geometry.groups.size())),
-        rows_(geometry.max_sequences + 1), row_of_(geometry.max_sequences, -1) {
+      : geometry_(geometry),
+        pool_(pool),
+        sequences_(sequences),
+        groups_(static_cast<i64>(geometry.groups.size())),
+        rows_(geometry.max_sequences + 1),
+        row_of_(geometry.max_sequences, -1) {
     limit_pages = pool.budget_pages();
     pool.add_owner(this);
     for (const GroupGeometry& group : geometry.groups) {
@@ -46,7 +50,8 @@ class VirtualTable final : public PageTable {
     room_.assign(rows_.size() * groups_, -1);
     ready_.assign(rows_.size() * groups_, 0);
     copy_tail_.assign(row_of_.size() * groups_, 0);
-    for (i64 row = static_cast<i64>(rows_.size()) - 1; row > 0; --row) add_unbound(row);  // row 0 holds the trash blocks
+    for (i64 row = static_cast<i64>(rows_.size()) - 1; row > 0; --row)
+      add_unbound(row);  // row 0 holds the trash blocks
   }
 
   ~VirtualTable() override { pool_.remove_owner(this); }
@@ -194,7 +199,8 @@ class VirtualTable final : public PageTable {
   void on_unmap(const Op& op) override { change(op, false); }
 
   i64 offset_bytes(i64 index, i64 group, i64 a, i64 token) const override {
-    return slot_of(row_of_[index], group, first_[group] + a) * page_bytes() + token * token_bytes(group, first_[group] + a);
+    return slot_of(row_of_[index], group, first_[group] + a) * page_bytes() +
+           token * token_bytes(group, first_[group] + a);
   }
 
   Placement place(i64 index, i64 group) const override {
@@ -387,7 +393,8 @@ class VirtualTable final : public PageTable {
     const Unbound* best = nullptr;
     for (const Unbound& u : unbound_) {
       const bool fits = u.slots >= need, best_fits = best && best->slots >= need;
-      if (!best || (fits && !best_fits) || (fits == best_fits && (fits ? u.slots < best->slots : u.slots > best->slots)))
+      if (!best || (fits && !best_fits) ||
+          (fits == best_fits && (fits ? u.slots < best->slots : u.slots > best->slots)))
         best = &u;
     }
     const i64 row = best->row;  // there are as many rows as sequences
@@ -420,8 +427,8 @@ class VirtualTable final : public PageTable {
     rows_[row].maybe_shared = false;
   }
 
-  // The page that the length cuts is shared: replace it by a copy of what is used. The new page is filled at the scratch
-  // slot behind the last row, since the row's own address still shows the old one.
+  // The page that the length cuts is shared: replace it by a copy of what is used. The new page is filled at the
+  // scratch slot behind the last row, since the row's own address still shows the old one.
   void copy_tail(i64 index, i64 group, i64 tokens, Transaction& tx) {
     const i64 row = row_of_[index];
     bool shared = false;
@@ -514,10 +521,10 @@ class VirtualTable final : public PageTable {
   i32 base_arena_ = 0;
   std::vector<i64> first_;  // first arena of each group, and one past the last
   std::vector<Row> rows_;
-  std::vector<i32> row_of_;        // by sequence, -1 while it holds nothing
-  std::vector<Unbound> unbound_;   // rows without a sequence, mapped (parked) or not
-  std::vector<Extent> extents_;    // [row][arena]
-  std::vector<i64> room_, ready_;  // [row][group]
+  std::vector<i32> row_of_;              // by sequence, -1 while it holds nothing
+  std::vector<Unbound> unbound_;         // rows without a sequence, mapped (parked) or not
+  std::vector<Extent> extents_;          // [row][arena]
+  std::vector<i64> room_, ready_;        // [row][group]
   std::vector<std::uint8_t> copy_tail_;  // [sequence][group]: look whether the tail page is shared before writing
   i64 scratch_page_ = -1;
 };
@@ -547,7 +554,8 @@ void VirtualTable::check(std::vector<std::string>* out) const {
         say(row, "the next write would land in a page that another row shows");
       }
     }
-    if (slots != r.slots) say(row, "counted " + std::to_string(slots) + " mapped slots, noted " + std::to_string(r.slots));
+    if (slots != r.slots)
+      say(row, "counted " + std::to_string(slots) + " mapped slots, noted " + std::to_string(r.slots));
     if (r.index >= 0 && (!sequences_.live(r.index) || row_of_[r.index] != row)) say(row, "bound to no live sequence");
     if ((r.index < 0 && row > 0) != (r.place >= 0)) say(row, "its place among the unbound rows is wrong");
   }

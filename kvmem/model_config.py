@@ -1,7 +1,8 @@
 """Published model configs (``config.json``) as cache specs: which layers cache what, in which shape.
 
-A config is read by its field names, so a family that uses the usual ones needs no entry here. What decides the shape of a cache and
-is not understood is refused with the reason, never guessed: a wrong spec corrupts silently, a refusal costs a hand-written spec.
+A config is read by its field names, so a family that uses the usual ones needs no entry anywhere. What decides the
+shape of a cache and is not understood is refused with the reason, never guessed: a wrong spec corrupts silently, a
+refusal costs a hand-written spec.
 """
 
 from __future__ import annotations
@@ -11,130 +12,27 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
 
+from kvmem import model_families as families
 from kvmem.errors import SpecError
 from kvmem.spec import CacheSpec, Component, Group, Rope, Scope
 from kvmem.spec_rules import MAX_LAYERS, brief, check_size, parse_dtype
 
 __all__ = ["spec_from_config"]
 
-# The same number under the names that families give it; the first is the one that errors name.
-_HIDDEN: Final = ("hidden_size", "n_embd", "d_model", "n_embed")
-_LAYERS: Final = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-_HEADS: Final = ("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads")
-_KV_HEADS: Final = (
-    "num_key_value_heads",
-    "num_kv_heads",
-    "n_head_kv",
-    "n_kv_heads",
-    "num_query_groups",
-    "multi_query_group_num",
-)
-_HEAD_DIM: Final = ("head_dim", "d_kv", "kv_channels")
-# Encoder-decoder configs give the usual names to the encoder (Whisper: num_hidden_layers), so the decoder's come first.
-_DECODER_LAYERS: Final = ("num_decoder_layers", "decoder_layers", *_LAYERS)
-_DECODER_HEADS: Final = ("num_decoder_attention_heads", "decoder_attention_heads", *_HEADS)
-_TEXT: Final = (
-    "text_config",
-    "llm_config",
-    "language_config",
-    "thinker_config",
-)  # multimodal: where the decoder is described
-
-# Keys stored as projected, with no rotation: learned, relative or ALiBi positions. Any other family is taken to store rotated keys.
-_NO_ROPE: Final = frozenset(
-    "gpt2 gpt_bigcode gpt_neo openai-gpt ctrl opt bloom mpt biogpt xglm bert roberta xlm-roberta camembert electra rembert "
-    "t5 mt5 umt5 longt5 switch_transformers bart mbart pegasus marian blenderbot blenderbot-small whisper speech_to_text m2m_100 "
-    "nllb-moe plbart mvp prophetnet bigbird_pegasus musicgen".split()
-)
-_UNROTATED: Final = (
-    "absolute",
-    "relative_key",
-    "relative_key_query",
-    "alibi",
-    "nope",
-)  # values of position_embedding_type
-_ROPE_ON_SLIDING_ONLY: Final = frozenset(
-    {"cohere2", "exaone4"}
-)  # their full-attention layers have no position encoding
-_ALL_SLIDE: Final = frozenset(
-    {"", "mistral", "mixtral", "phi3", "phi3small", "phimoe", "starcoder2"}
-)  # "": a config of no family
-_SLIDE_FROM_LAYER: Final = frozenset(
-    {"qwen2", "qwen2_vl", "qwen2_vl_text", "qwen2_5_vl", "qwen2_5_vl_text", "qwen3", "dots1"}
-)
-
-# What configs of a family may leave out, as their own classes fill it. Files of transformers state these at the top level, but drop
-# whatever equals the class default inside text_config (Gemma-3: no head counts; LLaVA-1.5: no sizes at all).
-_DEFAULTS: Final[dict[str, dict[str, Any]]] = {
-    "cohere2": {"sliding_window": 4096, "sliding_window_pattern": 4},
-    "deepseek_v2": {"kv_lora_rank": 512, "qk_rope_head_dim": 64},
-    "deepseek_v3": {"kv_lora_rank": 512, "qk_rope_head_dim": 64},
-    "falcon": {"multi_query": True},
-    "gemma": {"head_dim": 256},
-    "gemma2": {"head_dim": 256, "num_key_value_heads": 4, "sliding_window": 4096, "sliding_window_pattern": 2},
-    "gemma3_text": {"head_dim": 256, "num_key_value_heads": 4, "sliding_window": 4096, "sliding_window_pattern": 6},
-    "gemma3n_text": {
-        "head_dim": 256, "num_key_value_heads": 2, "sliding_window": 512, "sliding_window_pattern": 5, "num_kv_shared_layers": 15,
-    },
-    "gpt_bigcode": {"multi_query": True},
-    "gpt_oss": {"head_dim": 64, "num_key_value_heads": 8, "sliding_window": 128, "sliding_window_pattern": 2},
-    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
-    "mixtral": {"num_key_value_heads": 8},
-    "olmo3": {"sliding_window": 4096, "sliding_window_pattern": 4},
-    "qwen2": {"use_sliding_window": False, "max_window_layers": 28},
-    "qwen3": {"head_dim": 128, "use_sliding_window": False, "max_window_layers": 28},
-    "smollm3": {"no_rope_layer_interval": 4, "use_sliding_window": False},
-    "starcoder2": {"num_key_value_heads": 2},
-    "t5": {"d_kv": 64},
-    "mt5": {"d_kv": 64},
-    "umt5": {"d_kv": 64},
-}  # fmt: skip
-_NESTED_DEFAULTS: Final[dict[str, dict[str, int]]] = {
-    "llama": {"num_hidden_layers": 32, "hidden_size": 4096, "num_attention_heads": 32},
-    "mistral": {"num_hidden_layers": 32, "hidden_size": 4096, "num_attention_heads": 32},
-    "gemma": {"num_hidden_layers": 28, "hidden_size": 3072, "num_attention_heads": 16},
-    "gemma2": {"num_hidden_layers": 26, "hidden_size": 2304, "num_attention_heads": 8},
-    "gemma3_text": {"num_hidden_layers": 26, "hidden_size": 2304, "num_attention_heads": 8},
-    "gemma3n_text": {"num_hidden_layers": 35, "hidden_size": 2048, "num_attention_heads": 8},
-    "qwen2": {"num_hidden_layers": 32, "hidden_size": 4096, "num_attention_heads": 32},
-    "qwen3": {"num_hidden_layers": 32, "hidden_size": 4096, "num_attention_heads": 32},
-}
-
-_STATE: Final = "its recurrent layers keep a state whose size and dtype the kernels decide"
-_INDEX: Final = "its sparse attention caches index keys beside the KV, whose dtype the kernels decide"
-_UNEQUAL: Final = "its sliding layers differ in shape from the full ones by fields that are its own"
-# Fields that, when set, say that the cache is not what the usual fields describe. A trailing * matches any ending.
-_REFUSED: Final[tuple[tuple[str, str], ...]] = (
-    ("mamba_*", _STATE), ("ssm_*", _STATE), ("state_size", _STATE), ("linear_*", _STATE), ("conv_L_cache", _STATE),
-    ("short_conv*", _STATE), ("block_types", _STATE), ("layers_block_type", _STATE), ("hybrid_override_pattern", _STATE),
-    ("attn_layer_*", _STATE), ("rescale_every", _STATE), ("chunkwise_kernel", _STATE),
-    ("index_*", _INDEX), ("indexer_*", _INDEX), ("compress_*", _INDEX),
-    ("swa_*", _UNEQUAL), ("global_head_dim", _UNEQUAL), ("num_global_key_value_heads", _UNEQUAL), ("attention_k_eq_v", _UNEQUAL),
-    ("per_layer_config", "it overrides shapes layer by layer"),
-    ("block_configs", "it overrides shapes layer by layer"),
-    ("num_attention_heads_per_layer", "it has its own number of heads in each layer"),
-    ("attention_chunk_size", "chunked attention drops everything at each chunk's end, which a sliding window does not describe"),
-    ("use_cla", "it shares KV between layers by a rule of its own"),
-    ("cla_share_factor", "it shares KV between layers by a rule of its own"),
-    ("attn_layers", "hashed attention caches buckets, not KV"),
-    ("mem_len", "it caches hidden states of segments, not KV"),
-)  # fmt: skip
-_BY_HAND: Final = "build the CacheSpec by hand from Components (growth='fixed' for a state)"
-
 
 class _Fields:
-    """A config with its family's defaults. Look-ups check and convert; every error names the field, the value and the family."""
+    """A config with its family's defaults. Look-ups check; every error names the field, the value and the family."""
 
     def __init__(self, values: Mapping[str, Any], nested: bool) -> None:
         family = values.get("model_type") or ""
         if not isinstance(family, str):
             raise SpecError(f"model_type: got {brief(family)}; must be a string")
         self.family = family
-        defaults = _DEFAULTS.get(family, {}) | (_NESTED_DEFAULTS.get(family, {}) if nested else {})
+        defaults = families.DEFAULTS.get(family, {}) | (families.NESTED_DEFAULTS.get(family, {}) if nested else {})
         self.values = defaults | dict(values)
         self.where = f" (model_type {family!r})" if family else ""
 
@@ -158,7 +56,7 @@ class _Fields:
         return value
 
     def refuse(self, field: str, why: str) -> SpecError:
-        return SpecError(f"{field}: got {brief(self.values.get(field))}{self.where}; {why}: {_BY_HAND}")
+        return SpecError(f"{field}: got {brief(self.values.get(field))}{self.where}; {why}: {families.BY_HAND}")
 
 
 def spec_from_config(
@@ -169,33 +67,46 @@ def spec_from_config(
 ) -> CacheSpec:
     """The cache of a published model, exact to the byte.
 
-    config: a dict, a path to ``config.json`` or to the directory that holds it, or anything with ``to_dict()`` (a transformers config).
+    config: a dict, a path to ``config.json`` or to its directory, or an object with ``to_dict()`` (transformers).
     dtype: element type of the cache; default what the config says (``dtype`` or ``torch_dtype``).
-    Understands MHA, GQA, MQA, MLA, sliding windows on all or some layers, KV shared by layers, and cross attention; a multimodal config
-    by its text part. Groups are named ``full``, ``sliding``, ``cross`` (``full_shared``, ``sliding_shared`` where layers read one copy).
+    Understands MHA, GQA, MQA, MLA, sliding windows on all or some layers, KV shared by layers, and cross attention; a
+    multimodal config by its text part. Groups are named ``full``, ``sliding``, ``cross``, and ``full_shared``,
+    ``sliding_shared`` where several layers read one copy.
     Raises ``SpecError``, naming field and value, on what is missing, wrong or not describable.
     """
     outer = _load(config)
     values, nested = outer, False
-    while inner := next((values[key] for key in _TEXT if isinstance(values.get(key), Mapping) and values[key]), None):
+    while inner := next(
+        (values[key] for key in families.TEXT if isinstance(values.get(key), Mapping) and values[key]), None
+    ):
         values, nested = inner, True
     fields = _Fields(values, nested)
-    for pattern, why in _REFUSED:
-        for field in sorted(_matching(pattern, fields.values)):
-            raise fields.refuse(field, why)
-    if fields.values.get("use_bidirectional_attention") is True:
-        raise fields.refuse("use_bidirectional_attention", "a bidirectional encoder keeps no KV between steps")
+    _refuse_unknown(fields)
     if dtype is None:
         dtype = fields.get("dtype", "torch_dtype") or outer.get("dtype") or outer.get("torch_dtype")
         if dtype is None:
             raise SpecError(f"dtype: missing from the config{fields.where}; pass dtype=, for example torch.bfloat16")
     decoder = _is_encoder_decoder(fields)
-    num_layers = fields.need(*(_DECODER_LAYERS if decoder else _LAYERS))
+    num_layers = fields.need(*(families.DECODER_LAYERS if decoder else families.LAYERS))
     if num_layers > MAX_LAYERS:
         raise SpecError(f"num_hidden_layers: got {num_layers}{fields.where}; at most {MAX_LAYERS}")
-    heads = fields.need(*(_DECODER_HEADS if decoder else _HEADS))
+    heads = fields.need(*(families.DECODER_HEADS if decoder else families.HEADS))
     groups = _groups(fields, num_layers, heads, parse_dtype(dtype))
     return CacheSpec(groups, num_layers=num_layers, block_size=block_size, num_query_heads=heads)
+
+
+def _refuse_unknown(fields: _Fields) -> None:
+    if (why := families.REFUSED_FAMILIES.get(fields.family)) is not None:
+        raise fields.refuse("model_type", why)
+    if fields.family in families.ENCODERS and fields.get("is_decoder") is not True:
+        raise fields.refuse(
+            "model_type", "an encoder keeps no KV between steps (set is_decoder if this one is a decoder)"
+        )
+    if fields.get("use_bidirectional_attention") is True:
+        raise fields.refuse("use_bidirectional_attention", "an encoder keeps no KV between steps")
+    for pattern, why in families.REFUSED_FIELDS:
+        for field in sorted(_matching(pattern, fields.values)):
+            raise fields.refuse(field, why)
 
 
 def _load(config: object) -> Mapping[str, Any]:
@@ -275,8 +186,8 @@ def _stated_kinds(fields: _Fields, stated: object, num_layers: int) -> list[str]
     known = {"full_attention": "full", "attention": "full", "sliding_attention": "sliding"}
     for entry in stated:
         if not isinstance(entry, str) or entry not in known:
-            why = f"only {' and '.join(known)} have a cache of known shape; others keep states or drop tokens by rules of their own"
-            raise SpecError(f"layer_types: got {brief(entry)}{fields.where}; {why}: {_BY_HAND}")
+            why = "other layers than full and sliding attention keep states or drop tokens by rules of their own"
+            raise SpecError(f"layer_types: got {brief(entry)}{fields.where}; {why}: {families.BY_HAND}")
     kinds = [known[entry] for entry in stated]
     if "sliding" in kinds and fields.get("use_sliding_window") is False:
         raise SpecError(
@@ -291,14 +202,12 @@ def _implied_kinds(fields: _Fields, num_layers: int) -> list[str]:
         return ["full"] * num_layers
     if (pattern := fields.size("sliding_window_pattern")) is not None:
         return ["sliding" if (layer + 1) % pattern else "full" for layer in range(num_layers)]
-    if fields.family in _SLIDE_FROM_LAYER:
+    if fields.family in families.SLIDE_FROM_LAYER:
         first = fields.values.get("max_window_layers")
         if isinstance(first, bool) or not isinstance(first, int) or first < 0:
-            raise SpecError(
-                f"max_window_layers: got {brief(first)}{fields.where}; needs the number of layers before the sliding ones"
-            )
+            raise SpecError(f"max_window_layers: got {brief(first)}{fields.where}; needs a number of full layers")
         return ["full" if layer < first else "sliding" for layer in range(num_layers)]
-    if fields.family in _ALL_SLIDE:
+    if fields.family in families.ALL_SLIDE:
         return ["sliding"] * num_layers
     raise fields.refuse("sliding_window", "which layers slide is not stated; add layer_types to the config, or")
 
@@ -306,7 +215,7 @@ def _implied_kinds(fields: _Fields, num_layers: int) -> list[str]:
 def _copies(
     fields: _Fields, kind: str, layers: tuple[int, ...], num_layers: int
 ) -> Iterator[tuple[str, tuple[int, ...], Scope]]:
-    """Groups of one kind: the layers with a copy each, then those that all read the copy of one (Gemma-3n's last layers)."""
+    """Groups of one kind: layers with a copy each, then those that read the copy of one (Gemma-3n's last layers)."""
     shared = fields.size("num_kv_shared_layers") if fields.values.get("num_kv_shared_layers") != 0 else None
     owners = tuple(layer for layer in layers if layer < num_layers - (shared or 0))
     readers = layers[len(owners) :]
@@ -335,12 +244,13 @@ def _kv(fields: _Fields, heads: int, dtype: torch.dtype, ropes: tuple[Rope, ...]
         raise SpecError(
             f"num_key_value_heads: got {kv_heads}{fields.where}; does not divide num_attention_heads {heads}"
         )
-    head_dim = fields.size(*_HEAD_DIM)
+    head_dim = fields.size(*families.HEAD_DIM)
     if head_dim is None:
-        hidden = fields.need(*_HIDDEN)
+        hidden = fields.need(*families.HIDDEN)
         if hidden % heads:
             raise SpecError(
-                f"hidden_size: got {hidden}{fields.where}; num_attention_heads {heads} does not divide it, and there is no head_dim"
+                f"hidden_size: got {hidden}{fields.where}; num_attention_heads {heads} does not divide it: "
+                "give head_dim"
             )
         head_dim = hidden // heads
     rope = ropes[0] if len(set(ropes)) == 1 else ropes
@@ -355,15 +265,15 @@ def _kv_heads(fields: _Fields, heads: int) -> int:
     # Falcon's larger models set both; the new architecture then ignores multi_query.
     if fields.get("multi_query") is True and fields.get("new_decoder_architecture") is not True:
         return 1
-    return fields.size(*_KV_HEADS) or heads
+    return fields.size(*families.KV_HEADS) or heads
 
 
 def _rope(fields: _Fields, layer: int, kinds: list[str]) -> Rope:
     """How ``layer`` stores its keys: ``post`` wherever the family rotates them, as all published caches do."""
     rotary = any(fields.get(name) is not None for name in ("rope_parameters", "rope_theta", "rope_scaling"))
-    if not rotary and (_is_encoder_decoder(fields) or fields.family in _NO_ROPE):
+    if not rotary and (_is_encoder_decoder(fields) or fields.family in families.NO_ROPE):
         return "none"
-    if fields.get("alibi") is True or fields.get("position_embedding_type") in _UNROTATED:
+    if fields.get("alibi") is True or fields.get("position_embedding_type") in families.UNROTATED:
         return "none"
     unrotated = fields.get("no_rope_layers")  # 1 for a layer that rotates, 0 for one that does not
     if isinstance(unrotated, (list, tuple)) and unrotated:
@@ -373,5 +283,5 @@ def _rope(fields: _Fields, layer: int, kinds: list[str]) -> Rope:
     interval = fields.size("no_rope_layer_interval")
     if interval is not None and (layer + 1) % interval == 0:
         return "none"
-    skips = fields.family in _ROPE_ON_SLIDING_ONLY and "sliding" in kinds
+    skips = fields.family in families.ROPE_ON_SLIDING_ONLY and "sliding" in kinds
     return "none" if skips and kinds[layer] == "full" else "post"

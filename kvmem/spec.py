@@ -1,8 +1,8 @@
-"""What one token stores: pure data and exact integer arithmetic. No device, no tensor, no byte layout (strides live elsewhere).
+"""What one token stores: pure data and exact integer arithmetic. No device, no tensor, no strides.
 
-A :class:`CacheSpec` holds :class:`Group`s; a group holds :class:`Component`s (K, V, latents, state) and the layers whose tokens
-live and die together. Everything is frozen and hashable; every refusal is a ``SpecError`` that names the field, the value and why.
-Byte counts are payload: what the elements take, with no padding, block or page rounding.
+A :class:`CacheSpec` holds :class:`Group`s; a group holds :class:`Component`s (K, V, latents, state) and the layers
+whose tokens live and die together. Everything is frozen and hashable; every refusal is a ``SpecError`` that names the
+field, the value and why. Byte counts are payload: what the elements take, with no padding, block or page rounding.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class Group:
 
     layers: model layer numbers, ascending; per-layer tuples of a component follow this order.
     window_tokens: tokens a query sees, itself included (``sliding_window`` of transformers); None for all of them.
-    max_tokens: with ``growth="prefill"``, the most tokens the model's encoder gives (Whisper: 1,500), or None if it sets no limit.
-    block_size: tokens a block; None takes the spec's. Within a ``CacheSpec`` it is always an int, and 1 for ``growth="fixed"``.
+    max_tokens: with ``growth="prefill"``, the most tokens the encoder gives (Whisper: 1,500), or None if no limit.
+    block_size: tokens a block; None takes the spec's. In a ``CacheSpec`` it is an int, and 1 for ``growth="fixed"``.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Group:
     _: KW_ONLY
     window_tokens: int | None = None
     max_tokens: int | None = None
-    block_size: int = None  # type: ignore[assignment]  # None only until a CacheSpec takes the group: readers get an int
+    block_size: int = None  # type: ignore[assignment]  # None until a CacheSpec takes it: readers get an int
 
     def __post_init__(self) -> None:
         rules.check_name("Group.name", self.name)
@@ -65,8 +65,8 @@ class Group:
         tokens = max(self.block_size or 1, self.window_tokens or 1, self.max_tokens or 1)
         if tokens * self.bytes_per_token + self.fixed_bytes >= rules.BYTES_LIMIT:
             raise SpecError(
-                f"{here}got {self.bytes_per_token} bytes a token, {tokens} tokens and {self.fixed_bytes} fixed bytes; a group "
-                "must stay under 2**63 bytes: check heads, width, layers, block_size and window_tokens"
+                f"{here}got {self.bytes_per_token} bytes a token, {tokens} tokens and {self.fixed_bytes} fixed bytes; "
+                "a group must stay under 2**63 bytes: check heads, width, layers, block_size and window_tokens"
             )
 
     @property
@@ -79,7 +79,7 @@ class Group:
 
     @property
     def k_only(self) -> bool:
-        """True if K is all there is, so that V is derived from it and every reader needs the rows of all heads (Slim attention)."""
+        """True if K is all there is: V is derived from it, and readers need the rows of all heads (Slim attention)."""
         return len(self.components) == 1 and self.components[0].name in ("k", "cross_k")
 
     @cached_property
@@ -118,7 +118,7 @@ class Group:
         return rope[self._index(component, layer)] if isinstance(rope, tuple) else rope
 
     def row_bytes(self, component: str, layer: int) -> int:
-        """Payload bytes of one token (``fixed``: of one sequence) of ``component`` in ``layer``; of a shared copy, the same for each layer."""
+        """Payload bytes of one token (``fixed``: one sequence) in ``layer``; of a shared copy, the same in all."""
         found = self.component(component)
         return found.elements_at(self._index(component, layer)) * found.dtype.itemsize
 
@@ -130,11 +130,11 @@ class Group:
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """All that a model caches, as groups. ``CacheSpec(groups)``, or ``CacheSpec(components=[...], num_layers=32)`` for one group.
+    """All that a model caches. ``CacheSpec(groups)``, or ``CacheSpec(components=[...], num_layers=32)`` for one group.
 
     block_size: tokens a block, for the groups that do not set their own.
-    num_layers: layers of the model; default the highest layer of a group plus one. A layer may have no component at all.
-    num_query_heads: query heads of the model, if known; lets the spec refuse layouts that need the K of every query head.
+    num_layers: layers of the model; default the highest layer of a group plus one. A layer may have no component.
+    num_query_heads: query heads of the model, if known: layouts that need the K of each are then refused.
     """
 
     groups: tuple[Group, ...] = ()
@@ -171,7 +171,7 @@ class CacheSpec:
     def _one_group(self, components: Sequence[Component]) -> tuple[Group, ...]:
         if self.groups:
             raise SpecError(
-                f"components: got both components and groups {rules.brief(self.groups)}; components make one group of all layers"
+                f"components: got groups {rules.brief(self.groups)} too; give groups, or components for one group"
             )
         if self.num_layers is None:
             raise SpecError("num_layers: got None; components need the number of layers they are for")
@@ -182,8 +182,10 @@ class CacheSpec:
         for group in self.groups:
             for key in ((layer, c.name) for layer in group.layers for c in group.components):
                 if key in owner:
-                    raise SpecError(f"groups: got component {key[1]!r} of layer {key[0]} in {owner[key].name!r} and in {group.name!r}; "
-                                    "it lives in one: rename the component, or take the layer out of a group")  # fmt: skip
+                    raise SpecError(
+                        f"groups: got component {key[1]!r} of layer {key[0]} in {owner[key].name!r} and "
+                        f"{group.name!r}; it lives in one group: rename it, or take the layer out of the other"
+                    )
                 owner[key] = group
 
     def _check_query_heads(self) -> None:
@@ -193,12 +195,12 @@ class CacheSpec:
         for group, name in pairs:
             for heads in sorted({group.heads(name, layer) for layer in group.layers}):
                 if queries % heads:
-                    raise SpecError(
-                        f"num_query_heads: got {queries}, which {heads} heads of {name!r} in group {group.name!r} do not divide"
-                    )
+                    raise SpecError(f"num_query_heads: got {queries}, not a multiple of the {heads} heads of {name!r}")
                 if group.k_only and heads < queries:
-                    raise SpecError(f"group {group.name!r}: heads: got {heads} of {name!r} with no V for {queries} query heads; V is derived "
-                                    "through the inverse of W_K, and under GQA the K of a token has too low a rank: store V too")  # fmt: skip
+                    raise SpecError(
+                        f"group {group.name!r}: heads: got {heads} of {name!r} with no V for {queries} query heads; V "
+                        "is derived by inverting W_K, and under GQA the K of a token has too low a rank: store V"
+                    )
 
     @classmethod
     def kv(
@@ -230,7 +232,7 @@ class CacheSpec:
 
     @cached_property
     def bytes_per_token(self) -> int:
-        """Exact payload bytes a new token adds, over all groups that grow with tokens (a window that is full gives as much back)."""
+        """Exact payload bytes of a new token in all groups that grow by token (a full window gives its part back)."""
         return sum(g.bytes_per_token for g in self.groups if g.growth == "token")
 
     @cached_property
@@ -245,7 +247,7 @@ class CacheSpec:
 
     @cached_property
     def fingerprint(self) -> str:
-        """64 hex digits: SHA-256 of the canonical JSON of ``to_dict()``. Equal specs have equal ones in every process and version."""
+        """64 hex digits: SHA-256 of the canonical JSON of ``to_dict()``. Equal for equal specs, in every process."""
         text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
         return hashlib.sha256(text.encode()).hexdigest()
 

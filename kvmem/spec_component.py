@@ -1,4 +1,4 @@
-"""One component of a cache: what its elements are, how many, and how they grow. See ``kvmem.spec`` for what holds components."""
+"""One component of a cache: what its elements are, how many, and how they grow. ``kvmem.spec`` holds components."""
 
 from __future__ import annotations
 
@@ -29,17 +29,18 @@ class Component:
     """One thing a group keeps for a token (or, with ``growth="fixed"``, for a sequence).
 
     heads: KV heads, or latent groups, or rows of a state matrix; an int, or one int per layer of the group.
-    width: elements per head; an int, one per layer, or per layer one per head group (Palu's unequal ranks: the heads of a layer
-        are split evenly over the entries).
+    width: elements per head; an int, one per layer, or per layer one per head group (Palu's unequal ranks: the heads
+        of a layer are split evenly over the entries).
     dtype: a ``torch.dtype``; a name such as ``"bfloat16"`` is converted.
     scope: ``"layer"`` one copy per layer; ``"shared"`` one copy that every layer of the group reads.
-    growth: ``"token"`` with each token; ``"prefill"`` once, at prefill (cross attention); ``"fixed"`` bytes per sequence (recurrent state).
+    growth: ``"token"`` with each token; ``"prefill"`` once, at prefill (cross attention); ``"fixed"`` bytes per
+        sequence (recurrent state).
     rope: ``"pre"`` stored before rotation, ``"post"`` after, ``"none"`` never rotated; one value, or one per layer.
     planes: bits of each plane an element is split into, highest first (AlignedKV); empty for plain elements.
     ragged: lengths per (sequence, head) instead of per sequence (gated eviction).
 
-    Names have meaning to readers: ``k`` and ``v`` of self attention, ``cross_k`` and ``cross_v`` of cross attention, ``ckv`` (latent)
-    and ``kpe`` (rotary key) of MLA. Others are free.
+    Names have meaning to readers: ``k`` and ``v`` of self attention, ``cross_k`` and ``cross_v`` of cross attention,
+    ``ckv`` (latent) and ``kpe`` (rotary key) of MLA. Others are free.
     """
 
     name: str
@@ -100,7 +101,7 @@ class Component:
 
 
 def canonical(component: Component, num_layers: int, here: str) -> Component:
-    """The one spelling of equal shapes, after the checks that need the number of layers: heads=8 and heads=(8, 8) are one spec."""
+    """The one spelling of equal shapes (heads=8 for heads=(8, 8)), after the checks that need the number of layers."""
     count = 1 if component.scope == "shared" else num_layers
     for field in ("heads", "width", "rope"):
         value = getattr(component, field)
@@ -115,7 +116,7 @@ def canonical(component: Component, num_layers: int, here: str) -> Component:
             raise SpecError(f"{here}width: got {len(groups)} head groups {groups!r}, which do not divide {heads} heads")
         if any(elements * bits % 8 for bits in component.planes):
             raise SpecError(
-                f"{here}planes: got {component.planes!r}; with {elements} elements a token a plane does not fill whole bytes"
+                f"{here}planes: got {component.planes!r}; {elements} elements a token leave a plane with part of a byte"
             )
         # The longest run that respects every change of width: (64, 64, 32, 32) says no more than (64, 32).
         run = gcd(len(groups), *(i for i in range(1, len(groups)) if groups[i] != groups[i - 1]))
@@ -125,6 +126,6 @@ def canonical(component: Component, num_layers: int, here: str) -> Component:
 
 
 def _collapse(value: Any) -> Any:
-    """(8, 8, 8) as 8; a tuple of unequal head groups stays per layer, since a lone tuple would read as one width per layer."""
+    """(8, 8, 8) as 8. Unequal head groups stay per layer: a lone tuple of them would read as one width per layer."""
     alike = isinstance(value, tuple) and len(set(value)) == 1 and not isinstance(value[0], tuple)
     return value[0] if alike else value

@@ -1,6 +1,6 @@
-"""What a spec refuses, and why: checks of single fields, element types, and the table of layouts that do not go together.
+"""What a spec refuses, and why: checks of single fields, element types, and the layouts that do not go together.
 
-Used by ``kvmem.spec`` alone. Every refusal is a ``SpecError`` that names the field and the value.
+Used by the ``spec`` and ``model_config`` modules. Every refusal is a ``SpecError`` that names the field and the value.
 """
 
 from __future__ import annotations
@@ -31,13 +31,14 @@ _EXPONENT_BITS: Final[dict[str, int]] = {
 _DTYPES: Final[dict[str, torch.dtype]] = {name: getattr(torch, name) for name in _EXPONENT_BITS}
 _NAMES: Final = {dtype: name for name, dtype in _DTYPES.items()}
 _ALIASES: Final = {
-    "half": "float16", "fp16": "float16", "bf16": "bfloat16", "float": "float32", "fp32": "float32", "double": "float64",
+    "half": "float16", "fp16": "float16", "bf16": "bfloat16", "float": "float32", "fp32": "float32",
+    "double": "float64",
     "fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2",
 }  # fmt: skip
 
 
 def parse_dtype(value: torch.dtype | str, field: str = "dtype") -> torch.dtype:
-    """``torch.bfloat16``, ``"torch.bfloat16"``, ``"bfloat16"`` or ``"bf16"`` as a ``torch.dtype``; ``SpecError`` names ``field``."""
+    """``torch.bfloat16``, ``"torch.bfloat16"``, ``"bfloat16"`` or ``"bf16"`` as a ``torch.dtype``."""
     if isinstance(value, torch.dtype) and value in _NAMES:
         return value
     if isinstance(value, str):
@@ -114,7 +115,7 @@ def check_unique(field: str, names: Sequence[str]) -> None:
 
 def brief(value: object) -> str:
     """A value in a message: components by name, long things cut."""
-    if isinstance(value, tuple) and value and all(hasattr(item, "name") for item in value):
+    if isinstance(value, (tuple, list)) and value and all(hasattr(item, "name") for item in value):
         return ", ".join(item.name for item in value)
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
@@ -125,28 +126,28 @@ def _cuts_exponent(c: Component) -> bool:
     return bool(c.planes) and exponent > 0 and c.planes[0] < 1 + exponent
 
 
-# (field to name, refuse when, why). The order is that of reading: a component that breaks several rules reports the first.
+# (field to name, refuse when, why). The order is that of reading: of several broken rules, the first is reported.
 COMPONENT_RULES: Final[tuple[tuple[str, Callable[[Component], bool], str], ...]] = (
     ("planes", lambda c: len(c.planes) == 1,
      "one plane is no split: give at least two, or none"),
     ("planes", lambda c: bool(c.planes) and sum(c.planes) != 8 * c.dtype.itemsize,
      "planes must sum to the bits of the dtype"),
     ("planes", _cuts_exponent,
-     "the first plane must hold sign and exponent whole (bf16 has 8 exponent bits, so 8/4/4 cuts one off: use 12/4, or fp16)"),
+     "the first plane must hold sign and exponent (bf16 has 8 exponent bits, so 8/4/4 cuts one: use 12/4, or fp16)"),
     ("planes", lambda c: bool(c.planes) and "pre" in c.ropes,
-     "planes are chosen by the magnitude of each stored channel, and rotation mixes channels: store the key after rotation"),
+     "planes are read by the magnitude of a stored channel, and rotation mixes channels: store the key after rotation"),
     ("heads", lambda c: c.scope == "shared" and isinstance(c.heads, tuple) and len(c.heads) > 1,
      "one copy shared by all layers has one number of heads"),
     ("width", lambda c: c.scope == "shared" and isinstance(c.width, tuple) and len(c.width) > 1,
      "one copy shared by all layers has one width"),
     ("ragged", lambda c: c.ragged and c.scope == "shared",
-     "each layer evicts its own tokens, but one copy shared by all layers has one length: evict per token, or use scope 'layer'"),
+     "each layer evicts its own tokens, but one copy shared by all layers has one length: use scope 'layer'"),
     ("ragged", lambda c: c.ragged and c.growth == "fixed",
      "a fixed state holds no tokens, so it has no lengths"),
     ("rope", lambda c: c.growth == "fixed" and c.ropes != {"none"},
      "a fixed state holds no positions to rotate: use 'none'"),
     ("rope", lambda c: c.unequal and "post" in c.ropes,
-     "heads of unequal width are latents, and a latent is taken before rotation: rotate after reconstruction, store 'pre' or 'none'"),
+     "heads of unequal width are latents, and a latent is taken before rotation: use 'pre' or 'none'"),
 )  # fmt: skip
 
 
@@ -162,7 +163,7 @@ GROUP_RULES: Final[tuple[tuple[str, Callable[[Group], bool], str], ...]] = (
     ("components", lambda g: g.ragged and _differ(lambda c: c.heads)(g),
      "ragged lengths are per head, so all components of the group need the same heads"),
     ("components", lambda g: g.ragged and g.k_only,
-     "ragged K with no V: the V of any head is derived from the K of every head (Slim), so no head may drop a row alone"),
+     "ragged K with no V: V of any head is derived from the K of every head (Slim), so no head may drop a row alone"),
     ("components", lambda g: g.k_only and g.components[0].dtype.itemsize < 2,
      "8-bit K with no V: deriving V multiplies the rounding of K by the condition number of W_K; store fp16 or wider"),
     ("window_tokens", lambda g: g.window_tokens is not None and g.growth == "fixed",

@@ -22,10 +22,7 @@ def smaps_rollup(field: str) -> int:
 
 
 def kernel_pieces(base: int, size: int) -> list[tuple[int, int, str, int]]:
-    """(begin, end, permissions, file offset or -1) of what the kernel maps in [base, base + size), as far as it lies inside.
-
-    Only the kernel's own merging is undone from outside: anonymous holes may be one with a neighbour's.
-    """
+    """(begin, end, permissions, file offset or -1) of what the kernel maps, clipped to [base, base + size)."""
     found = []
     with open("/proc/self/maps") as file:
         for line in file:
@@ -59,12 +56,12 @@ def test_physical_bytes_grow_only_with_pages_touched(driver: _core.Driver) -> No
     driver.map_run(base, PAGE, pages)
     driver.set_access(base, 64 * PAGE)
     assert driver.physical_bytes() == 0
-    before = smaps_rollup("Pss")
+    before = smaps_rollup("Pss_Shmem")
     driver.zero(base, 16 * PAGE)
     assert driver.physical_bytes() == 16 * PAGE
     driver.zero(base + 16 * PAGE, 48 * PAGE)
     assert driver.physical_bytes() == 64 * PAGE
-    assert abs(smaps_rollup("Pss") - before - 64 * PAGE) < 1 << 20
+    assert smaps_rollup("Pss_Shmem") - before == 64 * PAGE
 
 
 def test_a_page_mapped_twice_is_held_once(driver: _core.Driver) -> None:
@@ -72,7 +69,7 @@ def test_a_page_mapped_twice_is_held_once(driver: _core.Driver) -> None:
     count = 256
     one, two = driver.reserve(count * PAGE), driver.reserve(count * PAGE)
     pages = [driver.create(PAGE) for _ in range(count)]
-    pss, rss = smaps_rollup("Pss"), smaps_rollup("Rss")
+    pss, rss = smaps_rollup("Pss_Shmem"), smaps_rollup("Rss")
     for base in (one, two):
         driver.map_run(base, PAGE, pages)
         driver.set_access(base, count * PAGE)
@@ -82,7 +79,7 @@ def test_a_page_mapped_twice_is_held_once(driver: _core.Driver) -> None:
     assert driver.physical_bytes() == count * PAGE
     assert smaps_rollup("Rss") - rss >= 2 * count * PAGE - (1 << 20)
     # The kernel halves each page between its two mappings here; together they are charged once.
-    assert abs(smaps_rollup("Pss") - pss - count * PAGE) < 1 << 20
+    assert smaps_rollup("Pss_Shmem") - pss == count * PAGE
 
 
 def test_destroying_gives_memory_back_to_the_system(driver: _core.Driver) -> None:
@@ -143,7 +140,7 @@ def test_holes_in_the_file_are_filled_lowest_first(driver: _core.Driver) -> None
 
 
 def test_our_pieces_are_the_kernels(driver: _core.Driver) -> None:
-    """Random maps, unmaps and accesses: /proc/self/maps shows the offset and protection of every page as a model says."""
+    """Random maps, unmaps and accesses: /proc/self/maps shows every page's offset and protection as a model says."""
     seed = random.randrange(1 << 30)
     print(f"seed {seed}")
     rng = random.Random(seed)
@@ -242,8 +239,9 @@ def test_a_forked_child_has_no_share_in_the_cache() -> None:
             return os.waitpid(child, 0)[1]
 
         def refused():
-            calls = [lambda: driver.create(P), lambda: driver.map(base + 2 * P, P, 0, pages[0]), lambda: driver.unmap(base, P),
-                     lambda: driver.reserve(P), lambda: driver.release(base, 4 * P), lambda: driver.destroy(pages[0]),
+            calls = [lambda: driver.create(P), lambda: driver.map(base + 2 * P, P, 0, pages[0]),
+                     lambda: driver.unmap(base, P), lambda: driver.reserve(P),
+                     lambda: driver.release(base, 4 * P), lambda: driver.destroy(pages[0]),
                      lambda: driver.zero(base, P), lambda: driver.copy(base, base + P, P), driver.physical_bytes,
                      driver.available_bytes, lambda: driver.set_access(base, P), driver.record]
             for call in calls:
@@ -253,7 +251,12 @@ def test_a_forked_child_has_no_share_in_the_cache() -> None:
                     assert "fork" in str(error), error
                 else:
                     return 1
-            links = [os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{fd}")]
+            links = []
+            for fd in os.listdir("/proc/self/fd"):
+                try:
+                    links.append(os.readlink(f"/proc/self/fd/{fd}"))
+                except FileNotFoundError:
+                    pass  # the one that listed the folder
             assert not any("kvmem" in link for link in links), links
 
         def teardown_touches_nothing():
@@ -281,125 +284,6 @@ def test_a_forked_child_has_no_share_in_the_cache() -> None:
         print("ok")
     """)
     assert out.strip().endswith("ok")
-
-
-def test_the_kernels_limit_on_mappings_is_a_typed_error() -> None:
-    """Scattered pages meet vm.max_map_count as OutOfMemory with the driver whole; adjacent ones never meet it."""
-    out = assert_runs("""
-        from kvmem import _core
-        from kvmem.errors import OutOfMemory
-        limit = int(open("/proc/sys/vm/max_map_count").read())
-        assert limit <= 1_000_000, "raise COUNT: this machine's limit is far above the default"
-        driver = _core.host_driver()
-        P = driver.info.granularity_bytes
-        base = driver.reserve(1 << 40)
-        pages = [driver.create(P) for _ in range(limit + 5000)]
-        driver.map_run(base, P, pages)                       # adjacent: one mapping, however many pages
-        driver.set_access(base, P * len(pages))
-        driver.unmap_run(base, P, len(pages))
-        assert sum(1 for _ in open("/proc/self/maps")) < limit // 2
-        held = 0
-        try:
-            for page in pages:                               # each alone, with a gap: two mappings a page
-                driver.map(base + 2 * P * held, P, 0, page)
-                held += 1
-        except OutOfMemory as error:
-            assert "vm.max_map_count" in str(error) and "page_bytes" in str(error), error
-        else:
-            raise AssertionError("never refused")
-        assert limit * 0.38 < held < limit * 0.41, held
-        scattered = pages[::-2]
-        try:
-            driver.map_run(base + (1 << 39), P, scattered)   # a run that needs a mapping a page
-        except OutOfMemory:
-            pass
-        else:
-            raise AssertionError("a run was not refused")
-        for i in range(held):                                # and everything can still be taken back
-            driver.unmap(base + 2 * P * i, P)
-        driver.map_run(base, P, pages)
-        driver.set_access(base, P * len(pages))
-        driver.zero(base, P)
-        driver.unmap_run(base, P, len(pages))
-        driver.release(base, 1 << 40)
-        for page in pages:
-            driver.destroy(page)
-        print("ok", held)
-    """)
-    assert out.startswith("ok")
-
-
-def test_unmapping_within_a_run_beyond_the_limit_is_a_typed_error() -> None:
-    """Every second page of one long run taken out splits it: refused before the kernel is so full that nothing unmaps."""
-    out = assert_runs("""
-        from kvmem import _core
-        from kvmem.errors import OutOfMemory
-        limit = int(open("/proc/sys/vm/max_map_count").read())
-        driver = _core.host_driver()
-        P = driver.info.granularity_bytes
-        count = limit + 5000
-        base = driver.reserve(count * P)
-        pages = [driver.create(P) for _ in range(count)]
-        driver.map_run(base, P, pages)
-        driver.set_access(base, count * P)
-        taken = []
-        try:
-            for i in range(1, count, 2):
-                driver.unmap(base + i * P, P)
-                taken.append(i)
-        except OutOfMemory as error:
-            assert "vm.max_map_count" in str(error), error
-        else:
-            raise AssertionError("never refused")
-        failed = taken[-1] + 2
-        _core.write_bytes(base + failed * P, b"still mapped")  # the failing call changed nothing
-        for i in range(0, taken[-1], 2):                       # what joins holes goes through
-            driver.unmap(base + i * P, P)
-        driver.unmap(base + failed * P, P)
-        print("ok", len(taken))
-    """)
-    assert out.startswith("ok")
-
-
-def test_two_drivers_share_one_count_of_mappings() -> None:
-    out = assert_runs("""
-        from kvmem import _core
-        from kvmem.errors import OutOfMemory
-        drivers = [_core.host_driver() for _ in range(2)]
-        P = drivers[0].info.granularity_bytes
-        bases = [driver.reserve(1 << 38) for driver in drivers]
-        pages = [driver.create(P) for driver in drivers]
-        limit, held = int(open("/proc/sys/vm/max_map_count").read()), 0
-        try:
-            while True:
-                which = held % 2
-                drivers[which].map(bases[which] + held * P, P, 0, pages[which])
-                held += 1
-        except OutOfMemory:
-            assert limit * 0.38 < held < limit * 0.41, held
-        del drivers[0]
-        drivers[0].map(bases[1] + P * (1 << 20), P, 0, pages[1])  # the other's mappings are ours to use now
-        print("ok")
-    """)
-    assert out.strip() == "ok"
-
-
-def test_a_file_size_limit_is_a_typed_error() -> None:
-    """RLIMIT_FSIZE would otherwise answer with SIGXFSZ."""
-    out = assert_runs("""
-        import resource
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
-        from kvmem import _core
-        from kvmem.errors import OutOfMemory
-        driver = _core.host_driver()
-        pages = [driver.create(1 << 18) for _ in range(4)]
-        try:
-            driver.create(1 << 18)
-        except OutOfMemory as error:
-            assert "RLIMIT_FSIZE" in str(error)
-            print("ok")
-    """)
-    assert out.strip() == "ok"
 
 
 def test_reading_where_nothing_is_mapped_raises(driver: _core.Driver) -> None:

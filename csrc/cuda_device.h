@@ -1,0 +1,62 @@
+// One opened CUDA device: its entry points, its primary context, and driver errors as exceptions.
+#pragma once
+
+#include <string>
+
+#include "cuda_api.h"
+#include "driver.h"
+#include "fork_guard.h"
+
+namespace kvmem::cuda {
+
+class Device {
+ public:
+  // DeviceError where there is no driver, no such device, or no virtual memory management.
+  Device(int index, const std::string& library);
+  ~Device();
+  Device(const Device&) = delete;
+  Device& operator=(const Device&) = delete;
+
+  const Api& api() const { return api_; }
+  const DriverInfo& info() const { return info_; }
+  ContextPtr context() const { return context_; }
+  bool forked() const { return fork_.forked(); }
+  void check_fork() const { fork_.check("the CUDA driver"); }
+  AllocationProp prop() const;  // of exactly the memory that create() makes: granularity depends on it
+  AccessDesc access() const { return {{kLocationDevice, id_}, kAccessReadWrite}; }
+
+  // Throws unless `code` is success: OutOfMemory where the driver says so, else DeviceError. `what()` tells what was
+  // asked; it is called only on failure, since some of the calls cost no more than such a sentence.
+  template <class What>
+  void check(Result code, const char* call, What what) const {
+    if (code != kSuccess) failed(code, call, what());
+  }
+  void check(Result code, const char* call) const {
+    if (code != kSuccess) failed(code, call, "");
+  }
+
+  // Runs one driver call with our context current and leaves the thread's own as it was. What needs a context: streams,
+  // events, memset, cuMemGetInfo. The calls of virtual memory management need none.
+  template <class Call>
+  Result in_context(Call call) const {
+    check(api_.cuCtxPushCurrent(context_), "cuCtxPushCurrent");
+    const Result code = call();
+    ContextPtr ours = nullptr;
+    const Result popped = api_.cuCtxPopCurrent(&ours);
+    if (code == kSuccess) check(popped, "cuCtxPopCurrent");
+    return code;
+  }
+
+ private:
+  void find(int index);
+  void read_info(int index);
+  [[noreturn]] void failed(Result code, const char* call, const std::string& what) const;
+
+  const ForkGuard fork_;
+  const Api api_;
+  DriverInfo info_;
+  DeviceId id_ = 0;
+  ContextPtr context_ = nullptr;
+};
+
+}  // namespace kvmem::cuda

@@ -1,0 +1,82 @@
+# make test-sanitize: the core under AddressSanitizer with UBSan, and under ThreadSanitizer.
+#
+#   STRESS_SECONDS=20   how long each stress run lasts      STRESS_SEED=1234   repeat one
+#
+# The program csrc/stress/stress.cpp takes `--seed N --seconds S`, prints both, ends with 0 when every pattern it left in memory
+# was still there, and reserves at most 256 GiB of addresses: ThreadSanitizer has no room for more.
+#
+# Three parts: canaries (planted bugs: a sanitizer that reports nothing must be noticed), the C++ stress program with all
+# of csrc/ but the bindings, and the Python tests marked `core` on a native module built with the sanitizers.
+
+STRESS_SECONDS ?= 20
+STRESS_SEED ?= $(shell date +%s)
+
+SAN := build/sanitize
+SAN_CORE := $(patsubst csrc/%.cpp,%.o,$(filter-out csrc/bindings%,$(wildcard csrc/*.cpp)))
+SAN_FLAGS := -std=c++17 -O1 -g -fno-omit-frame-pointer -fno-sanitize-recover=all -pthread -Icsrc -DKVMEM_DEBUG \
+  -Wall -Wextra -Werror
+SAN_asan := address,undefined
+SAN_tsan := thread
+
+export TSAN_OPTIONS := halt_on_error=1 second_deadlock_stack=1
+# ThreadSanitizer wants the address space laid out as it expects; a kernel that randomises more than that breaks it.
+NO_ASLR := $(shell setarch -R true 2>/dev/null && echo setarch -R)
+RUN_asan := ASAN_OPTIONS=detect_leaks=1:detect_stack_use_after_return=1
+RUN_tsan := $(NO_ASLR)
+
+# Leaks are looked for in the stress program only: torch has thousands that are not ours. Segmentation faults keep their
+# signal, because some tests ask for exactly that.
+ASAN_LIBRARY = $(shell $(CXX) -print-file-name=libasan.so)
+ASAN_PYTHON = env LD_PRELOAD=$(ASAN_LIBRARY) ASAN_OPTIONS=detect_leaks=0:handle_segv=0:allocator_may_return_null=1 \
+  PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/$(SAN)/python KVMEM_EXPECT_CORE=$(CURDIR)/$(SAN)/python
+
+.PHONY: test-sanitize test-canaries test-stress test-asan-python sanitize-programs
+test-sanitize: test-canaries test-stress test-asan-python  ## C++ stress program and core tests under the sanitizers
+
+sanitize-programs: $(foreach s,asan tsan,$(SAN)/$s/canary $(SAN)/$s/stress/stress)  ## compile them, no more (make -j2)
+
+define sanitized  # $(1) is asan or tsan
+$(SAN)/$(1)/%.o: csrc/%.cpp csrc/stress/sanitize.mk
+	@mkdir -p $$(@D)
+	$$(CXX) $(SAN_FLAGS) -fsanitize=$(SAN_$(1)) -MMD -MP -c $$< -o $$@
+
+$(SAN)/$(1)/canary: $(SAN)/$(1)/stress/canary.o
+	$$(CXX) -fsanitize=$(SAN_$(1)) -pthread $$^ -o $$@
+
+$(SAN)/$(1)/stress/stress: $(SAN)/$(1)/stress/stress.o $(addprefix $(SAN)/$(1)/,$(SAN_CORE))
+	$$(CXX) -fsanitize=$(SAN_$(1)) -pthread $$^ -ldl -o $$@
+
+.PHONY: test-stress-$(1)
+test-stress-$(1): $(SAN)/$(1)/stress/stress
+	$$(RUN_$(1)) timeout -k 10 $$$$(($(STRESS_SECONDS) * 3 + 60)) $$< --seed $(STRESS_SEED) --seconds $(STRESS_SECONDS)
+endef
+$(eval $(call sanitized,asan))
+$(eval $(call sanitized,tsan))
+-include $(wildcard $(SAN)/*/*.d $(SAN)/*/*/*.d)
+.SECONDARY:
+
+$(SAN)/canary.so: csrc/stress/canary.cpp csrc/stress/sanitize.mk
+	@mkdir -p $(@D)
+	$(CXX) $(SAN_FLAGS) -fsanitize=$(SAN_asan) -fPIC -shared $< -o $@
+
+# $(call must_report,COMMAND,WORDS): the command fails, and says so in a sanitizer's words.
+define must_report
+	@if $(1) > $(SAN)/canary.log 2>&1 || ! grep -q $(2) $(SAN)/canary.log; then \
+	  cat $(SAN)/canary.log; echo "a planted bug went unnoticed:" $(2); exit 1; fi
+	@echo "planted bug reported: "$(2)
+endef
+
+test-canaries: $(SAN)/asan/canary $(SAN)/tsan/canary $(SAN)/canary.so $(READY)
+	$(call must_report,$(RUN_asan) $(SAN)/asan/canary overflow,"heap-buffer-overflow")
+	$(call must_report,$(RUN_asan) $(SAN)/asan/canary undefined,"signed integer overflow")
+	$(call must_report,$(RUN_asan) $(SAN)/asan/canary leak,"detected memory leaks")
+	$(call must_report,$(RUN_tsan) $(SAN)/tsan/canary race,"data race")
+	$(call must_report,$(ASAN_PYTHON) $(PY) -c "import ctypes; ctypes.CDLL('$(SAN)/canary.so').overflow()","heap-buffer-overflow")
+
+test-stress: test-stress-asan test-stress-tsan
+
+# PYTHONPATH comes before an installed kvmem, PYTHONSAFEPATH (Python 3.11) keeps the checkout out of the path of every
+# `python -c` that a test starts, and tests/conftest.py refuses to start if another module was loaded all the same.
+test-asan-python: $(READY)
+	KVMEM_DEBUG=1 KVMEM_SANITIZE=$(SAN_asan) $(PY) setup.py -q build --build-base $(SAN)/objects --build-lib $(SAN)/python
+	$(ASAN_PYTHON) $(BIN)pytest -p no:cacheprovider -m "core and not gpu" $(ARGS)

@@ -1,0 +1,57 @@
+"""What every test file shares: the seed of the run, the module under test, and the reason a GPU test is skipped."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+# The machine's load must not fail an example; a failing one prints how to repeat it.
+settings.register_profile("kvmem", deadline=None, print_blob=True)
+settings.load_profile("kvmem")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--seed", type=int, default=random.SystemRandom().randrange(2**31), help="repeat a run")
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    from kvmem import _core
+
+    return [f"kvmem._core: {_core.__file__}", f"seed: {config.getoption('--seed')} (repeat with --seed)"]
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """A run that means to test one build must not quietly test another."""
+    expected = os.environ.get("KVMEM_EXPECT_CORE")
+    if expected is None:
+        return
+    from kvmem import _core
+
+    if Path(expected).resolve() not in Path(_core.__file__).resolve().parents:
+        pytest.exit(f"KVMEM_EXPECT_CORE is {expected}, but {_core.__file__} was loaded", returncode=3)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") is not None:
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device; torch sees none")
+
+
+@pytest.fixture
+def seed(request: pytest.FixtureRequest) -> int:
+    """The seed of this run, the same for every test. pytest shows it in the header, and here when a test fails."""
+    value: int = request.config.getoption("--seed")
+    print(f"seed: {value}")
+    return value
+
+
+@pytest.fixture
+def rng(seed: int) -> random.Random:
+    """A generator of its own for each test, so that a test repeats alone what it did in the whole run."""
+    return random.Random(seed)

