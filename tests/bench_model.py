@@ -1,4 +1,6 @@
-"""A pool in twenty obvious lines: the oracle for what a replay counts, and a stand-in where the allocator is not the subject."""
+"""A pool in twenty obvious lines: the oracle for what a replay counts, and a stand-in where the allocator is not the
+subject.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,9 @@ from kvmem.bench.pools import Int32s, Usage
 
 
 class ModelPool:
-    """Every sequence owns whole pages. No parking, no sharing: the memory is full when the pages of all sequences exceed the budget."""
+    """Every sequence owns whole pages. No parking, no sharing: the memory is full when the pages of all sequences
+    exceed the budget.
+    """
 
     name = "model"
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from kvmem.bench.parts import Run, Settings
 from kvmem.bench.plots import write_plots
 from kvmem.bench.report import Report
-from kvmem.bench.results import write_json
+from kvmem.bench.results import check_writable, write_json
 
 __all__ = ["bench"]
 
@@ -23,20 +23,37 @@ _FILE_WIDTH = 160
 _PATH = click.Path(path_type=Path)
 
 _OPTIONS = [
-    click.option("--trace", type=_PATH, help="Trace file: Mooncake, Azure, BurstGPT or Qwen-Bailian. Default: 1,000 packaged requests."),
+    click.option(
+        "--trace",
+        type=_PATH,
+        help="Trace file: Mooncake, Azure, BurstGPT or Qwen-Bailian. Default: 1,000 packaged requests.",
+    ),
     click.option("--requests", type=click.IntRange(min=1), help="Only the first requests of the trace."),
     click.option("--config", type=_PATH, help="Model config.json or its folder. Default: Llama 3 8B."),
     click.option("--dtype", default="bfloat16", show_default=True, help="Type of the stored KV."),
     click.option("--memory", default="80GiB", show_default=True, help="Memory of the simulated device."),
-    click.option("--weights", help="Bytes of it that the weights take. Default: 15.0 GiB for Llama 3 8B, 0 with --config."),
+    click.option(
+        "--weights", help="Bytes of it that the weights take. Default: 15.0 GiB for Llama 3 8B, 0 with --config."
+    ),
     click.option("--backend", type=click.Choice(["both", "virtual", "paged"]), default="both", show_default=True),
     click.option("--page", default="2MiB", show_default=True, help="Bytes of a physical page."),
     click.option("--block-size", type=click.IntRange(min=1), default=16, show_default=True, help="Tokens of a block."),
-    click.option("--max-sequences", type=click.IntRange(min=1), default=256, show_default=True, help="Sequences at once."),
-    click.option("--max-tokens", type=click.IntRange(min=1), help="Longest sequence. Default: what the model is made for."),
+    click.option(
+        "--max-sequences", type=click.IntRange(min=1), default=256, show_default=True, help="Sequences at once."
+    ),
+    click.option(
+        "--max-tokens", type=click.IntRange(min=1), help="Longest sequence. Default: what the model is made for."
+    ),
     click.option("--chunked", is_flag=True, help="Prompts take memory chunk by chunk instead of whole."),
-    click.option("--real-memory", default="512MiB", show_default=True, help="Real memory for `micro` and `attention`, for each backend."),
-    click.option("--repetitions", type=click.IntRange(min=1), default=20, show_default=True, help="Of each real-memory timing."),
+    click.option(
+        "--real-memory",
+        default="512MiB",
+        show_default=True,
+        help="Real memory for `micro` and `attention`, for each backend.",
+    ),
+    click.option(
+        "--repetitions", type=click.IntRange(min=1), default=20, show_default=True, help="Of each real-memory timing."
+    ),
     click.option("--json", "json_path", type=_PATH, metavar="FILE", help="Write everything as JSON."),
     click.option("--plot", "plot_path", type=_PATH, metavar="DIR", help="Write PNG pictures."),
     click.option("-q", "--quiet", is_flag=True, help="No progress."),
@@ -57,6 +74,7 @@ def console() -> Console:
 def _run(parts: tuple[str, ...], json_path: Path | None, plot_path: Path | None, **options: Any) -> None:
     report, status = Report(console()), Console(stderr=True, highlight=False)
     run = Run(Settings(**options), status)
+    check_writable(json_path, plot_path)
     if {"replay", "waste", "steady"} & set(parts):
         report.setup(run.results.setup)
     for part in parts:
@@ -69,19 +87,26 @@ def _run(parts: tuple[str, ...], json_path: Path | None, plot_path: Path | None,
             report.line(f"wrote {path}")
 
 
-@click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.group(
+    invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120}
+)
 @_options
 @click.pass_context
-def bench(context: click.Context, **options: Any) -> None:
+def bench(context: click.Context, /, **options: Any) -> None:
     """Measures kvmem.
 
-    Without a part: replays a real trace on a simulated 80 GiB device with both backends and a static pool, then times real memory on the CPU.
+    Without a part: replays a real trace on a simulated 80 GiB device with both backends and a static pool, then times
+    real memory on the CPU.
     """
     if context.invoked_subcommand is None:
         _run(("replay", "waste", "steady", "micro", "attention"), **options)
         return
     # An option given before the part's name becomes the part's default, so that both orders mean the same.
-    given = {name: value for name, value in options.items() if context.get_parameter_source(name) == ParameterSource.COMMANDLINE}
+    given = {
+        name: value
+        for name, value in options.items()
+        if context.get_parameter_source(name) == ParameterSource.COMMANDLINE
+    }
     context.default_map = dict.fromkeys(bench.commands, given)
 
 

@@ -12,4 +12,4 @@ class BenchError(KVMemError, ValueError):
 
 
 class TraceError(BenchError):
-    """A trace file that is missing, of no known format, malformed or cut. Names the file, the line and what is wrong."""
+    """A trace file that is missing, of no known format, malformed or cut. Names file, line and what is wrong."""

@@ -9,7 +9,9 @@ __all__ = ["GenerateResult"]
 
 @dataclass(frozen=True)
 class GenerateResult:
-    """Greedy decoding of ``tokens`` new tokens with one kind of cache; ``same_tokens`` as with transformers' `DynamicCache`."""
+    """Greedy decoding of ``tokens`` new tokens with one kind of cache; ``same_tokens`` as with transformers'
+    `DynamicCache`.
+    """
 
     model: str
     cache: str

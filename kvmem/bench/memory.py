@@ -36,6 +36,14 @@ def open_allocator(model: Model, backend: Backend, device: str, budget: Budget) 
     from kvmem import Allocator
 
     return Allocator(
-        model.spec, backend=backend, device=device, memory=budget.memory_bytes, max_sequences=budget.max_sequences,
-        max_tokens=budget.max_tokens, page_bytes=budget.page_bytes, interleave="all",
-        map_ahead_tokens=0, tail_guard_tokens=0)  # fmt: skip
+        model.spec,
+        backend=backend,
+        device=device,
+        memory=budget.memory_bytes,
+        max_sequences=budget.max_sequences,
+        max_tokens=budget.max_tokens,
+        page_bytes=budget.page_bytes,
+        interleave="all",
+        map_ahead_tokens=0,
+        tail_guard_tokens=0,
+    )

@@ -29,7 +29,8 @@ class Sample:
 
 
 class Meter:
-    """Times every call into ``pool`` and nothing around it; takes a `Sample` every ``sample_steps`` steps, more rarely in a long run.
+    """Times every call into ``pool`` and nothing around it; takes a `Sample` every ``sample_steps`` steps, more rarely
+    in a long run.
 
     Rounding is measured where it is largest, at a request's end: the drop of wasted bytes that its `finish` causes.
     """

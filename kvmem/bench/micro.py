@@ -1,6 +1,7 @@
 """What one call costs on the CPU device, where memory is real: pages are created, mapped and unmapped by the kernel.
 
-Every repetition runs all cases on every backend in turn, so that a slow moment of the machine falls on all of them; the first are warm-up.
+Every repetition runs all cases on every backend in turn, so that a slow moment of the machine falls on all of them; the
+first are warm-up.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ from time import perf_counter_ns
 import numpy as np
 
 from kvmem.bench.errors import BenchError
-from kvmem.bench.memory import Budget, open_allocator
+from kvmem.bench.memory import Backend, Budget, open_allocator
 from kvmem.bench.model import Model
+from kvmem.bench.pools import Int32s
 from kvmem.bench.spread import Spread
+from kvmem.units import format_bytes
 
 __all__ = ["MicroResult", "micro"]
 
@@ -47,7 +50,7 @@ _CASES = {
 class _Bench:
     """One backend's allocator and its timings."""
 
-    def __init__(self, model: Model, backend: str, budget: Budget, sequences: int, tokens: int) -> None:
+    def __init__(self, model: Model, backend: Backend, budget: Budget, sequences: int, tokens: int) -> None:
         self.backend, self.sequences, self.tokens = backend, sequences, tokens
         self.block_size, self.page_bytes = model.spec.block_size, budget.page_bytes
         self.allocator = open_allocator(model, backend, "cpu", budget)
@@ -60,7 +63,7 @@ class _Bench:
         call()
         self.ns[case].append((perf_counter_ns() - begin) / units)
 
-    def extend(self, ids: object, counts: object) -> None:
+    def extend(self, ids: Int32s, counts: Int32s) -> None:
         self.allocator.extend_batch(ids, counts)
         self.allocator.commit_batch(ids, counts)
 
@@ -84,7 +87,7 @@ class _Bench:
         pages = (before - allocator.stats().mapped_bytes) // self.page_bytes
         self.ns["unmap"].append(spent / max(1, pages))
 
-    def _decode(self, prompt: object) -> None:
+    def _decode(self, prompt: Int32s) -> None:
         allocator = self.allocator
         ids = allocator.open_batch(self.sequences)
         self.time("admit", lambda: self.extend(ids, prompt))
@@ -100,14 +103,25 @@ class _Bench:
             values.clear()
 
     def results(self) -> list[MicroResult]:
-        return [MicroResult(case, unit, self.backend, self.sequences, Spread.of_ns(self.ns[case])) for case, unit in _CASES.items()]
+        return [
+            MicroResult(case, unit, self.backend, self.sequences, Spread.of_ns(self.ns[case]))
+            for case, unit in _CASES.items()
+        ]
 
 
 def micro(
-    model: Model, backends: Sequence[str], *, memory_bytes: int, page_bytes: int, sequences: int = 32, repetitions: int = 20,
+    model: Model,
+    backends: Sequence[Backend],
+    *,
+    memory_bytes: int,
+    page_bytes: int,
+    sequences: int = 32,
+    repetitions: int = 20,
     progress: Callable[[int], None] | None = None,
-) -> list[MicroResult]:  # fmt: skip
-    """All cases on all ``backends``, each with ``memory_bytes`` of real memory. Raises `BenchError` when the batch would not fit."""
+) -> list[MicroResult]:
+    """All cases on all ``backends``, each with ``memory_bytes`` of real memory. Raises `BenchError` when the batch
+    would not fit.
+    """
     tokens = _tokens_each(model, memory_bytes, page_bytes, sequences)
     budget = Budget(memory_bytes, sequences, -(-tokens // 256) * 256, page_bytes)
     benches = [_Bench(model, backend, budget, sequences, tokens) for backend in backends]
@@ -128,6 +142,8 @@ def _tokens_each(model: Model, memory_bytes: int, page_bytes: int, sequences: in
     least = -(-_STEPS // model.spec.block_size) + 1
     if blocks < least:
         need = least * sequences * model.bytes_per_token * model.spec.block_size + 2 * page_bytes * (sequences + 1)
-        raise BenchError(f"{sequences} sequences of {least * model.spec.block_size} tokens need {need} bytes of real memory; "
-                         f"there are {memory_bytes}. Give more --real-memory or fewer --sequences")
+        raise BenchError(
+            f"{sequences} sequences of {least * model.spec.block_size} tokens need {format_bytes(need)} of real "
+            f"memory; there are {format_bytes(memory_bytes)}. Give more --real-memory"
+        )
     return int(blocks * model.spec.block_size)

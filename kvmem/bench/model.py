@@ -21,7 +21,7 @@ LLAMA_3_8B_WEIGHT_BYTES = 8_030_261_248 * 2  # its parameters, 16 bits each
 
 @dataclass(frozen=True)
 class Model:
-    """``layer_bytes[l]`` holds the bytes of one token in each tensor (K, V, ...) of the l-th layer that caches tokens."""
+    """``layer_bytes[l]``: bytes of one token in each tensor (K, V, ...) of the l-th layer that caches tokens."""
 
     name: str
     spec: CacheSpec
@@ -41,7 +41,9 @@ class Model:
 
 
 def load_model(path: Path | None, *, dtype: str, block_size: int) -> Model:
-    """The packaged Llama 3 8B, or a published ``config.json``. Raises `SpecError` where it describes no cache that kvmem knows."""
+    """The packaged Llama 3 8B, or a published ``config.json``. Raises `SpecError` where it describes no cache that
+    kvmem knows.
+    """
     from kvmem.spec import CacheSpec
 
     source = path or LLAMA_3_8B
@@ -51,12 +53,19 @@ def load_model(path: Path | None, *, dtype: str, block_size: int) -> Model:
     except SpecError as error:
         raise SpecError(f"{source}: {error}") from error
     if spec.bytes_per_token == 0:
-        raise BenchError(f"{source}: this model stores nothing for a token ({spec.fixed_bytes} bytes a sequence); there is no growth to replay")
+        raise BenchError(
+            f"{source}: this model stores nothing for a token ({spec.fixed_bytes} bytes a "
+            "sequence); there is no growth to replay"
+        )
     layers = tuple(sizes for layer in range(spec.num_layers) if (sizes := _token_bytes(spec, layer)))
     text = config.get("text_config")
-    longest = config.get("max_position_embeddings") or (text.get("max_position_embeddings") if isinstance(text, dict) else None)
+    longest = config.get("max_position_embeddings") or (
+        text.get("max_position_embeddings") if isinstance(text, dict) else None
+    )
     name = source.stem if source.stem != "config" else source.resolve().parent.name
-    return Model(name, spec, spec.bytes_per_token, layers, longest if isinstance(longest, int) and longest > 0 else None)
+    return Model(
+        name, spec, spec.bytes_per_token, layers, longest if isinstance(longest, int) and longest > 0 else None
+    )
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -76,5 +85,8 @@ def _token_bytes(spec: CacheSpec, layer: int) -> tuple[int, ...]:
     """A component that all layers share counts once, in the first layer of its group."""
     return tuple(
         group.row_bytes(component.name, layer)
-        for group in spec.groups if group.growth == "token" and layer in group.layers
-        for component in group.components if component.scope == "layer" or layer == group.layers[0])  # fmt: skip
+        for group in spec.groups
+        if group.growth == "token" and layer in group.layers
+        for component in group.components
+        if component.scope == "layer" or layer == group.layers[0]
+    )

@@ -60,7 +60,9 @@ class Run:
         self.real_bytes = parse_bytes("--real-memory", settings.real_memory)
         if not self.page_bytes:
             raise BenchError("--page is 0; a page holds at least one byte: 2MiB is what stock drivers map")
-        self.backends: tuple[Backend, ...] = BACKENDS if settings.backend == "both" else tuple(b for b in BACKENDS if b == settings.backend)
+        self.backends: tuple[Backend, ...] = (
+            BACKENDS if settings.backend == "both" else tuple(b for b in BACKENDS if b == settings.backend)
+        )
         self.results = Results(_setup(settings, self.model, self.trace, self.page_bytes))
 
     @property
@@ -77,9 +79,16 @@ class Run:
                 self.status.print(f"{name} pool left out: {error}", highlight=False, markup=False, soft_wrap=True)
                 continue
             with progress(self.status, f"replay, {name}", self.trace.num_requests, self.settings.quiet) as done:
-                self.results.replay.append(replay(
-                    self.trace, pool, model, max_sequences=self.budget.max_sequences, bytes_per_token=self.model.bytes_per_token,
-                    progress=done))  # fmt: skip
+                self.results.replay.append(
+                    replay(
+                        self.trace,
+                        pool,
+                        model,
+                        max_sequences=self.budget.max_sequences,
+                        bytes_per_token=self.model.bytes_per_token,
+                        progress=done,
+                    )
+                )
 
     def waste(self) -> None:
         self.results.waste.extend(rounding_table(self.trace, self.model, self.page_bytes))
@@ -95,15 +104,30 @@ class Run:
 
     def micro(self) -> None:
         with progress(self.status, "calls on real memory", self.settings.repetitions, self.settings.quiet) as done:
-            self.results.micro.extend(micro(
-                self.model, self.backends, memory_bytes=self.real_bytes, page_bytes=self.page_bytes,
-                sequences=self.settings.real_sequences, repetitions=self.settings.repetitions, progress=done))  # fmt: skip
+            self.results.micro.extend(
+                micro(
+                    self.model,
+                    self.backends,
+                    memory_bytes=self.real_bytes,
+                    page_bytes=self.page_bytes,
+                    sequences=self.settings.real_sequences,
+                    repetitions=self.settings.repetitions,
+                    progress=done,
+                )
+            )
 
     def attention(self) -> None:
         with progress(self.status, "attention", self.settings.repetitions, self.settings.quiet) as done:
-            self.results.attention.extend(attention(
-                self.model, self.backends, memory_bytes=self.real_bytes, page_bytes=self.page_bytes,
-                repetitions=self.settings.repetitions, progress=done))  # fmt: skip
+            self.results.attention.extend(
+                attention(
+                    self.model,
+                    self.backends,
+                    memory_bytes=self.real_bytes,
+                    page_bytes=self.page_bytes,
+                    repetitions=self.settings.repetitions,
+                    progress=done,
+                )
+            )
 
     def _pools(self) -> dict[str, Callable[[], Pool]]:
         budget, model = self.budget, self.model
@@ -112,7 +136,9 @@ class Run:
             return lambda: open_pool(model, backend, "meta", budget)
 
         pools: dict[str, Callable[[], Pool]] = {backend: managed(backend) for backend in self.backends}
-        pools["static"] = lambda: StaticPool(budget.memory_bytes, model.bytes_per_token, budget.max_tokens, budget.max_sequences)
+        pools["static"] = lambda: StaticPool(
+            budget.memory_bytes, model.bytes_per_token, budget.max_tokens, budget.max_sequences
+        )
         return pools
 
 
@@ -121,8 +147,10 @@ def _setup(settings: Settings, model: Model, trace: Trace, page_bytes: int) -> S
     packaged = LLAMA_3_8B_WEIGHT_BYTES if settings.config is None else 0
     weights = packaged if settings.weights is None else parse_bytes("--weights", settings.weights)
     if memory - weights < page_bytes:
-        raise BenchError(f"--memory {format_bytes(memory)} less {format_bytes(weights)} of weights leaves no page of {format_bytes(page_bytes)} "
-                         "for KV; give more --memory, or smaller --weights")
+        raise BenchError(
+            f"--memory {format_bytes(memory)} less {format_bytes(weights)} of weights leaves no page of "
+            f"{format_bytes(page_bytes)} for KV; give more --memory, or smaller --weights"
+        )
     if settings.max_sequences < 1 or (settings.max_tokens is not None and settings.max_tokens < 1):
         raise BenchError("--max-sequences and --max-tokens must be 1 or more")
     longest = int(trace.total_tokens.max())
@@ -130,13 +158,30 @@ def _setup(settings: Settings, model: Model, trace: Trace, page_bytes: int) -> S
     notes = list(trace.notes)
     if longest > max_tokens:
         too_long = int((trace.total_tokens > max_tokens).sum())
-        notes.append(f"{too_long} of {trace.num_requests} requests are longer than the {max_tokens:,} tokens of a sequence, the longest "
-                     f"{longest:,}; they are refused. --max-tokens raises the limit")
+        notes.append(
+            f"{too_long} of {trace.num_requests} requests are longer than the {max_tokens:,} tokens of a sequence, "
+            f"the longest {longest:,}; they are refused. --max-tokens raises the limit"
+        )
     if trace.failed_requests:
-        notes.append(f"{trace.failed_requests} requests of the trace had failed when it was recorded; they are left out")
+        notes.append(
+            f"{trace.failed_requests} requests of the trace had failed when it was recorded; they are left out"
+        )
     return Setup(
-        model=model.name, bytes_per_token=model.bytes_per_token, device_bytes=memory, weight_bytes=weights, kv_bytes=memory - weights,
-        page_bytes=page_bytes, block_size=settings.block_size, max_sequences=settings.max_sequences, max_tokens=max_tokens,
-        prefill="chunked" if settings.chunked else "whole", trace=trace.name, trace_format=trace.format, requests=trace.num_requests,
-        trace_seconds=float(trace.arrival_seconds[-1]), input_tokens=int(trace.input_tokens.sum()),
-        output_tokens=int(trace.output_tokens.sum()), notes=tuple(notes))  # fmt: skip
+        model=model.name,
+        bytes_per_token=model.bytes_per_token,
+        device_bytes=memory,
+        weight_bytes=weights,
+        kv_bytes=memory - weights,
+        page_bytes=page_bytes,
+        block_size=settings.block_size,
+        max_sequences=settings.max_sequences,
+        max_tokens=max_tokens,
+        prefill="chunked" if settings.chunked else "whole",
+        trace=trace.name,
+        trace_format=trace.format,
+        requests=trace.num_requests,
+        trace_seconds=float(trace.arrival_seconds[-1]),
+        input_tokens=int(trace.input_tokens.sum()),
+        output_tokens=int(trace.output_tokens.sum()),
+        notes=tuple(notes),
+    )

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvmem.bench.errors import BenchError
+from kvmem.units import format_bytes
 
 if TYPE_CHECKING:
     from kvmem import Allocator
@@ -20,7 +21,9 @@ Int32s = npt.NDArray[np.int32]
 
 @dataclass(frozen=True)
 class Usage:
-    """Bytes at one moment. ``mapped = used + wasted + parked``; ``free`` is what sequences can still be given (unmapped or parked)."""
+    """Bytes at one moment. ``mapped = used + wasted + parked``; ``free`` is what sequences can still be given (unmapped
+    or parked).
+    """
 
     mapped_bytes: int
     used_bytes: int
@@ -65,7 +68,9 @@ class AllocatorPool:
     def usage(self) -> Usage:
         stats = self.allocator.stats()
         free = stats.budget_bytes - stats.mapped_bytes + stats.parked_bytes
-        return Usage(stats.mapped_bytes, stats.used_bytes, stats.wasted_bytes, stats.parked_bytes, free, stats.driver_calls)
+        return Usage(
+            stats.mapped_bytes, stats.used_bytes, stats.wasted_bytes, stats.parked_bytes, free, stats.driver_calls
+        )
 
 
 class StaticPool:
@@ -82,8 +87,10 @@ class StaticPool:
         self.num_slots = min(memory_bytes // self._slot_bytes, max_sequences)
         if self.num_slots < 1:
             raise BenchError(
-                f"a static pool reserves {max_tokens} tokens = {self._slot_bytes} bytes for each sequence; there are {memory_bytes} bytes, "
-                f"which hold {memory_bytes // bytes_per_token} tokens. Give more --memory or a smaller --max-tokens")
+                f"a static pool reserves {max_tokens:,} tokens = {format_bytes(self._slot_bytes)} for each sequence; "
+                f"there are {format_bytes(memory_bytes)}, which hold {memory_bytes // bytes_per_token:,} tokens. "
+                "Give more --memory or fewer --max-tokens"
+            )
         self._tokens = np.zeros(max_sequences, dtype=np.int64)
         self._closed = list(range(max_sequences))[::-1]
         self._taken = 0

@@ -1,4 +1,6 @@
-"""A trace against one pool: what fitted, what was preempted, what was mapped beside what was used, and what the allocator's calls cost."""
+"""A trace against one pool: what fitted, what was preempted, what was mapped beside what was used, and what the
+allocator's calls cost.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +25,10 @@ _SAMPLES = 500  # enough for a plot; a sample is one account, no driver call
 class ReplayResult:
     """One pool's replay.
 
-    ``step_us``: all calls of the allocator in a scheduler step; ``grow_us``: only those steps in which every running sequence just grew;
-    ``admit_us``, ``free_us``: one sequence. ``cdf_us``: the 101 percentiles of ``step_us``. ``end_used_bytes`` and ``end_wasted_bytes`` are
-    sums over the completed requests, measured at each one's end. ``wall_seconds`` is the whole simulation's, scheduler included.
+    ``step_us``: all calls of the allocator in a scheduler step; ``grow_us``: only those steps in which every running
+    sequence just grew; ``admit_us``, ``free_us``: one sequence. ``cdf_us``: the 101 percentiles of ``step_us``.
+    ``end_used_bytes`` and ``end_wasted_bytes`` are sums over the completed requests, measured at each one's end.
+    ``wall_seconds`` is the whole simulation's, scheduler included.
     """
 
     pool: str
@@ -53,6 +56,10 @@ class ReplayResult:
         return float(np.mean([sample.usage.mapped_bytes for sample in self.samples]))
 
     @property
+    def mean_parked_bytes(self) -> float:
+        return float(np.mean([sample.usage.parked_bytes for sample in self.samples]))
+
+    @property
     def mean_wasted_bytes(self) -> float:
         return float(np.mean([sample.usage.wasted_bytes for sample in self.samples]))
 
@@ -63,9 +70,17 @@ class ReplayResult:
 
 
 def replay(
-    trace: Trace, pool: Pool, model: StepModel, *, max_sequences: int, bytes_per_token: int, progress: Callable[[int], None] | None = None
-) -> ReplayResult:  # fmt: skip
-    """Runs ``trace`` to the end. ``progress`` hears the number of requests that have ended, about every simulated ten seconds."""
+    trace: Trace,
+    pool: Pool,
+    model: StepModel,
+    *,
+    max_sequences: int,
+    bytes_per_token: int,
+    progress: Callable[[int], None] | None = None,
+) -> ReplayResult:
+    """Runs ``trace`` to the end. ``progress`` hears the number of requests that have ended, about every simulated ten
+    seconds.
+    """
     span = trace.arrival_seconds[-1] / model.step_seconds
     meter = Meter(pool, sample_steps=max(1, int(span) // _SAMPLES))
     scheduler = Scheduler(trace, meter, model, max_sequences=max_sequences, bytes_per_token=bytes_per_token)
@@ -79,11 +94,19 @@ def replay(
         progress(scheduler.ended)
     step_ns = meter.step_ns
     return ReplayResult(
-        pool=pool.name, outcome=outcome, simulated_seconds=outcome.steps * model.step_seconds, wall_seconds=wall,
+        pool=pool.name,
+        outcome=outcome,
+        simulated_seconds=outcome.steps * model.step_seconds,
+        wall_seconds=wall,
         mean_running=float(meter.step_running.mean()) if step_ns.size else 0.0,
-        step_us=Spread.of_ns(step_ns), grow_us=Spread.of_ns(step_ns[meter.grow_only]),
-        admit_us=Spread.of_ns(meter.admit_ns), free_us=Spread.of_ns(meter.free_ns),
+        step_us=Spread.of_ns(step_ns),
+        grow_us=Spread.of_ns(step_ns[meter.grow_only]),
+        admit_us=Spread.of_ns(meter.admit_ns),
+        free_us=Spread.of_ns(meter.free_ns),
         cdf_us=tuple((np.percentile(step_ns, np.arange(101)) / 1000).tolist()) if step_ns.size else (),
         driver_calls=pool.usage().driver_calls - calls,
-        end_used_bytes=meter.finished_used_bytes, end_wasted_bytes=meter.finished_wasted_bytes,
-        samples=tuple(meter.samples), step_seconds=model.step_seconds)  # fmt: skip
+        end_used_bytes=meter.finished_used_bytes,
+        end_wasted_bytes=meter.finished_wasted_bytes,
+        samples=tuple(meter.samples),
+        step_seconds=model.step_seconds,
+    )

@@ -42,11 +42,20 @@ class Report:
 
     def setup(self, setup: Setup) -> None:
         tokens = f"{setup.input_tokens / 1e6:.1f} M prompt and {setup.output_tokens / 1e6:.2f} M output tokens"
-        self.line(f"Trace  {setup.trace} ({setup.trace_format}): {setup.requests:,} requests in {format_seconds(setup.trace_seconds)}, {tokens}")
-        weights = f" - {format_bytes(setup.weight_bytes)} of weights" if setup.weight_bytes else " (weights not subtracted: --weights)"
+        self.line(
+            f"Trace  {setup.trace} ({setup.trace_format}): {setup.requests:,} requests in "
+            f"{format_seconds(setup.trace_seconds)}, {tokens}"
+        )
+        weights = (
+            f" - {format_bytes(setup.weight_bytes)} of weights"
+            if setup.weight_bytes
+            else " (weights not subtracted: --weights)"
+        )
         room = setup.kv_bytes // setup.bytes_per_token
-        self.line(f"Model  {setup.model}: {format_bytes(setup.bytes_per_token)} a token; {format_bytes(setup.device_bytes)}{weights} = "
-                  f"{format_bytes(setup.kv_bytes)} for KV = {room:,} tokens")
+        self.line(
+            f"Model  {setup.model}: {format_bytes(setup.bytes_per_token)} a token; "
+            f"{format_bytes(setup.device_bytes)}{weights} = {format_bytes(setup.kv_bytes)} for KV = {room:,} tokens"
+        )
         for note in setup.notes:
             self.line(f"Note   {note}")
         self.line()
@@ -54,9 +63,13 @@ class Report:
     def all(self, results: Results) -> None:
         """Every part that was run."""
         parts: list[tuple[list[object], Callable[[Results], None]]] = [
-            (list(results.replay), self.replay), (list(results.waste), self.waste), (list(results.steady), self.steady),
-            (list(results.micro), self.micro), (list(results.attention), self.attention), (list(results.generate), self.generate),
-        ]  # fmt: skip
+            (list(results.replay), self.replay),
+            (list(results.waste), self.waste),
+            (list(results.steady), self.steady),
+            (list(results.micro), self.micro),
+            (list(results.attention), self.attention),
+            (list(results.generate), self.generate),
+        ]
         for rows, show in parts:
             if rows:
                 show(results)
@@ -68,41 +81,84 @@ class Report:
         rows.append(["mapped / used (waste) at", *("" for _ in runs)])
         rows += _over_time(runs)
         self.table(
-            f"Replay on a simulated device, pages of {format_bytes(setup.page_bytes)}, at most {setup.max_sequences} sequences of "
-            f"{setup.max_tokens:,} tokens, {setup.prefill} prefill; driver calls are counted, their time is not simulated",
-            ["", *(run.pool for run in runs)], rows)  # fmt: skip
+            f"Replay on a simulated device, pages of {format_bytes(setup.page_bytes)}, at most "
+            f"{setup.max_sequences} sequences of {setup.max_tokens:,} tokens, {setup.prefill} prefill; driver calls are counted, "
+            "their time is not simulated",
+            ["", *(run.pool for run in runs)],
+            rows,
+        )
 
     def waste(self, results: Results) -> None:
         measured = {run.pool: run.end_waste for run in results.replay if run.pool != "static"}
-        rows = [[row.layout, f"{row.page_tokens:,.0f}", format_percent(row.share_of_used), format_percent(row.share_of_mapped)]
-                for row in results.waste]  # fmt: skip
-        self.table(f"Rounding at request end, all {results.setup.requests:,} requests, pages of {format_bytes(results.setup.page_bytes)}",
-                   ["address ranges", "tokens a page", "waste of used bytes", "of mapped bytes"], rows)
+        rows = [
+            [
+                row.layout,
+                f"{row.page_tokens:,.0f}",
+                format_percent(row.share_of_used),
+                format_percent(row.share_of_mapped),
+            ]
+            for row in results.waste
+        ]
+        self.table(
+            f"Rounding at request end, all {results.setup.requests:,} requests, "
+            f"pages of {format_bytes(results.setup.page_bytes)}",
+            ["address ranges", "tokens a page", "waste of used bytes", "of mapped bytes"],
+            rows,
+        )
         if measured:
-            self.line("Measured by the allocator in the replay (waste of used bytes): "
-                      + ", ".join(f"{pool} {format_percent(waste)}" for pool, waste in measured.items()))
+            self.line(
+                "Measured by the allocator in the replay (waste of used bytes): "
+                + ", ".join(f"{pool} {format_percent(waste)}" for pool, waste in measured.items())
+            )
 
     def steady(self, results: Results) -> None:
         first = results.steady[0]
-        rows = [[row.pool, "nothing mapped" if row.batch == "first" else "parked rows", f"{row.admit_driver_calls:,}",
-                 f"{row.decode_driver_calls:,}"] for row in results.steady]  # fmt: skip
-        self.table(f"Driver calls of a batch: {first.sequences} sequences, {first.prompt_tokens} prompt tokens, {first.steps} decode steps",
-                   ["pool", "the batch finds", "at admission", "while decoding"], rows)
+        rows = [
+            [
+                row.pool,
+                "nothing mapped" if row.batch == "first" else "parked rows",
+                f"{row.admit_driver_calls:,}",
+                f"{row.decode_driver_calls:,}",
+            ]
+            for row in results.steady
+        ]
+        self.table(
+            f"Driver calls of a batch: {first.sequences} sequences, {first.prompt_tokens} prompt tokens, "
+            f"{first.steps} decode steps",
+            ["pool", "the batch finds", "at admission", "while decoding"],
+            rows,
+        )
 
     def micro(self, results: Results) -> None:
         backends = list(dict.fromkeys(row.backend for row in results.micro))
         found = {(row.case, row.backend): row for row in results.micro}
         cases = {row.case: row.unit for row in results.micro}
-        rows = [[f"{case}, a {unit}", *(_spread(found[case, backend].us) for backend in backends)] for case, unit in cases.items()]
-        self.table(f"Real memory on the CPU, {results.micro[0].sequences} sequences: microseconds, median (p10 to p90)", ["", *backends], rows)
+        rows = [
+            [f"{case}, a {unit}", *(_spread(found[case, backend].us) for backend in backends)]
+            for case, unit in cases.items()
+        ]
+        self.table(
+            f"Real memory on the CPU, {results.micro[0].sequences} sequences: microseconds, median (p10 to p90)",
+            ["", *backends],
+            rows,
+        )
 
     def attention(self, results: Results) -> None:
         rows = [[row.case, row.backend, _spread(row.us)] for row in results.attention]
-        self.table("Attention on the CPU: microseconds a layer and step, median (p10 to p90)", ["case", "memory", "time"], rows)
+        self.table(
+            "Attention on the CPU: microseconds a layer and step, median (p10 to p90)", ["case", "memory", "time"], rows
+        )
 
     def generate(self, results: Results) -> None:
-        rows = [[row.cache, f"{row.tokens:,}", f"{row.tokens_per_second:.1f}", "yes" if row.same_tokens else "NO"] for row in results.generate]
-        self.table(f"Greedy generation with {results.generate[0].model}", ["cache", "tokens", "tokens/s", "same tokens as transformers"], rows)
+        rows = [
+            [row.cache, f"{row.tokens:,}", f"{row.tokens_per_second:.1f}", "yes" if row.same_tokens else "NO"]
+            for row in results.generate
+        ]
+        self.table(
+            f"Greedy generation with {results.generate[0].model}",
+            ["cache", "tokens", "tokens/s", "same tokens as transformers"],
+            rows,
+        )
 
 
 def _spread(us: Spread) -> str:
@@ -122,8 +178,12 @@ _REPLAY_ROWS: list[tuple[str, Callable[[ReplayResult], str]]] = [
     ("tokens computed again", lambda run: f"{run.outcome.recomputed_tokens:,}"),
     ("time to serve them all, simulated", lambda run: format_seconds(run.simulated_seconds)),
     ("bytes mapped, mean", lambda run: format_bytes(int(run.mean_mapped_bytes))),
-    ("bytes used, mean", lambda run: format_bytes(int(run.mean_used_bytes))),
-    ("waste of live sequences, mean", lambda run: format_percent(run.mean_wasted_bytes / max(1.0, run.mean_used_bytes))),
+    ("... parked for the next sequence, mean", lambda run: format_bytes(int(run.mean_parked_bytes))),
+    ("... used, mean", lambda run: format_bytes(int(run.mean_used_bytes))),
+    (
+        "waste of live sequences, mean",
+        lambda run: format_percent(run.mean_wasted_bytes / max(1.0, run.mean_used_bytes)),
+    ),
     ("waste at request end", lambda run: format_percent(run.end_waste)),
     ("driver calls", _timed(lambda run: f"{run.driver_calls:,}")),
     ("allocator, us a step: median", _timed(lambda run: format_us(run.step_us.median))),
@@ -145,7 +205,9 @@ def _over_time(runs: Sequence[ReplayResult]) -> list[list[str]]:
         for run in runs:
             sample = min(run.samples, key=lambda sample: abs(sample.step - step))
             use = sample.usage
-            row.append(f"{format_bytes(use.mapped_bytes)} / {format_bytes(use.used_bytes)} "
-                       f"({format_percent(use.wasted_bytes / max(1, use.used_bytes))})")
+            row.append(
+                f"{format_bytes(use.mapped_bytes)} / {format_bytes(use.used_bytes)} "
+                f"({format_percent(use.wasted_bytes / max(1, use.used_bytes))})"
+            )
         rows.append(row)
     return rows

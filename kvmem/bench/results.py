@@ -1,10 +1,11 @@
 """All that one run measured, and its JSON form.
 
-``{"schema_version": 1, "environment": {...}, "command": [...], "setup": {...}, "results": {part: [...], ...}}``. ``setup`` has the fields of
-`Setup`. Each part under ``results`` is a list of objects with the fields of its dataclass (`ReplayResult`, `Rounding`, `SteadyResult`,
-`MicroResult`, `AttentionResult`, `GenerateResult`); a part that was not run is an empty list. The ``samples`` of a replay are columns: one list
-a field of `Sample` and `Usage`. Bytes, tokens and driver calls are integers, shares
-are fractions of one, ``_us`` are microseconds. Fields may be added within a version; none changes its meaning.
+``{"schema_version": 1, "environment": {...}, "command": [...], "setup": {...}, "results": {part: [...], ...}}``.
+``setup`` has the fields of `Setup`. Each part under ``results`` is a list of objects with the fields of its dataclass
+(`ReplayResult`, `Rounding`, `SteadyResult`, `MicroResult`, `AttentionResult`, `GenerateResult`); a part that was not
+run is an empty list. The ``samples`` of a replay are columns: one list a field of `Sample` and `Usage`. Bytes, tokens
+and driver calls are integers, shares are fractions of one, ``_us`` are microseconds. Fields may be added within a
+version; none changes its meaning.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from kvmem.bench.replay import ReplayResult
 from kvmem.bench.steady import SteadyResult
 from kvmem.bench.waste import Rounding
 
-__all__ = ["SCHEMA_VERSION", "Results", "Setup", "write_json"]
+__all__ = ["SCHEMA_VERSION", "Results", "Setup", "check_writable", "write_json"]
 
 SCHEMA_VERSION = 1
 
@@ -65,16 +66,39 @@ class Results:
     generate: list[GenerateResult] = field(default_factory=list)
 
     def to_dict(self, command: list[str]) -> dict[str, Any]:
-        parts = {part.name: [asdict(row) for row in getattr(self, part.name)] for part in fields(self) if part.name != "setup"}
+        parts = {
+            part.name: [asdict(row) for row in getattr(self, part.name)]
+            for part in fields(self)
+            if part.name != "setup"
+        }
         for run in parts["replay"]:
             run["samples"] = _columns(run["samples"])
-        return {"schema_version": SCHEMA_VERSION, "environment": environment(), "command": command, "setup": asdict(self.setup),
-                "results": parts}  # fmt: skip
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "environment": environment(),
+            "command": command,
+            "setup": asdict(self.setup),
+            "results": parts,
+        }
 
 
 def _columns(samples: list[dict[str, Any]]) -> dict[str, list[int]]:
     rows = [sample | sample.pop("usage") for sample in samples]
     return {name: [row[name] for row in rows] for name in rows[0]} if rows else {}
+
+
+def check_writable(json_path: Path | None, plot_path: Path | None) -> None:
+    """Finds out before the measurement, not after it. Creates the folder of the plots."""
+    if json_path is not None and (json_path.is_dir() or not json_path.resolve().parent.is_dir()):
+        raise BenchError(
+            f"{json_path}: cannot write the JSON report: "
+            + ("a folder" if json_path.is_dir() else "its folder does not exist")
+        )
+    try:
+        if plot_path is not None:
+            plot_path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BenchError(f"{plot_path}: cannot make the folder of the plots: {error.strerror}") from error
 
 
 def write_json(results: Results, command: list[str], path: Path) -> None:

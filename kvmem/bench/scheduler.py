@@ -1,11 +1,13 @@
 """A continuous-batching scheduler in simulated time: the caller that a KV cache allocator has in a serving engine.
 
-Time advances in steps of one decode step. In each step every running request grows by one token; a request that is still prefilling computes
-its share of the prompt instead. Admission is first come, first served. When the pool cannot hold the step's growth, the youngest request
-loses its memory and goes back to the head of the queue; its tokens so far are recomputed (preemption by recompute).
+Time advances in steps of one decode step. In each step every running request grows by one token; a request that is
+still prefilling computes its share of the prompt instead. Admission is first come, first served. When the pool cannot
+hold the step's growth, the youngest request loses its memory and goes back to the head of the queue; its tokens so far
+are recomputed (preemption by recompute).
 
-Between two events (an arrival that could be admitted, the end of a prefill or of a request, a shortage) the set of growing requests and their
-counts do not change, so that part is planned once; every step is still one call into the pool.
+Between two events (an arrival that could be admitted, the end of a prefill or of a request, a shortage) the set of
+growing requests and their counts do not change, so that part is planned once; every step is still one call into the
+pool.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ __all__ = ["Outcome", "Scheduler", "StepModel"]
 
 @dataclass(frozen=True)
 class StepModel:
-    """The simulated device. Each request prefills at ``prefill_tokens_per_second``, independently of the others (a prefill pool in front).
+    """The simulated device. Each request prefills at ``prefill_tokens_per_second``, independently of the others (a
+    prefill pool in front).
 
     ``chunked`` gives a prompt its memory chunk by chunk as it is computed; otherwise all of it at admission.
     """
@@ -37,8 +40,10 @@ class StepModel:
 
     def __post_init__(self) -> None:
         if not (0 < self.step_seconds < math.inf and self.chunk_tokens >= 1):
-            raise BenchError(f"a step of {self.step_seconds} s at {self.prefill_tokens_per_second} prefill tokens a second computes "
-                             "less than one token of a prompt; raise one of them")
+            raise BenchError(
+                f"a step of {self.step_seconds} s at {self.prefill_tokens_per_second} prefill tokens a second computes "
+                "less than one token of a prompt; raise one of them"
+            )
 
     @property
     def chunk_tokens(self) -> int:
@@ -60,15 +65,20 @@ class Outcome:
 
 
 class Scheduler:
-    """Runs a whole trace against one pool. Deterministic: the same trace and the same answers of the pool give the same outcome."""
+    """Runs a whole trace against one pool. Deterministic: the same trace and the same answers of the pool give the same
+    outcome.
+    """
 
-    def __init__(self, trace: Trace, meter: Meter, model: StepModel, *, max_sequences: int, bytes_per_token: int) -> None:
+    def __init__(
+        self, trace: Trace, meter: Meter, model: StepModel, *, max_sequences: int, bytes_per_token: int
+    ) -> None:
         self.trace, self.meter, self.model = trace, meter, model
         self.max_sequences, self.bytes_per_token = max_sequences, bytes_per_token
         self._arrival_step = np.ceil(trace.arrival_seconds / model.step_seconds - 1e-9).astype(np.int64)
         self._generated = np.zeros(trace.num_requests, dtype=np.int64)
-        # Running requests, oldest first, in the first `count` entries. An admitted request is younger than all that run, and the youngest
-        # is preempted first, so the order holds by itself and the preempted form a stack with the oldest on top.
+        # Running requests, oldest first, in the first `count` entries. An admitted request is younger than all that run,
+        # and the youngest is preempted first, so the order holds by itself, and the preempted form a stack with the
+        # oldest on top.
         self.count = 0
         self.request = np.zeros(max_sequences, dtype=np.int64)
         self._ids: Int32s = np.zeros(max_sequences, dtype=np.int32)
@@ -79,9 +89,13 @@ class Scheduler:
         self.preempted: list[int] = []
         self._next = 0  # the first request that was never admitted
         self._blocked = False  # the head of the queue did not fit, and nothing was freed since
-        self._short = False  # this step ran short of memory: what preemption frees is for those who run, nobody is admitted
+        self._short = (
+            False  # this step ran short of memory: what preemption frees is for those who run, nobody is admitted
+        )
         self._step = 0
-        self._completed = self._refused = self._preemptions = self._recomputed = self._peak_running = self._peak_tokens = 0
+        self._completed = self._refused = self._preemptions = self._recomputed = self._peak_running = (
+            self._peak_tokens
+        ) = 0
 
     def run(self) -> Outcome:
         """Until every request has ended. Cost: a few microseconds a step beside the pool's own time."""
@@ -95,15 +109,22 @@ class Scheduler:
                     self._step = max(self._step, int(self._arrival_step[self._next]))
                 continue
             self._run_to_event()
-        return Outcome(self._completed, self._refused, self._preemptions, self._recomputed, self._step, self._peak_running,
-                       self._peak_tokens)
+        return Outcome(
+            self._completed,
+            self._refused,
+            self._preemptions,
+            self._recomputed,
+            self._step,
+            self._peak_running,
+            self._peak_tokens,
+        )
 
     @property
     def ended(self) -> int:
         """Requests completed or refused so far."""
         return self._completed + self._refused
 
-    # Admission -------------------------------------------------------------------------------------------------------------------
+    # Admission
 
     def _head(self) -> int | None:
         """The request at the head of the queue, if it has arrived."""
@@ -131,7 +152,7 @@ class Scheduler:
             return None
         if not self.model.chunked:
             return self.meter.admit(prompt)
-        # A prompt that takes memory as it goes is admitted when all of it would fit beside what the others still have to take.
+        # A prompt that takes memory as it goes is admitted when all of it would fit beside what others still have to take.
         promised = int(self._pending[: self.count].sum()) + prompt
         if promised * self.bytes_per_token > self.meter.pool.usage().free_bytes:
             return None
@@ -152,7 +173,7 @@ class Scheduler:
         self.count = n + 1
         self._peak_running = max(self._peak_running, self.count)
 
-    # Steps -----------------------------------------------------------------------------------------------------------------------
+    # Steps
 
     def _plan(self) -> tuple[npt.NDArray[np.int64], int]:
         """Tokens that each running request gains in a step, and for how many steps that stays so."""

@@ -11,6 +11,7 @@ import numpy as np
 
 from kvmem.bench.errors import BenchError
 from kvmem.bench.pools import Int32s, Pool
+from kvmem.units import format_bytes
 
 __all__ = ["SteadyResult", "steady"]
 
@@ -49,5 +50,8 @@ def _run(pool: Pool, batch: str, sequences: int, prompt_tokens: int, steps: int)
 
 def _grow(pool: Pool, ids: Int32s, counts: Int32s) -> None:
     if not pool.try_extend(ids, counts):
-        raise BenchError(f"the steady-state batch does not fit: {len(ids)} sequences, {pool.usage().free_bytes} bytes free. Give more --memory")
+        raise BenchError(
+            f"the steady-state batch does not fit: {len(ids)} sequences, {format_bytes(pool.usage().free_bytes)} "
+            "free. Give more --memory"
+        )
     pool.commit(ids, counts)

@@ -1,4 +1,5 @@
-"""Request traces: when each request arrived and how many tokens it read and wrote. Four public formats, recognised by their fields.
+"""Request traces: when each request arrived and how many tokens it read and wrote. Four public formats, recognised by
+their fields.
 
 ========== ===== ================================================================== =====================
 format     lines fields                                                             prefix blocks
@@ -11,9 +12,10 @@ burstgpt   CSV   Timestamp (s), [Session ID, Elapsed time,] Model, Request token
                  Response tokens, Total tokens, Log Type
 ========== ===== ================================================================== =====================
 
-A reader is strict: the first line it cannot believe ends the read with a `TraceError` that names file, line and reason. A file cut in the
-middle is such a file, unless the cut falls between two lines (then what is left is a shorter, valid trace) or inside the last number of
-an Azure file; a CSV whose last line has no line end therefore carries a note, since Azure's own files end that way.
+A reader is strict: the first line it cannot believe ends the read with a `TraceError` that names file, line and reason.
+A file cut in the middle is such a file, unless the cut falls between two lines (then what is left is a shorter, valid
+trace) or inside the last number of an Azure file; a CSV whose last line has no line end therefore carries a note, since
+Azure's own files end that way.
 """
 
 from __future__ import annotations
@@ -43,9 +45,10 @@ _BURSTGPT_LOGS = ("Conversation log", "API log")
 class Trace:
     """Requests in order of arrival.
 
-    ``arrival_seconds`` float64 [n], from the first arrival; ``input_tokens`` and ``output_tokens`` int64 [n]. Prefix identities, where the
-    format has them: request ``i`` begins with the blocks ``prefix_ids[prefix_offsets[i]:prefix_offsets[i + 1]]`` (int64), each of
-    ``prefix_block_tokens`` tokens. ``failed_requests`` counts the rows left out because the service had refused them (BurstGPT).
+    ``arrival_seconds`` float64 [n], from the first arrival; ``input_tokens`` and ``output_tokens`` int64 [n]. Prefix
+    identities, where the format has them: request ``i`` begins with the blocks
+    ``prefix_ids[prefix_offsets[i]:prefix_offsets[i + 1]]`` (int64), each of ``prefix_block_tokens`` tokens.
+    ``failed_requests`` counts the rows left out because the service had refused them (BurstGPT).
     """
 
     name: str
@@ -74,8 +77,14 @@ class Trace:
             raise TraceError(f"{self.name}: asked for the first {requests} requests; ask for 1 to {self.num_requests}")
         offsets = None if self.prefix_offsets is None else self.prefix_offsets[: requests + 1]
         ids = None if self.prefix_ids is None or offsets is None else self.prefix_ids[: offsets[-1]]
-        return replace(self, arrival_seconds=self.arrival_seconds[:requests], input_tokens=self.input_tokens[:requests],
-                       output_tokens=self.output_tokens[:requests], prefix_ids=ids, prefix_offsets=offsets)
+        return replace(
+            self,
+            arrival_seconds=self.arrival_seconds[:requests],
+            input_tokens=self.input_tokens[:requests],
+            output_tokens=self.output_tokens[:requests],
+            prefix_ids=ids,
+            prefix_offsets=offsets,
+        )
 
 
 @dataclass(frozen=True)
@@ -125,7 +134,9 @@ class _Line:
         try:  # Azure writes seven decimals; datetime before 3.11 reads three or six
             moment = datetime.fromisoformat(f"{head}.{tail[:digits]:0<6.6}{tail[digits:]}" if dot else head)
         except ValueError:
-            raise self.fail(f"field `{name}` is {value!r}; expected a date and time such as 2023-11-16 18:17:03.9799600") from None
+            raise self.fail(
+                f"field `{name}` is {value!r}; expected a date and time such as 2023-11-16 18:17:03.9799600"
+            ) from None
         return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()
 
     def block_ids(self, name: str, input_tokens: int, block_tokens: int) -> tuple[int, ...]:
@@ -134,18 +145,27 @@ class _Line:
             raise self.fail(f"field `{name}` must be a list of whole numbers, one for each {block_tokens}-token block")
         most = -(-input_tokens // block_tokens)
         if len(value) > most:
-            raise self.fail(f"field `{name}` has {len(value)} ids; {input_tokens} input tokens have {most} blocks of {block_tokens}")
+            raise self.fail(
+                f"field `{name}` has {len(value)} ids; {input_tokens} input tokens have {most} blocks of {block_tokens}"
+            )
         return tuple(value)
 
 
 def _mooncake(line: _Line) -> _Request:
     tokens = line.tokens("input_length", 1)
-    return _Request(line.seconds("timestamp", 1e-3), tokens, line.tokens("output_length", 0), line.block_ids("hash_ids", tokens, 512))
+    return _Request(
+        line.seconds("timestamp", 1e-3),
+        tokens,
+        line.tokens("output_length", 0),
+        line.block_ids("hash_ids", tokens, 512),
+    )
 
 
 def _qwen(line: _Line) -> _Request:
     tokens = line.tokens("input_length", 1)
-    return _Request(line.seconds("timestamp"), tokens, line.tokens("output_length", 0), line.block_ids("hash_ids", tokens, 16))
+    return _Request(
+        line.seconds("timestamp"), tokens, line.tokens("output_length", 0), line.block_ids("hash_ids", tokens, 16)
+    )
 
 
 def _azure(line: _Line) -> _Request:
@@ -155,7 +175,9 @@ def _azure(line: _Line) -> _Request:
 def _burstgpt(line: _Line) -> _Request | None:
     sent, received, total = (line.tokens(name, 0) for name in ("Request tokens", "Response tokens", "Total tokens"))
     if sent + received != total:
-        raise line.fail(f"`Total tokens` is {total}, but {sent} request and {received} response tokens make {sent + received}")
+        raise line.fail(
+            f"`Total tokens` is {total}, but {sent} request and {received} response tokens make {sent + received}"
+        )
     if line.get("Log Type") not in _BURSTGPT_LOGS:
         raise line.fail(f"`Log Type` is {line.get('Log Type')!r}; expected one of: {', '.join(_BURSTGPT_LOGS)}")
     seconds = line.seconds("Timestamp")
@@ -164,7 +186,9 @@ def _burstgpt(line: _Line) -> _Request | None:
 
 @dataclass(frozen=True)
 class _Format:
-    """How one format is recognised (all of ``fields`` present) and read. ``block_tokens`` of one prefix id, if it has them."""
+    """How one format is recognised (all of ``fields`` present) and read. ``block_tokens`` of one prefix id, if it has
+    them.
+    """
 
     fields: frozenset[str]
     lines: str
@@ -174,17 +198,24 @@ class _Format:
 
 # In order of recognition: a Qwen-Bailian line has every field of a Mooncake line and more.
 FORMATS: dict[str, _Format] = {
-    "qwen": _Format(frozenset({"chat_id", "timestamp", "input_length", "output_length", "hash_ids"}), "json", _qwen, 16),
+    "qwen": _Format(
+        frozenset({"chat_id", "timestamp", "input_length", "output_length", "hash_ids"}), "json", _qwen, 16
+    ),
     "mooncake": _Format(frozenset({"timestamp", "input_length", "output_length", "hash_ids"}), "json", _mooncake, 512),
     "azure": _Format(frozenset({"TIMESTAMP", "ContextTokens", "GeneratedTokens"}), "csv", _azure),
-    "burstgpt": _Format(frozenset({"Timestamp", "Model", "Request tokens", "Response tokens", "Total tokens", "Log Type"}), "csv", _burstgpt),
+    "burstgpt": _Format(
+        frozenset({"Timestamp", "Model", "Request tokens", "Response tokens", "Total tokens", "Log Type"}),
+        "csv",
+        _burstgpt,
+    ),
 }
 
 
 def load_trace(path: str | Path, format: str | None = None) -> Trace:
     """Reads a trace file; the format is recognised from its first line unless one of `FORMATS` is named.
 
-    Requests come back sorted by arrival (stable), with time zero at the first. Raises `TraceError`. Cost: about 20 us a request.
+    Requests come back sorted by arrival (stable), with time zero at the first. Raises `TraceError`. Cost: about 20 us a
+    request.
     """
     path = Path(path)
     if format is not None and format not in FORMATS:
@@ -194,7 +225,9 @@ def load_trace(path: str | Path, format: str | None = None) -> Trace:
     except OSError as error:
         raise TraceError(f"{path}: cannot read the trace: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise TraceError(f"{path}: not a text file (byte {error.start} is not UTF-8); a trace is JSON lines or CSV") from None
+        raise TraceError(
+            f"{path}: not a text file (byte {error.start} is not UTF-8); a trace is JSON lines or CSV"
+        ) from None
     if not text.strip():
         raise TraceError(f"{path}, line 1: the file is empty; a trace has at least one request")
     lines = _json_lines if text.lstrip()[0] == "{" else _csv_lines
@@ -206,8 +239,12 @@ def _recognise(line: _Line, wanted: str | None) -> str:
     for name, format in FORMATS.items():
         if format.fields <= names and wanted in (None, name):
             return name
-    known = "; ".join(f"{name}: {', '.join(sorted(FORMATS[name].fields))}" for name in ([wanted] if wanted else FORMATS))
-    raise line.fail(f"no known trace format has the fields {', '.join(map(str, line.fields)) or '(none)'}. Expected {known}")
+    known = "; ".join(
+        f"{name}: {', '.join(sorted(FORMATS[name].fields))}" for name in ([wanted] if wanted else FORMATS)
+    )
+    raise line.fail(
+        f"no known trace format has the fields {', '.join(map(str, line.fields)) or '(none)'}. Expected {known}"
+    )
 
 
 def _json_lines(path: Path, text: str) -> Iterator[_Line]:
@@ -217,8 +254,10 @@ def _json_lines(path: Path, text: str) -> Iterator[_Line]:
         try:
             fields = json.loads(row)
         except json.JSONDecodeError as error:
-            raise TraceError(f"{path}, line {number}: not a whole JSON object ({error.msg}, column {error.colno}); "
-                             "the file may have been cut") from None
+            raise TraceError(
+                f"{path}, line {number}: not a whole JSON object ({error.msg}, column {error.colno}); "
+                "the file may have been cut"
+            ) from None
         if not isinstance(fields, dict):
             raise TraceError(f"{path}, line {number}: expected a JSON object, got {type(fields).__name__}")
         yield _Line(path, number, fields)
@@ -236,8 +275,10 @@ def _csv_lines(path: Path, text: str) -> Iterator[_Line]:
                 _recognise(_Line(path, rows.line_num, dict.fromkeys(header)), None)
                 continue
             if len(row) != len(header):
-                raise TraceError(f"{path}, line {rows.line_num}: {len(row)} columns where the header has {len(header)} "
-                                 f"({', '.join(header)}); the file may have been cut")
+                raise TraceError(
+                    f"{path}, line {rows.line_num}: {len(row)} columns where the header has {len(header)} "
+                    f"({', '.join(header)}); the file may have been cut"
+                )
             yield _Line(path, rows.line_num, {name: value.strip() for name, value in zip(header, row, strict=True)})
     except csv.Error as error:
         raise TraceError(f"{path}, line {rows.line_num}: not CSV: {error}") from None
@@ -255,7 +296,10 @@ def _collect(path: Path, wanted: str | None, lines: Iterator[_Line], ends_cleanl
         else:
             requests.append(request)
     if not requests:
-        raise TraceError(f"{path}: the file has a header but no request" + (f" that was answered ({failed} failed)" if failed else ""))
+        raise TraceError(
+            f"{path}: the file has a header but no request"
+            + (f" that was answered ({failed} failed)" if failed else "")
+        )
     requests.sort(key=lambda request: request.seconds)
     start = requests[0].seconds
     block_tokens = FORMATS[name].block_tokens
@@ -263,8 +307,14 @@ def _collect(path: Path, wanted: str | None, lines: Iterator[_Line], ends_cleanl
     ids = np.array([block for request in requests for block in request.prefix_ids], dtype=np.int64)
     note = "the last line has no line end: if the file was cut, its last number may be short"
     return Trace(
-        name=path.stem, format=name, failed_requests=failed, notes=() if ends_cleanly else (note,),
+        name=path.stem,
+        format=name,
+        failed_requests=failed,
+        notes=() if ends_cleanly else (note,),
         arrival_seconds=np.array([request.seconds - start for request in requests]),
         input_tokens=np.array([request.input_tokens for request in requests], dtype=np.int64),
         output_tokens=np.array([request.output_tokens for request in requests], dtype=np.int64),
-        prefix_ids=ids if block_tokens else None, prefix_offsets=offsets if block_tokens else None, prefix_block_tokens=block_tokens)
+        prefix_ids=ids if block_tokens else None,
+        prefix_offsets=offsets if block_tokens else None,
+        prefix_block_tokens=block_tokens,
+    )

@@ -1,7 +1,8 @@
 """Rounding: what a sequence maps beyond its last token, because a page is mapped whole. Exact integers, no allocator.
 
-A sequence of n tokens in address ranges of b1, b2, ... bytes a token maps ``ceil(n * b / page)`` pages of each, since a token may straddle two
-pages. One range for all layers wastes less than one page; one range for each layer's K and V up to a page each.
+A sequence of n tokens in address ranges of b1, b2, ... bytes a token maps ``ceil(n * b / page)`` pages of each, since a
+token may straddle two pages. One range for all layers wastes less than one page; one range for each layer's K and V up
+to a page each.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy.typing as npt
 from kvmem.bench.model import Model
 from kvmem.bench.traces import Trace
 
-__all__ = ["Rounding", "round_up_at_end", "rounding_table", "rounding_sweep"]
+__all__ = ["Rounding", "round_up_at_end", "rounding_sweep", "rounding_table"]
 
 _SWEEP_PAGES = tuple(1 << shift for shift in range(16, 26))  # 64 KiB (patched kernel modules) to 32 MiB
 
