@@ -147,11 +147,13 @@ class VirtualTable final : public PageTable {
   }
 
   void back_trash(i64 group, Transaction& tx) override {
-    const i64 tokens = kTrashBlocks * geometry_.groups[group].block_tokens;
     for (i64 a = first_[group]; a < first_[group + 1]; ++a) {
-      const i64 hi = ceil_div(tokens * token_bytes(group, a), page_bytes());
-      if (extent(0, a).hi < hi) map(0, a, extent(0, a).hi, hi, tx, Zero::always);
+      map(0, a, extent(0, a).hi, trash_slots(group, a), tx, Zero::always);
     }
+  }
+  bool has_trash(i64 group) const override {
+    const i64 a = first_[group + 1] - 1;  // arenas are mapped together
+    return extent(0, a).hi == trash_slots(group, a);
   }
 
   bool map_ahead(i64 index, i64 group, i64 tokens, Transaction& tx) override {
@@ -347,6 +349,9 @@ class VirtualTable final : public PageTable {
   Extent& extent(i64 row, i64 a) { return extents_[row * arenas_ + a]; }
   const Extent& extent(i64 row, i64 a) const { return extents_[row * arenas_ + a]; }
 
+  i64 trash_slots(i64 g, i64 a) const {
+    return ceil_div(kTrashBlocks * geometry_.groups[g].block_tokens * token_bytes(g, a), page_bytes());
+  }
   i64 low_slot(i64 g, i64 a, i64 first_token) const { return first_token * token_bytes(g, a) / page_bytes(); }
   i64 high_slot(i64 g, i64 a, i64 tokens) const {
     if (tokens == 0) return 0;

@@ -236,6 +236,7 @@ class Allocator:
         """Refills ``batch`` in place for the sequences ``ids`` (int32 [n]); arguments as for ``batch``."""
         counts = None if new_tokens is None else np.ascontiguousarray(new_tokens, np.int32)
         for index, group in enumerate(batch.groups):
+            group.begin()
             group.update(self.core.fill(ids, counts, index, pad_to or 0, group.buffers))
 
     def _fitting_batch(self, ids: Handles, new_tokens: List[int] | Handles | None, rows: int) -> Batch:
