@@ -99,7 +99,7 @@ class GroupBatch:
             if has_rows or name not in ("rows", "row_starts")
         }
         self._device = {name: host.to(device) for name, host in self._host.items()} if on_gpu else self._host
-        self._uploaded = torch.cuda.Event() if on_gpu else None
+        self._uploaded = torch.cuda.Event() if on_gpu else None  # type: ignore[no-untyped-call]
         self.buffers = _core.BatchBuffers(
             max_sequences=max_sequences,
             max_new_tokens=max_new_tokens,
@@ -114,7 +114,7 @@ class GroupBatch:
             self._uploaded.synchronize()
 
     def update(self, sizes: tuple[int, int, int, int, int]) -> None:
-        """Takes the sizes that the core has filled in, and puts what is used on the device, on torch's current stream."""
+        """Takes the sizes that the core has filled in, and uploads what is used on torch's current stream."""
         self.num_rows, self.num_new_tokens, self.num_indices, self.max_seqlen_q, self.max_seqlen_k = sizes
         self.__dict__.pop("_views", None)
         if self._uploaded is None:
