@@ -7,7 +7,8 @@ which pieces of memory (pages or blocks) it shares with others, and so how many 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 
 import kvmem
 
@@ -21,8 +22,8 @@ class Piece:
 
     __slots__ = ("holders",)
 
-    def __init__(self) -> None:
-        self.holders: set[int] = set()
+    def __init__(self, holders: Iterable[int] = ()) -> None:
+        self.holders = set(holders)
 
 
 @dataclass
@@ -120,7 +121,22 @@ class Model:
     # --- calls ---
 
     def copy(self) -> Model:
-        return copy.deepcopy(self)
+        """An independent copy, in which the same pieces are shared by the same sequences."""
+        twin, clones = copy.copy(self), dict[int, Piece]()
+
+        def clone(piece: Piece) -> Piece:
+            if id(piece) not in clones:
+                clones[id(piece)] = Piece(piece.holders)
+            return clones[id(piece)]
+
+        twin.sequences = {
+            handle: [
+                replace(held, writers=held.writers[:], pieces=[{o: clone(p) for o, p in here.items()} for here in held.pieces])
+                for held in groups
+            ]
+            for handle, groups in self.sequences.items()
+        }
+        return twin
 
     def open(self, handle: int) -> None:
         assert handle not in self.sequences and len(self.sequences) < self.max_sequences

@@ -145,11 +145,10 @@ def open_driver(name: str, folder: Path) -> _core.Driver:
     return _core.CheckedDriver(driver) if checked else driver
 
 
-def _pointer(array: Any) -> int:
+def _pointer(capsule: Any) -> int:
     """The address in a DLPack capsule: the first field of what it points to."""
     get = ctypes.pythonapi.PyCapsule_GetPointer
     get.restype, get.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
-    capsule = array.__dlpack__()
     return int(ctypes.c_void_p.from_address(get(capsule, b"dltensor")).value or 0)
 
 
