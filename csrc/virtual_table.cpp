@@ -9,6 +9,7 @@
 #include <unordered_map>
 
 #include "page_table.h"
+#include "shared_parts.h"
 
 namespace kvmem {
 namespace {
@@ -299,8 +300,8 @@ class VirtualTable final : public PageTable {
   }
 
   void count_bytes(i64* used_bytes, i64* shared_bytes) const override {
-    std::unordered_map<i32, i64> shared;  // page -> the most of it that any sharer uses
-    *used_bytes = *shared_bytes = 0;
+    std::vector<SharedPart> shared;  // in bytes of a page
+    *used_bytes = 0;
     for (i64 index = 0; index < sequences_.capacity(); ++index) {
       const i64 row = row_of_[index];
       if (row < 0) continue;
@@ -313,15 +314,16 @@ class VirtualTable final : public PageTable {
           const Extent& e = extent(row, a);
           for (i64 slot = from / page_bytes(); slot * page_bytes() < to; ++slot) {
             if (pool_.refs(e.pages[slot]) <= 1) continue;
-            const i64 part = std::min(to, (slot + 1) * page_bytes()) - std::max(from, slot * page_bytes());
-            i64& most = shared[e.pages[slot]];
-            *used_bytes -= std::min(part, most);
-            most = std::max(most, part);
+            const i64 start = slot * page_bytes();
+            shared.push_back({e.pages[slot], std::max(from - start, i64{0}), std::min(to - start, page_bytes())});
+            *used_bytes -= shared.back().to - shared.back().from;
           }
         }
       }
     }
-    *shared_bytes = static_cast<i64>(shared.size()) * page_bytes();
+    const SharedCount count = count_shared(shared);
+    *used_bytes += count.length;
+    *shared_bytes = count.pieces * page_bytes();
   }
 
   i64 first_arena(i64 group) const override { return base_arena_ + first_[group]; }

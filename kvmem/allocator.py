@@ -280,7 +280,8 @@ class Allocator:
         where = layout.slice(layer, component)
         token_bytes = layout.token_bytes[where.arena]
         mapped = self.core.mapped_extent_bytes(index, where.arena)
-        blocks = -(-mapped // (token_bytes * group.block_size))  # the last one may be mapped in part
+        # The last one may be mapped in part; behind the last of all, a page may go on.
+        blocks = min(self._geometry[index].max_blocks, -(-mapped // (token_bytes * group.block_size)))
         view = block_view(self._arena(index, where.arena), where, token_bytes, group.block_size, blocks)
         return view.as_subclass(CacheTensor)
 
