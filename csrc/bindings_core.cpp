@@ -223,10 +223,9 @@ void bind_cache(nb::module_& m) {
   nb::class_<Cache>(m, "Cache", "Sequences over one of the two page tables; kvmem.Allocator is its public face.")
       .def(
           "__init__",
-          [](Cache* self, const Geometry& geometry, std::shared_ptr<PagePool> pool, bool paged, i64 limit_pages) {
-            new (self) Cache(geometry, std::move(pool), paged, limit_pages);
-          },
-          nb::kw_only(), "geometry"_a, "pool"_a, "paged"_a, "limit_pages"_a, Free())
+          [](Cache* self, const Geometry& geometry, std::shared_ptr<PagePool> pool, bool paged, i64 limit_pages,
+             bool owns_pool) { new (self) Cache(geometry, std::move(pool), paged, limit_pages, owns_pool); },
+          nb::kw_only(), "geometry"_a, "pool"_a, "paged"_a, "limit_pages"_a, "owns_pool"_a, Free())
       .def(
           "open",
           [](Cache& c) {
@@ -305,7 +304,7 @@ void bind_cache(nb::module_& m) {
                   "int, out: BatchBuffers) -> tuple[int, int, int, int, int]"),
           "Returns rows, new tokens, indices, most new tokens of a sequence, longest sequence.")
       .def("trim", &Cache::trim, "bytes"_a, Free())
-      .def("set_memory", &Cache::set_memory, "pages"_a, "resize_pool"_a, Free())
+      .def("set_memory", &Cache::set_memory, "pages"_a, Free())
       .def("stats", &Cache::stats, Free())
       .def("check", &Cache::check, Free())
       .def("record", &Cache::record, Free())

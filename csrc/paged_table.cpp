@@ -100,8 +100,7 @@ class PagedTable final : public PageTable {
 
   void close(i64 index, Transaction& tx) override {
     for (i64 g = 0; g < groups_; ++g) {
-      Blocks& b = blocks_[g];
-      copy_tail_[index * groups_ + g] = 0;
+      Blocks& b = blocks_[g];  // copy_tail_ stays: it only asks to look, and this may yet be taken back
       if (sequences_.tokens(index, g) == 0) continue;
       b.fence = tx.fence();
       // Last block first: the free list then gives them out again in ascending order.
@@ -136,6 +135,14 @@ class PagedTable final : public PageTable {
     place = static_cast<i32>(op.c);
     if (op.c != 0) acquire(b, op.c);
     if (op.d != 0) drop(b, op.d);
+  }
+
+  void unmap_all(Transaction& tx) override {
+    for (std::size_t a = 0; a < pages_.size(); ++a) {
+      for (i64 slot = 0; slot < static_cast<i64>(pages_[a].size()); ++slot) {
+        if (pages_[a][slot] >= 0) unmap(static_cast<i64>(a), slot, slot + 1, pool_.fence(), tx);
+      }
+    }
   }
 
   void on_map(const Op& op) override { change(op, true); }

@@ -38,7 +38,6 @@ void PagePool::add_owner(PageOwner* owner) {
 void PagePool::remove_owner(PageOwner* owner) {
   for (std::size_t i = 0; i < arenas_.size(); ++i) {
     if (arenas_[i].owner != owner) continue;
-    if (space_) space_->remove_arena(static_cast<i32>(i));
     arenas_[i] = Arena();
   }
   owners_.erase(std::find(owners_.begin(), owners_.end(), owner));

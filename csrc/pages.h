@@ -59,7 +59,7 @@ class PagePool {
   i64 fence() const { return fence_; }
 
   void add_owner(PageOwner* owner);
-  void remove_owner(PageOwner* owner);  // with everything it has mapped
+  void remove_owner(PageOwner* owner);  // what it mapped stays, unless it has unmapped it
   i32 add_arena(PageOwner* owner, i64 slots);
 
   // --- decisions: push records to `tx` ---

@@ -17,6 +17,10 @@ Reservation::~Reservation() {
 Space::Space(std::shared_ptr<Driver> driver, i64 page_bytes) : driver_(std::move(driver)), page_bytes_(page_bytes) {}
 
 Space::~Space() {
+  if (fork_guard_.forked()) {  // the mappings are the parent's, and the lock may be held by a thread that stayed there
+    for (Arena& arena : arenas_) (void)arena.reservation.release();
+    return;
+  }
   // Wait before unmapping, as always. A dead context makes every call here fail: the system has taken all back then.
   try {
     for (const Mark& mark : marks_) driver_->wait(mark.event);
@@ -191,7 +195,22 @@ void Space::run_one(const Op& op) {
   }
 }
 
+// Waits for all that was put on the stream.
+void Space::sync() {
+  const Event event = driver_->record(stream_);
+  if (event == 0) return;
+  driver_->wait(event);
+  driver_->forget(event);
+}
+
 void Space::undo(const Op* first, const Op* last, std::vector<Op>* stuck) {
+  const bool writes =
+      std::any_of(first, last, [](const Op& op) { return op.kind == OpKind::zero || op.kind == OpKind::copy; });
+  try {
+    if (writes) sync();  // what is about to be unmapped may still be being zeroed or copied to
+  } catch (const Error&) {
+    // Then the device does nothing any more.
+  }
   while (last != first) {
     const Op back = inverse(*--last);
     try {

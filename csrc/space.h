@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "driver.h"
+#include "fork_guard.h"
 #include "ops.h"
 
 namespace kvmem {
@@ -68,6 +69,7 @@ class Space {
   Address at(i32 arena, i64 slot) const { return arenas_[arena].reservation->base() + Address(slot * page_bytes_); }
   std::size_t run_maps(const Op* ops, std::size_t count);
   void run_one(const Op& op);
+  void sync();
   void undo(const Op* first, const Op* last, std::vector<Op>* stuck);
   void wait_for(i64 fence);
 
@@ -79,6 +81,7 @@ class Space {
   std::vector<Arena> arenas_;
   std::deque<Mark> marks_;  // events not yet known to be done, oldest first
   std::vector<PageHandle> run_;
+  ForkGuard fork_guard_;
 };
 
 }  // namespace kvmem

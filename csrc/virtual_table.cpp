@@ -62,7 +62,8 @@ class VirtualTable final : public PageTable {
     if (copy_tail_[index * groups_ + group]) return false;
     Row& r = rows_[row];
     if (r.job != 0) {
-      if (r.job > pool_.mapper().done()) return tokens <= ready_[row * groups_ + group];
+      // A job that failed is done as well; what it left out is taken back under the next settle().
+      if (r.job > pool_.mapper().done() || pool_.mapper().has_failed()) return tokens <= ready_[row * groups_ + group];
       r.job = 0;
     }
     return tokens <= room(row, group);
@@ -141,7 +142,8 @@ class VirtualTable final : public PageTable {
     if (row < 0) return;
     rows_[row].fence = tx.fence();
     tx.push({OpKind::unbind, 0, sequences_.handle_of(index), row});
-    for (i64 g = 0; g < groups_; ++g) copy_tail_[index * groups_ + g] = 0;
+    // copy_tail_ stays: it only asks to look, and should this be taken back, a tail that is shared must still be
+    // copied.
   }
 
   void back_trash(i64 group, Transaction& tx) override {
@@ -192,6 +194,15 @@ class VirtualTable final : public PageTable {
       add_unbound(op.b);
     } else {
       throw SpecError("block: the virtual backend has no block table");
+    }
+  }
+
+  void unmap_all(Transaction& tx) override {
+    for (i64 row = 0; row < static_cast<i64>(rows_.size()); ++row) {
+      for (i64 a = 0; a < arenas_; ++a) {
+        const Extent& e = extent(row, a);
+        if (e.count > 0) unmap(row, a, e.lo, e.hi, pool_.fence(), tx);
+      }
     }
   }
 
@@ -383,7 +394,8 @@ class VirtualTable final : public PageTable {
     rows_[row].place = -1;
   }
 
-  // The smallest parked row that holds enough, else the largest. The trash row is never among them.
+  // The smallest parked row that holds enough, else the largest; among equals the first, so that sequences that start
+  // together lie at equal distances and a batch of them is one strided tensor. The trash row is never among them.
   void bind(i64 index, i64 tokens, Transaction& tx) {
     i64 need = 0;
     for (i64 g = 0; g < groups_; ++g) {
@@ -393,9 +405,12 @@ class VirtualTable final : public PageTable {
     const Unbound* best = nullptr;
     for (const Unbound& u : unbound_) {
       const bool fits = u.slots >= need, best_fits = best && best->slots >= need;
-      if (!best || (fits && !best_fits) ||
-          (fits == best_fits && (fits ? u.slots < best->slots : u.slots > best->slots)))
+      if (!best || (fits && !best_fits)) {
         best = &u;
+      } else if (fits == best_fits) {
+        const i64 better = fits ? best->slots - u.slots : u.slots - best->slots;
+        if (better > 0 || (better == 0 && u.row < best->row)) best = &u;
+      }
     }
     const i64 row = best->row;  // there are as many rows as sequences
     tx.push({OpKind::bind, 0, sequences_.handle_of(index), row});
@@ -406,7 +421,7 @@ class VirtualTable final : public PageTable {
   void bind_empty(i64 index, Transaction& tx) {
     const Unbound* best = nullptr;
     for (const Unbound& u : unbound_) {
-      if (!best || u.slots < best->slots) best = &u;
+      if (!best || u.slots < best->slots || (u.slots == best->slots && u.row < best->row)) best = &u;
     }
     const i64 row = best->row;
     tx.push({OpKind::bind, 0, sequences_.handle_of(index), row});
@@ -416,15 +431,20 @@ class VirtualTable final : public PageTable {
     }
   }
 
-  // A parked row may still show pages that a live one shares. They are not ours to write.
+  // A parked row may still show pages that a live one shares. They are not ours to write. The mark goes only when there
+  // is none: were they dropped and then taken back with a failed transaction, the row would show them unmarked.
   void drop_shared(i64 row, Transaction& tx) {
+    bool shared = false;
     for (i64 a = 0; a < arenas_; ++a) {
       const Extent& e = extent(row, a);
       i64 end = e.hi;
       while (end > e.lo && pool_.refs(e.pages[end - 1]) <= 1) --end;
-      if (end > e.lo) unmap(row, a, e.lo, end, rows_[row].fence, tx);
+      if (end > e.lo) {
+        unmap(row, a, e.lo, end, rows_[row].fence, tx);
+        shared = true;
+      }
     }
-    rows_[row].maybe_shared = false;
+    rows_[row].maybe_shared = shared;
   }
 
   // The page that the length cuts is shared: replace it by a copy of what is used. The new page is filled at the

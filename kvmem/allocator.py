@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from collections.abc import Sequence as List
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch.utils.dlpack import from_dlpack
 
@@ -22,14 +21,17 @@ from kvmem.pool import PagePool
 from kvmem.protocols import Sizes
 from kvmem.sequence import Sequence, count_tokens
 from kvmem.spec import CacheSpec
-from kvmem.spec_rules import check_size
+from kvmem.spec_rules import check_choice, check_size
 from kvmem.stats import Stats
 from kvmem.units import parse_bytes
 from kvmem.views import CacheTensor, block_view, row_view
 
 __all__ = ["Allocator"]
 
-Handles = npt.NDArray[np.int32]
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    Handles = npt.NDArray[np.int32]
 
 
 class Allocator:
@@ -82,55 +84,50 @@ class Allocator:
     ) -> None:
         if not isinstance(spec, CacheSpec):
             raise SpecError(f"spec: got {type(spec).__name__}; must be a CacheSpec, see CacheSpec.from_config()")
-        if backend not in BACKENDS:
-            raise SpecError(f"backend: got {backend!r}; must be one of {', '.join(BACKENDS)}")
-        if zero not in ("never", "fresh", "always"):
-            raise SpecError(f'zero: got {zero!r}; must be "never", "fresh" or "always"')
+        check_choice("backend", backend, tuple(BACKENDS))
+        check_choice("zero", zero, ("never", "fresh", "always"))
         self.spec, self.backend = spec, backend
         self.max_sequences = check_size("max_sequences", max_sequences)
         self.max_tokens = check_size("max_tokens", max_tokens)
-        self._owns_pool = pool is None
+        self._recording = record_ops
         self.pool = self._open_pool(pool, device, memory, page_bytes, driver, record_ops)
         home = self.pool.device
         self.device = home.torch_device
-        self.interleave = resolve_interleave(home.interleave if interleave is None else interleave, spec.num_layers)
-        self.tail_guard_tokens = (
-            home.tail_guard_tokens
-            if tail_guard_tokens is None
-            else _not_negative("tail_guard_tokens", tail_guard_tokens)
-        )
-        ahead = (
-            home.map_ahead_tokens if map_ahead_tokens is None else _not_negative("map_ahead_tokens", map_ahead_tokens)
-        )
-        limit = self.pool.budget_bytes if memory is None else parse_bytes("memory", memory)
-        sizes = Sizes(
-            self.pool.page_bytes,
-            self.max_sequences,
-            self.max_tokens,
-            self.tail_guard_tokens,
-            max(limit, home.total_bytes or 4 * limit),
-        )
+        self.interleave = resolve_interleave(_default(interleave, home.interleave), spec.num_layers)
+        self.tail_guard_tokens = _count("tail_guard_tokens", _default(tail_guard_tokens, home.tail_guard_tokens))
+        self.map_ahead_tokens = _count("map_ahead_tokens", _default(map_ahead_tokens, home.map_ahead_tokens))
+        limit = parse_bytes("memory", _default(memory, self.pool.budget_bytes))
         self._layouts = [GroupLayout(group, self.interleave) for group in spec.groups]
-        self._geometry = [BACKENDS[backend].geometry(layout, sizes) for layout in self._layouts]
+        self._geometry = self._lay_out(max(limit, home.total_bytes or 4 * limit))
         self._main = next((i for i, g in enumerate(spec.groups) if g.growth == "token"), 0)
+        self._arenas: dict[tuple[int, int], torch.Tensor] = {}
         self.core = _core.Cache(
             geometry=_core.Geometry(
                 page_bytes=self.pool.page_bytes,
                 max_sequences=self.max_sequences,
                 tail_guard_tokens=self.tail_guard_tokens,
-                map_ahead_tokens=ahead,
+                map_ahead_tokens=self.map_ahead_tokens,
                 zero=getattr(_core.Zero, zero),
+                debug=os.environ.get("KVMEM_DEBUG", "0") not in ("", "0") if debug is None else debug,
                 groups=self._geometry,
-                debug=bool(int(os.environ.get("KVMEM_DEBUG", "0"))) if debug is None else debug,
             ),
             pool=self.pool.core,
             paged=BACKENDS[backend].paged,
             limit_pages=PagePool.pages("memory", limit, self.pool.page_bytes),
+            owns_pool=pool is None,
         )
         if record_ops:
             self.core.record()
-        self._recording = record_ops
-        self._arenas: dict[tuple[int, int], torch.Tensor] = {}
+
+    def _lay_out(self, capacity_bytes: int) -> list[_core.GroupGeometry]:
+        sizes = Sizes(
+            page_bytes=self.pool.page_bytes,
+            max_sequences=self.max_sequences,
+            max_tokens=self.max_tokens,
+            tail_guard_tokens=self.tail_guard_tokens,
+            capacity_bytes=capacity_bytes,
+        )
+        return [BACKENDS[self.backend].geometry(layout, sizes) for layout in self._layouts]
 
     @staticmethod
     def _open_pool(
@@ -169,7 +166,7 @@ class Allocator:
 
     def open_batch(self, n: int) -> Handles:
         """Handles of ``n`` new sequences, int32 [n]: all of them or ``OutOfMemory``."""
-        handles = np.empty(_not_negative("n", n), np.int32)
+        handles = np.empty(_count("n", n), np.int32)
         self.core.open_batch(handles)
         return handles
 
@@ -318,7 +315,9 @@ class Allocator:
 
     def _arena(self, group: int, arena: int) -> torch.Tensor:
         if (group, arena) not in self._arenas:
-            self._arenas[group, arena] = from_dlpack(self.core.arena_bytes(group, arena))
+            # A tensor made in inference mode could never be written outside of it.
+            with torch.inference_mode(False):
+                self._arenas[group, arena] = from_dlpack(self.core.arena_bytes(group, arena))
         return self._arenas[group, arena]
 
     # --- memory ---
@@ -329,7 +328,7 @@ class Allocator:
         ``OutOfMemory``, and nothing changed, when live sequences hold more than that.
         """
         pages = PagePool.pages("memory", parse_bytes("memory", memory), self.pool.page_bytes)
-        self.core.set_memory(pages, self._owns_pool)
+        self.core.set_memory(pages)
 
     def trim(self, bytes: int | str | None = None) -> int:
         """Gives parked and free pages back to the system: at least ``bytes`` of them if there are as many, or all.
@@ -389,7 +388,11 @@ class Allocator:
         return f"Allocator(backend={self.backend!r}, device={device!r}, budget_bytes={budget})"
 
 
-def _not_negative(field: str, value: int) -> int:
+def _default(value: Any, default: Any) -> Any:
+    return default if value is None else value
+
+
+def _count(field: str, value: int) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 0:
         raise SpecError(f"{field}: got {value!r}; must be an int, 0 or more")
     return int(value)

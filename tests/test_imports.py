@@ -144,7 +144,7 @@ def test_imports_point_down() -> None:
         ("spec.py", "from kvmem import Allocator", "not from kvmem"),
         ("spec.py", "import kvmem", "not from kvmem"),
         ("spec.py", "import transformers", "from level 4 on"),
-        ("pool.py", "from kvmem import device", "do not know each other"),
+        ("backends.py", "from kvmem import device", "do not know each other"),
         ("pool.py", "from kvmem import _core", None),
         ("backends/paged.py", "from kvmem.backends.virtual import x\nfrom . import virtual\nfrom .. import spec", None),
         ("backends/paged.py", "from ..layouts import x", "do not know each other"),
