@@ -1,4 +1,5 @@
-// The acting half: reservations, physical pages and mappings as owned things, and the execution of op lists on a driver.
+// The acting half: reservations, physical pages and mappings as owned things, and the execution of op lists on a
+// driver.
 #pragma once
 
 #include <atomic>
@@ -10,6 +11,7 @@
 #include <vector>
 
 #include "driver.h"
+#include "fork_guard.h"
 #include "ops.h"
 
 namespace kvmem {
@@ -39,7 +41,7 @@ class Space {
   Space(const Space&) = delete;
   Space& operator=(const Space&) = delete;
 
-  i32 add_arena(i64 slots);     // reserves; returns the arena's number, counted from 0
+  i32 add_arena(i64 slots);      // reserves; returns the arena's number, counted from 0
   void remove_arena(i32 arena);  // unmaps and gives back the addresses
   Address arena_base(i32 arena) const;
   i64 arena_bytes(i32 arena) const;
@@ -80,6 +82,7 @@ class Space {
   void repair_locked();
   void probe(i32 arena, i64 slot);
   void run_one(const Op& op);
+  void sync();
   void undo(const Op* first, const Op* last);
   void wait_for(i64 fence);
 
@@ -94,6 +97,7 @@ class Space {
   std::atomic<bool> broken_{false};  // repairs_ is not empty
   std::deque<Mark> marks_;  // events not yet known to be done, oldest first
   std::vector<PageHandle> run_;
+  ForkGuard fork_guard_;
 };
 
 }  // namespace kvmem

@@ -9,6 +9,7 @@
 #include <unordered_map>
 
 #include "page_table.h"
+#include "shared_parts.h"
 
 namespace kvmem {
 namespace {
@@ -30,8 +31,12 @@ struct Row {
 class VirtualTable final : public PageTable {
  public:
   VirtualTable(const Geometry& geometry, PagePool& pool, const Sequences& sequences)
-      : geometry_(geometry), pool_(pool), sequences_(sequences), groups_(static_cast<i64>(geometry.groups.size())),
-        rows_(geometry.max_sequences + 1), row_of_(geometry.max_sequences, -1) {
+      : geometry_(geometry),
+        pool_(pool),
+        sequences_(sequences),
+        groups_(static_cast<i64>(geometry.groups.size())),
+        rows_(geometry.max_sequences + 1),
+        row_of_(geometry.max_sequences, -1) {
     limit_pages = pool.budget_pages();
     pool.add_owner(this);
     try {
@@ -43,7 +48,7 @@ class VirtualTable final : public PageTable {
         }
       }
     } catch (...) {
-      pool.remove_owner(this, {});
+      pool.remove_owner(this);
       throw;
     }
     first_.push_back(arenas_);
@@ -51,14 +56,11 @@ class VirtualTable final : public PageTable {
     room_.assign(rows_.size() * groups_, -1);
     ready_.assign(rows_.size() * groups_, 0);
     copy_tail_.assign(row_of_.size() * groups_, 0);
-    for (i64 row = static_cast<i64>(rows_.size()) - 1; row > 0; --row) add_unbound(row);  // row 0 holds the trash blocks
+    for (i64 row = static_cast<i64>(rows_.size()) - 1; row > 0; --row)
+      add_unbound(row);  // row 0 holds the trash blocks
   }
 
-  ~VirtualTable() override {
-    std::vector<i32> pages;
-    for (const Extent& e : extents_) pages.insert(pages.end(), e.pages.begin() + e.lo, e.pages.begin() + e.hi);
-    pool_.remove_owner(this, pages);
-  }
+  ~VirtualTable() override { pool_.remove_owner(this); }
 
   bool has_room(i64 index, i64 group, i64 tokens) override {
     const i64 row = row_of_[index];
@@ -66,7 +68,8 @@ class VirtualTable final : public PageTable {
     if (copy_tail_[index * groups_ + group]) return false;
     Row& r = rows_[row];
     if (r.job != 0) {
-      if (r.job > pool_.mapper().done()) return tokens <= ready_[row * groups_ + group];
+      // A job that failed is done as well; what it left out is taken back under the next settle().
+      if (r.job > pool_.mapper().done() || pool_.mapper().has_failed()) return tokens <= ready_[row * groups_ + group];
       r.job = 0;
     }
     return tokens <= room(row, group);
@@ -145,15 +148,18 @@ class VirtualTable final : public PageTable {
     if (row < 0) return;
     rows_[row].fence = tx.fence();
     tx.push({OpKind::unbind, 0, sequences_.handle_of(index), row});
-    // copy_tail_ stays: it only asks to look, and should this be taken back, a tail that is shared must still be copied.
+    // copy_tail_ stays: it only asks to look, and should this be taken back, a tail that is shared must still be
+    // copied.
   }
 
   void back_trash(i64 group, Transaction& tx) override {
-    const i64 tokens = kTrashBlocks * geometry_.groups[group].block_tokens;
     for (i64 a = first_[group]; a < first_[group + 1]; ++a) {
-      const i64 hi = ceil_div(tokens * token_bytes(group, a), page_bytes());
-      if (extent(0, a).hi < hi) map(0, a, extent(0, a).hi, hi, tx, Zero::always);
+      map(0, a, extent(0, a).hi, trash_slots(group, a), tx, Zero::always);
     }
+  }
+  bool has_trash(i64 group) const override {
+    const i64 a = first_[group + 1] - 1;  // arenas are mapped together
+    return extent(0, a).hi == trash_slots(group, a);
   }
 
   bool map_ahead(i64 index, i64 group, i64 tokens, Transaction& tx) override {
@@ -199,11 +205,21 @@ class VirtualTable final : public PageTable {
     }
   }
 
+  void unmap_all(Transaction& tx) override {
+    for (i64 row = 0; row < static_cast<i64>(rows_.size()); ++row) {
+      for (i64 a = 0; a < arenas_; ++a) {
+        const Extent& e = extent(row, a);
+        if (e.count > 0) unmap(row, a, e.lo, e.hi, pool_.fence(), tx);
+      }
+    }
+  }
+
   void on_map(const Op& op) override { change(op, true); }
   void on_unmap(const Op& op) override { change(op, false); }
 
   i64 offset_bytes(i64 index, i64 group, i64 a, i64 token) const override {
-    return slot_of(row_of_[index], group, first_[group] + a) * page_bytes() + token * token_bytes(group, first_[group] + a);
+    return slot_of(row_of_[index], group, first_[group] + a) * page_bytes() +
+           token * token_bytes(group, first_[group] + a);
   }
 
   Placement place(i64 index, i64 group) const override {
@@ -289,8 +305,8 @@ class VirtualTable final : public PageTable {
   }
 
   void count_bytes(i64* used_bytes, i64* shared_bytes) const override {
-    std::unordered_map<i32, i64> shared;  // page -> the most of it that any sharer uses
-    *used_bytes = *shared_bytes = 0;
+    std::vector<SharedPart> shared;  // in bytes of a page
+    *used_bytes = 0;
     for (i64 index = 0; index < sequences_.capacity(); ++index) {
       const i64 row = row_of_[index];
       if (row < 0) continue;
@@ -303,15 +319,16 @@ class VirtualTable final : public PageTable {
           const Extent& e = extent(row, a);
           for (i64 slot = from / page_bytes(); slot * page_bytes() < to; ++slot) {
             if (pool_.refs(e.pages[slot]) <= 1) continue;
-            const i64 part = std::min(to, (slot + 1) * page_bytes()) - std::max(from, slot * page_bytes());
-            i64& most = shared[e.pages[slot]];
-            *used_bytes -= std::min(part, most);
-            most = std::max(most, part);
+            const i64 start = slot * page_bytes();
+            shared.push_back({e.pages[slot], std::max(from - start, i64{0}), std::min(to - start, page_bytes())});
+            *used_bytes -= shared.back().to - shared.back().from;
           }
         }
       }
     }
-    *shared_bytes = static_cast<i64>(shared.size()) * page_bytes();
+    const SharedCount count = count_shared(shared);
+    *used_bytes += count.length;
+    *shared_bytes = count.pieces * page_bytes();
   }
 
   i64 first_arena(i64 group) const override { return base_arena_ + first_[group]; }
@@ -339,6 +356,9 @@ class VirtualTable final : public PageTable {
   Extent& extent(i64 row, i64 a) { return extents_[row * arenas_ + a]; }
   const Extent& extent(i64 row, i64 a) const { return extents_[row * arenas_ + a]; }
 
+  i64 trash_slots(i64 g, i64 a) const {
+    return ceil_div(kTrashBlocks * geometry_.groups[g].block_tokens * token_bytes(g, a), page_bytes());
+  }
   i64 low_slot(i64 g, i64 a, i64 first_token) const { return first_token * token_bytes(g, a) / page_bytes(); }
   i64 high_slot(i64 g, i64 a, i64 tokens) const {
     if (tokens == 0) return 0;
@@ -386,7 +406,8 @@ class VirtualTable final : public PageTable {
     rows_[row].place = -1;
   }
 
-  // The smallest parked row that holds enough, else the largest. The trash row is never among them.
+  // The smallest parked row that holds enough, else the largest; among equals the first, so that sequences that start
+  // together lie at equal distances and a batch of them is one strided tensor. The trash row is never among them.
   void bind(i64 index, i64 tokens, Transaction& tx) {
     i64 need = 0;
     for (i64 g = 0; g < groups_; ++g) {
@@ -396,8 +417,12 @@ class VirtualTable final : public PageTable {
     const Unbound* best = nullptr;
     for (const Unbound& u : unbound_) {
       const bool fits = u.slots >= need, best_fits = best && best->slots >= need;
-      if (!best || (fits && !best_fits) || (fits == best_fits && (fits ? u.slots < best->slots : u.slots > best->slots)))
+      if (!best || (fits && !best_fits)) {
         best = &u;
+      } else if (fits == best_fits) {
+        const i64 better = fits ? best->slots - u.slots : u.slots - best->slots;
+        if (better > 0 || (better == 0 && u.row < best->row)) best = &u;
+      }
     }
     const i64 row = best->row;  // there are as many rows as sequences
     tx.push({OpKind::bind, 0, sequences_.handle_of(index), row});
@@ -408,7 +433,7 @@ class VirtualTable final : public PageTable {
   void bind_empty(i64 index, Transaction& tx) {
     const Unbound* best = nullptr;
     for (const Unbound& u : unbound_) {
-      if (!best || u.slots < best->slots) best = &u;
+      if (!best || u.slots < best->slots || (u.slots == best->slots && u.row < best->row)) best = &u;
     }
     const i64 row = best->row;
     tx.push({OpKind::bind, 0, sequences_.handle_of(index), row});
@@ -434,8 +459,8 @@ class VirtualTable final : public PageTable {
     rows_[row].maybe_shared = shared;
   }
 
-  // The page that the length cuts is shared: replace it by a copy of what is used. The new page is filled at the scratch
-  // slot behind the last row, since the row's own address still shows the old one.
+  // The page that the length cuts is shared: replace it by a copy of what is used. The new page is filled at the
+  // scratch slot behind the last row, since the row's own address still shows the old one.
   void copy_tail(i64 index, i64 group, i64 tokens, Transaction& tx) {
     const i64 row = row_of_[index];
     bool shared = false;
@@ -528,10 +553,10 @@ class VirtualTable final : public PageTable {
   i32 base_arena_ = 0;
   std::vector<i64> first_;  // first arena of each group, and one past the last
   std::vector<Row> rows_;
-  std::vector<i32> row_of_;        // by sequence, -1 while it holds nothing
-  std::vector<Unbound> unbound_;   // rows without a sequence, mapped (parked) or not
-  std::vector<Extent> extents_;    // [row][arena]
-  std::vector<i64> room_, ready_;  // [row][group]
+  std::vector<i32> row_of_;              // by sequence, -1 while it holds nothing
+  std::vector<Unbound> unbound_;         // rows without a sequence, mapped (parked) or not
+  std::vector<Extent> extents_;          // [row][arena]
+  std::vector<i64> room_, ready_;        // [row][group]
   std::vector<std::uint8_t> copy_tail_;  // [sequence][group]: look whether the tail page is shared before writing
   i64 scratch_page_ = -1;
 };
@@ -561,7 +586,8 @@ void VirtualTable::check(std::vector<std::string>* out) const {
         say(row, "the next write would land in a page that another row shows");
       }
     }
-    if (slots != r.slots) say(row, "counted " + std::to_string(slots) + " mapped slots, noted " + std::to_string(r.slots));
+    if (slots != r.slots)
+      say(row, "counted " + std::to_string(slots) + " mapped slots, noted " + std::to_string(r.slots));
     if (r.index >= 0 && (!sequences_.live(r.index) || row_of_[r.index] != row)) say(row, "bound to no live sequence");
     if ((r.index < 0 && row > 0) != (r.place >= 0)) say(row, "its place among the unbound rows is wrong");
   }
