@@ -39,7 +39,7 @@ void Cache::set_memory(i64 pages) {
 }
 
 CacheStats Cache::stats() {
-  Lock lock = enter();
+  Lock lock = enter(true);
   const i64 page = pool_->page_bytes();
   CacheStats s;
   s.budget_bytes = pool_->budget_pages() * page;
@@ -55,7 +55,7 @@ CacheStats Cache::stats() {
 }
 
 std::vector<std::string> Cache::check() {
-  Lock lock = enter();
+  Lock lock = enter(true);
   std::vector<std::string> found;
   pool_->check(&found);
   table_->check(&found);
@@ -73,7 +73,7 @@ void Cache::record() {
 }
 
 std::vector<Op> Cache::take_ops() {
-  Lock lock = enter();
+  Lock lock = enter(true);
   std::vector<Op> ops;
   ops.swap(pool_->log);
   return ops;

@@ -39,12 +39,17 @@ class VirtualTable final : public PageTable {
         row_of_(geometry.max_sequences, -1) {
     limit_pages = pool.budget_pages();
     pool.add_owner(this);
-    for (const GroupGeometry& group : geometry.groups) {
-      first_.push_back(arenas_);
-      for (std::size_t i = 0; i < group.token_bytes.size(); ++i, ++arenas_) {
-        const i32 arena = pool.add_arena(this, group.arena_slots[i]);
-        if (arenas_ == 0) base_arena_ = arena;
+    try {
+      for (const GroupGeometry& group : geometry.groups) {
+        first_.push_back(arenas_);
+        for (std::size_t i = 0; i < group.token_bytes.size(); ++i, ++arenas_) {
+          const i32 arena = pool.add_arena(this, group.arena_slots[i]);
+          if (arenas_ == 0) base_arena_ = arena;
+        }
       }
+    } catch (...) {
+      pool.remove_owner(this, {});
+      throw;
     }
     first_.push_back(arenas_);
     extents_.resize(rows_.size() * arenas_);
@@ -55,7 +60,11 @@ class VirtualTable final : public PageTable {
       add_unbound(row);  // row 0 holds the trash blocks
   }
 
-  ~VirtualTable() override { pool_.remove_owner(this); }
+  ~VirtualTable() override {
+    std::vector<i32> pages;
+    for (const Extent& e : extents_) pages.insert(pages.end(), e.pages.begin() + e.lo, e.pages.begin() + e.hi);
+    pool_.remove_owner(this, pages);
+  }
 
   bool has_room(i64 index, i64 group, i64 tokens) override {
     const i64 row = row_of_[index];
@@ -197,15 +206,6 @@ class VirtualTable final : public PageTable {
       add_unbound(op.b);
     } else {
       throw SpecError("block: the virtual backend has no block table");
-    }
-  }
-
-  void unmap_all(Transaction& tx) override {
-    for (i64 row = 0; row < static_cast<i64>(rows_.size()); ++row) {
-      for (i64 a = 0; a < arenas_; ++a) {
-        const Extent& e = extent(row, a);
-        if (e.count > 0) unmap(row, a, e.lo, e.hi, pool_.fence(), tx);
-      }
     }
   }
 
