@@ -29,27 +29,12 @@ Cache::Cache(Geometry geometry, std::shared_ptr<PagePool> pool, bool paged, i64 
 }
 
 Cache::~Cache() {
-  if (fork_guard_.forked()) {
-    // The lock may be held by a thread that this process does not have. What is here belongs to the parent anyway.
-    (void)table_.release();
-    (void)new std::shared_ptr<PagePool>(pool_);
+  if (pool_->forked()) {
+    table_.release();  // the parent's: nothing here may be unmapped, and its locks may be closed for ever
     return;
   }
   Lock lock = pool_->lock(true);
   pool_->settle();
-  if (!owns_pool_) {
-    try {
-      pool_->space() ? pool_->space()->repair() : void();
-      Transaction tx(*pool_, *this);
-      for (i64 index = 0; index < sequences_.capacity(); ++index) {
-        if (sequences_.live(index)) free_one(index, tx);
-      }
-      table_->unmap_all(tx);
-      tx.commit();
-    } catch (const Error&) {
-      // A driver that cannot even unmap: its neighbours lose these pages, nobody gets them twice.
-    }
-  }
   table_.reset();
 }
 

@@ -23,8 +23,7 @@ struct CacheStats {
 
 class Cache final : public TableState {
  public:
-  // `owns_pool`: no other allocator uses the pool, so its budget follows set_memory(), and its memory may stay mapped
-  // for tensors that outlive the allocator.
+  // `owns_pool`: no other allocator uses the pool, so its budget follows set_memory().
   Cache(Geometry geometry, std::shared_ptr<PagePool> pool, bool paged, i64 limit_pages, bool owns_pool);
   ~Cache() override;
 

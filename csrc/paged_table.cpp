@@ -47,14 +47,22 @@ class PagedTable final : public PageTable {
     try {
       for (const GroupGeometry& group : geometry.groups) add_group(group);
     } catch (...) {
-      pool.remove_owner(this);
+      pool.remove_owner(this, {});
       throw;
     }
     first_.push_back(static_cast<i64>(pages_.size()));
     copy_tail_.assign(geometry.max_sequences * groups_, 0);
   }
 
-  ~PagedTable() override { pool_.remove_owner(this); }
+  ~PagedTable() override {
+    std::vector<i32> mapped;
+    for (const std::vector<i32>& arena : pages_) {
+      for (i32 page : arena) {
+        if (page >= 0) mapped.push_back(page);
+      }
+    }
+    pool_.remove_owner(this, mapped);
+  }
 
   bool has_room(i64 index, i64 group, i64 tokens) override {
     const Blocks& b = blocks_[group];
@@ -143,14 +151,6 @@ class PagedTable final : public PageTable {
     place = static_cast<i32>(op.c);
     if (op.c != 0) acquire(b, op.c);
     if (op.d != 0) drop(b, op.d);
-  }
-
-  void unmap_all(Transaction& tx) override {
-    for (std::size_t a = 0; a < pages_.size(); ++a) {
-      for (i64 slot = 0; slot < static_cast<i64>(pages_[a].size()); ++slot) {
-        if (pages_[a][slot] >= 0) unmap(static_cast<i64>(a), slot, slot + 1, pool_.fence(), tx);
-      }
-    }
   }
 
   void on_map(const Op& op) override { change(op, true); }

@@ -59,11 +59,15 @@ void PagePool::add_owner(PageOwner* owner) {
   owners_.push_back(owner);
 }
 
-void PagePool::remove_owner(PageOwner* owner) {
+void PagePool::remove_owner(PageOwner* owner, const std::vector<i32>& pages) {
   if (space_) space_->drain();  // whoever uses its memory still (invariant 4)
+  for (i32 page : pages) {
+    if (--refs_[page] > 0) continue;
+    --mapped_pages_;
+    free_hint_ = std::min(free_hint_, i64{page});
+  }
   for (std::size_t i = 0; i < arenas_.size(); ++i) {
     if (arenas_[i].owner != owner) continue;
-    if (space_) space_->remove_arena(static_cast<i32>(i));
     arenas_[i] = Arena();
   }
   owners_.erase(std::find(owners_.begin(), owners_.end(), owner));

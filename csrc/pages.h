@@ -68,8 +68,8 @@ class PagePool {
   i64 fence() const { return fence_; }
 
   void add_owner(PageOwner* owner);
-  // Waits for the device and gives back the addresses; what it has not unmapped itself is lost to the others.
-  void remove_owner(PageOwner* owner);
+  // `pages`: the page of each of its mappings. Waits for the device, unmaps, and frees the pages for the others.
+  void remove_owner(PageOwner* owner, const std::vector<i32>& pages);
   i32 add_arena(PageOwner* owner, i64 slots);
 
   // --- decisions: push records to `tx` ---

@@ -18,10 +18,6 @@ Reservation::~Reservation() {
 Space::Space(std::shared_ptr<Driver> driver, i64 page_bytes) : driver_(std::move(driver)), page_bytes_(page_bytes) {}
 
 Space::~Space() {
-  if (fork_guard_.forked()) {  // the mappings are the parent's, and the lock may be held by a thread that stayed there
-    for (Arena& arena : arenas_) (void)arena.reservation.release();
-    return;
-  }
   // Wait before unmapping, as always. A dead context makes every call here fail: the system has taken all back then.
   try {
     for (const Mark& mark : marks_) driver_->wait(mark.event);

@@ -4,14 +4,13 @@
 
 #include <atomic>
 #include <deque>
+#include <map>
 #include <memory>
 #include <mutex>
-#include <map>
 #include <utility>
 #include <vector>
 
 #include "driver.h"
-#include "fork_guard.h"
 #include "ops.h"
 
 namespace kvmem {
@@ -95,9 +94,8 @@ class Space {
   // (arena, slot) -> the page it must show, -1 for none: where the driver failed twice and either may be the case.
   std::map<std::pair<i32, i64>, i64> repairs_;
   std::atomic<bool> broken_{false};  // repairs_ is not empty
-  std::deque<Mark> marks_;  // events not yet known to be done, oldest first
+  std::deque<Mark> marks_;           // events not yet known to be done, oldest first
   std::vector<PageHandle> run_;
-  ForkGuard fork_guard_;
 };
 
 }  // namespace kvmem

@@ -48,7 +48,7 @@ class VirtualTable final : public PageTable {
         }
       }
     } catch (...) {
-      pool.remove_owner(this);
+      pool.remove_owner(this, {});
       throw;
     }
     first_.push_back(arenas_);
@@ -60,7 +60,11 @@ class VirtualTable final : public PageTable {
       add_unbound(row);  // row 0 holds the trash blocks
   }
 
-  ~VirtualTable() override { pool_.remove_owner(this); }
+  ~VirtualTable() override {
+    std::vector<i32> pages;
+    for (const Extent& e : extents_) pages.insert(pages.end(), e.pages.begin() + e.lo, e.pages.begin() + e.hi);
+    pool_.remove_owner(this, pages);
+  }
 
   bool has_room(i64 index, i64 group, i64 tokens) override {
     const i64 row = row_of_[index];
@@ -202,15 +206,6 @@ class VirtualTable final : public PageTable {
       add_unbound(op.b);
     } else {
       throw SpecError("block: the virtual backend has no block table");
-    }
-  }
-
-  void unmap_all(Transaction& tx) override {
-    for (i64 row = 0; row < static_cast<i64>(rows_.size()); ++row) {
-      for (i64 a = 0; a < arenas_; ++a) {
-        const Extent& e = extent(row, a);
-        if (e.count > 0) unmap(row, a, e.lo, e.hi, pool_.fence(), tx);
-      }
     }
   }
 
