@@ -168,6 +168,7 @@ def test_a_driver_that_fails_for_ever(name: str, backend: str, code: int) -> Non
     is, before anything else: all contents are intact, and the allocator goes on and closes.
     """
     seed = seed_from_environment(13)
+    errors = 0
     for round_number in range(100 if LONG else 10):
         rng = random.Random(seed + round_number)
         driver = checked()
@@ -177,13 +178,11 @@ def test_a_driver_that_fails_for_ever(name: str, backend: str, code: int) -> Non
         into = rng.randint(1, 25)
         for nth in range(into, into + 500):
             driver.fail("", nth, code, undo_too=True)
-        errors = 0
         for _ in range(30):
             try:
                 world.run(world.choose(rng))
             except kvmem.DeviceError:
                 errors += 1
-        assert errors or code == OUT_OF_MEMORY
         driver.clear_failures()
         world.healthy()
         for _ in range(40):
@@ -191,6 +190,7 @@ def test_a_driver_that_fails_for_ever(name: str, backend: str, code: int) -> Non
         world.healthy()
         # A created page that could not be destroyed again waits for the next create, or the end.
         close(world, driver, spare_pages=PAGES[name])
+    assert errors or code == OUT_OF_MEMORY  # a round alone may need no driver: parked rows are taken over
 
 
 @pytest.mark.parametrize("code", CODES)
