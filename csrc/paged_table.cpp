@@ -111,8 +111,10 @@ class PagedTable final : public PageTable {
   }
 
   void back_trash(i64 group, Transaction& tx) override {
-    const Blocks& b = blocks_[group];
-    if (!b.backed[kReadTrash] || !b.backed[kWriteTrash]) back(group, 0, kTrashBlocks, Zero::always, tx);
+    if (!has_trash(group)) back(group, 0, kTrashBlocks, Zero::always, tx);
+  }
+  bool has_trash(i64 group) const override {
+    return blocks_[group].backed[kReadTrash] && blocks_[group].backed[kWriteTrash];
   }
 
   // Blocks are taken from backed pages as long as there are any, which costs nothing; there is nothing to prepare.

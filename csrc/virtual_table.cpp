@@ -148,11 +148,13 @@ class VirtualTable final : public PageTable {
   }
 
   void back_trash(i64 group, Transaction& tx) override {
-    const i64 tokens = kTrashBlocks * geometry_.groups[group].block_tokens;
     for (i64 a = first_[group]; a < first_[group + 1]; ++a) {
-      const i64 hi = ceil_div(tokens * token_bytes(group, a), page_bytes());
-      if (extent(0, a).hi < hi) map(0, a, extent(0, a).hi, hi, tx, Zero::always);
+      map(0, a, extent(0, a).hi, trash_slots(group, a), tx, Zero::always);
     }
+  }
+  bool has_trash(i64 group) const override {
+    const i64 a = first_[group + 1] - 1;  // arenas are mapped together
+    return extent(0, a).hi == trash_slots(group, a);
   }
 
   bool map_ahead(i64 index, i64 group, i64 tokens, Transaction& tx) override {
@@ -349,6 +351,9 @@ class VirtualTable final : public PageTable {
   Extent& extent(i64 row, i64 a) { return extents_[row * arenas_ + a]; }
   const Extent& extent(i64 row, i64 a) const { return extents_[row * arenas_ + a]; }
 
+  i64 trash_slots(i64 g, i64 a) const {
+    return ceil_div(kTrashBlocks * geometry_.groups[g].block_tokens * token_bytes(g, a), page_bytes());
+  }
   i64 low_slot(i64 g, i64 a, i64 first_token) const { return first_token * token_bytes(g, a) / page_bytes(); }
   i64 high_slot(i64 g, i64 a, i64 tokens) const {
     if (tokens == 0) return 0;
@@ -396,7 +401,8 @@ class VirtualTable final : public PageTable {
     rows_[row].place = -1;
   }
 
-  // The smallest parked row that holds enough, else the largest. The trash row is never among them.
+  // The smallest parked row that holds enough, else the largest; among equals the first, so that sequences that start
+  // together lie at equal distances and a batch of them is one strided tensor. The trash row is never among them.
   void bind(i64 index, i64 tokens, Transaction& tx) {
     i64 need = 0;
     for (i64 g = 0; g < groups_; ++g) {
@@ -406,9 +412,12 @@ class VirtualTable final : public PageTable {
     const Unbound* best = nullptr;
     for (const Unbound& u : unbound_) {
       const bool fits = u.slots >= need, best_fits = best && best->slots >= need;
-      if (!best || (fits && !best_fits) ||
-          (fits == best_fits && (fits ? u.slots < best->slots : u.slots > best->slots)))
+      if (!best || (fits && !best_fits)) {
         best = &u;
+      } else if (fits == best_fits) {
+        const i64 better = fits ? best->slots - u.slots : u.slots - best->slots;
+        if (better > 0 || (better == 0 && u.row < best->row)) best = &u;
+      }
     }
     const i64 row = best->row;  // there are as many rows as sequences
     tx.push({OpKind::bind, 0, sequences_.handle_of(index), row});
@@ -419,7 +428,7 @@ class VirtualTable final : public PageTable {
   void bind_empty(i64 index, Transaction& tx) {
     const Unbound* best = nullptr;
     for (const Unbound& u : unbound_) {
-      if (!best || u.slots < best->slots) best = &u;
+      if (!best || u.slots < best->slots || (u.slots == best->slots && u.row < best->row)) best = &u;
     }
     const i64 row = best->row;
     tx.push({OpKind::bind, 0, sequences_.handle_of(index), row});

@@ -236,6 +236,7 @@ class Allocator:
         """Refills ``batch`` in place for the sequences ``ids`` (int32 [n]); arguments as for ``batch``."""
         counts = None if new_tokens is None else np.ascontiguousarray(new_tokens, np.int32)
         for index, group in enumerate(batch.groups):
+            group.begin()
             group.update(self.core.fill(ids, counts, index, pad_to or 0, group.buffers))
 
     def _fitting_batch(self, ids: Handles, new_tokens: List[int] | Handles | None, rows: int) -> Batch:
@@ -316,7 +317,9 @@ class Allocator:
 
     def _arena(self, group: int, arena: int) -> torch.Tensor:
         if (group, arena) not in self._arenas:
-            self._arenas[group, arena] = from_dlpack(self.core.arena_bytes(group, arena))
+            # A tensor made in inference mode could never be written outside of it.
+            with torch.inference_mode(False):
+                self._arenas[group, arena] = from_dlpack(self.core.arena_bytes(group, arena))
         return self._arenas[group, arena]
 
     # --- memory ---
