@@ -205,17 +205,17 @@ void bind_stats(nb::module_& m) {
       .def_ro("physical_bytes", &CacheStats::physical_bytes);
 }
 
-// One arena as a flat tensor of bytes (DLPack). It holds the space, so the memory outlives the allocator if need be.
-nb::ndarray<std::uint8_t> arena_bytes(Cache& cache, i64 group, i64 arena_in_group) {
-  std::shared_ptr<Space> space = cache.pool().shared_space();
+// One arena as a flat tensor of bytes (DLPack). The tensor owns a reference to the cache, since a cache that goes unmaps
+// its arenas: whoever still looks at the memory keeps it.
+nb::ndarray<std::uint8_t> arena_bytes(nb::handle_t<Cache> self, i64 group, i64 arena_in_group) {
+  auto& cache = nb::cast<Cache&>(self);
+  Space* space = cache.pool().space();
   if (!space) throw DeviceError("device \"meta\" keeps the books only: it has no memory to show");
   const i32 arena = static_cast<i32>(cache.first_arena(group) + arena_in_group);
   const Address base = space->arena_base(arena);
   const size_t shape[1] = {static_cast<size_t>(space->arena_bytes(arena))};
   const DriverInfo& info = space->info();
-  auto* keep = new std::shared_ptr<Space>(std::move(space));
-  nb::capsule owner(keep, [](void* p) noexcept { delete static_cast<std::shared_ptr<Space>*>(p); });
-  return nb::ndarray<std::uint8_t>(reinterpret_cast<void*>(base), 1, shape, owner, nullptr, nb::dtype<std::uint8_t>(),
+  return nb::ndarray<std::uint8_t>(reinterpret_cast<void*>(base), 1, shape, self, nullptr, nb::dtype<std::uint8_t>(),
                                    info.dlpack_device_type, info.device_index);
 }
 

@@ -399,7 +399,7 @@ def test_tensors_outlive_their_allocator(make: Make) -> None:
     main = next(i for i, g in enumerate(alloc.spec.groups) if g.growth == "token")
     layer, name = places(alloc.spec, main)[0]
     first = int(alloc.batch([seq]).group(main).block_table[0, 0])
-    block = alloc.tensor(layer, name)[first]
+    block = alloc.tensor(layer, name)[first, :5]  # of a block, only the tokens that a sequence holds need be mapped
     block.copy_(torch.ones_like(block))
     del alloc, seq
     assert bool((block == 1).all())
