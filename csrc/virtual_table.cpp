@@ -422,6 +422,16 @@ class VirtualTable final : public PageTable {
     const i64 row = best->row;  // there are as many rows as sequences
     tx.push({OpKind::bind, 0, sequences_.handle_of(index), row});
     if (rows_[row].maybe_shared) drop_shared(row, tx);
+    if (geometry_.zero == Zero::always) zero_row(row, tx);
+  }
+
+  // What the last tenant left: its tokens, and whatever it had mapped beyond them.
+  void zero_row(i64 row, Transaction& tx) {
+    for (i64 a = 0; a < arenas_; ++a) {
+      const Extent& e = extent(row, a);
+      const i64 from = (slot_of(row, group_of(a), a) + e.lo) * page_bytes();
+      if (e.count > 0) tx.push({OpKind::zero, arena(a), from, e.count * page_bytes()});
+    }
   }
 
   // For a row that starts with pages of another one: whatever is parked in it would be in the way.

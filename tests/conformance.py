@@ -49,7 +49,7 @@ def test_a_new_allocator_is_empty(make: Make) -> None:
 
 def test_tokens_keep_what_was_written(make: Make) -> None:
     pair, handles = filled(make, [1, 33, 130])
-    for step in range(40):  # decode, all together; every page and block boundary is crossed
+    for step in range(20):  # decode, all together; every page and block boundary is crossed
         assert pair.extend(dict.fromkeys(handles, 1 + step % 3))
         pair.write(handles)
         pair.commit(dict.fromkeys(handles, 1 + step % 3))
@@ -117,7 +117,7 @@ def test_truncating_into_shared_memory_leaves_the_others_alone(make: Make) -> No
 def test_a_rejected_draft_is_written_again(make: Make) -> None:
     """Speculative decoding: five tokens drafted, some accepted, the rest given back, every step."""
     pair, (handle,) = filled(make, [60])
-    for step in range(20):
+    for step in range(10):
         assert pair.extend({handle: 5})
         pair.write([handle])
         pair.commit({handle: step % 5})
@@ -209,9 +209,12 @@ def test_invariant_6_addresses_never_change(make: Make) -> None:
     known = [(*place, g) for g in range(len(alloc.spec.groups)) for place in places(alloc.spec, g)]
 
     def addresses() -> list[int]:
-        return [alloc.tensor(layer, name).data_ptr() for layer, name, _ in known]
+        # torch gives a tensor of no elements no address, and with nothing mapped there are none.
+        views = [alloc.tensor(layer, name) for layer, name, _ in known]
+        return [view.data_ptr() if len(view) else first for view, first in zip(views, before, strict=True)]
 
-    before = addresses()
+    before = [alloc.tensor(layer, name).data_ptr() for layer, name, _ in known]
+    assert pair.model.groups[0].growth == "token" and before[0] != 0
     for step in range(12):
         assert pair.extend({handle: 25})
         if step % 3 == 0:
@@ -248,7 +251,7 @@ def test_parked_memory_is_adopted_without_a_driver_call(make: Make) -> None:
     seq.commit(90)
     seq.free()
     before = alloc.stats()
-    assert before.parked_bytes > 0 and before.used_bytes == 0
+    assert before.mapped_bytes > 0 and before.used_bytes == 0
     for _ in range(3):
         with alloc.sequence() as other:
             other.extend(40)
@@ -263,7 +266,7 @@ def test_parked_memory_is_adopted_without_a_driver_call(make: Make) -> None:
 
 
 def test_trim_gives_pages_back_to_the_system(make: Make) -> None:
-    pair, (a, b) = filled(make, [200, 30])
+    pair, (a, b) = filled(make, [4000, 30], max_tokens=5000)
     pair.free([a])
     before = pair.alloc.stats()
     pair.trim()
@@ -277,7 +280,7 @@ def test_trim_gives_pages_back_to_the_system(make: Make) -> None:
 
 
 def test_trim_of_some_bytes(make: Make) -> None:
-    pair, (a, b) = filled(make, [200, 30])
+    pair, (a, _) = filled(make, [4000, 30], max_tokens=5000)
     pair.free([a])
     page, before = pair.alloc.pool.page_bytes, pair.alloc.stats()
     given = pair.alloc.trim(1)
@@ -289,7 +292,7 @@ def test_trim_of_some_bytes(make: Make) -> None:
 
 
 def test_memory_shrinks_and_grows_live(make: Make) -> None:
-    pair, (a, b) = filled(make, [100, 60])
+    pair, (a, b) = filled(make, [100, 60], max_tokens=5000)
     page = pair.alloc.pool.page_bytes
     pair.free([a])
     stats = pair.alloc.stats()
@@ -300,7 +303,7 @@ def test_memory_shrinks_and_grows_live(make: Make) -> None:
     assert pair.alloc.stats().created_bytes == least * page
     pair.agree()
     pair.contents_agree()
-    assert not pair.extend({b: 300})
+    assert not pair.extend({b: 4900})
     pair.set_memory(400)
     assert pair.extend({b: 300})
     pair.write([b])
@@ -309,9 +312,9 @@ def test_memory_shrinks_and_grows_live(make: Make) -> None:
 
 
 def test_a_window_drops_what_it_no_longer_needs(make: Make) -> None:
-    pair, (handle,) = filled(make, [1], max_tokens=6000)
+    pair, (handle,) = filled(make, [1], max_tokens=2000)
     alloc, sliding = pair.alloc, [i for i, g in enumerate(pair.alloc.spec.groups) if g.window_tokens]
-    for _ in range(29):
+    for _ in range(15):
         assert pair.extend({handle: 100})
         pair.write([handle])
         pair.commit({handle: 100})
@@ -329,7 +332,7 @@ def test_a_window_drops_what_it_no_longer_needs(make: Make) -> None:
             for size in rules.token_bytes
         )
         trash = sum(-(-2 * rules.block_tokens * size // alloc.pool.page_bytes) for size in rules.token_bytes) * alloc.pool.page_bytes
-        assert stats.mapped_bytes <= bound + trash < 2901 * sum(rules.token_bytes)
+        assert stats.mapped_bytes <= bound + trash < 1501 * sum(rules.token_bytes)
         batch = alloc.batch([handle])
         first = int(batch.first_tokens[0]) // batch.block_size
         assert batch.block_table[0, :first].eq(0).all() and batch.block_table[0, first].item() != 0
@@ -383,7 +386,7 @@ def test_the_guard_behind_a_sequence_can_be_read(make: Make) -> None:
 
 def test_a_row_mapped_ahead_is_the_same_row(make: Make) -> None:
     pair, handles = filled(make, [1, 40], map_ahead_tokens=32)
-    for _ in range(120):
+    for _ in range(50):
         assert pair.extend(dict.fromkeys(handles, 1))
         pair.write(handles)
         pair.commit(dict.fromkeys(handles, 1))
@@ -410,7 +413,7 @@ def test_random_calls_agree_with_the_model(make: Make) -> None:
     walk = random.Random(seed_of_run())
     pair = Lockstep(make(max_sequences=4))
     pair.prepare_padding()
-    for _ in range(60):
+    for _ in range(40):
         step(pair, walk)
         pair.agree()
     pair.contents_agree()
