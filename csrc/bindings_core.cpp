@@ -206,10 +206,11 @@ void bind_stats(nb::module_& m) {
       .def_ro("physical_bytes", &CacheStats::physical_bytes);
 }
 
-// One arena as a flat tensor of bytes (DLPack). It holds the cache, whose end would unmap what the tensor shows.
-nb::ndarray<std::uint8_t> arena_bytes(nb::object self, i64 group, i64 arena_in_group) {
-  Cache& cache = nb::cast<Cache&>(self);
-  const std::shared_ptr<Space> space = cache.pool().shared_space();
+// One arena as a flat tensor of bytes (DLPack). The tensor owns a reference to the cache, since a cache that goes unmaps
+// its arenas: whoever still looks at the memory keeps it.
+nb::ndarray<std::uint8_t> arena_bytes(nb::handle_t<Cache> self, i64 group, i64 arena_in_group) {
+  auto& cache = nb::cast<Cache&>(self);
+  Space* space = cache.pool().space();
   if (!space) throw DeviceError("device \"meta\" keeps the books only: it has no memory to show");
   const i32 arena = static_cast<i32>(cache.first_arena(group) + arena_in_group);
   const Address base = space->arena_base(arena);

@@ -9,7 +9,6 @@
 
 #include <algorithm>
 #include <cstdlib>
-#include <unordered_map>
 
 #include "page_table.h"
 #include "shared_parts.h"

@@ -68,7 +68,6 @@ void PagePool::remove_owner(PageOwner* owner, const std::vector<i32>& pages) {
   }
   for (std::size_t i = 0; i < arenas_.size(); ++i) {
     if (arenas_[i].owner != owner) continue;
-    if (space_) space_->remove_arena(static_cast<i32>(i));
     arenas_[i] = Arena();
   }
   owners_.erase(std::find(owners_.begin(), owners_.end(), owner));

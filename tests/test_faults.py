@@ -167,7 +167,8 @@ def test_a_driver_that_fails_for_ever(name: str, backend: str, code: int) -> Non
     """From amid some step on everything fails, undoing too: typed errors only. When the driver is back, what could not be undone
     is, before anything else: all contents are intact, and the allocator goes on and closes.
     """
-    seed, errors = seed_from_environment(13), 0
+    seed = seed_from_environment(13)
+    errors = 0
     for round_number in range(100 if LONG else 10):
         rng = random.Random(seed + round_number)
         driver = checked()
@@ -189,7 +190,7 @@ def test_a_driver_that_fails_for_ever(name: str, backend: str, code: int) -> Non
         world.healthy()
         # A created page that could not be destroyed again waits for the next create, or the end.
         close(world, driver, spare_pages=PAGES[name])
-    assert errors or code == OUT_OF_MEMORY
+    assert errors or code == OUT_OF_MEMORY  # a round alone may need no driver: parked rows are taken over
 
 
 @pytest.mark.parametrize("code", CODES)
