@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -107,9 +108,8 @@ def _parts(
         )
     if window_tokens is not None and not causal:
         raise SpecError(f"window_tokens: got {window_tokens} with causal=False; a sliding window looks back only")
-    dropped = batch.first_tokens_cpu
-    rows = zip(starts, starts[1:], dropped.tolist(), batch.seq_lens_cpu.tolist(), strict=True)
-    for row, (begin, end, first, length) in enumerate(rows):
+    rows = zip(pairwise(starts), batch.first_tokens_cpu.tolist(), batch.seq_lens_cpu.tolist(), strict=True)
+    for row, ((begin, end), first, length) in enumerate(rows):
         if window_tokens is not None:
             first = max(first, length - (end - begin) - window_tokens + 1)
         if begin < end and first < length:
