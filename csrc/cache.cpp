@@ -14,18 +14,42 @@ i64 find_token_group(const Geometry& geometry) {
 
 }  // namespace
 
-Cache::Cache(Geometry geometry, std::shared_ptr<PagePool> pool, bool paged, i64 limit_pages)
-    : geometry_(std::move(geometry)), pool_(std::move(pool)), paged_(paged),
-      groups_(static_cast<i64>(geometry_.groups.size())), token_group_(find_token_group(geometry_)),
-      sequences_(geometry_.max_sequences, groups_), stamp_(geometry_.max_sequences, 0) {
+Cache::Cache(Geometry geometry, std::shared_ptr<PagePool> pool, bool paged, i64 limit_pages, bool owns_pool)
+    : geometry_(std::move(geometry)),
+      pool_(std::move(pool)),
+      paged_(paged),
+      owns_pool_(owns_pool),
+      groups_(static_cast<i64>(geometry_.groups.size())),
+      token_group_(find_token_group(geometry_)),
+      sequences_(geometry_.max_sequences, groups_),
+      stamp_(geometry_.max_sequences, 0) {
   Lock lock(pool_->mutex);
   table_ = paged ? make_paged_table(geometry_, *pool_, sequences_) : make_virtual_table(geometry_, *pool_, sequences_);
   table_->limit_pages = limit_pages;
 }
 
 Cache::~Cache() {
+  if (fork_guard_.forked()) {
+    // The lock may be held by a thread that this process does not have. What is here belongs to the parent anyway.
+    (void)table_.release();
+    (void)new std::shared_ptr<PagePool>(pool_);
+    return;
+  }
   Lock lock(pool_->mutex);
   pool_->mapper().wait_idle();
+  if (!owns_pool_) {
+    try {
+      settle();
+      Transaction tx(*pool_, *this);
+      for (i64 index = 0; index < sequences_.capacity(); ++index) {
+        if (sequences_.live(index)) free_one(index, tx);
+      }
+      table_->unmap_all(tx);
+      tx.commit();
+    } catch (const Error&) {
+      // A driver that cannot even unmap: its neighbours lose these pages, nobody gets them twice.
+    }
+  }
   table_.reset();
 }
 
@@ -354,20 +378,23 @@ i64 Cache::fork(i64 handle) {
   return child;
 }
 
+void Cache::free_one(i64 index, Transaction& tx) {
+  table_->close(index, tx);
+  for (i64 g = 0; g < groups_; ++g) {
+    set_front(index, g, 0, tx);
+    set_committed(index, g, 0, tx);
+    set_length(index, g, 0, tx);
+  }
+  tx.push({OpKind::close, 0, sequences_.handle_of(index)});
+}
+
 void Cache::free(const i32* handles, i64 n) {
   Lock lock = enter();
   ++call_;
   for (i64 i = 0; i < n; ++i) check_once(sequences_.index(handles[i]));
   Transaction tx(*pool_, *this);
   for (i64 i = 0; i < n; ++i) {
-    const i64 index = sequences_.index(handles[i]);
-    table_->close(index, tx);
-    for (i64 g = 0; g < groups_; ++g) {
-      set_front(index, g, 0, tx);
-      set_committed(index, g, 0, tx);
-      set_length(index, g, 0, tx);
-    }
-    tx.push({OpKind::close, 0, handles[i]});
+    free_one(sequences_.index(handles[i]), tx);
   }
   tx.commit();
   leave();
@@ -431,10 +458,10 @@ i64 Cache::trim(i64 bytes) {
   return given * page;
 }
 
-void Cache::set_memory(i64 pages, bool resize_pool) {
+void Cache::set_memory(i64 pages) {
   Lock lock = enter();
   settle();
-  if (resize_pool) {
+  if (owns_pool_) {
     pool_->set_budget(pages);
   } else if (const i64 excess = table_->owned_pages - pages; excess > 0) {
     Transaction tx(*pool_, *this);
@@ -524,8 +551,7 @@ BatchRow Cache::step_of(i64 handle, i64 g, const i32* new_tokens) {
   return row;
 }
 
-BatchSizes Cache::fill(const i32* handles, i64 n, const i32* new_tokens, i64 group, i64 rows,
-                       const BatchBuffers& out) {
+BatchSizes Cache::fill(const i32* handles, i64 n, const i32* new_tokens, i64 group, i64 rows, const BatchBuffers& out) {
   Lock lock = enter();
   check_group(group);
   const i64 g = group < 0 ? token_group_ : group;

@@ -4,8 +4,8 @@
 //   unbacked    some page under it is not mapped;
 //   ready       backed, and nobody refers to it: in the intrusive free list (most recently freed first);
 //   referenced  refs > 0 table entries (invariants 2 and 3).
-// Blocks and pages need not divide each other. Arenas of a group whose tokens have equal size are mapped in lockstep and
-// share their bookkeeping: one Class.
+// Blocks and pages need not divide each other. Arenas of a group whose tokens have equal size are mapped in lockstep
+// and share their bookkeeping: one Class.
 
 #include <algorithm>
 #include <cstdlib>
@@ -18,16 +18,16 @@ namespace {
 
 struct Class {
   i64 block_bytes = 0;
-  std::vector<i64> arenas;   // numbers within the table
-  std::vector<i32> mapped;   // per slot: in how many of the arenas it is mapped (all or none, between calls)
-  std::vector<i32> users;    // per slot: referenced blocks that touch it
+  std::vector<i64> arenas;         // numbers within the table
+  std::vector<i32> mapped;         // per slot: in how many of the arenas it is mapped (all or none, between calls)
+  std::vector<i32> users;          // per slot: referenced blocks that touch it
   i64 hold_from = 0, hold_to = 0;  // slots being prepared at this moment: not to be spilled
 };
 
 struct Blocks {
   i64 max_blocks = 0, tokens = 0, per_sequence = 0;
   std::vector<i32> refs;
-  std::vector<i32> next, previous;     // the list of ready blocks, circular through entry max_blocks
+  std::vector<i32> next, previous;  // the list of ready blocks, circular through entry max_blocks
   std::vector<std::uint8_t> backed;
   std::vector<Class> classes;
   i64 ready = 0;
@@ -100,13 +100,13 @@ class PagedTable final : public PageTable {
 
   void close(i64 index, Transaction& tx) override {
     for (i64 g = 0; g < groups_; ++g) {
-      Blocks& b = blocks_[g];
-      copy_tail_[index * groups_ + g] = 0;
+      Blocks& b = blocks_[g];  // copy_tail_ stays: it only asks to look, and this may yet be taken back
       if (sequences_.tokens(index, g) == 0) continue;
       b.fence = tx.fence();
       // Last block first: the free list then gives them out again in ascending order.
       const i64 first = sequences_.front(index, g) / b.tokens;
-      for (i64 ordinal = ceil_div(sequences_.tokens(index, g), b.tokens); ordinal-- > first;) set(index, g, ordinal, 0, tx);
+      for (i64 ordinal = ceil_div(sequences_.tokens(index, g), b.tokens); ordinal-- > first;)
+        set(index, g, ordinal, 0, tx);
     }
   }
 
@@ -135,6 +135,14 @@ class PagedTable final : public PageTable {
     place = static_cast<i32>(op.c);
     if (op.c != 0) acquire(b, op.c);
     if (op.d != 0) drop(b, op.d);
+  }
+
+  void unmap_all(Transaction& tx) override {
+    for (std::size_t a = 0; a < pages_.size(); ++a) {
+      for (i64 slot = 0; slot < static_cast<i64>(pages_[a].size()); ++slot) {
+        if (pages_[a][slot] >= 0) unmap(static_cast<i64>(a), slot, slot + 1, pool_.fence(), tx);
+      }
+    }
   }
 
   void on_map(const Op& op) override { change(op, true); }
@@ -279,7 +287,8 @@ class PagedTable final : public PageTable {
       i64 first = b.cursor;
       while (first < b.max_blocks && b.backed[first]) ++first;
       b.cursor = first;
-      if (first == b.max_blocks) throw OutOfMemory("all " + std::to_string(first - kTrashBlocks) + " blocks are in use");
+      if (first == b.max_blocks)
+        throw OutOfMemory("all " + std::to_string(first - kTrashBlocks) + " blocks are in use");
       i64 end = first + 1;
       while (end < b.max_blocks && end - first < wanted && !b.backed[end]) ++end;
       back(group, first, end, geometry_.zero, tx);
@@ -333,7 +342,8 @@ class PagedTable final : public PageTable {
     const Blocks& b = blocks_[group];
     for (const Class& c : b.classes) {
       for (i64 a : c.arenas) {
-        tx.push({OpKind::copy, arena(a), to * c.block_bytes, from * c.block_bytes, tokens * (c.block_bytes / b.tokens)});
+        tx.push(
+            {OpKind::copy, arena(a), to * c.block_bytes, from * c.block_bytes, tokens * (c.block_bytes / b.tokens)});
       }
     }
   }
@@ -487,10 +497,12 @@ void PagedTable::check(std::vector<std::string>* out) const {
     for (i64 x = b.next[b.max_blocks]; x != b.max_blocks && ready <= b.max_blocks; x = b.next[x], ++ready) {
       if (b.refs[x] != 0 || !b.backed[x]) say(x, "invariant 2: in the free list, yet referenced or not backed");
     }
-    if (ready != b.ready) say(-1, "invariant 2: the free list has " + std::to_string(ready) + " entries, not " + std::to_string(b.ready));
+    if (ready != b.ready)
+      say(-1, "invariant 2: the free list has " + std::to_string(ready) + " entries, not " + std::to_string(b.ready));
     for (i64 block = 0; block < b.max_blocks; ++block) {
       if (refs[block] != b.refs[block]) {
-        say(block, "invariant 3: " + std::to_string(refs[block]) + " table entries, counted " + std::to_string(b.refs[block]));
+        say(block,
+            "invariant 3: " + std::to_string(refs[block]) + " table entries, counted " + std::to_string(b.refs[block]));
       }
       if (block >= kTrashBlocks && refs[block] > 0 && !b.backed[block]) say(block, "in use, but not backed");
     }
@@ -508,8 +520,11 @@ void PagedTable::check(std::vector<std::string>* out) const {
       }
     }
   }
-  if (idle != idle_pages_) out->push_back("invariant 1: " + std::to_string(idle) + " idle pages, counted " + std::to_string(idle_pages_));
-  if (distinct != owned_pages) out->push_back("invariant 1: " + std::to_string(distinct) + " pages mapped, counted " + std::to_string(owned_pages));
+  if (idle != idle_pages_)
+    out->push_back("invariant 1: " + std::to_string(idle) + " idle pages, counted " + std::to_string(idle_pages_));
+  if (distinct != owned_pages)
+    out->push_back("invariant 1: " + std::to_string(distinct) + " pages mapped, counted " +
+                   std::to_string(owned_pages));
 }
 
 }  // namespace

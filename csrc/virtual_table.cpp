@@ -30,8 +30,12 @@ struct Row {
 class VirtualTable final : public PageTable {
  public:
   VirtualTable(const Geometry& geometry, PagePool& pool, const Sequences& sequences)
-      : geometry_(geometry), pool_(pool), sequences_(sequences), groups_(static_cast<i64>(geometry.groups.size())),
-        rows_(geometry.max_sequences + 1), row_of_(geometry.max_sequences, -1) {
+      : geometry_(geometry),
+        pool_(pool),
+        sequences_(sequences),
+        groups_(static_cast<i64>(geometry.groups.size())),
+        rows_(geometry.max_sequences + 1),
+        row_of_(geometry.max_sequences, -1) {
     limit_pages = pool.budget_pages();
     pool.add_owner(this);
     for (const GroupGeometry& group : geometry.groups) {
@@ -46,7 +50,8 @@ class VirtualTable final : public PageTable {
     room_.assign(rows_.size() * groups_, -1);
     ready_.assign(rows_.size() * groups_, 0);
     copy_tail_.assign(row_of_.size() * groups_, 0);
-    for (i64 row = static_cast<i64>(rows_.size()) - 1; row > 0; --row) add_unbound(row);  // row 0 holds the trash blocks
+    for (i64 row = static_cast<i64>(rows_.size()) - 1; row > 0; --row)
+      add_unbound(row);  // row 0 holds the trash blocks
   }
 
   ~VirtualTable() override { pool_.remove_owner(this); }
@@ -57,7 +62,8 @@ class VirtualTable final : public PageTable {
     if (copy_tail_[index * groups_ + group]) return false;
     Row& r = rows_[row];
     if (r.job != 0) {
-      if (r.job > pool_.mapper().done()) return tokens <= ready_[row * groups_ + group];
+      // A job that failed is done as well; what it left out is taken back under the next settle().
+      if (r.job > pool_.mapper().done() || pool_.mapper().has_failed()) return tokens <= ready_[row * groups_ + group];
       r.job = 0;
     }
     return tokens <= room(row, group);
@@ -136,7 +142,8 @@ class VirtualTable final : public PageTable {
     if (row < 0) return;
     rows_[row].fence = tx.fence();
     tx.push({OpKind::unbind, 0, sequences_.handle_of(index), row});
-    for (i64 g = 0; g < groups_; ++g) copy_tail_[index * groups_ + g] = 0;
+    // copy_tail_ stays: it only asks to look, and should this be taken back, a tail that is shared must still be
+    // copied.
   }
 
   void back_trash(i64 group, Transaction& tx) override {
@@ -190,11 +197,21 @@ class VirtualTable final : public PageTable {
     }
   }
 
+  void unmap_all(Transaction& tx) override {
+    for (i64 row = 0; row < static_cast<i64>(rows_.size()); ++row) {
+      for (i64 a = 0; a < arenas_; ++a) {
+        const Extent& e = extent(row, a);
+        if (e.count > 0) unmap(row, a, e.lo, e.hi, pool_.fence(), tx);
+      }
+    }
+  }
+
   void on_map(const Op& op) override { change(op, true); }
   void on_unmap(const Op& op) override { change(op, false); }
 
   i64 offset_bytes(i64 index, i64 group, i64 a, i64 token) const override {
-    return slot_of(row_of_[index], group, first_[group] + a) * page_bytes() + token * token_bytes(group, first_[group] + a);
+    return slot_of(row_of_[index], group, first_[group] + a) * page_bytes() +
+           token * token_bytes(group, first_[group] + a);
   }
 
   Placement place(i64 index, i64 group) const override {
@@ -377,7 +394,8 @@ class VirtualTable final : public PageTable {
     rows_[row].place = -1;
   }
 
-  // The smallest parked row that holds enough, else the largest. The trash row is never among them.
+  // The smallest parked row that holds enough, else the largest; among equals the first, so that sequences that start
+  // together lie at equal distances and a batch of them is one strided tensor. The trash row is never among them.
   void bind(i64 index, i64 tokens, Transaction& tx) {
     i64 need = 0;
     for (i64 g = 0; g < groups_; ++g) {
@@ -387,8 +405,12 @@ class VirtualTable final : public PageTable {
     const Unbound* best = nullptr;
     for (const Unbound& u : unbound_) {
       const bool fits = u.slots >= need, best_fits = best && best->slots >= need;
-      if (!best || (fits && !best_fits) || (fits == best_fits && (fits ? u.slots < best->slots : u.slots > best->slots)))
+      if (!best || (fits && !best_fits)) {
         best = &u;
+      } else if (fits == best_fits) {
+        const i64 better = fits ? best->slots - u.slots : u.slots - best->slots;
+        if (better > 0 || (better == 0 && u.row < best->row)) best = &u;
+      }
     }
     const i64 row = best->row;  // there are as many rows as sequences
     tx.push({OpKind::bind, 0, sequences_.handle_of(index), row});
@@ -399,7 +421,7 @@ class VirtualTable final : public PageTable {
   void bind_empty(i64 index, Transaction& tx) {
     const Unbound* best = nullptr;
     for (const Unbound& u : unbound_) {
-      if (!best || u.slots < best->slots) best = &u;
+      if (!best || u.slots < best->slots || (u.slots == best->slots && u.row < best->row)) best = &u;
     }
     const i64 row = best->row;
     tx.push({OpKind::bind, 0, sequences_.handle_of(index), row});
@@ -409,19 +431,24 @@ class VirtualTable final : public PageTable {
     }
   }
 
-  // A parked row may still show pages that a live one shares. They are not ours to write.
+  // A parked row may still show pages that a live one shares. They are not ours to write. The mark goes only when there
+  // is none: were they dropped and then taken back with a failed transaction, the row would show them unmarked.
   void drop_shared(i64 row, Transaction& tx) {
+    bool shared = false;
     for (i64 a = 0; a < arenas_; ++a) {
       const Extent& e = extent(row, a);
       i64 end = e.hi;
       while (end > e.lo && pool_.refs(e.pages[end - 1]) <= 1) --end;
-      if (end > e.lo) unmap(row, a, e.lo, end, rows_[row].fence, tx);
+      if (end > e.lo) {
+        unmap(row, a, e.lo, end, rows_[row].fence, tx);
+        shared = true;
+      }
     }
-    rows_[row].maybe_shared = false;
+    rows_[row].maybe_shared = shared;
   }
 
-  // The page that the length cuts is shared: replace it by a copy of what is used. The new page is filled at the scratch
-  // slot behind the last row, since the row's own address still shows the old one.
+  // The page that the length cuts is shared: replace it by a copy of what is used. The new page is filled at the
+  // scratch slot behind the last row, since the row's own address still shows the old one.
   void copy_tail(i64 index, i64 group, i64 tokens, Transaction& tx) {
     const i64 row = row_of_[index];
     bool shared = false;
@@ -514,10 +541,10 @@ class VirtualTable final : public PageTable {
   i32 base_arena_ = 0;
   std::vector<i64> first_;  // first arena of each group, and one past the last
   std::vector<Row> rows_;
-  std::vector<i32> row_of_;        // by sequence, -1 while it holds nothing
-  std::vector<Unbound> unbound_;   // rows without a sequence, mapped (parked) or not
-  std::vector<Extent> extents_;    // [row][arena]
-  std::vector<i64> room_, ready_;  // [row][group]
+  std::vector<i32> row_of_;              // by sequence, -1 while it holds nothing
+  std::vector<Unbound> unbound_;         // rows without a sequence, mapped (parked) or not
+  std::vector<Extent> extents_;          // [row][arena]
+  std::vector<i64> room_, ready_;        // [row][group]
   std::vector<std::uint8_t> copy_tail_;  // [sequence][group]: look whether the tail page is shared before writing
   i64 scratch_page_ = -1;
 };
@@ -547,7 +574,8 @@ void VirtualTable::check(std::vector<std::string>* out) const {
         say(row, "the next write would land in a page that another row shows");
       }
     }
-    if (slots != r.slots) say(row, "counted " + std::to_string(slots) + " mapped slots, noted " + std::to_string(r.slots));
+    if (slots != r.slots)
+      say(row, "counted " + std::to_string(slots) + " mapped slots, noted " + std::to_string(r.slots));
     if (r.index >= 0 && (!sequences_.live(r.index) || row_of_[r.index] != row)) say(row, "bound to no live sequence");
     if ((r.index < 0 && row > 0) != (r.place >= 0)) say(row, "its place among the unbound rows is wrong");
   }

@@ -1,4 +1,4 @@
-"""The metadata of one step, in the forms that attention kernels read. Filled by the core, in place, at fixed addresses."""
+"""The metadata of one step, in the forms that attention kernels read: filled by the core, in place."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ _FIELDS = {
 
 
 class GroupBatch:
-    """One group's metadata. ``B`` rows (sequences, then padding rows), ``T`` new tokens. Values are valid until the next fill.
+    """One group's metadata. ``B`` rows (sequences, then padding rows), ``T`` new tokens. Values are valid until the
+    next fill.
 
     =====================  ===================  ==================================================================
     block_table            int32 [B, M]         block ids; entries past a sequence's last block are 0
@@ -47,9 +48,9 @@ class GroupBatch:
     row_starts             int32 [B + 1]        ``row * row_tokens``; None where ``rows`` is
     =====================  ===================  ==================================================================
 
-    Each field also exists as ``<field>_cpu`` (on the CPU device, the same tensor): ``plan()`` of FlashInfer reads some there.
-    A padding row has one new token: it reads block 0, which is zero, and writes block 1. Blocks that a window has dropped
-    stand as 0 too.
+    Each field also exists as ``<field>_cpu`` (on the CPU device, the same tensor): ``plan()`` of FlashInfer reads some
+    there. A padding row has one new token: it reads block 0, which is zero, and writes block 1. Blocks that a window
+    has dropped stand as 0 too.
     """
 
     block_table: torch.Tensor
@@ -74,13 +75,25 @@ class GroupBatch:
     row_starts_cpu: torch.Tensor | None
 
     def __init__(
-        self, device: torch.device, block_size: int, has_rows: bool, max_sequences: int, max_new_tokens: int, max_blocks: int,
+        self,
+        device: torch.device,
+        block_size: int,
+        has_rows: bool,
+        max_sequences: int,
+        max_new_tokens: int,
+        max_blocks: int,
         max_indices: int,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.block_size = block_size
         self.num_rows = self.num_new_tokens = self.num_indices = self.max_seqlen_q = self.max_seqlen_k = 0
         self._max_blocks = max_blocks
-        lengths = {"B": max_sequences, "B+1": max_sequences + 1, "T": max_new_tokens, "N": max_indices, "BM": max_sequences * max_blocks}
+        lengths = {
+            "B": max_sequences,
+            "B+1": max_sequences + 1,
+            "T": max_new_tokens,
+            "N": max_indices,
+            "BM": max_sequences * max_blocks,
+        }
         self._host: dict[str, torch.Tensor] = {}
         self._device: dict[str, torch.Tensor] = {}
         for name, (dtype, shape) in _FIELDS.items():
@@ -90,9 +103,12 @@ class GroupBatch:
             self._host[name] = host
             self._device[name] = host.to(device) if device.type == "cuda" else host
         self.buffers = _core.BatchBuffers(
-            max_sequences=max_sequences, max_new_tokens=max_new_tokens, max_blocks=max_blocks, max_indices=max_indices,
+            max_sequences=max_sequences,
+            max_new_tokens=max_new_tokens,
+            max_blocks=max_blocks,
+            max_indices=max_indices,
             **{name: tensor.numpy() for name, tensor in self._host.items()},
-        )  # fmt: skip
+        )
 
     def update(self, sizes: tuple[int, int, int, int, int]) -> None:
         """Takes the sizes that the core has filled in, and puts what changed on the device."""
