@@ -279,7 +279,8 @@ class Allocator:
         where = layout.slice(layer, component)
         token_bytes = layout.token_bytes[where.arena]
         mapped = self.core.mapped_extent_bytes(index, where.arena)
-        blocks = -(-mapped // (token_bytes * group.block_size))  # the last one may be mapped in part
+        # The last block may be mapped in part; behind the last one of all, the last page may leave a rest.
+        blocks = min(-(-mapped // (token_bytes * group.block_size)), self._geometry[index].max_blocks)
         view = block_view(self._arena(index, where.arena), where, token_bytes, group.block_size, blocks)
         return view.as_subclass(CacheTensor)
 

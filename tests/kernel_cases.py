@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
+import kernel_oracle
 import pytest
 import torch
 
-import kernel_oracle
 import kvmem
 
 #: name -> (tokens cached before the step, tokens the step computes), per sequence
@@ -26,6 +27,15 @@ on_gpu = pytest.mark.gpu
 BACKENDS = ["virtual", "paged"]
 LAYOUTS = [1, 2, "all"]
 BLOCK_SIZES = [1, 16, 256]
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Tensors here are tiny: a second thread costs more than it computes, above all on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @dataclass

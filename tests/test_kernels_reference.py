@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_cases import BACKENDS, BLOCK_SIZES, LAYOUTS, STEPS, assert_close, make_case, on_gpu
+from kernel_cases import BACKENDS, BLOCK_SIZES, LAYOUTS, STEPS, assert_close, make_case, on_gpu, one_thread
 
 import kvmem
 from kvmem.kernels import reference
 from kvmem.kernels.merge import merge
+
+__all__ = ["one_thread"]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("interleave", LAYOUTS)
