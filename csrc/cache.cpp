@@ -286,7 +286,6 @@ void Cache::commit(const i32* handles, const i32* counts, i64 n, i64 group) {
       windows = windows || window_front(index, g, done + counts[i]) != sequences_.front(index, g);
     }
   }
-  if (windows) settle();
   Transaction tx(*pool_, *this);
   for (i64 i = 0; i < n; ++i) {
     for (i64 g = group_begin(group); g < group_end(group); ++g) {
@@ -322,7 +321,7 @@ void Cache::truncate(i64 handle, i64 tokens) {
                       std::to_string(first) + "; the least that would do is " + std::to_string(first + window - 1));
     }
   }
-  settle();
+  if (table_->pending(index) > pool_->mapper().done()) settle();  // shared pages behind the length may be unmapped
   Transaction tx(*pool_, *this);
   for (i64 g = 0; g < groups_; ++g) {
     if (geometry_.groups[g].growth != Growth::token) continue;
@@ -560,7 +559,7 @@ BatchSizes Cache::fill(const i32* handles, i64 n, const i32* new_tokens, i64 gro
     throw SpecError("a batch of " + std::to_string(rows) + " rows does not fit buffers for " +
                     std::to_string(out.max_sequences));
   }
-  if (rows > n) {
+  if (rows > n && !table_->has_trash(g)) {
     settle();
     Transaction tx(*pool_, *this);
     table_->back_trash(g, tx);

@@ -33,6 +33,7 @@ class PageTable : public PageOwner {
   virtual void close(i64 index, Transaction& tx) = 0;
   // Makes sure that blocks 0 and 1 (kReadTrash, kWriteTrash) of a group exist.
   virtual void back_trash(i64 group, Transaction& tx) = 0;
+  virtual bool has_trash(i64 group) const = 0;
   // Every mapping there is, trash blocks too; no sequence is live any more.
   virtual void unmap_all(Transaction& tx) = 0;
   // Room beyond the length that can be prepared in the background, best effort. False when nothing is to be done.

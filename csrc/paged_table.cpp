@@ -12,6 +12,7 @@
 #include <unordered_map>
 
 #include "page_table.h"
+#include "shared_parts.h"
 
 namespace kvmem {
 namespace {
@@ -111,8 +112,10 @@ class PagedTable final : public PageTable {
   }
 
   void back_trash(i64 group, Transaction& tx) override {
-    const Blocks& b = blocks_[group];
-    if (!b.backed[kReadTrash] || !b.backed[kWriteTrash]) back(group, 0, kTrashBlocks, Zero::always, tx);
+    if (!has_trash(group)) back(group, 0, kTrashBlocks, Zero::always, tx);
+  }
+  bool has_trash(i64 group) const override {
+    return blocks_[group].backed[kReadTrash] && blocks_[group].backed[kWriteTrash];
   }
 
   // Blocks are taken from backed pages as long as there are any, which costs nothing; there is nothing to prepare.
@@ -199,7 +202,7 @@ class PagedTable final : public PageTable {
       i64 token_bytes = 0;
       for (i64 bytes : geometry_.groups[g].token_bytes) token_bytes += bytes;
       i64 tokens = 0;
-      std::unordered_map<i32, i64> shared;  // block -> the most tokens any sharer has in it
+      std::vector<SharedPart> shared;  // in tokens of a block
       for (i64 index = 0; index < sequences_.capacity(); ++index) {
         const i64 first = sequences_.front(index, g), end = sequences_.tokens(index, g);
         tokens += end - first;
@@ -207,14 +210,14 @@ class PagedTable final : public PageTable {
         for (i64 ordinal = first / b.tokens; ordinal * b.tokens < end; ++ordinal) {
           const i32 block = entry(index, g, ordinal);
           if (b.refs[block] <= 1) continue;
-          const i64 part = std::min(end, (ordinal + 1) * b.tokens) - std::max(first, ordinal * b.tokens);
-          i64& most = shared[block];
-          tokens -= std::min(part, most);
-          most = std::max(most, part);
+          const i64 start = ordinal * b.tokens;
+          shared.push_back({block, std::max(first - start, i64{0}), std::min(end - start, b.tokens)});
+          tokens -= shared.back().to - shared.back().from;
         }
       }
-      *used_bytes += tokens * token_bytes;
-      *shared_bytes += static_cast<i64>(shared.size()) * b.tokens * token_bytes;
+      const SharedCount count = count_shared(shared);
+      *used_bytes += (tokens + count.length) * token_bytes;
+      *shared_bytes += count.pieces * b.tokens * token_bytes;
     }
   }
 

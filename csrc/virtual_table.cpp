@@ -9,6 +9,7 @@
 #include <unordered_map>
 
 #include "page_table.h"
+#include "shared_parts.h"
 
 namespace kvmem {
 namespace {
@@ -147,11 +148,13 @@ class VirtualTable final : public PageTable {
   }
 
   void back_trash(i64 group, Transaction& tx) override {
-    const i64 tokens = kTrashBlocks * geometry_.groups[group].block_tokens;
     for (i64 a = first_[group]; a < first_[group + 1]; ++a) {
-      const i64 hi = ceil_div(tokens * token_bytes(group, a), page_bytes());
-      if (extent(0, a).hi < hi) map(0, a, extent(0, a).hi, hi, tx, Zero::always);
+      map(0, a, extent(0, a).hi, trash_slots(group, a), tx, Zero::always);
     }
+  }
+  bool has_trash(i64 group) const override {
+    const i64 a = first_[group + 1] - 1;  // arenas are mapped together
+    return extent(0, a).hi == trash_slots(group, a);
   }
 
   bool map_ahead(i64 index, i64 group, i64 tokens, Transaction& tx) override {
@@ -297,8 +300,8 @@ class VirtualTable final : public PageTable {
   }
 
   void count_bytes(i64* used_bytes, i64* shared_bytes) const override {
-    std::unordered_map<i32, i64> shared;  // page -> the most of it that any sharer uses
-    *used_bytes = *shared_bytes = 0;
+    std::vector<SharedPart> shared;  // in bytes of a page
+    *used_bytes = 0;
     for (i64 index = 0; index < sequences_.capacity(); ++index) {
       const i64 row = row_of_[index];
       if (row < 0) continue;
@@ -311,15 +314,16 @@ class VirtualTable final : public PageTable {
           const Extent& e = extent(row, a);
           for (i64 slot = from / page_bytes(); slot * page_bytes() < to; ++slot) {
             if (pool_.refs(e.pages[slot]) <= 1) continue;
-            const i64 part = std::min(to, (slot + 1) * page_bytes()) - std::max(from, slot * page_bytes());
-            i64& most = shared[e.pages[slot]];
-            *used_bytes -= std::min(part, most);
-            most = std::max(most, part);
+            const i64 start = slot * page_bytes();
+            shared.push_back({e.pages[slot], std::max(from - start, i64{0}), std::min(to - start, page_bytes())});
+            *used_bytes -= shared.back().to - shared.back().from;
           }
         }
       }
     }
-    *shared_bytes = static_cast<i64>(shared.size()) * page_bytes();
+    const SharedCount count = count_shared(shared);
+    *used_bytes += count.length;
+    *shared_bytes = count.pieces * page_bytes();
   }
 
   i64 first_arena(i64 group) const override { return base_arena_ + first_[group]; }
@@ -347,6 +351,9 @@ class VirtualTable final : public PageTable {
   Extent& extent(i64 row, i64 a) { return extents_[row * arenas_ + a]; }
   const Extent& extent(i64 row, i64 a) const { return extents_[row * arenas_ + a]; }
 
+  i64 trash_slots(i64 g, i64 a) const {
+    return ceil_div(kTrashBlocks * geometry_.groups[g].block_tokens * token_bytes(g, a), page_bytes());
+  }
   i64 low_slot(i64 g, i64 a, i64 first_token) const { return first_token * token_bytes(g, a) / page_bytes(); }
   i64 high_slot(i64 g, i64 a, i64 tokens) const {
     if (tokens == 0) return 0;

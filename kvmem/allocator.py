@@ -236,6 +236,7 @@ class Allocator:
         """Refills ``batch`` in place for the sequences ``ids`` (int32 [n]); arguments as for ``batch``."""
         counts = None if new_tokens is None else np.ascontiguousarray(new_tokens, np.int32)
         for index, group in enumerate(batch.groups):
+            group.begin()
             group.update(self.core.fill(ids, counts, index, pad_to or 0, group.buffers))
 
     def _fitting_batch(self, ids: Handles, new_tokens: List[int] | Handles | None, rows: int) -> Batch:
@@ -279,8 +280,8 @@ class Allocator:
         where = layout.slice(layer, component)
         token_bytes = layout.token_bytes[where.arena]
         mapped = self.core.mapped_extent_bytes(index, where.arena)
-        # The last block may be mapped in part; behind the last one of all, the last page may leave a rest.
-        blocks = min(-(-mapped // (token_bytes * group.block_size)), self._geometry[index].max_blocks)
+        # The last one may be mapped in part; behind the last of all, a page may go on.
+        blocks = min(self._geometry[index].max_blocks, -(-mapped // (token_bytes * group.block_size)))
         view = block_view(self._arena(index, where.arena), where, token_bytes, group.block_size, blocks)
         return view.as_subclass(CacheTensor)
 

@@ -94,14 +94,14 @@ class GroupBatch:
             "N": max_indices,
             "BM": max_sequences * max_blocks,
         }
-        self._host: dict[str, torch.Tensor] = {}
-        self._device: dict[str, torch.Tensor] = {}
-        for name, (dtype, shape) in _FIELDS.items():
-            if name in ("rows", "row_starts") and not has_rows:
-                continue
-            host = torch.zeros(lengths[shape], dtype=dtype, pin_memory=device.type == "cuda")
-            self._host[name] = host
-            self._device[name] = host.to(device) if device.type == "cuda" else host
+        on_gpu = device.type == "cuda"
+        self._host = {
+            name: torch.zeros(lengths[shape], dtype=dtype, pin_memory=on_gpu)
+            for name, (dtype, shape) in _FIELDS.items()
+            if has_rows or name not in ("rows", "row_starts")
+        }
+        self._device = {name: host.to(device) for name, host in self._host.items()} if on_gpu else self._host
+        self._uploaded = torch.cuda.Event() if on_gpu else None  # type: ignore[no-untyped-call]
         self.buffers = _core.BatchBuffers(
             max_sequences=max_sequences,
             max_new_tokens=max_new_tokens,
@@ -110,14 +110,21 @@ class GroupBatch:
             **{name: tensor.numpy() for name, tensor in self._host.items()},
         )
 
+    def begin(self) -> None:
+        """Waits until the last upload has read the host's buffers; they are about to be written."""
+        if self._uploaded is not None:
+            self._uploaded.synchronize()
+
     def update(self, sizes: tuple[int, int, int, int, int]) -> None:
-        """Takes the sizes that the core has filled in, and puts what changed on the device."""
+        """Takes the sizes that the core has filled in, and uploads what is used on torch's current stream."""
         self.num_rows, self.num_new_tokens, self.num_indices, self.max_seqlen_q, self.max_seqlen_k = sizes
         self.__dict__.pop("_views", None)
+        if self._uploaded is None:
+            return
         for name, host in self._host.items():
-            if (device := self._device[name]) is not host:
-                used = self._used(name)
-                device[:used].copy_(host[:used], non_blocking=True)
+            used = self._used(name)
+            self._device[name][:used].copy_(host[:used], non_blocking=True)
+        self._uploaded.record()
 
     def _used(self, name: str) -> int:
         counts = {"B": self.num_rows, "B+1": self.num_rows + 1, "T": self.num_new_tokens, "N": self.num_indices}
