@@ -74,18 +74,22 @@ class Case:
 
 
 def make_case(
-    backend: str, step: str, *, seed: int, block_size: int = 16, interleave: int | str = "all", window_tokens: int | None = None,
+    backend: str, step: str, *, seed: int, block_size: int = 16, interleave: int | str = "all",
+    window_tokens: int | None = None,
     pad_to: int | None = None, query_heads: int = 4, kv_heads: int = 2, head_dim: int = 16, device: str = "cpu",
     dtype: torch.dtype = torch.float32, layer: int = 1, tail_guard_tokens: int | None = None,
 ) -> Case:  # fmt: skip
-    """Random K and V in layer ``layer``, the new tokens' included; NaN right behind each sequence, and in the other layers."""
+    """Random K and V in layer ``layer``, the new tokens' included; NaN right behind each sequence, and in the other
+    layers.
+    """
     draw = torch.Generator().manual_seed(seed)
     spec = kvmem.CacheSpec.kv(
         num_layers=LAYERS, num_kv_heads=kv_heads, head_dim=head_dim, dtype=dtype, block_size=block_size,
         window_tokens=window_tokens,
     )  # fmt: skip
     alloc = kvmem.Allocator(
-        spec, backend=backend, device=device, memory="256MiB" if device != "cpu" else "16MiB", max_sequences=8, max_tokens=512,
+        spec, backend=backend, device=device, memory="256MiB" if device != "cpu" else "16MiB", max_sequences=8,
+        max_tokens=512,
         page_bytes=None if device != "cpu" else 4096, interleave=interleave, tail_guard_tokens=tail_guard_tokens,
     )  # fmt: skip
     cached, new = STEPS[step]

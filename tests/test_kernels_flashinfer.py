@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from types import SimpleNamespace
 
-import kernel_oracle
+import kernel_oracle_flashinfer as stand_ins
 import pytest
 import torch
 from kernel_cases import BACKENDS, BLOCK_SIZES, LAYOUTS, Case, assert_close, make_case, on_gpu, one_thread
@@ -24,8 +24,8 @@ WRAPPERS = [
 
 
 def by_hand() -> SimpleNamespace:
-    made = {name: getattr(kernel_oracle, name) for name in [*WRAPPERS, "BatchAttention"]}
-    return SimpleNamespace(**made, append=kernel_oracle.append_paged_kv_cache, options={}, precision=torch.float64)
+    made = {name: getattr(stand_ins, name) for name in [*WRAPPERS, "BatchAttention"]}
+    return SimpleNamespace(**made, append=stand_ins.append_paged_kv_cache, options={}, precision=torch.float64)
 
 
 def real(dtype: torch.dtype) -> SimpleNamespace:
@@ -34,7 +34,8 @@ def real(dtype: torch.dtype) -> SimpleNamespace:
     made = {name: (lambda make: lambda: make(workspace, "NHD"))(getattr(flashinfer, name)) for name in WRAPPERS}
     options = {"device": "cuda", "dtype": dtype, "head_dim": 64}
     return SimpleNamespace(
-        **made, BatchAttention=flashinfer.BatchAttention, append=flashinfer.append_paged_kv_cache, options=options, precision=dtype
+        **made, BatchAttention=flashinfer.BatchAttention, append=flashinfer.append_paged_kv_cache, options=options,
+        precision=dtype
     )  # fmt: skip
 
 
