@@ -377,7 +377,8 @@ class VirtualTable final : public PageTable {
     rows_[row].place = -1;
   }
 
-  // The smallest parked row that holds enough, else the largest. The trash row is never among them.
+  // The smallest parked row that holds enough, else the largest; among equals the first, so that sequences that start
+  // together lie at equal distances and a batch of them is one strided tensor. The trash row is never among them.
   void bind(i64 index, i64 tokens, Transaction& tx) {
     i64 need = 0;
     for (i64 g = 0; g < groups_; ++g) {
@@ -387,8 +388,12 @@ class VirtualTable final : public PageTable {
     const Unbound* best = nullptr;
     for (const Unbound& u : unbound_) {
       const bool fits = u.slots >= need, best_fits = best && best->slots >= need;
-      if (!best || (fits && !best_fits) || (fits == best_fits && (fits ? u.slots < best->slots : u.slots > best->slots)))
+      if (!best || (fits && !best_fits)) {
         best = &u;
+      } else if (fits == best_fits) {
+        const i64 better = fits ? best->slots - u.slots : u.slots - best->slots;
+        if (better > 0 || (better == 0 && u.row < best->row)) best = &u;
+      }
     }
     const i64 row = best->row;  // there are as many rows as sequences
     tx.push({OpKind::bind, 0, sequences_.handle_of(index), row});
@@ -399,7 +404,7 @@ class VirtualTable final : public PageTable {
   void bind_empty(i64 index, Transaction& tx) {
     const Unbound* best = nullptr;
     for (const Unbound& u : unbound_) {
-      if (!best || u.slots < best->slots) best = &u;
+      if (!best || u.slots < best->slots || (u.slots == best->slots && u.row < best->row)) best = &u;
     }
     const i64 row = best->row;
     tx.push({OpKind::bind, 0, sequences_.handle_of(index), row});
