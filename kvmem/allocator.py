@@ -279,7 +279,9 @@ class Allocator:
 
     def _arena(self, group: int, arena: int) -> torch.Tensor:
         if (group, arena) not in self._arenas:
-            self._arenas[group, arena] = torch.from_dlpack(self.core.arena_bytes(group, arena))
+            # A tensor made in inference mode could never be written outside of it.
+            with torch.inference_mode(False):
+                self._arenas[group, arena] = torch.from_dlpack(self.core.arena_bytes(group, arena))
         return self._arenas[group, arena]
 
     # --- memory ---
