@@ -28,7 +28,7 @@ LEVELS: dict[str, int] = {
             "protocols",
             "backends device eviction layouts pool prefix tiers transfer",
             "allocator sequence views",
-            "connectors kernels plan transformers",
+            "connectors kernels lockstep plan transformers",
             "bench cli",
         ]
     )
