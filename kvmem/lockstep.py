@@ -1,12 +1,13 @@
-"""A batch whose rows all have one length, read as one rectangle: what a model written for ``[batch, heads, tokens, width]`` needs.
+"""A batch whose rows all have one length, read as one rectangle ``[batch, heads, tokens, width]``, which models expect.
 
-Each row is a sequence of an allocator. Where rows of the virtual backend lie at equal distances, the rectangle is a strided view of
-the cache and nothing is copied; otherwise, and on the paged backend, reading gathers.
+Each row is a sequence of an allocator. Where rows of the virtual backend lie at equal distances, the rectangle is a
+strided view of the cache and nothing is copied; otherwise, and on the paged backend, reading gathers.
 """
 
 from __future__ import annotations
 
 import weakref
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ EVERY = -1
 
 
 class RowPlace:
-    """Where the rows of one group lie on the virtual backend: ``memory`` is ``Allocator.rows()``, which never changes."""
+    """Where one group's tokens lie on the virtual backend. ``memory`` is ``Allocator.rows()``, which never changes."""
 
     num_blocks = 0
 
@@ -30,11 +31,14 @@ class RowPlace:
         self.slots = _by_row(batch.slot_mapping, len(rows))
         self._rows = rows
         step = rows[1] - rows[0] if len(rows) > 1 else 1
-        even = step > 0 and all(b - a == step for a, b in zip(rows, rows[1:], strict=False))
+        even = step > 0 and all(b - a == step for a, b in pairwise(rows))
         self._slice = slice(rows[0], rows[-1] + 1, step) if even else None
 
     def read(self, memory: torch.Tensor, first: int, end: int) -> torch.Tensor:
-        """Tokens ``[first, end)`` of every row, ``[B, end - first, heads, width]``. Nothing outside them is touched: it may be unmapped."""
+        """Tokens ``[first, end)`` of every row, ``[B, end - first, heads, width]``.
+
+        A view where rows lie at equal distances, else a copy. Touches nothing else: it may be unmapped.
+        """
         if self._slice is not None:
             return memory[self._slice, first:end]
         # Not memory[rows]: torch walks a strided source element by element there, and is an order of magnitude slower.
@@ -42,7 +46,7 @@ class RowPlace:
 
 
 class BlockPlace:
-    """Where they lie on the paged backend: ``memory`` is ``Allocator.tensor()``, of at least ``num_blocks`` blocks."""
+    """Where they lie on the paged backend. ``memory`` is ``Allocator.tensor()``, of at least ``num_blocks`` blocks."""
 
     def __init__(self, batch: GroupBatch, num_rows: int) -> None:
         self.slots = _by_row(batch.slot_mapping, num_rows)
@@ -66,15 +70,15 @@ def _by_row(slots: torch.Tensor, num_rows: int) -> torch.Tensor:
 class LockstepRows:
     """``B`` sequences of ``alloc`` that are extended, truncated and forked together.
 
-    A group's index, or ``EVERY``, says which tokens a call is about; a group that is fixed after prefill has a length of its own.
-    What ``extend`` reserves is committed by the next ``extend``, so every layer has been written by then. ``max_rows`` bounds B.
-    The sequences are freed with this object.
+    A group's index, or ``EVERY``, says which tokens a call is about: a group that is fixed after prefill has a length
+    of its own. What ``extend`` reserves is committed by the next ``extend``, when every layer has been written.
+    ``max_rows`` bounds B. The sequences are freed with this object.
     """
 
     def __init__(self, alloc: Allocator, max_rows: int | None = None) -> None:
         self.alloc = alloc
         self.max_rows = alloc.max_sequences if max_rows is None else max_rows
-        #: While set, nothing is committed until ``commit()``, so that sliding windows can be taken back with ``truncate``.
+        #: While set, nothing is committed before ``commit()``, so that ``truncate`` can take back a sliding window.
         self.recording = False
         self._ids: list[int] = []
         self._tokens: dict[int, int] = {}
@@ -91,15 +95,18 @@ class LockstepRows:
         return self._tokens.get(group, 0)
 
     def extend(self, group: int, num_rows: int, count: int) -> None:
-        """Room for ``count`` more tokens in each row; the first call opens ``num_rows`` of them. Any error leaves all as it was."""
+        """Makes room for ``count`` more tokens in each row; the first call opens ``num_rows`` of them.
+
+        ``OutOfMemory`` or ``SpecError``, and nothing has changed, where that does not fit.
+        """
         opened = not self._ids
         if opened:
             self._check_rows(num_rows)
             self._ids.extend(self.alloc.open_batch(num_rows).tolist())
         elif num_rows != len(self._ids):
             raise SpecError(
-                f"got a batch of {num_rows}; the cache holds tokens of a batch of {len(self._ids)}: reset() it, or change its rows "
-                "with batch_repeat_interleave() or batch_select_indices()"
+                f"got a batch of {num_rows}; the cache holds tokens of a batch of {len(self._ids)}: reset() it, or "
+                "change its rows with batch_repeat_interleave() or batch_select_indices()"
             )
         elif not self.recording:
             self._commit(group)
@@ -114,7 +121,10 @@ class LockstepRows:
         self._places = None
 
     def place(self, group: int) -> RowPlace | BlockPlace:
-        """Where the tokens of group ``group`` lie; ``slots`` [B, n] are the flat slots of those not committed. Valid until a change."""
+        """Where the tokens of group number ``group`` lie, until they next change.
+
+        ``slots``, int64 [B, n], are the flat slots of the n tokens that are not committed.
+        """
         if self._places is None:
             batch = self.alloc.batch(self._handles())
             self._places = [self._place(b) for b in batch.groups]
@@ -136,7 +146,10 @@ class LockstepRows:
             self._pending[group] = 0
 
     def truncate(self, num_tokens: int) -> None:
-        """Keeps the first ``num_tokens`` tokens of each row and commits them. ``SpecError`` where a sliding window has dropped some."""
+        """Keeps the first ``num_tokens`` tokens of each row and commits them.
+
+        ``SpecError``, and nothing has changed, where a sliding window has dropped tokens that would be seen again.
+        """
         removed = self.num_tokens() - num_tokens
         if removed > 0:
             for handle in self._ids:  # equal rows: if one is refused, so is the first
@@ -149,8 +162,9 @@ class LockstepRows:
     def rearrange(self, parents: list[int]) -> None:
         """Row i becomes a copy of what row ``parents[i]`` is now.
 
-        The first child of a row takes its place and further ones are forks, which share all but the last page or block, so no row is
-        ever copied whole. Needs memory and sequences for the forks before what is dropped is given back; ``OutOfMemory`` changes nothing.
+        The first child of a row takes its place and further ones are forks, which share all but the last page or block:
+        no row is ever copied whole. The forks need memory and sequences before what is dropped gives them back.
+        ``OutOfMemory``, and nothing has changed, where there is none.
         """
         if parents == list(range(len(self._ids))):
             return
@@ -194,8 +208,8 @@ class LockstepRows:
     def _check_rows(self, num_rows: int) -> None:
         if num_rows > self.max_rows:
             raise SpecError(
-                f"got a batch of {num_rows} (beams and returned sequences count); the cache was made for {self.max_rows}: "
-                "use a smaller batch, or raise max_batch"
+                f"got a batch of {num_rows}, beams and returned sequences included; the cache was made for "
+                f"{self.max_rows}: use a smaller batch or fewer beams, or raise max_batch"
             )
 
     def _handles(self) -> np.ndarray:

@@ -3,8 +3,8 @@
     cache = KVMemCache(model, memory="2GiB", max_batch=8, max_tokens=4096)
     model.generate(**inputs, past_key_values=cache, num_beams=4)
 
-Attention stays the model's own. On the virtual backend it reads a view of the cache (beam search gathers); on the paged backend each
-layer's tokens are gathered first, which suits tests more than speed. Beams share the memory of what they have in common.
+Attention stays the model's own. On the virtual backend it reads a view of the cache (beam search gathers); on the paged
+backend each layer's tokens are gathered first, which suits tests more than speed. Beams share what they have in common.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from kvmem.spec import CacheSpec
 __all__ = ["KVMemCache", "KVMemEncoderDecoderCache", "KVMemLayer"]
 
 
-class KVMemLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is optional, so its classes are Any to mypy
+# transformers is optional, so its classes are Any to mypy, which objects to deriving from that.
+class KVMemLayer(CacheLayerMixin):  # type: ignore[misc]
     """One layer's view of the rows that all layers of a cache share. Made by the caches."""
 
     is_croppable = True
@@ -51,9 +52,9 @@ class KVMemLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is opti
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Stores K and V of the new tokens, ``[B, heads, n, width]``; returns those of all tokens that their queries may see.
+        """Stores K and V of n new tokens, ``[B, heads, n, width]``; returns those of all tokens that their queries see.
 
-        The first layer of a step makes room in every layer's name: ``OutOfMemory`` comes from there, and nothing has changed.
+        The first layer of a step makes room for all layers: ``OutOfMemory`` comes from there, and nothing has changed.
         ``SpecError`` if batch, dtype, device or shape is not what the cache was made for.
         """
         self._check(self._names[0], key_states)
@@ -64,8 +65,9 @@ class KVMemLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is opti
             self._rows.extend(self._growth, num_rows, count)
         elif self.num_tokens + count != held or num_rows != self._rows.num_rows:
             raise SpecError(
-                f"layer {self._layer} holds {self.num_tokens} tokens and got {count} more in a batch of {num_rows}; other layers have "
-                f"{held} in a batch of {self._rows.num_rows}: a step stopped half-way, so crop() what it added, or reset()"
+                f"layer {self._layer} holds {self.num_tokens} tokens and got {count} more in a batch of {num_rows}; "
+                f"other layers have {held} in a batch of {self._rows.num_rows}: a step stopped half-way, so crop() what it "
+                "added, or reset()"
             )
         first = self._first_token()
         self.is_initialized = True
@@ -82,12 +84,12 @@ class KVMemLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is opti
         dtype = self._component[name].dtype
         if (states.dtype, states.device, states.shape[1], states.shape[3]) != (dtype, alloc.device, heads, width):
             raise SpecError(
-                f"layer {self._layer} got {name!r} of {states.shape[1]} heads of {states.shape[3]} in {states.dtype} on {states.device}; "
-                f"the cache was made for {heads} heads of {width} in {dtype} on {alloc.device}: make it from the model itself, or "
-                "pass the dtype and device that the model runs in"
+                f"layer {self._layer}: got {name!r} of {states.shape[1]} heads of {states.shape[3]}, {states.dtype} on "
+                f"{states.device}; the cache was made for {heads} heads of {width}, {dtype} on {alloc.device}: make it "
+                "from the model itself, or pass the dtype and device that the model runs in"
             )
         if states.requires_grad and torch.is_grad_enabled():
-            raise SpecError("the cache does not carry gradients; run the model under torch.no_grad() or torch.inference_mode()")
+            raise SpecError("the cache carries no gradients; run the model under torch.no_grad() or inference_mode()")
 
     def _first_token(self) -> int:
         """The first token that the query after ``num_tokens`` tokens sees."""
@@ -104,7 +106,7 @@ class KVMemLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is opti
         return place.read(self._tensor(name), first, self.num_tokens).transpose(1, 2)
 
     def _tensor(self, name: str) -> torch.Tensor:
-        """Blocks or rows of one component, as the place wants them. Kept, since making the view costs as much as a small copy."""
+        """Rows or blocks of one component, as ``place`` reads them. Kept, since making the view costs as much as a copy."""
         alloc, num_blocks = self._rows.alloc, self._rows.place(self._group).num_blocks
         memory = self._memory.get(name)
         if memory is None or memory.shape[0] < num_blocks:
@@ -115,7 +117,7 @@ class KVMemLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is opti
 
     @property
     def keys(self) -> torch.Tensor | None:
-        """K of the tokens held, ``[B, heads, tokens, width]``; None when there are none. Cross attention reads it at every step."""
+        """K of the tokens held, ``[B, heads, tokens, width]``, or None. Cross attention reads it at every step."""
         return self._read(self._names[0], self._first_token()) if self.num_tokens else None
 
     @property
@@ -146,7 +148,7 @@ class KVMemLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is opti
         self.record_past = True
 
     def _refuse(self, *args: object) -> NoReturn:
-        raise NotImplementedError("the layers of a KVMemCache share their rows, so this is done to the cache as a whole")
+        raise NotImplementedError("the layers of a KVMemCache share their rows: call the method of the cache")
 
     offload = prefetch = reset = reorder_cache = crop = _refuse
 
@@ -154,19 +156,28 @@ class KVMemLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is opti
 class KVMemCache(Cache):  # type: ignore[misc]
     """The cache of a decoder, with kvmem's memory behind it.
 
-    source: the model, its config, or an ``Allocator`` whose spec has K and V for each layer (it may serve others meanwhile; beam search
-        needs up to twice the batch in ``max_sequences``). With an allocator, leave out what follows.
-    memory: physical budget in bytes or as ``"2GiB"``. max_batch: rows at once, beams included. max_tokens: prompt plus new ones.
-    backend, device, dtype: as for ``Allocator`` and ``CacheSpec.from_config``; device and dtype default to the model's.
-    options: further arguments of ``Allocator``.
+    source: the model, its config, or an ``Allocator`` whose spec has K and V for each layer. With an allocator, which
+        may serve others too, leave out what follows; beam search needs up to twice the batch in its ``max_sequences``.
+    max_batch: rows at once, beams and returned sequences included. max_tokens: prompt plus new tokens.
+    dtype, device: of the cache; default the model's, or what the config says and the CPU.
+    options: ``memory="2GiB"``, ``backend="paged"`` and all else that ``Allocator`` takes.
 
-    ``generate()`` leaves the tokens in the cache, so that the next turn can go on; ``reset()`` frees them and keeps the memory ready,
-    ``close()`` (or a with-statement) gives it back too. A cache that is garbage frees its sequences. Not for training: it carries no
-    gradients. ``OutOfMemory`` in a step leaves the cache as it was before that step.
+    ``generate()`` leaves the tokens in the cache, so that a next turn can go on. ``reset()`` frees them and keeps the
+    memory ready; ``close()``, or leaving a with-statement, gives that back too; a cache that is garbage frees its sequences.
+    ``OutOfMemory`` in a step leaves the cache as it was before that step. Not for training: it carries no gradients.
     """
 
-    def __init__(self, source: PreTrainedModel | PreTrainedConfig | Allocator, **sizes: Any) -> None:
-        rows = _open_rows(source, **sizes)
+    def __init__(
+        self,
+        source: PreTrainedModel | PreTrainedConfig | Allocator,
+        *,
+        max_batch: int | None = None,
+        max_tokens: int | None = None,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device | None = None,
+        **options: Any,
+    ) -> None:
+        rows = _open_rows(source, max_batch, max_tokens, dtype, device, options)
         if any(g.growth == "prefill" for g in rows.alloc.spec.groups):
             raise SpecError("the model has cross attention; use KVMemEncoderDecoderCache, which holds both caches")
         self._init(rows, ("k", "v"))
@@ -197,7 +208,7 @@ class KVMemCache(Cache):  # type: ignore[misc]
         self._rows.alloc.trim()
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Row i goes on from row ``beam_idx[i]``: beams that part share their past. ``OutOfMemory``, and nothing changed."""
+        """Row i goes on from what row ``beam_idx[i]`` is now, in shared memory. ``OutOfMemory``: nothing has changed."""
         self._rows.rearrange(beam_idx.tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -211,11 +222,11 @@ class KVMemCache(Cache):  # type: ignore[misc]
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the last ``-tokens_to_remove`` tokens; 0 only lets sliding windows drop what they have passed.
 
-        As transformers, refuses a positive number. A sliding window can be taken back by what came after the last step, or, after
-        ``activate_past_recording()``, after the last ``crop``; ``SpecError`` beyond that.
+        Refuses a positive number, as transformers does. A sliding window can be taken back by the last step, or, once
+        ``activate_past_recording()`` was called, by all that came since the last ``crop``; ``SpecError`` beyond that.
         """
         if tokens_to_remove > 0:
-            raise SpecError(f"tokens_to_remove: got {tokens_to_remove}; give the number of tokens to remove as a negative one")
+            raise SpecError(f"tokens_to_remove: got {tokens_to_remove}; to remove n tokens give -n")
         length = max(0, self._rows.num_tokens() + tokens_to_remove)
         self._rows.truncate(length)
         self._set_length(length)
@@ -254,18 +265,25 @@ class KVMemCache(Cache):  # type: ignore[misc]
 
 
 class KVMemEncoderDecoderCache(EncoderDecoderCache):  # type: ignore[misc]
-    """Self and cross attention of an encoder-decoder model in one allocator; arguments, and how it ends, as for ``KVMemCache``.
+    """Self and cross attention of an encoder-decoder model, in one allocator; arguments and life as for ``KVMemCache``.
 
-    A row's two caches are one sequence, whose cross-attention group is filled once: a beam that forks shares its whole encoder output.
+    A row's two caches are one sequence, whose cross-attention group is filled once; beams share it.
     """
 
-    def __init__(self, source: PreTrainedModel | PreTrainedConfig | Allocator, **sizes: Any) -> None:
-        self._rows = _open_rows(source, **sizes)
+    def __init__(
+        self,
+        source: PreTrainedModel | PreTrainedConfig | Allocator,
+        *,
+        max_batch: int | None = None,
+        max_tokens: int | None = None,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device | None = None,
+        **options: Any,
+    ) -> None:
+        self._rows = _open_rows(source, max_batch, max_tokens, dtype, device, options)
         if not any(g.growth == "prefill" for g in self._rows.alloc.spec.groups):
             raise SpecError("the model has no cross attention; use KVMemCache")
-        super().__init__(
-            KVMemCache._over(self._rows, ("k", "v")), KVMemCache._over(self._rows, ("cross_k", "cross_v"))
-        )
+        super().__init__(KVMemCache._over(self._rows, ("k", "v")), KVMemCache._over(self._rows, ("cross_k", "cross_v")))
 
     @property
     def allocator(self) -> Allocator:
@@ -298,22 +316,30 @@ class KVMemEncoderDecoderCache(EncoderDecoderCache):  # type: ignore[misc]
 
 
 def _open_rows(
-    source: PreTrainedModel | PreTrainedConfig | Allocator, *, max_batch: int | None = None, dtype: torch.dtype | None = None,
-    device: str | torch.device | None = None, **options: Any,
-) -> LockstepRows:  # fmt: skip
+    source: PreTrainedModel | PreTrainedConfig | Allocator,
+    max_batch: int | None,
+    max_tokens: int | None,
+    dtype: torch.dtype | None,
+    device: str | torch.device | None,
+    options: dict[str, Any],
+) -> LockstepRows:
     if isinstance(source, Allocator):
-        given = {"max_batch": max_batch, "dtype": dtype, "device": device, **options}
+        given = {"max_batch": max_batch, "max_tokens": max_tokens, "dtype": dtype, "device": device, **options}
         if wrong := [name for name, value in given.items() if value is not None]:
-            raise SpecError(f"{', '.join(wrong)}: an allocator has its sizes; leave out what comes after it")
+            raise SpecError(f"{', '.join(wrong)}: an allocator brings its own; leave out what comes after it")
         return LockstepRows(source)
-    if max_batch is None or "max_tokens" not in options:
-        raise SpecError("max_batch, max_tokens: a cache needs both, and memory; rows and tokens cost addresses until they are used")
+    if max_batch is None or max_tokens is None:
+        raise SpecError(
+            f"max_batch, max_tokens: got {max_batch} and {max_tokens}; a cache needs both, and they cost only addresses"
+        )
     config = source
     if isinstance(source, PreTrainedModel):
         config, dtype = source.config, dtype or source.dtype
-        device = device or (source.device if options.get("pool") is None else None)  # a pool has its own
-    # Twice the rows: beams are forked before the ones they replace are freed. Sequences cost addresses, not memory.
-    alloc = Allocator(CacheSpec.from_config(config, dtype=dtype), device=device, max_sequences=2 * max_batch, **options)
+        if options.get("pool") is None:  # a pool has a device of its own
+            device = device or source.device
+    spec = CacheSpec.from_config(config, dtype=dtype)
+    # Twice the rows, because beams are forked before the ones they replace are freed.
+    alloc = Allocator(spec, max_sequences=2 * max_batch, max_tokens=max_tokens, device=device, **options)
     return LockstepRows(alloc, max_batch)
 
 
@@ -321,14 +347,14 @@ def _layers(rows: LockstepRows, names: tuple[str, str]) -> list[KVMemLayer | Dum
     """A layer object per model layer; dummies where a layer caches nothing, or reads what an earlier one has stored."""
     spec = rows.alloc.spec
     layers: list[KVMemLayer | DummyLayer] = []
-    for layer in range(spec.num_layers):
-        components = {c.name: c for c in spec.layer_components(layer)}
-        if any(c.planes or c.growth == "fixed" for c in components.values()) or (components and not components.keys() >= set(names)):
+    for number in range(spec.num_layers):
+        components = {c.name: c for c in spec.layer_components(number)}
+        if components and not components.keys() >= set(names):
             raise SpecError(
-                f"layer {layer} stores {', '.join(components)}; transformers' attention stores {' and '.join(names)} per head, so this "
-                "spec does not describe it"
+                f"layer {number} stores {', '.join(components)}; the attention of transformers stores "
+                f"{' and '.join(names)} of each head, which this spec does not describe"
             )
-        group = spec.groups[spec.group_of(layer, names[0])] if components else None
-        reads_another = group is not None and group.component(names[0]).scope == "shared" and layer != group.layers[0]
-        layers.append(DummyLayer() if group is None or reads_another else KVMemLayer(rows, layer, names))
+        group = spec.groups[spec.group_of(number, names[0])] if components else None
+        reads_another = group is not None and components[names[0]].scope == "shared" and number != group.layers[0]
+        layers.append(DummyLayer() if group is None or reads_another else KVMemLayer(rows, number, names))
     return layers
