@@ -66,8 +66,8 @@ class KVMemLayer(CacheLayerMixin):  # type: ignore[misc]
         elif self.num_tokens + count != held or num_rows != self._rows.num_rows:
             raise SpecError(
                 f"layer {self._layer} holds {self.num_tokens} tokens and got {count} more in a batch of {num_rows}; "
-                f"other layers have {held} in a batch of {self._rows.num_rows}: a step stopped half-way, so crop() what it "
-                "added, or reset()"
+                f"other layers have {held} in a batch of {self._rows.num_rows}: a step stopped half-way, so crop() "
+                "what it added, or reset()"
             )
         first = self._first_token()
         self.is_initialized = True
@@ -106,7 +106,7 @@ class KVMemLayer(CacheLayerMixin):  # type: ignore[misc]
         return place.read(self._tensor(name), first, self.num_tokens).transpose(1, 2)
 
     def _tensor(self, name: str) -> torch.Tensor:
-        """Rows or blocks of one component, as ``place`` reads them. Kept, since making the view costs as much as a copy."""
+        """Rows or blocks of one component, as ``place`` reads them. Kept, as making the view costs as much as a copy."""
         alloc, num_blocks = self._rows.alloc, self._rows.place(self._group).num_blocks
         memory = self._memory.get(name)
         if memory is None or memory.shape[0] < num_blocks:
@@ -163,7 +163,7 @@ class KVMemCache(Cache):  # type: ignore[misc]
     options: ``memory="2GiB"``, ``backend="paged"`` and all else that ``Allocator`` takes.
 
     ``generate()`` leaves the tokens in the cache, so that a next turn can go on. ``reset()`` frees them and keeps the
-    memory ready; ``close()``, or leaving a with-statement, gives that back too; a cache that is garbage frees its sequences.
+    memory ready; ``close()``, or leaving a with-statement, gives that back too; a cache that is garbage frees its rows.
     ``OutOfMemory`` in a step leaves the cache as it was before that step. Not for training: it carries no gradients.
     """
 
@@ -208,7 +208,7 @@ class KVMemCache(Cache):  # type: ignore[misc]
         self._rows.alloc.trim()
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Row i goes on from what row ``beam_idx[i]`` is now, in shared memory. ``OutOfMemory``: nothing has changed."""
+        """Row i goes on from what row ``beam_idx[i]`` is now, in shared memory. ``OutOfMemory`` changes nothing."""
         self._rows.rearrange(beam_idx.tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
