@@ -16,7 +16,7 @@ import kvmem
 
 pytest.importorskip("transformers", reason="needs the extra kvmem[transformers]")
 
-from transformers import (  # noqa: E402
+from transformers import (
     BartConfig,
     BartForConditionalGeneration,
     DynamicCache,
@@ -30,7 +30,7 @@ from transformers import (  # noqa: E402
     T5ForConditionalGeneration,
 )
 
-from kvmem.transformers import KVMemCache, KVMemEncoderDecoderCache  # noqa: E402
+from kvmem.transformers import KVMemCache, KVMemEncoderDecoderCache
 
 BACKENDS = ["virtual", "paged"]
 VOCABULARY = 97
@@ -123,8 +123,8 @@ def open_cache(model: PreTrainedModel, backend: str, **options: Any) -> KVMemCac
 
 def dynamic_cache(model: PreTrainedModel) -> DynamicCache | EncoderDecoderCache:
     if model.config.is_encoder_decoder:
-        decoder = model.config.get_text_config(decoder=True)
-        return EncoderDecoderCache(DynamicCache(config=decoder), DynamicCache(config=decoder))
+        # Not from the config: for T5 that counts the encoder's layers.
+        return EncoderDecoderCache(DynamicCache(), DynamicCache())
     return DynamicCache(config=model.config)
 
 
@@ -327,22 +327,22 @@ def test_a_window_gives_back_what_it_has_passed(backend: str) -> None:
 def test_out_of_memory_leaves_the_cache_usable(name: str, backend: str) -> None:
     model, inputs = model_of(name), prompts(rows=2, length=30)
     expected = generate(model, inputs, dynamic_cache(model))
-    need = open_cache(model, backend)
-    generate(model, inputs, need)
-    pages = need.allocator.stats().mapped_bytes // 4096
-    failures = 0
-    for budget in range(2, pages):
+    fits, budget = False, 1
+    while not fits:  # one page more each time, so that it fails at every place where it can
+        budget += 1
         cache = open_cache(model, backend, memory=budget * 4096)
-        with pytest.raises(kvmem.OutOfMemory, match="set_memory"):
-            generate(model, inputs, cache)
-        failures += 1
+        try:
+            assert_same(generate(model, inputs, cache), expected)
+            fits = True
+        except kvmem.OutOfMemory as error:
+            assert "set_memory" in str(error)
         assert cache.allocator.check() == []
         cache.reset()
         assert_freed(cache.allocator)
-        if budget in (2, pages - 1):
-            cache.allocator.set_memory(pages * 4096)
+        if not fits and budget % 4 == 0:
+            cache.allocator.set_memory("1MiB")
             assert_same(generate(model, inputs, cache), expected)
-    assert failures
+    assert budget > 8
 
 
 def test_out_of_memory_in_a_step_keeps_the_tokens_before_it() -> None:
@@ -362,7 +362,7 @@ def test_out_of_memory_in_a_step_keeps_the_tokens_before_it() -> None:
 
 def test_fork_without_memory_changes_nothing() -> None:
     model, inputs = model_of("llama"), prompts(rows=1, length=40)
-    cache = open_cache(model, "virtual", memory=4 * 4096)
+    cache = open_cache(model, "virtual", memory=7 * 4096)
     with torch.no_grad():
         model(inputs["input_ids"], past_key_values=cache)
         keys = cache.layers[0].keys.clone()
@@ -405,7 +405,7 @@ def test_crop() -> None:
     cache = open_cache(model, "paged")
     with torch.no_grad():
         model(inputs["input_ids"], past_key_values=cache)
-        with pytest.raises(ValueError, match="give -3"):
+        with pytest.raises(ValueError, match="give -3 to remove 3"):
             cache.crop(3)
         cache.crop(-2)
         assert cache.get_seq_length() == 28
@@ -450,7 +450,7 @@ def test_a_prompt_computed_once_is_continued_twice(name: str, backend: str) -> N
         assert_same(generate(model, inputs, branch), generate(model, inputs, dynamic_cache(model)))
         branch.reset()
     assert cache.get_seq_length() == 33
-    assert alloc.stats().used_bytes == alone
+    assert alloc.stats().used_bytes <= alone  # less where the fork let a window move on
     assert alloc.check() == []
 
 
@@ -468,9 +468,10 @@ def test_rows_are_freed_with_the_cache() -> None:
     assert alloc.stats().num_sequences == 1
     with KVMemCache(alloc) as cache:
         generate(model, inputs, cache)
+        assert alloc.stats().num_sequences == 3
+    assert alloc.stats().parked_bytes == 0
     other.free()
     assert_freed(alloc)
-    assert alloc.stats().parked_bytes == 0
 
 
 def test_it_is_imported_only_when_asked_for() -> None:
