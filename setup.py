@@ -27,7 +27,7 @@ link_args = ["-ldl", "-pthread"]
 if DEBUG or SANITIZE:
     compile_args += ["-O1", "-g", "-fno-omit-frame-pointer", "-UNDEBUG"]
 else:
-    compile_args += ["-O2", "-g0", "-DNDEBUG"]
+    compile_args += ["-O3", "-g0", "-DNDEBUG"]
     link_args += ["-Wl,-s"]  # strip: the symbol names of nanobind's templates would double the file
 if DEBUG:
     compile_args += ["-DKVMEM_DEBUG"]

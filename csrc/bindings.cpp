@@ -9,7 +9,8 @@ using namespace kvmem;
 
 namespace {
 
-// Raises kvmem.errors.<name>(what, *extra). The classes live in Python so that they can also be a MemoryError, ValueError ...
+// Raises kvmem.errors.<name>(what, *extra). The classes live in Python so that they can also be a MemoryError,
+// ValueError ...
 template <class... Extra>
 void raise(const char* name, const char* what, Extra... extra) {
   nb::object type = nb::module_::import_("kvmem.errors").attr(name);

@@ -29,7 +29,8 @@ OpKind kind_of(const std::string& name) {
   for (int i = 0; i < kOpKinds; ++i) {
     if (name == kNames[i]) return static_cast<OpKind>(i);
   }
-  throw SpecError("op kind '" + name + "' is not one of create, destroy, map, unmap, zero, copy, fence, open, close, "
+  throw SpecError("op kind '" + name +
+                  "' is not one of create, destroy, map, unmap, zero, copy, fence, open, close, "
                   "bind, unbind, length, commit, front, block");
 }
 
@@ -123,15 +124,24 @@ void bind_buffers(nb::module_& m) {
 }
 
 void bind_geometry(nb::module_& m) {
-  nb::enum_<Growth>(m, "Growth").value("token", Growth::token).value("prefill", Growth::prefill).value("fixed", Growth::fixed);
+  nb::enum_<Growth>(m, "Growth")
+      .value("token", Growth::token)
+      .value("prefill", Growth::prefill)
+      .value("fixed", Growth::fixed);
   nb::enum_<Zero>(m, "Zero").value("never", Zero::never).value("fresh", Zero::fresh).value("always", Zero::always);
   nb::class_<GroupGeometry>(m, "GroupGeometry", "Where one group's tokens lie; see kvmem.layouts.")
       .def(
           "__init__",
           [](GroupGeometry* self, Growth growth, i64 block_tokens, i64 window_tokens, i64 max_tokens, i64 row_tokens,
              i64 max_blocks, std::vector<i64> token_bytes, std::vector<i64> row_slots, std::vector<i64> arena_slots) {
-            new (self) GroupGeometry{growth,     block_tokens, window_tokens,          max_tokens,
-                                     row_tokens, max_blocks,   std::move(token_bytes), std::move(row_slots),
+            new (self) GroupGeometry{growth,
+                                     block_tokens,
+                                     window_tokens,
+                                     max_tokens,
+                                     row_tokens,
+                                     max_blocks,
+                                     std::move(token_bytes),
+                                     std::move(row_slots),
                                      std::move(arena_slots)};
           },
           nb::kw_only(), "growth"_a, "block_tokens"_a, "window_tokens"_a, "max_tokens"_a, "row_tokens"_a,
@@ -213,10 +223,9 @@ void bind_cache(nb::module_& m) {
   nb::class_<Cache>(m, "Cache", "Sequences over one of the two page tables; kvmem.Allocator is its public face.")
       .def(
           "__init__",
-          [](Cache* self, const Geometry& geometry, std::shared_ptr<PagePool> pool, bool paged, i64 limit_pages) {
-            new (self) Cache(geometry, std::move(pool), paged, limit_pages);
-          },
-          nb::kw_only(), "geometry"_a, "pool"_a, "paged"_a, "limit_pages"_a, Free())
+          [](Cache* self, const Geometry& geometry, std::shared_ptr<PagePool> pool, bool paged, i64 limit_pages,
+             bool owns_pool) { new (self) Cache(geometry, std::move(pool), paged, limit_pages, owns_pool); },
+          nb::kw_only(), "geometry"_a, "pool"_a, "paged"_a, "limit_pages"_a, "owns_pool"_a, Free())
       .def(
           "open",
           [](Cache& c) {
@@ -258,10 +267,10 @@ void bind_cache(nb::module_& m) {
           "handles"_a.noconvert(), "counts"_a.noconvert(), "group"_a = -1, Free())
       .def("truncate", &Cache::truncate, "handle"_a, "tokens"_a, Free())
       .def("fork", &Cache::fork, "handle"_a, Free())
-      .def("free", [](Cache& c, i32 handle) { c.free(&handle, 1); }, "handle"_a, Free())
       .def(
-          "free_batch",
-          [](Cache& c, In<i32> handles) { c.free(handles.data(), static_cast<i64>(handles.shape(0))); },
+          "free", [](Cache& c, i32 handle) { c.free(&handle, 1); }, "handle"_a, Free())
+      .def(
+          "free_batch", [](Cache& c, In<i32> handles) { c.free(handles.data(), static_cast<i64>(handles.shape(0))); },
           "handles"_a.noconvert(), Free())
       .def("tokens", &Cache::tokens, "handle"_a, "group"_a = -1)
       .def("committed", &Cache::committed, "handle"_a, "group"_a = -1)
@@ -276,8 +285,7 @@ void bind_cache(nb::module_& m) {
           },
           "handles"_a.noconvert(), "group"_a, "tokens"_a.noconvert(), "committed"_a.noconvert())
       .def(
-          "row", [](Cache& c, i64 handle, i64 group) { return c.place(handle, group).row; }, "handle"_a,
-          "group"_a = -1)
+          "row", [](Cache& c, i64 handle, i64 group) { return c.place(handle, group).row; }, "handle"_a, "group"_a = -1)
       .def(
           "fill",
           [](Cache& c, In<i32> handles, std::optional<In<i32>> new_tokens, i64 group, i64 rows, const Buffers& out) {
@@ -291,13 +299,18 @@ void bind_cache(nb::module_& m) {
             return nb::make_tuple(s.rows, s.new_tokens, s.indices, s.max_new_tokens, s.max_tokens);
           },
           "handles"_a.noconvert(), "new_tokens"_a.noconvert().none(), "group"_a, "rows"_a, "out"_a,
-          "-> (rows, new tokens, indices, most new tokens of a sequence, longest sequence)")
+          nb::sig("def fill(self, handles: NDArray[numpy.int32], new_tokens: NDArray[numpy.int32] | None, group: int, "
+                  "rows: "
+                  "int, out: BatchBuffers) -> tuple[int, int, int, int, int]"),
+          "Returns rows, new tokens, indices, most new tokens of a sequence, longest sequence.")
       .def("trim", &Cache::trim, "bytes"_a, Free())
-      .def("set_memory", &Cache::set_memory, "pages"_a, "resize_pool"_a, Free())
+      .def("set_memory", &Cache::set_memory, "pages"_a, Free())
       .def("stats", &Cache::stats, Free())
       .def("check", &Cache::check, Free())
       .def("record", &Cache::record, Free())
-      .def("take_ops", [](Cache& c) { return to_records(c.take_ops()); })
+      .def(
+          "take_ops", [](Cache& c) { return to_records(c.take_ops()); },
+          nb::sig("def take_ops(self) -> list[tuple[str, int, int, int, int, int]]"))
       .def(
           "apply",
           [](Cache& c, const nb::sequence& records) {
@@ -305,7 +318,7 @@ void bind_cache(nb::module_& m) {
             nb::gil_scoped_release release;
             c.apply(ops);
           },
-          "ops"_a)
+          "ops"_a, nb::sig("def apply(self, ops: Sequence[Sequence[str | int]]) -> None"))
       .def("arena_bytes", &arena_bytes, "group"_a, "arena"_a)
       .def("mapped_extent_bytes", &Cache::mapped_extent_bytes, "group"_a, "arena"_a, Free())
       .def("handles", &Cache::handles, Free());

@@ -1,5 +1,5 @@
-// The allocator's core: sequences over one of the two page tables. Python-free and device-free but for the pool's space.
-// Any number of threads may call; the pool's lock serialises them, also across allocators that share the pool.
+// The allocator's core: sequences over one of the two page tables. Python-free and device-free but for the pool's
+// space. Any number of threads may call; the pool's lock serialises them, also across allocators that share the pool.
 #pragma once
 
 #include <memory>
@@ -23,7 +23,9 @@ struct CacheStats {
 
 class Cache final : public TableState {
  public:
-  Cache(Geometry geometry, std::shared_ptr<PagePool> pool, bool paged, i64 limit_pages);
+  // `owns_pool`: no other allocator uses the pool, so its budget follows set_memory(), and its memory may stay mapped
+  // for tensors that outlive the allocator.
+  Cache(Geometry geometry, std::shared_ptr<PagePool> pool, bool paged, i64 limit_pages, bool owns_pool);
   ~Cache() override;
 
   // `group` -1 stands for every group that grows with the sequence's tokens.
@@ -47,7 +49,7 @@ class Cache final : public TableState {
 
   i64 trim(i64 bytes);  // parked and free pages to the system; -1 for all; returns the bytes given back
   // How much this allocator may map. With a pool of its own this is the pool's budget too.
-  void set_memory(i64 pages, bool resize_pool);
+  void set_memory(i64 pages);
   CacheStats stats();
   std::vector<std::string> check();
   bool paged() const { return paged_; }
@@ -68,6 +70,7 @@ class Cache final : public TableState {
   Lock enter();
   void settle();  // the mapper is idle and its failures are taken back
   void leave();
+  void free_one(i64 index, Transaction& tx);
   i64 group_begin(i64 group) const { return group < 0 ? 0 : group; }
   i64 group_end(i64 group) const { return group < 0 ? groups_ : group + 1; }
   bool grows(i64 g, i64 group) const { return group >= 0 || geometry_.groups[g].growth == Growth::token; }
@@ -88,13 +91,13 @@ class Cache final : public TableState {
 
   Geometry geometry_;
   std::shared_ptr<PagePool> pool_;
-  const bool paged_;
+  const bool paged_, owns_pool_;
   const i64 groups_;
   const i64 token_group_;  // the first group that grows with the tokens, or 0
   Sequences sequences_;
   std::unique_ptr<PageTable> table_;
-  std::vector<i64> indices_;   // of the call in progress
-  std::vector<i64> stamp_;     // by sequence: the last call that named it
+  std::vector<i64> indices_;  // of the call in progress
+  std::vector<i64> stamp_;    // by sequence: the last call that named it
   i64 call_ = 0;
   ForkGuard fork_guard_;
 };

@@ -22,8 +22,8 @@ Device::~Device() {
 void Device::find(int index) {
   const Result code = api_.cuInit(0);
   if (code == kNoDevice) {
-    throw DeviceError("no CUDA device: cuInit says " + api_.describe(code) + " (is CUDA_VISIBLE_DEVICES empty?)", "cuInit",
-                      code);
+    throw DeviceError("no CUDA device: cuInit says " + api_.describe(code) + " (is CUDA_VISIBLE_DEVICES empty?)",
+                      "cuInit", code);
   }
   check(code, "cuInit");
   int devices = 0;
@@ -37,9 +37,10 @@ void Device::find(int index) {
   int supported = 0;
   check(api_.cuDeviceGetAttribute(&supported, kAttributeVmmSupported, id_), "cuDeviceGetAttribute");
   if (!supported) {
-    throw DeviceError("cuda:" + std::to_string(index) +
-                          " has no virtual memory management (some virtualised GPUs and WSL2 lack it); kvmem cannot use it",
-                      "cuDeviceGetAttribute");
+    throw DeviceError(
+        "cuda:" + std::to_string(index) +
+            " has no virtual memory management (some virtualised GPUs and WSL2 lack it); kvmem cannot use it",
+        "cuDeviceGetAttribute");
   }
 }
 

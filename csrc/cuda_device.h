@@ -25,8 +25,8 @@ class Device {
   AllocationProp prop() const;  // of exactly the memory that create() makes: granularity depends on it
   AccessDesc access() const { return {{kLocationDevice, id_}, kAccessReadWrite}; }
 
-  // Throws unless `code` is success: OutOfMemory where the driver says so, else DeviceError. `what()` tells what was asked;
-  // it is called only on failure, since some of the calls cost no more than such a sentence.
+  // Throws unless `code` is success: OutOfMemory where the driver says so, else DeviceError. `what()` tells what was
+  // asked; it is called only on failure, since some of the calls cost no more than such a sentence.
   template <class What>
   void check(Result code, const char* call, What what) const {
     if (code != kSuccess) failed(code, call, what());

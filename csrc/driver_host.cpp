@@ -76,15 +76,12 @@ class HostDriver final : public Driver {
 
   // The CPU has done everything by the time a call returns, so there is only the completed event.
   Event record(Stream) override {
-    std::lock_guard<std::mutex> lock(mutex_);
-    fork_.check(kName);
-    ++counters_.record;
+    count_checked(&DriverCounters::record, [] {});
     return 0;
   }
   bool done(Event) override { return true; }
   void wait(Event) override {
-    std::lock_guard<std::mutex> lock(mutex_);
-    ++counters_.wait;
+    count_checked(&DriverCounters::wait, [] {});
   }
   void forget(Event) override {}
 
@@ -99,6 +96,14 @@ class HostDriver final : public Driver {
     i64 first, count, offset;
   };
 
+  // Counts a call and runs its checks under the lock; what follows, and may take long, runs without it.
+  template <class Checks>
+  void count_checked(i64 DriverCounters::* counter, Checks checks) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    ++(counters_.*counter);
+    fork_.check(kName);
+    checks();
+  }
   PageHandle handle_of(i64 offset) const { return static_cast<PageHandle>(offset / info_.granularity_bytes + 1); }
   i64 offset_of(PageHandle page) const { return static_cast<i64>(page - 1) * info_.granularity_bytes; }
   void check_size(const char* call, Address at, i64 bytes) const;
@@ -376,23 +381,15 @@ void HostDriver::unmap_run(Address at, i64 page_bytes, i64 count) {
 // ---- Contents ------------------------------------------------------------------------------------------------------
 
 void HostDriver::zero(Address at, i64 bytes, Stream) {
-  {
-    std::lock_guard<std::mutex> lock(mutex_);
-    ++counters_.zero;
-    fork_.check(kName);
-    check_accessible("zero", at, bytes);
-  }
+  count_checked(&DriverCounters::zero, [&] { check_accessible("zero", at, bytes); });
   std::memset(reinterpret_cast<void*>(at), 0, bytes);
 }
 
 void HostDriver::copy(Address to, Address from, i64 bytes, Stream) {
-  {
-    std::lock_guard<std::mutex> lock(mutex_);
-    ++counters_.copy;
-    fork_.check(kName);
+  count_checked(&DriverCounters::copy, [&] {
     check_accessible("copy", to, bytes);
     check_accessible("copy", from, bytes);
-  }
+  });
   std::memcpy(reinterpret_cast<void*>(to), reinterpret_cast<void*>(from), bytes);
 }
 

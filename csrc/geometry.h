@@ -1,4 +1,5 @@
-// The numbers that the deciding half works on: what a token takes, and where. Made by kvmem/layouts.py from a CacheSpec.
+// The numbers that the deciding half works on: what a token takes, and where. Made by kvmem/layouts.py from a
+// CacheSpec.
 #pragma once
 
 #include <vector>
@@ -23,11 +24,11 @@ enum class Zero : std::uint8_t {
 // (one for each `interleave` layers), token after token, `token_bytes[i]` apart in arena i.
 struct GroupGeometry {
   Growth growth = Growth::token;
-  i64 block_tokens = 16;   // tokens of a block
-  i64 window_tokens = 0;   // keep only what a window of this many tokens needs; 0 keeps all
-  i64 max_tokens = 0;      // the longest sequence this group can hold
-  i64 row_tokens = 0;      // virtual: tokens between the starts of two rows
-  i64 max_blocks = 0;      // paged: block ids are in [0, max_blocks)
+  i64 block_tokens = 16;  // tokens of a block
+  i64 window_tokens = 0;  // keep only what a window of this many tokens needs; 0 keeps all
+  i64 max_tokens = 0;     // the longest sequence this group can hold
+  i64 row_tokens = 0;     // virtual: tokens between the starts of two rows
+  i64 max_blocks = 0;     // paged: block ids are in [0, max_blocks)
   std::vector<i64> token_bytes;
   std::vector<i64> row_slots;    // virtual: slots of one row, per arena
   std::vector<i64> arena_slots;  // slots of the whole arena, per arena

@@ -5,6 +5,10 @@
 namespace kvmem {
 
 Mapper::~Mapper() {
+  if (fork_guard_.forked()) {  // the thread stayed with the parent: there is nothing to join, and its lock may be held
+    (void)new std::thread(std::move(thread_));
+    return;
+  }
   {
     std::lock_guard<std::mutex> lock(mutex_);
     stop_ = true;

@@ -10,6 +10,7 @@
 #include <thread>
 #include <vector>
 
+#include "fork_guard.h"
 #include "ops.h"
 
 namespace kvmem {
@@ -49,6 +50,7 @@ class Mapper {
   i64 posted_ = 0;  // written under the pool's lock only
   bool stop_ = false;
   std::thread thread_;
+  ForkGuard fork_guard_;
 };
 
 }  // namespace kvmem

@@ -39,21 +39,44 @@ constexpr bool is_physical(OpKind kind) { return kind <= OpKind::fence; }
 // The record that takes `op` back. open and close carry d = 1 then, so that handles and free lists return exactly.
 inline Op inverse(Op op) {
   switch (op.kind) {
-    case OpKind::create: op.kind = OpKind::destroy; break;
-    case OpKind::destroy: op.kind = OpKind::create; break;
-    case OpKind::map: op.kind = OpKind::unmap; break;
-    case OpKind::unmap: op.kind = OpKind::map; break;
-    case OpKind::fence: op.a -= 1; break;
-    case OpKind::open: op.kind = OpKind::close, op.d = 1; break;
-    case OpKind::close: op.kind = OpKind::open, op.d = 1; break;
-    case OpKind::bind: op.kind = OpKind::unbind; break;
-    case OpKind::unbind: op.kind = OpKind::bind; break;
+    case OpKind::create:
+      op.kind = OpKind::destroy;
+      break;
+    case OpKind::destroy:
+      op.kind = OpKind::create;
+      break;
+    case OpKind::map:
+      op.kind = OpKind::unmap;
+      break;
+    case OpKind::unmap:
+      op.kind = OpKind::map;
+      break;
+    case OpKind::fence:
+      op.a -= 1;
+      break;
+    case OpKind::open:
+      op.kind = OpKind::close, op.d = 1;
+      break;
+    case OpKind::close:
+      op.kind = OpKind::open, op.d = 1;
+      break;
+    case OpKind::bind:
+      op.kind = OpKind::unbind;
+      break;
+    case OpKind::unbind:
+      op.kind = OpKind::bind;
+      break;
     case OpKind::length:
     case OpKind::commit:
-    case OpKind::front: std::swap(op.b, op.c); break;
-    case OpKind::block: std::swap(op.c, op.d); break;
+    case OpKind::front:
+      std::swap(op.b, op.c);
+      break;
+    case OpKind::block:
+      std::swap(op.c, op.d);
+      break;
     case OpKind::zero:
-    case OpKind::copy: break;  // they write only to memory that nobody owns yet
+    case OpKind::copy:
+      break;  // they write only to memory that nobody owns yet
   }
   return op;
 }

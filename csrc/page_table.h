@@ -1,6 +1,6 @@
 // What a backend is: the page table that says where a sequence's tokens lie. Two implementations, virtual_table (the
-// MMU holds the table: a row of addresses per sequence) and paged_table (kernels read it: a list of blocks per sequence).
-// Everything else (lengths, transactions, batches, accounting) is written once, in cache.cpp.
+// MMU holds the table: a row of addresses per sequence) and paged_table (kernels read it: a list of blocks per
+// sequence). Everything else (lengths, transactions, batches, accounting) is written once, in cache.cpp.
 //
 // Functions that take a Transaction only push records; the state changes in on_map, on_unmap and apply.
 #pragma once
@@ -33,6 +33,9 @@ class PageTable : public PageOwner {
   virtual void close(i64 index, Transaction& tx) = 0;
   // Makes sure that blocks 0 and 1 (kReadTrash, kWriteTrash) of a group exist.
   virtual void back_trash(i64 group, Transaction& tx) = 0;
+  virtual bool has_trash(i64 group) const = 0;
+  // Every mapping there is, trash blocks too; no sequence is live any more.
+  virtual void unmap_all(Transaction& tx) = 0;
   // Room beyond the length that can be prepared in the background, best effort. False when nothing is to be done.
   virtual bool map_ahead(i64 index, i64 group, i64 tokens, Transaction& tx) = 0;
   // The records of the transaction that map_ahead filled are executed once job `job` is done.

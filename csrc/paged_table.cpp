@@ -4,30 +4,31 @@
 //   unbacked    some page under it is not mapped;
 //   ready       backed, and nobody refers to it: in the intrusive free list (most recently freed first);
 //   referenced  refs > 0 table entries (invariants 2 and 3).
-// Blocks and pages need not divide each other. Arenas of a group whose tokens have equal size are mapped in lockstep and
-// share their bookkeeping: one Class.
+// Blocks and pages need not divide each other. Arenas of a group whose tokens have equal size are mapped in lockstep
+// and share their bookkeeping: one Class.
 
 #include <algorithm>
 #include <cstdlib>
 #include <unordered_map>
 
 #include "page_table.h"
+#include "shared_parts.h"
 
 namespace kvmem {
 namespace {
 
 struct Class {
   i64 block_bytes = 0;
-  std::vector<i64> arenas;   // numbers within the table
-  std::vector<i32> mapped;   // per slot: in how many of the arenas it is mapped (all or none, between calls)
-  std::vector<i32> users;    // per slot: referenced blocks that touch it
+  std::vector<i64> arenas;         // numbers within the table
+  std::vector<i32> mapped;         // per slot: in how many of the arenas it is mapped (all or none, between calls)
+  std::vector<i32> users;          // per slot: referenced blocks that touch it
   i64 hold_from = 0, hold_to = 0;  // slots being prepared at this moment: not to be spilled
 };
 
 struct Blocks {
   i64 max_blocks = 0, tokens = 0, per_sequence = 0;
   std::vector<i32> refs;
-  std::vector<i32> next, previous;     // the list of ready blocks, circular through entry max_blocks
+  std::vector<i32> next, previous;  // the list of ready blocks, circular through entry max_blocks
   std::vector<std::uint8_t> backed;
   std::vector<Class> classes;
   i64 ready = 0;
@@ -100,19 +101,21 @@ class PagedTable final : public PageTable {
 
   void close(i64 index, Transaction& tx) override {
     for (i64 g = 0; g < groups_; ++g) {
-      Blocks& b = blocks_[g];
-      copy_tail_[index * groups_ + g] = 0;
+      Blocks& b = blocks_[g];  // copy_tail_ stays: it only asks to look, and this may yet be taken back
       if (sequences_.tokens(index, g) == 0) continue;
       b.fence = tx.fence();
       // Last block first: the free list then gives them out again in ascending order.
       const i64 first = sequences_.front(index, g) / b.tokens;
-      for (i64 ordinal = ceil_div(sequences_.tokens(index, g), b.tokens); ordinal-- > first;) set(index, g, ordinal, 0, tx);
+      for (i64 ordinal = ceil_div(sequences_.tokens(index, g), b.tokens); ordinal-- > first;)
+        set(index, g, ordinal, 0, tx);
     }
   }
 
   void back_trash(i64 group, Transaction& tx) override {
-    const Blocks& b = blocks_[group];
-    if (!b.backed[kReadTrash] || !b.backed[kWriteTrash]) back(group, 0, kTrashBlocks, Zero::always, tx);
+    if (!has_trash(group)) back(group, 0, kTrashBlocks, Zero::always, tx);
+  }
+  bool has_trash(i64 group) const override {
+    return blocks_[group].backed[kReadTrash] && blocks_[group].backed[kWriteTrash];
   }
 
   // Blocks are taken from backed pages as long as there are any, which costs nothing; there is nothing to prepare.
@@ -135,6 +138,14 @@ class PagedTable final : public PageTable {
     place = static_cast<i32>(op.c);
     if (op.c != 0) acquire(b, op.c);
     if (op.d != 0) drop(b, op.d);
+  }
+
+  void unmap_all(Transaction& tx) override {
+    for (std::size_t a = 0; a < pages_.size(); ++a) {
+      for (i64 slot = 0; slot < static_cast<i64>(pages_[a].size()); ++slot) {
+        if (pages_[a][slot] >= 0) unmap(static_cast<i64>(a), slot, slot + 1, pool_.fence(), tx);
+      }
+    }
   }
 
   void on_map(const Op& op) override { change(op, true); }
@@ -191,7 +202,7 @@ class PagedTable final : public PageTable {
       i64 token_bytes = 0;
       for (i64 bytes : geometry_.groups[g].token_bytes) token_bytes += bytes;
       i64 tokens = 0;
-      std::unordered_map<i32, i64> shared;  // block -> the most tokens any sharer has in it
+      std::vector<SharedPart> shared;  // in tokens of a block
       for (i64 index = 0; index < sequences_.capacity(); ++index) {
         const i64 first = sequences_.front(index, g), end = sequences_.tokens(index, g);
         tokens += end - first;
@@ -199,14 +210,14 @@ class PagedTable final : public PageTable {
         for (i64 ordinal = first / b.tokens; ordinal * b.tokens < end; ++ordinal) {
           const i32 block = entry(index, g, ordinal);
           if (b.refs[block] <= 1) continue;
-          const i64 part = std::min(end, (ordinal + 1) * b.tokens) - std::max(first, ordinal * b.tokens);
-          i64& most = shared[block];
-          tokens -= std::min(part, most);
-          most = std::max(most, part);
+          const i64 start = ordinal * b.tokens;
+          shared.push_back({block, std::max(first - start, i64{0}), std::min(end - start, b.tokens)});
+          tokens -= shared.back().to - shared.back().from;
         }
       }
-      *used_bytes += tokens * token_bytes;
-      *shared_bytes += static_cast<i64>(shared.size()) * b.tokens * token_bytes;
+      const SharedCount count = count_shared(shared);
+      *used_bytes += (tokens + count.length) * token_bytes;
+      *shared_bytes += count.pieces * b.tokens * token_bytes;
     }
   }
 
@@ -279,7 +290,8 @@ class PagedTable final : public PageTable {
       i64 first = b.cursor;
       while (first < b.max_blocks && b.backed[first]) ++first;
       b.cursor = first;
-      if (first == b.max_blocks) throw OutOfMemory("all " + std::to_string(first - kTrashBlocks) + " blocks are in use");
+      if (first == b.max_blocks)
+        throw OutOfMemory("all " + std::to_string(first - kTrashBlocks) + " blocks are in use");
       i64 end = first + 1;
       while (end < b.max_blocks && end - first < wanted && !b.backed[end]) ++end;
       back(group, first, end, geometry_.zero, tx);
@@ -333,7 +345,8 @@ class PagedTable final : public PageTable {
     const Blocks& b = blocks_[group];
     for (const Class& c : b.classes) {
       for (i64 a : c.arenas) {
-        tx.push({OpKind::copy, arena(a), to * c.block_bytes, from * c.block_bytes, tokens * (c.block_bytes / b.tokens)});
+        tx.push(
+            {OpKind::copy, arena(a), to * c.block_bytes, from * c.block_bytes, tokens * (c.block_bytes / b.tokens)});
       }
     }
   }
@@ -487,10 +500,12 @@ void PagedTable::check(std::vector<std::string>* out) const {
     for (i64 x = b.next[b.max_blocks]; x != b.max_blocks && ready <= b.max_blocks; x = b.next[x], ++ready) {
       if (b.refs[x] != 0 || !b.backed[x]) say(x, "invariant 2: in the free list, yet referenced or not backed");
     }
-    if (ready != b.ready) say(-1, "invariant 2: the free list has " + std::to_string(ready) + " entries, not " + std::to_string(b.ready));
+    if (ready != b.ready)
+      say(-1, "invariant 2: the free list has " + std::to_string(ready) + " entries, not " + std::to_string(b.ready));
     for (i64 block = 0; block < b.max_blocks; ++block) {
       if (refs[block] != b.refs[block]) {
-        say(block, "invariant 3: " + std::to_string(refs[block]) + " table entries, counted " + std::to_string(b.refs[block]));
+        say(block,
+            "invariant 3: " + std::to_string(refs[block]) + " table entries, counted " + std::to_string(b.refs[block]));
       }
       if (block >= kTrashBlocks && refs[block] > 0 && !b.backed[block]) say(block, "in use, but not backed");
     }
@@ -508,8 +523,11 @@ void PagedTable::check(std::vector<std::string>* out) const {
       }
     }
   }
-  if (idle != idle_pages_) out->push_back("invariant 1: " + std::to_string(idle) + " idle pages, counted " + std::to_string(idle_pages_));
-  if (distinct != owned_pages) out->push_back("invariant 1: " + std::to_string(distinct) + " pages mapped, counted " + std::to_string(owned_pages));
+  if (idle != idle_pages_)
+    out->push_back("invariant 1: " + std::to_string(idle) + " idle pages, counted " + std::to_string(idle_pages_));
+  if (distinct != owned_pages)
+    out->push_back("invariant 1: " + std::to_string(distinct) + " pages mapped, counted " +
+                   std::to_string(owned_pages));
 }
 
 }  // namespace

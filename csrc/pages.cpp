@@ -38,7 +38,6 @@ void PagePool::add_owner(PageOwner* owner) {
 void PagePool::remove_owner(PageOwner* owner) {
   for (std::size_t i = 0; i < arenas_.size(); ++i) {
     if (arenas_[i].owner != owner) continue;
-    if (space_) space_->remove_arena(static_cast<i32>(i));
     arenas_[i] = Arena();
   }
   owners_.erase(std::find(owners_.begin(), owners_.end(), owner));
@@ -103,8 +102,7 @@ void PagePool::map_slots(PageOwner& owner, i32 arena, i64 slot, i64 count, i64 n
 }
 
 // Zeroes what is not known to be zero, as far as the policy asks for it, and notes who writes here from now on.
-void PagePool::need_zero(const PageOwner& owner, i32 arena, i64 slot, i64 page, i64 count, Zero zero,
-                         Transaction& tx) {
+void PagePool::need_zero(const PageOwner& owner, i32 arena, i64 slot, i64 page, i64 count, Zero zero, Transaction& tx) {
   for (i64 i = 0; i < count; ++i) {
     i32& content = content_[page + i];
     const bool dirty = content != kClean && (zero == Zero::always || (zero == Zero::fresh && content != owner.number));
@@ -222,7 +220,9 @@ void PagePool::apply(const Op& op, bool undo) {
       present_pages_ -= op.b;
       absent_hint_ = std::min(absent_hint_, op.a);
       break;
-    case OpKind::map: set_mapped(op); break;
+    case OpKind::map:
+      set_mapped(op);
+      break;
     case OpKind::unmap:
       set_unmapped(op);
       // Whatever the lost mapping held was written by an owner whose number may be gone by now.
@@ -236,7 +236,8 @@ void PagePool::apply(const Op& op, bool undo) {
       if (op.a < fence_ - 1) throw SpecError("fence: numbers do not go back");
       fence_ = op.a;
       break;
-    default: break;
+    default:
+      break;
   }
 }
 

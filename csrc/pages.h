@@ -59,7 +59,7 @@ class PagePool {
   i64 fence() const { return fence_; }
 
   void add_owner(PageOwner* owner);
-  void remove_owner(PageOwner* owner);  // with everything it has mapped
+  void remove_owner(PageOwner* owner);  // what it mapped stays, unless it has unmapped it
   i32 add_arena(PageOwner* owner, i64 slots);
 
   // --- decisions: push records to `tx` ---
@@ -115,8 +115,8 @@ class PagePool {
   const bool create_ahead_;
   mutable i64 free_hint_ = 0;    // no page below it is free
   mutable i64 absent_hint_ = 0;  // no page below it is absent
-  std::vector<i32> refs_;     // -1 absent, 0 free, else the number of mappings
-  std::vector<i32> content_;  // kClean, kGarbage, or the number of the owner that wrote it
+  std::vector<i32> refs_;        // -1 absent, 0 free, else the number of mappings
+  std::vector<i32> content_;     // kClean, kGarbage, or the number of the owner that wrote it
   std::vector<Arena> arenas_;
   std::vector<PageOwner*> owners_;
   i32 owners_seen_ = 0;

@@ -13,8 +13,13 @@ namespace kvmem {
 class Sequences {
  public:
   Sequences(i64 max_sequences, i64 groups)
-      : groups_(groups), tenants_(max_sequences, 0), live_(max_sequences, 0), free_(max_sequences),
-        tokens_(max_sequences * groups, 0), committed_(max_sequences * groups, 0), front_(max_sequences * groups, 0) {
+      : groups_(groups),
+        tenants_(max_sequences, 0),
+        live_(max_sequences, 0),
+        free_(max_sequences),
+        tokens_(max_sequences * groups, 0),
+        committed_(max_sequences * groups, 0),
+        front_(max_sequences * groups, 0) {
     while ((i64{1} << bits_) < max_sequences) ++bits_;
     for (i64 i = 0; i < max_sequences; ++i) free_[i] = static_cast<i32>(i);
     free_count_ = max_sequences;

@@ -17,6 +17,10 @@ Reservation::~Reservation() {
 Space::Space(std::shared_ptr<Driver> driver, i64 page_bytes) : driver_(std::move(driver)), page_bytes_(page_bytes) {}
 
 Space::~Space() {
+  if (fork_guard_.forked()) {  // the mappings are the parent's, and the lock may be held by a thread that stayed there
+    for (Arena& arena : arenas_) (void)arena.reservation.release();
+    return;
+  }
   // Wait before unmapping, as always. A dead context makes every call here fail: the system has taken all back then.
   try {
     for (const Mark& mark : marks_) driver_->wait(mark.event);
@@ -174,7 +178,9 @@ void Space::run_one(const Op& op) {
       std::fill(slots.begin() + op.a, slots.begin() + op.a + op.c, false);
       break;
     }
-    case OpKind::zero: driver_->zero(at(op.at, 0) + Address(op.a), op.b, stream_); break;
+    case OpKind::zero:
+      driver_->zero(at(op.at, 0) + Address(op.a), op.b, stream_);
+      break;
     case OpKind::copy:
       driver_->copy(at(op.at, 0) + Address(op.a), at(op.at, 0) + Address(op.b), op.c, stream_);
       break;
@@ -184,11 +190,27 @@ void Space::run_one(const Op& op) {
       if (event != 0) marks_.push_back({op.a, event});
       break;
     }
-    default: break;
+    default:
+      break;
   }
 }
 
+// Waits for all that was put on the stream.
+void Space::sync() {
+  const Event event = driver_->record(stream_);
+  if (event == 0) return;
+  driver_->wait(event);
+  driver_->forget(event);
+}
+
 void Space::undo(const Op* first, const Op* last, std::vector<Op>* stuck) {
+  const bool writes =
+      std::any_of(first, last, [](const Op& op) { return op.kind == OpKind::zero || op.kind == OpKind::copy; });
+  try {
+    if (writes) sync();  // what is about to be unmapped may still be being zeroed or copied to
+  } catch (const Error&) {
+    // Then the device does nothing any more.
+  }
   while (last != first) {
     const Op back = inverse(*--last);
     try {

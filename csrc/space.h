@@ -1,4 +1,5 @@
-// The acting half: reservations, physical pages and mappings as owned things, and the execution of op lists on a driver.
+// The acting half: reservations, physical pages and mappings as owned things, and the execution of op lists on a
+// driver.
 #pragma once
 
 #include <deque>
@@ -7,6 +8,7 @@
 #include <vector>
 
 #include "driver.h"
+#include "fork_guard.h"
 #include "ops.h"
 
 namespace kvmem {
@@ -36,7 +38,7 @@ class Space {
   Space(const Space&) = delete;
   Space& operator=(const Space&) = delete;
 
-  i32 add_arena(i64 slots);     // reserves; returns the arena's number, counted from 0
+  i32 add_arena(i64 slots);      // reserves; returns the arena's number, counted from 0
   void remove_arena(i32 arena);  // unmaps and gives back the addresses
   Address arena_base(i32 arena) const;
   i64 arena_bytes(i32 arena) const;
@@ -67,6 +69,7 @@ class Space {
   Address at(i32 arena, i64 slot) const { return arenas_[arena].reservation->base() + Address(slot * page_bytes_); }
   std::size_t run_maps(const Op* ops, std::size_t count);
   void run_one(const Op& op);
+  void sync();
   void undo(const Op* first, const Op* last, std::vector<Op>* stuck);
   void wait_for(i64 fence);
 
@@ -78,6 +81,7 @@ class Space {
   std::vector<Arena> arenas_;
   std::deque<Mark> marks_;  // events not yet known to be done, oldest first
   std::vector<PageHandle> run_;
+  ForkGuard fork_guard_;
 };
 
 }  // namespace kvmem

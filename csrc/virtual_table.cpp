@@ -9,6 +9,7 @@
 #include <unordered_map>
 
 #include "page_table.h"
+#include "shared_parts.h"
 
 namespace kvmem {
 namespace {
@@ -30,8 +31,12 @@ struct Row {
 class VirtualTable final : public PageTable {
  public:
   VirtualTable(const Geometry& geometry, PagePool& pool, const Sequences& sequences)
-      : geometry_(geometry), pool_(pool), sequences_(sequences), groups_(static_cast<i64>(geometry.groups.size())),
-        rows_(geometry.max_sequences + 1), row_of_(geometry.max_sequences, -1) {
+      : geometry_(geometry),
+        pool_(pool),
+        sequences_(sequences),
+        groups_(static_cast<i64>(geometry.groups.size())),
+        rows_(geometry.max_sequences + 1),
+        row_of_(geometry.max_sequences, -1) {
     limit_pages = pool.budget_pages();
     pool.add_owner(this);
     for (const GroupGeometry& group : geometry.groups) {
@@ -46,7 +51,8 @@ class VirtualTable final : public PageTable {
     room_.assign(rows_.size() * groups_, -1);
     ready_.assign(rows_.size() * groups_, 0);
     copy_tail_.assign(row_of_.size() * groups_, 0);
-    for (i64 row = static_cast<i64>(rows_.size()) - 1; row > 0; --row) add_unbound(row);  // row 0 holds the trash blocks
+    for (i64 row = static_cast<i64>(rows_.size()) - 1; row > 0; --row)
+      add_unbound(row);  // row 0 holds the trash blocks
   }
 
   ~VirtualTable() override { pool_.remove_owner(this); }
@@ -57,7 +63,8 @@ class VirtualTable final : public PageTable {
     if (copy_tail_[index * groups_ + group]) return false;
     Row& r = rows_[row];
     if (r.job != 0) {
-      if (r.job > pool_.mapper().done()) return tokens <= ready_[row * groups_ + group];
+      // A job that failed is done as well; what it left out is taken back under the next settle().
+      if (r.job > pool_.mapper().done() || pool_.mapper().has_failed()) return tokens <= ready_[row * groups_ + group];
       r.job = 0;
     }
     return tokens <= room(row, group);
@@ -136,15 +143,18 @@ class VirtualTable final : public PageTable {
     if (row < 0) return;
     rows_[row].fence = tx.fence();
     tx.push({OpKind::unbind, 0, sequences_.handle_of(index), row});
-    for (i64 g = 0; g < groups_; ++g) copy_tail_[index * groups_ + g] = 0;
+    // copy_tail_ stays: it only asks to look, and should this be taken back, a tail that is shared must still be
+    // copied.
   }
 
   void back_trash(i64 group, Transaction& tx) override {
-    const i64 tokens = kTrashBlocks * geometry_.groups[group].block_tokens;
     for (i64 a = first_[group]; a < first_[group + 1]; ++a) {
-      const i64 hi = ceil_div(tokens * token_bytes(group, a), page_bytes());
-      if (extent(0, a).hi < hi) map(0, a, extent(0, a).hi, hi, tx, Zero::always);
+      map(0, a, extent(0, a).hi, trash_slots(group, a), tx, Zero::always);
     }
+  }
+  bool has_trash(i64 group) const override {
+    const i64 a = first_[group + 1] - 1;  // arenas are mapped together
+    return extent(0, a).hi == trash_slots(group, a);
   }
 
   bool map_ahead(i64 index, i64 group, i64 tokens, Transaction& tx) override {
@@ -190,11 +200,21 @@ class VirtualTable final : public PageTable {
     }
   }
 
+  void unmap_all(Transaction& tx) override {
+    for (i64 row = 0; row < static_cast<i64>(rows_.size()); ++row) {
+      for (i64 a = 0; a < arenas_; ++a) {
+        const Extent& e = extent(row, a);
+        if (e.count > 0) unmap(row, a, e.lo, e.hi, pool_.fence(), tx);
+      }
+    }
+  }
+
   void on_map(const Op& op) override { change(op, true); }
   void on_unmap(const Op& op) override { change(op, false); }
 
   i64 offset_bytes(i64 index, i64 group, i64 a, i64 token) const override {
-    return slot_of(row_of_[index], group, first_[group] + a) * page_bytes() + token * token_bytes(group, first_[group] + a);
+    return slot_of(row_of_[index], group, first_[group] + a) * page_bytes() +
+           token * token_bytes(group, first_[group] + a);
   }
 
   Placement place(i64 index, i64 group) const override {
@@ -280,8 +300,8 @@ class VirtualTable final : public PageTable {
   }
 
   void count_bytes(i64* used_bytes, i64* shared_bytes) const override {
-    std::unordered_map<i32, i64> shared;  // page -> the most of it that any sharer uses
-    *used_bytes = *shared_bytes = 0;
+    std::vector<SharedPart> shared;  // in bytes of a page
+    *used_bytes = 0;
     for (i64 index = 0; index < sequences_.capacity(); ++index) {
       const i64 row = row_of_[index];
       if (row < 0) continue;
@@ -294,15 +314,16 @@ class VirtualTable final : public PageTable {
           const Extent& e = extent(row, a);
           for (i64 slot = from / page_bytes(); slot * page_bytes() < to; ++slot) {
             if (pool_.refs(e.pages[slot]) <= 1) continue;
-            const i64 part = std::min(to, (slot + 1) * page_bytes()) - std::max(from, slot * page_bytes());
-            i64& most = shared[e.pages[slot]];
-            *used_bytes -= std::min(part, most);
-            most = std::max(most, part);
+            const i64 start = slot * page_bytes();
+            shared.push_back({e.pages[slot], std::max(from - start, i64{0}), std::min(to - start, page_bytes())});
+            *used_bytes -= shared.back().to - shared.back().from;
           }
         }
       }
     }
-    *shared_bytes = static_cast<i64>(shared.size()) * page_bytes();
+    const SharedCount count = count_shared(shared);
+    *used_bytes += count.length;
+    *shared_bytes = count.pieces * page_bytes();
   }
 
   i64 first_arena(i64 group) const override { return base_arena_ + first_[group]; }
@@ -330,6 +351,9 @@ class VirtualTable final : public PageTable {
   Extent& extent(i64 row, i64 a) { return extents_[row * arenas_ + a]; }
   const Extent& extent(i64 row, i64 a) const { return extents_[row * arenas_ + a]; }
 
+  i64 trash_slots(i64 g, i64 a) const {
+    return ceil_div(kTrashBlocks * geometry_.groups[g].block_tokens * token_bytes(g, a), page_bytes());
+  }
   i64 low_slot(i64 g, i64 a, i64 first_token) const { return first_token * token_bytes(g, a) / page_bytes(); }
   i64 high_slot(i64 g, i64 a, i64 tokens) const {
     if (tokens == 0) return 0;
@@ -414,19 +438,24 @@ class VirtualTable final : public PageTable {
     }
   }
 
-  // A parked row may still show pages that a live one shares. They are not ours to write.
+  // A parked row may still show pages that a live one shares. They are not ours to write. The mark goes only when there
+  // is none: were they dropped and then taken back with a failed transaction, the row would show them unmarked.
   void drop_shared(i64 row, Transaction& tx) {
+    bool shared = false;
     for (i64 a = 0; a < arenas_; ++a) {
       const Extent& e = extent(row, a);
       i64 end = e.hi;
       while (end > e.lo && pool_.refs(e.pages[end - 1]) <= 1) --end;
-      if (end > e.lo) unmap(row, a, e.lo, end, rows_[row].fence, tx);
+      if (end > e.lo) {
+        unmap(row, a, e.lo, end, rows_[row].fence, tx);
+        shared = true;
+      }
     }
-    rows_[row].maybe_shared = false;
+    rows_[row].maybe_shared = shared;
   }
 
-  // The page that the length cuts is shared: replace it by a copy of what is used. The new page is filled at the scratch
-  // slot behind the last row, since the row's own address still shows the old one.
+  // The page that the length cuts is shared: replace it by a copy of what is used. The new page is filled at the
+  // scratch slot behind the last row, since the row's own address still shows the old one.
   void copy_tail(i64 index, i64 group, i64 tokens, Transaction& tx) {
     const i64 row = row_of_[index];
     bool shared = false;
@@ -519,10 +548,10 @@ class VirtualTable final : public PageTable {
   i32 base_arena_ = 0;
   std::vector<i64> first_;  // first arena of each group, and one past the last
   std::vector<Row> rows_;
-  std::vector<i32> row_of_;        // by sequence, -1 while it holds nothing
-  std::vector<Unbound> unbound_;   // rows without a sequence, mapped (parked) or not
-  std::vector<Extent> extents_;    // [row][arena]
-  std::vector<i64> room_, ready_;  // [row][group]
+  std::vector<i32> row_of_;              // by sequence, -1 while it holds nothing
+  std::vector<Unbound> unbound_;         // rows without a sequence, mapped (parked) or not
+  std::vector<Extent> extents_;          // [row][arena]
+  std::vector<i64> room_, ready_;        // [row][group]
   std::vector<std::uint8_t> copy_tail_;  // [sequence][group]: look whether the tail page is shared before writing
   i64 scratch_page_ = -1;
 };
@@ -552,7 +581,8 @@ void VirtualTable::check(std::vector<std::string>* out) const {
         say(row, "the next write would land in a page that another row shows");
       }
     }
-    if (slots != r.slots) say(row, "counted " + std::to_string(slots) + " mapped slots, noted " + std::to_string(r.slots));
+    if (slots != r.slots)
+      say(row, "counted " + std::to_string(slots) + " mapped slots, noted " + std::to_string(r.slots));
     if (r.index >= 0 && (!sequences_.live(r.index) || row_of_[r.index] != row)) say(row, "bound to no live sequence");
     if ((r.index < 0 && row > 0) != (r.place >= 0)) say(row, "its place among the unbound rows is wrong");
   }

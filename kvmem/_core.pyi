@@ -1,1 +1,361 @@
 """The native half of kvmem: drivers, pages, rows, blocks, sequences."""
+
+from collections.abc import Sequence
+import enum
+from typing import Annotated
+
+import numpy
+from numpy.typing import NDArray
+
+
+class DriverInfo:
+    """What a driver is. Sizes in bytes."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def dlpack_device_type(self) -> int:
+        """kDLCPU = 1, kDLCUDA = 2"""
+
+    @property
+    def device_index(self) -> int: ...
+
+    @property
+    def granularity_bytes(self) -> int: ...
+
+    @property
+    def recommended_bytes(self) -> int: ...
+
+    @property
+    def total_bytes(self) -> int: ...
+
+    @property
+    def fresh_pages_are_zero(self) -> bool: ...
+
+class DriverCounters:
+    """How often each verb was called, whether it succeeded or not."""
+
+    @property
+    def reserve(self) -> int: ...
+
+    @property
+    def release(self) -> int: ...
+
+    @property
+    def create(self) -> int: ...
+
+    @property
+    def destroy(self) -> int: ...
+
+    @property
+    def map(self) -> int: ...
+
+    @property
+    def set_access(self) -> int: ...
+
+    @property
+    def unmap(self) -> int: ...
+
+    @property
+    def zero(self) -> int: ...
+
+    @property
+    def copy(self) -> int: ...
+
+    @property
+    def record(self) -> int: ...
+
+    @property
+    def wait(self) -> int: ...
+
+    @property
+    def total(self) -> int:
+        """Calls that manage memory: all but zero, copy, record and wait."""
+
+class Driver:
+    """
+    The verbs of a device. Addresses, page handles, streams and events are ints.
+    """
+
+    @property
+    def info(self) -> DriverInfo: ...
+
+    def counters(self) -> DriverCounters: ...
+
+    def physical_bytes(self) -> int: ...
+
+    def available_bytes(self) -> int: ...
+
+    def reserve(self, bytes: int, alignment: int = 0) -> int: ...
+
+    def release(self, base: int, bytes: int) -> None: ...
+
+    def create(self, bytes: int) -> int: ...
+
+    def destroy(self, page: int) -> None: ...
+
+    def map(self, at: int, bytes: int, offset: int, page: int) -> None: ...
+
+    def set_access(self, at: int, bytes: int) -> None: ...
+
+    def unmap(self, at: int, bytes: int) -> None: ...
+
+    def map_run(self, at: int, page_bytes: int, pages: Sequence[int]) -> None: ...
+
+    def unmap_run(self, at: int, page_bytes: int, count: int) -> None: ...
+
+    def zero(self, at: int, bytes: int, stream: int = 0) -> None: ...
+
+    def copy(self, to: int, source: int, bytes: int, stream: int = 0) -> None: ...
+
+    def record(self, stream: int = 0) -> int: ...
+
+    def done(self, event: int) -> bool: ...
+
+    def wait(self, event: int) -> None: ...
+
+    def forget(self, event: int) -> None: ...
+
+class DriverCall:
+    """One entry of CheckedDriver.log()."""
+
+    @property
+    def verb(self) -> str: ...
+
+    @property
+    def at(self) -> int:
+        """0 where the verb has no address"""
+
+    @property
+    def bytes(self) -> int: ...
+
+    @property
+    def id(self) -> int:
+        """The page or the event; 0 where the verb has none."""
+
+    def __repr__(self) -> str: ...
+
+class DriverLive:
+    """What a CheckedDriver holds now: all zero when nothing leaks."""
+
+    @property
+    def reservations(self) -> int: ...
+
+    @property
+    def pages(self) -> int: ...
+
+    @property
+    def mappings(self) -> int: ...
+
+    @property
+    def events(self) -> int: ...
+
+    @property
+    def page_bytes(self) -> int: ...
+
+class CheckedDriver(Driver):
+    """
+    Wraps a driver: refuses misuse, fails calls on request, holds events, counts.
+    """
+
+    def __init__(self, inner: Driver) -> None: ...
+
+    def fail(self, verb: str, nth: int = 1, code: int = 2, undo_too: bool = False) -> None:
+        """
+        Fails the nth call from now of a verb ('' = any) once. Code 2 raises OutOfMemory, others DeviceError.
+        """
+
+    def clear_failures(self) -> None: ...
+
+    def pending_failures(self) -> int: ...
+
+    def hold_events(self, hold: bool) -> None:
+        """
+        While held, recorded events are not done; wait() completes its event and counts in held_waits().
+        """
+
+    def complete_events(self) -> None: ...
+
+    def held_waits(self) -> int: ...
+
+    def log(self) -> list[DriverCall]:
+        """The last successful calls, oldest first."""
+
+    def clear_log(self) -> None: ...
+
+    def live(self) -> DriverLive: ...
+
+    def touch(self, at: int, bytes: int) -> None:
+        """DeviceError unless the range is mapped and accessible."""
+
+def host_driver() -> Driver:
+    """The CPU device: memfd and mmap."""
+
+def cuda_driver(index: int = 0, library: str = '') -> Driver:
+    """
+    A CUDA device. `library` is a path to libcuda; empty is $KVMEM_CUDA_DRIVER, or else libcuda.so.1.
+    """
+
+def read_bytes(at: int, bytes: int) -> bytes:
+    """
+    The host bytes at an address. DeviceError, never a signal, where they cannot be read.
+    """
+
+def write_bytes(at: int, data: bytes) -> None:
+    """The reverse of read_bytes."""
+
+class Growth(enum.Enum):
+    token = 0
+
+    prefill = 1
+
+    fixed = 2
+
+class Zero(enum.Enum):
+    never = 0
+
+    fresh = 1
+
+    always = 2
+
+class GroupGeometry:
+    """Where one group's tokens lie; see kvmem.layouts."""
+
+    def __init__(self, *, growth: Growth, block_tokens: int, window_tokens: int, max_tokens: int, row_tokens: int, max_blocks: int, token_bytes: Sequence[int], row_slots: Sequence[int], arena_slots: Sequence[int]) -> None: ...
+
+    @property
+    def row_tokens(self) -> int: ...
+
+    @property
+    def max_blocks(self) -> int: ...
+
+    @property
+    def arena_slots(self) -> list[int]: ...
+
+class Geometry:
+    def __init__(self, *, page_bytes: int, max_sequences: int, tail_guard_tokens: int, map_ahead_tokens: int, zero: Zero, debug: bool, groups: Sequence[GroupGeometry]) -> None: ...
+
+class BatchBuffers:
+    """
+    Where Cache.fill() writes; one array per field of kvmem.Batch, or None.
+    """
+
+    def __init__(self, *, max_sequences: int, max_new_tokens: int, max_blocks: int, max_indices: int, block_table: object | None = None, seq_lens: object | None = None, first_tokens: object | None = None, slot_mapping: object | None = None, positions: object | None = None, batch_indices: object | None = None, cu_seqlens_q: object | None = None, cu_seqlens_k: object | None = None, kv_indptr: object | None = None, kv_indices: object | None = None, kv_last_page_len: object | None = None, rows: object | None = None, row_starts: object | None = None) -> None: ...
+
+class PagePool:
+    """Physical pages under one budget; see kvmem.PagePool."""
+
+    def __init__(self, *, page_bytes: int, budget_pages: int, driver: Driver | None, create_ahead: bool) -> None: ...
+
+    @property
+    def page_bytes(self) -> int: ...
+
+    @property
+    def budget_pages(self) -> int: ...
+
+    @property
+    def present_pages(self) -> int: ...
+
+    @property
+    def mapped_pages(self) -> int: ...
+
+    @property
+    def driver_calls(self) -> int: ...
+
+    def set_budget(self, pages: int) -> None: ...
+
+    def set_stream(self, stream: int) -> None: ...
+
+class CacheStats:
+    @property
+    def budget_bytes(self) -> int: ...
+
+    @property
+    def created_bytes(self) -> int: ...
+
+    @property
+    def free_bytes(self) -> int: ...
+
+    @property
+    def mapped_bytes(self) -> int: ...
+
+    @property
+    def used_bytes(self) -> int: ...
+
+    @property
+    def parked_bytes(self) -> int: ...
+
+    @property
+    def shared_bytes(self) -> int: ...
+
+    @property
+    def num_sequences(self) -> int: ...
+
+    @property
+    def driver_calls(self) -> int: ...
+
+    @property
+    def physical_bytes(self) -> int: ...
+
+class Cache:
+    """
+    Sequences over one of the two page tables; kvmem.Allocator is its public face.
+    """
+
+    def __init__(self, *, geometry: Geometry, pool: PagePool, paged: bool, limit_pages: int, owns_pool: bool) -> None: ...
+
+    def open(self) -> int: ...
+
+    def open_batch(self, handles: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu')]) -> None: ...
+
+    def extend(self, handle: int, count: int, group: int = -1) -> None: ...
+
+    def extend_batch(self, handles: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], counts: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], group: int = -1) -> None: ...
+
+    def commit(self, handle: int, count: int, group: int = -1) -> None: ...
+
+    def commit_batch(self, handles: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], counts: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], group: int = -1) -> None: ...
+
+    def truncate(self, handle: int, tokens: int) -> None: ...
+
+    def fork(self, handle: int) -> int: ...
+
+    def free(self, handle: int) -> None: ...
+
+    def free_batch(self, handles: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> None: ...
+
+    def tokens(self, handle: int, group: int = -1) -> int: ...
+
+    def committed(self, handle: int, group: int = -1) -> int: ...
+
+    def first_token(self, handle: int, group: int = -1) -> int: ...
+
+    def lengths(self, handles: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], group: int, tokens: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu')], committed: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu')]) -> None: ...
+
+    def row(self, handle: int, group: int = -1) -> int: ...
+
+    def fill(self, handles: NDArray[numpy.int32], new_tokens: NDArray[numpy.int32] | None, group: int, rows: int, out: BatchBuffers) -> tuple[int, int, int, int, int]:
+        """
+        Returns rows, new tokens, indices, most new tokens of a sequence, longest sequence.
+        """
+
+    def trim(self, bytes: int) -> int: ...
+
+    def set_memory(self, pages: int) -> None: ...
+
+    def stats(self) -> CacheStats: ...
+
+    def check(self) -> list[str]: ...
+
+    def record(self) -> None: ...
+
+    def take_ops(self) -> list[tuple[str, int, int, int, int, int]]: ...
+
+    def apply(self, ops: Sequence[Sequence[str | int]]) -> None: ...
+
+    def arena_bytes(self, group: int, arena: int) -> NDArray[numpy.uint8]: ...
+
+    def mapped_extent_bytes(self, group: int, arena: int) -> int: ...
+
+    def handles(self) -> list[int]: ...

@@ -3,54 +3,61 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence as List
-from typing import Literal
+from collections.abc import Iterable
+from collections.abc import Sequence as List
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
+from torch.utils.dlpack import from_dlpack
 
 from kvmem import _core
-from kvmem.backends import BACKENDS, Sizes
+from kvmem.backends import BACKENDS
 from kvmem.batch import Batch, GroupBatch
 from kvmem.errors import OutOfMemory, SpecError
 from kvmem.layouts import GroupLayout, resolve_interleave
 from kvmem.ops import Op
 from kvmem.pool import PagePool
+from kvmem.protocols import Sizes
 from kvmem.sequence import Sequence, count_tokens
 from kvmem.spec import CacheSpec
-from kvmem.spec_rules import check_size
+from kvmem.spec_rules import check_choice, check_size
 from kvmem.stats import Stats
 from kvmem.units import parse_bytes
 from kvmem.views import CacheTensor, block_view, row_view
 
 __all__ = ["Allocator"]
 
-Handles = npt.NDArray[np.int32]
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    Handles = npt.NDArray[np.int32]
 
 
 class Allocator:
     """Manages the KV cache of many sequences on one device.
 
     spec: what a token stores.
-    backend: ``"virtual"`` (vAttention: each sequence has contiguous addresses, and pages are mapped under it as it grows) or
-        ``"paged"`` (PagedAttention: a sequence is a list of blocks). Both give the same answers and the same tensors.
+    backend: ``"virtual"`` (vAttention: each sequence has contiguous addresses, and pages are mapped under it as it
+        grows) or ``"paged"`` (PagedAttention: a sequence is a list of blocks). Both give the same answers and the same
+        tensors.
     device: ``"cpu"``, ``"cuda:N"``, or ``"meta"``: the books of a device of any size, without one.
-    memory: physical budget, an int in bytes or a text such as ``"20GiB"``; never exceeded. With ``pool``, how much of the pool
-        this allocator may map (None: all of it).
+    memory: physical budget, an int in bytes or a text such as ``"20GiB"``; never exceeded. With ``pool``, how much of
+        the pool this allocator may map (None: all of it).
     max_sequences, max_tokens: how many sequences, and how long. They cost addresses, not memory.
     page_bytes: size of a physical page. Default: CPU 64 KiB (more above 2 GiB of memory), CUDA and meta 2 MiB.
-    interleave: how many layers lie side by side in a page, or ``"all"`` (default): more means less waste and fewer driver calls,
-        ``1`` gives each layer a range of its own.
-    map_ahead_tokens: how far ahead of a sequence's growth a background thread maps (virtual). 0 turns it off. Default: CUDA 64,
-        others 0.
-    tail_guard_tokens: how far past its length a sequence's memory stays mapped and finite, for kernels that load whole tiles
-        and mask afterwards. Default: CUDA 256, others 0.
-    zero: ``"fresh"`` (default) zeroes a page that this allocator has not owned before; ``"always"`` also zeroes memory each time
-        a sequence gets it, so that none sees another's; ``"never"``.
+    interleave: how many layers lie side by side in a page, or ``"all"`` (default): more means less waste and fewer
+        driver calls, ``1`` gives each layer a range of its own.
+    map_ahead_tokens: how far ahead of a sequence's growth a background thread maps (virtual). 0 turns it off. Default:
+        CUDA 64, others 0.
+    tail_guard_tokens: how far past its length a sequence's memory stays mapped and finite, for kernels that load whole
+        tiles and mask afterwards. Default: CUDA 256, others 0.
+    zero: ``"fresh"`` (default) zeroes a page that this allocator has not owned before; ``"always"`` also zeroes memory
+        each time a sequence gets it, so that none sees another's; ``"never"``.
     pool: a ``PagePool`` to share with other allocators; excludes ``device`` and ``page_bytes``.
     record_ops: keep what was decided for ``take_ops()``.
-    debug: run ``check()`` after each call that changes something; default from the environment variable ``KVMEM_DEBUG``.
+    debug: run ``check()`` after each call that changes something; default from the environment variable
+        ``KVMEM_DEBUG``.
     driver: replaces the device's own driver; for tests.
 
     Thread-safe: calls are serialised. After a ``fork()`` of the process, the child's calls raise ``DeviceError``.
@@ -77,76 +84,98 @@ class Allocator:
     ) -> None:
         if not isinstance(spec, CacheSpec):
             raise SpecError(f"spec: got {type(spec).__name__}; must be a CacheSpec, see CacheSpec.from_config()")
-        if backend not in BACKENDS:
-            raise SpecError(f"backend: got {backend!r}; must be one of {', '.join(BACKENDS)}")
-        if zero not in ("never", "fresh", "always"):
-            raise SpecError(f'zero: got {zero!r}; must be "never", "fresh" or "always"')
+        check_choice("backend", backend, tuple(BACKENDS))
+        check_choice("zero", zero, ("never", "fresh", "always"))
         self.spec, self.backend = spec, backend
         self.max_sequences = check_size("max_sequences", max_sequences)
         self.max_tokens = check_size("max_tokens", max_tokens)
-        self._owns_pool = pool is None
+        self._recording = record_ops
         self.pool = self._open_pool(pool, device, memory, page_bytes, driver, record_ops)
         home = self.pool.device
         self.device = home.torch_device
-        self.interleave = resolve_interleave(home.interleave if interleave is None else interleave, spec.num_layers)
-        self.tail_guard_tokens = home.tail_guard_tokens if tail_guard_tokens is None else _not_negative("tail_guard_tokens", tail_guard_tokens)
-        ahead = home.map_ahead_tokens if map_ahead_tokens is None else _not_negative("map_ahead_tokens", map_ahead_tokens)
-        limit = self.pool.budget_bytes if memory is None else parse_bytes("memory", memory)
-        sizes = Sizes(
-            self.pool.page_bytes, self.max_sequences, self.max_tokens, self.tail_guard_tokens,
-            max(limit, home.total_bytes or 4 * limit),
-        )  # fmt: skip
+        self.interleave = resolve_interleave(_default(interleave, home.interleave), spec.num_layers)
+        self.tail_guard_tokens = _count("tail_guard_tokens", _default(tail_guard_tokens, home.tail_guard_tokens))
+        self.map_ahead_tokens = _count("map_ahead_tokens", _default(map_ahead_tokens, home.map_ahead_tokens))
+        limit = parse_bytes("memory", _default(memory, self.pool.budget_bytes))
         self._layouts = [GroupLayout(group, self.interleave) for group in spec.groups]
-        self._geometry = [BACKENDS[backend].geometry(layout, sizes) for layout in self._layouts]
+        self._geometry = self._lay_out(max(limit, home.total_bytes or 4 * limit))
         self._main = next((i for i, g in enumerate(spec.groups) if g.growth == "token"), 0)
+        self._arenas: dict[tuple[int, int], torch.Tensor] = {}
         self.core = _core.Cache(
             geometry=_core.Geometry(
-                page_bytes=self.pool.page_bytes, max_sequences=self.max_sequences, tail_guard_tokens=self.tail_guard_tokens,
-                map_ahead_tokens=ahead, zero=getattr(_core.Zero, zero), groups=self._geometry,
-                debug=bool(int(os.environ.get("KVMEM_DEBUG", "0"))) if debug is None else debug,
+                page_bytes=self.pool.page_bytes,
+                max_sequences=self.max_sequences,
+                tail_guard_tokens=self.tail_guard_tokens,
+                map_ahead_tokens=self.map_ahead_tokens,
+                zero=getattr(_core.Zero, zero),
+                debug=os.environ.get("KVMEM_DEBUG", "0") not in ("", "0") if debug is None else debug,
+                groups=self._geometry,
             ),
             pool=self.pool.core,
             paged=BACKENDS[backend].paged,
             limit_pages=PagePool.pages("memory", limit, self.pool.page_bytes),
-        )  # fmt: skip
+            owns_pool=pool is None,
+        )
         if record_ops:
             self.core.record()
-        self._recording = record_ops
-        self._arenas: dict[tuple[int, int], torch.Tensor] = {}
+
+    def _lay_out(self, capacity_bytes: int) -> list[_core.GroupGeometry]:
+        sizes = Sizes(
+            page_bytes=self.pool.page_bytes,
+            max_sequences=self.max_sequences,
+            max_tokens=self.max_tokens,
+            tail_guard_tokens=self.tail_guard_tokens,
+            capacity_bytes=capacity_bytes,
+        )
+        return [BACKENDS[self.backend].geometry(layout, sizes) for layout in self._layouts]
 
     @staticmethod
     def _open_pool(
-        pool: PagePool | None, device: str | torch.device | None, memory: int | str | None, page_bytes: int | None,
-        driver: _core.Driver | None, record_ops: bool,
-    ) -> PagePool:  # fmt: skip
+        pool: PagePool | None,
+        device: str | torch.device | None,
+        memory: int | str | None,
+        page_bytes: int | None,
+        driver: _core.Driver | None,
+        record_ops: bool,
+    ) -> PagePool:
         if pool is None:
             if memory is None:
                 raise SpecError('memory: missing; give a budget such as "20GiB", or a pool to share')
-            return PagePool(device="cpu" if device is None else device, memory=memory, page_bytes=page_bytes, driver=driver)
+            return PagePool(
+                device="cpu" if device is None else device, memory=memory, page_bytes=page_bytes, driver=driver
+            )
         if device is not None or page_bytes is not None or driver is not None:
-            raise SpecError("device, page_bytes and driver belong to the pool; an allocator that is given one takes them from it")
+            raise SpecError(
+                "device, page_bytes and driver belong to the pool; an allocator that is given one takes them from it"
+            )
         if record_ops:
-            raise SpecError("record_ops: the ops of a shared pool belong to several allocators; record with a pool of its own")
+            raise SpecError(
+                "record_ops: the ops of a shared pool belong to several allocators; record with a pool of its own"
+            )
         return pool
 
     # --- sequences ---
 
     def sequence(self, tokens: List[int] | np.ndarray | torch.Tensor | None = None) -> Sequence:
-        """A new, empty sequence. ``tokens``, the prompt, is only checked. ``OutOfMemory`` when all ``max_sequences`` are in use."""
+        """A new, empty sequence. ``tokens``, the prompt, is only checked. ``OutOfMemory`` when all ``max_sequences``
+        are in use.
+        """
         if tokens is not None:
             count_tokens(tokens)
         return Sequence(self, self.core.open())
 
     def open_batch(self, n: int) -> Handles:
         """Handles of ``n`` new sequences, int32 [n]: all of them or ``OutOfMemory``."""
-        handles = np.empty(_not_negative("n", n), np.int32)
+        handles = np.empty(_count("n", n), np.int32)
         self.core.open_batch(handles)
         return handles
 
     def extend_batch(self, ids: Handles, counts: Handles) -> None:
-        """Makes room for ``counts[i]`` more tokens of each sequence: for all, or ``OutOfMemory`` and nothing has changed.
+        """Makes room for ``counts[i]`` more tokens of each sequence: for all, or ``OutOfMemory`` and nothing has
+        changed.
 
-        ids, counts: int32 [n], contiguous, on the CPU; no sequence twice. One call a step; it makes no driver call while the
+        ids, counts: int32 [n], contiguous, on the CPU; no sequence twice. One call a step; it makes no driver call
+            while the
         rows or blocks at hand suffice.
         """
         self.core.extend_batch(ids, counts)
@@ -179,9 +208,11 @@ class Allocator:
     ) -> Batch:
         """The metadata of a step over ``sequences``.
 
-        new_tokens: per sequence, how many of the reserved tokens this step computes; default all that are not committed.
+        new_tokens: per sequence, how many of the reserved tokens this step computes; default all that are not
+            committed.
         out: a batch from ``make_batch`` or an earlier call, refilled in place; ``SpecError`` if it is too small.
-        pad_to: rows of the batch; rows past the sequences read zeroes and write where it does no harm (captured graphs).
+        pad_to: rows of the batch; rows past the sequences read zeroes and write where it does no harm (captured
+            graphs).
         """
         ids = _handles(sequences)
         if out is None:
@@ -189,9 +220,11 @@ class Allocator:
         self.fill(ids, out, new_tokens=new_tokens, pad_to=pad_to)
         return out
 
-    def make_batch(self, *, max_sequences: int | None = None, max_new_tokens: int, max_tokens: int | None = None) -> Batch:
-        """Empty buffers for steps of up to ``max_sequences`` rows and ``max_new_tokens`` new tokens in all, sequences of up to
-        ``max_tokens``; for ``out=`` and ``fill``. Their addresses never change.
+    def make_batch(
+        self, *, max_sequences: int | None = None, max_new_tokens: int, max_tokens: int | None = None
+    ) -> Batch:
+        """Empty buffers for steps of up to ``max_sequences`` rows and ``max_new_tokens`` new tokens in all, sequences
+        of up to ``max_tokens``; for ``out=`` and ``fill``. Their addresses never change.
         """
         rows = self.max_sequences if max_sequences is None else max_sequences
         longest = self.max_tokens if max_tokens is None else max_tokens
@@ -203,6 +236,7 @@ class Allocator:
         """Refills ``batch`` in place for the sequences ``ids`` (int32 [n]); arguments as for ``batch``."""
         counts = None if new_tokens is None else np.ascontiguousarray(new_tokens, np.int32)
         for index, group in enumerate(batch.groups):
+            group.begin()
             group.update(self.core.fill(ids, counts, index, pad_to or 0, group.buffers))
 
     def _fitting_batch(self, ids: Handles, new_tokens: List[int] | Handles | None, rows: int) -> Batch:
@@ -222,17 +256,20 @@ class Allocator:
             width = -(-longest[index] // group.block_size)
             total = rows * width if blocks is None else blocks[index]
             groups.append(
-                GroupBatch(self.device, group.block_size, not BACKENDS[self.backend].paged, rows, fresh[index], width, total)
+                GroupBatch(
+                    self.device, group.block_size, not BACKENDS[self.backend].paged, rows, fresh[index], width, total
+                )
             )
         return Batch(groups, self._main)
 
     # --- tensors ---
 
     def kv(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V of a layer for kernels, each ``[num_blocks, block_size, heads, width]``, with equal shape and strides.
+        """K and V of a layer for kernels, each ``[num_blocks, block_size, heads, width]``, with equal shape and
+        strides.
 
-        They end at the last mapped block; the address never changes. Blocks that no sequence holds may be unmapped: reading
-        them faults, so index by a batch's block table. They print safely.
+        They end at the last mapped block; the address never changes. Blocks that no sequence holds may be unmapped:
+        reading them faults, so index by a batch's block table. They print safely.
         """
         return self.tensor(layer, "k"), self.tensor(layer, "v")
 
@@ -243,14 +280,15 @@ class Allocator:
         where = layout.slice(layer, component)
         token_bytes = layout.token_bytes[where.arena]
         mapped = self.core.mapped_extent_bytes(index, where.arena)
-        blocks = -(-mapped // (token_bytes * group.block_size))  # the last one may be mapped in part
+        # The last one may be mapped in part; behind the last of all, a page may go on.
+        blocks = min(self._geometry[index].max_blocks, -(-mapped // (token_bytes * group.block_size)))
         view = block_view(self._arena(index, where.arena), where, token_bytes, group.block_size, blocks)
         return view.as_subclass(CacheTensor)
 
     def rows(self, layer: int, component: str = "k") -> torch.Tensor:
-        """The full rows, by name: ``[max_sequences + 1, row_tokens, heads, width]``, for kernels that take contiguous sequences
-        (``cache_batch_idx``, ``seqused_k``). Row r is ``batch.rows[i]``; only the tokens a sequence holds are mapped, touching
-        others faults. ``SpecError`` on the paged backend, which has no rows.
+        """The full rows, by name: ``[max_sequences + 1, row_tokens, heads, width]``, for kernels that take contiguous
+        sequences (``cache_batch_idx``, ``seqused_k``). Row r is ``batch.rows[i]``; only the tokens a sequence holds
+        are mapped, touching others faults. ``SpecError`` on the paged backend, which has no rows.
         """
         index = self.spec.group_of(layer, component)
         geometry, layout = self._geometry[index], self._layouts[index]
@@ -281,7 +319,11 @@ class Allocator:
         if (group, arena) not in self._arenas:
             # A tensor made in inference mode could never be written outside of it.
             with torch.inference_mode(False):
+<<<<<<< HEAD
                 self._arenas[group, arena] = torch.from_dlpack(self.core.arena_bytes(group, arena))
+=======
+                self._arenas[group, arena] = from_dlpack(self.core.arena_bytes(group, arena))
+>>>>>>> main
         return self._arenas[group, arena]
 
     # --- memory ---
@@ -292,14 +334,18 @@ class Allocator:
         ``OutOfMemory``, and nothing changed, when live sequences hold more than that.
         """
         pages = PagePool.pages("memory", parse_bytes("memory", memory), self.pool.page_bytes)
-        self.core.set_memory(pages, self._owns_pool)
+        self.core.set_memory(pages)
 
     def trim(self, bytes: int | str | None = None) -> int:
-        """Gives parked and free pages back to the system: at least ``bytes`` of them if there are as many, or all. Returns bytes."""
+        """Gives parked and free pages back to the system: at least ``bytes`` of them if there are as many, or all.
+        Returns bytes.
+        """
         return self.core.trim(-1 if bytes is None else parse_bytes("bytes", bytes))
 
     def set_stream(self, stream: int) -> None:
-        """The CUDA stream (its handle) that kernels use this memory on; copies, zeroing and fences go there. Default: stream 0."""
+        """The CUDA stream (its handle) that kernels use this memory on; copies, zeroing and fences go there. Default:
+        stream 0.
+        """
         self.pool.core.set_stream(stream)
 
     def stats(self) -> Stats:
@@ -307,14 +353,24 @@ class Allocator:
         s = self.core.stats()
         return Stats(
             reserved_bytes=sum(sum(g.arena_slots) for g in self._geometry) * self.pool.page_bytes,
-            budget_bytes=s.budget_bytes, created_bytes=s.created_bytes, free_bytes=s.free_bytes, physical_bytes=s.physical_bytes,
-            mapped_bytes=s.mapped_bytes, used_bytes=s.used_bytes, shared_bytes=s.shared_bytes, parked_bytes=s.parked_bytes,
-            wasted_bytes=s.mapped_bytes - s.used_bytes - s.parked_bytes, driver_calls=s.driver_calls,
-            num_sequences=s.num_sequences, max_sequences=self.max_sequences,
-        )  # fmt: skip
+            budget_bytes=s.budget_bytes,
+            created_bytes=s.created_bytes,
+            free_bytes=s.free_bytes,
+            physical_bytes=s.physical_bytes,
+            mapped_bytes=s.mapped_bytes,
+            used_bytes=s.used_bytes,
+            shared_bytes=s.shared_bytes,
+            parked_bytes=s.parked_bytes,
+            wasted_bytes=s.mapped_bytes - s.used_bytes - s.parked_bytes,
+            driver_calls=s.driver_calls,
+            num_sequences=s.num_sequences,
+            max_sequences=self.max_sequences,
+        )
 
     def check(self) -> list[str]:
-        """Every violated invariant as a sentence; empty when healthy. Cost grows with everything: for tests and idle times."""
+        """Every violated invariant as a sentence; empty when healthy. Cost grows with everything: for tests and idle
+        times.
+        """
         return self.core.check()
 
     # --- deciding here, acting elsewhere ---
@@ -326,17 +382,23 @@ class Allocator:
         return self.core.take_ops()
 
     def apply(self, ops: Iterable[Op | list[str | int]]) -> None:
-        """Follows what another allocator of the same shape decided: all of ``ops``, or an error and nothing has changed.
+        """Follows what another allocator of the same shape decided: all of ``ops``, or an error and nothing has
+        changed.
 
         ``SpecError`` when they do not follow from this allocator's state; driver errors as for any call.
         """
         self.core.apply(list(ops))
 
     def __repr__(self) -> str:
-        return f"Allocator(backend={self.backend!r}, device={self.pool.device.name!r}, budget_bytes={self.pool.budget_bytes})"
+        device, budget = self.pool.device.name, self.pool.budget_bytes
+        return f"Allocator(backend={self.backend!r}, device={device!r}, budget_bytes={budget})"
 
 
-def _not_negative(field: str, value: int) -> int:
+def _default(value: Any, default: Any) -> Any:
+    return default if value is None else value
+
+
+def _count(field: str, value: int) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 0:
         raise SpecError(f"{field}: got {value!r}; must be an int, 0 or more")
     return int(value)

@@ -1,20 +1,20 @@
 """The two backends, seen from above: how many addresses each reserves, and what tensors over them look like.
 
-``VirtualBackend`` gives each sequence a row of addresses; ``PagedBackend`` gives all sequences one arena of blocks. The rest of
-kvmem does not ask which one it has: both offer the same memory as ``[num_blocks, block_size, heads, width]`` with block ids.
+``VirtualBackend`` gives each sequence a row of addresses; ``PagedBackend`` gives all sequences one arena of blocks.
+The rest of kvmem does not ask which one it has: both offer the same memory as ``[num_blocks, block_size, heads,
+width]`` with block ids.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from math import gcd, lcm
 
 from kvmem import _core
 from kvmem.errors import SpecError
-from kvmem.layouts import GroupLayout
+from kvmem.protocols import Backend, Layout, Sizes
 from kvmem.units import format_bytes
 
-__all__ = ["BACKENDS", "PagedBackend", "Sizes", "VirtualBackend"]
+__all__ = ["BACKENDS", "PagedBackend", "VirtualBackend"]
 
 #: Kernels accept a row as pages of any legal size if its length is a multiple of this (FlashAttention 2 asks for 256).
 ROW_TOKENS = 256
@@ -24,27 +24,17 @@ MAX_RESERVED_BYTES = 100 << 40
 MAX_BLOCKS = 2**31 - 1
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """What a backend needs to know to lay out its arenas. ``capacity_bytes`` bounds what can ever be mapped."""
-
-    page_bytes: int
-    max_sequences: int
-    max_tokens: int
-    tail_guard_tokens: int
-    capacity_bytes: int
-
-
-def _group_tokens(layout: GroupLayout, max_tokens: int) -> int:
+def _group_tokens(layout: Layout, max_tokens: int) -> int:
     growth = layout.group.growth
     return 1 if growth == "fixed" else (layout.group.max_tokens or max_tokens) if growth == "prefill" else max_tokens
 
 
-def _refuse_addresses(layout: GroupLayout, reserved: int, blocks: int) -> None:
+def _refuse_addresses(layout: Layout, reserved: int, blocks: int) -> None:
     if reserved > MAX_RESERVED_BYTES or blocks > MAX_BLOCKS:
         raise SpecError(
-            f"group {layout.group.name!r} would reserve {format_bytes(reserved)} of addresses and {blocks} block ids; there are "
-            f"{format_bytes(MAX_RESERVED_BYTES)} and {MAX_BLOCKS}: lower max_sequences, max_tokens or page_bytes"
+            f"group {layout.group.name!r} would reserve {format_bytes(reserved)} of addresses and {blocks} block ids; "
+            f"there are {format_bytes(MAX_RESERVED_BYTES)} and {MAX_BLOCKS}: lower max_sequences, max_tokens "
+            "or page_bytes"
         )
 
 
@@ -55,7 +45,7 @@ class VirtualBackend:
     paged = False
 
     @staticmethod
-    def geometry(layout: GroupLayout, sizes: Sizes) -> _core.GroupGeometry:
+    def geometry(layout: Layout, sizes: Sizes) -> _core.GroupGeometry:
         """Rows start at a page and at a block in every arena, so that a row can be read as blocks too."""
         group, page = layout.group, sizes.page_bytes
         tokens = _group_tokens(layout, sizes.max_tokens)
@@ -89,7 +79,7 @@ class PagedBackend:
     paged = True
 
     @staticmethod
-    def geometry(layout: GroupLayout, sizes: Sizes) -> _core.GroupGeometry:
+    def geometry(layout: Layout, sizes: Sizes) -> _core.GroupGeometry:
         """Addresses for every block that the tables can name, or that memory can ever hold, whichever is less."""
         group, page = layout.group, sizes.page_bytes
         tokens = _group_tokens(layout, sizes.max_tokens)
@@ -111,4 +101,4 @@ class PagedBackend:
         )
 
 
-BACKENDS: dict[str, type[VirtualBackend] | type[PagedBackend]] = {"virtual": VirtualBackend, "paged": PagedBackend}
+BACKENDS: dict[str, type[Backend]] = {"virtual": VirtualBackend, "paged": PagedBackend}

@@ -1,4 +1,4 @@
-"""The metadata of one step, in the forms that attention kernels read. Filled by the core, in place, at fixed addresses."""
+"""The metadata of one step, in the forms that attention kernels read: filled by the core, in place."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ _FIELDS = {
 
 
 class GroupBatch:
-    """One group's metadata. ``B`` rows (sequences, then padding rows), ``T`` new tokens. Values are valid until the next fill.
+    """One group's metadata. ``B`` rows (sequences, then padding rows), ``T`` new tokens. Values are valid until the
+    next fill.
 
     =====================  ===================  ==================================================================
     block_table            int32 [B, M]         block ids; entries past a sequence's last block are 0
@@ -47,9 +48,9 @@ class GroupBatch:
     row_starts             int32 [B + 1]        ``row * row_tokens``; None where ``rows`` is
     =====================  ===================  ==================================================================
 
-    Each field also exists as ``<field>_cpu`` (on the CPU device, the same tensor): ``plan()`` of FlashInfer reads some there.
-    A padding row has one new token: it reads block 0, which is zero, and writes block 1. Blocks that a window has dropped
-    stand as 0 too.
+    Each field also exists as ``<field>_cpu`` (on the CPU device, the same tensor): ``plan()`` of FlashInfer reads some
+    there. A padding row has one new token: it reads block 0, which is zero, and writes block 1. Blocks that a window
+    has dropped stand as 0 too.
     """
 
     block_table: torch.Tensor
@@ -73,34 +74,56 @@ class GroupBatch:
     kv_last_page_len_cpu: torch.Tensor
 
     def __init__(
-        self, device: torch.device, block_size: int, has_rows: bool, max_sequences: int, max_new_tokens: int, max_blocks: int,
+        self,
+        device: torch.device,
+        block_size: int,
+        has_rows: bool,
+        max_sequences: int,
+        max_new_tokens: int,
+        max_blocks: int,
         max_indices: int,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.block_size = block_size
         self.num_rows = self.num_new_tokens = self.num_indices = self.max_seqlen_q = self.max_seqlen_k = 0
         self._max_blocks = max_blocks
-        lengths = {"B": max_sequences, "B+1": max_sequences + 1, "T": max_new_tokens, "N": max_indices, "BM": max_sequences * max_blocks}
-        self._host: dict[str, torch.Tensor] = {}
-        self._device: dict[str, torch.Tensor] = {}
-        for name, (dtype, shape) in _FIELDS.items():
-            if name in ("rows", "row_starts") and not has_rows:
-                continue
-            host = torch.zeros(lengths[shape], dtype=dtype, pin_memory=device.type == "cuda")
-            self._host[name] = host
-            self._device[name] = host.to(device) if device.type == "cuda" else host
+        lengths = {
+            "B": max_sequences,
+            "B+1": max_sequences + 1,
+            "T": max_new_tokens,
+            "N": max_indices,
+            "BM": max_sequences * max_blocks,
+        }
+        on_gpu = device.type == "cuda"
+        self._host = {
+            name: torch.zeros(lengths[shape], dtype=dtype, pin_memory=on_gpu)
+            for name, (dtype, shape) in _FIELDS.items()
+            if has_rows or name not in ("rows", "row_starts")
+        }
+        self._device = {name: host.to(device) for name, host in self._host.items()} if on_gpu else self._host
+        self._uploaded = torch.cuda.Event() if on_gpu else None  # type: ignore[no-untyped-call]
         self.buffers = _core.BatchBuffers(
-            max_sequences=max_sequences, max_new_tokens=max_new_tokens, max_blocks=max_blocks, max_indices=max_indices,
+            max_sequences=max_sequences,
+            max_new_tokens=max_new_tokens,
+            max_blocks=max_blocks,
+            max_indices=max_indices,
             **{name: tensor.numpy() for name, tensor in self._host.items()},
-        )  # fmt: skip
+        )
+
+    def begin(self) -> None:
+        """Waits until the last upload has read the host's buffers; they are about to be written."""
+        if self._uploaded is not None:
+            self._uploaded.synchronize()
 
     def update(self, sizes: tuple[int, int, int, int, int]) -> None:
-        """Takes the sizes that the core has filled in, and puts what changed on the device."""
+        """Takes the sizes that the core has filled in, and uploads what is used on torch's current stream."""
         self.num_rows, self.num_new_tokens, self.num_indices, self.max_seqlen_q, self.max_seqlen_k = sizes
         self.__dict__.pop("_views", None)
+        if self._uploaded is None:
+            return
         for name, host in self._host.items():
-            if (device := self._device[name]) is not host:
-                used = self._used(name)
-                device[:used].copy_(host[:used], non_blocking=True)
+            used = self._used(name)
+            self._device[name][:used].copy_(host[:used], non_blocking=True)
+        self._uploaded.record()
 
     def _used(self, name: str) -> int:
         counts = {"B": self.num_rows, "B+1": self.num_rows + 1, "T": self.num_new_tokens, "N": self.num_indices}

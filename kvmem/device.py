@@ -47,7 +47,8 @@ class Device:
 
 
 def open_device(name: str | torch.device, driver: _core.Driver | None = None) -> Device:
-    """``"cpu"``, ``"cuda"``, ``"cuda:N"`` or ``"meta"``. ``driver`` replaces the device's own (a checked one, in tests).
+    """``"cpu"``, ``"cuda"``, ``"cuda:N"`` or ``"meta"``. ``driver`` replaces the device's own (a checked one, in
+    tests).
 
     ``DeviceError`` when there is no such device or its driver cannot map memory on demand.
     """
@@ -58,7 +59,5 @@ def open_device(name: str | torch.device, driver: _core.Driver | None = None) ->
         return Device("cpu", driver or _core.host_driver(), torch.device("cpu"), 0, 0, "all", False)
     if match := re.fullmatch(r"cuda(?::(\d+))?", text):
         index = int(match.group(1) or 0)
-        return Device(
-            text, driver or _core.cuda_driver(index), torch.device("cuda", index), 256, 64, "all", True
-        )
+        return Device(text, driver or _core.cuda_driver(index), torch.device("cuda", index), 256, 64, "all", True)
     raise DeviceError(f'device: got {text!r}; must be "cpu", "cuda", "cuda:N" or "meta"')

@@ -1,15 +1,15 @@
 """Byte layout: where each component of each layer lies within a token, for a given ``interleave``.
 
-A group's layers are cut into runs of ``interleave`` layers; each run has one arena (one reserved address range), in which tokens
-lie one after the other, ``token_bytes`` apart. Within a token, the layers of the run follow each other, and within a layer its
-components (K, then V)::
+A group's layers are cut into runs of ``interleave`` layers; each run has one arena (one reserved address range), in
+which tokens lie one after the other, ``token_bytes`` apart. Within a token, the layers of the run follow each other,
+and within a layer its components (K, then V)::
 
     arena 0:  | token 0: [layer 0: K V][layer 1: K V] ... | token 1: [layer 0: K V] ...
     arena 1:  | token 0: [layer G: K V] ...
 
-With all layers in one run, a 2 MiB page holds 16 tokens of an 8B model instead of 1,024 tokens of one layer: that is how a stock
-driver gets fine granularity (vAttention's tensor slicing). K and V of a layer have equal shape and strides, and the last dimension
-is dense, which is all that paged kernels ask for.
+With all layers in one run, a 2 MiB page holds 16 tokens of an 8B model instead of 1,024 tokens of one layer: that is
+how a stock driver gets fine granularity (vAttention's tensor slicing). K and V of a layer have equal shape and
+strides, and the last dimension is dense, which is all that paged kernels ask for.
 """
 
 from __future__ import annotations

@@ -15,8 +15,8 @@ __all__ = ["PagePool"]
 class PagePool:
     """Physical memory for one or more allocators of one device.
 
-    An allocator that finds no free page takes parked ones: its own first, then those of its neighbours. So memory moves to where
-    it is needed, at the price of unmapping and mapping (about 0.1 ms a page on a GPU).
+    An allocator that finds no free page takes parked ones: its own first, then those of its neighbours. So memory
+    moves to where it is needed, at the price of unmapping and mapping (about 0.1 ms a page on a GPU).
 
     memory: budget in bytes, an int or a text such as ``"20GiB"``; rounded down to whole pages, and never exceeded.
     page_bytes: size of a page, a multiple of the driver's granularity; None takes the device's default.
@@ -48,8 +48,8 @@ class PagePool:
         """Whole pages in ``count_bytes``; ``SpecError`` when there is not even one."""
         if count_bytes < page_bytes:
             raise SpecError(
-                f"{field}: got {format_bytes(count_bytes)}; one page is {format_bytes(page_bytes)}, which is the least that works: "
-                "give more memory or a smaller page_bytes"
+                f"{field}: got {format_bytes(count_bytes)}; one page is {format_bytes(page_bytes)}, which is the least "
+                f"that works: give more memory or a smaller page_bytes"
             )
         return count_bytes // page_bytes
 
@@ -66,5 +66,5 @@ class PagePool:
         return self.core.mapped_pages * self.page_bytes
 
     def set_memory(self, memory: int | str) -> None:
-        """Grows or shrinks the budget. ``OutOfMemory``, and nothing changed, when live sequences hold more than that."""
+        """Grows or shrinks the budget. ``OutOfMemory``, and nothing changed, when live sequences hold more."""
         self.core.set_budget(self.pages("memory", parse_bytes("memory", memory), self.page_bytes))

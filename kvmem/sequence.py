@@ -27,17 +27,20 @@ def count_tokens(tokens: int | Tokens[int] | np.ndarray | torch.Tensor) -> int:
     except (TypeError, ValueError) as error:
         raise SpecError(f"tokens: got {type(tokens).__name__}; must be a count or a flat list of token ids") from error
     if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
-        raise SpecError(f"tokens: got shape {ids.shape} of {ids.dtype}; must be a count or a flat list of integer token ids")
+        raise SpecError(
+            f"tokens: got shape {ids.shape} of {ids.dtype}; must be a count or a flat list of integer token ids"
+        )
     if ids.size and ids.min() < 0:
         raise SpecError(f"tokens: got the id {ids.min()}; token ids are 0 or more")
     return int(ids.size)
 
 
 class Sequence:
-    """One request's tokens in an allocator. Made by ``Allocator.sequence()`` and ``fork()``; a context manager that frees it.
+    """One request's tokens in an allocator. Made by ``Allocator.sequence()`` and ``fork()``; a context manager that
+    frees it.
 
-    A token is first *reserved* by ``extend``, which makes room and nothing else; the model then writes its KV; ``commit`` says
-    that it is valid. ``num_committed_tokens <= num_tokens``.
+    A token is first *reserved* by ``extend``, which makes room and nothing else; the model then writes its KV;
+    ``commit`` says that it is valid. ``num_committed_tokens <= num_tokens``.
     """
 
     __slots__ = ("_alloc", "_id", "num_cached_tokens")
@@ -65,8 +68,8 @@ class Sequence:
     def extend(self, n: int, *, group: int | None = None) -> None:
         """Makes room for ``n`` more tokens. ``OutOfMemory``, and nothing changed, when there is none.
 
-        Costs no driver call while the row or the blocks at hand suffice. ``group`` names a group that is fixed after prefill
-        (cross attention), which grows by its own count, once.
+        Costs no driver call while the row or the blocks at hand suffice. ``group`` names a group that is fixed after
+        prefill (cross attention), which grows by its own count, once.
         """
         self._alloc.core.extend(self._id, n, -1 if group is None else group)
 
@@ -89,13 +92,13 @@ class Sequence:
     def fork(self) -> Sequence:
         """A second sequence with the same committed tokens: whole pages or blocks are shared, the cut one is copied.
 
-        ``OutOfMemory``, and nothing changed, when there is no room for the copy. What is reserved but not committed stays with
-        the parent.
+        ``OutOfMemory``, and nothing changed, when there is no room for the copy. What is reserved but not committed
+        stays with the parent.
         """
         return Sequence(self._alloc, self._alloc.core.fork(self._id))
 
     def free(self) -> None:
-        """Gives everything back. The row stays mapped (parked) for the next sequence. ``StaleHandle`` the second time."""
+        """Gives everything back; a row stays mapped (parked) for the next sequence. Twice is a ``StaleHandle``."""
         self._alloc.core.free(self._id)
 
     def kv(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,14 +12,18 @@ class Stats:
     """A snapshot. All sizes in bytes; physical memory obeys ``mapped = used + wasted + parked``.
 
     reserved_bytes: addresses, which cost nothing.
-    budget_bytes: what the pool may create, ``created_bytes`` what it has created, ``free_bytes`` the part of that nobody maps.
-    physical_bytes: what the device's system says is really held for the pool (CPU: pages of the memfd that were touched).
+    budget_bytes: what the pool may create, ``created_bytes`` what it has created, ``free_bytes`` the part of that
+        nobody maps.
+    physical_bytes: what the device's system says is really held for the pool (CPU: pages of the memfd that were
+        touched).
     mapped_bytes: pages mapped by this allocator, each once however often it is mapped.
     used_bytes: tokens of live sequences, each physical byte once.
     shared_bytes: physical bytes (pages; paged backend: blocks) that more than one sequence reads.
-    parked_bytes: mapped pages no live sequence needs: ready for the next one, given up under pressure and by ``trim()``.
+    parked_bytes: mapped pages no live sequence needs: ready for the next one, given up under pressure and by
+        ``trim()``.
     wasted_bytes: the rest: rounding up to pages and blocks, the guard behind the last token, trash blocks.
-    driver_calls: calls the pool has made to its driver since it exists (``"meta"``: that a GPU's driver would have got).
+    driver_calls: calls the pool has made to its driver since it exists (``"meta"``: that a GPU's driver would have
+        got).
     """
 
     reserved_bytes: int

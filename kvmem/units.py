@@ -14,7 +14,7 @@ _UNITS |= {f"{letter}B": 1000 ** (i + 1) for i, letter in enumerate("KMGTP")}
 
 
 def parse_bytes(field: str, value: int | str) -> int:
-    """Bytes from an int or a text such as ``"20GiB"``, ``"1.5 TiB"`` or ``"500MB"`` (decimal); ``SpecError`` otherwise."""
+    """Bytes from an int, or a text such as ``"20GiB"`` or ``"500MB"`` (decimal); ``SpecError`` otherwise."""
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return value
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value) if isinstance(value, str) else None

@@ -1,7 +1,8 @@
 """Tensors over an allocator's memory.
 
-Addresses are reserved, not mapped: touching an unmapped one is a segmentation fault on a CPU and a lost context on a GPU. So what
-a user gets by default ends at the last mapped block, and prints and pickles without touching what may be missing in between.
+Addresses are reserved, not mapped: touching an unmapped one is a segmentation fault on a CPU and a lost context on a
+GPU. So what a user gets by default ends at the last mapped block, and prints and pickles without touching what may be
+missing in between.
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ class CacheTensor(torch.Tensor):
     pickling and deep copies, which would read all of it, raise ``TypeError``.
     """
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
-        return f"CacheTensor(shape={tuple(self.shape)}, stride={self.stride()}, dtype={self.dtype}, device={self.device})"
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return (
+            f"CacheTensor(shape={tuple(self.shape)}, stride={self.stride()}, dtype={self.dtype}, device={self.device})"
+        )
 
     __str__ = __repr__
 
@@ -33,13 +36,17 @@ class CacheTensor(torch.Tensor):
         return format(repr(self), spec)
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        raise TypeError("a cache tensor has unmapped gaps and cannot be pickled: clone the tokens of a sequence instead")
+        raise TypeError(
+            "a cache tensor has unmapped gaps and cannot be pickled: clone the tokens of a sequence instead"
+        )
 
     def __deepcopy__(self, memo: Any) -> NoReturn:
         raise TypeError("a cache tensor has unmapped gaps and cannot be copied: clone the tokens of a sequence instead")
 
 
-def _strided(arena: torch.Tensor, where: Slice, lead: tuple[int, ...], lead_bytes: tuple[int, ...], offset: int) -> torch.Tensor:
+def _strided(
+    arena: torch.Tensor, where: Slice, lead: tuple[int, ...], lead_bytes: tuple[int, ...], offset: int
+) -> torch.Tensor:
     size = where.dtype.itemsize
     return arena.view(where.dtype).as_strided(
         (*lead, where.heads, where.width),
@@ -49,7 +56,9 @@ def _strided(arena: torch.Tensor, where: Slice, lead: tuple[int, ...], lead_byte
 
 
 def block_view(arena: torch.Tensor, where: Slice, token_bytes: int, block_size: int, num_blocks: int) -> torch.Tensor:
-    """``[num_blocks, block_size, heads, width]`` over an arena's bytes; block b starts at ``b * block_size * token_bytes``."""
+    """``[num_blocks, block_size, heads, width]`` over an arena's bytes; block b starts at ``b * block_size *
+    token_bytes``.
+    """
     return _strided(arena, where, (num_blocks, block_size), (block_size * token_bytes, token_bytes), 0)
 
 

@@ -26,8 +26,8 @@ LEVELS: dict[str, int] = {
         [
             "_core batch errors model_config model_families ops spec spec_component spec_rules stats units",
             "protocols",
-            "backends device eviction layouts pool prefix tiers transfer",
-            "allocator sequence views",
+            "backends device eviction layouts prefix tiers transfer",
+            "allocator pool sequence views",
             "connectors kernels lockstep plan transformers",
             "bench cli",
         ]
@@ -144,7 +144,7 @@ def test_imports_point_down() -> None:
         ("spec.py", "from kvmem import Allocator", "not from kvmem"),
         ("spec.py", "import kvmem", "not from kvmem"),
         ("spec.py", "import transformers", "from level 4 on"),
-        ("pool.py", "from kvmem import device", "do not know each other"),
+        ("backends.py", "from kvmem import device", "do not know each other"),
         ("pool.py", "from kvmem import _core", None),
         ("backends/paged.py", "from kvmem.backends.virtual import x\nfrom . import virtual\nfrom .. import spec", None),
         ("backends/paged.py", "from ..layouts import x", "do not know each other"),

@@ -1,0 +1,35 @@
+"""``python -m kvmem.bench``. Exit codes: 0 done, 2 bad input or a shortage, with one line that says which."""
+
+from __future__ import annotations
+
+import sys
+
+from kvmem.errors import KVMemError
+
+__all__ = ["main"]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    try:
+        import click
+
+        from kvmem.bench.cli import bench
+    except ImportError as error:
+        print(f"error: kvmem.bench needs click and rich ({error}); install kvmem[bench]", file=sys.stderr)
+        return 2
+    try:
+        bench(arguments, prog_name="python -m kvmem.bench", standalone_mode=False)
+    except KVMemError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except click.ClickException as error:
+        print(f"error: {error.format_message()}", file=sys.stderr)
+        return 2
+    except click.exceptions.Abort:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

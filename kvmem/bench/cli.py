@@ -1,0 +1,131 @@
+"""The command line: ``python -m kvmem.bench [PART] [options]``. Options may stand before or after the part."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+from click.core import ParameterSource
+from rich.console import Console
+
+from kvmem.bench.parts import Run, Settings
+from kvmem.bench.plots import write_plots
+from kvmem.bench.report import Report
+from kvmem.bench.results import check_writable, write_json
+
+__all__ = ["bench"]
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+_FILE_WIDTH = 160
+_PATH = click.Path(path_type=Path)
+
+_OPTIONS = [
+    click.option(
+        "--trace",
+        type=_PATH,
+        help="Trace file: Mooncake, Azure, BurstGPT or Qwen-Bailian. Default: 1,000 packaged requests.",
+    ),
+    click.option("--requests", type=click.IntRange(min=1), help="Only the first requests of the trace."),
+    click.option("--config", type=_PATH, help="Model config.json or its folder. Default: Llama 3 8B."),
+    click.option("--dtype", default="bfloat16", show_default=True, help="Type of the stored KV."),
+    click.option("--memory", default="80GiB", show_default=True, help="Memory of the simulated device."),
+    click.option(
+        "--weights", help="Bytes of it that the weights take. Default: 15.0 GiB for Llama 3 8B, 0 with --config."
+    ),
+    click.option("--backend", type=click.Choice(["both", "virtual", "paged"]), default="both", show_default=True),
+    click.option("--page", default="2MiB", show_default=True, help="Bytes of a physical page."),
+    click.option("--block-size", type=click.IntRange(min=1), default=16, show_default=True, help="Tokens of a block."),
+    click.option(
+        "--max-sequences", type=click.IntRange(min=1), default=256, show_default=True, help="Sequences at once."
+    ),
+    click.option(
+        "--max-tokens", type=click.IntRange(min=1), help="Longest sequence. Default: what the model is made for."
+    ),
+    click.option("--chunked", is_flag=True, help="Prompts take memory chunk by chunk instead of whole."),
+    click.option(
+        "--real-memory",
+        default="512MiB",
+        show_default=True,
+        help="Real memory for `micro` and `attention`, for each backend.",
+    ),
+    click.option(
+        "--repetitions", type=click.IntRange(min=1), default=20, show_default=True, help="Of each real-memory timing."
+    ),
+    click.option("--json", "json_path", type=_PATH, metavar="FILE", help="Write everything as JSON."),
+    click.option("--plot", "plot_path", type=_PATH, metavar="DIR", help="Write PNG pictures."),
+    click.option("-q", "--quiet", is_flag=True, help="No progress."),
+]
+
+
+def _options(command: _Command) -> _Command:
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
+
+
+def console() -> Console:
+    """Standard output; as wide as a table needs when nobody watches."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else _FILE_WIDTH)
+
+
+def _run(parts: tuple[str, ...], json_path: Path | None, plot_path: Path | None, **options: Any) -> None:
+    report, status = Report(console()), Console(stderr=True, highlight=False)
+    run = Run(Settings(**options), status)
+    check_writable(json_path, plot_path)
+    if {"replay", "waste", "steady"} & set(parts):
+        report.setup(run.results.setup)
+    for part in parts:
+        getattr(run, part)()
+    report.all(run.results)
+    if json_path is not None:
+        write_json(run.results, sys.argv[1:], json_path)
+    if plot_path is not None:
+        for path in write_plots(run.results, plot_path):
+            report.line(f"wrote {path}")
+
+
+@click.group(
+    invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120}
+)
+@_options
+@click.pass_context
+def bench(context: click.Context, /, **options: Any) -> None:
+    """Measures kvmem.
+
+    Without a part: replays a real trace on a simulated 80 GiB device with both backends and a static pool, then times
+    real memory on the CPU.
+    """
+    if context.invoked_subcommand is None:
+        _run(("replay", "waste", "steady", "micro", "attention"), **options)
+        return
+    # An option given before the part's name becomes the part's default, so that both orders mean the same.
+    given = {
+        name: value
+        for name, value in options.items()
+        if context.get_parameter_source(name) == ParameterSource.COMMANDLINE
+    }
+    context.default_map = dict.fromkeys(bench.commands, given)
+
+
+@bench.command("replay")
+@_options
+def replay_command(**options: Any) -> None:
+    """The trace on a simulated device: what fits, waste over time, driver calls, microseconds a step."""
+    _run(("replay", "waste", "steady"), **options)
+
+
+@bench.command("micro")
+@_options
+def micro_command(**options: Any) -> None:
+    """Map, unmap, extend, batch building on real memory."""
+    _run(("micro",), **options)
+
+
+@bench.command("attention")
+@_options
+def attention_command(**options: Any) -> None:
+    """Attention over both backends on the CPU."""
+    _run(("attention",), **options)

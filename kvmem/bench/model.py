@@ -1,0 +1,92 @@
+"""The model whose cache is measured: a spec, and how many bytes each of its tensors takes for a token."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvmem.bench.errors import BenchError
+from kvmem.errors import SpecError
+
+if TYPE_CHECKING:
+    from kvmem.spec import CacheSpec
+
+__all__ = ["LLAMA_3_8B", "LLAMA_3_8B_WEIGHT_BYTES", "Model", "load_model"]
+
+LLAMA_3_8B = Path(__file__).parent / "data" / "llama-3-8b.json"
+LLAMA_3_8B_WEIGHT_BYTES = 8_030_261_248 * 2  # its parameters, 16 bits each
+
+
+@dataclass(frozen=True)
+class Model:
+    """``layer_bytes[l]``: bytes of one token in each tensor (K, V, ...) of the l-th layer that caches tokens."""
+
+    name: str
+    spec: CacheSpec
+    bytes_per_token: int
+    layer_bytes: tuple[tuple[int, ...], ...]
+    max_tokens: int | None  # longest sequence the model is made for, if its config says so
+
+    def ranges(self, layers: int) -> tuple[int, ...]:
+        """Bytes of one token in each address range of a sequence when ``layers`` layers lie side by side in a range.
+
+        0 stands for one range per tensor: K and V of each layer apart, as with a plain tensor for each.
+        """
+        if layers == 0:
+            return tuple(size for sizes in self.layer_bytes for size in sizes)
+        totals = [sum(sizes) for sizes in self.layer_bytes]
+        return tuple(sum(totals[first : first + layers]) for first in range(0, len(totals), layers))
+
+
+def load_model(path: Path | None, *, dtype: str, block_size: int) -> Model:
+    """The packaged Llama 3 8B, or a published ``config.json``. Raises `SpecError` where it describes no cache that
+    kvmem knows.
+    """
+    from kvmem.spec import CacheSpec
+
+    source = path or LLAMA_3_8B
+    config = _read_config(source)
+    try:
+        spec = CacheSpec.from_config(config, dtype=dtype, block_size=block_size)
+    except SpecError as error:
+        raise SpecError(f"{source}: {error}") from error
+    if spec.bytes_per_token == 0:
+        raise BenchError(
+            f"{source}: this model stores nothing for a token ({spec.fixed_bytes} bytes a "
+            "sequence); there is no growth to replay"
+        )
+    layers = tuple(sizes for layer in range(spec.num_layers) if (sizes := _token_bytes(spec, layer)))
+    text = config.get("text_config")
+    longest = config.get("max_position_embeddings") or (
+        text.get("max_position_embeddings") if isinstance(text, dict) else None
+    )
+    name = source.stem if source.stem != "config" else source.resolve().parent.name
+    return Model(
+        name, spec, spec.bytes_per_token, layers, longest if isinstance(longest, int) and longest > 0 else None
+    )
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    source = path / "config.json" if path.is_dir() else path
+    try:
+        config = json.loads(source.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BenchError(f"{source}: cannot read the model config: {error.strerror}") from error
+    except ValueError as error:
+        raise BenchError(f"{source}: not a JSON file: {error}") from None
+    if not isinstance(config, dict):
+        raise BenchError(f"{source}: a model config is a JSON object, this is a {type(config).__name__}")
+    return config
+
+
+def _token_bytes(spec: CacheSpec, layer: int) -> tuple[int, ...]:
+    """A component that all layers share counts once, in the first layer of its group."""
+    return tuple(
+        group.row_bytes(component.name, layer)
+        for group in spec.groups
+        if group.growth == "token" and layer in group.layers
+        for component in group.components
+        if component.scope == "layer" or layer == group.layers[0]
+    )

@@ -1,0 +1,52 @@
+"""The interfaces between the parts of kvmem that never import each other. They meet in ``kvmem.allocator``.
+
+The native side has its own two: ``csrc/driver.h`` (what a device must offer) and ``csrc/page_table.h`` (what a
+backend is to the core).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from kvmem import _core
+from kvmem.spec import Group
+
+__all__ = ["Backend", "Layout", "Sizes"]
+
+
+class Layout(Protocol):
+    """Where the components of one group lie within a token."""
+
+    @property
+    def group(self) -> Group: ...
+
+    @property
+    def token_bytes(self) -> list[int]:
+        """Per arena, bytes from one token to the next."""
+
+    @property
+    def total_token_bytes(self) -> int:
+        """Bytes one token takes in all arenas, padding included."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a backend needs to know to lay out its arenas. ``capacity_bytes`` bounds what can ever be mapped."""
+
+    page_bytes: int
+    max_sequences: int
+    max_tokens: int
+    tail_guard_tokens: int
+    capacity_bytes: int
+
+
+class Backend(Protocol):
+    """One of the two page tables, as far as Python sees it."""
+
+    name: str
+    paged: bool
+
+    @staticmethod
+    def geometry(layout: Layout, sizes: Sizes) -> _core.GroupGeometry:
+        """The addresses a group reserves. ``SpecError`` when there are not as many."""

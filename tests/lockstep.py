@@ -1,0 +1,262 @@
+"""An allocator and the reference model side by side: each call goes to both, and their answers must agree."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from patterns import by_sequence, by_table, expected, write_slots
+from reference import Model
+from support import i32
+
+import kvmem
+
+
+class Lockstep:
+    """``contents``: tokens carry patterns, which needs a device with memory. Handles are ints throughout."""
+
+    def __init__(self, alloc: kvmem.Allocator, *, contents: bool = True) -> None:
+        self.alloc, self.contents = alloc, contents
+        self.virtual = alloc.backend == "virtual"
+        self.model = Model(
+            alloc.spec, virtual=self.virtual, page_bytes=alloc.pool.page_bytes, interleave=alloc.interleave,
+            max_sequences=alloc.max_sequences, max_tokens=alloc.max_tokens, guard_tokens=alloc.tail_guard_tokens,
+        )  # fmt: skip
+        self.refusals = 0
+        self._writer = 0
+        self._freed: list[int] = []
+
+    @property
+    def handles(self) -> list[int]:
+        return list(self.model.sequences)
+
+    # --- calls that need memory: agreed with the model before they are believed ---
+
+    def _asks(self, after: Model, call: object, *arguments: object) -> bool:
+        """Makes a call that may run out of memory; ``after`` is the model as it will be if it succeeds."""
+        try:
+            result = call(*arguments)  # type: ignore[operator]
+        except kvmem.OutOfMemory:
+            self.refusals += 1
+            assert not self._must_fit(after), "refused, though the reference model has room"
+            return False
+        assert result is not False, "try_ forms are not used here"
+        if self.virtual:
+            assert self._pages(after) <= self._budget(), "granted, though the pages it needs are over the budget"
+        self.model = after
+        return True
+
+    def _budget(self) -> int:
+        return self.alloc.pool.budget_bytes // self.alloc.pool.page_bytes
+
+    def _pages(self, model: Model) -> int:
+        return model.live_pieces + self._trash_pages()
+
+    def _trash_pages(self) -> int:
+        """Pages under the trash blocks. Only ``prepare_padding`` makes them here, and windows in the paged backend."""
+        return self._trash
+
+    _trash = 0
+
+    def prepare_padding(self) -> None:
+        """Backs the trash blocks of every group, while nothing else is held."""
+        assert not self.model.live_pieces
+        handle = self.open()
+        self.alloc.batch([handle], pad_to=2)
+        stats = self.alloc.stats()
+        self._trash = (stats.mapped_bytes - stats.parked_bytes) // self.alloc.pool.page_bytes
+        self.free([handle])
+
+    def _must_fit(self, after: Model) -> bool:
+        """Whether there is room beyond doubt. Exact for the virtual backend; for the paged one, whose blocks need not fill the
+        pages they keep mapped, whether the new blocks fit in pages that no block is using."""
+        if self.virtual:
+            return self._pages(after) <= self._budget()
+        stats, page = self.alloc.stats(), self.alloc.pool.page_bytes
+        free_pages = self._budget() - (stats.mapped_bytes - stats.parked_bytes) // page
+        need = 0
+        for g, rules in enumerate(self.model.groups):
+            blocks = max(0, self._blocks(after, g) - self._blocks(self.model, g))
+            # A run of blocks may start and end within a page, in each arena, and pages in use may cut it anywhere.
+            need += blocks * sum(-(-piece // page) + 1 for piece in rules.piece_bytes)
+        trash = sum(-(-2 * piece // page) for rules in self.model.groups for piece in rules.piece_bytes)
+        return need + trash <= free_pages
+
+    @staticmethod
+    def _blocks(model: Model, g: int) -> int:
+        return len({id(piece) for groups in model.sequences.values() for piece in groups[g].pieces[0].values()})
+
+    def open(self) -> int:
+        if len(self.model.sequences) == self.alloc.max_sequences:
+            with pytest.raises(kvmem.OutOfMemory):
+                self.alloc.sequence()
+            return -1
+        handle = self.alloc.sequence().id
+        self.model.open(handle)
+        return handle
+
+    def extend(self, counts: dict[int, int]) -> bool:
+        """One batched call (a single one for one sequence). Counts beyond ``max_tokens`` are refused by both."""
+        ids, amounts = i32(*counts), i32(*counts.values())
+        if any(n > self.model.room_tokens(h) for h, n in counts.items()):
+            with pytest.raises(kvmem.SpecError):
+                self.alloc.extend_batch(ids, amounts)
+            return False
+        after = self.model.copy()
+        for handle, n in counts.items():
+            after.extend(handle, n)
+        if len(counts) == 1:
+            return self._asks(after, self.alloc.core.extend, int(ids[0]), int(amounts[0]))
+        return self._asks(after, self.alloc.extend_batch, ids, amounts)
+
+    def prefill(self, handle: int, n: int, group: int) -> bool:
+        if n > self.model.room_tokens(handle, group):
+            with pytest.raises(kvmem.SpecError):
+                self.alloc.core.extend(handle, n, group)
+            return False
+        after = self.model.copy()
+        after.extend(handle, n, group)
+        return self._asks(after, self.alloc.core.extend, handle, n, group)
+
+    def fork(self, parent: int) -> int:
+        if len(self.model.sequences) == self.alloc.max_sequences:
+            with pytest.raises(kvmem.OutOfMemory):
+                self.alloc.core.fork(parent)
+            return -1
+        after = self.model.copy()
+        after.fork(parent, -2)  # the handle is known only afterwards
+        child = -1
+
+        def call() -> None:
+            nonlocal child
+            child = self.alloc.core.fork(parent)
+
+        if self._asks(after, call):
+            self.model = self.model.copy()
+            _rename(self.model, -2, child)
+        return child
+
+    # --- calls that never need memory ---
+
+    def write(self, handles: list[int]) -> None:
+        """Writes every reserved token that is not committed, and fixed states anew, through a batch as a kernel would."""
+        if not handles:
+            return
+        batch = self.alloc.batch(i32(*handles))
+        for g, rules in enumerate(self.model.groups):
+            fields = batch.group(g)
+            slots, positions, of = fields.slot_mapping, fields.positions, fields.batch_indices
+            if rules.growth == "fixed":
+                has = [i for i, h in enumerate(handles) if self.model.sequences[h][g].tokens]
+                slots, positions, of = fields.block_table[has, 0].long(), torch.zeros(len(has)), torch.tensor(has)  # type: ignore[index]
+            assert slots is not None and positions is not None and of is not None
+            self._writer += 1
+            writers = self._writer * 1_000_003 + np.array(handles, np.int64)[of.long().numpy()]
+            if self.contents and len(slots):
+                write_slots(self.alloc, g, slots, writers, positions.numpy().astype(np.int64))
+            for index, position in zip(of.tolist(), positions.tolist(), strict=True):
+                self.model.write(handles[int(index)], g, int(position), 1, self._writer * 1_000_003 + handles[int(index)])
+
+    def commit(self, counts: dict[int, int], group: int | None = None) -> None:
+        g = self.model.main if group is None else group
+        excess = [n > (held := self.model.sequences[h][g]).tokens - held.committed for h, n in counts.items()]
+        ids, amounts = i32(*counts), i32(*counts.values())
+        call = self.alloc.core.commit_batch
+        if any(excess):
+            with pytest.raises(kvmem.SpecError):
+                call(ids, amounts, -1 if group is None else group)
+            return
+        call(ids, amounts, -1 if group is None else group)
+        for handle, n in counts.items():
+            self.model.commit(handle, n, group)
+
+    def truncate(self, handle: int, tokens: int) -> None:
+        if not self.model.least_tokens(handle) <= tokens <= self.model.sequences[handle][self.model.main].tokens:
+            with pytest.raises(kvmem.SpecError):
+                self.alloc.core.truncate(handle, tokens)
+            return
+        self.alloc.core.truncate(handle, tokens)
+        self.model.truncate(handle, tokens)
+
+    def free(self, handles: list[int]) -> None:
+        self.alloc.free_batch(i32(*handles))
+        for handle in handles:
+            self.model.free(handle)
+        self._freed = (self._freed + handles)[-20:]
+
+    def set_memory(self, pages: int) -> None:
+        stats, page = self.alloc.stats(), self.alloc.pool.page_bytes
+        needed = (stats.mapped_bytes - stats.parked_bytes) // page
+        try:
+            self.alloc.set_memory(pages * page)
+        except kvmem.OutOfMemory:
+            assert pages < needed, "live sequences would have fitted"
+            assert self.alloc.stats().budget_bytes == stats.budget_bytes
+        else:
+            assert pages >= needed
+            assert self.alloc.stats().budget_bytes == pages * page
+
+    def trim(self) -> None:
+        before = self.alloc.stats()
+        given = self.alloc.trim()
+        after = self.alloc.stats()
+        assert given == before.parked_bytes + before.free_bytes
+        assert after.parked_bytes == after.free_bytes == 0 and after.created_bytes == after.mapped_bytes
+
+    # --- agreement ---
+
+    def agree(self) -> None:
+        """Lengths, memory, and (invariant 8) that what was freed stays unknown."""
+        self.lengths_agree()
+        self.memory_agrees()
+        assert self.alloc.check() == []
+        for handle in self._freed:
+            if handle not in self.model.sequences:
+                with pytest.raises(kvmem.StaleHandle):
+                    self.alloc.core.tokens(handle)
+
+    def lengths_agree(self) -> None:
+        handles = self.handles
+        assert sorted(handles) == sorted(self.alloc.core.handles())
+        tokens, committed = np.empty(len(handles), np.int64), np.empty(len(handles), np.int64)
+        for g in range(len(self.model.groups)):
+            self.alloc.core.lengths(i32(*handles), g, tokens, committed)
+            mine = [self.model.sequences[h][g] for h in handles]
+            assert tokens.tolist() == [held.tokens for held in mine]
+            assert committed.tolist() == [held.committed for held in mine]
+            if self.model.groups[g].window_tokens:
+                assert [self.alloc.core.first_token(h, g) for h in handles] == [held.first for held in mine]
+
+    def memory_agrees(self) -> None:
+        stats, page = self.alloc.stats(), self.alloc.pool.page_bytes
+        assert stats.mapped_bytes == stats.used_bytes + stats.wasted_bytes + stats.parked_bytes
+        assert min(stats.used_bytes, stats.wasted_bytes, stats.parked_bytes, stats.free_bytes) >= 0
+        assert stats.created_bytes == stats.mapped_bytes + stats.free_bytes <= stats.budget_bytes  # invariant 1
+        assert stats.used_bytes == self.model.used_bytes()
+        assert stats.shared_bytes == self.model.shared_bytes()
+        assert stats.num_sequences == len(self.model.sequences)
+        if self.virtual:
+            assert stats.mapped_bytes - stats.parked_bytes == self._pages(self.model) * page
+
+    def contents_agree(self) -> None:
+        """Every written token of every sequence, in every layer and component, read two ways."""
+        for handle, groups in self.model.sequences.items():
+            for g, held in enumerate(groups):
+                if held.tokens == 0:
+                    continue
+                writers = np.array(held.writers[held.first :], np.int64)
+                positions = np.arange(held.first, held.tokens)
+                written = torch.from_numpy(writers != 0)
+                for read in (by_sequence, by_table):
+                    wanted = expected(self.alloc.spec, g, writers, positions)
+                    for found, right in zip(read(self.alloc, handle, g), wanted, strict=True):
+                        assert torch.equal(found[written], right[written]), (read.__name__, handle, g)
+
+
+def _rename(model: Model, old: int, new: int) -> None:
+    model.sequences[new] = model.sequences.pop(old)
+    for held in model.sequences[new]:
+        for here in held.pieces:
+            for piece in here.values():
+                piece.holders.discard(old)
+                piece.holders.add(new)

@@ -1,0 +1,79 @@
+"""What tests write in place of keys and values: bytes that follow from who wrote the token and where, for each layer and
+component, so that any byte that strays into another token, layer, component or sequence is seen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+import kvmem
+
+Places = list[tuple[int, str]]
+
+
+def places(spec: kvmem.CacheSpec, group: int) -> Places:
+    """(layer, component) of every copy that a group stores; a shared one once."""
+    found: Places = []
+    for component in spec.groups[group].components:
+        layers = spec.groups[group].layers[:1] if component.scope == "shared" else spec.groups[group].layers
+        found += [(layer, component.name) for layer in layers]
+    return found
+
+
+def pattern(writers: np.ndarray, positions: np.ndarray, place: int, width: int) -> torch.Tensor:
+    """uint8 [tokens, width]: the bytes that writer ``writers[i]`` gives the token at ``positions[i]``."""
+    seed = writers.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + positions.astype(np.uint64) * np.uint64(0xC2B2AE3D27D4EB4F)
+    seed += np.uint64(place * 0x165667B19E3779F9 + 1)
+    mixed = (seed[:, None] + np.arange(width, dtype=np.uint64) * np.uint64(0xD6E8FEB86659FD93)) * np.uint64(0xFF51AFD7ED558CCD)
+    return torch.from_numpy((mixed >> np.uint64(40)).astype(np.uint8))
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """``[..., heads, width]`` of any dtype as uint8, the same memory; NaN payloads and signed zeroes stay apart."""
+    return tensor if tensor.dtype == torch.uint8 else tensor.view(torch.uint8)
+
+
+def write_slots(
+    alloc: kvmem.Allocator, group: int, slots: torch.Tensor, writers: np.ndarray, positions: np.ndarray
+) -> None:
+    """Writes tokens as a paged kernel does: at flat slots of the block view, in every layer and component of a group."""
+    size = alloc.spec.groups[group].block_size
+    for number, (layer, name) in enumerate(places(alloc.spec, group)):
+        view = _bytes(alloc.tensor(layer, name))
+        shape = view.shape[2:]
+        data = pattern(writers, positions, number, shape.numel())
+        view[slots // size, slots % size] = data.view(-1, *shape)
+
+
+def write_row(
+    alloc: kvmem.Allocator, group: int, row: int, start: int, writers: np.ndarray, positions: np.ndarray
+) -> None:
+    """Writes tokens as a kernel for contiguous sequences does: at ``start`` of a row (virtual backend)."""
+    for number, (layer, name) in enumerate(places(alloc.spec, group)):
+        view = _bytes(alloc.rows(layer, name)[row, start : start + len(positions)])
+        view.copy_(pattern(writers, positions, number, view.shape[1:].numel()).view_as(view))
+
+
+def by_sequence(alloc: kvmem.Allocator, handle: int, group: int) -> Iterator[torch.Tensor]:
+    """uint8 [tokens held, row bytes] of every place of a group, by ``sequence_tensor``."""
+    for layer, name in places(alloc.spec, group):
+        yield _bytes(alloc.sequence_tensor(handle, layer, name)).flatten(1)
+
+
+def by_table(alloc: kvmem.Allocator, handle: int, group: int) -> Iterator[torch.Tensor]:
+    """The same, walking the block table as a paged kernel does."""
+    batch, size = alloc.batch([handle]).group(group), alloc.spec.groups[group].block_size
+    assert batch.block_table is not None and batch.seq_lens is not None and batch.first_tokens is not None
+    first, end = int(batch.first_tokens[0]), int(batch.seq_lens[0])
+    positions = torch.arange(first, end)
+    blocks = batch.block_table[0].long()[positions // size]
+    for layer, name in places(alloc.spec, group):
+        yield _bytes(alloc.tensor(layer, name)[blocks, positions % size]).flatten(1)
+
+
+def expected(spec: kvmem.CacheSpec, group: int, writers: np.ndarray, positions: np.ndarray) -> Iterator[torch.Tensor]:
+    """What the two readers above should find."""
+    for number, (layer, name) in enumerate(places(spec, group)):
+        yield pattern(writers, positions, number, spec.groups[group].row_bytes(name, layer))

@@ -1,0 +1,232 @@
+"""Every driver call of a workload fails in turn: a typed error, nothing changed, nothing leaked, usable afterwards.
+
+Two ways. ``test_every_call_of_every_step``: before each step of one long workload succeeds, it is tried with its first driver
+call failing, its second, ... with every code, until it makes no more calls; each time all that can be seen must be as before.
+That is every call and every code in time that grows with the workload, because a failed call changes nothing. The literal form,
+the workload from its start with call n failing and then on to its end, is ``test_the_workload_with_one_call_failing``: a
+rotating sample of n by default, all n with every code under ``KVMEM_LONG=1``.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+from typing import Any
+
+import pytest
+from support_world import BACKENDS, LONG, NOTHING, PAGE, SPECS, World, checked, held, seed_from_environment
+
+import kvmem
+from kvmem import _core
+
+OUT_OF_MEMORY = 2
+#: CUDA's invalid value, out of memory, not initialized, invalid handle, not permitted, launch failure, unknown.
+CODES = (OUT_OF_MEMORY, 1, 3, 400, 719, 800, 999)
+VERBS = ("reserve", "release", "create", "destroy", "map", "set_access", "unmap", "zero", "copy", "record", "wait")
+PAGES = {"plain": 24, "mixed": 70}
+LEAST_CALLS = 2000
+
+
+def calls_made(driver: _core.CheckedDriver) -> int:
+    made = driver.counters()
+    return sum(getattr(made, verb) for verb in VERBS)
+
+
+def make_world(name: str, backend: str, driver: _core.CheckedDriver, **options: Any) -> World:
+    alloc = kvmem.Allocator(
+        SPECS[name](), backend=backend, memory=PAGES[name] * PAGE, page_bytes=PAGE, interleave=1, max_sequences=6,
+        max_tokens=400, driver=driver, **options,
+    )  # fmt: skip
+    return World(alloc)
+
+
+def fail_at(driver: _core.CheckedDriver, nth: int, code: int) -> None:
+    driver.fail("", nth, code)
+
+
+def expected_error(code: int) -> type[kvmem.KVMemError]:
+    return kvmem.OutOfMemory if code == OUT_OF_MEMORY else kvmem.DeviceError
+
+
+def close(world: World, driver: _core.CheckedDriver) -> None:
+    """Free and trim leave only what the allocator needs to exist; without it nothing is left."""
+    alloc = world.alloc
+    world.run(world.free(sorted(world.sequences)))
+    alloc.trim()
+    stats = alloc.stats()
+    assert stats.parked_bytes == stats.free_bytes == stats.used_bytes == 0
+    assert alloc.check() == []
+    live = held(driver)
+    trash = stats.mapped_bytes // PAGE  # the blocks that padding rows read and write stay
+    assert live["pages"] == live["mappings"] == trash and live["events"] == 0
+    world.__dict__.clear()
+    del alloc
+    gc.collect()
+    assert held(driver) == NOTHING
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("zero", ["fresh", "always"])
+def test_every_call_of_every_step(name: str, backend: str, zero: str) -> None:
+    rng = random.Random(seed_from_environment(7))
+    driver = checked()
+    world = make_world(name, backend, driver, zero=zero)
+    verbs_hit: dict[tuple[str, int], int] = {}
+    first, failed, steps = calls_made(driver), 0, 0
+    succeeded = 0  # calls made by steps when they were let through
+    while succeeded < LEAST_CALLS:
+        step = world.choose(rng, (PAGES[name] - 10, PAGES[name] + 10))
+        nth, code_at, before = 1, 0, world.observe()
+        while True:
+            code = CODES[(code_at + steps) % len(CODES)]
+            fail_at(driver, nth, code)
+            made = calls_made(driver)
+            try:
+                result = step[1]()
+            except kvmem.KVMemError as error:
+                if driver.pending_failures():  # it had not come to the n-th call: memory was short
+                    driver.clear_failures()
+                    assert isinstance(error, kvmem.OutOfMemory), (step[0], error)
+                    assert world.observe() == before, step[0]
+                    break
+                assert isinstance(error, expected_error(code)), (step[0], code, error)
+                if isinstance(error, kvmem.DeviceError):
+                    assert error.code == code and error.call in VERBS
+                    verbs_hit[error.call, code] = verbs_hit.get((error.call, code), 0) + 1
+                assert world.observe() == before, (step[0], nth, code)
+                world.healthy()
+                failed += 1
+                code_at += 1
+                if code_at == len(CODES):
+                    nth, code_at = nth + 1, 0
+                continue
+            driver.clear_failures()
+            succeeded += calls_made(driver) - made
+            step[2](result)
+            break
+        world.healthy()
+        steps += 1
+    met = {verb for verb, _ in verbs_hit}
+    print(f"{name}, {backend}, zero={zero}: {steps} steps, {succeeded} calls, {failed} injected failures, verbs {sorted(met)}")
+    assert failed >= LEAST_CALLS * len(CODES) * 0.9 and calls_made(driver) - first > failed
+    usual = {"create", "destroy", "map", "set_access", "unmap", "copy", "record"}
+    assert met >= usual | ({"zero"} if zero == "always" or name == "mixed" else set())
+    for verb in met:  # each verb with each code that has a DeviceError
+        assert {code for v, code in verbs_hit if v == verb} == set(CODES) - {OUT_OF_MEMORY}, verb
+    close(world, driver)
+
+
+def whole_workload(name: str, backend: str, seed: int, nth: int, code: int, calls: int) -> tuple[int, bool]:
+    """The workload with its ``nth`` call failing; returns how many calls it made, and whether the failure was met."""
+    rng = random.Random(seed)
+    driver = checked()
+    world = make_world(name, backend, driver)
+    first, met = calls_made(driver), False
+    if nth:
+        fail_at(driver, nth, code)
+    while calls_made(driver) - first < calls:
+        step = world.choose(rng, (PAGES[name] - 10, PAGES[name] + 10))
+        armed = driver.pending_failures() > 0
+        close_by = armed and calls_made(driver) - first + 400 > nth  # looking costs more than the workload itself
+        before = world.observe() if close_by else None
+        try:
+            if not world.run(step) and before is not None:
+                assert world.observe() == before
+        except kvmem.DeviceError as error:
+            assert armed and not driver.pending_failures() and error.code == code != OUT_OF_MEMORY, (step[0], error)
+            assert world.observe() == before, (step[0], nth, code)
+        if armed and not driver.pending_failures():
+            met = True
+            world.healthy()
+    made = calls_made(driver) - first
+    driver.clear_failures()
+    world.healthy()
+    close(world, driver)
+    return made, met
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", SPECS)
+def test_the_workload_with_one_call_failing(name: str, backend: str) -> None:
+    seed = seed_from_environment(11)
+    made, _ = whole_workload(name, backend, seed, 0, 0, LEAST_CALLS)
+    assert made >= LEAST_CALLS
+    stride = 1 if LONG else 131  # coprime to the number of codes: the sample meets each of them
+    for index, nth in enumerate(range(1, LEAST_CALLS - 60, stride)):
+        for code in CODES if LONG else (CODES[index % len(CODES)],):
+            _, met = whole_workload(name, backend, seed, nth, code, LEAST_CALLS)
+            assert met, f"call {nth} was not reached"
+
+
+@pytest.mark.parametrize("code", [OUT_OF_MEMORY, 719])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", SPECS)
+def test_a_driver_that_fails_for_ever(name: str, backend: str, code: int) -> None:
+    """From some call on everything fails, undoing too: typed errors only, and afterwards the allocator can be used and closed."""
+    seed = seed_from_environment(13)
+    for begin in range(0, 400, 29):
+        rng = random.Random(seed + begin)
+        driver = checked()
+        world = make_world(name, backend, driver)
+        while calls_made(driver) < begin:
+            world.run(world.choose(rng))
+        for nth in range(1, 2001):
+            driver.fail("", nth, code, undo_too=True)
+        for _ in range(60):
+            step = world.choose(rng)
+            try:
+                world.run(step)
+            except kvmem.DeviceError as error:
+                assert error.code == code or "could not be undone" in str(error)
+        driver.clear_failures()
+        world.healthy()
+        for _ in range(60):
+            world.run(world.choose(rng))
+        world.healthy()
+        close(world, driver)
+
+
+@pytest.mark.parametrize("code", CODES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_failing_constructor_leaves_nothing_behind(backend: str, code: int) -> None:
+    """Also when a pool is shared: the allocator that could not be made is no owner of it, and its neighbour works on."""
+    driver = checked()
+    pool = kvmem.PagePool(memory=60 * PAGE, page_bytes=PAGE, driver=driver)
+    sizes = dict(max_sequences=3, max_tokens=200, interleave=1)
+    neighbour = World(kvmem.Allocator(SPECS["plain"](), backend="virtual", pool=pool, **sizes))
+    rng = random.Random(1)
+    for _ in range(30):
+        neighbour.run(neighbour.choose(rng))
+    before = held(driver)
+    for nth in range(1, 8):
+        driver.fail("reserve", nth, code)
+        with pytest.raises(expected_error(code)):
+            kvmem.Allocator(SPECS["mixed"](), backend=backend, pool=pool, **sizes)
+        assert held(driver) == before
+        for _ in range(10):
+            neighbour.run(neighbour.choose(rng))
+            neighbour.healthy()
+        neighbour.alloc.trim()
+        before = held(driver)
+    other = World(kvmem.Allocator(SPECS["mixed"](), backend=backend, pool=pool, **sizes))
+    for _ in range(100):
+        other.run(other.choose(rng))
+        other.healthy()
+        neighbour.healthy()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_failures_while_closing_do_not_end_the_process(backend: str) -> None:
+    """A destructor has nobody to tell; it carries on with the rest, and what a single failure leaves behind is bounded by it."""
+    for nth in range(1, 60, 3):
+        driver = checked()
+        world = make_world("mixed", backend, driver)
+        rng = random.Random(nth)
+        for _ in range(60):
+            world.run(world.choose(rng))
+        driver.fail("", nth, 999)
+        world.__dict__.clear()
+        gc.collect()
+        left = held(driver)
+        assert left["mappings"] <= 1 and left["pages"] <= 1 and left["reservations"] <= 1 and left["events"] == 0
