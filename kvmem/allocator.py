@@ -319,11 +319,7 @@ class Allocator:
         if (group, arena) not in self._arenas:
             # A tensor made in inference mode could never be written outside of it.
             with torch.inference_mode(False):
-<<<<<<< HEAD
-                self._arenas[group, arena] = torch.from_dlpack(self.core.arena_bytes(group, arena))
-=======
                 self._arenas[group, arena] = from_dlpack(self.core.arena_bytes(group, arena))
->>>>>>> main
         return self._arenas[group, arena]
 
     # --- memory ---
