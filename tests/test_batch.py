@@ -124,7 +124,8 @@ def test_padding(pair: Lockstep) -> None:
         component, layer = group.components[0].name, group.layers[0]
         view = pair.alloc.tensor(layer, component)
         assert not view[0].any() and len(view) >= 2, g
-    pair.agree()
+    pair.lengths_agree()
+    assert pair.alloc.check() == []
 
 
 def test_refill_in_place(pair: Lockstep) -> None:
