@@ -5,10 +5,6 @@
 namespace kvmem {
 
 Mapper::~Mapper() {
-  if (fork_guard_.forked()) {  // the thread stayed with the parent: there is nothing to join, and its lock may be held
-    (void)new std::thread(std::move(thread_));
-    return;
-  }
   {
     std::lock_guard<std::mutex> lock(mutex_);
     stop_ = true;
@@ -52,8 +48,7 @@ void Mapper::run() {
     if (!failed) {
       lock.unlock();
       try {
-        std::vector<Op> stuck;
-        job.space->execute(job.ops.data(), job.ops.data() + job.ops.size(), &stuck);
+        job.space->execute(job.ops.data(), job.ops.data() + job.ops.size());
       } catch (const Error&) {
         failed = true;  // the step finds its room missing, maps it itself and reports what the driver says then
       }

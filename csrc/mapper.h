@@ -10,7 +10,6 @@
 #include <thread>
 #include <vector>
 
-#include "fork_guard.h"
 #include "ops.h"
 
 namespace kvmem {
@@ -50,7 +49,6 @@ class Mapper {
   i64 posted_ = 0;  // written under the pool's lock only
   bool stop_ = false;
   std::thread thread_;
-  ForkGuard fork_guard_;
 };
 
 }  // namespace kvmem

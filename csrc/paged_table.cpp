@@ -9,7 +9,6 @@
 
 #include <algorithm>
 #include <cstdlib>
-#include <unordered_map>
 
 #include "page_table.h"
 #include "shared_parts.h"
@@ -44,12 +43,25 @@ class PagedTable final : public PageTable {
       : geometry_(geometry), pool_(pool), sequences_(sequences), groups_(static_cast<i64>(geometry.groups.size())) {
     limit_pages = pool.budget_pages();
     pool.add_owner(this);
-    for (const GroupGeometry& group : geometry.groups) add_group(group);
+    try {
+      for (const GroupGeometry& group : geometry.groups) add_group(group);
+    } catch (...) {
+      pool.remove_owner(this, {});
+      throw;
+    }
     first_.push_back(static_cast<i64>(pages_.size()));
     copy_tail_.assign(geometry.max_sequences * groups_, 0);
   }
 
-  ~PagedTable() override { pool_.remove_owner(this); }
+  ~PagedTable() override {
+    std::vector<i32> mapped;
+    for (const std::vector<i32>& arena : pages_) {
+      for (i32 page : arena) {
+        if (page >= 0) mapped.push_back(page);
+      }
+    }
+    pool_.remove_owner(this, mapped);
+  }
 
   bool has_room(i64 index, i64 group, i64 tokens) override {
     const Blocks& b = blocks_[group];
@@ -138,14 +150,6 @@ class PagedTable final : public PageTable {
     place = static_cast<i32>(op.c);
     if (op.c != 0) acquire(b, op.c);
     if (op.d != 0) drop(b, op.d);
-  }
-
-  void unmap_all(Transaction& tx) override {
-    for (std::size_t a = 0; a < pages_.size(); ++a) {
-      for (i64 slot = 0; slot < static_cast<i64>(pages_[a].size()); ++slot) {
-        if (pages_[a][slot] >= 0) unmap(static_cast<i64>(a), slot, slot + 1, pool_.fence(), tx);
-      }
-    }
   }
 
   void on_map(const Op& op) override { change(op, true); }

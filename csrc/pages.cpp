@@ -8,7 +8,7 @@
 namespace kvmem {
 
 PagePool::PagePool(i64 page_bytes, i64 budget_pages, std::shared_ptr<Driver> driver, bool create_ahead)
-    : page_bytes_(page_bytes), create_ahead_(create_ahead) {
+    : page_bytes_(page_bytes), create_ahead_(create_ahead), mapper_(std::make_unique<Mapper>()) {
   if (driver) {
     const i64 step = driver->info().granularity_bytes;
     if (page_bytes <= 0 || page_bytes % step != 0) {
@@ -22,11 +22,35 @@ PagePool::PagePool(i64 page_bytes, i64 budget_pages, std::shared_ptr<Driver> dri
   content_.assign(budget_pages, kGarbage);
   if (create_ahead_ && budget_pages_ > 0) {
     const Op op{OpKind::create, 0, 0, budget_pages_};
-    if (space_) {
-      std::vector<Op> stuck;
-      space_->execute(&op, &op + 1, &stuck);
-    }
+    if (space_) space_->execute(&op, &op + 1);
     apply(op, false);
+  }
+}
+
+PagePool::~PagePool() {
+  if (!forked()) return;
+  // The mapper's thread and whoever held a lock are not in this process: stopping or waiting would take for ever. What
+  // they guard belongs to the parent.
+  mapper_.release();
+  new std::shared_ptr<Space>(std::move(space_));
+}
+
+std::unique_lock<std::mutex> PagePool::lock(bool look) {
+  fork_guard_.check("the page pool");
+  std::unique_lock<std::mutex> held(mutex_);
+  if (mapper_->has_failed()) settle();
+  if (space_ && !look) space_->repair();
+  return held;
+}
+
+void PagePool::settle() {
+  mapper_->wait_idle();
+  std::vector<Op> failed = mapper_->take_failed();
+  while (!failed.empty()) {
+    const Op op = inverse(failed.back());
+    failed.pop_back();
+    apply(op, true);
+    if (recording) log.push_back(op);
   }
 }
 
@@ -35,7 +59,13 @@ void PagePool::add_owner(PageOwner* owner) {
   owners_.push_back(owner);
 }
 
-void PagePool::remove_owner(PageOwner* owner) {
+void PagePool::remove_owner(PageOwner* owner, const std::vector<i32>& pages) {
+  if (space_) space_->drain();  // whoever uses its memory still (invariant 4)
+  for (i32 page : pages) {
+    if (--refs_[page] > 0) continue;
+    --mapped_pages_;
+    free_hint_ = std::min(free_hint_, i64{page});
+  }
   for (std::size_t i = 0; i < arenas_.size(); ++i) {
     if (arenas_[i].owner != owner) continue;
     arenas_[i] = Arena();

@@ -39,12 +39,17 @@ class VirtualTable final : public PageTable {
         row_of_(geometry.max_sequences, -1) {
     limit_pages = pool.budget_pages();
     pool.add_owner(this);
-    for (const GroupGeometry& group : geometry.groups) {
-      first_.push_back(arenas_);
-      for (std::size_t i = 0; i < group.token_bytes.size(); ++i, ++arenas_) {
-        const i32 arena = pool.add_arena(this, group.arena_slots[i]);
-        if (arenas_ == 0) base_arena_ = arena;
+    try {
+      for (const GroupGeometry& group : geometry.groups) {
+        first_.push_back(arenas_);
+        for (std::size_t i = 0; i < group.token_bytes.size(); ++i, ++arenas_) {
+          const i32 arena = pool.add_arena(this, group.arena_slots[i]);
+          if (arenas_ == 0) base_arena_ = arena;
+        }
       }
+    } catch (...) {
+      pool.remove_owner(this, {});
+      throw;
     }
     first_.push_back(arenas_);
     extents_.resize(rows_.size() * arenas_);
@@ -55,7 +60,11 @@ class VirtualTable final : public PageTable {
       add_unbound(row);  // row 0 holds the trash blocks
   }
 
-  ~VirtualTable() override { pool_.remove_owner(this); }
+  ~VirtualTable() override {
+    std::vector<i32> pages;
+    for (const Extent& e : extents_) pages.insert(pages.end(), e.pages.begin() + e.lo, e.pages.begin() + e.hi);
+    pool_.remove_owner(this, pages);
+  }
 
   bool has_room(i64 index, i64 group, i64 tokens) override {
     const i64 row = row_of_[index];
@@ -97,18 +106,18 @@ class VirtualTable final : public PageTable {
     }
     if (frees) rows_[row].fence = tx.fence();
     if (!rows_[row].maybe_shared) return;
-    // Pages that another row shows must not be written here again. Whole ones behind the length go now; the one that
-    // the length cuts is copied when the sequence next grows, so that truncating never needs memory.
-    bool cut = false;
+    // Pages that another row shows must not be written here again. Those past the guard go now; the others are replaced
+    // when the sequence next grows, so that truncating never needs memory and the guard stays mapped.
+    bool shared = false;
     for (i64 a = first_[group]; a < first_[group + 1]; ++a) {
       const Extent& e = extent(row, a);
-      const i64 bytes = new_tokens * token_bytes(group, a);
-      const i64 tail = std::max(e.lo, bytes / page_bytes());
+      const i64 tail = std::max(e.lo, new_tokens * token_bytes(group, a) / page_bytes());
       if (tail >= e.hi || pool_.refs(e.pages[tail]) <= 1) continue;
-      cut = cut || bytes % page_bytes() != 0;
-      unmap(row, a, std::max(e.lo, ceil_div(bytes, page_bytes())), e.hi, rows_[row].fence, tx);
+      const i64 keep = std::max(tail, high_slot(group, a, new_tokens));
+      shared = shared || keep > tail;
+      unmap(row, a, keep, e.hi, rows_[row].fence, tx);
     }
-    if (cut) copy_tail_[index * groups_ + group] = 1;
+    if (shared) copy_tail_[index * groups_ + group] = 1;
   }
 
   // Nothing is unmapped here: that would cost a driver call and a wait for every page a window leaves behind. The front
@@ -197,15 +206,6 @@ class VirtualTable final : public PageTable {
       add_unbound(op.b);
     } else {
       throw SpecError("block: the virtual backend has no block table");
-    }
-  }
-
-  void unmap_all(Transaction& tx) override {
-    for (i64 row = 0; row < static_cast<i64>(rows_.size()); ++row) {
-      for (i64 a = 0; a < arenas_; ++a) {
-        const Extent& e = extent(row, a);
-        if (e.count > 0) unmap(row, a, e.lo, e.hi, pool_.fence(), tx);
-      }
     }
   }
 
@@ -424,6 +424,16 @@ class VirtualTable final : public PageTable {
     const i64 row = best->row;  // there are as many rows as sequences
     tx.push({OpKind::bind, 0, sequences_.handle_of(index), row});
     if (rows_[row].maybe_shared) drop_shared(row, tx);
+    if (geometry_.zero == Zero::always) zero_row(row, tx);
+  }
+
+  // What the last tenant left: its tokens, and whatever it had mapped beyond them.
+  void zero_row(i64 row, Transaction& tx) {
+    for (i64 a = 0; a < arenas_; ++a) {
+      const Extent& e = extent(row, a);
+      const i64 from = (slot_of(row, group_of(a), a) + e.lo) * page_bytes();
+      if (e.count > 0) tx.push({OpKind::zero, arena(a), from, e.count * page_bytes()});
+    }
   }
 
   // For a row that starts with pages of another one: whatever is parked in it would be in the way.
@@ -456,29 +466,35 @@ class VirtualTable final : public PageTable {
     rows_[row].maybe_shared = shared;
   }
 
-  // The page that the length cuts is shared: replace it by a copy of what is used. The new page is filled at the
-  // scratch slot behind the last row, since the row's own address still shows the old one.
+  // Pages from the length on are shared, after a truncation: the one that the length cuts is replaced by a copy of what
+  // is used, and those behind it, which were kept as the guard, give way to new ones. The copy is made at the scratch slot
+  // behind the last row, since the row's own address still shows the old page.
   void copy_tail(i64 index, i64 group, i64 tokens, Transaction& tx) {
     const i64 row = row_of_[index];
     bool shared = false;
     for (i64 a = first_[group]; a < first_[group + 1]; ++a) {
       const Extent& e = extent(row, a);
-      const i64 bytes = tokens * token_bytes(group, a);
-      const i64 slot = bytes / page_bytes();
+      const i64 tail = tokens * token_bytes(group, a) % page_bytes();
+      const i64 slot = tokens * token_bytes(group, a) / page_bytes();
       if (slot >= e.hi || slot < e.lo || pool_.refs(e.pages[slot]) <= 1) continue;
       shared = true;
-      const i64 scratch = geometry_.groups[group].arena_slots[a - first_[group]] - 1;
-      const i64 here = slot_of(row, group, a) + slot, old = e.pages[slot];
-      pool_.map_slots(*this, arena(a), scratch, 1, old, geometry_.zero, tx);
-      const i64 fresh = scratch_page_;
-      tx.push({OpKind::copy, arena(a), scratch * page_bytes(), here * page_bytes(), bytes % page_bytes()});
-      const i64 fence = tx.new_fence();
-      tx.push({OpKind::unmap, arena(a), here, old, 1, fence});
-      tx.push({OpKind::map, arena(a), here, fresh, 1});
-      tx.push({OpKind::unmap, arena(a), scratch, fresh, 1, fence});
+      unmap(row, a, slot + (tail > 0), e.hi, tx.fence(), tx);  // kernels may have read the guard since the truncation
+      if (tail > 0) replace_page(row, group, a, slot, tail, tx);
     }
-    // Left set when something was copied, so that a transaction taken back finds it set again; cleared by the next one.
+    // Left set when something was shared, so that a transaction taken back finds it set again; cleared by the next one.
     if (!shared) copy_tail_[index * groups_ + group] = 0;
+  }
+
+  void replace_page(i64 row, i64 group, i64 a, i64 slot, i64 used_bytes, Transaction& tx) {
+    const i64 scratch = geometry_.groups[group].arena_slots[a - first_[group]] - 1;
+    const i64 here = slot_of(row, group, a) + slot, old = extent(row, a).pages[slot];
+    pool_.map_slots(*this, arena(a), scratch, 1, old, geometry_.zero, tx);
+    const i64 fresh = scratch_page_;
+    tx.push({OpKind::copy, arena(a), scratch * page_bytes(), here * page_bytes(), used_bytes});
+    const i64 fence = tx.new_fence();
+    tx.push({OpKind::unmap, arena(a), here, old, 1, fence});
+    tx.push({OpKind::map, arena(a), here, fresh, 1});
+    tx.push({OpKind::unmap, arena(a), scratch, fresh, 1, fence});
   }
 
   void map(i64 row, i64 a, i64 from, i64 to, Transaction& tx) { map(row, a, from, to, tx, geometry_.zero); }

@@ -82,8 +82,8 @@ class Report:
         rows += _over_time(runs)
         self.table(
             f"Replay on a simulated device, pages of {format_bytes(setup.page_bytes)}, at most "
-            f"{setup.max_sequences} sequences of {setup.max_tokens:,} tokens, {setup.prefill} prefill; driver calls are counted, "
-            "their time is not simulated",
+            f"{setup.max_sequences} sequences of {setup.max_tokens:,} tokens, {setup.prefill} prefill; "
+            "driver calls are counted, their time is not simulated",
             ["", *(run.pool for run in runs)],
             rows,
         )

@@ -76,7 +76,7 @@ class Scheduler:
         self.max_sequences, self.bytes_per_token = max_sequences, bytes_per_token
         self._arrival_step = np.ceil(trace.arrival_seconds / model.step_seconds - 1e-9).astype(np.int64)
         self._generated = np.zeros(trace.num_requests, dtype=np.int64)
-        # Running requests, oldest first, in the first `count` entries. An admitted request is younger than all that run,
+        # Running requests, oldest first, in the first `count` places. An admitted request is younger than all that run,
         # and the youngest is preempted first, so the order holds by itself, and the preempted form a stack with the
         # oldest on top.
         self.count = 0
@@ -152,7 +152,7 @@ class Scheduler:
             return None
         if not self.model.chunked:
             return self.meter.admit(prompt)
-        # A prompt that takes memory as it goes is admitted when all of it would fit beside what others still have to take.
+        # A prompt that takes memory as it goes is admitted when all of it fits beside what others still have to take.
         promised = int(self._pending[: self.count].sum()) + prompt
         if promised * self.bytes_per_token > self.meter.pool.usage().free_bytes:
             return None

@@ -1,0 +1,99 @@
+// What an allocator holds, how much it may hold, and following another allocator's decisions.
+
+#include <algorithm>
+
+#include "cache.h"
+
+namespace kvmem {
+
+i64 Cache::trim(i64 bytes) {
+  Lock lock = enter();
+  settle();
+  const i64 page = pool_->page_bytes();
+  const i64 wanted = bytes < 0 ? pool_->present_pages() : ceil_div(bytes, page);
+  Transaction tx(*pool_, *this);
+  const i64 free = pool_->free_pages();
+  if (wanted > free) table_->spill(wanted - free, tx);
+  const i64 given = pool_->give_back(wanted, tx);
+  tx.commit();
+  leave();
+  return given * page;
+}
+
+void Cache::set_memory(i64 pages) {
+  Lock lock = enter();
+  settle();
+  if (owns_pool_) {
+    pool_->set_budget(pages);
+  } else if (const i64 excess = table_->owned_pages - pages; excess > 0) {
+    Transaction tx(*pool_, *this);
+    if (const i64 freed = table_->spill(excess, tx); freed < excess) {
+      throw OutOfMemory("asked for a limit of " + std::to_string(pages) + " pages, but live sequences hold " +
+                        std::to_string(table_->owned_pages) + ", which is the smallest that would fit; free or " +
+                        "preempt sequences first");
+    }
+    tx.commit();
+  }
+  table_->limit_pages = pages;
+  leave();
+}
+
+CacheStats Cache::stats() {
+  Lock lock = enter(true);
+  const i64 page = pool_->page_bytes();
+  CacheStats s;
+  s.budget_bytes = pool_->budget_pages() * page;
+  s.created_bytes = pool_->present_pages() * page;
+  s.free_bytes = pool_->free_pages() * page;
+  s.mapped_bytes = table_->owned_pages * page;
+  s.parked_bytes = table_->parked_pages() * page;
+  table_->count_bytes(&s.used_bytes, &s.shared_bytes);
+  s.num_sequences = sequences_.count();
+  s.driver_calls = pool_->driver_calls();
+  s.physical_bytes = pool_->space() ? pool_->space()->driver().physical_bytes() : s.created_bytes;
+  return s;
+}
+
+std::vector<std::string> Cache::check() {
+  Lock lock = enter(true);
+  std::vector<std::string> found;
+  pool_->check(&found);
+  table_->check(&found);
+  return found;
+}
+
+i64 Cache::mapped_extent_bytes(i64 group, i64 arena_in_group) {
+  Lock lock = enter();
+  return table_->mapped_extent_slots(group, arena_in_group) * pool_->page_bytes();
+}
+
+void Cache::record() {
+  Lock lock = enter();
+  pool_->recording = true;
+}
+
+std::vector<Op> Cache::take_ops() {
+  Lock lock = enter(true);
+  std::vector<Op> ops;
+  ops.swap(pool_->log);
+  return ops;
+}
+
+void Cache::apply(const std::vector<Op>& ops) {
+  Lock lock = enter();
+  settle();
+  Transaction tx(*pool_, *this);
+  for (const Op& op : ops) {
+    if (op.kind != OpKind::create) {
+      tx.push(op);
+      continue;
+    }
+    for (i64 page = op.a; page < op.a + op.b; ++page) {  // a replica may have created its pages ahead
+      if (!pool_->present(page)) tx.push({OpKind::create, 0, page, 1});
+    }
+  }
+  tx.commit();
+  leave();
+}
+
+}  // namespace kvmem

@@ -1,0 +1,454 @@
+"""What every allocator must do, whatever its backend, device and layout. Functions here are tests, collected by the modules that
+import them with a ``make`` fixture: ``make(**options) -> Allocator``. Numbers are those of the design's invariants."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from lockstep import Lockstep
+from patterns import by_sequence, places, write_row
+from support import i32, seed_of_run
+
+import kvmem
+
+Make = Callable[..., kvmem.Allocator]
+
+
+def filled(make: Make, lengths: list[int], **options: object) -> tuple[Lockstep, list[int]]:
+    """A lockstep with sequences of these lengths, every token written and committed."""
+    pair = Lockstep(make(**options))
+    handles = [pair.open() for _ in lengths]
+    for handle, n in zip(handles, lengths, strict=True):
+        assert pair.extend({handle: n})
+        for g, rules in enumerate(pair.model.groups):
+            if rules.growth == "prefill" and n:
+                assert pair.prefill(handle, min(n, 50), g)
+        pair.write([handle])
+        pair.commit({handle: n})
+        for g, rules in enumerate(pair.model.groups):
+            if rules.growth == "prefill" and n:
+                pair.commit({handle: min(n, 50)}, g)
+    return pair, handles
+
+
+def test_a_new_allocator_is_empty(make: Make) -> None:
+    alloc = make()
+    stats = alloc.stats()
+    assert (stats.mapped_bytes, stats.used_bytes, stats.parked_bytes, stats.num_sequences) == (0, 0, 0, 0)
+    assert stats.reserved_bytes > 0 and alloc.check() == []
+    with alloc.sequence() as seq:
+        assert (seq.num_tokens, seq.num_committed_tokens, seq.num_cached_tokens) == (0, 0, 0)
+        seq.commit(0)
+        seq.truncate(0)
+    assert alloc.stats().mapped_bytes == 0, "an empty sequence costs no memory"
+
+
+def test_tokens_keep_what_was_written(make: Make) -> None:
+    pair, handles = filled(make, [1, 33, 130])
+    for step in range(20):  # decode, all together; every page and block boundary is crossed
+        assert pair.extend(dict.fromkeys(handles, 1 + step % 3))
+        pair.write(handles)
+        pair.commit(dict.fromkeys(handles, 1 + step % 3))
+    pair.agree()
+    pair.contents_agree()
+
+
+def test_rows_and_blocks_show_the_same_memory(make: Make) -> None:
+    pair, (handle,) = filled(make, [40])
+    alloc = pair.alloc
+    if not pair.virtual:
+        with pytest.raises(kvmem.SpecError, match="rows"):
+            alloc.rows(*places(alloc.spec, 0)[0])
+        return
+    assert pair.extend({handle: 9})
+    for g, rules in enumerate(pair.model.groups):
+        if rules.growth != "token":
+            continue
+        row, positions = alloc.core.row(handle, g), np.arange(40, 49)
+        write_row(alloc, g, row, 40, np.full(9, 77), positions)
+        pair.model.write(handle, g, 40, 9, 77)
+        assert int(alloc.batch([handle]).group(g).rows[0]) == row
+    pair.contents_agree()
+
+
+def test_a_fork_shares_and_then_diverges(make: Make) -> None:
+    pair, (parent,) = filled(make, [123])
+    assert pair.extend({parent: 5})  # reserved, not committed: stays with the parent
+    pair.write([parent])
+    child = pair.fork(parent)
+    grandchild = pair.fork(child)
+    pair.agree()
+    pair.contents_agree()
+    assert pair.extend({child: 7, grandchild: 30})
+    pair.write([parent, child, grandchild])
+    pair.commit({parent: 5, child: 7, grandchild: 30})
+    pair.agree()
+    pair.contents_agree()
+    pair.free([parent])
+    pair.agree()
+    pair.contents_agree()
+    pair.free([grandchild])
+    assert pair.extend({child: 20})
+    pair.write([child])
+    pair.agree()
+    pair.contents_agree()
+
+
+def test_truncating_into_shared_memory_leaves_the_others_alone(make: Make) -> None:
+    pair, (parent,) = filled(make, [140])
+    children = [pair.fork(parent), pair.fork(parent)]
+    least = pair.model.least_tokens(parent)
+    for handle, tokens in zip([parent, *children], [max(least, 17), max(least, 90), 139], strict=True):
+        pair.truncate(handle, tokens)
+        pair.agree()
+        pair.contents_agree()
+    for n in (1, 40):
+        assert pair.extend(dict.fromkeys([parent, *children], n))
+        pair.write([parent, *children])
+        pair.commit(dict.fromkeys([parent, *children], n))
+        pair.agree()
+        pair.contents_agree()
+
+
+def test_a_rejected_draft_is_written_again(make: Make) -> None:
+    """Speculative decoding: five tokens drafted, some accepted, the rest given back, every step."""
+    pair, (handle,) = filled(make, [60])
+    for step in range(10):
+        assert pair.extend({handle: 5})
+        pair.write([handle])
+        pair.commit({handle: step % 5})
+        pair.truncate(handle, pair.model.sequences[handle][pair.model.main].committed)
+        pair.agree()
+    pair.contents_agree()
+
+
+def test_invariant_5_a_batch_that_fails_changes_nothing(make: Make) -> None:
+    pair, handles = filled(make, [30, 20, 10], max_tokens=12_000)
+    pair.set_memory(pair.alloc.stats().mapped_bytes // pair.alloc.pool.page_bytes)
+    before = pair.alloc.stats()
+    counts = {handles[0]: 1, handles[1]: 9000, handles[2]: 11_000}
+    with pytest.raises(kvmem.OutOfMemory) as error:
+        pair.alloc.extend_batch(i32(*counts), i32(*counts.values()))
+    assert "set_memory" in str(error.value), "the message says what to change"
+    assert not pair.alloc.try_extend_batch(i32(*counts), i32(*counts.values()))
+    after = pair.alloc.stats()
+    assert (after.used_bytes, after.shared_bytes, after.num_sequences) == (before.used_bytes, before.shared_bytes, 3)
+    assert after.created_bytes <= after.budget_bytes
+    pair.agree()
+    pair.contents_agree()
+
+
+def test_invariant_5_bad_arguments_change_nothing(make: Make) -> None:
+    pair, (a, b) = filled(make, [30, 20])
+    core = pair.alloc.core
+    stale = pair.open()
+    pair.free([stale])
+    for refused, call in [
+        (kvmem.SpecError, lambda: core.extend_batch(i32(a, b, a), i32(1, 1, 1))),  # one sequence twice
+        (kvmem.SpecError, lambda: core.extend_batch(i32(a, b), i32(1, -1))),
+        (kvmem.SpecError, lambda: core.extend_batch(i32(a, b), i32(1, 100_000))),
+        (kvmem.SpecError, lambda: core.extend_batch(i32(a, b), i32(1))),
+        (kvmem.StaleHandle, lambda: core.extend_batch(i32(a, stale), i32(1, 1))),
+        (kvmem.StaleHandle, lambda: core.extend_batch(i32(a, -1), i32(1, 1))),
+        (kvmem.StaleHandle, lambda: core.extend_batch(i32(a, 2**31 - 1), i32(1, 1))),
+        (kvmem.SpecError, lambda: core.commit_batch(i32(a, b), i32(0, 1))),
+        (kvmem.SpecError, lambda: core.truncate(a, 31)),
+        (kvmem.SpecError, lambda: core.truncate(a, -1)),
+        (kvmem.SpecError, lambda: core.extend(a, 1, 9)),
+        (kvmem.StaleHandle, lambda: core.free_batch(i32(a, b, stale))),
+        (kvmem.SpecError, lambda: core.free_batch(i32(a, a))),
+        (kvmem.StaleHandle, lambda: core.fork(stale)),
+    ]:
+        with pytest.raises(refused):
+            call()
+        pair.agree()
+    pair.contents_agree()
+
+
+def test_invariant_8_a_freed_handle_stays_stale(make: Make) -> None:
+    alloc = make()
+    seq = alloc.sequence()
+    seq.extend(3)
+    seq.free()
+    seen = {seq.id}
+    for call in (seq.free, seq.fork, lambda: seq.extend(1), lambda: seq.commit(1), lambda: seq.truncate(0), lambda: seq.num_tokens):
+        with pytest.raises(kvmem.StaleHandle):
+            call()
+    with pytest.raises(kvmem.StaleHandle):
+        alloc.batch([seq])
+    for _ in range(50):  # the place is taken again; the handle is not
+        other = alloc.sequence()
+        assert other.id not in seen
+        seen.add(other.id)
+        other.free()
+    assert alloc.check() == []
+
+
+def test_sequences_run_out_and_come_back(make: Make) -> None:
+    alloc = make(max_sequences=3)
+    handles = alloc.open_batch(3)
+    assert len(set(handles.tolist())) == 3
+    with pytest.raises(kvmem.OutOfMemory, match="max_sequences"):
+        alloc.sequence()
+    with pytest.raises(kvmem.OutOfMemory):
+        alloc.core.fork(int(handles[0]))
+    alloc.free_batch(handles)
+    with pytest.raises(kvmem.OutOfMemory):
+        alloc.open_batch(4)
+    assert alloc.stats().num_sequences == 0, "all of them or none"
+    assert len(alloc.open_batch(3)) == 3
+
+
+def test_invariant_6_addresses_never_change(make: Make) -> None:
+    pair, (handle,) = filled(make, [1])
+    alloc = pair.alloc
+    known = [(*place, g) for g in range(len(alloc.spec.groups)) for place in places(alloc.spec, g)]
+
+    def addresses() -> list[int]:
+        # torch gives a tensor of no elements no address, and with nothing mapped there are none.
+        views = [alloc.tensor(layer, name) for layer, name, _ in known]
+        return [view.data_ptr() if len(view) else first for view, first in zip(views, before, strict=True)]
+
+    before = [alloc.tensor(layer, name).data_ptr() for layer, name, _ in known]
+    assert pair.model.groups[0].growth == "token" and before[0] != 0
+    for step in range(12):
+        assert pair.extend({handle: 25})
+        if step % 3 == 0:
+            pair.fork(handle)
+            pair.trim()
+        assert addresses() == before
+    pair.free(pair.handles)
+    pair.trim()
+    pair.set_memory(2 * alloc.pool.budget_bytes // alloc.pool.page_bytes)
+    assert addresses() == before
+
+
+def test_views_end_at_the_last_mapped_block(make: Make) -> None:
+    pair, handles = filled(make, [5, 70])
+    alloc = pair.alloc
+    batch = alloc.batch(handles)
+    for g, group in enumerate(alloc.spec.groups):
+        fields = batch.group(g)
+        for layer, name in places(alloc.spec, g):
+            view = alloc.tensor(layer, name)
+            where = alloc._layouts[g].slice(layer, name)
+            assert view.shape[1:] == (group.block_size, where.heads, where.width) and view.stride(-1) == 1
+            token = alloc._layouts[g].token_bytes[where.arena]
+            end = alloc.core.mapped_extent_bytes(g, where.arena)
+            assert int(fields.kv_indices.max()) < len(view)
+            assert (len(view) - 1) * token * group.block_size < end, "no block lies wholly past the last mapped page"
+            assert str(view).startswith("CacheTensor(") and f"{view}" == repr(view)
+
+
+def test_parked_memory_is_adopted_without_a_driver_call(make: Make) -> None:
+    alloc = make(map_ahead_tokens=0)
+    seq = alloc.sequence()
+    seq.extend(90)
+    seq.commit(90)
+    seq.free()
+    before = alloc.stats()
+    assert before.mapped_bytes > 0 and before.used_bytes == 0
+    for _ in range(3):
+        with alloc.sequence() as other:
+            other.extend(40)
+            other.commit(40)
+            for _ in range(50):  # steady decode, within what the first sequence had
+                other.extend(1)
+                alloc.batch([other])
+                other.commit(1)
+            assert alloc.stats().driver_calls == before.driver_calls
+    after = alloc.stats()
+    assert after.driver_calls == before.driver_calls and after.mapped_bytes == before.mapped_bytes
+
+
+def test_trim_gives_pages_back_to_the_system(make: Make) -> None:
+    pair, (a, b) = filled(make, [4000, 30], max_tokens=5000)
+    pair.free([a])
+    before = pair.alloc.stats()
+    pair.trim()
+    after = pair.alloc.stats()
+    assert after.created_bytes < before.created_bytes
+    assert after.physical_bytes <= after.created_bytes, "the system holds no more than what was kept"
+    assert pair.extend({b: 100})
+    pair.write([b])
+    pair.contents_agree()
+    pair.agree()
+
+
+def test_trim_of_some_bytes(make: Make) -> None:
+    pair, (a, _) = filled(make, [4000, 30], max_tokens=5000)
+    pair.free([a])
+    page, before = pair.alloc.pool.page_bytes, pair.alloc.stats()
+    given = pair.alloc.trim(1)
+    after = pair.alloc.stats()
+    assert page <= given <= before.parked_bytes + before.free_bytes
+    assert before.created_bytes - after.created_bytes == given
+    pair.agree()
+    pair.contents_agree()
+
+
+def test_memory_shrinks_and_grows_live(make: Make) -> None:
+    pair, (a, b) = filled(make, [100, 60], max_tokens=5000)
+    page = pair.alloc.pool.page_bytes
+    pair.free([a])
+    stats = pair.alloc.stats()
+    least = (stats.mapped_bytes - stats.parked_bytes) // page
+    if least > 1:
+        pair.set_memory(least - 1)  # refused, checked there
+    pair.set_memory(least)
+    assert pair.alloc.stats().created_bytes == least * page
+    pair.agree()
+    pair.contents_agree()
+    assert not pair.extend({b: 4900})
+    pair.set_memory(400)
+    assert pair.extend({b: 300})
+    pair.write([b])
+    pair.agree()
+    pair.contents_agree()
+
+
+def test_a_window_drops_what_it_no_longer_needs(make: Make) -> None:
+    pair, (handle,) = filled(make, [1], max_tokens=2000)
+    alloc, sliding = pair.alloc, [i for i, g in enumerate(pair.alloc.spec.groups) if g.window_tokens]
+    for _ in range(15):
+        assert pair.extend({handle: 100})
+        pair.write([handle])
+        pair.commit({handle: 100})
+    pair.contents_agree()
+    pair.trim()
+    pair.agree()
+    for g in sliding:
+        rules, held = pair.model.groups[g], pair.model.sequences[handle][g]
+        kept = held.tokens - held.first
+        assert rules.window_tokens - 1 <= kept < rules.window_tokens + rules.window_guard_tokens + rules.block_tokens
+    if len(sliding) == len(alloc.spec.groups):
+        stats, rules = alloc.stats(), pair.model.groups[0]
+        bound = sum(
+            (kept + rules.window_guard_tokens + 2 * rules.block_tokens) * size + 2 * alloc.pool.page_bytes
+            for size in rules.token_bytes
+        )
+        trash = sum(-(-2 * rules.block_tokens * size // alloc.pool.page_bytes) for size in rules.token_bytes) * alloc.pool.page_bytes
+        assert stats.mapped_bytes <= bound + trash < 1501 * sum(rules.token_bytes)
+        batch = alloc.batch([handle])
+        first = int(batch.first_tokens[0]) // batch.block_size
+        assert batch.block_table[0, :first].eq(0).all() and batch.block_table[0, first].item() != 0
+    if sliding:
+        with pytest.raises(kvmem.SpecError, match="window"):
+            alloc.core.truncate(handle, pair.model.least_tokens(handle) - 1)
+
+
+def test_fresh_memory_reads_zero(make: Make) -> None:
+    alloc = make(zero="fresh", max_sequences=2)
+    with alloc.sequence() as seq:
+        seq.extend(150)
+        for g in range(len(alloc.spec.groups)):
+            if alloc.core.tokens(seq.id, g):
+                assert all(not found.any() for found in by_sequence(alloc, seq.id, g))
+
+
+def test_always_zero_hides_the_last_owner(make: Make) -> None:
+    pair, (a, b) = filled(make, [150, 20], zero="always")
+    pair.free([a])
+    new = pair.open()
+    assert pair.extend({new: 100})
+    for g in range(len(pair.model.groups)):
+        if pair.model.sequences[new][g].tokens:
+            assert all(not found.any() for found in by_sequence(pair.alloc, new, g))
+    pair.free([b])
+    pair.trim()
+    assert pair.extend({new: 60})
+    main = pair.model.main
+    assert all(not found[pair.model.sequences[new][main].first + 100 :].any() for found in by_sequence(pair.alloc, new, main))
+
+
+def test_the_guard_behind_a_sequence_can_be_read(make: Make) -> None:
+    """Kernels load whole tiles: ``tail_guard_tokens`` past the length must be mapped and finite, also after sharing."""
+    pair, (handle,) = filled(make, [120], tail_guard_tokens=64)
+    child = pair.fork(handle)
+    least = pair.model.least_tokens(child)
+    for length in (119, 70, 33, 1):
+        pair.truncate(child, max(length, least))
+        pair.agree()
+        if pair.virtual:
+            end = pair.model.sequences[child][pair.model.main].tokens
+            layer, name = places(pair.alloc.spec, pair.model.main)[0]
+            row = pair.alloc.core.row(child, pair.model.main)
+            assert pair.alloc.rows(layer, name)[row, end : end + 64].sum() is not None
+    assert pair.extend({child: 1, handle: 1})
+    pair.write([child, handle])
+    pair.agree()
+    pair.contents_agree()
+
+
+def test_a_row_mapped_ahead_is_the_same_row(make: Make) -> None:
+    pair, handles = filled(make, [1, 40], map_ahead_tokens=32)
+    for _ in range(50):
+        assert pair.extend(dict.fromkeys(handles, 1))
+        pair.write(handles)
+        pair.commit(dict.fromkeys(handles, 1))
+    pair.contents_agree()
+    pair.lengths_agree()
+    assert pair.alloc.check() == []
+
+
+def test_tensors_outlive_their_allocator(make: Make) -> None:
+    alloc = make()
+    seq = alloc.sequence()
+    seq.extend(20)
+    main = next(i for i, g in enumerate(alloc.spec.groups) if g.growth == "token")
+    layer, name = places(alloc.spec, main)[0]
+    first = int(alloc.batch([seq]).group(main).block_table[0, 0])
+    block = alloc.tensor(layer, name)[first, :5]  # of a block, only the tokens that a sequence holds need be mapped
+    block.copy_(torch.ones_like(block))
+    del alloc, seq
+    assert bool((block == 1).all())
+
+
+def test_random_calls_agree_with_the_model(make: Make) -> None:
+    """A short walk for each combination; tests/test_model.py has the long ones."""
+    walk = random.Random(seed_of_run())
+    pair = Lockstep(make(max_sequences=4))
+    pair.prepare_padding()
+    for _ in range(40):
+        step(pair, walk)
+        pair.agree()
+    pair.contents_agree()
+
+
+def step(pair: Lockstep, walk: random.Random) -> None:
+    """One random call, valid or not."""
+    handles, model = pair.handles, pair.model
+    kind = walk.choice(["open", "open", "extend", "extend", "extend", "batch", "commit", "commit", "prefill", "truncate", "fork",
+                        "free", "free all", "trim", "memory"])  # fmt: skip
+    if kind == "open" or not handles:
+        pair.open()
+        return
+    handle = walk.choice(handles)
+    held = model.sequences[handle][model.main]
+    if kind == "extend":
+        pair.extend({handle: walk.choice([0, 1, 2, 15, 16, 17, 64, 130, 401])})
+    elif kind == "batch":
+        pair.extend({h: walk.choice([0, 1, 1, 1, 33]) for h in walk.sample(handles, len(handles))})
+    elif kind == "commit":
+        pair.write(handles)
+        free = {h: (t := model.sequences[h][model.main]).tokens - t.committed for h in handles}
+        pair.commit({h: walk.choice([0, n, walk.randint(0, n)]) for h, n in free.items()})
+    elif kind == "prefill":
+        for g, rules in enumerate(model.groups):
+            if rules.growth == "prefill" and pair.prefill(handle, walk.randint(0, 51), g):
+                pair.write([handle])
+                pair.commit({handle: model.sequences[handle][g].tokens - model.sequences[handle][g].committed}, g)
+    elif kind == "truncate":
+        pair.truncate(handle, walk.choice([0, held.committed, held.tokens, held.tokens + 1, walk.randint(0, held.tokens)]))
+    elif kind == "fork":
+        pair.fork(handle)
+    elif kind.startswith("free"):
+        pair.free(handles if kind == "free all" else [handle])
+    elif kind == "trim":
+        pair.trim()
+    else:
+        pair.set_memory(walk.choice([4, 10, 25, 60, 200]))
