@@ -71,6 +71,7 @@ class GroupBatch:
     cu_seqlens_q_cpu: torch.Tensor
     cu_seqlens_k_cpu: torch.Tensor
     kv_indptr_cpu: torch.Tensor
+    kv_indices_cpu: torch.Tensor
     kv_last_page_len_cpu: torch.Tensor
     row_starts_cpu: torch.Tensor | None
 
