@@ -7,7 +7,8 @@ import kvmem
 from kvmem.kernels import reference, write
 
 SPEC = kvmem.CacheSpec.kv(num_layers=2, num_kv_heads=2, head_dim=16, dtype=torch.float32)
-SLOTS, STEPS, WARM_UP = 4, 120, 40
+SLOTS, STEPS, WARM_UP = 4, 60, 20
+torch.set_num_threads(1)  # more would not help with tensors of this size
 
 
 def qkv(request, position, layer):
@@ -73,5 +74,5 @@ for backend in ("virtual", "paged"):
             torch.testing.assert_close(results[ids.tolist().index(handle)], one_at_a_time(alone, request))
             finished += 1
         alloc.free_batch(np.array(done, np.int32))
-    assert finished > 20 and alloc.stats().driver_calls == calls and batch.full("block_table").data_ptr() == address
+    assert finished > 10 and alloc.stats().driver_calls == calls and batch.full("block_table").data_ptr() == address
     print(f"{backend}: {finished} requests in {STEPS} steps, as one at a time; no driver call after step {WARM_UP}")

@@ -1,4 +1,4 @@
-"""A decoder of one's own: extend, write K/V, attend, commit. The same tokens as with no cache at all, on both backends."""
+"""A decoder of one's own: extend, write K/V, attend, commit. The same tokens as without a cache, on both backends."""
 
 import torch
 import torch.nn.functional as F
@@ -8,6 +8,7 @@ from kvmem.kernels import reference, write
 
 LAYERS, HEADS, KV_HEADS, WIDTH, VOCAB = 3, 4, 2, 16, 97
 HIDDEN = HEADS * WIDTH
+torch.set_num_threads(1)  # more would not help with tensors of this size
 
 
 class TinyLlama:
