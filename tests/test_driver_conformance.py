@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.register_assert_rewrite("driver_conformance", "support_drivers")
 
 from driver_conformance import *  # noqa: E402, F403
 from support_drivers import DEVICES, Device, open_device  # noqa: E402
