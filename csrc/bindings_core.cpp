@@ -53,7 +53,8 @@ std::vector<Op> from_records(const nb::sequence& records) {
     i64 value[5];
     bool good = nb::try_cast(record[0], name);
     for (int i = 0; i < 5; ++i) good = good && nb::try_cast(record[i + 1], value[i], false);
-    if (!good) throw SpecError("an op is (kind, at, a, b, c, d): one name and five integers");
+    good = good && value[0] >= 0 && value[0] <= INT32_MAX;
+    if (!good) throw SpecError("an op is (kind, at, a, b, c, d): one name and five integers, the first an int32");
     ops.push_back({kind_of(name), static_cast<i32>(value[0]), value[1], value[2], value[3], value[4]});
   }
   return ops;

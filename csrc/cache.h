@@ -74,6 +74,7 @@ class Cache final : public TableState {
   i64 group_end(i64 group) const { return group < 0 ? groups_ : group + 1; }
   bool grows(i64 g, i64 group) const { return group >= 0 || geometry_.groups[g].growth == Growth::token; }
   void check_group(i64 group) const;
+  void follow(const std::vector<Op>& ops, Transaction& tx);
   void check_once(i64 index);
   bool plan_extend(const i32* handles, const i32* counts, i64 n, i64 group);
   void grow(const i32* handles, const i32* counts, i64 n, i64 group);

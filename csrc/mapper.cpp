@@ -1,5 +1,7 @@
 #include "mapper.h"
 
+#include <system_error>
+
 #include "space.h"
 
 namespace kvmem {
@@ -13,12 +15,21 @@ Mapper::~Mapper() {
   if (thread_.joinable()) thread_.join();
 }
 
+bool Mapper::start() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  try {
+    if (!thread_.joinable()) thread_ = std::thread(&Mapper::run, this);
+  } catch (const std::system_error&) {
+    return false;
+  }
+  return true;
+}
+
 i64 Mapper::post(std::shared_ptr<Space> space, std::vector<Op> ops) {
   const i64 number = ++posted_;
   {
     std::lock_guard<std::mutex> lock(mutex_);
     queue_.push_back({std::move(space), std::move(ops)});
-    if (!thread_.joinable()) thread_ = std::thread(&Mapper::run, this);
   }
   wake_.notify_one();
   return number;

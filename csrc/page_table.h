@@ -41,6 +41,8 @@ class PageTable : public PageOwner {
   virtual i64 pending(i64 index) const = 0;
 
   virtual void apply(const Op& op) = 0;  // bind, unbind, block
+  // True if both ends of what the group's lengths speak of are there, and nothing beyond.
+  virtual bool holds(i64 index, i64 group) const = 0;
   // Where a token of a sequence lies: bytes from the start of the group's a-th arena.
   virtual i64 offset_bytes(i64 index, i64 group, i64 a, i64 token) const = 0;
   virtual Placement place(i64 index, i64 group) const = 0;

@@ -129,6 +129,16 @@ class PagedTable final : public PageTable {
     return blocks_[group].backed[kReadTrash] && blocks_[group].backed[kWriteTrash];
   }
 
+  bool holds(i64 index, i64 group) const override {
+    const Blocks& b = blocks_[group];
+    const i64 first = sequences_.front(index, group) / b.tokens;
+    const i64 end = ceil_div(sequences_.tokens(index, group), b.tokens);
+    const auto empty = [&](i64 ordinal) {
+      return ordinal < 0 || ordinal >= b.per_sequence || entry(index, group, ordinal) == 0;
+    };
+    return empty(first - 1) && empty(end) && (first >= end || (!empty(first) && !empty(end - 1)));
+  }
+
   // Blocks are taken from backed pages as long as there are any, which costs nothing; there is nothing to prepare.
   bool map_ahead(i64, i64, i64, Transaction&) override { return false; }
   void set_pending(i64, i64) override {}

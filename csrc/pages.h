@@ -107,11 +107,14 @@ class PagePool {
   // What a page holds: zeroes, garbage, or what owner number n left there.
   static constexpr i32 kClean = -1;
   static constexpr i32 kGarbage = -2;
+  static constexpr i64 kMaxPages = (i64{1} << 31) - 1;  // page ids are kept as int32
 
   i64 find_free(i64 near) const;
   void need_zero(const PageOwner& owner, i32 arena, i64 slot, i64 page, i64 count, Zero zero, Transaction& tx);
   void set_mapped(const Op& op);
   void set_unmapped(const Op& op);
+  void check_slots(const char* kind, const Op& op) const;
+  void check_bytes(const char* kind, i32 arena, i64 offset, i64 bytes) const;
   [[noreturn]] void refuse(const PageOwner& owner, i64 asked) const;
 
   const i64 page_bytes_;

@@ -53,8 +53,9 @@ class VirtualTable final : public PageTable {
     }
     first_.push_back(arenas_);
     extents_.resize(rows_.size() * arenas_);
+    scratch_pages_.assign(arenas_, -1);
     room_.assign(rows_.size() * groups_, -1);
-    ready_.assign(rows_.size() * groups_, 0);
+    ready_.assign(rows_.size() * groups_, -1);
     copy_tail_.assign(row_of_.size() * groups_, 0);
     for (i64 row = static_cast<i64>(rows_.size()) - 1; row > 0; --row)
       add_unbound(row);  // row 0 holds the trash blocks
@@ -73,8 +74,12 @@ class VirtualTable final : public PageTable {
     Row& r = rows_[row];
     if (r.job != 0) {
       // A job that failed is done as well; what it left out is taken back under the next settle().
-      if (r.job > pool_.mapper().done() || pool_.mapper().has_failed()) return tokens <= ready_[row * groups_ + group];
+      if (r.job > pool_.mapper().done() || pool_.mapper().has_failed()) {
+        const i64 ready = ready_[row * groups_ + group];
+        return tokens <= (ready >= 0 ? ready : room(row, group));
+      }
       r.job = 0;
+      for (i64 g = 0; g < groups_; ++g) ready_[row * groups_ + g] = -1;
     }
     return tokens <= room(row, group);
   }
@@ -164,6 +169,17 @@ class VirtualTable final : public PageTable {
   bool has_trash(i64 group) const override {
     const i64 a = first_[group + 1] - 1;  // arenas are mapped together
     return extent(0, a).hi == trash_slots(group, a);
+  }
+
+  bool holds(i64 index, i64 group) const override {
+    const i64 row = row_of_[index], tokens = sequences_.tokens(index, group);
+    if (tokens == 0) return true;
+    for (i64 a = first_[group]; row > 0 && a < first_[group + 1]; ++a) {
+      const Extent& e = extent(row, a);
+      const i64 lo = low_slot(group, a, sequences_.front(index, group));
+      if (e.lo > lo || e.hi < high_slot(group, a, tokens) || e.count != e.hi - e.lo) return false;
+    }
+    return row > 0;
   }
 
   bool map_ahead(i64 index, i64 group, i64 tokens, Transaction& tx) override {
@@ -489,7 +505,7 @@ class VirtualTable final : public PageTable {
     const i64 scratch = geometry_.groups[group].arena_slots[a - first_[group]] - 1;
     const i64 here = slot_of(row, group, a) + slot, old = extent(row, a).pages[slot];
     pool_.map_slots(*this, arena(a), scratch, 1, old, geometry_.zero, tx);
-    const i64 fresh = scratch_page_;
+    const i64 fresh = scratch_pages_[a];
     tx.push({OpKind::copy, arena(a), scratch * page_bytes(), here * page_bytes(), used_bytes});
     const i64 fence = tx.new_fence();
     tx.push({OpKind::unmap, arena(a), here, old, 1, fence});
@@ -527,7 +543,9 @@ class VirtualTable final : public PageTable {
     const i64 g = group_of(a);
     const GroupGeometry& geometry = geometry_.groups[g];
     if (op.a == geometry.arena_slots[a - first_[g]] - 1) {
-      scratch_page_ = mapped ? op.b : -1;
+      i64& page = scratch_pages_[a];
+      if (page != (mapped ? -1 : op.b)) throw SpecError("map: the scratch slot shows page " + std::to_string(page));
+      page = mapped ? op.b : -1;
       return;
     }
     const i64 row = op.a / row_slots(g, a), slot = op.a % row_slots(g, a);
@@ -569,9 +587,10 @@ class VirtualTable final : public PageTable {
   std::vector<i32> row_of_;              // by sequence, -1 while it holds nothing
   std::vector<Unbound> unbound_;         // rows without a sequence, mapped (parked) or not
   std::vector<Extent> extents_;          // [row][arena]
-  std::vector<i64> room_, ready_;        // [row][group]
+  std::vector<i64> room_;                // [row][group]
+  std::vector<i64> ready_;               // [row][group]: tokens that need nothing of the row's job, -1: it maps nothing
   std::vector<std::uint8_t> copy_tail_;  // [sequence][group]: look whether the tail page is shared before writing
-  i64 scratch_page_ = -1;
+  std::vector<i64> scratch_pages_;  // by arena, -1 between calls
 };
 
 void VirtualTable::check(std::vector<std::string>* out) const {
