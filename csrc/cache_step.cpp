@@ -237,11 +237,7 @@ BatchSizes Cache::fill(const i32* handles, i64 n, const i32* new_tokens, i64 gro
     throw SpecError("a batch of " + std::to_string(rows) + " rows does not fit buffers for " +
                     std::to_string(out.max_sequences));
   }
-  // Padding rows read the trash block, and so do kernels that walk a table from its start, past what a window dropped.
-  const bool trash = rows > n || std::any_of(handles, handles + n, [&](i32 handle) {
-                       return sequences_.front(sequences_.index(handle), g) > 0;
-                     });
-  if (trash && !table_->has_trash(g)) {
+  if (rows > n && !table_->has_trash(g)) {
     settle();
     Transaction tx(*pool_, *this);
     table_->back_trash(g, tx);
