@@ -76,32 +76,34 @@ def compare(
         got = generate(smollm2, prompts, cache, new_tokens, mode)
         assert cache.allocator.stats().used_bytes > 0
     text = tokenizer.batch_decode(got.sequences)
-    assert got.sequences.tolist() == expected.sequences.tolist(), f"{text}\n{tokenizer.batch_decode(expected.sequences)}"
+    assert got.sequences.tolist() == expected.sequences.tolist(), (
+        f"{text}\n{tokenizer.batch_decode(expected.sequences)}"
+    )
     for a, b in zip(got.scores, expected.scores, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
     stats = cache.allocator.stats()
-    assert (stats.used_bytes, stats.mapped_bytes, stats.num_sequences) == (0, 0, 0)
+    assert (stats.used_bytes, stats.parked_bytes, stats.num_sequences) == (0, 0, 0)
     assert cache.allocator.check() == []
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_greedy(smollm2: tuple[PreTrainedModel, Any], backend: str) -> None:
-    compare(smollm2, "greedy", backend, PROMPTS[2:], 24)
+    compare(smollm2, "greedy", backend, PROMPTS[2:], 20)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_left_padded_batch(smollm2: tuple[PreTrainedModel, Any], backend: str) -> None:
-    compare(smollm2, "batch", backend, PROMPTS, 16)
+    compare(smollm2, "batch", backend, PROMPTS, 10)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_beam_search(smollm2: tuple[PreTrainedModel, Any], backend: str) -> None:
-    compare(smollm2, "beam", backend, PROMPTS[1:], 16, num_beams=3)
+    compare(smollm2, "beam", backend, PROMPTS[1:2], 12, num_beams=3)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_sampling(smollm2: tuple[PreTrainedModel, Any], backend: str) -> None:
-    compare(smollm2, "sampling", backend, PROMPTS[:2], 16, do_sample=True, temperature=0.8, top_p=0.95)
+    compare(smollm2, "sampling", backend, PROMPTS[:1], 12, do_sample=True, temperature=0.8, top_p=0.95)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -117,7 +119,7 @@ def test_assisted_decoding(smollm2: tuple[PreTrainedModel, Any], backend: str) -
     draft.generation_config.num_assistant_tokens = 4
     draft.generation_config.num_assistant_tokens_schedule = "constant"
     draft.generation_config.assistant_confidence_threshold = 0
-    compare(smollm2, "assisted", backend, PROMPTS[:1], 16, assistant_model=draft)
+    compare(smollm2, "assisted", backend, PROMPTS[:1], 10, assistant_model=draft)
     # Prompt lookup drafts from the text itself, so that some drafts are accepted.
     repeated = ["one two three four five. one two three four five. one two three"]
-    compare(smollm2, "lookup", backend, repeated, 16, prompt_lookup_num_tokens=4)
+    compare(smollm2, "lookup", backend, repeated, 10, prompt_lookup_num_tokens=4)
