@@ -226,7 +226,9 @@ class KVMemCache(Cache):  # type: ignore[misc]
         ``activate_past_recording()`` was called, by all that came since the last ``crop``; ``SpecError`` beyond that.
         """
         if tokens_to_remove > 0:
-            raise SpecError(f"tokens_to_remove: got {tokens_to_remove}; give -{tokens_to_remove} to remove {tokens_to_remove}")
+            raise SpecError(
+                f"tokens_to_remove: got {tokens_to_remove}; give -{tokens_to_remove} to remove {tokens_to_remove}"
+            )
         length = max(0, self._rows.num_tokens() + tokens_to_remove)
         self._rows.truncate(length)
         self._set_length(length)
