@@ -82,6 +82,7 @@ class Cache final : public TableState {
   void begin_fixed(i64 index, Transaction& tx);
   [[noreturn]] void explain(i64 index, i64 count, i64 group, const std::string& why);
   void map_ahead(i64 n, i64 group);
+  bool lacks_trash(i64 g, i64 tokens) const;
   i64 window_front(i64 index, i64 g, i64 committed) const;
   void set_length(i64 index, i64 g, i64 tokens, Transaction& tx);
   void set_committed(i64 index, i64 g, i64 tokens, Transaction& tx);

@@ -95,7 +95,6 @@ class PagedTable final : public PageTable {
     if (first / b.tokens == old_first / b.tokens) return;
     b.fence = tx.fence();
     for (i64 ordinal = old_first / b.tokens; ordinal < first / b.tokens; ++ordinal) set(index, group, ordinal, 0, tx);
-    back_trash(group, tx);  // the table's dropped entries point there
   }
 
   void share(i64 parent, i64 child, i64 group, i64 first, i64 tokens, Transaction& tx) override {

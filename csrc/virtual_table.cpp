@@ -390,8 +390,10 @@ class VirtualTable final : public PageTable {
   Extent& extent(i64 row, i64 a) { return extents_[row * arenas_ + a]; }
   const Extent& extent(i64 row, i64 a) const { return extents_[row * arenas_ + a]; }
 
+  // With the guard: a kernel that loads whole tiles does so for a padding row too.
   i64 trash_slots(i64 g, i64 a) const {
-    return ceil_div(kTrashBlocks * geometry_.groups[g].block_tokens * token_bytes(g, a), page_bytes());
+    const i64 tokens = kTrashBlocks * geometry_.groups[g].block_tokens + geometry_.tail_guard_tokens;
+    return std::min(row_slots(g, a), ceil_div(tokens * token_bytes(g, a), page_bytes()));
   }
   i64 low_slot(i64 g, i64 a, i64 first_token) const { return first_token * token_bytes(g, a) / page_bytes(); }
   i64 high_slot(i64 g, i64 a, i64 tokens) const {

@@ -332,7 +332,7 @@ def test_a_window_drops_what_it_no_longer_needs(make: Make) -> None:
             for size in rules.token_bytes
         )
         trash = sum(-(-2 * rules.block_tokens * size // alloc.pool.page_bytes) for size in rules.token_bytes) * alloc.pool.page_bytes
-        assert stats.mapped_bytes <= bound + trash < 1501 * sum(rules.token_bytes)
+        assert stats.mapped_bytes <= bound + trash, "bounded by the window, whatever the length"
         batch = alloc.batch([handle])
         first = int(batch.first_tokens[0]) // batch.block_size
         assert batch.block_table[0, :first].eq(0).all() and batch.block_table[0, first].item() != 0
