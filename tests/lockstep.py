@@ -169,8 +169,10 @@ class Lockstep:
             writers = self._writer * 1_000_003 + np.array(handles, np.int64)[of.long().numpy()]
             if self.contents and len(slots):
                 write_slots(self.alloc, g, slots, writers, positions.numpy().astype(np.int64))
-            for index, position in zip(of.tolist(), positions.tolist(), strict=True):
-                self.model.write(handles[int(index)], g, int(position), 1, self._writer * 1_000_003 + handles[int(index)])
+            rows, places = of.long().numpy(), positions.long().numpy()
+            for row in np.unique(rows).tolist():  # new tokens of one sequence are neighbours
+                mine = places[rows == row]
+                self.model.write(handles[row], g, int(mine[0]), len(mine), self._writer * 1_000_003 + handles[row])
 
     def commit(self, counts: dict[int, int], group: int | None = None) -> None:
         g = self.model.main if group is None else group

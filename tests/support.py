@@ -19,6 +19,8 @@ import kvmem
 from kvmem import _core
 from kvmem.device import Device
 
+torch.set_num_threads(1)  # tiny tensors: threads would only wait for each other
+
 LONG = os.environ.get("KVMEM_LONG") == "1"
 BACKENDS = ("virtual", "paged")
 HALF = torch.float16
