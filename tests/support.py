@@ -171,8 +171,9 @@ def make_allocator(
         alloc = kvmem.Allocator(spec, backend=backend, device="cuda:0", **options)  # type: ignore[arg-type]
     for group, geometry in enumerate(alloc._geometry):
         for arena, slots in enumerate(geometry.arena_slots):
-            address = _pointer(alloc.core.arena_bytes(group, arena))
-            memory = (ctypes.c_uint8 * (slots * alloc.pool.page_bytes)).from_address(address)
+            capsule = alloc.core.arena_bytes(group, arena)
+            memory = (ctypes.c_uint8 * (slots * alloc.pool.page_bytes)).from_address(_pointer(capsule))
+            memory.owner = capsule  # as torch does: the tensor keeps what keeps the memory
             alloc._arenas[group, arena] = torch.frombuffer(memory, dtype=torch.uint8)
     return alloc
 
