@@ -37,7 +37,7 @@ def i32(*values: int) -> np.ndarray:
     return np.array(values, np.int32)
 
 
-# ---- Layouts: one function of the block size each --------------------------------------------------------------------
+# ---- Layouts: one function of the block size each ------------------------------------------------
 
 
 def _component(name: str, **fields: Any) -> kvmem.Component:
@@ -55,7 +55,10 @@ def bytes_kv(block_size: int) -> kvmem.CacheSpec:
 
 def latent(block_size: int) -> kvmem.CacheSpec:
     """As MLA: a latent and a rotary key of unequal width, no heads."""
-    parts = [_component("ckv", width=36, dtype=torch.bfloat16), _component("kpe", width=8, dtype=torch.bfloat16, rope="post")]
+    parts = [
+        _component("ckv", width=36, dtype=torch.bfloat16),
+        _component("kpe", width=8, dtype=torch.bfloat16, rope="post"),
+    ]
     return kvmem.CacheSpec(components=parts, num_layers=2, block_size=block_size)
 
 
@@ -130,13 +133,14 @@ SIZES = {
 }
 
 
-# ---- Devices ---------------------------------------------------------------------------------------------------------
+# ---- Devices -------------------------------------------------------------------------------------
 
 DEVICES = ("host", "checked host", "cuda stub")
 
 
 def open_driver(name: str, folder: Path) -> _core.Driver:
-    """A fresh driver by its name in DEVICES. Compiles the stand-in for libcuda the first time; skips without a compiler."""
+    """A fresh driver by its name in DEVICES. Compiles the stand-in for libcuda the first time; skips without a
+    compiler."""
     checked, kind = name.startswith("checked "), name.removeprefix("checked ")
     if kind == "host":
         driver = _core.host_driver()
@@ -159,7 +163,8 @@ def make_allocator(
 ) -> kvmem.Allocator:
     """An allocator over ``driver``; small by default.
 
-    The stand-in's memory is ordinary memory at a CUDA address, and torch has no CUDA here: such an allocator is opened with
+    The stand-in's memory is ordinary memory at a CUDA address, and torch has no CUDA here: such an allocator is
+    opened with
     the defaults of a CUDA device, and its arenas are shown to torch as CPU tensors.
     """
     options = {"memory": "4MiB", "max_sequences": 6, "max_tokens": 400, "debug": True} | options
