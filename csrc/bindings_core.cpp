@@ -53,7 +53,8 @@ std::vector<Op> from_records(const nb::sequence& records) {
     i64 value[5];
     bool good = nb::try_cast(record[0], name);
     for (int i = 0; i < 5; ++i) good = good && nb::try_cast(record[i + 1], value[i], false);
-    if (!good) throw SpecError("an op is (kind, at, a, b, c, d): one name and five integers");
+    good = good && value[0] >= 0 && value[0] <= INT32_MAX;
+    if (!good) throw SpecError("an op is (kind, at, a, b, c, d): one name and five integers, the first an int32");
     ops.push_back({kind_of(name), static_cast<i32>(value[0]), value[1], value[2], value[3], value[4]});
   }
   return ops;
@@ -170,22 +171,22 @@ void bind_pool(nb::module_& m) {
           },
           nb::kw_only(), "page_bytes"_a, "budget_pages"_a, "driver"_a.none(), "create_ahead"_a, Free())
       .def_prop_ro("page_bytes", &PagePool::page_bytes)
-      .def_prop_ro("budget_pages", [](PagePool& p) { return std::lock_guard(p.mutex), p.budget_pages(); })
-      .def_prop_ro("present_pages", [](PagePool& p) { return std::lock_guard(p.mutex), p.present_pages(); })
-      .def_prop_ro("mapped_pages", [](PagePool& p) { return std::lock_guard(p.mutex), p.mapped_pages(); })
-      .def_prop_ro("driver_calls", [](PagePool& p) { return std::lock_guard(p.mutex), p.driver_calls(); })
+      .def_prop_ro("budget_pages", [](PagePool& p) { return p.lock(true), p.budget_pages(); })
+      .def_prop_ro("present_pages", [](PagePool& p) { return p.lock(true), p.present_pages(); })
+      .def_prop_ro("mapped_pages", [](PagePool& p) { return p.lock(true), p.mapped_pages(); })
+      .def_prop_ro("driver_calls", [](PagePool& p) { return p.lock(true), p.driver_calls(); })
       .def(
           "set_budget",
           [](PagePool& p, i64 pages) {
-            std::lock_guard lock(p.mutex);
-            p.mapper().wait_idle();
+            const auto lock = p.lock();
+            p.settle();
             p.set_budget(pages);
           },
           "pages"_a, Free())
       .def(
           "set_stream",
           [](PagePool& p, Stream stream) {
-            std::lock_guard lock(p.mutex);
+            const auto lock = p.lock();
             if (p.space()) p.space()->set_stream(stream);
           },
           "stream"_a, Free());

@@ -37,10 +37,17 @@ bool Cache::plan_extend(const i32* handles, const i32* counts, i64 n, i64 group)
         throw SpecError("group " + std::to_string(g) + " is fixed after prefill and already holds " +
                         std::to_string(have) + " tokens");
       }
-      room = room && table_->has_room(index, g, have + counts[i]);
+      room = room && table_->has_room(index, g, have + counts[i]) && !lacks_trash(g, have + counts[i]);
     }
   }
   return room;
+}
+
+// Entries that a window has dropped point at the trash blocks. Those are backed before the first can be dropped, when
+// the sequence grows: commit() never needs memory.
+bool Cache::lacks_trash(i64 g, i64 tokens) const {
+  const i64 window = geometry_.groups[g].window_tokens;
+  return window > 0 && tokens >= window && !table_->has_trash(g);
 }
 
 void Cache::extend(const i32* handles, const i32* counts, i64 n, i64 group) {
@@ -87,6 +94,7 @@ void Cache::grow_one(i64 index, i64 count, i64 group, Transaction& tx) {
       const i64 old = sequences_.tokens(index, g);
       set_length(index, g, old + count, tx);
       table_->grow(index, g, old, old + count, tx);
+      if (lacks_trash(g, old + count)) table_->back_trash(g, tx);
     } else if (geometry_.groups[g].growth == Growth::fixed && sequences_.tokens(index, g) == 0) {
       set_length(index, g, 1, tx);
       set_committed(index, g, 1, tx);
@@ -106,6 +114,7 @@ void Cache::explain(i64 index, i64 count, i64 group, const std::string& why) {
 }
 
 void Cache::map_ahead(i64 n, i64 group) {
+  if (pool_->space() && !pool_->mapper().start()) return;  // then every step maps for itself
   Transaction tx(*pool_, *this);
   std::vector<i64> touched;
   for (i64 i = 0; i < n; ++i) {
@@ -190,7 +199,7 @@ void Cache::truncate(i64 handle, i64 tokens) {
                       std::to_string(first) + "; the least that would do is " + std::to_string(first + window - 1));
     }
   }
-  if (table_->pending(index) > pool_->mapper().done()) settle();  // shared pages behind the length may be unmapped
+  if (table_->pending(index) != 0) settle();  // shared pages behind the length may be unmapped
   Transaction tx(*pool_, *this);
   for (i64 g = 0; g < groups_; ++g) {
     if (geometry_.groups[g].growth != Growth::token) continue;

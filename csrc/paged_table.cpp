@@ -43,12 +43,25 @@ class PagedTable final : public PageTable {
       : geometry_(geometry), pool_(pool), sequences_(sequences), groups_(static_cast<i64>(geometry.groups.size())) {
     limit_pages = pool.budget_pages();
     pool.add_owner(this);
-    for (const GroupGeometry& group : geometry.groups) add_group(group);
+    try {
+      for (const GroupGeometry& group : geometry.groups) add_group(group);
+    } catch (...) {
+      pool.remove_owner(this, {});
+      throw;
+    }
     first_.push_back(static_cast<i64>(pages_.size()));
     copy_tail_.assign(geometry.max_sequences * groups_, 0);
   }
 
-  ~PagedTable() override { pool_.remove_owner(this); }
+  ~PagedTable() override {
+    std::vector<i32> mapped;
+    for (const std::vector<i32>& arena : pages_) {
+      for (i32 page : arena) {
+        if (page >= 0) mapped.push_back(page);
+      }
+    }
+    pool_.remove_owner(this, mapped);
+  }
 
   bool has_room(i64 index, i64 group, i64 tokens) override {
     const Blocks& b = blocks_[group];
@@ -82,7 +95,6 @@ class PagedTable final : public PageTable {
     if (first / b.tokens == old_first / b.tokens) return;
     b.fence = tx.fence();
     for (i64 ordinal = old_first / b.tokens; ordinal < first / b.tokens; ++ordinal) set(index, group, ordinal, 0, tx);
-    back_trash(group, tx);  // the table's dropped entries point there
   }
 
   void share(i64 parent, i64 child, i64 group, i64 first, i64 tokens, Transaction& tx) override {
@@ -117,6 +129,16 @@ class PagedTable final : public PageTable {
     return blocks_[group].backed[kReadTrash] && blocks_[group].backed[kWriteTrash];
   }
 
+  bool holds(i64 index, i64 group) const override {
+    const Blocks& b = blocks_[group];
+    const i64 first = sequences_.front(index, group) / b.tokens;
+    const i64 end = ceil_div(sequences_.tokens(index, group), b.tokens);
+    const auto empty = [&](i64 ordinal) {
+      return ordinal < 0 || ordinal >= b.per_sequence || entry(index, group, ordinal) == 0;
+    };
+    return empty(first - 1) && empty(end) && (first >= end || (!empty(first) && !empty(end - 1)));
+  }
+
   // Blocks are taken from backed pages as long as there are any, which costs nothing; there is nothing to prepare.
   bool map_ahead(i64, i64, i64, Transaction&) override { return false; }
   void set_pending(i64, i64) override {}
@@ -137,14 +159,6 @@ class PagedTable final : public PageTable {
     place = static_cast<i32>(op.c);
     if (op.c != 0) acquire(b, op.c);
     if (op.d != 0) drop(b, op.d);
-  }
-
-  void unmap_all(Transaction& tx) override {
-    for (std::size_t a = 0; a < pages_.size(); ++a) {
-      for (i64 slot = 0; slot < static_cast<i64>(pages_[a].size()); ++slot) {
-        if (pages_[a][slot] >= 0) unmap(static_cast<i64>(a), slot, slot + 1, pool_.fence(), tx);
-      }
-    }
   }
 
   void on_map(const Op& op) override { change(op, true); }

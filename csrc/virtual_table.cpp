@@ -39,23 +39,33 @@ class VirtualTable final : public PageTable {
         row_of_(geometry.max_sequences, -1) {
     limit_pages = pool.budget_pages();
     pool.add_owner(this);
-    for (const GroupGeometry& group : geometry.groups) {
-      first_.push_back(arenas_);
-      for (std::size_t i = 0; i < group.token_bytes.size(); ++i, ++arenas_) {
-        const i32 arena = pool.add_arena(this, group.arena_slots[i]);
-        if (arenas_ == 0) base_arena_ = arena;
+    try {
+      for (const GroupGeometry& group : geometry.groups) {
+        first_.push_back(arenas_);
+        for (std::size_t i = 0; i < group.token_bytes.size(); ++i, ++arenas_) {
+          const i32 arena = pool.add_arena(this, group.arena_slots[i]);
+          if (arenas_ == 0) base_arena_ = arena;
+        }
       }
+    } catch (...) {
+      pool.remove_owner(this, {});
+      throw;
     }
     first_.push_back(arenas_);
     extents_.resize(rows_.size() * arenas_);
+    scratch_pages_.assign(arenas_, -1);
     room_.assign(rows_.size() * groups_, -1);
-    ready_.assign(rows_.size() * groups_, 0);
+    ready_.assign(rows_.size() * groups_, -1);
     copy_tail_.assign(row_of_.size() * groups_, 0);
     for (i64 row = static_cast<i64>(rows_.size()) - 1; row > 0; --row)
       add_unbound(row);  // row 0 holds the trash blocks
   }
 
-  ~VirtualTable() override { pool_.remove_owner(this); }
+  ~VirtualTable() override {
+    std::vector<i32> pages;
+    for (const Extent& e : extents_) pages.insert(pages.end(), e.pages.begin() + e.lo, e.pages.begin() + e.hi);
+    pool_.remove_owner(this, pages);
+  }
 
   bool has_room(i64 index, i64 group, i64 tokens) override {
     const i64 row = row_of_[index];
@@ -64,8 +74,12 @@ class VirtualTable final : public PageTable {
     Row& r = rows_[row];
     if (r.job != 0) {
       // A job that failed is done as well; what it left out is taken back under the next settle().
-      if (r.job > pool_.mapper().done() || pool_.mapper().has_failed()) return tokens <= ready_[row * groups_ + group];
+      if (r.job > pool_.mapper().done() || pool_.mapper().has_failed()) {
+        const i64 ready = ready_[row * groups_ + group];
+        return tokens <= (ready >= 0 ? ready : room(row, group));
+      }
       r.job = 0;
+      for (i64 g = 0; g < groups_; ++g) ready_[row * groups_ + g] = -1;
     }
     return tokens <= room(row, group);
   }
@@ -157,6 +171,17 @@ class VirtualTable final : public PageTable {
     return extent(0, a).hi == trash_slots(group, a);
   }
 
+  bool holds(i64 index, i64 group) const override {
+    const i64 row = row_of_[index], tokens = sequences_.tokens(index, group);
+    if (tokens == 0) return true;
+    for (i64 a = first_[group]; row > 0 && a < first_[group + 1]; ++a) {
+      const Extent& e = extent(row, a);
+      const i64 lo = low_slot(group, a, sequences_.front(index, group));
+      if (e.lo > lo || e.hi < high_slot(group, a, tokens) || e.count != e.hi - e.lo) return false;
+    }
+    return row > 0;
+  }
+
   bool map_ahead(i64 index, i64 group, i64 tokens, Transaction& tx) override {
     const i64 row = row_of_[index];
     const i64 ahead = geometry_.map_ahead_tokens;
@@ -197,15 +222,6 @@ class VirtualTable final : public PageTable {
       add_unbound(op.b);
     } else {
       throw SpecError("block: the virtual backend has no block table");
-    }
-  }
-
-  void unmap_all(Transaction& tx) override {
-    for (i64 row = 0; row < static_cast<i64>(rows_.size()); ++row) {
-      for (i64 a = 0; a < arenas_; ++a) {
-        const Extent& e = extent(row, a);
-        if (e.count > 0) unmap(row, a, e.lo, e.hi, pool_.fence(), tx);
-      }
     }
   }
 
@@ -351,8 +367,10 @@ class VirtualTable final : public PageTable {
   Extent& extent(i64 row, i64 a) { return extents_[row * arenas_ + a]; }
   const Extent& extent(i64 row, i64 a) const { return extents_[row * arenas_ + a]; }
 
+  // With the guard: a kernel that loads whole tiles does so for a padding row too.
   i64 trash_slots(i64 g, i64 a) const {
-    return ceil_div(kTrashBlocks * geometry_.groups[g].block_tokens * token_bytes(g, a), page_bytes());
+    const i64 tokens = kTrashBlocks * geometry_.groups[g].block_tokens + geometry_.tail_guard_tokens;
+    return std::min(row_slots(g, a), ceil_div(tokens * token_bytes(g, a), page_bytes()));
   }
   i64 low_slot(i64 g, i64 a, i64 first_token) const { return first_token * token_bytes(g, a) / page_bytes(); }
   i64 high_slot(i64 g, i64 a, i64 tokens) const {
@@ -487,7 +505,7 @@ class VirtualTable final : public PageTable {
     const i64 scratch = geometry_.groups[group].arena_slots[a - first_[group]] - 1;
     const i64 here = slot_of(row, group, a) + slot, old = extent(row, a).pages[slot];
     pool_.map_slots(*this, arena(a), scratch, 1, old, geometry_.zero, tx);
-    const i64 fresh = scratch_page_;
+    const i64 fresh = scratch_pages_[a];
     tx.push({OpKind::copy, arena(a), scratch * page_bytes(), here * page_bytes(), used_bytes});
     const i64 fence = tx.new_fence();
     tx.push({OpKind::unmap, arena(a), here, old, 1, fence});
@@ -525,7 +543,9 @@ class VirtualTable final : public PageTable {
     const i64 g = group_of(a);
     const GroupGeometry& geometry = geometry_.groups[g];
     if (op.a == geometry.arena_slots[a - first_[g]] - 1) {
-      scratch_page_ = mapped ? op.b : -1;
+      i64& page = scratch_pages_[a];
+      if (page != (mapped ? -1 : op.b)) throw SpecError("map: the scratch slot shows page " + std::to_string(page));
+      page = mapped ? op.b : -1;
       return;
     }
     const i64 row = op.a / row_slots(g, a), slot = op.a % row_slots(g, a);
@@ -567,9 +587,10 @@ class VirtualTable final : public PageTable {
   std::vector<i32> row_of_;              // by sequence, -1 while it holds nothing
   std::vector<Unbound> unbound_;         // rows without a sequence, mapped (parked) or not
   std::vector<Extent> extents_;          // [row][arena]
-  std::vector<i64> room_, ready_;        // [row][group]
+  std::vector<i64> room_;                // [row][group]
+  std::vector<i64> ready_;               // [row][group]: tokens that need nothing of the row's job, -1: it maps nothing
   std::vector<std::uint8_t> copy_tail_;  // [sequence][group]: look whether the tail page is shared before writing
-  i64 scratch_page_ = -1;
+  std::vector<i64> scratch_pages_;  // by arena, -1 between calls
 };
 
 void VirtualTable::check(std::vector<std::string>* out) const {

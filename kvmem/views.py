@@ -48,11 +48,12 @@ def _strided(
     arena: torch.Tensor, where: Slice, lead: tuple[int, ...], lead_bytes: tuple[int, ...], offset: int
 ) -> torch.Tensor:
     size = where.dtype.itemsize
-    return arena.view(where.dtype).as_strided(
-        (*lead, where.heads, where.width),
-        (*(b // size for b in lead_bytes), where.width, 1),
-        (offset + where.offset_bytes) // size,
-    )
+    with torch.inference_mode(False):  # a view of another dtype that is made in inference mode cannot be written outside
+        return arena.view(where.dtype).as_strided(
+            (*lead, where.heads, where.width),
+            (*(b // size for b in lead_bytes), where.width, 1),
+            (offset + where.offset_bytes) // size,
+        )
 
 
 def block_view(arena: torch.Tensor, where: Slice, token_bytes: int, block_size: int, num_blocks: int) -> torch.Tensor:

@@ -28,7 +28,7 @@ LEVELS: dict[str, int] = {
             "protocols",
             "backends device eviction layouts prefix tiers transfer",
             "allocator pool sequence views",
-            "connectors kernels plan transformers",
+            "connectors kernels lockstep plan transformers",
             "bench cli",
         ]
     )

@@ -1,0 +1,225 @@
+"""A batch whose rows all have one length, read as one rectangle ``[batch, heads, tokens, width]``, which models expect.
+
+Each row is a sequence of an allocator. Where rows of the virtual backend lie at equal distances, the rectangle is a
+strided view of the cache and nothing is copied; otherwise, and on the paged backend, reading gathers.
+"""
+
+from __future__ import annotations
+
+import weakref
+from itertools import pairwise
+
+import numpy as np
+import torch
+
+from kvmem.allocator import Allocator
+from kvmem.batch import GroupBatch
+from kvmem.errors import KVMemError, SpecError
+
+__all__ = ["EVERY", "BlockPlace", "LockstepRows", "RowPlace"]
+
+#: In place of a group's index: every group that grows with the tokens, as for the allocator's own calls.
+EVERY = -1
+
+
+class RowPlace:
+    """Where one group's tokens lie on the virtual backend. ``memory`` is ``Allocator.rows()``, which never changes."""
+
+    num_blocks = 0
+
+    def __init__(self, batch: GroupBatch, rows: list[int]) -> None:
+        self.slots = _by_row(batch.slot_mapping, len(rows))
+        self._rows = rows
+        step = rows[1] - rows[0] if len(rows) > 1 else 1
+        even = step > 0 and all(b - a == step for a, b in pairwise(rows))
+        self._slice = slice(rows[0], rows[-1] + 1, step) if even else None
+
+    def read(self, memory: torch.Tensor, first: int, end: int) -> torch.Tensor:
+        """Tokens ``[first, end)`` of every row, ``[B, end - first, heads, width]``.
+
+        A view where rows lie at equal distances, else a copy. Touches nothing else: it may be unmapped.
+        """
+        if self._slice is not None:
+            return memory[self._slice, first:end]
+        # Not memory[rows]: torch walks a strided source element by element there, and is an order of magnitude slower.
+        return torch.stack([memory[row, first:end] for row in self._rows])
+
+
+class BlockPlace:
+    """Where they lie on the paged backend. ``memory`` is ``Allocator.tensor()``, of at least ``num_blocks`` blocks."""
+
+    def __init__(self, batch: GroupBatch, num_rows: int) -> None:
+        self.slots = _by_row(batch.slot_mapping, num_rows)
+        self._blocks = batch.block_table.long()
+        self._block_size = batch.block_size
+        self.num_blocks = int(batch.kv_indices_cpu.max()) + 1 if batch.num_indices else 0
+
+    def read(self, memory: torch.Tensor, first: int, end: int) -> torch.Tensor:
+        """As for ``RowPlace``; always a copy."""
+        size = self._block_size
+        blocks = self._blocks[:, first // size : -(-end // size)]
+        found = memory.index_select(0, blocks.flatten())
+        tokens = found.view(blocks.shape[0], -1, *memory.shape[2:])
+        return tokens[:, first % size : first % size + end - first]
+
+
+def _by_row(slots: torch.Tensor, num_rows: int) -> torch.Tensor:
+    return slots.view(num_rows, slots.numel() // num_rows)
+
+
+class LockstepRows:
+    """``B`` sequences of ``alloc`` that are extended, truncated and forked together.
+
+    A group's index, or ``EVERY``, says which tokens a call is about: a group that is fixed after prefill has a length
+    of its own. What ``extend`` reserves is committed by the next ``extend``, when every layer has been written.
+    ``max_rows`` bounds B. The sequences are freed with this object.
+    """
+
+    def __init__(self, alloc: Allocator, max_rows: int | None = None) -> None:
+        self.alloc = alloc
+        self.max_rows = alloc.max_sequences if max_rows is None else max_rows
+        #: While set, nothing is committed before ``commit()``, so that ``truncate`` can take back a sliding window.
+        self.recording = False
+        self._ids: list[int] = []
+        self._tokens: dict[int, int] = {}
+        self._pending: dict[int, int] = {}  # of those, not committed
+        self._places: list[RowPlace | BlockPlace] | None = None
+        weakref.finalize(self, _free, alloc, self._ids).atexit = False
+
+    @property
+    def num_rows(self) -> int:
+        return len(self._ids)
+
+    def num_tokens(self, group: int = EVERY) -> int:
+        """Tokens of each row, those reserved last included."""
+        return self._tokens.get(group, 0)
+
+    def extend(self, group: int, num_rows: int, count: int) -> None:
+        """Makes room for ``count`` more tokens in each row; the first call opens ``num_rows`` of them.
+
+        ``OutOfMemory`` or ``SpecError``, and nothing has changed, where that does not fit.
+        """
+        opened = not self._ids
+        if opened:
+            self._check_rows(num_rows)
+            self._ids.extend(self.alloc.open_batch(num_rows).tolist())
+        elif num_rows != len(self._ids):
+            raise SpecError(
+                f"got a batch of {num_rows}; the cache holds tokens of a batch of {len(self._ids)}: reset() it, or "
+                "change its rows with batch_repeat_interleave() or batch_select_indices()"
+            )
+        elif not self.recording:
+            self._commit(group)
+        try:
+            self.alloc.core.extend_batch(self._handles(), self._counts(count), group)
+        except KVMemError:
+            if opened:
+                self.free()
+            raise
+        self._tokens[group] = self._tokens.get(group, 0) + count
+        self._pending[group] = self._pending.get(group, 0) + count
+        self._places = None
+
+    def place(self, group: int) -> RowPlace | BlockPlace:
+        """Where the tokens of group number ``group`` lie, until they next change.
+
+        ``slots``, int64 [B, n], are the flat slots of the n tokens that are not committed.
+        """
+        if self._places is None:
+            batch = self.alloc.batch(self._handles())
+            self._places = [self._place(b) for b in batch.groups]
+        return self._places[group]
+
+    def _place(self, batch: GroupBatch) -> RowPlace | BlockPlace:
+        if batch.rows_cpu is None:
+            return BlockPlace(batch, len(self._ids))
+        return RowPlace(batch, batch.rows_cpu.tolist())
+
+    def commit(self) -> None:
+        """Every reserved token is written."""
+        for group in self._tokens:
+            self._commit(group)
+
+    def _commit(self, group: int) -> None:
+        if count := self._pending.get(group, 0):
+            self.alloc.core.commit_batch(self._handles(), self._counts(count), group)
+            self._pending[group] = 0
+
+    def truncate(self, num_tokens: int) -> None:
+        """Keeps the first ``num_tokens`` tokens of each row and commits them.
+
+        ``SpecError``, and nothing has changed, where a sliding window has dropped tokens that would be seen again.
+        """
+        removed = self.num_tokens() - num_tokens
+        if removed > 0:
+            for handle in self._ids:  # equal rows: if one is refused, so is the first
+                self.alloc.core.truncate(handle, num_tokens)
+            self._tokens[EVERY] = num_tokens
+            self._pending[EVERY] = max(0, self._pending[EVERY] - removed)
+            self._places = None
+        self.commit()
+
+    def rearrange(self, parents: list[int]) -> None:
+        """Row i becomes a copy of what row ``parents[i]`` is now.
+
+        The first child of a row takes its place and further ones are forks, which share all but the last page or block:
+        no row is ever copied whole. The forks need memory and sequences before what is dropped gives them back.
+        ``OutOfMemory``, and nothing has changed, where there is none.
+        """
+        if parents == list(range(len(self._ids))):
+            return
+        self._check_rows(len(parents))
+        self.commit()
+        kept: set[int] = set()
+        children, forked = [], []
+        try:
+            for parent in parents:
+                if parent in kept:
+                    forked.append(self.alloc.core.fork(self._ids[parent]))
+                children.append(forked[-1] if parent in kept else self._ids[parent])
+                kept.add(parent)
+        except KVMemError:
+            _free(self.alloc, forked)
+            raise
+        _free(self.alloc, [handle for row, handle in enumerate(self._ids) if row not in kept])
+        self._ids[:] = children
+        self._places = None
+
+    def fork(self) -> LockstepRows:
+        """The same tokens in as many new sequences, shared page by page or block by block."""
+        self.commit()
+        copy = LockstepRows(self.alloc, self.max_rows)
+        try:
+            for handle in self._ids:
+                copy._ids.append(self.alloc.core.fork(handle))
+        except KVMemError:
+            copy.free()
+            raise
+        copy._tokens.update(self._tokens)
+        return copy
+
+    def free(self) -> None:
+        """Frees the sequences; the next ``extend`` opens new ones."""
+        _free(self.alloc, self._ids)
+        self._tokens.clear()
+        self._pending.clear()
+        self._places = None
+
+    def _check_rows(self, num_rows: int) -> None:
+        if num_rows > self.max_rows:
+            raise SpecError(
+                f"got a batch of {num_rows}, beams and returned sequences included; the cache was made for "
+                f"{self.max_rows}: use a smaller batch or fewer beams, or raise max_batch"
+            )
+
+    def _handles(self) -> np.ndarray:
+        return np.array(self._ids, np.int32)
+
+    def _counts(self, count: int) -> np.ndarray:
+        return np.full(len(self._ids), count, np.int32)
+
+
+def _free(alloc: Allocator, ids: list[int]) -> None:
+    if ids:
+        alloc.free_batch(np.array(ids, np.int32))
+        ids.clear()
