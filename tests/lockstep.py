@@ -68,7 +68,8 @@ class Lockstep:
         self.free([handle])
 
     def _must_fit(self, after: Model) -> bool:
-        """Whether there is room beyond doubt. Exact for the virtual backend; for the paged one, whose blocks need not fill the
+        """Whether there is room beyond doubt. Exact for the virtual backend; for the paged one, whose blocks need not
+        fill the
         pages they keep mapped, whether the new blocks fit in pages that no block is using."""
         if self.virtual:
             return self._pages(after) <= self._budget()
@@ -154,7 +155,8 @@ class Lockstep:
     # --- calls that never need memory ---
 
     def write(self, handles: list[int]) -> None:
-        """Writes every reserved token that is not committed, and fixed states anew, through a batch as a kernel would."""
+        """Writes every reserved token that is not committed, and fixed states anew, through a batch as a kernel
+        would."""
         if not handles:
             return
         batch = self.alloc.batch(i32(*handles))
@@ -163,14 +165,16 @@ class Lockstep:
             slots, positions, of = fields.slot_mapping, fields.positions, fields.batch_indices
             if rules.growth == "fixed":
                 has = [i for i, h in enumerate(handles) if self.model.sequences[h][g].tokens]
-                slots, positions, of = fields.block_table[has, 0].long(), torch.zeros(len(has)), torch.tensor(has)  # type: ignore[index]
+                slots, positions, of = fields.block_table[has, 0].long(), torch.zeros(len(has)), torch.tensor(has)
             assert slots is not None and positions is not None and of is not None
             self._writer += 1
             writers = self._writer * 1_000_003 + np.array(handles, np.int64)[of.long().numpy()]
             if self.contents and len(slots):
                 write_slots(self.alloc, g, slots, writers, positions.numpy().astype(np.int64))
-            for index, position in zip(of.tolist(), positions.tolist(), strict=True):
-                self.model.write(handles[int(index)], g, int(position), 1, self._writer * 1_000_003 + handles[int(index)])
+            rows, places = of.long().numpy(), positions.long().numpy()
+            for row in np.unique(rows).tolist():  # new tokens of one sequence are neighbours
+                mine = places[rows == row]
+                self.model.write(handles[row], g, int(mine[0]), len(mine), self._writer * 1_000_003 + handles[row])
 
     def commit(self, counts: dict[int, int], group: int | None = None) -> None:
         g = self.model.main if group is None else group
