@@ -105,13 +105,24 @@ void Cache::follow(const std::vector<Op>& ops, Transaction& tx) {
       if (!pool_->present(page)) tx.push({OpKind::create, 0, page, 1});
     }
   }
-  // A list cut short may leave a sequence with a length and no memory: whoever writes there would be lost.
+  // A list that lacks a record may leave a sequence with a length and no memory: whoever writes there would be lost.
   for (const Op& op : ops) {
-    const i64 index = is_physical(op.kind) ? -1 : sequences_.find(op.a);
-    for (i64 g = 0; index >= 0 && g < groups_; ++g) {
+    if (op.kind == OpKind::length && op.b < op.c) table_->look_at_tail(sequences_.place_of(op.a), op.at);
+    if ((op.kind == OpKind::map || op.kind == OpKind::unmap) && !table_->is_whole(op)) {
+      throw SpecError("the ops lack a record: arena " + std::to_string(op.at) + " would be left mapped in part");
+    }
+  }
+  ++call_;
+  for (const Op& op : ops) {
+    if (is_physical(op.kind)) continue;
+    const i64 index = sequences_.place_of(op.a);
+    if (stamp_[index] == call_) continue;
+    stamp_[index] = call_;
+    for (i64 g = 0; g < groups_; ++g) {
       const i64 first = sequences_.front(index, g), done = sequences_.committed(index, g);
-      if (first > done || done > sequences_.tokens(index, g) || !table_->holds(index, g)) {
-        throw SpecError("the ops end amid a change: sequence handle " + std::to_string(op.a) +
+      const i64 tokens = sequences_.tokens(index, g);
+      if (first > done || done > tokens || (tokens > 0 && !sequences_.live(index)) || !table_->holds(index, g)) {
+        throw SpecError("the ops lack a record: sequence handle " + std::to_string(op.a) +
                         " would be left with a length that its memory does not match");
       }
     }

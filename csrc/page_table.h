@@ -41,7 +41,11 @@ class PageTable : public PageOwner {
   virtual i64 pending(i64 index) const = 0;
 
   virtual void apply(const Op& op) = 0;  // bind, unbind, block
-  // True if both ends of what the group's lengths speak of are there, and nothing beyond.
+  // The length has become less by another's decision: whether the tail is shared is to be seen before the next write.
+  virtual void look_at_tail(i64 index, i64 group) = 0;
+  // True if the mappings around those of `op` are as between calls: no holes, arenas in step.
+  virtual bool is_whole(const Op& op) const = 0;
+  // True if what the group's lengths speak of is there. Cost grows with the longest sequence there can be.
   virtual bool holds(i64 index, i64 group) const = 0;
   // Where a token of a sequence lies: bytes from the start of the group's a-th arena.
   virtual i64 offset_bytes(i64 index, i64 group, i64 a, i64 token) const = 0;

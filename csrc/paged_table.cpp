@@ -129,14 +129,26 @@ class PagedTable final : public PageTable {
     return blocks_[group].backed[kReadTrash] && blocks_[group].backed[kWriteTrash];
   }
 
+  void look_at_tail(i64 index, i64 group) override { copy_tail_[index * groups_ + group] = 1; }
+
+  bool is_whole(const Op& op) const override {
+    const i64 a = op.at - base_arena_;
+    if (a < 0 || a >= static_cast<i64>(pages_.size())) return true;  // a neighbour's
+    const Class& c = class_of(a);
+    for (i64 slot = op.a; slot < op.a + op.c; ++slot) {
+      if (c.mapped[slot] != 0 && c.mapped[slot] != static_cast<i32>(c.arenas.size())) return false;
+    }
+    return true;
+  }
+
   bool holds(i64 index, i64 group) const override {
     const Blocks& b = blocks_[group];
     const i64 first = sequences_.front(index, group) / b.tokens;
     const i64 end = ceil_div(sequences_.tokens(index, group), b.tokens);
-    const auto empty = [&](i64 ordinal) {
-      return ordinal < 0 || ordinal >= b.per_sequence || entry(index, group, ordinal) == 0;
-    };
-    return empty(first - 1) && empty(end) && (first >= end || (!empty(first) && !empty(end - 1)));
+    for (i64 ordinal = 0; ordinal < b.per_sequence; ++ordinal) {
+      if ((entry(index, group, ordinal) != 0) != (ordinal >= first && ordinal < end)) return false;
+    }
+    return true;
   }
 
   // Blocks are taken from backed pages as long as there are any, which costs nothing; there is nothing to prepare.
@@ -159,6 +171,11 @@ class PagedTable final : public PageTable {
     place = static_cast<i32>(op.c);
     if (op.c != 0) acquire(b, op.c);
     if (op.d != 0) drop(b, op.d);
+  }
+
+  bool is_mapped(i32 arena, i64 slot, i64 count) const override {
+    const std::vector<i32>& pages = pages_[arena - base_arena_];
+    return std::all_of(pages.begin() + slot, pages.begin() + slot + count, [](i32 page) { return page >= 0; });
   }
 
   void on_map(const Op& op) override { change(op, true); }
@@ -420,14 +437,23 @@ class PagedTable final : public PageTable {
     }
   }
 
-  void change(const Op& op, bool mapped) {
-    const i64 a = op.at - base_arena_;
+  i64 group_of(i64 a) const {
     i64 g = 0;
     while (a >= first_[g + 1]) ++g;
-    Blocks& b = blocks_[g];
-    Class& c = *std::find_if(b.classes.begin(), b.classes.end(), [&](const Class& candidate) {
-      return std::find(candidate.arenas.begin(), candidate.arenas.end(), a) != candidate.arenas.end();
+    return g;
+  }
+
+  const Class& class_of(i64 a) const {
+    const std::vector<Class>& classes = blocks_[group_of(a)].classes;
+    return *std::find_if(classes.begin(), classes.end(), [&](const Class& c) {
+      return std::find(c.arenas.begin(), c.arenas.end(), a) != c.arenas.end();
     });
+  }
+
+  void change(const Op& op, bool mapped) {
+    const i64 a = op.at - base_arena_;
+    Blocks& b = blocks_[group_of(a)];
+    Class& c = const_cast<Class&>(class_of(a));
     std::vector<i32>& pages = pages_[a];
     for (i64 i = 0; i < op.c; ++i) {
       if (pages[op.a + i] != (mapped ? -1 : op.b + i) || (!mapped && c.users[op.a + i] > 0 && !growing(op))) {

@@ -68,6 +68,7 @@ void PagePool::remove_owner(PageOwner* owner, const std::vector<i32>& pages) {
   }
   for (std::size_t i = 0; i < arenas_.size(); ++i) {
     if (arenas_[i].owner != owner) continue;
+    if (space_) space_->remove_arena(static_cast<i32>(i));
     arenas_[i] = Arena();
   }
   owners_.erase(std::find(owners_.begin(), owners_.end(), owner));
@@ -269,15 +270,17 @@ void PagePool::apply(const Op& op, bool undo) {
       }
       break;
     case OpKind::fence:
-      if (op.a < fence_ - 1) throw SpecError("fence: numbers do not go back");
+      if (!undo && op.a != fence_ + 1) throw SpecError("fence: not the number that comes next");
       fence_ = op.a;
       break;
     case OpKind::zero:
-      check_bytes("zero", op.at, op.a, op.b);
+      if (!undo) check_bytes("zero", op.at, op.a, op.b);
       break;
     case OpKind::copy:
+      if (undo) break;
       check_bytes("copy", op.at, op.a, op.c);
       check_bytes("copy", op.at, op.b, op.c);
+      if (std::max(op.a, op.b) - std::min(op.a, op.b) < op.c) throw SpecError("copy: the ranges overlap");
       break;
     default:
       break;
@@ -299,8 +302,10 @@ void PagePool::check_slots(const char* kind, const Op& op) const {
 void PagePool::check_bytes(const char* kind, i32 arena, i64 offset, i64 bytes) const {
   const bool there = arena >= 0 && arena < static_cast<i32>(arenas_.size()) && arenas_[arena].owner != nullptr;
   const i64 size = there ? arenas_[arena].slots * page_bytes_ : 0;
-  if (offset < 0 || bytes <= 0 || offset > size || bytes > size - offset) {
-    throw SpecError(std::string(kind) + ": no such bytes: arena " + std::to_string(arena) + ", " +
+  const bool inside = offset >= 0 && bytes > 0 && offset <= size && bytes <= size - offset;
+  const i64 slot = offset / page_bytes_;
+  if (!inside || !arenas_[arena].owner->is_mapped(arena, slot, ceil_div(offset + bytes, page_bytes_) - slot)) {
+    throw SpecError(std::string(kind) + ": no such bytes, or not mapped: arena " + std::to_string(arena) + ", " +
                     std::to_string(bytes) + " from " + std::to_string(offset));
   }
 }

@@ -29,6 +29,7 @@ class PageOwner {
   // The state changes that one of its arenas has gained or lost mappings.
   virtual void on_map(const Op& op) = 0;
   virtual void on_unmap(const Op& op) = 0;
+  virtual bool is_mapped(i32 arena, i64 slot, i64 count) const = 0;
   // Mapped pages that no live sequence needs.
   virtual i64 parked_pages() const = 0;
   // Pushes unmap records until about `pages` parked pages are free; returns how many it freed.

@@ -37,11 +37,8 @@ class Sequences {
     return index;
   }
 
-  // As index(), but -1 for a handle that is not live.
-  i64 find(i64 handle) const {
-    const i64 index = handle & ((i64{1} << bits_) - 1);
-    return handle >= 0 && index < capacity() && live_[index] && handle_of(index) == handle ? index : -1;
-  }
+  // The place of a handle that is live, or was.
+  i64 place_of(i64 handle) const { return handle & ((i64{1} << bits_) - 1); }
 
   // The handle the next sequence gets. OutOfMemory when all places are taken.
   i64 next_handle() const {

@@ -171,13 +171,26 @@ class VirtualTable final : public PageTable {
     return extent(0, a).hi == trash_slots(group, a);
   }
 
+  void look_at_tail(i64 index, i64 group) override { copy_tail_[index * groups_ + group] = 1; }
+
+  bool is_whole(const Op& op) const override {
+    const i64 a = op.at - base_arena_;
+    if (a < 0 || a >= arenas_) return true;  // a neighbour's
+    const i64 g = group_of(a);
+    if (op.a == geometry_.groups[g].arena_slots[a - first_[g]] - 1) return scratch_pages_[a] < 0;
+    const Extent& e = extent(op.a / row_slots(g, a), a);
+    return e.count == e.hi - e.lo;
+  }
+
   bool holds(i64 index, i64 group) const override {
     const i64 row = row_of_[index], tokens = sequences_.tokens(index, group);
-    if (tokens == 0) return true;
+    if (tokens == 0) return sequences_.live(index) || row < 0;
     for (i64 a = first_[group]; row > 0 && a < first_[group + 1]; ++a) {
       const Extent& e = extent(row, a);
       const i64 lo = low_slot(group, a, sequences_.front(index, group));
       if (e.lo > lo || e.hi < high_slot(group, a, tokens) || e.count != e.hi - e.lo) return false;
+      const i64 tail = tokens * token_bytes(group, a) / page_bytes();
+      if (tail < e.hi && pool_.refs(e.pages[tail]) > 1 && !copy_tail_[index * groups_ + group]) return false;
     }
     return row > 0;
   }
@@ -223,6 +236,16 @@ class VirtualTable final : public PageTable {
     } else {
       throw SpecError("block: the virtual backend has no block table");
     }
+  }
+
+  bool is_mapped(i32 arena, i64 slot, i64 count) const override {
+    const i64 a = arena - base_arena_, g = group_of(a);
+    if (slot == geometry_.groups[g].arena_slots[a - first_[g]] - 1) return count == 1 && scratch_pages_[a] >= 0;
+    const Extent& e = extent(slot / row_slots(g, a), a);
+    const i64 first = slot % row_slots(g, a);
+    bool all = first >= e.lo && first + count <= e.hi;
+    for (i64 i = first; all && i < first + count; ++i) all = e.pages[i] >= 0;
+    return all;
   }
 
   void on_map(const Op& op) override { change(op, true); }
