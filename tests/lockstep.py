@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -32,18 +34,19 @@ class Lockstep:
 
     # --- calls that need memory: agreed with the model before they are believed ---
 
-    def _asks(self, after: Model, call: object, *arguments: object) -> bool:
-        """Makes a call that may run out of memory; ``after`` is the model as it will be if it succeeds."""
+    def _asks(self, change: Callable[[Model], object], call: Callable[[], object]) -> bool:
+        """Makes a call that may run out of memory; ``change`` does the same to a model."""
         try:
-            result = call(*arguments)  # type: ignore[operator]
+            call()
         except kvmem.OutOfMemory:
             self.refusals += 1
+            after = self.model.copy()
+            change(after)
             assert not self._must_fit(after), "refused, though the reference model has room"
             return False
-        assert result is not False, "try_ forms are not used here"
+        change(self.model)
         if self.virtual:
-            assert self._pages(after) <= self._budget(), "granted, though the pages it needs are over the budget"
-        self.model = after
+            assert self._pages(self.model) <= self._budget(), "granted, though the pages it needs are over the budget"
         return True
 
     def _budget(self) -> int:
@@ -103,53 +106,34 @@ class Lockstep:
             with pytest.raises(kvmem.SpecError):
                 self.alloc.extend_batch(ids, amounts)
             return False
-        ample = self._has_ample(counts)
-        after = self.model if ample else self.model.copy()
-        if ample:
-            self.alloc.extend_batch(ids, amounts)  # must not fail, so what was need not be kept
-        for handle, n in counts.items():
-            after.extend(handle, n)
-        if ample:
-            return True
-        if len(counts) == 1:
-            return self._asks(after, self.alloc.core.extend, int(ids[0]), int(amounts[0]))
-        return self._asks(after, self.alloc.extend_batch, ids, amounts)
 
-    def _has_ample(self, counts: dict[int, int]) -> bool:
-        """Whether there are free pages for much more than this: copying the model is what costs time."""
-        stats, page = self.alloc.stats(), self.alloc.pool.page_bytes
-        need = 0
-        for rules in self.model.groups:
-            for size, piece in zip(rules.token_bytes, rules.piece_bytes, strict=True):
-                pieces = sum((n + 2 * rules.guard_tokens) * size // piece + 4 for n in counts.values())
-                need += pieces * (-(-piece // page) + 1)
-        return 4 * need <= self._budget() - (stats.mapped_bytes - stats.parked_bytes) // page
+        def change(model: Model) -> None:
+            for handle, n in counts.items():
+                model.extend(handle, n)
+
+        if len(counts) == 1:
+            return self._asks(change, lambda: self.alloc.core.extend(int(ids[0]), int(amounts[0])))
+        return self._asks(change, lambda: self.alloc.extend_batch(ids, amounts))
 
     def prefill(self, handle: int, n: int, group: int) -> bool:
         if n > self.model.room_tokens(handle, group):
             with pytest.raises(kvmem.SpecError):
                 self.alloc.core.extend(handle, n, group)
             return False
-        after = self.model.copy()
-        after.extend(handle, n, group)
-        return self._asks(after, self.alloc.core.extend, handle, n, group)
+        return self._asks(lambda m: m.extend(handle, n, group), lambda: self.alloc.core.extend(handle, n, group))
 
     def fork(self, parent: int) -> int:
         if len(self.model.sequences) == self.alloc.max_sequences:
             with pytest.raises(kvmem.OutOfMemory):
                 self.alloc.core.fork(parent)
             return -1
-        after = self.model.copy()
-        after.fork(parent, -2)  # the handle is known only afterwards
         child = -1
 
         def call() -> None:
             nonlocal child
             child = self.alloc.core.fork(parent)
 
-        if self._asks(after, call):
-            self.model = self.model.copy()
-            _rename(self.model, -2, child)
+        self._asks(lambda model: model.fork(parent, child), call)
         return child
 
     # --- calls that never need memory ---
@@ -270,12 +254,3 @@ class Lockstep:
                     wanted = expected(self.alloc.spec, g, writers, positions)
                     for found, right in zip(read(self.alloc, handle, g), wanted, strict=True):
                         assert torch.equal(found[written], right[written]), (read.__name__, handle, g)
-
-
-def _rename(model: Model, old: int, new: int) -> None:
-    model.sequences[new] = model.sequences.pop(old)
-    for held in model.sequences[new]:
-        for here in held.pieces:
-            for piece in here.values():
-                piece.holders.discard(old)
-                piece.holders.add(new)
