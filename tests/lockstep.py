@@ -27,6 +27,8 @@ class Lockstep:
         self.refusals = 0
         self._writer = 0
         self._freed: list[int] = []
+        if self.virtual and any(rules.window_tokens for rules in self.model.groups):
+            self.prepare_padding()  # a window's sequences back them when they grow; here they are there from the start
 
     @property
     def handles(self) -> list[int]:
@@ -56,7 +58,7 @@ class Lockstep:
         return model.live_pieces + self._trash_pages()
 
     def _trash_pages(self) -> int:
-        """Pages under the trash blocks. Only ``prepare_padding`` makes them here, and windows in the paged backend."""
+        """Pages under the trash blocks, which ``prepare_padding`` makes."""
         return self._trash
 
     _trash = 0
