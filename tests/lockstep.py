@@ -27,8 +27,6 @@ class Lockstep:
         self.refusals = 0
         self._writer = 0
         self._freed: list[int] = []
-        if self.virtual and any(rules.window_tokens for rules in self.model.groups):
-            self.prepare_padding()  # a window's sequences back them when they grow; here they are there from the start
 
     @property
     def handles(self) -> list[int]:
@@ -48,36 +46,23 @@ class Lockstep:
             return False
         change(self.model)
         if self.virtual:
-            assert self._pages(self.model) <= self._budget(), "granted, though the pages it needs are over the budget"
+            assert self.model.needed_pages() <= self._budget(), "granted, though the pages it needs are over the budget"
         return True
 
     def _budget(self) -> int:
         return self.alloc.pool.budget_bytes // self.alloc.pool.page_bytes
 
-    def _pages(self, model: Model) -> int:
-        return model.live_pieces + self._trash_pages()
-
-    def _trash_pages(self) -> int:
-        """Pages under the trash blocks, which ``prepare_padding`` makes."""
-        return self._trash
-
-    _trash = 0
-
     def prepare_padding(self) -> None:
-        """Backs the trash blocks of every group, while nothing else is held."""
-        assert not self.model.live_pieces
-        handle = self.open()
-        self.alloc.batch([handle], pad_to=2)
-        stats = self.alloc.stats()
-        self._trash = (stats.mapped_bytes - stats.parked_bytes) // self.alloc.pool.page_bytes
-        self.free([handle])
+        """Backs the trash blocks of every group."""
+        self.alloc.batch([], pad_to=1)
+        self.model.trash = set(range(len(self.model.groups)))
 
     def _must_fit(self, after: Model) -> bool:
         """Whether there is room beyond doubt. Exact for the virtual backend; for the paged one, whose blocks need not
         fill the
         pages they keep mapped, whether the new blocks fit in pages that no block is using."""
         if self.virtual:
-            return self._pages(after) <= self._budget()
+            return after.needed_pages() <= self._budget()
         stats, page = self.alloc.stats(), self.alloc.pool.page_bytes
         free_pages = self._budget() - (stats.mapped_bytes - stats.parked_bytes) // page
         need = 0
@@ -241,7 +226,7 @@ class Lockstep:
         assert stats.shared_bytes == self.model.shared_bytes()
         assert stats.num_sequences == len(self.model.sequences)
         if self.virtual:
-            assert stats.mapped_bytes - stats.parked_bytes == self._pages(self.model) * page
+            assert stats.mapped_bytes - stats.parked_bytes == self.model.needed_pages() * page
 
     def contents_agree(self) -> None:
         """Every written token of every sequence, in every layer and component, read two ways."""

@@ -87,6 +87,7 @@ class Model:
         self.main = next((i for i, g in enumerate(self.groups) if g.growth == "token"), 0)
         self.sequences: dict[int, list[Tokens]] = {}
         self.live_pieces = 0  # held by someone
+        self.trash: set[int] = set()  # groups whose two trash blocks exist: for padding, and for what windows drop
 
     # --- pieces ---
 
@@ -127,6 +128,7 @@ class Model:
     def copy(self) -> Model:
         """An independent copy, in which the same pieces are shared by the same sequences."""
         twin, clones = copy.copy(self), dict[int, Piece]()
+        twin.trash = set(self.trash)
 
         def clone(piece: Piece) -> Piece:
             if id(piece) not in clones:
@@ -166,6 +168,8 @@ class Model:
             old, held.tokens = held.tokens, held.tokens + n
             held.writers += [0] * n
             self._settle(handle, g, write_from=old)
+            if 0 < self.groups[g].window_tokens <= held.tokens:  # soon there is something to drop
+                self.trash.add(g)
         for g, rules in enumerate(self.groups):
             held = self.sequences[handle][g]
             if group is None and rules.growth == "fixed" and not held.tokens:
@@ -222,6 +226,16 @@ class Model:
     def used_bytes(self) -> int:
         """Bytes of live tokens, each physical byte once: of a shared piece, what any of its holders has in it."""
         return sum(high - low for spans in self._intervals().values() for low, high in _union(spans))
+
+    def needed_pages(self) -> int:
+        """Virtual backend: pages that cannot be taken away now."""
+        trash = [
+            up(2 * rules.block_tokens * size, self.page_bytes)
+            for g, rules in enumerate(self.groups)
+            for size in rules.token_bytes
+            if g in self.trash
+        ]
+        return self.live_pieces + sum(trash)
 
     def shared_bytes(self) -> int:
         """The whole of every piece in which more than one sequence has tokens."""
