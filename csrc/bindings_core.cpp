@@ -53,7 +53,8 @@ std::vector<Op> from_records(const nb::sequence& records) {
     i64 value[5];
     bool good = nb::try_cast(record[0], name);
     for (int i = 0; i < 5; ++i) good = good && nb::try_cast(record[i + 1], value[i], false);
-    if (!good) throw SpecError("an op is (kind, at, a, b, c, d): one name and five integers");
+    good = good && value[0] >= 0 && value[0] <= INT32_MAX;
+    if (!good) throw SpecError("an op is (kind, at, a, b, c, d): one name and five integers, the first an int32");
     ops.push_back({kind_of(name), static_cast<i32>(value[0]), value[1], value[2], value[3], value[4]});
   }
   return ops;
@@ -170,22 +171,22 @@ void bind_pool(nb::module_& m) {
           },
           nb::kw_only(), "page_bytes"_a, "budget_pages"_a, "driver"_a.none(), "create_ahead"_a, Free())
       .def_prop_ro("page_bytes", &PagePool::page_bytes)
-      .def_prop_ro("budget_pages", [](PagePool& p) { return std::lock_guard(p.mutex), p.budget_pages(); })
-      .def_prop_ro("present_pages", [](PagePool& p) { return std::lock_guard(p.mutex), p.present_pages(); })
-      .def_prop_ro("mapped_pages", [](PagePool& p) { return std::lock_guard(p.mutex), p.mapped_pages(); })
-      .def_prop_ro("driver_calls", [](PagePool& p) { return std::lock_guard(p.mutex), p.driver_calls(); })
+      .def_prop_ro("budget_pages", [](PagePool& p) { return p.lock(true), p.budget_pages(); })
+      .def_prop_ro("present_pages", [](PagePool& p) { return p.lock(true), p.present_pages(); })
+      .def_prop_ro("mapped_pages", [](PagePool& p) { return p.lock(true), p.mapped_pages(); })
+      .def_prop_ro("driver_calls", [](PagePool& p) { return p.lock(true), p.driver_calls(); })
       .def(
           "set_budget",
           [](PagePool& p, i64 pages) {
-            std::lock_guard lock(p.mutex);
-            p.mapper().wait_idle();
+            const auto lock = p.lock();
+            p.settle();
             p.set_budget(pages);
           },
           "pages"_a, Free())
       .def(
           "set_stream",
           [](PagePool& p, Stream stream) {
-            std::lock_guard lock(p.mutex);
+            const auto lock = p.lock();
             if (p.space()) p.space()->set_stream(stream);
           },
           "stream"_a, Free());
@@ -205,17 +206,17 @@ void bind_stats(nb::module_& m) {
       .def_ro("physical_bytes", &CacheStats::physical_bytes);
 }
 
-// One arena as a flat tensor of bytes (DLPack). It holds the space, so the memory outlives the allocator if need be.
-nb::ndarray<std::uint8_t> arena_bytes(Cache& cache, i64 group, i64 arena_in_group) {
-  std::shared_ptr<Space> space = cache.pool().shared_space();
+// One arena as a flat tensor of bytes (DLPack). The tensor owns a reference to the cache, since a cache that goes
+// unmaps its arenas: whoever still looks at the memory keeps it.
+nb::ndarray<std::uint8_t> arena_bytes(nb::handle_t<Cache> self, i64 group, i64 arena_in_group) {
+  auto& cache = nb::cast<Cache&>(self);
+  Space* space = cache.pool().space();
   if (!space) throw DeviceError("device \"meta\" keeps the books only: it has no memory to show");
   const i32 arena = static_cast<i32>(cache.first_arena(group) + arena_in_group);
   const Address base = space->arena_base(arena);
   const size_t shape[1] = {static_cast<size_t>(space->arena_bytes(arena))};
   const DriverInfo& info = space->info();
-  auto* keep = new std::shared_ptr<Space>(std::move(space));
-  nb::capsule owner(keep, [](void* p) noexcept { delete static_cast<std::shared_ptr<Space>*>(p); });
-  return nb::ndarray<std::uint8_t>(reinterpret_cast<void*>(base), 1, shape, owner, nullptr, nb::dtype<std::uint8_t>(),
+  return nb::ndarray<std::uint8_t>(reinterpret_cast<void*>(base), 1, shape, self, nullptr, nb::dtype<std::uint8_t>(),
                                    info.dlpack_device_type, info.device_index);
 }
 

@@ -23,53 +23,27 @@ Cache::Cache(Geometry geometry, std::shared_ptr<PagePool> pool, bool paged, i64 
       token_group_(find_token_group(geometry_)),
       sequences_(geometry_.max_sequences, groups_),
       stamp_(geometry_.max_sequences, 0) {
-  Lock lock(pool_->mutex);
+  Lock lock = pool_->lock();
   table_ = paged ? make_paged_table(geometry_, *pool_, sequences_) : make_virtual_table(geometry_, *pool_, sequences_);
   table_->limit_pages = limit_pages;
 }
 
 Cache::~Cache() {
-  if (fork_guard_.forked()) {
-    // The lock may be held by a thread that this process does not have. What is here belongs to the parent anyway.
-    (void)table_.release();
-    (void)new std::shared_ptr<PagePool>(pool_);
+  if (pool_->forked()) {
+    table_.release();  // the parent's: nothing here may be unmapped, and its locks may be closed for ever
     return;
   }
-  Lock lock(pool_->mutex);
-  pool_->mapper().wait_idle();
-  if (!owns_pool_) {
-    try {
-      settle();
-      Transaction tx(*pool_, *this);
-      for (i64 index = 0; index < sequences_.capacity(); ++index) {
-        if (sequences_.live(index)) free_one(index, tx);
-      }
-      table_->unmap_all(tx);
-      tx.commit();
-    } catch (const Error&) {
-      // A driver that cannot even unmap: its neighbours lose these pages, nobody gets them twice.
-    }
-  }
+  Lock lock = pool_->lock(true);
+  pool_->settle();
   table_.reset();
 }
 
-Cache::Lock Cache::enter() {
+Cache::Lock Cache::enter(bool look) {
   fork_guard_.check("the allocator");
-  Lock lock(pool_->mutex);
-  if (pool_->mapper().has_failed()) settle();
-  return lock;
+  return pool_->lock(look);
 }
 
-void Cache::settle() {
-  pool_->mapper().wait_idle();
-  std::vector<Op> failed = pool_->mapper().take_failed();
-  while (!failed.empty()) {
-    const Op op = inverse(failed.back());
-    failed.pop_back();
-    pool_->apply(op, true);
-    if (pool_->recording) pool_->log.push_back(op);
-  }
-}
+void Cache::settle() { pool_->settle(); }
 
 void Cache::leave() {
   if (!geometry_.debug) return;
@@ -205,25 +179,25 @@ void Cache::free(const i32* handles, i64 n) {
 }
 
 i64 Cache::tokens(i64 handle, i64 group) {
-  Lock lock = enter();
+  Lock lock = enter(true);
   check_group(group);
   return sequences_.tokens(sequences_.index(handle), group < 0 ? token_group_ : group);
 }
 
 i64 Cache::committed(i64 handle, i64 group) {
-  Lock lock = enter();
+  Lock lock = enter(true);
   check_group(group);
   return sequences_.committed(sequences_.index(handle), group < 0 ? token_group_ : group);
 }
 
 i64 Cache::first_token(i64 handle, i64 group) {
-  Lock lock = enter();
+  Lock lock = enter(true);
   check_group(group);
   return sequences_.front(sequences_.index(handle), group < 0 ? token_group_ : group);
 }
 
 void Cache::lengths(const i32* handles, i64 n, i64 group, i64* tokens, i64* committed) {
-  Lock lock = enter();
+  Lock lock = enter(true);
   check_group(group);
   const i64 g = group < 0 ? token_group_ : group;
   for (i64 i = 0; i < n; ++i) {
@@ -240,7 +214,7 @@ Placement Cache::place(i64 handle, i64 group) {
 }
 
 std::vector<i64> Cache::handles() {
-  Lock lock = enter();
+  Lock lock = enter(true);
   std::vector<i64> found;
   for (i64 index = 0; index < sequences_.capacity(); ++index) {
     if (sequences_.live(index)) found.push_back(sequences_.handle_of(index));

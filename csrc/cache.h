@@ -23,8 +23,7 @@ struct CacheStats {
 
 class Cache final : public TableState {
  public:
-  // `owns_pool`: no other allocator uses the pool, so its budget follows set_memory(), and its memory may stay mapped
-  // for tensors that outlive the allocator.
+  // `owns_pool`: no other allocator uses the pool, so its budget follows set_memory().
   Cache(Geometry geometry, std::shared_ptr<PagePool> pool, bool paged, i64 limit_pages, bool owns_pool);
   ~Cache() override;
 
@@ -67,14 +66,15 @@ class Cache final : public TableState {
 
  private:
   using Lock = std::unique_lock<std::mutex>;
-  Lock enter();
-  void settle();  // the mapper is idle and its failures are taken back
+  Lock enter(bool look = false);  // look: the books only
+  void settle();
   void leave();
   void free_one(i64 index, Transaction& tx);
   i64 group_begin(i64 group) const { return group < 0 ? 0 : group; }
   i64 group_end(i64 group) const { return group < 0 ? groups_ : group + 1; }
   bool grows(i64 g, i64 group) const { return group >= 0 || geometry_.groups[g].growth == Growth::token; }
   void check_group(i64 group) const;
+  void follow(const std::vector<Op>& ops, Transaction& tx);
   void check_once(i64 index);
   bool plan_extend(const i32* handles, const i32* counts, i64 n, i64 group);
   void grow(const i32* handles, const i32* counts, i64 n, i64 group);

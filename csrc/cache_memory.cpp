@@ -39,7 +39,7 @@ void Cache::set_memory(i64 pages) {
 }
 
 CacheStats Cache::stats() {
-  Lock lock = enter();
+  Lock lock = enter(true);
   const i64 page = pool_->page_bytes();
   CacheStats s;
   s.budget_bytes = pool_->budget_pages() * page;
@@ -55,7 +55,7 @@ CacheStats Cache::stats() {
 }
 
 std::vector<std::string> Cache::check() {
-  Lock lock = enter();
+  Lock lock = enter(true);
   std::vector<std::string> found;
   pool_->check(&found);
   table_->check(&found);
@@ -73,7 +73,7 @@ void Cache::record() {
 }
 
 std::vector<Op> Cache::take_ops() {
-  Lock lock = enter();
+  Lock lock = enter(true);
   std::vector<Op> ops;
   ops.swap(pool_->log);
   return ops;
@@ -83,17 +83,50 @@ void Cache::apply(const std::vector<Op>& ops) {
   Lock lock = enter();
   settle();
   Transaction tx(*pool_, *this);
+  try {
+    follow(ops, tx);
+  } catch (const StaleHandle& e) {
+    throw SpecError(std::string("the ops do not follow from here: ") + e.what());
+  }
+  tx.commit();
+  leave();
+}
+
+void Cache::follow(const std::vector<Op>& ops, Transaction& tx) {
   for (const Op& op : ops) {
-    if (op.kind != OpKind::create) {
-      tx.push(op);
+    if ((op.kind == OpKind::open || op.kind == OpKind::close) && op.d != 0) {
+      throw SpecError("open and close of a list carry no fourth number");
+    }
+    if (op.kind != OpKind::create || op.a < 0 || op.b <= 0 || op.b > pool_->budget_pages()) {
+      tx.push(op);  // which refuses a create like that
       continue;
     }
     for (i64 page = op.a; page < op.a + op.b; ++page) {  // a replica may have created its pages ahead
       if (!pool_->present(page)) tx.push({OpKind::create, 0, page, 1});
     }
   }
-  tx.commit();
-  leave();
+  // A list that lacks a record may leave a sequence with a length and no memory: whoever writes there would be lost.
+  for (const Op& op : ops) {
+    if (op.kind == OpKind::length && op.b < op.c) table_->look_at_tail(sequences_.place_of(op.a), op.at);
+    if ((op.kind == OpKind::map || op.kind == OpKind::unmap) && !table_->is_whole(op)) {
+      throw SpecError("the ops lack a record: arena " + std::to_string(op.at) + " would be left mapped in part");
+    }
+  }
+  ++call_;
+  for (const Op& op : ops) {
+    if (is_physical(op.kind)) continue;
+    const i64 index = sequences_.place_of(op.a);
+    if (stamp_[index] == call_) continue;
+    stamp_[index] = call_;
+    for (i64 g = 0; g < groups_; ++g) {
+      const i64 first = sequences_.front(index, g), done = sequences_.committed(index, g);
+      const i64 tokens = sequences_.tokens(index, g);
+      if (first > done || done > tokens || (tokens > 0 && !sequences_.live(index)) || !table_->holds(index, g)) {
+        throw SpecError("the ops lack a record: sequence handle " + std::to_string(op.a) +
+                        " would be left with a length that its memory does not match");
+      }
+    }
+  }
 }
 
 }  // namespace kvmem

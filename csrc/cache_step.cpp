@@ -114,6 +114,7 @@ void Cache::explain(i64 index, i64 count, i64 group, const std::string& why) {
 }
 
 void Cache::map_ahead(i64 n, i64 group) {
+  if (pool_->space() && !pool_->mapper().start()) return;  // then every step maps for itself
   Transaction tx(*pool_, *this);
   std::vector<i64> touched;
   for (i64 i = 0; i < n; ++i) {
@@ -198,7 +199,7 @@ void Cache::truncate(i64 handle, i64 tokens) {
                       std::to_string(first) + "; the least that would do is " + std::to_string(first + window - 1));
     }
   }
-  if (table_->pending(index) > pool_->mapper().done()) settle();  // shared pages behind the length may be unmapped
+  if (table_->pending(index) != 0) settle();  // shared pages behind the length may be unmapped
   Transaction tx(*pool_, *this);
   for (i64 g = 0; g < groups_; ++g) {
     if (geometry_.groups[g].growth != Growth::token) continue;

@@ -1,14 +1,12 @@
 #include "mapper.h"
 
+#include <system_error>
+
 #include "space.h"
 
 namespace kvmem {
 
 Mapper::~Mapper() {
-  if (fork_guard_.forked()) {  // the thread stayed with the parent: there is nothing to join, and its lock may be held
-    (void)new std::thread(std::move(thread_));
-    return;
-  }
   {
     std::lock_guard<std::mutex> lock(mutex_);
     stop_ = true;
@@ -17,12 +15,21 @@ Mapper::~Mapper() {
   if (thread_.joinable()) thread_.join();
 }
 
+bool Mapper::start() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  try {
+    if (!thread_.joinable()) thread_ = std::thread(&Mapper::run, this);
+  } catch (const std::system_error&) {
+    return false;
+  }
+  return true;
+}
+
 i64 Mapper::post(std::shared_ptr<Space> space, std::vector<Op> ops) {
   const i64 number = ++posted_;
   {
     std::lock_guard<std::mutex> lock(mutex_);
     queue_.push_back({std::move(space), std::move(ops)});
-    if (!thread_.joinable()) thread_ = std::thread(&Mapper::run, this);
   }
   wake_.notify_one();
   return number;
@@ -52,8 +59,7 @@ void Mapper::run() {
     if (!failed) {
       lock.unlock();
       try {
-        std::vector<Op> stuck;
-        job.space->execute(job.ops.data(), job.ops.data() + job.ops.size(), &stuck);
+        job.space->execute(job.ops.data(), job.ops.data() + job.ops.size());
       } catch (const Error&) {
         failed = true;  // the step finds its room missing, maps it itself and reports what the driver says then
       }

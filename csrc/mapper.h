@@ -10,7 +10,6 @@
 #include <thread>
 #include <vector>
 
-#include "fork_guard.h"
 #include "ops.h"
 
 namespace kvmem {
@@ -26,6 +25,7 @@ class Mapper {
 
   // Queues records for execution; returns the number of the job. Jobs are done in order.
   i64 post(std::shared_ptr<Space> space, std::vector<Op> ops);
+  bool start();  // before the first post(); false where the system gives no thread
   i64 done() const { return done_.load(std::memory_order_acquire); }
   i64 posted() const { return posted_; }
   bool idle() const { return done() == posted_; }
@@ -50,7 +50,6 @@ class Mapper {
   i64 posted_ = 0;  // written under the pool's lock only
   bool stop_ = false;
   std::thread thread_;
-  ForkGuard fork_guard_;
 };
 
 }  // namespace kvmem

@@ -34,8 +34,6 @@ class PageTable : public PageOwner {
   // Makes sure that blocks 0 and 1 (kReadTrash, kWriteTrash) of a group exist.
   virtual void back_trash(i64 group, Transaction& tx) = 0;
   virtual bool has_trash(i64 group) const = 0;
-  // Every mapping there is, trash blocks too; no sequence is live any more.
-  virtual void unmap_all(Transaction& tx) = 0;
   // Room beyond the length that can be prepared in the background, best effort. False when nothing is to be done.
   virtual bool map_ahead(i64 index, i64 group, i64 tokens, Transaction& tx) = 0;
   // The records of the transaction that map_ahead filled are executed once job `job` is done.
@@ -43,6 +41,12 @@ class PageTable : public PageOwner {
   virtual i64 pending(i64 index) const = 0;
 
   virtual void apply(const Op& op) = 0;  // bind, unbind, block
+  // The length has become less by another's decision: whether the tail is shared is to be seen before the next write.
+  virtual void look_at_tail(i64 index, i64 group) = 0;
+  // True if the mappings around those of `op` are as between calls: no holes, arenas in step.
+  virtual bool is_whole(const Op& op) const = 0;
+  // True if what the group's lengths speak of is there. Cost grows with the longest sequence there can be.
+  virtual bool holds(i64 index, i64 group) const = 0;
   // Where a token of a sequence lies: bytes from the start of the group's a-th arena.
   virtual i64 offset_bytes(i64 index, i64 group, i64 a, i64 token) const = 0;
   virtual Placement place(i64 index, i64 group) const = 0;

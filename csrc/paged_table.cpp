@@ -9,7 +9,6 @@
 
 #include <algorithm>
 #include <cstdlib>
-#include <unordered_map>
 
 #include "page_table.h"
 #include "shared_parts.h"
@@ -44,12 +43,25 @@ class PagedTable final : public PageTable {
       : geometry_(geometry), pool_(pool), sequences_(sequences), groups_(static_cast<i64>(geometry.groups.size())) {
     limit_pages = pool.budget_pages();
     pool.add_owner(this);
-    for (const GroupGeometry& group : geometry.groups) add_group(group);
+    try {
+      for (const GroupGeometry& group : geometry.groups) add_group(group);
+    } catch (...) {
+      pool.remove_owner(this, {});
+      throw;
+    }
     first_.push_back(static_cast<i64>(pages_.size()));
     copy_tail_.assign(geometry.max_sequences * groups_, 0);
   }
 
-  ~PagedTable() override { pool_.remove_owner(this); }
+  ~PagedTable() override {
+    std::vector<i32> mapped;
+    for (const std::vector<i32>& arena : pages_) {
+      for (i32 page : arena) {
+        if (page >= 0) mapped.push_back(page);
+      }
+    }
+    pool_.remove_owner(this, mapped);
+  }
 
   bool has_room(i64 index, i64 group, i64 tokens) override {
     const Blocks& b = blocks_[group];
@@ -117,6 +129,28 @@ class PagedTable final : public PageTable {
     return blocks_[group].backed[kReadTrash] && blocks_[group].backed[kWriteTrash];
   }
 
+  void look_at_tail(i64 index, i64 group) override { copy_tail_[index * groups_ + group] = 1; }
+
+  bool is_whole(const Op& op) const override {
+    const i64 a = op.at - base_arena_;
+    if (a < 0 || a >= static_cast<i64>(pages_.size())) return true;  // a neighbour's
+    const Class& c = class_of(a);
+    for (i64 slot = op.a; slot < op.a + op.c; ++slot) {
+      if (c.mapped[slot] != 0 && c.mapped[slot] != static_cast<i32>(c.arenas.size())) return false;
+    }
+    return true;
+  }
+
+  bool holds(i64 index, i64 group) const override {
+    const Blocks& b = blocks_[group];
+    const i64 first = sequences_.front(index, group) / b.tokens;
+    const i64 end = ceil_div(sequences_.tokens(index, group), b.tokens);
+    for (i64 ordinal = 0; ordinal < b.per_sequence; ++ordinal) {
+      if ((entry(index, group, ordinal) != 0) != (ordinal >= first && ordinal < end)) return false;
+    }
+    return true;
+  }
+
   // Blocks are taken from backed pages as long as there are any, which costs nothing; there is nothing to prepare.
   bool map_ahead(i64, i64, i64, Transaction&) override { return false; }
   void set_pending(i64, i64) override {}
@@ -139,12 +173,9 @@ class PagedTable final : public PageTable {
     if (op.d != 0) drop(b, op.d);
   }
 
-  void unmap_all(Transaction& tx) override {
-    for (std::size_t a = 0; a < pages_.size(); ++a) {
-      for (i64 slot = 0; slot < static_cast<i64>(pages_[a].size()); ++slot) {
-        if (pages_[a][slot] >= 0) unmap(static_cast<i64>(a), slot, slot + 1, pool_.fence(), tx);
-      }
-    }
+  bool is_mapped(i32 arena, i64 slot, i64 count) const override {
+    const std::vector<i32>& pages = pages_[arena - base_arena_];
+    return std::all_of(pages.begin() + slot, pages.begin() + slot + count, [](i32 page) { return page >= 0; });
   }
 
   void on_map(const Op& op) override { change(op, true); }
@@ -406,14 +437,23 @@ class PagedTable final : public PageTable {
     }
   }
 
-  void change(const Op& op, bool mapped) {
-    const i64 a = op.at - base_arena_;
+  i64 group_of(i64 a) const {
     i64 g = 0;
     while (a >= first_[g + 1]) ++g;
-    Blocks& b = blocks_[g];
-    Class& c = *std::find_if(b.classes.begin(), b.classes.end(), [&](const Class& candidate) {
-      return std::find(candidate.arenas.begin(), candidate.arenas.end(), a) != candidate.arenas.end();
+    return g;
+  }
+
+  const Class& class_of(i64 a) const {
+    const std::vector<Class>& classes = blocks_[group_of(a)].classes;
+    return *std::find_if(classes.begin(), classes.end(), [&](const Class& c) {
+      return std::find(c.arenas.begin(), c.arenas.end(), a) != c.arenas.end();
     });
+  }
+
+  void change(const Op& op, bool mapped) {
+    const i64 a = op.at - base_arena_;
+    Blocks& b = blocks_[group_of(a)];
+    Class& c = const_cast<Class&>(class_of(a));
     std::vector<i32>& pages = pages_[a];
     for (i64 i = 0; i < op.c; ++i) {
       if (pages[op.a + i] != (mapped ? -1 : op.b + i) || (!mapped && c.users[op.a + i] > 0 && !growing(op))) {

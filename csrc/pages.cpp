@@ -8,7 +8,7 @@
 namespace kvmem {
 
 PagePool::PagePool(i64 page_bytes, i64 budget_pages, std::shared_ptr<Driver> driver, bool create_ahead)
-    : page_bytes_(page_bytes), create_ahead_(create_ahead) {
+    : page_bytes_(page_bytes), create_ahead_(create_ahead), mapper_(std::make_unique<Mapper>()) {
   if (driver) {
     const i64 step = driver->info().granularity_bytes;
     if (page_bytes <= 0 || page_bytes % step != 0) {
@@ -22,11 +22,35 @@ PagePool::PagePool(i64 page_bytes, i64 budget_pages, std::shared_ptr<Driver> dri
   content_.assign(budget_pages, kGarbage);
   if (create_ahead_ && budget_pages_ > 0) {
     const Op op{OpKind::create, 0, 0, budget_pages_};
-    if (space_) {
-      std::vector<Op> stuck;
-      space_->execute(&op, &op + 1, &stuck);
-    }
+    if (space_) space_->execute(&op, &op + 1);
     apply(op, false);
+  }
+}
+
+PagePool::~PagePool() {
+  if (!forked()) return;
+  // The mapper's thread and whoever held a lock are not in this process: stopping or waiting would take for ever. What
+  // they guard belongs to the parent.
+  mapper_.release();
+  new std::shared_ptr<Space>(std::move(space_));
+}
+
+std::unique_lock<std::mutex> PagePool::lock(bool look) {
+  fork_guard_.check("the page pool");
+  std::unique_lock<std::mutex> held(mutex_);
+  if (mapper_->has_failed()) settle();
+  if (space_ && !look) space_->repair();
+  return held;
+}
+
+void PagePool::settle() {
+  mapper_->wait_idle();
+  std::vector<Op> failed = mapper_->take_failed();
+  while (!failed.empty()) {
+    const Op op = inverse(failed.back());
+    failed.pop_back();
+    apply(op, true);
+    if (recording) log.push_back(op);
   }
 }
 
@@ -35,9 +59,16 @@ void PagePool::add_owner(PageOwner* owner) {
   owners_.push_back(owner);
 }
 
-void PagePool::remove_owner(PageOwner* owner) {
+void PagePool::remove_owner(PageOwner* owner, const std::vector<i32>& pages) {
+  if (space_) space_->drain();  // whoever uses its memory still (invariant 4)
+  for (i32 page : pages) {
+    if (--refs_[page] > 0) continue;
+    --mapped_pages_;
+    free_hint_ = std::min(free_hint_, i64{page});
+  }
   for (std::size_t i = 0; i < arenas_.size(); ++i) {
     if (arenas_[i].owner != owner) continue;
+    if (space_) space_->remove_arena(static_cast<i32>(i));
     arenas_[i] = Arena();
   }
   owners_.erase(std::find(owners_.begin(), owners_.end(), owner));
@@ -149,15 +180,20 @@ void PagePool::set_budget(i64 pages) {
     refs_.resize(pages, -1);
     content_.resize(pages, kGarbage);
   }
-  if (create_ahead_) {
-    for (i64 first = 0; present_pages_ < pages; ++first) {
+  const i64 before = budget_pages_;
+  budget_pages_ = std::max(before, pages);  // what is created is checked against it
+  try {
+    for (i64 first = 0; create_ahead_ && present_pages_ < pages; ++first) {
       if (refs_[first] >= 0) continue;
       i64 n = 1;
       while (present_pages_ + n < pages && refs_[first + n] < 0) ++n;
       tx.push({OpKind::create, 0, first, n});
     }
+    tx.commit();
+  } catch (...) {
+    budget_pages_ = before;
+    throw;
   }
-  tx.commit();
   budget_pages_ = pages;
 }
 
@@ -195,7 +231,10 @@ i64 PagePool::give_back(i64 pages, Transaction& tx) {
 void PagePool::apply(const Op& op, bool undo) {
   switch (op.kind) {
     case OpKind::create:
-      if (op.a < 0 || op.b < 0) throw SpecError("create: a page range below 0");
+      if (op.a < 0 || op.b <= 0 || op.b > budget_pages_ - present_pages_ || op.a > kMaxPages - op.b) {
+        throw SpecError("create: " + std::to_string(op.b) + " pages from " + std::to_string(op.a) + "; the budget is " +
+                        std::to_string(budget_pages_) + ", of which " + std::to_string(present_pages_) + " exist");
+      }
       if (op.a + op.b > static_cast<i64>(refs_.size())) {
         refs_.resize(op.a + op.b, -1);
         content_.resize(op.a + op.b, kGarbage);
@@ -211,8 +250,11 @@ void PagePool::apply(const Op& op, bool undo) {
       free_hint_ = std::min(free_hint_, op.a);
       break;
     case OpKind::destroy:
+      if (op.a < 0 || op.b <= 0 || op.b > static_cast<i64>(refs_.size()) - op.a) {
+        throw SpecError("destroy: no pages from " + std::to_string(op.a) + ", " + std::to_string(op.b) + " of them");
+      }
       for (i64 p = op.a; p < op.a + op.b; ++p) {
-        if (p < 0 || p >= static_cast<i64>(refs_.size()) || refs_[p] != 0) {
+        if (refs_[p] != 0) {
           throw SpecError("destroy: page " + std::to_string(p) + " is not free");
         }
       }
@@ -233,22 +275,50 @@ void PagePool::apply(const Op& op, bool undo) {
       }
       break;
     case OpKind::fence:
-      if (op.a < fence_ - 1) throw SpecError("fence: numbers do not go back");
+      if (!undo && op.a != fence_ + 1) throw SpecError("fence: not the number that comes next");
       fence_ = op.a;
+      break;
+    case OpKind::zero:
+      if (!undo) check_bytes("zero", op.at, op.a, op.b);
+      break;
+    case OpKind::copy:
+      if (undo) break;
+      check_bytes("copy", op.at, op.a, op.c);
+      check_bytes("copy", op.at, op.b, op.c);
+      if (std::max(op.a, op.b) - std::min(op.a, op.b) < op.c) throw SpecError("copy: the ranges overlap");
       break;
     default:
       break;
   }
 }
 
-void PagePool::set_mapped(const Op& op) {
-  const i64 total = static_cast<i64>(refs_.size());
+void PagePool::check_slots(const char* kind, const Op& op) const {
   if (op.at < 0 || op.at >= static_cast<i32>(arenas_.size()) || arenas_[op.at].owner == nullptr || op.a < 0 ||
-      op.c <= 0 || op.a + op.c > arenas_[op.at].slots) {
-    throw SpecError("map: no such slots: arena " + std::to_string(op.at) + ", slot " + std::to_string(op.a));
+      op.c <= 0 || op.a > arenas_[op.at].slots || op.c > arenas_[op.at].slots - op.a) {
+    throw SpecError(std::string(kind) + ": no such slots: arena " + std::to_string(op.at) + ", " +
+                    std::to_string(op.c) + " from slot " + std::to_string(op.a));
   }
+  const i64 total = static_cast<i64>(refs_.size());
+  if (op.b < 0 || op.c > total || op.b > total - op.c) {
+    throw SpecError(std::string(kind) + ": no such pages: " + std::to_string(op.c) + " from " + std::to_string(op.b));
+  }
+}
+
+void PagePool::check_bytes(const char* kind, i32 arena, i64 offset, i64 bytes) const {
+  const bool there = arena >= 0 && arena < static_cast<i32>(arenas_.size()) && arenas_[arena].owner != nullptr;
+  const i64 size = there ? arenas_[arena].slots * page_bytes_ : 0;
+  const bool inside = offset >= 0 && bytes > 0 && offset <= size && bytes <= size - offset;
+  const i64 slot = offset / page_bytes_;
+  if (!inside || !arenas_[arena].owner->is_mapped(arena, slot, ceil_div(offset + bytes, page_bytes_) - slot)) {
+    throw SpecError(std::string(kind) + ": no such bytes, or not mapped: arena " + std::to_string(arena) + ", " +
+                    std::to_string(bytes) + " from " + std::to_string(offset));
+  }
+}
+
+void PagePool::set_mapped(const Op& op) {
+  check_slots("map", op);
   for (i64 p = op.b; p < op.b + op.c; ++p) {
-    if (p < 0 || p >= total || refs_[p] < 0) throw SpecError("map: page " + std::to_string(p) + " was never created");
+    if (refs_[p] < 0) throw SpecError("map: page " + std::to_string(p) + " was never created");
   }
   PageOwner& owner = *arenas_[op.at].owner;
   owner.on_map(op);
@@ -261,10 +331,7 @@ void PagePool::set_mapped(const Op& op) {
 }
 
 void PagePool::set_unmapped(const Op& op) {
-  if (op.at < 0 || op.at >= static_cast<i32>(arenas_.size()) || arenas_[op.at].owner == nullptr || op.a < 0 ||
-      op.c <= 0 || op.a + op.c > arenas_[op.at].slots) {
-    throw SpecError("unmap: no such slots: arena " + std::to_string(op.at) + ", slot " + std::to_string(op.a));
-  }
+  check_slots("unmap", op);
   PageOwner& owner = *arenas_[op.at].owner;
   owner.on_unmap(op);
   for (i64 p = op.b; p < op.b + op.c; ++p) {

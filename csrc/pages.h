@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "driver.h"
+#include "fork_guard.h"
 #include "geometry.h"
 #include "mapper.h"
 #include "ops.h"
@@ -28,6 +29,7 @@ class PageOwner {
   // The state changes that one of its arenas has gained or lost mappings.
   virtual void on_map(const Op& op) = 0;
   virtual void on_unmap(const Op& op) = 0;
+  virtual bool is_mapped(i32 arena, i64 slot, i64 count) const = 0;
   // Mapped pages that no live sequence needs.
   virtual i64 parked_pages() const = 0;
   // Pushes unmap records until about `pages` parked pages are free; returns how many it freed.
@@ -43,6 +45,14 @@ class PagePool {
   // `driver` null: bookkeeping only, memory of any size. `create_ahead`: create the whole budget at once, so that no
   // driver call for a page is left for later (28 us each on a GPU).
   PagePool(i64 page_bytes, i64 budget_pages, std::shared_ptr<Driver> driver, bool create_ahead);
+  ~PagePool();
+
+  // Serialises every allocator of this pool. DeviceError in a forked child, whose copy of the lock may never open.
+  // Unless the caller only looks at the books, memory that failed undoing left behind is repaired first.
+  std::unique_lock<std::mutex> lock(bool look = false);
+  bool forked() const { return fork_guard_.forked(); }
+  // The mapper is idle and what it failed to do is taken back. The caller holds the lock.
+  void settle();
 
   i64 page_bytes() const { return page_bytes_; }
   i64 budget_pages() const { return budget_pages_; }
@@ -55,11 +65,12 @@ class PagePool {
   bool create_ahead() const { return create_ahead_; }
   Space* space() const { return space_.get(); }
   std::shared_ptr<Space> shared_space() const { return space_; }
-  Mapper& mapper() { return mapper_; }
+  Mapper& mapper() { return *mapper_; }
   i64 fence() const { return fence_; }
 
   void add_owner(PageOwner* owner);
-  void remove_owner(PageOwner* owner);  // what it mapped stays, unless it has unmapped it
+  // `pages`: the page of each of its mappings. Waits for the device, unmaps, and frees the pages for the others.
+  void remove_owner(PageOwner* owner, const std::vector<i32>& pages);
   i32 add_arena(PageOwner* owner, i64 slots);
 
   // --- decisions: push records to `tx` ---
@@ -84,8 +95,6 @@ class PagePool {
   i64 available_pages(const PageOwner& owner) const;
   void check(std::vector<std::string>* out) const;
 
-  // Serialises every allocator of this pool.
-  std::mutex mutex;
   bool recording = false;
   std::vector<Op> log;      // committed records, while recording
   std::vector<Op> scratch;  // the buffer of the one open transaction
@@ -99,11 +108,14 @@ class PagePool {
   // What a page holds: zeroes, garbage, or what owner number n left there.
   static constexpr i32 kClean = -1;
   static constexpr i32 kGarbage = -2;
+  static constexpr i64 kMaxPages = (i64{1} << 31) - 1;  // page ids are kept as int32
 
   i64 find_free(i64 near) const;
   void need_zero(const PageOwner& owner, i32 arena, i64 slot, i64 page, i64 count, Zero zero, Transaction& tx);
   void set_mapped(const Op& op);
   void set_unmapped(const Op& op);
+  void check_slots(const char* kind, const Op& op) const;
+  void check_bytes(const char* kind, i32 arena, i64 offset, i64 bytes) const;
   [[noreturn]] void refuse(const PageOwner& owner, i64 asked) const;
 
   const i64 page_bytes_;
@@ -120,8 +132,10 @@ class PagePool {
   std::vector<Arena> arenas_;
   std::vector<PageOwner*> owners_;
   i32 owners_seen_ = 0;
+  std::mutex mutex_;
+  ForkGuard fork_guard_;
   std::shared_ptr<Space> space_;
-  Mapper mapper_;  // last: it stops before the space goes
+  std::unique_ptr<Mapper> mapper_;  // last: it stops before the space goes
 };
 
 }  // namespace kvmem

@@ -37,6 +37,9 @@ class Sequences {
     return index;
   }
 
+  // The place of a handle that is live, or was.
+  i64 place_of(i64 handle) const { return handle & ((i64{1} << bits_) - 1); }
+
   // The handle the next sequence gets. OutOfMemory when all places are taken.
   i64 next_handle() const {
     if (free_count_ == 0) {

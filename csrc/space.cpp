@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <limits>
 #include <thread>
 
 namespace kvmem {
@@ -17,10 +18,6 @@ Reservation::~Reservation() {
 Space::Space(std::shared_ptr<Driver> driver, i64 page_bytes) : driver_(std::move(driver)), page_bytes_(page_bytes) {}
 
 Space::~Space() {
-  if (fork_guard_.forked()) {  // the mappings are the parent's, and the lock may be held by a thread that stayed there
-    for (Arena& arena : arenas_) (void)arena.reservation.release();
-    return;
-  }
   // Wait before unmapping, as always. A dead context makes every call here fail: the system has taken all back then.
   try {
     for (const Mark& mark : marks_) driver_->wait(mark.event);
@@ -59,11 +56,9 @@ void Space::remove_arena(i32 number) {
   for (i64 from = 0; from < slots;) {
     i64 to = from;
     while (to < slots && arena.slots[to]) ++to;
-    if (to > from) {
-      try {
-        driver_->unmap_run(at(number, from), page_bytes_, to - from);
-      } catch (const Error&) {
-      }
+    if (to > from && !try_unmap(number, from, to - from)) {
+      // One page may be what the driver cannot unmap; the others go.
+      for (i64 slot = from; slot < to; ++slot) try_unmap(number, slot, 1);
     }
     from = to + 1;
   }
@@ -80,8 +75,28 @@ i64 Space::arena_bytes(i32 arena) const {
   return arenas_[arena].reservation->bytes();
 }
 
-void Space::execute(const Op* first, const Op* last, std::vector<Op>* stuck) {
+bool Space::try_unmap(i32 arena, i64 slot, i64 count) {
+  try {
+    driver_->unmap_run(at(arena, slot), page_bytes_, count);
+    return true;
+  } catch (const Error&) {
+    return false;  // for those that go on with the rest
+  }
+}
+
+void Space::drain() {
   std::lock_guard<std::mutex> lock(mutex_);
+  try {
+    wait_for(std::numeric_limits<i64>::max());
+    sync();
+  } catch (const Error&) {
+    // A device that cannot be waited for any more has nothing in flight that could still do harm.
+  }
+}
+
+void Space::execute(const Op* first, const Op* last) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (broken_) repair_locked();
   const Op* op = first;
   try {
     while (op != last) {
@@ -92,8 +107,12 @@ void Space::execute(const Op* first, const Op* last, std::vector<Op>* stuck) {
         ++op;
       }
     }
+  } catch (const DeviceError& e) {
+    if (op->kind == OpKind::unmap && e.call() == "unmap_run") must_show(op->at, op->a, op->b, op->c);  // half done
+    undo(first, op);
+    throw;
   } catch (const Error&) {
-    undo(first, op, stuck);
+    undo(first, op);
     throw;
   }
 }
@@ -124,22 +143,95 @@ std::size_t Space::run_maps(const Op* ops, std::size_t count) {
   std::size_t taken = 0;
   i64 next = ops[0].a;
   while (taken < count && ops[taken].kind == OpKind::map && ops[taken].at == ops[0].at && ops[taken].a == next) {
-    for (i64 i = 0; i < ops[taken].c; ++i) run_.push_back(pages_.at(ops[taken].b + i));
+    for (i64 i = 0; i < ops[taken].c; ++i) {
+      PageHandle& page = pages_.at(ops[taken].b + i);
+      if (page == 0) page = driver_->create(page_bytes_);  // destroyed, and an undo could not create it again
+      run_.push_back(page);
+    }
     next += ops[taken].c;
     ++taken;
   }
   const Address base = at(ops[0].at, ops[0].a);
   const i64 pages = next - ops[0].a;
-  driver_->map_run(base, page_bytes_, run_.data(), pages);
+  std::vector<bool>& slots = arenas_[ops[0].at].slots;
+  try {
+    driver_->map_run(base, page_bytes_, run_.data(), pages);
+  } catch (const DeviceError& e) {
+    if (e.call() == "map_run") must_be_empty(ops[0].at, ops[0].a, pages);  // half done
+    throw;
+  }
+  std::fill(slots.begin() + ops[0].a, slots.begin() + next, true);
   try {
     driver_->set_access(base, pages * page_bytes_);
   } catch (const Error&) {
-    driver_->unmap_run(base, page_bytes_, pages);
+    if (try_unmap(ops[0].at, ops[0].a, pages)) {
+      std::fill(slots.begin() + ops[0].a, slots.begin() + next, false);
+    } else {
+      must_be_empty(ops[0].at, ops[0].a, pages);
+    }
     throw;
   }
-  std::vector<bool>& slots = arenas_[ops[0].at].slots;
-  std::fill(slots.begin() + ops[0].a, slots.begin() + next, true);
+  settled(ops[0].at, ops[0].a, pages);
   return taken;
+}
+
+void Space::must_show(i32 arena, i64 slot, i64 page, i64 count) {
+  for (i64 i = 0; i < count; ++i) {
+    repairs_[{arena, slot + i}] = page + i;
+    arenas_[arena].slots[slot + i] = true;
+  }
+  broken_ = true;
+}
+
+void Space::must_be_empty(i32 arena, i64 slot, i64 count) {
+  for (i64 i = 0; i < count; ++i) {
+    repairs_[{arena, slot + i}] = -1;
+    arenas_[arena].slots[slot + i] = true;
+  }
+  broken_ = true;
+}
+
+void Space::settled(i32 arena, i64 slot, i64 count) {
+  for (i64 i = 0; broken_ && i < count; ++i) repairs_.erase({arena, slot + i});
+}
+
+void Space::repair() {
+  if (!broken_) return;
+  std::lock_guard<std::mutex> lock(mutex_);
+  repair_locked();
+}
+
+// Nobody knows what these slots show, so each is emptied first; that this fails may mean that it is empty.
+void Space::repair_locked() {
+  while (!repairs_.empty()) {
+    const auto [where, page] = *repairs_.begin();
+    const auto [arena, slot] = where;
+    if (!arenas_[arena].slots.empty()) {  // else it went with its arena
+      const bool emptied = try_unmap(arena, slot, 1);
+      if (page >= 0) {
+        const Op back{OpKind::map, arena, slot, page, 1};
+        run_maps(&back, 1);
+      } else {
+        // An unused page knows: a slot that takes it was empty.
+        if (!emptied) probe(arena, slot);
+        arenas_[arena].slots[slot] = false;
+      }
+    }
+    repairs_.erase(where);
+  }
+  broken_ = false;
+}
+
+void Space::probe(i32 arena, i64 slot) {
+  const PageHandle page = driver_->create(page_bytes_);
+  try {
+    driver_->map(at(arena, slot), page_bytes_, 0, page);
+    driver_->unmap(at(arena, slot), page_bytes_);
+  } catch (const Error&) {
+    driver_->destroy(page);
+    throw;
+  }
+  driver_->destroy(page);
 }
 
 void Space::run_one(const Op& op) {
@@ -148,7 +240,9 @@ void Space::run_one(const Op& op) {
       if (static_cast<i64>(pages_.size()) < op.a + op.b) pages_.resize(op.a + op.b, 0);
       i64 i = 0;
       try {
-        for (; i < op.b; ++i) pages_[op.a + i] = driver_->create(page_bytes_);
+        for (; i < op.b; ++i) {
+          if (pages_[op.a + i] == 0) pages_[op.a + i] = driver_->create(page_bytes_);  // else an undo has left it here
+        }
       } catch (const Error&) {
         while (i-- > 0) {
           driver_->destroy(pages_[op.a + i]);
@@ -162,7 +256,7 @@ void Space::run_one(const Op& op) {
       i64 i = 0;
       try {
         for (; i < op.b; ++i) {
-          driver_->destroy(pages_[op.a + i]);
+          if (pages_[op.a + i] != 0) driver_->destroy(pages_[op.a + i]);
           pages_[op.a + i] = 0;
         }
       } catch (const Error&) {
@@ -176,6 +270,7 @@ void Space::run_one(const Op& op) {
       driver_->unmap_run(at(op.at, op.a), page_bytes_, op.c);
       std::vector<bool>& slots = arenas_[op.at].slots;
       std::fill(slots.begin() + op.a, slots.begin() + op.a + op.c, false);
+      settled(op.at, op.a, op.c);
       break;
     }
     case OpKind::zero:
@@ -203,7 +298,7 @@ void Space::sync() {
   driver_->forget(event);
 }
 
-void Space::undo(const Op* first, const Op* last, std::vector<Op>* stuck) {
+void Space::undo(const Op* first, const Op* last) {
   const bool writes =
       std::any_of(first, last, [](const Op& op) { return op.kind == OpKind::zero || op.kind == OpKind::copy; });
   try {
@@ -223,7 +318,10 @@ void Space::undo(const Op* first, const Op* last, std::vector<Op>* stuck) {
         marks_.pop_back();
       }
     } catch (const Error&) {
-      stuck->push_back(back);
+      // A page that could not be created again is created when it is next mapped; one that could not be destroyed
+      // waits for the next create.
+      if (back.kind == OpKind::map) must_show(back.at, back.a, back.b, back.c);
+      if (back.kind == OpKind::unmap) must_be_empty(back.at, back.a, back.c);
     }
   }
 }

@@ -2,13 +2,15 @@
 // driver.
 #pragma once
 
+#include <atomic>
 #include <deque>
+#include <map>
 #include <memory>
 #include <mutex>
+#include <utility>
 #include <vector>
 
 #include "driver.h"
-#include "fork_guard.h"
 #include "ops.h"
 
 namespace kvmem {
@@ -44,12 +46,16 @@ class Space {
   i64 arena_bytes(i32 arena) const;
 
   // Executes the physical records of [first, last) in order, skipping others. Adjacent maps become one run with one
-  // set_access. A failing call throws, and then everything executed so far has been undone. Undoing can fail only when
-  // the driver fails twice; what could not be undone is then returned through `stuck`.
-  void execute(const Op* first, const Op* last, std::vector<Op>* stuck);
+  // set_access. A failing call throws, and then everything executed so far has been undone. When the driver fails at
+  // that too, what is left to undo is noted, and done before anything else is.
+  void execute(const Op* first, const Op* last);
+  // Does what is left to undo; throws what the driver throws while it still cannot.
+  void repair();
 
   // Blocks until what was executed so far is done on the device. For the mapper, whose zeroing no step may overtake.
   void finish();
+  // Blocks until the device has done all it was given. For the end of an arena; never throws.
+  void drain();
 
   const DriverInfo& info() const { return driver_->info(); }
   Driver& driver() { return *driver_; }
@@ -59,7 +65,7 @@ class Space {
  private:
   struct Arena {
     std::unique_ptr<Reservation> reservation;
-    std::vector<bool> slots;  // which slots are mapped now
+    std::vector<bool> slots;  // which slots are mapped now, or may be
   };
   struct Mark {
     i64 number;
@@ -68,9 +74,15 @@ class Space {
 
   Address at(i32 arena, i64 slot) const { return arenas_[arena].reservation->base() + Address(slot * page_bytes_); }
   std::size_t run_maps(const Op* ops, std::size_t count);
+  bool try_unmap(i32 arena, i64 slot, i64 count);
+  void must_show(i32 arena, i64 slot, i64 page, i64 count);
+  void must_be_empty(i32 arena, i64 slot, i64 count);
+  void settled(i32 arena, i64 slot, i64 count);
+  void repair_locked();
+  void probe(i32 arena, i64 slot);
   void run_one(const Op& op);
   void sync();
-  void undo(const Op* first, const Op* last, std::vector<Op>* stuck);
+  void undo(const Op* first, const Op* last);
   void wait_for(i64 fence);
 
   std::shared_ptr<Driver> driver_;
@@ -79,9 +91,11 @@ class Space {
   mutable std::mutex mutex_;
   std::vector<PageHandle> pages_;  // by page id, 0 where there is none
   std::vector<Arena> arenas_;
-  std::deque<Mark> marks_;  // events not yet known to be done, oldest first
+  // (arena, slot) -> the page it must show, -1 for none: where the driver failed twice and either may be the case.
+  std::map<std::pair<i32, i64>, i64> repairs_;
+  std::atomic<bool> broken_{false};  // repairs_ is not empty
+  std::deque<Mark> marks_;           // events not yet known to be done, oldest first
   std::vector<PageHandle> run_;
-  ForkGuard fork_guard_;
 };
 
 }  // namespace kvmem

@@ -20,16 +20,10 @@ void Transaction::commit_deferred() { record(); }
 
 void Transaction::commit() {
   if (Space* space = pool_.space()) {
-    std::vector<Op> stuck;
     try {
-      space->execute(ops_.data(), ops_.data() + ops_.size(), &stuck);
+      space->execute(ops_.data(), ops_.data() + ops_.size());
     } catch (const Error&) {
       roll_back();
-      // The driver failed, and failed again while undoing. What it could not restore is taken out of the books: parked
-      // mappings and free pages can go; anything else is a sequence's own memory, and the page table says so (check()).
-      for (const Op& op : stuck) {
-        if (op.kind == OpKind::map || op.kind == OpKind::create) apply(inverse(op), false);
-      }
       throw;
     }
   }

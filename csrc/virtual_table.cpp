@@ -39,23 +39,33 @@ class VirtualTable final : public PageTable {
         row_of_(geometry.max_sequences, -1) {
     limit_pages = pool.budget_pages();
     pool.add_owner(this);
-    for (const GroupGeometry& group : geometry.groups) {
-      first_.push_back(arenas_);
-      for (std::size_t i = 0; i < group.token_bytes.size(); ++i, ++arenas_) {
-        const i32 arena = pool.add_arena(this, group.arena_slots[i]);
-        if (arenas_ == 0) base_arena_ = arena;
+    try {
+      for (const GroupGeometry& group : geometry.groups) {
+        first_.push_back(arenas_);
+        for (std::size_t i = 0; i < group.token_bytes.size(); ++i, ++arenas_) {
+          const i32 arena = pool.add_arena(this, group.arena_slots[i]);
+          if (arenas_ == 0) base_arena_ = arena;
+        }
       }
+    } catch (...) {
+      pool.remove_owner(this, {});
+      throw;
     }
     first_.push_back(arenas_);
     extents_.resize(rows_.size() * arenas_);
+    scratch_pages_.assign(arenas_, -1);
     room_.assign(rows_.size() * groups_, -1);
-    ready_.assign(rows_.size() * groups_, 0);
+    ready_.assign(rows_.size() * groups_, -1);
     copy_tail_.assign(row_of_.size() * groups_, 0);
     for (i64 row = static_cast<i64>(rows_.size()) - 1; row > 0; --row)
       add_unbound(row);  // row 0 holds the trash blocks
   }
 
-  ~VirtualTable() override { pool_.remove_owner(this); }
+  ~VirtualTable() override {
+    std::vector<i32> pages;
+    for (const Extent& e : extents_) pages.insert(pages.end(), e.pages.begin() + e.lo, e.pages.begin() + e.hi);
+    pool_.remove_owner(this, pages);
+  }
 
   bool has_room(i64 index, i64 group, i64 tokens) override {
     const i64 row = row_of_[index];
@@ -64,8 +74,12 @@ class VirtualTable final : public PageTable {
     Row& r = rows_[row];
     if (r.job != 0) {
       // A job that failed is done as well; what it left out is taken back under the next settle().
-      if (r.job > pool_.mapper().done() || pool_.mapper().has_failed()) return tokens <= ready_[row * groups_ + group];
+      if (r.job > pool_.mapper().done() || pool_.mapper().has_failed()) {
+        const i64 ready = ready_[row * groups_ + group];
+        return tokens <= (ready >= 0 ? ready : room(row, group));
+      }
       r.job = 0;
+      for (i64 g = 0; g < groups_; ++g) ready_[row * groups_ + g] = -1;
     }
     return tokens <= room(row, group);
   }
@@ -97,18 +111,18 @@ class VirtualTable final : public PageTable {
     }
     if (frees) rows_[row].fence = tx.fence();
     if (!rows_[row].maybe_shared) return;
-    // Pages that another row shows must not be written here again. Whole ones behind the length go now; the one that
-    // the length cuts is copied when the sequence next grows, so that truncating never needs memory.
-    bool cut = false;
+    // Pages that another row shows must not be written here again. Those past the guard go now; the others are replaced
+    // when the sequence next grows, so that truncating never needs memory and the guard stays mapped.
+    bool shared = false;
     for (i64 a = first_[group]; a < first_[group + 1]; ++a) {
       const Extent& e = extent(row, a);
-      const i64 bytes = new_tokens * token_bytes(group, a);
-      const i64 tail = std::max(e.lo, bytes / page_bytes());
+      const i64 tail = std::max(e.lo, new_tokens * token_bytes(group, a) / page_bytes());
       if (tail >= e.hi || pool_.refs(e.pages[tail]) <= 1) continue;
-      cut = cut || bytes % page_bytes() != 0;
-      unmap(row, a, std::max(e.lo, ceil_div(bytes, page_bytes())), e.hi, rows_[row].fence, tx);
+      const i64 keep = std::max(tail, high_slot(group, a, new_tokens));
+      shared = shared || keep > tail;
+      unmap(row, a, keep, e.hi, rows_[row].fence, tx);
     }
-    if (cut) copy_tail_[index * groups_ + group] = 1;
+    if (shared) copy_tail_[index * groups_ + group] = 1;
   }
 
   // Nothing is unmapped here: that would cost a driver call and a wait for every page a window leaves behind. The front
@@ -157,6 +171,30 @@ class VirtualTable final : public PageTable {
     return extent(0, a).hi == trash_slots(group, a);
   }
 
+  void look_at_tail(i64 index, i64 group) override { copy_tail_[index * groups_ + group] = 1; }
+
+  bool is_whole(const Op& op) const override {
+    const i64 a = op.at - base_arena_;
+    if (a < 0 || a >= arenas_) return true;  // a neighbour's
+    const i64 g = group_of(a);
+    if (op.a == geometry_.groups[g].arena_slots[a - first_[g]] - 1) return scratch_pages_[a] < 0;
+    const Extent& e = extent(op.a / row_slots(g, a), a);
+    return e.count == e.hi - e.lo;
+  }
+
+  bool holds(i64 index, i64 group) const override {
+    const i64 row = row_of_[index], tokens = sequences_.tokens(index, group);
+    if (tokens == 0) return sequences_.live(index) || row < 0;
+    for (i64 a = first_[group]; row > 0 && a < first_[group + 1]; ++a) {
+      const Extent& e = extent(row, a);
+      const i64 lo = low_slot(group, a, sequences_.front(index, group));
+      if (e.lo > lo || e.hi < high_slot(group, a, tokens) || e.count != e.hi - e.lo) return false;
+      const i64 tail = tokens * token_bytes(group, a) / page_bytes();
+      if (tail < e.hi && pool_.refs(e.pages[tail]) > 1 && !copy_tail_[index * groups_ + group]) return false;
+    }
+    return row > 0;
+  }
+
   bool map_ahead(i64 index, i64 group, i64 tokens, Transaction& tx) override {
     const i64 row = row_of_[index];
     const i64 ahead = geometry_.map_ahead_tokens;
@@ -200,13 +238,14 @@ class VirtualTable final : public PageTable {
     }
   }
 
-  void unmap_all(Transaction& tx) override {
-    for (i64 row = 0; row < static_cast<i64>(rows_.size()); ++row) {
-      for (i64 a = 0; a < arenas_; ++a) {
-        const Extent& e = extent(row, a);
-        if (e.count > 0) unmap(row, a, e.lo, e.hi, pool_.fence(), tx);
-      }
-    }
+  bool is_mapped(i32 arena, i64 slot, i64 count) const override {
+    const i64 a = arena - base_arena_, g = group_of(a);
+    if (slot == geometry_.groups[g].arena_slots[a - first_[g]] - 1) return count == 1 && scratch_pages_[a] >= 0;
+    const Extent& e = extent(slot / row_slots(g, a), a);
+    const i64 first = slot % row_slots(g, a);
+    bool all = first >= e.lo && first + count <= e.hi;
+    for (i64 i = first; all && i < first + count; ++i) all = e.pages[i] >= 0;
+    return all;
   }
 
   void on_map(const Op& op) override { change(op, true); }
@@ -351,8 +390,10 @@ class VirtualTable final : public PageTable {
   Extent& extent(i64 row, i64 a) { return extents_[row * arenas_ + a]; }
   const Extent& extent(i64 row, i64 a) const { return extents_[row * arenas_ + a]; }
 
+  // With the guard: a kernel that loads whole tiles does so for a padding row too.
   i64 trash_slots(i64 g, i64 a) const {
-    return ceil_div(kTrashBlocks * geometry_.groups[g].block_tokens * token_bytes(g, a), page_bytes());
+    const i64 tokens = kTrashBlocks * geometry_.groups[g].block_tokens + geometry_.tail_guard_tokens;
+    return std::min(row_slots(g, a), ceil_div(tokens * token_bytes(g, a), page_bytes()));
   }
   i64 low_slot(i64 g, i64 a, i64 first_token) const { return first_token * token_bytes(g, a) / page_bytes(); }
   i64 high_slot(i64 g, i64 a, i64 tokens) const {
@@ -422,6 +463,16 @@ class VirtualTable final : public PageTable {
     const i64 row = best->row;  // there are as many rows as sequences
     tx.push({OpKind::bind, 0, sequences_.handle_of(index), row});
     if (rows_[row].maybe_shared) drop_shared(row, tx);
+    if (geometry_.zero == Zero::always) zero_row(row, tx);
+  }
+
+  // What the last tenant left: its tokens, and whatever it had mapped beyond them.
+  void zero_row(i64 row, Transaction& tx) {
+    for (i64 a = 0; a < arenas_; ++a) {
+      const Extent& e = extent(row, a);
+      const i64 from = (slot_of(row, group_of(a), a) + e.lo) * page_bytes();
+      if (e.count > 0) tx.push({OpKind::zero, arena(a), from, e.count * page_bytes()});
+    }
   }
 
   // For a row that starts with pages of another one: whatever is parked in it would be in the way.
@@ -454,29 +505,35 @@ class VirtualTable final : public PageTable {
     rows_[row].maybe_shared = shared;
   }
 
-  // The page that the length cuts is shared: replace it by a copy of what is used. The new page is filled at the
-  // scratch slot behind the last row, since the row's own address still shows the old one.
+  // Pages from the length on are shared, after a truncation: the one that the length cuts is replaced by a copy of what
+  // is used, and those behind it, which were kept as the guard, give way to new ones. The copy is made at the scratch
+  // slot behind the last row, since the row's own address still shows the old page.
   void copy_tail(i64 index, i64 group, i64 tokens, Transaction& tx) {
     const i64 row = row_of_[index];
     bool shared = false;
     for (i64 a = first_[group]; a < first_[group + 1]; ++a) {
       const Extent& e = extent(row, a);
-      const i64 bytes = tokens * token_bytes(group, a);
-      const i64 slot = bytes / page_bytes();
+      const i64 tail = tokens * token_bytes(group, a) % page_bytes();
+      const i64 slot = tokens * token_bytes(group, a) / page_bytes();
       if (slot >= e.hi || slot < e.lo || pool_.refs(e.pages[slot]) <= 1) continue;
       shared = true;
-      const i64 scratch = geometry_.groups[group].arena_slots[a - first_[group]] - 1;
-      const i64 here = slot_of(row, group, a) + slot, old = e.pages[slot];
-      pool_.map_slots(*this, arena(a), scratch, 1, old, geometry_.zero, tx);
-      const i64 fresh = scratch_page_;
-      tx.push({OpKind::copy, arena(a), scratch * page_bytes(), here * page_bytes(), bytes % page_bytes()});
-      const i64 fence = tx.new_fence();
-      tx.push({OpKind::unmap, arena(a), here, old, 1, fence});
-      tx.push({OpKind::map, arena(a), here, fresh, 1});
-      tx.push({OpKind::unmap, arena(a), scratch, fresh, 1, fence});
+      unmap(row, a, slot + (tail > 0), e.hi, tx.fence(), tx);  // kernels may have read the guard since the truncation
+      if (tail > 0) replace_page(row, group, a, slot, tail, tx);
     }
-    // Left set when something was copied, so that a transaction taken back finds it set again; cleared by the next one.
+    // Left set when something was shared, so that a transaction taken back finds it set again; cleared by the next one.
     if (!shared) copy_tail_[index * groups_ + group] = 0;
+  }
+
+  void replace_page(i64 row, i64 group, i64 a, i64 slot, i64 used_bytes, Transaction& tx) {
+    const i64 scratch = geometry_.groups[group].arena_slots[a - first_[group]] - 1;
+    const i64 here = slot_of(row, group, a) + slot, old = extent(row, a).pages[slot];
+    pool_.map_slots(*this, arena(a), scratch, 1, old, geometry_.zero, tx);
+    const i64 fresh = scratch_pages_[a];
+    tx.push({OpKind::copy, arena(a), scratch * page_bytes(), here * page_bytes(), used_bytes});
+    const i64 fence = tx.new_fence();
+    tx.push({OpKind::unmap, arena(a), here, old, 1, fence});
+    tx.push({OpKind::map, arena(a), here, fresh, 1});
+    tx.push({OpKind::unmap, arena(a), scratch, fresh, 1, fence});
   }
 
   void map(i64 row, i64 a, i64 from, i64 to, Transaction& tx) { map(row, a, from, to, tx, geometry_.zero); }
@@ -509,7 +566,9 @@ class VirtualTable final : public PageTable {
     const i64 g = group_of(a);
     const GroupGeometry& geometry = geometry_.groups[g];
     if (op.a == geometry.arena_slots[a - first_[g]] - 1) {
-      scratch_page_ = mapped ? op.b : -1;
+      i64& page = scratch_pages_[a];
+      if (page != (mapped ? -1 : op.b)) throw SpecError("map: the scratch slot shows page " + std::to_string(page));
+      page = mapped ? op.b : -1;
       return;
     }
     const i64 row = op.a / row_slots(g, a), slot = op.a % row_slots(g, a);
@@ -551,9 +610,10 @@ class VirtualTable final : public PageTable {
   std::vector<i32> row_of_;              // by sequence, -1 while it holds nothing
   std::vector<Unbound> unbound_;         // rows without a sequence, mapped (parked) or not
   std::vector<Extent> extents_;          // [row][arena]
-  std::vector<i64> room_, ready_;        // [row][group]
+  std::vector<i64> room_;                // [row][group]
+  std::vector<i64> ready_;               // [row][group]: tokens that need nothing of the row's job, -1: it maps nothing
   std::vector<std::uint8_t> copy_tail_;  // [sequence][group]: look whether the tail page is shared before writing
-  i64 scratch_page_ = -1;
+  std::vector<i64> scratch_pages_;  // by arena, -1 between calls
 };
 
 void VirtualTable::check(std::vector<std::string>* out) const {

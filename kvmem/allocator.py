@@ -246,7 +246,11 @@ class Allocator:
             self.core.lengths(ids, index, tokens, committed)
             pad = max(0, rows - len(ids))
             lengths.append(int(max(tokens.max(initial=0), group.block_size)))
-            fresh.append(int((tokens - committed).sum() if new_tokens is None else np.sum(new_tokens)) + pad)
+            if new_tokens is not None and group.growth == "token":
+                asked = int(np.sum(new_tokens))
+            else:  # the others write all that they have reserved
+                asked = int((tokens - committed).sum())
+            fresh.append(max(0, asked) + pad)  # a negative count is refused by fill
             blocks.append(int((-(-tokens // group.block_size)).sum()) + pad)
         return self._new_batch(max(rows, len(ids)), fresh, lengths, blocks)
 

@@ -67,11 +67,13 @@ class GroupBatch:
     rows: torch.Tensor | None
     row_starts: torch.Tensor | None
     seq_lens_cpu: torch.Tensor
+    first_tokens_cpu: torch.Tensor
     cu_seqlens_q_cpu: torch.Tensor
     cu_seqlens_k_cpu: torch.Tensor
     kv_indptr_cpu: torch.Tensor
     kv_indices_cpu: torch.Tensor
     kv_last_page_len_cpu: torch.Tensor
+    row_starts_cpu: torch.Tensor | None
 
     def __init__(
         self,

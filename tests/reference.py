@@ -1,7 +1,9 @@
 """The allocator as one would explain it on a blackboard: Python lists, no page recycling, no device, no batching.
 
-It knows four things that the real one must agree with at every moment: how long each sequence is, who wrote each of its tokens,
-which pieces of memory (pages or blocks) it shares with others, and so how many bytes are in use and whether one more fits.
+It knows four things that the real one must agree with at every moment: how long each sequence is, who wrote each of
+its tokens,
+which pieces of memory (pages or blocks) it shares with others, and so how many bytes are in use and whether one more
+fits.
 """
 
 from __future__ import annotations
@@ -66,7 +68,8 @@ class Model:
     """See the module. ``budget_pages`` is what live sequences may need; parked memory never counts against them."""
 
     def __init__(
-        self, spec: kvmem.CacheSpec, *, virtual: bool, page_bytes: int, interleave: int, max_sequences: int, max_tokens: int,
+        self, spec: kvmem.CacheSpec, *, virtual: bool, page_bytes: int, interleave: int, max_sequences: int,
+        max_tokens: int,
         guard_tokens: int,
     ) -> None:  # fmt: skip
         self.virtual, self.page_bytes, self.max_sequences = virtual, page_bytes, max_sequences
@@ -104,7 +107,8 @@ class Model:
         return first * size // piece, up((tokens + rules.guard_tokens) * size, piece) if tokens else 0
 
     def _settle(self, handle: int, g: int, write_from: int | None = None) -> None:
-        """Holds exactly the pieces that the group's tokens need; those from ``write_from`` on are not shared with anyone."""
+        """Holds exactly the pieces that the group's tokens need; those from ``write_from`` on are not shared with
+        anyone."""
         held = self.sequences[handle][g]
         for arena, here in enumerate(held.pieces):
             low, high = self._span(g, arena, held.first, held.tokens)
@@ -131,7 +135,11 @@ class Model:
 
         twin.sequences = {
             handle: [
-                replace(held, writers=held.writers[:], pieces=[{o: clone(p) for o, p in here.items()} for here in held.pieces])
+                replace(
+                    held,
+                    writers=held.writers[:],
+                    pieces=[{o: clone(p) for o, p in here.items()} for here in held.pieces],
+                )
                 for held in groups
             ]
             for handle, groups in self.sequences.items()

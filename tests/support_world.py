@@ -176,7 +176,7 @@ class World:
         def then(handle: int) -> None:
             self.sequences[handle] = Tokens([0] * len(self.groups), [np.empty(0, np.int64) for _ in self.groups])
 
-        return "open", self.core.open, then
+        return "open", lambda: self.core.open(), then
 
     def extend(self, handle: int, n: int) -> Step:
         def then(_: Any) -> None:

@@ -6,11 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-pytest.register_assert_rewrite("driver_conformance", "support_drivers")
-
-from driver_conformance import *  # noqa: E402, F403
-from support_drivers import DEVICES, Device, open_device  # noqa: E402
+from driver_conformance import *  # noqa: F403
+from support_drivers import DEVICES, Device, open_device
 
 
 @pytest.fixture(params=DEVICES)

@@ -48,7 +48,7 @@ def expected_error(code: int) -> type[kvmem.KVMemError]:
     return kvmem.OutOfMemory if code == OUT_OF_MEMORY else kvmem.DeviceError
 
 
-def close(world: World, driver: _core.CheckedDriver) -> None:
+def close(world: World, driver: _core.CheckedDriver, spare_pages: int = 0) -> None:
     """Free and trim leave only what the allocator needs to exist; without it nothing is left."""
     alloc = world.alloc
     world.run(world.free(sorted(world.sequences)))
@@ -58,7 +58,8 @@ def close(world: World, driver: _core.CheckedDriver) -> None:
     assert alloc.check() == []
     live = held(driver)
     trash = stats.mapped_bytes // PAGE  # the blocks that padding rows read and write stay
-    assert live["pages"] == live["mappings"] == trash and live["events"] == 0
+    assert live["mappings"] == trash and live["events"] == 0
+    assert trash <= live["pages"] <= trash + spare_pages
     world.__dict__.clear()
     del alloc
     gc.collect()
@@ -163,28 +164,33 @@ def test_the_workload_with_one_call_failing(name: str, backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", SPECS)
 def test_a_driver_that_fails_for_ever(name: str, backend: str, code: int) -> None:
-    """From some call on everything fails, undoing too: typed errors only, and afterwards the allocator can be used and closed."""
+    """From amid some step on everything fails, undoing too: typed errors only. When the driver is back, what could not be undone
+    is, before anything else: all contents are intact, and the allocator goes on and closes.
+    """
     seed = seed_from_environment(13)
-    for begin in range(0, 400, 29):
-        rng = random.Random(seed + begin)
+    errors = 0
+    for round_number in range(100 if LONG else 10):
+        rng = random.Random(seed + round_number)
         driver = checked()
         world = make_world(name, backend, driver)
-        while calls_made(driver) < begin:
+        while calls_made(driver) < 40 * round_number:
             world.run(world.choose(rng))
-        for nth in range(1, 2001):
+        into = rng.randint(1, 25)
+        for nth in range(into, into + 500):
             driver.fail("", nth, code, undo_too=True)
-        for _ in range(60):
-            step = world.choose(rng)
+        for _ in range(30):
             try:
-                world.run(step)
-            except kvmem.DeviceError as error:
-                assert error.code == code or "could not be undone" in str(error)
+                world.run(world.choose(rng))
+            except kvmem.DeviceError:
+                errors += 1
         driver.clear_failures()
         world.healthy()
-        for _ in range(60):
+        for _ in range(40):
             world.run(world.choose(rng))
         world.healthy()
-        close(world, driver)
+        # A created page that could not be destroyed again waits for the next create, or the end.
+        close(world, driver, spare_pages=PAGES[name])
+    assert errors or code == OUT_OF_MEMORY  # a round alone may need no driver: parked rows are taken over
 
 
 @pytest.mark.parametrize("code", CODES)

@@ -1,0 +1,226 @@
+// Many threads over two caches, one of each kind, that share one pool of real memory. Each thread owns its sequences,
+// writes a pattern into every token and reads all of it back, so that a byte that lands in another sequence's memory is
+// seen. Built with sanitizers by `make test-sanitize`.
+//
+//   stress --seed N --seconds S [--threads T]      ends with 0 when nothing was wrong
+
+#include <atomic>
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "cache.h"
+
+using namespace kvmem;
+
+namespace {
+
+constexpr i64 kPageBytes = 4096;
+constexpr i64 kBudgetPages = 1200;
+constexpr i64 kMaxTokens = 600;
+constexpr i64 kMaxSequences = 48;
+constexpr i64 kBlockTokens = 16;
+constexpr i64 kTokenBytes[] = {112, 48};  // two arenas; neither divides a page
+
+std::atomic<bool> failed{false};
+
+void fail(const std::string& what) {
+  if (!failed.exchange(true)) std::fprintf(stderr, "stress: %s\n", what.c_str());
+}
+
+Geometry geometry_of(bool paged) {
+  GroupGeometry group;
+  group.block_tokens = kBlockTokens;
+  group.max_tokens = kMaxTokens;
+  group.row_tokens = paged ? 0 : 4096;  // a whole number of pages in both arenas
+  group.max_blocks = paged ? kTrashBlocks + kMaxSequences * ceil_div(kMaxTokens, kBlockTokens) : 0;
+  for (i64 bytes : kTokenBytes) {
+    const i64 row_slots = group.row_tokens * bytes / kPageBytes;
+    group.token_bytes.push_back(bytes);
+    group.row_slots.push_back(row_slots);
+    group.arena_slots.push_back(paged ? ceil_div(group.max_blocks * kBlockTokens * bytes, kPageBytes)
+                                      : (kMaxSequences + 1) * row_slots + 1);
+  }
+  Geometry geometry;
+  geometry.page_bytes = kPageBytes;
+  geometry.max_sequences = kMaxSequences;
+  geometry.tail_guard_tokens = paged ? 0 : 8;
+  geometry.map_ahead_tokens = paged ? 0 : 64;
+  geometry.groups.push_back(group);
+  return geometry;
+}
+
+// A token's bytes follow from who wrote it and where, so a fork carries its parent's words for what they share.
+std::uint64_t word_of(std::uint64_t writer, i64 token, i64 arena) {
+  std::uint64_t x = writer * 0x9E3779B97F4A7C15u + static_cast<std::uint64_t>(token * 2 + arena + 1);
+  x ^= x >> 31;
+  return x * 0xBF58476D1CE4E5B9u;
+}
+
+struct Tokens {
+  i32 handle = 0;
+  std::vector<std::uint64_t> writers;  // of each token that was written
+};
+
+class Worker {
+ public:
+  Worker(Cache& cache, unsigned seed, int number)
+      : cache_(cache), random_(seed), next_writer_(static_cast<std::uint64_t>(number + 1) << 40) {}
+
+  void run(std::chrono::steady_clock::time_point end) {
+    try {
+      while (!failed && std::chrono::steady_clock::now() < end) step();
+      for (const Tokens& t : owned_) verify(t);
+      while (!owned_.empty()) release(0);
+    } catch (const std::exception& e) {
+      fail(e.what());
+    }
+  }
+
+  i64 operations = 0, refusals = 0;
+
+ private:
+  i64 below(i64 n) { return static_cast<i64>(random_() % static_cast<std::uint64_t>(n)); }
+
+  void step() {
+    ++operations;
+    const i64 choice = below(100);
+    try {
+      if (owned_.empty() || choice < 8) {
+        Tokens t;
+        cache_.open(1, &t.handle);
+        owned_.push_back(t);
+      } else if (choice < 60) {
+        grow(owned_[below(owned_.size())], choice < 50 ? 1 + below(3) : 1 + below(200));
+      } else if (choice < 72) {
+        Tokens& t = owned_[below(owned_.size())];
+        verify(t);
+        const i64 keep = below(static_cast<i64>(t.writers.size()) + 1);
+        cache_.truncate(t.handle, keep);
+        t.writers.resize(keep);
+      } else if (choice < 84) {
+        const Tokens& parent = owned_[below(owned_.size())];
+        Tokens child{static_cast<i32>(cache_.fork(parent.handle)), parent.writers};
+        owned_.push_back(child);
+      } else if (choice < 95) {
+        release(below(owned_.size()));
+      } else if (choice < 97) {
+        cache_.trim(below(2) ? -1 : 40 * kPageBytes);
+      } else {
+        cache_.set_memory(kBudgetPages - below(200));
+        cache_.stats();
+      }
+    } catch (const OutOfMemory&) {
+      ++refusals;
+      if (!owned_.empty()) release(below(owned_.size()));
+    }
+  }
+
+  void grow(Tokens& t, i64 count) {
+    const i64 old = static_cast<i64>(t.writers.size());
+    const i32 n = static_cast<i32>(std::min(count, kMaxTokens - old));
+    cache_.extend(&t.handle, &n, 1, -1);
+    t.writers.resize(old + n, ++next_writer_);
+    each_token(t, old, [](std::uint64_t* at, std::uint64_t word) { *at = word; });
+    cache_.commit(&t.handle, &n, 1, -1);
+  }
+
+  void verify(const Tokens& t) {
+    each_token(t, 0, [](const std::uint64_t* at, std::uint64_t word) {
+      if (*at != word) fail("a token does not hold what was written");
+    });
+  }
+
+  void release(i64 which) {
+    verify(owned_[which]);
+    cache_.free(&owned_[which].handle, 1);
+    std::swap(owned_[which], owned_.back());
+    owned_.pop_back();
+  }
+
+  // Addresses from the batch's slots, as a kernel would find them. The first and last words of each token are touched.
+  template <class Touch>
+  void each_token(const Tokens& t, i64 from, Touch touch) {
+    const i64 end = static_cast<i64>(t.writers.size());
+    if (from == end) return;
+    std::vector<i32> blocks(ceil_div(kMaxTokens, kBlockTokens));
+    BatchBuffers out;
+    out.max_sequences = 1;
+    out.max_blocks = out.max_indices = static_cast<i64>(blocks.size());
+    out.max_new_tokens = kMaxTokens;
+    out.block_table = blocks.data();
+    cache_.fill(&t.handle, 1, nullptr, 0, 0, out);
+    for (i64 a = 0; a < 2; ++a) {
+      const i32 arena = static_cast<i32>(cache_.first_arena(0) + a);
+      const Address base = cache_.pool().space()->arena_base(arena);
+      for (i64 token = from; token < end; ++token) {
+        const i64 slot = i64{blocks[token / kBlockTokens]} * kBlockTokens + token % kBlockTokens;
+        auto* words = reinterpret_cast<std::uint64_t*>(base + static_cast<Address>(slot * kTokenBytes[a]));
+        const std::uint64_t word = word_of(t.writers[token], token, a);
+        touch(words, word);
+        touch(words + kTokenBytes[a] / 8 - 1, ~word);
+      }
+    }
+  }
+
+  Cache& cache_;
+  std::mt19937_64 random_;
+  std::uint64_t next_writer_;
+  std::vector<Tokens> owned_;
+};
+
+bool healthy(Cache& cache) {
+  const std::vector<std::string> found = cache.check();
+  for (const std::string& what : found) fail(what);
+  return found.empty();
+}
+
+int stress(unsigned seed, int seconds, int threads) {
+  std::printf("stress: --seed %u --seconds %d --threads %d\n", seed, seconds, threads);
+  std::fflush(stdout);
+  auto pool = std::make_shared<PagePool>(kPageBytes, kBudgetPages, make_host_driver(), false);
+  auto virtual_cache = std::make_unique<Cache>(geometry_of(false), pool, false, kBudgetPages, false);
+  auto paged_cache = std::make_unique<Cache>(geometry_of(true), pool, true, kBudgetPages, false);
+  const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(seconds);
+  std::vector<std::unique_ptr<Worker>> workers;
+  std::vector<std::thread> running;
+  for (int i = 0; i < threads; ++i) {
+    workers.push_back(std::make_unique<Worker>(i % 2 ? *paged_cache : *virtual_cache, seed + i, i));
+  }
+  for (const auto& worker : workers) running.emplace_back(&Worker::run, worker.get(), end);
+  while (!failed && std::chrono::steady_clock::now() < end) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(200));
+    if (!healthy(*virtual_cache) || !healthy(*paged_cache)) break;
+  }
+  for (std::thread& thread : running) thread.join();
+  i64 operations = 0, refusals = 0;
+  for (const auto& worker : workers) operations += worker->operations, refusals += worker->refusals;
+  std::printf("stress: %lld operations, %lld refused for memory\n", static_cast<long long>(operations),
+              static_cast<long long>(refusals));
+  healthy(*virtual_cache);
+  healthy(*paged_cache);
+  virtual_cache.reset();
+  paged_cache.reset();
+  if (pool->mapped_pages() != 0) fail("pages are still mapped after both caches are gone");
+  return failed || operations == 0;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  unsigned seed = 1;
+  int seconds = 5, threads = 6;
+  for (int i = 1; i + 1 < argc; i += 2) {
+    const int value = std::atoi(argv[i + 1]);
+    if (!std::strcmp(argv[i], "--seed")) seed = static_cast<unsigned>(std::strtoul(argv[i + 1], nullptr, 10));
+    if (!std::strcmp(argv[i], "--seconds")) seconds = value;
+    if (!std::strcmp(argv[i], "--threads")) threads = value;
+  }
+  return stress(seed, seconds, threads);
+}

@@ -1,0 +1,21 @@
+"""Attention over a kvmem cache: what unmodified kernels are to be called with, and a reference that runs anywhere.
+
+========================  ======================================================================================
+``reference``             attention in plain torch: ``sdpa`` for use on a CPU, ``oracle`` in float64 for tests
+``write``                 new K/V into the cache by ``slot_mapping``
+``flashinfer``            arguments for FlashInfer's wrappers and for its append
+``flash_attention``       arguments for FlashAttention 2 and 3
+``torch_ops``             the FlashAttention that is inside torch
+``merge``                 joins attention over two parts of a context
+``rules``                 what kernels ask of a cache, and the checks
+========================  ======================================================================================
+
+Shapes, everywhere: queries are packed, ``[T, Hq, D]``, the new tokens of all rows of the batch one after the other as
+``batch.cu_seqlens_q`` says; a cache is the pair that ``Allocator.kv(layer)`` gives. Causal masks are aligned to the
+end: the last new token of a row is its last token. ``lse`` is ``[T, Hq]``, float32, the natural logarithm of the sum of
+the exponentiated scores, -inf where there is nothing to attend to; each module's ``natural_lse`` makes it of what its
+kernels return. The makers return keyword arguments of the kernel they are named after. Metadata of one batch serves all
+layers of its group, so call them once a step.
+
+Nothing here imports an optional package: the caller has it already.
+"""

@@ -1,0 +1,222 @@
+"""What FlashInfer is to be called with (read and checked against 0.7.2; older ones take the same names back to 0.2.5).
+
+``plan()`` once a step with one of the ``*_plan`` dicts, then ``run()`` once a layer with ``cache_of(k, v)``::
+
+    plan = flashinfer.decode_plan(batch, num_query_heads=32, num_kv_heads=8, head_dim=128, dtype=torch.bfloat16)
+    wrapper.plan(**plan)
+    out, lse = wrapper.run(q, flashinfer.cache_of(*alloc.kv(layer)), return_lse=True)
+
+Both backends look the same from here: the virtual one's block ids are arithmetic. What ``plan()`` reads on the host is
+given on the CPU, so it does not wait for the device; block ids stay on the device. All are int32. Layout is NHD
+throughout.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kvmem.batch import GroupBatch
+from kvmem.errors import SpecError
+from kvmem.kernels.rules import STRIDE_LIMIT, check_cache, flat_tokens, host, rows_of, window_left
+
+__all__ = [
+    "TAIL_GUARD_TOKENS", "Ragged", "append_args", "batch_attention_plan", "cache_of", "decode_plan", "natural_lse",
+    "prefill_plan", "ragged_cache_of", "ragged_plan",
+]  # fmt: skip
+
+#: Tokens past a sequence's end that a kernel may touch, so that must be mapped and finite. The paged kernels, fa2 and
+#: fa3 alike, fetch each token under a predicate of the real length. fa3 ragged goes through the TMA unit, whose
+#: descriptor knows the tensor but not the sequence: it loads tiles of up to 224 tokens and masks afterwards.
+TAIL_GUARD_TOKENS = {"decode": 0, "prefill": 0, "batch_attention": 0, "append": 0, "ragged_fa2": 0, "ragged_fa3": 256}
+
+cache_of = check_cache  # the pair that every paged ``run()`` and the append take
+
+
+def natural_lse(lse: torch.Tensor) -> torch.Tensor:
+    """FlashInfer's lse ``[T, Hq]`` is a base-2 logarithm; this is the natural one. (``lse_base=`` of ``run()`` is
+    young.)
+    """
+    return lse * math.log(2)
+
+
+def decode_plan(
+    batch: GroupBatch, *, num_query_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype,
+    kv_dtype: torch.dtype | None = None, scale: float | None = None, window_tokens: int | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """For ``BatchDecodeWithPagedKVCacheWrapper.plan``: one new token per row, and ``SpecError`` if there are more.
+
+    dtype: of the queries; kv_dtype: of the cache, default the same. scale: default ``head_dim ** -0.5``.
+    """
+    if batch.max_seqlen_q > 1 or batch.num_new_tokens != batch.num_rows:
+        raise SpecError(
+            f"decode takes one new token per row; the batch has {batch.num_new_tokens} in {batch.num_rows} rows: use "
+            "prefill_plan or batch_attention_plan"
+        )
+    return {
+        "indptr": host(batch, "kv_indptr"),
+        "indices": batch.kv_indices,
+        "last_page_len": host(batch, "kv_last_page_len"),
+        "head_dim": head_dim,
+        "page_size": batch.block_size,
+        "window_left": window_left(batch, window_tokens, causal=True),
+        **_common(num_query_heads, num_kv_heads, head_dim, dtype, kv_dtype, scale),
+    }
+
+
+def prefill_plan(
+    batch: GroupBatch, *, num_query_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype,
+    kv_dtype: torch.dtype | None = None, scale: float | None = None, window_tokens: int | None = None,
+    causal: bool = True, queries: GroupBatch | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """For ``BatchPrefillWithPagedKVCacheWrapper.plan``: any number of new tokens per row; prefill, chunked or not, and
+    decode.
+
+    queries: the batch that the queries are packed by where that is another group's (cross attention, ``causal=False``).
+    """
+    return {
+        "qo_indptr": host(queries or batch, "cu_seqlens_q"),
+        "paged_kv_indptr": host(batch, "kv_indptr"),
+        "paged_kv_indices": batch.kv_indices,
+        "paged_kv_last_page_len": host(batch, "kv_last_page_len"),
+        "head_dim_qk": head_dim,
+        "page_size": batch.block_size,
+        "causal": causal,
+        "window_left": window_left(batch, window_tokens, causal),
+        **_common(num_query_heads, num_kv_heads, head_dim, dtype, kv_dtype, scale),
+    }
+
+
+def batch_attention_plan(
+    batch: GroupBatch, *, num_query_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype,
+    kv_dtype: torch.dtype | None = None, scale: float | None = None, causal: bool = True,
+    queries: GroupBatch | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """For ``BatchAttention.plan``: prefill and decode in one launch. ``SpecError`` for a batch with a sliding window.
+
+    The wrapper keeps ``kv_indices`` itself, not a copy: it is the batch's buffer, valid until the next fill. ``run()``
+    always returns ``(out, lse)``.
+    """
+    if bool(batch.first_tokens_cpu.any()):
+        raise SpecError(
+            "BatchAttention has no sliding window, and one has dropped tokens of this batch: use prefill_plan"
+        )
+    return {
+        "qo_indptr": host(queries or batch, "cu_seqlens_q"),
+        "kv_indptr": host(batch, "kv_indptr"),
+        "kv_indices": batch.kv_indices,
+        "kv_len_arr": host(batch, "seq_lens"),
+        "head_dim_qk": head_dim,
+        "head_dim_vo": head_dim,
+        "page_size": batch.block_size,
+        "causal": causal,
+        **_common(num_query_heads, num_kv_heads, head_dim, dtype, kv_dtype or dtype, scale),
+    }
+
+
+def append_args(batch: GroupBatch) -> dict[str, Any]:
+    """For ``append_paged_kv_cache(k, v, paged_kv_cache=cache_of(*alloc.kv(layer)), **append_args(batch))``, k and v
+    ``[T, H, D]``.
+
+    Everything stays on the device. A padding row names the read-trash block in ``kv_indices``; an append there would
+    leave numbers, or NaN, where all later batches expect zeroes. So it is renamed to the write-trash block, the next
+    id.
+    """
+    return {
+        "batch_indices": batch.batch_indices,
+        "positions": batch.positions,
+        "kv_indices": batch.kv_indices.clamp(min=1),
+        "kv_indptr": batch.kv_indptr,
+        "kv_last_page_len": batch.kv_last_page_len,
+        "kv_layout": "NHD",
+    }
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """plan: for ``BatchPrefillWithRaggedKVCacheWrapper.plan``. The kernel wants rows in ascending order::
+
+    wrapper.plan(**ragged.plan)
+    out = wrapper.run(q[ragged.order], *ragged_cache_of(*alloc.kv(layer)))[ragged.inverse]
+
+    order, inverse: int64 [T] on the batch's device.
+    """
+
+    plan: dict[str, Any]
+    order: torch.Tensor
+    inverse: torch.Tensor
+
+
+def ragged_plan(
+    batch: GroupBatch, *, num_query_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype,
+    kv_dtype: torch.dtype | None = None, scale: float | None = None, window_tokens: int | None = None,
+    causal: bool = True,
+) -> Ragged:  # fmt: skip
+    """The ragged wrapper over rows with gaps between them. Virtual backend only.
+
+    Its KV lengths are differences of ``kv_indptr``, so the gap behind each row goes to a filler request with no
+    queries: row i is request 2 i. A sliding window starts at the first token still held. ``SpecError`` on the paged
+    backend, and for more than one padding row, which would stand at the same address.
+    """
+    device = rows_of(batch, "the ragged wrapper")[0].device
+    first = batch.first_tokens_cpu.tolist()
+    lengths, row_starts = batch.seq_lens_cpu.tolist(), host(batch, "row_starts").tolist()
+    cu_q = batch.cu_seqlens_q_cpu.tolist()
+    rows = sorted(range(batch.num_rows), key=lambda i: (row_starts[i], lengths[i]))
+    qo_indptr: list[int] = [0]
+    kv_indptr: list[int] = []
+    order: list[int] = []
+    for i in rows:
+        # A row that holds nothing has no place of its own: it goes where the row before it ends.
+        begin = row_starts[i] + first[i] if lengths[i] else (kv_indptr[-1] if kv_indptr else 0)
+        if kv_indptr and begin < kv_indptr[-1]:
+            raise SpecError("the ragged wrapper cannot take two padding rows: make the batch without pad_to")
+        kv_indptr += [begin, begin + lengths[i] - first[i]]
+        tokens = range(cu_q[i], cu_q[i + 1])
+        order += tokens
+        qo_indptr += [qo_indptr[-1] + len(tokens)] * 2
+    # The last row has no gap behind it.
+    plan = {
+        "qo_indptr": torch.tensor(qo_indptr[:-1] if rows else [0], dtype=torch.int32),
+        "kv_indptr": torch.tensor(kv_indptr or [0], dtype=torch.int32),
+        "head_dim_qk": head_dim,
+        "causal": causal,
+        "window_left": window_left(batch, window_tokens, causal),
+        **_common(num_query_heads, num_kv_heads, head_dim, dtype, kv_dtype, scale),
+    }
+    index = torch.tensor(order, dtype=torch.int64)
+    return Ragged(plan, index.to(device), index.argsort().to(device))
+
+
+def ragged_cache_of(k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V as ``[tokens, H, D]`` for the ragged ``run()``.
+
+    ``SpecError`` if the last token lies 2**32 elements or more from the first: fa2 ragged multiplies token index and
+    stride in 32 bits and would read elsewhere. The paged wrappers reach everything.
+    """
+    k, v = (flat_tokens(t) for t in check_cache(k, v))
+    span = k.shape[0] * k.stride(0)
+    if span > STRIDE_LIMIT:
+        raise SpecError(
+            f"the ragged wrapper addresses {STRIDE_LIMIT} elements; this cache spans {span}: use prefill_plan, or "
+            "lower interleave or max_sequences"
+        )
+    return k, v
+
+
+def _common(
+    num_query_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, kv_dtype: torch.dtype | None,
+    scale: float | None,
+) -> dict[str, Any]:  # fmt: skip
+    if num_kv_heads < 1 or num_query_heads % num_kv_heads:
+        raise SpecError(f"num_query_heads: got {num_query_heads}; must be a multiple of num_kv_heads, {num_kv_heads}")
+    return {
+        "num_qo_heads": num_query_heads,
+        "num_kv_heads": num_kv_heads,
+        "sm_scale": head_dim**-0.5 if scale is None else scale,
+        "q_data_type": dtype,
+        "kv_data_type": dtype if kv_dtype is None else kv_dtype,
+    }

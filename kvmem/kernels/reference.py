@@ -1,0 +1,150 @@
+"""Attention in plain torch, on any device: a slice of the row on the virtual backend, gathered blocks on the paged
+one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+
+from kvmem.batch import GroupBatch
+from kvmem.errors import SpecError
+from kvmem.kernels.rules import flat_tokens, plain
+
+__all__ = ["oracle", "sdpa", "sdpa_lse"]
+
+Cache = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One row of the batch: queries ``[q_begin, q_end)`` of the packed ones, over tokens ``[first, length)`` of
+    sequence ``row``.
+    """
+
+    row: int
+    q_begin: int
+    q_end: int
+    first: int
+    length: int
+
+
+def oracle(
+    q: torch.Tensor, cache: Cache, batch: GroupBatch, *, scale: float | None = None, causal: bool = True,
+    window_tokens: int | None = None, queries: GroupBatch | None = None, dtype: torch.dtype = torch.float64,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """``(out, lse)`` by the definition of attention, computed and returned in ``dtype``: what others are compared with.
+
+    Arguments as for ``sdpa``. Scores of all queries and keys of a sequence exist at once.
+    """
+    out = torch.zeros(*q.shape[:2], cache[1].shape[-1], dtype=dtype, device=q.device)
+    lse = torch.full(q.shape[:2], -torch.inf, dtype=dtype, device=q.device)
+    for part in _parts(q, batch, queries or batch, causal, window_tokens):
+        k, v = (_tokens(c, batch, part).to(dtype) for c in cache)
+        scores = _scores(q[part.q_begin : part.q_end].to(dtype), k, scale)
+        if causal:
+            scores.masked_fill_(~_mask(part, window_tokens, q.device), -torch.inf)
+        lse[part.q_begin : part.q_end] = scores.logsumexp(-1).T
+        out[part.q_begin : part.q_end] = _weighted(scores.softmax(-1), v)
+    return out, lse
+
+
+def sdpa(
+    q: torch.Tensor, cache: Cache, batch: GroupBatch, *, scale: float | None = None, causal: bool = True,
+    window_tokens: int | None = None, queries: GroupBatch | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """Attention by torch's ``scaled_dot_product_attention``, one call per sequence: ``[T, Hq, width of V]`` in q's
+    dtype.
+
+    q: ``[T, Hq, D]``, packed by ``cu_seqlens_q``; Hq is a multiple of the cache's heads. cache:
+    ``Allocator.kv(layer)``, the new tokens already written; K and V may differ in width. scale: default ``D ** -0.5``.
+    window_tokens: tokens a query sees, itself included; give it for a sliding-window group. Tokens that the window has
+    dropped are not touched.
+    queries: the batch that q is packed by where that is another group's (cross attention, with ``causal=False``).
+    Rows with no keys give zeroes.
+
+    Virtual backend: K and V are views. Paged: they are gathered first, a copy of each sequence's tokens.
+    """
+    out = torch.zeros(*q.shape[:2], cache[1].shape[-1], dtype=q.dtype, device=q.device)
+    for part in _parts(q, batch, queries or batch, causal, window_tokens):
+        k, v = (_tokens(c, batch, part).to(q.dtype).transpose(0, 1).unsqueeze(0) for c in cache)
+        new, held = part.q_end - part.q_begin, part.length - part.first
+        # One new token sees all that was taken; a fresh prompt is a plain triangle, which SDPA does without a mask.
+        triangle = causal and new == held > 1 and window_tokens is None
+        masked = causal and new > 1 and not triangle
+        mine = q[part.q_begin : part.q_end].transpose(0, 1).unsqueeze(0)
+        result = F.scaled_dot_product_attention(
+            mine, k, v, attn_mask=_mask(part, window_tokens, q.device) if masked else None, is_causal=triangle,
+            scale=scale, enable_gqa=mine.shape[1] != k.shape[1],
+        )  # fmt: skip
+        out[part.q_begin : part.q_end] = result[0].transpose(0, 1)
+    return out
+
+
+def sdpa_lse(
+    q: torch.Tensor, cache: Cache, batch: GroupBatch, *, scale: float | None = None, causal: bool = True,
+    window_tokens: int | None = None, queries: GroupBatch | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """``(out, lse)``, out as from ``sdpa`` and lse float32. SDPA keeps its lse to itself, so this holds all scores of a
+    sequence at once, in float32.
+    """
+    out, lse = oracle(
+        q, cache, batch, scale=scale, causal=causal, window_tokens=window_tokens, queries=queries, dtype=torch.float32
+    )
+    return out.to(q.dtype), lse
+
+
+def _parts(
+    q: torch.Tensor, batch: GroupBatch, queries: GroupBatch, causal: bool, window_tokens: int | None
+) -> Iterator[_Part]:
+    starts = queries.cu_seqlens_q_cpu.tolist()
+    if q.ndim != 3 or q.shape[0] != starts[-1]:
+        raise SpecError(
+            f"q: got shape {tuple(q.shape)}; the batch has {starts[-1]} new tokens: [{starts[-1]}, heads, width]"
+        )
+    if window_tokens is not None and not causal:
+        raise SpecError(f"window_tokens: got {window_tokens} with causal=False; a sliding window looks back only")
+    rows = zip(pairwise(starts), batch.first_tokens_cpu.tolist(), batch.seq_lens_cpu.tolist(), strict=True)
+    for row, ((begin, end), first, length) in enumerate(rows):
+        if window_tokens is not None:
+            first = max(first, length - (end - begin) - window_tokens + 1)
+        if begin < end and first < length:
+            yield _Part(row, begin, end, first, length)
+
+
+def _tokens(blocks: torch.Tensor, batch: GroupBatch, part: _Part) -> torch.Tensor:
+    """``[length - first, heads, width]`` of one sequence, in order."""
+    if batch.row_starts_cpu is not None:
+        start = int(batch.row_starts_cpu[part.row])
+        return flat_tokens(blocks)[start + part.first : start + part.length]
+    size = batch.block_size
+    begin = part.first // size
+    ids = batch.block_table[part.row, begin : -(-part.length // size)]
+    return plain(blocks).index_select(0, ids).flatten(0, 1)[part.first - begin * size : part.length - begin * size]
+
+
+def _mask(part: _Part, window_tokens: int | None, device: torch.device) -> torch.Tensor:
+    """bool ``[new, held]``, True where a query sees a key."""
+    position = torch.arange(part.length - part.q_end + part.q_begin, part.length, device=device).unsqueeze(1)
+    token = torch.arange(part.first, part.length, device=device).unsqueeze(0)
+    visible = token <= position
+    return visible if window_tokens is None else visible & (token > position - window_tokens)
+
+
+def _scores(q: torch.Tensor, k: torch.Tensor, scale: float | None) -> torch.Tensor:
+    """``[Hq, new, held]``. Query heads h * group to (h + 1) * group - 1 share KV head h."""
+    new, heads, width = q.shape
+    grouped = q.view(new, k.shape[1], heads // k.shape[1], width)
+    scores = torch.einsum("qhgd,khd->hgqk", grouped, k).flatten(0, 1)
+    return scores * (width**-0.5 if scale is None else scale)
+
+
+def _weighted(weights: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """``[new, Hq, width of V]``."""
+    heads, new, held = weights.shape
+    grouped = weights.view(v.shape[1], heads // v.shape[1], new, held)
+    return torch.einsum("hgqk,khd->qhgd", grouped, v).flatten(1, 2)

@@ -1,0 +1,98 @@
+"""What attention kernels ask of a cache, and checks that say which rule is broken."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from kvmem.allocator import Allocator
+from kvmem.batch import GroupBatch
+from kvmem.errors import SpecError
+
+__all__ = ["check_cache", "check_guard", "flat_tokens", "host", "plain", "rows_of", "window_left"]
+
+#: Kernels keep strides in uint32 (FlashInfer's ``paged_kv_t``).
+STRIDE_LIMIT = 2**32
+
+
+def plain(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory as a plain ``torch.Tensor``: a binding that tests for the exact type takes it too."""
+    return tensor.as_subclass(torch.Tensor)
+
+
+def flat_tokens(blocks: torch.Tensor) -> torch.Tensor:
+    """``[num_blocks, block_size, H, W]`` as ``[num_blocks * block_size, H, W]``, a view: index t is what
+    ``slot_mapping`` holds.
+    """
+    num_blocks, block_size, heads, width = blocks.shape
+    return plain(blocks).view(num_blocks * block_size, heads, width)
+
+
+def check_cache(k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V as plain tensors; ``SpecError`` if they break what paged kernels rely on. What ``Allocator.kv()`` gives
+    passes whenever K and V have the same heads, width and dtype.
+    """
+    if k.ndim != 4 or k.shape != v.shape or k.dtype != v.dtype:
+        raise SpecError(
+            f"cache: K is {tuple(k.shape)} {k.dtype} and V {tuple(v.shape)} {v.dtype}; kernels take one shape and "
+            "dtype for both, [num_blocks, block_size, heads, width]"
+        )
+    if k.stride() != v.stride():
+        raise SpecError(
+            f"cache: K has strides {k.stride()} and V {v.stride()}; append and CUDA-core decode take equal strides only"
+        )
+    if k.stride(-1) != 1:
+        raise SpecError(f"cache: the last dimension has stride {k.stride(-1)}; it must be dense (stride 1)")
+    if min(k.stride()) < 1 or max(k.stride()) >= STRIDE_LIMIT:
+        raise SpecError(
+            f"cache: strides {k.stride()} in elements; kernels keep them in 32 bits, so each must be 1 to 2**32 - 1: "
+            "lower block_size or interleave"
+        )
+    return plain(k), plain(v)
+
+
+def check_guard(alloc: Allocator, guards: Mapping[str, int], kernel: str) -> None:
+    """``SpecError`` unless the allocator keeps mapped what ``kernel`` may touch past a sequence's end.
+
+    guards: the ``TAIL_GUARD_TOKENS`` of the kernel's module. On the CPU nothing of this matters; call it once, at
+    start.
+    """
+    if alloc.tail_guard_tokens < guards[kernel]:
+        raise SpecError(
+            f"{kernel} loads whole tiles and masks afterwards, up to {guards[kernel]} tokens past a sequence's end; "
+            f"the allocator keeps {alloc.tail_guard_tokens}: make it with tail_guard_tokens={guards[kernel]}"
+        )
+
+
+def host(batch: GroupBatch, field: str) -> torch.Tensor:
+    """A field of the batch on the CPU, as a copy of its own.
+
+    A kernel's ``plan()`` uploads what it is given without waiting. From the batch's own pinned buffer, that upload
+    could run after the next step has refilled it; from ordinary memory, torch stages it before it returns.
+    """
+    tensor: torch.Tensor = getattr(batch, f"{field}_cpu")
+    return tensor.clone()
+
+
+def rows_of(batch: GroupBatch, why: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """``rows`` [B] and ``row_starts`` [B + 1]; ``SpecError`` where sequences are not contiguous (paged backend)."""
+    if batch.rows is None or batch.row_starts is None:
+        raise SpecError(
+            f'{why} reads contiguous sequences; the paged backend has none: use a paged kernel, or backend="virtual"'
+        )
+    return batch.rows, batch.row_starts
+
+
+def window_left(batch: GroupBatch, window_tokens: int | None, causal: bool) -> int:
+    """How many tokens before its own a query sees: ``window_tokens - 1``, or -1 for all of them.
+
+    ``SpecError`` if the batch has dropped tokens and no window is given: the kernel would read what is not there.
+    """
+    if window_tokens is None:
+        if bool(batch.first_tokens_cpu.any()):
+            raise SpecError("window_tokens: got None, but a window has dropped tokens of this batch; give the group's")
+        return -1
+    if window_tokens < 1 or not causal:
+        raise SpecError(f"window_tokens: got {window_tokens}, causal={causal}; a window is 1 token or more, and causal")
+    return window_tokens - 1

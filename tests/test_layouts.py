@@ -1,0 +1,171 @@
+"""Byte layouts, and what may and may not be done with the tensors over them."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import signal
+
+import pytest
+import torch
+from patterns import places
+from reference import arena_bytes
+from support import BACKENDS, LAYOUTS, make_allocator, plain
+from support_drivers import assert_runs, run_python
+
+import kvmem
+from kvmem.layouts import GroupLayout
+
+INTERLEAVES = (1, 2, 3, 99)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("interleave", INTERLEAVES)
+def test_slices_are_aligned_and_never_overlap(name: str, interleave: int) -> None:
+    spec = LAYOUTS[name].spec(16)
+    for g, group in enumerate(spec.groups):
+        layout = GroupLayout(group, interleave)
+        taken: list[set[int]] = [set() for _ in layout.token_bytes]
+        for layer, component in places(spec, g):
+            where = layout.slice(layer, component)
+            size = where.heads * where.width * where.dtype.itemsize
+            assert size == group.row_bytes(component, layer) and where.offset_bytes % 16 == 0
+            assert where.offset_bytes + size <= layout.token_bytes[where.arena]
+            mine = set(range(where.offset_bytes, where.offset_bytes + size))
+            assert not mine & taken[where.arena], (layer, component)
+            taken[where.arena] |= mine
+        assert layout.token_bytes == arena_bytes(group, interleave)
+        for bytes_, used in zip(layout.token_bytes, taken, strict=True):
+            assert bytes_ % 16 == 0 and bytes_ - len(used) < 16 * len(group.layers) * len(group.components), (
+                "padding only"
+            )
+
+
+def test_a_shared_component_is_one_copy() -> None:
+    spec = LAYOUTS["shared scope"].spec(16)
+    layout = GroupLayout(spec.groups[0], 1)
+    assert len({layout.slice(layer, "ck") for layer in spec.groups[0].layers}) == 1
+    alloc = make_allocator(spec, "paged")
+    with alloc.sequence() as seq:
+        seq.extend(1)
+        assert len({alloc.tensor(layer, "ck").data_ptr() for layer in range(3)}) == 1
+        assert len({alloc.tensor(layer, "v").data_ptr() for layer in range(3)}) == 3
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_kernels_ask_of_k_and_v(backend: str) -> None:
+    for interleave in INTERLEAVES:
+        alloc = make_allocator(plain(16), backend, interleave=interleave)
+        with alloc.sequence() as seq:
+            seq.extend(40)
+            for layer in range(3):
+                k, v = alloc.kv(layer)
+                assert k.shape == v.shape and k.stride() == v.stride() and k.shape[1:] == (16, 2, 8)
+                assert k.stride(-1) == 1 and k.stride(0) < 2**32
+                assert k.data_ptr() % 16 == v.data_ptr() % 16 == 0
+            if backend == "virtual":
+                rows = alloc.rows(0)
+                assert rows.shape[0] == alloc.max_sequences + 1 and rows.shape[1] % 256 == 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_unknown_layers_and_components_are_refused(backend: str) -> None:
+    alloc = make_allocator(plain(16), backend)
+    for layer, name in ((3, "k"), (-1, "k"), (0, "q")):
+        with pytest.raises(kvmem.SpecError, match="component|layer"):
+            alloc.tensor(layer, name)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_meta_has_no_tensors(backend: str) -> None:
+    alloc = make_allocator(plain(16), backend, device="meta", memory="80GiB", max_tokens=4096)
+    with alloc.sequence() as seq:
+        seq.extend(1000)
+        for call in (lambda: alloc.kv(0), lambda: seq.kv(0)):
+            with pytest.raises(kvmem.DeviceError, match="meta"):
+                call()
+        assert alloc.stats().used_bytes == 1000 * 192
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_view_cannot_be_pickled_or_copied(backend: str) -> None:
+    alloc = make_allocator(plain(16), backend)
+    with alloc.sequence() as seq:
+        seq.extend(3)
+        for call in (pickle.dumps, copy.deepcopy):
+            with pytest.raises(TypeError, match="unmapped"):
+                call(alloc.kv(0)[0])
+        assert pickle.loads(pickle.dumps(seq.kv(0)[0].clone())).shape == (3, 2, 8)
+
+
+SETUP = """
+    import torch, kvmem
+    spec = kvmem.CacheSpec.kv(num_layers=2, num_kv_heads=2, head_dim=64, dtype=torch.float16)
+    alloc = kvmem.Allocator(spec, backend={backend!r}, device="cpu", memory="8MiB", max_sequences=4, max_tokens=5000,
+                            page_bytes=4096)
+    seqs = [alloc.sequence() for _ in range(3)]
+    for seq in seqs:
+        seq.extend(100)
+    seqs[0].free()
+    alloc.trim()
+"""
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_printing_does_not_touch_unmapped_memory(backend: str) -> None:
+    """In a process of its own: a mistake here is a segmentation fault."""
+    rows = "views.append(alloc.rows(0))" if backend == "virtual" else ""
+    code = (
+        SETUP.format(backend=backend)
+        + f"""
+    views = [*alloc.kv(0), *alloc.kv(1)]
+    {rows}
+    for view in views:
+        text = repr(view), str(view), f"{{view}}", format(view), f"{{view!r:>300}}"
+        assert all("CacheTensor(shape=" in t for t in text), text
+    print([views], {{"k": views[0]}})
+    """
+    )
+    assert "CacheTensor" in assert_runs(code)
+
+
+def test_an_unmapped_row_faults() -> None:
+    """Why views end at the last mapped block, and why to index by a batch: addresses are reserved, not backed."""
+    done = run_python(SETUP.format(backend="virtual") + "    float(alloc.rows(0)[1:, 4000].sum())\n")
+    assert done.returncode == -signal.SIGSEGV, (done.returncode, done.stderr)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tensors_stay_readable_when_the_allocator_is_gone(backend: str) -> None:
+    assert_runs(
+        SETUP.format(backend=backend)
+        + """
+    import gc
+    k = alloc.sequence_tensor(seqs[1], 0, "k")
+    block = int(alloc.batch([seqs[1]]).block_table[0, 0])
+    view = alloc.kv(0)[0]
+    k.fill_(2.0)
+    view[block].fill_(3.0)
+    del alloc, seqs, seq
+    gc.collect()
+    assert float(view[block].float().mean()) == 3.0
+    assert float(k[50:].float().mean()) == 2.0
+    """
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sequence_tensor(backend: str) -> None:
+    alloc = make_allocator(plain(16), backend)
+    with alloc.sequence() as seq:
+        assert seq.kv(0)[0].shape == (0, 2, 8)
+        seq.extend(50)
+        k, v = seq.kv(2)
+        assert k.shape == v.shape == (50, 2, 8)
+        batch = alloc.batch([seq])
+        cache = alloc.kv(2)[0]
+        cache[batch.slot_mapping // 16, batch.slot_mapping % 16] = (
+            torch.arange(50, dtype=torch.float16).view(50, 1, 1).expand(50, 2, 8)
+        )
+        assert seq.kv(2)[0][:, 1, 7].tolist() == list(range(50))
+        assert not seq.kv(2)[1].any() and not seq.kv(1)[0].any()

@@ -1,0 +1,101 @@
+"""The names and signatures that others write code against. A change here is a change for every user: add, do not
+rename."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+
+import kvmem
+
+NAMES = [
+    "Allocator", "Batch", "CacheSpec", "Component", "DeviceError", "Group", "KVMemError", "OutOfMemory", "PagePool",
+    "Sequence", "SpecError", "StaleHandle", "Stats", "TierError",
+]  # fmt: skip
+
+# Parameters without annotations: name, "=" where there is a default, and "*" before what is keyword-only.
+SIGNATURES = {
+    "Allocator": "spec, *, backend=, device=, memory=, max_sequences, max_tokens, page_bytes=, interleave=, "
+    "map_ahead_tokens=, tail_guard_tokens=, zero=, pool=, record_ops=, debug=, driver=",
+    "Allocator.sequence": "self, tokens=",
+    "Allocator.open_batch": "self, n",
+    "Allocator.extend_batch": "self, ids, counts",
+    "Allocator.try_extend_batch": "self, ids, counts",
+    "Allocator.commit_batch": "self, ids, counts",
+    "Allocator.free_batch": "self, ids",
+    "Allocator.batch": "self, sequences, *, new_tokens=, out=, pad_to=",
+    "Allocator.make_batch": "self, *, max_sequences=, max_new_tokens, max_tokens=",
+    "Allocator.fill": "self, ids, batch, *, new_tokens=, pad_to=",
+    "Allocator.kv": "self, layer",
+    "Allocator.tensor": "self, layer, component",
+    "Allocator.rows": "self, layer, component=",
+    "Allocator.sequence_tensor": "self, sequence, layer, component",
+    "Allocator.set_memory": "self, memory",
+    "Allocator.trim": "self, bytes=",
+    "Allocator.set_stream": "self, stream",
+    "Allocator.stats": "self",
+    "Allocator.check": "self",
+    "Allocator.take_ops": "self",
+    "Allocator.apply": "self, ops",
+    "Sequence.extend": "self, n, *, group=",
+    "Sequence.try_extend": "self, n, *, group=",
+    "Sequence.commit": "self, tokens, *, group=",
+    "Sequence.truncate": "self, num_tokens",
+    "Sequence.fork": "self",
+    "Sequence.free": "self",
+    "Sequence.kv": "self, layer",
+    "Batch.group": "self, index",
+    "Batch.full": "self, name",
+    "PagePool": "*, device=, memory, page_bytes=, driver=",
+    "PagePool.set_memory": "self, memory",
+    "CacheSpec.from_config": "config, *, dtype=, block_size=",
+    "CacheSpec.kv": "*, num_layers, num_kv_heads, head_dim, dtype, block_size=, window_tokens=, num_query_heads=",
+}
+
+
+def described(name: str) -> str:
+    target = kvmem
+    for part in name.split("."):
+        target = getattr(target, part)
+    words, keyword_only = [], False
+    for parameter in inspect.signature(target).parameters.values():
+        if parameter.kind is parameter.KEYWORD_ONLY and not keyword_only:
+            keyword_only = True
+            words.append("*")
+        words.append(parameter.name + ("" if parameter.default is parameter.empty else "="))
+    return ", ".join(words)
+
+
+def test_all() -> None:
+    assert kvmem.__all__ == NAMES
+    assert all(hasattr(kvmem, name) for name in NAMES)
+
+
+def test_signatures() -> None:
+    assert {name: described(name) for name in SIGNATURES} == SIGNATURES
+
+
+def test_every_public_method_is_pinned() -> None:
+    for kind in (kvmem.Allocator, kvmem.Sequence):
+        methods = {n for n, value in vars(kind).items() if inspect.isfunction(value) and not n.startswith("_")}
+        assert {f"{kind.__name__}.{n}" for n in methods} <= SIGNATURES.keys()
+
+
+def test_stats_fields() -> None:
+    assert [f.name for f in dataclasses.fields(kvmem.Stats)] == [
+        "reserved_bytes", "budget_bytes", "created_bytes", "free_bytes", "physical_bytes", "mapped_bytes", "used_bytes",
+        "shared_bytes", "parked_bytes", "wasted_bytes", "driver_calls", "num_sequences", "max_sequences",
+    ]  # fmt: skip
+
+
+def test_sequence_properties() -> None:
+    properties = {n for n, value in vars(kvmem.Sequence).items() if isinstance(value, property)}
+    assert {"id", "num_tokens", "num_committed_tokens"} <= properties
+
+
+def test_errors_are_what_python_calls_them() -> None:
+    assert issubclass(kvmem.SpecError, (kvmem.KVMemError, ValueError)) and issubclass(kvmem.SpecError, ValueError)
+    assert issubclass(kvmem.OutOfMemory, MemoryError) and issubclass(kvmem.DeviceError, RuntimeError)
+    assert issubclass(kvmem.StaleHandle, RuntimeError) and issubclass(kvmem.TierError, OSError)
+    for error in (kvmem.SpecError, kvmem.OutOfMemory, kvmem.DeviceError, kvmem.StaleHandle, kvmem.TierError):
+        assert issubclass(error, kvmem.KVMemError)
