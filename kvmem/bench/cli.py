@@ -11,11 +11,13 @@ import click
 from click.core import ParameterSource
 from rich.console import Console
 
+from kvmem.bench.errors import BenchError
 from kvmem.bench.language_models import LANGUAGE_MODELS
 from kvmem.bench.parts import Run, Settings
 from kvmem.bench.plots import write_plots
 from kvmem.bench.report import Report
 from kvmem.bench.results import check_writable, write_json
+from kvmem.bench.tables import insert, load_documents, page, summary
 
 __all__ = ["bench"]
 
@@ -147,3 +149,18 @@ def attention_command(**options: Any) -> None:
 def generate_command(**options: Any) -> None:
     """A language model over both backends and over transformers' DynamicCache; exit code 1 if any token differs."""
     _run(("generate",), **options)
+
+
+@bench.command("table")
+@click.argument("folder", type=_PATH)
+@click.option("--readme", type=_PATH, help="Also puts the short table between this file's `measured` markers.")
+def table_command(folder: Path, readme: Path | None) -> None:
+    """Writes FOLDER/README.md from the JSON reports in FOLDER."""
+    documents = load_documents(folder)
+    try:
+        (folder / "README.md").write_text(page(documents), encoding="utf-8")
+        if readme is not None:
+            text = insert(readme.read_text(encoding="utf-8"), summary(documents), str(readme))
+            readme.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise BenchError(f"{error.filename}: {error.strerror}") from error

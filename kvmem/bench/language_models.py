@@ -68,6 +68,7 @@ def _smollm2_weights() -> Path | None:
 
 
 def _smollm2(weights: Path) -> LanguageModel:
+    os.environ.setdefault("TQDM_DISABLE", "1")  # what reads GGUF has a bar of its own; read on import
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     _quiet()
@@ -102,4 +103,3 @@ def _quiet() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    os.environ.setdefault("TQDM_DISABLE", "1")  # what reads GGUF has a bar of its own
