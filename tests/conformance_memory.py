@@ -99,7 +99,10 @@ def test_a_window_drops_what_it_no_longer_needs(make: Make) -> None:
             for size in rules.token_bytes
         )
         trash = (
-            sum(-(-(2 * rules.block_tokens + alloc.tail_guard_tokens) * size // alloc.pool.page_bytes) for size in rules.token_bytes)
+            sum(
+                -(-(2 * rules.block_tokens + rules.guard_tokens) * size // alloc.pool.page_bytes)
+                for size in rules.token_bytes
+            )
             * alloc.pool.page_bytes
         )
         assert stats.mapped_bytes <= bound + trash, "bounded by the window, whatever the length"

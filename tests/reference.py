@@ -230,7 +230,7 @@ class Model:
     def needed_pages(self) -> int:
         """Virtual backend: pages that cannot be taken away now."""
         trash = [
-            up(2 * rules.block_tokens * size, self.page_bytes)
+            up((2 * rules.block_tokens + rules.guard_tokens) * size, self.page_bytes)
             for g, rules in enumerate(self.groups)
             for size in rules.token_bytes
             if g in self.trash
