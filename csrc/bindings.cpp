@@ -2,6 +2,8 @@
 
 #include "bindings.h"
 
+#include <new>
+
 #include "types.h"
 
 namespace nb = nanobind;
@@ -31,6 +33,8 @@ void translate(const std::exception_ptr& pointer, void*) {
     raise("DeviceError", e.what(), e.call().c_str(), e.code());
   } catch (const Error& e) {
     raise("KVMemError", e.what());
+  } catch (const std::bad_alloc&) {
+    raise("OutOfMemory", "no host memory for the books: lower max_sequences, max_tokens or memory, or raise page_bytes");
   }
 }
 

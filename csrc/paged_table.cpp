@@ -195,9 +195,22 @@ class PagedTable final : public PageTable {
 
   i64 tokens_that_fit(i64 index, i64 group, i64 pages) const override {
     const Blocks& b = blocks_[group];
-    i64 bytes = 0;
-    for (const Class& c : b.classes) bytes += c.block_bytes * static_cast<i64>(c.arenas.size());
-    const i64 blocks = ceil_div(sequences_.tokens(index, group), b.tokens) + b.ready + pages * page_bytes() / bytes;
+    i64 blocks = ceil_div(sequences_.tokens(index, group), b.tokens) + b.ready;
+    // Ready blocks lie on parked pages: what is left of the pages backs others, in the order in which take() would.
+    i64 left = pages - idle_pages_;
+    std::vector<i64> next(b.classes.size(), 0);  // slots before it have been counted
+    for (i64 block = b.cursor; block < b.max_blocks && blocks * b.tokens < geometry_.groups[group].max_tokens; ++block) {
+      if (b.backed[block]) continue;
+      for (std::size_t k = 0; k < b.classes.size(); ++k) {
+        const Class& c = b.classes[k];
+        for (i64 slot = std::max(first_slot(c, block), next[k]); slot < end_slot(c, block); ++slot) {
+          if (c.mapped[slot] == 0) left -= static_cast<i64>(c.arenas.size());
+        }
+        next[k] = end_slot(c, block);
+      }
+      if (left < 0) break;
+      ++blocks;
+    }
     return std::min(geometry_.groups[group].max_tokens, blocks * b.tokens);
   }
 

@@ -178,23 +178,32 @@ class Allocator:
             while the
         rows or blocks at hand suffice.
         """
-        self.core.extend_batch(ids, counts)
+        try:
+            self.core.extend_batch(ids, counts)
+        except TypeError as error:
+            raise _not_int32(ids, counts) from error
 
     def try_extend_batch(self, ids: Handles, counts: Handles) -> bool:
         """As ``extend_batch``, but False instead of ``OutOfMemory``."""
         try:
-            self.core.extend_batch(ids, counts)
+            self.extend_batch(ids, counts)
         except OutOfMemory:
             return False
         return True
 
     def commit_batch(self, ids: Handles, counts: Handles) -> None:
         """The KV of the next ``counts[i]`` tokens of each sequence is written. int32 [n] each."""
-        self.core.commit_batch(ids, counts)
+        try:
+            self.core.commit_batch(ids, counts)
+        except TypeError as error:
+            raise _not_int32(ids, counts) from error
 
     def free_batch(self, ids: Handles) -> None:
         """Frees every sequence of ``ids`` (int32 [n]), or raises ``StaleHandle`` and frees none."""
-        self.core.free_batch(ids)
+        try:
+            self.core.free_batch(ids)
+        except TypeError as error:
+            raise _not_int32(ids) from error
 
     # --- metadata ---
 
@@ -214,7 +223,8 @@ class Allocator:
         pad_to: rows of the batch; rows past the sequences read zeroes and write where it does no harm (captured
             graphs).
         """
-        ids = _handles(sequences)
+        ids = self._handles(sequences)
+        new_tokens = None if new_tokens is None else _counts(new_tokens)
         if out is None:
             out = self._fitting_batch(ids, new_tokens, len(ids) if pad_to is None else pad_to)
         self.fill(ids, out, new_tokens=new_tokens, pad_to=pad_to)
@@ -234,10 +244,27 @@ class Allocator:
         self, ids: Handles, batch: Batch, *, new_tokens: List[int] | Handles | None = None, pad_to: int | None = None
     ) -> None:
         """Refills ``batch`` in place for the sequences ``ids`` (int32 [n]); arguments as for ``batch``."""
-        counts = None if new_tokens is None else np.ascontiguousarray(new_tokens, np.int32)
+        counts = None if new_tokens is None else _counts(new_tokens)
         for index, group in enumerate(batch.groups):
             group.begin()
-            group.update(self.core.fill(ids, counts, index, pad_to or 0, group.buffers))
+            try:
+                sizes = self.core.fill(ids, counts, index, pad_to or 0, group.buffers)
+            except TypeError as error:
+                raise _not_int32(ids) from error
+            group.update(sizes)
+
+    def _handles(self, sequences: Iterable[Sequence | int] | Handles) -> Handles:
+        if isinstance(sequences, np.ndarray):
+            return sequences
+        handles = []
+        for sequence in sequences:
+            if isinstance(sequence, Sequence) and sequence.allocator is not self:
+                raise SpecError(f"{sequence!r} belongs to another allocator")
+            handles.append(sequence.id if isinstance(sequence, Sequence) else sequence)
+        try:
+            return np.array(handles, np.int32)
+        except (OverflowError, TypeError, ValueError) as error:
+            raise SpecError(f"sequences: got {handles!r}; must be sequences or their int32 handles") from error
 
     def _fitting_batch(self, ids: Handles, new_tokens: List[int] | Handles | None, rows: int) -> Batch:
         lengths, fresh, blocks = [], [], []
@@ -246,11 +273,11 @@ class Allocator:
             self.core.lengths(ids, index, tokens, committed)
             pad = max(0, rows - len(ids))
             lengths.append(int(max(tokens.max(initial=0), group.block_size)))
+            count = int((tokens - committed).sum())  # groups that do not grow with the tokens write all they reserved
             if new_tokens is not None and group.growth == "token":
-                asked = int(np.sum(new_tokens))
-            else:  # the others write all that they have reserved
-                asked = int((tokens - committed).sum())
-            fresh.append(max(0, asked) + pad)  # a negative count is refused by fill
+                # Counts that are negative, or more than is reserved, are refused by fill: no buffers for them.
+                count = max(0, min(int(np.sum(new_tokens)), count))
+            fresh.append(count + pad)
             blocks.append(int((-(-tokens // group.block_size)).sum()) + pad)
         return self._new_batch(max(rows, len(ids)), fresh, lengths, blocks)
 
@@ -404,7 +431,15 @@ def _count(field: str, value: int) -> int:
     return int(value)
 
 
-def _handles(sequences: Iterable[Sequence | int] | Handles) -> Handles:
-    if isinstance(sequences, np.ndarray):
-        return sequences
-    return np.array([s.id if isinstance(s, Sequence) else s for s in sequences], np.int32)
+def _counts(new_tokens: List[int] | Handles) -> Handles:
+    """Token counts as int32 [n]; ``SpecError`` for what would only become that by rounding or wrapping round."""
+    counts = np.asarray(new_tokens)
+    fits = counts.size == 0 or (counts.dtype.kind in "iu" and counts.min() >= -(2**31) and counts.max() < 2**31)
+    if counts.ndim != 1 or not fits:
+        raise SpecError(f"new_tokens: got {new_tokens!r}; must be one int32 for each sequence")
+    return np.ascontiguousarray(counts, np.int32)
+
+
+def _not_int32(*arrays: object) -> SpecError:
+    got = " and ".join(f"{a.dtype} {list(a.shape)}" if isinstance(a, np.ndarray) else repr(a) for a in arrays)
+    return SpecError(f"got {got}; batched calls take contiguous numpy arrays, int32 [n]")

@@ -12,6 +12,8 @@ from kvmem.units import format_bytes, parse_bytes
 __all__ = ["PagePool"]
 
 _LEAST_PAGE = 4096
+#: Page ids are int32 in the core's books.
+MAX_PAGES = 2**31 - 1
 
 
 class PagePool:
@@ -56,7 +58,13 @@ class PagePool:
                 f"{field}: got {format_bytes(count_bytes)}; one page is {format_bytes(page_bytes)}, which is the least "
                 f"that works: give more memory or a smaller page_bytes"
             )
-        return count_bytes // page_bytes
+        pages = count_bytes // page_bytes
+        if pages > MAX_PAGES:
+            raise SpecError(
+                f"{field}: got {format_bytes(count_bytes)}, which is {pages} pages of {format_bytes(page_bytes)}; page "
+                f"ids go to {MAX_PAGES}: give a larger page_bytes"
+            )
+        return pages
 
     @property
     def page_bytes(self) -> int:

@@ -35,6 +35,15 @@ def count_tokens(tokens: int | Tokens[int] | np.ndarray | torch.Tensor) -> int:
     return int(ids.size)
 
 
+def check_count(field: str, value: int) -> int:
+    """An int32 for the core, which itself refuses what is negative or too much, with what there is."""
+    if type(value) is not int and (isinstance(value, bool) or not isinstance(value, (int, np.integer))):
+        raise SpecError(f"{field}: got {value!r}; must be an integer")
+    if not -(2**31) <= value < 2**31:
+        raise SpecError(f"{field}: got {value}; must fit an int32")
+    return int(value)
+
+
 class Sequence:
     """One request's tokens in an allocator. Made by ``Allocator.sequence()`` and ``fork()``; a context manager that
     frees it.
@@ -56,6 +65,11 @@ class Sequence:
         return self._id
 
     @property
+    def allocator(self) -> Allocator:
+        """Whose sequence it is."""
+        return self._alloc
+
+    @property
     def num_tokens(self) -> int:
         """Tokens reserved, committed ones included."""
         return self._alloc.core.tokens(self._id)
@@ -71,7 +85,7 @@ class Sequence:
         Costs no driver call while the row or the blocks at hand suffice. ``group`` names a group that is fixed after
         prefill (cross attention), which grows by its own count, once.
         """
-        self._alloc.core.extend(self._id, n, -1 if group is None else group)
+        self._alloc.core.extend(self._id, check_count("n", n), -1 if group is None else check_count("group", group))
 
     def try_extend(self, n: int, *, group: int | None = None) -> bool:
         """As ``extend``, but False instead of ``OutOfMemory``."""
@@ -83,11 +97,12 @@ class Sequence:
 
     def commit(self, tokens: int | Tokens[int] | np.ndarray | torch.Tensor, *, group: int | None = None) -> None:
         """The KV of the next ``tokens`` (their ids, or how many) is written. Sliding windows move on."""
-        self._alloc.core.commit(self._id, count_tokens(tokens), -1 if group is None else group)
+        index = -1 if group is None else check_count("group", group)
+        self._alloc.core.commit(self._id, check_count("tokens", count_tokens(tokens)), index)
 
     def truncate(self, num_tokens: int) -> None:
         """Keeps the first ``num_tokens`` tokens, as when draft tokens are rejected. Never needs memory."""
-        self._alloc.core.truncate(self._id, num_tokens)
+        self._alloc.core.truncate(self._id, check_count("num_tokens", num_tokens))
 
     def fork(self) -> Sequence:
         """A second sequence with the same committed tokens: whole pages or blocks are shared, the cut one is copied.

@@ -152,8 +152,6 @@ def _plain(data: _Data) -> torch.Tensor:
     """[sequences, query heads, width], one call a sequence."""
     out = torch.empty_like(data.q)
     for i, (q, k, v) in enumerate(zip(data.q, data.k, data.v, strict=True)):
-        result = F.scaled_dot_product_attention(
-            q[None, :, None], k.transpose(0, 1)[None], v.transpose(0, 1)[None], enable_gqa=q.shape[0] != k.shape[1]
-        )
-        out[i] = result[0, :, 0]
+        grouped = q.view(1, k.shape[1], -1, q.shape[-1])  # as `sdpa` has it: a group's query heads as rows of one head
+        out[i] = F.scaled_dot_product_attention(grouped, k.transpose(0, 1)[None], v.transpose(0, 1)[None]).view_as(q)
     return out

@@ -1,0 +1,373 @@
+"""Bad input: a typed error that says what was asked, what there is and what would do; nothing changes, nothing is corrupted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from support_world import BACKENDS, PAGE, World, mixed_spec, plain_spec
+
+import kvmem
+from kvmem import DeviceError, OutOfMemory, SpecError, StaleHandle
+
+FULL, WINDOW, CROSS, STATE = range(4)
+
+
+def make(backend: str = "virtual", pages: int = 60, **options: Any) -> kvmem.Allocator:
+    sizes = dict(device="cpu", memory=pages * PAGE, page_bytes=PAGE, interleave=1, max_sequences=4, max_tokens=300)
+    return kvmem.Allocator(mixed_spec(), backend=backend, **(sizes | options))
+
+
+@pytest.fixture(params=BACKENDS)
+def world(request: pytest.FixtureRequest) -> World:
+    """Two sequences: the first with 100 committed tokens and 5 reserved, the second with a state only."""
+    world = World(make(request.param))
+    for count in (100, 0):
+        world.run(world.open())
+        handle = max(world.sequences)
+        world.run(world.extend(handle, count))
+        world.run(world.commit(handle, count, world.token_groups))
+    world.run(world.extend(min(world.sequences), 5))
+    return world
+
+
+def refused(world: World, error: type[Exception], words: str, call: Callable[[], object]) -> None:
+    before, parked = world.observe(), world.alloc.stats()
+    with pytest.raises(error, match=words):
+        call()
+    assert world.observe() == before and world.alloc.stats() == parked
+    world.healthy()
+
+
+def i32(*values: int) -> np.ndarray:
+    return np.array(values, np.int32)
+
+
+# --- token counts ---
+
+
+@pytest.mark.parametrize(
+    ("count", "error", "words"),
+    [
+        (-1, SpecError, r"(?s)-1.*"),
+        (-(2**31), SpecError, "-2147483648"),
+        (196, SpecError, r"from 105 by 196 tokens; it can hold 300.*at most 195 more"),
+        (2**31 - 1, SpecError, r"at most 195 more"),
+        (2**31, SpecError, "n: got 2147483648; must fit"),
+        (2**62, SpecError, "n: got 4611686018427387904"),
+        (2**63, SpecError, "."),
+        (2**200, SpecError, "."),
+        (1.0, SpecError, "."),
+        (1.5, SpecError, "."),
+        (None, SpecError, "."),
+        ("1", SpecError, "."),
+        (True, SpecError, "."),
+    ],
+)
+def test_extend_by_a_wrong_count(world: World, count: Any, error: Any, words: str) -> None:
+    sequence = kvmem.Sequence(world.alloc, min(world.sequences))
+    refused(world, error, words, lambda: sequence.extend(count))
+    refused(world, error, words, lambda: sequence.try_extend(count))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "words"),
+    [
+        (-1, "got -1"),
+        (6, "asked to commit 6 tokens.*5 are reserved and not committed: extend"),
+        (2**31, "tokens: got 2147483648"),
+        (2**63 - 1, "tokens: got 9223372036854775807"),
+        ([1, 2, 3, 4, 5, 6], "asked to commit 6"),
+        ([-1], "the id -1"),
+        ([[1, 2]], r"shape \(1, 2\)"),
+        ([1.5], "float"),
+        (True, "bool"),
+        (1.0, "float"),
+        ("12", "str|<U"),
+        (None, "object|NoneType"),
+        ([1, [2]], "list"),
+    ],
+)
+def test_commit_of_wrong_tokens(world: World, tokens: Any, words: str) -> None:
+    sequence = kvmem.Sequence(world.alloc, min(world.sequences))
+    refused(world, SpecError, words, lambda: sequence.commit(tokens))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "words"),
+    [(-1, "to -1 tokens; it has 105"), (106, "to 106 tokens; it has 105"), (2**40, "num_tokens: got 1099511627776"), (3, "sliding window of 40.*least that would do is")],
+)
+def test_truncate_to_a_wrong_length(world: World, tokens: int, words: str) -> None:
+    sequence = kvmem.Sequence(world.alloc, min(world.sequences))
+    refused(world, SpecError, words, lambda: sequence.truncate(tokens))
+
+
+@pytest.mark.parametrize("tokens", [True, 1.0, "1", None, 2**63, 2**70])
+def test_truncate_to_no_integer(world: World, tokens: Any) -> None:
+    sequence = kvmem.Sequence(world.alloc, min(world.sequences))
+    refused(world, SpecError, ".", lambda: sequence.truncate(tokens))
+
+
+def test_the_least_length_that_a_window_allows_is_right(world: World) -> None:
+    handle = min(world.sequences)
+    least = world.least_tokens(handle)
+    refused(world, SpecError, f"least that would do is {least}$", lambda: world.core.truncate(handle, least - 1))
+    assert world.run(world.truncate(handle, least))
+    world.healthy()
+
+
+# --- handles ---
+
+
+def handle_calls(world: World, handle: Any) -> list[Callable[[], object]]:
+    core, alloc = world.core, world.alloc
+    return [
+        lambda: core.extend(handle, 1, -1), lambda: core.commit(handle, 0, -1), lambda: core.truncate(handle, 0),
+        lambda: core.fork(handle), lambda: core.free(handle), lambda: core.tokens(handle), lambda: core.committed(handle),
+        lambda: core.first_token(handle), lambda: core.row(handle), lambda: alloc.batch([handle]),
+        lambda: alloc.sequence_tensor(handle, 0, "k"), lambda: kvmem.Sequence(alloc, handle).num_tokens,
+        lambda: alloc.extend_batch(i32(handle), i32(1)), lambda: alloc.try_extend_batch(i32(handle), i32(1)),
+        lambda: alloc.commit_batch(i32(handle), i32(0)), lambda: alloc.free_batch(i32(handle)),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("handle", [0, 2, 1000, -1, -5, 2**31 - 1, -(2**31)])
+def test_handles_that_were_never_given_out(world: World, handle: int) -> None:
+    for call in handle_calls(world, handle):
+        refused(world, StaleHandle, f"{handle} is not live", call)
+
+
+@pytest.mark.parametrize("handle", [2**31, 2**40, -(2**31) - 1])
+def test_handles_that_are_no_int32(world: World, handle: int) -> None:
+    for call in handle_calls(world, handle):
+        refused(world, (StaleHandle, SpecError, TypeError, OverflowError), ".", call)
+
+
+def test_a_freed_handle_is_stale_also_when_its_place_has_a_new_tenant(world: World) -> None:
+    old = kvmem.Sequence(world.alloc, min(world.sequences))
+    world.run(world.free([old.id]))
+    for call in handle_calls(world, old.id):
+        refused(world, StaleHandle, f"{old.id} is not live.*freed", call)
+    for _ in range(40):  # every place gets tenants
+        handles = world.alloc.open_batch(3)
+        assert old.id not in handles
+        world.alloc.free_batch(handles)
+    for call in handle_calls(world, old.id):
+        refused(world, StaleHandle, "not live", call)
+    for use in (old.free, old.fork, lambda: old.extend(1), lambda: old.num_tokens, lambda: old.kv(0)):
+        refused(world, StaleHandle, "not live", use)
+
+
+def test_a_handle_of_another_allocator(world: World) -> None:
+    other = make(max_sequences=3)
+    foreign = [other.open_batch(1)[0] for _ in range(3)]
+    other.free_batch(i32(*foreign))
+    stranger = other.sequence()
+    if stranger.id not in world.sequences:
+        refused(world, StaleHandle, "never gave it out", lambda: world.core.free(stranger.id))
+    with pytest.raises(SpecError, match="another allocator|belongs"):
+        world.alloc.batch([stranger])
+
+
+def test_double_free_in_every_form(world: World) -> None:
+    sequence = world.alloc.sequence()
+    sequence.free()
+    refused(world, StaleHandle, "not live", sequence.free)
+    refused(world, StaleHandle, "not live", lambda: world.alloc.free_batch(i32(sequence.id)))
+    with pytest.raises(StaleHandle), world.alloc.sequence() as inner:
+        inner.free()
+    first, second = sorted(world.sequences)
+    refused(world, SpecError, f"{first} is named twice", lambda: world.alloc.free_batch(i32(first, second, first)))
+    refused(world, StaleHandle, "not live", lambda: world.alloc.free_batch(i32(first, second, sequence.id)))
+
+
+# --- batches ---
+
+
+def test_a_sequence_stands_in_a_batch_once(world: World) -> None:
+    first, second = sorted(world.sequences)
+    refused(world, SpecError, "named twice", lambda: world.alloc.extend_batch(i32(first, second, first), i32(1, 1, 1)))
+    refused(world, SpecError, "named twice", lambda: world.alloc.commit_batch(i32(first, first), i32(1, 1)))
+
+
+def test_one_bad_entry_refuses_the_whole_batch(world: World) -> None:
+    first, second = sorted(world.sequences)
+    refused(world, SpecError, "-3", lambda: world.alloc.extend_batch(i32(first, second), i32(1, -3)))
+    refused(world, SpecError, "at most 300 more", lambda: world.alloc.extend_batch(i32(first, second), i32(1, 301)))
+    refused(world, SpecError, "0 are reserved", lambda: world.alloc.commit_batch(i32(first, second), i32(1, 1)))
+
+
+def test_arrays_of_wrong_length_or_type(world: World) -> None:
+    first, second = sorted(world.sequences)
+    alloc = world.alloc
+    refused(world, SpecError, "2 handles and 1 counts", lambda: alloc.extend_batch(i32(first, second), i32(1)))
+    refused(world, SpecError, "1 handles and 2 counts", lambda: alloc.commit_batch(i32(first), i32(1, 1)))
+    wrong: list[Any] = [
+        np.array([first]), np.array([first], np.float32), np.array([first], np.uint32), np.array([[first]], np.int32), [first],
+        np.array([first, 0, second, 0], np.int32)[::2], None, first,
+    ]  # fmt: skip
+    for ids in wrong:
+        for call in (alloc.free_batch, lambda x: alloc.extend_batch(x, i32(1)), lambda x: alloc.commit_batch(x, i32(0))):
+            refused(world, SpecError, ".", lambda call=call, ids=ids: call(ids))
+
+
+def test_buffers_that_are_too_small(world: World) -> None:
+    handles = sorted(world.sequences)
+    alloc = world.alloc
+    for sizes, words in [
+        (dict(max_sequences=1, max_new_tokens=100), "2 rows does not fit"),
+        (dict(max_new_tokens=4), "5 new tokens; the batch was made for"),
+        (dict(max_new_tokens=100, max_tokens=32), "7 blocks for one sequence"),
+    ]:
+        batch = alloc.make_batch(**sizes)
+        refused(world, SpecError, words, lambda batch=batch: alloc.batch(handles, out=batch))
+        refused(world, SpecError, words, lambda batch=batch: alloc.fill(i32(*handles), batch))
+
+
+@pytest.mark.parametrize("new_tokens", [[6, 0], [-1, 0], [5], [5, 0, 0], [2**31 - 1, 0], [2**31, 0], [1.5, 0], [[5, 0]]])
+def test_a_step_of_tokens_that_are_not_reserved(world: World, new_tokens: list[int]) -> None:
+    refused(world, SpecError, ".", lambda: world.alloc.batch(sorted(world.sequences), new_tokens=new_tokens))
+
+
+# --- groups ---
+
+
+@pytest.mark.parametrize("group", [4, 99, -2, -100])
+def test_groups_that_do_not_exist(world: World, group: int) -> None:
+    sequence = kvmem.Sequence(world.alloc, min(world.sequences))
+    refused(world, SpecError, f"group {group} does not exist; there are 4", lambda: sequence.extend(1, group=group))
+    refused(world, SpecError, f"group {group} does not exist", lambda: sequence.commit(0, group=group))
+
+
+def test_a_prefill_group_grows_once(world: World) -> None:
+    handle = min(world.sequences)
+    sequence = kvmem.Sequence(world.alloc, handle)
+    refused(world, SpecError, "by 101 tokens; it can hold 100", lambda: sequence.extend(101, group=CROSS))
+    assert world.run(world.prefill(handle, CROSS, 30))
+    refused(world, SpecError, "fixed after prefill and already holds 30", lambda: sequence.extend(1, group=CROSS))
+    refused(world, SpecError, "asked to commit 31.*30 are reserved", lambda: sequence.commit(31, group=CROSS))
+
+
+def test_layers_and_components_that_do_not_exist(world: World) -> None:
+    alloc = world.alloc
+    for layer, name in [(0, "q"), (4, "k"), (-1, "k"), (1, "cross_k")]:
+        refused(world, SpecError, ".", lambda layer=layer, name=name: alloc.tensor(layer, name))
+    if alloc.backend == "paged":
+        refused(world, SpecError, "no rows", lambda: alloc.rows(0))
+
+
+# --- memory ---
+
+
+def test_out_of_memory_says_how_much_would_fit(world: World) -> None:
+    """The number in the message is the truth: that much fits, and one page's worth more does not."""
+    alloc = kvmem.Allocator(plain_spec(), backend=world.alloc.backend, memory=6 * PAGE, page_bytes=PAGE, interleave=1, max_sequences=2,
+                            max_tokens=4000)  # fmt: skip
+    sequence = alloc.sequence()
+    with pytest.raises(OutOfMemory, match=r"from 0 by 4000 tokens.*page\(s\) of 4096 bytes.*of 6 .*set_memory") as caught:
+        sequence.extend(4000)
+    fits = int(str(caught.value).split("could grow by about ")[1].split(".")[0])
+    assert isinstance(caught.value, MemoryError) and alloc.check() == [] and sequence.num_tokens == 0
+    assert not sequence.try_extend(fits + 64) and sequence.num_tokens == 0
+    assert 64 <= fits <= 192
+    sequence.extend(fits)
+
+
+def test_too_many_sequences(world: World) -> None:
+    refused(world, OutOfMemory, "all 4 are in use: free one, or raise max_sequences", lambda: world.alloc.open_batch(3))
+    world.alloc.open_batch(2)
+    for call in (world.alloc.sequence, lambda: world.core.fork(min(world.sequences)), lambda: world.alloc.open_batch(1)):
+        with pytest.raises(OutOfMemory, match="all 4 are in use"):
+            call()
+    for n in (-1, True, 1.0, None):
+        with pytest.raises(SpecError, match="n: got"):
+            world.alloc.open_batch(n)  # type: ignore[arg-type]
+
+
+def test_less_memory_than_sequences_hold(world: World) -> None:
+    held = world.alloc.stats()
+    least = (held.mapped_bytes - held.parked_bytes) // PAGE
+    refused(world, OutOfMemory, f"{least}, which is the smallest", lambda: world.alloc.set_memory(PAGE))
+    refused(world, SpecError, "one page is 4 KiB", lambda: world.alloc.set_memory(PAGE - 1))
+    world.alloc.set_memory(least * PAGE)
+    world.healthy()
+
+
+@pytest.mark.parametrize("text", ["", "lots", "12 parsecs", "-1GiB", "1e9", "GiB", "1,5GiB", "0x10", -1, 1.5, True, None, b"1GiB", "1GiB2"])
+def test_memory_that_nobody_can_read(world: World, text: Any) -> None:
+    refused(world, SpecError, "memory: got", lambda: world.alloc.set_memory(text))
+    with pytest.raises(SpecError, match="memory: "):
+        make(memory=text)
+    if text is not None:
+        refused(world, SpecError, "bytes: got", lambda: world.alloc.trim(text))
+
+
+# --- construction ---
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        (dict(memory=100), SpecError, "100 B; one page is 4 KiB, which is the least"),
+        (dict(memory=0), SpecError, "0 B; one page is 4 KiB"),
+        (dict(page_bytes=0), SpecError, "page_bytes.*positive"),
+        (dict(page_bytes=1000), SpecError, "page_bytes is 1000; device .* multiples of 4096"),
+        (dict(page_bytes=-4096), SpecError, "page_bytes: got -4096"),
+        (dict(page_bytes=2**62, memory=2**63), SpecError, "."),
+        (dict(page_bytes=True), SpecError, "page_bytes: got True"),
+        (dict(max_sequences=0), SpecError, "max_sequences: got 0"),
+        (dict(max_sequences=True), SpecError, "max_sequences: got True"),
+        (dict(max_sequences=2.0), SpecError, "max_sequences: got 2.0"),
+        (dict(max_sequences=2**31), SpecError, "."),
+        (dict(max_sequences=2**62), SpecError, "."),
+        (dict(max_tokens=0), SpecError, "max_tokens: got 0"),
+        (dict(max_tokens=2**50), SpecError, "would reserve.*lower max_sequences, max_tokens"),
+        (dict(max_tokens=2**62), SpecError, "."),
+        (dict(backend="mmu"), SpecError, "backend: got 'mmu'; must be one of virtual, paged"),
+        (dict(backend=None), SpecError, "backend: got None"),
+        (dict(zero="sometimes"), SpecError, "zero: got 'sometimes'"),
+        (dict(interleave=0), SpecError, 'interleave: got 0; must be "all" or'),
+        (dict(interleave="some"), SpecError, "interleave: got 'some'"),
+        (dict(interleave=True), SpecError, "interleave: got True"),
+        (dict(map_ahead_tokens=-1), SpecError, "map_ahead_tokens: got -1"),
+        (dict(tail_guard_tokens=1.5), SpecError, "tail_guard_tokens: got 1.5"),
+        (dict(device="tpu"), DeviceError, "device: got 'tpu'; must be"),
+        (dict(device="cuda:x"), DeviceError, "device: got 'cuda:x'"),
+        (dict(memory=None), SpecError, "memory: missing"),
+    ],
+)
+def test_an_allocator_that_cannot_be_made(options: dict[str, Any], error: Any, words: str) -> None:
+    with pytest.raises(error, match=words):
+        make(**options)
+
+
+def test_more_pages_than_can_be_numbered() -> None:
+    with pytest.raises(SpecError, match="memory"):
+        make(memory="1024PiB")
+
+
+def test_the_pool_decides_what_is_the_pools() -> None:
+    pool = kvmem.PagePool(memory=10 * PAGE, page_bytes=PAGE)
+    for extra in (dict(device="cpu"), dict(page_bytes=PAGE)):
+        with pytest.raises(SpecError, match="belong to the pool"):
+            kvmem.Allocator(plain_spec(), pool=pool, max_sequences=1, max_tokens=16, **extra)
+    with pytest.raises(SpecError, match="must be a CacheSpec"):
+        kvmem.Allocator({"layers": 2}, pool=pool, max_sequences=1, max_tokens=16)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("library", ["/nowhere/libcuda.so.1", __file__])
+def test_a_driver_library_that_is_missing_or_none(monkeypatch: pytest.MonkeyPatch, library: str) -> None:
+    monkeypatch.setenv("KVMEM_CUDA_DRIVER", library)
+    with pytest.raises(DeviceError, match="cuda|CUDA"):
+        make(device="cuda:0", page_bytes=None)
+
+
+def test_meta_has_no_memory_to_show() -> None:
+    alloc = make(device="meta")
+    sequence = alloc.sequence()
+    sequence.extend(10)
+    with pytest.raises(DeviceError, match="books only"):
+        alloc.kv(0)
+    assert alloc.check() == []
