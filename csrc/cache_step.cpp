@@ -43,11 +43,11 @@ bool Cache::plan_extend(const i32* handles, const i32* counts, i64 n, i64 group)
   return room;
 }
 
-// Entries that a window has dropped point at the trash blocks. Those are backed before the first can be dropped, when
-// the sequence grows: commit() never needs memory.
+// Entries of a block table that a window has dropped point at the trash blocks. Those are backed before the first can
+// be dropped, when the sequence grows: commit() never needs memory.
 bool Cache::lacks_trash(i64 g, i64 tokens) const {
   const i64 window = geometry_.groups[g].window_tokens;
-  return window > 0 && tokens >= window && !table_->has_trash(g);
+  return paged_ && window > 0 && tokens >= window && !table_->has_trash(g);
 }
 
 void Cache::extend(const i32* handles, const i32* counts, i64 n, i64 group) {
