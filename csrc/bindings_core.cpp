@@ -206,8 +206,8 @@ void bind_stats(nb::module_& m) {
       .def_ro("physical_bytes", &CacheStats::physical_bytes);
 }
 
-// One arena as a flat tensor of bytes (DLPack). The tensor owns a reference to the cache, since a cache that goes unmaps
-// its arenas: whoever still looks at the memory keeps it.
+// One arena as a flat tensor of bytes (DLPack). The tensor owns a reference to the cache, since a cache that goes
+// unmaps its arenas: whoever still looks at the memory keeps it.
 nb::ndarray<std::uint8_t> arena_bytes(nb::handle_t<Cache> self, i64 group, i64 arena_in_group) {
   auto& cache = nb::cast<Cache&>(self);
   Space* space = cache.pool().space();

@@ -180,15 +180,20 @@ void PagePool::set_budget(i64 pages) {
     refs_.resize(pages, -1);
     content_.resize(pages, kGarbage);
   }
-  if (create_ahead_) {
-    for (i64 first = 0; present_pages_ < pages; ++first) {
+  const i64 before = budget_pages_;
+  budget_pages_ = std::max(before, pages);  // what is created is checked against it
+  try {
+    for (i64 first = 0; create_ahead_ && present_pages_ < pages; ++first) {
       if (refs_[first] >= 0) continue;
       i64 n = 1;
       while (present_pages_ + n < pages && refs_[first + n] < 0) ++n;
       tx.push({OpKind::create, 0, first, n});
     }
+    tx.commit();
+  } catch (...) {
+    budget_pages_ = before;
+    throw;
   }
-  tx.commit();
   budget_pages_ = pages;
 }
 

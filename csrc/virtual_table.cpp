@@ -506,8 +506,8 @@ class VirtualTable final : public PageTable {
   }
 
   // Pages from the length on are shared, after a truncation: the one that the length cuts is replaced by a copy of what
-  // is used, and those behind it, which were kept as the guard, give way to new ones. The copy is made at the scratch slot
-  // behind the last row, since the row's own address still shows the old page.
+  // is used, and those behind it, which were kept as the guard, give way to new ones. The copy is made at the scratch
+  // slot behind the last row, since the row's own address still shows the old page.
   void copy_tail(i64 index, i64 group, i64 tokens, Transaction& tx) {
     const i64 row = row_of_[index];
     bool shared = false;

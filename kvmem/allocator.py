@@ -273,10 +273,11 @@ class Allocator:
             self.core.lengths(ids, index, tokens, committed)
             pad = max(0, rows - len(ids))
             lengths.append(int(max(tokens.max(initial=0), group.block_size)))
-            chosen = new_tokens is not None and group.growth == "token"  # others write all that they have reserved
-            reserved = int((tokens - committed).sum())
-            # Counts that are negative, or more than is reserved, are refused by fill: no buffers for them.
-            fresh.append(max(0, min(int(np.sum(new_tokens)), reserved) if chosen else reserved) + pad)
+            count = int((tokens - committed).sum())  # groups that do not grow with the tokens write all they reserved
+            if new_tokens is not None and group.growth == "token":
+                # Counts that are negative, or more than is reserved, are refused by fill: no buffers for them.
+                count = max(0, min(int(np.sum(new_tokens)), count))
+            fresh.append(count + pad)
             blocks.append(int((-(-tokens // group.block_size)).sum()) + pad)
         return self._new_batch(max(rows, len(ids)), fresh, lengths, blocks)
 

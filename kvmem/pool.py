@@ -11,6 +11,7 @@ from kvmem.units import format_bytes, parse_bytes
 
 __all__ = ["PagePool"]
 
+_LEAST_PAGE = 4096
 #: Page ids are int32 in the core's books.
 MAX_PAGES = 2**31 - 1
 
@@ -37,8 +38,11 @@ class PagePool:
         self.device: Device = open_device(device, driver)
         budget = parse_bytes("memory", memory)
         page = self.device.default_page_bytes(budget) if page_bytes is None else parse_bytes("page_bytes", page_bytes)
-        if page <= 0:
-            raise SpecError(f"page_bytes: got {page_bytes!r}; must be positive")
+        # Without a driver nobody else would object to what no device can map.
+        if page <= 0 or (self.device.driver is None and page % _LEAST_PAGE):
+            raise SpecError(
+                f"page_bytes: got {page_bytes!r}; must be a multiple of {_LEAST_PAGE}, the least page of any device"
+            )
         self.core = _core.PagePool(
             page_bytes=page,
             budget_pages=self.pages("memory", budget, page),

@@ -106,7 +106,7 @@ class KVMemLayer(CacheLayerMixin):  # type: ignore[misc]
         return place.read(self._tensor(name), first, self.num_tokens).transpose(1, 2)
 
     def _tensor(self, name: str) -> torch.Tensor:
-        """Rows or blocks of one component, as ``place`` reads them. Kept, as making the view costs as much as a copy."""
+        """Rows or blocks of one component, as ``place`` reads them. Kept: making the view costs as much as a copy."""
         alloc, num_blocks = self._rows.alloc, self._rows.place(self._group).num_blocks
         memory = self._memory.get(name)
         if memory is None or memory.shape[0] < num_blocks:

@@ -48,7 +48,7 @@ def _strided(
     arena: torch.Tensor, where: Slice, lead: tuple[int, ...], lead_bytes: tuple[int, ...], offset: int
 ) -> torch.Tensor:
     size = where.dtype.itemsize
-    with torch.inference_mode(False):  # a view of another dtype that is made in inference mode cannot be written outside
+    with torch.inference_mode(False):  # a view made in that mode could never be written outside of it
         return arena.view(where.dtype).as_strided(
             (*lead, where.heads, where.width),
             (*(b // size for b in lead_bytes), where.width, 1),

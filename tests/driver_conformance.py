@@ -5,6 +5,7 @@ A test gets a fresh ``device`` and must leave nothing behind; the fixture in tes
 
 from __future__ import annotations
 
+import itertools
 import random
 import threading
 from collections.abc import Callable, Iterator
@@ -63,7 +64,7 @@ def test_reserve_costs_no_memory_and_keeps_alignment(device: Device, alignment: 
     bases = [driver.reserve(TIB, alignment) for _ in range(3)]
     assert all(base % max(alignment, device.page_bytes) == 0 for base in bases)
     bases.sort()
-    assert all(b - a >= TIB for a, b in zip(bases, bases[1:], strict=False)), "reservations overlap"
+    assert all(b - a >= TIB for a, b in itertools.pairwise(bases)), "reservations overlap"
     assert driver.physical_bytes() == before
     for base in bases:
         driver.release(base, TIB)
@@ -184,7 +185,7 @@ def test_calls_may_come_from_any_thread(device: Device) -> None:
                 device.driver.zero(base, device.page_bytes)
                 finish(device)
                 assert device.read(base, device.page_bytes) == bytes(device.page_bytes)
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001  the thread hands it to the test
             errors.append(error)
 
     threads = [threading.Thread(target=work) for _ in range(4)]

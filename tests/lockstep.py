@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -32,46 +34,35 @@ class Lockstep:
 
     # --- calls that need memory: agreed with the model before they are believed ---
 
-    def _asks(self, after: Model, call: object, *arguments: object) -> bool:
-        """Makes a call that may run out of memory; ``after`` is the model as it will be if it succeeds."""
+    def _asks(self, change: Callable[[Model], object], call: Callable[[], object]) -> bool:
+        """Makes a call that may run out of memory; ``change`` does the same to a model."""
         try:
-            result = call(*arguments)  # type: ignore[operator]
+            call()
         except kvmem.OutOfMemory:
             self.refusals += 1
+            after = self.model.copy()
+            change(after)
             assert not self._must_fit(after), "refused, though the reference model has room"
             return False
-        assert result is not False, "try_ forms are not used here"
+        change(self.model)
         if self.virtual:
-            assert self._pages(after) <= self._budget(), "granted, though the pages it needs are over the budget"
-        self.model = after
+            assert self.model.needed_pages() <= self._budget(), "granted, though the pages it needs are over the budget"
         return True
 
     def _budget(self) -> int:
         return self.alloc.pool.budget_bytes // self.alloc.pool.page_bytes
 
-    def _pages(self, model: Model) -> int:
-        return model.live_pieces + self._trash_pages()
-
-    def _trash_pages(self) -> int:
-        """Pages under the trash blocks. Only ``prepare_padding`` makes them here, and windows in the paged backend."""
-        return self._trash
-
-    _trash = 0
-
     def prepare_padding(self) -> None:
-        """Backs the trash blocks of every group, while nothing else is held."""
-        assert not self.model.live_pieces
-        handle = self.open()
-        self.alloc.batch([handle], pad_to=2)
-        stats = self.alloc.stats()
-        self._trash = (stats.mapped_bytes - stats.parked_bytes) // self.alloc.pool.page_bytes
-        self.free([handle])
+        """Backs the trash blocks of every group."""
+        self.alloc.batch([], pad_to=1)
+        self.model.trash = set(range(len(self.model.groups)))
 
     def _must_fit(self, after: Model) -> bool:
-        """Whether there is room beyond doubt. Exact for the virtual backend; for the paged one, whose blocks need not fill the
+        """Whether there is room beyond doubt. Exact for the virtual backend; for the paged one, whose blocks need not
+        fill the
         pages they keep mapped, whether the new blocks fit in pages that no block is using."""
         if self.virtual:
-            return self._pages(after) <= self._budget()
+            return after.needed_pages() <= self._budget()
         stats, page = self.alloc.stats(), self.alloc.pool.page_bytes
         free_pages = self._budget() - (stats.mapped_bytes - stats.parked_bytes) // page
         need = 0
@@ -102,59 +93,41 @@ class Lockstep:
             with pytest.raises(kvmem.SpecError):
                 self.alloc.extend_batch(ids, amounts)
             return False
-        ample = self._has_ample(counts)
-        after = self.model if ample else self.model.copy()
-        if ample:
-            self.alloc.extend_batch(ids, amounts)  # must not fail, so what was need not be kept
-        for handle, n in counts.items():
-            after.extend(handle, n)
-        if ample:
-            return True
-        if len(counts) == 1:
-            return self._asks(after, self.alloc.core.extend, int(ids[0]), int(amounts[0]))
-        return self._asks(after, self.alloc.extend_batch, ids, amounts)
 
-    def _has_ample(self, counts: dict[int, int]) -> bool:
-        """Whether there are free pages for much more than this: copying the model is what costs time."""
-        stats, page = self.alloc.stats(), self.alloc.pool.page_bytes
-        need = 0
-        for rules in self.model.groups:
-            for size, piece in zip(rules.token_bytes, rules.piece_bytes, strict=True):
-                pieces = sum((n + 2 * rules.guard_tokens) * size // piece + 4 for n in counts.values())
-                need += pieces * (-(-piece // page) + 1)
-        return 4 * need <= self._budget() - (stats.mapped_bytes - stats.parked_bytes) // page
+        def change(model: Model) -> None:
+            for handle, n in counts.items():
+                model.extend(handle, n)
+
+        if len(counts) == 1:
+            return self._asks(change, lambda: self.alloc.core.extend(int(ids[0]), int(amounts[0])))
+        return self._asks(change, lambda: self.alloc.extend_batch(ids, amounts))
 
     def prefill(self, handle: int, n: int, group: int) -> bool:
         if n > self.model.room_tokens(handle, group):
             with pytest.raises(kvmem.SpecError):
                 self.alloc.core.extend(handle, n, group)
             return False
-        after = self.model.copy()
-        after.extend(handle, n, group)
-        return self._asks(after, self.alloc.core.extend, handle, n, group)
+        return self._asks(lambda m: m.extend(handle, n, group), lambda: self.alloc.core.extend(handle, n, group))
 
     def fork(self, parent: int) -> int:
         if len(self.model.sequences) == self.alloc.max_sequences:
             with pytest.raises(kvmem.OutOfMemory):
                 self.alloc.core.fork(parent)
             return -1
-        after = self.model.copy()
-        after.fork(parent, -2)  # the handle is known only afterwards
         child = -1
 
         def call() -> None:
             nonlocal child
             child = self.alloc.core.fork(parent)
 
-        if self._asks(after, call):
-            self.model = self.model.copy()
-            _rename(self.model, -2, child)
+        self._asks(lambda model: model.fork(parent, child), call)
         return child
 
     # --- calls that never need memory ---
 
     def write(self, handles: list[int]) -> None:
-        """Writes every reserved token that is not committed, and fixed states anew, through a batch as a kernel would."""
+        """Writes every reserved token that is not committed, and fixed states anew, through a batch as a kernel
+        would."""
         if not handles:
             return
         batch = self.alloc.batch(i32(*handles))
@@ -163,14 +136,16 @@ class Lockstep:
             slots, positions, of = fields.slot_mapping, fields.positions, fields.batch_indices
             if rules.growth == "fixed":
                 has = [i for i, h in enumerate(handles) if self.model.sequences[h][g].tokens]
-                slots, positions, of = fields.block_table[has, 0].long(), torch.zeros(len(has)), torch.tensor(has)  # type: ignore[index]
+                slots, positions, of = fields.block_table[has, 0].long(), torch.zeros(len(has)), torch.tensor(has)
             assert slots is not None and positions is not None and of is not None
             self._writer += 1
             writers = self._writer * 1_000_003 + np.array(handles, np.int64)[of.long().numpy()]
             if self.contents and len(slots):
                 write_slots(self.alloc, g, slots, writers, positions.numpy().astype(np.int64))
-            for index, position in zip(of.tolist(), positions.tolist(), strict=True):
-                self.model.write(handles[int(index)], g, int(position), 1, self._writer * 1_000_003 + handles[int(index)])
+            rows, places = of.long().numpy(), positions.long().numpy()
+            for row in np.unique(rows).tolist():  # new tokens of one sequence are neighbours
+                mine = places[rows == row]
+                self.model.write(handles[row], g, int(mine[0]), len(mine), self._writer * 1_000_003 + handles[row])
 
     def commit(self, counts: dict[int, int], group: int | None = None) -> None:
         g = self.model.main if group is None else group
@@ -251,7 +226,7 @@ class Lockstep:
         assert stats.shared_bytes == self.model.shared_bytes()
         assert stats.num_sequences == len(self.model.sequences)
         if self.virtual:
-            assert stats.mapped_bytes - stats.parked_bytes == self._pages(self.model) * page
+            assert stats.mapped_bytes - stats.parked_bytes == self.model.needed_pages() * page
 
     def contents_agree(self) -> None:
         """Every written token of every sequence, in every layer and component, read two ways."""
@@ -266,12 +241,3 @@ class Lockstep:
                     wanted = expected(self.alloc.spec, g, writers, positions)
                     for found, right in zip(read(self.alloc, handle, g), wanted, strict=True):
                         assert torch.equal(found[written], right[written]), (read.__name__, handle, g)
-
-
-def _rename(model: Model, old: int, new: int) -> None:
-    model.sequences[new] = model.sequences.pop(old)
-    for held in model.sequences[new]:
-        for here in held.pieces:
-            for piece in here.values():
-                piece.holders.discard(old)
-                piece.holders.add(new)

@@ -1,4 +1,5 @@
-"""What tests write in place of keys and values: bytes that follow from who wrote the token and where, for each layer and
+"""What tests write in place of keys and values: bytes that follow from who wrote the token and where, for each layer
+and
 component, so that any byte that strays into another token, layer, component or sequence is seen."""
 
 from __future__ import annotations
@@ -24,9 +25,13 @@ def places(spec: kvmem.CacheSpec, group: int) -> Places:
 
 def pattern(writers: np.ndarray, positions: np.ndarray, place: int, width: int) -> torch.Tensor:
     """uint8 [tokens, width]: the bytes that writer ``writers[i]`` gives the token at ``positions[i]``."""
-    seed = writers.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + positions.astype(np.uint64) * np.uint64(0xC2B2AE3D27D4EB4F)
+    seed = writers.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + positions.astype(np.uint64) * np.uint64(
+        0xC2B2AE3D27D4EB4F
+    )
     seed += np.uint64(place * 0x165667B19E3779F9 + 1)
-    mixed = (seed[:, None] + np.arange(width, dtype=np.uint64) * np.uint64(0xD6E8FEB86659FD93)) * np.uint64(0xFF51AFD7ED558CCD)
+    mixed = (seed[:, None] + np.arange(width, dtype=np.uint64) * np.uint64(0xD6E8FEB86659FD93)) * np.uint64(
+        0xFF51AFD7ED558CCD
+    )
     return torch.from_numpy((mixed >> np.uint64(40)).astype(np.uint8))
 
 
@@ -38,7 +43,8 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
 def write_slots(
     alloc: kvmem.Allocator, group: int, slots: torch.Tensor, writers: np.ndarray, positions: np.ndarray
 ) -> None:
-    """Writes tokens as a paged kernel does: at flat slots of the block view, in every layer and component of a group."""
+    """Writes tokens as a paged kernel does: at flat slots of the block view, in every layer and component of a
+    group."""
     size = alloc.spec.groups[group].block_size
     for number, (layer, name) in enumerate(places(alloc.spec, group)):
         view = _bytes(alloc.tensor(layer, name))

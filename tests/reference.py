@@ -1,7 +1,9 @@
 """The allocator as one would explain it on a blackboard: Python lists, no page recycling, no device, no batching.
 
-It knows four things that the real one must agree with at every moment: how long each sequence is, who wrote each of its tokens,
-which pieces of memory (pages or blocks) it shares with others, and so how many bytes are in use and whether one more fits.
+It knows four things that the real one must agree with at every moment: how long each sequence is, who wrote each of
+its tokens,
+which pieces of memory (pages or blocks) it shares with others, and so how many bytes are in use and whether one more
+fits.
 """
 
 from __future__ import annotations
@@ -66,7 +68,8 @@ class Model:
     """See the module. ``budget_pages`` is what live sequences may need; parked memory never counts against them."""
 
     def __init__(
-        self, spec: kvmem.CacheSpec, *, virtual: bool, page_bytes: int, interleave: int, max_sequences: int, max_tokens: int,
+        self, spec: kvmem.CacheSpec, *, virtual: bool, page_bytes: int, interleave: int, max_sequences: int,
+        max_tokens: int,
         guard_tokens: int,
     ) -> None:  # fmt: skip
         self.virtual, self.page_bytes, self.max_sequences = virtual, page_bytes, max_sequences
@@ -84,6 +87,7 @@ class Model:
         self.main = next((i for i, g in enumerate(self.groups) if g.growth == "token"), 0)
         self.sequences: dict[int, list[Tokens]] = {}
         self.live_pieces = 0  # held by someone
+        self.trash: set[int] = set()  # groups whose two trash blocks exist: for padding, and for what windows drop
 
     # --- pieces ---
 
@@ -104,7 +108,8 @@ class Model:
         return first * size // piece, up((tokens + rules.guard_tokens) * size, piece) if tokens else 0
 
     def _settle(self, handle: int, g: int, write_from: int | None = None) -> None:
-        """Holds exactly the pieces that the group's tokens need; those from ``write_from`` on are not shared with anyone."""
+        """Holds exactly the pieces that the group's tokens need; those from ``write_from`` on are not shared with
+        anyone."""
         held = self.sequences[handle][g]
         for arena, here in enumerate(held.pieces):
             low, high = self._span(g, arena, held.first, held.tokens)
@@ -123,6 +128,7 @@ class Model:
     def copy(self) -> Model:
         """An independent copy, in which the same pieces are shared by the same sequences."""
         twin, clones = copy.copy(self), dict[int, Piece]()
+        twin.trash = set(self.trash)
 
         def clone(piece: Piece) -> Piece:
             if id(piece) not in clones:
@@ -131,7 +137,11 @@ class Model:
 
         twin.sequences = {
             handle: [
-                replace(held, writers=held.writers[:], pieces=[{o: clone(p) for o, p in here.items()} for here in held.pieces])
+                replace(
+                    held,
+                    writers=held.writers[:],
+                    pieces=[{o: clone(p) for o, p in here.items()} for here in held.pieces],
+                )
                 for held in groups
             ]
             for handle, groups in self.sequences.items()
@@ -158,6 +168,8 @@ class Model:
             old, held.tokens = held.tokens, held.tokens + n
             held.writers += [0] * n
             self._settle(handle, g, write_from=old)
+            if 0 < self.groups[g].window_tokens <= held.tokens:  # soon there is something to drop
+                self.trash.add(g)
         for g, rules in enumerate(self.groups):
             held = self.sequences[handle][g]
             if group is None and rules.growth == "fixed" and not held.tokens:
@@ -214,6 +226,16 @@ class Model:
     def used_bytes(self) -> int:
         """Bytes of live tokens, each physical byte once: of a shared piece, what any of its holders has in it."""
         return sum(high - low for spans in self._intervals().values() for low, high in _union(spans))
+
+    def needed_pages(self) -> int:
+        """Virtual backend: pages that cannot be taken away now."""
+        trash = [
+            up((2 * rules.block_tokens + rules.guard_tokens) * size, self.page_bytes)
+            for g, rules in enumerate(self.groups)
+            for size in rules.token_bytes
+            if g in self.trash
+        ]
+        return self.live_pieces + sum(trash)
 
     def shared_bytes(self) -> int:
         """The whole of every piece in which more than one sequence has tokens."""

@@ -19,6 +19,8 @@ import kvmem
 from kvmem import _core
 from kvmem.device import Device
 
+torch.set_num_threads(1)  # tiny tensors: threads would only wait for each other
+
 LONG = os.environ.get("KVMEM_LONG") == "1"
 BACKENDS = ("virtual", "paged")
 HALF = torch.float16
@@ -35,7 +37,7 @@ def i32(*values: int) -> np.ndarray:
     return np.array(values, np.int32)
 
 
-# ---- Layouts: one function of the block size each --------------------------------------------------------------------
+# ---- Layouts: one function of the block size each ------------------------------------------------
 
 
 def _component(name: str, **fields: Any) -> kvmem.Component:
@@ -53,7 +55,10 @@ def bytes_kv(block_size: int) -> kvmem.CacheSpec:
 
 def latent(block_size: int) -> kvmem.CacheSpec:
     """As MLA: a latent and a rotary key of unequal width, no heads."""
-    parts = [_component("ckv", width=36, dtype=torch.bfloat16), _component("kpe", width=8, dtype=torch.bfloat16, rope="post")]
+    parts = [
+        _component("ckv", width=36, dtype=torch.bfloat16),
+        _component("kpe", width=8, dtype=torch.bfloat16, rope="post"),
+    ]
     return kvmem.CacheSpec(components=parts, num_layers=2, block_size=block_size)
 
 
@@ -128,13 +133,14 @@ SIZES = {
 }
 
 
-# ---- Devices ---------------------------------------------------------------------------------------------------------
+# ---- Devices -------------------------------------------------------------------------------------
 
 DEVICES = ("host", "checked host", "cuda stub")
 
 
 def open_driver(name: str, folder: Path) -> _core.Driver:
-    """A fresh driver by its name in DEVICES. Compiles the stand-in for libcuda the first time; skips without a compiler."""
+    """A fresh driver by its name in DEVICES. Compiles the stand-in for libcuda the first time; skips without a
+    compiler."""
     checked, kind = name.startswith("checked "), name.removeprefix("checked ")
     if kind == "host":
         driver = _core.host_driver()
@@ -157,7 +163,8 @@ def make_allocator(
 ) -> kvmem.Allocator:
     """An allocator over ``driver``; small by default.
 
-    The stand-in's memory is ordinary memory at a CUDA address, and torch has no CUDA here: such an allocator is opened with
+    The stand-in's memory is ordinary memory at a CUDA address, and torch has no CUDA here: such an allocator is
+    opened with
     the defaults of a CUDA device, and its arenas are shown to torch as CPU tensors.
     """
     options = {"memory": "4MiB", "max_sequences": 6, "max_tokens": 400, "debug": True} | options
@@ -169,8 +176,9 @@ def make_allocator(
         alloc = kvmem.Allocator(spec, backend=backend, device="cuda:0", **options)  # type: ignore[arg-type]
     for group, geometry in enumerate(alloc._geometry):
         for arena, slots in enumerate(geometry.arena_slots):
-            address = _pointer(alloc.core.arena_bytes(group, arena))
-            memory = (ctypes.c_uint8 * (slots * alloc.pool.page_bytes)).from_address(address)
+            capsule = alloc.core.arena_bytes(group, arena)
+            memory = (ctypes.c_uint8 * (slots * alloc.pool.page_bytes)).from_address(_pointer(capsule))
+            memory.owner = capsule  # as torch does: the tensor keeps what keeps the memory
             alloc._arenas[group, arena] = torch.frombuffer(memory, dtype=torch.uint8)
     return alloc
 

@@ -1,4 +1,5 @@
-"""Batches against an oracle that builds every field from lengths alone, and the refusal of arrays that would be converted."""
+"""Batches against an oracle that builds every field from lengths alone, and the refusal of arrays that would be
+converted."""
 
 from __future__ import annotations
 
@@ -18,7 +19,9 @@ from kvmem.batch import GroupBatch
 def oracle(pair: Lockstep, g: int, handles: list[int], new: list[int] | None, rows: int) -> dict[str, list[Any]]:
     """Every field but the block ids, from the model's lengths."""
     size = pair.model.groups[g].block_tokens
-    want: dict[str, list[Any]] = {k: [] for k in ("seq_lens", "first_tokens", "positions", "batch_indices", "kv_last_page_len")}
+    want: dict[str, list[Any]] = {
+        k: [] for k in ("seq_lens", "first_tokens", "positions", "batch_indices", "kv_last_page_len")
+    }
     q, k, blocks = [0], [0], [0]
     for row in range(rows):
         if row < len(handles):
@@ -40,7 +43,9 @@ def oracle(pair: Lockstep, g: int, handles: list[int], new: list[int] | None, ro
     return want | {"cu_seqlens_q": q, "cu_seqlens_k": k, "kv_indptr": blocks}
 
 
-def check_fields(pair: Lockstep, batch: kvmem.Batch, handles: list[int], new: list[int] | None = None, rows: int = 0) -> None:
+def check_fields(
+    pair: Lockstep, batch: kvmem.Batch, handles: list[int], new: list[int] | None = None, rows: int = 0
+) -> None:
     rows = max(rows, len(handles))
     for g, rules in enumerate(pair.model.groups):
         fields, want = batch.group(g), oracle(pair, g, handles, new, rows)
@@ -55,7 +60,8 @@ def check_fields(pair: Lockstep, batch: kvmem.Batch, handles: list[int], new: li
 
 
 def check_blocks(pair: Lockstep, fields: GroupBatch, g: int, handles: list[int], want: dict[str, list[Any]]) -> None:
-    """Block ids: consistent among the fields, never those of another sequence, and right by the row where there are rows."""
+    """Block ids: consistent among the fields, never those of another sequence, and right by the row where there are
+    rows."""
     size = pair.model.groups[g].block_tokens
     table, slots = fields.block_table.tolist(), fields.slot_mapping.tolist()
     owner: dict[int, int] = {}
@@ -76,7 +82,9 @@ def check_blocks(pair: Lockstep, fields: GroupBatch, g: int, handles: list[int],
             assert fields.row_starts[row] == int(fields.rows[row]) * per_row * size
     for slot, position, row in zip(slots, want["positions"], want["batch_indices"], strict=True):
         inside = row < len(handles)
-        assert slot == (table[row][position // size] * size + position % size if inside else size), "padding writes to block 1"
+        assert slot == (table[row][position // size] * size + position % size if inside else size), (
+            "padding writes to block 1"
+        )
     if not pair.virtual:
         assert fields.rows is None and fields.row_starts is None
 
@@ -131,7 +139,11 @@ def test_padding(pair: Lockstep) -> None:
 def test_refill_in_place(pair: Lockstep) -> None:
     alloc, handles = pair.alloc, pair.handles
     out = alloc.make_batch(max_sequences=6, max_new_tokens=200, max_tokens=300)
-    before = {(g, n): out.group(g).full(n).data_ptr() for g in range(len(alloc.spec.groups)) for n in ("block_table", "seq_lens", "slot_mapping", "cu_seqlens_q", "kv_indptr", "kv_indices")}
+    before = {
+        (g, n): out.group(g).full(n).data_ptr()
+        for g in range(len(alloc.spec.groups))
+        for n in ("block_table", "seq_lens", "slot_mapping", "cu_seqlens_q", "kv_indptr", "kv_indices")
+    }
     assert alloc.batch(handles, out=out) is out
     check_fields(pair, out, handles)
     pair.extend(dict.fromkeys(handles, 20))
@@ -156,7 +168,7 @@ def test_a_batch_too_small_is_refused(pair: Lockstep) -> None:
     pair.agree()
 
 
-# ---- Arrays never convert ----------------------------------------------------------------------------------------------
+# ---- Arrays never convert ------------------------------------------------------------------------
 
 
 def _read_only(array: np.ndarray) -> np.ndarray:
@@ -195,9 +207,11 @@ def test_inputs_never_convert(backend: str, wrong: str) -> None:
     alloc = make_allocator(plain(16), backend)
     handles = alloc.open_batch(2)
     for name, call in _calls(alloc.core, alloc.make_batch(max_new_tokens=4).group(0).buffers, handles).items():
-        with pytest.raises((TypeError, kvmem.SpecError)):
+        try:
             call(WRONG_INPUT[wrong](2))
-            pytest.fail(f"{name} took {wrong}")
+        except (TypeError, kvmem.SpecError):
+            continue
+        pytest.fail(f"{name} took {wrong}")
     assert alloc.stats().num_sequences == 2
 
 
@@ -210,14 +224,21 @@ def test_outputs_never_convert(backend: str, wrong: str) -> None:
         alloc.core.open_batch(WRONG_OUTPUT[wrong](2))
     assert alloc.stats().num_sequences == 0, "refused before anything was opened"
     handles, wide = alloc.open_batch(2), np.zeros(2, np.int64)
-    bad = _read_only(np.zeros(2, np.int64)) if wrong == "read-only" else np.zeros(2, np.int32) if wrong == "int64" else WRONG_OUTPUT[wrong](2)
+    bad = (
+        _read_only(np.zeros(2, np.int64))
+        if wrong == "read-only"
+        else np.zeros(2, np.int32)
+        if wrong == "int64"
+        else WRONG_OUTPUT[wrong](2)
+    )
     with pytest.raises((TypeError, kvmem.SpecError)):
         alloc.core.lengths(handles, 0, bad, wide)
     with pytest.raises((TypeError, kvmem.SpecError)):
         alloc.core.lengths(handles, 0, wide, bad)
 
 
-FIELDS = ("block_table", "seq_lens", "first_tokens", "slot_mapping", "positions", "batch_indices", "cu_seqlens_q", "cu_seqlens_k",
+FIELDS = ("block_table", "seq_lens", "first_tokens", "slot_mapping", "positions", "batch_indices", "cu_seqlens_q",
+"cu_seqlens_k",
           "kv_indptr", "kv_indices", "kv_last_page_len", "rows", "row_starts")  # fmt: skip
 
 
@@ -226,7 +247,13 @@ def test_batch_buffers_never_convert(field: str) -> None:
     right, other = (np.int64, np.int32) if field == "slot_mapping" else (np.int32, np.int64)
     sizes = {"max_sequences": 2, "max_new_tokens": 4, "max_blocks": 3, "max_indices": 6}
     _core.BatchBuffers(**sizes, **{field: np.zeros(6, right)})
-    for bad in (np.zeros(6, other), np.zeros(12, right)[::2], _read_only(np.zeros(6, right)), [0] * 6, np.zeros(1, right)):
+    for bad in (
+        np.zeros(6, other),
+        np.zeros(12, right)[::2],
+        _read_only(np.zeros(6, right)),
+        [0] * 6,
+        np.zeros(1, right),
+    ):
         with pytest.raises((TypeError, kvmem.SpecError)):
             _core.BatchBuffers(**sizes, **{field: bad})
 

@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 from conformance import *  # noqa: F403 - the tests
+from conformance_memory import *  # noqa: F403
 from support import BACKENDS, DEVICES, LAYOUTS, LONG, SIZES, make_allocator, open_driver
 
 import kvmem
 
-# Every triple of backend, device and layout once; sizes take turns, so that each layout meets several. KVMEM_LONG=1: all.
+# Every triple of backend, device and layout once; sizes take turns, so that each layout meets several. KVMEM_LONG=1:
+# all.
 TRIPLES = list(product(BACKENDS, DEVICES, LAYOUTS))
 SIZE_OF = cycle(["near", "small pages", "odd", "small blocks", "near"])
 CASES = list(product(BACKENDS, DEVICES, LAYOUTS, SIZES)) if LONG else [(*triple, next(SIZE_OF)) for triple in TRIPLES]
@@ -25,7 +27,11 @@ def make(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., kvmem.
     sizes = SIZES[size]
 
     def make(**options: Any) -> kvmem.Allocator:
-        options = {"page_bytes": sizes["page_bytes"], "memory": 400 * sizes["page_bytes"], "map_ahead_tokens": 0} | options
+        options = {
+            "page_bytes": sizes["page_bytes"],
+            "memory": 400 * sizes["page_bytes"],
+            "map_ahead_tokens": 0,
+        } | options
         return make_allocator(
             LAYOUTS[layout].spec(sizes["block_size"]), backend, driver=open_driver(device, tmp_path),
             interleave=LAYOUTS[layout].interleave, **options,

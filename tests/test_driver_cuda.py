@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,8 +22,8 @@ NOTHING = dict.fromkeys(
 
 
 @pytest.fixture
-def stub(tmp_path: Path) -> Iterator[CudaStub]:
-    yield CudaStub(build_stub(), tmp_path)
+def stub(tmp_path: Path) -> CudaStub:
+    return CudaStub(build_stub(), tmp_path)
 
 
 def scenario(stub: CudaStub) -> None:

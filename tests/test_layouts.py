@@ -36,7 +36,9 @@ def test_slices_are_aligned_and_never_overlap(name: str, interleave: int) -> Non
             taken[where.arena] |= mine
         assert layout.token_bytes == arena_bytes(group, interleave)
         for bytes_, used in zip(layout.token_bytes, taken, strict=True):
-            assert bytes_ % 16 == 0 and bytes_ - len(used) < 16 * len(group.layers) * len(group.components), "padding only"
+            assert bytes_ % 16 == 0 and bytes_ - len(used) < 16 * len(group.layers) * len(group.components), (
+                "padding only"
+            )
 
 
 def test_a_shared_component_is_one_copy() -> None:
@@ -113,7 +115,9 @@ SETUP = """
 def test_printing_does_not_touch_unmapped_memory(backend: str) -> None:
     """In a process of its own: a mistake here is a segmentation fault."""
     rows = "views.append(alloc.rows(0))" if backend == "virtual" else ""
-    code = SETUP.format(backend=backend) + f"""
+    code = (
+        SETUP.format(backend=backend)
+        + f"""
     views = [*alloc.kv(0), *alloc.kv(1)]
     {rows}
     for view in views:
@@ -121,6 +125,7 @@ def test_printing_does_not_touch_unmapped_memory(backend: str) -> None:
         assert all("CacheTensor(shape=" in t for t in text), text
     print([views], {{"k": views[0]}})
     """
+    )
     assert "CacheTensor" in assert_runs(code)
 
 
@@ -132,7 +137,9 @@ def test_an_unmapped_row_faults() -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_tensors_stay_readable_when_the_allocator_is_gone(backend: str) -> None:
-    assert_runs(SETUP.format(backend=backend) + """
+    assert_runs(
+        SETUP.format(backend=backend)
+        + """
     import gc
     k = alloc.sequence_tensor(seqs[1], 0, "k")
     block = int(alloc.batch([seqs[1]]).block_table[0, 0])
@@ -143,7 +150,8 @@ def test_tensors_stay_readable_when_the_allocator_is_gone(backend: str) -> None:
     gc.collect()
     assert float(view[block].float().mean()) == 3.0
     assert float(k[50:].float().mean()) == 2.0
-    """)
+    """
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -156,6 +164,8 @@ def test_sequence_tensor(backend: str) -> None:
         assert k.shape == v.shape == (50, 2, 8)
         batch = alloc.batch([seq])
         cache = alloc.kv(2)[0]
-        cache[batch.slot_mapping // 16, batch.slot_mapping % 16] = torch.arange(50, dtype=torch.float16).view(50, 1, 1).expand(50, 2, 8)
+        cache[batch.slot_mapping // 16, batch.slot_mapping % 16] = (
+            torch.arange(50, dtype=torch.float16).view(50, 1, 1).expand(50, 2, 8)
+        )
         assert seq.kv(2)[0][:, 1, 7].tolist() == list(range(50))
         assert not seq.kv(2)[1].any() and not seq.kv(1)[0].any()

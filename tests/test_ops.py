@@ -165,7 +165,7 @@ def test_a_damaged_list_is_refused_whole_or_leaves_a_sound_allocator(name: str, 
     seed = seed_from_environment(19)
     rng = random.Random(seed)
     refused: dict[str, int] = {}
-    lists = [ops for ops in recorded(name, backend, seed, 400 if LONG else 130)]
+    lists = list(recorded(name, backend, seed, 400 if LONG else 130))
     follower = make(name, backend, "cpu", PAGES[name], driver=checked())
     for ops in lists:
         for _ in range(6 if ops else 0):

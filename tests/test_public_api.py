@@ -1,4 +1,5 @@
-"""The names and signatures that others write code against. A change here is a change for every user: add, do not rename."""
+"""The names and signatures that others write code against. A change here is a change for every user: add, do not
+rename."""
 
 from __future__ import annotations
 
@@ -14,8 +15,8 @@ NAMES = [
 
 # Parameters without annotations: name, "=" where there is a default, and "*" before what is keyword-only.
 SIGNATURES = {
-    "Allocator": "spec, *, backend=, device=, memory=, max_sequences, max_tokens, page_bytes=, interleave=, map_ahead_tokens=, "
-    "tail_guard_tokens=, zero=, pool=, record_ops=, debug=, driver=",
+    "Allocator": "spec, *, backend=, device=, memory=, max_sequences, max_tokens, page_bytes=, interleave=, "
+    "map_ahead_tokens=, tail_guard_tokens=, zero=, pool=, record_ops=, debug=, driver=",
     "Allocator.sequence": "self, tokens=",
     "Allocator.open_batch": "self, n",
     "Allocator.extend_batch": "self, ids, counts",

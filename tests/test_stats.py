@@ -1,6 +1,9 @@
-"""What the allocator says it holds, against the byte ledger of the reference model and against the system's own count."""
+"""What the allocator says it holds, against the byte ledger of the reference model and against the system's own
+count."""
 
 from __future__ import annotations
+
+from functools import partial
 
 import pytest
 from conformance import filled
@@ -23,7 +26,8 @@ def test_hand_worked_bytes(backend: str) -> None:
     seq.commit(100)
     stats = alloc.stats()
     assert stats.used_bytes == 19_200 and stats.shared_bytes == 0 and stats.num_sequences == 1
-    # Virtual: 19,200 bytes in 5 pages. Paged: blocks 2 to 8 of 3,072 bytes end at 27,648: pages 1 to 6, page 1 half block 1.
+    # Virtual: 19,200 bytes in 5 pages. Paged: blocks 2 to 8 of 3,072 bytes end at 27,648: pages 1 to 6, page 1 half
+    # block 1.
     assert stats.mapped_bytes == (5 if backend == "virtual" else 6) * 4096
     child = seq.fork()
     stats = alloc.stats()
@@ -41,10 +45,8 @@ def test_hand_worked_bytes(backend: str) -> None:
 
 def test_the_ledger_of_a_tree_of_forks(backend: str) -> None:
     for layout in LAYOUTS.values():
-        pair, (root,) = filled(
-            lambda **options: make_allocator(layout.spec(16), backend, interleave=layout.interleave, page_bytes=4096, **options),  # noqa: B023
-            [150],
-        )
+        sizes = {"interleave": layout.interleave, "page_bytes": 4096}
+        pair, (root,) = filled(partial(make_allocator, layout.spec(16), backend, **sizes), [150])
         for parent in (root, root, *pair.handles):
             child = pair.fork(parent)
             pair.extend({child: 21})
@@ -58,7 +60,8 @@ def test_the_ledger_of_a_tree_of_forks(backend: str) -> None:
 
 
 def test_a_window_and_a_truncation_in_one_shared_page(backend: str) -> None:
-    """The parent's window has left the front of a page that the child was truncated in: what neither holds is not in use."""
+    """The parent's window has left the front of a page that the child was truncated in: what neither holds is not in
+    use."""
     spec = kvmem.CacheSpec.kv(num_layers=1, num_kv_heads=1, head_dim=8, dtype="float16", block_size=4, window_tokens=8)
     pair = Lockstep(make_allocator(spec, backend, page_bytes=4096))
     parent = pair.open()
@@ -88,7 +91,9 @@ def test_created_bytes_stay_within_the_budget(backend: str) -> None:
 def test_physical_bytes_are_what_the_system_holds(backend: str) -> None:
     """CPU: pages of the memfd. trim() must reach the system, not only the books."""
     driver = open_driver("host", None)  # type: ignore[arg-type]
-    pair = Lockstep(make_allocator(plain(16), backend, page_bytes=65536, memory="32MiB", max_tokens=20_000, driver=driver))
+    pair = Lockstep(
+        make_allocator(plain(16), backend, page_bytes=65536, memory="32MiB", max_tokens=20_000, driver=driver)
+    )
     handles = [pair.open(), pair.open()]
     pair.extend(dict.fromkeys(handles, 20_000))
     pair.write(handles)
@@ -142,7 +147,8 @@ def test_set_memory_down_and_up(backend: str) -> None:
 def test_a_pool_moves_memory_between_allocators(backend: str) -> None:
     pool = kvmem.PagePool(memory=60 * 4096, page_bytes=4096)
     one, two = (
-        kvmem.Allocator(plain(16), backend=kind, pool=pool, max_sequences=2, max_tokens=2000) for kind in (backend, "virtual")
+        kvmem.Allocator(plain(16), backend=kind, pool=pool, max_sequences=2, max_tokens=2000)
+        for kind in (backend, "virtual")
     )
     first = one.sequence()
     first.extend(1000)
@@ -156,7 +162,9 @@ def test_a_pool_moves_memory_between_allocators(backend: str) -> None:
 
 def test_parked_pages_of_two_pools_tenants_are_not_counted_twice(backend: str) -> None:
     pool = kvmem.PagePool(memory="1MiB", page_bytes=4096)
-    allocators = [kvmem.Allocator(plain(16), backend=backend, pool=pool, max_sequences=2, max_tokens=500) for _ in range(3)]
+    allocators = [
+        kvmem.Allocator(plain(16), backend=backend, pool=pool, max_sequences=2, max_tokens=500) for _ in range(3)
+    ]
     for alloc in allocators:
         seq = alloc.sequence()
         seq.extend(400)

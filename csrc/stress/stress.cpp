@@ -192,8 +192,8 @@ int stress(unsigned seed, int seconds, int threads) {
   std::vector<std::thread> running;
   for (int i = 0; i < threads; ++i) {
     workers.push_back(std::make_unique<Worker>(i % 2 ? *paged_cache : *virtual_cache, seed + i, i));
-    running.emplace_back([&, i] { workers[i]->run(end); });
   }
+  for (const auto& worker : workers) running.emplace_back(&Worker::run, worker.get(), end);
   while (!failed && std::chrono::steady_clock::now() < end) {
     std::this_thread::sleep_for(std::chrono::milliseconds(200));
     if (!healthy(*virtual_cache) || !healthy(*paged_cache)) break;

@@ -1,4 +1,6 @@
-"""``python -m kvmem.bench``. Exit codes: 0 done, 2 bad input or a shortage, with one line that says which."""
+"""``python -m kvmem.bench``. Exit codes: 0 done, 1 `generate` found a different token, 2 bad input or a shortage, with
+one line that says which.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: kvmem.bench needs click and rich ({error}); install kvmem[bench]", file=sys.stderr)
         return 2
     try:
-        bench(arguments, prog_name="python -m kvmem.bench", standalone_mode=False)
+        code = bench(arguments, prog_name="python -m kvmem.bench", standalone_mode=False)
     except KVMemError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -28,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     except click.exceptions.Abort:
         print("interrupted", file=sys.stderr)
         return 130
-    return 0
+    return int(code or 0)  # a command returns None, its context.exit(n) gives n
 
 
 if __name__ == "__main__":

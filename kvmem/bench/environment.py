@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
 from importlib import metadata
 from pathlib import Path
 
@@ -22,7 +23,17 @@ def environment() -> dict[str, str | int | float | None]:
         "cpus": len(os.sched_getaffinity(0)),
         "load_1min": os.getloadavg()[0],
     }
-    return facts | {name: _version(name) for name in _PACKAGES}
+    return facts | {name: _version(name) for name in _PACKAGES} | {"commit": _commit()}
+
+
+def _commit() -> str | None:
+    """Of the checkout that this file is in, marked ``-dirty`` when a tracked file differs; None outside of one."""
+    command = ("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
 
 
 def _cpu_name() -> str:

@@ -10,6 +10,8 @@ from rich.console import Console
 
 from kvmem.bench.attention import attention
 from kvmem.bench.errors import BenchError
+from kvmem.bench.generate import generate
+from kvmem.bench.language_models import load_language_model
 from kvmem.bench.memory import BACKENDS, Backend, Budget, open_pool
 from kvmem.bench.micro import micro
 from kvmem.bench.model import LLAMA_3_8B_WEIGHT_BYTES, Model, load_model
@@ -24,6 +26,9 @@ from kvmem.bench.waste import rounding_sweep, rounding_table
 from kvmem.units import format_bytes, parse_bytes
 
 __all__ = ["Run", "Settings"]
+
+_REPETITIONS = 20
+_GENERATIONS = 5
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,9 @@ class Settings:
     chunked: bool = False
     real_memory: str = "512MiB"
     real_sequences: int = 32
-    repetitions: int = 20
+    repetitions: int | None = None
+    model: str = "auto"
+    new_tokens: int = 64
     quiet: bool = False
 
 
@@ -103,7 +110,8 @@ class Run:
             self.results.steady.extend(steady(pool, sequences=sequences, prompt_tokens=prompt, steps=steps))
 
     def micro(self) -> None:
-        with progress(self.status, "calls on real memory", self.settings.repetitions, self.settings.quiet) as done:
+        repetitions = self.settings.repetitions or _REPETITIONS
+        with progress(self.status, "calls on real memory", repetitions, self.settings.quiet) as done:
             self.results.micro.extend(
                 micro(
                     self.model,
@@ -111,20 +119,36 @@ class Run:
                     memory_bytes=self.real_bytes,
                     page_bytes=self.page_bytes,
                     sequences=self.settings.real_sequences,
-                    repetitions=self.settings.repetitions,
+                    repetitions=repetitions,
                     progress=done,
                 )
             )
 
     def attention(self) -> None:
-        with progress(self.status, "attention", self.settings.repetitions, self.settings.quiet) as done:
+        repetitions = self.settings.repetitions or _REPETITIONS
+        with progress(self.status, "attention", repetitions, self.settings.quiet) as done:
             self.results.attention.extend(
                 attention(
                     self.model,
                     self.backends,
                     memory_bytes=self.real_bytes,
                     page_bytes=self.page_bytes,
-                    repetitions=self.settings.repetitions,
+                    repetitions=repetitions,
+                    progress=done,
+                )
+            )
+
+    def generate(self) -> None:
+        repetitions = self.settings.repetitions or _GENERATIONS
+        language_model = load_language_model(self.settings.model)
+        with progress(self.status, f"generate, {language_model.name}", repetitions, self.settings.quiet) as done:
+            self.results.generate.extend(
+                generate(
+                    language_model,
+                    self.backends,
+                    memory_bytes=self.real_bytes,
+                    new_tokens=self.settings.new_tokens,
+                    repetitions=repetitions,
                     progress=done,
                 )
             )

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from kvmem.bench.generate import DYNAMIC_CACHE
 from kvmem.bench.replay import ReplayResult
 from kvmem.bench.results import Results, Setup
 from kvmem.bench.spread import Spread
@@ -150,13 +151,21 @@ class Report:
         )
 
     def generate(self, results: Results) -> None:
+        first = results.generate[0]
         rows = [
-            [row.cache, f"{row.tokens:,}", f"{row.tokens_per_second:.1f}", "yes" if row.same_tokens else "NO"]
+            [
+                row.cache,
+                "{:.1f} ({:.1f} to {:.1f})".format(*row.tokens_per_second),
+                format_bytes(row.used_bytes),
+                format_bytes(row.mapped_bytes),
+                "yes" if row.same_tokens else "NO",
+            ]
             for row in results.generate
         ]
         self.table(
-            f"Greedy generation with {results.generate[0].model}",
-            ["cache", "tokens", "tokens/s", "same tokens as transformers"],
+            f"Greedy generation with {first.model} in float32 on one thread, {first.sequences} prompts, "
+            f"{first.tokens} new tokens in all, {first.us.count} times; tokens a second, median (p10 to p90)",
+            ["cache", "tokens/s", "used at the end", "mapped", f"same tokens as {DYNAMIC_CACHE}"],
             rows,
         )
 

@@ -3,7 +3,8 @@
 ``{"schema_version": 1, "environment": {...}, "command": [...], "setup": {...}, "results": {part: [...], ...}}``.
 ``setup`` has the fields of `Setup`. Each part under ``results`` is a list of objects with the fields of its dataclass
 (`ReplayResult`, `Rounding`, `SteadyResult`, `MicroResult`, `AttentionResult`, `GenerateResult`); a part that was not
-run is an empty list. The ``samples`` of a replay are columns: one list a field of `Sample` and `Usage`. Bytes, tokens
+run is an empty list. The ``samples`` of a replay are columns: one list a field of `Sample` and `Usage`, at most 200
+moments of all that were taken. ``command`` has the names of files without their folders. Bytes, tokens
 and driver calls are integers, shares are fractions of one, ``_us`` are microseconds. Fields may be added within a
 version; none changes its meaning.
 """
@@ -27,6 +28,7 @@ from kvmem.bench.waste import Rounding
 __all__ = ["SCHEMA_VERSION", "Results", "Setup", "check_writable", "write_json"]
 
 SCHEMA_VERSION = 1
+_MOST_SAMPLES = 200
 
 
 @dataclass(frozen=True)
@@ -76,15 +78,22 @@ class Results:
         return {
             "schema_version": SCHEMA_VERSION,
             "environment": environment(),
-            "command": command,
+            "command": [_without_folder(word) for word in command],
             "setup": asdict(self.setup),
             "results": parts,
         }
 
 
 def _columns(samples: list[dict[str, Any]]) -> dict[str, list[int]]:
-    rows = [sample | sample.pop("usage") for sample in samples]
+    thinned = samples[:: -(-len(samples) // _MOST_SAMPLES) or 1]
+    rows = [sample | sample.pop("usage") for sample in thinned]
     return {name: [row[name] for row in rows] for name in rows[0]} if rows else {}
+
+
+def _without_folder(word: str) -> str:
+    """A report is handed on; where its reader's files lie is nobody's business."""
+    option, equals, value = word.rpartition("=") if word.startswith("--") else ("", "", word)
+    return f"{option}{equals}{Path(value).name if '/' in value else value}"
 
 
 def check_writable(json_path: Path | None, plot_path: Path | None) -> None:

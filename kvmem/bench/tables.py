@@ -1,0 +1,245 @@
+"""Measured results as Markdown: a folder of JSON reports as one page, and the short table of the README.
+
+Everything on them is read from the reports, so that a number in the documents is one that a command has printed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvmem.bench.errors import BenchError
+from kvmem.bench.results import SCHEMA_VERSION
+from kvmem.bench.units import format_percent, format_seconds, format_us
+from kvmem.units import format_bytes
+
+__all__ = ["BEGIN", "END", "Document", "insert", "load_documents", "page", "summary"]
+
+BEGIN, END = "<!-- measured:begin -->", "<!-- measured:end -->"
+_INTERLEAVED, _PER_LAYER = "all layers in one range", "one range for each layer's K and V"
+_META = 'The replays keep the books of a simulated device (`device="meta"`): driver calls are counted, not timed.'
+
+
+@dataclass(frozen=True)
+class Document:
+    """One JSON report: ``parts`` are its results by part."""
+
+    file: str
+    environment: dict[str, Any]
+    command: list[str]
+    setup: dict[str, Any]
+    parts: dict[str, list[dict[str, Any]]]
+
+    @property
+    def run(self) -> str:
+        return " ".join(["python -m kvmem.bench", *self.command])
+
+    @property
+    def machine(self) -> str:
+        facts = self.environment
+        return (
+            f"{facts['cpu']}, {facts['cpus']} cores shared with others (load {facts['load_1min']:.1f}), no GPU; "
+            f"torch {facts['torch']}, Python {facts['python']}; commit {facts['commit']}"
+        )
+
+
+def load_documents(folder: Path) -> list[Document]:
+    """The reports ``*.json`` in ``folder``, by name. Raises `BenchError` where one is not a report of this version."""
+    paths = sorted(folder.glob("*.json"))
+    if not paths:
+        raise BenchError(f"{folder}: no report (*.json) in this folder; write one with --json")
+    return [_load(path) for path in paths]
+
+
+def _load(path: Path) -> Document:
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        if report["schema_version"] != SCHEMA_VERSION:
+            raise BenchError(f"{path}: a report of version {report['schema_version']}; this reads {SCHEMA_VERSION}")
+        return Document(path.name, report["environment"], report["command"], report["setup"], report["results"])
+    except OSError as error:
+        raise BenchError(f"{path}: cannot read the report: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, BenchError):
+            raise
+        raise BenchError(f"{path}: not a report of kvmem.bench: {type(error).__name__} {error}") from None
+
+
+def page(documents: Sequence[Document]) -> str:
+    """All that was measured, a section a report."""
+    lines = ["# Measured", "", "Written by `python -m kvmem.bench table docs/results`; not by hand.", ""]
+    replays = [document for document in documents if document.parts["replay"]]
+    if replays:
+        lines += ["## Rounding at request end, beside the bytes in use", "", *_table(_WASTE, _waste(replays), 2), ""]
+        lines += ["## Replays", "", _META, "", *_table(_REPLAY, _replays(replays), 2), ""]
+    for document in documents:
+        lines += [f"## {document.file}", "", f"`{document.run}`", "", f"On {document.machine}.", ""]
+        for title, columns, rows in _details(document):
+            lines += [title, "", *_table(columns, rows, 2), ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def summary(documents: Sequence[Document]) -> str:
+    """At most twelve rows: what a user decides by."""
+    replays = [document for document in documents if document.parts["replay"] and "replay" in document.command]
+    columns = ["", *(f"{_title(document)}, {document.setup['requests']:,} requests" for document in replays)]
+    runs = [{run["pool"]: run for run in document.parts["replay"]} for document in replays]
+    calls = [{run["pool"]: run for run in document.parts["steady"] if run["batch"] == "parked"} for document in replays]
+
+    def both(value: Any) -> list[str]:
+        return [" / ".join(value(pools[name]) for name in ("virtual", "paged")) for pools in runs]
+
+    rows = [
+        ["waste of the bytes in use, virtual / paged", *both(lambda run: format_percent(_end_waste(run)))],
+        ["... with a tensor for each layer's K and V", *(_share(_rounding(doc, _PER_LAYER)) for doc in replays)],
+        ["... in a static pool", *(format_percent(_end_waste(pools["static"])) for pools in runs)],
+        ["sequences that fitted, virtual / paged", *both(lambda run: f"{run['outcome']['peak_running']:,}")],
+        ["... in a static pool", *(f"{pools['static']['outcome']['peak_running']:,}" for pools in runs)],
+        ["allocator, us a step, median, virtual / paged", *both(lambda run: format_us(run["step_us"]["median"]))],
+        ["... p99", *both(lambda run: format_us(run["step_us"]["p99"]))],
+        ["driver calls of the replay, virtual / paged", *both(lambda run: f"{run['driver_calls']:,}")],
+        [
+            f"driver calls of {replays[0].parts['steady'][0]['steps']} decode steps over parked rows, virtual / paged",
+            *(" / ".join(str(pools[name]["decode_driver_calls"]) for name in ("virtual", "paged")) for pools in calls),
+        ],
+    ]  # fmt: skip
+    setup = replays[0].setup
+    text = (
+        f"Two whole traces of real services replayed with the cache of {setup['model']} on a simulated device: "
+        f"{format_bytes(setup['device_bytes'])}, {format_bytes(setup['kv_bytes'])} of it for KV, pages of "
+        f"{format_bytes(setup['page_bytes'])}.\nWaste is rounding, measured when each request ends. Driver calls are "
+        "counted here, not timed: the device keeps only the books.\n"
+        f"`python -m kvmem.bench replay --trace FILE` on {replays[0].environment['cpus']} shared cores of an "
+        f"{replays[0].environment['cpu']}, no GPU; more, and the reports, in [docs/results](docs/results/README.md)."
+    )
+    return "\n".join([text, "", *_table(columns, rows), *_generation(documents)])
+
+
+def _generation(documents: Sequence[Document]) -> Iterator[str]:
+    """A sentence for each report of `generate`."""
+    for document in documents:
+        if rows := document.parts["generate"]:
+            speeds = ", ".join(f"{_speed(row)[0]} tokens/s with {row['cache']}" for row in rows)
+            same = "the same tokens from all caches" if all(row["same_tokens"] for row in rows) else "DIFFERENT TOKENS"
+            yield f"\n`python -m kvmem.bench generate`, {rows[0]['model']} on one thread: {same}; {speeds}."
+
+
+def insert(text: str, between: str, where: str) -> str:
+    """``text`` with ``between`` between its markers. Raises `BenchError` unless both are there, once, in order."""
+    head, begin, rest = text.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not begin or not end:
+        raise BenchError(f"{where}: needs the two lines {BEGIN} and {END}, the table goes between them")
+    return f"{head}{BEGIN}\n{between}\n{END}{tail}"
+
+
+_WASTE = [
+    "trace",
+    "layout",
+    "tokens a page",
+    "by arithmetic",
+    "as a part of mapped bytes",
+    "measured, virtual",
+    "measured, paged",
+]
+_REPLAY = ["trace", "pool", "fitted, at most", "running, mean", "preemptions", "time to serve, simulated",
+           "driver calls", "us a step: median", "p99", "growing steps: median", "p99"]  # fmt: skip
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1) -> list[str]:
+    """The first ``texts`` columns are words; numbers stand at the right edge."""
+    lines = [columns, ["---" if index < texts else "---:" for index in range(len(columns))], *rows]
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def _title(document: Document) -> str:
+    return str(document.setup["trace"]).replace("_", " ")
+
+
+def _waste(replays: Sequence[Document]) -> list[list[str]]:
+    rows = []
+    for document in replays:
+        runs = {run["pool"]: format_percent(_end_waste(run)) for run in document.parts["replay"]}
+        for layout in (_INTERLEAVED, _PER_LAYER):
+            row = _rounding(document, layout)
+            measured = [runs.get(pool, "") if layout == _INTERLEAVED else "" for pool in ("virtual", "paged")]
+            rows.append(
+                [
+                    _title(document),
+                    layout,
+                    f"{row['page_tokens']:,.0f}",
+                    _share(row),
+                    format_percent((row["mapped_bytes"] - row["used_bytes"]) / row["mapped_bytes"]),
+                    *measured,
+                ]
+            )
+    return rows
+
+
+def _replays(replays: Sequence[Document]) -> list[list[str]]:
+    return [[_title(document), *_replay(run)] for document in replays for run in document.parts["replay"]]
+
+
+def _replay(run: dict[str, Any]) -> list[str]:
+    outcome = run["outcome"]
+    timings = [run[part][edge] for part in ("step_us", "grow_us") for edge in ("median", "p99")]
+    static = run["pool"] == "static"  # its bookkeeping is the benchmark's own
+    return [
+        run["pool"],
+        f"{outcome['peak_running']:,}",
+        f"{run['mean_running']:.1f}",
+        f"{outcome['preemptions']:,}",
+        format_seconds(run["simulated_seconds"]),
+        "-" if static else f"{run['driver_calls']:,}",
+        *("-" if static else format_us(us) for us in timings),
+    ]
+
+
+def _details(document: Document) -> Iterator[tuple[str, list[str], list[list[str]]]]:
+    parts = document.parts
+    if rows := parts["steady"]:
+        title = (
+            f"Driver calls of a batch of {rows[0]['sequences']} sequences, {rows[0]['prompt_tokens']:,} prompt tokens, "
+            f"{rows[0]['steps']} decode steps:"
+        )
+        cells = [[r["pool"], r["batch"], f"{r['admit_driver_calls']:,}", f"{r['decode_driver_calls']:,}"] for r in rows]
+        yield title, ["pool", "batch", "at admission", "while decoding"], cells
+    if rows := parts["micro"]:
+        cells = [[f"{r['case']}, a {r['unit']}", r["backend"], *_spread(r["us"])] for r in rows]
+        title = f"Real memory on the CPU, {rows[0]['sequences']} sequences, microseconds:"
+        yield title, ["call", "backend", "median", "p10 to p90"], cells
+    if rows := parts["attention"]:
+        cells = [[r["case"], r["backend"], *_spread(r["us"])] for r in rows]
+        yield "Attention on one thread, microseconds a layer:", ["case", "memory", "median", "p10 to p90"], cells
+    if rows := parts["generate"]:
+        title = (
+            f"{rows[0]['model']}, float32, one thread, {rows[0]['sequences']} prompts, {rows[0]['us']['count']} times:"
+        )
+        cells = [[r["cache"], *_speed(r), format_bytes(r["used_bytes"]), format_bytes(r["mapped_bytes"]),
+                  "yes" if r["same_tokens"] else "NO"] for r in rows]  # fmt: skip
+        columns = ["cache", "tokens/s, median", "p10 to p90", "used at the end", "mapped", "same tokens"]
+        yield title, columns, cells
+
+
+def _speed(row: dict[str, Any]) -> list[str]:
+    median, slow, fast = (row["tokens"] * 1e6 / row["us"][edge] for edge in ("median", "p90", "p10"))
+    return [f"{median:.1f}", f"{slow:.1f} to {fast:.1f}"]
+
+
+def _spread(us: dict[str, float]) -> list[str]:
+    return [format_us(us["median"]), f"{format_us(us['p10'])} to {format_us(us['p90'])}"]
+
+
+def _rounding(document: Document, layout: str) -> dict[str, Any]:
+    return next(row for row in document.parts["waste"] if row["layout"] == layout)
+
+
+def _share(row: dict[str, Any]) -> str:
+    return format_percent((row["mapped_bytes"] - row["used_bytes"]) / row["used_bytes"])
+
+
+def _end_waste(run: dict[str, Any]) -> float:
+    return float(run["end_wasted_bytes"] / max(1, run["end_used_bytes"]))
