@@ -21,7 +21,7 @@ from kvmem import _core
 pytestmark = pytest.mark.core
 
 THREADS = 8
-OPERATIONS = 1500 if LONG else 120
+OPERATIONS = 1500 if LONG else 400
 
 
 def work(world: World, seed: int, barrier: threading.Barrier) -> int:
@@ -59,12 +59,9 @@ def separate_tags(n: int) -> list[count[int]]:
     return [count(1 + (i << 40)) for i in range(n)]
 
 
-@pytest.mark.parametrize("ahead", [0, 40])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "ahead"), [("virtual", 0), ("virtual", 40), ("paged", 0)])
 @pytest.mark.parametrize("name", SPECS)
 def test_threads_share_an_allocator(name: str, backend: str, ahead: int) -> None:
-    if ahead and backend == "paged":
-        pytest.skip("the paged backend has nothing to map ahead")
     seed = seed_from_environment(21)
     driver = checked()
     alloc = kvmem.Allocator(
@@ -177,8 +174,6 @@ def test_long_calls_leave_the_interpreter_to_others(backend: str) -> None:
     alloc, tokens = big(backend, 256 << 10)
     first = alloc.sequence()
     first.extend(tokens)
-    for layer in range(4):
-        alloc.tensor(layer, "k")[2:50].fill_(1.0)
     first.free()
     second = alloc.sequence()
     with counting() as ticks:
