@@ -229,7 +229,9 @@ def test_a_closed_allocator_waits_before_its_neighbour_gets_the_pages() -> None:
     for backend in BACKENDS:
         driver = checked()
         pool = kvmem.PagePool(memory=24 * PAGE, page_bytes=PAGE, driver=driver)
-        world = World(kvmem.Allocator(plain_spec(), backend=backend, pool=pool, interleave=1, max_sequences=4, max_tokens=2048))
+        world = World(
+            kvmem.Allocator(plain_spec(), backend=backend, pool=pool, interleave=1, max_sequences=4, max_tokens=2048)
+        )
         start(world, 300)
         driver.hold_events(True)
         driver.clear_log()

@@ -97,7 +97,9 @@ def test_a_steady_step_finds_its_memory_mapped() -> None:
     assert driver.counters().set_access - runs <= 2 * (1000 // AHEAD + 2)
 
 
-@pytest.mark.parametrize(("verb", "code"), [("map", 2), ("map", 719), ("set_access", 719), ("create", 2), ("record", 999)])
+@pytest.mark.parametrize(
+    ("verb", "code"), [("map", 2), ("map", 719), ("set_access", 719), ("create", 2), ("record", 999)]
+)
 def test_a_failure_in_the_mapper_is_absorbed(verb: str, code: int) -> None:
     """The step that posted the work succeeded and stays so; the next ones find room missing and map it. Only the mapper can meet
     the failure here: it is armed when everything is mapped that the step itself needs.

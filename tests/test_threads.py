@@ -115,7 +115,9 @@ def test_threads_open_and_close_allocators_of_a_pool() -> None:
         rng = random.Random(seed + number)
         for _ in range(12):
             backend = rng.choice(BACKENDS)
-            alloc = kvmem.Allocator(plain_spec(), backend=backend, pool=pool, interleave=1, max_sequences=4, max_tokens=400)
+            alloc = kvmem.Allocator(
+                plain_spec(), backend=backend, pool=pool, interleave=1, max_sequences=4, max_tokens=400
+            )
             world = World(alloc, count(1 + (rng.randrange(1 << 20) << 40)))
             for _ in range(12):
                 world.run(world.choose(rng))
