@@ -278,7 +278,8 @@ def test_out_of_memory_only_when_live_sequences_hold_everything(a: str, b: str) 
             refusals += 1
             stats = [w.alloc.stats() for w in worlds]
             parked = sum(s.parked_bytes for s in stats)
-            # Blocks of 16 tokens are exact quarters of a page here: of a page for each layer, none can be missing and parked.
+            # Blocks of 16 tokens are exact quarters of a page here: of a page for each layer, none can be missing
+            # and parked.
             assert pool.budget_bytes - pool.mapped_bytes + parked < need * PAGE, stats
             for w in worlds:
                 w.healthy()

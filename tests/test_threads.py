@@ -193,8 +193,8 @@ def test_long_calls_leave_the_interpreter_to_others(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_closing_an_allocator_is_safe_beside_a_working_one(backend: str) -> None:
-    """The destructor takes the pool's lock with the interpreter's in hand, while other threads hold the first and want the
-    second: it must come through.
+    """The destructor takes the pool's lock with the interpreter's in hand, while other threads hold the first and
+    want the second: it must come through.
     """
     pool = kvmem.PagePool(memory=100 * PAGE, page_bytes=PAGE, driver=checked())
     options = dict(backend=backend, pool=pool, interleave=1, max_sequences=8, max_tokens=400)
