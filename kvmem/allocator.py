@@ -174,8 +174,8 @@ class Allocator:
         """Makes room for ``counts[i]`` more tokens of each sequence: for all, or ``OutOfMemory`` and nothing has
         changed.
 
-        ids, counts: int32 [n], contiguous, on the CPU; no sequence twice. One call a step; it makes no driver call while
-            the rows or blocks at hand suffice.
+        ids, counts: int32 [n], contiguous, on the CPU; no sequence twice. One call a step; it makes no driver call
+            while the rows or blocks at hand suffice.
         """
         try:
             self.core.extend_batch(ids, counts)
