@@ -109,7 +109,9 @@ def test_every_call_of_every_step(name: str, backend: str, zero: str) -> None:
         world.healthy()
         steps += 1
     met = {verb for verb, _ in verbs_hit}
-    print(f"{name}, {backend}, zero={zero}: {steps} steps, {succeeded} calls, {failed} injected failures, verbs {sorted(met)}")
+    print(
+        f"{name}, {backend}, zero={zero}: {steps} steps, {succeeded} calls, {failed} injected failures, verbs {sorted(met)}"
+    )
     assert failed >= LEAST_CALLS * len(CODES) * 0.9 and calls_made(driver) - first > failed
     usual = {"create", "destroy", "map", "set_access", "unmap", "copy", "record"}
     assert met >= usual | ({"zero"} if zero == "always" or name == "mixed" else set())
