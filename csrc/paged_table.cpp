@@ -199,7 +199,8 @@ class PagedTable final : public PageTable {
     // Ready blocks lie on parked pages: what is left of the pages backs others, in the order in which take() would.
     i64 left = pages - idle_pages_;
     std::vector<i64> next(b.classes.size(), 0);  // slots before it have been counted
-    for (i64 block = b.cursor; block < b.max_blocks && blocks * b.tokens < geometry_.groups[group].max_tokens; ++block) {
+    for (i64 block = b.cursor; block < b.max_blocks && blocks * b.tokens < geometry_.groups[group].max_tokens;
+         ++block) {
       if (b.backed[block]) continue;
       for (std::size_t k = 0; k < b.classes.size(); ++k) {
         const Class& c = b.classes[k];

@@ -613,7 +613,7 @@ class VirtualTable final : public PageTable {
   std::vector<i64> room_;                // [row][group]
   std::vector<i64> ready_;               // [row][group]: tokens that need nothing of the row's job, -1: it maps nothing
   std::vector<std::uint8_t> copy_tail_;  // [sequence][group]: look whether the tail page is shared before writing
-  std::vector<i64> scratch_pages_;  // by arena, -1 between calls
+  std::vector<i64> scratch_pages_;       // by arena, -1 between calls
 };
 
 void VirtualTable::check(std::vector<std::string>* out) const {

@@ -49,7 +49,15 @@ def digest(alloc: kvmem.Allocator) -> str:
         batch = alloc.make_batch(max_new_tokens=alloc.max_sequences * alloc.max_tokens)
         alloc.fill(np.array(handles, np.int32), batch)
         for part in batch.groups:
-            names = ["block_table", "seq_lens", "first_tokens", "slot_mapping", "kv_indptr", "kv_indices", "kv_last_page_len"]
+            names = [
+                "block_table",
+                "seq_lens",
+                "first_tokens",
+                "slot_mapping",
+                "kv_indptr",
+                "kv_indices",
+                "kv_last_page_len",
+            ]
             for name in names + (["rows", "row_starts"] if alloc.backend == "virtual" else []):
                 found.update(np.ascontiguousarray(getattr(part, name + "_cpu").numpy()).tobytes())
     return found.hexdigest()

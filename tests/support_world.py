@@ -153,7 +153,9 @@ class World:
         if handles:
             self.fill(handles)
         for g in range(len(self.groups)):
-            lengths = [(self.core.tokens(h, g), self.core.committed(h, g), self.core.first_token(h, g)) for h in handles]
+            lengths = [
+                (self.core.tokens(h, g), self.core.committed(h, g), self.core.first_token(h, g)) for h in handles
+            ]
             seen += [lengths, self._tables[g][: len(handles)].tobytes()]
         return tuple(seen)
 
@@ -280,7 +282,9 @@ class World:
         if kind < 0.45 and room:
             return self.extend(handle, rng.randint(1, min(room, rng.choice([1, 20, 150]))))
         if kind < 0.6:
-            return self.truncate(handle, rng.randint(min(self.least_tokens(handle), tokens.lengths[main]), tokens.lengths[main]))
+            return self.truncate(
+                handle, rng.randint(min(self.least_tokens(handle), tokens.lengths[main]), tokens.lengths[main])
+            )
         if kind < 0.78 and len(live) < self.alloc.max_sequences:
             return self.fork(handle)
         if kind < 0.9:

@@ -16,7 +16,9 @@ import kvmem
 from kvmem import _core
 
 
-def make(backend: str, driver: _core.CheckedDriver, pages: int = 16, spec: kvmem.CacheSpec | None = None, **options: object) -> kvmem.Allocator:
+def make(
+    backend: str, driver: _core.CheckedDriver, pages: int = 16, spec: kvmem.CacheSpec | None = None, **options: object
+) -> kvmem.Allocator:
     return kvmem.Allocator(
         spec or plain_spec(), backend=backend, memory=pages * PAGE, page_bytes=PAGE, interleave=1, max_sequences=4,
         max_tokens=512, driver=driver, **options,
@@ -52,7 +54,9 @@ def test_the_step_never_waits(backend: str) -> None:
         if round_number == 0:
             driver.clear_log()
     assert driver.held_waits() == 0
-    assert not {"unmap", "wait", "map", "create", "set_access"} & set(verbs(driver)), "rounds after the first reuse what is there"
+    assert not {"unmap", "wait", "map", "create", "set_access"} & set(verbs(driver)), (
+        "rounds after the first reuse what is there"
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -109,7 +113,9 @@ def test_truncated_pages(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_pages_that_a_window_leaves_behind(backend: str) -> None:
-    spec = kvmem.CacheSpec.kv(num_layers=1, num_kv_heads=1, head_dim=16, dtype="float16", block_size=16, window_tokens=40)
+    spec = kvmem.CacheSpec.kv(
+        num_layers=1, num_kv_heads=1, head_dim=16, dtype="float16", block_size=16, window_tokens=40
+    )
     driver = checked()
     alloc = make(backend, driver, spec=spec)
     alloc.fill(np.empty(0, np.int32), alloc.make_batch(max_new_tokens=8), pad_to=1)  # the trash blocks exist
@@ -176,7 +182,9 @@ def test_a_neighbour_gets_a_page_behind_its_event_and_zeroed(backend: str, other
     giver = kvmem.Allocator(plain_spec(), backend=backend, **sizes)
     taker = kvmem.Allocator(plain_spec(), backend=other, **sizes)
     first = used(giver, 448)  # 14 pages, or 15 with what the trash blocks begin
-    first.kv(0)[0].fill_(7.0) if backend == "virtual" else giver.tensor(0, "k")[giver.batch([first]).block_table[0].long()].fill_(7.0)
+    first.kv(0)[0].fill_(7.0) if backend == "virtual" else giver.tensor(0, "k")[
+        giver.batch([first]).block_table[0].long()
+    ].fill_(7.0)
     driver.hold_events(True)
     first.free()
     assert driver.held_waits() == 0

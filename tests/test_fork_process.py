@@ -24,7 +24,9 @@ def finish(pid, seconds=20):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_calls_in_the_child_raise_and_the_parent_goes_on(backend: str) -> None:
-    assert_runs(SETUP + f"""
+    assert_runs(
+        SETUP
+        + f"""
 alloc = kvmem.Allocator(mixed_spec(), backend={backend!r}, memory=90 * PAGE, page_bytes=PAGE, max_sequences=4, max_tokens=300, interleave=1)
 world, rng = World(alloc), random.Random(1)
 for _ in range(100): world.run(world.choose(rng))
@@ -51,13 +53,16 @@ assert finish(pid) == 0
 world.healthy()
 for _ in range(200): world.run(world.choose(rng))
 world.healthy()
-""")
+"""
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_memory_is_not_shared_by_accident(backend: str) -> None:
     """A write of the child to an address of the parent's cache ends the child, and the parent's bytes stay."""
-    assert_runs(SETUP + f"""
+    assert_runs(
+        SETUP
+        + f"""
 alloc = kvmem.Allocator(plain_spec(), backend={backend!r}, memory="1MiB", max_sequences=2, max_tokens=300)
 world = World(alloc)
 world.run(world.open()); (handle,) = world.sequences
@@ -72,13 +77,16 @@ if pid == 0:
 status = finish(pid)
 assert os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGSEGV, signal.SIGBUS), status
 world.healthy()
-""")
+"""
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_child_that_ends_as_usual_does_not_hang(backend: str) -> None:
     """Also when the mapper was at work and other threads held the locks at the moment of the fork."""
-    assert_runs(SETUP + f"""
+    assert_runs(
+        SETUP
+        + f"""
 import gc
 alloc = kvmem.Allocator(plain_spec(), backend={backend!r}, memory=400 * PAGE, page_bytes=PAGE, max_sequences=8, max_tokens=2000,
                         map_ahead_tokens=64)
@@ -107,11 +115,15 @@ for round_number in range(12):
 stop.set()
 for t in threads: t.join()
 assert alloc.check() == []
-""", timeout=120)
+""",
+        timeout=120,
+    )
 
 
 def test_a_child_ends_through_the_interpreters_own_exit() -> None:
-    assert_runs(SETUP + """
+    assert_runs(
+        SETUP
+        + """
 alloc = kvmem.Allocator(plain_spec(), memory=400 * PAGE, page_bytes=PAGE, max_sequences=8, max_tokens=2000, map_ahead_tokens=64)
 s = alloc.sequence(); s.extend(10); s.commit(10); s.extend(10)
 time.sleep(0.1)
@@ -120,4 +132,5 @@ if pid == 0:
     sys.exit(0)
 assert finish(pid) == 0
 s.commit(10); assert alloc.check() == []
-""")
+"""
+    )

@@ -121,7 +121,8 @@ def test_a_tebibyte_of_rows_costs_nothing() -> None:
 def test_the_limit_of_mappings_is_out_of_memory_and_no_crash(backend: str) -> None:
     """Scattered 4 KiB pages use up the kernel's 65,530 mappings long before the memory. The step is refused like any other
     that has no room; what is there stays usable; and when something is freed, it goes on."""
-    printed = assert_runs(f"""
+    printed = assert_runs(
+        f"""
 import sys
 sys.path.insert(0, "tests")
 import numpy as np
@@ -154,7 +155,9 @@ again = alloc.open_batch(8)
 alloc.extend_batch(again, np.full(8, 640, np.int32))
 assert alloc.check() == []
 del alloc
-""", timeout=120)
+""",
+        timeout=120,
+    )
     print(printed)
     if backend == "virtual":
         assert "refused: asked to extend" in printed

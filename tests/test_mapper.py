@@ -24,7 +24,9 @@ def calls(driver: _core.CheckedDriver) -> int:
     return sum(getattr(made, verb) for verb in VERBS)
 
 
-def make(driver: _core.CheckedDriver | None = None, ahead: int = 40, pages: int = 400, name: str = "plain", **options: object) -> kvmem.Allocator:
+def make(
+    driver: _core.CheckedDriver | None = None, ahead: int = 40, pages: int = 400, name: str = "plain", **options: object
+) -> kvmem.Allocator:
     sizes = dict(memory=pages * PAGE, page_bytes=PAGE, interleave=1, max_sequences=6, max_tokens=2000)
     return kvmem.Allocator(SPECS[name](), driver=driver, map_ahead_tokens=ahead, **(sizes | options))
 
@@ -94,9 +96,9 @@ def test_results_are_those_without_a_mapper(name: str) -> None:
     worlds = [World(make(None, ahead, 2000, name)) for ahead in (0, 40)]
     rngs = [random.Random(seed) for _ in worlds]
     for _ in range(1200):
-        steps = [world.choose(rng) for world, rng in zip(worlds, rngs)]
+        steps = [world.choose(rng) for world, rng in zip(worlds, rngs, strict=True)]
         assert steps[0][0] == steps[1][0]
-        answers = [world.run(step) for world, step in zip(worlds, steps)]
+        answers = [world.run(step) for world, step in zip(worlds, steps, strict=True)]
         assert answers[0] == answers[1]
         seen = [world.observe() for world in worlds]
         assert seen[0][:3] == seen[1][:3]

@@ -56,7 +56,9 @@ class Scheduler(World):
         return []
 
 
-@pytest.mark.parametrize(("name", "backend"), [("plain", "virtual"), ("mixed", "virtual"), ("plain", "paged"), ("mixed", "paged")])
+@pytest.mark.parametrize(
+    ("name", "backend"), [("plain", "virtual"), ("mixed", "virtual"), ("plain", "paged"), ("mixed", "paged")]
+)
 def test_two_ranks_follow_a_scheduler_that_has_no_device(name: str, backend: str) -> None:
     rng = random.Random(seed_from_environment(17))
     alloc = make(name, backend, "meta", PAGES[name], record_ops=True)
@@ -200,7 +202,10 @@ def replayed(name: str, backend: str, lists: list[list[Any]], until: list[Any]) 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_ops_of_another_shape_are_refused(backend: str) -> None:
     other = "paged" if backend == "virtual" else "virtual"
-    for ops in ([op for part in recorded("mixed", backend, 3, 60) for op in part], [op for part in recorded("plain", other, 3, 60) for op in part]):
+    for ops in (
+        [op for part in recorded("mixed", backend, 3, 60) for op in part],
+        [op for part in recorded("plain", other, 3, 60) for op in part],
+    ):
         follower = make("plain", backend, "cpu", PAGES["plain"])
         before = digest(follower)
         with pytest.raises(kvmem.SpecError):

@@ -26,7 +26,11 @@ def test_four_allocators_under_pressure_keep_their_contents() -> None:
     driver = checked()
     pool = pool_of(90, driver)
     tags = count(1)
-    worlds = [World(kvmem.Allocator(spec(), backend=b, pool=pool, **SIZES), tags) for b in BACKENDS for spec in (plain_spec, mixed_spec)]
+    worlds = [
+        World(kvmem.Allocator(spec(), backend=b, pool=pool, **SIZES), tags)
+        for b in BACKENDS
+        for spec in (plain_spec, mixed_spec)
+    ]
     served, moved, owned = 0, 0, [0] * len(worlds)
     for step in range(2500):
         at = rng.randrange(len(worlds))
@@ -37,7 +41,7 @@ def test_four_allocators_under_pressure_keep_their_contents() -> None:
         assert sum(after) == pool.mapped_bytes <= pool.budget_bytes
         assert held(driver)["pages"] * PAGE <= pool.budget_bytes
         moved += after[at] > before[at] and any(after[i] < before[i] for i in range(len(worlds)) if i != at)
-        owned = [max(a, b) for a, b in zip(owned, after)]
+        owned = [max(a, b) for a, b in zip(owned, after, strict=True)]
         if step % 5 == 0 or moved:
             for world in worlds:
                 world.healthy()
@@ -69,7 +73,9 @@ def test_a_neighbours_page_is_zeroed(giver_backend: str, taker_backend: str, zer
     sequence = taker.sequence()
     sequence.extend(400)
     # by bits: a pattern may read as NaN
-    seen = any(bool(taker.sequence_tensor(sequence, layer, c).view(dtype=torch.int16).any()) for layer in (0, 1) for c in "kv")
+    seen = any(
+        bool(taker.sequence_tensor(sequence, layer, c).view(dtype=torch.int16).any()) for layer in (0, 1) for c in "kv"
+    )
     assert seen == (zero == "never")
     assert giver.alloc.check() == [] and taker.check() == []
 
