@@ -175,8 +175,7 @@ class Allocator:
         changed.
 
         ids, counts: int32 [n], contiguous, on the CPU; no sequence twice. One call a step; it makes no driver call
-            while the
-        rows or blocks at hand suffice.
+            while the rows or blocks at hand suffice.
         """
         try:
             self.core.extend_batch(ids, counts)
@@ -224,7 +223,7 @@ class Allocator:
             graphs).
         """
         ids = self._handles(sequences)
-        new_tokens = None if new_tokens is None else _counts(new_tokens)
+        new_tokens = None if new_tokens is None else _int32("new_tokens", new_tokens)
         if out is None:
             out = self._fitting_batch(ids, new_tokens, len(ids) if pad_to is None else pad_to)
         self.fill(ids, out, new_tokens=new_tokens, pad_to=pad_to)
@@ -244,7 +243,7 @@ class Allocator:
         self, ids: Handles, batch: Batch, *, new_tokens: List[int] | Handles | None = None, pad_to: int | None = None
     ) -> None:
         """Refills ``batch`` in place for the sequences ``ids`` (int32 [n]); arguments as for ``batch``."""
-        counts = None if new_tokens is None else _counts(new_tokens)
+        counts = None if new_tokens is None else _int32("new_tokens", new_tokens)
         for index, group in enumerate(batch.groups):
             group.begin()
             try:
@@ -261,10 +260,7 @@ class Allocator:
             if isinstance(sequence, Sequence) and sequence.allocator is not self:
                 raise SpecError(f"{sequence!r} belongs to another allocator")
             handles.append(sequence.id if isinstance(sequence, Sequence) else sequence)
-        try:
-            return np.array(handles, np.int32)
-        except (OverflowError, TypeError, ValueError) as error:
-            raise SpecError(f"sequences: got {handles!r}; must be sequences or their int32 handles") from error
+        return _int32("sequences", handles)
 
     def _fitting_batch(self, ids: Handles, new_tokens: List[int] | Handles | None, rows: int) -> Batch:
         lengths, fresh, blocks = [], [], []
@@ -431,13 +427,13 @@ def _count(field: str, value: int) -> int:
     return int(value)
 
 
-def _counts(new_tokens: List[int] | Handles) -> Handles:
-    """Token counts as int32 [n]; ``SpecError`` for what would only become that by rounding or wrapping round."""
-    counts = np.asarray(new_tokens)
-    fits = counts.size == 0 or (counts.dtype.kind in "iu" and counts.min() >= -(2**31) and counts.max() < 2**31)
-    if counts.ndim != 1 or not fits:
-        raise SpecError(f"new_tokens: got {new_tokens!r}; must be one int32 for each sequence")
-    return np.ascontiguousarray(counts, np.int32)
+def _int32(field: str, given: List[int] | Handles) -> Handles:
+    """Integers as int32 [n]; ``SpecError`` for what would only become that by rounding or wrapping round."""
+    values = np.asarray(given)
+    fits = values.size == 0 or (values.dtype.kind in "iu" and values.min() >= -(2**31) and values.max() < 2**31)
+    if values.ndim != 1 or not fits:
+        raise SpecError(f"{field}: got {given!r}; must be one int32 for each sequence")
+    return np.ascontiguousarray(values, np.int32)
 
 
 def _not_int32(*arrays: object) -> SpecError:

@@ -41,7 +41,7 @@ class PagePool:
         # Without a driver nobody else would object to what no device can map.
         if page <= 0 or (self.device.driver is None and page % _LEAST_PAGE):
             raise SpecError(
-                f"page_bytes: got {page_bytes!r}; must be a multiple of {_LEAST_PAGE}, the least page of any device"
+                f"page_bytes: got {page_bytes!r}; must be a positive multiple of {_LEAST_PAGE}, what devices map"
             )
         self.core = _core.PagePool(
             page_bytes=page,

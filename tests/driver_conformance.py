@@ -150,13 +150,13 @@ def test_zero_and_copy_touch_their_bytes_and_no_other(device: Device, begin: int
         before = pattern(5, whole)
         device.write(base, before)
         driver.zero(base + start, size)
-        expected = before[:start] + bytes(size) + before[start + size:]
+        expected = before[:start] + bytes(size) + before[start + size :]
         finish(device)
         assert device.read(base, whole) == expected
         to = 3 * device.page_bytes + 7
         driver.copy(base + to, base + 11, min(size, device.page_bytes - 7))
         size = min(size, device.page_bytes - 7)
-        expected = expected[:to] + expected[11:11 + size] + expected[to + size:]
+        expected = expected[:to] + expected[11 : 11 + size] + expected[to + size :]
         finish(device)
         assert device.read(base, whole) == expected
 

@@ -29,8 +29,14 @@ STUB_GRANULARITY_BYTES = 65536  # small, so that tests touch little memory; a GP
 
 def run_python(code: str, timeout: float = 60, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     """Runs ``code`` in a fresh interpreter: for what may fork, crash, or use up a limit of the process."""
-    return subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True,
-                          timeout=timeout, cwd=ROOT, env={**os.environ, **(env or {})})
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        cwd=ROOT,
+        env={**os.environ, **(env or {})},
+    )
 
 
 def assert_runs(code: str, timeout: float = 60, env: dict[str, str] | None = None) -> str:
@@ -48,8 +54,19 @@ def build_stub(*flags: str) -> Path:
     compiler = os.environ.get("CXX") or shutil.which("c++")
     if not compiler:
         pytest.skip("no C++ compiler (c++ or $CXX) to build the stand-in for libcuda")
-    command = [*compiler.split(), "-std=c++17", "-O1", "-g", "-fPIC", "-shared", "-Wl,-Bsymbolic", *flags,
-               f"-I{ROOT / 'csrc'}", *(str(p) for p in STUB_SOURCES if p.suffix == ".cpp"), "-pthread"]
+    command = [
+        *compiler.split(),
+        "-std=c++17",
+        "-O1",
+        "-g",
+        "-fPIC",
+        "-shared",
+        "-Wl,-Bsymbolic",
+        *flags,
+        f"-I{ROOT / 'csrc'}",
+        *(str(p) for p in STUB_SOURCES if p.suffix == ".cpp"),
+        "-pthread",
+    ]
     content = b"".join(p.read_bytes() for p in [*STUB_SOURCES, ROOT / "csrc/cuda_api.h", ROOT / "csrc/types.h"])
     name = hashlib.sha256(content + " ".join(command).encode()).hexdigest()[:16]
     cache = Path(tempfile.gettempdir()) / f"kvmem-tests-{os.getuid()}"
@@ -86,8 +103,18 @@ class CudaStub:
 
     def held(self) -> dict[str, int]:
         """What the device holds: all zero when nothing has leaked."""
-        return {name: self.get(name) for name in
-                ("reservations", "allocations", "mappings", "events", "contexts", "created_bytes", "physical_bytes")}
+        return {
+            name: self.get(name)
+            for name in (
+                "reservations",
+                "allocations",
+                "mappings",
+                "events",
+                "contexts",
+                "created_bytes",
+                "physical_bytes",
+            )
+        }
 
     def fail(self, call: str, nth: int, code: int) -> None:
         self.library.kvmem_stub_fail(call.encode(), ctypes.c_longlong(nth), code)

@@ -168,9 +168,14 @@ def test_the_log_tells_what_happened_in_order(driver: _core.CheckedDriver) -> No
     driver.zero(base, 7)
     driver.unmap(base + PAGE, PAGE)
     assert [(call.verb, call.at, call.bytes, call.id) for call in driver.log()] == [
-        ("reserve", base, 2 * PAGE, 0), ("create", 0, PAGE, page),
-        ("map", base, PAGE, page), ("map", base + PAGE, PAGE, page),
-        ("set_access", base, 2 * PAGE, 0), ("zero", base, 7, 0), ("unmap", base + PAGE, PAGE, page)]
+        ("reserve", base, 2 * PAGE, 0),
+        ("create", 0, PAGE, page),
+        ("map", base, PAGE, page),
+        ("map", base + PAGE, PAGE, page),
+        ("set_access", base, 2 * PAGE, 0),
+        ("zero", base, 7, 0),
+        ("unmap", base + PAGE, PAGE, page),
+    ]
     assert driver.counters().map == 3
     driver.clear_log()
     assert driver.log() == []
@@ -186,22 +191,28 @@ def test_live_shows_a_leak(driver: _core.CheckedDriver, scene: Scene) -> None:
     assert state(driver) == (1, 8, 4, 0, 8 * PAGE)
 
 
-@pytest.mark.parametrize(("rule", "misuse"), [
-    ("offset is 65536 and must be 0", lambda d, base, pages: d.map(base + 8 * PAGE, PAGE, PAGE, pages[5])),
-    ("never in part", lambda d, base, pages: d.map(base + 8 * PAGE, PAGE // 2, 0, pages[5])),
-    ("before set_access", lambda d, base, pages: (d.map(base + 4 * PAGE, PAGE, 0, pages[5]), d.touch(base, 5 * PAGE))),
-    ("mapped already", lambda d, base, pages: d.map(base, PAGE, 0, pages[5])),
-    ("a part of one, or several", lambda d, base, pages: d.unmap(base, PAGE // 2)),
-    ("nothing is mapped there", lambda d, base, pages: d.unmap(base + 9 * PAGE, PAGE)),
-    ("destroyed while mapped", lambda d, base, pages: d.destroy(pages[0])),
-    ("released while pages are mapped", lambda d, base, pages: d.release(base, 16 * PAGE)),
-    ("not reserved", lambda d, base, pages: d.map(base + 16 * PAGE, PAGE, 0, pages[5])),
-    ("off the granularity", lambda d, base, pages: d.create(PAGE + 1)),
-    ("covers a part of the mapping", lambda d, base, pages: d.set_access(base, PAGE + PAGE // 2)),
-    ("not wholly mapped", lambda d, base, pages: d.touch(base, 5 * PAGE)),
-    ("overlap", lambda d, base, pages: d.copy(base, base + 1, PAGE)),
-    ("does not exist", lambda d, base, pages: d.destroy(12345)),
-])
+@pytest.mark.parametrize(
+    ("rule", "misuse"),
+    [
+        ("offset is 65536 and must be 0", lambda d, base, pages: d.map(base + 8 * PAGE, PAGE, PAGE, pages[5])),
+        ("never in part", lambda d, base, pages: d.map(base + 8 * PAGE, PAGE // 2, 0, pages[5])),
+        (
+            "before set_access",
+            lambda d, base, pages: (d.map(base + 4 * PAGE, PAGE, 0, pages[5]), d.touch(base, 5 * PAGE)),
+        ),
+        ("mapped already", lambda d, base, pages: d.map(base, PAGE, 0, pages[5])),
+        ("a part of one, or several", lambda d, base, pages: d.unmap(base, PAGE // 2)),
+        ("nothing is mapped there", lambda d, base, pages: d.unmap(base + 9 * PAGE, PAGE)),
+        ("destroyed while mapped", lambda d, base, pages: d.destroy(pages[0])),
+        ("released while pages are mapped", lambda d, base, pages: d.release(base, 16 * PAGE)),
+        ("not reserved", lambda d, base, pages: d.map(base + 16 * PAGE, PAGE, 0, pages[5])),
+        ("off the granularity", lambda d, base, pages: d.create(PAGE + 1)),
+        ("covers a part of the mapping", lambda d, base, pages: d.set_access(base, PAGE + PAGE // 2)),
+        ("not wholly mapped", lambda d, base, pages: d.touch(base, 5 * PAGE)),
+        ("overlap", lambda d, base, pages: d.copy(base, base + 1, PAGE)),
+        ("does not exist", lambda d, base, pages: d.destroy(12345)),
+    ],
+)
 def test_a_refusal_names_the_rule(
     driver: _core.CheckedDriver, scene: Scene, rule: str, misuse: Callable[..., object]
 ) -> None:

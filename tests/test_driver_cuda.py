@@ -18,7 +18,8 @@ from kvmem.errors import DeviceError, OutOfMemory
 
 ENTRIES = re.findall(r"ENTRY\((cu\w+),", (ROOT / "csrc/cuda_api.h").read_text())
 NOTHING = dict.fromkeys(
-    ("reservations", "allocations", "mappings", "events", "contexts", "created_bytes", "physical_bytes"), 0)
+    ("reservations", "allocations", "mappings", "events", "contexts", "created_bytes", "physical_bytes"), 0
+)
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+import kvmem
 from kvmem import PagePool, SpecError
 
 
@@ -27,3 +28,15 @@ def test_the_budget_is_whole_pages(device: str, page_bytes: int | str) -> None:
     pool = PagePool(device=device, memory=1_000_000, page_bytes=page_bytes)
     assert pool.budget_bytes == 1_000_000 // pool.page_bytes * pool.page_bytes
     assert pool.mapped_bytes == 0
+
+
+@pytest.mark.parametrize("bad", [[1.5], [True], [[1]], [2**40], ["1"]])
+def test_lists_of_handles_and_counts_are_not_rounded(bad: list[object]) -> None:
+    spec = kvmem.CacheSpec.kv(num_layers=1, num_kv_heads=1, head_dim=8, dtype="float32")
+    alloc = kvmem.Allocator(spec, device="meta", memory="64MiB", max_sequences=2, max_tokens=64)
+    seq = alloc.sequence()
+    seq.extend(3)
+    with pytest.raises(kvmem.SpecError, match="new_tokens"):
+        alloc.batch([seq], new_tokens=bad)
+    with pytest.raises(kvmem.SpecError, match="sequences"):
+        alloc.batch(bad)
