@@ -34,7 +34,8 @@ void translate(const std::exception_ptr& pointer, void*) {
   } catch (const Error& e) {
     raise("KVMemError", e.what());
   } catch (const std::bad_alloc&) {
-    raise("OutOfMemory", "no host memory for the books: lower max_sequences, max_tokens or memory, or raise page_bytes");
+    raise("OutOfMemory",
+          "no host memory for the books: lower max_sequences, max_tokens or memory, or raise page_bytes");
   }
 }
 
