@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 import signal
+from pathlib import Path
 
 import pytest
 from support_drivers import assert_runs, run_python
