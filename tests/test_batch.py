@@ -15,6 +15,8 @@ import kvmem
 from kvmem import _core
 from kvmem.batch import GroupBatch
 
+pytestmark = pytest.mark.core
+
 
 def oracle(pair: Lockstep, g: int, handles: list[int], new: list[int] | None, rows: int) -> dict[str, list[Any]]:
     """Every field but the block ids, from the model's lengths."""

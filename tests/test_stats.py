@@ -12,6 +12,8 @@ from support import BACKENDS, LAYOUTS, i32, make_allocator, open_driver, plain
 
 import kvmem
 
+pytestmark = pytest.mark.core
+
 
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
