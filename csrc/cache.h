@@ -79,7 +79,6 @@ class Cache final : public TableState {
   bool plan_extend(const i32* handles, const i32* counts, i64 n, i64 group);
   void grow(const i32* handles, const i32* counts, i64 n, i64 group);
   void grow_one(i64 index, i64 count, i64 group, Transaction& tx);
-  void begin_fixed(i64 index, Transaction& tx);
   [[noreturn]] void explain(i64 index, i64 count, i64 group, const std::string& why);
   void map_ahead(i64 n, i64 group);
   bool lacks_trash(i64 g, i64 tokens) const;

@@ -23,14 +23,14 @@ bool is_verb(const std::string& name) {
 }  // namespace
 
 CheckedDriver::CheckedDriver(std::shared_ptr<Driver> inner) : inner_(std::move(inner)) {
-  if (!inner_) throw InvalidArgument("a CheckedDriver needs a driver to wrap");
+  if (!inner_) throw SpecError("a CheckedDriver needs a driver to wrap");
 }
 
 // ---- Test controls -------------------------------------------------------------------------------------------------
 
 void CheckedDriver::fail(const std::string& verb, i64 nth, i64 code, bool undo_too) {
-  if (!is_verb(verb)) throw InvalidArgument("fail: there is no verb '" + verb + "'");
-  if (nth < 1 || code == 0) throw InvalidArgument("fail: nth counts from 1, and code 0 is success");
+  if (!is_verb(verb)) throw SpecError("fail: there is no verb '" + verb + "'");
+  if (nth < 1 || code == 0) throw SpecError("fail: nth counts from 1, and code 0 is success");
   std::lock_guard<std::mutex> lock(mutex_);
   failures_.push_back({verb, nth, code, undo_too});
 }

@@ -32,7 +32,8 @@ class Reservation {
   i64 bytes_;
 };
 
-// Thread-safe: the mapper executes beside the caller. Dies after every tensor that shows its memory (they share it).
+// Thread-safe: the mapper executes beside the caller. Outlives every tensor that shows its memory, since those hold
+// their cache.
 class Space {
  public:
   Space(std::shared_ptr<Driver> driver, i64 page_bytes);

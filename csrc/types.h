@@ -24,8 +24,6 @@ class SpecError : public Error {  // an argument that no state of the allocator 
   using Error::Error;
 };
 
-using InvalidArgument = SpecError;
-
 class OutOfMemory : public Error {  // a scheduling outcome: nothing has changed, ask for less or free something
  public:
   using Error::Error;
