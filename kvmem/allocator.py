@@ -144,6 +144,8 @@ class Allocator:
             return PagePool(
                 device="cpu" if device is None else device, memory=memory, page_bytes=page_bytes, driver=driver
             )
+        if not isinstance(pool, PagePool):
+            raise SpecError(f"pool: got {type(pool).__name__}; must be a PagePool")
         if device is not None or page_bytes is not None or driver is not None:
             raise SpecError(
                 "device, page_bytes and driver belong to the pool; an allocator that is given one takes them from it"
@@ -166,7 +168,9 @@ class Allocator:
 
     def open_batch(self, n: int) -> Handles:
         """Handles of ``n`` new sequences, int32 [n]: all of them or ``OutOfMemory``."""
-        handles = np.empty(_count("n", n), np.int32)
+        if _count("n", n) > self.max_sequences:
+            raise OutOfMemory(f"asked to open {n} sequences; max_sequences is {self.max_sequences}")
+        handles = np.empty(n, np.int32)
         self.core.open_batch(handles)
         return handles
 
@@ -225,7 +229,7 @@ class Allocator:
         ids = self._handles(sequences)
         new_tokens = None if new_tokens is None else _int32("new_tokens", new_tokens)
         if out is None:
-            out = self._fitting_batch(ids, new_tokens, len(ids) if pad_to is None else pad_to)
+            out = self._fitting_batch(ids, new_tokens, len(ids) if pad_to is None else _count("pad_to", pad_to))
         self.fill(ids, out, new_tokens=new_tokens, pad_to=pad_to)
         return out
 
@@ -235,31 +239,36 @@ class Allocator:
         """Empty buffers for steps of up to ``max_sequences`` rows and ``max_new_tokens`` new tokens in all, sequences
         of up to ``max_tokens``; for ``out=`` and ``fill``. Their addresses never change.
         """
-        rows = self.max_sequences if max_sequences is None else max_sequences
-        longest = self.max_tokens if max_tokens is None else max_tokens
-        return self._new_batch(rows, [max_new_tokens] * len(self.spec.groups), [longest] * len(self.spec.groups), None)
+        rows = _count("max_sequences", _default(max_sequences, self.max_sequences))
+        longest = _count("max_tokens", _default(max_tokens, self.max_tokens))
+        fresh, groups = _count("max_new_tokens", max_new_tokens), len(self.spec.groups)
+        return self._new_batch(rows, [fresh] * groups, [longest] * groups, None)
 
     def fill(
         self, ids: Handles, batch: Batch, *, new_tokens: List[int] | Handles | None = None, pad_to: int | None = None
     ) -> None:
         """Refills ``batch`` in place for the sequences ``ids`` (int32 [n]); arguments as for ``batch``."""
         counts = None if new_tokens is None else _int32("new_tokens", new_tokens)
+        rows = 0 if pad_to is None else _count("pad_to", pad_to)
         for index, group in enumerate(batch.groups):
             group.begin()
             try:
-                sizes = self.core.fill(ids, counts, index, pad_to or 0, group.buffers)
+                sizes = self.core.fill(ids, counts, index, rows, group.buffers)
             except TypeError as error:
                 raise _not_int32(ids) from error
             group.update(sizes)
 
+    def _handle(self, sequence: Sequence | int) -> int:
+        if not isinstance(sequence, Sequence):
+            return sequence
+        if sequence.allocator is not self:
+            raise SpecError(f"{sequence!r} belongs to another allocator")
+        return sequence.id
+
     def _handles(self, sequences: Iterable[Sequence | int] | Handles) -> Handles:
         if isinstance(sequences, np.ndarray):
             return sequences
-        handles = []
-        for sequence in sequences:
-            if isinstance(sequence, Sequence) and sequence.allocator is not self:
-                raise SpecError(f"{sequence!r} belongs to another allocator")
-            handles.append(sequence.id if isinstance(sequence, Sequence) else sequence)
+        handles = [self._handle(sequence) for sequence in sequences]
         return _int32("sequences", handles)
 
     def _fitting_batch(self, ids: Handles, new_tokens: List[int] | Handles | None, rows: int) -> Batch:
@@ -331,7 +340,7 @@ class Allocator:
 
         With a sliding window it starts at the first token still held (``core.first_token``).
         """
-        handle = sequence.id if isinstance(sequence, Sequence) else sequence
+        handle = self._handle(sequence)
         index = self.spec.group_of(layer, component)
         first, end = self.core.first_token(handle, index), self.core.tokens(handle, index)
         if self._geometry[index].row_tokens:
@@ -413,8 +422,9 @@ class Allocator:
         self.core.apply(list(ops))
 
     def __repr__(self) -> str:
-        device, budget = self.pool.device.name, self.pool.budget_bytes
-        return f"Allocator(backend={self.backend!r}, device={device!r}, budget_bytes={budget})"
+        # Nothing that asks the core: it answers with a DeviceError in a forked child, and repr() must not raise.
+        sizes = f"max_sequences={self.max_sequences}, max_tokens={self.max_tokens}"
+        return f"Allocator(backend={self.backend!r}, device={self.pool.device.name!r}, {sizes})"
 
 
 def _default(value: Any, default: Any) -> Any:

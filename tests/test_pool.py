@@ -40,3 +40,24 @@ def test_lists_of_handles_and_counts_are_not_rounded(bad: list[object]) -> None:
         alloc.batch([seq], new_tokens=bad)
     with pytest.raises(kvmem.SpecError, match="sequences"):
         alloc.batch(bad)
+
+
+def test_arguments_that_would_be_bent_or_belong_elsewhere_are_refused() -> None:
+    spec = kvmem.CacheSpec.kv(num_layers=1, num_kv_heads=1, head_dim=8, dtype="float32")
+    one, two = (kvmem.Allocator(spec, memory="1MiB", max_sequences=2, max_tokens=64) for _ in range(2))
+    seq, foreign = one.sequence(), two.sequence()
+    seq.extend(5)
+    foreign.extend(3)
+    for call in (
+        lambda: one.batch([foreign]),
+        lambda: one.sequence_tensor(foreign, 0, "k"),
+        lambda: one.batch([seq], pad_to=-1),
+        lambda: one.batch([seq], pad_to=True),
+        lambda: one.make_batch(max_new_tokens=-4),
+        lambda: kvmem.Allocator(spec, pool="x", max_sequences=1, max_tokens=5),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(SpecError):
+            call()
+    with pytest.raises(kvmem.OutOfMemory, match="max_sequences is 2"):
+        one.open_batch(10**12)
+    assert (seq.num_tokens, one.stats().num_sequences, one.check()) == (5, 1, [])
