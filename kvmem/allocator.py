@@ -12,6 +12,7 @@ import torch
 from torch.utils.dlpack import from_dlpack
 
 from kvmem import _core
+from kvmem.arrays import as_int32, at_least_zero, not_int32
 from kvmem.backends import BACKENDS
 from kvmem.batch import Batch, GroupBatch
 from kvmem.errors import OutOfMemory, SpecError
@@ -29,9 +30,7 @@ from kvmem.views import CacheTensor, block_view, row_view
 __all__ = ["Allocator"]
 
 if TYPE_CHECKING:
-    import numpy.typing as npt
-
-    Handles = npt.NDArray[np.int32]
+    from kvmem.arrays import Handles
 
 
 class Allocator:
@@ -94,8 +93,8 @@ class Allocator:
         home = self.pool.device
         self.device = home.torch_device
         self.interleave = resolve_interleave(_default(interleave, home.interleave), spec.num_layers)
-        self.tail_guard_tokens = _count("tail_guard_tokens", _default(tail_guard_tokens, home.tail_guard_tokens))
-        self.map_ahead_tokens = _count("map_ahead_tokens", _default(map_ahead_tokens, home.map_ahead_tokens))
+        self.tail_guard_tokens = at_least_zero("tail_guard_tokens", _default(tail_guard_tokens, home.tail_guard_tokens))
+        self.map_ahead_tokens = at_least_zero("map_ahead_tokens", _default(map_ahead_tokens, home.map_ahead_tokens))
         limit = parse_bytes("memory", _default(memory, self.pool.budget_bytes))
         self._layouts = [GroupLayout(group, self.interleave) for group in spec.groups]
         self._geometry = self._lay_out(max(limit, home.total_bytes or 4 * limit))
@@ -168,7 +167,7 @@ class Allocator:
 
     def open_batch(self, n: int) -> Handles:
         """Handles of ``n`` new sequences, int32 [n]: all of them or ``OutOfMemory``."""
-        if _count("n", n) > self.max_sequences:
+        if at_least_zero("n", n) > self.max_sequences:
             raise OutOfMemory(f"asked to open {n} sequences; max_sequences is {self.max_sequences}")
         handles = np.empty(n, np.int32)
         self.core.open_batch(handles)
@@ -184,7 +183,7 @@ class Allocator:
         try:
             self.core.extend_batch(ids, counts)
         except TypeError as error:
-            raise _not_int32(ids, counts) from error
+            raise not_int32(ids, counts) from error
 
     def try_extend_batch(self, ids: Handles, counts: Handles) -> bool:
         """As ``extend_batch``, but False instead of ``OutOfMemory``."""
@@ -199,14 +198,14 @@ class Allocator:
         try:
             self.core.commit_batch(ids, counts)
         except TypeError as error:
-            raise _not_int32(ids, counts) from error
+            raise not_int32(ids, counts) from error
 
     def free_batch(self, ids: Handles) -> None:
         """Frees every sequence of ``ids`` (int32 [n]), or raises ``StaleHandle`` and frees none."""
         try:
             self.core.free_batch(ids)
         except TypeError as error:
-            raise _not_int32(ids) from error
+            raise not_int32(ids) from error
 
     # --- metadata ---
 
@@ -227,9 +226,9 @@ class Allocator:
             graphs).
         """
         ids = self._handles(sequences)
-        new_tokens = None if new_tokens is None else _int32("new_tokens", new_tokens)
+        new_tokens = None if new_tokens is None else as_int32("new_tokens", new_tokens)
         if out is None:
-            out = self._fitting_batch(ids, new_tokens, len(ids) if pad_to is None else _count("pad_to", pad_to))
+            out = self._fitting_batch(ids, new_tokens, len(ids) if pad_to is None else at_least_zero("pad_to", pad_to))
         self.fill(ids, out, new_tokens=new_tokens, pad_to=pad_to)
         return out
 
@@ -239,23 +238,23 @@ class Allocator:
         """Empty buffers for steps of up to ``max_sequences`` rows and ``max_new_tokens`` new tokens in all, sequences
         of up to ``max_tokens``; for ``out=`` and ``fill``. Their addresses never change.
         """
-        rows = _count("max_sequences", _default(max_sequences, self.max_sequences))
-        longest = _count("max_tokens", _default(max_tokens, self.max_tokens))
-        fresh, groups = _count("max_new_tokens", max_new_tokens), len(self.spec.groups)
+        rows = at_least_zero("max_sequences", _default(max_sequences, self.max_sequences))
+        longest = at_least_zero("max_tokens", _default(max_tokens, self.max_tokens))
+        fresh, groups = at_least_zero("max_new_tokens", max_new_tokens), len(self.spec.groups)
         return self._new_batch(rows, [fresh] * groups, [longest] * groups, None)
 
     def fill(
         self, ids: Handles, batch: Batch, *, new_tokens: List[int] | Handles | None = None, pad_to: int | None = None
     ) -> None:
         """Refills ``batch`` in place for the sequences ``ids`` (int32 [n]); arguments as for ``batch``."""
-        counts = None if new_tokens is None else _int32("new_tokens", new_tokens)
-        rows = 0 if pad_to is None else _count("pad_to", pad_to)
+        counts = None if new_tokens is None else as_int32("new_tokens", new_tokens)
+        rows = 0 if pad_to is None else at_least_zero("pad_to", pad_to)
         for index, group in enumerate(batch.groups):
             group.begin()
             try:
                 sizes = self.core.fill(ids, counts, index, rows, group.buffers)
             except TypeError as error:
-                raise _not_int32(ids) from error
+                raise not_int32(ids) from error
             group.update(sizes)
 
     def _handle(self, sequence: Sequence | int) -> int:
@@ -269,7 +268,7 @@ class Allocator:
         if isinstance(sequences, np.ndarray):
             return sequences
         handles = [self._handle(sequence) for sequence in sequences]
-        return _int32("sequences", handles)
+        return as_int32("sequences", handles)
 
     def _fitting_batch(self, ids: Handles, new_tokens: List[int] | Handles | None, rows: int) -> Batch:
         lengths, fresh, blocks = [], [], []
@@ -429,23 +428,3 @@ class Allocator:
 
 def _default(value: Any, default: Any) -> Any:
     return default if value is None else value
-
-
-def _count(field: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 0:
-        raise SpecError(f"{field}: got {value!r}; must be an int, 0 or more")
-    return int(value)
-
-
-def _int32(field: str, given: List[int] | Handles) -> Handles:
-    """Integers as int32 [n]; ``SpecError`` for what would only become that by rounding or wrapping round."""
-    values = np.asarray(given)
-    fits = values.size == 0 or (values.dtype.kind in "iu" and values.min() >= -(2**31) and values.max() < 2**31)
-    if values.ndim != 1 or not fits:
-        raise SpecError(f"{field}: got {given!r}; must be one int32 for each sequence")
-    return np.ascontiguousarray(values, np.int32)
-
-
-def _not_int32(*arrays: object) -> SpecError:
-    got = " and ".join(f"{a.dtype} {list(a.shape)}" if isinstance(a, np.ndarray) else repr(a) for a in arrays)
-    return SpecError(f"got {got}; batched calls take contiguous numpy arrays, int32 [n]")

@@ -1,0 +1,39 @@
+"""Integers and int32 arrays from a caller: checked, never rounded, wrapped or converted behind their back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from kvmem.errors import SpecError
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    Handles = npt.NDArray[np.int32]
+
+__all__ = ["as_int32", "at_least_zero", "not_int32"]
+
+
+def at_least_zero(field: str, value: int) -> int:
+    """``value`` as an int, 0 or more; ``SpecError`` otherwise."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 0:
+        raise SpecError(f"{field}: got {value!r}; must be an int, 0 or more")
+    return int(value)
+
+
+def as_int32(field: str, given: Sequence[int] | Handles) -> Handles:
+    """Integers as int32 [n]; ``SpecError`` for what would only become that by rounding or wrapping round."""
+    values = np.asarray(given)
+    fits = values.size == 0 or (values.dtype.kind in "iu" and values.min() >= -(2**31) and values.max() < 2**31)
+    if values.ndim != 1 or not fits:
+        raise SpecError(f"{field}: got {given!r}; must be one int32 for each sequence")
+    return np.ascontiguousarray(values, np.int32)
+
+
+def not_int32(*arrays: object) -> SpecError:
+    """The error for arrays that the core did not take."""
+    got = " and ".join(f"{a.dtype} {list(a.shape)}" if isinstance(a, np.ndarray) else repr(a) for a in arrays)
+    return SpecError(f"got {got}; batched calls take contiguous numpy arrays, int32 [n]")
