@@ -232,5 +232,6 @@ def test_importing_kvmem_is_cheap_beside_torch() -> None:
     ratio = min(extra) / min(torch_alone)
     summary = f"import torch {min(torch_alone):.3f} s, kvmem {min(extra):.3f} s more: {ratio:.1%}"
     print(summary)
-    assert min(extra) < 0.1, summary
+    # 0.1 s where torch takes its usual 1.5 s or more; a machine that is busy stretches both.
+    assert min(extra) < 0.1 or ratio < 0.05, summary
     assert ratio < 0.07, summary

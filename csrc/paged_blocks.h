@@ -1,0 +1,116 @@
+// The books of the paged backend: the block tables, what each block is (unbacked, ready, referenced) and which pages
+// lie under it. paged_table.cpp decides; the mappings and table entries it pushes come back through on_map, on_unmap
+// and apply, and change here only.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "page_table.h"
+
+namespace kvmem {
+
+struct Class {
+  i64 block_bytes = 0;
+  std::vector<i64> arenas;         // numbers within the table
+  std::vector<i32> mapped;         // per slot: in how many of the arenas it is mapped (all or none, between calls)
+  std::vector<i32> users;          // per slot: referenced blocks that touch it
+  i64 hold_from = 0, hold_to = 0;  // slots being prepared at this moment: not to be spilled
+};
+
+struct Blocks {
+  i64 max_blocks = 0, tokens = 0, per_sequence = 0;
+  std::vector<i32> refs;
+  std::vector<i32> next, previous;  // the list of ready blocks, circular through entry max_blocks
+  std::vector<std::uint8_t> backed;
+  std::vector<Class> classes;
+  i64 ready = 0;
+  i64 cursor = kTrashBlocks;  // no unbacked block lies below
+  i64 extra_refs = 0;         // references beyond the first, all blocks
+  i64 fence = 0;              // the device may use freed blocks until it has passed
+  std::unique_ptr<i32[], void (*)(void*)> table{nullptr, std::free};  // [sequence][per_sequence], 0 is none
+};
+
+class PagedBlocks : public PageTable {
+ public:
+  PagedBlocks(const Geometry& geometry, PagePool& pool, const Sequences& sequences);
+  ~PagedBlocks() override;
+
+  bool has_trash(i64 group) const override {
+    return blocks_[group].backed[kReadTrash] && blocks_[group].backed[kWriteTrash];
+  }
+
+  bool is_whole(const Op& op) const override;
+  bool holds(i64 index, i64 group) const override;
+  void look_at_tail(i64 index, i64 group) override { copy_tail_[index * groups_ + group] = 1; }
+  void apply(const Op& op) override;
+  bool is_mapped(i32 arena, i64 slot, i64 count) const override;
+  void on_map(const Op& op) override { change(op, true); }
+  void on_unmap(const Op& op) override { change(op, false); }
+
+  i64 offset_bytes(i64 index, i64 group, i64 a, i64 token) const override {
+    const Blocks& b = blocks_[group];
+    const i64 bytes = geometry_.groups[group].token_bytes[a];
+    return (entry(index, group, token / b.tokens) * b.tokens + token % b.tokens) * bytes;
+  }
+
+  Placement place(i64 index, i64 group) const override {
+    Placement p;
+    p.blocks = &blocks_[group].table[index * blocks_[group].per_sequence];
+    return p;
+  }
+
+  i64 tokens_that_fit(i64 index, i64 group, i64 pages) const override;
+  i64 parked_pages() const override { return idle_pages_; }
+  void count_bytes(i64* used_bytes, i64* shared_bytes) const override;
+  i64 first_arena(i64 group) const override { return base_arena_ + first_[group]; }
+  i64 mapped_extent_slots(i64 group, i64 arena_in_group) const override;
+  void check(std::vector<std::string>* out) const override;
+
+ protected:
+  i64 page_bytes() const { return geometry_.page_bytes; }
+  i32 arena(i64 a) const { return static_cast<i32>(base_arena_ + a); }
+  i32 entry(i64 index, i64 g, i64 ordinal) const { return blocks_[g].table[index * blocks_[g].per_sequence + ordinal]; }
+  i64 first_slot(const Class& c, i64 block) const { return block * c.block_bytes / page_bytes(); }
+  i64 end_slot(const Class& c, i64 block) const { return ceil_div((block + 1) * c.block_bytes, page_bytes()); }
+
+  bool idle(const Class& c, i64 slot) const {
+    return c.mapped[slot] > 0 && c.users[slot] == 0 && (slot < c.hold_from || slot >= c.hold_to);
+  }
+
+  const Geometry& geometry_;
+  PagePool& pool_;
+  const Sequences& sequences_;
+  const i64 groups_;
+  i32 base_arena_ = 0;
+  std::vector<i64> first_;               // first arena of each group, and one past the last
+  std::vector<Blocks> blocks_;           // by group
+  std::vector<std::vector<i32>> pages_;  // [arena][slot], -1 where nothing is mapped
+  std::vector<std::uint8_t> copy_tail_;  // [sequence][group]: look whether the tail block is shared before writing
+  i64 idle_pages_ = 0;                   // mapped, but under no referenced block
+
+ private:
+  i64 group_of(i64 a) const {
+    i64 g = 0;
+    while (a >= first_[g + 1]) ++g;
+    return g;
+  }
+
+  const Class& class_of(i64 a) const;
+  void add_group(const GroupGeometry& group);
+  void link(Blocks& b, i64 block, bool front);
+  void unlink(Blocks& b, i64 block);
+  void acquire(Blocks& b, i64 block);
+  void drop(Blocks& b, i64 block);
+  void change(const Op& op, bool mapped);
+  // Trash slots have users before they are mapped; taking such a mapping back must be possible.
+  bool growing(const Op& op) const { return op.a * page_bytes() < kTrashBlocks * biggest_block(op.at - base_arena_); }
+  i64 biggest_block(i64 a) const;
+  // Which blocks over the slots [from, to) of a class are backed now?
+  void refresh(Blocks& b, const Class& changed, i64 from, i64 to);
+};
+
+}  // namespace kvmem

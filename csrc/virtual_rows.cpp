@@ -1,0 +1,268 @@
+#include "virtual_rows.h"
+
+#include <unordered_map>
+
+#include "shared_parts.h"
+
+namespace kvmem {
+
+VirtualRows::VirtualRows(const Geometry& geometry, PagePool& pool, const Sequences& sequences)
+    : geometry_(geometry),
+      pool_(pool),
+      sequences_(sequences),
+      groups_(static_cast<i64>(geometry.groups.size())),
+      rows_(geometry.max_sequences + 1),
+      row_of_(geometry.max_sequences, -1) {
+  limit_pages = pool.budget_pages();
+  pool.add_owner(this);
+  try {
+    for (const GroupGeometry& group : geometry.groups) {
+      first_.push_back(arenas_);
+      for (std::size_t i = 0; i < group.token_bytes.size(); ++i, ++arenas_) {
+        const i32 arena = pool.add_arena(this, group.arena_slots[i]);
+        if (arenas_ == 0) base_arena_ = arena;
+      }
+    }
+  } catch (...) {
+    pool.remove_owner(this, {});
+    throw;
+  }
+  first_.push_back(arenas_);
+  extents_.resize(rows_.size() * arenas_);
+  scratch_pages_.assign(arenas_, -1);
+  room_.assign(rows_.size() * groups_, -1);
+  ready_.assign(rows_.size() * groups_, -1);
+  copy_tail_.assign(row_of_.size() * groups_, 0);
+  for (i64 row = static_cast<i64>(rows_.size()) - 1; row > 0; --row) add_unbound(row);  // row 0 holds the trash blocks
+}
+
+VirtualRows::~VirtualRows() {
+  std::vector<i32> pages;
+  for (const Extent& e : extents_) pages.insert(pages.end(), e.pages.begin() + e.lo, e.pages.begin() + e.hi);
+  pool_.remove_owner(this, pages);
+}
+
+bool VirtualRows::is_whole(const Op& op) const {
+  const i64 a = op.at - base_arena_;
+  if (a < 0 || a >= arenas_) return true;  // a neighbour's
+  const i64 g = group_of(a);
+  if (op.a == geometry_.groups[g].arena_slots[a - first_[g]] - 1) return scratch_pages_[a] < 0;
+  const Extent& e = extent(op.a / row_slots(g, a), a);
+  return e.count == e.hi - e.lo;
+}
+
+bool VirtualRows::holds(i64 index, i64 group) const {
+  const i64 row = row_of_[index], tokens = sequences_.tokens(index, group);
+  if (tokens == 0) return sequences_.live(index) || row < 0;
+  for (i64 a = first_[group]; row > 0 && a < first_[group + 1]; ++a) {
+    const Extent& e = extent(row, a);
+    const i64 lo = low_slot(group, a, sequences_.front(index, group));
+    if (e.lo > lo || e.hi < high_slot(group, a, tokens) || e.count != e.hi - e.lo) return false;
+    const i64 tail = tokens * token_bytes(group, a) / page_bytes();
+    if (tail < e.hi && pool_.refs(e.pages[tail]) > 1 && !copy_tail_[index * groups_ + group]) return false;
+  }
+  return row > 0;
+}
+
+void VirtualRows::apply(const Op& op) {
+  const i64 index = sequences_.index(op.a);
+  if (op.kind == OpKind::bind) {
+    if (op.b <= 0 || op.b >= static_cast<i64>(rows_.size()) || rows_[op.b].index >= 0 || row_of_[index] >= 0) {
+      throw SpecError("bind: row " + std::to_string(op.b) + " or the sequence is bound already");
+    }
+    remove_unbound(op.b);
+    rows_[op.b].index = index;
+    row_of_[index] = static_cast<i32>(op.b);
+    forget_room(op.b);
+  } else if (op.kind == OpKind::unbind) {
+    if (row_of_[index] < 0 || row_of_[index] != op.b) throw SpecError("unbind: not the row of this sequence");
+    rows_[op.b].index = -1;
+    row_of_[index] = -1;
+    add_unbound(op.b);
+  } else {
+    throw SpecError("block: the virtual backend has no block table");
+  }
+}
+
+bool VirtualRows::is_mapped(i32 arena, i64 slot, i64 count) const {
+  const i64 a = arena - base_arena_, g = group_of(a);
+  if (slot == geometry_.groups[g].arena_slots[a - first_[g]] - 1) return count == 1 && scratch_pages_[a] >= 0;
+  const Extent& e = extent(slot / row_slots(g, a), a);
+  const i64 first = slot % row_slots(g, a);
+  bool all = first >= e.lo && first + count <= e.hi;
+  for (i64 i = first; all && i < first + count; ++i) all = e.pages[i] >= 0;
+  return all;
+}
+
+i64 VirtualRows::tokens_that_fit(i64 index, i64 group, i64 pages) const {
+  i64 low = sequences_.tokens(index, group), high = geometry_.groups[group].max_tokens;
+  while (low < high) {  // the need grows with the tokens
+    const i64 middle = (low + high + 1) / 2;
+    i64 need = 0;
+    for (i64 a = first_[group]; a < first_[group + 1]; ++a) {
+      const i64 hi = row_of_[index] < 0 ? 0 : extent(row_of_[index], a).hi;
+      need += std::max(i64{0}, high_slot(group, a, middle) - hi);
+    }
+    if (need <= pages) {
+      low = middle;
+    } else {
+      high = middle - 1;
+    }
+  }
+  return low;
+}
+
+i64 VirtualRows::parked_pages() const {
+  i64 pages = 0;
+  std::unordered_map<i32, i32> shared;  // page -> how many of its mappings are parked ones
+  const auto count = [&](const Row& row, const Extent& e, i64 from, i64 to) {
+    if (to <= from) return;
+    if (!row.maybe_shared) pages += to - from;
+    for (i64 slot = from; row.maybe_shared && slot < to; ++slot) ++shared[e.pages[slot]];
+  };
+  for (i64 row = 1; row < static_cast<i64>(rows_.size()); ++row) {
+    if (rows_[row].slots == 0) continue;
+    for (i64 a = 0, g = 0; a < arenas_; ++a) {
+      while (a >= first_[g + 1]) ++g;
+      const Extent& e = extent(row, a);
+      i64 lo, hi;
+      needed(row, g, a, &lo, &hi);
+      count(rows_[row], e, e.lo, std::min(lo, e.hi));
+      count(rows_[row], e, std::max(hi, e.lo), e.hi);
+    }
+  }
+  for (const auto& [page, mappings] : shared) pages += pool_.refs(page) == mappings;
+  return pages;
+}
+
+void VirtualRows::count_bytes(i64* used_bytes, i64* shared_bytes) const {
+  std::vector<SharedPart> shared;  // in bytes of a page
+  *used_bytes = 0;
+  for (i64 index = 0; index < sequences_.capacity(); ++index) {
+    const i64 row = row_of_[index];
+    if (row < 0) continue;
+    for (i64 g = 0; g < groups_; ++g) {
+      const i64 front = sequences_.front(index, g), tokens = sequences_.tokens(index, g);
+      for (i64 a = first_[g]; a < first_[g + 1]; ++a) {
+        const i64 from = front * token_bytes(g, a), to = tokens * token_bytes(g, a);
+        *used_bytes += to - from;
+        if (!rows_[row].maybe_shared) continue;
+        const Extent& e = extent(row, a);
+        for (i64 slot = from / page_bytes(); slot * page_bytes() < to; ++slot) {
+          if (pool_.refs(e.pages[slot]) <= 1) continue;
+          const i64 start = slot * page_bytes();
+          shared.push_back({e.pages[slot], std::max(from - start, i64{0}), std::min(to - start, page_bytes())});
+          *used_bytes -= shared.back().to - shared.back().from;
+        }
+      }
+    }
+  }
+  const SharedCount count = count_shared(shared);
+  *used_bytes += count.length;
+  *shared_bytes = count.pieces * page_bytes();
+}
+
+i64 VirtualRows::mapped_extent_slots(i64 group, i64 arena_in_group) const {
+  const i64 a = first_[group] + arena_in_group;
+  for (i64 row = static_cast<i64>(rows_.size()) - 1; row >= 0; --row) {
+    if (extent(row, a).count > 0) return slot_of(row, group, a) + extent(row, a).hi;
+  }
+  return 0;
+}
+
+void VirtualRows::add_unbound(i64 row) {
+  rows_[row].place = static_cast<i64>(unbound_.size());
+  unbound_.push_back({row, rows_[row].slots});
+}
+
+void VirtualRows::remove_unbound(i64 row) {
+  const i64 place = rows_[row].place;
+  unbound_[place] = unbound_.back();
+  rows_[unbound_[place].row].place = place;
+  unbound_.pop_back();
+  rows_[row].place = -1;
+}
+
+void VirtualRows::change(const Op& op, bool mapped) {
+  const i64 a = op.at - base_arena_;
+  const i64 g = group_of(a);
+  const GroupGeometry& geometry = geometry_.groups[g];
+  if (op.a == geometry.arena_slots[a - first_[g]] - 1) {
+    i64& page = scratch_pages_[a];
+    if (page != (mapped ? -1 : op.b)) throw SpecError("map: the scratch slot shows page " + std::to_string(page));
+    page = mapped ? op.b : -1;
+    return;
+  }
+  const i64 row = op.a / row_slots(g, a), slot = op.a % row_slots(g, a);
+  Extent& e = extent(row, a);
+  if (slot + op.c > row_slots(g, a)) throw SpecError("map: a run leaves its row");
+  for (i64 i = 0; i < op.c; ++i) {
+    const i64 now = slot + i < static_cast<i64>(e.pages.size()) ? e.pages[slot + i] : -1;
+    if (now != (mapped ? -1 : op.b + i)) {
+      throw SpecError(std::string(mapped ? "map" : "unmap") + ": row " + std::to_string(row) + ", slot " +
+                      std::to_string(slot + i) + " shows page " + std::to_string(now));
+    }
+  }
+  if (static_cast<i64>(e.pages.size()) < slot + op.c) e.pages.resize(slot + op.c, -1);
+  for (i64 i = 0; i < op.c; ++i) e.pages[slot + i] = mapped ? static_cast<i32>(op.b + i) : -1;
+  const i64 sign = mapped ? 1 : -1;
+  e.count += sign * op.c;
+  rows_[row].slots += sign * op.c;
+  if (rows_[row].place >= 0) unbound_[rows_[row].place].slots = rows_[row].slots;
+  if (e.count == 0) {
+    e.lo = e.hi = 0;
+  } else if (mapped) {
+    e.lo = e.count == op.c ? slot : std::min(e.lo, slot);
+    e.hi = std::max(e.hi, slot + op.c);
+  } else {
+    while (e.pages[e.lo] < 0) ++e.lo;
+    while (e.pages[e.hi - 1] < 0) --e.hi;
+  }
+  room_[row * groups_ + g] = -1;
+}
+
+void VirtualRows::check(std::vector<std::string>* out) const {
+  std::unordered_map<i32, i32> seen;
+  const auto say = [out](i64 row, const std::string& what) {
+    out->push_back("row " + std::to_string(row) + ": " + what);
+  };
+  for (i64 row = 0; row < static_cast<i64>(rows_.size()); ++row) {
+    const Row& r = rows_[row];
+    i64 slots = 0;
+    for (i64 a = 0; a < arenas_; ++a) {
+      const Extent& e = extent(row, a);
+      slots += e.count;
+      if (e.count != e.hi - e.lo) say(row, "a hole in the mapped range of arena " + std::to_string(a));
+      for (i64 slot = e.lo; slot < e.hi; ++slot) {
+        if (e.pages[slot] >= 0) ++seen[e.pages[slot]];
+      }
+      if (r.index < 0) continue;
+      const i64 g = group_of(a), tokens = sequences_.tokens(r.index, g);
+      if (tokens == 0) continue;
+      if (e.hi < high_slot(g, a, tokens)) say(row, "the frontier lies before the end of its tokens");
+      if (e.lo > low_slot(g, a, sequences_.front(r.index, g))) say(row, "its first tokens are not mapped");
+      const i64 tail = tokens * token_bytes(g, a) / page_bytes();
+      if (tail < e.hi && e.pages[tail] >= 0 && pool_.refs(e.pages[tail]) > 1 && !copy_tail_[r.index * groups_ + g]) {
+        say(row, "the next write would land in a page that another row shows");
+      }
+    }
+    if (slots != r.slots)
+      say(row, "counted " + std::to_string(slots) + " mapped slots, noted " + std::to_string(r.slots));
+    if (r.index >= 0 && (!sequences_.live(r.index) || row_of_[r.index] != row)) say(row, "bound to no live sequence");
+    if ((r.index < 0 && row > 0) != (r.place >= 0)) say(row, "its place among the unbound rows is wrong");
+  }
+  i64 distinct = 0;
+  for (const auto& [page, count] : seen) {
+    ++distinct;
+    if (pool_.refs(page) != count) {
+      out->push_back("invariant 3: page " + std::to_string(page) + " is mapped " + std::to_string(count) +
+                     " times, counted " + std::to_string(pool_.refs(page)));
+    }
+  }
+  if (distinct != owned_pages) {
+    out->push_back("invariant 1: " + std::to_string(distinct) + " pages are mapped here, counted " +
+                   std::to_string(owned_pages));
+  }
+}
+
+}  // namespace kvmem

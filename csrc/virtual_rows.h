@@ -1,0 +1,151 @@
+// The books of the virtual backend: which row belongs to which sequence, and which slots of it show which pages.
+// virtual_table.cpp decides; the mappings and bindings it pushes come back through on_map, on_unmap and apply, and
+// change here only. Fences and marks (maybe_shared, ready_, copy_tail_) it notes as it decides.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "page_table.h"
+
+namespace kvmem {
+
+struct Extent {
+  i64 lo = 0, hi = 0, count = 0;  // [lo, hi) is the hull of what is mapped; count == hi - lo between calls
+  std::vector<i32> pages;         // by slot of the row, -1 where nothing is mapped
+};
+
+struct Row {
+  i64 index = -1;             // the sequence it belongs to
+  i64 fence = 0;              // the device may use what lies here until this fence has passed
+  i64 job = 0;                // the mapper's job that maps part of it, 0 for none
+  i64 slots = 0;              // mapped, all arenas
+  i64 place = -1;             // in unbound_
+  bool maybe_shared = false;  // some page may be mapped elsewhere too
+};
+
+class VirtualRows : public PageTable {
+ public:
+  VirtualRows(const Geometry& geometry, PagePool& pool, const Sequences& sequences);
+  ~VirtualRows() override;
+
+  bool has_trash(i64 group) const override {
+    const i64 a = first_[group + 1] - 1;  // arenas are mapped together
+    return extent(0, a).hi == trash_slots(group, a);
+  }
+
+  bool is_whole(const Op& op) const override;
+  bool holds(i64 index, i64 group) const override;
+  void look_at_tail(i64 index, i64 group) override { copy_tail_[index * groups_ + group] = 1; }
+  void set_pending(i64 index, i64 job) override { rows_[row_of_[index]].job = job; }
+  i64 pending(i64 index) const override { return row_of_[index] < 0 ? 0 : rows_[row_of_[index]].job; }
+  void apply(const Op& op) override;
+  bool is_mapped(i32 arena, i64 slot, i64 count) const override;
+  void on_map(const Op& op) override { change(op, true); }
+  void on_unmap(const Op& op) override { change(op, false); }
+
+  i64 offset_bytes(i64 index, i64 group, i64 a, i64 token) const override {
+    return slot_of(row_of_[index], group, first_[group] + a) * page_bytes() +
+           token * token_bytes(group, first_[group] + a);
+  }
+
+  Placement place(i64 index, i64 group) const override {
+    Placement p;
+    p.row = std::max(i32{0}, row_of_[index]);
+    p.first_block = p.row * (geometry_.groups[group].row_tokens / geometry_.groups[group].block_tokens);
+    return p;
+  }
+
+  i64 tokens_that_fit(i64 index, i64 group, i64 pages) const override;
+  i64 parked_pages() const override;
+  void count_bytes(i64* used_bytes, i64* shared_bytes) const override;
+  i64 first_arena(i64 group) const override { return base_arena_ + first_[group]; }
+  i64 mapped_extent_slots(i64 group, i64 arena_in_group) const override;
+  void check(std::vector<std::string>* out) const override;
+
+ protected:
+  struct Unbound {
+    i64 row, slots;
+  };
+
+  i64 page_bytes() const { return geometry_.page_bytes; }
+  i32 arena(i64 a) const { return static_cast<i32>(base_arena_ + a); }
+  i64 token_bytes(i64 g, i64 a) const { return geometry_.groups[g].token_bytes[a - first_[g]]; }
+  i64 row_slots(i64 g, i64 a) const { return geometry_.groups[g].row_slots[a - first_[g]]; }
+  i64 slot_of(i64 row, i64 g, i64 a) const { return row * row_slots(g, a); }
+
+  i64 group_of(i64 a) const {
+    i64 g = 0;
+    while (a >= first_[g + 1]) ++g;
+    return g;
+  }
+
+  Extent& extent(i64 row, i64 a) { return extents_[row * arenas_ + a]; }
+  const Extent& extent(i64 row, i64 a) const { return extents_[row * arenas_ + a]; }
+
+  // With the guard: a kernel that loads whole tiles does so for a padding row too.
+  i64 trash_slots(i64 g, i64 a) const {
+    const i64 tokens = kTrashBlocks * geometry_.groups[g].block_tokens + geometry_.tail_guard_tokens;
+    return std::min(row_slots(g, a), ceil_div(tokens * token_bytes(g, a), page_bytes()));
+  }
+
+  i64 low_slot(i64 g, i64 a, i64 first_token) const { return first_token * token_bytes(g, a) / page_bytes(); }
+
+  i64 high_slot(i64 g, i64 a, i64 tokens) const {
+    if (tokens == 0) return 0;
+    const i64 bytes = (tokens + geometry_.tail_guard_tokens) * token_bytes(g, a);
+    return std::min(row_slots(g, a), ceil_div(bytes, page_bytes()));
+  }
+
+  // The slots that the row's sequence needs; none for a parked row.
+  void needed(i64 row, i64 g, i64 a, i64* lo, i64* hi) const {
+    const i64 index = rows_[row].index;
+    *lo = index < 0 ? extent(row, a).hi : low_slot(g, a, sequences_.front(index, g));
+    *hi = index < 0 ? extent(row, a).hi : high_slot(g, a, sequences_.tokens(index, g));
+  }
+
+  // Tokens that need no further mapping. Kept per row; -1 where a mapping has changed since.
+  i64 room(i64 row, i64 group) {
+    i64& room = room_[row * groups_ + group];
+    if (room >= 0) return room;
+    const GroupGeometry& g = geometry_.groups[group];
+    const i64 front = rows_[row].index < 0 ? 0 : sequences_.front(rows_[row].index, group);
+    room = g.max_tokens;
+    for (i64 a = first_[group]; a < first_[group + 1]; ++a) {
+      const Extent& e = extent(row, a);
+      i64 here = e.hi * page_bytes() / token_bytes(group, a) - geometry_.tail_guard_tokens;
+      if (e.count == 0 || e.lo > low_slot(group, a, front)) here = 0;
+      if (e.count == 0 || e.hi < row_slots(group, a)) room = std::min(room, std::max(i64{0}, here));
+    }
+    return room;
+  }
+
+  const Geometry& geometry_;
+  PagePool& pool_;
+  const Sequences& sequences_;
+  const i64 groups_;
+  i64 arenas_ = 0;
+  i32 base_arena_ = 0;
+  std::vector<i64> first_;  // first arena of each group, and one past the last
+  std::vector<Row> rows_;
+  std::vector<i32> row_of_;              // by sequence, -1 while it holds nothing
+  std::vector<Unbound> unbound_;         // rows without a sequence, mapped (parked) or not
+  std::vector<Extent> extents_;          // [row][arena]
+  std::vector<i64> room_;                // [row][group]
+  std::vector<i64> ready_;               // [row][group]: tokens that need nothing of the row's job, -1: it maps nothing
+  std::vector<std::uint8_t> copy_tail_;  // [sequence][group]: look whether the tail page is shared before writing
+  std::vector<i64> scratch_pages_;       // by arena, -1 between calls
+
+ private:
+  void forget_room(i64 row) {
+    for (i64 g = 0; g < groups_; ++g) room_[row * groups_ + g] = -1;
+  }
+
+  void add_unbound(i64 row);
+  void remove_unbound(i64 row);
+  void change(const Op& op, bool mapped);
+};
+
+}  // namespace kvmem
