@@ -26,8 +26,10 @@ RUN_tsan := $(NO_ASLR)
 
 # Leaks are looked for in the stress program only: torch has thousands that are not ours. Segmentation faults keep their
 # signal, because some tests ask for exactly that.
-ASAN_LIBRARY = $(shell $(CXX) -print-file-name=libasan.so)
-ASAN_PYTHON = env LD_PRELOAD=$(ASAN_LIBRARY) ASAN_OPTIONS=detect_leaks=0:handle_segv=0:allocator_may_return_null=1 \
+# libstdc++ is preloaded beside it: python does not link it, and without it the runtime finds no __cxa_throw to intercept
+# and ends the process at the first exception of ours.
+ASAN_LIBRARIES = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libstdc++.so.6)
+ASAN_PYTHON = env LD_PRELOAD="$(ASAN_LIBRARIES)" ASAN_OPTIONS=detect_leaks=0:handle_segv=0:allocator_may_return_null=1 \
   PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/$(SAN)/python KVMEM_EXPECT_CORE=$(CURDIR)/$(SAN)/python
 
 .PHONY: test-sanitize test-canaries test-stress test-asan-python sanitize-programs
