@@ -14,13 +14,22 @@ if TYPE_CHECKING:
 
     Handles = npt.NDArray[np.int32]
 
-__all__ = ["as_int32", "at_least_zero", "not_int32"]
+__all__ = ["as_int32", "at_least_zero", "check_count", "not_int32"]
 
 
 def at_least_zero(field: str, value: int) -> int:
     """``value`` as an int, 0 or more; ``SpecError`` otherwise."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 0:
         raise SpecError(f"{field}: got {value!r}; must be an int, 0 or more")
+    return int(value)
+
+
+def check_count(field: str, value: int) -> int:
+    """An int32 for the core, which itself refuses what is negative or too much, with what there is."""
+    if type(value) is not int and (isinstance(value, bool) or not isinstance(value, (int, np.integer))):
+        raise SpecError(f"{field}: got {value!r}; must be an integer")
+    if not -(2**31) <= value < 2**31:
+        raise SpecError(f"{field}: got {value}; must fit an int32")
     return int(value)
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from kvmem.arrays import check_count
 from kvmem.errors import OutOfMemory, SpecError
 
 if TYPE_CHECKING:
@@ -33,15 +34,6 @@ def count_tokens(tokens: int | Tokens[int] | np.ndarray | torch.Tensor) -> int:
     if ids.size and ids.min() < 0:
         raise SpecError(f"tokens: got the id {ids.min()}; token ids are 0 or more")
     return int(ids.size)
-
-
-def check_count(field: str, value: int) -> int:
-    """An int32 for the core, which itself refuses what is negative or too much, with what there is."""
-    if type(value) is not int and (isinstance(value, bool) or not isinstance(value, (int, np.integer))):
-        raise SpecError(f"{field}: got {value!r}; must be an integer")
-    if not -(2**31) <= value < 2**31:
-        raise SpecError(f"{field}: got {value}; must fit an int32")
-    return int(value)
 
 
 class Sequence:
