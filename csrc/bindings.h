@@ -4,6 +4,7 @@
 #include <nanobind/nanobind.h>
 
 namespace kvmem {
-void bind_drivers(nanobind::module_& m);  // bindings_drivers.cpp
-void bind_core(nanobind::module_& m);     // bindings_core.cpp
+void bind_drivers(nanobind::module_& m);   // bindings_drivers.cpp
+void bind_core(nanobind::module_& m);      // bindings_core.cpp
+void bind_eviction(nanobind::module_& m);  // bindings_eviction.cpp
 }  // namespace kvmem

@@ -1,6 +1,6 @@
 """The native half of kvmem: drivers, pages, rows, blocks, sequences."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import enum
 from typing import Annotated
 
@@ -359,3 +359,36 @@ class Cache:
     def mapped_extent_bytes(self, group: int, arena: int) -> int: ...
 
     def handles(self) -> list[int]: ...
+
+def eviction_policy_names() -> list[str]:
+    """What `policy=` of an allocator may be; the default first."""
+
+class EvictionPolicy:
+    """
+    A policy without an allocator, for tests and simulations (csrc/eviction.h says what each call means). Calls that break its rules raise SpecError.
+    """
+
+    def __init__(self, name: str) -> None: ...
+
+    def reserve(self, ids: int) -> None: ...
+
+    def insert(self, id: int, key: int, parent: int, ordinal: int) -> None: ...
+
+    def hit(self, id: int) -> None: ...
+
+    def use(self, id: int) -> None: ...
+
+    def release(self, id: int) -> None: ...
+
+    def victim(self) -> int: ...
+
+    def evict(self, id: int) -> None: ...
+
+    def restore(self, id: int) -> None: ...
+
+class RetentionPolicy(EvictionPolicy):
+    """Priorities and times to live over a policy."""
+
+    def __init__(self, name: str, clock: Callable[[], float]) -> None: ...
+
+    def retain(self, id: int, priority: int, ttl_seconds: float) -> None: ...
