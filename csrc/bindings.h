@@ -6,4 +6,5 @@
 namespace kvmem {
 void bind_drivers(nanobind::module_& m);  // bindings_drivers.cpp
 void bind_core(nanobind::module_& m);     // bindings_core.cpp
+void bind_events(nanobind::module_& m);   // bindings_events.cpp
 }  // namespace kvmem

@@ -1,6 +1,6 @@
 """The native half of kvmem: drivers, pages, rows, blocks, sequences."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import enum
 from typing import Annotated
 
@@ -359,3 +359,62 @@ class Cache:
     def mapped_extent_bytes(self, group: int, arena: int) -> int: ...
 
     def handles(self) -> list[int]: ...
+
+class EventRecords:
+    """Records in order: numpy views, one entry a record, read-only."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def kinds(self) -> Annotated[NDArray[numpy.int8], dict(shape=(None,), writable=False)]:
+        """0 stored, 1 removed, 2 cleared; int8 [n]."""
+
+    @property
+    def nodes(self) -> Annotated[NDArray[numpy.int32], dict(shape=(None,), writable=False)]: ...
+
+    @property
+    def parents(self) -> Annotated[NDArray[numpy.int32], dict(shape=(None,), writable=False)]:
+        """-1 for the first block of a chain."""
+
+    @property
+    def roots(self) -> Annotated[NDArray[numpy.int32], dict(shape=(None,), writable=False)]: ...
+
+    @property
+    def groups(self) -> Annotated[NDArray[numpy.int32], dict(shape=(None,), writable=False)]:
+        """-1: no group holds the node; others continue it."""
+
+    @property
+    def ordinals(self) -> Annotated[NDArray[numpy.int32], dict(shape=(None,), writable=False)]: ...
+
+    @property
+    def tiers(self) -> Annotated[NDArray[numpy.int32], dict(shape=(None,), writable=False)]: ...
+
+    @property
+    def tokens(self) -> Annotated[NDArray[numpy.int32], dict(shape=(None, None), writable=False)]:
+        """int32 [stored records, block_tokens]."""
+
+    def stored(self, node: int, parent: int, root: int, group: int, ordinal: int, tokens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], tier: int = 0) -> None: ...
+
+class EventRing:
+    """A bounded queue of records; see csrc/events.h."""
+
+    def __init__(self, capacity: int, block_tokens: int) -> None: ...
+
+    def stored(self, node: int, parent: int, root: int, group: int, ordinal: int, tokens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], tier: int = 0) -> None: ...
+
+    def removed(self, node: int, group: int, tier: int = 0) -> None: ...
+
+    def cleared(self) -> None: ...
+
+    def drain(self, max: int, resident: Callable, restart: bool = False) -> EventRecords: ...
+
+    @property
+    def on(self) -> bool: ...
+
+    def __len__(self) -> int: ...
+
+    @property
+    def serial(self) -> int: ...
+
+    @property
+    def lost(self) -> int: ...
