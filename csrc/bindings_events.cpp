@@ -2,8 +2,9 @@
 // itself so that what it promises can be tested without a cache.
 
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/tuple.h>
 
-#include <utility>
+#include <tuple>
 
 #include "bindings.h"
 #include "events.h"
@@ -48,19 +49,14 @@ void bind_events(nb::module_& m) {
       .def_prop_ro("groups", column<i32, &EventRecords::groups>, "-1: no group holds the node; others continue it.")
       .def_prop_ro("ordinals", column<i32, &EventRecords::ordinals>)
       .def_prop_ro("tiers", column<i32, &EventRecords::tiers>)
-      .def_prop_ro("tokens", token_rows, "int32 [stored records, block_tokens].")
-      .def(
-          "stored",
-          [](EventRecords& self, i32 node, i32 parent, i32 root, i32 group, i32 ordinal, const Tokens& tokens,
-             i32 tier) { self.stored(node, parent, root, group, ordinal, block_of(tokens, self.block_tokens), tier); },
-          "node"_a, "parent"_a, "root"_a, "group"_a, "ordinal"_a, "tokens"_a.noconvert(), "tier"_a = 0);
+      .def_prop_ro("tokens", token_rows, "int32 [stored records, block_tokens].");
 
   nb::class_<EventRing>(m, "EventRing", "A bounded queue of records; see csrc/events.h.")
       .def(nb::init<i64, i64>(), "capacity"_a, "block_tokens"_a)
       .def(
           "stored",
           [](EventRing& self, i32 node, i32 parent, i32 root, i32 group, i32 ordinal, const Tokens& tokens, i32 tier) {
-            self.stored(node, parent, root, group, ordinal, block_of(tokens, self.block_tokens), tier);
+            self.stored(node, parent, root, group, ordinal, block_of(tokens, self.block_tokens()), tier);
           },
           "node"_a, "parent"_a, "root"_a, "group"_a, "ordinal"_a, "tokens"_a.noconvert(), "tier"_a = 0)
       .def("removed", &EventRing::removed, "node"_a, "group"_a, "tier"_a = 0)
@@ -69,13 +65,16 @@ void bind_events(nb::module_& m) {
           "drain",
           [](EventRing& self, i64 max, const nb::callable& resident, bool restart) {
             const auto walk = [&](EventRecords& out) {
-              const nb::object held = nb::cast(std::move(out));  // Python may keep it: a reference would dangle
-              resident(held);
-              out = nb::cast<const EventRecords&>(held);
+              for (nb::handle item : resident()) {
+                const auto [node, parent, root, group, ordinal, tokens, tier] =
+                    nb::cast<std::tuple<i32, i32, i32, i32, i32, Tokens, i32>>(item);
+                out.stored(node, parent, root, group, ordinal, block_of(tokens, out.block_tokens), tier);
+              }
             };
             return self.drain(max, walk, restart);
           },
-          "max"_a, "resident"_a, "restart"_a = false)
+          "max"_a, "resident"_a, "restart"_a = false,
+          "`resident()` gives what stored() takes, in tuples, for all that is there.")
       .def_prop_ro("on", &EventRing::on)
       .def("__len__", &EventRing::size)
       .def_prop_ro("serial", &EventRing::serial)

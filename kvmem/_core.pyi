@@ -393,8 +393,6 @@ class EventRecords:
     def tokens(self) -> Annotated[NDArray[numpy.int32], dict(shape=(None, None), writable=False)]:
         """int32 [stored records, block_tokens]."""
 
-    def stored(self, node: int, parent: int, root: int, group: int, ordinal: int, tokens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], tier: int = 0) -> None: ...
-
 class EventRing:
     """A bounded queue of records; see csrc/events.h."""
 
@@ -406,7 +404,10 @@ class EventRing:
 
     def cleared(self) -> None: ...
 
-    def drain(self, max: int, resident: Callable, restart: bool = False) -> EventRecords: ...
+    def drain(self, max: int, resident: Callable, restart: bool = False) -> EventRecords:
+        """
+        `resident()` gives what stored() takes, in tuples, for all that is there.
+        """
 
     @property
     def on(self) -> bool: ...
