@@ -17,6 +17,8 @@ namespace {
 
 using Tokens = nb::ndarray<const i32, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
+using Walk = nb::typed<nb::callable, nb::typed<nb::iterable, nb::object>()>;
+
 // A view, read-only, that keeps the records alive.
 template <class T, std::vector<T> EventRecords::* Field>
 nb::ndarray<nb::numpy, const T, nb::ndim<1>> column(nb::handle_t<EventRecords> self) {
@@ -63,7 +65,7 @@ void bind_events(nb::module_& m) {
       .def("cleared", &EventRing::cleared)
       .def(
           "drain",
-          [](EventRing& self, i64 max, const nb::callable& resident, bool restart) {
+          [](EventRing& self, i64 max, const Walk& resident, bool restart) {
             const auto walk = [&](EventRecords& out) {
               for (nb::handle item : resident()) {
                 const auto [node, parent, root, group, ordinal, tokens, tier] =

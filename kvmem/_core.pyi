@@ -1,6 +1,6 @@
 """The native half of kvmem: drivers, pages, rows, blocks, sequences."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 import enum
 from typing import Annotated
 
@@ -404,7 +404,7 @@ class EventRing:
 
     def cleared(self) -> None: ...
 
-    def drain(self, max: int, resident: Callable, restart: bool = False) -> EventRecords:
+    def drain(self, max: int, resident: Callable[[], Iterable[object]], restart: bool = False) -> EventRecords:
         """
         `resident()` gives what stored() takes, in tuples, for all that is there.
         """
