@@ -50,4 +50,5 @@ NB_MODULE(_core, m) {
   bind_drivers(m);
   bind_core(m);
   bind_eviction(m);
+  bind_events(m);
 }
