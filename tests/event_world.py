@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cache, cached_property
 
 import numpy as np
 from support import windows
@@ -18,6 +19,7 @@ MEDIA = ("GPU", "CPU")
 Held = set[tuple[int, str, bytes]]
 
 
+@cache
 def spec_of() -> kvmem.CacheSpec:
     """Two groups, full attention and a window of 40 tokens."""
     return windows(BLOCK)
@@ -47,7 +49,7 @@ class Node:
     def ordinal(self) -> int:
         return len(self.chain) // BLOCK - 1
 
-    @property
+    @cached_property
     def digest(self) -> bytes:
         salt, extra_key = root_of(self.root)
         return block_digests(spec_of(), self.chain, salt=salt, extra_key=extra_key)[-1]
