@@ -6,6 +6,8 @@ positional reader checks what routers in other languages check by hand.
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import msgpack
@@ -215,6 +217,24 @@ def test_a_salt_is_nowhere_on_the_wire() -> None:
     data = msgpack.packb(to_wire([event], 0.0))
     assert b"adapter" in data
     assert not any("salt" in name for name in BlockStored.__dataclass_fields__)
+
+
+def test_the_example_of_the_document_runs() -> None:
+    text = (Path(__file__).resolve().parent.parent / "docs" / "events.md").read_text()
+    runnable = [code for code in re.findall(r"```python\n(.*?)```", text, re.S) if "import" in code]
+    assert len(runnable) == 1 and runnable[0].count("assert") == 2
+    exec(runnable[0], {})
+
+
+def test_the_table_of_the_document_has_the_fields_in_their_order() -> None:
+    text = (Path(__file__).resolve().parent.parent / "docs" / "events.md").read_text()
+    rows = re.findall(r"^\| (\d+) \| `(\w+)`( \*)? \|", text, re.M)
+    names = [name for _, name, _ in rows]
+    table = {"BlockStored": names[:12], "BlockRemoved": names[12:]}
+    assert [int(position) for position, _, _ in rows] == [*range(12), *range(4)]
+    for kind, event in (("BlockStored", ListedStored), ("BlockRemoved", ListedRemoved)):
+        assert table[kind] == ["type", *event.__struct_fields__]
+        assert table[kind] == list(to_wire([EVENTS[1 if kind == "BlockStored" else 2]], 0.0, form="map")[1][0])
 
 
 def test_other_words_are_refused() -> None:
