@@ -147,8 +147,9 @@ class Router:
     def store(self, event: BlockStored) -> None:
         new = {(event.group, event.medium, h) for h in event.block_hashes}
         assert len(new) == len(event.block_hashes) and not new & self.held, "stored, but held already"
-        assert len(event.token_ids) == len(event.block_hashes) * BLOCK == len(event.block_hashes) * event.block_size
+        size = event.block_size
+        assert len(event.token_ids) == len(event.block_hashes) * size
         self.held |= new
         for i, digest in enumerate(event.block_hashes):
-            content = str(event.extra_key), event.token_ids[i * BLOCK : (i + 1) * BLOCK]
+            content = str(event.extra_key), event.token_ids[i * size : (i + 1) * size]
             assert self.chains.setdefault(digest, content) == content, "one digest for two contents"
