@@ -11,7 +11,7 @@ import numpy as np
 from kvmem.errors import SpecError
 from kvmem.spec import CacheSpec
 
-__all__ = ["DIGEST_BYTES", "ChainDigest", "Key", "block_digests"]
+__all__ = ["DIGEST_BYTES", "ChainDigest", "Key", "block_digests", "decode_key", "encode_key"]
 
 DIGEST_BYTES: Final = 32
 
@@ -29,12 +29,12 @@ class ChainDigest:
     def __init__(self, fingerprint: str, key: bytes = b"") -> None:
         if not isinstance(key, bytes) or len(key) > hashlib.blake2b.MAX_KEY_SIZE:
             raise SpecError(f"key: got {type(key).__name__}; must be bytes, {hashlib.blake2b.MAX_KEY_SIZE} at most")
-        self._root = hashlib.blake2b(_encoded(fingerprint), digest_size=DIGEST_BYTES, key=key, person=b"kvmem root")
+        self._root = hashlib.blake2b(encode_key(fingerprint), digest_size=DIGEST_BYTES, key=key, person=b"kvmem root")
         self._block = hashlib.blake2b(digest_size=DIGEST_BYTES, key=key, person=b"kvmem block")
 
     def root(self, salt: Key, extra_key: Key) -> bytes:
         state = self._root.copy()
-        state.update(_encoded(salt) + _encoded(extra_key))
+        state.update(encode_key(salt) + encode_key(extra_key))
         return state.digest()
 
     def block(self, before: bytes, tokens: bytes | memoryview) -> bytes:
@@ -45,10 +45,10 @@ class ChainDigest:
         return state.digest()
 
 
-def _encoded(value: Key) -> bytes:
+def encode_key(value: Key) -> bytes:
     """No two values have the same encoding, nor does one begin with another's: type, length, content."""
     if isinstance(value, tuple):
-        kind, content = b"t", b"".join(_encoded(part) for part in value)
+        kind, content = b"t", b"".join(encode_key(part) for part in value)
     elif isinstance(value, str):
         kind, content = b"s", value.encode("utf-8", "surrogatepass")
     elif isinstance(value, bytes):
@@ -60,6 +60,29 @@ def _encoded(value: Key) -> bytes:
     else:
         raise SpecError(f"got {value!r}; a salt or an extra key is a str, bytes, an int, None or a tuple of these")
     return kind + len(content).to_bytes(8, "little") + content
+
+
+def decode_key(encoded: bytes) -> Key:
+    """What ``encode_key`` was given."""
+    value, rest = _decode(encoded)
+    assert not rest
+    return value
+
+
+def _decode(data: bytes) -> tuple[Key, bytes]:
+    end = 9 + int.from_bytes(data[1:9], "little")
+    kind, content, rest = data[:1], data[9:end], data[end:]
+    if kind == b"t":
+        parts: list[Key] = []
+        while content:
+            part, content = _decode(content)
+            parts.append(part)
+        return tuple(parts), rest
+    if kind == b"s":
+        return content.decode("utf-8", "surrogatepass"), rest
+    if kind == b"i":
+        return int(content), rest
+    return (None if kind == b"n" else content), rest
 
 
 def block_digests(
