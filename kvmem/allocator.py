@@ -92,7 +92,7 @@ class Allocator:
         zero: Literal["never", "fresh", "always"] = "fresh",
         prefix_cache: bool = True,
         partial_reuse: bool = True,
-        policy: str = "lru",
+        policy: str = "density",
         cached_rows: int | None = None,
         events: int = 0,
         pool: PagePool | None = None,
