@@ -200,11 +200,13 @@ void PagedBlocks::pass(Blocks& b, i64 block) {
   b.passed[block] = 1;
 }
 
+void PagedBlocks::unpass(Blocks& b, i64 block) {
+  unlink(b, block);
+  b.passed[block] = 0;
+}
+
 void PagedBlocks::keep(Blocks& b, i64 block, i32 sign) {
-  if (b.passed[block]) {
-    unlink(b, block);
-    b.passed[block] = 0;
-  }
+  if (b.passed[block]) unpass(b, block);
   b.kept += sign;
   for (Class& c : b.classes) {
     for (i64 slot = first_slot(c, block), end = end_slot(c, block); slot < end; ++slot) c.kept[slot] += sign;

@@ -95,6 +95,7 @@ class PagedBlocks : public PageTable {
   }
   // The block waits to be given up before any other, but after those that wait already.
   void pass(Blocks& b, i64 block);
+  void unpass(Blocks& b, i64 block);
   i64 first_passed(const Blocks& b) const {
     const i64 head = b.max_blocks + 1;
     return b.next[head] == head ? -1 : b.next[head];

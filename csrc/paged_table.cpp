@@ -224,7 +224,7 @@ class PagedTable final : public PagedBlocks {
   bool give_up_passed(i64 g, Transaction& tx) {
     Blocks& b = blocks_[g];
     i64 block = first_passed(b);
-    for (; block >= 0 && index_.pinned(b.node[block]); block = first_passed(b)) keep(b, block, 0);
+    for (; block >= 0 && index_.pinned(b.node[block]); block = first_passed(b)) unpass(b, block);
     if (block >= 0) tx.push({OpKind::evict, arena(0), b.node[block], g, block});
     return block >= 0;
   }
