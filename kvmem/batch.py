@@ -145,6 +145,11 @@ class GroupBatch:
         counts = {"B": self.num_rows, "B+1": self.num_rows + 1, "T": self.num_new_tokens, "N": self.num_indices}
         return counts.get(_FIELDS[name][1], self.num_rows * self._max_blocks)
 
+    @property
+    def drops_tokens(self) -> bool:
+        """Whether a sliding window has dropped tokens of this batch, so that kernels must be given the window."""
+        return bool(self.first_tokens_cpu.any())
+
     def full(self, name: str) -> torch.Tensor:
         """The whole buffer of a field on the device: what a captured graph is given. Its address never changes."""
         buffer = self._device[name]
