@@ -81,8 +81,8 @@ def mla_cache_of(ckv: torch.Tensor, kpe: torch.Tensor) -> tuple[torch.Tensor, to
     """
     if ckv.ndim != 4 or kpe.ndim != 4 or ckv.shape[:3] != kpe.shape[:3] or ckv.shape[2] != 1 or ckv.dtype != kpe.dtype:
         raise SpecError(
-            f"cache: ckv is {tuple(ckv.shape)} {ckv.dtype} and kpe {tuple(kpe.shape)} {kpe.dtype}; MLA kernels take one "
-            "dtype, and [num_blocks, block_size, 1, width] with equal blocks"
+            f"cache: ckv is {tuple(ckv.shape)} {ckv.dtype} and kpe {tuple(kpe.shape)} {kpe.dtype}; MLA kernels take "
+            "[num_blocks, block_size, 1, width] with equal blocks, and one dtype"
         )
     for blocks in (ckv, kpe):
         check_strides(blocks)

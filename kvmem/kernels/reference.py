@@ -128,6 +128,8 @@ def level_attention(
     """``(out, lse)`` of all queries over one level, in ``dtype``. Queries of a group without blocks: zeroes, -inf."""
     out = torch.zeros(*q.shape[:2], cache[1].shape[-1], dtype=dtype, device=q.device)
     lse = torch.full(q.shape[:2], -torch.inf, dtype=dtype, device=q.device)
+    size = cache[0].shape[1]
+    offsets = torch.arange(size, device=q.device)
     spans = zip(
         pairwise(level.qo_indptr_cpu.tolist()), pairwise(level.kv_indptr_cpu.tolist()), level.kv_lens_cpu.tolist(),
         strict=True,
@@ -135,8 +137,9 @@ def level_attention(
     for (begin, end), (first, last), length in spans:
         if begin == end or length == 0:
             continue
-        ids = level.kv_indices[first:last]
-        k, v = (plain(blocks).index_select(0, ids).flatten(0, 1)[:length].to(dtype) for blocks in cache)
+        # Token by token: on the virtual backend, what a block has past a sequence's end may be unmapped.
+        slots = (level.kv_indices[first:last].long().unsqueeze(1) * size + offsets).flatten()[:length]
+        k, v = (flat_tokens(blocks).index_select(0, slots).to(dtype) for blocks in cache)
         scores = _scores(q[begin:end].to(dtype), k, scale)
         if causal:
             part = _Part(0, begin, end, 0, length)
