@@ -3,6 +3,8 @@
 // What counts is physical identity, not token ids: forks with unknown tokens share as well as prefix hits.
 
 #include <algorithm>
+#include <numeric>
+#include <unordered_map>
 
 #include "cache.h"
 
@@ -10,10 +12,8 @@ namespace kvmem {
 
 // A window soon leaves what its sequences share behind, and a kernel masks it from each query's own position: sharing
 // there is not worth reading once. A state is one entry, copied by fork().
-i64 Cache::common(i64 a, i64 b, i64 g) const {
-  const GroupGeometry& geometry = geometry_.groups[g];
-  if (geometry.window_tokens > 0 || geometry.growth == Growth::fixed) return 0;
-  return table_->common_blocks(a, b, g);
+bool Cache::can_share(i64 g) const {
+  return geometry_.groups[g].window_tokens == 0 && geometry_.groups[g].growth != Growth::fixed;
 }
 
 void Cache::common_blocks(const i32* handles, i64 n, i64 group, i64* out) {
@@ -22,24 +22,42 @@ void Cache::common_blocks(const i32* handles, i64 n, i64 group, i64* out) {
   const i64 g = group < 0 ? token_group_ : group;
   indices_.resize(n);
   for (i64 i = 0; i < n; ++i) indices_[i] = sequences_.index(handles[i]);
-  for (i64 i = 0; i + 1 < n; ++i) out[i] = common(indices_[i], indices_[i + 1], g);
+  for (i64 i = 0; i + 1 < n; ++i) {
+    out[i] = can_share(g) ? table_->common_blocks(indices_[i], indices_[i + 1], g, 0) : 0;
+  }
 }
 
-// Appends `places` (of indices_) to the order. All of them have `depth` blocks in common.
-void Cache::arrange(std::vector<i64> places, i64 depth, i64 g, i64** order) const {
+// Appends `places` (of indices_) to the order. All of them have their first `depth` blocks in common.
+void Cache::arrange(const std::vector<i64>& places, i64 depth, i64 g, i64** order) const {
+  std::vector<std::vector<i64>> candidates;
+  std::unordered_map<i64, std::size_t> seen;  // key of the next block -> its candidates
+  for (i64 place : places) {
+    const i64 index = indices_[place];
+    std::size_t to = candidates.size();
+    if (sequences_.front(index, g) == 0 && sequences_.committed(index, g) / geometry_.groups[g].block_tokens > depth) {
+      to = seen.emplace(table_->block_key(index, g, depth), to).first->second;
+    }
+    if (to == candidates.size()) candidates.emplace_back();
+    candidates[to].push_back(place);
+  }
+  for (std::vector<i64>& group : candidates) arrange_alike(std::move(group), depth, g, order);
+}
+
+// As arrange(), for places that may have one block more in common. Nearly always all of them have.
+void Cache::arrange_alike(std::vector<i64> places, i64 depth, i64 g, i64** order) const {
   std::vector<i64> rest;
   for (; !places.empty(); places.swap(rest), rest.clear()) {
     std::vector<i64> alike{places.front()};
-    i64 deeper = -1;
+    i64 deeper = INT64_MAX;
     for (std::size_t i = 1; i < places.size(); ++i) {
-      const i64 blocks = common(indices_[places.front()], indices_[places[i]], g);
+      const i64 blocks = table_->common_blocks(indices_[places.front()], indices_[places[i]], g, depth);
       (blocks > depth ? alike : rest).push_back(places[i]);
-      if (blocks > depth) deeper = deeper < 0 ? blocks : std::min(deeper, blocks);
+      if (blocks > depth) deeper = std::min(deeper, blocks);
     }
     if (alike.size() < 3) {
       *order = std::copy(alike.begin(), alike.end(), *order);
     } else {
-      arrange(std::move(alike), deeper, g, order);
+      arrange(alike, deeper, g, order);
     }
   }
 }
@@ -47,13 +65,16 @@ void Cache::arrange(std::vector<i64> places, i64 depth, i64 g, i64** order) cons
 void Cache::cascade_order(const i32* handles, i64 n, i64 group, i64* order) {
   Lock lock = enter(true);
   check_group(group);
+  const i64 g = group < 0 ? token_group_ : group;
   indices_.resize(n);
+  for (i64 i = 0; i < n; ++i) indices_[i] = sequences_.index(handles[i]);
   std::vector<i64> places(n);
-  for (i64 i = 0; i < n; ++i) {
-    indices_[i] = sequences_.index(handles[i]);
-    places[i] = i;
+  std::iota(places.begin(), places.end(), 0);
+  if (can_share(g)) {
+    arrange(places, 0, g, &order);
+  } else {
+    std::copy(places.begin(), places.end(), order);
   }
-  arrange(std::move(places), 0, group < 0 ? token_group_ : group, &order);
 }
 
 }  // namespace kvmem

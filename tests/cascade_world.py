@@ -47,7 +47,7 @@ class World:
         seq.extend(tokens, group=group)
         batch = self.alloc.batch([seq])
         for index, spec in enumerate(self.alloc.spec.groups):
-            if group is None and spec.growth != "token" or group not in (None, index):
+            if (group is None and spec.growth != "token") or group not in (None, index):
                 continue
             for layer in spec.layers:
                 for part in spec.components:
