@@ -97,7 +97,11 @@ class Cache final : public TableState {
   BatchRow step_of(i64 handle, i64 g, const i32* new_tokens);
   bool can_share(i64 g) const;
   void arrange(const std::vector<i64>& places, i64 depth, i64 g, i64** order) const;
-  void arrange_alike(std::vector<i64> places, i64 depth, i64 g, i64** order) const;
+  struct Alike {  // sequences with `blocks` blocks in common
+    std::vector<i64> places;
+    i64 blocks;
+  };
+  void split(std::vector<i64> places, i64 depth, i64 g, std::vector<Alike>* groups) const;
   void share_group(i64 parent, i64 child, i64 g, Transaction& tx);
 
   Geometry geometry_;

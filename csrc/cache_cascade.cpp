@@ -27,7 +27,7 @@ void Cache::common_blocks(const i32* handles, i64 n, i64 group, i64* out) {
   }
 }
 
-// Appends `places` (of indices_) to the order. All of them have their first `depth` blocks in common.
+// Appends `places` (of indices_, ascending) to the order. All of them have their first `depth` blocks in common.
 void Cache::arrange(const std::vector<i64>& places, i64 depth, i64 g, i64** order) const {
   std::vector<std::vector<i64>> candidates;
   std::unordered_map<i64, std::size_t> seen;  // key of the next block -> its candidates
@@ -40,25 +40,29 @@ void Cache::arrange(const std::vector<i64>& places, i64 depth, i64 g, i64** orde
     if (to == candidates.size()) candidates.emplace_back();
     candidates[to].push_back(place);
   }
-  for (std::vector<i64>& group : candidates) arrange_alike(std::move(group), depth, g, order);
+  std::vector<Alike> groups;
+  for (std::vector<i64>& some : candidates) split(std::move(some), depth, g, &groups);
+  std::sort(groups.begin(), groups.end(), [](const Alike& x, const Alike& y) { return x.places[0] < y.places[0]; });
+  for (const Alike& group : groups) {
+    if (group.places.size() < 3) {
+      *order = std::copy(group.places.begin(), group.places.end(), *order);
+    } else {
+      arrange(group.places, group.blocks, g, order);
+    }
+  }
 }
 
-// As arrange(), for places that may have one block more in common. Nearly always all of them have.
-void Cache::arrange_alike(std::vector<i64> places, i64 depth, i64 g, i64** order) const {
+// Groups `places`, which may have one block more than `depth` in common. Nearly always all of them have.
+void Cache::split(std::vector<i64> places, i64 depth, i64 g, std::vector<Alike>* groups) const {
   std::vector<i64> rest;
   for (; !places.empty(); places.swap(rest), rest.clear()) {
-    std::vector<i64> alike{places.front()};
-    i64 deeper = INT64_MAX;
+    Alike group{{places[0]}, INT64_MAX};
     for (std::size_t i = 1; i < places.size(); ++i) {
-      const i64 blocks = table_->common_blocks(indices_[places.front()], indices_[places[i]], g, depth);
-      (blocks > depth ? alike : rest).push_back(places[i]);
-      if (blocks > depth) deeper = std::min(deeper, blocks);
+      const i64 blocks = table_->common_blocks(indices_[places[0]], indices_[places[i]], g, depth);
+      (blocks > depth ? group.places : rest).push_back(places[i]);
+      if (blocks > depth) group.blocks = std::min(group.blocks, blocks);
     }
-    if (alike.size() < 3) {
-      *order = std::copy(alike.begin(), alike.end(), *order);
-    } else {
-      arrange(alike, deeper, g, order);
-    }
+    groups->push_back(std::move(group));
   }
 }
 

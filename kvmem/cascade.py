@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -87,47 +87,45 @@ class Rows:
     common: Ints
 
 
-@dataclass
-class _Node:
-    """Asking rows ``[begin, end)`` have their first ``blocks`` blocks in common; ``parent`` the first few of those."""
+@dataclass(frozen=True)
+class _Prefix:
+    """Asking rows ``[begin, end)`` have their first ``blocks`` blocks in common; ``base`` of them are in the prefix
+    around this one, and ``path`` says how many are in each around it, the outermost first.
+    """
 
     begin: int
     end: int
     blocks: int
-    parent: _Node | None = None
-    children: list[_Node] = field(default_factory=list)
+    path: tuple[int, ...]
+
+    @property
+    def depth(self) -> int:
+        return len(self.path)
 
     @property
     def base(self) -> int:
-        return 0 if self.parent is None else self.parent.blocks
+        return self.path[-1] if self.path else 0
 
     @property
     def saved_blocks(self) -> int:
         return (self.end - self.begin - 1) * (self.blocks - self.base)
 
-    @property
-    def loss(self) -> int:
-        """Blocks that would be read more often without this node: each part below would read them for itself."""
-        parts = self.end - self.begin - sum(c.end - c.begin - 1 for c in self.children)
-        return (parts - 1) * (self.blocks - self.base)
-
 
 def make_cascade(
     rows: Rows, *, block_size: int, max_levels: int, min_blocks: int, device: torch.device
 ) -> Cascade:  # fmt: skip
-    """Cost: linear in the batch's rows and blocks, and quadratic in the number of shared prefixes that are dropped
-    because they are short or nested too deep. One upload.
+    """Cost: linear in the batch's rows and blocks. Where prefixes are to be left out, which is a question of all of
+    them: their number times how deep they are nested, times ``max_levels``. One upload.
     """
-    nodes = _thin(_nest(_prefixes(rows.common.tolist())), max_levels - 1, min_blocks)
-    by_depth: list[list[_Node]] = []
-    for node, depth in zip(nodes, _depths(nodes), strict=True):
-        by_depth += [[] for _ in range(depth + 1 - len(by_depth))]
-        by_depth[depth].append(node)
+    prefixes = _choose(_nest(_runs(rows.common.tolist())), max_levels - 1, min_blocks)
+    by_depth: list[list[_Prefix]] = [[] for _ in range(max((p.depth for p in prefixes), default=-1) + 1)]
+    for prefix in prefixes:
+        by_depth[prefix.depth].append(prefix)
     levels = [_shared_level(rows, same, block_size) for same in by_depth]
     held = int((rows.seq_lens - rows.first_tokens)[rows.asking].sum())
-    saved = sum(node.saved_blocks for node in nodes) * block_size
+    saved = sum(prefix.saved_blocks for prefix in prefixes) * block_size
     return Cascade(
-        levels=tuple(_upload([*levels, _own_level(rows, nodes, block_size)], device)),
+        levels=tuple(_upload([*levels, _own_level(rows, prefixes, block_size)], device)),
         block_size=block_size,
         read_tokens=held - saved,
         saved_tokens=saved,
@@ -135,9 +133,13 @@ def make_cascade(
     )
 
 
-def _prefixes(common: list[int]) -> list[tuple[int, int, int]]:
-    """``(begin, end, blocks)`` of every run of rows that share more with each other than with the rows around them."""
-    found, rising = [], list[tuple[int, int]]()  # rising: (begin, blocks) of runs that are not over yet
+#: ``(begin, end, blocks)`` as in ``_Prefix``.
+_Run = tuple[int, int, int]
+
+
+def _runs(common: list[int]) -> list[_Run]:
+    """Every run of rows that share more with each other than with the rows around them."""
+    found, rising = list[_Run](), list[tuple[int, int]]()  # rising: (begin, blocks) of runs that are not over yet
     for i, blocks in enumerate([*common, 0]):
         begin = i
         while rising and rising[-1][1] > blocks:
@@ -148,68 +150,74 @@ def _prefixes(common: list[int]) -> list[tuple[int, int, int]]:
     return found
 
 
-def _nest(prefixes: list[tuple[int, int, int]]) -> list[_Node]:
-    """The prefixes as trees, parents before their children, from left to right."""
-    nodes, around = list[_Node](), list[_Node]()
-    for begin, end, blocks in sorted(prefixes, key=lambda p: (p[0], -p[1])):
+def _nest(runs: list[_Run]) -> list[_Prefix]:
+    """The runs as trees, the outer before the inner, from left to right."""
+    prefixes, around = list[_Prefix](), list[_Prefix]()
+    for begin, end, blocks in sorted(runs, key=lambda run: (run[0], -run[1])):
         while around and around[-1].end <= begin:
             around.pop()
-        node = _Node(begin, end, blocks, around[-1] if around else None)
-        if node.parent is not None:
-            node.parent.children.append(node)
-        nodes.append(node)
-        around.append(node)
-    return nodes
+        path = (*around[-1].path, around[-1].blocks) if around else ()
+        around.append(_Prefix(begin, end, blocks, path))
+        prefixes.append(around[-1])
+    return prefixes
 
 
-def _depths(nodes: list[_Node]) -> list[int]:
-    depths: dict[int, int] = {}
-    for node in nodes:
-        depths[id(node)] = 0 if node.parent is None else depths[id(node.parent)] + 1
-    return list(depths.values())
+def _choose(prefixes: list[_Prefix], max_depth: int, min_blocks: int) -> list[_Prefix]:
+    """Those that together save most, each adding ``min_blocks`` or more to the one around it, nested at most
+    ``max_depth`` deep. What the others held becomes part of what lies within them.
 
-
-def _thin(nodes: list[_Node], max_depth: int, min_blocks: int) -> list[_Node]:
-    """Without prefixes that add fewer than ``min_blocks`` to the one around them, and with at most ``max_depth`` around
-    any row. Those that save least go first; what they held becomes part of what lies within.
+    From the innermost out, for each prefix: the most that it and those within can save, by which of the prefixes
+    around it is the nearest one chosen (0: none), and by how many levels are left.
     """
-    while True:
-        below: dict[int, int] = {}  # how many nodes the longest chain from here down has
-        for node in reversed(nodes):
-            below[id(node)] = 1 + max((below[id(c)] for c in node.children), default=0)
-        above = _depths(nodes)
-        bad = [
-            node
-            for node, depth in zip(nodes, above, strict=True)
-            if node.blocks - node.base < min_blocks or depth + below[id(node)] > max_depth
-        ]
-        if not bad:
-            return nodes
-        worst = min(bad, key=lambda node: node.loss)
-        for child in worst.children:
-            child.parent = worst.parent
-        if worst.parent is not None:
-            siblings = worst.parent.children
-            siblings.remove(worst)
-            siblings += worst.children
-        nodes = [node for node in nodes if node is not worst]
+    depth = max((p.depth for p in prefixes), default=-1) + 1
+    if depth <= max_depth and all(p.blocks - p.base >= min_blocks for p in prefixes):
+        return prefixes
+    within = [np.zeros((p.depth + 2, min(depth, max_depth) + 1), np.int64) for p in prefixes]
+    take: list[npt.NDArray[np.bool_]] = []
+    parents = _parents(prefixes)
+    for i in range(len(prefixes) - 1, -1, -1):
+        p, chosen = prefixes[i], np.full_like(within[i][:-1], -1)
+        added = p.blocks - np.array((0, *p.path))[:, None]
+        saved = (p.end - p.begin - 1) * added + within[i][-1, :-1]
+        chosen[:, 1:] = np.where(added >= min_blocks, saved, -1)
+        take.append(chosen > within[i][:-1])
+        if p.depth:
+            within[parents[i]] += np.maximum(chosen, within[i][:-1])
+    take.reverse()
+    states, kept = list[tuple[int, int]](), list[_Run]()
+    for i, p in enumerate(prefixes):
+        nearest, left = states[parents[i]] if p.depth else (0, min(depth, max_depth))
+        if take[i][nearest, left]:
+            kept.append((p.begin, p.end, p.blocks))
+            nearest, left = p.depth + 1, left - 1
+        states.append((nearest, left))
+    return _nest(kept)
+
+
+def _parents(prefixes: list[_Prefix]) -> list[int]:
+    """The place of the prefix around each one; without meaning where there is none."""
+    latest, parents = dict[int, int](), list[int]()  # the last one seen of each depth
+    for i, prefix in enumerate(prefixes):
+        latest[prefix.depth] = i
+        parents.append(latest.get(prefix.depth - 1, 0))
+    return parents
 
 
 #: The fields of one level, on the CPU, in the order of ``CascadeLevel``.
 _Level = tuple["Int32s", "Int32s", "Int32s", "Int32s", "Int32s"]
 
 
-def _shared_level(rows: Rows, nodes: list[_Node], block_size: int) -> _Level:
-    """Groups of the nodes, and between them groups without blocks for all queries that share nothing here."""
+def _shared_level(rows: Rows, prefixes: list[_Prefix], block_size: int) -> _Level:
+    """A group for each prefix, and between them groups without blocks for all queries that share nothing here."""
     ends, groups = [0], list[tuple[int, int]]()  # of queries; the first of its block ids, and how many
-    for node in nodes:
-        first, last = rows.asking[node.begin], rows.asking[node.end - 1]
+    for prefix in prefixes:
+        first, last = rows.asking[prefix.begin], rows.asking[prefix.end - 1]
         begin = int(rows.cu_seqlens_q[first])
         if begin > ends[-1]:
             ends.append(begin)
             groups.append((0, 0))
         ends.append(int(rows.cu_seqlens_q[last + 1]))
-        groups.append((int(rows.kv_indptr[first]) + node.base, node.blocks - node.base))
+        groups.append((int(rows.kv_indptr[first]) + prefix.base, prefix.blocks - prefix.base))
     if ends[-1] < rows.cu_seqlens_q[-1]:
         ends.append(int(rows.cu_seqlens_q[-1]))
         groups.append((0, 0))
@@ -217,10 +225,10 @@ def _shared_level(rows: Rows, nodes: list[_Node], block_size: int) -> _Level:
     return _level(rows, np.array(ends), starts, counts, np.where(counts, block_size, 0), block_size)
 
 
-def _own_level(rows: Rows, nodes: list[_Node], block_size: int) -> _Level:
+def _own_level(rows: Rows, prefixes: list[_Prefix], block_size: int) -> _Level:
     shared = np.zeros(len(rows.seq_lens), np.int64)
-    for node in nodes:  # a child comes after its parent
-        shared[rows.asking[node.begin : node.end]] = node.blocks
+    for prefix in prefixes:  # the inner come after the outer
+        shared[rows.asking[prefix.begin : prefix.end]] = prefix.blocks
     begins = rows.kv_indptr[:-1] + shared
     held = rows.kv_indptr[1:] - begins
     return _level(rows, rows.cu_seqlens_q, begins, held, np.where(held, rows.kv_last_page_len, 0), block_size)

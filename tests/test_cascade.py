@@ -14,7 +14,7 @@ from kernel_cases import BACKENDS, assert_close, on_gpu, one_thread
 from support import encoder_decoder, recurrent, windows
 
 import kvmem
-from kvmem.cascade import Cascade
+from kvmem.cascade import Cascade, Rows, make_cascade
 from kvmem.kernels import flashinfer as args
 from kvmem.kernels import flashinfer_mla as mla_args
 from kvmem.kernels.merge import merge_levels
@@ -173,7 +173,7 @@ def test_short_parts_get_no_level(backend: str, seed: int) -> None:
 
     assert parts(**EVERYTHING) == [[1], [0, 2], [0, 2], [0, 1]]
     assert parts(max_levels=99, min_tokens=17) == [[0, 3], [0, 2]]
-    assert parts(max_levels=99, min_tokens=33) == [[0, 3]]
+    assert parts(max_levels=99, min_tokens=33) == [[0, 3], [0, 3]]
     assert parts(max_levels=99, min_tokens=6 * 16 + 1) == []
     assert parts() == [], "by default nothing below 256 tokens"
 
@@ -211,7 +211,7 @@ def random_scene(world: World, rng: random.Random) -> Seqs:
     for _ in range(rng.randrange(4, 40)):
         what = rng.choice(["open", "fork", "fork", "fork", "grow", "truncate", "free"])
         length = rng.choice([0, 1, 16, 32, rng.randrange(70)])
-        if what == "open" or not seqs:
+        if not seqs or (what == "open" and len(seqs) < 20):
             seqs.append(world.open(length))
         elif what == "fork" and len(seqs) < 20:
             seqs.append(world.fork(rng.choice(seqs), length))
@@ -225,6 +225,53 @@ def random_scene(world: World, rng: random.Random) -> Seqs:
             world.free(seqs.pop(rng.randrange(len(seqs))))
     rng.shuffle(seqs)
     return seqs
+
+
+def runs_of(common: list[int]) -> list[tuple[int, int, int]]:
+    """By definition: maximal runs of rows whose least common is more than what they share with those around."""
+    found = set()
+    for i in range(len(common)):
+        begin = end = i
+        while begin > 0 and common[begin - 1] >= common[i] > 0:
+            begin -= 1
+        while end < len(common) and common[end] >= common[i] > 0:
+            end += 1
+        found.add((begin, end + 1, common[i]))
+    return [run for run in found if run[2]]
+
+
+def most_saved(common: list[int], max_depth: int, least: int) -> int:
+    """Every choice of runs tried out."""
+    runs, best = runs_of(common), 0
+    for chosen in range(2 ** len(runs)):
+        kept = [run for i, run in enumerate(runs) if chosen >> i & 1]
+        saved, legal = 0, True
+        for begin, end, blocks in kept:
+            around = [b for x, y, b in kept if x <= begin and end <= y and b < blocks]
+            added = blocks - max(around, default=0)
+            legal = legal and len(around) < max_depth and added >= least
+            saved += (end - begin - 1) * added
+        best = max(best, saved if legal else 0)
+    return best
+
+
+def test_the_levels_chosen_save_the_most(rng: random.Random) -> None:
+    for _ in range(300):
+        n = rng.randrange(1, 9)
+        common = [rng.choice([0, 1, 2, 3, 5, 9]) for _ in range(n - 1)]
+        max_levels, least = rng.randrange(1, 5), rng.randrange(1, 5)
+        counts = np.arange(n + 1, dtype=np.int32)
+        ones = np.ones(n, np.int32)
+        rows = Rows(
+            cu_seqlens_q=counts, kv_indptr=counts * 10, kv_indices=np.arange(10 * n, dtype=np.int32),
+            kv_last_page_len=ones, seq_lens=ones * 10, first_tokens=ones * 0, asking=np.arange(n),
+            common=np.array(common, np.int64),
+        )  # fmt: skip
+        cascade = make_cascade(
+            rows, block_size=1, max_levels=max_levels, min_blocks=least, device=torch.device("cpu")
+        )  # fmt: skip
+        assert len(cascade.levels) <= max_levels
+        assert cascade.saved_tokens == most_saved(common, max_levels - 1, least), (common, max_levels, least)
 
 
 @pytest.mark.parametrize("case", range(12))
