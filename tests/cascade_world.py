@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass, field
 
 import torch
@@ -9,6 +10,9 @@ from kernel_oracle import attend, pack
 
 import kvmem
 from kvmem.kernels.write import write_component
+
+Seqs = list[kvmem.Sequence]
+EVERYTHING = {"max_levels": 99, "min_tokens": 1}
 
 #: One group in which pages and blocks of 16 tokens meet, so that both backends share the same whole blocks.
 TOKENS_PER_BLOCK = 16
@@ -103,3 +107,75 @@ def make_world(spec: kvmem.CacheSpec, backend: str, seed: int, device: str = "cp
         options = {"page_bytes": 4096, "debug": True} | options
     alloc = kvmem.Allocator(spec, backend=backend, device=device, **options)  # type: ignore[arg-type]
     return World(alloc, torch.Generator().manual_seed(seed))
+
+
+def lone(world: World) -> Seqs:
+    return [world.open(37)]
+
+
+def nothing_shared(world: World) -> Seqs:
+    return [world.open(n) for n in (37, 0, 64, 1)]
+
+
+def all_equal(world: World) -> Seqs:
+    root = world.open(80)
+    return [root, *(world.fork(root) for _ in range(4))]
+
+
+def depths(world: World) -> Seqs:
+    """Forks of one trunk at several depths: each group within the one before."""
+    trunk = world.open(20)
+    seqs = [world.fork(trunk, 3)]
+    for _ in range(3):
+        world.grow(trunk, 30)
+        seqs.append(world.fork(trunk, 9))
+    return [*seqs, trunk]
+
+
+def nested(world: World) -> Seqs:
+    """A system prompt, two documents after it, questions after each; and strangers around."""
+    seqs = [world.open(50)]
+    system = world.open(70)
+    for length in (40, 100):
+        document = world.fork(system, length)
+        seqs += [world.fork(document, n) for n in (0, 5, 33)]
+    return [*seqs, world.fork(system, 1), world.open(16)]
+
+
+SCENES = [lone, nothing_shared, all_equal, depths, nested]
+
+
+def step(world: World, seqs: Seqs, news: list[int], pad_to: int | None = None) -> kvmem.Batch:
+    for seq, new in zip(seqs, news, strict=True):
+        world.reserve(seq, new)
+    return world.alloc.batch(seqs, pad_to=pad_to)
+
+
+def random_scene(world: World, rng: random.Random) -> Seqs:
+    """Opened, grown, forked, truncated, freed at random; multiples of a block now and then."""
+    seqs: Seqs = []
+    for _ in range(rng.randrange(4, 40)):
+        what = rng.choice(["open", "fork", "fork", "fork", "grow", "truncate", "free"])
+        length = rng.choice([0, 1, 16, 32, rng.randrange(70)])
+        if not seqs or (what == "open" and len(seqs) < 20):
+            seqs.append(world.open(length))
+        elif what == "fork" and len(seqs) < 20:
+            seqs.append(world.fork(rng.choice(seqs), length))
+        elif what == "grow":
+            seq = rng.choice(seqs)
+            world.grow(seq, min(length, 400 - seq.num_tokens))
+        elif what == "truncate":
+            seq = rng.choice(seqs)
+            world.truncate(seq, rng.randrange(seq.num_tokens + 1))
+        elif what == "free" and len(seqs) > 1:
+            world.free(seqs.pop(rng.randrange(len(seqs))))
+    rng.shuffle(seqs)
+    return seqs
+
+
+def lists(level: kvmem.cascade.CascadeLevel) -> tuple[list[int], list[int], list[int]]:
+    pages = level.kv_indptr.diff()
+    last = level.kv_last_page_len
+    assert torch.equal(level.kv_lens, (pages - 1).clamp(min=0) * TOKENS_PER_BLOCK + last)
+    assert level.kv_indices.shape == (level.kv_indptr[-1],)
+    return level.qo_indptr.tolist(), pages.tolist(), last.tolist()
