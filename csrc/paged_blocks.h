@@ -70,6 +70,8 @@ class PagedBlocks : public PageTable {
     return p;
   }
 
+  i64 common_blocks(i64 a, i64 b, i64 group, i64 known) const override;
+  i64 block_key(i64 index, i64 group, i64 block) const override { return entry(index, group, block); }
   i64 tokens_that_fit(i64 index, i64 group, i64 pages) const override;
   i64 parked_pages() const override { return idle_pages_; }
   void count_bytes(i64* used_bytes, i64* shared_bytes) const override;
