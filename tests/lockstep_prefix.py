@@ -101,9 +101,9 @@ class PrefixLockstep(Lockstep):
         def look(g: int, arena: int, ordinal: int) -> Piece | None:
             assert self.pages is not None
             for row, place in self.pages.elsewhere(g, arena, own[g], ordinal):
-                if (other := rows[g].get(row)) is not None and other != handle:
-                    if (piece := self.model.sequences[other][g].pieces[arena].get(place)) is not None:
-                        return piece
+                other = rows[g].get(row, handle)
+                if other != handle and place in (here := self.model.sequences[other][g].pieces[arena]):
+                    return here[place]
             return None
 
         return look
@@ -215,7 +215,7 @@ class PrefixLockstep(Lockstep):
         try:
             pin = self.alloc.pin(tokens, salt=root[0], extra_key=root[1])
         except kvmem.SpecError:
-            assert not self.plentiful or len(chain) < len(tokens) // self.model.block_tokens or not tokens
+            assert not (self.plentiful and tokens and self.model.whole(root, tokens)), "what is cached was not pinned"
             return False
         assert pin.num_tokens == len(tokens) // self.model.block_tokens * self.model.block_tokens
         assert len(chain) * self.model.block_tokens == pin.num_tokens, "what was never published was pinned"

@@ -6,8 +6,7 @@ and tells nobody. While memory is plentiful it is exact.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from reference import Model, Piece, Tokens
@@ -27,15 +26,15 @@ def digest(before: int, token: int) -> int:
 
 
 class Node:
-    """One full block of tokens after those of its parent. ``parts``: what is cached of it, by (group, ordinal): the
-    pieces of each arena (paged), or nothing but the fact (virtual). ``state``: the writer of a snapshot, 0 for none."""
+    """One full block of tokens after those of its parent. ``parts``: the groups that have it, with the pieces of each
+    arena (paged), or nothing but the fact (virtual). ``state``: the writer of a snapshot, 0 for none."""
 
     __slots__ = ("children", "digests", "parent", "parts", "pins", "state", "tokens", "users")
 
     def __init__(self, parent: Node | None, tokens: tuple[int, ...], before: int) -> None:
         self.parent, self.tokens = parent, tokens
         self.children: dict[tuple[int, ...], Node] = {}  # oldest first
-        self.parts: dict[tuple[int, int], list[Piece]] = {}
+        self.parts: dict[int, list[Piece]] = {}
         self.users = self.pins = self.state = 0
         self.digests: list[int] = []
         for token in tokens:
@@ -59,13 +58,9 @@ class Content:
         return self.digests[-1] if self.digests else self.root.digests[-1]
 
 
-@dataclass
-class Found:
-    """The longest usable prefix: whole blocks, then ``more`` tokens of ``child``."""
-
-    chain: list[Node]
-    child: Node | None = None
-    more: int = 0
+def common(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two lists begin with alike."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 class PrefixModel(Model):
@@ -73,8 +68,9 @@ class PrefixModel(Model):
 
     def __init__(self, spec: kvmem.CacheSpec, *, partial_reuse: bool = True, **sizes: int | bool) -> None:
         super().__init__(spec, **sizes)  # type: ignore[arg-type]
-        self.block_tokens = math.lcm(*(g.block_tokens for g in self.groups if g.growth == "token"))
-        self.shares = all(g.growth != "prefill" for g in self.groups)
+        self.block_tokens = self.groups[self.main].block_tokens
+        sizes_of_blocks = {g.block_tokens for g in self.groups if g.growth == "token"}
+        self.shares = all(g.growth != "prefill" for g in self.groups) and len(sizes_of_blocks) == 1
         self.fixed = [i for i, g in enumerate(self.groups) if g.growth == "fixed"]
         self.windows = [i for i, g in enumerate(self.groups) if g.window_tokens]
         self.partial_reuse = partial_reuse and not self.fixed
@@ -97,13 +93,14 @@ class PrefixModel(Model):
         return max(0, first // rules.block_tokens * rules.block_tokens)
 
     def _usable(self, chain: list[Node], n: int) -> bool:
-        """Whether all groups have what a sequence of these ``n`` tokens holds; ``chain`` covers them."""
-        for g in self.windows:
-            size = self.groups[g].block_tokens
-            for ordinal in range(self.front(g, n) // size, -(-n // size)):
-                if (g, ordinal) not in chain[ordinal * size // self.block_tokens].parts:
-                    return False
-        return True
+        """Whether all groups have what a sequence of these ``n`` tokens holds, the last block perhaps in part."""
+        if self.fixed and n and not (n % self.block_tokens == 0 and chain[n // self.block_tokens - 1].state):
+            return False
+        return all(
+            g in chain[i].parts
+            for g in self.windows
+            for i in range(self.front(g, n) // self.block_tokens, -(-n // self.block_tokens))
+        )
 
     def walk(self, key: Root, tokens: list[int]) -> list[Node]:
         """The nodes of the whole blocks of ``tokens`` that are known, from the start on."""
@@ -116,27 +113,28 @@ class PrefixModel(Model):
             node = child
         return chain
 
-    def find(self, key: Root, tokens: list[int]) -> Found:
+    def match(self, key: Root, tokens: list[int]) -> int:
+        """How many of ``tokens`` a sequence could take over: all but the last one at most."""
         most, size = max(0, len(tokens) - 1), self.block_tokens
         if not self.shares:
-            return Found([])
+            return 0
         chain = self.walk(key, tokens[:most])
-        while chain and not ((not self.fixed or chain[-1].state) and self._usable(chain, len(chain) * size)):
-            chain.pop()
+        end = len(chain) * size
         if self.partial_reuse:
-            rest, best, more = tokens[len(chain) * size : most][:size], None, 0
-            last = chain[-1] if chain else self.root(key)
-            for child in list(last.children.values())[: -CANDIDATES - 1 : -1]:
-                same = next((i for i, (a, b) in enumerate(zip(rest, child.tokens, strict=False)) if a != b), len(rest))
-                if same > more:
-                    best, more = child, same
-            if best is not None and self._usable([*chain, best], len(chain) * size + more):
-                return Found(chain, best, more)
-        return Found(chain)
+            rest, last = tokens[end:most], chain[-1] if chain else self.root(key)
+            newest = list(last.children.values())[: -CANDIDATES - 1 : -1]
+            nearest = max(newest, key=lambda child: common(rest, child.tokens), default=None)
+            more = common(rest, nearest.tokens) if nearest is not None else 0
+            if nearest is not None and more and self._usable([*chain, nearest], end + more):
+                return end + more
+        while not self._usable(chain, end):
+            end -= size
+        return end
 
-    def match(self, key: Root, tokens: list[int]) -> int:
-        found = self.find(key, tokens)
-        return len(found.chain) * self.block_tokens + found.more
+    def whole(self, key: Root, tokens: list[int]) -> bool:
+        """Whether every whole block of ``tokens`` is there to be taken over."""
+        chain, blocks = self.walk(key, tokens), len(tokens) // self.block_tokens
+        return self.shares and len(chain) == blocks and self._usable(chain, blocks * self.block_tokens)
 
     def certain(self, key: Root, tokens: list[int]) -> int:
         """What no pressure can take away: whole blocks that a live sequence or a pin holds. Full attention only."""
@@ -184,12 +182,10 @@ class PrefixModel(Model):
 
     def _hold_chain(self, handle: int, g: int, held: Tokens, chain: list[Node]) -> None:
         """Paged: the very blocks of the chain, as far as the window needs them."""
-        size = self.groups[g].block_tokens
         if self.groups[g].growth == "fixed":
             return
-        for ordinal in range(held.first // size, len(chain) * self.block_tokens // size):
-            pieces = chain[ordinal * size // self.block_tokens].parts[g, ordinal]
-            for here, piece in zip(held.pieces, pieces, strict=True):
+        for ordinal in range(held.first // self.block_tokens, len(chain)):
+            for here, piece in zip(held.pieces, chain[ordinal].parts[g], strict=True):
                 self._hold(handle, here, ordinal, piece)
 
     def _hold_seen(self, handle: int, g: int, held: Tokens, look: Look) -> None:
@@ -231,23 +227,20 @@ class PrefixModel(Model):
             content.chain.append(node)
             self._add_parts(handle, node, i)
 
-    def _add_parts(self, handle: int, node: Node, i: int) -> None:
+    def _add_parts(self, handle: int, node: Node, ordinal: int) -> None:
         for g, rules in enumerate(self.groups):
-            if rules.growth != "token":
+            held = self.sequences[handle][g]
+            if rules.growth != "token" or ordinal * self.block_tokens < held.first:
+                continue  # or: the window dropped it before the block was full
+            if self.virtual:
+                node.parts.setdefault(g, [])
                 continue
-            held, step = self.sequences[handle][g], self.block_tokens // rules.block_tokens
-            for ordinal in range(i * step, (i + 1) * step):
-                if ordinal * rules.block_tokens < held.first:
-                    continue  # the window dropped it before the node was full
-                if self.virtual:
-                    node.parts.setdefault((g, ordinal), [])
-                    continue
-                mine = [here[ordinal] for here in held.pieces]
-                theirs = node.parts.setdefault((g, ordinal), mine)
-                for here, old, new in zip(held.pieces, mine, theirs, strict=True):
-                    if old is not new:
-                        self._drop(handle, here, ordinal)
-                        self._hold(handle, here, ordinal, new)
+            mine = [here[ordinal] for here in held.pieces]
+            theirs = node.parts.setdefault(g, mine)
+            for here, old, new in zip(held.pieces, mine, theirs, strict=True):
+                if old is not new:
+                    self._drop(handle, here, ordinal)
+                    self._hold(handle, here, ordinal, new)
 
     def truncate_is_pinned(self, handle: int, tokens: int) -> bool:
         return any(node.pins for node in self.contents[handle].chain[tokens // self.block_tokens :])
@@ -277,8 +270,9 @@ class PrefixModel(Model):
         self.contents[handle].chain[-1].state = self.sequences[handle][self.fixed[0]].writers[0]
 
     def can_snapshot(self, handle: int) -> bool:
-        tokens = len(self.contents[handle].tokens)
-        return bool(self.fixed and self.shares and tokens and tokens % self.block_tokens == 0 and self.is_known(handle))
+        known = len(self.contents[handle].tokens)
+        reserved = self.sequences[handle][self.main].tokens
+        return bool(self.fixed and self.shares and known == reserved > 0 and known % self.block_tokens == 0)
 
     def clear_cache(self) -> int:
         """Forgets what nobody uses or pins; returns how many nodes."""

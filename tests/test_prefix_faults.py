@@ -17,7 +17,7 @@ import kvmem
 from kvmem import _core
 
 CODES = (2, 719)  # out of memory, launch failure
-CASES = ["kv G=1", "two windows", "recurrent"]
+CASES = ["kv G=1", "full and window", "recurrent"]
 
 
 def pair_on(driver: _core.CheckedDriver, backend: str, layout: str, pages: int) -> PrefixLockstep:

@@ -13,7 +13,7 @@ import kvmem
 from kvmem import _core
 
 PAGE = 4096
-SHARING = [name for name in LAYOUTS if name != "encoder decoder"]  # what cross attention holds is nobody else's
+SHARING = [name for name in LAYOUTS if name not in ("encoder decoder", "two windows")]  # nothing is shared there
 
 
 def pair_on(

@@ -10,7 +10,7 @@ from support import BACKENDS, LAYOUTS, i32, make_allocator
 import kvmem
 
 PAGE = 4096
-LAYOUTS_HERE = ["kv interleaved", "kv G=1", "latent", "two windows", "window G=1", "recurrent"]
+LAYOUTS_HERE = ["kv interleaved", "kv G=1", "latent", "full and window", "window G=1", "recurrent"]
 
 
 def small(backend: str, layout: str = "kv interleaved", pages: int = 60, **options: object) -> PrefixLockstep:
