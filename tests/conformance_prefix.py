@@ -123,6 +123,24 @@ def test_of_many_continuations_the_nearest_is_copied(make: Make) -> None:
     agree(pair)
 
 
+def test_why_a_match_is_not_longer(make: Make) -> None:
+    pair = world(make)
+    size = pair.model.block_tokens
+    prompt, other = text(2 * size), text(3 * size, 2)
+    grow(pair, prompt)
+    reasons = {
+        "complete": prompt[:1],
+        "never seen": [*other, 1],
+        "shorter than a block": [*prompt, 50_001, 2],
+        "other salt": [*prompt, 1],
+    }
+    for reason, tokens in reasons.items():
+        found = pair.match(tokens, ("x", None) if reason == "other salt" else NO_ROOT)
+        assert found.reason == reason or not pair.model.shares, (reason, found)
+        assert found.reason == "off" or pair.model.shares
+    assert pair.match([]).num_tokens == 0
+
+
 def test_nothing_published_is_nothing_found(make: Make) -> None:
     """Tokens that are counted, not named, are nobody's prefix; nor is anything after them."""
     pair = world(make)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from conformance_prefix import agree, cached, go_on, grow, text
 from lockstep_prefix import NO_ROOT, PrefixLockstep
@@ -222,3 +224,42 @@ def test_shrinking_memory_gives_up_the_cache(backend: str) -> None:
     pair.set_memory(60)
     go_on(pair, handle, live + text(100, 3))
     agree(pair)
+
+
+@pytest.mark.parametrize("layout", ["full and window", "window G=1"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_a_window_has_passed_goes_first(backend: str, layout: str) -> None:
+    """A chat goes on and its window moves: what lies behind is cached, until memory is short. Then its end is still found,
+    its middle is not, though full attention has all of it."""
+    pair = small(backend, layout, pages=100)
+    prompt = text(640)
+    handle = pair.open(prompt)
+    for start in range(0, 640, 16):
+        assert pair.append(handle, prompt[start : start + 16])
+    assert pair.match([*prompt[:320], 1]).num_tokens == 320
+    press(pair)
+    found = pair.match([*prompt[:320], 1])
+    assert (found.num_tokens, found.reason) == (0, "window passed")
+    assert pair.match([*prompt, 1]).num_tokens == 640
+    reader = pair.open([*prompt, 1])
+    assert cached(pair, reader) == 640
+    agree(pair)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_time_to_live_ends(backend: str) -> None:
+    """Kept above all for a moment after the release; then as any other, and so the oldest goes first."""
+    for ttl, first in ((100.0, 2), (0.001, 1)):
+        pair = small(backend, pages=60, max_sequences=8)
+        prompts = {1: text(160, 1), 2: text(160, 2)}
+        for n, prompt in prompts.items():
+            handle = grow(pair, prompt)
+            if n == 1:
+                pair.seqs[handle].retain(priority=90, ttl=ttl)
+            pair.free([handle])
+        time.sleep(0.05)
+        other, gone = pair.open(), []
+        while not gone and pair.extend({other: 16}):
+            gone = [n for n, prompt in prompts.items() if pair.match([*prompt, 1]).num_tokens == 0]
+        assert gone == [first]
+        agree(pair)
