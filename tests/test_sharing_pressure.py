@@ -263,3 +263,49 @@ def test_a_time_to_live_ends(backend: str) -> None:
             gone = [n for n, prompt in prompts.items() if pair.match([*prompt, 1]).num_tokens == 0]
         assert gone == [first]
         agree(pair)
+
+
+@pytest.mark.parametrize("layout", ["full and window", "window G=1"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_pin_keeps_what_a_window_has_passed(backend: str, layout: str) -> None:
+    """Pinned while its window blocks are still cached: they are kept, too, for the prefix is of no use without them."""
+    pair = small(backend, layout, pages=100)
+    prompt = text(640)
+    handle = pair.open(prompt)
+    for start in range(0, 640, 16):
+        assert pair.append(handle, prompt[start : start + 16])
+    pair.pin(handle, 320)
+    press(pair)
+    assert pair.match([*prompt[:320], 1]).num_tokens == 320
+    pair.free([handle])
+    press(pair)
+    reader = pair.open([*prompt[:320], 1])
+    assert cached(pair, reader) == 320
+    agree(pair)
+
+
+@pytest.mark.parametrize("zero", ["fresh", "always"])
+@pytest.mark.parametrize("layout", LAYOUTS_HERE)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_hit_does_not_give_up_what_it_takes_over(backend: str, layout: str, zero: str) -> None:
+    """Memory is full but for what is cached, and the copy of a tail needs some: nothing that the hit itself stands on."""
+    for cut in (328, 320, 150, 41, 10):
+        for finished in (False, True):
+            pair = small(backend, layout, pages=100, zero=zero)
+            prompt = text(640)
+            first = pair.open(prompt)
+            for start in range(0, 640, 16):
+                assert pair.append(first, prompt[start : start + 16])
+                if start + 16 in (320, 144) and pair.model.fixed:
+                    pair.snapshot(first)
+            if finished:
+                pair.free([first])
+            filler = pair.open()
+            while pair.match([*prompt[:320], 1]).num_tokens == 320 and pair.extend({filler: 1}):
+                stats = pair.alloc.stats()
+                if stats.created_bytes == stats.budget_bytes and stats.free_bytes == 0:
+                    break
+            pair.open([*prompt[:cut], 50_001, 7])
+            agree(pair)
+            pair.open([*prompt[:cut], 50_002, 7])
+            agree(pair)
