@@ -49,4 +49,5 @@ NB_MODULE(_core, m) {
   nb::register_exception_translator(translate);
   bind_drivers(m);
   bind_core(m);
+  bind_events(m);
 }

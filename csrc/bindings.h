@@ -2,8 +2,31 @@
 #pragma once
 
 #include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+
+#include <string>
+
+#include "types.h"
 
 namespace kvmem {
+class Cache;
+
 void bind_drivers(nanobind::module_& m);  // bindings_drivers.cpp
 void bind_core(nanobind::module_& m);     // bindings_core.cpp
+void bind_prefix_options(nanobind::module_& m);
+void bind_prefix(nanobind::class_<Cache>& cache);  // bindings_prefix.cpp
+void bind_events(nanobind::module_& m);            // bindings_events.cpp
+
+// Arrays never convert: a conversion would let writes to a wrong-typed output vanish into a temporary copy.
+template <class T>
+using In = nanobind::ndarray<const T, nanobind::ndim<1>, nanobind::c_contig, nanobind::device::cpu>;
+template <class T, int D = 1>
+using Out = nanobind::ndarray<T, nanobind::ndim<D>, nanobind::c_contig, nanobind::device::cpu>;
+
+inline void same_length(const In<i32>& handles, const In<i32>& counts) {
+  if (handles.shape(0) != counts.shape(0)) {
+    throw SpecError("got " + std::to_string(handles.shape(0)) + " handles and " + std::to_string(counts.shape(0)) +
+                    " counts");
+  }
+}
 }  // namespace kvmem

@@ -1,5 +1,4 @@
-// kvmem._core.PagePool, Cache and what they take. Arrays never convert: a conversion would let writes to a wrong-typed
-// output vanish into a temporary copy.
+// kvmem._core.PagePool, Cache and what they take.
 
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
@@ -17,10 +16,6 @@ namespace kvmem {
 namespace {
 
 using Free = nb::call_guard<nb::gil_scoped_release>;
-template <class T>
-using In = nb::ndarray<const T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-template <class T, int D = 1>
-using Out = nb::ndarray<T, nb::ndim<D>, nb::c_contig, nb::device::cpu>;
 
 const char* const kNames[kOpKinds] = {"create", "destroy", "map",    "unmap",  "zero",   "copy",  "fence", "open",
                                       "close",  "bind",    "unbind", "length", "commit", "front", "block"};
@@ -58,13 +53,6 @@ std::vector<Op> from_records(const nb::sequence& records) {
     ops.push_back({kind_of(name), static_cast<i32>(value[0]), value[1], value[2], value[3], value[4]});
   }
   return ops;
-}
-
-void same_length(const In<i32>& handles, const In<i32>& counts) {
-  if (handles.shape(0) != counts.shape(0)) {
-    throw SpecError("got " + std::to_string(handles.shape(0)) + " handles and " + std::to_string(counts.shape(0)) +
-                    " counts");
-  }
 }
 
 // The buffers of a batch, kept alive beside their addresses.
@@ -153,12 +141,12 @@ void bind_geometry(nb::module_& m) {
   nb::class_<Geometry>(m, "Geometry")
       .def(
           "__init__",
-          [](Geometry* self, i64 page_bytes, i64 max_sequences, i64 tail_guard_tokens, i64 map_ahead_tokens, Zero zero,
-             bool debug, std::vector<GroupGeometry> groups) {
-            new (self) Geometry{page_bytes, max_sequences, tail_guard_tokens, map_ahead_tokens,
-                                zero,       debug,         std::move(groups)};
+          [](Geometry* self, i64 page_bytes, i64 max_sequences, i64 rows, i64 tail_guard_tokens, i64 map_ahead_tokens,
+             Zero zero, bool debug, std::vector<GroupGeometry> groups) {
+            new (self) Geometry{page_bytes,       max_sequences, rows,  tail_guard_tokens,
+                                map_ahead_tokens, zero,          debug, std::move(groups)};
           },
-          nb::kw_only(), "page_bytes"_a, "max_sequences"_a, "tail_guard_tokens"_a, "map_ahead_tokens"_a, "zero"_a,
+          nb::kw_only(), "page_bytes"_a, "max_sequences"_a, "rows"_a, "tail_guard_tokens"_a, "map_ahead_tokens"_a, "zero"_a,
           "debug"_a, "groups"_a);
 }
 
@@ -203,7 +191,13 @@ void bind_stats(nb::module_& m) {
       .def_ro("shared_bytes", &CacheStats::shared_bytes)
       .def_ro("num_sequences", &CacheStats::num_sequences)
       .def_ro("driver_calls", &CacheStats::driver_calls)
-      .def_ro("physical_bytes", &CacheStats::physical_bytes);
+      .def_ro("physical_bytes", &CacheStats::physical_bytes)
+      .def_ro("cached_bytes", &CacheStats::cached_bytes)
+      .def_ro("cached_blocks", &CacheStats::cached_blocks)
+      .def_ro("pinned_blocks", &CacheStats::pinned_blocks)
+      .def_ro("evicted_blocks", &CacheStats::evicted_blocks)
+      .def_ro("lookup_tokens", &CacheStats::lookup_tokens)
+      .def_ro("hit_tokens", &CacheStats::hit_tokens);
 }
 
 // One arena as a flat tensor of bytes (DLPack). The tensor owns a reference to the cache, since a cache that goes
@@ -220,13 +214,15 @@ nb::ndarray<std::uint8_t> arena_bytes(nb::handle_t<Cache> self, i64 group, i64 a
                                    info.dlpack_device_type, info.device_index);
 }
 
-void bind_cache(nb::module_& m) {
-  nb::class_<Cache>(m, "Cache", "Sequences over one of the two page tables; kvmem.Allocator is its public face.")
+nb::class_<Cache> bind_cache(nb::module_& m) {
+  return nb::class_<Cache>(m, "Cache", "Sequences over one of the two page tables; kvmem.Allocator is its public face.")
       .def(
           "__init__",
           [](Cache* self, const Geometry& geometry, std::shared_ptr<PagePool> pool, bool paged, i64 limit_pages,
-             bool owns_pool) { new (self) Cache(geometry, std::move(pool), paged, limit_pages, owns_pool); },
-          nb::kw_only(), "geometry"_a, "pool"_a, "paged"_a, "limit_pages"_a, "owns_pool"_a, Free())
+             bool owns_pool, const PrefixOptions& prefix) {
+            new (self) Cache(geometry, std::move(pool), paged, limit_pages, owns_pool, prefix);
+          },
+          nb::kw_only(), "geometry"_a, "pool"_a, "paged"_a, "limit_pages"_a, "owns_pool"_a, "prefix"_a, Free())
       .def(
           "open",
           [](Cache& c) {
@@ -256,14 +252,14 @@ void bind_cache(nb::module_& m) {
           "commit",
           [](Cache& c, i32 handle, i64 count, i64 group) {
             const i32 small = count > INT32_MAX ? INT32_MAX : count < INT32_MIN ? INT32_MIN : static_cast<i32>(count);
-            c.commit(&handle, &small, 1, group);
+            c.commit(&handle, &small, 1, group, nullptr);
           },
           "handle"_a, "count"_a, "group"_a = -1, Free())
       .def(
           "commit_batch",
           [](Cache& c, In<i32> handles, In<i32> counts, i64 group) {
             same_length(handles, counts);
-            c.commit(handles.data(), counts.data(), static_cast<i64>(handles.shape(0)), group);
+            c.commit(handles.data(), counts.data(), static_cast<i64>(handles.shape(0)), group, nullptr);
           },
           "handles"_a.noconvert(), "counts"_a.noconvert(), "group"_a = -1, Free())
       .def("truncate", &Cache::truncate, "handle"_a, "tokens"_a, Free())
@@ -332,7 +328,9 @@ void bind_core(nb::module_& m) {
   bind_buffers(m);
   bind_pool(m);
   bind_stats(m);
-  bind_cache(m);
+  bind_prefix_options(m);
+  nb::class_<Cache> cache = bind_cache(m);
+  bind_prefix(cache);
 }
 
 }  // namespace kvmem

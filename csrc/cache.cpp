@@ -12,19 +12,54 @@ i64 find_token_group(const Geometry& geometry) {
   return 0;
 }
 
+bool any_of(const Geometry& geometry, Growth growth) {
+  return std::any_of(geometry.groups.begin(), geometry.groups.end(),
+                     [growth](const GroupGeometry& g) { return g.growth == growth; });
+}
+
+// Blocks mean the same in every group that grows with the tokens. What is fixed after prefill depends on an input that
+// the tokens do not tell.
+bool can_share(const Geometry& geometry) {
+  const i64 size = geometry.groups[find_token_group(geometry)].block_tokens;
+  return any_of(geometry, Growth::token) && !any_of(geometry, Growth::prefill) &&
+         std::all_of(geometry.groups.begin(), geometry.groups.end(), [size](const GroupGeometry& g) {
+           return g.growth != Growth::token || g.block_tokens == size;
+         });
+}
+
+PrefixOptions resolve(PrefixOptions options, const Geometry& geometry) {
+  options.on = options.on && can_share(geometry);
+  return options;
+}
+
+std::vector<i32> token_groups(const Geometry& geometry) {
+  std::vector<i32> groups;
+  for (std::size_t g = 0; g < geometry.groups.size(); ++g) {
+    if (geometry.groups[g].growth == Growth::token) groups.push_back(static_cast<i32>(g));
+  }
+  return groups;
+}
+
 }  // namespace
 
-Cache::Cache(Geometry geometry, std::shared_ptr<PagePool> pool, bool paged, i64 limit_pages, bool owns_pool)
+Cache::Cache(Geometry geometry, std::shared_ptr<PagePool> pool, bool paged, i64 limit_pages, bool owns_pool,
+             const PrefixOptions& prefix)
     : geometry_(std::move(geometry)),
       pool_(std::move(pool)),
       paged_(paged),
       owns_pool_(owns_pool),
       groups_(static_cast<i64>(geometry_.groups.size())),
       token_group_(find_token_group(geometry_)),
+      prefix_(resolve(prefix, geometry_)),
+      has_state_(any_of(geometry_, Growth::fixed)),
       sequences_(geometry_.max_sequences, groups_),
+      index_(geometry_.groups[token_group_].block_tokens, token_groups(geometry_), prefix.policy, prefix.hash_bits,
+             prefix.event_capacity),
+      contents_(geometry_.max_sequences),
       stamp_(geometry_.max_sequences, 0) {
   Lock lock = pool_->lock();
-  table_ = paged ? make_paged_table(geometry_, *pool_, sequences_) : make_virtual_table(geometry_, *pool_, sequences_);
+  table_ = paged ? make_paged_table(geometry_, *pool_, sequences_, index_)
+                 : make_virtual_table(geometry_, *pool_, sequences_, index_);
   table_->limit_pages = limit_pages;
 }
 
@@ -50,6 +85,7 @@ void Cache::leave() {
   std::vector<std::string> found;
   pool_->check(&found);
   table_->check(&found);
+  check_content(&found);
   if (!found.empty()) throw Error("broken invariant: " + found.front());
 }
 
@@ -109,6 +145,7 @@ void Cache::open(i64 count, i32* handles) {
     handles[i] = static_cast<i32>(handle);
   }
   tx.commit();
+  for (i64 i = 0; prefix_.on && i < count; ++i) start_content(sequences_.index(handles[i]), PrefixKey());
   leave();
 }
 
@@ -135,9 +172,10 @@ i64 Cache::fork(i64 handle) {
   Lock lock = enter();
   const i64 parent = sequences_.index(handle);
   settle();
-  Transaction tx(*pool_, *this);
-  std::string why;
   const i64 child = sequences_.next_handle();
+  collect_chain(parent);
+  for (i32 node : chain_) index_.enter(node);
+  Transaction tx(*pool_, *this);
   try {
     tx.push({OpKind::open, 0, child});
     for (i64 g = 0; g < groups_; ++g) {
@@ -146,12 +184,22 @@ i64 Cache::fork(i64 handle) {
     for (i64 g = 0; g < groups_; ++g) {  // last: a row must be bound empty before pages of another are mapped in it
       if (geometry_.groups[g].growth == Growth::fixed) share_group(parent, sequences_.index(child), g, tx);
     }
+    for (std::size_t i = 0; i < chain_.size(); ++i) {
+      table_->publish(sequences_.index(child), static_cast<i64>(i), chain_[i], tx);
+    }
     tx.commit();
   } catch (const OutOfMemory& e) {
     tx.roll_back();
+    for (auto node = chain_.rbegin(); node != chain_.rend(); ++node) index_.leave(*node);
     throw OutOfMemory("asked to fork sequence handle " + std::to_string(handle) + ": " + e.what() +
                       "; free or preempt a sequence, or raise the memory with set_memory()");
+  } catch (...) {
+    tx.roll_back();
+    for (auto node = chain_.rbegin(); node != chain_.rend(); ++node) index_.leave(*node);
+    throw;
   }
+  if (contents_[parent].root != kNoNode) index_.enter(contents_[parent].root);
+  contents_[sequences_.index(child)] = contents_[parent];
   leave();
   return child;
 }
@@ -175,6 +223,7 @@ void Cache::free(const i32* handles, i64 n) {
     free_one(sequences_.index(handles[i]), tx);
   }
   tx.commit();
+  for (i64 i = 0; i < n; ++i) leave_chain(sequences_.place_of(handles[i]));
   leave();
 }
 

@@ -4,6 +4,7 @@
 
 #include <memory>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 #include "batch.h"
@@ -11,6 +12,7 @@
 #include "geometry.h"
 #include "page_table.h"
 #include "pages.h"
+#include "prefix.h"
 #include "sequences.h"
 
 namespace kvmem {
@@ -19,21 +21,57 @@ struct CacheStats {
   i64 budget_bytes = 0, created_bytes = 0, free_bytes = 0;
   i64 mapped_bytes = 0, used_bytes = 0, parked_bytes = 0, shared_bytes = 0;
   i64 num_sequences = 0, driver_calls = 0, physical_bytes = 0;
+  i64 cached_bytes = 0, cached_blocks = 0, pinned_blocks = 0, evicted_blocks = 0, lookup_tokens = 0, hit_tokens = 0;
+};
+
+struct PrefixOptions {
+  bool on = true;              // share what sequences have in common
+  bool partial = true;         // and copy the equal part of a block that is only partly equal
+  std::string policy = "lru";  // what to forget first
+  int hash_bits = 64;          // fewer make hashes collide, for tests
+  i64 event_capacity = 0;      // events kept until somebody asks for them; 0: none
+};
+
+// Why a match is not longer.
+enum class MatchEnd : std::uint8_t { complete, short_block, other_salt, evicted, no_snapshot, window, never_seen, off };
+
+struct PrefixMatch {
+  i64 tokens = 0;
+  MatchEnd end = MatchEnd::off;
 };
 
 class Cache final : public TableState {
  public:
   // `owns_pool`: no other allocator uses the pool, so its budget follows set_memory().
-  Cache(Geometry geometry, std::shared_ptr<PagePool> pool, bool paged, i64 limit_pages, bool owns_pool);
+  Cache(Geometry geometry, std::shared_ptr<PagePool> pool, bool paged, i64 limit_pages, bool owns_pool,
+        const PrefixOptions& prefix);
   ~Cache() override;
 
   // `group` -1 stands for every group that grows with the sequence's tokens.
   void open(i64 count, i32* handles);
   void extend(const i32* handles, const i32* counts, i64 n, i64 group);
-  void commit(const i32* handles, const i32* counts, i64 n, i64 group);
+  // `tokens`: the ids, one sequence's after the other's; null if they are not known.
+  void commit(const i32* handles, const i32* counts, i64 n, i64 group, const i32* tokens);
   void truncate(i64 handle, i64 tokens);
   i64 fork(i64 handle);
   void free(const i32* handles, i64 n);
+
+  // --- shared content (cache_prefix.cpp) ---
+  // Opens a sequence with as much of `tokens` as is cached, but for one; `*cached` is how much. Short of memory it takes
+  // less. OutOfMemory only when all places are taken.
+  i64 admit(const i32* tokens, i64 n, const PrefixKey& key, i64* cached);
+  PrefixMatch match(const i32* tokens, i64 n, const PrefixKey& key);
+  // Keeps the whole blocks of the first `tokens` tokens (-1: all that are known) until unpin(); `*pinned` says how many
+  // tokens. SpecError unless all of them are known, or cached.
+  i64 pin(i64 handle, i64 tokens, i64* pinned);
+  i64 pin(const i32* tokens, i64 n, const PrefixKey& key, i64* pinned);
+  void unpin(i64 pin);
+  void snapshot(i64 handle);
+  // Blocks that lie whole in [start, end) of the sequence, present and to come (RetentionPolicy).
+  void retain(i64 handle, i64 start, i64 end, int priority, double seconds);
+  i64 clear_cache();  // forgets all that nobody uses or pins; how many blocks
+  // Takes out events (EventRing::drain), and the keys of the roots that they name.
+  EventRecords drain_events(i64 max, bool restart, std::unordered_map<i32, PrefixKey>* roots);
 
   i64 tokens(i64 handle, i64 group);
   i64 committed(i64 handle, i64 group);
@@ -65,6 +103,22 @@ class Cache final : public TableState {
   void apply_table(const Op& op) override;
 
  private:
+  // What is known of a sequence's tokens: a chain of published blocks, then `tail`. Beyond `known` tokens nothing is.
+  struct Retention {
+    i64 start, end;
+    int priority;
+    double seconds;
+  };
+  struct Content {
+    i32 root = kNoNode, leaf = kNoNode;  // the last published block, or the root
+    i64 known = 0;
+    std::vector<i32> tail;  // fewer than a block
+    std::vector<Retention> retained;
+  };
+  struct Published {
+    i64 index, ordinal;
+    i32 node;
+  };
   using Lock = std::unique_lock<std::mutex>;
   Lock enter(bool look = false);  // look: the books only
   void settle();
@@ -88,14 +142,40 @@ class Cache final : public TableState {
   void set_front(i64 index, i64 g, i64 token, Transaction& tx);
   BatchRow step_of(i64 handle, i64 g, const i32* new_tokens);
   void share_group(i64 parent, i64 child, i64 g, Transaction& tx);
+  i64 block_tokens() const { return index_.block_tokens(); }
+  i64 lookup(i32 root, const i32* tokens, i64 n);
+  bool try_adopt(i64 handle, const Found& found);
+  MatchEnd why_not_more(i32 root, const i32* tokens, i64 n, i64 found) const;
+  void write_committed(const i32* counts, i64 n, i64 group, bool undoable);
+  void start_content(i64 index, const PrefixKey& key);
+  void collect_published(i64 index, const i32* tokens, i64 count);
+  void note_published(i64 index, const i32* tokens, i64 count, std::size_t* at);
+  void leave_published();
+  void apply_retention(const Content& content, i32 node);
+  void collect_chain(i64 index);
+  void leave_chain(i64 index);
+  void collect_leaving(i64 handle, i64 index, i64 tokens);
+  void retract_leaving(i64 index, Transaction& tx);
+  void note_truncated(i64 index, i64 tokens);
+  i64 pin_node(i32 node, i64* pinned);
+  void tell_resident(i32 node, EventRecords& out) const;
+  void check_content(std::vector<std::string>* out) const;
 
   Geometry geometry_;
   std::shared_ptr<PagePool> pool_;
   const bool paged_, owns_pool_;
   const i64 groups_;
   const i64 token_group_;  // the first group that grows with the tokens, or 0
+  const PrefixOptions prefix_;
+  const bool has_state_;  // some group is of fixed size
   Sequences sequences_;
+  PrefixIndex index_;
   std::unique_ptr<PageTable> table_;
+  std::vector<Content> contents_;            // by sequence
+  std::unordered_map<i64, i32> pins_;        // pin -> the last node of its chain
+  i64 pins_seen_ = 0, lookup_tokens_ = 0, hit_tokens_ = 0;
+  std::vector<i32> chain_, block_, leaving_;  // of the call in progress
+  std::vector<Published> published_;
   std::vector<i64> indices_;  // of the call in progress
   std::vector<i64> stamp_;    // by sequence: the last call that named it
   i64 call_ = 0;

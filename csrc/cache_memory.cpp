@@ -48,6 +48,16 @@ CacheStats Cache::stats() {
   s.mapped_bytes = table_->owned_pages * page;
   s.parked_bytes = table_->parked_pages() * page;
   table_->count_bytes(&s.used_bytes, &s.shared_bytes);
+  i64 token_bytes = 0;
+  for (const GroupGeometry& group : geometry_.groups) {
+    for (i64 bytes : group.token_bytes) token_bytes += group.growth == Growth::token ? bytes : 0;
+  }
+  s.cached_blocks = index_.cached();
+  s.cached_bytes = index_.cached() * block_tokens() * token_bytes;
+  s.pinned_blocks = index_.pinned_count();
+  s.evicted_blocks = index_.evicted();
+  s.lookup_tokens = lookup_tokens_;
+  s.hit_tokens = hit_tokens_;
   s.num_sequences = sequences_.count();
   s.driver_calls = pool_->driver_calls();
   s.physical_bytes = pool_->space() ? pool_->space()->driver().physical_bytes() : s.created_bytes;
@@ -59,6 +69,7 @@ std::vector<std::string> Cache::check() {
   std::vector<std::string> found;
   pool_->check(&found);
   table_->check(&found);
+  check_content(&found);
   return found;
 }
 
@@ -82,6 +93,10 @@ std::vector<Op> Cache::take_ops() {
 void Cache::apply(const std::vector<Op>& ops) {
   Lock lock = enter();
   settle();
+  if (!index_.empty()) {
+    throw SpecError("an allocator that follows the ops of another must not know what its own sequences hold: commit "
+                    "counts instead of token ids, or make it with prefix_cache=False");
+  }
   Transaction tx(*pool_, *this);
   try {
     follow(ops, tx);
@@ -107,6 +122,9 @@ void Cache::follow(const std::vector<Op>& ops, Transaction& tx) {
   }
   // A list that lacks a record may leave a sequence with a length and no memory: whoever writes there would be lost.
   for (const Op& op : ops) {
+    if (op.kind == OpKind::bind) {  // the row may come with pages that another one shows
+      for (i64 g = 0; g < groups_; ++g) table_->look_at_tail(sequences_.place_of(op.a), g);
+    }
     if (op.kind == OpKind::length && op.b < op.c) table_->look_at_tail(sequences_.place_of(op.a), op.at);
     if ((op.kind == OpKind::map || op.kind == OpKind::unmap) && !table_->is_whole(op)) {
       throw SpecError("the ops lack a record: arena " + std::to_string(op.at) + " would be left mapped in part");

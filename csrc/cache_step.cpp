@@ -134,17 +134,11 @@ void Cache::map_ahead(i64 n, i64 group) {
   for (i64 index : touched) table_->set_pending(index, job);
 }
 
-// The next token at position p attends to tokens p - window + 1 .. p. Whole blocks before that are not needed; the
-// guard allows for kernels that load whole tiles.
 i64 Cache::window_front(i64 index, i64 g, i64 committed) const {
-  const GroupGeometry& geometry = geometry_.groups[g];
-  const i64 old = sequences_.front(index, g);
-  if (geometry.window_tokens == 0) return old;
-  const i64 first = committed - geometry.window_tokens + 1 - geometry_.tail_guard_tokens;
-  return std::max(old, first <= 0 ? i64{0} : first / geometry.block_tokens * geometry.block_tokens);
+  return std::max(sequences_.front(index, g), window_first(geometry_.groups[g], geometry_.tail_guard_tokens, committed));
 }
 
-void Cache::commit(const i32* handles, const i32* counts, i64 n, i64 group) {
+void Cache::commit(const i32* handles, const i32* counts, i64 n, i64 group, const i32* tokens) {
   Lock lock = enter();
   check_group(group);
   ++call_;
@@ -164,12 +158,30 @@ void Cache::commit(const i32* handles, const i32* counts, i64 n, i64 group) {
       windows = windows || window_front(index, g, done + counts[i]) != sequences_.front(index, g);
     }
   }
+  published_.clear();
+  const bool known = prefix_.on && tokens != nullptr && group < 0;
+  const i32* next = tokens;
+  for (i64 i = 0; known && i < n; next += counts[i++]) collect_published(indices_[i], next, counts[i]);
+  try {
+    write_committed(counts, n, group, windows || pool_->recording || !published_.empty());
+  } catch (...) {
+    leave_published();
+    throw;
+  }
+  next = tokens;
+  std::size_t at = 0;
+  for (i64 i = 0; known && i < n; next += counts[i++]) note_published(indices_[i], next, counts[i], &at);
+  leave();
+}
+
+void Cache::write_committed(const i32* counts, i64 n, i64 group, bool undoable) {
   Transaction tx(*pool_, *this);
+  for (const Published& p : published_) table_->publish(p.index, p.ordinal, p.node, tx);
   for (i64 i = 0; i < n; ++i) {
     for (i64 g = group_begin(group); g < group_end(group); ++g) {
       if (!grows(g, group) || counts[i] == 0) continue;
       const i64 index = indices_[i], done = sequences_.committed(index, g) + counts[i];
-      if (windows || pool_->recording) {
+      if (undoable) {
         const i64 old = sequences_.front(index, g), first = window_front(index, g, done);
         set_committed(index, g, done, tx);
         if (first != old) table_->drop_front(index, g, old, first, tx);
@@ -180,7 +192,6 @@ void Cache::commit(const i32* handles, const i32* counts, i64 n, i64 group) {
     }
   }
   tx.commit();
-  leave();
 }
 
 void Cache::truncate(i64 handle, i64 tokens) {
@@ -199,6 +210,7 @@ void Cache::truncate(i64 handle, i64 tokens) {
                       std::to_string(first) + "; the least that would do is " + std::to_string(first + window - 1));
     }
   }
+  collect_leaving(handle, index, tokens);
   if (table_->pending(index) != 0) settle();  // shared pages behind the length may be unmapped
   Transaction tx(*pool_, *this);
   for (i64 g = 0; g < groups_; ++g) {
@@ -207,7 +219,9 @@ void Cache::truncate(i64 handle, i64 tokens) {
     set_committed(index, g, std::min(tokens, sequences_.committed(index, g)), tx);
     set_length(index, g, tokens, tx);
   }
+  retract_leaving(index, tx);
   tx.commit();
+  note_truncated(index, tokens);
   leave();
 }
 

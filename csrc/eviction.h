@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "types.h"
 
@@ -42,5 +43,7 @@ class EvictionPolicy {
 
 // By name; SpecError, which lists the names there are, when there is none.
 std::unique_ptr<EvictionPolicy> make_eviction_policy(const std::string& name);
+// Those names, the default first.
+std::vector<std::string> eviction_policy_names();
 
 }  // namespace kvmem

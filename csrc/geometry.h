@@ -34,9 +34,19 @@ struct GroupGeometry {
   std::vector<i64> arena_slots;  // slots of the whole arena, per arena
 };
 
+// The first token that a window of the group still needs once `committed` are valid: the next one, at position p,
+// attends to tokens p - window + 1 .. p. Whole blocks before that are not needed; the guard allows for kernels that
+// load whole tiles.
+inline i64 window_first(const GroupGeometry& group, i64 guard_tokens, i64 committed) {
+  if (group.window_tokens == 0) return 0;
+  const i64 first = committed - group.window_tokens + 1 - guard_tokens;
+  return first <= 0 ? 0 : first / group.block_tokens * group.block_tokens;
+}
+
 struct Geometry {
   i64 page_bytes = 0;
   i64 max_sequences = 0;
+  i64 rows = 0;  // virtual: row 0, one for each sequence, and those that may keep the content of finished ones
   i64 tail_guard_tokens = 0;  // the frontier is kept this far ahead of the length
   i64 map_ahead_tokens = 0;   // and the mapper maps this much further
   Zero zero = Zero::fresh;

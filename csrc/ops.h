@@ -25,8 +25,11 @@ enum class OpKind : std::uint8_t {
   commit,  // at = group, a = sequence handle, b = new number of committed tokens, c = old
   front,   // at = group, a = sequence handle, b = new first token still held, c = old
   block,   // at = group, a = sequence handle, b = ordinal, c = new block, d = old block (0 is none)
+  // What the content index of this allocator knows of memory. at = first arena. Stays within the deciding half.
+  hold,   // a = node, b = group (paged) or row (virtual), c = block (paged) or 1 where the row has the fixed state too
+  evict,  // the inverse
 };
-constexpr int kOpKinds = 15;
+constexpr int kOpKinds = 15;  // without the last two
 
 struct Op {
   OpKind kind;
@@ -35,6 +38,7 @@ struct Op {
 };
 
 constexpr bool is_physical(OpKind kind) { return kind <= OpKind::fence; }
+constexpr bool is_private(OpKind kind) { return kind >= OpKind::hold; }
 
 // The record that takes `op` back. open and close carry d = 1 then, so that handles and free lists return exactly.
 inline Op inverse(Op op) {
@@ -53,6 +57,12 @@ inline Op inverse(Op op) {
       break;
     case OpKind::fence:
       op.a -= 1;
+      break;
+    case OpKind::hold:
+      op.kind = OpKind::evict;
+      break;
+    case OpKind::evict:
+      op.kind = OpKind::hold;
       break;
     case OpKind::open:
       op.kind = OpKind::close, op.d = 1;

@@ -12,10 +12,17 @@
 #include "batch.h"
 #include "geometry.h"
 #include "pages.h"
+#include "prefix.h"
 #include "sequences.h"
 #include "transaction.h"
 
 namespace kvmem {
+
+// Memory that holds the start of a chain of cached blocks.
+struct Found {
+  i64 tokens = 0;  // how many tokens of the chain are all there, in every group
+  i64 row = -1;    // virtual: the row that shows them
+};
 
 class PageTable : public PageOwner {
  public:
@@ -29,6 +36,22 @@ class PageTable : public PageOwner {
   virtual void drop_front(i64 index, i64 group, i64 old_first, i64 first, Transaction& tx) = 0;
   // Gives `child` (which holds nothing) the first `tokens` tokens of `parent`: whole shared pieces plus a copied tail.
   virtual void share(i64 parent, i64 child, i64 group, i64 first, i64 tokens, Transaction& tx) = 0;
+  // --- content (prefix.h): a chain is a list of nodes, one for each block from the first token on ---
+  // How much of the first `tokens` tokens of the chain a new sequence could take over. The last node may count in part,
+  // and then what is found ends there or at a whole block.
+  virtual Found find(const std::vector<i32>& chain, i64 tokens) const = 0;
+  // Gives a sequence that holds nothing what was found; its lengths and fronts say so already. All nodes are in use.
+  virtual void adopt(i64 index, const std::vector<i32>& chain, const Found& found, Transaction& tx) = 0;
+  // True if the group has the node's tokens somewhere.
+  virtual bool has(i32 node, i64 group) const = 0;
+  // Block `ordinal` of the sequence holds what the node says.
+  virtual void publish(i64 index, i64 ordinal, i32 node, Transaction& tx) = 0;
+  // The last block that the sequence has published is its own again, to be written over.
+  virtual void retract(i64 index, i32 node, Transaction& tx) = 0;
+  // Gives up a node that nobody uses and that no cached one continues. Its memory is parked then.
+  virtual void evict(i32 node, Transaction& tx) = 0;
+  // Keeps a copy of the sequence's fixed state with the last node of its chain.
+  virtual void snapshot(i64 index, const std::vector<i32>& chain, Transaction& tx) = 0;
   // The sequence ends; its lengths are about to become 0.
   virtual void close(i64 index, Transaction& tx) = 0;
   // Makes sure that blocks 0 and 1 (kReadTrash, kWriteTrash) of a group exist.
@@ -58,9 +81,18 @@ class PageTable : public PageOwner {
   // Slots of an arena up to and including the last mapped one: what a default tensor shows.
   virtual i64 mapped_extent_slots(i64 group, i64 arena_in_group) const = 0;
   virtual void check(std::vector<std::string>* out) const = 0;
+
+  // Evicts a node and all cached ones that continue it, ends first: nobody could find those without it.
+  void forget(i32 node, Transaction& tx);
+
+ protected:
+  explicit PageTable(PrefixIndex& index) : index_(index) {}
+  PrefixIndex& index_;
 };
 
-std::unique_ptr<PageTable> make_virtual_table(const Geometry& geometry, PagePool& pool, const Sequences& sequences);
-std::unique_ptr<PageTable> make_paged_table(const Geometry& geometry, PagePool& pool, const Sequences& sequences);
+std::unique_ptr<PageTable> make_virtual_table(const Geometry& geometry, PagePool& pool, const Sequences& sequences,
+                                              PrefixIndex& index);
+std::unique_ptr<PageTable> make_paged_table(const Geometry& geometry, PagePool& pool, const Sequences& sequences,
+                                            PrefixIndex& index);
 
 }  // namespace kvmem

@@ -6,8 +6,12 @@
 
 namespace kvmem {
 
-PagedBlocks::PagedBlocks(const Geometry& geometry, PagePool& pool, const Sequences& sequences)
-    : geometry_(geometry), pool_(pool), sequences_(sequences), groups_(static_cast<i64>(geometry.groups.size())) {
+PagedBlocks::PagedBlocks(const Geometry& geometry, PagePool& pool, const Sequences& sequences, PrefixIndex& index)
+    : PageTable(index),
+      geometry_(geometry),
+      pool_(pool),
+      sequences_(sequences),
+      groups_(static_cast<i64>(geometry.groups.size())) {
   limit_pages = pool.budget_pages();
   pool.add_owner(this);
   try {
@@ -36,10 +40,12 @@ void PagedBlocks::add_group(const GroupGeometry& group) {
   b.tokens = group.block_tokens;
   b.per_sequence = ceil_div(group.max_tokens, group.block_tokens);
   b.refs.assign(b.max_blocks, 0);
-  b.next.assign(b.max_blocks + 1, -1);
-  b.previous.assign(b.max_blocks + 1, -1);
-  b.next[b.max_blocks] = b.previous[b.max_blocks] = static_cast<i32>(b.max_blocks);
+  b.next.assign(b.max_blocks + 2, -1);
+  b.previous.assign(b.max_blocks + 2, -1);
+  for (i64 head : {b.max_blocks, b.max_blocks + 1}) b.next[head] = b.previous[head] = static_cast<i32>(head);
+  b.node.assign(b.max_blocks, kNoNode);
   b.backed.assign(b.max_blocks, 0);
+  b.passed.assign(b.max_blocks, 0);
   // calloc: a table for every sequence at full length is large, and mostly never touched
   b.table.reset(static_cast<i32*>(std::calloc(geometry_.max_sequences * b.per_sequence, sizeof(i32))));
   if (!b.table) throw OutOfMemory("no host memory for the block table");
@@ -55,6 +61,7 @@ void PagedBlocks::add_group(const GroupGeometry& group) {
       c.block_bytes = block_bytes;
       c.mapped.assign(group.arena_slots[i], 0);
       c.users.assign(group.arena_slots[i], 0);
+      c.kept.assign(group.arena_slots[i], 0);
       same = b.classes.insert(b.classes.end(), std::move(c));
     }
     same->arenas.push_back(static_cast<i64>(pages_.size()));
@@ -113,7 +120,7 @@ bool PagedBlocks::is_mapped(i32 arena, i64 slot, i64 count) const {
 
 i64 PagedBlocks::tokens_that_fit(i64 index, i64 group, i64 pages) const {
   const Blocks& b = blocks_[group];
-  i64 blocks = ceil_div(sequences_.tokens(index, group), b.tokens) + b.ready;
+  i64 blocks = ceil_div(sequences_.tokens(index, group), b.tokens) + b.ready + b.kept;
   // Ready blocks lie on parked pages: what is left of the pages backs others, in the order in which take() would.
   i64 left = pages - idle_pages_;
   std::vector<i64> next(b.classes.size(), 0);  // slots before it have been counted
@@ -172,19 +179,36 @@ const Class& PagedBlocks::class_of(i64 a) const {
   });
 }
 
-void PagedBlocks::link(Blocks& b, i64 block, bool front) {
-  const i32 head = static_cast<i32>(b.max_blocks), x = static_cast<i32>(block);
-  const i32 before = front ? head : b.previous[head];
-  const i32 after = b.next[before];
-  b.previous[x] = before, b.next[x] = after;
+void PagedBlocks::link(Blocks& b, i64 block, i64 before) {
+  const i32 x = static_cast<i32>(block), after = b.next[before];
+  b.previous[x] = static_cast<i32>(before), b.next[x] = after;
   b.next[before] = b.previous[after] = x;
-  ++b.ready;
 }
 
 void PagedBlocks::unlink(Blocks& b, i64 block) {
   b.next[b.previous[block]] = b.next[block];
   b.previous[b.next[block]] = b.previous[block];
-  --b.ready;
+}
+
+void PagedBlocks::set_ready(Blocks& b, i64 block, bool first) {
+  link(b, block, first ? b.max_blocks : b.previous[b.max_blocks]);
+  ++b.ready;
+}
+
+void PagedBlocks::pass(Blocks& b, i64 block) {
+  link(b, block, b.previous[b.max_blocks + 1]);
+  b.passed[block] = 1;
+}
+
+void PagedBlocks::keep(Blocks& b, i64 block, i32 sign) {
+  if (b.passed[block]) {
+    unlink(b, block);
+    b.passed[block] = 0;
+  }
+  b.kept += sign;
+  for (Class& c : b.classes) {
+    for (i64 slot = first_slot(c, block), end = end_slot(c, block); slot < end; ++slot) c.kept[slot] += sign;
+  }
 }
 
 void PagedBlocks::acquire(Blocks& b, i64 block) {
@@ -192,7 +216,12 @@ void PagedBlocks::acquire(Blocks& b, i64 block) {
     ++b.extra_refs;
     return;
   }
-  unlink(b, block);
+  if (b.node[block] != kNoNode) {
+    keep(b, block, -1);
+  } else {
+    unlink(b, block);
+    --b.ready;
+  }
   for (Class& c : b.classes) {
     for (i64 slot = first_slot(c, block), end = end_slot(c, block); slot < end; ++slot) {
       if (c.users[slot]++ == 0) idle_pages_ -= c.mapped[slot];
@@ -205,12 +234,40 @@ void PagedBlocks::drop(Blocks& b, i64 block) {
     --b.extra_refs;
     return;
   }
-  link(b, block, true);
+  if (b.node[block] != kNoNode) {
+    keep(b, block, 1);
+  } else {
+    set_ready(b, block, true);
+  }
   for (Class& c : b.classes) {
     for (i64 slot = first_slot(c, block), end = end_slot(c, block); slot < end; ++slot) {
       if (--c.users[slot] == 0) idle_pages_ += c.mapped[slot];
     }
   }
+}
+
+void PagedBlocks::on_content(const Op& op, bool undo) {
+  const i32 node = static_cast<i32>(op.a);
+  Blocks& b = blocks_[op.b];
+  const bool held = op.kind == OpKind::hold;
+  if (held) {
+    if (static_cast<i64>(block_of_.size()) < index_.capacity() * groups_) block_of_.resize(index_.capacity() * groups_);
+    if (b.refs[op.c] == 0) {
+      unlink(b, op.c);
+      --b.ready;
+      keep(b, op.c, 1);
+      if (undo && index_.used(node)) pass(b, op.c);  // only such are given up while their node is in use
+    }
+    index_.place(node, op.b, undo);
+  } else {
+    if (b.refs[op.c] == 0) {
+      keep(b, op.c, -1);
+      set_ready(b, op.c, true);
+    }
+    index_.displace(node, op.b, undo);
+  }
+  b.node[op.c] = held ? node : kNoNode;
+  block_of_[node * groups_ + op.b] = held ? static_cast<i32>(op.c) : 0;
 }
 
 void PagedBlocks::change(const Op& op, bool mapped) {
@@ -219,7 +276,7 @@ void PagedBlocks::change(const Op& op, bool mapped) {
   Class& c = const_cast<Class&>(class_of(a));
   std::vector<i32>& pages = pages_[a];
   for (i64 i = 0; i < op.c; ++i) {
-    if (pages[op.a + i] != (mapped ? -1 : op.b + i) || (!mapped && c.users[op.a + i] > 0 && !growing(op))) {
+    if (pages[op.a + i] != (mapped ? -1 : op.b + i) || (!mapped && c.users[op.a + i] + c.kept[op.a + i] > 0 && !growing(op))) {
       throw SpecError(std::string(mapped ? "map" : "unmap") + ": slot " + std::to_string(op.a + i) + " shows page " +
                       std::to_string(pages[op.a + i]) + " and has " + std::to_string(c.users[op.a + i]) + " users");
     }
@@ -256,9 +313,10 @@ void PagedBlocks::refresh(Blocks& b, const Class& changed, i64 from, i64 to) {
     if (!backed) b.cursor = std::min(b.cursor, std::max(block, kTrashBlocks));
     if (b.refs[block] > 0) continue;
     if (backed) {
-      link(b, block, false);
+      set_ready(b, block, false);
     } else {
       unlink(b, block);
+      --b.ready;
     }
   }
 }
@@ -285,7 +343,9 @@ void PagedBlocks::check(std::vector<std::string>* out) const {
     }
     i64 ready = 0;
     for (i64 x = b.next[b.max_blocks]; x != b.max_blocks && ready <= b.max_blocks; x = b.next[x], ++ready) {
-      if (b.refs[x] != 0 || !b.backed[x]) say(x, "invariant 2: in the free list, yet referenced or not backed");
+      if (b.refs[x] != 0 || !b.backed[x] || b.node[x] != kNoNode) {
+        say(x, "invariant 2: in the free list, yet referenced, cached or not backed");
+      }
     }
     if (ready != b.ready)
       say(-1, "invariant 2: the free list has " + std::to_string(ready) + " entries, not " + std::to_string(b.ready));
@@ -296,14 +356,16 @@ void PagedBlocks::check(std::vector<std::string>* out) const {
       }
       if (block >= kTrashBlocks && refs[block] > 0 && !b.backed[block]) say(block, "in use, but not backed");
     }
+    check_content(g, out);
     for (const Class& c : b.classes) {
-      std::vector<i32> users(c.users.size(), 0);
+      std::vector<i32> users(c.users.size(), 0), kept(c.users.size(), 0);
       for (i64 block = 0; block < b.max_blocks; ++block) {
-        if (refs[block] == 0) continue;
-        for (i64 slot = first_slot(c, block); slot < end_slot(c, block); ++slot) ++users[slot];
+        if (refs[block] == 0 && b.node[block] == kNoNode) continue;
+        for (i64 slot = first_slot(c, block); slot < end_slot(c, block); ++slot) ++(refs[block] ? users : kept)[slot];
       }
       for (i64 slot = 0; slot < static_cast<i64>(users.size()); ++slot) {
         if (users[slot] != c.users[slot]) say(-1, "slot " + std::to_string(slot) + " has a wrong count of users");
+        if (kept[slot] != c.kept[slot]) say(-1, "slot " + std::to_string(slot) + " has a wrong count of cached blocks");
         if (c.mapped[slot] != 0 && c.mapped[slot] != static_cast<i32>(c.arenas.size())) say(-1, "arenas out of step");
         if (users[slot] == 0) idle += c.mapped[slot];
         distinct += c.mapped[slot];
@@ -315,6 +377,35 @@ void PagedBlocks::check(std::vector<std::string>* out) const {
   if (distinct != owned_pages)
     out->push_back("invariant 1: " + std::to_string(distinct) + " pages mapped, counted " +
                    std::to_string(owned_pages));
+}
+
+// What the index thinks of the blocks, and that the next token of no sequence lands where others read.
+void PagedBlocks::check_content(i64 g, std::vector<std::string>* out) const {
+  const Blocks& b = blocks_[g];
+  const auto say = [&](i64 block, const std::string& what) {
+    out->push_back("group " + std::to_string(g) + ", block " + std::to_string(block) + ": " + what);
+  };
+  i64 kept = 0;
+  for (i64 block = 0; block < b.max_blocks; ++block) {
+    const i32 node = b.node[block];
+    if (node == kNoNode) {
+      if (b.passed[block]) say(block, "passed by a window, yet it holds nothing that is known");
+      continue;
+    }
+    kept += b.refs[block] == 0;
+    if (block_of(node, g) != block) say(block, "the index knows its content elsewhere");
+    if (!b.backed[block] || index_.places(node) == 0) say(block, "invariant 2: cached, yet without memory");
+    if (b.passed[block] && b.refs[block] > 0) say(block, "passed by a window, yet referenced");
+  }
+  if (kept != b.kept) say(-1, std::to_string(kept) + " cached blocks, counted " + std::to_string(b.kept));
+  for (i64 index = 0; index < sequences_.capacity(); ++index) {
+    const i64 tokens = sequences_.tokens(index, g);
+    if (tokens % b.tokens == 0 || copy_tail_[index * groups_ + g]) continue;
+    const i32 block = entry(index, g, tokens / b.tokens);
+    if (block != 0 && (b.refs[block] > 1 || b.node[block] != kNoNode)) {
+      say(block, "the next write would land in a block that others read");
+    }
+  }
 }
 
 }  // namespace kvmem

@@ -1,5 +1,5 @@
-// The books of the paged backend: the block tables, what each block is (unbacked, ready, referenced) and which pages
-// lie under it. paged_table.cpp decides; the mappings and table entries it pushes come back through on_map, on_unmap
+// The books of the paged backend: the block tables, what each block is (unbacked, ready, referenced, cached) and which
+// pages lie under it. paged_table.cpp decides; the mappings and table entries it pushes come back through on_map, on_unmap
 // and apply, and change here only.
 #pragma once
 
@@ -18,16 +18,21 @@ struct Class {
   std::vector<i64> arenas;         // numbers within the table
   std::vector<i32> mapped;         // per slot: in how many of the arenas it is mapped (all or none, between calls)
   std::vector<i32> users;          // per slot: referenced blocks that touch it
+  std::vector<i32> kept;           // per slot: cached blocks that touch it, which nobody refers to
   i64 hold_from = 0, hold_to = 0;  // slots being prepared at this moment: not to be spilled
 };
 
 struct Blocks {
   i64 max_blocks = 0, tokens = 0, per_sequence = 0;
   std::vector<i32> refs;
-  std::vector<i32> next, previous;  // the list of ready blocks, circular through entry max_blocks
-  std::vector<std::uint8_t> backed;
+  // The list of ready blocks, circular through entry max_blocks, and that of passed ones, through the entry after it:
+  // cached blocks that a sliding window has left behind while their sequence goes on.
+  std::vector<i32> next, previous;
+  std::vector<i32> node;  // what the block holds, kNoNode for nothing that is known
+  std::vector<std::uint8_t> backed, passed;
   std::vector<Class> classes;
   i64 ready = 0;
+  i64 kept = 0;  // cached blocks that nobody refers to
   i64 cursor = kTrashBlocks;  // no unbacked block lies below
   i64 extra_refs = 0;         // references beyond the first, all blocks
   i64 fence = 0;              // the device may use freed blocks until it has passed
@@ -36,7 +41,7 @@ struct Blocks {
 
 class PagedBlocks : public PageTable {
  public:
-  PagedBlocks(const Geometry& geometry, PagePool& pool, const Sequences& sequences);
+  PagedBlocks(const Geometry& geometry, PagePool& pool, const Sequences& sequences, PrefixIndex& index);
   ~PagedBlocks() override;
 
   bool has_trash(i64 group) const override {
@@ -50,6 +55,8 @@ class PagedBlocks : public PageTable {
   bool is_mapped(i32 arena, i64 slot, i64 count) const override;
   void on_map(const Op& op) override { change(op, true); }
   void on_unmap(const Op& op) override { change(op, false); }
+  void on_content(const Op& op, bool undo) override;
+  void finish(bool committed) override { index_.finish(committed); }
 
   i64 offset_bytes(i64 index, i64 group, i64 a, i64 token) const override {
     const Blocks& b = blocks_[group];
@@ -78,7 +85,19 @@ class PagedBlocks : public PageTable {
   i64 end_slot(const Class& c, i64 block) const { return ceil_div((block + 1) * c.block_bytes, page_bytes()); }
 
   bool idle(const Class& c, i64 slot) const {
-    return c.mapped[slot] > 0 && c.users[slot] == 0 && (slot < c.hold_from || slot >= c.hold_to);
+    return c.mapped[slot] > 0 && c.users[slot] == 0 && c.kept[slot] == 0 && (slot < c.hold_from || slot >= c.hold_to);
+  }
+
+  // The block of a group that holds the node's tokens, 0 for none.
+  i32 block_of(i32 node, i64 g) const {
+    const std::size_t at = node * groups_ + g;
+    return at < block_of_.size() ? block_of_[at] : 0;
+  }
+  // The block waits to be given up before any other, but after those that wait already.
+  void pass(Blocks& b, i64 block);
+  i64 first_passed(const Blocks& b) const {
+    const i64 head = b.max_blocks + 1;
+    return b.next[head] == head ? -1 : b.next[head];
   }
 
   const Geometry& geometry_;
@@ -86,6 +105,7 @@ class PagedBlocks : public PageTable {
   const Sequences& sequences_;
   const i64 groups_;
   i32 base_arena_ = 0;
+  std::vector<i32> block_of_;            // [node][group]
   std::vector<i64> first_;               // first arena of each group, and one past the last
   std::vector<Blocks> blocks_;           // by group
   std::vector<std::vector<i32>> pages_;  // [arena][slot], -1 where nothing is mapped
@@ -101,14 +121,17 @@ class PagedBlocks : public PageTable {
 
   const Class& class_of(i64 a) const;
   void add_group(const GroupGeometry& group);
-  void link(Blocks& b, i64 block, bool front);
+  void link(Blocks& b, i64 block, i64 before);
   void unlink(Blocks& b, i64 block);
+  void set_ready(Blocks& b, i64 block, bool first);
+  void keep(Blocks& b, i64 block, i32 sign);  // it is cached and nobody refers to it, or no longer so
   void acquire(Blocks& b, i64 block);
   void drop(Blocks& b, i64 block);
   void change(const Op& op, bool mapped);
   // Trash slots have users before they are mapped; taking such a mapping back must be possible.
   bool growing(const Op& op) const { return op.a * page_bytes() < kTrashBlocks * biggest_block(op.at - base_arena_); }
   i64 biggest_block(i64 a) const;
+  void check_content(i64 g, std::vector<std::string>* out) const;
   // Which blocks over the slots [from, to) of a class are backed now?
   void refresh(Blocks& b, const Class& changed, i64 from, i64 to);
 };

@@ -3,7 +3,8 @@
 // The arena is reserved addresses; only pages under blocks in use are backed. So a block is
 //   unbacked    some page under it is not mapped;
 //   ready       backed, and nobody refers to it: in the intrusive free list (most recently freed first);
-//   referenced  refs > 0 table entries (invariants 2 and 3).
+//   cached      backed, nobody refers to it, but the content index knows what it holds;
+//   referenced  refs > 0 table entries (invariants 2 and 3), its content known or not.
 // Blocks and pages need not divide each other. Arenas of a group whose tokens have equal size are mapped in lockstep
 // and share their bookkeeping: one Class.
 
@@ -40,16 +41,20 @@ class PagedTable final : public PagedBlocks {
       set(index, group, ordinal, 0, tx);
     }
     // The block that the length now cuts is copied when the sequence next grows, so that truncating needs no memory.
-    if (new_tokens % b.tokens != 0 && b.refs[entry(index, group, new_tokens / b.tokens)] > 1) {
-      copy_tail_[index * groups_ + group] = 1;
-    }
+    if (new_tokens % b.tokens == 0) return;
+    const i32 cut = entry(index, group, new_tokens / b.tokens);
+    if (b.refs[cut] > 1 || b.node[cut] != kNoNode) copy_tail_[index * groups_ + group] = 1;
   }
 
   void drop_front(i64 index, i64 group, i64 old_first, i64 first, Transaction& tx) override {
     Blocks& b = blocks_[group];
     if (first / b.tokens == old_first / b.tokens) return;
     b.fence = tx.fence();
-    for (i64 ordinal = old_first / b.tokens; ordinal < first / b.tokens; ++ordinal) set(index, group, ordinal, 0, tx);
+    for (i64 ordinal = old_first / b.tokens; ordinal < first / b.tokens; ++ordinal) {
+      const i32 block = entry(index, group, ordinal);
+      set(index, group, ordinal, 0, tx);
+      if (b.refs[block] == 0 && b.node[block] != kNoNode && !index_.pinned(b.node[block])) pass(b, block);
+    }
   }
 
   void share(i64 parent, i64 child, i64 group, i64 first, i64 tokens, Transaction& tx) override {
@@ -63,6 +68,87 @@ class PagedTable final : public PagedBlocks {
     const i64 fresh = take(group, 1, tx);
     set(child, group, whole, fresh, tx);
     copy_block(group, entry(parent, group, whole), fresh, tail, tx);
+  }
+
+  Found find(const std::vector<i32>& chain, i64 tokens) const override {
+    Found best;
+    std::vector<i64> run(groups_, 0);  // blocks on end that are there, up to the one looked at
+    for (i64 k = 0; k < static_cast<i64>(chain.size()); ++k) {
+      const i64 whole = (k + 1) * block_tokens(), end = std::min(tokens, whole);
+      bool all = true;
+      for (i64 g = 0; g < groups_; ++g) {
+        const GroupGeometry& group = geometry_.groups[g];
+        const bool there = block_of(chain[k], g) != 0;
+        run[g] = there ? run[g] + 1 : 0;
+        if (group.growth == Growth::fixed) {
+          all = all && there && end == whole;
+        } else {
+          const i64 first = window_first(group, geometry_.tail_guard_tokens, end) / group.block_tokens;
+          all = all && run[g] >= k + 1 - first;
+          if (group.window_tokens == 0 && !there) return best;
+        }
+      }
+      if (all) best.tokens = end;
+    }
+    return best;
+  }
+
+  void adopt(i64 index, const std::vector<i32>& chain, const Found& found, Transaction& tx) override {
+    for (i64 g = 0; g < groups_; ++g) {
+      const Blocks& b = blocks_[g];
+      if (geometry_.groups[g].growth == Growth::fixed) {
+        const i32 state = block_of(chain[found.tokens / block_tokens() - 1], g);
+        const i64 fresh = take(g, 1, tx);
+        set(index, g, 0, fresh, tx);
+        copy_block(g, state, fresh, 1, tx);
+        continue;
+      }
+      const i64 whole = found.tokens / b.tokens, tail = found.tokens % b.tokens;
+      for (i64 ordinal = sequences_.front(index, g) / b.tokens; ordinal < whole; ++ordinal) {
+        set(index, g, ordinal, block_of(chain[ordinal], g), tx);
+      }
+      if (tail > 0) {
+        const i32 part = block_of(chain[whole], g);
+        const i64 fresh = take(g, 1, tx);
+        set(index, g, whole, fresh, tx);
+        copy_block(g, part, fresh, tail, tx);
+      }
+    }
+  }
+
+  bool has(i32 node, i64 group) const override { return block_of(node, group) != 0; }
+
+  // A block that is cached already takes the place of the sequence's own, so that its content is held once.
+  void publish(i64 index, i64 ordinal, i32 node, Transaction& tx) override {
+    for (i64 g = 0; g < groups_; ++g) {
+      if (geometry_.groups[g].growth != Growth::token) continue;
+      Blocks& b = blocks_[g];
+      const i32 own = entry(index, g, ordinal), cached = block_of(node, g);
+      if (own == 0 || own == cached) continue;
+      if (cached == 0) {
+        tx.push({OpKind::hold, arena(0), node, g, own});
+      } else {
+        b.fence = tx.fence();
+        set(index, g, ordinal, cached, tx);
+      }
+    }
+  }
+
+  void retract(i64, i32, Transaction&) override {}  // its blocks have left the table, or are marked to be copied
+
+  void evict(i32 node, Transaction& tx) override {
+    for (i64 g = 0; g < groups_; ++g) {
+      if (const i32 block = block_of(node, g)) tx.push({OpKind::evict, arena(0), node, g, block});
+    }
+  }
+
+  void snapshot(i64 index, const std::vector<i32>& chain, Transaction& tx) override {
+    for (i64 g = 0; g < groups_; ++g) {
+      if (geometry_.groups[g].growth != Growth::fixed || block_of(chain.back(), g) != 0) continue;
+      const i64 fresh = take(g, 1, tx);
+      tx.push({OpKind::hold, arena(0), chain.back(), g, fresh});
+      copy_block(g, entry(index, g, 0), fresh, 1, tx);
+    }
   }
 
   void close(i64 index, Transaction& tx) override {
@@ -87,6 +173,16 @@ class PagedTable final : public PagedBlocks {
   i64 pending(i64) const override { return 0; }
 
   i64 spill(i64 pages, Transaction& tx) override {
+    i64 freed = spill_idle(pages, tx);
+    // Cached blocks go one by one, but the pages under them are looked for in batches.
+    for (i64 blocks = 1; freed < pages && give_up(blocks, tx); blocks *= 2) freed += spill_idle(pages - freed, tx);
+    return freed;
+  }
+
+ private:
+  i64 block_tokens() const { return index_.block_tokens(); }
+
+  i64 spill_idle(i64 pages, Transaction& tx) {
     i64 freed = 0;
     if (idle_pages_ == 0) return 0;
     for (Blocks& b : blocks_) {
@@ -108,7 +204,29 @@ class PagedTable final : public PagedBlocks {
     return freed;
   }
 
- private:
+  // Gives up the content of cached blocks, least valuable first; false if there is none.
+  bool give_up(i64 blocks, Transaction& tx) {
+    bool any = false;
+    for (; blocks > 0 && give_up_one(tx); --blocks) any = true;
+    return any;
+  }
+
+  bool give_up_one(Transaction& tx) {
+    for (i64 g = 0; g < groups_; ++g) {
+      if (first_passed(blocks_[g]) >= 0) return give_up_passed(g, tx);
+    }
+    const i32 node = index_.victim();
+    if (node != kNoNode) forget(node, tx);
+    return node != kNoNode;
+  }
+
+  // What a window has passed goes first: a hit needs it only if it ends just there.
+  bool give_up_passed(i64 g, Transaction& tx) {
+    const i64 block = first_passed(blocks_[g]);
+    if (block >= 0) tx.push({OpKind::evict, arena(0), blocks_[g].node[block], g, block});
+    return block >= 0;
+  }
+
   void set(i64 index, i64 group, i64 ordinal, i64 block, Transaction& tx) {
     const i32 old = entry(index, group, ordinal);
     tx.push({OpKind::block, static_cast<i32>(group), sequences_.handle_of(index), ordinal, block, old});
@@ -117,16 +235,7 @@ class PagedTable final : public PagedBlocks {
   // The next ready block. `wanted`: how many the caller will take in all, so that they are backed in one run.
   i64 take(i64 group, i64 wanted, Transaction& tx) {
     Blocks& b = blocks_[group];
-    if (b.ready == 0) {
-      i64 first = b.cursor;
-      while (first < b.max_blocks && b.backed[first]) ++first;
-      b.cursor = first;
-      if (first == b.max_blocks)
-        throw OutOfMemory("all " + std::to_string(first - kTrashBlocks) + " blocks are in use");
-      i64 end = first + 1;
-      while (end < b.max_blocks && end - first < wanted && !b.backed[end]) ++end;
-      back(group, first, end, geometry_.zero, tx);
-    }
+    if (b.ready == 0) make_ready(group, wanted, tx);
     const i64 block = b.next[b.max_blocks];
     if (geometry_.zero == Zero::always) {
       for (const Class& c : b.classes) {
@@ -134,6 +243,41 @@ class PagedTable final : public PagedBlocks {
       }
     }
     return block;
+  }
+
+  // New pages as long as there are any; then cached blocks of this group, whose pages stay as they are; at last pages
+  // from under whatever else is parked.
+  void make_ready(i64 group, i64 wanted, Transaction& tx) {
+    Blocks& b = blocks_[group];
+    const i64 first = unbacked(group);
+    if (!has_room_for(b, first)) {
+      if (give_up_passed(group, tx)) return;
+      for (i32 node; b.kept > 0 && b.ready == 0 && (node = index_.victim()) != kNoNode;) forget(node, tx);
+      if (b.ready > 0) return;
+    }
+    if (first == b.max_blocks) throw OutOfMemory("all " + std::to_string(first - kTrashBlocks) + " blocks are in use");
+    i64 end = first + 1;
+    while (end < b.max_blocks && end - first < wanted && !b.backed[end]) ++end;
+    back(group, first, end, geometry_.zero, tx);
+  }
+
+  // The lowest block with pages missing, or max_blocks.
+  i64 unbacked(i64 group) {
+    Blocks& b = blocks_[group];
+    while (b.cursor < b.max_blocks && b.backed[b.cursor]) ++b.cursor;
+    return b.cursor;
+  }
+
+  // True if the pages that are missing under the block can be had without taking any from elsewhere.
+  bool has_room_for(const Blocks& b, i64 block) const {
+    if (block == b.max_blocks) return false;
+    i64 pages = 0;
+    for (const Class& c : b.classes) {
+      for (i64 slot = first_slot(c, block); slot < end_slot(c, block); ++slot) {
+        if (c.mapped[slot] == 0) pages += static_cast<i64>(c.arenas.size());
+      }
+    }
+    return pages <= std::min(pool_.room_pages(), limit_pages - owned_pages);
   }
 
   // Maps what is not mapped yet under blocks [first, end).
@@ -162,9 +306,12 @@ class PagedTable final : public PagedBlocks {
     const Blocks& b = blocks_[group];
     const i64 ordinal = tokens / b.tokens, tail = tokens % b.tokens;
     const i32 old = tail == 0 ? 0 : entry(index, group, ordinal);
-    if (old == 0 || b.refs[old] <= 1) {
+    if (old == 0 || (b.refs[old] <= 1 && b.node[old] == kNoNode)) {
       copy_tail_[index * groups_ + group] = 0;  // the other user has gone
       return;
+    }
+    if (b.refs[old] <= 1 && !index_.used(b.node[old]) && b.ready == 0 && !has_room_for(b, unbacked(group))) {
+      return forget(b.node[old], tx);  // rather than another cached block, or failing
     }
     // The flag stays set, so that a transaction taken back finds it set again; the next call clears it.
     const i64 fresh = take(group, 1, tx);
@@ -195,8 +342,9 @@ class PagedTable final : public PagedBlocks {
 
 }  // namespace
 
-std::unique_ptr<PageTable> make_paged_table(const Geometry& geometry, PagePool& pool, const Sequences& sequences) {
-  return std::make_unique<PagedTable>(geometry, pool, sequences);
+std::unique_ptr<PageTable> make_paged_table(const Geometry& geometry, PagePool& pool, const Sequences& sequences,
+                                            PrefixIndex& index) {
+  return std::make_unique<PagedTable>(geometry, pool, sequences, index);
 }
 
 }  // namespace kvmem

@@ -30,6 +30,9 @@ class PageOwner {
   virtual void on_map(const Op& op) = 0;
   virtual void on_unmap(const Op& op) = 0;
   virtual bool is_mapped(i32 arena, i64 slot, i64 count) const = 0;
+  // The state changes that its content index has gained or lost a place; and then the end of that transaction.
+  virtual void on_content(const Op& op, bool undo) = 0;
+  virtual void finish(bool committed) = 0;
   // Mapped pages that no live sequence needs.
   virtual i64 parked_pages() const = 0;
   // Pushes unmap records until about `pages` parked pages are free; returns how many it freed.
@@ -86,6 +89,9 @@ class PagePool {
 
   // --- state: called by Transaction only ---
   void apply(const Op& op, bool undo);
+  void finish(bool committed) {
+    for (PageOwner* owner : owners_) owner->finish(committed);
+  }
 
   // Without a driver, what a GPU's driver would have been asked: one map for each page, one set_access for each run.
   void count_calls(const std::vector<Op>& ops);

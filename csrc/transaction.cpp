@@ -1,9 +1,12 @@
 #include "transaction.h"
 
+#include <algorithm>
+#include <iterator>
+
 namespace kvmem {
 
 void Transaction::apply(const Op& op, bool undo) {
-  if (is_physical(op.kind)) {
+  if (is_physical(op.kind) || is_private(op.kind)) {
     pool_.apply(op, undo);
   } else {
     tables_.apply_table(op);
@@ -12,8 +15,11 @@ void Transaction::apply(const Op& op, bool undo) {
 
 void Transaction::record() {
   if (!pool_.space()) pool_.count_calls(ops_);
-  if (pool_.recording) pool_.log.insert(pool_.log.end(), ops_.begin(), ops_.end());
+  if (pool_.recording) {
+    std::copy_if(ops_.begin(), ops_.end(), std::back_inserter(pool_.log), [](const Op& op) { return !is_private(op.kind); });
+  }
   committed_ = true;
+  pool_.finish(true);
 }
 
 void Transaction::commit_deferred() { record(); }
@@ -37,6 +43,7 @@ void Transaction::roll_back() {
     apply(op, true);
   }
   committed_ = true;
+  pool_.finish(false);
 }
 
 }  // namespace kvmem

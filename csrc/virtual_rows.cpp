@@ -6,12 +6,13 @@
 
 namespace kvmem {
 
-VirtualRows::VirtualRows(const Geometry& geometry, PagePool& pool, const Sequences& sequences)
-    : geometry_(geometry),
+VirtualRows::VirtualRows(const Geometry& geometry, PagePool& pool, const Sequences& sequences, PrefixIndex& index)
+    : PageTable(index),
+      geometry_(geometry),
       pool_(pool),
       sequences_(sequences),
       groups_(static_cast<i64>(geometry.groups.size())),
-      rows_(geometry.max_sequences + 1),
+      rows_(geometry.rows),
       row_of_(geometry.max_sequences, -1) {
   limit_pages = pool.budget_pages();
   pool.add_owner(this);
@@ -221,7 +222,63 @@ void VirtualRows::change(const Op& op, bool mapped) {
   room_[row * groups_ + g] = -1;
 }
 
+void VirtualRows::on_content(const Op& op, bool undo) {
+  const i32 node = static_cast<i32>(op.a), row = static_cast<i32>(op.b);
+  if (static_cast<i64>(holder_.size()) < index_.capacity()) holder_.resize(index_.capacity(), -1);
+  std::vector<Hold>& holds = rows_[row].holds;
+  const i64 ordinal = index_.ordinal(node);
+  i32& first = holder_[node];
+  if (op.kind == OpKind::hold) {
+    Hold hold;
+    hold.node = node, hold.next = first;
+    if (first >= 0) rows_[first].holds[ordinal].previous = row;
+    first = row;
+    holds.push_back(hold);
+    if (op.c == 1) rows_[row].state = node;
+    index_.place(node, -1, undo);
+  } else {
+    const Hold hold = holds.back();
+    if (hold.previous >= 0) {
+      rows_[hold.previous].holds[ordinal].next = hold.next;
+    } else {
+      first = hold.next;
+    }
+    if (hold.next >= 0) rows_[hold.next].holds[ordinal].previous = hold.previous;
+    holds.pop_back();
+    if (op.c == 1) rows_[row].state = kNoNode;
+    index_.displace(node, -1, undo);
+  }
+}
+
+void VirtualRows::check_content(std::vector<std::string>* out) const {
+  std::unordered_map<i32, i32> rows_of;
+  for (i64 row = 0; row < static_cast<i64>(rows_.size()); ++row) {
+    const Row& r = rows_[row];
+    const auto say = [&](const std::string& what) { out->push_back("row " + std::to_string(row) + ": " + what); };
+    for (std::size_t i = 0; i < r.holds.size(); ++i) {
+      const i32 node = r.holds[i].node, before = i == 0 ? kNoNode : r.holds[i - 1].node;
+      ++rows_of[node];
+      if (index_.ordinal(node) != static_cast<i64>(i)) say("holds a block at the wrong place");
+      if (i > 0 && index_.parent(node) != before) say("its content is no chain");
+      const i32 linked = r.holds[i].previous < 0 ? holder_[node] : rows_[r.holds[i].previous].holds[i].next;
+      if (linked != row) say("not among the rows that hold its content");
+    }
+    if (r.index >= 0 && content_tokens(row) > sequences_.committed(r.index, main_group())) say("holds more than is valid");
+    for (i64 a = 0; a < arenas_ && !r.holds.empty(); ++a) {
+      const i64 g = group_of(a);
+      if (geometry_.groups[g].growth != Growth::token) continue;
+      const Extent& e = extent(row, a);
+      if (e.hi < ceil_div(content_tokens(row) * token_bytes(g, a), page_bytes())) say("its content is not mapped");
+      if (e.lo > 0 && geometry_.groups[g].window_tokens == 0) say("the start of its content is not mapped");
+    }
+  }
+  for (const auto& [node, rows] : rows_of) {
+    if (index_.places(node) != rows) out->push_back("cached block " + std::to_string(node) + ": rows counted wrongly");
+  }
+}
+
 void VirtualRows::check(std::vector<std::string>* out) const {
+  check_content(out);
   std::unordered_map<i32, i32> seen;
   const auto say = [out](i64 row, const std::string& what) {
     out->push_back("row " + std::to_string(row) + ": " + what);

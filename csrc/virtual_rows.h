@@ -17,6 +17,11 @@ struct Extent {
   std::vector<i32> pages;         // by slot of the row, -1 where nothing is mapped
 };
 
+// What block i of a row holds: hold i of its list. Rows that hold the same node are linked through it.
+struct Hold {
+  i32 node = kNoNode, next = -1, previous = -1;  // rows
+};
+
 struct Row {
   i64 index = -1;             // the sequence it belongs to
   i64 fence = 0;              // the device may use what lies here until this fence has passed
@@ -24,11 +29,13 @@ struct Row {
   i64 slots = 0;              // mapped, all arenas
   i64 place = -1;             // in unbound_
   bool maybe_shared = false;  // some page may be mapped elsewhere too
+  i32 state = kNoNode;        // the node at whose end its fixed state was copied
+  std::vector<Hold> holds;    // its content, as far as it is known, block by block
 };
 
 class VirtualRows : public PageTable {
  public:
-  VirtualRows(const Geometry& geometry, PagePool& pool, const Sequences& sequences);
+  VirtualRows(const Geometry& geometry, PagePool& pool, const Sequences& sequences, PrefixIndex& index);
   ~VirtualRows() override;
 
   bool has_trash(i64 group) const override {
@@ -45,6 +52,8 @@ class VirtualRows : public PageTable {
   bool is_mapped(i32 arena, i64 slot, i64 count) const override;
   void on_map(const Op& op) override { change(op, true); }
   void on_unmap(const Op& op) override { change(op, false); }
+  void on_content(const Op& op, bool undo) override;
+  void finish(bool committed) override { index_.finish(committed); }
 
   i64 offset_bytes(i64 index, i64 group, i64 a, i64 token) const override {
     return slot_of(row_of_[index], group, first_[group] + a) * page_bytes() +
@@ -99,6 +108,29 @@ class VirtualRows : public PageTable {
     return std::min(row_slots(g, a), ceil_div(bytes, page_bytes()));
   }
 
+  i64 main_group() const {  // one that grows with the tokens
+    i64 g = 0;
+    while (g + 1 < groups_ && geometry_.groups[g].growth != Growth::token) ++g;
+    return g;
+  }
+
+  i64 content_tokens(i64 row) const { return static_cast<i64>(rows_[row].holds.size()) * index_.block_tokens(); }
+  i64 first_holder(i32 node) const {
+    return node < static_cast<i64>(holder_.size()) ? holder_[node] : -1;
+  }
+
+  // The slots of a parked row that its content needs to be found up to its end.
+  void kept(i64 row, i64 g, i64 a, i64* lo, i64* hi) const {
+    const Extent& e = extent(row, a);
+    const Row& r = rows_[row];
+    const GroupGeometry& group = geometry_.groups[g];
+    const bool state = !r.holds.empty() && r.state == r.holds.back().node;
+    const i64 tokens = group.growth == Growth::fixed ? state : content_tokens(row);
+    const i64 first = group.growth == Growth::fixed ? 0 : window_first(group, geometry_.tail_guard_tokens, tokens);
+    *lo = tokens == 0 ? e.hi : std::max(e.lo, low_slot(g, a, first));
+    *hi = tokens == 0 ? e.hi : std::min(e.hi, ceil_div(tokens * token_bytes(g, a), page_bytes()));
+  }
+
   // The slots that the row's sequence needs; none for a parked row.
   void needed(i64 row, i64 g, i64 a, i64* lo, i64* hi) const {
     const i64 index = rows_[row].index;
@@ -131,6 +163,7 @@ class VirtualRows : public PageTable {
   std::vector<i64> first_;  // first arena of each group, and one past the last
   std::vector<Row> rows_;
   std::vector<i32> row_of_;              // by sequence, -1 while it holds nothing
+  std::vector<i32> holder_;              // by node: the first row that holds it, or -1
   std::vector<Unbound> unbound_;         // rows without a sequence, mapped (parked) or not
   std::vector<Extent> extents_;          // [row][arena]
   std::vector<i64> room_;                // [row][group]
@@ -146,6 +179,7 @@ class VirtualRows : public PageTable {
   void add_unbound(i64 row);
   void remove_unbound(i64 row);
   void change(const Op& op, bool mapped);
+  void check_content(std::vector<std::string>* out) const;
 };
 
 }  // namespace kvmem

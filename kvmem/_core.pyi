@@ -1,6 +1,6 @@
 """The native half of kvmem: drivers, pages, rows, blocks, sequences."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 import enum
 from typing import Annotated
 
@@ -234,7 +234,7 @@ class GroupGeometry:
     def arena_slots(self) -> list[int]: ...
 
 class Geometry:
-    def __init__(self, *, page_bytes: int, max_sequences: int, tail_guard_tokens: int, map_ahead_tokens: int, zero: Zero, debug: bool, groups: Sequence[GroupGeometry]) -> None: ...
+    def __init__(self, *, page_bytes: int, max_sequences: int, rows: int, tail_guard_tokens: int, map_ahead_tokens: int, zero: Zero, debug: bool, groups: Sequence[GroupGeometry]) -> None: ...
 
 class BatchBuffers:
     """
@@ -298,12 +298,35 @@ class CacheStats:
     @property
     def physical_bytes(self) -> int: ...
 
+    @property
+    def cached_bytes(self) -> int: ...
+
+    @property
+    def cached_blocks(self) -> int: ...
+
+    @property
+    def pinned_blocks(self) -> int: ...
+
+    @property
+    def evicted_blocks(self) -> int: ...
+
+    @property
+    def lookup_tokens(self) -> int: ...
+
+    @property
+    def hit_tokens(self) -> int: ...
+
+class PrefixOptions:
+    """What kvmem.Allocator says about prefix sharing."""
+
+    def __init__(self, *, on: bool, partial: bool, policy: str, hash_bits: int = 64, event_capacity: int = 0) -> None: ...
+
 class Cache:
     """
     Sequences over one of the two page tables; kvmem.Allocator is its public face.
     """
 
-    def __init__(self, *, geometry: Geometry, pool: PagePool, paged: bool, limit_pages: int, owns_pool: bool) -> None: ...
+    def __init__(self, *, geometry: Geometry, pool: PagePool, paged: bool, limit_pages: int, owns_pool: bool, prefix: PrefixOptions) -> None: ...
 
     def open(self) -> int: ...
 
@@ -359,3 +382,91 @@ class Cache:
     def mapped_extent_bytes(self, group: int, arena: int) -> int: ...
 
     def handles(self) -> list[int]: ...
+
+    def admit(self, tokens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], salt: bytes, extra_key: bytes) -> tuple[int, int]:
+        """A new sequence: its handle, and how many tokens it has."""
+
+    def match(self, tokens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], salt: bytes, extra_key: bytes) -> tuple[int, str]:
+        """How many tokens are cached, and why not more."""
+
+    def commit_tokens(self, handle: int, tokens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> None: ...
+
+    def commit_tokens_batch(self, handles: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], counts: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], tokens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> None: ...
+
+    def pin(self, handle: int, tokens: int) -> tuple[int, int]:
+        """
+        The first tokens of a sequence (-1: all known): a pin, and how many it keeps.
+        """
+
+    def pin_tokens(self, tokens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], salt: bytes, extra_key: bytes) -> tuple[int, int]: ...
+
+    def unpin(self, pin: int) -> None: ...
+
+    def snapshot(self, handle: int) -> None: ...
+
+    def retain(self, handle: int, start: int, end: int, priority: int, seconds: float) -> None: ...
+
+    def clear_cache(self) -> int: ...
+
+    def drain_events(self, max: int, restart: bool) -> tuple[EventRecords, dict[int, tuple[bytes, bytes]]]:
+        """Records, and the (salt, extra key) of the roots that they name."""
+
+class EventRecords:
+    """Records in order: numpy views, one entry a record, read-only."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def kinds(self) -> Annotated[NDArray[numpy.int8], dict(shape=(None,), writable=False)]:
+        """0 stored, 1 removed, 2 cleared; int8 [n]."""
+
+    @property
+    def nodes(self) -> Annotated[NDArray[numpy.int32], dict(shape=(None,), writable=False)]: ...
+
+    @property
+    def parents(self) -> Annotated[NDArray[numpy.int32], dict(shape=(None,), writable=False)]:
+        """-1 for the first block of a chain."""
+
+    @property
+    def roots(self) -> Annotated[NDArray[numpy.int32], dict(shape=(None,), writable=False)]: ...
+
+    @property
+    def groups(self) -> Annotated[NDArray[numpy.int32], dict(shape=(None,), writable=False)]:
+        """-1: no group holds the node; others continue it."""
+
+    @property
+    def ordinals(self) -> Annotated[NDArray[numpy.int32], dict(shape=(None,), writable=False)]: ...
+
+    @property
+    def tiers(self) -> Annotated[NDArray[numpy.int32], dict(shape=(None,), writable=False)]: ...
+
+    @property
+    def tokens(self) -> Annotated[NDArray[numpy.int32], dict(shape=(None, None), writable=False)]:
+        """int32 [stored records, block_tokens]."""
+
+class EventRing:
+    """A bounded queue of records; see csrc/events.h."""
+
+    def __init__(self, capacity: int, block_tokens: int) -> None: ...
+
+    def stored(self, node: int, parent: int, root: int, group: int, ordinal: int, tokens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], tier: int = 0) -> None: ...
+
+    def removed(self, node: int, group: int, tier: int = 0) -> None: ...
+
+    def cleared(self) -> None: ...
+
+    def drain(self, max: int, resident: Callable[[], Iterable[object]], restart: bool = False) -> EventRecords:
+        """
+        `resident()` gives what stored() takes, in tuples, for all that is there.
+        """
+
+    @property
+    def on(self) -> bool: ...
+
+    def __len__(self) -> int: ...
+
+    @property
+    def serial(self) -> int: ...
+
+    @property
+    def lost(self) -> int: ...

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from collections.abc import Sequence as List
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -12,15 +13,18 @@ import torch
 from torch.utils.dlpack import from_dlpack
 
 from kvmem import _core
-from kvmem.arrays import as_int32, at_least_zero, not_int32
+from kvmem.arrays import as_int32, at_least_zero, check_bool, not_int32
 from kvmem.backends import BACKENDS
 from kvmem.batch import Batch, GroupBatch
+from kvmem.digests import Key, decode_key
 from kvmem.errors import OutOfMemory, SpecError
+from kvmem.events import Event, EventStream
 from kvmem.layouts import GroupLayout, resolve_interleave
 from kvmem.ops import Op
 from kvmem.pool import PagePool
+from kvmem.prefix import Pin, PrefixMatch, Tokens, encode_extra_key, encode_salt, token_ids
 from kvmem.protocols import Sizes
-from kvmem.sequence import Sequence, count_tokens
+from kvmem.sequence import Sequence
 from kvmem.spec import CacheSpec
 from kvmem.spec_rules import check_choice, check_size
 from kvmem.stats import Stats
@@ -31,6 +35,9 @@ __all__ = ["Allocator"]
 
 if TYPE_CHECKING:
     from kvmem.arrays import Handles
+
+
+_NO_TOKENS = np.empty(0, np.int32)
 
 
 class Allocator:
@@ -53,6 +60,13 @@ class Allocator:
         tiles and mask afterwards. Default: CUDA 256, others 0.
     zero: ``"fresh"`` (default) zeroes a page that this allocator has not owned before; ``"always"`` also zeroes memory
         each time a sequence gets it, so that none sees another's; ``"never"``.
+    prefix_cache: share the memory of tokens that sequences begin with alike, and keep it when they end, until memory is
+        needed. Takes what ``sequence(tokens)`` and ``commit(tokens)`` are told of token ids.
+    partial_reuse: where a cached block is only partly equal, copy the equal part.
+    policy: which cached blocks go first: ``docs/eviction.md``.
+    cached_rows: rows that keep what finished sequences held (virtual); they cost addresses, not memory. Default: three
+        times ``max_sequences``, 16 at least, fewer where addresses are short.
+    events: how many events about cached blocks wait for ``events()``; 0: none are made.
     pool: a ``PagePool`` to share with other allocators; excludes ``device`` and ``page_bytes``.
     record_ops: keep what was decided for ``take_ops()``.
     debug: run ``check()`` after each call that changes something; default from the environment variable
@@ -76,6 +90,11 @@ class Allocator:
         map_ahead_tokens: int | None = None,
         tail_guard_tokens: int | None = None,
         zero: Literal["never", "fresh", "always"] = "fresh",
+        prefix_cache: bool = True,
+        partial_reuse: bool = True,
+        policy: str = "lru",
+        cached_rows: int | None = None,
+        events: int = 0,
         pool: PagePool | None = None,
         record_ops: bool = False,
         debug: bool | None = None,
@@ -97,13 +116,17 @@ class Allocator:
         self.map_ahead_tokens = at_least_zero("map_ahead_tokens", _default(map_ahead_tokens, home.map_ahead_tokens))
         limit = parse_bytes("memory", _default(memory, self.pool.budget_bytes))
         self._layouts = [GroupLayout(group, self.interleave) for group in spec.groups]
-        self._geometry = self._lay_out(max(limit, home.total_bytes or 4 * limit))
+        rows = None if cached_rows is None else at_least_zero("cached_rows", cached_rows)
+        if not (prefix_cache and backend == "virtual"):
+            rows = 0
+        self.cached_rows, self._geometry = self._lay_out(limit, max(limit, home.total_bytes or 4 * limit), rows)
         self._main = next((i for i, g in enumerate(spec.groups) if g.growth == "token"), 0)
         self._arenas: dict[tuple[int, int], torch.Tensor] = {}
         self.core = _core.Cache(
             geometry=_core.Geometry(
                 page_bytes=self.pool.page_bytes,
                 max_sequences=self.max_sequences,
+                rows=1 + self.max_sequences + self.cached_rows,
                 tail_guard_tokens=self.tail_guard_tokens,
                 map_ahead_tokens=self.map_ahead_tokens,
                 zero=getattr(_core.Zero, zero),
@@ -114,19 +137,40 @@ class Allocator:
             paged=BACKENDS[backend].paged,
             limit_pages=PagePool.pages("memory", limit, self.pool.page_bytes),
             owns_pool=pool is None,
+            prefix=_core.PrefixOptions(
+                on=check_bool("prefix_cache", prefix_cache),
+                partial=check_bool("partial_reuse", partial_reuse),
+                policy=policy,
+                hash_bits=int(os.environ.get("KVMEM_HASH_BITS", "64")),  # fewer, to test that collisions are misses
+                event_capacity=at_least_zero("events", events),
+            ),
         )
+        self._roots: dict[int, tuple[bytes, bytes]] = {}
+        self._events = EventStream(spec, self._drain_events, self._root_key) if events else None
         if record_ops:
             self.core.record()
 
-    def _lay_out(self, capacity_bytes: int) -> list[_core.GroupGeometry]:
+    def _lay_out(
+        self, memory_bytes: int, capacity_bytes: int, cached_rows: int | None
+    ) -> tuple[int, list[_core.GroupGeometry]]:
+        rows = max(16, 3 * self.max_sequences) if cached_rows is None else cached_rows
         sizes = Sizes(
             page_bytes=self.pool.page_bytes,
             max_sequences=self.max_sequences,
+            cached_rows=rows,
             max_tokens=self.max_tokens,
             tail_guard_tokens=self.tail_guard_tokens,
+            memory_bytes=memory_bytes,
             capacity_bytes=capacity_bytes,
         )
-        return [BACKENDS[self.backend].geometry(layout, sizes) for layout in self._layouts]
+        while True:
+            try:
+                layouts = [BACKENDS[self.backend].geometry(layout, sizes) for layout in self._layouts]
+                return sizes.cached_rows, layouts
+            except SpecError:
+                if cached_rows is not None or sizes.cached_rows == 0:
+                    raise
+                sizes = replace(sizes, cached_rows=sizes.cached_rows // 2)
 
     @staticmethod
     def _open_pool(
@@ -157,13 +201,47 @@ class Allocator:
 
     # --- sequences ---
 
-    def sequence(self, tokens: List[int] | np.ndarray | torch.Tensor | None = None) -> Sequence:
-        """A new, empty sequence. ``tokens``, the prompt, is only checked. ``OutOfMemory`` when all ``max_sequences``
-        are in use.
+    def sequence(
+        self, tokens: Tokens | None = None, *, salt: str | bytes | None = None, extra_key: Key = None
+    ) -> Sequence:
+        """A new sequence that starts with as much of ``tokens``, the prompt, as is cached; at least one token is left.
+
+        salt: only sequences with the same salt share (a tenant). extra_key: what else the KV depends on, besides the
+        tokens (an adapter, digests of images). Compute what comes after ``num_cached_tokens``, then ``commit`` its ids.
+        ``OutOfMemory`` only when all ``max_sequences`` are in use: short of memory it starts with fewer tokens. Costs a
+        comparison a block, and what mapping and the copy of the cut page or block cost.
         """
-        if tokens is not None:
-            count_tokens(tokens)
-        return Sequence(self, self.core.open())
+        ids = _NO_TOKENS if tokens is None else token_ids(tokens)
+        handle, cached = self.core.admit(ids, encode_salt(salt), encode_extra_key(extra_key))
+        return Sequence(self, handle, cached)
+
+    def match(self, tokens: Tokens, *, salt: str | bytes | None = None, extra_key: Key = None) -> PrefixMatch:
+        """How much of ``tokens`` is cached, and why not more. Changes nothing, not even what is forgotten next."""
+        found = self.core.match(token_ids(tokens), encode_salt(salt), encode_extra_key(extra_key))
+        return PrefixMatch(*found)
+
+    def pin(self, tokens: Tokens, *, salt: str | bytes | None = None, extra_key: Key = None) -> Pin:
+        """Keeps the whole blocks of ``tokens`` (a system prompt) cached until ``unpin()``. ``SpecError`` when one of
+        them is not cached now.
+        """
+        return Pin(self.core, *self.core.pin_tokens(token_ids(tokens), encode_salt(salt), encode_extra_key(extra_key)))
+
+    def clear_cache(self) -> int:
+        """Forgets every cached block that nobody uses or pins; returns how many. Their memory stays parked."""
+        return self.core.clear_cache()
+
+    def events(self, max_events: int | None = None, *, restart: bool = False) -> list[Event]:
+        """What was cached and given up since the last call (``docs/events.md``); empty unless made with ``events=``."""
+        return [] if self._events is None else self._events.poll(max_events, restart=restart)
+
+    def _drain_events(self, most: int, restart: bool) -> _core.EventRecords:
+        records, roots = self.core.drain_events(most, restart)
+        self._roots = {**roots}
+        return records
+
+    def _root_key(self, number: int) -> tuple[Key, Key]:
+        salt, extra_key = self._roots[number]
+        return decode_key(salt), decode_key(extra_key)
 
     def open_batch(self, n: int) -> Handles:
         """Handles of ``n`` new sequences, int32 [n]: all of them or ``OutOfMemory``."""
@@ -193,12 +271,19 @@ class Allocator:
             return False
         return True
 
-    def commit_batch(self, ids: Handles, counts: Handles) -> None:
-        """The KV of the next ``counts[i]`` tokens of each sequence is written. int32 [n] each."""
+    def commit_batch(self, ids: Handles, counts: Handles, tokens: Handles | None = None) -> None:
+        """The KV of the next ``counts[i]`` tokens of each sequence is written. int32 [n] each.
+
+        tokens: their ids, one sequence's after the other's, int32 [sum of counts]; without them the blocks cannot be
+        shared. See ``Sequence.commit``.
+        """
         try:
-            self.core.commit_batch(ids, counts)
+            if tokens is None:
+                self.core.commit_batch(ids, counts)
+            else:
+                self.core.commit_tokens_batch(ids, counts, tokens)
         except TypeError as error:
-            raise not_int32(ids, counts) from error
+            raise not_int32(ids, counts, *([] if tokens is None else [tokens])) from error
 
     def free_batch(self, ids: Handles) -> None:
         """Frees every sequence of ``ids`` (int32 [n]), or raises ``StaleHandle`` and frees none."""
@@ -321,7 +406,7 @@ class Allocator:
         return view.as_subclass(CacheTensor)
 
     def rows(self, layer: int, component: str = "k") -> torch.Tensor:
-        """The full rows, by name: ``[max_sequences + 1, row_tokens, heads, width]``, for kernels that take contiguous
+        """The full rows, by name: ``[1 + max_sequences + cached_rows, row_tokens, heads, width]``, for kernels that take contiguous
         sequences (``cache_batch_idx``, ``seqused_k``). Row r is ``batch.rows[i]``; only the tokens a sequence holds
         are mapped, touching others faults. ``SpecError`` on the paged backend, which has no rows.
         """
@@ -330,8 +415,8 @@ class Allocator:
         if not geometry.row_tokens:
             raise SpecError('the paged backend has no rows; use kv(), or backend="virtual"')
         where = layout.slice(layer, component)
-        arena = self._arena(index, where.arena)
-        view = row_view(arena, where, layout.token_bytes[where.arena], geometry.row_tokens, self.max_sequences + 1)
+        arena, num_rows = self._arena(index, where.arena), 1 + self.max_sequences + self.cached_rows
+        view = row_view(arena, where, layout.token_bytes[where.arena], geometry.row_tokens, num_rows)
         return view.as_subclass(CacheTensor)
 
     def sequence_tensor(self, sequence: Sequence | int, layer: int, component: str) -> torch.Tensor:
@@ -368,8 +453,8 @@ class Allocator:
         self.core.set_memory(pages)
 
     def trim(self, bytes: int | str | None = None) -> int:
-        """Gives parked and free pages back to the system: at least ``bytes`` of them if there are as many, or all.
-        Returns bytes.
+        """Gives parked and free pages back to the system: at least ``bytes`` of them if there are as many, or all, also
+        those of cached blocks. Returns bytes.
         """
         return self.core.trim(-1 if bytes is None else parse_bytes("bytes", bytes))
 
@@ -396,6 +481,12 @@ class Allocator:
             driver_calls=s.driver_calls,
             num_sequences=s.num_sequences,
             max_sequences=self.max_sequences,
+            cached_bytes=s.cached_bytes,
+            cached_blocks=s.cached_blocks,
+            pinned_blocks=s.pinned_blocks,
+            evicted_blocks=s.evicted_blocks,
+            lookup_tokens=s.lookup_tokens,
+            hit_tokens=s.hit_tokens,
         )
 
     def check(self) -> list[str]:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     Handles = npt.NDArray[np.int32]
 
-__all__ = ["as_int32", "at_least_zero", "check_count", "not_int32"]
+__all__ = ["as_int32", "at_least_zero", "check_bool", "check_count", "check_seconds", "not_int32"]
 
 
 def at_least_zero(field: str, value: int) -> int:
@@ -24,6 +24,12 @@ def at_least_zero(field: str, value: int) -> int:
     return int(value)
 
 
+def check_bool(field: str, value: bool) -> bool:
+    if not isinstance(value, bool):
+        raise SpecError(f"{field}: got {value!r}; must be True or False")
+    return value
+
+
 def check_count(field: str, value: int) -> int:
     """An int32 for the core, which itself refuses what is negative or too much, with what there is."""
     if type(value) is not int and (isinstance(value, bool) or not isinstance(value, (int, np.integer))):
@@ -31,6 +37,13 @@ def check_count(field: str, value: int) -> int:
     if not -(2**31) <= value < 2**31:
         raise SpecError(f"{field}: got {value}; must fit an int32")
     return int(value)
+
+
+def check_seconds(field: str, value: float) -> float:
+    """A time in seconds, above 0."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)) or not value > 0:
+        raise SpecError(f"{field}: got {value!r}; must be a time in seconds, above 0")
+    return float(value)
 
 
 def as_int32(field: str, given: Sequence[int] | Handles) -> Handles:

@@ -39,7 +39,9 @@ def _refuse_addresses(layout: Layout, reserved: int, blocks: int) -> None:
 
 
 class VirtualBackend:
-    """Rows of addresses, one per sequence plus row 0, whose first two blocks are the trash blocks of padded batches."""
+    """Rows of addresses: row 0, whose first two blocks are the trash blocks of padded batches, one per sequence, and
+    those that keep what finished sequences held.
+    """
 
     name = "virtual"
     paged = False
@@ -56,7 +58,7 @@ class VirtualBackend:
         wanted = max(tokens + sizes.tail_guard_tokens, 2 * group.block_size)
         row_tokens = -(-wanted // step) * step
         row_slots = [row_tokens * token_bytes // page for token_bytes in layout.token_bytes]
-        rows = sizes.max_sequences + 1
+        rows = 1 + sizes.max_sequences + sizes.cached_rows
         arena_slots = [rows * slots + 1 for slots in row_slots]  # one more: the scratch slot of copy-on-write
         _refuse_addresses(layout, sum(arena_slots) * page, rows * row_tokens // group.block_size)
         return _core.GroupGeometry(
@@ -80,12 +82,15 @@ class PagedBackend:
 
     @staticmethod
     def geometry(layout: Layout, sizes: Sizes) -> _core.GroupGeometry:
-        """Addresses for every block that the tables can name, or that memory can ever hold, whichever is less."""
+        """Addresses for every block that the tables can name, or that memory can ever hold, whichever is less; but for
+        what memory holds at the start at least, since blocks stay cached when no table names them any more.
+        """
         group, page = layout.group, sizes.page_bytes
         tokens = _group_tokens(layout, sizes.max_tokens)
         named = sizes.max_sequences * -(-tokens // group.block_size)
-        held = -(-sizes.capacity_bytes // (layout.total_token_bytes * group.block_size)) + 1
-        max_blocks = 2 + min(named, held)
+        block_bytes = layout.total_token_bytes * group.block_size
+        held = -(-sizes.capacity_bytes // block_bytes) + 1
+        max_blocks = 2 + max(min(named, held), -(-sizes.memory_bytes // block_bytes))
         arena_slots = [-(-max_blocks * group.block_size * token_bytes // page) for token_bytes in layout.token_bytes]
         _refuse_addresses(layout, sum(arena_slots) * page, max_blocks)
         return _core.GroupGeometry(

@@ -32,12 +32,18 @@ class Layout(Protocol):
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a backend needs to know to lay out its arenas. ``capacity_bytes`` bounds what can ever be mapped."""
+    """What a backend needs to know to lay out its arenas.
+
+    cached_rows: rows that may keep what finished sequences held (virtual). memory_bytes: the budget at the start;
+    capacity_bytes bounds what can ever be mapped.
+    """
 
     page_bytes: int
     max_sequences: int
+    cached_rows: int
     max_tokens: int
     tail_guard_tokens: int
+    memory_bytes: int
     capacity_bytes: int
 
 

@@ -2,44 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Tokens
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from kvmem.arrays import check_count
+from kvmem.arrays import at_least_zero, check_count, check_seconds
 from kvmem.errors import OutOfMemory, SpecError
+from kvmem.prefix import Pin, Tokens, token_ids
 
 if TYPE_CHECKING:
     from kvmem.allocator import Allocator
 
-__all__ = ["Sequence", "count_tokens"]
-
-
-def count_tokens(tokens: int | Tokens[int] | np.ndarray | torch.Tensor) -> int:
-    """How many tokens: an int counts them, anything else lists their ids, which must be integers from 0 on."""
-    if isinstance(tokens, (int, np.integer)) and not isinstance(tokens, bool):
-        if tokens < 0:
-            raise SpecError(f"tokens: got {tokens}; a count is 0 or more")
-        return int(tokens)
-    try:
-        ids = np.asarray(tokens)
-    except (TypeError, ValueError) as error:
-        raise SpecError(f"tokens: got {type(tokens).__name__}; must be a count or a flat list of token ids") from error
-    if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
-        raise SpecError(
-            f"tokens: got shape {ids.shape} of {ids.dtype}; must be a count or a flat list of integer token ids"
-        )
-    if ids.size and ids.min() < 0:
-        raise SpecError(f"tokens: got the id {ids.min()}; token ids are 0 or more")
-    return int(ids.size)
+__all__ = ["Sequence"]
 
 
 class Sequence:
     """One request's tokens in an allocator. Made by ``Allocator.sequence()`` and ``fork()``; a context manager that
     frees it.
 
+    ``num_cached_tokens``: how many tokens it started with because they were cached; committed from the start.
     A token is first *reserved* by ``extend``, which makes room and nothing else; the model then writes its KV;
     ``commit`` says that it is valid. ``num_committed_tokens <= num_tokens``.
     """
@@ -87,14 +70,56 @@ class Sequence:
             return False
         return True
 
-    def commit(self, tokens: int | Tokens[int] | np.ndarray | torch.Tensor, *, group: int | None = None) -> None:
-        """The KV of the next ``tokens`` (their ids, or how many) is written. Sliding windows move on."""
+    def commit(self, tokens: int | Tokens, *, group: int | None = None) -> None:
+        """The KV of the next ``tokens`` is written. Sliding windows move on.
+
+        tokens: their ids, and the blocks they complete are shared from now on; or how many, and then neither these nor
+        any that follow are.
+        """
         index = -1 if group is None else check_count("group", group)
-        self._alloc.core.commit(self._id, check_count("tokens", count_tokens(tokens)), index)
+        if isinstance(tokens, (int, np.integer)) and not isinstance(tokens, bool):
+            if tokens < 0:
+                raise SpecError(f"tokens: got {tokens}; a count is 0 or more")
+            self._alloc.core.commit(self._id, check_count("tokens", tokens), index)
+        elif index < 0:
+            self._alloc.core.commit_tokens(self._id, token_ids(tokens))
+        else:
+            self._alloc.core.commit(self._id, len(token_ids(tokens)), index)
 
     def truncate(self, num_tokens: int) -> None:
-        """Keeps the first ``num_tokens`` tokens, as when draft tokens are rejected. Never needs memory."""
+        """Keeps the first ``num_tokens`` tokens, as when draft tokens are rejected. Never needs memory.
+
+        What is cut off counts as wrong: blocks of it that no other sequence uses are forgotten. ``SpecError`` when some
+        are pinned. To keep them cached, ``fork()`` first.
+        """
         self._alloc.core.truncate(self._id, check_count("num_tokens", num_tokens))
+
+    def pin(self, num_tokens: int | None = None) -> Pin:
+        """Keeps the whole blocks of the first ``num_tokens`` tokens (default: of all whose ids are known) cached
+        until ``unpin()``, whatever becomes of this sequence. ``SpecError`` when their ids are not known.
+        """
+        count = -1 if num_tokens is None else at_least_zero("num_tokens", num_tokens)
+        return Pin(self._alloc.core, *self._alloc.core.pin(self._id, count))
+
+    def retain(self, start: int = 0, end: int | None = None, *, priority: int, ttl: float | None = None) -> None:
+        """Overrides the eviction policy for blocks that lie whole in tokens ``[start, end)``, those to come included.
+
+        priority: 0 to 100. Lower than 50 goes before all else, higher after all else, 50 is as the policy decides.
+        ttl: seconds from the block's release on, after which the policy decides again; default for ever.
+        After TensorRT-LLM's retention config.
+        """
+        first = at_least_zero("start", start)
+        last = 2**31 - 1 if end is None else at_least_zero("end", end)
+        seconds = math.inf if ttl is None else check_seconds("ttl", ttl)
+        self._alloc.core.retain(self._id, first, last, check_count("priority", priority), seconds)
+
+    def snapshot(self) -> None:
+        """Keeps a copy of the recurrent state, so that a sequence that begins with the same tokens can go on from here.
+
+        All tokens must be committed by their ids, at a multiple of the block size, and the spec must have a component
+        of fixed size; else ``SpecError``. ``OutOfMemory``, and nothing changed, when there is no room for the copy.
+        """
+        self._alloc.core.snapshot(self._id)
 
     def fork(self) -> Sequence:
         """A second sequence with the same committed tokens: whole pages or blocks are shared, the cut one is copied.

@@ -20,7 +20,11 @@ class Stats:
     used_bytes: tokens of live sequences, each physical byte once.
     shared_bytes: physical bytes (pages; paged backend: blocks) that more than one sequence reads.
     parked_bytes: mapped pages no live sequence needs: ready for the next one, given up under pressure and by
-        ``trim()``.
+        ``trim()``. Cached blocks that nobody uses lie on such pages.
+    cached_bytes: tokens of cached blocks that nobody uses, ``cached_blocks`` of them; each once.
+    pinned_blocks: pins of blocks, each pin of a block counted.
+    evicted_blocks: blocks that were cached and given up since the allocator exists.
+    lookup_tokens, hit_tokens: of prompts given to ``sequence()``, all but the last token of each, and those found.
     wasted_bytes: the rest: rounding up to pages and blocks, the guard behind the last token, trash blocks.
     driver_calls: calls the pool has made to its driver since it exists (``"meta"``: that a GPU's driver would have
         got).
@@ -39,3 +43,9 @@ class Stats:
     driver_calls: int
     num_sequences: int
     max_sequences: int
+    cached_bytes: int
+    cached_blocks: int
+    pinned_blocks: int
+    evicted_blocks: int
+    lookup_tokens: int
+    hit_tokens: int

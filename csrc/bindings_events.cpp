@@ -1,0 +1,86 @@
+// kvmem._core.EventRecords, which the cache's events come in, and EventRing, which the cache has one of: bound by
+// itself so that what it promises can be tested without a cache.
+
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/tuple.h>
+
+#include <tuple>
+
+#include "bindings.h"
+#include "events.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace kvmem {
+namespace {
+
+using Tokens = nb::ndarray<const i32, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+using Walk = nb::typed<nb::callable, nb::typed<nb::iterable, nb::object>()>;
+
+// A view, read-only, that keeps the records alive.
+template <class T, std::vector<T> EventRecords::* Field>
+nb::ndarray<nb::numpy, const T, nb::ndim<1>> column(nb::handle_t<EventRecords> self) {
+  const std::vector<T>& values = nb::cast<const EventRecords&>(self).*Field;
+  return {values.data(), {values.size()}, self};
+}
+
+nb::ndarray<nb::numpy, const i32, nb::ndim<2>> token_rows(nb::handle_t<EventRecords> self) {
+  const auto& records = nb::cast<const EventRecords&>(self);
+  const size_t width = static_cast<size_t>(records.block_tokens);
+  return {records.tokens.data(), {records.tokens.size() / width, width}, self};
+}
+
+const i32* block_of(const Tokens& tokens, i64 block_tokens) {
+  if (static_cast<i64>(tokens.size()) != block_tokens) {
+    throw SpecError("tokens: got " + std::to_string(tokens.size()) + "; a block has " + std::to_string(block_tokens));
+  }
+  return tokens.data();
+}
+
+}  // namespace
+
+void bind_events(nb::module_& m) {
+  nb::class_<EventRecords>(m, "EventRecords", "Records in order: numpy views, one entry a record, read-only.")
+      .def("__len__", &EventRecords::size)
+      .def_prop_ro("kinds", column<std::int8_t, &EventRecords::kinds>, "0 stored, 1 removed, 2 cleared; int8 [n].")
+      .def_prop_ro("nodes", column<i32, &EventRecords::nodes>)
+      .def_prop_ro("parents", column<i32, &EventRecords::parents>, "-1 for the first block of a chain.")
+      .def_prop_ro("roots", column<i32, &EventRecords::roots>)
+      .def_prop_ro("groups", column<i32, &EventRecords::groups>, "-1: no group holds the node; others continue it.")
+      .def_prop_ro("ordinals", column<i32, &EventRecords::ordinals>)
+      .def_prop_ro("tiers", column<i32, &EventRecords::tiers>)
+      .def_prop_ro("tokens", token_rows, "int32 [stored records, block_tokens].");
+
+  nb::class_<EventRing>(m, "EventRing", "A bounded queue of records; see csrc/events.h.")
+      .def(nb::init<i64, i64>(), "capacity"_a, "block_tokens"_a)
+      .def(
+          "stored",
+          [](EventRing& self, i32 node, i32 parent, i32 root, i32 group, i32 ordinal, const Tokens& tokens, i32 tier) {
+            self.stored(node, parent, root, group, ordinal, block_of(tokens, self.block_tokens()), tier);
+          },
+          "node"_a, "parent"_a, "root"_a, "group"_a, "ordinal"_a, "tokens"_a.noconvert(), "tier"_a = 0)
+      .def("removed", &EventRing::removed, "node"_a, "group"_a, "tier"_a = 0)
+      .def("cleared", &EventRing::cleared)
+      .def(
+          "drain",
+          [](EventRing& self, i64 max, const Walk& resident, bool restart) {
+            const auto walk = [&](EventRecords& out) {
+              for (nb::handle item : resident()) {
+                const auto [node, parent, root, group, ordinal, tokens, tier] =
+                    nb::cast<std::tuple<i32, i32, i32, i32, i32, Tokens, i32>>(item);
+                out.stored(node, parent, root, group, ordinal, block_of(tokens, out.block_tokens), tier);
+              }
+            };
+            return self.drain(max, walk, restart);
+          },
+          "max"_a, "resident"_a, "restart"_a = false,
+          "`resident()` gives what stored() takes, in tuples, for all that is there.")
+      .def_prop_ro("on", &EventRing::on)
+      .def("__len__", &EventRing::size)
+      .def_prop_ro("serial", &EventRing::serial)
+      .def_prop_ro("lost", &EventRing::lost);
+}
+
+}  // namespace kvmem

@@ -1,0 +1,138 @@
+// The part of kvmem._core.Cache that is about shared content.
+
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+
+#include <tuple>
+
+#include "bindings.h"
+#include "cache.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace kvmem {
+namespace {
+
+using Free = nb::call_guard<nb::gil_scoped_release>;
+
+PrefixKey key_of(const nb::bytes& salt, const nb::bytes& extra_key) {
+  return {std::string(salt.c_str(), salt.size()), std::string(extra_key.c_str(), extra_key.size())};
+}
+
+// In the order of MatchEnd.
+const char* const kEnds[] = {"complete",    "shorter than a block", "other salt", "evicted",
+                             "no snapshot", "window passed",        "never seen", "off"};
+
+// Tokens of one call: as many as the counts say.
+void check_tokens(const In<i32>& counts, const In<i32>& tokens) {
+  i64 wanted = 0;
+  for (size_t i = 0; i < counts.shape(0); ++i) wanted += std::max(counts.data()[i], 0);
+  if (wanted != static_cast<i64>(tokens.shape(0))) {
+    throw SpecError("got " + std::to_string(tokens.shape(0)) + " token ids for counts of " + std::to_string(wanted));
+  }
+}
+
+// None of them may be negative: a padding value among the ids would be shared as if it were a token.
+void check_ids(const In<i32>& tokens) {
+  i32 all = 0;
+  for (size_t i = 0; i < tokens.shape(0); ++i) all |= tokens.data()[i];
+  if (all < 0) throw SpecError("tokens: got a negative id; token ids are 0 or more");
+}
+
+}  // namespace
+
+void bind_prefix_options(nb::module_& m) {
+  nb::class_<PrefixOptions>(m, "PrefixOptions", "What kvmem.Allocator says about prefix sharing.")
+      .def(
+          "__init__",
+          [](PrefixOptions* self, bool on, bool partial, std::string policy, int hash_bits, i64 event_capacity) {
+            new (self) PrefixOptions{on, partial, std::move(policy), hash_bits, event_capacity};
+          },
+          nb::kw_only(), "on"_a, "partial"_a, "policy"_a, "hash_bits"_a = 64, "event_capacity"_a = 0);
+}
+
+void bind_prefix(nb::class_<Cache>& cache) {
+  cache
+      .def(
+          "admit",
+          [](Cache& c, In<i32> tokens, const nb::bytes& salt, const nb::bytes& extra_key) {
+            check_ids(tokens);
+            const PrefixKey key = key_of(salt, extra_key);
+            nb::gil_scoped_release release;
+            i64 cached = 0;
+            const i64 handle = c.admit(tokens.data(), static_cast<i64>(tokens.shape(0)), key, &cached);
+            return std::make_pair(handle, cached);
+          },
+          "tokens"_a.noconvert(), "salt"_a, "extra_key"_a, "A new sequence: its handle, and how many tokens it has.")
+      .def(
+          "match",
+          [](Cache& c, In<i32> tokens, const nb::bytes& salt, const nb::bytes& extra_key) {
+            check_ids(tokens);
+            const PrefixKey key = key_of(salt, extra_key);
+            nb::gil_scoped_release release;
+            const PrefixMatch match = c.match(tokens.data(), static_cast<i64>(tokens.shape(0)), key);
+            return std::make_pair(match.tokens, std::string(kEnds[static_cast<int>(match.end)]));
+          },
+          "tokens"_a.noconvert(), "salt"_a, "extra_key"_a, "How many tokens are cached, and why not more.")
+      .def(
+          "commit_tokens",
+          [](Cache& c, i32 handle, In<i32> tokens) {
+            check_ids(tokens);
+            nb::gil_scoped_release release;
+            const i32 count = static_cast<i32>(tokens.shape(0));
+            c.commit(&handle, &count, 1, -1, tokens.data());
+          },
+          "handle"_a, "tokens"_a.noconvert())
+      .def(
+          "commit_tokens_batch",
+          [](Cache& c, In<i32> handles, In<i32> counts, In<i32> tokens) {
+            same_length(handles, counts);
+            check_tokens(counts, tokens);
+            check_ids(tokens);
+            nb::gil_scoped_release release;
+            c.commit(handles.data(), counts.data(), static_cast<i64>(handles.shape(0)), -1, tokens.data());
+          },
+          "handles"_a.noconvert(), "counts"_a.noconvert(), "tokens"_a.noconvert())
+      .def(
+          "pin",
+          [](Cache& c, i64 handle, i64 tokens) {
+            i64 pinned = 0;
+            const i64 pin = c.pin(handle, tokens, &pinned);
+            return std::make_pair(pin, pinned);
+          },
+          "handle"_a, "tokens"_a, Free(), "The first tokens of a sequence (-1: all known): a pin, and how many it keeps.")
+      .def(
+          "pin_tokens",
+          [](Cache& c, In<i32> tokens, const nb::bytes& salt, const nb::bytes& extra_key) {
+            check_ids(tokens);
+            const PrefixKey key = key_of(salt, extra_key);
+            nb::gil_scoped_release release;
+            i64 pinned = 0;
+            const i64 pin = c.pin(tokens.data(), static_cast<i64>(tokens.shape(0)), key, &pinned);
+            return std::make_pair(pin, pinned);
+          },
+          "tokens"_a.noconvert(), "salt"_a, "extra_key"_a)
+      .def("unpin", &Cache::unpin, "pin"_a, Free())
+      .def("snapshot", &Cache::snapshot, "handle"_a, Free())
+      .def("retain", &Cache::retain, "handle"_a, "start"_a, "end"_a, "priority"_a, "seconds"_a, Free())
+      .def("clear_cache", &Cache::clear_cache, Free())
+      .def(
+          "drain_events",
+          [](Cache& c, i64 max, bool restart) {
+            std::unordered_map<i32, PrefixKey> keys;
+            EventRecords records = c.drain_events(max, restart, &keys);
+            nb::dict roots;
+            for (const auto& [number, key] : keys) {
+              roots[nb::int_(number)] = nb::make_tuple(nb::bytes(key.salt.data(), key.salt.size()),
+                                                       nb::bytes(key.extra_key.data(), key.extra_key.size()));
+            }
+            return nb::make_tuple(std::move(records), roots);
+          },
+          "max"_a, "restart"_a,
+          nb::sig("def drain_events(self, max: int, restart: bool) -> tuple[EventRecords, dict[int, tuple[bytes, bytes]]]"),
+          "Records, and the (salt, extra key) of the roots that they name.");
+}
+
+}  // namespace kvmem

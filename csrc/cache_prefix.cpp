@@ -1,0 +1,428 @@
+// Sharing what sequences have in common: admission with the longest cached prefix, publishing what is committed, pins,
+// snapshots. The content index says what is known, the page table where it lies.
+
+#include <algorithm>
+
+#include "cache.h"
+
+namespace kvmem {
+
+// ---- which blocks a sequence holds ---------------------------------------------------------------
+
+void Cache::start_content(i64 index, const PrefixKey& key) {
+  Content& c = contents_[index];
+  c.root = c.leaf = index_.open_root(key);
+  c.known = 0;
+  c.tail.clear();
+  c.retained.clear();
+}
+
+// The published blocks of a sequence, first one first, in chain_.
+void Cache::collect_chain(i64 index) {
+  chain_.clear();
+  const Content& c = contents_[index];
+  for (i32 node = c.leaf; node != c.root; node = index_.parent(node)) chain_.push_back(node);
+  std::reverse(chain_.begin(), chain_.end());
+}
+
+void Cache::leave_chain(i64 index) {
+  Content& c = contents_[index];
+  while (c.leaf != c.root) {
+    const i32 node = c.leaf;
+    c.leaf = index_.parent(node);
+    index_.leave(node);
+  }
+  if (c.root != kNoNode) index_.leave(c.root);
+  c = Content();
+}
+
+// ---- finding ---------------------------------------------------------------------------------
+
+// Fills chain_ with the known blocks that `tokens` begins with, all but one token at most; returns the tokens in them.
+i64 Cache::lookup(i32 root, const i32* tokens, i64 n) {
+  chain_.clear();
+  if (root == kNoNode) return 0;
+  const i64 size = block_tokens(), most = n - 1;
+  i32 last = root;
+  i64 done = 0;
+  for (; done + size <= most; done += size) {
+    const i32 node = index_.find(last, tokens + done);
+    if (node == kNoNode) break;
+    chain_.push_back(last = node);
+  }
+  if (!prefix_.partial || has_state_ || done >= most) return done;  // a state stands at the end of whole blocks only
+  i64 common = 0;
+  const i32 part = index_.find_partial(last, tokens + done, most - done, &common);
+  if (part != kNoNode) chain_.push_back(part);
+  return done + common;
+}
+
+PrefixMatch Cache::match(const i32* tokens, i64 n, const PrefixKey& key) {
+  Lock lock = enter(true);
+  PrefixMatch match;
+  if (!prefix_.on) return match;
+  const i32 root = index_.find_root(key);
+  const i64 known = lookup(root, tokens, n);
+  match.tokens = table_->find(chain_, known).tokens;
+  match.end = why_not_more(root, tokens, n, match.tokens);
+  return match;
+}
+
+// chain_ holds what lookup() found.
+MatchEnd Cache::why_not_more(i32 root, const i32* tokens, i64 n, i64 found) const {
+  const i64 size = block_tokens(), most = n - 1, blocks = found / size;
+  if (found >= most) return MatchEnd::complete;
+  if (blocks < static_cast<i64>(chain_.size()) && found < (blocks + 1) * size) {
+    const bool whole = (blocks + 1) * size <= most && index_.find(blocks == 0 ? root : chain_[blocks - 1],
+                                                                  tokens + blocks * size) == chain_[blocks];
+    if (whole) {  // the index knows the next block, but its memory does not do
+      if (has_state_) return MatchEnd::no_snapshot;
+      for (const GroupGeometry& group : geometry_.groups) {
+        if (group.window_tokens > 0) return MatchEnd::window;
+      }
+      return MatchEnd::evicted;
+    }
+  }
+  if (most - blocks * size < size) return MatchEnd::short_block;
+  const i32 last = blocks == 0 ? root : chain_[blocks - 1];
+  if (last != kNoNode && index_.was_evicted(last, tokens + blocks * size)) return MatchEnd::evicted;
+  return index_.longest_elsewhere(root, tokens, most) > blocks ? MatchEnd::other_salt : MatchEnd::never_seen;
+}
+
+// ---- admission -------------------------------------------------------------------------------
+
+i64 Cache::admit(const i32* tokens, i64 n, const PrefixKey& key, i64* cached) {
+  Lock lock = enter();
+  const i64 handle = sequences_.next_handle();
+  *cached = 0;
+  Found found;
+  i32 root = kNoNode;
+  if (prefix_.on) {
+    root = index_.open_root(key);  // in use, so that giving up what hangs on it does not free it
+    const i64 known = lookup(root, tokens, n);
+    found = table_->find(chain_, known);
+    lookup_tokens_ += std::max(i64{0}, n - 1);
+    if (found.tokens > 0) settle();
+  }
+  try {
+    bool done = found.tokens > 0 && try_adopt(handle, found);
+    if (!done && found.tokens % block_tokens() != 0) {  // whole blocks may need no memory
+      chain_.resize(found.tokens / block_tokens());
+      found = table_->find(chain_, found.tokens);
+      done = found.tokens > 0 && try_adopt(handle, found);
+    }
+    if (!done) {
+      found = Found();
+      chain_.clear();
+      Transaction tx(*pool_, *this);
+      tx.push({OpKind::open, 0, handle});
+      tx.commit();
+    }
+  } catch (...) {
+    if (root != kNoNode) index_.leave(root);
+    throw;
+  }
+  if (prefix_.on) {
+    const i64 index = sequences_.index(handle);
+    Content& c = contents_[index];
+    const i64 whole = found.tokens / block_tokens();
+    c.root = root;
+    c.leaf = whole == 0 ? root : chain_[whole - 1];
+    c.known = *cached = found.tokens;
+    c.tail.assign(tokens + whole * block_tokens(), tokens + found.tokens);
+    c.retained.clear();
+    hit_tokens_ += found.tokens;
+  }
+  leave();
+  return handle;
+}
+
+// False, and nothing has changed, when there is no memory for the copy of what is cut.
+bool Cache::try_adopt(i64 handle, const Found& found) {
+  chain_.resize(ceil_div(found.tokens, block_tokens()));
+  for (i32 node : chain_) index_.enter(node);  // not to be given up for the room this may need
+  const auto leave_from = [this](std::size_t first) {
+    for (std::size_t i = chain_.size(); i-- > first;) index_.leave(chain_[i]);
+  };
+  Transaction tx(*pool_, *this);
+  try {
+    tx.push({OpKind::open, 0, handle});
+    const i64 index = sequences_.index(handle);
+    for (i64 g = 0; g < groups_; ++g) {
+      const GroupGeometry& group = geometry_.groups[g];
+      const i64 tokens = group.growth == Growth::fixed ? 1 : found.tokens;
+      set_length(index, g, tokens, tx);
+      set_committed(index, g, tokens, tx);
+      if (group.growth == Growth::token) {
+        set_front(index, g, window_first(group, geometry_.tail_guard_tokens, tokens), tx);
+      }
+    }
+    table_->adopt(index, chain_, found, tx);
+    tx.commit();
+  } catch (const OutOfMemory&) {
+    tx.roll_back();
+    leave_from(0);
+    return false;
+  } catch (...) {
+    tx.roll_back();
+    leave_from(0);
+    throw;
+  }
+  const i64 whole = found.tokens / block_tokens();
+  for (i32 node : chain_) index_.hit(node);
+  leave_from(whole);  // what was copied is not shared
+  return true;
+}
+
+// ---- publishing ------------------------------------------------------------------------------
+
+// The blocks that `count` more committed tokens complete: found or made, and in use by the sequence from now on.
+void Cache::collect_published(i64 index, const i32* tokens, i64 count) {
+  const Content& c = contents_[index];
+  if (c.known != sequences_.committed(index, token_group_)) return;
+  const i64 size = block_tokens(), held = static_cast<i64>(c.tail.size());
+  i32 last = c.leaf;
+  for (i64 end = size - held; end <= count; end += size) {
+    const i32* block = tokens + end - size;
+    if (end < size) {
+      block_.assign(c.tail.begin(), c.tail.end());
+      block_.insert(block_.end(), tokens, tokens + end);
+      block = block_.data();
+    }
+    i32 node = index_.find(last, block);
+    if (node == kNoNode) node = index_.add(last, block);
+    index_.enter(node);
+    published_.push_back({index, (c.known + end) / size - 1, node});
+    last = node;
+  }
+}
+
+// `*at` runs through published_, whose order is that of the sequences.
+void Cache::note_published(i64 index, const i32* tokens, i64 count, std::size_t* at) {
+  Content& c = contents_[index];
+  if (c.known + count != sequences_.committed(index, token_group_)) return;
+  c.known += count;
+  const i64 rest = c.known % block_tokens();
+  if (static_cast<i64>(c.tail.size()) + count >= block_tokens()) {
+    c.tail.assign(tokens + count - rest, tokens + count);
+  } else {
+    c.tail.insert(c.tail.end(), tokens, tokens + count);
+  }
+  for (; *at < published_.size() && published_[*at].index == index; ++*at) {
+    c.leaf = published_[*at].node;
+    apply_retention(c, c.leaf);
+  }
+}
+
+void Cache::leave_published() {
+  for (auto p = published_.rbegin(); p != published_.rend(); ++p) index_.leave(p->node);
+  published_.clear();
+}
+
+// ---- taking back -----------------------------------------------------------------------------
+
+// The blocks that a sequence of `tokens` tokens does not hold any more, last one first, in leaving_.
+void Cache::collect_leaving(i64 handle, i64 index, i64 tokens) {
+  leaving_.clear();
+  const Content& c = contents_[index];
+  for (i32 node = c.leaf; node != c.root && index_.ordinal(node) >= tokens / block_tokens();
+       node = index_.parent(node)) {
+    leaving_.push_back(node);
+  }
+  if (leaving_.empty() || !index_.pinned(leaving_.back())) return;
+  auto pinned = std::find_if(leaving_.begin(), leaving_.end(), [this](i32 node) { return index_.pinned(node); });
+  throw SpecError("asked to truncate sequence handle " + std::to_string(handle) + " to " + std::to_string(tokens) +
+                  " tokens, but its first " + std::to_string((index_.ordinal(*pinned) + 1) * block_tokens()) +
+                  " are pinned: unpin() them first, or fork() the sequence at a shorter length");
+}
+
+// What no other sequence uses is forgotten, since it will be written over.
+void Cache::retract_leaving(i64 index, Transaction& tx) {
+  for (i32 node : leaving_) {
+    table_->retract(index, node, tx);
+    if (index_.users(node) > 1) continue;
+    for (i32 child; (child = index_.unused_child(node)) != kNoNode;) table_->forget(child, tx);
+    table_->evict(node, tx);
+  }
+}
+
+void Cache::note_truncated(i64 index, i64 tokens) {
+  Content& c = contents_[index];
+  if (c.root == kNoNode || tokens >= c.known) return;
+  const i64 rest = tokens % block_tokens();
+  if (leaving_.empty()) {
+    c.tail.resize(rest);
+  } else {
+    const i32 cut = leaving_.back();
+    c.tail.assign(index_.tokens(cut), index_.tokens(cut) + rest);
+    c.leaf = index_.parent(cut);
+  }
+  c.known = tokens;
+  for (i32 node : leaving_) index_.leave(node);
+}
+
+// ---- keeping ---------------------------------------------------------------------------------
+
+i64 Cache::pin_node(i32 node, i64* pinned) {
+  *pinned = (index_.ordinal(node) + 1) * block_tokens();
+  i32 x = node;
+  for (; !index_.is_root(x); x = index_.parent(x)) index_.pin(x);
+  index_.enter(x);
+  pins_.emplace(++pins_seen_, node);
+  return pins_seen_;
+}
+
+i64 Cache::pin(i64 handle, i64 tokens, i64* pinned) {
+  Lock lock = enter();
+  const i64 index = sequences_.index(handle);
+  const Content& c = contents_[index];
+  if (tokens > c.known || !prefix_.on) {
+    throw SpecError("asked to pin the first " + std::to_string(tokens) + " tokens of sequence handle " +
+                    std::to_string(handle) + "; of " + std::to_string(c.known) +
+                    " it is known which they are: commit() token ids instead of counts, with prefix_cache=True");
+  }
+  const i64 blocks = (tokens < 0 ? c.known : tokens) / block_tokens();
+  i32 node = c.leaf;
+  while (index_.ordinal(node) >= blocks) node = index_.parent(node);
+  const i64 pin = pin_node(node, pinned);
+  leave();
+  return pin;
+}
+
+i64 Cache::pin(const i32* tokens, i64 n, const PrefixKey& key, i64* pinned) {
+  Lock lock = enter();
+  const i32 root = prefix_.on ? index_.find_root(key) : kNoNode;
+  const i64 wanted = n / block_tokens() * block_tokens();
+  const i64 known = lookup(root, tokens, wanted + 1), found = table_->find(chain_, std::min(known, wanted)).tokens;
+  if (root == kNoNode || found < wanted) {
+    throw SpecError("asked to pin " + std::to_string(wanted) + " tokens, of which the first " + std::to_string(found) +
+                    " are cached: compute and commit them, then pin");
+  }
+  const i64 pin = pin_node(chain_.empty() ? root : chain_.back(), pinned);
+  leave();
+  return pin;
+}
+
+void Cache::unpin(i64 pin) {
+  Lock lock = enter();
+  const auto found = pins_.find(pin);
+  if (found == pins_.end()) throw StaleHandle("pin " + std::to_string(pin) + " was given up before");
+  i32 node = found->second;
+  pins_.erase(found);
+  while (!index_.is_root(node)) {
+    const i32 before = index_.parent(node);
+    index_.unpin(node);
+    node = before;
+  }
+  index_.leave(node);
+  leave();
+}
+
+void Cache::snapshot(i64 handle) {
+  Lock lock = enter();
+  const i64 index = sequences_.index(handle);
+  const i64 tokens = sequences_.committed(index, token_group_), known = contents_[index].known;
+  if (!prefix_.on || !has_state_) {
+    throw SpecError(prefix_.on ? "snapshot: no group of this spec has a state of fixed size"
+                               : "snapshot: nothing is shared here (prefix_cache is off, or the spec does not allow it)");
+  }
+  if (known != tokens || tokens == 0 || tokens % block_tokens() != 0 ||
+      sequences_.tokens(index, token_group_) != tokens) {
+    throw SpecError("snapshot: sequence handle " + std::to_string(handle) + " has " + std::to_string(tokens) +
+                    " committed tokens, of which " + std::to_string(known) + " are known, and " +
+                    std::to_string(sequences_.tokens(index, token_group_)) +
+                    " in all; all must be committed by their ids, at a multiple of " + std::to_string(block_tokens()));
+  }
+  settle();
+  collect_chain(index);
+  Transaction tx(*pool_, *this);
+  table_->snapshot(index, chain_, tx);
+  tx.commit();
+  leave();
+}
+
+void Cache::apply_retention(const Content& content, i32 node) {
+  const i64 first = index_.ordinal(node) * block_tokens();
+  for (const Retention& r : content.retained) {
+    if (r.start <= first && first + block_tokens() <= r.end) index_.retain(node, r.priority, r.seconds);
+  }
+}
+
+void Cache::retain(i64 handle, i64 start, i64 end, int priority, double seconds) {
+  Lock lock = enter();
+  const i64 index = sequences_.index(handle);
+  Content& c = contents_[index];
+  if (start < 0 || end <= start || priority < 0 || priority > 100 || !(seconds > 0)) {
+    throw SpecError("retain: tokens [" + std::to_string(start) + ", " + std::to_string(end) + ") at priority " +
+                    std::to_string(priority) + "; must be a range, a priority from 0 to 100 and a time above 0");
+  }
+  c.retained.push_back({start, end, priority, seconds});
+  collect_chain(index);
+  for (i32 node : chain_) apply_retention(c, node);
+  leave();
+}
+
+i64 Cache::clear_cache() {
+  Lock lock = enter();
+  settle();
+  i64 blocks = 0;
+  Transaction tx(*pool_, *this);
+  for (i32 node; (node = index_.victim()) != kNoNode; ++blocks) table_->forget(node, tx);
+  tx.commit();
+  if (index_.empty()) index_.events().cleared();
+  leave();
+  return blocks;
+}
+
+// ---- telling others ----------------------------------------------------------------------------
+
+EventRecords Cache::drain_events(i64 max, bool restart, std::unordered_map<i32, PrefixKey>* roots) {
+  Lock lock = enter(true);
+  EventRecords records = index_.events().drain(max, [this](EventRecords& out) {
+    for (i32 root : index_.roots()) {
+      for (i32 node : index_.below(root)) tell_resident(node, out);
+    }
+  }, restart);
+  for (i32 number : records.roots) {
+    if (number >= 0) roots->emplace(number, index_.root_key(number));
+  }
+  if (index_.events().size() == 0) index_.forget_roots();
+  return records;
+}
+
+void Cache::tell_resident(i32 node, EventRecords& out) const {
+  const i32 before = index_.parent(node), parent = index_.is_root(before) ? kNoNode : before;
+  bool any = false;
+  for (i64 g = 0; g < groups_; ++g) {
+    const bool here = geometry_.groups[g].growth == Growth::token && table_->has(node, g);
+    if (!here) continue;
+    out.stored(node, parent, index_.root_number(node), static_cast<i32>(g), index_.ordinal(node), index_.tokens(node));
+    any = true;
+  }
+  if (!any) {
+    out.stored(node, parent, index_.root_number(node), -1, index_.ordinal(node), index_.tokens(node));
+  }
+}
+
+// ---- proof -----------------------------------------------------------------------------------
+
+void Cache::check_content(std::vector<std::string>* out) const {
+  std::vector<i32> users(index_.capacity(), 0);
+  const auto count = [&](i32 node) {
+    for (; node != kNoNode; node = index_.parent(node)) ++users[node];
+  };
+  for (i64 index = 0; index < sequences_.capacity(); ++index) {
+    const Content& c = contents_[index];
+    if (c.root == kNoNode) continue;
+    count(c.leaf);
+    const i64 tokens = index_.is_root(c.leaf) ? 0 : (index_.ordinal(c.leaf) + 1) * block_tokens();
+    if (tokens + static_cast<i64>(c.tail.size()) != c.known || c.known > sequences_.committed(index, token_group_)) {
+      out->push_back("sequence handle " + std::to_string(sequences_.handle_of(index)) +
+                     ": what is known of its tokens does not add up");
+    }
+  }
+  for (const auto& [pin, node] : pins_) count(node);
+  index_.check(users, out);
+}
+
+}  // namespace kvmem

@@ -1,0 +1,108 @@
+#include "eviction_statistics.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace kvmem {
+namespace {
+
+constexpr i32 kFirstOctave = 4;  // ages below 16 blocks are alike: less than one request
+// Half of what was seen is forgotten in 32 rounds of learn(): long enough to be sure, short enough to follow a shift.
+constexpr double kKeep = 0.9786;
+// Before anything is seen a use is expected at rate 0.1 / age. Any rate that falls with age orders blocks by recency.
+constexpr double kPriorRate = 0.1;
+// A class is believed against all classes together once it has seen about this many lives reach an age.
+constexpr double kPriorLives = 8;
+// Only slopes count, so a factor on all that follows changes nothing; without a floor rounding would decide there.
+constexpr double kLeastAlive = 1e-6;
+
+i32 highest_bit(i64 value) { return 63 - __builtin_clzll(static_cast<unsigned long long>(value)); }
+
+double first_age(i32 index) {
+  if (index == 0) return 0;
+  const i32 octave = kFirstOctave + (index - 1) / 2;
+  return std::ldexp((index - 1) % 2 ? 1.5 : 1.0, octave);
+}
+
+double width(i32 index) { return first_age(index + 1) - first_age(index); }
+
+double prior_hazard(i32 index) { return kPriorRate / (first_age(index) + width(index) / 2); }
+
+}  // namespace
+
+i32 ReuseStatistics::age_index(i64 age) {
+  if (age < (i64{1} << kFirstOctave)) return 0;
+  const i32 bit = highest_bit(age);
+  const i32 index = 1 + 2 * (bit - kFirstOctave) + static_cast<i32>((age >> (bit - 1)) & 1);
+  return index < kAges ? index : kAges - 1;
+}
+
+i32 ReuseStatistics::class_of(i32 uses) {
+  if (uses <= 4) return uses - 1;
+  const i32 index = highest_bit(uses - 1) + 2;  // 5 to 8 uses: 4
+  return index < kClasses ? index : kClasses - 1;
+}
+
+ReuseStatistics::ReuseStatistics() { learn(); }
+
+void ReuseStatistics::learn() {
+  // Time that lives of a class spent at an age: the whole width for each that got beyond it, half for each that ended
+  // within. Uses divided by that time is the hazard of the age.
+  Cells time;
+  Ages pooled_reused{}, pooled_time{}, hazard;
+  for (i32 cls = 0; cls < kClasses; ++cls) {
+    double beyond = 0;
+    for (i32 age = kAges - 1; age >= 0; --age) {
+      const std::size_t cell = at(cls * kAges + age);
+      const double here = closed_[cell] + open_[cell];
+      time[cell] = (beyond + here / 2) * width(age);
+      beyond += here;
+      pooled_reused[at(age)] += reused_[cell];
+      pooled_time[at(age)] += time[cell];
+    }
+  }
+  for (i32 cls = 0; cls < kClasses; ++cls) {
+    for (i32 age = 0; age < kAges; ++age) {
+      const std::size_t cell = at(cls * kAges + age);
+      const double one_life = width(age), some_lives = kPriorLives * one_life;
+      const double pooled =
+          (pooled_reused[at(age)] + prior_hazard(age) * one_life) / (pooled_time[at(age)] + one_life);
+      hazard[at(age)] = (reused_[cell] + pooled * some_lives) / (time[cell] + some_lives);
+    }
+    rate(cls, hazard);
+  }
+  for (i32 cell = 0; cell < kCells; ++cell) {
+    reused_[at(cell)] *= kKeep;
+    closed_[at(cell)] *= kKeep;
+    open_[at(cell)] = 0;
+  }
+}
+
+// Keeping a block from age a to age b yields P(used in between) for E(time kept, at most b - a). The best b makes the
+// quotient largest. With both summed from age 0 that quotient is a slope between two points of one curve, the factor
+// P(life reaches a) cancels, and the best b for every a at once is the next corner of the curve's upper hull.
+void ReuseStatistics::rate(i32 cls, const Ages& hazard) {
+  std::array<double, kAges + 1> kept, used;
+  kept[0] = used[0] = 0;
+  double alive = 1;
+  for (i32 age = 0; age < kAges; ++age) {
+    const double ends = alive * -std::expm1(-hazard[at(age)] * width(age));
+    used[at(age + 1)] = used[at(age)] + ends;
+    kept[at(age + 1)] = kept[at(age)] + ends / hazard[at(age)];
+    alive = std::max(alive - ends, kLeastAlive);
+  }
+  std::array<i32, kAges + 1> hull;
+  i32 corners = 1;
+  hull[0] = kAges;
+  for (i32 age = kAges - 1; age >= 0; --age) {
+    const auto slope = [&](i32 corner) {
+      const std::size_t to = at(hull[at(corner)]);
+      return (used[to] - used[at(age)]) / (kept[to] - kept[at(age)]);
+    };
+    while (corners > 1 && slope(corners - 2) >= slope(corners - 1)) --corners;
+    density_[at(cls * kAges + age)] = slope(corners - 1);
+    hull[at(corners++)] = age;
+  }
+}
+
+}  // namespace kvmem

@@ -1,0 +1,359 @@
+#include "prefix.h"
+
+#include <algorithm>
+#include <cstring>
+#include <random>
+
+namespace kvmem {
+namespace {
+
+constexpr i64 kGhosts = 1 << 14;
+constexpr i64 kFirstBuckets = 1 << 10;
+constexpr i32 kFree = -2;  // as an ordinal
+
+// Both lengths are told, so that no salt can run into the extra key.
+std::string flat(const PrefixKey& key) { return std::to_string(key.salt.size()) + ":" + key.salt + key.extra_key; }
+
+// The two halves of a product of 64-bit numbers, folded: mixes well and costs one multiplication.
+std::uint64_t fold(std::uint64_t a, std::uint64_t b) {
+  const unsigned __int128 product = static_cast<unsigned __int128>(a) * b;
+  return static_cast<std::uint64_t>(product) ^ static_cast<std::uint64_t>(product >> 64);
+}
+
+constexpr std::uint64_t kOdd = 0x9e3779b97f4a7c15u;
+
+}  // namespace
+
+PrefixIndex::PrefixIndex(i64 block_tokens, std::vector<i32> token_groups, const std::string& policy, int hash_bits,
+                         i64 event_capacity)
+    : block_tokens_(block_tokens),
+      token_groups_(std::move(token_groups)),
+      mask_(hash_bits >= 64 ? ~std::uint64_t{0} : (std::uint64_t{1} << hash_bits) - 1),
+      policy_(make_eviction_policy(policy)),
+      events_(event_capacity, block_tokens),
+      buckets_(kFirstBuckets, kNoNode),
+      ghosts_(kGhosts, 0) {
+  std::random_device device;  // so that nobody can choose tokens that all fall into one bucket
+  seed_ = (std::uint64_t{device()} << 32 | device()) | 1;
+}
+
+std::uint64_t PrefixIndex::key_of(i32 parent, const i32* tokens) const {
+  std::uint64_t h = nodes_[parent].key ^ seed_;
+  i64 i = 0;
+  for (; i + 2 <= block_tokens_; i += 2) {
+    std::uint64_t pair;
+    std::memcpy(&pair, tokens + i, sizeof pair);
+    h = fold(h ^ pair, kOdd) + seed_;
+  }
+  if (i < block_tokens_) h = fold(h ^ static_cast<std::uint32_t>(tokens[i]), kOdd) + seed_;
+  return fold(h, seed_) & mask_;
+}
+
+i64 PrefixIndex::bucket(std::uint64_t key, i32 parent) const {
+  const std::uint64_t h = key ^ (nodes_[parent].root * kOdd & mask_);  // the key alone is equal under every root
+  return static_cast<i64>(h & (buckets_.size() - 1));
+}
+
+i32 PrefixIndex::find_root(const PrefixKey& key) const {
+  const auto found = roots_.find(flat(key));
+  return found == roots_.end() ? kNoNode : found->second;
+}
+
+i32 PrefixIndex::find(i32 parent, const i32* tokens) const {
+  for (i32 x = buckets_[bucket(key_of(parent, tokens), parent)]; x != kNoNode; x = nodes_[x].next) {
+    if (nodes_[x].parent == parent && std::equal(tokens, tokens + block_tokens_, this->tokens(x))) return x;
+  }
+  return kNoNode;
+}
+
+i32 PrefixIndex::find_partial(i32 parent, const i32* tokens, i64 count, i64* common) const {
+  i32 best = kNoNode;
+  *common = 0;
+  i64 looked = 0;
+  count = std::min(count, block_tokens_);
+  for (i32 x = nodes_[parent].first_child; x != kNoNode && looked < kCandidates; x = nodes_[x].next_child, ++looked) {
+    const i64 same = std::mismatch(tokens, tokens + count, this->tokens(x)).first - tokens;
+    if (same > *common && nodes_[x].places > 0) best = x, *common = same;
+  }
+  return best;
+}
+
+bool PrefixIndex::was_evicted(i32 parent, const i32* tokens) const {
+  const std::uint64_t ghost = fold(key_of(parent, tokens) ^ nodes_[parent].root * kOdd, kOdd);
+  return ghost != 0 && ghosts_[ghost & (kGhosts - 1)] == ghost;
+}
+
+i64 PrefixIndex::longest_elsewhere(i32 root, const i32* tokens, i64 count) const {
+  i64 best = 0, looked = 0;
+  for (const auto& [name, other] : roots_) {
+    if (other == root) continue;
+    if (looked++ == kCandidates) break;
+    i64 blocks = 0;
+    for (i32 x = other; (blocks + 1) * block_tokens_ <= count; ++blocks) {
+      x = find(x, tokens + blocks * block_tokens_);
+      if (x == kNoNode || nodes_[x].places == 0) break;
+    }
+    best = std::max(best, blocks);
+  }
+  return best;
+}
+
+i32 PrefixIndex::unused_child(i32 node) const {
+  for (i32 x = nodes_[node].first_child; x != kNoNode; x = nodes_[x].next_child) {
+    if (nodes_[x].users == 0 && nodes_[x].places > 0) return x;
+  }
+  return kNoNode;
+}
+
+i32 PrefixIndex::new_node() {
+  if (free_.empty()) {
+    const i64 before = capacity(), after = std::max(i64{256}, 2 * before);
+    tokens_.resize(after * block_tokens_);
+    policy_.reserve(after);
+    free_.reserve(after);
+    loose_.reserve(after);
+    nodes_.resize(after);
+    for (i64 id = after; id-- > before;) free_.push_back(static_cast<i32>(id));
+  }
+  const i32 node = free_.back();
+  free_.pop_back();
+  nodes_[node] = Node();
+  return node;
+}
+
+void PrefixIndex::grow_buckets() {
+  std::vector<i32> old(2 * buckets_.size(), kNoNode);
+  old.swap(buckets_);
+  for (i32 head : old) {
+    while (head != kNoNode) {
+      const i32 node = head;
+      head = nodes_[node].next;
+      i32& to = buckets_[bucket(nodes_[node].key, nodes_[node].parent)];
+      nodes_[node].next = to;
+      to = node;
+    }
+  }
+}
+
+void PrefixIndex::link(i32 node) {
+  if (linked_ >= static_cast<i64>(buckets_.size())) grow_buckets();
+  Node& n = nodes_[node];
+  Node& parent = nodes_[n.parent];
+  i32& head = buckets_[bucket(n.key, n.parent)];
+  n.next = head;
+  head = node;
+  n.previous_child = kNoNode;
+  n.next_child = parent.first_child;
+  if (n.next_child != kNoNode) nodes_[n.next_child].previous_child = node;
+  parent.first_child = node;
+  n.linked = true;
+  ++linked_;
+}
+
+void PrefixIndex::unlink(i32 node) {
+  Node& n = nodes_[node];
+  i32* at = &buckets_[bucket(n.key, n.parent)];
+  while (*at != node) at = &nodes_[*at].next;
+  *at = n.next;
+  if (n.previous_child == kNoNode) {
+    nodes_[n.parent].first_child = n.next_child;
+  } else {
+    nodes_[n.previous_child].next_child = n.next_child;
+  }
+  if (n.next_child != kNoNode) nodes_[n.next_child].previous_child = n.previous_child;
+  n.linked = false;
+  --linked_;
+}
+
+i32 PrefixIndex::open_root(const PrefixKey& key) {
+  i32 root = find_root(key);
+  if (root == kNoNode) {
+    root = new_node();
+    const i32 number = roots_seen_++;
+    nodes_[root].root = number;
+    root_keys_.emplace(number, RootKey{key});
+    roots_.emplace(flat(key), root);
+  }
+  ++nodes_[root].users;
+  return root;
+}
+
+i32 PrefixIndex::add(i32 parent, const i32* tokens) {
+  const std::uint64_t key = key_of(parent, tokens);
+  const i32 node = new_node();
+  Node& n = nodes_[node];
+  n.key = key;
+  n.parent = parent;
+  n.ordinal = nodes_[parent].ordinal + 1;
+  n.root = nodes_[parent].root;
+  std::copy(tokens, tokens + block_tokens_, &tokens_[node * block_tokens_]);
+  link(node);
+  loose_.push_back(node);
+  return node;
+}
+
+void PrefixIndex::place(i32 node, i64 group, bool undo) {
+  Node& n = nodes_[node];
+  if (!n.linked) link(node);  // its giving up is taken back
+  const bool first = n.places++ == 0;
+  if (first) {
+    if (undo) {
+      policy_.restore(node);
+      if (n.users > 0) policy_.use(node);
+    } else {
+      policy_.insert(node, n.key, is_root(n.parent) ? kNoNode : n.parent, n.ordinal);
+      if (n.users == 0) policy_.release(node);
+    }
+    n.released = n.users == 0;
+    cached_ += n.released;
+  }
+  if (first || group >= 0) note({node, static_cast<i32>(group), true}, undo);
+}
+
+void PrefixIndex::displace(i32 node, i64 group, bool undo) {
+  Node& n = nodes_[node];
+  const bool last = --n.places == 0;
+  if (last) {
+    if (!n.released) policy_.release(node);
+    policy_.evict(node);
+    cached_ -= n.released;
+    n.released = false;
+    loose_.push_back(node);
+    if (idle(n)) unlink(node);
+  }
+  if (last || group >= 0) note({node, static_cast<i32>(group), false}, undo);
+}
+
+void PrefixIndex::note(const Told& told, bool undo) {
+  if (!events_.on()) return;
+  if (undo) {
+    told_.pop_back();
+  } else {
+    told_.push_back(told);
+  }
+}
+
+void PrefixIndex::tell(const Told& told) {
+  const Node& n = nodes_[told.node];
+  for (i32 group : token_groups_) {
+    if (told.group >= 0 && group != told.group) continue;
+    if (told.stored) {
+      const i32 parent = is_root(n.parent) ? kNoNode : n.parent;
+      events_.stored(told.node, parent, n.root, group, n.ordinal, tokens(told.node));
+    } else {
+      events_.removed(told.node, group);
+    }
+  }
+}
+
+void PrefixIndex::finish(bool committed) {
+  if (committed) {
+    for (const Told& told : told_) tell(told);
+  }
+  told_.clear();
+  while (!loose_.empty()) {
+    const i32 node = loose_.back();
+    loose_.pop_back();
+    Node& n = nodes_[node];
+    if (n.places > 0 || n.parent == kNoNode) continue;  // taken back, or gone already
+    if (committed && n.users == 0) {
+      const std::uint64_t ghost = fold(n.key ^ n.root * kOdd, kOdd);
+      ghosts_[ghost & (kGhosts - 1)] = ghost;
+      ++evicted_;
+    }
+    prune(node);
+  }
+}
+
+// Frees the node, and those before it that led only here.
+void PrefixIndex::prune(i32 node) {
+  while (node != kNoNode && nodes_[node].ordinal != kFree && idle(nodes_[node])) {
+    Node& n = nodes_[node];
+    const i32 parent = n.parent;
+    if (parent == kNoNode) {
+      const auto key = root_keys_.find(n.root);
+      roots_.erase(flat(key->second.key));
+      if (events_.on()) {
+        key->second.gone = true;
+      } else {
+        root_keys_.erase(key);
+      }
+    } else if (n.linked) {
+      unlink(node);
+    }
+    n.parent = kNoNode;
+    n.ordinal = kFree;
+    free_.push_back(node);
+    node = parent;
+  }
+}
+
+const PrefixKey& PrefixIndex::root_key(i32 number) const {
+  const auto found = root_keys_.find(number);
+  if (found == root_keys_.end()) throw SpecError("no root has the number " + std::to_string(number));
+  return found->second.key;
+}
+
+std::vector<i32> PrefixIndex::roots() const {
+  std::vector<i32> found;
+  for (const auto& [name, root] : roots_) found.push_back(root);
+  return found;
+}
+
+std::vector<i32> PrefixIndex::below(i32 root) const {
+  std::vector<i32> found{root};
+  for (std::size_t i = 0; i < found.size(); ++i) {
+    for (i32 x = nodes_[found[i]].first_child; x != kNoNode; x = nodes_[x].next_child) found.push_back(x);
+  }
+  found.erase(found.begin());
+  return found;
+}
+
+void PrefixIndex::forget_roots() {
+  for (auto it = root_keys_.begin(); it != root_keys_.end();) it = it->second.gone ? root_keys_.erase(it) : ++it;
+}
+
+void PrefixIndex::enter(i32 node) {
+  Node& n = nodes_[node];
+  if (n.users++ > 0 || !n.released) return;
+  policy_.use(node);
+  n.released = false;
+  --cached_;
+}
+
+void PrefixIndex::leave(i32 node) {
+  Node& n = nodes_[node];
+  if (--n.users > 0) return;
+  if (n.places > 0) {
+    policy_.release(node);
+    n.released = true;
+    ++cached_;
+  } else {
+    prune(node);
+  }
+}
+
+void PrefixIndex::check(const std::vector<i32>& users, std::vector<std::string>* out) const {
+  std::vector<i32> children(nodes_.size(), 0);
+  i64 cached = 0, pins = 0;
+  const auto say = [out](i64 node, const std::string& what) {
+    out->push_back("cached block " + std::to_string(node) + ": " + what);
+  };
+  for (i64 x = 0; x < capacity(); ++x) {
+    const Node& n = nodes_[x];
+    pins += n.pins;
+    if (n.parent == kNoNode) continue;
+    const Node& parent = nodes_[n.parent];
+    if (n.ordinal != parent.ordinal + 1 || n.root != parent.root) say(x, "does not continue the block before it");
+    if (find(n.parent, tokens(static_cast<i32>(x))) != x) say(x, "invariant 7: its own tokens do not lead to it");
+    if (idle(n)) say(x, "neither used nor in memory, and leads nowhere");
+    if (n.users != users[x]) {
+      say(x, "counted " + std::to_string(n.users) + " users, but " + std::to_string(users[x]) + " use it");
+    }
+    if (n.released != (n.places > 0 && n.users == 0)) say(x, "invariant 2: its policy thinks otherwise of it");
+    cached += n.released;
+  }
+  if (cached != cached_ || pins != pinned_) out->push_back("the counts of cached or pinned blocks are wrong");
+}
+
+}  // namespace kvmem

@@ -1,0 +1,146 @@
+// The content index: which blocks of tokens are known, as a trie of full blocks. A node is one block of token ids after
+// the blocks of its parent; the first ones hang on a root, one for each (salt, extra key). So a path from a root is a
+// prefix of some sequence, and finding a node means that every token of it was compared: no digest is believed
+// (invariant 7), and nothing under one salt is ever found under another (invariant 9).
+//
+// The index knows no memory. A page table tells it with place() and displace() in how many places a node's tokens lie;
+// sequences and pins tell it with enter() and leave() whether they use it. A node with memory that nobody uses is
+// cached, and its EvictionPolicy says which of those goes next. A node without memory stays only as a step on the path
+// to others (sliding windows leave such) or while it is used.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "events.h"
+#include "retention.h"
+#include "types.h"
+
+namespace kvmem {
+
+constexpr i32 kNoNode = -1;
+
+// A content and what it may be shared with. Both are compared byte for byte.
+struct PrefixKey {
+  std::string salt, extra_key;
+};
+
+class PrefixIndex {
+ public:
+  // `token_groups`: the groups that events speak of. `hash_bits` under 64 makes hashes collide, for tests.
+  PrefixIndex(i64 block_tokens, std::vector<i32> token_groups, const std::string& policy, int hash_bits,
+              i64 event_capacity);
+
+  i64 block_tokens() const { return block_tokens_; }
+
+  // --- finding; no side effect ---
+  i32 find_root(const PrefixKey& key) const;
+  // The child of `parent` that holds these block_tokens() tokens.
+  i32 find(i32 parent, const i32* tokens) const;
+  // The child that begins with most of tokens [0, count); `*common` is how many. Of many, the newest kCandidates.
+  i32 find_partial(i32 parent, const i32* tokens, i64 count, i64* common) const;
+  // True if the block was known and its memory given up. Remembers some thousands, and errs at 2^-64 a question.
+  bool was_evicted(i32 parent, const i32* tokens) const;
+  // The longest chain of these tokens under any other root, in blocks; looks at kCandidates roots.
+  i64 longest_elsewhere(i32 root, const i32* tokens, i64 count) const;
+
+  i32 parent(i32 node) const { return nodes_[node].parent; }
+  i64 ordinal(i32 node) const { return nodes_[node].ordinal; }  // -1 for a root
+  bool is_root(i32 node) const { return nodes_[node].ordinal < 0; }
+  bool used(i32 node) const { return nodes_[node].users > 0; }
+  i32 users(i32 node) const { return nodes_[node].users; }
+  bool pinned(i32 node) const { return nodes_[node].pins > 0; }
+  i32 places(i32 node) const { return nodes_[node].places; }
+  const i32* tokens(i32 node) const { return &tokens_[node * block_tokens_]; }
+  // A cached child that nobody uses, kNoNode if there is none.
+  i32 unused_child(i32 node) const;
+  i64 capacity() const { return static_cast<i64>(nodes_.size()); }  // ids are below it
+
+  // --- state: what transactions change and take back ---
+  // The node's tokens lie in one more place, or one fewer: of this group, or (-1) of all of them alike.
+  void place(i32 node, i64 group, bool undo);
+  void displace(i32 node, i64 group, bool undo);
+  // The end of a transaction: nodes without memory and use are gone now, and events are told.
+  void finish(bool committed);
+
+  // --- use; cannot fail ---
+  i32 open_root(const PrefixKey& key);       // counts one user
+  i32 add(i32 parent, const i32* tokens);    // a node nobody uses; gone at finish() if it got no place
+  void enter(i32 node);                      // one more user
+  void leave(i32 node);                      // one fewer; of a chain, the last block first
+  void hit(i32 node) { policy_.hit(node); }  // a new sequence found it
+  void pin(i32 node) { ++nodes_[node].pins, ++pinned_, enter(node); }
+  void unpin(i32 node) { --nodes_[node].pins, --pinned_, leave(node); }
+  void retain(i32 node, int priority, double seconds) { policy_.retain(node, priority, seconds); }
+
+  i32 victim() { return policy_.victim(); }  // the cached node to give up next, kNoNode if there is none
+  i64 cached() const { return cached_; }     // nodes with memory that nobody uses
+  bool empty() const { return linked_ == 0; }
+  i64 pinned_count() const { return pinned_; }
+  i64 evicted() const { return evicted_; }  // nodes that lost their memory, ever
+  EventRing& events() { return events_; }
+  // The salt and extra key of the root that events call `number`; it stays known until forget_roots().
+  const PrefixKey& root_key(i32 number) const;
+  void forget_roots();
+  std::vector<i32> roots() const;
+  // All nodes that continue `root`, a parent before its children.
+  std::vector<i32> below(i32 root) const;
+  i32 root_number(i32 node) const { return nodes_[node].root; }
+  void check(const std::vector<i32>& users, std::vector<std::string>* out) const;
+
+  static constexpr i64 kCandidates = 32;
+
+ private:
+  struct Node {
+    std::uint64_t key = 0;  // hash of all tokens from the start on, equal under every root
+    i32 parent = kNoNode, ordinal = -1;
+    i32 next = kNoNode;                                                        // in its bucket
+    i32 first_child = kNoNode, next_child = kNoNode, previous_child = kNoNode;  // newest first
+    i32 users = 0, pins = 0, places = 0;
+    i32 root = 0;           // the number of its root, never given out twice
+    bool linked = false;    // can be found
+    bool released = false;  // its policy may name it
+  };
+  struct Told {
+    i32 node;
+    i32 group;
+    bool stored;
+  };
+  struct RootKey {
+    PrefixKey key;
+    bool gone = false;
+  };
+
+  std::uint64_t key_of(i32 parent, const i32* tokens) const;
+  i64 bucket(std::uint64_t key, i32 parent) const;
+  i32 new_node();
+  void link(i32 node);
+  void unlink(i32 node);
+  void grow_buckets();
+  bool idle(const Node& n) const { return n.users == 0 && n.places == 0 && n.first_child == kNoNode; }
+  void prune(i32 node);
+  void note(const Told& told, bool undo);
+  void tell(const Told& told);
+
+  const i64 block_tokens_;
+  const std::vector<i32> token_groups_;
+  const std::uint64_t mask_;  // of keys, for tests
+  std::uint64_t seed_;
+  RetentionPolicy policy_;
+  EventRing events_;
+  std::vector<Node> nodes_;
+  std::vector<i32> tokens_;  // block_tokens_ for each node
+  std::vector<i32> free_;
+  std::vector<i32> buckets_;
+  std::unordered_map<std::string, i32> roots_;  // by flat(key)
+  std::unordered_map<i32, RootKey> root_keys_;  // by number
+  i32 roots_seen_ = 0;
+  std::vector<std::uint64_t> ghosts_;  // keys given up, each at its own place
+  std::vector<i32> loose_;             // unlinked or idle since the transaction began
+  std::vector<Told> told_;
+  i64 linked_ = 0, cached_ = 0, pinned_ = 0, evicted_ = 0;
+};
+
+}  // namespace kvmem

@@ -1,0 +1,295 @@
+"""What the cache holds, as events for a router outside: blocks stored, removed, all cleared.
+
+The core makes records of small integers (``csrc/events.h``); here they get the names that mean the same in every
+process: a digest of the block, of all before it, and of whose cache it is. ``docs/events.md`` has the wire format.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Final, Literal, TypeAlias
+
+import numpy as np
+
+from kvmem import _core
+from kvmem.digests import DIGEST_BYTES, ChainDigest, Key
+from kvmem.errors import KVMemError, SpecError
+from kvmem.spec import CacheSpec, Group
+
+__all__ = [
+    "AllBlocksCleared",
+    "BlockRemoved",
+    "BlockStored",
+    "Event",
+    "EventStream",
+    "group_kind",
+    "to_wire",
+]
+
+MEDIA: Final = ("GPU", "CPU")  # of tier 0, 1, ... in the words of routers; tier 0 is the device, whatever it is
+_STORED, _REMOVED, _CLEARED = 0, 1, 2  # EventKind in csrc/events.h
+_CHUNK: Final = 1024  # records taken out at once when the caller wants few events
+_UNKNOWN: Final = bytes(DIGEST_BYTES)
+_DIGEST: Final = np.dtype(f"V{DIGEST_BYTES}")
+
+
+@dataclass(frozen=True)
+class BlockStored:
+    """A run of blocks of one chain is held by one group now, each block continuing the one before it.
+
+    block_hashes: one 32-byte digest a block. token_ids: ``block_size`` for each, in order.
+    parent_block_hash: of the block before the run; None if the run begins its chain. ordinal: how many come before.
+    medium: "GPU" for the device's own memory, "CPU" for host memory behind it.
+    group, group_kind, window_tokens: which group of the spec, as :func:`group_kind`, and the tokens its queries see.
+    extra_key: what the sequence was opened with. Its salt is part of the digests and not told.
+    """
+
+    block_hashes: tuple[bytes, ...]
+    parent_block_hash: bytes | None
+    token_ids: tuple[int, ...]
+    block_size: int
+    medium: str
+    group: int
+    group_kind: str
+    window_tokens: int | None
+    extra_key: Key
+    ordinal: int
+
+
+@dataclass(frozen=True)
+class BlockRemoved:
+    """One group holds these blocks no more, in no order. Others may."""
+
+    block_hashes: tuple[bytes, ...]
+    medium: str
+    group: int
+
+
+@dataclass(frozen=True)
+class AllBlocksCleared:
+    """Nothing is held. What follows may store again what was known before: that is how a lost stream recovers."""
+
+
+Event: TypeAlias = BlockStored | BlockRemoved | AllBlocksCleared
+
+
+def group_kind(group: Group) -> str:
+    """What routers call this kind of group: those they do not know by one of these names they ignore."""
+    if group.growth == "fixed":
+        return "mamba"
+    if group.growth == "prefill":
+        return "cross_attention"
+    latent = any(c.name == "ckv" for c in group.components)
+    if group.window_tokens is not None:
+        return "sliding_window_mla" if latent else "sliding_window"
+    return "mla_attention" if latent else "full_attention"
+
+
+class EventStream:
+    """Turns the core's records into events, in order. Any thread may poll; each event is given out once.
+
+    drain: (most records or -1, restart) -> records, as ``EventRing.drain`` in csrc/events.h.
+    root_of: the (salt, extra_key) of a root id. An id must mean the same as long as a record may name it.
+    key: secret, up to 64 bytes. Without it, who sees digests and tokens can try out salts; with it, that is hopeless,
+    and only who has it can compute the digests of a prompt.
+
+    It keeps 32 bytes for every node id, whatever the number of events.
+    """
+
+    def __init__(
+        self,
+        spec: CacheSpec,
+        drain: Callable[[int, bool], _core.EventRecords],
+        root_of: Callable[[int], tuple[Key, Key]],
+        *,
+        key: bytes = b"",
+        media: Sequence[str] = MEDIA,
+    ) -> None:
+        self._drain = drain
+        self._root_of = root_of
+        self._digest = ChainDigest(spec.fingerprint, key)
+        self._groups = [(group_kind(group), group.window_tokens) for group in spec.groups]
+        self._media = tuple(media)
+        self._digests = np.zeros(0, _DIGEST)  # by node; zero: never stored
+        self._pending: deque[Event] = deque()
+        self._lock = threading.Lock()
+
+    def poll(self, max_events: int | None = None, *, restart: bool = False) -> list[Event]:
+        """The events since the last call, oldest first, ``max_events`` at most; None for all there are now.
+
+        Where the ring ran over since then, ``AllBlocksCleared`` comes in place of what was lost, and after it
+        ``BlockStored`` for all that is held. ``restart`` asks for just that: for a consumer that begins late, or lost
+        events by itself. Costs about 4 us a block, in the caller's thread, and no lock of the allocator but
+        while records are copied.
+        """
+        if max_events is not None and (isinstance(max_events, bool) or not max_events >= 0):
+            raise SpecError(f"max_events: got {max_events!r}; must be an int, 0 or more, or None")
+        with self._lock:
+            if restart:
+                self._pending.clear()
+                self._pending.extend(self._events(self._drain(-1, True)))
+            if max_events is None:
+                self._pending.extend(self._events(self._drain(-1, False)))
+                max_events = len(self._pending)
+            while len(self._pending) < max_events and len(records := self._drain(_CHUNK, False)):
+                self._pending.extend(self._events(records))
+            return [self._pending.popleft() for _ in range(min(max_events, len(self._pending)))]
+
+    def _events(self, records: _core.EventRecords) -> Iterator[Event]:
+        """Joins what it may within stretches of one kind: no event there depends on one of another group."""
+        if not len(records):
+            return
+        kinds = records.kinds
+        cuts = [0, *(np.flatnonzero(np.diff(kinds)) + 1).tolist(), len(records)]
+        stored = 0
+        for begin, end in pairwise(cuts):
+            if kinds[begin] == _STORED:
+                yield from self._stored(records, begin, end, stored)
+                stored += end - begin
+            elif kinds[begin] == _REMOVED:
+                yield from self._removed(records, begin, end)
+            else:
+                self._digests[:] = _UNKNOWN
+                yield AllBlocksCleared()
+
+    def _stored(self, records: _core.EventRecords, begin: int, end: int, first_row: int) -> Iterator[Event]:
+        rows = np.ascontiguousarray(records.tokens[first_row : first_row + end - begin], "<i4")
+        content, width = rows.data.cast("B"), rows.shape[1] * rows.itemsize
+        fields = (records.nodes, records.parents, records.roots, records.groups, records.tiers, records.ordinals)
+        self._make_room(int(records.nodes[begin:end].max()))
+        runs: list[_Run] = []
+        growing: dict[tuple[int, int], _Run] = {}
+        for row, (node, parent, root, group, tier, ordinal) in enumerate(
+            zip(*(field[begin:end].tolist() for field in fields), strict=True)
+        ):
+            before = self._digest.root(*self._root_of(root)) if parent < 0 else self._digest_of(parent)
+            digest = self._digest.block(before, content[row * width : (row + 1) * width])
+            self._digests[node] = digest
+            if group < 0:  # nobody holds it: it only names what comes after
+                continue
+            run = growing.get((group, tier))
+            if run is None or run.digests[-1] != before:
+                run = _Run(None if parent < 0 else before, root, group, tier, ordinal, [], [])
+                growing[group, tier] = run
+                runs.append(run)
+            run.digests.append(digest)
+            run.rows.append(row)
+        for run in runs:
+            yield self._stored_event(run, rows)
+
+    def _stored_event(self, run: _Run, rows: np.ndarray[Any, np.dtype[np.int32]]) -> BlockStored:
+        kind, window = self._groups[run.group]
+        return BlockStored(
+            block_hashes=tuple(run.digests),
+            parent_block_hash=run.before,
+            token_ids=tuple(rows[run.rows].ravel().tolist()),
+            block_size=rows.shape[1],
+            medium=self._media[run.tier],
+            group=run.group,
+            group_kind=kind,
+            window_tokens=window,
+            extra_key=self._root_of(run.root)[1],
+            ordinal=run.ordinal,
+        )
+
+    def _removed(self, records: _core.EventRecords, begin: int, end: int) -> Iterator[Event]:
+        found: dict[tuple[int, int], list[bytes]] = {}
+        columns = (field[begin:end].tolist() for field in (records.groups, records.tiers, records.nodes))
+        for group, tier, node in zip(*columns, strict=True):
+            found.setdefault((group, tier), []).append(self._digest_of(node))
+        for (group, tier), digests in found.items():
+            yield BlockRemoved(tuple(digests), self._media[tier], group)
+
+    def _digest_of(self, node: int) -> bytes:
+        digest = self._digests[node].tobytes() if node < len(self._digests) else _UNKNOWN
+        if digest == _UNKNOWN:
+            raise KVMemError(f"a record of the cache names node {node}, which was never stored: an error in kvmem")
+        return digest
+
+    def _make_room(self, node: int) -> None:
+        if node >= len(self._digests):
+            grown = np.zeros(max(node + 1, 2 * len(self._digests)), _DIGEST)
+            grown[: len(self._digests)] = self._digests
+            self._digests = grown
+
+
+@dataclass
+class _Run:
+    """Stored blocks that will be one event."""
+
+    before: bytes | None
+    root: int
+    group: int
+    tier: int
+    ordinal: int
+    digests: list[bytes]
+    rows: list[int]
+
+
+def to_wire(
+    events: Iterable[Event],
+    ts: float,
+    dp_rank: int = 0,
+    *,
+    hashes: Literal["int", "bytes"] = "int",
+    form: Literal["array", "map"] = "array",
+) -> list[Any]:
+    """One batch of events as plain lists, for ``msgpack.packb``; the schema is in ``docs/events.md``.
+
+    ts: seconds since the epoch. dp_rank: which replica of the model this cache belongs to.
+    hashes: "int" for the last 64 bits of a digest, which every router takes, or "bytes" for all 256.
+    form: "array" for events as lists, which every router takes, or "map" for events as dicts, as newer engines send.
+    """
+    if hashes not in ("int", "bytes") or form not in ("array", "map"):
+        raise SpecError(f"got hashes={hashes!r}, form={form!r}; must be 'int' or 'bytes', and 'array' or 'map'")
+    as_hash: Callable[[bytes], int | bytes] = _hash64 if hashes == "int" else bytes
+    fields = [_wire_fields(event, as_hash) for event in events]
+    return [float(ts), [_as_array(f) if form == "array" else _as_map(f) for f in fields], int(dp_rank)]
+
+
+def _hash64(digest: bytes) -> int:
+    return int.from_bytes(digest[-8:], "big")
+
+
+def _wire_fields(event: Event, as_hash: Callable[[bytes], int | bytes]) -> dict[str, Any]:
+    """In the order of the array form, ``type`` first."""
+    if isinstance(event, AllBlocksCleared):
+        return {"type": "AllBlocksCleared"}
+    found = [as_hash(digest) for digest in event.block_hashes]
+    if isinstance(event, BlockRemoved):
+        return {"type": "BlockRemoved", "block_hashes": found, "medium": event.medium, "group_idx": event.group}
+    parent, extra = event.parent_block_hash, event.extra_key
+    return {
+        "type": "BlockStored",
+        "block_hashes": found,
+        "parent_block_hash": None if parent is None else as_hash(parent),
+        "token_ids": list(event.token_ids),
+        "block_size": event.block_size,
+        "lora_id": None,
+        "medium": event.medium,
+        "lora_name": None,
+        "extra_keys": None if extra is None else [list(extra) if isinstance(extra, tuple) else [extra]] * len(found),
+        "group_idx": event.group,
+        "kv_cache_spec_kind": event.group_kind,
+        "kv_cache_spec_sliding_window": event.window_tokens,
+    }
+
+
+_DEFAULTED: Final = ("extra_keys", "group_idx", "kv_cache_spec_kind", "kv_cache_spec_sliding_window")
+
+
+def _as_array(fields: dict[str, Any]) -> list[Any]:
+    """What is None and has a default may be left out at the end only."""
+    values = list(fields.values())
+    names = list(fields)
+    while names[-1] in _DEFAULTED and values[-1] is None:
+        del names[-1], values[-1]
+    return values
+
+
+def _as_map(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value is not None or name not in _DEFAULTED}

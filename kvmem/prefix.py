@@ -1,0 +1,104 @@
+"""What callers say and learn about shared prefixes: token ids, salts, matches, pins."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+import numpy as np
+import torch
+
+from kvmem import _core
+from kvmem.digests import Key, encode_key
+from kvmem.errors import SpecError
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+__all__ = ["Pin", "PrefixMatch", "Tokens", "encode_extra_key", "encode_salt", "token_ids"]
+
+Tokens: TypeAlias = "Sequence[int] | np.ndarray | torch.Tensor"
+
+#: Why a match is not longer, in the order of ``MatchEnd`` in csrc/cache.h.
+Reason: TypeAlias = Literal[
+    "complete", "shorter than a block", "other salt", "evicted", "no snapshot", "window passed", "never seen", "off"
+]
+
+
+@dataclass(frozen=True)
+class PrefixMatch:
+    """How much of a prompt is cached.
+
+    num_tokens: what ``Allocator.sequence()`` would start with now; at least one token is always left to compute.
+    reason: why it is not more. ``"complete"``: nothing else could be; ``"shorter than a block"``: fewer tokens than a
+        block are left; ``"other salt"``: another salt or extra key has more; ``"evicted"``: it was cached and given up
+        (remembered for the last thousands of blocks); ``"no snapshot"``: the model has a state of fixed size, and none
+        was kept further on; ``"window passed"``: a sliding window needs blocks that are gone; ``"never seen"``;
+        ``"off"``: this allocator shares nothing.
+    """
+
+    num_tokens: int
+    reason: Reason
+
+
+def token_ids(tokens: Tokens) -> npt.NDArray[np.int32]:
+    """Token ids as int32 [n], contiguous, without a copy where they are that already. ``SpecError`` otherwise."""
+    if isinstance(tokens, np.ndarray) and tokens.dtype == np.int32 and tokens.ndim == 1:
+        return np.ascontiguousarray(tokens)
+    if isinstance(tokens, (str, bytes)):
+        raise SpecError(f"tokens: got {type(tokens).__name__}; must be a flat list of integer token ids")
+    try:
+        ids = np.asarray(tokens)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise SpecError(f"tokens: got {type(tokens).__name__}; must be a flat list of integer token ids") from error
+    if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu") or _has_bool(tokens):
+        raise SpecError(f"tokens: got shape {ids.shape} of {ids.dtype}; must be a flat list of integer token ids")
+    if ids.size and (ids.min() < 0 or ids.max() >= 2**31):
+        raise SpecError(f"tokens: got ids from {ids.min()} to {ids.max()}; they must be 0 or more and fit an int32")
+    return np.ascontiguousarray(ids, np.int32)
+
+
+def _has_bool(tokens: object) -> bool:
+    # numpy makes an int of a bool among ints
+    return isinstance(tokens, (list, tuple)) and any(isinstance(token, bool) for token in tokens)
+
+
+def encode_salt(salt: str | bytes | None) -> bytes:
+    """For the core, which compares bytes. ``None`` is the salt of all who give none."""
+    if salt is not None and not isinstance(salt, (str, bytes)):
+        raise SpecError(f"salt: got {type(salt).__name__}; must be str, bytes or None")
+    return encode_key(salt)
+
+
+def encode_extra_key(extra_key: Key) -> bytes:
+    """As ``encode_salt``; besides, ints and tuples (an adapter's name, the digests of images)."""
+    return encode_key(extra_key)
+
+
+class Pin:
+    """Keeps blocks cached until ``unpin()``. A context manager that unpins. Made by ``pin()`` of allocator and sequence.
+
+    num_tokens: how many tokens from the start are kept, a multiple of the block size.
+    """
+
+    __slots__ = ("_core", "_id", "num_tokens")
+
+    def __init__(self, core: _core.Cache, pin: int, num_tokens: int) -> None:
+        self._core = core
+        self._id = pin
+        self.num_tokens = num_tokens
+
+    def unpin(self) -> None:
+        """The blocks are cached like any other again. Twice is a ``StaleHandle``."""
+        self._core.unpin(self._id)
+
+    def __enter__(self) -> Pin:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.unpin()
+
+    def __repr__(self) -> str:
+        return f"Pin({self.num_tokens} tokens)"
