@@ -13,6 +13,7 @@ from support import i32
 
 import kvmem
 from kvmem.ops import Op
+from kvmem.prefix import Pin, PrefixMatch
 
 NO_ROOT: Root = (None, None)
 
@@ -65,7 +66,7 @@ class PrefixLockstep(Lockstep):
         )  # fmt: skip
         self.plentiful = plentiful
         self.seqs: dict[int, kvmem.Sequence] = {}
-        self.pins: list[tuple[kvmem.Pin, list[Node]]] = []
+        self.pins: list[tuple[Pin, list[Node]]] = []
         self.pages = PageView(alloc) if self.virtual else None
         self.hit_tokens = self.missed_tokens = self.partial_hits = 0
 
@@ -108,7 +109,7 @@ class PrefixLockstep(Lockstep):
 
         return look
 
-    def match(self, tokens: list[int], root: Root = NO_ROOT) -> kvmem.PrefixMatch:
+    def match(self, tokens: list[int], root: Root = NO_ROOT) -> PrefixMatch:
         """What would be found, and that asking changes nothing."""
         before = self.alloc.stats()
         found = self.alloc.match(tokens, salt=root[0], extra_key=root[1])
@@ -222,7 +223,7 @@ class PrefixLockstep(Lockstep):
         self._pinned(pin, chain)
         return True
 
-    def _pinned(self, pin: kvmem.Pin, nodes: list[Node]) -> None:
+    def _pinned(self, pin: Pin, nodes: list[Node]) -> None:
         for node in nodes:
             node.pins += 1
         self.pins.append((pin, nodes))

@@ -15,6 +15,7 @@ from support import BACKENDS, i32, make_allocator, plain, recurrent
 
 import kvmem
 from kvmem import SpecError, StaleHandle
+from kvmem.prefix import Pin
 
 PROMPT = text(64)
 MEMORY = {"memory": "1MiB", "page_bytes": 4096, "record_ops": True, "max_tokens": 400}
@@ -28,8 +29,8 @@ class Place:
     alloc: kvmem.Allocator
     seq: kvmem.Sequence
     gone: kvmem.Sequence
-    pin: kvmem.Pin
-    undone: kvmem.Pin
+    pin: Pin
+    undone: Pin
 
     def seen(self) -> tuple[object, ...]:
         alloc, handles = self.alloc, sorted(self.alloc.core.handles())
