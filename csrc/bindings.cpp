@@ -49,5 +49,6 @@ NB_MODULE(_core, m) {
   nb::register_exception_translator(translate);
   bind_drivers(m);
   bind_core(m);
+  bind_eviction(m);
   bind_events(m);
 }

@@ -16,6 +16,7 @@ void bind_core(nanobind::module_& m);     // bindings_core.cpp
 void bind_prefix_options(nanobind::module_& m);
 void bind_prefix(nanobind::class_<Cache>& cache);  // bindings_prefix.cpp
 void bind_events(nanobind::module_& m);            // bindings_events.cpp
+void bind_eviction(nanobind::module_& m);          // bindings_eviction.cpp
 
 // Arrays never convert: a conversion would let writes to a wrong-typed output vanish into a temporary copy.
 template <class T>

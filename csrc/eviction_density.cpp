@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <numeric>
 #include <vector>
 
@@ -23,25 +24,29 @@ constexpr i32 kInner = kCells;  // the list of released blocks with cached child
 // A block is remembered until twice as many others have left as there are ids. A small cache gives up most blocks
 // before they could be used again, and learns only from ghosts: 16,384 of them take 0.4 MB.
 constexpr i64 kGhostsPerId = 2, kLeastGhosts = 16384;
-constexpr i32 kAgedPerTick = 2;     // lists looked at for blocks that have come of the next age
-constexpr i32 kCountedPerTick = 8;  // blocks and ghosts counted as open lives
+constexpr i32 kAgedPerTick = 2;  // lists looked at for blocks that have come of the next age
+// The order of the cells is computed anew while a sixteenth of the blocks comes and goes. It takes some 30 us.
+constexpr i64 kLearnsPerIds = 16, kLeastTicks = 1024;
+// Half of what was seen is forgotten while as many blocks are used as are remembered, cached or not: long enough to be
+// sure, short enough to follow a shift.
+constexpr double kHalfLife = 1;
 
 struct Block {
   std::uint64_t key = 0;
-  i64 released = 0;      // the clock when its life began
+  i64 released = 0;  // the clock when its life began
   i32 uses = 0;
   i32 parent = -1;
   std::uint32_t parent_generation = 0;  // a parent that a window left behind is another block by now
   std::uint32_t generation = 0;
-  i32 children = 0;      // cached ones
+  i32 children = 0;  // cached ones
   bool cached = false;
-  bool open = false;     // its life has begun and no hit has ended it
+  bool open = false;  // its life has begun and no hit has ended it
   bool evictable = false;
 };
 
 class DensityPolicy final : public EvictionPolicy {
  public:
-  DensityPolicy() { learn(); }
+  DensityPolicy() { rank_cells(); }
 
   void reserve(i64 ids) override;
   void insert(i32 id, std::uint64_t key, i32 parent, i64 ordinal) override;
@@ -64,17 +69,19 @@ class DensityPolicy final : public EvictionPolicy {
   void mark(i32 list, bool filled);
 
   void tick();
-  void count_open_lives();
   void age_lists();
   void learn();
+  void rank_cells();
+  void begin_life(Block& block);
+  i64 begun(const Ghost& ghost) const { return clock_ - (static_cast<std::uint32_t>(clock_) - ghost.released); }
 
   i64 clock_ = 0;  // blocks inserted or hit
   std::vector<Block> blocks_;
   Ghosts ghosts_;
   ReuseStatistics statistics_;
   IdLists lists_{kCells + 1};
-  i64 counted_ = 0;  // of the blocks, then the ghosts
-  i32 aged_ = 0;     // of the cells
+  i64 learned_ = 0;  // the clock of the latest learn()
+  i32 aged_ = 0;     // the cell whose list age_lists() looks at next
   // Cells in the order in which they are given up, and which of them hold a block: the victim is the first bit.
   std::array<i32, kCells> order_, rank_;
   std::array<std::uint64_t, (kCells + 63) / 64> filled_{};
@@ -98,7 +105,7 @@ void DensityPolicy::insert(i32 id, std::uint64_t key, i32 parent, i64) {
   block.uses = 1;
   const Ghost ghost = ghosts_.take(key);
   if (ghost.uses) {
-    statistics_.used_again(ReuseStatistics::cell_of(ghost.uses, static_cast<std::uint32_t>(clock_) - ghost.released));
+    statistics_.used_again(ghost.uses, begun(ghost), clock_);
     block.uses += ghost.uses;
   }
   if (parent < 0) return;
@@ -113,7 +120,7 @@ void DensityPolicy::insert(i32 id, std::uint64_t key, i32 parent, i64) {
 void DensityPolicy::hit(i32 id) {
   tick();
   Block& block = at(id);
-  if (block.open) statistics_.used_again(cell_of(block));
+  if (block.open) statistics_.used_again(block.uses, block.released, clock_);
   block.open = false;
   ++block.uses;
 }
@@ -125,8 +132,8 @@ void DensityPolicy::use(i32 id) {
 
 void DensityPolicy::release(i32 id) {
   Block& block = at(id);
-  if (!block.open) block.released = clock_;  // used without a hit (pinned, say): the life goes on
-  block.open = block.evictable = true;
+  if (!block.open) begin_life(block);  // else it was used without a hit, pinned say: the life goes on
+  block.evictable = true;
   push_back(block.children ? kInner : cell_of(block), id);
 }
 
@@ -144,11 +151,9 @@ void DensityPolicy::evict(i32 id) {
   Block& block = at(id);
   remove(id);
   block.cached = block.evictable = false;
-  const Ghost lost =
-      ghosts_.remember(block.key, static_cast<std::uint32_t>(block.open ? block.released : clock_), block.uses);
-  if (lost.uses) {
-    statistics_.lost_sight(ReuseStatistics::cell_of(lost.uses, static_cast<std::uint32_t>(clock_) - lost.released));
-  }
+  if (!block.open) begin_life(block);
+  const Ghost lost = ghosts_.remember(block.key, static_cast<std::uint32_t>(block.released), block.uses);
+  if (lost.uses) statistics_.lost_sight(lost.uses, begun(lost), clock_);
   Block* parent = parent_of(block);
   if (parent == nullptr || --parent->children > 0 || !parent->evictable) return;
   remove(block.parent);
@@ -157,7 +162,7 @@ void DensityPolicy::evict(i32 id) {
 
 void DensityPolicy::restore(i32 id) {
   Block& block = at(id);
-  ghosts_.take_back(block.key);
+  if (!ghosts_.take_back(block.key)) begin_life(block);
   Block* parent = parent_of(block);
   if (parent != nullptr && parent->children++ == 0 && parent->evictable) {
     remove(block.parent);
@@ -170,7 +175,7 @@ void DensityPolicy::restore(i32 id) {
     return;
   }
   const i32 list = block.children ? kInner : cell_of(block);
-  list != kInner && youngest_first(list) ? push_back(list, id) : push_front(list, id);
+  list != kInner&& youngest_first(list) ? push_back(list, id) : push_front(list, id);
 }
 
 Block* DensityPolicy::parent_of(const Block& block) {
@@ -210,7 +215,8 @@ void DensityPolicy::mark(i32 list, bool filled) {
 void DensityPolicy::tick() {
   ++clock_;
   age_lists();
-  count_open_lives();
+  const i64 ids = static_cast<i64>(blocks_.size());
+  if (clock_ - learned_ >= std::max(ids / kLearnsPerIds, kLeastTicks)) learn();
 }
 
 void DensityPolicy::age_lists() {
@@ -226,25 +232,20 @@ void DensityPolicy::age_lists() {
   }
 }
 
-void DensityPolicy::count_open_lives() {
-  const i64 blocks = static_cast<i64>(blocks_.size());
-  for (i32 i = 0; i < kCountedPerTick; ++i, ++counted_) {
-    if (counted_ == blocks + ghosts_.size()) {
-      learn();
-      counted_ = 0;
-    }
-    if (counted_ < blocks) {
-      const Block& block = blocks_[static_cast<std::size_t>(counted_)];
-      if (block.cached && block.open) statistics_.still_open(cell_of(block));
-    } else if (const Ghost& ghost = ghosts_[counted_ - blocks]; ghost.uses) {
-      const i64 age = static_cast<std::uint32_t>(clock_) - ghost.released;
-      statistics_.still_open(ReuseStatistics::cell_of(ghost.uses, age));
-    }
-  }
+void DensityPolicy::begin_life(Block& block) {
+  block.open = true;
+  block.released = clock_;
+  statistics_.begin(block.uses, clock_);
 }
 
 void DensityPolicy::learn() {
-  statistics_.learn();
+  const double remembered = static_cast<double>(blocks_.size()) + static_cast<double>(ghosts_.size());
+  statistics_.learn(clock_, std::exp2(static_cast<double>(learned_ - clock_) / (kHalfLife * remembered)));
+  learned_ = clock_;
+  rank_cells();
+}
+
+void DensityPolicy::rank_cells() {
   std::iota(order_.begin(), order_.end(), 0);
   std::sort(order_.begin(), order_.end(), [this](i32 a, i32 b) {
     const double x = statistics_.density(a), y = statistics_.density(b);

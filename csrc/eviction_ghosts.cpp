@@ -41,12 +41,13 @@ Ghost Ghosts::take(std::uint64_t key) {
   return std::exchange(ring_[static_cast<std::size_t>(index)], Ghost{});
 }
 
-void Ghosts::take_back(std::uint64_t key) {
+bool Ghosts::take_back(std::uint64_t key) {
   const std::size_t latest = (next_ + ring_.size() - 1) % ring_.size();
   const i32 index = find(static_cast<std::uint32_t>(key >> 32));
-  if (index < 0) return;
+  if (index < 0) return false;
   take(key);
   if (static_cast<std::size_t>(index) == latest) next_ = latest;
+  return true;
 }
 
 i32 Ghosts::find(std::uint32_t tag) {

@@ -7,8 +7,6 @@ namespace kvmem {
 namespace {
 
 constexpr i32 kFirstOctave = 4;  // ages below 16 blocks are alike: less than one request
-// Half of what was seen is forgotten in 32 rounds of learn(): long enough to be sure, short enough to follow a shift.
-constexpr double kKeep = 0.9786;
 // Before anything is seen a use is expected at rate 0.1 / age. Any rate that falls with age orders blocks by recency.
 constexpr double kPriorRate = 0.1;
 // A class is believed against all classes together once it has seen about this many lives reach an age.
@@ -26,7 +24,7 @@ double first_age(i32 index) {
 
 double width(i32 index) { return first_age(index + 1) - first_age(index); }
 
-double prior_hazard(i32 index) { return kPriorRate / (first_age(index) + width(index) / 2); }
+double middle(i32 index) { return first_age(index) + width(index) / 2; }
 
 }  // namespace
 
@@ -43,38 +41,49 @@ i32 ReuseStatistics::class_of(i32 uses) {
   return index < kClasses ? index : kClasses - 1;
 }
 
-ReuseStatistics::ReuseStatistics() { learn(); }
+ReuseStatistics::ReuseStatistics() { learn(0, 1); }
 
-void ReuseStatistics::learn() {
+// An age that no life has reached yet continues those before it: were it expected to do better, the oldest blocks would
+// be kept for being old.
+ReuseStatistics::Ages ReuseStatistics::pooled_hazard(const Ages& reused, const Ages& time) {
+  Ages hazard;
+  double expected = kPriorRate;  // hazard times age
+  for (i32 age = 0; age < kAges; ++age) {
+    const double one_life = width(age);
+    hazard[at(age)] = (reused[at(age)] + expected / middle(age) * one_life) / (time[at(age)] + one_life);
+    expected = hazard[at(age)] * middle(age);
+  }
+  return hazard;
+}
+
+void ReuseStatistics::learn(i64 now, double keep) {
   // Time that lives of a class spent at an age: the whole width for each that got beyond it, half for each that ended
   // within. Uses divided by that time is the hazard of the age.
-  Cells time;
+  Cells ended = closed_, time;  // an open life counts as if it ended now
+  lives_.each(now, [&](i32 cls, i64 begun, i32 lives) { ended[at(cls * kAges + age_index(now - begun))] += lives; });
   Ages pooled_reused{}, pooled_time{}, hazard;
   for (i32 cls = 0; cls < kClasses; ++cls) {
     double beyond = 0;
     for (i32 age = kAges - 1; age >= 0; --age) {
       const std::size_t cell = at(cls * kAges + age);
-      const double here = closed_[cell] + open_[cell];
-      time[cell] = (beyond + here / 2) * width(age);
-      beyond += here;
+      time[cell] = (beyond + ended[cell] / 2) * width(age);
+      beyond += ended[cell];
       pooled_reused[at(age)] += reused_[cell];
       pooled_time[at(age)] += time[cell];
     }
   }
+  const Ages pooled = pooled_hazard(pooled_reused, pooled_time);
   for (i32 cls = 0; cls < kClasses; ++cls) {
     for (i32 age = 0; age < kAges; ++age) {
       const std::size_t cell = at(cls * kAges + age);
-      const double one_life = width(age), some_lives = kPriorLives * one_life;
-      const double pooled =
-          (pooled_reused[at(age)] + prior_hazard(age) * one_life) / (pooled_time[at(age)] + one_life);
-      hazard[at(age)] = (reused_[cell] + pooled * some_lives) / (time[cell] + some_lives);
+      const double prior_time = kPriorLives * width(age);
+      hazard[at(age)] = (reused_[cell] + pooled[at(age)] * prior_time) / (time[cell] + prior_time);
     }
     rate(cls, hazard);
   }
   for (i32 cell = 0; cell < kCells; ++cell) {
-    reused_[at(cell)] *= kKeep;
-    closed_[at(cell)] *= kKeep;
-    open_[at(cell)] = 0;
+    reused_[at(cell)] *= keep;
+    closed_[at(cell)] *= keep;
   }
 }
 

@@ -8,6 +8,7 @@
 
 #include <array>
 
+#include "eviction_lives.h"
 #include "types.h"
 
 namespace kvmem {
@@ -20,18 +21,22 @@ class ReuseStatistics {
 
   ReuseStatistics();
 
+  // `now` is a clock that counts blocks inserted or hit; no call goes back in it.
+  void begin(i32 uses, i64 now) { lives_.begin(class_of(uses), now); }
+  void used_again(i32 uses, i64 begun, i64 now) {
+    reused_[at(cell_of(uses, now - begun))] += 1;
+    lost_sight(uses, begun, now);
+  }
+  void lost_sight(i32 uses, i64 begun, i64 now) {  // the life can be followed no further
+    lives_.end(class_of(uses), begun);
+    closed_[at(cell_of(uses, now - begun))] += 1;
+  }
+
   static i32 cell_of(i32 uses, i64 age) { return class_of(uses) * kAges + age_index(age); }
   static i32 age_index(i64 age);
 
-  void used_again(i32 cell) {  // a life ended
-    reused_[at(cell)] += 1;
-    closed_[at(cell)] += 1;
-  }
-  void lost_sight(i32 cell) { closed_[at(cell)] += 1; }  // a life can be followed no further
-  void still_open(i32 cell) { open_[at(cell)] += 1; }    // for each open life once before learn()
-
-  // Computes density() from all that, lets the past fade, and forgets the open lives. O(kCells).
-  void learn();
+  // Computes density() anew. What was counted so far has `keep` of its weight the next time. O(kCells).
+  void learn(i64 now, double keep);
 
   // Uses to expect for each unit of time that a block of this cell is kept, if it is kept for the best time.
   double density(i32 cell) const { return density_[at(cell)]; }
@@ -42,9 +47,11 @@ class ReuseStatistics {
 
   static constexpr std::size_t at(i32 index) { return static_cast<std::size_t>(index); }
   static i32 class_of(i32 uses);
+  static Ages pooled_hazard(const Ages& reused, const Ages& time);
   void rate(i32 cls, const Ages& hazard);
 
-  Cells reused_{}, closed_{}, open_{}, density_{};
+  Cells reused_{}, closed_{}, density_{};
+  OpenLives<kClasses> lives_;
 };
 
 }  // namespace kvmem

@@ -411,6 +411,39 @@ class Cache:
     def drain_events(self, max: int, restart: bool) -> tuple[EventRecords, dict[int, tuple[bytes, bytes]]]:
         """Records, and the (salt, extra key) of the roots that they name."""
 
+def eviction_policy_names() -> list[str]:
+    """What `policy=` of an allocator may be; the default first."""
+
+class EvictionPolicy:
+    """
+    A policy without an allocator, for tests and simulations (csrc/eviction.h says what each call means). Calls that break its rules raise SpecError.
+    """
+
+    def __init__(self, name: str) -> None: ...
+
+    def reserve(self, ids: int) -> None: ...
+
+    def insert(self, id: int, key: int, parent: int, ordinal: int) -> None: ...
+
+    def hit(self, id: int) -> None: ...
+
+    def use(self, id: int) -> None: ...
+
+    def release(self, id: int) -> None: ...
+
+    def victim(self) -> int: ...
+
+    def evict(self, id: int) -> None: ...
+
+    def restore(self, id: int) -> None: ...
+
+class RetentionPolicy(EvictionPolicy):
+    """Priorities and times to live over a policy."""
+
+    def __init__(self, name: str, clock: Callable[[], float]) -> None: ...
+
+    def retain(self, id: int, priority: int, ttl_seconds: float) -> None: ...
+
 class EventRecords:
     """Records in order: numpy views, one entry a record, read-only."""
 

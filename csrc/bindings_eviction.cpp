@@ -1,0 +1,120 @@
+// The eviction policies by themselves, for tests and simulations. In an allocator they are called from C++ only.
+
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/function.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include "bindings.h"
+#include "eviction.h"
+#include "retention.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace kvmem {
+namespace {
+
+// A policy believes its caller, which is right for the allocator and wrong for a test: here the rules are checked.
+class CheckedPolicy {
+ public:
+  explicit CheckedPolicy(const std::string& name) : policy_(make_eviction_policy(name)) {}
+  CheckedPolicy() = default;
+
+  void reserve(i64 ids) {
+    if (ids > static_cast<i64>(states_.size())) states_.resize(static_cast<std::size_t>(ids), kGone);
+    policy_->reserve(ids);
+  }
+  void insert(i32 id, std::uint64_t key, i32 parent, i64 ordinal) {
+    if (parent != -1) expect(parent, kUsed, kReleased);
+    change(id, kGone, kUsed);
+    policy_->insert(id, key, parent, ordinal);
+  }
+  void hit(i32 id) {
+    expect(id, kUsed, kReleased);
+    policy_->hit(id);
+  }
+  void use(i32 id) {
+    change(id, kReleased, kUsed);
+    policy_->use(id);
+  }
+  void release(i32 id) {
+    change(id, kUsed, kReleased);
+    policy_->release(id);
+  }
+  i32 victim() { return policy_->victim(); }
+  void evict(i32 id) {
+    change(id, kReleased, kGone);
+    policy_->evict(id);
+  }
+  void restore(i32 id) {
+    change(id, kGone, kReleased);
+    policy_->restore(id);
+  }
+
+ protected:
+  void adopt(std::unique_ptr<EvictionPolicy> policy) { policy_ = std::move(policy); }
+
+  enum State : char { kGone, kUsed, kReleased };
+
+  State& state(i32 id) {
+    if (id < 0 || id >= static_cast<i64>(states_.size())) {
+      throw SpecError("block id " + std::to_string(id) + "; " + std::to_string(states_.size()) + " are reserved");
+    }
+    return states_[static_cast<std::size_t>(id)];
+  }
+  void expect(i32 id, State one, State other) {
+    static constexpr const char* kNames[] = {"not cached", "in use", "released"};
+    if (state(id) != one && state(id) != other) {
+      throw SpecError("block " + std::to_string(id) + " is " + kNames[state(id)] + ", which this call does not allow");
+    }
+  }
+
+ private:
+  void change(i32 id, State from, State to) {
+    expect(id, from, from);
+    state(id) = to;
+  }
+
+  std::unique_ptr<EvictionPolicy> policy_;
+  std::vector<State> states_;
+};
+
+class CheckedRetention : public CheckedPolicy {
+ public:
+  CheckedRetention(const std::string& name, std::function<double()> clock)
+      : CheckedRetention(std::make_unique<RetentionPolicy>(make_eviction_policy(name), std::move(clock))) {}
+  void retain(i32 id, int priority, double ttl_seconds) {
+    expect(id, kUsed, kReleased);
+    retention_->retain(id, priority, ttl_seconds);
+  }
+
+ private:
+  explicit CheckedRetention(std::unique_ptr<RetentionPolicy> policy) : retention_(policy.get()) {
+    adopt(std::move(policy));
+  }
+  RetentionPolicy* retention_;
+};
+
+}  // namespace
+
+void bind_eviction(nb::module_& m) {
+  m.def("eviction_policy_names", &eviction_policy_names, "What `policy=` of an allocator may be; the default first.");
+  nb::class_<CheckedPolicy>(m, "EvictionPolicy",
+                            "A policy without an allocator, for tests and simulations (csrc/eviction.h says what each "
+                            "call means). Calls that break its rules raise SpecError.")
+      .def(nb::init<const std::string&>(), "name"_a)
+      .def("reserve", &CheckedPolicy::reserve, "ids"_a)
+      .def("insert", &CheckedPolicy::insert, "id"_a, "key"_a, "parent"_a, "ordinal"_a)
+      .def("hit", &CheckedPolicy::hit, "id"_a)
+      .def("use", &CheckedPolicy::use, "id"_a)
+      .def("release", &CheckedPolicy::release, "id"_a)
+      .def("victim", &CheckedPolicy::victim)
+      .def("evict", &CheckedPolicy::evict, "id"_a)
+      .def("restore", &CheckedPolicy::restore, "id"_a);
+  nb::class_<CheckedRetention, CheckedPolicy>(m, "RetentionPolicy", "Priorities and times to live over a policy.")
+      .def(nb::init<const std::string&, std::function<double()>>(), "name"_a, "clock"_a)
+      .def("retain", &CheckedRetention::retain, "id"_a, "priority"_a, "ttl_seconds"_a);
+}
+
+}  // namespace kvmem

@@ -1,0 +1,239 @@
+#include "retention.h"
+
+#include <chrono>
+#include <cmath>
+#include <utility>
+
+namespace kvmem {
+namespace {
+
+double steady_seconds() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+}  // namespace
+
+RetentionPolicy::RetentionPolicy(std::unique_ptr<EvictionPolicy> base, Clock clock)
+    : base_(std::move(base)), clock_(clock ? std::move(clock) : steady_seconds) {}
+
+void RetentionPolicy::retain(i32 id, int priority, double ttl_seconds) {
+  if (priority < 0 || priority >= kPriorities) {
+    throw SpecError("a retention priority is 0 to 100, not " + std::to_string(priority) +
+                    "; 50 leaves it to the policy");
+  }
+  Block& block = at(id);
+  if (!block.cached) throw SpecError("retain() of block " + std::to_string(id) + ", which is not cached");
+  named_ = -1;
+  stop_clock(id);
+  block.priority = static_cast<std::int8_t>(priority);
+  block.ttl = ttl_seconds > 0 && std::isfinite(ttl_seconds) ? ttl_seconds : 0;
+  if (block.released) start_clock(id);
+  update_holds(id);
+  place(id);
+}
+
+void RetentionPolicy::reserve(i64 ids) {
+  if (ids <= static_cast<i64>(blocks_.size())) return;
+  blocks_.resize(static_cast<std::size_t>(ids));
+  heap_.reserve(blocks_.size());
+  lists_.reserve(ids);
+  base_->reserve(ids);
+}
+
+void RetentionPolicy::insert(i32 id, std::uint64_t key, i32 parent, i64 ordinal) {
+  named_ = -1;
+  Block& block = at(id);
+  const std::uint32_t generation = block.generation + 1;
+  block = {};
+  block.generation = generation;
+  block.cached = true;
+  base_->insert(id, key, parent, ordinal);
+  if (parent < 0) return;
+  block.parent = parent;
+  block.parent_generation = at(parent).generation;
+  ++at(parent).children;
+  place(parent);
+}
+
+void RetentionPolicy::use(i32 id) {
+  named_ = -1;
+  leave(id);
+  stop_clock(id);
+  at(id).released = false;
+}
+
+void RetentionPolicy::release(i32 id) {
+  named_ = -1;
+  at(id).released = true;
+  start_clock(id);
+  place(id);
+}
+
+i32 RetentionPolicy::victim() {
+  if (named_ >= 0) return named_;
+  expire();
+  named_ = first_of(0, kBaseDecides, false);
+  if (named_ < 0) named_ = base_->victim();
+  if (named_ < 0) named_ = first_of(kBaseDecides, kPriorities, false);
+  if (named_ < 0) named_ = first_of(0, kPriorities, true);
+  return named_;
+}
+
+void RetentionPolicy::evict(i32 id) {
+  named_ = -1;
+  Block& block = at(id);
+  const i32 place_before = block.place;
+  if (place_before != kBase) {
+    leave(id);
+    base_->release(id);  // for the base it was in use
+  }
+  base_->evict(id);
+  block.place = place_before;  // restore() puts it there, and insert() forgets it
+  stop_clock(id);
+  block.cached = block.released = false;
+  update_holds(id);
+  const i32 parent = parent_of(block);
+  if (parent < 0) return;
+  --at(parent).children;
+  place(parent, true);
+}
+
+void RetentionPolicy::restore(i32 id) {
+  named_ = -1;
+  Block& block = at(id);
+  const i32 place_before = std::exchange(block.place, kNowhere);
+  block.cached = block.released = true;
+  const i32 parent = parent_of(block);
+  if (parent >= 0) ++at(parent).children;
+  update_holds(id);
+  if (parent >= 0) place(parent, true);
+  base_->restore(id);
+  block.place = kBase;
+  if (place_before != kBase) place(id, true);
+  if (block.deadline > 0) {
+    set_heap(heap_.size(), id);
+    sift_up(heap_.size() - 1);
+  }
+}
+
+i32 RetentionPolicy::parent_of(const Block& block) {
+  if (block.parent < 0) return -1;
+  const Block& parent = at(block.parent);
+  return parent.cached && parent.generation == block.parent_generation ? block.parent : -1;
+}
+
+i32 RetentionPolicy::place_of(const Block& block) const {
+  if (!block.released) return kNowhere;
+  if (block.priority == kBaseDecides && block.holding_children == 0) return kBase;
+  return 2 * block.priority + (block.children > 0);
+}
+
+// Where its state says it belongs, if it is not there yet. `first`: as the next of its list.
+void RetentionPolicy::place(i32 id, bool first) {
+  Block& block = at(id);
+  const i32 wanted = place_of(block);
+  if (block.place == wanted) return;
+  if (block.place != kNowhere) leave(id);
+  block.place = wanted;
+  if (wanted == kBase) {
+    base_->release(id);
+  } else if (wanted != kNowhere) {
+    first ? lists_.push_front(wanted, id) : lists_.push_back(wanted, id);
+    filled_.set(static_cast<std::size_t>(wanted));
+  }
+}
+
+void RetentionPolicy::leave(i32 id) {
+  const i32 place = std::exchange(at(id).place, kNowhere);
+  if (place == kBase) {
+    base_->use(id);
+  } else if (const i32 emptied = lists_.remove(id); emptied >= 0) {
+    filled_.reset(static_cast<std::size_t>(emptied));
+  }
+}
+
+// Whether `id` keeps its parent, and so on to the start of the chain as far as that changes anything.
+void RetentionPolicy::update_holds(i32 id) {
+  while (id >= 0) {
+    Block& block = at(id);
+    const bool holds = block.cached && (block.priority > kBaseDecides || block.holding_children > 0);
+    if (holds == block.holds) return;
+    block.holds = holds;
+    id = parent_of(block);
+    if (id < 0) return;
+    at(id).holding_children += holds ? 1 : -1;
+    place(id);
+  }
+}
+
+// The next block of the lowest priority in [begin, end), -1 if there is none.
+i32 RetentionPolicy::first_of(int begin, int end, bool inner) const {
+  if (filled_.none()) return -1;
+  for (int priority = begin; priority < end; ++priority) {
+    const i32 list = 2 * priority + inner;
+    if (filled_.test(static_cast<std::size_t>(list))) return lists_.front(list);
+  }
+  return -1;
+}
+
+void RetentionPolicy::start_clock(i32 id) {
+  Block& block = at(id);
+  block.deadline = 0;
+  if (block.priority == kBaseDecides || block.ttl == 0) return;
+  block.deadline = clock_() + block.ttl;
+  set_heap(heap_.size(), id);
+  sift_up(heap_.size() - 1);
+}
+
+void RetentionPolicy::stop_clock(i32 id) {
+  Block& block = at(id);
+  if (block.heap_index < 0) return;
+  const std::size_t index = static_cast<std::size_t>(std::exchange(block.heap_index, -1));
+  const i32 last = heap_.back();
+  heap_.pop_back();
+  if (last == id) return;
+  set_heap(index, last);
+  sift_up(index);
+  sift_down(static_cast<std::size_t>(at(last).heap_index));
+}
+
+void RetentionPolicy::expire() {
+  if (heap_.empty()) return;
+  const double now = clock_();
+  while (!heap_.empty() && at(heap_.front()).deadline <= now) {
+    const i32 id = heap_.front();
+    stop_clock(id);
+    at(id).priority = kBaseDecides;
+    update_holds(id);
+    place(id);
+  }
+}
+
+void RetentionPolicy::set_heap(std::size_t index, i32 id) {
+  if (index == heap_.size()) heap_.push_back(id);  // within what reserve() took
+  heap_[index] = id;
+  at(id).heap_index = static_cast<i32>(index);
+}
+
+void RetentionPolicy::sift_up(std::size_t index) {
+  const i32 id = heap_[index];
+  while (index > 0 && at(id).deadline < at(heap_[(index - 1) / 2]).deadline) {
+    set_heap(index, heap_[(index - 1) / 2]);
+    index = (index - 1) / 2;
+  }
+  set_heap(index, id);
+}
+
+void RetentionPolicy::sift_down(std::size_t index) {
+  const i32 id = heap_[index];
+  while (2 * index + 1 < heap_.size()) {
+    std::size_t child = 2 * index + 1;
+    if (child + 1 < heap_.size() && at(heap_[child + 1]).deadline < at(heap_[child]).deadline) ++child;
+    if (at(heap_[child]).deadline >= at(id).deadline) break;
+    set_heap(index, heap_[child]);
+    index = child;
+  }
+  set_heap(index, id);
+}
+
+}  // namespace kvmem

@@ -1,0 +1,84 @@
+// Retention: a user's word on single blocks, over any policy. A block of priority 50 is the base policy's; lower ones
+// go before all else, higher ones after all else, ascending, for some seconds after each release or for ever. Within a
+// priority the longest released goes first.
+//
+// A block from which a cached one of higher priority than 50 can be reached stays with it, since that one could not be
+// found without; and a block with cached children is not named while there is a released one without.
+#pragma once
+
+#include <bitset>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#include "eviction.h"
+#include "eviction_lists.h"
+
+namespace kvmem {
+
+class RetentionPolicy final : public EvictionPolicy {
+ public:
+  using Clock = std::function<double()>;  // seconds, never going back
+
+  explicit RetentionPolicy(std::unique_ptr<EvictionPolicy> base, Clock clock = {});  // a steady clock, if empty
+
+  // From now until the block is evicted. `ttl_seconds` count from each release, or from now if it is released; 0 or
+  // less and infinity mean for ever. O(1), O(log n) with a time to live; marking a block in the middle of a chain also
+  // walks to its start once. SpecError for a priority out of 0 to 100.
+  void retain(i32 id, int priority, double ttl_seconds);
+
+  void reserve(i64 ids) override;
+  void insert(i32 id, std::uint64_t key, i32 parent, i64 ordinal) override;
+  void hit(i32 id) override { base_->hit(id); }
+  void use(i32 id) override;
+  void release(i32 id) override;
+  // The clock is read only while a released block has a time to live.
+  i32 victim() override;
+  void evict(i32 id) override;
+  void restore(i32 id) override;
+
+ private:
+  static constexpr int kPriorities = 101, kBaseDecides = 50;
+  static constexpr i32 kNowhere = -1, kBase = -2;  // else the list a released block stands in
+
+  struct Block {
+    double ttl = 0;       // of priorities other than 50; 0: for ever
+    double deadline = 0;  // while in the heap
+    i32 heap_index = -1;
+    i32 place = kNowhere;
+    i32 parent = -1;
+    std::uint32_t parent_generation = 0;  // a parent that a window left behind is another block by now
+    std::uint32_t generation = 0;
+    i32 children = 0;          // cached ones
+    i32 holding_children = 0;  // those of them that keep this block
+    std::int8_t priority = kBaseDecides;
+    bool cached = false;
+    bool released = false;
+    bool holds = false;  // its parent
+  };
+
+  Block& at(i32 id) { return blocks_[static_cast<std::size_t>(id)]; }
+  i32 parent_of(const Block& block);
+  i32 place_of(const Block& block) const;
+  void place(i32 id, bool first = false);
+  void leave(i32 id);
+  void update_holds(i32 id);
+  i32 first_of(int begin, int end, bool inner) const;
+
+  void start_clock(i32 id);
+  void stop_clock(i32 id);
+  void expire();
+  void sift_up(std::size_t index);
+  void sift_down(std::size_t index);
+  void set_heap(std::size_t index, i32 id);
+
+  std::unique_ptr<EvictionPolicy> base_;
+  Clock clock_;
+  std::vector<Block> blocks_;
+  IdLists lists_{2 * kPriorities};  // of each priority: blocks without cached children, blocks with some
+  std::bitset<2 * kPriorities> filled_;
+  std::vector<i32> heap_;  // released blocks with a time to live, the earliest deadline first
+  i32 named_ = -1;         // victim() answers the same until another call, whatever the clock says
+};
+
+}  // namespace kvmem
