@@ -375,7 +375,7 @@ def test_what_is_freed_is_still_found(make: Make) -> None:
     pair.free([grow(pair, prompt)])
     stats = pair.alloc.stats()
     assert stats.used_bytes == 0
-    assert (stats.cached_bytes > 0) == pair.model.shares and stats.cached_bytes <= stats.parked_bytes
+    assert (stats.cached_bytes > 0) == pair.model.shares and stats.cached_bytes <= stats.mapped_bytes
     second = pair.open([*prompt, 1])
     assert cached(pair, second) == (3 * size if pair.model.shares else 0)
     agree(pair)

@@ -43,6 +43,12 @@ class Node:
         if not tokens:
             self.digests.append(before)
 
+    def is_cached(self) -> bool:
+        """Whether it can still be found."""
+        if self.parent is None:
+            return True
+        return self.parent.children.get(self.tokens) is self and self.parent.is_cached()
+
 
 @dataclass
 class Content:
@@ -63,7 +69,16 @@ def common(a: Sequence[int], b: Sequence[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-class PrefixModel(Model):
+class MemoryOnly(Model):
+    """What is asked what would fit: as below, but for what is published."""
+
+    def _is_read_by_others(self, piece: Piece) -> bool:
+        """A block that is cached is read by whoever finds it, though its writer has turned back and nobody else is
+        left."""
+        return super()._is_read_by_others(piece) or (piece.content is not None and piece.content.is_cached())
+
+
+class PrefixModel(MemoryOnly):
     """A model that also knows which prefixes may be found."""
 
     def __init__(self, spec: kvmem.CacheSpec, *, partial_reuse: bool = True, **sizes: int | bool) -> None:
@@ -237,6 +252,8 @@ class PrefixModel(Model):
                 continue
             mine = [here[ordinal] for here in held.pieces]
             theirs = node.parts.setdefault(g, mine)
+            for piece in theirs:
+                piece.content = node
             for here, old, new in zip(held.pieces, mine, theirs, strict=True):
                 if old is not new:
                     self._drop(handle, here, ordinal)
@@ -290,7 +307,7 @@ class PrefixModel(Model):
     def copy(self) -> Model:
         """For questions about memory alone: what is published stays behind."""
         twin = super().copy()
-        twin.__class__ = Model
+        twin.__class__ = MemoryOnly
         return twin
 
     def nodes(self) -> Iterator[Node]:
