@@ -253,7 +253,8 @@ class PrefixLockstep(Lockstep):
             super().set_memory(pages)
 
     def _idle_pins(self) -> bool:
-        return any(not node.users for _, nodes in self.pins for node in nodes)
+        """Whether pins keep memory that no sequence uses: the model does not know how much."""
+        return any(not node.users or self.model.windows for _, nodes in self.pins for node in nodes)
 
     # --- agreement ---
 

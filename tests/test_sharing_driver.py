@@ -4,7 +4,7 @@ that the system counts once."""
 from __future__ import annotations
 
 import pytest
-from conformance_prefix import agree, cached, go_on, grow, text
+from conformance_prefix import agree, cached, go_on, grow, take, text
 from lockstep_prefix import PrefixLockstep
 from support import BACKENDS, LAYOUTS, make_allocator, plain
 from support_world import checked
@@ -35,11 +35,15 @@ def test_a_finished_row_is_adopted_at_no_driver_call(layout: str) -> None:
     for turn in range(4):
         handle = grow(pair, chat)
         pair.free([handle])
+        take(pair)
         before = pair.alloc.stats().driver_calls
         chat = [*chat, *text(1, 50 + turn)]
         handle = pair.open(chat)
         assert cached(pair, handle) == 320 + 16 * turn
-        assert pair.alloc.stats().driver_calls == before, "found and taken over"
+        if pair.model.fixed:  # the state is copied from the snapshot, and nothing else is
+            assert {op[0] for op in take(pair)} <= {"copy", "open", "bind", "length", "commit", "fence", "unbind"}
+        else:
+            assert pair.alloc.stats().driver_calls == before, "found and taken over"
         mapped = pair.alloc.stats().mapped_bytes
         go_on(pair, handle, chat)
         if pair.alloc.stats().mapped_bytes == mapped and not pair.model.fixed:
@@ -159,8 +163,10 @@ def test_no_write_lands_where_two_read(backend: str) -> None:
                 continue
             state = sorted(replica.core.handles())
             problems = replica.check()
-            # Leaving out a length or commit record, or an open, is a shorter but sound life.
-            if op[0] in ("map", "unmap", "block", "bind"):
+            # Leaving out a length or commit record, or an open, is a shorter but sound life; so is not giving up a page
+            # behind the end, if nothing else is to be shown there.
+            again = any(later[0] == "map" and later[1:3] == op[1:3] for later in ops[left_out:])
+            if op[0] in ("map", "block", "bind") or (op[0] == "unmap" and again):
                 assert problems, f"step {number}: without {op} nothing is reported, sequences {state}"
             tampered += 1
     assert tampered > 0

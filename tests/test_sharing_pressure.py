@@ -87,7 +87,8 @@ def test_a_pin_covers_whole_blocks(backend: str) -> None:
     pair.pin(handle, 50)
     pair.free([handle])
     press(pair)
-    assert pair.match(prompt).num_tokens == 48
+    found = pair.match(prompt).num_tokens
+    assert found == 48 if backend == "paged" else 48 <= found < 96, "pages are kept whole"
     agree(pair)
 
 
