@@ -300,6 +300,23 @@ nb::class_<Cache> bind_cache(nb::module_& m) {
                   "rows: "
                   "int, out: BatchBuffers) -> tuple[int, int, int, int, int]"),
           "Returns rows, new tokens, indices, most new tokens of a sequence, longest sequence.")
+      .def(
+          "common_blocks",
+          [](Cache& c, In<i32> handles, i64 group, Out<i64> blocks) {
+            const i64 n = static_cast<i64>(handles.shape(0));
+            if (static_cast<i64>(blocks.shape(0)) < n - 1) {
+              throw SpecError("blocks needs an entry for each pair of neighbours");
+            }
+            c.common_blocks(handles.data(), n, group, blocks.data());
+          },
+          "handles"_a.noconvert(), "group"_a, "blocks"_a.noconvert(), Free())
+      .def(
+          "cascade_order",
+          [](Cache& c, In<i32> handles, i64 group, Out<i64> order) {
+            if (order.shape(0) < handles.shape(0)) throw SpecError("order needs an entry for each handle");
+            c.cascade_order(handles.data(), static_cast<i64>(handles.shape(0)), group, order.data());
+          },
+          "handles"_a.noconvert(), "group"_a, "order"_a.noconvert(), Free())
       .def("trim", &Cache::trim, "bytes"_a, Free())
       .def("set_memory", &Cache::set_memory, "pages"_a, Free())
       .def("stats", &Cache::stats, Free())

@@ -73,6 +73,11 @@ class PageTable : public PageOwner {
   // Where a token of a sequence lies: bytes from the start of the group's a-th arena.
   virtual i64 offset_bytes(i64 index, i64 group, i64 a, i64 token) const = 0;
   virtual Placement place(i64 index, i64 group) const = 0;
+  // How many leading whole blocks of two sequences are the same memory, and committed in both; the first `known` are
+  // known to be. 0 where a window has dropped the front of one. Cost: a comparison for each further page or block.
+  virtual i64 common_blocks(i64 a, i64 b, i64 group, i64 known) const = 0;
+  // A number that sequences with this committed block in common agree on; others may.
+  virtual i64 block_key(i64 index, i64 group, i64 block) const = 0;
   // The most tokens one sequence could grow to with `pages` more pages (an answer for error messages).
   virtual i64 tokens_that_fit(i64 index, i64 group, i64 pages) const = 0;
   // Bytes of live tokens, padding included, each physical byte once; and physical bytes with more than one user.

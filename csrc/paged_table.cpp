@@ -213,17 +213,19 @@ class PagedTable final : public PagedBlocks {
 
   bool give_up_one(Transaction& tx) {
     for (i64 g = 0; g < groups_; ++g) {
-      if (first_passed(blocks_[g]) >= 0) return give_up_passed(g, tx);
+      if (give_up_passed(g, tx)) return true;
     }
     const i32 node = index_.victim();
     if (node != kNoNode) forget(node, tx);
     return node != kNoNode;
   }
 
-  // What a window has passed goes first: a hit needs it only if it ends just there.
+  // What a window has passed goes first: a hit needs it only if it ends just there. What is pinned goes with its node.
   bool give_up_passed(i64 g, Transaction& tx) {
-    const i64 block = first_passed(blocks_[g]);
-    if (block >= 0) tx.push({OpKind::evict, arena(0), blocks_[g].node[block], g, block});
+    Blocks& b = blocks_[g];
+    i64 block = first_passed(b);
+    for (; block >= 0 && index_.pinned(b.node[block]); block = first_passed(b)) unpass(b, block);
+    if (block >= 0) tx.push({OpKind::evict, arena(0), b.node[block], g, block});
     return block >= 0;
   }
 

@@ -67,6 +67,13 @@ class VirtualRows : public PageTable {
     return p;
   }
 
+  i64 common_blocks(i64 a, i64 b, i64 group, i64 known) const override;
+
+  i64 block_key(i64 index, i64 group, i64 block) const override {
+    const i64 a = first_[group], start = block * geometry_.groups[group].block_tokens * token_bytes(group, a);
+    return extent(row_of_[index], a).pages[start / page_bytes()];
+  }
+
   i64 tokens_that_fit(i64 index, i64 group, i64 pages) const override;
   i64 parked_pages() const override;
   void count_bytes(i64* used_bytes, i64* shared_bytes) const override;

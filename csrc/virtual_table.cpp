@@ -233,16 +233,23 @@ class VirtualTable final : public VirtualRows {
     i64& place_;
   };
 
-  // True if the row has the first `tokens` tokens of its content mapped, as far as each group needs them.
+  // True if the row has what each group needs of the first `tokens` tokens of its content.
   bool shows(i64 row, i32 node, i64 tokens) const {
-    for (i64 g = 0; g < groups_; ++g) {
+    for (const GroupGeometry& group : geometry_.groups) {
+      const bool state = rows_[row].state == node && tokens % index_.block_tokens() == 0;
+      if (group.growth == Growth::fixed && !state) return false;
+    }
+    return has_mapped(row, tokens);
+  }
+
+  bool has_mapped(i64 row, i64 tokens) const {
+    for (i64 a = 0, g = 0; a < arenas_; ++a) {
+      while (a >= first_[g + 1]) ++g;
       const GroupGeometry& group = geometry_.groups[g];
-      if (group.growth == Growth::fixed && (rows_[row].state != node || tokens % index_.block_tokens() != 0)) return false;
       if (group.growth != Growth::token) continue;
       const i64 first = window_first(group, geometry_.tail_guard_tokens, tokens);
-      for (i64 a = first_[g]; a < first_[g + 1]; ++a) {
-        if (extent(row, a).lo > low_slot(g, a, first)) return false;
-      }
+      const Extent& e = extent(row, a);
+      if (e.lo > low_slot(g, a, first) || e.hi < ceil_div(tokens * token_bytes(g, a), page_bytes())) return false;
     }
     return true;
   }
@@ -291,6 +298,8 @@ class VirtualTable final : public VirtualRows {
     forget(node, tx);
     i64 freed = 0;
     for (i64 row : rows) {
+      // What a window has passed is gone: where the rest ends now, nobody could begin.
+      if (!has_mapped(row, content_tokens(row)) && can_lose(row)) cut(row, 0, tx);
       if (freed < pages) freed += spill_row(row, pages - freed, tx);
     }
     return freed;

@@ -34,7 +34,11 @@ from kvmem.views import CacheTensor, block_view, row_view
 __all__ = ["Allocator"]
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
+
     from kvmem.arrays import Handles
+
+    Order = npt.NDArray[np.int64]
 
 
 _NO_TOKENS = np.empty(0, np.int32)
@@ -92,7 +96,7 @@ class Allocator:
         zero: Literal["never", "fresh", "always"] = "fresh",
         prefix_cache: bool = True,
         partial_reuse: bool = True,
-        policy: str = "lru",
+        policy: str = "density",
         cached_rows: int | None = None,
         events: int = 0,
         pool: PagePool | None = None,
@@ -340,7 +344,23 @@ class Allocator:
                 sizes = self.core.fill(ids, counts, index, rows, group.buffers)
             except TypeError as error:
                 raise not_int32(ids) from error
-            group.update(sizes)
+            group.update(sizes, self.core, ids.copy(), index)
+
+    def cascade_order(self, sequences: Iterable[Sequence | int] | Handles, *, group: int | None = None) -> Order:
+        """An order of ``sequences`` for ``Batch.cascade()``: int64 [n], a permutation of 0 to n - 1 that puts those
+        which share memory side by side, nested groups within the outer ones.
+
+        Stable: a group stands where its first member stood, and what shares nothing keeps its place among the others.
+        group: of the spec, default the first that grows with the tokens. Cost: as of comparing neighbours; 0.2 ms for
+        256 sequences that share 1,300 pages, or for 1,024 that share nothing.
+        """
+        ids = self._handles(sequences)
+        order = np.empty(len(ids), np.int64)
+        try:
+            self.core.cascade_order(ids, -1 if group is None else at_least_zero("group", group), order)
+        except TypeError as error:
+            raise not_int32(ids) from error
+        return order
 
     def _handle(self, sequence: Sequence | int) -> int:
         if not isinstance(sequence, Sequence):
