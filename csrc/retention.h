@@ -29,7 +29,7 @@ class RetentionPolicy final : public EvictionPolicy {
 
   void reserve(i64 ids) override;
   void insert(i32 id, std::uint64_t key, i32 parent, i64 ordinal) override;
-  void hit(i32 id) override { base_->hit(id); }
+  void hit(i32 id) override;
   void use(i32 id) override;
   void release(i32 id) override;
   // The clock is read only while a released block has a time to live.
