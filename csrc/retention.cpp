@@ -161,7 +161,7 @@ void RetentionPolicy::leave(i32 id) {
 void RetentionPolicy::update_holds(i32 id) {
   while (id >= 0) {
     Block& block = at(id);
-    const bool holds = block.cached && (block.priority > kBaseDecides || block.holding_children > 0);
+    const bool holds = block.cached && (block.priority != kBaseDecides || block.holding_children > 0);
     if (holds == block.holds) return;
     block.holds = holds;
     id = parent_of(block);

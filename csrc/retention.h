@@ -2,8 +2,9 @@
 // go before all else, higher ones after all else, ascending, for some seconds after each release or for ever. Within a
 // priority the longest released goes first.
 //
-// A block from which a cached one of higher priority than 50 can be reached stays with it, since that one could not be
-// found without; and a block with cached children is not named while there is a released one without.
+// A block that leads to a cached one with a priority of its own stays until that one is gone or the base's again:
+// without it that one could not be found. Then it comes to the base as if released at that moment. A block with cached
+// children is not named while there is a released one without.
 #pragma once
 
 #include <bitset>
