@@ -146,8 +146,8 @@ void bind_geometry(nb::module_& m) {
             new (self) Geometry{page_bytes,       max_sequences, rows,  tail_guard_tokens,
                                 map_ahead_tokens, zero,          debug, std::move(groups)};
           },
-          nb::kw_only(), "page_bytes"_a, "max_sequences"_a, "rows"_a, "tail_guard_tokens"_a, "map_ahead_tokens"_a, "zero"_a,
-          "debug"_a, "groups"_a);
+          nb::kw_only(), "page_bytes"_a, "max_sequences"_a, "rows"_a, "tail_guard_tokens"_a, "map_ahead_tokens"_a,
+          "zero"_a, "debug"_a, "groups"_a);
 }
 
 void bind_pool(nb::module_& m) {
@@ -300,6 +300,23 @@ nb::class_<Cache> bind_cache(nb::module_& m) {
                   "rows: "
                   "int, out: BatchBuffers) -> tuple[int, int, int, int, int]"),
           "Returns rows, new tokens, indices, most new tokens of a sequence, longest sequence.")
+      .def(
+          "common_blocks",
+          [](Cache& c, In<i32> handles, i64 group, Out<i64> blocks) {
+            const i64 n = static_cast<i64>(handles.shape(0));
+            if (static_cast<i64>(blocks.shape(0)) < n - 1) {
+              throw SpecError("blocks needs an entry for each pair of neighbours");
+            }
+            c.common_blocks(handles.data(), n, group, blocks.data());
+          },
+          "handles"_a.noconvert(), "group"_a, "blocks"_a.noconvert(), Free())
+      .def(
+          "cascade_order",
+          [](Cache& c, In<i32> handles, i64 group, Out<i64> order) {
+            if (order.shape(0) < handles.shape(0)) throw SpecError("order needs an entry for each handle");
+            c.cascade_order(handles.data(), static_cast<i64>(handles.shape(0)), group, order.data());
+          },
+          "handles"_a.noconvert(), "group"_a, "order"_a.noconvert(), Free())
       .def("trim", &Cache::trim, "bytes"_a, Free())
       .def("set_memory", &Cache::set_memory, "pages"_a, Free())
       .def("stats", &Cache::stats, Free())

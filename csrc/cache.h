@@ -57,8 +57,8 @@ class Cache final : public TableState {
   void free(const i32* handles, i64 n);
 
   // --- shared content (cache_prefix.cpp) ---
-  // Opens a sequence with as much of `tokens` as is cached, but for one; `*cached` is how much. Short of memory it takes
-  // less. OutOfMemory only when all places are taken.
+  // Opens a sequence with as much of `tokens` as is cached, but for one; `*cached` is how much. Short of memory it
+  // takes less. OutOfMemory only when all places are taken.
   i64 admit(const i32* tokens, i64 n, const PrefixKey& key, i64* cached);
   PrefixMatch match(const i32* tokens, i64 n, const PrefixKey& key);
   // Keeps the whole blocks of the first `tokens` tokens (-1: all that are known) until unpin(); `*pinned` says how many
@@ -83,6 +83,14 @@ class Cache final : public TableState {
   // Writes one group's metadata for these sequences, then padding rows up to `rows`. `new_tokens` null: what is
   // reserved but not committed. SpecError when a buffer is too small; nothing is promised about its contents then.
   BatchSizes fill(const i32* handles, i64 n, const i32* new_tokens, i64 group, i64 rows, const BatchBuffers& out);
+
+  // out[i]: how many leading whole blocks sequences i and i + 1 have in common, as memory; n - 1 entries. 0 throughout
+  // for groups with a window and for states.
+  void common_blocks(const i32* handles, i64 n, i64 group, i64* out);
+  // A permutation of 0 .. n - 1 that puts sequences with common blocks side by side, nested groups within the outer
+  // ones. Groups stand where their first member stood. Cost: as common_blocks() of neighbours in that order, and what
+  // is left of n^2 small steps where groups are nested n deep.
+  void cascade_order(const i32* handles, i64 n, i64 group, i64* order);
 
   i64 trim(i64 bytes);  // parked and free pages to the system; -1 for all; returns the bytes given back
   // How much this allocator may map. With a pool of its own this is the pool's budget too.
@@ -141,11 +149,18 @@ class Cache final : public TableState {
   void set_committed(i64 index, i64 g, i64 tokens, Transaction& tx);
   void set_front(i64 index, i64 g, i64 token, Transaction& tx);
   BatchRow step_of(i64 handle, i64 g, const i32* new_tokens);
+  bool can_share(i64 g) const;
+  void arrange(const std::vector<i64>& places, i64 depth, i64 g, i64** order) const;
+  struct Alike {  // sequences with `blocks` blocks in common
+    std::vector<i64> places;
+    i64 blocks;
+  };
+  void split(std::vector<i64> places, i64 depth, i64 g, std::vector<Alike>* groups) const;
   void share_group(i64 parent, i64 child, i64 g, Transaction& tx);
   i64 block_tokens() const { return index_.block_tokens(); }
   i64 lookup(i32 root, const i32* tokens, i64 n);
   bool try_adopt(i64 handle, const Found& found);
-  MatchEnd why_not_more(i32 root, const i32* tokens, i64 n, i64 found) const;
+  MatchEnd why_not_more(const PrefixKey& key, i32 root, const i32* tokens, i64 n, i64 found) const;
   void write_committed(const i32* counts, i64 n, i64 group, bool undoable);
   void start_content(i64 index, const PrefixKey& key);
   void collect_published(i64 index, const i32* tokens, i64 count);
@@ -171,8 +186,8 @@ class Cache final : public TableState {
   Sequences sequences_;
   PrefixIndex index_;
   std::unique_ptr<PageTable> table_;
-  std::vector<Content> contents_;            // by sequence
-  std::unordered_map<i64, i32> pins_;        // pin -> the last node of its chain
+  std::vector<Content> contents_;      // by sequence
+  std::unordered_map<i64, i32> pins_;  // pin -> the last node of its chain
   i64 pins_seen_ = 0, lookup_tokens_ = 0, hit_tokens_ = 0;
   std::vector<i32> chain_, block_, leaving_;  // of the call in progress
   std::vector<Published> published_;

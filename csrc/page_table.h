@@ -68,11 +68,18 @@ class PageTable : public PageOwner {
   virtual void look_at_tail(i64 index, i64 group) = 0;
   // True if the mappings around those of `op` are as between calls: no holes, arenas in step.
   virtual bool is_whole(const Op& op) const = 0;
+  // The pages or blocks that token `token` of the sequence lies in, by arena: -1 for those that are its own.
+  virtual std::vector<i64> shared_pieces(i64 index, i64 group, i64 token) const = 0;
   // True if what the group's lengths speak of is there. Cost grows with the longest sequence there can be.
   virtual bool holds(i64 index, i64 group) const = 0;
   // Where a token of a sequence lies: bytes from the start of the group's a-th arena.
   virtual i64 offset_bytes(i64 index, i64 group, i64 a, i64 token) const = 0;
   virtual Placement place(i64 index, i64 group) const = 0;
+  // How many leading whole blocks of two sequences are the same memory, and committed in both; the first `known` are
+  // known to be. 0 where a window has dropped the front of one. Cost: a comparison for each further page or block.
+  virtual i64 common_blocks(i64 a, i64 b, i64 group, i64 known) const = 0;
+  // A number that sequences with this committed block in common agree on; others may.
+  virtual i64 block_key(i64 index, i64 group, i64 block) const = 0;
   // The most tokens one sequence could grow to with `pages` more pages (an answer for error messages).
   virtual i64 tokens_that_fit(i64 index, i64 group, i64 pages) const = 0;
   // Bytes of live tokens, padding included, each physical byte once; and physical bytes with more than one user.

@@ -118,6 +118,14 @@ bool PagedBlocks::is_mapped(i32 arena, i64 slot, i64 count) const {
   return std::all_of(pages.begin() + slot, pages.begin() + slot + count, [](i32 page) { return page >= 0; });
 }
 
+i64 PagedBlocks::common_blocks(i64 a, i64 b, i64 group, i64 known) const {
+  if (sequences_.front(a, group) > 0 || sequences_.front(b, group) > 0) return 0;
+  const Blocks& blocks = blocks_[group];
+  const i64 whole = std::min(sequences_.committed(a, group), sequences_.committed(b, group)) / blocks.tokens;
+  const i32 *mine = &blocks.table[a * blocks.per_sequence], *others = &blocks.table[b * blocks.per_sequence];
+  return std::mismatch(mine + known, mine + whole, others + known).first - mine;
+}
+
 i64 PagedBlocks::tokens_that_fit(i64 index, i64 group, i64 pages) const {
   const Blocks& b = blocks_[group];
   i64 blocks = ceil_div(sequences_.tokens(index, group), b.tokens) + b.ready + b.kept;
@@ -200,11 +208,13 @@ void PagedBlocks::pass(Blocks& b, i64 block) {
   b.passed[block] = 1;
 }
 
+void PagedBlocks::unpass(Blocks& b, i64 block) {
+  unlink(b, block);
+  b.passed[block] = 0;
+}
+
 void PagedBlocks::keep(Blocks& b, i64 block, i32 sign) {
-  if (b.passed[block]) {
-    unlink(b, block);
-    b.passed[block] = 0;
-  }
+  if (b.passed[block]) unpass(b, block);
   b.kept += sign;
   for (Class& c : b.classes) {
     for (i64 slot = first_slot(c, block), end = end_slot(c, block); slot < end; ++slot) c.kept[slot] += sign;
@@ -276,7 +286,8 @@ void PagedBlocks::change(const Op& op, bool mapped) {
   Class& c = const_cast<Class&>(class_of(a));
   std::vector<i32>& pages = pages_[a];
   for (i64 i = 0; i < op.c; ++i) {
-    if (pages[op.a + i] != (mapped ? -1 : op.b + i) || (!mapped && c.users[op.a + i] + c.kept[op.a + i] > 0 && !growing(op))) {
+    if (pages[op.a + i] != (mapped ? -1 : op.b + i) ||
+        (!mapped && c.users[op.a + i] + c.kept[op.a + i] > 0 && !growing(op))) {
       throw SpecError(std::string(mapped ? "map" : "unmap") + ": slot " + std::to_string(op.a + i) + " shows page " +
                       std::to_string(pages[op.a + i]) + " and has " + std::to_string(c.users[op.a + i]) + " users");
     }

@@ -1,6 +1,6 @@
 // The books of the paged backend: the block tables, what each block is (unbacked, ready, referenced, cached) and which
-// pages lie under it. paged_table.cpp decides; the mappings and table entries it pushes come back through on_map, on_unmap
-// and apply, and change here only.
+// pages lie under it. paged_table.cpp decides; the mappings and table entries it pushes come back through on_map,
+// on_unmap and apply, and change here only.
 #pragma once
 
 #include <cstdint>
@@ -32,7 +32,7 @@ struct Blocks {
   std::vector<std::uint8_t> backed, passed;
   std::vector<Class> classes;
   i64 ready = 0;
-  i64 kept = 0;  // cached blocks that nobody refers to
+  i64 kept = 0;               // cached blocks that nobody refers to
   i64 cursor = kTrashBlocks;  // no unbacked block lies below
   i64 extra_refs = 0;         // references beyond the first, all blocks
   i64 fence = 0;              // the device may use freed blocks until it has passed
@@ -70,6 +70,8 @@ class PagedBlocks : public PageTable {
     return p;
   }
 
+  i64 common_blocks(i64 a, i64 b, i64 group, i64 known) const override;
+  i64 block_key(i64 index, i64 group, i64 block) const override { return entry(index, group, block); }
   i64 tokens_that_fit(i64 index, i64 group, i64 pages) const override;
   i64 parked_pages() const override { return idle_pages_; }
   void count_bytes(i64* used_bytes, i64* shared_bytes) const override;
@@ -95,6 +97,7 @@ class PagedBlocks : public PageTable {
   }
   // The block waits to be given up before any other, but after those that wait already.
   void pass(Blocks& b, i64 block);
+  void unpass(Blocks& b, i64 block);
   i64 first_passed(const Blocks& b) const {
     const i64 head = b.max_blocks + 1;
     return b.next[head] == head ? -1 : b.next[head];

@@ -67,6 +67,13 @@ class VirtualRows : public PageTable {
     return p;
   }
 
+  i64 common_blocks(i64 a, i64 b, i64 group, i64 known) const override;
+
+  i64 block_key(i64 index, i64 group, i64 block) const override {
+    const i64 a = first_[group], start = block * geometry_.groups[group].block_tokens * token_bytes(group, a);
+    return extent(row_of_[index], a).pages[start / page_bytes()];
+  }
+
   i64 tokens_that_fit(i64 index, i64 group, i64 pages) const override;
   i64 parked_pages() const override;
   void count_bytes(i64* used_bytes, i64* shared_bytes) const override;
@@ -115,9 +122,7 @@ class VirtualRows : public PageTable {
   }
 
   i64 content_tokens(i64 row) const { return static_cast<i64>(rows_[row].holds.size()) * index_.block_tokens(); }
-  i64 first_holder(i32 node) const {
-    return node < static_cast<i64>(holder_.size()) ? holder_[node] : -1;
-  }
+  i64 first_holder(i32 node) const { return node < static_cast<i64>(holder_.size()) ? holder_[node] : -1; }
 
   // The slots of a parked row that its content needs to be found up to its end.
   void kept(i64 row, i64 g, i64 a, i64* lo, i64* hi) const {

@@ -4,6 +4,7 @@ from kvmem.allocator import Allocator
 from kvmem.batch import Batch
 from kvmem.errors import DeviceError, KVMemError, OutOfMemory, SpecError, StaleHandle, TierError
 from kvmem.pool import PagePool
+from kvmem.prefix import Pin, PrefixMatch
 from kvmem.sequence import Sequence
 from kvmem.spec import CacheSpec, Component, Group
 from kvmem.stats import Stats
@@ -20,6 +21,8 @@ __all__ = [
     "KVMemError",
     "OutOfMemory",
     "PagePool",
+    "Pin",
+    "PrefixMatch",
     "Sequence",
     "SpecError",
     "StaleHandle",

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable
 from collections.abc import Sequence as List
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from kvmem.events import Event, EventStream
 from kvmem.layouts import GroupLayout, resolve_interleave
 from kvmem.ops import Op
 from kvmem.pool import PagePool
-from kvmem.prefix import Pin, PrefixMatch, Tokens, encode_extra_key, encode_salt, token_ids
+from kvmem.prefix import Pin, PrefixMatch, Reason, Tokens, encode_extra_key, encode_salt, token_ids
 from kvmem.protocols import Sizes
 from kvmem.sequence import Sequence
 from kvmem.spec import CacheSpec
@@ -34,7 +34,11 @@ from kvmem.views import CacheTensor, block_view, row_view
 __all__ = ["Allocator"]
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
+
     from kvmem.arrays import Handles
+
+    Order = npt.NDArray[np.int64]
 
 
 _NO_TOKENS = np.empty(0, np.int32)
@@ -92,7 +96,7 @@ class Allocator:
         zero: Literal["never", "fresh", "always"] = "fresh",
         prefix_cache: bool = True,
         partial_reuse: bool = True,
-        policy: str = "lru",
+        policy: str = "density",
         cached_rows: int | None = None,
         events: int = 0,
         pool: PagePool | None = None,
@@ -104,6 +108,7 @@ class Allocator:
             raise SpecError(f"spec: got {type(spec).__name__}; must be a CacheSpec, see CacheSpec.from_config()")
         check_choice("backend", backend, tuple(BACKENDS))
         check_choice("zero", zero, ("never", "fresh", "always"))
+        check_choice("policy", policy, tuple(_core.eviction_policy_names()))
         self.spec, self.backend = spec, backend
         self.max_sequences = check_size("max_sequences", max_sequences)
         self.max_tokens = check_size("max_tokens", max_tokens)
@@ -217,8 +222,8 @@ class Allocator:
 
     def match(self, tokens: Tokens, *, salt: str | bytes | None = None, extra_key: Key = None) -> PrefixMatch:
         """How much of ``tokens`` is cached, and why not more. Changes nothing, not even what is forgotten next."""
-        found = self.core.match(token_ids(tokens), encode_salt(salt), encode_extra_key(extra_key))
-        return PrefixMatch(*found)
+        found, reason = self.core.match(token_ids(tokens), encode_salt(salt), encode_extra_key(extra_key))
+        return PrefixMatch(found, cast(Reason, reason))
 
     def pin(self, tokens: Tokens, *, salt: str | bytes | None = None, extra_key: Key = None) -> Pin:
         """Keeps the whole blocks of ``tokens`` (a system prompt) cached until ``unpin()``. ``SpecError`` when one of
@@ -340,7 +345,23 @@ class Allocator:
                 sizes = self.core.fill(ids, counts, index, rows, group.buffers)
             except TypeError as error:
                 raise not_int32(ids) from error
-            group.update(sizes)
+            group.update(sizes, self.core, ids.copy(), index)
+
+    def cascade_order(self, sequences: Iterable[Sequence | int] | Handles, *, group: int | None = None) -> Order:
+        """An order of ``sequences`` for ``Batch.cascade()``: int64 [n], a permutation of 0 to n - 1 that puts those
+        which share memory side by side, nested groups within the outer ones.
+
+        Stable: a group stands where its first member stood, and what shares nothing keeps its place among the others.
+        group: of the spec, default the first that grows with the tokens. Cost: as of comparing neighbours; 0.2 ms for
+        256 sequences that share 1,300 pages, or for 1,024 that share nothing.
+        """
+        ids = self._handles(sequences)
+        order = np.empty(len(ids), np.int64)
+        try:
+            self.core.cascade_order(ids, -1 if group is None else at_least_zero("group", group), order)
+        except TypeError as error:
+            raise not_int32(ids) from error
+        return order
 
     def _handle(self, sequence: Sequence | int) -> int:
         if not isinstance(sequence, Sequence):
@@ -406,8 +427,8 @@ class Allocator:
         return view.as_subclass(CacheTensor)
 
     def rows(self, layer: int, component: str = "k") -> torch.Tensor:
-        """The full rows, by name: ``[1 + max_sequences + cached_rows, row_tokens, heads, width]``, for kernels that take contiguous
-        sequences (``cache_batch_idx``, ``seqused_k``). Row r is ``batch.rows[i]``; only the tokens a sequence holds
+        """The full rows, by name: ``[1 + max_sequences + cached_rows, row_tokens, heads, width]``, for kernels that
+        take contiguous sequences (``cache_batch_idx``, ``seqused_k``). Row r is ``batch.rows[i]``; only the tokens a sequence holds
         are mapped, touching others faults. ``SpecError`` on the paged backend, which has no rows.
         """
         index = self.spec.group_of(layer, component)

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from kvmem import _core
+from kvmem.arrays import at_least_zero
+from kvmem.cascade import Cascade, Rows, make_cascade
+from kvmem.errors import SpecError
+from kvmem.spec_rules import check_size
+
+if TYPE_CHECKING:
+    from kvmem.arrays import Handles
 
 __all__ = ["Batch", "GroupBatch"]
 
@@ -88,6 +97,7 @@ class GroupBatch:
         self.block_size = block_size
         self.num_rows = self.num_new_tokens = self.num_indices = self.max_seqlen_q = self.max_seqlen_k = 0
         self._max_blocks = max_blocks
+        self._filled: tuple[_core.Cache, Handles, int] | None = None
         lengths = {
             "B": max_sequences,
             "B+1": max_sequences + 1,
@@ -116,8 +126,12 @@ class GroupBatch:
         if self._uploaded is not None:
             self._uploaded.synchronize()
 
-    def update(self, sizes: tuple[int, int, int, int, int]) -> None:
-        """Takes the sizes that the core has filled in, and uploads what is used on torch's current stream."""
+    def update(self, sizes: tuple[int, int, int, int, int], core: _core.Cache, ids: Handles, group: int) -> None:
+        """Takes the sizes that the core has filled in, and uploads what is used on torch's current stream.
+
+        core, ids, group: what ``cascade()`` asks for shared blocks; the batch keeps them, so ids must not change.
+        """
+        self._filled = (core, ids, group)
         self.num_rows, self.num_new_tokens, self.num_indices, self.max_seqlen_q, self.max_seqlen_k = sizes
         self.__dict__.pop("_views", None)
         if self._uploaded is None:
@@ -131,10 +145,58 @@ class GroupBatch:
         counts = {"B": self.num_rows, "B+1": self.num_rows + 1, "T": self.num_new_tokens, "N": self.num_indices}
         return counts.get(_FIELDS[name][1], self.num_rows * self._max_blocks)
 
+    @property
+    def drops_tokens(self) -> bool:
+        """Whether a sliding window has dropped tokens of this batch, so that kernels must be given the window."""
+        return bool(self.first_tokens_cpu.any())
+
     def full(self, name: str) -> torch.Tensor:
         """The whole buffer of a field on the device: what a captured graph is given. Its address never changes."""
         buffer = self._device[name]
         return buffer.view(-1, self._max_blocks) if name == "block_table" else buffer
+
+    def cascade(
+        self, *, max_levels: int = 3, min_tokens: int = 256, queries: GroupBatch | None = None
+    ) -> Cascade:  # fmt: skip
+        """This batch for attention that reads shared prefixes once: see ``Cascade``.
+
+        Sequences share what is the same memory in both, after ``fork()`` or a prefix hit, in whole blocks (virtual: in
+        whole pages too). Only neighbours are compared: ``Allocator.cascade_order()`` brings together what shares.
+
+        max_levels: at most so many, the last one (each sequence's own tokens) included. Each costs a kernel launch and
+            a merge of all queries. Where prefixes are nested deeper, those that save least are left out: their tokens
+            are read with what lies within.
+        min_tokens: a shared part shorter than that gets no level of its own. Default: about what a kernel loads at once
+            anyway.
+        queries: the batch that the queries are packed by where that is another group's (cross attention).
+
+        A group with a sliding window gets one level, without sharing: kernels mask a window by the end of each
+        level, and what such sequences share soon leaves the window. So do batches in which nothing is shared.
+        Call it after the fill and before anything changes its sequences. ``StaleHandle`` if one was freed since,
+        ``SpecError`` for a batch that was never filled. Cost: a comparison for each shared page or block of each pair
+        of neighbours, then as for making the levels: linear in rows and blocks.
+        """
+        if self._filled is None:
+            raise SpecError("cascade: this batch was never filled; Allocator.batch() makes one that is")
+        check_size("max_levels", max_levels), at_least_zero("min_tokens", min_tokens)
+        core, ids, group = self._filled
+        cu_seqlens_q = (queries or self).cu_seqlens_q_cpu.numpy()
+        asking = np.flatnonzero(np.diff(cu_seqlens_q))
+        sharing = asking[asking < len(ids)]  # the others are padding
+        common = np.empty(max(0, len(sharing) - 1), np.int64)
+        core.common_blocks(ids[sharing], group, common)
+        # A commit since the fill must not move new tokens into a shared part: the last level alone is masked.
+        old = (self.seq_lens_cpu - self.cu_seqlens_q_cpu.diff()).numpy()[sharing] // self.block_size
+        rows = Rows(
+            cu_seqlens_q, self.kv_indptr_cpu.numpy(), self.kv_indices_cpu.numpy(), self.kv_last_page_len_cpu.numpy(),
+            self.seq_lens_cpu.numpy(), self.first_tokens_cpu.numpy(), asking,
+            np.minimum(common, np.minimum(old[:-1], old[1:])),
+        )  # fmt: skip
+        min_blocks = max(1, -(-min_tokens // self.block_size))
+        device = self.kv_indices.device
+        return make_cascade(
+            rows, block_size=self.block_size, max_levels=max_levels, min_blocks=min_blocks, device=device
+        )
 
     def __getattr__(self, name: str) -> torch.Tensor | None:
         # Only for names not set in __init__: views of the used part of a buffer, made when first asked for.
@@ -170,6 +232,12 @@ class Batch(GroupBatch):
 
     def __getattr__(self, name: str) -> torch.Tensor | None:
         return getattr(self.__dict__["_main"], name)  # type: ignore[no-any-return]
+
+    def cascade(
+        self, *, max_levels: int = 3, min_tokens: int = 256, queries: GroupBatch | None = None
+    ) -> Cascade:  # fmt: skip
+        main: GroupBatch = self.__dict__["_main"]
+        return main.cascade(max_levels=max_levels, min_tokens=min_tokens, queries=queries)
 
     def full(self, name: str) -> torch.Tensor:
         return self.__dict__["_main"].full(name)  # type: ignore[no-any-return]

@@ -33,6 +33,7 @@ __all__ = [
 MEDIA: Final = ("GPU", "CPU")  # of tier 0, 1, ... in the words of routers; tier 0 is the device, whatever it is
 _STORED, _REMOVED, _CLEARED = 0, 1, 2  # EventKind in csrc/events.h
 _CHUNK: Final = 1024  # records taken out at once when the caller wants few events
+_DEFAULTED: Final = ("extra_keys", "group_idx", "kv_cache_spec_kind", "kv_cache_spec_sliding_window")
 _UNKNOWN: Final = bytes(DIGEST_BYTES)
 _DIGEST: Final = np.dtype(f"V{DIGEST_BYTES}")
 
@@ -248,7 +249,7 @@ def to_wire(
         raise SpecError(f"got hashes={hashes!r}, form={form!r}; must be 'int' or 'bytes', and 'array' or 'map'")
     as_hash: Callable[[bytes], int | bytes] = _hash64 if hashes == "int" else bytes
     fields = [_wire_fields(event, as_hash) for event in events]
-    return [float(ts), [_as_array(f) if form == "array" else _as_map(f) for f in fields], int(dp_rank)]
+    return [float(ts), [list(f.values()) if form == "array" else _as_map(f) for f in fields], int(dp_rank)]
 
 
 def _hash64(digest: bytes) -> int:
@@ -279,17 +280,6 @@ def _wire_fields(event: Event, as_hash: Callable[[bytes], int | bytes]) -> dict[
     }
 
 
-_DEFAULTED: Final = ("extra_keys", "group_idx", "kv_cache_spec_kind", "kv_cache_spec_sliding_window")
-
-
-def _as_array(fields: dict[str, Any]) -> list[Any]:
-    """What is None and has a default may be left out at the end only."""
-    values = list(fields.values())
-    names = list(fields)
-    while names[-1] in _DEFAULTED and values[-1] is None:
-        del names[-1], values[-1]
-    return values
-
-
 def _as_map(fields: dict[str, Any]) -> dict[str, Any]:
+    """Without what is None and None by default, as the engines' encoder leaves it out of maps, but not of lists."""
     return {name: value for name, value in fields.items() if value is not None or name not in _DEFAULTED}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cache, cached_property
 
 import numpy as np
 from support import windows
@@ -18,6 +19,7 @@ MEDIA = ("GPU", "CPU")
 Held = set[tuple[int, str, bytes]]
 
 
+@cache
 def spec_of() -> kvmem.CacheSpec:
     """Two groups, full attention and a window of 40 tokens."""
     return windows(BLOCK)
@@ -47,7 +49,7 @@ class Node:
     def ordinal(self) -> int:
         return len(self.chain) // BLOCK - 1
 
-    @property
+    @cached_property
     def digest(self) -> bytes:
         salt, extra_key = root_of(self.root)
         return block_digests(spec_of(), self.chain, salt=salt, extra_key=extra_key)[-1]
@@ -145,8 +147,9 @@ class Router:
     def store(self, event: BlockStored) -> None:
         new = {(event.group, event.medium, h) for h in event.block_hashes}
         assert len(new) == len(event.block_hashes) and not new & self.held, "stored, but held already"
-        assert len(event.token_ids) == len(event.block_hashes) * BLOCK == len(event.block_hashes) * event.block_size
+        size = event.block_size
+        assert len(event.token_ids) == len(event.block_hashes) * size
         self.held |= new
         for i, digest in enumerate(event.block_hashes):
-            content = str(event.extra_key), event.token_ids[i * BLOCK : (i + 1) * BLOCK]
+            content = str(event.extra_key), event.token_ids[i * size : (i + 1) * size]
             assert self.chains.setdefault(digest, content) == content, "one digest for two contents"

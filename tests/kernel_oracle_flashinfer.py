@@ -136,6 +136,116 @@ class BatchPrefillWithPagedKVCacheWrapper(Paged):
     run = BatchDecodeWithPagedKVCacheWrapper.run
 
 
+def merge_base_2(
+    out: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_lse: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As ``merge_state`` of releases that turn two empty parts into NaN."""
+    top = torch.maximum(lse, other_lse)
+    mine, others = torch.exp2(lse - top), torch.exp2(other_lse - top)
+    total = mine + others
+    return (mine.unsqueeze(-1) * out + others.unsqueeze(-1) * other) / total.unsqueeze(-1), total.log2() + top
+
+
+class MultiLevelCascadeAttentionWrapper:
+    def __init__(self, num_levels: int, workspace: torch.Tensor | None = None, kv_layout: str = "NHD") -> None:
+        self.wrappers = [BatchPrefillWithPagedKVCacheWrapper(workspace, kv_layout) for _ in range(num_levels)]
+
+    def plan(
+        self,
+        qo_indptr_arr,
+        paged_kv_indptr_arr,
+        paged_kv_indices_arr,
+        paged_kv_last_page_len,
+        num_qo_heads,
+        num_kv_heads,
+        head_dim,
+        page_size,
+        causal=False,
+        *,
+        sm_scale=None,
+        window_left=-1,
+        q_data_type="float16",
+        kv_data_type=None,
+    ) -> None:
+        levels = zip(
+            self.wrappers,
+            qo_indptr_arr,
+            paged_kv_indptr_arr,
+            paged_kv_indices_arr,
+            paged_kv_last_page_len,
+            strict=True,
+        )
+        for i, (wrapper, qo_indptr, indptr, indices, last) in enumerate(levels):
+            assert qo_indptr[-1] == qo_indptr_arr[-1][-1], "each level covers all queries"
+            # The planner of fa3 takes max(pages - 1, 0) * page_size + last for a length, of empty groups too.
+            assert (last[indptr.diff() == 0] == 0).all()
+            wrapper.plan(
+                qo_indptr,
+                indptr,
+                indices,
+                last,
+                num_qo_heads,
+                num_kv_heads,
+                head_dim,
+                page_size,
+                causal=causal if i == len(self.wrappers) - 1 else False,
+                window_left=window_left,
+                sm_scale=sm_scale,
+                q_data_type=q_data_type,
+                kv_data_type=kv_data_type,
+            )
+
+    def run(self, q, paged_kv_cache):
+        out, lse = self.wrappers[-1].run(q, paged_kv_cache, return_lse=True)
+        for wrapper in self.wrappers[:-1]:
+            out, lse = merge_base_2(out, lse, *wrapper.run(q, paged_kv_cache, return_lse=True))
+        return out
+
+
+class BatchMLAPagedAttentionWrapper:
+    """One KV head: K is the latent and the rotary key side by side, V the latent."""
+
+    def __init__(self, workspace: torch.Tensor | None = None, backend: str = "auto") -> None:
+        pass
+
+    def plan(
+        self,
+        qo_indptr,
+        kv_indptr,
+        kv_indices,
+        kv_len_arr,
+        num_heads,
+        head_dim_ckv,
+        head_dim_kpe,
+        page_size,
+        causal,
+        sm_scale,
+        q_data_type,
+        kv_data_type,
+    ) -> None:
+        check_int32("cpu", qo_indptr=qo_indptr, kv_indptr=kv_indptr, kv_len_arr=kv_len_arr)
+        check_int32(kv_indices.device, kv_indices=kv_indices)
+        assert len(qo_indptr) == len(kv_indptr) == len(kv_len_arr) + 1 and kv_indices.shape == (kv_indptr[-1],)
+        assert torch.equal(kv_indptr.diff(), -(-kv_len_arr // page_size)), "as many pages as the length needs"
+        self.qo, self.indptr, self.indices = qo_indptr.tolist(), kv_indptr.tolist(), kv_indices
+        self.lengths, self.page_size, self.causal, self.scale = kv_len_arr.tolist(), page_size, causal, sm_scale
+        self.heads, self.widths, self.dtypes = num_heads, (head_dim_ckv, head_dim_kpe), (q_data_type, kv_data_type)
+
+    def run(self, q_nope, q_pe, ckv_cache, kpe_cache, *, return_lse=False):
+        for q, cache, width in zip((q_nope, q_pe), (ckv_cache, kpe_cache), self.widths, strict=True):
+            assert q.shape == (self.qo[-1], self.heads, width) and cache.shape[1:] == (self.page_size, width)
+            assert (q.dtype, cache.dtype) == self.dtypes and type(cache) is torch.Tensor
+            assert cache.stride(-1) == 1 and all(0 < s < 2**32 for s in cache.stride())
+        q, parts = torch.cat([q_nope, q_pe], -1), []
+        for b, length in enumerate(self.lengths):
+            ids = self.indices[self.indptr[b] : self.indptr[b + 1]].tolist()
+            ckv, kpe = (gather(cache, ids, length).unsqueeze(1) for cache in (ckv_cache, kpe_cache))
+            k = torch.cat([ckv, kpe], -1)
+            parts.append(attend(q[self.qo[b] : self.qo[b + 1]], k, ckv, scale=self.scale, causal=self.causal))
+        out, lse = pack(parts)
+        return (out, lse / math.log(2)) if return_lse else out
+
+
 class BatchAttention(Paged):
     def plan(
         self,

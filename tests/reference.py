@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import kvmem
 
@@ -20,12 +21,13 @@ def up(a: int, b: int) -> int:
 
 
 class Piece:
-    """A page (virtual) or one arena's part of a block (paged), and the handles of the sequences that hold it."""
+    """A page (virtual) or one arena's part of a block (paged), and the handles of the sequences that hold it.
+    ``content``: what else may read it, a published node (reference_prefix.py)."""
 
-    __slots__ = ("holders",)
+    __slots__ = ("content", "holders")
 
-    def __init__(self, holders: Iterable[int] = ()) -> None:
-        self.holders = set(holders)
+    def __init__(self, holders: Iterable[int] = (), content: Any = None) -> None:
+        self.holders, self.content = set(holders), content
 
 
 @dataclass
@@ -101,6 +103,10 @@ class Model:
         piece.holders.discard(handle)
         self.live_pieces -= not piece.holders
 
+    def _is_read_by_others(self, piece: Piece) -> bool:
+        """Asked of a piece that one of its holders is about to write."""
+        return len(piece.holders) > 1
+
     def _span(self, g: int, arena: int, first: int, tokens: int) -> tuple[int, int]:
         """The pieces that tokens [first, tokens) lie in, with the guard behind them."""
         rules = self.groups[g]
@@ -117,7 +123,7 @@ class Model:
                 self._drop(handle, here, ordinal)
             if write_from is not None:
                 start = write_from * self.groups[g].token_bytes[arena] // self.groups[g].piece_bytes[arena]
-                for ordinal in [o for o in here if o >= start and len(here[o].holders) > 1]:
+                for ordinal in [o for o in here if o >= start and self._is_read_by_others(here[o])]:
                     self._drop(handle, here, ordinal)
             for ordinal in range(low, high):
                 if ordinal not in here:
@@ -132,7 +138,7 @@ class Model:
 
         def clone(piece: Piece) -> Piece:
             if id(piece) not in clones:
-                clones[id(piece)] = Piece(piece.holders)
+                clones[id(piece)] = Piece(piece.holders, piece.content)
             return clones[id(piece)]
 
         twin.sequences = {

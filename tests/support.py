@@ -76,6 +76,13 @@ def windows(block_size: int) -> kvmem.CacheSpec:
     return kvmem.CacheSpec((full, local), block_size=block_size)
 
 
+def hybrid_windows(block_size: int) -> kvmem.CacheSpec:
+    """As ``windows``, with equal blocks: only then do prefixes mean the same in both groups."""
+    k, v = _component("k", heads=2, width=8, rope="post"), _component("v", heads=2, width=8)
+    groups = (kvmem.Group("full", (k, v), (0, 3)), kvmem.Group("local", (k, v), (1, 2), window_tokens=100))
+    return kvmem.CacheSpec(groups, block_size=block_size)
+
+
 def all_windows(block_size: int) -> kvmem.CacheSpec:
     return kvmem.CacheSpec.kv(
         num_layers=2, num_kv_heads=2, head_dim=8, dtype=HALF, block_size=block_size, window_tokens=48
@@ -118,6 +125,7 @@ LAYOUTS = {
     "latent G=1": Layout(latent, 1),
     "unequal widths": Layout(unequal, 2),
     "two windows": Layout(windows),
+    "full and window": Layout(hybrid_windows),
     "window G=1": Layout(all_windows, 1),
     "encoder decoder": Layout(encoder_decoder),
     "recurrent": Layout(recurrent, 1),

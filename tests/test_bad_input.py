@@ -80,7 +80,7 @@ def test_extend_by_a_wrong_count(world: World, count: Any, error: Any, words: st
         (2**31, "tokens: got 2147483648"),
         (2**63 - 1, "tokens: got 9223372036854775807"),
         ([1, 2, 3, 4, 5, 6], "asked to commit 6"),
-        ([-1], "the id -1"),
+        ([-1], "got ids from -1 to -1"),
         ([[1, 2]], r"shape \(1, 2\)"),
         ([1.5], "float"),
         (True, "bool"),

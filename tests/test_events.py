@@ -277,6 +277,15 @@ def test_poll_gives_no_more_than_asked_and_no_event_twice() -> None:
             stream.poll(bad)
 
 
+def test_a_restart_forgets_what_was_waiting() -> None:
+    ring = _core.EventRing(64, BLOCK)
+    stream = stream_of(ring)
+    for i in range(5):
+        ring.stored(i, -1, 0, 0, 0, block(i))
+    assert len(stream.poll(2)) == 2
+    assert stream.poll(1, restart=True) == [AllBlocksCleared()] and stream.poll() == []
+
+
 def test_a_record_that_cannot_be_is_an_error_not_a_wrong_hash() -> None:
     for node in (0, 700):
         ring = _core.EventRing(8, BLOCK)

@@ -24,7 +24,8 @@ LEVELS: dict[str, int] = {
     name: level
     for level, names in enumerate(
         [
-            "_core arrays batch digests errors events model_config model_families ops spec spec_component spec_rules stats units",
+            "_core arrays batch cascade digests errors events model_config model_families ops spec spec_component "
+            "spec_rules stats units",
             "protocols",
             "backends device eviction layouts prefix tiers transfer",
             "allocator pool sequence views",

@@ -10,22 +10,28 @@ import kvmem
 
 NAMES = [
     "Allocator", "Batch", "CacheSpec", "Component", "DeviceError", "Group", "KVMemError", "OutOfMemory", "PagePool",
-    "Sequence", "SpecError", "StaleHandle", "Stats", "TierError",
+    "Pin", "PrefixMatch", "Sequence", "SpecError", "StaleHandle", "Stats", "TierError",
 ]  # fmt: skip
 
 # Parameters without annotations: name, "=" where there is a default, and "*" before what is keyword-only.
 SIGNATURES = {
     "Allocator": "spec, *, backend=, device=, memory=, max_sequences, max_tokens, page_bytes=, interleave=, "
-    "map_ahead_tokens=, tail_guard_tokens=, zero=, pool=, record_ops=, debug=, driver=",
-    "Allocator.sequence": "self, tokens=",
+    "map_ahead_tokens=, tail_guard_tokens=, zero=, prefix_cache=, partial_reuse=, policy=, cached_rows=, events=, pool=, "
+    "record_ops=, debug=, driver=",
+    "Allocator.sequence": "self, tokens=, *, salt=, extra_key=",
+    "Allocator.match": "self, tokens, *, salt=, extra_key=",
+    "Allocator.pin": "self, tokens, *, salt=, extra_key=",
+    "Allocator.clear_cache": "self",
+    "Allocator.events": "self, max_events=, *, restart=",
     "Allocator.open_batch": "self, n",
     "Allocator.extend_batch": "self, ids, counts",
     "Allocator.try_extend_batch": "self, ids, counts",
-    "Allocator.commit_batch": "self, ids, counts",
+    "Allocator.commit_batch": "self, ids, counts, tokens=",
     "Allocator.free_batch": "self, ids",
     "Allocator.batch": "self, sequences, *, new_tokens=, out=, pad_to=",
     "Allocator.make_batch": "self, *, max_sequences=, max_new_tokens, max_tokens=",
     "Allocator.fill": "self, ids, batch, *, new_tokens=, pad_to=",
+    "Allocator.cascade_order": "self, sequences, *, group=",
     "Allocator.kv": "self, layer",
     "Allocator.tensor": "self, layer, component",
     "Allocator.rows": "self, layer, component=",
@@ -42,10 +48,15 @@ SIGNATURES = {
     "Sequence.commit": "self, tokens, *, group=",
     "Sequence.truncate": "self, num_tokens",
     "Sequence.fork": "self",
+    "Sequence.pin": "self, num_tokens=",
+    "Sequence.retain": "self, start=, end=, *, priority, ttl=",
+    "Sequence.snapshot": "self",
+    "Pin.unpin": "self",
     "Sequence.free": "self",
     "Sequence.kv": "self, layer",
     "Batch.group": "self, index",
     "Batch.full": "self, name",
+    "Batch.cascade": "self, *, max_levels=, min_tokens=, queries=",
     "PagePool": "*, device=, memory, page_bytes=, driver=",
     "PagePool.set_memory": "self, memory",
     "CacheSpec.from_config": "config, *, dtype=, block_size=",
@@ -85,6 +96,7 @@ def test_stats_fields() -> None:
     assert [f.name for f in dataclasses.fields(kvmem.Stats)] == [
         "reserved_bytes", "budget_bytes", "created_bytes", "free_bytes", "physical_bytes", "mapped_bytes", "used_bytes",
         "shared_bytes", "parked_bytes", "wasted_bytes", "driver_calls", "num_sequences", "max_sequences",
+        "cached_bytes", "cached_blocks", "pinned_blocks", "evicted_blocks", "lookup_tokens", "hit_tokens",
     ]  # fmt: skip
 
 

@@ -13,8 +13,9 @@ README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
 
 
 @pytest.mark.parametrize("backend", ["virtual", "paged"])
-def test_the_decoder_of_the_readme_runs(backend: str) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+def test_the_code_of_the_readme_runs(backend: str) -> None:
+    """All of it in one process, from top to bottom: what comes later goes on with what came first."""
+    code = "\n".join(re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL))
     assert 'backend="virtual"' in code
     code = code.replace('backend="virtual"', f'backend="{backend}"')
     code = "import torch; torch.manual_seed(1)\n" + code

@@ -3,7 +3,8 @@
 ========================  ======================================================================================
 ``reference``             attention in plain torch: ``sdpa`` for use on a CPU, ``oracle`` in float64 for tests
 ``write``                 new K/V into the cache by ``slot_mapping``
-``flashinfer``            arguments for FlashInfer's wrappers and for its append
+``flashinfer``            arguments for FlashInfer's wrappers, cascades among them, and for its append
+``flashinfer_mla``        arguments for FlashInfer's MLA wrapper
 ``flash_attention``       arguments for FlashAttention 2 and 3
 ``torch_ops``             the FlashAttention that is inside torch
 ``merge``                 joins attention over two parts of a context

@@ -20,18 +20,21 @@ from typing import Any
 import torch
 
 from kvmem.batch import GroupBatch
+from kvmem.cascade import Cascade
 from kvmem.errors import SpecError
 from kvmem.kernels.rules import STRIDE_LIMIT, check_cache, flat_tokens, host, rows_of, window_left
 
 __all__ = [
-    "TAIL_GUARD_TOKENS", "Ragged", "append_args", "batch_attention_plan", "cache_of", "decode_plan", "natural_lse",
-    "prefill_plan", "ragged_cache_of", "ragged_plan",
+    "TAIL_GUARD_TOKENS", "Ragged", "append_args", "batch_attention_plan", "cache_of", "cascade_plan", "decode_plan",
+    "natural_lse", "prefill_plan", "ragged_cache_of", "ragged_plan",
 ]  # fmt: skip
 
 #: Tokens past a sequence's end that a kernel may touch, so that must be mapped and finite. The paged kernels, fa2 and
 #: fa3 alike, fetch each token under a predicate of the real length. fa3 ragged goes through the TMA unit, whose
 #: descriptor knows the tensor but not the sequence: it loads tiles of up to 224 tokens and masks afterwards.
-TAIL_GUARD_TOKENS = {"decode": 0, "prefill": 0, "batch_attention": 0, "append": 0, "ragged_fa2": 0, "ragged_fa3": 256}
+TAIL_GUARD_TOKENS = {
+    "decode": 0, "prefill": 0, "batch_attention": 0, "cascade": 0, "append": 0, "ragged_fa2": 0, "ragged_fa3": 256,
+}  # fmt: skip
 
 cache_of = check_cache  # the pair that every paged ``run()`` and the append take
 
@@ -100,7 +103,7 @@ def batch_attention_plan(
     The wrapper keeps ``kv_indices`` itself, not a copy: it is the batch's buffer, valid until the next fill. ``run()``
     always returns ``(out, lse)``.
     """
-    if bool(batch.first_tokens_cpu.any()):
+    if batch.drops_tokens:
         raise SpecError(
             "BatchAttention has no sliding window, and one has dropped tokens of this batch: use prefill_plan"
         )
@@ -114,6 +117,36 @@ def batch_attention_plan(
         "page_size": batch.block_size,
         "causal": causal,
         **_common(num_query_heads, num_kv_heads, head_dim, dtype, kv_dtype or dtype, scale),
+    }
+
+
+def cascade_plan(
+    cascade: Cascade, *, num_query_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype,
+    kv_dtype: torch.dtype | None = None, scale: float | None = None, window_tokens: int | None = None,
+    causal: bool = True,
+) -> dict[str, Any]:  # fmt: skip
+    """For ``MultiLevelCascadeAttentionWrapper(len(cascade.levels), workspace).plan``: shared prefixes are read once.
+
+    The number of levels is fixed when the wrapper is made: keep one for each number that ``max_levels`` allows.
+    ``run()`` returns no lse. window_tokens: with one level only, and ``SpecError`` otherwise: the wrapper would mask
+    each level by its own end.
+    """
+    levels = cascade.levels
+    if window_tokens is not None and len(levels) > 1:
+        raise SpecError(
+            f"window_tokens: got {window_tokens} with {len(levels)} levels; the wrapper masks each level by its own "
+            "end: use prefill_plan, or make the cascade with max_levels=1"
+        )
+    return {
+        "qo_indptr_arr": [level.qo_indptr_cpu for level in levels],
+        "paged_kv_indptr_arr": [level.kv_indptr_cpu for level in levels],
+        "paged_kv_indices_arr": [level.kv_indices for level in levels],
+        "paged_kv_last_page_len": [level.kv_last_page_len_cpu for level in levels],
+        "head_dim": head_dim,
+        "page_size": cascade.block_size,
+        "causal": causal,
+        "window_left": window_left(cascade, window_tokens, causal),
+        **_common(num_query_heads, num_kv_heads, head_dim, dtype, kv_dtype, scale),
     }
 
 

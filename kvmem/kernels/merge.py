@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from functools import reduce
+
 import torch
 
-__all__ = ["merge"]
+__all__ = ["merge", "merge_levels"]
 
 
 def merge(
@@ -21,3 +24,8 @@ def merge(
     share_a = torch.exp(lse_a - lse).masked_fill(nothing, 0).unsqueeze(-1)
     share_b = torch.exp(lse_b - lse).masked_fill(nothing, 0).unsqueeze(-1)
     return (out_a.to(lse.dtype) * share_a + out_b.to(lse.dtype) * share_b).to(out_a.dtype), lse
+
+
+def merge_levels(parts: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """``merge`` of one ``(out, lse)`` or more: of the levels of a ``Cascade``, in any order."""
+    return reduce(lambda joined, part: merge(*joined, *part), parts)

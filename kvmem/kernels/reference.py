@@ -12,10 +12,12 @@ import torch
 import torch.nn.functional as F
 
 from kvmem.batch import GroupBatch
+from kvmem.cascade import Cascade, CascadeLevel
 from kvmem.errors import SpecError
+from kvmem.kernels.merge import merge_levels
 from kvmem.kernels.rules import flat_tokens, plain
 
-__all__ = ["oracle", "sdpa", "sdpa_lse"]
+__all__ = ["cascade_attention", "level_attention", "oracle", "sdpa", "sdpa_lse"]
 
 Cache = tuple[torch.Tensor, torch.Tensor]
 
@@ -98,6 +100,53 @@ def sdpa_lse(
         q, cache, batch, scale=scale, causal=causal, window_tokens=window_tokens, queries=queries, dtype=torch.float32
     )
     return out.to(q.dtype), lse
+
+
+def cascade_attention(
+    q: torch.Tensor, cache: Cache, cascade: Cascade, *, scale: float | None = None, causal: bool = True,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """``(out, lse)`` level by level, joined with ``merge``: what kernels without cascade support are to do too.
+
+    Arguments as for ``sdpa``; out in q's dtype, lse in ``dtype``, which all is computed in. Each shared prefix is
+    gathered once for all its queries. ``SpecError`` if a window has dropped tokens of the batch: use ``sdpa``.
+    """
+    if cascade.drops_tokens:
+        raise SpecError("cascade: a sliding window has dropped tokens of this batch; use sdpa with window_tokens")
+    own = cascade.levels[-1]
+    out, lse = merge_levels(
+        level_attention(q, cache, level, scale=scale, causal=causal and level is own, dtype=dtype)
+        for level in cascade.levels
+    )
+    return out.to(q.dtype), lse
+
+
+def level_attention(
+    q: torch.Tensor, cache: Cache, level: CascadeLevel, *, scale: float | None = None, causal: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """``(out, lse)`` of all queries over one level, in ``dtype``. Queries of a group without blocks: zeroes, -inf."""
+    out = torch.zeros(*q.shape[:2], cache[1].shape[-1], dtype=dtype, device=q.device)
+    lse = torch.full(q.shape[:2], -torch.inf, dtype=dtype, device=q.device)
+    size = cache[0].shape[1]
+    offsets = torch.arange(size, device=q.device)
+    spans = zip(
+        pairwise(level.qo_indptr_cpu.tolist()), pairwise(level.kv_indptr_cpu.tolist()), level.kv_lens_cpu.tolist(),
+        strict=True,
+    )  # fmt: skip
+    for (begin, end), (first, last), length in spans:
+        if begin == end or length == 0:
+            continue
+        # Token by token: on the virtual backend, what a block has past a sequence's end may be unmapped.
+        slots = (level.kv_indices[first:last].long().unsqueeze(1) * size + offsets).flatten()[:length]
+        k, v = (flat_tokens(blocks).index_select(0, slots).to(dtype) for blocks in cache)
+        scores = _scores(q[begin:end].to(dtype), k, scale)
+        if causal:
+            part = _Part(0, begin, end, 0, length)
+            scores.masked_fill_(~_mask(part, None, q.device), -torch.inf)
+        lse[begin:end] = scores.logsumexp(-1).T
+        out[begin:end] = _weighted(scores.softmax(-1), v)
+    return out, lse
 
 
 def _parts(

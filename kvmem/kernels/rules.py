@@ -8,9 +8,10 @@ import torch
 
 from kvmem.allocator import Allocator
 from kvmem.batch import GroupBatch
+from kvmem.cascade import Cascade
 from kvmem.errors import SpecError
 
-__all__ = ["check_cache", "check_guard", "flat_tokens", "host", "plain", "rows_of", "window_left"]
+__all__ = ["check_cache", "check_guard", "check_strides", "flat_tokens", "host", "plain", "rows_of", "window_left"]
 
 #: Kernels keep strides in uint32 (FlashInfer's ``paged_kv_t``).
 STRIDE_LIMIT = 2**32
@@ -42,14 +43,20 @@ def check_cache(k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.T
         raise SpecError(
             f"cache: K has strides {k.stride()} and V {v.stride()}; append and CUDA-core decode take equal strides only"
         )
-    if k.stride(-1) != 1:
-        raise SpecError(f"cache: the last dimension has stride {k.stride(-1)}; it must be dense (stride 1)")
-    if min(k.stride()) < 1 or max(k.stride()) >= STRIDE_LIMIT:
+    check_strides(k)
+    return plain(k), plain(v)
+
+
+def check_strides(blocks: torch.Tensor) -> None:
+    """``SpecError`` unless the last dimension is dense and each stride fits 32 bits."""
+    strides = blocks.stride()
+    if strides[-1] != 1:
+        raise SpecError(f"cache: the last dimension has stride {strides[-1]}; it must be dense (stride 1)")
+    if min(strides) < 1 or max(strides) >= STRIDE_LIMIT:
         raise SpecError(
-            f"cache: strides {k.stride()} in elements; kernels keep them in 32 bits, so each must be 1 to 2**32 - 1: "
+            f"cache: strides {strides} in elements; kernels keep them in 32 bits, so each must be 1 to 2**32 - 1: "
             "lower block_size or interleave"
         )
-    return plain(k), plain(v)
 
 
 def check_guard(alloc: Allocator, guards: Mapping[str, int], kernel: str) -> None:
@@ -84,13 +91,13 @@ def rows_of(batch: GroupBatch, why: str) -> tuple[torch.Tensor, torch.Tensor]:
     return batch.rows, batch.row_starts
 
 
-def window_left(batch: GroupBatch, window_tokens: int | None, causal: bool) -> int:
+def window_left(batch: GroupBatch | Cascade, window_tokens: int | None, causal: bool) -> int:
     """How many tokens before its own a query sees: ``window_tokens - 1``, or -1 for all of them.
 
     ``SpecError`` if the batch has dropped tokens and no window is given: the kernel would read what is not there.
     """
     if window_tokens is None:
-        if bool(batch.first_tokens_cpu.any()):
+        if batch.drops_tokens:
             raise SpecError("window_tokens: got None, but a window has dropped tokens of this batch; give the group's")
         return -1
     if window_tokens < 1 or not causal:

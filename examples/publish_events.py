@@ -1,0 +1,78 @@
+"""Tells a router which blocks are cached, as vLLM does: msgpack over ZeroMQ. Without these packages it prints instead.
+
+The router here is a subscriber in the same process: it keeps a set of block hashes, and knows from them alone how much
+of a prompt this cache would find.
+"""
+
+import time
+
+import torch
+
+import kvmem
+from kvmem.digests import block_digests
+from kvmem.events import to_wire
+
+BLOCK = 16
+TOPIC = b"kv@pod-0@tiny"  # the form in which llm-d learns the worker and the model
+
+
+class Printer:
+    def send(self, sequence, batch):
+        print(f"{TOPIC.decode()} {sequence}: {[(e[0], len(e[1]) if e[1:] else 'all') for e in batch[1]]}")
+        return batch
+
+
+class Publisher:
+    """PUB on this machine only; at most 1,000 batches wait for a subscriber that is slow."""
+
+    def __init__(self, msgpack, zmq):
+        self.msgpack, context = msgpack, zmq.Context.instance()
+        self.out, self.back = context.socket(zmq.PUB), context.socket(zmq.SUB)
+        self.out.set_hwm(1000)
+        port = self.out.bind_to_random_port("tcp://127.0.0.1")
+        self.back.setsockopt(zmq.SUBSCRIBE, b"kv@")
+        self.back.setsockopt(zmq.RCVTIMEO, 10_000)
+        self.back.connect(f"tcp://127.0.0.1:{port}")
+        time.sleep(0.3)  # PUB drops what it sends before the subscriber is there
+
+    def send(self, sequence, batch):
+        """Three frames: topic, number of the batch (from a gap the router sees that it lost some), batch."""
+        self.out.send_multipart([TOPIC, sequence.to_bytes(8, "big"), self.msgpack.packb(batch)])
+        topic, number, payload = self.back.recv_multipart()
+        print(f"{topic.decode()} {int.from_bytes(number, 'big')}: {len(payload)} bytes")
+        return self.msgpack.unpackb(payload)
+
+
+def publisher():
+    try:
+        import msgpack
+        import zmq
+    except ImportError:
+        return Printer()
+    return Publisher(msgpack, zmq)
+
+
+def main():
+    spec = kvmem.CacheSpec.kv(num_layers=2, num_kv_heads=2, head_dim=16, dtype=torch.float16, block_size=BLOCK)
+    alloc = kvmem.Allocator(spec, device="cpu", memory="16MiB", max_sequences=8, max_tokens=512, events=1024)
+    out, known = publisher(), set()
+    prompts = [list(range(100)), [*range(64), *range(500, 560)], list(range(900, 980))]
+    for number, prompt in enumerate(prompts):
+        sequence = alloc.sequence(prompt)
+        rest = prompt[sequence.num_cached_tokens :]
+        sequence.extend(len(rest))
+        sequence.commit(rest)
+        sequence.free()
+        for event in out.send(number, to_wire(alloc.events(), ts=time.time()))[1]:
+            if event[0] == "AllBlocksCleared":
+                known.clear()
+            else:
+                known = known | set(event[1]) if event[0] == "BlockStored" else known - set(event[1])
+    for prompt in prompts:
+        hashes = [int.from_bytes(digest[-8:], "big") for digest in block_digests(spec, prompt)]
+        found = sum(hash in known for hash in hashes) * BLOCK
+        assert found == len(prompt) // BLOCK * BLOCK, "the router does not know what was cached"
+    print(f"the router knows {len(known)} blocks: 4 of the 7 full blocks of the second prompt are those of the first")
+
+
+main()

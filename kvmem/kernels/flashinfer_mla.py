@@ -1,0 +1,102 @@
+"""What FlashInfer's MLA wrapper, ``flashinfer.mla.BatchMLAPagedAttentionWrapper``, is to be called with.
+
+Its kernels read the latent and the rotary key of a token as they are kept, with the matrices that would make K and V of
+them absorbed into the queries and the output: one KV head, whose K is ``[ckv, kpe]`` and whose V is ``ckv``::
+
+    wrapper.plan(**mla_plan(batch, num_heads=128, head_dim_ckv=512, head_dim_kpe=64, scale=192**-0.5, dtype=...))
+    ckv, kpe = mla_cache_of(alloc.tensor(layer, "ckv"), alloc.tensor(layer, "kpe"))
+    out, lse = wrapper.run(q_nope, q_pe, ckv, kpe, return_lse=True)
+
+Read against 0.2.5 to 0.7.2. The newest deprecate the flat arguments for ``metadata=MLAPlanMetadata.csr(...)`` of the
+same four tensors, under the same names; they still take them, and older ones take nothing else. For its backends fa2
+and fa3, which read CSR. The lse is a base-2 logarithm: ``flashinfer.natural_lse``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from kvmem.batch import GroupBatch
+from kvmem.cascade import Cascade
+from kvmem.errors import SpecError
+from kvmem.kernels.rules import check_strides, host, plain
+
+__all__ = ["TAIL_GUARD_TOKENS", "mla_cache_of", "mla_cascade_plans", "mla_plan"]
+
+#: Tokens past a sequence's end that the kernels may touch: none, each is fetched under a predicate of the length.
+TAIL_GUARD_TOKENS = {"mla": 0}
+
+
+def mla_plan(
+    batch: GroupBatch, *, num_heads: int, head_dim_ckv: int, head_dim_kpe: int, scale: float, dtype: torch.dtype,
+    kv_dtype: torch.dtype | None = None, causal: bool = True,
+) -> dict[str, Any]:  # fmt: skip
+    """For ``BatchMLAPagedAttentionWrapper.plan``: any number of new tokens per row.
+
+    num_heads: of the queries. scale: has no default, since it is that of the heads before absorption (DeepSeek: ``(128
+    + 64) ** -0.5``, times what its rotary scaling adds). dtype: of the queries; kv_dtype: of the cache, default the
+    same. ``SpecError`` for a batch with a sliding window, which the kernels do not have.
+    """
+    if batch.drops_tokens:
+        raise SpecError("the MLA kernels have no sliding window, and one has dropped tokens of this batch")
+    return {
+        "qo_indptr": host(batch, "cu_seqlens_q"),
+        "kv_indptr": host(batch, "kv_indptr"),
+        "kv_indices": batch.kv_indices,
+        "kv_len_arr": host(batch, "seq_lens"),
+        "page_size": batch.block_size,
+        "causal": causal,
+        **_common(num_heads, head_dim_ckv, head_dim_kpe, scale, dtype, kv_dtype),
+    }
+
+
+def mla_cascade_plans(
+    cascade: Cascade, *, num_heads: int, head_dim_ckv: int, head_dim_kpe: int, scale: float, dtype: torch.dtype,
+    kv_dtype: torch.dtype | None = None, causal: bool = True,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """One plan for each level, since FlashInfer has no cascade for MLA: a wrapper each, run with the same queries, and
+    ``merge.merge_levels`` of their ``(out, natural_lse(lse))``. Arguments as for ``mla_plan``.
+    """
+    if cascade.drops_tokens:
+        raise SpecError("the MLA kernels have no sliding window, and one has dropped tokens of this batch")
+    return [
+        {
+            "qo_indptr": level.qo_indptr_cpu,
+            "kv_indptr": level.kv_indptr_cpu,
+            "kv_indices": level.kv_indices,
+            "kv_len_arr": level.kv_lens_cpu,
+            "page_size": cascade.block_size,
+            "causal": causal and level is cascade.levels[-1],
+            **_common(num_heads, head_dim_ckv, head_dim_kpe, scale, dtype, kv_dtype),
+        }
+        for level in cascade.levels
+    ]
+
+
+def mla_cache_of(ckv: torch.Tensor, kpe: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """``[num_blocks, block_size, width]`` each, views, for ``run()``; from ``Allocator.tensor(layer, "ckv")`` and
+    ``"kpe"``. Their strides may differ. ``SpecError`` unless both have one head, equal blocks and one dtype.
+    """
+    if ckv.ndim != 4 or kpe.ndim != 4 or ckv.shape[:3] != kpe.shape[:3] or ckv.shape[2] != 1 or ckv.dtype != kpe.dtype:
+        raise SpecError(
+            f"cache: ckv is {tuple(ckv.shape)} {ckv.dtype} and kpe {tuple(kpe.shape)} {kpe.dtype}; MLA kernels take "
+            "[num_blocks, block_size, 1, width] with equal blocks, and one dtype"
+        )
+    for blocks in (ckv, kpe):
+        check_strides(blocks)
+    return plain(ckv).squeeze(2), plain(kpe).squeeze(2)
+
+
+def _common(
+    num_heads: int, head_dim_ckv: int, head_dim_kpe: int, scale: float, dtype: torch.dtype, kv_dtype: torch.dtype | None
+) -> dict[str, Any]:  # fmt: skip
+    return {
+        "num_heads": num_heads,
+        "head_dim_ckv": head_dim_ckv,
+        "head_dim_kpe": head_dim_kpe,
+        "sm_scale": scale,
+        "q_data_type": dtype,
+        "kv_data_type": dtype if kv_dtype is None else kv_dtype,
+    }

@@ -1,0 +1,490 @@
+"""What prefix sharing must do on every backend, device and layout. As conformance.py, which it belongs to: each function
+is a test, and everything it does is compared with the reference model on the way, every byte of every token included."""
+
+from __future__ import annotations
+
+from conformance import Make
+from lockstep_prefix import NO_ROOT, PrefixLockstep
+from reference_prefix import Root
+
+
+def text(n: int, seed: int = 1) -> list[int]:
+    """``n`` token ids that differ from place to place and from seed to seed."""
+    return [(i * 7919 + seed * 104729) % 50_000 for i in range(n)]
+
+
+def world(make: Make, *, plentiful: bool = True, **options: object) -> PrefixLockstep:
+    options = {"max_tokens": 1500, "max_sequences": 24, "record_ops": True} | options
+    alloc = make(**options)
+    return PrefixLockstep(alloc, contents=alloc.device.type != "meta", plentiful=plentiful)
+
+
+def grow(pair: PrefixLockstep, tokens: list[int], root: Root = NO_ROOT) -> int:
+    """A sequence of these tokens, with a snapshot after the last whole block where the layout has a fixed state."""
+    handle = pair.open(tokens, root)
+    go_on(pair, handle, tokens)
+    return handle
+
+
+def go_on(pair: PrefixLockstep, handle: int, tokens: list[int]) -> None:
+    size = pair.model.block_tokens
+    for end in (len(tokens) // size * size, len(tokens)):
+        done = pair.model.sequences[handle][pair.model.main].committed
+        if end > done:
+            assert pair.append(handle, tokens[done:end])
+        if pair.model.can_snapshot(handle):
+            pair.snapshot(handle)
+
+
+def agree(pair: PrefixLockstep) -> None:
+    pair.agree()
+    if pair.contents:
+        pair.contents_agree()
+
+
+def cached(pair: PrefixLockstep, handle: int) -> int:
+    return pair.seqs[handle].num_cached_tokens
+
+
+# ---- Finding ---------------------------------------------------------------------------------------
+
+
+def test_a_prompt_is_found_again(make: Make) -> None:
+    pair = world(make)
+    size = pair.model.block_tokens
+    prompt = text(3 * size + 3)
+    first = grow(pair, prompt)
+    second = pair.open(prompt)
+    assert cached(pair, first) == 0
+    assert cached(pair, second) == (3 * size if pair.model.shares else 0), "the whole blocks; a tail is not published"
+    seq = pair.seqs[second]
+    assert seq.num_tokens == seq.num_committed_tokens == seq.num_cached_tokens
+    agree(pair)
+    go_on(pair, second, prompt)
+    agree(pair)
+
+
+def test_at_least_one_token_is_left_to_compute(make: Make) -> None:
+    pair = world(make)
+    size = pair.model.block_tokens
+    prompt = text(2 * size)
+    grow(pair, prompt)
+    for n in (2 * size, 2 * size + 1, size + 1, size, size - 1, 2, 1, 0):
+        handle = pair.open(prompt[:n] + text(n - 2 * size, 5))
+        assert cached(pair, handle) <= max(0, n - 1)
+        if pair.model.partial_reuse and pair.model.shares:
+            assert cached(pair, handle) == min(max(0, n - 1), 2 * size), "all but one"
+        agree(pair)
+        pair.free([handle])
+    agree(pair)
+
+
+def test_without_partial_reuse_only_whole_blocks_are_found(make: Make) -> None:
+    pair = world(make, partial_reuse=False)
+    pair.model.partial_reuse = False
+    size = pair.model.block_tokens
+    prompt = text(3 * size)
+    grow(pair, prompt)
+    for n in (3 * size, 3 * size - 1, 2 * size + 1, 2 * size, size):
+        handle = pair.open(prompt[:n])
+        assert cached(pair, handle) % size == 0
+        agree(pair)
+
+
+def test_the_tail_of_a_block_is_copied(make: Make) -> None:
+    """A prompt that leaves a cached block half way takes over the equal half, and goes on without disturbing it."""
+    pair = world(make)
+    size = pair.model.block_tokens
+    prompt = text(2 * size)
+    first = grow(pair, prompt)
+    branch = prompt[: size + size // 2] + text(size, 9)
+    second = pair.open(branch)
+    if pair.model.partial_reuse and pair.model.shares:
+        assert cached(pair, second) == size + size // 2
+    go_on(pair, second, branch)
+    agree(pair)
+    third = pair.open([*prompt, 1])
+    if pair.model.partial_reuse and pair.model.shares:
+        assert cached(pair, third) == 2 * size
+    pair.free([first])
+    agree(pair)
+
+
+def test_of_many_continuations_the_nearest_is_copied(make: Make) -> None:
+    pair = world(make)
+    size = pair.model.block_tokens
+    start = text(size)
+    if not (pair.model.partial_reuse and pair.model.shares):
+        return  # nothing is copied: the layout has a fixed state, or shares nothing
+    for same in (1, 3, 2):
+        pair.free([grow(pair, start + text(size, 2)[:same] + text(size - same, 10 + same))])
+    handle = pair.open(start + text(size, 2) + [1])
+    assert cached(pair, handle) == size + 3
+    agree(pair)
+
+
+def test_why_a_match_is_not_longer(make: Make) -> None:
+    pair = world(make)
+    size = pair.model.block_tokens
+    prompt, other = text(2 * size), text(3 * size, 2)
+    grow(pair, prompt)
+    reasons = {
+        "complete": prompt[:1],
+        "never seen": [*other, 1],
+        "shorter than a block": [*prompt, 50_001, 2],
+        "other salt": [*prompt, 1],
+    }
+    for reason, tokens in reasons.items():
+        found = pair.match(tokens, ("x", None) if reason == "other salt" else NO_ROOT)
+        assert found.reason == reason or not pair.model.shares, (reason, found)
+        assert found.reason == "off" or pair.model.shares
+    assert pair.match([]).num_tokens == 0
+
+
+def test_nothing_published_is_nothing_found(make: Make) -> None:
+    """Tokens that are counted, not named, are nobody's prefix; nor is anything after them."""
+    pair = world(make)
+    size = pair.model.block_tokens
+    prompt = text(4 * size)
+    handle = pair.open()
+    assert pair.append(handle, prompt[:size])
+    assert pair.extend({handle: size})
+    pair.write([handle])
+    pair.commit({handle: size})
+    assert pair.append(handle, prompt[2 * size :])
+    if not pair.model.fixed:
+        assert pair.match(prompt).num_tokens == (size if pair.model.shares else 0)
+    agree(pair)
+    if pair.model.least_tokens(handle) <= size:
+        pair.truncate(handle, size)  # back to where everything is known
+        assert pair.append(handle, prompt[size:])
+        if not pair.model.fixed:
+            assert pair.match([*prompt, 1]).num_tokens == (4 * size if pair.model.shares else 0)
+    agree(pair)
+
+
+def test_a_block_is_published_when_it_is_full(make: Make) -> None:
+    """Token by token, as decoding does: found after the last one of the block, not before."""
+    pair = world(make)
+    size = pair.model.block_tokens
+    prompt = text(2 * size + 1)
+    handle = pair.open()
+    for n, token in enumerate(prompt[:-1], 1):
+        assert pair.append(handle, [token])
+        if n % size in (0, 1, size - 1):
+            found = pair.match([*prompt[:n], 1]).num_tokens
+            if pair.model.fixed or not pair.model.shares:
+                assert found == 0
+            else:
+                assert n // size * size >= found == pair.model.match(NO_ROOT, [*prompt[:n], 1])
+    agree(pair)
+
+
+def test_batches_publish_as_single_calls_do(make: Make) -> None:
+    pair = world(make)
+    size = pair.model.block_tokens
+    prompts = [text(2 * size + n, 20 + n) for n in range(3)]
+    handles = [pair.open(prompt) for prompt in prompts]
+    assert pair.extend({h: len(p) for h, p in zip(handles, prompts, strict=True)})
+    pair.commit_ids(dict(zip(handles, prompts, strict=True)))
+    for prompt in prompts:
+        pair.match(prompt)
+    agree(pair)
+
+
+# ---- Holding the bytes once ------------------------------------------------------------------------
+
+
+def test_ten_sequences_hold_a_common_prefix_once(make: Make) -> None:
+    pair = world(make)
+    if not pair.model.shares:
+        return  # a layout with cross attention, where the encoder's output is part of the prefix
+    size, page = pair.model.block_tokens, pair.alloc.pool.page_bytes
+    prompt = text(-(-1024 // size) * size)
+    grow(pair, prompt)
+    one = pair.alloc.stats()
+    for n in range(9):
+        handle = pair.open([*prompt, n])
+        assert cached(pair, handle) == len(prompt)
+        assert pair.append(handle, [n])
+    ten = pair.alloc.stats()
+    agree(pair)
+    tails = 0  # what a sequence may need beside the prefix: the piece that its last token lies in, and the fixed state
+    for rules in pair.model.groups:
+        for token_bytes, piece in zip(rules.token_bytes, rules.piece_bytes, strict=True):
+            whole = -(-piece // page) * page
+            tails += 2 * whole + -(-rules.guard_tokens * token_bytes // page) * page
+    assert ten.used_bytes - one.used_bytes <= 9 * tails
+    live = [s.mapped_bytes - s.parked_bytes for s in (one, ten)]
+    assert live[1] - live[0] <= 9 * tails + 2 * page * len(pair.model.groups), "by the ledger of pages"
+    if pair.contents and ten.physical_bytes:
+        grown = ten.physical_bytes - one.physical_bytes
+        assert grown <= ten.created_bytes - one.created_bytes + 9 * tails, "by what the system really holds"
+        assert ten.physical_bytes <= ten.created_bytes
+    if not pair.model.windows and not pair.model.fixed:
+        assert ten.shared_bytes >= one.used_bytes - tails, "and all but the tail is read by more than one"
+
+
+def test_two_that_compute_the_same_both_have_it(make: Make) -> None:
+    """Neither knew of the other when it began. Paged: one block is left; virtual: both rows stay."""
+    pair = world(make)
+    size = pair.model.block_tokens
+    prompt = text(2 * size + 1)
+    one, two = pair.open(prompt), pair.open(prompt)
+    assert cached(pair, one) == cached(pair, two) == 0
+    go_on(pair, one, prompt)
+    before = pair.alloc.stats().used_bytes
+    go_on(pair, two, prompt)
+    agree(pair)
+    if not pair.virtual and pair.model.shares:
+        tables = [pair.alloc.batch([h]).group(pair.model.main).block_table for h in (one, two)]
+        blocks = 2 * size // pair.model.groups[pair.model.main].block_tokens
+        assert tables[0] is not None and tables[1] is not None
+        if not pair.model.windows:
+            assert tables[0][0, :blocks].equal(tables[1][0, :blocks]), "one block, two readers"
+            assert tables[0][0, blocks] != tables[1][0, blocks], "the tail is each one's own"
+    assert pair.alloc.stats().used_bytes > before
+    pair.free([one])
+    agree(pair)
+    third = pair.open(prompt)
+    if pair.model.shares:
+        assert cached(pair, third) == 2 * size
+    agree(pair)
+
+
+def test_a_writer_that_turns_back_leaves_the_copy_of_the_other(make: Make) -> None:
+    """One and two hold the same prompt, each its own; one goes back and writes something else over it."""
+    pair = world(make)
+    size = pair.model.block_tokens
+    prompt = text(3 * size)
+    one, two = pair.open(prompt), pair.open(prompt)
+    go_on(pair, one, prompt)
+    go_on(pair, two, prompt)
+    back = max(pair.model.least_tokens(one), size + 1)
+    pair.truncate(one, back)
+    assert pair.append(one, text(2 * size, 77))
+    agree(pair)
+    third = pair.open([*prompt, 1])
+    if not pair.model.fixed and pair.model.shares:
+        assert cached(pair, third) == 3 * size
+    agree(pair)
+    pair.free([two])
+    fourth = pair.open([*prompt, 2])
+    go_on(pair, fourth, [*prompt, 2])
+    agree(pair)
+
+
+def test_copy_on_write_touches_the_tail_only(make: Make) -> None:
+    """The bytes copied for a hit, and for the write after it: at most a page per arena, or a block."""
+    pair = world(make)
+    size, page = pair.model.block_tokens, pair.alloc.pool.page_bytes
+    prompt = text(4 * size)
+    grow(pair, prompt)
+    for cut in (4 * size, 4 * size - 1, 3 * size + 1, 2 * size + size // 2):
+        take(pair)
+        handle = pair.open([*prompt[:cut], 1, 2])
+        assert pair.append(handle, [5])
+        copies = [op for op in take(pair) if op[0] == "copy"]
+        arenas: dict[int, int] = {}
+        for _, arena, _, _, length, _ in copies:
+            arenas[arena] = arenas.get(arena, 0) + length
+        assert len(copies) == len(arenas), "one copy for each arena at most"
+        sizes = [
+            max(page, rules.block_tokens * size_) if pair.virtual else rules.block_tokens * size_
+            for rules in pair.model.groups
+            for size_ in rules.token_bytes
+        ]
+        assert all(length <= sizes[arena] for arena, length in arenas.items())
+        agree(pair)
+
+
+def take(pair: PrefixLockstep) -> list[tuple[str, int, int, int, int, int]]:
+    """The ops since the last look; the second pair of books follows them."""
+    ops = pair.alloc.take_ops()
+    if pair.pages is not None:
+        pair.pages.follow_ops(ops)
+    return ops
+
+
+# ---- Apart -----------------------------------------------------------------------------------------
+
+
+def test_invariant_9_two_salts_never_share(make: Make) -> None:
+    """Paired: whoever has the same salt and extra key shares, whoever has others does not, and no byte is another's."""
+    size = 0
+    for other in (("blue", "x"), ("red", "y"), ("red", None), (None, "x"), (None, None), ("redx", ""), (b"\0", "x")):
+        pair = world(make)
+        size = pair.model.block_tokens
+        prompt, root = text(2 * size + 2), ("red", "x")
+        grow(pair, prompt, root)
+        alone = pair.alloc.stats().used_bytes
+        same = pair.open(prompt, root)
+        assert cached(pair, same) == (2 * size if pair.model.shares else 0)
+        found = pair.match(prompt, other)
+        assert found.num_tokens == 0
+        assert found.reason == ("other salt" if pair.model.shares and not pair.model.fixed else found.reason)
+        pair.free([same])
+        stranger = grow(pair, prompt, other)
+        assert cached(pair, stranger) == 0
+        assert pair.alloc.stats().used_bytes == 2 * alone and pair.alloc.stats().shared_bytes == 0
+        agree(pair)  # the patterns follow from salt and extra key: equal tokens, other bytes
+        again = pair.open(prompt, other)
+        assert cached(pair, again) == (2 * size if pair.model.shares else 0)
+        agree(pair)
+
+
+def test_a_fork_stays_under_its_salt(make: Make) -> None:
+    pair = world(make)
+    size = pair.model.block_tokens
+    prompt = text(size, 3)
+    child = pair.fork(grow(pair, prompt, ("a", None)))
+    go_on(pair, child, prompt + text(size, 4))
+    assert pair.match(prompt + text(size, 4) + [1]).num_tokens == 0
+    assert pair.match(prompt + text(size, 4) + [1], ("a", None)).num_tokens == (2 * size if pair.model.shares else 0)
+    agree(pair)
+
+
+# ---- Going on, going back --------------------------------------------------------------------------
+
+
+def test_readers_and_the_writer_go_their_own_ways(make: Make) -> None:
+    """Every reader of a prefix writes, goes back and writes again; no byte of another changes (compared each time)."""
+    pair = world(make)
+    size = pair.model.block_tokens
+    prompt = text(3 * size)
+    handles = [grow(pair, prompt)]
+    handles += [pair.open(prompt[: 3 * size - n] + text(9, n)) for n in (0, 1, size // 2)]
+    handles.append(pair.fork(handles[0]))
+    for n, handle in enumerate(handles):
+        assert pair.append(handle, text(size + n, 30 + n))
+        agree(pair)
+    for n, handle in enumerate(handles):
+        tokens = pair.model.sequences[handle][pair.model.main].tokens
+        pair.truncate(handle, max(pair.model.least_tokens(handle), min(tokens, size + 2 * n)))
+        agree(pair)
+        assert pair.append(handle, text(2 * size, 40 + n))
+        agree(pair)
+    pair.free(handles[::2])
+    agree(pair)
+
+
+def test_what_is_freed_is_still_found(make: Make) -> None:
+    pair = world(make)
+    size = pair.model.block_tokens
+    prompt = text(3 * size)
+    pair.free([grow(pair, prompt)])
+    stats = pair.alloc.stats()
+    assert stats.used_bytes == 0
+    assert (stats.cached_bytes > 0) == pair.model.shares and stats.cached_bytes <= stats.mapped_bytes
+    second = pair.open([*prompt, 1])
+    assert cached(pair, second) == (3 * size if pair.model.shares else 0)
+    agree(pair)
+    pair.free([second])
+    pair.clear_cache()
+    assert pair.match([*prompt, 1]).num_tokens == 0 and pair.alloc.stats().cached_bytes == 0
+    agree(pair)
+
+
+def test_going_back_forgets_what_nobody_else_holds(make: Make) -> None:
+    pair = world(make)
+    size = pair.model.block_tokens
+    prompt = text(4 * size)
+    handle = grow(pair, prompt)
+    back = max(2 * size + 1, pair.model.least_tokens(handle))
+    pair.truncate(handle, back)
+    assert pair.match([*prompt, 1]).num_tokens == pair.model.match(NO_ROOT, [*prompt, 1]) <= back
+    assert pair.append(handle, prompt[back:])
+    child = pair.fork(handle)
+    pair.truncate(handle, max(2 * size + 1, pair.model.least_tokens(handle)))
+    if not pair.model.fixed and pair.model.shares:
+        assert pair.match([*prompt, 1]).num_tokens == 4 * size, "the fork keeps it"
+    agree(pair)
+    pair.free([child])
+    assert pair.append(handle, text(2 * size, 8))
+    agree(pair)
+    grow(pair, [*prompt, 1])
+    agree(pair)
+
+
+def test_clearing_leaves_what_is_used_or_pinned(make: Make) -> None:
+    pair = world(make)
+    if not pair.model.shares:
+        assert pair.alloc.clear_cache() == 0
+        return
+    size = pair.model.block_tokens
+    used, pinned, neither = (text(2 * size, n) for n in (1, 2, 3))
+    handle = grow(pair, used)
+    pair.free([grow(pair, neither)])
+    other = grow(pair, pinned)
+    pair.pin(other)
+    pair.free([other])
+    pair.clear_cache()
+    assert pair.match([*used, 1]).num_tokens == 2 * size
+    assert pair.match([*pinned, 1]).num_tokens == 2 * size
+    assert pair.match([*neither, 1]).num_tokens == 0
+    again = pair.open([*pinned, 1])
+    agree(pair)
+    pair.free([handle, again])
+    pair.unpin(0)
+    pair.clear_cache()
+    assert pair.alloc.stats().cached_bytes == 0 and pair.match([*pinned, 1]).num_tokens == 0
+    agree(pair)
+
+
+def test_off_is_off(make: Make) -> None:
+    pair = world(make, prefix_cache=False)
+    pair.model.shares = False
+    prompt = text(3 * pair.model.block_tokens)
+    pair.free([grow(pair, prompt)])
+    assert pair.match(prompt).reason == "off"
+    assert cached(pair, grow(pair, prompt)) == 0
+    assert pair.alloc.stats().cached_bytes == 0
+    agree(pair)
+
+
+def test_a_fixed_state_is_found_where_it_was_kept(make: Make) -> None:
+    """A hybrid's hit ends at a snapshot, however much attention has; the state that comes with it is of that place."""
+    pair = world(make)
+    if not pair.model.fixed:
+        return
+    size = pair.model.block_tokens
+    prompt = text(5 * size)
+    handle = pair.open(prompt)
+    assert pair.append(handle, prompt[: 2 * size])
+    assert pair.match(prompt).num_tokens == 0 and pair.match(prompt).reason == "no snapshot"
+    assert pair.snapshot(handle)
+    assert pair.append(handle, prompt[2 * size : 3 * size])
+    assert pair.snapshot(handle)
+    assert pair.append(handle, prompt[3 * size :])
+    for n, expected in ((5 * size, 3), (3 * size + 1, 3), (3 * size, 2), (2 * size + 1, 2), (2 * size, 0)):
+        assert pair.match(prompt[:n]).num_tokens == expected * size
+        reader = pair.open(prompt[:n])
+        assert cached(pair, reader) == expected * size
+        agree(pair)
+        assert pair.append(reader, text(3, n))
+        agree(pair)
+        pair.free([reader])
+    pair.free([handle])
+    reader = pair.open([*prompt, 1])
+    assert cached(pair, reader) == 3 * size
+    agree(pair)
+
+
+def test_a_window_takes_over_what_it_needs(make: Make) -> None:
+    """A sliding window group of a hit holds the window's blocks and no more; its length and front are as if computed."""
+    pair = world(make)
+    if not pair.model.windows:
+        return
+    size = pair.model.block_tokens
+    prompt = text(600 // size * size)
+    first = pair.open()
+    for start in range(0, len(prompt), size):  # as decoding or chunked prefill would
+        assert pair.append(first, prompt[start : start + size])
+    agree(pair)
+    for n in (len(prompt), len(prompt) // size // 2 * size, size):
+        reader = pair.open([*prompt[:n], 1])
+        for g in pair.model.windows:
+            assert pair.alloc.core.first_token(reader, g) == pair.model.front(g, cached(pair, reader))
+        agree(pair)
+        assert pair.append(reader, text(2 * size, n))
+        agree(pair)

@@ -1,0 +1,283 @@
+"""An allocator and the reference model of prefix sharing side by side. As lockstep.py, with token ids."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from lockstep import Lockstep
+from patterns import write_slots
+from reference import Piece
+from reference_prefix import Node, PrefixModel, Root
+from support import i32
+
+import kvmem
+from kvmem.ops import Op
+from kvmem.prefix import Pin, PrefixMatch
+
+NO_ROOT: Root = (None, None)
+
+
+class PageView:
+    """Which page each slot shows, from the records alone: a second pair of books for the virtual backend."""
+
+    def __init__(self, alloc: kvmem.Allocator) -> None:
+        self.alloc = alloc
+        self.page_at: dict[tuple[int, int], int] = {}
+        self.shown: dict[int, set[tuple[int, int]]] = {}
+        self.first_arena: list[int] = []
+        self.row_slots: list[int] = []
+        for geometry, layout in zip(alloc._geometry, alloc._layouts, strict=True):
+            self.first_arena.append(len(self.row_slots))
+            page = alloc.pool.page_bytes
+            self.row_slots += [geometry.row_tokens * size // page for size in layout.token_bytes]
+
+    def follow(self) -> None:
+        self.follow_ops(self.alloc.take_ops())
+
+    def follow_ops(self, ops: list[Op]) -> None:
+        for kind, at, a, b, c, _ in ops:
+            if kind == "map":
+                for i in range(c):
+                    self.page_at[at, a + i] = b + i
+                    self.shown.setdefault(b + i, set()).add((at, a + i))
+            elif kind == "unmap":
+                for i in range(c):
+                    self.shown[self.page_at.pop((at, a + i))].discard((at, a + i))
+
+    def elsewhere(self, g: int, arena: int, row: int, ordinal: int) -> list[tuple[int, int]]:
+        """(row, ordinal) of every other slot that shows the page at this one."""
+        at = self.first_arena[g] + arena
+        mine = (at, row * self.row_slots[at] + ordinal)
+        return [divmod(slot, self.row_slots[a]) for a, slot in self.shown[self.page_at[mine]] - {mine} if a == at]
+
+
+class PrefixLockstep(Lockstep):
+    """``plentiful``: memory and rows never run short, so that what is found must equal what the model finds."""
+
+    model: PrefixModel
+
+    def __init__(self, alloc: kvmem.Allocator, *, contents: bool = True, plentiful: bool = False) -> None:
+        super().__init__(alloc, contents=contents)
+        old = self.model
+        self.model = PrefixModel(
+            alloc.spec, virtual=self.virtual, page_bytes=old.page_bytes, interleave=alloc.interleave,
+            max_sequences=alloc.max_sequences, max_tokens=alloc.max_tokens, guard_tokens=alloc.tail_guard_tokens,
+        )  # fmt: skip
+        self.plentiful = plentiful
+        self.seqs: dict[int, kvmem.Sequence] = {}
+        self.pins: list[tuple[Pin, list[Node]]] = []
+        self.pages = PageView(alloc) if self.virtual else None
+        self.hit_tokens = self.missed_tokens = self.partial_hits = 0
+
+    # --- opening ---
+
+    def open(self, tokens: list[int] | None = None, root: Root = NO_ROOT) -> int:
+        if len(self.model.sequences) == self.alloc.max_sequences:
+            with pytest.raises(kvmem.OutOfMemory):
+                self.alloc.sequence(tokens, salt=root[0], extra_key=root[1])
+            return -1
+        most = self.model.match(root, tokens or [])
+        said = self.alloc.match(tokens or [], salt=root[0], extra_key=root[1]).num_tokens
+        seq = self.alloc.sequence(tokens, salt=root[0], extra_key=root[1])
+        cached = seq.num_cached_tokens
+        assert cached <= said <= most, "found what was never published, or was forgotten"
+        assert self.model.certain(root, tokens or []) <= said, "a block in use was not found"
+        assert not self.plentiful or cached == most, f"found {cached} of {most} tokens, with memory enough"
+        self.seqs[seq.id] = seq
+        look = self._look(seq.id) if self.virtual and cached else None
+        self.model.begin(seq.id, root, tokens or [], cached, look)
+        self.hit_tokens += cached
+        self.missed_tokens += most - cached
+        self.partial_hits += cached % self.model.block_tokens > 0
+        return seq.id
+
+    def _look(self, handle: int):  # type: ignore[no-untyped-def]
+        """Which of the live sequences' pieces the new row shows; the pages are the allocator's choice."""
+        assert self.pages is not None
+        self.pages.follow()
+        rows = [{self.alloc.core.row(h, g): h for h in self.model.sequences} for g in range(len(self.model.groups))]
+        own = [self.alloc.core.row(handle, g) for g in range(len(self.model.groups))]
+
+        def look(g: int, arena: int, ordinal: int) -> Piece | None:
+            assert self.pages is not None
+            for row, place in self.pages.elsewhere(g, arena, own[g], ordinal):
+                other = rows[g].get(row, handle)
+                if other != handle and place in (here := self.model.sequences[other][g].pieces[arena]):
+                    return here[place]
+            return None
+
+        return look
+
+    def match(self, tokens: list[int], root: Root = NO_ROOT) -> PrefixMatch:
+        """What would be found, and that asking changes nothing."""
+        before = self.alloc.stats()
+        found = self.alloc.match(tokens, salt=root[0], extra_key=root[1])
+        assert self.model.certain(root, tokens) <= found.num_tokens <= self.model.match(root, tokens)
+        assert not self.plentiful or found.num_tokens == self.model.match(root, tokens)
+        assert (found.num_tokens == max(0, len(tokens) - 1)) == (found.reason == "complete") or not self.model.shares
+        assert self.alloc.stats() == before
+        return found
+
+    # --- growing ---
+
+    def commit_ids(self, given: dict[int, list[int]]) -> None:
+        """Writes these tokens and commits them with their ids, in one batched call if there are several."""
+        for handle, ids in given.items():
+            self._write_ids(handle, ids)
+        handles, counts = i32(*given), i32(*(len(ids) for ids in given.values()))
+        if len(given) == 1:
+            for handle, ids in given.items():
+                self.seqs[handle].commit(ids)
+        else:
+            flat = np.array([token for ids in given.values() for token in ids], np.int32)
+            self.alloc.commit_batch(handles, counts, tokens=flat)
+        for handle, ids in given.items():
+            self.model.commit_ids(handle, ids)
+
+    def append(self, handle: int, ids: list[int]) -> bool:
+        """Extends by these tokens, if there is room, and commits them."""
+        done = self.extend({handle: len(ids)})
+        if done:
+            self.commit_ids({handle: ids})
+        return done
+
+    def _write_ids(self, handle: int, ids: list[int]) -> None:
+        """A known token's bytes follow from it and all before it; an unknown one's from who wrote it."""
+        n, model = len(ids), self.model
+        if model.is_known(handle):
+            writers = model.digests_of(handle, ids)
+        else:
+            self._writer += 1
+            writers = [self._writer * 1_000_003 + handle] * n
+        batch = self.alloc.batch(i32(handle), new_tokens=[n]) if self.contents and n else None
+        for g, rules in enumerate(model.groups):
+            held = model.sequences[handle][g]
+            if rules.growth == "token":
+                held.writers[held.committed : held.committed + n] = writers
+            elif rules.growth == "fixed" and held.tokens and n:
+                held.writers[0] = writers[-1]
+            if batch is None or rules.growth == "prefill" or not held.tokens:
+                continue
+            fields = batch.group(g)
+            assert fields.slot_mapping is not None and fields.positions is not None and fields.block_table is not None
+            if rules.growth == "token":
+                write_slots(
+                    self.alloc, g, fields.slot_mapping, np.array(writers, np.int64),
+                    fields.positions.numpy().astype(np.int64),
+                )  # fmt: skip
+            else:
+                slot = fields.block_table[:1, 0].long() * rules.block_tokens
+                write_slots(self.alloc, g, slot, np.array(writers[-1:], np.int64), np.zeros(1, np.int64))
+
+    # --- the rest ---
+
+    def truncate(self, handle: int, tokens: int) -> None:
+        if self.model.truncate_is_pinned(handle, tokens) and tokens >= 0:
+            with pytest.raises(kvmem.SpecError):
+                self.alloc.core.truncate(handle, tokens)
+            return
+        super().truncate(handle, tokens)
+
+    def fork(self, parent: int) -> int:
+        child = super().fork(parent)
+        if child >= 0:
+            self.seqs[child] = kvmem.Sequence(self.alloc, child)
+        return child
+
+    def free(self, handles: list[int]) -> None:
+        super().free(handles)
+        for handle in handles:
+            self.seqs.pop(handle, None)
+
+    def snapshot(self, handle: int) -> bool:
+        if not self.model.can_snapshot(handle):
+            with pytest.raises(kvmem.SpecError):
+                self.seqs[handle].snapshot()
+            return False
+        try:
+            self.seqs[handle].snapshot()
+        except kvmem.OutOfMemory:
+            assert not self.plentiful
+            return False
+        self.model.snapshot(handle)
+        return True
+
+    def pin(self, handle: int, tokens: int | None = None) -> None:
+        content = self.model.contents[handle]
+        most = len(content.tokens) if tokens is None else min(tokens, len(content.tokens))
+        pin = self.seqs[handle].pin(tokens)
+        nodes = content.chain[: most // self.model.block_tokens]
+        assert pin.num_tokens == len(nodes) * self.model.block_tokens
+        self._pinned(pin, nodes)
+
+    def pin_tokens(self, tokens: list[int], root: Root = NO_ROOT) -> bool:
+        chain = self.model.walk(root, tokens)
+        try:
+            pin = self.alloc.pin(tokens, salt=root[0], extra_key=root[1])
+        except kvmem.SpecError:
+            assert not (self.plentiful and tokens and self.model.whole(root, tokens)), "what is cached was not pinned"
+            return False
+        assert pin.num_tokens == len(tokens) // self.model.block_tokens * self.model.block_tokens
+        assert len(chain) * self.model.block_tokens == pin.num_tokens, "what was never published was pinned"
+        self._pinned(pin, chain)
+        return True
+
+    def _pinned(self, pin: Pin, nodes: list[Node]) -> None:
+        for node in nodes:
+            node.pins += 1
+        self.pins.append((pin, nodes))
+
+    def unpin(self, number: int) -> None:
+        pin, nodes = self.pins.pop(number)
+        pin.unpin()
+        for node in nodes:
+            node.pins -= 1
+        with pytest.raises(kvmem.StaleHandle):
+            pin.unpin()
+
+    def clear_cache(self) -> None:
+        nodes, forgotten = self.model.clear_cache(), self.alloc.clear_cache()
+        assert forgotten <= nodes * len(self.model.groups)
+        assert not self.plentiful or len(self.model.groups) > 1 or forgotten == nodes
+
+    def trim(self) -> None:
+        """As without sharing, where nothing that nobody uses is pinned."""
+        if not self._idle_pins():
+            super().trim()
+        else:
+            self.alloc.trim()
+
+    def set_memory(self, pages: int) -> None:
+        if not self._idle_pins():
+            super().set_memory(pages)
+
+    def _idle_pins(self) -> bool:
+        """Whether pins keep memory that no sequence uses: the model does not know how much."""
+        return any(not node.users or self.model.windows for _, nodes in self.pins for node in nodes)
+
+    # --- agreement ---
+
+    def memory_agrees(self) -> None:
+        if not self._idle_pins():
+            super().memory_agrees()
+            return
+        stats = self.alloc.stats()
+        assert stats.mapped_bytes == stats.used_bytes + stats.wasted_bytes + stats.parked_bytes
+        assert stats.created_bytes == stats.mapped_bytes + stats.free_bytes <= stats.budget_bytes
+        assert (stats.used_bytes, stats.shared_bytes) == (self.model.used_bytes(), self.model.shared_bytes())
+
+    def _must_fit(self, after) -> bool:  # type: ignore[no-untyped-def, override]
+        """Pins of what no sequence uses take memory that the model does not count."""
+        return not self._idle_pins() and super()._must_fit(after)
+
+    def known_prompts(self) -> list[list[int]]:
+        """The tokens of every live sequence, as far as known."""
+        return [content.tokens for content in self.model.contents.values()]
+
+    def contents_of(self, handle: int) -> torch.Tensor:
+        """Every byte of a sequence's tokens, in all layers and components, one after the other."""
+        from patterns import by_sequence
+
+        parts = [part.flatten() for g in range(len(self.model.groups)) for part in by_sequence(self.alloc, handle, g)]
+        return torch.cat(parts)

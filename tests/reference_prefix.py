@@ -1,0 +1,322 @@
+"""The reference model of prefix sharing: every token spelled out, every prefix compared from its first token on.
+
+What may be found is a tree of full blocks. It is an upper bound: under pressure the allocator gives up what nobody uses,
+and tells nobody. While memory is plentiful it is exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from reference import Model, Piece, Tokens
+
+import kvmem
+
+Root = tuple[str | bytes | None, str | bytes | None]
+#: How the virtual backend's model is told which page a new row shows: (group, arena, ordinal) -> that page's piece.
+Look = Callable[[int, int, int], Piece | None]
+CANDIDATES = 32
+_MASK = (1 << 61) - 1
+
+
+def digest(before: int, token: int) -> int:
+    """Names a token and all before it; what the pattern of its bytes is made from. Never 0: that is "not written"."""
+    return ((before ^ (token + 1)) * 0x9E3779B97F4A7C15 + 0x1234567) & _MASK or 1
+
+
+class Node:
+    """One full block of tokens after those of its parent. ``parts``: the groups that have it, with the pieces of each
+    arena (paged), or nothing but the fact (virtual). ``state``: the writer of a snapshot, 0 for none."""
+
+    __slots__ = ("children", "digests", "parent", "parts", "pins", "state", "tokens", "users")
+
+    def __init__(self, parent: Node | None, tokens: tuple[int, ...], before: int) -> None:
+        self.parent, self.tokens = parent, tokens
+        self.children: dict[tuple[int, ...], Node] = {}  # oldest first
+        self.parts: dict[int, list[Piece]] = {}
+        self.users = self.pins = self.state = 0
+        self.digests: list[int] = []
+        for token in tokens:
+            before = digest(before, token)
+            self.digests.append(before)
+        if not tokens:
+            self.digests.append(before)
+
+    def is_cached(self) -> bool:
+        """Whether it can still be found."""
+        if self.parent is None:
+            return True
+        return self.parent.children.get(self.tokens) is self and self.parent.is_cached()
+
+
+@dataclass
+class Content:
+    """What is known of one sequence: its first tokens, and the nodes of the whole blocks among them."""
+
+    root: Node
+    tokens: list[int] = field(default_factory=list)
+    digests: list[int] = field(default_factory=list)
+    chain: list[Node] = field(default_factory=list)
+
+    @property
+    def last_digest(self) -> int:
+        return self.digests[-1] if self.digests else self.root.digests[-1]
+
+
+def common(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two lists begin with alike."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+class MemoryOnly(Model):
+    """What is asked what would fit: as below, but for what is published."""
+
+    def _is_read_by_others(self, piece: Piece) -> bool:
+        """A block that is cached is read by whoever finds it, though its writer has turned back and nobody else is
+        left."""
+        return super()._is_read_by_others(piece) or (piece.content is not None and piece.content.is_cached())
+
+
+class PrefixModel(MemoryOnly):
+    """A model that also knows which prefixes may be found."""
+
+    def __init__(self, spec: kvmem.CacheSpec, *, partial_reuse: bool = True, **sizes: int | bool) -> None:
+        super().__init__(spec, **sizes)  # type: ignore[arg-type]
+        self.block_tokens = self.groups[self.main].block_tokens
+        sizes_of_blocks = {g.block_tokens for g in self.groups if g.growth == "token"}
+        self.shares = all(g.growth != "prefill" for g in self.groups) and len(sizes_of_blocks) == 1
+        self.fixed = [i for i, g in enumerate(self.groups) if g.growth == "fixed"]
+        self.windows = [i for i, g in enumerate(self.groups) if g.window_tokens]
+        self.partial_reuse = partial_reuse and not self.fixed
+        self.roots: dict[Root, Node] = {}
+        self.contents: dict[int, Content] = {}
+
+    # --- finding ---
+
+    def root(self, key: Root) -> Node:
+        if key not in self.roots:
+            self.roots[key] = Node(None, (), hash(("root", key)) & _MASK)
+        return self.roots[key]
+
+    def front(self, g: int, n: int) -> int:
+        """The first token that a window group holds of a sequence of ``n`` committed tokens."""
+        rules = self.groups[g]
+        if not rules.window_tokens or not n:
+            return 0
+        first = n - rules.window_tokens + 1 - rules.window_guard_tokens
+        return max(0, first // rules.block_tokens * rules.block_tokens)
+
+    def _usable(self, chain: list[Node], n: int) -> bool:
+        """Whether all groups have what a sequence of these ``n`` tokens holds, the last block perhaps in part."""
+        if self.fixed and n and not (n % self.block_tokens == 0 and chain[n // self.block_tokens - 1].state):
+            return False
+        return all(
+            g in chain[i].parts
+            for g in self.windows
+            for i in range(self.front(g, n) // self.block_tokens, -(-n // self.block_tokens))
+        )
+
+    def walk(self, key: Root, tokens: list[int]) -> list[Node]:
+        """The nodes of the whole blocks of ``tokens`` that are known, from the start on."""
+        node, chain, size = self.root(key), list[Node](), self.block_tokens
+        for start in range(0, len(tokens) - size + 1, size):
+            child = node.children.get(tuple(tokens[start : start + size]))
+            if child is None:
+                break
+            chain.append(child)
+            node = child
+        return chain
+
+    def match(self, key: Root, tokens: list[int]) -> int:
+        """How many of ``tokens`` a sequence could take over: all but the last one at most."""
+        most, size = max(0, len(tokens) - 1), self.block_tokens
+        if not self.shares:
+            return 0
+        chain = self.walk(key, tokens[:most])
+        end = len(chain) * size
+        if self.partial_reuse:
+            rest, last = tokens[end:most], chain[-1] if chain else self.root(key)
+            newest = list(last.children.values())[: -CANDIDATES - 1 : -1]
+            nearest = max(newest, key=lambda child: common(rest, child.tokens), default=None)
+            more = common(rest, nearest.tokens) if nearest is not None else 0
+            if nearest is not None and more and self._usable([*chain, nearest], end + more):
+                return end + more
+        while not self._usable(chain, end):
+            end -= size
+        return end
+
+    def whole(self, key: Root, tokens: list[int]) -> bool:
+        """Whether every whole block of ``tokens`` is there to be taken over."""
+        chain, blocks = self.walk(key, tokens), len(tokens) // self.block_tokens
+        return self.shares and len(chain) == blocks and self._usable(chain, blocks * self.block_tokens)
+
+    def certain(self, key: Root, tokens: list[int]) -> int:
+        """What no pressure can take away: whole blocks that a live sequence or a pin holds. Full attention only."""
+        if not self.shares or self.fixed or self.windows:
+            return 0
+        chain = self.walk(key, tokens[: max(0, len(tokens) - 1)])
+        return sum(self.block_tokens for node in chain if node.users or node.pins)
+
+    # --- calls ---
+
+    def open(self, handle: int) -> None:
+        super().open(handle)
+        self.contents[handle] = Content(self.root((None, None)))
+
+    def begin(self, handle: int, key: Root, tokens: list[int], cached: int, look: Look | None = None) -> None:
+        """A sequence that found ``cached`` of ``tokens``, which is what ``find()`` says or, under pressure, less."""
+        self.open(handle)
+        content = self.contents[handle] = Content(self.root(key))
+        if not cached:
+            return
+        chain = self.walk(key, tokens)[: cached // self.block_tokens]
+        assert len(chain) == cached // self.block_tokens, "tokens were found that were never published, or forgotten"
+        for node in chain:
+            node.users += 1
+            content.digests += node.digests
+        content.chain = chain
+        content.tokens = tokens[:cached]
+        for token in tokens[len(content.digests) : cached]:
+            content.digests.append(digest(content.last_digest, token))
+        for g, rules in enumerate(self.groups):
+            held = self.sequences[handle][g]
+            if rules.growth == "fixed":
+                assert chain[-1].state, "a fixed state was found where no snapshot was taken"
+                held.tokens, held.committed, held.writers = 1, 1, [chain[-1].state]
+            else:
+                held.tokens = held.committed = cached
+                held.first, held.writers = self.front(g, cached), content.digests[:]
+            if rules.window_tokens and rules.window_tokens <= cached:
+                self.trash.add(g)
+            if look is None:
+                self._hold_chain(handle, g, held, chain)
+            elif rules.growth != "fixed":
+                self._hold_seen(handle, g, held, look)
+            self._settle(handle, g)
+
+    def _hold_chain(self, handle: int, g: int, held: Tokens, chain: list[Node]) -> None:
+        """Paged: the very blocks of the chain, as far as the window needs them."""
+        if self.groups[g].growth == "fixed":
+            return
+        for ordinal in range(held.first // self.block_tokens, len(chain)):
+            for here, piece in zip(held.pieces, chain[ordinal].parts[g], strict=True):
+                self._hold(handle, here, ordinal, piece)
+
+    def _hold_seen(self, handle: int, g: int, held: Tokens, look: Look) -> None:
+        for arena, here in enumerate(held.pieces):
+            for ordinal in range(*self._span(g, arena, held.first, held.tokens)):
+                if (piece := look(g, arena, ordinal)) is not None:
+                    self._hold(handle, here, ordinal, piece)
+
+    def is_known(self, handle: int) -> bool:
+        return len(self.contents[handle].tokens) == self.sequences[handle][self.main].committed
+
+    def digests_of(self, handle: int, ids: list[int]) -> list[int]:
+        """The writers of these tokens, should they be committed next."""
+        before, found = self.contents[handle].last_digest, []
+        for token in ids:
+            before = digest(before, token)
+            found.append(before)
+        return found
+
+    def commit_ids(self, handle: int, ids: list[int]) -> None:
+        """Known tokens: every block they fill is published, before the windows move on."""
+        content = self.contents[handle]
+        if self.is_known(handle):
+            content.digests += self.digests_of(handle, ids)
+            content.tokens += ids
+            self._publish(handle, content)
+        self.commit(handle, len(ids))
+
+    def _publish(self, handle: int, content: Content) -> None:
+        size = self.block_tokens
+        while self.shares and (len(content.chain) + 1) * size <= len(content.tokens):
+            i = len(content.chain)
+            last = content.chain[-1] if i else content.root
+            tokens = tuple(content.tokens[i * size : (i + 1) * size])
+            node = last.children.get(tokens)
+            if node is None:
+                node = last.children[tokens] = Node(last, tokens, last.digests[-1])
+            node.users += 1
+            content.chain.append(node)
+            self._add_parts(handle, node, i)
+
+    def _add_parts(self, handle: int, node: Node, ordinal: int) -> None:
+        for g, rules in enumerate(self.groups):
+            held = self.sequences[handle][g]
+            if rules.growth != "token" or ordinal * self.block_tokens < held.first:
+                continue  # or: the window dropped it before the block was full
+            if self.virtual:
+                node.parts.setdefault(g, [])
+                continue
+            mine = [here[ordinal] for here in held.pieces]
+            theirs = node.parts.setdefault(g, mine)
+            for piece in theirs:
+                piece.content = node
+            for here, old, new in zip(held.pieces, mine, theirs, strict=True):
+                if old is not new:
+                    self._drop(handle, here, ordinal)
+                    self._hold(handle, here, ordinal, new)
+
+    def truncate_is_pinned(self, handle: int, tokens: int) -> bool:
+        return any(node.pins for node in self.contents[handle].chain[tokens // self.block_tokens :])
+
+    def truncate(self, handle: int, tokens: int) -> None:
+        content, keep = self.contents[handle], tokens // self.block_tokens
+        for node in reversed(content.chain[keep:]):
+            node.users -= 1
+            if not node.users and node.parent is not None:
+                node.parent.children.pop(node.tokens, None)  # and with it all that continues it
+        del content.chain[keep:], content.tokens[tokens:], content.digests[tokens:]
+        super().truncate(handle, tokens)
+
+    def fork(self, parent: int, child: int) -> None:
+        super().fork(parent, child)
+        old = self.contents[parent]
+        self.contents[child] = Content(old.root, old.tokens[:], old.digests[:], old.chain[:])
+        for node in old.chain:
+            node.users += 1
+
+    def free(self, handle: int) -> None:
+        for node in self.contents.pop(handle).chain:
+            node.users -= 1
+        super().free(handle)
+
+    def snapshot(self, handle: int) -> None:
+        self.contents[handle].chain[-1].state = self.sequences[handle][self.fixed[0]].writers[0]
+
+    def can_snapshot(self, handle: int) -> bool:
+        known = len(self.contents[handle].tokens)
+        reserved = self.sequences[handle][self.main].tokens
+        return bool(self.fixed and self.shares and known == reserved > 0 and known % self.block_tokens == 0)
+
+    def clear_cache(self) -> int:
+        """Forgets what nobody uses or pins; returns how many nodes."""
+
+        def clear(node: Node) -> Iterator[Node]:
+            for child in list(node.children.values()):
+                if child.users or child.pins:
+                    yield from clear(child)
+                else:
+                    del node.children[child.tokens]
+                    yield from every(child)
+
+        return sum(1 for root in self.roots.values() for _ in clear(root))
+
+    def copy(self) -> Model:
+        """For questions about memory alone: what is published stays behind."""
+        twin = super().copy()
+        twin.__class__ = MemoryOnly
+        return twin
+
+    def nodes(self) -> Iterator[Node]:
+        for root in self.roots.values():
+            for child in root.children.values():
+                yield from every(child)
+
+
+def every(node: Node) -> Iterator[Node]:
+    yield node
+    for child in node.children.values():
+        yield from every(child)

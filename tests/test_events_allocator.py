@@ -1,0 +1,216 @@
+"""Cache events as an allocator makes them: what a router concludes from them is what the allocator then finds."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from event_world import Held, Router
+from support import BACKENDS, LONG, all_windows, latent, make_allocator, plain, seed_of_run, windows
+
+import kvmem
+from kvmem.digests import block_digests
+from kvmem.events import AllBlocksCleared, BlockRemoved, BlockStored
+
+pytestmark = pytest.mark.core
+BLOCK = 16
+Make = Callable[..., kvmem.Allocator]
+
+
+@pytest.fixture(params=BACKENDS)
+def make(request: pytest.FixtureRequest) -> Iterator[Make]:
+    opened: list[kvmem.Allocator] = []
+
+    def build(spec: kvmem.CacheSpec | None = None, **options: object) -> kvmem.Allocator:
+        defaults = {"events": 4096, "page_bytes": 4096, "partial_reuse": False}
+        opened.append(make_allocator(spec or plain(BLOCK), request.param, **{**defaults, **options}))
+        return opened[-1]
+
+    yield build
+    for alloc in opened:
+        assert alloc.check() == []
+
+
+def tokens(seed: int, count: int) -> list[int]:
+    return np.random.default_rng(seed).integers(0, 1000, count).tolist()  # type: ignore[no-any-return]
+
+
+def run(alloc: kvmem.Allocator, prompt: list[int], **keys: str) -> kvmem.Sequence:
+    """Computes a prompt as an engine does, and leaves the sequence open."""
+    sequence = alloc.sequence(prompt, **keys)
+    rest = prompt[sequence.num_cached_tokens :]
+    sequence.extend(len(rest))
+    sequence.commit(rest)
+    return sequence
+
+
+def snapshot(alloc: kvmem.Allocator) -> Held:
+    """What is held now, by another way than following: from the beginning."""
+    router = Router()
+    events = alloc.events(restart=True)
+    assert isinstance(events[0], AllBlocksCleared) and not any(isinstance(e, BlockRemoved) for e in events)
+    router.follow(events)
+    return router.held
+
+
+def test_full_blocks_are_told_when_they_are_committed_with_their_tokens(make: Make) -> None:
+    alloc, prompt = make(), tokens(1, 3 * BLOCK + 5)
+    sequence = alloc.sequence(prompt, salt="s", extra_key="adapter")
+    sequence.extend(len(prompt))
+    assert alloc.events() == []
+    sequence.commit(prompt[: BLOCK + 3])
+    (first,) = alloc.events()
+    sequence.commit(prompt[BLOCK + 3 :])
+    (rest,) = alloc.events()
+    digests = tuple(block_digests(alloc.spec, prompt, salt="s", extra_key="adapter"))
+    assert isinstance(first, BlockStored) and isinstance(rest, BlockStored)
+    assert (first.block_hashes, first.parent_block_hash, first.ordinal) == (digests[:1], None, 0)
+    assert (rest.block_hashes, rest.parent_block_hash, rest.ordinal) == (digests[1:], digests[0], 1)
+    assert rest.token_ids == tuple(prompt[BLOCK : 3 * BLOCK]) and rest.block_size == BLOCK
+    assert (rest.medium, rest.group, rest.group_kind, rest.extra_key) == ("GPU", 0, "full_attention", "adapter")
+    sequence.free()
+    assert alloc.events() == [], "freed is not forgotten"
+
+
+def test_what_is_found_is_not_told_again(make: Make) -> None:
+    alloc, prompt = make(), tokens(2, 4 * BLOCK + 1)
+    run(alloc, prompt)
+    alloc.events()
+    again = run(alloc, prompt)
+    other = run(alloc, [*prompt[: 2 * BLOCK], *tokens(3, BLOCK)])
+    assert again.num_cached_tokens == 4 * BLOCK and other.num_cached_tokens == 2 * BLOCK
+    (branch,) = alloc.events()
+    assert isinstance(branch, BlockStored)
+    assert branch.parent_block_hash == block_digests(alloc.spec, prompt)[1] and branch.ordinal == 2
+
+
+def test_computed_twice_side_by_side_it_is_told_once(make: Make) -> None:
+    alloc, prompt = make(), tokens(4, 2 * BLOCK)
+    both = [alloc.sequence(prompt) for _ in range(2)]
+    for sequence in both:
+        sequence.extend(len(prompt))
+        sequence.commit(prompt)
+    router = Router()
+    router.follow(alloc.events())
+    assert {h for _, _, h in router.held} == set(block_digests(alloc.spec, prompt)) and len(router.held) == 2
+    both[0].free()
+    both[1].free()
+    assert alloc.events() == []
+
+
+def test_truncate_takes_back_what_nobody_else_has(make: Make) -> None:
+    alloc, prompt = make(), tokens(5, 4 * BLOCK)
+    sequence = run(alloc, prompt)
+    alloc.events()
+    sequence.truncate(BLOCK + 4)
+    digests = block_digests(alloc.spec, prompt)
+    gone = [h for e in alloc.events() if isinstance(e, BlockRemoved) for h in e.block_hashes]
+    assert sorted(gone) == sorted(digests[1:])
+
+
+def test_clearing_leaves_what_is_pinned_or_in_use(make: Make) -> None:
+    alloc, router = make(), Router()
+    kept, used, rest = (tokens(seed, 3 * BLOCK) for seed in (6, 7, 8))
+    run(alloc, kept).free()
+    pin = alloc.pin(kept)
+    run(alloc, used)
+    run(alloc, rest).free()
+    router.follow(alloc.events())
+    alloc.clear_cache()
+    router.follow(alloc.events())
+    left = {*block_digests(alloc.spec, kept), *block_digests(alloc.spec, used)}
+    assert {h for _, _, h in router.held} == left
+    pin.unpin()
+
+
+def test_nothing_is_told_of_unknown_tokens_or_without_a_capacity(make: Make) -> None:
+    alloc = make()
+    sequence = alloc.sequence()
+    sequence.extend(2 * BLOCK)
+    sequence.commit(2 * BLOCK)
+    assert alloc.events() == []
+    silent = make(events=0)
+    run(silent, tokens(9, 2 * BLOCK))
+    assert silent.events() == []
+
+
+def test_caches_of_two_salts_have_no_hash_in_common(make: Make) -> None:
+    alloc, prompt = make(), tokens(10, 3 * BLOCK)
+    found: list[bytes] = []
+    for keys in ({}, {"salt": "a"}, {"salt": "b"}, {"extra_key": "a"}, {"salt": "a", "extra_key": "a"}):
+        run(alloc, prompt, **keys)  # type: ignore[arg-type]
+        (event,) = alloc.events()
+        assert isinstance(event, BlockStored)
+        found += event.block_hashes
+    assert len(set(found)) == len(found) == 15
+
+
+@pytest.mark.parametrize(("spec", "left"), [(plain, BLOCK), (windows, 47)])
+def test_both_backends_tell_the_same(spec: Callable[[int], kvmem.CacheSpec], left: int) -> None:
+    def told(backend: str) -> list[object]:
+        alloc = make_allocator(spec(BLOCK), backend, page_bytes=4096, events=4096)
+        sequences = [run(alloc, tokens(seed, 40 + 9 * seed)) for seed in range(3)]
+        sequences[1].truncate(left)
+        sequences[0].free()
+        run(alloc, [*tokens(0, 40)[: 2 * BLOCK], *tokens(5, 20)])
+        return list(alloc.events())
+
+    assert told("paged") == told("virtual")
+
+
+@pytest.mark.parametrize("spec", [plain, latent, windows, all_windows])
+@pytest.mark.parametrize("capacity", [8, 4096])
+def test_followed_or_asked_from_the_beginning_it_is_the_same(make: Make, spec: Callable[[int], kvmem.CacheSpec], capacity: int) -> None:  # fmt: skip
+    """Random work in little memory, so that blocks are evicted; now and then the events are fetched, or too late."""
+    seed = seed_of_run()
+    rng = np.random.default_rng(seed)
+    alloc = make(spec(BLOCK), events=capacity, memory="128KiB", max_tokens=200)
+    router = Router()
+    open_: list[kvmem.Sequence] = []
+    windowless = all(group.window_tokens is None for group in alloc.spec.groups)
+    for step in range(400 if LONG else 80):
+        begin = int(rng.integers(0, 6))
+        prompt = [*tokens(begin, int(rng.integers(1, 100))), *rng.integers(0, 1000, int(rng.integers(0, 60))).tolist()]
+        try:
+            if len(open_) < 4:
+                open_.append(run(alloc, prompt))
+        except kvmem.OutOfMemory:
+            pass
+        if open_ and rng.random() < 0.5:
+            sequence = open_.pop(int(rng.integers(0, len(open_))))
+            if windowless and rng.random() < 0.3:
+                sequence.truncate(int(rng.integers(0, sequence.num_committed_tokens + 1)))
+            sequence.free()
+        if rng.random() < 0.02:
+            alloc.clear_cache()
+        if rng.random() < 0.3:
+            router.follow(alloc.events())
+            held = set(router.held)
+            assert held == snapshot(alloc), f"step {step}"
+            if windowless:
+                known = [(0, "GPU", h) in held for h in block_digests(alloc.spec, prompt[:-1])]
+                leading = next((i for i, k in enumerate(known) if not k), len(known))
+                assert alloc.match(prompt).num_tokens == leading * BLOCK, f"step {step}"
+
+
+def test_a_thread_may_poll_while_others_work(make: Make) -> None:
+    alloc, router = make(events=64), Router()
+    done = threading.Event()
+
+    def work(seed: int) -> None:
+        for i in range(60):
+            run(alloc, tokens(100 * seed + i % 7, 70)).free()
+
+    poller = threading.Thread(target=lambda: [router.follow(alloc.events(7)) for _ in iter(done.is_set, True)])
+    poller.start()
+    with ThreadPoolExecutor(2) as pool:
+        workers = [pool.submit(work, seed) for seed in (1, 2)]
+    done.set()
+    poller.join()
+    for worker in workers:
+        worker.result()
+    router.follow(alloc.events())
+    assert router.held == snapshot(alloc)

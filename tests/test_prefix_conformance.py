@@ -1,0 +1,38 @@
+"""Prefix sharing on every backend, device and layout; ``"meta"`` among them, where there are no bytes to compare."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import cycle, product
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conformance_prefix import *  # noqa: F403 - the tests
+from support import BACKENDS, DEVICES, LAYOUTS, LONG, SIZES, make_allocator, open_driver
+
+import kvmem
+
+# Every triple of backend, device and layout once; sizes take turns, so that each layout meets several. KVMEM_LONG=1:
+# all.
+TRIPLES = list(product(BACKENDS, (*DEVICES, "meta"), LAYOUTS))
+SIZE_OF = cycle(["near", "small pages", "odd", "small blocks", "near"])
+QUADRUPLES = product(BACKENDS, (*DEVICES, "meta"), LAYOUTS, SIZES)
+CASES = list(QUADRUPLES) if LONG else [(*triple, next(SIZE_OF)) for triple in TRIPLES]
+
+
+@pytest.fixture(params=CASES, ids=["-".join(case).replace(" ", "_") for case in CASES])
+def make(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., kvmem.Allocator]:
+    backend, device, layout, size = request.param
+    sizes = SIZES[size]
+
+    def make(**options: Any) -> kvmem.Allocator:
+        page = sizes["page_bytes"]
+        options = {"page_bytes": page, "memory": 3000 * page, "map_ahead_tokens": 0} | options
+        options["interleave"] = LAYOUTS[layout].interleave
+        spec = LAYOUTS[layout].spec(sizes["block_size"])
+        if device == "meta":
+            return make_allocator(spec, backend, device="meta", **options)
+        return make_allocator(spec, backend, driver=open_driver(device, tmp_path), **options)
+
+    return make
