@@ -158,7 +158,7 @@ class Cache final : public TableState {
   void split(std::vector<i64> places, i64 depth, i64 g, std::vector<Alike>* groups) const;
   void share_group(i64 parent, i64 child, i64 g, Transaction& tx);
   i64 block_tokens() const { return index_.block_tokens(); }
-  i64 lookup(i32 root, const i32* tokens, i64 n);
+  Found find_cached(i32 root, const i32* tokens, i64 n);
   bool try_adopt(i64 handle, const Found& found);
   MatchEnd why_not_more(const PrefixKey& key, i32 root, const i32* tokens, i64 n, i64 found) const;
   void write_committed(const i32* counts, i64 n, i64 group, bool undoable);
@@ -189,7 +189,7 @@ class Cache final : public TableState {
   std::vector<Content> contents_;      // by sequence
   std::unordered_map<i64, i32> pins_;  // pin -> the last node of its chain
   i64 pins_seen_ = 0, lookup_tokens_ = 0, hit_tokens_ = 0;
-  std::vector<i32> chain_, block_, leaving_;  // of the call in progress
+  std::vector<i32> chain_, partial_, block_, leaving_;  // of the call in progress
   std::vector<Published> published_;
   std::vector<i64> indices_;  // of the call in progress
   std::vector<i64> stamp_;    // by sequence: the last call that named it

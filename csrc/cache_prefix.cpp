@@ -38,10 +38,10 @@ void Cache::leave_chain(i64 index) {
 
 // ---- finding ---------------------------------------------------------------------------------
 
-// Fills chain_ with the known blocks that `tokens` begins with, all but one token at most; returns the tokens in them.
-i64 Cache::lookup(i32 root, const i32* tokens, i64 n) {
+// Fills chain_ with the known blocks that `tokens` begins with, all but one token at most, and finds their memory.
+Found Cache::find_cached(i32 root, const i32* tokens, i64 n) {
   chain_.clear();
-  if (root == kNoNode) return 0;
+  if (root == kNoNode) return Found();
   const i64 size = block_tokens(), most = n - 1;
   i32 last = root;
   i64 done = 0;
@@ -50,11 +50,16 @@ i64 Cache::lookup(i32 root, const i32* tokens, i64 n) {
     if (node == kNoNode) break;
     chain_.push_back(last = node);
   }
-  if (!prefix_.partial || has_state_ || done >= most) return done;  // a state stands at the end of whole blocks only
-  i64 common = 0;
-  const i32 part = index_.find_partial(last, tokens + done, most - done, &common);
-  if (part != kNoNode) chain_.push_back(part);
-  return done + common;
+  if (prefix_.partial && !has_state_ && done < most) {  // a state stands at the end of whole blocks only
+    const i64 common = index_.find_partial(last, tokens + done, most - done, &partial_);
+    for (i32 node : partial_) {  // equally good, but not all are where the tokens before them are
+      chain_.push_back(node);
+      const Found found = table_->find(chain_, done + common);
+      if (found.tokens == done + common) return found;
+      chain_.pop_back();
+    }
+  }
+  return table_->find(chain_, done);
 }
 
 PrefixMatch Cache::match(const i32* tokens, i64 n, const PrefixKey& key) {
@@ -62,13 +67,12 @@ PrefixMatch Cache::match(const i32* tokens, i64 n, const PrefixKey& key) {
   PrefixMatch match;
   if (!prefix_.on) return match;
   const i32 root = index_.find_root(key);
-  const i64 known = lookup(root, tokens, n);
-  match.tokens = table_->find(chain_, known).tokens;
+  match.tokens = find_cached(root, tokens, n).tokens;
   match.end = why_not_more(key, root, tokens, n, match.tokens);
   return match;
 }
 
-// chain_ holds what lookup() found.
+// chain_ holds what find_cached() found.
 MatchEnd Cache::why_not_more(const PrefixKey& key, i32 root, const i32* tokens, i64 n, i64 found) const {
   const i64 size = block_tokens(), most = n - 1, blocks = found / size;
   if (found >= most) return MatchEnd::complete;
@@ -99,8 +103,7 @@ i64 Cache::admit(const i32* tokens, i64 n, const PrefixKey& key, i64* cached) {
   i32 root = kNoNode;
   if (prefix_.on) {
     root = index_.open_root(key);  // in use, so that giving up what hangs on it does not free it
-    const i64 known = lookup(root, tokens, n);
-    found = table_->find(chain_, known);
+    found = find_cached(root, tokens, n);
     lookup_tokens_ += std::max(i64{0}, n - 1);
     if (found.tokens > 0) settle();
   }
@@ -293,7 +296,7 @@ i64 Cache::pin(const i32* tokens, i64 n, const PrefixKey& key, i64* pinned) {
   Lock lock = enter();
   const i32 root = prefix_.on ? index_.find_root(key) : kNoNode;
   const i64 wanted = n / block_tokens() * block_tokens();
-  const i64 known = lookup(root, tokens, wanted + 1), found = table_->find(chain_, std::min(known, wanted)).tokens;
+  const i64 found = find_cached(root, tokens, wanted + 1).tokens;
   if (root == kNoNode || found < wanted) {
     throw SpecError("asked to pin " + std::to_string(wanted) + " tokens, of which the first " + std::to_string(found) +
                     " are cached: compute and commit them, then pin");

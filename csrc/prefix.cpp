@@ -65,16 +65,19 @@ i32 PrefixIndex::find(i32 parent, const i32* tokens) const {
   return kNoNode;
 }
 
-i32 PrefixIndex::find_partial(i32 parent, const i32* tokens, i64 count, i64* common) const {
-  i32 best = kNoNode;
-  *common = 0;
-  i64 looked = 0;
+i64 PrefixIndex::find_partial(i32 parent, const i32* tokens, i64 count, std::vector<i32>* found) const {
+  found->clear();
+  i64 most = 1, looked = 0;
   count = std::min(count, block_tokens_);
   for (i32 x = nodes_[parent].first_child; x != kNoNode && looked < kCandidates; x = nodes_[x].next_child, ++looked) {
     const i64 same = std::mismatch(tokens, tokens + count, this->tokens(x)).first - tokens;
-    if (same > *common && nodes_[x].places > 0) best = x, *common = same;
+    if (same < most || nodes_[x].places == 0) continue;
+    if (same > most) found->clear();
+    most = same;
+    found->push_back(x);
   }
-  return best;
+  std::reverse(found->begin(), found->end());
+  return found->empty() ? 0 : most;
 }
 
 bool PrefixIndex::was_evicted(i32 parent, const PrefixKey& key, const i32* tokens) const {

@@ -39,8 +39,9 @@ class PrefixIndex {
   i32 find_root(const PrefixKey& key) const;
   // The child of `parent` that holds these block_tokens() tokens.
   i32 find(i32 parent, const i32* tokens) const;
-  // The child that begins with most of tokens [0, count); `*common` is how many. Of many, the newest kCandidates.
-  i32 find_partial(i32 parent, const i32* tokens, i64 count, i64* common) const;
+  // The children that begin with most of tokens [0, count), oldest first; returns how many tokens. Of many children it
+  // looks at the newest kCandidates.
+  i64 find_partial(i32 parent, const i32* tokens, i64 count, std::vector<i32>* found) const;
   // True if the block was known and its memory given up; `parent` kNoNode for the first block under `key`, whose root
   // may be gone. Remembers some thousands, and errs at 2^-64 a question.
   bool was_evicted(i32 parent, const PrefixKey& key, const i32* tokens) const;
