@@ -146,8 +146,8 @@ void bind_geometry(nb::module_& m) {
             new (self) Geometry{page_bytes,       max_sequences, rows,  tail_guard_tokens,
                                 map_ahead_tokens, zero,          debug, std::move(groups)};
           },
-          nb::kw_only(), "page_bytes"_a, "max_sequences"_a, "rows"_a, "tail_guard_tokens"_a, "map_ahead_tokens"_a, "zero"_a,
-          "debug"_a, "groups"_a);
+          nb::kw_only(), "page_bytes"_a, "max_sequences"_a, "rows"_a, "tail_guard_tokens"_a, "map_ahead_tokens"_a,
+          "zero"_a, "debug"_a, "groups"_a);
 }
 
 void bind_pool(nb::module_& m) {

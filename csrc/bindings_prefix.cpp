@@ -102,7 +102,8 @@ void bind_prefix(nb::class_<Cache>& cache) {
             const i64 pin = c.pin(handle, tokens, &pinned);
             return std::make_pair(pin, pinned);
           },
-          "handle"_a, "tokens"_a, Free(), "The first tokens of a sequence (-1: all known): a pin, and how many it keeps.")
+          "handle"_a, "tokens"_a, Free(),
+          "The first tokens of a sequence (-1: all known): a pin, and how many it keeps.")
       .def(
           "pin_tokens",
           [](Cache& c, In<i32> tokens, const nb::bytes& salt, const nb::bytes& extra_key) {
@@ -131,7 +132,8 @@ void bind_prefix(nb::class_<Cache>& cache) {
             return nb::make_tuple(std::move(records), roots);
           },
           "max"_a, "restart"_a,
-          nb::sig("def drain_events(self, max: int, restart: bool) -> tuple[EventRecords, dict[int, tuple[bytes, bytes]]]"),
+          nb::sig(
+              "def drain_events(self, max: int, restart: bool) -> tuple[EventRecords, dict[int, tuple[bytes, bytes]]]"),
           "Records, and the (salt, extra key) of the roots that they name.");
 }
 

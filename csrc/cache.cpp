@@ -22,9 +22,8 @@ bool any_of(const Geometry& geometry, Growth growth) {
 bool can_share(const Geometry& geometry) {
   const i64 size = geometry.groups[find_token_group(geometry)].block_tokens;
   return any_of(geometry, Growth::token) && !any_of(geometry, Growth::prefill) &&
-         std::all_of(geometry.groups.begin(), geometry.groups.end(), [size](const GroupGeometry& g) {
-           return g.growth != Growth::token || g.block_tokens == size;
-         });
+         std::all_of(geometry.groups.begin(), geometry.groups.end(),
+                     [size](const GroupGeometry& g) { return g.growth != Growth::token || g.block_tokens == size; });
 }
 
 PrefixOptions resolve(PrefixOptions options, const Geometry& geometry) {

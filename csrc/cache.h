@@ -57,8 +57,8 @@ class Cache final : public TableState {
   void free(const i32* handles, i64 n);
 
   // --- shared content (cache_prefix.cpp) ---
-  // Opens a sequence with as much of `tokens` as is cached, but for one; `*cached` is how much. Short of memory it takes
-  // less. OutOfMemory only when all places are taken.
+  // Opens a sequence with as much of `tokens` as is cached, but for one; `*cached` is how much. Short of memory it
+  // takes less. OutOfMemory only when all places are taken.
   i64 admit(const i32* tokens, i64 n, const PrefixKey& key, i64* cached);
   PrefixMatch match(const i32* tokens, i64 n, const PrefixKey& key);
   // Keeps the whole blocks of the first `tokens` tokens (-1: all that are known) until unpin(); `*pinned` says how many
@@ -160,7 +160,7 @@ class Cache final : public TableState {
   i64 block_tokens() const { return index_.block_tokens(); }
   i64 lookup(i32 root, const i32* tokens, i64 n);
   bool try_adopt(i64 handle, const Found& found);
-  MatchEnd why_not_more(i32 root, const i32* tokens, i64 n, i64 found) const;
+  MatchEnd why_not_more(const PrefixKey& key, i32 root, const i32* tokens, i64 n, i64 found) const;
   void write_committed(const i32* counts, i64 n, i64 group, bool undoable);
   void start_content(i64 index, const PrefixKey& key);
   void collect_published(i64 index, const i32* tokens, i64 count);
@@ -186,8 +186,8 @@ class Cache final : public TableState {
   Sequences sequences_;
   PrefixIndex index_;
   std::unique_ptr<PageTable> table_;
-  std::vector<Content> contents_;            // by sequence
-  std::unordered_map<i64, i32> pins_;        // pin -> the last node of its chain
+  std::vector<Content> contents_;      // by sequence
+  std::unordered_map<i64, i32> pins_;  // pin -> the last node of its chain
   i64 pins_seen_ = 0, lookup_tokens_ = 0, hit_tokens_ = 0;
   std::vector<i32> chain_, block_, leaving_;  // of the call in progress
   std::vector<Published> published_;

@@ -94,8 +94,9 @@ void Cache::apply(const std::vector<Op>& ops) {
   Lock lock = enter();
   settle();
   if (!index_.empty()) {
-    throw SpecError("an allocator that follows the ops of another must not know what its own sequences hold: commit "
-                    "counts instead of token ids, or make it with prefix_cache=False");
+    throw SpecError(
+        "an allocator that follows the ops of another must not know what its own sequences hold: commit "
+        "counts instead of token ids, or make it with prefix_cache=False");
   }
   Transaction tx(*pool_, *this);
   try {
@@ -108,9 +109,18 @@ void Cache::apply(const std::vector<Op>& ops) {
 }
 
 void Cache::follow(const std::vector<Op>& ops, Transaction& tx) {
+  struct Growth {
+    i64 handle, group, token;
+    std::vector<i64> shared;
+  };
+  std::vector<Growth> grown;
   for (const Op& op : ops) {
     if ((op.kind == OpKind::open || op.kind == OpKind::close) && op.d != 0) {
       throw SpecError("open and close of a list carry no fourth number");
+    }
+    if (op.kind == OpKind::length && op.b > op.c) {
+      check_group(op.at);
+      grown.push_back({op.a, op.at, op.c, table_->shared_pieces(sequences_.index(op.a), op.at, op.c)});
     }
     if (op.kind != OpKind::create || op.a < 0 || op.b <= 0 || op.b > pool_->budget_pages()) {
       tx.push(op);  // which refuses a create like that
@@ -128,6 +138,16 @@ void Cache::follow(const std::vector<Op>& ops, Transaction& tx) {
     if (op.kind == OpKind::length && op.b < op.c) table_->look_at_tail(sequences_.place_of(op.a), op.at);
     if ((op.kind == OpKind::map || op.kind == OpKind::unmap) && !table_->is_whole(op)) {
       throw SpecError("the ops lack a record: arena " + std::to_string(op.at) + " would be left mapped in part");
+    }
+  }
+  for (const Growth& g : grown) {  // a page or block that others read must have given way to a copy
+    const i64 index = sequences_.place_of(g.handle);
+    if (!sequences_.live(index) || sequences_.handle_of(index) != g.handle) continue;
+    const std::vector<i64> now = table_->shared_pieces(index, g.group, g.token);
+    for (std::size_t i = 0; i < std::min(now.size(), g.shared.size()); ++i) {
+      if (now[i] < 0 || now[i] != g.shared[i]) continue;
+      throw SpecError("the ops lack a record: sequence handle " + std::to_string(g.handle) +
+                      " would grow in memory that another one reads");
     }
   }
   ++call_;

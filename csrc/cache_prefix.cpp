@@ -64,17 +64,17 @@ PrefixMatch Cache::match(const i32* tokens, i64 n, const PrefixKey& key) {
   const i32 root = index_.find_root(key);
   const i64 known = lookup(root, tokens, n);
   match.tokens = table_->find(chain_, known).tokens;
-  match.end = why_not_more(root, tokens, n, match.tokens);
+  match.end = why_not_more(key, root, tokens, n, match.tokens);
   return match;
 }
 
 // chain_ holds what lookup() found.
-MatchEnd Cache::why_not_more(i32 root, const i32* tokens, i64 n, i64 found) const {
+MatchEnd Cache::why_not_more(const PrefixKey& key, i32 root, const i32* tokens, i64 n, i64 found) const {
   const i64 size = block_tokens(), most = n - 1, blocks = found / size;
   if (found >= most) return MatchEnd::complete;
   if (blocks < static_cast<i64>(chain_.size()) && found < (blocks + 1) * size) {
-    const bool whole = (blocks + 1) * size <= most && index_.find(blocks == 0 ? root : chain_[blocks - 1],
-                                                                  tokens + blocks * size) == chain_[blocks];
+    const bool whole = (blocks + 1) * size <= most &&
+                       index_.find(blocks == 0 ? root : chain_[blocks - 1], tokens + blocks * size) == chain_[blocks];
     if (whole) {  // the index knows the next block, but its memory does not do
       if (has_state_) return MatchEnd::no_snapshot;
       for (const GroupGeometry& group : geometry_.groups) {
@@ -85,7 +85,7 @@ MatchEnd Cache::why_not_more(i32 root, const i32* tokens, i64 n, i64 found) cons
   }
   if (most - blocks * size < size) return MatchEnd::short_block;
   const i32 last = blocks == 0 ? root : chain_[blocks - 1];
-  if (last != kNoNode && index_.was_evicted(last, tokens + blocks * size)) return MatchEnd::evicted;
+  if (index_.was_evicted(last, key, tokens + blocks * size)) return MatchEnd::evicted;
   return index_.longest_elsewhere(root, tokens, most) > blocks ? MatchEnd::other_salt : MatchEnd::never_seen;
 }
 
@@ -323,8 +323,9 @@ void Cache::snapshot(i64 handle) {
   const i64 index = sequences_.index(handle);
   const i64 tokens = sequences_.committed(index, token_group_), known = contents_[index].known;
   if (!prefix_.on || !has_state_) {
-    throw SpecError(prefix_.on ? "snapshot: no group of this spec has a state of fixed size"
-                               : "snapshot: nothing is shared here (prefix_cache is off, or the spec does not allow it)");
+    throw SpecError(prefix_.on
+                        ? "snapshot: no group of this spec has a state of fixed size"
+                        : "snapshot: nothing is shared here (prefix_cache is off, or the spec does not allow it)");
   }
   if (known != tokens || tokens == 0 || tokens % block_tokens() != 0 ||
       sequences_.tokens(index, token_group_) != tokens) {
@@ -378,11 +379,14 @@ i64 Cache::clear_cache() {
 
 EventRecords Cache::drain_events(i64 max, bool restart, std::unordered_map<i32, PrefixKey>* roots) {
   Lock lock = enter(true);
-  EventRecords records = index_.events().drain(max, [this](EventRecords& out) {
-    for (i32 root : index_.roots()) {
-      for (i32 node : index_.below(root)) tell_resident(node, out);
-    }
-  }, restart);
+  EventRecords records = index_.events().drain(
+      max,
+      [this](EventRecords& out) {
+        for (i32 root : index_.roots()) {
+          for (i32 node : index_.below(root)) tell_resident(node, out);
+        }
+      },
+      restart);
   for (i32 number : records.roots) {
     if (number >= 0) roots->emplace(number, index_.root_key(number));
   }

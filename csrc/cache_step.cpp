@@ -135,7 +135,8 @@ void Cache::map_ahead(i64 n, i64 group) {
 }
 
 i64 Cache::window_front(i64 index, i64 g, i64 committed) const {
-  return std::max(sequences_.front(index, g), window_first(geometry_.groups[g], geometry_.tail_guard_tokens, committed));
+  return std::max(sequences_.front(index, g),
+                  window_first(geometry_.groups[g], geometry_.tail_guard_tokens, committed));
 }
 
 void Cache::commit(const i32* handles, const i32* counts, i64 n, i64 group, const i32* tokens) {

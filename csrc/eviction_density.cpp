@@ -132,7 +132,8 @@ void DensityPolicy::use(i32 id) {
 
 void DensityPolicy::release(i32 id) {
   Block& block = at(id);
-  if (!block.open) begin_life(block);  // else it was used without a hit, pinned say: the life goes on
+  if (block.open) statistics_.lost_sight(block.uses, block.released, clock_);  // it was used, but nobody had found it
+  begin_life(block);
   block.evictable = true;
   push_back(block.children ? kInner : cell_of(block), id);
 }

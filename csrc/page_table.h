@@ -68,6 +68,8 @@ class PageTable : public PageOwner {
   virtual void look_at_tail(i64 index, i64 group) = 0;
   // True if the mappings around those of `op` are as between calls: no holes, arenas in step.
   virtual bool is_whole(const Op& op) const = 0;
+  // The pages or blocks that token `token` of the sequence lies in, by arena: -1 for those that are its own.
+  virtual std::vector<i64> shared_pieces(i64 index, i64 group, i64 token) const = 0;
   // True if what the group's lengths speak of is there. Cost grows with the longest sequence there can be.
   virtual bool holds(i64 index, i64 group) const = 0;
   // Where a token of a sequence lies: bytes from the start of the group's a-th arena.

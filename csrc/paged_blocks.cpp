@@ -286,7 +286,8 @@ void PagedBlocks::change(const Op& op, bool mapped) {
   Class& c = const_cast<Class&>(class_of(a));
   std::vector<i32>& pages = pages_[a];
   for (i64 i = 0; i < op.c; ++i) {
-    if (pages[op.a + i] != (mapped ? -1 : op.b + i) || (!mapped && c.users[op.a + i] + c.kept[op.a + i] > 0 && !growing(op))) {
+    if (pages[op.a + i] != (mapped ? -1 : op.b + i) ||
+        (!mapped && c.users[op.a + i] + c.kept[op.a + i] > 0 && !growing(op))) {
       throw SpecError(std::string(mapped ? "map" : "unmap") + ": slot " + std::to_string(op.a + i) + " shows page " +
                       std::to_string(pages[op.a + i]) + " and has " + std::to_string(c.users[op.a + i]) + " users");
     }

@@ -1,6 +1,6 @@
 // The books of the paged backend: the block tables, what each block is (unbacked, ready, referenced, cached) and which
-// pages lie under it. paged_table.cpp decides; the mappings and table entries it pushes come back through on_map, on_unmap
-// and apply, and change here only.
+// pages lie under it. paged_table.cpp decides; the mappings and table entries it pushes come back through on_map,
+// on_unmap and apply, and change here only.
 #pragma once
 
 #include <cstdint>
@@ -32,7 +32,7 @@ struct Blocks {
   std::vector<std::uint8_t> backed, passed;
   std::vector<Class> classes;
   i64 ready = 0;
-  i64 kept = 0;  // cached blocks that nobody refers to
+  i64 kept = 0;               // cached blocks that nobody refers to
   i64 cursor = kTrashBlocks;  // no unbacked block lies below
   i64 extra_refs = 0;         // references beyond the first, all blocks
   i64 fence = 0;              // the device may use freed blocks until it has passed

@@ -93,26 +93,22 @@ class PagedTable final : public PagedBlocks {
     return best;
   }
 
+  // What is taken over is referred to, or kept from being given up, before any memory is looked for.
   void adopt(i64 index, const std::vector<i32>& chain, const Found& found, Transaction& tx) override {
+    const i64 whole = found.tokens / block_tokens(), tail = found.tokens % block_tokens();
+    const Kept kept(*this, tail > 0 ? chain[whole] : kNoNode);
     for (i64 g = 0; g < groups_; ++g) {
-      const Blocks& b = blocks_[g];
-      if (geometry_.groups[g].growth == Growth::fixed) {
-        const i32 state = block_of(chain[found.tokens / block_tokens() - 1], g);
-        const i64 fresh = take(g, 1, tx);
-        set(index, g, 0, fresh, tx);
-        copy_block(g, state, fresh, 1, tx);
-        continue;
-      }
-      const i64 whole = found.tokens / b.tokens, tail = found.tokens % b.tokens;
-      for (i64 ordinal = sequences_.front(index, g) / b.tokens; ordinal < whole; ++ordinal) {
+      if (geometry_.groups[g].growth == Growth::fixed) continue;
+      for (i64 ordinal = sequences_.front(index, g) / block_tokens(); ordinal < whole; ++ordinal) {
         set(index, g, ordinal, block_of(chain[ordinal], g), tx);
       }
-      if (tail > 0) {
-        const i32 part = block_of(chain[whole], g);
-        const i64 fresh = take(g, 1, tx);
-        set(index, g, whole, fresh, tx);
-        copy_block(g, part, fresh, tail, tx);
-      }
+    }
+    for (i64 g = 0; g < groups_; ++g) {
+      const bool state = geometry_.groups[g].growth == Growth::fixed;
+      if (!state && tail == 0) continue;
+      const i64 fresh = take(g, 1, tx);
+      set(index, g, state ? 0 : whole, fresh, tx);
+      copy_block(g, block_of(chain[state ? whole - 1 : whole], g), fresh, state ? 1 : tail, tx);
     }
   }
 
@@ -151,6 +147,12 @@ class PagedTable final : public PagedBlocks {
     }
   }
 
+  std::vector<i64> shared_pieces(i64 index, i64 group, i64 token) const override {
+    const Blocks& b = blocks_[group];
+    const i32 block = token % b.tokens == 0 ? 0 : entry(index, group, token / b.tokens);
+    return {block != 0 && b.refs[block] > 1 ? block : -1};
+  }
+
   void close(i64 index, Transaction& tx) override {
     for (i64 g = 0; g < groups_; ++g) {
       Blocks& b = blocks_[g];  // copy_tail_ stays: it only asks to look, and this may yet be taken back
@@ -181,6 +183,28 @@ class PagedTable final : public PagedBlocks {
 
  private:
   i64 block_tokens() const { return index_.block_tokens(); }
+
+  // Takes the blocks of a node out of the lists of passed ones for a while.
+  class Kept {
+   public:
+    Kept(PagedTable& table, i32 node) : table_(table) {
+      for (i64 g = 0; node != kNoNode && g < table.groups_; ++g) {
+        const i32 block = table.block_of(node, g);
+        if (block == 0 || !table.blocks_[g].passed[block]) continue;
+        table.unpass(table.blocks_[g], block);
+        blocks_.emplace_back(g, block);
+      }
+    }
+    ~Kept() {
+      for (const auto& [g, block] : blocks_) table_.pass(table_.blocks_[g], block);
+    }
+    Kept(const Kept&) = delete;
+    Kept& operator=(const Kept&) = delete;
+
+   private:
+    PagedTable& table_;
+    std::vector<std::pair<i64, i32>> blocks_;
+  };
 
   i64 spill_idle(i64 pages, Transaction& tx) {
     i64 freed = 0;

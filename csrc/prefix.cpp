@@ -37,8 +37,12 @@ PrefixIndex::PrefixIndex(i64 block_tokens, std::vector<i32> token_groups, const 
   seed_ = (std::uint64_t{device()} << 32 | device()) | 1;
 }
 
-std::uint64_t PrefixIndex::key_of(i32 parent, const i32* tokens) const {
-  std::uint64_t h = nodes_[parent].key ^ seed_;
+std::uint64_t PrefixIndex::root_hash(const PrefixKey& key) const {
+  return fold(std::hash<std::string>()(flat(key)) ^ seed_, kOdd);
+}
+
+std::uint64_t PrefixIndex::key_of(std::uint64_t before, const i32* tokens) const {
+  std::uint64_t h = before ^ seed_;
   i64 i = 0;
   for (; i + 2 <= block_tokens_; i += 2) {
     std::uint64_t pair;
@@ -46,12 +50,7 @@ std::uint64_t PrefixIndex::key_of(i32 parent, const i32* tokens) const {
     h = fold(h ^ pair, kOdd) + seed_;
   }
   if (i < block_tokens_) h = fold(h ^ static_cast<std::uint32_t>(tokens[i]), kOdd) + seed_;
-  return fold(h, seed_) & mask_;
-}
-
-i64 PrefixIndex::bucket(std::uint64_t key, i32 parent) const {
-  const std::uint64_t h = key ^ (nodes_[parent].root * kOdd & mask_);  // the key alone is equal under every root
-  return static_cast<i64>(h & (buckets_.size() - 1));
+  return fold(h, seed_);
 }
 
 i32 PrefixIndex::find_root(const PrefixKey& key) const {
@@ -60,7 +59,7 @@ i32 PrefixIndex::find_root(const PrefixKey& key) const {
 }
 
 i32 PrefixIndex::find(i32 parent, const i32* tokens) const {
-  for (i32 x = buckets_[bucket(key_of(parent, tokens), parent)]; x != kNoNode; x = nodes_[x].next) {
+  for (i32 x = bucket(key_of(nodes_[parent].key, tokens)); x != kNoNode; x = nodes_[x].next) {
     if (nodes_[x].parent == parent && std::equal(tokens, tokens + block_tokens_, this->tokens(x))) return x;
   }
   return kNoNode;
@@ -78,9 +77,9 @@ i32 PrefixIndex::find_partial(i32 parent, const i32* tokens, i64 count, i64* com
   return best;
 }
 
-bool PrefixIndex::was_evicted(i32 parent, const i32* tokens) const {
-  const std::uint64_t ghost = fold(key_of(parent, tokens) ^ nodes_[parent].root * kOdd, kOdd);
-  return ghost != 0 && ghosts_[ghost & (kGhosts - 1)] == ghost;
+bool PrefixIndex::was_evicted(i32 parent, const PrefixKey& key, const i32* tokens) const {
+  const std::uint64_t ghost = key_of(parent == kNoNode ? root_hash(key) : nodes_[parent].key, tokens);
+  return ghosts_[ghost & (kGhosts - 1)] == ghost;
 }
 
 i64 PrefixIndex::longest_elsewhere(i32 root, const i32* tokens, i64 count) const {
@@ -128,7 +127,7 @@ void PrefixIndex::grow_buckets() {
     while (head != kNoNode) {
       const i32 node = head;
       head = nodes_[node].next;
-      i32& to = buckets_[bucket(nodes_[node].key, nodes_[node].parent)];
+      i32& to = bucket(nodes_[node].key);
       nodes_[node].next = to;
       to = node;
     }
@@ -139,7 +138,7 @@ void PrefixIndex::link(i32 node) {
   if (linked_ >= static_cast<i64>(buckets_.size())) grow_buckets();
   Node& n = nodes_[node];
   Node& parent = nodes_[n.parent];
-  i32& head = buckets_[bucket(n.key, n.parent)];
+  i32& head = bucket(n.key);
   n.next = head;
   head = node;
   n.previous_child = kNoNode;
@@ -152,7 +151,7 @@ void PrefixIndex::link(i32 node) {
 
 void PrefixIndex::unlink(i32 node) {
   Node& n = nodes_[node];
-  i32* at = &buckets_[bucket(n.key, n.parent)];
+  i32* at = &bucket(n.key);
   while (*at != node) at = &nodes_[*at].next;
   *at = n.next;
   if (n.previous_child == kNoNode) {
@@ -171,6 +170,7 @@ i32 PrefixIndex::open_root(const PrefixKey& key) {
     root = new_node();
     const i32 number = roots_seen_++;
     nodes_[root].root = number;
+    nodes_[root].key = root_hash(key);
     root_keys_.emplace(number, RootKey{key});
     roots_.emplace(flat(key), root);
   }
@@ -179,7 +179,7 @@ i32 PrefixIndex::open_root(const PrefixKey& key) {
 }
 
 i32 PrefixIndex::add(i32 parent, const i32* tokens) {
-  const std::uint64_t key = key_of(parent, tokens);
+  const std::uint64_t key = key_of(nodes_[parent].key, tokens);
   const i32 node = new_node();
   Node& n = nodes_[node];
   n.key = key;
@@ -257,8 +257,7 @@ void PrefixIndex::finish(bool committed) {
     Node& n = nodes_[node];
     if (n.places > 0 || n.parent == kNoNode) continue;  // taken back, or gone already
     if (committed && n.users == 0) {
-      const std::uint64_t ghost = fold(n.key ^ n.root * kOdd, kOdd);
-      ghosts_[ghost & (kGhosts - 1)] = ghost;
+      ghosts_[n.key & (kGhosts - 1)] = n.key;
       ++evicted_;
     }
     prune(node);

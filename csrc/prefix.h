@@ -41,8 +41,9 @@ class PrefixIndex {
   i32 find(i32 parent, const i32* tokens) const;
   // The child that begins with most of tokens [0, count); `*common` is how many. Of many, the newest kCandidates.
   i32 find_partial(i32 parent, const i32* tokens, i64 count, i64* common) const;
-  // True if the block was known and its memory given up. Remembers some thousands, and errs at 2^-64 a question.
-  bool was_evicted(i32 parent, const i32* tokens) const;
+  // True if the block was known and its memory given up; `parent` kNoNode for the first block under `key`, whose root
+  // may be gone. Remembers some thousands, and errs at 2^-64 a question.
+  bool was_evicted(i32 parent, const PrefixKey& key, const i32* tokens) const;
   // The longest chain of these tokens under any other root, in blocks; looks at kCandidates roots.
   i64 longest_elsewhere(i32 root, const i32* tokens, i64 count) const;
 
@@ -94,9 +95,9 @@ class PrefixIndex {
 
  private:
   struct Node {
-    std::uint64_t key = 0;  // hash of all tokens from the start on, equal under every root
+    std::uint64_t key = 0;  // hash of the root's name and all tokens from the start on
     i32 parent = kNoNode, ordinal = -1;
-    i32 next = kNoNode;                                                        // in its bucket
+    i32 next = kNoNode;                                                         // in its bucket
     i32 first_child = kNoNode, next_child = kNoNode, previous_child = kNoNode;  // newest first
     i32 users = 0, pins = 0, places = 0;
     i32 root = 0;           // the number of its root, never given out twice
@@ -113,8 +114,10 @@ class PrefixIndex {
     bool gone = false;
   };
 
-  std::uint64_t key_of(i32 parent, const i32* tokens) const;
-  i64 bucket(std::uint64_t key, i32 parent) const;
+  std::uint64_t root_hash(const PrefixKey& key) const;
+  std::uint64_t key_of(std::uint64_t before, const i32* tokens) const;
+  i32& bucket(std::uint64_t key) { return buckets_[key & mask_ & (buckets_.size() - 1)]; }
+  i32 bucket(std::uint64_t key) const { return buckets_[key & mask_ & (buckets_.size() - 1)]; }
   i32 new_node();
   void link(i32 node);
   void unlink(i32 node);

@@ -28,8 +28,8 @@ void RetentionPolicy::retain(i32 id, int priority, double ttl_seconds) {
   block.priority = static_cast<std::int8_t>(priority);
   block.ttl = ttl_seconds > 0 && std::isfinite(ttl_seconds) ? ttl_seconds : 0;
   if (block.released) start_clock(id);
-  update_holds(id);
   place(id);
+  update_holds(id);
 }
 
 void RetentionPolicy::reserve(i64 ids) {
@@ -53,6 +53,11 @@ void RetentionPolicy::insert(i32 id, std::uint64_t key, i32 parent, i64 ordinal)
   block.parent_generation = at(parent).generation;
   ++at(parent).children;
   place(parent);
+}
+
+void RetentionPolicy::hit(i32 id) {
+  named_ = -1;
+  base_->hit(id);
 }
 
 void RetentionPolicy::use(i32 id) {
@@ -156,7 +161,7 @@ void RetentionPolicy::leave(i32 id) {
 void RetentionPolicy::update_holds(i32 id) {
   while (id >= 0) {
     Block& block = at(id);
-    const bool holds = block.cached && (block.priority > kBaseDecides || block.holding_children > 0);
+    const bool holds = block.cached && (block.priority != kBaseDecides || block.holding_children > 0);
     if (holds == block.holds) return;
     block.holds = holds;
     id = parent_of(block);
@@ -204,8 +209,8 @@ void RetentionPolicy::expire() {
     const i32 id = heap_.front();
     stop_clock(id);
     at(id).priority = kBaseDecides;
-    update_holds(id);
     place(id);
+    update_holds(id);  // after it: what led to it comes to the base later, so that LRU names it later
   }
 }
 

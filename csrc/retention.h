@@ -2,8 +2,9 @@
 // go before all else, higher ones after all else, ascending, for some seconds after each release or for ever. Within a
 // priority the longest released goes first.
 //
-// A block from which a cached one of higher priority than 50 can be reached stays with it, since that one could not be
-// found without; and a block with cached children is not named while there is a released one without.
+// A block that leads to a cached one with a priority of its own stays until that one is gone or the base's again:
+// without it that one could not be found. Then it comes to the base as if released at that moment. A block with cached
+// children is not named while there is a released one without.
 #pragma once
 
 #include <bitset>
@@ -29,7 +30,7 @@ class RetentionPolicy final : public EvictionPolicy {
 
   void reserve(i64 ids) override;
   void insert(i32 id, std::uint64_t key, i32 parent, i64 ordinal) override;
-  void hit(i32 id) override { base_->hit(id); }
+  void hit(i32 id) override;
   void use(i32 id) override;
   void release(i32 id) override;
   // The clock is read only while a released block has a time to live.

@@ -16,7 +16,8 @@ void Transaction::apply(const Op& op, bool undo) {
 void Transaction::record() {
   if (!pool_.space()) pool_.count_calls(ops_);
   if (pool_.recording) {
-    std::copy_if(ops_.begin(), ops_.end(), std::back_inserter(pool_.log), [](const Op& op) { return !is_private(op.kind); });
+    std::copy_if(ops_.begin(), ops_.end(), std::back_inserter(pool_.log),
+                 [](const Op& op) { return !is_private(op.kind); });
   }
   committed_ = true;
   pool_.finish(true);

@@ -278,7 +278,8 @@ void VirtualRows::check_content(std::vector<std::string>* out) const {
       const i32 linked = r.holds[i].previous < 0 ? holder_[node] : rows_[r.holds[i].previous].holds[i].next;
       if (linked != row) say("not among the rows that hold its content");
     }
-    if (r.index >= 0 && content_tokens(row) > sequences_.committed(r.index, main_group())) say("holds more than is valid");
+    if (r.index >= 0 && content_tokens(row) > sequences_.committed(r.index, main_group()))
+      say("holds more than is valid");
     for (i64 a = 0; a < arenas_ && !r.holds.empty(); ++a) {
       const i64 g = group_of(a);
       if (geometry_.groups[g].growth != Growth::token) continue;

@@ -122,9 +122,7 @@ class VirtualRows : public PageTable {
   }
 
   i64 content_tokens(i64 row) const { return static_cast<i64>(rows_[row].holds.size()) * index_.block_tokens(); }
-  i64 first_holder(i32 node) const {
-    return node < static_cast<i64>(holder_.size()) ? holder_[node] : -1;
-  }
+  i64 first_holder(i32 node) const { return node < static_cast<i64>(holder_.size()) ? holder_[node] : -1; }
 
   // The slots of a parked row that its content needs to be found up to its end.
   void kept(i64 row, i64 g, i64 a, i64* lo, i64* hi) const {

@@ -105,7 +105,8 @@ class VirtualTable final : public VirtualRows {
   void adopt(i64 index, const std::vector<i32>& chain, const Found& found, Transaction& tx) override {
     const i64 whole = found.tokens / index_.block_tokens();
     Guard guard(source_, found.row);
-    if (can_take_over(found.row, whole)) {
+    const bool taken = can_take_over(found.row, whole);
+    if (taken) {
       take_over(index, found.row, whole, tx);
     } else {
       bind_empty(index, tx);
@@ -121,6 +122,8 @@ class VirtualTable final : public VirtualRows {
       grow(index, g, 0, 1, tx);
       copy_state(found.row, row_of_[index], g, tx);
     }
+    // Only now: what lies behind the content may have been another row's too.
+    if (taken && geometry_.zero == Zero::always) zero_row(found.row, found.tokens, tx);
   }
 
   bool has(i32 node, i64) const override { return first_holder(node) >= 0; }
@@ -158,6 +161,17 @@ class VirtualTable final : public VirtualRows {
     }
     rows_[to].fence = tx.new_fence();
     hold_all(to, chain, static_cast<i64>(chain.size()), true, tx);
+  }
+
+  std::vector<i64> shared_pieces(i64 index, i64 group, i64 token) const override {
+    std::vector<i64> pieces;
+    for (i64 a = first_[group]; row_of_[index] >= 0 && a < first_[group + 1]; ++a) {
+      const Extent& e = extent(row_of_[index], a);
+      const i64 slot = token * token_bytes(group, a) / page_bytes();
+      const bool shared = slot >= e.lo && slot < e.hi && pool_.refs(e.pages[slot]) > 1;
+      pieces.push_back(shared ? e.pages[slot] : -1);
+    }
+    return pieces;
   }
 
   void close(i64 index, Transaction& tx) override {
@@ -404,8 +418,8 @@ class VirtualTable final : public VirtualRows {
     if (geometry_.zero == Zero::always) zero_row(row, 0, tx);
   }
 
-  // A parked row can go on as the sequence's own if it loses nothing by that which others cannot show, or if there is no
-  // other row. A fixed state could not be found again once it is written over.
+  // A parked row can go on as the sequence's own if it loses nothing by that which others cannot show, or if there is
+  // no other row. A fixed state could not be found again once it is written over.
   bool can_take_over(i64 row, std::size_t blocks) const {
     if (rows_[row].index >= 0) return false;
     for (const GroupGeometry& group : geometry_.groups) {
@@ -418,7 +432,6 @@ class VirtualTable final : public VirtualRows {
     cut(row, blocks, tx);
     tx.push({OpKind::bind, 0, sequences_.handle_of(index), row});
     for (i64 g = 0; g < groups_; ++g) copy_tail_[index * groups_ + g] = 1;  // the next write may meet a shared page
-    if (geometry_.zero == Zero::always) zero_row(row, blocks * index_.block_tokens(), tx);
   }
 
   // What the last tenant left behind the first `tokens` tokens, and whatever it had mapped beyond its own.

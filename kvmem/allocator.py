@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable
 from collections.abc import Sequence as List
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from kvmem.events import Event, EventStream
 from kvmem.layouts import GroupLayout, resolve_interleave
 from kvmem.ops import Op
 from kvmem.pool import PagePool
-from kvmem.prefix import Pin, PrefixMatch, Tokens, encode_extra_key, encode_salt, token_ids
+from kvmem.prefix import Pin, PrefixMatch, Reason, Tokens, encode_extra_key, encode_salt, token_ids
 from kvmem.protocols import Sizes
 from kvmem.sequence import Sequence
 from kvmem.spec import CacheSpec
@@ -108,6 +108,7 @@ class Allocator:
             raise SpecError(f"spec: got {type(spec).__name__}; must be a CacheSpec, see CacheSpec.from_config()")
         check_choice("backend", backend, tuple(BACKENDS))
         check_choice("zero", zero, ("never", "fresh", "always"))
+        check_choice("policy", policy, tuple(_core.eviction_policy_names()))
         self.spec, self.backend = spec, backend
         self.max_sequences = check_size("max_sequences", max_sequences)
         self.max_tokens = check_size("max_tokens", max_tokens)
@@ -221,8 +222,8 @@ class Allocator:
 
     def match(self, tokens: Tokens, *, salt: str | bytes | None = None, extra_key: Key = None) -> PrefixMatch:
         """How much of ``tokens`` is cached, and why not more. Changes nothing, not even what is forgotten next."""
-        found = self.core.match(token_ids(tokens), encode_salt(salt), encode_extra_key(extra_key))
-        return PrefixMatch(*found)
+        found, reason = self.core.match(token_ids(tokens), encode_salt(salt), encode_extra_key(extra_key))
+        return PrefixMatch(found, cast(Reason, reason))
 
     def pin(self, tokens: Tokens, *, salt: str | bytes | None = None, extra_key: Key = None) -> Pin:
         """Keeps the whole blocks of ``tokens`` (a system prompt) cached until ``unpin()``. ``SpecError`` when one of
@@ -426,8 +427,8 @@ class Allocator:
         return view.as_subclass(CacheTensor)
 
     def rows(self, layer: int, component: str = "k") -> torch.Tensor:
-        """The full rows, by name: ``[1 + max_sequences + cached_rows, row_tokens, heads, width]``, for kernels that take contiguous
-        sequences (``cache_batch_idx``, ``seqused_k``). Row r is ``batch.rows[i]``; only the tokens a sequence holds
+        """The full rows, by name: ``[1 + max_sequences + cached_rows, row_tokens, heads, width]``, for kernels that
+        take contiguous sequences (``cache_batch_idx``, ``seqused_k``). Row r is ``batch.rows[i]``; only the tokens a sequence holds
         are mapped, touching others faults. ``SpecError`` on the paged backend, which has no rows.
         """
         index = self.spec.group_of(layer, component)

@@ -17,9 +17,9 @@ from kvmem.errors import SpecError
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-__all__ = ["Pin", "PrefixMatch", "Tokens", "encode_extra_key", "encode_salt", "token_ids"]
+__all__ = ["Pin", "PrefixMatch", "Reason", "Tokens", "encode_extra_key", "encode_salt", "token_ids"]
 
-Tokens: TypeAlias = "Sequence[int] | np.ndarray | torch.Tensor"
+Tokens: TypeAlias = Sequence[int] | np.ndarray | torch.Tensor
 
 #: Why a match is not longer, in the order of ``MatchEnd`` in csrc/cache.h.
 Reason: TypeAlias = Literal[
@@ -74,11 +74,14 @@ def encode_salt(salt: str | bytes | None) -> bytes:
 
 def encode_extra_key(extra_key: Key) -> bytes:
     """As ``encode_salt``; besides, ints and tuples (an adapter's name, the digests of images)."""
-    return encode_key(extra_key)
+    try:
+        return encode_key(extra_key)
+    except SpecError as error:
+        raise SpecError(f"extra_key: {error}") from error
 
 
 class Pin:
-    """Keeps blocks cached until ``unpin()``. A context manager that unpins. Made by ``pin()`` of allocator and sequence.
+    """Keeps blocks cached until ``unpin()``; a context manager. Made by ``pin()`` of an allocator or a sequence.
 
     num_tokens: how many tokens from the start are kept, a multiple of the block size.
     """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -82,9 +82,9 @@ class Sequence:
                 raise SpecError(f"tokens: got {tokens}; a count is 0 or more")
             self._alloc.core.commit(self._id, check_count("tokens", tokens), index)
         elif index < 0:
-            self._alloc.core.commit_tokens(self._id, token_ids(tokens))
+            self._alloc.core.commit_tokens(self._id, token_ids(cast(Tokens, tokens)))
         else:
-            self._alloc.core.commit(self._id, len(token_ids(tokens)), index)
+            self._alloc.core.commit(self._id, len(token_ids(cast(Tokens, tokens))), index)
 
     def truncate(self, num_tokens: int) -> None:
         """Keeps the first ``num_tokens`` tokens, as when draft tokens are rejected. Never needs memory.

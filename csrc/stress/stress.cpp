@@ -1,6 +1,7 @@
 // Many threads over two caches, one of each kind, that share one pool of real memory. Each thread owns its sequences,
 // writes a pattern into every token and reads all of it back, so that a byte that lands in another sequence's memory is
-// seen. Prompts come from a small alphabet, so that most of them begin with what some thread has cached. Built with sanitizers by `make test-sanitize`.
+// seen. Prompts come from a small alphabet, so that most of them begin with what some thread has cached. Built with
+// sanitizers by `make test-sanitize`.
 //
 //   stress --seed N --seconds S [--threads T]      ends with 0 when nothing was wrong
 
@@ -27,7 +28,7 @@ constexpr i64 kMaxTokens = 600;
 constexpr i64 kMaxSequences = 48;
 constexpr i64 kBlockTokens = 16;
 constexpr i64 kRows = 3 * kMaxSequences + 1;  // two thirds of them keep what finished sequences held
-constexpr i64 kTokenBytes[] = {112, 48};  // two arenas; neither divides a page
+constexpr i64 kTokenBytes[] = {112, 48};      // two arenas; neither divides a page
 
 std::atomic<bool> failed{false};
 

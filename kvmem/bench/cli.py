@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,10 +14,13 @@ from rich.console import Console
 from kvmem.bench.errors import BenchError
 from kvmem.bench.language_models import LANGUAGE_MODELS
 from kvmem.bench.parts import Run, Settings
-from kvmem.bench.plots import write_plots
+from kvmem.bench.plots import write_plots, write_reuse_plot
+from kvmem.bench.progress import progress
 from kvmem.bench.report import Report
 from kvmem.bench.results import check_writable, write_json
+from kvmem.bench.reuse import ReuseReport, Workload, parse_capacities, parse_policies, replay
 from kvmem.bench.tables import insert, load_documents, page, summary
+from kvmem.bench.traces import EXCERPT, load_trace
 
 __all__ = ["bench"]
 
@@ -25,13 +28,20 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 _FILE_WIDTH = 160
 _PATH = click.Path(path_type=Path)
 
+_TRACE = click.option(
+    "--trace",
+    type=_PATH,
+    help="Trace file: Mooncake, Azure, BurstGPT or Qwen-Bailian. Default: 1,000 packaged requests.",
+)
+_REQUESTS = click.option("--requests", type=click.IntRange(min=1), help="Only the first requests of the trace.")
+_OUTPUT = [
+    click.option("--json", "json_path", type=_PATH, metavar="FILE", help="Write everything as JSON."),
+    click.option("--plot", "plot_path", type=_PATH, metavar="DIR", help="Write PNG pictures."),
+    click.option("-q", "--quiet", is_flag=True, help="No progress."),
+]
 _OPTIONS = [
-    click.option(
-        "--trace",
-        type=_PATH,
-        help="Trace file: Mooncake, Azure, BurstGPT or Qwen-Bailian. Default: 1,000 packaged requests.",
-    ),
-    click.option("--requests", type=click.IntRange(min=1), help="Only the first requests of the trace."),
+    _TRACE,
+    _REQUESTS,
     click.option("--config", type=_PATH, help="Model config.json or its folder. Default: Llama 3 8B."),
     click.option("--dtype", default="bfloat16", show_default=True, help="Type of the stored KV."),
     click.option("--memory", default="80GiB", show_default=True, help="Memory of the simulated device."),
@@ -57,16 +67,20 @@ _OPTIONS = [
     click.option(
         "--repetitions", type=click.IntRange(min=1), help="Of each timing on real memory. Default: 20; `generate`: 5."
     ),
-    click.option("--json", "json_path", type=_PATH, metavar="FILE", help="Write everything as JSON."),
-    click.option("--plot", "plot_path", type=_PATH, metavar="DIR", help="Write PNG pictures."),
-    click.option("-q", "--quiet", is_flag=True, help="No progress."),
+    *_OUTPUT,
 ]
 
 
-def _options(command: _Command) -> _Command:
-    for option in reversed(_OPTIONS):
-        command = option(command)
-    return command
+def _takes(options: Sequence[Callable[[_Command], _Command]]) -> Callable[[_Command], _Command]:
+    def decorate(command: _Command) -> _Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+_options = _takes(_OPTIONS)
 
 
 def console() -> Console:
@@ -84,7 +98,7 @@ def _run(parts: tuple[str, ...], json_path: Path | None, plot_path: Path | None,
         getattr(run, part)()
     report.all(run.results)
     if json_path is not None:
-        write_json(run.results, sys.argv[1:], json_path)
+        write_json(run.results.to_dict(sys.argv[1:]), json_path)
     if plot_path is not None:
         for path in write_plots(run.results, plot_path):
             report.line(f"wrote {path}")
@@ -149,6 +163,41 @@ def attention_command(**options: Any) -> None:
 def generate_command(**options: Any) -> None:
     """A language model over both backends and over transformers' DynamicCache; exit code 1 if any token differs."""
     _run(("generate",), **options)
+
+
+@bench.command("reuse")
+@_takes([_TRACE, _REQUESTS])
+@click.option(
+    "--capacity",
+    metavar="N,N,...",
+    help="Blocks of the trace that the cache holds; `unlimited` is one too. Default: shares of the distinct blocks.",
+)
+@click.option("--policy", metavar="NAME,...", help="Eviction policies. Default: all.")
+@_takes(_OUTPUT)
+def reuse_command(
+    trace: Path | None,
+    requests: int | None,
+    capacity: str | None,
+    policy: str | None,
+    json_path: Path | None,
+    plot_path: Path | None,
+    quiet: bool,
+) -> None:
+    """How much of the prompts a cache finds again: eviction policies by capacity, beside Belady's optimum."""
+    loaded = load_trace(trace or EXCERPT)
+    workload = Workload.of(loaded if requests is None else loaded.head(requests))
+    policies, capacities = parse_policies(policy), parse_capacities(capacity, workload)
+    check_writable(json_path, plot_path)
+    report = Report(console())
+    runs = len(policies) * len(capacities)
+    with progress(Console(stderr=True, highlight=False), "reuse", runs, quiet) as done:
+        result = ReuseReport(workload, replay(workload, policies, capacities, done))
+    report.reuse(result)
+    if json_path is not None:
+        write_json(result.to_dict(sys.argv[1:]), json_path)
+    if plot_path is not None:
+        for path in write_reuse_plot(result, plot_path):
+            report.line(f"wrote {path}")
 
 
 @bench.command("table")

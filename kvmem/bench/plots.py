@@ -1,43 +1,53 @@
 """The pictures of a run as PNG: bytes over time, waste against page size, distribution of the allocator's time in a
-step.
+step, hit rate against capacity.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvmem.bench.errors import BenchError
 from kvmem.bench.results import Results
+from kvmem.bench.reuse import ReuseReport
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["write_plots"]
+__all__ = ["write_plots", "write_reuse_plot"]
 
 _GIB = 1 << 30
 
 
 def write_plots(results: Results, folder: Path) -> list[Path]:
     """Writes a picture for each part that was run. Raises `BenchError` when matplotlib or the folder is missing."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise BenchError(f"--plot needs matplotlib ({error}); install kvmem[bench]") from error
     pictures = {
         "bytes_over_time": (_bytes_over_time, results.replay),
         "waste_by_page_size": (_waste, results.waste_sweep),
         "latency": (_latency, results.replay),
     }
+    return _write({name: partial(draw, results=results) for name, (draw, part) in pictures.items() if part}, folder)
+
+
+def write_reuse_plot(report: ReuseReport, folder: Path) -> list[Path]:
+    """Writes hit rate against capacity. Raises as `write_plots`."""
+    return _write({"reuse": partial(_reuse, report=report)}, folder)
+
+
+def _write(pictures: dict[str, Callable[[Figure], None]], folder: Path) -> list[Path]:
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise BenchError(f"--plot needs matplotlib ({error}); install kvmem[bench]") from error
     written = []
     try:
-        for name, (draw, part) in pictures.items():
-            if not part:
-                continue
+        for name, draw in pictures.items():
             figure = Figure(figsize=(9, 6), layout="constrained")
             FigureCanvasAgg(figure)
-            draw(figure, results)
+            draw(figure)
             written.append(folder / f"{name}.png")
             figure.savefig(written[-1], dpi=120)
     except OSError as error:
@@ -102,5 +112,28 @@ def _latency(figure: Figure, results: Results) -> None:
         xscale="log",
         xlim=(0.5, None),
         ylim=(0, 100),
+    )
+    axes.legend()
+
+
+def _reuse(figure: Figure, report: ReuseReport) -> None:
+    """Unlimited capacity stands where every block has room."""
+    axes = figure.subplots()
+    distinct = report.workload.distinct
+    curves: dict[str, dict[int, float]] = {"Belady, who knows the future": {}}
+    for row in report.rows:
+        capacity = distinct if isinstance(row.capacity, str) else row.capacity
+        curves.setdefault(row.policy, {})[capacity] = 100 * row.hit_rate
+        curves["Belady, who knows the future"][capacity] = 100 * row.belady_hit_rate
+    for index, (name, points) in enumerate(curves.items()):
+        color, line = ("black", ":") if index == 0 else (f"C{index}", "-")
+        capacities = sorted(points)
+        axes.plot(capacities, [points[x] for x in capacities], marker="o", label=name, color=color, linestyle=line)
+    axes.set(
+        title=f"{report.workload.trace.name}, {distinct:,} distinct blocks",
+        xlabel="capacity, blocks of the trace",
+        ylabel="% of the blocks read that were cached",
+        xscale="log",
+        ylim=(0, None),
     )
     axes.legend()

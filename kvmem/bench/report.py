@@ -12,6 +12,7 @@ from rich.text import Text
 from kvmem.bench.generate import DYNAMIC_CACHE
 from kvmem.bench.replay import ReplayResult
 from kvmem.bench.results import Results, Setup
+from kvmem.bench.reuse import ReuseReport, default_policy
 from kvmem.bench.spread import Spread
 from kvmem.bench.units import format_percent, format_seconds, format_us
 from kvmem.units import format_bytes
@@ -168,6 +169,37 @@ class Report:
             ["cache", "tokens/s", "used at the end", "mapped", f"same tokens as {DYNAMIC_CACHE}"],
             rows,
         )
+
+    def reuse(self, report: ReuseReport) -> None:
+        workload = report.workload
+        trace = workload.trace
+        self.line(
+            f"Trace  {trace.name} ({trace.format}): {trace.num_requests:,} requests read {workload.blocks:,} blocks of "
+            f"{trace.prefix_block_tokens} tokens, {workload.distinct:,} distinct"
+        )
+        self.line()
+        policies = list(dict.fromkeys(row.policy for row in report.rows))
+        found = {(row.capacity, row.policy): row for row in report.rows}
+        rows = []
+        for capacity in dict.fromkeys(row.capacity for row in report.rows):
+            cells = [found[capacity, policy] for policy in policies]
+            rows.append(
+                [
+                    capacity if isinstance(capacity, str) else f"{capacity:,}",
+                    *(f"{format_percent(row.hit_rate)} ({row.share_of_belady:.0%})" for row in cells),
+                    format_percent(cells[0].belady_hit_rate),
+                ]
+            )
+        self.table(
+            "Blocks read that were cached, by eviction policy (in brackets: of what Belady's rule finds, "
+            "which knows the future)",
+            ["capacity in blocks", *(_named(policy) for policy in policies), "Belady"],
+            rows,
+        )
+
+
+def _named(policy: str) -> str:
+    return f"{policy}, the default" if policy == default_policy() else policy
 
 
 def _spread(us: Spread) -> str:

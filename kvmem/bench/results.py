@@ -25,7 +25,7 @@ from kvmem.bench.replay import ReplayResult
 from kvmem.bench.steady import SteadyResult
 from kvmem.bench.waste import Rounding
 
-__all__ = ["SCHEMA_VERSION", "Results", "Setup", "check_writable", "write_json"]
+__all__ = ["SCHEMA_VERSION", "Results", "Setup", "check_writable", "without_folders", "write_json"]
 
 SCHEMA_VERSION = 1
 _MOST_SAMPLES = 200
@@ -78,7 +78,7 @@ class Results:
         return {
             "schema_version": SCHEMA_VERSION,
             "environment": environment(),
-            "command": [_without_folder(word) for word in command],
+            "command": without_folders(command),
             "setup": asdict(self.setup),
             "results": parts,
         }
@@ -88,6 +88,11 @@ def _columns(samples: list[dict[str, Any]]) -> dict[str, list[int]]:
     thinned = samples[:: -(-len(samples) // _MOST_SAMPLES) or 1]
     rows = [sample | sample.pop("usage") for sample in thinned]
     return {name: [row[name] for row in rows] for name in rows[0]} if rows else {}
+
+
+def without_folders(command: list[str]) -> list[str]:
+    """The command line as a report shows it."""
+    return [_without_folder(word) for word in command]
 
 
 def _without_folder(word: str) -> str:
@@ -110,8 +115,8 @@ def check_writable(json_path: Path | None, plot_path: Path | None) -> None:
         raise BenchError(f"{plot_path}: cannot make the folder of the plots: {error.strerror}") from error
 
 
-def write_json(results: Results, command: list[str], path: Path) -> None:
+def write_json(document: dict[str, Any], path: Path) -> None:
     try:
-        path.write_text(json.dumps(results.to_dict(command)) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(document) + "\n", encoding="utf-8")
     except OSError as error:
         raise BenchError(f"{path}: cannot write the JSON report: {error.strerror}") from error

@@ -1,0 +1,203 @@
+"""How much of a trace's prompts a cache of a given size finds again, by eviction policy, beside the best possible.
+
+The requests run one after the other through a real `Allocator` whose device only keeps books (``device="meta"``). A
+prefix block of the trace is one block of one token here, and one page. A request's hits are its leading run of cached
+blocks; the blocks it reads are cached afterwards, what it wrote is not.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kvmem.bench.belady import Belady
+from kvmem.bench.environment import environment
+from kvmem.bench.errors import BenchError
+from kvmem.bench.results import SCHEMA_VERSION, without_folders
+from kvmem.bench.traces import Trace
+
+__all__ = ["ReuseReport", "ReuseRow", "Workload", "default_policy", "parse_capacities", "parse_policies", "replay"]
+
+UNLIMITED = "unlimited"
+_PAGE_BYTES = 4096  # the smallest page, and one token of the spec below
+_SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # of the distinct blocks: the capacities to try unless told
+
+
+@dataclass(frozen=True)
+class ReuseRow:
+    """One replay.
+
+    ``capacity``: in blocks of the trace, or ``"unlimited"``. ``hit_rate``: ``hits`` of all ``blocks`` read.
+    ``belady_hit_rate``: the best possible at this capacity; ``share_of_belady``: ``hit_rate`` of that. ``seconds``: of
+    the replay, all of the allocator's work included. ``evicted_blocks``: how often a block was given up.
+    """
+
+    policy: str
+    capacity: int | str
+    hit_rate: float
+    hits: int
+    blocks: int
+    belady_hit_rate: float
+    share_of_belady: float
+    evicted_blocks: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A trace's requests as block ids that count from 0: int32 arrays, none empty."""
+
+    trace: Trace
+    requests: tuple[npt.NDArray[np.int32], ...]
+    blocks: int
+    distinct: int
+
+    @classmethod
+    def of(cls, trace: Trace) -> Workload:
+        """Raises `BenchError` where the trace does not say which prompts begin alike."""
+        if trace.prefix_ids is None or trace.prefix_offsets is None:
+            raise BenchError(
+                f"{trace.name}: a trace of format {trace.format} has lengths only; `reuse` needs to know which blocks "
+                "are the same (`hash_ids`): give a Mooncake or Qwen-Bailian trace"
+            )
+        if not len(trace.prefix_ids):
+            raise BenchError(f"{trace.name}: no request names a block in `hash_ids`; there is nothing to find again")
+        distinct, ids = np.unique(trace.prefix_ids, return_inverse=True)
+        parts = np.split(ids.astype(np.int32), trace.prefix_offsets[1:-1])
+        return cls(trace, tuple(part for part in parts if len(part)), len(ids), len(distinct))
+
+    @property
+    def longest(self) -> int:
+        """Blocks of the longest request: the smallest capacity that serves all."""
+        return max(map(len, self.requests))
+
+
+@dataclass
+class ReuseReport:
+    """``rows`` in order of capacity, then policy."""
+
+    workload: Workload
+    rows: list[ReuseRow]
+
+    def to_dict(self, command: list[str]) -> dict[str, Any]:
+        trace = self.workload.trace
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "environment": environment(),
+            "command": without_folders(command),
+            "trace": {
+                "name": trace.name,
+                "format": trace.format,
+                "requests": trace.num_requests,
+                "blocks": self.workload.blocks,
+                "distinct_blocks": self.workload.distinct,
+                "block_tokens": trace.prefix_block_tokens,
+            },
+            "default_policy": default_policy(),
+            "results": [asdict(row) for row in self.rows],
+        }
+
+
+def default_policy() -> str:
+    """What an `Allocator` takes when nobody names a policy."""
+    from kvmem import Allocator
+
+    return str(inspect.signature(Allocator).parameters["policy"].default)
+
+
+def parse_policies(text: str | None) -> tuple[str, ...]:
+    """``"lru,density"``; None: all there are. Raises `BenchError` for a name that is none."""
+    from kvmem import _core
+
+    known = _core.eviction_policy_names()
+    names = known if text is None else [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in known:
+            raise BenchError(f"--policy: no eviction policy is called {name!r}; there are: {', '.join(known)}")
+    return tuple(dict.fromkeys(names))
+
+
+def parse_capacities(text: str | None, workload: Workload) -> tuple[int | str, ...]:
+    """``"1000,5000,unlimited"``; None: shares of the distinct blocks. Raises `BenchError` for too few."""
+    if text is None:
+        shares = {max(workload.longest, round(share * workload.distinct)) for share in _SHARES}
+        return (*sorted(shares), UNLIMITED)
+    return tuple(dict.fromkeys(_capacity(word.strip(), workload) for word in text.split(",")))
+
+
+def _capacity(word: str, workload: Workload) -> int | str:
+    if word == UNLIMITED:
+        return UNLIMITED
+    blocks = int(word) if word.isascii() and word.isdigit() else 0
+    if not 0 < blocks < 1 << 31:
+        raise BenchError(f"--capacity: {word!r} is no number of blocks; give numbers from 1 on, or {UNLIMITED!r}")
+    if blocks < workload.longest:
+        raise BenchError(
+            f"--capacity: {blocks:,} blocks do not hold the longest request, which has {workload.longest:,}; "
+            f"give {workload.longest} or more"
+        )
+    return blocks
+
+
+def replay(
+    workload: Workload,
+    policies: Sequence[str],
+    capacities: Sequence[int | str],
+    progress: Callable[[int], None] | None = None,
+) -> list[ReuseRow]:
+    """Every policy at every capacity. ``progress`` hears how many of them are done. About 3 us a block and replay."""
+    best = Belady([ids.tolist() for ids in workload.requests])
+    rows: list[ReuseRow] = []
+    for capacity in capacities:
+        blocks = workload.distinct if isinstance(capacity, str) else capacity
+        belady = best.hits(blocks)
+        for policy in policies:
+            begin = perf_counter()
+            hits, evicted = run(workload.requests, policy, blocks)
+            rows.append(
+                ReuseRow(
+                    policy=policy,
+                    capacity=capacity,
+                    hit_rate=hits / workload.blocks,
+                    hits=hits,
+                    blocks=workload.blocks,
+                    belady_hit_rate=belady / workload.blocks,
+                    share_of_belady=hits / belady if belady else 1.0,
+                    evicted_blocks=evicted,
+                    seconds=perf_counter() - begin,
+                )
+            )
+            if progress is not None:
+                progress(len(rows))
+    return rows
+
+
+def run(requests: Sequence[npt.NDArray[np.int32]], policy: str, capacity: int) -> tuple[int, int]:
+    """Serves ``requests`` one after the other with ``capacity`` blocks of memory; hits and evicted blocks."""
+    from kvmem import Allocator, CacheSpec
+
+    allocator = Allocator(
+        CacheSpec.kv(num_layers=1, num_kv_heads=1, head_dim=512, dtype="float32", block_size=1),
+        backend="paged",
+        device="meta",
+        memory=capacity * _PAGE_BYTES,
+        page_bytes=_PAGE_BYTES,
+        max_sequences=1,
+        max_tokens=1 + max(map(len, requests)),
+        policy=policy,
+    )
+    hits = 0
+    for ids in requests:
+        sequence = allocator.sequence(np.append(ids, 0))  # a token is always left to compute: one more than is read
+        found = sequence.num_cached_tokens
+        sequence.extend(len(ids) - found)
+        sequence.commit(ids[found:])
+        sequence.free()
+        hits += found
+    return hits, allocator.stats().evicted_blocks
