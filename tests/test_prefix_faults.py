@@ -95,7 +95,7 @@ def test_every_driver_call_fails_in_turn(backend: str, layout: str, name: str) -
     if name == "snapshot" and layout != "recurrent":
         return  # a layout without a fixed state has none to keep: tests/test_bad_input_prefix.py
     for code in CODES:
-        for nth in range(1, 60):
+        for nth in range(1, 300):
             driver = checked()
             pair = prepared(driver, backend, layout, 120)
             call = action(pair)
