@@ -428,7 +428,7 @@ class Allocator:
 
     def rows(self, layer: int, component: str = "k") -> torch.Tensor:
         """The full rows, by name: ``[1 + max_sequences + cached_rows, row_tokens, heads, width]``, for kernels that
-        take contiguous sequences (``cache_batch_idx``, ``seqused_k``). Row r is ``batch.rows[i]``; only the tokens a sequence holds
+        take contiguous sequences (``cache_batch_idx``, ``seqused_k``). Row r is ``batch.rows[i]``; only the tokens it holds
         are mapped, touching others faults. ``SpecError`` on the paged backend, which has no rows.
         """
         index = self.spec.group_of(layer, component)
