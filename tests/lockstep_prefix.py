@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 from lockstep import Lockstep
 from patterns import write_slots
 from reference import Piece
@@ -259,10 +258,14 @@ class PrefixLockstep(Lockstep):
     # --- agreement ---
 
     def memory_agrees(self) -> None:
+        stats = self.alloc.stats()
+        assert stats.hit_tokens == self.hit_tokens
+        assert stats.pinned_blocks == sum(len(nodes) for _, nodes in self.pins)
+        idle = sum(not (node.users or node.pins) for node in self.model.nodes()) if self.model.shares else 0
+        assert stats.cached_blocks == idle if self.plentiful else stats.cached_blocks <= idle
         if not self._idle_pins():
             super().memory_agrees()
             return
-        stats = self.alloc.stats()
         assert stats.mapped_bytes == stats.used_bytes + stats.wasted_bytes + stats.parked_bytes
         assert stats.created_bytes == stats.mapped_bytes + stats.free_bytes <= stats.budget_bytes
         assert (stats.used_bytes, stats.shared_bytes) == (self.model.used_bytes(), self.model.shared_bytes())
@@ -270,14 +273,3 @@ class PrefixLockstep(Lockstep):
     def _must_fit(self, after) -> bool:  # type: ignore[no-untyped-def, override]
         """Pins of what no sequence uses take memory that the model does not count."""
         return not self._idle_pins() and super()._must_fit(after)
-
-    def known_prompts(self) -> list[list[int]]:
-        """The tokens of every live sequence, as far as known."""
-        return [content.tokens for content in self.model.contents.values()]
-
-    def contents_of(self, handle: int) -> torch.Tensor:
-        """Every byte of a sequence's tokens, in all layers and components, one after the other."""
-        from patterns import by_sequence
-
-        parts = [part.flatten() for g in range(len(self.model.groups)) for part in by_sequence(self.alloc, handle, g)]
-        return torch.cat(parts)

@@ -287,7 +287,8 @@ def test_a_million_operations(backend: str) -> None:
     pair = load.pair
     pair.agree()
     assert pair.refusals > 0, "the load never met the limit of memory"
-    assert pair.hit_tokens > 0 and pair.partial_hits > 0 and pair.missed_tokens > 0, "no hit, or nothing was evicted"
+    assert pair.hit_tokens > 0 and pair.partial_hits > 0, "nothing was shared"
+    assert pair.missed_tokens > 0 and pair.alloc.stats().evicted_blocks > 0, "nothing was given up"
     print(
         f"{backend}: {load.operations} operations, {time.monotonic() - start:.0f} s, {pair.refusals} refused, "
         f"{pair.hit_tokens} tokens found, {pair.partial_hits} hits within a block, {pair.missed_tokens} given up before"
