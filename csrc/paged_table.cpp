@@ -96,7 +96,7 @@ class PagedTable final : public PagedBlocks {
   // What is taken over is referred to, or kept from being given up, before any memory is looked for.
   void adopt(i64 index, const std::vector<i32>& chain, const Found& found, Transaction& tx) override {
     const i64 whole = found.tokens / block_tokens(), tail = found.tokens % block_tokens();
-    const Kept kept(*this, tail > 0 ? chain[whole] : kNoNode);
+    const Kept kept(*this, chain[tail > 0 ? whole : whole - 1]);
     for (i64 g = 0; g < groups_; ++g) {
       if (geometry_.groups[g].growth == Growth::fixed) continue;
       for (i64 ordinal = sequences_.front(index, g) / block_tokens(); ordinal < whole; ++ordinal) {
@@ -143,6 +143,7 @@ class PagedTable final : public PagedBlocks {
       if (geometry_.groups[g].growth != Growth::fixed || block_of(chain.back(), g) != 0) continue;
       const i64 fresh = take(g, 1, tx);
       tx.push({OpKind::hold, arena(0), chain.back(), g, fresh});
+      pass(blocks_[g], fresh);
       copy_block(g, entry(index, g, 0), fresh, 1, tx);
     }
   }
@@ -196,7 +197,10 @@ class PagedTable final : public PagedBlocks {
       }
     }
     ~Kept() {
-      for (const auto& [g, block] : blocks_) table_.pass(table_.blocks_[g], block);
+      for (const auto& [g, block] : blocks_) {
+        Blocks& b = table_.blocks_[g];
+        if (b.refs[block] == 0) table_.pass(b, block);
+      }
     }
     Kept(const Kept&) = delete;
     Kept& operator=(const Kept&) = delete;
@@ -237,14 +241,23 @@ class PagedTable final : public PagedBlocks {
 
   bool give_up_one(Transaction& tx) {
     for (i64 g = 0; g < groups_; ++g) {
-      if (give_up_passed(g, tx)) return true;
+      if (!has_state(g) && give_up_passed(g, tx)) return true;
     }
     const i32 node = index_.victim();
-    if (node != kNoNode) forget(node, tx);
-    return node != kNoNode;
+    if (node != kNoNode) {
+      forget(node, tx);
+      return true;
+    }
+    for (i64 g = 0; g < groups_; ++g) {
+      if (has_state(g) && give_up_passed(g, tx)) return true;
+    }
+    return false;
   }
 
-  // What a window has passed goes first: a hit needs it only if it ends just there. What is pinned goes with its node.
+  bool has_state(i64 g) const { return geometry_.groups[g].growth == Growth::fixed; }
+
+  // What a window has passed goes first: a hit needs it only if it ends just there. Snapshots of tokens that are in use
+  // stand in such a list too, and go last. What is pinned goes with its node.
   bool give_up_passed(i64 g, Transaction& tx) {
     Blocks& b = blocks_[g];
     i64 block = first_passed(b);
@@ -277,9 +290,9 @@ class PagedTable final : public PagedBlocks {
     Blocks& b = blocks_[group];
     const i64 first = unbacked(group);
     if (!has_room_for(b, first)) {
-      if (give_up_passed(group, tx)) return;
+      if (!has_state(group) && give_up_passed(group, tx)) return;
       for (i32 node; b.kept > 0 && b.ready == 0 && (node = index_.victim()) != kNoNode;) forget(node, tx);
-      if (b.ready > 0) return;
+      if (b.ready > 0 || give_up_passed(group, tx)) return;
     }
     if (first == b.max_blocks) throw OutOfMemory("all " + std::to_string(first - kTrashBlocks) + " blocks are in use");
     i64 end = first + 1;

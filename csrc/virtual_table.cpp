@@ -231,6 +231,11 @@ class VirtualTable final : public VirtualRows {
       freed += spill_row(order[i], pages - freed, tx);
     }
     for (i32 node; freed < pages && (node = index_.victim()) != kNoNode;) freed += give_up(node, pages - freed, tx);
+    for (std::size_t i = 0; i < parked && freed < pages; ++i) {
+      if (!is_spare_snapshot(order[i])) continue;
+      cut(order[i], 0, tx);
+      freed += spill_row(order[i], pages - freed, tx);
+    }
     return freed;
   }
 
@@ -312,8 +317,8 @@ class VirtualTable final : public VirtualRows {
     forget(node, tx);
     i64 freed = 0;
     for (i64 row : rows) {
-      // What a window has passed is gone: where the rest ends now, nobody could begin.
-      if (!has_mapped(row, content_tokens(row)) && can_lose(row)) cut(row, 0, tx);
+      // What is left may be another row's too; or end where nobody could begin, since a window has passed there.
+      if (can_lose(row) && (is_copy(row) || !has_mapped(row, content_tokens(row)))) cut(row, 0, tx);
       if (freed < pages) freed += spill_row(row, pages - freed, tx);
     }
     return freed;
@@ -336,6 +341,12 @@ class VirtualTable final : public VirtualRows {
   bool is_copy(i64 row) const {
     const Row& r = rows_[row];
     return row != source_ && !r.holds.empty() && r.state != r.holds.back().node && is_covered(row, 0);
+  }
+
+  // A snapshot whose tokens are in use, so that nothing but the state would be lost: the last to go.
+  bool is_spare_snapshot(i64 row) const {
+    const Row& r = rows_[row];
+    return !r.holds.empty() && r.state == r.holds.back().node && !index_.pinned(r.state) && can_lose(row);
   }
 
   // True if a parked row can lose what it holds: nobody uses it, or another row holds it too.
@@ -389,6 +400,12 @@ class VirtualTable final : public VirtualRows {
         return row;
       }
       forget(node, tx);
+    }
+    for (const Unbound& u : unbound_) {
+      if (!is_spare_snapshot(u.row)) continue;
+      const i64 row = u.row;
+      cut(row, 0, tx);
+      return row;
     }
     throw OutOfMemory("all rows are in use or hold pinned tokens");
   }

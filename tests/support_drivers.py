@@ -84,7 +84,8 @@ class CudaStub:
     """One fresh stand-in device. The library is copied, because each loaded file has its own state."""
 
     def __init__(self, library: Path, folder: Path) -> None:
-        self.path = folder / "libcuda_stub.so"
+        # Never over one that is loaded: that would change its code while it runs.
+        self.path = folder / f"libcuda_stub_{len(list(folder.glob('libcuda_stub_*.so')))}.so"
         shutil.copy(library, self.path)
         self.library = ctypes.CDLL(str(self.path))
         self.library.kvmem_stub_get.restype = ctypes.c_longlong
