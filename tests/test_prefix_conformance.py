@@ -4,7 +4,7 @@ some layouts a host whose index has hashes of one bit (``KVMEM_HASH_BITS``): not
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import cycle, product
+from itertools import count, cycle, product
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,10 @@ def make(
         monkeypatch.setenv("KVMEM_HASH_BITS", "1")
         device = "host"
 
+    folders = (
+        count()
+    )  # a stand-in for a driver has one of its own: it is loaded from there, and must not be written again
+
     def make(**options: Any) -> kvmem.Allocator:
         page = sizes["page_bytes"]
         options = {"page_bytes": page, "memory": 3000 * page, "map_ahead_tokens": 0} | options
@@ -40,6 +44,8 @@ def make(
         spec = LAYOUTS[layout].spec(sizes["block_size"])
         if device == "meta":
             return make_allocator(spec, backend, device="meta", **options)
-        return make_allocator(spec, backend, driver=open_driver(device, tmp_path), **options)
+        folder = tmp_path / str(next(folders))
+        folder.mkdir()
+        return make_allocator(spec, backend, driver=open_driver(device, folder), **options)
 
     return make

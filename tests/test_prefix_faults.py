@@ -181,6 +181,7 @@ def test_failures_amid_a_random_program(backend: str, layout: str) -> None:
                 seq = pair.alloc.sequence(prompt)
                 driver.clear_failures()
                 pair.seqs[seq.id] = seq
+                pair.hit_tokens += seq.num_cached_tokens
                 look = pair._look(seq.id) if pair.virtual and seq.num_cached_tokens else None
                 pair.model.begin(seq.id, (None, None), prompt, seq.num_cached_tokens, look)
                 rest = prompt[seq.num_cached_tokens :]
