@@ -16,7 +16,8 @@ def text(n: int, seed: int = 1) -> list[int]:
 def world(make: Make, *, plentiful: bool = True, **options: object) -> PrefixLockstep:
     options = {"max_tokens": 1500, "max_sequences": 24, "record_ops": True} | options
     alloc = make(**options)
-    return PrefixLockstep(alloc, contents=alloc.device.type != "meta", plentiful=plentiful)
+    partial = bool(options.get("partial_reuse", True))
+    return PrefixLockstep(alloc, contents=alloc.device.type != "meta", plentiful=plentiful, partial_reuse=partial)
 
 
 def grow(pair: PrefixLockstep, tokens: list[int], root: Root = NO_ROOT) -> int:
@@ -81,7 +82,6 @@ def test_at_least_one_token_is_left_to_compute(make: Make) -> None:
 
 def test_without_partial_reuse_only_whole_blocks_are_found(make: Make) -> None:
     pair = world(make, partial_reuse=False)
-    pair.model.partial_reuse = False
     size = pair.model.block_tokens
     prompt = text(3 * size)
     grow(pair, prompt)

@@ -1,9 +1,10 @@
-"""Prefix sharing on every backend, device and layout; ``"meta"`` among them, where there are no bytes to compare."""
+"""Prefix sharing on every backend, device and layout; ``"meta"`` among them, where there are no bytes to compare, and for
+some layouts a host whose index has hashes of one bit (``KVMEM_HASH_BITS``): not one answer may be another then."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import cycle, product
+from itertools import count, cycle, product
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,22 @@ TRIPLES = list(product(BACKENDS, (*DEVICES, "meta"), LAYOUTS))
 SIZE_OF = cycle(["near", "small pages", "odd", "small blocks", "near"])
 QUADRUPLES = product(BACKENDS, (*DEVICES, "meta"), LAYOUTS, SIZES)
 CASES = list(QUADRUPLES) if LONG else [(*triple, next(SIZE_OF)) for triple in TRIPLES]
+CASES += product(BACKENDS, ["colliding hashes"], ["kv interleaved", "full and window", "recurrent"], ["near"])
 
 
 @pytest.fixture(params=CASES, ids=["-".join(case).replace(" ", "_") for case in CASES])
-def make(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., kvmem.Allocator]:
+def make(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., kvmem.Allocator]:
     backend, device, layout, size = request.param
     sizes = SIZES[size]
+    if device == "colliding hashes":
+        monkeypatch.setenv("KVMEM_HASH_BITS", "1")
+        device = "host"
+
+    folders = (
+        count()
+    )  # a stand-in for a driver has one of its own: it is loaded from there, and must not be written again
 
     def make(**options: Any) -> kvmem.Allocator:
         page = sizes["page_bytes"]
@@ -33,6 +44,8 @@ def make(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., kvmem.
         spec = LAYOUTS[layout].spec(sizes["block_size"])
         if device == "meta":
             return make_allocator(spec, backend, device="meta", **options)
-        return make_allocator(spec, backend, driver=open_driver(device, tmp_path), **options)
+        folder = tmp_path / str(next(folders))
+        folder.mkdir()
+        return make_allocator(spec, backend, driver=open_driver(device, folder), **options)
 
     return make

@@ -95,7 +95,7 @@ def test_every_driver_call_fails_in_turn(backend: str, layout: str, name: str) -
     if name == "snapshot" and layout != "recurrent":
         return  # a layout without a fixed state has none to keep: tests/test_bad_input_prefix.py
     for code in CODES:
-        for nth in range(1, 60):
+        for nth in range(1, 300):
             driver = checked()
             pair = prepared(driver, backend, layout, 120)
             call = action(pair)
@@ -181,6 +181,7 @@ def test_failures_amid_a_random_program(backend: str, layout: str) -> None:
                 seq = pair.alloc.sequence(prompt)
                 driver.clear_failures()
                 pair.seqs[seq.id] = seq
+                pair.hit_tokens += seq.num_cached_tokens
                 look = pair._look(seq.id) if pair.virtual and seq.num_cached_tokens else None
                 pair.model.begin(seq.id, (None, None), prompt, seq.num_cached_tokens, look)
                 rest = prompt[seq.num_cached_tokens :]

@@ -46,7 +46,8 @@ def test_cached_memory_is_given_up_before_anything_is_refused(backend: str, layo
     assert pair.match([*prompt, 1]).num_tokens == 160
     press(pair)
     found = pair.match([*prompt, 1])
-    assert (found.num_tokens, found.reason) == (0, "evicted")
+    assert found.num_tokens == 0
+    assert found.reason == "evicted" or (pair.model.windows and found.reason == "window passed")
     agree(pair)
     assert cached(pair, grow(pair, prompt)) == 0
     agree(pair)
