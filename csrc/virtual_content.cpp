@@ -122,13 +122,25 @@ bool VirtualTable::can_take_over(i64 row, std::size_t blocks) const {
   for (const GroupGeometry& group : geometry_.groups) {
     if (group.growth == Growth::fixed) return false;
   }
-  return is_covered(row, blocks) || best_empty(0) < 0;
+  if (is_covered(row, blocks)) return true;
+  const std::vector<Hold>& holds = rows_[row].holds;
+  return best_empty(0) < 0 && std::none_of(
+                                  holds.begin() + static_cast<std::ptrdiff_t>(blocks), holds.end(),
+                                  [this](const Hold& h) { return index_.used(h.node); });
 }
 
 void VirtualTable::take_over(i64 index, i64 row, i64 blocks, Transaction& tx) {
   cut(row, blocks, tx);
   tx.push({OpKind::bind, 0, sequences_.handle_of(index), row});
   for (i64 g = 0; g < groups_; ++g) copy_tail_[index * groups_ + g] = 1;  // the next write may meet a shared page
+  // Behind that page there may be more: a sequence that a window keeps short shows the later pages only.
+  for (i64 a = 0; a < arenas_; ++a) {
+    const Extent& e = extent(row, a);
+    i64 slot = std::max(e.lo, blocks * index_.block_tokens() * token_bytes(group_of(a), a) / page_bytes());
+    while (slot < e.hi && pool_.refs(e.pages[slot]) <= 1) ++slot;
+    const i64 tail = sequences_.tokens(index, group_of(a)) * token_bytes(group_of(a), a) / page_bytes();
+    if (slot < e.hi) unmap(row, a, std::max(slot, tail + 1), e.hi, rows_[row].fence, tx);
+  }
 }
 
 void VirtualTable::share_row(i64 from, i64 to, i64 group, i64 first, i64 tokens, Transaction& tx) {
