@@ -118,8 +118,9 @@ void Cache::follow(const std::vector<Op>& ops, Transaction& tx) {
     if ((op.kind == OpKind::open || op.kind == OpKind::close) && op.d != 0) {
       throw SpecError("open and close of a list carry no fourth number");
     }
-    if (op.kind == OpKind::length && op.b > op.c) {
-      check_group(op.at);
+    const bool grows = op.kind == OpKind::length && op.b > op.c;
+    if (grows) check_group(op.at);
+    if (grows && op.c == sequences_.tokens(sequences_.index(op.a), op.at)) {  // else it is refused below
       grown.push_back({op.a, op.at, op.c, table_->shared_pieces(sequences_.index(op.a), op.at, op.c)});
     }
     if (op.kind != OpKind::create || op.a < 0 || op.b <= 0 || op.b > pool_->budget_pages()) {

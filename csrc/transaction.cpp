@@ -30,12 +30,14 @@ void Transaction::commit() {
     try {
       space->execute(ops_.data(), ops_.data() + ops_.size());
     } catch (const Error&) {
-      std::vector<Op> evicted;
-      std::copy_if(ops_.begin(), ops_.end(), std::back_inserter(evicted),
-                   [](const Op& op) { return op.kind == OpKind::evict; });
+      const std::vector<Op> ops = ops_;
       roll_back();
-      // Its memory may have been written to by now, so what was given up stays given up.
-      for (const Op& op : evicted) pool_.give_up(op);
+      // What was given up stays given up, if its memory may have been written to by now.
+      const bool wrote = std::any_of(ops.begin(), ops.end(),
+                                     [](const Op& op) { return op.kind == OpKind::copy || op.kind == OpKind::zero; });
+      for (const Op& op : ops) {
+        if (wrote && op.kind == OpKind::evict) pool_.give_up(op);
+      }
       pool_.finish(true);
       throw;
     }
