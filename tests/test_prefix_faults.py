@@ -8,9 +8,9 @@ import random
 from collections.abc import Callable
 
 import pytest
-from conformance_prefix import agree, cached, go_on, grow, text
 from lockstep_prefix import PrefixLockstep
 from support import BACKENDS, LAYOUTS, LONG, make_allocator, seed_of_run
+from support_prefix import agree, cached, go_on, grow, text
 from support_world import NOTHING, PAGE, checked, held
 
 import kvmem
