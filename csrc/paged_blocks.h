@@ -57,6 +57,9 @@ class PagedBlocks : public PageTable {
   void on_unmap(const Op& op) override { change(op, false); }
   void on_content(const Op& op, bool undo) override;
   void finish(bool committed) override { index_.finish(committed); }
+  bool can_give_up(const Op& op) const override {
+    return block_of(static_cast<i32>(op.a), op.b) == op.c && blocks_[op.b].refs[op.c] == 0;
+  }
 
   i64 offset_bytes(i64 index, i64 group, i64 a, i64 token) const override {
     const Blocks& b = blocks_[group];

@@ -33,6 +33,8 @@ class PageOwner {
   // The state changes that its content index has gained or lost a place; and then the end of that transaction.
   virtual void on_content(const Op& op, bool undo) = 0;
   virtual void finish(bool committed) = 0;
+  // True if an `evict` that was taken back can be done again by itself: nobody alive needs that memory.
+  virtual bool can_give_up(const Op& evict) const = 0;
   // Mapped pages that no live sequence needs.
   virtual i64 parked_pages() const = 0;
   // Pushes unmap records until about `pages` parked pages are free; returns how many it freed.
@@ -91,6 +93,11 @@ class PagePool {
   void apply(const Op& op, bool undo);
   void finish(bool committed) {
     for (PageOwner* owner : owners_) owner->finish(committed);
+  }
+
+  void give_up(const Op& evict) {
+    PageOwner& owner = *arenas_[evict.at].owner;
+    if (owner.can_give_up(evict)) owner.on_content(evict, false);
   }
 
   // Without a driver, what a GPU's driver would have been asked: one map for each page, one set_access for each run.

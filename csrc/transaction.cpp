@@ -30,7 +30,13 @@ void Transaction::commit() {
     try {
       space->execute(ops_.data(), ops_.data() + ops_.size());
     } catch (const Error&) {
+      std::vector<Op> evicted;
+      std::copy_if(ops_.begin(), ops_.end(), std::back_inserter(evicted),
+                   [](const Op& op) { return op.kind == OpKind::evict; });
       roll_back();
+      // Its memory may have been written to by now, so what was given up stays given up.
+      for (const Op& op : evicted) pool_.give_up(op);
+      pool_.finish(true);
       throw;
     }
   }

@@ -54,6 +54,11 @@ class VirtualRows : public PageTable {
   void on_unmap(const Op& op) override { change(op, false); }
   void on_content(const Op& op, bool undo) override;
   void finish(bool committed) override { index_.finish(committed); }
+  bool can_give_up(const Op& op) const override {
+    const Row& row = rows_[op.b];
+    return row.index < 0 && !row.holds.empty() && row.holds.back().node == op.a &&
+           (index_.places(row.holds.back().node) > 1 || !index_.used(row.holds.back().node));
+  }
 
   i64 offset_bytes(i64 index, i64 group, i64 a, i64 token) const override {
     return slot_of(row_of_[index], group, first_[group] + a) * page_bytes() +

@@ -1,0 +1,112 @@
+// The virtual backend's decisions, over the books of virtual_rows.h. virtual_table.cpp: growing and shrinking.
+// virtual_content.cpp: what rows have in common. virtual_spill.cpp: which row comes next, and what is given up.
+#pragma once
+
+#include <vector>
+
+#include "virtual_rows.h"
+
+namespace kvmem {
+
+class VirtualTable final : public VirtualRows {
+ public:
+  using VirtualRows::VirtualRows;
+
+  bool has_room(i64 index, i64 group, i64 tokens) override;
+  void grow(i64 index, i64 group, i64 old_tokens, i64 new_tokens, Transaction& tx) override;
+  void shrink(i64 index, i64 group, i64 old_tokens, i64 new_tokens, Transaction& tx) override;
+  // Nothing is unmapped here: that would cost a driver call and a wait for every page a window leaves behind. The front
+  // counts as parked from now on and goes when memory is short, in batches.
+  void drop_front(i64 index, i64, i64, i64, Transaction& tx) override { rows_[row_of_[index]].fence = tx.fence(); }
+
+  void share(i64 parent, i64 child, i64 group, i64 first, i64 tokens, Transaction& tx) override;
+  Found find(const std::vector<i32>& chain, i64 tokens) const override;
+  void adopt(i64 index, const std::vector<i32>& chain, const Found& found, Transaction& tx) override;
+  bool has(i32 node, i64) const override { return first_holder(node) >= 0; }
+  void publish(i64 index, i64, i32 node, Transaction& tx) override {
+    tx.push({OpKind::hold, arena(0), node, row_of_[index]});
+  }
+
+  void retract(i64 index, i32 node, Transaction& tx) override {
+    tx.push({OpKind::evict, arena(0), node, row_of_[index]});
+  }
+
+  void evict(i32 node, Transaction& tx) override;
+  void snapshot(i64 index, const std::vector<i32>& chain, Transaction& tx) override;
+  std::vector<i64> shared_pieces(i64 index, i64 group, i64 token) const override;
+  void close(i64 index, Transaction& tx) override;
+  void back_trash(i64 group, Transaction& tx) override;
+  bool map_ahead(i64 index, i64 group, i64 tokens, Transaction& tx) override;
+  i64 spill(i64 pages, Transaction& tx) override;
+
+ private:
+  // Marks a row that a decision reads or fills while it looks for memory, and that must not lose any to it.
+  class Guard {
+   public:
+    Guard(i64& place, i64 row) : place_(place) { place_ = row; }
+    ~Guard() { place_ = -1; }
+    Guard(const Guard&) = delete;
+    Guard& operator=(const Guard&) = delete;
+
+   private:
+    i64& place_;
+  };
+  // True if the row has what each group needs of the first `tokens` tokens of its content.
+  bool shows(i64 row, i32 node, i64 tokens) const;
+  bool has_mapped(i64 row, i64 tokens) const;
+  // True if every block of a parked row from `from` on is held by another row too.
+  bool is_covered(i64 row, std::size_t from) const;
+  i64 spill_row(i64 row, i64 pages, Transaction& tx);
+  // A pinned prefix keeps what its windows need, so the fronts of such a row stay.
+  bool holds_pins(i64 row) const;
+  i64 give_up(i32 node, i64 pages, Transaction& tx);
+  // The row forgets its content from block `from` on.
+  void cut(i64 row, i64 from, Transaction& tx);
+  void hold_all(i64 row, const std::vector<i32>& chain, i64 count, bool state, Transaction& tx);
+  // A parked row whose content other rows hold too.
+  bool is_copy(i64 row) const;
+  // A snapshot whose tokens are in use, so that nothing but the state would be lost: the last to go.
+  bool is_spare_snapshot(i64 row) const;
+  // True if a parked row can lose what it holds: nobody uses it, or another row holds it too.
+  bool can_lose(i64 row) const;
+  // The smallest parked row without content that has enough mapped, else the largest; among equals the first, so that
+  // sequences that start together lie at equal distances and a batch of them is one strided tensor. -1 if all hold
+  // content. The trash row is never among them.
+  i64 best_empty(i64 slots) const;
+  // A row without content, and one that has as few pages as may be: for one that is to show pages of another.
+  i64 pick_empty(Transaction& tx);
+  // A parked row that gives up its content for the next one: a second copy, else the one with the least valuable block.
+  i64 empty_a_row(Transaction& tx);
+  // The row for a sequence that starts with `tokens` tokens of its own. Where memory is short, a parked row of about
+  // that size that would have to give up its pages anyway is taken with them, which costs no driver call.
+  i64 pick_row(i64 tokens, Transaction& tx);
+  void bind(i64 index, i64 tokens, Transaction& tx);
+  // A parked row can go on as the sequence's own if it loses nothing by that which others cannot show, or if there is
+  // no other row. A fixed state could not be found again once it is written over.
+  bool can_take_over(i64 row, std::size_t blocks) const;
+  void take_over(i64 index, i64 row, i64 blocks, Transaction& tx);
+  // What the last tenant left behind the first `tokens` tokens, and whatever it had mapped beyond its own.
+  void zero_row(i64 row, i64 tokens, Transaction& tx);
+  // For a row that starts with pages of another one: whatever is parked in it would be in the way.
+  void bind_empty(i64 index, Transaction& tx);
+  void drop_pages(i64 row, Transaction& tx);
+  // Shows the pages that lie whole within tokens [first, tokens) in another row too, and copies what is cut.
+  void share_row(i64 from, i64 to, i64 group, i64 first, i64 tokens, Transaction& tx);
+  void copy_state(i64 from, i64 to, i64 group, Transaction& tx);
+  // A parked row may still show pages that a live one shares. They are not ours to write. The mark goes only when there
+  // is none: were they dropped and then taken back with a failed transaction, the row would show them unmarked.
+  void drop_shared(i64 row, Transaction& tx);
+  // Pages from the length on are shared, after a truncation: the one that the length cuts is replaced by a copy of what
+  // is used, and those behind it, which were kept as the guard, give way to new ones. The copy is made at the scratch
+  // slot behind the last row, since the row's own address still shows the old page.
+  void copy_tail(i64 index, i64 group, i64 tokens, Transaction& tx);
+  void replace_page(i64 row, i64 group, i64 a, i64 slot, i64 used_bytes, Transaction& tx);
+  void map(i64 row, i64 a, i64 from, i64 to, Transaction& tx) { map(row, a, from, to, tx, geometry_.zero); }
+  void map(i64 row, i64 a, i64 from, i64 to, Transaction& tx, Zero zero);
+  void unmap(i64 row, i64 a, i64 from, i64 to, i64 fence, Transaction& tx);
+
+  i64 source_ = -1;  // the row that content is taken from, while it is
+  i64 copy_ = -1;    // the row of no sequence that a snapshot is being made in
+};
+
+}  // namespace kvmem
