@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conformance_prefix import text
 from support import BACKENDS, i32, make_allocator, plain, recurrent
+from support_prefix import text
 
 import kvmem
 from kvmem import SpecError, StaleHandle

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from conformance_prefix import *  # noqa: F403 - the tests
+from conformance_prefix_life import *  # noqa: F403
 from support import BACKENDS, DEVICES, LAYOUTS, LONG, SIZES, make_allocator, open_driver
 
 import kvmem

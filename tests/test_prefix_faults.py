@@ -1,5 +1,6 @@
 """Failures while prefixes are shared: every driver call of every call fails in turn, and memory runs out. An error, and
-nothing changed: what match() answers, lengths, tables, contents; usable afterwards, nothing leaked."""
+nothing changed: what match() answers, lengths, tables, contents; usable afterwards, nothing leaked. Where it was the driver
+that failed, cached prefixes that were given up for the call may stay so."""
 
 from __future__ import annotations
 
@@ -8,9 +9,9 @@ import random
 from collections.abc import Callable
 
 import pytest
-from conformance_prefix import agree, cached, go_on, grow, text
 from lockstep_prefix import PrefixLockstep
 from support import BACKENDS, LAYOUTS, LONG, make_allocator, seed_of_run
+from support_prefix import agree, cached, go_on, grow, text
 from support_world import NOTHING, PAGE, checked, held
 
 import kvmem
@@ -43,6 +44,13 @@ def seen(pair: PrefixLockstep) -> tuple[object, ...]:
         [(match.num_tokens, match.reason) for match in found], lengths, tables, sorted(alloc.core.handles()),
         stats.used_bytes, stats.shared_bytes, stats.num_sequences,
     )  # fmt: skip
+
+
+def is_as_before(pair: PrefixLockstep, before: tuple[object, ...]) -> bool:
+    """After a driver's call failed: all as it was, but that what was given up for it may stay given up."""
+    after = seen(pair)
+    shorter = all(a[0] <= b[0] for a, b in zip(after[0], before[0], strict=True))  # type: ignore[call-overload]
+    return after[1:] == before[1:] and shorter
 
 
 Action = tuple[str, Callable[[PrefixLockstep], Callable[[], object]]]
@@ -108,7 +116,7 @@ def test_every_driver_call_fails_in_turn(backend: str, layout: str, name: str) -
                 driver.clear_failures()
                 assert met, error
                 assert isinstance(error, kvmem.OutOfMemory if code == 2 else kvmem.DeviceError)
-                assert seen(pair) == before, (name, nth, code)
+                assert is_as_before(pair, before), (name, nth, code)
                 agree(pair)
                 failed += 1
                 for prompt in PROMPTS:  # usable, and what is found is right
@@ -200,9 +208,10 @@ def test_failures_amid_a_random_program(backend: str, layout: str) -> None:
                 driver.clear_failures()
                 pair.model.free(handle)
         except kvmem.KVMemError:
-            failures += not driver.pending_failures()
+            met = not driver.pending_failures()
+            failures += met
             driver.clear_failures()
-            assert seen(pair) == before
+            assert is_as_before(pair, before) if met else seen(pair) == before
         if number % 5 == 0:
             agree(pair)
     assert failures > 10

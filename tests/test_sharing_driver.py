@@ -4,9 +4,9 @@ that the system counts once."""
 from __future__ import annotations
 
 import pytest
-from conformance_prefix import agree, cached, go_on, grow, take, text
 from lockstep_prefix import PrefixLockstep
 from support import BACKENDS, LAYOUTS, make_allocator, plain
+from support_prefix import agree, cached, go_on, grow, take, text
 from support_world import checked
 
 import kvmem

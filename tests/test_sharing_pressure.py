@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 
 import pytest
-from conformance_prefix import agree, cached, go_on, grow, text
 from lockstep_prefix import NO_ROOT, PrefixLockstep
 from support import BACKENDS, LAYOUTS, i32, make_allocator
+from support_prefix import agree, cached, go_on, grow, text
 
 import kvmem
 
