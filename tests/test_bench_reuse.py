@@ -72,7 +72,7 @@ def best_hits(requests: list[list[int]], capacity: int) -> int:
     return max(states.values())
 
 
-@pytest.mark.parametrize("capacity", [250, 1000, 3000, 10_000])
+@pytest.mark.parametrize("capacity", [1, 12, 60, 250, 1000, 3000, 10_000])
 def test_lru_through_the_allocator_is_lru(excerpt, capacity):
     (row,) = replay(excerpt, ["lru"], [capacity])
     requests = hash_ids(EXCERPT)
@@ -167,7 +167,7 @@ def test_one_policy_and_capacities_by_default(capsys, excerpt):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--capacity", "12"], ["12 blocks", "longest request"]),
+        (["--capacity", "0"], ["'0'"]),
         (["--capacity", "many"], ["--capacity", "'many'", "unlimited"]),
         (["--capacity", "1000,-5"], ["'-5'"]),
         (["--capacity", "1000,"], ["''"]),
