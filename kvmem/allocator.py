@@ -428,8 +428,8 @@ class Allocator:
 
     def rows(self, layer: int, component: str = "k") -> torch.Tensor:
         """The full rows, by name: ``[1 + max_sequences + cached_rows, row_tokens, heads, width]``, for kernels that
-        take contiguous sequences (``cache_batch_idx``, ``seqused_k``). Row r is ``batch.rows[i]``; only what it holds is
-        mapped, touching the rest faults. ``SpecError`` on the paged backend, which has no rows.
+        take contiguous sequences (``cache_batch_idx``, ``seqused_k``). Row r is ``batch.rows[i]``; only the tokens that
+        it holds are mapped, touching others faults. ``SpecError`` on the paged backend, which has no rows.
         """
         index = self.spec.group_of(layer, component)
         geometry, layout = self._geometry[index], self._layouts[index]

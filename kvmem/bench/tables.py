@@ -6,6 +6,7 @@ Everything on them is read from the reports, so that a number in the documents i
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +60,11 @@ def _load(path: Path) -> Document:
         report = json.loads(path.read_text(encoding="utf-8"))
         if report["schema_version"] != SCHEMA_VERSION:
             raise BenchError(f"{path}: a report of version {report['schema_version']}; this reads {SCHEMA_VERSION}")
-        return Document(path.name, report["environment"], report["command"], report["setup"], report["results"])
+        if "default_policy" in report:  # of `reuse`
+            setup, parts = report["trace"] | {"default_policy": report["default_policy"]}, {"reuse": report["results"]}
+        else:
+            setup, parts = report["setup"], report["results"]
+        return Document(path.name, report["environment"], report["command"], setup, defaultdict(list, parts))
     except OSError as error:
         raise BenchError(f"{path}: cannot read the report: {error.strerror}") from error
     except (ValueError, KeyError, TypeError) as error:
@@ -200,6 +205,12 @@ def _replay(run: dict[str, Any]) -> list[str]:
 
 def _details(document: Document) -> Iterator[tuple[str, list[str], list[list[str]]]]:
     parts = document.parts
+    if rows := parts["reuse"]:
+        title = (
+            f"Share of {document.setup['blocks']:,} blocks of {document.setup['block_tokens']} tokens read in "
+            f"{document.setup['requests']:,} requests that were cached; in brackets of what Belady's rule finds:"
+        )
+        yield title, *_reuse(document)
     if rows := parts["steady"]:
         title = (
             f"Driver calls of a batch of {rows[0]['sequences']} sequences, {rows[0]['prompt_tokens']:,} prompt tokens, "
@@ -222,6 +233,20 @@ def _details(document: Document) -> Iterator[tuple[str, list[str], list[list[str
                   "yes" if r["same_tokens"] else "NO"] for r in rows]  # fmt: skip
         columns = ["cache", "tokens/s, median", "p10 to p90", "used at the end", "mapped", "same tokens"]
         yield title, columns, cells
+
+
+def _reuse(document: Document) -> tuple[list[str], list[list[str]]]:
+    rows = document.parts["reuse"]
+    policies = list(dict.fromkeys(row["policy"] for row in rows))
+    found = {(row["capacity"], row["policy"]): row for row in rows}
+    named = [f"{name}, the default" if name == document.setup["default_policy"] else name for name in policies]
+    cells = []
+    for capacity in dict.fromkeys(row["capacity"] for row in rows):
+        here = [found[capacity, policy] for policy in policies]
+        rates = [f"{format_percent(row['hit_rate'])} ({row['share_of_belady']:.0%})" for row in here]
+        title = capacity if isinstance(capacity, str) else f"{capacity:,} blocks"
+        cells.append([title, "", *rates, format_percent(here[0]["belady_hit_rate"])])
+    return ["capacity", "", *named, "Belady"], cells
 
 
 def _speed(row: dict[str, Any]) -> list[str]:
