@@ -244,9 +244,11 @@ def _reuse(document: Document) -> tuple[list[str], list[list[str]]]:
     for capacity in dict.fromkeys(row["capacity"] for row in rows):
         here = [found[capacity, policy] for policy in policies]
         rates = [f"{format_percent(row['hit_rate'])} ({row['share_of_belady']:.0%})" for row in here]
-        title = capacity if isinstance(capacity, str) else f"{capacity:,} blocks"
-        cells.append([title, "", *rates, format_percent(here[0]["belady_hit_rate"])])
-    return ["capacity", "", *named, "Belady"], cells
+        known = not isinstance(capacity, str)
+        tokens = f"{capacity * document.setup['block_tokens'] / 1e6:.1f} M" if known else "all"
+        title = f"{capacity:,} blocks" if known else capacity
+        cells.append([title, tokens, *rates, format_percent(here[0]["belady_hit_rate"])])
+    return ["capacity", "tokens", *named, "Belady"], cells
 
 
 def _speed(row: dict[str, Any]) -> list[str]:
