@@ -54,7 +54,7 @@ class VirtualTable final : public VirtualRows {
   // True if the row has what each group needs of the first `tokens` tokens of its content.
   bool shows(i64 row, i32 node, i64 tokens) const;
   bool has_mapped(i64 row, i64 tokens) const;
-  // True if every block of a parked row from `from` on is held by another row too.
+  // True if another row shows every block of a parked row from `from` on, as far back as this one does.
   bool is_covered(i64 row, std::size_t from) const;
   i64 spill_row(i64 row, i64 pages, Transaction& tx);
   // A pinned prefix keeps what its windows need, so the fronts of such a row stay.
