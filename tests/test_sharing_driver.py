@@ -12,6 +12,8 @@ from support_world import checked
 import kvmem
 from kvmem import _core
 
+pytestmark = pytest.mark.core
+
 PAGE = 4096
 SHARING = [name for name in LAYOUTS if name not in ("encoder decoder", "two windows")]  # nothing is shared there
 
