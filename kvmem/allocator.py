@@ -71,6 +71,8 @@ class Allocator:
     cached_rows: rows that keep what finished sequences held (virtual); they cost addresses, not memory. Default: three
         times ``max_sequences``, 16 at least, fewer where addresses are short.
     events: how many events about cached blocks wait for ``events()``; 0: none are made.
+    event_key: secret, up to 64 bytes, that the block hashes of events are made with. Without it, who sees hashes and
+        tokens can try out salts.
     pool: a ``PagePool`` to share with other allocators; excludes ``device`` and ``page_bytes``.
     record_ops: keep what was decided for ``take_ops()``.
     debug: run ``check()`` after each call that changes something; default from the environment variable
@@ -99,6 +101,7 @@ class Allocator:
         policy: str = "density",
         cached_rows: int | None = None,
         events: int = 0,
+        event_key: bytes = b"",
         pool: PagePool | None = None,
         record_ops: bool = False,
         debug: bool | None = None,
@@ -151,7 +154,7 @@ class Allocator:
             ),
         )
         self._roots: dict[int, tuple[bytes, bytes]] = {}
-        self._events = EventStream(spec, self._drain_events, self._root_key) if events else None
+        self._events = EventStream(spec, self._drain_events, self._root_key, key=event_key) if events else None
         if record_ops:
             self.core.record()
 

@@ -50,7 +50,7 @@ def token_ids(tokens: Tokens) -> npt.NDArray[np.int32]:
     if isinstance(tokens, (str, bytes)):
         raise SpecError(f"tokens: got {type(tokens).__name__}; must be a flat list of integer token ids")
     try:
-        ids = np.asarray(tokens)
+        ids = tokens.detach().cpu().numpy() if isinstance(tokens, torch.Tensor) else np.asarray(tokens)
     except (TypeError, ValueError, RuntimeError) as error:
         raise SpecError(f"tokens: got {type(tokens).__name__}; must be a flat list of integer token ids") from error
     if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu") or _has_bool(tokens):

@@ -56,6 +56,20 @@ def snapshot(alloc: kvmem.Allocator) -> Held:
     return router.held
 
 
+def test_hashes_are_made_with_the_key_of_the_allocator(make: Make) -> None:
+    prompt, told = tokens(1, BLOCK), []
+    for key in (b"", b"one", b"two"):
+        alloc = make(event_key=key)
+        with alloc.sequence(prompt) as sequence:
+            sequence.extend(BLOCK)
+            sequence.commit(prompt)
+        (stored,) = alloc.events()
+        assert isinstance(stored, BlockStored)
+        assert stored.block_hashes == tuple(block_digests(alloc.spec, prompt, key=key))
+        told.append(stored.block_hashes)
+    assert len(set(told)) == 3
+
+
 def test_full_blocks_are_told_when_they_are_committed_with_their_tokens(make: Make) -> None:
     alloc, prompt = make(), tokens(1, 3 * BLOCK + 5)
     sequence = alloc.sequence(prompt, salt="s", extra_key="adapter")

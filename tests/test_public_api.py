@@ -16,7 +16,7 @@ NAMES = [
 # Parameters without annotations: name, "=" where there is a default, and "*" before what is keyword-only.
 SIGNATURES = {
     "Allocator": "spec, *, backend=, device=, memory=, max_sequences, max_tokens, page_bytes=, interleave=, "
-    "map_ahead_tokens=, tail_guard_tokens=, zero=, prefix_cache=, partial_reuse=, policy=, cached_rows=, events=, pool=, "
+    "map_ahead_tokens=, tail_guard_tokens=, zero=, prefix_cache=, partial_reuse=, policy=, cached_rows=, events=, event_key=, pool=, "
     "record_ops=, debug=, driver=",
     "Allocator.sequence": "self, tokens=, *, salt=, extra_key=",
     "Allocator.match": "self, tokens, *, salt=, extra_key=",
