@@ -75,7 +75,10 @@ class PrefixIndex {
   void hit(i32 node) { policy_.hit(node); }  // a new sequence found it
   void pin(i32 node) { ++nodes_[node].pins, ++pinned_, enter(node); }
   void unpin(i32 node) { --nodes_[node].pins, --pinned_, leave(node); }
-  void retain(i32 node, int priority, double seconds) { policy_.retain(node, priority, seconds); }
+  // Of a block that a sliding window has passed there is nothing to keep.
+  void retain(i32 node, int priority, double seconds) {
+    if (nodes_[node].places > 0) policy_.retain(node, priority, seconds);
+  }
 
   i32 victim() { return policy_.victim(); }  // the cached node to give up next, kNoNode if there is none
   i64 cached() const { return cached_; }     // nodes with memory that nobody uses

@@ -19,6 +19,7 @@ VirtualRows::VirtualRows(const Geometry& geometry, PagePool& pool, const Sequenc
   try {
     for (const GroupGeometry& group : geometry.groups) {
       first_.push_back(arenas_);
+      has_windows_ = has_windows_ || group.window_tokens > 0;
       for (std::size_t i = 0; i < group.token_bytes.size(); ++i, ++arenas_) {
         const i32 arena = pool.add_arena(this, group.arena_slots[i]);
         if (arenas_ == 0) base_arena_ = arena;

@@ -168,6 +168,7 @@ class VirtualRows : public PageTable {
   PagePool& pool_;
   const Sequences& sequences_;
   const i64 groups_;
+  bool has_windows_ = false;  // in any group
   i64 arenas_ = 0;
   i32 base_arena_ = 0;
   std::vector<i64> first_;  // first arena of each group, and one past the last

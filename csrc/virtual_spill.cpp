@@ -29,7 +29,7 @@ i64 VirtualTable::spill(i64 pages, Transaction& tx) {
   }
   for (i32 node; freed < pages && (node = index_.victim()) != kNoNode;) freed += give_up(node, pages - freed, tx);
   for (std::size_t i = 0; i < parked && freed < pages; ++i) {
-    if (!is_spare_snapshot(order[i])) continue;
+    if (!is_spare(order[i])) continue;
     cut(order[i], 0, tx);
     freed += spill_row(order[i], pages - freed, tx);
   }
@@ -85,9 +85,10 @@ bool VirtualTable::is_copy(i64 row) const {
   return row != source_ && !r.holds.empty() && r.state != r.holds.back().node && is_covered(row, 0);
 }
 
-bool VirtualTable::is_spare_snapshot(i64 row) const {
-  const Row& r = rows_[row];
-  return !r.holds.empty() && r.state == r.holds.back().node && !index_.pinned(r.state) && can_lose(row);
+bool VirtualTable::is_spare(i64 row) const {
+  const std::vector<Hold>& holds = rows_[row].holds;
+  if (holds.empty() || !can_lose(row)) return false;
+  return has_windows_ ? !holds_pins(row) : !index_.pinned(holds.back().node);
 }
 
 bool VirtualTable::can_lose(i64 row) const {
@@ -137,7 +138,7 @@ i64 VirtualTable::empty_a_row(Transaction& tx) {
     forget(node, tx);
   }
   for (const Unbound& u : unbound_) {
-    if (!is_spare_snapshot(u.row)) continue;
+    if (!is_spare(u.row)) continue;
     const i64 row = u.row;
     cut(row, 0, tx);
     return row;

@@ -65,8 +65,9 @@ class VirtualTable final : public VirtualRows {
   void hold_all(i64 row, const std::vector<i32>& chain, i64 count, bool state, Transaction& tx);
   // A parked row whose content other rows hold too.
   bool is_copy(i64 row) const;
-  // A snapshot whose tokens are in use, so that nothing but the state would be lost: the last to go.
-  bool is_spare_snapshot(i64 row) const;
+  // A parked row whose blocks sequences hold as well, so that only its state or what a window has passed in theirs
+  // would be lost: the last to go. What is pinned keeps both.
+  bool is_spare(i64 row) const;
   // True if a parked row can lose what it holds: nobody uses it, or another row holds it too.
   bool can_lose(i64 row) const;
   // The smallest parked row without content that has enough mapped, else the largest; among equals the first, so that

@@ -248,6 +248,41 @@ def test_what_a_window_has_passed_goes_first(backend: str, layout: str) -> None:
     agree(pair)
 
 
+@pytest.mark.parametrize("layout", ["full and window", "window G=1"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_ended_sequence_keeps_no_window_from_those_that_live(backend: str, layout: str) -> None:
+    """A fork goes on and its window moves away from what its parent left behind; that is given up before anybody is
+    refused anything (the lockstep asserts it)."""
+    pair = small(backend, layout, pages=100)
+    prompt = text(640)
+    parent = pair.open()
+    for start in range(0, 320, 16):
+        assert pair.append(parent, prompt[start : start + 16])
+    child = pair.fork(parent)
+    pair.free([parent])
+    for start in range(320, 640, 16):
+        assert pair.append(child, prompt[start : start + 16])
+    press(pair)
+    agree(pair)
+
+
+@pytest.mark.parametrize("layout", ["full and window", "window G=1"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_a_window_has_passed_may_be_retained_in_vain(backend: str, layout: str) -> None:
+    """A range may begin with blocks that are gone, or that one commit completes and passes at once."""
+    pair = small(backend, layout, pages=100)
+    handle = pair.open()
+    pair.seqs[handle].retain(priority=90)
+    assert pair.append(handle, text(640))
+    pair.seqs[handle].retain(priority=10, ttl=5)
+    press(pair)
+    pair.seqs[handle].retain(0, 100, priority=70)
+    agree(pair)
+    pair.free([handle])
+    press(pair)
+    agree(pair)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_time_to_live_ends(backend: str) -> None:
     """Kept above all for a moment after the release; then as any other, and so before what is kept a little for ever."""
