@@ -117,7 +117,8 @@ class Sequence:
         """Keeps a copy of the recurrent state, so that a sequence that begins with the same tokens can go on from here.
 
         All tokens must be committed by their ids, at a multiple of the block size, none of them just regained by a
-        truncation, and the spec must have a component of fixed size; else ``SpecError``. ``OutOfMemory``, and nothing changed, when there is no room for the copy.
+        truncation, and the spec must have a component of fixed size; else ``SpecError``. ``OutOfMemory``, and nothing
+        changed, when there is no room for the copy.
         """
         self._alloc.core.snapshot(self._id)
 
