@@ -1,4 +1,4 @@
-# make floor, make callgrind: the two programs beside `python -m kvmem.bench step`, and their instruction counts.
+#make floor, make callgrind : the two programs beside `python - m kvmem.bench step`, and their instruction counts.
 
 BENCH := build/bench
 BENCH_FLAGS := -O3 -g -DNDEBUG -std=c++17 -Wall -Wextra -fno-strict-aliasing -pthread -Icsrc

@@ -1,5 +1,5 @@
-// The workload straight on kvmem's core, without Python: what `valgrind --tool=callgrind` counts the instructions of, and
-// where a profiler sees the core alone. The books are those of a device without memory (device="meta") that holds
+// The workload straight on kvmem's core, without Python: what `valgrind --tool=callgrind` counts the instructions of,
+// and where a profiler sees the core alone. The books are those of a device without memory (device="meta") that holds
 // Llama 3 8B: 128 KiB a token, pages of 2 MiB, so that a block of 16 tokens is a page.
 
 #include "cache.h"
@@ -59,9 +59,9 @@ class Core {
     i32* next = words_.data();
     const auto take = [&](i64 count) { return next += count, next - count; };
     buffers_.block_table = take(table), buffers_.kv_indices = take(table);
-    for (i32** field : {&buffers_.seq_lens, &buffers_.first_tokens, &buffers_.positions, &buffers_.batch_indices,
-                        &buffers_.cu_seqlens_q, &buffers_.cu_seqlens_k, &buffers_.kv_indptr,
-                        &buffers_.kv_last_page_len}) {
+    for (i32** field :
+         {&buffers_.seq_lens, &buffers_.first_tokens, &buffers_.positions, &buffers_.batch_indices,
+          &buffers_.cu_seqlens_q, &buffers_.cu_seqlens_k, &buffers_.kv_indptr, &buffers_.kv_last_page_len}) {
       *field = take(n + 1);
     }
   }

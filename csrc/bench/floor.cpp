@@ -54,8 +54,8 @@ class HashTable {
 std::uint64_t hash_block(std::uint64_t parent, const i32* tokens, i64 count) {
   std::uint64_t hash = parent + 0x9E3779B97F4A7C15u;
   for (i64 i = 0; i < count; ++i) {
-    const auto product = static_cast<unsigned __int128>(hash ^ static_cast<std::uint64_t>(tokens[i])) *
-                         0xD6E8FEB86659FD93u;
+    const auto product =
+        static_cast<unsigned __int128>(hash ^ static_cast<std::uint64_t>(tokens[i])) * 0xD6E8FEB86659FD93u;
     hash = static_cast<std::uint64_t>(product) ^ static_cast<std::uint64_t>(product >> 64);
   }
   return hash | 1;  // 0 says: not cached
@@ -150,7 +150,8 @@ class Floor {
 
   void release(i64 i) {
     const i32* row = &table_[i * width_];
-    for (i64 b = (tokens_[i] + w_.block - 1) / w_.block - 1; b >= 0; --b) {  // last first: what others need stays longer
+    for (i64 b = (tokens_[i] + w_.block - 1) / w_.block - 1; b >= 0;
+         --b) {  // last first: what others need stays longer
       const i32 block = row[b];
       if (--references_[block] > 0) continue;
       if (w_.cache && hash_[block] != 0) {

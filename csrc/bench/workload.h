@@ -1,5 +1,5 @@
-// The serving workload that kvmem, the floor and the peers are timed on: prompts come in one by one, all sequences decode
-// in step, then all end. One template runs it over any manager, so that what is timed differs in nothing else.
+// The serving workload that kvmem, the floor and the peers are timed on: prompts come in one by one, all sequences
+// decode in step, then all end. One template runs it over any manager, so that what is timed differs in nothing else.
 //
 // A manager offers
 //   Manager(const Workload&)
@@ -32,10 +32,10 @@ using i32 = std::int32_t;
 
 struct Workload {
   i64 sequences = 256, prompt = 2048, shared = 0, steps = 512, block = 16, pool = 49152, rounds = 2;
-  bool cache = false;      // share prefixes
-  bool metadata = false;   // every tensor that kernels read, not only slots and what is new in the table
-  bool evict = false;      // keep what is cached from round to round: in a small pool every allocation evicts
-  bool count = false;      // under callgrind: the totals are of the rounds after the first
+  bool cache = false;     // share prefixes
+  bool metadata = false;  // every tensor that kernels read, not only slots and what is new in the table
+  bool evict = false;     // keep what is cached from round to round: in a small pool every allocation evicts
+  bool count = false;     // under callgrind: the totals are of the rounds after the first
   std::string backend = "paged";
 
   i64 blocks_each() const { return (prompt + steps + block - 1) / block; }
@@ -149,10 +149,11 @@ inline Workload parse(int argc, char** argv) {
     } else if (word == "--backend" && i + 1 < argc) {
       w.backend = argv[++i];
     } else {
-      std::fprintf(stderr,
-                   "unknown word %s\nusage: [--sequences N] [--prompt N] [--shared N] [--steps N] [--block N] "
-                   "[--pool BLOCKS] [--rounds N] [--cache] [--metadata] [--evict] [--count] [--backend paged|virtual]\n",
-                   word.c_str());
+      std::fprintf(
+          stderr,
+          "unknown word %s\nusage: [--sequences N] [--prompt N] [--shared N] [--steps N] [--block N] "
+          "[--pool BLOCKS] [--rounds N] [--cache] [--metadata] [--evict] [--count] [--backend paged|virtual]\n",
+          word.c_str());
       std::exit(2);
     }
   }
