@@ -79,6 +79,7 @@ void BatchWriter::write_table(const BatchRow& row, i64 dropped, i64 blocks, RowM
 }
 
 void BatchWriter::write_indices(const BatchRow& row, i64 dropped, i64 blocks) {
+  if (!out_.kv_indices) return;
   i32* to = out_.kv_indices + sizes_.indices;
   const i64 zeroes = std::min(dropped, blocks);
   std::fill(to, to + zeroes, kReadTrash);
@@ -87,30 +88,7 @@ void BatchWriter::write_indices(const BatchRow& row, i64 dropped, i64 blocks) {
 }
 
 void BatchWriter::write_new_tokens(const BatchRow& row) {
-  i64 to = sizes_.new_tokens;
-  for (i64 position = row.length - row.fresh; position < row.length; ++position, ++to) {
-    if (out_.slot_mapping) {
-      const i64 ordinal = quotient(position, size_);
-      const i64 block = row.at.blocks ? row.at.blocks[ordinal] : row.at.first_block + ordinal;
-      out_.slot_mapping[to] = block * size_ + remainder(position, size_);
-    }
-    if (out_.positions) out_.positions[to] = static_cast<i32>(position);
-    if (out_.batch_indices) out_.batch_indices[to] = static_cast<i32>(sizes_.rows);
-  }
-}
-
-void BatchWriter::add(const BatchRow& row) {
-  const i64 blocks = ceil_div(row.length, size_), dropped = quotient(row.first, size_);
-  check_room(blocks, row.fresh);
-  RowMark& mark = marks_.rows[sizes_.rows];
-  const bool same =
-      mark.handle == row.handle && mark.version == row.at.version && mark.dropped == dropped && mark.blocks == blocks;
-  if (!same) write_table(row, dropped, blocks, mark);
-  const bool stands = same && mark.index_at == sizes_.indices && sizes_.rows < filled_before_;
-  if (out_.kv_indices && !stands) write_indices(row, dropped, blocks);
-  mark.index_at = sizes_.indices;
-  write_new_tokens(row);
-  close_row(row.length, row.fresh, blocks, row.first, row.at.row);
+  for (i64 i = 0; i < row.fresh; ++i) write_slot(row.at, row.length - row.fresh + i, sizes_.new_tokens + i);
 }
 
 void BatchWriter::pad() {
@@ -123,32 +101,48 @@ void BatchWriter::pad() {
     out_.kv_indices[sizes_.indices] = kReadTrash;
   }
   if (out_.slot_mapping) out_.slot_mapping[sizes_.new_tokens] = kWriteTrash * size_;
-  if (out_.positions) out_.positions[sizes_.new_tokens] = 0;
-  if (out_.batch_indices) out_.batch_indices[sizes_.new_tokens] = static_cast<i32>(sizes_.rows);
   close_row(1, 1, 1, 0, 0);
 }
 
-void BatchWriter::close_row(i64 length, i64 fresh, i64 blocks, i64 first, i64 row) {
-  const i64 i = sizes_.rows++;
-  ++marks_.filled;
-  sizes_.new_tokens += fresh;
-  sizes_.indices += blocks;
-  all_tokens_ += length;
-  sizes_.max_new_tokens = std::max(sizes_.max_new_tokens, fresh);
-  sizes_.max_tokens = std::max(sizes_.max_tokens, length);
-  if (out_.seq_lens) out_.seq_lens[i] = static_cast<i32>(length);
-  if (out_.first_tokens) out_.first_tokens[i] = static_cast<i32>(first);
-  if (out_.cu_seqlens_q) out_.cu_seqlens_q[i + 1] = static_cast<i32>(sizes_.new_tokens);
-  if (out_.cu_seqlens_k) out_.cu_seqlens_k[i + 1] = static_cast<i32>(all_tokens_);
-  if (out_.kv_indptr) out_.kv_indptr[i + 1] = static_cast<i32>(sizes_.indices);
-  if (out_.kv_last_page_len) {
-    out_.kv_last_page_len[i] = length == 0 ? 0 : static_cast<i32>(remainder(length - 1, size_) + 1);
-  }
-  if (out_.rows) out_.rows[i] = static_cast<i32>(row);
-  if (out_.row_starts) out_.row_starts[i] = out_.row_starts[i + 1] = static_cast<i32>(row * row_tokens_);
-}
-
+// Plain loops over arrays: the compiler makes vector code of most.
 BatchSizes BatchWriter::finish() {
+  const i64 rows = sizes_.rows;
+  const i32 *lengths = marks_.lengths.data(), *fresh = marks_.fresh.data();
+  i32 longest = 0, most = 0;
+  for (i64 i = 0; i < rows; ++i) longest = std::max(longest, lengths[i]), most = std::max(most, fresh[i]);
+  sizes_.max_tokens = longest, sizes_.max_new_tokens = most;
+  if (out_.seq_lens) std::copy(lengths, lengths + rows, out_.seq_lens);
+  if (out_.cu_seqlens_q) std::partial_sum(fresh, fresh + rows, out_.cu_seqlens_q + 1);
+  if (out_.cu_seqlens_k) std::partial_sum(lengths, lengths + rows, out_.cu_seqlens_k + 1);
+  if (i32* last = out_.kv_last_page_len) {
+    const i32 size = static_cast<i32>(size_);
+    if ((size & (size - 1)) == 0) {
+      for (i64 i = 0; i < rows; ++i) last[i] = lengths[i] == 0 ? 0 : ((lengths[i] - 1) & (size - 1)) + 1;
+    } else {
+      for (i64 i = 0; i < rows; ++i) last[i] = lengths[i] == 0 ? 0 : (lengths[i] - 1) % size + 1;
+    }
+  }
+  if (i32* starts = out_.row_starts) {
+    for (i64 i = 0; i < rows; ++i) starts[i] = static_cast<i32>(out_.rows[i] * row_tokens_);
+    starts[rows] = rows > 0 ? starts[rows - 1] : 0;
+  }
+  const bool one_each = most <= 1 && sizes_.new_tokens == rows;
+  if (out_.positions) {
+    i32* to = out_.positions;
+    for (i64 i = 0; i < rows; ++i) {
+      if (one_each) {
+        to[i] = lengths[i] - 1;
+      } else {
+        std::iota(to, to + fresh[i], lengths[i] - fresh[i]), to += fresh[i];
+      }
+    }
+  }
+  if (out_.batch_indices) {
+    i32* to = out_.batch_indices;
+    if (one_each) std::iota(to, to + rows, 0);
+    for (i64 i = 0; !one_each && i < rows; ++i) to = std::fill_n(to, fresh[i], static_cast<i32>(i));
+  }
+  marks_.filled = rows;
   if (sizes_.indices_from < 0) sizes_.indices_from = sizes_.indices;
   sizes_.table_from = std::min(sizes_.table_from, sizes_.table_end);
   return sizes_;

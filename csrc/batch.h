@@ -38,7 +38,10 @@ struct RowMark {
 };
 
 struct BatchMarks {
-  explicit BatchMarks(const BatchBuffers& out) : rows(out.max_sequences), max_blocks(out.max_blocks) { clear(); }
+  explicit BatchMarks(const BatchBuffers& out)
+      : rows(out.max_sequences), lengths(out.max_sequences), fresh(out.max_sequences), max_blocks(out.max_blocks) {
+    clear();
+  }
   // Nothing is known of the buffers any more.
   void clear() {
     for (RowMark& mark : rows) mark = RowMark(), mark.blocks = max_blocks;
@@ -46,6 +49,7 @@ struct BatchMarks {
   }
 
   std::vector<RowMark> rows;
+  std::vector<i32> lengths, fresh;  // of the fill in progress, by row
   i64 max_blocks;
   i64 filled = 0;  // rows of the last fill: only their parts of kv_indices stand
 };
@@ -65,18 +69,50 @@ struct Placement {
   i64 version = 0;              // while it stays, entries are only added at the end
 };
 
+// The page table of one group, as a batch reads it: a function from the sequence's place to its entries.
+struct TableView {
+  const i32* table = nullptr;               // paged: entries, `stride` of them for each sequence
+  const std::uint32_t* versions = nullptr;  // paged: [sequence][group], from this group on
+  i64 stride = 0, groups = 0;
+  const i32* rows = nullptr;  // virtual: the row of each sequence, -1 for none yet
+  i64 row_blocks = 0;
+
+  Placement at(i64 index) const {
+    if (table) return {table + index * stride, 0, -1, versions[index * groups]};
+    const i64 row = rows[index] < 0 ? 0 : rows[index];
+    return {nullptr, row * row_blocks, row, row};
+  }
+};
+
 // What one row of a batch says: `fresh` new tokens at the end of `length`, of which those before `first` are dropped.
 struct BatchRow {
   i64 handle = RowMark::kNobody, length = 0, fresh = 0, first = 0;
   Placement at;
 };
 
-// Writes rows one after the other. SpecError when a buffer is too small for the next one; the marks are to be cleared
-// then.
+// Writes rows one after the other; what can be made of all lengths at once comes in finish(). SpecError when a buffer
+// is too small for the next one; the marks are to be cleared then.
 class BatchWriter {
  public:
   BatchWriter(const BatchBuffers& out, BatchMarks& marks, i64 block_tokens, i64 row_tokens);
-  void add(const BatchRow& row);
+  void add(const BatchRow& row) {
+    const i64 blocks = ceil_div(row.length, size_), dropped = quotient(row.first, size_);
+    check_room(blocks, row.fresh);
+    RowMark& mark = marks_.rows[sizes_.rows];
+    const bool same =
+        mark.handle == row.handle && mark.version == row.at.version && mark.dropped == dropped && mark.blocks == blocks;
+    if (!same) write_table(row, dropped, blocks, mark);
+    if (!same || mark.index_at != sizes_.indices || sizes_.rows >= filled_before_) {
+      write_indices(row, dropped, blocks);
+      mark.index_at = sizes_.indices;
+    }
+    if (row.fresh == 1) {
+      write_slot(row.at, row.length - 1, sizes_.new_tokens);
+    } else if (row.fresh > 0) {
+      write_new_tokens(row);
+    }
+    close_row(row.length, row.fresh, blocks, row.first, row.at.row);
+  }
   void pad();  // a row that reads the read-trash block and writes the write-trash block
   BatchSizes finish();
 
@@ -90,13 +126,27 @@ class BatchWriter {
   void write_table(const BatchRow& row, i64 dropped, i64 blocks, RowMark& mark);
   void change(const BatchRow& row, i64 from, i64 to, bool zero);
   void write_indices(const BatchRow& row, i64 dropped, i64 blocks);
+  void write_slot(const Placement& at, i64 position, i64 to) {
+    if (!out_.slot_mapping) return;
+    const i64 ordinal = quotient(position, size_);
+    const i64 block = at.blocks ? at.blocks[ordinal] : at.first_block + ordinal;
+    out_.slot_mapping[to] = block * size_ + remainder(position, size_);
+  }
   void write_new_tokens(const BatchRow& row);
-  void close_row(i64 length, i64 fresh, i64 blocks, i64 first, i64 row);
+  void close_row(i64 length, i64 fresh, i64 blocks, i64 first, i64 row) {
+    const i64 i = sizes_.rows++;
+    sizes_.new_tokens += fresh;
+    sizes_.indices += blocks;
+    marks_.lengths[i] = static_cast<i32>(length);
+    marks_.fresh[i] = static_cast<i32>(fresh);
+    if (out_.first_tokens) out_.first_tokens[i] = static_cast<i32>(first);
+    if (out_.kv_indptr) out_.kv_indptr[i + 1] = static_cast<i32>(sizes_.indices);
+    if (out_.rows) out_.rows[i] = static_cast<i32>(row);
+  }
 
   const BatchBuffers& out_;
   BatchMarks& marks_;
   const i64 size_, row_tokens_, filled_before_;
-  i64 all_tokens_ = 0;
   BatchSizes sizes_;
 };
 

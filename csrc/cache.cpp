@@ -55,6 +55,7 @@ Cache::Cache(Geometry geometry, std::shared_ptr<PagePool> pool, bool paged, i64 
       index_(geometry_.groups[token_group_].block_tokens, token_groups(geometry_), prefix.policy, prefix.hash_bits,
              prefix.event_capacity),
       contents_(geometry_.max_sequences),
+      tails_(geometry_.max_sequences * index_.block_tokens()),
       stamp_(geometry_.max_sequences, 0) {
   Lock lock = pool_->lock();
   table_ = paged ? make_paged_table(geometry_, *pool_, sequences_, index_)
@@ -94,12 +95,8 @@ void Cache::check_group(i64 group) const {
   }
 }
 
-// A sequence may stand in a batch once: twice would be decided on a length that is no longer true.
-void Cache::check_once(i64 index) {
-  if (stamp_[index] == call_) {
-    throw SpecError("sequence handle " + std::to_string(sequences_.handle_of(index)) + " is named twice in one call");
-  }
-  stamp_[index] = call_;
+void Cache::refuse_twice(i64 index) const {
+  throw SpecError("sequence handle " + std::to_string(sequences_.handle_of(index)) + " is named twice in one call");
 }
 
 void Cache::apply_table(const Op& op) {
@@ -199,6 +196,7 @@ i64 Cache::fork(i64 handle) {
   }
   if (contents_[parent].root != kNoNode) index_.enter(contents_[parent].root);
   contents_[sequences_.index(child)] = contents_[parent];
+  std::copy_n(tail(parent), block_tokens(), tail(sequences_.index(child)));
   leave();
   return child;
 }
@@ -258,7 +256,7 @@ void Cache::lengths(const i32* handles, i64 n, i64 group, i64* tokens, i64* comm
 Placement Cache::place(i64 handle, i64 group) {
   Lock lock = enter();
   check_group(group);
-  return table_->place(sequences_.index(handle), group < 0 ? token_group_ : group);
+  return table_->view(group < 0 ? token_group_ : group).at(sequences_.index(handle));
 }
 
 std::vector<i64> Cache::handles() {

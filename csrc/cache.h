@@ -117,7 +117,7 @@ class Cache final : public TableState {
   void apply_table(const Op& op) override;
 
  private:
-  // What is known of a sequence's tokens: a chain of published blocks, then `tail`. Beyond `known` tokens nothing is.
+  // What is known of a sequence's tokens: a chain of published blocks, then its tail. Beyond `known` tokens nothing is.
   struct Retention {
     i64 start, end;
     int priority;
@@ -126,7 +126,6 @@ class Cache final : public TableState {
   struct Content {
     i32 root = kNoNode, leaf = kNoNode;  // the last published block, or the root
     i64 known = 0;
-    std::vector<i32> tail;  // fewer than a block
     std::vector<Retention> retained;
     bool state_ahead = false;  // a truncation took tokens back that the fixed state has seen
   };
@@ -144,7 +143,12 @@ class Cache final : public TableState {
   bool grows(i64 g, i64 group) const { return group >= 0 || geometry_.groups[g].growth == Growth::token; }
   void check_group(i64 group) const;
   void follow(const std::vector<Op>& ops, Transaction& tx);
-  void check_once(i64 index);
+  // A sequence may stand in a batch once: twice would be decided on a length that is no longer true.
+  void check_once(i64 index) {
+    if (stamp_[index] == call_) refuse_twice(index);
+    stamp_[index] = call_;
+  }
+  [[noreturn]] void refuse_twice(i64 index) const;
   void make_room(const i32* handles, const i32* counts, i64 n, i64 group);
   void take_back_room(const i32* counts, i64 n);
   bool plan_extend(const i32* handles, const i32* counts, i64 n, i64 group);
@@ -157,7 +161,8 @@ class Cache final : public TableState {
   void set_length(i64 index, i64 g, i64 tokens, Transaction& tx);
   void set_committed(i64 index, i64 g, i64 tokens, Transaction& tx);
   void set_front(i64 index, i64 g, i64 token, Transaction& tx);
-  BatchRow row_of(i64 index, i64 g, const i32* new_tokens) const;
+  bool plan_step(const i32* handles, const i32* counts, i64 n, BatchSizes* need);
+  [[noreturn]] void refuse_step(i64 index, i64 g, i64 fresh) const;
   void prepare_padding(i64 n, i64 g, i64 rows, const BatchBuffers& out);
   BatchSizes write_batch(i64 n, const i32* new_tokens, i64 g, i64 rows, const BatchBuffers& out,
                          BatchMarks& marks) const;
@@ -170,6 +175,7 @@ class Cache final : public TableState {
   void split(std::vector<i64> places, i64 depth, i64 g, std::vector<Alike>* groups) const;
   void share_group(i64 parent, i64 child, i64 g, Transaction& tx);
   i64 block_tokens() const { return index_.block_tokens(); }
+  i32* tail(i64 index) { return &tails_[index * block_tokens()]; }
   Found find_cached(i32 root, const i32* tokens, i64 n);
   bool try_adopt(i64 handle, const Found& found);
   MatchEnd why_not_more(const PrefixKey& key, i32 root, const i32* tokens, i64 n, i64 found) const;
@@ -201,6 +207,7 @@ class Cache final : public TableState {
   PrefixIndex index_;
   std::unique_ptr<PageTable> table_;
   std::vector<Content> contents_;      // by sequence
+  std::vector<i32> tails_;             // [sequence][block_tokens()]: the known tokens after the last published block
   std::unordered_map<i64, i32> pins_;  // pin -> the last node of its chain
   i64 pins_seen_ = 0, lookup_tokens_ = 0, hit_tokens_ = 0;
   std::vector<i32> chain_, partial_, block_, leaving_;  // of the call in progress

@@ -1,28 +1,11 @@
 // What kernels are told of a step, and the step in one call.
 
 #include <algorithm>
+#include <numeric>
 
 #include "cache.h"
 
 namespace kvmem {
-
-// What this step does for one sequence: every reserved token that is not committed, unless the caller says how many.
-BatchRow Cache::row_of(i64 index, i64 g, const i32* new_tokens) const {
-  const i64 done = sequences_.committed(index, g), have = sequences_.tokens(index, g);
-  const Growth growth = geometry_.groups[g].growth;
-  const bool chosen = new_tokens && growth == Growth::token;
-  BatchRow row;
-  row.handle = sequences_.handle_of(index);
-  row.fresh = growth == Growth::fixed ? 0 : chosen ? *new_tokens : have - done;
-  row.length = chosen ? done + row.fresh : have;
-  if (row.fresh < 0 || row.length > have) {
-    throw SpecError("a step of " + std::to_string(row.fresh) + " new tokens for sequence handle " +
-                    std::to_string(row.handle) + ", which has " + std::to_string(have - done) + " reserved");
-  }
-  row.first = sequences_.front(index, g);
-  row.at = table_->place(index, g);
-  return row;
-}
 
 // A batch with padding rows reads the trash blocks.
 void Cache::prepare_padding(i64 n, i64 g, i64 rows, const BatchBuffers& out) {
@@ -37,12 +20,27 @@ void Cache::prepare_padding(i64 n, i64 g, i64 rows, const BatchBuffers& out) {
   tx.commit();
 }
 
-// For the sequences in indices_.
+void Cache::refuse_step(i64 index, i64 g, i64 fresh) const {
+  throw SpecError("a step of " + std::to_string(fresh) + " new tokens for sequence handle " +
+                  std::to_string(sequences_.handle_of(index)) + ", which has " +
+                  std::to_string(sequences_.tokens(index, g) - sequences_.committed(index, g)) + " reserved");
+}
+
+// For the sequences in indices_: every reserved token that is not committed is new, unless the caller says how many.
 BatchSizes Cache::write_batch(i64 n, const i32* new_tokens, i64 g, i64 rows, const BatchBuffers& out,
                               BatchMarks& marks) const {
+  const Growth growth = geometry_.groups[g].growth;
+  const bool chosen = new_tokens && growth == Growth::token;
+  const TableView view = table_->view(g);
   try {
     BatchWriter writer(out, marks, geometry_.groups[g].block_tokens, geometry_.groups[g].row_tokens);
-    for (i64 i = 0; i < n; ++i) writer.add(row_of(indices_[i], g, new_tokens ? new_tokens + i : nullptr));
+    for (i64 i = 0; i < n; ++i) {
+      const i64 index = indices_[i], done = sequences_.committed(index, g), have = sequences_.tokens(index, g);
+      const i64 fresh = chosen ? new_tokens[i] : growth == Growth::fixed ? 0 : have - done;
+      const i64 length = chosen ? done + fresh : have;
+      if (fresh < 0 || length > have) refuse_step(index, g, fresh);
+      writer.add({sequences_.handle_of(index), length, fresh, sequences_.front(index, g), view.at(index)});
+    }
     for (i64 i = n; i < rows; ++i) writer.pad();
     return writer.finish();
   } catch (...) {
@@ -77,24 +75,39 @@ void Cache::take_back_room(const i32* counts, i64 n) {
   tx.commit();
 }
 
+// Notes the sequences, what each has to commit, and the sizes of the batch after the step; true when nothing is to be
+// decided: one group without a window, and room at hand for everyone.
+bool Cache::plan_step(const i32* handles, const i32* counts, i64 n, BatchSizes* need) {
+  const i64 g = token_group_, size = geometry_.groups[g].block_tokens, most = geometry_.groups[g].max_tokens;
+  bool fast = groups_ == 1 && geometry_.groups[g].window_tokens == 0 && geometry_.zero != Zero::always &&
+              geometry_.map_ahead_tokens == 0 && !pool_->recording;
+  ++call_;
+  indices_.resize(n);
+  due_.resize(n);
+  i64 blocks_most = 0, blocks_all = 0, fresh = 0;
+  for (i64 i = 0; i < n; ++i) {
+    const i64 index = indices_[i] = sequences_.index(handles[i]);
+    check_once(index);
+    const i64 have = sequences_.tokens(index, g), after = have + counts[i];
+    due_[i] = static_cast<i32>(have - sequences_.committed(index, g));
+    const i64 blocks = ceil_div(std::max(i64{0}, after), size);
+    blocks_most = std::max(blocks_most, blocks);
+    blocks_all += blocks;
+    fresh += counts[i];
+    fast = fast && counts[i] >= 0 && after <= most && table_->has_room(index, g, after);
+  }
+  need->max_tokens = blocks_most, need->indices = blocks_all, need->new_tokens = fresh;
+  return fast;
+}
+
 // Everything that could be refused is refused before anything changes; to commit needs no memory.
 BatchSizes Cache::step(const i32* handles, const i32* counts, i64 n, const i32* tokens, i64 num_tokens, i64 rows,
                        const BatchBuffers& out, BatchMarks& marks) {
   Lock lock = enter();
-  const i64 g = token_group_, size = geometry_.groups[g].block_tokens;
   rows = std::max(rows, n);
-  due_.resize(n);
-  i64 due = 0;
   BatchSizes need;
-  for (i64 i = 0; i < n; ++i) {
-    const i64 index = sequences_.index(handles[i]), have = sequences_.tokens(index, g);
-    due_[i] = static_cast<i32>(have - sequences_.committed(index, g));
-    due += due_[i];
-    const i64 blocks = ceil_div(have + counts[i], size);
-    need.max_tokens = std::max(need.max_tokens, blocks);
-    need.indices += blocks;
-    need.new_tokens += counts[i];
-  }
+  const bool fast = plan_step(handles, counts, n, &need);
+  const i64 due = std::accumulate(due_.begin(), due_.end(), i64{0});
   if (tokens && num_tokens != due) {
     throw SpecError("step: got " + std::to_string(num_tokens) + " token ids to commit, but " + std::to_string(due) +
                     " tokens are reserved and not committed");
@@ -107,15 +120,16 @@ BatchSizes Cache::step(const i32* handles, const i32* counts, i64 n, const i32* 
                     std::to_string(out.max_blocks) + ", " + std::to_string(out.max_indices) + " and " +
                     std::to_string(out.max_new_tokens));
   }
-  prepare_padding(n, g, rows, out);
-  make_room(handles, counts, n, -1);
+  prepare_padding(n, token_group_, rows, out);
+  if (!fast) make_room(handles, counts, n, -1);
   try {
     if (due > 0) commit_planned(due_.data(), n, -1, tokens);
   } catch (...) {  // only a driver can fail here
-    take_back_room(counts, n);
+    if (!fast) take_back_room(counts, n);
     throw;
   }
-  const BatchSizes sizes = write_batch(n, nullptr, g, rows, out, marks);
+  for (i64 i = 0; fast && i < n; ++i) sequences_.tokens(indices_[i], token_group_) += counts[i];
+  const BatchSizes sizes = write_batch(n, nullptr, token_group_, rows, out, marks);
   leave();
   return sizes;
 }

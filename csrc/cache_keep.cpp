@@ -166,7 +166,7 @@ void Cache::check_content(std::vector<std::string>* out) const {
     if (c.root == kNoNode) continue;
     count(c.leaf);
     const i64 tokens = index_.is_root(c.leaf) ? 0 : (index_.ordinal(c.leaf) + 1) * block_tokens();
-    if (tokens + static_cast<i64>(c.tail.size()) != c.known || c.known > sequences_.committed(index, token_group_)) {
+    if (tokens != c.known - c.known % block_tokens() || c.known > sequences_.committed(index, token_group_)) {
       out->push_back("sequence handle " + std::to_string(sequences_.handle_of(index)) +
                      ": what is known of its tokens does not add up");
     }

@@ -13,7 +13,6 @@ void Cache::start_content(i64 index, const PrefixKey& key) {
   Content& c = contents_[index];
   c.root = c.leaf = index_.open_root(key);
   c.known = 0;
-  c.tail.clear();
   c.retained.clear();
 }
 
@@ -132,7 +131,7 @@ i64 Cache::admit(const i32* tokens, i64 n, const PrefixKey& key, i64* cached) {
     c.root = root;
     c.leaf = whole == 0 ? root : chain_[whole - 1];
     c.known = *cached = found.tokens;
-    c.tail.assign(tokens + whole * block_tokens(), tokens + found.tokens);
+    std::copy(tokens + whole * block_tokens(), tokens + found.tokens, tail(index));
     c.retained.clear();
     hit_tokens_ += found.tokens;
   }
@@ -182,13 +181,13 @@ bool Cache::try_adopt(i64 handle, const Found& found) {
 // The blocks that `count` more committed tokens complete: found or made, and in use by the sequence from now on.
 void Cache::collect_published(i64 index, const i32* tokens, i64 count) {
   const Content& c = contents_[index];
-  if (c.known != sequences_.committed(index, token_group_)) return;
-  const i64 size = block_tokens(), held = static_cast<i64>(c.tail.size());
+  const i64 size = block_tokens(), held = remainder(c.known, size);
+  if (held + count < size || c.known != sequences_.committed(index, token_group_)) return;
   i32 last = c.leaf;
   for (i64 end = size - held; end <= count; end += size) {
     const i32* block = tokens + end - size;
     if (end < size) {
-      block_.assign(c.tail.begin(), c.tail.end());
+      block_.assign(tail(index), tail(index) + held);
       block_.insert(block_.end(), tokens, tokens + end);
       block = block_.data();
     }
@@ -204,14 +203,15 @@ void Cache::collect_published(i64 index, const i32* tokens, i64 count) {
 void Cache::note_published(i64 index, const i32* tokens, i64 count, std::size_t* at) {
   Content& c = contents_[index];
   if (c.known + count != sequences_.committed(index, token_group_)) return;
+  const i64 held = remainder(c.known, block_tokens());
   c.known += count;
   c.state_ahead = c.state_ahead && count == 0;
-  const i64 rest = c.known % block_tokens();
-  if (static_cast<i64>(c.tail.size()) + count >= block_tokens()) {
-    c.tail.assign(tokens + count - rest, tokens + count);
-  } else {
-    c.tail.insert(c.tail.end(), tokens, tokens + count);
+  if (held + count < block_tokens()) {
+    for (i64 i = 0; i < count; ++i) tail(index)[held + i] = tokens[i];
+    return;
   }
+  const i64 rest = remainder(c.known, block_tokens());
+  std::copy(tokens + count - rest, tokens + count, tail(index));
   for (; *at < published_.size() && published_[*at].index == index; ++*at) {
     c.leaf = published_[*at].node;
     apply_retention(c, c.leaf);
@@ -255,11 +255,9 @@ void Cache::note_truncated(i64 index, i64 tokens) {
   if (c.root == kNoNode || tokens >= c.known) return;
   c.state_ahead = true;
   const i64 rest = tokens % block_tokens();
-  if (leaving_.empty()) {
-    c.tail.resize(rest);
-  } else {
+  if (!leaving_.empty()) {
     const i32 cut = leaving_.back();
-    c.tail.assign(index_.tokens(cut), index_.tokens(cut) + rest);
+    std::copy(index_.tokens(cut), index_.tokens(cut) + rest, tail(index));
     c.leaf = index_.parent(cut);
   }
   c.known = tokens;

@@ -27,7 +27,10 @@ struct Found {
 class PageTable : public PageOwner {
  public:
   // True if tokens [0, tokens) of the group have room already: nothing to decide, no driver call.
-  virtual bool has_room(i64 index, i64 group, i64 tokens) = 0;
+  bool has_room(i64 index, i64 group, i64 tokens) {
+    i64& ready = ready_tokens_[index * groups_ + group];
+    return tokens <= ready || tokens <= (ready = find_room(index, group));
+  }
   // Makes room for tokens [old_tokens, new_tokens), copying the tail first where it is shared.
   virtual void grow(i64 index, i64 group, i64 old_tokens, i64 new_tokens, Transaction& tx) = 0;
   // The length is about to become `new_tokens`; what lies behind may go.
@@ -74,7 +77,7 @@ class PageTable : public PageOwner {
   virtual bool holds(i64 index, i64 group) const = 0;
   // Where a token of a sequence lies: bytes from the start of the group's a-th arena.
   virtual i64 offset_bytes(i64 index, i64 group, i64 a, i64 token) const = 0;
-  virtual Placement place(i64 index, i64 group) const = 0;
+  virtual TableView view(i64 group) const = 0;
   // How many leading whole blocks of two sequences are the same memory, and committed in both; the first `known` are
   // known to be. 0 where a window has dropped the front of one. Cost: a comparison for each further page or block.
   virtual i64 common_blocks(i64 a, i64 b, i64 group, i64 known) const = 0;
@@ -93,8 +96,20 @@ class PageTable : public PageOwner {
   void forget(i32 node, Transaction& tx);
 
  protected:
-  explicit PageTable(PrefixIndex& index) : index_(index) {}
+  PageTable(PrefixIndex& index, const Geometry& geometry)
+      : index_(index),
+        groups_(static_cast<i64>(geometry.groups.size())),
+        ready_tokens_(geometry.max_sequences * groups_, 0) {}
+  // How many tokens have room; 0 where something is to be done before the next token, whatever there is.
+  virtual i64 find_room(i64 index, i64 group) = 0;
+  // Called wherever find_room() might answer less than it did.
+  void forget_room(i64 index, i64 group) { ready_tokens_[index * groups_ + group] = 0; }
+
   PrefixIndex& index_;
+  const i64 groups_;
+
+ private:
+  std::vector<i64> ready_tokens_;  // [sequence][group]: what find_room() said
 };
 
 std::unique_ptr<PageTable> make_virtual_table(const Geometry& geometry, PagePool& pool, const Sequences& sequences,

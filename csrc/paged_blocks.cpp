@@ -7,11 +7,7 @@
 namespace kvmem {
 
 PagedBlocks::PagedBlocks(const Geometry& geometry, PagePool& pool, const Sequences& sequences, PrefixIndex& index)
-    : PageTable(index),
-      geometry_(geometry),
-      pool_(pool),
-      sequences_(sequences),
-      groups_(static_cast<i64>(geometry.groups.size())) {
+    : PageTable(index, geometry), geometry_(geometry), pool_(pool), sequences_(sequences) {
   limit_pages = pool.budget_pages();
   pool.add_owner(this);
   try {
@@ -114,6 +110,7 @@ void PagedBlocks::apply(const Op& op) {
   if (op.d != 0) {
     drop(b, op.d);
     ++version_[index * groups_ + op.at];
+    forget_room(index, op.at);
   }
 }
 

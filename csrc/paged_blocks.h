@@ -50,7 +50,10 @@ class PagedBlocks : public PageTable {
 
   bool is_whole(const Op& op) const override;
   bool holds(i64 index, i64 group) const override;
-  void look_at_tail(i64 index, i64 group) override { copy_tail_[index * groups_ + group] = 1; }
+  void look_at_tail(i64 index, i64 group) override {
+    copy_tail_[index * groups_ + group] = 1;
+    forget_room(index, group);
+  }
   void apply(const Op& op) override;
   bool is_mapped(i32 arena, i64 slot, i64 count) const override;
   void on_map(const Op& op) override { change(op, true); }
@@ -67,11 +70,11 @@ class PagedBlocks : public PageTable {
     return (entry(index, group, quotient(token, b.tokens)) * b.tokens + remainder(token, b.tokens)) * bytes;
   }
 
-  Placement place(i64 index, i64 group) const override {
-    Placement p;
-    p.blocks = &blocks_[group].table[index * blocks_[group].per_sequence];
-    p.version = version_[index * groups_ + group];
-    return p;
+  TableView view(i64 group) const override {
+    TableView v;
+    v.table = blocks_[group].table.get(), v.stride = blocks_[group].per_sequence;
+    v.versions = &version_[group], v.groups = groups_;
+    return v;
   }
 
   i64 common_blocks(i64 a, i64 b, i64 group, i64 known) const override;
@@ -110,7 +113,6 @@ class PagedBlocks : public PageTable {
   const Geometry& geometry_;
   PagePool& pool_;
   const Sequences& sequences_;
-  const i64 groups_;
   i32 base_arena_ = 0;
   std::vector<i32> block_of_;            // [node][group]
   std::vector<i64> first_;               // first arena of each group, and one past the last

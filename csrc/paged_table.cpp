@@ -19,10 +19,8 @@ class PagedTable final : public PagedBlocks {
  public:
   using PagedBlocks::PagedBlocks;
 
-  bool has_room(i64 index, i64 group, i64 tokens) override {
-    const Blocks& b = blocks_[group];
-    return !copy_tail_[index * groups_ + group] &&
-           ceil_div(tokens, b.tokens) <= ceil_div(sequences_.tokens(index, group), b.tokens);
+  i64 find_room(i64 index, i64 group) override {
+    return copy_tail_[index * groups_ + group] ? 0 : round_up(sequences_.tokens(index, group), blocks_[group].tokens);
   }
 
   void grow(i64 index, i64 group, i64 old_tokens, i64 new_tokens, Transaction& tx) override {
@@ -43,7 +41,7 @@ class PagedTable final : public PagedBlocks {
     // The block that the length now cuts is copied when the sequence next grows, so that truncating needs no memory.
     if (new_tokens % b.tokens == 0) return;
     const i32 cut = entry(index, group, new_tokens / b.tokens);
-    if (b.refs[cut] > 1 || b.node[cut] != kNoNode) copy_tail_[index * groups_ + group] = 1;
+    if (b.refs[cut] > 1 || b.node[cut] != kNoNode) look_at_tail(index, group);
   }
 
   void drop_front(i64 index, i64 group, i64 old_first, i64 first, Transaction& tx) override {

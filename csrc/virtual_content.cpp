@@ -140,7 +140,7 @@ bool VirtualTable::can_take_over(i64 row, std::size_t blocks) const {
 void VirtualTable::take_over(i64 index, i64 row, i64 blocks, Transaction& tx) {
   cut(row, blocks, tx);
   tx.push({OpKind::bind, 0, sequences_.handle_of(index), row});
-  for (i64 g = 0; g < groups_; ++g) copy_tail_[index * groups_ + g] = 1;  // the next write may meet a shared page
+  for (i64 g = 0; g < groups_; ++g) look_at_tail(index, g);  // the next write may meet a shared page
   // Behind that page there may be more: a sequence that a window keeps short shows the later pages only.
   for (i64 a = 0; a < arenas_; ++a) {
     const Extent& e = extent(row, a);

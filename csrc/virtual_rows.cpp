@@ -7,11 +7,10 @@
 namespace kvmem {
 
 VirtualRows::VirtualRows(const Geometry& geometry, PagePool& pool, const Sequences& sequences, PrefixIndex& index)
-    : PageTable(index),
+    : PageTable(index, geometry),
       geometry_(geometry),
       pool_(pool),
       sequences_(sequences),
-      groups_(static_cast<i64>(geometry.groups.size())),
       rows_(geometry.rows),
       row_of_(geometry.max_sequences, -1) {
   limit_pages = pool.budget_pages();
@@ -75,11 +74,12 @@ void VirtualRows::apply(const Op& op) {
     remove_unbound(op.b);
     rows_[op.b].index = index;
     row_of_[index] = static_cast<i32>(op.b);
-    forget_room(op.b);
+    forget_room_of(op.b, index);
   } else if (op.kind == OpKind::unbind) {
     if (row_of_[index] < 0 || row_of_[index] != op.b) throw SpecError("unbind: not the row of this sequence");
     rows_[op.b].index = -1;
     row_of_[index] = -1;
+    forget_room_of(op.b, index);
     add_unbound(op.b);
   } else {
     throw SpecError("block: the virtual backend has no block table");
@@ -236,6 +236,7 @@ void VirtualRows::change(const Op& op, bool mapped) {
     while (e.pages[e.hi - 1] < 0) --e.hi;
   }
   room_[row * groups_ + g] = -1;
+  if (rows_[row].index >= 0) forget_room(rows_[row].index, g);
 }
 
 void VirtualRows::on_content(const Op& op, bool undo) {

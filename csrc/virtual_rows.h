@@ -45,7 +45,10 @@ class VirtualRows : public PageTable {
 
   bool is_whole(const Op& op) const override;
   bool holds(i64 index, i64 group) const override;
-  void look_at_tail(i64 index, i64 group) override { copy_tail_[index * groups_ + group] = 1; }
+  void look_at_tail(i64 index, i64 group) override {
+    copy_tail_[index * groups_ + group] = 1;
+    forget_room(index, group);
+  }
   void set_pending(i64 index, i64 job) override { rows_[row_of_[index]].job = job; }
   i64 pending(i64 index) const override { return row_of_[index] < 0 ? 0 : rows_[row_of_[index]].job; }
   void apply(const Op& op) override;
@@ -65,11 +68,11 @@ class VirtualRows : public PageTable {
            token * token_bytes(group, first_[group] + a);
   }
 
-  Placement place(i64 index, i64 group) const override {
-    Placement p;
-    p.row = p.version = std::max(i32{0}, row_of_[index]);
-    p.first_block = p.row * quotient(geometry_.groups[group].row_tokens, geometry_.groups[group].block_tokens);
-    return p;
+  TableView view(i64 group) const override {
+    TableView v;
+    v.rows = row_of_.data();
+    v.row_blocks = geometry_.groups[group].row_tokens / geometry_.groups[group].block_tokens;
+    return v;
   }
 
   i64 common_blocks(i64 a, i64 b, i64 group, i64 known) const override;
@@ -167,7 +170,6 @@ class VirtualRows : public PageTable {
   const Geometry& geometry_;
   PagePool& pool_;
   const Sequences& sequences_;
-  const i64 groups_;
   bool has_windows_ = false;  // in any group
   i64 arenas_ = 0;
   i32 base_arena_ = 0;
@@ -183,8 +185,11 @@ class VirtualRows : public PageTable {
   std::vector<i64> scratch_pages_;       // by arena, -1 between calls
 
  private:
-  void forget_room(i64 row) {
-    for (i64 g = 0; g < groups_; ++g) room_[row * groups_ + g] = -1;
+  void forget_room_of(i64 row, i64 index) {
+    for (i64 g = 0; g < groups_; ++g) {
+      room_[row * groups_ + g] = -1;
+      forget_room(index, g);
+    }
   }
 
   void add_unbound(i64 row);

@@ -12,21 +12,20 @@
 
 namespace kvmem {
 
-bool VirtualTable::has_room(i64 index, i64 group, i64 tokens) {
+i64 VirtualTable::find_room(i64 index, i64 group) {
   const i64 row = row_of_[index];
-  if (row < 0) return tokens == 0;
-  if (copy_tail_[index * groups_ + group]) return false;
+  if (row < 0 || copy_tail_[index * groups_ + group]) return 0;
   Row& r = rows_[row];
   if (r.job != 0) {
     // A job that failed is done as well; what it left out is taken back under the next settle().
     if (r.job > pool_.mapper().done() || pool_.mapper().has_failed()) {
       const i64 ready = ready_[row * groups_ + group];
-      return tokens <= (ready >= 0 ? ready : room(row, group));
+      return ready >= 0 ? ready : room(row, group);
     }
     r.job = 0;
     for (i64 g = 0; g < groups_; ++g) ready_[row * groups_ + g] = -1;
   }
-  return tokens <= room(row, group);
+  return room(row, group);
 }
 
 void VirtualTable::grow(i64 index, i64 group, i64 old_tokens, i64 new_tokens, Transaction& tx) {
@@ -67,7 +66,7 @@ void VirtualTable::shrink(i64 index, i64 group, i64 old_tokens, i64 new_tokens, 
     shared = shared || keep > tail;
     unmap(row, a, keep, e.hi, rows_[row].fence, tx);
   }
-  if (shared) copy_tail_[index * groups_ + group] = 1;
+  if (shared) look_at_tail(index, group);
 }
 
 std::vector<i64> VirtualTable::shared_pieces(i64 index, i64 group, i64 token) const {

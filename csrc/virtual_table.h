@@ -12,7 +12,7 @@ class VirtualTable final : public VirtualRows {
  public:
   using VirtualRows::VirtualRows;
 
-  bool has_room(i64 index, i64 group, i64 tokens) override;
+  i64 find_room(i64 index, i64 group) override;
   void grow(i64 index, i64 group, i64 old_tokens, i64 new_tokens, Transaction& tx) override;
   void shrink(i64 index, i64 group, i64 old_tokens, i64 new_tokens, Transaction& tx) override;
   // Nothing is unmapped here: that would cost a driver call and a wait for every page a window leaves behind. The front

@@ -53,6 +53,10 @@ class Core {
     buffers_.max_blocks = w.blocks_each();
     buffers_.max_indices = w.sequences * w.blocks_each();
     buffers_.slot_mapping = slots_.data();
+    deltas_.resize(4 * w.sequences + 64), delta_blocks_.resize(deltas_.size());
+    buffers_.max_deltas = static_cast<i64>(deltas_.size());
+    buffers_.delta_places = deltas_.data(), buffers_.delta_blocks = delta_blocks_.data();
+    marks_ = std::make_unique<kvmem::BatchMarks>(buffers_);
     if (!w.metadata) return;
     const i64 n = w.sequences, table = n * w.blocks_each();
     words_.resize(2 * table + 9 * (n + 1));
@@ -75,9 +79,8 @@ class Core {
   }
 
   void step(const i32* last) {
-    if (last) cache_.commit(handles_.data(), ones_.data(), w_.sequences, -1, w_.cache ? last : nullptr);
-    cache_.extend(handles_.data(), ones_.data(), w_.sequences, -1);
-    cache_.fill(handles_.data(), w_.sequences, nullptr, 0, 0, buffers_);
+    const i32* tokens = w_.cache ? last : nullptr;
+    cache_.step(handles_.data(), ones_.data(), w_.sequences, tokens, tokens ? w_.sequences : 0, 0, buffers_, *marks_);
     checksum_ += slots_.back();
   }
 
@@ -99,7 +102,9 @@ class Core {
   const i64 pages_;
   Cache cache_;
   std::vector<i32> handles_, ones_;
-  std::vector<i64> slots_;
+  std::vector<i64> slots_, deltas_;
+  std::vector<i32> delta_blocks_;
+  std::unique_ptr<kvmem::BatchMarks> marks_;
   std::vector<i32> words_;
   BatchBuffers buffers_;
   i64 checksum_ = 0;
