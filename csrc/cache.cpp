@@ -39,6 +39,16 @@ std::vector<i32> token_groups(const Geometry& geometry) {
   return groups;
 }
 
+// How many blocks `bytes` of memory hold.
+i64 blocks_in(const Geometry& geometry, i64 bytes) {
+  i64 block_bytes = 0;
+  for (const GroupGeometry& group : geometry.groups) {
+    if (group.growth != Growth::token) continue;
+    for (i64 token_bytes : group.token_bytes) block_bytes += token_bytes * group.block_tokens;
+  }
+  return block_bytes == 0 ? 0 : bytes / block_bytes;
+}
+
 }  // namespace
 
 Cache::Cache(Geometry geometry, std::shared_ptr<PagePool> pool, bool paged, i64 limit_pages, bool owns_pool,
@@ -53,7 +63,7 @@ Cache::Cache(Geometry geometry, std::shared_ptr<PagePool> pool, bool paged, i64 
       has_state_(any_of(geometry_, Growth::fixed)),
       sequences_(geometry_.max_sequences, groups_),
       index_(geometry_.groups[token_group_].block_tokens, token_groups(geometry_), prefix.policy, prefix.hash_bits,
-             prefix.event_capacity),
+             prefix.event_capacity, prefix_.on ? blocks_in(geometry_, limit_pages * geometry_.page_bytes) : 0),
       contents_(geometry_.max_sequences),
       tails_(geometry_.max_sequences * index_.block_tokens()),
       stamp_(geometry_.max_sequences, 0) {
@@ -100,10 +110,10 @@ void Cache::refuse_twice(i64 index) const {
 }
 
 void Cache::apply_table(const Op& op) {
+  if (op.kind == OpKind::block) return table_->apply(op);  // the most frequent by far
   if (op.kind == OpKind::open) return sequences_.on_open(op.a, op.d == 1);
   if (op.kind == OpKind::close) return sequences_.on_close(op.a, op.d == 1);
-  if (op.kind >= OpKind::bind && op.kind <= OpKind::unbind) return table_->apply(op);
-  if (op.kind == OpKind::block) return table_->apply(op);
+  if (op.kind == OpKind::bind || op.kind == OpKind::unbind) return table_->apply(op);
   check_group(op.at);
   const i64 index = sequences_.index(op.a);
   i64& value = op.kind == OpKind::length   ? sequences_.tokens(index, op.at)

@@ -90,7 +90,7 @@ class PagedBlocks : public PageTable {
   i64 page_bytes() const { return geometry_.page_bytes; }
   i32 arena(i64 a) const { return static_cast<i32>(base_arena_ + a); }
   i32 entry(i64 index, i64 g, i64 ordinal) const { return blocks_[g].table[index * blocks_[g].per_sequence + ordinal]; }
-  i64 first_slot(const Class& c, i64 block) const { return block * c.block_bytes / page_bytes(); }
+  i64 first_slot(const Class& c, i64 block) const { return quotient(block * c.block_bytes, page_bytes()); }
   i64 end_slot(const Class& c, i64 block) const { return ceil_div((block + 1) * c.block_bytes, page_bytes()); }
 
   bool idle(const Class& c, i64 slot) const {

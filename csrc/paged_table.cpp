@@ -39,16 +39,16 @@ class PagedTable final : public PagedBlocks {
       set(index, group, ordinal, 0, tx);
     }
     // The block that the length now cuts is copied when the sequence next grows, so that truncating needs no memory.
-    if (new_tokens % b.tokens == 0) return;
-    const i32 cut = entry(index, group, new_tokens / b.tokens);
+    if (remainder(new_tokens, b.tokens) == 0) return;
+    const i32 cut = entry(index, group, quotient(new_tokens, b.tokens));
     if (b.refs[cut] > 1 || b.node[cut] != kNoNode) look_at_tail(index, group);
   }
 
   void drop_front(i64 index, i64 group, i64 old_first, i64 first, Transaction& tx) override {
     Blocks& b = blocks_[group];
-    if (first / b.tokens == old_first / b.tokens) return;
+    if (quotient(first, b.tokens) == quotient(old_first, b.tokens)) return;
     b.fence = tx.fence();
-    for (i64 ordinal = old_first / b.tokens; ordinal < first / b.tokens; ++ordinal) {
+    for (i64 ordinal = quotient(old_first, b.tokens); ordinal < quotient(first, b.tokens); ++ordinal) {
       const i32 block = entry(index, group, ordinal);
       set(index, group, ordinal, 0, tx);
       if (b.refs[block] == 0 && b.node[block] != kNoNode && !index_.pinned(b.node[block])) pass(b, block);
@@ -57,11 +57,11 @@ class PagedTable final : public PagedBlocks {
 
   void share(i64 parent, i64 child, i64 group, i64 first, i64 tokens, Transaction& tx) override {
     const Blocks& b = blocks_[group];
-    const i64 whole = tokens / b.tokens;
-    for (i64 ordinal = first / b.tokens; ordinal < whole; ++ordinal) {
+    const i64 whole = quotient(tokens, b.tokens);
+    for (i64 ordinal = quotient(first, b.tokens); ordinal < whole; ++ordinal) {
       set(child, group, ordinal, entry(parent, group, ordinal), tx);
     }
-    const i64 tail = tokens % b.tokens;
+    const i64 tail = remainder(tokens, b.tokens);
     if (tail == 0) return;
     const i64 fresh = take(group, 1, tx);
     set(child, group, whole, fresh, tx);
@@ -93,11 +93,11 @@ class PagedTable final : public PagedBlocks {
 
   // What is taken over is referred to, or kept from being given up, before any memory is looked for.
   void adopt(i64 index, const std::vector<i32>& chain, const Found& found, Transaction& tx) override {
-    const i64 whole = found.tokens / block_tokens(), tail = found.tokens % block_tokens();
+    const i64 whole = quotient(found.tokens, block_tokens()), tail = remainder(found.tokens, block_tokens());
     const Kept kept(*this, chain[tail > 0 ? whole : whole - 1]);
     for (i64 g = 0; g < groups_; ++g) {
       if (geometry_.groups[g].growth == Growth::fixed) continue;
-      for (i64 ordinal = sequences_.front(index, g) / block_tokens(); ordinal < whole; ++ordinal) {
+      for (i64 ordinal = quotient(sequences_.front(index, g), block_tokens()); ordinal < whole; ++ordinal) {
         set(index, g, ordinal, block_of(chain[ordinal], g), tx);
       }
     }
@@ -148,7 +148,7 @@ class PagedTable final : public PagedBlocks {
 
   std::vector<i64> shared_pieces(i64 index, i64 group, i64 token) const override {
     const Blocks& b = blocks_[group];
-    const i32 block = token % b.tokens == 0 ? 0 : entry(index, group, token / b.tokens);
+    const i32 block = remainder(token, b.tokens) == 0 ? 0 : entry(index, group, quotient(token, b.tokens));
     return {block != 0 && b.refs[block] > 1 ? block : -1};
   }
 
@@ -158,7 +158,7 @@ class PagedTable final : public PagedBlocks {
       if (sequences_.tokens(index, g) == 0) continue;
       b.fence = tx.fence();
       // Last block first: the free list then gives them out again in ascending order.
-      const i64 first = sequences_.front(index, g) / b.tokens;
+      const i64 first = quotient(sequences_.front(index, g), b.tokens);
       for (i64 ordinal = ceil_div(sequences_.tokens(index, g), b.tokens); ordinal-- > first;)
         set(index, g, ordinal, 0, tx);
     }
@@ -341,7 +341,7 @@ class PagedTable final : public PagedBlocks {
 
   void copy_tail(i64 index, i64 group, i64 tokens, Transaction& tx) {
     const Blocks& b = blocks_[group];
-    const i64 ordinal = tokens / b.tokens, tail = tokens % b.tokens;
+    const i64 ordinal = quotient(tokens, b.tokens), tail = remainder(tokens, b.tokens);
     const i32 old = tail == 0 ? 0 : entry(index, group, ordinal);
     if (old == 0 || (b.refs[old] <= 1 && b.node[old] == kNoNode)) {
       copy_tail_[index * groups_ + group] = 0;  // the other user has gone

@@ -8,7 +8,7 @@ namespace kvmem {
 namespace {
 
 constexpr i64 kGhosts = 1 << 14;
-constexpr i64 kFirstBuckets = 1 << 10;
+constexpr i64 kFirstNodes = 1 << 8, kMostAtOnce = 1 << 16;
 constexpr i32 kFree = -2;  // as an ordinal
 
 // Both lengths are told, so that no salt can run into the extra key.
@@ -25,14 +25,18 @@ constexpr std::uint64_t kOdd = 0x9e3779b97f4a7c15u;
 }  // namespace
 
 PrefixIndex::PrefixIndex(i64 block_tokens, std::vector<i32> token_groups, const std::string& policy, int hash_bits,
-                         i64 event_capacity)
+                         i64 event_capacity, i64 blocks)
     : block_tokens_(block_tokens),
       token_groups_(std::move(token_groups)),
       mask_(hash_bits >= 64 ? ~std::uint64_t{0} : (std::uint64_t{1} << hash_bits) - 1),
       policy_(make_eviction_policy(policy)),
       events_(event_capacity, block_tokens),
-      buckets_(kFirstBuckets, kNoNode),
       ghosts_(kGhosts, 0) {
+  blocks = std::min(std::max(blocks, kFirstNodes), kMostAtOnce);
+  i64 buckets = 1;
+  while (buckets < blocks) buckets *= 2;
+  buckets_.assign(buckets, kNoNode);
+  reserve(blocks);
   std::random_device device;  // so that nobody can choose tokens that all fall into one bucket
   seed_ = (std::uint64_t{device()} << 32 | device()) | 1;
 }
@@ -107,16 +111,32 @@ i32 PrefixIndex::unused_child(i32 node) const {
   return kNoNode;
 }
 
-i32 PrefixIndex::new_node() {
-  if (free_.empty()) {
-    const i64 before = capacity(), after = std::max(i64{256}, 2 * before);
-    tokens_.resize(after * block_tokens_);
-    policy_.reserve(after);
-    free_.reserve(after);
-    loose_.reserve(after);
-    nodes_.resize(after);
-    for (i64 id = after; id-- > before;) free_.push_back(static_cast<i32>(id));
+void PrefixIndex::reserve(i64 nodes) {
+  const i64 before = capacity();
+  tokens_.resize(nodes * block_tokens_);
+  policy_->reserve(nodes);
+  free_.reserve(nodes);
+  loose_.reserve(nodes);
+  nodes_.resize(nodes);
+  for (i64 id = nodes; id-- > before;) free_.push_back(static_cast<i32>(id));
+}
+
+void PrefixIndex::start_retention() {
+  auto retention = std::make_unique<RetentionPolicy>(std::move(policy_));
+  retention_ = retention.get();
+  policy_ = std::move(retention);
+  policy_->reserve(capacity());
+  for (i64 x = 0; x < capacity(); ++x) {
+    if (nodes_[x].places > 0) retention_->follow(static_cast<i32>(x), nodes_[x].released);
   }
+  for (i64 x = 0; x < capacity(); ++x) {
+    const i32 parent = nodes_[x].parent;
+    if (nodes_[x].places > 0 && !is_root(parent)) retention_->lead(parent, static_cast<i32>(x));
+  }
+}
+
+i32 PrefixIndex::new_node() {
+  if (free_.empty()) reserve(2 * capacity());
   const i32 node = free_.back();
   free_.pop_back();
   nodes_[node] = Node();
@@ -201,11 +221,11 @@ void PrefixIndex::place(i32 node, i64 group, bool undo) {
   const bool first = n.places++ == 0;
   if (first) {
     if (undo) {
-      policy_.restore(node);
-      if (n.users > 0) policy_.use(node);
+      policy_->restore(node);
+      if (n.users > 0) policy_->use(node);
     } else {
-      policy_.insert(node, n.key, is_root(n.parent) ? kNoNode : n.parent, n.ordinal);
-      if (n.users == 0) policy_.release(node);
+      policy_->insert(node, n.key, is_root(n.parent) ? kNoNode : n.parent, n.ordinal);
+      if (n.users == 0) policy_->release(node);
     }
     n.released = n.users == 0;
     cached_ += n.released;
@@ -217,8 +237,8 @@ void PrefixIndex::displace(i32 node, i64 group, bool undo) {
   Node& n = nodes_[node];
   const bool last = --n.places == 0;
   if (last) {
-    if (!n.released) policy_.release(node);
-    policy_.evict(node);
+    if (!n.released) policy_->release(node);
+    policy_->evict(node);
     cached_ -= n.released;
     n.released = false;
     loose_.push_back(node);
@@ -318,7 +338,7 @@ void PrefixIndex::forget_roots() {
 void PrefixIndex::enter(i32 node) {
   Node& n = nodes_[node];
   if (n.users++ > 0 || !n.released) return;
-  policy_.use(node);
+  policy_->use(node);
   n.released = false;
   --cached_;
 }
@@ -327,7 +347,7 @@ void PrefixIndex::leave(i32 node) {
   Node& n = nodes_[node];
   if (--n.users > 0) return;
   if (n.places > 0) {
-    policy_.release(node);
+    policy_->release(node);
     n.released = true;
     ++cached_;
   } else {

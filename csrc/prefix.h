@@ -30,8 +30,10 @@ struct PrefixKey {
 class PrefixIndex {
  public:
   // `token_groups`: the groups that events speak of. `hash_bits` under 64 makes hashes collide, for tests.
+  // `blocks`: about how many there is memory for. Tables are made for as many at once, up to some 65,000, so that no
+  // call later pays for their growth.
   PrefixIndex(i64 block_tokens, std::vector<i32> token_groups, const std::string& policy, int hash_bits,
-              i64 event_capacity);
+              i64 event_capacity, i64 blocks);
 
   i64 block_tokens() const { return block_tokens_; }
 
@@ -74,17 +76,19 @@ class PrefixIndex {
   void leave(i32 node);                    // one fewer; of a chain, the last block first
   // A new sequence found it, or found what lies behind it.
   void hit(i32 node) {
-    if (nodes_[node].places > 0) policy_.hit(node);
+    if (nodes_[node].places > 0) policy_->hit(node);
   }
   void pin(i32 node) { ++nodes_[node].pins, ++pinned_, enter(node); }
   void unpin(i32 node) { --nodes_[node].pins, --pinned_, leave(node); }
   // Of a block that a sliding window has passed there is nothing to keep.
   void retain(i32 node, int priority, double seconds) {
-    if (nodes_[node].places > 0) policy_.retain(node, priority, seconds);
+    if (nodes_[node].places == 0) return;
+    if (!retention_) start_retention();
+    retention_->retain(node, priority, seconds);
   }
 
-  i32 victim() { return policy_.victim(); }  // the cached node to give up next, kNoNode if there is none
-  i64 cached() const { return cached_; }     // nodes with memory that nobody uses
+  i32 victim() { return policy_->victim(); }  // the cached node to give up next, kNoNode if there is none
+  i64 cached() const { return cached_; }      // nodes with memory that nobody uses
   bool empty() const { return linked_ == 0; }
   i64 pinned_count() const { return pinned_; }
   i64 evicted() const { return evicted_; }  // nodes that lost their memory, ever
@@ -126,6 +130,8 @@ class PrefixIndex {
   i32& bucket(std::uint64_t key) { return buckets_[key & mask_ & (buckets_.size() - 1)]; }
   i32 bucket(std::uint64_t key) const { return buckets_[key & mask_ & (buckets_.size() - 1)]; }
   i32 new_node();
+  void reserve(i64 nodes);
+  void start_retention();
   void link(i32 node);
   void unlink(i32 node);
   void grow_buckets();
@@ -138,7 +144,8 @@ class PrefixIndex {
   const std::vector<i32> token_groups_;
   const std::uint64_t mask_;  // of keys, for tests
   std::uint64_t seed_;
-  RetentionPolicy policy_;
+  std::unique_ptr<EvictionPolicy> policy_;
+  RetentionPolicy* retention_ = nullptr;  // policy_, once a block was retained; until then nobody pays for it
   EventRing events_;
   std::vector<Node> nodes_;
   std::vector<i32> tokens_;  // block_tokens_ for each node

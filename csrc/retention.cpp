@@ -32,6 +32,20 @@ void RetentionPolicy::retain(i32 id, int priority, double ttl_seconds) {
   update_holds(id);
 }
 
+void RetentionPolicy::follow(i32 id, bool released) {
+  Block& block = at(id);
+  block.cached = true;
+  block.released = released;
+  block.place = released ? kBase : kNowhere;
+}
+
+void RetentionPolicy::lead(i32 parent, i32 child) {
+  if (!at(parent).cached) return;
+  at(child).parent = parent;
+  at(child).parent_generation = at(parent).generation;
+  ++at(parent).children;
+}
+
 void RetentionPolicy::reserve(i64 ids) {
   if (ids <= static_cast<i64>(blocks_.size())) return;
   blocks_.resize(static_cast<std::size_t>(ids));

@@ -28,6 +28,11 @@ class RetentionPolicy final : public EvictionPolicy {
   // walks to its start once. SpecError for a priority out of 0 to 100.
   void retain(i32 id, int priority, double ttl_seconds);
 
+  // Before any other call: what the base policy knows already. A block that it has, in use or released; and of two
+  // such, which leads to which.
+  void follow(i32 id, bool released);
+  void lead(i32 parent, i32 child);
+
   void reserve(i64 ids) override;
   void insert(i32 id, std::uint64_t key, i32 parent, i64 ordinal) override;
   void hit(i32 id) override;

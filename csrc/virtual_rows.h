@@ -115,7 +115,7 @@ class VirtualRows : public PageTable {
     return std::min(row_slots(g, a), ceil_div(tokens * token_bytes(g, a), page_bytes()));
   }
 
-  i64 low_slot(i64 g, i64 a, i64 first_token) const { return first_token * token_bytes(g, a) / page_bytes(); }
+  i64 low_slot(i64 g, i64 a, i64 first_token) const { return quotient(first_token * token_bytes(g, a), page_bytes()); }
 
   i64 high_slot(i64 g, i64 a, i64 tokens) const {
     if (tokens == 0) return 0;
