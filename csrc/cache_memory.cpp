@@ -6,6 +6,17 @@
 
 namespace kvmem {
 
+i64 Cache::compact(i64 bytes) {
+  Lock lock = enter();
+  settle();
+  const i64 page = pool_->page_bytes();
+  Transaction tx(*pool_, *this);
+  const i64 freed = table_->compact(bytes < 0 ? pool_->present_pages() : ceil_div(bytes, page), tx);
+  tx.commit();
+  leave();
+  return freed * page;
+}
+
 i64 Cache::trim(i64 bytes) {
   Lock lock = enter();
   settle();
@@ -24,10 +35,12 @@ void Cache::set_memory(i64 pages) {
   Lock lock = enter();
   settle();
   if (owns_pool_) {
-    pool_->set_budget(pages);
+    pool_->set_budget(pages, table_.get(), *this);
   } else if (const i64 excess = table_->owned_pages - pages; excess > 0) {
     Transaction tx(*pool_, *this);
-    if (const i64 freed = table_->spill(excess, tx); freed < excess) {
+    i64 freed = table_->spill(excess, tx);
+    if (freed < excess && table_->compact(excess - freed, tx) > 0) freed += table_->spill(excess - freed, tx);
+    if (freed < excess) {
       throw OutOfMemory("asked for a limit of " + std::to_string(pages) + " pages, but live sequences hold " +
                         std::to_string(table_->owned_pages) + ", which is the smallest that would fit; free or " +
                         "preempt sequences first");

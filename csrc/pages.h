@@ -20,6 +20,7 @@
 
 namespace kvmem {
 
+class TableState;
 class Transaction;
 
 // Whoever maps pages of a pool: the page table of one allocator.
@@ -39,6 +40,9 @@ class PageOwner {
   virtual i64 parked_pages() const = 0;
   // Pushes unmap records until about `pages` parked pages are free; returns how many it freed.
   virtual i64 spill(i64 pages, Transaction& tx) = 0;
+  // Pushes the records that move blocks together until `pages` more pages hold nothing, as far as that can be; returns
+  // how many do. They stay mapped, for spill() or the owner's own use. 0 where pages belong to one sequence each.
+  virtual i64 compact(i64 pages, Transaction& tx);
 
   i64 owned_pages = 0;  // distinct pages mapped in its arenas
   i64 limit_pages = 0;  // and how many that may be
@@ -88,6 +92,8 @@ class PagePool {
   // Grows or shrinks the budget, spilling parked pages of every owner. OutOfMemory, and nothing changed, when live
   // sequences hold more. The caller holds the lock.
   void set_budget(i64 pages);
+  // As above; where that is not enough, the blocks of `mover`, whose tables these are, are moved together.
+  void set_budget(i64 pages, PageOwner* mover, TableState& tables);
 
   // --- state: called by Transaction only ---
   void apply(const Op& op, bool undo);

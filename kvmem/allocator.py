@@ -469,7 +469,8 @@ class Allocator:
     # --- memory ---
 
     def set_memory(self, memory: int | str) -> None:
-        """Grows or shrinks what this allocator may map, and the budget of a pool of its own; parked pages go first.
+        """Grows or shrinks what this allocator may map, and the budget of a pool of its own. Parked pages go first, cached
+        ones among them; what is still missing is made free as by ``compact()``.
 
         ``OutOfMemory``, and nothing changed, when live sequences hold more than that.
         """
@@ -481,6 +482,20 @@ class Allocator:
         those of cached blocks. Returns bytes.
         """
         return self.core.trim(-1 if bytes is None else parse_bytes("bytes", bytes))
+
+    def compact(self, bytes: int | str | None = None) -> int:
+        """Moves blocks of live sequences and of the cache out of the emptiest pages, until ``bytes`` more (None: all
+        that can be) hold nothing, as whole pages. Returns how many bytes do: ``trim()``, this allocator or a neighbour
+        in the pool may take them. All or nothing.
+
+        Paged backend; a page of the virtual one belongs to a row, so there it does nothing and returns 0. A block goes
+        only into room in a page that stays in use. Addresses stay, contents too; block ids change, so **batches filled
+        before are stale**: call it between steps and ``fill()`` again. A captured graph reads the tables by address
+        and needs only that. On the device: one copy of each moved block and arena, on the allocator's stream, waiting
+        for nothing. On the host: a look at each page, free block and table entry. Nothing else calls it by itself but
+        ``set_memory``.
+        """
+        return self.core.compact(-1 if bytes is None else parse_bytes("bytes", bytes))
 
     def set_stream(self, stream: int) -> None:
         """The CUDA stream (its handle) that kernels use this memory on; copies, zeroing and fences go there. Default:

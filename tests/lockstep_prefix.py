@@ -258,6 +258,9 @@ class PrefixLockstep(Lockstep):
         else:
             self.alloc.trim()
 
+    def _check_given(self, given: int, parked: int) -> None:
+        """Pages of cached blocks are parked before they are emptied: how many is for the tests of compact() to say."""
+
     def set_memory(self, pages: int) -> None:
         if not self._idle_pins():
             super().set_memory(pages)

@@ -240,6 +240,9 @@ class World:
     def trim(self, size: int | None) -> Step:
         return f"trim {size}", lambda: self.alloc.trim(size), lambda _: None
 
+    def compact(self, size: int | None) -> Step:
+        return f"compact {size}", lambda: self.alloc.compact(size), lambda _: None
+
     def set_memory(self, size: int) -> Step:
         return f"set_memory {size}", lambda: self.alloc.set_memory(size), lambda _: None
 
@@ -293,6 +296,8 @@ class World:
             return self.trim(rng.choice([None, PAGE, 5 * PAGE]))
         if kind < 0.97 and memory is not None:
             return self.set_memory(rng.randint(*memory) * PAGE)
+        if kind < 0.985:
+            return self.compact(rng.choice([None, PAGE, 3 * PAGE]))
         return self.pad()
 
     def run(self, step: Step) -> bool:
