@@ -34,9 +34,8 @@ i64 Cache::trim(i64 bytes) {
 void Cache::set_memory(i64 pages) {
   Lock lock = enter();
   settle();
-  if (owns_pool_) {
-    pool_->set_budget(pages, table_.get(), *this);
-  } else if (const i64 excess = table_->owned_pages - pages; excess > 0) {
+  // Apart from the budget, which destroys pages: blocks that have moved out of those could not go back.
+  if (const i64 excess = table_->owned_pages - pages; excess > 0) {
     Transaction tx(*pool_, *this);
     i64 freed = table_->spill(excess, tx);
     if (freed < excess && table_->compact(excess - freed, tx) > 0) freed += table_->spill(excess - freed, tx);
@@ -47,6 +46,7 @@ void Cache::set_memory(i64 pages) {
     }
     tx.commit();
   }
+  if (owns_pool_) pool_->set_budget(pages);
   table_->limit_pages = pages;
   leave();
 }

@@ -140,6 +140,7 @@ class PagedBlocks : public PageTable {
   void drop(Blocks& b, i64 block);
   void shift(i64 g, i32 node, i64 from, i64 to);
   void move(i64 g, const std::vector<BlockMove>& moves, Transaction& tx);
+  void use_last(Blocks& b);
   void change(const Op& op, bool mapped);
   // Trash slots have users before they are mapped; taking such a mapping back must be possible.
   bool growing(const Op& op) const { return op.a * page_bytes() < kTrashBlocks * biggest_block(op.at - base_arena_); }

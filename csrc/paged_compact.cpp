@@ -202,10 +202,24 @@ void PagedBlocks::move(i64 g, const std::vector<BlockMove>& moves, Transaction& 
     }
   }
   b.fence = tx.new_fence();  // the copies read what they have left
-  // The next sequence is to use other room first, so that the pages stay empty.
-  for (const BlockMove& move : moves) {
-    unlink(b, move.from);
-    link(b, move.from, b.previous[b.max_blocks]);
+  use_last(b);
+}
+
+// Ready blocks in pages that are empty go to the end of their list: the next sequence is to use other room first.
+void PagedBlocks::use_last(Blocks& b) {
+  std::vector<i32> last;
+  for (i32 block = b.next[b.max_blocks]; block != b.max_blocks; block = b.next[block]) {
+    const auto in_empty_page = [&](const Class& c) {
+      for (i64 slot = first_slot(c, block); slot < end_slot(c, block); ++slot) {
+        if (c.users[slot] + c.kept[slot] == 0) return true;
+      }
+      return false;
+    };
+    if (std::any_of(b.classes.begin(), b.classes.end(), in_empty_page)) last.push_back(block);
+  }
+  for (i32 block : last) {
+    unlink(b, block);
+    link(b, block, b.previous[b.max_blocks]);
   }
 }
 

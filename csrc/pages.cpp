@@ -167,16 +167,11 @@ class NoTables final : public TableState {
 
 void PagePool::set_budget(i64 pages) {
   NoTables none;
-  set_budget(pages, nullptr, none);
-}
-
-void PagePool::set_budget(i64 pages, PageOwner* mover, TableState& tables) {
-  Transaction tx(*this, tables);
+  Transaction tx(*this, none);
   i64 excess = mapped_pages_ - pages;
   for (PageOwner* owner : owners_) {
     if (excess > 0) excess -= owner->spill(excess, tx);
   }
-  if (excess > 0 && mover != nullptr && mover->compact(excess, tx) > 0) excess -= mover->spill(excess, tx);
   if (excess > 0) {
     throw OutOfMemory("asked for a budget of " + std::to_string(pages) + " pages of " + std::to_string(page_bytes_) +
                       " bytes, but live sequences hold " + std::to_string(pages + excess) +

@@ -20,7 +20,6 @@
 
 namespace kvmem {
 
-class TableState;
 class Transaction;
 
 // Whoever maps pages of a pool: the page table of one allocator.
@@ -92,8 +91,6 @@ class PagePool {
   // Grows or shrinks the budget, spilling parked pages of every owner. OutOfMemory, and nothing changed, when live
   // sequences hold more. The caller holds the lock.
   void set_budget(i64 pages);
-  // As above; where that is not enough, the blocks of `mover`, whose tables these are, are moved together.
-  void set_budget(i64 pages, PageOwner* mover, TableState& tables);
 
   // --- state: called by Transaction only ---
   void apply(const Op& op, bool undo);

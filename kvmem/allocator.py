@@ -469,8 +469,8 @@ class Allocator:
     # --- memory ---
 
     def set_memory(self, memory: int | str) -> None:
-        """Grows or shrinks what this allocator may map, and the budget of a pool of its own. Parked pages go first, cached
-        ones among them; what is still missing is made free as by ``compact()``.
+        """Grows or shrinks what this allocator may map, and the budget of a pool of its own. Parked pages go first, with
+        them cached blocks; what is still missing is made free as by ``compact()``.
 
         ``OutOfMemory``, and nothing changed, when live sequences hold more than that.
         """
