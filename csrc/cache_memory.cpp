@@ -34,19 +34,17 @@ i64 Cache::trim(i64 bytes) {
 void Cache::set_memory(i64 pages) {
   Lock lock = enter();
   settle();
-  // Apart from the budget, which destroys pages: blocks that have moved out of those could not go back.
-  if (const i64 excess = table_->owned_pages - pages; excess > 0) {
+  if (owns_pool_) {
+    pool_->set_budget(pages);
+  } else if (const i64 excess = table_->owned_pages - pages; excess > 0) {
     Transaction tx(*pool_, *this);
-    i64 freed = table_->spill(excess, tx);
-    if (freed < excess && table_->compact(excess - freed, tx) > 0) freed += table_->spill(excess - freed, tx);
-    if (freed < excess) {
+    if (const i64 freed = table_->spill(excess, tx); freed < excess) {
       throw OutOfMemory("asked for a limit of " + std::to_string(pages) + " pages, but live sequences hold " +
                         std::to_string(table_->owned_pages) + ", which is the smallest that would fit; free or " +
-                        "preempt sequences first");
+                        "preempt sequences first, or compact()");
     }
     tx.commit();
   }
-  if (owns_pool_) pool_->set_budget(pages);
   table_->limit_pages = pages;
   leave();
 }

@@ -175,7 +175,7 @@ void PagePool::set_budget(i64 pages) {
   if (excess > 0) {
     throw OutOfMemory("asked for a budget of " + std::to_string(pages) + " pages of " + std::to_string(page_bytes_) +
                       " bytes, but live sequences hold " + std::to_string(pages + excess) +
-                      ", which is the smallest that would fit; free or preempt sequences first");
+                      ", which is the smallest that would fit; free or preempt sequences first, or compact()");
   }
   if (present_pages_ > pages) give_back(present_pages_ - pages, tx);
   if (pages > static_cast<i64>(refs_.size())) {

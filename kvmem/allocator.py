@@ -469,10 +469,9 @@ class Allocator:
     # --- memory ---
 
     def set_memory(self, memory: int | str) -> None:
-        """Grows or shrinks what this allocator may map, and the budget of a pool of its own. Parked pages go first, with
-        them cached blocks; what is still missing is made free as by ``compact()``.
+        """Grows or shrinks what this allocator may map, and the budget of a pool of its own; parked pages go first.
 
-        ``OutOfMemory``, and nothing changed, when live sequences hold more than that.
+        ``OutOfMemory``, and nothing changed, when live sequences hold more than that; ``compact()`` may help.
         """
         pages = PagePool.pages("memory", parse_bytes("memory", memory), self.pool.page_bytes)
         self.core.set_memory(pages)
@@ -492,8 +491,8 @@ class Allocator:
         only into room in a page that stays in use. Addresses stay, contents too; block ids change, so **batches filled
         before are stale**: call it between steps and ``fill()`` again. A captured graph reads the tables by address
         and needs only that. On the device: one copy of each moved block and arena, on the allocator's stream, waiting
-        for nothing. On the host: a look at each page, free block and table entry. Nothing else calls it by itself but
-        ``set_memory``.
+        for nothing. On the host: a look at each page, free block and table entry (0.04 s for 60 GiB in 64 KiB each).
+        Nothing calls it by itself.
         """
         return self.core.compact(-1 if bytes is None else parse_bytes("bytes", bytes))
 
