@@ -81,6 +81,7 @@ class World:
         self.groups = alloc.spec.groups
         self.token_groups = [g for g, group in enumerate(self.groups) if group.growth == "token"]
         self._tags = count(1) if tags is None else tags
+        self.alone = tags is None  # else another world may be writing by a table that compact() would change
         self._strided: list[list[np.ndarray]] | None = None
         self._new_batch()
 
@@ -296,7 +297,7 @@ class World:
             return self.trim(rng.choice([None, PAGE, 5 * PAGE]))
         if kind < 0.97 and memory is not None:
             return self.set_memory(rng.randint(*memory) * PAGE)
-        if kind < 0.985:
+        if kind < 0.985 and self.alone:
             return self.compact(rng.choice([None, PAGE, 3 * PAGE]))
         return self.pad()
 
