@@ -243,6 +243,7 @@ nb::class_<Cache> bind_cache(nb::module_& m) {
             c.cascade_order(handles.data(), static_cast<i64>(handles.shape(0)), group, order.data());
           },
           "handles"_a.noconvert(), "group"_a, "order"_a.noconvert(), Free())
+      .def("compact", &Cache::compact, "bytes"_a, Free())
       .def("trim", &Cache::trim, "bytes"_a, Free())
       .def("set_memory", &Cache::set_memory, "pages"_a, Free())
       .def("stats", &Cache::stats, Free())

@@ -98,6 +98,8 @@ class Cache final : public TableState {
   // is left of n^2 small steps where groups are nested n deep.
   void cascade_order(const i32* handles, i64 n, i64 group, i64* order);
 
+  // Moves blocks together until `bytes` more (-1: all that can be) are free as whole pages; returns how many are.
+  i64 compact(i64 bytes);
   i64 trim(i64 bytes);  // parked and free pages to the system; -1 for all; returns the bytes given back
   // How much this allocator may map. With a pool of its own this is the pool's budget too.
   void set_memory(i64 pages);

@@ -6,6 +6,17 @@
 
 namespace kvmem {
 
+i64 Cache::compact(i64 bytes) {
+  Lock lock = enter();
+  settle();
+  const i64 page = pool_->page_bytes();
+  Transaction tx(*pool_, *this);
+  const i64 freed = table_->compact(bytes < 0 ? pool_->present_pages() : ceil_div(bytes, page), tx);
+  tx.commit();
+  leave();
+  return freed * page;
+}
+
 i64 Cache::trim(i64 bytes) {
   Lock lock = enter();
   settle();
@@ -30,7 +41,7 @@ void Cache::set_memory(i64 pages) {
     if (const i64 freed = table_->spill(excess, tx); freed < excess) {
       throw OutOfMemory("asked for a limit of " + std::to_string(pages) + " pages, but live sequences hold " +
                         std::to_string(table_->owned_pages) + ", which is the smallest that would fit; free or " +
-                        "preempt sequences first");
+                        "preempt sequences first, or compact()");
     }
     tx.commit();
   }

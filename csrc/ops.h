@@ -28,8 +28,9 @@ enum class OpKind : std::uint8_t {
   // What the content index of this allocator knows of memory. at = first arena. Stays within the deciding half.
   hold,   // a = node, b = group (paged) or row (virtual), c = block (paged) or 1 where the row has the fixed state too
   evict,  // the inverse
+  shift,  // a = node, b = group, c = new block, d = old block: what it holds has been copied there (paged)
 };
-constexpr int kOpKinds = 15;  // without the last two
+constexpr int kOpKinds = 15;  // without the last three
 
 struct Op {
   OpKind kind;
@@ -82,6 +83,7 @@ inline Op inverse(Op op) {
       std::swap(op.b, op.c);
       break;
     case OpKind::block:
+    case OpKind::shift:
       std::swap(op.c, op.d);
       break;
     case OpKind::zero:

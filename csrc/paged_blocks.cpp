@@ -259,6 +259,7 @@ void PagedBlocks::drop(Blocks& b, i64 block) {
 
 void PagedBlocks::on_content(const Op& op, bool undo) {
   const i32 node = static_cast<i32>(op.a);
+  if (op.kind == OpKind::shift) return shift(op.b, node, op.d, op.c);
   Blocks& b = blocks_[op.b];
   const bool held = op.kind == OpKind::hold;
   if (held) {

@@ -39,6 +39,10 @@ struct Blocks {
   std::unique_ptr<i32[], void (*)(void*)> table{nullptr, std::free};  // [sequence][per_sequence], 0 is none
 };
 
+struct BlockMove {
+  i32 from, to;
+};
+
 class PagedBlocks : public PageTable {
  public:
   PagedBlocks(const Geometry& geometry, PagePool& pool, const Sequences& sequences, PrefixIndex& index);
@@ -81,6 +85,7 @@ class PagedBlocks : public PageTable {
   i64 block_key(i64 index, i64 group, i64 block) const override { return entry(index, group, block); }
   i64 tokens_that_fit(i64 index, i64 group, i64 pages) const override;
   i64 parked_pages() const override { return idle_pages_; }
+  i64 compact(i64 pages, Transaction& tx) override;  // paged_compact.cpp
   void count_bytes(i64* used_bytes, i64* shared_bytes) const override;
   i64 first_arena(i64 group) const override { return base_arena_ + first_[group]; }
   i64 mapped_extent_slots(i64 group, i64 arena_in_group) const override;
@@ -137,6 +142,9 @@ class PagedBlocks : public PageTable {
   void keep(Blocks& b, i64 block, i32 sign);  // it is cached and nobody refers to it, or no longer so
   void acquire(Blocks& b, i64 block);
   void drop(Blocks& b, i64 block);
+  void shift(i64 g, i32 node, i64 from, i64 to);
+  void move(i64 g, const std::vector<BlockMove>& moves, Transaction& tx);
+  void use_last(Blocks& b);
   void change(const Op& op, bool mapped);
   // Trash slots have users before they are mapped; taking such a mapping back must be possible.
   bool growing(const Op& op) const { return op.a * page_bytes() < kTrashBlocks * biggest_block(op.at - base_arena_); }

@@ -7,6 +7,8 @@
 
 namespace kvmem {
 
+i64 PageOwner::compact(i64, Transaction&) { return 0; }
+
 PagePool::PagePool(i64 page_bytes, i64 budget_pages, std::shared_ptr<Driver> driver, bool create_ahead)
     : page_bytes_(page_bytes), create_ahead_(create_ahead), mapper_(std::make_unique<Mapper>()) {
   if (driver) {
@@ -173,7 +175,7 @@ void PagePool::set_budget(i64 pages) {
   if (excess > 0) {
     throw OutOfMemory("asked for a budget of " + std::to_string(pages) + " pages of " + std::to_string(page_bytes_) +
                       " bytes, but live sequences hold " + std::to_string(pages + excess) +
-                      ", which is the smallest that would fit; free or preempt sequences first");
+                      ", which is the smallest that would fit; free or preempt sequences first, or compact()");
   }
   if (present_pages_ > pages) give_back(present_pages_ - pages, tx);
   if (pages > static_cast<i64>(refs_.size())) {
@@ -204,7 +206,7 @@ void PagePool::count_calls(const std::vector<Op>& ops) {
     if (op.kind == OpKind::map) {
       driver_calls_ += op.c + (op.at != arena || op.a != next ? 1 : 0);
       arena = op.at, next = op.a + op.c;
-    } else {
+    } else if (op.kind != OpKind::zero) {  // the space zeroes when the run is mapped
       if (op.kind == OpKind::unmap) driver_calls_ += op.c;
       if (is_physical(op.kind)) arena = -1;
     }
@@ -289,6 +291,7 @@ void PagePool::apply(const Op& op, bool undo) {
       break;
     case OpKind::hold:
     case OpKind::evict:
+    case OpKind::shift:
       arenas_[op.at].owner->on_content(op, undo);
       break;
     default:

@@ -39,6 +39,9 @@ class PageOwner {
   virtual i64 parked_pages() const = 0;
   // Pushes unmap records until about `pages` parked pages are free; returns how many it freed.
   virtual i64 spill(i64 pages, Transaction& tx) = 0;
+  // Pushes the records that move blocks together until `pages` more pages hold nothing, as far as that can be; returns
+  // how many do. They stay mapped, for spill() or the owner's own use. 0 where pages belong to one sequence each.
+  virtual i64 compact(i64 pages, Transaction& tx);
 
   i64 owned_pages = 0;  // distinct pages mapped in its arenas
   i64 limit_pages = 0;  // and how many that may be

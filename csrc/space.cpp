@@ -4,6 +4,7 @@
 #include <chrono>
 #include <limits>
 #include <thread>
+#include <tuple>
 
 namespace kvmem {
 
@@ -98,15 +99,29 @@ void Space::execute(const Op* first, const Op* last) {
   std::lock_guard<std::mutex> lock(mutex_);
   if (broken_) repair_locked();
   const Op* op = first;
+  to_zero_.clear();
   try {
     while (op != last) {
+      const std::size_t left = static_cast<std::size_t>(last - op);
       if (op->kind == OpKind::map) {
-        op += run_maps(op, static_cast<std::size_t>(last - op));
+        op += run_maps(op, left);
+        continue;
+      }
+      if (op->kind == OpKind::zero) {
+        to_zero_.push_back({op->at, op->a, op->b});
+        ++op;
+        continue;
+      }
+      // Zeroing waits for what follows as long as that touches no mapped memory and marks no point in time.
+      if (is_physical(op->kind) && op->kind != OpKind::create) zero_noted();
+      if (op->kind == OpKind::copy) {
+        op += run_copies(op, left);
       } else {
         run_one(*op);
         ++op;
       }
     }
+    zero_noted();
   } catch (const DeviceError& e) {
     if (op->kind == OpKind::unmap && e.call() == "unmap_run") must_show(op->at, op->a, op->b, op->c);  // half done
     undo(first, op);
@@ -136,13 +151,51 @@ void Space::finish() {
   }
 }
 
+// One call for each stretch of what is to be zeroed. The records of several arenas may alternate, and since all write
+// the same, their order means nothing.
+void Space::zero_noted() {
+  std::sort(to_zero_.begin(), to_zero_.end(),
+            [](const Range& a, const Range& b) { return std::tie(a.arena, a.offset) < std::tie(b.arena, b.offset); });
+  for (std::size_t i = 0; i < to_zero_.size();) {
+    const Range& first = to_zero_[i];
+    i64 end = first.offset + first.bytes;
+    for (++i; i < to_zero_.size() && to_zero_[i].arena == first.arena && to_zero_[i].offset <= end; ++i) {
+      end = std::max(end, to_zero_[i].offset + to_zero_[i].bytes);
+    }
+    driver_->zero(at(first.arena, 0) + Address(first.offset), end - first.offset, stream_);
+  }
+  to_zero_.clear();
+}
+
+// Copies what ops[0] says and the records behind it that continue it on both sides; returns how many records it took.
+// Not so far that the two sides would meet: one call must not read what it writes.
+std::size_t Space::run_copies(const Op* ops, std::size_t count) {
+  const i64 distance = std::max(ops[0].a, ops[0].b) - std::min(ops[0].a, ops[0].b);
+  i64 bytes = ops[0].c;
+  std::size_t taken = 1;
+  for (; taken < count; ++taken) {
+    const Op& op = ops[taken];
+    if (op.kind != OpKind::copy || op.at != ops[0].at || op.a != ops[0].a + bytes || op.b != ops[0].b + bytes) break;
+    if (bytes + op.c > distance) break;
+    bytes += op.c;
+  }
+  driver_->copy(at(ops[0].at, 0) + Address(ops[0].a), at(ops[0].at, 0) + Address(ops[0].b), bytes, stream_);
+  return taken;
+}
+
 // Maps the longest run of adjacent slots that starts at ops[0]; returns how many records it took. set_access costs per
-// call and not per byte, so the whole run gets one.
+// call and not per byte, so the whole run gets one. What is to be zeroed in between is noted.
 std::size_t Space::run_maps(const Op* ops, std::size_t count) {
   run_.clear();
   std::size_t taken = 0;
   i64 next = ops[0].a;
-  while (taken < count && ops[taken].kind == OpKind::map && ops[taken].at == ops[0].at && ops[taken].a == next) {
+  while (taken < count) {
+    if (ops[taken].kind == OpKind::zero) {
+      to_zero_.push_back({ops[taken].at, ops[taken].a, ops[taken].b});
+      ++taken;
+      continue;
+    }
+    if (ops[taken].kind != OpKind::map || ops[taken].at != ops[0].at || ops[taken].a != next) break;
     for (i64 i = 0; i < ops[taken].c; ++i) {
       PageHandle& page = pages_.at(ops[taken].b + i);
       if (page == 0) page = driver_->create(page_bytes_);  // destroyed, and an undo could not create it again
@@ -273,12 +326,6 @@ void Space::run_one(const Op& op) {
       settled(op.at, op.a, op.c);
       break;
     }
-    case OpKind::zero:
-      driver_->zero(at(op.at, 0) + Address(op.a), op.b, stream_);
-      break;
-    case OpKind::copy:
-      driver_->copy(at(op.at, 0) + Address(op.a), at(op.at, 0) + Address(op.b), op.c, stream_);
-      break;
     case OpKind::fence: {
       wait_for(0);  // only to forget what is done, so that the list stays short
       const Event event = driver_->record(stream_);

@@ -47,8 +47,9 @@ class Space {
   i64 arena_bytes(i32 arena) const;
 
   // Executes the physical records of [first, last) in order, skipping others. Adjacent maps become one run with one
-  // set_access. A failing call throws, and then everything executed so far has been undone. When the driver fails at
-  // that too, what is left to undo is noted, and done before anything else is.
+  // set_access, neighbouring zeroes one call, and so do copies that continue each other on both sides. A failing call
+  // throws, and then everything executed so far has been undone. When the driver fails at that too, what is left to
+  // undo is noted, and done before anything else is.
   void execute(const Op* first, const Op* last);
   // Does what is left to undo; throws what the driver throws while it still cannot.
   void repair();
@@ -72,9 +73,15 @@ class Space {
     i64 number;
     Event event;
   };
+  struct Range {
+    i32 arena;
+    i64 offset, bytes;
+  };
 
   Address at(i32 arena, i64 slot) const { return arenas_[arena].reservation->base() + Address(slot * page_bytes_); }
   std::size_t run_maps(const Op* ops, std::size_t count);
+  std::size_t run_copies(const Op* ops, std::size_t count);
+  void zero_noted();
   bool try_unmap(i32 arena, i64 slot, i64 count);
   void must_show(i32 arena, i64 slot, i64 page, i64 count);
   void must_be_empty(i32 arena, i64 slot, i64 count);
@@ -97,6 +104,7 @@ class Space {
   std::atomic<bool> broken_{false};  // repairs_ is not empty
   std::deque<Mark> marks_;           // events not yet known to be done, oldest first
   std::vector<PageHandle> run_;
+  std::vector<Range> to_zero_;  // records that have been passed and wait to be executed
 };
 
 }  // namespace kvmem

@@ -267,7 +267,7 @@ def step(pair: Lockstep, walk: random.Random) -> None:
     handles, model = pair.handles, pair.model
     kind = walk.choice(["open", "open", "extend", "extend", "extend", "batch", "commit", "commit", "prefill",
     "truncate", "fork",
-                        "free", "free all", "trim", "memory"])  # fmt: skip
+                        "free", "free all", "trim", "memory", "compact"])  # fmt: skip
     if kind == "open" or not handles:
         pair.open()
         return
@@ -296,5 +296,7 @@ def step(pair: Lockstep, walk: random.Random) -> None:
         pair.free(handles if kind == "free all" else [handle])
     elif kind == "trim":
         pair.trim()
+    elif kind == "compact":
+        pair.compact(walk.choice([None, 1, 20_000]))
     else:
         pair.set_memory(walk.choice([4, 10, 25, 60, 200]))

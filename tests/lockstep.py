@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -185,6 +186,22 @@ class Lockstep:
         else:
             assert pages >= needed
             assert self.alloc.stats().budget_bytes == pages * page
+
+    def compact(self, size: int | None = None) -> int:
+        """Blocks move: what is mapped, used, shared and cached stays, and no page that could be had before is lost."""
+        before = self.alloc.stats()
+        given = self.alloc.compact(size)
+        after = self.alloc.stats()
+        assert given >= 0 and (given == 0 or not self.virtual)
+        assert after.parked_bytes >= before.parked_bytes
+        moved = {"parked_bytes", "wasted_bytes", "driver_calls", "physical_bytes"}
+        for name in {field.name for field in fields(after)} - moved:
+            assert getattr(after, name) == getattr(before, name), name
+        self._check_given(given, after.parked_bytes - before.parked_bytes)
+        return given
+
+    def _check_given(self, given: int, parked: int) -> None:
+        assert given == parked
 
     def trim(self) -> None:
         before = self.alloc.stats()

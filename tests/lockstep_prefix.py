@@ -268,6 +268,15 @@ class PrefixLockstep(Lockstep):
         else:
             self.alloc.trim()
 
+    def _check_given(self, given: int, parked: int) -> None:
+        """Pages of cached blocks are parked before they are emptied, too: what was made free can be given away, and
+        nothing is forgotten for it."""
+        before = self.alloc.stats()
+        if given > 0:
+            assert self.alloc.trim(given) == given
+        after = self.alloc.stats()
+        assert (after.cached_blocks, after.evicted_blocks) == (before.cached_blocks, before.evicted_blocks)
+
     def set_memory(self, pages: int) -> None:
         if not self._idle_pins():
             super().set_memory(pages)

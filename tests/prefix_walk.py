@@ -13,7 +13,7 @@ ROOTS: list[Root] = [NO_ROOT, NO_ROOT, NO_ROOT, ("salt", None), ("salt", "adapte
 CALLS = {
     "open": 6, "append": 6, "decode": 4, "count": 1, "extend": 1, "truncate": 3, "fork": 2, "free": 4, "free all": 0.2,
     "match": 2, "pin": 1, "pin tokens": 0.5, "unpin": 1.5, "retain": 0.5, "snapshot": 2, "clear": 0.1, "trim": 0.3,
-    "memory": 0.5,
+    "memory": 0.5, "compact": 0.7,
 }  # fmt: skip
 #: Of these, the ones that take memory away, or could: not while it is to be plentiful.
 HARSH = ("trim", "memory")
@@ -121,3 +121,5 @@ def _rest(pair: PrefixLockstep, walk: random.Random, writer: Author, call: str, 
         pair.trim()
     elif call == "memory":
         pair.set_memory(walk.choice([10, 25, 60, 200]))
+    elif call == "compact":
+        pair.compact(walk.choice([None, 1, 5 * pair.alloc.pool.page_bytes]))

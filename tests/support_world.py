@@ -81,6 +81,7 @@ class World:
         self.groups = alloc.spec.groups
         self.token_groups = [g for g, group in enumerate(self.groups) if group.growth == "token"]
         self._tags = count(1) if tags is None else tags
+        self.alone = tags is None  # else another world may be writing by a table that compact() would change
         self._strided: list[list[np.ndarray]] | None = None
         self._new_batch()
 
@@ -240,6 +241,9 @@ class World:
     def trim(self, size: int | None) -> Step:
         return f"trim {size}", lambda: self.alloc.trim(size), lambda _: None
 
+    def compact(self, size: int | None) -> Step:
+        return f"compact {size}", lambda: self.alloc.compact(size), lambda _: None
+
     def set_memory(self, size: int) -> Step:
         return f"set_memory {size}", lambda: self.alloc.set_memory(size), lambda _: None
 
@@ -293,6 +297,8 @@ class World:
             return self.trim(rng.choice([None, PAGE, 5 * PAGE]))
         if kind < 0.97 and memory is not None:
             return self.set_memory(rng.randint(*memory) * PAGE)
+        if kind < 0.985 and self.alone:
+            return self.compact(rng.choice([None, PAGE, 3 * PAGE]))
         return self.pad()
 
     def run(self, step: Step) -> bool:

