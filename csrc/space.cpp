@@ -85,6 +85,7 @@ bool Space::try_unmap(i32 arena, i64 slot, i64 count) {
 void Space::execute(const Op* first, const Op* last, bool ahead) {
   std::lock_guard<std::mutex> lock(mutex_);
   fill_stream_ = ahead ? driver_->side_stream() : stream_;
+  joined_ = ahead;
   if (broken_) repair_locked();
   const Op* op = first;
   try {
@@ -231,14 +232,16 @@ void Space::run_one(const Op& op) {
       break;
     }
     case OpKind::zero:
+      join_once();
       driver_->zero(at(op.at, 0) + Address(op.a), op.b, fill_stream_);
       break;
     case OpKind::copy:
+      join_once();
       driver_->copy(at(op.at, 0) + Address(op.a), at(op.at, 0) + Address(op.b), op.c, fill_stream_);
       break;
     case OpKind::fence: {
       wait_for(0);  // only to forget what is done, so that the list stays short
-      join();
+      join_once();
       const Event event = driver_->record(stream_);
       if (event != 0) marks_.push_back({op.a, event});
       break;

@@ -93,6 +93,7 @@ class Space {
   void sync(Stream stream);
   void go_after(Stream earlier, Stream later);
   void join();
+  void join_once();
   void undo(const Op* first, const Op* last);
   void wait_for(i64 fence);
 
@@ -101,6 +102,7 @@ class Space {
   Stream stream_ = 0;           // the one used last; it is ordered behind the others when a fence is made
   std::vector<Stream> others_;  // kernels may still come on these
   Stream fill_stream_ = 0;      // where the records being executed zero and copy
+  bool joined_ = false;         // stream_ has been ordered behind the others since they began
   mutable std::mutex mutex_;
   std::vector<PageHandle> pages_;  // by page id, 0 where there is none
   std::vector<Arena> arenas_;

@@ -37,9 +37,14 @@ void Space::go_after(Stream earlier, Stream later) {
   driver_->forget(event);  // the order was taken when it was given
 }
 
-// An event on stream_ stands for the work on all streams then.
+// An event on stream_ stands for the work on all streams then, and what is put there may touch what they have written.
 void Space::join() {
   for (Stream other : others_) go_after(other, stream_);
+}
+
+void Space::join_once() {
+  if (!joined_) join();
+  joined_ = true;
 }
 
 // Blocks until the work before fence `number` is done; forgets every event that is.

@@ -175,6 +175,12 @@ def test_fences_follow_torchs_current_stream(stub: CudaStub, backend: str) -> No
     assert alloc.pool.streams.handle == second
     trace = stub.trace()
     assert trace[-2:] == [f"record {first}", f"wait {second}"], "the new stream goes on after the old one"
+    child = old.fork()
+    child.extend(1)
+    trace = stub.trace()
+    copied = trace.index(f"memcpy {second}")
+    assert f"wait {second}" in trace[:copied], "what the first stream still writes is copied after it"
+    child.free()
     old.free()
     trace = stub.trace()
     assert trace[-3:] == [f"record {first}", f"wait {second}", f"record {second}"]

@@ -116,7 +116,7 @@ def test_the_destructor_survives_a_dead_device(stub: CudaStub, call: str, code: 
     driver = stub.driver()
     size = driver.info.granularity_bytes
     driver.map(driver.reserve(size), size, 0, driver.create(size))
-    driver.forget(driver.record())
+    driver.forget(driver.record(driver.side_stream()))
     stub.fail(call, 1, code)
     del driver
     assert stub.pending() == 0
