@@ -95,7 +95,7 @@ def _current_stream(index: int) -> int:
 def _ask_for_stream(index: int) -> Callable[[], int] | None:
     if not torch.cuda.is_available():  # a torch without CUDA has no streams
         return None
-    # torch's own inner call: a tenth of a microsecond instead of one or two.
+    # torch's own inner call: the public one makes an object of the stream first.
     return partial(getattr(torch._C, "_cuda_getCurrentRawStream", _current_stream), index)
 
 

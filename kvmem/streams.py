@@ -88,8 +88,8 @@ class Streams:
     def pin(self, stream: Any) -> None:
         """Only ``stream`` from now on; None follows torch again. An error changes nothing."""
         with self._lock:
-            if stream is None:
-                self._ask, self._pinned = self._current, None
+            if stream is None:  # the one named before is kept: fences still mind it
+                self._ask = self._current
                 return
             handle = stream_handle(stream, self._device)
             self._pool.set_stream(handle)
