@@ -116,11 +116,19 @@ void bind_pool(nb::module_& m) {
           "pages"_a, Free())
       .def(
           "set_stream",
-          [](PagePool& p, Stream stream) {
+          [](PagePool& p, Stream stream, bool only) {
             const auto lock = p.lock();
-            if (p.space()) p.space()->set_stream(stream);
+            if (p.space()) p.space()->use_stream(stream, only);
           },
-          "stream"_a, Free());
+          "stream"_a, "only"_a = true, Free(),
+          "Kernels use the memory on this stream from now on; unless it is the only one, also on those before.")
+      .def(
+          "page_handle",
+          [](PagePool& p, i64 page) {
+            const auto lock = p.lock();
+            return p.space() ? p.space()->page_handle(page) : PageHandle{0};
+          },
+          "page"_a, Free(), "The driver's handle of a page; 0 where there is none.");
 }
 
 void bind_stats(nb::module_& m) {

@@ -53,7 +53,9 @@ void bind_info(nb::module_& m) {
       .def_ro("granularity_bytes", &DriverInfo::granularity_bytes)
       .def_ro("recommended_bytes", &DriverInfo::recommended_bytes)
       .def_ro("total_bytes", &DriverInfo::total_bytes)
-      .def_ro("fresh_pages_are_zero", &DriverInfo::fresh_pages_are_zero);
+      .def_ro("fresh_pages_are_zero", &DriverInfo::fresh_pages_are_zero)
+      .def_ro("shareable", &DriverInfo::shareable)
+      .def_ro("rdma", &DriverInfo::rdma);
   nb::class_<DriverCounters>(m, "DriverCounters", "How often each verb was called, whether it succeeded or not.")
       .def_ro("reserve", &DriverCounters::reserve)
       .def_ro("release", &DriverCounters::release)
@@ -94,7 +96,10 @@ void bind_driver(nb::module_& m) {
       .def("record", &Driver::record, "stream"_a = 0, Free())
       .def("done", &Driver::done, "event"_a, Free())
       .def("wait", &Driver::wait, "event"_a, Free())
-      .def("forget", &Driver::forget, "event"_a, Free());
+      .def("forget", &Driver::forget, "event"_a, Free())
+      .def("check_stream", &Driver::check_stream, "stream"_a, Free())
+      .def("side_stream", &Driver::side_stream)
+      .def("order", &Driver::order, "event"_a, "later"_a, Free());
 }
 
 void bind_checked(nb::module_& m) {
@@ -140,8 +145,14 @@ void bind_drivers(nb::module_& m) {
   bind_driver(m);
   bind_checked(m);
   m.def("host_driver", &make_host_driver, "The CPU device: memfd and mmap.");
-  m.def("cuda_driver", &make_cuda_driver, "index"_a = 0, "library"_a = "", Free(),
-        "A CUDA device. `library` is a path to libcuda; empty is $KVMEM_CUDA_DRIVER, or else libcuda.so.1.");
+  m.def(
+      "cuda_driver",
+      [](int index, const std::string& library, bool shareable, bool rdma) {
+        return make_cuda_driver(index, library, {shareable, rdma});
+      },
+      "index"_a = 0, "library"_a = "", "shareable"_a = false, "rdma"_a = false, Free(),
+      "A CUDA device. `library` is a path to libcuda; empty is $KVMEM_CUDA_DRIVER, or else libcuda.so.1. `shareable` "
+      "pages can be exported as file descriptors, `rdma` ones registered with an RDMA adapter.");
   m.def("read_bytes", &read_bytes, "at"_a, "bytes"_a,
         "The host bytes at an address. DeviceError, never a signal, where they cannot be read.");
   m.def("write_bytes", &write_bytes, "at"_a, "data"_a, "The reverse of read_bytes.");

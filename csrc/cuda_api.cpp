@@ -10,6 +10,9 @@ namespace {
 // The default stream (0) means the one that all threads share, whatever the caller was compiled with.
 constexpr unsigned long long kLegacyStream = 1;
 
+// The first with cuGetProcAddress, by which everything else is found. All entry points are older.
+constexpr int kNeededVersion = 11030;
+
 using GetProcAddress11 = Result (*)(const char*, void**, int, unsigned long long);
 using GetProcAddress12 = Result (*)(const char*, void**, int, unsigned long long, int*);
 
@@ -26,10 +29,12 @@ class Library {
     }
     newer_ = reinterpret_cast<GetProcAddress12>(dlsym(handle, "cuGetProcAddress_v2"));
     older_ = reinterpret_cast<GetProcAddress11>(dlsym(handle, "cuGetProcAddress"));
+    const auto version = reinterpret_cast<Result (*)(int*)>(dlsym(handle, "cuDriverGetVersion"));
+    if (version && version(&version_) != kSuccess) version_ = 0;  // it works before cuInit
     if (!newer_ && !older_) {
-      throw DeviceError(name + " has no cuGetProcAddress: kvmem needs a driver for CUDA 11.3 or later",
-                        "cuGetProcAddress");
+      throw DeviceError(name + " has no cuGetProcAddress: " + too_old(), "cuGetProcAddress");
     }
+    if (version_ > 0 && version_ < kNeededVersion) throw DeviceError(name + ": " + too_old(), "cuDriverGetVersion");
   }
 
   template <class Function>
@@ -39,20 +44,29 @@ class Library {
     const Result code = newer_ ? newer_(symbol, &found, version, kLegacyStream, &status)
                                : older_(symbol, &found, version, kLegacyStream);
     if (code != kSuccess || !found) {
-      throw DeviceError(name_ + " has no " + symbol + " as of CUDA " + std::to_string(version / 1000) + "." +
-                            std::to_string(version % 1000 / 10) + ": the driver is too old",
-                        symbol, code);
+      throw DeviceError(name_ + " has no " + symbol + " as of " + version_text(version) + ": " + too_old(), symbol,
+                        code);
     }
     entry = reinterpret_cast<Function*>(found);
   }
 
  private:
+  std::string too_old() const {
+    const std::string found = version_ > 0 ? "is for " + version_text(version_) : "does not say its version";
+    return "the driver is too old: it " + found + ", kvmem needs one for " + version_text(kNeededVersion) + " or later";
+  }
+
   std::string name_;
+  int version_ = 0;
   GetProcAddress12 newer_ = nullptr;
   GetProcAddress11 older_ = nullptr;
 };
 
 }  // namespace
+
+std::string version_text(int version) {
+  return "CUDA " + std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
+}
 
 std::string Api::describe(Result code) const {
   const char *name = nullptr, *text = nullptr;

@@ -44,12 +44,17 @@ struct AccessDesc {
 static_assert(sizeof(MemLocation) == 8 && sizeof(AllocationProp) == 32 && sizeof(AccessDesc) == 12);
 static_assert(offsetof(AllocationProp, location) == 8 && offsetof(AllocationProp, flags) == 24);
 
-constexpr Result kSuccess = 0, kInvalidValue = 1, kOutOfMemory = 2, kDeinitialized = 4, kNoDevice = 100,
-                 kNotReady = 600, kContextIsDestroyed = 709;
-constexpr int kAttributeVmmSupported = 102;
+constexpr Result kSuccess = 0, kInvalidValue = 1, kOutOfMemory = 2, kDeinitialized = 4, kStubLibrary = 34,
+                 kNoDevice = 100, kInvalidDevice = 101, kInvalidContext = 201, kNotReady = 600,
+                 kContextIsDestroyed = 709, kSystemNotReady = 802, kDriverMismatch = 803, kCompatNotSupported = 804,
+                 kCaptureUnsupported = 900;
+constexpr int kAttributeVmmSupported = 102, kAttributePosixFdSupported = 103, kAttributeRdmaSupported = 110;
+constexpr int kHandlePosixFd = 1;
 constexpr int kAllocationTypePinned = 1, kLocationDevice = 1, kAccessReadWrite = 3;
 constexpr int kGranularityMinimum = 0, kGranularityRecommended = 1;
-constexpr unsigned kEventDisableTiming = 2;
+constexpr unsigned kEventDisableTiming = 2, kStreamNonBlocking = 1;
+constexpr int kCaptureRelaxed = 2;
+constexpr std::size_t kPerThreadStream = 2;  // a handle that means another stream in each thread
 
 // ENTRY(name, version, arguments...): `version` is the CUDA release in which the entry point got the signature given
 // here. cuGetProcAddress is asked for exactly that one, which is how cuMemGetInfo_v2 and its like are told from their
@@ -64,6 +69,7 @@ constexpr unsigned kEventDisableTiming = 2;
   ENTRY(cuDevicePrimaryCtxRelease, 11000, DeviceId device)                                                             \
   ENTRY(cuCtxPushCurrent, 4000, ContextPtr context)                                                                    \
   ENTRY(cuCtxPopCurrent, 4000, ContextPtr* context)                                                                    \
+  ENTRY(cuCtxGetDevice, 2000, DeviceId* device)                                                                        \
   ENTRY(cuCtxSynchronize, 2000)                                                                                        \
   ENTRY(cuMemGetInfo, 3020, size_t* free, size_t* total)                                                               \
   ENTRY(cuMemGetAllocationGranularity, 10020, size_t* bytes, const AllocationProp* prop, int option)                   \
@@ -78,6 +84,12 @@ constexpr unsigned kEventDisableTiming = 2;
   ENTRY(cuMemSetAccess, 10020, DevicePtr at, size_t bytes, const AccessDesc* access, size_t count)                     \
   ENTRY(cuMemsetD8Async, 3020, DevicePtr at, unsigned char value, size_t bytes, StreamPtr stream)                      \
   ENTRY(cuMemcpyDtoDAsync, 3020, DevicePtr to, DevicePtr from, size_t bytes, StreamPtr stream)                         \
+  ENTRY(cuStreamCreate, 2000, StreamPtr* stream, unsigned flags)                                                       \
+  ENTRY(cuStreamDestroy, 4000, StreamPtr stream)                                                                       \
+  ENTRY(cuStreamGetCtx, 9020, StreamPtr stream, ContextPtr* context)                                                   \
+  ENTRY(cuStreamIsCapturing, 10000, StreamPtr stream, int* status)                                                     \
+  ENTRY(cuStreamWaitEvent, 3020, StreamPtr stream, EventPtr event, unsigned flags)                                     \
+  ENTRY(cuThreadExchangeStreamCaptureMode, 10010, int* mode)                                                           \
   ENTRY(cuEventCreate, 2000, EventPtr* event, unsigned flags)                                                          \
   ENTRY(cuEventRecord, 2000, EventPtr event, StreamPtr stream)                                                         \
   ENTRY(cuEventQuery, 2000, EventPtr event)                                                                            \
@@ -96,8 +108,11 @@ struct Api {
   std::string describe(Result code) const;
 };
 
-// `library` is a path or soname; "" is $KVMEM_CUDA_DRIVER, or else libcuda.so.1. DeviceError where it cannot be opened
-// or an entry point is missing.
+// "CUDA 13.0" for 13000.
+std::string version_text(int version);
+
+// `library` is a path or soname; "" is $KVMEM_CUDA_DRIVER, or else libcuda.so.1. DeviceError where it cannot be opened,
+// is too old (with the version found and the one needed), or lacks an entry point.
 Api load_api(const std::string& library);
 
 }  // namespace kvmem::cuda

@@ -2,7 +2,31 @@
 
 namespace kvmem::cuda {
 
-Device::Device(int index, const std::string& library) : api_(load_api(library)) {
+namespace {
+
+// What the error of cuInit usually means.
+const char* hint(Result code) {
+  switch (code) {
+    case kStubLibrary:
+      return "this libcuda is the CUDA toolkit's stub, made for linking only: take its folder off LD_LIBRARY_PATH";
+    case kNoDevice:
+      return "is CUDA_VISIBLE_DEVICES empty?";
+    case kInvalidDevice:
+      return "does CUDA_VISIBLE_DEVICES name a device that is not there?";
+    case kSystemNotReady:
+      return "is nvidia-fabricmanager running? GPUs behind NVSwitch need it";
+    case kDriverMismatch:
+      return "libcuda and the kernel module are of different versions: reboot, or install them anew";
+    case kCompatNotSupported:
+      return "the forward-compatible libcuda does not work with this GPU: take cuda-compat off LD_LIBRARY_PATH";
+    default:
+      return "does nvidia-smi work on this machine?";
+  }
+}
+
+}  // namespace
+
+Device::Device(int index, const std::string& library, PageOptions pages) : api_(load_api(library)), pages_(pages) {
   find(index);
   check(api_.cuDevicePrimaryCtxRetain(&context_, id_), "cuDevicePrimaryCtxRetain");
   try {
@@ -20,27 +44,46 @@ Device::~Device() {
 }
 
 void Device::find(int index) {
-  const Result code = api_.cuInit(0);
-  if (code == kNoDevice) {
-    throw DeviceError("no CUDA device: cuInit says " + api_.describe(code) + " (is CUDA_VISIBLE_DEVICES empty?)",
-                      "cuInit", code);
-  }
-  check(code, "cuInit");
+  if (const Result code = api_.cuInit(0); code != kSuccess) cannot_start(code);
   int devices = 0;
   check(api_.cuDeviceGetCount(&devices), "cuDeviceGetCount");
-  if (index < 0 || index >= devices) {
-    throw DeviceError("cuda:" + std::to_string(index) + " does not exist: there are " + std::to_string(devices) +
-                          " CUDA devices, counted from 0",
-                      "cuDeviceGetCount");
+  const std::string device = "cuda:" + std::to_string(index);
+  const Result found = api_.cuDeviceGet(&id_, index);
+  if (found == kInvalidDevice) {
+    throw DeviceError(device + " does not exist: there are " + std::to_string(devices) +
+                          " CUDA devices, counted from 0 (cuDeviceGet: " + api_.describe(found) + ")",
+                      "cuDeviceGet", found);
   }
-  check(api_.cuDeviceGet(&id_, index), "cuDeviceGet");
+  check(found, "cuDeviceGet");
   int supported = 0;
   check(api_.cuDeviceGetAttribute(&supported, kAttributeVmmSupported, id_), "cuDeviceGetAttribute");
   if (!supported) {
     throw DeviceError(
-        "cuda:" + std::to_string(index) +
-            " has no virtual memory management (some virtualised GPUs and WSL2 lack it); kvmem cannot use it",
+        device + " has no virtual memory management (some virtualised GPUs and WSL2 lack it); kvmem cannot use it",
         "cuDeviceGetAttribute");
+  }
+  if (pages_.shareable) {
+    need_attribute(kAttributePosixFdSupported, "HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED",
+                   device + " cannot export memory as file descriptors; leave out shareable=True");
+  }
+  if (pages_.rdma) {
+    need_attribute(kAttributeRdmaSupported, "GPU_DIRECT_RDMA_WITH_CUDA_VMM_SUPPORTED",
+                   device + " has no GPUDirect RDMA for memory that is mapped on demand; leave out rdma=True");
+  }
+}
+
+void Device::cannot_start(Result code) const {
+  const std::string said = "cuInit failed: " + api_.describe(code) + " (" + hint(code) + ")";
+  if (code == kOutOfMemory) throw OutOfMemory(said);
+  throw DeviceError((code == kNoDevice ? "no CUDA device: " : "") + said, "cuInit", code);
+}
+
+void Device::need_attribute(int attribute, const char* name, const std::string& what) const {
+  int supported = 0;
+  check(api_.cuDeviceGetAttribute(&supported, attribute, id_), "cuDeviceGetAttribute",
+        [&] { return std::string(name); });
+  if (!supported) {
+    throw DeviceError(what + " (CU_DEVICE_ATTRIBUTE_" + name + " is 0)", "cuDeviceGetAttribute");
   }
 }
 
@@ -58,12 +101,16 @@ void Device::read_info(int index) {
   info_.recommended_bytes = static_cast<i64>(recommended);
   info_.total_bytes = static_cast<i64>(total);
   info_.fresh_pages_are_zero = false;  // usually true, documented nowhere
+  info_.shareable = pages_.shareable;
+  info_.rdma = pages_.rdma;
 }
 
 AllocationProp Device::prop() const {
   AllocationProp prop{};
   prop.type = kAllocationTypePinned;
   prop.location = {kLocationDevice, id_};
+  if (pages_.shareable) prop.requested_handle_types = kHandlePosixFd;
+  if (pages_.rdma) prop.flags.gpu_direct_rdma_capable = 1;
   return prop;
 }
 

@@ -11,8 +11,8 @@ namespace kvmem::cuda {
 
 class Device {
  public:
-  // DeviceError where there is no driver, no such device, or no virtual memory management.
-  Device(int index, const std::string& library);
+  // DeviceError where there is no driver, no such device, no virtual memory management, or not what `pages` asks for.
+  Device(int index, const std::string& library, PageOptions pages);
   ~Device();
   Device(const Device&) = delete;
   Device& operator=(const Device&) = delete;
@@ -20,6 +20,7 @@ class Device {
   const Api& api() const { return api_; }
   const DriverInfo& info() const { return info_; }
   ContextPtr context() const { return context_; }
+  DeviceId id() const { return id_; }
   bool forked() const { return fork_.forked(); }
   void check_fork() const { fork_.check("the CUDA driver"); }
   AllocationProp prop() const;  // of exactly the memory that create() makes: granularity depends on it
@@ -37,23 +38,33 @@ class Device {
 
   // Runs one driver call with our context current and leaves the thread's own as it was. What needs a context: streams,
   // events, memset, cuMemGetInfo. The calls of virtual memory management need none.
+  // While some thread captures a graph, asking an event from another one would spoil the capture, unless this thread's
+  // mode is relaxed: our events are recorded outside of captures.
   template <class Call>
   Result in_context(Call call) const {
     check(api_.cuCtxPushCurrent(context_), "cuCtxPushCurrent");
-    const Result code = call();
+    int mode = kCaptureRelaxed;
+    const Result relaxed = api_.cuThreadExchangeStreamCaptureMode(&mode);
+    const Result code = relaxed == kSuccess ? call() : relaxed;
+    const Result restored = relaxed == kSuccess ? api_.cuThreadExchangeStreamCaptureMode(&mode) : relaxed;
     ContextPtr ours = nullptr;
     const Result popped = api_.cuCtxPopCurrent(&ours);
+    check(relaxed, "cuThreadExchangeStreamCaptureMode");
+    if (code == kSuccess) check(restored, "cuThreadExchangeStreamCaptureMode");
     if (code == kSuccess) check(popped, "cuCtxPopCurrent");
     return code;
   }
 
  private:
   void find(int index);
+  [[noreturn]] void cannot_start(Result code) const;
+  void need_attribute(int attribute, const char* name, const std::string& what) const;
   void read_info(int index);
   [[noreturn]] void failed(Result code, const char* call, const std::string& what) const;
 
   const ForkGuard fork_;
   const Api api_;
+  const PageOptions pages_;
   DriverInfo info_;
   DeviceId id_ = 0;
   ContextPtr context_ = nullptr;

@@ -34,6 +34,14 @@ struct DriverInfo {
   i64 recommended_bytes = 0;  // the page size the driver itself would choose
   i64 total_bytes = 0;        // physical memory of the device
   bool fresh_pages_are_zero = false;
+  bool shareable = false;  // pages can be exported as file descriptors
+  bool rdma = false;       // pages may be registered with an RDMA adapter
+};
+
+// What create() makes. Both cost nothing where the device supports them; some devices want coarser pages for them.
+struct PageOptions {
+  bool shareable = false;
+  bool rdma = false;
 };
 
 // How often each verb was called (successfully or not), and what is held now.
@@ -85,6 +93,15 @@ class Driver {
   virtual void wait(Event event) = 0;
   virtual void forget(Event event) = 0;  // gives the event back; done() need not be true
 
+  // Streams. A driver whose work is done when a call returns has one stream only, and nothing to order.
+  virtual void check_stream(Stream) const {}  // DeviceError where it is of another device or context
+  // A stream of the driver's own: nothing put on it waits for the streams that kernels use.
+  virtual Stream side_stream() { return 0; }
+  // What is put on `later` from now on starts after `event`. The calling thread does not wait.
+  virtual void order(Event /*event*/, Stream /*later*/) {}
+  // Blocks until everything on every stream is done. For ends only: a step must wait for nobody else's work.
+  virtual void wait_for_device() {}
+
  protected:
   // What the base unmap_run needs to know to put a page back when a later call of the same run fails.
   struct Mapped {
@@ -103,7 +120,7 @@ std::string range_text(Address at, i64 bytes);
 std::shared_ptr<Driver> make_host_driver();
 
 // libcuda opened at run time. `library` is a path, "" for KVMEM_CUDA_DRIVER or else libcuda.so.1. DeviceError where
-// there is none, the device does not exist, or it has no virtual memory management.
-std::shared_ptr<Driver> make_cuda_driver(int device_index, const std::string& library);
+// there is none, the device does not exist, or it has no virtual memory management or not what `pages` asks for.
+std::shared_ptr<Driver> make_cuda_driver(int device_index, const std::string& library, PageOptions pages = {});
 
 }  // namespace kvmem

@@ -357,6 +357,14 @@ void CheckedDriver::forget(Event event) {
   events_.erase(it);
 }
 
+void CheckedDriver::order(Event event, Stream later) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (event == 0) return;
+  auto it = events_.find(event);
+  if (it == events_.end()) refuse("order", "event " + std::to_string(event) + " does not exist, or was forgotten");
+  inner_->order(it->second.inner, later);
+}
+
 std::shared_ptr<CheckedDriver> make_checked_driver(std::shared_ptr<Driver> inner) {
   return std::make_shared<CheckedDriver>(std::move(inner));
 }

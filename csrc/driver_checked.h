@@ -70,6 +70,10 @@ class CheckedDriver final : public Driver {
   bool done(Event event) override;
   void wait(Event event) override;
   void forget(Event event) override;
+  void check_stream(Stream stream) const override { inner_->check_stream(stream); }
+  Stream side_stream() override { return inner_->side_stream(); }
+  void order(Event event, Stream later) override;
+  void wait_for_device() override { inner_->wait_for_device(); }
 
  protected:
   // The run verbs are the base class's: single calls, each of which can be made to fail.

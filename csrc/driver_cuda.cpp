@@ -28,7 +28,8 @@ void check_positive(const char* verb, i64 bytes) {
 
 class CudaDriver final : public Driver {
  public:
-  CudaDriver(int index, const std::string& library) : device_(index, library), api_(device_.api()) {}
+  CudaDriver(int index, const std::string& library, PageOptions pages)
+      : device_(index, library, pages), api_(device_.api()) {}
   ~CudaDriver() override;
 
   const DriverInfo& info() const override { return device_.info(); }
@@ -53,6 +54,11 @@ class CudaDriver final : public Driver {
   void wait(Event event) override;
   void forget(Event event) override;
 
+  void check_stream(Stream stream) const override;
+  Stream side_stream() override;
+  void order(Event event, Stream later) override;
+  void wait_for_device() override;
+
  protected:
   Mapped mapped_at(Address at) const override;
 
@@ -71,12 +77,14 @@ class CudaDriver final : public Driver {
     ++(counters_.*counter);
   }
   cuda::EventPtr take_event();
+  void check_not_captured(const char* verb, Stream stream) const;
   void give_everything_back();
 
   const cuda::Device device_;
   const cuda::Api& api_;
 
   mutable std::mutex mutex_;  // the books below; held during the driver's calls, which it serialises anyway
+  cuda::StreamPtr side_ = nullptr;
   std::atomic<i64> created_bytes_{0};
   std::map<Address, i64> reservations_;
   std::unordered_map<PageHandle, Page> pages_;
@@ -105,6 +113,7 @@ void CudaDriver::give_everything_back() {
   for (const auto& [page, info] : pages_) api_.cuMemRelease(page);
   for (const auto& [base, bytes] : reservations_) api_.cuMemAddressFree(base, bytes);
   for (cuda::EventPtr event : events_) api_.cuEventDestroy(event);
+  if (side_) api_.cuStreamDestroy(side_);
   cuda::ContextPtr ours = nullptr;
   if (pushed == cuda::kSuccess) api_.cuCtxPopCurrent(&ours);
 }
@@ -229,6 +238,67 @@ Driver::Mapped CudaDriver::mapped_at(Address at) const {
   return {it->second.page, it->second.accessible};
 }
 
+// ---- Streams -------------------------------------------------------------------------------------------------------
+
+// The driver may crash over a handle that is no stream at all. 0 is whatever context is current, here ours.
+void CudaDriver::check_stream(Stream stream) const {
+  device_.check_fork();
+  if (stream == cuda::kPerThreadStream) {
+    throw SpecError(
+        "stream 2 means another stream in each thread, so no fence could be recorded on it; give a stream of its own");
+  }
+  cuda::ContextPtr context = nullptr;
+  const auto ask = [&] { return api_.cuStreamGetCtx(reinterpret_cast<cuda::StreamPtr>(stream), &context); };
+  device_.check(device_.in_context(ask), "cuStreamGetCtx", [&] { return "stream " + std::to_string(stream); });
+  if (context == device_.context()) return;
+  cuda::DeviceId owner = -1;
+  if (api_.cuCtxPushCurrent(context) == cuda::kSuccess) {
+    api_.cuCtxGetDevice(&owner);
+    api_.cuCtxPopCurrent(&context);
+  }
+  const std::string mine = "cuda:" + std::to_string(info().device_index);
+  throw DeviceError("stream " + std::to_string(stream) + " belongs to " +
+                        (owner == device_.id() ? "another context of " + mine
+                                               : "device " + std::to_string(owner) + ", not to " + mine) +
+                        " (cuStreamGetCtx); give a stream of the primary context of " + mine,
+                    "cuStreamGetCtx", cuda::kInvalidContext);
+}
+
+Stream CudaDriver::side_stream() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  device_.check_fork();
+  const auto create = [&] { return api_.cuStreamCreate(&side_, cuda::kStreamNonBlocking); };
+  if (!side_) device_.check(device_.in_context(create), "cuStreamCreate");
+  return reinterpret_cast<Stream>(side_);
+}
+
+void CudaDriver::order(Event event, Stream later) {
+  if (event == 0) return;
+  device_.check_fork();
+  check_not_captured("order", later);
+  const auto wait = [&] {
+    return api_.cuStreamWaitEvent(reinterpret_cast<cuda::StreamPtr>(later), reinterpret_cast<cuda::EventPtr>(event), 0);
+  };
+  device_.check(device_.in_context(wait), "cuStreamWaitEvent", [&] { return "stream " + std::to_string(later); });
+}
+
+void CudaDriver::wait_for_device() {
+  device_.check_fork();
+  device_.check(device_.in_context([&] { return api_.cuCtxSynchronize(); }), "cuCtxSynchronize");
+}
+
+// What is put on a stream that is being captured happens at each replay and not now: zeroing a live cache again.
+void CudaDriver::check_not_captured(const char* verb, Stream stream) const {
+  int status = 0;
+  const auto ask = [&] { return api_.cuStreamIsCapturing(reinterpret_cast<cuda::StreamPtr>(stream), &status); };
+  device_.check(device_.in_context(ask), "cuStreamIsCapturing", [&] { return "stream " + std::to_string(stream); });
+  if (status == 0) return;
+  throw DeviceError(std::string("the CUDA driver: ") + verb + ": stream " + std::to_string(stream) +
+                        " is being captured into a graph. Grow, fork and free sequences before the capture, or " +
+                        "between replays",
+                    "cuStreamIsCapturing", cuda::kCaptureUnsupported);
+}
+
 // ---- Contents and fences -------------------------------------------------------------------------------------------
 
 void CudaDriver::zero(Address at, i64 bytes, Stream stream) {
@@ -236,6 +306,7 @@ void CudaDriver::zero(Address at, i64 bytes, Stream stream) {
   device_.check_fork();
   if (bytes == 0) return;
   check_positive("zero", bytes);
+  check_not_captured("zero", stream);
   const auto on = reinterpret_cast<cuda::StreamPtr>(stream);
   device_.check(device_.in_context([&] { return api_.cuMemsetD8Async(at, 0, bytes, on); }), "cuMemsetD8Async",
                 [&] { return range_text(at, bytes); });
@@ -246,6 +317,7 @@ void CudaDriver::copy(Address to, Address from, i64 bytes, Stream stream) {
   device_.check_fork();
   if (bytes == 0) return;
   check_positive("copy", bytes);
+  check_not_captured("copy", stream);
   const auto on = reinterpret_cast<cuda::StreamPtr>(stream);
   device_.check(device_.in_context([&] { return api_.cuMemcpyDtoDAsync(to, from, bytes, on); }), "cuMemcpyDtoDAsync",
                 [&] { return range_text(from, bytes) + " to " + range_text(to, bytes); });
@@ -276,6 +348,7 @@ cuda::EventPtr CudaDriver::take_event() {
 Event CudaDriver::record(Stream stream) {
   count(&DriverCounters::record);
   device_.check_fork();
+  check_not_captured("record", stream);
   const cuda::EventPtr event = take_event();
   const auto on = reinterpret_cast<cuda::StreamPtr>(stream);
   try {
@@ -314,8 +387,8 @@ void CudaDriver::forget(Event event) {
 
 }  // namespace
 
-std::shared_ptr<Driver> make_cuda_driver(int device_index, const std::string& library) {
-  return std::make_shared<CudaDriver>(device_index, library);
+std::shared_ptr<Driver> make_cuda_driver(int device_index, const std::string& library, PageOptions pages) {
+  return std::make_shared<CudaDriver>(device_index, library, pages);
 }
 
 }  // namespace kvmem

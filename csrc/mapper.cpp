@@ -59,7 +59,7 @@ void Mapper::run() {
     if (!failed) {
       lock.unlock();
       try {
-        job.space->execute(job.ops.data(), job.ops.data() + job.ops.size());
+        job.space->execute(job.ops.data(), job.ops.data() + job.ops.size(), true);
       } catch (const Error&) {
         failed = true;  // the step finds its room missing, maps it itself and reports what the driver says then
       }

@@ -1,9 +1,7 @@
 #include "space.h"
 
 #include <algorithm>
-#include <chrono>
-#include <limits>
-#include <thread>
+#include <string>
 #include <tuple>
 
 namespace kvmem {
@@ -85,18 +83,10 @@ bool Space::try_unmap(i32 arena, i64 slot, i64 count) {
   }
 }
 
-void Space::drain() {
+void Space::execute(const Op* first, const Op* last, bool ahead) {
   std::lock_guard<std::mutex> lock(mutex_);
-  try {
-    wait_for(std::numeric_limits<i64>::max());
-    sync();
-  } catch (const Error&) {
-    // A device that cannot be waited for any more has nothing in flight that could still do harm.
-  }
-}
-
-void Space::execute(const Op* first, const Op* last) {
-  std::lock_guard<std::mutex> lock(mutex_);
+  fill_stream_ = ahead ? driver_->side_stream() : stream_;
+  joined_ = ahead;
   if (broken_) repair_locked();
   const Op* op = first;
   to_zero_.clear();
@@ -132,28 +122,11 @@ void Space::execute(const Op* first, const Op* last) {
   }
 }
 
-void Space::finish() {
-  Event event = 0;
-  {
-    std::lock_guard<std::mutex> lock(mutex_);
-    event = driver_->record(stream_);
-  }
-  // Asks now and then rather than waiting: the lock must stay free, since a driver takes one call at a time.
-  for (bool done = event == 0; !done;) {
-    std::unique_lock<std::mutex> lock(mutex_);
-    done = driver_->done(event);
-    if (done) {
-      driver_->forget(event);
-    } else {
-      lock.unlock();
-      std::this_thread::sleep_for(std::chrono::microseconds(20));
-    }
-  }
-}
-
 // One call for each stretch of what is to be zeroed. The records of several arenas may alternate, and since all write
 // the same, their order means nothing.
 void Space::zero_noted() {
+  if (to_zero_.empty()) return;
+  join_once();
   std::sort(to_zero_.begin(), to_zero_.end(),
             [](const Range& a, const Range& b) { return std::tie(a.arena, a.offset) < std::tie(b.arena, b.offset); });
   for (std::size_t i = 0; i < to_zero_.size();) {
@@ -162,7 +135,7 @@ void Space::zero_noted() {
     for (++i; i < to_zero_.size() && to_zero_[i].arena == first.arena && to_zero_[i].offset <= end; ++i) {
       end = std::max(end, to_zero_[i].offset + to_zero_[i].bytes);
     }
-    driver_->zero(at(first.arena, 0) + Address(first.offset), end - first.offset, stream_);
+    driver_->zero(at(first.arena, 0) + Address(first.offset), end - first.offset, fill_stream_);
   }
   to_zero_.clear();
 }
@@ -179,7 +152,8 @@ std::size_t Space::run_copies(const Op* ops, std::size_t count) {
     if (bytes + op.c > distance) break;
     bytes += op.c;
   }
-  driver_->copy(at(ops[0].at, 0) + Address(ops[0].a), at(ops[0].at, 0) + Address(ops[0].b), bytes, stream_);
+  join_once();
+  driver_->copy(at(ops[0].at, 0) + Address(ops[0].a), at(ops[0].at, 0) + Address(ops[0].b), bytes, fill_stream_);
   return taken;
 }
 
@@ -289,22 +263,9 @@ void Space::probe(i32 arena, i64 slot) {
 
 void Space::run_one(const Op& op) {
   switch (op.kind) {
-    case OpKind::create: {
-      if (static_cast<i64>(pages_.size()) < op.a + op.b) pages_.resize(op.a + op.b, 0);
-      i64 i = 0;
-      try {
-        for (; i < op.b; ++i) {
-          if (pages_[op.a + i] == 0) pages_[op.a + i] = driver_->create(page_bytes_);  // else an undo has left it here
-        }
-      } catch (const Error&) {
-        while (i-- > 0) {
-          driver_->destroy(pages_[op.a + i]);
-          pages_[op.a + i] = 0;
-        }
-        throw;
-      }
+    case OpKind::create:
+      create(op.a, op.b);
       break;
-    }
     case OpKind::destroy: {
       i64 i = 0;
       try {
@@ -328,6 +289,7 @@ void Space::run_one(const Op& op) {
     }
     case OpKind::fence: {
       wait_for(0);  // only to forget what is done, so that the list stays short
+      join_once();
       const Event event = driver_->record(stream_);
       if (event != 0) marks_.push_back({op.a, event});
       break;
@@ -337,19 +299,52 @@ void Space::run_one(const Op& op) {
   }
 }
 
-// Waits for all that was put on the stream.
-void Space::sync() {
-  const Event event = driver_->record(stream_);
-  if (event == 0) return;
-  driver_->wait(event);
-  driver_->forget(event);
+PageHandle Space::page_handle(i64 page) const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return page >= 0 && page < static_cast<i64>(pages_.size()) ? pages_[page] : 0;
+}
+
+void Space::create(i64 first, i64 count) {
+  if (static_cast<i64>(pages_.size()) < first + count) pages_.resize(first + count, 0);
+  i64 i = 0;
+  const auto give_back = [&] {
+    for (i64 page = first + i; page-- > first;) {
+      try {
+        driver_->destroy(pages_[page]);
+        pages_[page] = 0;
+      } catch (const Error&) {
+        // Kept for the next create. The error that brought us here says more.
+      }
+    }
+  };
+  try {
+    for (; i < count; ++i) {
+      if (pages_[first + i] == 0) pages_[first + i] = driver_->create(page_bytes_);  // else an undo has left it here
+    }
+  } catch (const OutOfMemory& e) {
+    give_back();
+    throw OutOfMemory(std::string(e.what()) + ". " + std::to_string(i * page_bytes_) + " of the " +
+                      std::to_string(count * page_bytes_) + " bytes asked for could be had and were given back" +
+                      free_text());
+  } catch (const Error&) {
+    give_back();
+    throw;
+  }
+}
+
+std::string Space::free_text() const {
+  try {
+    return "; the device has " + std::to_string(driver_->available_bytes()) + " bytes free now";
+  } catch (const Error&) {
+    return "";  // an addition to an error that is on its way
+  }
 }
 
 void Space::undo(const Op* first, const Op* last) {
   const bool writes =
       std::any_of(first, last, [](const Op& op) { return op.kind == OpKind::zero || op.kind == OpKind::copy; });
   try {
-    if (writes) sync();  // what is about to be unmapped may still be being zeroed or copied to
+    if (writes) sync(fill_stream_);  // what is about to be unmapped may still be being zeroed or copied to
   } catch (const Error&) {
     // Then the device does nothing any more.
   }
@@ -370,15 +365,6 @@ void Space::undo(const Op* first, const Op* last) {
       if (back.kind == OpKind::map) must_show(back.at, back.a, back.b, back.c);
       if (back.kind == OpKind::unmap) must_be_empty(back.at, back.a, back.c);
     }
-  }
-}
-
-// Blocks until the work before fence `number` is done; forgets every event that is.
-void Space::wait_for(i64 number) {
-  while (!marks_.empty() && (marks_.front().number <= number || driver_->done(marks_.front().event))) {
-    if (marks_.front().number <= number) driver_->wait(marks_.front().event);
-    driver_->forget(marks_.front().event);
-    marks_.pop_front();
   }
 }
 

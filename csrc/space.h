@@ -7,6 +7,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -50,19 +51,24 @@ class Space {
   // set_access, neighbouring zeroes one call, and so do copies that continue each other on both sides. A failing call
   // throws, and then everything executed so far has been undone. When the driver fails at that too, what is left to
   // undo is noted, and done before anything else is.
-  void execute(const Op* first, const Op* last);
+  // `ahead`: for memory that no kernel knows yet, whose zeroing need not queue behind the kernels; finish() ends it.
+  void execute(const Op* first, const Op* last, bool ahead = false);
   // Does what is left to undo; throws what the driver throws while it still cannot.
   void repair();
 
-  // Blocks until what was executed so far is done on the device. For the mapper, whose zeroing no step may overtake.
+  // Blocks until what was executed ahead is done on the device. For the mapper, whose zeroing no step may overtake.
   void finish();
   // Blocks until the device has done all it was given. For the end of an arena; never throws.
   void drain();
 
   const DriverInfo& info() const { return driver_->info(); }
   Driver& driver() { return *driver_; }
-  Stream stream() const { return stream_; }
-  void set_stream(Stream stream) { stream_ = stream; }
+  // The stream on which kernels use the memory from now on. It goes on after all that was put on those before, so
+  // memory may pass from the old to the new without a wait of ours. Unless it is the `only` one from now on, kernels
+  // may still come on those before, and fences mind them too. Throws, and nothing has changed, for a stream of another
+  // device.
+  void use_stream(Stream stream, bool only);
+  PageHandle page_handle(i64 page) const;
 
  private:
   struct Arena {
@@ -88,14 +94,22 @@ class Space {
   void settled(i32 arena, i64 slot, i64 count);
   void repair_locked();
   void probe(i32 arena, i64 slot);
+  void create(i64 first, i64 count);
+  std::string free_text() const;
   void run_one(const Op& op);
-  void sync();
+  void sync(Stream stream);
+  void go_after(Stream earlier, Stream later);
+  void join();
+  void join_once();
   void undo(const Op* first, const Op* last);
   void wait_for(i64 fence);
 
   std::shared_ptr<Driver> driver_;
   const i64 page_bytes_;
-  Stream stream_ = 0;
+  Stream stream_ = 0;           // the one used last; it is ordered behind the others when a fence is made
+  std::vector<Stream> others_;  // kernels may still come on these
+  Stream fill_stream_ = 0;      // where the records being executed zero and copy
+  bool joined_ = false;         // stream_ has been ordered behind the others since they began
   mutable std::mutex mutex_;
   std::vector<PageHandle> pages_;  // by page id, 0 where there is none
   std::vector<Arena> arenas_;

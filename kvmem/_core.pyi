@@ -33,6 +33,12 @@ class DriverInfo:
     @property
     def fresh_pages_are_zero(self) -> bool: ...
 
+    @property
+    def shareable(self) -> bool: ...
+
+    @property
+    def rdma(self) -> bool: ...
+
 class DriverCounters:
     """How often each verb was called, whether it succeeded or not."""
 
@@ -117,6 +123,12 @@ class Driver:
 
     def forget(self, event: int) -> None: ...
 
+    def check_stream(self, stream: int) -> None: ...
+
+    def side_stream(self) -> int: ...
+
+    def order(self, event: int, later: int) -> None: ...
+
 class DriverCall:
     """One entry of CheckedDriver.log()."""
 
@@ -192,9 +204,9 @@ class CheckedDriver(Driver):
 def host_driver() -> Driver:
     """The CPU device: memfd and mmap."""
 
-def cuda_driver(index: int = 0, library: str = '') -> Driver:
+def cuda_driver(index: int = 0, library: str = '', shareable: bool = False, rdma: bool = False) -> Driver:
     """
-    A CUDA device. `library` is a path to libcuda; empty is $KVMEM_CUDA_DRIVER, or else libcuda.so.1.
+    A CUDA device. `library` is a path to libcuda; empty is $KVMEM_CUDA_DRIVER, or else libcuda.so.1. `shareable` pages can be exported as file descriptors, `rdma` ones registered with an RDMA adapter.
     """
 
 def read_bytes(at: int, bytes: int) -> bytes:
@@ -258,7 +270,13 @@ class PagePool:
 
     def set_budget(self, pages: int) -> None: ...
 
-    def set_stream(self, stream: int) -> None: ...
+    def set_stream(self, stream: int, only: bool = True) -> None:
+        """
+        Kernels use the memory on this stream from now on; unless it is the only one, also on those before.
+        """
+
+    def page_handle(self, page: int) -> int:
+        """The driver's handle of a page; 0 where there is none."""
 
 class CacheStats:
     @property

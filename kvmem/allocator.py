@@ -52,8 +52,9 @@ class Allocator:
         grows) or ``"paged"`` (PagedAttention: a sequence is a list of blocks). Both give the same answers and the same
         tensors.
     device: ``"cpu"``, ``"cuda:N"``, or ``"meta"``: the books of a device of any size, without one.
-    memory: physical budget, an int in bytes or a text such as ``"20GiB"``; never exceeded. With ``pool``, how much of
-        the pool this allocator may map (None: all of it).
+    memory: physical budget, an int in bytes or a text such as ``"20GiB"``; never exceeded. ``"auto"``: what a CUDA
+        device has free now, less a margin; see ``PagePool``. With ``pool``, how much of the pool this allocator may
+        map (None or ``"auto"``: all of it).
     max_sequences, max_tokens: how many sequences, and how long. They cost addresses, not memory.
     page_bytes: size of a physical page. Default: CPU 64 KiB (more above 2 GiB of memory), CUDA and meta 2 MiB.
     interleave: how many layers lie side by side in a page, or ``"all"`` (default): more means less waste and fewer
@@ -122,7 +123,7 @@ class Allocator:
         self.interleave = resolve_interleave(_default(interleave, home.interleave), spec.num_layers)
         self.tail_guard_tokens = at_least_zero("tail_guard_tokens", _default(tail_guard_tokens, home.tail_guard_tokens))
         self.map_ahead_tokens = at_least_zero("map_ahead_tokens", _default(map_ahead_tokens, home.map_ahead_tokens))
-        limit = parse_bytes("memory", _default(memory, self.pool.budget_bytes))
+        limit = self.pool.budget_bytes if memory in (None, "auto") else parse_bytes("memory", memory)
         self._layouts = [GroupLayout(group, self.interleave) for group in spec.groups]
         rows = None if cached_rows is None else at_least_zero("cached_rows", cached_rows)
         if not (prefix_cache and backend == "virtual"):
@@ -343,6 +344,7 @@ class Allocator:
         """Refills ``batch`` in place for the sequences ``ids`` (int32 [n]); arguments as for ``batch``."""
         counts = None if new_tokens is None else as_int32("new_tokens", new_tokens)
         rows = 0 if pad_to is None else at_least_zero("pad_to", pad_to)
+        self.pool.streams.follow()
         for index, group in enumerate(batch.groups):
             group.begin()
             try:
@@ -493,6 +495,7 @@ class Allocator:
         return self.tensor(layer, component)[blocks].flatten(0, 1)[first % size : first % size + end - first]
 
     def _arena(self, group: int, arena: int) -> torch.Tensor:
+        self.pool.streams.follow()
         if (group, arena) not in self._arenas:
             # A tensor made in inference mode could never be written outside of it.
             with torch.inference_mode(False):
@@ -506,8 +509,7 @@ class Allocator:
 
         ``OutOfMemory``, and nothing changed, when live sequences hold more than that; ``compact()`` may help.
         """
-        pages = PagePool.pages("memory", parse_bytes("memory", memory), self.pool.page_bytes)
-        self.core.set_memory(pages)
+        self.core.set_memory(self.pool.parse_pages(memory))
 
     def trim(self, bytes: int | str | None = None) -> int:
         """Gives parked and free pages back to the system: at least ``bytes`` of them if there are as many, or all, also
@@ -529,15 +531,14 @@ class Allocator:
         """
         return self.core.compact(-1 if bytes is None else parse_bytes("bytes", bytes))
 
-    def set_stream(self, stream: int) -> None:
-        """The CUDA stream (its handle) that kernels use this memory on; copies, zeroing and fences go there. Default:
-        stream 0.
-        """
-        self.pool.core.set_stream(stream)
+    def set_stream(self, stream: Any) -> None:
+        """The stream that kernels use this memory on, for all allocators of the pool: ``PagePool.set_stream``."""
+        self.pool.set_stream(stream)
 
     def stats(self) -> Stats:
         """What is held now. Cost grows with live sequences, not with memory."""
         s = self.core.stats()
+        torch_allocated, torch_reserved = self.pool.device.torch_bytes()
         return Stats(
             reserved_bytes=sum(sum(g.arena_slots) for g in self._geometry) * self.pool.page_bytes,
             budget_bytes=s.budget_bytes,
@@ -558,6 +559,9 @@ class Allocator:
             evicted_blocks=s.evicted_blocks,
             lookup_tokens=s.lookup_tokens,
             hit_tokens=s.hit_tokens,
+            device_free_bytes=self.pool.device.free_bytes(),
+            torch_allocated_bytes=torch_allocated,
+            torch_reserved_bytes=torch_reserved,
         )
 
     def check(self) -> list[str]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from kvmem import _core
 from kvmem.device import Device, open_device
 from kvmem.errors import SpecError
+from kvmem.streams import Streams
 from kvmem.units import format_bytes, parse_bytes
 
 __all__ = ["PagePool"]
@@ -22,9 +25,17 @@ class PagePool:
     An allocator that finds no free page takes parked ones: its own first, then those of its neighbours. So memory
     moves to where it is needed, at the price of unmapping and mapping (about 0.1 ms a page on a GPU).
 
-    memory: budget in bytes, an int or a text such as ``"20GiB"``; rounded down to whole pages, and never exceeded.
+    memory: budget in bytes, an int or a text such as ``"20GiB"``; rounded down to whole pages, and never exceeded. On a
+        CUDA device also ``"auto"``: what is free now, less 1/50 of the device or 512 MiB, whichever is more. Ask for it
+        when the model is loaded and has run once; what torch's caching allocator has reserved is left to torch.
     page_bytes: size of a page, a multiple of the driver's granularity; None takes the device's default.
+    shareable: pages can be exported to other processes as file descriptors (``kvmem.cuda.export_fd``). CUDA only, as is
+    rdma: an RDMA adapter may read and write the pages (GPUDirect). Pages may have to be larger for it.
+        ``DeviceError``, naming the attribute, when the device supports neither.
     driver: replaces the device's own driver; for tests.
+
+    ``OutOfMemory`` when the device has less than the budget, also when another process takes it meanwhile; no page is
+    kept then.
     """
 
     def __init__(
@@ -33,10 +44,12 @@ class PagePool:
         device: str | torch.device = "cpu",
         memory: int | str,
         page_bytes: int | None = None,
+        shareable: bool = False,
+        rdma: bool = False,
         driver: _core.Driver | None = None,
     ) -> None:
-        self.device: Device = open_device(device, driver)
-        budget = parse_bytes("memory", memory)
+        self.device: Device = open_device(device, driver, shareable, rdma)
+        budget = self.device.auto_bytes() if memory == "auto" else parse_bytes("memory", memory)
         page = self.device.default_page_bytes(budget) if page_bytes is None else parse_bytes("page_bytes", page_bytes)
         # Without a driver nobody else would object to what no device can map.
         if page <= 0 or (self.device.driver is None and page % _LEAST_PAGE):
@@ -49,6 +62,7 @@ class PagePool:
             driver=self.device.driver,
             create_ahead=self.device.create_ahead,
         )
+        self.streams = Streams(self.core, self.device.torch_device, self.device.current_stream)
 
     @staticmethod
     def pages(field: str, count_bytes: int, page_bytes: int) -> int:
@@ -79,5 +93,26 @@ class PagePool:
         return self.core.mapped_pages * self.page_bytes
 
     def set_memory(self, memory: int | str) -> None:
-        """Grows or shrinks the budget. ``OutOfMemory``, and nothing changed, when live sequences hold more."""
-        self.core.set_budget(self.pages("memory", parse_bytes("memory", memory), self.page_bytes))
+        """Grows or shrinks the budget. ``OutOfMemory``, and nothing changed, when live sequences hold more, or the
+        device has less. ``"auto"`` counts what the pool holds as free.
+        """
+        self.core.set_budget(self.parse_pages(memory))
+
+    def parse_pages(self, memory: int | str) -> int:
+        """A budget in whole pages."""
+        if memory == "auto":
+            count = self.device.auto_bytes(self.core.present_pages * self.page_bytes)
+        else:
+            count = parse_bytes("memory", memory)
+        return self.pages("memory", count, self.page_bytes)
+
+    def set_stream(self, stream: Any) -> None:
+        """The stream that kernels use the memory on from now on: zeroing and copies go there, and no page is taken away
+        before what it was given is done. A ``torch.cuda.Stream``, an object with ``__cuda_stream__`` (cuda.core), or
+        the driver's handle as an int, which must stay valid; ``None`` follows torch.
+
+        The default follows torch: the stream that is current when memory is handed out (``batch``, ``fill``, ``kv``,
+        ``tensor``, ``rows``); several are all minded. Name one if kernels run elsewhere, as where a scheduler's thread
+        makes the batches. ``DeviceError``, and nothing changed, for a stream of another device.
+        """
+        self.streams.pin(stream)

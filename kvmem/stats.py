@@ -26,6 +26,9 @@ class Stats:
     evicted_blocks: blocks that were cached and given up since the allocator exists.
     lookup_tokens, hit_tokens: of prompts given to ``sequence()``, all but the last token of each, and those found.
     wasted_bytes: the rest: rounding up to pages and blocks, the guard behind the last token, trash blocks.
+    device_free_bytes: what a CUDA device has free, for this process and all others; None elsewhere.
+    torch_allocated_bytes, torch_reserved_bytes: what torch's caching allocator has given to tensors on this CUDA
+        device, and what it holds in all. Its memory and ours are apart; None elsewhere.
     driver_calls: calls the pool has made to its driver since it exists (``"meta"``: that a GPU's driver would have
         got).
     """
@@ -49,3 +52,6 @@ class Stats:
     evicted_blocks: int
     lookup_tokens: int
     hit_tokens: int
+    device_free_bytes: int | None
+    torch_allocated_bytes: int | None
+    torch_reserved_bytes: int | None

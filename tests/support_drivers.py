@@ -94,7 +94,7 @@ class CudaStub:
         self.set("granularity_bytes", STUB_GRANULARITY_BYTES)
 
     def set(self, name: str, value: int) -> None:
-        """devices, vmm_supported, hold_events, memory_bytes or granularity_bytes."""
+        """A setting of the device: devices, vmm_supported, hold_events, memory_bytes, granularity_bytes, dead ..."""
         assert self.library.kvmem_stub_set(name.encode(), ctypes.c_longlong(value)) == 0, name
 
     def get(self, name: str) -> int:
@@ -111,6 +111,7 @@ class CudaStub:
                 "allocations",
                 "mappings",
                 "events",
+                "streams",
                 "contexts",
                 "created_bytes",
                 "physical_bytes",
@@ -132,8 +133,25 @@ class CudaStub:
     def complete_events(self) -> None:
         self.library.kvmem_stub_complete_events()
 
-    def driver(self, index: int = 0) -> _core.Driver:
-        return _core.cuda_driver(index, str(self.path))
+    def stream(self, device: int = 0) -> int:
+        """A stream of a device's primary context. Like torch's, it is never destroyed."""
+        self.library.kvmem_stub_stream.restype = ctypes.c_void_p
+        return int(self.library.kvmem_stub_stream(device))
+
+    def hold_stream(self, stream: int, hold: bool) -> None:
+        """What is put on the stream from now on is not done; with False, all of it is."""
+        self.library.kvmem_stub_hold_stream(ctypes.c_void_p(stream), int(hold))
+
+    def capture(self, stream: int, on: bool) -> None:
+        self.library.kvmem_stub_capture(ctypes.c_void_p(stream), int(on))
+
+    def trace(self) -> list[str]:
+        """What was put on streams, asked of events and unmapped since the last call, in order."""
+        self.library.kvmem_stub_trace.restype = ctypes.c_char_p
+        return str(self.library.kvmem_stub_trace(1).decode()).splitlines()
+
+    def driver(self, index: int = 0, **pages: bool) -> _core.Driver:
+        return _core.cuda_driver(index, str(self.path), **pages)
 
 
 # ---- One device under test -------------------------------------------------------------------------------------------

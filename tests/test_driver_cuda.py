@@ -18,7 +18,7 @@ from kvmem.errors import DeviceError, OutOfMemory
 
 ENTRIES = re.findall(r"ENTRY\((cu\w+),", (ROOT / "csrc/cuda_api.h").read_text())
 NOTHING = dict.fromkeys(
-    ("reservations", "allocations", "mappings", "events", "contexts", "created_bytes", "physical_bytes"), 0
+    ("reservations", "allocations", "mappings", "events", "streams", "contexts", "created_bytes", "physical_bytes"), 0
 )
 
 
@@ -38,7 +38,9 @@ def scenario(stub: CudaStub) -> None:
     driver.set_access(base, size)
     driver.zero(base, size)
     driver.copy(base, base + size // 2, size // 2)
+    driver.check_stream(0)
     event = driver.record()
+    driver.order(event, driver.side_stream())
     driver.wait(event)
     assert driver.done(event)
     driver.forget(event)
@@ -50,16 +52,19 @@ def scenario(stub: CudaStub) -> None:
 # ---- Return codes ----------------------------------------------------------------------------------------------------
 
 # Called only where no exception may be thrown (the destructor) or to describe an error that is thrown anyway.
-NEVER_RAISES = {"cuDevicePrimaryCtxRelease", "cuCtxSynchronize", "cuEventDestroy", "cuGetErrorName", "cuGetErrorString"}
+NEVER_RAISES = {
+    "cuDevicePrimaryCtxRelease", "cuCtxGetDevice", "cuCtxSynchronize", "cuStreamDestroy", "cuEventDestroy",
+    "cuGetErrorName", "cuGetErrorString",
+}  # fmt: skip
 
 
 def test_the_list_of_entry_points_was_read() -> None:
-    assert len(ENTRIES) == 28 and {"cuMemMap", "cuMemSetAccess", *NEVER_RAISES} <= set(ENTRIES)
+    assert len(ENTRIES) == 35 and {"cuMemMap", "cuMemSetAccess", *NEVER_RAISES} <= set(ENTRIES)
 
 
 def test_the_scenario_calls_every_entry_point(stub: CudaStub) -> None:
     scenario(stub)
-    quiet = {"cuGetErrorName", "cuGetErrorString", "cuCtxSynchronize"}  # errors; pages still mapped at the end
+    quiet = {"cuGetErrorName", "cuGetErrorString", "cuCtxGetDevice", "cuCtxSynchronize"}  # errors; pages still mapped
     assert {call for call in ENTRIES if stub.calls(call) == 0} == quiet
     assert stub.held() == NOTHING
 
@@ -105,18 +110,25 @@ def test_an_error_without_a_name_still_has_its_number(stub: CudaStub) -> None:
     assert raised.value.code == 12345
 
 
-@pytest.mark.parametrize("call", sorted(NEVER_RAISES - {"cuGetErrorName", "cuGetErrorString"}))
+@pytest.mark.parametrize("call", sorted(NEVER_RAISES - {"cuGetErrorName", "cuGetErrorString", "cuCtxGetDevice"}))
 @pytest.mark.parametrize("code", [4, 709, 999])
 def test_the_destructor_survives_a_dead_device(stub: CudaStub, call: str, code: int) -> None:
     driver = stub.driver()
     size = driver.info.granularity_bytes
     driver.map(driver.reserve(size), size, 0, driver.create(size))
-    driver.forget(driver.record())
+    driver.forget(driver.record(driver.side_stream()))
     stub.fail(call, 1, code)
     del driver
     assert stub.pending() == 0
     driver = stub.driver()
-    for gone in ("cuMemUnmap", "cuMemRelease", "cuMemAddressFree", "cuEventDestroy", "cuCtxPushCurrent"):
+    for gone in (
+        "cuMemUnmap",
+        "cuMemRelease",
+        "cuMemAddressFree",
+        "cuEventDestroy",
+        "cuStreamDestroy",
+        "cuCtxPushCurrent",
+    ):
         stub.fail(gone, 1, code)
     del driver
 
@@ -194,7 +206,10 @@ def test_the_library_is_the_argument_then_the_environment(stub: CudaStub, tmp_pa
 @pytest.mark.parametrize("symbol", ENTRIES)
 def test_a_missing_entry_point_is_named(stub: CudaStub, symbol: str) -> None:
     stub.hide(symbol)
-    with pytest.raises(DeviceError, match=rf"has no {symbol} as of CUDA \d+\.\d: the driver is too old"):
+    message = (
+        rf"has no {symbol} as of CUDA \d+\.\d: the driver is too old: it is for CUDA 13.0, kvmem needs .* CUDA 11.3"
+    )
+    with pytest.raises(DeviceError, match=message):
         stub.driver()
     assert stub.calls("cuInit") == 0
 
@@ -213,7 +228,7 @@ def test_a_driver_of_cuda_11_works(tmp_path: Path) -> None:
 
 def test_no_device(stub: CudaStub) -> None:
     stub.set("devices", 0)
-    with pytest.raises(DeviceError, match="no CUDA device: cuInit says CUDA_ERROR_NO_DEVICE") as raised:
+    with pytest.raises(DeviceError, match="no CUDA device: cuInit failed: CUDA_ERROR_NO_DEVICE") as raised:
         stub.driver()
     assert (raised.value.call, raised.value.code) == ("cuInit", 100)
 
@@ -221,8 +236,9 @@ def test_no_device(stub: CudaStub) -> None:
 @pytest.mark.parametrize("index", [2, -1, 100])
 def test_a_device_that_does_not_exist(stub: CudaStub, index: int) -> None:
     stub.set("devices", 2)
-    with pytest.raises(DeviceError, match=f"cuda:{index} does not exist: there are 2 CUDA devices"):
+    with pytest.raises(DeviceError, match=f"cuda:{index} does not exist: there are 2 CUDA devices") as raised:
         stub.driver(index)
+    assert (raised.value.call, raised.value.code) == ("cuDeviceGet", 101)
     assert stub.driver(1).info.device_index == 1
 
 
@@ -252,8 +268,11 @@ def test_the_callers_context_stays_current(stub: CudaStub) -> None:
 
 def test_a_failed_record_keeps_no_event(stub: CudaStub) -> None:
     driver = stub.driver()
-    with pytest.raises(DeviceError, match="cuEventRecord failed: CUDA_ERROR_INVALID_HANDLE"):
+    with pytest.raises(DeviceError, match="cuStreamIsCapturing failed: CUDA_ERROR_INVALID_HANDLE"):
         driver.record(stream=0xDEAD)
+    stub.fail("cuEventRecord", 1, 400)
+    with pytest.raises(DeviceError, match="cuEventRecord failed: CUDA_ERROR_INVALID_HANDLE"):
+        driver.record()
     driver.forget(driver.record())
     assert stub.get("events") == 1, "the event of the failed record is used again"
 

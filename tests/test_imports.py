@@ -27,9 +27,9 @@ LEVELS: dict[str, int] = {
             "_core arrays batch cascade digests errors events model_config model_families ops spec spec_component "
             "spec_rules stats units",
             "protocols",
-            "backends device eviction layouts prefix tiers transfer",
+            "backends device eviction layouts prefix streams tiers transfer",
             "allocator pool sequence views",
-            "connectors kernels lockstep plan transformers",
+            "connectors cuda kernels lockstep plan transformers",
             "bench cli",
         ]
     )

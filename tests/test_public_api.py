@@ -58,8 +58,9 @@ SIGNATURES = {
     "Batch.group": "self, index",
     "Batch.full": "self, name",
     "Batch.cascade": "self, *, max_levels=, min_tokens=, queries=",
-    "PagePool": "*, device=, memory, page_bytes=, driver=",
+    "PagePool": "*, device=, memory, page_bytes=, shareable=, rdma=, driver=",
     "PagePool.set_memory": "self, memory",
+    "PagePool.set_stream": "self, stream",
     "CacheSpec.from_config": "config, *, dtype=, block_size=",
     "CacheSpec.kv": "*, num_layers, num_kv_heads, head_dim, dtype, block_size=, window_tokens=, num_query_heads=",
 }
@@ -98,6 +99,7 @@ def test_stats_fields() -> None:
         "reserved_bytes", "budget_bytes", "created_bytes", "free_bytes", "physical_bytes", "mapped_bytes", "used_bytes",
         "shared_bytes", "parked_bytes", "wasted_bytes", "driver_calls", "num_sequences", "max_sequences",
         "cached_bytes", "cached_blocks", "pinned_blocks", "evicted_blocks", "lookup_tokens", "hit_tokens",
+        "device_free_bytes", "torch_allocated_bytes", "torch_reserved_bytes",
     ]  # fmt: skip
 
 

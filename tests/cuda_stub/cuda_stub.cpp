@@ -2,14 +2,14 @@
 // under their real names and refuses what the CUDA documentation forbids, with CUDA's codes. Where the documentation
 // leaves room it takes the strict reading. Memory it maps is real CPU memory at the device address.
 //
-// It does not run kernels, and work on a stream is done by the time the call returns; only events can be held back.
+// It does not run kernels, and work on a stream is done by the time the call returns; only events can be held back
+// (stub_streams.cpp).
 
 #include <fcntl.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
-#include <chrono>
-#include <cstring>
+#include <algorithm>
 #include <iterator>
 
 #include "stub_state.h"
@@ -19,15 +19,14 @@ using kvmem::cuda::AccessDesc;
 using kvmem::cuda::AllocationProp;
 
 namespace stub {
-thread_local std::vector<ContextPtr> context_stack;
-}
-
-namespace {
-
-void* pointer(DevicePtr at) { return reinterpret_cast<void*>(at); }
 ContextPtr context_of(DeviceId device) {
   return reinterpret_cast<ContextPtr>(static_cast<uintptr_t>(0xC0DE00 + device));
 }
+void* pointer(DevicePtr at) { return reinterpret_cast<void*>(at); }
+}  // namespace stub
+
+namespace {
+
 bool is_device(State& s, DeviceId device) { return device >= 0 && device < s.settings["devices"]; }
 bool is_power_of_two(size_t value) { return value && !(value & (value - 1)); }
 
@@ -50,8 +49,36 @@ bool overlaps_mapping(State& s, DevicePtr at, size_t bytes) {
   return after != s.mappings.begin() && std::prev(after)->first + std::prev(after)->second.bytes > at;
 }
 
+void drop_if_unused(State& s, std::map<AllocationHandle, Allocation>::iterator it) {
+  if (!it->second.released || it->second.mappings) return;
+  fallocate(s.memory_fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, it->second.offset, it->second.bytes);
+  s.free_offsets[it->second.bytes].push_back(it->second.offset);
+  s.created_bytes -= it->second.bytes;
+  s.allocations.erase(it);
+}
+
+Result check_prop(State& s, const AllocationProp* prop) {
+  if (!prop || prop->type != 1 || prop->win32_handle_metadata) return kInvalidValue;
+  if (prop->requested_handle_types & ~1) return kInvalidValue;
+  if (prop->requested_handle_types && !s.settings["posix_fd_supported"]) return kNotSupported;
+  if (prop->flags.gpu_direct_rdma_capable && !s.settings["rdma_supported"]) return kNotSupported;
+  if (prop->location.type != 1) return kInvalidValue;
+  return is_device(s, prop->location.id) ? kOk : kInvalidDevice;
+}
+
+size_t granularity(State& s, const AllocationProp* prop) {
+  const long long rdma = prop->flags.gpu_direct_rdma_capable ? s.settings["rdma_granularity_bytes"] : 0;
+  return static_cast<size_t>(std::max(s.settings["granularity_bytes"], rdma));
+}
+
+size_t free_bytes(State& s) {
+  return static_cast<size_t>(s.settings["memory_bytes"] - s.created_bytes - s.settings["foreign_bytes"]);
+}
+
+}  // namespace
+
 // What a kernel or copy may touch: ILLEGAL_ADDRESS inside a reservation, INVALID_VALUE outside any.
-Result accessible(State& s, DevicePtr at, size_t bytes) {
+Result stub::accessible(State& s, DevicePtr at, size_t bytes) {
   if (!in_one_reservation(s, at, bytes)) return kInvalidValue;
   const DevicePtr end = at + bytes;
   auto it = s.mappings.upper_bound(at);
@@ -64,28 +91,6 @@ Result accessible(State& s, DevicePtr at, size_t bytes) {
   return kOk;
 }
 
-bool valid_stream(State& s, StreamPtr stream) {
-  return reinterpret_cast<uintptr_t>(stream) <= 2 ||
-         s.streams.count(stream);  // 0, legacy (1), per thread (2), or created
-}
-
-void drop_if_unused(State& s, std::map<AllocationHandle, Allocation>::iterator it) {
-  if (!it->second.released || it->second.mappings) return;
-  fallocate(s.memory_fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, it->second.offset, it->second.bytes);
-  s.free_offsets[it->second.bytes].push_back(it->second.offset);
-  s.created_bytes -= it->second.bytes;
-  s.allocations.erase(it);
-}
-
-Result check_prop(State& s, const AllocationProp* prop) {
-  if (!prop || prop->type != 1 || prop->requested_handle_types != 0 || prop->win32_handle_metadata)
-    return kInvalidValue;
-  if (prop->location.type != 1) return kInvalidValue;
-  return is_device(s, prop->location.id) ? kOk : kInvalidDevice;
-}
-
-}  // namespace
-
 extern "C" {
 
 // ---- Devices and contexts ------------------------------------------------------------------------------------------
@@ -95,6 +100,12 @@ Result cuInit(unsigned flags) {
   if (flags) return kInvalidValue;
   if (s.settings["devices"] == 0) return kNoDevice;
   s.initialized = true;
+  return kOk;
+}
+
+Result cuDriverGetVersion(int* version) {
+  ENTER("cuDriverGetVersion", Needs::kNothing);
+  *version = static_cast<int>(s.settings["driver_version"]);
   return kOk;
 }
 
@@ -114,8 +125,10 @@ Result cuDeviceGet(DeviceId* device, int ordinal) {
 Result cuDeviceGetAttribute(int* value, int attribute, DeviceId device) {
   ENTER("cuDeviceGetAttribute", Needs::kInit);
   if (!is_device(s, device)) return kInvalidDevice;
-  if (attribute != 102) return kInvalidValue;
-  *value = static_cast<int>(s.settings["vmm_supported"]);
+  const std::map<int, const char*> names = {
+      {102, "vmm_supported"}, {103, "posix_fd_supported"}, {110, "rdma_supported"}};
+  const auto it = names.find(attribute);
+  *value = it == names.end() ? 0 : static_cast<int>(s.settings[it->second]);
   return kOk;
 }
 
@@ -159,15 +172,35 @@ Result cuCtxPopCurrent_v2(ContextPtr* context) {
   return kOk;
 }
 
+Result cuCtxSetCurrent(ContextPtr context) {
+  ENTER("cuCtxSetCurrent", Needs::kInit);
+  if (!context_stack.empty()) context_stack.pop_back();
+  if (context) context_stack.push_back(context);
+  return kOk;
+}
+
+Result cuCtxGetCurrent(ContextPtr* context) {
+  ENTER("cuCtxGetCurrent", Needs::kInit);
+  *context = context_stack.empty() ? nullptr : context_stack.back();
+  return kOk;
+}
+
+Result cuCtxGetDevice(DeviceId* device) {
+  ENTER("cuCtxGetDevice", Needs::kContext);
+  *device = static_cast<DeviceId>(reinterpret_cast<uintptr_t>(context_stack.back()) - 0xC0DE00);
+  return kOk;
+}
+
 Result cuCtxSynchronize() {
   ENTER("cuCtxSynchronize", Needs::kContext);
+  s.trace.push_back("device-wide");
   return kOk;
 }
 
 Result cuMemGetInfo_v2(size_t* free, size_t* total) {
   ENTER("cuMemGetInfo", Needs::kContext);
   *total = static_cast<size_t>(s.settings["memory_bytes"]);
-  *free = *total - static_cast<size_t>(s.created_bytes);
+  *free = free_bytes(s);
   return kOk;
 }
 
@@ -177,7 +210,8 @@ Result cuMemGetAllocationGranularity(size_t* bytes, const AllocationProp* prop, 
   ENTER("cuMemGetAllocationGranularity", Needs::kInit);
   if (Result code = check_prop(s, prop)) return code;
   if (option != 0 && option != 1) return kInvalidValue;
-  *bytes = static_cast<size_t>(s.settings["granularity_bytes"]);
+  const auto recommended = static_cast<size_t>(s.settings["recommended_bytes"]);
+  *bytes = option == 1 && recommended ? recommended : granularity(s, prop);
   return kOk;
 }
 
@@ -210,8 +244,8 @@ Result cuMemAddressFree(DevicePtr at, size_t bytes) {
 Result cuMemCreate(AllocationHandle* handle, size_t bytes, const AllocationProp* prop, unsigned long long flags) {
   ENTER("cuMemCreate", Needs::kInit);
   if (Result code = check_prop(s, prop)) return code;
-  if (flags || !aligned(s, 0, bytes)) return kInvalidValue;
-  if (bytes > static_cast<size_t>(s.settings["memory_bytes"] - s.created_bytes)) return kOutOfMemory;
+  if (flags || bytes == 0 || bytes % granularity(s, prop)) return kInvalidValue;
+  if (bytes > free_bytes(s)) return kOutOfMemory;
   auto& free_offsets = s.free_offsets[static_cast<long long>(bytes)];
   long long offset = s.file_end;
   if (!free_offsets.empty()) {
@@ -223,7 +257,7 @@ Result cuMemCreate(AllocationHandle* handle, size_t bytes, const AllocationProp*
     s.file_end += static_cast<long long>(bytes);
   }
   *handle = ++s.last_handle;
-  s.allocations[*handle] = {static_cast<long long>(bytes), offset};
+  s.allocations[*handle] = {static_cast<long long>(bytes), offset, 0, prop->requested_handle_types == 1};
   s.created_bytes += static_cast<long long>(bytes);
   return kOk;
 }
@@ -234,6 +268,15 @@ Result cuMemRelease(AllocationHandle handle) {
   if (it == s.allocations.end() || it->second.released) return kInvalidValue;
   it->second.released = true;
   drop_if_unused(s, it);
+  return kOk;
+}
+
+// The whole device's memory rather than the page's; enough to see that a descriptor came of a page that may be shared.
+Result cuMemExportToShareableHandle(void* out, AllocationHandle handle, int type, unsigned long long flags) {
+  ENTER("cuMemExportToShareableHandle", Needs::kInit);
+  auto it = s.allocations.find(handle);
+  if (flags || type != 1 || it == s.allocations.end() || !it->second.shareable) return kInvalidValue;
+  *static_cast<int*>(out) = fcntl(s.memory_fd, F_DUPFD_CLOEXEC, 0);
   return kOk;
 }
 
@@ -259,6 +302,7 @@ Result cuMemUnmap(DevicePtr at, size_t bytes) {
   if (mmap(pointer(at), bytes, PROT_NONE, flags, -1, 0) == MAP_FAILED) return kOutOfMemory;
   auto allocation = s.allocations.find(it->second.handle);
   s.mappings.erase(it);
+  s.trace.push_back("unmap " + std::to_string(at));
   --allocation->second.mappings;
   drop_if_unused(s, allocation);
   return kOk;
@@ -279,91 +323,6 @@ Result cuMemSetAccess(DevicePtr at, size_t bytes, const AccessDesc* access, size
   if (next != end) return kInvalidValue;
   if (mprotect(pointer(at), bytes, PROT_READ | PROT_WRITE) != 0) return kOutOfMemory;
   for (auto it = s.mappings.find(at); it != s.mappings.end() && it->first < end; ++it) it->second.accessible = true;
-  return kOk;
-}
-
-// ---- Contents ------------------------------------------------------------------------------------------------------
-
-Result cuMemsetD8Async(DevicePtr at, unsigned char value, size_t bytes, StreamPtr stream) {
-  ENTER("cuMemsetD8Async", Needs::kContext);
-  if (!valid_stream(s, stream)) return kInvalidHandle;
-  if (Result code = accessible(s, at, bytes)) return code;
-  std::memset(pointer(at), value, bytes);
-  return kOk;
-}
-
-Result cuMemcpyDtoDAsync_v2(DevicePtr to, DevicePtr from, size_t bytes, StreamPtr stream) {
-  ENTER("cuMemcpyDtoDAsync", Needs::kContext);
-  if (!valid_stream(s, stream)) return kInvalidHandle;
-  if (Result code = accessible(s, to, bytes)) return code;
-  if (Result code = accessible(s, from, bytes)) return code;
-  std::memmove(pointer(to), pointer(from), bytes);
-  return kOk;
-}
-
-Result cuMemcpyHtoD_v2(DevicePtr to, const void* from, size_t bytes) {
-  ENTER("cuMemcpyHtoD", Needs::kContext);
-  if (Result code = accessible(s, to, bytes)) return code;
-  std::memcpy(pointer(to), from, bytes);
-  return kOk;
-}
-
-Result cuMemcpyDtoH_v2(void* to, DevicePtr from, size_t bytes) {
-  ENTER("cuMemcpyDtoH", Needs::kContext);
-  if (Result code = accessible(s, from, bytes)) return code;
-  std::memcpy(to, pointer(from), bytes);
-  return kOk;
-}
-
-// ---- Streams and events --------------------------------------------------------------------------------------------
-
-Result cuStreamCreate(StreamPtr* stream, unsigned) {
-  ENTER("cuStreamCreate", Needs::kContext);
-  *stream = reinterpret_cast<StreamPtr>(new char);
-  s.streams.insert(*stream);
-  return kOk;
-}
-
-Result cuStreamDestroy_v2(StreamPtr stream) {
-  ENTER("cuStreamDestroy", Needs::kContext);
-  if (!s.streams.erase(stream)) return kInvalidHandle;
-  delete reinterpret_cast<char*>(stream);
-  return kOk;
-}
-
-Result cuEventCreate(EventPtr* event, unsigned flags) {
-  ENTER("cuEventCreate", Needs::kContext);
-  if (flags > 7) return kInvalidValue;
-  *event = reinterpret_cast<EventPtr>(new char);
-  s.events[*event] = {};
-  return kOk;
-}
-
-Result cuEventRecord(EventPtr event, StreamPtr stream) {
-  ENTER("cuEventRecord", Needs::kContext);
-  if (!s.events.count(event) || !valid_stream(s, stream)) return kInvalidHandle;
-  s.events[event] = {true, s.settings["hold_events"] != 0};
-  return kOk;
-}
-
-Result cuEventQuery(EventPtr event) {
-  ENTER("cuEventQuery", Needs::kContext);
-  if (!s.events.count(event)) return kInvalidHandle;
-  return s.events[event].held ? kNotReady : kOk;
-}
-
-// Blocks as the real one does, but not for ever: a test that forgot to complete its events gets LAUNCH_TIMEOUT.
-Result cuEventSynchronize(EventPtr event) {
-  ENTER("cuEventSynchronize", Needs::kContext);
-  if (!s.events.count(event)) return kInvalidHandle;
-  const bool done = s.events_completed.wait_for(lock, std::chrono::seconds(10), [&] { return !s.events[event].held; });
-  return done ? kOk : kLaunchTimeout;
-}
-
-Result cuEventDestroy_v2(EventPtr event) {
-  ENTER("cuEventDestroy", Needs::kContext);
-  if (!s.events.erase(event)) return kInvalidHandle;
-  delete reinterpret_cast<char*>(event);
   return kOk;
 }
 }

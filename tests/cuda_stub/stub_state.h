@@ -3,6 +3,7 @@
 
 #include <condition_variable>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <set>
 #include <string>
@@ -20,6 +21,9 @@ using kvmem::cuda::EventPtr;
 using kvmem::cuda::Result;
 using kvmem::cuda::StreamPtr;
 
+// An error that every call returns once it is there: what a dead context or an unloaded driver looks like.
+inline constexpr const char* kDead = "dead";
+
 enum Code : Result {
   kOk = 0,
   kInvalidValue = 1,
@@ -34,11 +38,14 @@ enum Code : Result {
   kIllegalAddress = 700,
   kLaunchTimeout = 702,
   kNotSupported = 801,
+  kCaptureUnsupported = 900,
+  kCapturedEvent = 907,
 };
 
 struct Allocation {
   long long bytes, offset;
   int mappings = 0;
+  bool shareable = false;
   bool released = false;  // cuMemRelease was called; memory goes with the last mapping
 };
 
@@ -48,8 +55,24 @@ struct Mapping {
   bool accessible = false;
 };
 
+// What an event stands for: all that its stream had been given. Done when it is no longer held back and all that the
+// stream had to wait for is done.
+struct Work {
+  bool held = false;
+  std::vector<std::shared_ptr<Work>> after;
+  bool done() const;
+};
+
 struct EventState {
-  bool recorded = false, held = false;
+  std::shared_ptr<Work> work;  // none: never recorded
+  bool captured = false;
+};
+
+struct StreamState {
+  ContextPtr context = nullptr;
+  bool held = false, capturing = false;
+  std::vector<std::shared_ptr<Work>> after;  // what it was told to wait for
+  std::vector<std::shared_ptr<Work>> works;  // what was recorded on it and held back
 };
 
 struct Failure {
@@ -78,11 +101,17 @@ struct State {
   std::map<DevicePtr, Mapping> mappings;
   AllocationHandle last_handle = 0x1000;
   std::map<EventPtr, EventState> events;
-  std::set<StreamPtr> streams;
+  std::map<StreamPtr, StreamState> streams;  // 0 is among them: the default stream
+  std::vector<std::string> trace;            // what was put on streams, asked of events and unmapped, in order
+  long long spoiled_captures = 0;
   std::map<DeviceId, int> context_uses;
 };
 
 State& state();
+extern thread_local std::vector<ContextPtr> context_stack;
+ContextPtr context_of(DeviceId device);
+void* pointer(DevicePtr at);
+Result accessible(State& s, DevicePtr at, size_t bytes);
 
 // Counts a call and decides whether it must fail: as asked by a test, or because cuInit or a current context is
 // missing.
