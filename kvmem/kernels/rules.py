@@ -11,7 +11,9 @@ from kvmem.batch import GroupBatch
 from kvmem.cascade import Cascade
 from kvmem.errors import SpecError
 
-__all__ = ["check_cache", "check_guard", "check_strides", "flat_tokens", "host", "plain", "rows_of", "window_left"]
+__all__ = [
+    "as_bytes", "check_cache", "check_guard", "check_strides", "flat_tokens", "host", "plain", "rows_of", "window_left",
+]  # fmt: skip
 
 #: Kernels keep strides in uint32 (FlashInfer's ``paged_kv_t``).
 STRIDE_LIMIT = 2**32
@@ -20,6 +22,14 @@ STRIDE_LIMIT = 2**32
 def plain(tensor: torch.Tensor) -> torch.Tensor:
     """The same memory as a plain ``torch.Tensor``: a binding that tests for the exact type takes it too."""
     return tensor.as_subclass(torch.Tensor)
+
+
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """8-bit floats as uint8, the same memory; others as they are. For indexing, which not every torch can do in 8-bit
+    floats on every device.
+    """
+    eight_bits = tensor.dtype.is_floating_point and tensor.dtype.itemsize == 1
+    return plain(tensor).view(torch.uint8) if eight_bits else tensor
 
 
 def flat_tokens(blocks: torch.Tensor) -> torch.Tensor:

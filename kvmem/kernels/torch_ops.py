@@ -41,8 +41,13 @@ def attention(
     """``(out [T, Hq, D], lse [T, Hq])`` by whichever of the two is there. CUDA, fp16 and bf16 only.
 
     cache: ``Allocator.kv(layer)``. ``SpecError`` where the paged backend cannot be read: block tables need torch 2.12
-    and ``block_size % 256 == 0``.
+    and ``block_size % 256 == 0``; and for a cache of another dtype than the queries.
     """
+    if cache[0].dtype != q.dtype:
+        raise SpecError(
+            f"cache: K and V are {cache[0].dtype} and the queries {q.dtype}; torch's flash operator takes one dtype, "
+            "fp16 or bf16: use FlashInfer or FlashAttention 3 for a cache of 8 bits"
+        )
     if supports("seqused_k") and supports("enable_gqa"):
         from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
