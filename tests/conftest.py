@@ -47,6 +47,23 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             pytest.skip("needs a CUDA device; torch sees none")
 
 
+TABLES = pytest.StashKey[list[str]]()
+
+
+@pytest.fixture(scope="session")
+def tables(request: pytest.FixtureRequest) -> list[str]:
+    """Lines that are printed when all tests have run: what a GPU was found to do."""
+    return request.config.stash.setdefault(TABLES, [])
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    lines = config.stash.get(TABLES, [])
+    for line in lines:
+        terminalreporter.write_line(line)
+    if lines and (report := os.environ.get("KVMEM_GPU_REPORT")):
+        Path(report).write_text("\n".join(lines) + "\n")
+
+
 @pytest.fixture
 def seed(request: pytest.FixtureRequest) -> int:
     """The seed of this run, the same for every test. pytest shows it in the header, and here when a test fails."""

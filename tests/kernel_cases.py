@@ -54,10 +54,17 @@ class Case:
     tokens: list[tuple[torch.Tensor, torch.Tensor]]  # per row of the batch: K and V of all its tokens, [n, H, D]
     window_tokens: int | None
     scales: dict[str, float]  # what the cache of 8-bit floats was divided by: for run(); empty for others
+    names: tuple[str, str] = ("k", "v")
+    padded: bool = False
 
     @property
     def cache(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.alloc.kv(self.layer)
+        first, second = self.names
+        return self.alloc.tensor(self.layer, first), self.alloc.tensor(self.layer, second)
+
+    @property
+    def device(self) -> torch.device:
+        return self.alloc.device
 
     @property
     def rows(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -129,7 +136,7 @@ def make_case(
     tokens = [kept[i] for i in order] + [(zero, zero)] * (batch.num_rows - len(seqs))
     q = torch.randn(batch.num_new_tokens, query_heads, head_dim, generator=draw).to(dtype).to(device)
     named = dict(zip(("k_scale", "v_scale"), scales, strict=True)) if kv_dtype == FP8 else {}
-    return Case(alloc, batch, layer, q, tokens, window_tokens, named)
+    return Case(alloc, batch, layer, q, tokens, window_tokens, named, padded=pad_to is not None)
 
 
 def _put(alloc: kvmem.Allocator, seqs: list[kvmem.Sequence], layer: int, kv: torch.Tensor) -> None:
