@@ -16,7 +16,8 @@ from pathlib import Path
 
 from gpu_kernels import BY_NAME, Kernel
 
-WORKER = Path(__file__).parent / "gpu_worker.py"
+ROOT = Path(__file__).resolve().parent.parent
+WORKER = ROOT / "tests" / "gpu_worker.py"
 LIMIT_SECONDS = int(os.environ.get("KVMEM_GPU_TIMEOUT", "540"))
 
 
@@ -77,7 +78,7 @@ def run_worker(
     words = list(command) or [sys.executable, str(WORKER), name, "--device", device, "--seed", str(seed)]
     process = subprocess.Popen(
         words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))},
     )  # fmt: skip
     try:
         output, errors = process.communicate(timeout=limit)

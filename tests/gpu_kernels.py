@@ -178,7 +178,7 @@ def _sdpa(case: Case, lib: Library) -> Result:
 
 
 def _torch_flash(case: Case, lib: Library) -> Result:
-    return lib.torch_flash(case)
+    return lib.torch_flash(case.q, case.cache, case.batch, window_tokens=case.window_tokens)
 
 
 def _fa2(case: Case, lib: Library) -> Result:

@@ -10,7 +10,6 @@ from typing import Any
 import kernel_oracle_flash_attention as flash_by_hand
 import kernel_oracle_flashinfer as flashinfer_by_hand
 import torch
-from kernel_cases import Case
 
 from kvmem.kernels import torch_ops
 from kvmem.kernels.rules import flat_tokens
@@ -22,11 +21,26 @@ class Unavailable(Exception):
     """A package, or a part of it, that is not there; the text is the reason for the skip."""
 
 
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference over the largest number; infinite where NaN, or infinities, do not agree."""
+    actual, expected = actual.detach().double().cpu(), expected.double().cpu()
+    assert actual.shape == expected.shape, f"shape {tuple(actual.shape)}, not {tuple(expected.shape)}"
+    infinite = expected.isinf()
+    if actual.isnan().any() or not torch.equal(actual[infinite], expected[infinite]):
+        return float("inf")
+    finite = expected[~infinite]
+    if not finite.numel():
+        return 0.0
+    return float((actual[~infinite] - finite).abs().max() / finite.abs().max().clamp(min=1e-6))
+
+
 class ByHand:
     """The stand-ins of kernel_oracle_*.py: float64, on a CPU."""
 
     device = "cpu"
-    decode = staticmethod(lambda tensor_cores=False: flashinfer_by_hand.BatchDecodeWithPagedKVCacheWrapper())
+    decode = staticmethod(
+        lambda tensor_cores=False, graph=None: flashinfer_by_hand.BatchDecodeWithPagedKVCacheWrapper()
+    )
     prefill = staticmethod(lambda backend: flashinfer_by_hand.BatchPrefillWithPagedKVCacheWrapper())
     ragged = staticmethod(lambda backend: flashinfer_by_hand.BatchPrefillWithRaggedKVCacheWrapper())
     batch_attention = staticmethod(flashinfer_by_hand.BatchAttention)
@@ -39,18 +53,17 @@ class ByHand:
     def __init__(self, package: str) -> None:
         pass
 
-    def torch_flash(self, case: Case) -> Result:
+    def torch_flash(self, q: torch.Tensor, cache: Any, batch: Any, **how: Any) -> Result:
         """As ``torch_ops.attention`` picks: the operator over rows, ``varlen_attn`` over blocks."""
-        window = {"window_tokens": case.window_tokens}
-        if case.batch.rows is not None:
-            args = torch_ops.flash_op_args(case.batch, **window)
-            out, lse, *_ = flash_by_hand.flash_op(case.q, *map(flat_tokens, case.cache), **args)
+        if batch.rows is not None:
+            args = torch_ops.flash_op_args(batch, **how)
+            out, lse, *_ = flash_by_hand.flash_op(q, *map(flat_tokens, cache), **args)
         else:
             from torch.nn.attention.varlen import AuxRequest
 
-            cache = map(torch_ops.plain, case.cache)
-            args = torch_ops.varlen_args(case.batch, **window)
-            out, lse = flash_by_hand.varlen_attn(case.q, *cache, return_aux=AuxRequest(lse=True), **args)
+            args = torch_ops.varlen_args(batch, **how)
+            aux = AuxRequest(lse=True)
+            out, lse = flash_by_hand.varlen_attn(q, *map(torch_ops.plain, cache), return_aux=aux, **args)
         return out, torch_ops.natural_lse(lse)
 
     def fa3(self, *given: Any, **args: Any) -> Any:
@@ -65,8 +78,10 @@ def _descaled(kernel: Callable[..., Any], q: torch.Tensor, k: torch.Tensor, v: t
     k_scale, v_scale = (float(args.pop(name, torch.ones(1, 1))[0, 0]) for name in ("k_descale", "v_descale"))
     args.pop("q_descale", None)
     scale = (args.pop("softmax_scale") or q.shape[-1] ** -0.5) * k_scale
-    out, *rest = kernel(q, k, v, softmax_scale=scale, **args)
-    return out * v_scale, *rest
+    result = kernel(q, k, v, softmax_scale=scale, **args)
+    if isinstance(result, torch.Tensor):  # no lse was asked for
+        return result * v_scale
+    return result[0] * v_scale, *result[1:]
 
 
 class Real:
@@ -86,10 +101,18 @@ class Real:
             self.workspace = torch.zeros(128 << 20, dtype=torch.uint8, device="cuda")
             self.append = self.module.append_paged_kv_cache
 
-    def decode(self, tensor_cores: bool = False) -> Any:
-        backend = {"backend": "fa2"} if tensor_cores else {}
+    def decode(self, tensor_cores: bool = False, graph: tuple[int, int] | None = None) -> Any:
+        """graph: the rows and the blocks in all of a batch that is to be captured; the wrapper then has buffers."""
+        options: dict[str, Any] = {"backend": "fa2"} if tensor_cores else {}
+        if graph:
+            rows, blocks = graph
+            names = ("indptr", rows + 1), ("indices", blocks), ("last_page_len", rows)
+            options |= {
+                f"paged_kv_{n}_buffer": torch.zeros(size, dtype=torch.int32, device="cuda") for n, size in names
+            }
+            options["use_cuda_graph"] = True
         make = self.module.BatchDecodeWithPagedKVCacheWrapper
-        return make(self.workspace, "NHD", use_tensor_cores=tensor_cores, **backend)
+        return make(self.workspace, "NHD", use_tensor_cores=tensor_cores, **options)
 
     # Said always, because "auto" takes fa3 on Hopper, which compiles for minutes.
     def prefill(self, backend: str) -> Any:
@@ -112,10 +135,10 @@ class Real:
         module = importlib.import_module("flashinfer.mla")
         return module.BatchMLAPagedAttentionWrapper(self.workspace, backend="fa2")
 
-    def torch_flash(self, case: Case) -> Result:
-        if case.batch.rows is None and not torch_ops.supports("block_table"):
+    def torch_flash(self, q: torch.Tensor, cache: Any, batch: Any, **how: Any) -> Result:
+        if batch.rows is None and not torch_ops.supports("block_table"):
             raise Unavailable(f"torch {torch.__version__} cannot follow block tables")
-        return torch_ops.attention(case.q, case.cache, case.batch, window_tokens=case.window_tokens)
+        return torch_ops.attention(q, cache, batch, **how)
 
     def fa2(self, *given: Any, **args: Any) -> Any:
         return self.module.flash_attn_with_kvcache(*given, **args)

@@ -188,7 +188,9 @@ def map_during_graph_capture(door: Door) -> str:
 
     def work() -> None:
         try:
+            door("cuCtxPushCurrent_v2", door.context)
             _map_one(door, base + 2 * door.page, pages[1])
+            door.fill(base + 2 * door.page, 0)  # on the default stream, as fresh pages are zeroed
         except BaseException as error:  # noqa: BLE001  handed to the thread that asked
             raised.append(error)
 
@@ -200,7 +202,7 @@ def map_during_graph_capture(door: Door) -> str:
     graph = door.end_capture(stream)
     door.launch(graph, stream)
     expect(door.read(base), 0x11, "what the graph writes")
-    return "from the capturing thread and from another; the capture stayed valid"
+    return "from the capturing thread and, zeroed too, from another; the capture stayed valid"
 
 
 def map_after_graph_capture(door: Door) -> str:

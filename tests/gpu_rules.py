@@ -15,9 +15,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent))  # run as a script, from anywhere
 
 import gpu_probes
 from gpu_door import Door, Missing, Refused

@@ -13,14 +13,12 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from pathlib import Path
-
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]  # run as a script, from anywhere
 
 import torch
 from gpu_cases import case_of, configs, poisoned_case, tail_case
+from gpu_graphs import REPLAYED, replay
 from gpu_kernels import BY_NAME, Kernel
-from gpu_libraries import ByHand, Real, Result, Unavailable
+from gpu_libraries import ByHand, Real, Result, Unavailable, relative_error
 from kernel_cases import FP8, TOLERANCE, Case
 
 LOST = 70  # exit status: the device's context is gone, and nothing more can be tried in this process
@@ -28,19 +26,6 @@ LOST = 70  # exit status: the device's context is gone, and nothing more can be 
 
 def say(what: str, status: str, **more: object) -> None:
     print(json.dumps({"what": what, "status": status, **more}), flush=True)
-
-
-def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """The largest difference over the largest number; infinite where NaN, or infinities, do not agree."""
-    actual, expected = actual.detach().double().cpu(), expected.double().cpu()
-    assert actual.shape == expected.shape, f"shape {tuple(actual.shape)}, not {tuple(expected.shape)}"
-    infinite = expected.isinf()
-    if actual.isnan().any() or not torch.equal(actual[infinite], expected[infinite]):
-        return float("inf")
-    finite = expected[~infinite]
-    if not finite.numel():
-        return 0.0
-    return float((actual[~infinite] - finite).abs().max() / finite.abs().max().clamp(min=1e-6))
 
 
 def judge(kernel: Kernel, case: Case, result: Result) -> tuple[float, float]:
@@ -75,6 +60,26 @@ def attempt(what: str, make: Callable[[], Case], kernel: Kernel, library: ByHand
     say(what, status, error=error, allowed=allowed, seconds=round(time.perf_counter() - begin, 2), **why)
 
 
+def attempt_replay(kernel: Kernel, backend: str, library: ByHand | Real, seed: int) -> None:
+    what = f"graph replayed while rows grow, {backend}"
+    say(what, "begin")
+    begin = time.perf_counter()
+    try:
+        found = replay(kernel, backend, library, seed)
+    except Exception as problem:  # noqa: BLE001  whatever it is, it goes into the table, and the rest goes on
+        say(
+            what,
+            "failed",
+            why=f"{type(problem).__name__}: {problem}"[:600],
+            trace=traceback.format_exc(limit=-3)[-1500:],
+        )
+        check_context()
+        return
+    wrong = {} if not found.why else {"why": found.why}
+    seconds = round(time.perf_counter() - begin, 2)
+    say(what, "failed" if wrong else "ok", error=found.error, allowed=found.allowed, seconds=seconds, **wrong)
+
+
 def check_context() -> None:
     if not torch.cuda.is_available():
         return
@@ -96,6 +101,8 @@ def work(kernel: Kernel, device: str, seed: int) -> None:
         return
     for config in configs(kernel):
         attempt(str(config), lambda config=config: case_of(kernel, config, device, seed), kernel, library)
+    for backend in kernel.backends if kernel.name in REPLAYED else ():
+        attempt_replay(kernel, backend, library, seed)
     tails(kernel, device, library)
 
 

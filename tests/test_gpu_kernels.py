@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import gpu_worker
 import pytest
 from gpu_cases import configs, pairwise_cover
-from gpu_jobs import Pool, Report, numbers_table, problems, read_report, run_worker, tail_of, tails_table
+from gpu_jobs import WORKER, Pool, Report, numbers_table, problems, read_report, run_worker, tail_of, tails_table
 from gpu_kernels import BY_NAME, COMPILED, KERNELS, PLAIN
 from gpu_libraries import ByHand
 from kernel_cases import one_thread
@@ -68,7 +68,7 @@ def test_by_hand(name: str, seed: int, capsys: pytest.CaptureFixture[str], monke
     """What a GPU's process will do, with fewer choices."""
     kernel = BY_NAME[name]
     chosen = configs(kernel)
-    monkeypatch.setattr(gpu_worker, "configs", lambda kernel: [c for c in chosen[:6] if c.step != "long decode"][:2])
+    monkeypatch.setattr(gpu_worker, "configs", lambda kernel: [c for c in chosen[:6] if c.step != "long decode"][:1])
     gpu_worker.work(kernel, "cpu", seed)
     report = read_report(kernel, capsys.readouterr().out, "")
     assert not problems(report), "\n".join(problems(report))
@@ -122,7 +122,7 @@ def test_a_kernel_that_touches_too_much_is_found_out(module: str, key: str, verd
     """Its process dies of it, as on a GPU. With the guard that such kernels ask for, it does not."""
     from dataclasses import replace
 
-    code = GREEDY.format(tests=str(gpu_worker.Path(__file__).parent), module=module, key=key)
+    code = GREEDY.format(tests=str(WORKER.parent), module=module, key=key)
     report = run_worker("torch flash, rows", 0, command=[sys.executable, "-c", code], limit=100)
     report.kernel = replace(report.kernel, guard=(module, key))
     assert "signal 11" in report.ended, report

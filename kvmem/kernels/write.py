@@ -6,7 +6,7 @@ import torch
 
 from kvmem.batch import GroupBatch
 from kvmem.errors import SpecError
-from kvmem.kernels.rules import as_bytes, flat_tokens
+from kvmem.kernels.rules import all_tokens, as_bytes
 
 __all__ = ["to_cache_dtype", "write_component", "write_kv"]
 
@@ -20,8 +20,8 @@ def write_kv(
     """Writes the new tokens' K and V of one layer.
 
     cache: ``Allocator.kv(layer)``. k, v: ``[T, H, D]``, packed as ``batch.slot_mapping`` is; any strides. They are
-    converted by ``to_cache_dtype``. A few device operations and no synchronisation, so it can be captured; padding rows
-    write to the write-trash block.
+    converted by ``to_cache_dtype``. A few device operations and no synchronisation, so it can be captured, and the
+    graph stays valid while sequences grow; padding rows write to the write-trash block.
     """
     write_component(cache[0], batch, k, scale=k_scale)
     write_component(cache[1], batch, v, scale=v_scale)
@@ -32,7 +32,7 @@ def write_component(blocks: torch.Tensor, batch: GroupBatch, values: torch.Tenso
     expected = (batch.num_new_tokens, *blocks.shape[2:])
     if tuple(values.shape) != expected:
         raise SpecError(f"values: got shape {tuple(values.shape)}; the batch and the cache make it {expected}")
-    as_bytes(flat_tokens(blocks))[batch.slot_mapping] = as_bytes(to_cache_dtype(values, blocks.dtype, scale=scale))
+    as_bytes(all_tokens(blocks))[batch.slot_mapping] = as_bytes(to_cache_dtype(values, blocks.dtype, scale=scale))
 
 
 def to_cache_dtype(values: torch.Tensor, dtype: torch.dtype, *, scale: Scale = 1.0) -> torch.Tensor:
