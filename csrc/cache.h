@@ -122,6 +122,7 @@ class Cache final : public TableState {
     i64 known = 0;
     std::vector<i32> tail;  // fewer than a block
     std::vector<Retention> retained;
+    bool state_ahead = false;  // a truncation took tokens back that the fixed state has seen
   };
   struct Published {
     i64 index, ordinal;
