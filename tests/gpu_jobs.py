@@ -75,10 +75,16 @@ def run_worker(
 ) -> Report:
     """One process. It is given ``limit`` seconds, compiling included; then it and what it started are killed."""
     begin = time.perf_counter()
+    # Several compile at once, and nvcc takes 1 to 2 GB of memory for each file: fewer files at a time for each of them.
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+        "MAX_JOBS": str(max(2, (os.cpu_count() or 2) // 4)),
+    }
     words = list(command) or [sys.executable, str(WORKER), name, "--device", device, "--seed", str(seed)]
     process = subprocess.Popen(
         words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))},
+        env=environment,
     )  # fmt: skip
     try:
         output, errors = process.communicate(timeout=limit)

@@ -95,7 +95,7 @@ class Real:
             return
         try:
             self.module = importlib.import_module(package)
-        except ImportError as error:
+        except (ImportError, OSError) as error:  # OSError: a library that it loads is not there
             raise Unavailable(f"{package} is not installed: {error}") from error
         if package == "flashinfer":
             self.workspace = torch.zeros(128 << 20, dtype=torch.uint8, device="cuda")

@@ -108,7 +108,7 @@ def make_case(
         window_tokens=window_tokens,
     )  # fmt: skip
     alloc = kvmem.Allocator(
-        spec, backend=backend, device=device, memory="256MiB" if device != "cpu" else "16MiB", max_sequences=8,
+        spec, backend=backend, device=device, memory="256MiB" if device != "cpu" else "64MiB", max_sequences=8,
         max_tokens=512 if max(cached) < 500 else 2048, page_bytes=None if device != "cpu" else 4096,
         interleave=interleave, tail_guard_tokens=tail_guard_tokens,
     )  # fmt: skip

@@ -25,7 +25,7 @@ every_backend = pytest.mark.parametrize("backend", BACKENDS)
 @every_backend
 def test_on_a_gpu(backend: str, seed: int, tables: list[str]) -> None:
     """``KVMEM_STRESS_SECONDS`` for more of it."""
-    seconds = os.environ.get("KVMEM_STRESS_SECONDS", "12")
+    seconds = os.environ.get("KVMEM_STRESS_SECONDS", "8")
     command = [sys.executable, "tests/gpu_stress.py", "--backend", backend, "--seconds", seconds, "--seed", str(seed)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run(

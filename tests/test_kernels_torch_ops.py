@@ -79,6 +79,12 @@ def test_attention_picks_what_there_is(public: bool, causal: bool, seed: int, mo
     assert_close(lse, expected_lse, torch.float64)
 
 
+def test_a_captured_graph_keeps_the_longest_that_it_is_told(seed: int) -> None:
+    case = make_case("virtual", "decode", seed=seed)
+    for make in (args.flash_op_args, args.varlen_args):
+        assert make(case.batch)["max_k"] == 301 and make(case.batch, max_tokens=4096)["max_k"] == 4096
+
+
 def test_refusals(seed: int) -> None:
     case = make_case("paged", "decode", seed=seed)
     with pytest.raises(kvmem.SpecError, match="multiple of 256"):
