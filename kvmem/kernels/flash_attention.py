@@ -119,9 +119,9 @@ def fa3_varlen_args(
     """For version 3's ``flash_attn_varlen_func(q, k, v, **args)`` over rows, with k and v ``rules.flat_tokens(...)`` of
     ``alloc.kv``.
 
-    ``cu_seqlens_k`` says where rows start and ``seqused_k`` how long they are, so rows may have gaps and any order. In a
-    captured graph, which keeps how long k and v were, they are ``rules.all_tokens(...)``, and ``max_seqlen_k`` is the
-    longest that the graph will see.
+    ``cu_seqlens_k`` says where rows start and ``seqused_k`` how long they are, so rows may have gaps and any order.
+    In a captured graph, which keeps how long k and v were, they are ``rules.all_tokens(...)``, and ``max_seqlen_k`` is
+    the longest that the graph will see.
     queries: the batch that q is packed by where that is another group's (cross attention, ``causal=False``).
     """
     starts, lengths = row_spans(batch, window_tokens, "FlashAttention with seqused_k")
