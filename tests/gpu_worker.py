@@ -21,6 +21,7 @@ from gpu_kernels import BY_NAME, Kernel
 from gpu_libraries import ByHand, Real, Result, Unavailable, relative_error
 from kernel_cases import FP8, TOLERANCE, Case
 
+TAIL_LAYERS = (3, 4)  # so many bytes a token that the page ends within a block, and at the end of one
 LOST = 70  # exit status: the device's context is gone, and nothing more can be tried in this process
 
 
@@ -117,7 +118,7 @@ def tails(kernel: Kernel, device: str, library: ByHand | Real) -> None:
         attempt(f"tail poisoned, {new} new", lambda new=new: poisoned_case(kernel, model, device, new), kernel, library)
     for kept in dict.fromkeys((guard, 0)):
         for new in news:
-            for layers in (3, 4):  # the page ends within a block, and at the end of one
+            for layers in TAIL_LAYERS:
                 what = f"tail {'guarded' if kept == guard else 'bare'}, {new} new, {layers} layers"
                 make = lambda kept=kept, new=new, layers=layers: tail_case(  # noqa: E731
                     kernel, model, device, guard_tokens=kept, num_layers=layers, new=new

@@ -62,17 +62,22 @@ def test_guard_is_large_enough(pool: Pool, name: str) -> None:
 # ---- Anywhere --------------------------------------------------------------------------------------------------------
 
 
+#: By hand, fa3 is fa2 and one FlashAttention 3 the other.
+DISTINCT = [name for name in NAMES if not name.endswith(" fa3") and name != "FlashAttention 3, varlen"]
+
+
 @pytest.mark.usefixtures("one_thread")
-@every_kernel
+@pytest.mark.parametrize("name", DISTINCT)
 def test_by_hand(name: str, seed: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """What a GPU's process will do, with fewer choices."""
     kernel = BY_NAME[name]
-    chosen = configs(kernel)
-    monkeypatch.setattr(gpu_worker, "configs", lambda kernel: [c for c in chosen[:6] if c.step != "long decode"][:1])
+    cheapest = min(configs(kernel), key=lambda c: (c.step == "long decode", c.model[2] * c.group))
+    monkeypatch.setattr(gpu_worker, "configs", lambda kernel: [cheapest])
+    monkeypatch.setattr(gpu_worker, "TAIL_LAYERS", (3,))
     gpu_worker.work(kernel, "cpu", seed)
     report = read_report(kernel, capsys.readouterr().out, "")
     assert not problems(report), "\n".join(problems(report))
-    assert len(report.numbers()) >= 1 and len(report.tail("")) >= 3
+    assert len(report.numbers()) >= 1 and len(report.tail("")) >= 2
     tail = tail_of(report)
     assert (tail.touches, tail.needs_finite, tail.wrong) == ("no", "no", False)
     assert ("larger than needed" in tail.verdict) == (kernel.guard_tokens > 0)
