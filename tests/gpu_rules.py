@@ -82,7 +82,9 @@ class Finding:
 
     @property
     def mismatch(self) -> bool:
-        return self.rule.assumed is not None and not self.missing and not self.outcome.startswith(self.rule.assumed)
+        if self.rule.assumed is None or self.missing:
+            return False
+        return "wrong" in self.outcome or not self.outcome.startswith(self.rule.assumed)
 
 
 def probe_here(rule: Rule) -> dict[str, str]:
@@ -127,7 +129,7 @@ def table(findings: list[Finding]) -> list[str]:
         lines.append(f"{mark} {f.rule.name.ljust(width)}  {f.outcome}; {relies} ({f.rule.why})")
         if f.detail:
             lines.append(" " * (width + 8) + f.detail)
-    wrong = [f.rule.name for f in findings if f.mismatch or (f.rule.assumed and "wrong" in f.outcome)]
+    wrong = [f.rule.name for f in findings if f.mismatch]
     return [
         *lines,
         "",

@@ -55,6 +55,15 @@ def test_a_broken_assumption_is_found(tmp_path, monkeypatch: pytest.MonkeyPatch)
     assert finding.mismatch and "wrong about: set_access_over_several_mappings" in "\n".join(table([finding]))
 
 
+def test_allowed_but_with_other_bytes_is_not_allowed(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stub = CudaStub(build_stub(), tmp_path)
+    monkeypatch.setenv("KVMEM_CUDA_DRIVER", str(stub.path))
+    monkeypatch.setattr("gpu_door.Door.read", lambda self, at, size=64: b"?" * size)
+    for name in ("page_at_several_addresses", "read_through_an_alias_after_a_write", "content_survives_unmap_and_map"):
+        finding = Finding(BY_NAME[name], **gpu_rules.probe_here(BY_NAME[name]))
+        assert finding.mismatch and finding.outcome == "allowed, but wrong", finding
+
+
 def test_a_probe_apart_answers_or_has_crashed(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     stub = CudaStub(build_stub(), tmp_path)
     monkeypatch.setenv("KVMEM_CUDA_DRIVER", str(stub.path))
