@@ -5,6 +5,10 @@
 #   ARGS="-k prefix -x"  more words for pytest, or for kvmem.bench
 #   JOBS=2               run the tests in that many processes
 #   KVMEM_DEBUG=1        build the native module with its own checks on
+#   KVMEM_GPU_FULL=1     test-gpu: every combination (hours of compiling), not a cover of all pairs of choices
+#   KVMEM_GPU_FA3=1      test-gpu: FlashInfer's fa3 too, which compiles for five minutes
+#   KVMEM_GPU_REPORT=F   test-gpu: the tables it prints at the end, also in the file F
+#   STRESS_SECONDS=20    how long sanitize-gpu and test-sanitize stress it
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -29,7 +33,7 @@ PIP := $(PY) -m pip install -q --disable-pip-version-check
 PYTEST := $(PY) -m pytest $(if $(filter-out 1,$(JOBS)),-n $(JOBS))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup core demo bench test test-gpu test-sanitize lint format stubs clean distclean
+.PHONY: help setup core demo bench test test-gpu gpu-rules sanitize-gpu test-sanitize lint format stubs clean distclean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -45,10 +49,25 @@ bench: demo
 test: core  ## all tests that need no GPU, and those that do where there is one
 	$(PYTEST) $(ARGS)
 
-test-gpu: core  ## only the tests that need a GPU
-	@if $(PY) -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then \
-	  $(PYTEST) -m gpu $(ARGS); \
-	else echo "make test-gpu: torch sees no CUDA device on this machine, so nothing was tested"; fi
+# $(call on_gpu,COMMAND): the command, or one line where there is no GPU.
+define on_gpu
+@if $(PY) -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then $(1); \
+else echo "make $@: torch sees no CUDA device on this machine, so nothing was tested"; fi
+endef
+
+# In one process: each kernel has one of its own, and what they found is printed together at the end.
+test-gpu: core  ## what needs a GPU: the driver's rules, both conformance suites, stress, every kernel
+	$(call on_gpu,$(PY) -m pytest -m gpu $(ARGS))
+
+gpu-rules: core  ## the GPU driver's own rules, probed one by one, beside what kvmem assumes
+	$(call on_gpu,$(PY) tests/gpu_rules.py)
+
+SANITIZER := $(firstword $(wildcard $(shell command -v compute-sanitizer) $(CUDA_HOME)/bin/compute-sanitizer \
+  /usr/local/cuda/bin/compute-sanitizer))
+sanitize-gpu: core  ## random operations with kernels running, under compute-sanitizer's memcheck
+	$(if $(SANITIZER),$(call on_gpu,PYTHONPATH=. PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool memcheck \
+	  --error-exitcode 1 $(PY) tests/gpu_stress.py --seconds $(STRESS_SECONDS)),\
+	  @echo "make $@: compute-sanitizer is not installed (not in PATH, CUDA_HOME or /usr/local/cuda)")
 
 lint: $(READY)  ## ruff, mypy --strict, clang-format
 	$(PY) -m ruff check

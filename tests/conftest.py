@@ -39,12 +39,35 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         pytest.exit(f"KVMEM_EXPECT_CORE is {expected}, but {_core.__file__} was loaded", returncode=3)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """On a GPU: first the driver's rules, which are timed and want it for themselves; last the kernels, which compile."""
+    order = {"test_gpu_rules": 0, "test_gpu_kernels": 2}
+    items.sort(key=lambda item: order.get(item.path.stem, 1) if item.get_closest_marker("gpu") else 1)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") is not None:
         import torch
 
         if not torch.cuda.is_available():
             pytest.skip("needs a CUDA device; torch sees none")
+
+
+TABLES = pytest.StashKey[list[str]]()
+
+
+@pytest.fixture(scope="session")
+def tables(request: pytest.FixtureRequest) -> list[str]:
+    """Lines that are printed when all tests have run: what a GPU was found to do."""
+    return request.config.stash.setdefault(TABLES, [])
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    lines = config.stash.get(TABLES, [])
+    for line in lines:
+        terminalreporter.write_line(line)
+    if lines and (report := os.environ.get("KVMEM_GPU_REPORT")):
+        Path(report).write_text("\n".join(lines) + "\n")
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import kvmem
+from kvmem.kernels.rules import as_bytes
 
 #: name -> (tokens cached before the step, tokens the step computes), per sequence
 STEPS = {
@@ -18,8 +19,14 @@ STEPS = {
     "drafts": ((37, 3, 300), (4, 4, 4)),  # speculative decoding: equally many each
     "prefill": ((0, 0, 0), (37, 1, 270)),
     "mixed": ((37, 0, 12, 300, 0), (1, 9, 5, 1, 0)),  # decode, a fresh prompt, a chunk, decode, an empty sequence
+    "long decode": ((1500, 3, 700), (1, 1, 1)),  # several pages of 2 MiB, and splits of the KV
 }
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+FP8 = torch.float8_e4m3fn
+#: Relative to the largest number. That of 8 bits is for kernels that compute in 8 bits too (FlashAttention 3 rounds the
+#: softmax's weights to 3 bits of mantissa); those that convert K and V first are held to the dtype of their queries.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2, FP8: 6e-2}
+#: What K and V of 8 bits are kept divided by in tests: two numbers, so that one taken for the other is seen.
+FP8_SCALES = (0.5, 1.75)
 LAYERS = 3
 SPARE_TOKENS = 3
 
@@ -46,10 +53,18 @@ class Case:
     q: torch.Tensor
     tokens: list[tuple[torch.Tensor, torch.Tensor]]  # per row of the batch: K and V of all its tokens, [n, H, D]
     window_tokens: int | None
+    scales: dict[str, float]  # what the cache of 8-bit floats was divided by: for run(); empty for others
+    names: tuple[str, str] = ("k", "v")
+    padded: bool = False
 
     @property
     def cache(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.alloc.kv(self.layer)
+        first, second = self.names
+        return self.alloc.tensor(self.layer, first), self.alloc.tensor(self.layer, second)
+
+    @property
+    def device(self) -> torch.device:
+        return self.alloc.device
 
     @property
     def rows(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -66,59 +81,62 @@ class Case:
     def expected(self, *, causal: bool = True, scale: float | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """``(out, lse)`` from the numbers kept aside; the cache is not looked at."""
         left = -1 if self.window_tokens is None else self.window_tokens - 1
-        cu = self.batch.cu_seqlens_q_cpu.tolist()
+        cu, q = self.batch.cu_seqlens_q_cpu.tolist(), self.q.cpu()
         return kernel_oracle.pack([
-            kernel_oracle.attend(self.q[a:b], k, v, causal=causal, scale=scale, left=left)
+            kernel_oracle.attend(q[a:b], k, v, causal=causal, scale=scale, left=left)
             for (a, b), (k, v) in zip(pairwise(cu), self.tokens, strict=True)
         ])  # fmt: skip
 
 
 def make_case(
     backend: str, step: str, *, seed: int, block_size: int = 16, interleave: int | str = "all",
-    window_tokens: int | None = None,
-    pad_to: int | None = None, query_heads: int = 4, kv_heads: int = 2, head_dim: int = 16, device: str = "cpu",
-    dtype: torch.dtype = torch.float32, layer: int = 1, tail_guard_tokens: int | None = None,
+    window_tokens: int | None = None, pad_to: int | None = None, query_heads: int = 4, kv_heads: int = 2,
+    head_dim: int = 16, device: str = "cpu", dtype: torch.dtype = torch.float32, kv_dtype: torch.dtype | None = None,
+    layer: int = 1, tail_guard_tokens: int | None = None, poison: bool = True,
 ) -> Case:  # fmt: skip
-    """Random K and V in layer ``layer``, the new tokens' included; NaN right behind each sequence, and in the other
-    layers.
+    """Random K and V in layer ``layer``, the new tokens' included; NaN right behind each sequence (poison), and in the
+    other layers.
+
+    dtype: of the queries; kv_dtype: of the cache, default the same. What is kept aside of an 8-bit cache is what its
+    bytes stand for, so that rounding to 8 bits is no error of the kernel's.
     """
     draw = torch.Generator().manual_seed(seed)
+    kv_dtype = kv_dtype or dtype
+    cached, new = STEPS[step]
     spec = kvmem.CacheSpec.kv(
-        num_layers=LAYERS, num_kv_heads=kv_heads, head_dim=head_dim, dtype=dtype, block_size=block_size,
+        num_layers=LAYERS, num_kv_heads=kv_heads, head_dim=head_dim, dtype=kv_dtype, block_size=block_size,
         window_tokens=window_tokens,
     )  # fmt: skip
     alloc = kvmem.Allocator(
-        spec, backend=backend, device=device, memory="256MiB" if device != "cpu" else "16MiB", max_sequences=8,
-        max_tokens=512,
-        page_bytes=None if device != "cpu" else 4096, interleave=interleave, tail_guard_tokens=tail_guard_tokens,
+        spec, backend=backend, device=device, memory="256MiB" if device != "cpu" else "64MiB", max_sequences=8,
+        max_tokens=512 if max(cached) < 500 else 2048, page_bytes=None if device != "cpu" else 4096,
+        interleave=interleave, tail_guard_tokens=tail_guard_tokens,
     )  # fmt: skip
-    cached, new = STEPS[step]
     seqs, kept = [alloc.sequence() for _ in cached], []
+    scales = FP8_SCALES if kv_dtype == FP8 else (1.0, 1.0)
     scattered = alloc.sequence()
     for seq, before, count in zip(seqs, cached, new, strict=True):
-        kv = torch.randn(2, before + count, kv_heads, head_dim, generator=draw).to(dtype)
-        kept.append((kv[0], kv[1]))
-        for begin in range(0, before, 32):  # in pieces, so that windows move and blocks of sequences alternate
-            piece = min(32, before - begin)
+        kv = torch.randn(2, before + count, kv_heads, head_dim, generator=draw).to(kv_dtype)
+        kept.append(tuple(t if s == 1 else t.double() * s for t, s in zip(kv, scales, strict=True)))
+        piece_tokens = 32 if before < 500 else 256
+        for begin in range(0, before, piece_tokens):  # in pieces, so that windows move and blocks alternate
+            piece = min(piece_tokens, before - begin)
             seq.extend(piece)
             _put(alloc, [seq], layer, kv[:, begin : begin + piece])
             seq.commit(piece)
             scattered.extend(1)
         if before + count:
             seq.extend(count + SPARE_TOKENS)
-            _put(
-                alloc,
-                [seq],
-                layer,
-                torch.cat([kv[:, before:], torch.full((2, SPARE_TOKENS, kv_heads, head_dim), torch.nan)], 1),
-            )
+            spare = torch.full((2, SPARE_TOKENS, kv_heads, head_dim), torch.nan if poison else 0.0).to(kv_dtype)
+            _put(alloc, [seq], layer, torch.cat([kv[:, before:], spare], 1))
     scattered.free()
     order = torch.randperm(len(seqs), generator=draw).tolist()
     batch = alloc.batch([seqs[i] for i in order], new_tokens=[new[i] for i in order], pad_to=pad_to)
-    zero = torch.zeros(1, kv_heads, head_dim, dtype=dtype)
+    zero = torch.zeros(1, kv_heads, head_dim)
     tokens = [kept[i] for i in order] + [(zero, zero)] * (batch.num_rows - len(seqs))
     q = torch.randn(batch.num_new_tokens, query_heads, head_dim, generator=draw).to(dtype).to(device)
-    return Case(alloc, batch, layer, q, tokens, window_tokens)
+    named = dict(zip(("k_scale", "v_scale"), scales, strict=True)) if kv_dtype == FP8 else {}
+    return Case(alloc, batch, layer, q, tokens, window_tokens, named, padded=pad_to is not None)
 
 
 def _put(alloc: kvmem.Allocator, seqs: list[kvmem.Sequence], layer: int, kv: torch.Tensor) -> None:
@@ -127,9 +145,10 @@ def _put(alloc: kvmem.Allocator, seqs: list[kvmem.Sequence], layer: int, kv: tor
     slots = batch.slot_mapping
     for other in range(LAYERS):
         for cache, values in zip(alloc.kv(other), kv, strict=True):
-            values = values.to(cache.dtype).to(cache.device)
+            values = values.to(cache.device)
             size = cache.shape[1]
-            cache[slots // size, slots % size] = values if other == layer else torch.full_like(values, torch.nan)
+            written = values if other == layer else torch.full_like(values, torch.nan)
+            as_bytes(cache)[slots // size, slots % size] = as_bytes(written)
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:

@@ -35,7 +35,9 @@ class Paged:
             rest,
         )
 
-    def _run(self, q: torch.Tensor, cache: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _run(
+        self, q: torch.Tensor, cache: tuple[torch.Tensor, torch.Tensor], k_scale: float = 1.0, v_scale: float = 1.0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         rest = self.rest
         check_pages(*cache, rest["page_size"])
         assert q.shape == (self.qo[-1], rest["num_qo_heads"], rest["head_dim"])
@@ -47,9 +49,10 @@ class Paged:
             ids = self.indices[self.indptr[b] : self.indptr[b + 1]].tolist()
             k, v = (gather(pages, ids, length) for pages in cache)
             mine = q[self.qo[b] : self.qo[b + 1]]
-            parts.append(attend(mine, k, v, scale=rest["sm_scale"], causal=rest["causal"], left=rest["window_left"]))
+            scale = rest["sm_scale"] * k_scale
+            parts.append(attend(mine, k, v, scale=scale, causal=rest["causal"], left=rest["window_left"]))
         out, lse = pack(parts)
-        return out, lse / math.log(2)
+        return out * v_scale, lse / math.log(2)
 
 
 def csr_lengths(indptr: torch.Tensor, last_page_len: torch.Tensor, page_size: int) -> list[int]:
@@ -94,8 +97,8 @@ class BatchDecodeWithPagedKVCacheWrapper(Paged):
             causal=True,
         )
 
-    def run(self, q, paged_kv_cache, *, return_lse=False):
-        out, lse = self._run(q, paged_kv_cache)
+    def run(self, q, paged_kv_cache, *, return_lse=False, **scales):
+        out, lse = self._run(q, paged_kv_cache, **scales)
         return (out, lse) if return_lse else out
 
 
@@ -281,8 +284,8 @@ class BatchAttention(Paged):
             causal=causal,
         )
 
-    def run(self, q, kv_cache):
-        return self._run(q, kv_cache)
+    def run(self, q, kv_cache, **scales):
+        return self._run(q, kv_cache, **scales)
 
 
 class BatchPrefillWithRaggedKVCacheWrapper:

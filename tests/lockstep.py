@@ -134,7 +134,7 @@ class Lockstep:
         batch = self.alloc.batch(i32(*handles))
         for g, rules in enumerate(self.model.groups):
             fields = batch.group(g)
-            slots, positions, of = fields.slot_mapping, fields.positions, fields.batch_indices
+            slots, positions, of = fields.slot_mapping, fields.positions.cpu(), fields.batch_indices.cpu()
             if rules.growth == "fixed":
                 has = [i for i, h in enumerate(handles) if self.model.sequences[h][g].tokens]
                 slots, positions, of = fields.block_table[has, 0].long(), torch.zeros(len(has)), torch.tensor(has)

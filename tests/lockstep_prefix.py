@@ -171,7 +171,7 @@ class PrefixLockstep(Lockstep):
             assert fields.slot_mapping is not None and fields.positions is not None
             write_slots(
                 self.alloc, g, fields.slot_mapping, np.array(writers, np.int64),
-                fields.positions.numpy().astype(np.int64),
+                fields.positions.cpu().numpy().astype(np.int64),
             )  # fmt: skip
         if n:
             self._write_state(handle, writers[-1])

@@ -50,7 +50,7 @@ def write_slots(
         view = _bytes(alloc.tensor(layer, name))
         shape = view.shape[2:]
         data = pattern(writers, positions, number, shape.numel())
-        view[slots // size, slots % size] = data.view(-1, *shape)
+        view[slots // size, slots % size] = data.view(-1, *shape).to(view.device)
 
 
 def write_row(
@@ -65,7 +65,7 @@ def write_row(
 def by_sequence(alloc: kvmem.Allocator, handle: int, group: int) -> Iterator[torch.Tensor]:
     """uint8 [tokens held, row bytes] of every place of a group, by ``sequence_tensor``."""
     for layer, name in places(alloc.spec, group):
-        yield _bytes(alloc.sequence_tensor(handle, layer, name)).flatten(1)
+        yield _bytes(alloc.sequence_tensor(handle, layer, name)).flatten(1).cpu()
 
 
 def by_table(alloc: kvmem.Allocator, handle: int, group: int) -> Iterator[torch.Tensor]:
@@ -73,10 +73,10 @@ def by_table(alloc: kvmem.Allocator, handle: int, group: int) -> Iterator[torch.
     batch, size = alloc.batch([handle]).group(group), alloc.spec.groups[group].block_size
     assert batch.block_table is not None and batch.seq_lens is not None and batch.first_tokens is not None
     first, end = int(batch.first_tokens[0]), int(batch.seq_lens[0])
-    positions = torch.arange(first, end)
+    positions = torch.arange(first, end, device=alloc.device)
     blocks = batch.block_table[0].long()[positions // size]
     for layer, name in places(alloc.spec, group):
-        yield _bytes(alloc.tensor(layer, name)[blocks, positions % size]).flatten(1)
+        yield _bytes(alloc.tensor(layer, name)[blocks, positions % size]).flatten(1).cpu()
 
 
 def expected(spec: kvmem.CacheSpec, group: int, writers: np.ndarray, positions: np.ndarray) -> Iterator[torch.Tensor]:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from conformance import *  # noqa: F403 - the tests
 from conformance_memory import *  # noqa: F403
+from gpu_support import gpu_allocator, gpu_cases
 from support import BACKENDS, DEVICES, LAYOUTS, LONG, SIZES, make_allocator, open_driver
 
 import kvmem
@@ -21,9 +22,14 @@ SIZE_OF = cycle(["near", "small pages", "odd", "small blocks", "near"])
 CASES = list(product(BACKENDS, DEVICES, LAYOUTS, SIZES)) if LONG else [(*triple, next(SIZE_OF)) for triple in TRIPLES]
 
 
-@pytest.fixture(params=CASES, ids=["-".join(case).replace(" ", "_") for case in CASES])
+NAMED = [pytest.param(case, id="-".join(case).replace(" ", "_")) for case in CASES]
+
+
+@pytest.fixture(params=[*NAMED, *gpu_cases(5)])
 def make(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., kvmem.Allocator]:
     backend, device, layout, size = request.param
+    if "cuda" in device and "stub" not in device:
+        return lambda **options: gpu_allocator(request.param, 400, options)
     sizes = SIZES[size]
 
     def make(**options: Any) -> kvmem.Allocator:

@@ -10,7 +10,7 @@ from driver_conformance import *  # noqa: F403
 from support_drivers import DEVICES, Device, open_device
 
 
-@pytest.fixture(params=DEVICES)
+@pytest.fixture(params=[pytest.param(d, marks=[pytest.mark.gpu] * d.endswith("cuda")) for d in DEVICES])
 def device(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Device]:
     opened, close = open_device(request.param, tmp_path)
     yield opened

@@ -14,7 +14,6 @@ from cascade_world import (
     TOKENS_PER_BLOCK,
     Seqs,
     World,
-    all_equal,
     kv_spec,
     lists,
     make_world,
@@ -23,7 +22,7 @@ from cascade_world import (
     random_scene,
     step,
 )  # fmt: skip
-from kernel_cases import BACKENDS, assert_close, on_gpu, one_thread
+from kernel_cases import BACKENDS, assert_close, one_thread
 from support import encoder_decoder, windows
 
 import kvmem
@@ -31,7 +30,7 @@ from kvmem.cascade import Cascade
 from kvmem.kernels import flashinfer as args
 from kvmem.kernels import flashinfer_mla as mla_args
 from kvmem.kernels.merge import merge_levels
-from kvmem.kernels.reference import cascade_attention, oracle
+from kvmem.kernels.reference import cascade_attention
 
 __all__ = ["one_thread"]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -258,56 +257,3 @@ def test_names_are_those_of_the_installed_flashinfer(seed: int) -> None:
     inspect.signature(flashinfer.MultiLevelCascadeAttentionWrapper.plan).bind(None, **plan)
     _, how = mla(world, batch, 48, 16)
     inspect.signature(flashinfer.mla.BatchMLAPagedAttentionWrapper.plan).bind(None, **mla_args.mla_plan(batch, **how))
-
-
-@on_gpu
-@every_backend
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("news", [1, 7])
-def test_on_a_gpu(backend: str, dtype: torch.dtype, news: int, seed: int) -> None:
-    """The reference there, and FlashInfer's own cascade where it is installed."""
-    world = make_world(kv_spec(dtype, head_dim=64), backend, seed, "cuda", memory="512MiB", page_bytes=2 << 20)
-    seqs = all_equal(world) if backend == "paged" else long_forks(world)
-    counts = [news] * len(seqs)
-    batch = step(world, seqs, counts, pad_to=len(seqs) + 2)
-    cascade = batch.cascade(**EVERYTHING)
-    cache = world.alloc.kv(1)
-    q = world.queries(batch, 8, 64, dtype)
-    want, want_lse = oracle(q, cache, batch)
-    got, lse = cascade_attention(q, cache, cascade)
-    assert_close(got, want, dtype)
-    assert_close(lse, want_lse, dtype)
-    flashinfer = pytest.importorskip("flashinfer", reason="FlashInfer is not installed")
-    workspace = torch.zeros(128 << 20, dtype=torch.uint8, device="cuda")
-    wrapper = flashinfer.MultiLevelCascadeAttentionWrapper(len(cascade.levels), workspace, "NHD")
-    wrapper.plan(**args.cascade_plan(cascade, num_query_heads=8, num_kv_heads=2, head_dim=64, dtype=dtype))
-    assert_close(wrapper.run(q, args.cache_of(*cache)), want, dtype)
-
-
-def long_forks(world: World) -> Seqs:
-    """Pages of 2 MiB are shared whole: it takes more tokens before anything is."""
-    root = world.open(480)
-    return [root, world.fork(root, 1), world.fork(root, 9)]
-
-
-@on_gpu
-@every_backend
-def test_mla_on_a_gpu(backend: str, seed: int) -> None:
-    mla_module = pytest.importorskip("flashinfer.mla", reason="FlashInfer is not installed")
-    dtype = torch.bfloat16
-    world = make_world(mla_spec(dtype, 512, 64), backend, seed, "cuda", memory="512MiB")
-    seqs = nested(world)
-    batch = step(world, seqs, [1] * len(seqs), pad_to=len(seqs) + 1)
-    q, how = mla(world, batch, 512, 64)
-    nope, pe = (part.contiguous() for part in q.split([512, 64], -1))
-    ckv, kpe = world.alloc.tensor(1, "ckv"), world.alloc.tensor(1, "kpe")
-    want, want_lse = oracle(q, (torch.cat([ckv, kpe], -1), ckv), batch, scale=0.11)
-    parts = []
-    for plan in mla_args.mla_cascade_plans(batch.cascade(**EVERYTHING), **how):
-        wrapper = mla_module.BatchMLAPagedAttentionWrapper(torch.zeros(128 << 20, dtype=torch.uint8, device="cuda"))
-        wrapper.plan(**plan)
-        out, lse = wrapper.run(nope, pe, *mla_args.mla_cache_of(ckv, kpe), return_lse=True)
-        parts.append((out, args.natural_lse(lse)))
-    got, got_lse = merge_levels(parts)
-    assert_close(got, want, dtype)
-    assert_close(got_lse, want_lse, dtype)

@@ -1,4 +1,4 @@
-"""FlashAttention's arguments, followed by hand on a CPU and by FlashAttention itself on a GPU."""
+"""FlashAttention's arguments, followed by hand on a CPU. test_gpu_kernels.py has FlashAttention itself follow them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import kernel_oracle_flash_attention as stand_ins
 import pytest
 import torch
-from kernel_cases import BACKENDS, BLOCK_SIZES, LAYOUTS, Case, assert_close, make_case, on_gpu, one_thread
+from kernel_cases import BACKENDS, BLOCK_SIZES, LAYOUTS, Case, assert_close, make_case, one_thread
 
 import kvmem
 from kvmem.kernels import flash_attention as args
@@ -26,36 +26,13 @@ def by_hand() -> SimpleNamespace:
     )  # fmt: skip
 
 
-class Real:
-    """The installed kernels; a test that needs one that is not there is skipped with its name."""
-
-    precision = torch.bfloat16  # the one type that every build has
-    options = {"device": "cuda", "dtype": torch.bfloat16, "head_dim": 64, "tail_guard_tokens": 256}  # noqa: RUF012
-
-    def __getattr__(self, name: str) -> Callable[..., object]:
-        function = "flash_attn_varlen_func" if name.endswith("varlen") else "flash_attn_with_kvcache"
-        if name.startswith("fa2"):
-            return getattr(pytest.importorskip("flash_attn", reason="FlashAttention 2 is not installed"), function)
-        return getattr(fa3_module(), function)
+@pytest.fixture
+def kernels() -> SimpleNamespace:
+    """The kernels by hand. The real ones are run by gpu_kernels.py, in processes of their own."""
+    return by_hand()
 
 
-def fa3_module() -> object:
-    reason = "neither FlashAttention 3 (flash_attn_interface) nor fa3-fwd (fa3_fwd_interface) is installed"
-    for module in ("flash_attn_interface", "fa3_fwd_interface"):
-        try:
-            return pytest.importorskip(module)
-        except pytest.skip.Exception:
-            continue
-    pytest.skip(reason)
-
-
-@pytest.fixture(params=["by hand", pytest.param("real", marks=on_gpu)])
-def kernels(request: pytest.FixtureRequest) -> SimpleNamespace | Real:
-    """The kernels by hand, or the real ones where there is a GPU: the same tests run both."""
-    return by_hand() if request.param == "by hand" else Real()
-
-
-def check(case: Case, kernels: SimpleNamespace | Real, out: torch.Tensor, lse: torch.Tensor, **how: object) -> None:
+def check(case: Case, kernels: SimpleNamespace, out: torch.Tensor, lse: torch.Tensor, **how: object) -> None:
     expected, expected_lse = case.expected(**how)
     assert_close(out, expected, kernels.precision)
     assert_close(args.natural_lse(lse), expected_lse, kernels.precision)
@@ -112,8 +89,6 @@ def test_fa3_rows(kernels, step: str, block_size: int, interleave: int | str, se
 @every_block_size
 @every_backend
 def test_fa3_blocks(kernels, backend: str, block_size: int, interleave: int | str, seed: int) -> None:
-    if isinstance(kernels, Real) and fa3_module().__name__ == "fa3_fwd_interface":
-        pytest.skip("fa3-fwd was built without the paging that this needs")
     case = make_case(
         backend, "mixed", block_size=block_size, interleave=interleave, pad_to=7, seed=seed, **kernels.options
     )
@@ -133,13 +108,9 @@ def test_fa3_varlen(kernels, causal: bool, interleave: int | str, seed: int) -> 
 
 @pytest.mark.parametrize("window_tokens", [1, 20])
 def test_sliding_window(kernels, window_tokens: int, seed: int) -> None:
-    if isinstance(kernels, Real):
-        no_window = fa3_module().__name__ == "fa3_fwd_interface"
-        if no_window:
-            pytest.skip("fa3-fwd was built without sliding windows")
     window = {"window_tokens": window_tokens}
     # A small guard, because it also keeps tokens in front of the window.
-    options = {**kernels.options, "tail_guard_tokens": 0} if kernels.precision == torch.float64 else kernels.options
+    options = {**kernels.options, "tail_guard_tokens": 0}
     case = make_case("virtual", "drafts", seed=seed, **window, **options)
     for kernel, q, call in [
         (kernels.fa2, args.fa2_query(case.q, case.batch), args.fa2_args(case.batch, return_lse=True, **window)),

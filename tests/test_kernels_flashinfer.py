@@ -1,4 +1,4 @@
-"""FlashInfer's arguments, followed by hand on a CPU and by FlashInfer itself on a GPU."""
+"""FlashInfer's arguments, followed by hand on a CPU. test_gpu_kernels.py has FlashInfer itself follow them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import kernel_oracle_flashinfer as stand_ins
 import pytest
 import torch
-from kernel_cases import BACKENDS, BLOCK_SIZES, LAYOUTS, Case, assert_close, make_case, on_gpu, one_thread
+from kernel_cases import BACKENDS, BLOCK_SIZES, LAYOUTS, Case, assert_close, make_case, one_thread
 
 import kvmem
 from kvmem.kernels import flashinfer as args
@@ -28,23 +28,10 @@ def by_hand() -> SimpleNamespace:
     return SimpleNamespace(**made, append=stand_ins.append_paged_kv_cache, options={}, precision=torch.float64)
 
 
-def real(dtype: torch.dtype) -> SimpleNamespace:
-    flashinfer = pytest.importorskip("flashinfer", reason="FlashInfer is not installed")
-    workspace = torch.zeros(128 << 20, dtype=torch.uint8, device="cuda")
-    made = {name: (lambda make: lambda: make(workspace, "NHD"))(getattr(flashinfer, name)) for name in WRAPPERS}
-    options = {"device": "cuda", "dtype": dtype, "head_dim": 64}
-    return SimpleNamespace(
-        **made, BatchAttention=flashinfer.BatchAttention, append=flashinfer.append_paged_kv_cache, options=options,
-        precision=dtype
-    )  # fmt: skip
-
-
-@pytest.fixture(
-    params=["by hand", pytest.param(torch.float16, marks=on_gpu), pytest.param(torch.bfloat16, marks=on_gpu)], ids=str
-)
-def kernels(request: pytest.FixtureRequest) -> SimpleNamespace:
-    """The kernels by hand, or the real ones where there is a GPU: the same tests run both."""
-    return by_hand() if request.param == "by hand" else real(request.param)
+@pytest.fixture
+def kernels() -> SimpleNamespace:
+    """The kernels by hand. The real ones are run by gpu_kernels.py, in processes of their own."""
+    return by_hand()
 
 
 def check(case: Case, kernels: SimpleNamespace, out: torch.Tensor, lse: torch.Tensor, **how: object) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_cases import BACKENDS, BLOCK_SIZES, LAYOUTS, STEPS, assert_close, make_case, on_gpu, one_thread
+from kernel_cases import BACKENDS, BLOCK_SIZES, LAYOUTS, STEPS, assert_close, make_case, one_thread
 
 import kvmem
 from kvmem.kernels import reference
@@ -135,14 +135,3 @@ def test_merging_two_parts_gives_the_whole(dtype: torch.dtype, seed: int) -> Non
     assert_close(merge(*nothing, whole, whole_lse)[0], whole, torch.float64)
     out, lse = merge(*nothing, *nothing)
     assert torch.equal(out, nothing[0]) and torch.equal(lse, nothing[1])
-
-
-@on_gpu
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_on_a_gpu(backend: str, dtype: torch.dtype, seed: int) -> None:
-    case = make_case(backend, "mixed", device="cuda", dtype=dtype, head_dim=64, pad_to=7, seed=seed)
-    expected, expected_lse = case.expected()
-    assert_close(reference.oracle(case.q, case.cache, case.batch)[0], expected, torch.float64)
-    assert_close(reference.sdpa(case.q, case.cache, case.batch), expected, dtype)
-    assert_close(reference.sdpa_lse(case.q, case.cache, case.batch)[1], expected_lse, torch.float32)

@@ -1,4 +1,4 @@
-"""The arguments of torch's own flash operator, followed by hand on a CPU and by torch on a GPU."""
+"""The arguments of torch's own flash operator, followed by hand on a CPU. test_gpu_kernels.py has torch follow them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import inspect
 import kernel_oracle_flash_attention as stand_ins
 import pytest
 import torch
-from kernel_cases import BACKENDS, BLOCK_SIZES, LAYOUTS, Case, assert_close, make_case, on_gpu, one_thread
+from kernel_cases import BACKENDS, BLOCK_SIZES, LAYOUTS, Case, assert_close, make_case, one_thread
 
 import kvmem
 from kvmem.kernels import torch_ops as args
@@ -79,6 +79,12 @@ def test_attention_picks_what_there_is(public: bool, causal: bool, seed: int, mo
     assert_close(lse, expected_lse, torch.float64)
 
 
+def test_a_captured_graph_keeps_the_longest_that_it_is_told(seed: int) -> None:
+    case = make_case("virtual", "decode", seed=seed)
+    for make in (args.flash_op_args, args.varlen_args):
+        assert make(case.batch)["max_k"] == 301 and make(case.batch, max_tokens=4096)["max_k"] == 4096
+
+
 def test_refusals(seed: int) -> None:
     case = make_case("paged", "decode", seed=seed)
     with pytest.raises(kvmem.SpecError, match="multiple of 256"):
@@ -86,6 +92,9 @@ def test_refusals(seed: int) -> None:
     with pytest.raises(kvmem.SpecError, match=r"torch 2\.12"):
         args.flash_op_args(case.batch)
     assert not args.supports("no such argument")
+    eight_bits = make_case("virtual", "decode", dtype=torch.bfloat16, kv_dtype=torch.float8_e4m3fn, seed=seed)
+    with pytest.raises(kvmem.SpecError, match="takes one dtype"):
+        args.attention(eight_bits.q, eight_bits.cache, eight_bits.batch)
 
 
 def test_names_are_those_of_this_torch(seed: int) -> None:
@@ -105,24 +114,3 @@ def _lse() -> object:
     from torch.nn.attention.varlen import AuxRequest
 
     return AuxRequest(lse=True)
-
-
-@on_gpu
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("window_tokens", [None, 20])
-@pytest.mark.parametrize("interleave", LAYOUTS)
-@pytest.mark.parametrize("step", ["decode", "drafts", "prefill", "mixed"])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_on_a_gpu(
-    backend: str, step: str, interleave: int | str, window_tokens: int | None, dtype: torch.dtype, seed: int
-) -> None:
-    if backend == "paged" and not args.supports("block_table"):
-        pytest.skip(f"torch {torch.__version__} cannot follow block tables")
-    case = make_case(
-        backend, step, block_size=256 if backend == "paged" else 16, interleave=interleave, window_tokens=window_tokens,
-        pad_to=7, device="cuda", dtype=dtype, head_dim=64, tail_guard_tokens=0, seed=seed,
-    )  # fmt: skip
-    out, lse = args.attention(case.q, case.cache, case.batch, window_tokens=window_tokens)
-    expected, expected_lse = case.expected()
-    assert_close(out, expected, dtype)
-    assert_close(lse, expected_lse, dtype)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_cases import BACKENDS, BLOCK_SIZES, LAYOUTS, make_case, on_gpu, one_thread
+from kernel_cases import BACKENDS, BLOCK_SIZES, LAYOUTS, assert_close, make_case, one_thread
 
 import kvmem
-from kvmem.kernels import flash_attention, flashinfer, torch_ops
+from kvmem.kernels import flash_attention, flashinfer, reference, torch_ops
 from kvmem.kernels.rules import check_cache, check_guard, flat_tokens, host
 from kvmem.kernels.write import write_component, write_kv
 
@@ -48,12 +48,31 @@ def test_write_kv(backend: str, block_size: int, interleave: int | str, seed: in
     assert torch.equal(read_trash, torch.zeros_like(read_trash)), "padding must not reach the block that padding reads"
 
 
-@on_gpu
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_write_kv_on_a_gpu(backend: str, seed: int) -> None:
-    case = make_case(backend, "mixed", device="cuda", dtype=torch.float16, head_dim=64, pad_to=7, seed=seed)
-    k, v = torch.randn(2, case.batch.num_new_tokens, 2, 64, device="cuda", dtype=torch.float16).unbind()
-    written(case, k, v)
+def test_eight_bits_are_scaled_and_saturate(backend: str, dtype: torch.dtype, seed: int) -> None:
+    case = make_case(backend, "mixed", dtype=torch.bfloat16, kv_dtype=dtype, pad_to=7, seed=seed)
+    k = torch.randn(case.batch.num_new_tokens, 2, 16, generator=torch.Generator().manual_seed(seed)).bfloat16()
+    v = torch.full_like(k, 1e9)
+    v[1], v[2] = -1e9, torch.nan
+    write_kv(case.cache, case.batch, k, v, k_scale=0.5, v_scale=torch.tensor(2.0))
+    slots, largest = case.batch.slot_mapping, torch.finfo(dtype).max
+    kept_k, kept_v = (flat_tokens(c)[slots].float() for c in case.cache)
+    assert torch.equal(kept_k[:-2], (k.float() / 0.5).to(dtype).float()[:-2])  # both padding rows write to one place
+    assert (kept_v[0] == largest).all() and (kept_v[1] == -largest).all() and kept_v[2].isnan().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("step", ["decode", "mixed"])
+def test_a_scaled_cache_is_read_as_the_documentation_says(backend: str, step: str, seed: int) -> None:
+    case = make_case(backend, step, dtype=torch.float32, kv_dtype=torch.float8_e4m3fn, pad_to=7, seed=seed)
+    k_scale, v_scale = case.scales.values()
+    out, lse = reference.oracle(case.q, case.cache, case.batch, scale=16**-0.5 * k_scale)
+    expected, expected_lse = case.expected()
+    assert_close(out * v_scale, expected, torch.float64)
+    assert_close(lse, expected_lse, torch.float64)
+    plain = reference.sdpa(case.q, case.cache, case.batch, scale=16**-0.5 * k_scale)
+    assert_close(plain * v_scale, expected, torch.float32)
 
 
 def test_shapes_are_checked(seed: int) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from conformance_prefix import *  # noqa: F403 - the tests
 from conformance_prefix_life import *  # noqa: F403
+from gpu_support import gpu_allocator, gpu_cases
 from support import BACKENDS, DEVICES, LAYOUTS, LONG, SIZES, make_allocator, open_driver
 
 import kvmem
@@ -24,11 +25,16 @@ CASES = list(QUADRUPLES) if LONG else [(*triple, next(SIZE_OF)) for triple in TR
 CASES += product(BACKENDS, ["colliding hashes"], ["kv interleaved", "full and window", "recurrent"], ["near"])
 
 
-@pytest.fixture(params=CASES, ids=["-".join(case).replace(" ", "_") for case in CASES])
+NAMED = [pytest.param(case, id="-".join(case).replace(" ", "_")) for case in CASES]
+
+
+@pytest.fixture(params=[*NAMED, *gpu_cases(3)])
 def make(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., kvmem.Allocator]:
     backend, device, layout, size = request.param
+    if "cuda" in device and "stub" not in device:
+        return lambda **options: gpu_allocator(request.param, 1500, options)
     sizes = SIZES[size]
     if device == "colliding hashes":
         monkeypatch.setenv("KVMEM_HASH_BITS", "1")

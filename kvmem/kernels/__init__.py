@@ -19,5 +19,9 @@ the exponentiated scores, -inf where there is nothing to attend to; each module'
 kernels return. The makers return keyword arguments of the kernel they are named after. Metadata of one batch serves all
 layers of its group, so call them once a step.
 
+A cache of 8-bit floats may be kept divided by scales (``write.write_kv(k_scale=, v_scale=)``). Each kernel then wants
+to know them: FlashInfer's ``run(k_scale=, v_scale=)``, FlashAttention 3's ``k_descale=``, ``v_descale=`` (float32
+``[B, H]``, and 8-bit queries). With any other, ``scale=head_dim**-0.5 * k_scale`` and ``out * v_scale`` are the same.
+
 Nothing here imports an optional package: the caller has it already. ``blocks`` uses Triton where it is installed.
 """

@@ -120,6 +120,8 @@ def fa3_varlen_args(
     ``alloc.kv``.
 
     ``cu_seqlens_k`` says where rows start and ``seqused_k`` how long they are, so rows may have gaps and any order.
+    In a captured graph, which keeps how long k and v were, they are ``rules.all_tokens(...)``, and ``max_seqlen_k`` is
+    the longest that the graph will see.
     queries: the batch that q is packed by where that is another group's (cross attention, ``causal=False``).
     """
     starts, lengths = row_spans(batch, window_tokens, "FlashAttention with seqused_k")

@@ -152,7 +152,7 @@ def cascade_plan(
 
 def append_args(batch: GroupBatch) -> dict[str, Any]:
     """For ``append_paged_kv_cache(k, v, paged_kv_cache=cache_of(*alloc.kv(layer)), **append_args(batch))``, k and v
-    ``[T, H, D]``.
+    ``[T, H, D]`` in the cache's dtype: it converts nothing (``write.to_cache_dtype`` does, for 8 bits too).
 
     Everything stays on the device. A padding row names the read-trash block in ``kv_indices``; an append there would
     leave numbers, or NaN, where all later batches expect zeroes. So it is renamed to the write-trash block, the next

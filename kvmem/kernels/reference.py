@@ -15,7 +15,7 @@ from kvmem.batch import GroupBatch
 from kvmem.cascade import Cascade, CascadeLevel
 from kvmem.errors import SpecError
 from kvmem.kernels.merge import merge_levels
-from kvmem.kernels.rules import flat_tokens, plain
+from kvmem.kernels.rules import as_bytes, flat_tokens, plain
 
 __all__ = ["cascade_attention", "level_attention", "oracle", "sdpa", "sdpa_lse"]
 
@@ -139,7 +139,7 @@ def level_attention(
             continue
         # Token by token: on the virtual backend, what a block has past a sequence's end may be unmapped.
         slots = (level.kv_indices[first:last].long().unsqueeze(1) * size + offsets).flatten()[:length]
-        k, v = (flat_tokens(blocks).index_select(0, slots).to(dtype) for blocks in cache)
+        k, v = (_select(flat_tokens(blocks), slots).to(dtype) for blocks in cache)
         scores = _scores(q[begin:end].to(dtype), k, scale)
         if causal:
             part = _Part(0, begin, end, 0, length)
@@ -175,7 +175,11 @@ def _tokens(blocks: torch.Tensor, batch: GroupBatch, part: _Part) -> torch.Tenso
     size = batch.block_size
     begin = part.first // size
     ids = batch.block_table[part.row, begin : -(-part.length // size)]
-    return plain(blocks).index_select(0, ids).flatten(0, 1)[part.first - begin * size : part.length - begin * size]
+    return _select(plain(blocks), ids).flatten(0, 1)[part.first - begin * size : part.length - begin * size]
+
+
+def _select(tensor: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    return as_bytes(tensor).index_select(0, ids).view(tensor.dtype)
 
 
 def _mask(part: _Part, window_tokens: int | None, device: torch.device) -> torch.Tensor:

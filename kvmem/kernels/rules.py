@@ -11,7 +11,10 @@ from kvmem.batch import GroupBatch
 from kvmem.cascade import Cascade
 from kvmem.errors import SpecError
 
-__all__ = ["check_cache", "check_guard", "check_strides", "flat_tokens", "host", "plain", "rows_of", "window_left"]
+__all__ = [
+    "all_tokens", "as_bytes", "check_cache", "check_guard", "check_strides", "flat_tokens", "host", "plain", "rows_of",
+    "window_left",
+]  # fmt: skip
 
 #: Kernels keep strides in uint32 (FlashInfer's ``paged_kv_t``).
 STRIDE_LIMIT = 2**32
@@ -22,12 +25,30 @@ def plain(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.as_subclass(torch.Tensor)
 
 
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """8-bit floats as uint8, the same memory; others as they are. For indexing, which not every torch can do in 8-bit
+    floats on every device.
+    """
+    eight_bits = tensor.dtype.is_floating_point and tensor.dtype.itemsize == 1
+    return plain(tensor).view(torch.uint8) if eight_bits else tensor
+
+
 def flat_tokens(blocks: torch.Tensor) -> torch.Tensor:
     """``[num_blocks, block_size, H, W]`` as ``[num_blocks * block_size, H, W]``, a view: index t is what
     ``slot_mapping`` holds.
     """
     num_blocks, block_size, heads, width = blocks.shape
     return plain(blocks).view(num_blocks * block_size, heads, width)
+
+
+def all_tokens(blocks: torch.Tensor) -> torch.Tensor:
+    """As ``flat_tokens``, but with every token that addresses are reserved for, mapped now or not. For what a captured
+    graph keeps: torch checks indices against the length that a tensor had at capture, and rows grow past it.
+    """
+    flat = flat_tokens(blocks)
+    held = flat.untyped_storage().nbytes() // flat.dtype.itemsize - flat.storage_offset()
+    tokens = (held - flat.shape[1] * flat.shape[2]) // flat.stride(0) + 1
+    return flat.as_strided((max(tokens, len(flat)), *flat.shape[1:]), flat.stride())
 
 
 def check_cache(k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -37,20 +37,31 @@ def supports(argument: str) -> bool:
 def attention(
     q: torch.Tensor, cache: tuple[torch.Tensor, torch.Tensor], batch: GroupBatch, *, scale: float | None = None,
     causal: bool = True, window_tokens: int | None = None, queries: GroupBatch | None = None,
+    max_tokens: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """``(out [T, Hq, D], lse [T, Hq])`` by whichever of the two is there. CUDA, fp16 and bf16 only.
 
-    cache: ``Allocator.kv(layer)``. ``SpecError`` where the paged backend cannot be read: block tables need torch 2.12
-    and ``block_size % 256 == 0``.
+    cache: ``Allocator.kv(layer)``. max_tokens: in a captured graph, the longest that a sequence will be; default the
+    longest of the batch, a number that the graph would keep. ``SpecError`` where the paged backend cannot be read:
+    block tables need torch 2.12 and ``block_size % 256 == 0``; and for a cache of another dtype than the queries.
     """
+    if cache[0].dtype != q.dtype:
+        raise SpecError(
+            f"cache: K and V are {cache[0].dtype} and the queries {q.dtype}; torch's flash operator takes one dtype, "
+            "fp16 or bf16: use FlashInfer or FlashAttention 3 for a cache of 8 bits"
+        )
     if supports("seqused_k") and supports("enable_gqa"):
         from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
-        args = varlen_args(batch, scale=scale, causal=causal, window_tokens=window_tokens, queries=queries)
+        args = varlen_args(
+            batch, scale=scale, causal=causal, window_tokens=window_tokens, queries=queries, max_tokens=max_tokens
+        )
         k, v = cache if "block_table" in args else map(flat_tokens, cache)
         out, lse = varlen_attn(q, plain(k), plain(v), return_aux=AuxRequest(lse=True), **args)
     else:
-        args = flash_op_args(batch, scale=scale, causal=causal, window_tokens=window_tokens, queries=queries)
+        args = flash_op_args(
+            batch, scale=scale, causal=causal, window_tokens=window_tokens, queries=queries, max_tokens=max_tokens
+        )
         k, v = map(flat_tokens, cache)
         out, lse, *_ = torch.ops.aten._flash_attention_forward(q, k, v, **args)
     return out, natural_lse(lse)
@@ -58,7 +69,7 @@ def attention(
 
 def flash_op_args(
     batch: GroupBatch, *, scale: float | None = None, causal: bool = True, window_tokens: int | None = None,
-    queries: GroupBatch | None = None,
+    queries: GroupBatch | None = None, max_tokens: int | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """For ``torch.ops.aten._flash_attention_forward(q, k, v, **args)`` over rows, with k and v
     ``rules.flat_tokens(...)``.
@@ -75,7 +86,7 @@ def flash_op_args(
         "cum_seq_q": packed.cu_seqlens_q,
         "cum_seq_k": starts,
         "max_q": packed.max_seqlen_q,
-        "max_k": batch.max_seqlen_k,
+        "max_k": max_tokens or batch.max_seqlen_k,
         "dropout_p": 0.0,
         "is_causal": causal,
         "return_debug_mask": False,
@@ -87,7 +98,7 @@ def flash_op_args(
 
 def varlen_args(
     batch: GroupBatch, *, scale: float | None = None, causal: bool = True, window_tokens: int | None = None,
-    queries: GroupBatch | None = None,
+    queries: GroupBatch | None = None, max_tokens: int | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """For ``varlen_attn(q, k, v, **args)`` of torch 2.12 on: over rows, with k and v ``rules.flat_tokens(...)`` of
     ``alloc.kv``, or where there are none over blocks, with ``alloc.kv`` as it is. Never a copy.
@@ -103,7 +114,7 @@ def varlen_args(
     }
     if batch.rows is not None:
         starts, lengths = row_spans(batch, window_tokens, "varlen_attn")
-        return {**args, "cu_seq_k": starts, "max_k": batch.max_seqlen_k, "seqused_k": lengths}
+        return {**args, "cu_seq_k": starts, "max_k": max_tokens or batch.max_seqlen_k, "seqused_k": lengths}
     if batch.block_size % FA2_BLOCK_TOKENS:
         raise SpecError(
             f"block_size: got {batch.block_size}; torch's flash operator takes block tables of blocks of a multiple of "
