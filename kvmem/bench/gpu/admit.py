@@ -112,8 +112,8 @@ class _Case:
         if way == "finished":
             first.free()
         question = np.append(tokens, np.int32(self._prompt))
-        samples, cached = [], 0
-        for _ in range(max(2, self._count - 2)):
+        samples, cached, alive = [], 0, []
+        for _ in range(max(2, self._count - 3)):
             made: list[Any] = []
 
             def begin(made: list[Any] = made) -> None:
@@ -122,9 +122,12 @@ class _Case:
 
             samples.append(self._timed(begin))
             cached = made[0].num_cached_tokens
-            made[0].free()
-        if way == "shared":
-            first.free()
+            if way == "finished":
+                made[0].free()
+            else:  # its row would be the next one's, as it is
+                alive.append(made[0])
+        for sequence in [*alive, first] if way == "shared" else []:
+            sequence.free()
         return self._row(way, cached, samples)
 
     def _timed(self, call: Callable[[], object]) -> tuple[int, int, int]:

@@ -26,9 +26,8 @@ from kvmem.bench.gpu.sizes import ModelShape, Sizes
 from kvmem.bench.memory import BACKENDS
 from kvmem.bench.spread import Spread
 
-__all__ = ["MAP_AHEAD_TOKENS", "DecodeRow", "decode"]
+__all__ = ["DecodeRow", "decode"]
 
-MAP_AHEAD_TOKENS = 64  # the default on CUDA
 _WARM_UP = 2  # steps of each phase that nobody times; the first captures the graph
 _MARGIN_BYTES = 3 << 30
 _TOLERANCE = 2e-2
@@ -74,14 +73,20 @@ def decode(device: BenchDevice, sizes: Sizes, budget: Budget, report: Report) ->
     sequences, tokens = sizes.decode_sequences, sizes.decode_prompt + _WARM_UP + sizes.decode_steps
     model = _fitting(device, sizes, sequences, tokens)
     report.note(
-        layers=model.layers, layers_of_the_model=sizes.model.layers, map_ahead_tokens=MAP_AHEAD_TOKENS,
+        layers=model.layers, layers_of_the_model=sizes.model.layers, map_ahead_tokens=sizes.map_ahead_tokens,
         captured=device.captures,
         why_fewer_layers=None if model == sizes.model else "three caches and a static pool are held at once",
     )  # fmt: skip
     decoders: list[Decoder] = [Static(device, model, sequences, tokens)]
     for backend in BACKENDS:
         allocator = open_cache(
-            model, device, backend, sequences, tokens, page_bytes=sizes.page_bytes, map_ahead_tokens=MAP_AHEAD_TOKENS
+            model,
+            device,
+            backend,
+            sequences,
+            tokens,
+            page_bytes=sizes.page_bytes,
+            map_ahead_tokens=sizes.map_ahead_tokens,
         )
         decoders.append(Managed(device, model, allocator, sequences, tokens))
     for phase in ("fresh", "parked"):
@@ -96,7 +101,7 @@ def _fitting(device: BenchDevice, sizes: Sizes, sequences: int, tokens: int) -> 
     page = sizes.page_bytes or (2 << 20)
 
     def need(model: ModelShape) -> int:
-        longest = tokens + MAP_AHEAD_TOKENS
+        longest = tokens + sizes.map_ahead_tokens
         ours = sum(budget_bytes(model, name, model.layers, sequences, longest, page) for name in BACKENDS)
         return ours + sequences * tokens * model.token_bytes + (_MARGIN_BYTES if device.kind == "cuda" else 0)
 

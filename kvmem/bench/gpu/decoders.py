@@ -211,11 +211,15 @@ class Managed:
 
 
 class _Lag:
-    """How far the mapper is behind: pages that the books say are mapped, less those that the driver has mapped."""
+    """How far the mapper is behind: pages that the books say are mapped, less those that the driver has mapped.
+
+    Not known on a CPU, whose driver counts runs of pages: 0 there.
+    """
 
     def __init__(self, allocator: Allocator) -> None:
         assert allocator.pool.device.driver is not None
         self._allocator, self._driver = allocator, allocator.pool.device.driver
+        self._counts_pages = self._driver.info.name == "cuda"
         self._decided: list[int] = []
 
     def calls(self) -> int:
@@ -230,6 +234,8 @@ class _Lag:
 
     def now(self) -> tuple[int, int]:
         """Pages not mapped yet, and how many steps ago the oldest of them was decided."""
+        if not self._counts_pages:
+            return 0, 0
         counters = self._driver.counters()
         mapped = counters.map - counters.unmap
         pages = max(0, self._decided[-1] - mapped)

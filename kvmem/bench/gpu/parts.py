@@ -71,7 +71,7 @@ def run_part(
 ) -> dict[str, Any]:
     """One part in this process; its document, which is in ``folder`` too. Errors are the caller's to see."""
     report, budget = Report(name, device, sizes, folder if name != WARM_UP else None, command), Budget(seconds)
-    with one_thread() if device.kind == "cpu" else nullcontext():
+    with one_thread() if device.torch_device.type == "cpu" else nullcontext():
         PARTS[name].run(device, sizes, budget, report)
     report.close(budget.spent, None)
     return report.document

@@ -71,6 +71,7 @@ class Sizes:
     decode_prompt: int = 1024
     decode_steps: int = 512
     decode_turn: int = 32
+    map_ahead_tokens: int = 64  # the default on CUDA
     admit_prompts: tuple[int, ...] = (8192, 32768)
     admit_pages: tuple[int | None, ...] = (None, 16 * _MIB)
     admit_bytes: int = 24 * _GIB
@@ -85,7 +86,7 @@ FULL = Sizes()
 
 TINY = Sizes(
     model=ModelShape(4, 4, 2, 16, torch.float32, 16),
-    page_bytes=64 * 1024,
+    page_bytes=4 * 1024,
     cold_bytes=1 << 16,
     copy_bytes=1 << 22,
     repetitions=2,
@@ -100,6 +101,7 @@ TINY = Sizes(
     decode_prompt=40,
     decode_steps=12,
     decode_turn=4,
+    map_ahead_tokens=4,
     admit_prompts=(256,),
     admit_pages=(64 * 1024,),
     admit_bytes=4 * _MIB,
