@@ -33,6 +33,7 @@ from kvmem.bench.gpu.sizes import TINY
 from kvmem.bench.gpu.vmm import PageCost, RunCost
 from kvmem.bench.tables import load_documents, page
 from kvmem.bench.threads import one_thread
+from kvmem.errors import SpecError
 
 ROWS = {
     "vmm": {"runs": RunCost, "pages": PageCost},
@@ -208,6 +209,11 @@ FLASHINFER = SimpleNamespace(
 def test_the_paths_of_a_gpu_with_flashinfers_stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "flashinfer", FLASHINFER)  # type: ignore[arg-type]
     monkeypatch.delenv("FLASHINFER_DISABLE_JIT", raising=False)
+
+    def refuse(*_: Any) -> Any:  # the real one would, after importing half of torch
+        raise SpecError("block tables need torch 2.12 or newer")
+
+    monkeypatch.setattr("kvmem.kernels.torch_ops.attention", refuse)
     monkeypatch.setattr("kvmem.bench.gpu.attention._MARGIN_BYTES", 0)
     monkeypatch.setattr("kvmem.bench.gpu.decode._MARGIN_BYTES", 0)
     tiny = replace(TINY, attention_cases=((2, 40),), decode_steps=6, repetitions=1)
@@ -218,7 +224,7 @@ def test_the_paths_of_a_gpu_with_flashinfers_stand_in(monkeypatch: pytest.Monkey
     why = {skipped["case"].split(", ", 2)[2]: skipped["why"] for skipped in document["skipped"]}
     assert "prebuilt" in why["FlashInfer prefill, fa3, virtual"]
     assert "fa3_fwd_interface is not installed" in why["fa3-fwd, virtual"]
-    assert "torch flash, virtual" in why
+    assert "torch flash, virtual" in why and "block tables" in why["torch flash, paged"]
     document = run_part("decode", PretendCuda(), tiny, 1e6, None, [])
     assert [row["worst_difference"] < 1e-5 for row in document["results"]["decode"]] == [True] * 6
 
