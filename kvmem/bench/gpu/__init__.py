@@ -5,8 +5,9 @@
 ``device``       the device under measurement: its clock, its graphs, a load of kernels
 ``measure``      contenders in turn, and ratios of what was timed together
 ``memory``       what kernels read: both backends, and static twins with the same content and metadata
-``kernels``      kernels by name, behind one interface
-``vmm`` ...      the parts, a file each: ``vmm``, ``decode``, ``attention``, ``admit``, ``layout``, ``elastic``
+``kernels``      kernels by name, behind one interface; ``attend`` times one of them over several memories
+``decoders``     decode steps over an allocator, and over a ``static_pool``
+``vmm`` ...      a file each: ``vmm``, ``admit``, ``decode``, ``attention``, ``layout``, ``elastic``; ``parts`` lists them
 ``part``         a part's time budget and its JSON document
 ``runner``       the parts one after the other, each in a process of its own
 ``goals``        what was wanted, and whether it was met

@@ -84,21 +84,25 @@ def _case(
 def _memories(
     device: BenchDevice, sizes: Sizes, sequences: int, tokens: int
 ) -> tuple[ModelShape, list[Memory]]:  # fmt: skip
-    page = sizes.page_bytes or (2 << 20)
-
-    def need(model: ModelShape) -> int:
-        ours = (budget_bytes(model, name, model.layers, sequences, tokens, page) for name in BACKENDS)
-        # A twin has the guard and one row more than it needs, so half as much again.
-        static = 3 * static_layers(model, sequences * tokens, sizes.cold_bytes) * sequences * tokens * model.layer_bytes
-        return sum(ours) + static + (_MARGIN_BYTES if device.kind == "cuda" else 0)
-
-    model = fitting(sizes.model, int(sizes.memory_share * device.free_bytes()), need)
+    model = _fitting(device, sizes, sequences, tokens)
     layers = static_layers(model, sequences * tokens, sizes.cold_bytes)
     memories: list[Memory] = []
     for backend in BACKENDS:
         ours = Managed(model, device, backend, sequences, tokens, page_bytes=sizes.page_bytes)
         memories += [ours, static_twin(ours, model, layers)]
     return model, memories
+
+
+def _fitting(device: BenchDevice, sizes: Sizes, sequences: int, tokens: int) -> ModelShape:
+    page = sizes.page_bytes or (2 << 20)
+
+    def need(model: ModelShape) -> int:
+        ours = (budget_bytes(model, backend, model.layers, sequences, tokens, page) for backend in BACKENDS)
+        # The twin of rows has the guard and row 0 too: with one sequence, twice what it needs.
+        static = 3 * static_layers(model, sequences * tokens, sizes.cold_bytes) * sequences * tokens * model.layer_bytes
+        return sum(ours) + static + (_MARGIN_BYTES if device.kind == "cuda" else 0)
+
+    return fitting(sizes.model, int(sizes.memory_share * device.free_bytes()), need)
 
 
 def _ask(memories: Sequence[Memory], new_tokens: int) -> None:

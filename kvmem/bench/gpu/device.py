@@ -30,7 +30,8 @@ class BenchDevice(Protocol):
     @property
     def name(self) -> str: ...
 
-    def synchronize(self) -> None: ...
+    def synchronize(self) -> None:
+        """Waits for what is queued on the current stream, as a decoder does: not for the mapper's stream."""
 
     def capture(self, call: Call) -> Call:
         """``call`` to be repeated: on CUDA a graph of what it launches, recorded after one run to warm up."""
@@ -63,7 +64,7 @@ class CudaDevice:
         return torch.cuda.get_device_name(self.torch_device)
 
     def synchronize(self) -> None:
-        torch.cuda.synchronize()
+        torch.cuda.current_stream().synchronize()
 
     def capture(self, call: Call) -> Call:
         side = torch.cuda.Stream()  # type: ignore[no-untyped-call]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kvmem.bench.gpu.admit import admit
-from kvmem.bench.gpu.attend import FAILURES
+from kvmem.bench.gpu.attend import FAILURES, queries
 from kvmem.bench.gpu.attention import attention
 from kvmem.bench.gpu.decode import decode
 from kvmem.bench.gpu.device import BenchDevice
@@ -47,7 +47,7 @@ def _compile_kernels(device: BenchDevice, sizes: Sizes, budget: Budget, report: 
         memory = Managed(model, device, "paged", 2, 32)
         memory.ask(1)
         try:
-            kernel.prepare(memory, model)
+            kernel.prepare(memory, model)(queries(model, memory), 0)
         except FAILURES as error:
             report.skip(kernel.name, error)
 

@@ -74,7 +74,7 @@ class Sizes:
     map_ahead_tokens: int = 64  # the default on CUDA
     admit_prompts: tuple[int, ...] = (8192, 32768)
     admit_pages: tuple[int | None, ...] = (None, 16 * _MIB)
-    admit_bytes: int = 24 * _GIB
+    admit_bytes: int = 40 * _GIB
     elastic_bytes: int = 24 * _GIB
     elastic_sequences: int = 64
     elastic_prompt: int = 1024
