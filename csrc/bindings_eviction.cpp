@@ -26,7 +26,7 @@ class CheckedPolicy {
     policy_->reserve(ids);
   }
   void insert(i32 id, std::uint64_t key, i32 parent, i64 ordinal) {
-    if (parent != -1) expect(parent, kUsed, kReleased);
+    if (parent != -1) state(parent);  // any: a window may have passed it
     change(id, kGone, kUsed);
     policy_->insert(id, key, parent, ordinal);
   }

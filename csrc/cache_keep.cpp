@@ -75,6 +75,11 @@ void Cache::snapshot(i64 handle) {
                     std::to_string(sequences_.tokens(index, token_group_)) +
                     " in all; all must be committed by their ids, at a multiple of " + std::to_string(block_tokens()));
   }
+  if (contents_[index].state_ahead) {
+    throw SpecError("snapshot: sequence handle " + std::to_string(handle) +
+                    " was truncated, and its state has seen what was cut off: put the state of " +
+                    std::to_string(tokens) + " tokens back and go on; it can be kept after the next commit()");
+  }
   settle();
   collect_chain(index);
   Transaction tx(*pool_, *this);

@@ -205,6 +205,7 @@ void Cache::note_published(i64 index, const i32* tokens, i64 count, std::size_t*
   Content& c = contents_[index];
   if (c.known + count != sequences_.committed(index, token_group_)) return;
   c.known += count;
+  c.state_ahead = c.state_ahead && count == 0;
   const i64 rest = c.known % block_tokens();
   if (static_cast<i64>(c.tail.size()) + count >= block_tokens()) {
     c.tail.assign(tokens + count - rest, tokens + count);
@@ -252,6 +253,7 @@ void Cache::retract_leaving(i64 index, Transaction& tx) {
 void Cache::note_truncated(i64 index, i64 tokens) {
   Content& c = contents_[index];
   if (c.root == kNoNode || tokens >= c.known) return;
+  c.state_ahead = true;
   const i64 rest = tokens % block_tokens();
   if (leaving_.empty()) {
     c.tail.resize(rest);

@@ -23,8 +23,8 @@ class EvictionPolicy {
   virtual void reserve(i64 ids) = 0;
   // Block `id` is cached from now on, and in use. `key` names its content: the same when it comes back after an
   // eviction, equal for two contents with a chance of 2^-64 at most. `parent` is the id of the block before it in its
-  // chain (-1 at the start) and stays cached or in use as long as this one, except where a sliding window passes.
-  // `ordinal` counts the blocks before it.
+  // chain (-1 at the start) and stays cached or in use as long as this one, except where a sliding window passes: then
+  // it may go before this one, or be gone already. `ordinal` counts the blocks before it.
   virtual void insert(i32 id, std::uint64_t key, i32 parent, i64 ordinal) = 0;
   // Another sequence found the block, in use or not. Follows insert(); first block of the chain first.
   virtual void hit(i32 id) = 0;

@@ -108,7 +108,7 @@ void DensityPolicy::insert(i32 id, std::uint64_t key, i32 parent, i64) {
     statistics_.used_again(ghost.uses, begun(ghost), clock_);
     block.uses += ghost.uses;
   }
-  if (parent < 0) return;
+  if (parent < 0 || !at(parent).cached) return;  // a window has passed it
   block.parent = parent;
   block.parent_generation = at(parent).generation;
   if (at(parent).children++ == 0 && at(parent).evictable) {

@@ -68,11 +68,14 @@ class PrefixIndex {
   void finish(bool committed);
 
   // --- use; cannot fail ---
-  i32 open_root(const PrefixKey& key);       // counts one user
-  i32 add(i32 parent, const i32* tokens);    // a node nobody uses; gone at finish() if it got no place
-  void enter(i32 node);                      // one more user
-  void leave(i32 node);                      // one fewer; of a chain, the last block first
-  void hit(i32 node) { policy_.hit(node); }  // a new sequence found it
+  i32 open_root(const PrefixKey& key);     // counts one user
+  i32 add(i32 parent, const i32* tokens);  // a node nobody uses; gone at finish() if it got no place
+  void enter(i32 node);                    // one more user
+  void leave(i32 node);                    // one fewer; of a chain, the last block first
+  // A new sequence found it, or found what lies behind it.
+  void hit(i32 node) {
+    if (nodes_[node].places > 0) policy_.hit(node);
+  }
   void pin(i32 node) { ++nodes_[node].pins, ++pinned_, enter(node); }
   void unpin(i32 node) { --nodes_[node].pins, --pinned_, leave(node); }
   // Of a block that a sliding window has passed there is nothing to keep.

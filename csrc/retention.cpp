@@ -48,7 +48,7 @@ void RetentionPolicy::insert(i32 id, std::uint64_t key, i32 parent, i64 ordinal)
   block.generation = generation;
   block.cached = true;
   base_->insert(id, key, parent, ordinal);
-  if (parent < 0) return;
+  if (parent < 0 || !at(parent).cached) return;  // a window has passed it
   block.parent = parent;
   block.parent_generation = at(parent).generation;
   ++at(parent).children;

@@ -209,17 +209,15 @@ def generate(model, prompts, steps, backend):
     )
     batch = alloc.make_batch(max_sequences=count, max_new_tokens=count, max_tokens=longest)
     steps_of = (FlashInferSteps if ON_GPU else TorchSteps)(model, alloc, batch)
-    ids, one = alloc.open_batch(count), np.ones(count, dtype=np.int32)
+    ids = alloc.open_batch(count)
     lengths = np.array([len(prompt) for prompt in prompts], dtype=np.int32)
     alloc.extend_batch(ids, lengths)  # room, or OutOfMemory and nothing has changed
     tokens = steps_of.prefill(torch.from_numpy(np.concatenate(prompts)).to(DEVICE), alloc.batch(ids))
     alloc.commit_batch(ids, lengths)
     out, begin = [tokens.tolist()], time.perf_counter()
     for _ in range(steps - 1):
-        alloc.extend_batch(ids, one)
-        alloc.fill(ids, batch)
+        alloc.step(ids, batch)  # commits the tokens of the step before, makes room for these, refills the batch
         tokens = steps_of.decode(tokens)
-        alloc.commit_batch(ids, one)
         out.append(tokens.tolist())
     speed = (steps - 1) / (time.perf_counter() - begin)
     alloc.free_batch(ids)

@@ -90,7 +90,7 @@ class Sequence:
         """Keeps the first ``num_tokens`` tokens, as when draft tokens are rejected. Never needs memory.
 
         What is cut off counts as wrong: blocks of it that no other sequence uses are forgotten. ``SpecError`` when some
-        are pinned. To keep them cached, ``fork()`` first.
+        are pinned. To keep them cached, ``fork()`` first. A recurrent state does not go back by itself.
         """
         self._alloc.core.truncate(self._id, check_count("num_tokens", num_tokens))
 
@@ -116,8 +116,9 @@ class Sequence:
     def snapshot(self) -> None:
         """Keeps a copy of the recurrent state, so that a sequence that begins with the same tokens can go on from here.
 
-        All tokens must be committed by their ids, at a multiple of the block size, and the spec must have a component
-        of fixed size; else ``SpecError``. ``OutOfMemory``, and nothing changed, when there is no room for the copy.
+        All tokens must be committed by their ids, at a multiple of the block size, none of them just regained by a
+        truncation, and the spec must have a component of fixed size; else ``SpecError``. ``OutOfMemory``, and nothing
+        changed, when there is no room for the copy.
         """
         self._alloc.core.snapshot(self._id)
 

@@ -129,6 +129,26 @@ def test_a_fixed_state_is_found_where_it_was_kept(make: Make) -> None:
     agree(pair)
 
 
+def test_a_state_that_has_seen_too_much_is_not_kept(make: Make) -> None:
+    """After a truncation the state is of tokens that are gone; after the next ones its owner answers for it again."""
+    pair = world(make)
+    if not pair.model.fixed:
+        return
+    size = pair.model.block_tokens
+    prompt = text(3 * size)
+    handle = pair.open()
+    assert pair.append(handle, prompt)
+    pair.truncate(handle, 2 * size)
+    child = pair.fork(handle)
+    for stale in (handle, child):
+        assert not pair.snapshot(stale)  # SpecError, asserted there
+    assert pair.append(handle, prompt[2 * size :])
+    assert pair.snapshot(handle)
+    assert not pair.snapshot(child)
+    assert pair.match([*prompt, 1]).num_tokens == 3 * size
+    agree(pair)
+
+
 def test_a_window_takes_over_what_it_needs(make: Make) -> None:
     """A sliding window group of a hit holds the window's blocks and no more; its length and front are as if computed."""
     pair = world(make)

@@ -165,20 +165,28 @@ class PrefixLockstep(Lockstep):
             held = model.sequences[handle][g]
             if rules.growth == "token":
                 held.writers[held.committed : held.committed + n] = writers
-            elif rules.growth == "fixed" and held.tokens and n:
-                held.writers[0] = writers[-1]
-            if batch is None or rules.growth == "prefill" or not held.tokens:
+            if batch is None or rules.growth != "token" or not held.tokens:
                 continue
             fields = batch.group(g)
-            assert fields.slot_mapping is not None and fields.positions is not None and fields.block_table is not None
-            if rules.growth == "token":
-                write_slots(
-                    self.alloc, g, fields.slot_mapping, np.array(writers, np.int64),
-                    fields.positions.numpy().astype(np.int64),
-                )  # fmt: skip
-            else:
-                slot = fields.block_table[:1, 0].long() * rules.block_tokens
-                write_slots(self.alloc, g, slot, np.array(writers[-1:], np.int64), np.zeros(1, np.int64))
+            assert fields.slot_mapping is not None and fields.positions is not None
+            write_slots(
+                self.alloc, g, fields.slot_mapping, np.array(writers, np.int64),
+                fields.positions.numpy().astype(np.int64),
+            )  # fmt: skip
+        if n:
+            self._write_state(handle, writers[-1])
+
+    def _write_state(self, handle: int, writer: int) -> None:
+        for g in self.model.fixed:
+            held = self.model.sequences[handle][g]
+            if not held.tokens or held.writers[0] == writer:
+                continue
+            held.writers[0] = writer
+            if self.contents:
+                table = self.alloc.batch(i32(handle), new_tokens=[0]).group(g).block_table
+                assert table is not None
+                slot = table[:1, 0].long() * self.model.groups[g].block_tokens
+                write_slots(self.alloc, g, slot, np.array([writer], np.int64), np.zeros(1, np.int64))
 
     # --- the rest ---
 
@@ -205,6 +213,8 @@ class PrefixLockstep(Lockstep):
             with pytest.raises(kvmem.SpecError):
                 self.seqs[handle].snapshot()
             return False
+        # What was computed for tokens that were never committed is taken back, as its owner must.
+        self._write_state(handle, self.model.contents[handle].last_digest)
         try:
             self.seqs[handle].snapshot()
         except kvmem.OutOfMemory:
@@ -263,8 +273,8 @@ class PrefixLockstep(Lockstep):
             super().set_memory(pages)
 
     def _idle_pins(self) -> bool:
-        """Whether pins keep memory that no sequence uses: the model does not know how much."""
-        return any(not node.users or self.model.windows for _, nodes in self.pins for node in nodes)
+        """Whether pins keep memory that no sequence uses (their snapshots do): the model does not know how much."""
+        return any(not node.users or self.model.windows or node.state for _, nodes in self.pins for node in nodes)
 
     # --- agreement ---
 

@@ -58,6 +58,7 @@ class Content:
     tokens: list[int] = field(default_factory=list)
     digests: list[int] = field(default_factory=list)
     chain: list[Node] = field(default_factory=list)
+    state_ahead: bool = False  # truncated, and not gone on since
 
     @property
     def last_digest(self) -> int:
@@ -223,6 +224,7 @@ class PrefixModel(MemoryOnly):
     def commit_ids(self, handle: int, ids: list[int]) -> None:
         """Known tokens: every block they fill is published, before the windows move on."""
         content = self.contents[handle]
+        content.state_ahead = content.state_ahead and not ids
         if self.is_known(handle):
             content.digests += self.digests_of(handle, ids)
             content.tokens += ids
@@ -264,6 +266,7 @@ class PrefixModel(MemoryOnly):
 
     def truncate(self, handle: int, tokens: int) -> None:
         content, keep = self.contents[handle], tokens // self.block_tokens
+        content.state_ahead = content.state_ahead or tokens < len(content.tokens)
         for node in reversed(content.chain[keep:]):
             node.users -= 1
             if not node.users and node.parent is not None:
@@ -274,7 +277,7 @@ class PrefixModel(MemoryOnly):
     def fork(self, parent: int, child: int) -> None:
         super().fork(parent, child)
         old = self.contents[parent]
-        self.contents[child] = Content(old.root, old.tokens[:], old.digests[:], old.chain[:])
+        self.contents[child] = Content(old.root, old.tokens[:], old.digests[:], old.chain[:], old.state_ahead)
         for node in old.chain:
             node.users += 1
 
@@ -289,7 +292,8 @@ class PrefixModel(MemoryOnly):
     def can_snapshot(self, handle: int) -> bool:
         known = len(self.contents[handle].tokens)
         reserved = self.sequences[handle][self.main].tokens
-        return bool(self.fixed and self.shares and known == reserved > 0 and known % self.block_tokens == 0)
+        whole = known == reserved > 0 and known % self.block_tokens == 0
+        return bool(self.fixed and self.shares and whole and not self.contents[handle].state_ahead)
 
     def clear_cache(self) -> int:
         """Forgets what nobody uses or pins; returns how many nodes."""

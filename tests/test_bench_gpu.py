@@ -83,8 +83,7 @@ def test_decode(reports):
         assert (row["ratio"] is None) == (memory == "static pool")
         if phase == "parked":
             assert (row["driver_calls"], row["late_steps"]) == (0, 0), memory
-        parts = row["extend_us"]["median"] + row["fill_us"]["median"] + row["commit_us"]["median"]
-        assert 0 < row["allocator_us"]["p10"] < row["step_us"]["median"] and parts > 0
+        assert 0 < row["allocator_us"]["median"] < row["step_us"]["median"]
 
 
 def test_admit(reports):

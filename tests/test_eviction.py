@@ -108,6 +108,32 @@ def test_a_parent_that_a_window_left_behind(name):
     assert policy.victim() == 0
 
 
+@pytest.mark.parametrize("undone", [False, True])
+@pytest.mark.parametrize("retention", [False, True])
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_parent_that_a_window_left_behind_before(name, retention, undone):
+    """It is gone when its child comes; the child may go again, and the parent be taken back, in that order."""
+    policy = _core.RetentionPolicy(name, lambda: 0.0) if retention else _core.EvictionPolicy(name)
+    policy.reserve(8)
+    for block in (0, 1, 2):
+        policy.insert(block, 100 + block, block - 1, block)
+    for block in (2, 1, 0):
+        policy.release(block)
+    policy.evict(0)
+    policy.insert(3, 103, 0, 1)
+    policy.release(3)
+    if undone:
+        policy.evict(3)
+        policy.restore(0)
+    left = []
+    while (block := policy.victim()) >= 0:
+        policy.evict(block)
+        left.append(block)
+    assert sorted(left) == ([0, 1, 2] if undone else [1, 2, 3])
+    assert left.index(2) < left.index(1)
+    assert not undone or left[-1] == 0
+
+
 @pytest.mark.parametrize("name", POLICIES)
 def test_memory_stays_what_reserve_took(name):
     """200,000 different blocks through 500 ids."""

@@ -19,6 +19,7 @@ from kvmem.bench.progress import progress
 from kvmem.bench.report import Report
 from kvmem.bench.results import check_writable, without_folders, write_json
 from kvmem.bench.reuse import ReuseReport, Workload, parse_capacities, parse_policies, replay
+from kvmem.bench.speed import run_step
 from kvmem.bench.tables import insert, load_documents, page, summary
 from kvmem.bench.traces import EXCERPT, load_trace
 
@@ -198,6 +199,15 @@ def reuse_command(
     if plot_path is not None:
         for path in write_reuse_plot(result, plot_path):
             report.line(f"wrote {path}")
+
+
+@bench.command("step")
+@click.option("--case", "words", default="", metavar="WORDS", help="Only cases whose name contains this.")
+@click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="After one that warms up.")
+@_takes(_OUTPUT[::2])
+def step_command(words: str, rounds: int, json_path: Path | None, quiet: bool) -> None:
+    """A scheduler's calls, each beside the least that a C++ loop needs for the same bookkeeping."""
+    run_step(words, rounds, json_path, quiet)
 
 
 @bench.command("gpu")

@@ -7,7 +7,7 @@
 ``memory``       what kernels read: both backends, and static twins with the same content and metadata
 ``kernels``      kernels by name, behind one interface; ``attend`` times one of them over several memories
 ``decoders``     decode steps over an allocator, and over a ``static_pool``
-``vmm`` ...      a file each: ``vmm``, ``admit``, ``decode``, ``attention``, ``layout``, ``elastic``; ``parts`` lists them
+``vmm`` ...      and ``admit``, ``decode``, ``attention``, ``layout``, ``elastic``: the parts, listed in ``parts``
 ``part``         a part's time budget and its JSON document
 ``runner``       the parts one after the other, each in a process of its own
 ``goals``        what was wanted, and whether it was met

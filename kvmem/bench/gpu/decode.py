@@ -1,9 +1,9 @@
 """A batch that decodes: the whole step, and the allocator's part of it, against a static pool.
 
-A step makes room for a token of each sequence, fills the metadata, plans the kernel, and writes and attends in every
-layer (one captured graph on CUDA), then waits for the device as a decoder does that needs the tokens. There is no other
-work in it, no matrix product, so the allocator's share is larger here than in a model. Contenders take turns of some
-steps, so that the mapper has no more time than in a decoder of its own.
+A step commits, makes room for a token of each sequence and fills the metadata (`Allocator.step`), plans the kernel, and
+writes and attends in every layer (one captured graph on CUDA); then it waits for the device, as a decoder does that
+needs the tokens. There is no other work in it, no matrix product, so the allocator's share is larger here than in a
+model. Contenders take turns of some steps, so that the mapper has no more time than in a decoder of its own.
 
 Two phases: in ``fresh`` the pages are mapped while the sequences grow, by the mapper; in ``parked`` a second batch
 finds the rows of the first. Prompts differ by a token from each other, so that block and page edges are spread over the
@@ -38,10 +38,10 @@ _PHASE_SECONDS = 25.0
 class DecodeRow:
     """``step_us``: a whole step by the host's clock. ratio: over the static pool's step of the same number.
 
-    allocator_us: extend_us + fill_us + commit_us, of the same step; zeros for the static pool but for fill_us.
-    driver_calls: by any thread, the mapper's included; most_driver_calls: in one step. calls_while_extending: those
-    that happened while ``extend_batch`` ran. The core does not tell threads apart, so they are an upper bound of the
-    calls in the step path: some are the mapper's, at work on the step before.
+    allocator_us: of `Allocator.step`, one call; for the static pool, of filling its metadata. plan_us: of the kernel's.
+    driver_calls: by any thread, the mapper's included; most_driver_calls: in one step. calls_meanwhile: those that
+    happened while `Allocator.step` ran. The core does not tell threads apart, so they are an upper bound of the calls
+    in the step path: some are the mapper's.
     late_steps: steps at whose start the mapper had not yet done what earlier steps had decided; most_lag_steps: how
     many steps back the oldest of that was decided, most_lag_pages: how many pages it was.
     """
@@ -55,13 +55,10 @@ class DecodeRow:
     step_us: Spread
     ratio: Ratio | None
     allocator_us: Spread
-    extend_us: Spread
-    fill_us: Spread
-    commit_us: Spread
     plan_us: Spread
     driver_calls: int
     most_driver_calls: int
-    calls_while_extending: int
+    calls_meanwhile: int
     late_steps: int
     most_lag_steps: int
     most_lag_pages: int
@@ -141,14 +138,13 @@ def _worst_difference(decoders: list[Decoder]) -> float:
 def _row(
     phase: str, name: str, times: list[StepTimes], static: list[int], sizes: Sizes, model: ModelShape, worst: float
 ) -> DecodeRow:
-    whole, extend, fill, commit, plan = (
-        np.array([getattr(step, part) for step in times]) for part in ("whole", "extend", "fill", "commit", "plan")
+    whole, allocator, plan = (
+        np.array([getattr(step, part) for step in times]) for part in ("whole", "allocator", "plan")
     )
     return DecodeRow(
         phase, name, sizes.decode_sequences, sizes.decode_prompt, len(times), model.layers, Spread.of_ns(whole),
-        None if name == "static pool" else Ratio.of(whole.tolist(), static),
-        Spread.of_ns(extend + fill + commit), Spread.of_ns(extend), Spread.of_ns(fill), Spread.of_ns(commit),
+        None if name == "static pool" else Ratio.of(whole.tolist(), static), Spread.of_ns(allocator),
         Spread.of_ns(plan), sum(step.driver_calls for step in times), max(step.driver_calls for step in times),
-        sum(step.calls_while_extending for step in times), sum(step.lag_pages > 0 for step in times),
+        sum(step.calls_meanwhile for step in times), sum(step.lag_pages > 0 for step in times),
         max(step.lag_steps for step in times), max(step.lag_pages for step in times), worst,
     )  # fmt: skip

@@ -30,12 +30,10 @@ class StepTimes:
     """Nanoseconds by the host's clock; for the counts see `kvmem.bench.gpu.decode.DecodeRow`."""
 
     whole: int
+    allocator: int
     plan: int
-    extend: int = 0
-    fill: int = 0
-    commit: int = 0
     driver_calls: int = 0
-    calls_while_extending: int = 0
+    calls_meanwhile: int = 0
     lag_pages: int = 0
     lag_steps: int = 0
 
@@ -144,7 +142,7 @@ class Static:
         planned = perf_counter_ns()
         self.work.run(self.pool.caches, batch)
         self.work.device.synchronize()
-        return StepTimes(perf_counter_ns() - begin, planned - filled, fill=filled - begin)
+        return StepTimes(perf_counter_ns() - begin, filled - begin, planned - filled)
 
     def end(self) -> None:
         pass
@@ -158,7 +156,7 @@ class Managed:
     ) -> None:  # fmt: skip
         self.name: str = allocator.backend
         self.allocator = allocator
-        self._model, self._one = model, np.ones(sequences, dtype=np.int32)
+        self._model = model
         self.batch = allocator.make_batch(max_sequences=sequences, max_new_tokens=sequences, max_tokens=tokens)
         max_blocks = self.batch.full("kv_indices").numel()
         self.work = StepWork(device, model, sequences, max_blocks)
@@ -186,24 +184,20 @@ class Managed:
         lag_pages, lag_steps = self._lag.now()
         calls = [self._lag.calls()]
         begin = perf_counter_ns()
-        self.allocator.extend_batch(self._ids, self._one)
-        extended = perf_counter_ns()
+        self.allocator.step(self._ids, self.batch)
+        stepped = perf_counter_ns()
         calls.append(self._lag.calls())
         watched = perf_counter_ns()
-        self.allocator.fill(self._ids, self.batch)
-        filled = perf_counter_ns()
         self.work.plan(self.batch)
         planned = perf_counter_ns()
         self.work.run(self._caches, self.batch)
         self.work.device.synchronize()
-        ran = perf_counter_ns()
-        self.allocator.commit_batch(self._ids, self._one)
         end = perf_counter_ns()
         calls.append(self._lag.calls())
         self._lag.decided()
         return StepTimes(
-            end - begin - (watched - extended), planned - filled, extended - begin, filled - watched, end - ran,
-            calls[2] - calls[0], calls[1] - calls[0], lag_pages, lag_steps,
+            end - begin - (watched - stepped), stepped - begin, planned - watched, calls[2] - calls[0],
+            calls[1] - calls[0], lag_pages, lag_steps,
         )  # fmt: skip
 
     def end(self) -> None:

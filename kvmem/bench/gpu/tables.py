@@ -143,34 +143,18 @@ def _decode(report: Report) -> _Tables:
             *(format_us(r["step_us"][n]) for n in ("median", "p99", "largest")),
             _ratio(r["ratio"]),
             *(format_us(r["allocator_us"][n]) for n in ("median", "p99", "largest")),
-            *(format_us(r[n]["p99"]) for n in ("extend_us", "fill_us", "commit_us")),
+            _median(r["plan_us"]),
             f"{r['driver_calls'] / r['steps']:.2f}",
             str(r["most_driver_calls"]),
-            str(r["calls_while_extending"]),
+            str(r["calls_meanwhile"]),
             str(r["late_steps"]),
             str(r["most_lag_steps"]),
         ]
         for r in _rows(report, "decode")
     ]
-    columns = [
-        "phase",
-        "memory",
-        "step, us: median",
-        "p99",
-        "max",
-        "over static",
-        "allocator, us: median",
-        "p99",
-        "max",
-        "extend, p99",
-        "fill, p99",
-        "commit, p99",
-        "driver calls a step",
-        "at most",
-        "while extending",
-        "steps begun with the mapper behind",
-        "by at most, steps",
-    ]
+    columns = ["phase", "memory", "step, us: median", "p99", "max", "over static", "allocator, us: median", "p99"]
+    columns += ["max", "the kernel's plan", "driver calls a step", "at most", "during the allocator's part"]
+    columns += ["steps begun with the mapper behind", "by at most, steps"]
     first = next(iter(_rows(report, "decode")), None)
     title = ""
     if first is not None:

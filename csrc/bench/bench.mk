@@ -1,0 +1,24 @@
+#make floor, make callgrind : the two programs beside `python - m kvmem.bench step`, and their instruction counts.
+
+BENCH := build/bench
+BENCH_FLAGS := -O3 -g -DNDEBUG -std=c++17 -Wall -Wextra -fno-strict-aliasing -pthread -Icsrc
+BENCH_CORE := $(patsubst csrc/%.cpp,$(BENCH)/%.o,$(filter-out csrc/bindings%,$(wildcard csrc/*.cpp)))
+
+.PHONY: floor callgrind
+floor: $(BENCH)/floor  ## compile the C++ floor that `bench step` compares with
+
+# No -march=native: valgrind knows fewer instructions than the newest machine.
+$(BENCH)/%.o: csrc/%.cpp csrc/bench/bench.mk
+	@mkdir -p $(@D)
+	$(CXX) $(BENCH_FLAGS) -MMD -MP -c $< -o $@
+
+$(BENCH)/floor: $(BENCH)/bench/floor.o
+	$(CXX) $^ -o $@
+
+$(BENCH)/core: $(BENCH)/bench/core.o $(BENCH_CORE)
+	$(CXX) -pthread $^ -ldl -o $@
+
+-include $(wildcard $(BENCH)/*.d $(BENCH)/*/*.d)
+
+callgrind: $(BENCH)/core $(BENCH)/floor $(READY)  ## count the core's instructions, compare with docs/results/instructions.json
+	$(PY) -m kvmem.bench instructions $(ARGS)

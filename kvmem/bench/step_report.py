@@ -1,0 +1,48 @@
+"""`bench step` as a table: a case a row, the floor and each manager beside its goal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from kvmem.bench.units import format_us
+from kvmem.units import format_bytes
+
+__all__ = ["COLUMNS", "memory_rows", "step_rows"]
+
+COLUMNS = ["case", "manager", "goal", "median", "met", "floor", "times the floor", "p99", "largest", "typical p99 / median"]  # fmt: skip
+
+
+def step_rows(rows: Sequence[dict[str, Any]], floor: str = "floor") -> Iterator[list[str]]:
+    """Cells of `COLUMNS` for the rows of a report (`StepResult` as dicts); the floor's own rows are columns of others.
+
+    "typical": of each position in the round the median of all rounds, so without the machine's own pauses.
+    """
+    floors = {row["case"]: row["us"]["median"] for row in rows if row["manager"] == floor}
+    for row in rows:
+        if row["manager"] == floor:
+            continue
+        us, goal, least = row["us"], row["goal_us"], floors.get(row["case"])
+        yield [
+            f"{row['case']}, us a {row['unit']}",
+            row["manager"],
+            "" if goal is None else format_us(goal),
+            format_us(us["median"]),
+            "" if goal is None else "yes" if us["median"] <= goal else "no",
+            "" if least is None else format_us(least),
+            f"{us['median'] / least:.1f}" if least else "",
+            format_us(us["p99"]),
+            format_us(us["largest"]),
+            f"{row['typical_p99']:.2f}",
+        ]
+
+
+def memory_rows(rows: Sequence[dict[str, Any]]) -> Iterator[list[str]]:
+    """Heap of the books, the largest of each manager and pool."""
+    found: dict[tuple[int, str], int] = {}
+    for row in rows:
+        if row["heap_bytes"] is not None:
+            key = row["pool_blocks"], row["manager"]
+            found[key] = max(found.get(key, 0), row["heap_bytes"])
+    for (pool, manager), size in sorted(found.items()):
+        yield [f"{pool:,} blocks", manager, format_bytes(size), f"{size / pool:.0f}"]
