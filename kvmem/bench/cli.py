@@ -17,7 +17,7 @@ from kvmem.bench.parts import Run, Settings
 from kvmem.bench.plots import write_plots, write_reuse_plot
 from kvmem.bench.progress import progress
 from kvmem.bench.report import Report
-from kvmem.bench.results import check_writable, write_json
+from kvmem.bench.results import check_writable, without_folders, write_json
 from kvmem.bench.reuse import ReuseReport, Workload, parse_capacities, parse_policies, replay
 from kvmem.bench.speed import run_step
 from kvmem.bench.tables import insert, load_documents, page, summary
@@ -208,6 +208,26 @@ def reuse_command(
 def step_command(words: str, rounds: int, json_path: Path | None, quiet: bool) -> None:
     """A scheduler's calls, each beside the least that a C++ loop needs for the same bookkeeping."""
     run_step(words, rounds, json_path, quiet)
+
+
+@bench.command("gpu")
+@click.option("--out", "folder", type=_PATH, required=True, metavar="DIR", help="One JSON report a part goes there.")
+@click.option("--part", metavar="NAME,...", help="vmm, admit, decode, attention, layout, elastic. Default: all.")
+@click.option("--seconds", type=click.FloatRange(min=1), default=460, show_default=True, help="For all parts.")
+@click.option("--device", default="cuda", show_default=True)
+@click.option("--tiny", is_flag=True, help="Sizes that show only that it runs; with --device cpu, no GPU is needed.")
+def gpu_command(folder: Path, part: str | None, seconds: float, device: str, tiny: bool) -> None:
+    """Driver calls, attention, decoding, admission and moving memory on a GPU, in under eight minutes."""
+    from kvmem.bench.gpu.runner import parse_parts, run_all
+    from kvmem.bench.gpu.tables import goal_lines
+
+    def say(line: str) -> None:
+        click.echo(line)
+
+    parts, command = parse_parts(part), without_folders(sys.argv[1:])
+    documents = run_all(parts, folder, device=device, tiny=tiny, seconds=seconds, command=command, say=say)
+    for line in goal_lines(documents):
+        say(line)
 
 
 @bench.command("table")

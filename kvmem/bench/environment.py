@@ -8,9 +8,12 @@ import subprocess
 from importlib import metadata
 from pathlib import Path
 
-__all__ = ["environment"]
+import kvmem
+
+__all__ = ["device_facts", "environment"]
 
 _PACKAGES = ("kvmem", "torch", "numpy", "transformers")
+_GPU_PACKAGES = ("flashinfer-python", "fa3-fwd", "triton")
 
 
 def environment() -> dict[str, str | int | float | None]:
@@ -23,17 +26,48 @@ def environment() -> dict[str, str | int | float | None]:
         "cpus": len(os.sched_getaffinity(0)),
         "load_1min": os.getloadavg()[0],
     }
-    return facts | {name: _version(name) for name in _PACKAGES} | {"commit": _commit()}
+    versions = {name: _version(name) for name in _PACKAGES}
+    versions["kvmem"] = versions["kvmem"] or kvmem.__version__  # not installed, run from its folder
+    return facts | versions | {"commit": _commit()}
+
+
+def device_facts(kind: str) -> dict[str, str | int | float | None]:
+    """Of the device that a part runs on: ``kind`` is torch's device type. Flat, JSON-ready."""
+    if kind != "cuda":
+        return {"device": "cpu"}
+    import torch
+
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return {
+        "device": properties.name,
+        "device_bytes": properties.total_memory,
+        "compute_capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "driver": _driver_version(),
+        "cuda": torch.version.cuda,
+        **{name: _version(name) for name in _GPU_PACKAGES},
+    }
+
+
+def _driver_version() -> str | None:
+    command = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return next(iter(done.stdout.split()), None)
 
 
 def _commit() -> str | None:
-    """Of the checkout that this file is in, marked ``-dirty`` when a tracked file differs; None outside of one."""
+    """Of the checkout that this file is in, marked ``-dirty`` when a tracked file differs. Outside of one, as on a
+    machine that got a copy of the tree, the environment variable ``KVMEM_COMMIT``, or None.
+    """
     command = ("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None
+        return os.environ.get("KVMEM_COMMIT")
+    return done.stdout.strip() or os.environ.get("KVMEM_COMMIT")
 
 
 def _cpu_name() -> str:

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from kvmem.bench.errors import BenchError
+from kvmem.bench.gpu.tables import gpu_page, gpu_summary
+from kvmem.bench.markdown import table as _table
 from kvmem.bench.results import SCHEMA_VERSION
 from kvmem.bench.units import format_percent, format_seconds, format_us
 from kvmem.units import format_bytes
@@ -60,7 +62,9 @@ def _load(path: Path) -> Document:
         report = json.loads(path.read_text(encoding="utf-8"))
         if report["schema_version"] != SCHEMA_VERSION:
             raise BenchError(f"{path}: a report of version {report['schema_version']}; this reads {SCHEMA_VERSION}")
-        if "default_policy" in report:  # of `reuse`
+        if "gpu_part" in report:
+            setup, parts = report["setup"], {"gpu": [report]}
+        elif "default_policy" in report:  # of `reuse`
             setup, parts = report["trace"] | {"default_policy": report["default_policy"]}, {"reuse": report["results"]}
         else:
             setup, parts = report["setup"], report["results"]
@@ -80,7 +84,9 @@ def page(documents: Sequence[Document]) -> str:
     if replays:
         lines += ["## Rounding at request end, beside the bytes in use", "", *_table(_WASTE, _waste(replays), 2), ""]
         lines += ["## Replays", "", _META, "", *_table(_REPLAY, _replays(replays), 2), ""]
-    for document in documents:
+    reports = [report for document in documents for report in document.parts["gpu"]]
+    lines += [*gpu_page(reports), ""]
+    for document in (document for document in documents if not document.parts["gpu"]):
         lines += [f"## {document.file}", "", f"`{document.run}`", "", f"On {document.machine}.", ""]
         for title, columns, rows in _details(document):
             lines += [title, "", *_table(columns, rows, 2), ""]
@@ -120,7 +126,8 @@ def summary(documents: Sequence[Document]) -> str:
         f"`python -m kvmem.bench replay --trace FILE` on {replays[0].environment['cpus']} shared cores of an "
         f"{replays[0].environment['cpu']}, no GPU; more, and the reports, in [docs/results](docs/results/README.md)."
     )
-    return "\n".join([text, "", *_table(columns, rows), *_generation(documents)])
+    gpu = gpu_summary([report for document in documents for report in document.parts["gpu"]])
+    return "\n".join([text, "", *_table(columns, rows), *_generation(documents), "", *gpu])
 
 
 def _generation(documents: Sequence[Document]) -> Iterator[str]:
@@ -152,12 +159,6 @@ _WASTE = [
 ]
 _REPLAY = ["trace", "pool", "fitted, at most", "running, mean", "preemptions", "time to serve, simulated",
            "driver calls", "us a step: median", "p99", "growing steps: median", "p99"]  # fmt: skip
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1) -> list[str]:
-    """The first ``texts`` columns are words; numbers stand at the right edge."""
-    lines = [columns, ["---" if index < texts else "---:" for index in range(len(columns))], *rows]
-    return [f"| {' | '.join(line)} |" for line in lines]
 
 
 def _title(document: Document) -> str:
