@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Batched", "OneByOne", "heap_bytes", "open_books"]
 
+_MALLINFO2 = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
 _TRASH_BLOCKS = 2
 _PAGE_BYTES = {"meta": 2 << 20, "cpu": 64 << 10}
 
@@ -114,8 +115,7 @@ class OneByOne(Batched):
 
 
 class _Mallinfo2(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_size_t) for name in (
-        "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")]  # fmt: skip
+    _fields_ = [(name, ctypes.c_size_t) for name in _MALLINFO2]
 
 
 def heap_bytes() -> int | None:

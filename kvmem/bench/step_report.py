@@ -10,7 +10,8 @@ from kvmem.units import format_bytes
 
 __all__ = ["COLUMNS", "memory_rows", "step_rows"]
 
-COLUMNS = ["case", "manager", "goal", "median", "met", "floor", "times the floor", "p99", "largest", "typical p99 / median"]  # fmt: skip
+COLUMNS = ["case", "manager", "goal", "median", "met", "floor", "times the floor", "p99", "largest",
+           "typical p99 / median"]  # fmt: skip
 
 
 def step_rows(rows: Sequence[dict[str, Any]], floor: str = "floor") -> Iterator[list[str]]:
