@@ -78,7 +78,8 @@ class VllmManager:
             request.num_computed_tokens += 1
         self.manager.take_events()
         if self.metadata:
-            self.table.commit_block_table(len(requests))
+            table = self.table.block_table  # as commit_block_table() does, which asks for an accelerator's stream
+            table.gpu[: len(requests)].copy_(table.cpu[: len(requests)])
 
     def release(self, i: int) -> None:
         self.manager.free(self.requests[i])
