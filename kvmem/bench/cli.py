@@ -225,7 +225,7 @@ def peers_command(installed: Path, rounds: int, json_path: Path | None, quiet: b
 @click.pass_context
 def instructions_command(context: click.Context, json_path: Path, quiet: bool) -> None:
     """Counts the core's instructions with callgrind (`make callgrind`) and rewrites the file; exit code 1 if one of its
-    cases grew by more than a tenth.
+    cases grew by a tenth or more.
     """
     context.exit(0 if run_instructions(json_path, quiet) else 1)
 
@@ -235,7 +235,7 @@ def instructions_command(context: click.Context, json_path: Path, quiet: bool) -
 @click.argument("newer", type=_PATH)
 @click.pass_context
 def compare_command(context: click.Context, older: Path, newer: Path) -> None:
-    """Two files of `instructions`; exit code 1 if a case grew by more than a tenth, or is gone."""
+    """Two files of `instructions`; exit code 1 if a case grew by a tenth or more, or is gone."""
     context.exit(0 if run_compare(older, newer) else 1)
 
 
