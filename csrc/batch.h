@@ -1,6 +1,8 @@
 // The metadata that attention kernels read, for one step and one group, in the caller's buffers. The buffers keep their
-// addresses, so a captured graph that reads them stays valid; a step only rewrites their contents.
+// addresses, so a captured graph that reads them stays valid; a step only rewrites what has changed since the last.
 #pragma once
+
+#include <vector>
 
 #include "geometry.h"
 #include "types.h"
@@ -9,7 +11,7 @@ namespace kvmem {
 
 // B = rows of the batch (sequences, then padding), T = new tokens of the step. Null pointers are skipped.
 struct BatchBuffers {
-  i64 max_sequences = 0, max_new_tokens = 0, max_blocks = 0, max_indices = 0;
+  i64 max_sequences = 0, max_new_tokens = 0, max_blocks = 0, max_indices = 0, max_deltas = 0;
   i32* block_table = nullptr;       // [max_sequences, max_blocks], entries past a sequence's last block are 0
   i32* seq_lens = nullptr;          // [B] tokens including this step's
   i32* first_tokens = nullptr;      // [B] first token still held (sliding windows)
@@ -23,10 +25,36 @@ struct BatchBuffers {
   i32* kv_last_page_len = nullptr;  // [B] tokens in the last block, 1 .. block_size
   i32* rows = nullptr;              // [B] virtual: the row of each sequence
   i32* row_starts = nullptr;        // [B + 1] virtual: row * row_tokens; the closing entry repeats the last
+  i64* delta_places = nullptr;      // [max_deltas] entries of the table that changed: row * max_blocks + column
+  i32* delta_blocks = nullptr;      // [max_deltas] and what they are now
+};
+
+// What the last fill left in a row of the buffers.
+struct RowMark {
+  i64 handle = kNobody, version = 0;
+  i64 dropped = 0, blocks = 0;  // table entries [dropped, blocks) are its blocks, all others 0
+  i64 index_at = -1;            // where its part of kv_indices begins
+  static constexpr i64 kNobody = INT64_MIN;
+};
+
+struct BatchMarks {
+  explicit BatchMarks(const BatchBuffers& out) : rows(out.max_sequences), max_blocks(out.max_blocks) { clear(); }
+  // Nothing is known of the buffers any more.
+  void clear() {
+    for (RowMark& mark : rows) mark = RowMark(), mark.blocks = max_blocks;
+    filled = 0;
+  }
+
+  std::vector<RowMark> rows;
+  i64 max_blocks;
+  i64 filled = 0;  // rows of the last fill: only their parts of kv_indices stand
 };
 
 struct BatchSizes {
   i64 new_tokens = 0, indices = 0, max_new_tokens = 0, max_tokens = 0, rows = 0;
+  i64 deltas = 0;                     // entries of the table that changed, -1 if more than max_deltas
+  i64 table_from = 0, table_end = 0;  // rows of the table with changes
+  i64 indices_from = 0;               // kv_indices before it stand as they were
 };
 
 // Where one sequence's entries of one group lie, for kernels.
@@ -34,30 +62,40 @@ struct Placement {
   const i32* blocks = nullptr;  // paged: the block table's row
   i64 first_block = 0;          // virtual: the row's first block; the others follow
   i64 row = -1;                 // virtual: the row, -1 where there are none
+  i64 version = 0;              // while it stays, entries are only added at the end
 };
 
 // What one row of a batch says: `fresh` new tokens at the end of `length`, of which those before `first` are dropped.
 struct BatchRow {
-  i64 length = 0, fresh = 0, first = 0;
+  i64 handle = RowMark::kNobody, length = 0, fresh = 0, first = 0;
   Placement at;
 };
 
-// Writes rows one after the other. SpecError when a buffer is too small for the next one.
+// Writes rows one after the other. SpecError when a buffer is too small for the next one; the marks are to be cleared
+// then.
 class BatchWriter {
  public:
-  BatchWriter(const BatchBuffers& out, i64 block_tokens, i64 row_tokens);
+  BatchWriter(const BatchBuffers& out, BatchMarks& marks, i64 block_tokens, i64 row_tokens);
   void add(const BatchRow& row);
   void pad();  // a row that reads the read-trash block and writes the write-trash block
-  const BatchSizes& sizes() const { return sizes_; }
+  BatchSizes finish();
 
  private:
-  void check_room(i64 blocks, i64 fresh) const;
-  void write_blocks(i32* to, const BatchRow& row, i64 blocks) const;
+  void check_room(i64 blocks, i64 fresh) const {
+    const bool fits = blocks <= out_.max_blocks && sizes_.indices + blocks <= out_.max_indices &&
+                      sizes_.new_tokens + fresh <= out_.max_new_tokens;
+    if (!fits) refuse(blocks, fresh);
+  }
+  [[noreturn]] void refuse(i64 blocks, i64 fresh) const;
+  void write_table(const BatchRow& row, i64 dropped, i64 blocks, RowMark& mark);
+  void change(const BatchRow& row, i64 from, i64 to, bool zero);
+  void write_indices(const BatchRow& row, i64 dropped, i64 blocks);
   void write_new_tokens(const BatchRow& row);
   void close_row(i64 length, i64 fresh, i64 blocks, i64 first, i64 row);
 
   const BatchBuffers& out_;
-  const i64 size_, row_tokens_;
+  BatchMarks& marks_;
+  const i64 size_, row_tokens_, filled_before_;
   i64 all_tokens_ = 0;
   BatchSizes sizes_;
 };

@@ -14,9 +14,10 @@ class Cache;
 void bind_drivers(nanobind::module_& m);  // bindings_drivers.cpp
 void bind_core(nanobind::module_& m);     // bindings_core.cpp
 void bind_prefix_options(nanobind::module_& m);
-void bind_prefix(nanobind::class_<Cache>& cache);  // bindings_prefix.cpp
-void bind_events(nanobind::module_& m);            // bindings_events.cpp
-void bind_eviction(nanobind::module_& m);          // bindings_eviction.cpp
+void bind_prefix(nanobind::class_<Cache>& cache);                       // bindings_prefix.cpp
+void bind_batch(nanobind::module_& m, nanobind::class_<Cache>& cache);  // bindings_batch.cpp
+void bind_events(nanobind::module_& m);                                 // bindings_events.cpp
+void bind_eviction(nanobind::module_& m);                               // bindings_eviction.cpp
 
 // Arrays never convert: a conversion would let writes to a wrong-typed output vanish into a temporary copy.
 template <class T>
@@ -29,5 +30,11 @@ inline void same_length(const In<i32>& handles, const In<i32>& counts) {
     throw SpecError("got " + std::to_string(handles.shape(0)) + " handles and " + std::to_string(counts.shape(0)) +
                     " counts");
   }
+}
+
+inline void check_ids(const In<i32>& tokens) {
+  i32 all = 0;
+  for (size_t i = 0; i < tokens.shape(0); ++i) all |= tokens.data()[i];
+  if (all < 0) throw SpecError("tokens: got a negative id; token ids are 0 or more");
 }
 }  // namespace kvmem

@@ -55,63 +55,6 @@ std::vector<Op> from_records(const nb::sequence& records) {
   return ops;
 }
 
-// The buffers of a batch, kept alive beside their addresses.
-struct Buffers {
-  BatchBuffers at;
-  std::vector<nb::object> owners;
-};
-
-template <class T>
-T* take(Buffers& b, const nb::object& owner, const char* name, i64 least) {
-  if (owner.is_none()) return nullptr;
-  Out<T> array;
-  // convert = false: a copy would be written in place of the caller's array
-  if (!nb::try_cast(owner, array, false) || static_cast<i64>(array.shape(0)) < least) {
-    throw SpecError(std::string(name) + ": needs a contiguous writable CPU array of at least " + std::to_string(least) +
-                    " " + (sizeof(T) == 8 ? "int64" : "int32"));
-  }
-  b.owners.push_back(owner);
-  return array.data();
-}
-
-void bind_buffers(nb::module_& m) {
-  nb::class_<Buffers>(m, "BatchBuffers", "Where Cache.fill() writes; one array per field of kvmem.Batch, or None.")
-      .def(
-          "__init__",
-          [](Buffers* self, i64 max_sequences, i64 max_new_tokens, i64 max_blocks, i64 max_indices,
-             nb::object block_table, nb::object seq_lens, nb::object first_tokens, nb::object slot_mapping,
-             nb::object positions, nb::object batch_indices, nb::object cu_seqlens_q, nb::object cu_seqlens_k,
-             nb::object kv_indptr, nb::object kv_indices, nb::object kv_last_page_len, nb::object rows,
-             nb::object row_starts) {
-            Buffers b;
-            b.at.max_sequences = max_sequences;
-            b.at.max_new_tokens = max_new_tokens;
-            b.at.max_blocks = max_blocks;
-            b.at.max_indices = max_indices;
-            const i64 n = max_sequences;
-            b.at.block_table = take<i32>(b, block_table, "block_table", n * max_blocks);
-            b.at.seq_lens = take<i32>(b, seq_lens, "seq_lens", n);
-            b.at.first_tokens = take<i32>(b, first_tokens, "first_tokens", n);
-            b.at.slot_mapping = take<i64>(b, slot_mapping, "slot_mapping", max_new_tokens);
-            b.at.positions = take<i32>(b, positions, "positions", max_new_tokens);
-            b.at.batch_indices = take<i32>(b, batch_indices, "batch_indices", max_new_tokens);
-            b.at.cu_seqlens_q = take<i32>(b, cu_seqlens_q, "cu_seqlens_q", n + 1);
-            b.at.cu_seqlens_k = take<i32>(b, cu_seqlens_k, "cu_seqlens_k", n + 1);
-            b.at.kv_indptr = take<i32>(b, kv_indptr, "kv_indptr", n + 1);
-            b.at.kv_indices = take<i32>(b, kv_indices, "kv_indices", max_indices);
-            b.at.kv_last_page_len = take<i32>(b, kv_last_page_len, "kv_last_page_len", n);
-            b.at.rows = take<i32>(b, rows, "rows", n);
-            b.at.row_starts = take<i32>(b, row_starts, "row_starts", n + 1);
-            new (self) Buffers(std::move(b));
-          },
-          nb::kw_only(), "max_sequences"_a, "max_new_tokens"_a, "max_blocks"_a, "max_indices"_a,
-          "block_table"_a.none() = nb::none(), "seq_lens"_a.none() = nb::none(), "first_tokens"_a.none() = nb::none(),
-          "slot_mapping"_a.none() = nb::none(), "positions"_a.none() = nb::none(),
-          "batch_indices"_a.none() = nb::none(), "cu_seqlens_q"_a.none() = nb::none(),
-          "cu_seqlens_k"_a.none() = nb::none(), "kv_indptr"_a.none() = nb::none(), "kv_indices"_a.none() = nb::none(),
-          "kv_last_page_len"_a.none() = nb::none(), "rows"_a.none() = nb::none(), "row_starts"_a.none() = nb::none());
-}
-
 void bind_geometry(nb::module_& m) {
   nb::enum_<Growth>(m, "Growth")
       .value("token", Growth::token)
@@ -284,23 +227,6 @@ nb::class_<Cache> bind_cache(nb::module_& m) {
       .def(
           "row", [](Cache& c, i64 handle, i64 group) { return c.place(handle, group).row; }, "handle"_a, "group"_a = -1)
       .def(
-          "fill",
-          [](Cache& c, In<i32> handles, std::optional<In<i32>> new_tokens, i64 group, i64 rows, const Buffers& out) {
-            if (new_tokens) same_length(handles, *new_tokens);
-            const i64 n = static_cast<i64>(handles.shape(0));
-            BatchSizes s;
-            {
-              nb::gil_scoped_release release;
-              s = c.fill(handles.data(), n, new_tokens ? new_tokens->data() : nullptr, group, rows, out.at);
-            }
-            return nb::make_tuple(s.rows, s.new_tokens, s.indices, s.max_new_tokens, s.max_tokens);
-          },
-          "handles"_a.noconvert(), "new_tokens"_a.noconvert().none(), "group"_a, "rows"_a, "out"_a,
-          nb::sig("def fill(self, handles: NDArray[numpy.int32], new_tokens: NDArray[numpy.int32] | None, group: int, "
-                  "rows: "
-                  "int, out: BatchBuffers) -> tuple[int, int, int, int, int]"),
-          "Returns rows, new tokens, indices, most new tokens of a sequence, longest sequence.")
-      .def(
           "common_blocks",
           [](Cache& c, In<i32> handles, i64 group, Out<i64> blocks) {
             const i64 n = static_cast<i64>(handles.shape(0));
@@ -342,11 +268,11 @@ nb::class_<Cache> bind_cache(nb::module_& m) {
 
 void bind_core(nb::module_& m) {
   bind_geometry(m);
-  bind_buffers(m);
   bind_pool(m);
   bind_stats(m);
   bind_prefix_options(m);
   nb::class_<Cache> cache = bind_cache(m);
+  bind_batch(m, cache);
   bind_prefix(cache);
 }
 

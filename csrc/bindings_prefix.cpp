@@ -35,12 +35,6 @@ void check_tokens(const In<i32>& counts, const In<i32>& tokens) {
 }
 
 // None of them may be negative: a padding value among the ids would be shared as if it were a token.
-void check_ids(const In<i32>& tokens) {
-  i32 all = 0;
-  for (size_t i = 0; i < tokens.shape(0); ++i) all |= tokens.data()[i];
-  if (all < 0) throw SpecError("tokens: got a negative id; token ids are 0 or more");
-}
-
 }  // namespace
 
 void bind_prefix_options(nb::module_& m) {

@@ -82,7 +82,13 @@ class Cache final : public TableState {
 
   // Writes one group's metadata for these sequences, then padding rows up to `rows`. `new_tokens` null: what is
   // reserved but not committed. SpecError when a buffer is too small; nothing is promised about its contents then.
-  BatchSizes fill(const i32* handles, i64 n, const i32* new_tokens, i64 group, i64 rows, const BatchBuffers& out);
+  // `marks` say what the last fill of the same buffers left there.
+  BatchSizes fill(const i32* handles, i64 n, const i32* new_tokens, i64 group, i64 rows, const BatchBuffers& out,
+                  BatchMarks& marks);
+  // All of a step: makes room for counts[i] more tokens, commits those that were reserved before it (`tokens`: the
+  // `num_tokens` ids of all of them, or null), and fills the first group that grows with the tokens.
+  BatchSizes step(const i32* handles, const i32* counts, i64 n, const i32* tokens, i64 num_tokens, i64 rows,
+                  const BatchBuffers& out, BatchMarks& marks);
 
   // out[i]: how many leading whole blocks sequences i and i + 1 have in common, as memory; n - 1 entries. 0 throughout
   // for groups with a window and for states.
@@ -139,6 +145,8 @@ class Cache final : public TableState {
   void check_group(i64 group) const;
   void follow(const std::vector<Op>& ops, Transaction& tx);
   void check_once(i64 index);
+  void make_room(const i32* handles, const i32* counts, i64 n, i64 group);
+  void take_back_room(const i32* counts, i64 n);
   bool plan_extend(const i32* handles, const i32* counts, i64 n, i64 group);
   void grow(const i32* handles, const i32* counts, i64 n, i64 group);
   void grow_one(i64 index, i64 count, i64 group, Transaction& tx);
@@ -149,7 +157,10 @@ class Cache final : public TableState {
   void set_length(i64 index, i64 g, i64 tokens, Transaction& tx);
   void set_committed(i64 index, i64 g, i64 tokens, Transaction& tx);
   void set_front(i64 index, i64 g, i64 token, Transaction& tx);
-  BatchRow step_of(i64 handle, i64 g, const i32* new_tokens);
+  BatchRow row_of(i64 index, i64 g, const i32* new_tokens) const;
+  void prepare_padding(i64 n, i64 g, i64 rows, const BatchBuffers& out);
+  BatchSizes write_batch(i64 n, const i32* new_tokens, i64 g, i64 rows, const BatchBuffers& out,
+                         BatchMarks& marks) const;
   bool can_share(i64 g) const;
   void arrange(const std::vector<i64>& places, i64 depth, i64 g, i64** order) const;
   struct Alike {  // sequences with `blocks` blocks in common
@@ -162,6 +173,8 @@ class Cache final : public TableState {
   Found find_cached(i32 root, const i32* tokens, i64 n);
   bool try_adopt(i64 handle, const Found& found);
   MatchEnd why_not_more(const PrefixKey& key, i32 root, const i32* tokens, i64 n, i64 found) const;
+  void commit_planned(const i32* counts, i64 n, i64 group, const i32* tokens);
+  bool moves_windows(const i32* counts, i64 n, i64 group) const;
   void write_committed(const i32* counts, i64 n, i64 group, bool undoable);
   void start_content(i64 index, const PrefixKey& key);
   void collect_published(i64 index, const i32* tokens, i64 count);
@@ -193,6 +206,7 @@ class Cache final : public TableState {
   std::vector<i32> chain_, partial_, block_, leaving_;  // of the call in progress
   std::vector<Published> published_;
   std::vector<i64> indices_;  // of the call in progress
+  std::vector<i32> due_;      // what a step commits of each
   std::vector<i64> stamp_;    // by sequence: the last call that named it
   i64 call_ = 0;
   ForkGuard fork_guard_;

@@ -52,6 +52,11 @@ bool Cache::lacks_trash(i64 g, i64 tokens) const {
 
 void Cache::extend(const i32* handles, const i32* counts, i64 n, i64 group) {
   Lock lock = enter();
+  make_room(handles, counts, n, group);
+  leave();
+}
+
+void Cache::make_room(const i32* handles, const i32* counts, i64 n, i64 group) {
   if (plan_extend(handles, counts, n, group)) {
     for (i64 i = 0; i < n; ++i) {
       for (i64 g = group_begin(group); g < group_end(group); ++g) {
@@ -67,7 +72,6 @@ void Cache::extend(const i32* handles, const i32* counts, i64 n, i64 group) {
     grow(handles, counts, n, group);
   }
   if (geometry_.map_ahead_tokens > 0) map_ahead(n, group);
-  leave();
 }
 
 void Cache::grow(const i32* handles, const i32* counts, i64 n, i64 group) {
@@ -143,7 +147,6 @@ void Cache::commit(const i32* handles, const i32* counts, i64 n, i64 group, cons
   Lock lock = enter();
   check_group(group);
   ++call_;
-  bool windows = false;
   indices_.resize(n);
   for (i64 i = 0; i < n; ++i) {
     const i64 index = indices_[i] = sequences_.index(handles[i]);
@@ -156,15 +159,21 @@ void Cache::commit(const i32* handles, const i32* counts, i64 n, i64 group, cons
                         std::to_string(handles[i]) + "; " + std::to_string(have - done) +
                         " are reserved and not committed: extend() comes first");
       }
-      windows = windows || window_front(index, g, done + counts[i]) != sequences_.front(index, g);
     }
   }
+  commit_planned(counts, n, group, tokens);
+  leave();
+}
+
+// For the sequences in indices_. Needs no memory.
+void Cache::commit_planned(const i32* counts, i64 n, i64 group, const i32* tokens) {
   published_.clear();
   const bool known = prefix_.on && tokens != nullptr && group < 0;
   const i32* next = tokens;
   for (i64 i = 0; known && i < n; next += counts[i++]) collect_published(indices_[i], next, counts[i]);
+  const bool undoable = pool_->recording || !published_.empty() || moves_windows(counts, n, group);
   try {
-    write_committed(counts, n, group, windows || pool_->recording || !published_.empty());
+    write_committed(counts, n, group, undoable);
   } catch (...) {
     leave_published();
     throw;
@@ -172,24 +181,36 @@ void Cache::commit(const i32* handles, const i32* counts, i64 n, i64 group, cons
   next = tokens;
   std::size_t at = 0;
   for (i64 i = 0; known && i < n; next += counts[i++]) note_published(indices_[i], next, counts[i], &at);
-  leave();
+}
+
+bool Cache::moves_windows(const i32* counts, i64 n, i64 group) const {
+  for (i64 g = group_begin(group); g < group_end(group); ++g) {
+    if (geometry_.groups[g].window_tokens == 0 || !grows(g, group)) continue;
+    for (i64 i = 0; i < n; ++i) {
+      const i64 index = indices_[i];
+      if (window_front(index, g, sequences_.committed(index, g) + counts[i]) != sequences_.front(index, g)) return true;
+    }
+  }
+  return false;
 }
 
 void Cache::write_committed(const i32* counts, i64 n, i64 group, bool undoable) {
+  if (!undoable) {
+    for (i64 g = group_begin(group); g < group_end(group); ++g) {
+      for (i64 i = 0; i < n && grows(g, group); ++i) sequences_.committed(indices_[i], g) += counts[i];
+    }
+    return;
+  }
   Transaction tx(*pool_, *this);
   for (const Published& p : published_) table_->publish(p.index, p.ordinal, p.node, tx);
   for (i64 i = 0; i < n; ++i) {
     for (i64 g = group_begin(group); g < group_end(group); ++g) {
       if (!grows(g, group) || counts[i] == 0) continue;
       const i64 index = indices_[i], done = sequences_.committed(index, g) + counts[i];
-      if (undoable) {
-        const i64 old = sequences_.front(index, g), first = window_front(index, g, done);
-        set_committed(index, g, done, tx);
-        if (first != old) table_->drop_front(index, g, old, first, tx);
-        set_front(index, g, first, tx);
-      } else {
-        sequences_.committed(index, g) = done;
-      }
+      const i64 old = sequences_.front(index, g), first = window_front(index, g, done);
+      set_committed(index, g, done, tx);
+      if (first != old) table_->drop_front(index, g, old, first, tx);
+      set_front(index, g, first, tx);
     }
   }
   tx.commit();
@@ -224,44 +245,6 @@ void Cache::truncate(i64 handle, i64 tokens) {
   tx.commit();
   note_truncated(index, tokens);
   leave();
-}
-
-// What this step does for one sequence: every reserved token that is not committed, unless the caller says how many.
-BatchRow Cache::step_of(i64 handle, i64 g, const i32* new_tokens) {
-  const i64 index = sequences_.index(handle);
-  const i64 done = sequences_.committed(index, g), have = sequences_.tokens(index, g);
-  const bool chosen = new_tokens && geometry_.groups[g].growth == Growth::token;
-  BatchRow row;
-  row.fresh = geometry_.groups[g].growth == Growth::fixed ? 0 : chosen ? *new_tokens : have - done;
-  row.length = chosen ? done + row.fresh : have;
-  if (row.fresh < 0 || row.length > have) {
-    throw SpecError("a step of " + std::to_string(row.fresh) + " new tokens for sequence handle " +
-                    std::to_string(handle) + ", which has " + std::to_string(have - done) + " reserved");
-  }
-  row.first = sequences_.front(index, g);
-  row.at = table_->place(index, g);
-  return row;
-}
-
-BatchSizes Cache::fill(const i32* handles, i64 n, const i32* new_tokens, i64 group, i64 rows, const BatchBuffers& out) {
-  Lock lock = enter();
-  check_group(group);
-  const i64 g = group < 0 ? token_group_ : group;
-  rows = std::max(rows, n);
-  if (rows > out.max_sequences) {
-    throw SpecError("a batch of " + std::to_string(rows) + " rows does not fit buffers for " +
-                    std::to_string(out.max_sequences));
-  }
-  if (rows > n && !table_->has_trash(g)) {
-    settle();
-    Transaction tx(*pool_, *this);
-    table_->back_trash(g, tx);
-    tx.commit();
-  }
-  BatchWriter writer(out, geometry_.groups[g].block_tokens, geometry_.groups[g].row_tokens);
-  for (i64 i = 0; i < n; ++i) writer.add(step_of(handles[i], g, new_tokens ? new_tokens + i : nullptr));
-  for (i64 i = n; i < rows; ++i) writer.pad();
-  return writer.sizes();
 }
 
 }  // namespace kvmem

@@ -22,6 +22,7 @@ PagedBlocks::PagedBlocks(const Geometry& geometry, PagePool& pool, const Sequenc
   }
   first_.push_back(static_cast<i64>(pages_.size()));
   copy_tail_.assign(geometry.max_sequences * groups_, 0);
+  version_.assign(geometry.max_sequences * groups_, 0);
 }
 
 PagedBlocks::~PagedBlocks() {
@@ -110,7 +111,10 @@ void PagedBlocks::apply(const Op& op) {
   }
   place = static_cast<i32>(op.c);
   if (op.c != 0) acquire(b, op.c);
-  if (op.d != 0) drop(b, op.d);
+  if (op.d != 0) {
+    drop(b, op.d);
+    ++version_[index * groups_ + op.at];
+  }
 }
 
 bool PagedBlocks::is_mapped(i32 arena, i64 slot, i64 count) const {

@@ -64,12 +64,13 @@ class PagedBlocks : public PageTable {
   i64 offset_bytes(i64 index, i64 group, i64 a, i64 token) const override {
     const Blocks& b = blocks_[group];
     const i64 bytes = geometry_.groups[group].token_bytes[a];
-    return (entry(index, group, token / b.tokens) * b.tokens + token % b.tokens) * bytes;
+    return (entry(index, group, quotient(token, b.tokens)) * b.tokens + remainder(token, b.tokens)) * bytes;
   }
 
   Placement place(i64 index, i64 group) const override {
     Placement p;
     p.blocks = &blocks_[group].table[index * blocks_[group].per_sequence];
+    p.version = version_[index * groups_ + group];
     return p;
   }
 
@@ -116,6 +117,7 @@ class PagedBlocks : public PageTable {
   std::vector<Blocks> blocks_;           // by group
   std::vector<std::vector<i32>> pages_;  // [arena][slot], -1 where nothing is mapped
   std::vector<std::uint8_t> copy_tail_;  // [sequence][group]: look whether the tail block is shared before writing
+  std::vector<std::uint32_t> version_;   // [sequence][group]: counts the entries that were replaced or taken out
   i64 idle_pages_ = 0;                   // mapped, but under no referenced block
 
  private:

@@ -15,7 +15,7 @@ class Sequences {
   Sequences(i64 max_sequences, i64 groups)
       : groups_(groups),
         tenants_(max_sequences, 0),
-        live_(max_sequences, 0),
+        handles_(max_sequences, kNone),
         free_(max_sequences),
         tokens_(max_sequences * groups, 0),
         committed_(max_sequences * groups, 0),
@@ -25,15 +25,15 @@ class Sequences {
     free_count_ = max_sequences;
   }
 
-  i64 capacity() const { return static_cast<i64>(live_.size()); }
+  i64 capacity() const { return static_cast<i64>(handles_.size()); }
   i64 count() const { return capacity() - free_count_; }
-  bool live(i64 index) const { return live_[index] != 0; }
+  bool live(i64 index) const { return handles_[index] != kNone; }
   i64 handle_of(i64 index) const { return (i64{tenants_[index]} << bits_) | index; }
 
   // The place a handle stands for. StaleHandle when it was freed or never given out.
   i64 index(i64 handle) const {
     const i64 index = handle & ((i64{1} << bits_) - 1);
-    if (handle < 0 || index >= capacity() || !live_[index] || handle_of(index) != handle) throw_stale(handle);
+    if (index >= capacity() || handles_[index] != handle) throw_stale(handle);
     return index;
   }
 
@@ -59,12 +59,12 @@ class Sequences {
       head_ = (head_ + 1) % capacity();
       --free_count_;
     }
-    live_[index] = 1;
+    handles_[index] = handle;
   }
 
   void on_close(i64 handle, bool undo) {
     const i64 place = index(handle);
-    live_[place] = 0;
+    handles_[place] = kNone;
     if (undo) {
       tenants_[place] = static_cast<i32>(previous_tenant(place));
       head_ = (head_ + capacity() - 1) % capacity();
@@ -95,9 +95,11 @@ class Sequences {
 
   const i64 groups_;
   int bits_ = 0;
+  static constexpr i64 kNone = INT64_MIN;  // no int32 handle
+
   std::vector<i32> tenants_;
-  std::vector<std::uint8_t> live_;
-  std::vector<i32> free_;  // a ring of free places, oldest at head_
+  std::vector<i64> handles_;  // of the live sequence at each place
+  std::vector<i32> free_;     // a ring of free places, oldest at head_
   i64 head_ = 0, free_count_ = 0;
   std::vector<i64> tokens_, committed_, front_;
 };

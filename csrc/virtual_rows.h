@@ -67,8 +67,8 @@ class VirtualRows : public PageTable {
 
   Placement place(i64 index, i64 group) const override {
     Placement p;
-    p.row = std::max(i32{0}, row_of_[index]);
-    p.first_block = p.row * (geometry_.groups[group].row_tokens / geometry_.groups[group].block_tokens);
+    p.row = p.version = std::max(i32{0}, row_of_[index]);
+    p.first_block = p.row * quotient(geometry_.groups[group].row_tokens, geometry_.groups[group].block_tokens);
     return p;
   }
 

@@ -236,13 +236,6 @@ class GroupGeometry:
 class Geometry:
     def __init__(self, *, page_bytes: int, max_sequences: int, rows: int, tail_guard_tokens: int, map_ahead_tokens: int, zero: Zero, debug: bool, groups: Sequence[GroupGeometry]) -> None: ...
 
-class BatchBuffers:
-    """
-    Where Cache.fill() writes; one array per field of kvmem.Batch, or None.
-    """
-
-    def __init__(self, *, max_sequences: int, max_new_tokens: int, max_blocks: int, max_indices: int, block_table: object | None = None, seq_lens: object | None = None, first_tokens: object | None = None, slot_mapping: object | None = None, positions: object | None = None, batch_indices: object | None = None, cu_seqlens_q: object | None = None, cu_seqlens_k: object | None = None, kv_indptr: object | None = None, kv_indices: object | None = None, kv_last_page_len: object | None = None, rows: object | None = None, row_starts: object | None = None) -> None: ...
-
 class PagePool:
     """Physical pages under one budget; see kvmem.PagePool."""
 
@@ -358,11 +351,6 @@ class Cache:
 
     def row(self, handle: int, group: int = -1) -> int: ...
 
-    def fill(self, handles: NDArray[numpy.int32], new_tokens: NDArray[numpy.int32] | None, group: int, rows: int, out: BatchBuffers) -> tuple[int, int, int, int, int]:
-        """
-        Returns rows, new tokens, indices, most new tokens of a sequence, longest sequence.
-        """
-
     def common_blocks(self, handles: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], group: int, blocks: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu')]) -> None: ...
 
     def cascade_order(self, handles: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], group: int, order: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu')]) -> None: ...
@@ -386,6 +374,16 @@ class Cache:
     def mapped_extent_bytes(self, group: int, arena: int) -> int: ...
 
     def handles(self) -> list[int]: ...
+
+    def fill(self, handles: NDArray[numpy.int32], new_tokens: NDArray[numpy.int32] | None, group: int, rows: int, out: BatchBuffers) -> tuple[int, int, int, int, int, int, int, int, int]:
+        """
+        Returns rows, new tokens, indices, most new tokens of a sequence, longest sequence; then entries of the table that changed (-1: more than were noted), the rows that hold them as a range, and where kv_indices changed first.
+        """
+
+    def step(self, handles: NDArray[numpy.int32], counts: NDArray[numpy.int32], tokens: NDArray[numpy.int32] | None, rows: int, out: BatchBuffers) -> tuple[int, int, int, int, int, int, int, int, int]:
+        """
+        Returns rows, new tokens, indices, most new tokens of a sequence, longest sequence; then entries of the table that changed (-1: more than were noted), the rows that hold them as a range, and where kv_indices changed first.
+        """
 
     def admit(self, tokens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], salt: bytes, extra_key: bytes) -> tuple[int, int]:
         """A new sequence: its handle, and how many tokens it has."""
@@ -414,6 +412,13 @@ class Cache:
 
     def drain_events(self, max: int, restart: bool) -> tuple[EventRecords, dict[int, tuple[bytes, bytes]]]:
         """Records, and the (salt, extra key) of the roots that they name."""
+
+class BatchBuffers:
+    """
+    Where Cache.fill() writes; one array per field of kvmem.Batch, or None.
+    """
+
+    def __init__(self, *, max_sequences: int, max_new_tokens: int, max_blocks: int, max_indices: int, block_table: object | None = None, seq_lens: object | None = None, first_tokens: object | None = None, slot_mapping: object | None = None, positions: object | None = None, batch_indices: object | None = None, cu_seqlens_q: object | None = None, cu_seqlens_k: object | None = None, kv_indptr: object | None = None, kv_indices: object | None = None, kv_last_page_len: object | None = None, rows: object | None = None, row_starts: object | None = None, delta_places: object | None = None, delta_blocks: object | None = None) -> None: ...
 
 def eviction_policy_names() -> list[str]:
     """What `policy=` of an allocator may be; the default first."""

@@ -130,6 +130,7 @@ class Allocator:
         self.cached_rows, self._geometry = self._lay_out(limit, max(limit, home.total_bytes or 4 * limit), rows)
         self._main = next((i for i, g in enumerate(spec.groups) if g.growth == "token"), 0)
         self._arenas: dict[tuple[int, int], torch.Tensor] = {}
+        self._ones = np.ones(self.max_sequences, np.int32)
         self.core = _core.Cache(
             geometry=_core.Geometry(
                 page_bytes=self.pool.page_bytes,
@@ -349,6 +350,38 @@ class Allocator:
             except TypeError as error:
                 raise not_int32(ids) from error
             group.update(sizes, self.core, ids.copy(), index)
+
+    def step(
+        self,
+        ids: Handles,
+        batch: Batch,
+        *,
+        counts: Handles | None = None,
+        tokens: Handles | None = None,
+        pad_to: int | None = None,
+    ) -> None:
+        """All that a decode loop does between two runs of the model, in one call: what was reserved before is
+        committed, room is made for ``counts[i]`` more tokens of each sequence, and ``batch`` is refilled for these.
+
+        ids: int32 [n]. counts: int32 [n], default 1 each. tokens: the ids of the tokens committed, one sequence's after
+        the other's, int32 [how many were reserved]; without them their blocks cannot be shared. Everything as by
+        ``commit_batch``, ``extend_batch`` and ``fill``, but nothing has changed after an error. Only what differs from
+        the batch's last fill is written and uploaded, see ``table_deltas``.
+        """
+        main = batch.group(self._main)
+        amounts = self._ones[: len(ids)] if counts is None else counts
+        rows = 0 if pad_to is None else at_least_zero("pad_to", pad_to)
+        main.begin()
+        try:
+            sizes = self.core.step(ids, amounts, tokens, rows, main.buffers)
+        except TypeError as error:
+            raise not_int32(ids, amounts, *([] if tokens is None else [tokens])) from error
+        named = ids.copy()
+        main.update(sizes, self.core, named, self._main)
+        for index, group in enumerate(batch.groups):
+            if group is not main:
+                group.begin()
+                group.update(self.core.fill(ids, None, index, rows, group.buffers), self.core, named, index)
 
     def cascade_order(self, sequences: Iterable[Sequence | int] | Handles, *, group: int | None = None) -> Order:
         """An order of ``sequences`` for ``Batch.cascade()``: int64 [n], a permutation of 0 to n - 1 that puts those

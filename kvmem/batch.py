@@ -37,6 +37,31 @@ _FIELDS = {
 }
 
 
+_PER_ROW = ("B", "B+1")
+#: Sections of a buffer begin at multiples of so many int32: kernels load 16 bytes at once.
+_ALIGN = 16
+
+Sizes = tuple[int, int, int, int, int, int, int, int, int]
+
+
+class _Small:
+    """The fields with an entry for each row, side by side in one buffer, so that a step uploads them with one copy."""
+
+    def __init__(self, lengths: dict[str, int], device: torch.device) -> None:
+        on_gpu = device.type == "cuda"
+        starts, total = {}, 0
+        for name, length in lengths.items():
+            starts[name] = total
+            total += -(-length // _ALIGN) * _ALIGN
+        self._host = torch.zeros(total, dtype=torch.int32, pin_memory=on_gpu)
+        self._device = self._host.to(device) if on_gpu else self._host
+        self.host = {name: self._host[at : at + lengths[name]] for name, at in starts.items()}
+        self.device = {name: self._device[at : at + lengths[name]] for name, at in starts.items()}
+
+    def upload(self) -> None:
+        self._device.copy_(self._host, non_blocking=True)
+
+
 class GroupBatch:
     """One group's metadata. ``B`` rows (sequences, then padding rows), ``T`` new tokens. Values are valid until the
     next fill.
@@ -98,6 +123,7 @@ class GroupBatch:
         self.num_rows = self.num_new_tokens = self.num_indices = self.max_seqlen_q = self.max_seqlen_k = 0
         self._max_blocks = max_blocks
         self._filled: tuple[_core.Cache, Handles, int] | None = None
+        self._num_deltas = 0
         lengths = {
             "B": max_sequences,
             "B+1": max_sequences + 1,
@@ -106,12 +132,20 @@ class GroupBatch:
             "BM": max_sequences * max_blocks,
         }
         on_gpu = device.type == "cuda"
+        fields = {name: of for name, of in _FIELDS.items() if has_rows or name not in ("rows", "row_starts")}
+        self._small = _Small({name: lengths[shape] for name, (_, shape) in fields.items() if shape in _PER_ROW}, device)
         self._host = {
-            name: torch.zeros(lengths[shape], dtype=dtype, pin_memory=on_gpu)
-            for name, (dtype, shape) in _FIELDS.items()
-            if has_rows or name not in ("rows", "row_starts")
+            name: self._small.host[name]
+            if shape in _PER_ROW
+            else torch.zeros(lengths[shape], dtype=dtype, pin_memory=on_gpu)
+            for name, (dtype, shape) in fields.items()
         }
-        self._device = {name: host.to(device) for name, host in self._host.items()} if on_gpu else self._host
+        self._device = self._host
+        if on_gpu:
+            self._device = {name: self._small.device.get(name, host.to(device)) for name, host in self._host.items()}
+        max_deltas = 4 * max_sequences + 64  # above that whole rows of the table are uploaded
+        self._places = torch.zeros(max_deltas, dtype=torch.int64, pin_memory=on_gpu)
+        self._blocks = torch.zeros(max_deltas, dtype=torch.int32, pin_memory=on_gpu)
         self._uploaded = torch.cuda.Event() if on_gpu else None  # type: ignore[no-untyped-call]
         self.buffers = _core.BatchBuffers(
             max_sequences=max_sequences,
@@ -119,6 +153,8 @@ class GroupBatch:
             max_blocks=max_blocks,
             max_indices=max_indices,
             **{name: tensor.numpy() for name, tensor in self._host.items()},
+            delta_places=self._places.numpy(),
+            delta_blocks=self._blocks.numpy(),
         )
 
     def begin(self) -> None:
@@ -126,20 +162,45 @@ class GroupBatch:
         if self._uploaded is not None:
             self._uploaded.synchronize()
 
-    def update(self, sizes: tuple[int, int, int, int, int], core: _core.Cache, ids: Handles, group: int) -> None:
-        """Takes the sizes that the core has filled in, and uploads what is used on torch's current stream.
+    def update(self, sizes: Sizes, core: _core.Cache, ids: Handles, group: int) -> None:
+        """Takes the sizes that the core has filled in, and uploads what has changed on torch's current stream.
 
         core, ids, group: what ``cascade()`` asks for shared blocks; the batch keeps them, so ids must not change.
         """
         self._filled = (core, ids, group)
-        self.num_rows, self.num_new_tokens, self.num_indices, self.max_seqlen_q, self.max_seqlen_k = sizes
-        self.__dict__.pop("_views", None)
+        before = (self.num_rows, self.num_new_tokens, self.num_indices)
+        self.num_rows, self.num_new_tokens, self.num_indices, self.max_seqlen_q, self.max_seqlen_k = sizes[:5]
+        self._num_deltas, table_from, table_end, indices_from = sizes[5:]
+        if before != (self.num_rows, self.num_new_tokens, self.num_indices):
+            self.__dict__.pop("_views", None)
         if self._uploaded is None:
             return
-        for name, host in self._host.items():
-            used = self._used(name)
-            self._device[name][:used].copy_(host[:used], non_blocking=True)
+        self._small.upload()
+        for name in ("slot_mapping", "positions", "batch_indices"):
+            self._upload(name, 0, self.num_new_tokens)
+        self._upload("kv_indices", indices_from, self.num_indices)
+        if self._num_deltas < 0:
+            self._upload("block_table", table_from * self._max_blocks, table_end * self._max_blocks)
+        elif self._num_deltas > 0:
+            table = self._device["block_table"]
+            places, blocks = (x.to(table.device, non_blocking=True) for x in self._deltas())
+            table.scatter_(0, places, blocks)
         self._uploaded.record()
+
+    def _upload(self, name: str, begin: int, end: int) -> None:
+        if begin < end:
+            self._device[name][begin:end].copy_(self._host[name][begin:end], non_blocking=True)
+
+    def _deltas(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._places[: self._num_deltas], self._blocks[: self._num_deltas]
+
+    @property
+    def table_deltas(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """What the last fill changed in ``block_table``, for who keeps a copy of it elsewhere: places (int64 [n],
+        ``row * M + column`` with the M that the batch was made for) and blocks (int32 [n]), on the CPU. None when that
+        was more than ``4 * max_sequences + 64`` entries, as in the first fill: copy the table then.
+        """
+        return None if self._num_deltas < 0 else self._deltas()
 
     def _used(self, name: str) -> int:
         counts = {"B": self.num_rows, "B+1": self.num_rows + 1, "T": self.num_new_tokens, "N": self.num_indices}

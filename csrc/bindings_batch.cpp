@@ -1,0 +1,135 @@
+// kvmem._core.BatchBuffers, and the calls that fill it.
+
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/vector.h>
+
+#include "bindings.h"
+#include "cache.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace kvmem {
+namespace {
+
+// The buffers of a batch, kept alive beside their addresses.
+struct Buffers {
+  BatchBuffers at;
+  BatchMarks marks;
+  std::vector<nb::object> owners;
+};
+
+template <class T>
+T* take(std::vector<nb::object>& owners, const nb::object& owner, const char* name, i64 least) {
+  if (owner.is_none()) return nullptr;
+  Out<T> array;
+  // convert = false: a copy would be written in place of the caller's array
+  if (!nb::try_cast(owner, array, false) || static_cast<i64>(array.shape(0)) < least) {
+    throw SpecError(std::string(name) + ": needs a contiguous writable CPU array of at least " + std::to_string(least) +
+                    " " + (sizeof(T) == 8 ? "int64" : "int32"));
+  }
+  owners.push_back(owner);
+  return array.data();
+}
+
+void bind_buffers(nb::module_& m) {
+  nb::class_<Buffers>(m, "BatchBuffers", "Where Cache.fill() writes; one array per field of kvmem.Batch, or None.")
+      .def(
+          "__init__",
+          [](Buffers* self, i64 max_sequences, i64 max_new_tokens, i64 max_blocks, i64 max_indices,
+             nb::object block_table, nb::object seq_lens, nb::object first_tokens, nb::object slot_mapping,
+             nb::object positions, nb::object batch_indices, nb::object cu_seqlens_q, nb::object cu_seqlens_k,
+             nb::object kv_indptr, nb::object kv_indices, nb::object kv_last_page_len, nb::object rows,
+             nb::object row_starts, nb::object delta_places, nb::object delta_blocks) {
+            BatchBuffers at;
+            std::vector<nb::object> owners;
+            at.max_sequences = max_sequences;
+            at.max_new_tokens = max_new_tokens;
+            at.max_blocks = max_blocks;
+            at.max_indices = max_indices;
+            const i64 n = max_sequences;
+            at.block_table = take<i32>(owners, block_table, "block_table", n * max_blocks);
+            at.seq_lens = take<i32>(owners, seq_lens, "seq_lens", n);
+            at.first_tokens = take<i32>(owners, first_tokens, "first_tokens", n);
+            at.slot_mapping = take<i64>(owners, slot_mapping, "slot_mapping", max_new_tokens);
+            at.positions = take<i32>(owners, positions, "positions", max_new_tokens);
+            at.batch_indices = take<i32>(owners, batch_indices, "batch_indices", max_new_tokens);
+            at.cu_seqlens_q = take<i32>(owners, cu_seqlens_q, "cu_seqlens_q", n + 1);
+            at.cu_seqlens_k = take<i32>(owners, cu_seqlens_k, "cu_seqlens_k", n + 1);
+            at.kv_indptr = take<i32>(owners, kv_indptr, "kv_indptr", n + 1);
+            at.kv_indices = take<i32>(owners, kv_indices, "kv_indices", max_indices);
+            at.kv_last_page_len = take<i32>(owners, kv_last_page_len, "kv_last_page_len", n);
+            at.rows = take<i32>(owners, rows, "rows", n);
+            at.row_starts = take<i32>(owners, row_starts, "row_starts", n + 1);
+            if (!delta_places.is_none()) {
+              at.delta_places = take<i64>(owners, delta_places, "delta_places", 0);
+              at.max_deltas = static_cast<i64>(nb::len(delta_places));
+              at.delta_blocks = take<i32>(owners, delta_blocks, "delta_blocks", at.max_deltas);
+              if (!at.delta_blocks) throw SpecError("delta_places and delta_blocks: both or neither");
+            }
+            new (self) Buffers{at, BatchMarks(at), std::move(owners)};
+          },
+          nb::kw_only(), "max_sequences"_a, "max_new_tokens"_a, "max_blocks"_a, "max_indices"_a,
+          "block_table"_a.none() = nb::none(), "seq_lens"_a.none() = nb::none(), "first_tokens"_a.none() = nb::none(),
+          "slot_mapping"_a.none() = nb::none(), "positions"_a.none() = nb::none(),
+          "batch_indices"_a.none() = nb::none(), "cu_seqlens_q"_a.none() = nb::none(),
+          "cu_seqlens_k"_a.none() = nb::none(), "kv_indptr"_a.none() = nb::none(), "kv_indices"_a.none() = nb::none(),
+          "kv_last_page_len"_a.none() = nb::none(), "rows"_a.none() = nb::none(), "row_starts"_a.none() = nb::none(),
+          "delta_places"_a.none() = nb::none(), "delta_blocks"_a.none() = nb::none());
+}
+
+nb::tuple sizes_tuple(const BatchSizes& s) {
+  return nb::make_tuple(s.rows, s.new_tokens, s.indices, s.max_new_tokens, s.max_tokens, s.deltas, s.table_from,
+                        s.table_end, s.indices_from);
+}
+
+const char* const kSizes =
+    "Returns rows, new tokens, indices, most new tokens of a sequence, longest sequence; then entries of the table "
+    "that "
+    "changed (-1: more than were noted), the rows that hold them as a range, and where kv_indices changed first.";
+
+}  // namespace
+
+void bind_batch(nb::module_& m, nb::class_<Cache>& cache) {
+  bind_buffers(m);
+  cache
+      .def(
+          "fill",
+          [](Cache& c, In<i32> handles, std::optional<In<i32>> new_tokens, i64 group, i64 rows, Buffers& out) {
+            if (new_tokens) same_length(handles, *new_tokens);
+            const i64 n = static_cast<i64>(handles.shape(0));
+            BatchSizes s;
+            {
+              nb::gil_scoped_release release;
+              s = c.fill(handles.data(), n, new_tokens ? new_tokens->data() : nullptr, group, rows, out.at, out.marks);
+            }
+            return sizes_tuple(s);
+          },
+          "handles"_a.noconvert(), "new_tokens"_a.noconvert().none(), "group"_a, "rows"_a, "out"_a,
+          nb::sig("def fill(self, handles: NDArray[numpy.int32], new_tokens: NDArray[numpy.int32] | None, group: int, "
+                  "rows: int, out: BatchBuffers) -> tuple[int, int, int, int, int, int, int, int, int]"),
+          kSizes)
+      .def(
+          "step",
+          [](Cache& c, In<i32> handles, In<i32> counts, std::optional<In<i32>> tokens, i64 rows, Buffers& out) {
+            same_length(handles, counts);
+            if (tokens) check_ids(*tokens);
+            const i64 n = static_cast<i64>(handles.shape(0));
+            const i64 known = tokens ? static_cast<i64>(tokens->shape(0)) : 0;
+            BatchSizes s;
+            {
+              nb::gil_scoped_release release;
+              s = c.step(handles.data(), counts.data(), n, tokens ? tokens->data() : nullptr, known, rows, out.at,
+                         out.marks);
+            }
+            return sizes_tuple(s);
+          },
+          "handles"_a.noconvert(), "counts"_a.noconvert(), "tokens"_a.noconvert().none(), "rows"_a, "out"_a,
+          nb::sig("def step(self, handles: NDArray[numpy.int32], counts: NDArray[numpy.int32], "
+                  "tokens: NDArray[numpy.int32] | None, rows: int, out: BatchBuffers) "
+                  "-> tuple[int, int, int, int, int, int, int, int, int]"),
+          kSizes);
+}
+
+}  // namespace kvmem
