@@ -332,7 +332,7 @@ class SchedulerCache:
         if group not in self._lists:
             self._lists[group] = self._open_list(group)
         buffers, entries = self._lists[group]
-        _, _, count, _, _ = self.allocator.core.fill(handle, None, group, 0, buffers)
+        count = self.allocator.core.fill(handle, None, group, 0, buffers)[2]
         return entries[:count]
 
     def _open_list(self, group: int) -> tuple[_core.BatchBuffers, Handles]:

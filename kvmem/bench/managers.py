@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from kvmem import _core
 from kvmem.bench.memory import Backend
 from kvmem.bench.model import load_model
 from kvmem.bench.pools import Int32s
@@ -60,21 +59,13 @@ def _spec(workload: Workload, device: str) -> CacheSpec:
 
 
 class Batched:
-    """A step is one call a verb for the whole batch."""
+    """A step is one call for the whole batch, and writes all metadata, as far as it has changed."""
 
     def __init__(self, workload: Workload, allocator: Allocator) -> None:
         self.workload, self.allocator = workload, allocator
         self.ids = np.zeros(workload.sequences, np.int32)
-        self.one = np.ones(workload.sequences, np.int32)
         self.batch = allocator.make_batch(max_new_tokens=workload.sequences, max_tokens=workload.max_tokens)
         self.sequences: list[Sequence | None] = [None] * workload.sequences
-        self.slots = _core.BatchBuffers(
-            max_sequences=workload.sequences,
-            max_new_tokens=workload.sequences,
-            max_blocks=workload.max_tokens // workload.block,
-            max_indices=workload.blocks,
-            slot_mapping=np.zeros(workload.sequences, np.int64),
-        )
 
     def admit(self, i: int, prompt: Int32s) -> None:
         sequence = self.allocator.sequence(prompt if self.workload.cache else None)
@@ -85,14 +76,7 @@ class Batched:
         self.sequences[i] = sequence
 
     def step(self, last: Int32s | None) -> None:
-        allocator = self.allocator
-        if last is not None:
-            allocator.commit_batch(self.ids, self.one, last if self.workload.cache else None)
-        allocator.extend_batch(self.ids, self.one)
-        if self.workload.metadata:
-            allocator.fill(self.ids, self.batch)
-        else:
-            allocator.core.fill(self.ids, None, 0, 0, self.slots)
+        self.allocator.step(self.ids, self.batch, tokens=last if self.workload.cache else None)
 
     def release(self, i: int) -> None:
         sequence = self.sequences[i]

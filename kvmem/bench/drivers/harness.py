@@ -52,20 +52,22 @@ def run_round(
 
 def serve(make: Callable[[dict[str, Any]], Any], version: str) -> None:
     """Talks JSON lines. First in: the workload; out: ``{"version": ...}``. Then in: a folder with ``prompts.npy`` and
-    ``answers.npy``; out: what `run_round` gave, and ``peak_bytes`` of the process above what it had after the imports.
+    ``answers.npy``; out: what `run_round` gave, and ``peak_bytes`` of the process above what it had before, less
+    the prompts.
     """
     workload = json.loads(sys.stdin.readline())
     base = _resident()
     manager = make(workload)
     _say({"version": version})
     for line in sys.stdin:
-        folder = Path(json.loads(line))
+        before, folder = _resident(), Path(json.loads(line))
         prompts = np.load(folder / "prompts.npy").tolist()
         answers = np.load(folder / "answers.npy").tolist()
+        grown = _resident() - before
         result: dict[str, Any] = dict(
             run_round(manager, prompts, answers, workload["block"], not workload["evict"], thread_time_ns)
         )
-        _say(result | {"peak_bytes": max(0, _resident() - base)})
+        _say(result | {"peak_bytes": max(0, _resident() - grown - base)})
 
 
 def _say(message: dict[str, Any]) -> None:
