@@ -5,6 +5,7 @@ from kvmem.batch import Batch
 from kvmem.errors import DeviceError, KVMemError, OutOfMemory, SpecError, StaleHandle, TierError
 from kvmem.pool import PagePool
 from kvmem.prefix import Pin, PrefixMatch
+from kvmem.scheduler import SchedulerCache, TableChanges
 from kvmem.sequence import Sequence
 from kvmem.spec import CacheSpec, Component, Group
 from kvmem.stats import Stats
@@ -23,9 +24,11 @@ __all__ = [
     "PagePool",
     "Pin",
     "PrefixMatch",
+    "SchedulerCache",
     "Sequence",
     "SpecError",
     "StaleHandle",
     "Stats",
+    "TableChanges",
     "TierError",
 ]

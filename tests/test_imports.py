@@ -28,7 +28,7 @@ LEVELS: dict[str, int] = {
             "spec_rules stats units",
             "protocols",
             "backends device eviction layouts prefix streams tiers transfer",
-            "allocator pool sequence views",
+            "allocator pool scheduler sequence views",
             "connectors cuda kernels lockstep plan transformers",
             "bench cli",
         ]
@@ -123,7 +123,8 @@ def objection_to_package(level: int, top: str) -> str | None:
 
 
 def test_imports_point_down() -> None:
-    files = sorted(PACKAGE.rglob("*.py"))
+    # Drivers of peers run in the peers' environments, as programs; nothing of ours imports them.
+    files = sorted(f for f in PACKAGE.rglob("*.py") if not f.match("bench/drivers/*_driver.py"))
     assert files
     wrong = [v for f in files for v in violations(f.relative_to(PACKAGE).as_posix(), f.read_text())]
     assert not wrong, "\n" + "\n".join(wrong)

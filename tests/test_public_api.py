@@ -10,7 +10,8 @@ import kvmem
 
 NAMES = [
     "Allocator", "Batch", "CacheSpec", "Component", "DeviceError", "Group", "KVMemError", "OutOfMemory", "PagePool",
-    "Pin", "PrefixMatch", "Sequence", "SpecError", "StaleHandle", "Stats", "TierError",
+    "Pin", "PrefixMatch", "SchedulerCache", "Sequence", "SpecError", "StaleHandle", "Stats",
+    "TableChanges", "TierError",
 ]  # fmt: skip
 
 # Parameters without annotations: name, "=" where there is a default, and "*" before what is keyword-only.

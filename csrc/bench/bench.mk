@@ -1,4 +1,4 @@
-#make floor, make callgrind : the two programs beside `python - m kvmem.bench step`, and their instruction counts.
+# make floor, make callgrind: the two programs beside `python -m kvmem.bench step`, and their instruction counts.
 
 BENCH := build/bench
 BENCH_FLAGS := -O3 -g -DNDEBUG -std=c++17 -Wall -Wextra -fno-strict-aliasing -pthread -Icsrc
@@ -20,5 +20,5 @@ $(BENCH)/core: $(BENCH)/bench/core.o $(BENCH_CORE)
 
 -include $(wildcard $(BENCH)/*.d $(BENCH)/*/*.d)
 
-callgrind: $(BENCH)/core $(BENCH)/floor $(READY)  ## count the core's instructions, compare with docs/results/instructions.json
+callgrind: $(BENCH)/core $(READY)  ## count the core's instructions, compare with docs/results/instructions.json
 	$(PY) -m kvmem.bench instructions $(ARGS)

@@ -183,7 +183,7 @@ class Floor {
       block = free_.back();
       free_.pop_back();
     } else {
-      block = newer_[w_.pool];
+      block = w_.cache ? newer_[w_.pool] : static_cast<i32>(w_.pool);
       if (block == w_.pool) std::fprintf(stderr, "floor: the pool is too small\n"), std::exit(2);
       drop_oldest();
     }

@@ -19,7 +19,7 @@ from kvmem.bench.progress import progress
 from kvmem.bench.report import Report
 from kvmem.bench.results import check_writable, without_folders, write_json
 from kvmem.bench.reuse import ReuseReport, Workload, parse_capacities, parse_policies, replay
-from kvmem.bench.speed import run_step
+from kvmem.bench.speed import run_compare, run_instructions, run_peers, run_step
 from kvmem.bench.tables import insert, load_documents, page, summary
 from kvmem.bench.traces import EXCERPT, load_trace
 
@@ -228,6 +228,35 @@ def gpu_command(folder: Path, part: str | None, seconds: float, device: str, tin
     documents = run_all(parts, folder, device=device, tiny=tiny, seconds=seconds, command=command, say=say)
     for line in goal_lines(documents):
         say(line)
+
+
+@bench.command("peers")
+@click.option("--installed", type=_PATH, default=Path("build/peers"), show_default=True, help="Where the peers are.")
+@click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True, help="After one that warms up.")
+@_takes(_OUTPUT[::2])
+def peers_command(installed: Path, rounds: int, json_path: Path | None, quiet: bool) -> None:
+    """kvmem beside the KV manager of vLLM and a C++ loop. Says how to install a peer that is absent."""
+    run_peers(installed, rounds, json_path, quiet)
+
+
+@bench.command("instructions")
+@click.option("--json", "json_path", type=_PATH, default=Path("docs/results/instructions.json"), show_default=True)
+@click.option("-q", "--quiet", is_flag=True, help="No progress.")
+@click.pass_context
+def instructions_command(context: click.Context, json_path: Path, quiet: bool) -> None:
+    """Counts the core's instructions with callgrind (`make callgrind`) and rewrites the file; exit code 1 if one of its
+    cases grew by a tenth or more.
+    """
+    context.exit(0 if run_instructions(json_path, quiet) else 1)
+
+
+@bench.command("compare")
+@click.argument("older", type=_PATH)
+@click.argument("newer", type=_PATH)
+@click.pass_context
+def compare_command(context: click.Context, older: Path, newer: Path) -> None:
+    """Two files of `instructions`; exit code 1 if a case grew by a tenth or more, or is gone."""
+    context.exit(0 if run_compare(older, newer) else 1)
 
 
 @bench.command("table")

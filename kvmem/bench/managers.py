@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from kvmem import _core
 from kvmem.bench.memory import Backend
 from kvmem.bench.model import load_model
 from kvmem.bench.pools import Int32s
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Batched", "OneByOne", "heap_bytes", "open_books"]
 
+_MALLINFO2 = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
 _TRASH_BLOCKS = 2
 _PAGE_BYTES = {"meta": 2 << 20, "cpu": 64 << 10}
 
@@ -59,21 +59,13 @@ def _spec(workload: Workload, device: str) -> CacheSpec:
 
 
 class Batched:
-    """A step is one call a verb for the whole batch."""
+    """A step is one call for the whole batch, and writes all metadata, as far as it has changed."""
 
     def __init__(self, workload: Workload, allocator: Allocator) -> None:
         self.workload, self.allocator = workload, allocator
         self.ids = np.zeros(workload.sequences, np.int32)
-        self.one = np.ones(workload.sequences, np.int32)
         self.batch = allocator.make_batch(max_new_tokens=workload.sequences, max_tokens=workload.max_tokens)
         self.sequences: list[Sequence | None] = [None] * workload.sequences
-        self.slots = _core.BatchBuffers(
-            max_sequences=workload.sequences,
-            max_new_tokens=workload.sequences,
-            max_blocks=workload.max_tokens // workload.block,
-            max_indices=workload.blocks,
-            slot_mapping=np.zeros(workload.sequences, np.int64),
-        )
 
     def admit(self, i: int, prompt: Int32s) -> None:
         sequence = self.allocator.sequence(prompt if self.workload.cache else None)
@@ -84,14 +76,7 @@ class Batched:
         self.sequences[i] = sequence
 
     def step(self, last: Int32s | None) -> None:
-        allocator = self.allocator
-        if last is not None:
-            allocator.commit_batch(self.ids, self.one, last if self.workload.cache else None)
-        allocator.extend_batch(self.ids, self.one)
-        if self.workload.metadata:
-            allocator.fill(self.ids, self.batch)
-        else:
-            allocator.core.fill(self.ids, None, 0, 0, self.slots)
+        self.allocator.step(self.ids, self.batch, tokens=last if self.workload.cache else None)
 
     def release(self, i: int) -> None:
         sequence = self.sequences[i]
@@ -114,8 +99,7 @@ class OneByOne(Batched):
 
 
 class _Mallinfo2(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_size_t) for name in (
-        "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")]  # fmt: skip
+    _fields_ = [(name, ctypes.c_size_t) for name in _MALLINFO2]
 
 
 def heap_bytes() -> int | None:

@@ -29,7 +29,7 @@ Phase = Literal["admit", "step", "edge", "free"]
 
 @dataclass(frozen=True)
 class Case:
-    """``phase`` of ``workload``, for which ``unit`` is meant to cost ``goal_us`` at most. ``managers``: which of ours."""
+    """``phase`` of ``workload``, for which a ``unit`` is to cost ``goal_us`` at most. ``managers``: which of ours."""
 
     name: str
     unit: str
@@ -85,25 +85,27 @@ def cases(scale: float = 1.0) -> list[Case]:
     cached, tables = replace(plain, cache=True), replace(plain, metadata=True)
     shared = replace(cached, shared=plain.prompt // 2)
     full = replace(cached, evict=True, pool=cached.blocks)
-    paged_cpu = ("paged, cpu",)
+    batched, calls = ("paged", "virtual", "paged, cpu"), ("paged, one by one", "virtual, one by one")
+    edge, admit = "step: all cross a block edge", f"admit {plain.prompt:,} tokens"
     rows = [
-        Case("step: slots and what is new in the table", "step", "step", plain, GOALS["step"], ("paged", "virtual", *paged_cpu)),
-        Case("step: all kernel metadata", "step", "step", tables, GOALS["metadata"], ("paged", "virtual", *paged_cpu)),
-        Case("step: all cross a block edge, prefix cache", "step", "edge", cached, GOALS["edge"]),
-        Case("step: all cross a block edge, every allocation evicts", "step", "edge", full),
-        Case("step: a call a sequence", "step", "step", plain, GOALS["calls"], ("paged, one by one", "virtual, one by one")),
-        Case(f"admit {plain.prompt:,} tokens", "sequence", "admit", plain, GOALS["admit"]),
-        Case(f"admit {plain.prompt:,} tokens, prefix cache", "sequence", "admit", cached, GOALS["cached"]),
-        Case(f"admit {plain.prompt:,} tokens, {shared.shared:,} of them cached", "sequence", "admit", shared, GOALS["cached"]),
-        Case(f"admit {plain.prompt:,} tokens, every allocation evicts", "sequence", "admit", full),
+        Case("step: slots and what is new in the table", "step", "step", plain, GOALS["step"], batched),
+        Case("step: all kernel metadata", "step", "step", tables, GOALS["metadata"], batched),
+        Case(f"{edge}, prefix cache", "step", "edge", cached, GOALS["edge"]),
+        Case(f"{edge}, every allocation evicts", "step", "edge", full),
+        Case("step: a call a sequence", "step", "step", plain, GOALS["calls"], calls),
+        Case(admit, "sequence", "admit", plain, GOALS["admit"]),
+        Case(f"{admit}, prefix cache", "sequence", "admit", cached, GOALS["cached"]),
+        Case(f"{admit}, {shared.shared:,} of them cached", "sequence", "admit", shared, GOALS["cached"]),
+        Case(f"{admit}, every allocation evicts", "sequence", "admit", full),
         Case("free", "sequence", "free", plain, GOALS["free"]),
         Case("free, prefix cache", "sequence", "free", cached, GOALS["free"]),
-    ]  # fmt: skip
+    ]
     for sequences in (16, 1024, 4096):
         small = Workload(sequences, _whole(512 * scale), _whole(64 * scale), pool=sequences * 64)
         rows.append(Case(f"step: {sequences:,} sequences", "step", "step", small))
     for pool in (1_000, 10_000, 100_000, 1_000_000):
-        many = Workload(max(1, int(pool * scale) // 66), 1024, _whole(32 * scale), pool=max(68, int(pool * scale)), cache=True)  # fmt: skip
+        blocks = max(68, int(pool * scale))
+        many = Workload(blocks // 68, 1024, _whole(32 * scale), pool=blocks, cache=True)
         rows.append(Case(f"admit 1,024 tokens, pool of {pool:,} blocks", "sequence", "admit", many))
         rows.append(Case(f"free, pool of {pool:,} blocks", "sequence", "free", many))
     return rows
@@ -122,9 +124,7 @@ def step(chosen: Sequence[Case], rounds: int = 5, progress: Callable[[int], None
     except BenchError as error:
         has_floor, notes = False, [f"no floor: {error}"]
     results: dict[tuple[str, str], StepResult] = {}
-    done = 0
-    workloads = list(dict.fromkeys(case.workload for case in chosen))
-    for workload in workloads:
+    for done, workload in enumerate(dict.fromkeys(case.workload for case in chosen), 1):
         here = [case for case in chosen if case.workload == workload]
         names = list(dict.fromkeys(name for case in here for name in case.managers))
         timings, heaps = measure(workload, [FLOOR, *names] if has_floor else names, rounds)
@@ -132,7 +132,6 @@ def step(chosen: Sequence[Case], rounds: int = 5, progress: Callable[[int], None
             for name in (FLOOR, *case.managers):
                 if name in timings:
                     results[case.name, name] = _result(case, name, timings[name], heaps[name])
-        done += 1
         if progress is not None:
             progress(done)
     rows = [row for case in chosen for (name, _), row in results.items() if name == case.name]

@@ -1,4 +1,4 @@
-"""`bench step` as a table: a case a row, the floor and each manager beside its goal."""
+"""`bench step` and `bench peers` as tables."""
 
 from __future__ import annotations
 
@@ -8,9 +8,26 @@ from typing import Any
 from kvmem.bench.units import format_us
 from kvmem.units import format_bytes
 
-__all__ = ["COLUMNS", "memory_rows", "step_rows"]
+__all__ = ["COLUMNS", "PEER_COLUMNS", "memory_rows", "peer_rows", "step_rows"]
 
-COLUMNS = ["case", "manager", "goal", "median", "met", "floor", "times the floor", "p99", "largest", "typical p99 / median"]  # fmt: skip
+COLUMNS = ["case", "manager", "goal", "median", "met", "floor", "times the floor", "p99", "largest",
+           "typical p99 / median"]  # fmt: skip
+PEER_COLUMNS = ["workload", "call", "manager", "median", "p99", "largest", "times the floor", "times kvmem",
+                "process grew by"]  # fmt: skip
+
+
+def peer_rows(rows: Sequence[dict[str, Any]]) -> Iterator[list[str]]:
+    """Cells of `PEER_COLUMNS` for `PeersResult` as dicts. "times kvmem": over the faster of our backends."""
+    for row in rows:
+        us = row["us"]
+        yield [
+            row["workload"],
+            f"{row['case']}, us a {row['unit']}",
+            row["manager"],
+            *(format_us(us[edge]) for edge in ("median", "p99", "largest")),
+            *("" if row[name] is None else f"{row[name]:,.1f}" for name in ("times_floor", "times_kvmem")),
+            "" if row["peak_bytes"] is None else format_bytes(row["peak_bytes"]),
+        ]
 
 
 def step_rows(rows: Sequence[dict[str, Any]], floor: str = "floor") -> Iterator[list[str]]:

@@ -16,6 +16,8 @@ from kvmem.bench.errors import BenchError
 from kvmem.bench.gpu.tables import gpu_page, gpu_summary
 from kvmem.bench.markdown import table as _table
 from kvmem.bench.results import SCHEMA_VERSION
+from kvmem.bench.step_report import COLUMNS as STEP_COLUMNS
+from kvmem.bench.step_report import PEER_COLUMNS, memory_rows, peer_rows, step_rows
 from kvmem.bench.units import format_percent, format_seconds, format_us
 from kvmem.units import format_bytes
 
@@ -51,7 +53,7 @@ class Document:
 
 def load_documents(folder: Path) -> list[Document]:
     """The reports ``*.json`` in ``folder``, by name. Raises `BenchError` where one is not a report of this version."""
-    paths = sorted(folder.glob("*.json"))
+    paths = sorted(path for path in folder.glob("*.json") if path.name != "instructions.json")  # counts, not a report
     if not paths:
         raise BenchError(f"{folder}: no report (*.json) in this folder; write one with --json")
     return [_load(path) for path in paths]
@@ -226,6 +228,12 @@ def _details(document: Document) -> Iterator[tuple[str, list[str], list[list[str
     if rows := parts["attention"]:
         cells = [[r["case"], r["backend"], *_spread(r["us"])] for r in rows]
         yield "Attention on one thread, microseconds a layer:", ["case", "memory", "median", "p10 to p90"], cells
+    if rows := parts["step"]:
+        yield "Calls of a scheduler, microseconds:", STEP_COLUMNS, list(step_rows(rows))
+        yield "Books at the end of a round:", ["pool", "manager", "heap", "bytes a block"], list(memory_rows(rows))
+    if rows := parts["peers"]:
+        versions = ", ".join(f"{name} {version}" for name, version in document.setup["versions"].items())
+        yield f"Microseconds of CPU time; {versions}:", PEER_COLUMNS, list(peer_rows(rows))
     if rows := parts["generate"]:
         title = (
             f"{rows[0]['model']}, float32, one thread, {rows[0]['sequences']} prompts, {rows[0]['us']['count']} times:"

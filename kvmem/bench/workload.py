@@ -5,18 +5,18 @@ Prompts come in one by one; then all sequences decode in step, a token each; the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from time import perf_counter_ns
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 
+from kvmem.bench.drivers import harness
+from kvmem.bench.drivers.harness import PHASES
 from kvmem.bench.pools import Int32s
 
-__all__ = ["PHASES", "Manager", "Timings", "Workload", "run_round"]
+__all__ = ["Manager", "Timings", "Workload", "run_round"]
 
-PHASES = ("admit", "step", "edge", "free")
 _VOCABULARY = 128_000
 
 
@@ -101,33 +101,12 @@ class Timings:
     def all(self, phase: str) -> list[int]:
         return [value for values in getattr(self, phase) for value in values]
 
-    def typical(self, phase: str) -> Int32s:
+    def typical(self, phase: str) -> npt.NDArray[np.float64]:
         """The median over the rounds of each position: without the pauses of a busy machine, which come anywhere."""
-        return np.median(np.array(getattr(self, phase), dtype=np.float64), axis=0)  # type: ignore[no-any-return]
+        return np.asarray(np.median(np.array(getattr(self, phase), dtype=np.float64), axis=0))
 
 
 def run_round(manager: Manager, workload: Workload, round_number: int) -> dict[str, list[int]]:
     """Nanoseconds by phase, under the names that the programs print."""
     prompts, answers = workload.prompts(round_number), workload.answers(round_number)
-    ns: dict[str, list[int]] = {f"{phase}_ns": [] for phase in PHASES}
-    for i, prompt in enumerate(prompts):
-        begin = perf_counter_ns()
-        manager.admit(i, prompt)
-        ns["admit_ns"].append(perf_counter_ns() - begin)
-    for step, last in _steps(answers):
-        begin = perf_counter_ns()
-        manager.step(last)
-        spent = perf_counter_ns() - begin
-        ns["edge_ns" if (workload.prompt + step) % workload.block == 0 else "step_ns"].append(spent)
-    for i in range(workload.sequences):
-        begin = perf_counter_ns()
-        manager.release(i)
-        ns["free_ns"].append(perf_counter_ns() - begin)
-    if not workload.evict:
-        manager.forget()
-    return ns
-
-
-def _steps(answers: Int32s) -> Iterator[tuple[int, Int32s | None]]:
-    for step, tokens in enumerate(answers):
-        yield step, None if step == 0 else tokens
+    return harness.run_round(manager, prompts, answers, workload.block, forget=not workload.evict)

@@ -1,0 +1,349 @@
+"""The allocator as a scheduler sees it: requests by its own ids, verbs that answer None when memory is short.
+
+The verbs are those that vLLM's scheduler uses of its ``KVCacheManager``, so that a framework can swap kvmem in:
+
+=====================================  =======================================================
+vLLM                                   here
+=====================================  =======================================================
+``get_computed_blocks(request)``       ``matched_tokens(tokens)``
+``allocate_slots(request, n, ...)``    ``allocate(request, n, tokens=prompt)``, ``allocate_step``
+``get_block_ids(id)``                  ``block_ids(request)``
+``cache_blocks(request, n)``           ``publish(request, tokens)``, ``publish_step``
+``free(request)``                      ``free(request)``, ``free_all``
+``take_events()``                      ``take_events()``
+``usage``                              ``usage``
+``get_num_common_prefix_blocks(id)``   ``common_prefix_blocks()``
+``reset_prefix_cache()``               ``clear_cache()``
+=====================================  =======================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from kvmem import _core
+from kvmem.allocator import Allocator
+from kvmem.arrays import at_least_zero, not_int32
+from kvmem.digests import Key
+from kvmem.errors import OutOfMemory, SpecError, StaleHandle
+from kvmem.events import Event
+from kvmem.prefix import Tokens, token_ids
+from kvmem.sequence import Sequence
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from kvmem.arrays import Handles
+
+    Lengths = npt.NDArray[np.int64]
+
+__all__ = ["SchedulerCache", "TableChanges"]
+
+
+@dataclass(frozen=True)
+class TableChanges:
+    """What a call wrote to block tables: entry ``columns[k]`` of row ``rows[k]`` is ``blocks[k]`` now.
+
+    int32 [k] each, by row, then by column. rows: positions in the ``handles`` of the call, 0 where it had one request.
+    """
+
+    rows: Handles
+    columns: Handles
+    blocks: Handles
+
+    @classmethod
+    def none(cls) -> TableChanges:
+        empty = np.empty(0, np.int32)
+        return cls(empty, empty, empty)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+class SchedulerCache:
+    """Requests over an ``Allocator``, which stays usable beside it (``batch``, ``fill``, ``kv``, ``stats`` ...).
+
+    allocator: of either backend, on any device; ``device="meta"`` where the scheduler is a process of its own.
+    Requests are named by any hashable id. Block ids are those of the first group that grows with the tokens unless
+    ``group`` says otherwise. As with the allocator, what is cached and unused is given up before an answer is None.
+    ``StaleHandle`` for a request that is not here. Not for several threads at once; the allocator below it is.
+    """
+
+    def __init__(self, allocator: Allocator) -> None:
+        if not isinstance(allocator, Allocator):
+            raise SpecError(f"allocator: got {type(allocator).__name__}; must be an Allocator")
+        self.allocator = allocator
+        groups = allocator.spec.groups
+        self._main = next((i for i, group in enumerate(groups) if group.growth == "token"), 0)
+        self._merges = allocator.backend == "paged"
+        self._block_size = groups[self._main].block_size
+        self._requests: dict[Hashable, Sequence] = {}
+        self._lists: dict[int, tuple[_core.BatchBuffers, Handles]] = {}
+        self._shared_tails: set[int] = set()  # handles whose last block may be another's too
+        self._one = np.empty(1, np.int32)
+
+    # --- one request at a time ---
+
+    def matched_tokens(self, tokens: Tokens, *, salt: str | bytes | None = None, extra_key: Key = None) -> int:
+        """How many of ``tokens`` (a prompt) ``allocate`` would find cached now; at least one is left to compute.
+        Changes nothing.
+        """
+        return self.allocator.match(tokens, salt=salt, extra_key=extra_key).num_tokens
+
+    def allocate(
+        self,
+        request: Hashable,
+        count: int | None = None,
+        *,
+        tokens: Tokens | None = None,
+        salt: str | bytes | None = None,
+        extra_key: Key = None,
+    ) -> TableChanges | None:
+        """Room for ``count`` more tokens; what this wrote to the request's block table, nothing for most tokens. None
+        when memory, or a place for one more request, is short: nothing has changed then, but for what was cached.
+
+        A request that is not here yet begins. tokens: its prompt, whose cached start it takes over: those blocks are
+        added too, and ``num_cached_tokens(request)`` says how many tokens they hold. count: how many tokens beyond that
+        (a chunk of the prompt, lookahead); default the rest of the prompt. salt, extra_key: as ``Allocator.sequence``.
+        ``SpecError`` for a prompt, salt or extra key of a request that has begun.
+        """
+        sequence = self._requests.get(request)
+        if sequence is None:
+            return self._begin(request, count, tokens, salt, extra_key)
+        if tokens is not None or salt is not None or extra_key is not None:
+            raise SpecError(f"request {request!r} has begun: a prompt, salt or extra key is given when it begins")
+        if count is None:
+            raise SpecError(f"count: missing; request {request!r} has begun, say for how many more tokens")
+        self._one[0] = sequence.id
+        before, _ = self._lengths(self._one)
+        return self._grown(self._one, before) if sequence.try_extend(count) else None
+
+    def _begin(
+        self, request: Hashable, count: int | None, tokens: Tokens | None, salt: str | bytes | None, extra_key: Key
+    ) -> TableChanges | None:
+        prompt = None if tokens is None else token_ids(tokens)
+        if count is None and prompt is None:
+            raise SpecError(f"count: missing; a new request ({request!r}) needs a prompt, or a count of tokens")
+        wanted = None if count is None else at_least_zero("count", count)
+        try:
+            sequence = self.allocator.sequence(prompt, salt=salt, extra_key=extra_key)
+        except OutOfMemory:  # all max_sequences are in use
+            return None
+        try:
+            found = sequence.num_cached_tokens
+            fits = sequence.try_extend((0 if prompt is None else len(prompt) - found) if wanted is None else wanted)
+        except BaseException:
+            sequence.free()
+            raise
+        if not fits:
+            sequence.free()
+            return None
+        self._requests[request] = sequence
+        if sequence.num_tokens == found:
+            self._shared_tails.add(sequence.id)
+        self._one[0] = sequence.id
+        return self._grown(self._one, np.zeros(1, np.int64))
+
+    def publish(self, request: Hashable, tokens: int | Tokens) -> TableChanges:
+        """The KV of the request's next ``tokens`` is computed: their ids, and whole blocks of them can be found from
+        now on; or how many, and neither these nor later ones can. ``SpecError`` for more than there is room for.
+
+        Returns table entries that changed, mostly none: where the same block was cached already, the request now reads
+        that one, and its own is given up (paged). Who keeps a copy of the table writes them there before its next step.
+        """
+        sequence = self._sequence(request)
+        handles = np.array([sequence.id], np.int32)
+        if isinstance(tokens, int) or not self._merges:
+            sequence.commit(tokens)
+            return TableChanges.none()
+        ids = token_ids(tokens)
+        counts = np.array([len(ids)], np.int32)
+        return self._merging(handles, counts, lambda: sequence.commit(ids))
+
+    def truncate(self, request: Hashable, num_tokens: int) -> None:
+        """Keeps the first ``num_tokens`` tokens, as when draft tokens are rejected. See ``Sequence.truncate``."""
+        sequence = self._sequence(request)
+        sequence.truncate(num_tokens)
+        self._shared_tails.add(sequence.id)
+
+    def free(self, request: Hashable) -> None:
+        """The request ends, or is preempted. What it has published stays cached until memory is needed."""
+        sequence = self._sequence(request)
+        sequence.free()
+        self._forget(request)
+
+    # --- a whole step in one call ---
+
+    def handles(self, requests: Iterable[Hashable]) -> Handles:
+        """Handles for the calls below and for ``Allocator.fill``, int32 [n]: each its request's until that ends."""
+        return np.array([self._sequence(request).id for request in requests], np.int32)
+
+    def allocate_step(self, handles: Handles, counts: Handles) -> TableChanges | None:
+        """``allocate`` for many requests that have begun: for all of them, or None and nothing has changed.
+
+        handles, counts: int32 [n], as for ``Allocator.extend_batch``. Cost: linear in n, and in the length of tables
+        that got a block.
+        """
+        try:
+            before, _ = self._lengths(handles)
+        except TypeError as error:
+            raise not_int32(handles, counts) from error
+        if not self.allocator.try_extend_batch(handles, counts):
+            return None
+        return self._grown(handles, before)
+
+    def publish_step(self, handles: Handles, counts: Handles, tokens: Handles | None = None) -> TableChanges:
+        """``publish`` for many requests; arguments as for ``Allocator.commit_batch``."""
+        if tokens is None or not self._merges:
+            self.allocator.commit_batch(handles, counts, tokens)
+            return TableChanges.none()
+        return self._merging(handles, counts, lambda: self.allocator.commit_batch(handles, counts, tokens))
+
+    def _merging(self, handles: Handles, counts: Handles, commit: Callable[[], None]) -> TableChanges:
+        """Calls ``commit``, and finds out what it did to the blocks that it completes."""
+        _, done = self._lengths(handles)
+        if len(counts) != len(done):  # commit says so
+            commit()
+            return TableChanges.none()
+        first, last = done // self._block_size, (done + counts) // self._block_size
+        full = np.flatnonzero(last > first).tolist()
+        before = [self._part(handles, i, first, last) for i in full]
+        commit()
+        parts = []
+        for i, old in zip(full, before, strict=True):
+            new = self._part(handles, i, first, last)
+            parts += [(i, first[i] + at, new[at : at + 1]) for at in np.flatnonzero(old != new).tolist()]
+        return self._changes(parts)
+
+    def free_all(self, requests: Iterable[Hashable]) -> None:
+        """``free`` for many requests: all of them, or ``StaleHandle`` and none."""
+        ending = list(requests)
+        self.allocator.free_batch(self.handles(ending))
+        for request in ending:
+            self._forget(request)
+
+    # --- what is there ---
+
+    def block_ids(self, request: Hashable, *, group: int | None = None) -> Handles:
+        """The request's whole block table, int32 [blocks], a copy. Blocks that a sliding window has dropped are 0."""
+        index = self._main if group is None else at_least_zero("group", group)
+        if index >= len(self.allocator.spec.groups):
+            raise SpecError(f"group: got {index}; the spec has {len(self.allocator.spec.groups)}")
+        self._one[0] = self._sequence(request).id
+        return np.array(self._list(self._one, index))
+
+    def num_cached_tokens(self, request: Hashable) -> int:
+        """How many tokens the request took over from the cache when it began."""
+        return self._sequence(request).num_cached_tokens
+
+    def num_tokens(self, request: Hashable) -> int:
+        """Tokens that the request has room for."""
+        return self._sequence(request).num_tokens
+
+    def common_prefix_blocks(self, requests: Iterable[Hashable] | None = None) -> int:
+        """Leading whole blocks that all of ``requests`` (default: all that are here) share as memory."""
+        handles = self.handles(self._requests if requests is None else requests)
+        if len(handles) == 0:
+            return 0
+        if len(handles) == 1:
+            return int(self.allocator.core.committed(int(handles[0]), self._main)) // self._block_size
+        common = np.empty(len(handles) - 1, np.int64)
+        self.allocator.core.common_blocks(handles, self._main, common)
+        return int(common.min())
+
+    @property
+    def usage(self) -> float:
+        """The part of the memory that requests hold, 0 to 1. What is only cached counts as free, as all of it can be
+        given up. Costs a look at every request.
+        """
+        stats = self.allocator.stats()
+        return (stats.mapped_bytes - stats.parked_bytes) / stats.budget_bytes
+
+    def take_events(self, max_events: int | None = None) -> list[Event]:
+        """What was cached and given up since the last call: ``Allocator.events``."""
+        return self.allocator.events(max_events)
+
+    def clear_cache(self) -> int:
+        """Forgets every cached block that no request uses; returns how many."""
+        return self.allocator.clear_cache()
+
+    def __contains__(self, request: Hashable) -> bool:
+        return request in self._requests
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def __iter__(self) -> Iterator[Hashable]:
+        return iter(self._requests)
+
+    def sequence(self, request: Hashable) -> Sequence:
+        """The request's sequence, for what has no verb here (``pin``, ``retain``, ``snapshot``). Do not free it."""
+        return self._sequence(request)
+
+    def _sequence(self, request: Hashable) -> Sequence:
+        sequence = self._requests.get(request)
+        if sequence is None:
+            raise StaleHandle(f"request {request!r} is not here: it has ended, or allocate() never began it")
+        return sequence
+
+    def _forget(self, request: Hashable) -> None:
+        self._shared_tails.discard(self._requests.pop(request).id)
+
+    def _blocks(self, tokens: Lengths) -> Lengths:
+        return -(-tokens // self._block_size)
+
+    def _lengths(self, handles: Handles) -> tuple[Lengths, Lengths]:
+        """Tokens there is room for, and those whose KV is computed."""
+        tokens, committed = np.empty(len(handles), np.int64), np.empty(len(handles), np.int64)
+        self.allocator.core.lengths(handles, self._main, tokens, committed)
+        return tokens, committed
+
+    def _grown(self, handles: Handles, before: Lengths) -> TableChanges:
+        """The entries that growth from ``before`` tokens has written."""
+        after, _ = self._lengths(handles)
+        first, last = self._blocks(before), self._blocks(after)
+        for i, handle in enumerate(handles.tolist() if self._shared_tails else ()):
+            if handle in self._shared_tails and after[i] > before[i]:  # the first write copies a tail that others read
+                self._shared_tails.discard(handle)
+                first[i] = before[i] // self._block_size
+        return self._changes(
+            [(i, first[i], self._part(handles, i, first, last)) for i in np.flatnonzero(last > first).tolist()]
+        )
+
+    def _part(self, handles: Handles, i: int, first: Lengths, last: Lengths) -> Handles:
+        """Entries ``[first[i], last[i])`` of the table of ``handles[i]``, a copy."""
+        return np.array(self._list(handles[i : i + 1], self._main)[first[i] : last[i]], np.int32)
+
+    @staticmethod
+    def _changes(parts: list[tuple[int, int, Handles]]) -> TableChanges:
+        """Of (row, first column, blocks)."""
+        if not parts:
+            return TableChanges.none()
+        rows = [np.full(len(blocks), row, np.int32) for row, _, blocks in parts]
+        columns = [np.arange(column, column + len(blocks), dtype=np.int32) for _, column, blocks in parts]
+        return TableChanges(np.concatenate(rows), np.concatenate(columns), np.concatenate([part[2] for part in parts]))
+
+    def _list(self, handle: Handles, group: int) -> Handles:
+        """The table of one sequence, valid until the next call."""
+        if group not in self._lists:
+            self._lists[group] = self._open_list(group)
+        buffers, entries = self._lists[group]
+        count = self.allocator.core.fill(handle, None, group, 0, buffers)[2]
+        return entries[:count]
+
+    def _open_list(self, group: int) -> tuple[_core.BatchBuffers, Handles]:
+        geometry = self.allocator.spec.groups[group]
+        longest = max(self.allocator.max_tokens, geometry.max_tokens or 0)
+        entries = np.zeros(-(-longest // geometry.block_size), np.int32)
+        buffers = _core.BatchBuffers(
+            max_sequences=1,
+            max_new_tokens=longest,
+            max_blocks=len(entries),
+            max_indices=len(entries),
+            kv_indices=entries,
+        )
+        return buffers, entries

@@ -1,0 +1,268 @@
+"""SchedulerCache: the same answers as a plain allocator on both backends, None with nothing changed, typed errors."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+
+import kvmem
+from kvmem import Allocator, CacheSpec, OutOfMemory, SchedulerCache, SpecError, StaleHandle, TableChanges
+
+pytestmark = pytest.mark.core
+
+BLOCK = 4
+CONFIG = {"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+          "num_key_value_heads": 1}  # fmt: skip
+TOKEN_BYTES = 128
+
+
+def open_allocator(backend: str, *, blocks: int = 64, **options: Any) -> Allocator:
+    """A page is a block; so memory is counted in blocks."""
+    spec = CacheSpec.from_config(CONFIG, dtype="bfloat16", block_size=BLOCK * 8)
+    given = {"device": "meta", "page_bytes": 4096, "max_sequences": 8, "max_tokens": 32 * BLOCK * 8} | options
+    return Allocator(spec, backend=backend, memory=(blocks + 2) * 4096, **given)  # type: ignore[arg-type]
+
+
+SIZE = BLOCK * 8
+
+
+@pytest.fixture(params=["paged", "virtual"])
+def backend(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def prompt(*runs: int) -> np.ndarray:
+    """Runs of a block each, by number."""
+    return np.concatenate([np.arange(SIZE, dtype=np.int32) + 1000 * run for run in runs])
+
+
+def table_of(allocator: Allocator, sequence: Any) -> list[int]:
+    batch = allocator.batch([sequence])
+    assert batch.kv_indices_cpu is not None
+    return batch.kv_indices_cpu.tolist()
+
+
+def test_a_request_from_begin_to_end(backend: str) -> None:
+    cache = SchedulerCache(open_allocator(backend, events=100))
+    tokens = prompt(1, 2, 3)
+    assert cache.matched_tokens(tokens) == 0
+    began = cache.allocate("a", tokens=tokens)
+    assert began is not None and began.blocks.dtype == np.int32 and began.columns.tolist() == [0, 1, 2]
+    blocks = began.blocks
+    assert blocks.tolist() == cache.block_ids("a").tolist() == table_of(cache.allocator, cache.sequence("a"))
+    assert (cache.num_cached_tokens("a"), cache.num_tokens("a"), len(cache), "a" in cache, "b" in cache) == (
+        *(0, 3 * SIZE, 1),
+        *(True, False),
+    )
+    cache.publish("a", tokens)
+    assert cache.matched_tokens(prompt(1, 2, 4)) == 2 * SIZE
+    more = cache.allocate("a", 1)
+    assert more is not None and more.blocks.tolist() == cache.block_ids("a")[3:].tolist() and len(more) == 1
+    assert (more.rows.tolist(), more.columns.tolist()) == ([0], [3])
+    nothing = cache.allocate("a", SIZE - 1)
+    assert nothing is not None and len(nothing) == 0
+
+    again = cache.allocate("b", tokens=prompt(1, 2, 4))
+    assert again is not None and len(again) == 3 and cache.num_cached_tokens("b") == 2 * SIZE
+    if backend == "paged":  # the virtual backend shows shared pages under ids of the other row
+        assert again.blocks[:2].tolist() == blocks[:2].tolist()
+    assert cache.common_prefix_blocks() == cache.common_prefix_blocks(["a", "b"]) == 2
+    assert cache.common_prefix_blocks(["a"]) == 3 and cache.common_prefix_blocks([]) == 0
+    used = cache.usage
+    assert 0 < used < 1
+    cache.truncate("b", 2 * SIZE)
+    cache.free("b")
+    cache.free("a")
+    assert len(cache) == 0 and cache.usage < used
+    assert [type(event).__name__ for event in cache.take_events()] == ["BlockStored"]
+    assert cache.take_events() == []
+    assert cache.matched_tokens(prompt(1, 2, 3, 4)) == 3 * SIZE
+    assert cache.clear_cache() == 3 and cache.matched_tokens(tokens) == 0
+    assert cache.allocator.check() == []
+
+
+def test_none_changes_nothing(backend: str) -> None:
+    cache = SchedulerCache(open_allocator(backend, blocks=8, max_sequences=2))
+    assert cache.allocate("a", tokens=prompt(1, 2, 3, 4, 5)) is not None
+    cache.publish("a", prompt(1, 2, 3, 4, 5))
+
+    def state() -> Any:
+        stats = cache.allocator.stats()
+        return (list(cache), cache.block_ids("a").tolist(), cache.num_tokens("a"), stats.used_bytes,
+                stats.num_sequences, cache.matched_tokens(prompt(1, 2, 3, 4, 5, 6)))  # fmt: skip
+
+    before = state()
+    assert cache.allocate("b", tokens=prompt(1, 2, 13, 14, 15, 16, 17, 18, 19)) is None
+    assert cache.allocate("b", 20 * SIZE) is None
+    assert cache.allocate("a", 20 * SIZE) is None
+    handles = cache.handles(["a"])
+    assert cache.allocate_step(handles, np.array([20 * SIZE], np.int32)) is None
+    assert state() == before and "b" not in cache
+    assert cache.allocate("b", 1) is not None
+    assert cache.allocate("c", 1) is None, "max_sequences are in use"
+    cache.free_all(["a", "b"])
+    assert len(cache) == 0 and cache.allocator.check() == []
+
+
+def test_chunks_lookahead_and_sharing_keys(backend: str) -> None:
+    cache = SchedulerCache(open_allocator(backend))
+    tokens = prompt(1, 2, 3, 4)
+    first = cache.allocate("a", SIZE, tokens=tokens, salt="x")
+    assert first is not None and len(first) == 1
+    cache.publish("a", tokens[:SIZE])
+    second = cache.allocate("a", 3 * SIZE)
+    assert second is not None and len(second) == 3
+    cache.publish("a", tokens[SIZE:])
+    assert cache.matched_tokens(prompt(1, 2, 3, 4, 5), salt="x") == 4 * SIZE
+    assert cache.matched_tokens(prompt(1, 2, 3, 4, 5)) == 0
+    assert cache.matched_tokens(prompt(1, 2, 3, 4, 5), salt="x", extra_key="adapter") == 0
+    ahead = cache.allocate("b", SIZE + 3, tokens=prompt(1, 2, 3, 4, 5), salt="x")  # three draft tokens
+    assert ahead is not None and len(ahead) == 6 and cache.num_tokens("b") == 5 * SIZE + 3
+
+
+@pytest.mark.parametrize("step", [False, True], ids=["one request", "a step"])
+def test_a_tail_that_others_read_is_copied_and_the_change_told(backend: str, step: bool) -> None:
+    """After a truncation into a shared block, and where a request begins with no room of its own."""
+    cache = SchedulerCache(open_allocator(backend))
+    cache.allocate("a", tokens=prompt(1, 2))
+    cache.publish("a", prompt(1, 2))
+    cut = cache.allocate("b", 0, tokens=prompt(1, 2))  # half a block of "a" may be its tail
+    short = cache.allocate("c", tokens=prompt(1, 2, 3))
+    assert cut is not None and short is not None and cache.num_tokens("b") == 2 * SIZE - 1
+    cache.truncate("c", SIZE + 5)
+    tables = {"b": cut.blocks.tolist(), "c": short.blocks.tolist()[:2]}
+    for name, table in tables.items():
+        one = np.ones(1, np.int32)
+        changes = cache.allocate_step(cache.handles([name]), one) if step else cache.allocate(name, 1)
+        assert changes is not None
+        for column, block in zip(changes.columns.tolist(), changes.blocks.tolist(), strict=True):
+            table[column : column + 1] = [block]
+        assert table == cache.block_ids(name).tolist()
+    assert tables["b"][1] != tables["c"][1] != cache.block_ids("a")[1] != tables["b"][1]
+
+
+def test_bad_input_is_refused_and_changes_nothing(backend: str) -> None:
+    with pytest.raises(SpecError, match="allocator"):
+        SchedulerCache("paged")  # type: ignore[arg-type]
+    cache = SchedulerCache(open_allocator(backend))
+    cache.allocate("a", tokens=prompt(1))
+    with pytest.raises(SpecError, match="has begun"):
+        cache.allocate("a", 1, tokens=prompt(1))
+    with pytest.raises(SpecError, match="has begun"):
+        cache.allocate("a", 1, salt="x")
+    with pytest.raises(SpecError, match="count: missing"):
+        cache.allocate("a")
+    with pytest.raises(SpecError, match="count: missing"):
+        cache.allocate("b")
+    for bad in (-1, 1.5, True, "3"):
+        for request in ("a", "b"):
+            with pytest.raises(SpecError):
+                cache.allocate(request, bad)  # type: ignore[arg-type]
+    with pytest.raises(SpecError):
+        cache.allocate("b", tokens=[1, -2])
+    with pytest.raises(SpecError, match="most"):
+        cache.allocate("b", 10**6)
+    with pytest.raises(SpecError):
+        cache.publish("a", 10**6)
+    with pytest.raises(SpecError, match="group"):
+        cache.block_ids("a", group=1)
+    with pytest.raises(SpecError):
+        cache.allocate_step(cache.handles(["a"]).astype(np.int64), np.ones(1, np.int32))
+    for call in (cache.publish, cache.truncate):
+        with pytest.raises(StaleHandle, match="not here"):
+            call("b", 1)
+    for named in (cache.free, cache.block_ids, cache.num_tokens, cache.num_cached_tokens, cache.sequence):
+        with pytest.raises(StaleHandle, match="not here"):
+            named("b")
+    with pytest.raises(StaleHandle):
+        cache.free_all(["a", "b"])
+    assert list(cache) == ["a"] and cache.num_tokens("a") == SIZE and cache.allocator.stats().num_sequences == 1
+
+
+def apply(tables: dict[int, list[int]], names: list[int], changes: TableChanges) -> int:
+    for row, column, block in zip(changes.rows, changes.columns, changes.blocks, strict=True):
+        assert tables[names[row]][column] != block
+        tables[names[row]][column] = int(block)
+    return len(changes)
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_steps_say_what_a_plain_allocator_does(backend: str, device: str) -> None:
+    """Random steps on both; tables kept up from the deltas alone are those that the allocator fills."""
+    seed = random.randrange(2**32)
+    print("seed", seed)
+    rng = random.Random(seed)
+    options: dict[str, Any] = {"blocks": 40, "device": device, "map_ahead_tokens": 0, "tail_guard_tokens": 0}
+    cache, plain = SchedulerCache(open_allocator(backend, **options)), open_allocator(backend, **options)
+    tables: dict[int, list[int]] = {}
+    twins: dict[int, Any] = {}
+    refused = merged = 0
+    for number in range(150):
+        if len(tables) < 6 and rng.random() < 0.4:
+            tokens = prompt(*(rng.randrange(3) for _ in range(rng.randrange(1, 6))))
+            assert cache.matched_tokens(tokens) == plain.match(tokens).num_tokens
+            blocks = cache.allocate(number, tokens=tokens)
+            twin = plain.sequence(tokens)
+            if blocks is None:
+                refused += 1
+                with pytest.raises(OutOfMemory):
+                    twin.extend(len(tokens) - twin.num_cached_tokens)
+                twin.free()
+                continue
+            twin.extend(len(tokens) - twin.num_cached_tokens)
+            rest = tokens[twin.num_cached_tokens :]
+            tables[number], twins[number] = blocks.blocks.tolist(), twin
+            merged += apply(tables, [number], cache.publish(number, rest))
+            twin.commit(rest)
+        elif tables and rng.random() < 0.2:
+            gone = rng.choice(list(tables))
+            cache.free(gone)
+            twins.pop(gone).free()
+            del tables[gone]
+        elif tables:
+            names = list(tables)
+            counts = np.array([rng.randrange(2 * SIZE) for _ in names], np.int32)
+            new = cache.allocate_step(cache.handles(names), counts)
+            ids = np.array([twins[name].id for name in names], np.int32)
+            assert plain.try_extend_batch(ids, counts) == (new is not None)
+            if new is None:
+                refused += 1
+                victim = rng.choice(names)
+                cache.free(victim)
+                twins.pop(victim).free()
+                del tables[victim]
+                continue
+            for row, column, block in zip(new.rows, new.columns, new.blocks, strict=True):
+                assert column == len(tables[names[row]])
+                tables[names[row]].append(int(block))
+            said = np.array([rng.randrange(5) for _ in range(int(counts.sum()))], np.int32)
+            merged += apply(tables, names, cache.publish_step(cache.handles(names), counts, said))
+            plain.commit_batch(ids, counts, said)
+        for name, entries in tables.items():
+            assert entries == cache.block_ids(name).tolist() == table_of(cache.allocator, cache.sequence(name))
+            assert entries == table_of(plain, twins[name]), "the allocator below decides as if it were called itself"
+    assert refused > 0 and (merged > 0) == (backend == "paged")
+    assert cache.allocator.check() == []
+    assert cache.usage == pytest.approx(
+        (plain.stats().mapped_bytes - plain.stats().parked_bytes) / plain.stats().budget_bytes
+    )
+
+
+def test_every_group_has_a_table(backend: str) -> None:
+    config = {"model_type": "gemma3_text", "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,
+              "num_key_value_heads": 1, "head_dim": 16, "sliding_window": 32, "sliding_window_pattern": 2,
+              "layer_types": ["sliding_attention", "full_attention"] * 2}  # fmt: skip
+    spec = CacheSpec.from_config(config, dtype="bfloat16", block_size=16)
+    allocator = Allocator(spec, backend=backend, device="meta", memory="4MiB", page_bytes=4096, max_sequences=4, max_tokens=512)  # type: ignore[arg-type]  # fmt: skip
+    cache = SchedulerCache(allocator)
+    cache.allocate("a", 128)
+    cache.publish("a", 128)
+    assert cache.allocate("a", 1) is not None
+    batch = allocator.batch([cache.sequence("a")])
+    for index, group in enumerate(batch.groups):
+        assert group.kv_indices_cpu is not None
+        assert cache.block_ids("a", group=index).tolist() == group.kv_indices_cpu.tolist()
+    assert kvmem.SchedulerCache is SchedulerCache
