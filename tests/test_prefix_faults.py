@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import pytest
 from lockstep_prefix import PrefixLockstep
-from support import BACKENDS, LAYOUTS, LONG, make_allocator, seed_of_run
+from support import BACKENDS, LAYOUTS, LONG, i32, make_allocator, seed_of_run
 from support_prefix import agree, cached, go_on, grow, text
 from support_world import NOTHING, PAGE, checked, held
 
@@ -67,12 +67,20 @@ def reserve_and(pair: PrefixLockstep, n: int) -> Callable[[], object]:
     return lambda: pair.seqs[handle].commit(text(n, 6))
 
 
+def step_after(pair: PrefixLockstep, n: int) -> Callable[[], object]:
+    """Commits ids for room made before, and needs new memory in the same call."""
+    handle, out = pair.handles[0], pair.alloc.make_batch(max_new_tokens=600)
+    assert pair.extend({handle: n})
+    return lambda: pair.alloc.step(i32(handle), out, counts=i32(300), tokens=i32(*text(n, 6)))
+
+
 #: A call that needs the driver or memory, made where the prompts are cached and one more sequence is live.
 ACTIONS: list[Action] = [
     ("open with a hit", lambda pair: lambda: pair.alloc.sequence([*PROMPTS[0], 1])),
     ("open with a hit within a block", lambda pair: lambda: pair.alloc.sequence(PROMPTS[0][:150])),
     ("open a branch", lambda pair: lambda: pair.alloc.sequence([*PROMPTS[2], 1])),
     ("commit what is published", lambda pair: reserve_and(pair, 40)),
+    ("a step", lambda pair: step_after(pair, 40)),
     ("grow over what is cached", lambda pair: lambda: first_of(pair).extend(400)),
     ("fork", lambda pair: first_of(pair).fork),
     ("truncate", lambda pair: lambda: first_of(pair).truncate(max(60, pair.model.least_tokens(pair.handles[0])))),

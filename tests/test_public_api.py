@@ -32,6 +32,7 @@ SIGNATURES = {
     "Allocator.batch": "self, sequences, *, new_tokens=, out=, pad_to=",
     "Allocator.make_batch": "self, *, max_sequences=, max_new_tokens, max_tokens=",
     "Allocator.fill": "self, ids, batch, *, new_tokens=, pad_to=",
+    "Allocator.step": "self, ids, batch, *, counts=, tokens=, pad_to=",
     "Allocator.cascade_order": "self, sequences, *, group=",
     "Allocator.kv": "self, layer",
     "Allocator.tensor": "self, layer, component",

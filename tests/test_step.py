@@ -1,0 +1,195 @@
+"""The step in one call, and batches that are refilled in place: what a fill leaves in the buffers is what a fresh batch
+would hold, whatever was in them, and what it says it changed is all it changed."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from lockstep_prefix import PrefixLockstep
+from prefix_walk import author, step
+from support import BACKENDS, LAYOUTS, LONG, SIZES, i32, make_allocator, plain, seed_of_run
+from test_prefix_model import make_pair
+
+import kvmem
+from kvmem.batch import _FIELDS, Batch, GroupBatch
+
+LAYOUTS_HERE = ["kv interleaved", "kv G=1", "full and window", "window G=1", "recurrent", "encoder decoder"]
+
+
+def assert_equal(refilled: Batch, fresh: Batch) -> None:
+    for mine, other in zip(refilled.groups, fresh.groups, strict=True):
+        for name in _FIELDS:
+            a, b = getattr(mine, name), getattr(other, name)
+            if a is None:
+                assert b is None
+            elif name == "block_table":  # the fresh one is as wide as it must be
+                width = b.shape[1]
+                assert torch.equal(a[:, :width], b) and not a[:, width:].any()
+            else:
+                assert torch.equal(a, b), name
+        assert (mine.max_seqlen_q, mine.max_seqlen_k) == (other.max_seqlen_q, other.max_seqlen_k)
+
+
+class Shadow:
+    """The block tables of a batch, kept by ``table_deltas`` alone."""
+
+    def __init__(self, batch: Batch) -> None:
+        self.tables = [group.full("block_table").clone() for group in batch.groups]
+        self.told = 0
+
+    def follow(self, batch: Batch) -> None:
+        for table, group in zip(self.tables, batch.groups, strict=True):
+            self.tell(table, group)
+
+    def tell(self, table: torch.Tensor, group: GroupBatch) -> None:
+        if (deltas := group.table_deltas) is None:
+            table.copy_(group.full("block_table"))
+            return
+        places, blocks = deltas
+        assert len(set(places.tolist())) == len(places)
+        table.view(-1)[places] = blocks
+        self.told += len(places)
+        assert torch.equal(table[: group.num_rows], group.full("block_table")[: group.num_rows])
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS_HERE if name in LAYOUTS])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_refilled_batch_is_as_a_fresh_one(backend: str, layout: str) -> None:
+    """Random programs; the same buffers again and again, for other sequences, orders, paddings and new tokens."""
+    walk = random.Random(seed_of_run())
+    for plentiful in (False, True):
+        pair = make_pair(layout, backend, walk.choice(sorted(SIZES)), plentiful=plentiful, contents=False, debug=False)
+        pair.prepare_padding()
+        alloc = pair.alloc
+        batches = [alloc.make_batch(max_sequences=9, max_new_tokens=9 * alloc.max_tokens) for _ in range(2)]
+        shadows = [Shadow(batch) for batch in batches]
+        writer, handles = author(pair, walk), list[int]()
+        for _ in range(1000 if LONG else 150):
+            step(pair, walk, writer)
+            if walk.random() < 0.3:
+                handles = walk.sample(pair.handles, min(7, len(pair.handles)))
+            handles = [handle for handle in handles if handle in pair.model.sequences]
+            new = None
+            if walk.random() < 0.3:
+                held = [pair.model.sequences[h][pair.model.main] for h in handles]
+                new = [walk.randint(0, t.tokens - t.committed) for t in held]
+            pad = walk.choice([None, None, len(handles), 9])
+            which = walk.randrange(2)
+            try:
+                fresh = alloc.batch(handles, new_tokens=new, pad_to=pad)
+            except kvmem.OutOfMemory:
+                continue  # no room for the trash blocks
+            alloc.fill(i32(*handles), batches[which], new_tokens=new, pad_to=pad)
+            assert_equal(batches[which], fresh)
+            shadows[which].follow(batches[which])
+        assert sum(shadow.told for shadow in shadows) > 0
+
+
+def twins(backend: str, layout: str, **options: object) -> list[PrefixLockstep]:
+    spec, interleave = LAYOUTS[layout].spec(16), LAYOUTS[layout].interleave
+    options = {"memory": 18 * 4096, "page_bytes": 4096, "max_sequences": 8, "max_tokens": 900} | options
+    return [
+        PrefixLockstep(make_allocator(spec, backend, interleave=interleave, device="meta", **options), contents=False)
+        for _ in range(2)
+    ]
+
+
+@pytest.mark.parametrize("layout", ["kv interleaved", "full and window", "window G=1", "recurrent"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_step_is_its_three_calls(backend: str, layout: str) -> None:
+    """Committing, extending and filling in one call or in three: the same lengths, books, hits and tensors."""
+    seed = seed_of_run()
+    walk = random.Random(seed)
+    one, three = (pair.alloc for pair in twins(backend, layout))
+    out = [alloc.make_batch(max_new_tokens=200) for alloc in (one, three)]
+    ids: list[int] = []
+    due: dict[int, int] = {}
+    refused = 0
+    for _ in range(1500 if LONG else 250):
+        if len(ids) < 6 and walk.random() < 0.2:
+            prompt = [walk.randrange(3) for _ in range(walk.choice([0, 20, 40]))]
+            made = [alloc.sequence(prompt) for alloc in (one, three)]
+            assert made[0].id == made[1].id and made[0].num_cached_tokens == made[1].num_cached_tokens
+            ids.append(made[0].id)
+            due[made[0].id] = 0
+        if ids and walk.random() < 0.05:
+            gone = ids.pop(walk.randrange(len(ids)))
+            one.free_batch(i32(gone)), three.free_batch(i32(gone))
+        if not ids:
+            continue
+        counts = i32(*(walk.choice([0, 1, 1, 1, 5]) for _ in ids))
+        known = walk.random() < 0.9
+        tokens = i32(*(walk.randrange(3) for h in ids for _ in range(due[h]))) if known else None
+        handles, amounts = i32(*ids), i32(*(due[h] for h in ids))
+        if known:
+            three.commit_batch(handles, amounts, tokens)
+        else:
+            three.commit_batch(handles, amounts)
+        fits = three.try_extend_batch(handles, counts)
+        if not fits:  # the one call changes nothing then; what it would have committed is committed by hand
+            with pytest.raises(kvmem.OutOfMemory):
+                one.step(handles, out[0], counts=counts, tokens=tokens)
+            assert [one.core.committed(h) for h in ids] == [three.core.committed(h) - due[h] for h in ids]
+            one.commit_batch(handles, amounts, *([tokens] if known else []))
+            refused += 1
+            due = dict.fromkeys(ids, 0)
+            for alloc in (one, three):
+                alloc.free_batch(i32(ids[0]))
+            ids.pop(0)
+            continue
+        three.fill(handles, out[1])
+        one.step(handles, out[0], counts=counts, tokens=tokens)
+        due = dict(zip(ids, counts.tolist(), strict=True))
+        for g in range(len(one.spec.groups)):
+            for h in ids:
+                assert one.core.tokens(h, g) == three.core.tokens(h, g)
+                assert one.core.committed(h, g) == three.core.committed(h, g)
+        assert torch.equal(out[0].seq_lens, out[1].seq_lens)
+        assert torch.equal(out[0].positions, out[1].positions)
+        assert one.check() == []
+    assert one.stats().hit_tokens == three.stats().hit_tokens
+    assert one.stats().used_bytes == three.stats().used_bytes
+    assert refused > 0 or layout == "window G=1"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_step_that_is_refused_changes_nothing(backend: str) -> None:
+    alloc = make_allocator(plain(16), backend, device="meta", memory=30 * 4096, page_bytes=4096, max_sequences=4)
+    seqs = [alloc.sequence() for _ in range(3)]
+    for seq in seqs:
+        seq.extend(20)
+        seq.commit(list(range(20)))
+        seq.extend(2)
+    ids, out = i32(*(seq.id for seq in seqs)), alloc.make_batch(max_new_tokens=8, max_tokens=64)
+    alloc.step(ids, out, tokens=i32(*range(6)))
+    assert [seq.num_committed_tokens for seq in seqs] == [22] * 3 and out.seq_lens.tolist() == [23] * 3
+
+    def seen() -> list[object]:
+        return [[(s.num_tokens, s.num_committed_tokens) for s in seqs], alloc.stats(), alloc.match(list(range(40)))]
+
+    before = seen()
+    small = alloc.make_batch(max_sequences=2, max_new_tokens=8)
+    for kind, arguments, options in [
+        (kvmem.SpecError, (ids, out), {"tokens": i32(1, 2)}),  # three are due
+        (kvmem.SpecError, (ids, out), {"tokens": i32(1, 2, -3)}),
+        (kvmem.SpecError, (ids, out), {"counts": i32(1, 1, -1)}),
+        (kvmem.SpecError, (ids, out), {"counts": i32(1, 1)}),
+        (kvmem.SpecError, (ids, out), {"counts": i32(3, 3, 3)}),  # more than the batch was made for
+        (kvmem.SpecError, (ids, out), {"counts": i32(1, 1, 100_000)}),
+        (kvmem.SpecError, (ids, out), {"counts": np.ones(3)}),
+        (kvmem.SpecError, (ids, small), {}),
+        (kvmem.SpecError, (i32(ids[0], ids[0]), out), {}),
+        (kvmem.StaleHandle, (i32(ids[0], 3), out), {}),
+        (kvmem.OutOfMemory, (ids, alloc.make_batch(max_new_tokens=10_000)), {"counts": i32(350, 350, 350)}),
+    ]:
+        with pytest.raises(kind):
+            alloc.step(*arguments, **options)
+        assert seen() == before
+        assert alloc.check() == []
+    alloc.step(ids, out, tokens=i32(7, 7, 7), pad_to=4)
+    assert out.seq_lens.tolist() == [24] * 3 + [1]
+    alloc.step(i32(), out)
+    assert out.num_rows == 0
