@@ -367,8 +367,9 @@ class Allocator:
 
         ids: int32 [n]. counts: int32 [n], default 1 each. tokens: the ids of the tokens committed, one sequence's after
         the other's, int32 [how many were reserved]; without them their blocks cannot be shared. Everything as by
-        ``commit_batch``, ``extend_batch`` and ``fill``, but nothing has changed after an error. Only what differs from
-        the batch's last fill is written and uploaded, see ``table_deltas``.
+        ``commit_batch``, ``extend_batch`` and ``fill``, but nothing has changed after an error; room is made before
+        sliding windows move on. Only what differs from the batch's last fill is written and uploaded, see
+        ``table_deltas``.
         """
         main = batch.group(self._main)
         amounts = self._ones[: len(ids)] if counts is None else counts
