@@ -188,10 +188,12 @@ nb::class_<Cache> bind_cache(nb::module_& m) {
       .def(
           "extend",
           [](Cache& c, i32 handle, i64 count, i64 group) {
+            if (group < 0 && c.extend_at_hand(handle, count)) return;  // letting Python's lock go would cost more
+            nb::gil_scoped_release release;
             const i32 small = count > INT32_MAX ? INT32_MAX : count < INT32_MIN ? INT32_MIN : static_cast<i32>(count);
             c.extend(&handle, &small, 1, group);
           },
-          "handle"_a, "count"_a, "group"_a = -1, Free())
+          "handle"_a, "count"_a, "group"_a = -1)
       .def(
           "extend_batch",
           [](Cache& c, In<i32> handles, In<i32> counts, i64 group) {
@@ -202,10 +204,12 @@ nb::class_<Cache> bind_cache(nb::module_& m) {
       .def(
           "commit",
           [](Cache& c, i32 handle, i64 count, i64 group) {
+            if (group < 0 && c.commit_at_hand(handle, count)) return;
+            nb::gil_scoped_release release;
             const i32 small = count > INT32_MAX ? INT32_MAX : count < INT32_MIN ? INT32_MIN : static_cast<i32>(count);
             c.commit(&handle, &small, 1, group, nullptr);
           },
-          "handle"_a, "count"_a, "group"_a = -1, Free())
+          "handle"_a, "count"_a, "group"_a = -1)
       .def(
           "commit_batch",
           [](Cache& c, In<i32> handles, In<i32> counts, i64 group) {

@@ -52,6 +52,10 @@ class Cache final : public TableState {
   void extend(const i32* handles, const i32* counts, i64 n, i64 group);
   // `tokens`: the ids, one sequence's after the other's; null if they are not known.
   void commit(const i32* handles, const i32* counts, i64 n, i64 group, const i32* tokens);
+  // The same for one sequence, where nothing is to be decided, waited for or given to a driver; else false, and nothing
+  // has changed. Short enough to be called under Python's lock.
+  bool extend_at_hand(i64 handle, i64 count);
+  bool commit_at_hand(i64 handle, i64 count);
   void truncate(i64 handle, i64 tokens);
   i64 fork(i64 handle);
   void free(const i32* handles, i64 n);
@@ -139,6 +143,10 @@ class Cache final : public TableState {
   Lock enter(bool look = false);  // look: the books only
   void settle();
   void leave();
+  bool is_plain() const {  // one group without a window, and nobody to be told
+    return groups_ == 1 && geometry_.groups[0].growth == Growth::token && geometry_.groups[0].window_tokens == 0 &&
+           !geometry_.debug && !pool_->recording;
+  }
   void free_one(i64 index, Transaction& tx);
   i64 group_begin(i64 group) const { return group < 0 ? 0 : group; }
   i64 group_end(i64 group) const { return group < 0 ? groups_ : group + 1; }

@@ -191,8 +191,7 @@ void Cache::collect_published(i64 index, const i32* tokens, i64 count) {
       block_.insert(block_.end(), tokens, tokens + end);
       block = block_.data();
     }
-    i32 node = index_.find(last, block);
-    if (node == kNoNode) node = index_.add(last, block);
+    const i32 node = index_.find_or_add(last, block);
     index_.enter(node);
     published_.push_back({index, (c.known + end) / size - 1, node});
     last = node;

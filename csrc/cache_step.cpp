@@ -43,6 +43,26 @@ bool Cache::plan_extend(const i32* handles, const i32* counts, i64 n, i64 group)
   return room;
 }
 
+bool Cache::extend_at_hand(i64 handle, i64 count) {
+  fork_guard_.check("the allocator");
+  const Lock lock = pool_->try_lock();
+  if (!lock || !is_plain() || geometry_.map_ahead_tokens > 0 || geometry_.zero == Zero::always) return false;
+  const i64 index = sequences_.index(handle), after = sequences_.tokens(index, 0) + count;
+  if (count < 0 || after > geometry_.groups[0].max_tokens || !table_->has_room(index, 0, after)) return false;
+  sequences_.tokens(index, 0) = after;
+  return true;
+}
+
+bool Cache::commit_at_hand(i64 handle, i64 count) {
+  fork_guard_.check("the allocator");
+  const Lock lock = pool_->try_lock();
+  if (!lock || !is_plain()) return false;
+  const i64 index = sequences_.index(handle), after = sequences_.committed(index, 0) + count;
+  if (count < 0 || after > sequences_.tokens(index, 0)) return false;
+  sequences_.committed(index, 0) = after;
+  return true;
+}
+
 // Entries that a window has dropped point at the trash blocks. Those are backed before the first can be dropped, when
 // the sequence grows: commit() never needs memory.
 bool Cache::lacks_trash(i64 g, i64 tokens) const {

@@ -80,8 +80,8 @@ class DensityPolicy final : public EvictionPolicy {
   Ghosts ghosts_;
   ReuseStatistics statistics_;
   IdLists lists_{kCells + 1};
-  i64 learned_ = 0;  // the clock of the latest learn()
-  i32 aged_ = 0;     // the cell whose list age_lists() looks at next
+  i64 learned_ = 0, learns_after_ = kLeastTicks;  // the clock of the latest learn(), and ticks from one to the next
+  i32 aged_ = 0;                                  // the cell whose list age_lists() looks at next
   // Cells in the order in which they are given up, and which of them hold a block: the victim is the first bit.
   std::array<i32, kCells> order_, rank_;
   std::array<std::uint64_t, (kCells + 63) / 64> filled_{};
@@ -92,6 +92,7 @@ void DensityPolicy::reserve(i64 ids) {
   blocks_.resize(static_cast<std::size_t>(ids));
   lists_.reserve(ids);
   ghosts_.resize(std::max(kGhostsPerId * ids, kLeastGhosts));
+  learns_after_ = std::max(ids / kLearnsPerIds, kLeastTicks);
 }
 
 void DensityPolicy::insert(i32 id, std::uint64_t key, i32 parent, i64) {
@@ -216,8 +217,7 @@ void DensityPolicy::mark(i32 list, bool filled) {
 void DensityPolicy::tick() {
   ++clock_;
   age_lists();
-  const i64 ids = static_cast<i64>(blocks_.size());
-  if (clock_ - learned_ >= std::max(ids / kLearnsPerIds, kLeastTicks)) learn();
+  if (clock_ - learned_ >= learns_after_) learn();
 }
 
 void DensityPolicy::age_lists() {

@@ -16,15 +16,28 @@ constexpr double kLeastAlive = 1e-6;
 
 i32 highest_bit(i64 value) { return 63 - __builtin_clzll(static_cast<unsigned long long>(value)); }
 
-double first_age(i32 index) {
+constexpr double first_age(i32 index) {
   if (index == 0) return 0;
-  const i32 octave = kFirstOctave + (index - 1) / 2;
-  return std::ldexp((index - 1) % 2 ? 1.5 : 1.0, octave);
+  const double octave = static_cast<double>(i64{1} << (kFirstOctave + (index - 1) / 2));
+  return (index - 1) % 2 ? 1.5 * octave : octave;
 }
 
-double width(i32 index) { return first_age(index + 1) - first_age(index); }
+// Looked up, since learn() asks thousands of times.
+struct AgeTable {
+  constexpr AgeTable() {
+    for (i32 age = 0; age < ReuseStatistics::kAges; ++age) {
+      const double first = first_age(age), end = first_age(age + 1);
+      width[static_cast<std::size_t>(age)] = end - first;
+      middle[static_cast<std::size_t>(age)] = first + (end - first) / 2;
+    }
+  }
+  std::array<double, ReuseStatistics::kAges> width{}, middle{};
+};
+constexpr AgeTable kTable;
 
-double middle(i32 index) { return first_age(index) + width(index) / 2; }
+double width(i32 age) { return kTable.width[static_cast<std::size_t>(age)]; }
+
+double middle(i32 age) { return kTable.middle[static_cast<std::size_t>(age)]; }
 
 }  // namespace
 

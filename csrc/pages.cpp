@@ -45,6 +45,13 @@ std::unique_lock<std::mutex> PagePool::lock(bool look) {
   return held;
 }
 
+std::unique_lock<std::mutex> PagePool::try_lock() {
+  fork_guard_.check("the page pool");
+  std::unique_lock<std::mutex> held(mutex_, std::try_to_lock);
+  if (held && (mapper_->has_failed() || (space_ && space_->is_broken()))) held.unlock();
+  return held;
+}
+
 void PagePool::settle() {
   mapper_->wait_idle();
   std::vector<Op> failed = mapper_->take_failed();

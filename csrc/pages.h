@@ -58,6 +58,8 @@ class PagePool {
   // Serialises every allocator of this pool. DeviceError in a forked child, whose copy of the lock may never open.
   // Unless the caller only looks at the books, memory that failed undoing left behind is repaired first.
   std::unique_lock<std::mutex> lock(bool look = false);
+  // The same without waiting: owns nothing where somebody else holds it or there is something to settle or repair.
+  std::unique_lock<std::mutex> try_lock();
   bool forked() const { return fork_guard_.forked(); }
   // The mapper is idle and what it failed to do is taken back. The caller holds the lock.
   void settle();

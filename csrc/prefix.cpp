@@ -62,11 +62,21 @@ i32 PrefixIndex::find_root(const PrefixKey& key) const {
   return found == roots_.end() ? kNoNode : found->second;
 }
 
-i32 PrefixIndex::find(i32 parent, const i32* tokens) const {
-  for (i32 x = bucket(key_of(nodes_[parent].key, tokens)); x != kNoNode; x = nodes_[x].next) {
-    if (nodes_[x].parent == parent && std::equal(tokens, tokens + block_tokens_, this->tokens(x))) return x;
+// Keys are compared first since most strangers in a bucket differ in them; the tokens decide.
+i32 PrefixIndex::find(i32 parent, const i32* tokens, std::uint64_t key) const {
+  const std::size_t bytes = static_cast<std::size_t>(block_tokens_) * sizeof(i32);
+  for (i32 x = bucket(key); x != kNoNode; x = nodes_[x].next) {
+    const Node& n = nodes_[x];
+    if (((n.key ^ key) & mask_) == 0 && n.parent == parent && std::memcmp(tokens, this->tokens(x), bytes) == 0)
+      return x;
   }
   return kNoNode;
+}
+
+i32 PrefixIndex::find_or_add(i32 parent, const i32* tokens) {
+  const std::uint64_t key = key_of(nodes_[parent].key, tokens);
+  const i32 node = find(parent, tokens, key);
+  return node != kNoNode ? node : add(parent, tokens, key);
 }
 
 i64 PrefixIndex::find_partial(i32 parent, const i32* tokens, i64 count, std::vector<i32>* found) const {
@@ -201,8 +211,7 @@ i32 PrefixIndex::open_root(const PrefixKey& key) {
   return root;
 }
 
-i32 PrefixIndex::add(i32 parent, const i32* tokens) {
-  const std::uint64_t key = key_of(nodes_[parent].key, tokens);
+i32 PrefixIndex::add(i32 parent, const i32* tokens, std::uint64_t key) {
   const i32 node = new_node();
   Node& n = nodes_[node];
   n.key = key;

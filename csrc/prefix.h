@@ -40,7 +40,7 @@ class PrefixIndex {
   // --- finding; no side effect ---
   i32 find_root(const PrefixKey& key) const;
   // The child of `parent` that holds these block_tokens() tokens.
-  i32 find(i32 parent, const i32* tokens) const;
+  i32 find(i32 parent, const i32* tokens) const { return find(parent, tokens, key_of(nodes_[parent].key, tokens)); }
   // The children that begin with most of tokens [0, count), oldest first; returns how many tokens. Of many children it
   // looks at the newest kCandidates.
   i64 find_partial(i32 parent, const i32* tokens, i64 count, std::vector<i32>* found) const;
@@ -70,10 +70,10 @@ class PrefixIndex {
   void finish(bool committed);
 
   // --- use; cannot fail ---
-  i32 open_root(const PrefixKey& key);     // counts one user
-  i32 add(i32 parent, const i32* tokens);  // a node nobody uses; gone at finish() if it got no place
-  void enter(i32 node);                    // one more user
-  void leave(i32 node);                    // one fewer; of a chain, the last block first
+  i32 open_root(const PrefixKey& key);             // counts one user
+  i32 find_or_add(i32 parent, const i32* tokens);  // a new node has no users; gone at finish() if it got no place
+  void enter(i32 node);                            // one more user
+  void leave(i32 node);                            // one fewer; of a chain, the last block first
   // A new sequence found it, or found what lies behind it.
   void hit(i32 node) {
     if (nodes_[node].places > 0) policy_->hit(node);
@@ -129,6 +129,8 @@ class PrefixIndex {
   std::uint64_t key_of(std::uint64_t before, const i32* tokens) const;
   i32& bucket(std::uint64_t key) { return buckets_[key & mask_ & (buckets_.size() - 1)]; }
   i32 bucket(std::uint64_t key) const { return buckets_[key & mask_ & (buckets_.size() - 1)]; }
+  i32 find(i32 parent, const i32* tokens, std::uint64_t key) const;
+  i32 add(i32 parent, const i32* tokens, std::uint64_t key);
   i32 new_node();
   void reserve(i64 nodes);
   void start_retention();

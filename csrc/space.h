@@ -55,6 +55,7 @@ class Space {
   void execute(const Op* first, const Op* last, bool ahead = false);
   // Does what is left to undo; throws what the driver throws while it still cannot.
   void repair();
+  bool is_broken() const { return broken_; }
 
   // Blocks until what was executed ahead is done on the device. For the mapper, whose zeroing no step may overtake.
   void finish();

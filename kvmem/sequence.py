@@ -27,10 +27,11 @@ class Sequence:
     ``commit`` says that it is valid. ``num_committed_tokens <= num_tokens``.
     """
 
-    __slots__ = ("_alloc", "_id", "num_cached_tokens")
+    __slots__ = ("_alloc", "_core", "_id", "num_cached_tokens")
 
     def __init__(self, alloc: Allocator, handle: int, num_cached_tokens: int = 0) -> None:
         self._alloc = alloc
+        self._core = alloc.core
         self._id = handle
         self.num_cached_tokens = num_cached_tokens
 
@@ -47,12 +48,12 @@ class Sequence:
     @property
     def num_tokens(self) -> int:
         """Tokens reserved, committed ones included."""
-        return self._alloc.core.tokens(self._id)
+        return self._core.tokens(self._id)
 
     @property
     def num_committed_tokens(self) -> int:
         """Tokens whose KV is valid."""
-        return self._alloc.core.committed(self._id)
+        return self._core.committed(self._id)
 
     def extend(self, n: int, *, group: int | None = None) -> None:
         """Makes room for ``n`` more tokens. ``OutOfMemory``, and nothing changed, when there is none.
@@ -60,7 +61,10 @@ class Sequence:
         Costs no driver call while the row or the blocks at hand suffice. ``group`` names a group that is fixed after
         prefill (cross attention), which grows by its own count, once.
         """
-        self._alloc.core.extend(self._id, check_count("n", n), -1 if group is None else check_count("group", group))
+        if group is None and type(n) is int and -(2**31) <= n < 2**31:  # the common case, a call for each sequence
+            self._core.extend(self._id, n)
+        else:
+            self._core.extend(self._id, check_count("n", n), -1 if group is None else check_count("group", group))
 
     def try_extend(self, n: int, *, group: int | None = None) -> bool:
         """As ``extend``, but False instead of ``OutOfMemory``."""
@@ -76,15 +80,18 @@ class Sequence:
         tokens: their ids, and the blocks they complete are shared from now on; or how many, and then neither these nor
         any that follow are.
         """
+        if group is None and type(tokens) is int and 0 <= tokens < 2**31:
+            self._core.commit(self._id, tokens)
+            return
         index = -1 if group is None else check_count("group", group)
         if isinstance(tokens, (int, np.integer)) and not isinstance(tokens, bool):
             if tokens < 0:
                 raise SpecError(f"tokens: got {tokens}; a count is 0 or more")
-            self._alloc.core.commit(self._id, check_count("tokens", tokens), index)
+            self._core.commit(self._id, check_count("tokens", tokens), index)
         elif index < 0:
-            self._alloc.core.commit_tokens(self._id, token_ids(cast(Tokens, tokens)))
+            self._core.commit_tokens(self._id, token_ids(cast(Tokens, tokens)))
         else:
-            self._alloc.core.commit(self._id, len(token_ids(cast(Tokens, tokens))), index)
+            self._core.commit(self._id, len(token_ids(cast(Tokens, tokens))), index)
 
     def truncate(self, num_tokens: int) -> None:
         """Keeps the first ``num_tokens`` tokens, as when draft tokens are rejected. Never needs memory.
@@ -92,14 +99,14 @@ class Sequence:
         What is cut off counts as wrong: blocks of it that no other sequence uses are forgotten. ``SpecError`` when some
         are pinned. To keep them cached, ``fork()`` first. A recurrent state does not go back by itself.
         """
-        self._alloc.core.truncate(self._id, check_count("num_tokens", num_tokens))
+        self._core.truncate(self._id, check_count("num_tokens", num_tokens))
 
     def pin(self, num_tokens: int | None = None) -> Pin:
         """Keeps the whole blocks of the first ``num_tokens`` tokens (default: of all whose ids are known) cached
         until ``unpin()``, whatever becomes of this sequence. ``SpecError`` when their ids are not known.
         """
         count = -1 if num_tokens is None else at_least_zero("num_tokens", num_tokens)
-        return Pin(self._alloc.core, *self._alloc.core.pin(self._id, count))
+        return Pin(self._core, *self._core.pin(self._id, count))
 
     def retain(self, start: int = 0, end: int | None = None, *, priority: int, ttl: float | None = None) -> None:
         """Overrides the eviction policy for blocks that lie whole in tokens ``[start, end)``, those to come included.
@@ -111,7 +118,7 @@ class Sequence:
         first = at_least_zero("start", start)
         last = 2**31 - 1 if end is None else at_least_zero("end", end)
         seconds = math.inf if ttl is None else check_seconds("ttl", ttl)
-        self._alloc.core.retain(self._id, first, last, check_count("priority", priority), seconds)
+        self._core.retain(self._id, first, last, check_count("priority", priority), seconds)
 
     def snapshot(self) -> None:
         """Keeps a copy of the recurrent state, so that a sequence that begins with the same tokens can go on from here.
@@ -120,7 +127,7 @@ class Sequence:
         truncation, and the spec must have a component of fixed size; else ``SpecError``. ``OutOfMemory``, and nothing
         changed, when there is no room for the copy.
         """
-        self._alloc.core.snapshot(self._id)
+        self._core.snapshot(self._id)
 
     def fork(self) -> Sequence:
         """A second sequence with the same committed tokens: whole pages or blocks are shared, the cut one is copied.
@@ -128,11 +135,11 @@ class Sequence:
         ``OutOfMemory``, and nothing changed, when there is no room for the copy. What is reserved but not committed
         stays with the parent.
         """
-        return Sequence(self._alloc, self._alloc.core.fork(self._id))
+        return Sequence(self._alloc, self._core.fork(self._id))
 
     def free(self) -> None:
         """Gives everything back; a row stays mapped (parked) for the next sequence. Twice is a ``StaleHandle``."""
-        self._alloc.core.free(self._id)
+        self._core.free(self._id)
 
     def kv(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of the tokens held, ``[num_tokens, heads, width]``; see ``Allocator.sequence_tensor``."""
