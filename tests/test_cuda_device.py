@@ -274,7 +274,7 @@ def test_mapping_ahead_does_not_queue_behind_kernels(stub: CudaStub) -> None:
         time.sleep(0.001)
     assert seq.num_tokens == 200
     trace = stub.trace()
-    assert sum(line.startswith("memset") for line in trace) >= 8
+    assert sum(line.startswith("memset") for line in trace) >= 2  # neighbouring pages are zeroed by one call
     assert f"memset {stream}" not in trace, "the step itself had to zero"
     stub.hold_stream(stream, False)
 

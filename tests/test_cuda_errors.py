@@ -157,7 +157,8 @@ def test_a_run_of_maps_that_fails_in_the_middle(stub: CudaStub, backend: str, ca
         assert stub.pending() == 0
         assert seq.num_tokens == 30 and stub.get("mappings") == mapped and alloc.check() == []
         assert alloc.batch([seq]).seq_lens.tolist() == [30]
-    assert failed >= (1 if call == "cuMemSetAccess" else 9) and seq.num_tokens == 230 and alloc.check() == []
+    # A page is mapped by a call of its own; access is set, and zeroes are written, for a run of them.
+    assert failed >= (9 if call == "cuMemMap" else 1) and seq.num_tokens == 230 and alloc.check() == []
 
 
 # ---- Ends ------------------------------------------------------------------------------------------------------------

@@ -195,7 +195,8 @@ def test_steps_say_what_a_plain_allocator_does(backend: str, device: str) -> Non
     seed = random.randrange(2**32)
     print("seed", seed)
     rng = random.Random(seed)
-    options: dict[str, Any] = {"blocks": 40, "device": device, "map_ahead_tokens": 0, "tail_guard_tokens": 0}
+    options: dict[str, Any] = {"blocks": 40, "device": device, "map_ahead_tokens": 0, "tail_guard_tokens": 0,
+                               "max_tokens": 50 * SIZE}  # fmt: skip
     cache, plain = SchedulerCache(open_allocator(backend, **options)), open_allocator(backend, **options)
     tables: dict[int, list[int]] = {}
     twins: dict[int, Any] = {}
