@@ -99,6 +99,15 @@ class Worker {
   i64 operations = 0, refusals = 0, hits = 0;
 
  private:
+  static BatchBuffers buffers_over(std::vector<i32>& blocks) {
+    BatchBuffers out;
+    out.max_sequences = 1;
+    out.max_blocks = out.max_indices = static_cast<i64>(blocks.size());
+    out.max_new_tokens = kMaxTokens;
+    out.block_table = blocks.data();
+    return out;
+  }
+
   i64 below(i64 n) { return static_cast<i64>(random_() % static_cast<std::uint64_t>(n)); }
 
   void step() {
@@ -177,7 +186,11 @@ class Worker {
   void grow(Tokens& t, i64 count) {
     const i64 old = static_cast<i64>(t.writers.size());
     const i32 n = static_cast<i32>(std::min(count, kMaxTokens - old));
-    cache_.extend(&t.handle, &n, 1, -1);
+    if (below(2)) {
+      cache_.extend(&t.handle, &n, 1, -1);
+    } else {
+      cache_.step(&t.handle, &n, 1, nullptr, 0, 0, out_, marks_);
+    }
     const bool told = below(30) != 0;
     std::vector<i32> ids(n);
     for (i32 i = 0; i < n; ++i) {
@@ -207,18 +220,12 @@ class Worker {
   void each_token(const Tokens& t, i64 from, Touch touch) {
     const i64 end = static_cast<i64>(t.writers.size());
     if (from == end) return;
-    std::vector<i32> blocks(ceil_div(kMaxTokens, kBlockTokens));
-    BatchBuffers out;
-    out.max_sequences = 1;
-    out.max_blocks = out.max_indices = static_cast<i64>(blocks.size());
-    out.max_new_tokens = kMaxTokens;
-    out.block_table = blocks.data();
-    cache_.fill(&t.handle, 1, nullptr, 0, 0, out);
+    cache_.fill(&t.handle, 1, nullptr, 0, 0, out_, marks_);
     for (i64 a = 0; a < 2; ++a) {
       const i32 arena = static_cast<i32>(cache_.first_arena(0) + a);
       const Address base = cache_.pool().space()->arena_base(arena);
       for (i64 token = from; token < end; ++token) {
-        const i64 slot = i64{blocks[token / kBlockTokens]} * kBlockTokens + token % kBlockTokens;
+        const i64 slot = i64{blocks_[token / kBlockTokens]} * kBlockTokens + token % kBlockTokens;
         auto* words = reinterpret_cast<std::uint64_t*>(base + static_cast<Address>(slot * kTokenBytes[a]));
         const std::uint64_t word = word_of(t.writers[token], token, a);
         touch(words, word);
@@ -232,6 +239,10 @@ class Worker {
   std::uint64_t next_writer_;
   i64 pin_ = 0;
   std::vector<Tokens> owned_;
+  // One row for whichever sequence is looked at: each fill meets what another one left.
+  std::vector<i32> blocks_ = std::vector<i32>(ceil_div(kMaxTokens, kBlockTokens));
+  BatchBuffers out_ = buffers_over(blocks_);
+  BatchMarks marks_{out_};
 };
 
 bool healthy(Cache& cache) {
