@@ -42,6 +42,11 @@ struct BatchMarks {
       : rows(out.max_sequences), lengths(out.max_sequences), fresh(out.max_sequences), max_blocks(out.max_blocks) {
     clear();
   }
+  // Whoever fills for the first time starts anew: handles and versions of another cache or group mean nothing to it.
+  void begin(i64 cache, i64 group) {
+    if (cache_ != cache || group_ != group) clear();
+    cache_ = cache, group_ = group;
+  }
   // Nothing is known of the buffers any more.
   void clear() {
     for (RowMark& mark : rows) mark = RowMark(), mark.blocks = max_blocks;
@@ -52,6 +57,9 @@ struct BatchMarks {
   std::vector<i32> lengths, fresh;  // of the fill in progress, by row
   i64 max_blocks;
   i64 filled = 0;  // rows of the last fill: only their parts of kv_indices stand
+
+ private:
+  i64 cache_ = 0, group_ = -1;
 };
 
 struct BatchSizes {

@@ -51,6 +51,8 @@ i64 blocks_in(const Geometry& geometry, i64 bytes) {
 
 }  // namespace
 
+std::atomic<i64> Cache::made_{0};
+
 Cache::Cache(Geometry geometry, std::shared_ptr<PagePool> pool, bool paged, i64 limit_pages, bool owns_pool,
              const PrefixOptions& prefix)
     : geometry_(std::move(geometry)),

@@ -2,6 +2,7 @@
 // space. Any number of threads may call; the pool's lock serialises them, also across allocators that share the pool.
 #pragma once
 
+#include <atomic>
 #include <memory>
 #include <string>
 #include <unordered_map>
@@ -206,6 +207,8 @@ class Cache final : public TableState {
   void tell_resident(i32 node, EventRecords& out) const;
   void check_content(std::vector<std::string>* out) const;
 
+  const i64 number_ = ++made_;  // of this process's caches; never given out twice
+  static std::atomic<i64> made_;
   Geometry geometry_;
   std::shared_ptr<PagePool> pool_;
   const bool paged_, owns_pool_;

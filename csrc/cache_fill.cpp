@@ -32,6 +32,7 @@ BatchSizes Cache::write_batch(i64 n, const i32* new_tokens, i64 g, i64 rows, con
   const Growth growth = geometry_.groups[g].growth;
   const bool chosen = new_tokens && growth == Growth::token;
   const TableView view = table_->view(g);
+  marks.begin(number_, g);
   try {
     BatchWriter writer(out, marks, geometry_.groups[g].block_tokens, geometry_.groups[g].row_tokens);
     for (i64 i = 0; i < n; ++i) {

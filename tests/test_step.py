@@ -158,6 +158,24 @@ def test_a_step_is_its_three_calls(backend: str, layout: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_batch_may_serve_two_allocators(backend: str) -> None:
+    """As of a draft model and its target: equal handles, other blocks."""
+    options = {"device": "meta", "memory": 100 * 4096, "page_bytes": 4096, "max_sequences": 4}
+    one, two = (make_allocator(plain(16), backend, **options) for _ in range(2))
+    batch, fresh, ids = one.make_batch(max_new_tokens=400), {}, i32()
+    for alloc in (one, two):
+        seqs = [alloc.sequence() for _ in range(2)]
+        for seq in seqs if alloc is one else reversed(seqs):
+            seq.extend(40)
+        ids = i32(*(seq.id for seq in seqs))
+        fresh[alloc] = alloc.batch(ids)
+    assert not torch.equal(fresh[one].block_table, fresh[two].block_table)
+    for alloc in (one, two, one, one, two):
+        alloc.fill(ids, batch)
+        assert_equal(batch, fresh[alloc])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_step_that_is_refused_changes_nothing(backend: str) -> None:
     alloc = make_allocator(plain(16), backend, device="meta", memory=30 * 4096, page_bytes=4096, max_sequences=4)
     seqs = [alloc.sequence() for _ in range(3)]
