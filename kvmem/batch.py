@@ -142,7 +142,8 @@ class GroupBatch:
         }
         self._device = self._host
         if on_gpu:
-            self._device = {name: self._small.device.get(name, host.to(device)) for name, host in self._host.items()}
+            large = {name: host.to(device) for name, host in self._host.items() if name not in self._small.device}
+            self._device = self._small.device | large
         max_deltas = 4 * max_sequences + 64  # above that whole rows of the table are uploaded
         self._places = torch.zeros(max_deltas, dtype=torch.int64, pin_memory=on_gpu)
         self._blocks = torch.zeros(max_deltas, dtype=torch.int32, pin_memory=on_gpu)
