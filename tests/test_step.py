@@ -55,6 +55,33 @@ class Shadow:
         assert torch.equal(table[: group.num_rows], group.full("block_table")[: group.num_rows])
 
 
+class Uploads:
+    """Stands in for the event that says when an upload has been read."""
+
+    def record(self) -> None: ...
+    def synchronize(self) -> None: ...
+
+
+def as_on_a_gpu(batch: Batch) -> None:
+    """Gives the batch device tensors apart from the host's, as on a GPU: only what is uploaded gets there."""
+    for group in batch.groups:
+        small = group._small
+        small._device = small._host.clone()
+        small.device = {
+            name: small._device[host.storage_offset() : host.storage_offset() + len(host)]
+            for name, host in small.host.items()
+        }
+        group._device = {name: host.clone() for name, host in group._host.items()} | small.device
+        group._uploaded = Uploads()
+
+
+def uploads_agree(batch: Batch) -> None:
+    for group in batch.groups:
+        for name, host in group._host.items():
+            used = group._used(name)
+            assert torch.equal(group._device[name][:used], host[:used]), name
+
+
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS_HERE if name in LAYOUTS])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_refilled_batch_is_as_a_fresh_one(backend: str, layout: str) -> None:
@@ -66,6 +93,7 @@ def test_a_refilled_batch_is_as_a_fresh_one(backend: str, layout: str) -> None:
         alloc = pair.alloc
         batches = [alloc.make_batch(max_sequences=9, max_new_tokens=9 * alloc.max_tokens) for _ in range(2)]
         shadows = [Shadow(batch) for batch in batches]
+        as_on_a_gpu(batches[1])
         writer, handles = author(pair, walk), list[int]()
         for _ in range(1000 if LONG else 150):
             step(pair, walk, writer)
@@ -84,6 +112,7 @@ def test_a_refilled_batch_is_as_a_fresh_one(backend: str, layout: str) -> None:
                 continue  # no room for the trash blocks
             alloc.fill(i32(*handles), batches[which], new_tokens=new, pad_to=pad)
             assert_equal(batches[which], fresh)
+            uploads_agree(batches[which])
             shadows[which].follow(batches[which])
         assert sum(shadow.told for shadow in shadows) > 0
 
