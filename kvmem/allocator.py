@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from collections.abc import Sequence as List
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
@@ -14,14 +13,14 @@ from torch.utils.dlpack import from_dlpack
 
 from kvmem import _core
 from kvmem.arrays import as_int32, at_least_zero, check_bool, not_int32
-from kvmem.backends import BACKENDS
-from kvmem.batch import Batch, GroupBatch
+from kvmem.backends import BACKENDS, lay_out
+from kvmem.batch import Batch, new_batch
 from kvmem.digests import Key, decode_key
 from kvmem.errors import OutOfMemory, SpecError
 from kvmem.events import Event, EventStream
 from kvmem.layouts import GroupLayout, resolve_interleave
 from kvmem.ops import Op
-from kvmem.pool import PagePool
+from kvmem.pool import PagePool, pool_for
 from kvmem.prefix import Pin, PrefixMatch, Reason, Tokens, encode_extra_key, encode_salt, token_ids
 from kvmem.protocols import Sizes
 from kvmem.sequence import Sequence
@@ -117,7 +116,7 @@ class Allocator:
         self.max_sequences = check_size("max_sequences", max_sequences)
         self.max_tokens = check_size("max_tokens", max_tokens)
         self._recording = record_ops
-        self.pool = self._open_pool(pool, device, memory, page_bytes, driver, record_ops)
+        self.pool = pool_for(pool, device, memory, page_bytes, driver, record_ops)
         home = self.pool.device
         self.device = home.torch_device
         self.interleave = resolve_interleave(_default(interleave, home.interleave), spec.num_layers)
@@ -128,7 +127,16 @@ class Allocator:
         rows = None if cached_rows is None else at_least_zero("cached_rows", cached_rows)
         if not (prefix_cache and backend == "virtual"):
             rows = 0
-        self.cached_rows, self._geometry = self._lay_out(limit, max(limit, home.total_bytes or 4 * limit), rows)
+        sizes = Sizes(
+            page_bytes=self.pool.page_bytes,
+            max_sequences=self.max_sequences,
+            cached_rows=max(16, 3 * self.max_sequences) if rows is None else rows,
+            max_tokens=self.max_tokens,
+            tail_guard_tokens=self.tail_guard_tokens,
+            memory_bytes=limit,
+            capacity_bytes=max(limit, home.total_bytes or 4 * limit),
+        )
+        self.cached_rows, self._geometry = lay_out(BACKENDS[backend], self._layouts, sizes, fewer_rows=rows is None)
         self._main = next((i for i, g in enumerate(spec.groups) if g.growth == "token"), 0)
         self._arenas: dict[tuple[int, int], torch.Tensor] = {}
         self._ones = np.ones(self.max_sequences, np.int32)
@@ -159,55 +167,6 @@ class Allocator:
         self._events = EventStream(spec, self._drain_events, self._root_key, key=event_key) if events else None
         if record_ops:
             self.core.record()
-
-    def _lay_out(
-        self, memory_bytes: int, capacity_bytes: int, cached_rows: int | None
-    ) -> tuple[int, list[_core.GroupGeometry]]:
-        rows = max(16, 3 * self.max_sequences) if cached_rows is None else cached_rows
-        sizes = Sizes(
-            page_bytes=self.pool.page_bytes,
-            max_sequences=self.max_sequences,
-            cached_rows=rows,
-            max_tokens=self.max_tokens,
-            tail_guard_tokens=self.tail_guard_tokens,
-            memory_bytes=memory_bytes,
-            capacity_bytes=capacity_bytes,
-        )
-        while True:
-            try:
-                layouts = [BACKENDS[self.backend].geometry(layout, sizes) for layout in self._layouts]
-                return sizes.cached_rows, layouts
-            except SpecError:
-                if cached_rows is not None or sizes.cached_rows == 0:
-                    raise
-                sizes = replace(sizes, cached_rows=sizes.cached_rows // 2)
-
-    @staticmethod
-    def _open_pool(
-        pool: PagePool | None,
-        device: str | torch.device | None,
-        memory: int | str | None,
-        page_bytes: int | None,
-        driver: _core.Driver | None,
-        record_ops: bool,
-    ) -> PagePool:
-        if pool is None:
-            if memory is None:
-                raise SpecError('memory: missing; give a budget such as "20GiB", or a pool to share')
-            return PagePool(
-                device="cpu" if device is None else device, memory=memory, page_bytes=page_bytes, driver=driver
-            )
-        if not isinstance(pool, PagePool):
-            raise SpecError(f"pool: got {type(pool).__name__}; must be a PagePool")
-        if device is not None or page_bytes is not None or driver is not None:
-            raise SpecError(
-                "device, page_bytes and driver belong to the pool; an allocator that is given one takes them from it"
-            )
-        if record_ops:
-            raise SpecError(
-                "record_ops: the ops of a shared pool belong to several allocators; record with a pool of its own"
-            )
-        return pool
 
     # --- sequences ---
 
@@ -431,16 +390,8 @@ class Allocator:
         return self._new_batch(max(rows, len(ids)), fresh, lengths, blocks)
 
     def _new_batch(self, rows: int, fresh: list[int], longest: list[int], blocks: list[int] | None) -> Batch:
-        groups = []
-        for index, group in enumerate(self.spec.groups):
-            width = -(-longest[index] // group.block_size)
-            total = rows * width if blocks is None else blocks[index]
-            groups.append(
-                GroupBatch(
-                    self.device, group.block_size, not BACKENDS[self.backend].paged, rows, fresh[index], width, total
-                )
-            )
-        return Batch(groups, self._main)
+        has_rows = not BACKENDS[self.backend].paged
+        return new_batch(self.spec.groups, self._main, self.device, has_rows, rows, fresh, longest, blocks)
 
     # --- tensors ---
 
@@ -540,26 +491,11 @@ class Allocator:
         """What is held now. Cost grows with live sequences, not with memory."""
         s = self.core.stats()
         torch_allocated, torch_reserved = self.pool.device.torch_bytes()
-        return Stats(
+        return Stats.of(
+            s,
             reserved_bytes=sum(sum(g.arena_slots) for g in self._geometry) * self.pool.page_bytes,
-            budget_bytes=s.budget_bytes,
-            created_bytes=s.created_bytes,
-            free_bytes=s.free_bytes,
-            physical_bytes=s.physical_bytes,
-            mapped_bytes=s.mapped_bytes,
-            used_bytes=s.used_bytes,
-            shared_bytes=s.shared_bytes,
-            parked_bytes=s.parked_bytes,
             wasted_bytes=s.mapped_bytes - s.used_bytes - s.parked_bytes,
-            driver_calls=s.driver_calls,
-            num_sequences=s.num_sequences,
             max_sequences=self.max_sequences,
-            cached_bytes=s.cached_bytes,
-            cached_blocks=s.cached_blocks,
-            pinned_blocks=s.pinned_blocks,
-            evicted_blocks=s.evicted_blocks,
-            lookup_tokens=s.lookup_tokens,
-            hit_tokens=s.hit_tokens,
             device_free_bytes=self.pool.device.free_bytes(),
             torch_allocated_bytes=torch_allocated,
             torch_reserved_bytes=torch_reserved,

@@ -7,6 +7,8 @@ width]`` with block ids.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from math import gcd, lcm
 
 from kvmem import _core
@@ -14,7 +16,7 @@ from kvmem.errors import SpecError
 from kvmem.protocols import Backend, Layout, Sizes
 from kvmem.units import format_bytes
 
-__all__ = ["BACKENDS", "PagedBackend", "VirtualBackend"]
+__all__ = ["BACKENDS", "PagedBackend", "VirtualBackend", "lay_out"]
 
 #: Kernels accept a row as pages of any legal size if its length is a multiple of this (FlashAttention 2 asks for 256).
 ROW_TOKENS = 256
@@ -107,3 +109,18 @@ class PagedBackend:
 
 
 BACKENDS: dict[str, type[Backend]] = {"virtual": VirtualBackend, "paged": PagedBackend}
+
+
+def lay_out(
+    backend: type[Backend], layouts: Sequence[Layout], sizes: Sizes, *, fewer_rows: bool
+) -> tuple[int, list[_core.GroupGeometry]]:
+    """The geometry of every group, and how many ``cached_rows`` it has: with ``fewer_rows`` fewer than asked for where
+    addresses are short.
+    """
+    while True:
+        try:
+            return sizes.cached_rows, [backend.geometry(layout, sizes) for layout in layouts]
+        except SpecError:
+            if not fewer_rows or sizes.cached_rows == 0:
+                raise
+            sizes = replace(sizes, cached_rows=sizes.cached_rows // 2)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,12 +12,13 @@ from kvmem import _core
 from kvmem.arrays import at_least_zero
 from kvmem.cascade import Cascade, Rows, make_cascade
 from kvmem.errors import SpecError
+from kvmem.spec import Group
 from kvmem.spec_rules import check_size
 
 if TYPE_CHECKING:
     from kvmem.arrays import Handles
 
-__all__ = ["Batch", "GroupBatch"]
+__all__ = ["Batch", "GroupBatch", "new_batch"]
 
 # name -> (dtype, shape in terms of B rows, T new tokens, M blocks a sequence, N blocks in all)
 _FIELDS = {
@@ -303,3 +304,24 @@ class Batch(GroupBatch):
 
     def full(self, name: str) -> torch.Tensor:
         return self.__dict__["_main"].full(name)  # type: ignore[no-any-return]
+
+
+def new_batch(
+    groups: Sequence[Group],
+    main: int,
+    device: torch.device,
+    has_rows: bool,
+    rows: int,
+    fresh: list[int],
+    longest: list[int],
+    blocks: list[int] | None,
+) -> Batch:
+    """Empty buffers for ``rows`` rows; for each group ``fresh`` new tokens, sequences of ``longest`` tokens and
+    ``blocks`` blocks in all, or as many as that makes.
+    """
+    made = []
+    for index, group in enumerate(groups):
+        width = -(-longest[index] // group.block_size)
+        total = rows * width if blocks is None else blocks[index]
+        made.append(GroupBatch(device, group.block_size, has_rows, rows, fresh[index], width, total))
+    return Batch(made, main)

@@ -12,7 +12,7 @@ from kvmem.errors import SpecError
 from kvmem.streams import Streams
 from kvmem.units import format_bytes, parse_bytes
 
-__all__ = ["PagePool"]
+__all__ = ["PagePool", "pool_for"]
 
 _LEAST_PAGE = 4096
 #: Page ids are int32 in the core's books.
@@ -116,3 +116,29 @@ class PagePool:
         makes the batches. ``DeviceError``, and nothing changed, for a stream of another device.
         """
         self.streams.pin(stream)
+
+
+def pool_for(
+    pool: PagePool | None,
+    device: str | torch.device | None,
+    memory: int | str | None,
+    page_bytes: int | None,
+    driver: _core.Driver | None,
+    record_ops: bool,
+) -> PagePool:
+    """The pool of an allocator that is made with these arguments: the given one, or one of its own."""
+    if pool is None:
+        if memory is None:
+            raise SpecError('memory: missing; give a budget such as "20GiB", or a pool to share')
+        return PagePool(device="cpu" if device is None else device, memory=memory, page_bytes=page_bytes, driver=driver)
+    if not isinstance(pool, PagePool):
+        raise SpecError(f"pool: got {type(pool).__name__}; must be a PagePool")
+    if device is not None or page_bytes is not None or driver is not None:
+        raise SpecError(
+            "device, page_bytes and driver belong to the pool; an allocator that is given one takes them from it"
+        )
+    if record_ops:
+        raise SpecError(
+            "record_ops: the ops of a shared pool belong to several allocators; record with a pool of its own"
+        )
+    return pool

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
+
+from kvmem import _core
 
 __all__ = ["Stats"]
 
@@ -55,3 +58,9 @@ class Stats:
     device_free_bytes: int | None
     torch_allocated_bytes: int | None
     torch_reserved_bytes: int | None
+
+    @classmethod
+    def of(cls, counted: _core.CacheStats, **others: Any) -> Stats:
+        """What the core has counted, under the same names, and ``others``."""
+        names = [field.name for field in fields(cls) if field.name not in others]
+        return cls(**{name: getattr(counted, name) for name in names}, **others)
