@@ -340,7 +340,7 @@ class Allocator:
             raise not_int32(ids, amounts, *([] if tokens is None else [tokens])) from error
         named = ids.copy()
         main.update(sizes, self.core, named, self._main)
-        for index, group in enumerate(batch.groups):
+        for index, group in enumerate(batch.groups) if len(self.spec.groups) > 1 else ():
             if group is not main:
                 group.begin()
                 group.update(self.core.fill(ids, None, index, rows, group.buffers), self.core, named, index)

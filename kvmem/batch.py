@@ -170,10 +170,10 @@ class GroupBatch:
         core, ids, group: what ``cascade()`` asks for shared blocks; the batch keeps them, so ids must not change.
         """
         self._filled = (core, ids, group)
-        before = (self.num_rows, self.num_new_tokens, self.num_indices)
-        self.num_rows, self.num_new_tokens, self.num_indices, self.max_seqlen_q, self.max_seqlen_k = sizes[:5]
+        rows, fresh, indices, self.max_seqlen_q, self.max_seqlen_k = sizes[:5]
         self._num_deltas, table_from, table_end, indices_from = sizes[5:]
-        if before != (self.num_rows, self.num_new_tokens, self.num_indices):
+        if rows != self.num_rows or fresh != self.num_new_tokens or indices != self.num_indices:
+            self.num_rows, self.num_new_tokens, self.num_indices = rows, fresh, indices
             self.__dict__.pop("_views", None)
         if self._uploaded is None:
             return
