@@ -63,6 +63,8 @@ Cache::Cache(Geometry geometry, std::shared_ptr<PagePool> pool, bool paged, i64 
       token_group_(find_token_group(geometry_)),
       prefix_(resolve(prefix, geometry_)),
       has_state_(any_of(geometry_, Growth::fixed)),
+      keeps_unheld_(has_state_ || std::any_of(geometry_.groups.begin(), geometry_.groups.end(),
+                                              [](const GroupGeometry& g) { return g.window_tokens > 0; })),
       sequences_(geometry_.max_sequences, groups_),
       index_(geometry_.groups[token_group_].block_tokens, token_groups(geometry_), prefix.policy, prefix.hash_bits,
              prefix.event_capacity, prefix_.on ? blocks_in(geometry_, limit_pages * geometry_.page_bytes) : 0),

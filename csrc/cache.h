@@ -200,6 +200,10 @@ class Cache final : public TableState {
   void apply_retention(const Content& content, i32 node);
   void collect_chain(i64 index);
   void leave_chain(i64 index);
+  void leave_node(i32 node) {
+    index_.leave(node);
+    if (keeps_unheld_ && index_.used(node)) table_->offer(node);
+  }
   void collect_leaving(i64 handle, i64 index, i64 tokens);
   void retract_leaving(i64 index, Transaction& tx);
   void note_truncated(i64 index, i64 tokens);
@@ -215,7 +219,8 @@ class Cache final : public TableState {
   const i64 groups_;
   const i64 token_group_;  // the first group that grows with the tokens, or 0
   const PrefixOptions prefix_;
-  const bool has_state_;  // some group is of fixed size
+  const bool has_state_;     // some group is of fixed size
+  const bool keeps_unheld_;  // blocks in use may be held by nobody: those that a window has passed, and snapshots
   Sequences sequences_;
   PrefixIndex index_;
   std::unique_ptr<PageTable> table_;

@@ -53,6 +53,7 @@ void Cache::unpin(i64 pin) {
   while (!index_.is_root(node)) {
     const i32 before = index_.parent(node);
     index_.unpin(node);
+    if (keeps_unheld_ && index_.used(node)) table_->offer(node);
     node = before;
   }
   index_.leave(node);

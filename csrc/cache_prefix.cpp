@@ -29,7 +29,7 @@ void Cache::leave_chain(i64 index) {
   while (c.leaf != c.root) {
     const i32 node = c.leaf;
     c.leaf = index_.parent(node);
-    index_.leave(node);
+    leave_node(node);
   }
   if (c.root != kNoNode) index_.leave(c.root);
   c = Content();
@@ -144,7 +144,7 @@ bool Cache::try_adopt(i64 handle, const Found& found) {
   chain_.resize(ceil_div(found.tokens, block_tokens()));
   for (i32 node : chain_) index_.enter(node);  // not to be given up for the room this may need
   const auto leave_from = [this](std::size_t first) {
-    for (std::size_t i = chain_.size(); i-- > first;) index_.leave(chain_[i]);
+    for (std::size_t i = chain_.size(); i-- > first;) leave_node(chain_[i]);
   };
   Transaction tx(*pool_, *this);
   try {
@@ -218,7 +218,7 @@ void Cache::note_published(i64 index, const i32* tokens, i64 count, std::size_t*
 }
 
 void Cache::leave_published() {
-  for (auto p = published_.rbegin(); p != published_.rend(); ++p) index_.leave(p->node);
+  for (auto p = published_.rbegin(); p != published_.rend(); ++p) leave_node(p->node);
   published_.clear();
 }
 
@@ -260,7 +260,7 @@ void Cache::note_truncated(i64 index, i64 tokens) {
     c.leaf = index_.parent(cut);
   }
   c.known = tokens;
-  for (i32 node : leaving_) index_.leave(node);
+  for (i32 node : leaving_) leave_node(node);
 }
 
 }  // namespace kvmem

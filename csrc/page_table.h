@@ -53,6 +53,8 @@ class PageTable : public PageOwner {
   virtual void retract(i64 index, i32 node, Transaction& tx) = 0;
   // Gives up a node that nobody uses and that no cached one continues. Its memory is parked then.
   virtual void evict(i32 node, Transaction& tx) = 0;
+  // A user has left the node, and others remain: what of it none of them holds may be given up from now on.
+  virtual void offer(i32 node) = 0;
   // Keeps a copy of the sequence's fixed state with the last node of its chain.
   virtual void snapshot(i64 index, const std::vector<i32>& chain, Transaction& tx) = 0;
   // The sequence ends; its lengths are about to become 0.

@@ -136,6 +136,15 @@ class PagedTable final : public PagedBlocks {
     }
   }
 
+  // Where a window has passed it in those that remain, or it is a snapshot: no table entry refers to it.
+  void offer(i32 node) override {
+    for (i64 g = 0; g < groups_; ++g) {
+      const i32 block = block_of(node, g);
+      if (block == 0 || blocks_[g].refs[block] > 0 || blocks_[g].passed[block] || index_.pinned(node)) continue;
+      pass(blocks_[g], block);
+    }
+  }
+
   void snapshot(i64 index, const std::vector<i32>& chain, Transaction& tx) override {
     for (i64 g = 0; g < groups_; ++g) {
       if (geometry_.groups[g].growth != Growth::fixed || block_of(chain.back(), g) != 0) continue;

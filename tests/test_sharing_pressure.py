@@ -268,6 +268,31 @@ def test_an_ended_sequence_keeps_no_window_from_those_that_live(backend: str, la
 
 @pytest.mark.parametrize("layout", ["full and window", "window G=1"])
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_the_last_to_hold_a_window_gives_it_up_though_others_use_its_tokens(backend: str, layout: str) -> None:
+    """A sequence goes on past what its fork still holds; then the fork ends, or a pin does (trim() is checked by the
+    lockstep)."""
+    for ends in ("fork", "pin"):
+        pair = small(backend, layout, pages=100)
+        prompt = text(640)
+        parent = pair.open()
+        for start in range(0, 640, 16):
+            assert pair.append(parent, prompt[start : start + 16])
+            if start + 16 == 320 and ends == "fork":
+                child = pair.fork(parent)
+            elif start + 16 == 320:
+                pair.pin(parent)
+        press(pair)
+        if ends == "fork":
+            pair.free([child])
+        else:
+            pair.unpin(0)
+        pair.trim()
+        press(pair)
+        agree(pair)
+
+
+@pytest.mark.parametrize("layout", ["full and window", "window G=1"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_what_a_window_has_passed_may_be_retained_in_vain(backend: str, layout: str) -> None:
     """A range may begin with blocks that are gone, or that one commit completes and passes at once."""
     pair = small(backend, layout, pages=100)
