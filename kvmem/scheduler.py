@@ -29,7 +29,7 @@ from kvmem import _core
 from kvmem.allocator import Allocator
 from kvmem.arrays import at_least_zero, not_int32
 from kvmem.digests import Key
-from kvmem.errors import OutOfMemory, SpecError, StaleHandle
+from kvmem.errors import KVMemError, OutOfMemory, SpecError, StaleHandle
 from kvmem.events import Event
 from kvmem.prefix import Tokens, token_ids
 from kvmem.sequence import Sequence
@@ -136,7 +136,7 @@ class SchedulerCache:
         try:
             found = sequence.num_cached_tokens
             fits = sequence.try_extend((0 if prompt is None else len(prompt) - found) if wanted is None else wanted)
-        except BaseException:
+        except KVMemError:
             sequence.free()
             raise
         if not fits:

@@ -197,11 +197,10 @@ class _Process:
             text=True,
             env=os.environ | quiet | {"PYTHONPATH": str(folder)},
         )
-        try:
+        with ExitStack() as undo:  # the process must not outlive a constructor that fails
+            undo.callback(self.__exit__, None, None, None)
             self.version: str = self._ask(asdict(workload))["version"]
-        except BaseException:
-            self.__exit__(None, None, None)
-            raise
+            undo.pop_all()
 
     def round(self, prompts: np.ndarray, answers: np.ndarray) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
