@@ -7,7 +7,12 @@
 namespace kvmem {
 
 BatchWriter::BatchWriter(const BatchBuffers& out, BatchMarks& marks, i64 block_tokens, i64 row_tokens)
-    : out_(out), marks_(marks), size_(block_tokens), row_tokens_(row_tokens), filled_before_(marks.filled) {
+    : out_(out),
+      marks_(marks),
+      size_(block_tokens),
+      row_tokens_(row_tokens),
+      filled_before_(marks.filled),
+      most_tokens_(out.max_new_tokens) {
   for (i32* start : {out.cu_seqlens_q, out.cu_seqlens_k, out.kv_indptr, out.row_starts}) {
     if (start) start[0] = 0;
   }
@@ -21,6 +26,21 @@ void BatchWriter::refuse(i64 blocks, i64 fresh) const {
                   std::to_string(sizes_.indices + blocks) + " in all and " + std::to_string(sizes_.new_tokens + fresh) +
                   " new tokens; the batch was made for " + std::to_string(out_.max_blocks) + ", " +
                   std::to_string(out_.max_indices) + " and " + std::to_string(out_.max_new_tokens));
+}
+
+void BatchWriter::add(const BatchRow& row) {
+  const i64 blocks = ceil_div(row.length, size_), dropped = quotient(row.first, size_);
+  check_room(blocks, row.fresh);
+  RowMark& mark = marks_.rows[sizes_.rows];
+  const bool same =
+      mark.handle == row.handle && mark.version == row.at.version && mark.dropped == dropped && mark.blocks == blocks;
+  if (!same) write_table(row, dropped, blocks, mark);
+  if (!same || mark.index_at != sizes_.indices || sizes_.rows >= filled_before_) {
+    write_indices(row, dropped, blocks);
+    mark.index_at = sizes_.indices;
+  }
+  write_new_tokens(row);
+  close_row(row.length, row.fresh, blocks, row.first, row.at.row);
 }
 
 namespace {
@@ -76,6 +96,8 @@ void BatchWriter::write_table(const BatchRow& row, i64 dropped, i64 blocks, RowM
   mark.version = row.at.version;
   mark.dropped = dropped;
   mark.blocks = blocks;
+  if (blocks > 0)
+    mark.last_slot = (row.at.blocks ? row.at.blocks[blocks - 1] : row.at.first_block + blocks - 1) * size_;
 }
 
 void BatchWriter::write_indices(const BatchRow& row, i64 dropped, i64 blocks) {

@@ -2,6 +2,7 @@
 // addresses, so a captured graph that reads them stays valid; a step only rewrites what has changed since the last.
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
 #include "geometry.h"
@@ -34,6 +35,7 @@ struct RowMark {
   i64 handle = kNobody, version = 0;
   i64 dropped = 0, blocks = 0;  // table entries [dropped, blocks) are its blocks, all others 0
   i64 index_at = -1;            // where its part of kv_indices begins
+  i64 last_slot = 0;            // slot of the first token of the last block
   static constexpr i64 kNobody = INT64_MIN;
 };
 
@@ -103,28 +105,38 @@ struct BatchRow {
 class BatchWriter {
  public:
   BatchWriter(const BatchBuffers& out, BatchMarks& marks, i64 block_tokens, i64 row_tokens);
-  void add(const BatchRow& row) {
-    const i64 blocks = ceil_div(row.length, size_), dropped = quotient(row.first, size_);
-    check_room(blocks, row.fresh);
-    RowMark& mark = marks_.rows[sizes_.rows];
-    const bool same =
-        mark.handle == row.handle && mark.version == row.at.version && mark.dropped == dropped && mark.blocks == blocks;
-    if (!same) write_table(row, dropped, blocks, mark);
-    if (!same || mark.index_at != sizes_.indices || sizes_.rows >= filled_before_) {
-      write_indices(row, dropped, blocks);
-      mark.index_at = sizes_.indices;
+  // Rows row_at(0) .. row_at(n - 1).
+  template <class RowAt>
+  void add(i64 n, RowAt row_at) {
+    const i64 size = size_, begin = sizes_.rows, known = std::min(n, filled_before_ - begin);
+    i64* const slots = out_.slot_mapping;
+    i32 *const lengths = marks_.lengths.data() + begin, *const fresh = marks_.fresh.data() + begin;
+    i64 indices = sizes_.indices,
+        tokens = sizes_.new_tokens;  // in registers as long as nothing but lengths has changed
+    for (i64 i = 0; i < n; ++i) {
+      const BatchRow row = row_at(i);
+      const i64 blocks = ceil_div(row.length, size), dropped = quotient(row.first, size);
+      const RowMark& mark = marks_.rows[begin + i];
+      if (i < known && row.fresh == 1 && mark.handle == row.handle && mark.version == row.at.version &&
+          mark.dropped == dropped && mark.blocks == blocks && mark.index_at == indices && tokens < most_tokens_) {
+        if (slots) slots[tokens] = mark.last_slot + remainder(row.length - 1, size);
+        if (out_.first_tokens) out_.first_tokens[begin + i] = static_cast<i32>(row.first);
+        if (out_.kv_indptr) out_.kv_indptr[begin + i + 1] = static_cast<i32>(indices + blocks);
+        lengths[i] = static_cast<i32>(row.length), fresh[i] = 1;
+        indices += blocks, ++tokens;
+        continue;
+      }
+      sizes_.rows = begin + i, sizes_.indices = indices, sizes_.new_tokens = tokens;
+      add(row);
+      indices = sizes_.indices, tokens = sizes_.new_tokens;
     }
-    if (row.fresh == 1) {
-      write_slot(row.at, row.length - 1, sizes_.new_tokens);
-    } else if (row.fresh > 0) {
-      write_new_tokens(row);
-    }
-    close_row(row.length, row.fresh, blocks, row.first, row.at.row);
+    sizes_.rows = begin + n, sizes_.indices = indices, sizes_.new_tokens = tokens;
   }
   void pad();  // a row that reads the read-trash block and writes the write-trash block
   BatchSizes finish();
 
  private:
+  void add(const BatchRow& row);
   void check_room(i64 blocks, i64 fresh) const {
     const bool fits = blocks <= out_.max_blocks && sizes_.indices + blocks <= out_.max_indices &&
                       sizes_.new_tokens + fresh <= out_.max_new_tokens;
@@ -154,7 +166,7 @@ class BatchWriter {
 
   const BatchBuffers& out_;
   BatchMarks& marks_;
-  const i64 size_, row_tokens_, filled_before_;
+  const i64 size_, row_tokens_, filled_before_, most_tokens_;
   BatchSizes sizes_;
 };
 

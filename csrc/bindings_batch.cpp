@@ -13,11 +13,13 @@ using namespace nb::literals;
 namespace kvmem {
 namespace {
 
-// The buffers of a batch, kept alive beside their addresses.
+// The buffers of a batch, kept alive beside their addresses, and what the last fill wrote.
 struct Buffers {
   BatchBuffers at;
   BatchMarks marks;
   std::vector<nb::object> owners;
+  BatchSizes sizes = {};
+  bool filled = false;
 };
 
 template <class T>
@@ -31,6 +33,14 @@ T* take(std::vector<nb::object>& owners, const nb::object& owner, const char* na
   }
   owners.push_back(owner);
   return array.data();
+}
+
+std::vector<i32> handles_of(const Buffers& b) {
+  std::vector<i32> handles;
+  for (i64 i = 0; b.filled && i < b.marks.filled; ++i) {
+    if (b.marks.rows[i].handle != RowMark::kNobody) handles.push_back(static_cast<i32>(b.marks.rows[i].handle));
+  }
+  return handles;
 }
 
 void bind_buffers(nb::module_& m) {
@@ -76,18 +86,35 @@ void bind_buffers(nb::module_& m) {
           "batch_indices"_a.none() = nb::none(), "cu_seqlens_q"_a.none() = nb::none(),
           "cu_seqlens_k"_a.none() = nb::none(), "kv_indptr"_a.none() = nb::none(), "kv_indices"_a.none() = nb::none(),
           "kv_last_page_len"_a.none() = nb::none(), "rows"_a.none() = nb::none(), "row_starts"_a.none() = nb::none(),
-          "delta_places"_a.none() = nb::none(), "delta_blocks"_a.none() = nb::none());
+          "delta_places"_a.none() = nb::none(), "delta_blocks"_a.none() = nb::none())
+      .def_prop_ro(
+          "filled", [](const Buffers& b) { return b.filled; },
+          "False before the first fill, and if the last one failed.")
+      .def_prop_ro("handles", &handles_of, "The sequences of the last fill, without padding rows.")
+      .def_prop_ro("num_rows", [](const Buffers& b) { return b.sizes.rows; })
+      .def_prop_ro("num_new_tokens", [](const Buffers& b) { return b.sizes.new_tokens; })
+      .def_prop_ro("num_indices", [](const Buffers& b) { return b.sizes.indices; })
+      .def_prop_ro("max_seqlen_q", [](const Buffers& b) { return b.sizes.max_new_tokens; })
+      .def_prop_ro("max_seqlen_k", [](const Buffers& b) { return b.sizes.max_tokens; })
+      .def_prop_ro(
+          "num_deltas", [](const Buffers& b) { return b.sizes.deltas; },
+          "Entries of the table that changed; -1: more than were noted.")
+      .def_prop_ro(
+          "table_rows", [](const Buffers& b) { return nb::make_tuple(b.sizes.table_from, b.sizes.table_end); },
+          nb::sig("def table_rows(self) -> tuple[int, int]"), "The rows that hold them, as a range.")
+      .def_prop_ro(
+          "indices_from", [](const Buffers& b) { return b.sizes.indices_from; }, "Where kv_indices changed first.");
 }
 
-nb::tuple sizes_tuple(const BatchSizes& s) {
-  return nb::make_tuple(s.rows, s.new_tokens, s.indices, s.max_new_tokens, s.max_tokens, s.deltas, s.table_from,
-                        s.table_end, s.indices_from);
+template <class Fill>
+void refill(Buffers& out, const Fill& fill) {
+  out.filled = false;
+  {
+    nb::gil_scoped_release release;
+    out.sizes = fill();
+  }
+  out.filled = true;
 }
-
-const char* const kSizes =
-    "Returns rows, new tokens, indices, most new tokens of a sequence, longest sequence; then entries of the table "
-    "that "
-    "changed (-1: more than were noted), the rows that hold them as a range, and where kv_indices changed first.";
 
 }  // namespace
 
@@ -99,37 +126,26 @@ void bind_batch(nb::module_& m, nb::class_<Cache>& cache) {
           [](Cache& c, In<i32> handles, std::optional<In<i32>> new_tokens, i64 group, i64 rows, Buffers& out) {
             if (new_tokens) same_length(handles, *new_tokens);
             const i64 n = static_cast<i64>(handles.shape(0));
-            BatchSizes s;
-            {
-              nb::gil_scoped_release release;
-              s = c.fill(handles.data(), n, new_tokens ? new_tokens->data() : nullptr, group, rows, out.at, out.marks);
-            }
-            return sizes_tuple(s);
+            const i32* fresh = new_tokens ? new_tokens->data() : nullptr;
+            refill(out, [&] { return c.fill(handles.data(), n, fresh, group, rows, out.at, out.marks); });
           },
           "handles"_a.noconvert(), "new_tokens"_a.noconvert().none(), "group"_a, "rows"_a, "out"_a,
           nb::sig("def fill(self, handles: NDArray[numpy.int32], new_tokens: NDArray[numpy.int32] | None, group: int, "
-                  "rows: int, out: BatchBuffers) -> tuple[int, int, int, int, int, int, int, int, int]"),
-          kSizes)
+                  "rows: int, out: BatchBuffers) -> None"))
       .def(
           "step",
-          [](Cache& c, In<i32> handles, In<i32> counts, std::optional<In<i32>> tokens, i64 rows, Buffers& out) {
-            same_length(handles, counts);
+          [](Cache& c, In<i32> handles, std::optional<In<i32>> counts, std::optional<In<i32>> tokens, i64 rows,
+             Buffers& out) {
+            if (counts) same_length(handles, *counts);
             if (tokens) check_ids(*tokens);
-            const i64 n = static_cast<i64>(handles.shape(0));
-            const i64 known = tokens ? static_cast<i64>(tokens->shape(0)) : 0;
-            BatchSizes s;
-            {
-              nb::gil_scoped_release release;
-              s = c.step(handles.data(), counts.data(), n, tokens ? tokens->data() : nullptr, known, rows, out.at,
-                         out.marks);
-            }
-            return sizes_tuple(s);
+            const i64 n = static_cast<i64>(handles.shape(0)), known = tokens ? static_cast<i64>(tokens->shape(0)) : 0;
+            const i32 *more = counts ? counts->data() : nullptr, *ids = tokens ? tokens->data() : nullptr;
+            refill(out, [&] { return c.step(handles.data(), more, n, ids, known, rows, out.at, out.marks); });
           },
-          "handles"_a.noconvert(), "counts"_a.noconvert(), "tokens"_a.noconvert().none(), "rows"_a, "out"_a,
-          nb::sig("def step(self, handles: NDArray[numpy.int32], counts: NDArray[numpy.int32], "
-                  "tokens: NDArray[numpy.int32] | None, rows: int, out: BatchBuffers) "
-                  "-> tuple[int, int, int, int, int, int, int, int, int]"),
-          kSizes);
+          "handles"_a.noconvert(), "counts"_a.noconvert().none(), "tokens"_a.noconvert().none(), "rows"_a, "out"_a,
+          nb::sig("def step(self, handles: NDArray[numpy.int32], counts: NDArray[numpy.int32] | None, "
+                  "tokens: NDArray[numpy.int32] | None, rows: int, out: BatchBuffers) -> None"),
+          "counts None: one token each.");
 }
 
 }  // namespace kvmem

@@ -63,14 +63,16 @@ Cache::Cache(Geometry geometry, std::shared_ptr<PagePool> pool, bool paged, i64 
       token_group_(find_token_group(geometry_)),
       prefix_(resolve(prefix, geometry_)),
       has_state_(any_of(geometry_, Growth::fixed)),
-      keeps_unheld_(has_state_ || std::any_of(geometry_.groups.begin(), geometry_.groups.end(),
-                                              [](const GroupGeometry& g) { return g.window_tokens > 0; })),
+      has_window_(std::any_of(geometry_.groups.begin(), geometry_.groups.end(),
+                              [](const GroupGeometry& g) { return g.window_tokens > 0; })),
+      keeps_unheld_(has_state_ || has_window_),
       sequences_(geometry_.max_sequences, groups_),
       index_(geometry_.groups[token_group_].block_tokens, token_groups(geometry_), prefix.policy, prefix.hash_bits,
              prefix.event_capacity, prefix_.on ? blocks_in(geometry_, limit_pages * geometry_.page_bytes) : 0),
       contents_(geometry_.max_sequences),
       tails_(geometry_.max_sequences * index_.block_tokens()),
       stamp_(geometry_.max_sequences, 0) {
+  if (paged) geometry_.map_ahead_tokens = 0;  // blocks come from the pool's pages, which are mapped already or soon
   Lock lock = pool_->lock();
   table_ = paged ? make_paged_table(geometry_, *pool_, sequences_, index_)
                  : make_virtual_table(geometry_, *pool_, sequences_, index_);

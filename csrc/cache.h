@@ -161,9 +161,13 @@ class Cache final : public TableState {
   }
   [[noreturn]] void refuse_twice(i64 index) const;
   void make_room(const i32* handles, const i32* counts, i64 n, i64 group);
+  void plan_extend(const i32* handles, const i32* counts, i64 n, i64 group);
+  bool plan_group(i64 index, i64 g, i64 group, i64 count);
+  void grow(const i32* handles, const i32* counts, i64 group, bool padded);
+  void grow_planned(const i32* handles, const i32* counts, i64 n, i64 group, bool padded);
+  void add_lengths(const i32* counts, i64 n, i64 group, i64 sign);
+  void log_lengths(const i32* handles, const i32* counts, i64 n, i64 group);
   void take_back_room(const i32* counts, i64 n);
-  bool plan_extend(const i32* handles, const i32* counts, i64 n, i64 group);
-  void grow(const i32* handles, const i32* counts, i64 n, i64 group);
   void grow_one(i64 index, i64 count, i64 group, Transaction& tx);
   [[noreturn]] void explain(i64 index, i64 count, i64 group, const std::string& why);
   void map_ahead(i64 n, i64 group);
@@ -172,10 +176,11 @@ class Cache final : public TableState {
   void set_length(i64 index, i64 g, i64 tokens, Transaction& tx);
   void set_committed(i64 index, i64 g, i64 tokens, Transaction& tx);
   void set_front(i64 index, i64 g, i64 token, Transaction& tx);
-  bool plan_step(const i32* handles, const i32* counts, i64 n, BatchSizes* need);
-  [[noreturn]] void refuse_step(i64 index, i64 g, i64 fresh) const;
-  void prepare_padding(i64 n, i64 g, i64 rows, const BatchBuffers& out);
-  BatchSizes write_batch(i64 n, const i32* new_tokens, i64 g, i64 rows, const BatchBuffers& out,
+  void plan_step(const i32* counts, i64 n, i64 num_tokens, bool known, i64 rows, const BatchBuffers& out);
+  [[noreturn]] void refuse_step(i64 handle, i64 g, i64 fresh) const;
+  void check_rows(i64 rows, const BatchBuffers& out) const;
+  void prepare_padding(i64 n, i64 g, i64 rows);
+  BatchSizes write_batch(const i32* handles, i64 n, const i32* new_tokens, i64 g, i64 rows, const BatchBuffers& out,
                          BatchMarks& marks) const;
   bool can_share(i64 g) const;
   void arrange(const std::vector<i64>& places, i64 depth, i64 g, i64** order) const;
@@ -191,8 +196,9 @@ class Cache final : public TableState {
   bool try_adopt(i64 handle, const Found& found);
   MatchEnd why_not_more(const PrefixKey& key, i32 root, const i32* tokens, i64 n, i64 found) const;
   void commit_planned(const i32* counts, i64 n, i64 group, const i32* tokens);
-  bool moves_windows(const i32* counts, i64 n, i64 group) const;
-  void write_committed(const i32* counts, i64 n, i64 group, bool undoable);
+  void find_moving(const i32* counts, i64 n, i64 group);
+  void write_committed(const i32* counts, i64 n, i64 group);
+  void commit_one(i64 index, i64 count, i64 group, Transaction& tx);
   void start_content(i64 index, const PrefixKey& key);
   void collect_published(i64 index, const i32* tokens, i64 count);
   void note_published(i64 index, const i32* tokens, i64 count, std::size_t* at);
@@ -220,6 +226,7 @@ class Cache final : public TableState {
   const i64 token_group_;  // the first group that grows with the tokens, or 0
   const PrefixOptions prefix_;
   const bool has_state_;     // some group is of fixed size
+  const bool has_window_;    // some group has a sliding window
   const bool keeps_unheld_;  // blocks in use may be held by nobody: those that a window has passed, and snapshots
   Sequences sequences_;
   PrefixIndex index_;
@@ -231,8 +238,11 @@ class Cache final : public TableState {
   std::vector<i32> chain_, partial_, block_, leaving_;  // of the call in progress
   std::vector<Published> published_;
   std::vector<i64> indices_;  // of the call in progress
+  std::vector<i64> needy_;    // positions in it: who has no room yet
+  std::vector<i64> moving_;   // and whose windows move on
   std::vector<i32> due_;      // what a step commits of each
-  std::vector<i64> stamp_;    // by sequence: the last call that named it
+  std::vector<i32> ones_;
+  std::vector<i64> stamp_;  // by sequence: the last call that named it
   i64 call_ = 0;
   ForkGuard fork_guard_;
 };

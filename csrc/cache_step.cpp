@@ -7,40 +7,48 @@
 
 namespace kvmem {
 
-// Checks every argument and notes the indices; true when all of it already has room.
-bool Cache::plan_extend(const i32* handles, const i32* counts, i64 n, i64 group) {
+// Checks every argument and notes the indices, and which sequences have no room yet.
+void Cache::plan_extend(const i32* handles, const i32* counts, i64 n, i64 group) {
   check_group(group);
   ++call_;
   indices_.resize(n);
-  bool room = geometry_.zero != Zero::always;
+  needy_.clear();
+  const bool simple = groups_ == 1 && geometry_.groups[0].growth == Growth::token && !has_window_;
+  const i64 most = geometry_.groups[0].max_tokens;
   for (i64 i = 0; i < n; ++i) {
     const i64 index = indices_[i] = sequences_.index(handles[i]);
     check_once(index);
+    const i64 after = sequences_.tokens(index, 0) + counts[i];
+    if (simple && counts[i] >= 0 && after <= most && geometry_.zero != Zero::always) {
+      if (!table_->has_room(index, 0, after)) needy_.push_back(i);
+      continue;
+    }
     if (counts[i] < 0) {
       throw SpecError("asked to extend sequence handle " + std::to_string(handles[i]) + " by " +
                       std::to_string(counts[i]) + " tokens; use truncate() to shorten it");
     }
-    for (i64 g = group_begin(group); g < group_end(group); ++g) {
-      const GroupGeometry& geometry = geometry_.groups[g];
-      const i64 have = sequences_.tokens(index, g);
-      if (!grows(g, group)) {
-        if (geometry.growth == Growth::fixed && have == 0) room = false;
-        continue;
-      }
-      if (have + counts[i] > geometry.max_tokens) {
-        throw SpecError("asked to extend sequence handle " + std::to_string(handles[i]) + " from " +
-                        std::to_string(have) + " by " + std::to_string(counts[i]) + " tokens; it can hold " +
-                        std::to_string(geometry.max_tokens) + " (max_tokens), so at most " +
-                        std::to_string(geometry.max_tokens - have) + " more");
-      }
-      if (geometry.growth != Growth::token && have > 0 && counts[i] > 0) {
-        throw SpecError("group " + std::to_string(g) + " is fixed after prefill and already holds " +
-                        std::to_string(have) + " tokens");
-      }
-      room = room && table_->has_room(index, g, have + counts[i]) && !lacks_trash(g, have + counts[i]);
-    }
+    bool room = geometry_.zero != Zero::always;
+    for (i64 g = group_begin(group); g < group_end(group); ++g) room = plan_group(index, g, group, counts[i]) && room;
+    if (!room) needy_.push_back(i);
   }
-  return room;
+}
+
+// True if the group has room for `count` more tokens.
+bool Cache::plan_group(i64 index, i64 g, i64 group, i64 count) {
+  const GroupGeometry& geometry = geometry_.groups[g];
+  const i64 have = sequences_.tokens(index, g), after = have + count;
+  if (!grows(g, group)) return geometry.growth != Growth::fixed || have > 0;
+  if (after > geometry.max_tokens) {
+    throw SpecError("asked to extend sequence handle " + std::to_string(sequences_.handle_of(index)) + " from " +
+                    std::to_string(have) + " by " + std::to_string(count) + " tokens; it can hold " +
+                    std::to_string(geometry.max_tokens) + " (max_tokens), so at most " +
+                    std::to_string(geometry.max_tokens - have) + " more");
+  }
+  if (geometry.growth != Growth::token && have > 0 && count > 0) {
+    throw SpecError("group " + std::to_string(g) + " is fixed after prefill and already holds " + std::to_string(have) +
+                    " tokens");
+  }
+  return table_->has_room(index, g, after) && !lacks_trash(g, after);
 }
 
 bool Cache::extend_at_hand(i64 handle, i64 count) {
@@ -77,37 +85,71 @@ void Cache::extend(const i32* handles, const i32* counts, i64 n, i64 group) {
 }
 
 void Cache::make_room(const i32* handles, const i32* counts, i64 n, i64 group) {
-  if (plan_extend(handles, counts, n, group)) {
-    for (i64 i = 0; i < n; ++i) {
-      for (i64 g = group_begin(group); g < group_end(group); ++g) {
-        if (!grows(g, group) || counts[i] == 0) continue;
-        i64& tokens = sequences_.tokens(indices_[i], g);
-        if (pool_->recording) {
-          pool_->log.push_back({OpKind::length, static_cast<i32>(g), handles[i], tokens + counts[i], tokens});
-        }
-        tokens += counts[i];
-      }
-    }
-  } else {
-    grow(handles, counts, n, group);
+  plan_extend(handles, counts, n, group);
+  grow_planned(handles, counts, n, group, false);
+}
+
+// The lengths of those that have room come first: whoever looks for pages to spill then leaves them that room.
+// `padded`: padding rows need the trash blocks too.
+void Cache::grow_planned(const i32* handles, const i32* counts, i64 n, i64 group, bool padded) {
+  std::vector<Op>& log = pool_->log;
+  const auto logged = static_cast<std::ptrdiff_t>(log.size());
+  add_lengths(counts, n, group, 1);
+  if (pool_->recording) log_lengths(handles, counts, n, group);
+  const auto noted = static_cast<std::ptrdiff_t>(log.size());
+  try {
+    if (!needy_.empty() || padded) grow(handles, counts, group, padded);
+  } catch (...) {
+    add_lengths(counts, n, group, -1);
+    log.erase(log.begin() + logged, log.begin() + noted);
+    throw;
   }
   if (geometry_.map_ahead_tokens > 0) map_ahead(n, group);
 }
 
-void Cache::grow(const i32* handles, const i32* counts, i64 n, i64 group) {
+// Of those that are not in needy_.
+void Cache::add_lengths(const i32* counts, i64 n, i64 group, i64 sign) {
+  for (i64 g = group_begin(group); g < group_end(group); ++g) {
+    if (!grows(g, group)) continue;
+    auto needy = needy_.begin();
+    for (i64 i = 0; i < n; ++i) {
+      if (needy != needy_.end() && *needy == i) {
+        ++needy;
+      } else {
+        sequences_.tokens(indices_[i], g) += sign * counts[i];
+      }
+    }
+  }
+}
+
+// As a transaction would have it, of the lengths just added.
+void Cache::log_lengths(const i32* handles, const i32* counts, i64 n, i64 group) {
+  for (i64 g = group_begin(group); g < group_end(group); ++g) {
+    for (i64 i = 0; i < n; ++i) {
+      if (!grows(g, group) || counts[i] == 0 || std::binary_search(needy_.begin(), needy_.end(), i)) continue;
+      const i64 tokens = sequences_.tokens(indices_[i], g);
+      pool_->log.push_back({OpKind::length, static_cast<i32>(g), handles[i], tokens, tokens - counts[i]});
+    }
+  }
+}
+
+// Makes room for the sequences in needy_, or for none.
+void Cache::grow(const i32* handles, const i32* counts, i64 group, bool padded) {
   settle();
   Transaction tx(*pool_, *this);
-  i64 i = 0;
+  std::size_t at = 0;
   std::string why;
   try {
-    for (; i < n; ++i) grow_one(sequences_.index(handles[i]), counts[i], group, tx);
+    if (padded) table_->back_trash(token_group_, tx);
+    for (; at < needy_.size(); ++at) grow_one(indices_[needy_[at]], counts[needy_[at]], group, tx);
     tx.commit();
     return;
   } catch (const OutOfMemory& e) {
     tx.roll_back();
+    if (needy_.empty()) throw;
     why = e.what();
   }
-  if (i == n) i = n - 1;  // the driver itself ran out
+  const i64 i = needy_[std::min(at, needy_.size() - 1)];  // after the last: the driver itself ran out
   explain(sequences_.index(handles[i]), counts[i], group, why);
 }
 
@@ -144,9 +186,10 @@ void Cache::map_ahead(i64 n, i64 group) {
   for (i64 i = 0; i < n; ++i) {
     bool any = false;
     for (i64 g = group_begin(group); g < group_end(group); ++g) {
-      if (geometry_.groups[g].growth == Growth::token && grows(g, group)) {
-        any = table_->map_ahead(indices_[i], g, sequences_.tokens(indices_[i], g), tx) || any;
-      }
+      if (geometry_.groups[g].growth != Growth::token || !grows(g, group)) continue;
+      const i64 have = sequences_.tokens(indices_[i], g);
+      const i64 want = std::min(have + geometry_.map_ahead_tokens, geometry_.groups[g].max_tokens);
+      any = (!table_->has_room(indices_[i], g, want) && table_->map_ahead(indices_[i], g, have, tx)) || any;
     }
     if (any) touched.push_back(indices_[i]);
   }
@@ -191,9 +234,9 @@ void Cache::commit_planned(const i32* counts, i64 n, i64 group, const i32* token
   const bool known = prefix_.on && tokens != nullptr && group < 0;
   const i32* next = tokens;
   for (i64 i = 0; known && i < n; next += counts[i++]) collect_published(indices_[i], next, counts[i]);
-  const bool undoable = pool_->recording || !published_.empty() || moves_windows(counts, n, group);
+  find_moving(counts, n, group);
   try {
-    write_committed(counts, n, group, undoable);
+    write_committed(counts, n, group);
   } catch (...) {
     leave_published();
     throw;
@@ -203,37 +246,51 @@ void Cache::commit_planned(const i32* counts, i64 n, i64 group, const i32* token
   for (i64 i = 0; known && i < n; next += counts[i++]) note_published(indices_[i], next, counts[i], &at);
 }
 
-bool Cache::moves_windows(const i32* counts, i64 n, i64 group) const {
-  for (i64 g = group_begin(group); g < group_end(group); ++g) {
-    if (geometry_.groups[g].window_tokens == 0 || !grows(g, group)) continue;
-    for (i64 i = 0; i < n; ++i) {
+// Whose windows move on, in moving_; everybody where all is recorded.
+void Cache::find_moving(const i32* counts, i64 n, i64 group) {
+  moving_.clear();
+  if (!has_window_ && !pool_->recording) return;
+  for (i64 i = 0; i < n; ++i) {
+    bool moves = pool_->recording;
+    for (i64 g = group_begin(group); !moves && g < group_end(group); ++g) {
+      if (geometry_.groups[g].window_tokens == 0 || !grows(g, group)) continue;
       const i64 index = indices_[i];
-      if (window_front(index, g, sequences_.committed(index, g) + counts[i]) != sequences_.front(index, g)) return true;
+      moves = window_front(index, g, sequences_.committed(index, g) + counts[i]) != sequences_.front(index, g);
     }
+    if (moves) moving_.push_back(i);
   }
-  return false;
 }
 
-void Cache::write_committed(const i32* counts, i64 n, i64 group, bool undoable) {
-  if (!undoable) {
-    for (i64 g = group_begin(group); g < group_end(group); ++g) {
-      for (i64 i = 0; i < n && grows(g, group); ++i) sequences_.committed(indices_[i], g) += counts[i];
-    }
-    return;
+// What can fail comes first.
+void Cache::write_committed(const i32* counts, i64 n, i64 group) {
+  if (!published_.empty() || !moving_.empty()) {
+    Transaction tx(*pool_, *this);
+    for (const Published& p : published_) table_->publish(p.index, p.ordinal, p.node, tx);
+    for (i64 i : moving_) commit_one(indices_[i], counts[i], group, tx);
+    tx.commit();
   }
-  Transaction tx(*pool_, *this);
-  for (const Published& p : published_) table_->publish(p.index, p.ordinal, p.node, tx);
-  for (i64 i = 0; i < n; ++i) {
-    for (i64 g = group_begin(group); g < group_end(group); ++g) {
-      if (!grows(g, group) || counts[i] == 0) continue;
-      const i64 index = indices_[i], done = sequences_.committed(index, g) + counts[i];
-      const i64 old = sequences_.front(index, g), first = window_front(index, g, done);
-      set_committed(index, g, done, tx);
-      if (first != old) table_->drop_front(index, g, old, first, tx);
-      set_front(index, g, first, tx);
+  for (i64 g = group_begin(group); g < group_end(group); ++g) {
+    if (!grows(g, group)) continue;
+    auto moving = moving_.begin();
+    for (i64 i = 0; i < n; ++i) {
+      if (moving != moving_.end() && *moving == i) {
+        ++moving;
+      } else {
+        sequences_.committed(indices_[i], g) += counts[i];
+      }
     }
   }
-  tx.commit();
+}
+
+void Cache::commit_one(i64 index, i64 count, i64 group, Transaction& tx) {
+  for (i64 g = group_begin(group); g < group_end(group); ++g) {
+    if (!grows(g, group) || count == 0) continue;
+    const i64 done = sequences_.committed(index, g) + count;
+    const i64 old = sequences_.front(index, g), first = window_front(index, g, done);
+    set_committed(index, g, done, tx);
+    if (first != old) table_->drop_front(index, g, old, first, tx);
+    set_front(index, g, first, tx);
+  }
 }
 
 void Cache::truncate(i64 handle, i64 tokens) {

@@ -29,8 +29,12 @@ enum class OpKind : std::uint8_t {
   hold,   // a = node, b = group (paged) or row (virtual), c = block (paged) or 1 where the row has the fixed state too
   evict,  // the inverse
   shift,  // a = node, b = group, c = new block, d = old block: what it holds has been copied there (paged)
+  // Many `block` records in one, for an allocator that records nothing. at = first arena. Paged.
+  show,  // a = place of the sequence, b = first ordinal, c = count, d = group: what these entries say counts from now
+         // on
+  hide,  // the inverse: it counts no more, and the entries are 0 once the transaction has ended
 };
-constexpr int kOpKinds = 15;  // without the last three
+constexpr int kOpKinds = 15;  // without the private ones
 
 struct Op {
   OpKind kind;
@@ -64,6 +68,12 @@ inline Op inverse(Op op) {
       break;
     case OpKind::evict:
       op.kind = OpKind::hold;
+      break;
+    case OpKind::show:
+      op.kind = OpKind::hide;
+      break;
+    case OpKind::hide:
+      op.kind = OpKind::show;
       break;
     case OpKind::open:
       op.kind = OpKind::close, op.d = 1;

@@ -36,11 +36,8 @@ void PagedBlocks::add_group(const GroupGeometry& group) {
   b.max_blocks = group.max_blocks;
   b.tokens = group.block_tokens;
   b.per_sequence = ceil_div(group.max_tokens, group.block_tokens);
-  b.refs.assign(b.max_blocks, 0);
-  b.next.assign(b.max_blocks + 2, -1);
-  b.previous.assign(b.max_blocks + 2, -1);
-  for (i64 head : {b.max_blocks, b.max_blocks + 1}) b.next[head] = b.previous[head] = static_cast<i32>(head);
-  b.node.assign(b.max_blocks, kNoNode);
+  b.info.assign(b.max_blocks + 2, BlockInfo());
+  for (i64 head : {b.max_blocks, b.max_blocks + 1}) b.info[head].next = b.info[head].previous = static_cast<i32>(head);
   b.backed.assign(b.max_blocks, 0);
   b.passed.assign(b.max_blocks, 0);
   // calloc: a table for every sequence at full length is large, and mostly never touched
@@ -56,9 +53,7 @@ void PagedBlocks::add_group(const GroupGeometry& group) {
     if (same == b.classes.end()) {
       Class c;
       c.block_bytes = block_bytes;
-      c.mapped.assign(group.arena_slots[i], 0);
-      c.users.assign(group.arena_slots[i], 0);
-      c.kept.assign(group.arena_slots[i], 0);
+      c.slots.assign(group.arena_slots[i], SlotInfo());
       same = b.classes.insert(b.classes.end(), std::move(c));
     }
     same->arenas.push_back(static_cast<i64>(pages_.size()));
@@ -66,10 +61,10 @@ void PagedBlocks::add_group(const GroupGeometry& group) {
   }
   for (Class& c : b.classes) {  // the trash blocks are referred to for ever
     for (i64 block = 0; block < kTrashBlocks; ++block) {
-      for (i64 slot = first_slot(c, block); slot < end_slot(c, block); ++slot) ++c.users[slot];
+      for (i64 slot = first_slot(c, block); slot < end_slot(c, block); ++slot) ++c.slots[slot].users;
     }
   }
-  b.refs[kReadTrash] = b.refs[kWriteTrash] = 1;
+  b.info[kReadTrash].refs = b.info[kWriteTrash].refs = 1;
   blocks_.push_back(std::move(b));
 }
 
@@ -78,7 +73,7 @@ bool PagedBlocks::is_whole(const Op& op) const {
   if (a < 0 || a >= static_cast<i64>(pages_.size())) return true;  // a neighbour's
   const Class& c = class_of(a);
   for (i64 slot = op.a; slot < op.a + op.c; ++slot) {
-    if (c.mapped[slot] != 0 && c.mapped[slot] != static_cast<i32>(c.arenas.size())) return false;
+    if (c.slots[slot].mapped != 0 && c.slots[slot].mapped != static_cast<i32>(c.arenas.size())) return false;
   }
   return true;
 }
@@ -138,7 +133,7 @@ i64 PagedBlocks::tokens_that_fit(i64 index, i64 group, i64 pages) const {
     for (std::size_t k = 0; k < b.classes.size(); ++k) {
       const Class& c = b.classes[k];
       for (i64 slot = std::max(first_slot(c, block), next[k]); slot < end_slot(c, block); ++slot) {
-        if (c.mapped[slot] == 0) left -= static_cast<i64>(c.arenas.size());
+        if (c.slots[slot].mapped == 0) left -= static_cast<i64>(c.arenas.size());
       }
       next[k] = end_slot(c, block);
     }
@@ -162,7 +157,7 @@ void PagedBlocks::count_bytes(i64* used_bytes, i64* shared_bytes) const {
       if (b.extra_refs == 0) continue;
       for (i64 ordinal = first / b.tokens; ordinal * b.tokens < end; ++ordinal) {
         const i32 block = entry(index, g, ordinal);
-        if (b.refs[block] <= 1) continue;
+        if (b.info[block].refs <= 1) continue;
         const i64 start = ordinal * b.tokens;
         shared.push_back({block, std::max(first - start, i64{0}), std::min(end - start, b.tokens)});
         tokens -= shared.back().to - shared.back().from;
@@ -189,23 +184,23 @@ const Class& PagedBlocks::class_of(i64 a) const {
 }
 
 void PagedBlocks::link(Blocks& b, i64 block, i64 before) {
-  const i32 x = static_cast<i32>(block), after = b.next[before];
-  b.previous[x] = static_cast<i32>(before), b.next[x] = after;
-  b.next[before] = b.previous[after] = x;
+  const i32 x = static_cast<i32>(block), after = b.info[before].next;
+  b.info[x].previous = static_cast<i32>(before), b.info[x].next = after;
+  b.info[before].next = b.info[after].previous = x;
 }
 
 void PagedBlocks::unlink(Blocks& b, i64 block) {
-  b.next[b.previous[block]] = b.next[block];
-  b.previous[b.next[block]] = b.previous[block];
+  b.info[b.info[block].previous].next = b.info[block].next;
+  b.info[b.info[block].next].previous = b.info[block].previous;
 }
 
 void PagedBlocks::set_ready(Blocks& b, i64 block, bool first) {
-  link(b, block, first ? b.max_blocks : b.previous[b.max_blocks]);
+  link(b, block, first ? b.max_blocks : b.info[b.max_blocks].previous);
   ++b.ready;
 }
 
 void PagedBlocks::pass(Blocks& b, i64 block) {
-  link(b, block, b.previous[b.max_blocks + 1]);
+  link(b, block, b.info[b.max_blocks + 1].previous);
   b.passed[block] = 1;
 }
 
@@ -218,16 +213,16 @@ void PagedBlocks::keep(Blocks& b, i64 block, i32 sign) {
   if (b.passed[block]) unpass(b, block);
   b.kept += sign;
   for (Class& c : b.classes) {
-    for (i64 slot = first_slot(c, block), end = end_slot(c, block); slot < end; ++slot) c.kept[slot] += sign;
+    for (i64 slot = first_slot(c, block), end = end_slot(c, block); slot < end; ++slot) c.slots[slot].kept += sign;
   }
 }
 
 void PagedBlocks::acquire(Blocks& b, i64 block) {
-  if (b.refs[block]++ > 0) {
+  if (b.info[block].refs++ > 0) {
     ++b.extra_refs;
     return;
   }
-  if (b.node[block] != kNoNode) {
+  if (b.info[block].node != kNoNode) {
     keep(b, block, -1);
   } else {
     unlink(b, block);
@@ -235,36 +230,64 @@ void PagedBlocks::acquire(Blocks& b, i64 block) {
   }
   for (Class& c : b.classes) {
     for (i64 slot = first_slot(c, block), end = end_slot(c, block); slot < end; ++slot) {
-      if (c.users[slot]++ == 0) idle_pages_ -= c.mapped[slot];
+      if (c.slots[slot].users++ == 0) idle_pages_ -= c.slots[slot].mapped;
     }
   }
 }
 
 void PagedBlocks::drop(Blocks& b, i64 block) {
-  if (--b.refs[block] > 0) {
+  if (--b.info[block].refs > 0) {
     --b.extra_refs;
     return;
   }
-  if (b.node[block] != kNoNode) {
+  if (b.info[block].node != kNoNode) {
     keep(b, block, 1);
   } else {
     set_ready(b, block, true);
   }
   for (Class& c : b.classes) {
     for (i64 slot = first_slot(c, block), end = end_slot(c, block); slot < end; ++slot) {
-      if (--c.users[slot] == 0) idle_pages_ += c.mapped[slot];
+      if (--c.slots[slot].users == 0) idle_pages_ += c.slots[slot].mapped;
     }
   }
 }
 
+void PagedBlocks::show(const Entries& e, bool undo) {
+  Blocks& b = blocks_[e.group];
+  const i32* entries = &b.table[e.index * b.per_sequence + e.first];
+  for (i64 i = 0; i < e.count; ++i) acquire(b, entries[i]);
+  if (!undo) return;  // these came at the end of the table
+  ++version_[e.index * groups_ + e.group];
+  hidden_.pop_back();
+}
+
+void PagedBlocks::hide(const Entries& e) {
+  Blocks& b = blocks_[e.group];
+  const i32* entries = &b.table[e.index * b.per_sequence + e.first];
+  for (i64 i = e.count; i-- > 0;) drop(b, entries[i]);
+  ++version_[e.index * groups_ + e.group];
+  forget_room(e.index, e.group);
+  hidden_.push_back(e);
+}
+
+void PagedBlocks::wipe_hidden() {
+  for (const Entries& e : hidden_) {
+    Blocks& b = blocks_[e.group];
+    std::fill_n(&b.table[e.index * b.per_sequence + e.first], e.count, 0);
+  }
+  hidden_.clear();
+}
+
 void PagedBlocks::on_content(const Op& op, bool undo) {
+  if (op.kind == OpKind::show) return show({op.d, op.a, op.b, op.c}, undo);
+  if (op.kind == OpKind::hide) return hide({op.d, op.a, op.b, op.c});
   const i32 node = static_cast<i32>(op.a);
   if (op.kind == OpKind::shift) return shift(op.b, node, op.d, op.c);
   Blocks& b = blocks_[op.b];
   const bool held = op.kind == OpKind::hold;
   if (held) {
     if (static_cast<i64>(block_of_.size()) < index_.capacity() * groups_) block_of_.resize(index_.capacity() * groups_);
-    if (b.refs[op.c] == 0) {
+    if (b.info[op.c].refs == 0) {
       unlink(b, op.c);
       --b.ready;
       keep(b, op.c, 1);
@@ -272,13 +295,13 @@ void PagedBlocks::on_content(const Op& op, bool undo) {
     }
     index_.place(node, op.b, undo);
   } else {
-    if (b.refs[op.c] == 0) {
+    if (b.info[op.c].refs == 0) {
       keep(b, op.c, -1);
       set_ready(b, op.c, true);
     }
     index_.displace(node, op.b, undo);
   }
-  b.node[op.c] = held ? node : kNoNode;
+  b.info[op.c].node = held ? node : kNoNode;
   block_of_[node * groups_ + op.b] = held ? static_cast<i32>(op.c) : 0;
 }
 
@@ -289,16 +312,17 @@ void PagedBlocks::change(const Op& op, bool mapped) {
   std::vector<i32>& pages = pages_[a];
   for (i64 i = 0; i < op.c; ++i) {
     if (pages[op.a + i] != (mapped ? -1 : op.b + i) ||
-        (!mapped && c.users[op.a + i] + c.kept[op.a + i] > 0 && !growing(op))) {
+        (!mapped && c.slots[op.a + i].users + c.slots[op.a + i].kept > 0 && !growing(op))) {
       throw SpecError(std::string(mapped ? "map" : "unmap") + ": slot " + std::to_string(op.a + i) + " shows page " +
-                      std::to_string(pages[op.a + i]) + " and has " + std::to_string(c.users[op.a + i]) + " users");
+                      std::to_string(pages[op.a + i]) + " and has " + std::to_string(c.slots[op.a + i].users) +
+                      " users");
     }
   }
   for (i64 i = 0; i < op.c; ++i) {
     const i64 slot = op.a + i;
     pages[slot] = mapped ? static_cast<i32>(op.b + i) : -1;
-    c.mapped[slot] += mapped ? 1 : -1;
-    if (c.users[slot] == 0) idle_pages_ += mapped ? 1 : -1;
+    c.slots[slot].mapped += mapped ? 1 : -1;
+    if (c.slots[slot].users == 0) idle_pages_ += mapped ? 1 : -1;
   }
   refresh(b, c, op.a, op.a + op.c);
 }
@@ -318,13 +342,13 @@ void PagedBlocks::refresh(Blocks& b, const Class& changed, i64 from, i64 to) {
     bool backed = true;
     for (const Class& c : b.classes) {
       for (i64 slot = first_slot(c, block); backed && slot < end_slot(c, block); ++slot) {
-        backed = c.mapped[slot] == static_cast<i32>(c.arenas.size());
+        backed = c.slots[slot].mapped == static_cast<i32>(c.arenas.size());
       }
     }
     if (backed == (b.backed[block] != 0)) continue;
     b.backed[block] = backed;
     if (!backed) b.cursor = std::min(b.cursor, std::max(block, kTrashBlocks));
-    if (b.refs[block] > 0) continue;
+    if (b.info[block].refs > 0) continue;
     if (backed) {
       set_ready(b, block, false);
     } else {

@@ -13,22 +13,30 @@
 
 namespace kvmem {
 
+struct SlotInfo {
+  i32 mapped = 0;  // in how many of the arenas it is mapped (all or none, between calls)
+  i32 users = 0;   // referenced blocks that touch it
+  i32 kept = 0;    // cached blocks that touch it, which nobody refers to
+};
+
+struct BlockInfo {
+  i32 refs = 0;
+  i32 node = kNoNode;            // what the block holds, kNoNode for nothing that is known
+  i32 next = -1, previous = -1;  // in the list of ready blocks, or that of passed ones
+};
+
 struct Class {
   i64 block_bytes = 0;
-  std::vector<i64> arenas;         // numbers within the table
-  std::vector<i32> mapped;         // per slot: in how many of the arenas it is mapped (all or none, between calls)
-  std::vector<i32> users;          // per slot: referenced blocks that touch it
-  std::vector<i32> kept;           // per slot: cached blocks that touch it, which nobody refers to
+  std::vector<i64> arenas;  // numbers within the table
+  std::vector<SlotInfo> slots;
   i64 hold_from = 0, hold_to = 0;  // slots being prepared at this moment: not to be spilled
 };
 
 struct Blocks {
   i64 max_blocks = 0, tokens = 0, per_sequence = 0;
-  std::vector<i32> refs;
-  // The list of ready blocks, circular through entry max_blocks, and that of passed ones, through the entry after it:
-  // cached blocks that a sliding window has left behind while their sequence goes on.
-  std::vector<i32> next, previous;
-  std::vector<i32> node;  // what the block holds, kNoNode for nothing that is known
+  // Behind the blocks the heads of two circular lists: entry max_blocks of the ready blocks, the one after it of passed
+  // ones: cached blocks that a sliding window has left behind while their sequence goes on.
+  std::vector<BlockInfo> info;
   std::vector<std::uint8_t> backed, passed;
   std::vector<Class> classes;
   i64 ready = 0;
@@ -37,6 +45,11 @@ struct Blocks {
   i64 extra_refs = 0;         // references beyond the first, all blocks
   i64 fence = 0;              // the device may use freed blocks until it has passed
   std::unique_ptr<i32[], void (*)(void*)> table{nullptr, std::free};  // [sequence][per_sequence], 0 is none
+};
+
+// Table entries [first, first + count) of a sequence.
+struct Entries {
+  i64 group, index, first, count;
 };
 
 struct BlockMove {
@@ -63,9 +76,12 @@ class PagedBlocks : public PageTable {
   void on_map(const Op& op) override { change(op, true); }
   void on_unmap(const Op& op) override { change(op, false); }
   void on_content(const Op& op, bool undo) override;
-  void finish(bool committed) override { index_.finish(committed); }
+  void finish(bool committed) override {
+    if (!hidden_.empty()) wipe_hidden();
+    index_.finish(committed);
+  }
   bool can_give_up(const Op& op) const override {
-    return block_of(static_cast<i32>(op.a), op.b) == op.c && blocks_[op.b].refs[op.c] == 0;
+    return block_of(static_cast<i32>(op.a), op.b) == op.c && blocks_[op.b].info[op.c].refs == 0;
   }
 
   i64 offset_bytes(i64 index, i64 group, i64 a, i64 token) const override {
@@ -99,7 +115,8 @@ class PagedBlocks : public PageTable {
   i64 end_slot(const Class& c, i64 block) const { return ceil_div((block + 1) * c.block_bytes, page_bytes()); }
 
   bool idle(const Class& c, i64 slot) const {
-    return c.mapped[slot] > 0 && c.users[slot] == 0 && c.kept[slot] == 0 && (slot < c.hold_from || slot >= c.hold_to);
+    return c.slots[slot].mapped > 0 && c.slots[slot].users == 0 && c.slots[slot].kept == 0 &&
+           (slot < c.hold_from || slot >= c.hold_to);
   }
 
   // The block of a group that holds the node's tokens, 0 for none.
@@ -112,7 +129,7 @@ class PagedBlocks : public PageTable {
   void unpass(Blocks& b, i64 block);
   i64 first_passed(const Blocks& b) const {
     const i64 head = b.max_blocks + 1;
-    return b.next[head] == head ? -1 : b.next[head];
+    return b.info[head].next == head ? -1 : b.info[head].next;
   }
 
   const Geometry& geometry_;
@@ -128,6 +145,8 @@ class PagedBlocks : public PageTable {
   i64 idle_pages_ = 0;                   // mapped, but under no referenced block
 
  private:
+  std::vector<Entries> hidden_;  // by the transaction in progress; they stand in the table until it ends
+
   i64 group_of(i64 a) const {
     i64 g = 0;
     while (a >= first_[g + 1]) ++g;
@@ -143,6 +162,9 @@ class PagedBlocks : public PageTable {
   void acquire(Blocks& b, i64 block);
   void drop(Blocks& b, i64 block);
   void shift(i64 g, i32 node, i64 from, i64 to);
+  void show(const Entries& entries, bool undo);
+  void hide(const Entries& entries);
+  void wipe_hidden();
   void move(i64 g, const std::vector<BlockMove>& moves, Transaction& tx);
   void use_last(Blocks& b);
   void change(const Op& op, bool mapped);

@@ -25,33 +25,35 @@ void PagedBlocks::check(std::vector<std::string>* out) const {
       }
     }
     i64 ready = 0;
-    for (i64 x = b.next[b.max_blocks]; x != b.max_blocks && ready <= b.max_blocks; x = b.next[x], ++ready) {
-      if (b.refs[x] != 0 || !b.backed[x] || b.node[x] != kNoNode) {
+    for (i64 x = b.info[b.max_blocks].next; x != b.max_blocks && ready <= b.max_blocks; x = b.info[x].next, ++ready) {
+      if (b.info[x].refs != 0 || !b.backed[x] || b.info[x].node != kNoNode) {
         say(x, "invariant 2: in the free list, yet referenced, cached or not backed");
       }
     }
     if (ready != b.ready)
       say(-1, "invariant 2: the free list has " + std::to_string(ready) + " entries, not " + std::to_string(b.ready));
     for (i64 block = 0; block < b.max_blocks; ++block) {
-      if (refs[block] != b.refs[block]) {
-        say(block,
-            "invariant 3: " + std::to_string(refs[block]) + " table entries, counted " + std::to_string(b.refs[block]));
+      if (refs[block] != b.info[block].refs) {
+        say(block, "invariant 3: " + std::to_string(refs[block]) + " table entries, counted " +
+                       std::to_string(b.info[block].refs));
       }
       if (block >= kTrashBlocks && refs[block] > 0 && !b.backed[block]) say(block, "in use, but not backed");
     }
     check_content(g, out);
     for (const Class& c : b.classes) {
-      std::vector<i32> users(c.users.size(), 0), kept(c.users.size(), 0);
+      std::vector<i32> users(c.slots.size(), 0), kept(c.slots.size(), 0);
       for (i64 block = 0; block < b.max_blocks; ++block) {
-        if (refs[block] == 0 && b.node[block] == kNoNode) continue;
+        if (refs[block] == 0 && b.info[block].node == kNoNode) continue;
         for (i64 slot = first_slot(c, block); slot < end_slot(c, block); ++slot) ++(refs[block] ? users : kept)[slot];
       }
       for (i64 slot = 0; slot < static_cast<i64>(users.size()); ++slot) {
-        if (users[slot] != c.users[slot]) say(-1, "slot " + std::to_string(slot) + " has a wrong count of users");
-        if (kept[slot] != c.kept[slot]) say(-1, "slot " + std::to_string(slot) + " has a wrong count of cached blocks");
-        if (c.mapped[slot] != 0 && c.mapped[slot] != static_cast<i32>(c.arenas.size())) say(-1, "arenas out of step");
-        if (users[slot] == 0) idle += c.mapped[slot];
-        distinct += c.mapped[slot];
+        if (users[slot] != c.slots[slot].users) say(-1, "slot " + std::to_string(slot) + " has a wrong count of users");
+        if (kept[slot] != c.slots[slot].kept)
+          say(-1, "slot " + std::to_string(slot) + " has a wrong count of cached blocks");
+        if (c.slots[slot].mapped != 0 && c.slots[slot].mapped != static_cast<i32>(c.arenas.size()))
+          say(-1, "arenas out of step");
+        if (users[slot] == 0) idle += c.slots[slot].mapped;
+        distinct += c.slots[slot].mapped;
       }
     }
   }
@@ -70,22 +72,22 @@ void PagedBlocks::check_content(i64 g, std::vector<std::string>* out) const {
   };
   i64 kept = 0;
   for (i64 block = 0; block < b.max_blocks; ++block) {
-    const i32 node = b.node[block];
+    const i32 node = b.info[block].node;
     if (node == kNoNode) {
       if (b.passed[block]) say(block, "passed by a window, yet it holds nothing that is known");
       continue;
     }
-    kept += b.refs[block] == 0;
+    kept += b.info[block].refs == 0;
     if (block_of(node, g) != block) say(block, "the index knows its content elsewhere");
     if (!b.backed[block] || index_.places(node) == 0) say(block, "invariant 2: cached, yet without memory");
-    if (b.passed[block] && b.refs[block] > 0) say(block, "passed by a window, yet referenced");
+    if (b.passed[block] && b.info[block].refs > 0) say(block, "passed by a window, yet referenced");
   }
   if (kept != b.kept) say(-1, std::to_string(kept) + " cached blocks, counted " + std::to_string(b.kept));
   for (i64 index = 0; index < sequences_.capacity(); ++index) {
     const i64 tokens = sequences_.tokens(index, g);
     if (tokens % b.tokens == 0 || copy_tail_[index * groups_ + g]) continue;
     const i32 block = entry(index, g, tokens / b.tokens);
-    if (block != 0 && (b.refs[block] > 1 || b.node[block] != kNoNode)) {
+    if (block != 0 && (b.info[block].refs > 1 || b.info[block].node != kNoNode)) {
       say(block, "the next write would land in a block that others read");
     }
   }

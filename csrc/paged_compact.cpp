@@ -21,8 +21,9 @@ class Plan {
   Plan(const Blocks& blocks, i64 page_bytes)
       : b_(blocks), page_bytes_(page_bytes), leaves_(blocks.max_blocks), taken_(blocks.max_blocks) {
     for (const Class& c : b_.classes) {
-      Use use{c.users, c.users, std::vector<std::uint8_t>(c.users.size())};
-      std::transform(c.kept.begin(), c.kept.end(), use.live.begin(), use.live.begin(), std::plus<i32>());
+      Use use;
+      for (const SlotInfo& slot : c.slots) use.users.push_back(slot.users), use.live.push_back(slot.users + slot.kept);
+      use.receives.resize(c.slots.size());
       uses_.push_back(std::move(use));
     }
   }
@@ -54,7 +55,7 @@ class Plan {
 
   i64 first_slot(const Class& c, i64 block) const { return block * c.block_bytes / page_bytes_; }
   i64 end_slot(const Class& c, i64 block) const { return ceil_div((block + 1) * c.block_bytes, page_bytes_); }
-  bool live(i64 block) const { return (b_.refs[block] > 0 || b_.node[block] != kNoNode) && !leaves_[block]; }
+  bool live(i64 block) const { return (b_.info[block].refs > 0 || b_.info[block].node != kNoNode) && !leaves_[block]; }
 
   // A block comes to (+1) or leaves (-1) its pages.
   void count(i64 block, bool referenced, i32 sign) {
@@ -84,7 +85,7 @@ class Plan {
   // The ready blocks that could be moved to, those in the fullest pages first.
   void find_room(std::size_t k) {
     room_.clear();
-    for (i32 block = b_.next[b_.max_blocks]; block != b_.max_blocks; block = b_.next[block]) {
+    for (i32 block = b_.info[b_.max_blocks].next; block != b_.max_blocks; block = b_.info[block].next) {
       if (!taken_[block] && has_neighbours(block, false)) room_.push_back(block);
     }
     const auto key = [&](i32 block) { return std::make_pair(-uses_[k].live[first_slot(b_.classes[k], block)], block); };
@@ -125,10 +126,10 @@ class Plan {
       if (live(block)) leaving_.push_back(block);
     }
     if (leaving_.empty() || leaving_.front() < kTrashBlocks) return;
-    for (i64 block : leaving_) count(block, b_.refs[block] > 0, -1);
+    for (i64 block : leaving_) count(block, b_.info[block].refs > 0, -1);
     std::vector<BlockMove> found;
     for (i64 block : leaving_) {
-      const i64 to = take_room(b_.refs[block] > 0);
+      const i64 to = take_room(b_.info[block].refs > 0);
       if (to < 0) return put_back(found);
       found.push_back({static_cast<i32>(block), static_cast<i32>(to)});
     }
@@ -138,9 +139,9 @@ class Plan {
   void put_back(const std::vector<BlockMove>& found) {
     for (const BlockMove& move : found) {
       taken_[move.to] = 0;
-      count(move.to, b_.refs[move.from] > 0, -1);
+      count(move.to, b_.info[move.from].refs > 0, -1);
     }
-    for (i64 block : leaving_) count(block, b_.refs[block] > 0, 1);
+    for (i64 block : leaving_) count(block, b_.info[block].refs > 0, 1);
   }
 
   void settle(const BlockMove& move) {
@@ -188,7 +189,7 @@ void PagedBlocks::move(i64 g, const std::vector<BlockMove>& moves, Transaction& 
   }
   for (const BlockMove& move : moves) {
     now[move.from] = move.to;
-    if (const i32 node = b.node[move.from]; node != kNoNode) {
+    if (const i32 node = b.info[move.from].node; node != kNoNode) {
       tx.push({OpKind::shift, arena(0), node, g, move.to, move.from});
     }
   }
@@ -208,10 +209,10 @@ void PagedBlocks::move(i64 g, const std::vector<BlockMove>& moves, Transaction& 
 // Ready blocks in pages that are empty go to the end of their list: the next sequence is to use other room first.
 void PagedBlocks::use_last(Blocks& b) {
   std::vector<i32> last;
-  for (i32 block = b.next[b.max_blocks]; block != b.max_blocks; block = b.next[block]) {
+  for (i32 block = b.info[b.max_blocks].next; block != b.max_blocks; block = b.info[block].next) {
     const auto in_empty_page = [&](const Class& c) {
       for (i64 slot = first_slot(c, block); slot < end_slot(c, block); ++slot) {
-        if (c.users[slot] + c.kept[slot] == 0) return true;
+        if (c.slots[slot].users + c.slots[slot].kept == 0) return true;
       }
       return false;
     };
@@ -219,20 +220,20 @@ void PagedBlocks::use_last(Blocks& b) {
   }
   for (i32 block : last) {
     unlink(b, block);
-    link(b, block, b.previous[b.max_blocks]);
+    link(b, block, b.info[b.max_blocks].previous);
   }
 }
 
 // Takes the place of `from` in the list of passed ones too, so that what is given up next does not change.
 void PagedBlocks::shift(i64 g, i32 node, i64 from, i64 to) {
   Blocks& b = blocks_[g];
-  const i64 before = b.passed[from] ? b.previous[from] : -1;
-  if (b.refs[to] == 0) {
+  const i64 before = b.passed[from] ? b.info[from].previous : -1;
+  if (b.info[to].refs == 0) {
     unlink(b, to);
     --b.ready;
     keep(b, to, 1);
   }
-  if (b.refs[from] == 0) {
+  if (b.info[from].refs == 0) {
     keep(b, from, -1);
     set_ready(b, from, true);
   }
@@ -240,8 +241,8 @@ void PagedBlocks::shift(i64 g, i32 node, i64 from, i64 to) {
     link(b, to, before);
     b.passed[to] = 1;
   }
-  b.node[from] = kNoNode;
-  b.node[to] = node;
+  b.info[from].node = kNoNode;
+  b.info[to].node = node;
   block_of_[node * groups_ + g] = static_cast<i32>(to);
 }
 

@@ -27,8 +27,12 @@ class PagedTable final : public PagedBlocks {
     const Blocks& b = blocks_[group];
     if (copy_tail_[index * groups_ + group]) copy_tail(index, group, old_tokens, tx);
     const i64 end = ceil_div(new_tokens, b.tokens);
-    for (i64 ordinal = ceil_div(old_tokens, b.tokens); ordinal < end; ++ordinal) {
-      set(index, group, ordinal, take(group, end - ordinal, tx), tx);
+    for (i64 ordinal = ceil_div(old_tokens, b.tokens), n = 0; ordinal < end; ordinal += n) {
+      if (geometry_.zero == Zero::always || pool_.recording) {
+        set(index, group, ordinal, take(group, end - ordinal, tx), tx), n = 1;
+      } else {
+        n = take_run(index, group, ordinal, end - ordinal, tx);
+      }
     }
   }
 
@@ -41,7 +45,7 @@ class PagedTable final : public PagedBlocks {
     // The block that the length now cuts is copied when the sequence next grows, so that truncating needs no memory.
     if (remainder(new_tokens, b.tokens) == 0) return;
     const i32 cut = entry(index, group, quotient(new_tokens, b.tokens));
-    if (b.refs[cut] > 1 || b.node[cut] != kNoNode) look_at_tail(index, group);
+    if (b.info[cut].refs > 1 || b.info[cut].node != kNoNode) look_at_tail(index, group);
   }
 
   void drop_front(i64 index, i64 group, i64 old_first, i64 first, Transaction& tx) override {
@@ -51,7 +55,8 @@ class PagedTable final : public PagedBlocks {
     for (i64 ordinal = quotient(old_first, b.tokens); ordinal < quotient(first, b.tokens); ++ordinal) {
       const i32 block = entry(index, group, ordinal);
       set(index, group, ordinal, 0, tx);
-      if (b.refs[block] == 0 && b.node[block] != kNoNode && !index_.pinned(b.node[block])) pass(b, block);
+      if (b.info[block].refs == 0 && b.info[block].node != kNoNode && !index_.pinned(b.info[block].node))
+        pass(b, block);
     }
   }
 
@@ -140,7 +145,7 @@ class PagedTable final : public PagedBlocks {
   void offer(i32 node) override {
     for (i64 g = 0; g < groups_; ++g) {
       const i32 block = block_of(node, g);
-      if (block == 0 || blocks_[g].refs[block] > 0 || blocks_[g].passed[block] || index_.pinned(node)) continue;
+      if (block == 0 || blocks_[g].info[block].refs > 0 || blocks_[g].passed[block] || index_.pinned(node)) continue;
       pass(blocks_[g], block);
     }
   }
@@ -158,7 +163,7 @@ class PagedTable final : public PagedBlocks {
   std::vector<i64> shared_pieces(i64 index, i64 group, i64 token) const override {
     const Blocks& b = blocks_[group];
     const i32 block = remainder(token, b.tokens) == 0 ? 0 : entry(index, group, quotient(token, b.tokens));
-    return {block != 0 && b.refs[block] > 1 ? block : -1};
+    return {block != 0 && b.info[block].refs > 1 ? block : -1};
   }
 
   void close(i64 index, Transaction& tx) override {
@@ -168,8 +173,12 @@ class PagedTable final : public PagedBlocks {
       b.fence = tx.fence();
       // Last block first: the free list then gives them out again in ascending order.
       const i64 first = quotient(sequences_.front(index, g), b.tokens);
-      for (i64 ordinal = ceil_div(sequences_.tokens(index, g), b.tokens); ordinal-- > first;)
-        set(index, g, ordinal, 0, tx);
+      const i64 end = ceil_div(sequences_.tokens(index, g), b.tokens);
+      if (!pool_.recording) {
+        tx.push({OpKind::hide, arena(0), index, first, end - first, g});
+      } else {
+        for (i64 ordinal = end; ordinal-- > first;) set(index, g, ordinal, 0, tx);
+      }
     }
   }
 
@@ -206,7 +215,7 @@ class PagedTable final : public PagedBlocks {
     ~Kept() {
       for (const auto& [g, block] : blocks_) {
         Blocks& b = table_.blocks_[g];
-        if (b.refs[block] == 0) table_.pass(b, block);
+        if (b.info[block].refs == 0) table_.pass(b, block);
       }
     }
     Kept(const Kept&) = delete;
@@ -223,7 +232,7 @@ class PagedTable final : public PagedBlocks {
     for (Blocks& b : blocks_) {
       for (Class& c : b.classes) {
         const i64 each = static_cast<i64>(c.arenas.size());
-        for (i64 slot = static_cast<i64>(c.mapped.size()); slot > 0 && freed < pages;) {
+        for (i64 slot = static_cast<i64>(c.slots.size()); slot > 0 && freed < pages;) {
           if (!idle(c, slot - 1)) {
             --slot;
             continue;
@@ -268,8 +277,8 @@ class PagedTable final : public PagedBlocks {
   bool give_up_passed(i64 g, Transaction& tx) {
     Blocks& b = blocks_[g];
     i64 block = first_passed(b);
-    for (; block >= 0 && index_.pinned(b.node[block]); block = first_passed(b)) unpass(b, block);
-    if (block >= 0) tx.push({OpKind::evict, arena(0), b.node[block], g, block});
+    for (; block >= 0 && index_.pinned(b.info[block].node); block = first_passed(b)) unpass(b, block);
+    if (block >= 0) tx.push({OpKind::evict, arena(0), b.info[block].node, g, block});
     return block >= 0;
   }
 
@@ -282,13 +291,24 @@ class PagedTable final : public PagedBlocks {
   i64 take(i64 group, i64 wanted, Transaction& tx) {
     Blocks& b = blocks_[group];
     if (b.ready == 0) make_ready(group, wanted, tx);
-    const i64 block = b.next[b.max_blocks];
+    const i64 block = b.info[b.max_blocks].next;
     if (geometry_.zero == Zero::always) {
       for (const Class& c : b.classes) {
         for (i64 a : c.arenas) tx.push({OpKind::zero, arena(a), block * c.block_bytes, c.block_bytes});
       }
     }
     return block;
+  }
+
+  // Entries from `first` on become the next ready blocks, `most` at most; returns how many.
+  i64 take_run(i64 index, i64 group, i64 first, i64 most, Transaction& tx) {
+    Blocks& b = blocks_[group];
+    if (b.ready == 0) make_ready(group, most, tx);
+    const i64 n = std::min(b.ready, most);
+    i32* entries = &b.table[index * b.per_sequence + first];
+    for (i64 i = 0, block = b.max_blocks; i < n; ++i) entries[i] = static_cast<i32>(block = b.info[block].next);
+    tx.push({OpKind::show, arena(0), index, first, n, group});
+    return n;
   }
 
   // New pages as long as there are any; then cached blocks of this group, whose pages stay as they are; at last pages
@@ -320,7 +340,7 @@ class PagedTable final : public PagedBlocks {
     i64 pages = 0;
     for (const Class& c : b.classes) {
       for (i64 slot = first_slot(c, block); slot < end_slot(c, block); ++slot) {
-        if (c.mapped[slot] == 0) pages += static_cast<i64>(c.arenas.size());
+        if (c.slots[slot].mapped == 0) pages += static_cast<i64>(c.arenas.size());
       }
     }
     return pages <= std::min(pool_.room_pages(), limit_pages - owned_pages);
@@ -334,7 +354,7 @@ class PagedTable final : public PagedBlocks {
       for (Class& c : b.classes) {
         for (i64 slot = c.hold_from; slot < c.hold_to;) {
           i64 n = 0;
-          while (slot + n < c.hold_to && c.mapped[slot + n] == 0) ++n;
+          while (slot + n < c.hold_to && c.slots[slot + n].mapped == 0) ++n;
           for (i64 a : c.arenas) {
             if (n > 0) pool_.map_slots(*this, arena(a), slot, n, slot > 0 ? pages_[a][slot - 1] : -1, zero, tx);
           }
@@ -352,12 +372,12 @@ class PagedTable final : public PagedBlocks {
     const Blocks& b = blocks_[group];
     const i64 ordinal = quotient(tokens, b.tokens), tail = remainder(tokens, b.tokens);
     const i32 old = tail == 0 ? 0 : entry(index, group, ordinal);
-    if (old == 0 || (b.refs[old] <= 1 && b.node[old] == kNoNode)) {
+    if (old == 0 || (b.info[old].refs <= 1 && b.info[old].node == kNoNode)) {
       copy_tail_[index * groups_ + group] = 0;  // the other user has gone
       return;
     }
-    if (b.refs[old] <= 1 && !index_.used(b.node[old]) && b.ready == 0 && !has_room_for(b, unbacked(group))) {
-      return forget(b.node[old], tx);  // rather than another cached block, or failing
+    if (b.info[old].refs <= 1 && !index_.used(b.info[old].node) && b.ready == 0 && !has_room_for(b, unbacked(group))) {
+      return forget(b.info[old].node, tx);  // rather than another cached block, or failing
     }
     // The flag stays set, so that a transaction taken back finds it set again; the next call clears it.
     const i64 fresh = take(group, 1, tx);

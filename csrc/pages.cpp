@@ -299,6 +299,8 @@ void PagePool::apply(const Op& op, bool undo) {
     case OpKind::hold:
     case OpKind::evict:
     case OpKind::shift:
+    case OpKind::show:
+    case OpKind::hide:
       arenas_[op.at].owner->on_content(op, undo);
       break;
     default:

@@ -17,9 +17,7 @@ class Sequences {
         tenants_(max_sequences, 0),
         handles_(max_sequences, kNone),
         free_(max_sequences),
-        tokens_(max_sequences * groups, 0),
-        committed_(max_sequences * groups, 0),
-        front_(max_sequences * groups, 0) {
+        lengths_(max_sequences * groups) {
     while ((i64{1} << bits_) < max_sequences) ++bits_;
     for (i64 i = 0; i < max_sequences; ++i) free_[i] = static_cast<i32>(i);
     free_count_ = max_sequences;
@@ -76,14 +74,18 @@ class Sequences {
   }
 
   // Per group: tokens held or reserved, how many of them are valid, and the first one still kept (windows).
-  i64& tokens(i64 index, i64 group) { return tokens_[index * groups_ + group]; }
-  i64& committed(i64 index, i64 group) { return committed_[index * groups_ + group]; }
-  i64& front(i64 index, i64 group) { return front_[index * groups_ + group]; }
-  i64 tokens(i64 index, i64 group) const { return tokens_[index * groups_ + group]; }
-  i64 committed(i64 index, i64 group) const { return committed_[index * groups_ + group]; }
-  i64 front(i64 index, i64 group) const { return front_[index * groups_ + group]; }
+  i64& tokens(i64 index, i64 group) { return lengths_[index * groups_ + group].tokens; }
+  i64& committed(i64 index, i64 group) { return lengths_[index * groups_ + group].committed; }
+  i64& front(i64 index, i64 group) { return lengths_[index * groups_ + group].front; }
+  i64 tokens(i64 index, i64 group) const { return lengths_[index * groups_ + group].tokens; }
+  i64 committed(i64 index, i64 group) const { return lengths_[index * groups_ + group].committed; }
+  i64 front(i64 index, i64 group) const { return lengths_[index * groups_ + group].front; }
 
  private:
+  struct Lengths {
+    i64 tokens = 0, committed = 0, front = 0;
+  };
+
   i64 last_tenant() const { return ((i64{1} << 31) >> bits_) - 1; }
   i64 next_tenant(i64 index) const { return tenants_[index] >= last_tenant() ? 1 : tenants_[index] + 1; }
   i64 previous_tenant(i64 index) const { return tenants_[index] - 1; }
@@ -101,7 +103,7 @@ class Sequences {
   std::vector<i64> handles_;  // of the live sequence at each place
   std::vector<i32> free_;     // a ring of free places, oldest at head_
   i64 head_ = 0, free_count_ = 0;
-  std::vector<i64> tokens_, committed_, front_;
+  std::vector<Lengths> lengths_;  // [place][group]: read and written together in every step
 };
 
 }  // namespace kvmem

@@ -395,15 +395,10 @@ class Cache:
 
     def handles(self) -> list[int]: ...
 
-    def fill(self, handles: NDArray[numpy.int32], new_tokens: NDArray[numpy.int32] | None, group: int, rows: int, out: BatchBuffers) -> tuple[int, int, int, int, int, int, int, int, int]:
-        """
-        Returns rows, new tokens, indices, most new tokens of a sequence, longest sequence; then entries of the table that changed (-1: more than were noted), the rows that hold them as a range, and where kv_indices changed first.
-        """
+    def fill(self, handles: NDArray[numpy.int32], new_tokens: NDArray[numpy.int32] | None, group: int, rows: int, out: BatchBuffers) -> None: ...
 
-    def step(self, handles: NDArray[numpy.int32], counts: NDArray[numpy.int32], tokens: NDArray[numpy.int32] | None, rows: int, out: BatchBuffers) -> tuple[int, int, int, int, int, int, int, int, int]:
-        """
-        Returns rows, new tokens, indices, most new tokens of a sequence, longest sequence; then entries of the table that changed (-1: more than were noted), the rows that hold them as a range, and where kv_indices changed first.
-        """
+    def step(self, handles: NDArray[numpy.int32], counts: NDArray[numpy.int32] | None, tokens: NDArray[numpy.int32] | None, rows: int, out: BatchBuffers) -> None:
+        """counts None: one token each."""
 
     def admit(self, tokens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], salt: bytes, extra_key: bytes) -> tuple[int, int]:
         """A new sequence: its handle, and how many tokens it has."""
@@ -439,6 +434,41 @@ class BatchBuffers:
     """
 
     def __init__(self, *, max_sequences: int, max_new_tokens: int, max_blocks: int, max_indices: int, block_table: object | None = None, seq_lens: object | None = None, first_tokens: object | None = None, slot_mapping: object | None = None, positions: object | None = None, batch_indices: object | None = None, cu_seqlens_q: object | None = None, cu_seqlens_k: object | None = None, kv_indptr: object | None = None, kv_indices: object | None = None, kv_last_page_len: object | None = None, rows: object | None = None, row_starts: object | None = None, delta_places: object | None = None, delta_blocks: object | None = None) -> None: ...
+
+    @property
+    def filled(self) -> bool:
+        """False before the first fill, and if the last one failed."""
+
+    @property
+    def handles(self) -> list[int]:
+        """The sequences of the last fill, without padding rows."""
+
+    @property
+    def num_rows(self) -> int: ...
+
+    @property
+    def num_new_tokens(self) -> int: ...
+
+    @property
+    def num_indices(self) -> int: ...
+
+    @property
+    def max_seqlen_q(self) -> int: ...
+
+    @property
+    def max_seqlen_k(self) -> int: ...
+
+    @property
+    def num_deltas(self) -> int:
+        """Entries of the table that changed; -1: more than were noted."""
+
+    @property
+    def table_rows(self) -> tuple[int, int]:
+        """The rows that hold them, as a range."""
+
+    @property
+    def indices_from(self) -> int:
+        """Where kv_indices changed first."""
 
 def eviction_policy_names() -> list[str]:
     """What `policy=` of an allocator may be; the default first."""

@@ -139,7 +139,6 @@ class Allocator:
         self.cached_rows, self._geometry = lay_out(BACKENDS[backend], self._layouts, sizes, fewer_rows=rows is None)
         self._main = next((i for i, g in enumerate(spec.groups) if g.growth == "token"), 0)
         self._arenas: dict[tuple[int, int], torch.Tensor] = {}
-        self._ones = np.ones(self.max_sequences, np.int32)
         self.core = _core.Cache(
             geometry=_core.Geometry(
                 page_bytes=self.pool.page_bytes,
@@ -307,10 +306,10 @@ class Allocator:
         for index, group in enumerate(batch.groups):
             group.begin()
             try:
-                sizes = self.core.fill(ids, counts, index, rows, group.buffers)
+                self.core.fill(ids, counts, index, rows, group.buffers)
             except TypeError as error:
                 raise not_int32(ids) from error
-            group.update(sizes, self.core, ids.copy(), index)
+            group.update(self.core, index)
 
     def step(
         self,
@@ -330,20 +329,22 @@ class Allocator:
         sliding windows move on. Only what differs from the batch's last fill is written and uploaded, see
         ``table_deltas``.
         """
-        main = batch.group(self._main)
-        amounts = self._ones[: len(ids)] if counts is None else counts
         rows = 0 if pad_to is None else at_least_zero("pad_to", pad_to)
+        self.pool.streams.follow()
+        main = batch.group(self._main)
         main.begin()
         try:
-            sizes = self.core.step(ids, amounts, tokens, rows, main.buffers)
+            self.core.step(ids, counts, tokens, rows, main.buffers)
         except TypeError as error:
-            raise not_int32(ids, amounts, *([] if tokens is None else [tokens])) from error
-        named = ids.copy()
-        main.update(sizes, self.core, named, self._main)
-        for index, group in enumerate(batch.groups) if len(self.spec.groups) > 1 else ():
+            raise not_int32(ids, *(x for x in (counts, tokens) if x is not None)) from error
+        main.update(self.core, self._main)
+        if len(self.spec.groups) == 1:
+            return
+        for index, group in enumerate(batch.groups):
             if group is not main:
                 group.begin()
-                group.update(self.core.fill(ids, None, index, rows, group.buffers), self.core, named, index)
+                self.core.fill(ids, None, index, rows, group.buffers)
+                group.update(self.core, index)
 
     def cascade_order(self, sequences: Iterable[Sequence | int] | Handles, *, group: int | None = None) -> Order:
         """An order of ``sequences`` for ``Batch.cascade()``: int64 [n], a permutation of 0 to n - 1 that puts those

@@ -42,8 +42,6 @@ _PER_ROW = ("B", "B+1")
 #: Sections of a buffer begin at multiples of so many int32: kernels load 16 bytes at once.
 _ALIGN = 16
 
-Sizes = tuple[int, int, int, int, int, int, int, int, int]
-
 
 class _Small:
     """The fields with an entry for each row, side by side in one buffer, so that a step uploads them with one copy."""
@@ -121,10 +119,10 @@ class GroupBatch:
         max_indices: int,
     ) -> None:
         self.block_size = block_size
-        self.num_rows = self.num_new_tokens = self.num_indices = self.max_seqlen_q = self.max_seqlen_k = 0
         self._max_blocks = max_blocks
-        self._filled: tuple[_core.Cache, Handles, int] | None = None
-        self._num_deltas = 0
+        self._core: _core.Cache | None = None
+        self._group = 0
+        self._views: dict[str, tuple[int, torch.Tensor]] = {}
         lengths = {
             "B": max_sequences,
             "B+1": max_sequences + 1,
@@ -164,37 +162,59 @@ class GroupBatch:
         if self._uploaded is not None:
             self._uploaded.synchronize()
 
-    def update(self, sizes: Sizes, core: _core.Cache, ids: Handles, group: int) -> None:
-        """Takes the sizes that the core has filled in, and uploads what has changed on torch's current stream.
+    def update(self, core: _core.Cache, group: int) -> None:
+        """Uploads what the core has changed in the buffers, on torch's current stream.
 
-        core, ids, group: what ``cascade()`` asks for shared blocks; the batch keeps them, so ids must not change.
+        core, group: what ``cascade()`` asks for shared blocks.
         """
-        self._filled = (core, ids, group)
-        rows, fresh, indices, self.max_seqlen_q, self.max_seqlen_k = sizes[:5]
-        self._num_deltas, table_from, table_end, indices_from = sizes[5:]
-        if rows != self.num_rows or fresh != self.num_new_tokens or indices != self.num_indices:
-            self.num_rows, self.num_new_tokens, self.num_indices = rows, fresh, indices
-            self.__dict__.pop("_views", None)
+        self._core, self._group = core, group
         if self._uploaded is None:
             return
+        filled = self.buffers
         self._small.upload()
         for name in ("slot_mapping", "positions", "batch_indices"):
-            self._upload(name, 0, self.num_new_tokens)
-        self._upload("kv_indices", indices_from, self.num_indices)
-        if self._num_deltas < 0:
-            self._upload("block_table", table_from * self._max_blocks, table_end * self._max_blocks)
-        elif self._num_deltas > 0:
+            self._upload(name, 0, filled.num_new_tokens)
+        self._upload("kv_indices", filled.indices_from, filled.num_indices)
+        if filled.num_deltas < 0:
+            first, end = filled.table_rows
+            self._upload("block_table", first * self._max_blocks, end * self._max_blocks)
+        elif filled.num_deltas > 0:
             table = self._device["block_table"]
             places, blocks = (x.to(table.device, non_blocking=True) for x in self._deltas())
             table.scatter_(0, places, blocks)
         self._uploaded.record()
+
+    @property
+    def num_rows(self) -> int:
+        """B: sequences, then padding rows."""
+        return self.buffers.num_rows
+
+    @property
+    def num_new_tokens(self) -> int:
+        """T, one for each padding row included."""
+        return self.buffers.num_new_tokens
+
+    @property
+    def num_indices(self) -> int:
+        """N: blocks of all rows."""
+        return self.buffers.num_indices
+
+    @property
+    def max_seqlen_q(self) -> int:
+        """The most new tokens that a row has."""
+        return self.buffers.max_seqlen_q
+
+    @property
+    def max_seqlen_k(self) -> int:
+        """The most tokens that a row has."""
+        return self.buffers.max_seqlen_k
 
     def _upload(self, name: str, begin: int, end: int) -> None:
         if begin < end:
             self._device[name][begin:end].copy_(self._host[name][begin:end], non_blocking=True)
 
     def _deltas(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._places[: self._num_deltas], self._blocks[: self._num_deltas]
+        return self._places[: self.buffers.num_deltas], self._blocks[: self.buffers.num_deltas]
 
     @property
     def table_deltas(self) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -202,7 +222,7 @@ class GroupBatch:
         ``row * M + column`` with the M that the batch was made for) and blocks (int32 [n]), on the CPU. None when that
         was more than ``4 * max_sequences + 64`` entries, as in the first fill: copy the table then.
         """
-        return None if self._num_deltas < 0 else self._deltas()
+        return None if self.buffers.num_deltas < 0 else self._deltas()
 
     def _used(self, name: str) -> int:
         counts = {"B": self.num_rows, "B+1": self.num_rows + 1, "T": self.num_new_tokens, "N": self.num_indices}
@@ -239,15 +259,15 @@ class GroupBatch:
         ``SpecError`` for a batch that was never filled. Cost: a comparison for each shared page or block of each pair
         of neighbours, then as for making the levels: linear in rows and blocks.
         """
-        if self._filled is None:
+        if self._core is None or not self.buffers.filled:
             raise SpecError("cascade: this batch was never filled; Allocator.batch() makes one that is")
         check_size("max_levels", max_levels), at_least_zero("min_tokens", min_tokens)
-        core, ids, group = self._filled
+        ids = np.array(self.buffers.handles, np.int32)
         cu_seqlens_q = (queries or self).cu_seqlens_q_cpu.numpy()
         asking = np.flatnonzero(np.diff(cu_seqlens_q))
         sharing = asking[asking < len(ids)]  # the others are padding
         common = np.empty(max(0, len(sharing) - 1), np.int64)
-        core.common_blocks(ids[sharing], group, common)
+        self._core.common_blocks(ids[sharing], self._group, common)
         # A commit since the fill must not move new tokens into a shared part: the last level alone is masked.
         old = (self.seq_lens_cpu - self.cu_seqlens_q_cpu.diff()).numpy()[sharing] // self.block_size
         rows = Rows(
@@ -262,17 +282,17 @@ class GroupBatch:
         )
 
     def __getattr__(self, name: str) -> torch.Tensor | None:
-        # Only for names not set in __init__: views of the used part of a buffer, made when first asked for.
+        # Views of the used part of a buffer, made when first asked for.
         field, cpu = (name[:-4], True) if name.endswith("_cpu") else (name, False)
         if field not in _FIELDS:
             raise AttributeError(f"a batch has no field {name!r}")
         if field not in self._host:
             return None
-        views = self.__dict__.setdefault("_views", {})
-        if name not in views:
-            used = (self._host if cpu else self._device)[field][: self._used(field)]
-            views[name] = used.view(-1, self._max_blocks) if field == "block_table" else used
-        return views[name]  # type: ignore[no-any-return]
+        used, known = self._used(field), self._views.get(name)
+        if known is None or known[0] != used:
+            view = (self._host if cpu else self._device)[field][:used]
+            known = self._views[name] = used, view.view(-1, self._max_blocks) if field == "block_table" else view
+        return known[1]
 
 
 class Batch(GroupBatch):

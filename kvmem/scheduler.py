@@ -332,8 +332,8 @@ class SchedulerCache:
         if group not in self._lists:
             self._lists[group] = self._open_list(group)
         buffers, entries = self._lists[group]
-        count = self.allocator.core.fill(handle, None, group, 0, buffers)[2]
-        return entries[:count]
+        self.allocator.core.fill(handle, None, group, 0, buffers)
+        return entries[: buffers.num_indices]
 
     def _open_list(self, group: int) -> tuple[_core.BatchBuffers, Handles]:
         geometry = self.allocator.spec.groups[group]
