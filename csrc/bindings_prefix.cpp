@@ -61,6 +61,21 @@ void bind_prefix(nb::class_<Cache>& cache) {
           },
           "tokens"_a.noconvert(), "salt"_a, "extra_key"_a, "A new sequence: its handle, and how many tokens it has.")
       .def(
+          "admit_batch",
+          [](Cache& c, In<i32> tokens, In<i32> counts, const nb::bytes& salt, const nb::bytes& extra_key,
+             Out<i32> handles, Out<i32> cached) {
+            same_length(counts, handles);
+            same_length(counts, cached);
+            check_tokens(counts, tokens);
+            check_ids(tokens);
+            const PrefixKey key = key_of(salt, extra_key);
+            nb::gil_scoped_release release;
+            return c.admit_batch(tokens.data(), counts.data(), static_cast<i64>(counts.shape(0)), key, handles.data(),
+                                 cached.data());
+          },
+          "tokens"_a.noconvert(), "counts"_a.noconvert(), "salt"_a, "extra_key"_a, "handles"_a.noconvert(),
+          "cached"_a.noconvert(), "How many prompts got room.")
+      .def(
           "match",
           [](Cache& c, In<i32> tokens, const nb::bytes& salt, const nb::bytes& extra_key) {
             check_ids(tokens);

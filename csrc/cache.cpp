@@ -231,13 +231,15 @@ void Cache::free(const i32* handles, i64 n) {
   Lock lock = enter();
   ++call_;
   for (i64 i = 0; i < n; ++i) check_once(sequences_.index(handles[i]));
+  free_planned(handles, n);
+  leave();
+}
+
+void Cache::free_planned(const i32* handles, i64 n) {
   Transaction tx(*pool_, *this);
-  for (i64 i = 0; i < n; ++i) {
-    free_one(sequences_.index(handles[i]), tx);
-  }
+  for (i64 i = 0; i < n; ++i) free_one(sequences_.index(handles[i]), tx);
   tx.commit();
   for (i64 i = 0; i < n; ++i) leave_chain(sequences_.place_of(handles[i]));
-  leave();
 }
 
 i64 Cache::tokens(i64 handle, i64 group) {

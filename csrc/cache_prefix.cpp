@@ -96,6 +96,41 @@ MatchEnd Cache::why_not_more(const PrefixKey& key, i32 root, const i32* tokens, 
 
 i64 Cache::admit(const i32* tokens, i64 n, const PrefixKey& key, i64* cached) {
   Lock lock = enter();
+  const i64 handle = admit_one(tokens, n, key, cached);
+  leave();
+  return handle;
+}
+
+i64 Cache::admit_batch(const i32* tokens, const i32* counts, i64 n, const PrefixKey& key, i32* handles, i32* cached) {
+  Lock lock = enter();
+  for (i64 i = 0; i < n; ++i) {
+    if (counts[i] < 0) throw SpecError("prompt " + std::to_string(i) + " has " + std::to_string(counts[i]) + " tokens");
+    const i64 most = geometry_.groups[token_group_].max_tokens;
+    if (counts[i] <= most) continue;
+    throw SpecError("prompt " + std::to_string(i) + " has " + std::to_string(counts[i]) +
+                    " tokens; a sequence can hold " + std::to_string(most) + " (max_tokens)");
+  }
+  i64 done = 0;
+  for (; done < n && sequences_.count() < sequences_.capacity(); tokens += counts[done++]) {
+    i64 found = 0;
+    handles[done] = static_cast<i32>(admit_one(tokens, counts[done], key, &found));
+    const i32 rest = counts[done] - static_cast<i32>(found);
+    try {
+      make_room(&handles[done], &rest, 1, -1);
+    } catch (const OutOfMemory&) {
+      free_planned(&handles[done], 1);
+      break;
+    } catch (...) {
+      free_planned(&handles[done], 1);
+      throw;
+    }
+    cached[done] = static_cast<i32>(found);
+  }
+  leave();
+  return done;
+}
+
+i64 Cache::admit_one(const i32* tokens, i64 n, const PrefixKey& key, i64* cached) {
   const i64 handle = sequences_.next_handle();
   *cached = 0;
   Found found;
@@ -135,7 +170,6 @@ i64 Cache::admit(const i32* tokens, i64 n, const PrefixKey& key, i64* cached) {
     c.retained.clear();
     hit_tokens_ += found.tokens;
   }
-  leave();
   return handle;
 }
 

@@ -183,6 +183,28 @@ class Allocator:
         handle, cached = self.core.admit(ids, encode_salt(salt), encode_extra_key(extra_key))
         return Sequence(self, handle, cached)
 
+    def admit_batch(
+        self, tokens: Tokens, counts: Handles | None = None, *, salt: str | bytes | None = None, extra_key: Key = None
+    ) -> tuple[Handles, Handles]:
+        """Opens a sequence for each of many prompts as ``sequence()`` does, with room for all of its tokens, in one call.
+
+        tokens: int32 [sum of counts], one prompt after the other. counts: int32 [n], the length of each; default one
+            prompt. salt, extra_key: of all of them.
+
+        Returns ids and cached, int32 [m] each: the handles for ``step()`` and the other batched calls, and how many
+        tokens each prompt begins with that are cached. The prompts get memory in their order; m is less than n when
+        there is no memory, or no place, for the next. Then nothing is held for it, but what was cached may have been
+        given up.
+        """
+        ids = token_ids(tokens)
+        lengths = np.array([len(ids)], np.int32) if counts is None else counts
+        handles, cached = np.empty(len(lengths), np.int32), np.empty(len(lengths), np.int32)
+        try:
+            done = self.core.admit_batch(ids, lengths, encode_salt(salt), encode_extra_key(extra_key), handles, cached)
+        except TypeError as error:
+            raise not_int32(ids, lengths) from error
+        return handles[:done], cached[:done]
+
     def match(self, tokens: Tokens, *, salt: str | bytes | None = None, extra_key: Key = None) -> PrefixMatch:
         """How much of ``tokens`` is cached, and why not more. Changes nothing, not even what is forgotten next."""
         found, reason = self.core.match(token_ids(tokens), encode_salt(salt), encode_extra_key(extra_key))
