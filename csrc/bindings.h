@@ -25,8 +25,7 @@ using In = nanobind::ndarray<const T, nanobind::ndim<1>, nanobind::c_contig, nan
 template <class T, int D = 1>
 using Out = nanobind::ndarray<T, nanobind::ndim<D>, nanobind::c_contig, nanobind::device::cpu>;
 
-template <class Other>
-void same_length(const In<i32>& handles, const Other& counts) {
+inline void same_length(const In<i32>& handles, const In<i32>& counts) {
   if (handles.shape(0) != counts.shape(0)) {
     throw SpecError("got " + std::to_string(handles.shape(0)) + " handles and " + std::to_string(counts.shape(0)) +
                     " counts");

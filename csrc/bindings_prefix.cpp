@@ -1,9 +1,11 @@
 // The part of kvmem._core.Cache that is about shared content.
 
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 
+#include <optional>
 #include <tuple>
 
 #include "bindings.h"
@@ -62,18 +64,18 @@ void bind_prefix(nb::class_<Cache>& cache) {
           "tokens"_a.noconvert(), "salt"_a, "extra_key"_a, "A new sequence: its handle, and how many tokens it has.")
       .def(
           "admit_batch",
-          [](Cache& c, In<i32> tokens, In<i32> counts, const nb::bytes& salt, const nb::bytes& extra_key,
+          [](Cache& c, In<i32> tokens, std::optional<In<i32>> counts, const nb::bytes& salt, const nb::bytes& extra_key,
              Out<i32> handles, Out<i32> cached) {
-            same_length(counts, handles);
-            same_length(counts, cached);
-            check_tokens(counts, tokens);
             check_ids(tokens);
+            if (counts) check_tokens(*counts, tokens);
+            const i32 all = static_cast<i32>(tokens.shape(0));
+            const i32* lengths = counts ? counts->data() : &all;
             const PrefixKey key = key_of(salt, extra_key);
             nb::gil_scoped_release release;
-            return c.admit_batch(tokens.data(), counts.data(), static_cast<i64>(counts.shape(0)), key, handles.data(),
+            return c.admit_batch(tokens.data(), lengths, static_cast<i64>(handles.shape(0)), key, handles.data(),
                                  cached.data());
           },
-          "tokens"_a.noconvert(), "counts"_a.noconvert(), "salt"_a, "extra_key"_a, "handles"_a.noconvert(),
+          "tokens"_a.noconvert(), "counts"_a.noconvert().none(), "salt"_a, "extra_key"_a, "handles"_a.noconvert(),
           "cached"_a.noconvert(), "How many prompts got room.")
       .def(
           "match",

@@ -403,7 +403,7 @@ class Cache:
     def admit(self, tokens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], salt: bytes, extra_key: bytes) -> tuple[int, int]:
         """A new sequence: its handle, and how many tokens it has."""
 
-    def admit_batch(self, tokens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], counts: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], salt: bytes, extra_key: bytes, handles: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu')], cached: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu')]) -> int:
+    def admit_batch(self, tokens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], counts: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)] | None, salt: bytes, extra_key: bytes, handles: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu')], cached: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu')]) -> int:
         """How many prompts got room."""
 
     def match(self, tokens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], salt: bytes, extra_key: bytes) -> tuple[int, str]:

@@ -197,13 +197,13 @@ class Allocator:
         given up.
         """
         ids = token_ids(tokens)
-        lengths = np.array([len(ids)], np.int32) if counts is None else counts
-        handles, cached = np.empty(len(lengths), np.int32), np.empty(len(lengths), np.int32)
+        n = 1 if counts is None else len(counts)
+        handles, cached = np.empty(n, np.int32), np.empty(n, np.int32)
         try:
-            done = self.core.admit_batch(ids, lengths, encode_salt(salt), encode_extra_key(extra_key), handles, cached)
+            done = self.core.admit_batch(ids, counts, encode_salt(salt), encode_extra_key(extra_key), handles, cached)
         except TypeError as error:
-            raise not_int32(ids, lengths) from error
-        return handles[:done], cached[:done]
+            raise not_int32(ids, counts) from error
+        return (handles, cached) if done == n else (handles[:done], cached[:done])
 
     def match(self, tokens: Tokens, *, salt: str | bytes | None = None, extra_key: Key = None) -> PrefixMatch:
         """How much of ``tokens`` is cached, and why not more. Changes nothing, not even what is forgotten next."""

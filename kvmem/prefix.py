@@ -27,6 +27,9 @@ Reason: TypeAlias = Literal[
 ]
 
 
+_NONE = encode_key(None)
+
+
 @dataclass(frozen=True)
 class PrefixMatch:
     """How much of a prompt is cached.
@@ -67,13 +70,17 @@ def _has_bool(tokens: object) -> bool:
 
 def encode_salt(salt: str | bytes | None) -> bytes:
     """For the core, which compares bytes. ``None`` is the salt of all who give none."""
-    if salt is not None and not isinstance(salt, (str, bytes)):
+    if salt is None:
+        return _NONE
+    if not isinstance(salt, (str, bytes)):
         raise SpecError(f"salt: got {type(salt).__name__}; must be str, bytes or None")
     return encode_key(salt)
 
 
 def encode_extra_key(extra_key: Key) -> bytes:
     """As ``encode_salt``; besides, ints and tuples (an adapter's name, the digests of images)."""
+    if extra_key is None:
+        return _NONE
     try:
         return encode_key(extra_key)
     except SpecError as error:
