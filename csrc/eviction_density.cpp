@@ -32,14 +32,9 @@ constexpr i64 kLearnsPerIds = 16, kLeastTicks = 1024;
 constexpr double kHalfLife = 1;
 
 struct Block {
-  std::uint64_t key = 0;
   i64 released = 0;  // the clock when its life began
   i32 uses = 0;
-  i32 parent = -1;
-  std::uint32_t parent_generation = 0;  // a parent that a window left behind is another block by now
-  std::uint32_t generation = 0;
-  i32 children = 0;  // cached ones
-  bool cached = false;
+  i32 children = 0;   // cached ones; they may outlive this block's own life in the cache
   bool open = false;  // its life has begun and no hit has ended it
   bool evictable = false;
 };
@@ -49,17 +44,16 @@ class DensityPolicy final : public EvictionPolicy {
   DensityPolicy() { rank_cells(); }
 
   void reserve(i64 ids) override;
-  void insert(i32 id, std::uint64_t key, i32 parent, i64 ordinal) override;
+  void insert(i32 id, std::uint64_t key, i32 parent) override;
   void hit(i32 id) override;
   void use(i32 id) override;
   void release(i32 id) override;
   i32 victim() override;
-  void evict(i32 id) override;
-  void restore(i32 id) override;
+  void evict(i32 id, std::uint64_t key, i32 parent) override;
+  void restore(i32 id, std::uint64_t key, i32 parent) override;
 
  private:
   Block& at(i32 id) { return blocks_[static_cast<std::size_t>(id)]; }
-  Block* parent_of(const Block& block);
   i32 cell_of(const Block& block) const { return ReuseStatistics::cell_of(block.uses, clock_ - block.released); }
   bool youngest_first(i32 cell) const;
 
@@ -95,24 +89,17 @@ void DensityPolicy::reserve(i64 ids) {
   learns_after_ = std::max(ids / kLearnsPerIds, kLeastTicks);
 }
 
-void DensityPolicy::insert(i32 id, std::uint64_t key, i32 parent, i64) {
+void DensityPolicy::insert(i32 id, std::uint64_t key, i32 parent) {
   tick();
   Block& block = at(id);
-  const std::uint32_t generation = block.generation + 1;
-  block = {};
-  block.key = key;
-  block.generation = generation;
-  block.cached = true;
+  block.open = false;
   block.uses = 1;
   const Ghost ghost = ghosts_.take(key);
   if (ghost.uses) {
     statistics_.used_again(ghost.uses, begun(ghost), clock_);
     block.uses += ghost.uses;
   }
-  if (parent < 0 || !at(parent).cached) return;  // a window has passed it
-  block.parent = parent;
-  block.parent_generation = at(parent).generation;
-  if (at(parent).children++ == 0 && at(parent).evictable) {
+  if (parent >= 0 && at(parent).children++ == 0 && at(parent).evictable) {
     remove(parent);
     push_back(kInner, parent);
   }
@@ -149,28 +136,26 @@ i32 DensityPolicy::victim() {
   return lists_.empty(kInner) ? -1 : lists_.front(kInner);
 }
 
-void DensityPolicy::evict(i32 id) {
+void DensityPolicy::evict(i32 id, std::uint64_t key, i32 parent) {
   Block& block = at(id);
   remove(id);
-  block.cached = block.evictable = false;
+  block.evictable = false;
   if (!block.open) begin_life(block);
-  const Ghost lost = ghosts_.remember(block.key, static_cast<std::uint32_t>(block.released), block.uses);
+  const Ghost lost = ghosts_.remember(key, static_cast<std::uint32_t>(block.released), block.uses);
   if (lost.uses) statistics_.lost_sight(lost.uses, begun(lost), clock_);
-  Block* parent = parent_of(block);
-  if (parent == nullptr || --parent->children > 0 || !parent->evictable) return;
-  remove(block.parent);
-  push_front(cell_of(*parent), block.parent);  // at least as long unused as those that came there by themselves
+  if (parent < 0 || --at(parent).children > 0 || !at(parent).evictable) return;
+  remove(parent);
+  push_front(cell_of(at(parent)), parent);  // at least as long unused as those that came there by themselves
 }
 
-void DensityPolicy::restore(i32 id) {
+void DensityPolicy::restore(i32 id, std::uint64_t key, i32 parent) {
   Block& block = at(id);
-  if (!ghosts_.take_back(block.key)) begin_life(block);
-  Block* parent = parent_of(block);
-  if (parent != nullptr && parent->children++ == 0 && parent->evictable) {
-    remove(block.parent);
-    push_front(kInner, block.parent);
+  if (!ghosts_.take_back(key)) begin_life(block);
+  if (parent >= 0 && at(parent).children++ == 0 && at(parent).evictable) {
+    remove(parent);
+    push_front(kInner, parent);
   }
-  block.cached = block.evictable = true;
+  block.evictable = true;
   if (lists_.undo_remove(id)) {
     const i32 alone = lists_.alone_in(id);
     if (alone >= 0) mark(alone, true);
@@ -178,12 +163,6 @@ void DensityPolicy::restore(i32 id) {
   }
   const i32 list = block.children ? kInner : cell_of(block);
   list != kInner&& youngest_first(list) ? push_back(list, id) : push_front(list, id);
-}
-
-Block* DensityPolicy::parent_of(const Block& block) {
-  if (block.parent < 0) return nullptr;
-  Block& parent = at(block.parent);
-  return parent.cached && parent.generation == block.parent_generation ? &parent : nullptr;
 }
 
 // Blocks whose use draws nearer (a loop larger than the cache) are worth more the longer ago they were used.
