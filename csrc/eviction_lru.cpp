@@ -21,7 +21,7 @@ class LruPolicy final : public EvictionPolicy {
   }
 
  private:
-  IdLists order_{1};
+  IdLists<> order_{1};
 };
 
 }  // namespace

@@ -79,7 +79,7 @@ class RetentionPolicy final : public EvictionPolicy {
   std::unique_ptr<EvictionPolicy> base_;
   Clock clock_;
   std::vector<Block> blocks_;
-  IdLists lists_{2 * kPriorities};  // of each priority: blocks without cached children, blocks with some
+  IdLists<> lists_{2 * kPriorities};  // of each priority: blocks without cached children, blocks with some
   std::bitset<2 * kPriorities> filled_;
   std::vector<i32> heap_;  // released blocks with a time to live, the earliest deadline first
   i32 named_ = -1;         // victim() answers the same until another call, whatever the clock says
