@@ -22,10 +22,10 @@ namespace {
 
 constexpr i32 kClasses = ReuseStatistics::kClasses, kAges = ReuseStatistics::kAges, kCells = ReuseStatistics::kCells;
 constexpr i32 kInner = kCells;  // the list of released blocks with cached children
-// A block is remembered until twice as many others have left as there are ids. A small cache gives up most blocks
-// before they could be used again, and learns only from ghosts: 16,384 of them take 128 KiB.
+// Of blocks that left, about twice as many are remembered as there are ids. A small cache gives up most blocks before
+// they could be used again, and learns only from ghosts: 16,384 of them take 128 KiB.
 constexpr i64 kGhostsPerId = 2, kLeastGhosts = 16384;
-// The densities are computed anew while a sixteenth of the blocks comes and goes.
+// The densities are computed anew while a sixteenth of the blocks comes and goes: some 9 us in all, in parts.
 constexpr i64 kLearnsPerIds = 16, kLeastTicks = 1024;
 // Half of what was seen is forgotten while as many blocks are used as are remembered, cached or not: long enough to be
 // sure, short enough to follow a shift.
@@ -34,7 +34,7 @@ constexpr double kHalfLife = 1;
 // lists of each class, the others for learning.
 constexpr i32 kChoreBits = ReuseStatistics::kTickBits, kTurnBits = 4;
 static_assert(kClasses < 1 << kTurnBits);
-constexpr i32 kMovesPerChore = 256;  // blocks that come of the next age; a chore that has more goes on at the next
+constexpr i32 kMovesPerChore = 128;  // blocks that come of the next age; a chore that has more goes on at the next
 constexpr i32 kMostUses = 255, kMostChildren = (1 << 22) - 1;  // then counted no further
 constexpr float kNone = std::numeric_limits<float>::infinity();
 

@@ -1,5 +1,5 @@
 // How many lives are open, by class and by when they began. Beginnings are told apart the better the more recent they
-// are: by intervals of 16 ticks of the clock, and of older ones twice as long, no longer than a seventh of their age.
+// are: by intervals of 16 ticks of the clock, and of older ones twice as long, no longer than a fifteenth of their age.
 // That is well below the width of the ages that statistics are kept for (open lives counted at a younger age than the
 // lives that end would make old age look good).
 //
@@ -60,7 +60,7 @@ class OpenLives {
 
  private:
   static constexpr i32 kLevels = 26;  // up to 2^32 ticks
-  static constexpr i64 kKept = 7;
+  static constexpr i64 kKept = 15;
   static constexpr std::size_t kRing = 2 * kKept + 2;
 
   static constexpr i32 shift(i32 level) { return kTickBits + level; }
@@ -72,7 +72,7 @@ class OpenLives {
 
   // The first level at which the interval of `begun` has not become part of a longer one.
   static i32 level_of(i64 begun, i64 now) {
-    const i32 level = std::max(highest_bit((now - begun) | 1) - kTickBits - 3, 0);
+    const i32 level = std::max(highest_bit((now - begun) | 1) - kTickBits - 4, 0);
     const i32 next = shift(level + 1);
     return std::min(level + ((now >> next) - (begun >> next) > kKept), kLevels - 1);
   }

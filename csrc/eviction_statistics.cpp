@@ -60,10 +60,10 @@ ReuseStatistics::Ages ReuseStatistics::pooled_hazard(const Ages& reused, const A
 // Time that lives of a class spent at an age: the whole width for each that got beyond it, half for each that ended
 // within; an open life counts as if it ended now. Uses divided by that time is the hazard of the age.
 void ReuseStatistics::collect(i64 now, double keep) {
-  Cells<i32> open{};
+  std::array<OpenLives<kClasses>::Lives, kAges> open{};
   lives_.each(now, [&](i64 age, const OpenLives<kClasses>::Lives& lives) {
-    i32* cell = &open[at(age_index(age))];
-    for (i32 cls = 0; cls < kClasses; ++cls) cell[cls * kAges] += lives[at(cls)];
+    OpenLives<kClasses>::Lives& of_age = open[at(age_index(age))];
+    for (std::size_t cls = 0; cls < kClasses; ++cls) of_age[cls] += lives[cls];
   });
   Ages pooled_reused{}, pooled_time{};
   for (i32 cls = 0; cls < kClasses; ++cls) {
@@ -74,7 +74,7 @@ void ReuseStatistics::collect(i64 now, double keep) {
       counts_[cell] = {};
       reused_[cell] = keep * reused_[cell] + counts.reused;
       ended_[cell] = keep * ended_[cell] + counts.ended;
-      const double ended = ended_[cell] + open[cell];
+      const double ended = ended_[cell] + open[at(age)][at(cls)];
       time_[cell] = (beyond + ended / 2) * width(age);
       beyond += ended;
       pooled_reused[at(age)] += reused_[cell];

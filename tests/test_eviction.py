@@ -170,6 +170,82 @@ def test_memory_stays_what_reserve_took(name):
     assert rss_bytes() - before < 1 << 20
 
 
+@pytest.mark.parametrize(("name", "most_bytes"), [("density", 32), ("lru", 8)])
+def test_bytes_of_an_id(name, most_bytes):
+    """Links, counts and ghosts; this module's checks beside the policy keep 24 bytes more."""
+    ids = 2_000_000
+    policy = _core.EvictionPolicy(name)
+    before = rss_bytes()
+    policy.reserve(ids)
+    assert (rss_bytes() - before) / ids < most_bytes + 24 + 1
+
+
+def remembered(policy, key: int, fresh: int) -> bool:
+    """Whether ``key`` comes back as a block used before: it then outlasts one that is new. Ids 0 and 1 are free."""
+    policy.insert(0, key, -1)
+    policy.insert(1, fresh, -1)
+    for block in (0, 1):
+        policy.release(block)
+    first = policy.victim()
+    for block in (0, 1):
+        policy.evict(block)
+    return first == 1
+
+
+def test_ghosts_outlive_growth(rng):
+    """reserve() for more blocks moves every ghost to where it is looked for then."""
+    policy = _core.EvictionPolicy("density")
+    policy.reserve(64)
+    keys = [rng.randrange(2**64) for _ in range(300)]
+    for key in keys:
+        policy.insert(0, key, -1)
+        policy.release(0)
+        policy.evict(0)
+    for ids in (20_000, 50_000):
+        policy.reserve(ids)
+        assert all(remembered(policy, key, rng.randrange(2**64)) for key in rng.sample(keys, 100))
+
+
+def test_a_block_used_very_often(rng):
+    """Its uses are counted no further at some point, in the cache and as a ghost; they never begin anew."""
+    policy = _core.EvictionPolicy("density")
+    policy.reserve(100_000)  # nothing is learned before 6,250 ticks
+    for key, hits in enumerate((253, 254, 255, 256, 257, 600)):
+        policy.insert(0, key << 40, -1)
+        for _ in range(hits):
+            policy.hit(0)
+        for _ in range(3):
+            policy.release(0)
+            policy.evict(0)
+            assert remembered(policy, key << 40, rng.randrange(2**64)), hits
+            policy.insert(0, key << 40, -1)
+        policy.release(0)
+        policy.evict(0)
+
+
+def test_many_blocks_age_at_once():
+    """Each tick moves a bounded number of them to the next age; the others' turn comes soon after, none is forgotten."""
+    policy = _core.EvictionPolicy("density")
+    policy.reserve(100_000)  # nothing is learned before 6,250 ticks
+    old, young, used = range(2000), range(2000, 2010), 2010
+    policy.insert(used, 1 << 63, -1)
+    for block in old:
+        policy.insert(block, block << 40, -1)
+        policy.hit(block)
+    for block in old:
+        policy.release(block)
+    for _ in range(900):
+        policy.hit(used)
+    for block in young:  # used once: of two blocks of the same age they go first
+        policy.insert(block, block << 40, -1)
+        policy.release(block)
+    for _ in old:
+        block = policy.victim()
+        assert block in old
+        policy.evict(block)
+    assert policy.victim() in young
+
+
 def hit_rate(name: str, requests: list[list[int]], capacity: int) -> float:
     """One request at a time. Ids of ``requests`` name whole prefixes."""
     policy = _core.EvictionPolicy(name)
@@ -244,7 +320,7 @@ def changing(rng: random.Random) -> list[list[int]]:
 
 @pytest.mark.parametrize(
     ("traffic", "at_least"),
-    [(loop, None), (popular_among_scans, 1.4), (popular, 1.15), (changing, 1.05), (recent, 0.97)],
+    [(loop, None), (popular_among_scans, 1.4), (popular, 1.12), (changing, 1.05), (recent, 0.97)],
     ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_the_default_beside_lru(rng, traffic, at_least):
