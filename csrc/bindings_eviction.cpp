@@ -15,20 +15,29 @@ using namespace nb::literals;
 namespace kvmem {
 namespace {
 
-// A policy believes its caller, which is right for the allocator and wrong for a test: here the rules are checked.
+// A policy believes its caller, which is right for the allocator and wrong for a test: here the rules are checked. Keys
+// and parents are kept for it, as the index of an allocator does.
 class CheckedPolicy {
  public:
   explicit CheckedPolicy(const std::string& name) : policy_(make_eviction_policy(name)) {}
   CheckedPolicy() = default;
 
   void reserve(i64 ids) {
-    if (ids > static_cast<i64>(states_.size())) states_.resize(static_cast<std::size_t>(ids), kGone);
+    if (ids > static_cast<i64>(blocks_.size())) blocks_.resize(static_cast<std::size_t>(ids));
     policy_->reserve(ids);
   }
-  void insert(i32 id, std::uint64_t key, i32 parent, i64 ordinal) {
-    if (parent != -1) state(parent);  // any: a window may have passed it
-    change(id, kGone, kUsed);
-    policy_->insert(id, key, parent, ordinal);
+  void insert(i32 id, std::uint64_t key, i32 parent) {
+    expect(id, kGone, kGone);
+    if (parent != -1) at(parent);  // in any state: a window may have passed it
+    Block& block = at(id);
+    if (block.children > 0 && (key != block.key || parent != block.parent)) {
+      throw SpecError("block " + std::to_string(id) + " is the parent of cached ones, so it can be no other content");
+    }
+    block.state = kUsed;
+    block.key = key;
+    block.parent = parent;
+    count_child(block, 1);
+    policy_->insert(id, key, parent);
   }
   void hit(i32 id) {
     expect(id, kUsed, kReleased);
@@ -45,11 +54,15 @@ class CheckedPolicy {
   i32 victim() { return policy_->victim(); }
   void evict(i32 id) {
     change(id, kReleased, kGone);
-    policy_->evict(id);
+    const Block& block = at(id);
+    count_child(block, -1);
+    policy_->evict(id, block.key, block.parent);
   }
   void restore(i32 id) {
     change(id, kGone, kReleased);
-    policy_->restore(id);
+    const Block& block = at(id);
+    count_child(block, 1);
+    policy_->restore(id, block.key, block.parent);
   }
 
  protected:
@@ -57,27 +70,38 @@ class CheckedPolicy {
 
   enum State : char { kGone, kUsed, kReleased };
 
-  State& state(i32 id) {
-    if (id < 0 || id >= static_cast<i64>(states_.size())) {
-      throw SpecError("block id " + std::to_string(id) + "; " + std::to_string(states_.size()) + " are reserved");
-    }
-    return states_[static_cast<std::size_t>(id)];
-  }
   void expect(i32 id, State one, State other) {
     static constexpr const char* kNames[] = {"not cached", "in use", "released"};
-    if (state(id) != one && state(id) != other) {
-      throw SpecError("block " + std::to_string(id) + " is " + kNames[state(id)] + ", which this call does not allow");
+    const State state = at(id).state;
+    if (state != one && state != other) {
+      throw SpecError("block " + std::to_string(id) + " is " + kNames[state] + ", which this call does not allow");
     }
   }
 
  private:
+  struct Block {
+    std::uint64_t key = 0;
+    i32 parent = -1;
+    i32 children = 0;  // cached ones
+    State state = kGone;
+  };
+
+  Block& at(i32 id) {
+    if (id < 0 || id >= static_cast<i64>(blocks_.size())) {
+      throw SpecError("block id " + std::to_string(id) + "; " + std::to_string(blocks_.size()) + " are reserved");
+    }
+    return blocks_[static_cast<std::size_t>(id)];
+  }
   void change(i32 id, State from, State to) {
     expect(id, from, from);
-    state(id) = to;
+    at(id).state = to;
+  }
+  void count_child(const Block& block, i32 change) {
+    if (block.parent >= 0) at(block.parent).children += change;
   }
 
   std::unique_ptr<EvictionPolicy> policy_;
-  std::vector<State> states_;
+  std::vector<Block> blocks_;
 };
 
 class CheckedRetention : public CheckedPolicy {
@@ -105,7 +129,7 @@ void bind_eviction(nb::module_& m) {
                             "call means). Calls that break its rules raise SpecError.")
       .def(nb::init<const std::string&>(), "name"_a)
       .def("reserve", &CheckedPolicy::reserve, "ids"_a)
-      .def("insert", &CheckedPolicy::insert, "id"_a, "key"_a, "parent"_a, "ordinal"_a)
+      .def("insert", &CheckedPolicy::insert, "id"_a, "key"_a, "parent"_a)
       .def("hit", &CheckedPolicy::hit, "id"_a)
       .def("use", &CheckedPolicy::use, "id"_a)
       .def("release", &CheckedPolicy::release, "id"_a)

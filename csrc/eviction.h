@@ -1,8 +1,8 @@
 // Which cached block to forget next. A policy sees numbers and lifetimes only: no token, no memory, no device, so the
 // same policy serves every tier. Every call is O(1), amortised, and allocates nothing but by reserve().
 //
-// A block is cached under a small id, which is given out again after evict(). While some sequence uses it, it stays;
-// once released it may be the next victim. A prefix is inserted and released like any block, but blocks of one
+// A block is cached under a small id, which may be given out again after evict(). While some sequence uses it, it
+// stays; once released it may be the next victim. A prefix is inserted and released like any block, but blocks of one
 // sequence are released last block first, so that by plain recency a prefix outlives its extensions.
 #pragma once
 
@@ -23,9 +23,9 @@ class EvictionPolicy {
   virtual void reserve(i64 ids) = 0;
   // Block `id` is cached from now on, and in use. `key` names its content: the same when it comes back after an
   // eviction, equal for two contents with a chance of 2^-64 at most. `parent` is the id of the block before it in its
-  // chain (-1 at the start) and stays cached or in use as long as this one, except where a sliding window passes: then
-  // it may go before this one, or be gone already. `ordinal` counts the blocks before it.
-  virtual void insert(i32 id, std::uint64_t key, i32 parent, i64 ordinal) = 0;
+  // chain (-1 at the start), and while this one is cached the id of no other content. It stays cached as long, except
+  // where a sliding window passes: then it may go before this one, be gone already, or come back.
+  virtual void insert(i32 id, std::uint64_t key, i32 parent) = 0;
   // Another sequence found the block, in use or not. Follows insert(); first block of the chain first.
   virtual void hit(i32 id) = 0;
   // A released block is in use again: not to be named by victim() until it is released.
@@ -35,10 +35,10 @@ class EvictionPolicy {
   // The released block that should go next, -1 if there is none. Nothing changes but the policy's own order, and the
   // answer stays the same until another call is made.
   virtual i32 victim() = 0;
-  // A block that is not in use leaves the cache; mostly the victim, but any may.
-  virtual void evict(i32 id) = 0;
+  // A block that is not in use leaves the cache; mostly the victim, but any may. `key` and `parent` as at insert().
+  virtual void evict(i32 id, std::uint64_t key, i32 parent) = 0;
   // That is taken back, in reverse order if there were several: it stands released and next to go, as before.
-  virtual void restore(i32 id) = 0;
+  virtual void restore(i32 id, std::uint64_t key, i32 parent) = 0;
 };
 
 // By name; SpecError, which lists the names there are, when there is none.

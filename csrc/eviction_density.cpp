@@ -4,11 +4,12 @@
 //
 // Every released leaf stands in the list of its cell, the longest unused first, and wanders to the next cell as it
 // ages. Released blocks with cached children wait in a list of their own: without them nothing behind could be found.
+// A call touches the 16 bytes of its block, of its parent and of its neighbours in the list, and one set of ghosts.
 
 #include <algorithm>
 #include <array>
 #include <cmath>
-#include <numeric>
+#include <limits>
 #include <vector>
 
 #include "eviction_ghosts.h"
@@ -19,244 +20,267 @@
 namespace kvmem {
 namespace {
 
-constexpr i32 kCells = ReuseStatistics::kCells;
+constexpr i32 kClasses = ReuseStatistics::kClasses, kAges = ReuseStatistics::kAges, kCells = ReuseStatistics::kCells;
 constexpr i32 kInner = kCells;  // the list of released blocks with cached children
-// A block is remembered until twice as many others have left as there are ids. A small cache gives up most blocks
-// before they could be used again, and learns only from ghosts: 16,384 of them take 0.4 MB.
+// Of blocks that left, about twice as many are remembered as there are ids. A small cache gives up most blocks before
+// they could be used again, and learns only from ghosts: 16,384 of them take 128 KiB.
 constexpr i64 kGhostsPerId = 2, kLeastGhosts = 16384;
-constexpr i32 kAgedPerTick = 2;  // lists looked at for blocks that have come of the next age
-// The order of the cells is computed anew while a sixteenth of the blocks comes and goes. It takes some 30 us.
+// The densities are computed anew while a sixteenth of the blocks comes and goes: some 9 us in all, in parts.
 constexpr i64 kLearnsPerIds = 16, kLeastTicks = 1024;
 // Half of what was seen is forgotten while as many blocks are used as are remembered, cached or not: long enough to be
 // sure, short enough to follow a shift.
 constexpr double kHalfLife = 1;
+// Work that is not a call's own is done at every 16th tick, one chore at a time. 16 chores are a turn: one for the
+// lists of each class, the others for learning.
+constexpr i32 kChoreBits = ReuseStatistics::kTickBits, kTurnBits = 4;
+static_assert(kClasses < 1 << kTurnBits);
+constexpr i32 kMovesPerChore = 128;  // blocks that come of the next age; a chore that has more goes on at the next
+constexpr i32 kMostUses = 255, kMostChildren = (1 << 22) - 1;  // then counted no further
+constexpr float kNone = std::numeric_limits<float>::infinity();
 
-struct Block {
-  std::uint64_t key = 0;
-  i64 released = 0;  // the clock when its life began
-  i32 uses = 0;
-  i32 parent = -1;
-  std::uint32_t parent_generation = 0;  // a parent that a window left behind is another block by now
-  std::uint32_t generation = 0;
-  i32 children = 0;  // cached ones
-  bool cached = false;
-  bool open = false;  // its life has begun and no hit has ended it
-  bool evictable = false;
+struct Block : IdNode {
+  Block() : uses(0), children(0), open(0), evictable(0) {}
+
+  std::uint32_t begun = 0;  // lower half of the clock when its life began
+  std::uint32_t uses : 8;
+  std::uint32_t children : 22;  // cached ones; where a window passed, they may be there before and after this block
+  std::uint32_t open : 1;       // its life has begun and no hit has ended it
+  std::uint32_t evictable : 1;
 };
+static_assert(sizeof(Block) == 16);
 
 class DensityPolicy final : public EvictionPolicy {
  public:
-  DensityPolicy() { rank_cells(); }
+  DensityPolicy() { least_.fill(kNone); }
 
   void reserve(i64 ids) override;
-  void insert(i32 id, std::uint64_t key, i32 parent, i64 ordinal) override;
+  void insert(i32 id, std::uint64_t key, i32 parent) override;
   void hit(i32 id) override;
   void use(i32 id) override;
   void release(i32 id) override;
   i32 victim() override;
-  void evict(i32 id) override;
-  void restore(i32 id) override;
+  void evict(i32 id, std::uint64_t key, i32 parent) override;
+  void restore(i32 id, std::uint64_t key, i32 parent) override;
 
  private:
-  Block& at(i32 id) { return blocks_[static_cast<std::size_t>(id)]; }
-  Block* parent_of(const Block& block);
-  i32 cell_of(const Block& block) const { return ReuseStatistics::cell_of(block.uses, clock_ - block.released); }
+  static constexpr std::size_t at(i32 index) { return static_cast<std::size_t>(index); }
+  i64 begun(std::uint32_t clock) const { return clock_ - (static_cast<std::uint32_t>(clock_) - clock); }
+  i32 cell_of(const Block& block) const { return ReuseStatistics::cell_of(block.uses, clock_ - begun(block.begun)); }
   bool youngest_first(i32 cell) const;
 
   void push_back(i32 list, i32 id);
   void push_front(i32 list, i32 id);
   void remove(i32 id);
   void mark(i32 list, bool filled);
+  void find_least(i32 cls);
 
-  void tick();
+  bool add_child(i32 parent);
+  bool drop_child(i32 parent);
+  void begin_life(Block* block);
+  void lose(const Ghost& ghost);
+
+  void tick() {
+    if ((++clock_ & ((1 << kChoreBits) - 1)) == 0) do_chore();
+  }
+  void do_chore();
   void age_lists();
   void learn();
-  void rank_cells();
-  void begin_life(Block& block);
-  i64 begun(const Ghost& ghost) const { return clock_ - (static_cast<std::uint32_t>(clock_) - ghost.released); }
 
-  i64 clock_ = 0;  // blocks inserted or hit
-  std::vector<Block> blocks_;
+  i64 clock_ = 0;  // blocks inserted or hit: time goes by one block
+  IdLists<Block> blocks_{kCells + 1};
   Ghosts ghosts_;
   ReuseStatistics statistics_;
-  IdLists lists_{kCells + 1};
-  i64 learned_ = 0, learns_after_ = kLeastTicks;  // the clock of the latest learn(), and ticks from one to the next
-  i32 aged_ = 0;                                  // the cell whose list age_lists() looks at next
-  // Cells in the order in which they are given up, and which of them hold a block: the victim is the first bit.
-  std::array<i32, kCells> order_, rank_;
-  std::array<std::uint64_t, (kCells + 63) / 64> filled_{};
+  // By class: the ages of which there is a block, and of their cells that of the least density, and this.
+  std::array<std::uint64_t, kClasses> ages_{};
+  std::array<float, kClasses> least_;
+  std::array<i32, kClasses> least_cell_{};
+
+  i32 aging_ = 0;                                 // the class whose lists are looked at
+  std::uint64_t to_age_ = 0;                      // and those of its ages still to do
+  i64 turns_ = 0;                                 // of all classes
+  i64 learned_ = 0, learns_after_ = kLeastTicks;  // the clock of the latest collect(), and ticks from one to the next
+  i32 to_rate_ = kClasses;                        // the class to rate next; none is left
 };
 
 void DensityPolicy::reserve(i64 ids) {
-  if (ids <= static_cast<i64>(blocks_.size())) return;
-  blocks_.resize(static_cast<std::size_t>(ids));
-  lists_.reserve(ids);
-  ghosts_.resize(std::max(kGhostsPerId * ids, kLeastGhosts));
+  if (ids <= blocks_.ids()) return;
+  blocks_.reserve(ids);
+  for (const Ghost& ghost : ghosts_.resize(std::max(kGhostsPerId * ids, kLeastGhosts))) lose(ghost);
   learns_after_ = std::max(ids / kLearnsPerIds, kLeastTicks);
 }
 
-void DensityPolicy::insert(i32 id, std::uint64_t key, i32 parent, i64) {
+void DensityPolicy::insert(i32 id, std::uint64_t key, i32 parent) {
   tick();
-  Block& block = at(id);
-  const std::uint32_t generation = block.generation + 1;
-  block = {};
-  block.key = key;
-  block.generation = generation;
-  block.cached = true;
+  Block& block = blocks_[id];
+  block.open = 0;
   block.uses = 1;
   const Ghost ghost = ghosts_.take(key);
-  if (ghost.uses) {
-    statistics_.used_again(ghost.uses, begun(ghost), clock_);
-    block.uses += ghost.uses;
+  if (ghost.uses > 0) {
+    statistics_.used_again(ghost.uses, begun(ghost.begun), clock_);
+    block.uses = std::min(ghost.uses + 1, kMostUses);
   }
-  if (parent < 0 || !at(parent).cached) return;  // a window has passed it
-  block.parent = parent;
-  block.parent_generation = at(parent).generation;
-  if (at(parent).children++ == 0 && at(parent).evictable) {
-    remove(parent);
-    push_back(kInner, parent);
-  }
+  if (add_child(parent)) push_back(kInner, parent);
 }
 
 void DensityPolicy::hit(i32 id) {
   tick();
-  Block& block = at(id);
-  if (block.open) statistics_.used_again(block.uses, block.released, clock_);
-  block.open = false;
-  ++block.uses;
+  Block& block = blocks_[id];
+  if (block.open) statistics_.used_again(block.uses, begun(block.begun), clock_);
+  block.open = 0;
+  block.uses = std::min(block.uses + 1, kMostUses);
 }
 
 void DensityPolicy::use(i32 id) {
   remove(id);
-  at(id).evictable = false;
+  blocks_[id].evictable = 0;
 }
 
 void DensityPolicy::release(i32 id) {
-  Block& block = at(id);
-  if (block.open) statistics_.lost_sight(block.uses, block.released, clock_);  // it was used, but nobody had found it
-  begin_life(block);
-  block.evictable = true;
-  push_back(block.children ? kInner : cell_of(block), id);
+  Block& block = blocks_[id];
+  if (block.open) statistics_.lost_sight(block.uses, begun(block.begun), clock_);  // used, but nobody had found it
+  begin_life(&block);
+  block.evictable = 1;
+  push_back(block.children > 0 ? kInner : ReuseStatistics::cell_of(block.uses, 0), id);
 }
 
 i32 DensityPolicy::victim() {
-  for (std::size_t word = 0; word < filled_.size(); ++word) {
-    if (filled_[word] == 0) continue;
-    const i32 rank = static_cast<i32>(64 * word) + __builtin_ctzll(filled_[word]);
-    const i32 cell = order_[static_cast<std::size_t>(rank)];
-    return youngest_first(cell) ? lists_.back(cell) : lists_.front(cell);
-  }
-  return lists_.empty(kInner) ? -1 : lists_.front(kInner);
+  const i32 cls = static_cast<i32>(std::min_element(least_.begin(), least_.end()) - least_.begin());
+  if (least_[at(cls)] == kNone) return blocks_.empty(kInner) ? -1 : blocks_.front(kInner);
+  const i32 cell = least_cell_[at(cls)];
+  return youngest_first(cell) ? blocks_.back(cell) : blocks_.front(cell);
 }
 
-void DensityPolicy::evict(i32 id) {
-  Block& block = at(id);
+void DensityPolicy::evict(i32 id, std::uint64_t key, i32 parent) {
+  Block& block = blocks_[id];
   remove(id);
-  block.cached = block.evictable = false;
-  if (!block.open) begin_life(block);
-  const Ghost lost = ghosts_.remember(block.key, static_cast<std::uint32_t>(block.released), block.uses);
-  if (lost.uses) statistics_.lost_sight(lost.uses, begun(lost), clock_);
-  Block* parent = parent_of(block);
-  if (parent == nullptr || --parent->children > 0 || !parent->evictable) return;
-  remove(block.parent);
-  push_front(cell_of(*parent), block.parent);  // at least as long unused as those that came there by themselves
+  block.evictable = 0;
+  if (!block.open) begin_life(&block);
+  if (block.children == kMostChildren) block.children = 0;  // nobody knows; as an inner block it went last of all
+  lose(ghosts_.remember(key, {block.begun, static_cast<i32>(block.uses)}));
+  // At least as long unused as those that came there by themselves.
+  if (drop_child(parent)) push_front(cell_of(blocks_[parent]), parent);
 }
 
-void DensityPolicy::restore(i32 id) {
-  Block& block = at(id);
-  if (!ghosts_.take_back(block.key)) begin_life(block);
-  Block* parent = parent_of(block);
-  if (parent != nullptr && parent->children++ == 0 && parent->evictable) {
-    remove(block.parent);
-    push_front(kInner, block.parent);
-  }
-  block.cached = block.evictable = true;
-  if (lists_.undo_remove(id)) {
-    const i32 alone = lists_.alone_in(id);
+void DensityPolicy::restore(i32 id, std::uint64_t key, i32 parent) {
+  Block& block = blocks_[id];
+  if (ghosts_.take(key).uses == 0) begin_life(&block);
+  if (add_child(parent)) push_front(kInner, parent);
+  block.evictable = 1;
+  if (blocks_.undo_remove(id)) {
+    const i32 alone = blocks_.alone_in(id);
     if (alone >= 0) mark(alone, true);
     return;
   }
-  const i32 list = block.children ? kInner : cell_of(block);
+  const i32 list = block.children > 0 ? kInner : cell_of(block);
   list != kInner&& youngest_first(list) ? push_back(list, id) : push_front(list, id);
 }
 
-Block* DensityPolicy::parent_of(const Block& block) {
-  if (block.parent < 0) return nullptr;
-  Block& parent = at(block.parent);
-  return parent.cached && parent.generation == block.parent_generation ? &parent : nullptr;
+// True if `parent` was a released leaf. It stands in no list then.
+bool DensityPolicy::add_child(i32 parent) {
+  if (parent < 0) return false;
+  Block& block = blocks_[parent];
+  if (block.children < kMostChildren) ++block.children;
+  if (block.children > 1 || !block.evictable) return false;
+  remove(parent);
+  return true;
+}
+
+// True if `parent` is a released leaf now. It stands in no list then.
+bool DensityPolicy::drop_child(i32 parent) {
+  if (parent < 0) return false;
+  Block& block = blocks_[parent];
+  if (block.children == 0 || block.children == kMostChildren) return false;
+  if (--block.children > 0 || !block.evictable) return false;
+  remove(parent);
+  return true;
 }
 
 // Blocks whose use draws nearer (a loop larger than the cache) are worth more the longer ago they were used.
 bool DensityPolicy::youngest_first(i32 cell) const {
-  return (cell + 1) % ReuseStatistics::kAges != 0 && statistics_.density(cell + 1) > statistics_.density(cell);
+  return (cell + 1) % kAges != 0 && statistics_.density(cell + 1) > statistics_.density(cell);
 }
 
 void DensityPolicy::push_back(i32 list, i32 id) {
-  lists_.push_back(list, id);
-  mark(list, true);
+  if (blocks_.empty(list)) mark(list, true);
+  blocks_.push_back(list, id);
 }
 
 void DensityPolicy::push_front(i32 list, i32 id) {
-  lists_.push_front(list, id);
-  mark(list, true);
+  if (blocks_.empty(list)) mark(list, true);
+  blocks_.push_front(list, id);
 }
 
 void DensityPolicy::remove(i32 id) {
-  const i32 emptied = lists_.remove(id);
+  const i32 emptied = blocks_.remove(id);
   if (emptied >= 0) mark(emptied, false);
 }
 
 void DensityPolicy::mark(i32 list, bool filled) {
   if (list == kInner) return;
-  const std::size_t rank = static_cast<std::size_t>(rank_[static_cast<std::size_t>(list)]);
-  const std::uint64_t bit = std::uint64_t{1} << (rank % 64);
-  filled_[rank / 64] = filled ? filled_[rank / 64] | bit : filled_[rank / 64] & ~bit;
+  const i32 cls = list / kAges;
+  const std::uint64_t bit = std::uint64_t{1} << (list % kAges);
+  ages_[at(cls)] = filled ? ages_[at(cls)] | bit : ages_[at(cls)] & ~bit;
+  find_least(cls);
 }
 
-// Time goes by one block. All work that is not a single call's own is done here, a little each time.
-void DensityPolicy::tick() {
-  ++clock_;
-  age_lists();
-  if (clock_ - learned_ >= learns_after_) learn();
+void DensityPolicy::find_least(i32 cls) {
+  float least = kNone;
+  for (std::uint64_t ages = ages_[at(cls)]; ages != 0; ages &= ages - 1) {
+    const i32 cell = cls * kAges + __builtin_ctzll(ages);
+    if (statistics_.density(cell) >= least) continue;
+    least = statistics_.density(cell);
+    least_cell_[at(cls)] = cell;
+  }
+  least_[at(cls)] = least;
 }
 
+void DensityPolicy::begin_life(Block* block) {
+  block->open = 1;
+  block->begun = static_cast<std::uint32_t>(clock_);
+  statistics_.begin(block->uses, clock_);
+}
+
+void DensityPolicy::lose(const Ghost& ghost) {
+  if (ghost.uses > 0) statistics_.lost_sight(ghost.uses, begun(ghost.begun), clock_);
+}
+
+void DensityPolicy::do_chore() {
+  statistics_.advance(clock_);
+  const i64 chore = (clock_ >> kChoreBits) & ((1 << kTurnBits) - 1);
+  chore < kClasses ? age_lists() : learn();
+}
+
+// A list is looked at every 256 ticks, or when an eighth of the width of its age has gone by, whatever is longer:
+// octaves from 4,096 ticks on at every second turn, every fourth, and so on. The last age has no next.
 void DensityPolicy::age_lists() {
-  for (i32 i = 0; i < kAgedPerTick; ++i) {
-    const i32 cell = aged_;
-    aged_ = (aged_ + 1) % kCells;
-    while (!lists_.empty(cell)) {
-      const i32 id = lists_.front(cell);
-      if (ReuseStatistics::age_index(clock_ - at(id).released) <= cell % ReuseStatistics::kAges) break;
+  if (to_age_ == 0) {
+    aging_ = (aging_ + 1) % kClasses;
+    turns_ += aging_ == 0;
+    const i32 ages = std::min(19 + 2 * __builtin_ctzll(static_cast<std::uint64_t>(turns_) | 1 << 20), kAges - 1);
+    to_age_ = ages_[at(aging_)] & ((std::uint64_t{1} << ages) - 1);
+  }
+  for (i32 moves = 0; to_age_ != 0; to_age_ &= to_age_ - 1) {
+    const i32 age = __builtin_ctzll(to_age_), cell = aging_ * kAges + age;
+    while (!blocks_.empty(cell)) {
+      const i32 id = blocks_.front(cell), older = cell_of(blocks_[id]);
+      if (older <= cell) break;
+      if (moves++ == kMovesPerChore) return;
       remove(id);
-      push_back(cell_of(at(id)), id);
+      push_back(older, id);
     }
   }
 }
 
-void DensityPolicy::begin_life(Block& block) {
-  block.open = true;
-  block.released = clock_;
-  statistics_.begin(block.uses, clock_);
-}
-
+// One part of it: the counts, or one class.
 void DensityPolicy::learn() {
-  const double remembered = static_cast<double>(blocks_.size()) + static_cast<double>(ghosts_.size());
-  statistics_.learn(clock_, std::exp2(static_cast<double>(learned_ - clock_) / (kHalfLife * remembered)));
-  learned_ = clock_;
-  rank_cells();
-}
-
-void DensityPolicy::rank_cells() {
-  std::iota(order_.begin(), order_.end(), 0);
-  std::sort(order_.begin(), order_.end(), [this](i32 a, i32 b) {
-    const double x = statistics_.density(a), y = statistics_.density(b);
-    return x != y ? x < y : a < b;
-  });
-  filled_ = {};
-  for (i32 rank = 0; rank < kCells; ++rank) {
-    const i32 cell = order_[static_cast<std::size_t>(rank)];
-    rank_[static_cast<std::size_t>(cell)] = rank;
-    if (!lists_.empty(cell)) mark(cell, true);
+  if (to_rate_ < kClasses) {
+    statistics_.rate(to_rate_);
+    find_least(to_rate_++);
+  } else if (clock_ - learned_ >= learns_after_) {
+    const double remembered = static_cast<double>(blocks_.ids() + ghosts_.size());
+    statistics_.collect(clock_, std::exp2(static_cast<double>(learned_ - clock_) / (kHalfLife * remembered)));
+    learned_ = clock_;
+    to_rate_ = 0;
   }
 }
 

@@ -1,68 +1,59 @@
 #include "eviction_ghosts.h"
 
 #include <algorithm>
-#include <utility>
 
 namespace kvmem {
 
-void Ghosts::resize(i64 ghosts) {
-  std::vector<Ghost> old(static_cast<std::size_t>(ghosts));
-  old.swap(ring_);
-  std::rotate(old.begin(), old.begin() + static_cast<std::ptrdiff_t>(next_), old.end());  // the oldest first
-  std::size_t heads = 1;
-  while (heads < ring_.size()) heads *= 2;
-  heads_.assign(heads, -1);
-  next_ = 0;
-  for (const Ghost& ghost : old) {
-    if (ghost.uses) add(ghost);
+Ghost Ghosts::add(std::uint32_t hash, Ghost ghost) {
+  Set& set = set_of(hash);
+  const Set old = set;
+  for (std::size_t way = 1; way < kWays; ++way) {
+    set.marks[way] = old.marks[way - 1];
+    set.begun[way] = old.begun[way - 1];
   }
-}
-
-Ghost Ghosts::remember(std::uint64_t key, std::uint32_t released, i32 uses) {
-  return add({static_cast<std::uint32_t>(key >> 32), released, uses, -1});
-}
-
-Ghost Ghosts::add(Ghost ghost) {
-  const i32 index = static_cast<i32>(next_);
-  next_ = (next_ + 1) % ring_.size();
-  Ghost& place = ring_[static_cast<std::size_t>(index)];
-  const Ghost replaced = place;
-  if (replaced.uses) unlink(index);
-  i32& first = head(ghost.tag);
-  ghost.next = std::exchange(first, index);
-  place = ghost;
-  return replaced;
+  set.marks[0] = hash << 8 | static_cast<std::uint32_t>(ghost.uses);
+  set.begun[0] = ghost.begun;
+  return old.at(kWays - 1);
 }
 
 Ghost Ghosts::take(std::uint64_t key) {
-  const i32 index = find(static_cast<std::uint32_t>(key >> 32));
-  if (index < 0) return {};
-  unlink(index);
-  return std::exchange(ring_[static_cast<std::size_t>(index)], Ghost{});
-}
-
-bool Ghosts::take_back(std::uint64_t key) {
-  const std::size_t latest = (next_ + ring_.size() - 1) % ring_.size();
-  const i32 index = find(static_cast<std::uint32_t>(key >> 32));
-  if (index < 0) return false;
-  take(key);
-  if (static_cast<std::size_t>(index) == latest) next_ = latest;
-  return true;
-}
-
-i32 Ghosts::find(std::uint32_t tag) {
-  i32 index = head(tag);
-  while (index >= 0 && ring_[static_cast<std::size_t>(index)].tag != tag) {
-    index = ring_[static_cast<std::size_t>(index)].next;
+  Set& set = set_of(hash_of(key));
+  const std::uint32_t tag = hash_of(key) & kTagMask;
+  std::uint32_t known = 0;  // mostly none is: all are compared at once, without a branch
+  for (std::size_t way = 0; way < kWays; ++way) known |= set.marks[way] >> 8 == tag;
+  if (!known) return {};
+  std::size_t found = 0;
+  while (set.marks[found] >> 8 != tag) ++found;
+  const Ghost ghost = set.at(found);  // none, if an empty place looked like tag 0
+  for (std::size_t way = found; way + 1 < kWays; ++way) {
+    set.marks[way] = set.marks[way + 1];
+    set.begun[way] = set.begun[way + 1];
   }
-  return index;
+  set.marks[kWays - 1] = 0;
+  return ghost;
 }
 
-void Ghosts::unlink(i32 index) {
-  const Ghost& ghost = ring_[static_cast<std::size_t>(index)];
-  i32* link = &head(ghost.tag);
-  while (*link != index) link = &ring_[static_cast<std::size_t>(*link)].next;
-  *link = ghost.next;
+// Hashes are spread over the sets in order, so those of one set are no further apart than 2^32 / sets, which is at
+// most 2^24: the tag says which of them it is.
+std::uint32_t Ghosts::hash_of(std::uint64_t set, std::uint64_t sets, std::uint32_t mark) {
+  const std::uint32_t first = static_cast<std::uint32_t>(((set << 32) + sets - 1) / sets);
+  return first + (((mark >> 8) - first) & kTagMask);
+}
+
+std::vector<Ghost> Ghosts::resize(i64 ghosts) {
+  std::vector<Ghost> lost;
+  if (ghosts <= size()) return lost;
+  std::vector<Set> old(static_cast<std::size_t>(std::max(ceil_div(ghosts, kWays), kLeastSets)));
+  old.swap(sets_);
+  for (std::size_t set = 0; set < old.size(); ++set) {
+    for (std::size_t way = kWays; way-- > 0;) {
+      const Ghost ghost = old[set].at(way);
+      if (ghost.uses == 0) continue;
+      const Ghost replaced = add(hash_of(set, old.size(), old[set].marks[way]), ghost);
+      if (replaced.uses > 0) lost.push_back(replaced);
+    }
+  }
+  return lost;
 }
 
 }  // namespace kvmem

@@ -1,7 +1,8 @@
-// What is remembered of blocks that left the cache: how often each had been used, and when last. A ring of bounded size
-// found by hash; the oldest makes room.
+// What is remembered of blocks that left the cache: how often each had been used, and when last. A key belongs to one
+// set of eight places, one cache line; in a full set the ghost that came first makes room.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <vector>
 
@@ -10,33 +11,38 @@
 namespace kvmem {
 
 struct Ghost {
-  std::uint32_t tag = 0;       // upper half of the key; a wrong match distorts one count and nothing else
-  std::uint32_t released = 0;  // lower half of the policy's clock: a ghost is gone long before that comes round
-  i32 uses = 0;                // 0: an empty place
-  i32 next = -1;               // with the same hash
+  std::uint32_t begun = 0;  // lower half of the policy's clock when its life began
+  i32 uses = 0;             // 1 to 255; 0: none
 };
 
 class Ghosts {
  public:
-  void resize(i64 ghosts);  // to more; keeps what there is
-  i64 size() const { return static_cast<i64>(ring_.size()); }
+  // To room for at least as many, never less than before. Keeps what there is; returns the few that found no place.
+  std::vector<Ghost> resize(i64 ghosts);
+  i64 size() const { return kWays * static_cast<i64>(sets_.size()); }
 
   // Returns the ghost it replaces.
-  Ghost remember(std::uint64_t key, std::uint32_t released, i32 uses);
-  // Returns the ghost of `key` and forgets it.
+  Ghost remember(std::uint64_t key, Ghost ghost) { return add(hash_of(key), ghost); }
+  // Returns the ghost of `key` and forgets it. A key that is taken for another (2^-32) distorts one count.
   Ghost take(std::uint64_t key);
-  // Undoes remember(): the place in the ring is free again if nothing came after. False if `key` is not there.
-  bool take_back(std::uint64_t key);
 
  private:
-  i32& head(std::uint32_t tag) { return heads_[tag & (heads_.size() - 1)]; }
-  Ghost add(Ghost ghost);
-  i32 find(std::uint32_t tag);
-  void unlink(i32 index);
+  static constexpr i32 kWays = 8;
+  static constexpr i64 kLeastSets = 256;
+  static constexpr std::uint32_t kTagMask = 0xffffff;
 
-  std::vector<Ghost> ring_;
-  std::vector<i32> heads_;
-  std::size_t next_ = 0;
+  // The latest first, empty places last. A mark is 24 bits of the hash and 8 of the uses.
+  struct alignas(64) Set {
+    std::array<std::uint32_t, kWays> marks{}, begun{};
+    Ghost at(std::size_t way) const { return {begun[way], static_cast<i32>(marks[way] & 0xff)}; }
+  };
+
+  static std::uint32_t hash_of(std::uint64_t key) { return static_cast<std::uint32_t>(key >> 32); }
+  static std::uint32_t hash_of(std::uint64_t set, std::uint64_t sets, std::uint32_t mark);
+  Set& set_of(std::uint32_t hash) { return sets_[(std::uint64_t{hash} * sets_.size()) >> 32]; }
+  Ghost add(std::uint32_t hash, Ghost ghost);
+
+  std::vector<Set> sets_;
 };
 
 }  // namespace kvmem

@@ -1,5 +1,6 @@
 // Lists of block ids without allocation: a block stands in one list at most, and leaves it in O(1) without knowing
-// which one it is. A list is a ring through its own sentinel, node `list`; block `id` is node `lists + id`.
+// which one it is. A list is a ring through its own sentinel, node `list`; block `id` is node `lists + id`. What else
+// is known of a block may stand in its node too, on the same cache line.
 #pragma once
 
 #include <cassert>
@@ -9,63 +10,70 @@
 
 namespace kvmem {
 
+struct IdNode {
+  i32 prev = -1, next = -1;
+};
+
+template <class Node = IdNode>
 class IdLists {
  public:
-  explicit IdLists(i32 lists) : lists_(lists), links_(static_cast<std::size_t>(lists)) {
-    for (i32 node = 0; node < lists; ++node) at(node) = {node, node};
+  explicit IdLists(i32 lists) : lists_(lists), nodes_(static_cast<std::size_t>(lists)) {
+    for (i32 node = 0; node < lists; ++node) at(node).prev = at(node).next = node;
   }
 
-  void reserve(i64 ids) { links_.resize(static_cast<std::size_t>(lists_ + ids), Link{-1, -1}); }
+  void reserve(i64 ids) {
+    const std::size_t nodes = static_cast<std::size_t>(lists_ + ids);
+    nodes_.reserve(nodes);  // resize() alone would take room for twice what there was
+    nodes_.resize(nodes);
+  }
+  i64 ids() const { return static_cast<i64>(nodes_.size()) - lists_; }
+  Node& operator[](i32 id) { return at(lists_ + id); }
   bool empty(i32 list) const { return at(list).next == list; }
   i32 front(i32 list) const { return at(list).next - lists_; }  // of a list that is not empty, as back()
   i32 back(i32 list) const { return at(list).prev - lists_; }
-  bool contains(i32 id) const { return linked(lists_ + id); }
 
   void push_back(i32 list, i32 id) { link(lists_ + id, at(list).prev, list); }
   void push_front(i32 list, i32 id) { link(lists_ + id, list, at(list).next); }
 
   // Returns the list that became empty by it, or -1.
   i32 remove(i32 id) {
-    const Link link = at(lists_ + id);
     assert(linked(lists_ + id));
-    at(link.prev).next = link.next;
-    at(link.next).prev = link.prev;
-    return link.prev == link.next && link.prev < lists_ ? link.prev : -1;
+    const i32 prev = at(lists_ + id).prev, next = at(lists_ + id).next;
+    at(prev).next = next;
+    at(next).prev = prev;
+    return prev == next && prev < lists_ ? prev : -1;
   }
 
   // Takes the latest remove() of `id` back if its neighbours still stand side by side: true, and in the same place.
   bool undo_remove(i32 id) {
-    const Link old = at(lists_ + id);  // remove() leaves the links of the removed node as they were
-    if (old.prev < 0 || !linked(old.prev) || !linked(old.next) || at(old.prev).next != old.next) return false;
-    link(lists_ + id, old.prev, old.next);
+    const i32 prev = at(lists_ + id).prev, next = at(lists_ + id).next;  // remove() leaves them as they were
+    if (prev < 0 || !linked(prev) || !linked(next) || at(prev).next != next) return false;
+    link(lists_ + id, prev, next);
     return true;
   }
 
   // The list `id` stands at the front or back of by being alone in it; -1 when it has company.
   i32 alone_in(i32 id) const {
-    const Link link = at(lists_ + id);
-    return link.prev == link.next ? link.prev : -1;
+    const Node& node = at(lists_ + id);
+    return node.prev == node.next ? node.prev : -1;
   }
 
  private:
-  struct Link {
-    i32 prev, next;
-  };
-
-  Link& at(i32 node) { return links_[static_cast<std::size_t>(node)]; }
-  const Link& at(i32 node) const { return links_[static_cast<std::size_t>(node)]; }
+  Node& at(i32 node) { return nodes_[static_cast<std::size_t>(node)]; }
+  const Node& at(i32 node) const { return nodes_[static_cast<std::size_t>(node)]; }
   bool linked(i32 node) const {
-    const Link link = at(node);
-    return link.prev >= 0 && at(link.prev).next == node && at(link.next).prev == node;
+    const i32 prev = at(node).prev, next = at(node).next;
+    return prev >= 0 && at(prev).next == node && at(next).prev == node;
   }
   void link(i32 node, i32 prev, i32 next) {
-    at(node) = {prev, next};
+    at(node).prev = prev;
+    at(node).next = next;
     at(prev).next = node;
     at(next).prev = node;
   }
 
   i32 lists_;
-  std::vector<Link> links_;
+  std::vector<Node> nodes_;
 };
 
 }  // namespace kvmem

@@ -1,82 +1,83 @@
 // How many lives are open, by class and by when they began. Beginnings are told apart the better the more recent they
-// are: an interval of them that was merged is no longer than an eighth of its age, well below the width of the ages
-// that statistics are kept for (open lives counted at a younger age than the lives that end would make old age look
-// good).
+// are: by intervals of 16 ticks of the clock, and of older ones twice as long, no longer than a fifteenth of their age.
+// That is well below the width of the ages that statistics are kept for (open lives counted at a younger age than the
+// lives that end would make old age look good).
+//
+// Level s has the intervals of 16 << s ticks, in a ring. Two of them become one of the next level together, when that
+// one is kKept intervals of its own length back: so the level of a life follows from its beginning, without a search.
 #pragma once
 
+#include <algorithm>
 #include <array>
 
 #include "types.h"
 
 namespace kvmem {
 
+inline i32 highest_bit(i64 value) { return 63 - __builtin_clzll(static_cast<unsigned long long>(value)); }
+
 template <i32 kClasses>
 class OpenLives {
  public:
-  // Not earlier than the begin() before it.
-  void begin(i32 cls, i64 now) {
-    if (count_ == 0 || now - intervals_[at(count_ - 1)].begin >= kShortest) append(now);
-    ++intervals_[at(count_ - 1)].lives[at(cls)];
-  }
-  void end(i32 cls, i64 begun) { --intervals_[at(find(begun))].lives[at(cls)]; }
+  static constexpr i32 kTickBits = 4;
+  using Lives = std::array<i32, kClasses>;
 
-  // Calls f(cls, a time within the interval, number of lives).
+  void begin(i32 cls, i64 now) { ++at(0, now >> kTickBits)[static_cast<std::size_t>(cls)]; }
+
+  // A beginning that was longer ago than the 2^32 ticks which a policy can tell is looked for in a wrong interval.
+  void end(i32 cls, i64 begun, i64 now) {
+    const i32 level = level_of(begun, now);
+    i32& lives = at(level, begun >> shift(level))[static_cast<std::size_t>(cls)];
+    lives -= lives > 0;
+  }
+
+  // Once at every multiple of 1 << kTickBits that the clock comes to, before the lives that begin then.
+  void advance(i64 now) {
+    for (i32 level = 0; level + 1 < kLevels && (now & ((i64{1} << shift(level + 1)) - 1)) == 0; ++level) {
+      const i64 joined = (now >> shift(level + 1)) - kKept - 1;
+      if (joined < 0) return;
+      Lives& to = at(level + 1, joined);
+      for (i64 half = 2 * joined; half < 2 * joined + 2; ++half) {
+        Lives& from = at(level, half);
+        for (std::size_t cls = 0; cls < kClasses; ++cls) to[cls] += from[cls];
+        from = {};
+      }
+    }
+  }
+
+  // Calls f(age, how many of each class): the age of an interval's middle.
   template <class F>
   void each(i64 now, F f) const {
-    for (i32 i = 0; i < count_; ++i) {
-      const i64 middle = (intervals_[at(i)].begin + end_of(i, now)) / 2;
-      for (i32 cls = 0; cls < kClasses; ++cls) {
-        if (intervals_[at(i)].lives[at(cls)]) f(cls, middle, intervals_[at(i)].lives[at(cls)]);
+    for (i32 level = 0; level < kLevels; ++level) {
+      const i64 last = (now >> shift(level)) - (level == 0 ? 0 : kKept + 1);
+      const i64 first = level + 1 < kLevels ? 2 * ((now >> shift(level + 1)) - kKept) : last - kKept;
+      for (i64 interval = std::max(first, i64{0}); interval <= last; ++interval) {
+        const i64 middle = ((2 * interval + 1) << shift(level)) / 2;
+        f(std::max(now - middle, i64{0}), at(level, interval));
       }
     }
   }
 
  private:
-  static constexpr i32 kMost = 512;
-  static constexpr i64 kShortest = 16;
+  static constexpr i32 kLevels = 26;  // up to 2^32 ticks
+  static constexpr i64 kKept = 15;
+  static constexpr std::size_t kRing = 2 * kKept + 2;
 
-  struct Interval {
-    i64 begin = 0;
-    std::array<i32, kClasses> lives{};
-  };
-
-  static constexpr std::size_t at(i32 index) { return static_cast<std::size_t>(index); }
-  i64 end_of(i32 index, i64 now) const { return index + 1 < count_ ? intervals_[at(index + 1)].begin : now; }
-
-  // The last interval that begins at or before `begun`.
-  i32 find(i64 begun) const {
-    i32 low = 0, high = count_;
-    while (high - low > 1) {
-      const i32 middle = (low + high) / 2;
-      (intervals_[at(middle)].begin <= begun ? low : high) = middle;
-    }
-    return low;
+  static constexpr i32 shift(i32 level) { return kTickBits + level; }
+  Lives& at(i32 level, i64 interval) { return lives_[index(level, interval)]; }
+  const Lives& at(i32 level, i64 interval) const { return lives_[index(level, interval)]; }
+  static std::size_t index(i32 level, i64 interval) {
+    return static_cast<std::size_t>(level) * kRing + static_cast<std::size_t>(interval) % kRing;
   }
 
-  void append(i64 now) {
-    if (count_ == kMost) merge(now);
-    intervals_[at(count_)] = Interval{};
-    intervals_[at(count_++)].begin = now;
+  // The first level at which the interval of `begun` has not become part of a longer one.
+  static i32 level_of(i64 begun, i64 now) {
+    const i32 level = std::max(highest_bit((now - begun) | 1) - kTickBits - 4, 0);
+    const i32 next = shift(level + 1);
+    return std::min(level + ((now >> next) - (begun >> next) > kKept), kLevels - 1);
   }
 
-  // An interval joins the one before it while both together are no longer than an eighth of the age of the later end.
-  // What is left grows by an eighth at every second interval: 2 * log(age / 16) / log(9 / 8), 424 for an age of 2^40.
-  void merge(i64 now) {
-    i32 last = 0;
-    for (i32 i = 1; i < count_; ++i) {
-      const i64 end = end_of(i, now);
-      if (8 * (end - intervals_[at(last)].begin) <= now - end) {
-        for (i32 cls = 0; cls < kClasses; ++cls)
-          intervals_[at(last)].lives[at(cls)] += intervals_[at(i)].lives[at(cls)];
-      } else {
-        intervals_[at(++last)] = intervals_[at(i)];
-      }
-    }
-    count_ = last + 1;
-  }
-
-  std::array<Interval, kMost> intervals_;
-  i32 count_ = 0;
+  std::array<Lives, kLevels * kRing> lives_{};
 };
 
 }  // namespace kvmem

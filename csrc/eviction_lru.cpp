@@ -10,18 +10,18 @@ namespace {
 class LruPolicy final : public EvictionPolicy {
  public:
   void reserve(i64 ids) override { order_.reserve(ids); }
-  void insert(i32, std::uint64_t, i32, i64) override {}
+  void insert(i32, std::uint64_t, i32) override {}
   void hit(i32) override {}
   void use(i32 id) override { order_.remove(id); }
   void release(i32 id) override { order_.push_back(0, id); }
   i32 victim() override { return order_.empty(0) ? -1 : order_.front(0); }
-  void evict(i32 id) override { order_.remove(id); }
-  void restore(i32 id) override {
+  void evict(i32 id, std::uint64_t, i32) override { order_.remove(id); }
+  void restore(i32 id, std::uint64_t, i32) override {
     if (!order_.undo_remove(id)) order_.push_front(0, id);  // others left meanwhile
   }
 
  private:
-  IdLists order_{1};
+  IdLists<> order_{1};
 };
 
 }  // namespace

@@ -230,10 +230,10 @@ void PrefixIndex::place(i32 node, i64 group, bool undo) {
   const bool first = n.places++ == 0;
   if (first) {
     if (undo) {
-      policy_->restore(node);
+      policy_->restore(node, n.key, n.ordinal > 0 ? n.parent : kNoNode);
       if (n.users > 0) policy_->use(node);
     } else {
-      policy_->insert(node, n.key, is_root(n.parent) ? kNoNode : n.parent, n.ordinal);
+      policy_->insert(node, n.key, n.ordinal > 0 ? n.parent : kNoNode);
       if (n.users == 0) policy_->release(node);
     }
     n.released = n.users == 0;
@@ -247,7 +247,7 @@ void PrefixIndex::displace(i32 node, i64 group, bool undo) {
   const bool last = --n.places == 0;
   if (last) {
     if (!n.released) policy_->release(node);
-    policy_->evict(node);
+    policy_->evict(node, n.key, n.ordinal > 0 ? n.parent : kNoNode);
     cached_ -= n.released;
     n.released = false;
     loose_.push_back(node);

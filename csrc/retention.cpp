@@ -40,9 +40,7 @@ void RetentionPolicy::follow(i32 id, bool released) {
 }
 
 void RetentionPolicy::lead(i32 parent, i32 child) {
-  if (!at(parent).cached) return;
   at(child).parent = parent;
-  at(child).parent_generation = at(parent).generation;
   ++at(parent).children;
 }
 
@@ -54,19 +52,17 @@ void RetentionPolicy::reserve(i64 ids) {
   base_->reserve(ids);
 }
 
-void RetentionPolicy::insert(i32 id, std::uint64_t key, i32 parent, i64 ordinal) {
+void RetentionPolicy::insert(i32 id, std::uint64_t key, i32 parent) {
   named_ = -1;
-  Block& block = at(id);
-  const std::uint32_t generation = block.generation + 1;
-  block = {};
-  block.generation = generation;
+  Block block;
   block.cached = true;
-  base_->insert(id, key, parent, ordinal);
-  if (parent < 0 || !at(parent).cached) return;  // a window has passed it
   block.parent = parent;
-  block.parent_generation = at(parent).generation;
-  ++at(parent).children;
-  place(parent);
+  block.children = at(id).children;
+  block.holding_children = at(id).holding_children;
+  at(id) = block;
+  base_->insert(id, key, parent);
+  count_child(parent, 1, false);
+  update_holds(id);
 }
 
 void RetentionPolicy::hit(i32 id) {
@@ -98,7 +94,7 @@ i32 RetentionPolicy::victim() {
   return named_;
 }
 
-void RetentionPolicy::evict(i32 id) {
+void RetentionPolicy::evict(i32 id, std::uint64_t key, i32 parent) {
   named_ = -1;
   Block& block = at(id);
   const i32 place_before = block.place;
@@ -106,39 +102,28 @@ void RetentionPolicy::evict(i32 id) {
     leave(id);
     base_->release(id);  // for the base it was in use
   }
-  base_->evict(id);
+  base_->evict(id, key, parent);
   block.place = place_before;  // restore() puts it there, and insert() forgets it
   stop_clock(id);
   block.cached = block.released = false;
   update_holds(id);
-  const i32 parent = parent_of(block);
-  if (parent < 0) return;
-  --at(parent).children;
-  place(parent, true);
+  count_child(parent, -1, true);
 }
 
-void RetentionPolicy::restore(i32 id) {
+void RetentionPolicy::restore(i32 id, std::uint64_t key, i32 parent) {
   named_ = -1;
   Block& block = at(id);
   const i32 place_before = std::exchange(block.place, kNowhere);
   block.cached = block.released = true;
-  const i32 parent = parent_of(block);
-  if (parent >= 0) ++at(parent).children;
+  count_child(parent, 1, true);
   update_holds(id);
-  if (parent >= 0) place(parent, true);
-  base_->restore(id);
+  base_->restore(id, key, parent);
   block.place = kBase;
   if (place_before != kBase) place(id, true);
   if (block.deadline > 0) {
     set_heap(heap_.size(), id);
     sift_up(heap_.size() - 1);
   }
-}
-
-i32 RetentionPolicy::parent_of(const Block& block) {
-  if (block.parent < 0) return -1;
-  const Block& parent = at(block.parent);
-  return parent.cached && parent.generation == block.parent_generation ? block.parent : -1;
 }
 
 i32 RetentionPolicy::place_of(const Block& block) const {
@@ -171,6 +156,13 @@ void RetentionPolicy::leave(i32 id) {
   }
 }
 
+// `parent` has one cached child more or fewer; `first`: if that moves it, it goes next of those it comes to.
+void RetentionPolicy::count_child(i32 parent, i32 change, bool first) {
+  if (parent < 0) return;
+  at(parent).children += change;
+  if (at(parent).cached) place(parent, first);
+}
+
 // Whether `id` keeps its parent, and so on to the start of the chain as far as that changes anything.
 void RetentionPolicy::update_holds(i32 id) {
   while (id >= 0) {
@@ -178,10 +170,10 @@ void RetentionPolicy::update_holds(i32 id) {
     const bool holds = block.cached && (block.priority != kBaseDecides || block.holding_children > 0);
     if (holds == block.holds) return;
     block.holds = holds;
-    id = parent_of(block);
+    id = block.parent;
     if (id < 0) return;
     at(id).holding_children += holds ? 1 : -1;
-    place(id);
+    if (at(id).cached) place(id);
   }
 }
 

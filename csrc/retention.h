@@ -34,14 +34,14 @@ class RetentionPolicy final : public EvictionPolicy {
   void lead(i32 parent, i32 child);
 
   void reserve(i64 ids) override;
-  void insert(i32 id, std::uint64_t key, i32 parent, i64 ordinal) override;
+  void insert(i32 id, std::uint64_t key, i32 parent) override;
   void hit(i32 id) override;
   void use(i32 id) override;
   void release(i32 id) override;
   // The clock is read only while a released block has a time to live.
   i32 victim() override;
-  void evict(i32 id) override;
-  void restore(i32 id) override;
+  void evict(i32 id, std::uint64_t key, i32 parent) override;
+  void restore(i32 id, std::uint64_t key, i32 parent) override;
 
  private:
   static constexpr int kPriorities = 101, kBaseDecides = 50;
@@ -53,9 +53,7 @@ class RetentionPolicy final : public EvictionPolicy {
     i32 heap_index = -1;
     i32 place = kNowhere;
     i32 parent = -1;
-    std::uint32_t parent_generation = 0;  // a parent that a window left behind is another block by now
-    std::uint32_t generation = 0;
-    i32 children = 0;          // cached ones
+    i32 children = 0;          // cached ones; where a window passed, they may be there before and after this block
     i32 holding_children = 0;  // those of them that keep this block
     std::int8_t priority = kBaseDecides;
     bool cached = false;
@@ -64,10 +62,10 @@ class RetentionPolicy final : public EvictionPolicy {
   };
 
   Block& at(i32 id) { return blocks_[static_cast<std::size_t>(id)]; }
-  i32 parent_of(const Block& block);
   i32 place_of(const Block& block) const;
   void place(i32 id, bool first = false);
   void leave(i32 id);
+  void count_child(i32 parent, i32 change, bool first);
   void update_holds(i32 id);
   i32 first_of(int begin, int end, bool inner) const;
 
@@ -81,7 +79,7 @@ class RetentionPolicy final : public EvictionPolicy {
   std::unique_ptr<EvictionPolicy> base_;
   Clock clock_;
   std::vector<Block> blocks_;
-  IdLists lists_{2 * kPriorities};  // of each priority: blocks without cached children, blocks with some
+  IdLists<> lists_{2 * kPriorities};  // of each priority: blocks without cached children, blocks with some
   std::bitset<2 * kPriorities> filled_;
   std::vector<i32> heap_;  // released blocks with a time to live, the earliest deadline first
   i32 named_ = -1;         // victim() answers the same until another call, whatever the clock says

@@ -70,7 +70,7 @@ class World:
                     break
                 self.evict(named)
             block = self.free.pop()
-            self.policy.insert(block, hash(chain[:length]) % 2**64, blocks[-1] if blocks else -1, length - 1)
+            self.policy.insert(block, hash(chain[:length]) % 2**64, blocks[-1] if blocks else -1)
             self.state[block], self.users[block] = IN_USE, 1
             self.content[chain[:length]], self.chain[block] = block, chain[:length]
             blocks.append(block)

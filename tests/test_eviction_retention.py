@@ -37,12 +37,12 @@ def policy(request, clock):
 def lone(policy, *blocks: int) -> None:
     """Blocks without parents, in use."""
     for block in blocks:
-        policy.insert(block, 1000 + block, -1, 0)
+        policy.insert(block, 1000 + block, -1)
 
 
 def chain(policy, *blocks: int) -> None:
     for depth, block in enumerate(blocks):
-        policy.insert(block, 1000 + block, blocks[depth - 1] if depth else -1, depth)
+        policy.insert(block, 1000 + block, blocks[depth - 1] if depth else -1)
 
 
 def release(policy, *blocks: int) -> None:
@@ -156,7 +156,7 @@ def test_forgotten_on_eviction_and_back_on_restore(policy, clock):
     policy.restore(0)
     assert policy.victim() == 0, "as before"
     policy.evict(0)
-    policy.insert(0, 7, -1, 0)
+    policy.insert(0, 7, -1)
     policy.release(0)
     reads = clock.reads
     assert policy.victim() in (0, 1)
