@@ -175,10 +175,6 @@ i32 PrefixIndex::new_node() {
   if (free_ == kNoNode) reserve(capacity() + std::max(capacity() / kGrowth, kFirstNodes));
   const i32 node = free_;
   free_ = nodes_[node].next_child;
-  if (free_ != kNoNode) {  // the next call will want it
-    prefetch(free_);
-    tokens_.prefetch(free_);
-  }
   nodes_[node] = Node();
   return node;
 }

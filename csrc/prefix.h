@@ -62,9 +62,8 @@ class PrefixIndex {
   i32 users(i32 node) const { return nodes_[node].users; }
   bool pinned(i32 node) const { return nodes_[node].pinned; }
   i32 places(i32 node) const { return nodes_[node].places; }
-  void copy_tokens(i32 node, i64 count, i32* out) const { tokens_.copy(node, count, out); }  // the first `count`
-  // Worth a call some 100 ns before anything else is asked of a node that was not touched lately.
-  void prefetch(i32 node) const { __builtin_prefetch(&nodes_[node]); }
+  // The first `count` of them.
+  void copy_tokens(i32 node, i64 count, i32* out) const { tokens_.copy(node, count, out); }
   // A cached child that nobody uses, kNoNode if there is none.
   i32 unused_child(i32 node) const;
   i64 capacity() const { return static_cast<i64>(nodes_.size()); }  // ids are below it
@@ -119,13 +118,17 @@ class PrefixIndex {
   static constexpr i64 kCandidates = 32;
 
  private:
-  // Half a cache line. What a free node keeps is its next_child: the next free one.
+  // Half a cache line, so that every call touches one for each node.
   struct alignas(32) Node {
     std::uint64_t key = 0;  // hash of the root's name and all tokens from the start on
     i32 parent = kNoNode, ordinal = -1;
-    i32 first_child = kNoNode, next_child = kNoNode;  // newest first; of a root, next_child is its number
+    i32 first_child = kNoNode;  // the newest; the others follow by next_child
+    i32 next_child = kNoNode;   // of a root, which has no siblings, its number; of a free node, the next free one
     i32 users = 0;
-    std::uint32_t places : 28, linked : 1, released : 1, pinned : 1;  // can be found; its policy may name it
+    std::uint32_t places : 29;
+    std::uint32_t linked : 1;    // can be found
+    std::uint32_t released : 1;  // its policy may name it
+    std::uint32_t pinned : 1;
     Node() : places(0), linked(0), released(0), pinned(0) {}
   };
   // Of a node that is not the newest child of its parent.

@@ -9,20 +9,46 @@ static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "ids are packed by whol
 
 using u64 = std::uint64_t;
 
-constexpr i64 kSpare = sizeof(u64);  // pair() reads, and put() writes, at most so many bytes too many
+constexpr i64 kSpare = sizeof(u64);
 
-u64 join(i32 first, i32 second) {
-  return static_cast<std::uint32_t>(first) | static_cast<u64>(static_cast<std::uint32_t>(second)) << 32;
+u64 pair_of(const i32* two) {
+  u64 pair;
+  std::memcpy(&pair, two, sizeof pair);
+  return pair;
 }
 
-i64 stride_of(i64 block_tokens, int bits) { return ceil_div(ceil_div(block_tokens, 2) * 2 * bits, 8); }
+u64 pair_of_one(i32 last) { return static_cast<std::uint32_t>(last); }
+
+i64 stride_of(i64 block_tokens, u64 bits) {
+  return ceil_div(ceil_div(block_tokens, 2) * 2 * static_cast<i64>(bits), 8);
+}
+
+// Takes ids two by two, 32 bits each, and puts them down at `bits` each. Writes whole words, and so up to one more than
+// it was given ids for.
+class Writer {
+ public:
+  Writer(std::uint8_t* block, u64 bits) : block_(block), bits_(bits) {}
+  void push(u64 pair) {
+    seen_ |= pair;
+    const u64 narrow = (pair & UINT32_MAX) | (pair >> 32) << bits_, word = begun_ | narrow << at_ % 8;
+    std::memcpy(block_ + at_ / 8, &word, sizeof word);
+    at_ += 2 * bits_;
+    begun_ = narrow >> 1 >> (2 * bits_ - 1 - at_ % 8);  // in two steps, since one of 64 is none
+  }
+  // Which bits the ids had. More than `bits`: what was written is worthless.
+  u64 seen() const { return (seen_ | seen_ >> 32) & UINT32_MAX; }
+
+ private:
+  std::uint8_t* const block_;
+  const u64 bits_;
+  u64 at_ = 0;     // the next bit
+  u64 begun_ = 0;  // the bits of its byte that are written already
+  u64 seen_ = 0;
+};
 
 }  // namespace
 
-TokenBlocks::TokenBlocks(i64 block_tokens)
-    : block_tokens_(block_tokens),
-      stride_(stride_of(block_tokens, bits_)),
-      packed_(stride_of(block_tokens, kWidest) + kSpare) {}
+TokenBlocks::TokenBlocks(i64 block_tokens) : block_tokens_(block_tokens), stride_(stride_of(block_tokens, bits_)) {}
 
 void TokenBlocks::reserve(i64 blocks) {
   blocks_ = std::max(blocks_, blocks);
@@ -30,61 +56,52 @@ void TokenBlocks::reserve(i64 blocks) {
   bytes_.resize(blocks_ * stride_ + kSpare);
 }
 
-int TokenBlocks::width_of(u64 bits_seen) {
-  const int bits = bits_seen == 0 ? 0 : 64 - __builtin_clzll(bits_seen);
-  return bits <= kWidestPair ? std::max(bits, kNarrowest) : kWidest;
-}
-
 void TokenBlocks::put(i32 block, const i32* tokens) {
-  std::uint32_t seen = 0;
-  for (i64 i = 0; i < block_tokens_; ++i) seen |= static_cast<std::uint32_t>(tokens[i]);
-  if (seen >> (bits_ - 1) > 1) widen(width_of(seen));
-  u64 word = 0;
-  int filled = 0;  // bits of it
-  std::uint8_t* out = packed_.data();
-  for (i64 i = 0; i < block_tokens_; i += 2) {
-    const u64 both = join(tokens[i], i + 1 < block_tokens_ ? tokens[i + 1] : 0);
-    const u64 narrow = (both & low_bits()) | (both >> 32) << bits_;
-    word |= narrow << filled;
-    std::memcpy(out, &word, sizeof word);
-    filled += 2 * bits_;
-    out += filled / 8;
-    word = filled % 8 == 0 ? 0 : narrow >> (2 * bits_ - filled % 8);
-    filled %= 8;
-  }
-  std::memcpy(&bytes_[block * stride_], packed_.data(), stride_);
+  std::uint8_t* const at = &bytes_[block * stride_];
+  u64 behind;  // another block's
+  std::memcpy(&behind, at + stride_, sizeof behind);
+  Writer writer(at, bits_);
+  i64 i = 0;
+  for (const i64 end = block_tokens_; i + 2 <= end; i += 2) writer.push(pair_of(tokens + i));
+  if (i < block_tokens_) writer.push(pair_of_one(tokens[i]));
+  std::memcpy(at + stride_, &behind, sizeof behind);
   used_ = std::max(used_, i64{block} + 1);
+  if (writer.seen() >> bits_ == 0) return;
+  widen(writer.seen());
+  put(block, tokens);
 }
 
 i64 TokenBlocks::common(i32 block, const i32* tokens, i64 count) const {
-  const std::uint8_t* at = &bytes_[block * stride_];
+  Reader reader = read(block);
   i64 i = 0;
   for (; i + 2 <= count; i += 2) {
-    const u64 differ = pair(at, i / 2) ^ join(tokens[i], tokens[i + 1]);
-    if (differ != 0) return static_cast<std::uint32_t>(differ) != 0 ? i : i + 1;
+    const u64 differ = reader.next_pair() ^ pair_of(tokens + i);
+    if (differ != 0) return (differ & UINT32_MAX) != 0 ? i : i + 1;
   }
-  return i < count && pair(at, i / 2) << 32 == join(0, tokens[i]) ? count : i;
+  return i < count && (reader.next_pair() & UINT32_MAX) == pair_of_one(tokens[i]) ? count : i;
 }
 
 void TokenBlocks::copy(i32 block, i64 count, i32* out) const {
-  const std::uint8_t* at = &bytes_[block * stride_];
-  for (i64 i = 0; i < count; ++i) {
-    const u64 both = pair(at, i / 2);
-    out[i] = static_cast<i32>(static_cast<std::uint32_t>(i % 2 == 0 ? both : both >> 32));
+  Reader reader = read(block);
+  for (i64 i = 0; i < count; i += 2) {
+    const u64 pair = reader.next_pair();
+    out[i] = static_cast<i32>(pair & UINT32_MAX);
+    if (i + 1 < count) out[i + 1] = static_cast<i32>(pair >> 32);
   }
 }
 
-void TokenBlocks::widen(int bits) {
+void TokenBlocks::widen(u64 bits_seen) {
   TokenBlocks wide(block_tokens_);
-  wide.bits_ = bits;
-  wide.stride_ = stride_of(block_tokens_, bits);
+  wide.bits_ = 64 - __builtin_clzll(bits_seen);
+  if (wide.bits_ > kWidestPair) wide.bits_ = kWidest;
+  wide.stride_ = stride_of(block_tokens_, wide.bits_);
   wide.reserve(blocks_);
   std::vector<i32> tokens(block_tokens_);
   for (i64 block = 0; block < used_; ++block) {
     copy(static_cast<i32>(block), block_tokens_, tokens.data());
     wide.put(static_cast<i32>(block), tokens.data());
   }
-  bits_ = bits;
+  bits_ = wide.bits_;
   stride_ = wide.stride_;
   bytes_.swap(wide.bytes_);
 }

@@ -14,12 +14,13 @@ namespace kvmem {
 
 class TokenBlocks {
  public:
-  static constexpr int kNarrowest = 16, kWidest = 32;
+  static constexpr std::uint64_t kNarrowest = 16, kWidest = 32;
 
   explicit TokenBlocks(i64 block_tokens);
 
   i64 block_tokens() const { return block_tokens_; }
-  int bits() const { return bits_; }  // of one id
+  i64 blocks() const { return blocks_; }
+  i64 bits() const { return static_cast<i64>(bits_); }  // of one id
   // Blocks below `blocks` may come. Growth takes no more than it needs: no vector's doubling.
   void reserve(i64 blocks);
   // Keeps these block_tokens() ids as block `block`.
@@ -29,33 +30,41 @@ class TokenBlocks {
   bool equal(i32 block, const i32* tokens) const { return common(block, tokens, block_tokens_) == block_tokens_; }
   // Its first `count` ids.
   void copy(i32 block, i64 count, i32* out) const;
-  void prefetch(i32 block) const { __builtin_prefetch(&bytes_[block * stride_]); }
 
  private:
   using u64 = std::uint64_t;
 
   // Two ids side by side are read at once, which one load of 64 bits does at any bit it begins at: two ids of up to
   // kWidestPair bits after up to 7 bits of others, or two of 32 at a whole byte. Widths between those are not used.
-  static constexpr int kWidestPair = 28;
-  static int width_of(u64 bits_seen);
+  static constexpr u64 kWidestPair = 28;
 
-  u64 low_bits() const { return (u64{1} << bits_) - 1; }
-  // Ids 2 * i and 2 * i + 1, 32 bits each, the first one low. Of an odd block, the last pair ends with a 0.
-  u64 pair(const std::uint8_t* block, i64 i) const {
-    const i64 bit = 2 * bits_ * i;
-    u64 word;
-    std::memcpy(&word, block + bit / 8, sizeof word);
-    word >>= bit % 8;
-    return (word & low_bits()) | ((word >> bits_) & low_bits()) << 32;
-  }
-  void widen(int bits);
+  // Reads from a block's beginning, and knows nothing of its end.
+  class Reader {
+   public:
+    Reader(const std::uint8_t* block, u64 bits) : block_(block), bits_(bits), low_((u64{1} << bits) - 1) {}
+    // The next two ids, 32 bits each, the first one low. Of an odd block, the last pair ends with a 0.
+    u64 next_pair() {
+      u64 word;
+      std::memcpy(&word, block_ + at_ / 8, sizeof word);
+      word >>= at_ % 8;
+      at_ += 2 * bits_;
+      return (word & low_) | ((word >> bits_) & low_) << 32;
+    }
+
+   private:
+    const std::uint8_t* const block_;
+    const u64 bits_, low_;
+    u64 at_ = 0;  // the next bit
+  };
+
+  Reader read(i32 block) const { return Reader(&bytes_[block * stride_], bits_); }
+  void widen(u64 bits_seen);
 
   const i64 block_tokens_;
-  int bits_ = kNarrowest;
-  i64 stride_;                        // bytes of a block
-  i64 blocks_ = 0, used_ = 0;         // room for; and those below were put
-  std::vector<std::uint8_t> bytes_;   // and a word more, since pair() reads whole words
-  std::vector<std::uint8_t> packed_;  // put() packs here: what it writes last runs over the block's end
+  u64 bits_ = kNarrowest;
+  i64 stride_;                       // bytes of a block
+  i64 blocks_ = 0, used_ = 0;        // room for; and those below were put
+  std::vector<std::uint8_t> bytes_;  // and a word more: blocks are read and written by whole words
 };
 
 }  // namespace kvmem
