@@ -145,6 +145,7 @@ class PrefixIndex {
     bool gone = false;
   };
 
+  static std::string flat(const PrefixKey& key);
   std::uint64_t root_hash(const PrefixKey& key) const;
   std::uint64_t key_after(std::uint64_t before, const i32* tokens) const;
   i32& bucket(std::uint64_t key) { return buckets_[key & mask_ & (buckets_.size() - 1)]; }

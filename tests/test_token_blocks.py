@@ -89,7 +89,17 @@ def test_the_width_is_that_of_the_largest_id() -> None:
     blocks = _core.TokenBlocks(2)
     blocks.reserve(1)
     widths = []
-    for ids in ([0, 0], [2**16 - 1, 5], [2**16, 0], [3, 2**17], [1, 1], [2**28 - 1, 0], [0, 2**28], [LARGEST, 1], [-1, 0]):
+    for ids in (
+        [0, 0],
+        [2**16 - 1, 5],
+        [2**16, 0],
+        [3, 2**17],
+        [1, 1],
+        [2**28 - 1, 0],
+        [0, 2**28],
+        [LARGEST, 1],
+        [-1, 0],
+    ):
         blocks.put(0, i32(*ids))
         assert copied(blocks, 0, 2) == ids
         widths.append(blocks.bits)
