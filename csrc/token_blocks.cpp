@@ -1,6 +1,7 @@
 #include "token_blocks.h"
 
 #include <algorithm>
+#include <type_traits>
 
 namespace kvmem {
 namespace {
@@ -46,6 +47,24 @@ class Writer {
   u64 seen_ = 0;
 };
 
+// Eight ids fill whole bytes, so every eighth begins anew: where the width is a constant, all shifts are, too.
+constexpr i64 kRun = 8;
+
+// Calls f(bits), with a constant for the widths of most vocabularies: a third of the instructions.
+template <class F>
+auto with_width(u64 bits, F f) {
+  switch (bits) {
+    case 16:
+      return f(std::integral_constant<u64, 16>());
+    case 17:
+      return f(std::integral_constant<u64, 17>());
+    case 18:
+      return f(std::integral_constant<u64, 18>());
+    default:
+      return f(bits);
+  }
+}
+
 }  // namespace
 
 TokenBlocks::TokenBlocks(i64 block_tokens) : block_tokens_(block_tokens), stride_(stride_of(block_tokens, bits_)) {}
@@ -60,25 +79,46 @@ void TokenBlocks::put(i32 block, const i32* tokens) {
   std::uint8_t* const at = &bytes_[block * stride_];
   u64 behind;  // another block's
   std::memcpy(&behind, at + stride_, sizeof behind);
-  Writer writer(at, bits_);
-  i64 i = 0;
-  for (const i64 end = block_tokens_; i + 2 <= end; i += 2) writer.push(pair_of(tokens + i));
-  if (i < block_tokens_) writer.push(pair_of_one(tokens[i]));
+  const u64 seen = with_width(bits_, [at, tokens, count = block_tokens_](auto bits) {
+    u64 seen = 0;
+    i64 i = 0;
+    for (std::uint8_t* run = at; i < count; run += bits) {
+      Writer writer(run, bits);
+      if (i + kRun <= count) {
+        for (i64 k = 0; k < kRun; k += 2, i += 2) writer.push(pair_of(tokens + i));
+      } else {
+        for (; i + 2 <= count; i += 2) writer.push(pair_of(tokens + i));
+        if (i < count) writer.push(pair_of_one(tokens[i++]));
+      }
+      seen |= writer.seen();
+    }
+    return seen;
+  });
   std::memcpy(at + stride_, &behind, sizeof behind);
   used_ = std::max(used_, i64{block} + 1);
-  if (writer.seen() >> bits_ == 0) return;
-  widen(writer.seen());
+  if (seen >> bits_ == 0) return;
+  widen(seen);
   put(block, tokens);
 }
 
 i64 TokenBlocks::common(i32 block, const i32* tokens, i64 count) const {
-  Reader reader = read(block);
-  i64 i = 0;
-  for (; i + 2 <= count; i += 2) {
-    const u64 differ = reader.next_pair() ^ pair_of(tokens + i);
-    if (differ != 0) return (differ & UINT32_MAX) != 0 ? i : i + 1;
-  }
-  return i < count && (reader.next_pair() & UINT32_MAX) == pair_of_one(tokens[i]) ? count : i;
+  return with_width(bits_, [at = &bytes_[block * stride_], tokens, count](auto bits) {
+    const std::uint8_t* run = at;
+    i64 i = 0;
+    for (; i + kRun <= count; i += kRun, run += bits) {
+      Reader reader(run, bits);
+      for (i64 k = 0; k < kRun; k += 2) {
+        const u64 differ = reader.next_pair() ^ pair_of(tokens + i + k);
+        if (differ != 0) return i + k + ((differ & UINT32_MAX) != 0 ? 0 : 1);
+      }
+    }
+    Reader reader(run, bits);
+    for (; i + 2 <= count; i += 2) {
+      const u64 differ = reader.next_pair() ^ pair_of(tokens + i);
+      if (differ != 0) return i + ((differ & UINT32_MAX) != 0 ? 0 : 1);
+    }
+    return i < count && (reader.next_pair() & UINT32_MAX) == pair_of_one(tokens[i]) ? count : i;
+  });
 }
 
 void TokenBlocks::copy(i32 block, i64 count, i32* out) const {
