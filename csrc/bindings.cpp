@@ -51,4 +51,5 @@ NB_MODULE(_core, m) {
   bind_core(m);
   bind_eviction(m);
   bind_events(m);
+  bind_token_blocks(m);
 }

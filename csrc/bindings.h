@@ -14,6 +14,7 @@ class Cache;
 void bind_drivers(nanobind::module_& m);  // bindings_drivers.cpp
 void bind_core(nanobind::module_& m);     // bindings_core.cpp
 void bind_prefix_options(nanobind::module_& m);
+void bind_token_blocks(nanobind::module_& m);
 void bind_prefix(nanobind::class_<Cache>& cache);                       // bindings_prefix.cpp
 void bind_batch(nanobind::module_& m, nanobind::class_<Cache>& cache);  // bindings_batch.cpp
 void bind_events(nanobind::module_& m);                                 // bindings_events.cpp

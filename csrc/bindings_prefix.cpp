@@ -1,5 +1,7 @@
-// The part of kvmem._core.Cache that is about shared content.
+// The part of kvmem._core.Cache that is about shared content; and TokenBlocks, which its index keeps token ids in:
+// bound by itself so that what it promises can be tested without a cache.
 
+#include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
@@ -47,6 +49,41 @@ void bind_prefix_options(nb::module_& m) {
             new (self) PrefixOptions{on, partial, std::move(policy), hash_bits, event_capacity};
           },
           nb::kw_only(), "on"_a, "partial"_a, "policy"_a, "hash_bits"_a = 64, "event_capacity"_a = 0);
+}
+
+void bind_token_blocks(nb::module_& m) {
+  const auto check = [](const TokenBlocks& blocks, i32 block, size_t count, i64 least) {
+    const i64 n = static_cast<i64>(count);
+    if (block < 0 || block >= blocks.blocks() || n < least || n > blocks.block_tokens()) {
+      throw SpecError("got " + std::to_string(n) + " tokens of block " + std::to_string(block) + "; there are " +
+                      std::to_string(blocks.blocks()) + " blocks of " + std::to_string(blocks.block_tokens()));
+    }
+  };
+  nb::class_<TokenBlocks>(m, "TokenBlocks", "Blocks of token ids, packed; see csrc/token_blocks.h.")
+      .def(nb::init<i64>(), "block_tokens"_a)
+      .def("reserve", &TokenBlocks::reserve, "blocks"_a)
+      .def(
+          "put",
+          [check](TokenBlocks& self, i32 block, In<i32> tokens) {
+            check(self, block, tokens.shape(0), self.block_tokens());
+            self.put(block, tokens.data());
+          },
+          "block"_a, "tokens"_a.noconvert())
+      .def(
+          "common",
+          [check](const TokenBlocks& self, i32 block, In<i32> tokens) {
+            check(self, block, tokens.shape(0), 0);
+            return self.common(block, tokens.data(), static_cast<i64>(tokens.shape(0)));
+          },
+          "block"_a, "tokens"_a.noconvert(), "How many of these tokens the block begins with.")
+      .def(
+          "copy",
+          [check](const TokenBlocks& self, i32 block, Out<i32> out) {
+            check(self, block, out.shape(0), 0);
+            self.copy(block, static_cast<i64>(out.shape(0)), out.data());
+          },
+          "block"_a, "out"_a.noconvert(), "Fills `out` with the first ids of the block.")
+      .def_prop_ro("bits", &TokenBlocks::bits, "Of one id.");
 }
 
 void bind_prefix(nb::class_<Cache>& cache) {

@@ -144,15 +144,17 @@ EventRecords Cache::drain_events(i64 max, bool restart, std::unordered_map<i32, 
 
 void Cache::tell_resident(i32 node, EventRecords& out) const {
   const i32 before = index_.parent(node), parent = index_.is_root(before) ? kNoNode : before;
+  std::vector<i32> tokens(block_tokens());
+  index_.copy_tokens(node, block_tokens(), tokens.data());
   bool any = false;
   for (i64 g = 0; g < groups_; ++g) {
     const bool here = geometry_.groups[g].growth == Growth::token && table_->has(node, g);
     if (!here) continue;
-    out.stored(node, parent, index_.root_number(node), static_cast<i32>(g), index_.ordinal(node), index_.tokens(node));
+    out.stored(node, parent, index_.root_number(node), static_cast<i32>(g), index_.ordinal(node), tokens.data());
     any = true;
   }
   if (!any) {
-    out.stored(node, parent, index_.root_number(node), -1, index_.ordinal(node), index_.tokens(node));
+    out.stored(node, parent, index_.root_number(node), -1, index_.ordinal(node), tokens.data());
   }
 }
 

@@ -290,7 +290,7 @@ void Cache::note_truncated(i64 index, i64 tokens) {
   const i64 rest = tokens % block_tokens();
   if (!leaving_.empty()) {
     const i32 cut = leaving_.back();
-    std::copy(index_.tokens(cut), index_.tokens(cut) + rest, tail(index));
+    index_.copy_tokens(cut, rest, tail(index));
     c.leaf = index_.parent(cut);
   }
   c.known = tokens;

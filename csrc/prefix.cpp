@@ -1,134 +1,55 @@
 #include "prefix.h"
 
 #include <algorithm>
-#include <cstring>
 #include <random>
 
 namespace kvmem {
 namespace {
 
 constexpr i64 kGhosts = 1 << 14;
-constexpr i64 kFirstNodes = 1 << 8, kMostAtOnce = 1 << 16;
-constexpr i32 kFree = -2;  // as an ordinal
+// Nodes for the memory there is, and some more: roots, and steps on a path whose own memory is gone.
+constexpr i64 kFirstNodes = 1 << 8, kMostAtOnce = 1 << 16, kSpareNodes = 1 << 8, kSpareShare = 64;
+constexpr i64 kGrowth = 4;                   // a fourth more nodes when there are too few
+constexpr std::size_t kLooseKept = 1 << 12;  // of more loose nodes, finish() gives the list back
+constexpr i32 kFree = -2;                    // as an ordinal
 
-// Both lengths are told, so that no salt can run into the extra key.
-std::string flat(const PrefixKey& key) { return std::to_string(key.salt.size()) + ":" + key.salt + key.extra_key; }
+// Chains of three nodes for two buckets.
+bool full(i64 nodes, std::size_t buckets) { return 2 * nodes > 3 * static_cast<i64>(buckets); }
 
-// The two halves of a product of 64-bit numbers, folded: mixes well and costs one multiplication.
-std::uint64_t fold(std::uint64_t a, std::uint64_t b) {
-  const unsigned __int128 product = static_cast<unsigned __int128>(a) * b;
-  return static_cast<std::uint64_t>(product) ^ static_cast<std::uint64_t>(product >> 64);
+template <class T>
+void resize_exactly(std::vector<T>& v, i64 size) {  // resize() alone would double
+  v.reserve(size);
+  v.resize(size);
 }
-
-constexpr std::uint64_t kOdd = 0x9e3779b97f4a7c15u;
 
 }  // namespace
 
 PrefixIndex::PrefixIndex(i64 block_tokens, std::vector<i32> token_groups, const std::string& policy, int hash_bits,
                          i64 event_capacity, i64 blocks)
-    : block_tokens_(block_tokens),
-      token_groups_(std::move(token_groups)),
+    : token_groups_(std::move(token_groups)),
       mask_(hash_bits >= 64 ? ~std::uint64_t{0} : (std::uint64_t{1} << hash_bits) - 1),
       policy_(make_eviction_policy(policy)),
       events_(event_capacity, block_tokens),
-      ghosts_(kGhosts, 0) {
+      tokens_(block_tokens),
+      ghosts_(kGhosts, 0),
+      block_(block_tokens) {
   blocks = std::min(std::max(blocks, kFirstNodes), kMostAtOnce);
-  i64 buckets = 1;
-  while (buckets < blocks) buckets *= 2;
+  std::size_t buckets = 1;
+  while (full(blocks, buckets)) buckets *= 2;
   buckets_.assign(buckets, kNoNode);
-  reserve(blocks);
+  reserve(blocks + blocks / kSpareShare + kSpareNodes);
   std::random_device device;  // so that nobody can choose tokens that all fall into one bucket
   seed_ = (std::uint64_t{device()} << 32 | device()) | 1;
 }
 
-std::uint64_t PrefixIndex::root_hash(const PrefixKey& key) const {
-  return fold(std::hash<std::string>()(flat(key)) ^ seed_, kOdd);
-}
-
-std::uint64_t PrefixIndex::key_of(std::uint64_t before, const i32* tokens) const {
-  std::uint64_t h = before ^ seed_;
-  i64 i = 0;
-  for (; i + 2 <= block_tokens_; i += 2) {
-    std::uint64_t pair;
-    std::memcpy(&pair, tokens + i, sizeof pair);
-    h = fold(h ^ pair, kOdd) + seed_;
-  }
-  if (i < block_tokens_) h = fold(h ^ static_cast<std::uint32_t>(tokens[i]), kOdd) + seed_;
-  return fold(h, seed_);
-}
-
-i32 PrefixIndex::find_root(const PrefixKey& key) const {
-  const auto found = roots_.find(flat(key));
-  return found == roots_.end() ? kNoNode : found->second;
-}
-
-// Keys are compared first since most strangers in a bucket differ in them; the tokens decide.
-i32 PrefixIndex::find(i32 parent, const i32* tokens, std::uint64_t key) const {
-  const std::size_t bytes = static_cast<std::size_t>(block_tokens_) * sizeof(i32);
-  for (i32 x = bucket(key); x != kNoNode; x = nodes_[x].next) {
-    const Node& n = nodes_[x];
-    if (((n.key ^ key) & mask_) == 0 && n.parent == parent && std::memcmp(tokens, this->tokens(x), bytes) == 0)
-      return x;
-  }
-  return kNoNode;
-}
-
-i32 PrefixIndex::find_or_add(i32 parent, const i32* tokens) {
-  const std::uint64_t key = key_of(nodes_[parent].key, tokens);
-  const i32 node = find(parent, tokens, key);
-  return node != kNoNode ? node : add(parent, tokens, key);
-}
-
-i64 PrefixIndex::find_partial(i32 parent, const i32* tokens, i64 count, std::vector<i32>* found) const {
-  found->clear();
-  i64 most = 1, looked = 0;
-  count = std::min(count, block_tokens_);
-  for (i32 x = nodes_[parent].first_child; x != kNoNode && looked < kCandidates; x = nodes_[x].next_child, ++looked) {
-    const i64 same = std::mismatch(tokens, tokens + count, this->tokens(x)).first - tokens;
-    if (same < most || nodes_[x].places == 0) continue;
-    if (same > most) found->clear();
-    most = same;
-    found->push_back(x);
-  }
-  std::reverse(found->begin(), found->end());
-  return found->empty() ? 0 : most;
-}
-
-bool PrefixIndex::was_evicted(i32 parent, const PrefixKey& key, const i32* tokens) const {
-  const std::uint64_t ghost = key_of(parent == kNoNode ? root_hash(key) : nodes_[parent].key, tokens);
-  return ghosts_[ghost & (kGhosts - 1)] == ghost;
-}
-
-i64 PrefixIndex::longest_elsewhere(i32 root, const i32* tokens, i64 count) const {
-  i64 best = 0, looked = 0;
-  for (const auto& [name, other] : roots_) {
-    if (other == root) continue;
-    if (looked++ == kCandidates) break;
-    i64 blocks = 0;
-    for (i32 x = other; (blocks + 1) * block_tokens_ <= count; ++blocks) {
-      x = find(x, tokens + blocks * block_tokens_);
-      if (x == kNoNode || nodes_[x].places == 0) break;
-    }
-    best = std::max(best, blocks);
-  }
-  return best;
-}
-
-i32 PrefixIndex::unused_child(i32 node) const {
-  for (i32 x = nodes_[node].first_child; x != kNoNode; x = nodes_[x].next_child) {
-    if (nodes_[x].users == 0 && nodes_[x].places > 0) return x;
-  }
-  return kNoNode;
-}
-
 void PrefixIndex::reserve(i64 nodes) {
   const i64 before = capacity();
-  tokens_.resize(nodes * block_tokens_);
+  tokens_.reserve(nodes);
   policy_->reserve(nodes);
-  free_.reserve(nodes);
-  loose_.reserve(nodes);
-  nodes_.resize(nodes);
-  for (i64 id = nodes; id-- > before;) free_.push_back(static_cast<i32>(id));
+  resize_exactly(siblings_, nodes);
+  if (events_.on()) resize_exactly(root_of_, nodes);
+  resize_exactly(nodes_, nodes);
+  for (i64 id = nodes; id-- > before;) free_node(static_cast<i32>(id));
 }
 
 void PrefixIndex::start_retention() {
@@ -146,11 +67,33 @@ void PrefixIndex::start_retention() {
 }
 
 i32 PrefixIndex::new_node() {
-  if (free_.empty()) reserve(2 * capacity());
-  const i32 node = free_.back();
-  free_.pop_back();
+  if (free_ == kNoNode) reserve(capacity() + std::max(capacity() / kGrowth, kFirstNodes));
+  const i32 node = free_;
+  free_ = nodes_[node].next_child;
   nodes_[node] = Node();
   return node;
+}
+
+void PrefixIndex::free_node(i32 node) {
+  Node& n = nodes_[node];
+  n.parent = kNoNode;
+  n.ordinal = kFree;
+  n.next_child = free_;
+  free_ = node;
+}
+
+void PrefixIndex::put_in_bucket(i32 node) {
+  if (full(++in_buckets_, buckets_.size())) grow_buckets();
+  i32& head = bucket(nodes_[node].key);
+  siblings_[node].next_in_bucket = head;
+  head = node;
+}
+
+void PrefixIndex::take_out_of_bucket(i32 node) {
+  --in_buckets_;
+  i32* at = &bucket(nodes_[node].key);
+  while (*at != node) at = &siblings_[*at].next_in_bucket;
+  *at = siblings_[node].next_in_bucket;
 }
 
 void PrefixIndex::grow_buckets() {
@@ -159,24 +102,23 @@ void PrefixIndex::grow_buckets() {
   for (i32 head : old) {
     while (head != kNoNode) {
       const i32 node = head;
-      head = nodes_[node].next;
+      head = siblings_[node].next_in_bucket;
       i32& to = bucket(nodes_[node].key);
-      nodes_[node].next = to;
+      siblings_[node].next_in_bucket = to;
       to = node;
     }
   }
 }
 
 void PrefixIndex::link(i32 node) {
-  if (linked_ >= static_cast<i64>(buckets_.size())) grow_buckets();
   Node& n = nodes_[node];
   Node& parent = nodes_[n.parent];
-  i32& head = bucket(n.key);
-  n.next = head;
-  head = node;
-  n.previous_child = kNoNode;
-  n.next_child = parent.first_child;
-  if (n.next_child != kNoNode) nodes_[n.next_child].previous_child = node;
+  const i32 before = parent.first_child;
+  if (before != kNoNode) {
+    put_in_bucket(before);
+    siblings_[before].previous_child = node;
+  }
+  n.next_child = before;
   parent.first_child = node;
   n.linked = true;
   ++linked_;
@@ -184,15 +126,16 @@ void PrefixIndex::link(i32 node) {
 
 void PrefixIndex::unlink(i32 node) {
   Node& n = nodes_[node];
-  i32* at = &bucket(n.key);
-  while (*at != node) at = &nodes_[*at].next;
-  *at = n.next;
-  if (n.previous_child == kNoNode) {
-    nodes_[n.parent].first_child = n.next_child;
+  Node& parent = nodes_[n.parent];
+  if (parent.first_child == node) {
+    parent.first_child = n.next_child;
+    if (n.next_child != kNoNode) take_out_of_bucket(n.next_child);
   } else {
-    nodes_[n.previous_child].next_child = n.next_child;
+    const i32 previous = siblings_[node].previous_child;
+    take_out_of_bucket(node);
+    nodes_[previous].next_child = n.next_child;
+    if (n.next_child != kNoNode) siblings_[n.next_child].previous_child = previous;
   }
-  if (n.next_child != kNoNode) nodes_[n.next_child].previous_child = n.previous_child;
   n.linked = false;
   --linked_;
 }
@@ -202,8 +145,9 @@ i32 PrefixIndex::open_root(const PrefixKey& key) {
   if (root == kNoNode) {
     root = new_node();
     const i32 number = roots_seen_++;
-    nodes_[root].root = number;
+    nodes_[root].next_child = number;
     nodes_[root].key = root_hash(key);
+    if (events_.on()) root_of_[root] = number;
     root_keys_.emplace(number, RootKey{key});
     roots_.emplace(flat(key), root);
   }
@@ -211,14 +155,19 @@ i32 PrefixIndex::open_root(const PrefixKey& key) {
   return root;
 }
 
-i32 PrefixIndex::add(i32 parent, const i32* tokens, std::uint64_t key) {
+i32 PrefixIndex::find_or_add(i32 parent, const i32* tokens) {
+  const i32 node = find(parent, tokens);
+  return node != kNoNode ? node : add(parent, tokens);
+}
+
+i32 PrefixIndex::add(i32 parent, const i32* tokens) {
   const i32 node = new_node();
   Node& n = nodes_[node];
-  n.key = key;
+  n.key = key_after(nodes_[parent].key, tokens);
   n.parent = parent;
   n.ordinal = nodes_[parent].ordinal + 1;
-  n.root = nodes_[parent].root;
-  std::copy(tokens, tokens + block_tokens_, &tokens_[node * block_tokens_]);
+  if (events_.on()) root_of_[node] = root_of_[parent];
+  tokens_.put(node, tokens);
   link(node);
   loose_.push_back(node);
   return node;
@@ -267,11 +216,12 @@ void PrefixIndex::note(const Told& told, bool undo) {
 
 void PrefixIndex::tell(const Told& told) {
   const Node& n = nodes_[told.node];
+  if (told.stored) copy_tokens(told.node, block_tokens(), block_.data());
   for (i32 group : token_groups_) {
     if (told.group >= 0 && group != told.group) continue;
     if (told.stored) {
       const i32 parent = is_root(n.parent) ? kNoNode : n.parent;
-      events_.stored(told.node, parent, n.root, group, n.ordinal, tokens(told.node));
+      events_.stored(told.node, parent, root_of_[told.node], group, n.ordinal, block_.data());
     } else {
       events_.removed(told.node, group);
     }
@@ -289,11 +239,12 @@ void PrefixIndex::finish(bool committed) {
     Node& n = nodes_[node];
     if (n.places > 0 || n.parent == kNoNode) continue;  // taken back, or gone already
     if (committed && n.users == 0) {
-      ghosts_[n.key & (kGhosts - 1)] = n.key;
+      ghosts_[n.key & (ghosts_.size() - 1)] = n.key;
       ++evicted_;
     }
     prune(node);
   }
+  if (loose_.capacity() > kLooseKept) std::vector<i32>().swap(loose_);
 }
 
 // Frees the node, and those before it that led only here.
@@ -302,7 +253,7 @@ void PrefixIndex::prune(i32 node) {
     Node& n = nodes_[node];
     const i32 parent = n.parent;
     if (parent == kNoNode) {
-      const auto key = root_keys_.find(n.root);
+      const auto key = root_keys_.find(n.next_child);
       roots_.erase(flat(key->second.key));
       if (events_.on()) {
         key->second.gone = true;
@@ -312,79 +263,43 @@ void PrefixIndex::prune(i32 node) {
     } else if (n.linked) {
       unlink(node);
     }
-    n.parent = kNoNode;
-    n.ordinal = kFree;
-    free_.push_back(node);
+    free_node(node);
     node = parent;
   }
-}
-
-const PrefixKey& PrefixIndex::root_key(i32 number) const {
-  const auto found = root_keys_.find(number);
-  if (found == root_keys_.end()) throw SpecError("no root has the number " + std::to_string(number));
-  return found->second.key;
-}
-
-std::vector<i32> PrefixIndex::roots() const {
-  std::vector<i32> found;
-  for (const auto& [name, root] : roots_) found.push_back(root);
-  return found;
-}
-
-std::vector<i32> PrefixIndex::below(i32 root) const {
-  std::vector<i32> found{root};
-  for (std::size_t i = 0; i < found.size(); ++i) {
-    for (i32 x = nodes_[found[i]].first_child; x != kNoNode; x = nodes_[x].next_child) found.push_back(x);
-  }
-  found.erase(found.begin());
-  return found;
 }
 
 void PrefixIndex::forget_roots() {
   for (auto it = root_keys_.begin(); it != root_keys_.end();) it = it->second.gone ? root_keys_.erase(it) : ++it;
 }
 
-void PrefixIndex::enter(i32 node) {
-  Node& n = nodes_[node];
-  if (n.users++ > 0 || !n.released) return;
+void PrefixIndex::use_again(i32 node) {
   policy_->use(node);
-  n.released = false;
+  nodes_[node].released = false;
   --cached_;
 }
 
-void PrefixIndex::leave(i32 node) {
-  Node& n = nodes_[node];
-  if (--n.users > 0) return;
-  if (n.places > 0) {
-    policy_->release(node);
-    n.released = true;
-    ++cached_;
-  } else {
-    prune(node);
-  }
+void PrefixIndex::leave_last(i32 node) {
+  if (nodes_[node].places == 0) return prune(node);
+  policy_->release(node);
+  nodes_[node].released = true;
+  ++cached_;
 }
 
-void PrefixIndex::check(const std::vector<i32>& users, std::vector<std::string>* out) const {
-  std::vector<i32> children(nodes_.size(), 0);
-  i64 cached = 0, pins = 0;
-  const auto say = [out](i64 node, const std::string& what) {
-    out->push_back("cached block " + std::to_string(node) + ": " + what);
-  };
-  for (i64 x = 0; x < capacity(); ++x) {
-    const Node& n = nodes_[x];
-    pins += n.pins;
-    if (n.parent == kNoNode) continue;
-    const Node& parent = nodes_[n.parent];
-    if (n.ordinal != parent.ordinal + 1 || n.root != parent.root) say(x, "does not continue the block before it");
-    if (find(n.parent, tokens(static_cast<i32>(x))) != x) say(x, "invariant 7: its own tokens do not lead to it");
-    if (idle(n)) say(x, "neither used nor in memory, and leads nowhere");
-    if (n.users != users[x]) {
-      say(x, "counted " + std::to_string(n.users) + " users, but " + std::to_string(users[x]) + " use it");
-    }
-    if (n.released != (n.places > 0 && n.users == 0)) say(x, "invariant 2: its policy thinks otherwise of it");
-    cached += n.released;
+void PrefixIndex::pin(i32 node) {
+  ++pins_[node];
+  ++pinned_;
+  nodes_[node].pinned = true;
+  enter(node);
+}
+
+void PrefixIndex::unpin(i32 node) {
+  const auto pins = pins_.find(node);
+  if (--pins->second == 0) {
+    pins_.erase(pins);
+    nodes_[node].pinned = false;
   }
-  if (cached != cached_ || pins != pinned_) out->push_back("the counts of cached or pinned blocks are wrong");
+  --pinned_;
+  leave(node);
 }
 
 }  // namespace kvmem

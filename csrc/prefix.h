@@ -3,6 +3,10 @@
 // prefix of some sequence, and finding a node means that every token of it was compared: no digest is believed
 // (invariant 7), and nothing under one salt is ever found under another (invariant 9).
 //
+// Most blocks are the only continuation of the one before them. So the newest child of a node is found through the node
+// itself, and only its siblings through a hash table: what continues a sequence that nobody forked reads the node, the
+// child and the child's tokens, and computes no hash.
+//
 // The index knows no memory. A page table tells it with place() and displace() in how many places a node's tokens lie;
 // sequences and pins tell it with enter() and leave() whether they use it. A node with memory that nobody uses is
 // cached, and its EvictionPolicy says which of those goes next. A node without memory stays only as a step on the path
@@ -16,6 +20,7 @@
 
 #include "events.h"
 #include "retention.h"
+#include "token_blocks.h"
 #include "types.h"
 
 namespace kvmem {
@@ -35,12 +40,12 @@ class PrefixIndex {
   PrefixIndex(i64 block_tokens, std::vector<i32> token_groups, const std::string& policy, int hash_bits,
               i64 event_capacity, i64 blocks);
 
-  i64 block_tokens() const { return block_tokens_; }
+  i64 block_tokens() const { return tokens_.block_tokens(); }
 
   // --- finding; no side effect ---
   i32 find_root(const PrefixKey& key) const;
   // The child of `parent` that holds these block_tokens() tokens.
-  i32 find(i32 parent, const i32* tokens) const { return find(parent, tokens, key_of(nodes_[parent].key, tokens)); }
+  i32 find(i32 parent, const i32* tokens) const;
   // The children that begin with most of tokens [0, count), oldest first; returns how many tokens. Of many children it
   // looks at the newest kCandidates.
   i64 find_partial(i32 parent, const i32* tokens, i64 count, std::vector<i32>* found) const;
@@ -55,9 +60,10 @@ class PrefixIndex {
   bool is_root(i32 node) const { return nodes_[node].ordinal < 0; }
   bool used(i32 node) const { return nodes_[node].users > 0; }
   i32 users(i32 node) const { return nodes_[node].users; }
-  bool pinned(i32 node) const { return nodes_[node].pins > 0; }
+  bool pinned(i32 node) const { return nodes_[node].pinned; }
   i32 places(i32 node) const { return nodes_[node].places; }
-  const i32* tokens(i32 node) const { return &tokens_[node * block_tokens_]; }
+  // The first `count` of them.
+  void copy_tokens(i32 node, i64 count, i32* out) const { tokens_.copy(node, count, out); }
   // A cached child that nobody uses, kNoNode if there is none.
   i32 unused_child(i32 node) const;
   i64 capacity() const { return static_cast<i64>(nodes_.size()); }  // ids are below it
@@ -72,14 +78,21 @@ class PrefixIndex {
   // --- use; cannot fail ---
   i32 open_root(const PrefixKey& key);             // counts one user
   i32 find_or_add(i32 parent, const i32* tokens);  // a new node has no users; gone at finish() if it got no place
-  void enter(i32 node);                            // one more user
-  void leave(i32 node);                            // one fewer; of a chain, the last block first
+  // One more user.
+  void enter(i32 node) {
+    Node& n = nodes_[node];
+    if (n.users++ == 0 && n.released) use_again(node);
+  }
+  // One fewer; of a chain, the last block first.
+  void leave(i32 node) {
+    if (--nodes_[node].users == 0) leave_last(node);
+  }
   // A new sequence found it, or found what lies behind it.
   void hit(i32 node) {
     if (nodes_[node].places > 0) policy_->hit(node);
   }
-  void pin(i32 node) { ++nodes_[node].pins, ++pinned_, enter(node); }
-  void unpin(i32 node) { --nodes_[node].pins, --pinned_, leave(node); }
+  void pin(i32 node);
+  void unpin(i32 node);
   // Of a block that a sliding window has passed there is nothing to keep.
   void retain(i32 node, int priority, double seconds) {
     if (nodes_[node].places == 0) return;
@@ -99,21 +112,28 @@ class PrefixIndex {
   std::vector<i32> roots() const;
   // All nodes that continue `root`, a parent before its children.
   std::vector<i32> below(i32 root) const;
-  i32 root_number(i32 node) const { return nodes_[node].root; }
+  i32 root_number(i32 node) const { return root_of_[node]; }  // where events are on
   void check(const std::vector<i32>& users, std::vector<std::string>* out) const;
 
   static constexpr i64 kCandidates = 32;
 
  private:
-  struct Node {
+  // Half a cache line, so that every call touches one for each node.
+  struct alignas(32) Node {
     std::uint64_t key = 0;  // hash of the root's name and all tokens from the start on
     i32 parent = kNoNode, ordinal = -1;
-    i32 next = kNoNode;                                                         // in its bucket
-    i32 first_child = kNoNode, next_child = kNoNode, previous_child = kNoNode;  // newest first
-    i32 users = 0, pins = 0, places = 0;
-    i32 root = 0;           // the number of its root, never given out twice
-    bool linked = false;    // can be found
-    bool released = false;  // its policy may name it
+    i32 first_child = kNoNode;  // the newest; the others follow by next_child
+    i32 next_child = kNoNode;   // of a root, which has no siblings, its number; of a free node, the next free one
+    i32 users = 0;
+    std::uint32_t places : 29;
+    std::uint32_t linked : 1;    // can be found
+    std::uint32_t released : 1;  // its policy may name it
+    std::uint32_t pinned : 1;
+    Node() : places(0), linked(0), released(0), pinned(0) {}
+  };
+  // Of a node that is not the newest child of its parent.
+  struct Sibling {
+    i32 next_in_bucket, previous_child;
   };
   struct Told {
     i32 node;
@@ -125,24 +145,29 @@ class PrefixIndex {
     bool gone = false;
   };
 
+  static std::string flat(const PrefixKey& key);
   std::uint64_t root_hash(const PrefixKey& key) const;
-  std::uint64_t key_of(std::uint64_t before, const i32* tokens) const;
+  std::uint64_t key_after(std::uint64_t before, const i32* tokens) const;
   i32& bucket(std::uint64_t key) { return buckets_[key & mask_ & (buckets_.size() - 1)]; }
   i32 bucket(std::uint64_t key) const { return buckets_[key & mask_ & (buckets_.size() - 1)]; }
-  i32 find(i32 parent, const i32* tokens, std::uint64_t key) const;
-  i32 add(i32 parent, const i32* tokens, std::uint64_t key);
+  i32 find_sibling(i32 parent, const i32* tokens) const;
+  i32 add(i32 parent, const i32* tokens);
   i32 new_node();
+  void free_node(i32 node);
   void reserve(i64 nodes);
   void start_retention();
   void link(i32 node);
   void unlink(i32 node);
+  void put_in_bucket(i32 node);
+  void take_out_of_bucket(i32 node);
   void grow_buckets();
+  void use_again(i32 node);
+  void leave_last(i32 node);
   bool idle(const Node& n) const { return n.users == 0 && n.places == 0 && n.first_child == kNoNode; }
   void prune(i32 node);
   void note(const Told& told, bool undo);
   void tell(const Told& told);
 
-  const i64 block_tokens_;
   const std::vector<i32> token_groups_;
   const std::uint64_t mask_;  // of keys, for tests
   std::uint64_t seed_;
@@ -150,16 +175,20 @@ class PrefixIndex {
   RetentionPolicy* retention_ = nullptr;  // policy_, once a block was retained; until then nobody pays for it
   EventRing events_;
   std::vector<Node> nodes_;
-  std::vector<i32> tokens_;  // block_tokens_ for each node
-  std::vector<i32> free_;
+  std::vector<Sibling> siblings_;  // by node
+  TokenBlocks tokens_;             // by node
+  std::vector<i32> root_of_;       // by node, where events are on: the number of its root, never given out twice
+  i32 free_ = kNoNode;
   std::vector<i32> buckets_;
+  std::unordered_map<i32, i32> pins_;           // how many, of the nodes that have some
   std::unordered_map<std::string, i32> roots_;  // by flat(key)
   std::unordered_map<i32, RootKey> root_keys_;  // by number
   i32 roots_seen_ = 0;
   std::vector<std::uint64_t> ghosts_;  // keys given up, each at its own place
   std::vector<i32> loose_;             // unlinked or idle since the transaction began
   std::vector<Told> told_;
-  i64 linked_ = 0, cached_ = 0, pinned_ = 0, evicted_ = 0;
+  std::vector<i32> block_;  // tell() unpacks here
+  i64 linked_ = 0, in_buckets_ = 0, cached_ = 0, pinned_ = 0, evicted_ = 0;
 };
 
 }  // namespace kvmem

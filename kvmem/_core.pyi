@@ -565,3 +565,22 @@ class EventRing:
 
     @property
     def lost(self) -> int: ...
+
+class TokenBlocks:
+    """Blocks of token ids, packed; see csrc/token_blocks.h."""
+
+    def __init__(self, block_tokens: int) -> None: ...
+
+    def reserve(self, blocks: int) -> None: ...
+
+    def put(self, block: int, tokens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> None: ...
+
+    def common(self, block: int, tokens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> int:
+        """How many of these tokens the block begins with."""
+
+    def copy(self, block: int, out: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu')]) -> None:
+        """Fills `out` with the first ids of the block."""
+
+    @property
+    def bits(self) -> int:
+        """Of one id."""

@@ -1,0 +1,166 @@
+// What the index finds, and all that looks at it without changing it.
+
+#include <algorithm>
+#include <cstring>
+
+#include "prefix.h"
+
+namespace kvmem {
+namespace {
+
+// The two halves of a product of 64-bit numbers, folded: mixes well and costs one multiplication.
+std::uint64_t fold(std::uint64_t a, std::uint64_t b) {
+  const unsigned __int128 product = static_cast<unsigned __int128>(a) * b;
+  return static_cast<std::uint64_t>(product) ^ static_cast<std::uint64_t>(product >> 64);
+}
+
+constexpr std::uint64_t kOdd = 0x9e3779b97f4a7c15u;
+
+std::uint64_t load_pair(const i32* tokens) {
+  std::uint64_t pair;
+  std::memcpy(&pair, tokens, sizeof pair);
+  return pair;
+}
+
+}  // namespace
+
+// Both lengths are told, so that no salt can run into the extra key.
+std::string PrefixIndex::flat(const PrefixKey& key) {
+  return std::to_string(key.salt.size()) + ":" + key.salt + key.extra_key;
+}
+
+std::uint64_t PrefixIndex::root_hash(const PrefixKey& key) const {
+  return fold(std::hash<std::string>()(flat(key)) ^ seed_, kOdd);
+}
+
+// The tokens are hashed apart from what is before them, so that the multiplications for one block of a chain do not
+// wait for those of the block before it. A factor that is secret keeps others from choosing the products.
+std::uint64_t PrefixIndex::key_after(std::uint64_t before, const i32* tokens) const {
+  const i64 count = block_tokens();
+  std::uint64_t h = kOdd;
+  i64 i = 0;
+  for (; i + 4 <= count; i += 4) h = fold(load_pair(tokens + i) ^ seed_, load_pair(tokens + i + 2) ^ h);
+  if (i < count) {
+    i32 rest[4] = {};
+    std::copy(tokens + i, tokens + count, rest);
+    h = fold(load_pair(rest) ^ seed_, load_pair(rest + 2) ^ h);
+  }
+  return fold(h ^ before, seed_);
+}
+
+i32 PrefixIndex::find_root(const PrefixKey& key) const {
+  const auto found = roots_.find(flat(key));
+  return found == roots_.end() ? kNoNode : found->second;
+}
+
+i32 PrefixIndex::find(i32 parent, const i32* tokens) const {
+  const i32 newest = nodes_[parent].first_child;
+  if (newest == kNoNode || tokens_.equal(newest, tokens)) return newest;
+  return nodes_[newest].next_child == kNoNode ? kNoNode : find_sibling(parent, tokens);
+}
+
+// Keys are compared first since most strangers in a bucket differ in them; the tokens decide.
+i32 PrefixIndex::find_sibling(i32 parent, const i32* tokens) const {
+  const std::uint64_t key = key_after(nodes_[parent].key, tokens);
+  for (i32 x = bucket(key); x != kNoNode; x = siblings_[x].next_in_bucket) {
+    const Node& n = nodes_[x];
+    if (((n.key ^ key) & mask_) == 0 && n.parent == parent && tokens_.equal(x, tokens)) return x;
+  }
+  return kNoNode;
+}
+
+i64 PrefixIndex::find_partial(i32 parent, const i32* tokens, i64 count, std::vector<i32>* found) const {
+  found->clear();
+  i64 most = 1, looked = 0;
+  count = std::min(count, block_tokens());
+  for (i32 x = nodes_[parent].first_child; x != kNoNode && looked < kCandidates; x = nodes_[x].next_child, ++looked) {
+    const i64 same = tokens_.common(x, tokens, count);
+    if (same < most || nodes_[x].places == 0) continue;
+    if (same > most) found->clear();
+    most = same;
+    found->push_back(x);
+  }
+  std::reverse(found->begin(), found->end());
+  return found->empty() ? 0 : most;
+}
+
+bool PrefixIndex::was_evicted(i32 parent, const PrefixKey& key, const i32* tokens) const {
+  const std::uint64_t ghost = key_after(parent == kNoNode ? root_hash(key) : nodes_[parent].key, tokens);
+  return ghosts_[ghost & (ghosts_.size() - 1)] == ghost;
+}
+
+i64 PrefixIndex::longest_elsewhere(i32 root, const i32* tokens, i64 count) const {
+  i64 best = 0, looked = 0;
+  for (const auto& [name, other] : roots_) {
+    if (other == root) continue;
+    if (looked++ == kCandidates) break;
+    i64 blocks = 0;
+    for (i32 x = other; (blocks + 1) * block_tokens() <= count; ++blocks) {
+      x = find(x, tokens + blocks * block_tokens());
+      if (x == kNoNode || nodes_[x].places == 0) break;
+    }
+    best = std::max(best, blocks);
+  }
+  return best;
+}
+
+i32 PrefixIndex::unused_child(i32 node) const {
+  for (i32 x = nodes_[node].first_child; x != kNoNode; x = nodes_[x].next_child) {
+    if (nodes_[x].users == 0 && nodes_[x].places > 0) return x;
+  }
+  return kNoNode;
+}
+
+const PrefixKey& PrefixIndex::root_key(i32 number) const {
+  const auto found = root_keys_.find(number);
+  if (found == root_keys_.end()) throw SpecError("no root has the number " + std::to_string(number));
+  return found->second.key;
+}
+
+std::vector<i32> PrefixIndex::roots() const {
+  std::vector<i32> found;
+  for (const auto& [name, root] : roots_) found.push_back(root);
+  return found;
+}
+
+std::vector<i32> PrefixIndex::below(i32 root) const {
+  std::vector<i32> found{root};
+  for (std::size_t i = 0; i < found.size(); ++i) {
+    for (i32 x = nodes_[found[i]].first_child; x != kNoNode; x = nodes_[x].next_child) found.push_back(x);
+  }
+  found.erase(found.begin());
+  return found;
+}
+
+void PrefixIndex::check(const std::vector<i32>& users, std::vector<std::string>* out) const {
+  std::vector<i32> children(nodes_.size(), 0);
+  std::vector<i32> block(block_tokens());
+  i64 cached = 0, pins = 0, linked = 0, siblings = 0;
+  const auto say = [out](i64 node, const std::string& what) {
+    out->push_back("cached block " + std::to_string(node) + ": " + what);
+  };
+  for (i64 x = 0; x < capacity(); ++x) {
+    const Node& n = nodes_[x];
+    const auto pinned = pins_.find(static_cast<i32>(x));
+    if (n.pinned != (pinned != pins_.end())) say(x, "is pinned, or is not, against its count");
+    if (n.pinned) pins += pinned->second;
+    if (n.parent == kNoNode) continue;
+    const Node& parent = nodes_[n.parent];
+    const bool same_root = !events_.on() || root_of_[x] == root_of_[n.parent];
+    if (n.ordinal != parent.ordinal + 1 || !same_root) say(x, "does not continue the block before it");
+    copy_tokens(static_cast<i32>(x), block_tokens(), block.data());
+    if (find(n.parent, block.data()) != x) say(x, "invariant 7: its own tokens do not lead to it");
+    if (idle(n)) say(x, "neither used nor in memory, and leads nowhere");
+    if (n.users != users[x]) {
+      say(x, "counted " + std::to_string(n.users) + " users, but " + std::to_string(users[x]) + " use it");
+    }
+    if (n.released != (n.places > 0 && n.users == 0)) say(x, "invariant 2: its policy thinks otherwise of it");
+    cached += n.released;
+    linked += n.linked;
+    siblings += n.linked && parent.first_child != x;
+  }
+  if (linked != linked_ || siblings != in_buckets_) out->push_back("the counts of blocks that can be found are wrong");
+  if (cached != cached_ || pins != pinned_) out->push_back("the counts of cached or pinned blocks are wrong");
+}
+
+}  // namespace kvmem

@@ -1,0 +1,149 @@
+#include "token_blocks.h"
+
+#include <algorithm>
+#include <type_traits>
+
+namespace kvmem {
+namespace {
+
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "ids are packed by whole words, lowest byte first");
+
+using u64 = std::uint64_t;
+
+constexpr i64 kSpare = sizeof(u64);
+
+u64 pair_of(const i32* two) {
+  u64 pair;
+  std::memcpy(&pair, two, sizeof pair);
+  return pair;
+}
+
+u64 pair_of_one(i32 last) { return static_cast<std::uint32_t>(last); }
+
+i64 stride_of(i64 block_tokens, u64 bits) {
+  return ceil_div(ceil_div(block_tokens, 2) * 2 * static_cast<i64>(bits), 8);
+}
+
+// Takes ids two by two, 32 bits each, and puts them down at `bits` each. Writes whole words, and so up to one more than
+// it was given ids for.
+class Writer {
+ public:
+  Writer(std::uint8_t* block, u64 bits) : block_(block), bits_(bits) {}
+  void push(u64 pair) {
+    seen_ |= pair;
+    const u64 narrow = (pair & UINT32_MAX) | (pair >> 32) << bits_, word = begun_ | narrow << at_ % 8;
+    std::memcpy(block_ + at_ / 8, &word, sizeof word);
+    at_ += 2 * bits_;
+    begun_ = narrow >> 1 >> (2 * bits_ - 1 - at_ % 8);  // in two steps, since one of 64 is none
+  }
+  // Which bits the ids had. More than `bits`: what was written is worthless.
+  u64 seen() const { return (seen_ | seen_ >> 32) & UINT32_MAX; }
+
+ private:
+  std::uint8_t* const block_;
+  const u64 bits_;
+  u64 at_ = 0;     // the next bit
+  u64 begun_ = 0;  // the bits of its byte that are written already
+  u64 seen_ = 0;
+};
+
+// Eight ids fill whole bytes, so every eighth begins anew: where the width is a constant, all shifts are, too.
+constexpr i64 kRun = 8;
+
+// Calls f(bits), with a constant for the widths of most vocabularies: a third of the instructions.
+template <class F>
+auto with_width(u64 bits, F f) {
+  switch (bits) {
+    case 16:
+      return f(std::integral_constant<u64, 16>());
+    case 17:
+      return f(std::integral_constant<u64, 17>());
+    case 18:
+      return f(std::integral_constant<u64, 18>());
+    default:
+      return f(bits);
+  }
+}
+
+}  // namespace
+
+TokenBlocks::TokenBlocks(i64 block_tokens) : block_tokens_(block_tokens), stride_(stride_of(block_tokens, bits_)) {}
+
+void TokenBlocks::reserve(i64 blocks) {
+  blocks_ = std::max(blocks_, blocks);
+  bytes_.reserve(blocks_ * stride_ + kSpare);
+  bytes_.resize(blocks_ * stride_ + kSpare);
+}
+
+void TokenBlocks::put(i32 block, const i32* tokens) {
+  std::uint8_t* const at = &bytes_[block * stride_];
+  u64 behind;  // another block's
+  std::memcpy(&behind, at + stride_, sizeof behind);
+  const u64 seen = with_width(bits_, [at, tokens, count = block_tokens_](auto bits) {
+    u64 seen = 0;
+    i64 i = 0;
+    for (std::uint8_t* run = at; i < count; run += bits) {
+      Writer writer(run, bits);
+      if (i + kRun <= count) {
+        for (i64 k = 0; k < kRun; k += 2, i += 2) writer.push(pair_of(tokens + i));
+      } else {
+        for (; i + 2 <= count; i += 2) writer.push(pair_of(tokens + i));
+        if (i < count) writer.push(pair_of_one(tokens[i++]));
+      }
+      seen |= writer.seen();
+    }
+    return seen;
+  });
+  std::memcpy(at + stride_, &behind, sizeof behind);
+  used_ = std::max(used_, i64{block} + 1);
+  if (seen >> bits_ == 0) return;
+  widen(seen);
+  put(block, tokens);
+}
+
+i64 TokenBlocks::common(i32 block, const i32* tokens, i64 count) const {
+  return with_width(bits_, [at = &bytes_[block * stride_], tokens, count](auto bits) {
+    const std::uint8_t* run = at;
+    i64 i = 0;
+    for (; i + kRun <= count; i += kRun, run += bits) {
+      Reader reader(run, bits);
+      for (i64 k = 0; k < kRun; k += 2) {
+        const u64 differ = reader.next_pair() ^ pair_of(tokens + i + k);
+        if (differ != 0) return i + k + ((differ & UINT32_MAX) != 0 ? 0 : 1);
+      }
+    }
+    Reader reader(run, bits);
+    for (; i + 2 <= count; i += 2) {
+      const u64 differ = reader.next_pair() ^ pair_of(tokens + i);
+      if (differ != 0) return i + ((differ & UINT32_MAX) != 0 ? 0 : 1);
+    }
+    return i < count && (reader.next_pair() & UINT32_MAX) == pair_of_one(tokens[i]) ? count : i;
+  });
+}
+
+void TokenBlocks::copy(i32 block, i64 count, i32* out) const {
+  Reader reader = read(block);
+  for (i64 i = 0; i < count; i += 2) {
+    const u64 pair = reader.next_pair();
+    out[i] = static_cast<i32>(pair & UINT32_MAX);
+    if (i + 1 < count) out[i + 1] = static_cast<i32>(pair >> 32);
+  }
+}
+
+void TokenBlocks::widen(u64 bits_seen) {
+  TokenBlocks wide(block_tokens_);
+  wide.bits_ = 64 - __builtin_clzll(bits_seen);
+  if (wide.bits_ > kWidestPair) wide.bits_ = kWidest;
+  wide.stride_ = stride_of(block_tokens_, wide.bits_);
+  wide.reserve(blocks_);
+  std::vector<i32> tokens(block_tokens_);
+  for (i64 block = 0; block < used_; ++block) {
+    copy(static_cast<i32>(block), block_tokens_, tokens.data());
+    wide.put(static_cast<i32>(block), tokens.data());
+  }
+  bits_ = wide.bits_;
+  stride_ = wide.stride_;
+  bytes_.swap(wide.bytes_);
+}
+
+}  // namespace kvmem
