@@ -108,12 +108,15 @@ CudaDriver::~CudaDriver() {
 void CudaDriver::give_everything_back() {
   const Result pushed = api_.cuCtxPushCurrent(device_.context());
   if (pushed == cuda::kDeinitialized || pushed == cuda::kContextIsDestroyed) return;
+  int mode = cuda::kCaptureRelaxed;  // Python's collector may end a driver while somebody captures
+  const Result relaxed = api_.cuThreadExchangeStreamCaptureMode(&mode);
   if (!mappings_.empty()) api_.cuCtxSynchronize();  // unmapping under a running kernel is a fault
   for (const auto& [at, mapping] : mappings_) api_.cuMemUnmap(at, mapping.bytes);
   for (const auto& [page, info] : pages_) api_.cuMemRelease(page);
   for (const auto& [base, bytes] : reservations_) api_.cuMemAddressFree(base, bytes);
   for (cuda::EventPtr event : events_) api_.cuEventDestroy(event);
   if (side_) api_.cuStreamDestroy(side_);
+  if (relaxed == cuda::kSuccess) api_.cuThreadExchangeStreamCaptureMode(&mode);
   cuda::ContextPtr ours = nullptr;
   if (pushed == cuda::kSuccess) api_.cuCtxPopCurrent(&ours);
 }
@@ -139,7 +142,8 @@ Address CudaDriver::reserve(i64 bytes, i64 alignment) {
   check_positive("reserve", bytes);
   if (alignment < 0) refuse("reserve", "the alignment is negative");
   cuda::DevicePtr at = 0;
-  device_.check(api_.cuMemAddressReserve(&at, bytes, alignment, 0, 0), "cuMemAddressReserve", [&] {
+  const auto call = [&] { return api_.cuMemAddressReserve(&at, bytes, alignment, 0, 0); };
+  device_.check(device_.relaxed(call), "cuMemAddressReserve", [&] {
     return "reserving " + std::to_string(bytes) + " bytes aligned to " + std::to_string(alignment);
   });
   reservations_[at] = bytes;
@@ -157,7 +161,8 @@ void CudaDriver::release(Address base, i64 bytes) {
   if (mapping != mappings_.end() && mapping->first < base + bytes) {
     refuse("release", range_text(base, bytes) + " still has pages mapped in it");
   }
-  device_.check(api_.cuMemAddressFree(base, bytes), "cuMemAddressFree", [&] { return range_text(base, bytes); });
+  device_.check(device_.relaxed([&] { return api_.cuMemAddressFree(base, bytes); }), "cuMemAddressFree",
+                [&] { return range_text(base, bytes); });
   reservations_.erase(it);
 }
 
@@ -168,7 +173,7 @@ PageHandle CudaDriver::create(i64 bytes) {
   check_positive("create", bytes);
   const cuda::AllocationProp prop = device_.prop();
   cuda::AllocationHandle page = 0;
-  device_.check(api_.cuMemCreate(&page, bytes, &prop, 0), "cuMemCreate", [&] {
+  device_.check(device_.relaxed([&] { return api_.cuMemCreate(&page, bytes, &prop, 0); }), "cuMemCreate", [&] {
     return "creating a page of " + std::to_string(bytes) + " bytes; this driver holds " +
            std::to_string(created_bytes_) + " of the device's " + std::to_string(info().total_bytes) + " bytes";
   });
@@ -185,7 +190,8 @@ void CudaDriver::destroy(PageHandle page) {
   auto it = pages_.find(page);
   if (it == pages_.end()) refuse("destroy", "there is no page " + std::to_string(page));
   if (it->second.mappings) refuse("destroy", "page " + std::to_string(page) + " is still mapped");
-  device_.check(api_.cuMemRelease(page), "cuMemRelease", [&] { return "page " + std::to_string(page); });
+  device_.check(device_.relaxed([&] { return api_.cuMemRelease(page); }), "cuMemRelease",
+                [&] { return "page " + std::to_string(page); });
   created_bytes_ -= it->second.bytes;
   pages_.erase(it);
 }
@@ -202,7 +208,7 @@ void CudaDriver::map(Address at, i64 bytes, i64 offset, PageHandle page) {
     refuse("map", "page " + std::to_string(page) + " has " + std::to_string(it->second.bytes) +
                       " bytes and is mapped whole, not " + std::to_string(bytes));
   }
-  device_.check(api_.cuMemMap(at, bytes, offset, page, 0), "cuMemMap",
+  device_.check(device_.relaxed([&] { return api_.cuMemMap(at, bytes, offset, page, 0); }), "cuMemMap",
                 [&] { return "page " + std::to_string(page) + " at " + range_text(at, bytes); });
   mappings_[at] = {bytes, page, false};
   ++it->second.mappings;
@@ -214,7 +220,8 @@ void CudaDriver::set_access(Address at, i64 bytes) {
   device_.check_fork();
   check_positive("set_access", bytes);
   const cuda::AccessDesc access = device_.access();
-  device_.check(api_.cuMemSetAccess(at, bytes, &access, 1), "cuMemSetAccess", [&] { return range_text(at, bytes); });
+  device_.check(device_.relaxed([&] { return api_.cuMemSetAccess(at, bytes, &access, 1); }), "cuMemSetAccess",
+                [&] { return range_text(at, bytes); });
   for (auto it = mappings_.lower_bound(at); it != mappings_.end() && it->first < at + bytes; ++it)
     it->second.accessible = true;
 }
@@ -226,7 +233,8 @@ void CudaDriver::unmap(Address at, i64 bytes) {
   auto it = mappings_.find(at);
   if (it == mappings_.end() || it->second.bytes != bytes)
     refuse("unmap", range_text(at, bytes) + " is not exactly one mapping");
-  device_.check(api_.cuMemUnmap(at, bytes), "cuMemUnmap", [&] { return range_text(at, bytes); });
+  device_.check(device_.relaxed([&] { return api_.cuMemUnmap(at, bytes); }), "cuMemUnmap",
+                [&] { return range_text(at, bytes); });
   --pages_.find(it->second.page)->second.mappings;
   mappings_.erase(it);
 }
@@ -287,15 +295,20 @@ void CudaDriver::wait_for_device() {
   device_.check(device_.in_context([&] { return api_.cuCtxSynchronize(); }), "cuCtxSynchronize");
 }
 
-// What is put on a stream that is being captured happens at each replay and not now: zeroing a live cache again.
+// What is put on a stream that is being captured happens at each replay and not now: zeroing a live cache again. The
+// default stream cannot be used at all while one that waits for it is captured; the driver says so by an error.
 void CudaDriver::check_not_captured(const char* verb, Stream stream) const {
   int status = 0;
   const auto ask = [&] { return api_.cuStreamIsCapturing(reinterpret_cast<cuda::StreamPtr>(stream), &status); };
-  device_.check(device_.in_context(ask), "cuStreamIsCapturing", [&] { return "stream " + std::to_string(stream); });
-  if (status == 0) return;
+  const Result code = device_.in_context(ask);
+  if (code != cuda::kCaptureImplicit) {
+    device_.check(code, "cuStreamIsCapturing", [&] { return "stream " + std::to_string(stream); });
+    if (status == 0) return;
+  }
   throw DeviceError(std::string("the CUDA driver: ") + verb + ": stream " + std::to_string(stream) +
-                        " is being captured into a graph. Grow, fork and free sequences before the capture, or " +
-                        "between replays",
+                        " is being captured into a graph" +
+                        (code == cuda::kCaptureImplicit ? ", by way of one that waits for it" : "") +
+                        ". Grow, fork and free sequences before the capture, or " + "between replays",
                     "cuStreamIsCapturing", cuda::kCaptureUnsupported);
 }
 

@@ -118,6 +118,10 @@ Result accessible(State& s, DevicePtr at, size_t bytes);
 enum class Needs { kNothing, kInit, kContext };
 Result enter(State& s, const char* call, Needs needs);
 
+// Calls that may wait for the device, or ask it, fail and spoil a capture under way, unless the calling thread has said
+// that it knows what it does. All of virtual memory management is taken for such: NVIDIA does not say which calls are.
+Result unsafe(State& s);
+
 }  // namespace stub
 
 // Counts the call, fails it where a test asked, and leaves the state locked as `s` for the rest of the function.
@@ -125,3 +129,7 @@ Result enter(State& s, const char* call, Needs needs);
   State& s = state();                         \
   std::unique_lock<std::mutex> lock(s.mutex); \
   if (Result code = enter(s, call, needs)) return code
+
+#define ENTER_UNSAFE(call)   \
+  ENTER(call, Needs::kInit); \
+  if (Result code = unsafe(s)) return code

@@ -24,16 +24,6 @@ bool of_current_context(const StreamState& stream) { return !stream.context || s
 
 std::string number(const void* value) { return std::to_string(reinterpret_cast<uintptr_t>(value)); }
 
-// Calls that block or ask spoil a capture under way, unless the calling thread has said that it knows what it does.
-Result unsafe(State& s) {
-  for (const auto& entry : s.streams) {
-    if (!entry.second.capturing || capture_mode != kModeGlobal) continue;
-    ++s.spoiled_captures;
-    return kCaptureUnsupported;
-  }
-  return kOk;
-}
-
 Result put(State& s, const char* what, StreamPtr stream) {
   StreamState* on = find(s, stream);
   if (!on || !of_current_context(*on)) return kInvalidHandle;
@@ -42,6 +32,15 @@ Result put(State& s, const char* what, StreamPtr stream) {
 }
 
 }  // namespace
+
+Result stub::unsafe(State& s) {
+  for (const auto& entry : s.streams) {
+    if (!entry.second.capturing || capture_mode != kModeGlobal) continue;
+    ++s.spoiled_captures;
+    return kCaptureUnsupported;
+  }
+  return kOk;
+}
 
 extern "C" {
 
