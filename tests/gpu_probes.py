@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from ctypes import c_void_p
 from pathlib import Path
 from statistics import median
@@ -175,24 +176,44 @@ def unmap_while_kernels_run_elsewhere(door: Door) -> str:
 
 
 def map_during_graph_capture(door: Door) -> str:
-    """As torch captures: in global mode, where calls that could disturb it fail, on this thread and on another."""
+    """As torch captures: in global mode, where calls that could disturb it fail, on this thread and on another. The calls
+    are kvmem's: relaxed.
+    """
+    return _during_capture(door, door.relaxed)
+
+
+def map_during_graph_capture_unrelaxed(door: Door) -> str:
+    return _during_capture(door, nullcontext)
+
+
+def _during_capture(door: Door, mode: Callable[[], AbstractContextManager[None]]) -> str:
     base, _ = mapped(door, 1, room=2)
-    stream, pages = door.stream(), [door.create(), door.create()]
+    stream, side, spare = door.stream(), door.stream(), door.create()
     door.synchronize()
     door.begin_capture(stream)
     door.fill(base, 0x11, stream=stream)
-    _map_one(door, base + door.page, pages[0])
 
-    def work() -> None:
+    def work(at: int) -> None:
+        with mode():
+            _map_one(door, at, page := door.create())
+            door.fill(at, 0, stream=side)  # as the mapper zeroes fresh pages
+            while not door.done(door.event(side)):
+                pass
+            door.unmap(at)
+            door.destroy(page)
+            _map_one(door, at, spare)
+            door.fill(at, 0, stream=side)
+
+    def elsewhere() -> None:
         door("cuCtxPushCurrent_v2", door.context)
-        _map_one(door, base + 2 * door.page, pages[1])
-        door.fill(base + 2 * door.page, 0)  # on the default stream, as fresh pages are zeroed
+        work(base + 2 * door.page)
 
-    in_another_thread(work)
+    work(base + door.page)
+    in_another_thread(elsewhere)
     graph = door.end_capture(stream)
     door.launch(graph, stream)
     expect(door.read(base), 0x11, "what the graph writes")
-    return "from the capturing thread and, zeroed too, from another; the capture stayed valid"
+    return "create, map, zero, ask an event, unmap, release, in the capturing thread and in another; it stayed valid"
 
 
 def map_after_graph_capture(door: Door) -> str:

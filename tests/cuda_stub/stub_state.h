@@ -39,6 +39,7 @@ enum Code : Result {
   kLaunchTimeout = 702,
   kNotSupported = 801,
   kCaptureUnsupported = 900,
+  kCaptureInvalidated = 901,
   kCapturedEvent = 907,
 };
 
@@ -68,9 +69,17 @@ struct EventState {
   bool captured = false;
 };
 
+// What graphs of the stand-in are made of.
+struct Fill {
+  DevicePtr at;
+  unsigned char value;
+  size_t bytes;
+};
+
 struct StreamState {
   ContextPtr context = nullptr;
   bool held = false, capturing = false;
+  std::unique_ptr<std::vector<Fill>> graph;  // while it is captured by cuStreamBeginCapture: instead of doing it
   std::vector<std::shared_ptr<Work>> after;  // what it was told to wait for
   std::vector<std::shared_ptr<Work>> works;  // what was recorded on it and held back
 };

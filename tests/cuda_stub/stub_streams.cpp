@@ -50,6 +50,10 @@ Result cuMemsetD8Async(DevicePtr at, unsigned char value, size_t bytes, StreamPt
   ENTER("cuMemsetD8Async", Needs::kContext);
   if (Result code = accessible(s, at, bytes)) return code;
   if (Result code = put(s, "memset", stream)) return code;
+  if (auto& graph = find(s, stream)->graph) {
+    graph->push_back({at, value, bytes});
+    return kOk;
+  }
   std::memset(pointer(at), value, bytes);
   return kOk;
 }
@@ -181,5 +185,49 @@ Result cuEventDestroy_v2(EventPtr event) {
   if (!s.events.erase(event)) return kInvalidHandle;
   delete reinterpret_cast<char*>(event);
   return kOk;
+}
+
+// ---- Graphs --------------------------------------------------------------------------------------------------------
+
+// As much of them as the probes of the driver's rules ask for: one stream, and what it fills.
+Result cuStreamBeginCapture_v2(StreamPtr stream, int mode) {
+  ENTER("cuStreamBeginCapture", Needs::kContext);
+  StreamState* on = find(s, stream);
+  if (!on || !stream || on->capturing || mode != kModeGlobal) return kInvalidValue;
+  on->capturing = true;
+  on->graph = std::make_unique<std::vector<Fill>>();
+  s.spoiled_captures = 0;
+  return kOk;
+}
+
+Result cuStreamEndCapture(StreamPtr stream, std::vector<Fill>** graph) {
+  ENTER("cuStreamEndCapture", Needs::kContext);
+  StreamState* on = find(s, stream);
+  if (!on || !on->graph) return kInvalidValue;
+  on->capturing = false;
+  *graph = on->graph.release();
+  return s.spoiled_captures ? kCaptureInvalidated : kOk;
+}
+
+Result cuGraphInstantiateWithFlags(std::vector<Fill>** runnable, std::vector<Fill>* graph, unsigned long long flags) {
+  ENTER("cuGraphInstantiate", Needs::kContext);
+  if (flags) return kInvalidValue;
+  *runnable = graph;
+  return kOk;
+}
+
+Result cuGraphLaunch(const std::vector<Fill>* runnable, StreamPtr stream) {
+  ENTER("cuGraphLaunch", Needs::kContext);
+  for (const Fill& fill : *runnable) {
+    if (Result code = accessible(s, fill.at, fill.bytes)) return code;
+    std::memset(pointer(fill.at), fill.value, fill.bytes);
+  }
+  return put(s, "graph", stream);
+}
+
+Result cuStreamSynchronize(StreamPtr stream) {
+  ENTER("cuStreamSynchronize", Needs::kContext);
+  if (Result code = unsafe(s)) return code;
+  return find(s, stream) ? kOk : kInvalidHandle;
 }
 }
