@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -86,6 +87,7 @@ def run_worker(
         words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
         env=environment,
     )  # fmt: skip
+    _running.add(process)
     try:
         output, errors = process.communicate(timeout=limit)
         code = process.returncode
@@ -96,9 +98,21 @@ def run_worker(
         os.killpg(process.pid, signal.SIGKILL)  # ninja and nvcc too
         output, errors = process.communicate()
         ended = f"killed after {limit:.0f} s (KVMEM_GPU_TIMEOUT): {errors[-400:]}"
+    finally:
+        _running.discard(process)
     report = read_report(BY_NAME[name], output, ended)
     report.seconds = time.perf_counter() - begin
     return report
+
+
+_running: set[subprocess.Popen[str]] = set()
+
+
+def end_all() -> None:
+    """Kills the workers that are running, ninja and nvcc too; what they have said so far makes their reports."""
+    for process in list(_running):
+        with suppress(ProcessLookupError):  # it has just ended
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 class Pool:
@@ -115,7 +129,11 @@ class Pool:
         return [future.result() for future in self._futures.values() if future.done() and not future.cancelled()]
 
     def close(self) -> None:
-        self._pool.shutdown(cancel_futures=True)
+        """Ends what still runs, as after an interrupt: whoever has the last minutes wants the tables in them."""
+        for future in self._futures.values():
+            future.cancel()
+        end_all()
+        self._pool.shutdown()
 
 
 # ---- What it comes to ------------------------------------------------------------------------------------------------
