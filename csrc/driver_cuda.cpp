@@ -1,9 +1,10 @@
 // The CUDA driver: the verbs of driver.h over libcuda's virtual memory management, one driver call a verb.
 //
 // What the driver leaves undefined is refused here before it is called: a handle that does not exist, a page destroyed
-// while mapped, a reservation freed while pages are mapped in it, a handle mapped in part. The rest is the driver's to
-// refuse, and every return code is looked at.
+// while mapped, a reservation freed while pages are mapped in it, a handle mapped in part, access to what is not all
+// mapped. The rest is the driver's to refuse, and every return code is looked at.
 
+#include <algorithm>
 #include <atomic>
 #include <map>
 #include <mutex>
@@ -141,6 +142,8 @@ Address CudaDriver::reserve(i64 bytes, i64 alignment) {
   device_.check_fork();
   check_positive("reserve", bytes);
   if (alignment < 0) refuse("reserve", "the alignment is negative");
+  // 0 is "a default alignment" to the driver, and no page promises that it is one at which it maps.
+  alignment = std::max(alignment, info().granularity_bytes);
   cuda::DevicePtr at = 0;
   const auto call = [&] { return api_.cuMemAddressReserve(&at, bytes, alignment, 0, 0); };
   device_.check(device_.relaxed(call), "cuMemAddressReserve", [&] {
@@ -219,11 +222,18 @@ void CudaDriver::set_access(Address at, i64 bytes) {
   ++counters_.set_access;
   device_.check_fork();
   check_positive("set_access", bytes);
+  const auto first = mappings_.find(at);
+  auto end = first;
+  for (Address next = at; next < at + bytes; ++end) {
+    if (end == mappings_.end() || end->first != next || next + end->second.bytes > at + bytes) {
+      refuse("set_access", range_text(at, bytes) + " is not made of whole mappings, back to back");
+    }
+    next += end->second.bytes;
+  }
   const cuda::AccessDesc access = device_.access();
   device_.check(device_.relaxed([&] { return api_.cuMemSetAccess(at, bytes, &access, 1); }), "cuMemSetAccess",
                 [&] { return range_text(at, bytes); });
-  for (auto it = mappings_.lower_bound(at); it != mappings_.end() && it->first < at + bytes; ++it)
-    it->second.accessible = true;
+  for (auto it = first; it != end; ++it) it->second.accessible = true;
 }
 
 void CudaDriver::unmap(Address at, i64 bytes) {

@@ -84,7 +84,7 @@ class Door:
 
     def reserve(self, size: int) -> int:
         at = c_uint64()
-        self("cuMemAddressReserve", ctypes.byref(at), c_size_t(size), c_size_t(0), c_uint64(0), c_uint64(0))
+        self("cuMemAddressReserve", ctypes.byref(at), c_size_t(size), c_size_t(self.page), c_uint64(0), c_uint64(0))
         return at.value
 
     def release(self, at: int, size: int) -> None:
