@@ -76,11 +76,12 @@ def run_worker(
 ) -> Report:
     """One process. It is given ``limit`` seconds, compiling included; then it and what it started are killed."""
     begin = time.perf_counter()
-    # Several compile at once, and nvcc takes 1 to 2 GB of memory for each file: fewer files at a time for each of them.
+    # Several compile at once, and nvcc takes 1 to 2 GB of memory for each file: fewer files at a time for each of them,
+    # unless KVMEM_GPU_JOBS says how many.
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
-        "MAX_JOBS": str(max(2, (os.cpu_count() or 2) // 4)),
+        "MAX_JOBS": os.environ.get("KVMEM_GPU_JOBS") or str(max(2, (os.cpu_count() or 2) // 4)),
     }
     words = list(command) or [sys.executable, str(WORKER), name, "--device", device, "--seed", str(seed)]
     process = subprocess.Popen(

@@ -89,6 +89,9 @@ def run(part: Part, limit: float, log: Path, tables: Path) -> Ended:
     environment = {
         **os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
         "PYTHONUNBUFFERED": "1", "KVMEM_GPU_REPORT": str(report),
+        # A kernel that hangs must leave time for the tables; what waits for the compiler is most of the kernels' time.
+        "KVMEM_GPU_TIMEOUT": os.environ.get("KVMEM_GPU_TIMEOUT", "400"),
+        "KVMEM_GPU_JOBS": os.environ.get("KVMEM_GPU_JOBS", str(max(2, (os.cpu_count() or 2) // 2))),
     }  # fmt: skip
     try:
         words = words_of(part)
