@@ -22,6 +22,9 @@ using cuda::Result;
   throw DeviceError(std::string("the CUDA driver: ") + verb + ": " + why, verb, cuda::kInvalidValue);
 }
 
+cuda::StreamPtr cu(Stream stream) { return reinterpret_cast<cuda::StreamPtr>(stream); }
+cuda::EventPtr cu_event(Event event) { return reinterpret_cast<cuda::EventPtr>(event); }
+
 // The driver's sizes are unsigned: a negative one would arrive as an enormous one.
 void check_positive(const char* verb, i64 bytes) {
   if (bytes <= 0) refuse(verb, std::to_string(bytes) + " bytes is not a positive size");
@@ -73,9 +76,16 @@ class CudaDriver final : public Driver {
     PageHandle page;
     bool accessible;
   };
-  void count(i64 DriverCounters::* counter) {
+  std::unique_lock<std::mutex> begin(i64 DriverCounters::* counter) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    ++(counters_.*counter);
+    device_.check_fork();
+    return lock;
+  }
+  void count(i64 DriverCounters::* counter) {  // for what is not serialised by our books
     std::lock_guard<std::mutex> lock(event_mutex_);
     ++(counters_.*counter);
+    device_.check_fork();
   }
   cuda::EventPtr take_event();
   void check_not_captured(const char* verb, Stream stream) const;
@@ -104,8 +114,7 @@ CudaDriver::~CudaDriver() {
   give_everything_back();
 }
 
-// Errors have nowhere to go from here, and at process exit the driver answers CUDA_ERROR_DEINITIALIZED or
-// CUDA_ERROR_CONTEXT_IS_DESTROYED to everything: then all of it is gone already.
+// Errors have nowhere to go from here. At process exit the driver may answer that it, or the context, is gone already.
 void CudaDriver::give_everything_back() {
   const Result pushed = api_.cuCtxPushCurrent(device_.context());
   if (pushed == cuda::kDeinitialized || pushed == cuda::kContextIsDestroyed) return;
@@ -137,9 +146,7 @@ i64 CudaDriver::available_bytes() const {
 }
 
 Address CudaDriver::reserve(i64 bytes, i64 alignment) {
-  std::lock_guard<std::mutex> lock(mutex_);
-  ++counters_.reserve;
-  device_.check_fork();
+  const auto lock = begin(&DriverCounters::reserve);
   check_positive("reserve", bytes);
   if (alignment < 0) refuse("reserve", "the alignment is negative");
   // 0 is "a default alignment" to the driver, and no page promises that it is one at which it maps.
@@ -154,25 +161,20 @@ Address CudaDriver::reserve(i64 bytes, i64 alignment) {
 }
 
 void CudaDriver::release(Address base, i64 bytes) {
-  std::lock_guard<std::mutex> lock(mutex_);
-  ++counters_.release;
-  device_.check_fork();
+  const auto lock = begin(&DriverCounters::release);
   auto it = reservations_.find(base);
   if (it == reservations_.end() || it->second != bytes)
     refuse("release", range_text(base, bytes) + " is not what reserve returned");
-  auto mapping = mappings_.lower_bound(base);
-  if (mapping != mappings_.end() && mapping->first < base + bytes) {
+  const auto mapping = mappings_.lower_bound(base);
+  if (mapping != mappings_.end() && mapping->first < base + bytes)
     refuse("release", range_text(base, bytes) + " still has pages mapped in it");
-  }
   device_.check(device_.relaxed([&] { return api_.cuMemAddressFree(base, bytes); }), "cuMemAddressFree",
                 [&] { return range_text(base, bytes); });
   reservations_.erase(it);
 }
 
 PageHandle CudaDriver::create(i64 bytes) {
-  std::lock_guard<std::mutex> lock(mutex_);
-  ++counters_.create;
-  device_.check_fork();
+  const auto lock = begin(&DriverCounters::create);
   check_positive("create", bytes);
   const cuda::AllocationProp prop = device_.prop();
   cuda::AllocationHandle page = 0;
@@ -187,9 +189,7 @@ PageHandle CudaDriver::create(i64 bytes) {
 }
 
 void CudaDriver::destroy(PageHandle page) {
-  std::lock_guard<std::mutex> lock(mutex_);
-  ++counters_.destroy;
-  device_.check_fork();
+  const auto lock = begin(&DriverCounters::destroy);
   auto it = pages_.find(page);
   if (it == pages_.end()) refuse("destroy", "there is no page " + std::to_string(page));
   if (it->second.mappings) refuse("destroy", "page " + std::to_string(page) + " is still mapped");
@@ -202,15 +202,12 @@ void CudaDriver::destroy(PageHandle page) {
 // ---- Mappings ------------------------------------------------------------------------------------------------------
 
 void CudaDriver::map(Address at, i64 bytes, i64 offset, PageHandle page) {
-  std::lock_guard<std::mutex> lock(mutex_);
-  ++counters_.map;
-  device_.check_fork();
+  const auto lock = begin(&DriverCounters::map);
   auto it = pages_.find(page);
   if (it == pages_.end()) refuse("map", "there is no page " + std::to_string(page));
-  if (it->second.bytes != bytes) {
+  if (it->second.bytes != bytes)
     refuse("map", "page " + std::to_string(page) + " has " + std::to_string(it->second.bytes) +
                       " bytes and is mapped whole, not " + std::to_string(bytes));
-  }
   device_.check(device_.relaxed([&] { return api_.cuMemMap(at, bytes, offset, page, 0); }), "cuMemMap",
                 [&] { return "page " + std::to_string(page) + " at " + range_text(at, bytes); });
   mappings_[at] = {bytes, page, false};
@@ -218,16 +215,13 @@ void CudaDriver::map(Address at, i64 bytes, i64 offset, PageHandle page) {
 }
 
 void CudaDriver::set_access(Address at, i64 bytes) {
-  std::lock_guard<std::mutex> lock(mutex_);
-  ++counters_.set_access;
-  device_.check_fork();
+  const auto lock = begin(&DriverCounters::set_access);
   check_positive("set_access", bytes);
   const auto first = mappings_.find(at);
   auto end = first;
   for (Address next = at; next < at + bytes; ++end) {
-    if (end == mappings_.end() || end->first != next || next + end->second.bytes > at + bytes) {
+    if (end == mappings_.end() || end->first != next || next + end->second.bytes > at + bytes)
       refuse("set_access", range_text(at, bytes) + " is not made of whole mappings, back to back");
-    }
     next += end->second.bytes;
   }
   const cuda::AccessDesc access = device_.access();
@@ -237,9 +231,7 @@ void CudaDriver::set_access(Address at, i64 bytes) {
 }
 
 void CudaDriver::unmap(Address at, i64 bytes) {
-  std::lock_guard<std::mutex> lock(mutex_);
-  ++counters_.unmap;
-  device_.check_fork();
+  const auto lock = begin(&DriverCounters::unmap);
   auto it = mappings_.find(at);
   if (it == mappings_.end() || it->second.bytes != bytes)
     refuse("unmap", range_text(at, bytes) + " is not exactly one mapping");
@@ -266,7 +258,7 @@ void CudaDriver::check_stream(Stream stream) const {
         "stream 2 means another stream in each thread, so no fence could be recorded on it; give a stream of its own");
   }
   cuda::ContextPtr context = nullptr;
-  const auto ask = [&] { return api_.cuStreamGetCtx(reinterpret_cast<cuda::StreamPtr>(stream), &context); };
+  const auto ask = [&] { return api_.cuStreamGetCtx(cu(stream), &context); };
   device_.check(device_.in_context(ask), "cuStreamGetCtx", [&] { return "stream " + std::to_string(stream); });
   if (context == device_.context()) return;
   cuda::DeviceId owner = -1;
@@ -294,9 +286,7 @@ void CudaDriver::order(Event event, Stream later) {
   if (event == 0) return;
   device_.check_fork();
   check_not_captured("order", later);
-  const auto wait = [&] {
-    return api_.cuStreamWaitEvent(reinterpret_cast<cuda::StreamPtr>(later), reinterpret_cast<cuda::EventPtr>(event), 0);
-  };
+  const auto wait = [&] { return api_.cuStreamWaitEvent(cu(later), cu_event(event), 0); };
   device_.check(device_.in_context(wait), "cuStreamWaitEvent", [&] { return "stream " + std::to_string(later); });
 }
 
@@ -309,7 +299,7 @@ void CudaDriver::wait_for_device() {
 // default stream cannot be used at all while one that waits for it is captured; the driver says so by an error.
 void CudaDriver::check_not_captured(const char* verb, Stream stream) const {
   int status = 0;
-  const auto ask = [&] { return api_.cuStreamIsCapturing(reinterpret_cast<cuda::StreamPtr>(stream), &status); };
+  const auto ask = [&] { return api_.cuStreamIsCapturing(cu(stream), &status); };
   const Result code = device_.in_context(ask);
   if (code != cuda::kCaptureImplicit) {
     device_.check(code, "cuStreamIsCapturing", [&] { return "stream " + std::to_string(stream); });
@@ -326,24 +316,20 @@ void CudaDriver::check_not_captured(const char* verb, Stream stream) const {
 
 void CudaDriver::zero(Address at, i64 bytes, Stream stream) {
   count(&DriverCounters::zero);
-  device_.check_fork();
   if (bytes == 0) return;
   check_positive("zero", bytes);
   check_not_captured("zero", stream);
-  const auto on = reinterpret_cast<cuda::StreamPtr>(stream);
-  device_.check(device_.in_context([&] { return api_.cuMemsetD8Async(at, 0, bytes, on); }), "cuMemsetD8Async",
+  device_.check(device_.in_context([&] { return api_.cuMemsetD8Async(at, 0, bytes, cu(stream)); }), "cuMemsetD8Async",
                 [&] { return range_text(at, bytes); });
 }
 
 void CudaDriver::copy(Address to, Address from, i64 bytes, Stream stream) {
   count(&DriverCounters::copy);
-  device_.check_fork();
   if (bytes == 0) return;
   check_positive("copy", bytes);
   check_not_captured("copy", stream);
-  const auto on = reinterpret_cast<cuda::StreamPtr>(stream);
-  device_.check(device_.in_context([&] { return api_.cuMemcpyDtoDAsync(to, from, bytes, on); }), "cuMemcpyDtoDAsync",
-                [&] { return range_text(from, bytes) + " to " + range_text(to, bytes); });
+  device_.check(device_.in_context([&] { return api_.cuMemcpyDtoDAsync(to, from, bytes, cu(stream)); }),
+                "cuMemcpyDtoDAsync", [&] { return range_text(from, bytes) + " to " + range_text(to, bytes); });
 }
 
 cuda::EventPtr CudaDriver::take_event() {
@@ -370,12 +356,10 @@ cuda::EventPtr CudaDriver::take_event() {
 
 Event CudaDriver::record(Stream stream) {
   count(&DriverCounters::record);
-  device_.check_fork();
   check_not_captured("record", stream);
   const cuda::EventPtr event = take_event();
-  const auto on = reinterpret_cast<cuda::StreamPtr>(stream);
   try {
-    device_.check(device_.in_context([&] { return api_.cuEventRecord(event, on); }), "cuEventRecord",
+    device_.check(device_.in_context([&] { return api_.cuEventRecord(event, cu(stream)); }), "cuEventRecord",
                   [&] { return "on stream " + std::to_string(stream); });
   } catch (const Error&) {
     forget(reinterpret_cast<Event>(event));
@@ -387,7 +371,7 @@ Event CudaDriver::record(Stream stream) {
 bool CudaDriver::done(Event event) {
   if (event == 0) return true;
   device_.check_fork();
-  const Result code = device_.in_context([&] { return api_.cuEventQuery(reinterpret_cast<cuda::EventPtr>(event)); });
+  const Result code = device_.in_context([&] { return api_.cuEventQuery(cu_event(event)); });
   if (code == cuda::kNotReady) return false;
   device_.check(code, "cuEventQuery");
   return true;
@@ -396,16 +380,14 @@ bool CudaDriver::done(Event event) {
 void CudaDriver::wait(Event event) {
   count(&DriverCounters::wait);
   if (event == 0) return;
-  device_.check_fork();
-  device_.check(device_.in_context([&] { return api_.cuEventSynchronize(reinterpret_cast<cuda::EventPtr>(event)); }),
-                "cuEventSynchronize");
+  device_.check(device_.in_context([&] { return api_.cuEventSynchronize(cu_event(event)); }), "cuEventSynchronize");
 }
 
 // Kept for the next record: an event that is recorded again forgets what it stood for.
 void CudaDriver::forget(Event event) {
   if (event == 0) return;
   std::lock_guard<std::mutex> lock(event_mutex_);
-  idle_events_.push_back(reinterpret_cast<cuda::EventPtr>(event));
+  idle_events_.push_back(cu_event(event));
 }
 
 }  // namespace

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import gpu_costs
 import gpu_probes
 from gpu_door import Door, Missing, Refused
 
@@ -32,7 +33,7 @@ class Rule:
 
     @property
     def probe(self) -> Callable[[Door], str]:
-        found: Callable[[Door], str] = getattr(gpu_probes, self.name)
+        found: Callable[[Door], str] = getattr(gpu_probes, self.name, None) or getattr(gpu_costs, self.name)
         return found
 
 
