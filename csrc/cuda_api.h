@@ -47,7 +47,7 @@ static_assert(offsetof(AllocationProp, location) == 8 && offsetof(AllocationProp
 constexpr Result kSuccess = 0, kInvalidValue = 1, kOutOfMemory = 2, kDeinitialized = 4, kStubLibrary = 34,
                  kNoDevice = 100, kInvalidDevice = 101, kInvalidContext = 201, kNotReady = 600,
                  kContextIsDestroyed = 709, kSystemNotReady = 802, kDriverMismatch = 803, kCompatNotSupported = 804,
-                 kCaptureUnsupported = 900;
+                 kCaptureUnsupported = 900, kCaptureImplicit = 906;
 constexpr int kAttributeVmmSupported = 102, kAttributePosixFdSupported = 103, kAttributeRdmaSupported = 110;
 constexpr int kHandlePosixFd = 1;
 constexpr int kAllocationTypePinned = 1, kLocationDevice = 1, kAccessReadWrite = 3;

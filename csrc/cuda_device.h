@@ -36,10 +36,21 @@ class Device {
     if (code != kSuccess) failed(code, call, "");
   }
 
+  // Runs one call of virtual memory management, which needs no context. While some thread captures a graph, a call that
+  // may wait for the device fails and spoils the capture, unless the calling thread's mode is relaxed; cuda.h says of
+  // cuMemSetAccess and cuMemUnmap that they may wait, and of none that it does not.
+  template <class Call>
+  Result relaxed(Call call) const {
+    int mode = kCaptureRelaxed;
+    check(api_.cuThreadExchangeStreamCaptureMode(&mode), "cuThreadExchangeStreamCaptureMode");
+    const Result code = call();
+    api_.cuThreadExchangeStreamCaptureMode(&mode);  // an error here must not say that what is done has failed
+    return code;
+  }
+
   // Runs one driver call with our context current and leaves the thread's own as it was. What needs a context: streams,
-  // events, memset, cuMemGetInfo. The calls of virtual memory management need none.
-  // While some thread captures a graph, asking an event from another one would spoil the capture, unless this thread's
-  // mode is relaxed: our events are recorded outside of captures.
+  // events, memset, cuMemGetInfo. Relaxed as well: asking an event would spoil a capture, and ours are recorded
+  // outside.
   template <class Call>
   Result in_context(Call call) const {
     check(api_.cuCtxPushCurrent(context_), "cuCtxPushCurrent");

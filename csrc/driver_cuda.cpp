@@ -1,9 +1,10 @@
 // The CUDA driver: the verbs of driver.h over libcuda's virtual memory management, one driver call a verb.
 //
 // What the driver leaves undefined is refused here before it is called: a handle that does not exist, a page destroyed
-// while mapped, a reservation freed while pages are mapped in it, a handle mapped in part. The rest is the driver's to
-// refuse, and every return code is looked at.
+// while mapped, a reservation freed while pages are mapped in it, a handle mapped in part, access to what is not all
+// mapped. The rest is the driver's to refuse, and every return code is looked at.
 
+#include <algorithm>
 #include <atomic>
 #include <map>
 #include <mutex>
@@ -20,6 +21,9 @@ using cuda::Result;
 [[noreturn]] void refuse(const char* verb, const std::string& why) {
   throw DeviceError(std::string("the CUDA driver: ") + verb + ": " + why, verb, cuda::kInvalidValue);
 }
+
+cuda::StreamPtr cu(Stream stream) { return reinterpret_cast<cuda::StreamPtr>(stream); }
+cuda::EventPtr cu_event(Event event) { return reinterpret_cast<cuda::EventPtr>(event); }
 
 // The driver's sizes are unsigned: a negative one would arrive as an enormous one.
 void check_positive(const char* verb, i64 bytes) {
@@ -72,9 +76,16 @@ class CudaDriver final : public Driver {
     PageHandle page;
     bool accessible;
   };
-  void count(i64 DriverCounters::* counter) {
+  std::unique_lock<std::mutex> begin(i64 DriverCounters::* counter) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    ++(counters_.*counter);
+    device_.check_fork();
+    return lock;
+  }
+  void count(i64 DriverCounters::* counter) {  // for what is not serialised by our books
     std::lock_guard<std::mutex> lock(event_mutex_);
     ++(counters_.*counter);
+    device_.check_fork();
   }
   cuda::EventPtr take_event();
   void check_not_captured(const char* verb, Stream stream) const;
@@ -103,17 +114,19 @@ CudaDriver::~CudaDriver() {
   give_everything_back();
 }
 
-// Errors have nowhere to go from here, and at process exit the driver answers CUDA_ERROR_DEINITIALIZED or
-// CUDA_ERROR_CONTEXT_IS_DESTROYED to everything: then all of it is gone already.
+// Errors have nowhere to go from here. At process exit the driver may answer that it, or the context, is gone already.
 void CudaDriver::give_everything_back() {
   const Result pushed = api_.cuCtxPushCurrent(device_.context());
   if (pushed == cuda::kDeinitialized || pushed == cuda::kContextIsDestroyed) return;
+  int mode = cuda::kCaptureRelaxed;  // Python's collector may end a driver while somebody captures
+  const Result relaxed = api_.cuThreadExchangeStreamCaptureMode(&mode);
   if (!mappings_.empty()) api_.cuCtxSynchronize();  // unmapping under a running kernel is a fault
   for (const auto& [at, mapping] : mappings_) api_.cuMemUnmap(at, mapping.bytes);
   for (const auto& [page, info] : pages_) api_.cuMemRelease(page);
   for (const auto& [base, bytes] : reservations_) api_.cuMemAddressFree(base, bytes);
   for (cuda::EventPtr event : events_) api_.cuEventDestroy(event);
   if (side_) api_.cuStreamDestroy(side_);
+  if (relaxed == cuda::kSuccess) api_.cuThreadExchangeStreamCaptureMode(&mode);
   cuda::ContextPtr ours = nullptr;
   if (pushed == cuda::kSuccess) api_.cuCtxPopCurrent(&ours);
 }
@@ -133,13 +146,14 @@ i64 CudaDriver::available_bytes() const {
 }
 
 Address CudaDriver::reserve(i64 bytes, i64 alignment) {
-  std::lock_guard<std::mutex> lock(mutex_);
-  ++counters_.reserve;
-  device_.check_fork();
+  const auto lock = begin(&DriverCounters::reserve);
   check_positive("reserve", bytes);
   if (alignment < 0) refuse("reserve", "the alignment is negative");
+  // 0 is "a default alignment" to the driver, and no page promises that it is one at which it maps.
+  alignment = std::max(alignment, info().granularity_bytes);
   cuda::DevicePtr at = 0;
-  device_.check(api_.cuMemAddressReserve(&at, bytes, alignment, 0, 0), "cuMemAddressReserve", [&] {
+  const auto call = [&] { return api_.cuMemAddressReserve(&at, bytes, alignment, 0, 0); };
+  device_.check(device_.relaxed(call), "cuMemAddressReserve", [&] {
     return "reserving " + std::to_string(bytes) + " bytes aligned to " + std::to_string(alignment);
   });
   reservations_[at] = bytes;
@@ -147,28 +161,24 @@ Address CudaDriver::reserve(i64 bytes, i64 alignment) {
 }
 
 void CudaDriver::release(Address base, i64 bytes) {
-  std::lock_guard<std::mutex> lock(mutex_);
-  ++counters_.release;
-  device_.check_fork();
+  const auto lock = begin(&DriverCounters::release);
   auto it = reservations_.find(base);
   if (it == reservations_.end() || it->second != bytes)
     refuse("release", range_text(base, bytes) + " is not what reserve returned");
-  auto mapping = mappings_.lower_bound(base);
-  if (mapping != mappings_.end() && mapping->first < base + bytes) {
+  const auto mapping = mappings_.lower_bound(base);
+  if (mapping != mappings_.end() && mapping->first < base + bytes)
     refuse("release", range_text(base, bytes) + " still has pages mapped in it");
-  }
-  device_.check(api_.cuMemAddressFree(base, bytes), "cuMemAddressFree", [&] { return range_text(base, bytes); });
+  device_.check(device_.relaxed([&] { return api_.cuMemAddressFree(base, bytes); }), "cuMemAddressFree",
+                [&] { return range_text(base, bytes); });
   reservations_.erase(it);
 }
 
 PageHandle CudaDriver::create(i64 bytes) {
-  std::lock_guard<std::mutex> lock(mutex_);
-  ++counters_.create;
-  device_.check_fork();
+  const auto lock = begin(&DriverCounters::create);
   check_positive("create", bytes);
   const cuda::AllocationProp prop = device_.prop();
   cuda::AllocationHandle page = 0;
-  device_.check(api_.cuMemCreate(&page, bytes, &prop, 0), "cuMemCreate", [&] {
+  device_.check(device_.relaxed([&] { return api_.cuMemCreate(&page, bytes, &prop, 0); }), "cuMemCreate", [&] {
     return "creating a page of " + std::to_string(bytes) + " bytes; this driver holds " +
            std::to_string(created_bytes_) + " of the device's " + std::to_string(info().total_bytes) + " bytes";
   });
@@ -179,13 +189,12 @@ PageHandle CudaDriver::create(i64 bytes) {
 }
 
 void CudaDriver::destroy(PageHandle page) {
-  std::lock_guard<std::mutex> lock(mutex_);
-  ++counters_.destroy;
-  device_.check_fork();
+  const auto lock = begin(&DriverCounters::destroy);
   auto it = pages_.find(page);
   if (it == pages_.end()) refuse("destroy", "there is no page " + std::to_string(page));
   if (it->second.mappings) refuse("destroy", "page " + std::to_string(page) + " is still mapped");
-  device_.check(api_.cuMemRelease(page), "cuMemRelease", [&] { return "page " + std::to_string(page); });
+  device_.check(device_.relaxed([&] { return api_.cuMemRelease(page); }), "cuMemRelease",
+                [&] { return "page " + std::to_string(page); });
   created_bytes_ -= it->second.bytes;
   pages_.erase(it);
 }
@@ -193,40 +202,41 @@ void CudaDriver::destroy(PageHandle page) {
 // ---- Mappings ------------------------------------------------------------------------------------------------------
 
 void CudaDriver::map(Address at, i64 bytes, i64 offset, PageHandle page) {
-  std::lock_guard<std::mutex> lock(mutex_);
-  ++counters_.map;
-  device_.check_fork();
+  const auto lock = begin(&DriverCounters::map);
   auto it = pages_.find(page);
   if (it == pages_.end()) refuse("map", "there is no page " + std::to_string(page));
-  if (it->second.bytes != bytes) {
+  if (it->second.bytes != bytes)
     refuse("map", "page " + std::to_string(page) + " has " + std::to_string(it->second.bytes) +
                       " bytes and is mapped whole, not " + std::to_string(bytes));
-  }
-  device_.check(api_.cuMemMap(at, bytes, offset, page, 0), "cuMemMap",
+  device_.check(device_.relaxed([&] { return api_.cuMemMap(at, bytes, offset, page, 0); }), "cuMemMap",
                 [&] { return "page " + std::to_string(page) + " at " + range_text(at, bytes); });
   mappings_[at] = {bytes, page, false};
   ++it->second.mappings;
 }
 
 void CudaDriver::set_access(Address at, i64 bytes) {
-  std::lock_guard<std::mutex> lock(mutex_);
-  ++counters_.set_access;
-  device_.check_fork();
+  const auto lock = begin(&DriverCounters::set_access);
   check_positive("set_access", bytes);
+  const auto first = mappings_.find(at);
+  auto end = first;
+  for (Address next = at; next < at + bytes; ++end) {
+    if (end == mappings_.end() || end->first != next || next + end->second.bytes > at + bytes)
+      refuse("set_access", range_text(at, bytes) + " is not made of whole mappings, back to back");
+    next += end->second.bytes;
+  }
   const cuda::AccessDesc access = device_.access();
-  device_.check(api_.cuMemSetAccess(at, bytes, &access, 1), "cuMemSetAccess", [&] { return range_text(at, bytes); });
-  for (auto it = mappings_.lower_bound(at); it != mappings_.end() && it->first < at + bytes; ++it)
-    it->second.accessible = true;
+  device_.check(device_.relaxed([&] { return api_.cuMemSetAccess(at, bytes, &access, 1); }), "cuMemSetAccess",
+                [&] { return range_text(at, bytes); });
+  for (auto it = first; it != end; ++it) it->second.accessible = true;
 }
 
 void CudaDriver::unmap(Address at, i64 bytes) {
-  std::lock_guard<std::mutex> lock(mutex_);
-  ++counters_.unmap;
-  device_.check_fork();
+  const auto lock = begin(&DriverCounters::unmap);
   auto it = mappings_.find(at);
   if (it == mappings_.end() || it->second.bytes != bytes)
     refuse("unmap", range_text(at, bytes) + " is not exactly one mapping");
-  device_.check(api_.cuMemUnmap(at, bytes), "cuMemUnmap", [&] { return range_text(at, bytes); });
+  device_.check(device_.relaxed([&] { return api_.cuMemUnmap(at, bytes); }), "cuMemUnmap",
+                [&] { return range_text(at, bytes); });
   --pages_.find(it->second.page)->second.mappings;
   mappings_.erase(it);
 }
@@ -248,7 +258,7 @@ void CudaDriver::check_stream(Stream stream) const {
         "stream 2 means another stream in each thread, so no fence could be recorded on it; give a stream of its own");
   }
   cuda::ContextPtr context = nullptr;
-  const auto ask = [&] { return api_.cuStreamGetCtx(reinterpret_cast<cuda::StreamPtr>(stream), &context); };
+  const auto ask = [&] { return api_.cuStreamGetCtx(cu(stream), &context); };
   device_.check(device_.in_context(ask), "cuStreamGetCtx", [&] { return "stream " + std::to_string(stream); });
   if (context == device_.context()) return;
   cuda::DeviceId owner = -1;
@@ -276,9 +286,7 @@ void CudaDriver::order(Event event, Stream later) {
   if (event == 0) return;
   device_.check_fork();
   check_not_captured("order", later);
-  const auto wait = [&] {
-    return api_.cuStreamWaitEvent(reinterpret_cast<cuda::StreamPtr>(later), reinterpret_cast<cuda::EventPtr>(event), 0);
-  };
+  const auto wait = [&] { return api_.cuStreamWaitEvent(cu(later), cu_event(event), 0); };
   device_.check(device_.in_context(wait), "cuStreamWaitEvent", [&] { return "stream " + std::to_string(later); });
 }
 
@@ -287,15 +295,20 @@ void CudaDriver::wait_for_device() {
   device_.check(device_.in_context([&] { return api_.cuCtxSynchronize(); }), "cuCtxSynchronize");
 }
 
-// What is put on a stream that is being captured happens at each replay and not now: zeroing a live cache again.
+// What is put on a stream that is being captured happens at each replay and not now: zeroing a live cache again. The
+// default stream cannot be used at all while one that waits for it is captured; the driver says so by an error.
 void CudaDriver::check_not_captured(const char* verb, Stream stream) const {
   int status = 0;
-  const auto ask = [&] { return api_.cuStreamIsCapturing(reinterpret_cast<cuda::StreamPtr>(stream), &status); };
-  device_.check(device_.in_context(ask), "cuStreamIsCapturing", [&] { return "stream " + std::to_string(stream); });
-  if (status == 0) return;
+  const auto ask = [&] { return api_.cuStreamIsCapturing(cu(stream), &status); };
+  const Result code = device_.in_context(ask);
+  if (code != cuda::kCaptureImplicit) {
+    device_.check(code, "cuStreamIsCapturing", [&] { return "stream " + std::to_string(stream); });
+    if (status == 0) return;
+  }
   throw DeviceError(std::string("the CUDA driver: ") + verb + ": stream " + std::to_string(stream) +
-                        " is being captured into a graph. Grow, fork and free sequences before the capture, or " +
-                        "between replays",
+                        " is being captured into a graph" +
+                        (code == cuda::kCaptureImplicit ? ", by way of one that waits for it" : "") +
+                        ". Grow, fork and free sequences before the capture, or " + "between replays",
                     "cuStreamIsCapturing", cuda::kCaptureUnsupported);
 }
 
@@ -303,24 +316,20 @@ void CudaDriver::check_not_captured(const char* verb, Stream stream) const {
 
 void CudaDriver::zero(Address at, i64 bytes, Stream stream) {
   count(&DriverCounters::zero);
-  device_.check_fork();
   if (bytes == 0) return;
   check_positive("zero", bytes);
   check_not_captured("zero", stream);
-  const auto on = reinterpret_cast<cuda::StreamPtr>(stream);
-  device_.check(device_.in_context([&] { return api_.cuMemsetD8Async(at, 0, bytes, on); }), "cuMemsetD8Async",
+  device_.check(device_.in_context([&] { return api_.cuMemsetD8Async(at, 0, bytes, cu(stream)); }), "cuMemsetD8Async",
                 [&] { return range_text(at, bytes); });
 }
 
 void CudaDriver::copy(Address to, Address from, i64 bytes, Stream stream) {
   count(&DriverCounters::copy);
-  device_.check_fork();
   if (bytes == 0) return;
   check_positive("copy", bytes);
   check_not_captured("copy", stream);
-  const auto on = reinterpret_cast<cuda::StreamPtr>(stream);
-  device_.check(device_.in_context([&] { return api_.cuMemcpyDtoDAsync(to, from, bytes, on); }), "cuMemcpyDtoDAsync",
-                [&] { return range_text(from, bytes) + " to " + range_text(to, bytes); });
+  device_.check(device_.in_context([&] { return api_.cuMemcpyDtoDAsync(to, from, bytes, cu(stream)); }),
+                "cuMemcpyDtoDAsync", [&] { return range_text(from, bytes) + " to " + range_text(to, bytes); });
 }
 
 cuda::EventPtr CudaDriver::take_event() {
@@ -347,12 +356,10 @@ cuda::EventPtr CudaDriver::take_event() {
 
 Event CudaDriver::record(Stream stream) {
   count(&DriverCounters::record);
-  device_.check_fork();
   check_not_captured("record", stream);
   const cuda::EventPtr event = take_event();
-  const auto on = reinterpret_cast<cuda::StreamPtr>(stream);
   try {
-    device_.check(device_.in_context([&] { return api_.cuEventRecord(event, on); }), "cuEventRecord",
+    device_.check(device_.in_context([&] { return api_.cuEventRecord(event, cu(stream)); }), "cuEventRecord",
                   [&] { return "on stream " + std::to_string(stream); });
   } catch (const Error&) {
     forget(reinterpret_cast<Event>(event));
@@ -364,7 +371,7 @@ Event CudaDriver::record(Stream stream) {
 bool CudaDriver::done(Event event) {
   if (event == 0) return true;
   device_.check_fork();
-  const Result code = device_.in_context([&] { return api_.cuEventQuery(reinterpret_cast<cuda::EventPtr>(event)); });
+  const Result code = device_.in_context([&] { return api_.cuEventQuery(cu_event(event)); });
   if (code == cuda::kNotReady) return false;
   device_.check(code, "cuEventQuery");
   return true;
@@ -373,16 +380,14 @@ bool CudaDriver::done(Event event) {
 void CudaDriver::wait(Event event) {
   count(&DriverCounters::wait);
   if (event == 0) return;
-  device_.check_fork();
-  device_.check(device_.in_context([&] { return api_.cuEventSynchronize(reinterpret_cast<cuda::EventPtr>(event)); }),
-                "cuEventSynchronize");
+  device_.check(device_.in_context([&] { return api_.cuEventSynchronize(cu_event(event)); }), "cuEventSynchronize");
 }
 
 // Kept for the next record: an event that is recorded again forgets what it stood for.
 void CudaDriver::forget(Event event) {
   if (event == 0) return;
   std::lock_guard<std::mutex> lock(event_mutex_);
-  idle_events_.push_back(reinterpret_cast<cuda::EventPtr>(event));
+  idle_events_.push_back(cu_event(event));
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -147,6 +148,7 @@ class GroupBatch:
         self._places = torch.zeros(max_deltas, dtype=torch.int64, pin_memory=on_gpu)
         self._blocks = torch.zeros(max_deltas, dtype=torch.int32, pin_memory=on_gpu)
         self._uploaded = torch.cuda.Event() if on_gpu else None  # type: ignore[no-untyped-call]
+        self._stream = partial(torch.cuda.current_stream, device)
         self.buffers = _core.BatchBuffers(
             max_sequences=max_sequences,
             max_new_tokens=max_new_tokens,
@@ -182,7 +184,7 @@ class GroupBatch:
             table = self._device["block_table"]
             places, blocks = (x.to(table.device, non_blocking=True) for x in self._deltas())
             table.scatter_(0, places, blocks)
-        self._uploaded.record()
+        self._uploaded.record(self._stream())  # not the current device's, where that is another one
 
     @property
     def num_rows(self) -> int:

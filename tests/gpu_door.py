@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from ctypes import c_int, c_size_t, c_uint, c_uint64, c_void_p
 
 READ, READ_WRITE = 1, 3  # CUmemAccess_flags
-CAPTURE_GLOBAL = 0  # CUstreamCaptureMode, torch's default
+CAPTURE_GLOBAL, CAPTURE_RELAXED = 0, 2  # CUstreamCaptureMode; the first is torch's default, and every thread's own
 TORN_CONTEXT = ("CUDA_ERROR_ILLEGAL_ADDRESS", "CUDA_ERROR_LAUNCH_FAILED")
 
 
@@ -82,7 +84,7 @@ class Door:
 
     def reserve(self, size: int) -> int:
         at = c_uint64()
-        self("cuMemAddressReserve", ctypes.byref(at), c_size_t(size), c_size_t(0), c_uint64(0), c_uint64(0))
+        self("cuMemAddressReserve", ctypes.byref(at), c_size_t(size), c_size_t(self.page), c_uint64(0), c_uint64(0))
         return at.value
 
     def release(self, at: int, size: int) -> None:
@@ -144,6 +146,16 @@ class Door:
 
     def begin_capture(self, stream: c_void_p) -> None:
         self("cuStreamBeginCapture_v2", stream, c_int(CAPTURE_GLOBAL))
+
+    @contextmanager
+    def relaxed(self) -> Iterator[None]:
+        """This thread may do what could disturb a capture, as kvmem's driver says before each of its calls."""
+        mode = c_int(CAPTURE_RELAXED)
+        self("cuThreadExchangeStreamCaptureMode", ctypes.byref(mode))
+        try:
+            yield
+        finally:
+            self("cuThreadExchangeStreamCaptureMode", ctypes.byref(mode))
 
     def end_capture(self, stream: c_void_p) -> c_void_p:
         graph, runnable = c_void_p(), c_void_p()

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -75,17 +76,19 @@ def run_worker(
 ) -> Report:
     """One process. It is given ``limit`` seconds, compiling included; then it and what it started are killed."""
     begin = time.perf_counter()
-    # Several compile at once, and nvcc takes 1 to 2 GB of memory for each file: fewer files at a time for each of them.
+    # Several compile at once, and nvcc takes 1 to 2 GB of memory for each file: fewer files at a time for each of them,
+    # unless KVMEM_GPU_JOBS says how many.
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
-        "MAX_JOBS": str(max(2, (os.cpu_count() or 2) // 4)),
+        "MAX_JOBS": os.environ.get("KVMEM_GPU_JOBS") or str(max(2, (os.cpu_count() or 2) // 4)),
     }
     words = list(command) or [sys.executable, str(WORKER), name, "--device", device, "--seed", str(seed)]
     process = subprocess.Popen(
         words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
         env=environment,
     )  # fmt: skip
+    _running.add(process)
     try:
         output, errors = process.communicate(timeout=limit)
         code = process.returncode
@@ -96,9 +99,21 @@ def run_worker(
         os.killpg(process.pid, signal.SIGKILL)  # ninja and nvcc too
         output, errors = process.communicate()
         ended = f"killed after {limit:.0f} s (KVMEM_GPU_TIMEOUT): {errors[-400:]}"
+    finally:
+        _running.discard(process)
     report = read_report(BY_NAME[name], output, ended)
     report.seconds = time.perf_counter() - begin
     return report
+
+
+_running: set[subprocess.Popen[str]] = set()
+
+
+def end_all() -> None:
+    """Kills the workers that are running, ninja and nvcc too; what they have said so far makes their reports."""
+    for process in list(_running):
+        with suppress(ProcessLookupError):  # it has just ended
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 class Pool:
@@ -115,7 +130,11 @@ class Pool:
         return [future.result() for future in self._futures.values() if future.done() and not future.cancelled()]
 
     def close(self) -> None:
-        self._pool.shutdown(cancel_futures=True)
+        """Ends what still runs, as after an interrupt: whoever has the last minutes wants the tables in them."""
+        for future in self._futures.values():
+            future.cancel()
+        end_all()
+        self._pool.shutdown()
 
 
 # ---- What it comes to ------------------------------------------------------------------------------------------------

@@ -3,16 +3,12 @@ or ``Wrong`` when that is allowed and does something else. Each has a process of
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from ctypes import c_void_p
-from pathlib import Path
-from statistics import median
 
+from gpu_costs import map_one, timed, us
 from gpu_door import READ, Door
 
 MIB = 1 << 20
@@ -153,46 +149,69 @@ def busy(door: Door, seconds: float = 0.1) -> tuple[c_void_p, c_void_p]:
 def map_while_kernels_run(door: Door) -> str:
     base = door.reserve(32 * door.page)
     pages = [door.create() for _ in range(32)]
-    idle = [_timed(lambda i=i: _map_one(door, base + i * door.page, pages[i])) for i in range(16)]
+    idle = [timed(lambda i=i: map_one(door, base + i * door.page, pages[i])) for i in range(16)]
     _, end = busy(door)
-    loaded = [_timed(lambda i=i: _map_one(door, base + i * door.page, pages[i])) for i in range(16, 32)]
+    loaded = [timed(lambda i=i: map_one(door, base + i * door.page, pages[i])) for i in range(16, 32)]
     still = "they were still running" if not door.done(end) else "they had ended: it may have waited for them"
     stream = door.stream()
     door.fill(base + 31 * door.page, 0x77, stream=stream)
     door.synchronize()
     expect(door.read(base + 31 * door.page), 0x77, "the last page mapped")
-    return f"map + set_access {_us(idle)} idle, {_us(loaded)} beside kernels; {still}"
+    return f"map + set_access {us(idle)} idle, {us(loaded)} beside kernels; {still}"
 
 
 def unmap_while_kernels_run_elsewhere(door: Door) -> str:
     base, _ = mapped(door, 32)
-    idle = [_timed(lambda i=i: door.unmap(base + i * door.page)) for i in range(16)]
+    idle = [timed(lambda i=i: door.unmap(base + i * door.page)) for i in range(16)]
     _, end = busy(door)
-    loaded = [_timed(lambda i=i: door.unmap(base + i * door.page)) for i in range(16, 32)]
+    loaded = [timed(lambda i=i: door.unmap(base + i * door.page)) for i in range(16, 32)]
     still = "they were still running" if not door.done(end) else "they had ended: it may have waited for them"
     door.synchronize()
-    return f"unmap {_us(idle)} idle, {_us(loaded)} beside kernels; {still}"
+    return f"unmap {us(idle)} idle, {us(loaded)} beside kernels; {still}"
 
 
 def map_during_graph_capture(door: Door) -> str:
-    """As torch captures: in global mode, where calls that could disturb it fail, on this thread and on another."""
+    """As torch captures: in global mode, where calls that could disturb it fail, on this thread and on another. The calls
+    are kvmem's: relaxed.
+    """
+    return _during_capture(door, door.relaxed)
+
+
+def map_during_graph_capture_unrelaxed(door: Door) -> str:
+    """Without asking an event, which is known to be refused."""
+    return _during_capture(door, nullcontext, ask=False)
+
+
+def _during_capture(door: Door, mode: Callable[[], AbstractContextManager[None]], ask: bool = True) -> str:
     base, _ = mapped(door, 1, room=2)
-    stream, pages = door.stream(), [door.create(), door.create()]
+    stream, side, spare = door.stream(), door.stream(), door.create()
     door.synchronize()
     door.begin_capture(stream)
     door.fill(base, 0x11, stream=stream)
-    _map_one(door, base + door.page, pages[0])
 
-    def work() -> None:
+    def work(at: int) -> None:
+        with mode():
+            map_one(door, at, page := door.create())
+            if ask:
+                door.fill(at, 0, stream=side)  # as the mapper zeroes fresh pages
+            while ask and not door.done(door.event(side)):
+                pass
+            door.unmap(at)
+            door.destroy(page)
+            map_one(door, at, spare)
+            door.fill(at, 0, stream=side)
+
+    def elsewhere() -> None:
         door("cuCtxPushCurrent_v2", door.context)
-        _map_one(door, base + 2 * door.page, pages[1])
-        door.fill(base + 2 * door.page, 0)  # on the default stream, as fresh pages are zeroed
+        work(base + 2 * door.page)
 
-    in_another_thread(work)
+    work(base + door.page)
+    in_another_thread(elsewhere)
     graph = door.end_capture(stream)
     door.launch(graph, stream)
     expect(door.read(base), 0x11, "what the graph writes")
-    return "from the capturing thread and, zeroed too, from another; the capture stayed valid"
+    asked = "ask an event, " if ask else ""
+    return f"create, map, zero, {asked}unmap, release, in the capturing thread and in another; it stayed valid"
 
 
 def map_after_graph_capture(door: Door) -> str:
@@ -200,7 +219,7 @@ def map_after_graph_capture(door: Door) -> str:
     stream = door.stream()
     graph = _fill_graph(door, base, 0x22, stream)
     door.launch(graph, stream)
-    _map_one(door, base + door.page, door.create())
+    map_one(door, base + door.page, door.create())
     door.launch(graph, stream)
     expect(door.read(base), 0x22, "what the graph writes")
     return ""
@@ -211,8 +230,8 @@ def other_page_after_graph_capture(door: Door) -> str:
     stream, second = door.stream(), door.create()
     graph = _fill_graph(door, base, 0x33, stream)
     door.unmap(base)
-    _map_one(door, base, second)
-    _map_one(door, base + door.page, first)
+    map_one(door, base, second)
+    map_one(door, base + door.page, first)
     door.fill(base, 0, 2 * door.page)
     door.synchronize()
     door.launch(graph, stream)
@@ -314,77 +333,3 @@ def fresh_pages_are_zero(door: Door) -> str:
     base, _ = mapped(door, 8)
     dirty = sum(any(door.read(base + i * door.page, door.page)) for i in range(8))
     return f"{dirty} of 8 pages hold what another allocation left" if dirty else "8 of 8 were zero; nothing promises it"
-
-
-# ---- Costs -----------------------------------------------------------------------------------------------------------
-
-
-def _timed(call: Callable[[], object]) -> float:
-    begin = time.perf_counter()
-    call()
-    return (time.perf_counter() - begin) * 1e6
-
-
-def _us(times: list[float]) -> str:
-    return f"{median(times):.0f} us (at most {max(times):.0f})"
-
-
-def _map_one(door: Door, at: int, page: int) -> None:
-    door.map(at, page)
-    door.access(at)
-
-
-def cost_of_each_call(door: Door) -> str:
-    count, costs = 64, {}
-    base = door.reserve(count * door.page)
-    pages: list[int] = []
-    costs["create"] = [_timed(lambda: pages.append(door.create())) for _ in range(count)]
-    places = [(base + i * door.page, page) for i, page in enumerate(pages)]
-    costs["map"] = [_timed(lambda p=p: door.map(*p)) for p in places]
-    costs["set_access"] = [_timed(lambda p=p: door.access(p[0])) for p in places]
-    costs["unmap"] = [_timed(lambda p=p: door.unmap(p[0])) for p in places]
-    costs["release"] = [_timed(lambda p=p: door.destroy(p[1])) for p in places]
-    return f"pages of {door.page >> 10} KiB: " + ", ".join(f"{name} {_us(times)}" for name, times in costs.items())
-
-
-def cost_of_set_access_by_run(door: Door) -> str:
-    found, pages = [], [door.create() for _ in range(64)]
-    for run in (1, 2, 4, 8, 16, 32, 64):
-        times = []
-        for _ in range(5):
-            base = door.reserve(run * door.page)
-            for i in range(run):
-                door.map(base + i * door.page, pages[i])
-            times.append(_timed(lambda base=base, run=run: door.access(base, run * door.page)))
-        found.append(f"{run}: {median(times):.0f}")
-    return "us by pages in the run: " + ", ".join(found)
-
-
-def cost_beside_another_process(door: Door) -> str:
-    """This process maps and unmaps alone, then beside one that does nothing else."""
-    base, page = door.reserve(door.page), door.create()
-
-    def rounds() -> list[float]:
-        times, end = [], time.perf_counter() + 0.5
-        while time.perf_counter() < end:
-            times.append(_timed(lambda: _map_one(door, base, page)))
-            door.unmap(base)
-        return times
-
-    alone = rounds()
-    if os.environ.get("KVMEM_PROBE_RIVAL"):
-        print("ready", flush=True)
-        end = time.perf_counter() + 10
-        while time.perf_counter() < end:
-            rounds()
-        return ""
-    command = [sys.executable, str(Path(__file__).parent / "gpu_rules.py"), "--probe", "cost_beside_another_process"]
-    environment = {**os.environ, "KVMEM_PROBE_RIVAL": "1"}
-    rival = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
-    try:
-        assert rival.stdout is not None and rival.stdout.readline() == "ready\n"
-        beside = rounds()
-    finally:
-        rival.kill()
-        rival.wait()
-    return f"map + set_access {_us(alone)} alone, {_us(beside)} beside a process that maps without pause"

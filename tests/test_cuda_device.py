@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -321,3 +322,33 @@ def test_a_capture_is_neither_written_to_nor_spoiled(stub: CudaStub, backend: st
     stub.capture(graph, False)
     seq.extend(300)
     assert stub.get("spoiled_captures") == 0 and alloc.check() == []
+
+
+def test_nothing_spoils_a_capture_of_somebody_else(stub: CudaStub, backend: str) -> None:
+    """Pages are made, mapped, unmapped and given back, by this thread and by the mapper's, while another library captures
+    a stream of its own; and at last the collector takes the allocator.
+    """
+    graph = stub.stream()
+    stub.capture(graph, True)
+    alloc = on_stub(stub, backend, map_ahead_tokens=50)
+    seq = used(alloc, 100)
+    used(alloc, 200).free()
+    alloc.trim()
+    alloc.set_memory(32 * PAGE)
+    alloc.set_memory(64 * PAGE)
+    seq.extend(200)
+    assert alloc.check() == []
+    del seq, alloc
+    gc.collect()
+    assert stub.get("spoiled_captures") == 0 and stub.get("mappings") == stub.get("allocations") == 0
+
+
+def test_the_default_stream_while_one_that_waits_for_it_is_captured(stub: CudaStub, backend: str) -> None:
+    """The driver's answer to any question about stream 0 is then CUDA_ERROR_STREAM_CAPTURE_IMPLICIT."""
+    alloc = on_stub(stub, backend, map_ahead_tokens=0)
+    seq = used(alloc, 20)
+    stub.fail("cuStreamIsCapturing", 1, 906)
+    with pytest.raises(DeviceError, match="stream 0 is being captured into a graph, by way of one") as raised:
+        seq.extend(300)
+    assert raised.value.code == 900 and seq.num_tokens == 20 and alloc.check() == []
+    seq.extend(300)

@@ -10,12 +10,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-import msgpack
-import msgspec
 import pytest
 
 import kvmem
 from kvmem.events import AllBlocksCleared, BlockRemoved, BlockStored, Event, to_wire
+
+msgpack = pytest.importorskip("msgpack", reason="needs the extra kvmem[test]")
+msgspec = pytest.importorskip("msgspec", reason="needs the extra kvmem[test]")
 
 A, B, C = (bytes(range(i, i + 32)) for i in (0, 60, 200))
 Hash = int | bytes

@@ -85,6 +85,16 @@ def test_a_captured_graph_keeps_the_longest_that_it_is_told(seed: int) -> None:
         assert make(case.batch)["max_k"] == 301 and make(case.batch, max_tokens=4096)["max_k"] == 4096
 
 
+def test_a_row_without_a_query_beside_rows_with_one(seed: int) -> None:
+    """The operator takes ``max_q == 1`` to mean that the queries are as many as the rows, and folds groups by that."""
+    case = make_case("virtual", "decode", seed=seed)
+    assert args.flash_op_args(case.batch)["max_q"] == args.varlen_args(case.batch)["max_q"] == 1
+    seqs = [int(handle) for handle in case.alloc.core.handles()[:3]]
+    batch = case.alloc.batch(seqs, new_tokens=[1, 0, 1])
+    assert (batch.num_rows, batch.num_new_tokens, batch.max_seqlen_q) == (3, 2, 1)
+    assert args.flash_op_args(batch)["max_q"] == args.varlen_args(batch)["max_q"] == 2
+
+
 def test_refusals(seed: int) -> None:
     case = make_case("paged", "decode", seed=seed)
     with pytest.raises(kvmem.SpecError, match="multiple of 256"):

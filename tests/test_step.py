@@ -56,9 +56,11 @@ class Shadow:
 
 
 class Uploads:
-    """Stands in for the event that says when an upload has been read."""
+    """Stands in for the event that says when an upload has been read; it is of the stream that the upload is put on."""
 
-    def record(self) -> None: ...
+    def record(self, stream: str) -> None:
+        assert stream == "the stream of the batch's device"
+
     def synchronize(self) -> None: ...
 
 
@@ -72,7 +74,7 @@ def as_on_a_gpu(batch: Batch) -> None:
             for name, host in small.host.items()
         }
         group._device = {name: host.clone() for name, host in group._host.items()} | small.device
-        group._uploaded = Uploads()
+        group._uploaded, group._stream = Uploads(), lambda: "the stream of the batch's device"
 
 
 def uploads_agree(batch: Batch) -> None:

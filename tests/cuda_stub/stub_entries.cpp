@@ -69,6 +69,7 @@ extern "C" {
   ERROR(803, "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH", "driver mismatch")                            \
   ERROR(804, "CUDA_ERROR_COMPAT_NOT_SUPPORTED_ON_DEVICE", "forward compatibility")              \
   ERROR(900, "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED", "not permitted when stream is capturing") \
+  ERROR(901, "CUDA_ERROR_STREAM_CAPTURE_INVALIDATED", "previous error during capture")          \
   ERROR(999, "CUDA_ERROR_UNKNOWN", "unknown error")
 
 Result cuGetErrorName(Result code, const char** text) {

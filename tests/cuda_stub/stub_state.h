@@ -39,6 +39,7 @@ enum Code : Result {
   kLaunchTimeout = 702,
   kNotSupported = 801,
   kCaptureUnsupported = 900,
+  kCaptureInvalidated = 901,
   kCapturedEvent = 907,
 };
 
@@ -68,9 +69,17 @@ struct EventState {
   bool captured = false;
 };
 
+// What graphs of the stand-in are made of.
+struct Fill {
+  DevicePtr at;
+  unsigned char value;
+  size_t bytes;
+};
+
 struct StreamState {
   ContextPtr context = nullptr;
   bool held = false, capturing = false;
+  std::unique_ptr<std::vector<Fill>> graph;  // while it is captured by cuStreamBeginCapture: instead of doing it
   std::vector<std::shared_ptr<Work>> after;  // what it was told to wait for
   std::vector<std::shared_ptr<Work>> works;  // what was recorded on it and held back
 };
@@ -118,6 +127,10 @@ Result accessible(State& s, DevicePtr at, size_t bytes);
 enum class Needs { kNothing, kInit, kContext };
 Result enter(State& s, const char* call, Needs needs);
 
+// Calls that may wait for the device, or ask it, fail and spoil a capture under way, unless the calling thread has said
+// that it knows what it does. All of virtual memory management is taken for such: NVIDIA does not say which calls are.
+Result unsafe(State& s);
+
 }  // namespace stub
 
 // Counts the call, fails it where a test asked, and leaves the state locked as `s` for the rest of the function.
@@ -125,3 +138,7 @@ Result enter(State& s, const char* call, Needs needs);
   State& s = state();                         \
   std::unique_lock<std::mutex> lock(s.mutex); \
   if (Result code = enter(s, call, needs)) return code
+
+#define ENTER_UNSAFE(call)   \
+  ENTER(call, Needs::kInit); \
+  if (Result code = unsafe(s)) return code

@@ -24,16 +24,6 @@ bool of_current_context(const StreamState& stream) { return !stream.context || s
 
 std::string number(const void* value) { return std::to_string(reinterpret_cast<uintptr_t>(value)); }
 
-// Calls that block or ask spoil a capture under way, unless the calling thread has said that it knows what it does.
-Result unsafe(State& s) {
-  for (const auto& entry : s.streams) {
-    if (!entry.second.capturing || capture_mode != kModeGlobal) continue;
-    ++s.spoiled_captures;
-    return kCaptureUnsupported;
-  }
-  return kOk;
-}
-
 Result put(State& s, const char* what, StreamPtr stream) {
   StreamState* on = find(s, stream);
   if (!on || !of_current_context(*on)) return kInvalidHandle;
@@ -43,6 +33,15 @@ Result put(State& s, const char* what, StreamPtr stream) {
 
 }  // namespace
 
+Result stub::unsafe(State& s) {
+  for (const auto& entry : s.streams) {
+    if (!entry.second.capturing || capture_mode != kModeGlobal) continue;
+    ++s.spoiled_captures;
+    return kCaptureUnsupported;
+  }
+  return kOk;
+}
+
 extern "C" {
 
 // ---- Contents ------------------------------------------------------------------------------------------------------
@@ -51,6 +50,10 @@ Result cuMemsetD8Async(DevicePtr at, unsigned char value, size_t bytes, StreamPt
   ENTER("cuMemsetD8Async", Needs::kContext);
   if (Result code = accessible(s, at, bytes)) return code;
   if (Result code = put(s, "memset", stream)) return code;
+  if (auto& graph = find(s, stream)->graph) {
+    graph->push_back({at, value, bytes});
+    return kOk;
+  }
   std::memset(pointer(at), value, bytes);
   return kOk;
 }
@@ -182,5 +185,49 @@ Result cuEventDestroy_v2(EventPtr event) {
   if (!s.events.erase(event)) return kInvalidHandle;
   delete reinterpret_cast<char*>(event);
   return kOk;
+}
+
+// ---- Graphs --------------------------------------------------------------------------------------------------------
+
+// As much of them as the probes of the driver's rules ask for: one stream, and what it fills.
+Result cuStreamBeginCapture_v2(StreamPtr stream, int mode) {
+  ENTER("cuStreamBeginCapture", Needs::kContext);
+  StreamState* on = find(s, stream);
+  if (!on || !stream || on->capturing || mode != kModeGlobal) return kInvalidValue;
+  on->capturing = true;
+  on->graph = std::make_unique<std::vector<Fill>>();
+  s.spoiled_captures = 0;
+  return kOk;
+}
+
+Result cuStreamEndCapture(StreamPtr stream, std::vector<Fill>** graph) {
+  ENTER("cuStreamEndCapture", Needs::kContext);
+  StreamState* on = find(s, stream);
+  if (!on || !on->graph) return kInvalidValue;
+  on->capturing = false;
+  *graph = on->graph.release();
+  return s.spoiled_captures ? kCaptureInvalidated : kOk;
+}
+
+Result cuGraphInstantiateWithFlags(std::vector<Fill>** runnable, std::vector<Fill>* graph, unsigned long long flags) {
+  ENTER("cuGraphInstantiate", Needs::kContext);
+  if (flags) return kInvalidValue;
+  *runnable = graph;
+  return kOk;
+}
+
+Result cuGraphLaunch(const std::vector<Fill>* runnable, StreamPtr stream) {
+  ENTER("cuGraphLaunch", Needs::kContext);
+  for (const Fill& fill : *runnable) {
+    if (Result code = accessible(s, fill.at, fill.bytes)) return code;
+    std::memset(pointer(fill.at), fill.value, fill.bytes);
+  }
+  return put(s, "graph", stream);
+}
+
+Result cuStreamSynchronize(StreamPtr stream) {
+  ENTER("cuStreamSynchronize", Needs::kContext);
+  if (Result code = unsafe(s)) return code;
+  return find(s, stream) ? kOk : kInvalidHandle;
 }
 }
