@@ -83,7 +83,8 @@ class SchedulerCache:
         self._requests: dict[Hashable, Sequence] = {}
         self._handles: dict[Hashable, int] = {}  # of the same requests: saves the calls below an attribute each
         self._core = allocator.core
-        self._lists: dict[int, tuple[_core.BatchBuffers, Handles]] = {}
+        self._main_list = self._open_list(self._main)
+        self._lists = {self._main: self._main_list}
         self._shared_tails: set[int] = set()  # handles whose last block may be another's too
         self._one = np.empty(1, np.int32)
 
@@ -182,8 +183,10 @@ class SchedulerCache:
         before = self._entries(handle, first, last)
         self._core.commit_tokens(handle, ids)
         after = self._entries(handle, first, last)
-        changed = np.flatnonzero(before != after).tolist()
-        return self._changes([(0, first + at, after[at : at + 1]) for at in changed])
+        if before.tobytes() == after.tobytes():  # a third of what a comparison by numpy takes of a block
+            return _NOTHING
+        changed = np.flatnonzero(before != after)
+        return TableChanges(np.zeros(len(changed), np.int32), (first + changed).astype(np.int32), after[changed])
 
     def truncate(self, request: Hashable, num_tokens: int) -> None:
         """Keeps the first ``num_tokens`` tokens, as when draft tokens are rejected. See ``Sequence.truncate``."""
@@ -323,9 +326,6 @@ class SchedulerCache:
         del self._requests[request]
         self._shared_tails.discard(self._handles.pop(request))
 
-    def _blocks(self, tokens: Lengths) -> Lengths:
-        return -(-tokens // self._block_size)
-
     def _lengths(self, handles: Handles) -> tuple[Lengths, Lengths]:
         """Tokens there is room for, and those whose KV is computed."""
         tokens, committed = np.empty(len(handles), np.int64), np.empty(len(handles), np.int64)
@@ -339,12 +339,15 @@ class SchedulerCache:
         if handle in self._shared_tails and after > before:  # the first write copies a tail that others read
             self._shared_tails.discard(handle)
             first = before // self._block_size
-        return self._changes([(0, first, self._entries(handle, first, last))] if first < last else [])
+        if first >= last:
+            return _NOTHING
+        blocks = self._entries(handle, first, last)
+        return TableChanges(np.zeros(last - first, np.int32), np.arange(first, last, dtype=np.int32), blocks)
 
     def _grown(self, handles: Handles, before: Lengths) -> TableChanges:
         """``_grown_one`` of each, where there is something."""
         after, _ = self._lengths(handles)
-        writes = after > before if self._shared_tails else self._blocks(after) > self._blocks(before)
+        writes = after > before if self._shared_tails else after - before > -before % self._block_size
         parts = []
         for i in np.flatnonzero(writes).tolist():
             grown = self._grown_one(int(handles[i]), int(before[i]))
@@ -354,31 +357,28 @@ class SchedulerCache:
 
     def _entries(self, handle: int, first: int, last: int) -> Handles:
         """``[first, last)`` of a request's table, a copy."""
-        return np.array(self._table(handle, self._main)[first:last])
+        buffers, entries = self._main_list
+        self._one[0] = handle
+        self._core.fill(self._one, None, self._main, 0, buffers)
+        part: Handles = entries[first:last].copy()
+        return part
 
     @staticmethod
     def _changes(parts: list[tuple[int, int, Handles]]) -> TableChanges:
         """Of (row, first column, blocks)."""
         if not parts:
             return _NOTHING
-        if len(parts) == 1:
-            row, column, blocks = parts[0]
-            columns = np.arange(column, column + len(blocks), dtype=np.int32)
-            return TableChanges(np.full(len(blocks), row, np.int32), columns, blocks)
         rows = [np.full(len(blocks), row, np.int32) for row, _, blocks in parts]
         columns = [np.arange(column, column + len(blocks), dtype=np.int32) for _, column, blocks in parts]
         return TableChanges(np.concatenate(rows), np.concatenate(columns), np.concatenate([part[2] for part in parts]))
 
     def _table(self, handle: int, group: int) -> Handles:
         """The table of one sequence, valid until the next call."""
-        buffers, entries = self._table_buffers(group)
-        self._one[0] = handle
-        return entries[: self._core.fill(self._one, None, group, 0, buffers)[2]]
-
-    def _table_buffers(self, group: int) -> tuple[_core.BatchBuffers, Handles]:
         if group not in self._lists:
             self._lists[group] = self._open_list(group)
-        return self._lists[group]
+        buffers, entries = self._lists[group]
+        self._one[0] = handle
+        return entries[: self._core.fill(self._one, None, group, 0, buffers)[2]]
 
     def _open_list(self, group: int) -> tuple[_core.BatchBuffers, Handles]:
         geometry = self.allocator.spec.groups[group]

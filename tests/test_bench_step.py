@@ -16,9 +16,9 @@ from kvmem.bench.__main__ import main
 from kvmem.bench.errors import BenchError
 from kvmem.bench.floor import build_floor, run_program
 from kvmem.bench.instructions import compare
-from kvmem.bench.managers import OneByOne, heap_bytes, open_books
+from kvmem.bench.managers import ByRequest, OneByOne, heap_bytes, open_books, open_manager
 from kvmem.bench.peers import PEERS, Peer
-from kvmem.bench.step import FLOOR, cases, open_manager, step
+from kvmem.bench.step import FLOOR, cases, step
 from kvmem.bench.tables import load_documents, page
 from kvmem.bench.workload import Workload, run_round
 
