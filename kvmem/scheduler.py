@@ -336,7 +336,7 @@ class SchedulerCache:
         """The entries that growth of one request from ``before`` tokens has written."""
         after = self._core.tokens(handle, self._main)
         first, last = -(-before // self._block_size), -(-after // self._block_size)
-        if handle in self._shared_tails and after > before:  # the first write copies a tail that others read
+        if handle in self._shared_tails:  # a tail that others read has been copied, even for no tokens
             self._shared_tails.discard(handle)
             first = before // self._block_size
         if first >= last:
@@ -347,7 +347,9 @@ class SchedulerCache:
     def _grown(self, handles: Handles, before: Lengths) -> TableChanges:
         """``_grown_one`` of each, where there is something."""
         after, _ = self._lengths(handles)
-        writes = after > before if self._shared_tails else after - before > -before % self._block_size
+        writes = after - before > -before % self._block_size
+        if self._shared_tails:
+            writes |= np.isin(handles, list(self._shared_tails))
         parts = []
         for i in np.flatnonzero(writes).tolist():
             grown = self._grown_one(int(handles[i]), int(before[i]))
