@@ -33,6 +33,7 @@ from kvmem.errors import KVMemError, OutOfMemory, SpecError, StaleHandle
 from kvmem.events import Event
 from kvmem.prefix import Tokens, token_ids
 from kvmem.sequence import Sequence
+from kvmem.spec import Group
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -63,6 +64,13 @@ _NOTHING = TableChanges(*[np.empty(0, np.int32)] * 3)  # what most calls return:
 _INT32_END = 2**31
 
 
+def _table_buffers(n: int, blocks: int) -> tuple[_core.BatchBuffers, Handles, Handles]:
+    """For ``fill`` to write the tables of ``n`` sequences, ``blocks`` in all; where each begins, and all of them."""
+    starts, entries = np.zeros(n + 1, np.int32), np.zeros(blocks, np.int32)
+    sizes = {"max_sequences": n, "max_new_tokens": 2**62, "max_blocks": blocks, "max_indices": blocks}
+    return _core.BatchBuffers(**sizes, kv_indptr=starts, kv_indices=entries), starts, entries
+
+
 class SchedulerCache:
     """Requests over an ``Allocator``, which stays usable beside it (``batch``, ``fill``, ``kv``, ``stats`` ...).
 
@@ -83,10 +91,10 @@ class SchedulerCache:
         self._requests: dict[Hashable, Sequence] = {}
         self._handles: dict[Hashable, int] = {}  # of the same requests: saves the calls below an attribute each
         self._core = allocator.core
-        self._main_list = self._open_list(self._main)
-        self._lists = {self._main: self._main_list}
+        self._lists = [self._one_table(group) for group in groups]
         self._shared_tails: set[int] = set()  # handles whose last block may be another's too
         self._one = np.empty(1, np.int32)
+        self._starts, self._all_entries = np.empty(0, np.int32), np.empty(0, np.int32)
 
     # --- one request at a time ---
 
@@ -233,20 +241,16 @@ class SchedulerCache:
 
     def _merging(self, handles: Handles, counts: Handles, commit: Callable[[], None]) -> TableChanges:
         """Calls ``commit``, and finds out what it did to the blocks that it completes."""
-        _, done = self._lengths(handles)
+        tokens, done = self._lengths(handles)
         if len(counts) != len(done):  # commit says so
             commit()
             return _NOTHING
-        first, last = done // self._block_size, (done + counts) // self._block_size
-        full = np.flatnonzero(last > first).tolist()
-        ids = handles.tolist()
-        before = [self._entries(ids[i], first[i], last[i]) for i in full]
+        first, last = done // self._block_size, np.minimum(done + counts, tokens) // self._block_size
+        before = self._written(handles, tokens, first, last)
         commit()
-        parts = []
-        for i, old in zip(full, before, strict=True):
-            new = self._entries(ids[i], first[i], last[i])
-            parts += [(i, first[i] + at, new[at : at + 1]) for at in np.flatnonzero(old != new).tolist()]
-        return self._changes(parts)
+        after = self._written(handles, tokens, first, last)
+        changed = before.blocks != after.blocks
+        return TableChanges(after.rows[changed], after.columns[changed], after.blocks[changed])
 
     def free_all(self, requests: Iterable[Hashable]) -> None:
         """``free`` for many requests: all of them, or ``StaleHandle`` and none."""
@@ -345,52 +349,50 @@ class SchedulerCache:
         return TableChanges(np.zeros(last - first, np.int32), np.arange(first, last, dtype=np.int32), blocks)
 
     def _grown(self, handles: Handles, before: Lengths) -> TableChanges:
-        """``_grown_one`` of each, where there is something."""
+        """``_grown_one`` for many."""
         after, _ = self._lengths(handles)
-        writes = after - before > -before % self._block_size
+        first, last = -(-before // self._block_size), -(-after // self._block_size)
         if self._shared_tails:
-            writes |= np.isin(handles, list(self._shared_tails))
-        parts = []
-        for i in np.flatnonzero(writes).tolist():
-            grown = self._grown_one(int(handles[i]), int(before[i]))
-            if len(grown):
-                parts.append((i, int(grown.columns[0]), grown.blocks))
-        return self._changes(parts)
+            copied = np.isin(handles, list(self._shared_tails))
+            first[copied] = before[copied] // self._block_size
+            self._shared_tails.difference_update(handles.tolist())
+        return self._written(handles, after, first, last)
+
+    def _written(self, handles: Handles, tokens: Lengths, first: Lengths, last: Lengths) -> TableChanges:
+        """Entries ``[first[i], last[i])`` of the table of ``handles[i]``, which has room for ``tokens[i]``."""
+        rows = np.flatnonzero(last > first)
+        if not len(rows):
+            return _NOTHING
+        starts, entries = self._tables(handles[rows], tokens[rows])
+        counts = (last - first)[rows]
+        ends = np.cumsum(counts)
+        columns = np.arange(ends[-1]) + np.repeat(first[rows] - ends + counts, counts)
+        blocks = entries[np.repeat(starts, counts) + columns]
+        return TableChanges(np.repeat(rows, counts).astype(np.int32), columns.astype(np.int32), blocks)
+
+    def _tables(self, handles: Handles, tokens: Lengths) -> tuple[Handles, Handles]:
+        """Where the table of each begins in all of them, one after the other. Valid until the next call."""
+        n, need = len(handles), int((-(-tokens // self._block_size)).sum())
+        if n >= len(self._starts) or need > len(self._all_entries):
+            n, need = max(n, 2 * len(self._starts)), max(need, 2 * len(self._all_entries))
+            self._many, self._starts, self._all_entries = _table_buffers(n, need)
+        self._core.fill(handles, None, self._main, 0, self._many)
+        return self._starts[: len(handles)], self._all_entries
 
     def _entries(self, handle: int, first: int, last: int) -> Handles:
         """``[first, last)`` of a request's table, a copy."""
-        buffers, entries = self._main_list
+        buffers, _, entries = self._lists[self._main]
         self._one[0] = handle
         self._core.fill(self._one, None, self._main, 0, buffers)
         part: Handles = entries[first:last].copy()
         return part
 
-    @staticmethod
-    def _changes(parts: list[tuple[int, int, Handles]]) -> TableChanges:
-        """Of (row, first column, blocks)."""
-        if not parts:
-            return _NOTHING
-        rows = [np.full(len(blocks), row, np.int32) for row, _, blocks in parts]
-        columns = [np.arange(column, column + len(blocks), dtype=np.int32) for _, column, blocks in parts]
-        return TableChanges(np.concatenate(rows), np.concatenate(columns), np.concatenate([part[2] for part in parts]))
-
     def _table(self, handle: int, group: int) -> Handles:
         """The table of one sequence, valid until the next call."""
-        if group not in self._lists:
-            self._lists[group] = self._open_list(group)
-        buffers, entries = self._lists[group]
+        buffers, _, entries = self._lists[group]
         self._one[0] = handle
         return entries[: self._core.fill(self._one, None, group, 0, buffers)[2]]
 
-    def _open_list(self, group: int) -> tuple[_core.BatchBuffers, Handles]:
-        geometry = self.allocator.spec.groups[group]
-        longest = max(self.allocator.max_tokens, geometry.max_tokens or 0)
-        entries = np.zeros(-(-longest // geometry.block_size), np.int32)
-        buffers = _core.BatchBuffers(
-            max_sequences=1,
-            max_new_tokens=longest,
-            max_blocks=len(entries),
-            max_indices=len(entries),
-            kv_indices=entries,
-        )
-        return buffers, entries
+    def _one_table(self, group: Group) -> tuple[_core.BatchBuffers, Handles, Handles]:
+        longest = max(self.allocator.max_tokens, group.max_tokens or 0)
+        return _table_buffers(1, -(-longest // group.block_size))
