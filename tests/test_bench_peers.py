@@ -24,9 +24,9 @@ DRIVERS = Path(peers_module.__file__).parent / "drivers"
 IDLE = """
 from harness import serve
 class Idle:
-    def __init__(self, workload): assert workload["sequences"] == 6
-    def admit(self, i, prompt): assert len(prompt) == 64 and isinstance(prompt[0], int)
-    def step(self, last): assert last is None or len(last) == 6
+    def __init__(self, workload): self.small, self.n = workload["pool"] == 6, workload["sequences"]
+    def admit(self, i, prompt): assert len(prompt) == (32 if self.small else 64) and isinstance(prompt[0], int)
+    def step(self, last): assert last is None or len(last) == self.n == (2 if self.small else 6)
     def release(self, i): pass
     def forget(self): pass
 serve(Idle, "1.2")
@@ -54,7 +54,7 @@ def test_ours_and_a_peer_are_measured_by_their_drivers(
     shutil.copytree(DRIVERS, drivers)
     (drivers / "idle_driver.py").write_text(IDLE)
     (drivers / "broken_driver.py").write_text("import no_such_module\n")
-    (drivers / "short_driver.py").write_text(IDLE.replace("pass", "raise MemoryError('no room for ' + str(i))", 1))
+    (drivers / "short_driver.py").write_text(IDLE.replace("pass", "assert self.small, 'no room for ' + str(i)", 1))
     for name in ("idle", "broken", "short"):
         (tmp_path / name).mkdir()
     monkeypatch.setattr(peers_module, "_DRIVERS", drivers)
@@ -71,7 +71,9 @@ def test_ours_and_a_peer_are_measured_by_their_drivers(
         assert f"{peer.name} is absent; install it with: {peer.install(tmp_path)}" in printed
         assert f"pip install --no-deps --target {tmp_path / peer.name} {peer.requirement} " in printed
     assert "broken left out: its driver ended: ModuleNotFoundError: No module named 'no_such_module'" in notes
-    assert [note for note in notes if note.startswith("short left out") and note.endswith("MemoryError: no room for 0")]
+    assert [
+        note for note in notes if note.startswith("short left out") and note.endswith("AssertionError: no room for 0")
+    ]
     assert report["setup"]["versions"] == {"idle": "1.2", "short": "1.2"}
 
     rows = report["results"]["peers"]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 import kvmem
-from kvmem.bench.drivers.harness import run_round, serve
+from kvmem.bench.drivers.harness import serve
 from kvmem.bench.managers import open_manager
 from kvmem.bench.workload import Manager, Workload
 
@@ -21,7 +21,4 @@ def _make(workload: dict[str, Any]) -> Manager:
 
 
 if __name__ == "__main__":
-    small = Workload(sequences=1, prompt=16, steps=1, pool=16, cache=True)
-    warm = open_manager(sys.argv[1], small)  # what is loaded at the first use, before memory is measured
-    run_round(warm, small.prompts(0), small.answers(0), small.block, True)
     serve(_make, kvmem.__version__, np.asarray)
