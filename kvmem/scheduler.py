@@ -33,6 +33,7 @@ from kvmem.errors import KVMemError, OutOfMemory, SpecError, StaleHandle
 from kvmem.events import Event
 from kvmem.prefix import Tokens, token_ids
 from kvmem.sequence import Sequence
+from kvmem.spec import Group
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -55,13 +56,19 @@ class TableChanges:
     columns: Handles
     blocks: Handles
 
-    @classmethod
-    def none(cls) -> TableChanges:
-        empty = np.empty(0, np.int32)
-        return cls(empty, empty, empty)
-
     def __len__(self) -> int:
         return len(self.rows)
+
+
+_NOTHING = TableChanges(*[np.empty(0, np.int32)] * 3)  # what most calls return: made once
+_INT32_END = 2**31
+
+
+def _table_buffers(n: int, blocks: int) -> tuple[_core.BatchBuffers, Handles, Handles]:
+    """For ``fill`` to write the tables of ``n`` sequences, ``blocks`` in all; where each begins, and all of them."""
+    starts, entries = np.zeros(n + 1, np.int32), np.zeros(blocks, np.int32)
+    sizes = {"max_sequences": n, "max_new_tokens": 2**62, "max_blocks": blocks, "max_indices": blocks}
+    return _core.BatchBuffers(**sizes, kv_indptr=starts, kv_indices=entries), starts, entries
 
 
 class SchedulerCache:
@@ -82,9 +89,12 @@ class SchedulerCache:
         self._merges = allocator.backend == "paged"
         self._block_size = groups[self._main].block_size
         self._requests: dict[Hashable, Sequence] = {}
-        self._lists: dict[int, tuple[_core.BatchBuffers, Handles]] = {}
+        self._handles: dict[Hashable, int] = {}  # of the same requests: saves the calls below an attribute each
+        self._core = allocator.core
+        self._lists = [self._one_table(group) for group in groups]
         self._shared_tails: set[int] = set()  # handles whose last block may be another's too
         self._one = np.empty(1, np.int32)
+        self._starts, self._all_entries = np.empty(0, np.int32), np.empty(0, np.int32)
 
     # --- one request at a time ---
 
@@ -111,16 +121,24 @@ class SchedulerCache:
         (a chunk of the prompt, lookahead); default the rest of the prompt. salt, extra_key: as ``Allocator.sequence``.
         ``SpecError`` for a prompt, salt or extra key of a request that has begun.
         """
-        sequence = self._requests.get(request)
-        if sequence is None:
+        handle = self._handles.get(request)
+        if handle is None:
             return self._begin(request, count, tokens, salt, extra_key)
         if tokens is not None or salt is not None or extra_key is not None:
             raise SpecError(f"request {request!r} has begun: a prompt, salt or extra key is given when it begins")
         if count is None:
             raise SpecError(f"count: missing; request {request!r} has begun, say for how many more tokens")
-        self._one[0] = sequence.id
-        before, _ = self._lengths(self._one)
-        return self._grown(self._one, before) if sequence.try_extend(count) else None
+        before = self._core.tokens(handle, self._main)
+        if type(count) is int and 0 <= count < _INT32_END:  # without the calls between here and the core
+            try:
+                self._core.extend(handle, count)
+            except OutOfMemory:
+                return None
+        elif not self._requests[request].try_extend(count):
+            return None
+        if count <= -before % self._block_size and handle not in self._shared_tails:  # there is room in the last block
+            return _NOTHING
+        return self._grown_one(handle, before)
 
     def _begin(
         self, request: Hashable, count: int | None, tokens: Tokens | None, salt: str | bytes | None, extra_key: Key
@@ -142,11 +160,11 @@ class SchedulerCache:
         if not fits:
             sequence.free()
             return None
-        self._requests[request] = sequence
+        self._requests[request], self._handles[request] = sequence, sequence.id
+        grown = self._grown_one(sequence.id, 0)
         if sequence.num_tokens == found:
             self._shared_tails.add(sequence.id)
-        self._one[0] = sequence.id
-        return self._grown(self._one, np.zeros(1, np.int64))
+        return grown
 
     def publish(self, request: Hashable, tokens: int | Tokens) -> TableChanges:
         """The KV of the request's next ``tokens`` is computed: their ids, and whole blocks of them can be found from
@@ -155,14 +173,28 @@ class SchedulerCache:
         Returns table entries that changed, mostly none: where the same block was cached already, the request now reads
         that one, and its own is given up (paged). Who keeps a copy of the table writes them there before its next step.
         """
-        sequence = self._sequence(request)
-        handles = np.array([sequence.id], np.int32)
-        if isinstance(tokens, int) or not self._merges:
-            sequence.commit(tokens)
-            return TableChanges.none()
+        handle = self._handles.get(request)
+        if handle is None:
+            raise self._stale(request)
+        if type(tokens) is int and 0 <= tokens < _INT32_END:  # without the calls between here and the core
+            self._core.commit(handle, tokens)
+            return _NOTHING
+        if isinstance(tokens, int):
+            self._requests[request].commit(tokens)
+            return _NOTHING
         ids = token_ids(tokens)
-        counts = np.array([len(ids)], np.int32)
-        return self._merging(handles, counts, lambda: sequence.commit(ids))
+        done = self._core.committed(handle, self._main)
+        first, last = done // self._block_size, (done + len(ids)) // self._block_size
+        if first == last or not self._merges:
+            self._core.commit_tokens(handle, ids)
+            return _NOTHING
+        before = self._entries(handle, first, last)
+        self._core.commit_tokens(handle, ids)
+        after = self._entries(handle, first, last)
+        if before.tobytes() == after.tobytes():  # a third of what a comparison by numpy takes of a block
+            return _NOTHING
+        changed = np.flatnonzero(before != after)
+        return TableChanges(np.zeros(len(changed), np.int32), (first + changed).astype(np.int32), after[changed])
 
     def truncate(self, request: Hashable, num_tokens: int) -> None:
         """Keeps the first ``num_tokens`` tokens, as when draft tokens are rejected. See ``Sequence.truncate``."""
@@ -180,7 +212,11 @@ class SchedulerCache:
 
     def handles(self, requests: Iterable[Hashable]) -> Handles:
         """Handles for the calls below and for ``Allocator.fill``, int32 [n]: each its request's until that ends."""
-        return np.array([self._sequence(request).id for request in requests], np.int32)
+        handles, asked = self._handles, list(requests)
+        try:
+            return np.array([handles[request] for request in asked], np.int32)
+        except KeyError:
+            raise self._stale(next(request for request in asked if request not in handles)) from None
 
     def allocate_step(self, handles: Handles, counts: Handles) -> TableChanges | None:
         """``allocate`` for many requests that have begun: for all of them, or None and nothing has changed.
@@ -200,24 +236,21 @@ class SchedulerCache:
         """``publish`` for many requests; arguments as for ``Allocator.commit_batch``."""
         if tokens is None or not self._merges:
             self.allocator.commit_batch(handles, counts, tokens)
-            return TableChanges.none()
+            return _NOTHING
         return self._merging(handles, counts, lambda: self.allocator.commit_batch(handles, counts, tokens))
 
     def _merging(self, handles: Handles, counts: Handles, commit: Callable[[], None]) -> TableChanges:
         """Calls ``commit``, and finds out what it did to the blocks that it completes."""
-        _, done = self._lengths(handles)
+        tokens, done = self._lengths(handles)
         if len(counts) != len(done):  # commit says so
             commit()
-            return TableChanges.none()
-        first, last = done // self._block_size, (done + counts) // self._block_size
-        full = np.flatnonzero(last > first).tolist()
-        before = [self._part(handles, i, first, last) for i in full]
+            return _NOTHING
+        first, last = done // self._block_size, np.minimum(done + counts, tokens) // self._block_size
+        before = self._written(handles, tokens, first, last)
         commit()
-        parts = []
-        for i, old in zip(full, before, strict=True):
-            new = self._part(handles, i, first, last)
-            parts += [(i, first[i] + at, new[at : at + 1]) for at in np.flatnonzero(old != new).tolist()]
-        return self._changes(parts)
+        after = self._written(handles, tokens, first, last)
+        changed = before.blocks != after.blocks
+        return TableChanges(after.rows[changed], after.columns[changed], after.blocks[changed])
 
     def free_all(self, requests: Iterable[Hashable]) -> None:
         """``free`` for many requests: all of them, or ``StaleHandle`` and none."""
@@ -233,8 +266,7 @@ class SchedulerCache:
         index = self._main if group is None else at_least_zero("group", group)
         if index >= len(self.allocator.spec.groups):
             raise SpecError(f"group: got {index}; the spec has {len(self.allocator.spec.groups)}")
-        self._one[0] = self._sequence(request).id
-        return np.array(self._list(self._one, index))
+        return np.array(self._table(self._sequence(request).id, index))
 
     def num_cached_tokens(self, request: Hashable) -> int:
         """How many tokens the request took over from the cache when it began."""
@@ -287,14 +319,16 @@ class SchedulerCache:
     def _sequence(self, request: Hashable) -> Sequence:
         sequence = self._requests.get(request)
         if sequence is None:
-            raise StaleHandle(f"request {request!r} is not here: it has ended, or allocate() never began it")
+            raise self._stale(request)
         return sequence
 
-    def _forget(self, request: Hashable) -> None:
-        self._shared_tails.discard(self._requests.pop(request).id)
+    @staticmethod
+    def _stale(request: Hashable) -> StaleHandle:
+        return StaleHandle(f"request {request!r} is not here: it has ended, or allocate() never began it")
 
-    def _blocks(self, tokens: Lengths) -> Lengths:
-        return -(-tokens // self._block_size)
+    def _forget(self, request: Hashable) -> None:
+        del self._requests[request]
+        self._shared_tails.discard(self._handles.pop(request))
 
     def _lengths(self, handles: Handles) -> tuple[Lengths, Lengths]:
         """Tokens there is room for, and those whose KV is computed."""
@@ -302,48 +336,64 @@ class SchedulerCache:
         self.allocator.core.lengths(handles, self._main, tokens, committed)
         return tokens, committed
 
+    def _grown_one(self, handle: int, before: int) -> TableChanges:
+        """The entries that growth of one request from ``before`` tokens has written."""
+        after = self._core.tokens(handle, self._main)
+        first, last = -(-before // self._block_size), -(-after // self._block_size)
+        if handle in self._shared_tails:  # a tail that others read has been copied, even for no tokens
+            self._shared_tails.discard(handle)
+            first = before // self._block_size
+        if first >= last:
+            return _NOTHING
+        blocks = self._entries(handle, first, last)
+        return TableChanges(np.zeros(last - first, np.int32), np.arange(first, last, dtype=np.int32), blocks)
+
     def _grown(self, handles: Handles, before: Lengths) -> TableChanges:
-        """The entries that growth from ``before`` tokens has written."""
+        """``_grown_one`` for many."""
         after, _ = self._lengths(handles)
-        first, last = self._blocks(before), self._blocks(after)
-        for i, handle in enumerate(handles.tolist() if self._shared_tails else ()):
-            if handle in self._shared_tails and after[i] > before[i]:  # the first write copies a tail that others read
-                self._shared_tails.discard(handle)
-                first[i] = before[i] // self._block_size
-        return self._changes(
-            [(i, first[i], self._part(handles, i, first, last)) for i in np.flatnonzero(last > first).tolist()]
-        )
+        first, last = -(-before // self._block_size), -(-after // self._block_size)
+        if self._shared_tails:
+            copied = np.isin(handles, list(self._shared_tails))
+            first[copied] = before[copied] // self._block_size
+            self._shared_tails.difference_update(handles.tolist())
+        return self._written(handles, after, first, last)
 
-    def _part(self, handles: Handles, i: int, first: Lengths, last: Lengths) -> Handles:
-        """Entries ``[first[i], last[i])`` of the table of ``handles[i]``, a copy."""
-        return np.array(self._list(handles[i : i + 1], self._main)[first[i] : last[i]], np.int32)
+    def _written(self, handles: Handles, tokens: Lengths, first: Lengths, last: Lengths) -> TableChanges:
+        """Entries ``[first[i], last[i])`` of the table of ``handles[i]``, which has room for ``tokens[i]``."""
+        rows = np.flatnonzero(last > first)
+        if not len(rows):
+            return _NOTHING
+        starts, entries = self._tables(handles[rows], tokens[rows])
+        counts = (last - first)[rows]
+        ends = np.cumsum(counts)
+        columns = np.arange(ends[-1]) + np.repeat(first[rows] - ends + counts, counts)
+        blocks = entries[np.repeat(starts, counts) + columns]
+        return TableChanges(np.repeat(rows, counts).astype(np.int32), columns.astype(np.int32), blocks)
 
-    @staticmethod
-    def _changes(parts: list[tuple[int, int, Handles]]) -> TableChanges:
-        """Of (row, first column, blocks)."""
-        if not parts:
-            return TableChanges.none()
-        rows = [np.full(len(blocks), row, np.int32) for row, _, blocks in parts]
-        columns = [np.arange(column, column + len(blocks), dtype=np.int32) for _, column, blocks in parts]
-        return TableChanges(np.concatenate(rows), np.concatenate(columns), np.concatenate([part[2] for part in parts]))
+    def _tables(self, handles: Handles, tokens: Lengths) -> tuple[Handles, Handles]:
+        """Where the table of each begins in all of them, one after the other. Valid until the next call."""
+        n, need = len(handles), int((-(-tokens // self._block_size)).sum())
+        if n >= len(self._starts) or need > len(self._all_entries):
+            n, need = max(n, 2 * len(self._starts)), max(need, 2 * len(self._all_entries))
+            self._many, self._starts, self._all_entries = _table_buffers(n, need)
+        self._core.fill(handles, None, self._main, 0, self._many)
+        return self._starts[: len(handles)], self._all_entries
 
-    def _list(self, handle: Handles, group: int) -> Handles:
+    def _entries(self, handle: int, first: int, last: int) -> Handles:
+        """``[first, last)`` of a request's table, a copy."""
+        buffers, _, entries = self._lists[self._main]
+        self._one[0] = handle
+        self._core.fill(self._one, None, self._main, 0, buffers)
+        part: Handles = entries[first:last].copy()
+        return part
+
+    def _table(self, handle: int, group: int) -> Handles:
         """The table of one sequence, valid until the next call."""
-        if group not in self._lists:
-            self._lists[group] = self._open_list(group)
-        buffers, entries = self._lists[group]
-        self.allocator.core.fill(handle, None, group, 0, buffers)
+        buffers, _, entries = self._lists[group]
+        self._one[0] = handle
+        self._core.fill(self._one, None, group, 0, buffers)
         return entries[: buffers.num_indices]
 
-    def _open_list(self, group: int) -> tuple[_core.BatchBuffers, Handles]:
-        geometry = self.allocator.spec.groups[group]
-        longest = max(self.allocator.max_tokens, geometry.max_tokens or 0)
-        entries = np.zeros(-(-longest // geometry.block_size), np.int32)
-        buffers = _core.BatchBuffers(
-            max_sequences=1,
-            max_new_tokens=longest,
-            max_blocks=len(entries),
-            max_indices=len(entries),
-            kv_indices=entries,
-        )
-        return buffers, entries
+    def _one_table(self, group: Group) -> tuple[_core.BatchBuffers, Handles, Handles]:
+        longest = max(self.allocator.max_tokens, group.max_tokens or 0)
+        return _table_buffers(1, -(-longest // group.block_size))

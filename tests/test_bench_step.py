@@ -1,4 +1,4 @@
-"""`bench step`, `peers`, `instructions` and `compare`: small runs of all of it, and what is absent is said."""
+"""`bench step`, `instructions` and `compare`: small runs of all of it, and what is absent is said."""
 
 from __future__ import annotations
 
@@ -10,15 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kvmem.bench import peers as peers_module
 from kvmem.bench import speed
 from kvmem.bench.__main__ import main
 from kvmem.bench.errors import BenchError
 from kvmem.bench.floor import build_floor, run_program
 from kvmem.bench.instructions import compare
-from kvmem.bench.managers import OneByOne, heap_bytes, open_books
-from kvmem.bench.peers import PEERS, Peer
-from kvmem.bench.step import FLOOR, cases, open_manager, step
+from kvmem.bench.managers import ByRequest, OneByOne, heap_bytes, open_books, open_manager
+from kvmem.bench.step import FLOOR, cases, step
 from kvmem.bench.tables import load_documents, page
 from kvmem.bench.workload import Workload, run_round
 
@@ -40,12 +38,24 @@ def test_the_floor_does_the_work_it_is_timed_on(cache: bool) -> None:
         run_program(build_floor(), replace(workload, pool=10))
 
 
-@pytest.mark.parametrize("name", ["paged", "virtual", "paged, cpu", "virtual, cpu", "paged, one by one"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "paged",
+        "virtual",
+        "paged, cpu",
+        "virtual, cpu",
+        "paged, one by one",
+        "paged, SchedulerCache",
+        "virtual, SchedulerCache",
+    ],
+)
 @pytest.mark.parametrize("cache", [False, True])
 def test_kvmem_ends_a_round_as_it_began(name: str, cache: bool) -> None:
     workload = replace(SMALL, cache=cache)
     manager = open_manager(name, workload)
     assert isinstance(manager, OneByOne) == ("one by one" in name)
+    assert isinstance(manager, ByRequest) == ("SchedulerCache" in name)
     for number in range(2):
         ns = run_round(manager, workload, number)
         assert [len(ns[f"{phase}_ns"]) for phase in ("admit", "step", "edge", "free")] == [6, 30, 3, 6]
@@ -67,6 +77,25 @@ def test_a_full_pool_evicts_and_shared_prompts_are_found() -> None:
     prompts = shared.prompts(7)
     assert (prompts[0, :32] == prompts[1:, :32]).all() and (prompts[0, 32:] != prompts[1, 32:]).any()
     assert np.array_equal(prompts, shared.prompts(7)) and not np.array_equal(prompts, shared.prompts(8))
+
+
+@pytest.mark.parametrize("backend", ["paged", "virtual"])
+def test_a_table_kept_by_request_is_the_allocators(backend: str) -> None:
+    """From what each answer of `SchedulerCache` changes alone, in a pool where prompts and answers are shared."""
+    workload = replace(SMALL, cache=True, shared=64, metadata=True)
+    manager = open_manager(f"{backend}, SchedulerCache", workload)
+    assert isinstance(manager, ByRequest)
+    prompts, answers = workload.prompts(1), workload.answers(1)
+    answers[:] = answers[:, :1]  # all the same: blocks that one completes are there already for the next
+    for i, prompt in enumerate(prompts):
+        manager.admit(i, prompt)
+    for number, tokens in enumerate(answers):
+        manager.step(None if number == 0 else tokens)
+    for i in range(workload.sequences):
+        assert manager.table[i, : (64 + 33 + 15) // 16].tolist() == manager.cache.block_ids(i).tolist()
+    assert np.array_equal(manager.read_table, manager.table)
+    if backend == "paged":  # both blocks that the 32 published tokens complete
+        assert (manager.table[:, :6] == manager.table[0, :6]).all() and len(set(manager.table[:, 6].tolist())) == 6
 
 
 @needs_compiler
@@ -100,43 +129,6 @@ def test_without_a_floor_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     assert report.notes == ["no floor: no compiler here"]
     assert [row.manager for row in report.results] == list(cases()[0].managers)
     assert main(["step", "--case", "no such case"]) == 2
-
-
-def test_peers_that_are_absent_or_broken_are_left_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = tmp_path / "peers.json"
-    speed.run_peers(tmp_path, 1, path, True, SMALL)
-    assert "vllm is absent; install it with: python -m pip install --no-deps --target" in capsys.readouterr().out
-    assert {row["manager"] for row in json.loads(path.read_text())["results"]["peers"]} >= {"paged", "virtual"}
-
-    (tmp_path / "vllm").mkdir()  # with nothing in it
-    report = peers_module.peers(SMALL, tmp_path, 1, among=PEERS)
-    assert [note for note in report.notes if note.startswith("vllm left out: its driver ended: ")]
-    assert not report.versions and report.results
-
-
-def test_a_peer_is_measured_by_its_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A driver as the real ones are, over a manager that does nothing."""
-    drivers = tmp_path / "drivers"
-    drivers.mkdir()
-    shutil.copy(Path(peers_module.__file__).parent / "drivers" / "harness.py", drivers)
-    (drivers / "idle_driver.py").write_text(
-        "from harness import serve\n"
-        "class Idle:\n"
-        "    def __init__(self, workload): assert workload['sequences'] == 6\n"
-        "    def admit(self, i, prompt): assert len(prompt) == 64 and isinstance(prompt[0], int)\n"
-        "    def step(self, last): assert last is None or len(last) == 6\n"
-        "    def release(self, i): pass\n"
-        "    def forget(self): pass\n"
-        "serve(Idle, '1.2')\n"
-    )
-    (tmp_path / "idle").mkdir()
-    monkeypatch.setattr(peers_module, "_DRIVERS", drivers)
-    report = peers_module.peers(SMALL, tmp_path, 1, among=[Peer("idle", "idle==1.2")])
-    rows = [row for row in report.results if row.manager == "idle"]
-    assert report.versions == {"idle": "1.2"} and len(rows) == 5 * 4 and not report.notes
-    assert all(row.times_kvmem is not None and row.us.count > 0 for row in rows)
 
 
 def test_compare_fails_from_a_tenth_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

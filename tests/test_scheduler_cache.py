@@ -252,6 +252,68 @@ def test_steps_say_what_a_plain_allocator_does(backend: str, device: str) -> Non
     )
 
 
+def random_allocate(cache: SchedulerCache, name: int, rng: random.Random) -> TableChanges | None:
+    count = rng.choice((0, 1, 1, 1, SIZE - 1, 2 * SIZE))
+    if rng.random() < 0.5:
+        return cache.allocate(name, count)
+    return cache.allocate_step(cache.handles([name]), np.array([count], np.int32))
+
+
+def random_publish(cache: SchedulerCache, name: int, tokens: list[int], rng: random.Random) -> TableChanges:
+    done = cache.sequence(name).num_committed_tokens
+    count = min(rng.choice((1, 1, SIZE, 99)), cache.num_tokens(name) - done)
+    if rng.random() < 0.05:
+        return cache.publish(name, count)
+    ids = (tokens + [rng.randrange(2)] * 2000)[done : done + count]
+    if rng.random() < 0.5:
+        return cache.publish(name, ids)
+    return cache.publish_step(cache.handles([name]), np.array([count], np.int32), np.array(ids, np.int32))
+
+
+def test_a_table_kept_from_the_changes_is_the_allocators(backend: str) -> None:
+    """Every verb, one request at a time or as a step of one, with drafts cut off (and no token after that, too) and
+    blocks that others have cached already.
+    """
+    seed = random.randrange(2**32)
+    print("seed", seed)
+    rng = random.Random(seed)
+    cache = SchedulerCache(open_allocator(backend, blocks=11, max_tokens=40 * SIZE))
+    tables: dict[int, list[int]] = {}
+    said: dict[int, list[int]] = {}
+    refused = merged = quiet = 0
+    for number in range(500):
+        name = rng.choice([*tables, number]) if len(tables) < 6 else rng.choice(list(tables))
+        verb = "begin" if name == number else rng.choice(("allocate", "publish") * 3 + ("truncate",))
+        written: TableChanges | None = None
+        if verb == "begin":
+            tokens = prompt(*(rng.randrange(2) for _ in range(rng.randrange(1, 5))))
+            written = cache.allocate(name, rng.choice((None, 0, 3)), tokens=tokens)
+            tables[name], said[name] = [], tokens.tolist()
+        elif verb == "allocate":
+            written = random_allocate(cache, name, rng)
+        elif verb == "publish":
+            written = random_publish(cache, name, said[name], rng)
+            merged += len(written)
+        else:
+            cache.truncate(name, rng.randrange(cache.num_tokens(name) + 1))
+            del tables[name][-(-cache.num_tokens(name) // SIZE) :]
+        if written is not None:
+            quiet += len(written) == 0
+            for row, column, block in zip(written.rows, written.columns, written.blocks, strict=True):
+                assert row == 0
+                tables[name][column : column + 1] = [int(block)]
+        elif verb in ("begin", "allocate"):
+            refused += 1
+            gone = name if verb == "begin" else rng.choice(list(tables))
+            del tables[gone]
+            if gone in cache:
+                cache.free(gone)
+        for other, entries in tables.items():
+            assert entries == cache.block_ids(other).tolist(), (number, verb, name, other)
+    assert refused > 0 and quiet > 0 and (merged > 0 or backend == "virtual")
+    assert cache.allocator.check() == []
+
+
 def test_every_group_has_a_table(backend: str) -> None:
     config = {"model_type": "gemma3_text", "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,
               "num_key_value_heads": 1, "head_dim": 16, "sliding_window": 32, "sliding_window_pattern": 2,

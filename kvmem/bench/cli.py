@@ -235,7 +235,7 @@ def gpu_command(folder: Path, part: str | None, seconds: float, device: str, tin
 @click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True, help="After one that warms up.")
 @_takes(_OUTPUT[::2])
 def peers_command(installed: Path, rounds: int, json_path: Path | None, quiet: bool) -> None:
-    """kvmem beside the KV manager of vLLM and a C++ loop. Says how to install a peer that is absent."""
+    """kvmem beside the KV managers of vLLM and SGLang, and a C++ loop. Says how to install a peer that is absent."""
     run_peers(installed, rounds, json_path, quiet)
 
 

@@ -1,4 +1,4 @@
-"""kvmem as the workload of `kvmem.bench.workload` drives it: batched, and a call a sequence."""
+"""kvmem as the workload of `kvmem.bench.workload` drives it: batched, a call a sequence, and by `SchedulerCache`."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import numpy as np
 from kvmem.bench.memory import Backend
 from kvmem.bench.model import load_model
 from kvmem.bench.pools import Int32s
-from kvmem.bench.workload import Workload
+from kvmem.bench.workload import Manager, Workload
 
 if TYPE_CHECKING:
-    from kvmem import Allocator, CacheSpec, Sequence
+    from kvmem import Allocator, CacheSpec, Sequence, TableChanges
 
-__all__ = ["Batched", "OneByOne", "heap_bytes", "open_books"]
+__all__ = ["Batched", "ByRequest", "OneByOne", "heap_bytes", "open_books", "open_manager"]
 
 _MALLINFO2 = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
 _TRASH_BLOCKS = 2
@@ -96,6 +96,62 @@ class OneByOne(Batched):
             if last is not None:
                 sequence.commit(last[i : i + 1] if self.workload.cache else 1)
             sequence.extend(1)
+
+
+class ByRequest:
+    """`SchedulerCache`, asked about one request at a time, as vLLM's scheduler asks its manager: a step takes what each
+    answer changes into a block table, and the events; all metadata: that table is copied to where kernels read it.
+    """
+
+    def __init__(self, workload: Workload, allocator: Allocator) -> None:
+        from kvmem import SchedulerCache
+
+        self.workload, self.allocator = workload, allocator
+        self.cache = SchedulerCache(allocator)
+        self.table = np.zeros((workload.sequences, workload.max_tokens // workload.block), np.int32)
+        self.read_table = np.zeros_like(self.table)
+
+    def admit(self, i: int, prompt: Int32s) -> None:
+        cached = self.workload.cache
+        began = self.cache.allocate(i, tokens=prompt) if cached else self.cache.allocate(i, len(prompt))
+        assert began is not None, "the pool is too small"
+        self._take(i, began)
+        rest = prompt[self.cache.num_cached_tokens(i) :]
+        self._take(i, self.cache.publish(i, rest if cached else len(rest)))
+
+    def step(self, last: Int32s | None) -> None:
+        allocate, publish, cached = self.cache.allocate, self.cache.publish, self.workload.cache
+        for i in range(self.workload.sequences):
+            if last is not None and len(merged := publish(i, last[i : i + 1] if cached else 1)):
+                self._take(i, merged)
+            grown = allocate(i, 1)
+            assert grown is not None, "the pool is too small"
+            if len(grown):
+                self._take(i, grown)
+        self.cache.take_events()
+        if self.workload.metadata:
+            np.copyto(self.read_table, self.table)
+
+    def _take(self, i: int, changes: TableChanges) -> None:
+        self.table[i, changes.columns] = changes.blocks
+
+    def release(self, i: int) -> None:
+        self.cache.free(i)
+
+    def forget(self) -> None:
+        self.cache.clear_cache()
+
+
+def open_manager(name: str, workload: Workload) -> Manager:
+    """By name: ``paged`` or ``virtual``, then ``cpu`` for real memory, ``one by one`` for a call a sequence,
+    ``SchedulerCache`` for that.
+    """
+    words = name.split(", ")
+    backend: Backend = "paged" if words[0] == "paged" else "virtual"
+    allocator = open_books(workload, backend, "cpu" if "cpu" in words else "meta")
+    if "SchedulerCache" in words:
+        return ByRequest(workload, allocator)
+    return (OneByOne if "one by one" in words else Batched)(workload, allocator)
 
 
 class _Mallinfo2(ctypes.Structure):

@@ -1,8 +1,9 @@
-"""kvmem beside vLLM's manager, and the C++ floor: one workload, one run, interleaved.
+"""kvmem beside the KV managers of vLLM and SGLang, and the C++ floor: one workload, one run, interleaved.
 
-Each peer is its published wheel, installed without dependencies into a folder of its own, and runs in a process of its
-own (``drivers/``): only its KV manager is imported. Times are CPU time of the calling thread, so that a call that lasts
-a millisecond does not pay for other programs while one that lasts a microsecond does not; the floor's are wall clock.
+Each peer is its published wheel, installed without dependencies into a folder of its own: only its KV manager is
+imported. Every manager, ours too, runs in a process of its own (``drivers/``) under one loop: times are CPU time of the
+calling thread, so that a call that lasts a millisecond does not pay for other programs while one that lasts a
+microsecond does not; the floor's are wall clock.
 """
 
 from __future__ import annotations
@@ -16,25 +17,26 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from time import thread_time_ns
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 
-from kvmem.bench.drivers import harness
 from kvmem.bench.environment import environment
 from kvmem.bench.errors import BenchError
 from kvmem.bench.floor import build_floor, run_program
 from kvmem.bench.results import SCHEMA_VERSION, without_folders
 from kvmem.bench.spread import Spread
-from kvmem.bench.step import FLOOR, open_manager
+from kvmem.bench.step import FLOOR
 from kvmem.bench.workload import Timings, Workload
 
-__all__ = ["PEERS", "Peer", "PeersReport", "PeersResult", "peers", "workloads"]
+__all__ = ["OURS", "PEERS", "Peer", "PeersReport", "PeersResult", "peers", "workloads"]
 
 _DRIVERS = Path(__file__).parent / "drivers"
-OURS = ("paged", "virtual")
+_PACKAGES = Path(__file__).parents[2]  # where kvmem itself is
+_BATCHED = ("paged", "virtual")
+_BY_REQUEST = "paged, SchedulerCache"
+OURS = (*_BATCHED, _BY_REQUEST)
 
 
 @dataclass(frozen=True)
@@ -51,13 +53,17 @@ class Peer:
         return f"python -m pip install --no-deps --target {folder / self.name} {words}"
 
 
-PEERS = (Peer("vllm", "vllm==0.33.0", ("cachetools", "cbor2", "msgspec", "pybase64", "pyzmq")),)
+PEERS = (
+    Peer("vllm", "vllm==0.33.0", ("cachetools", "cbor2", "msgspec", "pybase64", "pyzmq")),
+    Peer("sglang", "sglang==0.5.23", ("dill", "msgspec", "packaging")),
+)
 
 
 @dataclass(frozen=True)
 class PeersResult:
-    """``us``: microseconds a ``unit`` of ``manager``. ``times_floor`` and ``times_kvmem``: its median over theirs (of
-    the faster of our backends). ``peak_bytes``: what the process grew by, None for the floor and for us.
+    """``us``: microseconds a ``unit`` of ``manager``. ``times_floor``, ``times_kvmem`` and ``times_by_request``: its
+    median over theirs: the floor's, that of the faster of our backends called once a step, and that of our
+    `SchedulerCache` called for each request. ``peak_bytes``: what the process grew by, None for the floor.
     """
 
     workload: str
@@ -67,6 +73,7 @@ class PeersResult:
     us: Spread
     times_floor: float | None
     times_kvmem: float | None
+    times_by_request: float | None
     peak_bytes: int | None
 
 
@@ -109,7 +116,7 @@ _CASES = (("step", "step", "step"), ("step at a block edge", "step", "edge"), ("
 
 def peers(
     base: Workload, folder: Path, rounds: int, progress: Callable[[int], None] | None = None,
-    among: Sequence[Peer] = PEERS,
+    among: Sequence[Peer] = PEERS, ours: Sequence[str] = OURS,
 ) -> PeersReport:  # fmt: skip
     """Every workload on every manager that is there. ``folder``: where the peers are installed, each under its name."""
     report = PeersReport(rounds, base, {}, [], [])
@@ -122,50 +129,61 @@ def peers(
         floor = []
         report.notes.append(f"no floor: {error}")
     for done, (name, workload) in enumerate(workloads(base).items(), 1):
-        timings, peaks = _measure(workload, installed, floor, folder, rounds, report)
+        with ExitStack() as stack:
+            running = _start(stack, workload, ours, installed, folder, report)
+            timings, peaks = _measure(workload, running, floor, rounds, report)
         report.results += _results(name, timings, peaks)
         if progress is not None:
             progress(done)
     return report
 
 
+def _start(
+    stack: ExitStack, workload: Workload, ours: Sequence[str], installed: Sequence[Peer], folder: Path,
+    report: PeersReport,
+) -> dict[str, _Process]:  # fmt: skip
+    """A process for each manager, ready for rounds. All start side by side, as it takes seconds."""
+    drivers: dict[str, tuple[Sequence[str], Path]] = {name: (("kvmem_driver.py", name), _PACKAGES) for name in ours}
+    drivers |= {peer.name: ((f"{peer.name}_driver.py",), folder / peer.name) for peer in installed}
+    running = {name: stack.enter_context(_Process(*driver, workload)) for name, driver in drivers.items()}
+    for name, process in list(running.items()):
+        try:
+            version = process.version()
+        except BenchError as error:
+            if name in ours:
+                raise BenchError(f"{name}: {error}") from error
+            note = f"{name} left out: {error}"
+            report.notes += [note] if note not in report.notes else []
+            del running[name]
+            continue
+        if name not in ours:
+            report.versions[name] = version
+    return running
+
+
 def _measure(
-    workload: Workload, installed: Sequence[Peer], floor: list[str], folder: Path, rounds: int, report: PeersReport
+    workload: Workload, running: dict[str, _Process], floor: list[str], rounds: int, report: PeersReport
 ) -> tuple[dict[str, Timings], dict[str, int]]:
-    timings: dict[str, Timings] = {name: Timings() for name in (*floor, *OURS)}
+    timings: dict[str, Timings] = {name: Timings() for name in (*floor, *running)}
     peaks: dict[str, int] = {}
-    ours = {name: open_manager(name, workload) for name in OURS}
-    with ExitStack() as stack:
-        running: dict[str, _Process] = {}
-        for peer in installed:
-            try:
-                running[peer.name] = stack.enter_context(_Process(peer, folder / peer.name, workload))
-            except BenchError as error:
-                note = f"{peer.name} left out: {error}"
-                report.notes += [note] if note not in report.notes else []
-                continue
-            report.versions[peer.name] = running[peer.name].version
-            timings[peer.name] = Timings()
-        for number in range(rounds + 1):
-            prompts, answers = workload.prompts(number), workload.answers(number)
-            turn: dict[str, dict[str, Any]] = {}
-            for name in floor:
-                turn[name] = run_program(build_floor(), workload)
-            for name, manager in ours.items():
-                turn[name] = dict(
-                    harness.run_round(manager, prompts, answers, workload.block, not workload.evict, thread_time_ns)
-                )
+    for number in range(rounds + 1):
+        turn: dict[str, dict[str, Any]] = {name: run_program(build_floor(), workload) for name in floor}
+        with tempfile.TemporaryDirectory() as tokens:
+            np.save(Path(tokens) / "prompts.npy", workload.prompts(number))
+            np.save(Path(tokens) / "answers.npy", workload.answers(number))
             for name, process in list(running.items()):
                 try:
-                    turn[name] = process.round(prompts, answers)
+                    turn[name] = process.ask(tokens)
                 except BenchError as error:
+                    if name not in report.versions:  # one of ours
+                        raise BenchError(f"{name}: {error}") from error
                     report.notes.append(f"{name} left out of {workload}: {error}")
                     del running[name], timings[name]
                     continue
                 peaks[name] = max(peaks.get(name, 0), turn[name]["peak_bytes"])
-            if number > 0:  # the first warms up
-                for name, printed in turn.items():
-                    timings[name].add(printed)
+        if number > 0:  # the first warms up
+            for name, printed in turn.items():
+                timings[name].add(printed)
     return timings, peaks
 
 
@@ -173,46 +191,56 @@ def _results(workload: str, timings: dict[str, Timings], peaks: dict[str, int]) 
     rows = []
     for case, unit, phase in _CASES:
         spreads = {name: Spread.of_ns(values.all(phase)) for name, values in timings.items()}
-        least = spreads[FLOOR].median if FLOOR in spreads else 0.0
-        best = min(spreads[name].median for name in OURS)
+        medians = {name: us.median for name, us in spreads.items()}
+        least = medians.get(FLOOR)
+        best = min((medians[name] for name in _BATCHED if name in medians), default=None)
+        by_request = medians.get(_BY_REQUEST)
         for name, us in spreads.items():
-            times_floor = us.median / least if least and name != FLOOR else None
-            times_kvmem = us.median / best if best and name not in (FLOOR, *OURS) else None
-            rows.append(PeersResult(workload, case, unit, name, us, times_floor, times_kvmem, peaks.get(name)))
+            theirs = name not in (FLOOR, *OURS)
+            rows.append(
+                PeersResult(
+                    workload, case, unit, name, us,
+                    times_floor=us.median / least if least and name != FLOOR else None,
+                    times_kvmem=us.median / best if best and theirs else None,
+                    times_by_request=us.median / by_request if by_request and theirs else None,
+                    peak_bytes=peaks.get(name),
+                )
+            )  # fmt: skip
     return rows
 
 
 class _Process:
-    """A peer's manager in a process of its own; ends with the block."""
+    """A manager in a process of its own, by the words of its driver; ends with the block."""
 
-    def __init__(self, peer: Peer, folder: Path, workload: Workload) -> None:
+    def __init__(self, driver: Sequence[str], folder: Path, workload: Workload) -> None:
         quiet = {"VLLM_LOGGING_LEVEL": "ERROR", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-        self.peer = peer
         self.errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         self.process = subprocess.Popen(
-            [sys.executable, str(_DRIVERS / f"{peer.name}_driver.py")],
+            [sys.executable, str(_DRIVERS / driver[0]), *driver[1:]],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.errors,
             text=True,
             env=os.environ | quiet | {"PYTHONPATH": str(folder)},
         )
-        with ExitStack() as undo:  # the process must not outlive a constructor that fails
-            undo.callback(self.__exit__, None, None, None)
-            self.version: str = self._ask(asdict(workload))["version"]
-            undo.pop_all()
+        self._say(asdict(workload))
 
-    def round(self, prompts: np.ndarray, answers: np.ndarray) -> dict[str, Any]:
-        with tempfile.TemporaryDirectory() as folder:
-            np.save(Path(folder) / "prompts.npy", prompts)
-            np.save(Path(folder) / "answers.npy", answers)
-            return self._ask(folder)
+    def version(self) -> str:
+        """Waits until it is ready for rounds."""
+        return str(self._answer()["version"])
 
-    def _ask(self, what: object) -> dict[str, Any]:
-        assert self.process.stdin is not None and self.process.stdout is not None
+    def ask(self, what: object) -> dict[str, Any]:
+        self._say(what)
+        return self._answer()
+
+    def _say(self, what: object) -> None:
+        assert self.process.stdin is not None
         with suppress(BrokenPipeError):  # a driver that has ended has said why
             self.process.stdin.write(json.dumps(what) + "\n")
             self.process.stdin.flush()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
             self.process.wait()

@@ -15,8 +15,7 @@ import numpy as np
 from kvmem.bench.environment import environment
 from kvmem.bench.errors import BenchError
 from kvmem.bench.floor import build_floor, run_program
-from kvmem.bench.managers import Batched, OneByOne, heap_bytes, open_books
-from kvmem.bench.memory import Backend
+from kvmem.bench.managers import heap_bytes, open_manager
 from kvmem.bench.results import SCHEMA_VERSION, without_folders
 from kvmem.bench.spread import Spread
 from kvmem.bench.workload import Manager, Timings, Workload, run_round
@@ -85,7 +84,10 @@ def cases(scale: float = 1.0) -> list[Case]:
     cached, tables = replace(plain, cache=True), replace(plain, metadata=True)
     shared = replace(cached, shared=plain.prompt // 2)
     full = replace(cached, evict=True, pool=cached.blocks)
-    batched, calls = ("paged", "virtual", "paged, cpu"), ("paged, one by one", "virtual, one by one")
+    batched, calls = (
+        ("paged", "virtual", "paged, cpu"),
+        ("paged, one by one", "virtual, one by one", "paged, SchedulerCache"),
+    )
     edge, admit = "step: all cross a block edge", f"admit {plain.prompt:,} tokens"
     rows = [
         Case("step: slots and what is new in the table", "step", "step", plain, GOALS["step"], batched),
@@ -160,14 +162,6 @@ def measure(workload: Workload, names: Sequence[str], rounds: int) -> tuple[dict
                 gc.collect()
                 timings[name].add(run_round(managers[name], workload, number))
     return timings, heaps
-
-
-def open_manager(name: str, workload: Workload) -> Manager:
-    """By name: ``paged`` or ``virtual``, then ``cpu`` for real memory, ``one by one`` for a call a sequence."""
-    words = name.split(", ")
-    backend: Backend = "paged" if words[0] == "paged" else "virtual"
-    allocator = open_books(workload, backend, "cpu" if "cpu" in words else "meta")
-    return (OneByOne if "one by one" in words else Batched)(workload, allocator)
 
 
 def _result(case: Case, name: str, timings: Timings, heap: int | None) -> StepResult:

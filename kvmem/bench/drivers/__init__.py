@@ -1,1 +1,1 @@
-"""Programs that run inside a peer's own environment and drive its manager; nothing here imports kvmem."""
+"""Programs that drive one manager each in a process of its own: a peer's, inside the peer's environment, or kvmem's."""
