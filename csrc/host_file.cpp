@@ -80,6 +80,40 @@ void HostFile::give(i64 offset, i64 bytes) {
   }
 }
 
+void HostFile::show(Address at, i64 bytes, i64 offset, bool accessible) const {
+  void* where = reinterpret_cast<void*>(at);
+  const int protection = accessible ? PROT_READ | PROT_WRITE : PROT_NONE;
+  if (mmap(where, bytes, protection, MAP_SHARED | MAP_FIXED, fd_, offset) == MAP_FAILED) {
+    system_failed("map", "mmap", range_text(at, bytes));
+  }
+  // A shared mapping would stay shared with a forked child, which could then write into the parent's cache.
+  if (madvise(where, bytes, MADV_DONTFORK) != 0) {
+    const int code = errno;
+    make_hole(at, bytes);
+    errno = code;
+    system_failed("map", "madvise", range_text(at, bytes));
+  }
+}
+
+bool make_hole(Address at, i64 bytes) {
+  void* where = reinterpret_cast<void*>(at);
+  const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED;
+  if (mmap(where, bytes, PROT_NONE, flags, -1, 0) == MAP_FAILED) return false;
+  madvise(where, bytes, MADV_DONTFORK);  // a new mapping loses the flag; with it the hole merges with its neighbours
+  return true;
+}
+
+void system_failed(const char* call, const char* system_call, const std::string& what) {
+  const int code = errno;
+  const std::string message =
+      std::string("the host driver: ") + call + " of " + what + ": " + system_call + " failed: " + std::strerror(code);
+  if (code == ENOMEM) {
+    throw OutOfMemory(message +
+                      " (address space, or vm.max_map_count: use a larger page_bytes, fewer rows, or raise it)");
+  }
+  throw DeviceError(message, call, code);
+}
+
 i64 HostFile::physical_bytes() const {
   struct stat status{};
   if (fstat(fd_, &status) != 0) fail("fstat");
