@@ -6,6 +6,7 @@
 #include <string>
 
 #include "driver.h"
+#include "fork_guard.h"
 
 namespace kvmem {
 
@@ -28,7 +29,15 @@ class HostFile {
   i64 physical_bytes() const;
 
  private:
+  void open_window(i64 bytes);
+
+  const ForkGuard fork_;
   int fd_ = -1;
+  // The start of the file, as many bytes as there is memory, mapped with access where nobody knows of it; 0 where there
+  // are no addresses for that. A part of it shown elsewhere by mremap brings access and MADV_DONTFORK with it: one call
+  // of the system's instead of two or three.
+  Address window_ = 0;
+  i64 window_bytes_ = 0;
   std::map<i64, i64> free_;  // offset -> bytes, never adjacent
 };
 
