@@ -1,19 +1,23 @@
 """What a mapped page costs on the CPU device, beside a bare ``mmap`` of the same pages.
 
-Three ways to map the same runs of adjacent pages, in turn in every repetition: ``mmap(MAP_SHARED | MAP_FIXED)`` of a
-memfd; the driver's own call; and `Sequence.extend`, which also decides, keeps the books and can be undone. Pages exist
-before the clock starts, and none is touched while it runs: page faults are the first writer's, and the same for all.
+Runs of adjacent pages, mapped in turn by ``mmap(MAP_SHARED | MAP_FIXED)`` of a memfd and by `Sequence.extend`, which
+also decides, keeps the books and can be undone. The same without Python by ``csrc/bench/mapping.cpp`` (`make mapping`),
+and there by the host driver's own call too. Pages exist before the clock starts, and none is touched while it runs:
+page faults are the first writer's, and the same for all.
 """
 
 from __future__ import annotations
 
 import ctypes
+import json
 import mmap
 import os
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import product
+from pathlib import Path
 from time import perf_counter_ns
 from typing import Any
 
@@ -27,9 +31,10 @@ from kvmem.bench.spread import Spread
 
 __all__ = ["DecodeResult", "MappingReport", "MappingResult", "mapping"]
 
-BARE = "bare mmap"
+BARE, EXTEND = "bare mmap", "Sequence.extend"
 GOAL = 1.3  # times the bare mmap
 
+_PROGRAM = Path(__file__).parents[2] / "build" / "bench" / "mapping"
 _AREAS = 8  # sequences that grow in turn: whoever grows meets a neighbour in its row, but none in the memory
 _RUNS = 12  # of each area
 _PROTECT = mmap.PROT_READ | mmap.PROT_WRITE
@@ -87,16 +92,16 @@ def mapping(
     """Every page size with every run length. Takes address space and no memory to speak of."""
     rows: list[MappingResult] = []
     for done, (page_bytes, run_pages) in enumerate(product(pages, runs), 1):
-        times: dict[str, list[int]] = {BARE: [], "driver": [], "extend": []}
-        calls = dict.fromkeys(times, 0)
-        calls[BARE] = repetitions * _AREAS * _RUNS
-        for repetition in range(-1, repetitions):  # the first warms up
-            _repeat(page_bytes, run_pages, times, calls)
-            if repetition < 0:
-                calls |= {"driver": 0, "extend": 0}
-                for values in times.values():
-                    values.clear()
-        rows += _results(page_bytes, run_pages, times, calls)
+        times: dict[str, list[int]] = {BARE: [], EXTEND: []}
+        calls = 0
+        for repetition in range(-1, repetitions):
+            made = _repeat(page_bytes, run_pages, times)
+            calls += made
+            if repetition < 0:  # warmed up
+                times, calls = {BARE: [], EXTEND: []}, 0
+        rows += _results(page_bytes, run_pages, times, {BARE: len(times[BARE]), EXTEND: calls})
+        if _PROGRAM.exists():
+            rows += _without_python(page_bytes, run_pages, repetitions)
         if progress is not None:
             progress(done)
     return MappingReport(repetitions, rows, _decode())
@@ -105,22 +110,34 @@ def mapping(
 def _results(
     page_bytes: int, run_pages: int, times: dict[str, list[int]], calls: dict[str, int]
 ) -> Iterator[MappingResult]:
-    bare = Spread.of_ns(times[BARE]).median
+    """``times``: the bare mmap's first."""
+    bare = Spread.of_ns(next(iter(times.values()))).median
     for way, values in times.items():
         us = Spread.of_ns(values)
         yield MappingResult(way, page_bytes, run_pages, us, us.median / bare, calls[way] / len(values))
 
 
-def _repeat(page_bytes: int, run_pages: int, times: dict[str, list[int]], calls: dict[str, int]) -> None:
-    with _bare(page_bytes, run_pages) as bare, _driver(page_bytes, run_pages) as driver, \
-         _extend(page_bytes, run_pages) as extend:  # fmt: skip
-        ways = {BARE: bare, "driver": driver, "extend": extend}
+def _repeat(page_bytes: int, run_pages: int, times: dict[str, list[int]]) -> int:
+    made = 0
+    with _bare(page_bytes, run_pages) as bare, _extend(page_bytes, run_pages) as extend:
         for run, area in product(range(_RUNS), range(_AREAS)):
-            for way, call in ways.items():
-                spent, made = call(area, run)
-                times[way].append(spent)
-                if way != BARE:
-                    calls[way] += made
+            times[BARE].append(bare(area, run)[0])
+            spent, calls = extend(area, run)
+            times[EXTEND].append(spent)
+            made += calls
+    return made
+
+
+def _without_python(page_bytes: int, run_pages: int, repetitions: int) -> Iterator[MappingResult]:
+    words = [str(_PROGRAM), str(page_bytes), str(run_pages), str(repetitions)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise BenchError(f"{_PROGRAM.name}: {done.stderr.strip()[-300:] or f'ended with {done.returncode}'}")
+    found = json.loads(done.stdout)
+    names = {"bare": f"{BARE}, C++", "driver": "host driver, C++", "extend": "Cache::extend, C++"}
+    times = {name: found[f"{key}_ns"] for key, name in names.items()}
+    calls = {name: found.get(f"{key}_calls", len(times[name])) for key, name in names.items()}
+    return _results(page_bytes, run_pages, times, calls)
 
 
 _Call = Callable[[int, int], tuple[int, int]]  # area, run -> nanoseconds, driver calls
@@ -162,30 +179,6 @@ def _bare(page_bytes: int, run_pages: int) -> Iterator[_Call]:
 
 
 @contextmanager
-def _driver(page_bytes: int, run_pages: int) -> Iterator[_Call]:
-    """Mapped with access, a run a call."""
-    driver = _core.host_driver()
-    handles = [driver.create(page_bytes) for _ in range(_AREAS * _RUNS * run_pages)]
-    row = _RUNS * run_pages * page_bytes
-    base = driver.reserve(_AREAS * row)
-
-    def call(area: int, run: int) -> tuple[int, int]:
-        first = (run * _AREAS + area) * run_pages
-        at, chosen = base + area * row + run * run_pages * page_bytes, handles[first : first + run_pages]
-        before = driver.counters().map
-        begin = perf_counter_ns()
-        driver.map_run_open(at, page_bytes, chosen)
-        return perf_counter_ns() - begin, driver.counters().map - before
-
-    yield call
-    for area in range(_AREAS):
-        driver.unmap_run(base + area * row, page_bytes, _RUNS * run_pages)
-    driver.release(base, _AREAS * row)
-    for handle in handles:
-        driver.destroy(handle)
-
-
-@contextmanager
 def _extend(page_bytes: int, run_pages: int) -> Iterator[_Call]:
     """A page is a block. The pages are those of an allocator that has been closed: they exist, and nothing maps them.
     A run that the kernel is asked for once counts as one driver call.
@@ -200,9 +193,7 @@ def _extend(page_bytes: int, run_pages: int) -> Iterator[_Call]:
     first.extend_batch(first.open_batch(_AREAS), np.full(_AREAS, longest, dtype=np.int32))
     del first
     if pool.mapped_bytes:
-        raise BenchError(
-            f"{pool.mapped_bytes} bytes are still mapped: something keeps the allocator that made the pages"
-        )
+        raise BenchError(f"{pool.mapped_bytes} bytes are still mapped: something keeps the first allocator")
     allocator = _open(pool, page_bytes, block, _AREAS, longest)
     sequences = [allocator.sequence() for _ in range(_AREAS)]
     tokens = run_pages * block

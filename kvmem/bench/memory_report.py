@@ -66,7 +66,7 @@ def rectangle_tables(parts: Mapping[str, Sequence[dict[str, Any]]]) -> Iterator[
         times = [f"{ratio['median']:.2f}", f"{ratio['p10']:.2f} to {ratio['p90']:.2f}"]
         rows.append([f"{r['sequences']} x {r['tokens']:,}", r["memory"], *_spread(r["us"]), *times])
     columns = ["sequences x tokens", "memory", "median", "p10 to p90", "times plain", "p10 to p90"]
-    yield "One SDPA call for a batch, one layer's decode step, one thread, microseconds:", columns, rows
+    yield "One SDPA call for a batch, one layer's decode step, one thread, microseconds of CPU time:", columns, rows
 
 
 def _spread(us: dict[str, float]) -> list[str]:

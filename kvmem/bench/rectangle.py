@@ -3,6 +3,7 @@
 A decode step of one layer. The batch is one rectangle ``[batch, tokens, heads, width]``: a plain tensor; the rows of
 the virtual backend, which lie at equal distances and are read in place; the blocks of the paged backend, which are
 gathered into one first, every step. One thread, all in turn in every repetition, every result against float64.
+Times are CPU time of the thread, which waiting for a core is no part of.
 
 ``plain, same strides`` is an ordinary tensor that lies as the virtual rows do. What it costs over the contiguous one is
 the layout's price; what the virtual rows cost over it is the price of mapped memory.
@@ -13,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import product
-from time import perf_counter_ns
+from time import thread_time_ns
 from typing import Any
 
 import numpy as np
@@ -44,7 +45,9 @@ _TOLERANCE = 2e-2  # bfloat16 inputs and outputs of order one, against float64
 
 @dataclass(frozen=True)
 class RectangleResult:
-    """``us``: microseconds of one layer's step. ``ratio``: over the plain tensor, of times of the same repetition."""
+    """``us``: microseconds of CPU time of one layer's step. ``ratio``: over the plain tensor, of times of the same
+    repetition.
+    """
 
     memory: str
     sequences: int
@@ -112,10 +115,10 @@ def _case(batch: int, tokens: int, repetitions: int) -> list[RectangleResult]:
     with one_thread():
         for repetition in range(_WARM_UP + repetitions):
             for name in names[repetition % len(names) :] + names[: repetition % len(names)]:
-                begin = perf_counter_ns()
+                begin = thread_time_ns()
                 result = steps[name]()
                 if repetition >= _WARM_UP:
-                    times[name].append(perf_counter_ns() - begin)
+                    times[name].append(thread_time_ns() - begin)
                 errors[name] = max(errors[name], float((result.double() - expected).abs().max()))
     for name, error in errors.items():
         if not error < _TOLERANCE:
