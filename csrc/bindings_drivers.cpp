@@ -90,6 +90,12 @@ void bind_driver(nb::module_& m) {
             driver.map_run(at, page_bytes, pages.data(), static_cast<i64>(pages.size()));
           },
           "at"_a, "page_bytes"_a, "pages"_a, Free())
+      .def(
+          "map_run_open",
+          [](Driver& driver, Address at, i64 page_bytes, const std::vector<PageHandle>& pages) {
+            return driver.map_run_open(at, page_bytes, pages.data(), static_cast<i64>(pages.size()));
+          },
+          "at"_a, "page_bytes"_a, "pages"_a, Free())
       .def("unmap_run", &Driver::unmap_run, "at"_a, "page_bytes"_a, "count"_a, Free())
       .def("zero", &Driver::zero, "at"_a, "bytes"_a, "stream"_a = 0, Free())
       .def("copy", &Driver::copy, "to"_a, "source"_a, "bytes"_a, "stream"_a = 0, Free())

@@ -147,7 +147,9 @@ void Cache::follow(const std::vector<Op>& ops, Transaction& tx) {
     if (op.kind == OpKind::bind) {  // the row may come with pages that another one shows
       for (i64 g = 0; g < groups_; ++g) table_->look_at_tail(sequences_.place_of(op.a), g);
     }
-    if (op.kind == OpKind::length && op.b < op.c) table_->look_at_tail(sequences_.place_of(op.a), op.at);
+    if ((op.kind == OpKind::length && op.b < op.c) || op.kind == OpKind::front) {  // it holds more than it needs now
+      table_->look_at_tail(sequences_.place_of(op.a), op.at);
+    }
     if ((op.kind == OpKind::map || op.kind == OpKind::unmap) && !table_->is_whole(op)) {
       throw SpecError("the ops lack a record: arena " + std::to_string(op.at) + " would be left mapped in part");
     }

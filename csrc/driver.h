@@ -78,6 +78,11 @@ class Driver {
   // class calls the verbs above once a page; a driver that can do better overrides (host: one mmap per adjacent run).
   // map_run does not call set_access.
   virtual void map_run(Address at, i64 page_bytes, const PageHandle* pages, i64 count);
+  // map_run, and where that takes no further call set_access too: true then.
+  virtual bool map_run_open(Address at, i64 page_bytes, const PageHandle* pages, i64 count) {
+    map_run(at, page_bytes, pages, count);
+    return false;
+  }
   // On the host, unmapping in the middle of a run splits a mapping of the kernel's; where that would use up
   // vm.max_map_count, unmap and unmap_run throw OutOfMemory.
   virtual void unmap_run(Address at, i64 page_bytes, i64 count);

@@ -12,6 +12,7 @@
 #include <map>
 #include <mutex>
 #include <unordered_map>
+#include <vector>
 
 #include "driver.h"
 #include "fork_guard.h"
@@ -25,18 +26,6 @@ namespace {
 
 [[noreturn]] void refuse(const char* call, const std::string& why) {
   throw DeviceError(std::string("the host driver: ") + call + ": " + why, call, EINVAL);
-}
-
-// errno of a failed system call, as the right error. Where memory or mappings ran out nothing is broken: OutOfMemory.
-[[noreturn]] void system_failed(const char* call, const char* system_call, const std::string& what) {
-  const int code = errno;
-  const std::string message =
-      std::string("the host driver: ") + call + " of " + what + ": " + system_call + " failed: " + std::strerror(code);
-  if (code == ENOMEM) {
-    throw OutOfMemory(message +
-                      " (address space, or vm.max_map_count: use a larger page_bytes, fewer rows, or raise it)");
-  }
-  throw DeviceError(message, call, code);
 }
 
 class HostDriver final : public Driver {
@@ -68,7 +57,15 @@ class HostDriver final : public Driver {
   void map(Address at, i64 bytes, i64 offset, PageHandle page) override;
   void set_access(Address at, i64 bytes) override;
   void unmap(Address at, i64 bytes) override { unmap_run(at, bytes, 1); }
-  void map_run(Address at, i64 page_bytes, const PageHandle* pages, i64 count) override;
+  // Without access, so that a touch before set_access faults here as it does on a GPU.
+  void map_run(Address at, i64 page_bytes, const PageHandle* pages, i64 count) override {
+    map_pages(at, page_bytes, pages, count, false);
+  }
+  // The kernel takes the protection with the mapping: one change of its tables instead of two.
+  bool map_run_open(Address at, i64 page_bytes, const PageHandle* pages, i64 count) override {
+    map_pages(at, page_bytes, pages, count, true);
+    return true;
+  }
   void unmap_run(Address at, i64 page_bytes, i64 count) override;
 
   void zero(Address at, i64 bytes, Stream stream) override;
@@ -110,10 +107,10 @@ class HostDriver final : public Driver {
   HostPieces& reservation(const char* call, Address at, i64 bytes);
   Page& page_of(const char* call, PageHandle page, i64 bytes);
   void check_accessible(const char* call, Address at, i64 bytes);
-  std::vector<Run> runs_of(i64 page_bytes, const PageHandle* pages, i64 count);
+  // What [pages, pages + count) are: each in mapped_, and where they lie in runs_.
+  void find_runs(i64 page_bytes, const PageHandle* pages, i64 count);
   void check_mappings(i64 more, i64 percent) const;
-  void map_file(Address at, i64 bytes, i64 offset) const;
-  bool make_hole(Address at, i64 bytes) const;
+  void map_pages(Address at, i64 page_bytes, const PageHandle* pages, i64 count, bool accessible);
   // Applies `change` to the pieces of a reservation and keeps the process's count of mappings.
   template <class Change>
   void account(HostPieces& pieces, Change change) {
@@ -131,6 +128,8 @@ class HostDriver final : public Driver {
   i64 created_bytes_ = 0;
   std::unordered_map<PageHandle, Page> pages_;
   std::map<Address, HostPieces> reservations_;
+  std::vector<Run> runs_;      // of the call in progress
+  std::vector<Page*> mapped_;  // of the call in progress
 };
 
 HostDriver::~HostDriver() {
@@ -268,50 +267,26 @@ void HostDriver::destroy(PageHandle page) {
 
 // ---- Mappings ------------------------------------------------------------------------------------------------------
 
-// Mapped without access, so that a touch before set_access faults here as it does on a GPU.
-void HostDriver::map_file(Address at, i64 bytes, i64 offset) const {
-  void* where = reinterpret_cast<void*>(at);
-  if (mmap(where, bytes, PROT_NONE, MAP_SHARED | MAP_FIXED, file_.fd(), offset) == MAP_FAILED) {
-    system_failed("map", "mmap", range_text(at, bytes));
-  }
-  // A shared mapping would stay shared with a forked child, which could then write into the parent's cache.
-  if (madvise(where, bytes, MADV_DONTFORK) != 0) {
-    const int code = errno;
-    make_hole(at, bytes);
-    errno = code;
-    system_failed("map", "madvise", range_text(at, bytes));
-  }
-}
-
-// Takes a mapping away but keeps the addresses ours: a munmap would let another thread's mmap have them.
-bool HostDriver::make_hole(Address at, i64 bytes) const {
-  void* where = reinterpret_cast<void*>(at);
-  const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED;
-  if (mmap(where, bytes, PROT_NONE, flags, -1, 0) == MAP_FAILED) return false;
-  madvise(where, bytes, MADV_DONTFORK);  // a new mapping loses the flag; with it the hole merges with its neighbours
-  return true;
-}
-
 void HostDriver::map(Address at, i64 bytes, i64 offset, PageHandle page) {
   if (offset != 0) refuse("map", "offset is " + std::to_string(offset) + "; a page is mapped whole, from offset 0");
   map_run(at, bytes, &page, 1);
 }
 
-std::vector<HostDriver::Run> HostDriver::runs_of(i64 page_bytes, const PageHandle* pages, i64 count) {
-  std::vector<Run> runs;
+void HostDriver::find_runs(i64 page_bytes, const PageHandle* pages, i64 count) {
+  runs_.clear();
+  mapped_.clear();
   for (i64 i = 0; i < count; ++i) {
-    page_of("map", pages[i], page_bytes);
+    mapped_.push_back(&page_of("map", pages[i], page_bytes));
     const i64 offset = offset_of(pages[i]);
-    if (!runs.empty() && runs.back().offset + runs.back().count * page_bytes == offset) {
-      ++runs.back().count;
+    if (!runs_.empty() && runs_.back().offset + runs_.back().count * page_bytes == offset) {
+      ++runs_.back().count;
     } else {
-      runs.push_back({i, 1, offset});
+      runs_.push_back({i, 1, offset});
     }
   }
-  return runs;
 }
 
-void HostDriver::map_run(Address at, i64 page_bytes, const PageHandle* pages, i64 count) {
+void HostDriver::map_pages(Address at, i64 page_bytes, const PageHandle* pages, i64 count, bool accessible) {
   if (count <= 0) return;
   std::lock_guard<std::mutex> lock(mutex_);
   fork_.check(kName);
@@ -320,21 +295,22 @@ void HostDriver::map_run(Address at, i64 page_bytes, const PageHandle* pages, i6
   if (!pieces.all(at, page_bytes * count, [](const auto& piece) { return piece.offset == HostPieces::kHole; })) {
     refuse("map", range_text(at, page_bytes * count) + " is already mapped, in part or whole");
   }
-  const std::vector<Run> runs = runs_of(page_bytes, pages, count);
-  budget_.check_map(static_cast<i64>(runs.size()) + 1);  // and one, where they split the hole they lie in
-  for (const Run& run : runs) {
+  find_runs(page_bytes, pages, count);
+  budget_.check_map(static_cast<i64>(runs_.size()) + 1);  // and one, where they split the hole they lie in
+  counters_.set_access += accessible;
+  for (const Run& run : runs_) {
     ++counters_.map;
     try {
-      map_file(at + run.first * page_bytes, run.count * page_bytes, run.offset);
+      file_.show(at + run.first * page_bytes, run.count * page_bytes, run.offset, accessible);
     } catch (const Error&) {
       if (run.first) make_hole(at, run.first * page_bytes);
       throw;
     }
   }
   account(pieces, [&](HostPieces& p) {
-    for (const Run& run : runs) p.map(at + run.first * page_bytes, run.count * page_bytes, run.offset);
+    for (const Run& run : runs_) p.map(at + run.first * page_bytes, run.count * page_bytes, run.offset, accessible);
   });
-  for (i64 i = 0; i < count; ++i) ++pages_.find(pages[i])->second.mappings;
+  for (Page* page : mapped_) ++page->mappings;
 }
 
 void HostDriver::set_access(Address at, i64 bytes) {
@@ -365,17 +341,16 @@ void HostDriver::unmap_run(Address at, i64 page_bytes, i64 count) {
   fork_.check(kName);
   check_size("unmap", at, page_bytes);
   HostPieces& pieces = reservation("unmap", at, page_bytes * count);
-  std::vector<Page*> pages;
-  pages.reserve(count);
+  mapped_.clear();
   for (i64 i = 0; i < count; ++i) {
     const i64 offset = pieces.offset_at(at + i * page_bytes);
     if (offset == HostPieces::kHole) refuse("unmap", range_text(at + i * page_bytes, page_bytes) + " is not mapped");
-    pages.push_back(&page_of("unmap", handle_of(offset), page_bytes));
+    mapped_.push_back(&page_of("unmap", handle_of(offset), page_bytes));
   }
   budget_.check_unmap(pieces.growth_of_unmap(at, page_bytes * count));
   if (!make_hole(at, page_bytes * count)) system_failed("unmap", "mmap", range_text(at, page_bytes * count));
   account(pieces, [&](HostPieces& p) { p.unmap(at, page_bytes * count); });
-  for (Page* page : pages) --page->mappings;
+  for (Page* page : mapped_) --page->mappings;
 }
 
 // ---- Contents ------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@
 #include <iterator>
 #include <string>
 
-#include "fork_guard.h"
+#include "host_memory.h"
 
 namespace kvmem {
 namespace {
@@ -46,9 +46,25 @@ HostFile::HostFile() {
   }
   free_[0] = bytes;
   keep_in_parent(fd_);
+  open_window(std::min(bytes, host_total_bytes() / sysconf(_SC_PAGESIZE) * sysconf(_SC_PAGESIZE)));
 }
 
-HostFile::~HostFile() { close_kept(fd_); }
+HostFile::~HostFile() {
+  // In a forked child nothing is mapped there, and the addresses may be another's by now.
+  if (window_ != 0 && !fork_.forked()) munmap(reinterpret_cast<void*>(window_), window_bytes_);
+  close_kept(fd_);
+}
+
+void HostFile::open_window(i64 bytes) {
+  void* window = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd_, 0);
+  if (window == MAP_FAILED) return;
+  if (madvise(window, bytes, MADV_DONTFORK) != 0) {
+    munmap(window, bytes);
+    return;
+  }
+  window_ = reinterpret_cast<Address>(window);
+  window_bytes_ = bytes;
+}
 
 i64 HostFile::take(i64 bytes) {
   for (auto it = free_.begin(); it != free_.end(); ++it) {
@@ -78,6 +94,46 @@ void HostFile::give(i64 offset, i64 bytes) {
     std::prev(it)->second += it->second;
     free_.erase(it);
   }
+}
+
+void HostFile::show(Address at, i64 bytes, i64 offset, bool accessible) const {
+  void* where = reinterpret_cast<void*>(at);
+  if (accessible && offset + bytes <= window_bytes_) {
+    // An old size of 0 leaves the window as it is and makes a second mapping of the same pages.
+    void* source = reinterpret_cast<void*>(window_ + Address(offset));
+    if (mremap(source, 0, bytes, MREMAP_MAYMOVE | MREMAP_FIXED, where) == where) return;
+    // Not every system has it (valgrind has not), and what else may be wrong the longer way says.
+  }
+  const int protection = accessible ? PROT_READ | PROT_WRITE : PROT_NONE;
+  if (mmap(where, bytes, protection, MAP_SHARED | MAP_FIXED, fd_, offset) == MAP_FAILED) {
+    system_failed("map", "mmap", range_text(at, bytes));
+  }
+  // A shared mapping would stay shared with a forked child, which could then write into the parent's cache.
+  if (madvise(where, bytes, MADV_DONTFORK) != 0) {
+    const int code = errno;
+    make_hole(at, bytes);
+    errno = code;
+    system_failed("map", "madvise", range_text(at, bytes));
+  }
+}
+
+bool make_hole(Address at, i64 bytes) {
+  void* where = reinterpret_cast<void*>(at);
+  const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED;
+  if (mmap(where, bytes, PROT_NONE, flags, -1, 0) == MAP_FAILED) return false;
+  madvise(where, bytes, MADV_DONTFORK);  // a new mapping loses the flag; with it the hole merges with its neighbours
+  return true;
+}
+
+void system_failed(const char* call, const char* system_call, const std::string& what) {
+  const int code = errno;
+  const std::string message =
+      std::string("the host driver: ") + call + " of " + what + ": " + system_call + " failed: " + std::strerror(code);
+  if (code == ENOMEM) {
+    throw OutOfMemory(message +
+                      " (address space, or vm.max_map_count: use a larger page_bytes, fewer rows, or raise it)");
+  }
+  throw DeviceError(message, call, code);
 }
 
 i64 HostFile::physical_bytes() const {

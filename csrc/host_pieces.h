@@ -62,7 +62,7 @@ class HostPieces {
     return growth;
   }
 
-  void map(Address at, i64 bytes, i64 offset) { assign(at, at + bytes, offset, false); }
+  void map(Address at, i64 bytes, i64 offset, bool accessible) { assign(at, at + bytes, offset, accessible); }
   void unmap(Address at, i64 bytes) { assign(at, at + bytes, kHole, false); }
   void set_accessible(Address at, i64 bytes) {
     const Address end = at + bytes;

@@ -20,8 +20,7 @@ PagePool::PagePool(i64 page_bytes, i64 budget_pages, std::shared_ptr<Driver> dri
     space_ = std::make_shared<Space>(std::move(driver), page_bytes);
   }
   budget_pages_ = budget_pages;
-  refs_.assign(budget_pages, -1);
-  content_.assign(budget_pages, kGarbage);
+  grow_books(budget_pages);
   if (create_ahead_ && budget_pages_ > 0) {
     const Op op{OpKind::create, 0, 0, budget_pages_};
     if (space_) space_->execute(&op, &op + 1);
@@ -73,7 +72,7 @@ void PagePool::remove_owner(PageOwner* owner, const std::vector<i32>& pages) {
   for (i32 page : pages) {
     if (--refs_[page] > 0) continue;
     --mapped_pages_;
-    free_hint_ = std::min(free_hint_, i64{page});
+    free_.insert(page);
   }
   for (std::size_t i = 0; i < arenas_.size(); ++i) {
     if (arenas_[i].owner != owner) continue;
@@ -92,13 +91,18 @@ i32 PagePool::add_arena(PageOwner* owner, i64 slots) {
   return static_cast<i32>(arenas_.size() - 1);
 }
 
+void PagePool::grow_books(i64 pages) {
+  if (pages <= static_cast<i64>(refs_.size())) return;
+  free_.reserve(pages);
+  refs_.resize(pages, -1);
+  content_.resize(pages, kGarbage);
+}
+
 // The page after `near` if it is free, else the lowest free one; -1 if none is.
 i64 PagePool::find_free(i64 near) const {
   const i64 total = static_cast<i64>(refs_.size());
-  if (present_pages_ == mapped_pages_) return -1;
-  if (near >= 0 && near + 1 < total && refs_[near + 1] == 0) return near + 1;
-  while (refs_[free_hint_] != 0) ++free_hint_;
-  return free_hint_;
+  if (free_.empty()) return -1;
+  return near >= 0 && near + 1 < total && refs_[near + 1] == 0 ? near + 1 : free_.first();
 }
 
 void PagePool::map_slots(PageOwner& owner, i32 arena, i64 slot, i64 count, i64 near, Zero zero, Transaction& tx) {
@@ -185,10 +189,7 @@ void PagePool::set_budget(i64 pages) {
                       ", which is the smallest that would fit; free or preempt sequences first, or compact()");
   }
   if (present_pages_ > pages) give_back(present_pages_ - pages, tx);
-  if (pages > static_cast<i64>(refs_.size())) {
-    refs_.resize(pages, -1);
-    content_.resize(pages, kGarbage);
-  }
+  grow_books(pages);
   const i64 before = budget_pages_;
   budget_pages_ = std::max(before, pages);  // what is created is checked against it
   try {
@@ -244,19 +245,16 @@ void PagePool::apply(const Op& op, bool undo) {
         throw SpecError("create: " + std::to_string(op.b) + " pages from " + std::to_string(op.a) + "; the budget is " +
                         std::to_string(budget_pages_) + ", of which " + std::to_string(present_pages_) + " exist");
       }
-      if (op.a + op.b > static_cast<i64>(refs_.size())) {
-        refs_.resize(op.a + op.b, -1);
-        content_.resize(op.a + op.b, kGarbage);
-      }
+      grow_books(op.a + op.b);
       for (i64 p = op.a; p < op.a + op.b; ++p) {
         if (refs_[p] >= 0) throw SpecError("create: page " + std::to_string(p) + " is there already");
       }
       for (i64 p = op.a; p < op.a + op.b; ++p) {
         refs_[p] = 0;
+        free_.insert(p);
         content_[p] = space_ && space_->info().fresh_pages_are_zero && !undo ? kClean : kGarbage;
       }
       present_pages_ += op.b;
-      free_hint_ = std::min(free_hint_, op.a);
       break;
     case OpKind::destroy:
       if (op.a < 0 || op.b <= 0 || op.b > static_cast<i64>(refs_.size()) - op.a) {
@@ -267,7 +265,10 @@ void PagePool::apply(const Op& op, bool undo) {
           throw SpecError("destroy: page " + std::to_string(p) + " is not free");
         }
       }
-      for (i64 p = op.a; p < op.a + op.b; ++p) refs_[p] = -1;
+      for (i64 p = op.a; p < op.a + op.b; ++p) {
+        refs_[p] = -1;
+        free_.erase(p);
+      }
       present_pages_ -= op.b;
       absent_hint_ = std::min(absent_hint_, op.a);
       break;
@@ -340,6 +341,7 @@ void PagePool::set_mapped(const Op& op) {
   owner.on_map(op);
   for (i64 p = op.b; p < op.b + op.c; ++p) {
     if (refs_[p]++ == 0) {
+      free_.erase(p);
       ++mapped_pages_;
       ++owner.owned_pages;
     }
@@ -354,16 +356,19 @@ void PagePool::set_unmapped(const Op& op) {
     if (--refs_[p] == 0) {
       --mapped_pages_;
       --owner.owned_pages;
-      free_hint_ = std::min(free_hint_, p);
+      free_.insert(p);
     }
   }
 }
 
 void PagePool::check(std::vector<std::string>* out) const {
   i64 present = 0, mapped = 0;
-  for (i32 refs : refs_) {
-    present += refs >= 0;
-    mapped += refs > 0;
+  for (i64 page = 0; page < static_cast<i64>(refs_.size()); ++page) {
+    present += refs_[page] >= 0;
+    mapped += refs_[page] > 0;
+    if (free_.has(page) != (refs_[page] == 0)) {
+      out->push_back("page " + std::to_string(page) + " is wrongly among the free ones, or wrongly not");
+    }
   }
   if (present != present_pages_ || mapped != mapped_pages_) {
     out->push_back("invariant 1: counted " + std::to_string(present) + " pages present and " + std::to_string(mapped) +

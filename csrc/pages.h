@@ -14,6 +14,7 @@
 #include "driver.h"
 #include "fork_guard.h"
 #include "geometry.h"
+#include "id_set.h"
 #include "mapper.h"
 #include "ops.h"
 #include "space.h"
@@ -128,6 +129,7 @@ class PagePool {
   static constexpr i32 kGarbage = -2;
   static constexpr i64 kMaxPages = (i64{1} << 31) - 1;  // page ids are kept as int32
 
+  void grow_books(i64 pages);
   i64 find_free(i64 near) const;
   void need_zero(const PageOwner& owner, i32 arena, i64 slot, i64 page, i64 count, Zero zero, Transaction& tx);
   void set_mapped(const Op& op);
@@ -143,9 +145,9 @@ class PagePool {
   i64 driver_calls_ = 0;
   i64 fence_ = 0;
   const bool create_ahead_;
-  mutable i64 free_hint_ = 0;    // no page below it is free
   mutable i64 absent_hint_ = 0;  // no page below it is absent
   std::vector<i32> refs_;        // -1 absent, 0 free, else the number of mappings
+  IdSet free_;                   // those with 0
   std::vector<i32> content_;     // kClean, kGarbage, or the number of the owner that wrote it
   std::vector<Arena> arenas_;
   std::vector<PageOwner*> owners_;

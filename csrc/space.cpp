@@ -181,15 +181,16 @@ std::size_t Space::run_maps(const Op* ops, std::size_t count) {
   const Address base = at(ops[0].at, ops[0].a);
   const i64 pages = next - ops[0].a;
   std::vector<bool>& slots = arenas_[ops[0].at].slots;
+  bool open = false;
   try {
-    driver_->map_run(base, page_bytes_, run_.data(), pages);
+    open = driver_->map_run_open(base, page_bytes_, run_.data(), pages);
   } catch (const DeviceError& e) {
     if (e.call() == "map_run") must_be_empty(ops[0].at, ops[0].a, pages);  // half done
     throw;
   }
   std::fill(slots.begin() + ops[0].a, slots.begin() + next, true);
   try {
-    driver_->set_access(base, pages * page_bytes_);
+    if (!open) driver_->set_access(base, pages * page_bytes_);
   } catch (const Error&) {
     if (try_unmap(ops[0].at, ops[0].a, pages)) {
       std::fill(slots.begin() + ops[0].a, slots.begin() + next, false);

@@ -12,7 +12,10 @@ VirtualRows::VirtualRows(const Geometry& geometry, PagePool& pool, const Sequenc
       pool_(pool),
       sequences_(sequences),
       rows_(geometry.rows),
-      row_of_(geometry.max_sequences, -1) {
+      row_of_(geometry.max_sequences, -1),
+      doubles_(geometry.rows),
+      parked_(geometry.rows),
+      bound_(geometry.rows) {
   limit_pages = pool.budget_pages();
   pool.add_owner(this);
   try {
@@ -34,7 +37,9 @@ VirtualRows::VirtualRows(const Geometry& geometry, PagePool& pool, const Sequenc
   room_.assign(rows_.size() * groups_, -1);
   ready_.assign(rows_.size() * groups_, -1);
   copy_tail_.assign(row_of_.size() * groups_, 0);
-  for (i64 row = static_cast<i64>(rows_.size()) - 1; row > 0; --row) add_unbound(row);  // row 0 holds the trash blocks
+  for (i64 row = 1; row < geometry.rows; ++row) {  // row 0 shows the trash blocks
+    rows_[row].in_empty = empty_.emplace_hint(empty_.end(), 0, row);
+  }
 }
 
 VirtualRows::~VirtualRows() {
@@ -71,16 +76,14 @@ void VirtualRows::apply(const Op& op) {
     if (op.b <= 0 || op.b >= static_cast<i64>(rows_.size()) || rows_[op.b].index >= 0 || row_of_[index] >= 0) {
       throw SpecError("bind: row " + std::to_string(op.b) + " or the sequence is bound already");
     }
-    remove_unbound(op.b);
-    rows_[op.b].index = index;
     row_of_[index] = static_cast<i32>(op.b);
+    set_sequence(op.b, index);
     forget_room_of(op.b, index);
   } else if (op.kind == OpKind::unbind) {
     if (row_of_[index] < 0 || row_of_[index] != op.b) throw SpecError("unbind: not the row of this sequence");
-    rows_[op.b].index = -1;
     row_of_[index] = -1;
+    set_sequence(op.b, -1);
     forget_room_of(op.b, index);
-    add_unbound(op.b);
   } else {
     throw SpecError("block: the virtual backend has no block table");
   }
@@ -187,17 +190,45 @@ i64 VirtualRows::mapped_extent_slots(i64 group, i64 arena_in_group) const {
   return 0;
 }
 
-void VirtualRows::add_unbound(i64 row) {
-  rows_[row].place = static_cast<i64>(unbound_.size());
-  unbound_.push_back({row, rows_[row].slots});
+void VirtualRows::set_sequence(i64 row, i64 index) {
+  RowList& list = rows_[row].index < 0 ? parked_ : bound_;
+  if (list.has(row)) list.remove(row);
+  rows_[row].index = index;
+  may_give(row);
+  file_empty(row);
+  file_double(row);
 }
 
-void VirtualRows::remove_unbound(i64 row) {
-  const i64 place = rows_[row].place;
-  unbound_[place] = unbound_.back();
-  rows_[unbound_[place].row].place = place;
-  unbound_.pop_back();
-  rows_[row].place = -1;
+// Both put the row where its present state says, or nowhere.
+void VirtualRows::file_empty(i64 row) {
+  Row& r = rows_[row];
+  const bool belongs = r.index < 0 && r.holds.empty();
+  if (r.entry.empty()) {
+    if (belongs && r.in_empty->first == r.slots) return;
+    r.entry = empty_.extract(r.in_empty);
+  }
+  if (!belongs) return;
+  r.entry.value() = {r.slots, row};
+  r.in_empty = empty_.insert(std::move(r.entry)).position;
+}
+
+void VirtualRows::file_double(i64 row) {
+  const Row& r = rows_[row];
+  const bool belongs = r.index < 0 && !r.holds.empty() && (r.holds.back().next >= 0 || r.holds.back().previous >= 0);
+  if (belongs == doubles_.has(row)) return;
+  if (belongs) {
+    doubles_.add_last(row);
+  } else {
+    doubles_.remove(row);
+  }
+}
+
+void VirtualRows::finish(bool committed) {
+  for (i64 row : given_) {
+    if (!committed) may_give(row);
+  }
+  given_.clear();
+  index_.finish(committed);
 }
 
 void VirtualRows::change(const Op& op, bool mapped) {
@@ -225,7 +256,6 @@ void VirtualRows::change(const Op& op, bool mapped) {
   const i64 sign = mapped ? 1 : -1;
   e.count += sign * op.c;
   rows_[row].slots += sign * op.c;
-  if (rows_[row].place >= 0) unbound_[rows_[row].place].slots = rows_[row].slots;
   if (e.count == 0) {
     e.lo = e.hi = 0;
   } else if (mapped) {
@@ -236,7 +266,12 @@ void VirtualRows::change(const Op& op, bool mapped) {
     while (e.pages[e.hi - 1] < 0) --e.hi;
   }
   room_[row * groups_ + g] = -1;
-  if (rows_[row].index >= 0) forget_room(rows_[row].index, g);
+  if (mapped) may_give(row);
+  if (rows_[row].index >= 0) {
+    forget_room(rows_[row].index, g);
+  } else if (row > 0 && rows_[row].holds.empty()) {
+    file_empty(row);
+  }
 }
 
 void VirtualRows::on_content(const Op& op, bool undo) {
@@ -248,9 +283,11 @@ void VirtualRows::on_content(const Op& op, bool undo) {
   if (op.kind == OpKind::hold) {
     Hold hold;
     hold.node = node, hold.next = first;
-    if (first >= 0) rows_[first].holds[ordinal].previous = row;
+    const i32 before = first;
+    if (before >= 0) rows_[before].holds[ordinal].previous = row;
     first = row;
     holds.push_back(hold);
+    if (before >= 0) file_double(before);
     if (op.c == 1) rows_[row].state = node;
     index_.place(node, -1, undo);
   } else {
@@ -262,9 +299,15 @@ void VirtualRows::on_content(const Op& op, bool undo) {
     }
     if (hold.next >= 0) rows_[hold.next].holds[ordinal].previous = hold.previous;
     holds.pop_back();
+    if (hold.previous >= 0) file_double(hold.previous);
+    if (hold.next >= 0) file_double(hold.next);
     if (op.c == 1) rows_[row].state = kNoNode;
     index_.displace(node, -1, undo);
   }
+  if (rows_[row].index >= 0) return;
+  may_give(row);  // its content says which of its slots are needed
+  file_empty(row);
+  file_double(row);
 }
 
 void VirtualRows::check_content(std::vector<std::string>* out) const {
@@ -293,6 +336,24 @@ void VirtualRows::check_content(std::vector<std::string>* out) const {
   }
   for (const auto& [node, rows] : rows_of) {
     if (index_.places(node) != rows) out->push_back("cached block " + std::to_string(node) + ": rows counted wrongly");
+  }
+}
+
+// A row that is missing from a list would never be found again.
+void VirtualRows::check_lists(i64 row, std::vector<std::string>* out) const {
+  const Row& r = rows_[row];
+  const auto say = [&](const char* what) { out->push_back("row " + std::to_string(row) + ": " + what); };
+  const bool empty = r.index < 0 && r.holds.empty(), listed = empty_.count({r.slots, row}) > 0;
+  if (listed != empty || r.entry.empty() != listed) say("wrongly among the empty rows, or wrongly not");
+  const bool twice = r.index < 0 && !r.holds.empty() && index_.places(r.holds.back().node) > 1;
+  if (doubles_.has(row) != twice) say("wrongly among the rows whose content lies elsewhere too, or wrongly not");
+  if ((r.index < 0 ? bound_ : parked_).has(row)) say("in the list for rows of the other kind");
+  if ((r.index < 0 ? parked_ : bound_).has(row)) return;
+  for (i64 a = 0; a < arenas_; ++a) {
+    const Extent& e = extent(row, a);
+    i64 lo, hi;
+    wanted(row, group_of(a), a, &lo, &hi);
+    if (e.lo < std::min(lo, e.hi) || std::max(hi, e.lo) < e.hi) return say("has pages to spare that nobody would find");
   }
 }
 
@@ -325,7 +386,7 @@ void VirtualRows::check(std::vector<std::string>* out) const {
     if (slots != r.slots)
       say(row, "counted " + std::to_string(slots) + " mapped slots, noted " + std::to_string(r.slots));
     if (r.index >= 0 && (!sequences_.live(r.index) || row_of_[r.index] != row)) say(row, "bound to no live sequence");
-    if ((r.index < 0 && row > 0) != (r.place >= 0)) say(row, "its place among the unbound rows is wrong");
+    if (row > 0) check_lists(row, out);
   }
   i64 distinct = 0;
   for (const auto& [page, count] : seen) {

@@ -5,10 +5,13 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <set>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "page_table.h"
+#include "row_list.h"
 
 namespace kvmem {
 
@@ -22,15 +25,20 @@ struct Hold {
   i32 node = kNoNode, next = -1, previous = -1;  // rows
 };
 
+// Rows by mapped slots, then by number.
+using RowsBySlots = std::set<std::pair<i64, i64>>;
+
 struct Row {
-  i64 index = -1;             // the sequence it belongs to
+  i64 index = -1;             // the sequence it belongs to, -1: unbound
   i64 fence = 0;              // the device may use what lies here until this fence has passed
   i64 job = 0;                // the mapper's job that maps part of it, 0 for none
   i64 slots = 0;              // mapped, all arenas
-  i64 place = -1;             // in unbound_
   bool maybe_shared = false;  // some page may be mapped elsewhere too
   i32 state = kNoNode;        // the node at whose end its fixed state was copied
   std::vector<Hold> holds;    // its content, as far as it is known, block by block
+  // Its entry in empty_ while it has one; else the entry itself, kept so that no change of state needs memory.
+  RowsBySlots::iterator in_empty;
+  RowsBySlots::node_type entry;
 };
 
 class VirtualRows : public PageTable {
@@ -47,6 +55,7 @@ class VirtualRows : public PageTable {
   bool holds(i64 index, i64 group) const override;
   void look_at_tail(i64 index, i64 group) override {
     copy_tail_[index * groups_ + group] = 1;
+    if (row_of_[index] >= 0) may_give(row_of_[index]);
     forget_room(index, group);
   }
   void set_pending(i64 index, i64 job) override { rows_[row_of_[index]].job = job; }
@@ -56,7 +65,7 @@ class VirtualRows : public PageTable {
   void on_map(const Op& op) override { change(op, true); }
   void on_unmap(const Op& op) override { change(op, false); }
   void on_content(const Op& op, bool undo) override;
-  void finish(bool committed) override { index_.finish(committed); }
+  void finish(bool committed) override;
   bool can_give_up(const Op& op) const override {
     const Row& row = rows_[op.b];
     return row.index < 0 && !row.holds.empty() && row.holds.back().node == op.a &&
@@ -90,10 +99,6 @@ class VirtualRows : public PageTable {
   void check(std::vector<std::string>* out) const override;
 
  protected:
-  struct Unbound {
-    i64 row, slots;
-  };
-
   i64 page_bytes() const { return geometry_.page_bytes; }
   i32 arena(i64 a) const { return static_cast<i32>(base_arena_ + a); }
   i64 token_bytes(i64 g, i64 a) const { return geometry_.groups[g].token_bytes[a - first_[g]]; }
@@ -151,6 +156,36 @@ class VirtualRows : public PageTable {
     *hi = index < 0 ? extent(row, a).hi : high_slot(g, a, sequences_.tokens(index, g));
   }
 
+  // The slots of [extent.lo, extent.hi) that whoever has the row could do without end at *lo and begin again at *hi.
+  void wanted(i64 row, i64 g, i64 a, i64* lo, i64* hi) const {
+    if (rows_[row].index < 0) {
+      kept(row, g, a, lo, hi);
+    } else {
+      needed(row, g, a, lo, hi);
+    }
+  }
+
+  // The row may have pages to spare from now on.
+  void may_give(i64 row) {
+    if (row == 0 || rows_[row].slots == 0) return;
+    RowList& list = rows_[row].index < 0 ? parked_ : bound_;
+    if (list.has(row)) return;
+    // Of those that are parked the one freed longest ago leads, also where an old one comes back.
+    if (&list == &parked_ && rows_[list.last()].fence > rows_[row].fence) {
+      list.add_first(row);
+    } else {
+      list.add_last(row);
+    }
+  }
+
+  // It has none, until may_give() says otherwise or the transaction is taken back.
+  void gives_nothing(i64 row) {
+    RowList& list = rows_[row].index < 0 ? parked_ : bound_;
+    if (!list.has(row)) return;
+    list.remove(row);
+    given_.push_back(row);
+  }
+
   // Tokens that need no further mapping. Kept per row; -1 where a mapping has changed since.
   i64 room(i64 row, i64 group) {
     i64& room = room_[row * groups_ + group];
@@ -175,9 +210,13 @@ class VirtualRows : public PageTable {
   i32 base_arena_ = 0;
   std::vector<i64> first_;  // first arena of each group, and one past the last
   std::vector<Row> rows_;
-  std::vector<i32> row_of_;              // by sequence, -1 while it holds nothing
-  std::vector<i32> holder_;              // by node: the first row that holds it, or -1
-  std::vector<Unbound> unbound_;         // rows without a sequence, mapped (parked) or not
+  std::vector<i32> row_of_;  // by sequence, -1 while it holds nothing
+  std::vector<i32> holder_;  // by node: the first row that holds it, or -1
+  // Whoever looks for a row or for pages asks these, never all rows.
+  RowsBySlots empty_;                    // unbound rows without content
+  RowList doubles_;                      // unbound rows whose last block another row holds too
+  RowList parked_, bound_;               // the unbound and the bound rows that may have pages to spare
+  std::vector<i64> given_;               // what gives_nothing() took out in this transaction
   std::vector<Extent> extents_;          // [row][arena]
   std::vector<i64> room_;                // [row][group]
   std::vector<i64> ready_;               // [row][group]: tokens that need nothing of the row's job, -1: it maps nothing
@@ -192,10 +231,12 @@ class VirtualRows : public PageTable {
     }
   }
 
-  void add_unbound(i64 row);
-  void remove_unbound(i64 row);
+  void set_sequence(i64 row, i64 index);
+  void file_empty(i64 row);
+  void file_double(i64 row);
   void change(const Op& op, bool mapped);
   void check_content(std::vector<std::string>* out) const;
+  void check_lists(i64 row, std::vector<std::string>* out) const;
 };
 
 }  // namespace kvmem

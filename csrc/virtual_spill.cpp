@@ -8,56 +8,57 @@ namespace kvmem {
 
 // What nobody needs in parked rows first, the one that was freed longest ago leading: its fence has most likely
 // passed. Then what live rows hold beyond their need, then second copies of cached blocks, then cached blocks.
+// Cost: a few steps for each row that gives something or has changed since it was last looked at. Only a call that is
+// about to be refused looks at all that are parked, and each looks at the rows whose windows a pin keeps.
 i64 VirtualTable::spill(i64 pages, Transaction& tx) {
-  std::vector<i64> order;
-  for (const auto& entry : unbound_) {
-    if (entry.slots > 0 && entry.row != copy_) order.push_back(entry.row);
-  }
-  std::sort(order.begin(), order.end(), [this](i64 x, i64 y) {
-    return rows_[x].fence != rows_[y].fence ? rows_[x].fence < rows_[y].fence : x < y;
-  });
-  const std::size_t parked = order.size();
-  for (i64 row : row_of_) {
-    if (row > 0) order.push_back(row);
-  }
-  i64 freed = 0;
-  for (std::size_t i = 0; i < order.size() && freed < pages; ++i) freed += spill_row(order[i], pages - freed, tx);
-  for (std::size_t i = 0; i < parked && freed < pages; ++i) {
-    if (!is_copy(order[i])) continue;
-    cut(order[i], 0, tx);
-    freed += spill_row(order[i], pages - freed, tx);
-  }
+  i64 freed = spill_list(parked_, pages, tx);
+  freed += spill_list(bound_, pages - freed, tx);
+  const auto spill_doubles = [&](bool spare, i64 most) {
+    for (i64 row; freed < pages && (row = find_double(spare, most)) != 0;) {
+      cut(row, 0, tx);
+      freed += spill_row(row, pages - freed, tx);
+    }
+  };
+  spill_doubles(false, PrefixIndex::kCandidates);
   for (i32 node; freed < pages && (node = index_.victim()) != kNoNode;) freed += give_up(node, pages - freed, tx);
-  for (std::size_t i = 0; i < parked && freed < pages; ++i) {
-    if (!is_spare(order[i])) continue;
-    cut(order[i], 0, tx);
-    freed += spill_row(order[i], pages - freed, tx);
+  spill_doubles(true, doubles_.size());
+  return freed;
+}
+
+i64 VirtualTable::spill_list(const RowList& list, i64 pages, Transaction& tx) {
+  i64 freed = 0;
+  for (i64 row = list.first(), next; row != 0 && freed < pages; row = next) {
+    next = list.next(row);
+    if (row != copy_) freed += spill_row(row, pages - freed, tx);
   }
   return freed;
 }
 
 i64 VirtualTable::spill_row(i64 row, i64 pages, Transaction& tx) {
-  i64 freed = 0;
-  const bool parked = rows_[row].index < 0;
-  const bool fronts = row != source_ && !holds_pins(row);
-  for (i64 a = 0, g = 0; a < arenas_ && freed < pages; ++a) {
+  i64 freed = 0, a = 0;
+  bool all = true;  // that it could give
+  for (i64 g = 0; a < arenas_ && freed < pages; ++a) {
     while (a >= first_[g + 1]) ++g;
     const Extent& e = extent(row, a);
     i64 lo, hi;
-    if (parked) {
-      kept(row, g, a, &lo, &hi);
-    } else {
-      needed(row, g, a, &lo, &hi);
-    }
+    wanted(row, g, a, &lo, &hi);
     const i64 before = owned_pages;
-    if (fronts && e.lo < std::min(lo, e.hi)) unmap(row, a, e.lo, std::min(lo, e.hi), rows_[row].fence, tx);
+    if (e.lo < std::min(lo, e.hi)) {
+      if (row == source_ || holds_pins(row)) {
+        all = false;
+      } else {
+        unmap(row, a, e.lo, std::min(lo, e.hi), rows_[row].fence, tx);
+      }
+    }
     const i64 top = std::max(hi, e.lo);
     if (top < e.hi) {
       const i64 keep = rows_[row].maybe_shared ? 0 : std::max(i64{0}, (e.hi - top) - (pages - freed));
       unmap(row, a, top + keep, e.hi, rows_[row].fence, tx);
+      all = all && keep == 0;
     }
     freed += before - owned_pages;
   }
+  if (all && a == arenas_) gives_nothing(row);
   return freed;
 }
 
@@ -74,7 +75,7 @@ i64 VirtualTable::give_up(i32 node, i64 pages, Transaction& tx) {
   i64 freed = 0;
   for (i64 row : rows) {
     // What is left may be another row's too; or end where nobody could begin, since a window has passed there.
-    if (can_lose(row) && (is_copy(row) || !has_mapped(row, content_tokens(row)))) cut(row, 0, tx);
+    if ((is_copy(row) || !has_mapped(row, content_tokens(row))) && can_lose(row)) cut(row, 0, tx);
     if (freed < pages) freed += spill_row(row, pages - freed, tx);
   }
   return freed;
@@ -98,34 +99,25 @@ bool VirtualTable::can_lose(i64 row) const {
          });
 }
 
-i64 VirtualTable::best_empty(i64 slots) const {
-  const Unbound* best = nullptr;
-  for (const Unbound& u : unbound_) {
-    if (!rows_[u.row].holds.empty() || u.row == copy_) continue;
-    const bool fits = u.slots >= slots, best_fits = best && best->slots >= slots;
-    if (!best || (fits && !best_fits)) {
-      best = &u;
-    } else if (fits == best_fits) {
-      const i64 better = fits ? best->slots - u.slots : u.slots - best->slots;
-      if (better > 0 || (better == 0 && u.row < best->row)) best = &u;
-    }
+i64 VirtualTable::find_double(bool spare, i64 most) {
+  for (i64 looked = 0, row; looked < most && (row = doubles_.first()) != 0; ++looked) {
+    if (is_copy(row) || (spare && is_spare(row))) return row;
+    doubles_.remove(row);
+    doubles_.add_last(row);
   }
-  return best ? best->row : -1;
+  return 0;
 }
 
-i64 VirtualTable::pick_empty(Transaction& tx) {
-  const Unbound* best = nullptr;
-  for (const Unbound& u : unbound_) {
-    if (!rows_[u.row].holds.empty() || u.row == copy_) continue;
-    if (!best || u.slots < best->slots || (u.slots == best->slots && u.row < best->row)) best = &u;
-  }
-  return best ? best->row : empty_a_row(tx);
+i64 VirtualTable::best_empty(i64 slots) const {
+  if (empty_.empty()) return -1;
+  const auto best = empty_.lower_bound({slots, 0});
+  return best != empty_.end() ? best->second : empty_.lower_bound({empty_.rbegin()->first, 0})->second;
 }
+
+i64 VirtualTable::pick_empty(Transaction& tx) { return empty_.empty() ? empty_a_row(tx) : empty_.begin()->second; }
 
 i64 VirtualTable::empty_a_row(Transaction& tx) {
-  for (const Unbound& u : unbound_) {
-    if (!is_copy(u.row)) continue;
-    const i64 row = u.row;
+  if (const i64 row = find_double(false, PrefixIndex::kCandidates)) {
     cut(row, 0, tx);
     return row;
   }
@@ -137,9 +129,7 @@ i64 VirtualTable::empty_a_row(Transaction& tx) {
     }
     forget(node, tx);
   }
-  for (const Unbound& u : unbound_) {
-    if (!is_spare(u.row)) continue;
-    const i64 row = u.row;
+  if (const i64 row = find_double(true, doubles_.size())) {
     cut(row, 0, tx);
     return row;
   }

@@ -49,6 +49,7 @@ void VirtualTable::grow(i64 index, i64 group, i64 old_tokens, i64 new_tokens, Tr
 void VirtualTable::shrink(i64 index, i64 group, i64 old_tokens, i64 new_tokens, Transaction& tx) {
   const i64 row = row_of_[index];
   if (row < 0) return;
+  may_give(row);
   bool frees = false;
   for (i64 a = first_[group]; a < first_[group + 1]; ++a) {
     frees = frees || high_slot(group, a, new_tokens) < high_slot(group, a, old_tokens);

@@ -17,7 +17,10 @@ class VirtualTable final : public VirtualRows {
   void shrink(i64 index, i64 group, i64 old_tokens, i64 new_tokens, Transaction& tx) override;
   // Nothing is unmapped here: that would cost a driver call and a wait for every page a window leaves behind. The front
   // counts as parked from now on and goes when memory is short, in batches.
-  void drop_front(i64 index, i64, i64, i64, Transaction& tx) override { rows_[row_of_[index]].fence = tx.fence(); }
+  void drop_front(i64 index, i64, i64, i64, Transaction& tx) override {
+    rows_[row_of_[index]].fence = tx.fence();
+    may_give(row_of_[index]);
+  }
 
   void share(i64 parent, i64 child, i64 group, i64 first, i64 tokens, Transaction& tx) override;
   Found find(const std::vector<i32>& chain, i64 tokens) const override;
@@ -32,7 +35,7 @@ class VirtualTable final : public VirtualRows {
   }
 
   void evict(i32 node, Transaction& tx) override;
-  void offer(i32) override {}  // spill() looks at the rows themselves
+  void offer(i32) override {}  // doubles_ knows the rows that this concerns
   void snapshot(i64 index, const std::vector<i32>& chain, Transaction& tx) override;
   std::vector<i64> shared_pieces(i64 index, i64 group, i64 token) const override;
   void close(i64 index, Transaction& tx) override;
@@ -57,6 +60,7 @@ class VirtualTable final : public VirtualRows {
   bool has_mapped(i64 row, i64 tokens) const;
   // True if another row shows every block of a parked row from `from` on, as far back as this one does.
   bool is_covered(i64 row, std::size_t from) const;
+  i64 spill_list(const RowList& list, i64 pages, Transaction& tx);
   i64 spill_row(i64 row, i64 pages, Transaction& tx);
   // A pinned prefix keeps what its windows need, so the fronts of such a row stay.
   bool holds_pins(i64 row) const;
@@ -71,6 +75,9 @@ class VirtualTable final : public VirtualRows {
   bool is_spare(i64 row) const;
   // True if a parked row can lose what it holds: nobody uses it, or another row holds it too.
   bool can_lose(i64 row) const;
+  // The first of doubles_ that is a copy (or also: a spare), 0 if none is. Looks at `most` of them at most; those that
+  // are none now go to the end, so that the next look begins behind them.
+  i64 find_double(bool spare, i64 most);
   // The smallest parked row without content that has enough mapped, else the largest; among equals the first, so that
   // sequences that start together lie at equal distances and a batch of them is one strided tensor. -1 if all hold
   // content. The trash row is never among them.

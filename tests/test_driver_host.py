@@ -137,6 +137,27 @@ def test_pages_created_in_order_are_adjacent_and_map_in_one_call(driver: _core.D
     assert [piece[2] for piece in kernel_pieces(base, 1000 * PAGE)] == ["rw"]
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_run_mapped_open_is_accessible_at_once(driver: _core.Driver, order: int) -> None:
+    """The kernel agrees, unmaps, and shows the same bytes where the pages are mapped again the other way."""
+    base = driver.reserve(16 * PAGE)
+    pages = [driver.create(PAGE) for _ in range(8)][::order]
+    assert driver.map_run_open(base, PAGE, pages)
+    assert driver.counters().map == (1 if order == 1 else 8)
+    assert {piece[2] for piece in kernel_pieces(base, 8 * PAGE)} == {"rw"}
+    driver.copy(base, base + PAGE, 16)  # access was given in the books too
+    for i in range(8):
+        _core.write_bytes(base + i * PAGE, bytes([i + 1]) * 8)
+    with pytest.raises(DeviceError, match="already mapped"):
+        driver.map_run_open(base + 7 * PAGE, PAGE, pages[:1])
+    driver.map_run(base + 8 * PAGE, PAGE, pages)
+    driver.set_access(base + 8 * PAGE, 8 * PAGE)
+    assert [_core.read_bytes(base + (8 + i) * PAGE, 8)[0] for i in range(8)] == list(range(1, 9))
+    driver.unmap_run(base, PAGE, 16)
+    assert [piece[2:] for piece in kernel_pieces(base, 16 * PAGE)] == [("--", -1)]
+    driver.release(base, 16 * PAGE)
+
+
 def test_holes_in_the_file_are_filled_lowest_first(driver: _core.Driver) -> None:
     pages = [driver.create(PAGE) for _ in range(8)]
     for index in (5, 2, 3):

@@ -1,11 +1,14 @@
 # make floor, make callgrind: the two programs beside `python -m kvmem.bench step`, and their instruction counts.
+# make mapping: the one beside `python -m kvmem.bench mapping`.
 
 BENCH := build/bench
 BENCH_FLAGS := -O3 -g -DNDEBUG -std=c++17 -Wall -Wextra -fno-strict-aliasing -pthread -Icsrc
 BENCH_CORE := $(patsubst csrc/%.cpp,$(BENCH)/%.o,$(filter-out csrc/bindings%,$(wildcard csrc/*.cpp)))
 
-.PHONY: floor callgrind
+.PHONY: floor callgrind mapping
 floor: $(BENCH)/floor  ## compile the C++ floor that `bench step` compares with
+
+mapping: $(BENCH)/mapping  ## compile what `bench mapping` times without Python
 
 # No -march=native: valgrind knows fewer instructions than the newest machine.
 $(BENCH)/%.o: csrc/%.cpp csrc/bench/bench.mk
@@ -16,6 +19,9 @@ $(BENCH)/floor: $(BENCH)/bench/floor.o
 	$(CXX) $^ -o $@
 
 $(BENCH)/core: $(BENCH)/bench/core.o $(BENCH_CORE)
+	$(CXX) -pthread $^ -ldl -o $@
+
+$(BENCH)/mapping: $(BENCH)/bench/mapping.o $(BENCH_CORE)
 	$(CXX) -pthread $^ -ldl -o $@
 
 -include $(wildcard $(BENCH)/*.d $(BENCH)/*/*.d)

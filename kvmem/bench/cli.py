@@ -13,6 +13,7 @@ from rich.console import Console
 
 from kvmem.bench.errors import BenchError
 from kvmem.bench.language_models import LANGUAGE_MODELS
+from kvmem.bench.memory_report import run_mapping, run_rectangle
 from kvmem.bench.parts import Run, Settings
 from kvmem.bench.plots import write_plots, write_reuse_plot
 from kvmem.bench.progress import progress
@@ -208,6 +209,22 @@ def reuse_command(
 def step_command(words: str, rounds: int, json_path: Path | None, quiet: bool) -> None:
     """A scheduler's calls, each beside the least that a C++ loop needs for the same bookkeeping."""
     run_step(words, rounds, json_path, quiet)
+
+
+@bench.command("mapping")
+@click.option("--repetitions", type=click.IntRange(min=1), default=10, show_default=True, help="Of 96 runs each.")
+@_takes(_OUTPUT[::2])
+def mapping_command(repetitions: int, json_path: Path | None, quiet: bool) -> None:
+    """Mapped pages on the CPU beside a bare mmap of the same pages; driver calls of a run and of decoding."""
+    run_mapping(repetitions, json_path, quiet)
+
+
+@bench.command("rectangle")
+@click.option("--repetitions", type=click.IntRange(min=1), default=20, show_default=True)
+@_takes(_OUTPUT[::2])
+def rectangle_command(repetitions: int, json_path: Path | None, quiet: bool) -> None:
+    """One torch SDPA call over a batch: both backends' memory beside a plain contiguous tensor. Takes 3 GB."""
+    run_rectangle(repetitions, json_path, quiet)
 
 
 @bench.command("gpu")

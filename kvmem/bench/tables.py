@@ -15,6 +15,7 @@ from typing import Any
 from kvmem.bench.errors import BenchError
 from kvmem.bench.gpu.tables import gpu_page, gpu_summary
 from kvmem.bench.markdown import table as _table
+from kvmem.bench.memory_report import mapping_tables, rectangle_tables
 from kvmem.bench.results import SCHEMA_VERSION
 from kvmem.bench.step_report import COLUMNS as STEP_COLUMNS
 from kvmem.bench.step_report import PEER_COLUMNS, memory_rows, peer_rows, step_rows
@@ -228,6 +229,10 @@ def _details(document: Document) -> Iterator[tuple[str, list[str], list[list[str
     if rows := parts["attention"]:
         cells = [[r["case"], r["backend"], *_spread(r["us"])] for r in rows]
         yield "Attention on one thread, microseconds a layer:", ["case", "memory", "median", "p10 to p90"], cells
+    if parts["mapping"]:
+        yield from mapping_tables(parts)
+    if parts["rectangle"]:
+        yield from rectangle_tables(parts)
     if rows := parts["step"]:
         yield "Calls of a scheduler, microseconds:", STEP_COLUMNS, list(step_rows(rows))
         yield "Books at the end of a round:", ["pool", "manager", "heap", "bytes a block"], list(memory_rows(rows))
