@@ -195,6 +195,17 @@ nb::class_<Cache> bind_cache(nb::module_& m) {
           },
           "handle"_a, "count"_a, "group"_a = -1)
       .def(
+          "advance",
+          [](Cache& c, i32 handle, i32 count, std::optional<In<i32>> tokens) {
+            if (!tokens && c.advance_at_hand(handle, count)) return;
+            if (tokens) check_ids(*tokens);
+            nb::gil_scoped_release release;
+            c.advance(handle, count, tokens ? tokens->data() : nullptr,
+                      tokens ? static_cast<i64>(tokens->shape(0)) : 0);
+          },
+          "handle"_a, "count"_a, "tokens"_a.noconvert().none() = nb::none(),
+          "Commits what was reserved, and makes room for count more tokens.")
+      .def(
           "extend_batch",
           [](Cache& c, In<i32> handles, In<i32> counts, i64 group) {
             same_length(handles, counts);

@@ -57,6 +57,7 @@ class Cache final : public TableState {
   // has changed. Short enough to be called under Python's lock.
   bool extend_at_hand(i64 handle, i64 count);
   bool commit_at_hand(i64 handle, i64 count);
+  bool advance_at_hand(i64 handle, i64 count);  // as advance(), of tokens that are not known
   void truncate(i64 handle, i64 tokens);
   i64 fork(i64 handle);
   void free(const i32* handles, i64 n);
@@ -97,6 +98,9 @@ class Cache final : public TableState {
   // `num_tokens` ids of all of them, or null), and fills the first group that grows with the tokens.
   BatchSizes step(const i32* handles, const i32* counts, i64 n, const i32* tokens, i64 num_tokens, i64 rows,
                   const BatchBuffers& out, BatchMarks& marks);
+
+  // A step of one sequence, without a batch.
+  void advance(i64 handle, i64 count, const i32* tokens, i64 num_tokens);
 
   // out[i]: how many leading whole blocks sequences i and i + 1 have in common, as memory; n - 1 entries. 0 throughout
   // for groups with a window and for states.
@@ -159,6 +163,7 @@ class Cache final : public TableState {
   bool grows(i64 g, i64 group) const { return group >= 0 || geometry_.groups[g].growth == Growth::token; }
   void check_group(i64 group) const;
   void follow(const std::vector<Op>& ops, Transaction& tx);
+  void look_at_tails(i64 g);
   // A sequence may stand in a batch once: twice would be decided on a length that is no longer true.
   void check_once(i64 index) {
     if (stamp_[index] == call_) refuse_twice(index);
@@ -168,7 +173,7 @@ class Cache final : public TableState {
   void make_room(const i32* handles, const i32* counts, i64 n, i64 group);
   void plan_extend(const i32* handles, const i32* counts, i64 n, i64 group);
   bool plan_group(i64 index, i64 g, i64 group, i64 count);
-  void grow(const i32* handles, const i32* counts, i64 group, bool padded);
+  void grow(const i32* counts, i64 group, bool padded, std::size_t* at);
   void grow_planned(const i32* handles, const i32* counts, i64 n, i64 group, bool padded);
   void add_lengths(const i32* counts, i64 n, i64 group, i64 sign);
   void log_lengths(const i32* handles, const i32* counts, i64 n, i64 group);
@@ -181,7 +186,9 @@ class Cache final : public TableState {
   void set_length(i64 index, i64 g, i64 tokens, Transaction& tx);
   void set_committed(i64 index, i64 g, i64 tokens, Transaction& tx);
   void set_front(i64 index, i64 g, i64 token, Transaction& tx);
-  void plan_step(const i32* counts, i64 n, i64 num_tokens, bool known, i64 rows, const BatchBuffers& out);
+  void plan_due(i64 n, i64 num_tokens);
+  void check_fits(const i32* counts, i64 n, i64 rows, const BatchBuffers& out) const;
+  void advance_planned(const i32* handles, const i32* counts, i64 n, const i32* tokens, bool padded);
   [[noreturn]] void refuse_step(i64 handle, i64 g, i64 fresh) const;
   void check_rows(i64 rows, const BatchBuffers& out) const;
   void prepare_padding(i64 n, i64 g, i64 rows);

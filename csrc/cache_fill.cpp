@@ -82,33 +82,50 @@ void Cache::take_back_room(const i32* counts, i64 n) {
   tx.commit();
 }
 
-// What each of the planned sequences has to commit; true if the batch can take what the step makes of them.
-void Cache::plan_step(const i32* counts, i64 n, i64 num_tokens, bool known, i64 rows, const BatchBuffers& out) {
-  const i64 g = token_group_, size = geometry_.groups[g].block_tokens;
+// What each of the planned sequences has to commit. `num_tokens` ids are given, or -1 for none.
+void Cache::plan_due(i64 n, i64 num_tokens) {
+  const i64 g = token_group_;
   due_.resize(n);
-  i64 blocks_most = 0, blocks_all = rows - n, fresh = rows - n, due = 0;
+  i64 all = 0;
   for (i64 i = 0; i < n; ++i) {
-    const i64 have = sequences_.tokens(indices_[i], g), blocks = ceil_div(have + counts[i], size);
-    const i64 rest = have - sequences_.committed(indices_[i], g);
-    due_[i] = static_cast<i32>(rest);
-    due += rest;
+    const i64 due = sequences_.tokens(indices_[i], g) - sequences_.committed(indices_[i], g);
+    due_[i] = static_cast<i32>(due);
+    all += due;
+  }
+  if (num_tokens < 0 || num_tokens == all) return;
+  throw SpecError("step: got " + std::to_string(num_tokens) + " token ids to commit, but " + std::to_string(all) +
+                  " tokens are reserved and not committed");
+}
+
+// Whether the batch can take what the step makes of the planned sequences.
+void Cache::check_fits(const i32* counts, i64 n, i64 rows, const BatchBuffers& out) const {
+  check_rows(rows, out);
+  const i64 g = token_group_, size = geometry_.groups[g].block_tokens;
+  i64 blocks_most = 0, blocks_all = rows - n, fresh = rows - n;
+  for (i64 i = 0; i < n; ++i) {
+    const i64 blocks = ceil_div(sequences_.tokens(indices_[i], g) + counts[i], size);
     blocks_most = std::max(blocks_most, blocks);
     blocks_all += blocks;
     fresh += counts[i];
   }
-  if (known && num_tokens != due) {
-    throw SpecError("step: got " + std::to_string(num_tokens) + " token ids to commit, but " + std::to_string(due) +
-                    " tokens are reserved and not committed");
-  }
-  if (blocks_most > out.max_blocks || blocks_all > out.max_indices || fresh > out.max_new_tokens) {
-    throw SpecError("step: needs up to " + std::to_string(blocks_most) + " blocks for a sequence, " +
-                    std::to_string(blocks_all) + " in all and " + std::to_string(fresh) +
-                    " new tokens; the batch was made for " + std::to_string(out.max_blocks) + ", " +
-                    std::to_string(out.max_indices) + " and " + std::to_string(out.max_new_tokens));
+  if (blocks_most <= out.max_blocks && blocks_all <= out.max_indices && fresh <= out.max_new_tokens) return;
+  throw SpecError("step: needs up to " + std::to_string(blocks_most) + " blocks for a sequence, " +
+                  std::to_string(blocks_all) + " in all and " + std::to_string(fresh) +
+                  " new tokens; the batch was made for " + std::to_string(out.max_blocks) + ", " +
+                  std::to_string(out.max_indices) + " and " + std::to_string(out.max_new_tokens));
+}
+
+// To commit needs no memory, so what could be refused comes first.
+void Cache::advance_planned(const i32* handles, const i32* counts, i64 n, const i32* tokens, bool padded) {
+  grow_planned(handles, counts, n, -1, padded);
+  try {
+    commit_planned(due_.data(), n, -1, tokens);
+  } catch (...) {  // only a driver can fail here
+    take_back_room(counts, n);
+    throw;
   }
 }
 
-// Everything that could be refused is refused before anything changes; to commit needs no memory.
 BatchSizes Cache::step(const i32* handles, const i32* counts, i64 n, const i32* tokens, i64 num_tokens, i64 rows,
                        const BatchBuffers& out, BatchMarks& marks) {
   Lock lock = enter();
@@ -118,18 +135,21 @@ BatchSizes Cache::step(const i32* handles, const i32* counts, i64 n, const i32* 
     counts = ones_.data();
   }
   plan_extend(handles, counts, n, -1);
-  plan_step(counts, n, num_tokens, tokens != nullptr, rows, out);
-  check_rows(rows, out);
-  grow_planned(handles, counts, n, -1, rows > n && !table_->has_trash(token_group_));
-  try {
-    commit_planned(due_.data(), n, -1, tokens);
-  } catch (...) {  // only a driver can fail here
-    take_back_room(counts, n);
-    throw;
-  }
+  plan_due(n, tokens ? num_tokens : -1);
+  check_fits(counts, n, rows, out);
+  advance_planned(handles, counts, n, tokens, rows > n && !table_->has_trash(token_group_));
   const BatchSizes sizes = write_batch(handles, n, nullptr, token_group_, rows, out, marks);
   leave();
   return sizes;
+}
+
+void Cache::advance(i64 handle, i64 count, const i32* tokens, i64 num_tokens) {
+  Lock lock = enter();
+  const i32 one = static_cast<i32>(handle), more = static_cast<i32>(count);
+  plan_extend(&one, &more, 1, -1);
+  plan_due(1, tokens ? num_tokens : -1);
+  advance_planned(&one, &more, 1, tokens, false);
+  leave();
 }
 
 }  // namespace kvmem

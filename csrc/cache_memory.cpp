@@ -119,6 +119,12 @@ void Cache::apply(const std::vector<Op>& ops) {
   leave();
 }
 
+void Cache::look_at_tails(i64 g) {
+  for (i64 index = 0; index < sequences_.capacity(); ++index) {
+    if (sequences_.live(index)) table_->look_at_tail(index, g);
+  }
+}
+
 void Cache::follow(const std::vector<Op>& ops, Transaction& tx) {
   struct Growth {
     i64 handle, group, token;
@@ -144,6 +150,11 @@ void Cache::follow(const std::vector<Op>& ops, Transaction& tx) {
   }
   // A list that lacks a record may leave a sequence with a length and no memory: whoever writes there would be lost.
   for (const Op& op : ops) {
+    if (op.kind == OpKind::block && op.c != 0) {  // the block may be the tail of any other sequence
+      const i64 inside = op.b * geometry_.groups[op.at].block_tokens + 1;
+      const std::vector<i64> shared = table_->shared_pieces(sequences_.place_of(op.a), op.at, inside);
+      if (std::any_of(shared.begin(), shared.end(), [](i64 piece) { return piece >= 0; })) look_at_tails(op.at);
+    }
     if (op.kind == OpKind::bind) {  // the row may come with pages that another one shows
       for (i64 g = 0; g < groups_; ++g) table_->look_at_tail(sequences_.place_of(op.a), g);
     }

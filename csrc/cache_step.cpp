@@ -71,6 +71,17 @@ bool Cache::commit_at_hand(i64 handle, i64 count) {
   return true;
 }
 
+bool Cache::advance_at_hand(i64 handle, i64 count) {
+  fork_guard_.check("the allocator");
+  const Lock lock = pool_->try_lock();
+  if (!lock || !is_plain() || geometry_.map_ahead_tokens > 0 || geometry_.zero == Zero::always) return false;
+  const i64 index = sequences_.index(handle), have = sequences_.tokens(index, 0), after = have + count;
+  if (count < 0 || after > geometry_.groups[0].max_tokens || !table_->has_room(index, 0, after)) return false;
+  sequences_.committed(index, 0) = have;
+  sequences_.tokens(index, 0) = after;
+  return true;
+}
+
 // Entries that a window has dropped point at the trash blocks. Those are backed before the first can be dropped, when
 // the sequence grows: commit() never needs memory.
 bool Cache::lacks_trash(i64 g, i64 tokens) const {
@@ -89,36 +100,38 @@ void Cache::make_room(const i32* handles, const i32* counts, i64 n, i64 group) {
   grow_planned(handles, counts, n, group, false);
 }
 
-// The lengths of those that have room come first: whoever looks for pages to spill then leaves them that room.
-// `padded`: padding rows need the trash blocks too.
+// The lengths come first: whoever looks for pages to spill then sees what is needed. `padded`: padding rows need the
+// trash blocks too.
 void Cache::grow_planned(const i32* handles, const i32* counts, i64 n, i64 group, bool padded) {
   std::vector<Op>& log = pool_->log;
   const auto logged = static_cast<std::ptrdiff_t>(log.size());
   add_lengths(counts, n, group, 1);
   if (pool_->recording) log_lengths(handles, counts, n, group);
   const auto noted = static_cast<std::ptrdiff_t>(log.size());
-  try {
-    if (!needy_.empty() || padded) grow(handles, counts, group, padded);
-  } catch (...) {
+  const auto take_back = [&] {
     add_lengths(counts, n, group, -1);
     log.erase(log.begin() + logged, log.begin() + noted);
-    throw;
+  };
+  if (!needy_.empty() || padded) {
+    std::size_t at = 0;
+    try {
+      grow(counts, group, padded, &at);
+    } catch (const OutOfMemory& e) {
+      take_back();
+      if (needy_.empty()) throw;
+      const i64 i = needy_[std::min(at, needy_.size() - 1)];  // after the last: the driver itself ran out
+      explain(indices_[i], counts[i], group, e.what());
+    } catch (...) {
+      take_back();
+      throw;
+    }
   }
   if (geometry_.map_ahead_tokens > 0) map_ahead(n, group);
 }
 
-// Of those that are not in needy_.
 void Cache::add_lengths(const i32* counts, i64 n, i64 group, i64 sign) {
   for (i64 g = group_begin(group); g < group_end(group); ++g) {
-    if (!grows(g, group)) continue;
-    auto needy = needy_.begin();
-    for (i64 i = 0; i < n; ++i) {
-      if (needy != needy_.end() && *needy == i) {
-        ++needy;
-      } else {
-        sequences_.tokens(indices_[i], g) += sign * counts[i];
-      }
-    }
+    for (i64 i = 0; i < n && grows(g, group); ++i) sequences_.tokens(indices_[i], g) += sign * counts[i];
   }
 }
 
@@ -126,41 +139,29 @@ void Cache::add_lengths(const i32* counts, i64 n, i64 group, i64 sign) {
 void Cache::log_lengths(const i32* handles, const i32* counts, i64 n, i64 group) {
   for (i64 g = group_begin(group); g < group_end(group); ++g) {
     for (i64 i = 0; i < n; ++i) {
-      if (!grows(g, group) || counts[i] == 0 || std::binary_search(needy_.begin(), needy_.end(), i)) continue;
+      if (!grows(g, group) || counts[i] == 0) continue;
       const i64 tokens = sequences_.tokens(indices_[i], g);
       pool_->log.push_back({OpKind::length, static_cast<i32>(g), handles[i], tokens, tokens - counts[i]});
     }
   }
 }
 
-// Makes room for the sequences in needy_, or for none.
-void Cache::grow(const i32* handles, const i32* counts, i64 group, bool padded) {
+// Makes room for the sequences in needy_, or for none; `*at` counts those that have it.
+void Cache::grow(const i32* counts, i64 group, bool padded, std::size_t* at) {
   settle();
   Transaction tx(*pool_, *this);
-  std::size_t at = 0;
-  std::string why;
-  try {
-    if (padded) table_->back_trash(token_group_, tx);
-    for (; at < needy_.size(); ++at) grow_one(indices_[needy_[at]], counts[needy_[at]], group, tx);
-    tx.commit();
-    return;
-  } catch (const OutOfMemory& e) {
-    tx.roll_back();
-    if (needy_.empty()) throw;
-    why = e.what();
-  }
-  const i64 i = needy_[std::min(at, needy_.size() - 1)];  // after the last: the driver itself ran out
-  explain(sequences_.index(handles[i]), counts[i], group, why);
+  if (padded) table_->back_trash(token_group_, tx);
+  for (; *at < needy_.size(); ++*at) grow_one(indices_[needy_[*at]], counts[needy_[*at]], group, tx);
+  tx.commit();
 }
 
-// The length is pushed before the room is made: whoever looks for pages to spill then sees what is needed.
+// The length says already what there is to be room for.
 void Cache::grow_one(i64 index, i64 count, i64 group, Transaction& tx) {
   for (i64 g = group_begin(group); g < group_end(group); ++g) {
     if (grows(g, group)) {
-      const i64 old = sequences_.tokens(index, g);
-      set_length(index, g, old + count, tx);
-      table_->grow(index, g, old, old + count, tx);
-      if (lacks_trash(g, old + count)) table_->back_trash(g, tx);
+      const i64 tokens = sequences_.tokens(index, g);
+      table_->grow(index, g, tokens - count, tokens, tx);
+      if (lacks_trash(g, tokens)) table_->back_trash(g, tx);
     } else if (geometry_.groups[g].growth == Growth::fixed && sequences_.tokens(index, g) == 0) {
       set_length(index, g, 1, tx);
       set_committed(index, g, 1, tx);

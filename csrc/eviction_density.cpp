@@ -55,6 +55,7 @@ class DensityPolicy final : public EvictionPolicy {
 
   void reserve(i64 ids) override;
   void insert(i32 id, std::uint64_t key, i32 parent) override;
+  void expect(std::uint64_t key) override { ghosts_.prefetch(key); }
   void hit(i32 id) override;
   void use(i32 id) override;
   void release(i32 id) override;

@@ -25,6 +25,8 @@ class Ghosts {
   Ghost remember(std::uint64_t key, Ghost ghost) { return add(hash_of(key), ghost); }
   // Returns the ghost of `key` and forgets it. A key that is taken for another (2^-32) distorts one count.
   Ghost take(std::uint64_t key);
+  // Its set is most often not in the processor's cache when take() comes for it.
+  void prefetch(std::uint64_t key) const { __builtin_prefetch(&sets_[index_of(hash_of(key))], 1); }
 
  private:
   static constexpr i32 kWays = 8;
@@ -39,7 +41,8 @@ class Ghosts {
 
   static std::uint32_t hash_of(std::uint64_t key) { return static_cast<std::uint32_t>(key >> 32); }
   static std::uint32_t hash_of(std::uint64_t set, std::uint64_t sets, std::uint32_t mark);
-  Set& set_of(std::uint32_t hash) { return sets_[(std::uint64_t{hash} * sets_.size()) >> 32]; }
+  std::size_t index_of(std::uint32_t hash) const { return (std::uint64_t{hash} * sets_.size()) >> 32; }
+  Set& set_of(std::uint32_t hash) { return sets_[index_of(hash)]; }
   Ghost add(std::uint32_t hash, Ghost ghost);
 
   std::vector<Set> sets_;

@@ -311,7 +311,7 @@ void PagedBlocks::change(const Op& op, bool mapped) {
   Class& c = const_cast<Class&>(class_of(a));
   std::vector<i32>& pages = pages_[a];
   for (i64 i = 0; i < op.c; ++i) {
-    if (pages[op.a + i] != (mapped ? -1 : op.b + i) ||
+    if (pages[op.a + i] != (mapped ? -1 : op.b + i) || (mapped && pool_.refs(op.b + i) > 0) ||
         (!mapped && c.slots[op.a + i].users + c.slots[op.a + i].kept > 0 && !growing(op))) {
       throw SpecError(std::string(mapped ? "map" : "unmap") + ": slot " + std::to_string(op.a + i) + " shows page " +
                       std::to_string(pages[op.a + i]) + " and has " + std::to_string(c.slots[op.a + i].users) +

@@ -164,6 +164,7 @@ i32 PrefixIndex::add(i32 parent, const i32* tokens) {
   const i32 node = new_node();
   Node& n = nodes_[node];
   n.key = key_after(nodes_[parent].key, tokens);
+  policy_->expect(n.key);
   n.parent = parent;
   n.ordinal = nodes_[parent].ordinal + 1;
   if (events_.on()) root_of_[node] = root_of_[parent];

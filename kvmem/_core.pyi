@@ -347,6 +347,9 @@ class Cache:
 
     def extend(self, handle: int, count: int, group: int = -1) -> None: ...
 
+    def advance(self, handle: int, count: int, tokens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)] | None = None) -> None:
+        """Commits what was reserved, and makes room for count more tokens."""
+
     def extend_batch(self, handles: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], counts: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], group: int = -1) -> None: ...
 
     def commit(self, handle: int, count: int, group: int = -1) -> None: ...

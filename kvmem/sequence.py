@@ -93,6 +93,18 @@ class Sequence:
         else:
             self._core.commit(self._id, len(token_ids(cast(Tokens, tokens))), index)
 
+    def step(self, n: int = 1, tokens: Tokens | None = None) -> None:
+        """A decode step of one sequence in one call: what is reserved is committed, then there is room for ``n`` more.
+
+        tokens: the ids of all that is committed; without them it cannot be shared. As ``commit`` and ``extend``, but
+        nothing has changed after an error. ``Allocator.step`` does this for a whole batch.
+        """
+        ids = None if tokens is None else token_ids(tokens)
+        if type(n) is int and -(2**31) <= n < 2**31:
+            self._core.advance(self._id, n, ids)
+        else:
+            self._core.advance(self._id, check_count("n", n), ids)
+
     def truncate(self, num_tokens: int) -> None:
         """Keeps the first ``num_tokens`` tokens, as when draft tokens are rejected. Never needs memory.
 

@@ -3,6 +3,7 @@ would hold, whatever was in them, and what it says it changed is all it changed.
 
 from __future__ import annotations
 
+import array
 import random
 
 import numpy as np
@@ -244,3 +245,68 @@ def test_a_step_that_is_refused_changes_nothing(backend: str) -> None:
     assert out.seq_lens.tolist() == [24] * 3 + [1]
     alloc.step(i32(), out)
     assert out.num_rows == 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_step_of_one_sequence_is_its_two_calls(backend: str) -> None:
+    """With and without ids, cached or not, in memory that runs out."""
+    walk = random.Random(seed_of_run())
+    options = {"max_sequences": 6, "max_tokens": 600, "device": "meta", "page_bytes": 4096, "memory": "160KiB"}
+    one, two = (make_allocator(plain(16), backend, **options) for _ in range(2))
+    pairs: list[tuple[kvmem.Sequence, kvmem.Sequence]] = []
+    refused = 0
+    for turn in range(1500):
+        if len(pairs) < 6 and walk.random() < 0.1:
+            prompt = [walk.randrange(3) for _ in range(walk.randrange(90))]
+            pairs.append((one.sequence(prompt), two.sequence(prompt)))
+        if not pairs or walk.random() < 0.02:
+            for sequence in pairs.pop(walk.randrange(len(pairs))) if pairs else ():
+                sequence.free()
+            continue
+        a, b = walk.choice(pairs)
+        due, n = a.num_tokens - a.num_committed_tokens, walk.choice([0, 1, 1, 1, 17])
+        ids = [walk.randrange(3) for _ in range(due)]
+        known = walk.random() < 0.9
+        if a.num_tokens + n > 600:
+            continue
+        if fits := b.try_extend(n):
+            b.commit(ids if known else due)
+            a.step(n, ids if known else None)
+        else:
+            refused += 1
+            before = one.stats().used_bytes
+            with pytest.raises(kvmem.OutOfMemory):
+                a.step(n, ids)
+            assert one.stats().used_bytes == before
+        assert (a.num_tokens, a.num_committed_tokens) == (b.num_tokens, b.num_committed_tokens), (turn, fits)
+        assert one.stats().used_bytes == two.stats().used_bytes
+    assert refused and one.stats().hit_tokens == two.stats().hit_tokens
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_bad_step_of_one_sequence_changes_nothing(backend: str) -> None:
+    alloc = make_allocator(plain(16), backend, max_tokens=64)
+    sequence = alloc.sequence()
+    sequence.extend(20)
+    for n, tokens, says in ((1, [1] * 19, "19 token ids"), (-1, None, "truncate"), (45, None, "max_tokens"),
+                            (1, [-1] * 20, "0 or more"), (1.5, None, "integer"), (2**40, None, "int32")):  # fmt: skip
+        with pytest.raises(kvmem.SpecError, match=says):
+            sequence.step(n, tokens)  # type: ignore[arg-type]
+        assert (sequence.num_tokens, sequence.num_committed_tokens) == (20, 0)
+    sequence.free()
+    with pytest.raises(kvmem.StaleHandle):
+        sequence.step()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_arguments_in_any_int32_buffer(backend: str) -> None:
+    alloc = make_allocator(plain(16), backend)
+    sequences = [alloc.sequence() for _ in range(3)]
+    ids, batch = i32(*(s.id for s in sequences)), alloc.make_batch(max_new_tokens=12)
+    alloc.step(torch.from_numpy(ids), batch, counts=array.array("i", [1, 2, 3]))
+    alloc.step(memoryview(ids), batch, tokens=torch.arange(6, dtype=torch.int32))
+    assert batch.seq_lens.tolist() == [2, 3, 4]
+    assert [s.num_committed_tokens for s in sequences] == [1, 2, 3]
+    for wrong in (ids.astype(np.int64), ids[::2], [1, 2, 3], None):
+        with pytest.raises(kvmem.SpecError):
+            alloc.step(wrong, batch)  # type: ignore[arg-type]

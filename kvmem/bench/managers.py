@@ -65,37 +65,53 @@ class Batched:
         self.workload, self.allocator = workload, allocator
         self.ids = np.zeros(workload.sequences, np.int32)
         self.batch = allocator.make_batch(max_new_tokens=workload.sequences, max_tokens=workload.max_tokens)
-        self.sequences: list[Sequence | None] = [None] * workload.sequences
+        self.each = [self.ids[i : i + 1] for i in range(workload.sequences)]
+        self.prompt = np.full(1, workload.prompt, np.int32)
+
+    def admit(self, i: int, prompt: Int32s) -> None:
+        known = self.workload.cache
+        self.ids[i : i + 1], cached = self.allocator.admit_batch(prompt)
+        rest = prompt[int(cached[0]) :]
+        count = self.prompt if len(rest) == len(prompt) else self.prompt - cached
+        self.allocator.commit_batch(self.each[i], count, rest if known else None)
+
+    def step(self, last: Int32s | None) -> None:
+        self.allocator.step(self.ids, self.batch, tokens=last if self.workload.cache else None)
+
+    def release(self, i: int) -> None:
+        self.allocator.free_batch(self.each[i])
+
+    def forget(self) -> None:
+        self.allocator.clear_cache()
+
+
+class OneByOne:
+    """For schedulers that ask for one request at a time: a step is a call a sequence, and no metadata."""
+
+    def __init__(self, workload: Workload, allocator: Allocator) -> None:
+        self.workload, self.allocator = workload, allocator
+        self.sequences: list[Sequence] = []
 
     def admit(self, i: int, prompt: Int32s) -> None:
         sequence = self.allocator.sequence(prompt if self.workload.cache else None)
         cached = sequence.num_cached_tokens
         sequence.extend(len(prompt) - cached)
         sequence.commit(prompt[cached:])
-        self.ids[i] = sequence.id
-        self.sequences[i] = sequence
+        self.sequences.append(sequence)
 
     def step(self, last: Int32s | None) -> None:
-        self.allocator.step(self.ids, self.batch, tokens=last if self.workload.cache else None)
+        if last is None or not self.workload.cache:
+            for sequence in self.sequences:
+                sequence.step()
+        else:
+            for i, sequence in enumerate(self.sequences):
+                sequence.step(1, last[i : i + 1])
 
     def release(self, i: int) -> None:
-        sequence = self.sequences[i]
-        assert sequence is not None
-        sequence.free()
+        self.sequences.pop(0).free()
 
     def forget(self) -> None:
         self.allocator.clear_cache()
-
-
-class OneByOne(Batched):
-    """For schedulers that ask for one request at a time: a step is two calls a sequence, and no metadata."""
-
-    def step(self, last: Int32s | None) -> None:
-        for i, sequence in enumerate(self.sequences):
-            assert sequence is not None
-            if last is not None:
-                sequence.commit(last[i : i + 1] if self.workload.cache else 1)
-            sequence.extend(1)
 
 
 class ByRequest:
@@ -151,7 +167,7 @@ def open_manager(name: str, workload: Workload) -> Manager:
     allocator = open_books(workload, backend, "cpu" if "cpu" in words else "meta")
     if "SchedulerCache" in words:
         return ByRequest(workload, allocator)
-    return (OneByOne if "one by one" in words else Batched)(workload, allocator)
+    return OneByOne(workload, allocator) if "one by one" in words else Batched(workload, allocator)
 
 
 class _Mallinfo2(ctypes.Structure):
