@@ -287,6 +287,7 @@ void bind_core(nb::module_& m) {
   nb::class_<Cache> cache = bind_cache(m);
   bind_batch(m, cache);
   bind_prefix(cache);
+  bind_requests(cache);
 }
 
 }  // namespace kvmem
