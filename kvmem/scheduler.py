@@ -141,18 +141,19 @@ class SchedulerCache:
         (a chunk of the prompt, lookahead); default the rest of the prompt. salt, extra_key: as ``Allocator.sequence``.
         ``SpecError`` for a prompt, salt or extra key of a request that has begun.
         """
-        handle = self._handles.get(request)
-        if handle is None:
+        try:
+            handle = self._handles[request]
+        except KeyError:
             return self._begin(request, count, tokens, salt, extra_key)
         if tokens is not None or salt is not None or extra_key is not None:
             raise SpecError(f"request {request!r} has begun: a prompt, salt or extra key is given when it begins")
-        if count is None:
-            raise SpecError(f"count: missing; request {request!r} has begun, say for how many more tokens")
         try:
-            entries = self._core.grow(handle, count)
+            entries = self._core.grow(handle, count)  # type: ignore[arg-type]  # it looks for itself
         except OutOfMemory:
             return None
-        except TypeError:  # no int: a numpy integer, or nothing that counts
+        except TypeError:  # a numpy integer, or nothing that counts
+            if count is None:
+                raise SpecError(f"count: missing; request {request!r} has begun, say for how many more tokens") from None
             return self.allocate(request, check_count("count", count))
         return _NOTHING if entries is None else TableChanges(entries)
 
@@ -186,9 +187,10 @@ class SchedulerCache:
         Returns table entries that changed, mostly none: where the same block was cached already, the request now reads
         that one, and its own is given up (paged). Who keeps a copy of the table writes them there before its next step.
         """
-        handle = self._handles.get(request)
-        if handle is None:
-            raise self._stale(request)
+        try:
+            handle = self._handles[request]
+        except KeyError:
+            raise self._stale(request) from None
         try:
             entries = self._core.publish(handle, tokens)  # type: ignore[arg-type]  # it looks for itself
         except TypeError:  # ids of another type, or no ids

@@ -80,9 +80,12 @@ class Sequence:
         tokens: their ids, and the blocks they complete are shared from now on; or how many, and then neither these nor
         any that follow are.
         """
-        if group is None and type(tokens) is int and 0 <= tokens < 2**31:
-            self._core.commit(self._id, tokens)
-            return
+        if group is None:
+            try:
+                self._core.publish(self._id, tokens)  # type: ignore[arg-type]  # it looks for itself
+                return
+            except TypeError:  # ids, or a count, of another type
+                pass
         index = -1 if group is None else check_count("group", group)
         if isinstance(tokens, (int, np.integer)) and not isinstance(tokens, bool):
             if tokens < 0:
