@@ -43,7 +43,7 @@ class TableChanges:
     """What a call wrote to block tables: entry ``columns[k]`` of row ``rows[k]`` is ``blocks[k]`` now.
 
     int32 [k] each, by row, then by column, made when they are asked for. rows: positions in the ``handles`` of the
-    call, 0 where it had one request. Empty, and then false, for most calls.
+    call, 0 where it had one request. Most are empty: of length 0, and false.
     """
 
     __slots__ = ("_entries",)
@@ -65,8 +65,8 @@ class TableChanges:
         return self._part(2)
 
     def write(self, table: Handles, row: int = 0) -> None:
-        """Brings a copy of the tables, int32 [requests, columns], up to date; row: where its row 0 stands. Of one
-        entry, the most frequent, this costs a fifth of what the three arrays do.
+        """Brings a copy of the tables up to date. table: int32 [requests, blocks of the longest]; row: the request's,
+        or where row 0 of a step stands. Of one entry, the most frequent, a tenth of the cost of the three arrays.
         """
         entries = self._entries
         if entries is None:

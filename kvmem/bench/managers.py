@@ -121,13 +121,13 @@ class ByRequest:
 
     def step(self, last: Int32s | None) -> None:
         allocate, publish, cached = self.cache.allocate, self.cache.publish, self.workload.cache
+        table = self.table
         for i in range(self.workload.sequences):
-            if last is not None and len(merged := publish(i, last[i : i + 1] if cached else 1)):
-                merged.write(self.table, i)
+            if last is not None:
+                publish(i, last[i : i + 1] if cached else 1).write(table, i)
             grown = allocate(i, 1)
             assert grown is not None, "the pool is too small"
-            if len(grown):
-                grown.write(self.table, i)
+            grown.write(table, i)
         self.cache.take_events()
         if self.workload.metadata:
             np.copyto(self.read_table, self.table)
