@@ -48,8 +48,8 @@ TableWrites Cache::commit_telling(const i32* handles, const i32* counts, i64 n, 
   seen_.clear();
   for (i64 i = 0; paged_ && prefix_.on && i < n; ++i) {
     const i64 index = sequences_.index(handles[i]), done = sequences_.committed(index, g);
-    const i64 end = std::min(done + counts[i], sequences_.tokens(index, g)) / size;
-    for (i64 ordinal = quotient(done, size); ordinal < end; ++ordinal) {
+    const i64 after = std::min(done + std::max(counts[i], 0), sequences_.tokens(index, g));
+    for (i64 ordinal = quotient(done, size); ordinal < quotient(after, size); ++ordinal) {
       seen_.push_back(write_of(i, ordinal, entry_of(table.at(index), ordinal)));
     }
   }

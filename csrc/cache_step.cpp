@@ -71,8 +71,8 @@ bool Cache::commit_at_hand(i64 handle, i64 count, const i32* tokens) {
   const bool known = prefix_.on && tokens != nullptr;
   if (known && remainder(contents_[index].known, block_tokens()) + count >= block_tokens()) return false;
   sequences_.committed(index, 0) = after;
-  std::size_t none = published_.size();
-  if (known) note_published(index, tokens, count, &none);
+  std::size_t at = published_.size();  // no block is complete
+  if (known) note_published(index, tokens, count, &at);
   return true;
 }
 
