@@ -153,7 +153,7 @@ class SchedulerCache:
             return None
         except TypeError:  # a numpy integer, or nothing that counts
             if count is None:
-                raise SpecError(f"count: missing; request {request!r} has begun, say for how many more tokens") from None
+                raise SpecError(f"count: missing; request {request!r} has begun, say how many more tokens") from None
             return self.allocate(request, check_count("count", count))
         return _NOTHING if entries is None else TableChanges(entries)
 
