@@ -3,7 +3,6 @@
 
 #include <nanobind/ndarray.h>
 
-#include <algorithm>
 #include <cstring>
 #include <vector>
 
@@ -29,13 +28,13 @@ nb::object to_python(const TableWrites& writes) {
   return out;
 }
 
-// An int, and no bool; the nearest int32, which is refused where it differs.
+// An int that is an int32, and no bool.
 bool read_int(nb::handle given, i32* value) {
   if (!PyLong_CheckExact(given.ptr())) return false;
   int overflow = 0;
   const i64 wide = PyLong_AsLongLongAndOverflow(given.ptr(), &overflow);
-  *value = overflow != 0 ? (overflow > 0 ? INT32_MAX : INT32_MIN)
-                         : static_cast<i32>(std::clamp(wide, i64{INT32_MIN}, i64{INT32_MAX}));
+  if (overflow != 0 || wide < INT32_MIN || wide > INT32_MAX) return false;
+  *value = static_cast<i32>(wide);
   return true;
 }
 
@@ -57,12 +56,12 @@ class Int32s {
   Py_buffer buffer_ = {};
 };
 
-// False for what is no list of token ids, or has one that read_int() may have cut.
+// False for what is no list of token ids.
 bool read_list(nb::handle given, std::vector<i32>* ids) {
   if (!PyList_CheckExact(given.ptr())) return false;
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(given.ptr()); ++i) {
     i32 id = 0;
-    if (!read_int(PyList_GET_ITEM(given.ptr(), i), &id) || id < 0 || id == INT32_MAX) return false;
+    if (!read_int(PyList_GET_ITEM(given.ptr(), i), &id) || id < 0) return false;
     ids->push_back(id);
   }
   return true;
@@ -92,7 +91,7 @@ nb::object grow(Cache& c, i32 handle, nb::handle count) {
 }
 
 nb::object publish(Cache& c, i32 handle, nb::handle tokens) {
-  if (i32 count = 0; read_int(tokens, &count)) {
+  if (i32 count = 0; read_int(tokens, &count) && count >= 0) {
     if (c.commit_at_hand(handle, count)) return nb::none();
     nb::gil_scoped_release release;
     c.commit(&handle, &count, 1, -1, nullptr);
@@ -136,7 +135,7 @@ void bind_requests(nb::class_<Cache>& cache) {
       .def("publish", &publish,
            nb::sig(
                "def publish(self, handle: int, tokens: int | list[int] | NDArray[numpy.int32], /) -> bytearray | None"),
-           "commit() or commit_tokens(), told like this. TypeError for tokens of any other type.")
+           "commit() or commit_tokens(), told like this. TypeError for tokens of another type, or a count below 0.")
       .def("grow_batch", &grow_batch, "handles"_a.noconvert(), "counts"_a.noconvert(),
            nb::sig("def grow_batch(self, handles: NDArray[numpy.int32], counts: NDArray[numpy.int32]) "
                    "-> bytearray | None"))

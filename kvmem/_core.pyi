@@ -438,7 +438,7 @@ class Cache:
 
     def publish(self, handle: int, tokens: int | list[int] | NDArray[numpy.int32], /) -> bytearray | None:
         """
-        commit() or commit_tokens(), told like this. TypeError for tokens of any other type.
+        commit() or commit_tokens(), told like this. TypeError for tokens of another type, or a count below 0.
         """
 
     def grow_batch(self, handles: NDArray[numpy.int32], counts: NDArray[numpy.int32]) -> bytearray | None: ...

@@ -194,7 +194,9 @@ class SchedulerCache:
         try:
             entries = self._core.publish(handle, tokens)  # type: ignore[arg-type]  # it looks for itself
         except TypeError:  # ids of another type, or no ids
-            entries = self._core.publish(handle, token_ids(tokens))  # type: ignore[arg-type]  # refuses an int
+            if isinstance(tokens, int):
+                self._requests[request].commit(tokens)  # says what is wrong with it
+            entries = self._core.publish(handle, token_ids(tokens))  # type: ignore[arg-type]
         return _NOTHING if entries is None else TableChanges(entries)
 
     def truncate(self, request: Hashable, num_tokens: int) -> None:
