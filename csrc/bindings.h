@@ -16,6 +16,7 @@ void bind_core(nanobind::module_& m);     // bindings_core.cpp
 void bind_prefix_options(nanobind::module_& m);
 void bind_token_blocks(nanobind::module_& m);
 void bind_prefix(nanobind::class_<Cache>& cache);                       // bindings_prefix.cpp
+void bind_requests(nanobind::class_<Cache>& cache);                     // bindings_requests.cpp
 void bind_batch(nanobind::module_& m, nanobind::class_<Cache>& cache);  // bindings_batch.cpp
 void bind_events(nanobind::module_& m);                                 // bindings_events.cpp
 void bind_eviction(nanobind::module_& m);                               // bindings_eviction.cpp
@@ -33,9 +34,20 @@ inline void same_length(const In<i32>& handles, const In<i32>& counts) {
   }
 }
 
-inline void check_ids(const In<i32>& tokens) {
+// None of them may be negative: a padding value among the ids would be shared as if it were a token.
+inline void check_ids(const i32* tokens, size_t n) {
   i32 all = 0;
-  for (size_t i = 0; i < tokens.shape(0); ++i) all |= tokens.data()[i];
+  for (size_t i = 0; i < n; ++i) all |= tokens[i];
   if (all < 0) throw SpecError("tokens: got a negative id; token ids are 0 or more");
+}
+inline void check_ids(const In<i32>& tokens) { check_ids(tokens.data(), tokens.shape(0)); }
+
+// Tokens of one call: as many as the counts say.
+inline void check_tokens(const In<i32>& counts, const In<i32>& tokens) {
+  i64 wanted = 0;
+  for (size_t i = 0; i < counts.shape(0); ++i) wanted += counts.data()[i] > 0 ? counts.data()[i] : 0;
+  if (wanted != static_cast<i64>(tokens.shape(0))) {
+    throw SpecError("got " + std::to_string(tokens.shape(0)) + " token ids for counts of " + std::to_string(wanted));
+  }
 }
 }  // namespace kvmem

@@ -197,11 +197,12 @@ nb::class_<Cache> bind_cache(nb::module_& m) {
       .def(
           "advance",
           [](Cache& c, i32 handle, i32 count, std::optional<In<i32>> tokens) {
-            if (!tokens && c.advance_at_hand(handle, count)) return;
             if (tokens) check_ids(*tokens);
+            const i32* ids = tokens ? tokens->data() : nullptr;
+            const i64 num_ids = tokens ? static_cast<i64>(tokens->shape(0)) : 0;
+            if (c.advance_at_hand(handle, count, ids, num_ids)) return;
             nb::gil_scoped_release release;
-            c.advance(handle, count, tokens ? tokens->data() : nullptr,
-                      tokens ? static_cast<i64>(tokens->shape(0)) : 0);
+            c.advance(handle, count, ids, num_ids);
           },
           "handle"_a, "count"_a, "tokens"_a.noconvert().none() = nb::none(),
           "Commits what was reserved, and makes room for count more tokens.")
@@ -298,6 +299,7 @@ void bind_core(nb::module_& m) {
   nb::class_<Cache> cache = bind_cache(m);
   bind_batch(m, cache);
   bind_prefix(cache);
+  bind_requests(cache);
 }
 
 }  // namespace kvmem

@@ -29,16 +29,6 @@ PrefixKey key_of(const nb::bytes& salt, const nb::bytes& extra_key) {
 const char* const kEnds[] = {"complete",    "shorter than a block", "other salt", "evicted",
                              "no snapshot", "window passed",        "never seen", "off"};
 
-// Tokens of one call: as many as the counts say.
-void check_tokens(const In<i32>& counts, const In<i32>& tokens) {
-  i64 wanted = 0;
-  for (size_t i = 0; i < counts.shape(0); ++i) wanted += std::max(counts.data()[i], 0);
-  if (wanted != static_cast<i64>(tokens.shape(0))) {
-    throw SpecError("got " + std::to_string(tokens.shape(0)) + " token ids for counts of " + std::to_string(wanted));
-  }
-}
-
-// None of them may be negative: a padding value among the ids would be shared as if it were a token.
 }  // namespace
 
 void bind_prefix_options(nb::module_& m) {
@@ -128,8 +118,9 @@ void bind_prefix(nb::class_<Cache>& cache) {
           "commit_tokens",
           [](Cache& c, i32 handle, In<i32> tokens) {
             check_ids(tokens);
-            nb::gil_scoped_release release;
             const i32 count = static_cast<i32>(tokens.shape(0));
+            if (c.commit_at_hand(handle, count, tokens.data())) return;
+            nb::gil_scoped_release release;
             c.commit(&handle, &count, 1, -1, tokens.data());
           },
           "handle"_a, "tokens"_a.noconvert())

@@ -41,6 +41,12 @@ struct PrefixMatch {
   MatchEnd end = MatchEnd::off;
 };
 
+// Entry `column` of the table of the call's sequence `row` is `block` now.
+struct TableWrite {
+  i32 row, column, block;
+};
+using TableWrites = std::vector<TableWrite>;
+
 class Cache final : public TableState {
  public:
   // `owns_pool`: no other allocator uses the pool, so its budget follows set_memory().
@@ -54,10 +60,14 @@ class Cache final : public TableState {
   // `tokens`: the ids, one sequence's after the other's; null if they are not known.
   void commit(const i32* handles, const i32* counts, i64 n, i64 group, const i32* tokens);
   // The same for one sequence, where nothing is to be decided, waited for or given to a driver; else false, and nothing
-  // has changed. Short enough to be called under Python's lock.
-  bool extend_at_hand(i64 handle, i64 count);
-  bool commit_at_hand(i64 handle, i64 count);
-  bool advance_at_hand(i64 handle, i64 count);  // as advance(), of tokens that are not known
+  // has changed. Short enough to be called under Python's lock. `in_last_block`: only if it takes no other one.
+  bool extend_at_hand(i64 handle, i64 count, bool in_last_block = false);
+  bool commit_at_hand(i64 handle, i64 count, const i32* tokens = nullptr);
+  bool advance_at_hand(i64 handle, i64 count, const i32* tokens, i64 num_tokens);
+  // What they wrote to tables is told, and what stands there (cache_requests.cpp).
+  TableWrites extend_telling(const i32* handles, const i32* counts, i64 n);
+  TableWrites commit_telling(const i32* handles, const i32* counts, i64 n, const i32* tokens);
+  TableWrites table(i64 handle, i64 group);
   void truncate(i64 handle, i64 tokens);
   i64 fork(i64 handle);
   void free(const i32* handles, i64 n);
@@ -207,6 +217,7 @@ class Cache final : public TableState {
   Found find_cached(i32 root, const i32* tokens, i64 n);
   bool try_adopt(i64 handle, const Found& found);
   MatchEnd why_not_more(const PrefixKey& key, i32 root, const i32* tokens, i64 n, i64 found) const;
+  void commit_all(const i32* handles, const i32* counts, i64 n, i64 group, const i32* tokens);
   void commit_planned(const i32* counts, i64 n, i64 group, const i32* tokens);
   void find_moving(const i32* counts, i64 n, i64 group);
   void write_committed(const i32* counts, i64 n, i64 group);
@@ -254,6 +265,7 @@ class Cache final : public TableState {
   std::vector<i64> moving_;   // and whose windows move on
   std::vector<i32> due_;      // what a step commits of each
   std::vector<i32> ones_;
+  TableWrites seen_;        // what the call in progress may replace
   std::vector<i64> stamp_;  // by sequence: the last call that named it
   i64 call_ = 0;
   ForkGuard fork_guard_;

@@ -51,33 +51,44 @@ bool Cache::plan_group(i64 index, i64 g, i64 group, i64 count) {
   return table_->has_room(index, g, after) && !lacks_trash(g, after);
 }
 
-bool Cache::extend_at_hand(i64 handle, i64 count) {
+bool Cache::extend_at_hand(i64 handle, i64 count, bool in_last_block) {
   fork_guard_.check("the allocator");
   const Lock lock = pool_->try_lock();
   if (!lock || !is_plain() || geometry_.map_ahead_tokens > 0 || geometry_.zero == Zero::always) return false;
-  const i64 index = sequences_.index(handle), after = sequences_.tokens(index, 0) + count;
+  const i64 index = sequences_.index(handle), before = sequences_.tokens(index, 0), after = before + count;
+  if (in_last_block && after > round_up(before, geometry_.groups[0].block_tokens)) return false;
   if (count < 0 || after > geometry_.groups[0].max_tokens || !table_->has_room(index, 0, after)) return false;
   sequences_.tokens(index, 0) = after;
   return true;
 }
 
-bool Cache::commit_at_hand(i64 handle, i64 count) {
+bool Cache::commit_at_hand(i64 handle, i64 count, const i32* tokens) {
   fork_guard_.check("the allocator");
   const Lock lock = pool_->try_lock();
   if (!lock || !is_plain()) return false;
   const i64 index = sequences_.index(handle), after = sequences_.committed(index, 0) + count;
   if (count < 0 || after > sequences_.tokens(index, 0)) return false;
+  const bool known = prefix_.on && tokens != nullptr;
+  if (known && remainder(contents_[index].known, block_tokens()) + count >= block_tokens()) return false;
   sequences_.committed(index, 0) = after;
+  std::size_t at = published_.size();  // no block is complete
+  if (known) note_published(index, tokens, count, &at);
   return true;
 }
 
-bool Cache::advance_at_hand(i64 handle, i64 count) {
+bool Cache::advance_at_hand(i64 handle, i64 count, const i32* tokens, i64 num_tokens) {
   fork_guard_.check("the allocator");
   const Lock lock = pool_->try_lock();
   if (!lock || !is_plain() || geometry_.map_ahead_tokens > 0 || geometry_.zero == Zero::always) return false;
   const i64 index = sequences_.index(handle), have = sequences_.tokens(index, 0), after = have + count;
+  const i64 due = have - sequences_.committed(index, 0);
   if (count < 0 || after > geometry_.groups[0].max_tokens || !table_->has_room(index, 0, after)) return false;
+  const bool known = prefix_.on && tokens != nullptr;
+  if (tokens && num_tokens != due) return false;
+  if (known && remainder(contents_[index].known, block_tokens()) + due >= block_tokens()) return false;
   sequences_.committed(index, 0) = have;
+  std::size_t at = published_.size();  // no block is complete
+  if (known) note_published(index, tokens, due, &at);
   sequences_.tokens(index, 0) = after;
   return true;
 }
@@ -209,6 +220,11 @@ i64 Cache::window_front(i64 index, i64 g, i64 committed) const {
 
 void Cache::commit(const i32* handles, const i32* counts, i64 n, i64 group, const i32* tokens) {
   Lock lock = enter();
+  commit_all(handles, counts, n, group, tokens);
+  leave();
+}
+
+void Cache::commit_all(const i32* handles, const i32* counts, i64 n, i64 group, const i32* tokens) {
   check_group(group);
   ++call_;
   indices_.resize(n);
@@ -226,7 +242,6 @@ void Cache::commit(const i32* handles, const i32* counts, i64 n, i64 group, cons
     }
   }
   commit_planned(counts, n, group, tokens);
-  leave();
 }
 
 // For the sequences in indices_. Needs no memory.

@@ -436,6 +436,23 @@ class Cache:
     def drain_events(self, max: int, restart: bool) -> tuple[EventRecords, dict[int, tuple[bytes, bytes]]]:
         """Records, and the (salt, extra key) of the roots that they name."""
 
+    def grow(self, handle: int, count: int, /) -> bytearray | None:
+        """
+        extend() that tells which table entries it wrote: int32 [3][k], rows, columns and blocks; None for none.
+        """
+
+    def publish(self, handle: int, tokens: int | list[int] | NDArray[numpy.int32], /) -> bytearray | None:
+        """
+        commit() or commit_tokens(), told like this. TypeError for tokens of another type, or a count below 0.
+        """
+
+    def grow_batch(self, handles: NDArray[numpy.int32], counts: NDArray[numpy.int32]) -> bytearray | None: ...
+
+    def publish_batch(self, handles: NDArray[numpy.int32], counts: NDArray[numpy.int32], tokens: NDArray[numpy.int32]) -> bytearray | None: ...
+
+    def table(self, handle: int, group: int) -> bytearray | None:
+        """All entries of one table; those that a window has dropped are 0."""
+
 class BatchBuffers:
     """
     Where Cache.fill() writes; one array per field of kvmem.Batch, or None.

@@ -80,9 +80,12 @@ class Sequence:
         tokens: their ids, and the blocks they complete are shared from now on; or how many, and then neither these nor
         any that follow are.
         """
-        if group is None and type(tokens) is int and 0 <= tokens < 2**31:
-            self._core.commit(self._id, tokens)
-            return
+        if group is None:
+            try:
+                self._core.publish(self._id, tokens)  # type: ignore[arg-type]  # it looks for itself
+                return
+            except TypeError:  # ids, or a count, of another type
+                pass
         index = -1 if group is None else check_count("group", group)
         if isinstance(tokens, (int, np.integer)) and not isinstance(tokens, bool):
             if tokens < 0:
@@ -99,11 +102,13 @@ class Sequence:
         tokens: the ids of all that is committed; without them it cannot be shared. As ``commit`` and ``extend``, but
         nothing has changed after an error. ``Allocator.step`` does this for a whole batch.
         """
-        ids = None if tokens is None else token_ids(tokens)
         if type(n) is int and -(2**31) <= n < 2**31:
-            self._core.advance(self._id, n, ids)
-        else:
-            self._core.advance(self._id, check_count("n", n), ids)
+            try:
+                self._core.advance(self._id, n, tokens)  # type: ignore[arg-type]  # it looks for itself
+                return
+            except TypeError:  # ids of another type
+                pass
+        self._core.advance(self._id, check_count("n", n), None if tokens is None else token_ids(tokens))
 
     def truncate(self, num_tokens: int) -> None:
         """Keeps the first ``num_tokens`` tokens, as when draft tokens are rejected. Never needs memory.

@@ -48,7 +48,9 @@ def test_prompts_admitted_at_once_are_prompts_admitted_one_by_one(backend: str, 
         prompts = [text(rng.randrange(600), rng.randrange(3)) for _ in range(rng.randrange(5))]
         ids, cached = batched.admit_batch(*flat(prompts), salt=salt)
         lengths = batched.batch(ids).seq_lens
-        assert list(zip(ids.tolist(), cached.tolist(), lengths.tolist(), strict=True)) == one_by_one(single, prompts, salt), turn
+        assert list(zip(ids.tolist(), cached.tolist(), lengths.tolist(), strict=True)) == one_by_one(
+            single, prompts, salt
+        ), turn
         assert batched.stats().used_bytes == single.stats().used_bytes
         for alloc in (batched, single):
             for handle, hit, prompt in zip(ids, cached, prompts, strict=False):
@@ -59,7 +61,9 @@ def test_prompts_admitted_at_once_are_prompts_admitted_one_by_one(backend: str, 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_as_many_get_room_as_there_is_memory_for(backend: str) -> None:
-    alloc = make_allocator(plain(16), backend=backend, max_sequences=8, max_tokens=4096, memory="512KiB", prefix_cache=False)
+    alloc = make_allocator(
+        plain(16), backend=backend, max_sequences=8, max_tokens=4096, memory="512KiB", prefix_cache=False
+    )
     with alloc.sequence() as fits:
         while fits.num_tokens < 4096 and fits.try_extend(16):
             pass

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+from array import array
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import kvmem
 from kvmem import Allocator, CacheSpec, OutOfMemory, SchedulerCache, SpecError, StaleHandle, TableChanges
@@ -199,6 +201,7 @@ def test_steps_say_what_a_plain_allocator_does(backend: str, device: str) -> Non
                                "max_tokens": 50 * SIZE}  # fmt: skip
     cache, plain = SchedulerCache(open_allocator(backend, **options)), open_allocator(backend, **options)
     tables: dict[int, list[int]] = {}
+    written = np.zeros((2 * 150, 60), np.int32)  # the same by write(), request i in row i + 100
     twins: dict[int, Any] = {}
     refused = merged = 0
     for number in range(150):
@@ -216,7 +219,9 @@ def test_steps_say_what_a_plain_allocator_does(backend: str, device: str) -> Non
             twin.extend(len(tokens) - twin.num_cached_tokens)
             rest = tokens[twin.num_cached_tokens :]
             tables[number], twins[number] = blocks.blocks.tolist(), twin
-            merged += apply(tables, [number], cache.publish(number, rest))
+            blocks.write(written, 100 + number)
+            (changes := cache.publish(number, rest)).write(written, 100 + number)
+            merged += apply(tables, [number], changes)
             twin.commit(rest)
         elif tables and rng.random() < 0.2:
             gone = rng.choice(list(tables))
@@ -240,16 +245,57 @@ def test_steps_say_what_a_plain_allocator_does(backend: str, device: str) -> Non
                 assert column == len(tables[names[row]])
                 tables[names[row]].append(int(block))
             said = np.array([rng.randrange(5) for _ in range(int(counts.sum()))], np.int32)
-            merged += apply(tables, names, cache.publish_step(cache.handles(names), counts, said))
+            changes = cache.publish_step(cache.handles(names), counts, said)
+            merged += apply(tables, names, changes)
+            step = np.zeros((3 + len(names), 60), np.int32)
+            step[3:] = written[[100 + name for name in names]]
+            new.write(step, 3)
+            changes.write(step, 3)
+            written[[100 + name for name in names]] = step[3:]
             plain.commit_batch(ids, counts, said)
         for name, entries in tables.items():
             assert entries == cache.block_ids(name).tolist() == table_of(cache.allocator, cache.sequence(name))
             assert entries == table_of(plain, twins[name]), "the allocator below decides as if it were called itself"
+            assert written[100 + name, : len(entries)].tolist() == entries
     assert refused > 0 and (merged > 0) == (backend == "paged")
     assert cache.allocator.check() == []
     assert cache.usage == pytest.approx(
         (plain.stats().mapped_bytes - plain.stats().parked_bytes) / plain.stats().budget_bytes
     )
+
+
+def test_token_ids_of_every_form(backend: str) -> None:
+    """What the core reads itself and what is converted for it, within a block and to the end of one."""
+    tokens = prompt(1, 2)
+    strided = np.repeat(tokens, 2)[::2]
+    forms: list[Any] = [tokens, tokens.tolist(), tuple(tokens.tolist()), tokens.astype(np.int64), strided,
+                        tokens.astype(">i4"), torch.from_numpy(tokens), array("i", tokens.tolist())]  # fmt: skip
+    for form in forms:
+        cache = SchedulerCache(open_allocator(backend))
+        cache.allocate("a", 2 * SIZE)
+        for start, end in ((0, 3), (3, SIZE), (SIZE, SIZE), (SIZE, SIZE + 1), (SIZE + 1, 2 * SIZE)):
+            cache.publish("a", form[start:end])
+            assert cache.sequence("a").num_committed_tokens == end
+        assert cache.matched_tokens(prompt(1, 2, 3)) == 2 * SIZE, type(form)
+        assert cache.allocate("a", np.int32(1)) is not None and cache.num_tokens("a") == 2 * SIZE + 1  # type: ignore[arg-type]
+
+
+def test_what_is_no_token_ids_is_refused(backend: str) -> None:
+    cache = SchedulerCache(open_allocator(backend))
+    cache.allocate("a", 2 * SIZE)
+    cache.publish("a", [1, 2])
+    bad: list[Any] = [True, [True], [1, 2.5], [-1], [2**31], np.array([1, -1], np.int32), np.array([1.0]), "ab", b"abcd",
+                      None, 3.0, -1, 2**40, np.zeros((1, 1), np.int32), [1] * (2 * SIZE)]  # fmt: skip
+    for given in bad:
+        with pytest.raises(SpecError):
+            cache.publish("a", given)
+        with pytest.raises(SpecError):
+            cache.sequence("a").commit(given)
+    assert cache.sequence("a").num_committed_tokens == 2
+    cache.publish("a", [2**31 - 1])
+    cache.publish("a", 1)  # from here on nothing is known
+    cache.publish("a", list(range(SIZE - 4)))
+    assert cache.matched_tokens([1, 2, 2**31 - 1, *range(SIZE)]) <= 3
 
 
 def random_allocate(cache: SchedulerCache, name: int, rng: random.Random) -> TableChanges | None:

@@ -13,7 +13,7 @@ from kvmem.bench.pools import Int32s
 from kvmem.bench.workload import Manager, Workload
 
 if TYPE_CHECKING:
-    from kvmem import Allocator, CacheSpec, Sequence, TableChanges
+    from kvmem import Allocator, CacheSpec, Sequence
 
 __all__ = ["Batched", "ByRequest", "OneByOne", "heap_bytes", "open_books", "open_manager"]
 
@@ -131,25 +131,22 @@ class ByRequest:
         cached = self.workload.cache
         began = self.cache.allocate(i, tokens=prompt) if cached else self.cache.allocate(i, len(prompt))
         assert began is not None, "the pool is too small"
-        self._take(i, began)
+        began.write(self.table, i)
         rest = prompt[self.cache.num_cached_tokens(i) :]
-        self._take(i, self.cache.publish(i, rest if cached else len(rest)))
+        self.cache.publish(i, rest if cached else len(rest)).write(self.table, i)
 
     def step(self, last: Int32s | None) -> None:
         allocate, publish, cached = self.cache.allocate, self.cache.publish, self.workload.cache
+        table = self.table
         for i in range(self.workload.sequences):
-            if last is not None and len(merged := publish(i, last[i : i + 1] if cached else 1)):
-                self._take(i, merged)
+            if last is not None:
+                publish(i, last[i : i + 1] if cached else 1).write(table, i)
             grown = allocate(i, 1)
             assert grown is not None, "the pool is too small"
-            if len(grown):
-                self._take(i, grown)
+            grown.write(table, i)
         self.cache.take_events()
         if self.workload.metadata:
             np.copyto(self.read_table, self.table)
-
-    def _take(self, i: int, changes: TableChanges) -> None:
-        self.table[i, changes.columns] = changes.blocks
 
     def release(self, i: int) -> None:
         self.cache.free(i)
