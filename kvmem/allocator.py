@@ -186,7 +186,7 @@ class Allocator:
     def admit_batch(
         self, tokens: Tokens, counts: Handles | None = None, *, salt: str | bytes | None = None, extra_key: Key = None
     ) -> tuple[Handles, Handles]:
-        """Opens a sequence for each of many prompts as ``sequence()`` does, with room for all of its tokens, in one call.
+        """Opens a sequence for each of many prompts as ``sequence()`` does, with room for all tokens, in one call.
 
         tokens: int32 [sum of counts], one prompt after the other. counts: int32 [n], the length of each; default one
             prompt. salt, extra_key: of all of them.

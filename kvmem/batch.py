@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,9 +14,6 @@ from kvmem.cascade import Cascade, Rows, make_cascade
 from kvmem.errors import SpecError
 from kvmem.spec import Group
 from kvmem.spec_rules import check_size
-
-if TYPE_CHECKING:
-    from kvmem.arrays import Handles
 
 __all__ = ["Batch", "GroupBatch", "new_batch"]
 

@@ -20,6 +20,7 @@ SIGNATURES = {
     "map_ahead_tokens=, tail_guard_tokens=, zero=, prefix_cache=, partial_reuse=, policy=, cached_rows=, events=, event_key=, pool=, "
     "record_ops=, debug=, driver=",
     "Allocator.sequence": "self, tokens=, *, salt=, extra_key=",
+    "Allocator.admit_batch": "self, tokens, counts=, *, salt=, extra_key=",
     "Allocator.match": "self, tokens, *, salt=, extra_key=",
     "Allocator.pin": "self, tokens, *, salt=, extra_key=",
     "Allocator.clear_cache": "self",
@@ -49,6 +50,7 @@ SIGNATURES = {
     "Sequence.extend": "self, n, *, group=",
     "Sequence.try_extend": "self, n, *, group=",
     "Sequence.commit": "self, tokens, *, group=",
+    "Sequence.step": "self, n=, tokens=",
     "Sequence.truncate": "self, num_tokens",
     "Sequence.fork": "self",
     "Sequence.pin": "self, num_tokens=",
