@@ -58,4 +58,4 @@ def as_int32(field: str, given: Sequence[int] | Handles) -> Handles:
 def not_int32(*arrays: object) -> SpecError:
     """The error for arrays that the core did not take."""
     got = " and ".join(f"{a.dtype} {list(a.shape)}" if isinstance(a, np.ndarray) else repr(a) for a in arrays)
-    return SpecError(f"got {got}; batched calls take contiguous numpy arrays, int32 [n]")
+    return SpecError(f"got {got}; batched calls take contiguous int32 [n] buffers (numpy, torch on the CPU)")
