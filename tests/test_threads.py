@@ -172,21 +172,24 @@ def big(backend: str, page_bytes: int) -> tuple[kvmem.Allocator, int]:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_long_calls_leave_the_interpreter_to_others(backend: str) -> None:
-    """Zeroing much memory, and unmapping and destroying many pages: both take milliseconds at least."""
+    """Zeroing much memory, and unmapping and destroying many pages: both take milliseconds at least. A busy machine may
+    not run the other thread in just these, so there are more tries than one; a call that kept the lock would fail all.
+    """
     alloc, tokens = big(backend, 256 << 10)
-    first = alloc.sequence()
-    first.extend(tokens)
-    first.free()
-    second = alloc.sequence()
+    during_extend = during_trim = 0
     with counting() as ticks:
-        before = ticks()
-        second.extend(tokens)  # in the memory that was parked: zeroed once more
-        during_extend = ticks() - before
-        second.free()
-        before = ticks()
-        given = alloc.trim()
-        during_trim = ticks() - before
-    assert given > MEMORY // 2
+        for _ in range(8):
+            sequence = alloc.sequence()
+            before = ticks()
+            sequence.extend(tokens)
+            during_extend += ticks() - before
+            sequence.free()
+            before = ticks()
+            given = alloc.trim()
+            during_trim += ticks() - before
+            assert given > MEMORY // 2
+            if during_extend > 0 and during_trim > 0:
+                break
     assert during_extend > 0 and during_trim > 0
     assert alloc.check() == []
 
