@@ -206,6 +206,8 @@ bool Cache::try_adopt(i64 handle, const Found& found) {
   }
   const i64 whole = found.tokens / block_tokens();
   for (i32 node : chain_) index_.hit(node);
+  // In use from now on, but in a group whose window begins later nobody refers to the first ones.
+  for (i64 i = 0; keeps_unheld_ && i < whole; ++i) table_->offer(chain_[i]);
   leave_from(whole);  // what was copied is not shared
   return true;
 }

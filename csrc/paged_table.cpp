@@ -144,9 +144,7 @@ class PagedTable final : public PagedBlocks {
   // Where a window has passed it in those that remain, or it is a snapshot: no table entry refers to it.
   void offer(i32 node) override {
     for (i64 g = 0; g < groups_; ++g) {
-      const i32 block = block_of(node, g);
-      if (block == 0 || blocks_[g].info[block].refs > 0 || blocks_[g].passed[block] || index_.pinned(node)) continue;
-      pass(blocks_[g], block);
+      if (const i32 block = block_of(node, g)) offer_block(blocks_[g], block);
     }
   }
 
@@ -174,11 +172,14 @@ class PagedTable final : public PagedBlocks {
       // Last block first: the free list then gives them out again in ascending order.
       const i64 first = quotient(sequences_.front(index, g), b.tokens);
       const i64 end = ceil_div(sequences_.tokens(index, g), b.tokens);
+      const i32 last = entry(index, g, end - 1);
       if (!pool_.recording) {
         tx.push({OpKind::hide, arena(0), index, first, end - first, g});
       } else {
         for (i64 ordinal = end; ordinal-- > first;) set(index, g, ordinal, 0, tx);
       }
+      // A truncation may have left it with a block that it does not publish any more: nobody else will offer that.
+      if (copy_tail_[index * groups_ + g]) offer_block(b, last);
     }
   }
 
@@ -368,8 +369,15 @@ class PagedTable final : public PagedBlocks {
     for (Class& c : b.classes) c.hold_from = c.hold_to = 0;
   }
 
+  // What a node in use holds, and no sequence refers to, may be given up from now on.
+  void offer_block(Blocks& b, i32 block) {
+    const BlockInfo& info = b.info[block];
+    if (info.refs > 0 || info.node == kNoNode || b.passed[block]) return;
+    if (index_.used(info.node) && !index_.pinned(info.node)) pass(b, block);
+  }
+
   void copy_tail(i64 index, i64 group, i64 tokens, Transaction& tx) {
-    const Blocks& b = blocks_[group];
+    Blocks& b = blocks_[group];
     const i64 ordinal = quotient(tokens, b.tokens), tail = remainder(tokens, b.tokens);
     const i32 old = tail == 0 ? 0 : entry(index, group, ordinal);
     if (old == 0 || (b.info[old].refs <= 1 && b.info[old].node == kNoNode)) {
@@ -383,6 +391,9 @@ class PagedTable final : public PagedBlocks {
     const i64 fresh = take(group, 1, tx);
     set(index, group, ordinal, fresh, tx);
     copy_block(group, old, fresh, tail, tx);
+    if (b.info[old].refs > 0) return;
+    b.fence = tx.new_fence();  // behind the copy: the block may be given up, and its page go
+    offer_block(b, old);
   }
 
   void copy_block(i64 group, i64 from, i64 to, i64 tokens, Transaction& tx) {

@@ -293,6 +293,33 @@ def test_the_last_to_hold_a_window_gives_it_up_though_others_use_its_tokens(back
 
 @pytest.mark.parametrize("layout", ["full and window", "window G=1"])
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_truncated_tail_that_a_window_has_passed_elsewhere_is_given_up(backend: str, layout: str) -> None:
+    """A fork is cut within its first block, which it then holds without publishing it, and which the window of the other
+    passes meanwhile. It ends, or grows into a copy; or a third sequence takes over what lies before its window."""
+    for ends in ("free", "grow", "adopt"):
+        pair = small(backend, layout, pages=100)
+        prompt = text(640)
+        parent = pair.open()
+        assert pair.append(parent, prompt[:16])
+        child = pair.fork(parent)
+        pair.truncate(child, 8)
+        for start in range(16, 640, 16):
+            assert pair.append(parent, prompt[start : start + 16])
+        if ends == "free":
+            pair.free([child])
+        elif ends == "grow":
+            assert pair.append(child, text(8, seed=5))
+        else:
+            pair.free([child])
+            pair.open(prompt)
+        pair.trim()
+        press(pair)
+        pair.trim()
+        agree(pair)
+
+
+@pytest.mark.parametrize("layout", ["full and window", "window G=1"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_what_a_window_has_passed_may_be_retained_in_vain(backend: str, layout: str) -> None:
     """A range may begin with blocks that are gone, or that one commit completes and passes at once."""
     pair = small(backend, layout, pages=100)
