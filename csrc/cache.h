@@ -181,6 +181,8 @@ class Cache final : public TableState {
   }
   [[noreturn]] void refuse_twice(i64 index) const;
   void make_room(const i32* handles, const i32* counts, i64 n, i64 group);
+  bool has_room_at_hand(i64 index, i64 count);
+  bool commit_in_block(i64 index, i64 count, const i32* tokens);
   void plan_extend(const i32* handles, const i32* counts, i64 n, i64 group);
   bool plan_group(i64 index, i64 g, i64 group, i64 count);
   void grow(const i32* counts, i64 group, bool padded, std::size_t* at);

@@ -51,14 +51,32 @@ bool Cache::plan_group(i64 index, i64 g, i64 group, i64 count) {
   return table_->has_room(index, g, after) && !lacks_trash(g, after);
 }
 
+// Of a plain cache: nothing is to be decided, zeroed or mapped ahead.
+bool Cache::has_room_at_hand(i64 index, i64 count) {
+  const i64 after = sequences_.tokens(index, 0) + count;
+  return count >= 0 && geometry_.map_ahead_tokens == 0 && geometry_.zero != Zero::always &&
+         after <= geometry_.groups[0].max_tokens && table_->has_room(index, 0, after);
+}
+
+// Of a plain cache; false, and nothing has changed, where known tokens complete a block.
+bool Cache::commit_in_block(i64 index, i64 count, const i32* tokens) {
+  const bool known = prefix_.on && tokens != nullptr;
+  if (known && remainder(contents_[index].known, block_tokens()) + count >= block_tokens()) return false;
+  sequences_.committed(index, 0) += count;
+  std::size_t at = published_.size();  // nothing is
+  if (known) note_published(index, tokens, count, &at);
+  return true;
+}
+
 bool Cache::extend_at_hand(i64 handle, i64 count, bool in_last_block) {
   fork_guard_.check("the allocator");
   const Lock lock = pool_->try_lock();
-  if (!lock || !is_plain() || geometry_.map_ahead_tokens > 0 || geometry_.zero == Zero::always) return false;
-  const i64 index = sequences_.index(handle), before = sequences_.tokens(index, 0), after = before + count;
-  if (in_last_block && after > round_up(before, geometry_.groups[0].block_tokens)) return false;
-  if (count < 0 || after > geometry_.groups[0].max_tokens || !table_->has_room(index, 0, after)) return false;
-  sequences_.tokens(index, 0) = after;
+  if (!lock || !is_plain()) return false;
+  const i64 index = sequences_.index(handle);
+  i64& tokens = sequences_.tokens(index, 0);
+  if (in_last_block && tokens + count > round_up(tokens, geometry_.groups[0].block_tokens)) return false;
+  if (!has_room_at_hand(index, count)) return false;
+  tokens += count;
   return true;
 }
 
@@ -66,30 +84,18 @@ bool Cache::commit_at_hand(i64 handle, i64 count, const i32* tokens) {
   fork_guard_.check("the allocator");
   const Lock lock = pool_->try_lock();
   if (!lock || !is_plain()) return false;
-  const i64 index = sequences_.index(handle), after = sequences_.committed(index, 0) + count;
-  if (count < 0 || after > sequences_.tokens(index, 0)) return false;
-  const bool known = prefix_.on && tokens != nullptr;
-  if (known && remainder(contents_[index].known, block_tokens()) + count >= block_tokens()) return false;
-  sequences_.committed(index, 0) = after;
-  std::size_t at = published_.size();  // no block is complete
-  if (known) note_published(index, tokens, count, &at);
-  return true;
+  const i64 index = sequences_.index(handle), due = sequences_.tokens(index, 0) - sequences_.committed(index, 0);
+  return count >= 0 && count <= due && commit_in_block(index, count, tokens);
 }
 
 bool Cache::advance_at_hand(i64 handle, i64 count, const i32* tokens, i64 num_tokens) {
   fork_guard_.check("the allocator");
   const Lock lock = pool_->try_lock();
-  if (!lock || !is_plain() || geometry_.map_ahead_tokens > 0 || geometry_.zero == Zero::always) return false;
-  const i64 index = sequences_.index(handle), have = sequences_.tokens(index, 0), after = have + count;
-  const i64 due = have - sequences_.committed(index, 0);
-  if (count < 0 || after > geometry_.groups[0].max_tokens || !table_->has_room(index, 0, after)) return false;
-  const bool known = prefix_.on && tokens != nullptr;
-  if (tokens && num_tokens != due) return false;
-  if (known && remainder(contents_[index].known, block_tokens()) + due >= block_tokens()) return false;
-  sequences_.committed(index, 0) = have;
-  std::size_t at = published_.size();  // no block is complete
-  if (known) note_published(index, tokens, due, &at);
-  sequences_.tokens(index, 0) = after;
+  if (!lock || !is_plain()) return false;
+  const i64 index = sequences_.index(handle), due = sequences_.tokens(index, 0) - sequences_.committed(index, 0);
+  if ((tokens && num_tokens != due) || !has_room_at_hand(index, count)) return false;
+  if (!commit_in_block(index, due, tokens)) return false;
+  sequences_.tokens(index, 0) += count;
   return true;
 }
 

@@ -25,11 +25,11 @@ from kvmem.kernels.reference import sdpa
 from kvmem.kernels.write import write_kv
 from kvmem.units import format_bytes
 
-__all__ = ["AttentionResult", "attention"]
+__all__ = ["SEED", "TOLERANCE", "WARM_UP", "AttentionResult", "attention"]
 
-_WARM_UP = 2
-_SEED = 20240611
-_TOLERANCE = 2e-2  # bfloat16 inputs and outputs of order one, against float64
+WARM_UP = 2
+SEED = 20240611
+TOLERANCE = 2e-2  # bfloat16 inputs and outputs of order one, against float64
 
 
 @dataclass(frozen=True)
@@ -97,19 +97,19 @@ def attention(
     times: dict[str, list[int]] = {name: [] for name in steps}
     errors = dict.fromkeys(steps, 0.0)
     with one_thread():
-        for repetition in range(_WARM_UP + repetitions):
+        for repetition in range(WARM_UP + repetitions):
             for name, step in steps.items():
                 begin = perf_counter_ns()
                 result = step()
-                if repetition >= _WARM_UP:
+                if repetition >= WARM_UP:
                     times[name].append(perf_counter_ns() - begin)
                 errors[name] = max(errors[name], float((result.double() - expected).abs().max()))
             if progress is not None:
                 progress(repetition + 1)
     for name, error in errors.items():
-        if not error < _TOLERANCE:
+        if not error < TOLERANCE:
             raise BenchError(
-                f"attention over {name} is off by {error} from float64 (seed {_SEED}); at most {_TOLERANCE} is rounding"
+                f"attention over {name} is off by {error} from float64 (seed {SEED}); at most {TOLERANCE} is rounding"
             )
     case = f"decode, {sequences} sequences of {tokens:,} tokens"
     return [AttentionResult(case, name, sequences, tokens, Spread.of_ns(times[name]), errors[name]) for name in steps]
@@ -130,7 +130,7 @@ def _shape(model: Model, sequences: int, tokens: int) -> _Shape:
 
 def _random(shape: _Shape) -> _Data:
     """Values of order one."""
-    generator = torch.Generator().manual_seed(_SEED)
+    generator = torch.Generator().manual_seed(SEED)
     k, v = torch.randn(2, shape.sequences, shape.tokens, shape.heads, shape.width, generator=generator).to(shape.dtype)
     return _Data(torch.randn(shape.sequences, shape.queries, shape.width, generator=generator).to(shape.dtype), k, v)
 

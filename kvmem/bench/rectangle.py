@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from kvmem.bench.attention import SEED, TOLERANCE, WARM_UP
 from kvmem.bench.environment import environment
 from kvmem.bench.errors import BenchError
 from kvmem.bench.gpu.measure import Ratio
@@ -38,9 +39,6 @@ PLAIN, STRIDED = "plain", "plain, same strides"
 GOAL = 1.05  # times the plain tensor, for rows in place
 
 _LAYERS, _HEADS, _QUERIES, _WIDTH = 4, 2, 8, 64  # a small GQA model, 2 KiB a token
-_WARM_UP = 2
-_SEED = 20240611
-_TOLERANCE = 2e-2  # bfloat16 inputs and outputs of order one, against float64
 
 
 @dataclass(frozen=True)
@@ -71,7 +69,7 @@ class RectangleReport:
             "command": without_folders(command),
             "setup": {
                 "repetitions": self.repetitions, "layers": _LAYERS, "kv_heads": _HEADS, "query_heads": _QUERIES,
-                "width": _WIDTH, "dtype": "bfloat16", "seed": _SEED, "goal_ratio": GOAL,
+                "width": _WIDTH, "dtype": "bfloat16", "seed": SEED, "goal_ratio": GOAL,
             },
             "results": {"rectangle": [asdict(row) for row in self.rows]},
         }  # fmt: skip
@@ -96,7 +94,7 @@ def rectangle(
 
 
 def _case(batch: int, tokens: int, repetitions: int) -> list[RectangleResult]:
-    generator = torch.Generator().manual_seed(_SEED)
+    generator = torch.Generator().manual_seed(SEED)
     k, v = (torch.randn(batch, tokens, _HEADS, _WIDTH, generator=generator).bfloat16() for _ in "kv")
     # A group's query heads as rows of one head: torch's own GQA is many times slower on a CPU.
     q = torch.randn(batch, _HEADS, _QUERIES // _HEADS, _WIDTH, generator=generator).bfloat16()
@@ -113,16 +111,16 @@ def _case(batch: int, tokens: int, repetitions: int) -> list[RectangleResult]:
     errors = dict.fromkeys(steps, 0.0)
     names = list(steps)
     with one_thread():
-        for repetition in range(_WARM_UP + repetitions):
+        for repetition in range(WARM_UP + repetitions):
             for name in names[repetition % len(names) :] + names[: repetition % len(names)]:
                 begin = thread_time_ns()
                 result = steps[name]()
-                if repetition >= _WARM_UP:
+                if repetition >= WARM_UP:
                     times[name].append(thread_time_ns() - begin)
                 errors[name] = max(errors[name], float((result.double() - expected).abs().max()))
     for name, error in errors.items():
-        if not error < _TOLERANCE:
-            raise BenchError(f"attention over {name} is off by {error} from float64; at most {_TOLERANCE} is rounding")
+        if not error < TOLERANCE:
+            raise BenchError(f"attention over {name} is off by {error} from float64; at most {TOLERANCE} is rounding")
     return [
         RectangleResult(
             name, batch, tokens, Spread.of_ns(times[name]), Ratio.of(times[name], times[PLAIN]), errors[name]
