@@ -26,8 +26,8 @@ class EvictionPolicy {
   // chain (-1 at the start), and while this one is cached the id of no other content. It stays cached as long, except
   // where a sliding window passes: then it may go before this one, be gone already, or come back.
   virtual void insert(i32 id, std::uint64_t key, i32 parent) = 0;
-  // insert() of this key will likely follow: time to fetch what it looks up. Changes nothing.
-  virtual void expect(std::uint64_t) {}
+  // insert() of this id and key will likely follow: time to fetch what it looks up. Changes nothing.
+  virtual void expect(i32, std::uint64_t) {}
   // Another sequence found the block, in use or not. Follows insert(); first block of the chain first.
   virtual void hit(i32 id) = 0;
   // A released block is in use again: not to be named by victim() until it is released.

@@ -3,8 +3,9 @@
 // from how often a block was used and how long ago; docs/eviction.md says why these two.
 //
 // Every released leaf stands in the list of its cell, the longest unused first, and wanders to the next cell as it
-// ages. Released blocks with cached children wait in a list of their own: without them nothing behind could be found.
-// A call touches the 16 bytes of its block, of its parent and of its neighbours in the list, and one set of ghosts.
+// ages. Released blocks with cached children stand in none: without them nothing behind could be found, so each has
+// its turn when the last of its children has gone. A call touches the 16 bytes of its block, of its parent and of its
+// neighbours in the list, and one set of ghosts; a sequence's end, one list.
 
 #include <algorithm>
 #include <array>
@@ -21,7 +22,6 @@ namespace kvmem {
 namespace {
 
 constexpr i32 kClasses = ReuseStatistics::kClasses, kAges = ReuseStatistics::kAges, kCells = ReuseStatistics::kCells;
-constexpr i32 kInner = kCells;  // the list of released blocks with cached children
 // Of blocks that left, about twice as many are remembered as there are ids. A small cache gives up most blocks before
 // they could be used again, and learns only from ghosts: 16,384 of them take 128 KiB.
 constexpr i64 kGhostsPerId = 2, kLeastGhosts = 16384;
@@ -55,7 +55,10 @@ class DensityPolicy final : public EvictionPolicy {
 
   void reserve(i64 ids) override;
   void insert(i32 id, std::uint64_t key, i32 parent) override;
-  void expect(std::uint64_t key) override { ghosts_.prefetch(key); }
+  void expect(i32 id, std::uint64_t key) override {
+    ghosts_.prefetch(key);
+    __builtin_prefetch(&blocks_[id], 1);
+  }
   void hit(i32 id) override;
   void use(i32 id) override;
   void release(i32 id) override;
@@ -75,8 +78,9 @@ class DensityPolicy final : public EvictionPolicy {
   void mark(i32 list, bool filled);
   void find_least(i32 cls);
 
-  bool add_child(i32 parent);
+  void add_child(i32 parent);
   bool drop_child(i32 parent);
+  i32 any_released();
   void begin_life(Block* block);
   void lose(const Ghost& ghost);
 
@@ -88,7 +92,7 @@ class DensityPolicy final : public EvictionPolicy {
   void learn();
 
   i64 clock_ = 0;  // blocks inserted or hit: time goes by one block
-  IdLists<Block> blocks_{kCells + 1};
+  IdLists<Block> blocks_{kCells};
   Ghosts ghosts_;
   ReuseStatistics statistics_;
   // By class: the ages of which there is a block, and of their cells that of the least density, and this.
@@ -120,7 +124,7 @@ void DensityPolicy::insert(i32 id, std::uint64_t key, i32 parent) {
     statistics_.used_again(ghost.uses, begun(ghost.begun), clock_);
     block.uses = std::min(ghost.uses + 1, kMostUses);
   }
-  if (add_child(parent)) push_back(kInner, parent);
+  add_child(parent);
 }
 
 void DensityPolicy::hit(i32 id) {
@@ -132,8 +136,9 @@ void DensityPolicy::hit(i32 id) {
 }
 
 void DensityPolicy::use(i32 id) {
-  remove(id);
-  blocks_[id].evictable = 0;
+  Block& block = blocks_[id];
+  if (block.children == 0) remove(id);
+  block.evictable = 0;
 }
 
 void DensityPolicy::release(i32 id) {
@@ -141,19 +146,26 @@ void DensityPolicy::release(i32 id) {
   if (block.open) statistics_.lost_sight(block.uses, begun(block.begun), clock_);  // used, but nobody had found it
   begin_life(&block);
   block.evictable = 1;
-  push_back(block.children > 0 ? kInner : ReuseStatistics::cell_of(block.uses, 0), id);
+  if (block.children == 0) push_back(ReuseStatistics::cell_of(block.uses, 0), id);
 }
 
 i32 DensityPolicy::victim() {
   const i32 cls = static_cast<i32>(std::min_element(least_.begin(), least_.end()) - least_.begin());
-  if (least_[at(cls)] == kNone) return blocks_.empty(kInner) ? -1 : blocks_.front(kInner);
+  if (least_[at(cls)] == kNone) return any_released();
   const i32 cell = least_cell_[at(cls)];
   return youngest_first(cell) ? blocks_.back(cell) : blocks_.front(cell);
 }
 
+// A released block has a released leaf behind it, unless it had more children at once than can be counted.
+i32 DensityPolicy::any_released() {
+  i64 id = 0;
+  while (id < blocks_.ids() && !blocks_[static_cast<i32>(id)].evictable) ++id;
+  return id < blocks_.ids() ? static_cast<i32>(id) : -1;
+}
+
 void DensityPolicy::evict(i32 id, std::uint64_t key, i32 parent) {
   Block& block = blocks_[id];
-  remove(id);
+  if (block.children == 0) remove(id);
   block.evictable = 0;
   if (!block.open) begin_life(&block);
   if (block.children == kMostChildren) block.children = 0;  // nobody knows; as an inner block it went last of all
@@ -165,35 +177,32 @@ void DensityPolicy::evict(i32 id, std::uint64_t key, i32 parent) {
 void DensityPolicy::restore(i32 id, std::uint64_t key, i32 parent) {
   Block& block = blocks_[id];
   if (ghosts_.take(key).uses == 0) begin_life(&block);
-  if (add_child(parent)) push_front(kInner, parent);
+  add_child(parent);
   block.evictable = 1;
+  if (block.children > 0) return;
   if (blocks_.undo_remove(id)) {
     const i32 alone = blocks_.alone_in(id);
     if (alone >= 0) mark(alone, true);
     return;
   }
-  const i32 list = block.children > 0 ? kInner : cell_of(block);
-  list != kInner&& youngest_first(list) ? push_back(list, id) : push_front(list, id);
+  const i32 list = cell_of(block);
+  youngest_first(list) ? push_back(list, id) : push_front(list, id);
 }
 
-// True if `parent` was a released leaf. It stands in no list then.
-bool DensityPolicy::add_child(i32 parent) {
-  if (parent < 0) return false;
+// A released leaf that gets a child leaves its list.
+void DensityPolicy::add_child(i32 parent) {
+  if (parent < 0) return;
   Block& block = blocks_[parent];
   if (block.children < kMostChildren) ++block.children;
-  if (block.children > 1 || !block.evictable) return false;
-  remove(parent);
-  return true;
+  if (block.children == 1 && block.evictable) remove(parent);
 }
 
-// True if `parent` is a released leaf now. It stands in no list then.
+// True if `parent` is a released leaf now, and stands in no list yet.
 bool DensityPolicy::drop_child(i32 parent) {
   if (parent < 0) return false;
   Block& block = blocks_[parent];
   if (block.children == 0 || block.children == kMostChildren) return false;
-  if (--block.children > 0 || !block.evictable) return false;
-  remove(parent);
-  return true;
+  return --block.children == 0 && block.evictable;
 }
 
 // Blocks whose use draws nearer (a loop larger than the cache) are worth more the longer ago they were used.
@@ -217,7 +226,6 @@ void DensityPolicy::remove(i32 id) {
 }
 
 void DensityPolicy::mark(i32 list, bool filled) {
-  if (list == kInner) return;
   const i32 cls = list / kAges;
   const std::uint64_t bit = std::uint64_t{1} << (list % kAges);
   ages_[at(cls)] = filled ? ages_[at(cls)] | bit : ages_[at(cls)] & ~bit;

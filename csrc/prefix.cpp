@@ -71,6 +71,10 @@ i32 PrefixIndex::new_node() {
   const i32 node = free_;
   free_ = nodes_[node].next_child;
   nodes_[node] = Node();
+  if (free_ != kNoNode) {  // the next one is mostly wanted soon
+    __builtin_prefetch(&nodes_[free_], 1);
+    tokens_.prefetch(free_);
+  }
   return node;
 }
 
@@ -164,7 +168,7 @@ i32 PrefixIndex::add(i32 parent, const i32* tokens) {
   const i32 node = new_node();
   Node& n = nodes_[node];
   n.key = key_after(nodes_[parent].key, tokens);
-  policy_->expect(n.key);
+  policy_->expect(node, n.key);
   n.parent = parent;
   n.ordinal = nodes_[parent].ordinal + 1;
   if (events_.on()) root_of_[node] = root_of_[parent];
