@@ -92,7 +92,7 @@ class Allocator:
         max_sequences: int,
         max_tokens: int,
         page_bytes: int | None = None,
-        interleave: int | Literal["all"] | None = None,
+        interleave: int | Literal["all", "none"] | None = None,
         map_ahead_tokens: int | None = None,
         tail_guard_tokens: int | None = None,
         zero: Literal["never", "fresh", "always"] = "fresh",
@@ -425,7 +425,11 @@ class Allocator:
         They end at the last mapped block; the address never changes. Blocks that no sequence holds may be unmapped:
         reading them faults, so index by a batch's block table. They print safely.
         """
-        return self.tensor(layer, "k"), self.tensor(layer, "v")
+        k, v = self.tensor(layer, "k"), self.tensor(layer, "v")
+        if len(k) != len(v):  # in ranges of their own (interleave="none"), of which one gave up parked pages
+            blocks = min(len(k), len(v))
+            return k[:blocks].as_subclass(CacheTensor), v[:blocks].as_subclass(CacheTensor)
+        return k, v
 
     def tensor(self, layer: int, component: str) -> torch.Tensor:
         """As ``kv``, for one component by name."""
