@@ -102,8 +102,10 @@ _Part = tuple[Component, tuple[int, ...]]
 
 def _arenas(group: Group, interleave: Interleave) -> list[list[_Part]]:
     """What lies side by side in each arena, in order."""
-    shared = [(c, group.layers) for c in group.components if c.scope == "shared"]
-    layers = [[(c, (layer,)) for c in group.components if c.scope == "layer"] for layer in group.layers]
+    shared: list[_Part] = [(c, group.layers) for c in group.components if c.scope == "shared"]
+    layers: list[list[_Part]] = [
+        [(c, (layer,)) for c in group.components if c.scope == "layer"] for layer in group.layers
+    ]
     if interleave == "none":
         return [[part] for part in chain(shared, *layers)]
     runs = [list(chain(*layers[i : i + interleave])) for i in range(0, len(layers), interleave)]

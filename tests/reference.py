@@ -59,7 +59,9 @@ def arena_bytes(group: kvmem.Group, interleave: int | str) -> list[int]:
     """Bytes of a token in each run of ``interleave`` layers, or of each component of each ("none"); every component
     starts at a multiple of 16 bytes.
     """
-    size = {(c.name, layer): up(group.row_bytes(c.name, layer), 16) * 16 for c in group.components for layer in group.layers}
+    size = {
+        (c.name, layer): up(group.row_bytes(c.name, layer), 16) * 16 for c in group.components for layer in group.layers
+    }
     own = [c.name for c in group.components if c.scope == "layer"]
     shared = [size[c.name, group.layers[0]] for c in group.components if c.scope == "shared"]
     if interleave == "none":

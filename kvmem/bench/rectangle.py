@@ -7,9 +7,9 @@ after the gather finds less of its own in the CPU's caches), every result agains
 thread, which waiting for a core is no part of.
 
 The virtual rows come in three layouts (``interleave``): all layers side by side, K and V of one layer, and each of them
-in a range of its own, as dense as the plain tensor. ``plain, same strides`` is an ordinary tensor that lies as the first
-of these: what it costs over the contiguous one is the layout's price, what the rows cost over it is that of mapped
-memory. The last one has no such price, and is what the goal is for.
+in a range of its own, as dense as the plain tensor. ``plain, same strides`` is an ordinary tensor that lies as the
+first of these: what it costs over the contiguous one is the layout's price, what the rows cost over it is that of
+mapped memory. The last layout has no such price, and the goal is for it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from kvmem.lockstep import LockstepRows
 __all__ = ["RectangleReport", "RectangleResult", "rectangle"]
 
 PLAIN, STRIDED = "plain", "plain, same strides"
-GOAL = 1.05  # times the plain tensor, for rows in place
+GOAL = 1.05  # times the plain tensor, for K and V in ranges of their own
 
 _LAYERS, _HEADS, _QUERIES, _WIDTH = 4, 2, 8, 64  # a small GQA model, 2 KiB a token
 
