@@ -21,7 +21,7 @@ enum class Zero : std::uint8_t {
 };
 
 // One group of layers and components whose tokens live and die together. Its tokens lie in `token_bytes.size()` arenas
-// (one for each `interleave` layers), token after token, `token_bytes[i]` apart in arena i.
+// (one for each `interleave` layers, or each part of one), token after token, `token_bytes[i]` apart in arena i.
 struct GroupGeometry {
   Growth growth = Growth::token;
   i64 block_tokens = 16;  // tokens of a block

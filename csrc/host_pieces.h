@@ -87,13 +87,15 @@ class HostPieces {
 
   Map::const_iterator find(Address at) const { return --pieces_.upper_bound(at); }
 
-  void split(Address at) {
+  // The piece that starts at `at`: where none does, one is cut in two. pieces_.end() for the end of the reservation.
+  Map::iterator split(Address at) {
+    if (at == end_) return pieces_.end();
     auto it = --pieces_.upper_bound(at);
-    if (it->first == at || it->second.end <= at) return;
+    if (it->first == at) return it;
     Piece right = it->second;
     if (right.offset != kHole) right.offset += static_cast<i64>(at - it->first);
     it->second.end = at;
-    pieces_[at] = right;
+    return pieces_.emplace_hint(std::next(it), at, right);
   }
 
   static bool merges(const Map::value_type& left, const Piece& right) {
@@ -103,11 +105,9 @@ class HostPieces {
   }
 
   void assign(Address at, Address end, i64 offset, bool accessible) {
-    split(at);
-    if (end < end_) split(end);
-    pieces_.erase(pieces_.lower_bound(at), pieces_.lower_bound(end));
-    auto it = pieces_.emplace(at, Piece{end, offset, accessible}).first;
-    auto next = std::next(it);
+    const auto it = split(at), next = split(end);
+    pieces_.erase(std::next(it), next);
+    it->second = {end, offset, accessible};
     if (next != pieces_.end() && merges(*it, next->second)) {
       it->second.end = next->second.end;
       pieces_.erase(next);

@@ -7,22 +7,32 @@ and within a layer its components (K, then V)::
     arena 0:  | token 0: [layer 0: K V][layer 1: K V] ... | token 1: [layer 0: K V] ...
     arena 1:  | token 0: [layer G: K V] ...
 
-With all layers in one run, a 2 MiB page holds 16 tokens of an 8B model instead of 1,024 tokens of one layer: that is
-how a stock driver gets fine granularity (vAttention's tensor slicing). K and V of a layer have equal shape and
-strides, and the last dimension is dense, which is all that paged kernels ask for.
+With all layers in one run, a 2 MiB page holds 16 tokens of an 8B model instead of 1,024 tokens of one layer's K: that
+is how a stock driver gets fine granularity (vAttention's tensor slicing). With ``"none"`` each component of each layer
+has an arena of its own, and lies there as densely as in a contiguous tensor::
+
+    arena 0:  | layer 0, K: token 0, token 1, token 2 ...
+    arena 1:  | layer 0, V: token 0, token 1, token 2 ...
+
+A component that layers share is there once: at the start of arena 0's tokens, or in an arena of its own. K and V of a
+layer have equal shape and strides, and the last dimension is dense, which is all that paged kernels ask for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
+from typing import Literal
 
 import torch
 
 from kvmem.errors import SpecError
 from kvmem.spec import Component, Group
 
-__all__ = ["GroupLayout", "Slice", "resolve_interleave"]
+__all__ = ["GroupLayout", "Interleave", "Slice", "resolve_interleave"]
+
+#: How many layers lie side by side; ``"none"``: not even the components of one.
+Interleave = int | Literal["none"]
 
 #: Kernels load 16 bytes at a time, so every component of every token starts at a multiple of that.
 ALIGN_BYTES = 16
@@ -45,29 +55,17 @@ class GroupLayout:
     token_bytes: per arena, bytes from one token to the next (payload plus padding to 16 bytes).
     """
 
-    def __init__(self, group: Group, interleave: int) -> None:
+    def __init__(self, group: Group, interleave: Interleave) -> None:
         self.group = group
-        self.interleave = min(interleave, len(group.layers))
         self.token_bytes: list[int] = []
         self._slices: dict[tuple[int, str], Slice] = {}
-        runs = [group.layers[i : i + self.interleave] for i in range(0, len(group.layers), self.interleave)]
-        for arena, layers in enumerate(runs):
-            self.token_bytes.append(self._lay_out(arena, layers))
-        if not all(self.token_bytes):  # a run of layers that read a shared copy only
-            self.token_bytes = [b for b in self.token_bytes if b]
-
-    def _lay_out(self, arena: int, layers: Sequence[int]) -> int:
-        offset = 0
-        shared = [c for c in self.group.components if c.scope == "shared"] if arena == 0 else []
-        for component in shared:
-            where = self._slice(component, self.group.layers[0], arena, offset)
-            self._slices.update({(layer, component.name): where for layer in self.group.layers})
-            offset += self._padded(component, self.group.layers[0])
-        for layer in layers:
-            for component in (c for c in self.group.components if c.scope == "layer"):
-                self._slices[layer, component.name] = self._slice(component, layer, arena, offset)
-                offset += self._padded(component, layer)
-        return offset
+        for arena, parts in enumerate(_arenas(group, interleave)):
+            offset = 0
+            for component, layers in parts:
+                where = self._slice(component, layers[0], arena, offset)
+                self._slices.update({(layer, component.name): where for layer in layers})
+                offset += self._padded(component, layers[0])
+            self.token_bytes.append(offset)
 
     def _padded(self, component: Component, layer: int) -> int:
         row = self.group.row_bytes(component.name, layer)
@@ -98,10 +96,31 @@ class GroupLayout:
         return sum(self.token_bytes)
 
 
-def resolve_interleave(interleave: int | str, num_layers: int) -> int:
-    """``"all"`` or a positive int, as an int."""
+#: A component, and the layers that one copy of it is for: one layer, or all of the group.
+_Part = tuple[Component, tuple[int, ...]]
+
+
+def _arenas(group: Group, interleave: Interleave) -> list[list[_Part]]:
+    """What lies side by side in each arena, in order."""
+    shared: list[_Part] = [(c, group.layers) for c in group.components if c.scope == "shared"]
+    layers: list[list[_Part]] = [
+        [(c, (layer,)) for c in group.components if c.scope == "layer"] for layer in group.layers
+    ]
+    if interleave == "none":
+        return [[part] for part in chain(shared, *layers)]
+    runs = [list(chain(*layers[i : i + interleave])) for i in range(0, len(layers), interleave)]
+    runs[0] = shared + runs[0]
+    return [run for run in runs if run]  # but for those of layers that read a shared copy only
+
+
+def resolve_interleave(interleave: int | str, num_layers: int) -> Interleave:
+    """``"all"``, ``"none"`` or a positive int: ``"all"`` and what is too many as the number of layers."""
     if interleave == "all":
         return num_layers
+    if interleave == "none":
+        return "none"
     if isinstance(interleave, bool) or not isinstance(interleave, int) or interleave < 1:
-        raise SpecError(f'interleave: got {interleave!r}; must be "all" or a number of layers from 1 to {num_layers}')
+        raise SpecError(
+            f'interleave: got {interleave!r}; must be "all", "none" or a number of layers from 1 to {num_layers}'
+        )
     return min(interleave, num_layers)

@@ -68,7 +68,7 @@ def configs(kernel: Kernel, full: bool = FULL) -> list[Config]:
         "step": kernel.steps,
         "group": (16,) if kernel.kind == "mla" else (1, 4, 8),
         "block_size": kernel.block_sizes,
-        "interleave": ("all",) if shared else (1, 2, "all"),
+        "interleave": ("all",) if shared else (1, "none", "all"),
         "window": kernel.windows,
     }
     assert set(choices) == {field.name for field in fields(Config)}

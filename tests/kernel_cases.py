@@ -32,7 +32,7 @@ SPARE_TOKENS = 3
 
 on_gpu = pytest.mark.gpu
 BACKENDS = ["virtual", "paged"]
-LAYOUTS = [1, 2, "all"]
+LAYOUTS = [1, "none", "all"]
 BLOCK_SIZES = [1, 16, 256]
 
 

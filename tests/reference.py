@@ -55,14 +55,22 @@ class Tokens:
     pieces: list[dict[int, Piece]] = field(default_factory=list)  # by arena: ordinal -> piece
 
 
-def arena_bytes(group: kvmem.Group, interleave: int) -> list[int]:
-    """Bytes of a token in each run of ``interleave`` layers; every component starts at a multiple of 16 bytes."""
+def arena_bytes(group: kvmem.Group, interleave: int | str) -> list[int]:
+    """Bytes of a token in each run of ``interleave`` layers, or of each component of each ("none"); every component
+    starts at a multiple of 16 bytes.
+    """
+    size = {
+        (c.name, layer): up(group.row_bytes(c.name, layer), 16) * 16 for c in group.components for layer in group.layers
+    }
+    own = [c.name for c in group.components if c.scope == "layer"]
+    shared = [size[c.name, group.layers[0]] for c in group.components if c.scope == "shared"]
+    if interleave == "none":
+        return shared + [size[name, layer] for layer in group.layers for name in own]
     total = []
-    for start in range(0, len(group.layers), interleave):
-        layers = group.layers[start : start + interleave]
-        rows = [group.row_bytes(c.name, layer) for c in group.components if c.scope == "layer" for layer in layers]
-        rows += [group.row_bytes(c.name, layers[0]) for c in group.components if c.scope == "shared" and start == 0]
-        total.append(sum(up(row, 16) * 16 for row in rows))
+    for start in range(0, len(group.layers), int(interleave)):
+        layers = group.layers[start : start + int(interleave)]
+        total.append(sum(size[name, layer] for name in own for layer in layers))
+    total[0] += sum(shared)
     return [size for size in total if size]
 
 
@@ -70,7 +78,7 @@ class Model:
     """See the module. ``budget_pages`` is what live sequences may need; parked memory never counts against them."""
 
     def __init__(
-        self, spec: kvmem.CacheSpec, *, virtual: bool, page_bytes: int, interleave: int, max_sequences: int,
+        self, spec: kvmem.CacheSpec, *, virtual: bool, page_bytes: int, interleave: int | str, max_sequences: int,
         max_tokens: int,
         guard_tokens: int,
     ) -> None:  # fmt: skip

@@ -119,10 +119,10 @@ class Layout:
 LAYOUTS = {
     "kv interleaved": Layout(plain),
     "kv G=1": Layout(plain, 1),
-    "kv G=2": Layout(plain, 2),
+    "kv apart": Layout(plain, "none"),
     "kv bytes": Layout(bytes_kv),
     "latent": Layout(latent),
-    "latent G=1": Layout(latent, 1),
+    "latent apart": Layout(latent, "none"),
     "unequal widths": Layout(unequal, 2),
     "two windows": Layout(windows),
     "full and window": Layout(hybrid_windows),

@@ -10,19 +10,33 @@ import pytest
 import torch
 from patterns import places
 from reference import arena_bytes
-from support import BACKENDS, LAYOUTS, make_allocator, plain
+from support import BACKENDS, LAYOUTS, make_allocator, plain, unequal
 from support_drivers import assert_runs, run_python
 
 import kvmem
-from kvmem.layouts import GroupLayout
+from kvmem.layouts import GroupLayout, Interleave
 
-INTERLEAVES = (1, 2, 3, 99)
+INTERLEAVES: tuple[Interleave, ...] = (1, 2, 3, 99, "none")
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+def planes(block_size: int) -> kvmem.CacheSpec:
+    """As AlignedKV: the bits of a number in three planes."""
+    parts = [kvmem.Component(name, heads=2, width=8, dtype=torch.float16, planes=(8, 4, 4)) for name in ("k", "v")]
+    return kvmem.CacheSpec(components=parts, num_layers=3, block_size=block_size)
+
+
+def keys_only(block_size: int) -> kvmem.CacheSpec:
+    parts = [kvmem.Component("k", heads=3, width=12, dtype=torch.float16)]
+    return kvmem.CacheSpec(components=parts, num_layers=4, block_size=block_size)
+
+
+SPECS = {make.__name__: make for make in (*(layout.spec for layout in LAYOUTS.values()), planes, keys_only)}
+
+
+@pytest.mark.parametrize("name", SPECS)
 @pytest.mark.parametrize("interleave", INTERLEAVES)
-def test_slices_are_aligned_and_never_overlap(name: str, interleave: int) -> None:
-    spec = LAYOUTS[name].spec(16)
+def test_slices_are_aligned_and_never_overlap(name: str, interleave: Interleave) -> None:
+    spec = SPECS[name](16)
     for g, group in enumerate(spec.groups):
         layout = GroupLayout(group, interleave)
         taken: list[set[int]] = [set() for _ in layout.token_bytes]
@@ -39,13 +53,18 @@ def test_slices_are_aligned_and_never_overlap(name: str, interleave: int) -> Non
             assert bytes_ % 16 == 0 and bytes_ - len(used) < 16 * len(group.layers) * len(group.components), (
                 "padding only"
             )
+        if interleave == "none":
+            everything = [layout.slice(layer, component) for layer, component in places(spec, g)]
+            assert sorted(where.arena for where in everything) == list(range(len(everything))), "an arena each"
+            assert not any(where.offset_bytes for where in everything)
 
 
-def test_a_shared_component_is_one_copy() -> None:
+@pytest.mark.parametrize("interleave", [1, 2, "none"])
+def test_a_shared_component_is_one_copy(interleave: Interleave) -> None:
     spec = LAYOUTS["shared scope"].spec(16)
-    layout = GroupLayout(spec.groups[0], 1)
+    layout = GroupLayout(spec.groups[0], interleave)
     assert len({layout.slice(layer, "ck") for layer in spec.groups[0].layers}) == 1
-    alloc = make_allocator(spec, "paged")
+    alloc = make_allocator(spec, "paged", interleave=interleave)
     with alloc.sequence() as seq:
         seq.extend(1)
         assert len({alloc.tensor(layer, "ck").data_ptr() for layer in range(3)}) == 1
@@ -66,6 +85,40 @@ def test_what_kernels_ask_of_k_and_v(backend: str) -> None:
             if backend == "virtual":
                 rows = alloc.rows(0)
                 assert rows.shape[0] == 1 + alloc.max_sequences + alloc.cached_rows and rows.shape[1] % 256 == 0
+
+
+def test_apart_every_component_is_as_dense_as_a_contiguous_tensor() -> None:
+    """The padding to 16 bytes aside, which none of these has."""
+    alloc = make_allocator(unequal(16), "virtual", interleave="none", memory="8MiB")
+    assert alloc.interleave == "none", "what it was made with makes another one like it"
+    with alloc.sequence() as seq:
+        seq.extend(300)
+        for layer, component in places(alloc.spec, 0):
+            tokens = alloc.sequence_tensor(seq, layer, component)
+            assert tokens.is_contiguous() and len(tokens) == 300, (layer, component)
+            row = alloc.rows(layer, component)[1]
+            assert row.stride() == (row.shape[1] * row.shape[2], row.shape[2], 1)
+            blocks = alloc.tensor(layer, component)
+            assert blocks.stride()[:2] == (16 * row.stride(0), row.stride(0))
+            tokens.fill_(layer + (component == "v") / 2)
+        for layer, component in places(alloc.spec, 0):
+            assert alloc.sequence_tensor(seq, layer, component).unique().tolist() == [layer + (component == "v") / 2]
+
+
+def test_apart_k_and_v_have_one_shape_even_when_one_range_gave_up_more() -> None:
+    """Parked pages go one range after the other, so the last mapped block of K may lie before that of V."""
+    spec = kvmem.CacheSpec.kv(num_layers=2, num_kv_heads=2, head_dim=64, dtype=torch.float16)
+    alloc = make_allocator(spec, "virtual", interleave="none", page_bytes=4096, prefix_cache=False)
+    with alloc.sequence() as first:
+        first.extend(100)
+        with alloc.sequence() as last:
+            last.extend(400)
+        assert alloc.trim(4096) == 4096
+        assert alloc.core.mapped_extent_bytes(0, 0) < alloc.core.mapped_extent_bytes(0, 1)
+        k, v = alloc.kv(0)
+        assert k.shape == v.shape and k.stride() == v.stride()
+        assert len(k) < len(alloc.tensor(0, "v")) and "CacheTensor" in repr(k) and "CacheTensor" in repr(v)
+        assert len(k) > int(alloc.batch([first]).block_table.max()), "all blocks in use are there"
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -282,6 +282,25 @@ def test_rows_that_start_together_are_read_in_place() -> None:
     assert keys.untyped_storage().data_ptr() == cache.allocator.rows(0, "k").untyped_storage().data_ptr()
 
 
+def test_keys_and_values_apart_are_read_as_contiguous_tensors() -> None:
+    """``interleave="none"``: nothing lies between the tokens of a row, and several rows differ in their distance only."""
+    model = model_of("llama")
+    cache = open_cache(model, "virtual", interleave="none")
+    k, v = torch.randn(2, 5, 2, 7, 12).unbind()
+    keys, values = cache.update(k, v, 1)
+    assert torch.equal(keys, k) and torch.equal(values, v) and keys.stride() == values.stride()
+    assert all(row.transpose(0, 1).is_contiguous() for row in (*keys, *values))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["gemma3", "t5"])
+def test_generates_the_same_with_keys_and_values_apart(name: str, backend: str) -> None:
+    model, inputs = model_of(name), prompts(pad=2)
+    cache = open_cache(model, backend, interleave="none")
+    expected = generate(model, inputs, dynamic_cache(model), **MODES["beam"])
+    assert_same(generate(model, inputs, cache, **MODES["beam"]), expected)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["llama", "gemma3", "t5"])
 def test_beams_share_their_past(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
