@@ -40,8 +40,11 @@ BatchSizes Cache::write_batch(const i32* handles, i64 n, const i32* new_tokens, 
   try {
     BatchWriter writer(out, marks, geometry_.groups[g].block_tokens, geometry_.groups[g].row_tokens);
     const Sequences::Lengths* const lengths = sequences_.lengths(g, 0);
+    const bool may_advance = growth == Growth::token && !chosen;
     for (i64 i = 0; i < n; ++i) {
-      if (growth == Growth::token && !chosen) i = writer.advance(handles, indices_.data(), lengths, groups_, n, view);
+      const bool has_new_block =
+          remainder(lengths[indices_[i] * groups_].tokens, geometry_.groups[g].block_tokens) == 1;
+      if (may_advance && !has_new_block) i = writer.advance(handles, indices_.data(), lengths, groups_, n, view);
       if (i == n) break;
       const i64 index = indices_[i];
       const Sequences::Lengths& now = lengths[index * groups_];

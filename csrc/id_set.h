@@ -3,8 +3,10 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstddef>
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "types.h"
@@ -15,31 +17,29 @@ class IdSet {
  public:
   // Numbers below `bound` may be put in from now on. Never shrinks.
   void reserve(i64 bound) {
-    std::size_t level = 0;
-    for (i64 words = std::max(i64{1}, ceil_div(bound, 64));; words = ceil_div(words, 64), ++level) {
-      if (level == levels_.size()) {
-        levels_.emplace_back();
-        if (level > 0 && levels_[level - 1][0] != 0) levels_[level].push_back(1);  // what was the top is one word
-      }
-      if (static_cast<i64>(levels_[level].size()) < words) levels_[level].resize(words, 0);
+    i64 words = std::max(i64{1}, ceil_div(bound, 64));
+    for (std::size_t level = 0;; words = ceil_div(words, 64), ++level) {
+      Words& bits = levels_[level];
+      if (bits.empty() && level > 0 && levels_[level - 1][0] != 0) bits.push_back(1);  // what was the top is one word
+      if (static_cast<i64>(bits.size()) < words) bits.resize(words, 0);
+      top_ = std::max(top_, level);
       if (words <= 1) return;
     }
   }
 
-  bool empty() const { return levels_.empty() || levels_.back()[0] == 0; }
-
+  bool empty() const { return levels_[top_].empty() || levels_[top_][0] == 0; }
   bool has(i64 id) const { return levels_[0][id / 64] >> (id % 64) & 1; }
 
   // The smallest. The set is not empty.
   i64 first() const {
     i64 at = 0;
-    for (std::size_t level = levels_.size(); level-- > 0;) at = at * 64 + __builtin_ctzll(levels_[level][at]);
+    for (std::size_t level = top_ + 1; level-- > 0;) at = at * 64 + __builtin_ctzll(levels_[level][at]);
     return at;
   }
 
   // The smallest above `id`, -1 if there is none.
   i64 after(i64 id) const {
-    for (std::size_t level = 0; level < levels_.size(); ++level, id /= 64) {
+    for (std::size_t level = 0; level <= top_; ++level, id /= 64) {
       const std::uint64_t above = levels_[level][id / 64] >> (id % 64) >> 1;
       if (above == 0) continue;
       id += 1 + __builtin_ctzll(above);
@@ -49,47 +49,46 @@ class IdSet {
     return -1;
   }
 
-  void insert(i64 id) { insert(id, 1); }
-  void erase(i64 id) { erase(id, 1); }
+  void insert(i64 id) { add(id / 64, std::uint64_t{1} << (id % 64)); }
+  void erase(i64 id) { remove(id / 64, std::uint64_t{1} << (id % 64)); }
 
   // The `count` numbers from `id` on.
   void insert(i64 id, i64 count) {
-    each_word(id, count, [this](i64 at, std::uint64_t mask) {
-      std::uint64_t& word = levels_[0][at];
-      if (word == 0) tell(at, true);
-      word |= mask;
-    });
+    each_word(id, count, [this](i64 at, std::uint64_t mask) { add(at, mask); });
   }
   void erase(i64 id, i64 count) {
-    each_word(id, count, [this](i64 at, std::uint64_t mask) {
-      std::uint64_t& word = levels_[0][at];
-      word &= ~mask;
-      if (word == 0) tell(at, false);
-    });
+    each_word(id, count, [this](i64 at, std::uint64_t mask) { remove(at, mask); });
   }
 
  private:
+  using Words = std::vector<std::uint64_t>;
+
   template <class F>
   static void each_word(i64 id, i64 count, F f) {
-    for (i64 end = id + count; id < end;) {
+    for (const i64 end = id + count; id < end;) {
       const i64 bit = id % 64, n = std::min(end - id, 64 - bit);
       f(id / 64, ~std::uint64_t{0} >> (64 - n) << bit);
       id += n;
     }
   }
 
-  // Word `at` of the numbers has some now, or none any more.
-  void tell(i64 at, bool some) {
-    for (std::size_t level = 1; level < levels_.size(); ++level, at /= 64) {
+  void add(i64 at, std::uint64_t mask) {
+    std::uint64_t before = std::exchange(levels_[0][at], levels_[0][at] | mask);
+    for (std::size_t level = 1; before == 0 && level <= top_; ++level, at /= 64) {
       std::uint64_t& word = levels_[level][at / 64];
-      const std::uint64_t bit = std::uint64_t{1} << (at % 64);
-      const bool others = (word & ~bit) != 0;
-      word = some ? word | bit : word & ~bit;
-      if (others) return;
+      before = std::exchange(word, word | std::uint64_t{1} << (at % 64));
     }
   }
 
-  std::vector<std::vector<std::uint64_t>> levels_;  // the numbers themselves first
+  void remove(i64 at, std::uint64_t mask) {
+    std::uint64_t left = levels_[0][at] &= ~mask;
+    for (std::size_t level = 1; left == 0 && level <= top_; ++level, at /= 64) {
+      left = levels_[level][at / 64] &= ~(std::uint64_t{1} << (at % 64));
+    }
+  }
+
+  std::array<Words, 7> levels_;  // the numbers themselves first; enough for 2^42
+  std::size_t top_ = 0;          // the level that is one word
 };
 
 }  // namespace kvmem

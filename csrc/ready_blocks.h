@@ -19,9 +19,8 @@ class ReadyBlocks {
   template <class F>
   void each(i64 most, F f) const {
     for (const IdSet* set : {&soon_, &late_}) {
-      for (i64 block = set->empty() ? -1 : set->first(); block >= 0 && most > 0; --most, block = set->after(block)) {
-        f(block);
-      }
+      if (most <= 0 || set->empty()) continue;
+      for (i64 block = set->first(); block >= 0; block = --most > 0 ? set->after(block) : -1) f(block);
     }
   }
 
@@ -39,7 +38,8 @@ class ReadyBlocks {
     size_ += count;
   }
   void remove(i64 first, i64 count) {
-    soon_.erase(first, count), late_.erase(first, count);
+    soon_.erase(first, count);
+    if (!late_.empty()) late_.erase(first, count);
     size_ -= count;
   }
   void put_off(i64 block) {
