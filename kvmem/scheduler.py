@@ -19,12 +19,12 @@ vLLM                                   here
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Hashable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kvmem._core import TableChanges
 from kvmem.allocator import Allocator
 from kvmem.arrays import at_least_zero, check_count, not_int32
 from kvmem.digests import Key
@@ -39,61 +39,7 @@ if TYPE_CHECKING:
 __all__ = ["SchedulerCache", "TableChanges"]
 
 
-class TableChanges:
-    """What a call wrote to block tables: entry ``columns[k]`` of row ``rows[k]`` is ``blocks[k]`` now.
-
-    int32 [k] each, by row, then by column, made when they are asked for. rows: positions in the ``handles`` of the
-    call, 0 where it had one request. Most are empty: of length 0, and false.
-    """
-
-    __slots__ = ("_entries",)
-
-    def __init__(self, entries: bytearray | None = None) -> None:
-        """entries: int32 [3, k], the rows, columns and blocks, as the core has them."""
-        self._entries = entries
-
-    @property
-    def rows(self) -> Handles:
-        return self._part(0)
-
-    @property
-    def columns(self) -> Handles:
-        return self._part(1)
-
-    @property
-    def blocks(self) -> Handles:
-        return self._part(2)
-
-    def write(self, table: Handles, row: int = 0) -> None:
-        """Brings a copy of the tables up to date. table: int32 [requests, blocks of the longest]; row: the request's,
-        or where row 0 of a step stands. Of one entry, the most frequent, a tenth of the cost of the three arrays.
-        """
-        entries = self._entries
-        if entries is None:
-            return
-        if len(entries) == _ONE.size:
-            first, column, block = _ONE.unpack(entries)
-            table[row + first, column] = block
-        else:
-            table[row + self.rows, self.columns] = self.blocks
-
-    def _part(self, number: int) -> Handles:
-        k = len(self)
-        return np.frombuffer(self._entries or b"", np.int32, k, 4 * k * number)
-
-    def __len__(self) -> int:
-        return 0 if self._entries is None else len(self._entries) // _ONE.size
-
-    def __repr__(self) -> str:
-        return f"TableChanges(rows={self.rows}, columns={self.columns}, blocks={self.blocks})"
-
-
-_ONE = struct.Struct("=3i")
 _NOTHING = TableChanges()  # what most calls return: made once
-
-
-def _changes(entries: bytearray | None) -> TableChanges:
-    return _NOTHING if entries is None else TableChanges(entries)
 
 
 class SchedulerCache:
@@ -148,14 +94,14 @@ class SchedulerCache:
         if tokens is not None or salt is not None or extra_key is not None:
             raise SpecError(f"request {request!r} has begun: a prompt, salt or extra key is given when it begins")
         try:
-            entries = self._core.grow(handle, count)  # type: ignore[arg-type]  # it looks for itself
+            written = self._core.grow(handle, count)  # type: ignore[arg-type]  # it looks for itself
         except OutOfMemory:
             return None
         except TypeError:  # a numpy integer, or nothing that counts
             if count is None:
                 raise SpecError(f"count: missing; request {request!r} has begun, say how many more tokens") from None
             return self.allocate(request, check_count("count", count))
-        return _NOTHING if entries is None else TableChanges(entries)
+        return _NOTHING if written is None else written
 
     def _begin(
         self, request: Hashable, count: int | None, tokens: Tokens | None, salt: str | bytes | None, extra_key: Key
@@ -178,7 +124,7 @@ class SchedulerCache:
             sequence.free()
             return None
         self._requests[request], self._handles[request] = sequence, sequence.id
-        return _changes(self._core.table(sequence.id, self._main))
+        return self._core.table(sequence.id, self._main) or _NOTHING
 
     def publish(self, request: Hashable, tokens: int | Tokens) -> TableChanges:
         """The KV of the request's next ``tokens`` is computed: their ids, and whole blocks of them can be found from
@@ -192,12 +138,33 @@ class SchedulerCache:
         except KeyError:
             raise self._stale(request) from None
         try:
-            entries = self._core.publish(handle, tokens)  # type: ignore[arg-type]  # it looks for itself
+            written = self._core.publish(handle, tokens)  # type: ignore[arg-type]  # it looks for itself
         except TypeError:  # ids of another type, or no ids
             if isinstance(tokens, int):
                 self._requests[request].commit(tokens)  # says what is wrong with it
-            entries = self._core.publish(handle, token_ids(tokens))  # type: ignore[arg-type]
-        return _NOTHING if entries is None else TableChanges(entries)
+            written = self._core.publish(handle, token_ids(tokens))  # type: ignore[arg-type]
+        return _NOTHING if written is None else written
+
+    def step(self, request: Hashable, count: int = 1, tokens: Tokens | None = None) -> TableChanges | None:
+        """A decode step of one request in one call: ``publish`` for all that has room and is not published yet, then
+        ``allocate`` for ``count`` more tokens; what both wrote to the request's block table. None when memory is short:
+        nothing has changed then, nothing is published either, but for what was cached.
+
+        tokens: the ids of all that is published; without them neither these nor later ones can be found. The first
+        step may publish the prompt. ``SpecError`` when they are more or less than that. As ``Sequence.step``.
+        """
+        try:
+            handle = self._handles[request]
+        except KeyError:
+            raise self._stale(request) from None
+        try:
+            written = self._core.decode(handle, count, tokens)  # type: ignore[arg-type]  # it looks for itself
+        except OutOfMemory:
+            return None
+        except TypeError:  # a numpy integer, ids of another type, or neither
+            ids = None if tokens is None else token_ids(tokens)
+            return self.step(request, check_count("count", count), ids)
+        return _NOTHING if written is None else written
 
     def truncate(self, request: Hashable, num_tokens: int) -> None:
         """Keeps the first ``num_tokens`` tokens, as when draft tokens are rejected. See ``Sequence.truncate``."""
@@ -224,7 +191,7 @@ class SchedulerCache:
         handles, counts: int32 [n], as for ``Allocator.extend_batch``. Cost: linear in n and in what is written.
         """
         try:
-            return _changes(self._core.grow_batch(handles, counts))
+            return self._core.grow_batch(handles, counts) or _NOTHING
         except OutOfMemory:
             return None
         except TypeError as error:
@@ -236,7 +203,7 @@ class SchedulerCache:
             self.allocator.commit_batch(handles, counts)
             return _NOTHING
         try:
-            return _changes(self._core.publish_batch(handles, counts, tokens))
+            return self._core.publish_batch(handles, counts, tokens) or _NOTHING
         except TypeError as error:
             raise not_int32(handles, counts, tokens) from error
 
@@ -254,7 +221,7 @@ class SchedulerCache:
         index = self._main if group is None else at_least_zero("group", group)
         if index >= len(self.allocator.spec.groups):
             raise SpecError(f"group: got {index}; the spec has {len(self.allocator.spec.groups)}")
-        return _changes(self._core.table(self._sequence(request).id, index)).blocks
+        return (self._core.table(self._sequence(request).id, index) or _NOTHING).blocks
 
     def num_cached_tokens(self, request: Hashable) -> int:
         """How many tokens the request took over from the cache when it began."""
