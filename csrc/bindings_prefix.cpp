@@ -81,7 +81,7 @@ void bind_prefix(nb::class_<Cache>& cache) {
       .def(
           "admit",
           [](Cache& c, const TokenIds& tokens, const nb::bytes& salt, const nb::bytes& extra_key) {
-            check_ids(tokens);
+            if (c.shares()) check_ids(tokens);  // else they are not read at all
             const PrefixKey key = key_of(salt, extra_key);
             nb::gil_scoped_release release;
             i64 cached = 0;
@@ -93,7 +93,7 @@ void bind_prefix(nb::class_<Cache>& cache) {
           "admit_batch",
           [](Cache& c, const TokenIds& tokens, const std::optional<Int32s>& counts, const nb::bytes& salt,
              const nb::bytes& extra_key, const WritableInt32s& handles, const WritableInt32s& cached) {
-            check_ids(tokens);
+            if (c.shares()) check_ids(tokens);
             if (counts) check_tokens(*counts, tokens);
             const i32 all = static_cast<i32>(tokens.size());
             const i32* lengths = counts ? counts->data() : &all;

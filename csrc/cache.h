@@ -129,6 +129,7 @@ class Cache final : public TableState {
   CacheStats stats();
   std::vector<std::string> check();
   bool paged() const { return paged_; }
+  bool shares() const { return prefix_.on; }  // else it looks at no token
   const Geometry& geometry() const { return geometry_; }
   PagePool& pool() { return *pool_; }
   i64 first_arena(i64 group) const { return table_->first_arena(group); }

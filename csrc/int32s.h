@@ -68,7 +68,7 @@ inline bool read_int(nanobind::handle given, i32* value) {
   return true;
 }
 
-// Token ids: an int32 array, or a list of ints, which is what most schedulers have. That is copied.
+// Token ids: an int32 array, or a list of ints from 0 on, which is what most schedulers have. That is copied.
 class TokenIds {
  public:
   bool hold(nanobind::handle given) {
@@ -76,7 +76,7 @@ class TokenIds {
     const Py_ssize_t n = PyList_GET_SIZE(given.ptr());
     list_.resize(n + 1);  // has an address for n = 0 too
     for (Py_ssize_t i = 0; i < n; ++i) {
-      if (!read_int(PyList_GET_ITEM(given.ptr(), i), &list_[i])) return false;
+      if (!read_int(PyList_GET_ITEM(given.ptr(), i), &list_[i]) || list_[i] < 0) return false;
     }
     return true;
   }

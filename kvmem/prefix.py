@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from kvmem.errors import SpecError
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-__all__ = ["Pin", "PrefixMatch", "Reason", "Tokens", "encode_extra_key", "encode_salt", "token_ids"]
+__all__ = ["Pin", "PrefixMatch", "Reason", "Tokens", "encode_extra_key", "encode_salt", "token_ids", "with_ids"]
 
 Tokens: TypeAlias = Sequence[int] | np.ndarray | torch.Tensor
 
@@ -26,6 +26,8 @@ Reason: TypeAlias = Literal[
     "complete", "shorter than a block", "other salt", "evicted", "no snapshot", "window passed", "never seen", "off"
 ]
 
+
+Answer = TypeVar("Answer")
 
 _NONE = encode_key(None)
 
@@ -44,6 +46,16 @@ class PrefixMatch:
 
     num_tokens: int
     reason: Reason
+
+
+def with_ids(tokens: Tokens, ask: Callable[[Any], Answer]) -> Answer:
+    """``ask(tokens)`` of the core, which reads lists and int32 arrays itself and refuses all else with a ``TypeError``:
+    other forms are converted for it. ``SpecError`` for what are no token ids.
+    """
+    try:
+        return ask(tokens)
+    except TypeError:
+        return ask(token_ids(tokens))
 
 
 def token_ids(tokens: Tokens) -> npt.NDArray[np.int32]:

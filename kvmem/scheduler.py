@@ -106,17 +106,16 @@ class SchedulerCache:
     def _begin(
         self, request: Hashable, count: int | None, tokens: Tokens | None, salt: str | bytes | None, extra_key: Key
     ) -> TableChanges | None:
-        prompt = None if tokens is None else token_ids(tokens)
-        if count is None and prompt is None:
+        if count is None and tokens is None:
             raise SpecError(f"count: missing; a new request ({request!r}) needs a prompt, or a count of tokens")
         wanted = None if count is None else at_least_zero("count", count)
         try:
-            sequence = self.allocator.sequence(prompt, salt=salt, extra_key=extra_key)
+            sequence = self.allocator.sequence(tokens, salt=salt, extra_key=extra_key)
         except OutOfMemory:  # all max_sequences are in use
             return None
         try:
             found = sequence.num_cached_tokens
-            fits = sequence.try_extend((0 if prompt is None else len(prompt) - found) if wanted is None else wanted)
+            fits = sequence.try_extend((0 if tokens is None else len(tokens) - found) if wanted is None else wanted)
         except KVMemError:
             sequence.free()
             raise
