@@ -101,7 +101,7 @@ void bind_changes(nb::module_& m) {
                    "request.")
       .def_prop_ro("columns", &column_of<&TableWrite::column>, nb::rv_policy::automatic, "int32 [k].")
       .def_prop_ro("blocks", &column_of<&TableWrite::block>, nb::rv_policy::automatic, "int32 [k].")
-      .def("write", &write_changes, "table"_a, "row"_a = 0,
+      .def("write", &write_changes, "table"_a.none(), "row"_a = 0,
            nb::sig("def write(self, table: NDArray[numpy.int32], row: int = 0) -> None"),
            "Brings a copy of the tables up to date: all of it, or ``SpecError`` where it is too small.\n\ntable: int32 "
            "[requests, blocks of the longest], of any strides. row: the request's, or where row 0 of a step stands.")
