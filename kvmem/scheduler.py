@@ -6,7 +6,8 @@ The verbs are those that vLLM's scheduler uses of its ``KVCacheManager``, so tha
 vLLM                                   here
 =====================================  =======================================================
 ``get_computed_blocks(request)``       ``matched_tokens(tokens)``
-``allocate_slots(request, n, ...)``    ``allocate(request, n, tokens=prompt)``, ``allocate_step``
+``allocate_slots(request, n, ...)``    ``allocate(request, n, tokens=prompt)``, ``allocate_step``; of a request that
+                                       decodes, with what it caches: ``step(request, n, tokens)``
 ``get_block_ids(id)``                  ``block_ids(request)``
 ``cache_blocks(request, n)``           ``publish(request, tokens)``, ``publish_step``
 ``free(request)``                      ``free(request)``, ``free_all``
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 __all__ = ["SchedulerCache", "TableChanges"]
 
 
-_NOTHING = TableChanges()  # what most calls return: made once
+_NOTHING = TableChanges()  # what most calls return
 
 
 class SchedulerCache:
@@ -145,12 +146,14 @@ class SchedulerCache:
         return _NOTHING if written is None else written
 
     def step(self, request: Hashable, count: int = 1, tokens: Tokens | None = None) -> TableChanges | None:
-        """A decode step of one request in one call: ``publish`` for all that has room and is not published yet, then
-        ``allocate`` for ``count`` more tokens; what both wrote to the request's block table. None when memory is short:
-        nothing has changed then, nothing is published either, but for what was cached.
+        """A decode step of one request in one call: the KV of all that it has room for is computed, and there is room
+        for ``count`` more tokens. What that wrote to its block table, nothing for most tokens. None when memory is
+        short: nothing has changed then, nor been published, but for what was cached.
 
-        tokens: the ids of all that is published; without them neither these nor later ones can be found. The first
-        step may publish the prompt. ``SpecError`` when they are more or less than that. As ``Sequence.step``.
+        tokens: the ids of what is computed, a list or an array, all of those that were not published before: of the
+        first step the prompt, unless ``publish`` had it. ``SpecError`` for more or fewer. Without them neither these
+        nor later ones can be found. Cut off rejected drafts first: ``truncate``. As ``Sequence.step``; costs half of
+        ``publish`` and ``allocate``.
         """
         try:
             handle = self._handles[request]

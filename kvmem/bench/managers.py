@@ -119,8 +119,9 @@ class OneByOne:
 
 
 class ByRequest:
-    """`SchedulerCache`, asked about one request at a time, as vLLM's scheduler asks its manager: a step takes what each
-    answer changes into a block table, and the events; all metadata: that table is copied to where kernels read it.
+    """`SchedulerCache`, asked about one request at a time, as vLLM's scheduler asks its manager: a step is a call a
+    request, takes what each answer changes into a block table, and the events; all metadata: that table is copied to
+    where kernels read it. As with `Batched`, the first step commits a prompt that is not to be found.
     """
 
     def __init__(self, workload: Workload, allocator: Allocator) -> None:
@@ -136,8 +137,8 @@ class ByRequest:
         began = self.cache.allocate(i, tokens=prompt) if cached else self.cache.allocate(i, len(prompt))
         assert began is not None, "the pool is too small"
         began.write(self.table, i)
-        rest = prompt[self.cache.num_cached_tokens(i) :]
-        self.cache.publish(i, rest if cached else len(rest)).write(self.table, i)
+        if cached:
+            self.cache.publish(i, prompt[self.cache.num_cached_tokens(i) :]).write(self.table, i)
 
     def step(self, last: Int32s | None) -> None:
         step, table, n = self.cache.step, self.table, self.workload.sequences
