@@ -12,11 +12,11 @@ BatchWriter::BatchWriter(const BatchBuffers& out, BatchMarks& marks, i64 block_t
       size_(block_tokens),
       row_tokens_(row_tokens),
       filled_before_(marks.filled),
-      most_tokens_(out.max_new_tokens) {
-  for (i32* start : {out.cu_seqlens_q, out.cu_seqlens_k, out.kv_indptr, out.row_starts}) {
+      one_each_before_(marks.one_each) {
+  for (i32* start : {out.cu_seqlens_q, out.cu_seqlens_k, out.kv_indptr}) {
     if (start) start[0] = 0;
   }
-  marks_.filled = 0;
+  marks_.filled = 0, marks_.one_each = false;
   sizes_.table_from = out.max_sequences;
   sizes_.indices_from = -1;
 }
@@ -26,6 +26,34 @@ void BatchWriter::refuse(i64 blocks, i64 fresh) const {
                   std::to_string(sizes_.indices + blocks) + " in all and " + std::to_string(sizes_.new_tokens + fresh) +
                   " new tokens; the batch was made for " + std::to_string(out_.max_blocks) + ", " +
                   std::to_string(out_.max_indices) + " and " + std::to_string(out_.max_new_tokens));
+}
+
+i64 BatchWriter::advance(const i32* handles, const i64* indices, const Sequences::Lengths* lengths, i64 step, i64 n,
+                         const TableView& view) {
+  const TableView table = view;  // the loop's own, which no store can change
+  const RowMark* const marks = marks_.rows.data();
+  i32* const tokens = marks_.lengths.data();
+  const i64 size = size_, first = sizes_.rows, end = std::min(n, filled_before_);
+  const i64 most = std::min(end, first + out_.max_new_tokens - sizes_.new_tokens);
+  i64* const slots = out_.slot_mapping ? out_.slot_mapping + sizes_.new_tokens - first : nullptr;
+  const bool in_sum = out_.kv_indices || out_.kv_indptr;  // then nothing may have moved
+  i64 i = first, blocks = sizes_.indices;
+  for (; i < most; ++i) {
+    const RowMark& mark = marks[i];
+    const Sequences::Lengths& now = lengths[indices[i] * step];
+    const i64 offset = now.tokens - 1 - mark.last_token;
+    const bool advanced = mark.handle == handles[i] && mark.version == table.version(indices[i]) &&
+                          (mark.index_at == blocks || !in_sum) && mark.first == now.front &&
+                          now.tokens - now.committed == 1 && offset >= 0 && offset < size;
+    if (!advanced) break;
+    blocks += mark.blocks;
+    tokens[i] = static_cast<i32>(now.tokens);
+    if (slots) slots[i] = mark.last_slot + offset;
+  }
+  if (!one_each_before_) std::fill(marks_.fresh.data() + first, marks_.fresh.data() + i, 1);
+  advanced_ += i - first;
+  sizes_.rows = i, sizes_.new_tokens += i - first, sizes_.indices = blocks;
+  return i;
 }
 
 void BatchWriter::add(const BatchRow& row) {
@@ -39,6 +67,7 @@ void BatchWriter::add(const BatchRow& row) {
     write_indices(row, dropped, blocks);
     mark.index_at = sizes_.indices;
   }
+  mark.first = row.first;
   write_new_tokens(row);
   close_row(row.length, row.fresh, blocks, row.first, row.at.row);
 }
@@ -96,6 +125,7 @@ void BatchWriter::write_table(const BatchRow& row, i64 dropped, i64 blocks, RowM
   mark.version = row.at.version;
   mark.dropped = dropped;
   mark.blocks = blocks;
+  mark.last_token = (blocks - 1) * size_;
   if (blocks > 0)
     mark.last_slot = (row.at.blocks ? row.at.blocks[blocks - 1] : row.at.first_block + blocks - 1) * size_;
 }
@@ -126,15 +156,28 @@ void BatchWriter::pad() {
   close_row(1, 1, 1, 0, 0);
 }
 
-// Plain loops over arrays: the compiler makes vector code of most.
+// Plain loops over arrays: the compiler makes vector code of most. What no row has changed stands.
 BatchSizes BatchWriter::finish() {
   const i64 rows = sizes_.rows;
   const i32 *lengths = marks_.lengths.data(), *fresh = marks_.fresh.data();
-  i32 longest = 0, most = 0;
-  for (i64 i = 0; i < rows; ++i) longest = std::max(longest, lengths[i]), most = std::max(most, fresh[i]);
+  const bool stands = one_each_before_ && rows == filled_before_ && rows == advanced_;
+  i32 longest = 0, most = stands ? 1 : 0;
+  for (i64 i = 0; i < rows; ++i) longest = std::max(longest, lengths[i]);
+  for (i64 i = 0; !stands && i < rows; ++i) most = std::max(most, fresh[i]);
   sizes_.max_tokens = longest, sizes_.max_new_tokens = most;
+  const bool one_each = most <= 1 && sizes_.new_tokens == rows;
+  write_lengths(rows, one_each);
+  if (!stands) write_counts(rows, one_each);
+  marks_.filled = rows, marks_.one_each = one_each && rows > 0;
+  if (sizes_.indices_from < 0) sizes_.indices_from = sizes_.indices;
+  sizes_.table_from = std::min(sizes_.table_from, sizes_.table_end);
+  return sizes_;
+}
+
+// What follows from how long each row is.
+void BatchWriter::write_lengths(i64 rows, bool one_each) {
+  const i32 *lengths = marks_.lengths.data(), *fresh = marks_.fresh.data();
   if (out_.seq_lens) std::copy(lengths, lengths + rows, out_.seq_lens);
-  if (out_.cu_seqlens_q) std::partial_sum(fresh, fresh + rows, out_.cu_seqlens_q + 1);
   if (out_.cu_seqlens_k) std::partial_sum(lengths, lengths + rows, out_.cu_seqlens_k + 1);
   if (i32* last = out_.kv_last_page_len) {
     const i32 size = static_cast<i32>(size_);
@@ -144,30 +187,26 @@ BatchSizes BatchWriter::finish() {
       for (i64 i = 0; i < rows; ++i) last[i] = lengths[i] == 0 ? 0 : (lengths[i] - 1) % size + 1;
     }
   }
+  if (i32* to = out_.positions) {
+    for (i64 i = 0; one_each && i < rows; ++i) to[i] = lengths[i] - 1;
+    for (i64 i = 0; !one_each && i < rows; ++i) {
+      std::iota(to, to + fresh[i], lengths[i] - fresh[i]), to += fresh[i];
+    }
+  }
+}
+
+// What follows from how many new tokens each has, and where it lies.
+void BatchWriter::write_counts(i64 rows, bool one_each) {
+  const i32* fresh = marks_.fresh.data();
+  if (out_.cu_seqlens_q) std::partial_sum(fresh, fresh + rows, out_.cu_seqlens_q + 1);
   if (i32* starts = out_.row_starts) {
     for (i64 i = 0; i < rows; ++i) starts[i] = static_cast<i32>(out_.rows[i] * row_tokens_);
     starts[rows] = rows > 0 ? starts[rows - 1] : 0;
   }
-  const bool one_each = most <= 1 && sizes_.new_tokens == rows;
-  if (out_.positions) {
-    i32* to = out_.positions;
-    for (i64 i = 0; i < rows; ++i) {
-      if (one_each) {
-        to[i] = lengths[i] - 1;
-      } else {
-        std::iota(to, to + fresh[i], lengths[i] - fresh[i]), to += fresh[i];
-      }
-    }
-  }
-  if (out_.batch_indices) {
-    i32* to = out_.batch_indices;
+  if (i32* to = out_.batch_indices) {
     if (one_each) std::iota(to, to + rows, 0);
     for (i64 i = 0; !one_each && i < rows; ++i) to = std::fill_n(to, fresh[i], static_cast<i32>(i));
   }
-  marks_.filled = rows;
-  if (sizes_.indices_from < 0) sizes_.indices_from = sizes_.indices;
-  sizes_.table_from = std::min(sizes_.table_from, sizes_.table_end);
-  return sizes_;
 }
 
 }  // namespace kvmem

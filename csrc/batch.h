@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "geometry.h"
+#include "sequences.h"
 #include "types.h"
 
 namespace kvmem {
@@ -33,9 +34,9 @@ struct BatchBuffers {
 // What the last fill left in a row of the buffers.
 struct RowMark {
   i64 handle = kNobody, version = 0;
-  i64 dropped = 0, blocks = 0;  // table entries [dropped, blocks) are its blocks, all others 0
-  i64 index_at = -1;            // where its part of kv_indices begins
-  i64 last_slot = 0;            // slot of the first token of the last block
+  i64 first = 0, dropped = 0, blocks = 0;  // table entries [dropped, blocks) are its blocks, all others 0
+  i64 index_at = -1;                       // where its part of kv_indices begins
+  i64 last_slot = 0, last_token = 0;       // of the last block: the slot of its first token, and the token
   static constexpr i64 kNobody = INT64_MIN;
 };
 
@@ -52,13 +53,14 @@ struct BatchMarks {
   // Nothing is known of the buffers any more.
   void clear() {
     for (RowMark& mark : rows) mark = RowMark(), mark.blocks = max_blocks;
-    filled = 0;
+    filled = 0, one_each = false;
   }
 
   std::vector<RowMark> rows;
   std::vector<i32> lengths, fresh;  // of the fill in progress, by row
   i64 max_blocks;
-  i64 filled = 0;  // rows of the last fill: only their parts of kv_indices stand
+  i64 filled = 0;         // rows of the last fill: only their parts of kv_indices stand
+  bool one_each = false;  // and each had one new token
 
  private:
   i64 cache_ = 0, group_ = -1;
@@ -92,6 +94,7 @@ struct TableView {
     const i64 row = rows[index] < 0 ? 0 : rows[index];
     return {nullptr, row * row_blocks, row, row};
   }
+  i64 version(i64 index) const { return table ? versions[index * groups] : std::max(rows[index], 0); }
 };
 
 // What one row of a batch says: `fresh` new tokens at the end of `length`, of which those before `first` are dropped.
@@ -105,38 +108,16 @@ struct BatchRow {
 class BatchWriter {
  public:
   BatchWriter(const BatchBuffers& out, BatchMarks& marks, i64 block_tokens, i64 row_tokens);
-  // Rows row_at(0) .. row_at(n - 1).
-  template <class RowAt>
-  void add(i64 n, RowAt row_at) {
-    const i64 size = size_, begin = sizes_.rows, known = std::min(n, filled_before_ - begin);
-    i64* const slots = out_.slot_mapping;
-    i32 *const lengths = marks_.lengths.data() + begin, *const fresh = marks_.fresh.data() + begin;
-    i64 indices = sizes_.indices,
-        tokens = sizes_.new_tokens;  // in registers as long as nothing but lengths has changed
-    for (i64 i = 0; i < n; ++i) {
-      const BatchRow row = row_at(i);
-      const i64 blocks = ceil_div(row.length, size), dropped = quotient(row.first, size);
-      const RowMark& mark = marks_.rows[begin + i];
-      if (i < known && row.fresh == 1 && mark.handle == row.handle && mark.version == row.at.version &&
-          mark.dropped == dropped && mark.blocks == blocks && mark.index_at == indices && tokens < most_tokens_) {
-        if (slots) slots[tokens] = mark.last_slot + remainder(row.length - 1, size);
-        if (out_.first_tokens) out_.first_tokens[begin + i] = static_cast<i32>(row.first);
-        if (out_.kv_indptr) out_.kv_indptr[begin + i + 1] = static_cast<i32>(indices + blocks);
-        lengths[i] = static_cast<i32>(row.length), fresh[i] = 1;
-        indices += blocks, ++tokens;
-        continue;
-      }
-      sizes_.rows = begin + i, sizes_.indices = indices, sizes_.new_tokens = tokens;
-      add(row);
-      indices = sizes_.indices, tokens = sizes_.new_tokens;
-    }
-    sizes_.rows = begin + n, sizes_.indices = indices, sizes_.new_tokens = tokens;
-  }
+  // Writes on as long as rows have grown by one token within the block that the last fill left them with, up to row
+  // `n`; returns which row is next. handles, indices, lengths (`step` apart by index) and view tell of all rows. All
+  // that differs from the last fill is a slot, and what finish() makes of lengths.
+  i64 advance(const i32* handles, const i64* indices, const Sequences::Lengths* lengths, i64 step, i64 n,
+              const TableView& view);
+  void add(const BatchRow& row);
   void pad();  // a row that reads the read-trash block and writes the write-trash block
   BatchSizes finish();
 
  private:
-  void add(const BatchRow& row);
   void check_room(i64 blocks, i64 fresh) const {
     const bool fits = blocks <= out_.max_blocks && sizes_.indices + blocks <= out_.max_indices &&
                       sizes_.new_tokens + fresh <= out_.max_new_tokens;
@@ -153,6 +134,8 @@ class BatchWriter {
     out_.slot_mapping[to] = block * size_ + remainder(position, size_);
   }
   void write_new_tokens(const BatchRow& row);
+  void write_lengths(i64 rows, bool one_each);
+  void write_counts(i64 rows, bool one_each);
   void close_row(i64 length, i64 fresh, i64 blocks, i64 first, i64 row) {
     const i64 i = sizes_.rows++;
     sizes_.new_tokens += fresh;
@@ -166,7 +149,9 @@ class BatchWriter {
 
   const BatchBuffers& out_;
   BatchMarks& marks_;
-  const i64 size_, row_tokens_, filled_before_, most_tokens_;
+  const i64 size_, row_tokens_, filled_before_;
+  const bool one_each_before_;
+  i64 advanced_ = 0;  // rows
   BatchSizes sizes_;
 };
 

@@ -65,6 +65,8 @@ Cache::Cache(Geometry geometry, std::shared_ptr<PagePool> pool, bool paged, i64 
       has_state_(any_of(geometry_, Growth::fixed)),
       has_window_(std::any_of(geometry_.groups.begin(), geometry_.groups.end(),
                               [](const GroupGeometry& g) { return g.window_tokens > 0; })),
+      is_simple_(groups_ == 1 && geometry_.groups[0].growth == Growth::token && !has_window_ &&
+                 geometry_.zero != Zero::always),
       keeps_unheld_(has_state_ || has_window_),
       sequences_(geometry_.max_sequences, groups_),
       index_(geometry_.groups[token_group_].block_tokens, token_groups(geometry_), prefix.policy, prefix.hash_bits,

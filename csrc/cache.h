@@ -2,6 +2,7 @@
 // space. Any number of threads may call; the pool's lock serialises them, also across allocators that share the pool.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <memory>
 #include <string>
@@ -159,6 +160,17 @@ class Cache final : public TableState {
     i64 index, ordinal;
     i32 node;
   };
+  // What a step finds, of all its sequences, in the first group that grows with the tokens.
+  struct Planned {
+    i64 due = 0;                                 // tokens reserved and not committed
+    i64 fresh = 0, blocks = 0, blocks_most = 0;  // new tokens; blocks when there is room for them, and of the longest
+    i32 add(const Sequences::Lengths& now, i64 count, i64 block_tokens) {
+      const i64 reserved = now.tokens - now.committed, after = ceil_div(now.tokens + count, block_tokens);
+      due += reserved, fresh += count, blocks += after;
+      blocks_most = std::max(blocks_most, after);
+      return static_cast<i32>(reserved);
+    }
+  };
   using Lock = std::unique_lock<std::mutex>;
   Lock enter(bool look = false);  // look: the books only
   void settle();
@@ -190,6 +202,8 @@ class Cache final : public TableState {
   void see_completed(i64 row, i64 index, i64 count);
   TableWrites written(bool grown) const;
   void plan_extend(const i32* handles, const i32* counts, i64 n, i64 group);
+  void plan_simple(const i32* handles, const i32* counts, i64 n);
+  [[noreturn]] void refuse_count(i64 handle, i64 count) const;
   bool plan_group(i64 index, i64 g, i64 group, i64 count);
   void grow(const i32* counts, i64 group, bool padded, std::size_t* at);
   void grow_planned(const i32* handles, const i32* counts, i64 n, i64 group, bool padded);
@@ -204,8 +218,8 @@ class Cache final : public TableState {
   void set_length(i64 index, i64 g, i64 tokens, Transaction& tx);
   void set_committed(i64 index, i64 g, i64 tokens, Transaction& tx);
   void set_front(i64 index, i64 g, i64 token, Transaction& tx);
-  void plan_due(i64 n, i64 num_tokens);
-  void check_fits(const i32* counts, i64 n, i64 rows, const BatchBuffers& out) const;
+  void check_due(i64 num_tokens) const;
+  void check_fits(i64 padding, const BatchBuffers& out) const;
   void advance_planned(const i32* handles, const i32* counts, i64 n, const i32* tokens, bool padded);
   [[noreturn]] void refuse_step(i64 handle, i64 g, i64 fresh) const;
   void check_rows(i64 rows, const BatchBuffers& out) const;
@@ -258,6 +272,7 @@ class Cache final : public TableState {
   const PrefixOptions prefix_;
   const bool has_state_;     // some group is of fixed size
   const bool has_window_;    // some group has a sliding window
+  const bool is_simple_;     // one group, which only grows; nothing is zeroed when it does
   const bool keeps_unheld_;  // blocks in use may be held by nobody: those that a window has passed, and snapshots
   Sequences sequences_;
   PrefixIndex index_;
@@ -271,7 +286,8 @@ class Cache final : public TableState {
   std::vector<i64> indices_;  // of the call in progress
   std::vector<i64> needy_;    // positions in it: who has no room yet
   std::vector<i64> moving_;   // and whose windows move on
-  std::vector<i32> due_;      // what a step commits of each
+  std::vector<i32> due_;      // what is reserved and not committed, of each
+  Planned planned_;           // and of all
   std::vector<i32> ones_;
   TableWrites seen_;        // what the call in progress may replace
   std::vector<i64> stamp_;  // by sequence: the last call that named it

@@ -39,14 +39,17 @@ BatchSizes Cache::write_batch(const i32* handles, i64 n, const i32* new_tokens, 
   marks.begin(number_, g);
   try {
     BatchWriter writer(out, marks, geometry_.groups[g].block_tokens, geometry_.groups[g].row_tokens);
-    const i64* indices = indices_.data();
-    writer.add(n, [=](i64 i) {
-      const i64 index = indices[i], done = sequences_.committed(index, g), have = sequences_.tokens(index, g);
-      const i64 fresh = chosen ? new_tokens[i] : growth == Growth::fixed ? 0 : have - done;
-      const i64 length = chosen ? done + fresh : have;
-      if (fresh < 0 || length > have) refuse_step(handles[i], g, fresh);
-      return BatchRow{handles[i], length, fresh, sequences_.front(index, g), view.at(index)};
-    });
+    const Sequences::Lengths* const lengths = sequences_.lengths(g, 0);
+    for (i64 i = 0; i < n; ++i) {
+      if (growth == Growth::token && !chosen) i = writer.advance(handles, indices_.data(), lengths, groups_, n, view);
+      if (i == n) break;
+      const i64 index = indices_[i];
+      const Sequences::Lengths& now = lengths[index * groups_];
+      const i64 fresh = chosen ? new_tokens[i] : growth == Growth::fixed ? 0 : now.tokens - now.committed;
+      const i64 length = chosen ? now.committed + fresh : now.tokens;
+      if (fresh < 0 || length > now.tokens) refuse_step(handles[i], g, fresh);
+      writer.add({handles[i], length, fresh, now.front, view.at(index)});
+    }
     for (i64 i = n; i < rows; ++i) writer.pad();
     return writer.finish();
   } catch (...) {
@@ -82,35 +85,19 @@ void Cache::take_back_room(const i32* counts, i64 n) {
   tx.commit();
 }
 
-// What each of the planned sequences has to commit. `num_tokens` ids are given, or -1 for none.
-void Cache::plan_due(i64 n, i64 num_tokens) {
-  const i64 g = token_group_;
-  due_.resize(n);
-  i64 all = 0;
-  for (i64 i = 0; i < n; ++i) {
-    const i64 due = sequences_.tokens(indices_[i], g) - sequences_.committed(indices_[i], g);
-    due_[i] = static_cast<i32>(due);
-    all += due;
-  }
-  if (num_tokens < 0 || num_tokens == all) return;
-  throw SpecError("step: got " + std::to_string(num_tokens) + " token ids to commit, but " + std::to_string(all) +
-                  " tokens are reserved and not committed");
+// `num_tokens` ids are given of what the planned sequences have to commit, or -1 for none.
+void Cache::check_due(i64 num_tokens) const {
+  if (num_tokens < 0 || num_tokens == planned_.due) return;
+  throw SpecError("step: got " + std::to_string(num_tokens) + " token ids to commit, but " +
+                  std::to_string(planned_.due) + " tokens are reserved and not committed");
 }
 
-// Whether the batch can take what the step makes of the planned sequences.
-void Cache::check_fits(const i32* counts, i64 n, i64 rows, const BatchBuffers& out) const {
-  check_rows(rows, out);
-  const i64 g = token_group_, size = geometry_.groups[g].block_tokens;
-  i64 blocks_most = 0, blocks_all = rows - n, fresh = rows - n;
-  for (i64 i = 0; i < n; ++i) {
-    const i64 blocks = ceil_div(sequences_.tokens(indices_[i], g) + counts[i], size);
-    blocks_most = std::max(blocks_most, blocks);
-    blocks_all += blocks;
-    fresh += counts[i];
-  }
-  if (blocks_most <= out.max_blocks && blocks_all <= out.max_indices && fresh <= out.max_new_tokens) return;
-  throw SpecError("step: needs up to " + std::to_string(blocks_most) + " blocks for a sequence, " +
-                  std::to_string(blocks_all) + " in all and " + std::to_string(fresh) +
+// Whether the batch can take what the step makes of the planned sequences, and so many padding rows.
+void Cache::check_fits(i64 padding, const BatchBuffers& out) const {
+  const i64 blocks = planned_.blocks + padding, fresh = planned_.fresh + padding;
+  if (planned_.blocks_most <= out.max_blocks && blocks <= out.max_indices && fresh <= out.max_new_tokens) return;
+  throw SpecError("step: needs up to " + std::to_string(planned_.blocks_most) + " blocks for a sequence, " +
+                  std::to_string(blocks) + " in all and " + std::to_string(fresh) +
                   " new tokens; the batch was made for " + std::to_string(out.max_blocks) + ", " +
                   std::to_string(out.max_indices) + " and " + std::to_string(out.max_new_tokens));
 }
@@ -135,8 +122,9 @@ BatchSizes Cache::step(const i32* handles, const i32* counts, i64 n, const i32* 
     counts = ones_.data();
   }
   plan_extend(handles, counts, n, -1);
-  plan_due(n, tokens ? num_tokens : -1);
-  check_fits(counts, n, rows, out);
+  check_due(tokens ? num_tokens : -1);
+  check_rows(rows, out);
+  check_fits(rows - n, out);
   advance_planned(handles, counts, n, tokens, rows > n && !table_->has_trash(token_group_));
   const BatchSizes sizes = write_batch(handles, n, nullptr, token_group_, rows, out, marks);
   leave();
@@ -147,7 +135,7 @@ void Cache::advance(i64 handle, i64 count, const i32* tokens, i64 num_tokens) {
   Lock lock = enter();
   const i32 one = static_cast<i32>(handle), more = static_cast<i32>(count);
   plan_extend(&one, &more, 1, -1);
-  plan_due(1, tokens ? num_tokens : -1);
+  check_due(tokens ? num_tokens : -1);
   advance_planned(&one, &more, 1, tokens, false);
   leave();
 }

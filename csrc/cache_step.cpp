@@ -7,30 +7,49 @@
 
 namespace kvmem {
 
-// Checks every argument and notes the indices, and which sequences have no room yet.
+// Checks every argument; notes the indices, which sequences have no room yet, and what there will be in all.
 void Cache::plan_extend(const i32* handles, const i32* counts, i64 n, i64 group) {
   check_group(group);
   ++call_;
   indices_.resize(n);
+  due_.resize(n);
   needy_.clear();
-  const bool simple = groups_ == 1 && geometry_.groups[0].growth == Growth::token && !has_window_;
-  const i64 most = geometry_.groups[0].max_tokens;
+  planned_ = Planned();
+  if (is_simple_) return plan_simple(handles, counts, n);
+  const i64 g = token_group_, size = geometry_.groups[g].block_tokens;
   for (i64 i = 0; i < n; ++i) {
     const i64 index = indices_[i] = sequences_.index(handles[i]);
     check_once(index);
-    const i64 after = sequences_.tokens(index, 0) + counts[i];
-    if (simple && counts[i] >= 0 && after <= most && geometry_.zero != Zero::always) {
-      if (!table_->has_room(index, 0, after)) needy_.push_back(i);
-      continue;
-    }
-    if (counts[i] < 0) {
-      throw SpecError("asked to extend sequence handle " + std::to_string(handles[i]) + " by " +
-                      std::to_string(counts[i]) + " tokens; use truncate() to shorten it");
-    }
+    if (counts[i] < 0) refuse_count(handles[i], counts[i]);
     bool room = geometry_.zero != Zero::always;
     for (i64 g = group_begin(group); g < group_end(group); ++g) room = plan_group(index, g, group, counts[i]) && room;
     if (!room) needy_.push_back(i);
+    due_[i] = planned_.add(*sequences_.lengths(g, index), counts[i], size);
   }
+}
+
+// The same of one group that only grows: every step does this for every sequence, so nothing is looked up twice.
+void Cache::plan_simple(const i32* handles, const i32* counts, i64 n) {
+  const i64 size = geometry_.groups[0].block_tokens, most = geometry_.groups[0].max_tokens, call = call_;
+  const Sequences::Lengths* const lengths = sequences_.lengths(0, 0);
+  i64 *const indices = indices_.data(), *const stamps = stamp_.data();
+  i32* const due = due_.data();
+  Planned planned;
+  for (i64 i = 0; i < n; ++i) {
+    const i64 index = indices[i] = sequences_.index(handles[i]), after = lengths[index].tokens + counts[i];
+    if (stamps[index] == call) refuse_twice(index);
+    stamps[index] = call;
+    if (counts[i] < 0) refuse_count(handles[i], counts[i]);
+    if (after > most) plan_group(index, 0, -1, counts[i]);  // says so
+    if (!table_->has_room(index, 0, after)) needy_.push_back(i);
+    due[i] = planned.add(lengths[index], counts[i], size);
+  }
+  planned_ = planned;
+}
+
+void Cache::refuse_count(i64 handle, i64 count) const {
+  throw SpecError("asked to extend sequence handle " + std::to_string(handle) + " by " + std::to_string(count) +
+                  " tokens; use truncate() to shorten it");
 }
 
 // True if the group has room for `count` more tokens.
@@ -146,8 +165,11 @@ void Cache::grow_planned(const i32* handles, const i32* counts, i64 n, i64 group
 }
 
 void Cache::add_lengths(const i32* counts, i64 n, i64 group, i64 sign) {
+  const i64* const indices = indices_.data();
   for (i64 g = group_begin(group); g < group_end(group); ++g) {
-    for (i64 i = 0; i < n && grows(g, group); ++i) sequences_.tokens(indices_[i], g) += sign * counts[i];
+    if (!grows(g, group)) continue;
+    Sequences::Lengths* const lengths = sequences_.lengths(g, 0);
+    for (i64 i = 0, step = groups_; i < n; ++i) lengths[indices[i] * step].tokens += sign * counts[i];
   }
 }
 
@@ -292,14 +314,14 @@ void Cache::write_committed(const i32* counts, i64 n, i64 group) {
   }
   for (i64 g = group_begin(group); g < group_end(group); ++g) {
     if (!grows(g, group)) continue;
-    auto moving = moving_.begin();
-    for (i64 i = 0; i < n; ++i) {
-      if (moving != moving_.end() && *moving == i) {
-        ++moving;
-      } else {
-        sequences_.committed(indices_[i], g) += counts[i];
-      }
-    }
+    const i64* const indices = indices_.data();
+    Sequences::Lengths* const lengths = sequences_.lengths(g, 0);
+    i64 i = 0;
+    const auto add_until = [&](i64 end) {
+      for (const i64 step = groups_; i < end; ++i) lengths[indices[i] * step].committed += counts[i];
+    };
+    for (i64 moved : moving_) add_until(moved), ++i;  // these have it already
+    add_until(n);
   }
 }
 

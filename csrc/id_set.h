@@ -37,26 +37,58 @@ class IdSet {
     return at;
   }
 
-  void insert(i64 id) {
-    for (auto& words : levels_) {
-      std::uint64_t& word = words[id / 64];
-      const bool others = word != 0;
-      word |= std::uint64_t{1} << (id % 64);
-      if (others) return;
-      id /= 64;
+  // The smallest above `id`, -1 if there is none.
+  i64 after(i64 id) const {
+    for (std::size_t level = 0; level < levels_.size(); ++level, id /= 64) {
+      const std::uint64_t above = levels_[level][id / 64] >> (id % 64) >> 1;
+      if (above == 0) continue;
+      id += 1 + __builtin_ctzll(above);
+      while (level-- > 0) id = id * 64 + __builtin_ctzll(levels_[level][id]);
+      return id;
     }
+    return -1;
   }
 
-  void erase(i64 id) {
-    for (auto& words : levels_) {
-      std::uint64_t& word = words[id / 64];
-      word &= ~(std::uint64_t{1} << (id % 64));
-      if (word != 0) return;
-      id /= 64;
-    }
+  void insert(i64 id) { insert(id, 1); }
+  void erase(i64 id) { erase(id, 1); }
+
+  // The `count` numbers from `id` on.
+  void insert(i64 id, i64 count) {
+    each_word(id, count, [this](i64 at, std::uint64_t mask) {
+      std::uint64_t& word = levels_[0][at];
+      if (word == 0) tell(at, true);
+      word |= mask;
+    });
+  }
+  void erase(i64 id, i64 count) {
+    each_word(id, count, [this](i64 at, std::uint64_t mask) {
+      std::uint64_t& word = levels_[0][at];
+      word &= ~mask;
+      if (word == 0) tell(at, false);
+    });
   }
 
  private:
+  template <class F>
+  static void each_word(i64 id, i64 count, F f) {
+    for (i64 end = id + count; id < end;) {
+      const i64 bit = id % 64, n = std::min(end - id, 64 - bit);
+      f(id / 64, ~std::uint64_t{0} >> (64 - n) << bit);
+      id += n;
+    }
+  }
+
+  // Word `at` of the numbers has some now, or none any more.
+  void tell(i64 at, bool some) {
+    for (std::size_t level = 1; level < levels_.size(); ++level, at /= 64) {
+      std::uint64_t& word = levels_[level][at / 64];
+      const std::uint64_t bit = std::uint64_t{1} << (at % 64);
+      const bool others = (word & ~bit) != 0;
+      word = some ? word | bit : word & ~bit;
+      if (others) return;
+    }
+  }
+
   std::vector<std::vector<std::uint64_t>> levels_;  // the numbers themselves first
 };
 

@@ -36,10 +36,9 @@ void PagedBlocks::add_group(const GroupGeometry& group) {
   b.max_blocks = group.max_blocks;
   b.tokens = group.block_tokens;
   b.per_sequence = ceil_div(group.max_tokens, group.block_tokens);
-  b.info.assign(b.max_blocks + 2, BlockInfo());
-  for (i64 head : {b.max_blocks, b.max_blocks + 1}) b.info[head].next = b.info[head].previous = static_cast<i32>(head);
+  b.info.assign(b.max_blocks, BlockInfo());
   b.backed.assign(b.max_blocks, 0);
-  b.passed.assign(b.max_blocks, 0);
+  b.ready.reserve(b.max_blocks);
   // calloc: a table for every sequence at full length is large, and mostly never touched
   b.table.reset(static_cast<i32*>(std::calloc(geometry_.max_sequences * b.per_sequence, sizeof(i32))));
   if (!b.table) throw OutOfMemory("no host memory for the block table");
@@ -124,7 +123,7 @@ i64 PagedBlocks::common_blocks(i64 a, i64 b, i64 group, i64 known) const {
 
 i64 PagedBlocks::tokens_that_fit(i64 index, i64 group, i64 pages) const {
   const Blocks& b = blocks_[group];
-  i64 blocks = ceil_div(sequences_.tokens(index, group), b.tokens) + b.ready + b.kept;
+  i64 blocks = ceil_div(sequences_.tokens(index, group), b.tokens) + b.ready.size() + b.kept;
   // Ready blocks lie on parked pages: what is left of the pages backs others, in the order in which take() would.
   i64 left = pages - idle_pages_;
   std::vector<i64> next(b.classes.size(), 0);  // slots before it have been counted
@@ -183,79 +182,84 @@ const Class& PagedBlocks::class_of(i64 a) const {
   });
 }
 
-void PagedBlocks::link(Blocks& b, i64 block, i64 before) {
-  const i32 x = static_cast<i32>(block), after = b.info[before].next;
-  b.info[x].previous = static_cast<i32>(before), b.info[x].next = after;
-  b.info[before].next = b.info[after].previous = x;
-}
-
-void PagedBlocks::unlink(Blocks& b, i64 block) {
-  b.info[b.info[block].previous].next = b.info[block].next;
-  b.info[b.info[block].next].previous = b.info[block].previous;
-}
-
-void PagedBlocks::set_ready(Blocks& b, i64 block, bool first) {
-  link(b, block, first ? b.max_blocks : b.info[b.max_blocks].previous);
-  ++b.ready;
-}
-
 void PagedBlocks::pass(Blocks& b, i64 block) {
-  link(b, block, b.info[b.max_blocks + 1].previous);
-  b.passed[block] = 1;
+  b.passed.reserve(b.max_blocks);  // most groups never have such
+  b.passed.add_last(block);
 }
 
-void PagedBlocks::unpass(Blocks& b, i64 block) {
-  unlink(b, block);
-  b.passed[block] = 0;
-}
-
-void PagedBlocks::keep(Blocks& b, i64 block, i32 sign) {
-  if (b.passed[block]) unpass(b, block);
-  b.kept += sign;
+// So many more referenced, and so many more kept blocks touch the slots of this one.
+void PagedBlocks::count(Blocks& b, i64 block, i32 users, i32 kept) {
   for (Class& c : b.classes) {
-    for (i64 slot = first_slot(c, block), end = end_slot(c, block); slot < end; ++slot) c.slots[slot].kept += sign;
+    for (i64 slot = first_slot(c, block), end = end_slot(c, block); slot < end; ++slot) {
+      c.slots[slot].kept += kept;
+      use(c.slots[slot], users);
+    }
   }
+}
+
+// The same of `n` blocks on end.
+void PagedBlocks::count_run(Blocks& b, i64 first, i64 n, i32 users) {
+  for (Class& c : b.classes) {
+    const i64 pages = quotient(c.block_bytes, page_bytes());
+    if (pages * page_bytes() == c.block_bytes) {
+      for (i64 slot = first * pages; slot < (first + n) * pages; ++slot) use(c.slots[slot], users);
+      continue;
+    }
+    for (i64 block = first; block < first + n; ++block) {
+      for (i64 slot = first_slot(c, block), end = end_slot(c, block); slot < end; ++slot) use(c.slots[slot], users);
+    }
+  }
+}
+
+// It is cached and nobody refers to it; `users`: -1 if somebody just did.
+void PagedBlocks::keep(Blocks& b, i64 block, i32 users) {
+  ++b.kept;
+  count(b, block, users, 1);
+}
+
+// No longer so; `users`: 1 if somebody refers to it from now on.
+void PagedBlocks::unkeep(Blocks& b, i64 block, i32 users) {
+  if (b.passed.has(block)) b.passed.remove(block);
+  --b.kept;
+  count(b, block, users, -1);
 }
 
 void PagedBlocks::acquire(Blocks& b, i64 block) {
   if (b.info[block].refs++ > 0) {
     ++b.extra_refs;
-    return;
-  }
-  if (b.info[block].node != kNoNode) {
-    keep(b, block, -1);
+  } else if (b.info[block].node != kNoNode) {
+    unkeep(b, block, 1);
   } else {
-    unlink(b, block);
-    --b.ready;
-  }
-  for (Class& c : b.classes) {
-    for (i64 slot = first_slot(c, block), end = end_slot(c, block); slot < end; ++slot) {
-      if (c.slots[slot].users++ == 0) idle_pages_ -= c.slots[slot].mapped;
-    }
+    b.ready.remove(block);
+    count(b, block, 1, 0);
   }
 }
 
 void PagedBlocks::drop(Blocks& b, i64 block) {
   if (--b.info[block].refs > 0) {
     --b.extra_refs;
-    return;
-  }
-  if (b.info[block].node != kNoNode) {
-    keep(b, block, 1);
+  } else if (b.info[block].node != kNoNode) {
+    keep(b, block, -1);
   } else {
-    set_ready(b, block, true);
-  }
-  for (Class& c : b.classes) {
-    for (i64 slot = first_slot(c, block), end = end_slot(c, block); slot < end; ++slot) {
-      if (--c.slots[slot].users == 0) idle_pages_ += c.slots[slot].mapped;
-    }
+    b.ready.add(block);
+    count(b, block, -1, 0);
   }
 }
 
+// Ready blocks come in runs (take_run()); what is shown again may have been anything.
 void PagedBlocks::show(const Entries& e, bool undo) {
   Blocks& b = blocks_[e.group];
   const i32* entries = &b.table[e.index * b.per_sequence + e.first];
-  for (i64 i = 0; i < e.count; ++i) acquire(b, entries[i]);
+  for (i64 i = 0, n = 1; i < e.count; i += n) {
+    if (undo) {
+      acquire(b, entries[i]);
+      continue;
+    }
+    for (n = 1; i + n < e.count && entries[i + n] == entries[i] + n;) ++n;
+    for (i64 k = 0; k < n; ++k) b.info[entries[i] + k].refs = 1;
+    b.ready.remove(entries[i], n);
+    count_run(b, entries[i], n, 1);
+  }
   if (!undo) return;  // these came at the end of the table
   ++version_[e.index * groups_ + e.group];
   hidden_.pop_back();
@@ -264,7 +268,18 @@ void PagedBlocks::show(const Entries& e, bool undo) {
 void PagedBlocks::hide(const Entries& e) {
   Blocks& b = blocks_[e.group];
   const i32* entries = &b.table[e.index * b.per_sequence + e.first];
-  for (i64 i = e.count; i-- > 0;) drop(b, entries[i]);
+  const auto goes = [&](i32 block) { return b.info[block].refs == 1 && b.info[block].node == kNoNode; };
+  for (i64 i = 0, n = 1; i < e.count; i += n) {
+    n = 1;
+    if (!goes(entries[i])) {
+      drop(b, entries[i]);
+      continue;
+    }
+    while (i + n < e.count && entries[i + n] == entries[i] + n && goes(entries[i + n])) ++n;
+    for (i64 k = 0; k < n; ++k) b.info[entries[i] + k].refs = 0;
+    b.ready.add(entries[i], n);
+    count_run(b, entries[i], n, -1);
+  }
   ++version_[e.index * groups_ + e.group];
   forget_room(e.index, e.group);
   hidden_.push_back(e);
@@ -288,16 +303,15 @@ void PagedBlocks::on_content(const Op& op, bool undo) {
   if (held) {
     if (static_cast<i64>(block_of_.size()) < index_.capacity() * groups_) block_of_.resize(index_.capacity() * groups_);
     if (b.info[op.c].refs == 0) {
-      unlink(b, op.c);
-      --b.ready;
-      keep(b, op.c, 1);
+      b.ready.remove(op.c);
+      keep(b, op.c, 0);
       if (undo && index_.used(node)) pass(b, op.c);  // only such are given up while their node is in use
     }
     index_.place(node, op.b, undo);
   } else {
     if (b.info[op.c].refs == 0) {
-      keep(b, op.c, -1);
-      set_ready(b, op.c, true);
+      unkeep(b, op.c, 0);
+      b.ready.add(op.c);
     }
     index_.displace(node, op.b, undo);
   }
@@ -350,10 +364,9 @@ void PagedBlocks::refresh(Blocks& b, const Class& changed, i64 from, i64 to) {
     if (!backed) b.cursor = std::min(b.cursor, std::max(block, kTrashBlocks));
     if (b.info[block].refs > 0) continue;
     if (backed) {
-      set_ready(b, block, false);
+      b.ready.add(block);
     } else {
-      unlink(b, block);
-      --b.ready;
+      b.ready.remove(block);
     }
   }
 }

@@ -9,7 +9,9 @@
 #include <string>
 #include <vector>
 
+#include "id_list.h"
 #include "page_table.h"
+#include "ready_blocks.h"
 
 namespace kvmem {
 
@@ -21,8 +23,7 @@ struct SlotInfo {
 
 struct BlockInfo {
   i32 refs = 0;
-  i32 node = kNoNode;            // what the block holds, kNoNode for nothing that is known
-  i32 next = -1, previous = -1;  // in the list of ready blocks, or that of passed ones
+  i32 node = kNoNode;  // what the block holds, kNoNode for nothing that is known
 };
 
 struct Class {
@@ -34,12 +35,11 @@ struct Class {
 
 struct Blocks {
   i64 max_blocks = 0, tokens = 0, per_sequence = 0;
-  // Behind the blocks the heads of two circular lists: entry max_blocks of the ready blocks, the one after it of passed
-  // ones: cached blocks that a sliding window has left behind while their sequence goes on.
   std::vector<BlockInfo> info;
-  std::vector<std::uint8_t> backed, passed;
+  std::vector<std::uint8_t> backed;
+  ReadyBlocks ready;
+  IdList passed;  // cached blocks that a sliding window has left behind while their sequence goes on, and snapshots
   std::vector<Class> classes;
-  i64 ready = 0;
   i64 kept = 0;               // cached blocks that nobody refers to
   i64 cursor = kTrashBlocks;  // no unbacked block lies below
   i64 extra_refs = 0;         // references beyond the first, all blocks
@@ -126,11 +126,6 @@ class PagedBlocks : public PageTable {
   }
   // The block waits to be given up before any other, but after those that wait already.
   void pass(Blocks& b, i64 block);
-  void unpass(Blocks& b, i64 block);
-  i64 first_passed(const Blocks& b) const {
-    const i64 head = b.max_blocks + 1;
-    return b.info[head].next == head ? -1 : b.info[head].next;
-  }
 
   const Geometry& geometry_;
   PagePool& pool_;
@@ -155,10 +150,15 @@ class PagedBlocks : public PageTable {
 
   const Class& class_of(i64 a) const;
   void add_group(const GroupGeometry& group);
-  void link(Blocks& b, i64 block, i64 before);
-  void unlink(Blocks& b, i64 block);
-  void set_ready(Blocks& b, i64 block, bool first);
-  void keep(Blocks& b, i64 block, i32 sign);  // it is cached and nobody refers to it, or no longer so
+  void use(SlotInfo& slot, i32 users) {
+    if (slot.users == 0) idle_pages_ -= slot.mapped;
+    slot.users += users;
+    if (slot.users == 0) idle_pages_ += slot.mapped;
+  }
+  void count(Blocks& b, i64 block, i32 users, i32 kept);
+  void count_run(Blocks& b, i64 first, i64 n, i32 users);
+  void keep(Blocks& b, i64 block, i32 users);
+  void unkeep(Blocks& b, i64 block, i32 users);
   void acquire(Blocks& b, i64 block);
   void drop(Blocks& b, i64 block);
   void shift(i64 g, i32 node, i64 from, i64 to);

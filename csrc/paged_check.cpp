@@ -25,13 +25,18 @@ void PagedBlocks::check(std::vector<std::string>* out) const {
       }
     }
     i64 ready = 0;
-    for (i64 x = b.info[b.max_blocks].next; x != b.max_blocks && ready <= b.max_blocks; x = b.info[x].next, ++ready) {
-      if (b.info[x].refs != 0 || !b.backed[x] || b.info[x].node != kNoNode) {
-        say(x, "invariant 2: in the free list, yet referenced, cached or not backed");
+    for (i64 block = 0; block < b.max_blocks; ++block) {
+      const bool is_ready = b.info[block].refs == 0 && b.backed[block] && b.info[block].node == kNoNode;
+      if (is_ready != b.ready.has(block)) {
+        say(block, is_ready ? "invariant 2: free, yet not in the free list"
+                            : "invariant 2: in the free list, yet referenced, cached or not backed");
       }
+      ready += is_ready;
     }
-    if (ready != b.ready)
-      say(-1, "invariant 2: the free list has " + std::to_string(ready) + " entries, not " + std::to_string(b.ready));
+    if (ready != b.ready.size()) {
+      say(-1, "invariant 2: the free list has " + std::to_string(b.ready.size()) + " entries, not " +
+                  std::to_string(ready));
+    }
     for (i64 block = 0; block < b.max_blocks; ++block) {
       if (refs[block] != b.info[block].refs) {
         say(block, "invariant 3: " + std::to_string(refs[block]) + " table entries, counted " +
@@ -74,13 +79,13 @@ void PagedBlocks::check_content(i64 g, std::vector<std::string>* out) const {
   for (i64 block = 0; block < b.max_blocks; ++block) {
     const i32 node = b.info[block].node;
     if (node == kNoNode) {
-      if (b.passed[block]) say(block, "passed by a window, yet it holds nothing that is known");
+      if (b.passed.has(block)) say(block, "passed by a window, yet it holds nothing that is known");
       continue;
     }
     kept += b.info[block].refs == 0;
     if (block_of(node, g) != block) say(block, "the index knows its content elsewhere");
     if (!b.backed[block] || index_.places(node) == 0) say(block, "invariant 2: cached, yet without memory");
-    if (b.passed[block] && b.info[block].refs > 0) say(block, "passed by a window, yet referenced");
+    if (b.passed.has(block) && b.info[block].refs > 0) say(block, "passed by a window, yet referenced");
   }
   if (kept != b.kept) say(-1, std::to_string(kept) + " cached blocks, counted " + std::to_string(b.kept));
   for (i64 index = 0; index < sequences_.capacity(); ++index) {

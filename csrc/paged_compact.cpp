@@ -85,9 +85,9 @@ class Plan {
   // The ready blocks that could be moved to, those in the fullest pages first.
   void find_room(std::size_t k) {
     room_.clear();
-    for (i32 block = b_.info[b_.max_blocks].next; block != b_.max_blocks; block = b_.info[block].next) {
-      if (!taken_[block] && has_neighbours(block, false)) room_.push_back(block);
-    }
+    b_.ready.each(b_.ready.size(), [this](i64 block) {
+      if (!taken_[block] && has_neighbours(block, false)) room_.push_back(static_cast<i32>(block));
+    });
     const auto key = [&](i32 block) { return std::make_pair(-uses_[k].live[first_slot(b_.classes[k], block)], block); };
     std::sort(room_.begin(), room_.end(), [&](i32 x, i32 y) { return key(x) < key(y); });
     next_room_[0] = next_room_[1] = 0;
@@ -206,10 +206,10 @@ void PagedBlocks::move(i64 g, const std::vector<BlockMove>& moves, Transaction& 
   use_last(b);
 }
 
-// Ready blocks in pages that are empty go to the end of their list: the next sequence is to use other room first.
+// Ready blocks in pages that are empty are put off: the next sequence is to use other room first.
 void PagedBlocks::use_last(Blocks& b) {
-  std::vector<i32> last;
-  for (i32 block = b.info[b.max_blocks].next; block != b.max_blocks; block = b.info[block].next) {
+  std::vector<i64> last;
+  b.ready.each(b.ready.size(), [&](i64 block) {
     const auto in_empty_page = [&](const Class& c) {
       for (i64 slot = first_slot(c, block); slot < end_slot(c, block); ++slot) {
         if (c.slots[slot].users + c.slots[slot].kept == 0) return true;
@@ -217,29 +217,21 @@ void PagedBlocks::use_last(Blocks& b) {
       return false;
     };
     if (std::any_of(b.classes.begin(), b.classes.end(), in_empty_page)) last.push_back(block);
-  }
-  for (i32 block : last) {
-    unlink(b, block);
-    link(b, block, b.info[b.max_blocks].previous);
-  }
+  });
+  for (i64 block : last) b.ready.put_off(block);
 }
 
 // Takes the place of `from` in the list of passed ones too, so that what is given up next does not change.
 void PagedBlocks::shift(i64 g, i32 node, i64 from, i64 to) {
   Blocks& b = blocks_[g];
-  const i64 before = b.passed[from] ? b.info[from].previous : -1;
+  if (b.passed.has(from)) b.passed.add_before(from, to);
   if (b.info[to].refs == 0) {
-    unlink(b, to);
-    --b.ready;
-    keep(b, to, 1);
+    b.ready.remove(to);
+    keep(b, to, 0);
   }
   if (b.info[from].refs == 0) {
-    keep(b, from, -1);
-    set_ready(b, from, true);
-  }
-  if (before >= 0) {
-    link(b, to, before);
-    b.passed[to] = 1;
+    unkeep(b, from, 0);
+    b.ready.add(from);
   }
   b.info[from].node = kNoNode;
   b.info[to].node = node;

@@ -2,7 +2,7 @@
 //
 // The arena is reserved addresses; only pages under blocks in use are backed. So a block is
 //   unbacked    some page under it is not mapped;
-//   ready       backed, and nobody refers to it: in the intrusive free list (most recently freed first);
+//   ready       backed, and nobody refers to it: in the free list, lowest first (ready_blocks.h);
 //   cached      backed, nobody refers to it, but the content index knows what it holds;
 //   referenced  refs > 0 table entries (invariants 2 and 3), its content known or not.
 // Blocks and pages need not divide each other. Arenas of a group whose tokens have equal size are mapped in lockstep
@@ -208,8 +208,8 @@ class PagedTable final : public PagedBlocks {
     Kept(PagedTable& table, i32 node) : table_(table) {
       for (i64 g = 0; node != kNoNode && g < table.groups_; ++g) {
         const i32 block = table.block_of(node, g);
-        if (block == 0 || !table.blocks_[g].passed[block]) continue;
-        table.unpass(table.blocks_[g], block);
+        if (block == 0 || !table.blocks_[g].passed.has(block)) continue;
+        table.blocks_[g].passed.remove(block);
         blocks_.emplace_back(g, block);
       }
     }
@@ -277,10 +277,10 @@ class PagedTable final : public PagedBlocks {
   // stand in such a list too, and go last. What is pinned goes with its node.
   bool give_up_passed(i64 g, Transaction& tx) {
     Blocks& b = blocks_[g];
-    i64 block = first_passed(b);
-    for (; block >= 0 && index_.pinned(b.info[block].node); block = first_passed(b)) unpass(b, block);
-    if (block >= 0) tx.push({OpKind::evict, arena(0), b.info[block].node, g, block});
-    return block >= 0;
+    i64 block = b.passed.first();
+    for (; block != 0 && index_.pinned(b.info[block].node); block = b.passed.first()) b.passed.remove(block);
+    if (block != 0) tx.push({OpKind::evict, arena(0), b.info[block].node, g, block});
+    return block != 0;
   }
 
   void set(i64 index, i64 group, i64 ordinal, i64 block, Transaction& tx) {
@@ -291,8 +291,8 @@ class PagedTable final : public PagedBlocks {
   // The next ready block. `wanted`: how many the caller will take in all, so that they are backed in one run.
   i64 take(i64 group, i64 wanted, Transaction& tx) {
     Blocks& b = blocks_[group];
-    if (b.ready == 0) make_ready(group, wanted, tx);
-    const i64 block = b.info[b.max_blocks].next;
+    if (b.ready.empty()) make_ready(group, wanted, tx);
+    const i64 block = b.ready.first();
     if (geometry_.zero == Zero::always) {
       for (const Class& c : b.classes) {
         for (i64 a : c.arenas) tx.push({OpKind::zero, arena(a), block * c.block_bytes, c.block_bytes});
@@ -304,10 +304,10 @@ class PagedTable final : public PagedBlocks {
   // Entries from `first` on become the next ready blocks, `most` at most; returns how many.
   i64 take_run(i64 index, i64 group, i64 first, i64 most, Transaction& tx) {
     Blocks& b = blocks_[group];
-    if (b.ready == 0) make_ready(group, most, tx);
-    const i64 n = std::min(b.ready, most);
+    if (b.ready.empty()) make_ready(group, most, tx);
+    const i64 n = std::min(b.ready.size(), most);
     i32* entries = &b.table[index * b.per_sequence + first];
-    for (i64 i = 0, block = b.max_blocks; i < n; ++i) entries[i] = static_cast<i32>(block = b.info[block].next);
+    b.ready.each(n, [&](i64 block) { *entries++ = static_cast<i32>(block); });
     tx.push({OpKind::show, arena(0), index, first, n, group});
     return n;
   }
@@ -319,8 +319,8 @@ class PagedTable final : public PagedBlocks {
     const i64 first = unbacked(group);
     if (!has_room_for(b, first)) {
       if (!has_state(group) && give_up_passed(group, tx)) return;
-      for (i32 node; b.kept > 0 && b.ready == 0 && (node = index_.victim()) != kNoNode;) forget(node, tx);
-      if (b.ready > 0 || give_up_passed(group, tx)) return;
+      for (i32 node; b.kept > 0 && b.ready.empty() && (node = index_.victim()) != kNoNode;) forget(node, tx);
+      if (!b.ready.empty() || give_up_passed(group, tx)) return;
     }
     if (first == b.max_blocks) throw OutOfMemory("all " + std::to_string(first - kTrashBlocks) + " blocks are in use");
     i64 end = first + 1;
@@ -372,7 +372,7 @@ class PagedTable final : public PagedBlocks {
   // What a node in use holds, and no sequence refers to, may be given up from now on.
   void offer_block(Blocks& b, i32 block) {
     const BlockInfo& info = b.info[block];
-    if (info.refs > 0 || info.node == kNoNode || b.passed[block]) return;
+    if (info.refs > 0 || info.node == kNoNode || b.passed.has(block)) return;
     if (index_.used(info.node) && !index_.pinned(info.node)) pass(b, block);
   }
 
@@ -384,7 +384,8 @@ class PagedTable final : public PagedBlocks {
       copy_tail_[index * groups_ + group] = 0;  // the other user has gone
       return;
     }
-    if (b.info[old].refs <= 1 && !index_.used(b.info[old].node) && b.ready == 0 && !has_room_for(b, unbacked(group))) {
+    if (b.info[old].refs <= 1 && !index_.used(b.info[old].node) && b.ready.empty() &&
+        !has_room_for(b, unbacked(group))) {
       return forget(b.info[old].node, tx);  // rather than another cached block, or failing
     }
     // The flag stays set, so that a transaction taken back finds it set again; the next call clears it.

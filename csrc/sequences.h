@@ -12,6 +12,10 @@ namespace kvmem {
 
 class Sequences {
  public:
+  struct Lengths {
+    i64 tokens = 0, committed = 0, front = 0;
+  };
+
   Sequences(i64 max_sequences, i64 groups)
       : groups_(groups),
         tenants_(max_sequences, 0),
@@ -34,6 +38,10 @@ class Sequences {
     if (index >= capacity() || handles_[index] != handle) throw_stale(handle);
     return index;
   }
+
+  // Of one group; of the next sequence, as many entries on as there are groups. For loops over many.
+  Lengths* lengths(i64 group, i64 index) { return &lengths_[index * groups_ + group]; }
+  const Lengths* lengths(i64 group, i64 index) const { return &lengths_[index * groups_ + group]; }
 
   // The place of a handle that is live, or was.
   i64 place_of(i64 handle) const { return handle & ((i64{1} << bits_) - 1); }
@@ -82,10 +90,6 @@ class Sequences {
   i64 front(i64 index, i64 group) const { return lengths_[index * groups_ + group].front; }
 
  private:
-  struct Lengths {
-    i64 tokens = 0, committed = 0, front = 0;
-  };
-
   i64 last_tenant() const { return ((i64{1} << 31) >> bits_) - 1; }
   i64 next_tenant(i64 index) const { return tenants_[index] >= last_tenant() ? 1 : tenants_[index] + 1; }
   i64 previous_tenant(i64 index) const { return tenants_[index] - 1; }

@@ -191,7 +191,7 @@ i64 VirtualRows::mapped_extent_slots(i64 group, i64 arena_in_group) const {
 }
 
 void VirtualRows::set_sequence(i64 row, i64 index) {
-  RowList& list = rows_[row].index < 0 ? parked_ : bound_;
+  IdList& list = rows_[row].index < 0 ? parked_ : bound_;
   if (list.has(row)) list.remove(row);
   rows_[row].index = index;
   may_give(row);

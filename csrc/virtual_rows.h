@@ -10,8 +10,8 @@
 #include <utility>
 #include <vector>
 
+#include "id_list.h"
 #include "page_table.h"
-#include "row_list.h"
 
 namespace kvmem {
 
@@ -168,7 +168,7 @@ class VirtualRows : public PageTable {
   // The row may have pages to spare from now on.
   void may_give(i64 row) {
     if (row == 0 || rows_[row].slots == 0) return;
-    RowList& list = rows_[row].index < 0 ? parked_ : bound_;
+    IdList& list = rows_[row].index < 0 ? parked_ : bound_;
     if (list.has(row)) return;
     // Of those that are parked the one freed longest ago leads, also where an old one comes back.
     if (&list == &parked_ && rows_[list.last()].fence > rows_[row].fence) {
@@ -180,7 +180,7 @@ class VirtualRows : public PageTable {
 
   // It has none, until may_give() says otherwise or the transaction is taken back.
   void gives_nothing(i64 row) {
-    RowList& list = rows_[row].index < 0 ? parked_ : bound_;
+    IdList& list = rows_[row].index < 0 ? parked_ : bound_;
     if (!list.has(row)) return;
     list.remove(row);
     given_.push_back(row);
@@ -214,8 +214,8 @@ class VirtualRows : public PageTable {
   std::vector<i32> holder_;  // by node: the first row that holds it, or -1
   // Whoever looks for a row or for pages asks these, never all rows.
   RowsBySlots empty_;                    // unbound rows without content
-  RowList doubles_;                      // unbound rows whose last block another row holds too
-  RowList parked_, bound_;               // the unbound and the bound rows that may have pages to spare
+  IdList doubles_;                       // unbound rows whose last block another row holds too
+  IdList parked_, bound_;                // the unbound and the bound rows that may have pages to spare
   std::vector<i64> given_;               // what gives_nothing() took out in this transaction
   std::vector<Extent> extents_;          // [row][arena]
   std::vector<i64> room_;                // [row][group]

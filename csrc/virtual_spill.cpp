@@ -25,7 +25,7 @@ i64 VirtualTable::spill(i64 pages, Transaction& tx) {
   return freed;
 }
 
-i64 VirtualTable::spill_list(const RowList& list, i64 pages, Transaction& tx) {
+i64 VirtualTable::spill_list(const IdList& list, i64 pages, Transaction& tx) {
   i64 freed = 0;
   for (i64 row = list.first(), next; row != 0 && freed < pages; row = next) {
     next = list.next(row);

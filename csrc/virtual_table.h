@@ -60,7 +60,7 @@ class VirtualTable final : public VirtualRows {
   bool has_mapped(i64 row, i64 tokens) const;
   // True if another row shows every block of a parked row from `from` on, as far back as this one does.
   bool is_covered(i64 row, std::size_t from) const;
-  i64 spill_list(const RowList& list, i64 pages, Transaction& tx);
+  i64 spill_list(const IdList& list, i64 pages, Transaction& tx);
   i64 spill_row(i64 row, i64 pages, Transaction& tx);
   // A pinned prefix keeps what its windows need, so the fronts of such a row stay.
   bool holds_pins(i64 row) const;

@@ -358,20 +358,16 @@ class Allocator:
         """
         rows = 0 if pad_to is None else at_least_zero("pad_to", pad_to)
         self.pool.streams.follow()
-        main = batch.group(self._main)
-        main.begin()
+        batch.begin()
         try:
-            self.core.step(ids, counts, tokens, rows, main.buffers)
+            self.core.step(ids, counts, tokens, rows, batch.buffers)
         except TypeError as error:
             raise not_int32(ids, *(x for x in (counts, tokens) if x is not None)) from error
-        main.update(self.core, self._main)
-        if len(self.spec.groups) == 1:
-            return
-        for index, group in enumerate(batch.groups):
-            if group is not main:
-                group.begin()
-                self.core.fill(ids, None, index, rows, group.buffers)
-                group.update(self.core, index)
+        batch.update(self.core, self._main)
+        for index, group in batch.others.items():
+            group.begin()
+            self.core.fill(ids, None, index, rows, group.buffers)
+            group.update(self.core, index)
 
     def cascade_order(self, sequences: Iterable[Sequence | int] | Handles, *, group: int | None = None) -> Order:
         """An order of ``sequences`` for ``Batch.cascade()``: int64 [n], a permutation of 0 to n - 1 that puts those

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -103,6 +104,7 @@ class GroupBatch:
     kv_indptr_cpu: torch.Tensor
     kv_indices_cpu: torch.Tensor
     kv_last_page_len_cpu: torch.Tensor
+    rows_cpu: torch.Tensor | None
     row_starts_cpu: torch.Tensor | None
 
     def __init__(
@@ -279,18 +281,27 @@ class GroupBatch:
             rows, block_size=self.block_size, max_levels=max_levels, min_blocks=min_blocks, device=device
         )
 
-    def __getattr__(self, name: str) -> torch.Tensor | None:
-        # Views of the used part of a buffer, made when first asked for.
-        field, cpu = (name[:-4], True) if name.endswith("_cpu") else (name, False)
-        if field not in _FIELDS:
-            raise AttributeError(f"a batch has no field {name!r}")
-        if field not in self._host:
+    def _view(self, name: str, field: str, buffers: dict[str, torch.Tensor]) -> torch.Tensor | None:
+        """The used part of a buffer: a view, made when it is first asked for."""
+        if field not in buffers:
             return None
         used, known = self._used(field), self._views.get(name)
         if known is None or known[0] != used:
-            view = (self._host if cpu else self._device)[field][:used]
+            view = buffers[field][:used]
             known = self._views[name] = used, view.view(-1, self._max_blocks) if field == "block_table" else view
         return known[1]
+
+
+def _field(name: str, *, cpu: bool) -> property:
+    def get(batch: GroupBatch) -> torch.Tensor | None:
+        return batch._view(name + "_cpu" * cpu, name, batch._host if cpu else batch._device)
+
+    return property(get)
+
+
+for _name in _FIELDS:  # rather than __getattr__, which every other attribute would pay for
+    setattr(GroupBatch, _name, _field(_name, cpu=False))
+    setattr(GroupBatch, f"{_name}_cpu", _field(_name, cpu=True))
 
 
 class Batch(GroupBatch):
@@ -299,29 +310,20 @@ class Batch(GroupBatch):
     Made by ``Allocator.batch()`` and refilled in place by ``Allocator.fill()``. ``batch.group(i)`` gives another group.
     """
 
-    def __init__(self, groups: list[GroupBatch], main: int) -> None:
-        self._groups = groups
-        self.__dict__["_main"] = groups[main]
+    def __init__(self, main: int, others: dict[int, GroupBatch], **sizes: Any) -> None:
+        """main: the index of the group that this is; others: by index. sizes: as for ``GroupBatch``."""
+        super().__init__(**sizes)
+        self._main = main
+        self.others = others
 
     def group(self, index: int) -> GroupBatch:
         """The metadata of group ``index`` of the spec."""
-        return self._groups[index]
+        return self if index == self._main else self.others[index]
 
     @property
-    def groups(self) -> Iterator[GroupBatch]:
-        return iter(self._groups)
-
-    def __getattr__(self, name: str) -> torch.Tensor | None:
-        return getattr(self.__dict__["_main"], name)  # type: ignore[no-any-return]
-
-    def cascade(
-        self, *, max_levels: int = 3, min_tokens: int = 256, queries: GroupBatch | None = None
-    ) -> Cascade:  # fmt: skip
-        main: GroupBatch = self.__dict__["_main"]
-        return main.cascade(max_levels=max_levels, min_tokens=min_tokens, queries=queries)
-
-    def full(self, name: str) -> torch.Tensor:
-        return self.__dict__["_main"].full(name)  # type: ignore[no-any-return]
+    def groups(self) -> list[GroupBatch]:
+        """All of them, in the order of the spec."""
+        return [self.group(index) for index in range(1 + len(self.others))]
 
 
 def new_batch(
@@ -337,9 +339,19 @@ def new_batch(
     """Empty buffers for ``rows`` rows; for each group ``fresh`` new tokens, sequences of ``longest`` tokens and
     ``blocks`` blocks in all, or as many as that makes.
     """
-    made = []
+    sizes: list[dict[str, Any]] = []
     for index, group in enumerate(groups):
         width = -(-longest[index] // group.block_size)
-        total = rows * width if blocks is None else blocks[index]
-        made.append(GroupBatch(device, group.block_size, has_rows, rows, fresh[index], width, total))
-    return Batch(made, main)
+        sizes.append(
+            {
+                "device": device,
+                "block_size": group.block_size,
+                "has_rows": has_rows,
+                "max_sequences": rows,
+                "max_new_tokens": fresh[index],
+                "max_blocks": width,
+                "max_indices": rows * width if blocks is None else blocks[index],
+            }
+        )
+    others = {index: GroupBatch(**size) for index, size in enumerate(sizes) if index != main}
+    return Batch(main, others, **sizes[main])

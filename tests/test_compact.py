@@ -177,12 +177,11 @@ def test_what_sequences_hold_does_not_move_next_to_cached_blocks_alone() -> None
     for number, handle in enumerate(handles):
         pair.append(handle, [number] * 16)
     # Page 0: two in use. Page 1: three cached and room for one. Pages 2 and 3: one in use.
-    pair.free(handles[2:5])
-    pair.truncate(handles[5], 0)
     pair.truncate(handles[10], 0)
-    for number in (7, 8, 9, 11, 12, 13):
+    pair.append(handles[10], [77] * 16)  # in the room that it just left: the lowest there is
+    pair.free(handles[2:5])
+    for number in (5, 7, 8, 9, 11, 12, 13):
         pair.truncate(handles[number], 0)
-    pair.append(handles[10], [77] * 16)
     pair.free([handles[number] for number in (5, 7, 8, 9, 11, 12, 13)])
     before = pair.alloc.stats()
     assert pair.compact() == PAIR

@@ -1,0 +1,55 @@
+// The ready blocks of a group: backed, and nobody refers to them. The lowest is given out first, so that what is in use
+// stays together; those put off come after all others.
+#pragma once
+
+#include "id_set.h"
+
+namespace kvmem {
+
+class ReadyBlocks {
+ public:
+  void reserve(i64 bound) { soon_.reserve(bound), late_.reserve(bound); }
+  bool empty() const { return size_ == 0; }
+  i64 size() const { return size_; }
+  bool has(i64 block) const { return soon_.has(block) || late_.has(block); }
+  // The next one; there is one.
+  i64 first() const { return soon_.empty() ? late_.first() : soon_.first(); }
+
+  // Calls f(block) for the next `most` of them, as long as there are any.
+  template <class F>
+  void each(i64 most, F f) const {
+    for (const IdSet* set : {&soon_, &late_}) {
+      for (i64 block = set->empty() ? -1 : set->first(); block >= 0 && most > 0; --most, block = set->after(block)) {
+        f(block);
+      }
+    }
+  }
+
+  void add(i64 block) {
+    soon_.insert(block);
+    ++size_;
+  }
+  void remove(i64 block) {
+    (soon_.has(block) ? soon_ : late_).erase(block);
+    --size_;
+  }
+  // The `count` blocks from `first` on.
+  void add(i64 first, i64 count) {
+    soon_.insert(first, count);
+    size_ += count;
+  }
+  void remove(i64 first, i64 count) {
+    soon_.erase(first, count), late_.erase(first, count);
+    size_ -= count;
+  }
+  void put_off(i64 block) {
+    soon_.erase(block);
+    late_.insert(block);
+  }
+
+ private:
+  IdSet soon_, late_;
+  i64 size_ = 0;
+};
+
+}  // namespace kvmem
