@@ -6,7 +6,7 @@
 
 #include <string>
 
-#include "int32s.h"
+#include "bindings_arrays.h"
 #include "types.h"
 
 namespace kvmem {

@@ -81,7 +81,7 @@ TableWrites Cache::advance_telling(i64 handle, i64 count, const i32* tokens, i64
   Lock lock = enter();
   const i32 one = static_cast<i32>(handle), more = static_cast<i32>(count);
   plan_extend(&one, &more, 1, -1);
-  plan_due(1, tokens ? num_tokens : -1);
+  check_due(tokens ? num_tokens : -1);
   seen_.clear();
   see_completed(0, indices_[0], due_[0]);
   see_last(0, indices_[0]);
