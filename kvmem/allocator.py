@@ -21,7 +21,7 @@ from kvmem.events import Event, EventStream
 from kvmem.layouts import GroupLayout, resolve_interleave
 from kvmem.ops import Op
 from kvmem.pool import PagePool, pool_for
-from kvmem.prefix import Pin, PrefixMatch, Reason, Tokens, encode_extra_key, encode_salt, token_ids, with_ids
+from kvmem.prefix import Pin, PrefixMatch, Reason, Tokens, encode_keys, token_ids, with_ids
 from kvmem.protocols import Sizes
 from kvmem.sequence import Sequence
 from kvmem.spec import CacheSpec
@@ -176,7 +176,7 @@ class Allocator:
         ``OutOfMemory`` only when all ``max_sequences`` are in use: short of memory it starts with fewer tokens. Costs a
         comparison a block, and what mapping and the copy of the cut page or block cost.
         """
-        salted, keyed = encode_salt(salt), encode_extra_key(extra_key)
+        salted, keyed = encode_keys(salt, extra_key)
         if tokens is None:
             handle, cached = self.core.admit([], salted, keyed)
         else:
@@ -198,7 +198,7 @@ class Allocator:
         """
         n = 1 if counts is None else len(counts)
         handles, cached = np.empty(n, np.int32), np.empty(n, np.int32)
-        salted, keyed = encode_salt(salt), encode_extra_key(extra_key)
+        salted, keyed = encode_keys(salt, extra_key)
         try:
             done = self.core.admit_batch(tokens, counts, salted, keyed, handles, cached)  # type: ignore[arg-type]
         except TypeError as error:  # ids, or counts, of another type
@@ -210,7 +210,7 @@ class Allocator:
 
     def match(self, tokens: Tokens, *, salt: str | bytes | None = None, extra_key: Key = None) -> PrefixMatch:
         """How much of ``tokens`` is cached, and why not more. Changes nothing, not even what is forgotten next."""
-        salted, keyed = encode_salt(salt), encode_extra_key(extra_key)
+        salted, keyed = encode_keys(salt, extra_key)
         found, reason = with_ids(tokens, lambda ids: self.core.match(ids, salted, keyed))
         return PrefixMatch(found, cast(Reason, reason))
 
@@ -218,7 +218,7 @@ class Allocator:
         """Keeps the whole blocks of ``tokens`` (a system prompt) cached until ``unpin()``. ``SpecError`` when one of
         them is not cached now.
         """
-        salted, keyed = encode_salt(salt), encode_extra_key(extra_key)
+        salted, keyed = encode_keys(salt, extra_key)
         return Pin(self.core, *with_ids(tokens, lambda ids: self.core.pin_tokens(ids, salted, keyed)))
 
     def clear_cache(self) -> int:

@@ -73,9 +73,10 @@ class Batched:
         self.prompt = np.full(1, workload.prompt, np.int32)
 
     def admit(self, i: int, prompt: Int32s) -> None:
-        self.ids[i : i + 1], cached = self.allocator.admit_batch(prompt)
+        ids, cached = self.allocator.admit_batch(prompt)
+        self.ids[i] = ids.item()
         if self.workload.cache:
-            rest = prompt[int(cached[0]) :]
+            rest = prompt[cached.item() :]
             count = self.prompt if len(rest) == len(prompt) else self.prompt - cached
             self.allocator.commit_batch(self.each[i], count, rest)
 
