@@ -20,13 +20,16 @@ namespace {
 
 struct TableChanges {
   TableWrites writes;
-  i64 size() const { return static_cast<i64>(writes.size()); }
 };
 
-const TableChanges& changes_of(PyObject* self) { return *nb::inst_ptr<TableChanges>(self); }
-
 // A slot, because a scheduler asks every answer whether it is empty: a method would be a call each.
-Py_ssize_t length_of(PyObject* self) { return static_cast<Py_ssize_t>(changes_of(self).size()); }
+Py_ssize_t length_of(PyObject* self) {
+  if (!nb::inst_ready(self)) {  // what __new__() alone has made
+    PyErr_SetString(PyExc_TypeError, "this TableChanges was never initialised");
+    return -1;
+  }
+  return static_cast<Py_ssize_t>(nb::inst_ptr<TableChanges>(self)->writes.size());
+}
 
 PyType_Slot changes_slots[] = {{Py_sq_length, reinterpret_cast<void*>(&length_of)}, {0, nullptr}};
 

@@ -480,6 +480,8 @@ def test_changes_are_false_when_empty_and_survive_a_pickle(backend: str) -> None
     cache = SchedulerCache(open_allocator(backend))
     began, nothing = cache.allocate("a", SIZE + 1), cache.allocate("a", 1)
     assert began and nothing is not None and not nothing and (len(began), len(nothing)) == (2, 0)
+    with pytest.raises(TypeError):
+        len(TableChanges.__new__(TableChanges))
     for changes in (began, nothing, TableChanges()):
         again = pickle.loads(pickle.dumps(changes))
         assert repr(again) == repr(changes) and len(again) == len(changes)
