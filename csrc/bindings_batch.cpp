@@ -123,9 +123,10 @@ void bind_batch(nb::module_& m, nb::class_<Cache>& cache) {
   cache
       .def(
           "fill",
-          [](Cache& c, In<i32> handles, std::optional<In<i32>> new_tokens, i64 group, i64 rows, Buffers& out) {
+          [](Cache& c, const Int32s& handles, const std::optional<Int32s>& new_tokens, i64 group, i64 rows,
+             Buffers& out) {
             if (new_tokens) same_length(handles, *new_tokens);
-            const i64 n = static_cast<i64>(handles.shape(0));
+            const i64 n = handles.size();
             const i32* fresh = new_tokens ? new_tokens->data() : nullptr;
             refill(out, [&] { return c.fill(handles.data(), n, fresh, group, rows, out.at, out.marks); });
           },
@@ -134,11 +135,11 @@ void bind_batch(nb::module_& m, nb::class_<Cache>& cache) {
                   "rows: int, out: BatchBuffers) -> None"))
       .def(
           "step",
-          [](Cache& c, In<i32> handles, std::optional<In<i32>> counts, std::optional<In<i32>> tokens, i64 rows,
-             Buffers& out) {
+          [](Cache& c, const Int32s& handles, const std::optional<Int32s>& counts, const std::optional<Int32s>& tokens,
+             i64 rows, Buffers& out) {
             if (counts) same_length(handles, *counts);
             if (tokens) check_ids(*tokens);
-            const i64 n = static_cast<i64>(handles.shape(0)), known = tokens ? static_cast<i64>(tokens->shape(0)) : 0;
+            const i64 n = handles.size(), known = tokens ? tokens->size() : 0;
             const i32 *more = counts ? counts->data() : nullptr, *ids = tokens ? tokens->data() : nullptr;
             refill(out, [&] { return c.step(handles.data(), more, n, ids, known, rows, out.at, out.marks); });
           },

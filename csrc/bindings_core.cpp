@@ -6,6 +6,8 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
+
 #include "bindings.h"
 #include "cache.h"
 
@@ -183,7 +185,7 @@ nb::class_<Cache> bind_cache(nb::module_& m) {
           },
           Free())
       .def(
-          "open_batch", [](Cache& c, Out<i32> handles) { c.open(static_cast<i64>(handles.shape(0)), handles.data()); },
+          "open_batch", [](Cache& c, const WritableInt32s& handles) { c.open(handles.size(), handles.data()); },
           "handles"_a.noconvert(), Free())
       .def(
           "extend",
@@ -196,10 +198,10 @@ nb::class_<Cache> bind_cache(nb::module_& m) {
           "handle"_a, "count"_a, "group"_a = -1)
       .def(
           "advance",
-          [](Cache& c, i32 handle, i32 count, std::optional<In<i32>> tokens) {
+          [](Cache& c, i32 handle, i32 count, const std::optional<TokenIds>& tokens) {
             if (tokens) check_ids(*tokens);
             const i32* ids = tokens ? tokens->data() : nullptr;
-            const i64 num_ids = tokens ? static_cast<i64>(tokens->shape(0)) : 0;
+            const i64 num_ids = tokens ? tokens->size() : 0;
             if (c.advance_at_hand(handle, count, ids, num_ids)) return;
             nb::gil_scoped_release release;
             c.advance(handle, count, ids, num_ids);
@@ -208,9 +210,9 @@ nb::class_<Cache> bind_cache(nb::module_& m) {
           "Commits what was reserved, and makes room for count more tokens.")
       .def(
           "extend_batch",
-          [](Cache& c, In<i32> handles, In<i32> counts, i64 group) {
+          [](Cache& c, const Int32s& handles, const Int32s& counts, i64 group) {
             same_length(handles, counts);
-            c.extend(handles.data(), counts.data(), static_cast<i64>(handles.shape(0)), group);
+            c.extend(handles.data(), counts.data(), handles.size(), group);
           },
           "handles"_a.noconvert(), "counts"_a.noconvert(), "group"_a = -1, Free())
       .def(
@@ -224,9 +226,9 @@ nb::class_<Cache> bind_cache(nb::module_& m) {
           "handle"_a, "count"_a, "group"_a = -1)
       .def(
           "commit_batch",
-          [](Cache& c, In<i32> handles, In<i32> counts, i64 group) {
+          [](Cache& c, const Int32s& handles, const Int32s& counts, i64 group) {
             same_length(handles, counts);
-            c.commit(handles.data(), counts.data(), static_cast<i64>(handles.shape(0)), group, nullptr);
+            c.commit(handles.data(), counts.data(), handles.size(), group, nullptr);
           },
           "handles"_a.noconvert(), "counts"_a.noconvert(), "group"_a = -1, Free())
       .def("truncate", &Cache::truncate, "handle"_a, "tokens"_a, Free())
@@ -234,26 +236,27 @@ nb::class_<Cache> bind_cache(nb::module_& m) {
       .def(
           "free", [](Cache& c, i32 handle) { c.free(&handle, 1); }, "handle"_a, Free())
       .def(
-          "free_batch", [](Cache& c, In<i32> handles) { c.free(handles.data(), static_cast<i64>(handles.shape(0))); },
+          "free_batch", [](Cache& c, const Int32s& handles) { c.free(handles.data(), handles.size()); },
           "handles"_a.noconvert(), Free())
       .def("tokens", &Cache::tokens, "handle"_a, "group"_a = -1)
       .def("committed", &Cache::committed, "handle"_a, "group"_a = -1)
       .def("first_token", &Cache::first_token, "handle"_a, "group"_a = -1)
       .def(
           "lengths",
-          [](Cache& c, In<i32> handles, i64 group, Out<i64> tokens, Out<i64> committed) {
-            if (tokens.shape(0) < handles.shape(0) || committed.shape(0) < handles.shape(0)) {
+          [](Cache& c, const Int32s& handles, i64 group, Out<i64> tokens, Out<i64> committed) {
+            const i64 room = static_cast<i64>(std::min(tokens.shape(0), committed.shape(0)));
+            if (room < handles.size()) {
               throw SpecError("tokens and committed need an entry for each handle");
             }
-            c.lengths(handles.data(), static_cast<i64>(handles.shape(0)), group, tokens.data(), committed.data());
+            c.lengths(handles.data(), handles.size(), group, tokens.data(), committed.data());
           },
           "handles"_a.noconvert(), "group"_a, "tokens"_a.noconvert(), "committed"_a.noconvert())
       .def(
           "row", [](Cache& c, i64 handle, i64 group) { return c.place(handle, group).row; }, "handle"_a, "group"_a = -1)
       .def(
           "common_blocks",
-          [](Cache& c, In<i32> handles, i64 group, Out<i64> blocks) {
-            const i64 n = static_cast<i64>(handles.shape(0));
+          [](Cache& c, const Int32s& handles, i64 group, Out<i64> blocks) {
+            const i64 n = handles.size();
             if (static_cast<i64>(blocks.shape(0)) < n - 1) {
               throw SpecError("blocks needs an entry for each pair of neighbours");
             }
@@ -262,9 +265,10 @@ nb::class_<Cache> bind_cache(nb::module_& m) {
           "handles"_a.noconvert(), "group"_a, "blocks"_a.noconvert(), Free())
       .def(
           "cascade_order",
-          [](Cache& c, In<i32> handles, i64 group, Out<i64> order) {
-            if (order.shape(0) < handles.shape(0)) throw SpecError("order needs an entry for each handle");
-            c.cascade_order(handles.data(), static_cast<i64>(handles.shape(0)), group, order.data());
+          [](Cache& c, const Int32s& handles, i64 group, Out<i64> order) {
+            if (static_cast<i64>(order.shape(0)) < handles.size())
+              throw SpecError("order needs an entry for each handle");
+            c.cascade_order(handles.data(), handles.size(), group, order.data());
           },
           "handles"_a.noconvert(), "group"_a, "order"_a.noconvert(), Free())
       .def("compact", &Cache::compact, "bytes"_a, Free())
@@ -299,7 +303,7 @@ void bind_core(nb::module_& m) {
   nb::class_<Cache> cache = bind_cache(m);
   bind_batch(m, cache);
   bind_prefix(cache);
-  bind_requests(cache);
+  bind_requests(m, cache);
 }
 
 }  // namespace kvmem

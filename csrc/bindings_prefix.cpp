@@ -54,16 +54,16 @@ void bind_token_blocks(nb::module_& m) {
       .def("reserve", &TokenBlocks::reserve, "blocks"_a)
       .def(
           "put",
-          [check](TokenBlocks& self, i32 block, In<i32> tokens) {
-            check(self, block, tokens.shape(0), self.block_tokens());
+          [check](TokenBlocks& self, i32 block, const Int32s& tokens) {
+            check(self, block, tokens.size(), self.block_tokens());
             self.put(block, tokens.data());
           },
           "block"_a, "tokens"_a.noconvert())
       .def(
           "common",
-          [check](const TokenBlocks& self, i32 block, In<i32> tokens) {
-            check(self, block, tokens.shape(0), 0);
-            return self.common(block, tokens.data(), static_cast<i64>(tokens.shape(0)));
+          [check](const TokenBlocks& self, i32 block, const Int32s& tokens) {
+            check(self, block, tokens.size(), 0);
+            return self.common(block, tokens.data(), tokens.size());
           },
           "block"_a, "tokens"_a.noconvert(), "How many of these tokens the block begins with.")
       .def(
@@ -80,45 +80,44 @@ void bind_prefix(nb::class_<Cache>& cache) {
   cache
       .def(
           "admit",
-          [](Cache& c, In<i32> tokens, const nb::bytes& salt, const nb::bytes& extra_key) {
-            check_ids(tokens);
+          [](Cache& c, const TokenIds& tokens, const nb::bytes& salt, const nb::bytes& extra_key) {
+            if (c.shares()) check_ids(tokens);  // else they are not read at all
             const PrefixKey key = key_of(salt, extra_key);
             nb::gil_scoped_release release;
             i64 cached = 0;
-            const i64 handle = c.admit(tokens.data(), static_cast<i64>(tokens.shape(0)), key, &cached);
+            const i64 handle = c.admit(tokens.data(), tokens.size(), key, &cached);
             return std::make_pair(handle, cached);
           },
           "tokens"_a.noconvert(), "salt"_a, "extra_key"_a, "A new sequence: its handle, and how many tokens it has.")
       .def(
           "admit_batch",
-          [](Cache& c, In<i32> tokens, std::optional<In<i32>> counts, const nb::bytes& salt, const nb::bytes& extra_key,
-             Out<i32> handles, Out<i32> cached) {
-            check_ids(tokens);
+          [](Cache& c, const TokenIds& tokens, const std::optional<Int32s>& counts, const nb::bytes& salt,
+             const nb::bytes& extra_key, const WritableInt32s& handles, const WritableInt32s& cached) {
+            if (c.shares()) check_ids(tokens);
             if (counts) check_tokens(*counts, tokens);
-            const i32 all = static_cast<i32>(tokens.shape(0));
+            const i32 all = static_cast<i32>(tokens.size());
             const i32* lengths = counts ? counts->data() : &all;
             const PrefixKey key = key_of(salt, extra_key);
             nb::gil_scoped_release release;
-            return c.admit_batch(tokens.data(), lengths, static_cast<i64>(handles.shape(0)), key, handles.data(),
-                                 cached.data());
+            return c.admit_batch(tokens.data(), lengths, handles.size(), key, handles.data(), cached.data());
           },
           "tokens"_a.noconvert(), "counts"_a.noconvert().none(), "salt"_a, "extra_key"_a, "handles"_a.noconvert(),
           "cached"_a.noconvert(), "How many prompts got room.")
       .def(
           "match",
-          [](Cache& c, In<i32> tokens, const nb::bytes& salt, const nb::bytes& extra_key) {
+          [](Cache& c, const TokenIds& tokens, const nb::bytes& salt, const nb::bytes& extra_key) {
             check_ids(tokens);
             const PrefixKey key = key_of(salt, extra_key);
             nb::gil_scoped_release release;
-            const PrefixMatch match = c.match(tokens.data(), static_cast<i64>(tokens.shape(0)), key);
+            const PrefixMatch match = c.match(tokens.data(), tokens.size(), key);
             return std::make_pair(match.tokens, std::string(kEnds[static_cast<int>(match.end)]));
           },
           "tokens"_a.noconvert(), "salt"_a, "extra_key"_a, "How many tokens are cached, and why not more.")
       .def(
           "commit_tokens",
-          [](Cache& c, i32 handle, In<i32> tokens) {
+          [](Cache& c, i32 handle, const TokenIds& tokens) {
             check_ids(tokens);
-            const i32 count = static_cast<i32>(tokens.shape(0));
+            const i32 count = static_cast<i32>(tokens.size());
             if (c.commit_at_hand(handle, count, tokens.data())) return;
             nb::gil_scoped_release release;
             c.commit(&handle, &count, 1, -1, tokens.data());
@@ -126,12 +125,12 @@ void bind_prefix(nb::class_<Cache>& cache) {
           "handle"_a, "tokens"_a.noconvert())
       .def(
           "commit_tokens_batch",
-          [](Cache& c, In<i32> handles, In<i32> counts, In<i32> tokens) {
+          [](Cache& c, const Int32s& handles, const Int32s& counts, const Int32s& tokens) {
             same_length(handles, counts);
             check_tokens(counts, tokens);
             check_ids(tokens);
             nb::gil_scoped_release release;
-            c.commit(handles.data(), counts.data(), static_cast<i64>(handles.shape(0)), -1, tokens.data());
+            c.commit(handles.data(), counts.data(), handles.size(), -1, tokens.data());
           },
           "handles"_a.noconvert(), "counts"_a.noconvert(), "tokens"_a.noconvert())
       .def(
@@ -145,12 +144,12 @@ void bind_prefix(nb::class_<Cache>& cache) {
           "The first tokens of a sequence (-1: all known): a pin, and how many it keeps.")
       .def(
           "pin_tokens",
-          [](Cache& c, In<i32> tokens, const nb::bytes& salt, const nb::bytes& extra_key) {
+          [](Cache& c, const TokenIds& tokens, const nb::bytes& salt, const nb::bytes& extra_key) {
             check_ids(tokens);
             const PrefixKey key = key_of(salt, extra_key);
             nb::gil_scoped_release release;
             i64 pinned = 0;
-            const i64 pin = c.pin(tokens.data(), static_cast<i64>(tokens.shape(0)), key, &pinned);
+            const i64 pin = c.pin(tokens.data(), tokens.size(), key, &pinned);
             return std::make_pair(pin, pinned);
           },
           "tokens"_a.noconvert(), "salt"_a, "extra_key"_a)

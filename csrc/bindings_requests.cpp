@@ -1,7 +1,8 @@
-// The part of kvmem._core.Cache that kvmem/scheduler.py is made of. Called for every request in every step, so these
-// take no keywords, which nanobind would look for, and look at their arguments themselves.
+// What kvmem/scheduler.py is made of: kvmem.TableChanges, and the part of kvmem._core.Cache that returns them. Called
+// for every request in every step, so these take no keywords, which nanobind would look for.
 
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
 
 #include <cstring>
 #include <vector>
@@ -15,136 +16,196 @@ using namespace nb::literals;
 namespace kvmem {
 namespace {
 
-// int32 [3][k]: rows, columns, blocks; None for k = 0. A bytearray, since what numpy makes of bytes is read-only.
-nb::object to_python(const TableWrites& writes) {
-  if (writes.empty()) return nb::none();
-  const std::size_t k = writes.size();
-  nb::object out = nb::steal(PyByteArray_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(3 * k * sizeof(i32))));
-  if (!out.is_valid()) throw nb::python_error();
-  i32* to = reinterpret_cast<i32*>(PyByteArray_AS_STRING(out.ptr()));
-  for (std::size_t i = 0; i < k; ++i) {
-    to[i] = writes[i].row, to[k + i] = writes[i].column, to[2 * k + i] = writes[i].block;
+// ---- TableChanges --------------------------------------------------------------------------------
+
+struct TableChanges {
+  TableWrites writes;
+};
+
+// A slot, because a scheduler asks every answer whether it is empty: a method would be a call each.
+Py_ssize_t length_of(PyObject* self) {
+  if (!nb::inst_ready(self)) {  // what __new__() alone has made
+    PyErr_SetString(PyExc_TypeError, "this TableChanges was never initialised");
+    return -1;
   }
-  return out;
+  return static_cast<Py_ssize_t>(nb::inst_ptr<TableChanges>(self)->writes.size());
 }
 
-// An int that is an int32, and no bool.
-bool read_int(nb::handle given, i32* value) {
-  if (!PyLong_CheckExact(given.ptr())) return false;
-  int overflow = 0;
-  const i64 wide = PyLong_AsLongLongAndOverflow(given.ptr(), &overflow);
-  if (overflow != 0 || wide < INT32_MIN || wide > INT32_MAX) return false;
-  *value = static_cast<i32>(wide);
-  return true;
+PyType_Slot changes_slots[] = {{Py_sq_length, reinterpret_cast<void*>(&length_of)}, {0, nullptr}};
+
+using Column = nb::ndarray<nb::numpy, i32, nb::ndim<1>>;
+
+template <i32 TableWrite::* kField>
+Column column_of(const TableChanges& changes) {
+  const std::size_t n = changes.writes.size();
+  i32* values = new i32[n];
+  const nb::capsule owner(values, [](void* p) noexcept { delete[] static_cast<i32*>(p); });
+  for (std::size_t i = 0; i < n; ++i) values[i] = changes.writes[i].*kField;
+  return Column(values, {n}, owner);
 }
 
-// An int32 array, held while this lives; good() says whether it is one. With nanobind's array a call takes 40 % longer.
-class Int32s {
+// An int32 [rows, columns] of any strides that is written to, held while this lives.
+class Table {
  public:
-  explicit Int32s(nb::handle given) {
-    if (PyObject_GetBuffer(given.ptr(), &buffer_, PyBUF_ND | PyBUF_FORMAT) != 0) PyErr_Clear();
+  explicit Table(nb::handle given) {
+    const int wanted = PyBUF_STRIDES | PyBUF_FORMAT | PyBUF_WRITABLE;
+    const bool held = PyObject_GetBuffer(given.ptr(), &buffer_, wanted) == 0;
+    if (!held) PyErr_Clear();
+    if (!held || buffer_.ndim != 2 || !buffer_.format || std::strcmp(buffer_.format, "i") != 0) {
+      PyBuffer_Release(&buffer_);
+      throw SpecError("table: must be a writable int32 [requests, blocks] array on the CPU (numpy)");
+    }
   }
-  ~Int32s() { PyBuffer_Release(&buffer_); }
-  Int32s(const Int32s&) = delete;
-  Int32s& operator=(const Int32s&) = delete;
+  ~Table() { PyBuffer_Release(&buffer_); }
+  Table(const Table&) = delete;
+  Table& operator=(const Table&) = delete;
 
-  bool good() const { return buffer_.obj && buffer_.ndim == 1 && std::strcmp(buffer_.format, "i") == 0; }
-  const i32* data() const { return static_cast<const i32*>(buffer_.buf); }
-  std::size_t size() const { return static_cast<std::size_t>(buffer_.shape[0]); }
+  bool has(i64 row, i64 column) const {
+    return row >= 0 && row < buffer_.shape[0] && column >= 0 && column < buffer_.shape[1];
+  }
+  void set(i64 row, i64 column, i32 block) {
+    char* at = static_cast<char*>(buffer_.buf) + row * buffer_.strides[0] + column * buffer_.strides[1];
+    *reinterpret_cast<i32*>(at) = block;
+  }
+  std::string shape() const { return std::to_string(buffer_.shape[0]) + ", " + std::to_string(buffer_.shape[1]); }
 
  private:
   Py_buffer buffer_ = {};
 };
 
-// False for what is no list of token ids.
-bool read_list(nb::handle given, std::vector<i32>* ids) {
-  if (!PyList_CheckExact(given.ptr())) return false;
-  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(given.ptr()); ++i) {
-    i32 id = 0;
-    if (!read_int(PyList_GET_ITEM(given.ptr(), i), &id) || id < 0) return false;
-    ids->push_back(id);
+void write_changes(const TableChanges& changes, nb::handle given, i64 row) {
+  if (changes.writes.empty()) return;
+  Table table(given);
+  for (const TableWrite& w : changes.writes) {
+    if (table.has(row + w.row, w.column)) continue;
+    throw SpecError("table: entry [" + std::to_string(row + w.row) + ", " + std::to_string(w.column) +
+                    "] was written, which one of [" + table.shape() + "] does not have; nothing was copied to it");
   }
-  return true;
+  for (const TableWrite& w : changes.writes) table.set(row + w.row, w.column, w.block);
 }
 
-nb::object publish_ids(Cache& c, i32 handle, const i32* ids, std::size_t size) {
-  const i32 count = static_cast<i32>(size);
-  if (c.commit_at_hand(handle, count, ids)) return nb::none();
-  TableWrites written;
+nb::bytes packed(const TableChanges& changes) {
+  return nb::bytes(changes.writes.data(), changes.writes.size() * sizeof(TableWrite));
+}
+
+void unpack(TableChanges& changes, const nb::bytes& bytes) {
+  if (bytes.size() % sizeof(TableWrite) != 0) throw SpecError("TableChanges: a broken pickle");
+  const auto* first = static_cast<const TableWrite*>(bytes.data());
+  new (&changes) TableChanges{TableWrites(first, first + bytes.size() / sizeof(TableWrite))};
+}
+
+void bind_changes(nb::module_& m) {
+  nb::class_<TableChanges>(m, "TableChanges", nb::type_slots(changes_slots),
+                           "What a call wrote to block tables: entry ``columns[k]`` of row ``rows[k]`` is "
+                           "``blocks[k]`` now, by row, then by column.\n\nMost are empty: of length 0, and false.")
+      .def(nb::init<>())
+      .def_prop_ro("rows", &column_of<&TableWrite::row>, nb::rv_policy::automatic,
+                   "int32 [k], made when asked for: positions in the ``handles`` of the call, 0 where it had one "
+                   "request.")
+      .def_prop_ro("columns", &column_of<&TableWrite::column>, nb::rv_policy::automatic, "int32 [k].")
+      .def_prop_ro("blocks", &column_of<&TableWrite::block>, nb::rv_policy::automatic, "int32 [k].")
+      .def("write", &write_changes, "table"_a.none(), "row"_a = 0,
+           nb::sig("def write(self, table: NDArray[numpy.int32], row: int = 0) -> None"),
+           "Brings a copy of the tables up to date: all of it, or ``SpecError`` where it is too small.\n\ntable: int32 "
+           "[requests, blocks of the longest], of any strides. row: the request's, or where row 0 of a step stands.")
+      .def("__repr__",
+           [](const TableChanges& changes) {
+             std::string text = "TableChanges(";
+             for (const TableWrite& w : changes.writes) {
+               text += (&w == changes.writes.data() ? "[" : ", [") + std::to_string(w.row) + ", " +
+                       std::to_string(w.column) + "]: " + std::to_string(w.block);
+             }
+             return text + ")";
+           })
+      .def("__getstate__", &packed)
+      .def("__setstate__", &unpack);
+}
+
+// ---- the calls -----------------------------------------------------------------------------------
+
+// None for the most frequent answer, that nothing was written: kvmem.scheduler has one object for all of those.
+nb::object to_python(TableWrites writes) {
+  return writes.empty() ? nb::none() : nb::cast(TableChanges{std::move(writes)});
+}
+
+// What `tell` says was written. Where nothing is to be decided the callers come without: letting Python's lock go would
+// cost more than the work.
+template <class Tell>
+nb::object told(const Tell& tell) {
+  TableWrites writes;
   {
     nb::gil_scoped_release release;
-    written = c.commit_telling(&handle, &count, 1, ids);
+    writes = tell();
   }
-  return to_python(written);
+  return to_python(std::move(writes));
 }
 
 nb::object grow(Cache& c, i32 handle, nb::handle count) {
   i32 more = 0;
-  if (!read_int(count, &more)) throw nb::next_overload();
-  if (c.extend_at_hand(handle, more, true)) return nb::none();  // letting Python's lock go would cost more
-  TableWrites written;
-  {
-    nb::gil_scoped_release release;
-    written = c.extend_telling(&handle, &more, 1);
-  }
-  return to_python(written);
+  if (!read_int(count, &more)) throw nb::next_overload();  // a TypeError: there is none
+  if (c.extend_at_hand(handle, more, true)) return nb::none();
+  return told([&] { return c.extend_telling(&handle, &more, 1); });
 }
 
 nb::object publish(Cache& c, i32 handle, nb::handle tokens) {
   if (i32 count = 0; read_int(tokens, &count) && count >= 0) {
     if (c.commit_at_hand(handle, count)) return nb::none();
-    nb::gil_scoped_release release;
-    c.commit(&handle, &count, 1, -1, nullptr);
-    return nb::none();
+    return told([&] { return c.commit_telling(&handle, &count, 1, nullptr); });
   }
-  if (std::vector<i32> ids; read_list(tokens, &ids)) return publish_ids(c, handle, ids.data(), ids.size());
-  const Int32s ids(tokens);
-  if (!ids.good()) throw nb::next_overload();  // a TypeError, since there is none
-  check_ids(ids.data(), ids.size());
-  return publish_ids(c, handle, ids.data(), ids.size());
+  TokenIds ids;
+  if (!ids.hold(tokens)) throw nb::next_overload();
+  check_ids(ids);
+  const i32 count = static_cast<i32>(ids.size());
+  if (c.commit_at_hand(handle, count, ids.data())) return nb::none();
+  return told([&] { return c.commit_telling(&handle, &count, 1, ids.data()); });
 }
 
-nb::object grow_batch(Cache& c, In<i32> handles, In<i32> counts) {
+nb::object decode(Cache& c, i32 handle, nb::handle count, const std::optional<TokenIds>& tokens) {
+  i32 more = 0;
+  if (!read_int(count, &more)) throw nb::next_overload();
+  if (tokens) check_ids(*tokens);
+  const i32* ids = tokens ? tokens->data() : nullptr;
+  const i64 num_ids = tokens ? tokens->size() : 0;
+  if (c.advance_at_hand(handle, more, ids, num_ids, true)) return nb::none();
+  return told([&] { return c.advance_telling(handle, more, ids, num_ids); });
+}
+
+nb::object grow_batch(Cache& c, const Int32s& handles, const Int32s& counts) {
   same_length(handles, counts);
-  TableWrites written;
-  {
-    nb::gil_scoped_release release;
-    written = c.extend_telling(handles.data(), counts.data(), static_cast<i64>(handles.shape(0)));
-  }
-  return to_python(written);
+  return told([&] { return c.extend_telling(handles.data(), counts.data(), handles.size()); });
 }
 
-nb::object publish_batch(Cache& c, In<i32> handles, In<i32> counts, In<i32> tokens) {
+nb::object publish_batch(Cache& c, const Int32s& handles, const Int32s& counts, const Int32s& tokens) {
   same_length(handles, counts);
   check_tokens(counts, tokens);
   check_ids(tokens);
-  TableWrites written;
-  {
-    nb::gil_scoped_release release;
-    written = c.commit_telling(handles.data(), counts.data(), static_cast<i64>(handles.shape(0)), tokens.data());
-  }
-  return to_python(written);
+  return told([&] { return c.commit_telling(handles.data(), counts.data(), handles.size(), tokens.data()); });
 }
 
 }  // namespace
 
-void bind_requests(nb::class_<Cache>& cache) {
+void bind_requests(nb::module_& m, nb::class_<Cache>& cache) {
+  bind_changes(m);
   cache
-      .def("grow", &grow, nb::sig("def grow(self, handle: int, count: int, /) -> bytearray | None"),
-           "extend() that tells which table entries it wrote: int32 [3][k], rows, columns and blocks; None for none.")
+      .def("grow", &grow, nb::sig("def grow(self, handle: int, count: int, /) -> TableChanges | None"),
+           "extend() that tells which table entries it wrote; None for none.")
       .def("publish", &publish,
-           nb::sig(
-               "def publish(self, handle: int, tokens: int | list[int] | NDArray[numpy.int32], /) -> bytearray | None"),
+           nb::sig("def publish(self, handle: int, tokens: int | list[int] | NDArray[numpy.int32], /) "
+                   "-> TableChanges | None"),
            "commit() or commit_tokens(), told like this. TypeError for tokens of another type, or a count below 0.")
-      .def("grow_batch", &grow_batch, "handles"_a.noconvert(), "counts"_a.noconvert(),
-           nb::sig("def grow_batch(self, handles: NDArray[numpy.int32], counts: NDArray[numpy.int32]) "
-                   "-> bytearray | None"))
-      .def("publish_batch", &publish_batch, "handles"_a.noconvert(), "counts"_a.noconvert(), "tokens"_a.noconvert(),
+      .def("decode", &decode, nb::arg(), nb::arg(), nb::arg().none(),
+           nb::sig("def decode(self, handle: int, count: int, tokens: list[int] | NDArray[numpy.int32] | None, /) "
+                   "-> TableChanges | None"),
+           "advance(), told like this.")
+      .def("grow_batch", &grow_batch,
+           nb::sig("def grow_batch(self, handles: NDArray[numpy.int32], "
+                   "counts: NDArray[numpy.int32], /) -> TableChanges | None"))
+      .def("publish_batch", &publish_batch,
            nb::sig("def publish_batch(self, handles: NDArray[numpy.int32], counts: NDArray[numpy.int32], "
-                   "tokens: NDArray[numpy.int32]) -> bytearray | None"))
+                   "tokens: NDArray[numpy.int32], /) -> TableChanges | None"))
       .def(
-          "table", [](Cache& c, i64 handle, i64 group) { return to_python(c.table(handle, group)); }, "handle"_a,
-          "group"_a, nb::sig("def table(self, handle: int, group: int) -> bytearray | None"),
+          "table", [](Cache& c, i64 handle, i64 group) { return to_python(c.table(handle, group)); },
+          nb::sig("def table(self, handle: int, group: int, /) -> TableChanges | None"),
           "All entries of one table; those that a window has dropped are 0.");
 }
 

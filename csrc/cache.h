@@ -64,10 +64,11 @@ class Cache final : public TableState {
   // has changed. Short enough to be called under Python's lock. `in_last_block`: only if it takes no other one.
   bool extend_at_hand(i64 handle, i64 count, bool in_last_block = false);
   bool commit_at_hand(i64 handle, i64 count, const i32* tokens = nullptr);
-  bool advance_at_hand(i64 handle, i64 count, const i32* tokens, i64 num_tokens);
+  bool advance_at_hand(i64 handle, i64 count, const i32* tokens, i64 num_tokens, bool in_last_block = false);
   // What they wrote to tables is told, and what stands there (cache_requests.cpp).
   TableWrites extend_telling(const i32* handles, const i32* counts, i64 n);
   TableWrites commit_telling(const i32* handles, const i32* counts, i64 n, const i32* tokens);
+  TableWrites advance_telling(i64 handle, i64 count, const i32* tokens, i64 num_tokens);
   TableWrites table(i64 handle, i64 group);
   void truncate(i64 handle, i64 tokens);
   i64 fork(i64 handle);
@@ -129,6 +130,7 @@ class Cache final : public TableState {
   CacheStats stats();
   std::vector<std::string> check();
   bool paged() const { return paged_; }
+  bool shares() const { return prefix_.on; }  // else it looks at no token
   const Geometry& geometry() const { return geometry_; }
   PagePool& pool() { return *pool_; }
   i64 first_arena(i64 group) const { return table_->first_arena(group); }
@@ -193,8 +195,12 @@ class Cache final : public TableState {
   }
   [[noreturn]] void refuse_twice(i64 index) const;
   void make_room(const i32* handles, const i32* counts, i64 n, i64 group);
-  bool has_room_at_hand(i64 index, i64 count);
+  bool has_room_at_hand(i64 index, i64 count, bool in_last_block);
   bool commit_in_block(i64 index, i64 count, const i32* tokens);
+  void see(i64 row, i64 index, i64 ordinal);
+  void see_last(i64 row, i64 index);
+  void see_completed(i64 row, i64 index, i64 count);
+  TableWrites written(bool grown) const;
   void plan_extend(const i32* handles, const i32* counts, i64 n, i64 group);
   void plan_simple(const i32* handles, const i32* counts, i64 n);
   [[noreturn]] void refuse_count(i64 handle, i64 count) const;

@@ -1,5 +1,5 @@
-// extend() and commit() for those who keep a copy of the block tables: they tell which entries they wrote. Of the first
-// group that grows with the tokens, by row, then by column.
+// extend(), commit() and advance() for those who keep a copy of the block tables: they tell which entries they wrote.
+// Of the first group that grows with the tokens, by row, then by column.
 
 #include <algorithm>
 
@@ -16,51 +16,79 @@ TableWrite write_of(i64 row, i64 column, i32 block) { return {static_cast<i32>(r
 
 }  // namespace
 
-// A tail that others read gives way to a copy when its sequence grows, even by no token: it is looked at before.
-TableWrites Cache::extend_telling(const i32* handles, const i32* counts, i64 n) {
-  Lock lock = enter();
-  const i64 g = token_group_, size = geometry_.groups[g].block_tokens;
-  const TableView table = table_->view(g);
-  seen_.clear();
-  for (i64 i = 0; i < n; ++i) {
-    const i64 index = sequences_.index(handles[i]), tokens = sequences_.tokens(index, g);
-    const i64 last = quotient(tokens, size);
-    seen_.push_back(write_of(i, last, remainder(tokens, size) == 0 ? -1 : entry_of(table.at(index), last)));
-  }
-  make_room(handles, counts, n, -1);
-  TableWrites written;
-  for (const TableWrite& before : seen_) {
-    const i64 index = indices_[before.row], end = ceil_div(sequences_.tokens(index, g), size);
-    for (i64 ordinal = before.column; ordinal < end; ++ordinal) {
-      const i32 block = entry_of(table.at(index), ordinal);
-      if (ordinal > before.column || block != before.block) written.push_back(write_of(before.row, ordinal, block));
-    }
-  }
-  leave();
-  return written;
+void Cache::see(i64 row, i64 index, i64 ordinal) {
+  seen_.push_back(write_of(row, ordinal, entry_of(table_->view(token_group_).at(index), ordinal)));
 }
 
-// The blocks that the tokens complete may be cached already: the sequence reads those from now on (paged).
-TableWrites Cache::commit_telling(const i32* handles, const i32* counts, i64 n, const i32* tokens) {
-  Lock lock = enter();
+// A tail that others read gives way to a copy when its sequence grows, even by no token; after it all is new.
+void Cache::see_last(i64 row, i64 index) {
+  const i64 g = token_group_, size = geometry_.groups[g].block_tokens, tokens = sequences_.tokens(index, g);
+  if (remainder(tokens, size) == 0) {
+    seen_.push_back(write_of(row, quotient(tokens, size), -1));
+  } else {
+    see(row, index, quotient(tokens, size));
+  }
+}
+
+// The blocks that `count` more tokens complete may be cached already: the sequence reads those from now on (paged).
+void Cache::see_completed(i64 row, i64 index, i64 count) {
+  if (!paged_ || !prefix_.on) return;
+  const i64 g = token_group_, size = geometry_.groups[g].block_tokens, done = sequences_.committed(index, g);
+  const i64 after = std::min(done + std::max(count, i64{0}), sequences_.tokens(index, g));
+  for (i64 ordinal = quotient(done, size); ordinal < quotient(after, size); ++ordinal) see(row, index, ordinal);
+}
+
+// What of seen_ is another block now, and if the sequences have grown, all that follows the last that was seen of each.
+TableWrites Cache::written(bool grown) const {
   const i64 g = token_group_, size = geometry_.groups[g].block_tokens;
   const TableView table = table_->view(g);
-  seen_.clear();
-  for (i64 i = 0; paged_ && prefix_.on && i < n; ++i) {
-    const i64 index = sequences_.index(handles[i]), done = sequences_.committed(index, g);
-    const i64 after = std::min(done + std::max(counts[i], 0), sequences_.tokens(index, g));
-    for (i64 ordinal = quotient(done, size); ordinal < quotient(after, size); ++ordinal) {
-      seen_.push_back(write_of(i, ordinal, entry_of(table.at(index), ordinal)));
+  TableWrites writes;
+  for (std::size_t k = 0; k < seen_.size(); ++k) {
+    const TableWrite& before = seen_[k];
+    const i64 index = indices_[before.row];
+    const bool last = grown && (k + 1 == seen_.size() || seen_[k + 1].row != before.row);
+    const i64 end = last ? ceil_div(sequences_.tokens(index, g), size) : before.column + 1;
+    for (i64 ordinal = before.column; ordinal < end; ++ordinal) {
+      const i32 block = entry_of(table.at(index), ordinal);
+      if (ordinal > before.column || block != before.block) writes.push_back(write_of(before.row, ordinal, block));
     }
   }
-  commit_all(handles, counts, n, -1, tokens);
-  TableWrites written;
-  for (const TableWrite& before : seen_) {
-    const i32 block = entry_of(table.at(indices_[before.row]), before.column);
-    if (block != before.block) written.push_back({before.row, before.column, block});
-  }
+  return writes;
+}
+
+TableWrites Cache::extend_telling(const i32* handles, const i32* counts, i64 n) {
+  Lock lock = enter();
+  plan_extend(handles, counts, n, -1);
+  seen_.clear();
+  for (i64 i = 0; i < n; ++i) see_last(i, indices_[i]);
+  grow_planned(handles, counts, n, -1, false);
+  TableWrites writes = written(true);
   leave();
-  return written;
+  return writes;
+}
+
+TableWrites Cache::commit_telling(const i32* handles, const i32* counts, i64 n, const i32* tokens) {
+  Lock lock = enter();
+  seen_.clear();
+  for (i64 i = 0; i < n; ++i) see_completed(i, sequences_.index(handles[i]), counts[i]);
+  commit_all(handles, counts, n, -1, tokens);
+  TableWrites writes = written(false);
+  leave();
+  return writes;
+}
+
+TableWrites Cache::advance_telling(i64 handle, i64 count, const i32* tokens, i64 num_tokens) {
+  Lock lock = enter();
+  const i32 one = static_cast<i32>(handle), more = static_cast<i32>(count);
+  plan_extend(&one, &more, 1, -1);
+  check_due(tokens ? num_tokens : -1);
+  seen_.clear();
+  see_completed(0, indices_[0], due_[0]);
+  see_last(0, indices_[0]);
+  advance_planned(&one, &more, 1, tokens, false);
+  TableWrites writes = written(true);
+  leave();
+  return writes;
 }
 
 TableWrites Cache::table(i64 handle, i64 group) {

@@ -71,8 +71,9 @@ bool Cache::plan_group(i64 index, i64 g, i64 group, i64 count) {
 }
 
 // Of a plain cache: nothing is to be decided, zeroed or mapped ahead.
-bool Cache::has_room_at_hand(i64 index, i64 count) {
-  const i64 after = sequences_.tokens(index, 0) + count;
+bool Cache::has_room_at_hand(i64 index, i64 count, bool in_last_block) {
+  const i64 have = sequences_.tokens(index, 0), after = have + count;
+  if (in_last_block && after > round_up(have, geometry_.groups[0].block_tokens)) return false;
   return count >= 0 && geometry_.map_ahead_tokens == 0 && geometry_.zero != Zero::always &&
          after <= geometry_.groups[0].max_tokens && table_->has_room(index, 0, after);
 }
@@ -92,10 +93,8 @@ bool Cache::extend_at_hand(i64 handle, i64 count, bool in_last_block) {
   const Lock lock = pool_->try_lock();
   if (!lock || !is_plain()) return false;
   const i64 index = sequences_.index(handle);
-  i64& tokens = sequences_.tokens(index, 0);
-  if (in_last_block && tokens + count > round_up(tokens, geometry_.groups[0].block_tokens)) return false;
-  if (!has_room_at_hand(index, count)) return false;
-  tokens += count;
+  if (!has_room_at_hand(index, count, in_last_block)) return false;
+  sequences_.tokens(index, 0) += count;
   return true;
 }
 
@@ -107,12 +106,12 @@ bool Cache::commit_at_hand(i64 handle, i64 count, const i32* tokens) {
   return count >= 0 && count <= due && commit_in_block(index, count, tokens);
 }
 
-bool Cache::advance_at_hand(i64 handle, i64 count, const i32* tokens, i64 num_tokens) {
+bool Cache::advance_at_hand(i64 handle, i64 count, const i32* tokens, i64 num_tokens, bool in_last_block) {
   fork_guard_.check("the allocator");
   const Lock lock = pool_->try_lock();
   if (!lock || !is_plain()) return false;
   const i64 index = sequences_.index(handle), due = sequences_.tokens(index, 0) - sequences_.committed(index, 0);
-  if ((tokens && num_tokens != due) || !has_room_at_hand(index, count)) return false;
+  if ((tokens && num_tokens != due) || !has_room_at_hand(index, count, in_last_block)) return false;
   if (!commit_in_block(index, due, tokens)) return false;
   sequences_.tokens(index, 0) += count;
   return true;

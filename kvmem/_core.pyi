@@ -343,18 +343,18 @@ class Cache:
 
     def open(self) -> int: ...
 
-    def open_batch(self, handles: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu')]) -> None: ...
+    def open_batch(self, handles: NDArray[numpy.int32]) -> None: ...
 
     def extend(self, handle: int, count: int, group: int = -1) -> None: ...
 
-    def advance(self, handle: int, count: int, tokens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)] | None = None) -> None:
+    def advance(self, handle: int, count: int, tokens: list[int] | NDArray[numpy.int32] | None = None) -> None:
         """Commits what was reserved, and makes room for count more tokens."""
 
-    def extend_batch(self, handles: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], counts: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], group: int = -1) -> None: ...
+    def extend_batch(self, handles: NDArray[numpy.int32], counts: NDArray[numpy.int32], group: int = -1) -> None: ...
 
     def commit(self, handle: int, count: int, group: int = -1) -> None: ...
 
-    def commit_batch(self, handles: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], counts: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], group: int = -1) -> None: ...
+    def commit_batch(self, handles: NDArray[numpy.int32], counts: NDArray[numpy.int32], group: int = -1) -> None: ...
 
     def truncate(self, handle: int, tokens: int) -> None: ...
 
@@ -362,7 +362,7 @@ class Cache:
 
     def free(self, handle: int) -> None: ...
 
-    def free_batch(self, handles: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> None: ...
+    def free_batch(self, handles: NDArray[numpy.int32]) -> None: ...
 
     def tokens(self, handle: int, group: int = -1) -> int: ...
 
@@ -370,13 +370,13 @@ class Cache:
 
     def first_token(self, handle: int, group: int = -1) -> int: ...
 
-    def lengths(self, handles: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], group: int, tokens: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu')], committed: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu')]) -> None: ...
+    def lengths(self, handles: NDArray[numpy.int32], group: int, tokens: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu')], committed: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu')]) -> None: ...
 
     def row(self, handle: int, group: int = -1) -> int: ...
 
-    def common_blocks(self, handles: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], group: int, blocks: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu')]) -> None: ...
+    def common_blocks(self, handles: NDArray[numpy.int32], group: int, blocks: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu')]) -> None: ...
 
-    def cascade_order(self, handles: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], group: int, order: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu')]) -> None: ...
+    def cascade_order(self, handles: NDArray[numpy.int32], group: int, order: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu')]) -> None: ...
 
     def compact(self, bytes: int) -> int: ...
 
@@ -405,25 +405,25 @@ class Cache:
     def step(self, handles: NDArray[numpy.int32], counts: NDArray[numpy.int32] | None, tokens: NDArray[numpy.int32] | None, rows: int, out: BatchBuffers) -> None:
         """counts None: one token each."""
 
-    def admit(self, tokens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], salt: bytes, extra_key: bytes) -> tuple[int, int]:
+    def admit(self, tokens: list[int] | NDArray[numpy.int32], salt: bytes, extra_key: bytes) -> tuple[int, int]:
         """A new sequence: its handle, and how many tokens it has."""
 
-    def admit_batch(self, tokens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], counts: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)] | None, salt: bytes, extra_key: bytes, handles: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu')], cached: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu')]) -> int:
+    def admit_batch(self, tokens: list[int] | NDArray[numpy.int32], counts: NDArray[numpy.int32] | None, salt: bytes, extra_key: bytes, handles: NDArray[numpy.int32], cached: NDArray[numpy.int32]) -> int:
         """How many prompts got room."""
 
-    def match(self, tokens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], salt: bytes, extra_key: bytes) -> tuple[int, str]:
+    def match(self, tokens: list[int] | NDArray[numpy.int32], salt: bytes, extra_key: bytes) -> tuple[int, str]:
         """How many tokens are cached, and why not more."""
 
-    def commit_tokens(self, handle: int, tokens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> None: ...
+    def commit_tokens(self, handle: int, tokens: list[int] | NDArray[numpy.int32]) -> None: ...
 
-    def commit_tokens_batch(self, handles: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], counts: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], tokens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> None: ...
+    def commit_tokens_batch(self, handles: NDArray[numpy.int32], counts: NDArray[numpy.int32], tokens: NDArray[numpy.int32]) -> None: ...
 
     def pin(self, handle: int, tokens: int) -> tuple[int, int]:
         """
         The first tokens of a sequence (-1: all known): a pin, and how many it keeps.
         """
 
-    def pin_tokens(self, tokens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], salt: bytes, extra_key: bytes) -> tuple[int, int]: ...
+    def pin_tokens(self, tokens: list[int] | NDArray[numpy.int32], salt: bytes, extra_key: bytes) -> tuple[int, int]: ...
 
     def unpin(self, pin: int) -> None: ...
 
@@ -436,21 +436,22 @@ class Cache:
     def drain_events(self, max: int, restart: bool) -> tuple[EventRecords, dict[int, tuple[bytes, bytes]]]:
         """Records, and the (salt, extra key) of the roots that they name."""
 
-    def grow(self, handle: int, count: int, /) -> bytearray | None:
-        """
-        extend() that tells which table entries it wrote: int32 [3][k], rows, columns and blocks; None for none.
-        """
+    def grow(self, handle: int, count: int, /) -> TableChanges | None:
+        """extend() that tells which table entries it wrote; None for none."""
 
-    def publish(self, handle: int, tokens: int | list[int] | NDArray[numpy.int32], /) -> bytearray | None:
+    def publish(self, handle: int, tokens: int | list[int] | NDArray[numpy.int32], /) -> TableChanges | None:
         """
         commit() or commit_tokens(), told like this. TypeError for tokens of another type, or a count below 0.
         """
 
-    def grow_batch(self, handles: NDArray[numpy.int32], counts: NDArray[numpy.int32]) -> bytearray | None: ...
+    def decode(self, handle: int, count: int, tokens: list[int] | NDArray[numpy.int32] | None, /) -> TableChanges | None:
+        """advance(), told like this."""
 
-    def publish_batch(self, handles: NDArray[numpy.int32], counts: NDArray[numpy.int32], tokens: NDArray[numpy.int32]) -> bytearray | None: ...
+    def grow_batch(self, handles: NDArray[numpy.int32], counts: NDArray[numpy.int32], /) -> TableChanges | None: ...
 
-    def table(self, handle: int, group: int) -> bytearray | None:
+    def publish_batch(self, handles: NDArray[numpy.int32], counts: NDArray[numpy.int32], tokens: NDArray[numpy.int32], /) -> TableChanges | None: ...
+
+    def table(self, handle: int, group: int, /) -> TableChanges | None:
         """All entries of one table; those that a window has dropped are 0."""
 
 class BatchBuffers:
@@ -494,6 +495,45 @@ class BatchBuffers:
     @property
     def indices_from(self) -> int:
         """Where kv_indices changed first."""
+
+class TableChanges:
+    """
+    What a call wrote to block tables: entry ``columns[k]`` of row ``rows[k]`` is ``blocks[k]`` now, by row, then by column.
+
+    Most are empty: of length 0, and false.
+    """
+
+    def __init__(self) -> None: ...
+
+    def __len__(self, /):
+        """Return len(self)."""
+
+    @property
+    def rows(self) -> Annotated[NDArray[numpy.int32], dict(shape=(None,))]:
+        """
+        int32 [k], made when asked for: positions in the ``handles`` of the call, 0 where it had one request.
+        """
+
+    @property
+    def columns(self) -> Annotated[NDArray[numpy.int32], dict(shape=(None,))]:
+        """int32 [k]."""
+
+    @property
+    def blocks(self) -> Annotated[NDArray[numpy.int32], dict(shape=(None,))]:
+        """int32 [k]."""
+
+    def write(self, table: NDArray[numpy.int32], row: int = 0) -> None:
+        """
+        Brings a copy of the tables up to date: all of it, or ``SpecError`` where it is too small.
+
+        table: int32 [requests, blocks of the longest], of any strides. row: the request's, or where row 0 of a step stands.
+        """
+
+    def __repr__(self) -> str: ...
+
+    def __getstate__(self) -> bytes: ...
+
+    def __setstate__(self, arg: bytes, /) -> None: ...
 
 def eviction_policy_names() -> list[str]:
     """What `policy=` of an allocator may be; the default first."""
@@ -595,9 +635,9 @@ class TokenBlocks:
 
     def reserve(self, blocks: int) -> None: ...
 
-    def put(self, block: int, tokens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> None: ...
+    def put(self, block: int, tokens: NDArray[numpy.int32]) -> None: ...
 
-    def common(self, block: int, tokens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> int:
+    def common(self, block: int, tokens: NDArray[numpy.int32]) -> int:
         """How many of these tokens the block begins with."""
 
     def copy(self, block: int, out: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu')]) -> None:

@@ -21,7 +21,7 @@ from kvmem.events import Event, EventStream
 from kvmem.layouts import GroupLayout, resolve_interleave
 from kvmem.ops import Op
 from kvmem.pool import PagePool, pool_for
-from kvmem.prefix import Pin, PrefixMatch, Reason, Tokens, encode_extra_key, encode_salt, token_ids
+from kvmem.prefix import Pin, PrefixMatch, Reason, Tokens, encode_keys, token_ids, with_ids
 from kvmem.protocols import Sizes
 from kvmem.sequence import Sequence
 from kvmem.spec import CacheSpec
@@ -38,9 +38,6 @@ if TYPE_CHECKING:
     from kvmem.arrays import Handles
 
     Order = npt.NDArray[np.int64]
-
-
-_NO_TOKENS = np.empty(0, np.int32)
 
 
 class Allocator:
@@ -181,8 +178,11 @@ class Allocator:
         ``OutOfMemory`` only when all ``max_sequences`` are in use: short of memory it starts with fewer tokens. Costs a
         comparison a block, and what mapping and the copy of the cut page or block cost.
         """
-        ids = _NO_TOKENS if tokens is None else token_ids(tokens)
-        handle, cached = self.core.admit(ids, encode_salt(salt), encode_extra_key(extra_key))
+        salted, keyed = encode_keys(salt, extra_key)
+        if tokens is None:
+            handle, cached = self.core.admit([], salted, keyed)
+        else:
+            handle, cached = with_ids(tokens, lambda ids: self.core.admit(ids, salted, keyed))
         return Sequence(self, handle, cached)
 
     def admit_batch(
@@ -198,25 +198,30 @@ class Allocator:
         there is no memory, or no place, for the next. Then nothing is held for it, but what was cached may have been
         given up.
         """
-        ids = token_ids(tokens)
         n = 1 if counts is None else len(counts)
         handles, cached = np.empty(n, np.int32), np.empty(n, np.int32)
+        salted, keyed = encode_keys(salt, extra_key)
         try:
-            done = self.core.admit_batch(ids, counts, encode_salt(salt), encode_extra_key(extra_key), handles, cached)
-        except TypeError as error:
-            raise not_int32(ids, counts) from error
+            done = self.core.admit_batch(tokens, counts, salted, keyed, handles, cached)  # type: ignore[arg-type]
+        except TypeError as error:  # ids, or counts, of another type
+            ids = token_ids(tokens)
+            if ids is tokens:
+                raise not_int32(ids, counts) from error
+            return self.admit_batch(ids, counts, salt=salt, extra_key=extra_key)
         return (handles, cached) if done == n else (handles[:done], cached[:done])
 
     def match(self, tokens: Tokens, *, salt: str | bytes | None = None, extra_key: Key = None) -> PrefixMatch:
         """How much of ``tokens`` is cached, and why not more. Changes nothing, not even what is forgotten next."""
-        found, reason = self.core.match(token_ids(tokens), encode_salt(salt), encode_extra_key(extra_key))
+        salted, keyed = encode_keys(salt, extra_key)
+        found, reason = with_ids(tokens, lambda ids: self.core.match(ids, salted, keyed))
         return PrefixMatch(found, cast(Reason, reason))
 
     def pin(self, tokens: Tokens, *, salt: str | bytes | None = None, extra_key: Key = None) -> Pin:
         """Keeps the whole blocks of ``tokens`` (a system prompt) cached until ``unpin()``. ``SpecError`` when one of
         them is not cached now.
         """
-        return Pin(self.core, *self.core.pin_tokens(token_ids(tokens), encode_salt(salt), encode_extra_key(extra_key)))
+        salted, keyed = encode_keys(salt, extra_key)
+        return Pin(self.core, *with_ids(tokens, lambda ids: self.core.pin_tokens(ids, salted, keyed)))
 
     def clear_cache(self) -> int:
         """Forgets every cached block that nobody uses or pins; returns how many. Their memory stays parked."""

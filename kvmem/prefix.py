@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import TracebackType
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from types import NoneType, TracebackType
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from kvmem.errors import SpecError
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-__all__ = ["Pin", "PrefixMatch", "Reason", "Tokens", "encode_extra_key", "encode_salt", "token_ids"]
+__all__ = ["Pin", "PrefixMatch", "Reason", "Tokens", "encode_keys", "token_ids", "with_ids"]
 
 Tokens: TypeAlias = Sequence[int] | np.ndarray | torch.Tensor
 
@@ -27,7 +27,9 @@ Reason: TypeAlias = Literal[
 ]
 
 
-_NONE = encode_key(None)
+Answer = TypeVar("Answer")
+
+_NO_KEYS = encode_key(None), encode_key(None)
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,16 @@ class PrefixMatch:
 
     num_tokens: int
     reason: Reason
+
+
+def with_ids(tokens: Tokens, ask: Callable[[Any], Answer]) -> Answer:
+    """``ask(tokens)`` of the core, which reads lists and int32 arrays itself and refuses all else with a ``TypeError``:
+    other forms are converted for it. ``SpecError`` for what are no token ids.
+    """
+    try:
+        return ask(tokens)
+    except TypeError:
+        return ask(token_ids(tokens))
 
 
 def token_ids(tokens: Tokens) -> npt.NDArray[np.int32]:
@@ -68,21 +80,17 @@ def _has_bool(tokens: object) -> bool:
     return isinstance(tokens, (list, tuple)) and any(isinstance(token, bool) for token in tokens)
 
 
-def encode_salt(salt: str | bytes | None) -> bytes:
-    """For the core, which compares bytes. ``None`` is the salt of all who give none."""
-    if salt is None:
-        return _NONE
-    if not isinstance(salt, (str, bytes)):
+def encode_keys(salt: str | bytes | None, extra_key: Key) -> tuple[bytes, bytes]:
+    """For the core, which compares bytes. ``None`` is the salt, and the extra key, of all who give none.
+
+    salt: a str or bytes. extra_key: also an int or a tuple (an adapter's name, the digests of images).
+    """
+    if salt is None and extra_key is None:
+        return _NO_KEYS
+    if not isinstance(salt, (str, bytes, NoneType)):
         raise SpecError(f"salt: got {type(salt).__name__}; must be str, bytes or None")
-    return encode_key(salt)
-
-
-def encode_extra_key(extra_key: Key) -> bytes:
-    """As ``encode_salt``; besides, ints and tuples (an adapter's name, the digests of images)."""
-    if extra_key is None:
-        return _NONE
     try:
-        return encode_key(extra_key)
+        return encode_key(salt), encode_key(extra_key)
     except SpecError as error:
         raise SpecError(f"extra_key: {error}") from error
 

@@ -6,7 +6,8 @@ The verbs are those that vLLM's scheduler uses of its ``KVCacheManager``, so tha
 vLLM                                   here
 =====================================  =======================================================
 ``get_computed_blocks(request)``       ``matched_tokens(tokens)``
-``allocate_slots(request, n, ...)``    ``allocate(request, n, tokens=prompt)``, ``allocate_step``
+``allocate_slots(request, n, ...)``    ``allocate(request, n, tokens=prompt)``, ``allocate_step``; of a request that
+                                       decodes, with what it caches: ``step(request, n, tokens)``
 ``get_block_ids(id)``                  ``block_ids(request)``
 ``cache_blocks(request, n)``           ``publish(request, tokens)``, ``publish_step``
 ``free(request)``                      ``free(request)``, ``free_all``
@@ -19,12 +20,12 @@ vLLM                                   here
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Hashable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kvmem._core import TableChanges
 from kvmem.allocator import Allocator
 from kvmem.arrays import at_least_zero, check_count, not_int32
 from kvmem.digests import Key
@@ -39,61 +40,7 @@ if TYPE_CHECKING:
 __all__ = ["SchedulerCache", "TableChanges"]
 
 
-class TableChanges:
-    """What a call wrote to block tables: entry ``columns[k]`` of row ``rows[k]`` is ``blocks[k]`` now.
-
-    int32 [k] each, by row, then by column, made when they are asked for. rows: positions in the ``handles`` of the
-    call, 0 where it had one request. Most are empty: of length 0, and false.
-    """
-
-    __slots__ = ("_entries",)
-
-    def __init__(self, entries: bytearray | None = None) -> None:
-        """entries: int32 [3, k], the rows, columns and blocks, as the core has them."""
-        self._entries = entries
-
-    @property
-    def rows(self) -> Handles:
-        return self._part(0)
-
-    @property
-    def columns(self) -> Handles:
-        return self._part(1)
-
-    @property
-    def blocks(self) -> Handles:
-        return self._part(2)
-
-    def write(self, table: Handles, row: int = 0) -> None:
-        """Brings a copy of the tables up to date. table: int32 [requests, blocks of the longest]; row: the request's,
-        or where row 0 of a step stands. Of one entry, the most frequent, a tenth of the cost of the three arrays.
-        """
-        entries = self._entries
-        if entries is None:
-            return
-        if len(entries) == _ONE.size:
-            first, column, block = _ONE.unpack(entries)
-            table[row + first, column] = block
-        else:
-            table[row + self.rows, self.columns] = self.blocks
-
-    def _part(self, number: int) -> Handles:
-        k = len(self)
-        return np.frombuffer(self._entries or b"", np.int32, k, 4 * k * number)
-
-    def __len__(self) -> int:
-        return 0 if self._entries is None else len(self._entries) // _ONE.size
-
-    def __repr__(self) -> str:
-        return f"TableChanges(rows={self.rows}, columns={self.columns}, blocks={self.blocks})"
-
-
-_ONE = struct.Struct("=3i")
-_NOTHING = TableChanges()  # what most calls return: made once
-
-
-def _changes(entries: bytearray | None) -> TableChanges:
-    return _NOTHING if entries is None else TableChanges(entries)
+_NOTHING = TableChanges()  # what most calls return
 
 
 class SchedulerCache:
@@ -148,29 +95,28 @@ class SchedulerCache:
         if tokens is not None or salt is not None or extra_key is not None:
             raise SpecError(f"request {request!r} has begun: a prompt, salt or extra key is given when it begins")
         try:
-            entries = self._core.grow(handle, count)  # type: ignore[arg-type]  # it looks for itself
+            written = self._core.grow(handle, count)  # type: ignore[arg-type]  # it looks for itself
         except OutOfMemory:
             return None
         except TypeError:  # a numpy integer, or nothing that counts
             if count is None:
                 raise SpecError(f"count: missing; request {request!r} has begun, say how many more tokens") from None
             return self.allocate(request, check_count("count", count))
-        return _NOTHING if entries is None else TableChanges(entries)
+        return _NOTHING if written is None else written
 
     def _begin(
         self, request: Hashable, count: int | None, tokens: Tokens | None, salt: str | bytes | None, extra_key: Key
     ) -> TableChanges | None:
-        prompt = None if tokens is None else token_ids(tokens)
-        if count is None and prompt is None:
+        if count is None and tokens is None:
             raise SpecError(f"count: missing; a new request ({request!r}) needs a prompt, or a count of tokens")
         wanted = None if count is None else at_least_zero("count", count)
         try:
-            sequence = self.allocator.sequence(prompt, salt=salt, extra_key=extra_key)
+            sequence = self.allocator.sequence(tokens, salt=salt, extra_key=extra_key)
         except OutOfMemory:  # all max_sequences are in use
             return None
         try:
             found = sequence.num_cached_tokens
-            fits = sequence.try_extend((0 if prompt is None else len(prompt) - found) if wanted is None else wanted)
+            fits = sequence.try_extend((0 if tokens is None else len(tokens) - found) if wanted is None else wanted)
         except KVMemError:
             sequence.free()
             raise
@@ -178,7 +124,7 @@ class SchedulerCache:
             sequence.free()
             return None
         self._requests[request], self._handles[request] = sequence, sequence.id
-        return _changes(self._core.table(sequence.id, self._main))
+        return self._core.table(sequence.id, self._main) or _NOTHING
 
     def publish(self, request: Hashable, tokens: int | Tokens) -> TableChanges:
         """The KV of the request's next ``tokens`` is computed: their ids, and whole blocks of them can be found from
@@ -192,12 +138,35 @@ class SchedulerCache:
         except KeyError:
             raise self._stale(request) from None
         try:
-            entries = self._core.publish(handle, tokens)  # type: ignore[arg-type]  # it looks for itself
+            written = self._core.publish(handle, tokens)  # type: ignore[arg-type]  # it looks for itself
         except TypeError:  # ids of another type, or no ids
             if isinstance(tokens, int):
                 self._requests[request].commit(tokens)  # says what is wrong with it
-            entries = self._core.publish(handle, token_ids(tokens))  # type: ignore[arg-type]
-        return _NOTHING if entries is None else TableChanges(entries)
+            written = self._core.publish(handle, token_ids(tokens))  # type: ignore[arg-type]
+        return _NOTHING if written is None else written
+
+    def step(self, request: Hashable, count: int = 1, tokens: Tokens | None = None) -> TableChanges | None:
+        """A decode step of one request in one call: the KV of all that it has room for is computed, and there is room
+        for ``count`` more tokens. What that wrote to its block table, nothing for most tokens. None when memory is
+        short: nothing has changed then, nor been published, but for what was cached.
+
+        tokens: the ids of what is computed, a list or an array, all of those that were not published before: of the
+        first step the prompt, unless ``publish`` had it. ``SpecError`` for more or fewer. Without them neither these
+        nor later ones can be found. Cut off rejected drafts first: ``truncate``. As ``Sequence.step``; costs half of
+        ``publish`` and ``allocate``.
+        """
+        try:
+            handle = self._handles[request]
+        except KeyError:
+            raise self._stale(request) from None
+        try:
+            written = self._core.decode(handle, count, tokens)  # type: ignore[arg-type]  # it looks for itself
+        except OutOfMemory:
+            return None
+        except TypeError:  # a numpy integer, ids of another type, or neither
+            ids = None if tokens is None else token_ids(tokens)
+            return self.step(request, check_count("count", count), ids)
+        return _NOTHING if written is None else written
 
     def truncate(self, request: Hashable, num_tokens: int) -> None:
         """Keeps the first ``num_tokens`` tokens, as when draft tokens are rejected. See ``Sequence.truncate``."""
@@ -224,7 +193,7 @@ class SchedulerCache:
         handles, counts: int32 [n], as for ``Allocator.extend_batch``. Cost: linear in n and in what is written.
         """
         try:
-            return _changes(self._core.grow_batch(handles, counts))
+            return self._core.grow_batch(handles, counts) or _NOTHING
         except OutOfMemory:
             return None
         except TypeError as error:
@@ -236,7 +205,7 @@ class SchedulerCache:
             self.allocator.commit_batch(handles, counts)
             return _NOTHING
         try:
-            return _changes(self._core.publish_batch(handles, counts, tokens))
+            return self._core.publish_batch(handles, counts, tokens) or _NOTHING
         except TypeError as error:
             raise not_int32(handles, counts, tokens) from error
 
@@ -254,7 +223,7 @@ class SchedulerCache:
         index = self._main if group is None else at_least_zero("group", group)
         if index >= len(self.allocator.spec.groups):
             raise SpecError(f"group: got {index}; the spec has {len(self.allocator.spec.groups)}")
-        return _changes(self._core.table(self._sequence(request).id, index)).blocks
+        return (self._core.table(self._sequence(request).id, index) or _NOTHING).blocks
 
     def num_cached_tokens(self, request: Hashable) -> int:
         """How many tokens the request took over from the cache when it began."""

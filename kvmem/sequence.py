@@ -99,8 +99,8 @@ class Sequence:
     def step(self, n: int = 1, tokens: Tokens | None = None) -> None:
         """A decode step of one sequence in one call: what is reserved is committed, then there is room for ``n`` more.
 
-        tokens: the ids of all that is committed; without them it cannot be shared. As ``commit`` and ``extend``, but
-        nothing has changed after an error. ``Allocator.step`` does this for a whole batch.
+        tokens: the ids of all that is committed, a list or an array; without them it cannot be shared. As ``commit``
+        and ``extend``, but nothing has changed after an error. ``Allocator.step`` does this for a whole batch.
         """
         if type(n) is int and -(2**31) <= n < 2**31:
             try:

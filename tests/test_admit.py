@@ -105,6 +105,12 @@ def test_token_ids_in_any_form(form: type) -> None:
             torch.tensor: lambda: torch.from_numpy(tokens), memoryview: lambda: memoryview(tokens)}[form]()  # fmt: skip
     ids, _ = alloc.admit_batch(made)
     assert alloc.batch(ids).seq_lens.tolist() == [40]
+    alloc.commit_batch(ids, i32(40), tokens)
+    assert alloc.match(made).num_tokens == alloc.sequence(made).num_cached_tokens == 32
+    with alloc.pin(made) as pin:
+        assert pin.num_tokens == 32
+    if isinstance(made, array.array):
+        made.append(1)  # a BufferError while anybody holds it
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

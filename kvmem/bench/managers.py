@@ -59,7 +59,11 @@ def _spec(workload: Workload, device: str) -> CacheSpec:
 
 
 class Batched:
-    """A step is one call for the whole batch, and writes all metadata, as far as it has changed."""
+    """A step is one call for the whole batch, and writes all metadata, as far as it has changed.
+
+    Without a prefix cache an admission is one call too: there is nothing to publish, and the first step commits the
+    prompt with all else that is reserved. The floor's admission does no more.
+    """
 
     def __init__(self, workload: Workload, allocator: Allocator) -> None:
         self.workload, self.allocator = workload, allocator
@@ -69,11 +73,12 @@ class Batched:
         self.prompt = np.full(1, workload.prompt, np.int32)
 
     def admit(self, i: int, prompt: Int32s) -> None:
-        known = self.workload.cache
-        self.ids[i : i + 1], cached = self.allocator.admit_batch(prompt)
-        rest = prompt[int(cached[0]) :]
-        count = self.prompt if len(rest) == len(prompt) else self.prompt - cached
-        self.allocator.commit_batch(self.each[i], count, rest if known else None)
+        ids, cached = self.allocator.admit_batch(prompt)
+        self.ids[i] = ids.item()
+        if self.workload.cache:
+            rest = prompt[cached.item() :]
+            count = self.prompt if len(rest) == len(prompt) else self.prompt - cached
+            self.allocator.commit_batch(self.each[i], count, rest)
 
     def step(self, last: Int32s | None) -> None:
         self.allocator.step(self.ids, self.batch, tokens=last if self.workload.cache else None)
@@ -115,8 +120,9 @@ class OneByOne:
 
 
 class ByRequest:
-    """`SchedulerCache`, asked about one request at a time, as vLLM's scheduler asks its manager: a step takes what each
-    answer changes into a block table, and the events; all metadata: that table is copied to where kernels read it.
+    """`SchedulerCache`, asked about one request at a time, as vLLM's scheduler asks its manager: a step is a call a
+    request, takes what each answer changes into a block table, and the events; all metadata: that table is copied to
+    where kernels read it. As with `Batched`, the first step commits a prompt that is not to be found.
     """
 
     def __init__(self, workload: Workload, allocator: Allocator) -> None:
@@ -132,18 +138,17 @@ class ByRequest:
         began = self.cache.allocate(i, tokens=prompt) if cached else self.cache.allocate(i, len(prompt))
         assert began is not None, "the pool is too small"
         began.write(self.table, i)
-        rest = prompt[self.cache.num_cached_tokens(i) :]
-        self.cache.publish(i, rest if cached else len(rest)).write(self.table, i)
+        if cached:
+            self.cache.publish(i, prompt[self.cache.num_cached_tokens(i) :]).write(self.table, i)
 
     def step(self, last: Int32s | None) -> None:
-        allocate, publish, cached = self.cache.allocate, self.cache.publish, self.workload.cache
-        table = self.table
-        for i in range(self.workload.sequences):
-            if last is not None:
-                publish(i, last[i : i + 1] if cached else 1).write(table, i)
-            grown = allocate(i, 1)
-            assert grown is not None, "the pool is too small"
-            grown.write(table, i)
+        step, table, n = self.cache.step, self.table, self.workload.sequences
+        ids = [None] * n if last is None or not self.workload.cache else [[token] for token in last.tolist()]
+        for i, tokens in enumerate(ids):
+            written = step(i, 1, tokens)
+            assert written is not None, "the pool is too small"
+            if written:
+                written.write(table, i)
         self.cache.take_events()
         if self.workload.metadata:
             np.copyto(self.read_table, self.table)
