@@ -14,6 +14,13 @@
 
 namespace kvmem {
 
+// By its format, with or without a mark for the byte order that this machine has.
+inline bool is_int32(const Py_buffer& buffer) {
+  const char* format = buffer.format;
+  if (format && (*format == '=' || *format == '<' || *format == '@')) ++format;
+  return format && std::strcmp(format, "i") == 0;
+}
+
 // A contiguous int32 [n] on the CPU, held while this lives; Python's lock is needed to make and to destroy one. T:
 // const i32, or i32 for one to be written. Never a converted copy: writes to that would be lost.
 template <class T>
@@ -32,7 +39,7 @@ class Int32Array {
       PyErr_Clear();
       return false;
     }
-    if (buffer_.ndim != 1 || !buffer_.format || std::strcmp(buffer_.format, "i") != 0) return false;
+    if (buffer_.ndim != 1 || !is_int32(buffer_)) return false;
     size_ = buffer_.shape[0];
     if (size_ > 0) data_ = static_cast<T*>(buffer_.buf);
     return true;

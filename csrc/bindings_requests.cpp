@@ -4,7 +4,6 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
 
-#include <cstring>
 #include <vector>
 
 #include "bindings.h"
@@ -51,7 +50,7 @@ class Table {
     const int wanted = PyBUF_STRIDES | PyBUF_FORMAT | PyBUF_WRITABLE;
     const bool held = PyObject_GetBuffer(given.ptr(), &buffer_, wanted) == 0;
     if (!held) PyErr_Clear();
-    if (!held || buffer_.ndim != 2 || !buffer_.format || std::strcmp(buffer_.format, "i") != 0) {
+    if (!held || buffer_.ndim != 2 || !is_int32(buffer_)) {
       PyBuffer_Release(&buffer_);
       throw SpecError("table: must be a writable int32 [requests, blocks] array on the CPU (numpy)");
     }
