@@ -37,6 +37,12 @@ class IdSet {
     return at;
   }
 
+  // How many are on end from `id` on, which is one of them; counts to the end of a word at most.
+  i64 run(i64 id) const {
+    const std::uint64_t gaps = ~(levels_[0][id / 64] >> (id % 64));
+    return std::min(i64{64} - id % 64, gaps == 0 ? i64{64} : i64{__builtin_ctzll(gaps)});
+  }
+
   // The smallest above `id`, -1 if there is none.
   i64 after(i64 id) const {
     for (std::size_t level = 0; level <= top_; ++level, id /= 64) {

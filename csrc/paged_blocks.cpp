@@ -189,26 +189,30 @@ void PagedBlocks::pass(Blocks& b, i64 block) {
 
 // So many more referenced, and so many more kept blocks touch the slots of this one.
 void PagedBlocks::count(Blocks& b, i64 block, i32 users, i32 kept) {
+  for (Class& c : b.classes) use(c, first_slot(c, block), end_slot(c, block), users, kept);
+}
+
+// The same of `n` blocks on end.
+void PagedBlocks::count_run(Blocks& b, i64 first, i64 n, i32 users, i32 kept) {
   for (Class& c : b.classes) {
-    for (i64 slot = first_slot(c, block), end = end_slot(c, block); slot < end; ++slot) {
-      c.slots[slot].kept += kept;
-      use(c.slots[slot], users);
+    if (remainder(c.block_bytes, page_bytes()) == 0) {  // no slot has two of them
+      use(c, first_slot(c, first), end_slot(c, first + n - 1), users, kept);
+      continue;
+    }
+    for (i64 block = first; block < first + n; ++block) {
+      use(c, first_slot(c, block), end_slot(c, block), users, kept);
     }
   }
 }
 
-// The same of `n` blocks on end.
-void PagedBlocks::count_run(Blocks& b, i64 first, i64 n, i32 users) {
-  for (Class& c : b.classes) {
-    const i64 pages = quotient(c.block_bytes, page_bytes());
-    if (pages * page_bytes() == c.block_bytes) {
-      for (i64 slot = first * pages; slot < (first + n) * pages; ++slot) use(c.slots[slot], users);
-      continue;
-    }
-    for (i64 block = first; block < first + n; ++block) {
-      for (i64 slot = first_slot(c, block), end = end_slot(c, block); slot < end; ++slot) use(c.slots[slot], users);
-    }
+void PagedBlocks::use(Class& c, i64 from, i64 to, i32 users, i32 kept) {
+  i64 idle = 0;
+  for (SlotInfo *slot = c.slots.data() + from, *end = c.slots.data() + to; slot < end; ++slot) {
+    if (slot->users == 0) idle -= slot->mapped;
+    slot->users += users, slot->kept += kept;
+    if (slot->users == 0) idle += slot->mapped;
   }
+  idle_pages_ += idle;
 }
 
 // It is cached and nobody refers to it; `users`: -1 if somebody just did.
@@ -258,7 +262,7 @@ void PagedBlocks::show(const Entries& e, bool undo) {
     for (n = 1; i + n < e.count && entries[i + n] == entries[i] + n;) ++n;
     for (i64 k = 0; k < n; ++k) b.info[entries[i] + k].refs = 1;
     b.ready.remove(entries[i], n);
-    count_run(b, entries[i], n, 1);
+    count_run(b, entries[i], n, 1, 0);
   }
   if (!undo) return;  // these came at the end of the table
   ++version_[e.index * groups_ + e.group];
@@ -268,17 +272,24 @@ void PagedBlocks::show(const Entries& e, bool undo) {
 void PagedBlocks::hide(const Entries& e) {
   Blocks& b = blocks_[e.group];
   const i32* entries = &b.table[e.index * b.per_sequence + e.first];
-  const auto goes = [&](i32 block) { return b.info[block].refs == 1 && b.info[block].node == kNoNode; };
+  // What becomes of a block that its last user leaves; of others, nothing.
+  enum class Becomes : std::uint8_t { ready, kept, shared };
+  const auto becomes = [&b](i64 block) {
+    const BlockInfo& info = b.info[block];
+    return info.refs > 1 ? Becomes::shared : info.node == kNoNode ? Becomes::ready : Becomes::kept;
+  };
   for (i64 i = 0, n = 1; i < e.count; i += n) {
-    n = 1;
-    if (!goes(entries[i])) {
-      drop(b, entries[i]);
+    const i64 first = entries[i];
+    const Becomes kind = becomes(first);
+    for (n = 1; i + n < e.count && entries[i + n] == first + n && becomes(first + n) == kind;) ++n;
+    for (i64 k = 0; k < n; ++k) --b.info[first + k].refs;
+    if (kind == Becomes::shared) {
+      b.extra_refs -= n;
       continue;
     }
-    while (i + n < e.count && entries[i + n] == entries[i] + n && goes(entries[i + n])) ++n;
-    for (i64 k = 0; k < n; ++k) b.info[entries[i] + k].refs = 0;
-    b.ready.add(entries[i], n);
-    count_run(b, entries[i], n, -1);
+    if (kind == Becomes::ready) b.ready.add(first, n);
+    if (kind == Becomes::kept) b.kept += n;
+    count_run(b, first, n, -1, kind == Becomes::kept ? 1 : 0);
   }
   ++version_[e.index * groups_ + e.group];
   forget_room(e.index, e.group);

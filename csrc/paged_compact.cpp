@@ -15,6 +15,12 @@
 namespace kvmem {
 namespace {
 
+std::vector<i32> all(const ReadyBlocks& ready) {
+  std::vector<i32> blocks(ready.size());
+  ready.copy(ready.size(), blocks.data());
+  return blocks;
+}
+
 // Which blocks of a group move where, decided on a copy of the counts.
 class Plan {
  public:
@@ -85,9 +91,9 @@ class Plan {
   // The ready blocks that could be moved to, those in the fullest pages first.
   void find_room(std::size_t k) {
     room_.clear();
-    b_.ready.each(b_.ready.size(), [this](i64 block) {
-      if (!taken_[block] && has_neighbours(block, false)) room_.push_back(static_cast<i32>(block));
-    });
+    for (i32 block : all(b_.ready)) {
+      if (!taken_[block] && has_neighbours(block, false)) room_.push_back(block);
+    }
     const auto key = [&](i32 block) { return std::make_pair(-uses_[k].live[first_slot(b_.classes[k], block)], block); };
     std::sort(room_.begin(), room_.end(), [&](i32 x, i32 y) { return key(x) < key(y); });
     next_room_[0] = next_room_[1] = 0;
@@ -208,17 +214,15 @@ void PagedBlocks::move(i64 g, const std::vector<BlockMove>& moves, Transaction& 
 
 // Ready blocks in pages that are empty are put off: the next sequence is to use other room first.
 void PagedBlocks::use_last(Blocks& b) {
-  std::vector<i64> last;
-  b.ready.each(b.ready.size(), [&](i64 block) {
+  for (i32 block : all(b.ready)) {
     const auto in_empty_page = [&](const Class& c) {
       for (i64 slot = first_slot(c, block); slot < end_slot(c, block); ++slot) {
         if (c.slots[slot].users + c.slots[slot].kept == 0) return true;
       }
       return false;
     };
-    if (std::any_of(b.classes.begin(), b.classes.end(), in_empty_page)) last.push_back(block);
-  });
-  for (i64 block : last) b.ready.put_off(block);
+    if (std::any_of(b.classes.begin(), b.classes.end(), in_empty_page)) b.ready.put_off(block);
+  }
 }
 
 // Takes the place of `from` in the list of passed ones too, so that what is given up next does not change.

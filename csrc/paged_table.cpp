@@ -305,9 +305,7 @@ class PagedTable final : public PagedBlocks {
   i64 take_run(i64 index, i64 group, i64 first, i64 most, Transaction& tx) {
     Blocks& b = blocks_[group];
     if (b.ready.empty()) make_ready(group, most, tx);
-    const i64 n = std::min(b.ready.size(), most);
-    i32* entries = &b.table[index * b.per_sequence + first];
-    b.ready.each(n, [&](i64 block) { *entries++ = static_cast<i32>(block); });
+    const i64 n = b.ready.copy(most, &b.table[index * b.per_sequence + first]);
     tx.push({OpKind::show, arena(0), index, first, n, group});
     return n;
   }

@@ -2,6 +2,9 @@
 // stays together; those put off come after all others.
 #pragma once
 
+#include <algorithm>
+#include <numeric>
+
 #include "id_set.h"
 
 namespace kvmem {
@@ -15,13 +18,18 @@ class ReadyBlocks {
   // The next one; there is one.
   i64 first() const { return soon_.empty() ? late_.first() : soon_.first(); }
 
-  // Calls f(block) for the next `most` of them, as long as there are any.
-  template <class F>
-  void each(i64 most, F f) const {
+  // Writes the next `most` of them, or all there are; returns how many.
+  i64 copy(i64 most, i32* out) const {
+    i64 done = 0;
     for (const IdSet* set : {&soon_, &late_}) {
-      if (most <= 0 || set->empty()) continue;
-      for (i64 block = set->first(); block >= 0; block = --most > 0 ? set->after(block) : -1) f(block);
+      for (i64 block = set->empty() ? -1 : set->first(); block >= 0 && done < most;) {
+        const i64 n = std::min(set->run(block), most - done);
+        std::iota(out + done, out + done + n, static_cast<i32>(block));
+        done += n;
+        block = done < most ? set->after(block + n - 1) : -1;
+      }
     }
+    return done;
   }
 
   void add(i64 block) {
