@@ -60,15 +60,23 @@ void BatchWriter::add(const BatchRow& row) {
   const i64 blocks = ceil_div(row.length, size_), dropped = quotient(row.first, size_);
   check_room(blocks, row.fresh);
   RowMark& mark = marks_.rows[sizes_.rows];
-  const bool same =
-      mark.handle == row.handle && mark.version == row.at.version && mark.dropped == dropped && mark.blocks == blocks;
-  if (!same) write_table(row, dropped, blocks, mark);
+  const bool known = mark.handle == row.handle && mark.version == row.at.version && mark.dropped == dropped;
+  const bool same = known && mark.blocks == blocks;
+  if (known && mark.blocks + 1 == blocks && dropped < blocks) {
+    append(row, mark);
+  } else if (!same) {
+    write_table(row, dropped, blocks, mark);
+  }
   if (!same || mark.index_at != sizes_.indices || sizes_.rows >= filled_before_) {
     write_indices(row, dropped, blocks);
     mark.index_at = sizes_.indices;
   }
   mark.first = row.first;
-  write_new_tokens(row);
+  if (row.fresh == 1 && out_.slot_mapping) {
+    out_.slot_mapping[sizes_.new_tokens] = mark.last_slot + row.length - 1 - mark.last_token;
+  } else {
+    write_new_tokens(row);
+  }
   close_row(row.length, row.fresh, blocks, row.first, row.at.row);
 }
 
@@ -112,6 +120,22 @@ void BatchWriter::change(const BatchRow& row, i64 from, i64 to, bool zero) {
   i64* places = out_.delta_places + sizes_.deltas;
   std::iota(places, places + (to - from), start + from);
   sizes_.deltas += to - from;
+}
+
+// What write_table() comes to when the row has got one more block: all rows at once may have.
+void BatchWriter::append(const BatchRow& row, RowMark& mark) {
+  const i64 ordinal = mark.blocks++, place = sizes_.rows * out_.max_blocks + ordinal;
+  const i64 block = row.at.blocks ? row.at.blocks[ordinal] : row.at.first_block + ordinal;
+  mark.last_token = ordinal * size_, mark.last_slot = block * size_;
+  if (out_.block_table) out_.block_table[place] = static_cast<i32>(block);
+  sizes_.table_from = std::min(sizes_.table_from, sizes_.rows);
+  sizes_.table_end = sizes_.rows + 1;
+  if (!out_.delta_places || sizes_.deltas < 0 || sizes_.deltas == out_.max_deltas) {
+    sizes_.deltas = -1;
+    return;
+  }
+  out_.delta_places[sizes_.deltas] = place;
+  out_.delta_blocks[sizes_.deltas++] = static_cast<i32>(block);
 }
 
 // Blocks that a window has dropped stand as the read-trash block, whatever the page table says of them.

@@ -124,6 +124,7 @@ class BatchWriter {
     if (!fits) refuse(blocks, fresh);
   }
   [[noreturn]] void refuse(i64 blocks, i64 fresh) const;
+  void append(const BatchRow& row, RowMark& mark);
   void write_table(const BatchRow& row, i64 dropped, i64 blocks, RowMark& mark);
   void change(const BatchRow& row, i64 from, i64 to, bool zero);
   void write_indices(const BatchRow& row, i64 dropped, i64 blocks);

@@ -255,7 +255,7 @@ void PagedBlocks::show(const Entries& e, bool undo) {
   Blocks& b = blocks_[e.group];
   const i32* entries = &b.table[e.index * b.per_sequence + e.first];
   for (i64 i = 0, n = 1; i < e.count; i += n) {
-    if (undo) {
+    if (undo || e.count == 1) {
       acquire(b, entries[i]);
       continue;
     }

@@ -297,13 +297,6 @@ void PagePool::apply(const Op& op, bool undo) {
       check_bytes("copy", op.at, op.b, op.c);
       if (std::max(op.a, op.b) - std::min(op.a, op.b) < op.c) throw SpecError("copy: the ranges overlap");
       break;
-    case OpKind::hold:
-    case OpKind::evict:
-    case OpKind::shift:
-    case OpKind::show:
-    case OpKind::hide:
-      arenas_[op.at].owner->on_content(op, undo);
-      break;
     default:
       break;
   }

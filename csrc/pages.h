@@ -97,6 +97,7 @@ class PagePool {
 
   // --- state: called by Transaction only ---
   void apply(const Op& op, bool undo);
+  void apply_private(const Op& op, bool undo) { arenas_[op.at].owner->on_content(op, undo); }
   void finish(bool committed) {
     for (PageOwner* owner : owners_) owner->finish(committed);
   }

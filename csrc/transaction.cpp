@@ -6,7 +6,9 @@
 namespace kvmem {
 
 void Transaction::apply(const Op& op, bool undo) {
-  if (is_physical(op.kind) || is_private(op.kind)) {
+  if (is_private(op.kind)) {
+    pool_.apply_private(op, undo);
+  } else if (is_physical(op.kind)) {
     pool_.apply(op, undo);
   } else {
     tables_.apply_table(op);
