@@ -40,8 +40,9 @@ class Case:
 
 @dataclass(frozen=True)
 class StepResult:
-    """``us``: microseconds a ``unit``. ``typical_p99`` and ``typical_largest``, over the median: of the medians, over
-    all rounds, of each position in the round. ``heap_bytes``: of the manager's books at the end of a round.
+    """``us``: microseconds a ``unit``; ``quiet_us``: the median of the quietest round. ``typical_p99`` and
+    ``typical_largest``, over the median: of the medians, over all rounds, of each position in the round.
+    ``heap_bytes``: of the manager's books at the end of a round.
     """
 
     case: str
@@ -51,6 +52,7 @@ class StepResult:
     sequences: int
     pool_blocks: int
     us: Spread
+    quiet_us: float
     typical_p99: float
     typical_largest: float
     heap_bytes: int | None
@@ -171,5 +173,15 @@ def _result(case: Case, name: str, timings: Timings, heap: int | None) -> StepRe
     p99, largest = (np.percentile(typical, (99, 100)) / middle).tolist() if middle else (0.0, 0.0)
     workload = case.workload
     return StepResult(
-        case.name, case.unit, name, case.goal_us, workload.sequences, workload.pool, spread, p99, largest, heap
+        case.name,
+        case.unit,
+        name,
+        case.goal_us,
+        workload.sequences,
+        workload.pool,
+        spread,
+        timings.quietest(case.phase) / 1e3,
+        p99,
+        largest,
+        heap,
     )

@@ -101,6 +101,10 @@ class Timings:
     def all(self, phase: str) -> list[int]:
         return [value for values in getattr(self, phase) for value in values]
 
+    def quietest(self, phase: str) -> float:
+        """The median of the round that has the least: on a machine whose other tenants come and go."""
+        return min((float(np.median(values)) for values in getattr(self, phase) if values), default=0.0)
+
     def typical(self, phase: str) -> npt.NDArray[np.float64]:
         """The median over the rounds of each position: without the pauses of a busy machine, which come anywhere."""
         return np.asarray(np.median(np.array(getattr(self, phase), dtype=np.float64), axis=0))
