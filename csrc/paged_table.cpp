@@ -169,7 +169,6 @@ class PagedTable final : public PagedBlocks {
       Blocks& b = blocks_[g];  // copy_tail_ stays: it only asks to look, and this may yet be taken back
       if (sequences_.tokens(index, g) == 0) continue;
       b.fence = tx.fence();
-      // Last block first: the free list then gives them out again in ascending order.
       const i64 first = quotient(sequences_.front(index, g), b.tokens);
       const i64 end = ceil_div(sequences_.tokens(index, g), b.tokens);
       const i32 last = entry(index, g, end - 1);
