@@ -35,7 +35,7 @@ i64 BatchWriter::advance(const i32* handles, const i64* indices, const Sequences
   i32* const tokens = marks_.lengths.data();
   const i64 size = size_, first = sizes_.rows, end = std::min(n, filled_before_);
   const i64 most = std::min(end, first + out_.max_new_tokens - sizes_.new_tokens);
-  i64* const slots = out_.slot_mapping ? out_.slot_mapping + sizes_.new_tokens - first : nullptr;
+  i64* const slots = out_.slot_mapping ? out_.slot_mapping + sizes_.new_tokens : nullptr;
   const bool in_sum = out_.kv_indices || out_.kv_indptr;  // then nothing may have moved
   i64 i = first, blocks = sizes_.indices;
   for (; i < most; ++i) {
@@ -48,7 +48,7 @@ i64 BatchWriter::advance(const i32* handles, const i64* indices, const Sequences
     if (!advanced) break;
     blocks += mark.blocks;
     tokens[i] = static_cast<i32>(now.tokens);
-    if (slots) slots[i] = mark.last_slot + offset;
+    if (slots) slots[i - first] = mark.last_slot + offset;
   }
   if (!one_each_before_) std::fill(marks_.fresh.data() + first, marks_.fresh.data() + i, 1);
   advanced_ += i - first;

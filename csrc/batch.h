@@ -34,9 +34,10 @@ struct BatchBuffers {
 // What the last fill left in a row of the buffers.
 struct RowMark {
   i64 handle = kNobody, version = 0;
-  i64 first = 0, dropped = 0, blocks = 0;  // table entries [dropped, blocks) are its blocks, all others 0
-  i64 index_at = -1;                       // where its part of kv_indices begins
-  i64 last_slot = 0, last_token = 0;       // of the last block: the slot of its first token, and the token
+  i64 first = 0;                      // token still held
+  i64 dropped = 0, blocks = 0;        // table entries [dropped, blocks) are its blocks, all others 0
+  i64 index_at = -1;                  // where its part of kv_indices begins
+  i64 last_slot = 0, last_token = 0;  // of the last block: the slot of its first token, and the token
   static constexpr i64 kNobody = INT64_MIN;
 };
 

@@ -16,7 +16,7 @@ void Cache::plan_extend(const i32* handles, const i32* counts, i64 n, i64 group)
   needy_.clear();
   planned_ = Planned();
   if (is_simple_) return plan_simple(handles, counts, n);
-  const i64 g = token_group_, size = geometry_.groups[g].block_tokens;
+  const i64 size = geometry_.groups[token_group_].block_tokens;
   for (i64 i = 0; i < n; ++i) {
     const i64 index = indices_[i] = sequences_.index(handles[i]);
     check_once(index);
@@ -24,7 +24,7 @@ void Cache::plan_extend(const i32* handles, const i32* counts, i64 n, i64 group)
     bool room = geometry_.zero != Zero::always;
     for (i64 g = group_begin(group); g < group_end(group); ++g) room = plan_group(index, g, group, counts[i]) && room;
     if (!room) needy_.push_back(i);
-    due_[i] = planned_.add(*sequences_.lengths(g, index), counts[i], size);
+    due_[i] = planned_.add(*sequences_.lengths(token_group_, index), counts[i], size);
   }
 }
 
