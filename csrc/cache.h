@@ -197,6 +197,7 @@ class Cache final : public TableState {
   void make_room(const i32* handles, const i32* counts, i64 n, i64 group);
   bool has_room_at_hand(i64 index, i64 count, bool in_last_block);
   bool commit_in_block(i64 index, i64 count, const i32* tokens);
+  void advance_one(i64 handle, i64 count, const i32* tokens, i64 num_tokens, bool telling);
   void see(i64 row, i64 index, i64 ordinal);
   void see_last(i64 row, i64 index);
   void see_completed(i64 row, i64 index, i64 count);

@@ -79,13 +79,7 @@ TableWrites Cache::commit_telling(const i32* handles, const i32* counts, i64 n, 
 
 TableWrites Cache::advance_telling(i64 handle, i64 count, const i32* tokens, i64 num_tokens) {
   Lock lock = enter();
-  const i32 one = static_cast<i32>(handle), more = static_cast<i32>(count);
-  plan_extend(&one, &more, 1, -1);
-  check_due(tokens ? num_tokens : -1);
-  seen_.clear();
-  see_completed(0, indices_[0], due_[0]);
-  see_last(0, indices_[0]);
-  advance_planned(&one, &more, 1, tokens, false);
+  advance_one(handle, count, tokens, num_tokens, true);
   TableWrites writes = written(true);
   leave();
   return writes;

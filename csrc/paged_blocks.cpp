@@ -187,15 +187,10 @@ void PagedBlocks::pass(Blocks& b, i64 block) {
   b.passed.add_last(block);
 }
 
-// So many more referenced, and so many more kept blocks touch the slots of this one.
-void PagedBlocks::count(Blocks& b, i64 block, i32 users, i32 kept) {
-  for (Class& c : b.classes) use(c, first_slot(c, block), end_slot(c, block), users, kept);
-}
-
-// The same of `n` blocks on end.
-void PagedBlocks::count_run(Blocks& b, i64 first, i64 n, i32 users, i32 kept) {
+// So many more referenced, and so many more kept blocks touch the slots of these `n` on end, each of them.
+void PagedBlocks::count(Blocks& b, i64 first, i64 n, i32 users, i32 kept) {
   for (Class& c : b.classes) {
-    if (remainder(c.block_bytes, page_bytes()) == 0) {  // no slot has two of them
+    if (n == 1 || remainder(c.block_bytes, page_bytes()) == 0) {  // no slot has two of them
       use(c, first_slot(c, first), end_slot(c, first + n - 1), users, kept);
       continue;
     }
@@ -218,14 +213,14 @@ void PagedBlocks::use(Class& c, i64 from, i64 to, i32 users, i32 kept) {
 // It is cached and nobody refers to it; `users`: -1 if somebody just did.
 void PagedBlocks::keep(Blocks& b, i64 block, i32 users) {
   ++b.kept;
-  count(b, block, users, 1);
+  count(b, block, 1, users, 1);
 }
 
 // No longer so; `users`: 1 if somebody refers to it from now on.
 void PagedBlocks::unkeep(Blocks& b, i64 block, i32 users) {
   if (b.passed.has(block)) b.passed.remove(block);
   --b.kept;
-  count(b, block, users, -1);
+  count(b, block, 1, users, -1);
 }
 
 void PagedBlocks::acquire(Blocks& b, i64 block) {
@@ -235,7 +230,7 @@ void PagedBlocks::acquire(Blocks& b, i64 block) {
     unkeep(b, block, 1);
   } else {
     b.ready.remove(block);
-    count(b, block, 1, 0);
+    count(b, block, 1, 1, 0);
   }
 }
 
@@ -246,7 +241,7 @@ void PagedBlocks::drop(Blocks& b, i64 block) {
     keep(b, block, -1);
   } else {
     b.ready.add(block);
-    count(b, block, -1, 0);
+    count(b, block, 1, -1, 0);
   }
 }
 
@@ -262,7 +257,7 @@ void PagedBlocks::show(const Entries& e, bool undo) {
     for (n = 1; i + n < e.count && entries[i + n] == entries[i] + n;) ++n;
     for (i64 k = 0; k < n; ++k) b.info[entries[i] + k].refs = 1;
     b.ready.remove(entries[i], n);
-    count_run(b, entries[i], n, 1, 0);
+    count(b, entries[i], n, 1, 0);
   }
   if (!undo) return;  // these came at the end of the table
   ++version_[e.index * groups_ + e.group];
@@ -289,7 +284,7 @@ void PagedBlocks::hide(const Entries& e) {
     }
     if (kind == Becomes::ready) b.ready.add(first, n);
     if (kind == Becomes::kept) b.kept += n;
-    count_run(b, first, n, -1, kind == Becomes::kept ? 1 : 0);
+    count(b, first, n, -1, kind == Becomes::kept ? 1 : 0);
   }
   ++version_[e.index * groups_ + e.group];
   forget_room(e.index, e.group);

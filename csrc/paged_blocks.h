@@ -151,8 +151,7 @@ class PagedBlocks : public PageTable {
   const Class& class_of(i64 a) const;
   void add_group(const GroupGeometry& group);
   void use(Class& c, i64 from, i64 to, i32 users, i32 kept);
-  void count(Blocks& b, i64 block, i32 users, i32 kept);
-  void count_run(Blocks& b, i64 first, i64 n, i32 users, i32 kept);
+  void count(Blocks& b, i64 first, i64 n, i32 users, i32 kept);
   void keep(Blocks& b, i64 block, i32 users);
   void unkeep(Blocks& b, i64 block, i32 users);
   void acquire(Blocks& b, i64 block);
