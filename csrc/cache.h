@@ -238,6 +238,7 @@ class Cache final : public TableState {
   i64 block_tokens() const { return index_.block_tokens(); }
   i32* tail(i64 index) { return &tails_[index * block_tokens()]; }
   Found find_cached(i32 root, const i32* tokens, i64 n);
+  Found find_part(i32 root, const i32* tokens, i64 most);
   bool try_adopt(i64 handle, const Found& found);
   MatchEnd why_not_more(const PrefixKey& key, i32 root, const i32* tokens, i64 n, i64 found) const;
   void commit_all(const i32* handles, const i32* counts, i64 n, i64 group, const i32* tokens);
@@ -282,7 +283,8 @@ class Cache final : public TableState {
   std::vector<i32> tails_;             // [sequence][block_tokens()]: the known tokens after the last published block
   std::unordered_map<i64, i32> pins_;  // pin -> the last node of its chain
   i64 pins_seen_ = 0, lookup_tokens_ = 0, hit_tokens_ = 0;
-  std::vector<i32> chain_, partial_, block_, leaving_;  // of the call in progress
+  std::vector<i32> chain_, block_, leaving_;  // of the call in progress
+  std::vector<PartOfBlock> parts_;
   std::vector<Published> published_;
   std::vector<i64> indices_;  // of the call in progress
   std::vector<i64> needy_;    // positions in it: who has no room yet

@@ -37,7 +37,7 @@ void Cache::leave_chain(i64 index) {
 
 // ---- finding ---------------------------------------------------------------------------------
 
-// Fills chain_ with the known blocks that `tokens` begins with, all but one token at most, and finds their memory.
+// Fills chain_ with known blocks that `tokens` begins with, of all but one token, and finds the memory of most of them.
 Found Cache::find_cached(i32 root, const i32* tokens, i64 n) {
   chain_.clear();
   if (root == kNoNode) return Found();
@@ -49,16 +49,30 @@ Found Cache::find_cached(i32 root, const i32* tokens, i64 n) {
     if (node == kNoNode) break;
     chain_.push_back(last = node);
   }
-  if (prefix_.partial && !has_state_ && done < most) {  // a state stands at the end of whole blocks only
-    const i64 common = index_.find_partial(last, tokens + done, most - done, &partial_);
-    for (i32 node : partial_) {  // equally good, but not all are where the tokens before them are
-      chain_.push_back(node);
-      const Found found = table_->find(chain_, done + common);
-      if (found.tokens == done + common) return found;
-      chain_.pop_back();
-    }
+  Found found = find_part(root, tokens, most);
+  if (found.tokens > 0) return found;
+  const Found whole = table_->find(chain_, done);
+  // Others that begin like a block which a window has passed may still have the memory of theirs.
+  while (has_window_ && static_cast<i64>(chain_.size()) * size > whole.tokens) {
+    chain_.pop_back();
+    found = find_part(root, tokens, most);
+    if (found.tokens > 0) return found;
   }
-  return table_->find(chain_, done);
+  return whole;
+}
+
+// What is behind chain_ and part of one more block, which chain_ ends with then; else chain_ is as it was.
+Found Cache::find_part(i32 root, const i32* tokens, i64 most) {
+  const i64 done = static_cast<i64>(chain_.size()) * block_tokens();
+  if (!prefix_.partial || has_state_ || done >= most) return Found();  // states stand at the end of whole blocks only
+  index_.find_partial(chain_.empty() ? root : chain_.back(), tokens + done, most - done, &parts_);
+  for (const PartOfBlock& part : parts_) {  // not all of them are where the tokens before them are
+    chain_.push_back(part.node);
+    const Found found = table_->find(chain_, done + part.tokens);
+    if (found.tokens == done + part.tokens) return found;
+    chain_.pop_back();
+  }
+  return Found();
 }
 
 PrefixMatch Cache::match(const i32* tokens, i64 n, const PrefixKey& key) {
@@ -75,19 +89,12 @@ PrefixMatch Cache::match(const i32* tokens, i64 n, const PrefixKey& key) {
 MatchEnd Cache::why_not_more(const PrefixKey& key, i32 root, const i32* tokens, i64 n, i64 found) const {
   const i64 size = block_tokens(), most = n - 1, blocks = found / size;
   if (found >= most) return MatchEnd::complete;
-  if (blocks < static_cast<i64>(chain_.size()) && found < (blocks + 1) * size) {
-    const bool whole = (blocks + 1) * size <= most &&
-                       index_.find(blocks == 0 ? root : chain_[blocks - 1], tokens + blocks * size) == chain_[blocks];
-    if (whole) {  // the index knows the next block, but its memory does not do
-      if (has_state_) return MatchEnd::no_snapshot;
-      for (const GroupGeometry& group : geometry_.groups) {
-        if (group.window_tokens > 0) return MatchEnd::window;
-      }
-      return MatchEnd::evicted;
-    }
-  }
   if (most - blocks * size < size) return MatchEnd::short_block;
   const i32 last = blocks == 0 ? root : chain_[blocks - 1];
+  if (last != kNoNode && index_.find(last, tokens + blocks * size) != kNoNode) {  // known, but its memory does not do
+    if (has_state_) return MatchEnd::no_snapshot;
+    return has_window_ ? MatchEnd::window : MatchEnd::evicted;
+  }
   if (index_.was_evicted(last, key, tokens + blocks * size)) return MatchEnd::evicted;
   return index_.longest_elsewhere(root, tokens, most) > blocks ? MatchEnd::other_salt : MatchEnd::never_seen;
 }

@@ -32,6 +32,12 @@ struct PrefixKey {
   std::string salt, extra_key;
 };
 
+// The first tokens of a cached block.
+struct PartOfBlock {
+  i32 node;
+  i64 tokens;
+};
+
 class PrefixIndex {
  public:
   // `token_groups`: the groups that events speak of. `hash_bits` under 64 makes hashes collide, for tests.
@@ -46,9 +52,9 @@ class PrefixIndex {
   i32 find_root(const PrefixKey& key) const;
   // The child of `parent` that holds these block_tokens() tokens.
   i32 find(i32 parent, const i32* tokens) const;
-  // The children that begin with most of tokens [0, count), oldest first; returns how many tokens. Of many children it
-  // looks at the newest kCandidates.
-  i64 find_partial(i32 parent, const i32* tokens, i64 count, std::vector<i32>* found) const;
+  // The children that begin with some of tokens [0, count), but not all of their own: those with most of them first, of
+  // equal ones the oldest. Of many children it looks at the newest kCandidates.
+  void find_partial(i32 parent, const i32* tokens, i64 count, std::vector<PartOfBlock>* found) const;
   // True if the block was known and its memory given up; `parent` kNoNode for the first block under `key`, whose root
   // may be gone. Remembers some thousands, and errs at 2^-64 a question.
   bool was_evicted(i32 parent, const PrefixKey& key, const i32* tokens) const;

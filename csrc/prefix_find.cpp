@@ -69,19 +69,16 @@ i32 PrefixIndex::find_sibling(i32 parent, const i32* tokens) const {
   return kNoNode;
 }
 
-i64 PrefixIndex::find_partial(i32 parent, const i32* tokens, i64 count, std::vector<i32>* found) const {
+void PrefixIndex::find_partial(i32 parent, const i32* tokens, i64 count, std::vector<PartOfBlock>* found) const {
   found->clear();
-  i64 most = 1, looked = 0;
-  count = std::min(count, block_tokens());
+  i64 looked = 0;
+  count = std::min(count, block_tokens() - 1);
   for (i32 x = nodes_[parent].first_child; x != kNoNode && looked < kCandidates; x = nodes_[x].next_child, ++looked) {
     const i64 same = tokens_.common(x, tokens, count);
-    if (same < most || nodes_[x].places == 0) continue;
-    if (same > most) found->clear();
-    most = same;
-    found->push_back(x);
+    if (same == 0 || nodes_[x].places == 0) continue;
+    const auto no_more = [same](const PartOfBlock& other) { return other.tokens <= same; };
+    found->insert(std::find_if(found->begin(), found->end(), no_more), {x, same});
   }
-  std::reverse(found->begin(), found->end());
-  return found->empty() ? 0 : most;
 }
 
 bool PrefixIndex::was_evicted(i32 parent, const PrefixKey& key, const i32* tokens) const {

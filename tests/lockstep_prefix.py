@@ -89,7 +89,10 @@ class PrefixLockstep(Lockstep):
         cached = seq.num_cached_tokens
         assert cached <= said <= most, "found what was never published, or was forgotten"
         assert self.model.certain(root, tokens or []) <= said, "a block in use was not found"
-        assert not self.plentiful or self._is_all(cached, most), f"found {cached} of {most} tokens, with memory enough"
+        whole = self.model.match(root, tokens or [], partial=False)
+        assert not self.plentiful or self._is_all(cached, most, whole), (
+            f"found {cached} of {most} tokens, with memory enough"
+        )
         self.seqs[seq.id] = seq
         look = self._look(seq.id) if self.virtual and cached else None
         self.model.begin(seq.id, root, tokens or [], cached, look)
@@ -98,9 +101,8 @@ class PrefixLockstep(Lockstep):
         self.partial_hits += cached % self.model.block_tokens > 0
         return seq.id
 
-    def _is_all(self, found: int, most: int) -> bool:
-        size = self.model.block_tokens
-        return found == most or (self.virtual and bool(self.model.windows) and found == most // size * size)
+    def _is_all(self, found: int, most: int, whole: int) -> bool:
+        return found == most or (self.virtual and bool(self.model.windows) and found >= whole)
 
     def _look(self, handle: int):  # type: ignore[no-untyped-def]
         """Which of the live sequences' pieces the new row shows; the pages are the allocator's choice."""
@@ -124,7 +126,8 @@ class PrefixLockstep(Lockstep):
         before = self.alloc.stats()
         found = self.alloc.match(tokens, salt=root[0], extra_key=root[1])
         assert self.model.certain(root, tokens) <= found.num_tokens <= self.model.match(root, tokens)
-        assert not self.plentiful or self._is_all(found.num_tokens, self.model.match(root, tokens))
+        most, whole = self.model.match(root, tokens), self.model.match(root, tokens, partial=False)
+        assert not self.plentiful or self._is_all(found.num_tokens, most, whole)
         assert (found.num_tokens == max(0, len(tokens) - 1)) == (found.reason == "complete") or not self.model.shares
         assert self.alloc.stats() == before
         return found

@@ -129,23 +129,26 @@ class PrefixModel(MemoryOnly):
             node = child
         return chain
 
-    def match(self, key: Root, tokens: list[int]) -> int:
-        """How many of ``tokens`` a sequence could take over: all but the last one at most."""
+    def match(self, key: Root, tokens: list[int], *, partial: bool = True) -> int:
+        """How many of ``tokens`` a sequence could take over, if need be with ``partial`` blocks: not the last of them."""
         most, size = max(0, len(tokens) - 1), self.block_tokens
         if not self.shares:
             return 0
         chain = self.walk(key, tokens[:most])
-        end = len(chain) * size
-        if self.partial_reuse:
-            rest, last = tokens[end:most], chain[-1] if chain else self.root(key)
-            newest = list(last.children.values())[: -CANDIDATES - 1 : -1]
-            nearest = max(newest, key=lambda child: common(rest, child.tokens), default=None)
-            more = common(rest, nearest.tokens) if nearest is not None else 0
-            if nearest is not None and more and self._usable([*chain, nearest], end + more):
+        for end in range(len(chain) * size, -1, -size):
+            if partial and (more := self._part_behind(key, chain[: end // size], tokens[end:most])):
                 return end + more
-        while not self._usable(chain, end):
-            end -= size
-        return end
+            if self._usable(chain, end):
+                return end
+        return 0
+
+    def _part_behind(self, key: Root, chain: list[Node], rest: list[int]) -> int:
+        """How many of the ``rest`` some block behind ``chain`` begins with, of those that can be used."""
+        size, last = self.block_tokens, chain[-1] if chain else self.root(key)
+        newest = list(last.children.values())[: -CANDIDATES - 1 : -1]
+        parts = [(min(common(rest, child.tokens), size - 1), child) for child in newest if self.partial_reuse]
+        usable = [n for n, child in parts if n and self._usable([*chain, child], len(chain) * size + n)]
+        return max(usable, default=0)
 
     def whole(self, key: Root, tokens: list[int]) -> bool:
         """Whether every whole block of ``tokens`` is there to be taken over."""

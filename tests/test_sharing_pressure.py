@@ -250,6 +250,26 @@ def test_what_a_window_has_passed_goes_first(backend: str, layout: str) -> None:
 
 @pytest.mark.parametrize("layout", ["full and window", "window G=1"])
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_another_that_begins_like_what_a_window_has_passed_is_found(backend: str, layout: str) -> None:
+    """A block is known but gone; of another that only begins like it, the memory is there."""
+    pair = small(backend, layout, pages=100)
+    prompt = text(640)
+    handle = pair.open()
+    for start in range(0, 640, 16):
+        assert pair.append(handle, prompt[start : start + 16])
+    press(pair)
+    pair.free([grow(pair, prompt[:324] + text(12, 9))])
+    for end in (320, 336, 352, 400):
+        found = pair.match([*prompt[:end], 1])
+        assert (found.num_tokens, found.reason) == ((320, "complete") if end == 320 else (324, "window passed"))
+    branch = pair.open([*prompt[:400], 1])
+    assert cached(pair, branch) == 324
+    go_on(pair, branch, [*prompt[:400], 1])
+    agree(pair)
+
+
+@pytest.mark.parametrize("layout", ["full and window", "window G=1"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_an_ended_sequence_keeps_no_window_from_those_that_live(backend: str, layout: str) -> None:
     """A fork goes on and its window moves away from what its parent left behind; that is given up before anybody is
     refused anything (the lockstep asserts it)."""
