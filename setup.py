@@ -29,6 +29,9 @@ if DEBUG or SANITIZE:
 else:
     compile_args += ["-O3", "-g0", "-DNDEBUG"]
     link_args += ["-Wl,-s"]  # strip: the symbol names of nanobind's templates would double the file
+    if "clang" not in os.environ.get("CC", "") + os.environ.get("CXX", ""):  # which seldom comes with its linker plugin
+        compile_args += ["-flto=auto"]  # a tenth fewer instructions, and no longer to build
+        link_args += ["-O3", "-flto=auto"]
 if DEBUG:
     compile_args += ["-DKVMEM_DEBUG"]
 if SANITIZE:

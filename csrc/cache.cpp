@@ -198,9 +198,9 @@ i64 Cache::fork(i64 handle) {
     for (i64 g = 0; g < groups_; ++g) {  // last: a row must be bound empty before pages of another are mapped in it
       if (geometry_.groups[g].growth == Growth::fixed) share_group(parent, sequences_.index(child), g, tx);
     }
-    for (std::size_t i = 0; i < chain_.size(); ++i) {
-      table_->publish(sequences_.index(child), static_cast<i64>(i), chain_[i], tx);
-    }
+    published_.clear();
+    for (i32 node : chain_) published_.push_back({sequences_.index(child), index_.ordinal(node), node});
+    table_->publish(published_, tx);
     tx.commit();
   } catch (const OutOfMemory& e) {
     tx.roll_back();

@@ -156,10 +156,6 @@ class Cache final : public TableState {
     std::vector<Retention> retained;
     bool state_ahead = false;  // a truncation took tokens back that the fixed state has seen
   };
-  struct Published {
-    i64 index, ordinal;
-    i32 node;
-  };
   // What a step finds, of all its sequences, in the first group that grows with the tokens.
   struct Planned {
     i64 due = 0;                                 // tokens reserved and not committed

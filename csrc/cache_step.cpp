@@ -308,7 +308,7 @@ void Cache::find_moving(const i32* counts, i64 n, i64 group) {
 void Cache::write_committed(const i32* counts, i64 n, i64 group) {
   if (!published_.empty() || !moving_.empty()) {
     Transaction tx(*pool_, *this);
-    for (const Published& p : published_) table_->publish(p.index, p.ordinal, p.node, tx);
+    if (!published_.empty()) table_->publish(published_, tx);
     for (i64 i : moving_) commit_one(indices_[i], counts[i], group, tx);
     tx.commit();
   }

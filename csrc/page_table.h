@@ -24,6 +24,12 @@ struct Found {
   i64 row = -1;    // virtual: the row that shows them
 };
 
+// Block `ordinal` of the sequence at `index` holds what the node says.
+struct Published {
+  i64 index, ordinal;
+  i32 node;
+};
+
 class PageTable : public PageOwner {
  public:
   // True if tokens [0, tokens) of the group have room already: nothing to decide, no driver call.
@@ -47,8 +53,7 @@ class PageTable : public PageOwner {
   virtual void adopt(i64 index, const std::vector<i32>& chain, const Found& found, Transaction& tx) = 0;
   // True if the group has the node's tokens somewhere.
   virtual bool has(i32 node, i64 group) const = 0;
-  // Block `ordinal` of the sequence holds what the node says.
-  virtual void publish(i64 index, i64 ordinal, i32 node, Transaction& tx) = 0;
+  virtual void publish(const std::vector<Published>& blocks, Transaction& tx) = 0;
   // The last block that the sequence has published is its own again, to be written over.
   virtual void retract(i64 index, i32 node, Transaction& tx) = 0;
   // Gives up a node that nobody uses and that no cached one continues. Its memory is parked then.

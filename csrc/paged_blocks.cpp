@@ -304,25 +304,35 @@ void PagedBlocks::on_content(const Op& op, bool undo) {
   if (op.kind == OpKind::hide) return hide({op.d, op.a, op.b, op.c});
   const i32 node = static_cast<i32>(op.a);
   if (op.kind == OpKind::shift) return shift(op.b, node, op.d, op.c);
-  Blocks& b = blocks_[op.b];
-  const bool held = op.kind == OpKind::hold;
-  if (held) {
-    if (static_cast<i64>(block_of_.size()) < index_.capacity() * groups_) block_of_.resize(index_.capacity() * groups_);
-    if (b.info[op.c].refs == 0) {
-      b.ready.remove(op.c);
-      keep(b, op.c, 0);
-      if (undo && index_.used(node)) pass(b, op.c);  // only such are given up while their node is in use
-    }
-    index_.place(node, op.b, undo);
+  if (op.kind == OpKind::hold) {
+    hold(op.b, node, static_cast<i32>(op.c), undo);
   } else {
-    if (b.info[op.c].refs == 0) {
-      unkeep(b, op.c, 0);
-      b.ready.add(op.c);
-    }
-    index_.displace(node, op.b, undo);
+    unhold(op.b, node, static_cast<i32>(op.c), undo);
   }
-  b.info[op.c].node = held ? node : kNoNode;
-  block_of_[node * groups_ + op.b] = held ? static_cast<i32>(op.c) : 0;
+}
+
+void PagedBlocks::hold(i64 g, i32 node, i32 block, bool undo) {
+  Blocks& b = blocks_[g];
+  if (static_cast<i64>(block_of_.size()) < index_.capacity() * groups_) block_of_.resize(index_.capacity() * groups_);
+  if (b.info[block].refs == 0) {
+    b.ready.remove(block);
+    keep(b, block, 0);
+    if (undo && index_.used(node)) pass(b, block);  // only such are given up while their node is in use
+  }
+  index_.place(node, g, undo);
+  b.info[block].node = node;
+  block_of_[node * groups_ + g] = block;
+}
+
+void PagedBlocks::unhold(i64 g, i32 node, i32 block, bool undo) {
+  Blocks& b = blocks_[g];
+  if (b.info[block].refs == 0) {
+    unkeep(b, block, 0);
+    b.ready.add(block);
+  }
+  index_.displace(node, g, undo);
+  b.info[block].node = kNoNode;
+  block_of_[node * groups_ + g] = 0;
 }
 
 void PagedBlocks::change(const Op& op, bool mapped) {

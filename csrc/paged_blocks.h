@@ -124,6 +124,9 @@ class PagedBlocks : public PageTable {
     const std::size_t at = node * groups_ + g;
     return at < block_of_.size() ? block_of_[at] : 0;
   }
+  // The node's tokens lie in the block from now on; and the inverse.
+  void hold(i64 g, i32 node, i32 block, bool undo);
+  void unhold(i64 g, i32 node, i32 block, bool undo);
   // The block waits to be given up before any other, but after those that wait already.
   void pass(Blocks& b, i64 block);
 

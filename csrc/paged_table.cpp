@@ -118,17 +118,19 @@ class PagedTable final : public PagedBlocks {
   bool has(i32 node, i64 group) const override { return block_of(node, group) != 0; }
 
   // A block that is cached already takes the place of the sequence's own, so that its content is held once.
-  void publish(i64 index, i64 ordinal, i32 node, Transaction& tx) override {
+  void publish(const std::vector<Published>& blocks, Transaction& tx) override {
     for (i64 g = 0; g < groups_; ++g) {
       if (geometry_.groups[g].growth != Growth::token) continue;
-      Blocks& b = blocks_[g];
-      const i32 own = entry(index, g, ordinal), cached = block_of(node, g);
-      if (own == 0 || own == cached) continue;
-      if (cached == 0) {
-        tx.push({OpKind::hold, arena(0), node, g, own});
-      } else {
-        b.fence = tx.fence();
-        set(index, g, ordinal, cached, tx);
+      for (const Published& p : blocks) {
+        const i32 own = entry(p.index, g, p.ordinal), cached = block_of(p.node, g);
+        if (own == 0 || own == cached) continue;
+        if (cached == 0) {
+          hold(g, p.node, own, false);
+          tx.note({OpKind::hold, arena(0), p.node, g, own});
+        } else {
+          blocks_[g].fence = tx.fence();
+          set(p.index, g, p.ordinal, cached, tx);
+        }
       }
     }
   }

@@ -18,6 +18,9 @@ u64 pair_of(const i32* two) {
   return pair;
 }
 
+// Its two ids at `bits` each.
+u64 narrow(u64 pair, u64 bits) { return (pair & UINT32_MAX) | (pair >> 32) << bits; }
+
 u64 pair_of_one(i32 last) { return static_cast<std::uint32_t>(last); }
 
 i64 stride_of(i64 block_tokens, u64 bits) {
@@ -31,13 +34,12 @@ class Writer {
   Writer(std::uint8_t* block, u64 bits) : block_(block), bits_(bits) {}
   void push(u64 pair) {
     seen_ |= pair;
-    const u64 narrow = (pair & UINT32_MAX) | (pair >> 32) << bits_, word = begun_ | narrow << at_ % 8;
+    const u64 two = narrow(pair, bits_), word = begun_ | two << at_ % 8;
     std::memcpy(block_ + at_ / 8, &word, sizeof word);
     at_ += 2 * bits_;
-    begun_ = narrow >> 1 >> (2 * bits_ - 1 - at_ % 8);  // in two steps, since one of 64 is none
+    begun_ = two >> 1 >> (2 * bits_ - 1 - at_ % 8);  // in two steps, since one of 64 is none
   }
-  // Which bits the ids had. More than `bits`: what was written is worthless.
-  u64 seen() const { return (seen_ | seen_ >> 32) & UINT32_MAX; }
+  u64 seen() const { return seen_; }  // the bits that the pairs had
 
  private:
   std::uint8_t* const block_;
@@ -49,6 +51,19 @@ class Writer {
 
 // Eight ids fill whole bytes, so every eighth begins anew: where the width is a constant, all shifts are, too.
 constexpr i64 kRun = 8;
+
+// The eight ids as a Writer would have it, all at once. Returns which bits they had; writes 24 bytes.
+template <u64 bits>
+u64 put_run(const i32* tokens, std::uint8_t* out) {
+  static_assert(bits >= 16 && bits < 22, "two words and part of a third, in which the last pair ends");
+  const u64 a = pair_of(tokens), b = pair_of(tokens + 2), c = pair_of(tokens + 4), d = pair_of(tokens + 6);
+  const u64 second = narrow(b, bits), last = narrow(d, bits);
+  const u64 words[] = {narrow(a, bits) | second << 2 * bits,
+                       second >> (64 - 2 * bits) | narrow(c, bits) << (4 * bits - 64) | last << (6 * bits - 64),
+                       last >> (128 - 6 * bits)};
+  std::memcpy(out, words, sizeof words);
+  return a | b | c | d;
+}
 
 // Calls f(bits), with a constant for the widths of most vocabularies: a third of the instructions.
 template <class F>
@@ -79,25 +94,26 @@ void TokenBlocks::put(i32 block, const i32* tokens) {
   std::uint8_t* const at = &bytes_[block * stride_];
   u64 behind;  // another block's
   std::memcpy(&behind, at + stride_, sizeof behind);
-  const u64 seen = with_width(bits_, [at, tokens, count = block_tokens_](auto bits) {
+  i64 done = 0;
+  u64 seen = with_width(bits_, [at, tokens, &done, count = block_tokens_](auto bits) {
     u64 seen = 0;
-    i64 i = 0;
-    for (std::uint8_t* run = at; i < count; run += bits) {
-      Writer writer(run, bits);
-      if (i + kRun <= count) {
-        for (i64 k = 0; k < kRun; k += 2, i += 2) writer.push(pair_of(tokens + i));
-      } else {
-        for (; i + 2 <= count; i += 2) writer.push(pair_of(tokens + i));
-        if (i < count) writer.push(pair_of_one(tokens[i++]));
-      }
-      seen |= writer.seen();
+    if constexpr (!std::is_same_v<decltype(bits), u64>) {
+      std::uint8_t* out = at;
+      for (; done + kRun <= count; done += kRun, out += bits) seen |= put_run<bits>(tokens + done, out);
     }
     return seen;
   });
+  if (done < block_tokens_) {
+    Writer writer(at + done / kRun * bits_, bits_);
+    for (; done + 2 <= block_tokens_; done += 2) writer.push(pair_of(tokens + done));
+    if (done < block_tokens_) writer.push(pair_of_one(tokens[done]));
+    seen |= writer.seen();
+  }
   std::memcpy(at + stride_, &behind, sizeof behind);
   used_ = std::max(used_, i64{block} + 1);
-  if (seen >> bits_ == 0) return;
-  widen(seen);
+  const u64 ids = (seen | seen >> 32) & UINT32_MAX;
+  if (ids >> bits_ == 0) return;
+  widen(ids);  // what was written is worthless
   put(block, tokens);
 }
 

@@ -30,6 +30,8 @@ class Transaction {
     apply(op, false);
     ops_.push_back(op);
   }
+  // A private record whose change the caller has made itself: cheaper, where there are many.
+  void note(const Op& op) { ops_.push_back(op); }
   // A fence that covers everything given to the device so far. One for each transaction is enough.
   i64 fence() { return fence_ != 0 ? fence_ : fence_ = new_fence(); }
   // One that also covers the copies of this transaction.

@@ -275,37 +275,46 @@ void VirtualRows::change(const Op& op, bool mapped) {
 }
 
 void VirtualRows::on_content(const Op& op, bool undo) {
-  const i32 node = static_cast<i32>(op.a), row = static_cast<i32>(op.b);
-  if (static_cast<i64>(holder_.size()) < index_.capacity()) holder_.resize(index_.capacity(), -1);
-  std::vector<Hold>& holds = rows_[row].holds;
-  const i64 ordinal = index_.ordinal(node);
-  i32& first = holder_[node];
   if (op.kind == OpKind::hold) {
-    Hold hold;
-    hold.node = node, hold.next = first;
-    const i32 before = first;
-    if (before >= 0) rows_[before].holds[ordinal].previous = row;
-    first = row;
-    holds.push_back(hold);
-    if (before >= 0) file_double(before);
-    if (op.c == 1) rows_[row].state = node;
-    index_.place(node, -1, undo);
+    hold(op.b, static_cast<i32>(op.a), op.c == 1, undo);
   } else {
-    const Hold hold = holds.back();
-    if (hold.previous >= 0) {
-      rows_[hold.previous].holds[ordinal].next = hold.next;
-    } else {
-      first = hold.next;
-    }
-    if (hold.next >= 0) rows_[hold.next].holds[ordinal].previous = hold.previous;
-    holds.pop_back();
-    if (hold.previous >= 0) file_double(hold.previous);
-    if (hold.next >= 0) file_double(hold.next);
-    if (op.c == 1) rows_[row].state = kNoNode;
-    index_.displace(node, -1, undo);
+    unhold(op.b, static_cast<i32>(op.a), op.c == 1, undo);
   }
+}
+
+void VirtualRows::hold(i64 row, i32 node, bool state, bool undo) {
+  if (static_cast<i64>(holder_.size()) < index_.capacity()) holder_.resize(index_.capacity(), -1);
+  const i32 before = holder_[node];
+  Hold hold;
+  hold.node = node, hold.next = before;
+  rows_[row].holds.push_back(hold);
+  holder_[node] = static_cast<i32>(row);
+  if (before >= 0) {
+    rows_[before].holds[index_.ordinal(node)].previous = holder_[node];
+    file_double(before);
+  }
+  if (state) rows_[row].state = node;
+  index_.place(node, -1, undo);
+  file_content(row);
+}
+
+void VirtualRows::unhold(i64 row, i32 node, bool state, bool undo) {
+  const i64 ordinal = index_.ordinal(node);
+  const Hold hold = rows_[row].holds.back();
+  (hold.previous >= 0 ? rows_[hold.previous].holds[ordinal].next : holder_[node]) = hold.next;
+  if (hold.next >= 0) rows_[hold.next].holds[ordinal].previous = hold.previous;
+  rows_[row].holds.pop_back();
+  if (hold.previous >= 0) file_double(hold.previous);
+  if (hold.next >= 0) file_double(hold.next);
+  if (state) rows_[row].state = kNoNode;
+  index_.displace(node, -1, undo);
+  file_content(row);
+}
+
+// The content of a parked row says where it stands, and which of its slots are needed.
+void VirtualRows::file_content(i64 row) {
   if (rows_[row].index >= 0) return;
-  may_give(row);  // its content says which of its slots are needed
+  may_give(row);
   file_empty(row);
   file_double(row);
 }

@@ -165,6 +165,11 @@ class VirtualRows : public PageTable {
     }
   }
 
+  // Block `ordinal(node)`, the next one of the row's content, is the node; and the inverse, of the last one. `state`:
+  // the row has a copy of the fixed state at its end.
+  void hold(i64 row, i32 node, bool state, bool undo);
+  void unhold(i64 row, i32 node, bool state, bool undo);
+
   // The row may have pages to spare from now on.
   void may_give(i64 row) {
     if (row == 0 || rows_[row].slots == 0) return;
@@ -234,6 +239,7 @@ class VirtualRows : public PageTable {
   void set_sequence(i64 row, i64 index);
   void file_empty(i64 row);
   void file_double(i64 row);
+  void file_content(i64 row);
   void change(const Op& op, bool mapped);
   void check_content(std::vector<std::string>* out) const;
   void check_lists(i64 row, std::vector<std::string>* out) const;

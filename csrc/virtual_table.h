@@ -26,8 +26,11 @@ class VirtualTable final : public VirtualRows {
   Found find(const std::vector<i32>& chain, i64 tokens) const override;
   void adopt(i64 index, const std::vector<i32>& chain, const Found& found, Transaction& tx) override;
   bool has(i32 node, i64) const override { return first_holder(node) >= 0; }
-  void publish(i64 index, i64, i32 node, Transaction& tx) override {
-    tx.push({OpKind::hold, arena(0), node, row_of_[index]});
+  void publish(const std::vector<Published>& blocks, Transaction& tx) override {
+    for (const Published& p : blocks) {
+      hold(row_of_[p.index], p.node, false, false);
+      tx.note({OpKind::hold, arena(0), p.node, row_of_[p.index]});
+    }
   }
 
   void retract(i64 index, i32 node, Transaction& tx) override {

@@ -2,7 +2,7 @@
 # make mapping: the one beside `python -m kvmem.bench mapping`.
 
 BENCH := build/bench
-BENCH_FLAGS := -O3 -g -DNDEBUG -std=c++17 -Wall -Wextra -fno-strict-aliasing -pthread -Icsrc
+BENCH_FLAGS := -O3 -g -DNDEBUG -std=c++17 -Wall -Wextra -fno-strict-aliasing -pthread -Icsrc -flto=auto
 BENCH_CORE := $(patsubst csrc/%.cpp,$(BENCH)/%.o,$(filter-out csrc/bindings%,$(wildcard csrc/*.cpp)))
 
 .PHONY: floor callgrind mapping
@@ -16,13 +16,13 @@ $(BENCH)/%.o: csrc/%.cpp csrc/bench/bench.mk
 	$(CXX) $(BENCH_FLAGS) -MMD -MP -c $< -o $@
 
 $(BENCH)/floor: $(BENCH)/bench/floor.o
-	$(CXX) $^ -o $@
+	$(CXX) $(BENCH_FLAGS) $^ -o $@
 
 $(BENCH)/core: $(BENCH)/bench/core.o $(BENCH_CORE)
-	$(CXX) -pthread $^ -ldl -o $@
+	$(CXX) $(BENCH_FLAGS) $^ -ldl -o $@
 
 $(BENCH)/mapping: $(BENCH)/bench/mapping.o $(BENCH_CORE)
-	$(CXX) -pthread $^ -ldl -o $@
+	$(CXX) $(BENCH_FLAGS) $^ -ldl -o $@
 
 -include $(wildcard $(BENCH)/*.d $(BENCH)/*/*.d)
 
