@@ -195,6 +195,10 @@ void Cache::grow(const i32* counts, i64 group, bool padded, std::size_t* at) {
 
 // The length says already what there is to be room for.
 void Cache::grow_one(i64 index, i64 count, i64 group, Transaction& tx) {
+  if (is_simple_) {
+    const i64 tokens = sequences_.tokens(index, 0);
+    return table_->grow(index, 0, tokens - count, tokens, tx);
+  }
   for (i64 g = group_begin(group); g < group_end(group); ++g) {
     if (grows(g, group)) {
       const i64 tokens = sequences_.tokens(index, g);

@@ -28,7 +28,7 @@ class IdSet {
   }
 
   bool empty() const { return levels_[top_].empty() || levels_[top_][0] == 0; }
-  bool has(i64 id) const { return levels_[0][id / 64] >> (id % 64) & 1; }
+  bool has(i64 id) const { return levels_[0][word_of(id)] >> bit_of(id) & 1; }
 
   // The smallest. The set is not empty.
   i64 first() const {
@@ -39,14 +39,14 @@ class IdSet {
 
   // How many are on end from `id` on, which is one of them; counts to the end of a word at most.
   i64 run(i64 id) const {
-    const std::uint64_t gaps = ~(levels_[0][id / 64] >> (id % 64));
-    return std::min(i64{64} - id % 64, gaps == 0 ? i64{64} : i64{__builtin_ctzll(gaps)});
+    const std::uint64_t gaps = ~(levels_[0][word_of(id)] >> bit_of(id));
+    return std::min(i64{64} - bit_of(id), gaps == 0 ? i64{64} : i64{__builtin_ctzll(gaps)});
   }
 
   // The smallest above `id`, -1 if there is none.
   i64 after(i64 id) const {
-    for (std::size_t level = 0; level <= top_; ++level, id /= 64) {
-      const std::uint64_t above = levels_[level][id / 64] >> (id % 64) >> 1;
+    for (std::size_t level = 0; level <= top_; ++level, id = word_of(id)) {
+      const std::uint64_t above = levels_[level][word_of(id)] >> bit_of(id) >> 1;
       if (above == 0) continue;
       id += 1 + __builtin_ctzll(above);
       while (level-- > 0) id = id * 64 + __builtin_ctzll(levels_[level][id]);
@@ -55,8 +55,8 @@ class IdSet {
     return -1;
   }
 
-  void insert(i64 id) { add(id / 64, std::uint64_t{1} << (id % 64)); }
-  void erase(i64 id) { remove(id / 64, std::uint64_t{1} << (id % 64)); }
+  void insert(i64 id) { add(word_of(id), std::uint64_t{1} << bit_of(id)); }
+  void erase(i64 id) { remove(word_of(id), std::uint64_t{1} << bit_of(id)); }
 
   // The `count` numbers from `id` on.
   void insert(i64 id, i64 count) {
@@ -69,27 +69,31 @@ class IdSet {
  private:
   using Words = std::vector<std::uint64_t>;
 
+  // Unsigned: for numbers that might be negative, a division by 64 is no shift.
+  static i64 word_of(i64 id) { return static_cast<i64>(static_cast<std::uint64_t>(id) / 64); }
+  static i64 bit_of(i64 id) { return static_cast<i64>(static_cast<std::uint64_t>(id) % 64); }
+
   template <class F>
   static void each_word(i64 id, i64 count, F f) {
     for (const i64 end = id + count; id < end;) {
-      const i64 bit = id % 64, n = std::min(end - id, 64 - bit);
-      f(id / 64, ~std::uint64_t{0} >> (64 - n) << bit);
+      const i64 bit = bit_of(id), n = std::min(end - id, 64 - bit);
+      f(word_of(id), ~std::uint64_t{0} >> (64 - n) << bit);
       id += n;
     }
   }
 
   void add(i64 at, std::uint64_t mask) {
     std::uint64_t before = std::exchange(levels_[0][at], levels_[0][at] | mask);
-    for (std::size_t level = 1; before == 0 && level <= top_; ++level, at /= 64) {
-      std::uint64_t& word = levels_[level][at / 64];
-      before = std::exchange(word, word | std::uint64_t{1} << (at % 64));
+    for (std::size_t level = 1; before == 0 && level <= top_; ++level, at = word_of(at)) {
+      std::uint64_t& word = levels_[level][word_of(at)];
+      before = std::exchange(word, word | std::uint64_t{1} << bit_of(at));
     }
   }
 
   void remove(i64 at, std::uint64_t mask) {
     std::uint64_t left = levels_[0][at] &= ~mask;
-    for (std::size_t level = 1; left == 0 && level <= top_; ++level, at /= 64) {
-      left = levels_[level][at / 64] &= ~(std::uint64_t{1} << (at % 64));
+    for (std::size_t level = 1; left == 0 && level <= top_; ++level, at = word_of(at)) {
+      left = levels_[level][word_of(at)] &= ~(std::uint64_t{1} << bit_of(at));
     }
   }
 

@@ -245,21 +245,23 @@ void PagedBlocks::drop(Blocks& b, i64 block) {
   }
 }
 
-// Ready blocks come in runs (take_run()); what is shown again may have been anything.
-void PagedBlocks::show(const Entries& e, bool undo) {
+void PagedBlocks::take_ready(const Entries& e) {
   Blocks& b = blocks_[e.group];
   const i32* entries = &b.table[e.index * b.per_sequence + e.first];
   for (i64 i = 0, n = 1; i < e.count; i += n) {
-    if (undo || e.count == 1) {
-      acquire(b, entries[i]);
-      continue;
-    }
-    for (n = 1; i + n < e.count && entries[i + n] == entries[i] + n;) ++n;
-    for (i64 k = 0; k < n; ++k) b.info[entries[i] + k].refs = 1;
-    b.ready.remove(entries[i], n);
-    count(b, entries[i], n, 1, 0);
+    const i64 first = entries[i];
+    for (n = 1; i + n < e.count && entries[i + n] == first + n;) ++n;
+    for (i64 k = 0; k < n; ++k) b.info[first + k].refs = 1;
+    n == 1 ? b.ready.remove(first) : b.ready.remove(first, n);
+    count(b, first, n, 1, 0);
   }
-  if (!undo) return;  // these came at the end of the table
+}
+
+// They may have been anything.
+void PagedBlocks::show_again(const Entries& e) {
+  Blocks& b = blocks_[e.group];
+  const i32* entries = &b.table[e.index * b.per_sequence + e.first];
+  for (i64 i = 0; i < e.count; ++i) acquire(b, entries[i]);
   ++version_[e.index * groups_ + e.group];
   hidden_.pop_back();
 }
@@ -300,7 +302,7 @@ void PagedBlocks::wipe_hidden() {
 }
 
 void PagedBlocks::on_content(const Op& op, bool undo) {
-  if (op.kind == OpKind::show) return show({op.d, op.a, op.b, op.c}, undo);
+  if (op.kind == OpKind::show) return show_again({op.d, op.a, op.b, op.c});  // take_ready() has done all others
   if (op.kind == OpKind::hide) return hide({op.d, op.a, op.b, op.c});
   const i32 node = static_cast<i32>(op.a);
   if (op.kind == OpKind::shift) return shift(op.b, node, op.d, op.c);

@@ -124,6 +124,8 @@ class PagedBlocks : public PageTable {
     const std::size_t at = node * groups_ + g;
     return at < block_of_.size() ? block_of_[at] : 0;
   }
+  // The entries name ready blocks, which count as theirs from now on.
+  void take_ready(const Entries& entries);
   // The node's tokens lie in the block from now on; and the inverse.
   void hold(i64 g, i32 node, i32 block, bool undo);
   void unhold(i64 g, i32 node, i32 block, bool undo);
@@ -160,7 +162,7 @@ class PagedBlocks : public PageTable {
   void acquire(Blocks& b, i64 block);
   void drop(Blocks& b, i64 block);
   void shift(i64 g, i32 node, i64 from, i64 to);
-  void show(const Entries& entries, bool undo);
+  void show_again(const Entries& entries);
   void hide(const Entries& entries);
   void wipe_hidden();
   void move(i64 g, const std::vector<BlockMove>& moves, Transaction& tx);

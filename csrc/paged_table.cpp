@@ -313,7 +313,8 @@ class PagedTable final : public PagedBlocks {
     } else {
       *entries = static_cast<i32>(b.ready.first());
     }
-    tx.push({OpKind::show, arena(0), index, first, n, group});
+    take_ready({group, index, first, n});
+    tx.note({OpKind::show, arena(0), index, first, n, group});
     return n;
   }
 
