@@ -28,6 +28,8 @@ class EvictionPolicy {
   virtual void insert(i32 id, std::uint64_t key, i32 parent) = 0;
   // insert() of this id and key will likely follow: time to fetch what it looks up. Changes nothing.
   virtual void expect(i32, std::uint64_t) {}
+  // use() or release() of this id will follow, likewise.
+  virtual void prefetch(i32) const {}
   // Another sequence found the block, in use or not. Follows insert(); first block of the chain first.
   virtual void hit(i32 id) = 0;
   // A released block is in use again: not to be named by victim() until it is released.

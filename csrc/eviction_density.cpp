@@ -59,6 +59,7 @@ class DensityPolicy final : public EvictionPolicy {
     ghosts_.prefetch(key);
     __builtin_prefetch(&blocks_[id], 1);
   }
+  void prefetch(i32 id) const override { __builtin_prefetch(&blocks_[id], 1); }
   void hit(i32 id) override;
   void use(i32 id) override;
   void release(i32 id) override;

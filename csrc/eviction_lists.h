@@ -28,6 +28,7 @@ class IdLists {
   }
   i64 ids() const { return static_cast<i64>(nodes_.size()) - lists_; }
   Node& operator[](i32 id) { return at(lists_ + id); }
+  const Node& operator[](i32 id) const { return at(lists_ + id); }
   bool empty(i32 list) const { return at(list).next == list; }
   i32 front(i32 list) const { return at(list).next - lists_; }  // of a list that is not empty, as back()
   i32 back(i32 list) const { return at(list).prev - lists_; }

@@ -85,6 +85,7 @@ void VirtualTable::close(i64 index, Transaction& tx) {
   const i64 row = row_of_[index];
   if (row < 0) return;
   rows_[row].fence = tx.fence();
+  for (const Hold& hold : rows_[row].holds) index_.prefetch(hold.node);
   tx.push({OpKind::unbind, 0, sequences_.handle_of(index), row});
   // copy_tail_ stays: it only asks to look, and should this be taken back, a tail that is shared must still be
   // copied.
