@@ -279,7 +279,7 @@ class Cache final : public TableState {
   std::vector<i32> tails_;             // [sequence][block_tokens()]: the known tokens after the last published block
   std::unordered_map<i64, i32> pins_;  // pin -> the last node of its chain
   i64 pins_seen_ = 0, lookup_tokens_ = 0, hit_tokens_ = 0;
-  std::vector<i32> chain_, block_, leaving_;  // of the call in progress
+  std::vector<i32> chain_, leaving_;  // of the call in progress
   std::vector<PartOfBlock> parts_;
   std::vector<Published> published_;
   std::vector<i64> indices_;  // of the call in progress

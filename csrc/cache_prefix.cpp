@@ -229,10 +229,9 @@ void Cache::collect_published(i64 index, const i32* tokens, i64 count) {
   i32 last = c.leaf;
   for (i64 end = size - held; end <= count; end += size) {
     const i32* block = tokens + end - size;
-    if (end < size) {
-      block_.assign(tail(index), tail(index) + held);
-      block_.insert(block_.end(), tokens, tokens + end);
-      block = block_.data();
+    if (end < size) {  // the tail says what it did, since only its first `held` tokens are known yet
+      std::copy(tokens, tokens + end, tail(index) + held);
+      block = tail(index);
     }
     const i32 node = index_.find_or_add(last, block);
     index_.enter(node);

@@ -37,6 +37,13 @@ class IdSet {
     return at;
   }
 
+  // Takes it out.
+  i64 take_first() {
+    const i64 id = first();
+    erase(id);
+    return id;
+  }
+
   // How many are on end from `id` on, which is one of them; counts to the end of a word at most.
   i64 run(i64 id) const {
     const std::uint64_t gaps = ~(levels_[0][word_of(id)] >> bit_of(id));

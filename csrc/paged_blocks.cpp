@@ -245,16 +245,24 @@ void PagedBlocks::drop(Blocks& b, i64 block) {
   }
 }
 
-void PagedBlocks::take_ready(const Entries& e) {
-  Blocks& b = blocks_[e.group];
-  const i32* entries = &b.table[e.index * b.per_sequence + e.first];
-  for (i64 i = 0, n = 1; i < e.count; i += n) {
+i64 PagedBlocks::take_ready(Blocks& b, i32* entry) {
+  const i64 block = b.ready.take_first();
+  *entry = static_cast<i32>(block);
+  b.info[block].refs = 1;
+  count(b, block, 1, 1, 0);
+  return 1;
+}
+
+i64 PagedBlocks::take_ready(Blocks& b, i64 most, i32* entries) {
+  const i64 taken = b.ready.copy(most, entries);
+  for (i64 i = 0, n = 1; i < taken; i += n) {
     const i64 first = entries[i];
-    for (n = 1; i + n < e.count && entries[i + n] == first + n;) ++n;
+    for (n = 1; i + n < taken && entries[i + n] == first + n;) ++n;
     for (i64 k = 0; k < n; ++k) b.info[first + k].refs = 1;
-    n == 1 ? b.ready.remove(first) : b.ready.remove(first, n);
+    b.ready.remove(first, n);
     count(b, first, n, 1, 0);
   }
+  return taken;
 }
 
 // They may have been anything.

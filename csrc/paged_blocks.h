@@ -124,8 +124,9 @@ class PagedBlocks : public PageTable {
     const std::size_t at = node * groups_ + g;
     return at < block_of_.size() ? block_of_[at] : 0;
   }
-  // The entries name ready blocks, which count as theirs from now on.
-  void take_ready(const Entries& entries);
+  // The next ready block, or the next `most` as far as there are, become these entries; returns how many.
+  i64 take_ready(Blocks& b, i32* entry);
+  i64 take_ready(Blocks& b, i64 most, i32* entries);
   // The node's tokens lie in the block from now on; and the inverse.
   void hold(i64 g, i32 node, i32 block, bool undo);
   void unhold(i64 g, i32 node, i32 block, bool undo);

@@ -306,14 +306,8 @@ class PagedTable final : public PagedBlocks {
   i64 take_run(i64 index, i64 group, i64 first, i64 most, Transaction& tx) {
     Blocks& b = blocks_[group];
     if (b.ready.empty()) make_ready(group, most, tx);
-    i32* entries = &b.table[index * b.per_sequence + first];
-    i64 n = 1;
-    if (most > 1) {
-      n = b.ready.copy(most, entries);
-    } else {
-      *entries = static_cast<i32>(b.ready.first());
-    }
-    take_ready({group, index, first, n});
+    i32* const entries = &b.table[index * b.per_sequence + first];
+    const i64 n = most == 1 ? take_ready(b, entries) : take_ready(b, most, entries);
     tx.note({OpKind::show, arena(0), index, first, n, group});
     return n;
   }

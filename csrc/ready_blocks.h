@@ -18,6 +18,12 @@ class ReadyBlocks {
   // The next one; there is one.
   i64 first() const { return soon_.empty() ? late_.first() : soon_.first(); }
 
+  // And it is not ready any more.
+  i64 take_first() {
+    --size_;
+    return (soon_.empty() ? late_ : soon_).take_first();
+  }
+
   // Writes the next `most` of them, or all there are; returns how many.
   i64 copy(i64 most, i32* out) const {
     i64 done = 0;

@@ -18,6 +18,12 @@ u64 pair_of(const i32* two) {
   return pair;
 }
 
+// Its first `bytes` bytes.
+template <std::size_t bytes = sizeof(u64)>
+void put_word(std::uint8_t* out, u64 word) {
+  std::memcpy(out, &word, bytes);
+}
+
 // Its two ids at `bits` each.
 u64 narrow(u64 pair, u64 bits) { return (pair & UINT32_MAX) | (pair >> 32) << bits; }
 
@@ -52,17 +58,20 @@ class Writer {
 // Eight ids fill whole bytes, so every eighth begins anew: where the width is a constant, all shifts are, too.
 constexpr i64 kRun = 8;
 
-// The eight ids as a Writer would have it, all at once. Returns which bits they had; writes 24 bytes.
+// Whole runs of ids, each as a Writer would have it, but at once and without a byte more. Returns which bits they had.
 template <u64 bits>
-u64 put_run(const i32* tokens, std::uint8_t* out) {
+[[gnu::noinline]] u64 put_runs(const i32* tokens, i64 runs, std::uint8_t* out) {
   static_assert(bits >= 16 && bits < 22, "two words and part of a third, in which the last pair ends");
-  const u64 a = pair_of(tokens), b = pair_of(tokens + 2), c = pair_of(tokens + 4), d = pair_of(tokens + 6);
-  const u64 second = narrow(b, bits), last = narrow(d, bits);
-  const u64 words[] = {narrow(a, bits) | second << 2 * bits,
-                       second >> (64 - 2 * bits) | narrow(c, bits) << (4 * bits - 64) | last << (6 * bits - 64),
-                       last >> (128 - 6 * bits)};
-  std::memcpy(out, words, sizeof words);
-  return a | b | c | d;
+  u64 seen = 0;
+  for (const i32* const end = tokens + runs * kRun; tokens < end; tokens += kRun, out += bits) {
+    const u64 a = pair_of(tokens), b = pair_of(tokens + 2), c = pair_of(tokens + 4), d = pair_of(tokens + 6);
+    const u64 second = narrow(b, bits), last = narrow(d, bits);
+    put_word(out, narrow(a, bits) | second << 2 * bits);
+    put_word(out + 8, second >> (64 - 2 * bits) | narrow(c, bits) << (4 * bits - 64) | last << (6 * bits - 64));
+    put_word<bits - 16>(out + 16, last >> (128 - 6 * bits));
+    seen |= a | b | c | d;
+  }
+  return seen;
 }
 
 // Calls f(bits), with a constant for the widths of most vocabularies: a third of the instructions.
@@ -92,29 +101,31 @@ void TokenBlocks::reserve(i64 blocks) {
 
 void TokenBlocks::put(i32 block, const i32* tokens) {
   std::uint8_t* const at = &bytes_[block * stride_];
-  u64 behind;  // another block's
-  std::memcpy(&behind, at + stride_, sizeof behind);
+  const i64 runs = block_tokens_ / kRun;
   i64 done = 0;
-  u64 seen = with_width(bits_, [at, tokens, &done, count = block_tokens_](auto bits) {
-    u64 seen = 0;
-    if constexpr (!std::is_same_v<decltype(bits), u64>) {
-      std::uint8_t* out = at;
-      for (; done + kRun <= count; done += kRun, out += bits) seen |= put_run<bits>(tokens + done, out);
-    }
-    return seen;
+  u64 seen = with_width(bits_, [=, &done](auto bits) -> u64 {
+    if constexpr (std::is_same_v<decltype(bits), u64>)
+      return 0;
+    else
+      return done = runs * kRun, put_runs<bits>(tokens, runs, at);
   });
-  if (done < block_tokens_) {
-    Writer writer(at + done / kRun * bits_, bits_);
-    for (; done + 2 <= block_tokens_; done += 2) writer.push(pair_of(tokens + done));
-    if (done < block_tokens_) writer.push(pair_of_one(tokens[done]));
-    seen |= writer.seen();
-  }
-  std::memcpy(at + stride_, &behind, sizeof behind);
+  if (done < block_tokens_) seen |= put_rest(at, tokens, done);
   used_ = std::max(used_, i64{block} + 1);
   const u64 ids = (seen | seen >> 32) & UINT32_MAX;
   if (ids >> bits_ == 0) return;
   widen(ids);  // what was written is worthless
   put(block, tokens);
+}
+
+// The ids from `done` on, which a whole number of runs are before; returns which bits they had.
+u64 TokenBlocks::put_rest(std::uint8_t* at, const i32* tokens, i64 done) {
+  u64 behind;  // another block's
+  std::memcpy(&behind, at + stride_, sizeof behind);
+  Writer writer(at + done / kRun * static_cast<i64>(bits_), bits_);
+  for (; done + 2 <= block_tokens_; done += 2) writer.push(pair_of(tokens + done));
+  if (done < block_tokens_) writer.push(pair_of_one(tokens[done]));
+  std::memcpy(at + stride_, &behind, sizeof behind);
+  return writer.seen();
 }
 
 i64 TokenBlocks::common(i32 block, const i32* tokens, i64 count) const {
