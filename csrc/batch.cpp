@@ -28,21 +28,29 @@ void BatchWriter::refuse(i64 blocks, i64 fresh) const {
                   std::to_string(out_.max_indices) + " and " + std::to_string(out_.max_new_tokens));
 }
 
-i64 BatchWriter::advance(const i32* handles, const i64* indices, const Sequences::Lengths* lengths, i64 step, i64 n,
-                         const TableView& view) {
-  const TableView table = view;  // the loop's own, which no store can change
+i64 BatchWriter::advance(const StepRows& rows) {
+  for (i64 before = -1; before < sizes_.rows;) {
+    before = sizes_.rows;
+    advance_in_block(rows);
+    advance_moved(rows);
+  }
+  return sizes_.rows;
+}
+
+// What nothing but a slot and what finish() makes of lengths changes for. Most steps are this loop.
+void BatchWriter::advance_in_block(const StepRows& in) {
+  const StepRows rows = in;  // the loop's own, which no store can change
   const RowMark* const marks = marks_.rows.data();
   i32* const tokens = marks_.lengths.data();
-  const i64 size = size_, first = sizes_.rows, end = std::min(n, filled_before_);
-  const i64 most = std::min(end, first + out_.max_new_tokens - sizes_.new_tokens);
+  const i64 size = size_, first = sizes_.rows, most = last_known(rows);
   i64* const slots = out_.slot_mapping ? out_.slot_mapping + sizes_.new_tokens : nullptr;
-  const bool in_sum = out_.kv_indices || out_.kv_indptr;  // then nothing may have moved
+  const bool in_sum = is_in_sum();
   i64 i = first, blocks = sizes_.indices;
   for (; i < most; ++i) {
     const RowMark& mark = marks[i];
-    const Sequences::Lengths& now = lengths[indices[i] * step];
+    const Sequences::Lengths& now = rows.at(i);
     const i64 offset = now.tokens - 1 - mark.last_token;
-    const bool advanced = mark.handle == handles[i] && mark.version == table.version(indices[i]) &&
+    const bool advanced = mark.handle == rows.handles[i] && mark.version == rows.view.version(rows.indices[i]) &&
                           (mark.index_at == blocks || !in_sum) && mark.first == now.front &&
                           now.tokens - now.committed == 1 && offset >= 0 && offset < size;
     if (!advanced) break;
@@ -53,24 +61,36 @@ i64 BatchWriter::advance(const i32* handles, const i64* indices, const Sequences
   if (!one_each_before_) std::fill(marks_.fresh.data() + first, marks_.fresh.data() + i, 1);
   advanced_ += i - first;
   sizes_.rows = i, sizes_.new_tokens += i - first, sizes_.indices = blocks;
-  return i;
+}
+
+// Rows that have one block more, or that move in kv_indices with those before them.
+void BatchWriter::advance_moved(const StepRows& rows) {
+  for (const i64 most = last_known(rows); sizes_.rows < most;) {
+    const i64 i = sizes_.rows;
+    RowMark& mark = marks_.rows[i];
+    const Sequences::Lengths& now = rows.at(i);
+    const Placement at = rows.view.at(rows.indices[i]);
+    const i64 offset = now.tokens - 1 - mark.last_token, blocks = mark.blocks + (offset == size_);
+    const bool follows = mark.handle == rows.handles[i] && mark.version == at.version && mark.first == now.front &&
+                         now.tokens - now.committed == 1 && offset >= 0 && offset <= size_;
+    const bool moves = offset == size_ || (mark.index_at != sizes_.indices && is_in_sum());
+    if (!follows || !moves || blocks > out_.max_blocks || sizes_.indices + blocks > out_.max_indices) return;
+    if (offset == size_) append(at, mark);
+    write_indices(at, mark);
+    if (out_.slot_mapping) out_.slot_mapping[sizes_.new_tokens] = mark.last_slot + now.tokens - 1 - mark.last_token;
+    marks_.lengths[i] = static_cast<i32>(now.tokens), marks_.fresh[i] = 1;
+    ++advanced_, ++sizes_.rows, ++sizes_.new_tokens, sizes_.indices += blocks;
+  }
 }
 
 void BatchWriter::add(const BatchRow& row) {
   const i64 blocks = ceil_div(row.length, size_), dropped = quotient(row.first, size_);
   check_room(blocks, row.fresh);
   RowMark& mark = marks_.rows[sizes_.rows];
-  const bool known = mark.handle == row.handle && mark.version == row.at.version && mark.dropped == dropped;
-  const bool same = known && mark.blocks == blocks;
-  if (known && mark.blocks + 1 == blocks && dropped < blocks) {
-    append(row, mark);
-  } else if (!same) {
-    write_table(row, dropped, blocks, mark);
-  }
-  if (!same || mark.index_at != sizes_.indices || sizes_.rows >= filled_before_) {
-    write_indices(row, dropped, blocks);
-    mark.index_at = sizes_.indices;
-  }
+  const bool same =
+      mark.handle == row.handle && mark.version == row.at.version && mark.dropped == dropped && mark.blocks == blocks;
+  if (!same) write_table(row, dropped, blocks, mark);
+  if (!same || mark.index_at != sizes_.indices || sizes_.rows >= filled_before_) write_indices(row.at, mark);
   mark.first = row.first;
   if (row.fresh == 1 && out_.slot_mapping) {
     out_.slot_mapping[sizes_.new_tokens] = mark.last_slot + row.length - 1 - mark.last_token;
@@ -123,13 +143,13 @@ void BatchWriter::change(const BatchRow& row, i64 from, i64 to, bool zero) {
 }
 
 // What write_table() comes to when the row has got one more block: all rows at once may have.
-void BatchWriter::append(const BatchRow& row, RowMark& mark) {
-  const i64 ordinal = mark.blocks++, place = sizes_.rows * out_.max_blocks + ordinal;
-  const i64 block = row.at.blocks ? row.at.blocks[ordinal] : row.at.first_block + ordinal;
+void BatchWriter::append(const Placement& at, RowMark& mark) {
+  const i64 row = sizes_.rows, ordinal = mark.blocks++, place = row * out_.max_blocks + ordinal;
+  const i64 block = at.blocks ? at.blocks[ordinal] : at.first_block + ordinal;
   mark.last_token = ordinal * size_, mark.last_slot = block * size_;
   if (out_.block_table) out_.block_table[place] = static_cast<i32>(block);
-  sizes_.table_from = std::min(sizes_.table_from, sizes_.rows);
-  sizes_.table_end = sizes_.rows + 1;
+  sizes_.table_from = std::min(sizes_.table_from, row);
+  sizes_.table_end = row + 1;
   if (!out_.delta_places || sizes_.deltas < 0 || sizes_.deltas == out_.max_deltas) {
     sizes_.deltas = -1;
     return;
@@ -154,13 +174,15 @@ void BatchWriter::write_table(const BatchRow& row, i64 dropped, i64 blocks, RowM
     mark.last_slot = (row.at.blocks ? row.at.blocks[blocks - 1] : row.at.first_block + blocks - 1) * size_;
 }
 
-void BatchWriter::write_indices(const BatchRow& row, i64 dropped, i64 blocks) {
+// The row's part of kv_indices, which says what its part of the table does.
+void BatchWriter::write_indices(const Placement& at, RowMark& mark) {
+  const i64 from = mark.index_at = sizes_.indices;
+  if (out_.kv_indptr) out_.kv_indptr[sizes_.rows + 1] = static_cast<i32>(from + mark.blocks);
   if (!out_.kv_indices) return;
-  i32* to = out_.kv_indices + sizes_.indices;
-  const i64 zeroes = std::min(dropped, blocks);
-  std::fill(to, to + zeroes, kReadTrash);
-  put_blocks(row.at, zeroes, blocks, to + zeroes);
-  if (sizes_.indices_from < 0) sizes_.indices_from = sizes_.indices;
+  const i64 zeroes = std::min(mark.dropped, mark.blocks);
+  std::fill_n(out_.kv_indices + from, zeroes, kReadTrash);
+  put_blocks(at, zeroes, mark.blocks, out_.kv_indices + from + zeroes);
+  if (sizes_.indices_from < 0) sizes_.indices_from = from;
 }
 
 void BatchWriter::write_new_tokens(const BatchRow& row) {

@@ -51,6 +51,7 @@ struct BatchMarks {
     if (cache_ != cache || group_ != group) clear();
     cache_ = cache, group_ = group;
   }
+  bool knows(i64 row, i64 handle) const { return rows[row].handle == handle; }  // the last fill left it there
   // Nothing is known of the buffers any more.
   void clear() {
     for (RowMark& mark : rows) mark = RowMark(), mark.blocks = max_blocks;
@@ -98,6 +99,16 @@ struct TableView {
   i64 version(i64 index) const { return table ? versions[index * groups] : std::max(rows[index], 0); }
 };
 
+// The sequences of a step: their handles, their places, and what there is of each place (lengths `stride` apart).
+struct StepRows {
+  const i32* handles;
+  const i64* indices;
+  const Sequences::Lengths* lengths;
+  i64 stride, count;
+  TableView view;
+  const Sequences::Lengths& at(i64 row) const { return lengths[indices[row] * stride]; }
+};
+
 // What one row of a batch says: `fresh` new tokens at the end of `length`, of which those before `first` are dropped.
 struct BatchRow {
   i64 handle = RowMark::kNobody, length = 0, fresh = 0, first = 0;
@@ -109,11 +120,9 @@ struct BatchRow {
 class BatchWriter {
  public:
   BatchWriter(const BatchBuffers& out, BatchMarks& marks, i64 block_tokens, i64 row_tokens);
-  // Writes on as long as rows have grown by one token within the block that the last fill left them with, up to row
-  // `n`; returns which row is next. handles, indices, lengths (`step` apart by index) and view tell of all rows. All
-  // that differs from the last fill is a slot, and what finish() makes of lengths.
-  i64 advance(const i32* handles, const i64* indices, const Sequences::Lengths* lengths, i64 step, i64 n,
-              const TableView& view);
+  // Writes on as long as rows have grown by one token since the last fill, and returns which row is next. What differs
+  // from the last fill is a slot, at most one block more, and what finish() makes of lengths.
+  i64 advance(const StepRows& rows);
   void add(const BatchRow& row);
   void pad();  // a row that reads the read-trash block and writes the write-trash block
   BatchSizes finish();
@@ -125,10 +134,16 @@ class BatchWriter {
     if (!fits) refuse(blocks, fresh);
   }
   [[noreturn]] void refuse(i64 blocks, i64 fresh) const;
-  void append(const BatchRow& row, RowMark& mark);
+  bool is_in_sum() const { return out_.kv_indices || out_.kv_indptr; }  // then a row moves with those before it
+  i64 last_known(const StepRows& rows) const {
+    return std::min({rows.count, filled_before_, sizes_.rows + out_.max_new_tokens - sizes_.new_tokens});
+  }
+  [[gnu::noinline]] void advance_in_block(const StepRows& rows);
+  [[gnu::noinline]] void advance_moved(const StepRows& rows);
+  void append(const Placement& at, RowMark& mark);
   void write_table(const BatchRow& row, i64 dropped, i64 blocks, RowMark& mark);
   void change(const BatchRow& row, i64 from, i64 to, bool zero);
-  void write_indices(const BatchRow& row, i64 dropped, i64 blocks);
+  void write_indices(const Placement& at, RowMark& mark);
   void write_slot(const Placement& at, i64 position, i64 to) {
     if (!out_.slot_mapping) return;
     const i64 ordinal = quotient(position, size_);

@@ -39,19 +39,16 @@ BatchSizes Cache::write_batch(const i32* handles, i64 n, const i32* new_tokens, 
   marks.begin(number_, g);
   try {
     BatchWriter writer(out, marks, geometry_.groups[g].block_tokens, geometry_.groups[g].row_tokens);
-    const Sequences::Lengths* const lengths = sequences_.lengths(g, 0);
+    const StepRows step{handles, indices_.data(), sequences_.lengths(g, 0), groups_, n, view};
     const bool may_advance = growth == Growth::token && !chosen;
     for (i64 i = 0; i < n; ++i) {
-      const bool has_new_block =
-          remainder(lengths[indices_[i] * groups_].tokens, geometry_.groups[g].block_tokens) == 1;
-      if (may_advance && !has_new_block) i = writer.advance(handles, indices_.data(), lengths, groups_, n, view);
+      if (may_advance && marks.knows(i, handles[i])) i = writer.advance(step);
       if (i == n) break;
-      const i64 index = indices_[i];
-      const Sequences::Lengths& now = lengths[index * groups_];
+      const Sequences::Lengths& now = step.at(i);
       const i64 fresh = chosen ? new_tokens[i] : growth == Growth::fixed ? 0 : now.tokens - now.committed;
       const i64 length = chosen ? now.committed + fresh : now.tokens;
       if (fresh < 0 || length > now.tokens) refuse_step(handles[i], g, fresh);
-      writer.add({handles[i], length, fresh, now.front, view.at(index)});
+      writer.add({handles[i], length, fresh, now.front, view.at(indices_[i])});
     }
     for (i64 i = n; i < rows; ++i) writer.pad();
     return writer.finish();
