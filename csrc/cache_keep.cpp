@@ -90,7 +90,6 @@ void Cache::snapshot(i64 handle) {
 }
 
 void Cache::apply_retention(const Content& content, i32 node) {
-  if (content.retained.empty()) return;
   const i64 first = index_.ordinal(node) * block_tokens();
   for (const Retention& r : content.retained) {
     if (r.start <= first && first + block_tokens() <= r.end) index_.retain(node, r.priority, r.seconds);

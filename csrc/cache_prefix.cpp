@@ -227,15 +227,18 @@ void Cache::collect_published(i64 index, const i32* tokens, i64 count) {
   const i64 size = block_tokens(), held = remainder(c.known, size);
   if (held + count < size || c.known != sequences_.committed(index, token_group_)) return;
   i32 last = c.leaf;
+  i64 ordinal = quotient(c.known, size);
+  bool is_new = false;  // then so is all that follows
   for (i64 end = size - held; end <= count; end += size) {
     const i32* block = tokens + end - size;
     if (end < size) {  // the tail says what it did, since only its first `held` tokens are known yet
       std::copy(tokens, tokens + end, tail(index) + held);
       block = tail(index);
     }
-    const i32 node = index_.find_or_add(last, block);
+    i32 node = is_new ? kNoNode : index_.find(last, block);
+    if (node == kNoNode) node = index_.add(last, block), is_new = true;
     index_.enter(node);
-    published_.push_back({index, (c.known + end) / size - 1, node});
+    published_.push_back({index, ordinal++, node});
     last = node;
   }
 }
@@ -255,7 +258,7 @@ void Cache::note_published(i64 index, const i32* tokens, i64 count, std::size_t*
   std::copy(tokens + count - rest, tokens + count, tail(index));
   for (; *at < published_.size() && published_[*at].index == index; ++*at) {
     c.leaf = published_[*at].node;
-    apply_retention(c, c.leaf);
+    if (!c.retained.empty()) apply_retention(c, c.leaf);
   }
 }
 

@@ -159,11 +159,6 @@ i32 PrefixIndex::open_root(const PrefixKey& key) {
   return root;
 }
 
-i32 PrefixIndex::find_or_add(i32 parent, const i32* tokens) {
-  const i32 node = find(parent, tokens);
-  return node != kNoNode ? node : add(parent, tokens);
-}
-
 i32 PrefixIndex::add(i32 parent, const i32* tokens) {
   const i32 node = new_node();
   Node& n = nodes_[node];

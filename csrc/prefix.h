@@ -83,7 +83,8 @@ class PrefixIndex {
 
   // --- use; cannot fail ---
   i32 open_root(const PrefixKey& key);             // counts one user
-  i32 find_or_add(i32 parent, const i32* tokens);  // a new node has no users; gone at finish() if it got no place
+  // A child that find() did not find; without users, and gone at finish() if it got no place.
+  i32 add(i32 parent, const i32* tokens);
   // enter() or leave() of this node will follow. Of a chain each is found through the one behind it, so that a
   // processor would wait for one after the other; who knows them all by another way says so before.
   void prefetch(i32 node) const {
@@ -163,7 +164,6 @@ class PrefixIndex {
   i32& bucket(std::uint64_t key) { return buckets_[key & mask_ & (buckets_.size() - 1)]; }
   i32 bucket(std::uint64_t key) const { return buckets_[key & mask_ & (buckets_.size() - 1)]; }
   i32 find_sibling(i32 parent, const i32* tokens) const;
-  i32 add(i32 parent, const i32* tokens);
   i32 new_node();
   void free_node(i32 node);
   void reserve(i64 nodes);

@@ -60,8 +60,8 @@ class TokenBlocks {
   };
 
   Reader read(i32 block) const { return Reader(&bytes_[block * stride_], bits_); }
-  u64 put_rest(std::uint8_t* at, const i32* tokens, i64 done);
-  void widen(u64 bits_seen);
+  [[gnu::noinline]] u64 put_rest(std::uint8_t* at, const i32* tokens, i64 done);
+  [[gnu::noinline]] void widen(u64 bits_seen);
 
   const i64 block_tokens_;
   u64 bits_ = kNarrowest;

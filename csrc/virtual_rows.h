@@ -200,7 +200,7 @@ class VirtualRows : public PageTable {
     room = g.max_tokens;
     for (i64 a = first_[group]; a < first_[group + 1]; ++a) {
       const Extent& e = extent(row, a);
-      i64 here = e.hi * page_bytes() / token_bytes(group, a) - geometry_.tail_guard_tokens;
+      i64 here = quotient(e.hi * page_bytes(), token_bytes(group, a)) - geometry_.tail_guard_tokens;
       if (e.count == 0 || e.lo > low_slot(group, a, front)) here = 0;
       if (e.count == 0 || e.hi < row_slots(group, a)) room = std::min(room, std::max(i64{0}, here));
     }
