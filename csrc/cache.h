@@ -243,8 +243,13 @@ class Cache final : public TableState {
   void write_committed(const i32* counts, i64 n, i64 group);
   void commit_one(i64 index, i64 count, i64 group, Transaction& tx);
   void start_content(i64 index, const PrefixKey& key);
+  // Whether `count` more tokens complete a block, if all before them are known.
+  bool completes(i64 index, i64 count) const {
+    return remainder(contents_[index].known, block_tokens()) + count >= block_tokens();
+  }
   void collect_published(i64 index, const i32* tokens, i64 count);
   void note_published(i64 index, const i32* tokens, i64 count, std::size_t* at);
+  [[gnu::noinline]] void note_blocks(i64 index, const i32* end, std::size_t* at);
   void leave_published();
   void apply_retention(const Content& content, i32 node);
   void collect_chain(i64 index);

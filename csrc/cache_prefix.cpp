@@ -225,7 +225,7 @@ bool Cache::try_adopt(i64 handle, const Found& found) {
 void Cache::collect_published(i64 index, const i32* tokens, i64 count) {
   const Content& c = contents_[index];
   const i64 size = block_tokens(), held = remainder(c.known, size);
-  if (held + count < size || c.known != sequences_.committed(index, token_group_)) return;
+  if (c.known != sequences_.committed(index, token_group_)) return;
   i32 last = c.leaf;
   i64 ordinal = quotient(c.known, size);
   bool is_new = false;  // then so is all that follows
@@ -250,12 +250,14 @@ void Cache::note_published(i64 index, const i32* tokens, i64 count, std::size_t*
   const i64 held = remainder(c.known, block_tokens());
   c.known += count;
   c.state_ahead = c.state_ahead && count == 0;
-  if (held + count < block_tokens()) {
-    for (i64 i = 0; i < count; ++i) tail(index)[held + i] = tokens[i];
-    return;
-  }
-  const i64 rest = remainder(c.known, block_tokens());
-  std::copy(tokens + count - rest, tokens + count, tail(index));
+  if (held + count >= block_tokens()) return note_blocks(index, tokens + count, at);
+  for (i64 i = 0; i < count; ++i) tail(index)[held + i] = tokens[i];
+}
+
+// `end`: of the tokens that completed them.
+void Cache::note_blocks(i64 index, const i32* end, std::size_t* at) {
+  Content& c = contents_[index];
+  std::copy(end - remainder(c.known, block_tokens()), end, tail(index));
   for (; *at < published_.size() && published_[*at].index == index; ++*at) {
     c.leaf = published_[*at].node;
     if (!c.retained.empty()) apply_retention(c, c.leaf);

@@ -81,7 +81,7 @@ bool Cache::has_room_at_hand(i64 index, i64 count, bool in_last_block) {
 // Of a plain cache; false, and nothing has changed, where known tokens complete a block.
 bool Cache::commit_in_block(i64 index, i64 count, const i32* tokens) {
   const bool known = prefix_.on && tokens != nullptr;
-  if (known && remainder(contents_[index].known, block_tokens()) + count >= block_tokens()) return false;
+  if (known && completes(index, count)) return false;
   sequences_.committed(index, 0) += count;
   std::size_t at = published_.size();  // nothing is
   if (known) note_published(index, tokens, count, &at);
@@ -280,7 +280,9 @@ void Cache::commit_planned(const i32* counts, i64 n, i64 group, const i32* token
   published_.clear();
   const bool known = prefix_.on && tokens != nullptr && group < 0;
   const i32* next = tokens;
-  for (i64 i = 0; known && i < n; next += counts[i++]) collect_published(indices_[i], next, counts[i]);
+  for (i64 i = 0; known && i < n; next += counts[i++]) {
+    if (completes(indices_[i], counts[i])) collect_published(indices_[i], next, counts[i]);
+  }
   find_moving(counts, n, group);
   try {
     write_committed(counts, n, group);

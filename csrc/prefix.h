@@ -82,7 +82,7 @@ class PrefixIndex {
   void finish(bool committed);
 
   // --- use; cannot fail ---
-  i32 open_root(const PrefixKey& key);             // counts one user
+  i32 open_root(const PrefixKey& key);  // counts one user
   // A child that find() did not find; without users, and gone at finish() if it got no place.
   i32 add(i32 parent, const i32* tokens);
   // enter() or leave() of this node will follow. Of a chain each is found through the one behind it, so that a
