@@ -3,6 +3,11 @@
 #include "cache.h"
 
 namespace kvmem {
+namespace {
+
+constexpr i64 kAtOnce = 1024;  // blocks to forget in one transaction: its records take 40 bytes each
+
+}  // namespace
 
 i64 Cache::pin_node(i32 node, i64* pinned) {
   *pinned = (index_.ordinal(node) + 1) * block_tokens();
@@ -114,9 +119,11 @@ i64 Cache::clear_cache() {
   Lock lock = enter();
   settle();
   i64 blocks = 0;
-  Transaction tx(*pool_, *this);
-  for (i32 node; (node = index_.victim()) != kNoNode; ++blocks) table_->forget(node, tx);
-  tx.commit();
+  for (i32 node = index_.victim(); node != kNoNode;) {
+    Transaction tx(*pool_, *this);
+    for (i64 n = 0; n < kAtOnce && node != kNoNode; ++n, ++blocks, node = index_.victim()) table_->forget(node, tx);
+    tx.commit();
+  }
   if (index_.empty()) index_.events().cleared();
   leave();
   return blocks;
