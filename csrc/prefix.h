@@ -53,7 +53,8 @@ class PrefixIndex {
   // The child of `parent` that holds these block_tokens() tokens.
   i32 find(i32 parent, const i32* tokens) const;
   // The children that begin with some of tokens [0, count), but not all of their own: those with most of them first, of
-  // equal ones the oldest. Of many children it looks at the newest kCandidates.
+  // equal ones the oldest. Of many children it looks at the newest kNewest: those of a prompt that ends within a block
+  // all begin with its rest.
   void find_partial(i32 parent, const i32* tokens, i64 count, std::vector<PartOfBlock>* found) const;
   // True if the block was known and its memory given up; `parent` kNoNode for the first block under `key`, whose root
   // may be gone. Remembers some thousands, and errs at 2^-64 a question.
@@ -128,7 +129,7 @@ class PrefixIndex {
   i32 root_number(i32 node) const { return root_of_[node]; }  // where events are on
   void check(const std::vector<i32>& users, std::vector<std::string>* out) const;
 
-  static constexpr i64 kCandidates = 32;
+  static constexpr i64 kCandidates = 32, kNewest = 8;
 
  private:
   // Half a cache line, so that every call touches one for each node.

@@ -73,7 +73,7 @@ void PrefixIndex::find_partial(i32 parent, const i32* tokens, i64 count, std::ve
   found->clear();
   i64 looked = 0;
   count = std::min(count, block_tokens() - 1);
-  for (i32 x = nodes_[parent].first_child; x != kNoNode && looked < kCandidates; x = nodes_[x].next_child, ++looked) {
+  for (i32 x = nodes_[parent].first_child; x != kNoNode && looked < kNewest; x = nodes_[x].next_child, ++looked) {
     const i64 same = tokens_.common(x, tokens, count);
     if (same == 0 || nodes_[x].places == 0) continue;
     const auto no_more = [same](const PartOfBlock& other) { return other.tokens <= same; };

@@ -16,7 +16,7 @@ import kvmem
 Root = tuple[str | bytes | None, str | bytes | None]
 #: How the virtual backend's model is told which page a new row shows: (group, arena, ordinal) -> that page's piece.
 Look = Callable[[int, int, int], Piece | None]
-CANDIDATES = 32
+NEWEST = 8
 _MASK = (1 << 61) - 1
 
 
@@ -145,7 +145,7 @@ class PrefixModel(MemoryOnly):
     def _part_behind(self, key: Root, chain: list[Node], rest: list[int]) -> int:
         """How many of the ``rest`` some block behind ``chain`` begins with, of those that can be used."""
         size, last = self.block_tokens, chain[-1] if chain else self.root(key)
-        newest = list(last.children.values())[: -CANDIDATES - 1 : -1]
+        newest = list(last.children.values())[: -NEWEST - 1 : -1]
         parts = [(min(common(rest, child.tokens), size - 1), child) for child in newest if self.partial_reuse]
         usable = [n for n, child in parts if n and self._usable([*chain, child], len(chain) * size + n)]
         return max(usable, default=0)
