@@ -31,7 +31,7 @@ else:
     link_args += ["-Wl,-s"]  # strip: the symbol names of nanobind's templates would double the file
     if "clang" not in os.environ.get("CC", "") + os.environ.get("CXX", ""):  # which seldom comes with its linker plugin
         compile_args += ["-flto=auto"]  # a tenth fewer instructions, and no longer to build
-        link_args += ["-O3", "-flto=auto"]
+        link_args += ["-O3", "-flto=auto", "-Wl,--version-script=csrc/exports.map"]
 if DEBUG:
     compile_args += ["-DKVMEM_DEBUG"]
 if SANITIZE:

@@ -1,6 +1,6 @@
 // The books of the paged backend: the block tables, what each block is (unbacked, ready, referenced, cached) and which
 // pages lie under it. paged_table.cpp decides; the mappings and table entries it pushes come back through on_map,
-// on_unmap and apply, and change here only.
+// on_unmap and apply, and change here only, as does what it takes with take_ready() and hold().
 #pragma once
 
 #include <cstdint>

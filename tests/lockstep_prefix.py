@@ -7,7 +7,7 @@ import pytest
 from lockstep import Lockstep
 from patterns import write_slots
 from reference import Piece
-from reference_prefix import Node, PrefixModel, Root
+from reference_prefix import NEWEST, Node, PrefixModel, Root
 from support import i32
 
 import kvmem
@@ -89,9 +89,8 @@ class PrefixLockstep(Lockstep):
         cached = seq.num_cached_tokens
         assert cached <= said <= most, "found what was never published, or was forgotten"
         assert self.model.certain(root, tokens or []) <= said, "a block in use was not found"
-        whole = self.model.match(root, tokens or [], partial=False)
-        assert not self.plentiful or self._is_all(cached, most, whole), (
-            f"found {cached} of {most} tokens, with memory enough"
+        assert not self.plentiful or self._is_all(root, tokens or [], cached), (
+            f"found {cached} of {most}, with memory enough"
         )
         self.seqs[seq.id] = seq
         look = self._look(seq.id) if self.virtual and cached else None
@@ -101,8 +100,10 @@ class PrefixLockstep(Lockstep):
         self.partial_hits += cached % self.model.block_tokens > 0
         return seq.id
 
-    def _is_all(self, found: int, most: int, whole: int) -> bool:
-        return found == most or (self.virtual and bool(self.model.windows) and found >= whole)
+    def _is_all(self, root: Root, tokens: list[int], found: int) -> bool:
+        if found == self.model.match(root, tokens, newest=NEWEST):
+            return True
+        return self.virtual and bool(self.model.windows) and found >= self.model.match(root, tokens, partial=False)
 
     def _look(self, handle: int):  # type: ignore[no-untyped-def]
         """Which of the live sequences' pieces the new row shows; the pages are the allocator's choice."""
@@ -126,8 +127,7 @@ class PrefixLockstep(Lockstep):
         before = self.alloc.stats()
         found = self.alloc.match(tokens, salt=root[0], extra_key=root[1])
         assert self.model.certain(root, tokens) <= found.num_tokens <= self.model.match(root, tokens)
-        most, whole = self.model.match(root, tokens), self.model.match(root, tokens, partial=False)
-        assert not self.plentiful or self._is_all(found.num_tokens, most, whole)
+        assert not self.plentiful or self._is_all(root, tokens, found.num_tokens)
         assert (found.num_tokens == max(0, len(tokens) - 1)) == (found.reason == "complete") or not self.model.shares
         assert self.alloc.stats() == before
         return found

@@ -16,7 +16,7 @@ import kvmem
 Root = tuple[str | bytes | None, str | bytes | None]
 #: How the virtual backend's model is told which page a new row shows: (group, arena, ordinal) -> that page's piece.
 Look = Callable[[int, int, int], Piece | None]
-NEWEST = 8
+NEWEST = 8  # continuations of a block that are looked at for a partial hit
 _MASK = (1 << 61) - 1
 
 
@@ -129,24 +129,25 @@ class PrefixModel(MemoryOnly):
             node = child
         return chain
 
-    def match(self, key: Root, tokens: list[int], *, partial: bool = True) -> int:
-        """How many of ``tokens`` a sequence could take over, if need be with ``partial`` blocks: not the last of them."""
+    def match(self, key: Root, tokens: list[int], *, partial: bool = True, newest: int | None = None) -> int:
+        """How many of ``tokens`` a sequence could take over, not the last of them: with ``partial`` blocks, of which it looks
+        at the ``newest`` ones, or at whole ones only."""
         most, size = max(0, len(tokens) - 1), self.block_tokens
         if not self.shares:
             return 0
         chain = self.walk(key, tokens[:most])
         for end in range(len(chain) * size, -1, -size):
-            if partial and (more := self._part_behind(key, chain[: end // size], tokens[end:most])):
+            if partial and (more := self._part_behind(key, chain[: end // size], tokens[end:most], newest)):
                 return end + more
             if self._usable(chain, end):
                 return end
         return 0
 
-    def _part_behind(self, key: Root, chain: list[Node], rest: list[int]) -> int:
+    def _part_behind(self, key: Root, chain: list[Node], rest: list[int], newest: int | None) -> int:
         """How many of the ``rest`` some block behind ``chain`` begins with, of those that can be used."""
         size, last = self.block_tokens, chain[-1] if chain else self.root(key)
-        newest = list(last.children.values())[: -NEWEST - 1 : -1]
-        parts = [(min(common(rest, child.tokens), size - 1), child) for child in newest if self.partial_reuse]
+        children = list(last.children.values())[::-1][:newest] if self.partial_reuse else []
+        parts = [(min(common(rest, child.tokens), size - 1), child) for child in children]
         usable = [n for n, child in parts if n and self._usable([*chain, child], len(chain) * size + n)]
         return max(usable, default=0)
 
