@@ -54,7 +54,9 @@ Found Cache::find_cached(i32 root, const i32* tokens, i64 n) {
   const Found whole = table_->find(chain_, done);
   // Others that begin like a block which a window has passed may still have the memory of theirs.
   while (has_window_ && static_cast<i64>(chain_.size()) * size > whole.tokens) {
+    const i32 passed = chain_.back();
     chain_.pop_back();
+    if (!index_.has_siblings(passed)) continue;
     found = find_part(root, tokens, most);
     if (found.tokens > 0) return found;
   }

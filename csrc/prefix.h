@@ -67,6 +67,9 @@ class PrefixIndex {
   bool is_root(i32 node) const { return nodes_[node].ordinal < 0; }
   bool used(i32 node) const { return nodes_[node].users > 0; }
   i32 users(i32 node) const { return nodes_[node].users; }
+  bool has_siblings(i32 node) const {
+    return nodes_[nodes_[node].parent].first_child != node || nodes_[node].next_child != kNoNode;
+  }
   bool pinned(i32 node) const { return nodes_[node].pinned; }
   i32 places(i32 node) const { return nodes_[node].places; }
   // The first `count` of them.
