@@ -102,7 +102,7 @@ def run(part: Part, limit: float, log: Path, tables: Path) -> Ended:
         out.flush()
         process = subprocess.Popen(
             words, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT,
-            start_new_session=True,
+            start_new_session=True, preexec_fn=_heed_interrupts,
         )  # fmt: skip
         how = _end_of(process, limit)
     if report.exists():
@@ -110,6 +110,10 @@ def run(part: Part, limit: float, log: Path, tables: Path) -> Ended:
             all_tables.write(report.read_text() + "\n")
         report.unlink()
     return Ended(part, how, time.monotonic() - begin)
+
+
+def _heed_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background job inherits that it is ignored
 
 
 def _end_of(process: subprocess.Popen[bytes], limit: float) -> str:

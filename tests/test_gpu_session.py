@@ -22,7 +22,7 @@ THERE = {"torch", "numpy", "pytest", "hypothesis", "triton", "kvmem", *sys.stdli
 def test_no_part_costs_the_others(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpu_session, "GRACE_SECONDS", 8.0)  # a part that writes its table may need it on a busy machine
+    monkeypatch.setattr(gpu_session, "GRACE_SECONDS", 4.0)  # a part that writes its table needs some of it
     deaf = "import signal, subprocess, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('said', flush=True); "
     child = "import sys; p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']); "
     parts = [
@@ -34,12 +34,12 @@ def test_no_part_costs_the_others(
         Part("six", 4, ("-c", "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: " + WRITES.format("table six"))),
     ]  # fmt: skip
     begin = time.monotonic()
-    ended = run_all(parts, 40, tmp_path)
+    ended = run_all(parts, 30, tmp_path)
     assert [one.how for one in ended] == [
         "ok", "status 3", "signal 11", "interrupted after 2 s", "not started: no-such-program is not installed",
         "interrupted after 4 s",
     ]  # fmt: skip
-    assert time.monotonic() - begin < 35
+    assert time.monotonic() - begin < 25
     log = (tmp_path / "session.log").read_text()
     assert "first" in log and "said" in log and "==== six" in log
     assert (tmp_path / "tables.txt").read_text().split("\n") == ["table one", "table six", ""]
