@@ -122,11 +122,7 @@ void VirtualTable::cut(i64 row, i64 from, Transaction& tx) {
 }
 
 void VirtualTable::hold_all(i64 row, const std::vector<i32>& chain, i64 count, bool state, Transaction& tx) {
-  for (i64 k = 0; k < count; ++k) {
-    const bool last_with_state = state && k + 1 == count;
-    hold(row, chain[k], last_with_state, false);
-    tx.note({OpKind::hold, arena(0), chain[k], row, last_with_state});
-  }
+  for (i64 k = 0; k < count; ++k) hold_noted(row, chain[k], state && k + 1 == count, tx);
 }
 
 bool VirtualTable::can_take_over(i64 row, std::size_t blocks) const {

@@ -27,10 +27,7 @@ class VirtualTable final : public VirtualRows {
   void adopt(i64 index, const std::vector<i32>& chain, const Found& found, Transaction& tx) override;
   bool has(i32 node, i64) const override { return first_holder(node) >= 0; }
   void publish(const std::vector<Published>& blocks, Transaction& tx) override {
-    for (const Published& p : blocks) {
-      hold(row_of_[p.index], p.node, false, false);
-      tx.note({OpKind::hold, arena(0), p.node, row_of_[p.index]});
-    }
+    for (const Published& p : blocks) hold_noted(row_of_[p.index], p.node, false, tx);
   }
 
   void retract(i64 index, i32 node, Transaction& tx) override {
@@ -70,6 +67,10 @@ class VirtualTable final : public VirtualRows {
   i64 give_up(i32 node, i64 pages, Transaction& tx);
   // The row forgets its content from block `from` on.
   void cut(i64 row, i64 from, Transaction& tx);
+  void hold_noted(i64 row, i32 node, bool state, Transaction& tx) {
+    hold(row, node, state, false);
+    tx.note({OpKind::hold, arena(0), node, row, state});
+  }
   void hold_all(i64 row, const std::vector<i32>& chain, i64 count, bool state, Transaction& tx);
   // A parked row whose content other rows hold too.
   bool is_copy(i64 row) const;
