@@ -31,12 +31,15 @@ PrefixOptions resolve(PrefixOptions options, const Geometry& geometry) {
   return options;
 }
 
-std::vector<i32> token_groups(const Geometry& geometry) {
-  std::vector<i32> groups;
-  for (std::size_t g = 0; g < geometry.groups.size(); ++g) {
-    if (geometry.groups[g].growth == Growth::token) groups.push_back(static_cast<i32>(g));
+std::vector<GroupKind> kinds(const Geometry& geometry, bool shares) {
+  std::vector<GroupKind> found;
+  for (const GroupGeometry& group : geometry.groups) {
+    found.push_back(!shares || group.growth == Growth::prefill ? GroupKind::none
+                    : group.growth == Growth::fixed            ? GroupKind::state
+                    : group.window_tokens > 0                  ? GroupKind::window
+                                                               : GroupKind::full);
   }
-  return groups;
+  return found;
 }
 
 // How many blocks `bytes` of memory hold.
@@ -67,9 +70,8 @@ Cache::Cache(Geometry geometry, std::shared_ptr<PagePool> pool, bool paged, i64 
                               [](const GroupGeometry& g) { return g.window_tokens > 0; })),
       is_simple_(groups_ == 1 && geometry_.groups[0].growth == Growth::token && !has_window_ &&
                  geometry_.zero != Zero::always),
-      keeps_unheld_(has_state_ || has_window_),
       sequences_(geometry_.max_sequences, groups_),
-      index_(geometry_.groups[token_group_].block_tokens, token_groups(geometry_), prefix.policy, prefix.hash_bits,
+      index_(geometry_.groups[token_group_].block_tokens, kinds(geometry_, prefix_.on), prefix.policy, prefix.hash_bits,
              prefix.event_capacity, prefix_.on ? blocks_in(geometry_, limit_pages * geometry_.page_bytes) : 0),
       contents_(geometry_.max_sequences),
       tails_(geometry_.max_sequences * index_.block_tokens()),
@@ -117,11 +119,11 @@ void Cache::refuse_twice(i64 index) const {
   throw SpecError("sequence handle " + std::to_string(sequences_.handle_of(index)) + " is named twice in one call");
 }
 
-void Cache::apply_table(const Op& op) {
-  if (op.kind == OpKind::block) return table_->apply(op);  // the most frequent by far
+void Cache::apply_table(const Op& op, bool undo) {
+  if (op.kind == OpKind::block) return table_->apply(op, undo);  // the most frequent by far
   if (op.kind == OpKind::open) return sequences_.on_open(op.a, op.d == 1);
   if (op.kind == OpKind::close) return sequences_.on_close(op.a, op.d == 1);
-  if (op.kind == OpKind::bind || op.kind == OpKind::unbind) return table_->apply(op);
+  if (op.kind == OpKind::bind || op.kind == OpKind::unbind) return table_->apply(op, undo);
   check_group(op.at);
   const i64 index = sequences_.index(op.a);
   i64& value = op.kind == OpKind::length   ? sequences_.tokens(index, op.at)
@@ -132,6 +134,7 @@ void Cache::apply_table(const Op& op) {
                     " cannot go from " + std::to_string(op.c) + " to " + std::to_string(op.b));
   }
   value = op.b;
+  if (op.kind == OpKind::front) table_->on_front(index, op.at, op.c, op.b, undo);
 }
 
 void Cache::set_length(i64 index, i64 g, i64 tokens, Transaction& tx) {

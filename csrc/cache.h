@@ -90,6 +90,10 @@ class Cache final : public TableState {
   void snapshot(i64 handle);
   // Blocks that lie whole in [start, end) of the sequence, present and to come (RetentionPolicy).
   void retain(i64 handle, i64 start, i64 end, int priority, double seconds);
+  struct Pinned {
+    i64 pin, tokens;
+  };
+  std::vector<Pinned> pins();  // those that keep something, in the order in which they were made
   i64 clear_cache();  // forgets all that nobody uses or pins; how many blocks
   // Takes out events (EventRing::drain), and the keys of the roots that they name.
   EventRecords drain_events(i64 max, bool restart, std::unordered_map<i32, PrefixKey>* roots);
@@ -141,7 +145,7 @@ class Cache final : public TableState {
   std::vector<Op> take_ops();
   void apply(const std::vector<Op>& ops);
 
-  void apply_table(const Op& op) override;
+  void apply_table(const Op& op, bool undo) override;
 
  private:
   // What is known of a sequence's tokens: a chain of published blocks, then its tail. Beyond `known` tokens nothing is.
@@ -234,8 +238,16 @@ class Cache final : public TableState {
   i64 block_tokens() const { return index_.block_tokens(); }
   i32* tail(i64 index) { return &tails_[index * block_tokens()]; }
   Found find_cached(i32 root, const i32* tokens, i64 n);
-  Found find_part(i32 root, const i32* tokens, i64 most);
+  Found find_whole(i64 tokens);
+  bool find_part(i32 last, const i32* tokens, i64 count, Found* found);
+  bool find_end(i64 tokens, Found* found);
+  bool windows_reach(i64 tokens) const;
+  void look_along_windows();
   bool try_adopt(i64 handle, const Found& found);
+  template <class F>
+  void for_windows(const std::vector<i32>& chain, i64 tokens, F f);
+  void need_windows(const std::vector<i32>& chain, i64 tokens);
+  void unneed_windows(const std::vector<i32>& chain, i64 tokens, bool undo);
   MatchEnd why_not_more(const PrefixKey& key, i32 root, const i32* tokens, i64 n, i64 found) const;
   void commit_all(const i32* handles, const i32* counts, i64 n, i64 group, const i32* tokens);
   void commit_planned(const i32* counts, i64 n, i64 group, const i32* tokens);
@@ -256,12 +268,12 @@ class Cache final : public TableState {
   void leave_chain(i64 index);
   void leave_node(i32 node) {
     index_.leave(node);
-    if (keeps_unheld_ && index_.used(node)) table_->offer(node);
+    if (has_state_ && index_.used(node)) table_->offer(node);
   }
   void collect_leaving(i64 handle, i64 index, i64 tokens);
   void retract_leaving(i64 index, Transaction& tx);
   void note_truncated(i64 index, i64 tokens);
-  i64 pin_node(i32 node, i64* pinned);
+  i64 pin_chain(i64* pinned);
   void tell_resident(i32 node, EventRecords& out) const;
   void check_content(std::vector<std::string>* out) const;
 
@@ -276,7 +288,6 @@ class Cache final : public TableState {
   const bool has_state_;     // some group is of fixed size
   const bool has_window_;    // some group has a sliding window
   const bool is_simple_;     // one group, which only grows; nothing is zeroed when it does
-  const bool keeps_unheld_;  // blocks in use may be held by nobody: those that a window has passed, and snapshots
   Sequences sequences_;
   PrefixIndex index_;
   std::unique_ptr<PageTable> table_;
@@ -286,6 +297,7 @@ class Cache final : public TableState {
   i64 pins_seen_ = 0, lookup_tokens_ = 0, hit_tokens_ = 0;
   std::vector<i32> chain_, leaving_;  // of the call in progress
   std::vector<PartOfBlock> parts_;
+  std::vector<i32> runs_;  // [block of chain_][window]: how many on end the window group has, up to and with this one
   std::vector<Published> published_;
   std::vector<i64> indices_;  // of the call in progress
   std::vector<i64> needy_;    // positions in it: who has no room yet

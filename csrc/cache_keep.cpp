@@ -1,5 +1,7 @@
 // What is done with cached blocks besides sharing them: pins, snapshots, retention, forgetting, telling others.
 
+#include <algorithm>
+
 #include "cache.h"
 
 namespace kvmem {
@@ -9,12 +11,16 @@ constexpr i64 kAtOnce = 1024;  // blocks to forget in one transaction: its recor
 
 }  // namespace
 
-i64 Cache::pin_node(i32 node, i64* pinned) {
-  *pinned = (index_.ordinal(node) + 1) * block_tokens();
-  i32 x = node;
-  for (; !index_.is_root(x); x = index_.parent(x)) index_.pin(x);
-  index_.enter(x);
+// Of the blocks in chain_, which can all be found.
+i64 Cache::pin_chain(i64* pinned) {
+  const i64 tokens = static_cast<i64>(chain_.size()) * block_tokens();
+  const i32 node = chain_.back();
   pins_.emplace(++pins_seen_, node);
+  table_->pin_end(node, true);
+  for (auto x = chain_.rbegin(); x != chain_.rend(); ++x) index_.pin(*x);
+  index_.enter(index_.parent(chain_.front()));
+  need_windows(chain_, tokens);
+  *pinned = tokens;
   return pins_seen_;
 }
 
@@ -28,9 +34,24 @@ i64 Cache::pin(i64 handle, i64 tokens, i64* pinned) {
                     " it is known which they are: commit() token ids instead of counts, with prefix_cache=True");
   }
   const i64 blocks = (tokens < 0 ? c.known : tokens) / block_tokens();
-  i32 node = c.leaf;
-  while (index_.ordinal(node) >= blocks) node = index_.parent(node);
-  const i64 pin = pin_node(node, pinned);
+  collect_chain(index);
+  chain_.resize(blocks);
+  Found found;
+  if (blocks == 0) {
+    throw SpecError("asked to pin " + std::to_string(tokens < 0 ? c.known : tokens) + " tokens of sequence handle " +
+                    std::to_string(handle) + ": whole blocks of " + std::to_string(block_tokens()) +
+                    " are kept, and this is none");
+  }
+  if (has_window_) look_along_windows();
+  if (!find_end(blocks * block_tokens(), &found)) {
+    const i64 longest = find_whole(blocks * block_tokens()).tokens;
+    throw SpecError("asked to pin the first " + std::to_string(blocks * block_tokens()) +
+                    " tokens of sequence handle " + std::to_string(handle) + ", of which " +
+                    (has_state_ ? "no snapshot is kept: call snapshot() there first"
+                                : "a sliding window has passed what it would need: pin them while it reaches them") +
+                    "; of its prefixes the longest that can be pinned now has " + std::to_string(longest) + " tokens");
+  }
+  const i64 pin = pin_chain(pinned);
   leave();
   return pin;
 }
@@ -40,11 +61,12 @@ i64 Cache::pin(const i32* tokens, i64 n, const PrefixKey& key, i64* pinned) {
   const i32 root = prefix_.on ? index_.find_root(key) : kNoNode;
   const i64 wanted = n / block_tokens() * block_tokens();
   const i64 found = find_cached(root, tokens, wanted + 1).tokens;
-  if (root == kNoNode || found < wanted) {
+  if (root == kNoNode || found < wanted || wanted == 0) {
     throw SpecError("asked to pin " + std::to_string(wanted) + " tokens, of which the first " + std::to_string(found) +
-                    " are cached: compute and commit them, then pin");
+                    " are cached: compute and commit them, in whole blocks of " + std::to_string(block_tokens()) +
+                    ", then pin");
   }
-  const i64 pin = pin_node(chain_.empty() ? root : chain_.back(), pinned);
+  const i64 pin = pin_chain(pinned);
   leave();
   return pin;
 }
@@ -53,16 +75,27 @@ void Cache::unpin(i64 pin) {
   Lock lock = enter();
   const auto found = pins_.find(pin);
   if (found == pins_.end()) throw StaleHandle("pin " + std::to_string(pin) + " was given up before");
-  i32 node = found->second;
+  chain_.clear();
+  for (i32 node = found->second; !index_.is_root(node); node = index_.parent(node)) chain_.push_back(node);
+  std::reverse(chain_.begin(), chain_.end());
+  const i32 root = index_.parent(chain_.front());
+  table_->pin_end(found->second, false);
   pins_.erase(found);
-  while (!index_.is_root(node)) {
-    const i32 before = index_.parent(node);
-    index_.unpin(node);
-    if (keeps_unheld_ && index_.used(node)) table_->offer(node);
-    node = before;
+  unneed_windows(chain_, static_cast<i64>(chain_.size()) * block_tokens(), false);
+  for (auto x = chain_.rbegin(); x != chain_.rend(); ++x) {
+    index_.unpin(*x);
+    if (has_state_ && index_.used(*x)) table_->offer(*x);
   }
-  index_.leave(node);
+  index_.leave(root);
   leave();
+}
+
+std::vector<Cache::Pinned> Cache::pins() {
+  Lock lock = enter(true);
+  std::vector<Pinned> found;
+  for (const auto& [pin, node] : pins_) found.push_back({pin, (index_.ordinal(node) + 1) * block_tokens()});
+  std::sort(found.begin(), found.end(), [](const Pinned& a, const Pinned& b) { return a.pin < b.pin; });
+  return found;
 }
 
 void Cache::snapshot(i64 handle) {
@@ -118,15 +151,15 @@ void Cache::retain(i64 handle, i64 start, i64 end, int priority, double seconds)
 i64 Cache::clear_cache() {
   Lock lock = enter();
   settle();
-  i64 blocks = 0;
-  for (i32 node = index_.victim(); node != kNoNode;) {
+  const i64 before = index_.cached();
+  for (Item x = index_.victim(); x.node != kNoNode;) {
     Transaction tx(*pool_, *this);
-    for (i64 n = 0; n < kAtOnce && node != kNoNode; ++n, ++blocks, node = index_.victim()) table_->forget(node, tx);
+    for (i64 n = 0; n < kAtOnce && x.node != kNoNode; ++n, x = index_.victim()) table_->evict_item(x, tx);
     tx.commit();
   }
   if (index_.empty()) index_.events().cleared();
   leave();
-  return blocks;
+  return before;
 }
 
 // ---- telling others ----------------------------------------------------------------------------
@@ -154,7 +187,7 @@ void Cache::tell_resident(i32 node, EventRecords& out) const {
   index_.copy_tokens(node, block_tokens(), tokens.data());
   bool any = false;
   for (i64 g = 0; g < groups_; ++g) {
-    const bool here = geometry_.groups[g].growth == Growth::token && table_->has(node, g);
+    const bool here = geometry_.groups[g].growth != Growth::prefill && table_->has(node, g);
     if (!here) continue;
     out.stored(node, parent, index_.root_number(node), static_cast<i32>(g), index_.ordinal(node), tokens.data());
     any = true;

@@ -24,7 +24,7 @@ i64 Cache::trim(i64 bytes) {
   const i64 wanted = bytes < 0 ? pool_->present_pages() : ceil_div(bytes, page);
   Transaction tx(*pool_, *this);
   const i64 free = pool_->free_pages();
-  if (wanted > free) table_->spill(wanted - free, tx);
+  if (wanted > free) table_->spill(wanted - free, true, tx);
   const i64 given = pool_->give_back(wanted, tx);
   tx.commit();
   leave();
@@ -38,7 +38,7 @@ void Cache::set_memory(i64 pages) {
     pool_->set_budget(pages);
   } else if (const i64 excess = table_->owned_pages - pages; excess > 0) {
     Transaction tx(*pool_, *this);
-    if (const i64 freed = table_->spill(excess, tx); freed < excess) {
+    if (const i64 freed = table_->spill(excess, true, tx); freed < excess) {
       throw OutOfMemory("asked for a limit of " + std::to_string(pages) + " pages, but live sequences hold " +
                         std::to_string(table_->owned_pages) + ", which is the smallest that would fit; free or " +
                         "preempt sequences first, or compact()");
@@ -59,12 +59,14 @@ CacheStats Cache::stats() {
   s.mapped_bytes = table_->owned_pages * page;
   s.parked_bytes = table_->parked_pages() * page;
   table_->count_bytes(&s.used_bytes, &s.shared_bytes);
-  i64 token_bytes = 0;
-  for (const GroupGeometry& group : geometry_.groups) {
-    for (i64 bytes : group.token_bytes) token_bytes += group.growth == Growth::token ? bytes : 0;
-  }
   s.cached_blocks = index_.cached();
-  s.cached_bytes = index_.cached() * block_tokens() * token_bytes;
+  for (i64 g = 0; g < groups_; ++g) {
+    const GroupGeometry& group = geometry_.groups[g];
+    if (group.growth != Growth::token) continue;
+    const i32 window = index_.window_of(g);
+    const i64 blocks = window < 0 ? index_.cached() : index_.cached(window);
+    for (i64 bytes : group.token_bytes) s.cached_bytes += blocks * block_tokens() * bytes;
+  }
   s.pinned_blocks = index_.pinned_count();
   s.evicted_blocks = index_.evicted();
   s.lookup_tokens = lookup_tokens_;

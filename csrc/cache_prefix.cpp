@@ -37,44 +37,81 @@ void Cache::leave_chain(i64 index) {
 
 // ---- finding ---------------------------------------------------------------------------------
 
-// Fills chain_ with known blocks that `tokens` begins with, of all but one token, and finds the memory of most of them.
+// Fills chain_ with the known blocks that `tokens` begins with, of all but one token, and finds the memory of most of
+// them: the longest start that some sequence could go on from. chain_ ends with its last block then, part of which may
+// be all that is found. Cost: linear in the blocks.
 Found Cache::find_cached(i32 root, const i32* tokens, i64 n) {
   chain_.clear();
   if (root == kNoNode) return Found();
   const i64 size = block_tokens(), most = n - 1;
   i32 last = root;
-  i64 done = 0;
-  for (; done + size <= most; done += size) {
+  for (i64 done = 0; done + size <= most; done += size) {
     const i32 node = index_.find(last, tokens + done);
     if (node == kNoNode) break;
     chain_.push_back(last = node);
   }
-  Found found = find_part(root, tokens, most);
-  if (found.tokens > 0) return found;
-  const Found whole = table_->find(chain_, done);
-  // Others that begin like a block which a window has passed may still have the memory of theirs.
-  while (has_window_ && static_cast<i64>(chain_.size()) * size > whole.tokens) {
-    const i32 passed = chain_.back();
-    chain_.pop_back();
-    if (!index_.has_siblings(passed)) continue;
-    found = find_part(root, tokens, most);
-    if (found.tokens > 0) return found;
+  if (has_window_) look_along_windows();
+  Found found;
+  const std::size_t known = chain_.size();
+  for (i64 blocks = static_cast<i64>(known);; --blocks, last = index_.parent(last)) {
+    const i64 done = blocks * size;
+    // Others that begin like the next block may have memory where its own is gone.
+    const bool others = blocks == static_cast<i64>(known) || index_.has_siblings(chain_[blocks]);
+    chain_.resize(blocks);
+    if (others && find_part(last, tokens + done, most - done, &found)) return found;
+    if (blocks == 0) return found;
+    if (find_end(done, &found)) return found;
+    if (!has_window_ && !has_state_) return found;
   }
-  return whole;
 }
 
 // What is behind chain_ and part of one more block, which chain_ ends with then; else chain_ is as it was.
-Found Cache::find_part(i32 root, const i32* tokens, i64 most) {
+bool Cache::find_part(i32 last, const i32* tokens, i64 count, Found* found) {
+  if (!prefix_.partial || has_state_ || count <= 0) return false;  // states stand at the end of whole blocks only
   const i64 done = static_cast<i64>(chain_.size()) * block_tokens();
-  if (!prefix_.partial || has_state_ || done >= most) return Found();  // states stand at the end of whole blocks only
-  index_.find_partial(chain_.empty() ? root : chain_.back(), tokens + done, most - done, &parts_);
+  index_.find_partial(last, tokens, count, &parts_);
   for (const PartOfBlock& part : parts_) {  // not all of them are where the tokens before them are
     chain_.push_back(part.node);
-    const Found found = table_->find(chain_, done + part.tokens);
-    if (found.tokens == done + part.tokens) return found;
+    if (find_end(done + part.tokens, found)) return true;
     chain_.pop_back();
   }
-  return Found();
+  return false;
+}
+
+// True if a sequence could go on from the first `tokens` tokens of chain_, which end in its last block.
+bool Cache::find_end(i64 tokens, Found* found) {
+  if (index_.places(chain_.back()) == 0) return false;
+  if (has_window_ && !windows_reach(tokens)) return false;
+  if (has_state_ && !table_->has_state(chain_.back())) return false;
+  const i64 row = table_->find_row(chain_, tokens);
+  if (row < 0) return false;
+  found->tokens = tokens, found->row = row;
+  return true;
+}
+
+// Fills runs_ for chain_.
+void Cache::look_along_windows() {
+  const i64 windows = index_.windows();
+  runs_.resize(chain_.size() * windows);
+  for (std::size_t k = 0; k < chain_.size(); ++k) {
+    for (i32 w = 0; w < windows; ++w) {
+      const i32 before = k == 0 ? 0 : runs_[(k - 1) * windows + w];
+      runs_[k * windows + w] = index_.has_window(chain_[k], w) ? before + 1 : 0;
+    }
+  }
+}
+
+// True if each window group has what it needs of the first `tokens` tokens of chain_, block by block.
+bool Cache::windows_reach(i64 tokens) const {
+  const i64 last = static_cast<i64>(chain_.size()) - 1;
+  for (i32 w = 0; w < index_.windows(); ++w) {
+    const GroupGeometry& group = geometry_.groups[index_.group_of(w)];
+    const i64 first = window_first(group, geometry_.tail_guard_tokens, tokens) / block_tokens();
+    if (first > last) continue;
+    const i32 before = last == 0 ? 0 : runs_[(last - 1) * index_.windows() + w];
+    if (!index_.has_window(chain_[last], w) || before < last - first) return false;
+  }
+  return true;
 }
 
 PrefixMatch Cache::match(const i32* tokens, i64 n, const PrefixKey& key) {
@@ -139,6 +176,15 @@ i64 Cache::admit_batch(const i32* tokens, const i32* counts, i64 n, const Prefix
   return done;
 }
 
+// The most whole blocks of the first `tokens` tokens of chain_ that a sequence could go on from.
+Found Cache::find_whole(i64 tokens) {
+  Found found;
+  chain_.resize(tokens / block_tokens());
+  if (has_window_) look_along_windows();
+  while (!chain_.empty() && !find_end(static_cast<i64>(chain_.size()) * block_tokens(), &found)) chain_.pop_back();
+  return found;
+}
+
 i64 Cache::admit_one(const i32* tokens, i64 n, const PrefixKey& key, i64* cached) {
   const i64 handle = sequences_.next_handle();
   *cached = 0;
@@ -153,8 +199,7 @@ i64 Cache::admit_one(const i32* tokens, i64 n, const PrefixKey& key, i64* cached
   try {
     bool done = found.tokens > 0 && try_adopt(handle, found);
     if (!done && found.tokens % block_tokens() != 0) {  // whole blocks may need no memory
-      chain_.resize(found.tokens / block_tokens());
-      found = table_->find(chain_, found.tokens);
+      found = find_whole(found.tokens);
       done = found.tokens > 0 && try_adopt(handle, found);
     }
     if (!done) {
@@ -184,10 +229,11 @@ i64 Cache::admit_one(const i32* tokens, i64 n, const PrefixKey& key, i64* cached
 
 // False, and nothing has changed, when there is no memory for the copy of what is cut.
 bool Cache::try_adopt(i64 handle, const Found& found) {
-  chain_.resize(ceil_div(found.tokens, block_tokens()));
   for (i32 node : chain_) index_.enter(node);  // not to be given up for the room this may need
-  const auto leave_from = [this](std::size_t first) {
-    for (std::size_t i = chain_.size(); i-- > first;) leave_node(chain_[i]);
+  need_windows(chain_, found.tokens);
+  const auto take_back = [&] {
+    unneed_windows(chain_, found.tokens, true);
+    for (std::size_t i = chain_.size(); i-- > 0;) index_.leave_again(chain_[i]);
   };
   Transaction tx(*pool_, *this);
   try {
@@ -206,19 +252,45 @@ bool Cache::try_adopt(i64 handle, const Found& found) {
     tx.commit();
   } catch (const OutOfMemory&) {
     tx.roll_back();
-    leave_from(0);
+    take_back();
     return false;
   } catch (...) {
     tx.roll_back();
-    leave_from(0);
+    take_back();
     throw;
   }
-  const i64 whole = found.tokens / block_tokens();
+  const std::size_t whole = found.tokens / block_tokens();
   for (i32 node : chain_) index_.hit(node);
-  // In use from now on, but in a group whose window begins later nobody refers to the first ones.
-  for (i64 i = 0; keeps_unheld_ && i < whole; ++i) table_->offer(chain_[i]);
-  leave_from(whole);  // what was copied is not shared
+  for_windows(chain_, found.tokens, [this](i32 node, i32 window) { index_.hit_window(node, window); });
+  unneed_windows(chain_, found.tokens, false);  // of what was taken over whole, the sequence needs it now
+  for (std::size_t i = 0; has_state_ && i < whole; ++i) table_->offer(chain_[i]);
+  for (std::size_t i = chain_.size(); i-- > whole;) leave_node(chain_[i]);  // what was copied is not shared
   return true;
+}
+
+// Calls f(node, window) of what each window needs of the first `tokens` tokens of a chain.
+template <class F>
+void Cache::for_windows(const std::vector<i32>& chain, i64 tokens, F f) {
+  const i64 end = ceil_div(tokens, block_tokens());
+  for (i32 w = 0; w < index_.windows(); ++w) {
+    const GroupGeometry& group = geometry_.groups[index_.group_of(w)];
+    const i64 first = window_first(group, geometry_.tail_guard_tokens, tokens) / block_tokens();
+    for (i64 k = first; k < end; ++k) f(chain[k], w);
+  }
+}
+
+void Cache::need_windows(const std::vector<i32>& chain, i64 tokens) {
+  for_windows(chain, tokens, [this](i32 node, i32 window) { index_.need(node, window); });
+}
+
+// The last first.
+void Cache::unneed_windows(const std::vector<i32>& chain, i64 tokens, bool undo) {
+  const i64 end = ceil_div(tokens, block_tokens());
+  for (i32 w = index_.windows(); w-- > 0;) {
+    const GroupGeometry& group = geometry_.groups[index_.group_of(w)];
+    const i64 first = window_first(group, geometry_.tail_guard_tokens, tokens) / block_tokens();
+    for (i64 k = end; k-- > first;) index_.unneed(chain[k], w, undo);
+  }
 }
 
 // ---- publishing ------------------------------------------------------------------------------

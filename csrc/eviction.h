@@ -34,6 +34,9 @@ class EvictionPolicy {
   virtual void hit(i32 id) = 0;
   // A released block is in use again: not to be named by victim() until it is released.
   virtual void use(i32 id) = 0;
+  // The latest use() that was not followed by another call for this block is taken back: it stands where it stood, if
+  // what stood beside it does. In reverse order if there were several.
+  virtual void undo_use(i32 id) = 0;
   // Nobody uses it any more.
   virtual void release(i32 id) = 0;
   // The released block that should go next, -1 if there is none. Nothing changes but the policy's own order, and the

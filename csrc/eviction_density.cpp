@@ -62,6 +62,7 @@ class DensityPolicy final : public EvictionPolicy {
   void prefetch(i32 id) const override { __builtin_prefetch(&blocks_[id], 1); }
   void hit(i32 id) override;
   void use(i32 id) override;
+  void undo_use(i32 id) override;
   void release(i32 id) override;
   i32 victim() override;
   void evict(i32 id, std::uint64_t key, i32 parent) override;
@@ -76,6 +77,7 @@ class DensityPolicy final : public EvictionPolicy {
   void push_back(i32 list, i32 id);
   void push_front(i32 list, i32 id);
   void remove(i32 id);
+  void undo_remove(i32 id);
   void mark(i32 list, bool filled);
   void find_least(i32 cls);
 
@@ -142,6 +144,12 @@ void DensityPolicy::use(i32 id) {
   block.evictable = 0;
 }
 
+void DensityPolicy::undo_use(i32 id) {
+  Block& block = blocks_[id];
+  block.evictable = 1;
+  if (block.children == 0) undo_remove(id);
+}
+
 void DensityPolicy::release(i32 id) {
   Block& block = blocks_[id];
   if (block.open) statistics_.lost_sight(block.uses, begun(block.begun), clock_);  // used, but nobody had found it
@@ -180,13 +188,17 @@ void DensityPolicy::restore(i32 id, std::uint64_t key, i32 parent) {
   if (ghosts_.take(key).uses == 0) begin_life(&block);
   add_child(parent);
   block.evictable = 1;
-  if (block.children > 0) return;
+  if (block.children == 0) undo_remove(id);
+}
+
+// Where it stood, if its neighbours still stand side by side; else as the next to go of its cell.
+void DensityPolicy::undo_remove(i32 id) {
   if (blocks_.undo_remove(id)) {
     const i32 alone = blocks_.alone_in(id);
     if (alone >= 0) mark(alone, true);
     return;
   }
-  const i32 list = cell_of(block);
+  const i32 list = cell_of(blocks_[id]);
   youngest_first(list) ? push_back(list, id) : push_front(list, id);
 }
 

@@ -27,12 +27,15 @@ enum class OpKind : std::uint8_t {
   block,   // at = group, a = sequence handle, b = ordinal, c = new block, d = old block (0 is none)
   // What the content index of this allocator knows of memory. at = first arena. Stays within the deciding half.
   hold,   // a = node, b = group (paged) or row (virtual), c = block (paged) or 1 where the row has the fixed state too
-  evict,  // the inverse
+  evict,  // the inverse; both with d = 1 + w (virtual): only what the row has of it for window number w
   shift,  // a = node, b = group, c = new block, d = old block: what it holds has been copied there (paged)
   // Many `block` records in one, for an allocator that records nothing. at = first arena. Paged.
   show,  // a = place of the sequence, b = first ordinal, c = count, d = group: what these entries say counts from now
          // on
   hide,  // the inverse: it counts no more, and the entries are 0 once the transaction has ended
+  // The eviction order passes over an item, and names it again. at = first arena.
+  aside,  // a = node, b = its window or -1
+  back,   // the inverse
 };
 constexpr int kOpKinds = 15;  // without the private ones
 
@@ -74,6 +77,12 @@ inline Op inverse(Op op) {
       break;
     case OpKind::hide:
       op.kind = OpKind::show;
+      break;
+    case OpKind::aside:
+      op.kind = OpKind::back;
+      break;
+    case OpKind::back:
+      op.kind = OpKind::aside;
       break;
     case OpKind::open:
       op.kind = OpKind::close, op.d = 1;

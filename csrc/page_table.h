@@ -25,6 +25,28 @@ struct Found {
   i64 row = -1;    // virtual: the row that shows them
 };
 
+// Items that the eviction order passes over for a while, since evicting them would free nothing that is asked for.
+class Aside {
+ public:
+  Aside(i32 arena, Transaction& tx) : arena_(arena), tx_(tx) {}
+  bool full() const { return items_.size() >= kMost; }
+  void add(Item x) {
+    items_.push_back(x);
+    tx_.push({OpKind::aside, arena_, x.node, x.window});
+  }
+  // Comes last. Where the transaction fails before, that takes them back.
+  void put_back() {
+    for (auto x = items_.rbegin(); x != items_.rend(); ++x) tx_.push({OpKind::back, arena_, x->node, x->window});
+    items_.clear();
+  }
+
+ private:
+  static constexpr std::size_t kMost = 1024;  // so that a call stays short
+  const i32 arena_;
+  Transaction& tx_;
+  std::vector<Item> items_;
+};
+
 // Block `ordinal` of the sequence at `index` holds what the node says.
 struct Published {
   i64 index, ordinal;
@@ -47,9 +69,11 @@ class PageTable : public PageOwner {
   // Gives `child` (which holds nothing) the first `tokens` tokens of `parent`: whole shared pieces plus a copied tail.
   virtual void share(i64 parent, i64 child, i64 group, i64 first, i64 tokens, Transaction& tx) = 0;
   // --- content (prefix.h): a chain is a list of nodes, one for each block from the first token on ---
-  // How much of the first `tokens` tokens of the chain a new sequence could take over. The last node may count in part,
-  // and then what is found ends there or at a whole block.
-  virtual Found find(const std::vector<i32>& chain, i64 tokens) const = 0;
+  // The row that shows the first `tokens` tokens of the chain, as far as each group needs them, or -1. They end in its
+  // last node, which may count in part; the index knows that each block is somewhere. Paged: any answer but -1.
+  virtual i64 find_row(const std::vector<i32>& chain, i64 tokens) const = 0;
+  // True if the groups of fixed size have a snapshot at the end of the node.
+  virtual bool has_state(i32 node) const = 0;
   // Gives a sequence that holds nothing what was found; its lengths and fronts say so already. All nodes are in use.
   virtual void adopt(i64 index, const std::vector<i32>& chain, const Found& found, Transaction& tx) = 0;
   // True if the group has the node's tokens somewhere.
@@ -59,8 +83,13 @@ class PageTable : public PageOwner {
   virtual void retract(i64 index, i32 node, Transaction& tx) = 0;
   // Gives up a node that nobody uses and that no cached one continues. Its memory is parked then.
   virtual void evict(i32 node, Transaction& tx) = 0;
-  // A user has left the node, and others remain: what of it none of them holds may be given up from now on.
+  // Gives up what a window group holds of a node and nobody needs.
+  virtual void evict_window(i32 node, i32 window, Transaction& tx) = 0;
+  // A user has left the node, and others remain: a snapshot that none of them holds may be given up from now on.
   virtual void offer(i32 node) = 0;
+  // One more pin ends at the node, or one fewer: some row shows all that a sequence would take over there, and goes on
+  // doing so.
+  virtual void pin_end(i32 node, bool pinned) = 0;
   // Keeps a copy of the sequence's fixed state with the last node of its chain.
   virtual void snapshot(i64 index, const std::vector<i32>& chain, Transaction& tx) = 0;
   // The sequence ends; its lengths are about to become 0.
@@ -74,7 +103,9 @@ class PageTable : public PageOwner {
   virtual void set_pending(i64 index, i64 job) = 0;
   virtual i64 pending(i64 index) const = 0;
 
-  virtual void apply(const Op& op) = 0;  // bind, unbind, block
+  virtual void apply(const Op& op, bool undo) = 0;  // bind, unbind, block
+  // The first token that a window still needs has changed, from `old_first` to `first`.
+  virtual void on_front(i64 index, i64 group, i64 old_first, i64 first, bool undo) = 0;
   // The length has become less by another's decision: whether the tail is shared is to be seen before the next write.
   virtual void look_at_tail(i64 index, i64 group) = 0;
   // True if the mappings around those of `op` are as between calls: no holes, arenas in step.
@@ -102,6 +133,7 @@ class PageTable : public PageOwner {
 
   // Evicts a node and all cached ones that continue it, ends first: nobody could find those without it.
   void forget(i32 node, Transaction& tx);
+  void evict_item(Item x, Transaction& tx) { x.window < 0 ? forget(x.node, tx) : evict_window(x.node, x.window, tx); }
 
  protected:
   PageTable(PrefixIndex& index, const Geometry& geometry)

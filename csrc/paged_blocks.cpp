@@ -36,6 +36,7 @@ void PagedBlocks::add_group(const GroupGeometry& group) {
   b.max_blocks = group.max_blocks;
   b.tokens = group.block_tokens;
   b.per_sequence = ceil_div(group.max_tokens, group.block_tokens);
+  b.window = index_.window_of(static_cast<i64>(blocks_.size()));
   b.info.assign(b.max_blocks, BlockInfo());
   b.backed.assign(b.max_blocks, 0);
   b.ready.reserve(b.max_blocks);
@@ -87,7 +88,7 @@ bool PagedBlocks::holds(i64 index, i64 group) const {
   return true;
 }
 
-void PagedBlocks::apply(const Op& op) {
+void PagedBlocks::apply(const Op& op, bool undo) {
   if (op.kind != OpKind::block) throw SpecError("bind: the paged backend has no rows");
   const i64 index = sequences_.index(op.a);
   if (op.at < 0 || op.at >= groups_) throw SpecError("block: no group " + std::to_string(op.at));
@@ -102,7 +103,7 @@ void PagedBlocks::apply(const Op& op) {
   place = static_cast<i32>(op.c);
   if (op.c != 0) acquire(b, op.c);
   if (op.d != 0) {
-    drop(b, op.d);
+    drop(b, op.d, undo);
     ++version_[index * groups_ + op.at];
     forget_room(index, op.at);
   }
@@ -182,9 +183,9 @@ const Class& PagedBlocks::class_of(i64 a) const {
   });
 }
 
-void PagedBlocks::pass(Blocks& b, i64 block) {
-  b.passed.reserve(b.max_blocks);  // most groups never have such
-  b.passed.add_last(block);
+void PagedBlocks::list_snapshot(Blocks& b, i64 block) {
+  b.snapshots.reserve(b.max_blocks);  // most groups never have such
+  b.snapshots.add_last(block);
 }
 
 // So many more referenced, and so many more kept blocks touch the slots of these `n` on end, each of them.
@@ -201,13 +202,14 @@ void PagedBlocks::count(Blocks& b, i64 first, i64 n, i32 users, i32 kept) {
 }
 
 void PagedBlocks::use(Class& c, i64 from, i64 to, i32 users, i32 kept) {
-  i64 idle = 0;
+  i64 idle = 0, spare = 0;
   for (SlotInfo *slot = c.slots.data() + from, *end = c.slots.data() + to; slot < end; ++slot) {
-    if (slot->users == 0) idle -= slot->mapped;
+    if (slot->users == 0) idle -= slot->mapped, spare -= slot->kept == 0 ? slot->mapped : 0;
     slot->users += users, slot->kept += kept;
-    if (slot->users == 0) idle += slot->mapped;
+    if (slot->users == 0) idle += slot->mapped, spare += slot->kept == 0 ? slot->mapped : 0;
   }
   idle_pages_ += idle;
+  spare_pages_ += spare;
 }
 
 // It is cached and nobody refers to it; `users`: -1 if somebody just did.
@@ -218,7 +220,7 @@ void PagedBlocks::keep(Blocks& b, i64 block, i32 users) {
 
 // No longer so; `users`: 1 if somebody refers to it from now on.
 void PagedBlocks::unkeep(Blocks& b, i64 block, i32 users) {
-  if (b.passed.has(block)) b.passed.remove(block);
+  if (b.snapshots.has(block)) b.snapshots.remove(block);
   --b.kept;
   count(b, block, 1, users, -1);
 }
@@ -228,17 +230,19 @@ void PagedBlocks::acquire(Blocks& b, i64 block) {
     ++b.extra_refs;
   } else if (b.info[block].node != kNoNode) {
     unkeep(b, block, 1);
+    if (b.window >= 0) index_.need(b.info[block].node, b.window);
   } else {
     b.ready.remove(block);
     count(b, block, 1, 1, 0);
   }
 }
 
-void PagedBlocks::drop(Blocks& b, i64 block) {
+void PagedBlocks::drop(Blocks& b, i64 block, bool undo) {
   if (--b.info[block].refs > 0) {
     --b.extra_refs;
   } else if (b.info[block].node != kNoNode) {
     keep(b, block, -1);
+    if (b.window >= 0) index_.unneed(b.info[block].node, b.window, undo);
   } else {
     b.ready.add(block);
     count(b, block, 1, -1, 0);
@@ -297,6 +301,11 @@ void PagedBlocks::hide(const Entries& e) {
     if (kind == Becomes::kept) b.kept += n;
     count(b, first, n, -1, kind == Becomes::kept ? 1 : 0);
   }
+  // The last block first, as those of other groups, which leave with the sequence's chain.
+  for (i64 i = b.window < 0 ? 0 : e.count; i-- > 0;) {
+    const BlockInfo& info = b.info[entries[i]];
+    if (info.refs == 0 && info.node != kNoNode) index_.unneed(info.node, b.window, false);
+  }
   ++version_[e.index * groups_ + e.group];
   forget_room(e.index, e.group);
   hidden_.push_back(e);
@@ -314,11 +323,17 @@ void PagedBlocks::on_content(const Op& op, bool undo) {
   if (op.kind == OpKind::show) return show_again({op.d, op.a, op.b, op.c});  // take_ready() has done all others
   if (op.kind == OpKind::hide) return hide({op.d, op.a, op.b, op.c});
   const i32 node = static_cast<i32>(op.a);
-  if (op.kind == OpKind::shift) return shift(op.b, node, op.d, op.c);
-  if (op.kind == OpKind::hold) {
-    hold(op.b, node, static_cast<i32>(op.c), undo);
-  } else {
-    unhold(op.b, node, static_cast<i32>(op.c), undo);
+  switch (op.kind) {
+    case OpKind::shift:
+      return shift(op.b, node, op.d, op.c);
+    case OpKind::aside:
+      return index_.set_aside({node, static_cast<i32>(op.b)});
+    case OpKind::back:
+      return index_.put_back({node, static_cast<i32>(op.b)});
+    case OpKind::hold:
+      return hold(op.b, node, static_cast<i32>(op.c), undo);
+    default:
+      return unhold(op.b, node, static_cast<i32>(op.c), undo);
   }
 }
 
@@ -328,9 +343,14 @@ void PagedBlocks::hold(i64 g, i32 node, i32 block, bool undo) {
   if (b.info[block].refs == 0) {
     b.ready.remove(block);
     keep(b, block, 0);
-    if (undo && index_.used(node)) pass(b, block);  // only such are given up while their node is in use
+    const bool is_state = geometry_.groups[g].growth == Growth::fixed;
+    if (undo && is_state && index_.used(node)) list_snapshot(b, block);  // only such go while their node is in use
   }
   index_.place(node, g, undo);
+  if (b.window >= 0) {
+    if (b.info[block].refs > 0) index_.need(node, b.window);
+    index_.gain(node, b.window, undo);
+  }
   b.info[block].node = node;
   block_of_[node * groups_ + g] = block;
 }
@@ -340,6 +360,10 @@ void PagedBlocks::unhold(i64 g, i32 node, i32 block, bool undo) {
   if (b.info[block].refs == 0) {
     unkeep(b, block, 0);
     b.ready.add(block);
+  }
+  if (b.window >= 0) {
+    index_.lose(node, b.window, undo);
+    if (b.info[block].refs > 0) index_.unneed(node, b.window, undo);
   }
   index_.displace(node, g, undo);
   b.info[block].node = kNoNode;
@@ -364,6 +388,7 @@ void PagedBlocks::change(const Op& op, bool mapped) {
     pages[slot] = mapped ? static_cast<i32>(op.b + i) : -1;
     c.slots[slot].mapped += mapped ? 1 : -1;
     if (c.slots[slot].users == 0) idle_pages_ += mapped ? 1 : -1;
+    if (c.slots[slot].users + c.slots[slot].kept == 0) spare_pages_ += mapped ? 1 : -1;
   }
   refresh(b, c, op.a, op.a + op.c);
 }

@@ -31,6 +31,7 @@ struct Class {
   std::vector<i64> arenas;  // numbers within the table
   std::vector<SlotInfo> slots;
   i64 hold_from = 0, hold_to = 0;  // slots being prepared at this moment: not to be spilled
+  i64 counted_to = 0;              // scratch of a decision: slots before it have been looked at
 };
 
 struct Blocks {
@@ -38,7 +39,8 @@ struct Blocks {
   std::vector<BlockInfo> info;
   std::vector<std::uint8_t> backed;
   ReadyBlocks ready;
-  IdList passed;  // cached blocks that a sliding window has left behind while their sequence goes on, and snapshots
+  i32 window = -1;    // its number among the groups with a sliding window
+  IdList snapshots;   // of a fixed state at tokens that are in use: no table entry refers to them
   std::vector<Class> classes;
   i64 kept = 0;               // cached blocks that nobody refers to
   i64 cursor = kTrashBlocks;  // no unbacked block lies below
@@ -71,7 +73,9 @@ class PagedBlocks : public PageTable {
     copy_tail_[index * groups_ + group] = 1;
     forget_room(index, group);
   }
-  void apply(const Op& op) override;
+  void apply(const Op& op, bool undo) override;
+  void on_front(i64, i64, i64, i64, bool) override {}  // table entries say what a window needs
+  void pin_end(i32, bool) override {}
   bool is_mapped(i32 arena, i64 slot, i64 count) const override;
   void on_map(const Op& op) override { change(op, true); }
   void on_unmap(const Op& op) override { change(op, false); }
@@ -130,8 +134,8 @@ class PagedBlocks : public PageTable {
   // The node's tokens lie in the block from now on; and the inverse.
   void hold(i64 g, i32 node, i32 block, bool undo);
   void unhold(i64 g, i32 node, i32 block, bool undo);
-  // The block waits to be given up before any other, but after those that wait already.
-  void pass(Blocks& b, i64 block);
+  // The snapshot waits to be given up as the last of those that wait.
+  void list_snapshot(Blocks& b, i64 block);
 
   const Geometry& geometry_;
   PagePool& pool_;
@@ -144,6 +148,7 @@ class PagedBlocks : public PageTable {
   std::vector<std::uint8_t> copy_tail_;  // [sequence][group]: look whether the tail block is shared before writing
   std::vector<std::uint32_t> version_;   // [sequence][group]: counts the entries that were replaced or taken out
   i64 idle_pages_ = 0;                   // mapped, but under no referenced block
+  i64 spare_pages_ = 0;                  // and under no cached one
 
  private:
   std::vector<Entries> hidden_;  // by the transaction in progress; they stand in the table until it ends
@@ -161,7 +166,7 @@ class PagedBlocks : public PageTable {
   void keep(Blocks& b, i64 block, i32 users);
   void unkeep(Blocks& b, i64 block, i32 users);
   void acquire(Blocks& b, i64 block);
-  void drop(Blocks& b, i64 block);
+  void drop(Blocks& b, i64 block, bool undo);
   void shift(i64 g, i32 node, i64 from, i64 to);
   void show_again(const Entries& entries);
   void hide(const Entries& entries);

@@ -5,7 +5,7 @@
 namespace kvmem {
 
 void PagedBlocks::check(std::vector<std::string>* out) const {
-  i64 idle = 0, distinct = 0;
+  i64 idle = 0, spare = 0, distinct = 0;
   for (i64 g = 0; g < groups_; ++g) {
     const Blocks& b = blocks_[g];
     const auto say = [&](i64 block, const std::string& what) {
@@ -58,10 +58,13 @@ void PagedBlocks::check(std::vector<std::string>* out) const {
         if (c.slots[slot].mapped != 0 && c.slots[slot].mapped != static_cast<i32>(c.arenas.size()))
           say(-1, "arenas out of step");
         if (users[slot] == 0) idle += c.slots[slot].mapped;
+        if (users[slot] + kept[slot] == 0) spare += c.slots[slot].mapped;
         distinct += c.slots[slot].mapped;
       }
     }
   }
+  if (spare != spare_pages_)
+    out->push_back("invariant 1: " + std::to_string(spare) + " spare pages, counted " + std::to_string(spare_pages_));
   if (idle != idle_pages_)
     out->push_back("invariant 1: " + std::to_string(idle) + " idle pages, counted " + std::to_string(idle_pages_));
   if (distinct != owned_pages)
@@ -79,13 +82,16 @@ void PagedBlocks::check_content(i64 g, std::vector<std::string>* out) const {
   for (i64 block = 0; block < b.max_blocks; ++block) {
     const i32 node = b.info[block].node;
     if (node == kNoNode) {
-      if (b.passed.has(block)) say(block, "passed by a window, yet it holds nothing that is known");
+      if (b.snapshots.has(block)) say(block, "a snapshot, yet it holds nothing that is known");
       continue;
     }
     kept += b.info[block].refs == 0;
     if (block_of(node, g) != block) say(block, "the index knows its content elsewhere");
     if (!b.backed[block] || index_.places(node) == 0) say(block, "invariant 2: cached, yet without memory");
-    if (b.passed.has(block) && b.info[block].refs > 0) say(block, "passed by a window, yet referenced");
+    if (b.snapshots.has(block) && b.info[block].refs > 0) say(block, "a snapshot, yet referenced");
+    const bool needed = b.window >= 0 && index_.needs(node, b.window) > 0;
+    if (b.window >= 0 && b.info[block].refs > 0 && !needed) say(block, "referenced, yet the eviction order may name it");
+    if (needed && b.info[block].refs == 0 && !index_.pinned(node)) say(block, "kept for nobody");
   }
   if (kept != b.kept) say(-1, std::to_string(kept) + " cached blocks, counted " + std::to_string(b.kept));
   for (i64 index = 0; index < sequences_.capacity(); ++index) {

@@ -225,10 +225,12 @@ void PagedBlocks::use_last(Blocks& b) {
   }
 }
 
-// Takes the place of `from` in the list of passed ones too, so that what is given up next does not change.
+// Takes the place of `from` in the list of snapshots too, so that what is given up next does not change.
 void PagedBlocks::shift(i64 g, i32 node, i64 from, i64 to) {
   Blocks& b = blocks_[g];
-  if (b.passed.has(from)) b.passed.add_before(from, to);
+  const bool was = b.info[from].refs > 0, is = b.info[to].refs > 0;  // the table entries change before or after
+  if (b.window >= 0 && is && !was) index_.need(node, b.window);
+  if (b.snapshots.has(from)) b.snapshots.add_before(from, to);
   if (b.info[to].refs == 0) {
     b.ready.remove(to);
     keep(b, to, 0);
@@ -240,6 +242,7 @@ void PagedBlocks::shift(i64 g, i32 node, i64 from, i64 to) {
   b.info[from].node = kNoNode;
   b.info[to].node = node;
   block_of_[node * groups_ + g] = static_cast<i32>(to);
+  if (b.window >= 0 && was && !is) index_.unneed(node, b.window, false);
 }
 
 }  // namespace kvmem

@@ -50,14 +50,10 @@ class PagedTable final : public PagedBlocks {
 
   void drop_front(i64 index, i64 group, i64 old_first, i64 first, Transaction& tx) override {
     Blocks& b = blocks_[group];
-    if (quotient(first, b.tokens) == quotient(old_first, b.tokens)) return;
+    const i64 begin = quotient(old_first, b.tokens), end = quotient(first, b.tokens);
+    if (begin == end) return;
     b.fence = tx.fence();
-    for (i64 ordinal = quotient(old_first, b.tokens); ordinal < quotient(first, b.tokens); ++ordinal) {
-      const i32 block = entry(index, group, ordinal);
-      set(index, group, ordinal, 0, tx);
-      if (b.info[block].refs == 0 && b.info[block].node != kNoNode && !index_.pinned(b.info[block].node))
-        pass(b, block);
-    }
+    for (i64 ordinal = end; ordinal-- > begin;) set(index, group, ordinal, 0, tx);  // the last goes first, as ever
   }
 
   void share(i64 parent, i64 child, i64 group, i64 first, i64 tokens, Transaction& tx) override {
@@ -73,33 +69,20 @@ class PagedTable final : public PagedBlocks {
     copy_block(group, entry(parent, group, whole), fresh, tail, tx);
   }
 
-  Found find(const std::vector<i32>& chain, i64 tokens) const override {
-    Found best;
-    std::vector<i64> run(groups_, 0);  // blocks on end that are there, up to the one looked at
-    for (i64 k = 0; k < static_cast<i64>(chain.size()); ++k) {
-      const i64 whole = (k + 1) * block_tokens(), end = std::min(tokens, whole);
-      bool all = true;
-      for (i64 g = 0; g < groups_; ++g) {
-        const GroupGeometry& group = geometry_.groups[g];
-        const bool there = block_of(chain[k], g) != 0;
-        run[g] = there ? run[g] + 1 : 0;
-        if (group.growth == Growth::fixed) {
-          all = all && there && end == whole;
-        } else {
-          const i64 first = window_first(group, geometry_.tail_guard_tokens, end) / group.block_tokens;
-          all = all && run[g] >= k + 1 - first;
-          if (group.window_tokens == 0 && !there) return best;
-        }
-      }
-      if (all) best.tokens = end;
+  i64 find_row(const std::vector<i32>&, i64) const override { return 0; }
+
+  bool has_state(i32 node) const override {
+    for (i64 g = 0; g < groups_; ++g) {
+      if (has_state(g) && block_of(node, g) == 0) return false;
     }
-    return best;
+    return true;
   }
 
-  // What is taken over is referred to, or kept from being given up, before any memory is looked for.
+  // What is taken over is referred to, or kept from being given up, before any memory is looked for. The caller needs
+  // what windows hold of it.
   void adopt(i64 index, const std::vector<i32>& chain, const Found& found, Transaction& tx) override {
     const i64 whole = quotient(found.tokens, block_tokens()), tail = remainder(found.tokens, block_tokens());
-    const Kept kept(*this, chain[tail > 0 ? whole : whole - 1]);
+    const KeptSnapshots kept(*this, chain[tail > 0 ? whole : whole - 1]);
     for (i64 g = 0; g < groups_; ++g) {
       if (geometry_.groups[g].growth == Growth::fixed) continue;
       for (i64 ordinal = quotient(sequences_.front(index, g), block_tokens()); ordinal < whole; ++ordinal) {
@@ -143,10 +126,14 @@ class PagedTable final : public PagedBlocks {
     }
   }
 
-  // Where a window has passed it in those that remain, or it is a snapshot: no table entry refers to it.
+  void evict_window(i32 node, i32 window, Transaction& tx) override {
+    const i64 g = index_.group_of(window);
+    tx.push({OpKind::evict, arena(0), node, g, block_of(node, g)});
+  }
+
   void offer(i32 node) override {
     for (i64 g = 0; g < groups_; ++g) {
-      if (const i32 block = block_of(node, g)) offer_block(blocks_[g], block);
+      if (const i32 block = has_state(g) ? block_of(node, g) : 0) offer_snapshot(blocks_[g], block);
     }
   }
 
@@ -155,7 +142,7 @@ class PagedTable final : public PagedBlocks {
       if (geometry_.groups[g].growth != Growth::fixed || block_of(chain.back(), g) != 0) continue;
       const i64 fresh = take(g, 1, tx);
       tx.push({OpKind::hold, arena(0), chain.back(), g, fresh});
-      pass(blocks_[g], fresh);
+      list_snapshot(blocks_[g], fresh);
       copy_block(g, entry(index, g, 0), fresh, 1, tx);
     }
   }
@@ -173,14 +160,11 @@ class PagedTable final : public PagedBlocks {
       b.fence = tx.fence();
       const i64 first = quotient(sequences_.front(index, g), b.tokens);
       const i64 end = ceil_div(sequences_.tokens(index, g), b.tokens);
-      const i32 last = entry(index, g, end - 1);
       if (!pool_.recording) {
         tx.push({OpKind::hide, arena(0), index, first, end - first, g});
       } else {
         for (i64 ordinal = end; ordinal-- > first;) set(index, g, ordinal, 0, tx);
       }
-      // A truncation may have left it with a block that it does not publish any more: nobody else will offer that.
-      if (copy_tail_[index * groups_ + g]) offer_block(b, last);
     }
   }
 
@@ -193,44 +177,63 @@ class PagedTable final : public PagedBlocks {
   void set_pending(i64, i64) override {}
   i64 pending(i64) const override { return 0; }
 
-  i64 spill(i64 pages, Transaction& tx) override {
-    i64 freed = spill_idle(pages, tx);
-    // Cached blocks go one by one, but the pages under them are looked for in batches.
-    for (i64 blocks = 1; freed < pages && give_up(blocks, tx); blocks *= 2) freed += spill_idle(pages - freed, tx);
-    return freed;
+  i64 spill(i64 pages, bool content, Transaction& tx) override {
+    const i64 held = held_pages();
+    Aside aside(arena(0), tx);
+    for (Item x; content && spare_pages_ - held < pages && (x = index_.victim()).node != kNoNode;) {
+      if (free_page_of(x, tx)) continue;
+      if (aside.full()) break;
+      aside.add(x);
+    }
+    aside.put_back();
+    while (content && spare_pages_ - held < pages && evict_next(tx)) continue;  // pages that several have blocks in
+    return spill_idle(pages, tx);
   }
 
  private:
   i64 block_tokens() const { return index_.block_tokens(); }
 
-  // Takes the blocks of a node out of the lists of passed ones for a while.
-  class Kept {
+  // Takes the snapshots of a node out of the lists of those that may be given up, for a while.
+  class KeptSnapshots {
    public:
-    Kept(PagedTable& table, i32 node) : table_(table) {
-      for (i64 g = 0; node != kNoNode && g < table.groups_; ++g) {
+    KeptSnapshots(PagedTable& table, i32 node) : table_(table) {
+      for (i64 g = 0; g < table.groups_; ++g) {
         const i32 block = table.block_of(node, g);
-        if (block == 0 || !table.blocks_[g].passed.has(block)) continue;
-        table.blocks_[g].passed.remove(block);
+        if (block == 0 || !table.blocks_[g].snapshots.has(block)) continue;
+        table.blocks_[g].snapshots.remove(block);
         blocks_.emplace_back(g, block);
       }
     }
-    ~Kept() {
+    ~KeptSnapshots() {
       for (const auto& [g, block] : blocks_) {
         Blocks& b = table_.blocks_[g];
-        if (b.info[block].refs == 0) table_.pass(b, block);
+        if (b.info[block].refs == 0) table_.list_snapshot(b, block);
       }
     }
-    Kept(const Kept&) = delete;
-    Kept& operator=(const Kept&) = delete;
+    KeptSnapshots(const KeptSnapshots&) = delete;
+    KeptSnapshots& operator=(const KeptSnapshots&) = delete;
 
    private:
     PagedTable& table_;
     std::vector<std::pair<i64, i32>> blocks_;
   };
 
+  // Pages without users and content that are being prepared just now, and not to be taken away.
+  i64 held_pages() const {
+    i64 pages = 0;
+    for (const Blocks& b : blocks_) {
+      for (const Class& c : b.classes) {
+        for (i64 slot = c.hold_from; slot < c.hold_to; ++slot) {
+          if (c.slots[slot].users + c.slots[slot].kept == 0) pages += c.slots[slot].mapped;
+        }
+      }
+    }
+    return pages;
+  }
+
   i64 spill_idle(i64 pages, Transaction& tx) {
     i64 freed = 0;
-    if (idle_pages_ == 0) return 0;
+    if (spare_pages_ == 0) return 0;
     for (Blocks& b : blocks_) {
       for (Class& c : b.classes) {
         const i64 each = static_cast<i64>(c.arenas.size());
@@ -250,38 +253,68 @@ class PagedTable final : public PagedBlocks {
     return freed;
   }
 
-  // Gives up the content of cached blocks, least valuable first; false if there is none.
-  bool give_up(i64 blocks, Transaction& tx) {
-    bool any = false;
-    for (; blocks > 0 && give_up_one(tx); --blocks) any = true;
-    return any;
+  bool has_state(i64 g) const { return geometry_.groups[g].growth == Growth::fixed; }
+
+  // Evicts the next item of the eviction order; after all of them, snapshots of tokens that are in use. False if there is
+  // nothing left.
+  bool evict_next(Transaction& tx) {
+    const Item x = index_.victim();
+    if (x.node == kNoNode) return evict_snapshot(tx);
+    evict_item(x, tx);
+    return true;
   }
 
-  bool give_up_one(Transaction& tx) {
+  // What is pinned goes with its node.
+  bool evict_snapshot(Transaction& tx) {
     for (i64 g = 0; g < groups_; ++g) {
-      if (!has_state(g) && give_up_passed(g, tx)) return true;
-    }
-    const i32 node = index_.victim();
-    if (node != kNoNode) {
-      forget(node, tx);
+      Blocks& b = blocks_[g];
+      i64 block = b.snapshots.first();
+      while (block != 0 && index_.pinned(b.info[block].node)) block = b.snapshots.next(block);
+      if (block == 0) continue;
+      tx.push({OpKind::evict, arena(0), b.info[block].node, g, block});
       return true;
-    }
-    for (i64 g = 0; g < groups_; ++g) {
-      if (has_state(g) && give_up_passed(g, tx)) return true;
     }
     return false;
   }
 
-  bool has_state(i64 g) const { return geometry_.groups[g].growth == Growth::fixed; }
+  // Evicts the item and what else lies on one of its pages, the one with the least besides, so that this page comes
+  // free. False, and nothing has happened, where none of its pages could.
+  bool free_page_of(Item x, Transaction& tx) {
+    std::vector<i32> least;
+    i32 window = -1;
+    for (i64 g = 0; g < groups_; ++g) {
+      const Blocks& b = blocks_[g];
+      const i32 block = block_of(x.node, g);
+      if (block == 0 || (x.window >= 0 ? b.window != x.window : b.window >= 0)) continue;
+      for (const Class& c : b.classes) {
+        for (i64 slot = first_slot(c, block); slot < end_slot(c, block) && least.size() != 1; ++slot) {
+          if (!find_content(b, c, slot) || (!least.empty() && on_page_.size() >= least.size())) continue;
+          least = on_page_, window = b.window;
+        }
+      }
+    }
+    for (i32 node : least) evict_item({node, window}, tx);
+    return !least.empty();
+  }
 
-  // What a window has passed goes first: a hit needs it only if it ends just there. Snapshots of tokens that are in use
-  // stand in such a list too, and go last. What is pinned goes with its node.
-  bool give_up_passed(i64 g, Transaction& tx) {
-    Blocks& b = blocks_[g];
-    i64 block = b.passed.first();
-    for (; block != 0 && index_.pinned(b.info[block].node); block = b.passed.first()) b.passed.remove(block);
-    if (block != 0) tx.push({OpKind::evict, arena(0), b.info[block].node, g, block});
-    return block != 0;
+  // What is cached on the page at a slot, in on_page_, a block before those it continues; false where that cannot all be
+  // evicted without losing more.
+  bool find_content(const Blocks& b, const Class& c, i64 slot) {
+    constexpr i64 kMostOnPage = 512;  // else too much would be lost by chance
+    on_page_.clear();
+    const i64 end = std::min(b.max_blocks, ceil_div((slot + 1) * page_bytes(), c.block_bytes));
+    const i64 first = quotient(slot * page_bytes(), c.block_bytes);
+    if (c.slots[slot].users > 0 || end - first > kMostOnPage || (slot >= c.hold_from && slot < c.hold_to)) return false;
+    for (i64 block = first; block < end; ++block) {
+      const i32 node = b.info[block].node;
+      if (node == kNoNode) continue;
+      if (b.window >= 0 ? index_.needs(node, b.window) > 0 : index_.used(node)) return false;
+      on_page_.push_back(node);
+    }
+    if (b.window >= 0) return true;
+    std::sort(on_page_.begin(), on_page_.end(), [this](i32 p, i32 q) { return index_.ordinal(p) > index_.ordinal(q); });
+    const auto is_here = [this](i32 node) { return std::find(on_page_.begin(), on_page_.end(), node) != on_page_.end(); };
+    return std::all_of(on_page_.begin(), on_page_.end(), [&](i32 node) { return index_.all_cached_children(node, is_here); });
   }
 
   void set(i64 index, i64 group, i64 ordinal, i64 block, Transaction& tx) {
@@ -312,20 +345,56 @@ class PagedTable final : public PagedBlocks {
     return n;
   }
 
-  // New pages as long as there are any; then cached blocks of this group, whose pages stay as they are; at last pages
-  // from under whatever else is parked.
+  // New pages, or pages without content, as long as there are any. Then what is evicted next: of this group it leaves a
+  // block that is ready; of another it goes only if a page comes free by it.
   void make_ready(i64 group, i64 wanted, Transaction& tx) {
     Blocks& b = blocks_[group];
-    const i64 first = unbacked(group);
-    if (!has_room_for(b, first)) {
-      if (!has_state(group) && give_up_passed(group, tx)) return;
-      for (i32 node; b.kept > 0 && b.ready.empty() && (node = index_.victim()) != kNoNode;) forget(node, tx);
-      if (!b.ready.empty() || give_up_passed(group, tx)) return;
+    Aside aside(arena(0), tx);
+    while (b.ready.empty() && !back_some(group, wanted, tx)) {
+      const Item x = index_.victim();
+      if (x.node == kNoNode) break;
+      const bool here = block_of(x.node, group) != 0 && (x.window < 0 || x.window == b.window);
+      if (here) {
+        evict_item(x, tx);
+      } else if (!free_page_of(x, tx)) {
+        if (aside.full()) break;
+        aside.add(x);
+      }
     }
-    if (first == b.max_blocks) throw OutOfMemory("all " + std::to_string(first - kTrashBlocks) + " blocks are in use");
-    i64 end = first + 1;
-    while (end < b.max_blocks && end - first < wanted && !b.backed[end]) ++end;
+    aside.put_back();
+    while (b.ready.empty() && !back_some(group, wanted, tx)) {
+      if (evict_next(tx)) continue;
+      if (unbacked(group) == b.max_blocks)
+        throw OutOfMemory("all " + std::to_string(b.max_blocks - kTrashBlocks) + " blocks are in use");
+      back(group, unbacked(group), unbacked(group) + 1, geometry_.zero, tx);  // from another allocator's content
+    }
+  }
+
+  // Backs the next blocks, `wanted` at most, as far as no content has to go for them; false if there is no room for one.
+  bool back_some(i64 group, i64 wanted, Transaction& tx) {
+    Blocks& b = blocks_[group];
+    const i64 first = unbacked(group);
+    if (first == b.max_blocks) return false;
+    const i64 least = missing_pages(b, first);
+    if (const i64 allowed = limit_pages - owned_pages; allowed < least) {
+      spill(least - allowed, false, tx);
+    } else if (pool_.room_pages() < least) {
+      pool_.spill(*this, least - pool_.room_pages(), false, tx);
+    }
+    const i64 room = std::min(pool_.room_pages(), limit_pages - owned_pages);
+    if (room < least) return false;
+    i64 end = first + 1, pages = least;
+    for (Class& c : b.classes) c.counted_to = end_slot(c, first);
+    for (; end < b.max_blocks && end - first < wanted && !b.backed[end]; ++end) {
+      for (Class& c : b.classes) {
+        for (const i64 to = end_slot(c, end); c.counted_to < to; ++c.counted_to) {
+          if (c.slots[c.counted_to].mapped == 0) pages += static_cast<i64>(c.arenas.size());
+        }
+      }
+      if (pages > room) break;
+    }
     back(group, first, end, geometry_.zero, tx);
+    return true;
   }
 
   // The lowest block with pages missing, or max_blocks.
@@ -335,16 +404,19 @@ class PagedTable final : public PagedBlocks {
     return b.cursor;
   }
 
-  // True if the pages that are missing under the block can be had without taking any from elsewhere.
-  bool has_room_for(const Blocks& b, i64 block) const {
-    if (block == b.max_blocks) return false;
+  // How many pages are missing under the block.
+  i64 missing_pages(const Blocks& b, i64 block) const {
     i64 pages = 0;
     for (const Class& c : b.classes) {
       for (i64 slot = first_slot(c, block); slot < end_slot(c, block); ++slot) {
         if (c.slots[slot].mapped == 0) pages += static_cast<i64>(c.arenas.size());
       }
     }
-    return pages <= std::min(pool_.room_pages(), limit_pages - owned_pages);
+    return pages;
+  }
+
+  bool has_room_for(const Blocks& b, i64 block) const {
+    return block < b.max_blocks && missing_pages(b, block) <= std::min(pool_.room_pages(), limit_pages - owned_pages);
   }
 
   // Maps what is not mapped yet under blocks [first, end).
@@ -369,11 +441,11 @@ class PagedTable final : public PagedBlocks {
     for (Class& c : b.classes) c.hold_from = c.hold_to = 0;
   }
 
-  // What a node in use holds, and no sequence refers to, may be given up from now on.
-  void offer_block(Blocks& b, i32 block) {
+  // A snapshot of a node in use, which no sequence refers to, may be given up from now on.
+  void offer_snapshot(Blocks& b, i32 block) {
     const BlockInfo& info = b.info[block];
-    if (info.refs > 0 || info.node == kNoNode || b.passed.has(block)) return;
-    if (index_.used(info.node) && !index_.pinned(info.node)) pass(b, block);
+    if (info.refs > 0 || b.snapshots.has(block)) return;
+    if (index_.used(info.node) && !index_.pinned(info.node)) list_snapshot(b, block);
   }
 
   void copy_tail(i64 index, i64 group, i64 tokens, Transaction& tx) {
@@ -392,9 +464,7 @@ class PagedTable final : public PagedBlocks {
     const i64 fresh = take(group, 1, tx);
     set(index, group, ordinal, fresh, tx);
     copy_block(group, old, fresh, tail, tx);
-    if (b.info[old].refs > 0) return;
-    b.fence = tx.new_fence();  // behind the copy: the block may be given up, and its page go
-    offer_block(b, old);
+    if (b.info[old].refs == 0) b.fence = tx.new_fence();  // behind the copy: the block may go, and its page
   }
 
   void copy_block(i64 group, i64 from, i64 to, i64 tokens, Transaction& tx) {
@@ -416,6 +486,8 @@ class PagedTable final : public PagedBlocks {
       from += n;
     }
   }
+
+  std::vector<i32> on_page_;  // what find_content() found
 };
 
 }  // namespace

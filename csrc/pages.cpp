@@ -110,7 +110,7 @@ void PagePool::map_slots(PageOwner& owner, i32 arena, i64 slot, i64 count, i64 n
   while (count > 0) {
     const i64 allowed = owner.limit_pages - owner.owned_pages;
     if (allowed <= 0) {
-      if (owner.spill(count, tx) == 0) refuse(owner, asked);
+      if (owner.spill(count, true, tx) == 0) refuse(owner, asked);
       continue;
     }
     i64 page = find_free(near);
@@ -125,12 +125,7 @@ void PagePool::map_slots(PageOwner& owner, i32 arena, i64 slot, i64 count, i64 n
         tx.push({OpKind::create, 0, first, n});
         page = first;
       } else {
-        i64 freed = owner.spill(count, tx);
-        for (PageOwner* other : owners_) {
-          if (freed >= count) break;
-          if (other != &owner) freed += other->spill(count - freed, tx);
-        }
-        if (freed == 0) refuse(owner, asked);
+        if (spill(owner, count, true, tx) == 0) refuse(owner, asked);
         continue;
       }
     }
@@ -143,6 +138,18 @@ void PagePool::map_slots(PageOwner& owner, i32 arena, i64 slot, i64 count, i64 n
     count -= n;
     near = page + n - 1;
   }
+}
+
+i64 PagePool::spill(PageOwner& owner, i64 pages, bool content, Transaction& tx) {
+  i64 freed = 0;
+  for (const bool also_content : {false, true}) {
+    if (also_content && !content) break;
+    if (freed < pages) freed += owner.spill(pages - freed, also_content, tx);
+    for (PageOwner* other : owners_) {
+      if (freed < pages && other != &owner) freed += other->spill(pages - freed, also_content, tx);
+    }
+  }
+  return freed;
 }
 
 // Zeroes what is not known to be zero, as far as the policy asks for it, and notes who writes here from now on.
@@ -172,7 +179,7 @@ namespace {
 // For transactions of the pool itself, which touch no table.
 class NoTables final : public TableState {
  public:
-  void apply_table(const Op&) override { throw SpecError("a pool has no sequences"); }
+  void apply_table(const Op&, bool) override { throw SpecError("a pool has no sequences"); }
 };
 }  // namespace
 
@@ -180,9 +187,7 @@ void PagePool::set_budget(i64 pages) {
   NoTables none;
   Transaction tx(*this, none);
   i64 excess = mapped_pages_ - pages;
-  for (PageOwner* owner : owners_) {
-    if (excess > 0) excess -= owner->spill(excess, tx);
-  }
+  if (excess > 0 && !owners_.empty()) excess -= spill(*owners_.front(), excess, true, tx);
   if (excess > 0) {
     throw OutOfMemory("asked for a budget of " + std::to_string(pages) + " pages of " + std::to_string(page_bytes_) +
                       " bytes, but live sequences hold " + std::to_string(pages + excess) +

@@ -38,8 +38,9 @@ class PageOwner {
   virtual bool can_give_up(const Op& evict) const = 0;
   // Mapped pages that no live sequence needs.
   virtual i64 parked_pages() const = 0;
-  // Pushes unmap records until about `pages` parked pages are free; returns how many it freed.
-  virtual i64 spill(i64 pages, Transaction& tx) = 0;
+  // Pushes unmap records until `pages` pages are free, as far as there are any that nobody needs; returns how many it
+  // freed. `content`: cached content is evicted too, where pages that hold none do not suffice.
+  virtual i64 spill(i64 pages, bool content, Transaction& tx) = 0;
   // Pushes the records that move blocks together until `pages` more pages hold nothing, as far as that can be; returns
   // how many do. They stay mapped, for spill() or the owner's own use. 0 where pages belong to one sequence each.
   virtual i64 compact(i64 pages, Transaction& tx);
@@ -89,6 +90,9 @@ class PagePool {
   // neighbours in the arena are neighbours in memory. Spills parked pages when none is free. OutOfMemory when there is
   // nothing left; the transaction is then the caller's to drop.
   void map_slots(PageOwner& owner, i32 arena, i64 slot, i64 count, i64 near, Zero zero, Transaction& tx);
+  // Takes pages from what nobody needs, of `owner` first: those without content of everybody, then cached content.
+  // Returns how many it freed, which may be fewer than `pages`.
+  i64 spill(PageOwner& owner, i64 pages, bool content, Transaction& tx);
   i64 give_back(i64 pages, Transaction& tx);  // free pages to the system
 
   // Grows or shrinks the budget, spilling parked pages of every owner. OutOfMemory, and nothing changed, when live

@@ -24,15 +24,24 @@ void resize_exactly(std::vector<T>& v, i64 size) {  // resize() alone would doub
 
 }  // namespace
 
-PrefixIndex::PrefixIndex(i64 block_tokens, std::vector<i32> token_groups, const std::string& policy, int hash_bits,
+PrefixIndex::PrefixIndex(i64 block_tokens, std::vector<GroupKind> groups, const std::string& policy, int hash_bits,
                          i64 event_capacity, i64 blocks)
-    : token_groups_(std::move(token_groups)),
-      mask_(hash_bits >= 64 ? ~std::uint64_t{0} : (std::uint64_t{1} << hash_bits) - 1),
+    : mask_(hash_bits >= 64 ? ~std::uint64_t{0} : (std::uint64_t{1} << hash_bits) - 1),
       policy_(make_eviction_policy(policy)),
       events_(event_capacity, block_tokens),
       tokens_(block_tokens),
       ghosts_(kGhosts, 0),
       block_(block_tokens) {
+  for (std::size_t g = 0; g < groups.size(); ++g) {
+    const i32 group = static_cast<i32>(g);
+    window_of_.push_back(groups[g] == GroupKind::window ? windows_++ : -1);
+    if (groups[g] == GroupKind::window) group_of_.push_back(group);
+    if (groups[g] == GroupKind::full) full_groups_.push_back(group);
+    if (groups[g] == GroupKind::state) state_groups_.push_back(group);
+  }
+  whole_ = windows_ == 0 || !full_groups_.empty() || !state_groups_.empty();
+  items_ = windows_ + whole_;
+  cached_parts_.assign(static_cast<std::size_t>(windows_), 0);
   blocks = std::min(std::max(blocks, kFirstNodes), kMostAtOnce);
   std::size_t buckets = 1;
   while (full(blocks, buckets)) buckets *= 2;
@@ -45,7 +54,8 @@ PrefixIndex::PrefixIndex(i64 block_tokens, std::vector<i32> token_groups, const 
 void PrefixIndex::reserve(i64 nodes) {
   const i64 before = capacity();
   tokens_.reserve(nodes);
-  policy_->reserve(nodes);
+  policy_->reserve(nodes * items_);
+  if (windows_ > 0) resize_exactly(parts_, nodes * windows_);
   resize_exactly(siblings_, nodes);
   if (events_.on()) resize_exactly(root_of_, nodes);
   resize_exactly(nodes_, nodes);
@@ -56,13 +66,26 @@ void PrefixIndex::start_retention() {
   auto retention = std::make_unique<RetentionPolicy>(std::move(policy_));
   retention_ = retention.get();
   policy_ = std::move(retention);
-  policy_->reserve(capacity());
-  for (i64 x = 0; x < capacity(); ++x) {
-    if (nodes_[x].places > 0) retention_->follow(static_cast<i32>(x), nodes_[x].released);
+  policy_->reserve(capacity() * items_);
+  for (i32 x = 0; x < capacity(); ++x) {
+    if (whole_ && nodes_[x].places > 0) retention_->follow(item(x), nodes_[x].released);
+    for (i32 w = 0; w < windows_; ++w) {
+      if (has_window(x, w)) retention_->follow(item(x, w), needs(x, w) == 0);
+    }
   }
-  for (i64 x = 0; x < capacity(); ++x) {
+  for (i32 x = 0; whole_ && x < capacity(); ++x) {
     const i32 parent = nodes_[x].parent;
-    if (nodes_[x].places > 0 && !is_root(parent)) retention_->lead(parent, static_cast<i32>(x));
+    if (nodes_[x].places > 0 && !is_root(parent)) retention_->lead(item(parent), item(x));
+  }
+}
+
+void PrefixIndex::retain(i32 node, int priority, double seconds) {
+  const Node& n = nodes_[node];
+  const bool whole = whole_ && n.places > 0;
+  if (!retention_) start_retention();
+  if (whole) retention_->retain(item(node), priority, seconds);
+  for (i32 w = 0; w < windows_; ++w) {
+    if (has_window(node, w)) retention_->retain(item(node, w), priority, seconds);
   }
 }
 
@@ -163,7 +186,7 @@ i32 PrefixIndex::add(i32 parent, const i32* tokens) {
   const i32 node = new_node();
   Node& n = nodes_[node];
   n.key = key_after(nodes_[parent].key, tokens);
-  policy_->expect(node, n.key);
+  if (whole_) policy_->expect(item(node), n.key);
   n.parent = parent;
   n.ordinal = nodes_[parent].ordinal + 1;
   if (events_.on()) root_of_[node] = root_of_[parent];
@@ -178,31 +201,98 @@ void PrefixIndex::place(i32 node, i64 group, bool undo) {
   if (!n.linked) link(node);  // its giving up is taken back
   const bool first = n.places++ == 0;
   if (first) {
-    if (undo) {
-      policy_->restore(node, n.key, n.ordinal > 0 ? n.parent : kNoNode);
-      if (n.users > 0) policy_->use(node);
-    } else {
-      policy_->insert(node, n.key, n.ordinal > 0 ? n.parent : kNoNode);
-      if (n.users == 0) policy_->release(node);
-    }
     n.released = n.users == 0;
     cached_ += n.released;
+    if (whole_ && undo) {
+      policy_->restore(item(node), n.key, parent_item(n));
+      if (n.users > 0 || n.aside) policy_->use(item(node));
+    } else if (whole_) {
+      policy_->insert(item(node), n.key, parent_item(n));
+      if (n.users == 0) policy_->release(item(node));
+    }
   }
-  if (first || group >= 0) note({node, static_cast<i32>(group), true}, undo);
+  if (group < 0 ? first : window_of(group) < 0) note({node, static_cast<i32>(group), true}, undo);
 }
 
 void PrefixIndex::displace(i32 node, i64 group, bool undo) {
   Node& n = nodes_[node];
   const bool last = --n.places == 0;
   if (last) {
-    if (!n.released) policy_->release(node);
-    policy_->evict(node, n.key, n.ordinal > 0 ? n.parent : kNoNode);
+    if (whole_) {
+      if (!n.released || n.aside) policy_->release(item(node));
+      policy_->evict(item(node), n.key, parent_item(n));
+    }
     cached_ -= n.released;
     n.released = false;
     loose_.push_back(node);
     if (idle(n)) unlink(node);
   }
-  if (last || group >= 0) note({node, static_cast<i32>(group), false}, undo);
+  if (group < 0 ? last : window_of(group) < 0) note({node, static_cast<i32>(group), false}, undo);
+}
+
+// Another content than the node's own, for what a policy remembers of it.
+std::uint64_t PrefixIndex::part_key(i32 node, i32 window) const {
+  return nodes_[node].key + (static_cast<std::uint64_t>(window) + 1) * 0x9e3779b97f4a7c15u;
+}
+
+void PrefixIndex::gain(i32 node, i32 window, bool undo) {
+  Part& p = part(node, window);
+  if (p.places++ > 0) return;
+  const i32 id = item(node, window);
+  cached_parts_[static_cast<std::size_t>(window)] += p.needs == 0;
+  if (undo) {
+    policy_->restore(id, part_key(node, window), kNoNode);
+    if (p.needs > 0 || p.aside) policy_->use(id);
+  } else {
+    policy_->insert(id, part_key(node, window), kNoNode);
+    if (p.needs == 0) policy_->release(id);
+  }
+  note({node, group_of(window), true}, undo);
+}
+
+void PrefixIndex::lose(i32 node, i32 window, bool undo) {
+  Part& p = part(node, window);
+  if (--p.places > 0) return;
+  const i32 id = item(node, window);
+  cached_parts_[static_cast<std::size_t>(window)] -= p.needs == 0;
+  if (p.needs > 0 || p.aside) policy_->release(id);
+  policy_->evict(id, part_key(node, window), kNoNode);
+  note({node, group_of(window), false}, undo);
+}
+
+void PrefixIndex::need_again(i32 node, i32 window) {
+  policy_->use(item(node, window));
+  --cached_parts_[static_cast<std::size_t>(window)];
+}
+
+void PrefixIndex::need_no_more(i32 node, i32 window, bool undo) {
+  const i32 id = item(node, window);
+  undo ? policy_->undo_use(id) : policy_->release(id);
+  ++cached_parts_[static_cast<std::size_t>(window)];
+}
+
+void PrefixIndex::set_aside(Item x) {
+  if (x.window < 0) {
+    nodes_[x.node].aside = true;
+    if (nodes_[x.node].places > 0) policy_->use(id_of(x));
+  } else {
+    part(x.node, x.window).aside = true;
+    if (has_window(x.node, x.window)) policy_->use(id_of(x));
+  }
+}
+
+void PrefixIndex::put_back(Item x) {
+  if (x.window < 0) {
+    nodes_[x.node].aside = false;
+    if (nodes_[x.node].places > 0) policy_->undo_use(id_of(x));
+  } else {
+    part(x.node, x.window).aside = false;
+    if (has_window(x.node, x.window)) policy_->undo_use(id_of(x));
+  }
+}
+
+void PrefixIndex::note_state(i32 node, bool stored, bool undo) {
+  for (i32 group : state_groups_) note({node, group, stored}, undo);
 }
 
 void PrefixIndex::note(const Told& told, bool undo) {
@@ -217,15 +307,16 @@ void PrefixIndex::note(const Told& told, bool undo) {
 void PrefixIndex::tell(const Told& told) {
   const Node& n = nodes_[told.node];
   if (told.stored) copy_tokens(told.node, block_tokens(), block_.data());
-  for (i32 group : token_groups_) {
-    if (told.group >= 0 && group != told.group) continue;
+  const auto tell_of = [&](i32 group) {
     if (told.stored) {
       const i32 parent = is_root(n.parent) ? kNoNode : n.parent;
       events_.stored(told.node, parent, root_of_[told.node], group, n.ordinal, block_.data());
     } else {
       events_.removed(told.node, group);
     }
-  }
+  };
+  if (told.group >= 0) return tell_of(told.group);
+  for (i32 group : full_groups_) tell_of(group);
 }
 
 void PrefixIndex::finish(bool committed) {
@@ -273,14 +364,14 @@ void PrefixIndex::forget_roots() {
 }
 
 void PrefixIndex::use_again(i32 node) {
-  policy_->use(node);
+  if (whole_) policy_->use(item(node));
   nodes_[node].released = false;
   --cached_;
 }
 
-void PrefixIndex::leave_last(i32 node) {
+void PrefixIndex::leave_last(i32 node, bool undo) {
   if (nodes_[node].places == 0) return prune(node);
-  policy_->release(node);
+  if (whole_) undo ? policy_->undo_use(item(node)) : policy_->release(item(node));
   nodes_[node].released = true;
   ++cached_;
 }

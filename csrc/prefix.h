@@ -8,9 +8,12 @@
 // child and the child's tokens, and computes no hash.
 //
 // The index knows no memory. A page table tells it with place() and displace() in how many places a node's tokens lie;
-// sequences and pins tell it with enter() and leave() whether they use it. A node with memory that nobody uses is
-// cached, and its EvictionPolicy says which of those goes next. A node without memory stays only as a step on the path
-// to others (sliding windows leave such) or while it is used.
+// sequences and pins tell it with enter() and leave() whether they use it. A node without memory stays only as a step
+// on the path to others (sliding windows leave such) or while it is used.
+//
+// What is evicted is an Item: a node, or only what one group with a sliding window holds of it. A window passes blocks
+// while their sequence goes on, so such a part has users of its own (need(), unneed()) and stands in the same eviction
+// order as whole nodes: by when and how often it was used, whoever holds the rest of the node.
 #pragma once
 
 #include <memory>
@@ -32,6 +35,21 @@ struct PrefixKey {
   std::string salt, extra_key;
 };
 
+// What a group of the cache means to the index.
+enum class GroupKind : std::uint8_t {
+  none,    // holds no content that could be shared
+  full,    // every token of a sequence
+  window,  // the last tokens of a sequence
+  state,   // a snapshot of a fixed state, at the end of some blocks
+};
+
+// What is evicted at once: the content of a node in the group that is window number `window`, or (-1) all of the node,
+// after which nothing that continues it can be found either.
+struct Item {
+  i32 node = kNoNode;
+  i32 window = -1;
+};
+
 // The first tokens of a cached block.
 struct PartOfBlock {
   i32 node;
@@ -40,13 +58,17 @@ struct PartOfBlock {
 
 class PrefixIndex {
  public:
-  // `token_groups`: the groups that events speak of. `hash_bits` under 64 makes hashes collide, for tests.
-  // `blocks`: about how many there is memory for. Tables are made for as many at once, up to some 65,000, so that no
-  // call later pays for their growth.
-  PrefixIndex(i64 block_tokens, std::vector<i32> token_groups, const std::string& policy, int hash_bits,
+  // `groups`: the kind of each. `hash_bits` under 64 makes hashes collide, for tests. `blocks`: about how many there is
+  // memory for. Tables are made for as many at once, up to some 65,000, so that no call later pays for their growth.
+  PrefixIndex(i64 block_tokens, std::vector<GroupKind> groups, const std::string& policy, int hash_bits,
               i64 event_capacity, i64 blocks);
 
   i64 block_tokens() const { return tokens_.block_tokens(); }
+  i32 windows() const { return windows_; }  // groups with a sliding window
+  bool whole() const { return whole_; }     // whole nodes are evicted; else only what windows hold of them
+  // The number of the group among those with a window, -1 if it has none; and the group of that number.
+  i32 window_of(i64 group) const { return window_of_[static_cast<std::size_t>(group)]; }
+  i32 group_of(i32 window) const { return group_of_[static_cast<std::size_t>(window)]; }
 
   // --- finding; no side effect ---
   i32 find_root(const PrefixKey& key) const;
@@ -74,14 +96,41 @@ class PrefixIndex {
   i32 places(i32 node) const { return nodes_[node].places; }
   // The first `count` of them.
   void copy_tokens(i32 node, i64 count, i32* out) const { tokens_.copy(node, count, out); }
+  // The window group has the node's tokens somewhere; and how many sequences and pins need that.
+  bool has_window(i32 node, i32 window) const { return part(node, window).places > 0; }
+  i32 window_places(i32 node, i32 window) const { return part(node, window).places; }
+  i32 needs(i32 node, i32 window) const { return part(node, window).needs; }
   // A cached child that nobody uses, kNoNode if there is none.
   i32 unused_child(i32 node) const;
+  // True if f() of all children with memory is.
+  template <class F>
+  bool all_cached_children(i32 node, F f) const {
+    for (i32 x = nodes_[node].first_child; x != kNoNode; x = nodes_[x].next_child) {
+      if (nodes_[x].places > 0 && !f(x)) return false;
+    }
+    return true;
+  }
   i64 capacity() const { return static_cast<i64>(nodes_.size()); }  // ids are below it
 
   // --- state: what transactions change and take back ---
-  // The node's tokens lie in one more place, or one fewer: of this group, or (-1) of all of them alike.
+  // The node's tokens lie in one more place, or one fewer: of this group, or (-1) of all that are not told apart.
   void place(i32 node, i64 group, bool undo);
   void displace(i32 node, i64 group, bool undo);
+  // The window group has the node's tokens in one more place, or one fewer.
+  void gain(i32 node, i32 window, bool undo);
+  void lose(i32 node, i32 window, bool undo);
+  // One more sequence or pin needs what the window group has of the node, or one fewer. `undo`: need() is taken back,
+  // so that the eviction order is as it was.
+  void need(i32 node, i32 window) {
+    Part& p = part(node, window);
+    if (p.needs++ == 0 && p.places > 0) need_again(node, window);
+  }
+  void unneed(i32 node, i32 window, bool undo) {
+    Part& p = part(node, window);
+    if (--p.needs == 0 && p.places > 0) need_no_more(node, window, undo);
+  }
+  // A state group has a snapshot of the node, or has it no more, where place() does not say so.
+  void note_state(i32 node, bool stored, bool undo);
   // The end of a transaction: nodes without memory and use are gone now, and events are told.
   void finish(bool committed);
 
@@ -93,7 +142,7 @@ class PrefixIndex {
   // processor would wait for one after the other; who knows them all by another way says so before.
   void prefetch(i32 node) const {
     __builtin_prefetch(nodes_.data() + node, 1);
-    policy_->prefetch(node);
+    if (whole_) policy_->prefetch(item(node));
   }
   // One more user.
   void enter(i32 node) {
@@ -102,23 +151,33 @@ class PrefixIndex {
   }
   // One fewer; of a chain, the last block first.
   void leave(i32 node) {
-    if (--nodes_[node].users == 0) leave_last(node);
+    if (--nodes_[node].users == 0) leave_last(node, false);
+  }
+  // Takes enter() back: the eviction order is as it was. In reverse order, if there were several.
+  void leave_again(i32 node) {
+    if (--nodes_[node].users == 0) leave_last(node, true);
   }
   // A new sequence found it, or found what lies behind it.
   void hit(i32 node) {
-    if (nodes_[node].places > 0) policy_->hit(node);
+    if (nodes_[node].places > 0 && whole_) policy_->hit(item(node));
+  }
+  void hit_window(i32 node, i32 window) {
+    if (part(node, window).places > 0) policy_->hit(item(node, window));
   }
   void pin(i32 node);
   void unpin(i32 node);
-  // Of a block that a sliding window has passed there is nothing to keep.
-  void retain(i32 node, int priority, double seconds) {
-    if (nodes_[node].places == 0) return;
-    if (!retention_) start_retention();
-    retention_->retain(node, priority, seconds);
-  }
+  // Of what is not in memory there is nothing to keep.
+  void retain(i32 node, int priority, double seconds);
 
-  i32 victim() { return policy_->victim(); }  // the cached node to give up next, kNoNode if there is none
-  i64 cached() const { return cached_; }      // nodes with memory that nobody uses
+  // The cached item to evict next, node kNoNode if there is none.
+  Item victim() { return item_of(policy_->victim()); }
+  // victim() does not name it until put_back(), after which it stands where it stood, unless it was evicted meanwhile.
+  // In reverse order, if there are several; nobody comes to use it in between.
+  void set_aside(Item x);
+  void put_back(Item x);
+  i64 cached() const { return cached_; }  // nodes with memory that nobody uses
+  // Those of which the window group has something that nobody needs.
+  i64 cached(i32 window) const { return cached_parts_[static_cast<std::size_t>(window)]; }
   bool empty() const { return linked_ == 0; }
   i64 pinned_count() const { return pinned_; }
   i64 evicted() const { return evicted_; }  // nodes that lost their memory, ever
@@ -142,15 +201,21 @@ class PrefixIndex {
     i32 first_child = kNoNode;  // the newest; the others follow by next_child
     i32 next_child = kNoNode;   // of a root, which has no siblings, its number; of a free node, the next free one
     i32 users = 0;
-    std::uint32_t places : 29;
+    std::uint32_t places : 28;
     std::uint32_t linked : 1;    // can be found
     std::uint32_t released : 1;  // its policy may name it
     std::uint32_t pinned : 1;
-    Node() : places(0), linked(0), released(0), pinned(0) {}
+    std::uint32_t aside : 1;
+    Node() : places(0), linked(0), released(0), pinned(0), aside(0) {}
   };
   // Of a node that is not the newest child of its parent.
   struct Sibling {
     i32 next_in_bucket, previous_child;
+  };
+  // What one window group has of a node.
+  struct Part {
+    i32 places = 0, needs = 0;
+    bool aside = false;
   };
   struct Told {
     i32 node;
@@ -177,14 +242,31 @@ class PrefixIndex {
   void put_in_bucket(i32 node);
   void take_out_of_bucket(i32 node);
   void grow_buckets();
+  // Numbers of items, as the policy has them: of each node first the whole, then its parts.
+  i32 item(i32 node) const { return node * items_; }
+  i32 item(i32 node, i32 window) const { return node * items_ + whole_ + window; }
+  i32 id_of(Item x) const { return x.window < 0 ? item(x.node) : item(x.node, x.window); }
+  Item item_of(i32 id) const {
+    if (items_ == 1) return {id, id < 0 || whole_ ? -1 : 0};
+    return id < 0 ? Item() : Item{id / items_, id % items_ - whole_};
+  }
+  Part& part(i32 node, i32 window) { return parts_[static_cast<std::size_t>(node * windows_ + window)]; }
+  const Part& part(i32 node, i32 window) const { return parts_[static_cast<std::size_t>(node * windows_ + window)]; }
+  std::uint64_t part_key(i32 node, i32 window) const;
+  i32 parent_item(const Node& n) const { return n.ordinal > 0 ? item(n.parent) : kNoNode; }
+  void need_again(i32 node, i32 window);
+  void need_no_more(i32 node, i32 window, bool undo);
   void use_again(i32 node);
-  void leave_last(i32 node);
+  void leave_last(i32 node, bool undo);
   bool idle(const Node& n) const { return n.users == 0 && n.places == 0 && n.first_child == kNoNode; }
   void prune(i32 node);
   void note(const Told& told, bool undo);
   void tell(const Told& told);
 
-  const std::vector<i32> token_groups_;
+  std::vector<i32> full_groups_, state_groups_, window_of_, group_of_;
+  i32 windows_ = 0;
+  bool whole_ = true;  // nodes are items: some group holds every token, or snapshots
+  i32 items_ = 1;      // of each node
   const std::uint64_t mask_;  // of keys, for tests
   std::uint64_t seed_;
   std::unique_ptr<EvictionPolicy> policy_;
@@ -193,6 +275,8 @@ class PrefixIndex {
   std::vector<Node> nodes_;
   std::vector<Sibling> siblings_;  // by node
   TokenBlocks tokens_;             // by node
+  std::vector<Part> parts_;        // [node][window]
+  std::vector<i64> cached_parts_;  // by window
   std::vector<i32> root_of_;       // by node, where events are on: the number of its root, never given out twice
   i32 free_ = kNoNode;
   std::vector<i32> buckets_;

@@ -132,6 +132,7 @@ std::vector<i32> PrefixIndex::below(i32 root) const {
 void PrefixIndex::check(const std::vector<i32>& users, std::vector<std::string>* out) const {
   std::vector<i32> children(nodes_.size(), 0);
   std::vector<i32> block(block_tokens());
+  std::vector<i64> parts(static_cast<std::size_t>(windows_), 0);
   i64 cached = 0, pins = 0, linked = 0, siblings = 0;
   const auto say = [out](i64 node, const std::string& what) {
     out->push_back("cached block " + std::to_string(node) + ": " + what);
@@ -153,10 +154,16 @@ void PrefixIndex::check(const std::vector<i32>& users, std::vector<std::string>*
     }
     if (n.released != (n.places > 0 && n.users == 0)) say(x, "invariant 2: its policy thinks otherwise of it");
     cached += n.released;
+    for (i32 w = 0; w < windows_; ++w) {
+      const Part& p = part(static_cast<i32>(x), w);
+      parts[static_cast<std::size_t>(w)] += p.places > 0 && p.needs == 0;
+      if (p.places > 0 && n.places == 0) say(x, "a window group has it, though it is nowhere");
+    }
     linked += n.linked;
     siblings += n.linked && parent.first_child != x;
   }
   if (linked != linked_ || siblings != in_buckets_) out->push_back("the counts of blocks that can be found are wrong");
+  if (parts != cached_parts_) out->push_back("the counts of what windows have passed are wrong");
   if (cached != cached_ || pins != pinned_) out->push_back("the counts of cached or pinned blocks are wrong");
 }
 

@@ -77,6 +77,20 @@ void RetentionPolicy::use(i32 id) {
   at(id).released = false;
 }
 
+void RetentionPolicy::undo_use(i32 id) {
+  named_ = -1;
+  Block& block = at(id);
+  block.released = true;
+  block.place = place_of(block);
+  if (block.place == kBase) {
+    base_->undo_use(id);
+  } else {
+    if (!lists_.undo_remove(id)) lists_.push_front(block.place, id);
+    filled_.set(static_cast<std::size_t>(block.place));
+  }
+  resume_clock(id);
+}
+
 void RetentionPolicy::release(i32 id) {
   named_ = -1;
   at(id).released = true;
@@ -120,10 +134,7 @@ void RetentionPolicy::restore(i32 id, std::uint64_t key, i32 parent) {
   base_->restore(id, key, parent);
   block.place = kBase;
   if (place_before != kBase) place(id, true);
-  if (block.deadline > 0) {
-    set_heap(heap_.size(), id);
-    sift_up(heap_.size() - 1);
-  }
+  resume_clock(id);
 }
 
 i32 RetentionPolicy::place_of(const Block& block) const {
@@ -192,6 +203,12 @@ void RetentionPolicy::start_clock(i32 id) {
   block.deadline = 0;
   if (block.priority == kBaseDecides || block.ttl == 0) return;
   block.deadline = clock_() + block.ttl;
+  resume_clock(id);
+}
+
+// With the deadline that it had.
+void RetentionPolicy::resume_clock(i32 id) {
+  if (at(id).deadline == 0) return;
   set_heap(heap_.size(), id);
   sift_up(heap_.size() - 1);
 }
@@ -215,6 +232,7 @@ void RetentionPolicy::expire() {
     const i32 id = heap_.front();
     stop_clock(id);
     at(id).priority = kBaseDecides;
+    at(id).deadline = 0;
     place(id);
     update_holds(id);  // after it: what led to it comes to the base later, so that LRU names it later
   }

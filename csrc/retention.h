@@ -39,6 +39,7 @@ class RetentionPolicy final : public EvictionPolicy {
   void prefetch(i32 id) const override { base_->prefetch(id); }
   void hit(i32 id) override;
   void use(i32 id) override;
+  void undo_use(i32 id) override;
   void release(i32 id) override;
   // The clock is read only while a released block has a time to live.
   i32 victim() override;
@@ -73,6 +74,7 @@ class RetentionPolicy final : public EvictionPolicy {
 
   void start_clock(i32 id);
   void stop_clock(i32 id);
+  void resume_clock(i32 id);
   void expire();
   void sift_up(std::size_t index);
   void sift_down(std::size_t index);

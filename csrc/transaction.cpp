@@ -11,7 +11,7 @@ void Transaction::apply(const Op& op, bool undo) {
   } else if (is_physical(op.kind)) {
     pool_.apply(op, undo);
   } else {
-    tables_.apply_table(op);
+    tables_.apply_table(op, undo);
   }
 }
 

@@ -14,7 +14,7 @@ class TableState {
  public:
   virtual ~TableState() = default;
   // Throws SpecError, having changed nothing, when the record does not follow from the present state.
-  virtual void apply_table(const Op& op) = 0;
+  virtual void apply_table(const Op& op, bool undo) = 0;
 };
 
 class Transaction {

@@ -11,22 +11,51 @@ void VirtualTable::share(i64 parent, i64 child, i64 group, i64 first, i64 tokens
   share_row(row_of_[parent], row_of_[child], group, first, tokens, tx);
 }
 
-// The last block first: a row holds all blocks before the ones it holds. Of the rows that hold it, one that is parked
-// and ends there can be taken as it is.
-Found VirtualTable::find(const std::vector<i32>& chain, i64 tokens) const {
-  for (i64 k = static_cast<i64>(chain.size()); k > 0; --k) {
-    Found found;
-    found.tokens = std::min(tokens, k * index_.block_tokens());
-    i64 looked = 0;
-    for (i64 row = first_holder(chain[k - 1]); row >= 0 && looked < PrefixIndex::kCandidates; ++looked) {
-      const bool best = rows_[row].index < 0 && static_cast<i64>(rows_[row].holds.size()) == k;
-      if ((found.row < 0 || best) && shows(row, chain[k - 1], found.tokens)) found.row = row;
-      if (found.row == row && best) break;
-      row = rows_[row].holds[k - 1].next;
-    }
-    if (found.row >= 0) return found;
+// A row holds all blocks before the ones it holds. Of those that show the tokens, one that is parked and ends there can
+// be taken as it is. With windows, only rows that show the block at which theirs begins, or the last one, come into
+// question: whichever are fewer.
+i64 VirtualTable::find_row(const std::vector<i32>& chain, i64 tokens) const {
+  const i64 last = static_cast<i64>(chain.size()) - 1;
+  if (has_state_) {
+    const i64 row = state_row(chain[last]);
+    return row >= 0 && shows_windows(row, chain, tokens) ? row : -1;
   }
-  return Found();
+  i64 at = last, row = -1;
+  const bool windowed = index_.windows() > 0;
+  if (windowed) {
+    const GroupGeometry& group = geometry_.groups[index_.group_of(0)];
+    const i64 first = window_first(group, geometry_.tail_guard_tokens, tokens) / index_.block_tokens();
+    at = first <= last && index_.window_places(chain[first], 0) < index_.window_places(chain[last], 0) ? first : last;
+  }
+  // A window that needs no block (of one token, at a block's end) is shown by every row that holds the chain.
+  const bool listed = windowed && index_.has_window(chain[at], 0);
+  i64 next = listed ? first_shower(chain[at], 0) : first_holder(chain[last]);
+  for (i64 looked = 0; next >= 0 && looked < PrefixIndex::kCandidates; ++looked) {
+    const i64 here = next;
+    next = listed ? shown(here, at, 0).next : rows_[here].holds[last].next;
+    if (blocks_of(here) <= last || rows_[here].holds[last].node != chain[last]) continue;
+    const bool best = rows_[here].index < 0 && blocks_of(here) == last + 1;
+    if ((row >= 0 && !best) || (windowed && !shows_windows(here, chain, tokens))) continue;
+    row = here;
+    if (best) break;
+  }
+  return row;
+}
+
+bool VirtualTable::shows_windows(i64 row, const std::vector<i32>& chain, i64 tokens) const {
+  for (i32 w = 0; w < index_.windows(); ++w) {
+    const GroupGeometry& group = geometry_.groups[index_.group_of(w)];
+    const i64 first = window_first(group, geometry_.tail_guard_tokens, tokens) / index_.block_tokens();
+    if (!shows_blocks(row, w, first, static_cast<i64>(chain.size()))) return false;
+  }
+  return true;
+}
+
+bool VirtualTable::shows_blocks(i64 row, i32 window, i64 from, i64 to) const {
+  for (i64 k = to; k-- > from;) {
+    if (!shown(row, k, window).here) return false;
+  }
+  return true;
 }
 
 void VirtualTable::adopt(i64 index, const std::vector<i32>& chain, const Found& found, Transaction& tx) {
@@ -57,11 +86,64 @@ void VirtualTable::evict(i32 node, Transaction& tx) {
   while (holder_[node] >= 0) cut(holder_[node], index_.ordinal(node), tx);
 }
 
+std::vector<i64> VirtualTable::showers(i32 node, i32 window) const {
+  std::vector<i64> rows;
+  for (i64 row = first_shower(node, window); row >= 0; row = shown(row, index_.ordinal(node), window).next) {
+    rows.push_back(row);
+  }
+  return rows;
+}
+
+void VirtualTable::evict_window(i32 node, i32 window, Transaction& tx) {
+  const std::vector<i64> rows = showers(node, window);
+  const i64 ordinal = index_.ordinal(node);
+  for (i64 row : rows) tx.push({OpKind::evict, arena(0), node, row, 0, 1 + window});
+  unmap_block(rows, window, ordinal, tx);
+  for (i64 row : rows) {
+    if (rows_[row].index < 0) drop_passed(row, tx);
+  }
+}
+
+// Where nothing but windows holds tokens, a parked row ends with a block that it shows: what it holds behind that could
+// not be found.
+void VirtualTable::drop_passed(i64 row, Transaction& tx) {
+  if (index_.whole()) return;
+  const auto is_shown = [&](i64 ordinal) {
+    for (i32 w = 0; w < index_.windows(); ++w) {
+      if (shown(row, ordinal, w).here) return true;
+    }
+    return false;
+  };
+  while (blocks_of(row) > 0 && !is_shown(blocks_of(row) - 1)) tx.push(unhold_op(row));
+}
+
+void VirtualTable::unmap_block(const std::vector<i64>& rows, i32 window, i64 ordinal, Transaction& tx) {
+  const i64 g = index_.group_of(window), size = index_.block_tokens();
+  for (i64 row : rows) {
+    if (row == source_ || row == copy_) continue;
+    for (i64 a = first_[g]; a < first_[g + 1]; ++a) {
+      i64 needed_lo, needed_hi;
+      needed(row, g, a, &needed_lo, &needed_hi);
+      const Extent& e = extent(row, a);
+      const i64 block_bytes = size * token_bytes(g, a);
+      const i64 from = std::max(e.lo, quotient(ordinal * block_bytes, page_bytes()));
+      const i64 to = std::min({e.hi, needed_lo, ceil_div((ordinal + 1) * block_bytes, page_bytes())});
+      for (i64 slot = from; slot < to; ++slot) {
+        const i64 first = quotient(slot * page_bytes(), block_bytes);
+        const i64 last = std::min(blocks_of(row), ceil_div((slot + 1) * page_bytes(), block_bytes));
+        bool shows = false;
+        for (i64 k = first; !shows && k < last; ++k) shows = shown(row, k, window).here;
+        // What is not known yet may be the sequence's own tokens.
+        const bool beyond = (slot + 1) * page_bytes() > content_tokens(row) * token_bytes(g, a) && rows_[row].index >= 0;
+        if (!shows && !beyond && e.pages[slot] >= 0) unmap(row, a, slot, slot + 1, rows_[row].fence, tx);
+      }
+    }
+  }
+}
+
 // A row of its own shows the same pages and has a copy of the state. It belongs to no sequence.
 void VirtualTable::snapshot(i64 index, const std::vector<i32>& chain, Transaction& tx) {
-  for (i64 row = holder_[chain.back()]; row >= 0; row = rows_[row].holds[chain.size() - 1].next) {
-    if (rows_[row].state == chain.back()) return;
-  }
+  if (has_state(chain.back())) return;
   const i64 from = row_of_[index];
   Guard guard(source_, from);
   const i64 to = pick_empty(tx);
@@ -80,33 +162,16 @@ void VirtualTable::snapshot(i64 index, const std::vector<i32>& chain, Transactio
   hold_all(to, chain, static_cast<i64>(chain.size()), true, tx);
 }
 
-bool VirtualTable::shows(i64 row, i32 node, i64 tokens) const {
-  for (const GroupGeometry& group : geometry_.groups) {
-    const bool state = rows_[row].state == node && tokens % index_.block_tokens() == 0;
-    if (group.growth == Growth::fixed && !state) return false;
-  }
-  return has_mapped(row, tokens);
-}
-
-bool VirtualTable::has_mapped(i64 row, i64 tokens) const {
-  for (i64 a = 0, g = 0; a < arenas_; ++a) {
-    while (a >= first_[g + 1]) ++g;
-    const GroupGeometry& group = geometry_.groups[g];
-    if (group.growth != Growth::token) continue;
-    const i64 first = window_first(group, geometry_.tail_guard_tokens, tokens);
-    const Extent& e = extent(row, a);
-    if (e.lo > low_slot(g, a, first) || e.hi < ceil_div(tokens * token_bytes(g, a), page_bytes())) return false;
-  }
-  return true;
-}
-
 bool VirtualTable::is_covered(i64 row, std::size_t from) const {
   const std::vector<Hold>& holds = rows_[row].holds;
   if (holds.size() <= from) return true;
   i64 looked = 0;
-  for (i64 other = first_holder(holds.back().node); other >= 0 && looked < PrefixIndex::kCandidates; ++looked) {
-    bool as_much = other != row;  // where a window has passed in the other row, that one shows less
-    for (i64 a = 0; as_much && a < arenas_; ++a) as_much = extent(other, a).lo <= extent(row, a).lo;
+  const i64 most = index_.windows() == 0 ? PrefixIndex::kCandidates : 4;  // each is compared block by block
+  for (i64 other = first_holder(holds.back().node); other >= 0 && looked < most; ++looked) {
+    bool as_much = other != row;
+    for (i64 k = index_.windows() == 0 ? blocks_of(row) : static_cast<i64>(from); as_much && k < blocks_of(row); ++k) {
+      for (i32 w = 0; w < index_.windows(); ++w) as_much = as_much && (shown(other, k, w).here || !shown(row, k, w).here);
+    }
     if (as_much) return true;
     other = rows_[other].holds[holds.size() - 1].next;
   }
@@ -114,11 +179,7 @@ bool VirtualTable::is_covered(i64 row, std::size_t from) const {
 }
 
 void VirtualTable::cut(i64 row, i64 from, Transaction& tx) {
-  const Row& r = rows_[row];
-  while (static_cast<i64>(r.holds.size()) > from) {
-    const i32 node = r.holds.back().node;
-    tx.push({OpKind::evict, arena(0), node, row, r.state == node});
-  }
+  while (blocks_of(row) > from) tx.push(unhold_op(row));
 }
 
 void VirtualTable::hold_all(i64 row, const std::vector<i32>& chain, i64 count, bool state, Transaction& tx) {
@@ -127,9 +188,7 @@ void VirtualTable::hold_all(i64 row, const std::vector<i32>& chain, i64 count, b
 
 bool VirtualTable::can_take_over(i64 row, std::size_t blocks) const {
   if (rows_[row].index >= 0) return false;
-  for (const GroupGeometry& group : geometry_.groups) {
-    if (group.growth == Growth::fixed) return false;
-  }
+  if (has_state_ || !keeps_pins(row, blocks)) return false;
   if (is_covered(row, blocks)) return true;
   const std::vector<Hold>& holds = rows_[row].holds;
   return best_empty(0) < 0 && std::none_of(
@@ -144,6 +203,9 @@ void VirtualTable::take_over(i64 index, i64 row, i64 blocks, Transaction& tx) {
   // Behind that page there may be more: a sequence that a window keeps short shows the later pages only.
   for (i64 a = 0; a < arenas_; ++a) {
     const Extent& e = extent(row, a);
+    const i64 front = low_slot(group_of(a), a, sequences_.front(index, group_of(a)));
+    const i64 behind = ceil_div(blocks * index_.block_tokens() * token_bytes(group_of(a), a), page_bytes());
+    if (e.solid > front) unmap(row, a, std::max(e.lo, behind), e.hi, rows_[row].fence, tx);  // there are holes
     i64 slot = std::max(e.lo, blocks * index_.block_tokens() * token_bytes(group_of(a), a) / page_bytes());
     while (slot < e.hi && pool_.refs(e.pages[slot]) <= 1) ++slot;
     const i64 tail = sequences_.tokens(index, group_of(a)) * token_bytes(group_of(a), a) / page_bytes();

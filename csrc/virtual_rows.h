@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <set>
 #include <string>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -15,14 +16,25 @@
 
 namespace kvmem {
 
+// What of a row is mapped in one arena. Between calls that is all of [lo, hi), but in a group with a sliding window:
+// there what the window has passed may have holes, and [solid, hi) has none.
 struct Extent {
-  i64 lo = 0, hi = 0, count = 0;  // [lo, hi) is the hull of what is mapped; count == hi - lo between calls
-  std::vector<i32> pages;         // by slot of the row, -1 where nothing is mapped
+  i64 lo = 0, hi = 0, solid = 0, count = 0;
+  std::vector<i32> pages;  // by slot of the row, -1 where nothing is mapped
 };
+
+// As many as a record has bits for.
+constexpr i64 kMostWindows = 32;
 
 // What block i of a row holds: hold i of its list. Rows that hold the same node are linked through it.
 struct Hold {
   i32 node = kNoNode, next = -1, previous = -1;  // rows
+};
+
+// Whether a row shows what a window group needs of a block that it holds, and the other rows that do.
+struct Shown {
+  i32 next = -1, previous = -1;  // rows
+  bool here = false;
 };
 
 // Rows by mapped slots, then by number.
@@ -36,6 +48,7 @@ struct Row {
   bool maybe_shared = false;  // some page may be mapped elsewhere too
   i32 state = kNoNode;        // the node at whose end its fixed state was copied
   std::vector<Hold> holds;    // its content, as far as it is known, block by block
+  std::vector<Shown> shown;   // [block][window]; what groups without a window hold is always there
   // Its entry in empty_ while it has one; else the entry itself, kept so that no change of state needs memory.
   RowsBySlots::iterator in_empty;
   RowsBySlots::node_type entry;
@@ -60,17 +73,19 @@ class VirtualRows : public PageTable {
   }
   void set_pending(i64 index, i64 job) override { rows_[row_of_[index]].job = job; }
   i64 pending(i64 index) const override { return row_of_[index] < 0 ? 0 : rows_[row_of_[index]].job; }
-  void apply(const Op& op) override;
+  void apply(const Op& op, bool undo) override;
+  void on_front(i64 index, i64 group, i64 old_first, i64 first, bool undo) override;
+  void pin_end(i32 node, bool pinned) override {
+    if (const auto found = pin_ends_.try_emplace(node, 0).first; (found->second += pinned ? 1 : -1) == 0) {
+      pin_ends_.erase(found);
+    }
+  }
   bool is_mapped(i32 arena, i64 slot, i64 count) const override;
   void on_map(const Op& op) override { change(op, true); }
   void on_unmap(const Op& op) override { change(op, false); }
   void on_content(const Op& op, bool undo) override;
   void finish(bool committed) override;
-  bool can_give_up(const Op& op) const override {
-    const Row& row = rows_[op.b];
-    return row.index < 0 && !row.holds.empty() && row.holds.back().node == op.a &&
-           (index_.places(row.holds.back().node) > 1 || !index_.used(row.holds.back().node));
-  }
+  bool can_give_up(const Op& op) const override;
 
   i64 offset_bytes(i64 index, i64 group, i64 a, i64 token) const override {
     return slot_of(row_of_[index], group, first_[group] + a) * page_bytes() +
@@ -134,20 +149,13 @@ class VirtualRows : public PageTable {
     return g;
   }
 
+  i64 blocks_of(i64 row) const { return static_cast<i64>(rows_[row].holds.size()); }
+  // The first block of the row's content that the sequence's window needs.
+  i64 first_block(i64 index, i32 window) const {
+    return ceil_div(sequences_.front(index, index_.group_of(window)), index_.block_tokens());
+  }
   i64 content_tokens(i64 row) const { return static_cast<i64>(rows_[row].holds.size()) * index_.block_tokens(); }
   i64 first_holder(i32 node) const { return node < static_cast<i64>(holder_.size()) ? holder_[node] : -1; }
-
-  // The slots of a parked row that its content needs to be found up to its end.
-  void kept(i64 row, i64 g, i64 a, i64* lo, i64* hi) const {
-    const Extent& e = extent(row, a);
-    const Row& r = rows_[row];
-    const GroupGeometry& group = geometry_.groups[g];
-    const bool state = !r.holds.empty() && r.state == r.holds.back().node;
-    const i64 tokens = group.growth == Growth::fixed ? state : content_tokens(row);
-    const i64 first = group.growth == Growth::fixed ? 0 : window_first(group, geometry_.tail_guard_tokens, tokens);
-    *lo = tokens == 0 ? e.hi : std::max(e.lo, low_slot(g, a, first));
-    *hi = tokens == 0 ? e.hi : std::min(e.hi, ceil_div(tokens * token_bytes(g, a), page_bytes()));
-  }
 
   // The slots that the row's sequence needs; none for a parked row.
   void needed(i64 row, i64 g, i64 a, i64* lo, i64* hi) const {
@@ -156,18 +164,41 @@ class VirtualRows : public PageTable {
     *hi = index < 0 ? extent(row, a).hi : high_slot(g, a, sequences_.tokens(index, g));
   }
 
-  // The slots of [extent.lo, extent.hi) that whoever has the row could do without end at *lo and begin again at *hi.
-  void wanted(i64 row, i64 g, i64 a, i64* lo, i64* hi) const {
-    if (rows_[row].index < 0) {
-      kept(row, g, a, lo, hi);
-    } else {
-      needed(row, g, a, lo, hi);
-    }
+  // Slots [from, to) and [end, hi) of a row: neither its sequence nor its content needs what is mapped there.
+  struct Spare {
+    i64 from, to, end;
+  };
+  Spare spare(i64 row, i64 g, i64 a) const;
+
+  // Bits of the windows that have all of the block mapped in the row.
+  i64 mapped_windows(i64 row, i64 ordinal) const;
+  // The record by which the row forgets its last block.
+  Op unhold_op(i64 row) const;
+  // True if the row has all of the block mapped, in each arena of the group.
+  bool is_whole_in(i64 row, i64 g, i64 ordinal) const;
+  Shown& shown(i64 row, i64 ordinal, i32 window) { return rows_[row].shown[ordinal * index_.windows() + window]; }
+  const Shown& shown(i64 row, i64 ordinal, i32 window) const {
+    return rows_[row].shown[ordinal * index_.windows() + window];
+  }
+  i64 state_row(i32 node) const { return node < static_cast<i64>(state_row_.size()) ? state_row_[node] : -1; }
+  i32 first_shower(i32 node, i32 window) const {
+    const std::size_t at = node * index_.windows() + window;
+    return at < shower_.size() ? shower_[at] : -1;
+  }
+  // The row shows what the window group has of the block, or does so no more.
+  void reveal(i64 row, i64 ordinal, i32 window, bool undo);
+  void conceal(i64 row, i64 ordinal, i32 window, bool undo);
+  // The row's sequence needs, or needs no more, what windows show of blocks [from, to).
+  void need_blocks(i64 row, i32 window, i64 from, i64 to);
+  void unneed_blocks(i64 row, i32 window, i64 from, i64 to, bool undo);
+  bool needs_block(i64 row, i64 ordinal, i32 window) const {
+    const i64 index = rows_[row].index;
+    return index >= 0 && ordinal * index_.block_tokens() >= sequences_.front(index, index_.group_of(window));
   }
 
   // Block `ordinal(node)`, the next one of the row's content, is the node; and the inverse, of the last one. `state`:
-  // the row has a copy of the fixed state at its end.
-  void hold(i64 row, i32 node, bool state, bool undo);
+  // the row has a copy of the fixed state at its end. `windows`: bits of those that show the block.
+  void hold(i64 row, i32 node, bool state, i64 windows, bool undo);
   void unhold(i64 row, i32 node, bool state, bool undo);
 
   // The row may have pages to spare from now on.
@@ -201,7 +232,7 @@ class VirtualRows : public PageTable {
     for (i64 a = first_[group]; a < first_[group + 1]; ++a) {
       const Extent& e = extent(row, a);
       i64 here = quotient(e.hi * page_bytes(), token_bytes(group, a)) - geometry_.tail_guard_tokens;
-      if (e.count == 0 || e.lo > low_slot(group, a, front)) here = 0;
+      if (e.count == 0 || e.solid > low_slot(group, a, front)) here = 0;
       if (e.count == 0 || e.hi < row_slots(group, a)) room = std::min(room, std::max(i64{0}, here));
     }
     return room;
@@ -210,13 +241,16 @@ class VirtualRows : public PageTable {
   const Geometry& geometry_;
   PagePool& pool_;
   const Sequences& sequences_;
-  bool has_windows_ = false;  // in any group
+  bool has_state_ = false;  // some group is of fixed size
   i64 arenas_ = 0;
   i32 base_arena_ = 0;
   std::vector<i64> first_;  // first arena of each group, and one past the last
   std::vector<Row> rows_;
   std::vector<i32> row_of_;  // by sequence, -1 while it holds nothing
   std::vector<i32> holder_;  // by node: the first row that holds it, or -1
+  std::vector<i32> shower_;  // [node][window]: the first row that shows it, or -1
+  std::vector<i32> state_row_;  // by node, where there are states: the row that has a snapshot of it, or -1
+  std::unordered_map<i32, i32> pin_ends_;   // how many pins end there, of nodes at which some do
   // Whoever looks for a row or for pages asks these, never all rows.
   RowsBySlots empty_;                    // unbound rows without content
   IdList doubles_;                       // unbound rows whose last block another row holds too
@@ -242,6 +276,7 @@ class VirtualRows : public PageTable {
   void file_content(i64 row);
   void change(const Op& op, bool mapped);
   void check_content(std::vector<std::string>* out) const;
+  void check_shown(std::vector<std::string>* out) const;
   void check_lists(i64 row, std::vector<std::string>* out) const;
 };
 

@@ -7,12 +7,13 @@
 namespace kvmem {
 
 // What nobody needs in parked rows first, the one that was freed longest ago leading: its fence has most likely
-// passed. Then what live rows hold beyond their need, then second copies of cached blocks, then cached blocks.
-// Cost: a few steps for each row that gives something or has changed since it was last looked at. Only a call that is
-// about to be refused looks at all that are parked, and each looks at the rows whose windows a pin keeps.
-i64 VirtualTable::spill(i64 pages, Transaction& tx) {
+// passed. Then what live rows hold beyond their need. Then second copies of cached blocks, and what the eviction order
+// says. Cost: a few steps for each row that gives something or has changed since it was last looked at. Only a call that
+// is about to be refused looks at all that are parked.
+i64 VirtualTable::spill(i64 pages, bool content, Transaction& tx) {
   i64 freed = spill_list(parked_, pages, tx);
   freed += spill_list(bound_, pages - freed, tx);
+  if (!content) return freed;
   const auto spill_doubles = [&](bool spare, i64 most) {
     for (i64 row; freed < pages && (row = find_double(spare, most)) != 0;) {
       cut(row, 0, tx);
@@ -20,7 +21,20 @@ i64 VirtualTable::spill(i64 pages, Transaction& tx) {
     }
   };
   spill_doubles(false, PrefixIndex::kCandidates);
-  for (i32 node; freed < pages && (node = index_.victim()) != kNoNode;) freed += give_up(node, pages - freed, tx);
+  Aside aside(arena(0), tx);
+  for (Item x; freed < pages && (x = index_.victim()).node != kNoNode;) {
+    const i64 now = x.window < 0 ? give_up(x.node, pages - freed, tx) : give_up_window(x, tx);
+    freed += std::max(now, i64{0});
+    if (now >= 0) continue;
+    if (aside.full()) break;
+    aside.add(x);
+  }
+  aside.put_back();
+  for (Item x; freed < pages && (x = index_.victim()).node != kNoNode;) {  // pages that several have blocks on
+    const i64 before = owned_pages;
+    x.window < 0 ? give_up(x.node, pages - freed, tx) : (evict_window(x.node, x.window, tx), 0);
+    freed += before - owned_pages;
+  }
   spill_doubles(true, doubles_.size());
   return freed;
 }
@@ -40,20 +54,16 @@ i64 VirtualTable::spill_row(i64 row, i64 pages, Transaction& tx) {
   for (i64 g = 0; a < arenas_ && freed < pages; ++a) {
     while (a >= first_[g + 1]) ++g;
     const Extent& e = extent(row, a);
-    i64 lo, hi;
-    wanted(row, g, a, &lo, &hi);
+    const Spare s = spare(row, g, a);
     const i64 before = owned_pages;
-    if (e.lo < std::min(lo, e.hi)) {
-      if (row == source_ || holds_pins(row)) {
-        all = false;
-      } else {
-        unmap(row, a, e.lo, std::min(lo, e.hi), rows_[row].fence, tx);
-      }
+    if (row != source_) {
+      unmap(row, a, s.from, s.to, rows_[row].fence, tx);
+    } else {
+      all = all && s.from == s.to;
     }
-    const i64 top = std::max(hi, e.lo);
-    if (top < e.hi) {
-      const i64 keep = rows_[row].maybe_shared ? 0 : std::max(i64{0}, (e.hi - top) - (pages - freed));
-      unmap(row, a, top + keep, e.hi, rows_[row].fence, tx);
+    if (s.end < e.hi) {
+      const i64 keep = rows_[row].maybe_shared ? 0 : std::max(i64{0}, (e.hi - s.end) - (pages - freed));
+      unmap(row, a, s.end + keep, e.hi, rows_[row].fence, tx);
       all = all && keep == 0;
     }
     freed += before - owned_pages;
@@ -62,23 +72,54 @@ i64 VirtualTable::spill_row(i64 row, i64 pages, Transaction& tx) {
   return freed;
 }
 
-bool VirtualTable::holds_pins(i64 row) const {
-  if (index_.pinned_count() == 0) return false;
-  const std::vector<Hold>& holds = rows_[row].holds;
-  return std::any_of(holds.begin(), holds.end(), [this](const Hold& h) { return index_.pinned(h.node); });
-}
-
 i64 VirtualTable::give_up(i32 node, i64 pages, Transaction& tx) {
   std::vector<i64> rows;
   for (i64 row = holder_[node]; row >= 0; row = rows_[row].holds[index_.ordinal(node)].next) rows.push_back(row);
   forget(node, tx);
   i64 freed = 0;
   for (i64 row : rows) {
-    // What is left may be another row's too; or end where nobody could begin, since a window has passed there.
-    if ((is_copy(row) || !has_mapped(row, content_tokens(row))) && can_lose(row)) cut(row, 0, tx);
+    if (is_copy(row) && can_lose(row)) cut(row, 0, tx);  // what is left is another row's too
     if (freed < pages) freed += spill_row(row, pages - freed, tx);
   }
   return freed;
+}
+
+i64 VirtualTable::give_up_window(Item x, Transaction& tx) {
+  const i64 g = index_.group_of(x.window), size = index_.block_tokens(), ordinal = index_.ordinal(x.node);
+  const i64 row = first_shower(x.node, x.window);
+  i64 best_a = -1, best_slot = -1;  // of its pages, the one with the least besides
+  std::size_t least = SIZE_MAX;
+  for (i64 a = first_[g]; a < first_[g + 1]; ++a) {
+    const i64 end = ceil_div((ordinal + 1) * size * token_bytes(g, a), page_bytes());
+    for (i64 slot = quotient(ordinal * size * token_bytes(g, a), page_bytes()); slot < end && least > 1; ++slot) {
+      if (find_content(row, g, a, slot) && on_page_.size() < least) {
+        least = on_page_.size();
+        best_a = a, best_slot = slot;
+      }
+    }
+  }
+  if (best_a < 0) return -1;
+  const i64 before = owned_pages;
+  find_content(row, g, best_a, best_slot);
+  for (i32 node : std::vector<i32>(on_page_)) evict_window(node, x.window, tx);
+  return before - owned_pages;
+}
+
+bool VirtualTable::find_content(i64 row, i64 group, i64 a, i64 slot) {
+  const i32 window = index_.window_of(group);
+  const i64 block_bytes = index_.block_tokens() * token_bytes(group, a);
+  const i64 index = rows_[row].index;
+  on_page_.clear();
+  if (row == source_ || row == copy_) return false;
+  if (index >= 0 && slot >= low_slot(group, a, sequences_.front(index, group))) return false;
+  const i64 last = std::min(blocks_of(row), ceil_div((slot + 1) * page_bytes(), block_bytes));
+  for (i64 k = quotient(slot * page_bytes(), block_bytes); k < last; ++k) {
+    const i32 node = rows_[row].holds[k].node;
+    if (!shown(row, k, window).here) continue;
+    if (index_.needs(node, window) > 0) return false;
+    on_page_.push_back(node);
+  }
+  return true;
 }
 
 bool VirtualTable::is_copy(i64 row) const {
@@ -87,16 +128,44 @@ bool VirtualTable::is_copy(i64 row) const {
 }
 
 bool VirtualTable::is_spare(i64 row) const {
-  const std::vector<Hold>& holds = rows_[row].holds;
-  if (holds.empty() || !can_lose(row)) return false;
-  return has_windows_ ? !holds_pins(row) : !index_.pinned(holds.back().node);
+  return blocks_of(row) > 0 && can_lose(row) && !index_.pinned(rows_[row].holds.back().node);
 }
 
 bool VirtualTable::can_lose(i64 row) const {
-  const std::vector<Hold>& holds = rows_[row].holds;
-  return row != source_ && row != copy_ && std::all_of(holds.begin(), holds.end(), [this](const Hold& h) {
-           return index_.places(h.node) > 1 || !index_.used(h.node);
-         });
+  if (row == source_ || row == copy_ || !keeps_pins(row, 0)) return false;
+  for (i64 k = 0; k < blocks_of(row); ++k) {
+    const i32 node = rows_[row].holds[k].node;
+    if (index_.places(node) <= 1 && index_.used(node)) return false;
+    for (i32 w = 0; w < index_.windows(); ++w) {
+      if (shown(row, k, w).here && index_.window_places(node, w) <= 1 && index_.needs(node, w) > 0) return false;
+    }
+  }
+  return true;
+}
+
+// True if another row shows what each pin keeps that ends in this one's content from block `from` on.
+bool VirtualTable::keeps_pins(i64 row, i64 from) const {
+  if (pin_ends_.empty()) return true;
+  for (i64 k = from; k < blocks_of(row); ++k) {
+    if (pin_ends_.count(rows_[row].holds[k].node) > 0 && !shows_elsewhere(row, k)) return false;
+  }
+  return true;
+}
+
+bool VirtualTable::shows_elsewhere(i64 row, i64 ordinal) const {
+  const i32 node = rows_[row].holds[ordinal].node;
+  if (has_state_) return rows_[row].state != node;  // no other row has it
+  for (i64 other = first_holder(node); other >= 0; other = rows_[other].holds[ordinal].next) {
+    bool all = other != row;
+    for (i32 w = 0; all && w < index_.windows(); ++w) {
+      const GroupGeometry& group = geometry_.groups[index_.group_of(w)];
+      const i64 tokens = (ordinal + 1) * index_.block_tokens();
+      const i64 first = window_first(group, geometry_.tail_guard_tokens, tokens) / index_.block_tokens();
+      all = shows_blocks(other, w, first, ordinal + 1);
+    }
+    if (all) return true;
+  }
+  return false;
 }
 
 i64 VirtualTable::find_double(bool spare, i64 most) {
@@ -121,14 +190,23 @@ i64 VirtualTable::empty_a_row(Transaction& tx) {
     cut(row, 0, tx);
     return row;
   }
-  for (i32 node; (node = index_.victim()) != kNoNode;) {
-    const i64 row = holder_[node];
-    if (can_lose(row)) {
+  Aside aside(arena(0), tx);
+  for (Item x; (x = index_.victim()).node != kNoNode;) {
+    const i64 row = x.window < 0 ? first_holder(x.node) : first_shower(x.node, x.window);
+    if (rows_[row].index < 0 && can_lose(row)) {
+      aside.put_back();
       cut(row, 0, tx);
       return row;
     }
-    forget(node, tx);
+    if (x.window < 0) {
+      forget(x.node, tx);
+    } else if (!aside.full()) {
+      aside.add(x);  // it lies in rows that are in use
+    } else {
+      break;
+    }
   }
+  aside.put_back();
   if (const i64 row = find_double(true, doubles_.size())) {
     cut(row, 0, tx);
     return row;
@@ -145,9 +223,11 @@ i64 VirtualTable::pick_row(i64 tokens, Transaction& tx) {
   const i64 empty = best_empty(need);
   if (empty < 0) return empty_a_row(tx);
   if (need - rows_[empty].slots <= std::min(pool_.room_pages(), limit_pages - owned_pages)) return empty;
-  const i32 node = index_.victim();
-  const i64 row = node == kNoNode ? -1 : first_holder(node);
-  if (row < 0 || !can_lose(row) || rows_[row].slots > 2 * need) return empty;
+  const Item x = index_.victim();
+  const i64 row = x.node == kNoNode ? -1 : first_holder(x.node);
+  // Only where all that it has would have to go anyway.
+  const i64 room = std::min(pool_.room_pages(), limit_pages - owned_pages), short_of = need - rows_[empty].slots - room;
+  if (row < 0 || rows_[row].index >= 0 || rows_[row].slots > short_of || !can_lose(row)) return empty;
   cut(row, 0, tx);
   return row;
 }
@@ -162,9 +242,13 @@ void VirtualTable::bind(i64 index, i64 tokens, Transaction& tx) {
 void VirtualTable::zero_row(i64 row, i64 tokens, Transaction& tx) {
   for (i64 a = 0; a < arenas_; ++a) {
     const Extent& e = extent(row, a);
-    const i64 base = slot_of(row, group_of(a), a) * page_bytes();
-    const i64 from = std::max(e.lo * page_bytes(), tokens * token_bytes(group_of(a), a));
-    if (from < e.hi * page_bytes()) tx.push({OpKind::zero, arena(a), base + from, e.hi * page_bytes() - from});
+    const i64 base = slot_of(row, group_of(a), a) * page_bytes(), first = tokens * token_bytes(group_of(a), a);
+    for (i64 slot = std::max(e.lo, first / page_bytes()); slot < e.hi; ++slot) {
+      const i64 begin = slot;
+      while (slot < e.hi && e.pages[slot] >= 0) ++slot;
+      const i64 from = std::max(begin * page_bytes(), first);
+      if (from < slot * page_bytes()) tx.push({OpKind::zero, arena(a), base + from, slot * page_bytes() - from});
+    }
   }
 }
 
@@ -186,7 +270,7 @@ void VirtualTable::drop_shared(i64 row, Transaction& tx) {
   for (i64 a = 0; a < arenas_; ++a) {
     const Extent& e = extent(row, a);
     i64 end = e.hi;
-    while (end > e.lo && pool_.refs(e.pages[end - 1]) <= 1) --end;
+    while (end > e.lo && (e.pages[end - 1] < 0 || pool_.refs(e.pages[end - 1]) <= 1)) --end;
     if (end > e.lo) {
       unmap(row, a, e.lo, end, rows_[row].fence, tx);
       shared = true;

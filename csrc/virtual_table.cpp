@@ -36,13 +36,13 @@ void VirtualTable::grow(i64 index, i64 group, i64 old_tokens, i64 new_tokens, Tr
     const Extent& e = extent(row, a);
     const i64 lo = low_slot(group, a, sequences_.front(index, group));
     const i64 hi = high_slot(group, a, new_tokens);
-    if (hi < e.lo) unmap(row, a, e.lo, e.hi, rows_[row].fence, tx);  // what is parked here lies beyond our end
-    if (e.count == 0) {
-      map(row, a, lo, hi, tx);
-    } else {
-      if (lo < e.lo) map(row, a, lo, e.lo, tx);
-      if (e.hi < hi) map(row, a, e.hi, hi, tx);
+    if (hi < e.solid) unmap(row, a, hi, e.hi, rows_[row].fence, tx);  // what is parked there lies behind a gap
+    for (i64 slot = lo; slot < e.solid; ++slot) {
+      const i64 begin = slot;
+      while (slot < e.solid && e.pages[slot] < 0) ++slot;
+      map(row, a, begin, slot, tx);
     }
+    map(row, a, e.count == 0 ? lo : std::max(lo, e.hi), hi, tx);
   }
 }
 
@@ -87,6 +87,7 @@ void VirtualTable::close(i64 index, Transaction& tx) {
   rows_[row].fence = tx.fence();
   for (const Hold& hold : rows_[row].holds) index_.prefetch(hold.node);
   tx.push({OpKind::unbind, 0, sequences_.handle_of(index), row});
+  if (index_.windows() > 0) drop_passed(row, tx);
   // copy_tail_ stays: it only asks to look, and should this be taken back, a tail that is shared must still be
   // copied.
 }
@@ -156,6 +157,10 @@ void VirtualTable::unmap(i64 row, i64 a, i64 from, i64 to, i64 fence, Transactio
   const Extent& e = extent(row, a);
   const i64 base = slot_of(row, group_of(a), a);
   while (from < to) {
+    if (e.pages[from] < 0) {
+      ++from;
+      continue;
+    }
     i64 n = 1;
     while (from + n < to && e.pages[from + n] == e.pages[from] + n) ++n;
     tx.push({OpKind::unmap, arena(a), base + from, e.pages[from], n, fence});

@@ -23,25 +23,31 @@ class VirtualTable final : public VirtualRows {
   }
 
   void share(i64 parent, i64 child, i64 group, i64 first, i64 tokens, Transaction& tx) override;
-  Found find(const std::vector<i32>& chain, i64 tokens) const override;
+  i64 find_row(const std::vector<i32>& chain, i64 tokens) const override;
+  bool has_state(i32 node) const override { return state_row(node) >= 0; }
   void adopt(i64 index, const std::vector<i32>& chain, const Found& found, Transaction& tx) override;
-  bool has(i32 node, i64) const override { return first_holder(node) >= 0; }
+  bool has(i32 node, i64 group) const override {
+    if (geometry_.groups[group].growth == Growth::fixed) return has_state(node);
+    const i32 window = index_.window_of(group);
+    return window < 0 ? first_holder(node) >= 0 : index_.has_window(node, window);
+  }
   void publish(const std::vector<Published>& blocks, Transaction& tx) override {
     for (const Published& p : blocks) hold_noted(row_of_[p.index], p.node, false, tx);
   }
 
-  void retract(i64 index, i32 node, Transaction& tx) override {
-    tx.push({OpKind::evict, arena(0), node, row_of_[index]});
+  void retract(i64 index, i32, Transaction& tx) override {
+    tx.push(unhold_op(row_of_[index]));
   }
 
   void evict(i32 node, Transaction& tx) override;
+  void evict_window(i32 node, i32 window, Transaction& tx) override;
   void offer(i32) override {}  // doubles_ knows the rows that this concerns
   void snapshot(i64 index, const std::vector<i32>& chain, Transaction& tx) override;
   std::vector<i64> shared_pieces(i64 index, i64 group, i64 token) const override;
   void close(i64 index, Transaction& tx) override;
   void back_trash(i64 group, Transaction& tx) override;
   bool map_ahead(i64 index, i64 group, i64 tokens, Transaction& tx) override;
-  i64 spill(i64 pages, Transaction& tx) override;
+  i64 spill(i64 pages, bool content, Transaction& tx) override;
 
  private:
   // Marks a row that a decision reads or fills while it looks for memory, and that must not lose any to it.
@@ -55,21 +61,31 @@ class VirtualTable final : public VirtualRows {
    private:
     i64& place_;
   };
-  // True if the row has what each group needs of the first `tokens` tokens of its content.
-  bool shows(i64 row, i32 node, i64 tokens) const;
-  bool has_mapped(i64 row, i64 tokens) const;
+  // True if the row shows what windows need of the first `tokens` tokens of the chain, which it holds.
+  bool shows_windows(i64 row, const std::vector<i32>& chain, i64 tokens) const;
+  bool shows_blocks(i64 row, i32 window, i64 from, i64 to) const;
   // True if another row shows every block of a parked row from `from` on, as far back as this one does.
   bool is_covered(i64 row, std::size_t from) const;
   i64 spill_list(const IdList& list, i64 pages, Transaction& tx);
   i64 spill_row(i64 row, i64 pages, Transaction& tx);
-  // A pinned prefix keeps what its windows need, so the fronts of such a row stay.
-  bool holds_pins(i64 row) const;
+  void drop_passed(i64 row, Transaction& tx);
+  bool keeps_pins(i64 row, i64 from) const;
   i64 give_up(i32 node, i64 pages, Transaction& tx);
+  // Evicts what a window group has of a node, and of other blocks on one of its pages if only so a page comes free;
+  // returns how many pages did. -1, and nothing has happened, where none can.
+  i64 give_up_window(Item x, Transaction& tx);
+  // What window group `group` shows of blocks that lie, also in part, on a page of a row, in on_page_; false where
+  // somebody needs any of it.
+  bool find_content(i64 row, i64 group, i64 a, i64 slot);
+  // Unmaps what the rows had mapped for the block alone, after they have concealed it.
+  void unmap_block(const std::vector<i64>& rows, i32 window, i64 ordinal, Transaction& tx);
+  std::vector<i64> showers(i32 node, i32 window) const;
   // The row forgets its content from block `from` on.
   void cut(i64 row, i64 from, Transaction& tx);
   void hold_noted(i64 row, i32 node, bool state, Transaction& tx) {
-    hold(row, node, state, false);
-    tx.note({OpKind::hold, arena(0), node, row, state});
+    const i64 windows = index_.windows() == 0 ? 0 : mapped_windows(row, index_.ordinal(node));
+    hold(row, node, state, windows, false);
+    tx.note({OpKind::hold, arena(0), node, row, i64{state} | windows << 1});
   }
   void hold_all(i64 row, const std::vector<i32>& chain, i64 count, bool state, Transaction& tx);
   // A parked row whose content other rows hold too.
@@ -79,6 +95,8 @@ class VirtualTable final : public VirtualRows {
   bool is_spare(i64 row) const;
   // True if a parked row can lose what it holds: nobody uses it, or another row holds it too.
   bool can_lose(i64 row) const;
+  // True if another row shows all that a sequence would take over at the end of block `ordinal` of this one.
+  bool shows_elsewhere(i64 row, i64 ordinal) const;
   // The first of doubles_ that is a copy (or also: a spare), 0 if none is. Looks at `most` of them at most; those that
   // are none now go to the end, so that the next look begins behind them.
   i64 find_double(bool spare, i64 most);
@@ -118,6 +136,7 @@ class VirtualTable final : public VirtualRows {
   void map(i64 row, i64 a, i64 from, i64 to, Transaction& tx, Zero zero);
   void unmap(i64 row, i64 a, i64 from, i64 to, i64 fence, Transaction& tx);
 
+  std::vector<i32> on_page_;  // what find_content() found
   i64 source_ = -1;  // the row that content is taken from, while it is
   i64 copy_ = -1;    // the row of no sequence that a snapshot is being made in
 };
