@@ -4,6 +4,7 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
+#include <nanobind/stl/vector.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 
@@ -153,6 +154,14 @@ void bind_prefix(nb::class_<Cache>& cache) {
             return std::make_pair(pin, pinned);
           },
           "tokens"_a.noconvert(), "salt"_a, "extra_key"_a)
+      .def(
+          "pins",
+          [](Cache& c) {
+            std::vector<std::pair<i64, i64>> found;
+            for (const Cache::Pinned& p : c.pins()) found.emplace_back(p.pin, p.tokens);
+            return found;
+          },
+          "Every pin that keeps something, and how many tokens it keeps; in the order in which they were made.")
       .def("unpin", &Cache::unpin, "pin"_a, Free())
       .def("snapshot", &Cache::snapshot, "handle"_a, Free())
       .def("retain", &Cache::retain, "handle"_a, "start"_a, "end"_a, "priority"_a, "seconds"_a, Free())

@@ -175,7 +175,8 @@ class PrefixIndex {
   // In reverse order, if there are several; nobody comes to use it in between.
   void set_aside(Item x);
   void put_back(Item x);
-  i64 cached() const { return cached_; }  // nodes with memory that nobody uses
+  // Blocks with memory that nobody uses: nodes, or what the first window has of some where no other group has any.
+  i64 cached() const { return whole_ ? cached_ : cached_parts_[0]; }
   // Those of which the window group has something that nobody needs.
   i64 cached(i32 window) const { return cached_parts_[static_cast<std::size_t>(window)]; }
   bool empty() const { return linked_ == 0; }

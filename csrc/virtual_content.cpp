@@ -169,8 +169,12 @@ bool VirtualTable::is_covered(i64 row, std::size_t from) const {
   const i64 most = index_.windows() == 0 ? PrefixIndex::kCandidates : 4;  // each is compared block by block
   for (i64 other = first_holder(holds.back().node); other >= 0 && looked < most; ++looked) {
     bool as_much = other != row;
-    for (i64 k = index_.windows() == 0 ? blocks_of(row) : static_cast<i64>(from); as_much && k < blocks_of(row); ++k) {
-      for (i32 w = 0; w < index_.windows(); ++w) as_much = as_much && (shown(other, k, w).here || !shown(row, k, w).here);
+    for (i32 w = 0; as_much && w < index_.windows(); ++w) {  // also what windows at the first of these blocks' ends need
+      const GroupGeometry& group = geometry_.groups[index_.group_of(w)];
+      const i64 tokens = static_cast<i64>(from + 1) * index_.block_tokens();
+      i64 k = window_first(group, geometry_.tail_guard_tokens, tokens) / index_.block_tokens();
+      while (k < blocks_of(row) && (shown(other, k, w).here || !shown(row, k, w).here)) ++k;
+      as_much = k >= blocks_of(row);
     }
     if (as_much) return true;
     other = rows_[other].holds[holds.size() - 1].next;

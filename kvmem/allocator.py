@@ -217,14 +217,21 @@ class Allocator:
         return PrefixMatch(found, cast(Reason, reason))
 
     def pin(self, tokens: Tokens, *, salt: str | bytes | None = None, extra_key: Key = None) -> Pin:
-        """Keeps the whole blocks of ``tokens`` (a system prompt) cached until ``unpin()``. ``SpecError`` when one of
-        them is not cached now.
+        """Keeps the whole blocks of ``tokens`` (a system prompt) cached until ``unpin()``: whatever happens, a prompt that
+        begins with them finds them. ``SpecError`` when one of them is not cached now, or they fill no block.
         """
         salted, keyed = encode_keys(salt, extra_key)
         return Pin(self.core, *with_ids(tokens, lambda ids: self.core.pin_tokens(ids, salted, keyed)))
 
+    def pins(self) -> list[Pin]:
+        """The pins that keep something, also those whose ``Pin`` object is lost; in the order in which they were made."""
+        return [Pin(self.core, pin, num_tokens) for pin, num_tokens in self.core.pins()]
+
     def clear_cache(self) -> int:
-        """Forgets every cached block that nobody uses or pins; returns how many. Their memory stays parked."""
+        """Forgets all cached content that nobody uses or pins; returns how many blocks. Their memory stays parked.
+
+        What the sliding windows of live sequences have passed goes too.
+        """
         return self.core.clear_cache()
 
     def events(self, max_events: int | None = None, *, restart: bool = False) -> list[Event]:

@@ -120,7 +120,10 @@ class Sequence:
 
     def pin(self, num_tokens: int | None = None) -> Pin:
         """Keeps the whole blocks of the first ``num_tokens`` tokens (default: of all whose ids are known) cached
-        until ``unpin()``, whatever becomes of this sequence. ``SpecError`` when their ids are not known.
+        until ``unpin()``, whatever becomes of this sequence: a prompt that begins with them finds them all.
+
+        ``SpecError`` when their ids are not known, when they fill no block, or when they could not be found even now: a
+        sliding window has passed what it would need and it was given up, or a recurrent state has no snapshot there.
         """
         count = -1 if num_tokens is None else at_least_zero("num_tokens", num_tokens)
         return Pin(self._core, *self._core.pin(self._id, count))

@@ -226,20 +226,28 @@ class PrefixLockstep(Lockstep):
         self.model.snapshot(handle)
         return True
 
-    def pin(self, handle: int, tokens: int | None = None) -> None:
-        content = self.model.contents[handle]
+    def pin(self, handle: int, tokens: int | None = None) -> bool:
+        content, size = self.model.contents[handle], self.model.block_tokens
         most = len(content.tokens) if tokens is None else min(tokens, len(content.tokens))
-        pin = self.seqs[handle].pin(tokens)
-        nodes = content.chain[: most // self.model.block_tokens]
-        assert pin.num_tokens == len(nodes) * self.model.block_tokens
+        nodes = content.chain[: most // size]
+        usable = bool(nodes) and self.model._usable(nodes, len(nodes) * size)
+        try:
+            pin = self.seqs[handle].pin(tokens)
+        except kvmem.SpecError:
+            assert not (usable and (self.plentiful or not self.model.windows)), "what is there was not pinned"
+            return False
+        assert usable, "what cannot be found was pinned"
+        assert pin.num_tokens == len(nodes) * size
         self._pinned(pin, nodes)
+        return True
 
     def pin_tokens(self, tokens: list[int], root: Root = NO_ROOT) -> bool:
         chain = self.model.walk(root, tokens)
         try:
             pin = self.alloc.pin(tokens, salt=root[0], extra_key=root[1])
         except kvmem.SpecError:
-            assert not (self.plentiful and tokens and self.model.whole(root, tokens)), "what is cached was not pinned"
+            whole = len(tokens) >= self.model.block_tokens and self.model.finds_all(root, tokens)
+            assert not (self.plentiful and whole), "what is cached was not pinned"
             return False
         assert pin.num_tokens == len(tokens) // self.model.block_tokens * self.model.block_tokens
         assert len(chain) * self.model.block_tokens == pin.num_tokens, "what was never published was pinned"
@@ -249,10 +257,12 @@ class PrefixLockstep(Lockstep):
     def _pinned(self, pin: Pin, nodes: list[Node]) -> None:
         for node in nodes:
             node.pins += 1
+        self.model.pinned.append(nodes)
         self.pins.append((pin, nodes))
 
     def unpin(self, number: int) -> None:
         pin, nodes = self.pins.pop(number)
+        self.model.pinned.pop(number)
         pin.unpin()
         for node in nodes:
             node.pins -= 1
@@ -261,8 +271,7 @@ class PrefixLockstep(Lockstep):
 
     def clear_cache(self) -> None:
         nodes, forgotten = self.model.clear_cache(), self.alloc.clear_cache()
-        assert forgotten <= nodes * len(self.model.groups)
-        assert not self.plentiful or len(self.model.groups) > 1 or forgotten == nodes
+        assert forgotten == nodes if self.plentiful else forgotten <= nodes
 
     def trim(self) -> None:
         """As without sharing, where nothing that nobody uses is pinned."""
@@ -294,7 +303,9 @@ class PrefixLockstep(Lockstep):
         stats = self.alloc.stats()
         assert stats.hit_tokens == self.hit_tokens
         assert stats.pinned_blocks == sum(len(nodes) for _, nodes in self.pins)
-        idle = sum(not (node.users or node.pins) for node in self.model.nodes()) if self.model.shares else 0
+        idle = self.model.cached_blocks() if self.model.shares else 0
+        assert stats.cached_bytes <= stats.mapped_bytes
+        assert {p.num_tokens for p in self.alloc.pins()} == {len(nodes) * self.model.block_tokens for _, nodes in self.pins}
         assert stats.cached_blocks == idle if self.plentiful else stats.cached_blocks <= idle
         if not self._idle_pins():
             super().memory_agrees()

@@ -92,6 +92,9 @@ class PrefixModel(MemoryOnly):
         self.partial_reuse = partial_reuse and not self.fixed
         self.roots: dict[Root, Node] = {}
         self.contents: dict[int, Content] = {}
+        self.pinned: list[list[Node]] = []
+        # Else what is evicted is what windows hold of a node, each by itself.
+        self.whole = len(self.windows) < len(self.groups)
 
     # --- finding ---
 
@@ -117,6 +120,20 @@ class PrefixModel(MemoryOnly):
             for g in self.windows
             for i in range(self.front(g, n) // self.block_tokens, -(-n // self.block_tokens))
         )
+
+    def is_needed(self, node: Node, g: int) -> bool:
+        """Whether a sequence or a pin needs what window group ``g`` has of a node."""
+        size = self.block_tokens
+        for handle, content in self.contents.items():
+            if any(x is node and i * size >= self.sequences[handle][g].first for i, x in enumerate(content.chain)):
+                return True
+        return any(x is node for chain in self.pinned for x in chain[self.front(g, len(chain) * size) // size :])
+
+    def cached_blocks(self) -> int:
+        """How many blocks nobody uses: nodes, or what the first window has of some."""
+        if self.whole:
+            return sum(not (node.users or node.pins) for node in self.nodes())
+        return sum(0 in node.parts and not self.is_needed(node, 0) for node in self.nodes())
 
     def walk(self, key: Root, tokens: list[int]) -> list[Node]:
         """The nodes of the whole blocks of ``tokens`` that are known, from the start on."""
@@ -151,7 +168,7 @@ class PrefixModel(MemoryOnly):
         usable = [n for n, child in parts if n and self._usable([*chain, child], len(chain) * size + n)]
         return max(usable, default=0)
 
-    def whole(self, key: Root, tokens: list[int]) -> bool:
+    def finds_all(self, key: Root, tokens: list[int]) -> bool:
         """Whether every whole block of ``tokens`` is there to be taken over."""
         chain, blocks = self.walk(key, tokens), len(tokens) // self.block_tokens
         return self.shares and len(chain) == blocks and self._usable(chain, blocks * self.block_tokens)
@@ -300,17 +317,15 @@ class PrefixModel(MemoryOnly):
         return bool(self.fixed and self.shares and whole and not self.contents[handle].state_ahead)
 
     def clear_cache(self) -> int:
-        """Forgets what nobody uses or pins; returns how many nodes."""
-
-        def clear(node: Node) -> Iterator[Node]:
-            for child in list(node.children.values()):
-                if child.users or child.pins:
-                    yield from clear(child)
-                else:
-                    del node.children[child.tokens]
-                    yield from every(child)
-
-        return sum(1 for root in self.roots.values() for _ in clear(root))
+        """Forgets what nobody uses or pins, also what windows have passed; returns how many blocks."""
+        before = self.cached_blocks()
+        for node in list(self.nodes()):
+            for g in self.windows:
+                if g in node.parts and not self.is_needed(node, g):
+                    del node.parts[g]
+            if node.parent is not None and not (node.users or node.pins):
+                node.parent.children.pop(node.tokens, None)
+        return before
 
     def copy(self) -> Model:
         """For questions about memory alone: what is published stays behind."""
