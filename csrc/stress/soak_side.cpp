@@ -25,7 +25,7 @@ Side::Side(const Params& world, const Promises& held_to, i64 side, bool is_paged
   cache->record();
   PrefixOptions none;
   none.on = false;
-  replica_pool = std::make_shared<PagePool>(world.page_bytes, world.most_pages, make_host_driver(), false);
+  replica_pool = std::make_shared<PagePool>(world.page_bytes, world.most_pages, make_host_driver(), world.create_ahead);
   replica = std::make_unique<Cache>(geometry, replica_pool, paged, world.most_pages, true, none);
 }
 
