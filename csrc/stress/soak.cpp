@@ -41,14 +41,15 @@ void say(const char* text) {
   if (write(STDOUT_FILENO, text, std::strlen(text)) < 0) _exit(3);
 }
 
-// What was going on when the process is ended by a signal.
+struct sigaction before[65];  // who was to handle each signal: nobody, or a sanitizer
+
+// What was going on when the process is ended by a signal. The instruction is tried again, for whoever was to handle it.
 void on_crash(int signal) {
   char line[128];
   std::snprintf(line, sizeof line, "\nsoak: signal %d in operation %lld of ", signal,
                 static_cast<long long>(progress.operation));
   say(line), say(current), say("\n");
-  std::signal(signal, SIG_DFL);
-  raise(signal);
+  sigaction(signal, &before[signal], nullptr);
 }
 
 void describe(const Params& params) {
@@ -189,7 +190,10 @@ int run(int argc, char** argv) {
       return usage(argv[i - 1]);
     }
   }
-  for (int signal : {SIGSEGV, SIGBUS, SIGABRT, SIGFPE}) std::signal(signal, on_crash);
+  struct sigaction tell {};
+  tell.sa_handler = on_crash;
+  for (int signal : {SIGSEGV, SIGBUS, SIGABRT, SIGFPE}) sigaction(signal, &tell, &before[signal]);
+  if (options.trace) std::setvbuf(stdout, nullptr, _IONBF, 0);
   return run_worlds(options);
 }
 

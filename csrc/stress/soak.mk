@@ -8,8 +8,6 @@ OPERATIONS ?= 1000000
 BACKEND ?= paged virtual
 SEED ?= $(shell date +%s)
 
-SOAK := $(patsubst csrc/%.cpp,%.o,$(wildcard csrc/stress/soak*.cpp))
-
 .PHONY: soak
 soak: $(BENCH)/soak  ## millions of random operations with content checked (OPERATIONS, BACKEND, SEED)
 	for backend in $(BACKEND); do \

@@ -70,7 +70,7 @@ void World::step(i64 operation) {
   if (trace_) std::printf("%6lld %s", static_cast<long long>(operation), entries()[chosen].name);
   if (trace_ && params_.allocators > 1) std::printf(" (allocator %lld)", static_cast<long long>(side_->number));
   (this->*entries()[chosen].run)(random);
-  if (trace_) std::printf("\n"), std::fflush(stdout);
+  if (trace_) std::printf("\n");
   side_->follow();
   if (driver_ && operation % 8 == 0) driver_->clear_failures();
   if (operation % 128 == 0) side_->verify_books();
@@ -186,6 +186,9 @@ bool World::has_memory_to_spare() const {
       needed += 2 + tokens * bytes / params_.page_bytes;
     }
   }
+  // A row that is shared from is not given up for the one that shares (virtual), nor is what is pinned.
+  const i64 parked = params_.max_sequences + params_.cached_rows - static_cast<i64>(side_->live.size());
+  if (!side_->paged && (parked < 2 || !side_->pins.empty())) return false;
   const CacheStats s = side_->cache->stats();
   const i64 room = pool_->room_pages(), mapped = s.mapped_bytes / params_.page_bytes;
   return room >= needed && params_.pages / 2 - mapped >= needed;
