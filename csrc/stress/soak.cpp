@@ -6,6 +6,7 @@
 //   soak [--backend paged|virtual] [--operations N] [--seconds S] [--seed N]
 //        [--without pins,events,stats,states]   leave these promises out
 //        [--world N] [--shrink] [--trace]       run one world; with as few operations as show its failure; tell them
+//        [--check]                              everything is compared after each operation
 //        [--keep-going]                         go on after a failure
 //
 // Ends with 0 when nothing was wrong. The first world's seed is `--seed`, else the clock's.
@@ -27,7 +28,7 @@ namespace kvmem_soak {
 namespace {
 
 struct Options {
-  bool paged = true, both = true, shrink = false, trace = false, keep_going = false, one_world = false;
+  bool paged = true, both = true, shrink = false, trace = false, check = false, keep_going = false, one_world = false;
   i64 operations = 200'000;
   double seconds = 1e9;
   u64 seed = 0;
@@ -43,7 +44,8 @@ void say(const char* text) {
 
 struct sigaction before[65];  // who was to handle each signal: nobody, or a sanitizer
 
-// What was going on when the process is ended by a signal. The instruction is tried again, for whoever was to handle it.
+// What was going on when the process is ended by a signal. The instruction is tried again, for whoever was to handle
+// it.
 void on_crash(int signal) {
   char line[128];
   std::snprintf(line, sizeof line, "\nsoak: signal %d in operation %lld of ", signal,
@@ -63,7 +65,10 @@ std::string run_world(const Params& params, const Options& options, const std::v
   World* world = nullptr;
   try {
     world = new World(params, options.promises, progress, options.trace);
-    for (i64 operation : operations) world->step(operation);
+    for (i64 operation : operations) {
+      world->step(operation);
+      if (options.check) world->verify_everything();
+    }
     progress.operation = params.operations;
     world->finish();
     delete world;
@@ -167,10 +172,10 @@ int run(int argc, char** argv) {
   options.seed = static_cast<u64>(std::chrono::system_clock::now().time_since_epoch().count()) >> 16;
   for (int i = 1; i < argc; ++i) {
     const std::string word = argv[i], next = i + 1 < argc ? argv[i + 1] : "";
-    if (word == "--shrink" || word == "--trace" || word == "--keep-going") {
-      (word == "--shrink" ? options.shrink : word == "--trace" ? options.trace : options.keep_going) = true;
-      continue;
-    }
+    options.shrink = options.shrink || word == "--shrink", options.trace = options.trace || word == "--trace";
+    options.check = options.check || word == "--check",
+    options.keep_going = options.keep_going || word == "--keep-going";
+    if (word == "--shrink" || word == "--trace" || word == "--check" || word == "--keep-going") continue;
     if (i + 1 == argc) return usage(argv[i]);
     ++i;
     if (word == "--backend") {
@@ -190,7 +195,7 @@ int run(int argc, char** argv) {
       return usage(argv[i - 1]);
     }
   }
-  struct sigaction tell {};
+  struct sigaction tell{};
   tell.sa_handler = on_crash;
   for (int signal : {SIGSEGV, SIGBUS, SIGABRT, SIGFPE}) sigaction(signal, &tell, &before[signal]);
   if (options.trace) std::setvbuf(stdout, nullptr, _IONBF, 0);

@@ -76,6 +76,14 @@ void World::step(i64 operation) {
   if (operation % 128 == 0) side_->verify_books();
 }
 
+void World::verify_everything() {
+  for (const auto& side : sides_) {
+    side->verify_all();
+    side->verify_books();
+    side->verify_pins();
+  }
+}
+
 void World::note(const std::string& what) {
   if (trace_) std::printf(" %s", what.c_str());
 }
