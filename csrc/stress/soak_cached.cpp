@@ -117,7 +117,7 @@ void World::set_memory(Random& random) {
   const i64 most = params_.allocators == 1 ? params_.most_pages : params_.pages;
   const i64 pages = random.one_in(2) ? params_.pages : 1 + random.below(most);
   note(text(pages));
-  call(random, false, [&] { side_->cache->set_memory(pages); });
+  if (call(random, false, [&] { side_->cache->set_memory(pages); }) == Outcome::done) side_->limit_pages = pages;
   side_->follow();
   side_->verify_all();
   side_->verify_pins();

@@ -14,8 +14,8 @@ Side::Side(const Params& world, const Promises& held_to, i64 side, bool is_paged
       geometry(world.geometry(is_paged)),
       pool(std::move(shared)),
       router(geometry) {
-  const i64 limit = world.allocators == 1 ? world.pages : std::max<i64>(4, world.pages * 3 / 4);
-  cache = std::make_unique<Cache>(geometry, pool, paged, limit, world.allocators == 1, world.prefix());
+  limit_pages = world.allocators == 1 ? world.pages : std::max<i64>(4, world.pages * 3 / 4);
+  cache = std::make_unique<Cache>(geometry, pool, paged, limit_pages, world.allocators == 1, world.prefix());
   for (std::size_t g = geometry.groups.size(); g-- > 0;) {
     if (geometry.groups[g].growth == Growth::token) token_group_ = static_cast<i64>(g);
     if (geometry.groups[g].growth == Growth::fixed) state_group_ = static_cast<i64>(g);

@@ -119,6 +119,7 @@ World::Outcome World::call(Random& random, bool may_refuse, const std::function<
   }
   ++progress_.refused;
   note("refused");
+  if (driver_) driver_->clear_failures();  // what undoing left behind can be repaired now
   for (std::size_t i = 0; i < sides_.size(); ++i) {
     if (params_.careful && sides_[i]->tables_digest() != before[i])
       throw Failure("tables: a refused call changed them");
@@ -199,7 +200,7 @@ bool World::has_memory_to_spare() const {
   if (!side_->paged && (parked < 2 || !side_->pins.empty())) return false;
   const CacheStats s = side_->cache->stats();
   const i64 room = pool_->room_pages(), mapped = s.mapped_bytes / params_.page_bytes;
-  return room >= needed && params_.pages / 2 - mapped >= needed;
+  return room >= needed && side_->limit_pages - mapped >= needed;
 }
 
 }  // namespace kvmem_soak
