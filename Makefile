@@ -125,4 +125,4 @@ endif
 	@touch $@
 endif
 
-include csrc/stress/sanitize.mk csrc/bench/bench.mk
+include csrc/stress/sanitize.mk csrc/bench/bench.mk csrc/stress/soak.mk

@@ -1,6 +1,7 @@
 # make test-sanitize: the core under AddressSanitizer with UBSan, and under ThreadSanitizer.
 #
 #   STRESS_SECONDS=20   how long each stress run lasts      STRESS_SEED=1234   repeat one
+#   SOAK_SECONDS=10     how long random worlds are tried    SOAK_ARGS=   more words for them
 #
 # The program csrc/stress/stress.cpp takes `--seed N --seconds S`, prints both, ends with 0 when every pattern it left in memory
 # was still there, and reserves at most 256 GiB of addresses: ThreadSanitizer has no room for more.
@@ -9,9 +10,11 @@
 # of csrc/ but the bindings, and the Python tests marked `core` on a native module built with the sanitizers.
 
 STRESS_SECONDS ?= 20
+SOAK_SECONDS ?= 10
 STRESS_SEED ?= $(shell date +%s)
 
 SAN := build/sanitize
+SOAK := $(patsubst csrc/%.cpp,%.o,$(wildcard csrc/stress/soak*.cpp))
 SAN_CORE := $(patsubst csrc/%.cpp,%.o,$(filter-out csrc/bindings%,$(wildcard csrc/*.cpp)))
 SAN_FLAGS := -std=c++17 -O1 -g -fno-omit-frame-pointer -fno-sanitize-recover=all -pthread -Icsrc -DKVMEM_DEBUG \
   -Wall -Wextra -Werror
@@ -32,10 +35,10 @@ ASAN_LIBRARIES = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -pri
 ASAN_PYTHON = env LD_PRELOAD="$(ASAN_LIBRARIES)" ASAN_OPTIONS=detect_leaks=0:handle_segv=0:allocator_may_return_null=1 \
   PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/$(SAN)/python KVMEM_EXPECT_CORE=$(CURDIR)/$(SAN)/python
 
-.PHONY: test-sanitize test-canaries test-stress test-asan-python sanitize-programs
+.PHONY: test-sanitize test-canaries test-stress test-soak test-asan-python sanitize-programs
 test-sanitize: test-canaries test-stress test-asan-python  ## C++ stress program and core tests under the sanitizers
 
-sanitize-programs: $(foreach s,asan tsan,$(SAN)/$s/canary $(SAN)/$s/stress/stress)  ## compile them, no more (make -j2)
+sanitize-programs: $(foreach s,asan tsan,$(SAN)/$s/canary $(SAN)/$s/stress/stress) $(SAN)/asan/stress/soak  ## compile them, no more (make -j2)
 
 define sanitized  # $(1) is asan or tsan
 $(SAN)/$(1)/%.o: csrc/%.cpp csrc/stress/sanitize.mk
@@ -46,6 +49,9 @@ $(SAN)/$(1)/canary: $(SAN)/$(1)/stress/canary.o
 	$$(CXX) -fsanitize=$(SAN_$(1)) -pthread $$^ -o $$@
 
 $(SAN)/$(1)/stress/stress: $(SAN)/$(1)/stress/stress.o $(addprefix $(SAN)/$(1)/,$(SAN_CORE))
+	$$(CXX) -fsanitize=$(SAN_$(1)) -pthread $$^ -ldl -o $$@
+
+$(SAN)/$(1)/stress/soak: $(addprefix $(SAN)/$(1)/,$(SOAK) $(SAN_CORE))
 	$$(CXX) -fsanitize=$(SAN_$(1)) -pthread $$^ -ldl -o $$@
 
 .PHONY: test-stress-$(1)
@@ -75,7 +81,12 @@ test-canaries: $(SAN)/asan/canary $(SAN)/tsan/canary $(SAN)/canary.so $(READY)
 	$(call must_report,$(RUN_tsan) $(SAN)/tsan/canary race,"data race")
 	$(call must_report,$(ASAN_PYTHON) $(PY) -c "import ctypes; ctypes.CDLL('$(SAN)/canary.so').overflow()","heap-buffer-overflow")
 
-test-stress: test-stress-asan test-stress-tsan
+test-stress: test-stress-asan test-stress-tsan test-soak
+
+# Random worlds on both backends; one thread and its mapper, so ThreadSanitizer has little to see there.
+test-soak: $(SAN)/asan/stress/soak
+	$(RUN_asan) timeout -k 10 $$(($(SOAK_SECONDS) * 3 + 60)) $< --operations 1000000000 --seconds $(SOAK_SECONDS) \
+	  --seed $(STRESS_SEED) $(SOAK_ARGS)
 
 # PYTHONPATH comes before an installed kvmem, PYTHONSAFEPATH (Python 3.11) keeps the checkout out of the path of every
 # `python -c` that a test starts, and tests/conftest.py refuses to start if another module was loaded all the same.
