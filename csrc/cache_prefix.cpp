@@ -80,7 +80,7 @@ bool Cache::find_part(i32 last, const i32* tokens, i64 count, Found* found) {
 
 // True if a sequence could go on from the first `tokens` tokens of chain_, which end in its last block.
 bool Cache::find_end(i64 tokens, Found* found) {
-  if (index_.places(chain_.back()) == 0) return false;
+  if (index_.whole() && index_.places(chain_.back()) == 0) return false;
   if (has_window_ && !windows_reach(tokens)) return false;
   if (has_state_ && !table_->has_state(chain_.back())) return false;
   const i64 row = table_->find_row(chain_, tokens);

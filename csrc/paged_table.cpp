@@ -156,6 +156,7 @@ class PagedTable final : public PagedBlocks {
   void close(i64 index, Transaction& tx) override {
     for (i64 g = 0; g < groups_; ++g) {
       Blocks& b = blocks_[g];  // copy_tail_ stays: it only asks to look, and this may yet be taken back
+      forget_room(index, g);  // also where it refers to no block: the next sequence at this place has none either
       if (sequences_.tokens(index, g) == 0) continue;
       b.fence = tx.fence();
       const i64 first = quotient(sequences_.front(index, g), b.tokens);

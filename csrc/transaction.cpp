@@ -36,7 +36,10 @@ void Transaction::commit() {
       roll_back();
       // What was given up stays given up, if its memory may have been written to by now.
       const bool wrote = std::any_of(ops.begin(), ops.end(),
-                                     [](const Op& op) { return op.kind == OpKind::copy || op.kind == OpKind::zero; });
+                                     [](const Op& op) {
+                                       return op.kind == OpKind::copy || op.kind == OpKind::zero ||
+                                              op.kind == OpKind::destroy;
+                                     });
       for (const Op& op : ops) {
         if (wrote && op.kind == OpKind::evict) pool_.give_up(op);
       }

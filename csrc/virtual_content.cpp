@@ -27,7 +27,8 @@ i64 VirtualTable::find_row(const std::vector<i32>& chain, i64 tokens) const {
     const i64 first = window_first(group, geometry_.tail_guard_tokens, tokens) / index_.block_tokens();
     at = first <= last && index_.window_places(chain[first], 0) < index_.window_places(chain[last], 0) ? first : last;
   }
-  // A window that needs no block (of one token, at a block's end) is shown by every row that holds the chain.
+  // A window that needs no block (of one token, at a block's end) is shown by every row that holds the chain; and where
+  // no group needs any, by none at all.
   const bool listed = windowed && index_.has_window(chain[at], 0);
   i64 next = listed ? first_shower(chain[at], 0) : first_holder(chain[last]);
   for (i64 looked = 0; next >= 0 && looked < PrefixIndex::kCandidates; ++looked) {
@@ -39,7 +40,13 @@ i64 VirtualTable::find_row(const std::vector<i32>& chain, i64 tokens) const {
     row = here;
     if (best) break;
   }
-  return row;
+  return row < 0 && !index_.whole() && needs_nothing(tokens) ? kNoRow : row;
+}
+
+bool VirtualTable::needs_nothing(i64 tokens) const {
+  return std::all_of(geometry_.groups.begin(), geometry_.groups.end(), [&](const GroupGeometry& group) {
+    return window_first(group, geometry_.tail_guard_tokens, tokens) == tokens;
+  });
 }
 
 bool VirtualTable::shows_windows(i64 row, const std::vector<i32>& chain, i64 tokens) const {
@@ -61,16 +68,16 @@ bool VirtualTable::shows_blocks(i64 row, i32 window, i64 from, i64 to) const {
 void VirtualTable::adopt(i64 index, const std::vector<i32>& chain, const Found& found, Transaction& tx) {
   const i64 whole = found.tokens / index_.block_tokens();
   Guard guard(source_, found.row);
-  const bool taken = can_take_over(found.row, whole);
+  const bool taken = found.row != kNoRow && can_take_over(found.row, whole);
   if (taken) {
     take_over(index, found.row, whole, tx);
   } else {
     bind_empty(index, tx);
     for (i64 g = 0; g < groups_; ++g) {
-      if (geometry_.groups[g].growth != Growth::token) continue;
+      if (geometry_.groups[g].growth != Growth::token || found.row == kNoRow) continue;
       share_row(found.row, row_of_[index], g, sequences_.front(index, g), found.tokens, tx);
     }
-    hold_all(row_of_[index], chain, whole, false, tx);
+    hold_all(row_of_[index], chain, whole, index, false, tx);
   }
   for (i64 g = 0; g < groups_; ++g) {
     if (geometry_.groups[g].growth == Growth::token) grow(index, g, found.tokens, found.tokens, tx);
@@ -159,7 +166,7 @@ void VirtualTable::snapshot(i64 index, const std::vector<i32>& chain, Transactio
     }
   }
   rows_[to].fence = tx.new_fence();
-  hold_all(to, chain, static_cast<i64>(chain.size()), true, tx);
+  hold_all(to, chain, static_cast<i64>(chain.size()), index, true, tx);
 }
 
 bool VirtualTable::is_covered(i64 row, std::size_t from) const {
@@ -186,8 +193,9 @@ void VirtualTable::cut(i64 row, i64 from, Transaction& tx) {
   while (blocks_of(row) > from) tx.push(unhold_op(row));
 }
 
-void VirtualTable::hold_all(i64 row, const std::vector<i32>& chain, i64 count, bool state, Transaction& tx) {
-  for (i64 k = 0; k < count; ++k) hold_noted(row, chain[k], state && k + 1 == count, tx);
+void VirtualTable::hold_all(i64 row, const std::vector<i32>& chain, i64 count, i64 index, bool state,
+                            Transaction& tx) {
+  for (i64 k = 0; k < count; ++k) hold_noted(row, chain[k], index, state && k + 1 == count, tx);
 }
 
 bool VirtualTable::can_take_over(i64 row, std::size_t blocks) const {
@@ -230,7 +238,7 @@ void VirtualTable::share_row(i64 from, i64 to, i64 group, i64 first, i64 tokens,
       slot += n;
     }
     map(to, a, whole, high_slot(group, a, tokens), tx);
-    if (const i64 tail = bytes % page_bytes()) {
+    if (const i64 tail = first < tokens ? bytes % page_bytes() : 0) {  // a window of one token may need none of them
       const i64 offset = whole * page_bytes();
       tx.push({OpKind::copy, arena(a), slot_of(to, group, a) * page_bytes() + offset,
                slot_of(from, group, a) * page_bytes() + offset, tail});

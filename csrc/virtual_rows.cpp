@@ -60,6 +60,7 @@ bool VirtualRows::is_whole(const Op& op) const {
 bool VirtualRows::holds(i64 index, i64 group) const {
   const i64 row = row_of_[index], tokens = sequences_.tokens(index, group);
   if (tokens == 0) return sequences_.live(index) || row < 0;
+  if (tokens == sequences_.front(index, group)) return row > 0;  // a window of one token needs none of them
   for (i64 a = first_[group]; row > 0 && a < first_[group + 1]; ++a) {
     const Extent& e = extent(row, a);
     const i64 lo = low_slot(group, a, sequences_.front(index, group));
@@ -401,9 +402,12 @@ void VirtualRows::on_front(i64 index, i64 group, i64 old_first, i64 first, bool 
   first > old_first ? unneed_blocks(row, window, from, to, undo) : need_blocks(row, window, from, to);
 }
 
-i64 VirtualRows::mapped_windows(i64 row, i64 ordinal) const {
+i64 VirtualRows::mapped_windows(i64 row, i64 index, i64 ordinal) const {
   i64 windows = 0;
-  for (i32 w = 0; w < index_.windows(); ++w) windows |= i64{is_whole_in(row, index_.group_of(w), ordinal)} << w;
+  for (i32 w = 0; w < index_.windows(); ++w) {
+    const bool reached = ordinal >= first_block(index, w);
+    windows |= i64{reached && is_whole_in(row, index_.group_of(w), ordinal)} << w;
+  }
   return windows;
 }
 
@@ -560,7 +564,7 @@ void VirtualRows::check(std::vector<std::string>* out) const {
       }
       if (r.index < 0) continue;
       const i64 g = group_of(a), tokens = sequences_.tokens(r.index, g);
-      if (tokens == 0) continue;
+      if (tokens == sequences_.front(r.index, g)) continue;  // it needs none of them
       if (e.hi < high_slot(g, a, tokens)) say(row, "the frontier lies before the end of its tokens");
       if (e.solid > low_slot(g, a, sequences_.front(r.index, g))) say(row, "its first tokens are not mapped");
       const i64 tail = tokens * token_bytes(g, a) / page_bytes();

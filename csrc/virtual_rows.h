@@ -170,8 +170,9 @@ class VirtualRows : public PageTable {
   };
   Spare spare(i64 row, i64 g, i64 a) const;
 
-  // Bits of the windows that have all of the block mapped in the row.
-  i64 mapped_windows(i64 row, i64 ordinal) const;
+  // Bits of the windows that have all of the block mapped in the row, and that reach it in the sequence at `index`: what
+  // is mapped before that was never copied.
+  i64 mapped_windows(i64 row, i64 index, i64 ordinal) const;
   // The record by which the row forgets its last block.
   Op unhold_op(i64 row) const;
   // True if the row has all of the block mapped, in each arena of the group.
@@ -232,8 +233,9 @@ class VirtualRows : public PageTable {
     for (i64 a = first_[group]; a < first_[group + 1]; ++a) {
       const Extent& e = extent(row, a);
       i64 here = quotient(e.hi * page_bytes(), token_bytes(group, a)) - geometry_.tail_guard_tokens;
-      if (e.count == 0 || e.solid > low_slot(group, a, front)) here = 0;
-      if (e.count == 0 || e.hi < row_slots(group, a)) room = std::min(room, std::max(i64{0}, here));
+      const bool reached = e.count > 0 && e.solid <= low_slot(group, a, front);
+      if (!reached) here = 0;
+      if (!reached || e.hi < row_slots(group, a)) room = std::min(room, std::max(i64{0}, here));
     }
     return room;
   }

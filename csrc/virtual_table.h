@@ -32,7 +32,7 @@ class VirtualTable final : public VirtualRows {
     return window < 0 ? first_holder(node) >= 0 : index_.has_window(node, window);
   }
   void publish(const std::vector<Published>& blocks, Transaction& tx) override {
-    for (const Published& p : blocks) hold_noted(row_of_[p.index], p.node, false, tx);
+    for (const Published& p : blocks) hold_noted(row_of_[p.index], p.node, p.index, false, tx);
   }
 
   void retract(i64 index, i32, Transaction& tx) override {
@@ -82,12 +82,13 @@ class VirtualTable final : public VirtualRows {
   std::vector<i64> showers(i32 node, i32 window) const;
   // The row forgets its content from block `from` on.
   void cut(i64 row, i64 from, Transaction& tx);
-  void hold_noted(i64 row, i32 node, bool state, Transaction& tx) {
-    const i64 windows = index_.windows() == 0 ? 0 : mapped_windows(row, index_.ordinal(node));
+  // The row holds what the sequence at `index` computed or was given, and shows what its windows reach of that.
+  void hold_noted(i64 row, i32 node, i64 index, bool state, Transaction& tx) {
+    const i64 windows = index_.windows() == 0 ? 0 : mapped_windows(row, index, index_.ordinal(node));
     hold(row, node, state, windows, false);
     tx.note({OpKind::hold, arena(0), node, row, i64{state} | windows << 1});
   }
-  void hold_all(i64 row, const std::vector<i32>& chain, i64 count, bool state, Transaction& tx);
+  void hold_all(i64 row, const std::vector<i32>& chain, i64 count, i64 index, bool state, Transaction& tx);
   // A parked row whose content other rows hold too.
   bool is_copy(i64 row) const;
   // A parked row whose blocks sequences hold as well, so that only its state or what a window has passed in theirs
@@ -136,7 +137,10 @@ class VirtualTable final : public VirtualRows {
   void map(i64 row, i64 a, i64 from, i64 to, Transaction& tx, Zero zero);
   void unmap(i64 row, i64 a, i64 from, i64 to, i64 fence, Transaction& tx);
 
-  std::vector<i32> on_page_;  // what find_content() found
+  bool needs_nothing(i64 tokens) const;  // of the tokens before, as windows of one token at the end of a block
+
+  static constexpr i64 kNoRow = 0;  // where nothing is needed: no row with content has this number
+  std::vector<i32> on_page_;        // what find_content() found
   i64 source_ = -1;  // the row that content is taken from, while it is
   i64 copy_ = -1;    // the row of no sequence that a snapshot is being made in
 };
