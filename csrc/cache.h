@@ -219,7 +219,8 @@ class Cache final : public TableState {
   void check_fits(i64 padding, const BatchBuffers& out) const;
   void advance_planned(const i32* handles, const i32* counts, i64 n, const i32* tokens, bool padded);
   [[noreturn]] void refuse_step(i64 handle, i64 g, i64 fresh) const;
-  void check_rows(i64 rows, const BatchBuffers& out) const;
+  void check_rows(i64 rows, i64 g, const BatchBuffers& out) const;
+  [[noreturn]] void refuse_narrow(const char* field, i64 rows, i64 tokens) const;
   void prepare_padding(i64 n, i64 g, i64 rows);
   BatchSizes write_batch(const i32* handles, i64 n, const i32* new_tokens, i64 g, i64 rows, const BatchBuffers& out,
                          BatchMarks& marks) const;

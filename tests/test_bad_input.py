@@ -138,7 +138,7 @@ def handle_calls(world: World, handle: Any) -> list[Callable[[], object]]:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("handle", [0, 2, 1000, -1, -5, 2**31 - 1, -(2**31)])
+@pytest.mark.parametrize("handle", [0, 500, 1000, -1, -5, 2**31 - 1, -(2**31)])
 def test_handles_that_were_never_given_out(world: World, handle: int) -> None:
     for call in handle_calls(world, handle):
         refused(world, StaleHandle, f"{handle} is not live", call)
