@@ -99,7 +99,8 @@ void bind_prefix(nb::class_<Cache>& cache) {
             const i32 all = to_int32(tokens.size(), "tokens");
             const i32* lengths = counts ? counts->data() : &all;
             const i64 n = counts ? counts->size() : 1;
-            if (handles.size() < n || cached.size() < n) throw SpecError("handles and cached need an entry for each prompt");
+            if (handles.size() < n || cached.size() < n)
+              throw SpecError("handles and cached need an entry for each prompt");
             const PrefixKey key = key_of(salt, extra_key);
             std::vector<i32> opened(n), found(n);
             i64 done = 0;

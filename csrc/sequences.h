@@ -21,7 +21,11 @@ class Sequences {
 
   // `first` is the number that counting starts from; for tests.
   Sequences(i64 max_sequences, i64 groups, i64 first = 1)
-      : groups_(groups), next_(first), handles_(max_sequences, kNone), free_(max_sequences), lengths_(max_sequences * groups) {
+      : groups_(groups),
+        next_(first),
+        handles_(max_sequences, kNone),
+        free_(max_sequences),
+        lengths_(max_sequences * groups) {
     i64 slots = 4;
     while (slots < 4 * max_sequences) slots *= 2;
     slots_.resize(slots);
@@ -56,7 +60,8 @@ class Sequences {
                         " are in use: free one, or raise max_sequences");
     }
     if (next_ > kLast) {
-      throw SpecError("asked for one more sequence; this allocator has given out all int32 handles there are: make another");
+      throw SpecError(
+          "asked for one more sequence; this allocator has given out all int32 handles there are: make another");
     }
     return handle_of_number(next_);
   }
