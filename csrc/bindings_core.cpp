@@ -157,6 +157,28 @@ void bind_stats(nb::module_& m) {
       .def_ro("hit_tokens", &CacheStats::hit_tokens);
 }
 
+void bind_sequences(nb::module_& m) {
+  const auto sizes = [](Sequences* self, i64 max_sequences, i64 first) {
+    new (self) Sequences(max_sequences, 1, first);
+  };
+  nb::class_<Sequences>(m, "Sequences", "Handles, by themselves; see csrc/sequences.h.")
+      .def("__init__", sizes, "max_sequences"_a, "first"_a = 1)
+      .def("open",
+           [](Sequences& self) {
+             const i64 handle = self.next_handle();
+             self.on_open(handle, false);
+             return handle;
+           })
+      .def(
+          "close", [](Sequences& self, i64 handle) { self.on_close(handle, false); }, "handle"_a)
+      .def(
+          "undo_open", [](Sequences& self, i64 handle) { self.on_close(handle, true); }, "handle"_a)
+      .def(
+          "undo_close", [](Sequences& self, i64 handle) { self.on_open(handle, true); }, "handle"_a)
+      .def("index", &Sequences::index, "handle"_a)
+      .def("next_handle", &Sequences::next_handle);
+}
+
 // One arena as a flat tensor of bytes (DLPack). The tensor owns a reference to the cache, since a cache that goes
 // unmaps its arenas: whoever still looks at the memory keeps it.
 nb::ndarray<std::uint8_t> arena_bytes(nb::handle_t<Cache> self, i64 group, i64 arena_in_group) {
@@ -321,6 +343,7 @@ void bind_core(nb::module_& m) {
   bind_geometry(m);
   bind_pool(m);
   bind_stats(m);
+  bind_sequences(m);
   bind_prefix_options(m);
   nb::class_<Cache> cache = bind_cache(m);
   bind_batch(m, cache);

@@ -73,7 +73,9 @@ class Sequences {
       place = free_[(head_ + --free_count_) % capacity()];
     } else {
       if (free_count_ == 0 || next_ > kLast || handle_of_number(next_) != handle) {
-        throw SpecError("open: not the handle that comes next");
+        throw SpecError("open: handle " + std::to_string(handle) +
+                        " is not the one that comes next; max_sequences must be that of the allocator whose ops are "
+                        "followed, and no list of ops be missing");
       }
       place = free_[head_];
       head_ = (head_ + 1) % capacity();

@@ -557,10 +557,18 @@ class Allocator:
         return self.core.take_ops()
 
     def apply(self, ops: Iterable[Op | list[str | int]]) -> None:
-        """Follows what another allocator of the same shape decided: all of ``ops``, or an error and nothing has
-        changed.
+        """Follows what another allocator decided: all of ``ops``, or an error and nothing has changed.
 
-        ``SpecError`` when they do not follow from this allocator's state; driver errors as for any call.
+        Both are made with the same spec, backend, sizes (``memory`` too, and ``set_memory()`` is called on both),
+        ``interleave``, ``zero``, guard and ``cached_rows``; prefix_cache may differ, since this one commits no ids.
+
+        ``SpecError`` when the list does not follow from this allocator's state, or does not explain what it does to
+        memory (``csrc/follow.h``): a write to memory that somebody has, a live sequence that would lose a token or the
+        memory under it, ids that do not exist. Driver errors as for any call. What cannot be told from a true list:
+        one that lacks a ``zero``; one that says consistently another number of tokens; a ``copy`` that is missing, or
+        from another place, for a sequence that the same list opens; other memory for a new sequence to begin with; and,
+        paged, another block of the same place for one whose tokens are said to be equal. Lists that come through
+        something that may damage them need a checksum. Cost: linear in the list, some microseconds a record.
         """
         self.core.apply(list(ops))
 
