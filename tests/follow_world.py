@@ -69,7 +69,7 @@ class Leader:
     def _open(self, rng: random.Random) -> None:
         if len(self.sequences) == self.alloc.max_sequences:
             return self._free(rng)
-        prompt = rng.choice(PROMPTS)[: rng.randrange(2, 60)] + [rng.randrange(300, 303)]
+        prompt = [*rng.choice(PROMPTS)[: rng.randrange(2, 60)], rng.randrange(300, 303)]
         sequence = self.alloc.sequence(prompt)
         self.sequences[sequence.id] = sequence
         self.ids[sequence.id] = prompt[: sequence.num_cached_tokens]

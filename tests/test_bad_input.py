@@ -342,7 +342,7 @@ def test_memory_that_nobody_can_read(world: World, text: Any) -> None:
         (dict(max_sequences=2**31), SpecError, "."),
         (dict(max_sequences=2**62), SpecError, "."),
         (dict(max_tokens=0), SpecError, "max_tokens: got 0"),
-        (dict(max_tokens=2**30), SpecError, "would reserve.*lower max_sequences, max_tokens"),
+        (dict(max_tokens=2**31 - 1, max_sequences=2**20), SpecError, "would reserve.*lower max_sequences, max_tokens"),
         (dict(max_tokens=2**50), SpecError, r"max_tokens: got \d+; the largest that works is 2147483647"),
         (dict(max_sequences=2**24 + 1), SpecError, "max_sequences: got 16777217; the largest that works is 16777216"),
         (dict(cached_rows=2**40), SpecError, "cached_rows: got 1099511627776; the largest"),

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from follow_world import SPECS, Leader, Replica, tag_of
 from ops_rank import digest
-from support_world import BACKENDS, LONG, PAGE, seed_from_environment
+from support_world import BACKENDS, LONG, PAGE
 from test_ops import spoilt
 
 import kvmem

@@ -113,7 +113,8 @@ def _check_reach(blocks: torch.Tensor, version: tuple[int, ...] | None) -> None:
     if version is not None and version < _WIDE_SINCE and reach >= STRIDE_LIMIT:
         raise SpecError(
             f"cache: block {len(blocks) - 1} begins {reach} elements from block 0; the MLA kernels of the FlashInfer "
-            f"that is installed reach {STRIDE_LIMIT - 1}: install 0.6.11 or newer, lower interleave, or give less memory"
+            f"that is installed reach {STRIDE_LIMIT - 1}: install 0.6.11 or newer, lower interleave, or give less "
+            "memory"
         )
 
 

@@ -12,8 +12,8 @@ from kvmem.cascade import Cascade
 from kvmem.errors import SpecError
 
 __all__ = [
-    "all_tokens", "as_bytes", "as_int32", "check_cache", "check_guard", "check_strides", "flat_tokens", "host", "plain", "rows_of",
-    "window_left",
+    "all_tokens", "as_bytes", "as_int32", "check_cache", "check_guard", "check_strides", "flat_tokens", "host", "plain",
+    "rows_of", "window_left",
 ]  # fmt: skip
 
 #: Kernels keep strides in uint32 (FlashInfer's ``paged_kv_t``).
@@ -107,8 +107,8 @@ def as_int32(tensor: torch.Tensor, field: str, kernel: str) -> torch.Tensor:
     """``tensor`` as it is; ``SpecError`` for one that is int64 since int32 might not do."""
     if tensor.dtype != torch.int32:
         raise SpecError(
-            f"{field}: {kernel} takes int32, and this batch may pass {2**31 - 1} tokens there, so that it is int64: use "
-            "block tables or FlashInfer's paged kernels, or lower max_sequences, max_tokens or cached_rows"
+            f"{field}: {kernel} takes int32, and this batch may pass {2**31 - 1} tokens there, so that it is int64: "
+            "use block tables or FlashInfer's paged kernels, or lower max_sequences, max_tokens or cached_rows"
         )
     return tensor
 
