@@ -224,3 +224,30 @@ def test_a_replica_without_a_prefix_cache_has_the_rows_of_its_leader() -> None:
         fewer.alloc.apply([["open", 0, 9, 0, 0, 0]])
     with pytest.raises(kvmem.SpecError, match="arena 7.*interleave"):
         fewer.alloc.apply([["map", 7, 0, 0, 1, 0]])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_copy_before_a_write_cannot_be_lost_or_read_elsewhere(backend: str) -> None:
+    leader, replica = Leader("full", backend), Replica("full", backend)
+    parent = leader.alloc.sequence()
+    parent.extend(60)
+    parent.commit(60)
+    child = parent.fork()
+    child.truncate(30)
+    replica.alloc.apply(leader.alloc.take_ops())
+    replica.write(parent.id, list(range(60)), 0)
+    child.extend(3)
+    ops, before = [list(op) for op in leader.alloc.take_ops()], replica.all_held()
+    copies = [at for at, op in enumerate(ops) if op[0] == "copy"]
+    assert copies
+    for at in copies:
+        for field, step in [(2, 4 * 768), (3, 4 * 768), (3, PAGE), (4, -192), (4, -4)]:
+            damaged = [list(op) for op in ops]
+            damaged[at][field] += step
+            with pytest.raises(kvmem.SpecError):
+                replica.alloc.apply(damaged)
+        with pytest.raises(kvmem.SpecError):
+            replica.alloc.apply([*ops[:at], *ops[at + 1 :]])
+    assert replica.all_held() == before and replica.alloc.check() == []
+    replica.alloc.apply(ops)
+    assert [replica.held(child.id, 0)[i] for i in range(30)] == [before[parent.id, 0][i] for i in range(30)]
