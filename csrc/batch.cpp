@@ -16,6 +16,7 @@ BatchWriter::BatchWriter(const BatchBuffers& out, BatchMarks& marks, i64 block_t
   for (i32* start : {out.cu_seqlens_q, out.cu_seqlens_k, out.kv_indptr}) {
     if (start) start[0] = 0;
   }
+  if (out.wide_seqlens_k) out.wide_seqlens_k[0] = 0;
   marks_.filled = 0, marks_.one_each = false;
   sizes_.table_from = out.max_sequences;
   sizes_.indices_from = -1;
@@ -225,6 +226,9 @@ void BatchWriter::write_lengths(i64 rows, bool one_each) {
   const i32 *lengths = marks_.lengths.data(), *fresh = marks_.fresh.data();
   if (out_.seq_lens) std::copy(lengths, lengths + rows, out_.seq_lens);
   if (out_.cu_seqlens_k) std::partial_sum(lengths, lengths + rows, out_.cu_seqlens_k + 1);
+  if (i64* sums = out_.wide_seqlens_k) {
+    for (i64 i = 0; i < rows; ++i) sums[i + 1] = sums[i] + lengths[i];
+  }
   if (i32* last = out_.kv_last_page_len) {
     const i32 size = static_cast<i32>(size_);
     if ((size & (size - 1)) == 0) {
@@ -241,14 +245,19 @@ void BatchWriter::write_lengths(i64 rows, bool one_each) {
   }
 }
 
+// A mark's version is its row, where there are rows: 0 of one that holds nothing, and of padding.
+template <class T>
+void BatchWriter::write_starts(i64 rows, T* starts) const {
+  for (i64 i = 0; i < rows; ++i) starts[i] = static_cast<T>(marks_.rows[i].version * row_tokens_);
+  starts[rows] = rows > 0 ? starts[rows - 1] : 0;
+}
+
 // What follows from how many new tokens each has, and where it lies.
 void BatchWriter::write_counts(i64 rows, bool one_each) {
   const i32* fresh = marks_.fresh.data();
   if (out_.cu_seqlens_q) std::partial_sum(fresh, fresh + rows, out_.cu_seqlens_q + 1);
-  if (i32* starts = out_.row_starts) {
-    for (i64 i = 0; i < rows; ++i) starts[i] = static_cast<i32>(out_.rows[i] * row_tokens_);
-    starts[rows] = rows > 0 ? starts[rows - 1] : 0;
-  }
+  if (out_.row_starts) write_starts(rows, out_.row_starts);
+  if (out_.wide_starts) write_starts(rows, out_.wide_starts);
   if (i32* to = out_.batch_indices) {
     if (one_each) std::iota(to, to + rows, 0);
     for (i64 i = 0; !one_each && i < rows; ++i) to = std::fill_n(to, fresh[i], static_cast<i32>(i));

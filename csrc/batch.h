@@ -22,11 +22,13 @@ struct BatchBuffers {
   i32* batch_indices = nullptr;     // [T] row of the batch it belongs to
   i32* cu_seqlens_q = nullptr;      // [B + 1] new tokens, running sum
   i32* cu_seqlens_k = nullptr;      // [B + 1] all tokens, running sum
+  i64* wide_seqlens_k = nullptr;    // the same, where int32 might not do
   i32* kv_indptr = nullptr;         // [B + 1] blocks, running sum
   i32* kv_indices = nullptr;        // [kv_indptr[B]] block ids
   i32* kv_last_page_len = nullptr;  // [B] tokens in the last block, 1 .. block_size
   i32* rows = nullptr;              // [B] virtual: the row of each sequence
   i32* row_starts = nullptr;        // [B + 1] virtual: row * row_tokens; the closing entry repeats the last
+  i64* wide_starts = nullptr;       // the same, where int32 might not do
   i64* delta_places = nullptr;      // [max_deltas] entries of the table that changed: row * max_blocks + column
   i32* delta_blocks = nullptr;      // [max_deltas] and what they are now
 };
@@ -153,6 +155,8 @@ class BatchWriter {
   void write_new_tokens(const BatchRow& row);
   void write_lengths(i64 rows, bool one_each);
   void write_counts(i64 rows, bool one_each);
+  template <class T>
+  void write_starts(i64 rows, T* starts) const;
   void close_row(i64 length, i64 fresh, i64 blocks, i64 first, i64 row) {
     const i64 i = sizes_.rows++;
     sizes_.new_tokens += fresh;

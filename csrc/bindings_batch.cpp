@@ -22,6 +22,12 @@ struct Buffers {
   bool filled = false;
 };
 
+// Of an array of int32 counts: the last of them must be one too.
+i64 size_of(i64 size, const char* field) {
+  if (size < 0) throw SpecError(std::string(field) + ": got " + std::to_string(size) + "; must be 0 or more");
+  return to_int32(size, field);
+}
+
 template <class T>
 T* take(std::vector<nb::object>& owners, const nb::object& owner, const char* name, i64 least) {
   if (owner.is_none()) return nullptr;
@@ -33,6 +39,17 @@ T* take(std::vector<nb::object>& owners, const nb::object& owner, const char* na
   }
   owners.push_back(owner);
   return array.data();
+}
+
+// Of the two, the one for the type of the array, if there is one.
+void take_either(std::vector<nb::object>& owners, const nb::object& owner, const char* name, i64 least, i32** narrow,
+                 i64** wide) {
+  Out<i64> array;
+  if (!owner.is_none() && nb::try_cast(owner, array, false)) {
+    *wide = take<i64>(owners, owner, name, least);
+  } else {
+    *narrow = take<i32>(owners, owner, name, least);
+  }
 }
 
 std::vector<i32> handles_of(const Buffers& b) {
@@ -54,10 +71,10 @@ void bind_buffers(nb::module_& m) {
              nb::object row_starts, nb::object delta_places, nb::object delta_blocks) {
             BatchBuffers at;
             std::vector<nb::object> owners;
-            at.max_sequences = max_sequences;
-            at.max_new_tokens = max_new_tokens;
-            at.max_blocks = max_blocks;
-            at.max_indices = max_indices;
+            at.max_sequences = size_of(max_sequences, "max_sequences");
+            at.max_new_tokens = size_of(max_new_tokens, "max_new_tokens");
+            at.max_blocks = size_of(max_blocks, "max_blocks");
+            at.max_indices = size_of(max_indices, "max_indices");
             const i64 n = max_sequences;
             at.block_table = take<i32>(owners, block_table, "block_table", n * max_blocks);
             at.seq_lens = take<i32>(owners, seq_lens, "seq_lens", n);
@@ -66,12 +83,12 @@ void bind_buffers(nb::module_& m) {
             at.positions = take<i32>(owners, positions, "positions", max_new_tokens);
             at.batch_indices = take<i32>(owners, batch_indices, "batch_indices", max_new_tokens);
             at.cu_seqlens_q = take<i32>(owners, cu_seqlens_q, "cu_seqlens_q", n + 1);
-            at.cu_seqlens_k = take<i32>(owners, cu_seqlens_k, "cu_seqlens_k", n + 1);
+            take_either(owners, cu_seqlens_k, "cu_seqlens_k", n + 1, &at.cu_seqlens_k, &at.wide_seqlens_k);
             at.kv_indptr = take<i32>(owners, kv_indptr, "kv_indptr", n + 1);
             at.kv_indices = take<i32>(owners, kv_indices, "kv_indices", max_indices);
             at.kv_last_page_len = take<i32>(owners, kv_last_page_len, "kv_last_page_len", n);
             at.rows = take<i32>(owners, rows, "rows", n);
-            at.row_starts = take<i32>(owners, row_starts, "row_starts", n + 1);
+            take_either(owners, row_starts, "row_starts", n + 1, &at.row_starts, &at.wide_starts);
             if (!delta_places.is_none()) {
               at.delta_places = take<i64>(owners, delta_places, "delta_places", 0);
               at.max_deltas = static_cast<i64>(nb::len(delta_places));

@@ -42,16 +42,20 @@ nb::list to_records(const std::vector<Op>& ops) {
 std::vector<Op> from_records(const nb::sequence& records) {
   std::vector<Op> ops;
   for (nb::handle item : records) {
-    if (!nb::isinstance<nb::sequence>(item) || nb::len(item) != 6) {
-      throw SpecError("an op is (kind, at, a, b, c, d): one name and five integers");
-    }
-    const nb::sequence record = nb::borrow<nb::sequence>(item);
+    // A tuple of its own: a list may change while its entries are converted.
+    const bool is_record = nb::isinstance<nb::sequence>(item) && !nb::isinstance<nb::str>(item);
+    const nb::object record = is_record ? nb::steal(PySequence_Tuple(item.ptr())) : nb::object();
+    if (is_record && !record.is_valid()) nb::raise_python_error();
+    bool good = is_record && PyTuple_GET_SIZE(record.ptr()) == 6;
     std::string name;
     i64 value[5];
-    bool good = nb::try_cast(record[0], name);
-    for (int i = 0; i < 5; ++i) good = good && nb::try_cast(record[i + 1], value[i], false);
-    good = good && value[0] >= 0 && value[0] <= INT32_MAX;
-    if (!good) throw SpecError("an op is (kind, at, a, b, c, d): one name and five integers, the first an int32");
+    good = good && nb::try_cast(nb::handle(PyTuple_GET_ITEM(record.ptr(), 0)), name);
+    for (int i = 0; i < 5; ++i) {
+      good = good && nb::try_cast(nb::handle(PyTuple_GET_ITEM(record.ptr(), i + 1)), value[i], false);
+    }
+    if (!good || value[0] < 0 || value[0] > INT32_MAX) {
+      throw SpecError("an op is (kind, at, a, b, c, d): one name and five integers, the first an int32");
+    }
     ops.push_back({kind_of(name), static_cast<i32>(value[0]), value[1], value[2], value[3], value[4]});
   }
   return ops;
@@ -153,6 +157,28 @@ void bind_stats(nb::module_& m) {
       .def_ro("hit_tokens", &CacheStats::hit_tokens);
 }
 
+void bind_sequences(nb::module_& m) {
+  const auto sizes = [](Sequences* self, i64 max_sequences, i64 first) {
+    new (self) Sequences(max_sequences, 1, first);
+  };
+  nb::class_<Sequences>(m, "Sequences", "Handles, by themselves; see csrc/sequences.h.")
+      .def("__init__", sizes, "max_sequences"_a, "first"_a = 1)
+      .def("open",
+           [](Sequences& self) {
+             const i64 handle = self.next_handle();
+             self.on_open(handle, false);
+             return handle;
+           })
+      .def(
+          "close", [](Sequences& self, i64 handle) { self.on_close(handle, false); }, "handle"_a)
+      .def(
+          "undo_open", [](Sequences& self, i64 handle) { self.on_close(handle, true); }, "handle"_a)
+      .def(
+          "undo_close", [](Sequences& self, i64 handle) { self.on_open(handle, true); }, "handle"_a)
+      .def("index", &Sequences::index, "handle"_a)
+      .def("next_handle", &Sequences::next_handle);
+}
+
 // One arena as a flat tensor of bytes (DLPack). The tensor owns a reference to the cache, since a cache that goes
 // unmaps its arenas: whoever still looks at the memory keeps it.
 nb::ndarray<std::uint8_t> arena_bytes(nb::handle_t<Cache> self, i64 group, i64 arena_in_group) {
@@ -185,14 +211,22 @@ nb::class_<Cache> bind_cache(nb::module_& m) {
           },
           Free())
       .def(
-          "open_batch", [](Cache& c, const WritableInt32s& handles) { c.open(handles.size(), handles.data()); },
-          "handles"_a.noconvert(), Free())
+          "open_batch",
+          [](Cache& c, const WritableInt32s& handles) {
+            std::vector<i32> opened(handles.size());
+            {
+              nb::gil_scoped_release release;
+              c.open(handles.size(), opened.data());
+            }
+            handles.write(opened.data(), handles.size());
+          },
+          "handles"_a.noconvert())
       .def(
           "extend",
           [](Cache& c, i32 handle, i64 count, i64 group) {
             if (group < 0 && c.extend_at_hand(handle, count)) return;  // letting Python's lock go would cost more
             nb::gil_scoped_release release;
-            const i32 small = count > INT32_MAX ? INT32_MAX : count < INT32_MIN ? INT32_MIN : static_cast<i32>(count);
+            const i32 small = to_int32(count, "count");
             c.extend(&handle, &small, 1, group);
           },
           "handle"_a, "count"_a, "group"_a = -1)
@@ -220,7 +254,7 @@ nb::class_<Cache> bind_cache(nb::module_& m) {
           [](Cache& c, i32 handle, i64 count, i64 group) {
             if (group < 0 && c.commit_at_hand(handle, count)) return;
             nb::gil_scoped_release release;
-            const i32 small = count > INT32_MAX ? INT32_MAX : count < INT32_MIN ? INT32_MIN : static_cast<i32>(count);
+            const i32 small = to_int32(count, "count");
             c.commit(&handle, &small, 1, group, nullptr);
           },
           "handle"_a, "count"_a, "group"_a = -1)
@@ -260,17 +294,27 @@ nb::class_<Cache> bind_cache(nb::module_& m) {
             if (static_cast<i64>(blocks.shape(0)) < n - 1) {
               throw SpecError("blocks needs an entry for each pair of neighbours");
             }
-            c.common_blocks(handles.data(), n, group, blocks.data());
+            std::vector<i64> found(n);
+            {
+              nb::gil_scoped_release release;
+              c.common_blocks(handles.data(), n, group, found.data());
+            }
+            std::copy_n(found.data(), std::max(n - 1, i64{0}), blocks.data());
           },
-          "handles"_a.noconvert(), "group"_a, "blocks"_a.noconvert(), Free())
+          "handles"_a.noconvert(), "group"_a, "blocks"_a.noconvert())
       .def(
           "cascade_order",
           [](Cache& c, const Int32s& handles, i64 group, Out<i64> order) {
-            if (static_cast<i64>(order.shape(0)) < handles.size())
-              throw SpecError("order needs an entry for each handle");
-            c.cascade_order(handles.data(), handles.size(), group, order.data());
+            const i64 n = handles.size();
+            if (static_cast<i64>(order.shape(0)) < n) throw SpecError("order needs an entry for each handle");
+            std::vector<i64> found(n);
+            {
+              nb::gil_scoped_release release;
+              c.cascade_order(handles.data(), n, group, found.data());
+            }
+            std::copy_n(found.data(), n, order.data());
           },
-          "handles"_a.noconvert(), "group"_a, "order"_a.noconvert(), Free())
+          "handles"_a.noconvert(), "group"_a, "order"_a.noconvert())
       .def("compact", &Cache::compact, "bytes"_a, Free())
       .def("trim", &Cache::trim, "bytes"_a, Free())
       .def("set_memory", &Cache::set_memory, "pages"_a, Free())
@@ -299,6 +343,7 @@ void bind_core(nb::module_& m) {
   bind_geometry(m);
   bind_pool(m);
   bind_stats(m);
+  bind_sequences(m);
   bind_prefix_options(m);
   nb::class_<Cache> cache = bind_cache(m);
   bind_batch(m, cache);

@@ -10,6 +10,7 @@
 
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include "bindings.h"
 #include "cache.h"
@@ -96,11 +97,21 @@ void bind_prefix(nb::class_<Cache>& cache) {
              const nb::bytes& extra_key, const WritableInt32s& handles, const WritableInt32s& cached) {
             if (c.shares()) check_ids(tokens);
             if (counts) check_tokens(*counts, tokens);
-            const i32 all = static_cast<i32>(tokens.size());
+            const i32 all = to_int32(tokens.size(), "tokens");
             const i32* lengths = counts ? counts->data() : &all;
+            const i64 n = counts ? counts->size() : 1;
+            if (handles.size() < n || cached.size() < n)
+              throw SpecError("handles and cached need an entry for each prompt");
             const PrefixKey key = key_of(salt, extra_key);
-            nb::gil_scoped_release release;
-            return c.admit_batch(tokens.data(), lengths, handles.size(), key, handles.data(), cached.data());
+            std::vector<i32> opened(n), found(n);
+            i64 done = 0;
+            {
+              nb::gil_scoped_release release;
+              done = c.admit_batch(tokens.data(), lengths, n, key, opened.data(), found.data());
+            }
+            handles.write(opened.data(), done);
+            cached.write(found.data(), done);
+            return done;
           },
           "tokens"_a.noconvert(), "counts"_a.noconvert().none(), "salt"_a, "extra_key"_a, "handles"_a.noconvert(),
           "cached"_a.noconvert(), "How many prompts got room.")
@@ -118,7 +129,7 @@ void bind_prefix(nb::class_<Cache>& cache) {
           "commit_tokens",
           [](Cache& c, i32 handle, const TokenIds& tokens) {
             check_ids(tokens);
-            const i32 count = static_cast<i32>(tokens.size());
+            const i32 count = to_int32(tokens.size(), "tokens");
             if (c.commit_at_hand(handle, count, tokens.data())) return;
             nb::gil_scoped_release release;
             c.commit(&handle, &count, 1, -1, tokens.data());

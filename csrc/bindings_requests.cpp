@@ -154,7 +154,7 @@ nb::object publish(Cache& c, i32 handle, nb::handle tokens) {
   TokenIds ids;
   if (!ids.hold(tokens)) throw nb::next_overload();
   check_ids(ids);
-  const i32 count = static_cast<i32>(ids.size());
+  const i32 count = to_int32(ids.size(), "tokens");
   if (c.commit_at_hand(handle, count, ids.data())) return nb::none();
   return told([&] { return c.commit_telling(&handle, &count, 1, ids.data()); });
 }

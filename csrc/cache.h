@@ -186,7 +186,18 @@ class Cache final : public TableState {
   i64 group_end(i64 group) const { return group < 0 ? groups_ : group + 1; }
   bool grows(i64 g, i64 group) const { return group >= 0 || geometry_.groups[g].growth == Growth::token; }
   void check_group(i64 group) const;
-  void follow(const std::vector<Op>& ops, Transaction& tx);
+  // Tokens [from, end) that a followed sequence has got, and which of the pages or blocks there others read.
+  struct Grown {
+    i64 handle, group, from, end;
+    std::vector<i64> shared;
+  };
+  void follow(const std::vector<Op>& ops, FollowedLengths& lengths, FollowRules& rules, Transaction& tx);
+  void follow_one(const Op& op, std::vector<Grown>* grown, Transaction& tx);
+  void check_mapped(const std::vector<Op>& ops);
+  void check_grown(const Grown& grown) const;
+  void check_empty(i64 index) const;
+  void check_followed(i64 index) const;
+  [[noreturn]] void refuse_followed(i64 handle) const;
   void look_at_tails(i64 g);
   // A sequence may stand in a batch once: twice would be decided on a length that is no longer true.
   void check_once(i64 index) {
@@ -223,7 +234,8 @@ class Cache final : public TableState {
   void check_fits(i64 padding, const BatchBuffers& out) const;
   void advance_planned(const i32* handles, const i32* counts, i64 n, const i32* tokens, bool padded);
   [[noreturn]] void refuse_step(i64 handle, i64 g, i64 fresh) const;
-  void check_rows(i64 rows, const BatchBuffers& out) const;
+  void check_rows(i64 rows, i64 g, const BatchBuffers& out) const;
+  [[noreturn]] void refuse_narrow(const char* field, i64 rows, i64 tokens) const;
   void prepare_padding(i64 n, i64 g, i64 rows);
   BatchSizes write_batch(const i32* handles, i64 n, const i32* new_tokens, i64 g, i64 rows, const BatchBuffers& out,
                          BatchMarks& marks) const;

@@ -7,11 +7,25 @@
 
 namespace kvmem {
 
-void Cache::check_rows(i64 rows, const BatchBuffers& out) const {
+// How many rows there are, and that no sum of theirs passes an int32 where that is what it is written to.
+void Cache::check_rows(i64 rows, i64 g, const BatchBuffers& out) const {
   if (rows > out.max_sequences) {
     throw SpecError("a batch of " + std::to_string(rows) + " rows does not fit buffers for " +
                     std::to_string(out.max_sequences));
   }
+  const GroupGeometry& group = geometry_.groups[g];
+  const i64 longest = std::min(out.max_blocks * group.block_tokens, group.max_tokens);
+  if (out.cu_seqlens_k && std::min(rows * longest, out.max_indices * group.block_tokens) > INT32_MAX) {
+    refuse_narrow("cu_seqlens_k", rows, longest);
+  }
+  if (out.row_starts && geometry_.rows * group.row_tokens > INT32_MAX) {
+    refuse_narrow("row_starts", geometry_.rows, group.row_tokens);
+  }
+}
+
+void Cache::refuse_narrow(const char* field, i64 rows, i64 tokens) const {
+  throw SpecError(std::string(field) + ": " + std::to_string(rows) + " rows of " + std::to_string(tokens) +
+                  " tokens pass an int32; give an int64 array, as Allocator.make_batch() does");
 }
 
 // A batch with padding rows reads the trash blocks.
@@ -66,7 +80,7 @@ BatchSizes Cache::fill(const i32* handles, i64 n, const i32* new_tokens, i64 gro
   rows = std::max(rows, n);
   indices_.resize(n);
   for (i64 i = 0; i < n; ++i) indices_[i] = sequences_.index(handles[i]);
-  check_rows(rows, out);
+  check_rows(rows, g, out);
   prepare_padding(n, g, rows);
   return write_batch(handles, n, new_tokens, g, rows, out, marks);
 }
@@ -123,7 +137,7 @@ BatchSizes Cache::step(const i32* handles, const i32* counts, i64 n, const i32* 
   }
   plan_extend(handles, counts, n, -1);
   check_due(tokens ? num_tokens : -1);
-  check_rows(rows, out);
+  check_rows(rows, token_group_, out);
   check_fits(rows - n, out);
   advance_planned(handles, counts, n, tokens, rows > n && !table_->has_trash(token_group_));
   const BatchSizes sizes = write_batch(handles, n, nullptr, token_group_, rows, out, marks);
@@ -133,7 +147,7 @@ BatchSizes Cache::step(const i32* handles, const i32* counts, i64 n, const i32* 
 
 // `telling`: seen_ notes what this may replace in its table.
 void Cache::advance_one(i64 handle, i64 count, const i32* tokens, i64 num_tokens, bool telling) {
-  const i32 one = static_cast<i32>(handle), more = static_cast<i32>(count);
+  const i32 one = to_int32(handle, "handle"), more = to_int32(count, "count");
   plan_extend(&one, &more, 1, -1);
   check_due(tokens ? num_tokens : -1);
   seen_.clear();

@@ -1,6 +1,4 @@
-// What an allocator holds, how much it may hold, and following another allocator's decisions.
-
-#include <algorithm>
+// What an allocator holds, and how much it may hold.
 
 #include "cache.h"
 
@@ -101,97 +99,6 @@ std::vector<Op> Cache::take_ops() {
   std::vector<Op> ops;
   ops.swap(pool_->log);
   return ops;
-}
-
-void Cache::apply(const std::vector<Op>& ops) {
-  Lock lock = enter();
-  settle();
-  if (!index_.empty()) {
-    throw SpecError(
-        "an allocator that follows the ops of another must not know what its own sequences hold: commit "
-        "counts instead of token ids, or make it with prefix_cache=False");
-  }
-  Transaction tx(*pool_, *this);
-  try {
-    follow(ops, tx);
-  } catch (const StaleHandle& e) {
-    throw SpecError(std::string("the ops do not follow from here: ") + e.what());
-  }
-  tx.commit();
-  leave();
-}
-
-void Cache::look_at_tails(i64 g) {
-  for (i64 index = 0; index < sequences_.capacity(); ++index) {
-    if (sequences_.live(index)) table_->look_at_tail(index, g);
-  }
-}
-
-void Cache::follow(const std::vector<Op>& ops, Transaction& tx) {
-  struct Growth {
-    i64 handle, group, token;
-    std::vector<i64> shared;
-  };
-  std::vector<Growth> grown;
-  for (const Op& op : ops) {
-    if ((op.kind == OpKind::open || op.kind == OpKind::close) && op.d != 0) {
-      throw SpecError("open and close of a list carry no fourth number");
-    }
-    const bool grows = op.kind == OpKind::length && op.b > op.c;
-    if (grows) check_group(op.at);
-    if (grows && op.c == sequences_.tokens(sequences_.index(op.a), op.at)) {  // else it is refused below
-      grown.push_back({op.a, op.at, op.c, table_->shared_pieces(sequences_.index(op.a), op.at, op.c)});
-    }
-    if (op.kind != OpKind::create || op.a < 0 || op.b <= 0 || op.b > pool_->budget_pages()) {
-      tx.push(op);  // which refuses a create like that
-      continue;
-    }
-    for (i64 page = op.a; page < op.a + op.b; ++page) {  // a replica may have created its pages ahead
-      if (!pool_->present(page)) tx.push({OpKind::create, 0, page, 1});
-    }
-  }
-  // A list that lacks a record may leave a sequence with a length and no memory: whoever writes there would be lost.
-  for (const Op& op : ops) {
-    if (op.kind == OpKind::block && op.c != 0) {  // the block may be the tail of any other sequence
-      const i64 inside = op.b * geometry_.groups[op.at].block_tokens + 1;
-      const std::vector<i64> shared = table_->shared_pieces(sequences_.place_of(op.a), op.at, inside);
-      if (std::any_of(shared.begin(), shared.end(), [](i64 piece) { return piece >= 0; })) look_at_tails(op.at);
-    }
-    if (op.kind == OpKind::bind) {  // the row may come with pages that another one shows
-      for (i64 g = 0; g < groups_; ++g) table_->look_at_tail(sequences_.place_of(op.a), g);
-    }
-    if ((op.kind == OpKind::length && op.b < op.c) || op.kind == OpKind::front) {  // it holds more than it needs now
-      table_->look_at_tail(sequences_.place_of(op.a), op.at);
-    }
-    if ((op.kind == OpKind::map || op.kind == OpKind::unmap) && !table_->is_whole(op)) {
-      throw SpecError("the ops lack a record: arena " + std::to_string(op.at) + " would be left mapped in part");
-    }
-  }
-  for (const Growth& g : grown) {  // a page or block that others read must have given way to a copy
-    const i64 index = sequences_.place_of(g.handle);
-    if (!sequences_.live(index) || sequences_.handle_of(index) != g.handle) continue;
-    const std::vector<i64> now = table_->shared_pieces(index, g.group, g.token);
-    for (std::size_t i = 0; i < std::min(now.size(), g.shared.size()); ++i) {
-      if (now[i] < 0 || now[i] != g.shared[i]) continue;
-      throw SpecError("the ops lack a record: sequence handle " + std::to_string(g.handle) +
-                      " would grow in memory that another one reads");
-    }
-  }
-  ++call_;
-  for (const Op& op : ops) {
-    if (is_physical(op.kind)) continue;
-    const i64 index = sequences_.place_of(op.a);
-    if (stamp_[index] == call_) continue;
-    stamp_[index] = call_;
-    for (i64 g = 0; g < groups_; ++g) {
-      const i64 first = sequences_.front(index, g), done = sequences_.committed(index, g);
-      const i64 tokens = sequences_.tokens(index, g);
-      if (first > done || done > tokens || (tokens > 0 && !sequences_.live(index)) || !table_->holds(index, g)) {
-        throw SpecError("the ops lack a record: sequence handle " + std::to_string(op.a) +
-                        " would be left with a length that its memory does not match");
-      }
-    }
-  }
 }
 
 }  // namespace kvmem

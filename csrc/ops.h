@@ -46,6 +46,9 @@ struct Op {
 };
 
 constexpr bool is_physical(OpKind kind) { return kind <= OpKind::fence; }
+constexpr bool has_arena(OpKind kind) {
+  return kind == OpKind::map || kind == OpKind::unmap || kind == OpKind::zero || kind == OpKind::copy;
+}
 constexpr bool is_private(OpKind kind) { return kind >= OpKind::hold; }
 
 // The record that takes `op` back. open and close carry d = 1 then, so that handles and free lists return exactly.

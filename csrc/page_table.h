@@ -19,6 +19,9 @@
 
 namespace kvmem {
 
+class FollowedLengths;
+class FollowRules;
+
 // Memory that holds the start of a chain of cached blocks.
 struct Found {
   i64 tokens = 0;  // how many tokens of the chain are all there, in every group
@@ -110,8 +113,16 @@ class PageTable : public PageOwner {
   virtual void look_at_tail(i64 index, i64 group) = 0;
   // True if the mappings around those of `op` are as between calls: no holes, arenas in step.
   virtual bool is_whole(const Op& op) const = 0;
-  // The pages or blocks that token `token` of the sequence lies in, by arena: -1 for those that are its own.
-  virtual std::vector<i64> shared_pieces(i64 index, i64 group, i64 token) const = 0;
+  // The pages or blocks that tokens [from, end) lie in, and the one that `from` cuts, by arena: -1 for those that are
+  // the sequence's own.
+  virtual std::vector<i64> shared_pieces(i64 index, i64 group, i64 from, i64 end) const = 0;
+  // What a list of ops may do to this table's memory (follow.h).
+  virtual std::unique_ptr<FollowRules> rules(const FollowedLengths& lengths) = 0;
+  virtual bool owns(i32 arena) const = 0;
+  // The sequence whose row a map or unmap is about, -1 for none.
+  virtual i64 sequence_at(const Op& op) const = 0;
+  // True while the sequence has a row, whatever is mapped there.
+  virtual bool has_memory(i64 index) const = 0;
   // True if what the group's lengths speak of is there. Cost grows with the longest sequence there can be.
   virtual bool holds(i64 index, i64 group) const = 0;
   // Where a token of a sequence lies: bytes from the start of the group's a-th arena.

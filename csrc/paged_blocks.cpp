@@ -94,6 +94,10 @@ void PagedBlocks::apply(const Op& op, bool undo) {
   if (op.at < 0 || op.at >= groups_) throw SpecError("block: no group " + std::to_string(op.at));
   Blocks& b = blocks_[op.at];
   if (op.b < 0 || op.b >= b.per_sequence) throw SpecError("block: no entry " + std::to_string(op.b));
+  if (op.c >= b.max_blocks) {
+    throw SpecError("block: no block " + std::to_string(op.c) + "; there are " + std::to_string(b.max_blocks) +
+                    ": max_sequences, max_tokens and memory must be those of the allocator whose ops are followed");
+  }
   i32& place = b.table[index * b.per_sequence + op.b];
   const bool valid = op.c == 0 || (op.c >= kTrashBlocks && op.c < b.max_blocks && b.backed[op.c]);
   if (place != op.d || !valid) {

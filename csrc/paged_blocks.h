@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <memory>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 #include "id_list.h"
@@ -68,6 +69,12 @@ class PagedBlocks : public PageTable {
   }
 
   bool is_whole(const Op& op) const override;
+  std::unique_ptr<FollowRules> rules(const FollowedLengths& lengths) override;  // follow_paged.cpp
+  bool owns(i32 arena) const override {
+    return arena >= base_arena_ && arena - base_arena_ < static_cast<i32>(pages_.size());
+  }
+  i64 sequence_at(const Op&) const override { return -1; }  // what a table shows cannot be unmapped
+  bool has_memory(i64) const override { return false; }     // but for its entries
   bool holds(i64 index, i64 group) const override;
   void look_at_tail(i64 index, i64 group) override {
     copy_tail_[index * groups_ + group] = 1;
@@ -151,6 +158,9 @@ class PagedBlocks : public PageTable {
   i64 spare_pages_ = 0;                  // and under no cached one
 
  private:
+  class Rules;
+  // Of an allocator that follows another: where a block stood, whole and committed, when its last table let it go.
+  std::unordered_map<i64, i64> left_;
   std::vector<Entries> hidden_;  // by the transaction in progress; they stand in the table until it ends
 
   i64 group_of(i64 a) const {

@@ -147,10 +147,15 @@ class PagedTable final : public PagedBlocks {
     }
   }
 
-  std::vector<i64> shared_pieces(i64 index, i64 group, i64 token) const override {
+  std::vector<i64> shared_pieces(i64 index, i64 group, i64 from, i64 end) const override {
     const Blocks& b = blocks_[group];
-    const i32 block = remainder(token, b.tokens) == 0 ? 0 : entry(index, group, quotient(token, b.tokens));
-    return {block != 0 && b.info[block].refs > 1 ? block : -1};
+    std::vector<i64> pieces;
+    for (i64 ordinal = quotient(from, b.tokens); ordinal < std::max(ceil_div(from, b.tokens), ceil_div(end, b.tokens));
+         ++ordinal) {
+      const i32 block = entry(index, group, ordinal);
+      pieces.push_back(block != 0 && b.info[block].refs > 1 ? block : -1);
+    }
+    return pieces;
   }
 
   void close(i64 index, Transaction& tx) override {

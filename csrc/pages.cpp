@@ -58,7 +58,7 @@ void PagePool::settle() {
     const Op op = inverse(failed.back());
     failed.pop_back();
     apply(op, true);
-    if (recording) log.push_back(op);
+    if (recording && op.kind != OpKind::zero) log.push_back(op);
   }
 }
 
@@ -246,11 +246,10 @@ i64 PagePool::give_back(i64 pages, Transaction& tx) {
 void PagePool::apply(const Op& op, bool undo) {
   switch (op.kind) {
     case OpKind::create:
-      if (op.a < 0 || op.b <= 0 || op.b > budget_pages_ - present_pages_ || op.a > kMaxPages - op.b) {
+      if (op.a < 0 || op.b <= 0 || op.b > budget_pages_ - present_pages_ || op.a > known_pages() - op.b) {
         throw SpecError("create: " + std::to_string(op.b) + " pages from " + std::to_string(op.a) + "; the budget is " +
                         std::to_string(budget_pages_) + ", of which " + std::to_string(present_pages_) + " exist");
       }
-      grow_books(op.a + op.b);
       for (i64 p = op.a; p < op.a + op.b; ++p) {
         if (refs_[p] >= 0) throw SpecError("create: page " + std::to_string(p) + " is there already");
       }

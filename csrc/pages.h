@@ -74,6 +74,8 @@ class PagePool {
   i64 room_pages() const { return budget_pages_ - mapped_pages_; }  // free, or could be created
   i32 refs(i64 page) const { return refs_[page]; }
   bool present(i64 page) const { return page >= 0 && page < static_cast<i64>(refs_.size()) && refs_[page] >= 0; }
+  // Page ids are below it: the largest budget there ever was.
+  i64 known_pages() const { return static_cast<i64>(refs_.size()); }
   bool create_ahead() const { return create_ahead_; }
   Space* space() const { return space_.get(); }
   std::shared_ptr<Space> shared_space() const { return space_; }
@@ -132,7 +134,6 @@ class PagePool {
   // What a page holds: zeroes, garbage, or what owner number n left there.
   static constexpr i32 kClean = -1;
   static constexpr i32 kGarbage = -2;
-  static constexpr i64 kMaxPages = (i64{1} << 31) - 1;  // page ids are kept as int32
 
   void grow_books(i64 pages);
   i64 find_free(i64 near) const;

@@ -1,6 +1,9 @@
-// Sequences: handles and lengths. A handle is an int32: the low bits number a place in the table, the high bits count
-// its tenants, so that a handle kept after free() is recognised (invariant 8). Places are reused oldest first, so a
-// handle comes round again only after 2^31 / max_sequences tenancies of its place.
+// Sequences: handles and lengths. A handle is an int32 that counts the sequences of an allocator, so that it is given
+// out once: a handle kept after free() is recognised for ever (invariant 8). Handles run from 1 to 2^31 - 1 and then
+// from -2^31 to -2, more than four thousand million in all; 0 and -1, which callers like for nobody, are none.
+//
+// A table of four slots for each place says where a live handle's sequence stands: slot `handle modulo slots`. The next
+// handle is the next number whose slot is free. Of all numbers, those skipped are at most a quarter.
 #pragma once
 
 #include <string>
@@ -16,13 +19,17 @@ class Sequences {
     i64 tokens = 0, committed = 0, front = 0;
   };
 
-  Sequences(i64 max_sequences, i64 groups)
+  // `first` is the number that counting starts from; for tests.
+  Sequences(i64 max_sequences, i64 groups, i64 first = 1)
       : groups_(groups),
-        tenants_(max_sequences, 0),
+        next_(first),
         handles_(max_sequences, kNone),
         free_(max_sequences),
         lengths_(max_sequences * groups) {
-    while ((i64{1} << bits_) < max_sequences) ++bits_;
+    i64 slots = 4;
+    while (slots < 4 * max_sequences) slots *= 2;
+    slots_.resize(slots);
+    for (i64 slot = 0; slot < static_cast<i64>(slots_.size()); ++slot) slots_[slot].handle = nobody(slot);
     for (i64 i = 0; i < max_sequences; ++i) free_[i] = static_cast<i32>(i);
     free_count_ = max_sequences;
   }
@@ -30,49 +37,62 @@ class Sequences {
   i64 capacity() const { return static_cast<i64>(handles_.size()); }
   i64 count() const { return capacity() - free_count_; }
   bool live(i64 index) const { return handles_[index] != kNone; }
-  i64 handle_of(i64 index) const { return (i64{tenants_[index]} << bits_) | index; }
+  i64 handle_of(i64 index) const { return handles_[index]; }  // of a place that is taken
 
   // The place a handle stands for. StaleHandle when it was freed or never given out.
   i64 index(i64 handle) const {
-    const i64 index = handle & ((i64{1} << bits_) - 1);
-    if (index >= capacity() || handles_[index] != handle) throw_stale(handle);
-    return index;
+    const Slot& slot = slots_[slot_of(handle)];
+    if (slot.handle != handle) throw_stale(handle);
+    return slot.place;
   }
 
   // Of one group; of the next sequence, as many entries on as there are groups. For loops over many.
   Lengths* lengths(i64 group, i64 index) { return &lengths_[index * groups_ + group]; }
   const Lengths* lengths(i64 group, i64 index) const { return &lengths_[index * groups_ + group]; }
 
-  // The place of a handle that is live, or was.
-  i64 place_of(i64 handle) const { return handle & ((i64{1} << bits_) - 1); }
+  // The place of a handle that is live, or was until the call in progress.
+  i64 place_of(i64 handle) const { return slots_[slot_of(handle)].place; }
 
-  // The handle the next sequence gets. OutOfMemory when all places are taken.
+  // The handle the next sequence gets. OutOfMemory when all places are taken; SpecError when all handles have been.
   i64 next_handle() const {
     if (free_count_ == 0) {
       throw OutOfMemory("asked for one more sequence; all " + std::to_string(capacity()) +
                         " are in use: free one, or raise max_sequences");
     }
-    return (next_tenant(free_[head_]) << bits_) | free_[head_];
+    if (next_ > kLast) {
+      throw SpecError(
+          "asked for one more sequence; this allocator has given out all int32 handles there are: make another");
+    }
+    return handle_of_number(next_);
   }
 
+  // An open or close that is taken back leaves all as it was: the order of places and the next handle too.
   void on_open(i64 handle, bool undo) {
-    const i64 index = handle & ((i64{1} << bits_) - 1);
+    i64 place = 0;
     if (undo) {
-      tail_pop();
+      place = free_[(head_ + --free_count_) % capacity()];
     } else {
-      if (free_count_ == 0 || next_handle() != handle) throw SpecError("open: not the handle that comes next");
-      tenants_[index] = static_cast<i32>(handle >> bits_);
+      if (free_count_ == 0 || next_ > kLast || handle_of_number(next_) != handle) {
+        throw SpecError("open: handle " + std::to_string(handle) +
+                        " is not the one that comes next; max_sequences must be that of the allocator whose ops are "
+                        "followed, and no list of ops be missing");
+      }
+      place = free_[head_];
       head_ = (head_ + 1) % capacity();
       --free_count_;
     }
-    handles_[index] = handle;
+    handles_[place] = handle;
+    slots_[slot_of(handle)] = {static_cast<i32>(handle), static_cast<i32>(place)};
+    // Passes what is taken now, not when it is asked for: taken back, this call knows what came before it.
+    while (!undo && next_ <= kLast && !is_free(next_)) ++next_;
   }
 
   void on_close(i64 handle, bool undo) {
-    const i64 place = index(handle);
+    const i64 place = index(handle), slot = slot_of(handle);
     handles_[place] = kNone;
+    slots_[slot].handle = nobody(slot);
     if (undo) {
-      tenants_[place] = static_cast<i32>(previous_tenant(place));
+      next_ = number_of(handle);
       head_ = (head_ + capacity() - 1) % capacity();
       free_[head_] = static_cast<i32>(place);
     } else {
@@ -90,20 +110,27 @@ class Sequences {
   i64 front(i64 index, i64 group) const { return lengths_[index * groups_ + group].front; }
 
  private:
-  i64 last_tenant() const { return ((i64{1} << 31) >> bits_) - 1; }
-  i64 next_tenant(i64 index) const { return tenants_[index] >= last_tenant() ? 1 : tenants_[index] + 1; }
-  i64 previous_tenant(i64 index) const { return tenants_[index] - 1; }
-  void tail_pop() { --free_count_; }
+  struct Slot {
+    i32 handle = 0, place = 0;
+  };
+  static constexpr i64 kNone = INT64_MIN;  // no int32 handle
+  static constexpr i64 kLast = (i64{1} << 32) - 2;
+
+  static i64 handle_of_number(i64 number) { return static_cast<i32>(static_cast<std::uint32_t>(number)); }
+  static i64 number_of(i64 handle) { return static_cast<std::uint32_t>(handle); }
+  i64 slot_of(i64 handle) const { return handle & (static_cast<i64>(slots_.size()) - 1); }
+  bool is_free(i64 number) const { return slots_[slot_of(number)].handle == nobody(slot_of(number)); }
+  // What stands in a free slot: a number that belongs into another one, so that no handle is equal to it.
+  static i32 nobody(i64 slot) { return static_cast<i32>(slot ^ 1); }
+
   [[noreturn]] void throw_stale(i64 handle) const {
     throw StaleHandle("sequence handle " + std::to_string(handle) +
                       " is not live: it was freed, or this allocator never gave it out");
   }
 
   const i64 groups_;
-  int bits_ = 0;
-  static constexpr i64 kNone = INT64_MIN;  // no int32 handle
-
-  std::vector<i32> tenants_;
+  i64 next_;                  // the number of the next handle
+  std::vector<Slot> slots_;   // by number, modulo how many there are
   std::vector<i64> handles_;  // of the live sequence at each place
   std::vector<i32> free_;     // a ring of free places, oldest at head_
   i64 head_ = 0, free_count_ = 0;

@@ -47,6 +47,13 @@ class DeviceError : public Error {
   i64 code_;
 };
 
+// A size, count or id that is kept as an int32 from here on. Never cut: SpecError, which names the field.
+inline i32 to_int32(i64 value, const char* field) {
+  if (value >= INT32_MIN && value <= INT32_MAX) return static_cast<i32>(value);
+  throw SpecError(std::string(field) + ": got " + std::to_string(value) + "; must fit an int32, at most " +
+                  std::to_string(INT32_MAX));
+}
+
 // a / b and a % b, a not negative. Sizes of blocks and pages are mostly powers of two, where a shift takes a tenth of
 // the time of a 64-bit division; a step makes several for each sequence.
 constexpr i64 quotient(i64 a, i64 b) { return (b & (b - 1)) == 0 ? a >> __builtin_ctzll(b) : a / b; }

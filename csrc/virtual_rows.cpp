@@ -74,7 +74,11 @@ bool VirtualRows::holds(i64 index, i64 group) const {
 void VirtualRows::apply(const Op& op, bool undo) {
   const i64 index = sequences_.index(op.a);
   if (op.kind == OpKind::bind) {
-    if (op.b <= 0 || op.b >= static_cast<i64>(rows_.size()) || rows_[op.b].index >= 0 || row_of_[index] >= 0) {
+    if (op.b <= 0 || op.b >= static_cast<i64>(rows_.size())) {
+      throw SpecError("bind: no row " + std::to_string(op.b) + "; there are " + std::to_string(rows_.size() - 1) +
+                      ": max_sequences and cached_rows must be those of the allocator whose ops are followed");
+    }
+    if (rows_[op.b].index >= 0 || row_of_[index] >= 0) {
       throw SpecError("bind: row " + std::to_string(op.b) + " or the sequence is bound already");
     }
     row_of_[index] = static_cast<i32>(op.b);

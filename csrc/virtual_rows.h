@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <memory>
 #include <set>
 #include <string>
 #include <unordered_map>
@@ -65,6 +66,13 @@ class VirtualRows : public PageTable {
   }
 
   bool is_whole(const Op& op) const override;
+  std::unique_ptr<FollowRules> rules(const FollowedLengths& lengths) override;  // follow_virtual.cpp
+  bool owns(i32 arena) const override { return arena >= base_arena_ && arena - base_arena_ < arenas_; }
+  i64 sequence_at(const Op& op) const override {
+    const i64 a = op.at - base_arena_, row = op.a / row_slots(group_of(a), a);
+    return row < static_cast<i64>(rows_.size()) ? rows_[row].index : -1;  // else: the scratch slot
+  }
+  bool has_memory(i64 index) const override { return row_of_[index] >= 0; }
   bool holds(i64 index, i64 group) const override;
   void look_at_tail(i64 index, i64 group) override {
     copy_tail_[index * groups_ + group] = 1;
@@ -265,6 +273,7 @@ class VirtualRows : public PageTable {
   std::vector<i64> scratch_pages_;       // by arena, -1 between calls
 
  private:
+  class Rules;
   void forget_room_of(i64 row, i64 index) {
     for (i64 g = 0; g < groups_; ++g) {
       room_[row * groups_ + g] = -1;

@@ -70,13 +70,16 @@ void VirtualTable::shrink(i64 index, i64 group, i64 old_tokens, i64 new_tokens, 
   if (shared) look_at_tail(index, group);
 }
 
-std::vector<i64> VirtualTable::shared_pieces(i64 index, i64 group, i64 token) const {
+std::vector<i64> VirtualTable::shared_pieces(i64 index, i64 group, i64 from, i64 end) const {
   std::vector<i64> pieces;
   for (i64 a = first_[group]; row_of_[index] >= 0 && a < first_[group + 1]; ++a) {
     const Extent& e = extent(row_of_[index], a);
-    const i64 slot = token * token_bytes(group, a) / page_bytes();
-    const bool shared = slot >= e.lo && slot < e.hi && pool_.refs(e.pages[slot]) > 1;
-    pieces.push_back(shared ? e.pages[slot] : -1);
+    i64 slot = from * token_bytes(group, a) / page_bytes();
+    for (const i64 last = std::max(slot + 1, ceil_div(end * token_bytes(group, a), page_bytes())); slot < last;
+         ++slot) {
+      const bool shared = slot >= e.lo && slot < e.hi && pool_.refs(e.pages[slot]) > 1;
+      pieces.push_back(shared ? e.pages[slot] : -1);
+    }
   }
   return pieces;
 }

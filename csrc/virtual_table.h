@@ -43,7 +43,7 @@ class VirtualTable final : public VirtualRows {
   void evict_window(i32 node, i32 window, Transaction& tx) override;
   void offer(i32) override {}  // doubles_ knows the rows that this concerns
   void snapshot(i64 index, const std::vector<i32>& chain, Transaction& tx) override;
-  std::vector<i64> shared_pieces(i64 index, i64 group, i64 token) const override;
+  std::vector<i64> shared_pieces(i64 index, i64 group, i64 from, i64 end) const override;
   void close(i64 index, Transaction& tx) override;
   void back_trash(i64 group, Transaction& tx) override;
   bool map_ahead(i64 index, i64 group, i64 tokens, Transaction& tx) override;

@@ -12,9 +12,9 @@ import torch
 from torch.utils.dlpack import from_dlpack
 
 from kvmem import _core
-from kvmem.arrays import as_int32, at_least_zero, check_bool, not_int32
+from kvmem.arrays import as_int32, at_least_zero, check_bool, check_most, not_int32
 from kvmem.backends import BACKENDS, lay_out
-from kvmem.batch import Batch, new_batch
+from kvmem.batch import INT32_MAX, Batch, new_batch
 from kvmem.digests import Key, decode_key
 from kvmem.errors import OutOfMemory, SpecError
 from kvmem.events import Event, EventStream
@@ -31,6 +31,9 @@ from kvmem.units import parse_bytes
 from kvmem.views import CacheTensor, block_view, row_view
 
 __all__ = ["Allocator"]
+
+#: The books of each take some hundred bytes of host memory, needed or not.
+MAX_SEQUENCES = 2**24
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -51,7 +54,9 @@ class Allocator:
     memory: physical budget, an int in bytes or a text such as ``"20GiB"``; never exceeded. ``"auto"``: what a CUDA
         device has free now, less a margin; see ``PagePool``. With ``pool``, how much of the pool this allocator may
         map (None or ``"auto"``: all of it).
-    max_sequences, max_tokens: how many sequences, and how long. They cost addresses, not memory.
+    max_sequences, max_tokens: how many sequences at a time, and how long. They cost addresses, not memory. Up to 2**24
+        and 2**31 - 1. In all there are 2**32 - 3 sequences in the life of an allocator, since a handle is an int32 and
+        is never given out again: five years of 25 a second. After that ``SpecError``: make another allocator.
     page_bytes: size of a physical page. Default: CPU 64 KiB (more above 2 GiB of memory), CUDA and meta 2 MiB.
     interleave: how many layers lie side by side in a page, or ``"all"`` (default), or ``"none"``: not even K and V of a
         layer do, each has a range of its own, as dense as a contiguous tensor. More means less waste and fewer driver
@@ -68,7 +73,8 @@ class Allocator:
     partial_reuse: where a cached block is only partly equal, copy the equal part.
     policy: which cached blocks go first: ``docs/eviction.md``.
     cached_rows: rows that keep what finished sequences held (virtual); they cost addresses, not memory. Default: three
-        times ``max_sequences``, 16 at least, fewer where addresses are short.
+        times ``max_sequences``, 16 at least, fewer where addresses are short; the same without ``prefix_cache``. Where
+        all rows have 2**31 tokens or more, ``row_starts`` is int64 and kernels that take int32 refuse it.
     events: how many events about cached blocks wait for ``events()``; 0: none are made.
     event_key: secret, up to 64 bytes, that the block hashes of events are made with. Without it, who sees hashes and
         tokens can try out salts.
@@ -112,8 +118,8 @@ class Allocator:
         check_choice("zero", zero, ("never", "fresh", "always"))
         check_choice("policy", policy, tuple(_core.eviction_policy_names()))
         self.spec, self.backend = spec, backend
-        self.max_sequences = check_size("max_sequences", max_sequences)
-        self.max_tokens = check_size("max_tokens", max_tokens)
+        self.max_sequences = check_most("max_sequences", check_size("max_sequences", max_sequences), MAX_SEQUENCES)
+        self.max_tokens = check_most("max_tokens", check_size("max_tokens", max_tokens), INT32_MAX)
         self._recording = record_ops
         self.pool = pool_for(pool, device, memory, page_bytes, driver, record_ops)
         home = self.pool.device
@@ -123,8 +129,12 @@ class Allocator:
         self.map_ahead_tokens = at_least_zero("map_ahead_tokens", _default(map_ahead_tokens, home.map_ahead_tokens))
         limit = self.pool.budget_bytes if memory in (None, "auto") else parse_bytes("memory", memory)
         self._layouts = [GroupLayout(group, self.interleave) for group in spec.groups]
-        rows = None if cached_rows is None else at_least_zero("cached_rows", cached_rows)
-        if not (prefix_cache and backend == "virtual"):
+        for field in ("tail_guard_tokens", "map_ahead_tokens"):
+            check_most(field, getattr(self, field), INT32_MAX)
+        rows = None
+        if cached_rows is not None:
+            rows = check_most("cached_rows", at_least_zero("cached_rows", cached_rows), 4 * MAX_SEQUENCES)
+        if backend != "virtual":  # with or without prefix_cache: a replica has the rows of the allocator it follows
             rows = 0
         sizes = Sizes(
             page_bytes=self.pool.page_bytes,
@@ -423,8 +433,9 @@ class Allocator:
         return self._new_batch(max(rows, len(ids)), fresh, lengths, blocks)
 
     def _new_batch(self, rows: int, fresh: list[int], longest: list[int], blocks: list[int] | None) -> Batch:
-        has_rows = not BACKENDS[self.backend].paged
-        return new_batch(self.spec.groups, self._main, self.device, has_rows, rows, fresh, longest, blocks)
+        num_rows = 1 + self.max_sequences + self.cached_rows
+        all_rows = [num_rows * geometry.row_tokens for geometry in self._geometry]
+        return new_batch(self.spec.groups, self._main, self.device, all_rows, rows, fresh, longest, blocks)
 
     # --- tensors ---
 
@@ -553,10 +564,18 @@ class Allocator:
         return self.core.take_ops()
 
     def apply(self, ops: Iterable[Op | list[str | int]]) -> None:
-        """Follows what another allocator of the same shape decided: all of ``ops``, or an error and nothing has
-        changed.
+        """Follows what another allocator decided: all of ``ops``, or an error and nothing has changed.
 
-        ``SpecError`` when they do not follow from this allocator's state; driver errors as for any call.
+        Both are made with the same spec, backend, sizes (``memory`` too, and ``set_memory()`` is called on both),
+        ``interleave``, ``zero``, guard and ``cached_rows``; prefix_cache may differ, since this one commits no ids.
+
+        ``SpecError`` when the list does not follow from this allocator's state, or does not explain what it does to
+        memory (``csrc/follow.h``): a write to memory that somebody has, a live sequence that would lose a token or the
+        memory under it, ids that do not exist. Driver errors as for any call. What cannot be told from a true list:
+        one that lacks a ``zero``; one that says consistently another number of tokens; a ``copy`` that is missing, or
+        from another place, for a sequence that the same list opens; other memory for a new sequence to begin with; and,
+        paged, another block of the same place for one whose tokens are said to be equal. Lists that come through
+        something that may damage them need a checksum. Cost: linear in the list, some microseconds a record.
         """
         self.core.apply(list(ops))
 

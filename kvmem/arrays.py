@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     Handles = npt.NDArray[np.int32]
 
-__all__ = ["as_int32", "at_least_zero", "check_bool", "check_count", "check_seconds", "not_int32"]
+__all__ = ["as_int32", "at_least_zero", "check_bool", "check_count", "check_most", "check_seconds", "not_int32"]
 
 
 def at_least_zero(field: str, value: int) -> int:
@@ -22,6 +22,12 @@ def at_least_zero(field: str, value: int) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 0:
         raise SpecError(f"{field}: got {value!r}; must be an int, 0 or more")
     return int(value)
+
+
+def check_most(field: str, value: int, most: int) -> int:
+    if value > most:
+        raise SpecError(f"{field}: got {value}; the largest that works is {most}")
+    return value
 
 
 def check_bool(field: str, value: bool) -> bool:

@@ -12,6 +12,7 @@ from dataclasses import replace
 from math import gcd, lcm
 
 from kvmem import _core
+from kvmem.arrays import check_most
 from kvmem.errors import SpecError
 from kvmem.protocols import Backend, Layout, Sizes
 from kvmem.units import format_bytes
@@ -22,13 +23,14 @@ __all__ = ["BACKENDS", "PagedBackend", "VirtualBackend", "lay_out"]
 ROW_TOKENS = 256
 #: 47 bits of addresses, less what the process itself needs.
 MAX_RESERVED_BYTES = 100 << 40
-#: Block ids are int32.
-MAX_BLOCKS = 2**31 - 1
+#: Block ids are int32, and so are lengths.
+MAX_BLOCKS = MAX_TOKENS = 2**31 - 1
 
 
 def _group_tokens(layout: Layout, max_tokens: int) -> int:
     growth = layout.group.growth
-    return 1 if growth == "fixed" else (layout.group.max_tokens or max_tokens) if growth == "prefill" else max_tokens
+    tokens = 1 if growth == "fixed" else (layout.group.max_tokens or max_tokens) if growth == "prefill" else max_tokens
+    return check_most(f"max_tokens of group {layout.group.name!r}", tokens, MAX_TOKENS)
 
 
 def _refuse_addresses(layout: Layout, reserved: int, blocks: int) -> None:

@@ -12,7 +12,7 @@ import torch
 from kvmem import _core
 from kvmem.arrays import at_least_zero
 from kvmem.cascade import Cascade, Rows, make_cascade
-from kvmem.errors import SpecError
+from kvmem.errors import OutOfMemory, SpecError
 from kvmem.spec import Group
 from kvmem.spec_rules import check_size
 
@@ -37,6 +37,8 @@ _FIELDS = {
 
 
 _PER_ROW = ("B", "B+1")
+#: What an int32 holds, and so how many tokens or blocks a batch may have in all.
+INT32_MAX = 2**31 - 1
 #: Sections of a buffer begin at multiples of so many int32: kernels load 16 bytes at once.
 _ALIGN = 16
 
@@ -44,16 +46,22 @@ _ALIGN = 16
 class _Small:
     """The fields with an entry for each row, side by side in one buffer, so that a step uploads them with one copy."""
 
-    def __init__(self, lengths: dict[str, int], device: torch.device) -> None:
+    def __init__(self, fields: dict[str, tuple[torch.dtype, int]], device: torch.device) -> None:
         on_gpu = device.type == "cuda"
         starts, total = {}, 0
-        for name, length in lengths.items():
+        for name, (dtype, length) in fields.items():
             starts[name] = total
-            total += -(-length // _ALIGN) * _ALIGN
+            total += -(-length * dtype.itemsize // 4 // _ALIGN) * _ALIGN
         self._host = torch.zeros(total, dtype=torch.int32, pin_memory=on_gpu)
         self._device = self._host.to(device) if on_gpu else self._host
-        self.host = {name: self._host[at : at + lengths[name]] for name, at in starts.items()}
-        self.device = {name: self._device[at : at + lengths[name]] for name, at in starts.items()}
+
+        def sections(buffer: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {
+                name: buffer[starts[name] : starts[name] + length * dtype.itemsize // 4].view(dtype)
+                for name, (dtype, length) in fields.items()
+            }
+
+        self.host, self.device = sections(self._host), sections(self._device)
 
     def upload(self) -> None:
         self._device.copy_(self._host, non_blocking=True)
@@ -71,17 +79,20 @@ class GroupBatch:
     positions              int32 [T]            position of each new token in its sequence
     batch_indices          int32 [T]            row of the batch that each new token belongs to
     cu_seqlens_q           int32 [B + 1]        new tokens, running sum from 0 (FlashInfer's ``qo_indptr``)
-    cu_seqlens_k           int32 [B + 1]        tokens, running sum from 0
+    cu_seqlens_k           int32 [B + 1] *      tokens, running sum from 0
     kv_indptr              int32 [B + 1]        blocks, running sum from 0 (FlashInfer CSR)
     kv_indices             int32 [N]            block ids of all sequences, one after the other
     kv_last_page_len       int32 [B]            tokens in the last block, 1 to ``block_size``
     rows                   int32 [B] or None    row of each sequence in ``Allocator.rows()``; None where there are none
-    row_starts             int32 [B + 1]        ``row * row_tokens``; None where ``rows`` is
+    row_starts             int32 [B + 1] *      ``row * row_tokens``; None where ``rows`` is
     =====================  ===================  ==================================================================
 
     Each field also exists as ``<field>_cpu`` (on the CPU device, the same tensor): ``plan()`` of FlashInfer reads some
     there. A padding row has one new token: it reads block 0, which is zero, and writes block 1. Blocks that a window
     has dropped stand as 0 too.
+
+    * int64 where an int32 might not do: ``cu_seqlens_k`` of a batch that was made for 2**31 tokens or more in all,
+    ``row_starts`` where the rows of the group have as many. Kernels that take int32 only refuse those.
     """
 
     block_table: torch.Tensor
@@ -111,12 +122,13 @@ class GroupBatch:
         self,
         device: torch.device,
         block_size: int,
-        has_rows: bool,
+        all_rows_tokens: int,
         max_sequences: int,
         max_new_tokens: int,
         max_blocks: int,
         max_indices: int,
     ) -> None:
+        """all_rows_tokens: of all rows that the allocator has, 0 where it has none."""
         self.block_size = block_size
         self._max_blocks = max_blocks
         self._core: _core.Cache | None = None
@@ -130,14 +142,24 @@ class GroupBatch:
             "BM": max_sequences * max_blocks,
         }
         on_gpu = device.type == "cuda"
-        fields = {name: of for name, of in _FIELDS.items() if has_rows or name not in ("rows", "row_starts")}
-        self._small = _Small({name: lengths[shape] for name, (_, shape) in fields.items() if shape in _PER_ROW}, device)
-        self._host = {
-            name: self._small.host[name]
-            if shape in _PER_ROW
-            else torch.zeros(lengths[shape], dtype=dtype, pin_memory=on_gpu)
-            for name, (dtype, shape) in fields.items()
-        }
+        fields = {name: of for name, of in _FIELDS.items() if all_rows_tokens or name not in ("rows", "row_starts")}
+        for name, most in (("cu_seqlens_k", max_indices * block_size), ("row_starts", all_rows_tokens)):
+            if most > INT32_MAX:
+                fields[name] = torch.int64, fields[name][1]
+        small = {name: (dtype, lengths[of]) for name, (dtype, of) in fields.items() if of in _PER_ROW}
+        try:
+            self._small = _Small(small, device)
+            self._host = {
+                name: self._small.host[name]
+                if of in _PER_ROW
+                else torch.zeros(lengths[of], dtype=dtype, pin_memory=on_gpu)
+                for name, (dtype, of) in fields.items()
+            }
+        except (RuntimeError, MemoryError) as error:
+            raise OutOfMemory(
+                f"no host memory for a batch of max_sequences={max_sequences}, max_new_tokens={max_new_tokens} and "
+                f"{max_blocks} blocks a sequence, {max_indices} in all: make it for fewer"
+            ) from error
         self._device = self._host
         if on_gpu:
             large = {name: host.to(device) for name, host in self._host.items() if name not in self._small.device}
@@ -326,18 +348,26 @@ class Batch(GroupBatch):
         return [self.group(index) for index in range(1 + len(self.others))]
 
 
+def _fits(field: str, count: int, of: str = "entries") -> int:
+    if count > INT32_MAX:
+        raise SpecError(f"{field}: got {count} {of} of a batch; kernels count them in int32, {INT32_MAX} at most")
+    return count
+
+
 def new_batch(
     groups: Sequence[Group],
     main: int,
     device: torch.device,
-    has_rows: bool,
+    all_rows_tokens: Sequence[int],
     rows: int,
     fresh: list[int],
     longest: list[int],
     blocks: list[int] | None,
 ) -> Batch:
     """Empty buffers for ``rows`` rows; for each group ``fresh`` new tokens, sequences of ``longest`` tokens and
-    ``blocks`` blocks in all, or as many as that makes.
+    ``blocks`` blocks in all, or as many as that makes. ``SpecError`` where a count would pass an int32.
+
+    all_rows_tokens: by group, of all rows that there are.
     """
     sizes: list[dict[str, Any]] = []
     for index, group in enumerate(groups):
@@ -346,11 +376,13 @@ def new_batch(
             {
                 "device": device,
                 "block_size": group.block_size,
-                "has_rows": has_rows,
-                "max_sequences": rows,
-                "max_new_tokens": fresh[index],
+                "all_rows_tokens": all_rows_tokens[index],
+                "max_sequences": _fits("max_sequences", rows),
+                "max_new_tokens": _fits("max_new_tokens", fresh[index]),
                 "max_blocks": width,
-                "max_indices": rows * width if blocks is None else blocks[index],
+                "max_indices": _fits(
+                    "max_sequences and max_tokens", rows * width if blocks is None else blocks[index], "blocks in all"
+                ),
             }
         )
     others = {index: GroupBatch(**size) for index, size in enumerate(sizes) if index != main}

@@ -237,7 +237,7 @@ def test_a_step_that_is_refused_changes_nothing(backend: str) -> None:
         (kvmem.SpecError, (ids, out), {"counts": np.ones(3)}),
         (kvmem.SpecError, (ids, small), {}),
         (kvmem.SpecError, (i32(ids[0], ids[0]), out), {}),
-        (kvmem.StaleHandle, (i32(ids[0], 3), out), {}),
+        (kvmem.StaleHandle, (i32(ids[0], 77), out), {}),
         (kvmem.OutOfMemory, (ids, alloc.make_batch(max_new_tokens=10_000)), {"counts": i32(350, 350, 350)}),
     ]:
         with pytest.raises(kind):

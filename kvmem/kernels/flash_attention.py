@@ -13,7 +13,7 @@ import torch
 
 from kvmem.batch import GroupBatch
 from kvmem.errors import SpecError
-from kvmem.kernels.rules import plain, rows_of, window_left
+from kvmem.kernels.rules import as_int32, plain, rows_of, window_left
 
 __all__ = [
     "TAIL_GUARD_TOKENS", "fa2_args", "fa2_query", "fa2_varlen_args", "fa3_args", "fa3_fwd_args", "fa3_varlen_args",
@@ -74,7 +74,7 @@ def fa2_varlen_args(
     _check_fa2_blocks(batch)
     return {
         "cu_seqlens_q": batch.cu_seqlens_q,
-        "cu_seqlens_k": batch.cu_seqlens_k,
+        "cu_seqlens_k": as_int32(batch.cu_seqlens_k, "cu_seqlens_k", "FlashAttention 2"),
         "max_seqlen_q": batch.max_seqlen_q,
         "max_seqlen_k": batch.max_seqlen_k,
         "softmax_scale": scale,
@@ -154,8 +154,11 @@ def row_spans(batch: GroupBatch, window_tokens: int | None, kernel: str) -> tupl
 
     With a sliding window they start at the first token still held: causal masks count from the end, so leaving out what
     no query sees changes nothing, and a kernel that loads whole tiles cannot touch what was dropped.
+
+    ``SpecError`` where the rows have 2**31 tokens or more: these kernels take int32. Below that no start plus what was
+    dropped can pass it, since a sequence ends within its row.
     """
-    _, starts = rows_of(batch, kernel)
+    starts = as_int32(rows_of(batch, kernel)[1], "row_starts", kernel)
     if window_tokens is None:
         return starts, batch.seq_lens
     dropped = torch.cat([batch.first_tokens, batch.first_tokens.new_zeros(1)])

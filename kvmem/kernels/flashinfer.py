@@ -192,7 +192,7 @@ def ragged_plan(
 
     Its KV lengths are differences of ``kv_indptr``, so the gap behind each row goes to a filler request with no
     queries: row i is request 2 i. A sliding window starts at the first token still held. ``SpecError`` on the paged
-    backend, and for more than one padding row, which would stand at the same address.
+    backend, for more than one padding row, which would stand at the same address, and for tokens past 2**31.
     """
     device = rows_of(batch, "the ragged wrapper")[0].device
     first = batch.first_tokens_cpu.tolist()
@@ -211,6 +211,11 @@ def ragged_plan(
         tokens = range(cu_q[i], cu_q[i + 1])
         order += tokens
         qo_indptr += [qo_indptr[-1] + len(tokens)] * 2
+    if kv_indptr and kv_indptr[-1] >= 2**31:
+        raise SpecError(
+            f"the ragged wrapper takes int32 and a row of this batch ends at token {kv_indptr[-1]} of all rows: use "
+            "prefill_plan, or lower max_sequences, max_tokens or cached_rows"
+        )
     # The last row has no gap behind it.
     plan = {
         "qo_indptr": torch.tensor(qo_indptr[:-1] if rows else [0], dtype=torch.int32),

@@ -14,6 +14,9 @@ and fa3, which read CSR. The lse is a base-2 logarithm: ``flashinfer.natural_lse
 
 from __future__ import annotations
 
+import re
+from functools import cache
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -21,7 +24,7 @@ import torch
 from kvmem.batch import GroupBatch
 from kvmem.cascade import Cascade
 from kvmem.errors import SpecError
-from kvmem.kernels.rules import check_strides, host, plain
+from kvmem.kernels.rules import STRIDE_LIMIT, check_strides, host, plain
 
 __all__ = ["TAIL_GUARD_TOKENS", "mla_cache_of", "mla_cascade_plans", "mla_plan"]
 
@@ -77,7 +80,8 @@ def mla_cascade_plans(
 
 def mla_cache_of(ckv: torch.Tensor, kpe: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """``[num_blocks, block_size, width]`` each, views, for ``run()``; from ``Allocator.tensor(layer, "ckv")`` and
-    ``"kpe"``. Their strides may differ. ``SpecError`` unless both have one head, equal blocks and one dtype.
+    ``"kpe"``. Their strides may differ. ``SpecError`` unless both have one head, equal blocks and one dtype; and with
+    FlashInfer before 0.6.11 if the last block begins 2**32 elements or more from the first.
     """
     if ckv.ndim != 4 or kpe.ndim != 4 or ckv.shape[:3] != kpe.shape[:3] or ckv.shape[2] != 1 or ckv.dtype != kpe.dtype:
         raise SpecError(
@@ -86,7 +90,32 @@ def mla_cache_of(ckv: torch.Tensor, kpe: torch.Tensor) -> tuple[torch.Tensor, to
         )
     for blocks in (ckv, kpe):
         check_strides(blocks)
+        _check_reach(blocks, _installed())
     return plain(ckv).squeeze(2), plain(kpe).squeeze(2)
+
+
+#: The first release whose kernels multiply a block id and the stride of a block in 64 bits.
+_WIDE_SINCE = (0, 6, 11)
+
+
+@cache
+def _installed() -> tuple[int, ...] | None:
+    """The version of FlashInfer here, None where there is none."""
+    try:
+        found = re.match(r"(\d+)\.(\d+)\.(\d+)", metadata.version("flashinfer-python"))
+    except metadata.PackageNotFoundError:
+        return None
+    return tuple(map(int, found.groups())) if found else (0,)
+
+
+def _check_reach(blocks: torch.Tensor, version: tuple[int, ...] | None) -> None:
+    reach = (len(blocks) - 1) * blocks.stride(0)
+    if version is not None and version < _WIDE_SINCE and reach >= STRIDE_LIMIT:
+        raise SpecError(
+            f"cache: block {len(blocks) - 1} begins {reach} elements from block 0; the MLA kernels of the FlashInfer "
+            f"that is installed reach {STRIDE_LIMIT - 1}: install 0.6.11 or newer, lower interleave, or give less "
+            "memory"
+        )
 
 
 def _common(

@@ -12,8 +12,8 @@ from kvmem.cascade import Cascade
 from kvmem.errors import SpecError
 
 __all__ = [
-    "all_tokens", "as_bytes", "check_cache", "check_guard", "check_strides", "flat_tokens", "host", "plain", "rows_of",
-    "window_left",
+    "all_tokens", "as_bytes", "as_int32", "check_cache", "check_guard", "check_strides", "flat_tokens", "host", "plain",
+    "rows_of", "window_left",
 ]  # fmt: skip
 
 #: Kernels keep strides in uint32 (FlashInfer's ``paged_kv_t``).
@@ -103,8 +103,20 @@ def host(batch: GroupBatch, field: str) -> torch.Tensor:
     return tensor.clone()
 
 
+def as_int32(tensor: torch.Tensor, field: str, kernel: str) -> torch.Tensor:
+    """``tensor`` as it is; ``SpecError`` for one that is int64 since int32 might not do."""
+    if tensor.dtype != torch.int32:
+        raise SpecError(
+            f"{field}: {kernel} takes int32, and this batch may pass {2**31 - 1} tokens there, so that it is int64: "
+            "use block tables or FlashInfer's paged kernels, or lower max_sequences, max_tokens or cached_rows"
+        )
+    return tensor
+
+
 def rows_of(batch: GroupBatch, why: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """``rows`` [B] and ``row_starts`` [B + 1]; ``SpecError`` where sequences are not contiguous (paged backend)."""
+    """``rows`` [B] and ``row_starts`` [B + 1], int32 or int64; ``SpecError`` where sequences are not contiguous (paged
+    backend).
+    """
     if batch.rows is None or batch.row_starts is None:
         raise SpecError(
             f'{why} reads contiguous sequences; the paged backend has none: use a paged kernel, or backend="virtual"'

@@ -1,0 +1,146 @@
+// Following another allocator's decisions. follow.h says what a list may do.
+
+#include <algorithm>
+
+#include "cache.h"
+#include "follow.h"
+
+namespace kvmem {
+
+void Cache::apply(const std::vector<Op>& ops) {
+  Lock lock = enter();
+  settle();
+  if (!index_.empty()) {
+    throw SpecError(
+        "an allocator that follows the ops of another must not know what its own sequences hold: commit "
+        "counts instead of token ids, or make it with prefix_cache=False");
+  }
+  FollowedLengths lengths(sequences_);
+  const std::unique_ptr<FollowRules> rules = table_->rules(lengths);
+  Transaction tx(*pool_, *this);
+  try {
+    follow(ops, lengths, *rules, tx);
+  } catch (const StaleHandle& e) {
+    throw SpecError(std::string("the ops do not follow from here: ") + e.what());
+  }
+  tx.commit();
+  rules->commit();
+  leave();
+}
+
+void Cache::look_at_tails(i64 g) {
+  for (i64 index = 0; index < sequences_.capacity(); ++index) {
+    if (sequences_.live(index)) table_->look_at_tail(index, g);
+  }
+}
+
+void Cache::follow(const std::vector<Op>& ops, FollowedLengths& lengths, FollowRules& rules, Transaction& tx) {
+  std::vector<Grown> grown;
+  std::vector<i64> touched;  // sequences
+  for (const Op& op : ops) {
+    follow_one(op, &grown, tx);
+    lengths.note(op);
+    rules.after(op);
+    if (op.kind == OpKind::map || op.kind == OpKind::unmap) {
+      if (const i64 index = table_->sequence_at(op); index >= 0) touched.push_back(index);
+    } else if (!is_physical(op.kind) && op.kind != OpKind::close) {
+      touched.push_back(sequences_.index(op.a));
+    }
+  }
+  rules.finish();
+  check_mapped(ops);
+  for (const Grown& g : grown) check_grown(g);
+  ++call_;
+  for (i64 index : touched) {
+    if (stamp_[index] == call_ || !sequences_.live(index)) continue;
+    stamp_[index] = call_;
+    check_followed(index);
+  }
+}
+
+// Applies a record; notes what grows, with the pages or blocks there that others read too.
+void Cache::follow_one(const Op& op, std::vector<Grown>* grown, Transaction& tx) {
+  if ((op.kind == OpKind::open || op.kind == OpKind::close) && op.d != 0) {
+    throw SpecError("open and close of a list carry no fourth number");
+  }
+  if (has_arena(op.kind) && !table_->owns(op.at)) {
+    throw SpecError("no such slots: arena " + std::to_string(op.at) +
+                    " is none of this allocator's; it must be made with the spec, backend and interleave of the one "
+                    "whose ops it follows");
+  }
+  if (op.kind == OpKind::length && op.b > op.c) {
+    check_group(op.at);
+    const i64 index = sequences_.index(op.a), end = std::min(op.b, geometry_.groups[op.at].max_tokens);
+    if (op.c == sequences_.tokens(index, op.at)) {  // else it is refused below
+      grown->push_back({op.a, op.at, op.c, end, table_->shared_pieces(index, op.at, op.c, end)});
+    }
+  }
+  if (op.kind == OpKind::close) check_empty(sequences_.index(op.a));
+  if (op.kind != OpKind::create || op.a < 0 || op.b <= 0 || op.b > pool_->known_pages() ||
+      op.a > pool_->known_pages() - op.b) {
+    return tx.push(op);  // which refuses a create like that
+  }
+  for (i64 page = op.a; page < op.a + op.b; ++page) {  // a replica may have created its pages ahead
+    if (!pool_->present(page)) tx.push({OpKind::create, 0, page, 1});
+  }
+}
+
+void Cache::check_empty(i64 index) const {
+  for (i64 g = 0; g < groups_; ++g) {
+    const bool empty = sequences_.tokens(index, g) == 0 && sequences_.committed(index, g) == 0 &&
+                       sequences_.front(index, g) == 0 && table_->holds(index, g);
+    if (!empty || table_->has_memory(index)) refuse_followed(sequences_.handle_of(index));
+  }
+}
+
+void Cache::refuse_followed(i64 handle) const {
+  throw SpecError("the ops lack a record: sequence handle " + std::to_string(handle) +
+                  " would be left with a length that its memory does not match");
+}
+
+// A tail that has come to be shared is to be copied before the next write; mappings are as between calls.
+void Cache::check_mapped(const std::vector<Op>& ops) {
+  for (const Op& op : ops) {
+    if (op.kind == OpKind::block && op.c != 0) {  // the block may be the tail of any other sequence
+      const i64 inside = op.b * geometry_.groups[op.at].block_tokens;
+      const std::vector<i64> shared = table_->shared_pieces(sequences_.place_of(op.a), op.at, inside + 1, inside + 1);
+      if (std::any_of(shared.begin(), shared.end(), [](i64 piece) { return piece >= 0; })) look_at_tails(op.at);
+    }
+    if (op.kind == OpKind::bind) {  // the row may come with pages that another one shows
+      for (i64 g = 0; g < groups_; ++g) table_->look_at_tail(sequences_.place_of(op.a), g);
+    }
+    if ((op.kind == OpKind::length && op.b < op.c) || op.kind == OpKind::front) {  // it holds more than it needs now
+      table_->look_at_tail(sequences_.place_of(op.a), op.at);
+    }
+    if ((op.kind == OpKind::map || op.kind == OpKind::unmap) && !table_->is_whole(op)) {
+      throw SpecError("the ops lack a record: arena " + std::to_string(op.at) + " would be left mapped in part");
+    }
+  }
+}
+
+// A page or block that others read must have given way to a copy.
+void Cache::check_grown(const Grown& g) const {
+  const i64 index = sequences_.place_of(g.handle);
+  if (!sequences_.live(index) || sequences_.handle_of(index) != g.handle) return;
+  const std::vector<i64> now = table_->shared_pieces(index, g.group, g.from, g.end);
+  for (std::size_t i = 0; i < std::min(now.size(), g.shared.size()); ++i) {
+    if (now[i] < 0 || now[i] != g.shared[i]) continue;
+    throw SpecError("the ops lack a record: sequence handle " + std::to_string(g.handle) +
+                    " would grow in memory that another one reads");
+  }
+}
+
+// What a live sequence's lengths say is possible, and there.
+void Cache::check_followed(i64 index) const {
+  for (i64 g = 0; g < groups_; ++g) {
+    const GroupGeometry& group = geometry_.groups[g];
+    const i64 first = sequences_.front(index, g), done = sequences_.committed(index, g);
+    const bool window = first == 0 || (group.window_tokens > 0 && first % group.block_tokens == 0 &&
+                                       first <= done - group.window_tokens + 1);
+    if (!window || first > done || done > sequences_.tokens(index, g) || !table_->holds(index, g)) {
+      refuse_followed(sequences_.handle_of(index));
+    }
+  }
+}
+
+}  // namespace kvmem

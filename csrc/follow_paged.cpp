@@ -1,0 +1,280 @@
+// The rules of follow.h for blocks.
+
+#include <algorithm>
+#include <map>
+#include <set>
+#include <string>
+#include <tuple>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#include "follow.h"
+#include "paged_blocks.h"
+
+namespace kvmem {
+
+class PagedBlocks::Rules final : public FollowRules {
+ public:
+  Rules(PagedBlocks& table, const FollowedLengths& lengths) : table_(table), pool_(table.pool_), lengths_(lengths) {}
+
+  void after(const Op& op) override {
+    switch (op.kind) {
+      case OpKind::map:
+        for (i64 i = 0; i < op.c; ++i) fresh_[op.b + i] = true;
+        break;
+      case OpKind::unmap:
+        unmapped(op);
+        break;
+      case OpKind::block:
+        entered(op);
+        break;
+      case OpKind::commit:
+        for (Replaced& r : replaced_) {
+          r.committed =
+              r.committed || (r.handle == op.a && r.group == op.at && op.b >= (r.ordinal + 1) * tokens(op.at));
+        }
+        break;
+      case OpKind::zero:
+        zeroed(op);
+        break;
+      case OpKind::copy:
+        copied(op);
+        break;
+      case OpKind::destroy:
+        ledger_.erase(op.a * page_bytes(), op.b * page_bytes());
+        break;
+      default:
+        break;
+    }
+  }
+
+  void finish() override {
+    for (const Op& op : unmapped_) {
+      const Class& c = table_.class_of(op.at - table_.base_arena_);
+      for (i64 slot = op.a; slot < op.a + op.c; ++slot) {
+        if (c.slots[slot].users > 0 && c.slots[slot].mapped == 0)
+          refuse("unmap: slot " + std::to_string(slot) + " is in use");
+      }
+    }
+    for (const Replaced& r : replaced_) check_replaced(r);
+    for (const auto& [entry, pieces] : moved_) check_moved(entry, pieces);
+  }
+
+  void commit() override {
+    for (const auto& [key, ordinal] : left_) {
+      if (ordinal < 0) {
+        table_.left_.erase(key);
+      } else {
+        table_.left_[key] = ordinal;
+      }
+    }
+  }
+
+ private:
+  struct Entry {
+    i64 handle, group, ordinal;
+    bool operator<(const Entry& o) const {
+      return std::tie(handle, group, ordinal) < std::tie(o.handle, o.group, o.ordinal);
+    }
+  };
+  struct Replaced : Entry {
+    i64 from, to;
+    bool equal, committed;  // `to` may hold the same tokens; and they are committed
+  };
+  struct Copied {
+    i64 arena, to, from;
+    bool operator<(const Copied& o) const { return std::tie(arena, to, from) < std::tie(o.arena, o.to, o.from); }
+  };
+  struct Piece {
+    i64 at, bytes;
+  };
+
+  i64 page_bytes() const { return table_.page_bytes(); }
+  i64 tokens(i64 g) const { return table_.blocks_[g].tokens; }
+  i32 refs(i64 g, i64 block) const { return table_.blocks_[g].info[block].refs; }
+  static i64 key(i64 g, i64 block) { return g << 32 | block; }
+  static void refuse(const std::string& why) { throw SpecError("the ops do not follow from here: " + why); }
+
+  // Where bytes [from, to) of a block lie now, in one arena.
+  std::vector<Piece> pieces(i64 a, i64 block, i64 from, i64 to) const {
+    const i64 start = block * table_.class_of(a).block_bytes;
+    std::vector<Piece> found;
+    for (i64 at = start + from; at < start + to;) {
+      const i64 within = at % page_bytes(), n = std::min(start + to - at, page_bytes() - within);
+      found.push_back({table_.pages_[a][at / page_bytes()] * page_bytes() + within, n});
+      at += n;
+    }
+    return found;
+  }
+
+  // The place where a block was when a table last let it go, whole and committed; -1 if it may have been written since.
+  i64 left(i64 g, i64 block) const {
+    if (const auto now = left_.find(key(g, block)); now != left_.end()) return now->second;
+    const auto before = table_.left_.find(key(g, block));
+    return before == table_.left_.end() ? -1 : before->second;
+  }
+
+  void unmapped(const Op& op) {
+    unmapped_.push_back(op);
+    for (i64 i = 0; i < op.c; ++i) fresh_.erase(op.b + i);
+    const i64 a = op.at - table_.base_arena_, g = table_.group_of(a), bytes = table_.class_of(a).block_bytes;
+    const i64 end = std::min(table_.blocks_[g].max_blocks, ceil_div((op.a + op.c) * page_bytes(), bytes));
+    for (i64 block = op.a * page_bytes() / bytes; block < end; ++block) forget(g, block);
+  }
+
+  void forget(i64 g, i64 block) {
+    if (left(g, block) >= 0) left_[key(g, block)] = -1;
+  }
+
+  void entered(const Op& op) {
+    const i64 g = op.at, index = table_.sequences_.index(op.a);
+    const Entry entry{op.a, g, op.b};
+    if (op.d != 0) {
+      if (moved_.find(entry) == moved_.end()) {
+        std::vector<std::vector<Piece>>& where = moved_[entry];
+        for (i64 a = table_.first_[g]; a < table_.first_[g + 1]; ++a) {
+          where.push_back(pieces(a, op.d, 0, table_.class_of(a).block_bytes));
+        }
+      }
+      if (refs(g, op.d) == 0) {
+        given_.erase(key(g, op.d));
+        for (i64 a = table_.first_[g]; a < table_.first_[g + 1]; ++a) written_.erase({a, op.d});
+        const bool whole = table_.sequences_.front(index, g) <= op.b * tokens(g) &&
+                           table_.sequences_.committed(index, g) >= (op.b + 1) * tokens(g);
+        left_[key(g, op.d)] = whole ? op.b : -1;
+      }
+    }
+    if (op.c == 0) return;
+    const bool shared = refs(g, op.c) > 1;
+    if (op.d != 0)
+      replaced_.push_back({entry, op.d, op.c, shared ? elsewhere(entry, op.c) : left(g, op.c) == op.b, false});
+    if (!shared) {
+      given_[key(g, op.c)] = true;
+    } else if (op.d == 0 && (!lengths_.opened(op.a) || (op.b + 1) * tokens(g) > lengths_.began(op.a, g))) {
+      refuse("block: sequence handle " + std::to_string(op.a) + " would write to block " + std::to_string(op.c) +
+             ", which another one has");
+    }
+  }
+
+  // True if another sequence shows the block at the same place.
+  bool elsewhere(const Entry& entry, i64 block) const {
+    for (i64 index = 0; index < table_.sequences_.capacity(); ++index) {
+      if (!table_.sequences_.live(index) || table_.sequences_.handle_of(index) == entry.handle) continue;
+      if (table_.entry(index, entry.group, entry.ordinal) == block) return true;
+    }
+    return false;
+  }
+
+  void zeroed(const Op& op) {
+    const i64 a = op.at - table_.base_arena_, g = table_.group_of(a), bytes = table_.class_of(a).block_bytes;
+    const bool is_block = op.a % bytes == 0 && op.b == bytes;
+    for (i64 at = op.a; at < op.a + op.b; at += page_bytes() - at % page_bytes()) {
+      const i64 page = table_.pages_[a][at / page_bytes()];
+      if (!is_block && (op.a % page_bytes() != 0 || op.b % page_bytes() != 0 || fresh_.count(page) == 0)) {
+        refuse("zero: neither a block nor pages that the list has mapped");
+      }
+      ledger_.erase(page * page_bytes() + at % page_bytes(),
+                    std::min(op.a + op.b - at, page_bytes() - at % page_bytes()));
+    }
+    const i64 end = std::min(table_.blocks_[g].max_blocks, ceil_div(op.a + op.b, bytes));
+    for (i64 block = op.a / bytes; block < end; ++block) {
+      if (block >= kTrashBlocks && refs(g, block) > 0) refuse("zero: block " + std::to_string(block) + " is in use");
+      forget(g, block);
+    }
+  }
+
+  void copied(const Op& op) {
+    const i64 a = op.at - table_.base_arena_, g = table_.group_of(a), bytes = table_.class_of(a).block_bytes;
+    const i64 to = op.a / bytes, from = op.b / bytes;
+    if (op.a % bytes != 0 || op.b % bytes != 0 || op.c > bytes || op.c % (bytes / tokens(g)) != 0 ||
+        std::min(to, from) < kTrashBlocks || std::max(to, from) >= table_.blocks_[g].max_blocks) {
+      refuse("copy: not the first tokens of a block to another");
+    }
+    const auto given = given_.find(key(g, to));
+    if (refs(g, to) > 1 || (refs(g, to) == 1 && (given == given_.end() || written_.count({a, to}) > 0))) {
+      refuse("copy: block " + std::to_string(to) + " is in use");
+    }
+    const std::vector<Piece> sources = pieces(a, from, 0, op.c);
+    std::size_t source = 0;
+    i64 done = 0;  // of that source
+    for (const Piece& piece : pieces(a, to, 0, op.c)) {
+      for (i64 at = 0; at < piece.bytes;) {
+        const i64 n = std::min(piece.bytes - at, sources[source].bytes - done);
+        ledger_.copy(piece.at + at, sources[source].at + done, n);
+        at += n, done += n;
+        if (done == sources[source].bytes) ++source, done = 0;
+      }
+    }
+    copies_[{a, to, from}] = op.c;
+    if (refs(g, to) == 1) written_.insert({a, to});
+    left_[key(g, to)] = op.c == bytes && refs(g, to) == 0 ? left(g, from) : -1;
+  }
+
+  bool is_copied(const Replaced& r) const {
+    bool all = true;
+    for (i64 a = table_.first_[r.group]; a < table_.first_[r.group + 1]; ++a) {
+      all = all && copies_.count({a, r.to, r.from}) > 0;
+    }
+    return all;
+  }
+
+  void check_replaced(const Replaced& r) const {
+    if (is_copied(r) || (r.equal && r.committed)) return;
+    refuse("block " + std::to_string(r.to) + " takes the place of block " + std::to_string(r.from) +
+           " of sequence handle " + std::to_string(r.handle) + ", and nothing says that it holds the same");
+  }
+
+  // Of tokens whose block was replaced, unless by one that may hold the same.
+  void check_moved(const Entry& entry, const std::vector<std::vector<Piece>>& before) const {
+    const FollowedLengths::Range kept = lengths_.kept_if_live(entry.handle, entry.group);
+    const i64 start = entry.ordinal * tokens(entry.group);
+    const i64 first = std::max(kept.first - start, i64{0}), end = std::min(kept.end - start, tokens(entry.group));
+    const bool equal = std::any_of(replaced_.begin(), replaced_.end(),
+                                   [&](const Replaced& r) { return !(r < entry) && !(entry < r) && !is_copied(r); });
+    if (first >= end || equal) return;
+    const i32 block = table_.entry(table_.sequences_.index(entry.handle), entry.group, entry.ordinal);
+    for (i64 a = table_.first_[entry.group]; a < table_.first_[entry.group + 1]; ++a) {
+      const i64 bytes = table_.class_of(a).block_bytes / tokens(entry.group);
+      if (block == 0 ||
+          !same(pieces(a, block, first * bytes, end * bytes), before[a - table_.first_[entry.group]], first * bytes)) {
+        refuse("sequence handle " + std::to_string(entry.handle) + " would lose tokens of its block " +
+               std::to_string(entry.ordinal));
+      }
+    }
+  }
+
+  // True if `now` holds what was in `before` from `skip` bytes on.
+  bool same(const std::vector<Piece>& now, const std::vector<Piece>& before, i64 skip) const {
+    std::size_t b = 0;
+    for (; b < before.size() && skip >= before[b].bytes; ++b) skip -= before[b].bytes;
+    for (const Piece& piece : now) {
+      for (i64 at = 0; at < piece.bytes;) {
+        const i64 n = std::min(piece.bytes - at, before[b].bytes - skip);
+        if (!ledger_.holds(piece.at + at, before[b].at + skip, n)) return false;
+        at += n, skip += n;
+        if (skip == before[b].bytes) ++b, skip = 0;
+      }
+    }
+    return true;
+  }
+
+  PagedBlocks& table_;
+  const PagePool& pool_;
+  const FollowedLengths& lengths_;
+  ByteLedger ledger_;
+  std::unordered_map<i64, bool> fresh_;    // pages that the list has mapped
+  std::unordered_map<i64, bool> given_;    // blocks that the list has put into one table, from none
+  std::map<Copied, i64> copies_;           // bytes
+  std::set<std::pair<i64, i64>> written_;  // by arena and block: what it has copied to those since
+  std::vector<Op> unmapped_;
+  std::vector<Replaced> replaced_;
+  std::map<Entry, std::vector<std::vector<Piece>>> moved_;  // where an entry's block lay before the list, by arena
+  std::unordered_map<i64, i64> left_;                       // what the list changes of PagedBlocks::left_
+};
+
+std::unique_ptr<FollowRules> PagedBlocks::rules(const FollowedLengths& lengths) {
+  return std::make_unique<Rules>(*this, lengths);
+}
+
+}  // namespace kvmem

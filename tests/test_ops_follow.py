@@ -1,0 +1,253 @@
+"""What a replica believes: true lists of every kind of program, and damaged ones that must not cost a live token."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+from follow_world import SPECS, Leader, Replica, tag_of
+from ops_rank import digest
+from support_world import BACKENDS, LONG, PAGE
+from test_ops import spoilt
+
+import kvmem
+
+STEPS = 160 if LONG else 40
+
+
+def run_model(replica: Replica, leader: Leader) -> None:
+    """What was written before is there, also what came from the cache; then the model writes what is new."""
+    for handle, sequence in leader.sequences.items():
+        ids, written = leader.ids[handle], leader.written[handle]
+        for g, group in enumerate(replica.spec.groups):
+            held = replica.held(handle, g)
+            if group.growth == "fixed":
+                if held and leader.state_at[handle]:
+                    assert set(held[0]) == {tag_of(ids[: leader.state_at[handle]])}, handle
+                continue
+            for position in range(min(held, default=0), written):
+                assert set(held[position]) == {tag_of(ids[: position + 1])}, (handle, g, position)
+        replica.write(handle, ids, written)
+        leader.written[handle], leader.state_at[handle] = len(ids), sequence.num_committed_tokens
+
+
+@pytest.mark.parametrize("zero", ["fresh", "always", "never"])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", sorted(SPECS))
+def test_a_true_list_is_followed_with_every_byte(name: str, backend: str, zero: str, seed: int) -> None:
+    """With and without a cache that the replica knows nothing of, in lists of one call and of several."""
+    rng = random.Random(seed)
+    for _ in range(2):
+        leader, replica = Leader(name, backend, zero=zero), Replica(name, backend, zero=zero)
+        pending: list[Any] = []
+        for _ in range(STEPS):
+            pending += leader.step(rng)
+            if name == "full" and rng.random() < 0.3:
+                continue
+            replica.alloc.apply(pending)
+            pending = []
+            assert replica.alloc.check() == []
+            assert digest(replica.alloc) == digest(leader.alloc)
+            run_model(replica, leader)
+
+
+def altered(rng: random.Random, ops: list[list[Any]]) -> list[list[Any]]:
+    """A list with one number changed into another that could stand there."""
+    ops = [list(op) for op in ops]
+    at, field = rng.randrange(len(ops)), rng.randrange(2, 6)
+    like = [op[field] for op in ops if op[0] == ops[at][0]]
+    step = rng.choice([1, 4, PAGE, 4 * 192, 4 * 512, 4 * 128, 192, 1 << rng.randrange(20)])
+    ops[at][field] = rng.choice([rng.choice(like), ops[at][field] + step, max(0, ops[at][field] - step)])
+    return ops
+
+
+@pytest.mark.parametrize("zero", ["fresh", "always"])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", sorted(SPECS))
+def test_a_damaged_list_costs_no_live_token(name: str, backend: str, zero: str, seed: int) -> None:
+    """Refused, and nothing has changed; or every token that is live before and after holds what it held."""
+    rng = random.Random(seed)
+    leader, lists = Leader(name, backend, zero=zero), []
+    replica = Replica(name, backend, zero=zero)
+    refused = accepted = 0
+    for _ in range(STEPS):
+        ops = leader.step(rng)
+        for _ in range(6 if ops else 0):
+            damaged = spoilt(rng, ops)[1] if rng.random() < 0.5 else altered(rng, ops)
+            if damaged == ops:
+                continue
+            before, seen = replica.all_held(), digest(replica.alloc)
+            try:
+                replica.alloc.apply(damaged)
+            except kvmem.SpecError:
+                refused += 1
+                assert digest(replica.alloc) == seen and replica.all_held() == before, damaged
+                continue
+            accepted += 1
+            assert replica.alloc.check() == [], (ops, damaged)
+            now = replica.all_held()
+            for key in before.keys() & now.keys():
+                least = len_after(damaged, key)
+                for position in before[key].keys() & now[key].keys():
+                    if position < least:
+                        assert before[key][position] == now[key][position], (key, position, ops, damaged)
+            replica = replayed(name, backend, zero, lists)
+        replica.alloc.apply(ops)
+        lists.append((ops, {handle: (list(ids), leader.written[handle]) for handle, ids in leader.ids.items()}))
+        run_model(replica, leader)
+    print(refused, "refused,", accepted, "accepted")
+    assert refused > 50
+
+
+def len_after(ops: list[list[Any]], key: tuple[int, int]) -> int:
+    """The fewest tokens that a list leaves the sequence and group in between."""
+    return min((op[3] for op in ops if op[0] == "length" and (op[2], op[1]) == key), default=2**31)
+
+
+def replayed(name: str, backend: str, zero: str, lists: list[Any]) -> Replica:
+    replica = Replica(name, backend, zero=zero)
+    for ops, ids in lists:
+        replica.alloc.apply(ops)
+        for handle, (known, written) in ids.items():
+            replica.write(handle, known, written)
+    return replica
+
+
+def two_sequences(backend: str) -> tuple[Leader, Replica, list[list[Any]], int]:
+    """A replica with a sequence of 8 written tokens, and the leader's next list, which begins another one."""
+    leader, replica = Leader("full", backend, zero="always"), Replica("full", backend, zero="always")
+    first = leader.alloc.sequence()
+    first.extend(8)
+    first.commit(8)
+    replica.alloc.apply(leader.alloc.take_ops())
+    replica.write(first.id, list(range(8)), 0)
+    second = leader.alloc.sequence()
+    second.extend(60)
+    return leader, replica, [list(op) for op in leader.alloc.take_ops()], first.id
+
+
+@pytest.mark.parametrize("kind", ["zero", "copy"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_write_to_tokens_of_somebody_is_refused_wherever_it_begins(backend: str, kind: str) -> None:
+    _, replica, ops, handle = two_sequences(backend)
+    before = replica.all_held()
+    for tensor, slots in replica.places(handle, 0, 0, 8)[::2]:
+        arena = 0 if tensor is replica.places(handle, 0, 0, 8)[0][0] else 1
+        for offset in sorted({int(slot) * 192 for slot in slots} | {int(slots[0]) * 192 // PAGE * PAGE}):
+            for count in (192, 768, PAGE):
+                if all(int(slot) * 192 >= offset + count for slot in slots):
+                    continue  # the trash blocks, which lie before them in their page
+                record = ["zero", arena, offset, count, 0, 0]
+                if kind == "copy":
+                    record = ["copy", arena, offset, offset + 4 * 768, min(count, 768), 0]
+                for at in (0, len(ops)):
+                    with pytest.raises(kvmem.SpecError):
+                        replica.alloc.apply([*ops[:at], record, *ops[at:]])
+    assert replica.all_held() == before and replica.alloc.check() == []
+    replica.alloc.apply(ops)
+    assert replica.all_held().keys() > before.keys()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_numbers_without_sense_are_refused_before_memory_is_taken(backend: str) -> None:
+    _, replica, ops, handle = two_sequences(backend)
+    seen = digest(replica.alloc)
+    numbers = [-(2**63), -1, 60, 10**6, 10**8, 2**31 - 2, 2**31, 2**32 + 1, 2**62, 2**63 - 1]
+    like = {op[0]: op for op in ops} | {
+        "create": ["create", 0, 0, 1, 0, 0], "destroy": ["destroy", 0, 0, 1, 0, 0], "copy": ["copy", 0, 0, 768, 768, 0],
+        "close": ["close", 0, handle, 0, 0, 0], "length": ["length", 0, handle, 9, 8, 0],
+        "commit": ["commit", 0, handle, 7, 8, 0], "front": ["front", 0, handle, 4, 0, 0],
+        "block": ["block", 0, handle, 2, 5, 0], "bind": ["bind", 0, handle, 9, 0, 0],
+        "unbind": ["unbind", 0, handle, 1, 0, 0], "unmap": ["unmap", 0, 0, 0, 1, 0], "fence": ["fence", 0, 77, 0, 0, 0],
+    }  # fmt: skip
+    books = resident_bytes()
+    for kind, op in like.items():
+        for field in range(1, 5 if kind != "unmap" else 4):
+            for number in numbers:
+                damaged = list(op)
+                damaged[field] = number
+                try:
+                    replica.alloc.apply([damaged])
+                except kvmem.SpecError:
+                    assert digest(replica.alloc) == seen, damaged
+                    continue
+                # A number that the kind does not use, or pages that the budget has room for.
+                assert replica.alloc.check() == [], damaged
+                replica, seen = two_sequences(backend)[1], seen
+    assert resident_bytes() - books < 64 << 20
+
+
+def resident_bytes() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096
+
+
+@pytest.mark.parametrize("name", sorted(SPECS))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_page_of_a_live_sequence_can_be_unmapped_by_itself(name: str, backend: str) -> None:
+    """Named by its slot alone, by a record of one page or of several; the trash blocks' pages neither."""
+    leader, replica = Leader(name, backend), Replica(name, backend)
+    seq = leader.alloc.sequence()
+    seq.extend(60)
+    leader.alloc.batch([seq], pad_to=2)  # takes the trash blocks
+    ops = [list(op) for op in leader.alloc.take_ops()]
+    replica.alloc.apply(ops)
+    replica.write(seq.id, list(range(60)), 0)
+    before, tried = replica.all_held(), 0
+    for kind, arena, slot, page, count, _ in ops:
+        if kind != "map":
+            continue
+        for first in range(count):
+            for n in {1, count - first}:
+                tried += 1
+                with pytest.raises(kvmem.SpecError):
+                    replica.alloc.apply([["unmap", arena, slot + first, page + first, n, 0]])
+    assert tried > 5 and replica.all_held() == before and replica.alloc.check() == []
+
+
+def test_a_replica_without_a_prefix_cache_has_the_rows_of_its_leader() -> None:
+    leader = Leader("full", "virtual", max_sequences=2)
+    replica = Replica("full", "virtual", max_sequences=2, prefix_cache=False)
+    assert replica.alloc.cached_rows == leader.alloc.cached_rows
+    for i in range(12):
+        with leader.alloc.sequence([i] * 20) as seq:
+            seq.extend(20)
+            seq.commit([i] * 20)
+        replica.alloc.apply(leader.alloc.take_ops())
+    fewer = Replica("full", "virtual", max_sequences=2, cached_rows=3)
+    with pytest.raises(kvmem.SpecError, match="row.*cached_rows"):
+        fewer.alloc.apply([["open", 0, 1, 0, 0, 0], ["bind", 0, 1, 12, 0, 0]])
+    with pytest.raises(kvmem.SpecError, match="block 4000.*max_sequences, max_tokens and memory"):
+        Replica("full", "paged").alloc.apply([["open", 0, 1, 0, 0, 0], ["block", 0, 1, 0, 4000, 0]])
+    with pytest.raises(kvmem.SpecError, match="handle 9.*max_sequences"):
+        fewer.alloc.apply([["open", 0, 9, 0, 0, 0]])
+    with pytest.raises(kvmem.SpecError, match="arena 7.*interleave"):
+        fewer.alloc.apply([["map", 7, 0, 0, 1, 0]])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_copy_before_a_write_cannot_be_lost_or_read_elsewhere(backend: str) -> None:
+    leader, replica = Leader("full", backend), Replica("full", backend)
+    parent = leader.alloc.sequence()
+    parent.extend(60)
+    parent.commit(60)
+    child = parent.fork()
+    child.truncate(30)
+    replica.alloc.apply(leader.alloc.take_ops())
+    replica.write(parent.id, list(range(60)), 0)
+    child.extend(3)
+    ops, before = [list(op) for op in leader.alloc.take_ops()], replica.all_held()
+    copies = [at for at, op in enumerate(ops) if op[0] == "copy"]
+    assert copies
+    for at in copies:
+        for field, step in [(2, 4 * 768), (3, 4 * 768), (3, PAGE), (4, -192), (4, -4)]:
+            damaged = [list(op) for op in ops]
+            damaged[at][field] += step
+            with pytest.raises(kvmem.SpecError):
+                replica.alloc.apply(damaged)
+        with pytest.raises(kvmem.SpecError):
+            replica.alloc.apply([*ops[:at], *ops[at + 1 :]])
+    assert replica.all_held() == before and replica.alloc.check() == []
+    replica.alloc.apply(ops)
+    assert [replica.held(child.id, 0)[i] for i in range(30)] == [before[parent.id, 0][i] for i in range(30)]
