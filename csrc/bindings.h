@@ -1,8 +1,10 @@
 // What the files that include Python share. Everything else in csrc/ is free of Python.
 #pragma once
 
+#include <cxxabi.h>
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <unistd.h>
 
 #include <string>
 
@@ -11,6 +13,29 @@
 
 namespace kvmem {
 class Cache;
+
+// Python's lock comes back to the thread; `state` is what PyEval_SaveThread() returned. A thread that comes back when the
+// interpreter is ending never gets it: Python ends such a thread by unwinding its stack, which no destructor survives.
+// So it stays here, asleep, until the process is gone.
+inline void take_gil(void* state) {
+  try {
+    PyEval_RestoreThread(static_cast<PyThreadState*>(state));
+  } catch (abi::__forced_unwind&) {
+    while (true) pause();
+  }
+}
+
+// Other Python threads run while it lives.
+class WithoutGil {
+ public:
+  WithoutGil() : state_(PyEval_SaveThread()) {}
+  ~WithoutGil() { take_gil(state_); }
+  WithoutGil(const WithoutGil&) = delete;
+  WithoutGil& operator=(const WithoutGil&) = delete;
+
+ private:
+  PyThreadState* const state_;
+};
 
 void bind_drivers(nanobind::module_& m);  // bindings_drivers.cpp
 void bind_core(nanobind::module_& m);     // bindings_core.cpp

@@ -20,6 +20,7 @@ struct Buffers {
   std::vector<nb::object> owners;
   BatchSizes sizes = {};
   bool filled = false;
+  bool filling = false;  // at this moment
 };
 
 template <class T>
@@ -106,14 +107,33 @@ void bind_buffers(nb::module_& m) {
           "indices_from", [](const Buffers& b) { return b.sizes.indices_from; }, "Where kv_indices changed first.");
 }
 
+// Of a batch that several threads fill one is served: the pool's lock does not guard its buffers, since a batch may be
+// filled through one pool, then through another. All but the filling itself is done under Python's lock.
+class Filling {
+ public:
+  explicit Filling(Buffers& out) : out_(out) {
+    if (out.filling) {
+      throw SpecError("batch: another thread is filling it at this moment; give each thread a batch of its own");
+    }
+    out.filling = true, out.filled = false;
+  }
+  ~Filling() { out_.filling = false; }
+  Filling(const Filling&) = delete;
+  Filling& operator=(const Filling&) = delete;
+
+ private:
+  Buffers& out_;
+};
+
 template <class Fill>
 void refill(Buffers& out, const Fill& fill) {
-  out.filled = false;
+  const Filling filling(out);
+  BatchSizes sizes;
   {
-    nb::gil_scoped_release release;
-    out.sizes = fill();
+    const WithoutGil free;
+    sizes = fill();
   }
-  out.filled = true;
+  out.sizes = sizes, out.filled = true;
 }
 
 }  // namespace

@@ -19,7 +19,7 @@ using namespace nb::literals;
 namespace kvmem {
 namespace {
 
-using Free = nb::call_guard<nb::gil_scoped_release>;
+using Free = nb::call_guard<WithoutGil>;
 
 PrefixKey key_of(const nb::bytes& salt, const nb::bytes& extra_key) {
   return {std::string(salt.c_str(), salt.size()), std::string(extra_key.c_str(), extra_key.size())};
@@ -83,7 +83,7 @@ void bind_prefix(nb::class_<Cache>& cache) {
           [](Cache& c, const TokenIds& tokens, const nb::bytes& salt, const nb::bytes& extra_key) {
             if (c.shares()) check_ids(tokens);  // else they are not read at all
             const PrefixKey key = key_of(salt, extra_key);
-            nb::gil_scoped_release release;
+            const WithoutGil free;
             i64 cached = 0;
             const i64 handle = c.admit(tokens.data(), tokens.size(), key, &cached);
             return std::make_pair(handle, cached);
@@ -98,7 +98,7 @@ void bind_prefix(nb::class_<Cache>& cache) {
             const i32 all = static_cast<i32>(tokens.size());
             const i32* lengths = counts ? counts->data() : &all;
             const PrefixKey key = key_of(salt, extra_key);
-            nb::gil_scoped_release release;
+            const WithoutGil free;
             return c.admit_batch(tokens.data(), lengths, handles.size(), key, handles.data(), cached.data());
           },
           "tokens"_a.noconvert(), "counts"_a.noconvert().none(), "salt"_a, "extra_key"_a, "handles"_a.noconvert(),
@@ -108,7 +108,7 @@ void bind_prefix(nb::class_<Cache>& cache) {
           [](Cache& c, const TokenIds& tokens, const nb::bytes& salt, const nb::bytes& extra_key) {
             check_ids(tokens);
             const PrefixKey key = key_of(salt, extra_key);
-            nb::gil_scoped_release release;
+            const WithoutGil free;
             const PrefixMatch match = c.match(tokens.data(), tokens.size(), key);
             return std::make_pair(match.tokens, std::string(kEnds[static_cast<int>(match.end)]));
           },
@@ -119,7 +119,7 @@ void bind_prefix(nb::class_<Cache>& cache) {
             check_ids(tokens);
             const i32 count = static_cast<i32>(tokens.size());
             if (c.commit_at_hand(handle, count, tokens.data())) return;
-            nb::gil_scoped_release release;
+            const WithoutGil free;
             c.commit(&handle, &count, 1, -1, tokens.data());
           },
           "handle"_a, "tokens"_a.noconvert())
@@ -129,7 +129,7 @@ void bind_prefix(nb::class_<Cache>& cache) {
             same_length(handles, counts);
             check_tokens(counts, tokens);
             check_ids(tokens);
-            nb::gil_scoped_release release;
+            const WithoutGil free;
             c.commit(handles.data(), counts.data(), handles.size(), -1, tokens.data());
           },
           "handles"_a.noconvert(), "counts"_a.noconvert(), "tokens"_a.noconvert())
@@ -147,7 +147,7 @@ void bind_prefix(nb::class_<Cache>& cache) {
           [](Cache& c, const TokenIds& tokens, const nb::bytes& salt, const nb::bytes& extra_key) {
             check_ids(tokens);
             const PrefixKey key = key_of(salt, extra_key);
-            nb::gil_scoped_release release;
+            const WithoutGil free;
             i64 pinned = 0;
             const i64 pin = c.pin(tokens.data(), tokens.size(), key, &pinned);
             return std::make_pair(pin, pinned);

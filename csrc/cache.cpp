@@ -79,6 +79,7 @@ Cache::Cache(Geometry geometry, std::shared_ptr<PagePool> pool, bool paged, i64 
   table_ = paged ? make_paged_table(geometry_, *pool_, sequences_, index_)
                  : make_virtual_table(geometry_, *pool_, sequences_, index_);
   table_->limit_pages = limit_pages;
+  table_->piece_pages = pages_at_once();
 }
 
 Cache::~Cache() {
@@ -105,6 +106,11 @@ void Cache::leave() {
   table_->check(&found);
   check_content(&found);
   if (!found.empty()) throw Error("broken invariant: " + found.front());
+}
+
+void Cache::let_others_in(Lock& lock) {
+  leave();
+  if (lock.give_way()) settle();
 }
 
 void Cache::check_group(i64 group) const {

@@ -90,7 +90,9 @@ class Cache final : public TableState {
   void snapshot(i64 handle);
   // Blocks that lie whole in [start, end) of the sequence, present and to come (RetentionPolicy).
   void retain(i64 handle, i64 start, i64 end, int priority, double seconds);
-  i64 clear_cache();  // forgets all that nobody uses or pins; how many blocks
+  // Forgets all that nobody uses or pins, and returns how many blocks. In pieces of some thousand, each of them all or
+  // nothing, between which others are let in; so an error in the middle keeps what was forgotten before.
+  i64 clear_cache();
   // Takes out events (EventRing::drain), and the keys of the roots that they name.
   EventRecords drain_events(i64 max, bool restart, std::unordered_map<i32, PrefixKey>* roots);
 
@@ -124,12 +126,15 @@ class Cache final : public TableState {
 
   // Moves blocks together until `bytes` more (-1: all that can be) are free as whole pages; returns how many are.
   i64 compact(i64 bytes);
-  i64 trim(i64 bytes);  // parked and free pages to the system; -1 for all; returns the bytes given back
-  // How much this allocator may map. With a pool of its own this is the pool's budget too.
+  // Parked and free pages to the system; -1 for all; returns the bytes given back. In pieces, as clear_cache().
+  i64 trim(i64 bytes);
+  // How much this allocator may map. With a pool of its own this is the pool's budget too. What is parked goes in pieces
+  // as far as it is sure to suffice; the rest is all or nothing.
   void set_memory(i64 pages);
   CacheStats stats();
   std::vector<std::string> check();
   bool paged() const { return paged_; }
+  void check_process() const { fork_guard_.check("the allocator"); }  // DeviceError in a forked child
   bool shares() const { return prefix_.on; }  // else it looks at no token
   const Geometry& geometry() const { return geometry_; }
   PagePool& pool() { return *pool_; }
@@ -144,16 +149,17 @@ class Cache final : public TableState {
   void apply_table(const Op& op) override;
 
  private:
-  // What is known of a sequence's tokens: a chain of published blocks, then its tail. Beyond `known` tokens nothing is.
+  // What retain() said of blocks [first, end) of a sequence.
   struct Retention {
-    i64 start, end;
+    i64 first, end;
     int priority;
     double seconds;
   };
+  // What is known of a sequence's tokens: a chain of published blocks, then its tail. Beyond `known` tokens nothing is.
   struct Content {
     i32 root = kNoNode, leaf = kNoNode;  // the last published block, or the root
     i64 known = 0;
-    std::vector<Retention> retained;
+    std::vector<Retention> retained;  // ascending, no block twice
     bool state_ahead = false;  // a truncation took tokens back that the fixed state has seen
   };
   // What a step finds, of all its sequences, in the first group that grows with the tokens.
@@ -167,10 +173,13 @@ class Cache final : public TableState {
       return static_cast<i32>(reserved);
     }
   };
-  using Lock = std::unique_lock<std::mutex>;
+  using Lock = PoolLock;
   Lock enter(bool look = false);  // look: the books only
   void settle();
   void leave();
+  // Between two pieces of a call: everybody who waits for the pool gets it once.
+  void let_others_in(Lock& lock);
+  i64 pages_at_once() const;
   bool is_plain() const {  // one group without a window, and nobody to be told
     return groups_ == 1 && geometry_.groups[0].growth == Growth::token && geometry_.groups[0].window_tokens == 0 &&
            !geometry_.debug && !pool_->recording;
@@ -252,6 +261,7 @@ class Cache final : public TableState {
   [[gnu::noinline]] void note_blocks(i64 index, const i32* end, std::size_t* at);
   void leave_published();
   void apply_retention(const Content& content, i32 node);
+  static void put_retention(const Retention& added, std::vector<Retention>* retained);
   void collect_chain(i64 index);
   void leave_chain(i64 index);
   void leave_node(i32 node) {

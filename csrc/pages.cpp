@@ -36,17 +36,17 @@ PagePool::~PagePool() {
   new std::shared_ptr<Space>(std::move(space_));
 }
 
-std::unique_lock<std::mutex> PagePool::lock(bool look) {
+PoolLock PagePool::lock(bool look) {
   fork_guard_.check("the page pool");
-  std::unique_lock<std::mutex> held(mutex_);
-  if (mapper_->has_failed()) settle();
-  if (space_ && !look) space_->repair();
+  PoolLock held = PoolLock::wait_for(mutex_);
+  if (mapper_->has_failed()) held.step_back(), settle();
+  if (!look && space_ && space_->is_broken()) held.step_back(), space_->repair();
   return held;
 }
 
-std::unique_lock<std::mutex> PagePool::try_lock() {
+PoolLock PagePool::try_lock() {
   fork_guard_.check("the page pool");
-  std::unique_lock<std::mutex> held(mutex_, std::try_to_lock);
+  PoolLock held = PoolLock::try_for(mutex_);
   if (held && (mapper_->has_failed() || (space_ && space_->is_broken()))) held.unlock();
   return held;
 }
@@ -205,6 +205,45 @@ void PagePool::set_budget(i64 pages) {
     throw;
   }
   budget_pages_ = pages;
+}
+
+void PagePool::spill_in_pieces(PoolLock& lock, PageOwner& owner, const std::function<i64()>& excess) {
+  const i64 step = owner.piece_pages, begun = excess();
+  if (begun <= step || begun > owner.sure_pages()) return;
+  NoTables none;
+  i64 freed = step;
+  for (i64 pieces = begun / step; pieces > 0 && freed > 0 && excess() > step; --pieces) {
+    Transaction tx(*this, none);
+    freed = owner.spill(step, tx);
+    tx.commit();
+    if (lock.give_way()) settle();
+  }
+}
+
+void PagePool::shrink_in_pieces(PoolLock& lock, i64 pages) {
+  i64 sure = 0, step = 0;
+  for (const PageOwner* owner : owners_) {
+    sure += owner->sure_pages();
+    step = step == 0 ? owner->piece_pages : std::min(step, owner->piece_pages);
+  }
+  if (step == 0 || mapped_pages_ - pages > sure) return;  // it may be refused
+  for (i64 pieces = (mapped_pages_ - pages) / step; pieces > 0 && mapped_pages_ - pages > step; --pieces) {
+    NoTables none;
+    Transaction tx(*this, none);
+    i64 freed = 0;
+    for (PageOwner* owner : owners_) freed += freed < step ? owner->spill(step - freed, tx) : 0;
+    tx.commit();
+    if (lock.give_way()) settle();
+    if (freed == 0) break;
+  }
+  if (mapped_pages_ > pages + step) return;
+  for (i64 pieces = (present_pages_ - pages) / step; pieces > 0 && free_pages() > step; --pieces) {
+    NoTables none;
+    Transaction tx(*this, none);
+    give_back(step, tx);
+    tx.commit();
+    if (lock.give_way()) settle();
+  }
 }
 
 void PagePool::count_calls(const std::vector<Op>& ops) {

@@ -6,8 +6,8 @@
 //   mapped   refs > 0 slots show it. refs > 1 is sharing.
 #pragma once
 
+#include <functional>
 #include <memory>
-#include <mutex>
 #include <string>
 #include <vector>
 
@@ -17,6 +17,7 @@
 #include "id_set.h"
 #include "mapper.h"
 #include "ops.h"
+#include "pool_lock.h"
 #include "space.h"
 
 namespace kvmem {
@@ -38,6 +39,8 @@ class PageOwner {
   virtual bool can_give_up(const Op& evict) const = 0;
   // Mapped pages that no live sequence needs.
   virtual i64 parked_pages() const = 0;
+  // Those of them that spill() frees for certain.
+  virtual i64 sure_pages() const = 0;
   // Pushes unmap records until about `pages` parked pages are free; returns how many it freed.
   virtual i64 spill(i64 pages, Transaction& tx) = 0;
   // Pushes the records that move blocks together until `pages` more pages hold nothing, as far as that can be; returns
@@ -46,6 +49,7 @@ class PageOwner {
 
   i64 owned_pages = 0;  // distinct pages mapped in its arenas
   i64 limit_pages = 0;  // and how many that may be
+  i64 piece_pages = 1;  // how many it gives up in about a millisecond
   i32 number = 0;       // counts the owners of a pool, from 0
 };
 
@@ -58,9 +62,9 @@ class PagePool {
 
   // Serialises every allocator of this pool. DeviceError in a forked child, whose copy of the lock may never open.
   // Unless the caller only looks at the books, memory that failed undoing left behind is repaired first.
-  std::unique_lock<std::mutex> lock(bool look = false);
+  PoolLock lock(bool look = false);
   // The same without waiting: owns nothing where somebody else holds it or there is something to settle or repair.
-  std::unique_lock<std::mutex> try_lock();
+  PoolLock try_lock();
   bool forked() const { return fork_guard_.forked(); }
   // The mapper is idle and what it failed to do is taken back. The caller holds the lock.
   void settle();
@@ -94,6 +98,11 @@ class PagePool {
   // Grows or shrinks the budget, spilling parked pages of every owner. OutOfMemory, and nothing changed, when live
   // sequences hold more. The caller holds the lock.
   void set_budget(i64 pages);
+  // As much of what set_budget(pages), fewer than now, is going to do as is sure to suffice, in pieces between which
+  // others get the lock. They may take what is given up: so there are no more pieces than there was to give up.
+  void shrink_in_pieces(PoolLock& lock, i64 pages);
+  // The same of one owner, until `excess()` is about 0.
+  void spill_in_pieces(PoolLock& lock, PageOwner& owner, const std::function<i64()>& excess);
 
   // --- state: called by Transaction only ---
   void apply(const Op& op, bool undo);
@@ -153,7 +162,7 @@ class PagePool {
   std::vector<Arena> arenas_;
   std::vector<PageOwner*> owners_;
   i32 owners_seen_ = 0;
-  std::mutex mutex_;
+  PoolMutex mutex_;
   ForkGuard fork_guard_;
   std::shared_ptr<Space> space_;
   std::unique_ptr<Mapper> mapper_;  // last: it stops before the space goes

@@ -6,6 +6,11 @@
 namespace kvmem {
 namespace {
 
+std::uint64_t secret() {
+  std::random_device device;
+  return std::uint64_t{device()} << 32 | device();
+}
+
 constexpr i64 kGhosts = 1 << 14;
 // Nodes for the memory there is, and some more: roots, and steps on a path whose own memory is gone.
 constexpr i64 kFirstNodes = 1 << 8, kMostAtOnce = 1 << 16, kSpareNodes = 1 << 8, kSpareShare = 64;
@@ -31,6 +36,7 @@ PrefixIndex::PrefixIndex(i64 block_tokens, std::vector<i32> token_groups, const 
       policy_(make_eviction_policy(policy)),
       events_(event_capacity, block_tokens),
       tokens_(block_tokens),
+      roots_(0, KeyedHash(secret(), secret())),
       ghosts_(kGhosts, 0),
       block_(block_tokens) {
   blocks = std::min(std::max(blocks, kFirstNodes), kMostAtOnce);
@@ -38,8 +44,7 @@ PrefixIndex::PrefixIndex(i64 block_tokens, std::vector<i32> token_groups, const 
   while (full(blocks, buckets)) buckets *= 2;
   buckets_.assign(buckets, kNoNode);
   reserve(blocks + blocks / kSpareShare + kSpareNodes);
-  std::random_device device;  // so that nobody can choose tokens that all fall into one bucket
-  seed_ = (std::uint64_t{device()} << 32 | device()) | 1;
+  seed_ = secret() | 1;  // so that nobody can choose tokens that all fall into one bucket
 }
 
 void PrefixIndex::reserve(i64 nodes) {
@@ -221,6 +226,7 @@ void PrefixIndex::tell(const Told& told) {
     if (told.group >= 0 && group != told.group) continue;
     if (told.stored) {
       const i32 parent = is_root(n.parent) ? kNoNode : n.parent;
+      note_root(root_of_[told.node]);
       events_.stored(told.node, parent, root_of_[told.node], group, n.ordinal, block_.data());
     } else {
       events_.removed(told.node, group);
@@ -253,13 +259,7 @@ void PrefixIndex::prune(i32 node) {
     Node& n = nodes_[node];
     const i32 parent = n.parent;
     if (parent == kNoNode) {
-      const auto key = root_keys_.find(n.next_child);
-      roots_.erase(flat(key->second.key));
-      if (events_.on()) {
-        key->second.gone = true;
-      } else {
-        root_keys_.erase(key);
-      }
+      leave_root(n.next_child);
     } else if (n.linked) {
       unlink(node);
     }
@@ -268,8 +268,32 @@ void PrefixIndex::prune(i32 node) {
   }
 }
 
+// An event will name it, the next one.
+void PrefixIndex::note_root(i32 number) {
+  if (told_number_ != number) told_root_ = &root_keys_.find(number)->second, told_number_ = number;
+  told_root_->told = events_.serial() + 1;
+}
+
+void PrefixIndex::leave_root(i32 number) {
+  const auto root = root_keys_.find(number);
+  roots_.erase(flat(root->second.key));
+  forget_roots();
+  if (is_waiting(root->second)) {
+    gone_roots_.push_back(number);
+  } else {
+    if (told_number_ == number) told_number_ = -1;
+    root_keys_.erase(root);
+  }
+}
+
 void PrefixIndex::forget_roots() {
-  for (auto it = root_keys_.begin(); it != root_keys_.end();) it = it->second.gone ? root_keys_.erase(it) : ++it;
+  while (!gone_roots_.empty()) {
+    const auto root = root_keys_.find(gone_roots_.front());
+    if (is_waiting(root->second)) return;
+    if (told_number_ == root->first) told_number_ = -1;
+    root_keys_.erase(root);
+    gone_roots_.pop_front();
+  }
 }
 
 void PrefixIndex::use_again(i32 node) {
