@@ -4,6 +4,7 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
+#include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 
@@ -159,20 +160,24 @@ void bind_prefix(nb::class_<Cache>& cache) {
       .def("clear_cache", &Cache::clear_cache, Free())
       .def(
           "drain_events",
-          [](Cache& c, i64 max, bool restart) {
-            std::unordered_map<i32, PrefixKey> keys;
-            EventRecords records = c.drain_events(max, restart, &keys);
+          [](Cache& c, i64 taken, i64 max, bool restart) {
+            std::shared_ptr<Cache::EventBatch> batch;
+            {
+              const WithoutGil free;
+              batch = c.drain_events(taken, max, restart);
+            }
             nb::dict roots;
-            for (const auto& [number, key] : keys) {
+            for (const auto& [number, key] : batch->roots) {
               roots[nb::int_(number)] = nb::make_tuple(nb::bytes(key.salt.data(), key.salt.size()),
                                                        nb::bytes(key.extra_key.data(), key.extra_key.size()));
             }
-            return nb::make_tuple(std::move(records), roots);
+            return nb::make_tuple(batch->number, std::shared_ptr<EventRecords>(batch, &batch->records), roots);
           },
-          "max"_a, "restart"_a,
-          nb::sig(
-              "def drain_events(self, max: int, restart: bool) -> tuple[EventRecords, dict[int, tuple[bytes, bytes]]]"),
-          "Records, and the (salt, extra key) of the roots that they name.");
+          "taken"_a, "max"_a, "restart"_a,
+          nb::sig("def drain_events(self, taken: int, max: int, restart: bool) -> tuple[int, EventRecords, dict[int, "
+                  "tuple[bytes, bytes]]]"),
+          "The number of a batch, its records, and the (salt, extra key) of the roots that they name. The batch after "
+          "number ``taken``: given again until a call says that it was taken.");
 }
 
 }  // namespace kvmem

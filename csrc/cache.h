@@ -93,8 +93,16 @@ class Cache final : public TableState {
   // Forgets all that nobody uses or pins, and returns how many blocks. In pieces of some thousand, each of them all or
   // nothing, between which others are let in; so an error in the middle keeps what was forgotten before.
   i64 clear_cache();
-  // Takes out events (EventRing::drain), and the keys of the roots that they name.
-  EventRecords drain_events(i64 max, bool restart, std::unordered_map<i32, PrefixKey>* roots);
+  // Events, as EventRing::drain takes them out, and the keys of the roots that they name.
+  struct EventBatch {
+    i64 number = 0;  // counts the batches that were not empty, from 1
+    EventRecords records;
+    std::unordered_map<i32, PrefixKey> roots;
+  };
+  // The batch after number `taken`, the last one that the consumer is done with; without events one of that number. It
+  // is given again until the consumer says that it has taken it, so that none is lost on the way: `restart` alone gives
+  // up what was not taken. `max` 0: a batch that is given again, no new one.
+  std::shared_ptr<EventBatch> drain_events(i64 taken, i64 max, bool restart);
 
   i64 tokens(i64 handle, i64 group);
   i64 committed(i64 handle, i64 group);
@@ -293,6 +301,8 @@ class Cache final : public TableState {
   std::vector<Content> contents_;      // by sequence
   std::vector<i32> tails_;             // [sequence][block_tokens()]: the known tokens after the last published block
   std::unordered_map<i64, i32> pins_;  // pin -> the last node of its chain
+  std::shared_ptr<EventBatch> given_;  // by drain_events(), and not taken yet
+  i64 batches_seen_ = 0;
   i64 pins_seen_ = 0, lookup_tokens_ = 0, hit_tokens_ = 0;
   std::vector<i32> chain_, leaving_;  // of the call in progress
   std::vector<PartOfBlock> parts_;

@@ -159,9 +159,15 @@ i64 Cache::clear_cache() {
 
 // ---- telling others ----------------------------------------------------------------------------
 
-EventRecords Cache::drain_events(i64 max, bool restart, std::unordered_map<i32, PrefixKey>* roots) {
+std::shared_ptr<Cache::EventBatch> Cache::drain_events(i64 taken, i64 max, bool restart) {
+  auto batch = std::make_shared<EventBatch>();
+  std::shared_ptr<EventBatch> done;  // freed without the lock
   Lock lock = enter(true);
-  EventRecords records = index_.events().drain(
+  if (given_ && given_->number > taken && !restart) return given_;
+  done.swap(given_);
+  batch->number = batches_seen_;
+  if (max == 0 && !restart) return batch;
+  batch->records = index_.events().drain(
       max,
       [this](EventRecords& out) {
         for (i32 root : index_.roots()) {
@@ -169,11 +175,13 @@ EventRecords Cache::drain_events(i64 max, bool restart, std::unordered_map<i32, 
         }
       },
       restart);
-  for (i32 number : records.roots) {
-    if (number >= 0) roots->emplace(number, index_.root_key(number));
+  i32 last = -1;
+  for (i32 number : batch->records.roots) {
+    if (number >= 0 && number != last) batch->roots.emplace(last = number, index_.root_key(number));
   }
   index_.forget_roots();
-  return records;
+  if (batch->records.size() > 0) batch->number = ++batches_seen_, given_ = batch;
+  return batch;
 }
 
 void Cache::tell_resident(i32 node, EventRecords& out) const {

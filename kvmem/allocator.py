@@ -17,7 +17,7 @@ from kvmem.backends import BACKENDS, lay_out
 from kvmem.batch import Batch, new_batch
 from kvmem.digests import Key, decode_key
 from kvmem.errors import OutOfMemory, SpecError
-from kvmem.events import Event, EventStream
+from kvmem.events import Event, EventBatch, EventStream
 from kvmem.layouts import GroupLayout, resolve_interleave
 from kvmem.ops import Op
 from kvmem.pool import PagePool, pool_for
@@ -161,8 +161,7 @@ class Allocator:
                 event_capacity=at_least_zero("events", events),
             ),
         )
-        self._roots: dict[int, tuple[bytes, bytes]] = {}
-        self._events = EventStream(spec, self._drain_events, self._root_key, key=event_key) if events else None
+        self._events = EventStream(spec, self._drain_events, key=event_key) if events else None
         if record_ops:
             self.core.record()
 
@@ -231,14 +230,9 @@ class Allocator:
         """What was cached and given up since the last call (``docs/events.md``); empty unless made with ``events=``."""
         return [] if self._events is None else self._events.poll(max_events, restart=restart)
 
-    def _drain_events(self, most: int, restart: bool) -> _core.EventRecords:
-        records, roots = self.core.drain_events(most, restart)
-        self._roots = {**roots}
-        return records
-
-    def _root_key(self, number: int) -> tuple[Key, Key]:
-        salt, extra_key = self._roots[number]
-        return decode_key(salt), decode_key(extra_key)
+    def _drain_events(self, taken: int, most: int, restart: bool) -> EventBatch:
+        number, records, roots = self.core.drain_events(taken, most, restart)
+        return EventBatch(number, records, {root: (decode_key(s), decode_key(e)) for root, (s, e) in roots.items()})
 
     def open_batch(self, n: int) -> Handles:
         """Handles of ``n`` new sequences, int32 [n]: all of them or ``OutOfMemory``."""
