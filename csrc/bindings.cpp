@@ -55,4 +55,5 @@ NB_MODULE(_core, m) {
   bind_eviction(m);
   bind_events(m);
   bind_token_blocks(m);
+  bind_scope(m);
 }

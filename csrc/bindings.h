@@ -37,6 +37,12 @@ class WithoutGil {
   PyThreadState* const state_;
 };
 
+// What a call makes for Python stands in its object's attributes before the call returns: an exception that a signal
+// handler raises just then finds it there, and not lost on the way.
+inline void keep_in(nanobind::handle object, const char* name, i64 value) {
+  if (!object.is_none()) object.attr(name) = value;
+}
+
 void bind_drivers(nanobind::module_& m);  // bindings_drivers.cpp
 void bind_core(nanobind::module_& m);     // bindings_core.cpp
 void bind_prefix_options(nanobind::module_& m);
@@ -46,6 +52,7 @@ void bind_requests(nanobind::module_& m, nanobind::class_<Cache>& cache);  // bi
 void bind_batch(nanobind::module_& m, nanobind::class_<Cache>& cache);     // bindings_batch.cpp
 void bind_events(nanobind::module_& m);                                    // bindings_events.cpp
 void bind_eviction(nanobind::module_& m);                                  // bindings_eviction.cpp
+void bind_scope(nanobind::module_& m);                                     // bindings_scope.cpp
 
 // Arrays never convert: a conversion would let writes to a wrong-typed output vanish into a temporary copy.
 template <class T, int D = 1>

@@ -91,6 +91,12 @@ void bind_buffers(nb::module_& m) {
       .def_prop_ro(
           "filled", [](const Buffers& b) { return b.filled; },
           "False before the first fill, and if the last one failed.")
+      .def(
+          "forget",
+          [](Buffers& b) {
+            if (!b.filling) b.marks.clear(), b.filled = false;
+          },
+          "What it was filled with is not where it should be: the next fill writes, and tells, all of it.")
       .def_prop_ro("handles", &handles_of, "The sequences of the last fill, without padding rows.")
       .def_prop_ro("num_rows", [](const Buffers& b) { return b.sizes.rows; })
       .def_prop_ro("num_new_tokens", [](const Buffers& b) { return b.sizes.new_tokens; })

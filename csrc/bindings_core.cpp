@@ -234,7 +234,20 @@ nb::class_<Cache> bind_cache(nb::module_& m) {
           },
           "handles"_a.noconvert(), "counts"_a.noconvert(), "group"_a = -1, Free())
       .def("truncate", &Cache::truncate, "handle"_a, "tokens"_a, Free())
-      .def("fork", &Cache::fork, "handle"_a, Free())
+      .def(
+          "fork",
+          [](Cache& c, i64 handle, nb::handle sequence) {
+            i64 child = 0;
+            {
+              const WithoutGil free;
+              child = c.fork(handle);
+            }
+            keep_in(sequence, "_id", child);
+            return child;
+          },
+          "handle"_a, "sequence"_a = nb::none(), "The new handle; also told to the object that stands for it.")
+      .def("check_process", &Cache::check_process, "DeviceError in a forked child.")
+      .def("is_live", &Cache::is_live, "handle"_a)
       .def(
           "free", [](Cache& c, i32 handle) { c.free(&handle, 1); }, "handle"_a, Free())
       .def(

@@ -8,6 +8,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 
+#include <algorithm>
 #include <optional>
 #include <tuple>
 
@@ -81,15 +82,20 @@ void bind_prefix(nb::class_<Cache>& cache) {
   cache
       .def(
           "admit",
-          [](Cache& c, const TokenIds& tokens, const nb::bytes& salt, const nb::bytes& extra_key) {
+          [](Cache& c, const TokenIds& tokens, const nb::bytes& salt, const nb::bytes& extra_key,
+             nb::handle sequence) {
             if (c.shares()) check_ids(tokens);  // else they are not read at all
             const PrefixKey key = key_of(salt, extra_key);
-            const WithoutGil free;
-            i64 cached = 0;
-            const i64 handle = c.admit(tokens.data(), tokens.size(), key, &cached);
+            i64 cached = 0, handle = 0;
+            {
+              const WithoutGil free;
+              handle = c.admit(tokens.data(), tokens.size(), key, &cached);
+            }
+            keep_in(sequence, "_id", handle), keep_in(sequence, "num_cached_tokens", cached);
             return std::make_pair(handle, cached);
           },
-          "tokens"_a.noconvert(), "salt"_a, "extra_key"_a, "A new sequence: its handle, and how many tokens it has.")
+          "tokens"_a.noconvert(), "salt"_a, "extra_key"_a, "sequence"_a = nb::none(),
+          "A new sequence: its handle, and how many tokens it has; also told to the object that stands for it.")
       .def(
           "admit_batch",
           [](Cache& c, const TokenIds& tokens, const std::optional<Int32s>& counts, const nb::bytes& salt,
@@ -99,8 +105,18 @@ void bind_prefix(nb::class_<Cache>& cache) {
             const i32 all = static_cast<i32>(tokens.size());
             const i32* lengths = counts ? counts->data() : &all;
             const PrefixKey key = key_of(salt, extra_key);
+            const i64 n = handles.size();
+            std::fill_n(handles.data(), n, -1);  // none yet, for whoever is interrupted
             const WithoutGil free;
-            return c.admit_batch(tokens.data(), lengths, handles.size(), key, handles.data(), cached.data());
+            i64 done = 0;
+            try {
+              done = c.admit_batch(tokens.data(), lengths, n, key, handles.data(), cached.data());
+            } catch (...) {
+              std::fill_n(handles.data(), n, -1);
+              throw;
+            }
+            std::fill(handles.data() + done, handles.data() + n, -1);
+            return done;
           },
           "tokens"_a.noconvert(), "counts"_a.noconvert().none(), "salt"_a, "extra_key"_a, "handles"_a.noconvert(),
           "cached"_a.noconvert(), "How many prompts got room.")
@@ -136,24 +152,31 @@ void bind_prefix(nb::class_<Cache>& cache) {
           "handles"_a.noconvert(), "counts"_a.noconvert(), "tokens"_a.noconvert())
       .def(
           "pin",
-          [](Cache& c, i64 handle, i64 tokens) {
-            i64 pinned = 0;
-            const i64 pin = c.pin(handle, tokens, &pinned);
+          [](Cache& c, i64 handle, i64 tokens, nb::handle kept) {
+            i64 pinned = 0, pin = 0;
+            {
+              const WithoutGil free;
+              pin = c.pin(handle, tokens, &pinned);
+            }
+            keep_in(kept, "_id", pin), keep_in(kept, "num_tokens", pinned);
             return std::make_pair(pin, pinned);
           },
-          "handle"_a, "tokens"_a, Free(),
+          "handle"_a, "tokens"_a, "pin"_a = nb::none(),
           "The first tokens of a sequence (-1: all known): a pin, and how many it keeps.")
       .def(
           "pin_tokens",
-          [](Cache& c, const TokenIds& tokens, const nb::bytes& salt, const nb::bytes& extra_key) {
+          [](Cache& c, const TokenIds& tokens, const nb::bytes& salt, const nb::bytes& extra_key, nb::handle kept) {
             check_ids(tokens);
             const PrefixKey key = key_of(salt, extra_key);
-            const WithoutGil free;
-            i64 pinned = 0;
-            const i64 pin = c.pin(tokens.data(), tokens.size(), key, &pinned);
+            i64 pinned = 0, pin = 0;
+            {
+              const WithoutGil free;
+              pin = c.pin(tokens.data(), tokens.size(), key, &pinned);
+            }
+            keep_in(kept, "_id", pin), keep_in(kept, "num_tokens", pinned);
             return std::make_pair(pin, pinned);
           },
-          "tokens"_a.noconvert(), "salt"_a, "extra_key"_a)
+          "tokens"_a.noconvert(), "salt"_a, "extra_key"_a, "pin"_a = nb::none())
       .def("unpin", &Cache::unpin, "pin"_a, Free())
       .def("snapshot", &Cache::snapshot, "handle"_a, Free())
       .def("retain", &Cache::retain, "handle"_a, "start"_a, "end"_a, "priority"_a, "seconds"_a, Free())

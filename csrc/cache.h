@@ -109,6 +109,7 @@ class Cache final : public TableState {
   i64 first_token(i64 handle, i64 group);
   void lengths(const i32* handles, i64 n, i64 group, i64* tokens, i64* committed);
   Placement place(i64 handle, i64 group);
+  bool is_live(i64 handle);
   std::vector<i64> handles();  // of the live sequences, by place
 
   // Writes one group's metadata for these sequences, then padding rows up to `rows`. `new_tokens` null: what is
@@ -249,7 +250,7 @@ class Cache final : public TableState {
   void split(std::vector<i64> places, i64 depth, i64 g, std::vector<Alike>* groups) const;
   void share_group(i64 parent, i64 child, i64 g, Transaction& tx);
   i64 block_tokens() const { return index_.block_tokens(); }
-  i32* tail(i64 index) { return &tails_[index * block_tokens()]; }
+  i32* tail(i64 index) { return &tails_[index * tail_tokens_]; }
   Found find_cached(i32 root, const i32* tokens, i64 n);
   Found find_part(i32 root, const i32* tokens, i64 most);
   bool try_adopt(i64 handle, const Found& found);
@@ -299,7 +300,8 @@ class Cache final : public TableState {
   PrefixIndex index_;
   std::unique_ptr<PageTable> table_;
   std::vector<Content> contents_;      // by sequence
-  std::vector<i32> tails_;             // [sequence][block_tokens()]: the known tokens after the last published block
+  const i64 tail_tokens_;              // a block, or all that a sequence can hold
+  std::vector<i32> tails_;             // [sequence][tail_tokens_]: the known tokens after the last published block
   std::unordered_map<i64, i32> pins_;  // pin -> the last node of its chain
   std::shared_ptr<EventBatch> given_;  // by drain_events(), and not taken yet
   i64 batches_seen_ = 0;

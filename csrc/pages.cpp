@@ -33,6 +33,7 @@ PagePool::~PagePool() {
   // The mapper's thread and whoever held a lock are not in this process: stopping or waiting would take for ever. What
   // they guard belongs to the parent.
   mapper_.release();
+  mutex_.abandon();
   new std::shared_ptr<Space>(std::move(space_));
 }
 
@@ -62,9 +63,14 @@ void PagePool::settle() {
   }
 }
 
-void PagePool::add_owner(PageOwner* owner) {
+i32 PagePool::add_owner(PageOwner* owner, i64 arenas) {
+  i64 first = 0, end = 0;  // the first so many in a row that nobody has, or that are not there yet
+  for (; end - first < arenas; ++end) {
+    if (end < static_cast<i64>(arenas_.size()) && arenas_[end].owner != nullptr) first = end + 1;
+  }
   owner->number = owners_seen_++;
   owners_.push_back(owner);
+  return static_cast<i32>(first);
 }
 
 void PagePool::remove_owner(PageOwner* owner, const std::vector<i32>& pages) {
@@ -82,13 +88,10 @@ void PagePool::remove_owner(PageOwner* owner, const std::vector<i32>& pages) {
   owners_.erase(std::find(owners_.begin(), owners_.end(), owner));
 }
 
-i32 PagePool::add_arena(PageOwner* owner, i64 slots) {
-  if (space_) space_->add_arena(slots);
-  Arena arena;
-  arena.owner = owner;
-  arena.slots = slots;
-  arenas_.push_back(arena);
-  return static_cast<i32>(arenas_.size() - 1);
+void PagePool::add_arena(PageOwner* owner, i32 number, i64 slots) {
+  if (number >= static_cast<i32>(arenas_.size())) arenas_.resize(number + 1);
+  if (space_) space_->add_arena(number, slots);
+  arenas_[number] = {owner, slots};
 }
 
 void PagePool::grow_books(i64 pages) {

@@ -83,10 +83,11 @@ class PagePool {
   Mapper& mapper() { return *mapper_; }
   i64 fence() const { return fence_; }
 
-  void add_owner(PageOwner* owner);
+  // `arenas`: how many it is going to add. Returns the number of the first: one that was given back, where there is.
+  i32 add_owner(PageOwner* owner, i64 arenas);
   // `pages`: the page of each of its mappings. Waits for the device, unmaps, and frees the pages for the others.
   void remove_owner(PageOwner* owner, const std::vector<i32>& pages);
-  i32 add_arena(PageOwner* owner, i64 slots);
+  void add_arena(PageOwner* owner, i32 number, i64 slots);
 
   // --- decisions: push records to `tx` ---
   // Maps `count` slots of an arena from `slot` on, taking pages that follow `near` where they are free, so that
@@ -132,7 +133,6 @@ class PagePool {
   struct Arena {
     PageOwner* owner = nullptr;
     i64 slots = 0;
-    i32 space_arena = -1;
   };
   // What a page holds: zeroes, garbage, or what owner number n left there.
   static constexpr i32 kClean = -1;

@@ -4,6 +4,7 @@
 
 #include <atomic>
 #include <condition_variable>
+#include <memory>
 #include <mutex>
 #include <utility>
 
@@ -40,23 +41,23 @@ class PoolMutex {
     std::unique_lock<std::mutex> held(mutex_, std::adopt_lock);
     const i64 until = turns_ + others;
     waiting_.fetch_add(1);
-    turn_.wait(held, [&] { return turns_ >= until; });
+    turn_->wait(held, [&] { return turns_ >= until; });
     count_turn();
     held.release();
     return true;
   }
-  i64 waiting() const { return waiting_.load(); }
-  i64 turns() const { return turns_; }  // taken after a wait, ever; the caller holds the lock
+  // In a forked child: whoever waited is not there, and its waiting would be waited for.
+  void abandon() { turn_.release(); }
 
  private:
   void count_turn() {
     waiting_.fetch_sub(1);
     ++turns_;
-    turn_.notify_all();
+    turn_->notify_all();
   }
 
   std::mutex mutex_;
-  std::condition_variable turn_;
+  std::unique_ptr<std::condition_variable> turn_ = std::make_unique<std::condition_variable>();
   std::atomic<i64> waiting_{0};
   i64 turns_ = 0;
 };

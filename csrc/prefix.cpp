@@ -13,7 +13,8 @@ std::uint64_t secret() {
 
 constexpr i64 kGhosts = 1 << 14;
 // Nodes for the memory there is, and some more: roots, and steps on a path whose own memory is gone.
-constexpr i64 kFirstNodes = 1 << 8, kMostAtOnce = 1 << 16, kSpareNodes = 1 << 8, kSpareShare = 64;
+constexpr i64 kFirstNodes = 1 << 8, kMostAtOnce = 1 << 16, kSpareShare = 64;
+constexpr i64 kFirstTokens = 1 << 24, kFewestNodes = 8;  // fewer nodes where blocks are huge
 constexpr i64 kGrowth = 4;                   // a fourth more nodes when there are too few
 constexpr std::size_t kLooseKept = 1 << 12;  // of more loose nodes, finish() gives the list back
 constexpr i32 kFree = -2;                    // as an ordinal
@@ -38,12 +39,13 @@ PrefixIndex::PrefixIndex(i64 block_tokens, std::vector<i32> token_groups, const 
       tokens_(block_tokens),
       roots_(0, KeyedHash(secret(), secret())),
       ghosts_(kGhosts, 0),
-      block_(block_tokens) {
-  blocks = std::min(std::max(blocks, kFirstNodes), kMostAtOnce);
+      block_(event_capacity > 0 ? block_tokens : 0),
+      least_nodes_(std::clamp(kFirstTokens / block_tokens, kFewestNodes, kFirstNodes)) {
+  blocks = std::min(std::max(blocks, least_nodes_), kMostAtOnce);
   std::size_t buckets = 1;
   while (full(blocks, buckets)) buckets *= 2;
   buckets_.assign(buckets, kNoNode);
-  reserve(blocks + blocks / kSpareShare + kSpareNodes);
+  reserve(blocks + blocks / kSpareShare + least_nodes_);
   seed_ = secret() | 1;  // so that nobody can choose tokens that all fall into one bucket
 }
 
@@ -72,7 +74,7 @@ void PrefixIndex::start_retention() {
 }
 
 i32 PrefixIndex::new_node() {
-  if (free_ == kNoNode) reserve(capacity() + std::max(capacity() / kGrowth, kFirstNodes));
+  if (free_ == kNoNode) reserve(capacity() + std::max(capacity() / kGrowth, least_nodes_));
   const i32 node = free_;
   free_ = nodes_[node].next_child;
   nodes_[node] = Node();

@@ -215,6 +215,7 @@ class PrefixIndex {
   std::vector<i32> loose_;             // unlinked or idle since the transaction began
   std::vector<Told> told_;
   std::vector<i32> block_;  // tell() unpacks here
+  const i64 least_nodes_;   // that are made room for at once
   i64 linked_ = 0, in_buckets_ = 0, cached_ = 0, pinned_ = 0, evicted_ = 0;
 };
 

@@ -32,6 +32,10 @@ class Sequences {
   bool live(i64 index) const { return handles_[index] != kNone; }
   i64 handle_of(i64 index) const { return (i64{tenants_[index]} << bits_) | index; }
 
+  bool is_live(i64 handle) const {
+    const i64 index = handle & ((i64{1} << bits_) - 1);
+    return index < capacity() && handles_[index] == handle;
+  }
   // The place a handle stands for. StaleHandle when it was freed or never given out.
   i64 index(i64 handle) const {
     const i64 index = handle & ((i64{1} << bits_) - 1);

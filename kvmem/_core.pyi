@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 import enum
-from typing import Annotated
+from typing import Annotated, Self
 
 import numpy
 from numpy.typing import NDArray
@@ -358,7 +358,13 @@ class Cache:
 
     def truncate(self, handle: int, tokens: int) -> None: ...
 
-    def fork(self, handle: int) -> int: ...
+    def fork(self, handle: int, sequence: object | None = None) -> int:
+        """The new handle; also told to the object that stands for it."""
+
+    def check_process(self) -> None:
+        """DeviceError in a forked child."""
+
+    def is_live(self, handle: int) -> bool: ...
 
     def free(self, handle: int) -> None: ...
 
@@ -405,8 +411,10 @@ class Cache:
     def step(self, handles: NDArray[numpy.int32], counts: NDArray[numpy.int32] | None, tokens: NDArray[numpy.int32] | None, rows: int, out: BatchBuffers) -> None:
         """counts None: one token each."""
 
-    def admit(self, tokens: list[int] | NDArray[numpy.int32], salt: bytes, extra_key: bytes) -> tuple[int, int]:
-        """A new sequence: its handle, and how many tokens it has."""
+    def admit(self, tokens: list[int] | NDArray[numpy.int32], salt: bytes, extra_key: bytes, sequence: object | None = None) -> tuple[int, int]:
+        """
+        A new sequence: its handle, and how many tokens it has; also told to the object that stands for it.
+        """
 
     def admit_batch(self, tokens: list[int] | NDArray[numpy.int32], counts: NDArray[numpy.int32] | None, salt: bytes, extra_key: bytes, handles: NDArray[numpy.int32], cached: NDArray[numpy.int32]) -> int:
         """How many prompts got room."""
@@ -433,8 +441,10 @@ class Cache:
 
     def clear_cache(self) -> int: ...
 
-    def drain_events(self, max: int, restart: bool) -> tuple[EventRecords, dict[int, tuple[bytes, bytes]]]:
-        """Records, and the (salt, extra key) of the roots that they name."""
+    def drain_events(self, taken: int, max: int, restart: bool) -> tuple[int, EventRecords, dict[int, tuple[bytes, bytes]]]:
+        """
+        The number of a batch, its records, and the (salt, extra key) of the roots that they name. The batch after number ``taken``: given again until a call says that it was taken.
+        """
 
     def grow(self, handle: int, count: int, /) -> TableChanges | None:
         """extend() that tells which table entries it wrote; None for none."""
@@ -464,6 +474,11 @@ class BatchBuffers:
     @property
     def filled(self) -> bool:
         """False before the first fill, and if the last one failed."""
+
+    def forget(self) -> None:
+        """
+        What it was filled with is not where it should be: the next fill writes, and tells, all of it.
+        """
 
     @property
     def handles(self) -> list[int]:
@@ -646,3 +661,12 @@ class TokenBlocks:
     @property
     def bits(self) -> int:
         """Of one id."""
+
+class Scope:
+    """
+    The two methods that make a context manager of what has a ``_core`` and an ``_id``.
+    """
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, kind: object, error: object, at: object, /) -> None: ...

@@ -23,7 +23,7 @@ from kvmem.ops import Op
 from kvmem.pool import PagePool, pool_for
 from kvmem.prefix import Pin, PrefixMatch, Reason, Tokens, encode_keys, token_ids, with_ids
 from kvmem.protocols import Sizes
-from kvmem.sequence import Sequence
+from kvmem.sequence import NOBODY, Sequence
 from kvmem.spec import CacheSpec
 from kvmem.spec_rules import check_choice, check_size
 from kvmem.stats import Stats
@@ -178,11 +178,16 @@ class Allocator:
         comparison a block, and what mapping and the copy of the cut page or block cost.
         """
         salted, keyed = encode_keys(salt, extra_key)
-        if tokens is None:
-            handle, cached = self.core.admit([], salted, keyed)
-        else:
-            handle, cached = with_ids(tokens, lambda ids: self.core.admit(ids, salted, keyed))
-        return Sequence(self, handle, cached)
+        sequence = Sequence(self, NOBODY)
+        try:
+            if tokens is None:
+                self.core.admit([], salted, keyed, sequence)
+            else:
+                with_ids(tokens, lambda ids: self.core.admit(ids, salted, keyed, sequence))
+            return sequence
+        except BaseException:  # a signal handler's, too: who never gets the sequence cannot free it
+            sequence.give_up()
+            raise
 
     def admit_batch(
         self, tokens: Tokens, counts: Handles | None = None, *, salt: str | bytes | None = None, extra_key: Key = None
@@ -200,14 +205,24 @@ class Allocator:
         n = 1 if counts is None else len(counts)
         handles, cached = np.empty(n, np.int32), np.empty(n, np.int32)
         salted, keyed = encode_keys(salt, extra_key)
+        handles.fill(NOBODY)
         try:
             done = self.core.admit_batch(tokens, counts, salted, keyed, handles, cached)  # type: ignore[arg-type]
+            return (handles, cached) if done == n else (handles[:done], cached[:done])
         except TypeError as error:  # ids, or counts, of another type
             ids = token_ids(tokens)
             if ids is tokens:
                 raise not_int32(ids, counts) from error
-            return self.admit_batch(ids, counts, salt=salt, extra_key=extra_key)
-        return (handles, cached) if done == n else (handles[:done], cached[:done])
+        except BaseException:
+            self._give_up(handles)
+            raise
+        return self.admit_batch(ids, counts, salt=salt, extra_key=extra_key)
+
+    def _give_up(self, handles: Handles) -> None:
+        """Frees what a call has made for a caller that gets an exception instead."""
+        for handle in handles[handles != NOBODY].tolist():
+            if self.core.is_live(handle):
+                self.core.free(handle)
 
     def match(self, tokens: Tokens, *, salt: str | bytes | None = None, extra_key: Key = None) -> PrefixMatch:
         """How much of ``tokens`` is cached, and why not more. Changes nothing, not even what is forgotten next."""
@@ -220,7 +235,13 @@ class Allocator:
         them is not cached now.
         """
         salted, keyed = encode_keys(salt, extra_key)
-        return Pin(self.core, *with_ids(tokens, lambda ids: self.core.pin_tokens(ids, salted, keyed)))
+        pin = Pin(self.core, 0, 0)
+        try:
+            with_ids(tokens, lambda ids: self.core.pin_tokens(ids, salted, keyed, pin))
+            return pin
+        except BaseException:
+            pin.give_up()
+            raise
 
     def clear_cache(self) -> int:
         """Forgets every cached block that nobody uses or pins; returns how many. Their memory stays parked."""
@@ -238,9 +259,13 @@ class Allocator:
         """Handles of ``n`` new sequences, int32 [n]: all of them or ``OutOfMemory``."""
         if at_least_zero("n", n) > self.max_sequences:
             raise OutOfMemory(f"asked to open {n} sequences; max_sequences is {self.max_sequences}")
-        handles = np.empty(n, np.int32)
-        self.core.open_batch(handles)
-        return handles
+        handles = np.full(n, NOBODY, np.int32)
+        try:
+            self.core.open_batch(handles)
+            return handles
+        except BaseException:
+            self._give_up(handles)
+            raise
 
     def extend_batch(self, ids: Handles, counts: Handles) -> None:
         """Makes room for ``counts[i]`` more tokens of each sequence: for all, or ``OutOfMemory`` and nothing has
@@ -330,9 +355,12 @@ class Allocator:
             group.begin()
             try:
                 self.core.fill(ids, counts, index, rows, group.buffers)
+                group.update(self.core, index)
             except TypeError as error:
                 raise not_int32(ids) from error
-            group.update(self.core, index)
+            except BaseException:
+                group.buffers.forget()
+                raise
 
     def step(
         self,
@@ -357,9 +385,12 @@ class Allocator:
         batch.begin()
         try:
             self.core.step(ids, counts, tokens, rows, batch.buffers)
+            batch.update(self.core, self._main)
         except TypeError as error:
             raise not_int32(ids, *(x for x in (counts, tokens) if x is not None)) from error
-        batch.update(self.core, self._main)
+        except BaseException:
+            batch.buffers.forget()
+            raise
         for index, group in batch.others.items():
             group.begin()
             self.core.fill(ids, None, index, rows, group.buffers)
@@ -471,6 +502,7 @@ class Allocator:
         return self.tensor(layer, component)[blocks].flatten(0, 1)[first % size : first % size + end - first]
 
     def _arena(self, group: int, arena: int) -> torch.Tensor:
+        self.core.check_process()
         self.pool.streams.follow()
         if (group, arena) not in self._arenas:
             # A tensor made in inference mode could never be written outside of it.

@@ -159,35 +159,22 @@ class EventStream:
             raise SpecError(f"max_events: got {max_events!r}; must be an int, 0 or more, or None")
         if os.getpid() != self._process:  # the lock may be closed for ever, by a thread that is not here
             raise DeviceError("the events belong to the process that fork() was called in; make an allocator here", "fork")
-        given: list[Event] = []
-        try:
-            with self._lock:
-                if restart:
-                    self._receive(-1, restart=True)
-                if max_events is None:
-                    self._receive(0)  # what a poll that was interrupted had not taken
-                    self._receive(-1)
-                else:
-                    while len(self._state.ready) - self._state.given < max_events and self._receive(_CHUNK):
-                        pass
-                self._drain(self._state.taken, 0, False)  # it need not keep them any more
-                while True:
-                    state = self._state
-                    end = len(state.ready) if max_events is None else min(state.given + max_events, len(state.ready))
-                    some, after = state.ready[state.given : end], _shortened(state.taken, state.ready, end)
-                    # In one line, since nothing interrupts it between two assignments.
-                    if self._state is state: self._state, given = after, some; break  # fmt: skip  # noqa: E701, E702
-            return given
-        except BaseException:
-            self._put_back(given)
-            raise
-
-    def _put_back(self, given: list[Event]) -> None:
-        while given:
-            with self._lock:
-                state = self._state
-                before = _State(state.taken, given + state.ready[state.given :], 0)
-                if self._state is state: self._state, given = before, []  # fmt: skip  # noqa: E701
+        with self._lock:
+            if restart:
+                self._receive(-1, restart=True)
+            if max_events is None:
+                self._receive(0)  # what a poll that was interrupted had not taken
+                self._receive(-1)
+            else:
+                while len(self._state.ready) - self._state.given < max_events and self._receive(_CHUNK):
+                    pass
+            self._drain(self._state.taken, 0, False)  # it need not keep them any more
+        while True:
+            state = self._state
+            end = len(state.ready) if max_events is None else min(state.given + max_events, len(state.ready))
+            some, after = state.ready[state.given : end], _shortened(state.taken, state.ready, end)
+            # One line: nothing comes between the look and the return, no other thread and no signal handler.
+            if self._state is state: self._state = after; return some  # fmt: skip  # noqa: E701, E702
 
     def _receive(self, most: int, *, restart: bool = False) -> bool:
         """Makes the events of one more batch; False when there is none. A poll that came between has made them."""
@@ -199,7 +186,7 @@ class EventStream:
         events = list(self._events(made))
         after = _State(batch.number, [*([] if restart else state.ready[state.given :]), *events], 0)
         digests, nodes, values = made.changes()
-        # Nothing comes between these three.
+        # One line, as in poll().
         if self._state is state: self._digests, digests[nodes], self._state = digests, values, after  # fmt: skip  # noqa: E701
         return True
 
