@@ -246,6 +246,7 @@ nb::class_<Cache> bind_cache(nb::module_& m) {
             return child;
           },
           "handle"_a, "sequence"_a = nb::none(), "The new handle; also told to the object that stands for it.")
+      .def("first_arena", &Cache::first_arena, "group"_a, "Its number, as ops name it.")
       .def("check_process", &Cache::check_process, "DeviceError in a forked child.")
       .def("is_live", &Cache::is_live, "handle"_a)
       .def(

@@ -7,6 +7,7 @@
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
 
 #include <algorithm>
 #include <optional>
@@ -44,6 +45,12 @@ void bind_prefix_options(nb::module_& m) {
 }
 
 void bind_token_blocks(nb::module_& m) {
+  m.def(
+      "keyed_hash",
+      [](std::uint64_t first, std::uint64_t second, const nb::bytes& bytes) {
+        return KeyedHash(first, second)(std::string(bytes.c_str(), bytes.size()));
+      },
+      "first"_a, "second"_a, "bytes"_a, "What salts are found by; see csrc/keyed_hash.h.");
   const auto check = [](const TokenBlocks& blocks, i32 block, size_t count, i64 least) {
     const i64 n = static_cast<i64>(count);
     if (block < 0 || block >= blocks.blocks() || n < least || n > blocks.block_tokens()) {
@@ -180,6 +187,16 @@ void bind_prefix(nb::class_<Cache>& cache) {
       .def("unpin", &Cache::unpin, "pin"_a, Free())
       .def("snapshot", &Cache::snapshot, "handle"_a, Free())
       .def("retain", &Cache::retain, "handle"_a, "start"_a, "end"_a, "priority"_a, "seconds"_a, Free())
+      .def(
+          "retained",
+          [](Cache& c, i64 handle) {
+            std::vector<std::tuple<i64, i64, int, double>> ranges;
+            for (const Cache::Retention& r : c.retained(handle)) {
+              ranges.emplace_back(r.first, r.end, r.priority, r.seconds);
+            }
+            return ranges;
+          },
+          "handle"_a, "What holds of which blocks: (first, end, priority, seconds), ascending, no block twice.")
       .def("clear_cache", &Cache::clear_cache, Free())
       .def(
           "drain_events",

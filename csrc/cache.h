@@ -88,11 +88,19 @@ class Cache final : public TableState {
   i64 pin(const i32* tokens, i64 n, const PrefixKey& key, i64* pinned);
   void unpin(i64 pin);
   void snapshot(i64 handle);
-  // Blocks that lie whole in [start, end) of the sequence, present and to come (RetentionPolicy).
+  // Blocks that lie whole in [start, end) of the sequence, present and to come (RetentionPolicy). Of each block the last
+  // word counts. Cost: of the blocks that are there from `start` on, and of the ranges that the sequence has.
   void retain(i64 handle, i64 start, i64 end, int priority, double seconds);
   // Forgets all that nobody uses or pins, and returns how many blocks. In pieces of some thousand, each of them all or
   // nothing, between which others are let in; so an error in the middle keeps what was forgotten before.
   i64 clear_cache();
+  // What retain() said of blocks [first, end) of a sequence.
+  struct Retention {
+    i64 first, end;
+    int priority;
+    double seconds;
+  };
+  std::vector<Retention> retained(i64 handle);
   // Events, as EventRing::drain takes them out, and the keys of the roots that they name.
   struct EventBatch {
     i64 number = 0;  // counts the batches that were not empty, from 1
@@ -158,12 +166,6 @@ class Cache final : public TableState {
   void apply_table(const Op& op) override;
 
  private:
-  // What retain() said of blocks [first, end) of a sequence.
-  struct Retention {
-    i64 first, end;
-    int priority;
-    double seconds;
-  };
   // What is known of a sequence's tokens: a chain of published blocks, then its tail. Beyond `known` tokens nothing is.
   struct Content {
     i32 root = kNoNode, leaf = kNoNode;  // the last published block, or the root

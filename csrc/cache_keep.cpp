@@ -138,6 +138,11 @@ void Cache::retain(i64 handle, i64 start, i64 end, int priority, double seconds)
   leave();
 }
 
+std::vector<Cache::Retention> Cache::retained(i64 handle) {
+  Lock lock = enter(true);
+  return contents_[sequences_.index(handle)].retained;
+}
+
 i64 Cache::clear_cache() {
   Lock lock = enter();
   settle();
