@@ -14,9 +14,9 @@
 namespace kvmem {
 class Cache;
 
-// Python's lock comes back to the thread; `state` is what PyEval_SaveThread() returned. A thread that comes back when the
-// interpreter is ending never gets it: Python ends such a thread by unwinding its stack, which no destructor survives.
-// So it stays here, asleep, until the process is gone.
+// Python's lock comes back to the thread; `state` is what PyEval_SaveThread() returned. A thread that comes back when
+// the interpreter is ending never gets it: Python ends such a thread by unwinding its stack, which no destructor
+// survives. So it stays here, asleep, until the process is gone.
 inline void take_gil(void* state) {
   try {
     PyEval_RestoreThread(static_cast<PyThreadState*>(state));

@@ -89,8 +89,7 @@ void bind_prefix(nb::class_<Cache>& cache) {
   cache
       .def(
           "admit",
-          [](Cache& c, const TokenIds& tokens, const nb::bytes& salt, const nb::bytes& extra_key,
-             nb::handle sequence) {
+          [](Cache& c, const TokenIds& tokens, const nb::bytes& salt, const nb::bytes& extra_key, nb::handle sequence) {
             if (c.shares()) check_ids(tokens);  // else they are not read at all
             const PrefixKey key = key_of(salt, extra_key);
             i64 cached = 0, handle = 0;

@@ -27,7 +27,8 @@ void leave_scope(nb::handle self, nb::handle kind, nb::handle, nb::handle) {
 
 void bind_scope(nb::module_& m) {
   nb::class_<Scope>(m, "Scope", "The two methods that make a context manager of what has a ``_core`` and an ``_id``.")
-      .def("__enter__", [](nb::handle self) { return nb::borrow(self); }, nb::sig("def __enter__(self) -> typing.Self"))
+      .def(
+          "__enter__", [](nb::handle self) { return nb::borrow(self); }, nb::sig("def __enter__(self) -> object"))
       .def("__exit__", &leave_scope, nb::arg().none(), nb::arg().none(), nb::arg().none(),
            nb::sig("def __exit__(self, kind: object, error: object, at: object, /) -> None"));
 }

@@ -88,8 +88,8 @@ class Cache final : public TableState {
   i64 pin(const i32* tokens, i64 n, const PrefixKey& key, i64* pinned);
   void unpin(i64 pin);
   void snapshot(i64 handle);
-  // Blocks that lie whole in [start, end) of the sequence, present and to come (RetentionPolicy). Of each block the last
-  // word counts. Cost: of the blocks that are there from `start` on, and of the ranges that the sequence has.
+  // Blocks that lie whole in [start, end) of the sequence, present and to come (RetentionPolicy). Of each block the
+  // last word counts. Cost: of the blocks that are there from `start` on, and of the ranges that the sequence has.
   void retain(i64 handle, i64 start, i64 end, int priority, double seconds);
   // Forgets all that nobody uses or pins, and returns how many blocks. In pieces of some thousand, each of them all or
   // nothing, between which others are let in; so an error in the middle keeps what was forgotten before.
@@ -145,14 +145,14 @@ class Cache final : public TableState {
   i64 compact(i64 bytes);
   // Parked and free pages to the system; -1 for all; returns the bytes given back. In pieces, as clear_cache().
   i64 trim(i64 bytes);
-  // How much this allocator may map. With a pool of its own this is the pool's budget too. What is parked goes in pieces
-  // as far as it is sure to suffice; the rest is all or nothing.
+  // How much this allocator may map. With a pool of its own this is the pool's budget too. What is parked goes in
+  // pieces as far as it is sure to suffice; the rest is all or nothing.
   void set_memory(i64 pages);
   CacheStats stats();
   std::vector<std::string> check();
   bool paged() const { return paged_; }
   void check_process() const { fork_guard_.check("the allocator"); }  // DeviceError in a forked child
-  bool shares() const { return prefix_.on; }  // else it looks at no token
+  bool shares() const { return prefix_.on; }                          // else it looks at no token
   const Geometry& geometry() const { return geometry_; }
   PagePool& pool() { return *pool_; }
   i64 first_arena(i64 group) const { return table_->first_arena(group); }
@@ -171,7 +171,7 @@ class Cache final : public TableState {
     i32 root = kNoNode, leaf = kNoNode;  // the last published block, or the root
     i64 known = 0;
     std::vector<Retention> retained;  // ascending, no block twice
-    bool state_ahead = false;  // a truncation took tokens back that the fixed state has seen
+    bool state_ahead = false;         // a truncation took tokens back that the fixed state has seen
   };
   // What a step finds, of all its sequences, in the first group that grows with the tokens.
   struct Planned {

@@ -94,7 +94,8 @@ class CudaDriver final : public Driver {
   const cuda::Device device_;
   const cuda::Api& api_;
 
-  mutable ForkMutex mutex_{"the CUDA driver"};  // the books below; held during the driver's calls, which it serialises anyway
+  mutable ForkMutex mutex_{
+      "the CUDA driver"};  // the books below; held during the driver's calls, which it serialises anyway
   cuda::StreamPtr side_ = nullptr;
   std::atomic<i64> created_bytes_{0};
   std::map<Address, i64> reservations_;

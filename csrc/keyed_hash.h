@@ -1,5 +1,5 @@
-// A hash of bytes that others choose, under a key that they do not know: SipHash-1-3 (Aumasson and Bernstein). Who lacks
-// the key cannot make two inputs that collide, so that no table of ours can be filled with one bucket.
+// A hash of bytes that others choose, under a key that they do not know: SipHash-1-3 (Aumasson and Bernstein). Who
+// lacks the key cannot make two inputs that collide, so that no table of ours can be filled with one bucket.
 #pragma once
 
 #include <cstdint>

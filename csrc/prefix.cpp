@@ -15,9 +15,9 @@ constexpr i64 kGhosts = 1 << 14;
 // Nodes for the memory there is, and some more: roots, and steps on a path whose own memory is gone.
 constexpr i64 kFirstNodes = 1 << 8, kMostAtOnce = 1 << 16, kSpareShare = 64;
 constexpr i64 kFirstTokens = 1 << 24, kFewestNodes = 8;  // fewer nodes where blocks are huge
-constexpr i64 kGrowth = 4;                   // a fourth more nodes when there are too few
-constexpr std::size_t kLooseKept = 1 << 12;  // of more loose nodes, finish() gives the list back
-constexpr i32 kFree = -2;                    // as an ordinal
+constexpr i64 kGrowth = 4;                               // a fourth more nodes when there are too few
+constexpr std::size_t kLooseKept = 1 << 12;              // of more loose nodes, finish() gives the list back
+constexpr i32 kFree = -2;                                // as an ordinal
 
 // Chains of three nodes for two buckets.
 bool full(i64 nodes, std::size_t buckets) { return 2 * nodes > 3 * static_cast<i64>(buckets); }

@@ -202,9 +202,9 @@ class PrefixIndex {
   std::vector<i32> root_of_;       // by node, where events are on: the number of its root, never given out twice
   i32 free_ = kNoNode;
   std::vector<i32> buckets_;
-  std::unordered_map<i32, i32> pins_;           // how many, of the nodes that have some
+  std::unordered_map<i32, i32> pins_;                      // how many, of the nodes that have some
   std::unordered_map<std::string, i32, KeyedHash> roots_;  // by flat(key)
-  std::unordered_map<i32, RootKey> root_keys_;  // by number
+  std::unordered_map<i32, RootKey> root_keys_;             // by number
   // Roots that are gone, while an event that names them waits: each had one waiting when it went, so there are never
   // more than twice as many as events can wait.
   std::deque<i32> gone_roots_;

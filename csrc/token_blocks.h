@@ -67,8 +67,8 @@ class TokenBlocks {
 
   const i64 block_tokens_;
   u64 bits_ = kNarrowest;
-  i64 stride_;                       // bytes of a block
-  i64 blocks_ = 0, used_ = 0;        // room for; and those below were put
+  i64 stride_;                 // bytes of a block
+  i64 blocks_ = 0, used_ = 0;  // room for; and those below were put
   // And a word more: blocks are read and written by whole words. What was never put takes no memory, only addresses.
   std::unique_ptr<std::uint8_t[], void (*)(void*)> bytes_{nullptr, std::free};
 };

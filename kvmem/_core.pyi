@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 import enum
-from typing import Annotated, Self
+from typing import Annotated
 
 import numpy
 from numpy.typing import NDArray
@@ -361,6 +361,9 @@ class Cache:
     def fork(self, handle: int, sequence: object | None = None) -> int:
         """The new handle; also told to the object that stands for it."""
 
+    def first_arena(self, group: int) -> int:
+        """Its number, as ops name it."""
+
     def check_process(self) -> None:
         """DeviceError in a forked child."""
 
@@ -426,18 +429,23 @@ class Cache:
 
     def commit_tokens_batch(self, handles: NDArray[numpy.int32], counts: NDArray[numpy.int32], tokens: NDArray[numpy.int32]) -> None: ...
 
-    def pin(self, handle: int, tokens: int) -> tuple[int, int]:
+    def pin(self, handle: int, tokens: int, pin: object | None = None) -> tuple[int, int]:
         """
         The first tokens of a sequence (-1: all known): a pin, and how many it keeps.
         """
 
-    def pin_tokens(self, tokens: list[int] | NDArray[numpy.int32], salt: bytes, extra_key: bytes) -> tuple[int, int]: ...
+    def pin_tokens(self, tokens: list[int] | NDArray[numpy.int32], salt: bytes, extra_key: bytes, pin: object | None = None) -> tuple[int, int]: ...
 
     def unpin(self, pin: int) -> None: ...
 
     def snapshot(self, handle: int) -> None: ...
 
     def retain(self, handle: int, start: int, end: int, priority: int, seconds: float) -> None: ...
+
+    def retained(self, handle: int) -> list[tuple[int, int, int, float]]:
+        """
+        What holds of which blocks: (first, end, priority, seconds), ascending, no block twice.
+        """
 
     def clear_cache(self) -> int: ...
 
@@ -643,6 +651,9 @@ class EventRing:
     @property
     def lost(self) -> int: ...
 
+def keyed_hash(first: int, second: int, bytes: bytes) -> int:
+    """What salts are found by; see csrc/keyed_hash.h."""
+
 class TokenBlocks:
     """Blocks of token ids, packed; see csrc/token_blocks.h."""
 
@@ -667,6 +678,6 @@ class Scope:
     The two methods that make a context manager of what has a ``_core`` and an ``_id``.
     """
 
-    def __enter__(self) -> Self: ...
+    def __enter__(self) -> object: ...
 
     def __exit__(self, kind: object, error: object, at: object, /) -> None: ...

@@ -78,7 +78,9 @@ class Allocator:
         ``KVMEM_DEBUG``.
     driver: replaces the device's own driver; for tests.
 
-    Thread-safe: calls are serialised. After a ``fork()`` of the process, the child's calls raise ``DeviceError``.
+    Thread-safe: calls are serialised, and none that waits for another keeps Python's lock. After a ``fork()`` of the
+    process, the child's calls raise ``DeviceError``. An exception that a signal handler raises in the middle of a call
+    leaves no sequence, pin or event behind that nobody has.
     """
 
     def __init__(
@@ -244,7 +246,11 @@ class Allocator:
             raise
 
     def clear_cache(self) -> int:
-        """Forgets every cached block that nobody uses or pins; returns how many. Their memory stays parked."""
+        """Forgets every cached block that nobody uses or pins; returns how many. Their memory stays parked.
+
+        Other threads' calls are let in after each 1,024 blocks, as by ``trim()`` and ``set_memory()``: what they cache
+        meanwhile is forgotten too. After an error, what was forgotten before it stays so.
+        """
         return self.core.clear_cache()
 
     def events(self, max_events: int | None = None, *, restart: bool = False) -> list[Event]:
@@ -515,13 +521,17 @@ class Allocator:
     def set_memory(self, memory: int | str) -> None:
         """Grows or shrinks what this allocator may map, and the budget of a pool of its own; parked pages go first.
 
-        ``OutOfMemory``, and nothing changed, when live sequences hold more than that; ``compact()`` may help.
+        ``OutOfMemory``, and nothing changed, when live sequences hold more than that; ``compact()`` may help. What is
+        parked goes in pieces, as by ``trim()``, unless pins keep some of it: then all at once, or not at all. Growing
+        what creates its pages ahead (CUDA) is one piece too. Threads that take memory meanwhile may get it refused;
+        then parked pages are gone.
         """
         self.core.set_memory(self.pool.parse_pages(memory))
 
     def trim(self, bytes: int | str | None = None) -> int:
         """Gives parked and free pages back to the system: at least ``bytes`` of them if there are as many, or all, also
-        those of cached blocks. Returns bytes.
+        those of cached blocks. Returns bytes. In pieces of a millisecond, each all or nothing, between which other
+        threads' calls are let in.
         """
         return self.core.trim(-1 if bytes is None else parse_bytes("bytes", bytes))
 

@@ -158,7 +158,9 @@ class EventStream:
         if max_events is not None and (isinstance(max_events, bool) or not max_events >= 0):
             raise SpecError(f"max_events: got {max_events!r}; must be an int, 0 or more, or None")
         if os.getpid() != self._process:  # the lock may be closed for ever, by a thread that is not here
-            raise DeviceError("the events belong to the process that fork() was called in; make an allocator here", "fork")
+            raise DeviceError(
+                "the events belong to the process that fork() was called in; make an allocator here", "fork"
+            )
         with self._lock:
             if restart:
                 self._receive(-1, restart=True)

@@ -184,9 +184,16 @@ class Sequence:
         if self._id != NOBODY and self._core.is_live(self._id):
             self._core.free(self._id)
 
-    # Frees it, unless the body did. The body's own exception is what is raised.
-    __enter__ = _core.Scope.__enter__
-    __exit__ = _core.Scope.__exit__
+    # Frees it, unless the body did; the body's own exception is what is raised. One call to C each: in the middle of a
+    # function of Python's a signal handler may raise.
+    if TYPE_CHECKING:
+
+        def __enter__(self) -> Sequence: ...
+
+        def __exit__(self, *_: object) -> None: ...
+    else:
+        __enter__ = _core.Scope.__enter__
+        __exit__ = _core.Scope.__exit__
 
     def __repr__(self) -> str:
         return f"Sequence(id={self._id})"

@@ -77,7 +77,9 @@ class Streams:
 
     def _check_process(self) -> None:
         if os.getpid() != self._process:  # the lock may be closed for ever, by a thread that is not here
-            raise DeviceError("the pool was made before fork() and belongs to the parent process; make a new one here", "fork")
+            raise DeviceError(
+                "the pool was made before fork() and belongs to the parent process; make a new one here", "fork"
+            )
 
     def _switch(self, handle: int) -> None:
         self._check_process()

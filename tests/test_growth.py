@@ -55,7 +55,9 @@ def test_requests_of_a_salt_each_leave_nothing(tokens: int, events: int) -> None
 
 
 def test_names_of_past_roots_are_told_while_their_events_wait() -> None:
-    alloc = kvmem.Allocator(spec(), backend="paged", memory="64KiB", page_bytes=4096, max_sequences=4, max_tokens=64, events=4096)
+    alloc = kvmem.Allocator(
+        spec(), backend="paged", memory="64KiB", page_bytes=4096, max_sequences=4, max_tokens=64, events=4096
+    )
     told: list[object] = []
     for i in range(600):  # far more than there is memory for: roots go while their events wait
         with alloc.sequence([1] * 8, salt="salt", extra_key=f"adapter {i}") as seq:
@@ -89,7 +91,9 @@ def test_allocators_that_come_and_go_on_a_pool(backend: str) -> None:
 
 def test_huge_blocks_take_no_memory_for_tokens_that_never_come() -> None:
     before = resident_kib()
-    alloc = kvmem.Allocator(spec(1 << 24), memory="64KiB", page_bytes=4096, max_sequences=4, max_tokens=100, backend="virtual")
+    alloc = kvmem.Allocator(
+        spec(1 << 24), memory="64KiB", page_bytes=4096, max_sequences=4, max_tokens=100, backend="virtual"
+    )
     with alloc.sequence([1, 2, 3], salt="a") as seq:
         seq.extend(3), seq.commit([1, 2, 3])
         with seq.fork() as child:

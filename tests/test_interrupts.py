@@ -197,6 +197,15 @@ CALLS: dict[str, Callable[[kvmem.Allocator, kvmem.Sequence, kvmem.Batch], object
 }
 
 
+def assert_answers(alloc: kvmem.Allocator) -> None:
+    """Another thread is let in."""
+    answers: list[object] = []
+    thread = threading.Thread(target=lambda: answers.extend([alloc.stats(), alloc.match(PROMPT)]), daemon=True)
+    thread.start()
+    thread.join(20)
+    assert len(answers) == 2, "a lock stayed closed"
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", CALLS)
 def test_a_call_that_is_interrupted_leaves_what_can_go_on(name: str, backend: str) -> None:
@@ -213,10 +222,7 @@ def test_a_call_that_is_interrupted_leaves_what_can_go_on(name: str, backend: st
             ours, fresh = (getattr(b, field)[..., : other[1].block_table.shape[-1]] for b in other)
             assert ours.equal(fresh), f"{field} after place {nth}"
         seq.truncate(seq.num_committed_tokens)
-        answers: list[object] = []
-        thread = threading.Thread(target=lambda: answers.extend([alloc.stats(), alloc.match(PROMPT)]))
-        thread.start(), thread.join(20)
-        assert len(answers) == 2, f"a lock stayed closed after place {nth}"
+        assert_answers(alloc)
     assert nth > 1
 
 
@@ -246,25 +252,32 @@ def wanted_hashes() -> list[bytes]:
     return hashes(reference.events())
 
 
+HOW: dict[str, Callable[[kvmem.Allocator], list[Event]]] = {
+    "polls": lambda alloc: alloc.events(),
+    "polls in part": lambda alloc: alloc.events(1),
+    "polls anew": lambda alloc: alloc.events(restart=True),
+}
+
+
+def told_in_all(form: str, how: str, nth: int) -> tuple[list[Event], bool]:
+    """All events that come when a poll is interrupted in its ``nth`` place, in the order in which they do."""
+    alloc = make("paged", events=64)
+    for salt in "abc":
+        with alloc.sequence(SHORT, salt=salt) as seq:
+            seq.extend(9), seq.commit(SHORT)
+    came: list[Event] = []
+    within = stop if how == "raises" else lambda: came.extend(HOW[how](alloc))
+    more = interrupted(nth, lambda: came.extend(FORMS[form](alloc)), within)
+    return came + alloc.events(), more
+
+
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("how", ["raises", "polls", "polls in part", "polls anew"])
+@pytest.mark.parametrize("how", ["raises", *HOW])
 def test_no_event_is_lost_or_told_twice(form: str, how: str) -> None:
     wanted, nth, more = wanted_hashes(), 0, True
     while more:
         nth += 1
-        alloc = make("paged", events=64)
-        for salt in "abc":
-            with alloc.sequence(SHORT, salt=salt) as seq:
-                seq.extend(9), seq.commit(SHORT)
-        came: list[Event] = []
-        within = {
-            "raises": stop, "polls": lambda: came.extend(alloc.events()), "polls in part": lambda: came.extend(alloc.events(1)),
-            "polls anew": lambda: came.extend(alloc.events(restart=True)),
-        }[how]  # fmt: skip
-        after: list[Event] = []
-        more = interrupted(nth, lambda: after.extend(FORMS[form](alloc)), within)
-        came += after
-        came += alloc.events()
+        came, more = told_in_all(form, how, nth)
         # What came before the last "cleared" counts no more.
         clears = [i for i, event in enumerate(came) if isinstance(event, AllBlocksCleared)]
         told = hashes(came[clears[-1] :] if clears else came)
