@@ -4,6 +4,7 @@
 
 #include <new>
 
+#include "pool_lock.h"
 #include "types.h"
 
 namespace nb = nanobind;
@@ -46,10 +47,13 @@ NB_MODULE(_core, m) {
 #ifndef KVMEM_DEBUG
   nb::set_leak_warnings(false);  // an allocator that lives until the interpreter exits is no leak
 #endif
+  // Whoever holds the pool may be waiting for Python's lock, and no Python thread shall wait for those that do not.
+  wait_hooks = {[]() -> void* { return PyGILState_Check() ? PyEval_SaveThread() : nullptr; }, &take_gil};
   nb::register_exception_translator(translate);
   bind_drivers(m);
   bind_core(m);
   bind_eviction(m);
   bind_events(m);
   bind_token_blocks(m);
+  bind_scope(m);
 }

@@ -1,8 +1,10 @@
 // What the files that include Python share. Everything else in csrc/ is free of Python.
 #pragma once
 
+#include <cxxabi.h>
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <unistd.h>
 
 #include <string>
 
@@ -11,6 +13,35 @@
 
 namespace kvmem {
 class Cache;
+
+// Python's lock comes back to the thread; `state` is what PyEval_SaveThread() returned. A thread that comes back when
+// the interpreter is ending never gets it: Python ends such a thread by unwinding its stack, which no destructor
+// survives. So it stays here, asleep, until the process is gone.
+inline void take_gil(void* state) {
+  try {
+    PyEval_RestoreThread(static_cast<PyThreadState*>(state));
+  } catch (abi::__forced_unwind&) {
+    while (true) pause();
+  }
+}
+
+// Other Python threads run while it lives.
+class WithoutGil {
+ public:
+  WithoutGil() : state_(PyEval_SaveThread()) {}
+  ~WithoutGil() { take_gil(state_); }
+  WithoutGil(const WithoutGil&) = delete;
+  WithoutGil& operator=(const WithoutGil&) = delete;
+
+ private:
+  PyThreadState* const state_;
+};
+
+// What a call makes for Python stands in its object's attributes before the call returns: an exception that a signal
+// handler raises just then finds it there, and not lost on the way.
+inline void keep_in(nanobind::handle object, const char* name, i64 value) {
+  if (!object.is_none()) object.attr(name) = value;
+}
 
 void bind_drivers(nanobind::module_& m);  // bindings_drivers.cpp
 void bind_core(nanobind::module_& m);     // bindings_core.cpp
@@ -21,6 +52,7 @@ void bind_requests(nanobind::module_& m, nanobind::class_<Cache>& cache);  // bi
 void bind_batch(nanobind::module_& m, nanobind::class_<Cache>& cache);     // bindings_batch.cpp
 void bind_events(nanobind::module_& m);                                    // bindings_events.cpp
 void bind_eviction(nanobind::module_& m);                                  // bindings_eviction.cpp
+void bind_scope(nanobind::module_& m);                                     // bindings_scope.cpp
 
 // Arrays never convert: a conversion would let writes to a wrong-typed output vanish into a temporary copy.
 template <class T, int D = 1>

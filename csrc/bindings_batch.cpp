@@ -20,6 +20,7 @@ struct Buffers {
   std::vector<nb::object> owners;
   BatchSizes sizes = {};
   bool filled = false;
+  bool filling = false;  // at this moment
 };
 
 // Of an array of int32 counts: the last of them must be one too.
@@ -107,6 +108,12 @@ void bind_buffers(nb::module_& m) {
       .def_prop_ro(
           "filled", [](const Buffers& b) { return b.filled; },
           "False before the first fill, and if the last one failed.")
+      .def(
+          "forget",
+          [](Buffers& b) {
+            if (!b.filling) b.marks.clear(), b.filled = false;
+          },
+          "What it was filled with is not where it should be: the next fill writes, and tells, all of it.")
       .def_prop_ro("handles", &handles_of, "The sequences of the last fill, without padding rows.")
       .def_prop_ro("num_rows", [](const Buffers& b) { return b.sizes.rows; })
       .def_prop_ro("num_new_tokens", [](const Buffers& b) { return b.sizes.new_tokens; })
@@ -123,14 +130,33 @@ void bind_buffers(nb::module_& m) {
           "indices_from", [](const Buffers& b) { return b.sizes.indices_from; }, "Where kv_indices changed first.");
 }
 
+// Of a batch that several threads fill one is served: the pool's lock does not guard its buffers, since a batch may be
+// filled through one pool, then through another. All but the filling itself is done under Python's lock.
+class Filling {
+ public:
+  explicit Filling(Buffers& out) : out_(out) {
+    if (out.filling) {
+      throw SpecError("batch: another thread is filling it at this moment; give each thread a batch of its own");
+    }
+    out.filling = true, out.filled = false;
+  }
+  ~Filling() { out_.filling = false; }
+  Filling(const Filling&) = delete;
+  Filling& operator=(const Filling&) = delete;
+
+ private:
+  Buffers& out_;
+};
+
 template <class Fill>
 void refill(Buffers& out, const Fill& fill) {
-  out.filled = false;
+  const Filling filling(out);
+  BatchSizes sizes;
   {
-    nb::gil_scoped_release release;
-    out.sizes = fill();
+    const WithoutGil free;
+    sizes = fill();
   }
-  out.filled = true;
+  out.sizes = sizes, out.filled = true;
 }
 
 }  // namespace

@@ -17,7 +17,7 @@ using namespace nb::literals;
 namespace kvmem {
 namespace {
 
-using Free = nb::call_guard<nb::gil_scoped_release>;
+using Free = nb::call_guard<WithoutGil>;
 
 const char* const kNames[kOpKinds] = {"create", "destroy", "map",    "unmap",  "zero",   "copy",  "fence", "open",
                                       "close",  "bind",    "unbind", "length", "commit", "front", "block"};
@@ -115,8 +115,9 @@ void bind_pool(nb::module_& m) {
       .def(
           "set_budget",
           [](PagePool& p, i64 pages) {
-            const auto lock = p.lock();
+            auto lock = p.lock();
             p.settle();
+            p.shrink_in_pieces(lock, pages);
             p.set_budget(pages);
           },
           "pages"_a, Free())
@@ -183,6 +184,7 @@ void bind_sequences(nb::module_& m) {
 // unmaps its arenas: whoever still looks at the memory keeps it.
 nb::ndarray<std::uint8_t> arena_bytes(nb::handle_t<Cache> self, i64 group, i64 arena_in_group) {
   auto& cache = nb::cast<Cache&>(self);
+  cache.check_process();
   Space* space = cache.pool().space();
   if (!space) throw DeviceError("device \"meta\" keeps the books only: it has no memory to show");
   const i32 arena = static_cast<i32>(cache.first_arena(group) + arena_in_group);
@@ -225,7 +227,7 @@ nb::class_<Cache> bind_cache(nb::module_& m) {
           "extend",
           [](Cache& c, i32 handle, i64 count, i64 group) {
             if (group < 0 && c.extend_at_hand(handle, count)) return;  // letting Python's lock go would cost more
-            nb::gil_scoped_release release;
+            const WithoutGil free;
             const i32 small = to_int32(count, "count");
             c.extend(&handle, &small, 1, group);
           },
@@ -237,7 +239,7 @@ nb::class_<Cache> bind_cache(nb::module_& m) {
             const i32* ids = tokens ? tokens->data() : nullptr;
             const i64 num_ids = tokens ? tokens->size() : 0;
             if (c.advance_at_hand(handle, count, ids, num_ids)) return;
-            nb::gil_scoped_release release;
+            const WithoutGil free;
             c.advance(handle, count, ids, num_ids);
           },
           "handle"_a, "count"_a, "tokens"_a.noconvert().none() = nb::none(),
@@ -253,7 +255,7 @@ nb::class_<Cache> bind_cache(nb::module_& m) {
           "commit",
           [](Cache& c, i32 handle, i64 count, i64 group) {
             if (group < 0 && c.commit_at_hand(handle, count)) return;
-            nb::gil_scoped_release release;
+            const WithoutGil free;
             const i32 small = to_int32(count, "count");
             c.commit(&handle, &small, 1, group, nullptr);
           },
@@ -266,7 +268,21 @@ nb::class_<Cache> bind_cache(nb::module_& m) {
           },
           "handles"_a.noconvert(), "counts"_a.noconvert(), "group"_a = -1, Free())
       .def("truncate", &Cache::truncate, "handle"_a, "tokens"_a, Free())
-      .def("fork", &Cache::fork, "handle"_a, Free())
+      .def(
+          "fork",
+          [](Cache& c, i64 handle, nb::handle sequence) {
+            i64 child = 0;
+            {
+              const WithoutGil free;
+              child = c.fork(handle);
+            }
+            keep_in(sequence, "_id", child);
+            return child;
+          },
+          "handle"_a, "sequence"_a = nb::none(), "The new handle; also told to the object that stands for it.")
+      .def("first_arena", &Cache::first_arena, "group"_a, "Its number, as ops name it.")
+      .def("check_process", &Cache::check_process, "DeviceError in a forked child.")
+      .def("is_live", &Cache::is_live, "handle"_a)
       .def(
           "free", [](Cache& c, i32 handle) { c.free(&handle, 1); }, "handle"_a, Free())
       .def(
@@ -328,7 +344,7 @@ nb::class_<Cache> bind_cache(nb::module_& m) {
           "apply",
           [](Cache& c, const nb::sequence& records) {
             const std::vector<Op> ops = from_records(records);
-            nb::gil_scoped_release release;
+            const WithoutGil free;
             c.apply(ops);
           },
           "ops"_a, nb::sig("def apply(self, ops: Sequence[Sequence[str | int]]) -> None"))

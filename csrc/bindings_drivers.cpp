@@ -20,7 +20,7 @@ namespace kvmem {
 namespace {
 
 // Every verb may enter the kernel or block on a device, so other Python threads run meanwhile.
-using Free = nb::call_guard<nb::gil_scoped_release>;
+using Free = nb::call_guard<WithoutGil>;
 
 // Through the kernel, which answers EFAULT where a load or store of ours would be a fatal signal.
 [[noreturn]] void cannot_touch(const char* call, Address at, i64 bytes) {

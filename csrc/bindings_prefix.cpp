@@ -4,10 +4,12 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
-#include <nanobind/stl/vector.h>
+#include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -21,7 +23,7 @@ using namespace nb::literals;
 namespace kvmem {
 namespace {
 
-using Free = nb::call_guard<nb::gil_scoped_release>;
+using Free = nb::call_guard<WithoutGil>;
 
 PrefixKey key_of(const nb::bytes& salt, const nb::bytes& extra_key) {
   return {std::string(salt.c_str(), salt.size()), std::string(extra_key.c_str(), extra_key.size())};
@@ -44,6 +46,12 @@ void bind_prefix_options(nb::module_& m) {
 }
 
 void bind_token_blocks(nb::module_& m) {
+  m.def(
+      "keyed_hash",
+      [](std::uint64_t first, std::uint64_t second, const nb::bytes& bytes) {
+        return KeyedHash(first, second)(std::string(bytes.c_str(), bytes.size()));
+      },
+      "first"_a, "second"_a, "bytes"_a, "What salts are found by; see csrc/keyed_hash.h.");
   const auto check = [](const TokenBlocks& blocks, i32 block, size_t count, i64 least) {
     const i64 n = static_cast<i64>(count);
     if (block < 0 || block >= blocks.blocks() || n < least || n > blocks.block_tokens()) {
@@ -82,15 +90,19 @@ void bind_prefix(nb::class_<Cache>& cache) {
   cache
       .def(
           "admit",
-          [](Cache& c, const TokenIds& tokens, const nb::bytes& salt, const nb::bytes& extra_key) {
+          [](Cache& c, const TokenIds& tokens, const nb::bytes& salt, const nb::bytes& extra_key, nb::handle sequence) {
             if (c.shares()) check_ids(tokens);  // else they are not read at all
             const PrefixKey key = key_of(salt, extra_key);
-            nb::gil_scoped_release release;
-            i64 cached = 0;
-            const i64 handle = c.admit(tokens.data(), tokens.size(), key, &cached);
+            i64 cached = 0, handle = 0;
+            {
+              const WithoutGil free;
+              handle = c.admit(tokens.data(), tokens.size(), key, &cached);
+            }
+            keep_in(sequence, "_id", handle), keep_in(sequence, "num_cached_tokens", cached);
             return std::make_pair(handle, cached);
           },
-          "tokens"_a.noconvert(), "salt"_a, "extra_key"_a, "A new sequence: its handle, and how many tokens it has.")
+          "tokens"_a.noconvert(), "salt"_a, "extra_key"_a, "sequence"_a = nb::none(),
+          "A new sequence: its handle, and how many tokens it has; also told to the object that stands for it.")
       .def(
           "admit_batch",
           [](Cache& c, const TokenIds& tokens, const std::optional<Int32s>& counts, const nb::bytes& salt,
@@ -103,10 +115,11 @@ void bind_prefix(nb::class_<Cache>& cache) {
             if (handles.size() < n || cached.size() < n)
               throw SpecError("handles and cached need an entry for each prompt");
             const PrefixKey key = key_of(salt, extra_key);
-            std::vector<i32> opened(n), found(n);
+            std::vector<i32> opened(n, -1), found(n);
+            handles.write(opened.data(), n);  // none yet, for whoever is interrupted
             i64 done = 0;
             {
-              nb::gil_scoped_release release;
+              const WithoutGil free;
               done = c.admit_batch(tokens.data(), lengths, n, key, opened.data(), found.data());
             }
             handles.write(opened.data(), done);
@@ -120,7 +133,7 @@ void bind_prefix(nb::class_<Cache>& cache) {
           [](Cache& c, const TokenIds& tokens, const nb::bytes& salt, const nb::bytes& extra_key) {
             check_ids(tokens);
             const PrefixKey key = key_of(salt, extra_key);
-            nb::gil_scoped_release release;
+            const WithoutGil free;
             const PrefixMatch match = c.match(tokens.data(), tokens.size(), key);
             return std::make_pair(match.tokens, std::string(kEnds[static_cast<int>(match.end)]));
           },
@@ -131,7 +144,7 @@ void bind_prefix(nb::class_<Cache>& cache) {
             check_ids(tokens);
             const i32 count = to_int32(tokens.size(), "tokens");
             if (c.commit_at_hand(handle, count, tokens.data())) return;
-            nb::gil_scoped_release release;
+            const WithoutGil free;
             c.commit(&handle, &count, 1, -1, tokens.data());
           },
           "handle"_a, "tokens"_a.noconvert())
@@ -141,30 +154,37 @@ void bind_prefix(nb::class_<Cache>& cache) {
             same_length(handles, counts);
             check_tokens(counts, tokens);
             check_ids(tokens);
-            nb::gil_scoped_release release;
+            const WithoutGil free;
             c.commit(handles.data(), counts.data(), handles.size(), -1, tokens.data());
           },
           "handles"_a.noconvert(), "counts"_a.noconvert(), "tokens"_a.noconvert())
       .def(
           "pin",
-          [](Cache& c, i64 handle, i64 tokens) {
-            i64 pinned = 0;
-            const i64 pin = c.pin(handle, tokens, &pinned);
+          [](Cache& c, i64 handle, i64 tokens, nb::handle kept) {
+            i64 pinned = 0, pin = 0;
+            {
+              const WithoutGil free;
+              pin = c.pin(handle, tokens, &pinned);
+            }
+            keep_in(kept, "_id", pin), keep_in(kept, "num_tokens", pinned);
             return std::make_pair(pin, pinned);
           },
-          "handle"_a, "tokens"_a, Free(),
+          "handle"_a, "tokens"_a, "pin"_a = nb::none(),
           "The first tokens of a sequence (-1: all known): a pin, and how many it keeps.")
       .def(
           "pin_tokens",
-          [](Cache& c, const TokenIds& tokens, const nb::bytes& salt, const nb::bytes& extra_key) {
+          [](Cache& c, const TokenIds& tokens, const nb::bytes& salt, const nb::bytes& extra_key, nb::handle kept) {
             check_ids(tokens);
             const PrefixKey key = key_of(salt, extra_key);
-            nb::gil_scoped_release release;
-            i64 pinned = 0;
-            const i64 pin = c.pin(tokens.data(), tokens.size(), key, &pinned);
+            i64 pinned = 0, pin = 0;
+            {
+              const WithoutGil free;
+              pin = c.pin(tokens.data(), tokens.size(), key, &pinned);
+            }
+            keep_in(kept, "_id", pin), keep_in(kept, "num_tokens", pinned);
             return std::make_pair(pin, pinned);
           },
-          "tokens"_a.noconvert(), "salt"_a, "extra_key"_a)
+          "tokens"_a.noconvert(), "salt"_a, "extra_key"_a, "pin"_a = nb::none())
       .def(
           "pins",
           [](Cache& c) {
@@ -176,23 +196,37 @@ void bind_prefix(nb::class_<Cache>& cache) {
       .def("unpin", &Cache::unpin, "pin"_a, Free())
       .def("snapshot", &Cache::snapshot, "handle"_a, Free())
       .def("retain", &Cache::retain, "handle"_a, "start"_a, "end"_a, "priority"_a, "seconds"_a, Free())
+      .def(
+          "retained",
+          [](Cache& c, i64 handle) {
+            std::vector<std::tuple<i64, i64, int, double>> ranges;
+            for (const Cache::Retention& r : c.retained(handle)) {
+              ranges.emplace_back(r.first, r.end, r.priority, r.seconds);
+            }
+            return ranges;
+          },
+          "handle"_a, "What holds of which blocks: (first, end, priority, seconds), ascending, no block twice.")
       .def("clear_cache", &Cache::clear_cache, Free())
       .def(
           "drain_events",
-          [](Cache& c, i64 max, bool restart) {
-            std::unordered_map<i32, PrefixKey> keys;
-            EventRecords records = c.drain_events(max, restart, &keys);
+          [](Cache& c, i64 taken, i64 max, bool restart) {
+            std::shared_ptr<Cache::EventBatch> batch;
+            {
+              const WithoutGil free;
+              batch = c.drain_events(taken, max, restart);
+            }
             nb::dict roots;
-            for (const auto& [number, key] : keys) {
+            for (const auto& [number, key] : batch->roots) {
               roots[nb::int_(number)] = nb::make_tuple(nb::bytes(key.salt.data(), key.salt.size()),
                                                        nb::bytes(key.extra_key.data(), key.extra_key.size()));
             }
-            return nb::make_tuple(std::move(records), roots);
+            return nb::make_tuple(batch->number, std::shared_ptr<EventRecords>(batch, &batch->records), roots);
           },
-          "max"_a, "restart"_a,
-          nb::sig(
-              "def drain_events(self, max: int, restart: bool) -> tuple[EventRecords, dict[int, tuple[bytes, bytes]]]"),
-          "Records, and the (salt, extra key) of the roots that they name.");
+          "taken"_a, "max"_a, "restart"_a,
+          nb::sig("def drain_events(self, taken: int, max: int, restart: bool) -> tuple[int, EventRecords, dict[int, "
+                  "tuple[bytes, bytes]]]"),
+          "The number of a batch, its records, and the (salt, extra key) of the roots that they name. The batch after "
+          "number ``taken``: given again until a call says that it was taken.");
 }
 
 }  // namespace kvmem

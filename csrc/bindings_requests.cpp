@@ -133,7 +133,7 @@ template <class Tell>
 nb::object told(const Tell& tell) {
   TableWrites writes;
   {
-    nb::gil_scoped_release release;
+    const WithoutGil free;
     writes = tell();
   }
   return to_python(std::move(writes));

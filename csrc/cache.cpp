@@ -74,13 +74,15 @@ Cache::Cache(Geometry geometry, std::shared_ptr<PagePool> pool, bool paged, i64 
       index_(geometry_.groups[token_group_].block_tokens, kinds(geometry_, prefix_.on), prefix.policy, prefix.hash_bits,
              prefix.event_capacity, prefix_.on ? blocks_in(geometry_, limit_pages * geometry_.page_bytes) : 0),
       contents_(geometry_.max_sequences),
-      tails_(geometry_.max_sequences * index_.block_tokens()),
+      tail_tokens_(std::min(index_.block_tokens(), geometry_.groups[token_group_].max_tokens)),
+      tails_(geometry_.max_sequences * tail_tokens_),
       stamp_(geometry_.max_sequences, 0) {
   if (paged) geometry_.map_ahead_tokens = 0;  // blocks come from the pool's pages, which are mapped already or soon
   Lock lock = pool_->lock();
   table_ = paged ? make_paged_table(geometry_, *pool_, sequences_, index_)
                  : make_virtual_table(geometry_, *pool_, sequences_, index_);
   table_->limit_pages = limit_pages;
+  table_->piece_pages = pages_at_once();
 }
 
 Cache::~Cache() {
@@ -107,6 +109,11 @@ void Cache::leave() {
   table_->check(&found);
   check_content(&found);
   if (!found.empty()) throw Error("broken invariant: " + found.front());
+}
+
+void Cache::let_others_in(Lock& lock) {
+  leave();
+  if (lock.give_way()) settle();
 }
 
 void Cache::check_group(i64 group) const {
@@ -217,7 +224,7 @@ i64 Cache::fork(i64 handle) {
   }
   if (contents_[parent].root != kNoNode) index_.enter(contents_[parent].root);
   contents_[sequences_.index(child)] = contents_[parent];
-  std::copy_n(tail(parent), block_tokens(), tail(sequences_.index(child)));
+  std::copy_n(tail(parent), tail_tokens_, tail(sequences_.index(child)));
   leave();
   return child;
 }
@@ -280,6 +287,11 @@ Placement Cache::place(i64 handle, i64 group) {
   Lock lock = enter();
   check_group(group);
   return table_->view(group < 0 ? token_group_ : group).at(sequences_.index(handle));
+}
+
+bool Cache::is_live(i64 handle) {
+  Lock lock = enter(true);
+  return sequences_.is_live(handle);
 }
 
 std::vector<i64> Cache::handles() {

@@ -88,21 +88,40 @@ class Cache final : public TableState {
   i64 pin(const i32* tokens, i64 n, const PrefixKey& key, i64* pinned);
   void unpin(i64 pin);
   void snapshot(i64 handle);
-  // Blocks that lie whole in [start, end) of the sequence, present and to come (RetentionPolicy).
+  // Blocks that lie whole in [start, end) of the sequence, present and to come (RetentionPolicy). Of each block the
+  // last word counts. Cost: of the blocks that are there from `start` on, and of the ranges that the sequence has.
   void retain(i64 handle, i64 start, i64 end, int priority, double seconds);
   struct Pinned {
     i64 pin, tokens;
   };
   std::vector<Pinned> pins();  // those that keep something, in the order in which they were made
-  i64 clear_cache();  // forgets all that nobody uses or pins; how many blocks
-  // Takes out events (EventRing::drain), and the keys of the roots that they name.
-  EventRecords drain_events(i64 max, bool restart, std::unordered_map<i32, PrefixKey>* roots);
+  // Forgets all that nobody uses or pins, and returns how many blocks. In pieces of some thousand, each of them all or
+  // nothing, between which others are let in; so an error in the middle keeps what was forgotten before.
+  i64 clear_cache();
+  // What retain() said of blocks [first, end) of a sequence.
+  struct Retention {
+    i64 first, end;
+    int priority;
+    double seconds;
+  };
+  std::vector<Retention> retained(i64 handle);
+  // Events, as EventRing::drain takes them out, and the keys of the roots that they name.
+  struct EventBatch {
+    i64 number = 0;  // counts the batches that were not empty, from 1
+    EventRecords records;
+    std::unordered_map<i32, PrefixKey> roots;
+  };
+  // The batch after number `taken`, the last one that the consumer is done with; without events one of that number. It
+  // is given again until the consumer says that it has taken it, so that none is lost on the way: `restart` alone gives
+  // up what was not taken. `max` 0: a batch that is given again, no new one.
+  std::shared_ptr<EventBatch> drain_events(i64 taken, i64 max, bool restart);
 
   i64 tokens(i64 handle, i64 group);
   i64 committed(i64 handle, i64 group);
   i64 first_token(i64 handle, i64 group);
   void lengths(const i32* handles, i64 n, i64 group, i64* tokens, i64* committed);
   Placement place(i64 handle, i64 group);
+  bool is_live(i64 handle);
   std::vector<i64> handles();  // of the live sequences, by place
 
   // Writes one group's metadata for these sequences, then padding rows up to `rows`. `new_tokens` null: what is
@@ -128,13 +147,16 @@ class Cache final : public TableState {
 
   // Moves blocks together until `bytes` more (-1: all that can be) are free as whole pages; returns how many are.
   i64 compact(i64 bytes);
-  i64 trim(i64 bytes);  // parked and free pages to the system; -1 for all; returns the bytes given back
-  // How much this allocator may map. With a pool of its own this is the pool's budget too.
+  // Parked and free pages to the system; -1 for all; returns the bytes given back. In pieces, as clear_cache().
+  i64 trim(i64 bytes);
+  // How much this allocator may map. With a pool of its own this is the pool's budget too. What is parked goes in
+  // pieces as far as it is sure to suffice; the rest is all or nothing.
   void set_memory(i64 pages);
   CacheStats stats();
   std::vector<std::string> check();
   bool paged() const { return paged_; }
-  bool shares() const { return prefix_.on; }  // else it looks at no token
+  void check_process() const { fork_guard_.check("the allocator"); }  // DeviceError in a forked child
+  bool shares() const { return prefix_.on; }                          // else it looks at no token
   const Geometry& geometry() const { return geometry_; }
   PagePool& pool() { return *pool_; }
   i64 first_arena(i64 group) const { return table_->first_arena(group); }
@@ -149,16 +171,11 @@ class Cache final : public TableState {
 
  private:
   // What is known of a sequence's tokens: a chain of published blocks, then its tail. Beyond `known` tokens nothing is.
-  struct Retention {
-    i64 start, end;
-    int priority;
-    double seconds;
-  };
   struct Content {
     i32 root = kNoNode, leaf = kNoNode;  // the last published block, or the root
     i64 known = 0;
-    std::vector<Retention> retained;
-    bool state_ahead = false;  // a truncation took tokens back that the fixed state has seen
+    std::vector<Retention> retained;  // ascending, no block twice
+    bool state_ahead = false;         // a truncation took tokens back that the fixed state has seen
   };
   // What a step finds, of all its sequences, in the first group that grows with the tokens.
   struct Planned {
@@ -171,10 +188,13 @@ class Cache final : public TableState {
       return static_cast<i32>(reserved);
     }
   };
-  using Lock = std::unique_lock<std::mutex>;
+  using Lock = PoolLock;
   Lock enter(bool look = false);  // look: the books only
   void settle();
   void leave();
+  // Between two pieces of a call: everybody who waits for the pool gets it once.
+  void let_others_in(Lock& lock);
+  i64 pages_at_once() const;
   bool is_plain() const {  // one group without a window, and nobody to be told
     return groups_ == 1 && geometry_.groups[0].growth == Growth::token && geometry_.groups[0].window_tokens == 0 &&
            !geometry_.debug && !pool_->recording;
@@ -248,7 +268,7 @@ class Cache final : public TableState {
   void split(std::vector<i64> places, i64 depth, i64 g, std::vector<Alike>* groups) const;
   void share_group(i64 parent, i64 child, i64 g, Transaction& tx);
   i64 block_tokens() const { return index_.block_tokens(); }
-  i32* tail(i64 index) { return &tails_[index * block_tokens()]; }
+  i32* tail(i64 index) { return &tails_[index * tail_tokens_]; }
   Found find_cached(i32 root, const i32* tokens, i64 n);
   Found find_whole(i64 tokens);
   bool find_part(i32 last, const i32* tokens, i64 count, Found* found);
@@ -276,6 +296,7 @@ class Cache final : public TableState {
   [[gnu::noinline]] void note_blocks(i64 index, const i32* end, std::size_t* at);
   void leave_published();
   void apply_retention(const Content& content, i32 node);
+  static void put_retention(const Retention& added, std::vector<Retention>* retained);
   void collect_chain(i64 index);
   void leave_chain(i64 index);
   void leave_node(i32 node) {
@@ -304,8 +325,11 @@ class Cache final : public TableState {
   PrefixIndex index_;
   std::unique_ptr<PageTable> table_;
   std::vector<Content> contents_;      // by sequence
-  std::vector<i32> tails_;             // [sequence][block_tokens()]: the known tokens after the last published block
+  const i64 tail_tokens_;              // a block, or all that a sequence can hold
+  std::vector<i32> tails_;             // [sequence][tail_tokens_]: the known tokens after the last published block
   std::unordered_map<i64, i32> pins_;  // pin -> the last node of its chain
+  std::shared_ptr<EventBatch> given_;  // by drain_events(), and not taken yet
+  i64 batches_seen_ = 0;
   i64 pins_seen_ = 0, lookup_tokens_ = 0, hit_tokens_ = 0;
   std::vector<i32> chain_, leaving_;  // of the call in progress
   std::vector<PartOfBlock> parts_;

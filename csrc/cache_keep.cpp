@@ -7,7 +7,7 @@
 namespace kvmem {
 namespace {
 
-constexpr i64 kAtOnce = 1024;  // blocks to forget in one transaction: its records take 40 bytes each
+constexpr i64 kAtOnce = 1024;  // blocks to forget in one transaction: some 0.5 ms
 
 }  // namespace
 
@@ -128,10 +128,25 @@ void Cache::snapshot(i64 handle) {
 }
 
 void Cache::apply_retention(const Content& content, i32 node) {
-  const i64 first = index_.ordinal(node) * block_tokens();
-  for (const Retention& r : content.retained) {
-    if (r.start <= first && first + block_tokens() <= r.end) index_.retain(node, r.priority, r.seconds);
-  }
+  const i64 ordinal = index_.ordinal(node);
+  const auto found = std::partition_point(content.retained.begin(), content.retained.end(),
+                                          [ordinal](const Retention& r) { return r.end <= ordinal; });
+  if (found == content.retained.end() || ordinal < found->first) return;
+  index_.retain(node, found->priority, found->seconds);
+}
+
+// It replaces what was said of the same blocks before.
+void Cache::put_retention(const Retention& added, std::vector<Retention>* retained) {
+  std::vector<Retention> kept;
+  kept.reserve(retained->size() + 2);
+  const auto keep = [&kept](Retention part, i64 first, i64 end) {
+    part.first = first, part.end = end;
+    if (first < end) kept.push_back(part);
+  };
+  for (const Retention& r : *retained) keep(r, r.first, std::min(r.end, added.first));
+  kept.push_back(added);
+  for (const Retention& r : *retained) keep(r, std::max(r.first, added.end), r.end);
+  retained->swap(kept);
 }
 
 void Cache::retain(i64 handle, i64 start, i64 end, int priority, double seconds) {
@@ -142,31 +157,53 @@ void Cache::retain(i64 handle, i64 start, i64 end, int priority, double seconds)
     throw SpecError("retain: tokens [" + std::to_string(start) + ", " + std::to_string(end) + ") at priority " +
                     std::to_string(priority) + "; must be a range, a priority from 0 to 100 and a time above 0");
   }
-  c.retained.push_back({start, end, priority, seconds});
-  collect_chain(index);
-  for (i32 node : chain_) apply_retention(c, node);
+  const Retention added{ceil_div(start, block_tokens()), end / block_tokens(), priority, seconds};
+  if (added.first >= added.end) return;  // no whole block lies in it
+  put_retention(added, &c.retained);
+  chain_.clear();
+  i32 node = c.leaf;
+  for (; node != c.root && index_.ordinal(node) >= added.end; node = index_.parent(node)) {
+  }
+  for (; node != c.root && index_.ordinal(node) >= added.first; node = index_.parent(node)) chain_.push_back(node);
+  for (auto at = chain_.rbegin(); at != chain_.rend(); ++at) index_.retain(*at, priority, seconds);
   leave();
+}
+
+std::vector<Cache::Retention> Cache::retained(i64 handle) {
+  Lock lock = enter(true);
+  return contents_[sequences_.index(handle)].retained;
 }
 
 i64 Cache::clear_cache() {
   Lock lock = enter();
   settle();
-  const i64 before = index_.cached();
-  for (Item x = index_.victim(); x.node != kNoNode;) {
+  i64 blocks = 0;
+  // Others may cache as much as is forgotten here: then it comes to an end without them.
+  const i64 enough = 2 * index_.cached();
+  for (Item x = index_.victim(); x.node != kNoNode; x = index_.victim()) {
     Transaction tx(*pool_, *this);
+    const i64 before = index_.cached();
     for (i64 n = 0; n < kAtOnce && x.node != kNoNode; ++n, x = index_.victim()) table_->evict_item(x, tx);
     tx.commit();
+    blocks += before - index_.cached();
+    if (blocks <= enough) let_others_in(lock);
   }
   if (index_.empty()) index_.events().cleared();
   leave();
-  return before;
+  return blocks;
 }
 
 // ---- telling others ----------------------------------------------------------------------------
 
-EventRecords Cache::drain_events(i64 max, bool restart, std::unordered_map<i32, PrefixKey>* roots) {
+std::shared_ptr<Cache::EventBatch> Cache::drain_events(i64 taken, i64 max, bool restart) {
+  auto batch = std::make_shared<EventBatch>();
+  std::shared_ptr<EventBatch> done;  // freed without the lock
   Lock lock = enter(true);
-  EventRecords records = index_.events().drain(
+  if (given_ && given_->number > taken && !restart) return given_;
+  done.swap(given_);
+  batch->number = batches_seen_;
+  if (max == 0 && !restart) return batch;
+  batch->records = index_.events().drain(
       max,
       [this](EventRecords& out) {
         for (i32 root : index_.roots()) {
@@ -174,11 +211,13 @@ EventRecords Cache::drain_events(i64 max, bool restart, std::unordered_map<i32, 
         }
       },
       restart);
-  for (i32 number : records.roots) {
-    if (number >= 0) roots->emplace(number, index_.root_key(number));
+  i32 last = -1;
+  for (i32 number : batch->records.roots) {
+    if (number >= 0 && number != last) batch->roots.emplace(last = number, index_.root_key(number));
   }
-  if (index_.events().size() == 0) index_.forget_roots();
-  return records;
+  index_.forget_roots();
+  if (batch->records.size() > 0) batch->number = ++batches_seen_, given_ = batch;
+  return batch;
 }
 
 void Cache::tell_resident(i32 node, EventRecords& out) const {

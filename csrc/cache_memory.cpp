@@ -15,16 +15,30 @@ i64 Cache::compact(i64 bytes) {
   return freed * page;
 }
 
+// How many pages a piece of a longer call gives up: about a millisecond's worth of blocks and of driver calls.
+i64 Cache::pages_at_once() const {
+  constexpr i64 kBlocks = 1024, kDriverCalls = 64;
+  i64 block_bytes = 0;
+  for (const GroupGeometry& group : geometry_.groups) {
+    for (i64 token_bytes : group.token_bytes) block_bytes += token_bytes * group.block_tokens;
+  }
+  return std::clamp(kBlocks * block_bytes / pool_->page_bytes(), i64{1}, pool_->space() ? kDriverCalls : kBlocks);
+}
+
 i64 Cache::trim(i64 bytes) {
   Lock lock = enter();
   settle();
-  const i64 page = pool_->page_bytes();
-  const i64 wanted = bytes < 0 ? pool_->present_pages() : ceil_div(bytes, page);
-  Transaction tx(*pool_, *this);
-  const i64 free = pool_->free_pages();
-  if (wanted > free) table_->spill(wanted - free, true, tx);
-  const i64 given = pool_->give_back(wanted, tx);
-  tx.commit();
+  const i64 page = pool_->page_bytes(), step = pages_at_once();
+  i64 left = bytes < 0 ? pool_->present_pages() : ceil_div(bytes, page), given = 0;
+  for (i64 now = step; now > 0 && left > 0;) {  // the free ones first: that costs nobody anything
+    Transaction tx(*pool_, *this);
+    const i64 wanted = std::min(left, step), free = pool_->free_pages();
+    if (wanted > free) table_->spill(wanted - free, true, tx);
+    now = pool_->give_back(wanted, tx);
+    tx.commit();
+    given += now, left -= now;
+    let_others_in(lock);
+  }
   leave();
   return given * page;
 }
@@ -32,6 +46,11 @@ i64 Cache::trim(i64 bytes) {
 void Cache::set_memory(i64 pages) {
   Lock lock = enter();
   settle();
+  if (owns_pool_) {
+    pool_->shrink_in_pieces(lock, pages);
+  } else {
+    pool_->spill_in_pieces(lock, *table_, [&] { return table_->owned_pages - pages; });
+  }
   if (owns_pool_) {
     pool_->set_budget(pages);
   } else if (const i64 excess = table_->owned_pages - pages; excess > 0) {

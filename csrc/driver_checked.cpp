@@ -31,47 +31,47 @@ CheckedDriver::CheckedDriver(std::shared_ptr<Driver> inner) : inner_(std::move(i
 void CheckedDriver::fail(const std::string& verb, i64 nth, i64 code, bool undo_too) {
   if (!is_verb(verb)) throw SpecError("fail: there is no verb '" + verb + "'");
   if (nth < 1 || code == 0) throw SpecError("fail: nth counts from 1, and code 0 is success");
-  std::lock_guard<std::mutex> lock(mutex_);
+  std::lock_guard<ForkMutex> lock(mutex_);
   failures_.push_back({verb, nth, code, undo_too});
 }
 
 void CheckedDriver::clear_failures() {
-  std::lock_guard<std::mutex> lock(mutex_);
+  std::lock_guard<ForkMutex> lock(mutex_);
   failures_.clear();
 }
 
 i64 CheckedDriver::pending_failures() const {
-  std::lock_guard<std::mutex> lock(mutex_);
+  std::lock_guard<ForkMutex> lock(mutex_);
   return static_cast<i64>(failures_.size());
 }
 
 void CheckedDriver::hold_events(bool hold) {
-  std::lock_guard<std::mutex> lock(mutex_);
+  std::lock_guard<ForkMutex> lock(mutex_);
   hold_ = hold;
 }
 
 void CheckedDriver::complete_events() {
-  std::lock_guard<std::mutex> lock(mutex_);
+  std::lock_guard<ForkMutex> lock(mutex_);
   for (auto& [event, fence] : events_) fence.held = false;
 }
 
 i64 CheckedDriver::held_waits() const {
-  std::lock_guard<std::mutex> lock(mutex_);
+  std::lock_guard<ForkMutex> lock(mutex_);
   return held_waits_;
 }
 
 std::vector<CheckedDriver::Call> CheckedDriver::log() const {
-  std::lock_guard<std::mutex> lock(mutex_);
+  std::lock_guard<ForkMutex> lock(mutex_);
   return {log_.begin(), log_.end()};
 }
 
 void CheckedDriver::clear_log() {
-  std::lock_guard<std::mutex> lock(mutex_);
+  std::lock_guard<ForkMutex> lock(mutex_);
   log_.clear();
 }
 
 CheckedDriver::Live CheckedDriver::live() const {
-  std::lock_guard<std::mutex> lock(mutex_);
+  std::lock_guard<ForkMutex> lock(mutex_);
   Live live;
   live.reservations = static_cast<i64>(reservations_.size());
   live.pages = static_cast<i64>(pages_.size());
@@ -82,12 +82,12 @@ CheckedDriver::Live CheckedDriver::live() const {
 }
 
 void CheckedDriver::touch(Address at, i64 bytes) const {
-  std::lock_guard<std::mutex> lock(mutex_);
+  std::lock_guard<ForkMutex> lock(mutex_);
   check_accessible("touch", at, bytes);
 }
 
 DriverCounters CheckedDriver::counters() const {
-  std::lock_guard<std::mutex> lock(mutex_);
+  std::lock_guard<ForkMutex> lock(mutex_);
   return counters_;
 }
 
@@ -161,7 +161,7 @@ void CheckedDriver::check_accessible(const char* verb, Address at, i64 bytes) co
 // ---- Address space and pages ---------------------------------------------------------------------------------------
 
 Address CheckedDriver::reserve(i64 bytes, i64 alignment) {
-  std::lock_guard<std::mutex> lock(mutex_);
+  std::lock_guard<ForkMutex> lock(mutex_);
   ++counters_.reserve;
   check_size("reserve", 0, bytes);
   if (alignment < 0 || (alignment & (alignment - 1))) refuse("reserve", "alignment is not 0 or a power of two");
@@ -174,7 +174,7 @@ Address CheckedDriver::reserve(i64 bytes, i64 alignment) {
 }
 
 void CheckedDriver::release(Address base, i64 bytes) {
-  std::lock_guard<std::mutex> lock(mutex_);
+  std::lock_guard<ForkMutex> lock(mutex_);
   ++counters_.release;
   auto it = reservations_.find(base);
   if (it == reservations_.end() || it->second != bytes) {
@@ -188,7 +188,7 @@ void CheckedDriver::release(Address base, i64 bytes) {
 }
 
 PageHandle CheckedDriver::create(i64 bytes) {
-  std::lock_guard<std::mutex> lock(mutex_);
+  std::lock_guard<ForkMutex> lock(mutex_);
   ++counters_.create;
   check_size("create", 0, bytes);
   inject("create");
@@ -201,7 +201,7 @@ PageHandle CheckedDriver::create(i64 bytes) {
 }
 
 void CheckedDriver::destroy(PageHandle page) {
-  std::lock_guard<std::mutex> lock(mutex_);
+  std::lock_guard<ForkMutex> lock(mutex_);
   ++counters_.destroy;
   auto it = pages_.find(page);
   if (it == pages_.end()) refuse("destroy", "page " + std::to_string(page) + " does not exist, or no longer");
@@ -219,7 +219,7 @@ void CheckedDriver::destroy(PageHandle page) {
 // ---- Mappings ------------------------------------------------------------------------------------------------------
 
 void CheckedDriver::map(Address at, i64 bytes, i64 offset, PageHandle page) {
-  std::lock_guard<std::mutex> lock(mutex_);
+  std::lock_guard<ForkMutex> lock(mutex_);
   ++counters_.map;
   if (offset != 0) refuse("map", "offset is " + std::to_string(offset) + " and must be 0");
   check_size("map", at, bytes);
@@ -239,7 +239,7 @@ void CheckedDriver::map(Address at, i64 bytes, i64 offset, PageHandle page) {
 }
 
 void CheckedDriver::set_access(Address at, i64 bytes) {
-  std::lock_guard<std::mutex> lock(mutex_);
+  std::lock_guard<ForkMutex> lock(mutex_);
   ++counters_.set_access;
   check_size("set_access", at, bytes);
   check_reserved("set_access", at, bytes);
@@ -256,7 +256,7 @@ void CheckedDriver::set_access(Address at, i64 bytes) {
 }
 
 void CheckedDriver::unmap(Address at, i64 bytes) {
-  std::lock_guard<std::mutex> lock(mutex_);
+  std::lock_guard<ForkMutex> lock(mutex_);
   ++counters_.unmap;
   check_size("unmap", at, bytes);
   auto it = mappings_.find(at);
@@ -273,21 +273,21 @@ void CheckedDriver::unmap(Address at, i64 bytes) {
 }
 
 Driver::Mapped CheckedDriver::mapped_at(Address at) const {
-  std::lock_guard<std::mutex> lock(mutex_);
+  std::lock_guard<ForkMutex> lock(mutex_);
   auto it = mappings_.find(at);
   if (it == mappings_.end()) return {};
   return {it->second.page, it->second.accessible};
 }
 
 void CheckedDriver::undoing(bool begin) {
-  std::lock_guard<std::mutex> lock(mutex_);
+  std::lock_guard<ForkMutex> lock(mutex_);
   undoing_ = begin;
 }
 
 // ---- Contents and fences -------------------------------------------------------------------------------------------
 
 void CheckedDriver::zero(Address at, i64 bytes, Stream stream) {
-  std::lock_guard<std::mutex> lock(mutex_);
+  std::lock_guard<ForkMutex> lock(mutex_);
   ++counters_.zero;
   check_accessible("zero", at, bytes);
   inject("zero");
@@ -296,7 +296,7 @@ void CheckedDriver::zero(Address at, i64 bytes, Stream stream) {
 }
 
 void CheckedDriver::copy(Address to, Address from, i64 bytes, Stream stream) {
-  std::lock_guard<std::mutex> lock(mutex_);
+  std::lock_guard<ForkMutex> lock(mutex_);
   ++counters_.copy;
   check_accessible("copy", to, bytes);
   check_accessible("copy", from, bytes);
@@ -308,7 +308,7 @@ void CheckedDriver::copy(Address to, Address from, i64 bytes, Stream stream) {
 }
 
 Event CheckedDriver::record(Stream stream) {
-  std::lock_guard<std::mutex> lock(mutex_);
+  std::lock_guard<ForkMutex> lock(mutex_);
   ++counters_.record;
   inject("record");
   const Event inner = inner_->record(stream);
@@ -320,7 +320,7 @@ Event CheckedDriver::record(Stream stream) {
 }
 
 bool CheckedDriver::done(Event event) {
-  std::lock_guard<std::mutex> lock(mutex_);
+  std::lock_guard<ForkMutex> lock(mutex_);
   if (event == 0) return true;
   auto it = events_.find(event);
   if (it == events_.end()) refuse("done", "event " + std::to_string(event) + " does not exist, or was forgotten");
@@ -330,7 +330,7 @@ bool CheckedDriver::done(Event event) {
 void CheckedDriver::wait(Event event) {
   Event inner = 0;
   {
-    std::lock_guard<std::mutex> lock(mutex_);
+    std::lock_guard<ForkMutex> lock(mutex_);
     ++counters_.wait;
     if (event != 0) {
       auto it = events_.find(event);
@@ -348,7 +348,7 @@ void CheckedDriver::wait(Event event) {
 }
 
 void CheckedDriver::forget(Event event) {
-  std::lock_guard<std::mutex> lock(mutex_);
+  std::lock_guard<ForkMutex> lock(mutex_);
   if (event == 0) return;
   auto it = events_.find(event);
   if (it == events_.end())
@@ -358,7 +358,7 @@ void CheckedDriver::forget(Event event) {
 }
 
 void CheckedDriver::order(Event event, Stream later) {
-  std::lock_guard<std::mutex> lock(mutex_);
+  std::lock_guard<ForkMutex> lock(mutex_);
   if (event == 0) return;
   auto it = events_.find(event);
   if (it == events_.end()) refuse("order", "event " + std::to_string(event) + " does not exist, or was forgotten");

@@ -5,12 +5,12 @@
 #include <deque>
 #include <map>
 #include <memory>
-#include <mutex>
 #include <string>
 #include <unordered_map>
 #include <vector>
 
 #include "driver.h"
+#include "fork_guard.h"
 
 namespace kvmem {
 
@@ -113,7 +113,7 @@ class CheckedDriver final : public Driver {
   void check_accessible(const char* verb, Address at, i64 bytes) const;
 
   const std::shared_ptr<Driver> inner_;
-  mutable std::mutex mutex_;
+  mutable ForkMutex mutex_{"the checked driver"};
   DriverCounters counters_;
   std::map<Address, i64> reservations_;
   std::unordered_map<PageHandle, Page> pages_;

@@ -76,14 +76,14 @@ class CudaDriver final : public Driver {
     PageHandle page;
     bool accessible;
   };
-  std::unique_lock<std::mutex> begin(i64 DriverCounters::* counter) {
-    std::unique_lock<std::mutex> lock(mutex_);
+  std::unique_lock<ForkMutex> begin(i64 DriverCounters::* counter) {
+    std::unique_lock<ForkMutex> lock(mutex_);
     ++(counters_.*counter);
     device_.check_fork();
     return lock;
   }
   void count(i64 DriverCounters::* counter) {  // for what is not serialised by our books
-    std::lock_guard<std::mutex> lock(event_mutex_);
+    std::lock_guard<ForkMutex> lock(event_mutex_);
     ++(counters_.*counter);
     device_.check_fork();
   }
@@ -94,14 +94,16 @@ class CudaDriver final : public Driver {
   const cuda::Device device_;
   const cuda::Api& api_;
 
-  mutable std::mutex mutex_;  // the books below; held during the driver's calls, which it serialises anyway
+  mutable ForkMutex mutex_{
+      "the CUDA driver"};  // the books below; held during the driver's calls, which it serialises anyway
   cuda::StreamPtr side_ = nullptr;
   std::atomic<i64> created_bytes_{0};
   std::map<Address, i64> reservations_;
   std::unordered_map<PageHandle, Page> pages_;
   std::map<Address, Mapping> mappings_;
 
-  mutable std::mutex event_mutex_;  // never held during a call: polling an event must not wait for a slow set_access
+  // Never held during a call: polling an event must not wait for a slow set_access.
+  mutable ForkMutex event_mutex_{"the CUDA driver"};
   DriverCounters counters_;
   std::vector<cuda::EventPtr> events_;       // all that were created
   std::vector<cuda::EventPtr> idle_events_;  // those that forget() gave back
@@ -242,7 +244,7 @@ void CudaDriver::unmap(Address at, i64 bytes) {
 }
 
 Driver::Mapped CudaDriver::mapped_at(Address at) const {
-  std::lock_guard<std::mutex> lock(mutex_);
+  std::lock_guard<ForkMutex> lock(mutex_);
   auto it = mappings_.find(at);
   if (it == mappings_.end()) return {};
   return {it->second.page, it->second.accessible};
@@ -275,7 +277,7 @@ void CudaDriver::check_stream(Stream stream) const {
 }
 
 Stream CudaDriver::side_stream() {
-  std::lock_guard<std::mutex> lock(mutex_);
+  std::lock_guard<ForkMutex> lock(mutex_);
   device_.check_fork();
   const auto create = [&] { return api_.cuStreamCreate(&side_, cuda::kStreamNonBlocking); };
   if (!side_) device_.check(device_.in_context(create), "cuStreamCreate");
@@ -334,7 +336,7 @@ void CudaDriver::copy(Address to, Address from, i64 bytes, Stream stream) {
 
 cuda::EventPtr CudaDriver::take_event() {
   {
-    std::lock_guard<std::mutex> lock(event_mutex_);
+    std::lock_guard<ForkMutex> lock(event_mutex_);
     if (!idle_events_.empty()) {
       const cuda::EventPtr event = idle_events_.back();
       idle_events_.pop_back();
@@ -345,7 +347,7 @@ cuda::EventPtr CudaDriver::take_event() {
   const auto create = [&] {
     const Result code = api_.cuEventCreate(&event, cuda::kEventDisableTiming);
     if (code == cuda::kSuccess) {
-      std::lock_guard<std::mutex> lock(event_mutex_);
+      std::lock_guard<ForkMutex> lock(event_mutex_);
       events_.push_back(event);
     }
     return code;
@@ -386,7 +388,7 @@ void CudaDriver::wait(Event event) {
 // Kept for the next record: an event that is recorded again forgets what it stood for.
 void CudaDriver::forget(Event event) {
   if (event == 0) return;
-  std::lock_guard<std::mutex> lock(event_mutex_);
+  std::lock_guard<ForkMutex> lock(event_mutex_);
   idle_events_.push_back(cu_event(event));
 }
 

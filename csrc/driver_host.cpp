@@ -41,7 +41,7 @@ class HostDriver final : public Driver {
 
   const DriverInfo& info() const override { return info_; }
   DriverCounters counters() const override {
-    std::lock_guard<std::mutex> lock(mutex_);
+    std::lock_guard<ForkMutex> lock(mutex_);
     return counters_;
   }
   i64 physical_bytes() const override {
@@ -96,7 +96,7 @@ class HostDriver final : public Driver {
   // Counts a call and runs its checks under the lock; what follows, and may take long, runs without it.
   template <class Checks>
   void count_checked(i64 DriverCounters::* counter, Checks checks) {
-    std::lock_guard<std::mutex> lock(mutex_);
+    std::lock_guard<ForkMutex> lock(mutex_);
     ++(counters_.*counter);
     fork_.check(kName);
     checks();
@@ -123,7 +123,7 @@ class HostDriver final : public Driver {
   DriverInfo info_;
   MappingBudget budget_;
   HostFile file_;
-  mutable std::mutex mutex_;  // not held while bytes are copied
+  mutable ForkMutex mutex_{kName};  // not held while bytes are copied
   DriverCounters counters_;
   i64 created_bytes_ = 0;
   std::unordered_map<PageHandle, Page> pages_;
@@ -142,7 +142,7 @@ HostDriver::~HostDriver() {
 
 i64 HostDriver::available_bytes() const {
   fork_.check(kName);
-  std::lock_guard<std::mutex> lock(mutex_);
+  std::lock_guard<ForkMutex> lock(mutex_);
   // Created pages that nobody has touched yet are promised, though the system still counts them as free.
   const i64 promised = std::max<i64>(0, created_bytes_ - file_.physical_bytes());
   return std::max<i64>(0, std::min(host_available_bytes() - promised, info_.total_bytes - created_bytes_));
@@ -187,7 +187,7 @@ void HostDriver::check_accessible(const char* call, Address at, i64 bytes) {
 // ---- Address space -------------------------------------------------------------------------------------------------
 
 Address HostDriver::reserve(i64 bytes, i64 alignment) {
-  std::lock_guard<std::mutex> lock(mutex_);
+  std::lock_guard<ForkMutex> lock(mutex_);
   ++counters_.reserve;
   fork_.check(kName);
   check_size("reserve", 0, bytes);
@@ -216,7 +216,7 @@ Address HostDriver::reserve(i64 bytes, i64 alignment) {
 }
 
 void HostDriver::release(Address base, i64 bytes) {
-  std::lock_guard<std::mutex> lock(mutex_);
+  std::lock_guard<ForkMutex> lock(mutex_);
   ++counters_.release;
   fork_.check(kName);
   auto it = reservations_.find(base);
@@ -234,7 +234,7 @@ void HostDriver::release(Address base, i64 bytes) {
 // ---- Pages ---------------------------------------------------------------------------------------------------------
 
 PageHandle HostDriver::create(i64 bytes) {
-  std::lock_guard<std::mutex> lock(mutex_);
+  std::lock_guard<ForkMutex> lock(mutex_);
   ++counters_.create;
   fork_.check(kName);
   check_size("create", 0, bytes);
@@ -251,7 +251,7 @@ PageHandle HostDriver::create(i64 bytes) {
 }
 
 void HostDriver::destroy(PageHandle page) {
-  std::lock_guard<std::mutex> lock(mutex_);
+  std::lock_guard<ForkMutex> lock(mutex_);
   ++counters_.destroy;
   fork_.check(kName);
   auto it = pages_.find(page);
@@ -288,7 +288,7 @@ void HostDriver::find_runs(i64 page_bytes, const PageHandle* pages, i64 count) {
 
 void HostDriver::map_pages(Address at, i64 page_bytes, const PageHandle* pages, i64 count, bool accessible) {
   if (count <= 0) return;
-  std::lock_guard<std::mutex> lock(mutex_);
+  std::lock_guard<ForkMutex> lock(mutex_);
   fork_.check(kName);
   check_size("map", at, page_bytes);
   HostPieces& pieces = reservation("map", at, page_bytes * count);
@@ -314,7 +314,7 @@ void HostDriver::map_pages(Address at, i64 page_bytes, const PageHandle* pages, 
 }
 
 void HostDriver::set_access(Address at, i64 bytes) {
-  std::lock_guard<std::mutex> lock(mutex_);
+  std::lock_guard<ForkMutex> lock(mutex_);
   ++counters_.set_access;
   fork_.check(kName);
   check_size("set_access", at, bytes);
@@ -336,7 +336,7 @@ void HostDriver::set_access(Address at, i64 bytes) {
 
 void HostDriver::unmap_run(Address at, i64 page_bytes, i64 count) {
   if (count <= 0) return;
-  std::lock_guard<std::mutex> lock(mutex_);
+  std::lock_guard<ForkMutex> lock(mutex_);
   ++counters_.unmap;
   fork_.check(kName);
   check_size("unmap", at, page_bytes);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <mutex>
 
 #include "types.h"
 
@@ -19,6 +20,26 @@ class ForkGuard {
 
  private:
   std::uint64_t generation_;
+};
+
+// A mutex of such an owner: whoever held it at the moment of the fork is not in the child, where nobody would open it.
+class ForkMutex {
+ public:
+  explicit ForkMutex(const char* owner) : owner_(owner) {}
+  void lock() {  // DeviceError in a forked child
+    guard_.check(owner_);
+    mutex_.lock();
+  }
+  bool try_lock() {
+    guard_.check(owner_);
+    return mutex_.try_lock();
+  }
+  void unlock() { mutex_.unlock(); }
+
+ private:
+  const char* const owner_;
+  const ForkGuard guard_;
+  std::mutex mutex_;
 };
 
 // A descriptor that a forked child must not keep: a child holding a memfd would keep its memory alive after the parent

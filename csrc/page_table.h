@@ -141,6 +141,7 @@ class PageTable : public PageOwner {
   // Slots of an arena up to and including the last mapped one: what a default tensor shows.
   virtual i64 mapped_extent_slots(i64 group, i64 arena_in_group) const = 0;
   virtual void check(std::vector<std::string>* out) const = 0;
+  i64 sure_pages() const override { return index_.pinned_count() > 0 ? 0 : parked_pages(); }  // pins keep some
 
   // Evicts a node and all cached ones that continue it, ends first: nobody could find those without it.
   void forget(i32 node, Transaction& tx);

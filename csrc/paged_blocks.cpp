@@ -9,7 +9,9 @@ namespace kvmem {
 PagedBlocks::PagedBlocks(const Geometry& geometry, PagePool& pool, const Sequences& sequences, PrefixIndex& index)
     : PageTable(index, geometry), geometry_(geometry), pool_(pool), sequences_(sequences) {
   limit_pages = pool.budget_pages();
-  pool.add_owner(this);
+  i64 all = 0;
+  for (const GroupGeometry& group : geometry.groups) all += static_cast<i64>(group.token_bytes.size());
+  base_arena_ = pool.add_owner(this, all);
   try {
     for (const GroupGeometry& group : geometry.groups) add_group(group);
   } catch (...) {
@@ -45,8 +47,7 @@ void PagedBlocks::add_group(const GroupGeometry& group) {
   if (!b.table) throw OutOfMemory("no host memory for the block table");
   first_.push_back(static_cast<i64>(pages_.size()));
   for (std::size_t i = 0; i < group.token_bytes.size(); ++i) {
-    const i32 arena = pool_.add_arena(this, group.arena_slots[i]);
-    if (pages_.empty()) base_arena_ = arena;
+    pool_.add_arena(this, arena(static_cast<i64>(pages_.size())), group.arena_slots[i]);
     const i64 block_bytes = group.token_bytes[i] * group.block_tokens;
     auto same =
         std::find_if(b.classes.begin(), b.classes.end(), [&](const Class& c) { return c.block_bytes == block_bytes; });

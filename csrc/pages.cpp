@@ -33,20 +33,21 @@ PagePool::~PagePool() {
   // The mapper's thread and whoever held a lock are not in this process: stopping or waiting would take for ever. What
   // they guard belongs to the parent.
   mapper_.release();
+  mutex_.abandon();
   new std::shared_ptr<Space>(std::move(space_));
 }
 
-std::unique_lock<std::mutex> PagePool::lock(bool look) {
+PoolLock PagePool::lock(bool look) {
   fork_guard_.check("the page pool");
-  std::unique_lock<std::mutex> held(mutex_);
-  if (mapper_->has_failed()) settle();
-  if (space_ && !look) space_->repair();
+  PoolLock held = PoolLock::wait_for(mutex_);
+  if (mapper_->has_failed()) held.step_back(), settle();
+  if (!look && space_ && space_->is_broken()) held.step_back(), space_->repair();
   return held;
 }
 
-std::unique_lock<std::mutex> PagePool::try_lock() {
+PoolLock PagePool::try_lock() {
   fork_guard_.check("the page pool");
-  std::unique_lock<std::mutex> held(mutex_, std::try_to_lock);
+  PoolLock held = PoolLock::try_for(mutex_);
   if (held && (mapper_->has_failed() || (space_ && space_->is_broken()))) held.unlock();
   return held;
 }
@@ -62,9 +63,14 @@ void PagePool::settle() {
   }
 }
 
-void PagePool::add_owner(PageOwner* owner) {
+i32 PagePool::add_owner(PageOwner* owner, i64 arenas) {
+  i64 first = 0, end = 0;  // the first so many in a row that nobody has, or that are not there yet
+  for (; end - first < arenas; ++end) {
+    if (end < static_cast<i64>(arenas_.size()) && arenas_[end].owner != nullptr) first = end + 1;
+  }
   owner->number = owners_seen_++;
   owners_.push_back(owner);
+  return static_cast<i32>(first);
 }
 
 void PagePool::remove_owner(PageOwner* owner, const std::vector<i32>& pages) {
@@ -82,13 +88,10 @@ void PagePool::remove_owner(PageOwner* owner, const std::vector<i32>& pages) {
   owners_.erase(std::find(owners_.begin(), owners_.end(), owner));
 }
 
-i32 PagePool::add_arena(PageOwner* owner, i64 slots) {
-  if (space_) space_->add_arena(slots);
-  Arena arena;
-  arena.owner = owner;
-  arena.slots = slots;
-  arenas_.push_back(arena);
-  return static_cast<i32>(arenas_.size() - 1);
+void PagePool::add_arena(PageOwner* owner, i32 number, i64 slots) {
+  if (number >= static_cast<i32>(arenas_.size())) arenas_.resize(number + 1);
+  if (space_) space_->add_arena(number, slots);
+  arenas_[number] = {owner, slots};
 }
 
 void PagePool::grow_books(i64 pages) {
@@ -210,6 +213,44 @@ void PagePool::set_budget(i64 pages) {
     throw;
   }
   budget_pages_ = pages;
+}
+
+void PagePool::spill_in_pieces(PoolLock& lock, PageOwner& owner, const std::function<i64()>& excess) {
+  const i64 step = owner.piece_pages, begun = excess();
+  if (begun <= step || begun > owner.sure_pages()) return;
+  NoTables none;
+  i64 freed = step;
+  for (i64 pieces = begun / step; pieces > 0 && freed > 0 && excess() > step; --pieces) {
+    Transaction tx(*this, none);
+    freed = owner.spill(step, true, tx);
+    tx.commit();
+    if (lock.give_way()) settle();
+  }
+}
+
+void PagePool::shrink_in_pieces(PoolLock& lock, i64 pages) {
+  i64 sure = 0, step = 0;
+  for (const PageOwner* owner : owners_) {
+    sure += owner->sure_pages();
+    step = step == 0 ? owner->piece_pages : std::min(step, owner->piece_pages);
+  }
+  if (step == 0 || mapped_pages_ - pages > sure) return;  // it may be refused
+  for (i64 pieces = (mapped_pages_ - pages) / step; pieces > 0 && mapped_pages_ - pages > step; --pieces) {
+    NoTables none;
+    Transaction tx(*this, none);
+    const i64 freed = spill(*owners_.front(), step, true, tx);
+    tx.commit();
+    if (lock.give_way()) settle();
+    if (freed == 0) break;
+  }
+  if (mapped_pages_ > pages + step) return;
+  for (i64 pieces = (present_pages_ - pages) / step; pieces > 0 && free_pages() > step; --pieces) {
+    NoTables none;
+    Transaction tx(*this, none);
+    give_back(step, tx);
+    tx.commit();
+    if (lock.give_way()) settle();
+  }
 }
 
 void PagePool::count_calls(const std::vector<Op>& ops) {

@@ -6,8 +6,8 @@
 //   mapped   refs > 0 slots show it. refs > 1 is sharing.
 #pragma once
 
+#include <functional>
 #include <memory>
-#include <mutex>
 #include <string>
 #include <vector>
 
@@ -17,6 +17,7 @@
 #include "id_set.h"
 #include "mapper.h"
 #include "ops.h"
+#include "pool_lock.h"
 #include "space.h"
 
 namespace kvmem {
@@ -38,6 +39,8 @@ class PageOwner {
   virtual bool can_give_up(const Op& evict) const = 0;
   // Mapped pages that no live sequence needs.
   virtual i64 parked_pages() const = 0;
+  // Those of them that spill() frees for certain.
+  virtual i64 sure_pages() const = 0;
   // Pushes unmap records until `pages` pages are free, as far as there are any that nobody needs; returns how many it
   // freed. `content`: cached content is evicted too, where pages that hold none do not suffice.
   virtual i64 spill(i64 pages, bool content, Transaction& tx) = 0;
@@ -47,6 +50,7 @@ class PageOwner {
 
   i64 owned_pages = 0;  // distinct pages mapped in its arenas
   i64 limit_pages = 0;  // and how many that may be
+  i64 piece_pages = 1;  // how many it gives up in about a millisecond
   i32 number = 0;       // counts the owners of a pool, from 0
 };
 
@@ -59,9 +63,9 @@ class PagePool {
 
   // Serialises every allocator of this pool. DeviceError in a forked child, whose copy of the lock may never open.
   // Unless the caller only looks at the books, memory that failed undoing left behind is repaired first.
-  std::unique_lock<std::mutex> lock(bool look = false);
+  PoolLock lock(bool look = false);
   // The same without waiting: owns nothing where somebody else holds it or there is something to settle or repair.
-  std::unique_lock<std::mutex> try_lock();
+  PoolLock try_lock();
   bool forked() const { return fork_guard_.forked(); }
   // The mapper is idle and what it failed to do is taken back. The caller holds the lock.
   void settle();
@@ -82,10 +86,11 @@ class PagePool {
   Mapper& mapper() { return *mapper_; }
   i64 fence() const { return fence_; }
 
-  void add_owner(PageOwner* owner);
+  // `arenas`: how many it is going to add. Returns the number of the first: one that was given back, where there is.
+  i32 add_owner(PageOwner* owner, i64 arenas);
   // `pages`: the page of each of its mappings. Waits for the device, unmaps, and frees the pages for the others.
   void remove_owner(PageOwner* owner, const std::vector<i32>& pages);
-  i32 add_arena(PageOwner* owner, i64 slots);
+  void add_arena(PageOwner* owner, i32 number, i64 slots);
 
   // --- decisions: push records to `tx` ---
   // Maps `count` slots of an arena from `slot` on, taking pages that follow `near` where they are free, so that
@@ -100,6 +105,11 @@ class PagePool {
   // Grows or shrinks the budget, spilling parked pages of every owner. OutOfMemory, and nothing changed, when live
   // sequences hold more. The caller holds the lock.
   void set_budget(i64 pages);
+  // As much of what set_budget(pages), fewer than now, is going to do as is sure to suffice, in pieces between which
+  // others get the lock. They may take what is given up: so there are no more pieces than there was to give up.
+  void shrink_in_pieces(PoolLock& lock, i64 pages);
+  // The same of one owner, until `excess()` is about 0.
+  void spill_in_pieces(PoolLock& lock, PageOwner& owner, const std::function<i64()>& excess);
 
   // --- state: called by Transaction only ---
   void apply(const Op& op, bool undo);
@@ -129,7 +139,6 @@ class PagePool {
   struct Arena {
     PageOwner* owner = nullptr;
     i64 slots = 0;
-    i32 space_arena = -1;
   };
   // What a page holds: zeroes, garbage, or what owner number n left there.
   static constexpr i32 kClean = -1;
@@ -158,7 +167,7 @@ class PagePool {
   std::vector<Arena> arenas_;
   std::vector<PageOwner*> owners_;
   i32 owners_seen_ = 0;
-  std::mutex mutex_;
+  PoolMutex mutex_;
   ForkGuard fork_guard_;
   std::shared_ptr<Space> space_;
   std::unique_ptr<Mapper> mapper_;  // last: it stops before the space goes

@@ -6,12 +6,18 @@
 namespace kvmem {
 namespace {
 
+std::uint64_t secret() {
+  std::random_device device;
+  return std::uint64_t{device()} << 32 | device();
+}
+
 constexpr i64 kGhosts = 1 << 14;
 // Nodes for the memory there is, and some more: roots, and steps on a path whose own memory is gone.
-constexpr i64 kFirstNodes = 1 << 8, kMostAtOnce = 1 << 16, kSpareNodes = 1 << 8, kSpareShare = 64;
-constexpr i64 kGrowth = 4;                   // a fourth more nodes when there are too few
-constexpr std::size_t kLooseKept = 1 << 12;  // of more loose nodes, finish() gives the list back
-constexpr i32 kFree = -2;                    // as an ordinal
+constexpr i64 kFirstNodes = 1 << 8, kMostAtOnce = 1 << 16, kSpareShare = 64;
+constexpr i64 kFirstTokens = 1 << 24, kFewestNodes = 8;  // fewer nodes where blocks are huge
+constexpr i64 kGrowth = 4;                               // a fourth more nodes when there are too few
+constexpr std::size_t kLooseKept = 1 << 12;              // of more loose nodes, finish() gives the list back
+constexpr i32 kFree = -2;                                // as an ordinal
 
 // Chains of three nodes for two buckets.
 bool full(i64 nodes, std::size_t buckets) { return 2 * nodes > 3 * static_cast<i64>(buckets); }
@@ -30,8 +36,10 @@ PrefixIndex::PrefixIndex(i64 block_tokens, std::vector<GroupKind> groups, const 
       policy_(make_eviction_policy(policy)),
       events_(event_capacity, block_tokens),
       tokens_(block_tokens),
+      roots_(0, KeyedHash(secret(), secret())),
       ghosts_(kGhosts, 0),
-      block_(block_tokens) {
+      block_(event_capacity > 0 ? block_tokens : 0),
+      least_nodes_(std::clamp(kFirstTokens / block_tokens, kFewestNodes, kFirstNodes)) {
   for (std::size_t g = 0; g < groups.size(); ++g) {
     const i32 group = static_cast<i32>(g);
     window_of_.push_back(groups[g] == GroupKind::window ? windows_++ : -1);
@@ -42,13 +50,12 @@ PrefixIndex::PrefixIndex(i64 block_tokens, std::vector<GroupKind> groups, const 
   whole_ = windows_ == 0 || !full_groups_.empty() || !state_groups_.empty();
   items_ = windows_ + whole_;
   cached_parts_.assign(static_cast<std::size_t>(windows_), 0);
-  blocks = std::min(std::max(blocks, kFirstNodes), kMostAtOnce);
+  blocks = std::min(std::max(blocks, least_nodes_), kMostAtOnce);
   std::size_t buckets = 1;
   while (full(blocks, buckets)) buckets *= 2;
   buckets_.assign(buckets, kNoNode);
-  reserve(blocks + blocks / kSpareShare + kSpareNodes);
-  std::random_device device;  // so that nobody can choose tokens that all fall into one bucket
-  seed_ = (std::uint64_t{device()} << 32 | device()) | 1;
+  reserve(blocks + blocks / kSpareShare + least_nodes_);
+  seed_ = secret() | 1;  // so that nobody can choose tokens that all fall into one bucket
 }
 
 void PrefixIndex::reserve(i64 nodes) {
@@ -90,7 +97,7 @@ void PrefixIndex::retain(i32 node, int priority, double seconds) {
 }
 
 i32 PrefixIndex::new_node() {
-  if (free_ == kNoNode) reserve(capacity() + std::max(capacity() / kGrowth, kFirstNodes));
+  if (free_ == kNoNode) reserve(capacity() + std::max(capacity() / kGrowth, least_nodes_));
   const i32 node = free_;
   free_ = nodes_[node].next_child;
   nodes_[node] = Node();
@@ -310,6 +317,7 @@ void PrefixIndex::tell(const Told& told) {
   const auto tell_of = [&](i32 group) {
     if (told.stored) {
       const i32 parent = is_root(n.parent) ? kNoNode : n.parent;
+      note_root(root_of_[told.node]);
       events_.stored(told.node, parent, root_of_[told.node], group, n.ordinal, block_.data());
     } else {
       events_.removed(told.node, group);
@@ -344,13 +352,7 @@ void PrefixIndex::prune(i32 node) {
     Node& n = nodes_[node];
     const i32 parent = n.parent;
     if (parent == kNoNode) {
-      const auto key = root_keys_.find(n.next_child);
-      roots_.erase(flat(key->second.key));
-      if (events_.on()) {
-        key->second.gone = true;
-      } else {
-        root_keys_.erase(key);
-      }
+      leave_root(n.next_child);
     } else if (n.linked) {
       unlink(node);
     }
@@ -359,8 +361,32 @@ void PrefixIndex::prune(i32 node) {
   }
 }
 
+// An event will name it, the next one.
+void PrefixIndex::note_root(i32 number) {
+  if (told_number_ != number) told_root_ = &root_keys_.find(number)->second, told_number_ = number;
+  told_root_->told = events_.serial() + 1;
+}
+
+void PrefixIndex::leave_root(i32 number) {
+  const auto root = root_keys_.find(number);
+  roots_.erase(flat(root->second.key));
+  forget_roots();
+  if (is_waiting(root->second)) {
+    gone_roots_.push_back(number);
+  } else {
+    if (told_number_ == number) told_number_ = -1;
+    root_keys_.erase(root);
+  }
+}
+
 void PrefixIndex::forget_roots() {
-  for (auto it = root_keys_.begin(); it != root_keys_.end();) it = it->second.gone ? root_keys_.erase(it) : ++it;
+  while (!gone_roots_.empty()) {
+    const auto root = root_keys_.find(gone_roots_.front());
+    if (is_waiting(root->second)) return;
+    if (told_number_ == root->first) told_number_ = -1;
+    root_keys_.erase(root);
+    gone_roots_.pop_front();
+  }
 }
 
 void PrefixIndex::use_again(i32 node) {

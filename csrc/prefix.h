@@ -16,12 +16,14 @@
 // order as whole nodes: by when and how often it was used, whoever holds the rest of the node.
 #pragma once
 
+#include <deque>
 #include <memory>
 #include <string>
 #include <unordered_map>
 #include <vector>
 
 #include "events.h"
+#include "keyed_hash.h"
 #include "retention.h"
 #include "token_blocks.h"
 #include "types.h"
@@ -183,7 +185,8 @@ class PrefixIndex {
   i64 pinned_count() const { return pinned_; }
   i64 evicted() const { return evicted_; }  // nodes that lost their memory, ever
   EventRing& events() { return events_; }
-  // The salt and extra key of the root that events call `number`; it stays known until forget_roots().
+  // The salt and extra key of the root that events call `number`; known while it is there or a waiting event names it,
+  // and until forget_roots() after that.
   const PrefixKey& root_key(i32 number) const;
   void forget_roots();
   std::vector<i32> roots() const;
@@ -225,7 +228,7 @@ class PrefixIndex {
   };
   struct RootKey {
     PrefixKey key;
-    bool gone = false;
+    i64 told = 0;  // the serial of the last event that names it
   };
 
   static std::string flat(const PrefixKey& key);
@@ -263,6 +266,9 @@ class PrefixIndex {
   void prune(i32 node);
   void note(const Told& told, bool undo);
   void tell(const Told& told);
+  void note_root(i32 number);
+  void leave_root(i32 number);
+  bool is_waiting(const RootKey& root) const { return root.told > events_.serial() - events_.size(); }
 
   std::vector<i32> full_groups_, state_groups_, window_of_, group_of_;
   i32 windows_ = 0;
@@ -281,14 +287,20 @@ class PrefixIndex {
   std::vector<i32> root_of_;       // by node, where events are on: the number of its root, never given out twice
   i32 free_ = kNoNode;
   std::vector<i32> buckets_;
-  std::unordered_map<i32, i32> pins_;           // how many, of the nodes that have some
-  std::unordered_map<std::string, i32> roots_;  // by flat(key)
-  std::unordered_map<i32, RootKey> root_keys_;  // by number
+  std::unordered_map<i32, i32> pins_;                      // how many, of the nodes that have some
+  std::unordered_map<std::string, i32, KeyedHash> roots_;  // by flat(key)
+  std::unordered_map<i32, RootKey> root_keys_;             // by number
+  // Roots that are gone, while an event that names them waits: each had one waiting when it went, so there are never
+  // more than twice as many as events can wait.
+  std::deque<i32> gone_roots_;
+  RootKey* told_root_ = nullptr;  // of the number below: events come in runs of one root
+  i32 told_number_ = -1;
   i32 roots_seen_ = 0;
   std::vector<std::uint64_t> ghosts_;  // keys given up, each at its own place
   std::vector<i32> loose_;             // unlinked or idle since the transaction began
   std::vector<Told> told_;
   std::vector<i32> block_;  // tell() unpacks here
+  const i64 least_nodes_;   // that are made room for at once
   i64 linked_ = 0, in_buckets_ = 0, cached_ = 0, pinned_ = 0, evicted_ = 0;
 };
 

@@ -30,7 +30,7 @@ std::string PrefixIndex::flat(const PrefixKey& key) {
 }
 
 std::uint64_t PrefixIndex::root_hash(const PrefixKey& key) const {
-  return fold(std::hash<std::string>()(flat(key)) ^ seed_, kOdd);
+  return fold(roots_.hash_function()(flat(key)) ^ seed_, kOdd);
 }
 
 // The tokens are hashed apart from what is before them, so that the multiplications for one block of a chain do not

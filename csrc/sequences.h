@@ -39,6 +39,7 @@ class Sequences {
   bool live(i64 index) const { return handles_[index] != kNone; }
   i64 handle_of(i64 index) const { return handles_[index]; }  // of a place that is taken
 
+  bool is_live(i64 handle) const { return slots_[slot_of(handle)].handle == handle; }
   // The place a handle stands for. StaleHandle when it was freed or never given out.
   i64 index(i64 handle) const {
     const Slot& slot = slots_[slot_of(handle)];

@@ -38,13 +38,13 @@ Space::~Space() {
   }
 }
 
-i32 Space::add_arena(i64 slots) {
+void Space::add_arena(i32 number, i64 slots) {
   std::lock_guard<std::mutex> lock(mutex_);
   Arena arena;
   arena.reservation = std::make_unique<Reservation>(driver_, slots * page_bytes_, 0);
   arena.slots.resize(static_cast<std::size_t>(slots));
-  arenas_.push_back(std::move(arena));
-  return static_cast<i32>(arenas_.size() - 1);
+  if (number >= static_cast<i32>(arenas_.size())) arenas_.resize(number + 1);
+  arenas_[number] = std::move(arena);
 }
 
 void Space::remove_arena(i32 number) {
@@ -62,6 +62,8 @@ void Space::remove_arena(i32 number) {
     from = to + 1;
   }
   arena = Arena();
+  const auto first = repairs_.lower_bound({number, 0});  // another arena may get the number
+  repairs_.erase(first, repairs_.lower_bound({number + 1, 0}));
 }
 
 Address Space::arena_base(i32 arena) const {

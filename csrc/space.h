@@ -42,8 +42,8 @@ class Space {
   Space(const Space&) = delete;
   Space& operator=(const Space&) = delete;
 
-  i32 add_arena(i64 slots);      // reserves; returns the arena's number, counted from 0
-  void remove_arena(i32 arena);  // unmaps and gives back the addresses
+  void add_arena(i32 arena, i64 slots);  // reserves; its number is free
+  void remove_arena(i32 arena);          // unmaps and gives back the addresses, and the number
   Address arena_base(i32 arena) const;
   i64 arena_bytes(i32 arena) const;
 

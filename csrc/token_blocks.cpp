@@ -1,6 +1,7 @@
 #include "token_blocks.h"
 
 #include <algorithm>
+#include <new>
 #include <type_traits>
 
 namespace kvmem {
@@ -94,9 +95,13 @@ auto with_width(u64 bits, F f) {
 TokenBlocks::TokenBlocks(i64 block_tokens) : block_tokens_(block_tokens), stride_(stride_of(block_tokens, bits_)) {}
 
 void TokenBlocks::reserve(i64 blocks) {
-  blocks_ = std::max(blocks_, blocks);
-  bytes_.reserve(blocks_ * stride_ + kSpare);
-  bytes_.resize(blocks_ * stride_ + kSpare);
+  if (blocks <= blocks_ && bytes_) return;
+  blocks = std::max(blocks, blocks_);
+  void* grown = std::realloc(bytes_.get(), blocks * stride_ + kSpare);
+  if (!grown) throw std::bad_alloc();
+  (void)bytes_.release();
+  bytes_.reset(static_cast<std::uint8_t*>(grown));
+  blocks_ = blocks;
 }
 
 void TokenBlocks::put(i32 block, const i32* tokens) {

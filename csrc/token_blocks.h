@@ -5,7 +5,9 @@
 // at most 13 times ever. Negative ids, and the hashes that stand for images, need all 32.
 #pragma once
 
+#include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <vector>
 
 #include "types.h"
@@ -65,9 +67,10 @@ class TokenBlocks {
 
   const i64 block_tokens_;
   u64 bits_ = kNarrowest;
-  i64 stride_;                       // bytes of a block
-  i64 blocks_ = 0, used_ = 0;        // room for; and those below were put
-  std::vector<std::uint8_t> bytes_;  // and a word more: blocks are read and written by whole words
+  i64 stride_;                 // bytes of a block
+  i64 blocks_ = 0, used_ = 0;  // room for; and those below were put
+  // And a word more: blocks are read and written by whole words. What was never put takes no memory, only addresses.
+  std::unique_ptr<std::uint8_t[], void (*)(void*)> bytes_{nullptr, std::free};
 };
 
 }  // namespace kvmem

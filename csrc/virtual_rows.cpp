@@ -15,14 +15,15 @@ VirtualRows::VirtualRows(const Geometry& geometry, PagePool& pool, const Sequenc
       parked_(geometry.rows),
       bound_(geometry.rows) {
   limit_pages = pool.budget_pages();
-  pool.add_owner(this);
+  i64 all = 0;
+  for (const GroupGeometry& group : geometry.groups) all += static_cast<i64>(group.token_bytes.size());
+  base_arena_ = pool.add_owner(this, all);
   try {
     for (const GroupGeometry& group : geometry.groups) {
       first_.push_back(arenas_);
       has_state_ = has_state_ || group.growth == Growth::fixed;
       for (std::size_t i = 0; i < group.token_bytes.size(); ++i, ++arenas_) {
-        const i32 arena = pool.add_arena(this, group.arena_slots[i]);
-        if (arenas_ == 0) base_arena_ = arena;
+        pool.add_arena(this, static_cast<i32>(base_arena_ + arenas_), group.arena_slots[i]);
       }
     }
   } catch (...) {

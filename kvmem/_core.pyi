@@ -375,7 +375,16 @@ class Cache:
 
     def truncate(self, handle: int, tokens: int) -> None: ...
 
-    def fork(self, handle: int) -> int: ...
+    def fork(self, handle: int, sequence: object | None = None) -> int:
+        """The new handle; also told to the object that stands for it."""
+
+    def first_arena(self, group: int) -> int:
+        """Its number, as ops name it."""
+
+    def check_process(self) -> None:
+        """DeviceError in a forked child."""
+
+    def is_live(self, handle: int) -> bool: ...
 
     def free(self, handle: int) -> None: ...
 
@@ -422,8 +431,10 @@ class Cache:
     def step(self, handles: NDArray[numpy.int32], counts: NDArray[numpy.int32] | None, tokens: NDArray[numpy.int32] | None, rows: int, out: BatchBuffers) -> None:
         """counts None: one token each."""
 
-    def admit(self, tokens: list[int] | NDArray[numpy.int32], salt: bytes, extra_key: bytes) -> tuple[int, int]:
-        """A new sequence: its handle, and how many tokens it has."""
+    def admit(self, tokens: list[int] | NDArray[numpy.int32], salt: bytes, extra_key: bytes, sequence: object | None = None) -> tuple[int, int]:
+        """
+        A new sequence: its handle, and how many tokens it has; also told to the object that stands for it.
+        """
 
     def admit_batch(self, tokens: list[int] | NDArray[numpy.int32], counts: NDArray[numpy.int32] | None, salt: bytes, extra_key: bytes, handles: NDArray[numpy.int32], cached: NDArray[numpy.int32]) -> int:
         """How many prompts got room."""
@@ -435,12 +446,12 @@ class Cache:
 
     def commit_tokens_batch(self, handles: NDArray[numpy.int32], counts: NDArray[numpy.int32], tokens: NDArray[numpy.int32]) -> None: ...
 
-    def pin(self, handle: int, tokens: int) -> tuple[int, int]:
+    def pin(self, handle: int, tokens: int, pin: object | None = None) -> tuple[int, int]:
         """
         The first tokens of a sequence (-1: all known): a pin, and how many it keeps.
         """
 
-    def pin_tokens(self, tokens: list[int] | NDArray[numpy.int32], salt: bytes, extra_key: bytes) -> tuple[int, int]: ...
+    def pin_tokens(self, tokens: list[int] | NDArray[numpy.int32], salt: bytes, extra_key: bytes, pin: object | None = None) -> tuple[int, int]: ...
 
     def unpin(self, pin: int) -> None: ...
 
@@ -448,10 +459,17 @@ class Cache:
 
     def retain(self, handle: int, start: int, end: int, priority: int, seconds: float) -> None: ...
 
+    def retained(self, handle: int) -> list[tuple[int, int, int, float]]:
+        """
+        What holds of which blocks: (first, end, priority, seconds), ascending, no block twice.
+        """
+
     def clear_cache(self) -> int: ...
 
-    def drain_events(self, max: int, restart: bool) -> tuple[EventRecords, dict[int, tuple[bytes, bytes]]]:
-        """Records, and the (salt, extra key) of the roots that they name."""
+    def drain_events(self, taken: int, max: int, restart: bool) -> tuple[int, EventRecords, dict[int, tuple[bytes, bytes]]]:
+        """
+        The number of a batch, its records, and the (salt, extra key) of the roots that they name. The batch after number ``taken``: given again until a call says that it was taken.
+        """
 
     def grow(self, handle: int, count: int, /) -> TableChanges | None:
         """extend() that tells which table entries it wrote; None for none."""
@@ -481,6 +499,11 @@ class BatchBuffers:
     @property
     def filled(self) -> bool:
         """False before the first fill, and if the last one failed."""
+
+    def forget(self) -> None:
+        """
+        What it was filled with is not where it should be: the next fill writes, and tells, all of it.
+        """
 
     @property
     def handles(self) -> list[int]:
@@ -645,6 +668,9 @@ class EventRing:
     @property
     def lost(self) -> int: ...
 
+def keyed_hash(first: int, second: int, bytes: bytes) -> int:
+    """What salts are found by; see csrc/keyed_hash.h."""
+
 class TokenBlocks:
     """Blocks of token ids, packed; see csrc/token_blocks.h."""
 
@@ -663,3 +689,12 @@ class TokenBlocks:
     @property
     def bits(self) -> int:
         """Of one id."""
+
+class Scope:
+    """
+    The two methods that make a context manager of what has a ``_core`` and an ``_id``.
+    """
+
+    def __enter__(self) -> object: ...
+
+    def __exit__(self, kind: object, error: object, at: object, /) -> None: ...

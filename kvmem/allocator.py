@@ -17,13 +17,13 @@ from kvmem.backends import BACKENDS, lay_out
 from kvmem.batch import INT32_MAX, Batch, new_batch
 from kvmem.digests import Key, decode_key
 from kvmem.errors import OutOfMemory, SpecError
-from kvmem.events import Event, EventStream
+from kvmem.events import Event, EventBatch, EventStream
 from kvmem.layouts import GroupLayout, resolve_interleave
 from kvmem.ops import Op
 from kvmem.pool import PagePool, pool_for
 from kvmem.prefix import Pin, PrefixMatch, Reason, Tokens, encode_keys, token_ids, with_ids
 from kvmem.protocols import Sizes
-from kvmem.sequence import Sequence
+from kvmem.sequence import NOBODY, Sequence
 from kvmem.spec import CacheSpec
 from kvmem.spec_rules import check_choice, check_size
 from kvmem.stats import Stats
@@ -84,7 +84,9 @@ class Allocator:
         ``KVMEM_DEBUG``.
     driver: replaces the device's own driver; for tests.
 
-    Thread-safe: calls are serialised. After a ``fork()`` of the process, the child's calls raise ``DeviceError``.
+    Thread-safe: calls are serialised, and none that waits for another keeps Python's lock. After a ``fork()`` of the
+    process, the child's calls raise ``DeviceError``. An exception that a signal handler raises in the middle of a call
+    leaves no sequence, pin or event behind that nobody has.
     """
 
     def __init__(
@@ -171,8 +173,7 @@ class Allocator:
                 event_capacity=at_least_zero("events", events),
             ),
         )
-        self._roots: dict[int, tuple[bytes, bytes]] = {}
-        self._events = EventStream(spec, self._drain_events, self._root_key, key=event_key) if events else None
+        self._events = EventStream(spec, self._drain_events, key=event_key) if events else None
         if record_ops:
             self.core.record()
 
@@ -189,11 +190,16 @@ class Allocator:
         comparison a block, and what mapping and the copy of the cut page or block cost.
         """
         salted, keyed = encode_keys(salt, extra_key)
-        if tokens is None:
-            handle, cached = self.core.admit([], salted, keyed)
-        else:
-            handle, cached = with_ids(tokens, lambda ids: self.core.admit(ids, salted, keyed))
-        return Sequence(self, handle, cached)
+        sequence = Sequence(self, NOBODY)
+        try:
+            if tokens is None:
+                self.core.admit([], salted, keyed, sequence)
+            else:
+                with_ids(tokens, lambda ids: self.core.admit(ids, salted, keyed, sequence))
+            return sequence
+        except BaseException:  # a signal handler's, too: who never gets the sequence cannot free it
+            sequence.give_up()
+            raise
 
     def admit_batch(
         self, tokens: Tokens, counts: Handles | None = None, *, salt: str | bytes | None = None, extra_key: Key = None
@@ -211,14 +217,24 @@ class Allocator:
         n = 1 if counts is None else len(counts)
         handles, cached = np.empty(n, np.int32), np.empty(n, np.int32)
         salted, keyed = encode_keys(salt, extra_key)
+        handles.fill(NOBODY)
         try:
             done = self.core.admit_batch(tokens, counts, salted, keyed, handles, cached)  # type: ignore[arg-type]
+            return (handles, cached) if done == n else (handles[:done], cached[:done])
         except TypeError as error:  # ids, or counts, of another type
             ids = token_ids(tokens)
             if ids is tokens:
                 raise not_int32(ids, counts) from error
-            return self.admit_batch(ids, counts, salt=salt, extra_key=extra_key)
-        return (handles, cached) if done == n else (handles[:done], cached[:done])
+        except BaseException:
+            self._give_up(handles)
+            raise
+        return self.admit_batch(ids, counts, salt=salt, extra_key=extra_key)
+
+    def _give_up(self, handles: Handles) -> None:
+        """Frees what a call has made for a caller that gets an exception instead."""
+        for handle in handles[handles != NOBODY].tolist():
+            if self.core.is_live(handle):
+                self.core.free(handle)
 
     def match(self, tokens: Tokens, *, salt: str | bytes | None = None, extra_key: Key = None) -> PrefixMatch:
         """How much of ``tokens`` is cached, and why not more. Changes nothing, not even what is forgotten next."""
@@ -231,7 +247,13 @@ class Allocator:
         begins with them finds them. ``SpecError`` when one of them is not cached now, or they fill no block.
         """
         salted, keyed = encode_keys(salt, extra_key)
-        return Pin(self.core, *with_ids(tokens, lambda ids: self.core.pin_tokens(ids, salted, keyed)))
+        pin = Pin(self.core, 0, 0)
+        try:
+            with_ids(tokens, lambda ids: self.core.pin_tokens(ids, salted, keyed, pin))
+            return pin
+        except BaseException:
+            pin.give_up()
+            raise
 
     def pins(self) -> list[Pin]:
         """The pins that keep something, also those whose ``Pin`` object is lost; in the order in which they were made."""
@@ -241,6 +263,9 @@ class Allocator:
         """Forgets all cached content that nobody uses or pins; returns how many blocks. Their memory stays parked.
 
         What the sliding windows of live sequences have passed goes too.
+
+        Other threads' calls are let in after each 1,024 blocks, as by ``trim()`` and ``set_memory()``: what they cache
+        meanwhile is forgotten too. After an error, what was forgotten before it stays so.
         """
         return self.core.clear_cache()
 
@@ -248,22 +273,21 @@ class Allocator:
         """What was cached and given up since the last call (``docs/events.md``); empty unless made with ``events=``."""
         return [] if self._events is None else self._events.poll(max_events, restart=restart)
 
-    def _drain_events(self, most: int, restart: bool) -> _core.EventRecords:
-        records, roots = self.core.drain_events(most, restart)
-        self._roots = {**roots}
-        return records
-
-    def _root_key(self, number: int) -> tuple[Key, Key]:
-        salt, extra_key = self._roots[number]
-        return decode_key(salt), decode_key(extra_key)
+    def _drain_events(self, taken: int, most: int, restart: bool) -> EventBatch:
+        number, records, roots = self.core.drain_events(taken, most, restart)
+        return EventBatch(number, records, {root: (decode_key(s), decode_key(e)) for root, (s, e) in roots.items()})
 
     def open_batch(self, n: int) -> Handles:
         """Handles of ``n`` new sequences, int32 [n]: all of them or ``OutOfMemory``."""
         if at_least_zero("n", n) > self.max_sequences:
             raise OutOfMemory(f"asked to open {n} sequences; max_sequences is {self.max_sequences}")
-        handles = np.empty(n, np.int32)
-        self.core.open_batch(handles)
-        return handles
+        handles = np.full(n, NOBODY, np.int32)
+        try:
+            self.core.open_batch(handles)
+            return handles
+        except BaseException:
+            self._give_up(handles)
+            raise
 
     def extend_batch(self, ids: Handles, counts: Handles) -> None:
         """Makes room for ``counts[i]`` more tokens of each sequence: for all, or ``OutOfMemory`` and nothing has
@@ -353,9 +377,12 @@ class Allocator:
             group.begin()
             try:
                 self.core.fill(ids, counts, index, rows, group.buffers)
+                group.update(self.core, index)
             except TypeError as error:
                 raise not_int32(ids) from error
-            group.update(self.core, index)
+            except BaseException:
+                group.buffers.forget()
+                raise
 
     def step(
         self,
@@ -380,9 +407,12 @@ class Allocator:
         batch.begin()
         try:
             self.core.step(ids, counts, tokens, rows, batch.buffers)
+            batch.update(self.core, self._main)
         except TypeError as error:
             raise not_int32(ids, *(x for x in (counts, tokens) if x is not None)) from error
-        batch.update(self.core, self._main)
+        except BaseException:
+            batch.buffers.forget()
+            raise
         for index, group in batch.others.items():
             group.begin()
             self.core.fill(ids, None, index, rows, group.buffers)
@@ -495,6 +525,7 @@ class Allocator:
         return self.tensor(layer, component)[blocks].flatten(0, 1)[first % size : first % size + end - first]
 
     def _arena(self, group: int, arena: int) -> torch.Tensor:
+        self.core.check_process()
         self.pool.streams.follow()
         if (group, arena) not in self._arenas:
             # A tensor made in inference mode could never be written outside of it.
@@ -507,13 +538,17 @@ class Allocator:
     def set_memory(self, memory: int | str) -> None:
         """Grows or shrinks what this allocator may map, and the budget of a pool of its own; parked pages go first.
 
-        ``OutOfMemory``, and nothing changed, when live sequences hold more than that; ``compact()`` may help.
+        ``OutOfMemory``, and nothing changed, when live sequences hold more than that; ``compact()`` may help. What is
+        parked goes in pieces, as by ``trim()``, unless pins keep some of it: then all at once, or not at all. Growing
+        what creates its pages ahead (CUDA) is one piece too. Threads that take memory meanwhile may get it refused;
+        then parked pages are gone.
         """
         self.core.set_memory(self.pool.parse_pages(memory))
 
     def trim(self, bytes: int | str | None = None) -> int:
         """Gives parked and free pages back to the system: at least ``bytes`` of them if there are as many, or all, also
-        those of cached blocks. Returns bytes.
+        those of cached blocks. Returns bytes. In pieces of a millisecond, each all or nothing, between which other
+        threads' calls are let in.
         """
         return self.core.trim(-1 if bytes is None else parse_bytes("bytes", bytes))
 

@@ -6,25 +6,31 @@ process: a digest of the block, of all before it, and of whose cache it is. ``do
 
 from __future__ import annotations
 
+import os
 import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Final, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
 from kvmem import _core
 from kvmem.digests import DIGEST_BYTES, ChainDigest, Key
-from kvmem.errors import KVMemError, SpecError
+from kvmem.errors import DeviceError, KVMemError, SpecError
 from kvmem.spec import CacheSpec, Group
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    _Digests: TypeAlias = npt.NDArray[np.void]
 
 __all__ = [
     "AllBlocksCleared",
     "BlockRemoved",
     "BlockStored",
     "Event",
+    "EventBatch",
     "EventStream",
     "group_kind",
     "to_wire",
@@ -90,13 +96,36 @@ def group_kind(group: Group) -> str:
     return "mla_attention" if latent else "full_attention"
 
 
+class EventBatch(NamedTuple):
+    """What the core has told at once. It tells the same again until it hears that ``number`` was taken.
+
+    roots: the (salt, extra_key) of each root that the records name.
+    """
+
+    number: int
+    records: _core.EventRecords
+    roots: Mapping[int, tuple[Key, Key]]
+
+
+class _State(NamedTuple):
+    """Where a stream stands: replaced whole, so that whoever is interrupted leaves the one before or the one after."""
+
+    taken: int  # the last batch whose events were made
+    ready: list[Event]
+    given: int  # how many of them were given out
+
+
 class EventStream:
     """Turns the core's records into events, in order. Any thread may poll; each event is given out once.
 
-    drain: (most records or -1, restart) -> records, as ``EventRing.drain`` in csrc/events.h.
-    root_of: the (salt, extra_key) of a root id. An id must mean the same as long as a record may name it.
+    drain: (number of the last batch taken, most records or -1, restart) -> the next batch, as ``Cache.drain_events`` in
+    csrc/cache.h.
     key: secret, up to 64 bytes. Without it, who sees digests and tokens can try out salts; with it, that is hopeless,
     and only who has it can compute the digests of a prompt.
+
+    Python may interrupt a poll anywhere, to run a signal handler or a finaliser. If that polls too, it gets the events
+    that come next, and the poll that it interrupted those after them. If it raises, no event is lost: the next poll
+    gives out what this one would have.
 
     It keeps 32 bytes for every node id, whatever the number of events.
     """
@@ -104,20 +133,19 @@ class EventStream:
     def __init__(
         self,
         spec: CacheSpec,
-        drain: Callable[[int, bool], _core.EventRecords],
-        root_of: Callable[[int], tuple[Key, Key]],
+        drain: Callable[[int, int, bool], EventBatch],
         *,
         key: bytes = b"",
         media: Sequence[str] = MEDIA,
     ) -> None:
         self._drain = drain
-        self._root_of = root_of
         self._digest = ChainDigest(spec.fingerprint, key)
         self._groups = [(group_kind(group), group.window_tokens) for group in spec.groups]
         self._media = tuple(media)
         self._digests = np.zeros(0, _DIGEST)  # by node; zero: never stored
-        self._pending: deque[Event] = deque()
-        self._lock = threading.Lock()
+        self._state = _State(0, [], 0)
+        self._lock = threading.RLock()
+        self._process = os.getpid()
 
     def poll(self, max_events: int | None = None, *, restart: bool = False) -> list[Event]:
         """The events since the last call, oldest first, ``max_events`` at most; None for all there are now.
@@ -129,52 +157,76 @@ class EventStream:
         """
         if max_events is not None and (isinstance(max_events, bool) or not max_events >= 0):
             raise SpecError(f"max_events: got {max_events!r}; must be an int, 0 or more, or None")
+        if os.getpid() != self._process:  # the lock may be closed for ever, by a thread that is not here
+            raise DeviceError(
+                "the events belong to the process that fork() was called in; make an allocator here", "fork"
+            )
         with self._lock:
             if restart:
-                self._pending.clear()
-                self._pending.extend(self._events(self._drain(-1, True)))
+                self._receive(-1, restart=True)
             if max_events is None:
-                self._pending.extend(self._events(self._drain(-1, False)))
-                max_events = len(self._pending)
-            while len(self._pending) < max_events and len(records := self._drain(_CHUNK, False)):
-                self._pending.extend(self._events(records))
-            return [self._pending.popleft() for _ in range(min(max_events, len(self._pending)))]
+                self._receive(0)  # what a poll that was interrupted had not taken
+                self._receive(-1)
+            else:
+                while len(self._state.ready) - self._state.given < max_events and self._receive(_CHUNK):
+                    pass
+            self._drain(self._state.taken, 0, False)  # it need not keep them any more
+        while True:
+            state = self._state
+            end = len(state.ready) if max_events is None else min(state.given + max_events, len(state.ready))
+            some, after = state.ready[state.given : end], _shortened(state.taken, state.ready, end)
+            # One line: nothing comes between the look and the return, no other thread and no signal handler.
+            if self._state is state: self._state = after; return some  # fmt: skip  # noqa: E701, E702
 
-    def _events(self, records: _core.EventRecords) -> Iterator[Event]:
+    def _receive(self, most: int, *, restart: bool = False) -> bool:
+        """Makes the events of one more batch; False when there is none. A poll that came between has made them."""
+        state = self._state
+        batch = self._drain(state.taken, most, restart)
+        if not len(batch.records):
+            return False
+        made = _Made(batch, self._digests)
+        events = list(self._events(made))
+        after = _State(batch.number, [*([] if restart else state.ready[state.given :]), *events], 0)
+        digests, nodes, values = made.changes()
+        # One line, as in poll().
+        if self._state is state: self._digests, digests[nodes], self._state = digests, values, after  # fmt: skip  # noqa: E701
+        return True
+
+    def _events(self, made: _Made) -> Iterator[Event]:
         """Joins what it may within stretches of one kind: no event there depends on one of another group."""
-        if not len(records):
-            return
+        records = made.batch.records
         kinds = records.kinds
         cuts = [0, *(np.flatnonzero(np.diff(kinds)) + 1).tolist(), len(records)]
         stored = 0
         for begin, end in pairwise(cuts):
             if kinds[begin] == _STORED:
-                yield from self._stored(records, begin, end, stored)
+                yield from self._stored(made, begin, end, stored)
                 stored += end - begin
             elif kinds[begin] == _REMOVED:
-                yield from self._removed(records, begin, end)
+                yield from self._removed(made, begin, end)
             else:
-                self._digests[:] = _UNKNOWN
+                made.clear()
                 yield AllBlocksCleared()
 
-    def _stored(self, records: _core.EventRecords, begin: int, end: int, first_row: int) -> Iterator[Event]:
+    def _stored(self, made: _Made, begin: int, end: int, first_row: int) -> Iterator[Event]:
+        records = made.batch.records
         rows = np.ascontiguousarray(records.tokens[first_row : first_row + end - begin], "<i4")
         content, width = rows.data.cast("B"), rows.shape[1] * rows.itemsize
         fields = (records.nodes, records.parents, records.roots, records.groups, records.tiers, records.ordinals)
-        self._make_room(int(records.nodes[begin:end].max()))
         runs: list[_Run] = []
         growing: dict[tuple[int, int], _Run] = {}
         for row, (node, parent, root, group, tier, ordinal) in enumerate(
             zip(*(field[begin:end].tolist() for field in fields), strict=True)
         ):
-            before = self._digest.root(*self._root_of(root)) if parent < 0 else self._digest_of(parent)
+            before = self._digest.root(*made.batch.roots[root]) if parent < 0 else made.digest_of(parent)
             digest = self._digest.block(before, content[row * width : (row + 1) * width])
-            self._digests[node] = digest
+            made.digests[node] = digest
             if group < 0:  # nobody holds it: it only names what comes after
                 continue
             run = growing.get((group, tier))
             if run is None or run.digests[-1] != before:
-                run = _Run(None if parent < 0 else before, root, group, tier, ordinal, [], [])
+                extra_key = made.batch.roots[root][1]
+                run = _Run(None if parent < 0 else before, extra_key, group, tier, ordinal, [], [])
                 growing[group, tier] = run
                 runs.append(run)
             run.digests.append(digest)
@@ -193,29 +245,54 @@ class EventStream:
             group=run.group,
             group_kind=kind,
             window_tokens=window,
-            extra_key=self._root_of(run.root)[1],
+            extra_key=run.extra_key,
             ordinal=run.ordinal,
         )
 
-    def _removed(self, records: _core.EventRecords, begin: int, end: int) -> Iterator[Event]:
+    def _removed(self, made: _Made, begin: int, end: int) -> Iterator[Event]:
+        records = made.batch.records
         found: dict[tuple[int, int], list[bytes]] = {}
         columns = (field[begin:end].tolist() for field in (records.groups, records.tiers, records.nodes))
         for group, tier, node in zip(*columns, strict=True):
-            found.setdefault((group, tier), []).append(self._digest_of(node))
+            found.setdefault((group, tier), []).append(made.digest_of(node))
         for (group, tier), digests in found.items():
             yield BlockRemoved(tuple(digests), self._media[tier], group)
 
-    def _digest_of(self, node: int) -> bytes:
-        digest = self._digests[node].tobytes() if node < len(self._digests) else _UNKNOWN
+
+def _shortened(taken: int, ready: list[Event], given: int) -> _State:
+    """Without the events given out, where those are many: a poll for a few of many copies none of the others."""
+    return _State(taken, ready[given:], 0) if 2 * given >= len(ready) else _State(taken, ready, given)
+
+
+class _Made:
+    """What becomes of a stream's digests as the events of a batch are made; the stream's own change when all are."""
+
+    def __init__(self, batch: EventBatch, before: _Digests) -> None:
+        self.batch = batch
+        self.digests: dict[int, bytes] = {}  # by node
+        self._before = before
+
+    def clear(self) -> None:
+        self.digests.clear()
+        self._before = np.zeros(len(self._before), _DIGEST)
+
+    def digest_of(self, node: int) -> bytes:
+        digest = self.digests.get(node)
+        if digest is None:
+            digest = self._before[node].tobytes() if node < len(self._before) else _UNKNOWN
         if digest == _UNKNOWN:
             raise KVMemError(f"a record of the cache names node {node}, which was never stored: an error in kvmem")
         return digest
 
-    def _make_room(self, node: int) -> None:
-        if node >= len(self._digests):
-            grown = np.zeros(max(node + 1, 2 * len(self._digests)), _DIGEST)
-            grown[: len(self._digests)] = self._digests
-            self._digests = grown
+    def changes(self) -> tuple[_Digests, npt.NDArray[np.int64], _Digests]:
+        """An array with room for all nodes, and which of its entries become what."""
+        nodes = np.fromiter(self.digests, np.int64, len(self.digests))
+        values = np.frombuffer(b"".join(self.digests.values()), _DIGEST)
+        digests, room = self._before, int(nodes.max(initial=-1)) + 1
+        if room > len(digests):
+            digests = np.zeros(max(room, 2 * len(digests)), _DIGEST)
+            digests[: len(self._before)] = self._before
+        return digests, nodes, values
 
 
 @dataclass
@@ -223,7 +300,7 @@ class _Run:
     """Stored blocks that will be one event."""
 
     before: bytes | None
-    root: int
+    extra_key: Key
     group: int
     tier: int
     ordinal: int

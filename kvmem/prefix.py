@@ -112,6 +112,11 @@ class Pin:
         """The blocks are cached like any other again. Twice is a ``StaleHandle``."""
         self._core.unpin(self._id)
 
+    def give_up(self) -> None:
+        """Unpins what a call has pinned for a caller that gets an exception instead."""
+        if self._id:
+            self._core.unpin(self._id)
+
     def __enter__(self) -> Pin:
         return self
 

@@ -20,7 +20,7 @@ vLLM                                   here
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -29,7 +29,7 @@ from kvmem._core import TableChanges
 from kvmem.allocator import Allocator
 from kvmem.arrays import at_least_zero, check_count, not_int32
 from kvmem.digests import Key
-from kvmem.errors import KVMemError, OutOfMemory, SpecError, StaleHandle
+from kvmem.errors import OutOfMemory, SpecError, StaleHandle
 from kvmem.events import Event
 from kvmem.prefix import Tokens, token_ids
 from kvmem.sequence import Sequence
@@ -110,21 +110,20 @@ class SchedulerCache:
         if count is None and tokens is None:
             raise SpecError(f"count: missing; a new request ({request!r}) needs a prompt, or a count of tokens")
         wanted = None if count is None else at_least_zero("count", count)
+        sequence = None
         try:
             sequence = self.allocator.sequence(tokens, salt=salt, extra_key=extra_key)
-        except OutOfMemory:  # all max_sequences are in use
-            return None
-        try:
             found = sequence.num_cached_tokens
-            fits = sequence.try_extend((0 if tokens is None else len(tokens) - found) if wanted is None else wanted)
-        except KVMemError:
-            sequence.free()
+            sequence.extend((0 if tokens is None else len(tokens) - found) if wanted is None else wanted)
+            self._requests[request], self._handles[request] = sequence, sequence.id
+            return self._core.table(sequence.id, self._main) or _NOTHING
+        except BaseException as error:
+            self._forget(request)
+            if sequence is not None:
+                sequence.give_up()
+            if isinstance(error, OutOfMemory):  # also when all max_sequences are in use
+                return None
             raise
-        if not fits:
-            sequence.free()
-            return None
-        self._requests[request], self._handles[request] = sequence, sequence.id
-        return self._core.table(sequence.id, self._main) or _NOTHING
 
     def publish(self, request: Hashable, tokens: int | Tokens) -> TableChanges:
         """The KV of the request's next ``tokens`` is computed: their ids, and whole blocks of them can be found from
@@ -174,8 +173,7 @@ class SchedulerCache:
 
     def free(self, request: Hashable) -> None:
         """The request ends, or is preempted. What it has published stays cached until memory is needed."""
-        self._sequence(request).free()
-        self._forget(request)
+        self._end([request], self._sequence(request).free)
 
     # --- a whole step in one call ---
 
@@ -212,9 +210,8 @@ class SchedulerCache:
     def free_all(self, requests: Iterable[Hashable]) -> None:
         """``free`` for many requests: all of them, or ``StaleHandle`` and none."""
         ending = list(requests)
-        self.allocator.free_batch(self.handles(ending))
-        for request in ending:
-            self._forget(request)
+        handles = self.handles(ending)
+        self._end(ending, lambda: self.allocator.free_batch(handles))
 
     # --- what is there ---
 
@@ -283,6 +280,18 @@ class SchedulerCache:
     def _stale(request: Hashable) -> StaleHandle:
         return StaleHandle(f"request {request!r} is not here: it has ended, or allocate() never began it")
 
+    def _end(self, requests: list[Hashable], free: Callable[[], None]) -> None:
+        """Forgets those that ``free`` has freed, also when an exception comes between."""
+        try:
+            free()
+            for request in requests:
+                self._forget(request)
+        except BaseException:
+            for request in requests:
+                if request in self._handles and not self._core.is_live(self._handles[request]):
+                    self._forget(request)
+            raise
+
     def _forget(self, request: Hashable) -> None:
-        del self._requests[request]
-        del self._handles[request]
+        self._requests.pop(request, None)
+        self._handles.pop(request, None)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 import torch
 
+from kvmem import _core
 from kvmem.arrays import at_least_zero, check_count, check_seconds
 from kvmem.errors import OutOfMemory, SpecError
 from kvmem.prefix import Pin, Tokens, token_ids
@@ -18,9 +19,13 @@ if TYPE_CHECKING:
 __all__ = ["Sequence"]
 
 
+#: No sequence's handle.
+NOBODY = -1
+
+
 class Sequence:
     """One request's tokens in an allocator. Made by ``Allocator.sequence()`` and ``fork()``; a context manager that
-    frees it.
+    frees it, unless its body did.
 
     ``num_cached_tokens``: how many tokens it started with because they were cached; committed from the start.
     A token is first *reserved* by ``extend``, which makes room and nothing else; the model then writes its KV;
@@ -126,7 +131,13 @@ class Sequence:
         sliding window has passed what it would need and it was given up, or a recurrent state has no snapshot there.
         """
         count = -1 if num_tokens is None else at_least_zero("num_tokens", num_tokens)
-        return Pin(self._core, *self._core.pin(self._id, count))
+        pin = Pin(self._core, 0, 0)
+        try:
+            self._core.pin(self._id, count, pin)
+            return pin
+        except BaseException:
+            pin.give_up()
+            raise
 
     def retain(self, start: int = 0, end: int | None = None, *, priority: int, ttl: float | None = None) -> None:
         """Overrides the eviction policy for blocks that lie whole in tokens ``[start, end)``, those to come included.
@@ -155,7 +166,13 @@ class Sequence:
         ``OutOfMemory``, and nothing changed, when there is no room for the copy. What is reserved but not committed
         stays with the parent.
         """
-        return Sequence(self._alloc, self._core.fork(self._id))
+        child = Sequence(self._alloc, NOBODY)
+        try:
+            self._core.fork(self._id, child)
+            return child
+        except BaseException:
+            child.give_up()
+            raise
 
     def free(self) -> None:
         """Gives everything back; a row stays mapped (parked) for the next sequence. Twice is a ``StaleHandle``."""
@@ -165,11 +182,21 @@ class Sequence:
         """K and V of the tokens held, ``[num_tokens, heads, width]``; see ``Allocator.sequence_tensor``."""
         return self._alloc.sequence_tensor(self, layer, "k"), self._alloc.sequence_tensor(self, layer, "v")
 
-    def __enter__(self) -> Sequence:
-        return self
+    def give_up(self) -> None:
+        """Frees it unless it was freed before, or never began. For the end of a call that failed."""
+        if self._id != NOBODY and self._core.is_live(self._id):
+            self._core.free(self._id)
 
-    def __exit__(self, *_: object) -> None:
-        self.free()
+    # Frees it, unless the body did; the body's own exception is what is raised. One call to C each: in the middle of a
+    # function of Python's a signal handler may raise.
+    if TYPE_CHECKING:
+
+        def __enter__(self) -> Sequence: ...
+
+        def __exit__(self, *_: object) -> None: ...
+    else:
+        __enter__ = _core.Scope.__enter__
+        __exit__ = _core.Scope.__exit__
 
     def __repr__(self) -> str:
         return f"Sequence(id={self._id})"

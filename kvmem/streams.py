@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -58,7 +59,8 @@ class Streams:
         self._ask = current
         self._last = 0  # as the native side begins: the default stream
         self._pinned: Any = None  # keeps the stream of the caller alive
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may come back here
+        self._process = os.getpid()
         if current is not None and (handle := current()) != 0:
             pool.set_stream(handle)
             self._last = handle
@@ -73,7 +75,14 @@ class Streams:
         if self._ask is not None and (handle := self._ask()) != self._last:
             self._switch(handle)
 
+    def _check_process(self) -> None:
+        if os.getpid() != self._process:  # the lock may be closed for ever, by a thread that is not here
+            raise DeviceError(
+                "the pool was made before fork() and belongs to the parent process; make a new one here", "fork"
+            )
+
     def _switch(self, handle: int) -> None:
+        self._check_process()
         with self._lock:
             if handle == self._last or self._ask is None:
                 return
@@ -87,6 +96,7 @@ class Streams:
 
     def pin(self, stream: Any) -> None:
         """Only ``stream`` from now on; None follows torch again. An error changes nothing."""
+        self._check_process()
         with self._lock:
             if stream is None:  # the one named before is kept: fences still mind it
                 self._ask = self._current

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 
@@ -12,7 +12,7 @@ from support import windows
 import kvmem
 from kvmem import _core
 from kvmem.digests import block_digests
-from kvmem.events import AllBlocksCleared, BlockRemoved, BlockStored, Event, EventStream
+from kvmem.events import AllBlocksCleared, BlockRemoved, BlockStored, Event, EventBatch, EventStream
 
 BLOCK = 4
 MEDIA = ("GPU", "CPU")
@@ -29,9 +29,30 @@ def root_of(root: int) -> tuple[str, str]:
     return f"s{root}", f"e{root}"
 
 
+class Roots(dict[int, tuple[str, str]]):
+    """The salts and extra keys of all roots there could be."""
+
+    def __missing__(self, root: int) -> tuple[str, str]:
+        return root_of(root)
+
+
+class Drain:
+    """A ring's batches as an allocator gives them: each again, until it is said to be taken."""
+
+    def __init__(self, ring: _core.EventRing, resident: Callable[[], Iterable[object]]) -> None:
+        self.ring, self.resident = ring, resident
+        self.given = self.nothing = EventBatch(0, ring.drain(0, list), Roots())
+
+    def __call__(self, taken: int, most: int, restart: bool) -> EventBatch:
+        if restart or (most and self.given.number <= taken):
+            records = self.ring.drain(most, self.resident, restart)
+            self.given = EventBatch(self.given.number + (len(records) > 0), records, Roots())
+        return self.given if self.given.number > taken else self.nothing
+
+
 def stream_of(ring: _core.EventRing) -> EventStream:
     """A stream over a ring that never loses anything."""
-    return EventStream(spec_of(), lambda most, restart: ring.drain(most, list, restart), root_of)
+    return EventStream(spec_of(), Drain(ring, list))
 
 
 @dataclass
@@ -64,9 +85,7 @@ class World:
         self.nodes: dict[int, Node] = {}
 
     def stream(self) -> EventStream:
-        return EventStream(
-            spec_of(), lambda most, restart: self.ring.drain(most, self.resident, restart), root_of, media=MEDIA
-        )
+        return EventStream(spec_of(), Drain(self.ring, self.resident), media=MEDIA)
 
     def held(self) -> Held:
         return {(group, MEDIA[tier], n.digest) for n in self.nodes.values() for group, tier in n.holders}

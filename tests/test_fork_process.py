@@ -27,14 +27,28 @@ def test_calls_in_the_child_raise_and_the_parent_goes_on(backend: str) -> None:
     assert_runs(
         SETUP
         + f"""
-alloc = kvmem.Allocator(mixed_spec(), backend={backend!r}, memory=90 * PAGE, page_bytes=PAGE, max_sequences=4, max_tokens=300, interleave=1)
+alloc = kvmem.Allocator(mixed_spec(), backend={backend!r}, memory=90 * PAGE, page_bytes=PAGE, max_sequences=4, max_tokens=300, interleave=1, events=50)
 world, rng = World(alloc), random.Random(1)
 for _ in range(100): world.run(world.choose(rng))
 while not world.sequences: world.run(world.choose(rng))
 handle = min(world.sequences)
+alloc.kv(0)
+if alloc.backend == "virtual": alloc.rows(0)
+ids, one, wide = np.array([handle], np.int32), np.array([1], np.int32), np.zeros(1, np.int64)
 pid = os.fork()
 if pid == 0:
-    calls = [alloc.sequence, lambda: world.core.fork(handle), lambda: world.core.extend(handle, 1), lambda: world.core.free(handle),
+    core = alloc.core
+    calls = [alloc.sequence, alloc.events, alloc.clear_cache, alloc.compact, lambda: alloc.match([1]), lambda: alloc.pin([1]),
+             lambda: alloc.open_batch(1), lambda: alloc.admit_batch(one), lambda: alloc.extend_batch(ids, one),
+             lambda: alloc.free_batch(ids), lambda: alloc.kv(0), lambda: core.arena_bytes(0, 0), lambda: core.lengths(ids, 0, wide, wide),
+             lambda: core.row(handle), lambda: core.table(handle, 0), lambda: core.is_live(handle), core.handles, core.take_ops,
+             lambda: core.common_blocks(ids, 0, wide), lambda: core.cascade_order(ids, 0, wide), lambda: core.mapped_extent_bytes(0, 0),
+             lambda: core.retain(handle, 0, 9, 1, 1.0), lambda: core.unpin(1), lambda: core.snapshot(handle), core.record,
+             lambda: core.apply([]), lambda: alloc.apply([]), lambda: alloc.set_stream(0), lambda: alloc.pool.core.page_handle(0),
+             lambda: alloc.pool.core.present_pages, lambda: alloc.pool.mapped_bytes, lambda: core.first_token(handle),
+             lambda: alloc.pool.device.driver.counters(), lambda: core.committed(handle), lambda: core.grow(handle, 1),
+             lambda: core.publish(handle, 1), lambda: core.decode(handle, 1, None),
+             *([lambda: alloc.rows(0)] if alloc.backend == "virtual" else []), lambda: world.core.fork(handle), lambda: world.core.extend(handle, 1), lambda: world.core.free(handle),
              lambda: world.core.tokens(handle), lambda: alloc.batch([handle]), alloc.stats, alloc.check, alloc.trim,
              lambda: alloc.set_memory("1MiB"), lambda: alloc.pool.budget_bytes, lambda: alloc.pool.set_memory("1MiB"),
              lambda: alloc.tensor(0, "k"), lambda: world.core.commit(handle, 0), lambda: world.core.truncate(handle, 0)]
@@ -133,4 +147,41 @@ if pid == 0:
 assert finish(pid) == 0
 s.commit(10); assert alloc.check() == []
 """
+    )
+
+
+@pytest.mark.parametrize("call", ["alloc.events()", "alloc.rows(0)", "pool.driver_calls", "driver.counters()"])
+def test_no_call_waits_for_a_thread_that_is_not_there(call: str) -> None:
+    """Forks from under threads that hold every lock there is, at any moment."""
+    assert_runs(
+        SETUP
+        + f"""
+driver = checked()
+alloc = kvmem.Allocator(plain_spec(), memory=400 * PAGE, page_bytes=PAGE, max_sequences=32, max_tokens=800, map_ahead_tokens=20,
+                        events=500, driver=driver)
+alloc.rows(0)
+pool, stop = alloc.pool.core, threading.Event()
+def busy():
+    while not stop.is_set():
+        with alloc.sequence(list(range(50))) as s:
+            s.extend(20), s.commit([1] * (s.num_tokens - s.num_committed_tokens))
+        alloc.clear_cache(), alloc.trim(), alloc.events(restart=True), driver.counters()
+threads = [threading.Thread(target=busy) for _ in range(3)]
+for t in threads: t.start()
+for n in range(25):
+    time.sleep(0.003)
+    pid = os.fork()
+    if pid == 0:
+        try:
+            {call}
+        except kvmem.DeviceError:
+            del alloc, pool, driver
+            os._exit(0)
+        os._exit(1)
+    assert finish(pid) == 0, n
+stop.set()
+for t in threads: t.join()
+assert alloc.check() == []
+""",
+        timeout=120,
     )

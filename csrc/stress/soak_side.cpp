@@ -285,10 +285,10 @@ void Side::verify_found(const Live& l) {
 
 void Side::verify_events(Random& random) {
   if (params.event_capacity == 0 || !cache->shares()) return;
-  std::unordered_map<i32, PrefixKey> roots;
   const i64 most = random.one_in(3) ? random.below(20) : -1;
-  const EventRecords records = cache->drain_events(most, random.one_in(20), &roots);
-  router.follow(records, roots);
+  const std::shared_ptr<Cache::EventBatch> batch = cache->drain_events(taken_events, most, random.one_in(20));
+  taken_events = batch->number;
+  router.follow(batch->records, batch->roots);
   if (!promises.events || params.partial || most >= 0) return;
   for (const Prefix& prefix : committed) {
     const i64 told = router.predict(prefix.ids, key_of(prefix.key), block_tokens());
