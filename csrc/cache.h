@@ -154,7 +154,9 @@ class Cache final : public TableState {
     i32 root = kNoNode, leaf = kNoNode;  // the last published block, or the root
     i64 known = 0;
     std::vector<Retention> retained;
-    bool state_ahead = false;  // a truncation took tokens back that the fixed state has seen
+    // The fixed state may have seen tokens that are not committed and cannot be any more: they were cut off, or stayed
+    // with the sequence that this one was forked from. The next commit() answers for the state again.
+    bool state_ahead = false;
   };
   // What a step finds, of all its sequences, in the first group that grows with the tokens.
   struct Planned {
@@ -260,7 +262,7 @@ class Cache final : public TableState {
   }
   void collect_leaving(i64 handle, i64 index, i64 tokens);
   void retract_leaving(i64 index, Transaction& tx);
-  void note_truncated(i64 index, i64 tokens);
+  void note_truncated(i64 index, i64 have, i64 tokens);
   i64 pin_node(i32 node, i64* pinned);
   void tell_resident(i32 node, EventRecords& out) const;
   void check_content(std::vector<std::string>* out) const;

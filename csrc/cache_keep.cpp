@@ -83,8 +83,9 @@ void Cache::snapshot(i64 handle) {
   }
   if (contents_[index].state_ahead) {
     throw SpecError("snapshot: sequence handle " + std::to_string(handle) +
-                    " was truncated, and its state has seen what was cut off: put the state of " +
-                    std::to_string(tokens) + " tokens back and go on; it can be kept after the next commit()");
+                    " was truncated, or forked from one with reserved tokens, and its state may have seen more than its " +
+                    std::to_string(tokens) +
+                    " tokens: put their state back and go on; it can be kept after the next commit()");
   }
   settle();
   collect_chain(index);

@@ -298,10 +298,10 @@ void Cache::retract_leaving(i64 index, Transaction& tx) {
   }
 }
 
-void Cache::note_truncated(i64 index, i64 tokens) {
+void Cache::note_truncated(i64 index, i64 have, i64 tokens) {
   Content& c = contents_[index];
+  if (tokens < have) c.state_ahead = true;  // whether they were committed, and by ids, or not
   if (c.root == kNoNode || tokens >= c.known) return;
-  c.state_ahead = true;
   const i64 rest = tokens % block_tokens();
   if (!leaving_.empty()) {
     const i32 cut = leaving_.back();

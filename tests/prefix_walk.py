@@ -97,6 +97,22 @@ def _compute(pair: PrefixLockstep, walk: random.Random, handle: int, prompt: lis
             return
         if pair.model.can_snapshot(handle):
             pair.snapshot(handle)
+            if walk.random() < 0.3:
+                _run_ahead(pair, walk, handle)
+
+
+def _run_ahead(pair: PrefixLockstep, walk: random.Random, handle: int) -> None:
+    """The model runs over tokens that are not committed, and then somebody asks for a snapshot without them."""
+    if not pair.extend({handle: min(walk.randint(1, 3), pair.model.room_tokens(handle))}):
+        return
+    pair.write([handle])
+    child = pair.fork(handle)
+    pair.truncate(handle, pair.model.sequences[handle][pair.model.main].committed)
+    for stale in (handle, child, child if child < 0 else pair.fork(child)):
+        if stale >= 0:
+            pair.snapshot(stale)
+            if stale != handle:
+                pair.free([stale])
 
 
 def _rest(pair: PrefixLockstep, walk: random.Random, writer: Author, call: str, handle: int) -> None:

@@ -58,7 +58,7 @@ class Content:
     tokens: list[int] = field(default_factory=list)
     digests: list[int] = field(default_factory=list)
     chain: list[Node] = field(default_factory=list)
-    state_ahead: bool = False  # truncated, and not gone on since
+    state_ahead: bool = False  # it may have seen tokens that the sequence does not have, and has not gone on since
 
     @property
     def last_digest(self) -> int:
@@ -270,7 +270,7 @@ class PrefixModel(MemoryOnly):
 
     def truncate(self, handle: int, tokens: int) -> None:
         content, keep = self.contents[handle], tokens // self.block_tokens
-        content.state_ahead = content.state_ahead or tokens < len(content.tokens)
+        content.state_ahead = content.state_ahead or tokens < self.sequences[handle][self.main].tokens
         for node in reversed(content.chain[keep:]):
             node.users -= 1
             if not node.users and node.parent is not None:
@@ -281,7 +281,9 @@ class PrefixModel(MemoryOnly):
     def fork(self, parent: int, child: int) -> None:
         super().fork(parent, child)
         old = self.contents[parent]
-        self.contents[child] = Content(old.root, old.tokens[:], old.digests[:], old.chain[:], old.state_ahead)
+        held = self.sequences[parent][self.main]
+        ahead = old.state_ahead or held.tokens > held.committed
+        self.contents[child] = Content(old.root, old.tokens[:], old.digests[:], old.chain[:], ahead)
         for node in old.chain:
             node.users += 1
 
