@@ -90,6 +90,18 @@ void bind_prefix(nb::class_<Cache>& cache) {
           },
           "tokens"_a.noconvert(), "salt"_a, "extra_key"_a, "A new sequence: its handle, and how many tokens it has.")
       .def(
+          "begin",
+          [](Cache& c, const TokenIds& tokens, const nb::bytes& salt, const nb::bytes& extra_key, i64 count) {
+            if (c.shares()) check_ids(tokens);
+            const PrefixKey key = key_of(salt, extra_key);
+            nb::gil_scoped_release release;
+            i64 cached = 0;
+            const i64 handle = c.begin(tokens.data(), tokens.size(), key, count, &cached);
+            return std::make_pair(handle, cached);
+          },
+          "tokens"_a.noconvert(), "salt"_a, "extra_key"_a, "count"_a,
+          "admit() with room for `count` more tokens, or (-1) for the rest of them; else OutOfMemory.")
+      .def(
           "admit_batch",
           [](Cache& c, const TokenIds& tokens, const std::optional<Int32s>& counts, const nb::bytes& salt,
              const nb::bytes& extra_key, const WritableInt32s& handles, const WritableInt32s& cached) {

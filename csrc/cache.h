@@ -78,6 +78,9 @@ class Cache final : public TableState {
   // Opens a sequence with as much of `tokens` as is cached, but for one; `*cached` is how much. Short of memory it
   // takes less. OutOfMemory only when all places are taken.
   i64 admit(const i32* tokens, i64 n, const PrefixKey& key, i64* cached);
+  // admit() with room for `count` more tokens than are cached, or (-1) for the rest of the prompt; else OutOfMemory, and
+  // it was never here.
+  i64 begin(const i32* tokens, i64 n, const PrefixKey& key, i64 count, i64* cached);
   // As many of `n` prompts, in their order, as there is memory and places for, each with room for all of its tokens;
   // returns how many. `tokens`: counts[i] of each, one prompt's after the other's.
   i64 admit_batch(const i32* tokens, const i32* counts, i64 n, const PrefixKey& key, i32* handles, i32* cached);
@@ -180,6 +183,7 @@ class Cache final : public TableState {
   void free_one(i64 index, Transaction& tx);
   void free_planned(const i32* handles, i64 n);
   i64 admit_one(const i32* tokens, i64 n, const PrefixKey& key, i64* cached);
+  void count_admitted(i64 n, i64 cached);
   i64 group_begin(i64 group) const { return group < 0 ? 0 : group; }
   i64 group_end(i64 group) const { return group < 0 ? groups_ : group + 1; }
   bool grows(i64 g, i64 group) const { return group >= 0 || geometry_.groups[g].growth == Growth::token; }

@@ -106,8 +106,37 @@ MatchEnd Cache::why_not_more(const PrefixKey& key, i32 root, const i32* tokens, 
 i64 Cache::admit(const i32* tokens, i64 n, const PrefixKey& key, i64* cached) {
   Lock lock = enter();
   const i64 handle = admit_one(tokens, n, key, cached);
+  count_admitted(n, *cached);
   leave();
   return handle;
+}
+
+i64 Cache::begin(const i32* tokens, i64 n, const PrefixKey& key, i64 count, i64* cached) {
+  Lock lock = enter();
+  const i64 most = geometry_.groups[token_group_].max_tokens, asked = count < 0 ? n : count;
+  if (asked > most) {
+    throw SpecError("asked to begin a sequence with room for " + std::to_string(asked) + " tokens; it can hold " +
+                    std::to_string(most) + " (max_tokens) at most");
+  }
+  i64 found = 0;
+  const i64 handle = admit_one(tokens, n, key, &found);
+  const i32 named = static_cast<i32>(handle), more = static_cast<i32>(count < 0 ? n - found : count);
+  try {
+    make_room(&named, &more, 1, -1);
+  } catch (...) {
+    free_planned(&named, 1);
+    throw;
+  }
+  count_admitted(n, *cached = found);
+  leave();
+  return handle;
+}
+
+// What was refused, or taken back, is in no statistic: a request that waits is tried in every step.
+void Cache::count_admitted(i64 n, i64 cached) {
+  if (!prefix_.on) return;
+  lookup_tokens_ += std::max(i64{0}, n - 1);
+  hit_tokens_ += cached;
 }
 
 i64 Cache::admit_batch(const i32* tokens, const i32* counts, i64 n, const PrefixKey& key, i32* handles, i32* cached) {
@@ -135,6 +164,7 @@ i64 Cache::admit_batch(const i32* tokens, const i32* counts, i64 n, const Prefix
     }
     cached[done] = static_cast<i32>(found);
   }
+  for (i64 i = 0; i < done; ++i) count_admitted(counts[i], cached[i]);
   leave();
   return done;
 }
@@ -147,7 +177,6 @@ i64 Cache::admit_one(const i32* tokens, i64 n, const PrefixKey& key, i64* cached
   if (prefix_.on) {
     root = index_.open_root(key);  // in use, so that giving up what hangs on it does not free it
     found = find_cached(root, tokens, n);
-    lookup_tokens_ += std::max(i64{0}, n - 1);
     if (found.tokens > 0) settle();
   }
   try {
@@ -177,7 +206,6 @@ i64 Cache::admit_one(const i32* tokens, i64 n, const PrefixKey& key, i64* cached
     c.known = *cached = found.tokens;
     std::copy(tokens + whole * block_tokens(), tokens + found.tokens, tail(index));
     c.retained.clear();
-    hit_tokens_ += found.tokens;
   }
   return handle;
 }

@@ -408,6 +408,11 @@ class Cache:
     def admit(self, tokens: list[int] | NDArray[numpy.int32], salt: bytes, extra_key: bytes) -> tuple[int, int]:
         """A new sequence: its handle, and how many tokens it has."""
 
+    def begin(self, tokens: list[int] | NDArray[numpy.int32], salt: bytes, extra_key: bytes, count: int) -> tuple[int, int]:
+        """
+        admit() with room for `count` more tokens, or (-1) for the rest of them; else OutOfMemory.
+        """
+
     def admit_batch(self, tokens: list[int] | NDArray[numpy.int32], counts: NDArray[numpy.int32] | None, salt: bytes, extra_key: bytes, handles: NDArray[numpy.int32], cached: NDArray[numpy.int32]) -> int:
         """How many prompts got room."""
 

@@ -29,9 +29,9 @@ from kvmem._core import TableChanges
 from kvmem.allocator import Allocator
 from kvmem.arrays import at_least_zero, check_count, not_int32
 from kvmem.digests import Key
-from kvmem.errors import KVMemError, OutOfMemory, SpecError, StaleHandle
+from kvmem.errors import OutOfMemory, SpecError, StaleHandle
 from kvmem.events import Event
-from kvmem.prefix import Tokens, token_ids
+from kvmem.prefix import Tokens, encode_keys, token_ids, with_ids
 from kvmem.sequence import Sequence
 
 if TYPE_CHECKING:
@@ -109,22 +109,16 @@ class SchedulerCache:
     ) -> TableChanges | None:
         if count is None and tokens is None:
             raise SpecError(f"count: missing; a new request ({request!r}) needs a prompt, or a count of tokens")
-        wanted = None if count is None else at_least_zero("count", count)
+        wanted = -1 if count is None else check_count("count", at_least_zero("count", count))
+        salted, keyed = encode_keys(salt, extra_key)
         try:
-            sequence = self.allocator.sequence(tokens, salt=salt, extra_key=extra_key)
-        except OutOfMemory:  # all max_sequences are in use
+            handle, cached = with_ids(
+                [] if tokens is None else tokens, lambda ids: self._core.begin(ids, salted, keyed, wanted)
+            )
+        except OutOfMemory:  # or all max_sequences are in use
             return None
-        try:
-            found = sequence.num_cached_tokens
-            fits = sequence.try_extend((0 if tokens is None else len(tokens) - found) if wanted is None else wanted)
-        except KVMemError:
-            sequence.free()
-            raise
-        if not fits:
-            sequence.free()
-            return None
-        self._requests[request], self._handles[request] = sequence, sequence.id
-        return self._core.table(sequence.id, self._main) or _NOTHING
+        self._requests[request], self._handles[request] = Sequence(self.allocator, handle, cached), handle
+        return self._core.table(handle, self._main) or _NOTHING
 
     def publish(self, request: Hashable, tokens: int | Tokens) -> TableChanges:
         """The KV of the request's next ``tokens`` is computed: their ids, and whole blocks of them can be found from
