@@ -42,9 +42,9 @@ struct PrefixMatch {
   MatchEnd end = MatchEnd::off;
 };
 
-// Entry `column` of the table of the call's sequence `row` is `block` now.
+// Entry `column` of the table that `group` has of the call's sequence `row` is `block` now.
 struct TableWrite {
-  i32 row, column, block;
+  i32 row, column, block, group;
 };
 using TableWrites = std::vector<TableWrite>;
 
@@ -65,11 +65,12 @@ class Cache final : public TableState {
   bool extend_at_hand(i64 handle, i64 count, bool in_last_block = false);
   bool commit_at_hand(i64 handle, i64 count, const i32* tokens = nullptr);
   bool advance_at_hand(i64 handle, i64 count, const i32* tokens, i64 num_tokens, bool in_last_block = false);
-  // What they wrote to tables is told, and what stands there (cache_requests.cpp).
+  // What they wrote to tables is told, of all groups, and what stands there (cache_requests.cpp).
   TableWrites extend_telling(const i32* handles, const i32* counts, i64 n);
   TableWrites commit_telling(const i32* handles, const i32* counts, i64 n, const i32* tokens);
   TableWrites advance_telling(i64 handle, i64 count, const i32* tokens, i64 num_tokens);
-  TableWrites table(i64 handle, i64 group);
+  TableWrites table(i64 handle, i64 group);  // -1: of all groups
+  TableWrites tables(const i32* handles, i64 n);
   void truncate(i64 handle, i64 tokens);
   i64 fork(i64 handle);
   void free(const i32* handles, i64 n);
@@ -134,6 +135,7 @@ class Cache final : public TableState {
   std::vector<std::string> check();
   bool paged() const { return paged_; }
   bool shares() const { return prefix_.on; }  // else it looks at no token
+  i64 token_group() const { return token_group_; }
   const Geometry& geometry() const { return geometry_; }
   PagePool& pool() { return *pool_; }
   i64 first_arena(i64 group) const { return table_->first_arena(group); }
@@ -200,10 +202,13 @@ class Cache final : public TableState {
   bool has_room_at_hand(i64 index, i64 count, bool in_last_block);
   bool commit_in_block(i64 index, i64 count, const i32* tokens);
   void advance_one(i64 handle, i64 count, const i32* tokens, i64 num_tokens, bool telling);
-  void see(i64 row, i64 index, i64 ordinal);
-  void see_last(i64 row, i64 index);
-  void see_completed(i64 row, i64 index, i64 count);
+  i32 told_entry(const Placement& at, i64 index, i64 g, i64 ordinal) const;
+  void see(i64 row, i64 index, i64 g, i64 first, i64 end);
+  void see_committed(i64 row, i64 index, i64 g, i64 count);
+  void see_last(i64 row, i64 index, i64 g);
+  void see_all(const i32* commits, bool grown);
   TableWrites written(bool grown) const;
+  void add_table(i64 row, i64 index, i64 g, TableWrites* entries) const;
   void plan_extend(const i32* handles, const i32* counts, i64 n, i64 group);
   void plan_simple(const i32* handles, const i32* counts, i64 n);
   [[noreturn]] void refuse_count(i64 handle, i64 count) const;

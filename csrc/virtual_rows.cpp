@@ -62,8 +62,9 @@ bool VirtualRows::holds(i64 index, i64 group) const {
   if (tokens == 0) return sequences_.live(index) || row < 0;
   for (i64 a = first_[group]; row > 0 && a < first_[group + 1]; ++a) {
     const Extent& e = extent(row, a);
-    const i64 lo = low_slot(group, a, sequences_.front(index, group));
-    if (e.lo > lo || e.hi < high_slot(group, a, tokens) || e.count != e.hi - e.lo) return false;
+    const i64 front = sequences_.front(index, group);  // a window of one token may hold none
+    const bool misses = e.lo > low_slot(group, a, front) || e.hi < high_slot(group, a, tokens);
+    if ((front < tokens && misses) || e.count != e.hi - e.lo) return false;
     const i64 tail = tokens * token_bytes(group, a) / page_bytes();
     if (tail < e.hi && pool_.refs(e.pages[tail]) > 1 && !copy_tail_[index * groups_ + group]) return false;
   }
@@ -385,7 +386,8 @@ void VirtualRows::check(std::vector<std::string>* out) const {
       if (r.index < 0) continue;
       const i64 g = group_of(a), tokens = sequences_.tokens(r.index, g);
       if (tokens == 0) continue;
-      if (e.hi < high_slot(g, a, tokens)) say(row, "the frontier lies before the end of its tokens");
+      const bool holds_some = sequences_.front(r.index, g) < tokens;  // a window of one token may hold none
+      if (holds_some && e.hi < high_slot(g, a, tokens)) say(row, "the frontier lies before the end of its tokens");
       if (e.lo > low_slot(g, a, sequences_.front(r.index, g))) say(row, "its first tokens are not mapped");
       const i64 tail = tokens * token_bytes(g, a) / page_bytes();
       if (tail < e.hi && e.pages[tail] >= 0 && pool_.refs(e.pages[tail]) > 1 && !copy_tail_[r.index * groups_ + g]) {

@@ -14,6 +14,7 @@ vLLM                                   here
 ``take_events()``                      ``take_events()``
 ``usage``                              ``usage``
 ``get_num_common_prefix_blocks(id)``   ``common_prefix_blocks()``
+keeps recurrent states by itself       ``snapshot(request)``
 ``reset_prefix_cache()``               ``clear_cache()``
 =====================================  =======================================================
 """
@@ -49,6 +50,10 @@ class SchedulerCache:
     allocator: of either backend, on any device; ``device="meta"`` where the scheduler is a process of its own.
     Requests are named by any hashable id. Block ids are those of the first group that grows with the tokens unless
     ``group`` says otherwise. As with the allocator, what is cached and unused is given up before an answer is None.
+
+    Whoever keeps block tables of its own (a worker) needs the ``TableChanges`` that these calls return, and no more:
+    written in order, in every group (``changes.group(g)``), they make its tables equal to ``block_ids`` as far as the
+    requests are long. What is done through ``sequence()`` or the allocator is not told: ask for ``tables()`` then.
     ``StaleHandle`` for a request that is not here. Not for several threads at once; the allocator below it is.
     """
 
@@ -80,7 +85,7 @@ class SchedulerCache:
         salt: str | bytes | None = None,
         extra_key: Key = None,
     ) -> TableChanges | None:
-        """Room for ``count`` more tokens; what this wrote to the request's block table, nothing for most tokens. None
+        """Room for ``count`` more tokens; what this wrote to the request's block tables, nothing for most tokens. None
         when memory, or a place for one more request, is short: nothing has changed then, but for what was cached.
 
         A request that is not here yet begins. tokens: its prompt, whose cached start it takes over: those blocks are
@@ -118,14 +123,15 @@ class SchedulerCache:
         except OutOfMemory:  # or all max_sequences are in use
             return None
         self._requests[request], self._handles[request] = Sequence(self.allocator, handle, cached), handle
-        return self._core.table(handle, self._main) or _NOTHING
+        return self._core.table(handle, -1) or _NOTHING
 
     def publish(self, request: Hashable, tokens: int | Tokens) -> TableChanges:
         """The KV of the request's next ``tokens`` is computed: their ids, and whole blocks of them can be found from
         now on; or how many, and neither these nor later ones can. ``SpecError`` for more than there is room for.
 
         Returns table entries that changed, mostly none: where the same block was cached already, the request now reads
-        that one, and its own is given up (paged). Who keeps a copy of the table writes them there before its next step.
+        that one, and its own is given up (paged); blocks that a sliding window has passed are 0. Who keeps a copy of
+        the tables writes them there before its next step.
         """
         try:
             handle = self._handles[request]
@@ -141,7 +147,7 @@ class SchedulerCache:
 
     def step(self, request: Hashable, count: int = 1, tokens: Tokens | None = None) -> TableChanges | None:
         """A decode step of one request in one call: the KV of all that it has room for is computed, and there is room
-        for ``count`` more tokens. What that wrote to its block table, nothing for most tokens. None when memory is
+        for ``count`` more tokens. What that wrote to its block tables, nothing for most tokens. None when memory is
         short: nothing has changed then, nor been published, but for what was cached.
 
         tokens: the ids of what is computed, a list or an array, all of those that were not published before: of the
@@ -163,8 +169,23 @@ class SchedulerCache:
         return _NOTHING if written is None else written
 
     def truncate(self, request: Hashable, num_tokens: int) -> None:
-        """Keeps the first ``num_tokens`` tokens, as when draft tokens are rejected. See ``Sequence.truncate``."""
+        """Keeps the first ``num_tokens`` tokens, as when draft tokens are rejected. See ``Sequence.truncate``. Its
+        tables end earlier then; what is left of them stays as it was, so there is nothing to tell.
+        """
         self._sequence(request).truncate(num_tokens)
+
+    def snapshot(self, request: Hashable) -> bool:
+        """Keeps a copy of the request's recurrent state, at the end of a chunk of its prompt say, so that others that
+        begin with the same tokens start here. False when there is no memory for the copy: nothing has changed then.
+
+        All its tokens must be published by their ids, at a multiple of the block size: ``SpecError`` otherwise, see
+        ``Sequence.snapshot``. Without snapshots a spec with a state shares nothing.
+        """
+        try:
+            self._sequence(request).snapshot()
+        except OutOfMemory:
+            return False
+        return True
 
     def free(self, request: Hashable) -> None:
         """The request ends, or is preempted. What it has published stays cached until memory is needed."""
@@ -195,13 +216,10 @@ class SchedulerCache:
 
     def publish_step(self, handles: Handles, counts: Handles, tokens: Handles | None = None) -> TableChanges:
         """``publish`` for many requests; arguments as for ``Allocator.commit_batch``."""
-        if tokens is None:
-            self.allocator.commit_batch(handles, counts)
-            return _NOTHING
         try:
             return self._core.publish_batch(handles, counts, tokens) or _NOTHING
         except TypeError as error:
-            raise not_int32(handles, counts, tokens) from error
+            raise not_int32(handles, counts, *([] if tokens is None else [tokens])) from error
 
     def free_all(self, requests: Iterable[Hashable]) -> None:
         """``free`` for many requests: all of them, or ``StaleHandle`` and none."""
@@ -211,6 +229,17 @@ class SchedulerCache:
             self._forget(request)
 
     # --- what is there ---
+
+    def tables(self, handles: Handles) -> TableChanges:
+        """Every entry of the requests' block tables, of all groups, as if they had just been written: for a worker that
+        begins late, and after ``Allocator.compact()`` or calls on a request's ``sequence()``, which tell nothing.
+
+        handles: int32 [n]; entries of its i-th stand in row i.
+        """
+        try:
+            return self._core.tables(handles) or _NOTHING
+        except TypeError as error:
+            raise not_int32(handles) from error
 
     def block_ids(self, request: Hashable, *, group: int | None = None) -> Handles:
         """The request's whole block table, int32 [blocks], a copy. Blocks that a sliding window has dropped are 0."""
@@ -264,7 +293,7 @@ class SchedulerCache:
         return iter(self._requests)
 
     def sequence(self, request: Hashable) -> Sequence:
-        """The request's sequence, for what has no verb here (``pin``, ``retain``, ``snapshot``). Do not free it."""
+        """The request's sequence, for what has no verb here (``pin``, ``retain``, ``fork``). Do not free it."""
         return self._sequence(request)
 
     def _sequence(self, request: Hashable) -> Sequence:

@@ -27,8 +27,8 @@ class Stats:
     cached_bytes: tokens of cached blocks that nobody uses, ``cached_blocks`` of them; each once.
     pinned_blocks: pins of blocks, each pin of a block counted.
     evicted_blocks: blocks that were cached and given up since the allocator exists.
-    lookup_tokens, hit_tokens: of prompts that began (``sequence()``, ``admit_batch()``, ``SchedulerCache.allocate``), all
-        but the last token of each, and those found. A prompt that was refused, for want of memory say, counts nothing.
+    lookup_tokens, hit_tokens: of prompts that began (``sequence()``, ``admit_batch()``, ``SchedulerCache.allocate``),
+        all but the last token of each, and those found. A prompt that was refused counts nothing.
     wasted_bytes: the rest: rounding up to pages and blocks, the guard behind the last token, trash blocks.
     device_free_bytes: what a CUDA device has free, for this process and all others; None elsewhere.
     torch_allocated_bytes, torch_reserved_bytes: what torch's caching allocator has given to tensors on this CUDA

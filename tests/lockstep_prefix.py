@@ -223,7 +223,9 @@ class PrefixLockstep(Lockstep):
             return False
         content = self.model.contents[handle]
         for g in self.model.fixed:
-            assert self.model.sequences[handle][g].writers == [content.last_digest], "a state of other tokens can be kept"
+            assert self.model.sequences[handle][g].writers == [content.last_digest], (
+                "a state of other tokens can be kept"
+            )
         try:
             self.seqs[handle].snapshot()
         except kvmem.OutOfMemory:

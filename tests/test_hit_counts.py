@@ -90,7 +90,9 @@ def test_only_prompts_that_began_count(backend: str, layout: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_driver_that_fails_counts_nothing(backend: str) -> None:
     walk, driver = random.Random(seed_of_run()), _core.CheckedDriver(_core.host_driver())
-    counter = Counter(make_allocator(plain(8), backend, driver=driver, memory=40 * 4096, page_bytes=4096, max_sequences=6))
+    counter = Counter(
+        make_allocator(plain(8), backend, driver=driver, memory=40 * 4096, page_bytes=4096, max_sequences=6)
+    )
     prompts = [[start] * (30 + n) for n, start in enumerate((1, 2, 3, 1, 2, 3))]
     for number in range(400):
         if walk.random() < 0.6:
