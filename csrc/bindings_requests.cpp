@@ -140,7 +140,8 @@ std::string text_of(const TableChanges& changes) {
 void bind_changes(nb::module_& m) {
   nb::class_<TableChanges>(
       m, "TableChanges", nb::type_slots(changes_slots),
-      "What a call wrote to block tables: entry ``columns[k]`` of row ``rows[k]`` is ``blocks[k]`` now, by row, then by "
+      "What a call wrote to block tables: entry ``columns[k]`` of row ``rows[k]`` is ``blocks[k]`` now, by row, then "
+      "by "
       "column; 0 where a sliding window has passed the block. These are of the main group, the first that grows with "
       "the tokens; ``group(g)`` tells the same of group g. The length counts the entries of all groups: most changes "
       "are empty, and false.")

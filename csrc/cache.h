@@ -21,7 +21,7 @@ namespace kvmem {
 
 struct CacheStats {
   i64 budget_bytes = 0, created_bytes = 0, free_bytes = 0;
-  i64 mapped_bytes = 0, used_bytes = 0, parked_bytes = 0, shared_bytes = 0;
+  i64 mapped_bytes = 0, used_bytes = 0, parked_bytes = 0, shared_bytes = 0, held_bytes = 0, cached_beside_bytes = 0;
   i64 num_sequences = 0, driver_calls = 0, physical_bytes = 0;
   i64 cached_bytes = 0, cached_blocks = 0, pinned_blocks = 0, evicted_blocks = 0, lookup_tokens = 0, hit_tokens = 0;
 };
@@ -79,8 +79,8 @@ class Cache final : public TableState {
   // Opens a sequence with as much of `tokens` as is cached, but for one; `*cached` is how much. Short of memory it
   // takes less. OutOfMemory only when all places are taken.
   i64 admit(const i32* tokens, i64 n, const PrefixKey& key, i64* cached);
-  // admit() with room for `count` more tokens than are cached, or (-1) for the rest of the prompt; else OutOfMemory, and
-  // it was never here.
+  // admit() with room for `count` more tokens than are cached, or (-1) for the rest of the prompt; else OutOfMemory,
+  // and it was never here.
   i64 begin(const i32* tokens, i64 n, const PrefixKey& key, i64 count, i64* cached);
   // As many of `n` prompts, in their order, as there is memory and places for, each with room for all of its tokens;
   // returns how many. `tokens`: counts[i] of each, one prompt's after the other's.

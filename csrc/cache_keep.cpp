@@ -82,10 +82,10 @@ void Cache::snapshot(i64 handle) {
                     " in all; all must be committed by their ids, at a multiple of " + std::to_string(block_tokens()));
   }
   if (contents_[index].state_ahead) {
-    throw SpecError("snapshot: sequence handle " + std::to_string(handle) +
-                    " was truncated, or forked from one with reserved tokens, and its state may have seen more than its " +
-                    std::to_string(tokens) +
-                    " tokens: put their state back and go on; it can be kept after the next commit()");
+    throw SpecError(
+        "snapshot: sequence handle " + std::to_string(handle) +
+        " was truncated, or forked from one with reserved tokens, and its state may have seen more than its " +
+        std::to_string(tokens) + " tokens: put their state back and go on; it can be kept after the next commit()");
   }
   settle();
   collect_chain(index);

@@ -59,6 +59,8 @@ CacheStats Cache::stats() {
   s.mapped_bytes = table_->owned_pages * page;
   s.parked_bytes = table_->parked_pages() * page;
   table_->count_bytes(&s.used_bytes, &s.shared_bytes);
+  s.held_bytes = table_->held_bytes();
+  s.cached_beside_bytes = table_->beside_bytes();
   i64 token_bytes = 0;
   for (const GroupGeometry& group : geometry_.groups) {
     for (i64 bytes : group.token_bytes) token_bytes += group.growth == Growth::token ? bytes : 0;

@@ -1,5 +1,5 @@
-// extend(), commit() and advance() for those who keep a copy of the block tables: they tell which entries they wrote. By
-// group, then by row, then by column. An entry that a window has passed is 0, whatever the page table keeps there.
+// extend(), commit() and advance() for those who keep a copy of the block tables: they tell which entries they wrote.
+// By group, then by row, then by column. An entry that a window has passed is 0, whatever the page table keeps there.
 
 #include <algorithm>
 
@@ -47,7 +47,8 @@ void Cache::see_committed(i64 row, i64 index, i64 g, i64 count) {
 
 // A tail that others read gives way to a copy when its sequence grows, even by no token; after it all is new.
 void Cache::see_last(i64 row, i64 index, i64 g) {
-  const i64 size = geometry_.groups[g].block_tokens, tokens = sequences_.tokens(index, g), last = quotient(tokens, size);
+  const i64 size = geometry_.groups[g].block_tokens, tokens = sequences_.tokens(index, g),
+            last = quotient(tokens, size);
   if (remainder(tokens, size) == 0) {
     seen_.push_back(write_of(row, last, -1, g));
   } else {
@@ -65,7 +66,8 @@ void Cache::see_all(const i32* commits, bool grown) {
       if (commits) see_committed(i, indices_[i], g, commits[i]);
       if (grown) see_last(i, indices_[i], g);
     }
-    for (i64 i = 0; i < n && grown && growth == Growth::fixed; ++i) {  // made when the sequence first grows, and then it stays
+    for (i64 i = 0; i < n && grown && growth == Growth::fixed;
+         ++i) {  // made when the sequence first grows, and then it stays
       if (sequences_.tokens(indices_[i], g) == 0) see_last(i, indices_[i], g);
     }
   }

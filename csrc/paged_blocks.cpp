@@ -168,6 +168,29 @@ void PagedBlocks::count_bytes(i64* used_bytes, i64* shared_bytes) const {
   }
 }
 
+i64 PagedBlocks::held_bytes() const {
+  i64 bytes = 0;
+  for (i64 g = 0; g < groups_; ++g) {
+    const Blocks& b = blocks_[g];
+    i64 blocks = has_trash(g) ? kTrashBlocks : 0;
+    for (i64 index = 0; index < sequences_.capacity(); ++index) {
+      blocks += ceil_div(sequences_.tokens(index, g), b.tokens) - sequences_.front(index, g) / b.tokens;
+    }
+    i64 block_bytes = 0;
+    for (const Class& c : b.classes) block_bytes += c.block_bytes * static_cast<i64>(c.arenas.size());
+    bytes += (blocks - b.extra_refs) * block_bytes;
+  }
+  return bytes;
+}
+
+i64 PagedBlocks::beside_bytes() const {
+  i64 bytes = 0;
+  for (const Blocks& b : blocks_) {
+    for (const Class& c : b.classes) bytes += c.beside_bytes * static_cast<i64>(c.arenas.size());
+  }
+  return bytes;
+}
+
 i64 PagedBlocks::mapped_extent_slots(i64 group, i64 arena_in_group) const {
   const std::vector<i32>& pages = pages_[first_[group] + arena_in_group];
   i64 slots = static_cast<i64>(pages.size());
@@ -191,23 +214,29 @@ void PagedBlocks::pass(Blocks& b, i64 block) {
 void PagedBlocks::count(Blocks& b, i64 first, i64 n, i32 users, i32 kept) {
   for (Class& c : b.classes) {
     if (n == 1 || remainder(c.block_bytes, page_bytes()) == 0) {  // no slot has two of them
-      use(c, first_slot(c, first), end_slot(c, first + n - 1), users, kept);
+      use(c, first, n, users, kept);
       continue;
     }
-    for (i64 block = first; block < first + n; ++block) {
-      use(c, first_slot(c, block), end_slot(c, block), users, kept);
-    }
+    for (i64 block = first; block < first + n; ++block) use(c, block, 1, users, kept);
   }
 }
 
-void PagedBlocks::use(Class& c, i64 from, i64 to, i32 users, i32 kept) {
-  i64 idle = 0;
-  for (SlotInfo *slot = c.slots.data() + from, *end = c.slots.data() + to; slot < end; ++slot) {
-    if (slot->users == 0) idle -= slot->mapped;
-    slot->users += users, slot->kept += kept;
-    if (slot->users == 0) idle += slot->mapped;
+void PagedBlocks::use(Class& c, i64 first, i64 n, i32 users, i32 kept) {
+  const i64 from = first_slot(c, first), to = end_slot(c, first + n - 1);
+  i64 idle = 0, beside = 0;
+  for (i64 i = from; i < to; ++i) {
+    SlotInfo& slot = c.slots[i];
+    (slot.users == 0 ? idle : beside) -= slot.users == 0 ? slot.mapped : slot.kept_bytes;
+    slot.users += users, slot.kept += kept;
+    if (kept != 0) {
+      const i64 start = std::max(first * c.block_bytes, i * page_bytes());
+      const i64 end = std::min((first + n) * c.block_bytes, (i + 1) * page_bytes());
+      slot.kept_bytes += static_cast<i32>(kept * (end - start));
+    }
+    (slot.users == 0 ? idle : beside) += slot.users == 0 ? slot.mapped : slot.kept_bytes;
   }
   idle_pages_ += idle;
+  c.beside_bytes += beside;
 }
 
 // It is cached and nobody refers to it; `users`: -1 if somebody just did.

@@ -524,7 +524,7 @@ class Allocator:
         return Stats.of(
             s,
             reserved_bytes=sum(sum(g.arena_slots) for g in self._geometry) * self.pool.page_bytes,
-            wasted_bytes=s.mapped_bytes - s.used_bytes - s.parked_bytes,
+            wasted_bytes=s.mapped_bytes - s.used_bytes - s.parked_bytes - s.cached_beside_bytes,
             max_sequences=self.max_sequences,
             device_free_bytes=self.pool.device.free_bytes(),
             torch_allocated_bytes=torch_allocated,

@@ -269,11 +269,11 @@ class SchedulerCache:
 
     @property
     def usage(self) -> float:
-        """The part of the memory that requests hold, 0 to 1. What is only cached counts as free, as all of it can be
-        given up. Costs a look at every request.
+        """The part of the memory that requests hold, 0 to 1: ``Stats.held_bytes``. What is only cached counts as free,
+        as all of it can be given up: the rest is what one more request could have. Costs a look at every request.
         """
-        stats = self.allocator.stats()
-        return (stats.mapped_bytes - stats.parked_bytes) / stats.budget_bytes
+        stats = self._core.stats()
+        return stats.held_bytes / stats.budget_bytes
 
     def take_events(self, max_events: int | None = None) -> list[Event]:
         """What was cached and given up since the last call: ``Allocator.events``."""

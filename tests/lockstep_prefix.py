@@ -307,7 +307,8 @@ class PrefixLockstep(Lockstep):
         if not self._idle_pins():
             super().memory_agrees()
             return
-        assert stats.mapped_bytes == stats.used_bytes + stats.wasted_bytes + stats.parked_bytes
+        used = stats.used_bytes + stats.cached_beside_bytes
+        assert stats.mapped_bytes == used + stats.wasted_bytes + stats.parked_bytes
         assert stats.created_bytes == stats.mapped_bytes + stats.free_bytes <= stats.budget_bytes
         assert (stats.used_bytes, stats.shared_bytes) == (self.model.used_bytes(), self.model.shared_bytes())
 

@@ -101,7 +101,7 @@ def test_every_public_method_is_pinned() -> None:
 def test_stats_fields() -> None:
     assert [f.name for f in dataclasses.fields(kvmem.Stats)] == [
         "reserved_bytes", "budget_bytes", "created_bytes", "free_bytes", "physical_bytes", "mapped_bytes", "used_bytes",
-        "shared_bytes", "parked_bytes", "wasted_bytes", "driver_calls", "num_sequences", "max_sequences",
+        "shared_bytes", "parked_bytes", "held_bytes", "cached_beside_bytes", "wasted_bytes", "driver_calls", "num_sequences", "max_sequences",
         "cached_bytes", "cached_blocks", "pinned_blocks", "evicted_blocks", "lookup_tokens", "hit_tokens",
         "device_free_bytes", "torch_allocated_bytes", "torch_reserved_bytes",
     ]  # fmt: skip
