@@ -21,8 +21,17 @@ namespace {
 
 using Free = nb::call_guard<nb::gil_scoped_release>;
 
+// What stands for None is the empty key, which sequences have that were opened without any.
+std::string none_is_empty(const char* encoded, std::size_t bytes) {
+  return bytes > 0 && encoded[0] == 'n' ? std::string() : std::string(encoded, bytes);
+}
+
+// `extra_key`: the adapter's key, then what else of the prompt is keyed (kvmem.prefix.encode_keys).
 PrefixKey key_of(const nb::bytes& salt, const nb::bytes& extra_key) {
-  return {std::string(salt.c_str(), salt.size()), std::string(extra_key.c_str(), extra_key.size())};
+  const char* const given = extra_key.c_str();
+  const std::size_t bytes = extra_key.size(), adapter = bytes == 0 ? 0 : key_bytes(given, bytes);
+  return {none_is_empty(salt.c_str(), salt.size()), none_is_empty(given, adapter),
+          decode_marks(given + adapter, bytes - adapter)};
 }
 
 // In the order of MatchEnd.

@@ -158,6 +158,7 @@ class Cache final : public TableState {
   struct Content {
     i32 root = kNoNode, leaf = kNoNode;  // the last published block, or the root
     i64 known = 0;
+    KeyMarks marks;  // of all of its tokens, those to come included
     std::vector<Retention> retained;
     // The fixed state may have seen tokens that are not committed and cannot be any more: they were cut off, or stayed
     // with the sequence that this one was forked from. The next commit() answers for the state again.
@@ -244,10 +245,17 @@ class Cache final : public TableState {
   void share_group(i64 parent, i64 child, i64 g, Transaction& tx);
   i64 block_tokens() const { return index_.block_tokens(); }
   i32* tail(i64 index) { return &tails_[index * block_tokens()]; }
-  Found find_cached(i32 root, const i32* tokens, i64 n);
-  Found find_part(i32 root, const i32* tokens, i64 most);
+  // The tag of the block that begins at token `first`, null for none; good until the next call.
+  const std::string* tag_at(const KeyMarks& marks, i64 first) const {
+    if (marks.empty()) return nullptr;
+    tag_ = tag_of_block(marks, first, block_tokens());
+    return tag_.empty() ? nullptr : &tag_;
+  }
+  Found find_cached(i32 root, const i32* tokens, i64 n, const KeyMarks& marks);
+  Found find_part(i32 root, const i32* tokens, i64 most, const KeyMarks& marks);
   bool try_adopt(i64 handle, const Found& found);
-  MatchEnd why_not_more(const PrefixKey& key, i32 root, const i32* tokens, i64 n, i64 found) const;
+  MatchEnd why_not_more(const PrefixKey& key, const KeyMarks& marks, i32 root, const i32* tokens, i64 n,
+                        i64 found) const;
   void commit_all(const i32* handles, const i32* counts, i64 n, i64 group, const i32* tokens);
   void commit_planned(const i32* counts, i64 n, i64 group, const i32* tokens);
   void find_moving(const i32* counts, i64 n, i64 group);
@@ -297,6 +305,7 @@ class Cache final : public TableState {
   i64 pins_seen_ = 0, lookup_tokens_ = 0, hit_tokens_ = 0;
   std::vector<i32> chain_, leaving_;  // of the call in progress
   std::vector<PartOfBlock> parts_;
+  mutable std::string tag_;
   std::vector<Published> published_;
   std::vector<i64> indices_;  // of the call in progress
   std::vector<i64> needy_;    // positions in it: who has no room yet

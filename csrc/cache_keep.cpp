@@ -39,7 +39,7 @@ i64 Cache::pin(const i32* tokens, i64 n, const PrefixKey& key, i64* pinned) {
   Lock lock = enter();
   const i32 root = prefix_.on ? index_.find_root(key) : kNoNode;
   const i64 wanted = n / block_tokens() * block_tokens();
-  const i64 found = find_cached(root, tokens, wanted + 1).tokens;
+  const i64 found = find_cached(root, tokens, wanted + 1, placed(key.marks, tokens, n)).tokens;
   if (root == kNoNode || found < wanted) {
     throw SpecError("asked to pin " + std::to_string(wanted) + " tokens, of which the first " + std::to_string(found) +
                     " are cached: compute and commit them, then pin");
@@ -157,11 +157,12 @@ void Cache::tell_resident(i32 node, EventRecords& out) const {
   for (i64 g = 0; g < groups_; ++g) {
     const bool here = geometry_.groups[g].growth == Growth::token && table_->has(node, g);
     if (!here) continue;
-    out.stored(node, parent, index_.root_number(node), static_cast<i32>(g), index_.ordinal(node), tokens.data());
+    out.stored(node, parent, index_.root_number(node), static_cast<i32>(g), index_.ordinal(node), tokens.data(), 0,
+               index_.tag(node));
     any = true;
   }
   if (!any) {
-    out.stored(node, parent, index_.root_number(node), -1, index_.ordinal(node), tokens.data());
+    out.stored(node, parent, index_.root_number(node), -1, index_.ordinal(node), tokens.data(), 0, index_.tag(node));
   }
 }
 

@@ -13,6 +13,7 @@ void Cache::start_content(i64 index, const PrefixKey& key) {
   Content& c = contents_[index];
   c.root = c.leaf = index_.open_root(key);
   c.known = 0;
+  c.marks = placed(key.marks, nullptr, 0);
   c.retained.clear();
 }
 
@@ -38,18 +39,18 @@ void Cache::leave_chain(i64 index) {
 // ---- finding ---------------------------------------------------------------------------------
 
 // Fills chain_ with known blocks that `tokens` begins with, of all but one token, and finds the memory of most of them.
-Found Cache::find_cached(i32 root, const i32* tokens, i64 n) {
+Found Cache::find_cached(i32 root, const i32* tokens, i64 n, const KeyMarks& marks) {
   chain_.clear();
   if (root == kNoNode) return Found();
   const i64 size = block_tokens(), most = n - 1;
   i32 last = root;
   i64 done = 0;
   for (; done + size <= most; done += size) {
-    const i32 node = index_.find(last, tokens + done);
+    const i32 node = index_.find(last, tokens + done, tag_at(marks, done));
     if (node == kNoNode) break;
     chain_.push_back(last = node);
   }
-  Found found = find_part(root, tokens, most);
+  Found found = find_part(root, tokens, most, marks);
   if (found.tokens > 0) return found;
   const Found whole = table_->find(chain_, done);
   // Others that begin like a block which a window has passed may still have the memory of theirs.
@@ -57,17 +58,18 @@ Found Cache::find_cached(i32 root, const i32* tokens, i64 n) {
     const i32 passed = chain_.back();
     chain_.pop_back();
     if (!index_.has_siblings(passed)) continue;
-    found = find_part(root, tokens, most);
+    found = find_part(root, tokens, most, marks);
     if (found.tokens > 0) return found;
   }
   return whole;
 }
 
 // What is behind chain_ and part of one more block, which chain_ ends with then; else chain_ is as it was.
-Found Cache::find_part(i32 root, const i32* tokens, i64 most) {
+Found Cache::find_part(i32 root, const i32* tokens, i64 most, const KeyMarks& marks) {
   const i64 done = static_cast<i64>(chain_.size()) * block_tokens();
   if (!prefix_.partial || has_state_ || done >= most) return Found();  // states stand at the end of whole blocks only
-  index_.find_partial(chain_.empty() ? root : chain_.back(), tokens + done, most - done, &parts_);
+  const std::string* const tag = tag_at(marks, done);
+  index_.find_partial(chain_.empty() ? root : chain_.back(), tokens + done, most - done, tag, &parts_);
   for (const PartOfBlock& part : parts_) {  // not all of them are where the tokens before them are
     chain_.push_back(part.node);
     const Found found = table_->find(chain_, done + part.tokens);
@@ -82,22 +84,27 @@ PrefixMatch Cache::match(const i32* tokens, i64 n, const PrefixKey& key) {
   PrefixMatch match;
   if (!prefix_.on) return match;
   const i32 root = index_.find_root(key);
-  match.tokens = find_cached(root, tokens, n).tokens;
-  match.end = why_not_more(key, root, tokens, n, match.tokens);
+  const KeyMarks marks = placed(key.marks, tokens, n);
+  match.tokens = find_cached(root, tokens, n, marks).tokens;
+  match.end = why_not_more(key, marks, root, tokens, n, match.tokens);
   return match;
 }
 
 // chain_ holds what find_cached() found.
-MatchEnd Cache::why_not_more(const PrefixKey& key, i32 root, const i32* tokens, i64 n, i64 found) const {
+MatchEnd Cache::why_not_more(const PrefixKey& key, const KeyMarks& marks, i32 root, const i32* tokens, i64 n,
+                             i64 found) const {
   const i64 size = block_tokens(), most = n - 1, blocks = found / size;
   if (found >= most) return MatchEnd::complete;
   if (most - blocks * size < size) return MatchEnd::short_block;
   const i32 last = blocks == 0 ? root : chain_[blocks - 1];
-  if (last != kNoNode && index_.find(last, tokens + blocks * size) != kNoNode) {  // known, but its memory does not do
+  const std::string* const tag = tag_at(marks, blocks * size);
+  if (last != kNoNode &&
+      index_.find(last, tokens + blocks * size, tag) != kNoNode) {  // known, but its memory does not do
     if (has_state_) return MatchEnd::no_snapshot;
     return has_window_ ? MatchEnd::window : MatchEnd::evicted;
   }
-  if (index_.was_evicted(last, key, tokens + blocks * size)) return MatchEnd::evicted;
+  if (index_.was_evicted(last, key, tokens + blocks * size, tag)) return MatchEnd::evicted;
+  if (last != kNoNode && index_.has_other_tag(last, tokens + blocks * size)) return MatchEnd::other_salt;
   return index_.longest_elsewhere(root, tokens, most) > blocks ? MatchEnd::other_salt : MatchEnd::never_seen;
 }
 
@@ -174,9 +181,10 @@ i64 Cache::admit_one(const i32* tokens, i64 n, const PrefixKey& key, i64* cached
   *cached = 0;
   Found found;
   i32 root = kNoNode;
+  KeyMarks marks = placed(key.marks, tokens, n);
   if (prefix_.on) {
     root = index_.open_root(key);  // in use, so that giving up what hangs on it does not free it
-    found = find_cached(root, tokens, n);
+    found = find_cached(root, tokens, n, marks);
     if (found.tokens > 0) settle();
   }
   try {
@@ -204,6 +212,7 @@ i64 Cache::admit_one(const i32* tokens, i64 n, const PrefixKey& key, i64* cached
     c.root = root;
     c.leaf = whole == 0 ? root : chain_[whole - 1];
     c.known = *cached = found.tokens;
+    c.marks = std::move(marks);
     std::copy(tokens + whole * block_tokens(), tokens + found.tokens, tail(index));
     c.retained.clear();
   }
@@ -265,8 +274,9 @@ void Cache::collect_published(i64 index, const i32* tokens, i64 count) {
       std::copy(tokens, tokens + end, tail(index) + held);
       block = tail(index);
     }
-    i32 node = is_new ? kNoNode : index_.find(last, block);
-    if (node == kNoNode) node = index_.add(last, block), is_new = true;
+    const std::string* const tag = tag_at(c.marks, ordinal * size);
+    i32 node = is_new ? kNoNode : index_.find(last, block, tag);
+    if (node == kNoNode) node = index_.add(last, block, tag), is_new = true;
     index_.enter(node);
     published_.push_back({index, ordinal++, node});
     last = node;

@@ -624,6 +624,12 @@ class EventRecords:
     def tokens(self) -> Annotated[NDArray[numpy.int32], dict(shape=(None, None), writable=False)]:
         """int32 [stored records, block_tokens]."""
 
+    @property
+    def tags(self) -> list[bytes | None]:
+        """
+        What of each stored record's block is keyed (csrc/block_tags.h); made when asked for.
+        """
+
 class EventRing:
     """A bounded queue of records; see csrc/events.h."""
 

@@ -29,7 +29,7 @@ import numpy as np
 from kvmem._core import TableChanges
 from kvmem.allocator import Allocator
 from kvmem.arrays import at_least_zero, check_count, not_int32
-from kvmem.digests import Key
+from kvmem.digests import ExtraKey
 from kvmem.errors import OutOfMemory, SpecError, StaleHandle
 from kvmem.events import Event
 from kvmem.prefix import Tokens, encode_keys, token_ids, with_ids
@@ -70,11 +70,18 @@ class SchedulerCache:
 
     # --- one request at a time ---
 
-    def matched_tokens(self, tokens: Tokens, *, salt: str | bytes | None = None, extra_key: Key = None) -> int:
+    def matched_tokens(
+        self,
+        tokens: Tokens,
+        *,
+        salt: str | bytes | None = None,
+        extra_key: ExtraKey = None,
+        adapter: str | None = None,
+    ) -> int:
         """How many of ``tokens`` (a prompt) ``allocate`` would find cached now; at least one is left to compute.
         Changes nothing.
         """
-        return self.allocator.match(tokens, salt=salt, extra_key=extra_key).num_tokens
+        return self.allocator.match(tokens, salt=salt, extra_key=extra_key, adapter=adapter).num_tokens
 
     def allocate(
         self,
@@ -83,22 +90,25 @@ class SchedulerCache:
         *,
         tokens: Tokens | None = None,
         salt: str | bytes | None = None,
-        extra_key: Key = None,
+        extra_key: ExtraKey = None,
+        adapter: str | None = None,
     ) -> TableChanges | None:
         """Room for ``count`` more tokens; what this wrote to the request's block tables, nothing for most tokens. None
         when memory, or a place for one more request, is short: nothing has changed then, but for what was cached.
 
         A request that is not here yet begins. tokens: its prompt, whose cached start it takes over: those blocks are
         added too, and ``num_cached_tokens(request)`` says how many tokens they hold. count: how many tokens beyond that
-        (a chunk of the prompt, lookahead); default the rest of the prompt. salt, extra_key: as ``Allocator.sequence``.
-        ``SpecError`` for a prompt, salt or extra key of a request that has begun.
+        (a chunk of the prompt, lookahead); default the rest of the prompt. salt, extra_key, adapter: as
+        ``Allocator.sequence``. ``SpecError`` for any of these, or a prompt, of a request that has begun.
         """
         try:
             handle = self._handles[request]
         except KeyError:
-            return self._begin(request, count, tokens, salt, extra_key)
-        if tokens is not None or salt is not None or extra_key is not None:
-            raise SpecError(f"request {request!r} has begun: a prompt, salt or extra key is given when it begins")
+            return self._begin(request, count, tokens, salt, extra_key, adapter)
+        if tokens is not None or salt is not None or extra_key is not None or adapter is not None:
+            raise SpecError(
+                f"request {request!r} has begun: prompt, salt, extra key and adapter are given as it begins"
+            )
         try:
             written = self._core.grow(handle, count)  # type: ignore[arg-type]  # it looks for itself
         except OutOfMemory:
@@ -110,12 +120,18 @@ class SchedulerCache:
         return _NOTHING if written is None else written
 
     def _begin(
-        self, request: Hashable, count: int | None, tokens: Tokens | None, salt: str | bytes | None, extra_key: Key
+        self,
+        request: Hashable,
+        count: int | None,
+        tokens: Tokens | None,
+        salt: str | bytes | None,
+        extra_key: ExtraKey,
+        adapter: str | None,
     ) -> TableChanges | None:
         if count is None and tokens is None:
             raise SpecError(f"count: missing; a new request ({request!r}) needs a prompt, or a count of tokens")
         wanted = -1 if count is None else check_count("count", at_least_zero("count", count))
-        salted, keyed = encode_keys(salt, extra_key)
+        salted, keyed = encode_keys(salt, extra_key, adapter)
         try:
             handle, cached = with_ids(
                 [] if tokens is None else tokens, lambda ids: self._core.begin(ids, salted, keyed, wanted)

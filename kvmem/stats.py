@@ -34,7 +34,8 @@ class Stats:
     evicted_blocks: blocks that were cached and given up since the allocator exists.
     lookup_tokens, hit_tokens: of prompts that began (``sequence()``, ``admit_batch()``, ``SchedulerCache.allocate``),
         all but the last token of each, and those found. A prompt that was refused counts nothing.
-    wasted_bytes: the rest, which holds nothing: rounding up to pages and blocks, the guard behind the last token, trash blocks.
+    wasted_bytes: the rest, which holds nothing: rounding up to pages and blocks, the guard behind the last token, trash
+        blocks.
     device_free_bytes: what a CUDA device has free, for this process and all others; None elsewhere.
     torch_allocated_bytes, torch_reserved_bytes: what torch's caching allocator has given to tensors on this CUDA
         device, and what it holds in all. Its memory and ours are apart; None elsewhere.

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from reference import Model, Piece, Tokens
 
 import kvmem
 
-Root = tuple[str | bytes | None, str | bytes | None]
+#: Salt and adapter; callers of the pair of both may add the extra keys of a prompt: pairs of position and key, or one.
+Root = tuple[Any, ...]
 #: How the virtual backend's model is told which page a new row shows: (group, arena, ordinal) -> that page's piece.
 Look = Callable[[int, int, int], Piece | None]
 NEWEST = 8  # continuations of a block that are looked at for a partial hit

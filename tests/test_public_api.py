@@ -19,10 +19,10 @@ SIGNATURES = {
     "Allocator": "spec, *, backend=, device=, memory=, max_sequences, max_tokens, page_bytes=, interleave=, "
     "map_ahead_tokens=, tail_guard_tokens=, zero=, prefix_cache=, partial_reuse=, policy=, cached_rows=, events=, event_key=, pool=, "
     "record_ops=, debug=, driver=",
-    "Allocator.sequence": "self, tokens=, *, salt=, extra_key=",
-    "Allocator.admit_batch": "self, tokens, counts=, *, salt=, extra_key=",
-    "Allocator.match": "self, tokens, *, salt=, extra_key=",
-    "Allocator.pin": "self, tokens, *, salt=, extra_key=",
+    "Allocator.sequence": "self, tokens=, *, salt=, extra_key=, adapter=",
+    "Allocator.admit_batch": "self, tokens, counts=, *, salt=, extra_key=, adapter=",
+    "Allocator.match": "self, tokens, *, salt=, extra_key=, adapter=",
+    "Allocator.pin": "self, tokens, *, salt=, extra_key=, adapter=",
     "Allocator.clear_cache": "self",
     "Allocator.events": "self, max_events=, *, restart=",
     "Allocator.open_batch": "self, n",
