@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Final, TypeAlias
+from typing import Final, TypeAlias, cast
 
 import numpy as np
 
@@ -107,8 +107,8 @@ def key_marks(extra_key: ExtraKey) -> list[tuple[int, bytes]]:
     if extra_key is None:
         return []
     if not _is_placed(extra_key):
-        return [(AT_PLACEHOLDERS, encode_key(extra_key))]  # type: ignore[arg-type]
-    marks = [(position, encode_key(key)) for position, key in extra_key]  # type: ignore[union-attr, misc]
+        return [(AT_PLACEHOLDERS, encode_key(cast(Key, extra_key)))]
+    marks = [(position, encode_key(key)) for position, key in cast("Sequence[tuple[int, Key]]", extra_key)]
     positions = [position for position, _ in marks]
     if positions != sorted(positions) or positions[0] < 0:
         raise SpecError(f"got positions {positions}; must be 0 or more, and none before the one that comes first")
