@@ -223,6 +223,16 @@ void PagedBlocks::count(Blocks& b, i64 first, i64 n, i32 users, i32 kept) {
 
 void PagedBlocks::use(Class& c, i64 first, i64 n, i32 users, i32 kept) {
   const i64 from = first_slot(c, first), to = end_slot(c, first + n - 1);
+  if (to - from == 1) {  // of most blocks
+    SlotInfo& slot = c.slots[from];
+    const i32 before = slot.users, after = before + users, bytes = slot.kept_bytes;
+    slot.users = after, slot.kept += kept, slot.kept_bytes += kept * static_cast<i32>(c.block_bytes);
+    if (before == 0) idle_pages_ -= slot.mapped;
+    if (before != 0) c.beside_bytes -= bytes;
+    if (after == 0) idle_pages_ += slot.mapped;
+    if (after != 0) c.beside_bytes += slot.kept_bytes;
+    return;
+  }
   i64 idle = 0, beside = 0;
   for (i64 i = from; i < to; ++i) {
     SlotInfo& slot = c.slots[i];
