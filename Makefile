@@ -38,7 +38,7 @@ READY :=
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup core demo bench test test-gpu gpu-rules sanitize-gpu test-sanitize lint format stubs clean distclean
+.PHONY: help setup core demo bench test events-peers test-gpu gpu-rules sanitize-gpu test-sanitize lint format stubs clean distclean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -53,6 +53,13 @@ bench: demo
 
 test: core  ## all tests that need no GPU, and those that do where there is one
 	$(PYTEST) $(ARGS)
+
+# 39 MB, 5 s, of which one file is kept. vLLM's package would cost more; tests find it where `bench peers` has it.
+SGLANG := sglang==0.5.23
+events-peers: $(READY)  ## SGLang's event classes, from its package: tests/test_events_published.py decodes with them
+	$(PY) -m pip download -q --disable-pip-version-check --no-deps --only-binary :all: -d build/published $(SGLANG)
+	cd build/published && for wheel in sglang-*.whl; do $(abspath $(PY)) -c "import sys, zipfile; \
+	  zipfile.ZipFile(sys.argv[1]).extract('sglang/srt/disaggregation/kv_events.py', 'sglang')" $$wheel && rm $$wheel; done
 
 # $(call on_gpu,COMMAND): the command, or one line where there is no GPU.
 define on_gpu

@@ -51,7 +51,17 @@ void bind_events(nb::module_& m) {
       .def_prop_ro("groups", column<i32, &EventRecords::groups>, "-1: no group holds the node; others continue it.")
       .def_prop_ro("ordinals", column<i32, &EventRecords::ordinals>)
       .def_prop_ro("tiers", column<i32, &EventRecords::tiers>)
-      .def_prop_ro("tokens", token_rows, "int32 [stored records, block_tokens].");
+      .def_prop_ro("tokens", token_rows, "int32 [stored records, block_tokens].")
+      .def_prop_ro(
+          "tags",
+          [](const EventRecords& records) {
+            nb::list tags;
+            for (const Tag& tag : records.tags)
+              tags.append(tag ? nb::object(nb::bytes(tag->data(), tag->size())) : nb::none());
+            return tags;
+          },
+          nb::sig("def tags(self) -> list[bytes | None]"),
+          "What of each stored record's block is keyed (csrc/block_tags.h); made when asked for.");
 
   nb::class_<EventRing>(m, "EventRing", "A bounded queue of records; see csrc/events.h.")
       .def(nb::init<i64, i64>(), "capacity"_a, "block_tokens"_a)

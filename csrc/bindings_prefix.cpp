@@ -25,8 +25,17 @@ namespace {
 
 using Free = nb::call_guard<WithoutGil>;
 
+// What stands for None is the empty key, which sequences have that were opened without any.
+std::string none_is_empty(const char* encoded, std::size_t bytes) {
+  return bytes > 0 && encoded[0] == 'n' ? std::string() : std::string(encoded, bytes);
+}
+
+// `extra_key`: the adapter's key, then what else of the prompt is keyed (kvmem.prefix.encode_keys).
 PrefixKey key_of(const nb::bytes& salt, const nb::bytes& extra_key) {
-  return {std::string(salt.c_str(), salt.size()), std::string(extra_key.c_str(), extra_key.size())};
+  const char* const given = extra_key.c_str();
+  const std::size_t bytes = extra_key.size(), adapter = bytes == 0 ? 0 : key_bytes(given, bytes);
+  return {none_is_empty(salt.c_str(), salt.size()), none_is_empty(given, adapter),
+          decode_marks(given + adapter, bytes - adapter)};
 }
 
 // In the order of MatchEnd.
@@ -103,6 +112,22 @@ void bind_prefix(nb::class_<Cache>& cache) {
           },
           "tokens"_a.noconvert(), "salt"_a, "extra_key"_a, "sequence"_a = nb::none(),
           "A new sequence: its handle, and how many tokens it has; also told to the object that stands for it.")
+      .def(
+          "begin",
+          [](Cache& c, const TokenIds& tokens, const nb::bytes& salt, const nb::bytes& extra_key, i64 count,
+             nb::handle sequence) {
+            if (c.shares()) check_ids(tokens);
+            const PrefixKey key = key_of(salt, extra_key);
+            i64 cached = 0, handle = 0;
+            {
+              const WithoutGil free;
+              handle = c.begin(tokens.data(), tokens.size(), key, count, &cached);
+            }
+            keep_in(sequence, "_id", handle), keep_in(sequence, "num_cached_tokens", cached);
+            return std::make_pair(handle, cached);
+          },
+          "tokens"_a.noconvert(), "salt"_a, "extra_key"_a, "count"_a, "sequence"_a = nb::none(),
+          "admit() with room for `count` more tokens, or (-1) for the rest of them; else OutOfMemory.")
       .def(
           "admit_batch",
           [](Cache& c, const TokenIds& tokens, const std::optional<Int32s>& counts, const nb::bytes& salt,

@@ -2,8 +2,12 @@
 // for every request in every step, so these take no keywords, which nanobind would look for.
 
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 
+#include <algorithm>
+#include <optional>
 #include <vector>
 
 #include "bindings.h"
@@ -18,7 +22,15 @@ namespace {
 // ---- TableChanges --------------------------------------------------------------------------------
 
 struct TableChanges {
-  TableWrites writes;
+  TableWrites writes;  // of all groups
+  i32 main = 0;        // the group that rows, columns, blocks and write() speak of
+
+  template <class F>
+  void each(F f) const {
+    for (const TableWrite& w : writes) {
+      if (w.group == main) f(w);
+    }
+  }
 };
 
 // A slot, because a scheduler asks every answer whether it is empty: a method would be a call each.
@@ -36,10 +48,10 @@ using Column = nb::ndarray<nb::numpy, i32, nb::ndim<1>>;
 
 template <i32 TableWrite::* kField>
 Column column_of(const TableChanges& changes) {
-  const std::size_t n = changes.writes.size();
-  i32* values = new i32[n];
+  std::size_t n = 0;
+  i32* values = new i32[changes.writes.size()];
   const nb::capsule owner(values, [](void* p) noexcept { delete[] static_cast<i32*>(p); });
-  for (std::size_t i = 0; i < n; ++i) values[i] = changes.writes[i].*kField;
+  changes.each([&](const TableWrite& w) { values[n++] = w.*kField; });
   return Column(values, {n}, owner);
 }
 
@@ -75,47 +87,81 @@ class Table {
 void write_changes(const TableChanges& changes, nb::handle given, i64 row) {
   if (changes.writes.empty()) return;
   Table table(given);
-  for (const TableWrite& w : changes.writes) {
-    if (table.has(row + w.row, w.column)) continue;
+  changes.each([&](const TableWrite& w) {
+    if (table.has(row + w.row, w.column)) return;
     throw SpecError("table: entry [" + std::to_string(row + w.row) + ", " + std::to_string(w.column) +
                     "] was written, which one of [" + table.shape() + "] does not have; nothing was copied to it");
+  });
+  changes.each([&](const TableWrite& w) { table.set(row + w.row, w.column, w.block); });
+}
+
+TableChanges of_group(const TableChanges& changes, i32 group) {
+  if (group < 0) throw SpecError("group: got " + std::to_string(group) + "; must be the index of a group, 0 or more");
+  TableChanges found{{}, group};
+  for (const TableWrite& w : changes.writes) {
+    if (w.group == group) found.writes.push_back(w);
   }
-  for (const TableWrite& w : changes.writes) table.set(row + w.row, w.column, w.block);
+  return found;
 }
 
-nb::bytes packed(const TableChanges& changes) {
-  return nb::bytes(changes.writes.data(), changes.writes.size() * sizeof(TableWrite));
+nb::tuple groups_of(const TableChanges& changes) {
+  nb::list groups;
+  i32 last = -1;
+  for (const TableWrite& w : changes.writes) {  // by group
+    if (w.group != last) groups.append(last = w.group);
+  }
+  return nb::tuple(groups);
 }
 
-void unpack(TableChanges& changes, const nb::bytes& bytes) {
+using State = std::pair<i32, nb::bytes>;
+
+State packed(const TableChanges& changes) {
+  return {changes.main, nb::bytes(changes.writes.data(), changes.writes.size() * sizeof(TableWrite))};
+}
+
+void unpack(TableChanges& changes, const State& state) {
+  const nb::bytes& bytes = state.second;
   if (bytes.size() % sizeof(TableWrite) != 0) throw SpecError("TableChanges: a broken pickle");
-  const auto* first = static_cast<const TableWrite*>(bytes.data());
-  new (&changes) TableChanges{TableWrites(first, first + bytes.size() / sizeof(TableWrite))};
+  TableWrites writes(bytes.size() / sizeof(TableWrite));
+  std::copy_n(static_cast<const char*>(bytes.data()), bytes.size(), reinterpret_cast<char*>(writes.data()));
+  new (&changes) TableChanges{std::move(writes), state.first};
+}
+
+std::string text_of(const TableChanges& changes) {
+  std::string text = "TableChanges(";
+  for (const TableWrite& w : changes.writes) {
+    if (&w != changes.writes.data()) text += ", ";
+    if (w.group != changes.main) text += "group " + std::to_string(w.group) + " ";
+    text += "[" + std::to_string(w.row) + ", " + std::to_string(w.column) + "]: " + std::to_string(w.block);
+  }
+  return text + ")";
 }
 
 void bind_changes(nb::module_& m) {
-  nb::class_<TableChanges>(m, "TableChanges", nb::type_slots(changes_slots),
-                           "What a call wrote to block tables: entry ``columns[k]`` of row ``rows[k]`` is "
-                           "``blocks[k]`` now, by row, then by column.\n\nMost are empty: of length 0, and false.")
+  nb::class_<TableChanges>(
+      m, "TableChanges", nb::type_slots(changes_slots),
+      "What a call wrote to block tables: entry ``columns[k]`` of row ``rows[k]`` is ``blocks[k]`` now, by row, then "
+      "by "
+      "column; 0 where a sliding window has passed the block. These are of the main group, the first that grows with "
+      "the tokens; ``group(g)`` tells the same of group g. The length counts the entries of all groups: most changes "
+      "are empty, and false.")
       .def(nb::init<>())
       .def_prop_ro("rows", &column_of<&TableWrite::row>, nb::rv_policy::automatic,
                    "int32 [k], made when asked for: positions in the ``handles`` of the call, 0 where it had one "
                    "request.")
       .def_prop_ro("columns", &column_of<&TableWrite::column>, nb::rv_policy::automatic, "int32 [k].")
       .def_prop_ro("blocks", &column_of<&TableWrite::block>, nb::rv_policy::automatic, "int32 [k].")
+      .def_prop_ro("groups", &groups_of, nb::sig("def groups(self) -> tuple[int, ...]"),
+                   "The groups that have entries here, ascending.")
+      .def("group", &of_group, "group"_a,
+           "What was written to the tables of one group, as ``TableChanges`` of which it is the main one; empty if "
+           "nothing was.")
       .def("write", &write_changes, "table"_a.none(), "row"_a = 0,
            nb::sig("def write(self, table: NDArray[numpy.int32], row: int = 0) -> None"),
-           "Brings a copy of the tables up to date: all of it, or ``SpecError`` where it is too small.\n\ntable: int32 "
-           "[requests, blocks of the longest], of any strides. row: the request's, or where row 0 of a step stands.")
-      .def("__repr__",
-           [](const TableChanges& changes) {
-             std::string text = "TableChanges(";
-             for (const TableWrite& w : changes.writes) {
-               text += (&w == changes.writes.data() ? "[" : ", [") + std::to_string(w.row) + ", " +
-                       std::to_string(w.column) + "]: " + std::to_string(w.block);
-             }
-             return text + ")";
-           })
+           "Brings a copy of the main group's tables up to date: all of it, or ``SpecError`` where it is too small.\n\n"
+           "table: int32 [requests, blocks of the longest], of any strides. row: the request's, or where row 0 of a "
+           "step stands.")
+      .def("__repr__", &text_of)
       .def("__getstate__", &packed)
       .def("__setstate__", &unpack);
 }
@@ -123,40 +169,40 @@ void bind_changes(nb::module_& m) {
 // ---- the calls -----------------------------------------------------------------------------------
 
 // None for the most frequent answer, that nothing was written: kvmem.scheduler has one object for all of those.
-nb::object to_python(TableWrites writes) {
-  return writes.empty() ? nb::none() : nb::cast(TableChanges{std::move(writes)});
+nb::object to_python(TableWrites writes, i64 main) {
+  return writes.empty() ? nb::none() : nb::cast(TableChanges{std::move(writes), static_cast<i32>(main)});
 }
 
 // What `tell` says was written. Where nothing is to be decided the callers come without: letting Python's lock go would
 // cost more than the work.
 template <class Tell>
-nb::object told(const Tell& tell) {
+nb::object told(const Cache& c, const Tell& tell) {
   TableWrites writes;
   {
     const WithoutGil free;
     writes = tell();
   }
-  return to_python(std::move(writes));
+  return to_python(std::move(writes), c.token_group());
 }
 
 nb::object grow(Cache& c, i32 handle, nb::handle count) {
   i32 more = 0;
   if (!read_int(count, &more)) throw nb::next_overload();  // a TypeError: there is none
   if (c.extend_at_hand(handle, more, true)) return nb::none();
-  return told([&] { return c.extend_telling(&handle, &more, 1); });
+  return told(c, [&] { return c.extend_telling(&handle, &more, 1); });
 }
 
 nb::object publish(Cache& c, i32 handle, nb::handle tokens) {
   if (i32 count = 0; read_int(tokens, &count) && count >= 0) {
     if (c.commit_at_hand(handle, count)) return nb::none();
-    return told([&] { return c.commit_telling(&handle, &count, 1, nullptr); });
+    return told(c, [&] { return c.commit_telling(&handle, &count, 1, nullptr); });
   }
   TokenIds ids;
   if (!ids.hold(tokens)) throw nb::next_overload();
   check_ids(ids);
   const i32 count = to_int32(ids.size(), "tokens");
   if (c.commit_at_hand(handle, count, ids.data())) return nb::none();
-  return told([&] { return c.commit_telling(&handle, &count, 1, ids.data()); });
+  return told(c, [&] { return c.commit_telling(&handle, &count, 1, ids.data()); });
 }
 
 nb::object decode(Cache& c, i32 handle, nb::handle count, const std::optional<TokenIds>& tokens) {
@@ -166,19 +212,20 @@ nb::object decode(Cache& c, i32 handle, nb::handle count, const std::optional<To
   const i32* ids = tokens ? tokens->data() : nullptr;
   const i64 num_ids = tokens ? tokens->size() : 0;
   if (c.advance_at_hand(handle, more, ids, num_ids, true)) return nb::none();
-  return told([&] { return c.advance_telling(handle, more, ids, num_ids); });
+  return told(c, [&] { return c.advance_telling(handle, more, ids, num_ids); });
 }
 
 nb::object grow_batch(Cache& c, const Int32s& handles, const Int32s& counts) {
   same_length(handles, counts);
-  return told([&] { return c.extend_telling(handles.data(), counts.data(), handles.size()); });
+  return told(c, [&] { return c.extend_telling(handles.data(), counts.data(), handles.size()); });
 }
 
-nb::object publish_batch(Cache& c, const Int32s& handles, const Int32s& counts, const Int32s& tokens) {
+nb::object publish_batch(Cache& c, const Int32s& handles, const Int32s& counts, const std::optional<Int32s>& tokens) {
   same_length(handles, counts);
-  check_tokens(counts, tokens);
-  check_ids(tokens);
-  return told([&] { return c.commit_telling(handles.data(), counts.data(), handles.size(), tokens.data()); });
+  if (tokens) check_tokens(counts, *tokens);
+  if (tokens) check_ids(*tokens);
+  const i32* ids = tokens ? tokens->data() : nullptr;
+  return told(c, [&] { return c.commit_telling(handles.data(), counts.data(), handles.size(), ids); });
 }
 
 }  // namespace
@@ -199,13 +246,23 @@ void bind_requests(nb::module_& m, nb::class_<Cache>& cache) {
       .def("grow_batch", &grow_batch,
            nb::sig("def grow_batch(self, handles: NDArray[numpy.int32], "
                    "counts: NDArray[numpy.int32], /) -> TableChanges | None"))
-      .def("publish_batch", &publish_batch,
+      .def("publish_batch", &publish_batch, nb::arg(), nb::arg(), nb::arg().none(),
            nb::sig("def publish_batch(self, handles: NDArray[numpy.int32], counts: NDArray[numpy.int32], "
-                   "tokens: NDArray[numpy.int32], /) -> TableChanges | None"))
+                   "tokens: NDArray[numpy.int32] | None, /) -> TableChanges | None"))
       .def(
-          "table", [](Cache& c, i64 handle, i64 group) { return to_python(c.table(handle, group)); },
+          "table",
+          [](Cache& c, i64 handle, i64 group) {
+            return to_python(c.table(handle, group), group < 0 ? c.token_group() : group);
+          },
           nb::sig("def table(self, handle: int, group: int, /) -> TableChanges | None"),
-          "All entries of one table; those that a window has dropped are 0.");
+          "All entries of one table, or (-1) of those of all groups; those that a window has passed are 0.")
+      .def(
+          "tables",
+          [](Cache& c, const Int32s& handles) {
+            return told(c, [&] { return c.tables(handles.data(), handles.size()); });
+          },
+          nb::sig("def tables(self, handles: NDArray[numpy.int32], /) -> TableChanges | None"),
+          "The same of many sequences, and of all groups.");
 }
 
 }  // namespace kvmem

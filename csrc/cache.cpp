@@ -223,7 +223,10 @@ i64 Cache::fork(i64 handle) {
     throw;
   }
   if (contents_[parent].root != kNoNode) index_.enter(contents_[parent].root);
-  contents_[sequences_.index(child)] = contents_[parent];
+  Content& content = contents_[sequences_.index(child)];
+  content = contents_[parent];
+  const bool reserved = sequences_.tokens(parent, token_group_) > sequences_.committed(parent, token_group_);
+  content.state_ahead = content.state_ahead || reserved;
   std::copy_n(tail(parent), tail_tokens_, tail(sequences_.index(child)));
   leave();
   return child;

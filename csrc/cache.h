@@ -21,7 +21,7 @@ namespace kvmem {
 
 struct CacheStats {
   i64 budget_bytes = 0, created_bytes = 0, free_bytes = 0;
-  i64 mapped_bytes = 0, used_bytes = 0, parked_bytes = 0, shared_bytes = 0;
+  i64 mapped_bytes = 0, used_bytes = 0, parked_bytes = 0, shared_bytes = 0, held_bytes = 0, cached_beside_bytes = 0;
   i64 num_sequences = 0, driver_calls = 0, physical_bytes = 0;
   i64 cached_bytes = 0, cached_blocks = 0, pinned_blocks = 0, evicted_blocks = 0, lookup_tokens = 0, hit_tokens = 0;
 };
@@ -42,9 +42,9 @@ struct PrefixMatch {
   MatchEnd end = MatchEnd::off;
 };
 
-// Entry `column` of the table of the call's sequence `row` is `block` now.
+// Entry `column` of the table that `group` has of the call's sequence `row` is `block` now.
 struct TableWrite {
-  i32 row, column, block;
+  i32 row, column, block, group;
 };
 using TableWrites = std::vector<TableWrite>;
 
@@ -65,11 +65,12 @@ class Cache final : public TableState {
   bool extend_at_hand(i64 handle, i64 count, bool in_last_block = false);
   bool commit_at_hand(i64 handle, i64 count, const i32* tokens = nullptr);
   bool advance_at_hand(i64 handle, i64 count, const i32* tokens, i64 num_tokens, bool in_last_block = false);
-  // What they wrote to tables is told, and what stands there (cache_requests.cpp).
+  // What they wrote to tables is told, of all groups, and what stands there (cache_requests.cpp).
   TableWrites extend_telling(const i32* handles, const i32* counts, i64 n);
   TableWrites commit_telling(const i32* handles, const i32* counts, i64 n, const i32* tokens);
   TableWrites advance_telling(i64 handle, i64 count, const i32* tokens, i64 num_tokens);
-  TableWrites table(i64 handle, i64 group);
+  TableWrites table(i64 handle, i64 group);  // -1: of all groups
+  TableWrites tables(const i32* handles, i64 n);
   void truncate(i64 handle, i64 tokens);
   i64 fork(i64 handle);
   void free(const i32* handles, i64 n);
@@ -78,6 +79,9 @@ class Cache final : public TableState {
   // Opens a sequence with as much of `tokens` as is cached, but for one; `*cached` is how much. Short of memory it
   // takes less. OutOfMemory only when all places are taken.
   i64 admit(const i32* tokens, i64 n, const PrefixKey& key, i64* cached);
+  // admit() with room for `count` more tokens than are cached, or (-1) for the rest of the prompt; else OutOfMemory,
+  // and it was never here.
+  i64 begin(const i32* tokens, i64 n, const PrefixKey& key, i64 count, i64* cached);
   // As many of `n` prompts, in their order, as there is memory and places for, each with room for all of its tokens;
   // returns how many. `tokens`: counts[i] of each, one prompt's after the other's.
   i64 admit_batch(const i32* tokens, const i32* counts, i64 n, const PrefixKey& key, i32* handles, i32* cached);
@@ -157,6 +161,7 @@ class Cache final : public TableState {
   bool paged() const { return paged_; }
   void check_process() const { fork_guard_.check("the allocator"); }  // DeviceError in a forked child
   bool shares() const { return prefix_.on; }                          // else it looks at no token
+  i64 token_group() const { return token_group_; }
   const Geometry& geometry() const { return geometry_; }
   PagePool& pool() { return *pool_; }
   i64 first_arena(i64 group) const { return table_->first_arena(group); }
@@ -174,8 +179,11 @@ class Cache final : public TableState {
   struct Content {
     i32 root = kNoNode, leaf = kNoNode;  // the last published block, or the root
     i64 known = 0;
+    KeyMarks marks;  // of all of its tokens, those to come included
     std::vector<Retention> retained;  // ascending, no block twice
-    bool state_ahead = false;         // a truncation took tokens back that the fixed state has seen
+    // The fixed state may have seen tokens that are not committed and cannot be any more: they were cut off, or stayed
+    // with the sequence that this one was forked from. The next commit() answers for the state again.
+    bool state_ahead = false;
   };
   // What a step finds, of all its sequences, in the first group that grows with the tokens.
   struct Planned {
@@ -202,6 +210,7 @@ class Cache final : public TableState {
   void free_one(i64 index, Transaction& tx);
   void free_planned(const i32* handles, i64 n);
   i64 admit_one(const i32* tokens, i64 n, const PrefixKey& key, i64* cached);
+  void count_admitted(i64 n, i64 cached);
   i64 group_begin(i64 group) const { return group < 0 ? 0 : group; }
   i64 group_end(i64 group) const { return group < 0 ? groups_ : group + 1; }
   bool grows(i64 g, i64 group) const { return group >= 0 || geometry_.groups[g].growth == Growth::token; }
@@ -229,10 +238,13 @@ class Cache final : public TableState {
   bool has_room_at_hand(i64 index, i64 count, bool in_last_block);
   bool commit_in_block(i64 index, i64 count, const i32* tokens);
   void advance_one(i64 handle, i64 count, const i32* tokens, i64 num_tokens, bool telling);
-  void see(i64 row, i64 index, i64 ordinal);
-  void see_last(i64 row, i64 index);
-  void see_completed(i64 row, i64 index, i64 count);
+  i32 told_entry(const Placement& at, i64 index, i64 g, i64 ordinal) const;
+  void see(i64 row, i64 index, i64 g, i64 first, i64 end);
+  void see_committed(i64 row, i64 index, i64 g, i64 count);
+  void see_last(i64 row, i64 index, i64 g);
+  void see_all(const i32* commits, bool grown);
   TableWrites written(bool grown) const;
+  void add_table(i64 row, i64 index, i64 g, TableWrites* entries) const;
   void plan_extend(const i32* handles, const i32* counts, i64 n, i64 group);
   void plan_simple(const i32* handles, const i32* counts, i64 n);
   [[noreturn]] void refuse_count(i64 handle, i64 count) const;
@@ -269,9 +281,15 @@ class Cache final : public TableState {
   void share_group(i64 parent, i64 child, i64 g, Transaction& tx);
   i64 block_tokens() const { return index_.block_tokens(); }
   i32* tail(i64 index) { return &tails_[index * tail_tokens_]; }
-  Found find_cached(i32 root, const i32* tokens, i64 n);
+  // The tag of the block that begins at token `first`, null for none; good until the next call.
+  const std::string* tag_at(const KeyMarks& marks, i64 first) const {
+    if (marks.empty()) return nullptr;
+    tag_ = tag_of_block(marks, first, block_tokens());
+    return tag_.empty() ? nullptr : &tag_;
+  }
+  Found find_cached(i32 root, const i32* tokens, i64 n, const KeyMarks& marks);
   Found find_whole(i64 tokens);
-  bool find_part(i32 last, const i32* tokens, i64 count, Found* found);
+  bool find_part(i32 last, const i32* tokens, i64 count, const std::string* tag, Found* found);
   bool find_end(i64 tokens, Found* found);
   bool windows_reach(i64 tokens) const;
   void look_along_windows();
@@ -280,7 +298,8 @@ class Cache final : public TableState {
   void for_windows(const std::vector<i32>& chain, i64 tokens, F f);
   void need_windows(const std::vector<i32>& chain, i64 tokens);
   void unneed_windows(const std::vector<i32>& chain, i64 tokens, bool undo);
-  MatchEnd why_not_more(const PrefixKey& key, i32 root, const i32* tokens, i64 n, i64 found) const;
+  MatchEnd why_not_more(const PrefixKey& key, const KeyMarks& marks, i32 root, const i32* tokens, i64 n,
+                        i64 found) const;
   void commit_all(const i32* handles, const i32* counts, i64 n, i64 group, const i32* tokens);
   void commit_planned(const i32* counts, i64 n, i64 group, const i32* tokens);
   void find_moving(const i32* counts, i64 n, i64 group);
@@ -305,7 +324,7 @@ class Cache final : public TableState {
   }
   void collect_leaving(i64 handle, i64 index, i64 tokens);
   void retract_leaving(i64 index, Transaction& tx);
-  void note_truncated(i64 index, i64 tokens);
+  void note_truncated(i64 index, i64 have, i64 tokens);
   i64 pin_chain(i64* pinned);
   void tell_resident(i32 node, EventRecords& out) const;
   void check_content(std::vector<std::string>* out) const;
@@ -334,6 +353,7 @@ class Cache final : public TableState {
   std::vector<i32> chain_, leaving_;  // of the call in progress
   std::vector<PartOfBlock> parts_;
   std::vector<i32> runs_;  // [block of chain_][window]: how many on end the window group has, up to and with this one
+  mutable std::string tag_;
   std::vector<Published> published_;
   std::vector<i64> indices_;  // of the call in progress
   std::vector<i64> needy_;    // positions in it: who has no room yet

@@ -145,16 +145,12 @@ BatchSizes Cache::step(const i32* handles, const i32* counts, i64 n, const i32* 
   return sizes;
 }
 
-// `telling`: seen_ notes what this may replace in its table.
+// `telling`: seen_ notes what this may replace in its tables.
 void Cache::advance_one(i64 handle, i64 count, const i32* tokens, i64 num_tokens, bool telling) {
   const i32 one = to_int32(handle, "handle"), more = to_int32(count, "count");
   plan_extend(&one, &more, 1, -1);
   check_due(tokens ? num_tokens : -1);
-  seen_.clear();
-  if (telling) {
-    see_completed(0, indices_[0], due_[0]);
-    see_last(0, indices_[0]);
-  }
+  if (telling) see_all(due_.data(), true);
   advance_planned(&one, &more, 1, tokens, false);
 }
 

@@ -60,7 +60,7 @@ i64 Cache::pin(const i32* tokens, i64 n, const PrefixKey& key, i64* pinned) {
   Lock lock = enter();
   const i32 root = prefix_.on ? index_.find_root(key) : kNoNode;
   const i64 wanted = n / block_tokens() * block_tokens();
-  const i64 found = find_cached(root, tokens, wanted + 1).tokens;
+  const i64 found = find_cached(root, tokens, wanted + 1, placed(key.marks, tokens, n)).tokens;
   if (root == kNoNode || found < wanted || wanted == 0) {
     throw SpecError("asked to pin " + std::to_string(wanted) + " tokens, of which the first " + std::to_string(found) +
                     " are cached: compute and commit them, in whole blocks of " + std::to_string(block_tokens()) +
@@ -115,9 +115,10 @@ void Cache::snapshot(i64 handle) {
                     " in all; all must be committed by their ids, at a multiple of " + std::to_string(block_tokens()));
   }
   if (contents_[index].state_ahead) {
-    throw SpecError("snapshot: sequence handle " + std::to_string(handle) +
-                    " was truncated, and its state has seen what was cut off: put the state of " +
-                    std::to_string(tokens) + " tokens back and go on; it can be kept after the next commit()");
+    throw SpecError(
+        "snapshot: sequence handle " + std::to_string(handle) +
+        " was truncated, or forked from one with reserved tokens, and its state may have seen more than its " +
+        std::to_string(tokens) + " tokens: put their state back and go on; it can be kept after the next commit()");
   }
   settle();
   collect_chain(index);
@@ -228,11 +229,12 @@ void Cache::tell_resident(i32 node, EventRecords& out) const {
   for (i64 g = 0; g < groups_; ++g) {
     const bool here = geometry_.groups[g].growth != Growth::prefill && table_->has(node, g);
     if (!here) continue;
-    out.stored(node, parent, index_.root_number(node), static_cast<i32>(g), index_.ordinal(node), tokens.data());
+    out.stored(node, parent, index_.root_number(node), static_cast<i32>(g), index_.ordinal(node), tokens.data(), 0,
+               index_.tag(node));
     any = true;
   }
   if (!any) {
-    out.stored(node, parent, index_.root_number(node), -1, index_.ordinal(node), tokens.data());
+    out.stored(node, parent, index_.root_number(node), -1, index_.ordinal(node), tokens.data(), 0, index_.tag(node));
   }
 }
 

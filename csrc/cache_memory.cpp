@@ -76,6 +76,8 @@ CacheStats Cache::stats() {
   s.mapped_bytes = table_->owned_pages * page;
   s.parked_bytes = table_->parked_pages() * page;
   table_->count_bytes(&s.used_bytes, &s.shared_bytes);
+  s.held_bytes = table_->held_bytes();
+  s.cached_beside_bytes = table_->beside_bytes();
   s.cached_blocks = index_.cached();
   for (i64 g = 0; g < groups_; ++g) {
     const GroupGeometry& group = geometry_.groups[g];

@@ -13,6 +13,7 @@ void Cache::start_content(i64 index, const PrefixKey& key) {
   Content& c = contents_[index];
   c.root = c.leaf = index_.open_root(key);
   c.known = 0;
+  c.marks = placed(key.marks, nullptr, 0);
   c.retained.clear();
 }
 
@@ -40,13 +41,13 @@ void Cache::leave_chain(i64 index) {
 // Fills chain_ with the known blocks that `tokens` begins with, of all but one token, and finds the memory of most of
 // them: the longest start that some sequence could go on from. chain_ ends with its last block then, part of which may
 // be all that is found. Cost: linear in the blocks.
-Found Cache::find_cached(i32 root, const i32* tokens, i64 n) {
+Found Cache::find_cached(i32 root, const i32* tokens, i64 n, const KeyMarks& marks) {
   chain_.clear();
   if (root == kNoNode) return Found();
   const i64 size = block_tokens(), most = n - 1;
   i32 last = root;
   for (i64 done = 0; done + size <= most; done += size) {
-    const i32 node = index_.find(last, tokens + done);
+    const i32 node = index_.find(last, tokens + done, tag_at(marks, done));
     if (node == kNoNode) break;
     chain_.push_back(last = node);
   }
@@ -58,7 +59,7 @@ Found Cache::find_cached(i32 root, const i32* tokens, i64 n) {
     // Others that begin like the next block may have memory where its own is gone.
     const bool others = blocks == static_cast<i64>(known) || index_.has_siblings(chain_[blocks]);
     chain_.resize(blocks);
-    if (others && find_part(last, tokens + done, most - done, &found)) return found;
+    if (others && find_part(last, tokens + done, most - done, tag_at(marks, done), &found)) return found;
     if (blocks == 0) return found;
     if (find_end(done, &found)) return found;
     if (!has_window_ && !has_state_) return found;
@@ -66,10 +67,10 @@ Found Cache::find_cached(i32 root, const i32* tokens, i64 n) {
 }
 
 // What is behind chain_ and part of one more block, which chain_ ends with then; else chain_ is as it was.
-bool Cache::find_part(i32 last, const i32* tokens, i64 count, Found* found) {
+bool Cache::find_part(i32 last, const i32* tokens, i64 count, const std::string* tag, Found* found) {
   if (!prefix_.partial || has_state_ || count <= 0) return false;  // states stand at the end of whole blocks only
   const i64 done = static_cast<i64>(chain_.size()) * block_tokens();
-  index_.find_partial(last, tokens, count, &parts_);
+  index_.find_partial(last, tokens, count, tag, &parts_);
   for (const PartOfBlock& part : parts_) {  // not all of them are where the tokens before them are
     chain_.push_back(part.node);
     if (find_end(done + part.tokens, found)) return true;
@@ -119,22 +120,27 @@ PrefixMatch Cache::match(const i32* tokens, i64 n, const PrefixKey& key) {
   PrefixMatch match;
   if (!prefix_.on) return match;
   const i32 root = index_.find_root(key);
-  match.tokens = find_cached(root, tokens, n).tokens;
-  match.end = why_not_more(key, root, tokens, n, match.tokens);
+  const KeyMarks marks = placed(key.marks, tokens, n);
+  match.tokens = find_cached(root, tokens, n, marks).tokens;
+  match.end = why_not_more(key, marks, root, tokens, n, match.tokens);
   return match;
 }
 
 // chain_ holds what find_cached() found.
-MatchEnd Cache::why_not_more(const PrefixKey& key, i32 root, const i32* tokens, i64 n, i64 found) const {
+MatchEnd Cache::why_not_more(const PrefixKey& key, const KeyMarks& marks, i32 root, const i32* tokens, i64 n,
+                             i64 found) const {
   const i64 size = block_tokens(), most = n - 1, blocks = found / size;
   if (found >= most) return MatchEnd::complete;
   if (most - blocks * size < size) return MatchEnd::short_block;
   const i32 last = blocks == 0 ? root : chain_[blocks - 1];
-  if (last != kNoNode && index_.find(last, tokens + blocks * size) != kNoNode) {  // known, but its memory does not do
+  const std::string* const tag = tag_at(marks, blocks * size);
+  if (last != kNoNode &&
+      index_.find(last, tokens + blocks * size, tag) != kNoNode) {  // known, but its memory does not do
     if (has_state_) return MatchEnd::no_snapshot;
     return has_window_ ? MatchEnd::window : MatchEnd::evicted;
   }
-  if (index_.was_evicted(last, key, tokens + blocks * size)) return MatchEnd::evicted;
+  if (index_.was_evicted(last, key, tokens + blocks * size, tag)) return MatchEnd::evicted;
+  if (last != kNoNode && index_.has_other_tag(last, tokens + blocks * size)) return MatchEnd::other_salt;
   return index_.longest_elsewhere(root, tokens, most) > blocks ? MatchEnd::other_salt : MatchEnd::never_seen;
 }
 
@@ -143,8 +149,37 @@ MatchEnd Cache::why_not_more(const PrefixKey& key, i32 root, const i32* tokens, 
 i64 Cache::admit(const i32* tokens, i64 n, const PrefixKey& key, i64* cached) {
   Lock lock = enter();
   const i64 handle = admit_one(tokens, n, key, cached);
+  count_admitted(n, *cached);
   leave();
   return handle;
+}
+
+i64 Cache::begin(const i32* tokens, i64 n, const PrefixKey& key, i64 count, i64* cached) {
+  Lock lock = enter();
+  const i64 most = geometry_.groups[token_group_].max_tokens, asked = count < 0 ? n : count;
+  if (asked > most) {
+    throw SpecError("asked to begin a sequence with room for " + std::to_string(asked) + " tokens; it can hold " +
+                    std::to_string(most) + " (max_tokens) at most");
+  }
+  i64 found = 0;
+  const i64 handle = admit_one(tokens, n, key, &found);
+  const i32 named = static_cast<i32>(handle), more = static_cast<i32>(count < 0 ? n - found : count);
+  try {
+    make_room(&named, &more, 1, -1);
+  } catch (...) {
+    free_planned(&named, 1);
+    throw;
+  }
+  count_admitted(n, *cached = found);
+  leave();
+  return handle;
+}
+
+// What was refused, or taken back, is in no statistic: a request that waits is tried in every step.
+void Cache::count_admitted(i64 n, i64 cached) {
+  if (!prefix_.on) return;
+  lookup_tokens_ += std::max(i64{0}, n - 1);
+  hit_tokens_ += cached;
 }
 
 i64 Cache::admit_batch(const i32* tokens, const i32* counts, i64 n, const PrefixKey& key, i32* handles, i32* cached) {
@@ -172,6 +207,7 @@ i64 Cache::admit_batch(const i32* tokens, const i32* counts, i64 n, const Prefix
     }
     cached[done] = static_cast<i32>(found);
   }
+  for (i64 i = 0; i < done; ++i) count_admitted(counts[i], cached[i]);
   leave();
   return done;
 }
@@ -190,10 +226,10 @@ i64 Cache::admit_one(const i32* tokens, i64 n, const PrefixKey& key, i64* cached
   *cached = 0;
   Found found;
   i32 root = kNoNode;
+  KeyMarks marks = placed(key.marks, tokens, n);
   if (prefix_.on) {
     root = index_.open_root(key);  // in use, so that giving up what hangs on it does not free it
-    found = find_cached(root, tokens, n);
-    lookup_tokens_ += std::max(i64{0}, n - 1);
+    found = find_cached(root, tokens, n, marks);
     if (found.tokens > 0) settle();
   }
   try {
@@ -220,9 +256,9 @@ i64 Cache::admit_one(const i32* tokens, i64 n, const PrefixKey& key, i64* cached
     c.root = root;
     c.leaf = whole == 0 ? root : chain_[whole - 1];
     c.known = *cached = found.tokens;
+    c.marks = std::move(marks);
     std::copy(tokens + whole * block_tokens(), tokens + found.tokens, tail(index));
     c.retained.clear();
-    hit_tokens_ += found.tokens;
   }
   return handle;
 }
@@ -309,8 +345,9 @@ void Cache::collect_published(i64 index, const i32* tokens, i64 count) {
       std::copy(tokens, tokens + end, tail(index) + held);
       block = tail(index);
     }
-    i32 node = is_new ? kNoNode : index_.find(last, block);
-    if (node == kNoNode) node = index_.add(last, block), is_new = true;
+    const std::string* const tag = tag_at(c.marks, ordinal * size);
+    i32 node = is_new ? kNoNode : index_.find(last, block, tag);
+    if (node == kNoNode) node = index_.add(last, block, tag), is_new = true;
     index_.enter(node);
     published_.push_back({index, ordinal++, node});
     last = node;
@@ -370,10 +407,10 @@ void Cache::retract_leaving(i64 index, Transaction& tx) {
   }
 }
 
-void Cache::note_truncated(i64 index, i64 tokens) {
+void Cache::note_truncated(i64 index, i64 have, i64 tokens) {
   Content& c = contents_[index];
+  if (tokens < have) c.state_ahead = true;  // whether they were committed, and by ids, or not
   if (c.root == kNoNode || tokens >= c.known) return;
-  c.state_ahead = true;
   const i64 rest = tokens % block_tokens();
   if (!leaving_.empty()) {
     const i32 cut = leaving_.back();

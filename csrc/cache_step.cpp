@@ -369,7 +369,7 @@ void Cache::truncate(i64 handle, i64 tokens) {
   }
   retract_leaving(index, tx);
   tx.commit();
-  note_truncated(index, tokens);
+  note_truncated(index, have, tokens);
   leave();
 }
 

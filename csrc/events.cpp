@@ -4,7 +4,7 @@
 
 namespace kvmem {
 
-void EventRecords::stored(i32 node, i32 parent, i32 root, i32 group, i32 ordinal, const i32* block, i32 tier) {
+void EventRecords::stored(i32 node, i32 parent, i32 root, i32 group, i32 ordinal, const i32* block, i32 tier, Tag tag) {
   kinds.push_back(static_cast<std::int8_t>(EventKind::stored));
   nodes.push_back(node);
   parents.push_back(parent);
@@ -13,6 +13,7 @@ void EventRecords::stored(i32 node, i32 parent, i32 root, i32 group, i32 ordinal
   ordinals.push_back(ordinal);
   tiers.push_back(tier);
   tokens.insert(tokens.end(), block, block + block_tokens);
+  tags.push_back(std::move(tag));
 }
 
 namespace {
@@ -41,7 +42,7 @@ EventRing::EventRing(i64 capacity, i64 block_tokens) : capacity_(capacity), bloc
   tokens_.resize(capacity * block_tokens);
 }
 
-void EventRing::push(const Record& record, const i32* tokens) noexcept {
+void EventRing::push(Record&& record, const i32* tokens) noexcept {
   if (!on()) return;
   ++serial_;
   if (broken_ || size_ == capacity_) {
@@ -52,24 +53,25 @@ void EventRing::push(const Record& record, const i32* tokens) noexcept {
   }
   i64 place = first_ + size_++;
   if (place >= capacity_) place -= capacity_;
-  records_[place] = record;
+  records_[place] = std::move(record);
   if (tokens) std::copy_n(tokens, block_tokens_, &tokens_[place * block_tokens_]);
 }
 
-void EventRing::stored(i32 node, i32 parent, i32 root, i32 group, i32 ordinal, const i32* tokens, i32 tier) noexcept {
-  push({EventKind::stored, node, parent, root, group, ordinal, tier}, tokens);
+void EventRing::stored(i32 node, i32 parent, i32 root, i32 group, i32 ordinal, const i32* tokens, i32 tier,
+                       Tag tag) noexcept {
+  push({EventKind::stored, node, parent, root, group, ordinal, tier, std::move(tag)}, tokens);
 }
 
 void EventRing::removed(i32 node, i32 group, i32 tier) noexcept {
-  push({EventKind::removed, node, -1, -1, group, -1, tier}, nullptr);
+  push({EventKind::removed, node, -1, -1, group, -1, tier, {}}, nullptr);
 }
 
-void EventRing::cleared() noexcept { push({EventKind::cleared, -1, -1, -1, -1, -1, 0}, nullptr); }
+void EventRing::cleared() noexcept { push({EventKind::cleared, -1, -1, -1, -1, -1, 0, {}}, nullptr); }
 
 void EventRing::append_to(EventRecords& out, i64 place) const {
   const Record& r = records_[place];
   if (r.kind == EventKind::stored) {
-    out.stored(r.node, r.parent, r.root, r.group, r.ordinal, &tokens_[place * block_tokens_], r.tier);
+    out.stored(r.node, r.parent, r.root, r.group, r.ordinal, &tokens_[place * block_tokens_], r.tier, r.tag);
   } else {
     append_bare(out, r.kind, r.node, r.group, r.tier);
   }

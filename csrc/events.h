@@ -11,24 +11,29 @@
 
 #include <cstdint>
 #include <functional>
+#include <memory>
+#include <string>
 #include <vector>
 
 #include "types.h"
 
 namespace kvmem {
 
+using Tag = std::shared_ptr<const std::string>;  // block_tags.h; null for none
+
 enum class EventKind : std::int8_t { stored, removed, cleared };
 
 // Records in order, field by field, and the walk over what is resident writes itself down here too.
 struct EventRecords {
   // As EventRing::stored().
-  void stored(i32 node, i32 parent, i32 root, i32 group, i32 ordinal, const i32* block, i32 tier = 0);
+  void stored(i32 node, i32 parent, i32 root, i32 group, i32 ordinal, const i32* block, i32 tier = 0, Tag tag = {});
   i64 size() const { return static_cast<i64>(kinds.size()); }
 
   i64 block_tokens = 0;
   std::vector<std::int8_t> kinds;  // EventKind
   std::vector<i32> nodes, parents, roots, groups, ordinals, tiers;
   std::vector<i32> tokens;  // of the stored records alone, `block_tokens` each
+  std::vector<Tag> tags;    // and of those
 };
 
 class EventRing {
@@ -44,7 +49,8 @@ class EventRing {
   // `group` holds the block of `node` now. `parent` is the node before it in its chain and was stored before, whether
   // or not it still is; -1 for the first block, whose chain begins at `root`. `ordinal` counts the blocks before it.
   // `tokens`: its block_tokens ids, copied. A node no group holds, but which others continue, is stored with group -1.
-  void stored(i32 node, i32 parent, i32 root, i32 group, i32 ordinal, const i32* tokens, i32 tier = 0) noexcept;
+  void stored(i32 node, i32 parent, i32 root, i32 group, i32 ordinal, const i32* tokens, i32 tier = 0,
+              Tag tag = {}) noexcept;
   // `group` holds it no more. The id may stand for another block from the next stored() on.
   void removed(i32 node, i32 group, i32 tier = 0) noexcept;
   // No group holds any block.
@@ -63,8 +69,9 @@ class EventRing {
   struct Record {
     EventKind kind;
     i32 node, parent, root, group, ordinal, tier;
+    Tag tag;
   };
-  void push(const Record& record, const i32* tokens) noexcept;
+  void push(Record&& record, const i32* tokens) noexcept;
   void append_to(EventRecords& out, i64 place) const;
 
   const i64 capacity_, block_tokens_;

@@ -137,6 +137,10 @@ class PageTable : public PageOwner {
   virtual i64 tokens_that_fit(i64 index, i64 group, i64 pages) const = 0;
   // Bytes of live tokens, padding included, each physical byte once; and physical bytes with more than one user.
   virtual void count_bytes(i64* used_bytes, i64* shared_bytes) const = 0;
+  // What live sequences keep from others: blocks they hold, in part or whole, and trash blocks; or pages.
+  virtual i64 held_bytes() const = 0;
+  // Cached tokens that no sequence holds, on pages that some sequence needs. They can be given up, the pages cannot.
+  virtual i64 beside_bytes() const = 0;
   virtual i64 first_arena(i64 group) const = 0;
   // Slots of an arena up to and including the last mapped one: what a default tensor shows.
   virtual i64 mapped_extent_slots(i64 group, i64 arena_in_group) const = 0;

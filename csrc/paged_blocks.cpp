@@ -174,6 +174,49 @@ void PagedBlocks::count_bytes(i64* used_bytes, i64* shared_bytes) const {
   }
 }
 
+i64 PagedBlocks::held_bytes() const {
+  i64 bytes = 0;
+  for (i64 g = 0; g < groups_; ++g) {
+    const Blocks& b = blocks_[g];
+    i64 blocks = has_trash(g) ? kTrashBlocks : 0;
+    for (i64 index = 0; index < sequences_.capacity(); ++index) {
+      blocks += ceil_div(sequences_.tokens(index, g), b.tokens) - sequences_.front(index, g) / b.tokens;
+    }
+    i64 block_bytes = 0;
+    for (const Class& c : b.classes) block_bytes += c.block_bytes * static_cast<i64>(c.arenas.size());
+    bytes += (blocks - b.extra_refs) * block_bytes;
+  }
+  return bytes;
+}
+
+// Cost: a look at each slot, and at its blocks where blocks lie across slots.
+i64 PagedBlocks::beside_bytes() const {
+  i64 bytes = 0;
+  for (const Blocks& b : blocks_) {
+    if (b.kept == 0) continue;
+    for (const Class& c : b.classes) {
+      const i64 each = static_cast<i64>(c.arenas.size());
+      const bool whole = remainder(page_bytes(), c.block_bytes) == 0;  // blocks lie within a slot
+      for (i64 slot = 0; slot < static_cast<i64>(c.slots.size()); ++slot) {
+        if (c.slots[slot].users == 0 || c.slots[slot].kept == 0) continue;
+        bytes += each * (whole ? c.slots[slot].kept * c.block_bytes : kept_bytes(b, c, slot));
+      }
+    }
+  }
+  return bytes;
+}
+
+// Of cached blocks that nobody refers to, what lies in the slot.
+i64 PagedBlocks::kept_bytes(const Blocks& b, const Class& c, i64 slot) const {
+  const i64 from = slot * page_bytes(), to = from + page_bytes();
+  i64 bytes = 0;
+  for (i64 block = from / c.block_bytes; block < std::min(b.max_blocks, ceil_div(to, c.block_bytes)); ++block) {
+    if (b.info[block].refs > 0 || b.info[block].node == kNoNode) continue;
+    bytes += std::min(to, (block + 1) * c.block_bytes) - std::max(from, block * c.block_bytes);
+  }
+  return bytes;
+}
+
 i64 PagedBlocks::mapped_extent_slots(i64 group, i64 arena_in_group) const {
   const std::vector<i32>& pages = pages_[first_[group] + arena_in_group];
   i64 slots = static_cast<i64>(pages.size());
@@ -197,16 +240,15 @@ void PagedBlocks::list_snapshot(Blocks& b, i64 block) {
 void PagedBlocks::count(Blocks& b, i64 first, i64 n, i32 users, i32 kept) {
   for (Class& c : b.classes) {
     if (n == 1 || remainder(c.block_bytes, page_bytes()) == 0) {  // no slot has two of them
-      use(c, first_slot(c, first), end_slot(c, first + n - 1), users, kept);
+      use(c, first, n, users, kept);
       continue;
     }
-    for (i64 block = first; block < first + n; ++block) {
-      use(c, first_slot(c, block), end_slot(c, block), users, kept);
-    }
+    for (i64 block = first; block < first + n; ++block) use(c, block, 1, users, kept);
   }
 }
 
-void PagedBlocks::use(Class& c, i64 from, i64 to, i32 users, i32 kept) {
+void PagedBlocks::use(Class& c, i64 first, i64 n, i32 users, i32 kept) {
+  const i64 from = first_slot(c, first), to = end_slot(c, first + n - 1);
   i64 idle = 0, spare = 0;
   for (SlotInfo *slot = c.slots.data() + from, *end = c.slots.data() + to; slot < end; ++slot) {
     if (slot->users == 0) idle -= slot->mapped, spare -= slot->kept == 0 ? slot->mapped : 0;

@@ -17,9 +17,9 @@
 namespace kvmem {
 
 struct SlotInfo {
-  i32 mapped = 0;  // in how many of the arenas it is mapped (all or none, between calls)
-  i32 users = 0;   // referenced blocks that touch it
-  i32 kept = 0;    // cached blocks that touch it, which nobody refers to
+  i32 mapped = 0;      // in how many of the arenas it is mapped (all or none, between calls)
+  i32 users = 0;       // referenced blocks that touch it
+  i32 kept = 0;        // cached blocks that touch it, which nobody refers to
 };
 
 struct BlockInfo {
@@ -114,6 +114,9 @@ class PagedBlocks : public PageTable {
   i64 parked_pages() const override { return idle_pages_; }
   i64 compact(i64 pages, Transaction& tx) override;  // paged_compact.cpp
   void count_bytes(i64* used_bytes, i64* shared_bytes) const override;
+  i64 held_bytes() const override;
+  i64 beside_bytes() const override;
+  i64 kept_bytes(const Blocks& b, const Class& c, i64 slot) const;
   i64 first_arena(i64 group) const override { return base_arena_ + first_[group]; }
   i64 mapped_extent_slots(i64 group, i64 arena_in_group) const override;
   void check(std::vector<std::string>* out) const override;
@@ -171,7 +174,7 @@ class PagedBlocks : public PageTable {
 
   const Class& class_of(i64 a) const;
   void add_group(const GroupGeometry& group);
-  void use(Class& c, i64 from, i64 to, i32 users, i32 kept);
+  void use(Class& c, i64 first, i64 n, i32 users, i32 kept);
   void count(Blocks& b, i64 first, i64 n, i32 users, i32 kept);
   void keep(Blocks& b, i64 block, i32 users);
   void unkeep(Blocks& b, i64 block, i32 users);

@@ -65,6 +65,7 @@ void PrefixIndex::reserve(i64 nodes) {
   if (windows_ > 0) resize_exactly(parts_, nodes * windows_);
   resize_exactly(siblings_, nodes);
   if (events_.on()) resize_exactly(root_of_, nodes);
+  if (!tags_.empty()) resize_exactly(tags_, nodes);
   resize_exactly(nodes_, nodes);
   for (i64 id = nodes; id-- > before;) free_node(static_cast<i32>(id));
 }
@@ -110,6 +111,7 @@ i32 PrefixIndex::new_node() {
 
 void PrefixIndex::free_node(i32 node) {
   Node& n = nodes_[node];
+  if (!tags_.empty()) tags_[node].reset();
   n.parent = kNoNode;
   n.ordinal = kFree;
   n.next_child = free_;
@@ -182,17 +184,21 @@ i32 PrefixIndex::open_root(const PrefixKey& key) {
     nodes_[root].next_child = number;
     nodes_[root].key = root_hash(key);
     if (events_.on()) root_of_[root] = number;
-    root_keys_.emplace(number, RootKey{key});
+    root_keys_.emplace(number, RootKey{{key.salt, key.extra_key, {}}});
     roots_.emplace(flat(key), root);
   }
   ++nodes_[root].users;
   return root;
 }
 
-i32 PrefixIndex::add(i32 parent, const i32* tokens) {
+i32 PrefixIndex::add(i32 parent, const i32* tokens, const std::string* tag) {
+  std::shared_ptr<const std::string> own;
+  if (tag) own = std::make_shared<const std::string>(*tag);
+  if (tag && tags_.empty()) resize_exactly(tags_, capacity());
   const i32 node = new_node();
   Node& n = nodes_[node];
-  n.key = key_after(nodes_[parent].key, tokens);
+  n.key = with_tag(key_after(nodes_[parent].key, tokens), tag);
+  if (own) tags_[node] = std::move(own);
   if (whole_) policy_->expect(item(node), n.key);
   n.parent = parent;
   n.ordinal = nodes_[parent].ordinal + 1;
@@ -318,7 +324,7 @@ void PrefixIndex::tell(const Told& told) {
     if (told.stored) {
       const i32 parent = is_root(n.parent) ? kNoNode : n.parent;
       note_root(root_of_[told.node]);
-      events_.stored(told.node, parent, root_of_[told.node], group, n.ordinal, block_.data());
+      events_.stored(told.node, parent, root_of_[told.node], group, n.ordinal, block_.data(), 0, tag(told.node));
     } else {
       events_.removed(told.node, group);
     }

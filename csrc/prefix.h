@@ -22,6 +22,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "block_tags.h"
 #include "events.h"
 #include "keyed_hash.h"
 #include "retention.h"
@@ -32,9 +33,11 @@ namespace kvmem {
 
 constexpr i32 kNoNode = -1;
 
-// A content and what it may be shared with. Both are compared byte for byte.
+// What a content may be shared with: only that of the same salt and adapter, as far as `marks` do not tell them apart.
+// All are compared byte for byte.
 struct PrefixKey {
-  std::string salt, extra_key;
+  std::string salt, extra_key;  // the latter is the adapter's
+  KeyMarks marks;               // of one prompt; a root has none
 };
 
 // What a group of the cache means to the index.
@@ -74,15 +77,20 @@ class PrefixIndex {
 
   // --- finding; no side effect ---
   i32 find_root(const PrefixKey& key) const;
-  // The child of `parent` that holds these block_tokens() tokens.
-  i32 find(i32 parent, const i32* tokens) const;
+  // The child of `parent` that holds these block_tokens() tokens, and has this tag (block_tags.h; null for none).
+  i32 find(i32 parent, const i32* tokens, const std::string* tag = nullptr) const;
   // The children that begin with some of tokens [0, count), but not all of their own: those with most of them first, of
   // equal ones the oldest. Of many children it looks at the newest kNewest: those of a prompt that ends within a block
   // all begin with its rest.
-  void find_partial(i32 parent, const i32* tokens, i64 count, std::vector<PartOfBlock>* found) const;
+  // Tokens from the first one on that `tag` tells apart do not count.
+  void find_partial(i32 parent, const i32* tokens, i64 count, const std::string* tag,
+                    std::vector<PartOfBlock>* found) const;
   // True if the block was known and its memory given up; `parent` kNoNode for the first block under `key`, whose root
   // may be gone. Remembers some thousands, and errs at 2^-64 a question.
-  bool was_evicted(i32 parent, const PrefixKey& key, const i32* tokens) const;
+  bool was_evicted(i32 parent, const PrefixKey& key, const i32* tokens, const std::string* tag) const;
+  // True if a child of `parent` holds these tokens, in memory, under whatever tag.
+  bool has_other_tag(i32 parent, const i32* tokens) const;
+  const std::shared_ptr<const std::string>& tag(i32 node) const { return tags_.empty() ? no_tag_ : tags_[node]; }
   // The longest chain of these tokens under any other root, in blocks; looks at kCandidates roots.
   i64 longest_elsewhere(i32 root, const i32* tokens, i64 count) const;
 
@@ -139,7 +147,7 @@ class PrefixIndex {
   // --- use; cannot fail ---
   i32 open_root(const PrefixKey& key);  // counts one user
   // A child that find() did not find; without users, and gone at finish() if it got no place.
-  i32 add(i32 parent, const i32* tokens);
+  i32 add(i32 parent, const i32* tokens, const std::string* tag = nullptr);
   // enter() or leave() of this node will follow. Of a chain each is found through the one behind it, so that a
   // processor would wait for one after the other; who knows them all by another way says so before.
   void prefetch(i32 node) const {
@@ -236,7 +244,13 @@ class PrefixIndex {
   std::uint64_t key_after(std::uint64_t before, const i32* tokens) const;
   i32& bucket(std::uint64_t key) { return buckets_[key & mask_ & (buckets_.size() - 1)]; }
   i32 bucket(std::uint64_t key) const { return buckets_[key & mask_ & (buckets_.size() - 1)]; }
-  i32 find_sibling(i32 parent, const i32* tokens) const;
+  i32 find_sibling(i32 parent, const i32* tokens, const std::string* tag) const;
+  bool has_tag(i32 node, const std::string* tag) const {
+    if (tags_.empty()) return tag == nullptr;
+    const std::string* own = tags_[node].get();
+    return own == tag || (own && tag && *own == *tag);
+  }
+  std::uint64_t with_tag(std::uint64_t key, const std::string* tag) const;
   i32 new_node();
   void free_node(i32 node);
   void reserve(i64 nodes);
@@ -284,6 +298,8 @@ class PrefixIndex {
   TokenBlocks tokens_;             // by node
   std::vector<Part> parts_;        // [node][window]
   std::vector<i64> cached_parts_;  // by window
+  std::vector<std::shared_ptr<const std::string>> tags_;  // by node, from the first one on that has any
+  const std::shared_ptr<const std::string> no_tag_;
   std::vector<i32> root_of_;       // by node, where events are on: the number of its root, never given out twice
   i32 free_ = kNoNode;
   std::vector<i32> buckets_;

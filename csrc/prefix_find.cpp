@@ -53,36 +53,60 @@ i32 PrefixIndex::find_root(const PrefixKey& key) const {
   return found == roots_.end() ? kNoNode : found->second;
 }
 
-i32 PrefixIndex::find(i32 parent, const i32* tokens) const {
+// Two tags seldom meet in one chain, so a factor for each 8 bytes is no cost.
+std::uint64_t PrefixIndex::with_tag(std::uint64_t key, const std::string* tag) const {
+  if (!tag) return key;
+  std::uint64_t h = fold(tag->size() ^ seed_, kOdd);
+  for (std::size_t i = 0; i < tag->size(); i += sizeof h) {
+    std::uint64_t word = 0;
+    std::memcpy(&word, tag->data() + i, std::min(sizeof word, tag->size() - i));
+    h = fold(word ^ seed_, h ^ kOdd);
+  }
+  return fold(h ^ key, seed_);
+}
+
+i32 PrefixIndex::find(i32 parent, const i32* tokens, const std::string* tag) const {
   const i32 newest = nodes_[parent].first_child;
-  if (newest == kNoNode || tokens_.equal(newest, tokens)) return newest;
-  return nodes_[newest].next_child == kNoNode ? kNoNode : find_sibling(parent, tokens);
+  if (newest == kNoNode || (tokens_.equal(newest, tokens) && has_tag(newest, tag))) return newest;
+  return nodes_[newest].next_child == kNoNode ? kNoNode : find_sibling(parent, tokens, tag);
 }
 
 // Keys are compared first since most strangers in a bucket differ in them; the tokens decide.
-i32 PrefixIndex::find_sibling(i32 parent, const i32* tokens) const {
-  const std::uint64_t key = key_after(nodes_[parent].key, tokens);
+i32 PrefixIndex::find_sibling(i32 parent, const i32* tokens, const std::string* tag) const {
+  const std::uint64_t key = with_tag(key_after(nodes_[parent].key, tokens), tag);
   for (i32 x = bucket(key); x != kNoNode; x = siblings_[x].next_in_bucket) {
     const Node& n = nodes_[x];
-    if (((n.key ^ key) & mask_) == 0 && n.parent == parent && tokens_.equal(x, tokens)) return x;
+    if (((n.key ^ key) & mask_) == 0 && n.parent == parent && tokens_.equal(x, tokens) && has_tag(x, tag)) return x;
   }
   return kNoNode;
 }
 
-void PrefixIndex::find_partial(i32 parent, const i32* tokens, i64 count, std::vector<PartOfBlock>* found) const {
+void PrefixIndex::find_partial(i32 parent, const i32* tokens, i64 count, const std::string* tag,
+                               std::vector<PartOfBlock>* found) const {
   found->clear();
   i64 looked = 0;
   count = std::min(count, block_tokens() - 1);
   for (i32 x = nodes_[parent].first_child; x != kNoNode && looked < kNewest; x = nodes_[x].next_child, ++looked) {
-    const i64 same = tokens_.common(x, tokens, count);
+    i64 same = tokens_.common(x, tokens, count);
+    if (tag || !tags_.empty()) same = std::min(same, tokens_alike(this->tag(x).get(), tag, block_tokens()));
     if (same == 0 || nodes_[x].places == 0) continue;
     const auto no_more = [same](const PartOfBlock& other) { return other.tokens <= same; };
     found->insert(std::find_if(found->begin(), found->end(), no_more), {x, same});
   }
 }
 
-bool PrefixIndex::was_evicted(i32 parent, const PrefixKey& key, const i32* tokens) const {
-  const std::uint64_t ghost = key_after(parent == kNoNode ? root_hash(key) : nodes_[parent].key, tokens);
+bool PrefixIndex::has_other_tag(i32 parent, const i32* tokens) const {
+  if (tags_.empty()) return false;
+  i64 looked = 0;
+  for (i32 x = nodes_[parent].first_child; x != kNoNode && looked < kCandidates; x = nodes_[x].next_child, ++looked) {
+    if (nodes_[x].places > 0 && tokens_.equal(x, tokens)) return true;
+  }
+  return false;
+}
+
+bool PrefixIndex::was_evicted(i32 parent, const PrefixKey& key, const i32* tokens, const std::string* tag) const {
+  const std::uint64_t before = parent == kNoNode ? root_hash(key) : nodes_[parent].key;
+  const std::uint64_t ghost = with_tag(key_after(before, tokens), tag);
   return ghosts_[ghost & (ghosts_.size() - 1)] == ghost;
 }
 
@@ -147,7 +171,8 @@ void PrefixIndex::check(const std::vector<i32>& users, std::vector<std::string>*
     const bool same_root = !events_.on() || root_of_[x] == root_of_[n.parent];
     if (n.ordinal != parent.ordinal + 1 || !same_root) say(x, "does not continue the block before it");
     copy_tokens(static_cast<i32>(x), block_tokens(), block.data());
-    if (find(n.parent, block.data()) != x) say(x, "invariant 7: its own tokens do not lead to it");
+    if (find(n.parent, block.data(), tag(static_cast<i32>(x)).get()) != x)
+      say(x, "invariant 7: its own tokens do not lead to it");
     if (idle(n)) say(x, "neither used nor in memory, and leads nowhere");
     if (n.users != users[x]) {
       say(x, "counted " + std::to_string(n.users) + " users, but " + std::to_string(users[x]) + " use it");

@@ -117,6 +117,8 @@ class VirtualRows : public PageTable {
   i64 tokens_that_fit(i64 index, i64 group, i64 pages) const override;
   i64 parked_pages() const override;
   void count_bytes(i64* used_bytes, i64* shared_bytes) const override;
+  i64 held_bytes() const override { return (owned_pages - parked_pages()) * page_bytes(); }
+  i64 beside_bytes() const override { return 0; }  // a page that a sequence needs is a row's, and serves nobody else
   i64 first_arena(i64 group) const override { return base_arena_ + first_[group]; }
   i64 mapped_extent_slots(i64 group, i64 arena_in_group) const override;
   void check(std::vector<std::string>* out) const override;

@@ -18,7 +18,7 @@ TOPIC = b"kv@pod-0@tiny"  # the form in which llm-d learns the worker and the mo
 
 class Printer:
     def send(self, sequence, batch):
-        print(f"{TOPIC.decode()} {sequence}: {[(e[0], len(e[1]) if e[1:] else 'all') for e in batch[1]]}")
+        print(f"{TOPIC.decode()} {sequence}: {[(e['type'], len(e.get('block_hashes', ()))) for e in batch[1]]}")
         return batch
 
 
@@ -64,10 +64,11 @@ def main():
         sequence.commit(rest)
         sequence.free()
         for event in out.send(number, to_wire(alloc.events(), ts=time.time()))[1]:
-            if event[0] == "AllBlocksCleared":
+            if event["type"] == "AllBlocksCleared":
                 known.clear()
             else:
-                known = known | set(event[1]) if event[0] == "BlockStored" else known - set(event[1])
+                hashes = set(event["block_hashes"])
+                known = known | hashes if event["type"] == "BlockStored" else known - hashes
     for prompt in prompts:
         hashes = [int.from_bytes(digest[-8:], "big") for digest in block_digests(spec, prompt)]
         found = sum(hash in known for hash in hashes) * BLOCK

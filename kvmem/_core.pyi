@@ -300,6 +300,12 @@ class CacheStats:
     def parked_bytes(self) -> int: ...
 
     @property
+    def held_bytes(self) -> int: ...
+
+    @property
+    def cached_beside_bytes(self) -> int: ...
+
+    @property
     def shared_bytes(self) -> int: ...
 
     @property
@@ -436,6 +442,11 @@ class Cache:
         A new sequence: its handle, and how many tokens it has; also told to the object that stands for it.
         """
 
+    def begin(self, tokens: list[int] | NDArray[numpy.int32], salt: bytes, extra_key: bytes, count: int) -> tuple[int, int]:
+        """
+        admit() with room for `count` more tokens, or (-1) for the rest of them; else OutOfMemory.
+        """
+
     def admit_batch(self, tokens: list[int] | NDArray[numpy.int32], counts: NDArray[numpy.int32] | None, salt: bytes, extra_key: bytes, handles: NDArray[numpy.int32], cached: NDArray[numpy.int32]) -> int:
         """How many prompts got room."""
 
@@ -484,10 +495,15 @@ class Cache:
 
     def grow_batch(self, handles: NDArray[numpy.int32], counts: NDArray[numpy.int32], /) -> TableChanges | None: ...
 
-    def publish_batch(self, handles: NDArray[numpy.int32], counts: NDArray[numpy.int32], tokens: NDArray[numpy.int32], /) -> TableChanges | None: ...
+    def publish_batch(self, handles: NDArray[numpy.int32], counts: NDArray[numpy.int32], tokens: NDArray[numpy.int32] | None, /) -> TableChanges | None: ...
 
     def table(self, handle: int, group: int, /) -> TableChanges | None:
-        """All entries of one table; those that a window has dropped are 0."""
+        """
+        All entries of one table, or (-1) of those of all groups; those that a window has passed are 0.
+        """
+
+    def tables(self, handles: NDArray[numpy.int32], /) -> TableChanges | None:
+        """The same of many sequences, and of all groups."""
 
 class BatchBuffers:
     """
@@ -538,9 +554,7 @@ class BatchBuffers:
 
 class TableChanges:
     """
-    What a call wrote to block tables: entry ``columns[k]`` of row ``rows[k]`` is ``blocks[k]`` now, by row, then by column.
-
-    Most are empty: of length 0, and false.
+    What a call wrote to block tables: entry ``columns[k]`` of row ``rows[k]`` is ``blocks[k]`` now, by row, then by column; 0 where a sliding window has passed the block. These are of the main group, the first that grows with the tokens; ``group(g)`` tells the same of group g. The length counts the entries of all groups: most changes are empty, and false.
     """
 
     def __init__(self) -> None: ...
@@ -562,18 +576,27 @@ class TableChanges:
     def blocks(self) -> Annotated[NDArray[numpy.int32], dict(shape=(None,))]:
         """int32 [k]."""
 
+    @property
+    def groups(self) -> tuple[int, ...]:
+        """The groups that have entries here, ascending."""
+
+    def group(self, group: int) -> TableChanges:
+        """
+        What was written to the tables of one group, as ``TableChanges`` of which it is the main one; empty if nothing was.
+        """
+
     def write(self, table: NDArray[numpy.int32], row: int = 0) -> None:
         """
-        Brings a copy of the tables up to date: all of it, or ``SpecError`` where it is too small.
+        Brings a copy of the main group's tables up to date: all of it, or ``SpecError`` where it is too small.
 
         table: int32 [requests, blocks of the longest], of any strides. row: the request's, or where row 0 of a step stands.
         """
 
     def __repr__(self) -> str: ...
 
-    def __getstate__(self) -> bytes: ...
+    def __getstate__(self) -> tuple[int, bytes]: ...
 
-    def __setstate__(self, arg: bytes, /) -> None: ...
+    def __setstate__(self, arg: tuple[int, bytes], /) -> None: ...
 
 def eviction_policy_names() -> list[str]:
     """What `policy=` of an allocator may be; the default first."""
@@ -640,6 +663,12 @@ class EventRecords:
     @property
     def tokens(self) -> Annotated[NDArray[numpy.int32], dict(shape=(None, None), writable=False)]:
         """int32 [stored records, block_tokens]."""
+
+    @property
+    def tags(self) -> list[bytes | None]:
+        """
+        What of each stored record's block is keyed (csrc/block_tags.h); made when asked for.
+        """
 
 class EventRing:
     """A bounded queue of records; see csrc/events.h."""

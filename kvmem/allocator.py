@@ -15,7 +15,7 @@ from kvmem import _core
 from kvmem.arrays import as_int32, at_least_zero, check_bool, check_most, not_int32
 from kvmem.backends import BACKENDS, lay_out
 from kvmem.batch import INT32_MAX, Batch, new_batch
-from kvmem.digests import Key, decode_key
+from kvmem.digests import ExtraKey, decode_key
 from kvmem.errors import OutOfMemory, SpecError
 from kvmem.events import Event, EventBatch, EventStream
 from kvmem.layouts import GroupLayout, resolve_interleave
@@ -180,16 +180,26 @@ class Allocator:
     # --- sequences ---
 
     def sequence(
-        self, tokens: Tokens | None = None, *, salt: str | bytes | None = None, extra_key: Key = None
+        self,
+        tokens: Tokens | None = None,
+        *,
+        salt: str | bytes | None = None,
+        extra_key: ExtraKey = None,
+        adapter: str | None = None,
     ) -> Sequence:
         """A new sequence that starts with as much of ``tokens``, the prompt, as is cached; at least one token is left.
 
-        salt: only sequences with the same salt share (a tenant). extra_key: what else the KV depends on, besides the
-        tokens (an adapter, digests of images). Compute what comes after ``num_cached_tokens``, then ``commit`` its ids.
+        salt: only sequences with the same salt share (a tenant). adapter: the name of what changes the KV of every
+        token, a LoRA say; only sequences with the same one share, and events name it. extra_key: what else the KV
+        depends on, from some token on: pairs ``(position, key)``, the digest of each image at its first placeholder, or
+        one key that names what placeholder ids stand for. Such a key counts from the first id that stands twice in a
+        row, as placeholders of an image do, or in a prompt without one from the first token on; what comes before is
+        shared with everybody. So **give positions where an input takes a single id**, which no run shows. Compute
+        what comes after ``num_cached_tokens``, then ``commit`` its ids.
         ``OutOfMemory`` only when all ``max_sequences`` are in use: short of memory it starts with fewer tokens. Costs a
         comparison a block, and what mapping and the copy of the cut page or block cost.
         """
-        salted, keyed = encode_keys(salt, extra_key)
+        salted, keyed = encode_keys(salt, extra_key, adapter)
         sequence = Sequence(self, NOBODY)
         try:
             if tokens is None:
@@ -202,12 +212,18 @@ class Allocator:
             raise
 
     def admit_batch(
-        self, tokens: Tokens, counts: Handles | None = None, *, salt: str | bytes | None = None, extra_key: Key = None
+        self,
+        tokens: Tokens,
+        counts: Handles | None = None,
+        *,
+        salt: str | bytes | None = None,
+        extra_key: ExtraKey = None,
+        adapter: str | None = None,
     ) -> tuple[Handles, Handles]:
         """Opens a sequence for each of many prompts as ``sequence()`` does, with room for all tokens, in one call.
 
         tokens: int32 [sum of counts], one prompt after the other. counts: int32 [n], the length of each; default one
-            prompt. salt, extra_key: of all of them.
+            prompt. salt, extra_key, adapter: of all of them; a key without a position is placed in each by itself.
 
         Returns ids and cached, int32 [m] each: the handles for ``step()`` and the other batched calls, and how many
         tokens each prompt begins with that are cached. The prompts get memory in their order; m is less than n when
@@ -216,7 +232,7 @@ class Allocator:
         """
         n = 1 if counts is None else len(counts)
         handles, cached = np.empty(n, np.int32), np.empty(n, np.int32)
-        salted, keyed = encode_keys(salt, extra_key)
+        salted, keyed = encode_keys(salt, extra_key, adapter)
         handles.fill(NOBODY)
         try:
             done = self.core.admit_batch(tokens, counts, salted, keyed, handles, cached)  # type: ignore[arg-type]
@@ -228,7 +244,7 @@ class Allocator:
         except BaseException:
             self._give_up(handles)
             raise
-        return self.admit_batch(ids, counts, salt=salt, extra_key=extra_key)
+        return self.admit_batch(ids, counts, salt=salt, extra_key=extra_key, adapter=adapter)
 
     def _give_up(self, handles: Handles) -> None:
         """Frees what a call has made for a caller that gets an exception instead."""
@@ -236,17 +252,31 @@ class Allocator:
             if self.core.is_live(handle):
                 self.core.free(handle)
 
-    def match(self, tokens: Tokens, *, salt: str | bytes | None = None, extra_key: Key = None) -> PrefixMatch:
+    def match(
+        self,
+        tokens: Tokens,
+        *,
+        salt: str | bytes | None = None,
+        extra_key: ExtraKey = None,
+        adapter: str | None = None,
+    ) -> PrefixMatch:
         """How much of ``tokens`` is cached, and why not more. Changes nothing, not even what is forgotten next."""
-        salted, keyed = encode_keys(salt, extra_key)
+        salted, keyed = encode_keys(salt, extra_key, adapter)
         found, reason = with_ids(tokens, lambda ids: self.core.match(ids, salted, keyed))
         return PrefixMatch(found, cast(Reason, reason))
 
-    def pin(self, tokens: Tokens, *, salt: str | bytes | None = None, extra_key: Key = None) -> Pin:
+    def pin(
+        self,
+        tokens: Tokens,
+        *,
+        salt: str | bytes | None = None,
+        extra_key: ExtraKey = None,
+        adapter: str | None = None,
+    ) -> Pin:
         """Keeps the whole blocks of ``tokens`` (a system prompt) cached until ``unpin()``: whatever happens, a prompt that
         begins with them finds them. ``SpecError`` when one of them is not cached now, or they fill no block.
         """
-        salted, keyed = encode_keys(salt, extra_key)
+        salted, keyed = encode_keys(salt, extra_key, adapter)
         pin = Pin(self.core, 0, 0)
         try:
             with_ids(tokens, lambda ids: self.core.pin_tokens(ids, salted, keyed, pin))
@@ -577,7 +607,7 @@ class Allocator:
         return Stats.of(
             s,
             reserved_bytes=sum(sum(g.arena_slots) for g in self._geometry) * self.pool.page_bytes,
-            wasted_bytes=s.mapped_bytes - s.used_bytes - s.parked_bytes,
+            wasted_bytes=s.mapped_bytes - s.used_bytes - s.parked_bytes - s.cached_beside_bytes,
             max_sequences=self.max_sequences,
             device_free_bytes=self.pool.device.free_bytes(),
             torch_allocated_bytes=torch_allocated,

@@ -4,23 +4,39 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Final, TypeAlias
+from typing import Final, TypeAlias, cast
 
 import numpy as np
 
 from kvmem.errors import SpecError
 from kvmem.spec import CacheSpec
 
-__all__ = ["DIGEST_BYTES", "ChainDigest", "Key", "block_digests", "decode_key", "encode_key"]
+__all__ = [
+    "DIGEST_BYTES",
+    "ChainDigest",
+    "ExtraKey",
+    "Key",
+    "block_digests",
+    "decode_key",
+    "encode_key",
+    "key_marks",
+    "keys_in",
+    "tag_of_block",
+]
 
 DIGEST_BYTES: Final = 32
 
 Key: TypeAlias = str | bytes | int | tuple["Key", ...] | None
 """What a salt or an extra key may be, as far as digests go."""
 
+ExtraKey: TypeAlias = Key | Sequence[tuple[int, Key]]
+"""A key, or keys with the positions from which on they count."""
+
+AT_PLACEHOLDERS: Final = -1  # kAtPlaceholders in csrc/block_tags.h
+
 
 class ChainDigest:
-    """BLAKE2b, 256 bits: ``root(fingerprint, salt, extra_key)``, then ``block(digest before, tokens)`` along a chain.
+    """BLAKE2b, 256 bits: ``root(fingerprint, salt, adapter)``, then ``block(digest before, tokens, tag)`` in a chain.
 
     Of the two in the standard library that would do, SHA-256 and this: a copy of a prepared state hashes a block of 16
     tokens in two thirds of the time, and it has a key and a domain of its own built in.
@@ -32,16 +48,17 @@ class ChainDigest:
         self._root = hashlib.blake2b(encode_key(fingerprint), digest_size=DIGEST_BYTES, key=key, person=b"kvmem root")
         self._block = hashlib.blake2b(digest_size=DIGEST_BYTES, key=key, person=b"kvmem block")
 
-    def root(self, salt: Key, extra_key: Key) -> bytes:
+    def root(self, salt: Key, adapter: Key) -> bytes:
         state = self._root.copy()
-        state.update(encode_key(salt) + encode_key(extra_key))
+        state.update(encode_key(salt) + encode_key(adapter))
         return state.digest()
 
-    def block(self, before: bytes, tokens: bytes | memoryview) -> bytes:
-        """tokens: int32, little-endian."""
+    def block(self, before: bytes, tokens: bytes | memoryview, tag: bytes = b"") -> bytes:
+        """tokens: int32, little-endian, of a whole block. tag: the keys that begin in it, ``tag_of_block``."""
         state = self._block.copy()
         state.update(before)
         state.update(tokens)
+        state.update(tag)
         return state.digest()
 
 
@@ -82,7 +99,50 @@ def _decode(data: bytes) -> tuple[Key, bytes]:
         return content.decode("utf-8", "surrogatepass"), rest
     if kind == b"i":
         return int(content), rest
-    return (None if kind == b"n" else content), rest
+    return (None if kind in (b"n", b"") else content), rest  # nothing at all: opened without keys
+
+
+def key_marks(extra_key: ExtraKey) -> list[tuple[int, bytes]]:
+    """The positions at which keys begin, and the keys, encoded. A key without one begins at the placeholders."""
+    if extra_key is None:
+        return []
+    if not _is_placed(extra_key):
+        return [(AT_PLACEHOLDERS, encode_key(cast(Key, extra_key)))]
+    marks = [(position, encode_key(key)) for position, key in cast("Sequence[tuple[int, Key]]", extra_key)]
+    positions = [position for position, _ in marks]
+    if positions != sorted(positions) or positions[0] < 0:
+        raise SpecError(f"got positions {positions}; must be 0 or more, and none before the one that comes first")
+    if positions[-1] >= 2**31:
+        raise SpecError(f"got position {positions[-1]}; must be below 2147483648")
+    return marks
+
+
+def _is_placed(key: object) -> bool:
+    return isinstance(key, (list, tuple)) and len(key) > 0 and all(
+        isinstance(pair, tuple) and len(pair) == 2 and type(pair[0]) is int for pair in key
+    )  # fmt: skip
+
+
+def placed(marks: list[tuple[int, bytes]], ids: np.ndarray) -> list[tuple[int, bytes]]:
+    """The marks of a prompt: those at the placeholders stand where an id first stands twice in a row, or else at 0."""
+    if not marks or marks[0][0] != AT_PLACEHOLDERS:
+        return marks
+    repeats = np.flatnonzero(ids[1:] == ids[:-1])
+    return [(int(repeats[0]) if len(repeats) else 0, key) for _, key in marks]
+
+
+def tag_of_block(marks: list[tuple[int, bytes]], first: int, size: int) -> bytes:
+    """The keys that begin in tokens [first, first + size), each after its place there: 4 bytes, little-endian."""
+    return b"".join((at - first).to_bytes(4, "little") + key for at, key in marks if first <= at < first + size)
+
+
+def keys_in(tag: bytes) -> tuple[Key, ...]:
+    """The keys of a tag."""
+    found = []
+    while tag:
+        key, tag = _decode(tag[4:])
+        found.append(key)
+    return tuple(found)
 
 
 def block_digests(
@@ -90,19 +150,23 @@ def block_digests(
     tokens: Sequence[int],
     *,
     salt: Key = None,
-    extra_key: Key = None,
+    extra_key: ExtraKey = None,
+    adapter: str | None = None,
     key: bytes = b"",
     block_size: int | None = None,
 ) -> list[bytes]:
     """The digests of the full blocks of ``tokens``, as events name them: what a router looks up for a prompt.
 
-    block_size: of the events; default ``spec.block_size``. No allocator is needed.
+    salt, extra_key, adapter: as ``Allocator.sequence``. block_size: of the events; default ``spec.block_size``. No
+    allocator is needed.
     """
     digest = ChainDigest(spec.fingerprint, key)
     size = spec.block_size if block_size is None else block_size
     ids = np.asarray(tokens, "<i4")
-    before, found = digest.root(salt, extra_key), []
+    marks = placed(key_marks(extra_key), ids)
+    before, found = digest.root(salt, adapter), []
     for end in range(size, len(ids) + 1, size):
-        before = digest.block(before, ids[end - size : end].tobytes())
+        tag = tag_of_block(marks, end - size, size) if marks else b""
+        before = digest.block(before, ids[end - size : end].tobytes(), tag)
         found.append(before)
     return found

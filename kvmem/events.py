@@ -11,12 +11,12 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeAlias, cast
 
 import numpy as np
 
 from kvmem import _core
-from kvmem.digests import DIGEST_BYTES, ChainDigest, Key
+from kvmem.digests import DIGEST_BYTES, ChainDigest, Key, keys_in
 from kvmem.errors import DeviceError, KVMemError, SpecError
 from kvmem.spec import CacheSpec, Group
 
@@ -52,7 +52,8 @@ class BlockStored:
     parent_block_hash: of the block before the run; None if the run begins its chain. ordinal: how many come before.
     medium: "GPU" for the device's own memory, "CPU" for host memory behind it.
     group, group_kind, window_tokens: which group of the spec, as :func:`group_kind`, and the tokens its queries see.
-    extra_key: what the sequence was opened with. Its salt is part of the digests and not told.
+    extra_keys: for each block the keys that begin in it, None for none; None if no block has any.
+    adapter: what the sequence was opened with. Its salt is part of the digests and not told.
     """
 
     block_hashes: tuple[bytes, ...]
@@ -63,8 +64,9 @@ class BlockStored:
     group: int
     group_kind: str
     window_tokens: int | None
-    extra_key: Key
+    extra_keys: tuple[tuple[Key, ...] | None, ...] | None
     ordinal: int
+    adapter: str | None = None
 
 
 @dataclass(frozen=True)
@@ -213,24 +215,27 @@ class EventStream:
         rows = np.ascontiguousarray(records.tokens[first_row : first_row + end - begin], "<i4")
         content, width = rows.data.cast("B"), rows.shape[1] * rows.itemsize
         fields = (records.nodes, records.parents, records.roots, records.groups, records.tiers, records.ordinals)
+        tags = records.tags
         runs: list[_Run] = []
         growing: dict[tuple[int, int], _Run] = {}
         for row, (node, parent, root, group, tier, ordinal) in enumerate(
             zip(*(field[begin:end].tolist() for field in fields), strict=True)
         ):
             before = self._digest.root(*made.batch.roots[root]) if parent < 0 else made.digest_of(parent)
-            digest = self._digest.block(before, content[row * width : (row + 1) * width])
+            tag = tags[first_row + row] or b""
+            digest = self._digest.block(before, content[row * width : (row + 1) * width], tag)
             made.digests[node] = digest
             if group < 0:  # nobody holds it: it only names what comes after
                 continue
             run = growing.get((group, tier))
             if run is None or run.digests[-1] != before:
-                extra_key = made.batch.roots[root][1]
-                run = _Run(None if parent < 0 else before, extra_key, group, tier, ordinal, [], [])
+                adapter = made.batch.roots[root][1]
+                run = _Run(None if parent < 0 else before, adapter, group, tier, ordinal, [], [], [])
                 growing[group, tier] = run
                 runs.append(run)
             run.digests.append(digest)
             run.rows.append(row)
+            run.keys.append(keys_in(tag) or None)
         for run in runs:
             yield self._stored_event(run, rows)
 
@@ -245,8 +250,9 @@ class EventStream:
             group=run.group,
             group_kind=kind,
             window_tokens=window,
-            extra_key=run.extra_key,
+            extra_keys=tuple(run.keys) if any(run.keys) else None,
             ordinal=run.ordinal,
+            adapter=cast("str | None", run.adapter),
         )
 
     def _removed(self, made: _Made, begin: int, end: int) -> Iterator[Event]:
@@ -300,12 +306,13 @@ class _Run:
     """Stored blocks that will be one event."""
 
     before: bytes | None
-    extra_key: Key
+    adapter: Key
     group: int
     tier: int
     ordinal: int
     digests: list[bytes]
     rows: list[int]
+    keys: list[tuple[Key, ...] | None]
 
 
 def to_wire(
@@ -314,13 +321,14 @@ def to_wire(
     dp_rank: int = 0,
     *,
     hashes: Literal["int", "bytes"] = "int",
-    form: Literal["array", "map"] = "array",
+    form: Literal["array", "map"] = "map",
 ) -> list[Any]:
     """One batch of events as plain lists, for ``msgpack.packb``; the schema is in ``docs/events.md``.
 
     ts: seconds since the epoch. dp_rank: which replica of the model this cache belongs to.
     hashes: "int" for the last 64 bits of a digest, which every router takes, or "bytes" for all 256.
-    form: "array" for events as lists, which every router takes, or "map" for events as dicts, as newer engines send.
+    form: "map" for events as dicts, which vLLM's and SGLang's own classes read today, and Dynamo; or "array" for events
+    as lists, which AIBrix, llm-d, Dynamo and older engines read. No form is read by all.
     """
     if hashes not in ("int", "bytes") or form not in ("array", "map"):
         raise SpecError(f"got hashes={hashes!r}, form={form!r}; must be 'int' or 'bytes', and 'array' or 'map'")
@@ -340,7 +348,7 @@ def _wire_fields(event: Event, as_hash: Callable[[bytes], int | bytes]) -> dict[
     found = [as_hash(digest) for digest in event.block_hashes]
     if isinstance(event, BlockRemoved):
         return {"type": "BlockRemoved", "block_hashes": found, "medium": event.medium, "group_idx": event.group}
-    parent, extra = event.parent_block_hash, event.extra_key
+    parent, extra = event.parent_block_hash, event.extra_keys
     return {
         "type": "BlockStored",
         "block_hashes": found,
@@ -349,8 +357,8 @@ def _wire_fields(event: Event, as_hash: Callable[[bytes], int | bytes]) -> dict[
         "block_size": event.block_size,
         "lora_id": None,
         "medium": event.medium,
-        "lora_name": None,
-        "extra_keys": None if extra is None else [list(extra) if isinstance(extra, tuple) else [extra]] * len(found),
+        "lora_name": event.adapter,
+        "extra_keys": None if extra is None else [None if keys is None else list(keys) for keys in extra],
         "group_idx": event.group,
         "kv_cache_spec_kind": event.group_kind,
         "kv_cache_spec_sliding_window": event.window_tokens,

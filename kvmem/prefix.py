@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from kvmem import _core
-from kvmem.digests import Key, encode_key
+from kvmem.digests import ExtraKey, encode_key, key_marks
 from kvmem.errors import SpecError
 
 if TYPE_CHECKING:
@@ -80,19 +80,25 @@ def _has_bool(tokens: object) -> bool:
     return isinstance(tokens, (list, tuple)) and any(isinstance(token, bool) for token in tokens)
 
 
-def encode_keys(salt: str | bytes | None, extra_key: Key) -> tuple[bytes, bytes]:
-    """For the core, which compares bytes. ``None`` is the salt, and the extra key, of all who give none.
+def encode_keys(salt: str | bytes | None, extra_key: ExtraKey, adapter: str | None = None) -> tuple[bytes, bytes]:
+    """For the core, which compares bytes. ``None`` is the salt, the adapter and the extra key of all who give none.
 
-    salt: a str or bytes. extra_key: also an int or a tuple (an adapter's name, the digests of images).
+    The second is the adapter, which a chain belongs to as to its salt, and behind it the extra keys with their
+    positions (``csrc/block_tags.h``).
     """
-    if salt is None and extra_key is None:
+    if salt is None and extra_key is None and adapter is None:
         return _NO_KEYS
     if not isinstance(salt, (str, bytes, NoneType)):
         raise SpecError(f"salt: got {type(salt).__name__}; must be str, bytes or None")
+    if not isinstance(adapter, (str, NoneType)):
+        raise SpecError(f"adapter: got {type(adapter).__name__}; must be str or None")
     try:
-        return encode_key(salt), encode_key(extra_key)
+        marks = key_marks(extra_key)
     except SpecError as error:
         raise SpecError(f"extra_key: {error}") from error
+    return encode_key(salt), encode_key(adapter) + b"".join(
+        at.to_bytes(8, "little", signed=True) + key for at, key in marks
+    )
 
 
 class Pin:

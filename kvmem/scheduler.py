@@ -14,6 +14,7 @@ vLLM                                   here
 ``take_events()``                      ``take_events()``
 ``usage``                              ``usage``
 ``get_num_common_prefix_blocks(id)``   ``common_prefix_blocks()``
+keeps recurrent states by itself       ``snapshot(request)``
 ``reset_prefix_cache()``               ``clear_cache()``
 =====================================  =======================================================
 """
@@ -28,11 +29,11 @@ import numpy as np
 from kvmem._core import TableChanges
 from kvmem.allocator import Allocator
 from kvmem.arrays import at_least_zero, check_count, not_int32
-from kvmem.digests import Key
+from kvmem.digests import ExtraKey
 from kvmem.errors import OutOfMemory, SpecError, StaleHandle
 from kvmem.events import Event
-from kvmem.prefix import Tokens, token_ids
-from kvmem.sequence import Sequence
+from kvmem.prefix import Tokens, encode_keys, token_ids, with_ids
+from kvmem.sequence import NOBODY, Sequence
 
 if TYPE_CHECKING:
     from kvmem.arrays import Handles
@@ -49,6 +50,10 @@ class SchedulerCache:
     allocator: of either backend, on any device; ``device="meta"`` where the scheduler is a process of its own.
     Requests are named by any hashable id. Block ids are those of the first group that grows with the tokens unless
     ``group`` says otherwise. As with the allocator, what is cached and unused is given up before an answer is None.
+
+    Whoever keeps block tables of its own (a worker) needs the ``TableChanges`` that these calls return, and no more:
+    written in order, in every group (``changes.group(g)``), they make its tables equal to ``block_ids`` as far as the
+    requests are long. What is done through ``sequence()`` or the allocator is not told: ask for ``tables()`` then.
     ``StaleHandle`` for a request that is not here. Not for several threads at once; the allocator below it is.
     """
 
@@ -65,11 +70,18 @@ class SchedulerCache:
 
     # --- one request at a time ---
 
-    def matched_tokens(self, tokens: Tokens, *, salt: str | bytes | None = None, extra_key: Key = None) -> int:
+    def matched_tokens(
+        self,
+        tokens: Tokens,
+        *,
+        salt: str | bytes | None = None,
+        extra_key: ExtraKey = None,
+        adapter: str | None = None,
+    ) -> int:
         """How many of ``tokens`` (a prompt) ``allocate`` would find cached now; at least one is left to compute.
         Changes nothing.
         """
-        return self.allocator.match(tokens, salt=salt, extra_key=extra_key).num_tokens
+        return self.allocator.match(tokens, salt=salt, extra_key=extra_key, adapter=adapter).num_tokens
 
     def allocate(
         self,
@@ -78,22 +90,25 @@ class SchedulerCache:
         *,
         tokens: Tokens | None = None,
         salt: str | bytes | None = None,
-        extra_key: Key = None,
+        extra_key: ExtraKey = None,
+        adapter: str | None = None,
     ) -> TableChanges | None:
-        """Room for ``count`` more tokens; what this wrote to the request's block table, nothing for most tokens. None
+        """Room for ``count`` more tokens; what this wrote to the request's block tables, nothing for most tokens. None
         when memory, or a place for one more request, is short: nothing has changed then, but for what was cached.
 
         A request that is not here yet begins. tokens: its prompt, whose cached start it takes over: those blocks are
         added too, and ``num_cached_tokens(request)`` says how many tokens they hold. count: how many tokens beyond that
-        (a chunk of the prompt, lookahead); default the rest of the prompt. salt, extra_key: as ``Allocator.sequence``.
-        ``SpecError`` for a prompt, salt or extra key of a request that has begun.
+        (a chunk of the prompt, lookahead); default the rest of the prompt. salt, extra_key, adapter: as
+        ``Allocator.sequence``. ``SpecError`` for any of these, or a prompt, of a request that has begun.
         """
         try:
             handle = self._handles[request]
         except KeyError:
-            return self._begin(request, count, tokens, salt, extra_key)
-        if tokens is not None or salt is not None or extra_key is not None:
-            raise SpecError(f"request {request!r} has begun: a prompt, salt or extra key is given when it begins")
+            return self._begin(request, count, tokens, salt, extra_key, adapter)
+        if tokens is not None or salt is not None or extra_key is not None or adapter is not None:
+            raise SpecError(
+                f"request {request!r} has begun: prompt, salt, extra key and adapter are given as it begins"
+            )
         try:
             written = self._core.grow(handle, count)  # type: ignore[arg-type]  # it looks for itself
         except OutOfMemory:
@@ -105,22 +120,27 @@ class SchedulerCache:
         return _NOTHING if written is None else written
 
     def _begin(
-        self, request: Hashable, count: int | None, tokens: Tokens | None, salt: str | bytes | None, extra_key: Key
+        self,
+        request: Hashable,
+        count: int | None,
+        tokens: Tokens | None,
+        salt: str | bytes | None,
+        extra_key: ExtraKey,
+        adapter: str | None,
     ) -> TableChanges | None:
         if count is None and tokens is None:
             raise SpecError(f"count: missing; a new request ({request!r}) needs a prompt, or a count of tokens")
-        wanted = None if count is None else at_least_zero("count", count)
-        sequence = None
+        wanted = -1 if count is None else check_count("count", at_least_zero("count", count))
+        salted, keyed = encode_keys(salt, extra_key, adapter)
+        sequence = Sequence(self.allocator, NOBODY)
         try:
-            sequence = self.allocator.sequence(tokens, salt=salt, extra_key=extra_key)
-            found = sequence.num_cached_tokens
-            sequence.extend((0 if tokens is None else len(tokens) - found) if wanted is None else wanted)
+            ids = [] if tokens is None else tokens
+            with_ids(ids, lambda ids: self._core.begin(ids, salted, keyed, wanted, sequence))
             self._requests[request], self._handles[request] = sequence, sequence.id
-            return self._core.table(sequence.id, self._main) or _NOTHING
+            return self._core.table(sequence.id, -1) or _NOTHING
         except BaseException as error:
             self._forget(request)
-            if sequence is not None:
-                sequence.give_up()
+            sequence.give_up()
             if isinstance(error, OutOfMemory):  # also when all max_sequences are in use
                 return None
             raise
@@ -130,7 +150,8 @@ class SchedulerCache:
         now on; or how many, and neither these nor later ones can. ``SpecError`` for more than there is room for.
 
         Returns table entries that changed, mostly none: where the same block was cached already, the request now reads
-        that one, and its own is given up (paged). Who keeps a copy of the table writes them there before its next step.
+        that one, and its own is given up (paged); blocks that a sliding window has passed are 0. Who keeps a copy of
+        the tables writes them there before its next step.
         """
         try:
             handle = self._handles[request]
@@ -146,7 +167,7 @@ class SchedulerCache:
 
     def step(self, request: Hashable, count: int = 1, tokens: Tokens | None = None) -> TableChanges | None:
         """A decode step of one request in one call: the KV of all that it has room for is computed, and there is room
-        for ``count`` more tokens. What that wrote to its block table, nothing for most tokens. None when memory is
+        for ``count`` more tokens. What that wrote to its block tables, nothing for most tokens. None when memory is
         short: nothing has changed then, nor been published, but for what was cached.
 
         tokens: the ids of what is computed, a list or an array, all of those that were not published before: of the
@@ -168,8 +189,23 @@ class SchedulerCache:
         return _NOTHING if written is None else written
 
     def truncate(self, request: Hashable, num_tokens: int) -> None:
-        """Keeps the first ``num_tokens`` tokens, as when draft tokens are rejected. See ``Sequence.truncate``."""
+        """Keeps the first ``num_tokens`` tokens, as when draft tokens are rejected. See ``Sequence.truncate``. Its
+        tables end earlier then; what is left of them stays as it was, so there is nothing to tell.
+        """
         self._sequence(request).truncate(num_tokens)
+
+    def snapshot(self, request: Hashable) -> bool:
+        """Keeps a copy of the request's recurrent state, at the end of a chunk of its prompt say, so that others that
+        begin with the same tokens start here. False when there is no memory for the copy: nothing has changed then.
+
+        All its tokens must be published by their ids, at a multiple of the block size: ``SpecError`` otherwise, see
+        ``Sequence.snapshot``. Without snapshots a spec with a state shares nothing.
+        """
+        try:
+            self._sequence(request).snapshot()
+        except OutOfMemory:
+            return False
+        return True
 
     def free(self, request: Hashable) -> None:
         """The request ends, or is preempted. What it has published stays cached until memory is needed."""
@@ -199,13 +235,10 @@ class SchedulerCache:
 
     def publish_step(self, handles: Handles, counts: Handles, tokens: Handles | None = None) -> TableChanges:
         """``publish`` for many requests; arguments as for ``Allocator.commit_batch``."""
-        if tokens is None:
-            self.allocator.commit_batch(handles, counts)
-            return _NOTHING
         try:
             return self._core.publish_batch(handles, counts, tokens) or _NOTHING
         except TypeError as error:
-            raise not_int32(handles, counts, tokens) from error
+            raise not_int32(handles, counts, *([] if tokens is None else [tokens])) from error
 
     def free_all(self, requests: Iterable[Hashable]) -> None:
         """``free`` for many requests: all of them, or ``StaleHandle`` and none."""
@@ -214,6 +247,17 @@ class SchedulerCache:
         self._end(ending, lambda: self.allocator.free_batch(handles))
 
     # --- what is there ---
+
+    def tables(self, handles: Handles) -> TableChanges:
+        """Every entry of the requests' block tables, of all groups, as if they had just been written: for a worker that
+        begins late, and after ``Allocator.compact()`` or calls on a request's ``sequence()``, which tell nothing.
+
+        handles: int32 [n]; entries of its i-th stand in row i.
+        """
+        try:
+            return self._core.tables(handles) or _NOTHING
+        except TypeError as error:
+            raise not_int32(handles) from error
 
     def block_ids(self, request: Hashable, *, group: int | None = None) -> Handles:
         """The request's whole block table, int32 [blocks], a copy. Blocks that a sliding window has dropped are 0."""
@@ -243,11 +287,11 @@ class SchedulerCache:
 
     @property
     def usage(self) -> float:
-        """The part of the memory that requests hold, 0 to 1. What is only cached counts as free, as all of it can be
-        given up. Costs a look at every request.
+        """The part of the memory that requests hold, 0 to 1: ``Stats.held_bytes``. What is only cached counts as free,
+        as all of it can be given up: the rest is what one more request could have. Costs a look at every request.
         """
-        stats = self.allocator.stats()
-        return (stats.mapped_bytes - stats.parked_bytes) / stats.budget_bytes
+        stats = self._core.stats()
+        return stats.held_bytes / stats.budget_bytes
 
     def take_events(self, max_events: int | None = None) -> list[Event]:
         """What was cached and given up since the last call: ``Allocator.events``."""
@@ -267,7 +311,7 @@ class SchedulerCache:
         return iter(self._requests)
 
     def sequence(self, request: Hashable) -> Sequence:
-        """The request's sequence, for what has no verb here (``pin``, ``retain``, ``snapshot``). Do not free it."""
+        """The request's sequence, for what has no verb here (``pin``, ``retain``, ``fork``). Do not free it."""
         return self._sequence(request)
 
     def _sequence(self, request: Hashable) -> Sequence:

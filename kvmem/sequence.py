@@ -154,9 +154,10 @@ class Sequence:
     def snapshot(self) -> None:
         """Keeps a copy of the recurrent state, so that a sequence that begins with the same tokens can go on from here.
 
-        All tokens must be committed by their ids, at a multiple of the block size, none of them just regained by a
-        truncation, and the spec must have a component of fixed size; else ``SpecError``. ``OutOfMemory``, and nothing
-        changed, when there is no room for the copy.
+        All tokens must be committed by their ids, at a multiple of the block size, and the spec must have a component
+        of fixed size; else ``SpecError``. So it is when the state may be ahead of the tokens, as after ``truncate()``,
+        and in a fork of a sequence that had reserved tokens: put the state back and go on, the next ``commit()``
+        answers for it. ``OutOfMemory``, and nothing changed, when there is no room for the copy.
         """
         self._core.snapshot(self._id)
 
@@ -164,7 +165,7 @@ class Sequence:
         """A second sequence with the same committed tokens: whole pages or blocks are shared, the cut one is copied.
 
         ``OutOfMemory``, and nothing changed, when there is no room for the copy. What is reserved but not committed
-        stays with the parent.
+        stays with the parent; a recurrent state is copied as it is, so it may have seen those tokens.
         """
         child = Sequence(self._alloc, NOBODY)
         try:

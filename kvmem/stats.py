@@ -12,7 +12,7 @@ __all__ = ["Stats"]
 
 @dataclass(frozen=True)
 class Stats:
-    """A snapshot. All sizes in bytes; physical memory obeys ``mapped = used + wasted + parked``.
+    """A snapshot. All sizes in bytes; physical memory obeys ``mapped = used + wasted + parked + cached_beside``.
 
     reserved_bytes: addresses, which cost nothing.
     budget_bytes: what the pool may create, ``created_bytes`` what it has created, ``free_bytes`` the part of that
@@ -23,12 +23,19 @@ class Stats:
     used_bytes: tokens of live sequences, each physical byte once.
     shared_bytes: physical bytes (pages; paged backend: blocks) that more than one sequence reads.
     parked_bytes: mapped pages no live sequence needs: ready for the next one, given up under pressure and by
-        ``trim()``. Cached blocks that nobody uses lie on such pages.
+        ``trim()``. Cached blocks that nobody uses lie on such pages, or beside live ones:
+    cached_beside_bytes: the part of ``cached_bytes`` that lies on pages which live sequences need as well. It can be
+        given up for their next tokens, or another's, but the pages cannot (paged; ``compact()`` may help).
+    held_bytes: what live sequences keep from others: the blocks that hold their tokens, whole, and the trash blocks
+        (paged), or their pages (virtual). The rest of the budget can be had, all that is cached included; where groups
+        differ, or other allocators share the pool, some of it only as whole pages.
     cached_bytes: tokens of cached blocks that nobody uses, ``cached_blocks`` of them; each once.
     pinned_blocks: pins of blocks, each pin of a block counted.
     evicted_blocks: blocks that were cached and given up since the allocator exists.
-    lookup_tokens, hit_tokens: of prompts given to ``sequence()``, all but the last token of each, and those found.
-    wasted_bytes: the rest: rounding up to pages and blocks, the guard behind the last token, trash blocks.
+    lookup_tokens, hit_tokens: of prompts that began (``sequence()``, ``admit_batch()``, ``SchedulerCache.allocate``),
+        all but the last token of each, and those found. A prompt that was refused counts nothing.
+    wasted_bytes: the rest, which holds nothing: rounding up to pages and blocks, the guard behind the last token, trash
+        blocks.
     device_free_bytes: what a CUDA device has free, for this process and all others; None elsewhere.
     torch_allocated_bytes, torch_reserved_bytes: what torch's caching allocator has given to tensors on this CUDA
         device, and what it holds in all. Its memory and ours are apart; None elsewhere.
@@ -45,6 +52,8 @@ class Stats:
     used_bytes: int
     shared_bytes: int
     parked_bytes: int
+    held_bytes: int
+    cached_beside_bytes: int
     wasted_bytes: int
     driver_calls: int
     num_sequences: int

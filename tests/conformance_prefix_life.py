@@ -149,6 +149,50 @@ def test_a_state_that_has_seen_too_much_is_not_kept(make: Make) -> None:
     agree(pair)
 
 
+def test_a_state_that_drafts_have_moved_is_not_kept(make: Make) -> None:
+    """Drafts are reserved and run, never committed: neither a fork, nor its fork, nor who cuts them off keeps the state."""
+    pair = world(make)
+    if not pair.model.fixed:
+        return
+    size = pair.model.block_tokens
+    prompt = text(3 * size)
+    handle = pair.open()
+    assert pair.append(handle, prompt[:size])
+    assert pair.extend({handle: 3})
+    pair.write([handle])
+    child = pair.fork(handle)
+    grandchild = pair.fork(child)
+    pair.truncate(handle, size)
+    for stale in (handle, child, grandchild):
+        assert not pair.snapshot(stale)  # SpecError, asserted there
+    assert pair.match(prompt).num_tokens == 0
+    assert pair.append(grandchild, prompt[size : 2 * size])  # its owner has put the state back, and answers for it
+    assert pair.snapshot(grandchild)
+    assert pair.match(prompt).num_tokens == 2 * size
+    pair.truncate(grandchild, 2 * size)  # nothing is cut off
+    assert pair.snapshot(grandchild)
+    assert pair.extend({child: 3 * size + 1})
+    pair.truncate(child, 3 * size)  # cut off before the commit, as after a step of drafts: no harm
+    pair.commit_ids({child: prompt[size:]})
+    assert pair.snapshot(child)
+    agree(pair)
+
+
+def test_tokens_that_were_counted_have_moved_the_state_too(make: Make) -> None:
+    pair = world(make)
+    if not pair.model.fixed:
+        return
+    size = pair.model.block_tokens
+    handle = pair.open()
+    assert pair.append(handle, text(size))
+    assert pair.extend({handle: size})
+    pair.write([handle])
+    pair.commit({handle: size})
+    pair.truncate(handle, size)
+    assert not pair.snapshot(handle)
+    agree(pair)
+
+
 def test_a_window_takes_over_what_it_needs(make: Make) -> None:
     """A sliding window group of a hit holds the window's blocks and no more; its length and front are as if computed."""
     pair = world(make)

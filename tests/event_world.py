@@ -72,8 +72,8 @@ class Node:
 
     @cached_property
     def digest(self) -> bytes:
-        salt, extra_key = root_of(self.root)
-        return block_digests(spec_of(), self.chain, salt=salt, extra_key=extra_key)[-1]
+        salt, adapter = root_of(self.root)
+        return block_digests(spec_of(), self.chain, salt=salt, adapter=adapter)[-1]
 
 
 class World:
@@ -170,5 +170,8 @@ class Router:
         assert len(event.token_ids) == len(event.block_hashes) * size
         self.held |= new
         for i, digest in enumerate(event.block_hashes):
-            content = str(event.extra_key), event.token_ids[i * size : (i + 1) * size]
+            content = (
+                str((event.adapter, event.extra_keys and event.extra_keys[i])),
+                event.token_ids[i * size : (i + 1) * size],
+            )
             assert self.chains.setdefault(digest, content) == content, "one digest for two contents"

@@ -194,7 +194,7 @@ class Lockstep:
         after = self.alloc.stats()
         assert given >= 0 and (given == 0 or not self.virtual)
         assert after.parked_bytes >= before.parked_bytes
-        moved = {"parked_bytes", "wasted_bytes", "driver_calls", "physical_bytes"}
+        moved = {"parked_bytes", "wasted_bytes", "cached_beside_bytes", "driver_calls", "physical_bytes"}
         for name in {field.name for field in fields(after)} - moved:
             assert getattr(after, name) == getattr(before, name), name
         self._check_given(given, after.parked_bytes - before.parked_bytes)
@@ -236,8 +236,10 @@ class Lockstep:
 
     def memory_agrees(self) -> None:
         stats, page = self.alloc.stats(), self.alloc.pool.page_bytes
-        assert stats.mapped_bytes == stats.used_bytes + stats.wasted_bytes + stats.parked_bytes
+        used = stats.used_bytes + stats.cached_beside_bytes
+        assert stats.mapped_bytes == used + stats.wasted_bytes + stats.parked_bytes
         assert min(stats.used_bytes, stats.wasted_bytes, stats.parked_bytes, stats.free_bytes) >= 0
+        assert stats.used_bytes <= stats.held_bytes <= stats.mapped_bytes - stats.parked_bytes
         assert stats.created_bytes == stats.mapped_bytes + stats.free_bytes <= stats.budget_bytes  # invariant 1
         assert stats.used_bytes == self.model.used_bytes()
         assert stats.shared_bytes == self.model.shared_bytes()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from lockstep import Lockstep
@@ -15,6 +17,31 @@ from kvmem.ops import Op
 from kvmem.prefix import Pin, PrefixMatch
 
 NO_ROOT: Root = (None, None)
+Marks = list[tuple[int, str]]
+
+
+def marks_of(root: Root, tokens: list[int]) -> Marks:
+    """Where the keys of a root begin in a prompt: as they say, or, one without a position, at the first id that stands
+    twice in a row; at the start where none does."""
+    keys = root[2] if len(root) > 2 else None
+    if keys is None:
+        return []
+    if not isinstance(keys, str):
+        return list(keys)
+    return [(next((i for i in range(len(tokens) - 1) if tokens[i] == tokens[i + 1]), 0), keys)]
+
+
+def marked(marks: Marks, tokens: list[int], start: int = 0) -> list[int]:
+    """The tokens as the model sees them: where a key begins stands another token, so nothing from there on is equal."""
+    found = tokens[:]
+    for position, key in marks:
+        if start <= position < start + len(tokens):
+            found[position - start] += 100_000 * (1 + ord(key)) * (1 + found[position - start] // 100_000)
+    return found
+
+
+def asked(root: Root) -> dict[str, Any]:
+    return {"salt": root[0], "adapter": root[1], "extra_key": root[2] if len(root) > 2 else None}
 
 
 class PageView:
@@ -72,6 +99,7 @@ class PrefixLockstep(Lockstep):
         )  # fmt: skip
         self.plentiful = plentiful
         self.seqs: dict[int, kvmem.Sequence] = {}
+        self.marks: dict[int, Marks] = {}
         self.pins: list[tuple[Pin, list[Node]]] = []
         self.pages = PageView(alloc) if self.virtual else None
         self.hit_tokens = self.missed_tokens = self.partial_hits = 0
@@ -81,20 +109,20 @@ class PrefixLockstep(Lockstep):
     def open(self, tokens: list[int] | None = None, root: Root = NO_ROOT) -> int:
         if len(self.model.sequences) == self.alloc.max_sequences:
             with pytest.raises(kvmem.OutOfMemory):
-                self.alloc.sequence(tokens, salt=root[0], extra_key=root[1])
+                self.alloc.sequence(tokens, **asked(root))
             return -1
-        most = self.model.match(root, tokens or [])
-        said = self.alloc.match(tokens or [], salt=root[0], extra_key=root[1]).num_tokens
-        seq = self.alloc.sequence(tokens, salt=root[0], extra_key=root[1])
+        marks, under = marks_of(root, tokens or []), root[:2]
+        seen = marked(marks, tokens or [])
+        most = self.model.match(under, seen)
+        said = self.alloc.match(tokens or [], **asked(root)).num_tokens
+        seq = self.alloc.sequence(tokens, **asked(root))
         cached = seq.num_cached_tokens
         assert cached <= said <= most, "found what was never published, or was forgotten"
-        assert self.model.certain(root, tokens or []) <= said, "a block in use was not found"
-        assert not self.plentiful or self._is_all(root, tokens or [], cached), (
-            f"found {cached} of {most}, with memory enough"
-        )
-        self.seqs[seq.id] = seq
+        assert self.model.certain(under, seen) <= said, "a block in use was not found"
+        assert not self.plentiful or self._is_all(under, seen, cached), f"found {cached} of {most}, with memory enough"
+        self.seqs[seq.id], self.marks[seq.id] = seq, marks
         look = self._look(seq.id) if self.virtual and cached else None
-        self.model.begin(seq.id, root, tokens or [], cached, look)
+        self.model.begin(seq.id, under, seen, cached, look)
         self.hit_tokens += cached
         self.missed_tokens += most - cached
         self.partial_hits += cached % self.model.block_tokens > 0
@@ -125,9 +153,10 @@ class PrefixLockstep(Lockstep):
     def match(self, tokens: list[int], root: Root = NO_ROOT) -> PrefixMatch:
         """What would be found, and that asking changes nothing."""
         before = self.alloc.stats()
-        found = self.alloc.match(tokens, salt=root[0], extra_key=root[1])
-        assert self.model.certain(root, tokens) <= found.num_tokens <= self.model.match(root, tokens)
-        assert not self.plentiful or self._is_all(root, tokens, found.num_tokens)
+        found = self.alloc.match(tokens, **asked(root))
+        under, seen = root[:2], marked(marks_of(root, tokens), tokens)
+        assert self.model.certain(under, seen) <= found.num_tokens <= self.model.match(under, seen)
+        assert not self.plentiful or self._is_all(under, seen, found.num_tokens)
         assert (found.num_tokens == max(0, len(tokens) - 1)) == (found.reason == "complete") or not self.model.shares
         assert self.alloc.stats() == before
         return found
@@ -136,7 +165,8 @@ class PrefixLockstep(Lockstep):
 
     def commit_ids(self, given: dict[int, list[int]]) -> None:
         """Writes these tokens and commits them with their ids, in one batched call if there are several."""
-        for handle, ids in given.items():
+        seen = {handle: self._seen(handle, ids) for handle, ids in given.items()}
+        for handle, ids in seen.items():
             self._write_ids(handle, ids)
         handles, counts = i32(*given), i32(*(len(ids) for ids in given.values()))
         if len(given) == 1:
@@ -145,8 +175,16 @@ class PrefixLockstep(Lockstep):
         else:
             flat = np.array([token for ids in given.values() for token in ids], np.int32)
             self.alloc.commit_batch(handles, counts, tokens=flat)
-        for handle, ids in given.items():
+        for handle, ids in seen.items():
             self.model.commit_ids(handle, ids)
+
+    def _seen(self, handle: int, ids: list[int]) -> list[int]:
+        return marked(self.marks.get(handle, []), ids, self.model.sequences[handle][self.model.main].committed)
+
+    def write(self, handles: list[int]) -> None:
+        """As a model would: it runs over reserved tokens, and leaves the state of a sequence that has none alone."""
+        lengths = {h: self.model.sequences[h][self.model.main] for h in handles}
+        super().write([h for h, held in lengths.items() if held.tokens > held.committed])
 
     def append(self, handle: int, ids: list[int]) -> bool:
         """Extends by these tokens, if there is room, and commits them."""
@@ -204,20 +242,25 @@ class PrefixLockstep(Lockstep):
         child = super().fork(parent)
         if child >= 0:
             self.seqs[child] = kvmem.Sequence(self.alloc, child)
+            self.marks[child] = self.marks.get(parent, [])
         return child
 
     def free(self, handles: list[int]) -> None:
         super().free(handles)
         for handle in handles:
             self.seqs.pop(handle, None)
+            self.marks.pop(handle, None)
 
     def snapshot(self, handle: int) -> bool:
         if not self.model.can_snapshot(handle):
             with pytest.raises(kvmem.SpecError):
                 self.seqs[handle].snapshot()
             return False
-        # What was computed for tokens that were never committed is taken back, as its owner must.
-        self._write_state(handle, self.model.contents[handle].last_digest)
+        content = self.model.contents[handle]
+        for g in self.model.fixed:
+            assert self.model.sequences[handle][g].writers == [content.last_digest], (
+                "a state of other tokens can be kept"
+            )
         try:
             self.seqs[handle].snapshot()
         except kvmem.OutOfMemory:
@@ -242,11 +285,12 @@ class PrefixLockstep(Lockstep):
         return True
 
     def pin_tokens(self, tokens: list[int], root: Root = NO_ROOT) -> bool:
-        chain = self.model.walk(root, tokens)
+        under, seen = root[:2], marked(marks_of(root, tokens), tokens)
+        chain = self.model.walk(under, seen)
         try:
-            pin = self.alloc.pin(tokens, salt=root[0], extra_key=root[1])
+            pin = self.alloc.pin(tokens, **asked(root))
         except kvmem.SpecError:
-            whole = len(tokens) >= self.model.block_tokens and self.model.finds_all(root, tokens)
+            whole = len(tokens) >= self.model.block_tokens and self.model.finds_all(under, seen)
             assert not (self.plentiful and whole), "what is cached was not pinned"
             return False
         assert pin.num_tokens == len(tokens) // self.model.block_tokens * self.model.block_tokens
@@ -310,7 +354,8 @@ class PrefixLockstep(Lockstep):
         if not self._idle_pins():
             super().memory_agrees()
             return
-        assert stats.mapped_bytes == stats.used_bytes + stats.wasted_bytes + stats.parked_bytes
+        used = stats.used_bytes + stats.cached_beside_bytes
+        assert stats.mapped_bytes == used + stats.wasted_bytes + stats.parked_bytes
         assert stats.created_bytes == stats.mapped_bytes + stats.free_bytes <= stats.budget_bytes
         assert (stats.used_bytes, stats.shared_bytes) == (self.model.used_bytes(), self.model.shared_bytes())
 

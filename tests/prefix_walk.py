@@ -9,6 +9,20 @@ from lockstep_prefix import NO_ROOT, PrefixLockstep
 from reference_prefix import Root
 
 ROOTS: list[Root] = [NO_ROOT, NO_ROOT, NO_ROOT, ("salt", None), ("salt", "adapter"), (None, "adapter")]
+
+
+def root(walk: random.Random, size: int) -> Root:
+    """Mostly one of these alone; else with keys of images, from few places, so that prompts agree in some."""
+    chosen, places = walk.choice(ROOTS), [0, 1, size - 1, size, size + size // 2, 3 * size]
+    kind = walk.random()
+    if kind < 0.6:
+        return chosen
+    if kind < 0.7:
+        return (*chosen, walk.choice("AB"))
+    count = walk.choice([1, 1, 2])
+    return (*chosen, tuple((place, walk.choice("AB")) for place in sorted(walk.sample(sorted(set(places)), count))))
+
+
 #: How often each call is made.
 CALLS = {
     "open": 6, "append": 6, "decode": 4, "count": 1, "extend": 1, "truncate": 3, "fork": 2, "free": 4, "free all": 0.2,
@@ -81,8 +95,8 @@ def step(pair: PrefixLockstep, walk: random.Random, writer: Author) -> str:
 
 
 def _open(pair: PrefixLockstep, walk: random.Random, writer: Author) -> None:
-    prompt, root = writer.prompt(), walk.choice(ROOTS)
-    handle = pair.open(prompt, root)
+    prompt = writer.prompt()
+    handle = pair.open(prompt, root(walk, writer.size))
     if handle >= 0 and walk.random() < 0.8:
         _compute(pair, walk, handle, prompt)
 
@@ -97,18 +111,34 @@ def _compute(pair: PrefixLockstep, walk: random.Random, handle: int, prompt: lis
             return
         if pair.model.can_snapshot(handle):
             pair.snapshot(handle)
+            if walk.random() < 0.3:
+                _run_ahead(pair, walk, handle)
+
+
+def _run_ahead(pair: PrefixLockstep, walk: random.Random, handle: int) -> None:
+    """The model runs over tokens that are not committed, and then somebody asks for a snapshot without them."""
+    if not pair.extend({handle: min(walk.randint(1, 3), pair.model.room_tokens(handle))}):
+        return
+    pair.write([handle])
+    child = pair.fork(handle)
+    pair.truncate(handle, pair.model.sequences[handle][pair.model.main].committed)
+    for stale in (handle, child, child if child < 0 else pair.fork(child)):
+        if stale >= 0:
+            pair.snapshot(stale)
+            if stale != handle:
+                pair.free([stale])
 
 
 def _rest(pair: PrefixLockstep, walk: random.Random, writer: Author, call: str, handle: int) -> None:
     content = pair.model.contents[handle]
     if call == "match":
-        pair.match(writer.prompt(), walk.choice(ROOTS))
+        pair.match(writer.prompt(), root(walk, writer.size))
     elif call == "pin" and len(pair.pins) < 3 and content.chain:
         pair.pin(handle, walk.choice([None, walk.randint(writer.size, len(content.tokens))]))
     elif call == "pin tokens" and len(pair.pins) < 3:
         prompt = writer.prompt()
         if len(prompt) >= writer.size:
-            pair.pin_tokens(prompt, walk.choice(ROOTS))
+            pair.pin_tokens(prompt, root(walk, writer.size))
     elif call == "unpin" and pair.pins:
         pair.unpin(walk.randrange(len(pair.pins)))
     elif call == "retain":

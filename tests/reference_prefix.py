@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from reference import Model, Piece, Tokens
 
 import kvmem
 
-Root = tuple[str | bytes | None, str | bytes | None]
+#: Salt and adapter; callers of the pair of both may add the extra keys of a prompt: pairs of position and key, or one.
+Root = tuple[Any, ...]
 #: How the virtual backend's model is told which page a new row shows: (group, arena, ordinal) -> that page's piece.
 Look = Callable[[int, int, int], Piece | None]
 NEWEST = 8  # continuations of a block that are looked at for a partial hit
@@ -58,7 +60,7 @@ class Content:
     tokens: list[int] = field(default_factory=list)
     digests: list[int] = field(default_factory=list)
     chain: list[Node] = field(default_factory=list)
-    state_ahead: bool = False  # truncated, and not gone on since
+    state_ahead: bool = False  # it may have seen tokens that the sequence does not have, and has not gone on since
 
     @property
     def last_digest(self) -> int:
@@ -287,7 +289,7 @@ class PrefixModel(MemoryOnly):
 
     def truncate(self, handle: int, tokens: int) -> None:
         content, keep = self.contents[handle], tokens // self.block_tokens
-        content.state_ahead = content.state_ahead or tokens < len(content.tokens)
+        content.state_ahead = content.state_ahead or tokens < self.sequences[handle][self.main].tokens
         for node in reversed(content.chain[keep:]):
             node.users -= 1
             if not node.users and node.parent is not None:
@@ -298,7 +300,9 @@ class PrefixModel(MemoryOnly):
     def fork(self, parent: int, child: int) -> None:
         super().fork(parent, child)
         old = self.contents[parent]
-        self.contents[child] = Content(old.root, old.tokens[:], old.digests[:], old.chain[:], old.state_ahead)
+        held = self.sequences[parent][self.main]
+        ahead = old.state_ahead or held.tokens > held.committed
+        self.contents[child] = Content(old.root, old.tokens[:], old.digests[:], old.chain[:], ahead)
         for node in old.chain:
             node.users += 1
 

@@ -231,10 +231,13 @@ def test_a_snapshot_needs_whole_known_blocks(hybrid: Place) -> None:
     seq = hybrid.seq
     hybrid.refuses(seq.snapshot, "64 committed.*84")  # more is reserved: the state may be ahead of what is committed
     seq.truncate(64)
+    hybrid.refuses(seq.snapshot, "more than its 64 tokens")  # still: what was cut off may have been run
+    seq.extend(16)
+    seq.commit(text(16))
     seq.snapshot()
     seq.extend(3)
     seq.commit(text(3))
-    hybrid.refuses(seq.snapshot, "67|block")
+    hybrid.refuses(seq.snapshot, "83|block")
     seq.extend(13)
     seq.commit(13)
     hybrid.refuses(seq.snapshot, "known|token ids|unknown|named|ids")  # a multiple of the block, but only counted

@@ -215,10 +215,10 @@ def test_a_chain_is_one_event_and_a_branch_another() -> None:
     chain, branch, other = events
     assert isinstance(chain, BlockStored) and isinstance(branch, BlockStored) and isinstance(other, BlockStored)
     tokens = [*block(0).tolist(), *block(1).tolist(), *block(2).tolist()]
-    assert chain.block_hashes == tuple(block_digests(spec_of(), tokens, salt="s3", extra_key="e3"))
+    assert chain.block_hashes == tuple(block_digests(spec_of(), tokens, salt="s3", adapter="e3"))
     assert chain.token_ids == tuple(tokens) and chain.parent_block_hash is None and chain.block_size == BLOCK
     assert (chain.medium, chain.group, chain.group_kind, chain.window_tokens) == ("GPU", 0, "full_attention", None)
-    assert (chain.extra_key, chain.ordinal, branch.ordinal) == ("e3", 0, 1)
+    assert (chain.adapter, chain.extra_keys, chain.ordinal, branch.ordinal) == ("e3", None, 0, 1)
     assert branch.parent_block_hash == chain.block_hashes[0] and len(branch.block_hashes) == 1
     assert other.parent_block_hash is None and other.block_hashes[0] != chain.block_hashes[0]
     assert stream.poll() == []
@@ -257,7 +257,7 @@ def test_a_block_nobody_holds_names_what_continues_it() -> None:
     ring.stored(0, -1, 3, -1, 0, block(0))
     ring.stored(1, 0, 3, 1, 1, block(1))
     (event,) = stream.poll()
-    digests = block_digests(spec_of(), [*block(0).tolist(), *block(1).tolist()], salt="s3", extra_key="e3")
+    digests = block_digests(spec_of(), [*block(0).tolist(), *block(1).tolist()], salt="s3", adapter="e3")
     assert isinstance(event, BlockStored) and event.ordinal == 1
     assert (event.parent_block_hash, event.block_hashes) == (digests[0], (digests[1],))
 
@@ -339,7 +339,7 @@ def test_several_threads_may_poll_one_stream() -> None:
         thread.join()
     stored = [h for mine in found for e in mine if isinstance(e, BlockStored) for h in e.block_hashes]
     removed = [h for mine in found for e in mine if isinstance(e, BlockRemoved) for h in e.block_hashes]
-    expected = {block_digests(spec_of(), [i] * BLOCK, salt="s0", extra_key="e0")[0] for i in range(count)}
+    expected = {block_digests(spec_of(), [i] * BLOCK, salt="s0", adapter="e0")[0] for i in range(count)}
     assert len(stored) == len(removed) == count and set(stored) == set(removed) == expected
 
 

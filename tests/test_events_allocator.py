@@ -72,19 +72,19 @@ def test_hashes_are_made_with_the_key_of_the_allocator(make: Make) -> None:
 
 def test_full_blocks_are_told_when_they_are_committed_with_their_tokens(make: Make) -> None:
     alloc, prompt = make(), tokens(1, 3 * BLOCK + 5)
-    sequence = alloc.sequence(prompt, salt="s", extra_key="adapter")
+    sequence = alloc.sequence(prompt, salt="s", adapter="adapter")
     sequence.extend(len(prompt))
     assert alloc.events() == []
     sequence.commit(prompt[: BLOCK + 3])
     (first,) = alloc.events()
     sequence.commit(prompt[BLOCK + 3 :])
     (rest,) = alloc.events()
-    digests = tuple(block_digests(alloc.spec, prompt, salt="s", extra_key="adapter"))
+    digests = tuple(block_digests(alloc.spec, prompt, salt="s", adapter="adapter"))
     assert isinstance(first, BlockStored) and isinstance(rest, BlockStored)
     assert (first.block_hashes, first.parent_block_hash, first.ordinal) == (digests[:1], None, 0)
     assert (rest.block_hashes, rest.parent_block_hash, rest.ordinal) == (digests[1:], digests[0], 1)
     assert rest.token_ids == tuple(prompt[BLOCK : 3 * BLOCK]) and rest.block_size == BLOCK
-    assert (rest.medium, rest.group, rest.group_kind, rest.extra_key) == ("GPU", 0, "full_attention", "adapter")
+    assert (rest.medium, rest.group, rest.group_kind, rest.adapter) == ("GPU", 0, "full_attention", "adapter")
     sequence.free()
     assert alloc.events() == [], "freed is not forgotten"
 
@@ -154,12 +154,20 @@ def test_nothing_is_told_of_unknown_tokens_or_without_a_capacity(make: Make) -> 
 def test_caches_of_two_salts_have_no_hash_in_common(make: Make) -> None:
     alloc, prompt = make(), tokens(10, 3 * BLOCK)
     found: list[bytes] = []
-    for keys in ({}, {"salt": "a"}, {"salt": "b"}, {"extra_key": "a"}, {"salt": "a", "extra_key": "a"}):
-        run(alloc, prompt, **keys)  # type: ignore[arg-type]
+    for keys in (
+        {},
+        {"salt": "a"},
+        {"salt": "b"},
+        {"adapter": "a"},
+        {"extra_key": "a"},
+        {"salt": "a", "adapter": "a"},
+        {"adapter": "a", "extra_key": "a"},
+    ):
+        run(alloc, prompt, **keys).free()  # type: ignore[arg-type]
         (event,) = alloc.events()
         assert isinstance(event, BlockStored)
         found += event.block_hashes
-    assert len(set(found)) == len(found) == 15
+    assert len(set(found)) == len(found) == 21
 
 
 @pytest.mark.parametrize(("spec", "left"), [(plain, BLOCK), (windows, 47)])

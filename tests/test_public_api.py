@@ -19,10 +19,10 @@ SIGNATURES = {
     "Allocator": "spec, *, backend=, device=, memory=, max_sequences, max_tokens, page_bytes=, interleave=, "
     "map_ahead_tokens=, tail_guard_tokens=, zero=, prefix_cache=, partial_reuse=, policy=, cached_rows=, events=, event_key=, pool=, "
     "record_ops=, debug=, driver=",
-    "Allocator.sequence": "self, tokens=, *, salt=, extra_key=",
-    "Allocator.admit_batch": "self, tokens, counts=, *, salt=, extra_key=",
-    "Allocator.match": "self, tokens, *, salt=, extra_key=",
-    "Allocator.pin": "self, tokens, *, salt=, extra_key=",
+    "Allocator.sequence": "self, tokens=, *, salt=, extra_key=, adapter=",
+    "Allocator.admit_batch": "self, tokens, counts=, *, salt=, extra_key=, adapter=",
+    "Allocator.match": "self, tokens, *, salt=, extra_key=, adapter=",
+    "Allocator.pin": "self, tokens, *, salt=, extra_key=, adapter=",
     "Allocator.clear_cache": "self",
     "Allocator.events": "self, max_events=, *, restart=",
     "Allocator.open_batch": "self, n",
@@ -101,7 +101,7 @@ def test_every_public_method_is_pinned() -> None:
 def test_stats_fields() -> None:
     assert [f.name for f in dataclasses.fields(kvmem.Stats)] == [
         "reserved_bytes", "budget_bytes", "created_bytes", "free_bytes", "physical_bytes", "mapped_bytes", "used_bytes",
-        "shared_bytes", "parked_bytes", "wasted_bytes", "driver_calls", "num_sequences", "max_sequences",
+        "shared_bytes", "parked_bytes", "held_bytes", "cached_beside_bytes", "wasted_bytes", "driver_calls", "num_sequences", "max_sequences",
         "cached_bytes", "cached_blocks", "pinned_blocks", "evicted_blocks", "lookup_tokens", "hit_tokens",
         "device_free_bytes", "torch_allocated_bytes", "torch_reserved_bytes",
     ]  # fmt: skip

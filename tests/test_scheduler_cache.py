@@ -385,3 +385,37 @@ def test_every_group_has_a_table(backend: str) -> None:
         assert group.kv_indices_cpu is not None
         assert cache.block_ids("a", group=index).tolist() == group.kv_indices_cpu.tolist()
     assert kvmem.SchedulerCache is SchedulerCache
+
+
+def test_a_snapshot_at_each_chunk_is_where_others_begin(backend: str) -> None:
+    """A model with a recurrent state: three chunks of a prompt, a snapshot behind each, and what others find of it."""
+    parts = tuple(kvmem.Component(name, width=8, dtype="float32") for name in "kv")
+    state = (kvmem.Component("s", width=8, dtype="float32", growth="fixed"),)
+    groups = (kvmem.Group("attention", parts, (0,)), kvmem.Group("state", state, (1,)))
+    spec = CacheSpec(groups, block_size=16)
+    allocator = Allocator(spec, backend=backend, device="meta", memory=32 * 4096, page_bytes=4096, max_sequences=8, max_tokens=4000)  # type: ignore[arg-type]  # fmt: skip
+    cache, ids = SchedulerCache(allocator), list(range(60))
+    assert cache.allocate("a", 16, tokens=ids) is not None
+    with pytest.raises(SpecError, match="committed"):
+        cache.snapshot("a")
+    for end in (16, 32, 48):
+        cache.publish("a", ids[end - 16 : end])
+        assert cache.matched_tokens(ids) == end - 16, "the state of these tokens is not kept yet"
+        assert cache.snapshot("a")
+        assert cache.matched_tokens(ids) == end
+        assert cache.allocate("a", 16) is not None
+    assert cache.allocate("b", tokens=ids) is not None and cache.num_cached_tokens("b") == 48
+    with pytest.raises(StaleHandle, match="not here"):
+        cache.snapshot("c")
+    cache.truncate("a", 48)
+    cache.publish("a", [])
+    with pytest.raises(SpecError, match="more than its 48"):
+        cache.snapshot("a")
+    assert cache.allocate("a", 16) is not None
+    cache.publish("a", list(range(100, 116)))
+    while cache.allocate("b", 1) is not None:
+        pass  # until nothing is left for a copy
+    kept = cache.snapshot("a")
+    assert kept == (cache.matched_tokens([*ids[:48], *range(100, 117)]) == 64)
+    assert not kept or backend == "paged", "a row needs a page; a block may still have room in one"
+    assert allocator.check() == []
