@@ -29,7 +29,7 @@ LEVELS: dict[str, int] = {
             "protocols",
             "backends device eviction layouts prefix streams tiers transfer",
             "allocator pool scheduler sequence views",
-            "connectors cuda kernels lockstep plan transformers",
+            "connectors cuda kernels lockstep plan transformers transformers_layer",
             "bench cli",
         ]
     )
