@@ -9,6 +9,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from kvmem.errors import SpecError
 from kvmem.lockstep import EVERY, LockstepRows
+from kvmem.views import plain
 
 __all__ = ["KVMemLayer"]
 
@@ -131,7 +132,7 @@ class KVMemLayer(CacheLayerMixin):  # type: ignore[misc]
         memory = self._memory.get(name)
         if memory is None or memory.shape[0] < num_blocks:
             virtual = alloc.backend == "virtual"
-            memory = alloc.rows(self._layer, name) if virtual else alloc.tensor(self._layer, name)
+            memory = plain(alloc.rows(self._layer, name) if virtual else alloc.tensor(self._layer, name))
             self._memory[name] = memory
         return memory
 

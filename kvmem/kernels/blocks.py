@@ -121,6 +121,7 @@ def gather_tokens(
     blocks: torch.Tensor, slots: Ids, *, out: torch.Tensor | None = None, impl: Impl | None = None
 ) -> torch.Tensor:
     """The tokens at ``slots``, ``[n, H, W]``, contiguous. out: written instead of new memory."""
+    blocks = plain(blocks)
     num_blocks, size, heads, width = _shape(blocks)
     ids = _checked("slots", slots, num_blocks * size, blocks.device)
     out = _target(blocks, out, (len(ids), heads, width))
@@ -132,6 +133,7 @@ def scatter_tokens(blocks: torch.Tensor, slots: Ids, values: torch.Tensor, *, im
     """Writes ``values``, ``[n, H, W]``, converted to the cache's dtype, to ``slots``. Which of two values for one slot
     stays is not said.
     """
+    blocks = plain(blocks)
     num_blocks, size, heads, width = _shape(blocks)
     ids = _checked("slots", slots, num_blocks * size, blocks.device)
     _copy(pick(blocks, impl), (_source(blocks, values, (len(ids), heads, width)), None), (blocks, ids), 1)
@@ -141,6 +143,7 @@ def gather_blocks(
     blocks: torch.Tensor, ids: Ids, *, out: torch.Tensor | None = None, impl: Impl | None = None
 ) -> torch.Tensor:
     """Whole blocks, ``[n, block_size, H, W]``, contiguous. out: written instead of new memory."""
+    blocks = plain(blocks)
     num_blocks, size, heads, width = _shape(blocks)
     ids = _checked("ids", ids, num_blocks, blocks.device)
     out = _target(blocks, out, (len(ids), size, heads, width))
@@ -150,6 +153,7 @@ def gather_blocks(
 
 def scatter_blocks(blocks: torch.Tensor, ids: Ids, values: torch.Tensor, *, impl: Impl | None = None) -> None:
     """The reverse of ``gather_blocks``; values: ``[n, block_size, H, W]``, converted to the cache's dtype."""
+    blocks = plain(blocks)
     num_blocks, size, heads, width = _shape(blocks)
     ids = _checked("ids", ids, num_blocks, blocks.device)
     values = _source(blocks, values, (len(ids), size, heads, width))
@@ -162,6 +166,7 @@ def copy_blocks(blocks: torch.Tensor, from_ids: Ids, to_ids: Ids, *, impl: Impl 
     So no block may be written twice, or written and read: ``SpecError`` where the ids are on the host. torch holds all
     of it twice for a moment, Triton does not.
     """
+    blocks = plain(blocks)
     num_blocks, size, _, _ = _shape(blocks)
     source = _checked("from_ids", from_ids, num_blocks, blocks.device)
     target = _checked("to_ids", to_ids, num_blocks, blocks.device)
@@ -180,6 +185,7 @@ def copy_blocks(blocks: torch.Tensor, from_ids: Ids, to_ids: Ids, *, impl: Impl 
 
 def zero_blocks(blocks: torch.Tensor, ids: Ids, *, impl: Impl | None = None) -> None:
     """Writes zero to whole blocks of one component of one layer."""
+    blocks = plain(blocks)
     num_blocks = _shape(blocks)[0]
     ids = _checked("ids", ids, num_blocks, blocks.device)
     if len(ids) == 0:

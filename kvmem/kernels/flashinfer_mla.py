@@ -79,6 +79,7 @@ def mla_cache_of(ckv: torch.Tensor, kpe: torch.Tensor) -> tuple[torch.Tensor, to
     """``[num_blocks, block_size, width]`` each, views, for ``run()``; from ``Allocator.tensor(layer, "ckv")`` and
     ``"kpe"``. Their strides may differ. ``SpecError`` unless both have one head, equal blocks and one dtype.
     """
+    ckv, kpe = plain(ckv), plain(kpe)
     if ckv.ndim != 4 or kpe.ndim != 4 or ckv.shape[:3] != kpe.shape[:3] or ckv.shape[2] != 1 or ckv.dtype != kpe.dtype:
         raise SpecError(
             f"cache: ckv is {tuple(ckv.shape)} {ckv.dtype} and kpe {tuple(kpe.shape)} {kpe.dtype}; MLA kernels take "
@@ -86,7 +87,7 @@ def mla_cache_of(ckv: torch.Tensor, kpe: torch.Tensor) -> tuple[torch.Tensor, to
         )
     for blocks in (ckv, kpe):
         check_strides(blocks)
-    return plain(ckv).squeeze(2), plain(kpe).squeeze(2)
+    return ckv.squeeze(2), kpe.squeeze(2)
 
 
 def _common(

@@ -7,6 +7,7 @@ import torch
 from kvmem.batch import GroupBatch
 from kvmem.errors import SpecError
 from kvmem.kernels.rules import all_tokens, as_bytes
+from kvmem.views import plain
 
 __all__ = ["to_cache_dtype", "write_component", "write_kv"]
 
@@ -29,6 +30,7 @@ def write_kv(
 
 def write_component(blocks: torch.Tensor, batch: GroupBatch, values: torch.Tensor, *, scale: Scale = 1.0) -> None:
     """As ``write_kv``, for one tensor ``Allocator.tensor(layer, name)``; values: ``[T, heads, width]``."""
+    blocks = plain(blocks)
     expected = (batch.num_new_tokens, *blocks.shape[2:])
     if tuple(values.shape) != expected:
         raise SpecError(f"values: got shape {tuple(values.shape)}; the batch and the cache make it {expected}")
