@@ -40,7 +40,7 @@ _MOVES = _names(
 #: Take ``(tensor, dim, ...)``; what they touch is named when ``dim`` is the first.
 _BY_FIRST = _names("index_select index_copy_ index_fill_ index_add_ narrow select")
 #: Take ``(tensor, ...)`` and touch what their indices name.
-_BY_INDEX = _names("gather scatter_ scatter_add_ take put_")
+_BY_INDEX = _names("gather scatter_ scatter_add_")  # take() copies what is not contiguous
 
 
 class CacheTensor(torch.Tensor):
@@ -71,7 +71,7 @@ class CacheTensor(torch.Tensor):
         if isinstance(subject, CacheTensor) and not _holds_cache(others):
             if name == "__getitem__":
                 return subject._item(args[1])
-            if (handler := _handler(name)) is not None:
+            if (handler := _handler(name)) is not None and not _has_anothers_name(func):
                 return handler(subject, func, args, kwargs)
         if (name == "embedding" and not _holds_cache(args[:1])) or _is_foreign(func):
             return func(*_plain_all(args), **{key: _plain_one(value) for key, value in kwargs.items()})
@@ -126,7 +126,7 @@ def _refuse(what: str) -> NoReturn:
     raise SpecError(
         f"{what}: a cache tensor spans memory that may not be mapped, and is not read, copied or written whole. Name "
         "the blocks: t[ids] or t[first:end], with the ids of a batch's block_table; take a sequence's tokens: "
-        "Sequence.kv() or kernels.blocks.gather(), or t.as_subclass(torch.Tensor), where all of it is known to be mapped"
+        "Sequence.kv() or kernels.blocks.gather(), or t.as_subclass(torch.Tensor), where you know that all is mapped"
     )
 
 
@@ -172,7 +172,7 @@ def _stays_a_view(subject: CacheTensor, func: Any, args: Any, kwargs: Any) -> bo
     t = subject._plain
     stand_in = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
     found = func(stand_in, *args[1:], **kwargs) if args else func(**kwargs | {"input": stand_in})
-    return bool(found is stand_in or found._is_view())
+    return found is stand_in or found._base is stand_in  # ravel() gives a view, of a copy
 
 
 def _same_first(found: torch.Tensor, source: torch.Tensor) -> bool:
@@ -188,7 +188,10 @@ def _by_first(subject: CacheTensor, func: Any, args: Any, kwargs: Any) -> Any:
 
 def _write(subject: CacheTensor, func: Any, args: Any, kwargs: Any) -> Any:
     index = args[1] if len(args) > 1 else kwargs.get("indices")
-    if not subject._names_blocks(index):
+    whole = func.__name__ == "index_put_" and (
+        not index or index[0] is None
+    )  # None stands for all of a dimension there
+    if whole or not subject._names_blocks(index):
         _refuse(f"a write that leaves the first dimension whole, {_short(index)}")
     return _answer(subject, func, args, kwargs)
 
@@ -210,7 +213,12 @@ def _is_foreign(func: Any) -> bool:
     """Whether it is a custom operator, or a function of another package: a kernel, which is told what to read."""
     if isinstance(func, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
         return str(func).partition(".")[0] not in ("aten", "prim", "prims")
-    return isinstance(func, FunctionType) and not func.__module__.startswith("torch.")
+    return isinstance(func, FunctionType) and func.__module__.partition(".")[0] != "torch"
+
+
+def _has_anothers_name(func: Any) -> bool:
+    """``torch.nn.functional.unfold`` is not ``Tensor.unfold``."""
+    return isinstance(func, FunctionType) and func.__module__ != "torch._tensor"
 
 
 def _holds_cache(args: Any) -> bool:

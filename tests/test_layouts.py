@@ -14,6 +14,7 @@ from support import BACKENDS, LAYOUTS, make_allocator, plain, unequal
 from support_drivers import assert_runs, run_python
 
 import kvmem
+from kvmem import _core
 from kvmem.layouts import GroupLayout, Interleave
 
 INTERLEAVES: tuple[Interleave, ...] = (1, 2, 3, 99, "none")
