@@ -86,6 +86,7 @@ EVERY_FUNCTION = """
     for seq in seqs[:3]:
         seq.free()
     alloc.trim()
+    alloc.batch([seqs[3]], pad_to=2)  # blocks 0 and 1 are there
     tensors = [alloc.kv(0)[0], *([alloc.rows(0)] if {backend!r} == "virtual" else [])]
     ids = torch.zeros(2, dtype=torch.long)
     fill = [0, 1, 1.0, ids, torch.zeros(()), (0,), [0], torch.float32, "x", None, (0, 1, 2, 3), lambda *a: None]
@@ -126,7 +127,7 @@ EVERY_FUNCTION = """
         if tensor is tensors[0]:  # of a row, only the tokens held are mapped
             tensor.index_select(0, held), tensor.index_copy_(0, held, ones), tensor.index_fill_(0, held, 1.0)
             tensor.index_add_(0, held, ones), tensor.narrow(0, int(held), 1).sum(), tensor[held].sum()
-            torch.nn.functional.embedding(held, tensor.view(len(tensor), -1))
+            torch.nn.functional.embedding(held * 4, tensor.view(-1, 4))
     print(answered, refused, sorted(shown))
     assert shown <= {{"__getitem__", "as_subclass", "select", "narrow"}}, shown
     assert answered > 50 and refused > 2000
