@@ -153,8 +153,8 @@ void bind_stats(nb::module_& m) {
       .def_ro("hit_tokens", &CacheStats::hit_tokens);
 }
 
-// [begin, begin + bytes) of one arena (-1: to its end) as a flat tensor of bytes (DLPack). The tensor owns a reference to
-// the cache, since a cache that goes unmaps its arenas: whoever still looks at the memory keeps it.
+// [begin, begin + bytes) of one arena (-1: to its end) as a flat tensor of bytes (DLPack). The tensor owns a reference
+// to the cache, since a cache that goes unmaps its arenas: whoever still looks at the memory keeps it.
 nb::ndarray<std::uint8_t> arena_bytes(nb::handle_t<Cache> self, i64 group, i64 arena_in_group, i64 begin, i64 bytes) {
   auto& cache = nb::cast<Cache&>(self);
   Space* space = cache.pool().space();
@@ -169,8 +169,8 @@ nb::ndarray<std::uint8_t> arena_bytes(nb::handle_t<Cache> self, i64 group, i64 a
   }
   const size_t shape[1] = {static_cast<size_t>(bytes)};
   const DriverInfo& info = space->info();
-  return nb::ndarray<std::uint8_t>(reinterpret_cast<void*>(base + static_cast<Address>(begin)), 1, shape, self, nullptr, nb::dtype<std::uint8_t>(),
-                                   info.dlpack_device_type, info.device_index);
+  return nb::ndarray<std::uint8_t>(reinterpret_cast<void*>(base + static_cast<Address>(begin)), 1, shape, self, nullptr,
+                                   nb::dtype<std::uint8_t>(), info.dlpack_device_type, info.device_index);
 }
 
 nb::class_<Cache> bind_cache(nb::module_& m) {

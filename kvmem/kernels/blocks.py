@@ -105,6 +105,7 @@ def batch_slots(batch: GroupBatch) -> torch.Tensor:
     New for each fill, the same for all layers of the group. With it, ``gather_tokens`` gives K as attention over packed
     sequences takes it. Tokens that a window has dropped, and padding rows, read block 0, which is zero. No waiting.
     """
+    batch.check_current()
     total, device = int(batch.cu_seqlens_k_cpu[-1]), batch.block_table.device
     row = torch.repeat_interleave(
         torch.arange(batch.num_rows, device=device), batch.seq_lens.long(), output_size=total

@@ -114,8 +114,11 @@ def rows_of(batch: GroupBatch, why: str) -> tuple[torch.Tensor, torch.Tensor]:
 def window_left(batch: GroupBatch | Cascade, window_tokens: int | None, causal: bool) -> int:
     """How many tokens before its own a query sees: ``window_tokens - 1``, or -1 for all of them.
 
-    ``SpecError`` if the batch has dropped tokens and no window is given: the kernel would read what is not there.
+    ``SpecError`` if the batch has dropped tokens and no window is given: the kernel would read what is not there;
+    ``StaleHandle`` if the batch is no longer current.
     """
+    if isinstance(batch, GroupBatch):
+        batch.check_current()
     if window_tokens is None:
         if batch.drops_tokens:
             raise SpecError("window_tokens: got None, but a window has dropped tokens of this batch; give the group's")
