@@ -128,17 +128,16 @@ void check_current(Cache& c, i64 group, Buffers& batch) {
     stale = c.find_stale(group, batch.at, batch.marks, &batch.sizes);
   }
   if (stale < 0) return;
-  throw StaleHandle(
-      "batch: since it was filled, sequence handle " + std::to_string(stale) +
-      " was freed, or the new tokens that the batch has of it were cut off, passed by a window or moved; " +
-      "fill() it again, after what changes sequences and before what uses it");
+  throw StaleHandle("batch: since it was filled, sequence handle " + std::to_string(stale) +
+                    " was freed, or tokens that the batch has of it were cut off, passed by a window or moved; " +
+                    "fill() it again, after what changes sequences and before what uses it");
 }
 
 void bind_batch(nb::module_& m, nb::class_<Cache>& cache) {
   bind_buffers(m);
   cache
       .def("check_current", &check_current, "group"_a, "batch"_a,
-           "StaleHandle if the batch's new tokens no longer lie where it says.")
+           "StaleHandle if the tokens of the batch no longer lie where it says.")
       .def(
           "fill",
           [](Cache& c, const Int32s& handles, const std::optional<Int32s>& new_tokens, i64 group, i64 rows,

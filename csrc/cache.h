@@ -108,8 +108,8 @@ class Cache final : public TableState {
                   BatchMarks& marks);
   // Counts the calls that may free, cut or move what a filled batch speaks of. May be read without the lock.
   i64 changes() const { return changes_.load(std::memory_order_relaxed); }
-  // The first of a fill's sequences that was freed since, or whose new tokens no longer lie where the buffers say; -1
-  // if there is none. Costs a comparison for each sequence, and for each new block of those whose table changed.
+  // The first of a fill's sequences that was freed or cut since, or whose tokens no longer lie where the buffers say;
+  // -1 if there is none. Costs a comparison for each sequence, and for each block of those whose table changed.
   i64 find_stale(i64 group, const BatchBuffers& filled, const BatchMarks& marks, BatchSizes* sizes);
   // All of a step: makes room for counts[i] more tokens, commits those that were reserved before it (`tokens`: the
   // `num_tokens` ids of all of them, or null), and fills the first group that grows with the tokens.

@@ -92,8 +92,7 @@ i64 Cache::find_stale(i64 group, const BatchBuffers& filled, const BatchMarks& m
 bool Cache::lies_as(i64 index, i64 g, i64 row, const BatchBuffers& filled, const BatchMarks& marks) const {
   const i64 first_slot = filled.cu_seqlens_q[row], fresh = filled.cu_seqlens_q[row + 1] - first_slot;
   const i64 end = filled.seq_lens[row], begin = end - fresh;
-  if (fresh == 0) return true;
-  if (end > sequences_.tokens(index, g) || begin < sequences_.front(index, g)) return false;
+  if (end > sequences_.tokens(index, g) || (fresh > 0 && begin < sequences_.front(index, g))) return false;
   if (!geometry_.debug && table_->view(g).at(index).version == marks.rows[row].version) return true;
   const i64 size = geometry_.groups[g].block_tokens, token_bytes = geometry_.groups[g].token_bytes[0];
   for (i64 token = begin; token < end; token = (token / size + 1) * size) {  // in a block they follow each other

@@ -404,6 +404,9 @@ class Cache:
 
     def handles(self) -> list[int]: ...
 
+    def check_current(self, group: int, batch: BatchBuffers) -> None:
+        """StaleHandle if the tokens of the batch no longer lie where it says."""
+
     def fill(self, handles: NDArray[numpy.int32], new_tokens: NDArray[numpy.int32] | None, group: int, rows: int, out: BatchBuffers) -> None: ...
 
     def step(self, handles: NDArray[numpy.int32], counts: NDArray[numpy.int32] | None, tokens: NDArray[numpy.int32] | None, rows: int, out: BatchBuffers) -> None:

@@ -185,8 +185,8 @@ class GroupBatch:
         self._uploaded.record(self._stream())  # not the current device's, where that is another one
 
     def check_current(self) -> None:
-        """``StaleHandle`` if a sequence of this batch was freed since the fill, or if the new tokens that the batch has
-        of it were cut off, passed by a window or moved: what is written now would be another's.
+        """``StaleHandle`` if a sequence of this batch was freed since the fill, or if tokens that the batch has of it
+        were moved, or new ones cut off or passed by a window: what is written or read now could be another's.
 
         ``write_kv`` and the attention functions call it. Other sequences may come and go meanwhile, and these may grow.
         Costs a comparison while nothing has changed in the allocator, else one for each sequence. What was freed and

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -129,23 +130,22 @@ def test_a_batch_whose_fill_failed_is_refused() -> None:
 
 
 def expected_stale(alloc: kvmem.Allocator, ids: list[int], kept: list[tuple[np.ndarray, ...]]) -> list[bool]:
-    """By group, from what fills say now: whether one of the new tokens is gone, or lies elsewhere."""
+    """By group, from what fills say now: whether a new token is gone, or any token still held lies elsewhere."""
     found = []
-    for group, (lengths, fresh, slots) in enumerate(kept):
+    for group, (lengths, fresh, slots, tables) in enumerate(kept):
         stale, at = False, 0
-        for handle, length, count in zip(ids, lengths, fresh, strict=True):
+        for handle, length, count, blocks in zip(ids, lengths, fresh, tables, strict=True):
             mine = slots[at : at + count]
             at += count
-            if count == 0:
-                stale |= handle not in alloc.core.handles()
-                continue
             if handle not in alloc.core.handles() or alloc.core.tokens(handle, group) < length:
                 stale = True
                 continue
-            if alloc.core.first_token(handle, group) > length - count:
+            if count and alloc.core.first_token(handle, group) > length - count:
                 stale = True
                 continue
             table = alloc.batch(np.array([handle], np.int32)).group(group).block_table[0].numpy()
+            begin, end = -(-alloc.core.first_token(handle, group) // SIZE), -(-length // SIZE)
+            stale |= bool((table[begin:end] != blocks[begin:end]).any())
             positions = np.arange(length - count, length)
             stale |= bool((table[positions // SIZE].astype(np.int64) * SIZE + positions % SIZE != mine).any())
         found.append(stale)
@@ -169,7 +169,7 @@ def test_random_changes_after_a_fill(spec: kvmem.CacheSpec, backend: str, debug:
         mine = rng.sample(live, rng.randint(1, len(live)))
         batch = alloc.batch(mine)
         kept = [
-            (b.seq_lens_cpu.numpy().copy(), b.cu_seqlens_q_cpu.diff().numpy().copy(), b.slot_mapping.numpy().copy())
+            tuple(x.numpy().copy() for x in (b.seq_lens, b.cu_seqlens_q.diff(), b.slot_mapping, b.block_table))
             for b in batch.groups
         ]
         ids = [seq.id for seq in mine]
@@ -185,7 +185,7 @@ def test_random_changes_after_a_fill(spec: kvmem.CacheSpec, backend: str, debug:
                 group.check_current()
         for seq in live:
             seq.commit(seq.num_tokens - seq.num_committed_tokens)
-    assert min(outcomes.values()) > 40, outcomes
+    assert min(outcomes.values()) > 15, outcomes
 
 
 def change(alloc: kvmem.Allocator, live: list[kvmem.Sequence], rng: random.Random) -> None:
@@ -205,10 +205,8 @@ def change(alloc: kvmem.Allocator, live: list[kvmem.Sequence], rng: random.Rando
     elif kind == "grow" and seq.num_tokens < 80:
         seq.try_extend(rng.choice([1, 6]))
     elif kind == "fork" and len(live) < 8:
-        try:
+        with suppress(kvmem.OutOfMemory):
             live.append(seq.fork())
-        except kvmem.OutOfMemory:
-            pass
     elif kind == "commit":
         seq.commit(seq.num_tokens - seq.num_committed_tokens)
     elif kind == "compact":

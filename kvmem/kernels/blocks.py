@@ -8,7 +8,7 @@ Ids say where. A *slot* is ``block * block_size + offset``, as in ``Batch.slot_m
 every token of a batch, once for all layers. A *block id* is an entry of ``block_table`` or ``kv_indices``. Ids on the
 host are checked (``SpecError``), and copied to the device. Ids in a CUDA tensor are taken as they are, since looking at
 them would wait for the device: then nothing here waits, and a graph can capture it. Slots and blocks that no sequence
-holds may be unmapped, and touching one faults.
+holds may be unmapped: on a GPU touching one faults; on a CPU writing does, and reading gives zeros.
 
 Order: everything is put on torch's current stream and nothing waits for the host. Work on the same stream comes before
 and after as it was issued. The allocator's own copies, zeroing and fences go to the stream of ``Allocator.set_stream``
