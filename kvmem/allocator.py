@@ -435,8 +435,8 @@ class Allocator:
         ``kvmem.kernels.rules``, or ``as_subclass(torch.Tensor)``, takes the checks away.
         """
         k, v = self.tensor(layer, "k"), self.tensor(layer, "v")
-        if len(k) != len(v):  # in ranges of their own (interleave="none"), of which one gave up parked pages
-            blocks = min(len(k), len(v))
+        blocks = min(len(plain(k)), len(plain(v)))
+        if len(plain(k)) != len(plain(v)):  # in ranges of their own (interleave="none"): one gave up parked pages
             return CacheTensor.over(plain(k)[:blocks]), CacheTensor.over(plain(v)[:blocks])
         return k, v
 

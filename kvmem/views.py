@@ -70,14 +70,14 @@ class CacheTensor(torch.Tensor):
         others = (*args[1:], *(value for key, value in kwargs.items() if args or key != "input"))
         if isinstance(subject, CacheTensor) and not _holds_cache(others):
             if name == "__getitem__":
-                return subject._item(args[1])
+                return subject[args[1]]
             if (handler := _handler(name)) is not None and not _has_anothers_name(func):
                 return handler(subject, func, args, kwargs)
         if (name == "embedding" and not _holds_cache(args[:1])) or _is_foreign(func):
             return func(*_plain_all(args), **{key: _plain_one(value) for key, value in kwargs.items()})
         _refuse(name)
 
-    def _item(self, index: Any) -> torch.Tensor:
+    def __getitem__(self, index: Any) -> torch.Tensor:  # without the way through __torch_function__
         if self._names_blocks(index):
             return self._plain[index]
         if _is_basic(index):
