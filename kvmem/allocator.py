@@ -500,11 +500,7 @@ class Allocator:
         token_bytes = layout.token_bytes[where.arena]
         start = self.core.row(handle, index) * self._geometry[index].row_tokens + first
         span = (end - first - 1) * token_bytes + where.heads * where.width * where.dtype.itemsize
-        self.pool.streams.follow()
-        with torch.inference_mode(False):
-            memory = from_dlpack(
-                self.core.arena_bytes(index, where.arena, start * token_bytes + where.offset_bytes, span)
-            )
+        memory = self._part(index, where.arena, start * token_bytes + where.offset_bytes, span)
         found = token_view(memory, where, token_bytes, end - first)
         return WatchedTokens.of(found, self.core, handle, index, first, end) if self._debug else found
 
@@ -515,6 +511,12 @@ class Allocator:
             with torch.inference_mode(False):
                 self._arenas[group, arena] = from_dlpack(self.core.arena_bytes(group, arena))
         return self._arenas[group, arena]
+
+    def _part(self, group: int, arena: int, begin: int, bytes: int) -> torch.Tensor:
+        """Bytes of an arena in a storage of their own."""
+        self.pool.streams.follow()
+        with torch.inference_mode(False):
+            return from_dlpack(self.core.arena_bytes(group, arena, begin, bytes))
 
     # --- memory ---
 
