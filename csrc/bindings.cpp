@@ -44,7 +44,10 @@ void translate(const std::exception_ptr& pointer, void*) {
 
 NB_MODULE(_core, m) {
   m.doc() = "The native half of kvmem: drivers, pages, rows, blocks, sequences.";
-#ifndef KVMEM_DEBUG
+#ifdef KVMEM_DEBUG
+  m.attr("debug_build") = true;
+#else
+  m.attr("debug_build") = false;
   nb::set_leak_warnings(false);  // an allocator that lives until the interpreter exits is no leak
 #endif
   // Whoever holds the pool may be waiting for Python's lock, and no Python thread shall wait for those that do not.

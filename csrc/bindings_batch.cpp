@@ -161,9 +161,26 @@ void refill(Buffers& out, const Fill& fill) {
 
 }  // namespace
 
+// Called for each layer: one comparison while nothing has changed.
+void check_current(Cache& c, i64 group, Buffers& batch) {
+  if (batch.filled && c.changes() == batch.sizes.changes) return;
+  if (!batch.filled) throw SpecError("batch: its last fill failed, or there was none; fill() it");
+  i64 stale = -1;
+  {
+    nb::gil_scoped_release release;
+    stale = c.find_stale(group, batch.at, batch.marks, &batch.sizes);
+  }
+  if (stale < 0) return;
+  throw StaleHandle("batch: since it was filled, sequence handle " + std::to_string(stale) +
+                    " was freed, or tokens that the batch has of it were cut off, passed by a window or moved; " +
+                    "fill() it again, after what changes sequences and before what uses it");
+}
+
 void bind_batch(nb::module_& m, nb::class_<Cache>& cache) {
   bind_buffers(m);
   cache
+      .def("check_current", &check_current, "group"_a, "batch"_a,
+           "StaleHandle if the tokens of the batch no longer lie where it says.")
       .def(
           "fill",
           [](Cache& c, const Int32s& handles, const std::optional<Int32s>& new_tokens, i64 group, i64 rows,

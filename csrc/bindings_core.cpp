@@ -182,19 +182,25 @@ void bind_sequences(nb::module_& m) {
       .def("next_handle", &Sequences::next_handle);
 }
 
-// One arena as a flat tensor of bytes (DLPack). The tensor owns a reference to the cache, since a cache that goes
-// unmaps its arenas: whoever still looks at the memory keeps it.
-nb::ndarray<std::uint8_t> arena_bytes(nb::handle_t<Cache> self, i64 group, i64 arena_in_group) {
+// [begin, begin + bytes) of one arena (-1: to its end) as a flat tensor of bytes (DLPack). The tensor owns a reference
+// to the cache, since a cache that goes unmaps its arenas: whoever still looks at the memory keeps it.
+nb::ndarray<std::uint8_t> arena_bytes(nb::handle_t<Cache> self, i64 group, i64 arena_in_group, i64 begin, i64 bytes) {
   auto& cache = nb::cast<Cache&>(self);
   cache.check_process();
   Space* space = cache.pool().space();
   if (!space) throw DeviceError("device \"meta\" keeps the books only: it has no memory to show");
   const i32 arena = static_cast<i32>(cache.first_arena(group) + arena_in_group);
   const Address base = space->arena_base(arena);
-  const size_t shape[1] = {static_cast<size_t>(space->arena_bytes(arena))};
+  const i64 all = space->arena_bytes(arena);
+  if (bytes < 0) bytes = all - begin;
+  if (begin < 0 || begin > all || bytes < 0 || bytes > all - begin) {
+    throw SpecError("arena_bytes: [" + std::to_string(begin) + ", +" + std::to_string(bytes) + ") of " +
+                    std::to_string(all) + " bytes");
+  }
+  const size_t shape[1] = {static_cast<size_t>(bytes)};
   const DriverInfo& info = space->info();
-  return nb::ndarray<std::uint8_t>(reinterpret_cast<void*>(base), 1, shape, self, nullptr, nb::dtype<std::uint8_t>(),
-                                   info.dlpack_device_type, info.device_index);
+  return nb::ndarray<std::uint8_t>(reinterpret_cast<void*>(base + static_cast<Address>(begin)), 1, shape, self, nullptr,
+                                   nb::dtype<std::uint8_t>(), info.dlpack_device_type, info.device_index);
 }
 
 nb::class_<Cache> bind_cache(nb::module_& m) {
@@ -350,7 +356,7 @@ nb::class_<Cache> bind_cache(nb::module_& m) {
             c.apply(ops);
           },
           "ops"_a, nb::sig("def apply(self, ops: Sequence[Sequence[str | int]]) -> None"))
-      .def("arena_bytes", &arena_bytes, "group"_a, "arena"_a)
+      .def("arena_bytes", &arena_bytes, "group"_a, "arena"_a, "begin"_a = 0, "bytes"_a = -1)
       .def("mapped_extent_bytes", &Cache::mapped_extent_bytes, "group"_a, "arena"_a, Free())
       .def("handles", &Cache::handles, Free());
 }

@@ -150,7 +150,8 @@ void bind_drivers(nb::module_& m) {
   bind_info(m);
   bind_driver(m);
   bind_checked(m);
-  m.def("host_driver", &make_host_driver, "The CPU device: memfd and mmap.");
+  m.def("host_driver", &make_host_driver, "holes_fault"_a = false,
+        "The CPU device: memfd and mmap. Reading where nothing is mapped gives zeros, and faults with `holes_fault`.");
   m.def(
       "cuda_driver",
       [](int index, const std::string& library, bool shareable, bool rdma) {

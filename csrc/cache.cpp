@@ -97,7 +97,14 @@ Cache::~Cache() {
 
 Cache::Lock Cache::enter(bool look) {
   fork_guard_.check("the allocator");
-  return pool_->lock(look);
+  Lock lock = pool_->lock(look);
+  if (!look) changes_.store(changes() + 1, std::memory_order_relaxed);  // the lock is held, so no increment is lost
+  return lock;
+}
+
+Cache::Lock Cache::enter_still() {
+  fork_guard_.check("the allocator");
+  return pool_->lock(false);
 }
 
 void Cache::settle() { pool_->settle(); }
@@ -287,7 +294,7 @@ void Cache::lengths(const i32* handles, i64 n, i64 group, i64* tokens, i64* comm
 }
 
 Placement Cache::place(i64 handle, i64 group) {
-  Lock lock = enter();
+  Lock lock = enter_still();
   check_group(group);
   return table_->view(group < 0 ? token_group_ : group).at(sequences_.index(handle));
 }

@@ -133,6 +133,11 @@ class Cache final : public TableState {
   // `marks` say what the last fill of the same buffers left there.
   BatchSizes fill(const i32* handles, i64 n, const i32* new_tokens, i64 group, i64 rows, const BatchBuffers& out,
                   BatchMarks& marks);
+  // Counts the calls that may free, cut or move what a filled batch speaks of. May be read without the lock.
+  i64 changes() const { return changes_.load(std::memory_order_relaxed); }
+  // The first of a fill's sequences that was freed or cut since, or whose tokens no longer lie where the buffers say;
+  // -1 if there is none. Costs a comparison for each sequence, and for each block of those whose table changed.
+  i64 find_stale(i64 group, const BatchBuffers& filled, const BatchMarks& marks, BatchSizes* sizes);
   // All of a step: makes room for counts[i] more tokens, commits those that were reserved before it (`tokens`: the
   // `num_tokens` ids of all of them, or null), and fills the first group that grows with the tokens.
   BatchSizes step(const i32* handles, const i32* counts, i64 n, const i32* tokens, i64 num_tokens, i64 rows,
@@ -198,6 +203,8 @@ class Cache final : public TableState {
   };
   using Lock = PoolLock;
   Lock enter(bool look = false);  // look: the books only
+  Lock enter_still();             // as enter(), but nothing that a batch speaks of will change
+  bool lies_as(i64 index, i64 g, i64 row, const BatchBuffers& filled, const BatchMarks& marks) const;
   void settle();
   void leave();
   // Between two pieces of a call: everybody who waits for the pool gets it once.
@@ -363,6 +370,7 @@ class Cache final : public TableState {
   std::vector<i32> ones_;
   TableWrites seen_;        // what the call in progress may replace
   std::vector<i64> stamp_;  // by sequence: the last call that named it
+  std::atomic<i64> changes_{0};
   i64 call_ = 0;
   ForkGuard fork_guard_;
 };

@@ -65,7 +65,9 @@ BatchSizes Cache::write_batch(const i32* handles, i64 n, const i32* new_tokens, 
       writer.add({handles[i], length, fresh, now.front, view.at(indices_[i])});
     }
     for (i64 i = n; i < rows; ++i) writer.pad();
-    return writer.finish();
+    BatchSizes sizes = writer.finish();
+    sizes.changes = changes();
+    return sizes;
   } catch (...) {
     marks.clear();
     throw;
@@ -74,7 +76,7 @@ BatchSizes Cache::write_batch(const i32* handles, i64 n, const i32* new_tokens, 
 
 BatchSizes Cache::fill(const i32* handles, i64 n, const i32* new_tokens, i64 group, i64 rows, const BatchBuffers& out,
                        BatchMarks& marks) {
-  Lock lock = enter();
+  Lock lock = enter_still();
   check_group(group);
   const i64 g = group < 0 ? token_group_ : group;
   rows = std::max(rows, n);
@@ -83,6 +85,40 @@ BatchSizes Cache::fill(const i32* handles, i64 n, const i32* new_tokens, i64 gro
   check_rows(rows, g, out);
   prepare_padding(n, g, rows);
   return write_batch(handles, n, new_tokens, g, rows, out, marks);
+}
+
+i64 Cache::find_stale(i64 group, const BatchBuffers& filled, const BatchMarks& marks, BatchSizes* sizes) {
+  Lock lock = enter_still();
+  check_group(group);
+  if (!filled.slot_mapping || !filled.seq_lens || !filled.cu_seqlens_q) return -1;
+  for (i64 row = 0; row < marks.filled; ++row) {
+    const i64 handle = marks.rows[row].handle;
+    if (handle == RowMark::kNobody) continue;
+    const i64 index = sequences_.place_of(handle);
+    const bool lives = sequences_.live(index) && sequences_.handle_of(index) == handle;
+    if (!lives || !lies_as(index, group, row, filled, marks)) return handle;
+  }
+  sizes->changes = changes();
+  return -1;
+}
+
+// Whether the new tokens of a filled row are still there, and whether they and those before them lie where they did.
+bool Cache::lies_as(i64 index, i64 g, i64 row, const BatchBuffers& filled, const BatchMarks& marks) const {
+  const i64 first_slot = filled.cu_seqlens_q[row], fresh = filled.cu_seqlens_q[row + 1] - first_slot;
+  const i64 end = filled.seq_lens[row], begin = end - fresh;
+  if (end > sequences_.tokens(index, g) || (fresh > 0 && begin < sequences_.front(index, g))) return false;
+  if (!geometry_.debug && table_->view(g).at(index).version == marks.rows[row].version) return true;
+  const i64 size = geometry_.groups[g].block_tokens, token_bytes = geometry_.groups[g].token_bytes[0];
+  for (i64 token = begin; token < end; token = (token / size + 1) * size) {  // in a block they follow each other
+    const i64 slot = filled.slot_mapping[first_slot + token - begin];
+    if (table_->offset_bytes(index, g, 0, token) != slot * token_bytes) return false;
+  }
+  if (!filled.block_table) return true;
+  const i32* table = filled.block_table + row * filled.max_blocks;
+  for (i64 block = ceil_div(sequences_.front(index, g), size); block * size < end; ++block) {
+    if (table_->offset_bytes(index, g, 0, block * size) != table[block] * size * token_bytes) return false;
+  }
+  return true;
 }
 
 void Cache::take_back_room(const i32* counts, i64 n) {

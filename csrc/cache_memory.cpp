@@ -106,7 +106,7 @@ std::vector<std::string> Cache::check() {
 }
 
 i64 Cache::mapped_extent_bytes(i64 group, i64 arena_in_group) {
-  Lock lock = enter();
+  Lock lock = enter_still();
   return table_->mapped_extent_slots(group, arena_in_group) * pool_->page_bytes();
 }
 

@@ -121,8 +121,9 @@ class Driver {
 // "[0x7f0000000000, +65536)": an address range in a message.
 std::string range_text(Address at, i64 bytes);
 
-// memfd + mmap: the CPU device. Real memory, really mapped on demand.
-std::shared_ptr<Driver> make_host_driver();
+// memfd + mmap: the CPU device. Real memory, really mapped on demand. Where nothing is mapped, reading gives zeros and
+// writing faults; with `holes_fault`, and in a debug build, reading faults too, as on a GPU.
+std::shared_ptr<Driver> make_host_driver(bool holes_fault = false);
 
 // libcuda opened at run time. `library` is a path, "" for KVMEM_CUDA_DRIVER or else libcuda.so.1. DeviceError where
 // there is none, the device does not exist, or it has no virtual memory management or not what `pages` asks for.

@@ -30,7 +30,7 @@ namespace {
 
 class HostDriver final : public Driver {
  public:
-  HostDriver() {
+  explicit HostDriver(bool holes_fault) : file_(holes_fault) {
     info_.name = "host";
     info_.granularity_bytes = sysconf(_SC_PAGESIZE);
     info_.recommended_bytes = round_up(64 * 1024, info_.granularity_bytes);
@@ -199,7 +199,7 @@ Address HostDriver::reserve(i64 bytes, i64 alignment) {
   }
   budget_.check_map(1);
   const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
-  void* got = mmap(nullptr, bytes + slack, PROT_NONE, flags, -1, 0);
+  void* got = mmap(nullptr, bytes + slack, file_.hole_protection(), flags, -1, 0);
   if (got == MAP_FAILED) system_failed("reserve", "mmap", std::to_string(bytes) + " bytes");
   Address base = reinterpret_cast<Address>(got);
   if (slack) {
@@ -303,7 +303,7 @@ void HostDriver::map_pages(Address at, i64 page_bytes, const PageHandle* pages, 
     try {
       file_.show(at + run.first * page_bytes, run.count * page_bytes, run.offset, accessible);
     } catch (const Error&) {
-      if (run.first) make_hole(at, run.first * page_bytes);
+      if (run.first) file_.make_hole(at, run.first * page_bytes);
       throw;
     }
   }
@@ -348,7 +348,7 @@ void HostDriver::unmap_run(Address at, i64 page_bytes, i64 count) {
     mapped_.push_back(&page_of("unmap", handle_of(offset), page_bytes));
   }
   budget_.check_unmap(pieces.growth_of_unmap(at, page_bytes * count));
-  if (!make_hole(at, page_bytes * count)) system_failed("unmap", "mmap", range_text(at, page_bytes * count));
+  if (!file_.make_hole(at, page_bytes * count)) system_failed("unmap", "mmap", range_text(at, page_bytes * count));
   account(pieces, [&](HostPieces& p) { p.unmap(at, page_bytes * count); });
   for (Page* page : mapped_) --page->mappings;
 }
@@ -370,6 +370,11 @@ void HostDriver::copy(Address to, Address from, i64 bytes, Stream) {
 
 }  // namespace
 
-std::shared_ptr<Driver> make_host_driver() { return std::make_shared<HostDriver>(); }
+std::shared_ptr<Driver> make_host_driver(bool holes_fault) {
+#ifdef KVMEM_DEBUG
+  holes_fault = true;
+#endif
+  return std::make_shared<HostDriver>(holes_fault);
+}
 
 }  // namespace kvmem

@@ -32,7 +32,7 @@ i64 nominal_bytes() {
 
 }  // namespace
 
-HostFile::HostFile() {
+HostFile::HostFile(bool holes_fault) : holes_fault_(holes_fault) {
   fd_ = memfd_create("kvmem", MFD_CLOEXEC | MFD_ALLOW_SEALING);
   if (fd_ < 0) fail("memfd_create");
   const i64 bytes = nominal_bytes();
@@ -117,10 +117,15 @@ void HostFile::show(Address at, i64 bytes, i64 offset, bool accessible) const {
   }
 }
 
-bool make_hole(Address at, i64 bytes) {
+int HostFile::hole_protection() const {
+  // Without access for writing, the kernel shows its one page of zeros to who reads, and charges nobody for it.
+  return holes_fault_ ? PROT_NONE : PROT_READ;
+}
+
+bool HostFile::make_hole(Address at, i64 bytes) const {
   void* where = reinterpret_cast<void*>(at);
   const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED;
-  if (mmap(where, bytes, PROT_NONE, flags, -1, 0) == MAP_FAILED) return false;
+  if (mmap(where, bytes, hole_protection(), flags, -1, 0) == MAP_FAILED) return false;
   madvise(where, bytes, MADV_DONTFORK);  // a new mapping loses the flag; with it the hole merges with its neighbours
   return true;
 }

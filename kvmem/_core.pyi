@@ -8,6 +8,8 @@ import numpy
 from numpy.typing import NDArray
 
 
+debug_build: bool = False
+
 class DriverInfo:
     """What a driver is. Sizes in bytes."""
 
@@ -203,8 +205,10 @@ class CheckedDriver(Driver):
     def touch(self, at: int, bytes: int) -> None:
         """DeviceError unless the range is mapped and accessible."""
 
-def host_driver() -> Driver:
-    """The CPU device: memfd and mmap."""
+def host_driver(holes_fault: bool = False) -> Driver:
+    """
+    The CPU device: memfd and mmap. Reading where nothing is mapped gives zeros, and faults with `holes_fault`.
+    """
 
 def cuda_driver(index: int = 0, library: str = '', shareable: bool = False, rdma: bool = False) -> Driver:
     """
@@ -426,11 +430,14 @@ class Cache:
 
     def apply(self, ops: Sequence[Sequence[str | int]]) -> None: ...
 
-    def arena_bytes(self, group: int, arena: int) -> NDArray[numpy.uint8]: ...
+    def arena_bytes(self, group: int, arena: int, begin: int = 0, bytes: int = -1) -> NDArray[numpy.uint8]: ...
 
     def mapped_extent_bytes(self, group: int, arena: int) -> int: ...
 
     def handles(self) -> list[int]: ...
+
+    def check_current(self, group: int, batch: BatchBuffers) -> None:
+        """StaleHandle if the tokens of the batch no longer lie where it says."""
 
     def fill(self, handles: NDArray[numpy.int32], new_tokens: NDArray[numpy.int32] | None, group: int, rows: int, out: BatchBuffers) -> None: ...
 

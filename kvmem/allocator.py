@@ -15,6 +15,7 @@ from kvmem import _core
 from kvmem.arrays import as_int32, at_least_zero, check_bool, check_most, not_int32
 from kvmem.backends import BACKENDS, lay_out
 from kvmem.batch import INT32_MAX, Batch, new_batch
+from kvmem.device import in_debug_mode
 from kvmem.digests import ExtraKey, decode_key
 from kvmem.errors import OutOfMemory, SpecError
 from kvmem.events import Event, EventBatch, EventStream
@@ -24,11 +25,12 @@ from kvmem.pool import PagePool, pool_for
 from kvmem.prefix import Pin, PrefixMatch, Reason, Tokens, encode_keys, token_ids, with_ids
 from kvmem.protocols import Sizes
 from kvmem.sequence import NOBODY, Sequence
+from kvmem.sequence_views import CopiedTokens, WatchedTokens
 from kvmem.spec import CacheSpec
 from kvmem.spec_rules import check_choice, check_size
 from kvmem.stats import Stats
 from kvmem.units import parse_bytes
-from kvmem.views import CacheTensor, block_view, row_view
+from kvmem.views import CacheTensor, block_view, plain, row_view, token_view
 
 __all__ = ["Allocator"]
 
@@ -123,6 +125,7 @@ class Allocator:
         self.max_sequences = check_most("max_sequences", check_size("max_sequences", max_sequences), MAX_SEQUENCES)
         self.max_tokens = check_most("max_tokens", check_size("max_tokens", max_tokens), INT32_MAX)
         self._recording = record_ops
+        self._debug = in_debug_mode() if debug is None else debug
         self.pool = pool_for(pool, device, memory, page_bytes, driver, record_ops)
         home = self.pool.device
         self.device = home.torch_device
@@ -158,7 +161,7 @@ class Allocator:
                 tail_guard_tokens=self.tail_guard_tokens,
                 map_ahead_tokens=self.map_ahead_tokens,
                 zero=getattr(_core.Zero, zero),
-                debug=os.environ.get("KVMEM_DEBUG", "0") not in ("", "0") if debug is None else debug,
+                debug=self._debug,
                 groups=self._geometry,
             ),
             pool=self.pool.core,
@@ -503,13 +506,16 @@ class Allocator:
         """K and V of a layer for kernels, each ``[num_blocks, block_size, heads, width]``, with equal shape and
         strides.
 
-        They end at the last mapped block; the address never changes. Blocks that no sequence holds may be unmapped:
-        reading them faults, so index by a batch's block table. They print safely.
+        They end at the last mapped block; the address never changes. Blocks that no sequence holds may be unmapped, so
+        index by a batch's block table. They are ``CacheTensor``: what names its blocks, views and kernels work, what
+        would read, copy or write all of it is a ``SpecError``. An unmapped block that is named all the same reads as
+        zeros on a CPU, where writing to it ends the process; on a GPU both end the context. ``plain()`` of
+        ``kvmem.kernels.rules``, or ``as_subclass(torch.Tensor)``, takes the checks away.
         """
         k, v = self.tensor(layer, "k"), self.tensor(layer, "v")
-        if len(k) != len(v):  # in ranges of their own (interleave="none"), of which one gave up parked pages
-            blocks = min(len(k), len(v))
-            return k[:blocks].as_subclass(CacheTensor), v[:blocks].as_subclass(CacheTensor)
+        blocks = min(len(plain(k)), len(plain(v)))
+        if len(plain(k)) != len(plain(v)):  # in ranges of their own (interleave="none"): one gave up parked pages
+            return CacheTensor.over(plain(k)[:blocks]), CacheTensor.over(plain(v)[:blocks])
         return k, v
 
     def tensor(self, layer: int, component: str) -> torch.Tensor:
@@ -522,12 +528,12 @@ class Allocator:
         # The last one may be mapped in part; behind the last of all, a page may go on.
         blocks = min(self._geometry[index].max_blocks, -(-mapped // (token_bytes * group.block_size)))
         view = block_view(self._arena(index, where.arena), where, token_bytes, group.block_size, blocks)
-        return view.as_subclass(CacheTensor)
+        return CacheTensor.over(view)
 
     def rows(self, layer: int, component: str = "k") -> torch.Tensor:
         """The full rows, by name: ``[1 + max_sequences + cached_rows, row_tokens, heads, width]``, for kernels that
         take contiguous sequences (``cache_batch_idx``, ``seqused_k``). Row r is ``batch.rows[i]``; only the tokens that
-        it holds are mapped, touching others faults. ``SpecError`` on the paged backend, which has no rows.
+        it holds are mapped. A ``CacheTensor``, see ``kv``. ``SpecError`` on the paged backend, which has no rows.
         """
         index = self.spec.group_of(layer, component)
         geometry, layout = self._geometry[index], self._layouts[index]
@@ -536,23 +542,45 @@ class Allocator:
         where = layout.slice(layer, component)
         arena, num_rows = self._arena(index, where.arena), 1 + self.max_sequences + self.cached_rows
         view = row_view(arena, where, layout.token_bytes[where.arena], geometry.row_tokens, num_rows)
-        return view.as_subclass(CacheTensor)
+        return CacheTensor.over(view)
 
     def sequence_tensor(self, sequence: Sequence | int, layer: int, component: str) -> torch.Tensor:
-        """``[tokens held, heads, width]`` of one sequence, in order. Virtual: a view; paged: a gathered copy.
+        """``[tokens held, heads, width]`` of one sequence, in order, for reading; it can be saved, pickled and copied.
 
-        With a sliding window it starts at the first token still held (``core.first_token``).
+        Virtual: a view of what is mapped for these tokens, so it shows what is written later. Paged: a gathered copy,
+        to which a write is lost (``UserWarning``). So write with ``kernels.write.write_kv`` or
+        ``kernels.blocks.scatter``, which do the same on both. With a sliding window it starts at the first token still
+        held (``core.first_token``).
+
+        The view is valid while the sequence holds these tokens. Once it is freed or cut, the memory is another's or
+        nobody's: reads give other bytes or zeros, writes spoil them or end the process. With ``debug``, such a use is a
+        ``StaleHandle``.
         """
         handle = self._handle(sequence)
         index = self.spec.group_of(layer, component)
         first, end = self.core.first_token(handle, index), self.core.tokens(handle, index)
         if self._geometry[index].row_tokens:
-            row = self.core.row(handle, index)
-            return self.rows(layer, component)[row, first:end]
+            return self._tokens_in_place(handle, index, layer, component, first, end)
         batch = self.batch([handle])
         size = self.spec.groups[index].block_size
         blocks = batch.group(index).block_table[0, first // size : -(-end // size)].long()
-        return self.tensor(layer, component)[blocks].flatten(0, 1)[first % size : first % size + end - first]
+        found = self.tensor(layer, component)[blocks].flatten(0, 1)[first % size : first % size + end - first]
+        return CopiedTokens.over(found, [])
+
+    def _tokens_in_place(
+        self, handle: int, index: int, layer: int, component: str, first: int, end: int
+    ) -> torch.Tensor:
+        layout = self._layouts[index]
+        where = layout.slice(layer, component)
+        if first == end:
+            device = self._arena(index, where.arena).device  # DeviceError on "meta"
+            return torch.empty((0, where.heads, where.width), dtype=where.dtype, device=device)
+        token_bytes = layout.token_bytes[where.arena]
+        start = self.core.row(handle, index) * self._geometry[index].row_tokens + first
+        span = (end - first - 1) * token_bytes + where.heads * where.width * where.dtype.itemsize
+        memory = self._part(index, where.arena, start * token_bytes + where.offset_bytes, span)
+        found = token_view(memory, where, token_bytes, end - first)
+        return WatchedTokens.of(found, self.core, handle, index, first, end) if self._debug else found
 
     def _arena(self, group: int, arena: int) -> torch.Tensor:
         self.core.check_process()
@@ -562,6 +590,12 @@ class Allocator:
             with torch.inference_mode(False):
                 self._arenas[group, arena] = from_dlpack(self.core.arena_bytes(group, arena))
         return self._arenas[group, arena]
+
+    def _part(self, group: int, arena: int, begin: int, bytes: int) -> torch.Tensor:
+        """Bytes of an arena in a storage of their own."""
+        self.pool.streams.follow()
+        with torch.inference_mode(False):
+            return from_dlpack(self.core.arena_bytes(group, arena, begin, bytes))
 
     # --- memory ---
 

@@ -206,6 +206,18 @@ class GroupBatch:
             table.scatter_(0, places, blocks)
         self._uploaded.record(self._stream())  # not the current device's, where that is another one
 
+    def check_current(self) -> None:
+        """``StaleHandle`` if a sequence of this batch was freed since the fill, or if tokens that the batch has of it
+        were moved, or new ones cut off or passed by a window: what is written or read now could be another's.
+
+        ``write_kv`` and the attention functions call it. Other sequences may come and go meanwhile, and these may grow.
+        Costs a comparison while nothing has changed in the allocator, else one for each sequence. What was freed and
+        handed on between this check and the write, by another thread, is not found; nor is anything when a captured
+        graph is replayed, which runs no Python: call this before a replay.
+        """
+        if self._core is not None:
+            self._core.check_current(self._group, self.buffers)
+
     @property
     def num_rows(self) -> int:
         """B: sequences, then padding rows."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -99,6 +100,11 @@ def _ask_for_stream(index: int) -> Callable[[], int] | None:
     return partial(getattr(torch._C, "_cuda_getCurrentRawStream", _current_stream), index)
 
 
+def in_debug_mode() -> bool:
+    """Whether the environment variable ``KVMEM_DEBUG`` is set."""
+    return os.environ.get("KVMEM_DEBUG", "0") not in ("", "0")
+
+
 def open_device(
     name: str | torch.device, driver: _core.Driver | None = None, shareable: bool = False, rdma: bool = False
 ) -> Device:
@@ -113,7 +119,7 @@ def open_device(
     if text == "meta":
         return Device("meta", None, torch.device("meta"), 0, 0, "all", False)
     if text == "cpu":
-        return Device("cpu", driver or _core.host_driver(), torch.device("cpu"), 0, 0, "all", False)
+        return Device("cpu", driver or _core.host_driver(in_debug_mode()), torch.device("cpu"), 0, 0, "all", False)
     if match := re.fullmatch(r"cuda(?::(\d+))?", text):
         index = _current_device() if match.group(1) is None else int(match.group(1))
         driver = driver or _core.cuda_driver(index, shareable=shareable, rdma=rdma)

@@ -14,12 +14,15 @@ import torch
 
 from kvmem.allocator import Allocator
 from kvmem.batch import GroupBatch
-from kvmem.errors import KVMemError, SpecError
+from kvmem.errors import KVMemError, OutOfMemory, SpecError
 
 __all__ = ["EVERY", "BlockPlace", "LockstepRows", "RowPlace"]
 
 #: In place of a group's index: every group that grows with the tokens, as for the allocator's own calls.
 EVERY = -1
+
+#: A layer's number, and the first component that it writes there.
+LayerKey = tuple[int, str]
 
 
 class RowPlace:
@@ -68,10 +71,10 @@ def _by_row(slots: torch.Tensor, num_rows: int) -> torch.Tensor:
 
 
 class LockstepRows:
-    """``B`` sequences of ``alloc`` that are extended, truncated and forked together.
+    """``B`` sequences of ``alloc`` that are extended, truncated and forked together, and what each layer has written.
 
     A group's index, or ``EVERY``, says which tokens a call is about: a group that is fixed after prefill has a length
-    of its own. What ``extend`` reserves is committed by the next ``extend``, when every layer has been written.
+    of its own. Tokens are committed when every layer has written them: by the next ``extend``, or by ``commit``.
     ``max_rows`` bounds B. The sequences are freed with this object.
     """
 
@@ -80,11 +83,19 @@ class LockstepRows:
         self.max_rows = alloc.max_sequences if max_rows is None else max_rows
         #: While set, nothing is committed before ``commit()``, so that ``truncate`` can take back a sliding window.
         self.recording = False
+        #: How many tokens each layer has written. Kept here, so that what removes tokens removes them for all layers.
+        self.written: dict[LayerKey, int] = {}
+        self._layers: dict[int, list[LayerKey]] = {}  # by the tokens that they write
         self._ids: list[int] = []
         self._tokens: dict[int, int] = {}
-        self._pending: dict[int, int] = {}  # of those, not committed
+        self._committed: dict[int, int] = {}
         self._places: list[RowPlace | BlockPlace] | None = None
         weakref.finalize(self, _free, alloc, self._ids).atexit = False
+
+    def add_layer(self, group: int, key: LayerKey) -> None:
+        """Tokens of ``group`` are complete only when this layer, too, has written them."""
+        self._layers.setdefault(group, []).append(key)
+        self.written.setdefault(key, 0)
 
     @property
     def num_rows(self) -> int:
@@ -94,10 +105,14 @@ class LockstepRows:
         """Tokens of each row, those reserved last included."""
         return self._tokens.get(group, 0)
 
+    def num_complete(self, group: int = EVERY) -> int:
+        """Tokens that every layer has written."""
+        return min((self.written[key] for key in self._layers.get(group, ())), default=self.num_tokens(group))
+
     def extend(self, group: int, num_rows: int, count: int) -> None:
         """Makes room for ``count`` more tokens in each row; the first call opens ``num_rows`` of them.
 
-        ``OutOfMemory`` or ``SpecError``, and nothing has changed, where that does not fit.
+        ``OutOfMemory`` or ``SpecError``, and no token has changed, where that does not fit.
         """
         opened = not self._ids
         if opened:
@@ -108,17 +123,33 @@ class LockstepRows:
                 f"got a batch of {num_rows}; the cache holds tokens of a batch of {len(self._ids)}: reset() it, or "
                 "change its rows with batch_repeat_interleave() or batch_select_indices()"
             )
-        elif not self.recording:
-            self._commit(group)
+        due = 0 if self.recording else self.num_complete(group)
         try:
-            self.alloc.core.extend_batch(self._handles(), self._counts(count), group)
+            self._reserve(group, count, due)
         except KVMemError:
             if opened:
                 self.free()
             raise
-        self._tokens[group] = self._tokens.get(group, 0) + count
-        self._pending[group] = self._pending.get(group, 0) + count
+        self._commit(group, due)
+
+    def _reserve(self, group: int, count: int, due: int) -> None:
+        """Room first: when there is none, the last step can still be taken back, windows included."""
+        handles, counts = self._handles(), self._counts(count)
+        try:
+            self.alloc.core.extend_batch(handles, counts, group)
+        except OutOfMemory:
+            if not self._commit(group, due):
+                raise
+            self.alloc.core.extend_batch(handles, counts, group)  # in what the windows have passed
+        self._tokens[group] = self.num_tokens(group) + count
         self._places = None
+
+    def take_back(self, group: int, num_tokens: int) -> None:
+        """Undoes an ``extend`` whose tokens no layer has written. Room in a group that is fixed after prefill stays."""
+        if not any(self.written.values()):
+            self.free()
+        elif group == EVERY and self.num_tokens() > num_tokens:
+            self._cut(num_tokens)
 
     def place(self, group: int) -> RowPlace | BlockPlace:
         """Where the tokens of group number ``group`` lie, until they next change.
@@ -136,39 +167,55 @@ class LockstepRows:
         return RowPlace(batch, batch.rows_cpu.tolist())
 
     def commit(self) -> None:
-        """Every reserved token is written."""
+        """Commits what every layer has written."""
         for group in self._tokens:
-            self._commit(group)
+            self._commit(group, self.num_complete(group))
 
-    def _commit(self, group: int) -> None:
-        if count := self._pending.get(group, 0):
-            self.alloc.core.commit_batch(self._handles(), self._counts(count), group)
-            self._pending[group] = 0
+    def _commit(self, group: int, num_tokens: int) -> bool:
+        count = num_tokens - self._committed.get(group, 0)
+        if count <= 0:
+            return False
+        self.alloc.core.commit_batch(self._handles(), self._counts(count), group)
+        self._committed[group] = num_tokens
+        self._places = None
+        return True
 
     def truncate(self, num_tokens: int) -> None:
-        """Keeps the first ``num_tokens`` tokens of each row and commits them.
+        """Keeps the first ``num_tokens`` tokens of each row, and commits those that every layer has written. Rows that
+        hold nothing are freed.
 
         ``SpecError``, and nothing has changed, where a sliding window has dropped tokens that would be seen again.
         """
-        removed = self.num_tokens() - num_tokens
-        if removed > 0:
-            for handle in self._ids:  # equal rows: if one is refused, so is the first
-                self.alloc.core.truncate(handle, num_tokens)
-            self._tokens[EVERY] = num_tokens
-            self._pending[EVERY] = max(0, self._pending[EVERY] - removed)
-            self._places = None
-        self.commit()
+        if num_tokens < self.num_tokens():
+            self._cut(num_tokens)
+            for key in self._layers.get(EVERY, ()):
+                self.written[key] = min(self.written[key], num_tokens)
+        if any(self._tokens.values()):
+            self.commit()
+        else:
+            self.free()
+
+    def _cut(self, num_tokens: int) -> None:
+        for handle in self._ids:  # equal rows: if one is refused, so is the first
+            self.alloc.core.truncate(handle, num_tokens)
+        self._tokens[EVERY] = num_tokens
+        self._committed[EVERY] = min(self._committed.get(EVERY, 0), num_tokens)
+        self._places = None
 
     def rearrange(self, parents: list[int]) -> None:
-        """Row i becomes a copy of what row ``parents[i]`` is now.
+        """Row i becomes a copy of what row ``parents[i]`` is now; of no rows, the cache is as new.
 
         The first child of a row takes its place and further ones are forks, which share all but the last page or block:
         no row is ever copied whole. The forks need memory and sequences before what is dropped gives them back.
-        ``OutOfMemory``, and nothing has changed, where there is none.
+        ``OutOfMemory``, and nothing has changed, where there is none; ``SpecError`` while a step is half done.
         """
         if parents == list(range(len(self._ids))):
             return
+        if not parents:
+            self.free()
+            return
         self._check_rows(len(parents))
+        self.check_complete()
         self.commit()
         kept: set[int] = set()
         children, forked = [], []
@@ -186,7 +233,10 @@ class LockstepRows:
         self._places = None
 
     def fork(self) -> LockstepRows:
-        """The same tokens in as many new sequences, shared page by page or block by block."""
+        """The same tokens in as many new sequences, shared page by page or block by block. ``OutOfMemory``, and nothing
+        has changed; ``SpecError`` while a step is half done.
+        """
+        self.check_complete()
         self.commit()
         copy = LockstepRows(self.alloc, self.max_rows)
         try:
@@ -195,17 +245,34 @@ class LockstepRows:
         except KVMemError:
             copy.free()
             raise
+        copy.recording = self.recording
+        copy.written.update(self.written)
         copy._tokens.update(self._tokens)
+        copy._committed.update(self._committed)
         return copy
 
+    def check_complete(self, group: int | None = None) -> None:
+        """``SpecError`` if some layers have tokens of ``group``, or of any (None), that others lack."""
+        for each in list(self._tokens) if group is None else [group]:
+            held, complete = self.num_tokens(each), self.num_complete(each)
+            if complete != held:
+                way = f"crop({complete - held}) takes that back, " if each == EVERY else ""
+                raise SpecError(
+                    f"a step stopped half-way: some layers hold {held} tokens, others {complete}; {way}reset() empties "
+                    "the cache. Tokens that are not a model's go to every layer before more of them go to any"
+                )
+
     def free(self) -> None:
-        """Frees the sequences; the next ``extend`` opens new ones."""
+        """Frees the sequences: no layer holds anything, and the next ``extend`` opens new ones."""
         _free(self.alloc, self._ids)
+        self.written.update(dict.fromkeys(self.written, 0))
         self._tokens.clear()
-        self._pending.clear()
+        self._committed.clear()
         self._places = None
 
     def _check_rows(self, num_rows: int) -> None:
+        if num_rows < 1:
+            raise SpecError("got a batch of 0 rows; a cache stores 1 or more: leave out the call when no row is left")
         if num_rows > self.max_rows:
             raise SpecError(
                 f"got a batch of {num_rows}, beams and returned sequences included; the cache was made for "

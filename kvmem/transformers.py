@@ -9,150 +9,25 @@ backend each layer's tokens are gathered first, which suits tests more than spee
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from collections.abc import Iterator, MutableMapping
+from collections.abc import Sequence as List
+from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer, EncoderDecoderCache
+from transformers.cache_utils import Cache, DummyLayer, EncoderDecoderCache
 
 from kvmem.allocator import Allocator
 from kvmem.errors import SpecError
 from kvmem.lockstep import EVERY, LockstepRows
 from kvmem.spec import CacheSpec
+from kvmem.transformers_layer import KVMemLayer
 
 __all__ = ["KVMemCache", "KVMemEncoderDecoderCache", "KVMemLayer"]
 
 
 # transformers is optional, so its classes are Any to mypy, which objects to deriving from that.
-class KVMemLayer(CacheLayerMixin):  # type: ignore[misc]
-    """One layer's view of the rows that all layers of a cache share. Made by the caches."""
-
-    is_croppable = True
-    supports_early_init = False
-
-    def __init__(self, rows: LockstepRows, layer: int, names: tuple[str, str]) -> None:
-        # Not the base class's: it sets keys and values, which are views here.
-        spec = rows.alloc.spec
-        self._rows, self._layer, self._names = rows, layer, names
-        self._group = spec.group_of(layer, names[0])
-        if spec.group_of(layer, names[1]) != self._group:
-            raise SpecError(f"layer {layer}: {names[0]!r} and {names[1]!r} are in different groups; put them in one")
-        group = spec.groups[self._group]
-        self._growth = EVERY if group.growth == "token" else self._group
-        self._window = group.window_tokens
-        self._component = {name: group.component(name) for name in names}
-        self._memory: dict[str, torch.Tensor] = {}
-        self.num_tokens = 0
-        self.is_sliding = self._window is not None
-        self.is_initialized = False
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self.is_initialized = True
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Stores K and V of n new tokens, ``[B, heads, n, width]``; returns those of all tokens that their queries see.
-
-        The first layer of a step makes room for all layers: ``OutOfMemory`` comes from there, and nothing has changed.
-        ``SpecError`` if batch, dtype, device or shape is not what the cache was made for.
-        """
-        self._check(self._names[0], key_states)
-        self._check(self._names[1], value_states)
-        num_rows, _, count, _ = key_states.shape
-        held = self._rows.num_tokens(self._growth)
-        if self.num_tokens == held:
-            self._rows.extend(self._growth, num_rows, count)
-        elif self.num_tokens + count != held or num_rows != self._rows.num_rows:
-            raise SpecError(
-                f"layer {self._layer} holds {self.num_tokens} tokens and got {count} more in a batch of {num_rows}; "
-                f"other layers have {held} in a batch of {self._rows.num_rows}: a step stopped half-way, so crop() "
-                "what it added, or reset()"
-            )
-        first = self._first_token()
-        self.is_initialized = True
-        self.num_tokens += count
-        with torch.no_grad():
-            self._write(self._names[0], key_states)
-            self._write(self._names[1], value_states)
-        return self._read(self._names[0], first), self._read(self._names[1], first)
-
-    def _check(self, name: str, states: torch.Tensor) -> None:
-        alloc = self._rows.alloc
-        group = alloc.spec.groups[self._group]
-        heads, width = group.heads(name, self._layer), group.widths(name, self._layer)[0]
-        dtype = self._component[name].dtype
-        if (states.dtype, states.device, states.shape[1], states.shape[3]) != (dtype, alloc.device, heads, width):
-            raise SpecError(
-                f"layer {self._layer}: got {name!r} of {states.shape[1]} heads of {states.shape[3]}, {states.dtype} on "
-                f"{states.device}; the cache was made for {heads} heads of {width}, {dtype} on {alloc.device}: make it "
-                "from the model itself, or pass the dtype and device that the model runs in"
-            )
-        if states.requires_grad and torch.is_grad_enabled():
-            raise SpecError("the cache carries no gradients; run the model under torch.no_grad() or inference_mode()")
-
-    def _first_token(self) -> int:
-        """The first token that the query after ``num_tokens`` tokens sees."""
-        return 0 if self._window is None else max(0, self.num_tokens - self._window + 1)
-
-    def _write(self, name: str, states: torch.Tensor) -> None:
-        slots = self._rows.place(self._group).slots[:, -states.shape[2] :]
-        memory = self._tensor(name)
-        # view, never reshape: a copy would read all of it, mapped or not.
-        memory.view(-1, *memory.shape[2:])[slots] = states.transpose(1, 2)
-
-    def _read(self, name: str, first: int) -> torch.Tensor:
-        place = self._rows.place(self._group)
-        return place.read(self._tensor(name), first, self.num_tokens).transpose(1, 2)
-
-    def _tensor(self, name: str) -> torch.Tensor:
-        """Rows or blocks of one component, as ``place`` reads them. Kept: making the view costs as much as a copy."""
-        alloc, num_blocks = self._rows.alloc, self._rows.place(self._group).num_blocks
-        memory = self._memory.get(name)
-        if memory is None or memory.shape[0] < num_blocks:
-            virtual = alloc.backend == "virtual"
-            memory = alloc.rows(self._layer, name) if virtual else alloc.tensor(self._layer, name)
-            self._memory[name] = memory
-        return memory
-
-    @property
-    def keys(self) -> torch.Tensor | None:
-        """K of the tokens held, ``[B, heads, tokens, width]``, or None. Cross attention reads it at every step."""
-        return self._read(self._names[0], self._first_token()) if self.num_tokens else None
-
-    @property
-    def values(self) -> torch.Tensor | None:
-        """V, as ``keys``."""
-        return self._read(self._names[1], self._first_token()) if self.num_tokens else None
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        first = self._first_token()
-        return self.num_tokens - first + query_length, first
-
-    def get_seq_length(self) -> int:
-        return self.num_tokens
-
-    def get_max_length(self) -> int:
-        return self._rows.alloc.max_tokens
-
-    @property
-    def record_past(self) -> bool:
-        """Whether a sliding window waits for ``crop`` before it drops tokens (assisted decoding)."""
-        return self._rows.recording
-
-    @record_past.setter
-    def record_past(self, value: bool) -> None:
-        self._rows.recording = value
-
-    def activate_past_recording(self) -> None:
-        self.record_past = True
-
-    def _refuse(self, *args: object) -> NoReturn:
-        raise NotImplementedError("the layers of a KVMemCache share their rows: call the method of the cache")
-
-    offload = prefetch = reset = reorder_cache = crop = _refuse
-
-
 class KVMemCache(Cache):  # type: ignore[misc]
     """The cache of a decoder, with kvmem's memory behind it.
 
@@ -164,7 +39,9 @@ class KVMemCache(Cache):  # type: ignore[misc]
 
     ``generate()`` leaves the tokens in the cache, so that a next turn can go on. ``reset()`` frees them and keeps the
     memory ready; ``close()``, or leaving a with-statement, gives that back too; a cache that is garbage frees its rows.
-    ``OutOfMemory`` in a step leaves the cache as it was before that step. Not for training: it carries no gradients.
+    ``OutOfMemory`` in a step leaves the cache as it was before that step. When a forward fails between two layers, the
+    next one is refused until ``crop()`` has taken back what the first layers stored; after the last layer the step
+    counts as taken. Not for training: it carries no gradients.
     """
 
     def __init__(
@@ -200,57 +77,77 @@ class KVMemCache(Cache):  # type: ignore[misc]
     def reset(self) -> None:
         """Frees the tokens; the memory stays mapped for the next ones."""
         self._rows.free()
-        self._set_length(0)
 
     def close(self) -> None:
         """``reset()``, and parked memory goes back to the system. The cache may be used again."""
         self.reset()
         self._rows.alloc.trim()
 
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Row i goes on from what row ``beam_idx[i]`` is now, in shared memory. ``OutOfMemory`` changes nothing."""
-        self._rows.rearrange(beam_idx.tolist())
+    def reorder_cache(self, beam_idx: torch.Tensor | List[int]) -> None:
+        """Row i goes on from what row ``beam_idx[i]`` is now, in shared memory. ``OutOfMemory`` changes nothing.
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row becomes ``repeats`` rows that share their past."""
-        self._rows.rearrange([row for row in range(self._rows.num_rows) for _ in range(repeats)])
+        As for what follows: of no rows the cache is as new, and a cache without tokens stays as it is. ``SpecError``
+        while a step is half done.
+        """
+        self._rearrange("beam_idx", beam_idx)
 
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keeps the rows ``indices``, as indexing does: numbers or a mask."""
-        self._rows.rearrange(torch.arange(self._rows.num_rows)[indices.cpu()].tolist())
+    def batch_repeat_interleave(self, repeats: int | torch.Tensor) -> None:
+        """Each row becomes ``repeats`` rows that share their past; a tensor says how many, row by row."""
+        numbers = torch.arange(self._rows.num_rows)
+        try:
+            rows = numbers.repeat_interleave(repeats.cpu() if isinstance(repeats, torch.Tensor) else int(repeats))
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise SpecError(
+                f"repeats: got {repeats!r}; must be 0 or more, or one such number for each of {len(numbers)} rows"
+            ) from error
+        self._rows.rearrange(rows.tolist())
+
+    def batch_select_indices(self, indices: torch.Tensor | List[int]) -> None:
+        """Keeps the rows ``indices``, as indexing does: numbers, which may be negative, or a mask."""
+        self._rearrange("indices", indices)
+
+    def _rearrange(self, name: str, indices: torch.Tensor | List[int]) -> None:
+        count = self._rows.num_rows
+        if count == 0:
+            return  # as DynamicCache does
+        try:
+            given = np.asarray(indices.cpu() if isinstance(indices, torch.Tensor) else indices)
+        except ValueError:  # rows of unequal length
+            given = np.empty((0, 0))
+        if given.ndim != 1 or (given.size and given.dtype.kind not in "bi"):
+            raise SpecError(
+                f"{name}: got {indices!r}; must be one dimension of row numbers, or a mask of {count} bools"
+            )
+        try:
+            rows = np.arange(count)[given if given.size else given.astype(np.int64)]
+        except IndexError as error:
+            raise SpecError(
+                f"{name}: got {indices!r}; must be numbers of the cache's {count} rows, or a mask of {count}"
+            ) from error
+        self._rows.rearrange(rows.tolist())
 
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the last ``-tokens_to_remove`` tokens; 0 only lets sliding windows drop what they have passed.
 
-        Refuses a positive number, as transformers does. A sliding window can be taken back by the last step, or, once
-        ``activate_past_recording()`` was called, by all that came since the last ``crop``; ``SpecError`` beyond that.
+        Refuses a positive number, as transformers does. A sliding window can be taken back by the last step, one that
+        stopped half-way included, or, once ``activate_past_recording()`` was called, by all that came since the last
+        ``crop``; ``SpecError`` beyond that.
         """
         if tokens_to_remove > 0:
             raise SpecError(
                 f"tokens_to_remove: got {tokens_to_remove}; give -{tokens_to_remove} to remove {tokens_to_remove}"
             )
-        length = max(0, self._rows.num_tokens() + tokens_to_remove)
-        self._rows.truncate(length)
-        self._set_length(length)
-
-    def _set_length(self, limit: int) -> None:
-        for layer in self.layers:
-            if isinstance(layer, KVMemLayer):
-                layer.num_tokens = min(layer.num_tokens, limit)
+        if any(isinstance(layer, KVMemLayer) and layer.growth != EVERY for layer in self.layers):
+            raise SpecError("crop: cross attention is fixed once it is filled; crop the cache of the self attention")
+        self._rows.truncate(max(0, self._rows.num_tokens() + tokens_to_remove))
 
     def fork(self) -> KVMemCache:
         """A second cache with the same tokens in shared memory: a prompt computed once, continued in several ways.
 
-        Needs as many free sequences as there are rows. ``copy.deepcopy`` does this too.
+        Needs as many free sequences as there are rows, and sliding windows drop what they have passed. ``SpecError``
+        while a step is half done. ``copy.deepcopy`` does this too.
         """
-        copy = KVMemCache._over(self._rows.fork(), self._names)
-        copy._set_all(self._rows.num_tokens())
-        return copy
-
-    def _set_all(self, length: int) -> None:
-        for layer in self.layers:
-            if isinstance(layer, KVMemLayer):
-                layer.num_tokens, layer.is_initialized = length, length > 0
+        return KVMemCache._over(self._rows.fork(), self._names)
 
     def __deepcopy__(self, memo: dict[int, object]) -> KVMemCache:
         return self.fork()
@@ -285,7 +182,29 @@ class KVMemEncoderDecoderCache(EncoderDecoderCache):  # type: ignore[misc]
         self._rows = _open_rows(source, max_batch, max_tokens, dtype, device, options)
         if not any(g.growth == "prefill" for g in self._rows.alloc.spec.groups):
             raise SpecError("the model has no cross attention; use KVMemCache")
+        self._init()
+
+    def _init(self) -> None:
         super().__init__(KVMemCache._over(self._rows, ("k", "v")), KVMemCache._over(self._rows, ("cross_k", "cross_v")))
+
+    @property
+    def is_updated(self) -> MutableMapping[int, bool]:
+        """By layer, whether its cross attention is filled: read from the rows, whatever a model assigns."""
+        return _Filled(self.cross_attention_cache.layers)
+
+    @is_updated.setter
+    def is_updated(self, value: object) -> None:
+        pass
+
+    def fork(self) -> KVMemEncoderDecoderCache:
+        """As ``KVMemCache.fork``."""
+        copy = KVMemEncoderDecoderCache.__new__(KVMemEncoderDecoderCache)
+        copy._rows = self._rows.fork()
+        copy._init()
+        return copy
+
+    def __deepcopy__(self, memo: dict[int, object]) -> KVMemEncoderDecoderCache:
+        return self.fork()
 
     @property
     def allocator(self) -> Allocator:
@@ -298,13 +217,13 @@ class KVMemEncoderDecoderCache(EncoderDecoderCache):  # type: ignore[misc]
         self._rows.alloc.trim()
 
     # The two caches have their rows in common, so what moves rows is done once.
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+    def reorder_cache(self, beam_idx: torch.Tensor | List[int]) -> None:
         self.self_attention_cache.reorder_cache(beam_idx)
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
+    def batch_repeat_interleave(self, repeats: int | torch.Tensor) -> None:
         self.self_attention_cache.batch_repeat_interleave(repeats)
 
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
+    def batch_select_indices(self, indices: torch.Tensor | List[int]) -> None:
         self.self_attention_cache.batch_select_indices(indices)
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -315,6 +234,30 @@ class KVMemEncoderDecoderCache(EncoderDecoderCache):  # type: ignore[misc]
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class _Filled(MutableMapping[int, bool]):
+    """Which layers hold tokens. Assignments are not kept: a layer that was emptied since must not count as filled."""
+
+    def __init__(self, layers: list[KVMemLayer | DummyLayer]) -> None:
+        self._layers = layers
+
+    def __getitem__(self, layer: int) -> bool:
+        if not 0 <= layer < len(self._layers):
+            raise KeyError(layer)
+        return bool(self._layers[layer].get_seq_length() > 0)
+
+    def __setitem__(self, layer: int, value: bool) -> None:
+        pass
+
+    def __delitem__(self, layer: int) -> None:
+        raise TypeError("the layers of a cache are fixed")
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(len(self._layers)))
+
+    def __len__(self) -> int:
+        return len(self._layers)
 
 
 def _open_rows(

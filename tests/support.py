@@ -182,12 +182,18 @@ def make_allocator(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("kvmem.pool.open_device", lambda *_: cuda)
         alloc = kvmem.Allocator(spec, backend=backend, device="cuda:0", **options)  # type: ignore[arg-type]
+    core = alloc.core
+
+    def show(group: int, arena: int, begin: int, size: int) -> torch.Tensor:
+        capsule = core.arena_bytes(group, arena, begin, size)
+        memory = (ctypes.c_uint8 * size).from_address(_pointer(capsule))
+        memory.owner = capsule  # as torch does: the tensor keeps what keeps the memory
+        return torch.frombuffer(memory, dtype=torch.uint8)
+
     for group, geometry in enumerate(alloc._geometry):
         for arena, slots in enumerate(geometry.arena_slots):
-            capsule = alloc.core.arena_bytes(group, arena)
-            memory = (ctypes.c_uint8 * (slots * alloc.pool.page_bytes)).from_address(_pointer(capsule))
-            memory.owner = capsule  # as torch does: the tensor keeps what keeps the memory
-            alloc._arenas[group, arena] = torch.frombuffer(memory, dtype=torch.uint8)
+            alloc._arenas[group, arena] = show(group, arena, 0, slots * alloc.pool.page_bytes)
+    alloc._part = show  # type: ignore[method-assign]
     return alloc
 
 

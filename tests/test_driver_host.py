@@ -41,9 +41,14 @@ def kernel_pieces(base: int, size: int) -> list[tuple[int, int, str, int]]:
     return found
 
 
+@pytest.fixture(params=[False, True], ids=["holes read as zeros", "holes fault"])
+def holes_fault(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param) or _core.debug_build
+
+
 @pytest.fixture
-def driver() -> _core.Driver:
-    return _core.host_driver()
+def driver(holes_fault: bool) -> _core.Driver:
+    return _core.host_driver(holes_fault)
 
 
 def test_reserving_a_tebibyte_costs_nothing(driver: _core.Driver) -> None:
@@ -138,7 +143,7 @@ def test_pages_created_in_order_are_adjacent_and_map_in_one_call(driver: _core.D
 
 
 @pytest.mark.parametrize("order", [1, -1])
-def test_a_run_mapped_open_is_accessible_at_once(driver: _core.Driver, order: int) -> None:
+def test_a_run_mapped_open_is_accessible_at_once(driver: _core.Driver, holes_fault: bool, order: int) -> None:
     """The kernel agrees, unmaps, and shows the same bytes where the pages are mapped again the other way."""
     base = driver.reserve(16 * PAGE)
     pages = [driver.create(PAGE) for _ in range(8)][::order]
@@ -154,7 +159,7 @@ def test_a_run_mapped_open_is_accessible_at_once(driver: _core.Driver, order: in
     driver.set_access(base + 8 * PAGE, 8 * PAGE)
     assert [_core.read_bytes(base + (8 + i) * PAGE, 8)[0] for i in range(8)] == list(range(1, 9))
     driver.unmap_run(base, PAGE, 16)
-    assert [piece[2:] for piece in kernel_pieces(base, 16 * PAGE)] == [("--", -1)]
+    assert [piece[2:] for piece in kernel_pieces(base, 16 * PAGE)] == [("--" if holes_fault else "r-", -1)]
     driver.release(base, 16 * PAGE)
 
 
@@ -167,7 +172,7 @@ def test_holes_in_the_file_are_filled_lowest_first(driver: _core.Driver) -> None
     assert driver.create(PAGE) == pages[5]
 
 
-def test_our_pieces_are_the_kernels(driver: _core.Driver) -> None:
+def test_our_pieces_are_the_kernels(driver: _core.Driver, holes_fault: bool) -> None:
     """Random maps, unmaps and accesses: /proc/self/maps shows every page's offset and protection as a model says."""
     seed = random.randrange(1 << 30)
     print(f"seed {seed}")
@@ -203,8 +208,24 @@ def test_our_pieces_are_the_kernels(driver: _core.Driver) -> None:
                     page = (offset + address - begin) // grain + 1
                     seen[(address - base) // grain] = (page, permissions == "rw")
                 else:
-                    assert permissions == "--"
+                    assert permissions == ("--" if holes_fault else "r-")
         assert seen == model, f"seed {seed}"
+        hole = next((i for i in range(slots) if model[i] is None), None)
+        if hole is not None and not holes_fault:  # a hole that was read merges like any other
+            assert not any(_core.read_bytes(base + hole * grain, grain))
+    assert len(kernel_pieces(base, slots * grain)) == len(merged(model))
+
+
+def merged(model: list[tuple[int, bool] | None]) -> list[tuple[int, bool] | None]:
+    """Neighbours that are one mapping of the kernel's: holes, and pages that are adjacent in the file."""
+    found: list[tuple[int, bool] | None] = []
+    last: object = ()
+    for entry in model:
+        follows = last is None if entry is None else isinstance(last, tuple) and last == (entry[0] - 1, entry[1])
+        if not follows:
+            found.append(entry)
+        last = entry
+    return found
 
 
 def test_create_promises_no_more_than_the_machine_has(driver: _core.Driver) -> None:
@@ -314,9 +335,14 @@ def test_a_forked_child_has_no_share_in_the_cache() -> None:
     assert out.strip().endswith("ok")
 
 
-def test_reading_where_nothing_is_mapped_raises(driver: _core.Driver) -> None:
-    base = driver.reserve(PAGE)
-    with pytest.raises(DeviceError, match="read_bytes"):
-        _core.read_bytes(base, 1)
+def test_reading_where_nothing_is_mapped(driver: _core.Driver, holes_fault: bool) -> None:
+    base = driver.reserve(TIB)
+    if holes_fault:
+        with pytest.raises(DeviceError, match="read_bytes"):
+            _core.read_bytes(base, 1)
+    else:
+        before = smaps_rollup("Rss")
+        assert not any(_core.read_bytes(base + (TIB >> 1), 1 << 24))
+        assert smaps_rollup("Rss") - before < 1 << 20, "zeros are one page of the kernel's, charged to nobody"
     with pytest.raises(DeviceError, match="write_bytes"):
         _core.write_bytes(base, b"x")

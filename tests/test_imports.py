@@ -28,8 +28,8 @@ LEVELS: dict[str, int] = {
             "spec_rules stats units",
             "protocols",
             "backends device eviction layouts prefix streams tiers transfer",
-            "allocator pool scheduler sequence views",
-            "connectors cuda kernels lockstep plan transformers",
+            "allocator pool scheduler sequence sequence_views views",
+            "connectors cuda kernels lockstep plan transformers transformers_layer",
             "bench cli",
         ]
     )

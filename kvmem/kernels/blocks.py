@@ -8,7 +8,7 @@ Ids say where. A *slot* is ``block * block_size + offset``, as in ``Batch.slot_m
 every token of a batch, once for all layers. A *block id* is an entry of ``block_table`` or ``kv_indices``. Ids on the
 host are checked (``SpecError``), and copied to the device. Ids in a CUDA tensor are taken as they are, since looking at
 them would wait for the device: then nothing here waits, and a graph can capture it. Slots and blocks that no sequence
-holds may be unmapped, and touching one faults.
+holds may be unmapped: on a GPU touching one faults; on a CPU writing does, and reading gives zeros.
 
 Order: everything is put on torch's current stream and nothing waits for the host. Work on the same stream comes before
 and after as it was issued. The allocator's own copies, zeroing and fences go to the stream of ``Allocator.set_stream``
@@ -105,6 +105,7 @@ def batch_slots(batch: GroupBatch) -> torch.Tensor:
     New for each fill, the same for all layers of the group. With it, ``gather_tokens`` gives K as attention over packed
     sequences takes it. Tokens that a window has dropped, and padding rows, read block 0, which is zero. No waiting.
     """
+    batch.check_current()
     total, device = int(batch.cu_seqlens_k_cpu[-1]), batch.block_table.device
     row = torch.repeat_interleave(
         torch.arange(batch.num_rows, device=device), batch.seq_lens.long(), output_size=total
@@ -121,6 +122,7 @@ def gather_tokens(
     blocks: torch.Tensor, slots: Ids, *, out: torch.Tensor | None = None, impl: Impl | None = None
 ) -> torch.Tensor:
     """The tokens at ``slots``, ``[n, H, W]``, contiguous. out: written instead of new memory."""
+    blocks = plain(blocks)
     num_blocks, size, heads, width = _shape(blocks)
     ids = _checked("slots", slots, num_blocks * size, blocks.device)
     out = _target(blocks, out, (len(ids), heads, width))
@@ -132,6 +134,7 @@ def scatter_tokens(blocks: torch.Tensor, slots: Ids, values: torch.Tensor, *, im
     """Writes ``values``, ``[n, H, W]``, converted to the cache's dtype, to ``slots``. Which of two values for one slot
     stays is not said.
     """
+    blocks = plain(blocks)
     num_blocks, size, heads, width = _shape(blocks)
     ids = _checked("slots", slots, num_blocks * size, blocks.device)
     _copy(pick(blocks, impl), (_source(blocks, values, (len(ids), heads, width)), None), (blocks, ids), 1)
@@ -141,6 +144,7 @@ def gather_blocks(
     blocks: torch.Tensor, ids: Ids, *, out: torch.Tensor | None = None, impl: Impl | None = None
 ) -> torch.Tensor:
     """Whole blocks, ``[n, block_size, H, W]``, contiguous. out: written instead of new memory."""
+    blocks = plain(blocks)
     num_blocks, size, heads, width = _shape(blocks)
     ids = _checked("ids", ids, num_blocks, blocks.device)
     out = _target(blocks, out, (len(ids), size, heads, width))
@@ -150,6 +154,7 @@ def gather_blocks(
 
 def scatter_blocks(blocks: torch.Tensor, ids: Ids, values: torch.Tensor, *, impl: Impl | None = None) -> None:
     """The reverse of ``gather_blocks``; values: ``[n, block_size, H, W]``, converted to the cache's dtype."""
+    blocks = plain(blocks)
     num_blocks, size, heads, width = _shape(blocks)
     ids = _checked("ids", ids, num_blocks, blocks.device)
     values = _source(blocks, values, (len(ids), size, heads, width))
@@ -162,6 +167,7 @@ def copy_blocks(blocks: torch.Tensor, from_ids: Ids, to_ids: Ids, *, impl: Impl 
     So no block may be written twice, or written and read: ``SpecError`` where the ids are on the host. torch holds all
     of it twice for a moment, Triton does not.
     """
+    blocks = plain(blocks)
     num_blocks, size, _, _ = _shape(blocks)
     source = _checked("from_ids", from_ids, num_blocks, blocks.device)
     target = _checked("to_ids", to_ids, num_blocks, blocks.device)
@@ -180,6 +186,7 @@ def copy_blocks(blocks: torch.Tensor, from_ids: Ids, to_ids: Ids, *, impl: Impl 
 
 def zero_blocks(blocks: torch.Tensor, ids: Ids, *, impl: Impl | None = None) -> None:
     """Writes zero to whole blocks of one component of one layer."""
+    blocks = plain(blocks)
     num_blocks = _shape(blocks)[0]
     ids = _checked("ids", ids, num_blocks, blocks.device)
     if len(ids) == 0:

@@ -83,6 +83,7 @@ def mla_cache_of(ckv: torch.Tensor, kpe: torch.Tensor) -> tuple[torch.Tensor, to
     ``"kpe"``. Their strides may differ. ``SpecError`` unless both have one head, equal blocks and one dtype; and with
     FlashInfer before 0.6.11 if the last block begins 2**32 elements or more from the first.
     """
+    ckv, kpe = plain(ckv), plain(kpe)
     if ckv.ndim != 4 or kpe.ndim != 4 or ckv.shape[:3] != kpe.shape[:3] or ckv.shape[2] != 1 or ckv.dtype != kpe.dtype:
         raise SpecError(
             f"cache: ckv is {tuple(ckv.shape)} {ckv.dtype} and kpe {tuple(kpe.shape)} {kpe.dtype}; MLA kernels take "
@@ -91,7 +92,7 @@ def mla_cache_of(ckv: torch.Tensor, kpe: torch.Tensor) -> tuple[torch.Tensor, to
     for blocks in (ckv, kpe):
         check_strides(blocks)
         _check_reach(blocks, _installed())
-    return plain(ckv).squeeze(2), plain(kpe).squeeze(2)
+    return ckv.squeeze(2), kpe.squeeze(2)
 
 
 #: The first release whose kernels multiply a block id and the stride of a block in 64 bits.

@@ -152,6 +152,7 @@ def level_attention(
 def _parts(
     q: torch.Tensor, batch: GroupBatch, queries: GroupBatch, causal: bool, window_tokens: int | None
 ) -> Iterator[_Part]:
+    batch.check_current()
     starts = queries.cu_seqlens_q_cpu.tolist()
     if q.ndim != 3 or q.shape[0] != starts[-1]:
         raise SpecError(

@@ -10,6 +10,7 @@ from kvmem.allocator import Allocator
 from kvmem.batch import GroupBatch
 from kvmem.cascade import Cascade
 from kvmem.errors import SpecError
+from kvmem.views import plain
 
 __all__ = [
     "all_tokens", "as_bytes", "as_int32", "check_cache", "check_guard", "check_strides", "flat_tokens", "host", "plain",
@@ -20,25 +21,22 @@ __all__ = [
 STRIDE_LIMIT = 2**32
 
 
-def plain(tensor: torch.Tensor) -> torch.Tensor:
-    """The same memory as a plain ``torch.Tensor``: a binding that tests for the exact type takes it too."""
-    return tensor.as_subclass(torch.Tensor)
-
-
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """8-bit floats as uint8, the same memory; others as they are. For indexing, which not every torch can do in 8-bit
     floats on every device.
     """
+    tensor = plain(tensor)
     eight_bits = tensor.dtype.is_floating_point and tensor.dtype.itemsize == 1
-    return plain(tensor).view(torch.uint8) if eight_bits else tensor
+    return tensor.view(torch.uint8) if eight_bits else tensor
 
 
 def flat_tokens(blocks: torch.Tensor) -> torch.Tensor:
     """``[num_blocks, block_size, H, W]`` as ``[num_blocks * block_size, H, W]``, a view: index t is what
     ``slot_mapping`` holds.
     """
+    blocks = plain(blocks)
     num_blocks, block_size, heads, width = blocks.shape
-    return plain(blocks).view(num_blocks * block_size, heads, width)
+    return blocks.view(num_blocks * block_size, heads, width)
 
 
 def all_tokens(blocks: torch.Tensor) -> torch.Tensor:
@@ -55,6 +53,7 @@ def check_cache(k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.T
     """K and V as plain tensors; ``SpecError`` if they break what paged kernels rely on. What ``Allocator.kv()`` gives
     passes whenever K and V have the same heads, width and dtype.
     """
+    k, v = plain(k), plain(v)
     if k.ndim != 4 or k.shape != v.shape or k.dtype != v.dtype:
         raise SpecError(
             f"cache: K is {tuple(k.shape)} {k.dtype} and V {tuple(v.shape)} {v.dtype}; kernels take one shape and "
@@ -65,7 +64,7 @@ def check_cache(k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.T
             f"cache: K has strides {k.stride()} and V {v.stride()}; append and CUDA-core decode take equal strides only"
         )
     check_strides(k)
-    return plain(k), plain(v)
+    return k, v
 
 
 def check_strides(blocks: torch.Tensor) -> None:
@@ -127,8 +126,11 @@ def rows_of(batch: GroupBatch, why: str) -> tuple[torch.Tensor, torch.Tensor]:
 def window_left(batch: GroupBatch | Cascade, window_tokens: int | None, causal: bool) -> int:
     """How many tokens before its own a query sees: ``window_tokens - 1``, or -1 for all of them.
 
-    ``SpecError`` if the batch has dropped tokens and no window is given: the kernel would read what is not there.
+    ``SpecError`` if the batch has dropped tokens and no window is given: the kernel would read what is not there;
+    ``StaleHandle`` if the batch is no longer current.
     """
+    if isinstance(batch, GroupBatch):
+        batch.check_current()
     if window_tokens is None:
         if batch.drops_tokens:
             raise SpecError("window_tokens: got None, but a window has dropped tokens of this batch; give the group's")

@@ -45,6 +45,7 @@ def attention(
     longest of the batch, a number that the graph would keep. ``SpecError`` where the paged backend cannot be read:
     block tables need torch 2.12 and ``block_size % 256 == 0``; and for a cache of another dtype than the queries.
     """
+    cache = plain(cache[0]), plain(cache[1])
     if cache[0].dtype != q.dtype:
         raise SpecError(
             f"cache: K and V are {cache[0].dtype} and the queries {q.dtype}; torch's flash operator takes one dtype, "
@@ -57,7 +58,7 @@ def attention(
             batch, scale=scale, causal=causal, window_tokens=window_tokens, queries=queries, max_tokens=max_tokens
         )
         k, v = cache if "block_table" in args else map(flat_tokens, cache)
-        out, lse = varlen_attn(q, plain(k), plain(v), return_aux=AuxRequest(lse=True), **args)
+        out, lse = varlen_attn(q, k, v, return_aux=AuxRequest(lse=True), **args)
     else:
         args = flash_op_args(
             batch, scale=scale, causal=causal, window_tokens=window_tokens, queries=queries, max_tokens=max_tokens

@@ -7,6 +7,7 @@ import torch
 from kvmem.batch import GroupBatch
 from kvmem.errors import SpecError
 from kvmem.kernels.rules import all_tokens, as_bytes
+from kvmem.views import plain
 
 __all__ = ["to_cache_dtype", "write_component", "write_kv"]
 
@@ -21,7 +22,8 @@ def write_kv(
 
     cache: ``Allocator.kv(layer)``. k, v: ``[T, H, D]``, packed as ``batch.slot_mapping`` is; any strides. They are
     converted by ``to_cache_dtype``. A few device operations and no synchronisation, so it can be captured, and the
-    graph stays valid while sequences grow; padding rows write to the write-trash block.
+    graph stays valid while sequences grow; padding rows write to the write-trash block. ``StaleHandle``, and nothing is
+    written, where the batch's sequences are not what they were: ``GroupBatch.check_current``.
     """
     write_component(cache[0], batch, k, scale=k_scale)
     write_component(cache[1], batch, v, scale=v_scale)
@@ -29,6 +31,8 @@ def write_kv(
 
 def write_component(blocks: torch.Tensor, batch: GroupBatch, values: torch.Tensor, *, scale: Scale = 1.0) -> None:
     """As ``write_kv``, for one tensor ``Allocator.tensor(layer, name)``; values: ``[T, heads, width]``."""
+    batch.check_current()
+    blocks = plain(blocks)
     expected = (batch.num_new_tokens, *blocks.shape[2:])
     if tuple(values.shape) != expected:
         raise SpecError(f"values: got shape {tuple(values.shape)}; the batch and the cache make it {expected}")

@@ -1,0 +1,174 @@
+"""One layer of a cache of transformers: what ``kvmem.transformers`` makes its caches of."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+import torch
+from transformers.cache_utils import CacheLayerMixin
+
+from kvmem.errors import SpecError
+from kvmem.lockstep import EVERY, LockstepRows
+from kvmem.views import plain
+
+__all__ = ["KVMemLayer"]
+
+
+# transformers is optional, so its classes are Any to mypy, which objects to deriving from that.
+class KVMemLayer(CacheLayerMixin):  # type: ignore[misc]
+    """One layer's view of the rows that all layers of a cache share. Made by the caches."""
+
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(self, rows: LockstepRows, layer: int, names: tuple[str, str]) -> None:
+        # Not the base class's: it sets keys and values, which are views here.
+        spec = rows.alloc.spec
+        self._rows, self._layer, self._names = rows, layer, names
+        self._group = spec.group_of(layer, names[0])
+        if spec.group_of(layer, names[1]) != self._group:
+            raise SpecError(f"layer {layer}: {names[0]!r} and {names[1]!r} are in different groups; put them in one")
+        group = spec.groups[self._group]
+        self.growth = EVERY if group.growth == "token" else self._group
+        self._window = group.window_tokens
+        self._component = {name: group.component(name) for name in names}
+        self._memory: dict[str, torch.Tensor] = {}
+        self._key = layer, names[0]
+        rows.add_layer(self.growth, self._key)
+        self.is_sliding = self._window is not None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that are written in this layer."""
+        return self._rows.written[self._key]
+
+    @property
+    def is_initialized(self) -> bool:
+        return self.num_tokens > 0
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Nothing to do: the first ``update`` opens the rows."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Stores K and V of n new tokens, ``[B, heads, n, width]``; returns those of all tokens that their queries see.
+
+        The first layer of a step makes room for all layers: ``OutOfMemory`` comes from there, and nothing has changed.
+        ``SpecError`` if batch, dtype, device or shape is not what the cache was made for, or if the step before stopped
+        half-way. Whatever fails in here leaves the cache as it was.
+        """
+        self._check(self._names[0], key_states)
+        self._check(self._names[1], value_states)
+        num_rows, _, count, _ = key_states.shape
+        if value_states.shape[::2] != key_states.shape[::2]:
+            raise SpecError(
+                f"layer {self._layer}: got K of {num_rows} rows of {count} tokens, and V of {value_states.shape[0]} of "
+                f"{value_states.shape[2]}; both are of the same tokens"
+            )
+        held, end = self._rows.num_tokens(self.growth), self.num_tokens + count
+        begins = self.num_tokens == held
+        if not begins and (end != held or num_rows != self._rows.num_rows):
+            raise SpecError(
+                f"layer {self._layer} holds {self.num_tokens} tokens and got {count} more in a batch of {num_rows}; "
+                f"other layers have {held} in a batch of {self._rows.num_rows}: a step stopped half-way, so crop() "
+                "what it added, or reset()"
+            )
+        if begins:
+            self._rows.check_complete(self.growth)
+        if count == 0 and num_rows == self._rows.num_rows:
+            return self._read(self._names[0], end), self._read(self._names[1], end)
+        try:
+            if begins:
+                self._rows.extend(self.growth, num_rows, count)
+            with torch.no_grad():
+                self._write(self._names[0], key_states)
+                self._write(self._names[1], value_states)
+            first = self._first_token()
+            found = self._read(self._names[0], end, first), self._read(self._names[1], end, first)
+        except BaseException:  # an interrupt, and no memory for what is gathered, too
+            if begins:
+                self._rows.take_back(self.growth, held)
+            raise
+        self._rows.written[self._key] = end
+        return found
+
+    def _check(self, name: str, states: torch.Tensor) -> None:
+        alloc = self._rows.alloc
+        group = alloc.spec.groups[self._group]
+        heads, width = group.heads(name, self._layer), group.widths(name, self._layer)[0]
+        dtype = self._component[name].dtype
+        if states.ndim != 4:
+            raise SpecError(
+                f"layer {self._layer}: got {name!r} of shape {tuple(states.shape)}; must be [B, heads, n, width]"
+            )
+        if (states.dtype, states.device, states.shape[1], states.shape[3]) != (dtype, alloc.device, heads, width):
+            raise SpecError(
+                f"layer {self._layer}: got {name!r} of {states.shape[1]} heads of {states.shape[3]}, {states.dtype} on "
+                f"{states.device}; the cache was made for {heads} heads of {width}, {dtype} on {alloc.device}: make it "
+                "from the model itself, or pass the dtype and device that the model runs in"
+            )
+        if states.requires_grad and torch.is_grad_enabled():
+            raise SpecError("the cache carries no gradients; run the model under torch.no_grad() or inference_mode()")
+
+    def _first_token(self) -> int:
+        """The first token that the query after ``num_tokens`` tokens sees."""
+        return 0 if self._window is None else max(0, self.num_tokens - self._window + 1)
+
+    def _write(self, name: str, states: torch.Tensor) -> None:
+        slots = self._rows.place(self._group).slots[:, -states.shape[2] :]
+        memory = self._tensor(name)
+        # view, never reshape: a copy would read all of it, mapped or not.
+        memory.view(-1, *memory.shape[2:])[slots] = states.transpose(1, 2)
+
+    def _read(self, name: str, end: int, first: int | None = None) -> torch.Tensor:
+        place = self._rows.place(self._group)
+        first = self._first_token() if first is None else first
+        return place.read(self._tensor(name), first, end).transpose(1, 2)
+
+    def _tensor(self, name: str) -> torch.Tensor:
+        """Rows or blocks of one component, as ``place`` reads them. Kept: making the view costs as much as a copy."""
+        alloc, num_blocks = self._rows.alloc, self._rows.place(self._group).num_blocks
+        memory = self._memory.get(name)
+        if memory is None or memory.shape[0] < num_blocks:
+            virtual = alloc.backend == "virtual"
+            memory = plain(alloc.rows(self._layer, name) if virtual else alloc.tensor(self._layer, name))
+            self._memory[name] = memory
+        return memory
+
+    @property
+    def keys(self) -> torch.Tensor | None:
+        """K of the tokens held, ``[B, heads, tokens, width]``, or None. Cross attention reads it at every step."""
+        return self._read(self._names[0], self.num_tokens) if self.num_tokens else None
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        """V, as ``keys``."""
+        return self._read(self._names[1], self.num_tokens) if self.num_tokens else None
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        first = self._first_token()
+        return self.num_tokens - first + query_length, first
+
+    def get_seq_length(self) -> int:
+        return self.num_tokens
+
+    def get_max_length(self) -> int:
+        return self._rows.alloc.max_tokens
+
+    @property
+    def record_past(self) -> bool:
+        """Whether a sliding window waits for ``crop`` before it drops tokens (assisted decoding)."""
+        return self._rows.recording
+
+    @record_past.setter
+    def record_past(self, value: bool) -> None:
+        self._rows.recording = value
+
+    def activate_past_recording(self) -> None:
+        self.record_past = True
+
+    def _refuse(self, *args: object) -> NoReturn:
+        raise NotImplementedError("the layers of a KVMemCache share their rows: call the method of the cache")
+
+    offload = prefetch = reset = reorder_cache = crop = _refuse
