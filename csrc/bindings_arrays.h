@@ -6,6 +6,7 @@
 #include <nanobind/ndarray.h>
 
 #include <cstring>
+#include <new>
 #include <optional>
 #include <type_traits>
 #include <vector>
@@ -81,18 +82,26 @@ class TokenIds {
   bool hold(nanobind::handle given) {
     if (!PyList_CheckExact(given.ptr())) return array_.hold(given);
     const Py_ssize_t n = PyList_GET_SIZE(given.ptr());
-    list_.resize(n + 1);  // has an address for n = 0 too
+    try {
+      list_.resize(n + 1);  // has an address for n = 0 too
+    } catch (const std::bad_alloc&) {
+      return lost_ = true;  // this must not throw, but data() may
+    }
     for (Py_ssize_t i = 0; i < n; ++i) {
       if (!read_int(PyList_GET_ITEM(given.ptr(), i), &list_[i]) || list_[i] < 0) return false;
     }
     return true;
   }
-  const i32* data() const { return list_.empty() ? array_.data() : list_.data(); }
+  const i32* data() const {
+    if (lost_) throw std::bad_alloc();
+    return list_.empty() ? array_.data() : list_.data();
+  }
   i64 size() const { return list_.empty() ? array_.size() : static_cast<i64>(list_.size()) - 1; }
 
  private:
   Int32s array_;
   std::vector<i32> list_;
+  bool lost_ = false;  // there was no memory for the list
 };
 
 }  // namespace kvmem

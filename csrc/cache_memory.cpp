@@ -7,46 +7,46 @@
 namespace kvmem {
 
 i64 Cache::compact(i64 bytes) {
-  Lock lock = enter();
-  settle();
-  const i64 page = pool_->page_bytes();
-  Transaction tx(*pool_, *this);
-  const i64 freed = table_->compact(bytes < 0 ? pool_->present_pages() : ceil_div(bytes, page), tx);
-  tx.commit();
-  leave();
-  return freed * page;
+  return mutate([&] {
+    settle();
+    const i64 page = pool_->page_bytes();
+    Transaction tx(*pool_, *this);
+    const i64 freed = table_->compact(bytes < 0 ? pool_->present_pages() : ceil_div(bytes, page), tx);
+    tx.commit();
+    return freed * page;
+  });
 }
 
 i64 Cache::trim(i64 bytes) {
-  Lock lock = enter();
-  settle();
-  const i64 page = pool_->page_bytes();
-  const i64 wanted = bytes < 0 ? pool_->present_pages() : ceil_div(bytes, page);
-  Transaction tx(*pool_, *this);
-  const i64 free = pool_->free_pages();
-  if (wanted > free) table_->spill(wanted - free, tx);
-  const i64 given = pool_->give_back(wanted, tx);
-  tx.commit();
-  leave();
-  return given * page;
+  return mutate([&] {
+    settle();
+    const i64 page = pool_->page_bytes();
+    const i64 wanted = bytes < 0 ? pool_->present_pages() : ceil_div(bytes, page);
+    Transaction tx(*pool_, *this);
+    const i64 free = pool_->free_pages();
+    if (wanted > free) table_->spill(wanted - free, tx);
+    const i64 given = pool_->give_back(wanted, tx);
+    tx.commit();
+    return given * page;
+  });
 }
 
 void Cache::set_memory(i64 pages) {
-  Lock lock = enter();
-  settle();
-  if (owns_pool_) {
-    pool_->set_budget(pages);
-  } else if (const i64 excess = table_->owned_pages - pages; excess > 0) {
-    Transaction tx(*pool_, *this);
-    if (const i64 freed = table_->spill(excess, tx); freed < excess) {
-      throw OutOfMemory("asked for a limit of " + std::to_string(pages) + " pages, but live sequences hold " +
-                        std::to_string(table_->owned_pages) + ", which is the smallest that would fit; free or " +
-                        "preempt sequences first, or compact()");
+  mutate([&] {
+    settle();
+    if (owns_pool_) {
+      pool_->set_budget(pages);
+    } else if (const i64 excess = table_->owned_pages - pages; excess > 0) {
+      Transaction tx(*pool_, *this);
+      if (const i64 freed = table_->spill(excess, tx); freed < excess) {
+        throw OutOfMemory("asked for a limit of " + std::to_string(pages) + " pages, but live sequences hold " +
+                          std::to_string(table_->owned_pages) + ", which is the smallest that would fit; free or " +
+                          "preempt sequences first, or compact()");
+      }
+      tx.commit();
     }
-    tx.commit();
-  }
-  table_->limit_pages = pages;
-  leave();
+    table_->limit_pages = pages;
+  });
 }
 
 CacheStats Cache::stats() {
@@ -102,21 +102,21 @@ std::vector<Op> Cache::take_ops() {
 }
 
 void Cache::apply(const std::vector<Op>& ops) {
-  Lock lock = enter();
-  settle();
-  if (!index_.empty()) {
-    throw SpecError(
-        "an allocator that follows the ops of another must not know what its own sequences hold: commit "
-        "counts instead of token ids, or make it with prefix_cache=False");
-  }
-  Transaction tx(*pool_, *this);
-  try {
-    follow(ops, tx);
-  } catch (const StaleHandle& e) {
-    throw SpecError(std::string("the ops do not follow from here: ") + e.what());
-  }
-  tx.commit();
-  leave();
+  mutate([&] {
+    settle();
+    if (!index_.empty()) {
+      throw SpecError(
+          "an allocator that follows the ops of another must not know what its own sequences hold: commit "
+          "counts instead of token ids, or make it with prefix_cache=False");
+    }
+    Transaction tx(*pool_, *this);
+    try {
+      follow(ops, tx);
+    } catch (const StaleHandle& e) {
+      throw SpecError(std::string("the ops do not follow from here: ") + e.what());
+    }
+    tx.commit();
+  });
 }
 
 void Cache::look_at_tails(i64 g) {

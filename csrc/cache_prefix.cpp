@@ -9,9 +9,9 @@ namespace kvmem {
 
 // ---- which blocks a sequence holds ---------------------------------------------------------------
 
-void Cache::start_content(i64 index, const PrefixKey& key) {
+void Cache::start_content(i64 index, i32 root) {
   Content& c = contents_[index];
-  c.root = c.leaf = index_.open_root(key);
+  c.root = c.leaf = root;
   c.known = 0;
   c.retained.clear();
 }
@@ -104,92 +104,168 @@ MatchEnd Cache::why_not_more(const PrefixKey& key, i32 root, const i32* tokens, 
 // ---- admission -------------------------------------------------------------------------------
 
 i64 Cache::admit(const i32* tokens, i64 n, const PrefixKey& key, i64* cached) {
-  Lock lock = enter();
-  const i64 handle = admit_one(tokens, n, key, cached);
-  leave();
-  return handle;
+  return mutate([&] {
+    sequences_.next_handle();  // refuses where there is none
+    for (Reuse reuse : {Reuse::all, Reuse::whole_blocks}) {
+      try {
+        return admit_at(tokens, n, key, reuse, cached);
+      } catch (const OutOfMemory&) {
+        // The driver had none. What is taken over less may need none of it.
+      }
+    }
+    return admit_at(tokens, n, key, Reuse::none, cached);
+  });
+}
+
+i64 Cache::admit_at(const i32* tokens, i64 n, const PrefixKey& key, Reuse reuse, i64* cached) {
+  Admitted one;
+  RootUse root(index_, key, prefix_.on);
+  entered_.clear();
+  if (prefix_.on) settle();
+  try {
+    Transaction tx(*pool_, *this);
+    one = admit_one(tokens, n, root.node(), reuse, tx);
+    tx.commit();
+  } catch (...) {
+    unenter_from(0);
+    throw;
+  }
+  root.keep(1);
+  finish_admission(one, tokens, root.node());
+  *cached = one.found.tokens;
+  return one.handle;
 }
 
 i64 Cache::admit_batch(const i32* tokens, const i32* counts, i64 n, const PrefixKey& key, i32* handles, i32* cached) {
-  Lock lock = enter();
-  for (i64 i = 0; i < n; ++i) {
-    if (counts[i] < 0) throw SpecError("prompt " + std::to_string(i) + " has " + std::to_string(counts[i]) + " tokens");
-    const i64 most = geometry_.groups[token_group_].max_tokens;
-    if (counts[i] <= most) continue;
-    throw SpecError("prompt " + std::to_string(i) + " has " + std::to_string(counts[i]) +
-                    " tokens; a sequence can hold " + std::to_string(most) + " (max_tokens)");
-  }
-  i64 done = 0;
-  for (; done < n && sequences_.count() < sequences_.capacity(); tokens += counts[done++]) {
-    i64 found = 0;
-    handles[done] = static_cast<i32>(admit_one(tokens, counts[done], key, &found));
-    const i32 rest = counts[done] - static_cast<i32>(found);
-    try {
-      make_room(&handles[done], &rest, 1, -1);
-    } catch (const OutOfMemory&) {
-      free_planned(&handles[done], 1);
-      break;
-    } catch (...) {
-      free_planned(&handles[done], 1);
-      throw;
+  return mutate([&]() -> i64 {
+    for (i64 i = 0; i < n; ++i) {
+      if (counts[i] < 0)
+        throw SpecError("prompt " + std::to_string(i) + " has " + std::to_string(counts[i]) + " tokens");
+      const i64 most = geometry_.groups[token_group_].max_tokens;
+      if (counts[i] <= most) continue;
+      throw SpecError("prompt " + std::to_string(i) + " has " + std::to_string(counts[i]) +
+                      " tokens; a sequence can hold " + std::to_string(most) + " (max_tokens)");
     }
-    cached[done] = static_cast<i32>(found);
-  }
-  leave();
-  return done;
+    for (i64 some = n; some > 0; some /= 2) {
+      try {
+        return admit_some(tokens, counts, some, key, handles, cached);
+      } catch (const OutOfMemory&) {
+        // The driver had less than the books say. It may have enough for some of them.
+      }
+    }
+    return 0;
+  });
 }
 
-i64 Cache::admit_one(const i32* tokens, i64 n, const PrefixKey& key, i64* cached) {
-  const i64 handle = sequences_.next_handle();
-  *cached = 0;
-  Found found;
-  i32 root = kNoNode;
-  if (prefix_.on) {
-    root = index_.open_root(key);  // in use, so that giving up what hangs on it does not free it
-    found = find_cached(root, tokens, n);
-    lookup_tokens_ += std::max(i64{0}, n - 1);
-    if (found.tokens > 0) settle();
-  }
+// In one transaction, so that an error takes all of them back, with what was given up for them.
+i64 Cache::admit_some(const i32* tokens, const i32* counts, i64 n, const PrefixKey& key, i32* handles, i32* cached) {
+  RootUse root(index_, key, prefix_.on);
+  entered_.clear();
+  admitted_.clear();
+  admitted_.reserve(n);
+  indices_.resize(n);
+  settle();
   try {
-    bool done = found.tokens > 0 && try_adopt(handle, found);
-    if (!done && found.tokens % block_tokens() != 0) {  // whole blocks may need no memory
-      chain_.resize(found.tokens / block_tokens());
-      found = table_->find(chain_, found.tokens);
-      done = found.tokens > 0 && try_adopt(handle, found);
+    Transaction tx(*pool_, *this);
+    const i32* prompt = tokens;
+    for (i64 i = 0; i < n && sequences_.count() < sequences_.capacity(); prompt += counts[i++]) {
+      const Transaction::Point before = tx.here();
+      const std::size_t first = entered_.size();
+      try {
+        const Admitted one = admit_one(prompt, counts[i], root.node(), Reuse::all, tx);
+        give_room(one, tx);
+        admitted_.push_back(one);
+      } catch (const OutOfMemory&) {  // as many as there is memory for
+        tx.roll_back_to(before);
+        unenter_from(first);
+        break;
+      }
     }
-    if (!done) {
-      found = Found();
-      chain_.clear();
-      Transaction tx(*pool_, *this);
-      tx.push({OpKind::open, 0, handle});
-      tx.commit();
-    }
+    tx.commit();
   } catch (...) {
-    if (root != kNoNode) index_.leave(root);
+    unenter_from(0);
     throw;
   }
-  if (prefix_.on) {
-    const i64 index = sequences_.index(handle);
-    Content& c = contents_[index];
-    const i64 whole = found.tokens / block_tokens();
-    c.root = root;
-    c.leaf = whole == 0 ? root : chain_[whole - 1];
-    c.known = *cached = found.tokens;
-    std::copy(tokens + whole * block_tokens(), tokens + found.tokens, tail(index));
-    c.retained.clear();
-    hit_tokens_ += found.tokens;
+  root.keep(static_cast<i64>(admitted_.size()));
+  for (const Admitted& one : admitted_) {
+    finish_admission(one, tokens, root.node());
+    indices_[&one - admitted_.data()] = sequences_.index(one.handle);
+    *handles++ = static_cast<i32>(one.handle);
+    *cached++ = static_cast<i32>(one.found.tokens);
+    tokens += one.tokens;
   }
-  return handle;
+  map_ahead(static_cast<i64>(admitted_.size()), -1);
+  return static_cast<i64>(admitted_.size());
 }
 
-// False, and nothing has changed, when there is no memory for the copy of what is cut.
-bool Cache::try_adopt(i64 handle, const Found& found) {
+// Short of memory it takes less of what is cached.
+Cache::Admitted Cache::admit_one(const i32* tokens, i64 n, i32 root, Reuse reuse, Transaction& tx) {
+  Admitted one;
+  one.handle = sequences_.next_handle();
+  one.tokens = n;
+  one.first = entered_.size();
+  if (root != kNoNode && reuse != Reuse::none) one.found = find_cached(root, tokens, n);
+  if (reuse == Reuse::whole_blocks && one.found.tokens % block_tokens() != 0) {
+    chain_.resize(one.found.tokens / block_tokens());
+    one.found = table_->find(chain_, one.found.tokens);
+  }
+  bool done = one.found.tokens > 0 && try_adopt(one.handle, one.found, tx);
+  if (!done && one.found.tokens % block_tokens() != 0) {  // whole blocks may need no memory
+    chain_.resize(one.found.tokens / block_tokens());
+    one.found = table_->find(chain_, one.found.tokens);
+    done = one.found.tokens > 0 && try_adopt(one.handle, one.found, tx);
+  }
+  if (!done) {
+    one.found = Found();
+    tx.push({OpKind::open, 0, one.handle});
+  }
+  one.end = entered_.size();
+  return one;
+}
+
+// For all tokens of the prompt.
+void Cache::give_room(const Admitted& one, Transaction& tx) {
+  const i64 index = sequences_.index(one.handle);
+  for (i64 g = 0; g < groups_; ++g) {
+    if (geometry_.groups[g].growth == Growth::token) set_length(index, g, one.tokens, tx);
+  }
+  grow_one(index, one.tokens - one.found.tokens, -1, tx);
+}
+
+// What is not to be taken back any more. Needs no memory.
+void Cache::finish_admission(const Admitted& one, const i32* tokens, i32 root) {
+  if (root == kNoNode) return;
+  const i64 index = sequences_.index(one.handle), found = one.found.tokens, whole = found / block_tokens();
+  Content& c = contents_[index];
+  c.root = root;
+  c.leaf = whole == 0 ? root : entered_[one.first + static_cast<std::size_t>(whole) - 1];
+  c.known = found;
+  c.retained.clear();
+  std::copy(tokens + whole * block_tokens(), tokens + found, tail(index));
+  lookup_tokens_ += std::max(i64{0}, one.tokens - 1);
+  hit_tokens_ += found;
+  const std::size_t shared = one.first + static_cast<std::size_t>(whole);
+  for (std::size_t i = one.first; i < one.end; ++i) index_.hit(entered_[i]);
+  // In use from now on, but in a group whose window begins later nobody refers to the first ones.
+  for (std::size_t i = one.first; keeps_unheld_ && i < shared; ++i) table_->offer(entered_[i]);
+  for (std::size_t i = one.end; i-- > shared;) leave_node(entered_[i]);  // what was copied is not shared
+}
+
+void Cache::unenter_from(std::size_t first) {
+  while (entered_.size() > first) {
+    index_.unenter(entered_.back());
+    entered_.pop_back();
+  }
+}
+
+// False, and nothing has changed, when there is no memory for the copy of what is cut. The nodes of the sequence follow
+// in entered_.
+bool Cache::try_adopt(i64 handle, const Found& found, Transaction& tx) {
+  const Transaction::Point before = tx.here();
+  const std::size_t first = entered_.size();
   chain_.resize(ceil_div(found.tokens, block_tokens()));
+  entered_.insert(entered_.end(), chain_.begin(), chain_.end());
   for (i32 node : chain_) index_.enter(node);  // not to be given up for the room this may need
-  const auto leave_from = [this](std::size_t first) {
-    for (std::size_t i = chain_.size(); i-- > first;) leave_node(chain_[i]);
-  };
-  Transaction tx(*pool_, *this);
   try {
     tx.push({OpKind::open, 0, handle});
     const i64 index = sequences_.index(handle);
@@ -203,21 +279,11 @@ bool Cache::try_adopt(i64 handle, const Found& found) {
       }
     }
     table_->adopt(index, chain_, found, tx);
-    tx.commit();
   } catch (const OutOfMemory&) {
-    tx.roll_back();
-    leave_from(0);
+    tx.roll_back_to(before);
+    unenter_from(first);
     return false;
-  } catch (...) {
-    tx.roll_back();
-    leave_from(0);
-    throw;
   }
-  const i64 whole = found.tokens / block_tokens();
-  for (i32 node : chain_) index_.hit(node);
-  // In use from now on, but in a group whose window begins later nobody refers to the first ones.
-  for (i64 i = 0; keeps_unheld_ && i < whole; ++i) table_->offer(chain_[i]);
-  leave_from(whole);  // what was copied is not shared
   return true;
 }
 
@@ -237,10 +303,11 @@ void Cache::collect_published(i64 index, const i32* tokens, i64 count) {
       std::copy(tokens, tokens + end, tail(index) + held);
       block = tail(index);
     }
+    published_.push_back({index, ordinal++, kNoNode});  // first: it may find no memory
     i32 node = is_new ? kNoNode : index_.find(last, block);
     if (node == kNoNode) node = index_.add(last, block), is_new = true;
     index_.enter(node);
-    published_.push_back({index, ordinal++, node});
+    published_.back().node = node;
     last = node;
   }
 }
@@ -266,8 +333,10 @@ void Cache::note_blocks(i64 index, const i32* end, std::size_t* at) {
   }
 }
 
-void Cache::leave_published() {
-  for (auto p = published_.rbegin(); p != published_.rend(); ++p) leave_node(p->node);
+void Cache::unenter_published() {
+  for (auto p = published_.rbegin(); p != published_.rend(); ++p) {
+    if (p->node != kNoNode) index_.unenter(p->node);  // else there was no memory for it
+  }
   published_.clear();
 }
 

@@ -39,10 +39,10 @@ void Cache::see_completed(i64 row, i64 index, i64 count) {
 }
 
 // What of seen_ is another block now, and if the sequences have grown, all that follows the last that was seen of each.
-TableWrites Cache::written(bool grown) const {
+// `writes` has room for most_written() of them.
+void Cache::tell_written(bool grown, TableWrites* writes) const {
   const i64 g = token_group_, size = geometry_.groups[g].block_tokens;
   const TableView table = table_->view(g);
-  TableWrites writes;
   for (std::size_t k = 0; k < seen_.size(); ++k) {
     const TableWrite& before = seen_[k];
     const i64 index = indices_[before.row];
@@ -50,39 +50,56 @@ TableWrites Cache::written(bool grown) const {
     const i64 end = last ? ceil_div(sequences_.tokens(index, g), size) : before.column + 1;
     for (i64 ordinal = before.column; ordinal < end; ++ordinal) {
       const i32 block = entry_of(table.at(index), ordinal);
-      if (ordinal > before.column || block != before.block) writes.push_back(write_of(before.row, ordinal, block));
+      if (ordinal > before.column || block != before.block) writes->push_back(write_of(before.row, ordinal, block));
     }
   }
-  return writes;
+}
+
+// As many as tell_written() may tell after the sequences in indices_ have grown by counts[i] (null: by nothing). They
+// are counted before anything changes, since afterwards nothing may fail.
+std::size_t Cache::most_written(const i32* counts) const {
+  const i64 g = token_group_, size = geometry_.groups[g].block_tokens;
+  i64 most = static_cast<i64>(seen_.size());
+  for (std::size_t k = 0; counts && k < seen_.size(); ++k) {
+    if (k + 1 < seen_.size() && seen_[k + 1].row == seen_[k].row) continue;
+    const i64 row = seen_[k].row;
+    most += ceil_div(sequences_.tokens(indices_[row], g) + counts[row], size) - seen_[k].column;
+  }
+  return static_cast<std::size_t>(most);
 }
 
 TableWrites Cache::extend_telling(const i32* handles, const i32* counts, i64 n) {
-  Lock lock = enter();
-  plan_extend(handles, counts, n, -1);
-  seen_.clear();
-  for (i64 i = 0; i < n; ++i) see_last(i, indices_[i]);
-  grow_planned(handles, counts, n, -1, false);
-  TableWrites writes = written(true);
-  leave();
-  return writes;
+  return mutate([&] {
+    TableWrites writes;
+    plan_extend(handles, counts, n, -1);
+    seen_.clear();
+    for (i64 i = 0; i < n; ++i) see_last(i, indices_[i]);
+    writes.reserve(most_written(counts));
+    grow_planned(handles, counts, n, -1);
+    tell_written(true, &writes);
+    return writes;
+  });
 }
 
 TableWrites Cache::commit_telling(const i32* handles, const i32* counts, i64 n, const i32* tokens) {
-  Lock lock = enter();
-  seen_.clear();
-  for (i64 i = 0; i < n; ++i) see_completed(i, sequences_.index(handles[i]), counts[i]);
-  commit_all(handles, counts, n, -1, tokens);
-  TableWrites writes = written(false);
-  leave();
-  return writes;
+  return mutate([&] {
+    TableWrites writes;
+    seen_.clear();
+    for (i64 i = 0; i < n; ++i) see_completed(i, sequences_.index(handles[i]), counts[i]);
+    writes.reserve(most_written(nullptr));
+    commit_all(handles, counts, n, -1, tokens);
+    tell_written(false, &writes);
+    return writes;
+  });
 }
 
 TableWrites Cache::advance_telling(i64 handle, i64 count, const i32* tokens, i64 num_tokens) {
-  Lock lock = enter();
-  advance_one(handle, count, tokens, num_tokens, true);
-  TableWrites writes = written(true);
-  leave();
-  return writes;
+  return mutate([&] {
+    TableWrites writes;
+    advance_one(handle, count, tokens, num_tokens, &writes);
+    tell_written(true, &writes);
+    return writes;
+  });
 }
 
 TableWrites Cache::table(i64 handle, i64 group) {

@@ -34,6 +34,9 @@ class EvictionPolicy {
   virtual void hit(i32 id) = 0;
   // A released block is in use again: not to be named by victim() until it is released.
   virtual void use(i32 id) = 0;
+  // That is taken back, in reverse order if there were several, with no other call between: it stands released where it
+  // stood, and nothing was learned.
+  virtual void undo_use(i32 id) = 0;
   // Nobody uses it any more.
   virtual void release(i32 id) = 0;
   // The released block that should go next, -1 if there is none. Nothing changes but the policy's own order, and the

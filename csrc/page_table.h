@@ -74,7 +74,7 @@ class PageTable : public PageOwner {
   virtual void set_pending(i64 index, i64 job) = 0;
   virtual i64 pending(i64 index) const = 0;
 
-  virtual void apply(const Op& op) = 0;  // bind, unbind, block
+  virtual void apply(const Op& op, bool undo) = 0;  // bind, unbind, block
   // The length has become less by another's decision: whether the tail is shared is to be seen before the next write.
   virtual void look_at_tail(i64 index, i64 group) = 0;
   // True if the mappings around those of `op` are as between calls: no holes, arenas in step.
@@ -100,6 +100,8 @@ class PageTable : public PageOwner {
   virtual i64 mapped_extent_slots(i64 group, i64 arena_in_group) const = 0;
   virtual void check(std::vector<std::string>* out) const = 0;
 
+  void digest(Hasher& hash) const override { index_.digest(hash); }
+
   // Evicts a node and all cached ones that continue it, ends first: nobody could find those without it.
   void forget(i32 node, Transaction& tx);
 
@@ -117,7 +119,7 @@ class PageTable : public PageOwner {
   const i64 groups_;
 
  private:
-  std::vector<i64> ready_tokens_;  // [sequence][group]: what find_room() said
+  std::vector<i64> ready_tokens_;  // [sequence][group]: what find_room() said; derived
 };
 
 std::unique_ptr<PageTable> make_virtual_table(const Geometry& geometry, PagePool& pool, const Sequences& sequences,

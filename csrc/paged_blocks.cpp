@@ -13,7 +13,7 @@ PagedBlocks::PagedBlocks(const Geometry& geometry, PagePool& pool, const Sequenc
   try {
     for (const GroupGeometry& group : geometry.groups) add_group(group);
   } catch (...) {
-    pool.remove_owner(this, {});
+    pool.remove_owner(this);
     throw;
   }
   first_.push_back(static_cast<i64>(pages_.size()));
@@ -22,23 +22,24 @@ PagedBlocks::PagedBlocks(const Geometry& geometry, PagePool& pool, const Sequenc
 }
 
 PagedBlocks::~PagedBlocks() {
-  std::vector<i32> mapped;
+  pool_.drain();
   for (const std::vector<i32>& arena : pages_) {
     for (i32 page : arena) {
-      if (page >= 0) mapped.push_back(page);
+      if (page >= 0) pool_.drop_page(page);
     }
   }
-  pool_.remove_owner(this, mapped);
+  pool_.remove_owner(this);
 }
 
 void PagedBlocks::add_group(const GroupGeometry& group) {
-  Blocks b;
+  Blocks b(pool_.journal);
   b.max_blocks = group.max_blocks;
   b.tokens = group.block_tokens;
   b.per_sequence = ceil_div(group.max_tokens, group.block_tokens);
   b.info.assign(b.max_blocks, BlockInfo());
   b.backed.assign(b.max_blocks, 0);
   b.ready.reserve(b.max_blocks);
+  b.passed.reserve(b.max_blocks);
   // calloc: a table for every sequence at full length is large, and mostly never touched
   b.table.reset(static_cast<i32*>(std::calloc(geometry_.max_sequences * b.per_sequence, sizeof(i32))));
   if (!b.table) throw OutOfMemory("no host memory for the block table");
@@ -87,7 +88,7 @@ bool PagedBlocks::holds(i64 index, i64 group) const {
   return true;
 }
 
-void PagedBlocks::apply(const Op& op) {
+void PagedBlocks::apply(const Op& op, bool undo) {
   if (op.kind != OpKind::block) throw SpecError("bind: the paged backend has no rows");
   const i64 index = sequences_.index(op.a);
   if (op.at < 0 || op.at >= groups_) throw SpecError("block: no group " + std::to_string(op.at));
@@ -101,11 +102,10 @@ void PagedBlocks::apply(const Op& op) {
   }
   place = static_cast<i32>(op.c);
   if (op.c != 0) acquire(b, op.c);
-  if (op.d != 0) {
-    drop(b, op.d);
-    ++version_[index * groups_ + op.at];
-    forget_room(index, op.at);
-  }
+  if (op.d != 0) drop(b, op.d);
+  if ((undo ? op.c : op.d) == 0) return;  // there was none before
+  version_[index * groups_ + op.at] += undo ? -1 : 1;
+  forget_room(index, op.at);
 }
 
 bool PagedBlocks::is_mapped(i32 arena, i64 slot, i64 count) const {
@@ -182,10 +182,7 @@ const Class& PagedBlocks::class_of(i64 a) const {
   });
 }
 
-void PagedBlocks::pass(Blocks& b, i64 block) {
-  b.passed.reserve(b.max_blocks);  // most groups never have such
-  b.passed.add_last(block);
-}
+void PagedBlocks::pass(Blocks& b, i64 block) { b.passed.add_last(block); }
 
 // So many more referenced, and so many more kept blocks touch the slots of these `n` on end, each of them.
 void PagedBlocks::count(Blocks& b, i64 first, i64 n, i32 users, i32 kept) {
@@ -265,16 +262,17 @@ i64 PagedBlocks::take_ready(Blocks& b, i64 most, i32* entries) {
   return taken;
 }
 
-// They may have been anything.
-void PagedBlocks::show_again(const Entries& e) {
+// Undoes hide(). They may have been anything.
+void PagedBlocks::show(const Entries& e) {
   Blocks& b = blocks_[e.group];
   const i32* entries = &b.table[e.index * b.per_sequence + e.first];
   for (i64 i = 0; i < e.count; ++i) acquire(b, entries[i]);
-  ++version_[e.index * groups_ + e.group];
+  --version_[e.index * groups_ + e.group];
   hidden_.pop_back();
 }
 
 void PagedBlocks::hide(const Entries& e) {
+  hidden_.push_back(e);  // first: it may find no memory
   Blocks& b = blocks_[e.group];
   const i32* entries = &b.table[e.index * b.per_sequence + e.first];
   // What becomes of a block that its last user leaves; of others, nothing.
@@ -299,7 +297,17 @@ void PagedBlocks::hide(const Entries& e) {
   }
   ++version_[e.index * groups_ + e.group];
   forget_room(e.index, e.group);
-  hidden_.push_back(e);
+}
+
+// Undoes what take_ready() gave: the entries were none before.
+void PagedBlocks::take_back(const Entries& e) {
+  Blocks& b = blocks_[e.group];
+  i32* entries = &b.table[e.index * b.per_sequence + e.first];
+  for (i64 i = e.count; i-- > 0;) {
+    drop(b, entries[i]);
+    entries[i] = 0;
+  }
+  forget_room(e.index, e.group);
 }
 
 void PagedBlocks::wipe_hidden() {
@@ -311,8 +319,9 @@ void PagedBlocks::wipe_hidden() {
 }
 
 void PagedBlocks::on_content(const Op& op, bool undo) {
-  if (op.kind == OpKind::show) return show_again({op.d, op.a, op.b, op.c});  // take_ready() has done all others
-  if (op.kind == OpKind::hide) return hide({op.d, op.a, op.b, op.c});
+  const Entries entries{op.d, op.a, op.b, op.c};
+  if (op.kind == OpKind::show) return show(entries);  // take_ready() has done all others
+  if (op.kind == OpKind::hide) return undo ? take_back(entries) : hide(entries);
   const i32 node = static_cast<i32>(op.a);
   if (op.kind == OpKind::shift) return shift(op.b, node, op.d, op.c);
   if (op.kind == OpKind::hold) {
@@ -324,11 +333,11 @@ void PagedBlocks::on_content(const Op& op, bool undo) {
 
 void PagedBlocks::hold(i64 g, i32 node, i32 block, bool undo) {
   Blocks& b = blocks_[g];
+  if (!undo) index_.expect_change();
   if (static_cast<i64>(block_of_.size()) < index_.capacity() * groups_) block_of_.resize(index_.capacity() * groups_);
   if (b.info[block].refs == 0) {
     b.ready.remove(block);
     keep(b, block, 0);
-    if (undo && index_.used(node)) pass(b, block);  // only such are given up while their node is in use
   }
   index_.place(node, g, undo);
   b.info[block].node = node;
@@ -337,6 +346,7 @@ void PagedBlocks::hold(i64 g, i32 node, i32 block, bool undo) {
 
 void PagedBlocks::unhold(i64 g, i32 node, i32 block, bool undo) {
   Blocks& b = blocks_[g];
+  if (!undo) index_.expect_change();
   if (b.info[block].refs == 0) {
     unkeep(b, block, 0);
     b.ready.add(block);
@@ -359,6 +369,7 @@ void PagedBlocks::change(const Op& op, bool mapped) {
                       " users");
     }
   }
+  if (!mapped) b.ready.expect(ceil_div(op.c * page_bytes(), c.block_bytes) + 2);
   for (i64 i = 0; i < op.c; ++i) {
     const i64 slot = op.a + i;
     pages[slot] = mapped ? static_cast<i32>(op.b + i) : -1;

@@ -39,7 +39,7 @@ class PagedTable final : public PagedBlocks {
   void shrink(i64 index, i64 group, i64 old_tokens, i64 new_tokens, Transaction& tx) override {
     Blocks& b = blocks_[group];
     for (i64 ordinal = ceil_div(old_tokens, b.tokens); ordinal-- > ceil_div(new_tokens, b.tokens);) {
-      b.fence = tx.fence();
+      set_fence(b, tx.fence());
       set(index, group, ordinal, 0, tx);
     }
     // The block that the length now cuts is copied when the sequence next grows, so that truncating needs no memory.
@@ -51,7 +51,7 @@ class PagedTable final : public PagedBlocks {
   void drop_front(i64 index, i64 group, i64 old_first, i64 first, Transaction& tx) override {
     Blocks& b = blocks_[group];
     if (quotient(first, b.tokens) == quotient(old_first, b.tokens)) return;
-    b.fence = tx.fence();
+    set_fence(b, tx.fence());
     for (i64 ordinal = quotient(old_first, b.tokens); ordinal < quotient(first, b.tokens); ++ordinal) {
       const i32 block = entry(index, group, ordinal);
       set(index, group, ordinal, 0, tx);
@@ -99,7 +99,7 @@ class PagedTable final : public PagedBlocks {
   // What is taken over is referred to, or kept from being given up, before any memory is looked for.
   void adopt(i64 index, const std::vector<i32>& chain, const Found& found, Transaction& tx) override {
     const i64 whole = quotient(found.tokens, block_tokens()), tail = remainder(found.tokens, block_tokens());
-    const Kept kept(*this, chain[tail > 0 ? whole : whole - 1]);
+    Kept kept(*this, chain[tail > 0 ? whole : whole - 1]);
     for (i64 g = 0; g < groups_; ++g) {
       if (geometry_.groups[g].growth == Growth::fixed) continue;
       for (i64 ordinal = quotient(sequences_.front(index, g), block_tokens()); ordinal < whole; ++ordinal) {
@@ -113,6 +113,7 @@ class PagedTable final : public PagedBlocks {
       set(index, g, state ? 0 : whole, fresh, tx);
       copy_block(g, block_of(chain[state ? whole - 1 : whole], g), fresh, state ? 1 : tail, tx);
     }
+    kept.end();
   }
 
   bool has(i32 node, i64 group) const override { return block_of(node, group) != 0; }
@@ -125,10 +126,11 @@ class PagedTable final : public PagedBlocks {
         const i32 own = entry(p.index, g, p.ordinal), cached = block_of(p.node, g);
         if (own == 0 || own == cached) continue;
         if (cached == 0) {
+          tx.expect();
           hold(g, p.node, own, false);
           tx.note({OpKind::hold, arena(0), p.node, g, own});
         } else {
-          blocks_[g].fence = tx.fence();
+          set_fence(blocks_[g], tx.fence());
           set(p.index, g, p.ordinal, cached, tx);
         }
       }
@@ -168,9 +170,9 @@ class PagedTable final : public PagedBlocks {
 
   void close(i64 index, Transaction& tx) override {
     for (i64 g = 0; g < groups_; ++g) {
-      Blocks& b = blocks_[g];  // copy_tail_ stays: it only asks to look, and this may yet be taken back
+      Blocks& b = blocks_[g];
       if (sequences_.tokens(index, g) == 0) continue;
-      b.fence = tx.fence();
+      set_fence(b, tx.fence());
       const i64 first = quotient(sequences_.front(index, g), b.tokens);
       const i64 end = ceil_div(sequences_.tokens(index, g), b.tokens);
       const i32 last = entry(index, g, end - 1);
@@ -210,11 +212,12 @@ class PagedTable final : public PagedBlocks {
       for (i64 g = 0; node != kNoNode && g < table.groups_; ++g) {
         const i32 block = table.block_of(node, g);
         if (block == 0 || !table.blocks_[g].passed.has(block)) continue;
-        table.blocks_[g].passed.remove(block);
         blocks_.emplace_back(g, block);
+        table.blocks_[g].passed.remove(block);
       }
     }
-    ~Kept() {
+    // Puts them back; where an error has come instead, the journal does.
+    void end() {
       for (const auto& [g, block] : blocks_) {
         Blocks& b = table_.blocks_[g];
         if (b.info[block].refs == 0) table_.pass(b, block);
@@ -306,6 +309,8 @@ class PagedTable final : public PagedBlocks {
   i64 take_run(i64 index, i64 group, i64 first, i64 most, Transaction& tx) {
     Blocks& b = blocks_[group];
     if (b.ready.empty()) make_ready(group, most, tx);
+    tx.expect();
+    b.ready.expect(most);
     i32* const entries = &b.table[index * b.per_sequence + first];
     const i64 n = most == 1 ? take_ready(b, entries) : take_ready(b, most, entries);
     tx.note({OpKind::show, arena(0), index, first, n, group});
@@ -381,19 +386,19 @@ class PagedTable final : public PagedBlocks {
     const i64 ordinal = quotient(tokens, b.tokens), tail = remainder(tokens, b.tokens);
     const i32 old = tail == 0 ? 0 : entry(index, group, ordinal);
     if (old == 0 || (b.info[old].refs <= 1 && b.info[old].node == kNoNode)) {
-      copy_tail_[index * groups_ + group] = 0;  // the other user has gone
-      return;
+      return set_copy_tail(index, group, false);  // the other user has gone
     }
     if (b.info[old].refs <= 1 && !index_.used(b.info[old].node) && b.ready.empty() &&
         !has_room_for(b, unbacked(group))) {
+      set_copy_tail(index, group, false);
       return forget(b.info[old].node, tx);  // rather than another cached block, or failing
     }
-    // The flag stays set, so that a transaction taken back finds it set again; the next call clears it.
     const i64 fresh = take(group, 1, tx);
     set(index, group, ordinal, fresh, tx);
     copy_block(group, old, fresh, tail, tx);
+    set_copy_tail(index, group, false);
     if (b.info[old].refs > 0) return;
-    b.fence = tx.new_fence();  // behind the copy: the block may be given up, and its page go
+    set_fence(b, tx.new_fence());  // behind the copy: the block may be given up, and its page go
     offer_block(b, old);
   }
 

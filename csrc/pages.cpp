@@ -1,6 +1,7 @@
 #include "pages.h"
 
 #include <algorithm>
+#include <new>
 #include <string>
 
 #include "transaction.h"
@@ -33,7 +34,7 @@ PagePool::~PagePool() {
   // The mapper's thread and whoever held a lock are not in this process: stopping or waiting would take for ever. What
   // they guard belongs to the parent.
   mapper_.release();
-  new std::shared_ptr<Space>(std::move(space_));
+  new (std::nothrow) std::shared_ptr<Space>(std::move(space_));
 }
 
 std::unique_lock<std::mutex> PagePool::lock(bool look) {
@@ -53,27 +54,32 @@ std::unique_lock<std::mutex> PagePool::try_lock() {
 
 void PagePool::settle() {
   mapper_->wait_idle();
-  std::vector<Op> failed = mapper_->take_failed();
-  while (!failed.empty()) {
-    const Op op = inverse(failed.back());
-    failed.pop_back();
+  if (!mapper_->has_failed()) return;
+  if (recording) log.reserve(log.size() + mapper_->failed_ops());  // before anything is taken out
+  ++disturbed_;
+  mapper_->take_failed([this](const Op& failed) {
+    const Op op = inverse(failed);
     apply(op, true);
     if (recording) log.push_back(op);
-  }
+  });
 }
 
 void PagePool::add_owner(PageOwner* owner) {
-  owner->number = owners_seen_++;
   owners_.push_back(owner);
+  owner->number = owners_seen_++;
 }
 
-void PagePool::remove_owner(PageOwner* owner, const std::vector<i32>& pages) {
-  if (space_) space_->drain();  // whoever uses its memory still (invariant 4)
-  for (i32 page : pages) {
-    if (--refs_[page] > 0) continue;
-    --mapped_pages_;
-    free_.insert(page);
-  }
+void PagePool::drain() {
+  if (space_) space_->drain();
+}
+
+void PagePool::drop_page(i32 page) {
+  if (--refs_[page] > 0) return;
+  --mapped_pages_;
+  free_.insert(page);
+}
+
+void PagePool::remove_owner(PageOwner* owner) {
   for (std::size_t i = 0; i < arenas_.size(); ++i) {
     if (arenas_[i].owner != owner) continue;
     if (space_) space_->remove_arena(static_cast<i32>(i));
@@ -83,6 +89,7 @@ void PagePool::remove_owner(PageOwner* owner, const std::vector<i32>& pages) {
 }
 
 i32 PagePool::add_arena(PageOwner* owner, i64 slots) {
+  if (arenas_.size() == arenas_.capacity()) arenas_.reserve(2 * arenas_.size() + 4);
   if (space_) space_->add_arena(slots);
   Arena arena;
   arena.owner = owner;
@@ -148,10 +155,10 @@ void PagePool::map_slots(PageOwner& owner, i32 arena, i64 slot, i64 count, i64 n
 // Zeroes what is not known to be zero, as far as the policy asks for it, and notes who writes here from now on.
 void PagePool::need_zero(const PageOwner& owner, i32 arena, i64 slot, i64 page, i64 count, Zero zero, Transaction& tx) {
   for (i64 i = 0; i < count; ++i) {
-    i32& content = content_[page + i];
+    const i32 content = content_[page + i];
     const bool dirty = content != kClean && (zero == Zero::always || (zero == Zero::fresh && content != owner.number));
     if (dirty) tx.push({OpKind::zero, arena, (slot + i) * page_bytes_, page_bytes_});
-    content = owner.number;
+    journal.set(content_, page + i, owner.number);
   }
 }
 
@@ -172,7 +179,7 @@ namespace {
 // For transactions of the pool itself, which touch no table.
 class NoTables final : public TableState {
  public:
-  void apply_table(const Op&) override { throw SpecError("a pool has no sequences"); }
+  void apply_table(const Op&, bool) override { throw SpecError("a pool has no sequences"); }
 };
 }  // namespace
 
@@ -252,7 +259,7 @@ void PagePool::apply(const Op& op, bool undo) {
       for (i64 p = op.a; p < op.a + op.b; ++p) {
         refs_[p] = 0;
         free_.insert(p);
-        content_[p] = space_ && space_->info().fresh_pages_are_zero && !undo ? kClean : kGarbage;
+        if (!undo) content_[p] = space_ && space_->info().fresh_pages_are_zero ? kClean : kGarbage;
       }
       present_pages_ += op.b;
       break;
@@ -268,6 +275,7 @@ void PagePool::apply(const Op& op, bool undo) {
       for (i64 p = op.a; p < op.a + op.b; ++p) {
         refs_[p] = -1;
         free_.erase(p);
+        if (undo) content_[p] = kGarbage;
       }
       present_pages_ -= op.b;
       absent_hint_ = std::min(absent_hint_, op.a);
@@ -277,8 +285,8 @@ void PagePool::apply(const Op& op, bool undo) {
       break;
     case OpKind::unmap:
       set_unmapped(op);
-      // Whatever the lost mapping held was written by an owner whose number may be gone by now.
-      if (undo) {
+      // The mapper may have begun to write there. A transaction knows better.
+      if (undo && !journal.restoring()) {
         for (i64 p = op.b; p < op.b + op.c; ++p) {
           if (refs_[p] == 0) content_[p] = kGarbage;
         }
@@ -299,6 +307,20 @@ void PagePool::apply(const Op& op, bool undo) {
       break;
     default:
       break;
+  }
+}
+
+void PagePool::distrust(const std::vector<Op>& ops, bool wrote) {
+  disturbed_ += wrote;
+  for (const Op& op : ops) {
+    const bool recreated = op.kind == OpKind::destroy;  // by undoing, so that another may have had it
+    const i64 first = recreated ? op.a : op.b, end = first + (recreated ? op.b : op.c);
+    for (i64 p = first; (recreated || (wrote && op.kind == OpKind::map)) && p < end; ++p) {
+      if (refs_[p] == 0) content_[p] = kGarbage;
+    }
+    if (!wrote || op.kind != OpKind::evict) continue;
+    PageOwner& owner = *arenas_[op.at].owner;
+    if (owner.can_give_up(op)) owner.on_content(op, false);
   }
 }
 
@@ -351,6 +373,17 @@ void PagePool::set_unmapped(const Op& op) {
       --owner.owned_pages;
       free_.insert(p);
     }
+  }
+}
+
+void PagePool::digest(Hasher& hash) const {
+  hash.add(budget_pages_, present_pages_, mapped_pages_, fence_, recording, log.size());
+  for (std::size_t page = 0; page < refs_.size(); ++page) {
+    if (refs_[page] >= 0) hash.add(page, refs_[page], content_[page]);
+  }
+  for (const PageOwner* owner : owners_) {
+    hash.add(owner->number, owner->owned_pages, owner->limit_pages);
+    owner->digest(hash);
   }
 }
 

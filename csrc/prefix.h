@@ -18,6 +18,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "digest.h"
 #include "events.h"
 #include "retention.h"
 #include "token_blocks.h"
@@ -80,15 +81,23 @@ class PrefixIndex {
 
   // --- state: what transactions change and take back ---
   // The node's tokens lie in one more place, or one fewer: of this group, or (-1) of all of them alike.
+  // expect_change() comes before each, and may find no memory; these then need none, and neither does taking them back.
+  void expect_change();
   void place(i32 node, i64 group, bool undo);
   void displace(i32 node, i64 group, bool undo);
   // The end of a transaction: nodes without memory and use are gone now, and events are told.
   void finish(bool committed);
 
-  // --- use; cannot fail ---
-  i32 open_root(const PrefixKey& key);  // counts one user
-  // A child that find() did not find; without users, and gone at finish() if it got no place.
+  // --- use ---
+  // Counts one user; makes the root where there is none. May find no memory, and has changed nothing then. `*made`:
+  // whether it did.
+  i32 open_root(const PrefixKey& key, bool* made);
+  // A child that find() did not find; without users, and gone at finish() if it got no place. As open_root().
   i32 add(i32 parent, const i32* tokens);
+  // These take back open_root() and enter(), or add() with enter(), in reverse order: all is as before them, the order
+  // in which blocks are given up and nodes are made included. What follows here cannot fail.
+  void unopen_root(i32 root, bool made);
+  void unenter(i32 node);
   // enter() or leave() of this node will follow. Of a chain each is found through the one behind it, so that a
   // processor would wait for one after the other; who knows them all by another way says so before.
   void prefetch(i32 node) const {
@@ -108,8 +117,9 @@ class PrefixIndex {
   void hit(i32 node) {
     if (nodes_[node].places > 0) policy_->hit(node);
   }
-  void pin(i32 node);
+  void pin(i32 node);  // may find no memory
   void unpin(i32 node);
+  void undo_pins(i32 last, i32 end);  // of the nodes from `last` to before `end`, towards the root, just pinned
   // Of a block that a sliding window has passed there is nothing to keep.
   void retain(i32 node, int priority, double seconds) {
     if (nodes_[node].places == 0) return;
@@ -131,6 +141,7 @@ class PrefixIndex {
   std::vector<i32> below(i32 root) const;
   i32 root_number(i32 node) const { return root_of_[node]; }  // where events are on
   void check(const std::vector<i32>& users, std::vector<std::string>* out) const;
+  void digest(Hasher& hash) const;  // prefix_find.cpp
 
   static constexpr i64 kCandidates = 32, kNewest = 8;
 
@@ -159,6 +170,7 @@ class PrefixIndex {
   };
   struct RootKey {
     PrefixKey key;
+    std::string flat;
     bool gone = false;
   };
 
@@ -171,12 +183,16 @@ class PrefixIndex {
   i32 new_node();
   void free_node(i32 node);
   void reserve(i64 nodes);
+  void grow_nodes();
   void start_retention();
   void link(i32 node);
+  void relink(i32 node);
   void unlink(i32 node);
   void put_in_bucket(i32 node);
   void take_out_of_bucket(i32 node);
+  void count_unpinned(i32 node);
   void grow_buckets();
+  void forget_root(i32 root);
   void use_again(i32 node);
   void leave_last(i32 node);
   bool idle(const Node& n) const { return n.users == 0 && n.places == 0 && n.first_child == kNoNode; }

@@ -21,7 +21,9 @@ class RetentionPolicy final : public EvictionPolicy {
  public:
   using Clock = std::function<double()>;  // seconds, never going back
 
-  explicit RetentionPolicy(std::unique_ptr<EvictionPolicy> base, Clock clock = {});  // a steady clock, if empty
+  // `base` null: reserve() is the only call, until take_over() brings one. `clock` empty: a steady one.
+  explicit RetentionPolicy(std::unique_ptr<EvictionPolicy> base, Clock clock = {});
+  void take_over(std::unique_ptr<EvictionPolicy> base) { base_ = std::move(base); }
 
   // From now until the block is evicted. `ttl_seconds` count from each release, or from now if it is released; 0 or
   // less and infinity mean for ever. O(1), O(log n) with a time to live; marking a block in the middle of a chain also
@@ -39,6 +41,7 @@ class RetentionPolicy final : public EvictionPolicy {
   void prefetch(i32 id) const override { base_->prefetch(id); }
   void hit(i32 id) override;
   void use(i32 id) override;
+  void undo_use(i32 id) override;
   void release(i32 id) override;
   // The clock is read only while a released block has a time to live.
   i32 victim() override;
@@ -54,6 +57,7 @@ class RetentionPolicy final : public EvictionPolicy {
     double deadline = 0;  // while in the heap
     i32 heap_index = -1;
     i32 place = kNowhere;
+    i32 left = kNowhere;  // by the latest use()
     i32 parent = -1;
     i32 children = 0;          // cached ones; where a window passed, they may be there before and after this block
     i32 holding_children = 0;  // those of them that keep this block

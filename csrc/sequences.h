@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "digest.h"
 #include "ops.h"
 
 namespace kvmem {
@@ -88,6 +89,13 @@ class Sequences {
   i64 tokens(i64 index, i64 group) const { return lengths_[index * groups_ + group].tokens; }
   i64 committed(i64 index, i64 group) const { return lengths_[index * groups_ + group].committed; }
   i64 front(i64 index, i64 group) const { return lengths_[index * groups_ + group].front; }
+
+  void digest(Hasher& hash) const {
+    hash.add_all(tenants_);
+    hash.add_all(handles_);
+    for (i64 i = 0; i < free_count_; ++i) hash.add(free_[(head_ + i) % capacity()]);
+    for (const Lengths& l : lengths_) hash.add(l.tokens, l.committed, l.front);
+  }
 
  private:
   i64 last_tenant() const { return ((i64{1} << 31) >> bits_) - 1; }

@@ -94,9 +94,10 @@ auto with_width(u64 bits, F f) {
 TokenBlocks::TokenBlocks(i64 block_tokens) : block_tokens_(block_tokens), stride_(stride_of(block_tokens, bits_)) {}
 
 void TokenBlocks::reserve(i64 blocks) {
-  blocks_ = std::max(blocks_, blocks);
-  bytes_.reserve(blocks_ * stride_ + kSpare);
-  bytes_.resize(blocks_ * stride_ + kSpare);
+  blocks = std::max(blocks_, blocks);
+  bytes_.reserve(blocks * stride_ + kSpare);
+  bytes_.resize(blocks * stride_ + kSpare);
+  blocks_ = blocks;
 }
 
 void TokenBlocks::put(i32 block, const i32* tokens) {

@@ -76,7 +76,7 @@ void VirtualTable::snapshot(i64 index, const std::vector<i32>& chain, Transactio
       copy_state(from, to, g, tx);
     }
   }
-  rows_[to].fence = tx.new_fence();
+  set_fence(to, tx.new_fence());
   hold_all(to, chain, static_cast<i64>(chain.size()), true, tx);
 }
 
@@ -114,11 +114,7 @@ bool VirtualTable::is_covered(i64 row, std::size_t from) const {
 }
 
 void VirtualTable::cut(i64 row, i64 from, Transaction& tx) {
-  const Row& r = rows_[row];
-  while (static_cast<i64>(r.holds.size()) > from) {
-    const i32 node = r.holds.back().node;
-    tx.push({OpKind::evict, arena(0), node, row, r.state == node});
-  }
+  while (static_cast<i64>(rows_[row].holds.size()) > from) tx.push(forgetting(row));
 }
 
 void VirtualTable::hold_all(i64 row, const std::vector<i32>& chain, i64 count, bool state, Transaction& tx) {
@@ -152,7 +148,8 @@ void VirtualTable::take_over(i64 index, i64 row, i64 blocks, Transaction& tx) {
 }
 
 void VirtualTable::share_row(i64 from, i64 to, i64 group, i64 first, i64 tokens, Transaction& tx) {
-  rows_[from].maybe_shared = rows_[to].maybe_shared = true;
+  set_maybe_shared(from, true);
+  set_maybe_shared(to, true);
   for (i64 a = first_[group]; a < first_[group + 1]; ++a) {
     const i64 bytes = tokens * token_bytes(group, a);
     const i64 whole = bytes / page_bytes();

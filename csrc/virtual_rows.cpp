@@ -13,9 +13,9 @@ VirtualRows::VirtualRows(const Geometry& geometry, PagePool& pool, const Sequenc
       sequences_(sequences),
       rows_(geometry.rows),
       row_of_(geometry.max_sequences, -1),
-      doubles_(geometry.rows),
-      parked_(geometry.rows),
-      bound_(geometry.rows) {
+      doubles_(pool.journal, geometry.rows),
+      parked_(pool.journal, geometry.rows),
+      bound_(pool.journal, geometry.rows) {
   limit_pages = pool.budget_pages();
   pool.add_owner(this);
   try {
@@ -28,7 +28,7 @@ VirtualRows::VirtualRows(const Geometry& geometry, PagePool& pool, const Sequenc
       }
     }
   } catch (...) {
-    pool.remove_owner(this, {});
+    pool.remove_owner(this);
     throw;
   }
   first_.push_back(arenas_);
@@ -43,9 +43,13 @@ VirtualRows::VirtualRows(const Geometry& geometry, PagePool& pool, const Sequenc
 }
 
 VirtualRows::~VirtualRows() {
-  std::vector<i32> pages;
-  for (const Extent& e : extents_) pages.insert(pages.end(), e.pages.begin() + e.lo, e.pages.begin() + e.hi);
-  pool_.remove_owner(this, pages);
+  pool_.drain();
+  for (const Extent& e : extents_) {
+    for (i64 slot = e.lo; slot < e.hi; ++slot) {
+      if (e.pages[slot] >= 0) pool_.drop_page(e.pages[slot]);
+    }
+  }
+  pool_.remove_owner(this);
 }
 
 bool VirtualRows::is_whole(const Op& op) const {
@@ -70,7 +74,7 @@ bool VirtualRows::holds(i64 index, i64 group) const {
   return row > 0;
 }
 
-void VirtualRows::apply(const Op& op) {
+void VirtualRows::apply(const Op& op, bool) {
   const i64 index = sequences_.index(op.a);
   if (op.kind == OpKind::bind) {
     if (op.b <= 0 || op.b >= static_cast<i64>(rows_.size()) || rows_[op.b].index >= 0 || row_of_[index] >= 0) {
@@ -223,14 +227,6 @@ void VirtualRows::file_double(i64 row) {
   }
 }
 
-void VirtualRows::finish(bool committed) {
-  for (i64 row : given_) {
-    if (!committed) may_give(row);
-  }
-  given_.clear();
-  index_.finish(committed);
-}
-
 void VirtualRows::change(const Op& op, bool mapped) {
   const i64 a = op.at - base_arena_;
   const i64 g = group_of(a);
@@ -276,29 +272,30 @@ void VirtualRows::change(const Op& op, bool mapped) {
 
 void VirtualRows::on_content(const Op& op, bool undo) {
   if (op.kind == OpKind::hold) {
-    hold(op.b, static_cast<i32>(op.a), op.c == 1, undo);
+    hold(op.b, static_cast<i32>(op.a), op.c == 1, op.d, undo);
   } else {
     unhold(op.b, static_cast<i32>(op.a), op.c == 1, undo);
   }
 }
 
-void VirtualRows::hold(i64 row, i32 node, bool state, bool undo) {
+void VirtualRows::hold(i64 row, i32 node, bool state, i64 after, bool undo) {
+  if (!undo) index_.expect_change();
   if (static_cast<i64>(holder_.size()) < index_.capacity()) holder_.resize(index_.capacity(), -1);
-  const i32 before = holder_[node];
+  const i64 ordinal = index_.ordinal(node);
   Hold hold;
-  hold.node = node, hold.next = before;
+  hold.node = node, hold.previous = after == 0 ? -1 : static_cast<i32>(after);
+  hold.next = after == 0 ? holder_[node] : rows_[after].holds[ordinal].next;
   rows_[row].holds.push_back(hold);
-  holder_[node] = static_cast<i32>(row);
-  if (before >= 0) {
-    rows_[before].holds[index_.ordinal(node)].previous = holder_[node];
-    file_double(before);
-  }
+  (after == 0 ? holder_[node] : rows_[after].holds[ordinal].next) = static_cast<i32>(row);
+  if (hold.next >= 0) rows_[hold.next].holds[ordinal].previous = static_cast<i32>(row);
+  if (hold.next >= 0) file_double(hold.next);
   if (state) rows_[row].state = node;
   index_.place(node, -1, undo);
   file_content(row);
 }
 
 void VirtualRows::unhold(i64 row, i32 node, bool state, bool undo) {
+  if (!undo) index_.expect_change();
   const i64 ordinal = index_.ordinal(node);
   const Hold hold = rows_[row].holds.back();
   (hold.previous >= 0 ? rows_[hold.previous].holds[ordinal].next : holder_[node]) = hold.next;
@@ -409,6 +406,24 @@ void VirtualRows::check(std::vector<std::string>* out) const {
     out->push_back("invariant 1: " + std::to_string(distinct) + " pages are mapped here, counted " +
                    std::to_string(owned_pages));
   }
+}
+
+void VirtualRows::digest(Hasher& hash) const {
+  PageTable::digest(hash);
+  for (i64 row = 0; row < static_cast<i64>(rows_.size()); ++row) {
+    const Row& r = rows_[row];
+    hash.add(r.index, r.fence, r.slots, r.maybe_shared, r.state);
+    for (const Hold& hold : r.holds) hash.add(hold.node, hold.next, hold.previous);
+    for (i64 a = 0; a < arenas_; ++a) {
+      const Extent& e = extent(row, a);
+      hash.add(e.lo, e.hi, e.count);
+      for (i64 slot = e.lo; slot < e.hi; ++slot) hash.add(e.pages[slot]);
+    }
+  }
+  hash.add_all(row_of_);
+  hash.add_all(copy_tail_);
+  for (const IdList* list : {&doubles_, &parked_, &bound_}) list->digest(hash);
+  for (const auto& [slots, row] : empty_) hash.add(slots, row);
 }
 
 }  // namespace kvmem

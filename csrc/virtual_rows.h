@@ -1,6 +1,9 @@
 // The books of the virtual backend: which row belongs to which sequence, and which slots of it show which pages.
 // virtual_table.cpp decides; the mappings and bindings it pushes come back through on_map, on_unmap and apply, and
-// change here only. Fences and marks (maybe_shared, ready_, copy_tail_) it notes as it decides.
+// change here only.
+//
+// Changed by records: mappings, bindings, what rows hold. By the journal: fences, the marks maybe_shared and
+// copy_tail_, ready_, the order of doubles_, parked_ and bound_. Derived: empty_, room_, job, counts.
 #pragma once
 
 #include <algorithm>
@@ -29,13 +32,13 @@ struct Hold {
 using RowsBySlots = std::set<std::pair<i64, i64>>;
 
 struct Row {
-  i64 index = -1;             // the sequence it belongs to, -1: unbound
-  i64 fence = 0;              // the device may use what lies here until this fence has passed
-  i64 job = 0;                // the mapper's job that maps part of it, 0 for none
-  i64 slots = 0;              // mapped, all arenas
-  bool maybe_shared = false;  // some page may be mapped elsewhere too
-  i32 state = kNoNode;        // the node at whose end its fixed state was copied
-  std::vector<Hold> holds;    // its content, as far as it is known, block by block
+  i64 index = -1;                     // the sequence it belongs to, -1: unbound
+  i64 fence = 0;                      // the device may use what lies here until this fence has passed
+  i64 job = 0;                        // the mapper's job that maps part of it, 0 for none
+  i64 slots = 0;                      // mapped, all arenas
+  std::uint8_t maybe_shared = false;  // some page may be mapped elsewhere too
+  i32 state = kNoNode;                // the node at whose end its fixed state was copied
+  std::vector<Hold> holds;            // its content, as far as it is known, block by block
   // Its entry in empty_ while it has one; else the entry itself, kept so that no change of state needs memory.
   RowsBySlots::iterator in_empty;
   RowsBySlots::node_type entry;
@@ -54,18 +57,18 @@ class VirtualRows : public PageTable {
   bool is_whole(const Op& op) const override;
   bool holds(i64 index, i64 group) const override;
   void look_at_tail(i64 index, i64 group) override {
-    copy_tail_[index * groups_ + group] = 1;
+    set_copy_tail(index, group, true);
     if (row_of_[index] >= 0) may_give(row_of_[index]);
     forget_room(index, group);
   }
   void set_pending(i64 index, i64 job) override { rows_[row_of_[index]].job = job; }
   i64 pending(i64 index) const override { return row_of_[index] < 0 ? 0 : rows_[row_of_[index]].job; }
-  void apply(const Op& op) override;
+  void apply(const Op& op, bool undo) override;
   bool is_mapped(i32 arena, i64 slot, i64 count) const override;
   void on_map(const Op& op) override { change(op, true); }
   void on_unmap(const Op& op) override { change(op, false); }
   void on_content(const Op& op, bool undo) override;
-  void finish(bool committed) override;
+  void finish(bool committed) override { index_.finish(committed); }
   bool can_give_up(const Op& op) const override {
     const Row& row = rows_[op.b];
     return row.index < 0 && !row.holds.empty() && row.holds.back().node == op.a &&
@@ -97,6 +100,7 @@ class VirtualRows : public PageTable {
   i64 first_arena(i64 group) const override { return base_arena_ + first_[group]; }
   i64 mapped_extent_slots(i64 group, i64 arena_in_group) const override;
   void check(std::vector<std::string>* out) const override;
+  void digest(Hasher& hash) const override;
 
  protected:
   i64 page_bytes() const { return geometry_.page_bytes; }
@@ -165,10 +169,25 @@ class VirtualRows : public PageTable {
     }
   }
 
+  void set_fence(i64 row, i64 fence) { pool_.journal.set(rows_[row].fence, fence); }
+  void set_maybe_shared(i64 row, bool shared) {
+    pool_.journal.set(rows_[row].maybe_shared, static_cast<std::uint8_t>(shared));
+  }
+  void set_copy_tail(i64 index, i64 group, bool look) {
+    pool_.journal.set(copy_tail_[index * groups_ + group], static_cast<std::uint8_t>(look));
+  }
+
   // Block `ordinal(node)`, the next one of the row's content, is the node; and the inverse, of the last one. `state`:
-  // the row has a copy of the fixed state at its end.
-  void hold(i64 row, i32 node, bool state, bool undo);
+  // the row has a copy of the fixed state at its end. `after`: among the rows that hold it, it stands behind this one;
+  // 0: it is the first.
+  void hold(i64 row, i32 node, bool state, i64 after, bool undo);
   void unhold(i64 row, i32 node, bool state, bool undo);
+  // The record by which the row forgets the last block of its content.
+  Op forgetting(i64 row) const {
+    const Row& r = rows_[row];
+    const Hold& last = r.holds.back();
+    return {OpKind::evict, arena(0), last.node, row, r.state == last.node, std::max(last.previous, 0)};
+  }
 
   // The row may have pages to spare from now on.
   void may_give(i64 row) {
@@ -186,9 +205,7 @@ class VirtualRows : public PageTable {
   // It has none, until may_give() says otherwise or the transaction is taken back.
   void gives_nothing(i64 row) {
     IdList& list = rows_[row].index < 0 ? parked_ : bound_;
-    if (!list.has(row)) return;
-    list.remove(row);
-    given_.push_back(row);
+    if (list.has(row)) list.remove(row);
   }
 
   // Tokens that need no further mapping. Kept per row; -1 where a mapping has changed since.
@@ -221,7 +238,6 @@ class VirtualRows : public PageTable {
   RowsBySlots empty_;                    // unbound rows without content
   IdList doubles_;                       // unbound rows whose last block another row holds too
   IdList parked_, bound_;                // the unbound and the bound rows that may have pages to spare
-  std::vector<i64> given_;               // what gives_nothing() took out in this transaction
   std::vector<Extent> extents_;          // [row][arena]
   std::vector<i64> room_;                // [row][group]
   std::vector<i64> ready_;               // [row][group]: tokens that need nothing of the row's job, -1: it maps nothing

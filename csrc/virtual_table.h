@@ -18,7 +18,7 @@ class VirtualTable final : public VirtualRows {
   // Nothing is unmapped here: that would cost a driver call and a wait for every page a window leaves behind. The front
   // counts as parked from now on and goes when memory is short, in batches.
   void drop_front(i64 index, i64, i64, i64, Transaction& tx) override {
-    rows_[row_of_[index]].fence = tx.fence();
+    set_fence(row_of_[index], tx.fence());
     may_give(row_of_[index]);
   }
 
@@ -30,9 +30,7 @@ class VirtualTable final : public VirtualRows {
     for (const Published& p : blocks) hold_noted(row_of_[p.index], p.node, false, tx);
   }
 
-  void retract(i64 index, i32 node, Transaction& tx) override {
-    tx.push({OpKind::evict, arena(0), node, row_of_[index]});
-  }
+  void retract(i64 index, i32, Transaction& tx) override { tx.push(forgetting(row_of_[index])); }
 
   void evict(i32 node, Transaction& tx) override;
   void offer(i32) override {}  // doubles_ knows the rows that this concerns
@@ -68,7 +66,8 @@ class VirtualTable final : public VirtualRows {
   // The row forgets its content from block `from` on.
   void cut(i64 row, i64 from, Transaction& tx);
   void hold_noted(i64 row, i32 node, bool state, Transaction& tx) {
-    hold(row, node, state, false);
+    tx.expect();
+    hold(row, node, state, 0, false);
     tx.note({OpKind::hold, arena(0), node, row, state});
   }
   void hold_all(i64 row, const std::vector<i32>& chain, i64 count, bool state, Transaction& tx);
@@ -106,8 +105,7 @@ class VirtualTable final : public VirtualRows {
   // Shows the pages that lie whole within tokens [first, tokens) in another row too, and copies what is cut.
   void share_row(i64 from, i64 to, i64 group, i64 first, i64 tokens, Transaction& tx);
   void copy_state(i64 from, i64 to, i64 group, Transaction& tx);
-  // A parked row may still show pages that a live one shares. They are not ours to write. The mark goes only when there
-  // is none: were they dropped and then taken back with a failed transaction, the row would show them unmarked.
+  // A parked row may still show pages that a live one shares. They are not ours to write.
   void drop_shared(i64 row, Transaction& tx);
   // Pages from the length on are shared, after a truncation: the one that the length cuts is replaced by a copy of what
   // is used, and those behind it, which were kept as the guard, give way to new ones. The copy is made at the scratch

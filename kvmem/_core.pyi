@@ -388,6 +388,16 @@ class Cache:
 
     def check(self) -> list[str]: ...
 
+    def digest(self) -> int:
+        """
+        64 bits made of all that a later call could see. A call that is refused leaves it, unless disturbed() has changed.
+        """
+
+    def disturbed(self) -> int:
+        """
+        How often a driver has failed when memory was written: what was given up in that call stays so.
+        """
+
     def record(self) -> None: ...
 
     def take_ops(self) -> list[tuple[str, int, int, int, int, int]]: ...
@@ -400,10 +410,13 @@ class Cache:
 
     def handles(self) -> list[int]: ...
 
-    def fill(self, handles: NDArray[numpy.int32], new_tokens: NDArray[numpy.int32] | None, group: int, rows: int, out: BatchBuffers) -> None: ...
+    def fill(self, handles: NDArray[numpy.int32], new_tokens: NDArray[numpy.int32] | None, group: int, rows: int, out: BatchBuffers, others: list[tuple[int, BatchBuffers]] | None = None) -> None:
+        """Fills `out` for a group, and others for theirs."""
 
-    def step(self, handles: NDArray[numpy.int32], counts: NDArray[numpy.int32] | None, tokens: NDArray[numpy.int32] | None, rows: int, out: BatchBuffers) -> None:
-        """counts None: one token each."""
+    def step(self, handles: NDArray[numpy.int32], counts: NDArray[numpy.int32] | None, tokens: NDArray[numpy.int32] | None, rows: int, out: BatchBuffers, others: list[tuple[int, BatchBuffers]] | None = None) -> None:
+        """
+        counts None: one token each. `out`: of the first group that grows with the tokens; others: of other groups.
+        """
 
     def admit(self, tokens: list[int] | NDArray[numpy.int32], salt: bytes, extra_key: bytes) -> tuple[int, int]:
         """A new sequence: its handle, and how many tokens it has."""

@@ -332,13 +332,12 @@ class Allocator:
         counts = None if new_tokens is None else as_int32("new_tokens", new_tokens)
         rows = 0 if pad_to is None else at_least_zero("pad_to", pad_to)
         self.pool.streams.follow()
-        for index, group in enumerate(batch.groups):
-            group.begin()
-            try:
-                self.core.fill(ids, counts, index, rows, group.buffers)
-            except TypeError as error:
-                raise not_int32(ids) from error
-            group.update(self.core, index)
+        batch.begin()
+        try:
+            self.core.fill(ids, counts, self._main, rows, batch.buffers, batch.begin_others())
+        except TypeError as error:
+            raise not_int32(ids) from error
+        self._update(batch)
 
     def step(
         self,
@@ -362,13 +361,14 @@ class Allocator:
         self.pool.streams.follow()
         batch.begin()
         try:
-            self.core.step(ids, counts, tokens, rows, batch.buffers)
+            self.core.step(ids, counts, tokens, rows, batch.buffers, batch.begin_others())
         except TypeError as error:
             raise not_int32(ids, *(x for x in (counts, tokens) if x is not None)) from error
+        self._update(batch)
+
+    def _update(self, batch: Batch) -> None:
         batch.update(self.core, self._main)
         for index, group in batch.others.items():
-            group.begin()
-            self.core.fill(ids, None, index, rows, group.buffers)
             group.update(self.core, index)
 
     def cascade_order(self, sequences: Iterable[Sequence | int] | Handles, *, group: int | None = None) -> Order:
