@@ -117,13 +117,9 @@ void Cache::retain(i64 handle, i64 start, i64 end, int priority, double seconds)
                       std::to_string(priority) + "; must be a range, a priority from 0 to 100 and a time above 0");
     }
     collect_chain(index);
+    index_.expect_retention();
     c.retained.push_back({start, end, priority, seconds});
-    try {
-      for (i32 node : chain_) apply_retention(c, node);
-    } catch (...) {  // the first one may find no memory for a policy that knows retention
-      c.retained.pop_back();
-      throw;
-    }
+    for (i32 node : chain_) apply_retention(c, node);
   });
 }
 

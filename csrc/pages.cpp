@@ -310,17 +310,25 @@ void PagePool::apply(const Op& op, bool undo) {
   }
 }
 
-void PagePool::distrust(const std::vector<Op>& ops, bool wrote) {
-  disturbed_ += wrote;
+void PagePool::distrust(const std::vector<Op>& ops, const Space::Progress& progress) {
+  bool recreated = false;
+  for (std::size_t i = 0; i < progress.begun; ++i) {
+    if (ops[i].kind == OpKind::destroy) recreated = true;  // by undoing, so that another may have had its pages
+    if (ops[i].kind == OpKind::destroy) forget_content(ops[i].a, ops[i].b);
+    if (ops[i].kind == OpKind::map && progress.wrote) forget_content(ops[i].b, ops[i].c);
+  }
+  disturbed_ += progress.wrote || recreated;
   for (const Op& op : ops) {
-    const bool recreated = op.kind == OpKind::destroy;  // by undoing, so that another may have had it
-    const i64 first = recreated ? op.a : op.b, end = first + (recreated ? op.b : op.c);
-    for (i64 p = first; (recreated || (wrote && op.kind == OpKind::map)) && p < end; ++p) {
-      if (refs_[p] == 0) content_[p] = kGarbage;
-    }
-    if (!wrote || op.kind != OpKind::evict) continue;
+    if (!progress.wrote || op.kind != OpKind::evict) continue;
     PageOwner& owner = *arenas_[op.at].owner;
     if (owner.can_give_up(op)) owner.on_content(op, false);
+  }
+}
+
+// Of the free ones among these pages.
+void PagePool::forget_content(i64 first, i64 count) {
+  for (i64 page = first; page < first + count; ++page) {
+    if (refs_[page] == 0) content_[page] = kGarbage;
   }
 }
 

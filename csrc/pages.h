@@ -109,8 +109,8 @@ class PagePool {
   }
 
   // These records were taken back after a driver had begun to execute them: what pages held that it may have touched is
-  // not known any more. `wrote`: it has begun to copy or zero, so that what was to be given up stays given up.
-  void distrust(const std::vector<Op>& ops, bool wrote);
+  // not known any more. If it has begun to copy or zero, what was to be given up stays given up.
+  void distrust(const std::vector<Op>& ops, const Space::Progress& progress);
 
   // Without a driver, what a GPU's driver would have been asked: one map for each page, one set_access for each run.
   void count_calls(const std::vector<Op>& ops);
@@ -144,6 +144,7 @@ class PagePool {
   void grow_books(i64 pages);
   i64 find_free(i64 near) const;
   void need_zero(const PageOwner& owner, i32 arena, i64 slot, i64 page, i64 count, Zero zero, Transaction& tx);
+  void forget_content(i64 first, i64 count);
   void set_mapped(const Op& op);
   void set_unmapped(const Op& op);
   void check_slots(const char* kind, const Op& op) const;

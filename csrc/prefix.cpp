@@ -164,6 +164,7 @@ i32 PrefixIndex::open_root(const PrefixKey& key, bool* made) {
   *made = root == kNoNode;
   if (*made) {
     std::string name = flat(key);
+    const std::uint64_t hash = root_hash(key);
     if (free_ == kNoNode) grow_nodes();
     const i32 number = roots_seen_;
     root_keys_.emplace(number, RootKey{key, name});
@@ -176,7 +177,7 @@ i32 PrefixIndex::open_root(const PrefixKey& key, bool* made) {
     ++roots_seen_;
     root = new_node();
     nodes_[root].next_child = number;
-    nodes_[root].key = root_hash(key);
+    nodes_[root].key = hash;
     if (events_.on()) root_of_[root] = number;
   }
   ++nodes_[root].users;

@@ -120,10 +120,13 @@ class PrefixIndex {
   void pin(i32 node);  // may find no memory
   void unpin(i32 node);
   void undo_pins(i32 last, i32 end);  // of the nodes from `last` to before `end`, towards the root, just pinned
+  // retain() may come from now on. May find no memory.
+  void expect_retention() {
+    if (!retention_) start_retention();
+  }
   // Of a block that a sliding window has passed there is nothing to keep.
   void retain(i32 node, int priority, double seconds) {
     if (nodes_[node].places == 0) return;
-    if (!retention_) start_retention();
     retention_->retain(node, priority, seconds);
   }
 

@@ -84,13 +84,14 @@ bool Space::try_unmap(i32 arena, i64 slot, i64 count) {
   }
 }
 
-void Space::execute(const Op* first, const Op* last, bool ahead, bool* wrote) {
+void Space::execute(const Op* first, const Op* last, bool ahead, Progress* progress) {
   std::lock_guard<std::mutex> lock(mutex_);
   wrote_ = false;
   fill_stream_ = ahead ? driver_->side_stream() : stream_;
   joined_ = ahead;
   if (broken_) repair_locked();
   expect_undo(first, last);
+  const std::size_t all = static_cast<std::size_t>(last - first);
   const Op* op = first;
   to_zero_.clear();
   try {
@@ -119,11 +120,11 @@ void Space::execute(const Op* first, const Op* last, bool ahead, bool* wrote) {
     // Half done. What is zeroed at last fails with no record left.
     if (op != last && op->kind == OpKind::unmap && e.call() == "unmap_run") must_show(op->at, op->a, op->b, op->c);
     undo(first, op);
-    if (wrote) *wrote = wrote_;
+    if (progress) *progress = {std::min(static_cast<std::size_t>(op - first) + 1, all), wrote_};
     throw;
   } catch (...) {
     undo(first, op);
-    if (wrote) *wrote = wrote_;
+    if (progress) *progress = {std::min(static_cast<std::size_t>(op - first) + 1, all), wrote_};
     throw;
   }
 }

@@ -45,13 +45,17 @@ class Space {
   Address arena_base(i32 arena) const;
   i64 arena_bytes(i32 arena) const;
 
+  struct Progress {
+    std::size_t begun = 0;  // records, the one that failed included
+    bool wrote = false;     // it has begun to zero or copy
+  };
   // Executes the physical records of [first, last) in order, skipping others. Adjacent maps become one run with one
   // set_access, neighbouring zeroes one call, and so do copies that continue each other on both sides. A failing call
   // throws, and then everything executed so far has been undone. When the driver fails at that too, what is left to
   // undo is noted, and done before anything else is. Host memory may run out, too: what undoing needs is taken before.
   // `ahead`: for memory that no kernel knows yet, whose zeroing need not queue behind the kernels; finish() ends it.
-  // `*wrote`: whether a call that failed has begun to zero or copy.
-  void execute(const Op* first, const Op* last, bool ahead = false, bool* wrote = nullptr);
+  // `progress` is told how far a call that failed has come.
+  void execute(const Op* first, const Op* last, bool ahead = false, Progress* progress = nullptr);
   // Does what is left to undo; throws what the driver throws while it still cannot.
   void repair();
   bool is_broken() const { return broken_; }

@@ -36,16 +36,16 @@ void Transaction::record() {
 void Transaction::commit() {
   reserve_log();
   if (Space* space = pool_.space()) {
-    bool wrote = false;
+    Space::Progress progress;
     try {
-      space->execute(ops_.data(), ops_.data() + ops_.size(), false, &wrote);
+      space->execute(ops_.data(), ops_.data() + ops_.size(), false, &progress);
     } catch (...) {
       take_back({});
-      pool_.distrust(ops_, wrote);
+      pool_.distrust(ops_, progress);
       ops_.clear();
       pool_.journal.close();
       committed_ = true;
-      pool_.finish(wrote);
+      pool_.finish(progress.wrote);
       throw;
     }
   }
