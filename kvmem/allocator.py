@@ -195,8 +195,7 @@ class Allocator:
 
         Returns ids and cached, int32 [m] each: the handles for ``step()`` and the other batched calls, and how many
         tokens each prompt begins with that are cached. The prompts get memory in their order; m is less than n when
-        there is no memory, or no place, for the next. Then nothing is held for it, but what was cached may have been
-        given up.
+        there is no memory, or no place, for the next; nothing is held or given up for that one. Any error admits none.
         """
         n = 1 if counts is None else len(counts)
         handles, cached = np.empty(n, np.int32), np.empty(n, np.int32)
