@@ -36,7 +36,8 @@ void translate(const std::exception_ptr& pointer, void*) {
     raise("KVMemError", e.what());
   } catch (const std::bad_alloc&) {
     raise("OutOfMemory",
-          "no host memory for the books: lower max_sequences, max_tokens or memory, or raise page_bytes");
+          "no host memory for the books: the process found none, and nothing has changed. Free some; or lower "
+          "max_sequences, max_tokens or memory, or raise page_bytes");
   }
 }
 

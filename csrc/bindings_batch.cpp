@@ -2,6 +2,7 @@
 
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/vector.h>
 
 #include "bindings.h"
@@ -148,15 +149,35 @@ class Filling {
   Buffers& out_;
 };
 
+// The buffers of further groups, by these.
+using Others = std::vector<std::pair<i64, Buffers*>>;
+
 template <class Fill>
-void refill(Buffers& out, const Fill& fill) {
+void refill(const Cache& c, i64 group, Buffers& out, const std::optional<Others>& others, const Fill& fill) {
   const Filling filling(out);
-  BatchSizes sizes;
+  GroupBuffers one{group < 0 ? c.token_group() : group, &out.at, &out.marks, {}};
+  if (!others) {
+    {
+      const WithoutGil free;
+      fill(&one, 1);
+    }
+    out.sizes = one.sizes, out.filled = true;
+    return;
+  }
+  std::vector<GroupBuffers> all{one};
+  std::vector<std::unique_ptr<Filling>> rest;
+  for (const auto& [g, buffers] : *others) {
+    rest.push_back(std::make_unique<Filling>(*buffers));
+    all.push_back({g, &buffers->at, &buffers->marks, {}});
+  }
   {
     const WithoutGil free;
-    sizes = fill();
+    fill(all.data(), static_cast<i64>(all.size()));
   }
-  out.sizes = sizes, out.filled = true;
+  out.sizes = all[0].sizes, out.filled = true;
+  for (std::size_t k = 0; k < others->size(); ++k) {
+    (*others)[k].second->sizes = all[k + 1].sizes, (*others)[k].second->filled = true;
+  }
 }
 
 }  // namespace
@@ -184,29 +205,37 @@ void bind_batch(nb::module_& m, nb::class_<Cache>& cache) {
       .def(
           "fill",
           [](Cache& c, const Int32s& handles, const std::optional<Int32s>& new_tokens, i64 group, i64 rows,
-             Buffers& out) {
+             Buffers& out, const std::optional<Others>& others) {
             if (new_tokens) same_length(handles, *new_tokens);
             const i64 n = handles.size();
             const i32* fresh = new_tokens ? new_tokens->data() : nullptr;
-            refill(out, [&] { return c.fill(handles.data(), n, fresh, group, rows, out.at, out.marks); });
+            refill(c, group, out, others,
+                   [&](GroupBuffers* groups, i64 count) { c.fill(handles.data(), n, fresh, rows, groups, count); });
           },
           "handles"_a.noconvert(), "new_tokens"_a.noconvert().none(), "group"_a, "rows"_a, "out"_a,
+          "others"_a.none() = nb::none(),
           nb::sig("def fill(self, handles: NDArray[numpy.int32], new_tokens: NDArray[numpy.int32] | None, group: int, "
-                  "rows: int, out: BatchBuffers) -> None"))
+                  "rows: int, out: BatchBuffers, others: list[tuple[int, BatchBuffers]] | None = None) -> None"),
+          "Fills `out` for a group, and others for theirs.")
       .def(
           "step",
           [](Cache& c, const Int32s& handles, const std::optional<Int32s>& counts, const std::optional<Int32s>& tokens,
-             i64 rows, Buffers& out) {
+             i64 rows, Buffers& out, const std::optional<Others>& others) {
             if (counts) same_length(handles, *counts);
             if (tokens) check_ids(*tokens);
             const i64 n = handles.size(), known = tokens ? tokens->size() : 0;
             const i32 *more = counts ? counts->data() : nullptr, *ids = tokens ? tokens->data() : nullptr;
-            refill(out, [&] { return c.step(handles.data(), more, n, ids, known, rows, out.at, out.marks); });
+            refill(c, -1, out, others, [&](GroupBuffers* groups, i64 count) {
+              c.step(handles.data(), more, n, ids, known, rows, groups, count);
+            });
           },
           "handles"_a.noconvert(), "counts"_a.noconvert().none(), "tokens"_a.noconvert().none(), "rows"_a, "out"_a,
+          "others"_a.none() = nb::none(),
           nb::sig("def step(self, handles: NDArray[numpy.int32], counts: NDArray[numpy.int32] | None, "
-                  "tokens: NDArray[numpy.int32] | None, rows: int, out: BatchBuffers) -> None"),
-          "counts None: one token each.");
+                  "tokens: NDArray[numpy.int32] | None, rows: int, out: BatchBuffers, "
+                  "others: list[tuple[int, BatchBuffers]] | None = None) -> None"),
+          "counts None: one token each. `out`: of the first group that grows with the tokens; others: of other "
+          "groups.");
 }
 
 }  // namespace kvmem

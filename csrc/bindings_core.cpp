@@ -344,6 +344,11 @@ nb::class_<Cache> bind_cache(nb::module_& m) {
       .def("set_memory", &Cache::set_memory, "pages"_a, Free())
       .def("stats", &Cache::stats, Free())
       .def("check", &Cache::check, Free())
+      .def("digest", &Cache::digest, Free(),
+           "64 bits made of all that a later call could see. A call that is refused leaves it, unless disturbed() has "
+           "changed.")
+      .def("disturbed", &Cache::disturbed, Free(),
+           "How often a driver has failed when memory was written: what was given up in that call stays so.")
       .def("record", &Cache::record, Free())
       .def(
           "take_ops", [](Cache& c) { return to_records(c.take_ops()); },

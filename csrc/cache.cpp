@@ -123,10 +123,59 @@ void Cache::let_others_in(Lock& lock) {
   if (lock.give_way()) settle();
 }
 
+std::uint64_t Cache::state_digest() const {
+  Hasher hash;
+  pool_->digest(hash);
+  sequences_.digest(hash);
+  for (i64 index = 0; index < sequences_.capacity(); ++index) {
+    const Content& c = contents_[index];
+    hash.add(c.root, c.leaf, c.known, c.state_ahead, c.retained.size());
+    for (i64 i = 0; c.root != kNoNode && i < remainder(c.known, block_tokens()); ++i) {
+      hash.add(tails_[index * tail_tokens_ + i]);
+    }
+  }
+  for (const auto& [pin, node] : pins_) {
+    Hasher one;
+    one.add(pin, node);
+    hash.add_member(one);
+  }
+  hash.add(pins_seen_, lookup_tokens_, hit_tokens_);
+  return hash.value();
+}
+
+std::uint64_t Cache::digest() {
+  Lock lock = enter(true);
+  return state_digest();
+}
+
+i64 Cache::disturbed() {
+  Lock lock = enter(true);
+  return pool_->disturbed();
+}
+
+void Cache::check_unchanged(std::uint64_t before, i64 disturbed) const {
+  if (pool_->disturbed() != disturbed || state_digest() == before) return;
+  try {
+    throw;
+  } catch (const std::exception& e) {
+    throw Error(std::string("broken invariant 5: a call that failed has changed something. It said: ") + e.what());
+  }
+}
+
 void Cache::check_group(i64 group) const {
   if (group < -1 || group >= groups_) {
     throw SpecError("group " + std::to_string(group) + " does not exist; there are " + std::to_string(groups_));
   }
+}
+
+// Groups that grow with the tokens have the same length at all times, and a state has no length.
+void Cache::check_own_count(i64 group, const char* verb) const {
+  check_group(group);
+  if (group < 0 || geometry_.groups[group].growth == Growth::prefill) return;
+  throw SpecError(std::string(verb) + ": group " + std::to_string(group) +
+                  (geometry_.groups[group].growth == Growth::token ? " grows with the tokens of the sequence"
+                                                                   : " has one state of fixed size") +
+                  "; only a group that is fixed after prefill has a count of its own. Leave group out");
 }
 
 void Cache::refuse_twice(i64 index) const {
@@ -167,17 +216,19 @@ void Cache::set_front(i64 index, i64 g, i64 token, Transaction& tx) {
 }
 
 void Cache::open(i64 count, i32* handles) {
-  Lock lock = enter();
-  if (count < 0) throw SpecError("asked to open " + std::to_string(count) + " sequences");
-  Transaction tx(*pool_, *this);
-  for (i64 i = 0; i < count; ++i) {
-    const i64 handle = sequences_.next_handle();
-    tx.push({OpKind::open, 0, handle});
-    handles[i] = static_cast<i32>(handle);
-  }
-  tx.commit();
-  for (i64 i = 0; prefix_.on && i < count; ++i) start_content(sequences_.index(handles[i]), PrefixKey());
-  leave();
+  mutate([&] {
+    if (count < 0) throw SpecError("asked to open " + std::to_string(count) + " sequences");
+    RootUse root(index_, PrefixKey(), prefix_.on && count > 0);
+    Transaction tx(*pool_, *this);
+    for (i64 i = 0; i < count; ++i) {
+      const i64 handle = sequences_.next_handle();
+      tx.push({OpKind::open, 0, handle});
+      handles[i] = static_cast<i32>(handle);
+    }
+    tx.commit();
+    for (i64 i = 0; i < count; ++i) start_content(sequences_.index(handles[i]), root.node());
+    root.keep(count);
+  });
 }
 
 void Cache::share_group(i64 parent, i64 child, i64 g, Transaction& tx) {
@@ -200,43 +251,50 @@ void Cache::share_group(i64 parent, i64 child, i64 g, Transaction& tx) {
 }
 
 i64 Cache::fork(i64 handle) {
-  Lock lock = enter();
-  const i64 parent = sequences_.index(handle);
-  settle();
-  const i64 child = sequences_.next_handle();
-  collect_chain(parent);
-  for (i32 node : chain_) index_.enter(node);
-  Transaction tx(*pool_, *this);
-  try {
-    tx.push({OpKind::open, 0, child});
-    for (i64 g = 0; g < groups_; ++g) {
-      if (geometry_.groups[g].growth != Growth::fixed) share_group(parent, sequences_.index(child), g, tx);
+  return mutate([&] {
+    const i64 parent = sequences_.index(handle);
+    settle();
+    try {
+      return fork_one(parent);
+    } catch (const OutOfMemory& e) {
+      throw OutOfMemory("asked to fork sequence handle " + std::to_string(handle) + ": " + e.what() +
+                        "; free or preempt a sequence, or raise the memory with set_memory()");
     }
-    for (i64 g = 0; g < groups_; ++g) {  // last: a row must be bound empty before pages of another are mapped in it
-      if (geometry_.groups[g].growth == Growth::fixed) share_group(parent, sequences_.index(child), g, tx);
-    }
-    published_.clear();
-    for (i32 node : chain_) published_.push_back({sequences_.index(child), index_.ordinal(node), node});
-    table_->publish(published_, tx);
-    tx.commit();
-  } catch (const OutOfMemory& e) {
-    tx.roll_back();
-    for (auto node = chain_.rbegin(); node != chain_.rend(); ++node) index_.leave(*node);
-    throw OutOfMemory("asked to fork sequence handle " + std::to_string(handle) + ": " + e.what() +
-                      "; free or preempt a sequence, or raise the memory with set_memory()");
-  } catch (...) {
-    tx.roll_back();
-    for (auto node = chain_.rbegin(); node != chain_.rend(); ++node) index_.leave(*node);
-    throw;
-  }
-  if (contents_[parent].root != kNoNode) index_.enter(contents_[parent].root);
-  Content& content = contents_[sequences_.index(child)];
-  content = contents_[parent];
+  });
+}
+
+i64 Cache::fork_one(i64 parent) {
+  const i64 handle = sequences_.next_handle();
+  Content content = contents_[parent];
+  // Its state has seen what is reserved, too, and stays behind with the parent.
   const bool reserved = sequences_.tokens(parent, token_group_) > sequences_.committed(parent, token_group_);
   content.state_ahead = content.state_ahead || reserved;
-  std::copy_n(tail(parent), tail_tokens_, tail(sequences_.index(child)));
-  leave();
-  return child;
+  i64 child = 0;
+  collect_chain(parent);
+  published_.clear();
+  published_.reserve(chain_.size());
+  for (i32 node : chain_) index_.enter(node);
+  try {
+    Transaction tx(*pool_, *this);
+    tx.push({OpKind::open, 0, handle});
+    child = sequences_.index(handle);
+    for (i32 node : chain_) published_.push_back({child, index_.ordinal(node), node});
+    for (i64 g = 0; g < groups_; ++g) {
+      if (geometry_.groups[g].growth != Growth::fixed) share_group(parent, child, g, tx);
+    }
+    for (i64 g = 0; g < groups_; ++g) {  // last: a row must be bound empty before pages of another are mapped in it
+      if (geometry_.groups[g].growth == Growth::fixed) share_group(parent, child, g, tx);
+    }
+    table_->publish(published_, tx);
+    tx.commit();
+  } catch (...) {
+    for (auto node = chain_.rbegin(); node != chain_.rend(); ++node) index_.unenter(*node);
+    throw;
+  }
+  if (content.root != kNoNode) index_.enter(content.root);
+  contents_[child] = std::move(content);
+  std::copy_n(tail(parent), tail_tokens_, tail(child));
+  return handle;
 }
 
 void Cache::free_one(i64 index, Transaction& tx) {
@@ -250,18 +308,14 @@ void Cache::free_one(i64 index, Transaction& tx) {
 }
 
 void Cache::free(const i32* handles, i64 n) {
-  Lock lock = enter();
-  ++call_;
-  for (i64 i = 0; i < n; ++i) check_once(sequences_.index(handles[i]));
-  free_planned(handles, n);
-  leave();
-}
-
-void Cache::free_planned(const i32* handles, i64 n) {
-  Transaction tx(*pool_, *this);
-  for (i64 i = 0; i < n; ++i) free_one(sequences_.index(handles[i]), tx);
-  tx.commit();
-  for (i64 i = 0; i < n; ++i) leave_chain(sequences_.place_of(handles[i]));
+  mutate([&] {
+    ++call_;
+    for (i64 i = 0; i < n; ++i) check_once(sequences_.index(handles[i]));
+    Transaction tx(*pool_, *this);
+    for (i64 i = 0; i < n; ++i) free_one(sequences_.index(handles[i]), tx);
+    tx.commit();
+    for (i64 i = 0; i < n; ++i) leave_chain(sequences_.place_of(handles[i]));
+  });
 }
 
 i64 Cache::tokens(i64 handle, i64 group) {

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "batch.h"
+#include "digest.h"
 #include "fork_guard.h"
 #include "geometry.h"
 #include "page_table.h"
@@ -47,6 +48,14 @@ struct TableWrite {
   i32 row, column, block, group;
 };
 using TableWrites = std::vector<TableWrite>;
+
+// One group's part of a batch.
+struct GroupBuffers {
+  i64 group;
+  const BatchBuffers* out;
+  BatchMarks* marks;  // what the last fill of the same buffers left there
+  BatchSizes sizes;   // what this one has written
+};
 
 class Cache final : public TableState {
  public:
@@ -128,9 +137,11 @@ class Cache final : public TableState {
   bool is_live(i64 handle);
   std::vector<i64> handles();  // of the live sequences, by place
 
-  // Writes one group's metadata for these sequences, then padding rows up to `rows`. `new_tokens` null: what is
-  // reserved but not committed. SpecError when a buffer is too small; nothing is promised about its contents then.
-  // `marks` say what the last fill of the same buffers left there.
+  // Writes the metadata of these sequences for each of `groups` (no group twice), then padding rows up to `rows`.
+  // `new_tokens` null: what is reserved but not committed. SpecError when a buffer is too small; nothing is promised
+  // about the contents of the buffers then.
+  void fill(const i32* handles, i64 n, const i32* new_tokens, i64 rows, GroupBuffers* groups, i64 num_groups);
+  // Of one group, -1: the first one that grows with the tokens.
   BatchSizes fill(const i32* handles, i64 n, const i32* new_tokens, i64 group, i64 rows, const BatchBuffers& out,
                   BatchMarks& marks);
   // Counts the calls that may free, cut or move what a filled batch speaks of. May be read without the lock.
@@ -139,7 +150,11 @@ class Cache final : public TableState {
   // -1 if there is none. Costs a comparison for each sequence, and for each block of those whose table changed.
   i64 find_stale(i64 group, const BatchBuffers& filled, const BatchMarks& marks, BatchSizes* sizes);
   // All of a step: makes room for counts[i] more tokens, commits those that were reserved before it (`tokens`: the
-  // `num_tokens` ids of all of them, or null), and fills the first group that grows with the tokens.
+  // `num_tokens` ids of all of them, or null), and fills `groups`. All that could be refused is, before anything is
+  // changed, the buffers included.
+  void step(const i32* handles, const i32* counts, i64 n, const i32* tokens, i64 num_tokens, i64 rows,
+            GroupBuffers* groups, i64 num_groups);
+  // The same with buffers of the first group that grows with the tokens alone.
   BatchSizes step(const i32* handles, const i32* counts, i64 n, const i32* tokens, i64 num_tokens, i64 rows,
                   const BatchBuffers& out, BatchMarks& marks);
 
@@ -163,12 +178,16 @@ class Cache final : public TableState {
   void set_memory(i64 pages);
   CacheStats stats();
   std::vector<std::string> check();
+  // Of all that a later call could see, of every allocator of the pool (digest.h). A call that is refused leaves it,
+  // unless disturbed() has changed: a driver failed when memory had been written. Cost grows with everything.
+  std::uint64_t digest();
+  i64 disturbed();
   bool paged() const { return paged_; }
   void check_process() const { fork_guard_.check("the allocator"); }  // DeviceError in a forked child
   bool shares() const { return prefix_.on; }                          // else it looks at no token
-  i64 token_group() const { return token_group_; }
   const Geometry& geometry() const { return geometry_; }
   PagePool& pool() { return *pool_; }
+  i64 token_group() const { return token_group_; }  // the first that grows with the tokens
   i64 first_arena(i64 group) const { return table_->first_arena(group); }
   i64 mapped_extent_bytes(i64 group, i64 arena_in_group);
 
@@ -210,18 +229,48 @@ class Cache final : public TableState {
   // Between two pieces of a call: everybody who waits for the pool gets it once.
   void let_others_in(Lock& lock);
   i64 pages_at_once() const;
+  // Runs `call`, which may change something, with the lock held. A debug build makes sure that the books are right
+  // after it, and as they were if it fails.
+  template <class Call>
+  auto mutate(const Call& call) {
+    const Lock lock = enter();
+    return geometry_.debug ? watched(call) : call();
+  }
+  template <class Call>
+  [[gnu::noinline]] auto watched(const Call& call) {
+    const std::uint64_t before = state_digest();
+    const i64 disturbed = pool_->disturbed();
+    const auto tried = [&] {
+      try {
+        return call();
+      } catch (...) {
+        check_unchanged(before, disturbed);
+        throw;
+      }
+    };
+    if constexpr (std::is_void_v<decltype(call())>) {
+      tried();
+      leave();
+    } else {
+      auto result = tried();
+      leave();
+      return result;
+    }
+  }
+  std::uint64_t state_digest() const;
+  void check_unchanged(std::uint64_t before, i64 disturbed) const;
   bool is_plain() const {  // one group without a window, and nobody to be told
     return groups_ == 1 && geometry_.groups[0].growth == Growth::token && geometry_.groups[0].window_tokens == 0 &&
            !geometry_.debug && !pool_->recording;
   }
   void free_one(i64 index, Transaction& tx);
-  void free_planned(const i32* handles, i64 n);
-  i64 admit_one(const i32* tokens, i64 n, const PrefixKey& key, i64* cached);
+  i64 fork_one(i64 parent);
   void count_admitted(i64 n, i64 cached);
   i64 group_begin(i64 group) const { return group < 0 ? 0 : group; }
   i64 group_end(i64 group) const { return group < 0 ? groups_ : group + 1; }
   bool grows(i64 g, i64 group) const { return group >= 0 || geometry_.groups[g].growth == Growth::token; }
   void check_group(i64 group) const;
+  void check_own_count(i64 group, const char* verb) const;
   // Tokens [from, end) that a followed sequence has got, and which of the pages or blocks there others read.
   struct Grown {
     i64 handle, group, from, end;
@@ -241,41 +290,49 @@ class Cache final : public TableState {
     stamp_[index] = call_;
   }
   [[noreturn]] void refuse_twice(i64 index) const;
-  void make_room(const i32* handles, const i32* counts, i64 n, i64 group);
   bool has_room_at_hand(i64 index, i64 count, bool in_last_block);
   bool commit_in_block(i64 index, i64 count, const i32* tokens);
-  void advance_one(i64 handle, i64 count, const i32* tokens, i64 num_tokens, bool telling);
+  void advance_one(i64 handle, i64 count, const i32* tokens, i64 num_tokens, TableWrites* telling);
   i32 told_entry(const Placement& at, i64 index, i64 g, i64 ordinal) const;
   void see(i64 row, i64 index, i64 g, i64 first, i64 end);
   void see_committed(i64 row, i64 index, i64 g, i64 count);
   void see_last(i64 row, i64 index, i64 g);
   void see_all(const i32* commits, bool grown);
-  TableWrites written(bool grown) const;
+  void tell_written(bool grown, TableWrites* writes) const;
+  std::size_t most_written(const i32* counts) const;
   void add_table(i64 row, i64 index, i64 g, TableWrites* entries) const;
   void plan_extend(const i32* handles, const i32* counts, i64 n, i64 group);
   void plan_simple(const i32* handles, const i32* counts, i64 n);
   [[noreturn]] void refuse_count(i64 handle, i64 count) const;
   bool plan_group(i64 index, i64 g, i64 group, i64 count);
-  void grow(const i32* counts, i64 group, bool padded, std::size_t* at);
-  void grow_planned(const i32* handles, const i32* counts, i64 n, i64 group, bool padded);
+  class Lengthened;
+  void grow(const i32* counts, i64 group, std::size_t* at, Transaction& tx);
+  void grow_planned(const i32* handles, const i32* counts, i64 n, i64 group);
   void add_lengths(const i32* counts, i64 n, i64 group, i64 sign);
   void log_lengths(const i32* handles, const i32* counts, i64 n, i64 group);
-  void take_back_room(const i32* counts, i64 n);
   void grow_one(i64 index, i64 count, i64 group, Transaction& tx);
+  [[noreturn]] void explain_planned(std::size_t at, const i32* counts, i64 group, const OutOfMemory& e);
   [[noreturn]] void explain(i64 index, i64 count, i64 group, const std::string& why);
   void map_ahead(i64 n, i64 group);
+  void try_map_ahead(i64 n, i64 group);
   bool lacks_trash(i64 g, i64 tokens) const;
   i64 window_front(i64 index, i64 g, i64 committed) const;
   void set_length(i64 index, i64 g, i64 tokens, Transaction& tx);
   void set_committed(i64 index, i64 g, i64 tokens, Transaction& tx);
   void set_front(i64 index, i64 g, i64 token, Transaction& tx);
   void check_due(i64 num_tokens) const;
-  void check_fits(i64 padding, const BatchBuffers& out) const;
-  void advance_planned(const i32* handles, const i32* counts, i64 n, const i32* tokens, bool padded);
+  Planned plan_rows(i64 n, i64 g, const i32* more, const i32* new_tokens) const;
+  void check_fits(const Planned& planned, i64 padding, const BatchBuffers& out) const;
+  void check_new_tokens(i64 handle, i64 index, i64 g, i64 fresh) const;
+  bool needs_trash(const GroupBuffers* groups, i64 num_groups) const;
+  void back_trash(const GroupBuffers* groups, i64 num_groups, Transaction& tx);
+  void write_batches(const i32* handles, i64 n, const i32* new_tokens, i64 rows, GroupBuffers* groups,
+                     i64 num_groups) const;
+  void advance_planned(const i32* handles, const i32* counts, i64 n, const i32* tokens, const GroupBuffers* padded,
+                       i64 num_padded);
   [[noreturn]] void refuse_step(i64 handle, i64 g, i64 fresh) const;
-  void check_rows(i64 rows, i64 g, const BatchBuffers& out) const;
+  void check_rows(i64 rows, const GroupBuffers& group) const;
   [[noreturn]] void refuse_narrow(const char* field, i64 rows, i64 tokens) const;
-  void prepare_padding(i64 n, i64 g, i64 rows);
   BatchSizes write_batch(const i32* handles, i64 n, const i32* new_tokens, i64 g, i64 rows, const BatchBuffers& out,
                          BatchMarks& marks) const;
   bool can_share(i64 g) const;
@@ -300,19 +357,69 @@ class Cache final : public TableState {
   bool find_end(i64 tokens, Found* found);
   bool windows_reach(i64 tokens) const;
   void look_along_windows();
-  bool try_adopt(i64 handle, const Found& found);
+  // A root in use until this ends; or by keep(), for as many sequences.
+  class RootUse {
+   public:
+    RootUse(PrefixIndex& index, const PrefixKey& key, bool on) : index_(index) {
+      if (on) node_ = index.open_root(key, &made_);
+    }
+    ~RootUse() {
+      if (node_ != kNoNode && !kept_) index_.unopen_root(node_, made_);
+    }
+    RootUse(const RootUse&) = delete;
+    RootUse& operator=(const RootUse&) = delete;
+    i32 node() const { return node_; }
+    void keep(i64 users) {
+      if (node_ == kNoNode || users == 0) return;
+      kept_ = true;
+      for (i64 i = 1; i < users; ++i) index_.enter(node_);
+    }
+
+   private:
+    PrefixIndex& index_;
+    i32 node_ = kNoNode;
+    bool made_ = false, kept_ = false;
+  };
+  // How much of what is cached an admission takes over: the fallbacks of one that is short of memory.
+  enum class Reuse : std::uint8_t { all, whole_blocks, none };
+  // A sequence opened by the call in progress. entered_[first, end): the nodes it took over, from the start on, then
+  // what windows need of them.
+  struct Admitted {
+    i64 handle = 0, tokens = 0;
+    Found found;
+    KeyMarks marks;
+    std::size_t first = 0, end = 0;
+  };
+  Admitted admit_one(const i32* tokens, i64 n, const PrefixKey& key, i32 root, Reuse reuse, Transaction& tx);
+  i64 admit_at(const i32* tokens, i64 n, const PrefixKey& key, Reuse reuse, i64 count, bool grows, i64* cached);
+  [[noreturn]] void refuse_room(i64 tokens, i64 most) const;
+  i64 admit_some(const i32* tokens, const i32* counts, i64 n, const PrefixKey& key, i32* handles, i32* cached);
+  void give_room(const Admitted& one, i64 tokens, Transaction& tx);
+  void finish_admission(Admitted& one, const i32* tokens, i32 root);
+  void unenter_from(std::size_t first);
+  bool try_adopt(i64 handle, const Found& found, Transaction& tx);
+  // Calls f(node, window) of what each window needs of the first `tokens` tokens of a chain.
   template <class F>
-  void for_windows(const std::vector<i32>& chain, i64 tokens, F f);
+  void for_windows(const std::vector<i32>& chain, i64 tokens, F f) const {
+    const i64 end = ceil_div(tokens, block_tokens());
+    for (i32 w = 0; w < index_.windows(); ++w) {
+      const GroupGeometry& group = geometry_.groups[index_.group_of(w)];
+      const i64 first = window_first(group, geometry_.tail_guard_tokens, tokens) / block_tokens();
+      for (i64 k = first; k < end; ++k) f(chain[k], w);
+    }
+  }
   void need_windows(const std::vector<i32>& chain, i64 tokens);
-  void unneed_windows(const std::vector<i32>& chain, i64 tokens, bool undo);
+  void unneed_windows(const std::vector<i32>& chain, i64 tokens);
   MatchEnd why_not_more(const PrefixKey& key, const KeyMarks& marks, i32 root, const i32* tokens, i64 n,
                         i64 found) const;
   void commit_all(const i32* handles, const i32* counts, i64 n, i64 group, const i32* tokens);
-  void commit_planned(const i32* counts, i64 n, i64 group, const i32* tokens);
+  const i32* known_of(const i32* tokens) const { return prefix_.on ? tokens : nullptr; }
+  bool completes_any(const i32* counts, i64 n, const i32* known);
   void find_moving(const i32* counts, i64 n, i64 group);
-  void write_committed(const i32* counts, i64 n, i64 group);
+  void write_committed(const i32* counts, i64 n, i64 group, const i32* known, Transaction& tx);
+  void finish_commit(const i32* counts, i64 n, i64 group, const i32* known);
   void commit_one(i64 index, i64 count, i64 group, Transaction& tx);
-  void start_content(i64 index, const PrefixKey& key);
+  void start_content(i64 index, i32 root);
   // Whether `count` more tokens complete a block, if all before them are known.
   bool completes(i64 index, i64 count) const {
     return remainder(contents_[index].known, block_tokens()) + count >= block_tokens();
@@ -320,7 +427,7 @@ class Cache final : public TableState {
   void collect_published(i64 index, const i32* tokens, i64 count);
   void note_published(i64 index, const i32* tokens, i64 count, std::size_t* at);
   [[gnu::noinline]] void note_blocks(i64 index, const i32* end, std::size_t* at);
-  void leave_published();
+  void unenter_published();
   void apply_retention(const Content& content, i32 node);
   static void put_retention(const Retention& added, std::vector<Retention>* retained);
   void collect_chain(i64 index);
@@ -330,6 +437,7 @@ class Cache final : public TableState {
     if (has_state_ && index_.used(node)) table_->offer(node);
   }
   void collect_leaving(i64 handle, i64 index, i64 tokens);
+  void truncate_one(i64 handle, i64 tokens);
   void retract_leaving(i64 index, Transaction& tx);
   void note_truncated(i64 index, i64 have, i64 tokens);
   i64 pin_chain(i64* pinned);
@@ -357,16 +465,19 @@ class Cache final : public TableState {
   std::shared_ptr<EventBatch> given_;  // by drain_events(), and not taken yet
   i64 batches_seen_ = 0;
   i64 pins_seen_ = 0, lookup_tokens_ = 0, hit_tokens_ = 0;
-  std::vector<i32> chain_, leaving_;  // of the call in progress
+  // Scratch of the call in progress, from here to call_: no later call sees what is left there.
+  std::vector<i32> chain_, leaving_;
+  std::vector<Item> entered_;  // what an admission uses, in the order of enter() and need()
+  std::vector<Admitted> admitted_;
   std::vector<PartOfBlock> parts_;
   std::vector<i32> runs_;  // [block of chain_][window]: how many on end the window group has, up to and with this one
   mutable std::string tag_;
   std::vector<Published> published_;
-  std::vector<i64> indices_;  // of the call in progress
-  std::vector<i64> needy_;    // positions in it: who has no room yet
-  std::vector<i64> moving_;   // and whose windows move on
-  std::vector<i32> due_;      // what is reserved and not committed, of each
-  Planned planned_;           // and of all
+  std::vector<i64> indices_;
+  std::vector<i64> needy_;   // positions in it: who has no room yet
+  std::vector<i64> moving_;  // and whose windows move on
+  std::vector<i32> due_;     // what is reserved and not committed, of each
+  Planned planned_;          // and of all
   std::vector<i32> ones_;
   TableWrites seen_;        // what the call in progress may replace
   std::vector<i64> stamp_;  // by sequence: the last call that named it

@@ -15,17 +15,25 @@ constexpr i64 kAtOnce = 1024;  // blocks to forget in one transaction: some 0.5 
 i64 Cache::pin_chain(i64* pinned) {
   const i64 tokens = static_cast<i64>(chain_.size()) * block_tokens();
   const i32 node = chain_.back();
-  pins_.emplace(++pins_seen_, node);
-  table_->pin_end(node, true);
-  for (auto x = chain_.rbegin(); x != chain_.rend(); ++x) index_.pin(*x);
-  index_.enter(index_.parent(chain_.front()));
+  const auto pin = pins_.emplace(pins_seen_ + 1, node).first;
+  i32 x = node;
+  try {
+    table_->pin_end(node, true);
+    for (; !index_.is_root(x); x = index_.parent(x)) index_.pin(x);
+  } catch (...) {  // no memory: those behind it are pinned, the last one first
+    if (x != node || index_.pinned(x)) index_.undo_pins(node, x);
+    table_->pin_end(node, false);
+    pins_.erase(pin);
+    throw;
+  }
+  index_.enter(x);
   need_windows(chain_, tokens);
   *pinned = tokens;
-  return pins_seen_;
+  return ++pins_seen_;
 }
 
 i64 Cache::pin(i64 handle, i64 tokens, i64* pinned) {
-  Lock lock = enter();
+  return mutate([&] {
   const i64 index = sequences_.index(handle);
   const Content& c = contents_[index];
   if (tokens > c.known || !prefix_.on) {
@@ -51,13 +59,12 @@ i64 Cache::pin(i64 handle, i64 tokens, i64* pinned) {
                                 : "a sliding window has passed what it would need: pin them while it reaches them") +
                     "; of its prefixes the longest that can be pinned now has " + std::to_string(longest) + " tokens");
   }
-  const i64 pin = pin_chain(pinned);
-  leave();
-  return pin;
+  return pin_chain(pinned);
+  });
 }
 
 i64 Cache::pin(const i32* tokens, i64 n, const PrefixKey& key, i64* pinned) {
-  Lock lock = enter();
+  return mutate([&] {
   const i32 root = prefix_.on ? index_.find_root(key) : kNoNode;
   const i64 wanted = n / block_tokens() * block_tokens();
   const i64 found = find_cached(root, tokens, wanted + 1, placed(key.marks, tokens, n)).tokens;
@@ -66,13 +73,12 @@ i64 Cache::pin(const i32* tokens, i64 n, const PrefixKey& key, i64* pinned) {
                     " are cached: compute and commit them, in whole blocks of " + std::to_string(block_tokens()) +
                     ", then pin");
   }
-  const i64 pin = pin_chain(pinned);
-  leave();
-  return pin;
+  return pin_chain(pinned);
+  });
 }
 
 void Cache::unpin(i64 pin) {
-  Lock lock = enter();
+  mutate([&] {
   const auto found = pins_.find(pin);
   if (found == pins_.end()) throw StaleHandle("pin " + std::to_string(pin) + " was given up before");
   chain_.clear();
@@ -81,13 +87,13 @@ void Cache::unpin(i64 pin) {
   const i32 root = index_.parent(chain_.front());
   table_->pin_end(found->second, false);
   pins_.erase(found);
-  unneed_windows(chain_, static_cast<i64>(chain_.size()) * block_tokens(), false);
+  unneed_windows(chain_, static_cast<i64>(chain_.size()) * block_tokens());
   for (auto x = chain_.rbegin(); x != chain_.rend(); ++x) {
     index_.unpin(*x);
     if (has_state_ && index_.used(*x)) table_->offer(*x);
   }
   index_.leave(root);
-  leave();
+  });
 }
 
 std::vector<Cache::Pinned> Cache::pins() {
@@ -99,33 +105,35 @@ std::vector<Cache::Pinned> Cache::pins() {
 }
 
 void Cache::snapshot(i64 handle) {
-  Lock lock = enter();
-  const i64 index = sequences_.index(handle);
-  const i64 tokens = sequences_.committed(index, token_group_), known = contents_[index].known;
-  if (!prefix_.on || !has_state_) {
-    throw SpecError(prefix_.on
-                        ? "snapshot: no group of this spec has a state of fixed size"
-                        : "snapshot: nothing is shared here (prefix_cache is off, or the spec does not allow it)");
-  }
-  if (known != tokens || tokens == 0 || tokens % block_tokens() != 0 ||
-      sequences_.tokens(index, token_group_) != tokens) {
-    throw SpecError("snapshot: sequence handle " + std::to_string(handle) + " has " + std::to_string(tokens) +
-                    " committed tokens, of which " + std::to_string(known) + " are known, and " +
-                    std::to_string(sequences_.tokens(index, token_group_)) +
-                    " in all; all must be committed by their ids, at a multiple of " + std::to_string(block_tokens()));
-  }
-  if (contents_[index].state_ahead) {
-    throw SpecError(
-        "snapshot: sequence handle " + std::to_string(handle) +
-        " was truncated, or forked from one with reserved tokens, and its state may have seen more than its " +
-        std::to_string(tokens) + " tokens: put their state back and go on; it can be kept after the next commit()");
-  }
-  settle();
-  collect_chain(index);
-  Transaction tx(*pool_, *this);
-  table_->snapshot(index, chain_, tx);
-  tx.commit();
-  leave();
+  mutate([&] {
+    const i64 index = sequences_.index(handle);
+    const i64 tokens = sequences_.committed(index, token_group_), known = contents_[index].known;
+    if (!prefix_.on || !has_state_) {
+      throw SpecError(prefix_.on
+                          ? "snapshot: no group of this spec has a state of fixed size"
+                          : "snapshot: nothing is shared here (prefix_cache is off, or the spec does not allow it)");
+    }
+    if (known != tokens || tokens == 0 || tokens % block_tokens() != 0 ||
+        sequences_.tokens(index, token_group_) != tokens) {
+      throw SpecError("snapshot: sequence handle " + std::to_string(handle) + " has " + std::to_string(tokens) +
+                      " committed tokens, of which " + std::to_string(known) + " are known, and " +
+                      std::to_string(sequences_.tokens(index, token_group_)) +
+                      " in all; all must be committed by their ids, at a multiple of " +
+                      std::to_string(block_tokens()));
+    }
+    if (contents_[index].state_ahead) {
+      throw SpecError("snapshot: sequence handle " + std::to_string(handle) +
+                      " was truncated, or forked from one with reserved tokens, and its state may have seen more than "
+                      "its " +
+                      std::to_string(tokens) +
+                      " tokens: put their state back and go on; it can be kept after the next commit()");
+    }
+    settle();
+    collect_chain(index);
+    Transaction tx(*pool_, *this);
+    table_->snapshot(index, chain_, tx);
+    tx.commit();
+  });
 }
 
 void Cache::apply_retention(const Content& content, i32 node) {
@@ -151,7 +159,7 @@ void Cache::put_retention(const Retention& added, std::vector<Retention>* retain
 }
 
 void Cache::retain(i64 handle, i64 start, i64 end, int priority, double seconds) {
-  Lock lock = enter();
+  mutate([&] {
   const i64 index = sequences_.index(handle);
   Content& c = contents_[index];
   if (start < 0 || end <= start || priority < 0 || priority > 100 || !(seconds > 0)) {
@@ -160,6 +168,7 @@ void Cache::retain(i64 handle, i64 start, i64 end, int priority, double seconds)
   }
   const Retention added{ceil_div(start, block_tokens()), end / block_tokens(), priority, seconds};
   if (added.first >= added.end) return;  // no whole block lies in it
+  index_.expect_retention();
   put_retention(added, &c.retained);
   chain_.clear();
   i32 node = c.leaf;
@@ -167,7 +176,7 @@ void Cache::retain(i64 handle, i64 start, i64 end, int priority, double seconds)
   }
   for (; node != c.root && index_.ordinal(node) >= added.first; node = index_.parent(node)) chain_.push_back(node);
   for (auto at = chain_.rbegin(); at != chain_.rend(); ++at) index_.retain(*at, priority, seconds);
-  leave();
+  });
 }
 
 std::vector<Cache::Retention> Cache::retained(i64 handle) {
@@ -213,8 +222,13 @@ std::shared_ptr<Cache::EventBatch> Cache::drain_events(i64 taken, i64 max, bool 
       },
       restart);
   i32 last = -1;
-  for (i32 number : batch->records.roots) {
-    if (number >= 0 && number != last) batch->roots.emplace(last = number, index_.root_key(number));
+  try {
+    for (i32 number : batch->records.roots) {
+      if (number >= 0 && number != last) batch->roots.emplace(last = number, index_.root_key(number));
+    }
+  } catch (...) {
+    index_.events().undo_drain();
+    throw;
   }
   index_.forget_roots();
   if (batch->records.size() > 0) batch->number = ++batches_seen_, given_ = batch;

@@ -5,14 +5,14 @@
 namespace kvmem {
 
 i64 Cache::compact(i64 bytes) {
-  Lock lock = enter();
-  settle();
-  const i64 page = pool_->page_bytes();
-  Transaction tx(*pool_, *this);
-  const i64 freed = table_->compact(bytes < 0 ? pool_->present_pages() : ceil_div(bytes, page), tx);
-  tx.commit();
-  leave();
-  return freed * page;
+  return mutate([&] {
+    settle();
+    const i64 page = pool_->page_bytes();
+    Transaction tx(*pool_, *this);
+    const i64 freed = table_->compact(bytes < 0 ? pool_->present_pages() : ceil_div(bytes, page), tx);
+    tx.commit();
+    return freed * page;
+  });
 }
 
 // How many pages a piece of a longer call gives up: about a millisecond's worth of blocks and of driver calls.

@@ -9,11 +9,11 @@ namespace kvmem {
 
 // ---- which blocks a sequence holds ---------------------------------------------------------------
 
-void Cache::start_content(i64 index, const PrefixKey& key) {
+void Cache::start_content(i64 index, i32 root) {
   Content& c = contents_[index];
-  c.root = c.leaf = index_.open_root(key);
+  c.root = c.leaf = root;
   c.known = 0;
-  c.marks = placed(key.marks, nullptr, 0);
+  c.marks.clear();
   c.retained.clear();
 }
 
@@ -115,6 +115,15 @@ bool Cache::windows_reach(i64 tokens) const {
   return true;
 }
 
+// The most whole blocks of the first `tokens` tokens of chain_ that a sequence could go on from.
+Found Cache::find_whole(i64 tokens) {
+  Found found;
+  chain_.resize(tokens / block_tokens());
+  if (has_window_) look_along_windows();
+  while (!chain_.empty() && !find_end(static_cast<i64>(chain_.size()) * block_tokens(), &found)) chain_.pop_back();
+  return found;
+}
+
 PrefixMatch Cache::match(const i32* tokens, i64 n, const PrefixKey& key) {
   Lock lock = enter(true);
   PrefixMatch match;
@@ -147,32 +156,57 @@ MatchEnd Cache::why_not_more(const PrefixKey& key, const KeyMarks& marks, i32 ro
 // ---- admission -------------------------------------------------------------------------------
 
 i64 Cache::admit(const i32* tokens, i64 n, const PrefixKey& key, i64* cached) {
-  Lock lock = enter();
-  const i64 handle = admit_one(tokens, n, key, cached);
-  count_admitted(n, *cached);
-  leave();
-  return handle;
+  return mutate([&] {
+    sequences_.next_handle();  // refuses where there is none
+    for (Reuse reuse : {Reuse::all, Reuse::whole_blocks}) {
+      try {
+        return admit_at(tokens, n, key, reuse, 0, false, cached);
+      } catch (const OutOfMemory&) {
+        // The driver had none. What is taken over less may need none of it.
+      }
+    }
+    return admit_at(tokens, n, key, Reuse::none, 0, false, cached);
+  });
+}
+
+// `grows`: with room for `count` more tokens than it found; -1: for the rest of the prompt.
+i64 Cache::admit_at(const i32* tokens, i64 n, const PrefixKey& key, Reuse reuse, i64 count, bool grows, i64* cached) {
+  Admitted one;
+  RootUse root(index_, key, prefix_.on);
+  entered_.clear();
+  indices_.resize(1);
+  if (prefix_.on || grows) settle();
+  try {
+    Transaction tx(*pool_, *this);
+    one = admit_one(tokens, n, key, root.node(), reuse, tx);
+    const i64 most = geometry_.groups[token_group_].max_tokens, room = count < 0 ? n : one.found.tokens + count;
+    if (grows && room > most) refuse_room(room, most);
+    if (grows) give_room(one, room, tx);
+    tx.commit();
+  } catch (...) {
+    unenter_from(0);
+    throw;
+  }
+  root.keep(1);
+  finish_admission(one, tokens, root.node());
+  count_admitted(n, one.found.tokens);
+  indices_[0] = sequences_.index(one.handle);
+  if (grows && geometry_.map_ahead_tokens > 0) map_ahead(1, -1);
+  *cached = one.found.tokens;
+  return one.handle;
+}
+
+void Cache::refuse_room(i64 tokens, i64 most) const {
+  throw SpecError("asked to begin a sequence with room for " + std::to_string(tokens) + " tokens; it can hold " +
+                  std::to_string(most) + " (max_tokens) at most");
 }
 
 i64 Cache::begin(const i32* tokens, i64 n, const PrefixKey& key, i64 count, i64* cached) {
-  Lock lock = enter();
-  const i64 most = geometry_.groups[token_group_].max_tokens, asked = count < 0 ? n : count;
-  if (asked > most) {
-    throw SpecError("asked to begin a sequence with room for " + std::to_string(asked) + " tokens; it can hold " +
-                    std::to_string(most) + " (max_tokens) at most");
-  }
-  i64 found = 0;
-  const i64 handle = admit_one(tokens, n, key, &found);
-  const i32 named = static_cast<i32>(handle), more = static_cast<i32>(count < 0 ? n - found : count);
-  try {
-    make_room(&named, &more, 1, -1);
-  } catch (...) {
-    free_planned(&named, 1);
-    throw;
-  }
-  count_admitted(n, *cached = found);
-  leave();
-  return handle;
+  return mutate([&] {
+    const i64 most = geometry_.groups[token_group_].max_tokens, asked = count < 0 ? n : count;
+    if (asked > most) refuse_room(asked, most);
+    return admit_at(tokens, n, key, Reuse::all, count, true, cached);
+  });
 }
 
 // What was refused, or taken back, is in no statistic: a request that waits is tried in every step.
@@ -183,95 +217,141 @@ void Cache::count_admitted(i64 n, i64 cached) {
 }
 
 i64 Cache::admit_batch(const i32* tokens, const i32* counts, i64 n, const PrefixKey& key, i32* handles, i32* cached) {
-  Lock lock = enter();
-  for (i64 i = 0; i < n; ++i) {
-    if (counts[i] < 0) throw SpecError("prompt " + std::to_string(i) + " has " + std::to_string(counts[i]) + " tokens");
-    const i64 most = geometry_.groups[token_group_].max_tokens;
-    if (counts[i] <= most) continue;
-    throw SpecError("prompt " + std::to_string(i) + " has " + std::to_string(counts[i]) +
-                    " tokens; a sequence can hold " + std::to_string(most) + " (max_tokens)");
-  }
-  i64 done = 0;
-  for (; done < n && sequences_.count() < sequences_.capacity(); tokens += counts[done++]) {
-    i64 found = 0;
-    handles[done] = static_cast<i32>(admit_one(tokens, counts[done], key, &found));
-    const i32 rest = counts[done] - static_cast<i32>(found);
-    try {
-      make_room(&handles[done], &rest, 1, -1);
-    } catch (const OutOfMemory&) {
-      free_planned(&handles[done], 1);
-      break;
-    } catch (...) {
-      free_planned(&handles[done], 1);
-      throw;
+  return mutate([&]() -> i64 {
+    for (i64 i = 0; i < n; ++i) {
+      if (counts[i] < 0)
+        throw SpecError("prompt " + std::to_string(i) + " has " + std::to_string(counts[i]) + " tokens");
+      const i64 most = geometry_.groups[token_group_].max_tokens;
+      if (counts[i] <= most) continue;
+      throw SpecError("prompt " + std::to_string(i) + " has " + std::to_string(counts[i]) +
+                      " tokens; a sequence can hold " + std::to_string(most) + " (max_tokens)");
     }
-    cached[done] = static_cast<i32>(found);
-  }
-  for (i64 i = 0; i < done; ++i) count_admitted(counts[i], cached[i]);
-  leave();
-  return done;
+    for (i64 some = n; some > 0; some /= 2) {
+      try {
+        return admit_some(tokens, counts, some, key, handles, cached);
+      } catch (const OutOfMemory&) {
+        // The driver had less than the books say. It may have enough for some of them.
+      }
+    }
+    return 0;
+  });
 }
 
-// The most whole blocks of the first `tokens` tokens of chain_ that a sequence could go on from.
-Found Cache::find_whole(i64 tokens) {
-  Found found;
-  chain_.resize(tokens / block_tokens());
-  if (has_window_) look_along_windows();
-  while (!chain_.empty() && !find_end(static_cast<i64>(chain_.size()) * block_tokens(), &found)) chain_.pop_back();
-  return found;
-}
-
-i64 Cache::admit_one(const i32* tokens, i64 n, const PrefixKey& key, i64* cached) {
-  const i64 handle = sequences_.next_handle();
-  *cached = 0;
-  Found found;
-  i32 root = kNoNode;
-  KeyMarks marks = placed(key.marks, tokens, n);
-  if (prefix_.on) {
-    root = index_.open_root(key);  // in use, so that giving up what hangs on it does not free it
-    found = find_cached(root, tokens, n, marks);
-    if (found.tokens > 0) settle();
-  }
+// In one transaction, so that an error takes all of them back, with what was given up for them.
+i64 Cache::admit_some(const i32* tokens, const i32* counts, i64 n, const PrefixKey& key, i32* handles, i32* cached) {
+  RootUse root(index_, key, prefix_.on);
+  entered_.clear();
+  admitted_.clear();
+  admitted_.reserve(n);
+  indices_.resize(n);
+  settle();
   try {
-    bool done = found.tokens > 0 && try_adopt(handle, found);
-    if (!done && found.tokens % block_tokens() != 0) {  // whole blocks may need no memory
-      found = find_whole(found.tokens);
-      done = found.tokens > 0 && try_adopt(handle, found);
+    Transaction tx(*pool_, *this);
+    const i32* prompt = tokens;
+    for (i64 i = 0; i < n && sequences_.count() < sequences_.capacity(); prompt += counts[i++]) {
+      const Transaction::Point before = tx.here();
+      const std::size_t first = entered_.size();
+      try {
+        admitted_.push_back(admit_one(prompt, counts[i], key, root.node(), Reuse::all, tx));
+        give_room(admitted_.back(), counts[i], tx);
+      } catch (const OutOfMemory&) {  // as many as there is memory for
+        tx.roll_back_to(before);
+        unenter_from(first);
+        admitted_.resize(i);  // the one that did not fit
+        break;
+      }
     }
-    if (!done) {
-      found = Found();
-      chain_.clear();
-      Transaction tx(*pool_, *this);
-      tx.push({OpKind::open, 0, handle});
-      tx.commit();
-    }
+    tx.commit();
   } catch (...) {
-    if (root != kNoNode) index_.leave(root);
+    unenter_from(0);
     throw;
   }
-  if (prefix_.on) {
-    const i64 index = sequences_.index(handle);
-    Content& c = contents_[index];
-    const i64 whole = found.tokens / block_tokens();
-    c.root = root;
-    c.leaf = whole == 0 ? root : chain_[whole - 1];
-    c.known = *cached = found.tokens;
-    c.marks = std::move(marks);
-    std::copy(tokens + whole * block_tokens(), tokens + found.tokens, tail(index));
-    c.retained.clear();
+  root.keep(static_cast<i64>(admitted_.size()));
+  for (Admitted& one : admitted_) {
+    finish_admission(one, tokens, root.node());
+    indices_[&one - admitted_.data()] = sequences_.index(one.handle);
+    *handles++ = static_cast<i32>(one.handle);
+    *cached++ = static_cast<i32>(one.found.tokens);
+    count_admitted(one.tokens, one.found.tokens);
+    tokens += one.tokens;
   }
-  return handle;
+  map_ahead(static_cast<i64>(admitted_.size()), -1);
+  return static_cast<i64>(admitted_.size());
 }
 
-// False, and nothing has changed, when there is no memory for the copy of what is cut.
-bool Cache::try_adopt(i64 handle, const Found& found) {
-  for (i32 node : chain_) index_.enter(node);  // not to be given up for the room this may need
-  need_windows(chain_, found.tokens);
-  const auto take_back = [&] {
-    unneed_windows(chain_, found.tokens, true);
-    for (std::size_t i = chain_.size(); i-- > 0;) index_.leave_again(chain_[i]);
-  };
-  Transaction tx(*pool_, *this);
+// Short of memory it takes less of what is cached.
+Cache::Admitted Cache::admit_one(const i32* tokens, i64 n, const PrefixKey& key, i32 root, Reuse reuse, Transaction& tx) {
+  Admitted one;
+  one.handle = sequences_.next_handle();
+  one.tokens = n;
+  one.first = entered_.size();
+  one.marks = placed(key.marks, tokens, n);
+  if (root != kNoNode && reuse != Reuse::none) one.found = find_cached(root, tokens, n, one.marks);
+  if (reuse == Reuse::whole_blocks && one.found.tokens % block_tokens() != 0) {
+    one.found = find_whole(one.found.tokens);
+  }
+  bool done = one.found.tokens > 0 && try_adopt(one.handle, one.found, tx);
+  if (!done && one.found.tokens % block_tokens() != 0) {  // whole blocks may need no memory
+    one.found = find_whole(one.found.tokens);
+    done = one.found.tokens > 0 && try_adopt(one.handle, one.found, tx);
+  }
+  if (!done) {
+    one.found = Found();
+    tx.push({OpKind::open, 0, one.handle});
+  }
+  one.end = entered_.size();
+  return one;
+}
+
+// For so many tokens in all.
+void Cache::give_room(const Admitted& one, i64 tokens, Transaction& tx) {
+  const i64 index = sequences_.index(one.handle);
+  for (i64 g = 0; g < groups_; ++g) {
+    if (geometry_.groups[g].growth == Growth::token) set_length(index, g, tokens, tx);
+  }
+  grow_one(index, tokens - one.found.tokens, -1, tx);
+}
+
+// What is not to be taken back any more. Needs no memory.
+void Cache::finish_admission(Admitted& one, const i32* tokens, i32 root) {
+  if (root == kNoNode) return;
+  const i64 index = sequences_.index(one.handle), found = one.found.tokens, whole = found / block_tokens();
+  Content& c = contents_[index];
+  c.root = root;
+  c.leaf = whole == 0 ? root : entered_[one.first + static_cast<std::size_t>(whole) - 1].node;
+  c.known = found;
+  c.retained.clear();
+  std::copy(tokens + whole * block_tokens(), tokens + found, tail(index));
+  c.marks = std::move(one.marks);
+  const std::size_t nodes = one.first + static_cast<std::size_t>(ceil_div(found, block_tokens()));
+  const std::size_t shared = one.first + static_cast<std::size_t>(whole);
+  for (std::size_t i = one.first; i < nodes; ++i) index_.hit(entered_[i].node);
+  for (std::size_t i = nodes; i < one.end; ++i) index_.hit_window(entered_[i].node, entered_[i].window);
+  // Of what was taken over whole, the sequence needs it now.
+  for (std::size_t i = one.end; i-- > nodes;) index_.unneed(entered_[i].node, entered_[i].window, false);
+  for (std::size_t i = one.first; has_state_ && i < shared; ++i) table_->offer(entered_[i].node);
+  for (std::size_t i = nodes; i-- > shared;) leave_node(entered_[i].node);  // what was copied is not shared
+}
+
+void Cache::unenter_from(std::size_t first) {
+  while (entered_.size() > first) {
+    const Item x = entered_.back();
+    x.window < 0 ? index_.unenter(x.node) : index_.unneed(x.node, x.window, true);
+    entered_.pop_back();
+  }
+}
+
+// False, and nothing has changed, when there is no memory for the copy of what is cut. The nodes of the sequence follow
+// in entered_.
+bool Cache::try_adopt(i64 handle, const Found& found, Transaction& tx) {
+  const Transaction::Point before = tx.here();
+  const std::size_t first = entered_.size();
+  entered_.reserve(first + chain_.size() * (1 + index_.windows()));
+  for (i32 node : chain_) index_.enter(node), entered_.push_back({node});  // not to be given up for room
+  for_windows(chain_, found.tokens, [this](i32 node, i32 window) {
+    index_.need(node, window);
+    entered_.push_back({node, window});
+  });
   try {
     tx.push({OpKind::open, 0, handle});
     const i64 index = sequences_.index(handle);
@@ -285,34 +365,12 @@ bool Cache::try_adopt(i64 handle, const Found& found) {
       }
     }
     table_->adopt(index, chain_, found, tx);
-    tx.commit();
   } catch (const OutOfMemory&) {
-    tx.roll_back();
-    take_back();
+    tx.roll_back_to(before);
+    unenter_from(first);
     return false;
-  } catch (...) {
-    tx.roll_back();
-    take_back();
-    throw;
   }
-  const std::size_t whole = found.tokens / block_tokens();
-  for (i32 node : chain_) index_.hit(node);
-  for_windows(chain_, found.tokens, [this](i32 node, i32 window) { index_.hit_window(node, window); });
-  unneed_windows(chain_, found.tokens, false);  // of what was taken over whole, the sequence needs it now
-  for (std::size_t i = 0; has_state_ && i < whole; ++i) table_->offer(chain_[i]);
-  for (std::size_t i = chain_.size(); i-- > whole;) leave_node(chain_[i]);  // what was copied is not shared
   return true;
-}
-
-// Calls f(node, window) of what each window needs of the first `tokens` tokens of a chain.
-template <class F>
-void Cache::for_windows(const std::vector<i32>& chain, i64 tokens, F f) {
-  const i64 end = ceil_div(tokens, block_tokens());
-  for (i32 w = 0; w < index_.windows(); ++w) {
-    const GroupGeometry& group = geometry_.groups[index_.group_of(w)];
-    const i64 first = window_first(group, geometry_.tail_guard_tokens, tokens) / block_tokens();
-    for (i64 k = first; k < end; ++k) f(chain[k], w);
-  }
 }
 
 void Cache::need_windows(const std::vector<i32>& chain, i64 tokens) {
@@ -320,13 +378,10 @@ void Cache::need_windows(const std::vector<i32>& chain, i64 tokens) {
 }
 
 // The last first.
-void Cache::unneed_windows(const std::vector<i32>& chain, i64 tokens, bool undo) {
-  const i64 end = ceil_div(tokens, block_tokens());
-  for (i32 w = index_.windows(); w-- > 0;) {
-    const GroupGeometry& group = geometry_.groups[index_.group_of(w)];
-    const i64 first = window_first(group, geometry_.tail_guard_tokens, tokens) / block_tokens();
-    for (i64 k = end; k-- > first;) index_.unneed(chain[k], w, undo);
-  }
+void Cache::unneed_windows(const std::vector<i32>& chain, i64 tokens) {
+  std::vector<Item> needed;
+  for_windows(chain, tokens, [&](i32 node, i32 window) { needed.push_back({node, window}); });
+  for (auto x = needed.rbegin(); x != needed.rend(); ++x) index_.unneed(x->node, x->window, false);
 }
 
 // ---- publishing ------------------------------------------------------------------------------
@@ -346,10 +401,11 @@ void Cache::collect_published(i64 index, const i32* tokens, i64 count) {
       block = tail(index);
     }
     const std::string* const tag = tag_at(c.marks, ordinal * size);
+    published_.push_back({index, ordinal++, kNoNode});  // first: it may find no memory
     i32 node = is_new ? kNoNode : index_.find(last, block, tag);
     if (node == kNoNode) node = index_.add(last, block, tag), is_new = true;
     index_.enter(node);
-    published_.push_back({index, ordinal++, node});
+    published_.back().node = node;
     last = node;
   }
 }
@@ -375,8 +431,10 @@ void Cache::note_blocks(i64 index, const i32* end, std::size_t* at) {
   }
 }
 
-void Cache::leave_published() {
-  for (auto p = published_.rbegin(); p != published_.rend(); ++p) leave_node(p->node);
+void Cache::unenter_published() {
+  for (auto p = published_.rbegin(); p != published_.rend(); ++p) {
+    if (p->node != kNoNode) index_.unenter(p->node);  // else there was no memory for it
+  }
   published_.clear();
 }
 

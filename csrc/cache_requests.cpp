@@ -74,8 +74,8 @@ void Cache::see_all(const i32* commits, bool grown) {
 }
 
 // What of seen_ is another block now, and if the sequences have grown, all that follows the last that was seen of each.
-TableWrites Cache::written(bool grown) const {
-  TableWrites writes;
+// `writes` has room for most_written() of them.
+void Cache::tell_written(bool grown, TableWrites* writes) const {
   for (std::size_t k = 0; k < seen_.size(); ++k) {
     const TableWrite& before = seen_[k];
     const i64 index = indices_[before.row], g = before.group, size = geometry_.groups[g].block_tokens;
@@ -85,39 +85,57 @@ TableWrites Cache::written(bool grown) const {
     const i64 end = last ? ceil_div(sequences_.tokens(index, g), size) : before.column + 1;
     for (i64 ordinal = before.column; ordinal < end; ++ordinal) {
       const i32 block = told_entry(at, index, g, ordinal);
-      if (ordinal > before.column || block != before.block) writes.push_back(write_of(before.row, ordinal, block, g));
+      if (ordinal > before.column || block != before.block) writes->push_back(write_of(before.row, ordinal, block, g));
     }
   }
-  return writes;
+}
+
+// As many as tell_written() may tell after the sequences in indices_ have grown by counts[i] (null: by nothing). They
+// are counted before anything changes, since afterwards nothing may fail.
+std::size_t Cache::most_written(const i32* counts) const {
+  i64 most = static_cast<i64>(seen_.size());
+  for (std::size_t k = 0; counts && k < seen_.size(); ++k) {
+    const TableWrite& last = seen_[k];
+    if (k + 1 < seen_.size() && seen_[k + 1].row == last.row && seen_[k + 1].group == last.group) continue;
+    const i64 size = geometry_.groups[last.group].block_tokens;
+    const i64 tokens = sequences_.tokens(indices_[last.row], last.group) + counts[last.row];
+    most += std::max(i64{1}, ceil_div(tokens, size) - last.column);
+  }
+  return static_cast<std::size_t>(most);
 }
 
 TableWrites Cache::extend_telling(const i32* handles, const i32* counts, i64 n) {
-  Lock lock = enter();
-  plan_extend(handles, counts, n, -1);
-  see_all(nullptr, true);
-  grow_planned(handles, counts, n, -1, false);
-  TableWrites writes = written(true);
-  leave();
-  return writes;
+  return mutate([&] {
+    TableWrites writes;
+    plan_extend(handles, counts, n, -1);
+    see_all(nullptr, true);
+    writes.reserve(most_written(counts));
+    grow_planned(handles, counts, n, -1);
+    tell_written(true, &writes);
+    return writes;
+  });
 }
 
 TableWrites Cache::commit_telling(const i32* handles, const i32* counts, i64 n, const i32* tokens) {
-  Lock lock = enter();
-  indices_.resize(n);
-  for (i64 i = 0; i < n; ++i) indices_[i] = sequences_.index(handles[i]);
-  see_all(counts, false);
-  commit_all(handles, counts, n, -1, tokens);
-  TableWrites writes = written(false);
-  leave();
-  return writes;
+  return mutate([&] {
+    TableWrites writes;
+    indices_.resize(n);
+    for (i64 i = 0; i < n; ++i) indices_[i] = sequences_.index(handles[i]);
+    see_all(counts, false);
+    writes.reserve(most_written(nullptr));
+    commit_all(handles, counts, n, -1, tokens);
+    tell_written(false, &writes);
+    return writes;
+  });
 }
 
 TableWrites Cache::advance_telling(i64 handle, i64 count, const i32* tokens, i64 num_tokens) {
-  Lock lock = enter();
-  advance_one(handle, count, tokens, num_tokens, true);
-  TableWrites writes = written(true);
-  leave();
-  return writes;
+  return mutate([&] {
+    TableWrites writes;
+    advance_one(handle, count, tokens, num_tokens, &writes);
+    tell_written(true, &writes);
+    return writes;
+  });
 }
 
 void Cache::add_table(i64 row, i64 index, i64 g, TableWrites* entries) const {

@@ -2,8 +2,10 @@
 // only adds to lengths; nothing is allocated and no driver is called.
 
 #include <algorithm>
+#include <new>
 
 #include "cache.h"
+#include "cache_lengths.h"
 
 namespace kvmem {
 
@@ -125,41 +127,27 @@ bool Cache::lacks_trash(i64 g, i64 tokens) const {
 }
 
 void Cache::extend(const i32* handles, const i32* counts, i64 n, i64 group) {
-  Lock lock = enter();
-  make_room(handles, counts, n, group);
-  leave();
+  mutate([&] {
+    check_own_count(group, "extend");
+    plan_extend(handles, counts, n, group);
+    grow_planned(handles, counts, n, group);
+  });
 }
 
-void Cache::make_room(const i32* handles, const i32* counts, i64 n, i64 group) {
-  plan_extend(handles, counts, n, group);
-  grow_planned(handles, counts, n, group, false);
-}
-
-// The lengths come first: whoever looks for pages to spill then sees what is needed. `padded`: padding rows need the
-// trash blocks too.
-void Cache::grow_planned(const i32* handles, const i32* counts, i64 n, i64 group, bool padded) {
-  std::vector<Op>& log = pool_->log;
-  const auto logged = static_cast<std::ptrdiff_t>(log.size());
-  add_lengths(counts, n, group, 1);
-  if (pool_->recording) log_lengths(handles, counts, n, group);
-  const auto noted = static_cast<std::ptrdiff_t>(log.size());
-  const auto take_back = [&] {
-    add_lengths(counts, n, group, -1);
-    log.erase(log.begin() + logged, log.begin() + noted);
-  };
-  if (!needy_.empty() || padded) {
-    std::size_t at = 0;
-    try {
-      grow(counts, group, padded, &at);
-    } catch (const OutOfMemory& e) {
-      take_back();
-      if (needy_.empty()) throw;
-      const i64 i = needy_[std::min(at, needy_.size() - 1)];  // after the last: the driver itself ran out
-      explain(indices_[i], counts[i], group, e.what());
-    } catch (...) {
-      take_back();
-      throw;
+// The lengths come first: whoever looks for pages to spill then sees what is needed.
+void Cache::grow_planned(const i32* handles, const i32* counts, i64 n, i64 group) {
+  std::size_t at = 0;
+  try {
+    Lengthened lengths(*this, handles, counts, n, group);
+    if (!needy_.empty()) {
+      settle();
+      Transaction tx(*pool_, *this);
+      grow(counts, group, &at, tx);
+      tx.commit();
     }
+    lengths.done();
+  } catch (const OutOfMemory& e) {
+    explain_planned(at, counts, group, e);
   }
   if (geometry_.map_ahead_tokens > 0) map_ahead(n, group);
 }
@@ -173,24 +161,23 @@ void Cache::add_lengths(const i32* counts, i64 n, i64 group, i64 sign) {
   }
 }
 
-// As a transaction would have it, of the lengths just added.
+// As a transaction would have it, of the lengths to be added: all of them, or none.
 void Cache::log_lengths(const i32* handles, const i32* counts, i64 n, i64 group) {
+  std::vector<Op>& log = pool_->log;
+  const std::size_t most = log.size() + static_cast<std::size_t>(n * groups_);
+  if (log.capacity() < most) log.reserve(std::max(most, 2 * log.capacity()));
   for (i64 g = group_begin(group); g < group_end(group); ++g) {
     for (i64 i = 0; i < n; ++i) {
       if (!grows(g, group) || counts[i] == 0) continue;
       const i64 tokens = sequences_.tokens(indices_[i], g);
-      pool_->log.push_back({OpKind::length, static_cast<i32>(g), handles[i], tokens, tokens - counts[i]});
+      log.push_back({OpKind::length, static_cast<i32>(g), handles[i], tokens + counts[i], tokens});
     }
   }
 }
 
-// Makes room for the sequences in needy_, or for none; `*at` counts those that have it.
-void Cache::grow(const i32* counts, i64 group, bool padded, std::size_t* at) {
-  settle();
-  Transaction tx(*pool_, *this);
-  if (padded) table_->back_trash(token_group_, tx);
+// Makes room for the sequences in needy_; `*at` counts those that have it.
+void Cache::grow(const i32* counts, i64 group, std::size_t* at, Transaction& tx) {
   for (; *at < needy_.size(); ++*at) grow_one(indices_[needy_[*at]], counts[needy_[*at]], group, tx);
-  tx.commit();
 }
 
 // The length says already what there is to be room for.
@@ -212,6 +199,13 @@ void Cache::grow_one(i64 index, i64 count, i64 group, Transaction& tx) {
   }
 }
 
+// After the last of needy_: the driver itself ran out.
+void Cache::explain_planned(std::size_t at, const i32* counts, i64 group, const OutOfMemory& e) {
+  if (needy_.empty()) throw e;
+  const i64 i = needy_[std::min(at, needy_.size() - 1)];
+  explain(indices_[i], counts[i], group, e.what());
+}
+
 void Cache::explain(i64 index, i64 count, i64 group, const std::string& why) {
   const i64 g = group < 0 ? token_group_ : group;
   const i64 have = sequences_.tokens(index, g);
@@ -222,10 +216,21 @@ void Cache::explain(i64 index, i64 count, i64 group, const std::string& why) {
                     ". Free or preempt a sequence, or raise the memory with set_memory()");
 }
 
+// Best effort: what it is called after has been done.
 void Cache::map_ahead(i64 n, i64 group) {
-  if (pool_->space() && !pool_->mapper().start()) return;  // then every step maps for itself
-  Transaction tx(*pool_, *this);
+  if (geometry_.map_ahead_tokens == 0 || (pool_->space() && !pool_->mapper().start())) return;
+  try {
+    try_map_ahead(n, group);
+  } catch (const OutOfMemory&) {
+    // Then every step maps for itself.
+  } catch (const std::bad_alloc&) {
+  }
+}
+
+void Cache::try_map_ahead(i64 n, i64 group) {
   std::vector<i64> touched;
+  touched.reserve(n);
+  Transaction tx(*pool_, *this);
   for (i64 i = 0; i < n; ++i) {
     bool any = false;
     for (i64 g = group_begin(group); g < group_end(group); ++g) {
@@ -237,11 +242,13 @@ void Cache::map_ahead(i64 n, i64 group) {
     if (any) touched.push_back(indices_[i]);
   }
   if (touched.empty()) return;
-  std::vector<Op> ops = tx.ops();
+  tx.expect_deferred();
+  i64 job = 0;
+  if (pool_->space()) job = pool_->mapper().post(pool_->shared_space(), tx.ops());
   tx.commit_deferred();
-  if (!pool_->space()) return;
-  const i64 job = pool_->mapper().post(pool_->shared_space(), std::move(ops));
-  for (i64 index : touched) table_->set_pending(index, job);
+  for (i64 index : touched) {
+    if (job != 0) table_->set_pending(index, job);
+  }
 }
 
 i64 Cache::window_front(i64 index, i64 g, i64 committed) const {
@@ -250,13 +257,13 @@ i64 Cache::window_front(i64 index, i64 g, i64 committed) const {
 }
 
 void Cache::commit(const i32* handles, const i32* counts, i64 n, i64 group, const i32* tokens) {
-  Lock lock = enter();
-  commit_all(handles, counts, n, group, tokens);
-  leave();
+  mutate([&] {
+    check_own_count(group, "commit");
+    commit_all(handles, counts, n, group, tokens);
+  });
 }
 
 void Cache::commit_all(const i32* handles, const i32* counts, i64 n, i64 group, const i32* tokens) {
-  check_group(group);
   ++call_;
   indices_.resize(n);
   for (i64 i = 0; i < n; ++i) {
@@ -272,27 +279,27 @@ void Cache::commit_all(const i32* handles, const i32* counts, i64 n, i64 group, 
       }
     }
   }
-  commit_planned(counts, n, group, tokens);
+  const i32* const known = group < 0 ? known_of(tokens) : nullptr;
+  find_moving(counts, n, group);
+  if (const bool publishes = completes_any(counts, n, known); publishes || !moving_.empty()) {
+    try {
+      Transaction tx(*pool_, *this);
+      write_committed(counts, n, group, known, tx);
+      tx.commit();
+    } catch (...) {
+      unenter_published();
+      throw;
+    }
+  }
+  finish_commit(counts, n, group, known);
 }
 
-// For the sequences in indices_. Needs no memory.
-void Cache::commit_planned(const i32* counts, i64 n, i64 group, const i32* tokens) {
+// Whether a commit publishes a block; clears published_.
+bool Cache::completes_any(const i32* counts, i64 n, const i32* known) {
   published_.clear();
-  const bool known = prefix_.on && tokens != nullptr && group < 0;
-  const i32* next = tokens;
-  for (i64 i = 0; known && i < n; next += counts[i++]) {
-    if (completes(indices_[i], counts[i])) collect_published(indices_[i], next, counts[i]);
-  }
-  find_moving(counts, n, group);
-  try {
-    write_committed(counts, n, group);
-  } catch (...) {
-    leave_published();
-    throw;
-  }
-  next = tokens;
-  std::size_t at = 0;
-  for (i64 i = 0; known && i < n; next += counts[i++]) note_published(indices_[i], next, counts[i], &at);
+  i64 i = 0;
+  while (known && i < n && !completes(indices_[i], counts[i])) ++i;
+  return known && i < n;
 }
 
 // Whose windows move on, in moving_; everybody where all is recorded.
@@ -310,14 +317,17 @@ void Cache::find_moving(const i32* counts, i64 n, i64 group) {
   }
 }
 
-// What can fail comes first.
-void Cache::write_committed(const i32* counts, i64 n, i64 group) {
-  if (!published_.empty() || !moving_.empty()) {
-    Transaction tx(*pool_, *this);
-    if (!published_.empty()) table_->publish(published_, tx);
-    for (i64 i : moving_) commit_one(indices_[i], counts[i], group, tx);
-    tx.commit();
+// For the sequences in indices_: all that needs records. Needs no memory of the device. `known`: the ids, or null.
+void Cache::write_committed(const i32* counts, i64 n, i64 group, const i32* known, Transaction& tx) {
+  for (i64 i = 0; known && i < n; known += counts[i++]) {
+    if (completes(indices_[i], counts[i])) collect_published(indices_[i], known, counts[i]);
   }
+  if (!published_.empty()) table_->publish(published_, tx);
+  for (i64 i : moving_) commit_one(indices_[i], counts[i], group, tx);
+}
+
+// And what needs none, and cannot fail.
+void Cache::finish_commit(const i32* counts, i64 n, i64 group, const i32* known) {
   for (i64 g = group_begin(group); g < group_end(group); ++g) {
     if (!grows(g, group)) continue;
     const i64* const indices = indices_.data();
@@ -329,6 +339,8 @@ void Cache::write_committed(const i32* counts, i64 n, i64 group) {
     for (i64 moved : moving_) add_until(moved), ++i;  // these have it already
     add_until(n);
   }
+  std::size_t at = 0;
+  for (i64 i = 0; known && i < n; known += counts[i++]) note_published(indices_[i], known, counts[i], &at);
 }
 
 void Cache::commit_one(i64 index, i64 count, i64 group, Transaction& tx) {
@@ -343,7 +355,10 @@ void Cache::commit_one(i64 index, i64 count, i64 group, Transaction& tx) {
 }
 
 void Cache::truncate(i64 handle, i64 tokens) {
-  Lock lock = enter();
+  mutate([&] { truncate_one(handle, tokens); });
+}
+
+void Cache::truncate_one(i64 handle, i64 tokens) {
   const i64 index = sequences_.index(handle);
   const i64 have = sequences_.tokens(index, token_group_);
   if (tokens < 0 || tokens > have) {
@@ -370,7 +385,6 @@ void Cache::truncate(i64 handle, i64 tokens) {
   retract_leaving(index, tx);
   tx.commit();
   note_truncated(index, have, tokens);
-  leave();
 }
 
 }  // namespace kvmem

@@ -210,7 +210,12 @@ Address HostDriver::reserve(i64 bytes, i64 alignment) {
     base = aligned;
   }
   madvise(reinterpret_cast<void*>(base), bytes, MADV_DONTFORK);  // holes hold nothing; a failure here is harmless
-  reservations_.emplace(base, HostPieces(base, bytes));
+  try {
+    reservations_.emplace(base, HostPieces(base, bytes));
+  } catch (...) {
+    munmap(reinterpret_cast<void*>(base), bytes);
+    throw;
+  }
   budget_.add(1);
   return base;
 }
@@ -244,8 +249,10 @@ PageHandle HostDriver::create(i64 bytes) {
                       " bytes: " + std::to_string(created_bytes_) + " of " + std::to_string(info_.total_bytes) +
                       " bytes of memory are already created; destroy pages first");
   }
-  const PageHandle page = handle_of(file_.take(bytes));
+  const i64 offset = file_.next(bytes);
+  const PageHandle page = handle_of(offset);
   pages_[page] = {bytes, 0};
+  file_.take(offset, bytes);
   created_bytes_ += bytes;
   return page;
 }
@@ -297,12 +304,13 @@ void HostDriver::map_pages(Address at, i64 page_bytes, const PageHandle* pages, 
   }
   find_runs(page_bytes, pages, count);
   budget_.check_map(static_cast<i64>(runs_.size()) + 1);  // and one, where they split the hole they lie in
+  pieces.expect(static_cast<i64>(runs_.size()));
   counters_.set_access += accessible;
   for (const Run& run : runs_) {
     ++counters_.map;
     try {
       file_.show(at + run.first * page_bytes, run.count * page_bytes, run.offset, accessible);
-    } catch (const Error&) {
+    } catch (...) {
       if (run.first) file_.make_hole(at, run.first * page_bytes);
       throw;
     }
@@ -322,6 +330,7 @@ void HostDriver::set_access(Address at, i64 bytes) {
   if (!pieces.all(at, bytes, [](const auto& piece) { return piece.offset != HostPieces::kHole; })) {
     refuse("set_access", range_text(at, bytes) + " is not wholly mapped");
   }
+  pieces.expect(1);
   if (mprotect(reinterpret_cast<void*>(at), bytes, PROT_READ | PROT_WRITE) != 0) {
     const int code = errno;
     // Over several mappings mprotect may have done some before it failed: take those back.
@@ -347,6 +356,7 @@ void HostDriver::unmap_run(Address at, i64 page_bytes, i64 count) {
     if (offset == HostPieces::kHole) refuse("unmap", range_text(at + i * page_bytes, page_bytes) + " is not mapped");
     mapped_.push_back(&page_of("unmap", handle_of(offset), page_bytes));
   }
+  pieces.expect(1);
   budget_.check_unmap(pieces.growth_of_unmap(at, page_bytes * count));
   if (!file_.make_hole(at, page_bytes * count)) system_failed("unmap", "mmap", range_text(at, page_bytes * count));
   account(pieces, [&](HostPieces& p) { p.unmap(at, page_bytes * count); });

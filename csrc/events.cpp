@@ -81,6 +81,7 @@ EventRecords EventRing::drain(i64 max, const Resident& resident, bool restart) {
   if (max < -1) throw SpecError("events: got a maximum of " + std::to_string(max) + "; must be 0 or more, or -1");
   EventRecords out;
   out.block_tokens = block_tokens_;
+  drained_ = {first_, size_, broken_};
   if (!on()) return out;
   if (broken_ || restart) {
     append_bare(out, EventKind::cleared, -1, -1, 0);

@@ -59,6 +59,8 @@ class EventRing {
   // Takes out the oldest records, `max` at most (-1: all). After a loss, or with `restart`, instead: `cleared` and all
   // that `resident` walks over, whatever `max` is. When this throws, nothing was taken out.
   EventRecords drain(i64 max, const Resident& resident, bool restart = false);
+  // Takes the latest drain() back; nothing was recorded since.
+  void undo_drain() { first_ = drained_.first, size_ = drained_.size, broken_ = drained_.broken; }
 
   i64 block_tokens() const { return block_tokens_; }
   i64 size() const { return size_; }      // waiting
@@ -79,6 +81,10 @@ class EventRing {
   std::vector<i32> tokens_;  // by place in records_
   i64 first_ = 0, size_ = 0, serial_ = 0, lost_ = 0;
   bool broken_ = false;  // something was lost, and the consumer does not know yet
+  struct {
+    i64 first = 0, size = 0;
+    bool broken = false;
+  } drained_;  // what drain() found
 };
 
 }  // namespace kvmem

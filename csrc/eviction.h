@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "digest.h"
 #include "types.h"
 
 namespace kvmem {
@@ -34,14 +35,17 @@ class EvictionPolicy {
   virtual void hit(i32 id) = 0;
   // A released block is in use again: not to be named by victim() until it is released.
   virtual void use(i32 id) = 0;
-  // The latest use() that was not followed by another call for this block is taken back: it stands where it stood, if
-  // what stood beside it does. In reverse order if there were several.
+  // That is taken back, in reverse order if there were several, with no other call between: it stands released where it
+  // stood, and nothing was learned.
   virtual void undo_use(i32 id) = 0;
   // Nobody uses it any more.
   virtual void release(i32 id) = 0;
   // The released block that should go next, -1 if there is none. Nothing changes but the policy's own order, and the
   // answer stays the same until another call is made.
   virtual i32 victim() = 0;
+  // Adds what says in which order blocks go: what stands where. Not what was learned, which a call that is taken back
+  // may have added to.
+  virtual void digest(Hasher& hash) const = 0;
   // A block that is not in use leaves the cache; mostly the victim, but any may. `key` and `parent` as at insert().
   virtual void evict(i32 id, std::uint64_t key, i32 parent) = 0;
   // That is taken back, in reverse order if there were several: it stands released and next to go, as before.

@@ -67,6 +67,9 @@ class DensityPolicy final : public EvictionPolicy {
   i32 victim() override;
   void evict(i32 id, std::uint64_t key, i32 parent) override;
   void restore(i32 id, std::uint64_t key, i32 parent) override;
+  void digest(Hasher& hash) const override {
+    for (i32 cell = 0; cell < kCells; ++cell) blocks_.digest(cell, hash);
+  }
 
  private:
   static constexpr std::size_t at(i32 index) { return static_cast<std::size_t>(index); }
@@ -77,7 +80,7 @@ class DensityPolicy final : public EvictionPolicy {
   void push_back(i32 list, i32 id);
   void push_front(i32 list, i32 id);
   void remove(i32 id);
-  void undo_remove(i32 id);
+  void put_back(i32 id);
   void mark(i32 list, bool filled);
   void find_least(i32 cls);
 
@@ -112,8 +115,8 @@ class DensityPolicy final : public EvictionPolicy {
 
 void DensityPolicy::reserve(i64 ids) {
   if (ids <= blocks_.ids()) return;
-  blocks_.reserve(ids);
   for (const Ghost& ghost : ghosts_.resize(std::max(kGhostsPerId * ids, kLeastGhosts))) lose(ghost);
+  blocks_.reserve(ids);  // last: should it find no memory, all of this is tried again
   learns_after_ = std::max(ids / kLearnsPerIds, kLeastTicks);
 }
 
@@ -147,7 +150,18 @@ void DensityPolicy::use(i32 id) {
 void DensityPolicy::undo_use(i32 id) {
   Block& block = blocks_[id];
   block.evictable = 1;
-  if (block.children == 0) undo_remove(id);
+  if (block.children == 0) put_back(id);
+}
+
+// To where it stood before the latest remove(), if nothing has come between; else to where it goes next.
+void DensityPolicy::put_back(i32 id) {
+  if (blocks_.undo_remove(id)) {
+    const i32 alone = blocks_.alone_in(id);
+    if (alone >= 0) mark(alone, true);
+    return;
+  }
+  const i32 list = cell_of(blocks_[id]);
+  youngest_first(list) ? push_back(list, id) : push_front(list, id);
 }
 
 void DensityPolicy::release(i32 id) {
@@ -188,18 +202,7 @@ void DensityPolicy::restore(i32 id, std::uint64_t key, i32 parent) {
   if (ghosts_.take(key).uses == 0) begin_life(&block);
   add_child(parent);
   block.evictable = 1;
-  if (block.children == 0) undo_remove(id);
-}
-
-// Where it stood, if its neighbours still stand side by side; else as the next to go of its cell.
-void DensityPolicy::undo_remove(i32 id) {
-  if (blocks_.undo_remove(id)) {
-    const i32 alone = blocks_.alone_in(id);
-    if (alone >= 0) mark(alone, true);
-    return;
-  }
-  const i32 list = cell_of(blocks_[id]);
-  youngest_first(list) ? push_back(list, id) : push_front(list, id);
+  if (block.children == 0) put_back(id);
 }
 
 // A released leaf that gets a child leaves its list.

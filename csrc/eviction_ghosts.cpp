@@ -43,6 +43,7 @@ std::uint32_t Ghosts::hash_of(std::uint64_t set, std::uint64_t sets, std::uint32
 std::vector<Ghost> Ghosts::resize(i64 ghosts) {
   std::vector<Ghost> lost;
   if (ghosts <= size()) return lost;
+  lost.reserve(static_cast<std::size_t>(size()));  // all memory comes first
   std::vector<Set> old(static_cast<std::size_t>(std::max(ceil_div(ghosts, kWays), kLeastSets)));
   old.swap(sets_);
   for (std::size_t set = 0; set < old.size(); ++set) {

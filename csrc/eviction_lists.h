@@ -6,6 +6,7 @@
 #include <cassert>
 #include <vector>
 
+#include "digest.h"
 #include "types.h"
 
 namespace kvmem {
@@ -51,6 +52,12 @@ class IdLists {
     if (prev < 0 || !linked(prev) || !linked(next) || at(prev).next != next) return false;
     link(lists_ + id, prev, next);
     return true;
+  }
+
+  // Adds the ids of a list, in its order.
+  void digest(i32 list, Hasher& hash) const {
+    for (i32 node = at(list).next; node != list; node = at(node).next) hash.add(node - lists_);
+    hash.add(-1);
   }
 
   // The list `id` stands at the front or back of by being alone in it; -1 when it has company.

@@ -66,25 +66,34 @@ void HostFile::open_window(i64 bytes) {
   window_bytes_ = bytes;
 }
 
-i64 HostFile::take(i64 bytes) {
-  for (auto it = free_.begin(); it != free_.end(); ++it) {
-    if (it->second < bytes) continue;
-    const i64 offset = it->first, rest = it->second - bytes;
-    it = free_.erase(it);
-    if (rest > 0) free_.emplace_hint(it, offset + bytes, rest);
-    return offset;
+i64 HostFile::next(i64 bytes) const {
+  for (const auto& [offset, free] : free_) {
+    if (free >= bytes) return offset;
   }
   throw OutOfMemory("the host driver: no " + std::to_string(bytes) +
                     " adjacent bytes left in its file (RLIMIT_FSIZE is " + "the usual cause: raise `ulimit -f`)");
 }
 
+void HostFile::take(i64 offset, i64 bytes) {
+  auto piece = free_.extract(offset);
+  if ((piece.mapped() -= bytes) == 0) return;
+  piece.key() += bytes;
+  free_.insert(std::move(piece));
+}
+
 void HostFile::give(i64 offset, i64 bytes) {
+  // First: it may find no memory, and nothing has changed then.
+  const auto it = free_.emplace(offset, bytes).first;
   int result;
   do {
     result = fallocate(fd_, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, bytes);
   } while (result != 0 && errno == EINTR);
-  if (result != 0) fail("fallocate");
-  auto it = free_.emplace(offset, bytes).first;
+  if (result != 0) {
+    const int code = errno;
+    free_.erase(it);
+    errno = code;
+    fail("fallocate");
+  }
   auto next = std::next(it);
   if (next != free_.end() && offset + bytes == next->first) {
     it->second += next->second;

@@ -19,7 +19,9 @@ class HostFile {
 
   // The lowest free offset with room for `bytes`, so that pages created in a row are adjacent and map as one.
   // OutOfMemory only past the file's nominal end (64 TiB, or RLIMIT_FSIZE).
-  i64 take(i64 bytes);
+  i64 next(i64 bytes) const;
+  // Takes what next() has just answered. Cannot fail.
+  void take(i64 offset, i64 bytes);
   // Gives the memory behind the range back to the system, then the range. Whatever maps it would read zeros.
   void give(i64 offset, i64 bytes);
   // Shows [offset, offset + bytes) of the file at `at`, in place of what is there. DeviceError or OutOfMemory, and then

@@ -62,6 +62,10 @@ class HostPieces {
     return growth;
   }
 
+  // The next `changes` calls of map(), unmap() and set_accessible() need no memory.
+  void expect(i64 changes) {
+    while (static_cast<i64>(spare_.size()) < 2 * changes) spare_.emplace_hint(spare_.end(), ++spares_made_, Piece());
+  }
   void map(Address at, i64 bytes, i64 offset, bool accessible) { assign(at, at + bytes, offset, accessible); }
   void unmap(Address at, i64 bytes) { assign(at, at + bytes, kHole, false); }
   void set_accessible(Address at, i64 bytes) {
@@ -95,7 +99,10 @@ class HostPieces {
     Piece right = it->second;
     if (right.offset != kHole) right.offset += static_cast<i64>(at - it->first);
     it->second.end = at;
-    return pieces_.emplace_hint(std::next(it), at, right);
+    auto piece = spare_.extract(spare_.begin());
+    piece.key() = at;
+    piece.mapped() = right;
+    return pieces_.insert(std::next(it), std::move(piece));
   }
 
   static bool merges(const Map::value_type& left, const Piece& right) {
@@ -118,7 +125,8 @@ class HostPieces {
     }
   }
 
-  Address base_, end_;
+  Address base_, end_, spares_made_ = 0;
+  Map spare_;   // entries to come
   Map pieces_;  // covers [base_, end_) without gaps
 };
 

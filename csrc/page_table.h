@@ -147,6 +147,8 @@ class PageTable : public PageOwner {
   virtual void check(std::vector<std::string>* out) const = 0;
   i64 sure_pages() const override { return index_.pinned_count() > 0 ? 0 : parked_pages(); }  // pins keep some
 
+  void digest(Hasher& hash) const override { index_.digest(hash); }
+
   // Evicts a node and all cached ones that continue it, ends first: nobody could find those without it.
   void forget(i32 node, Transaction& tx);
   void evict_item(Item x, Transaction& tx) { x.window < 0 ? forget(x.node, tx) : evict_window(x.node, x.window, tx); }
@@ -165,7 +167,7 @@ class PageTable : public PageOwner {
   const i64 groups_;
 
  private:
-  std::vector<i64> ready_tokens_;  // [sequence][group]: what find_room() said
+  std::vector<i64> ready_tokens_;  // [sequence][group]: what find_room() said; derived
 };
 
 std::unique_ptr<PageTable> make_virtual_table(const Geometry& geometry, PagePool& pool, const Sequences& sequences,

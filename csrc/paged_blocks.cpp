@@ -15,7 +15,7 @@ PagedBlocks::PagedBlocks(const Geometry& geometry, PagePool& pool, const Sequenc
   try {
     for (const GroupGeometry& group : geometry.groups) add_group(group);
   } catch (...) {
-    pool.remove_owner(this, {});
+    pool.remove_owner(this);
     throw;
   }
   first_.push_back(static_cast<i64>(pages_.size()));
@@ -24,17 +24,17 @@ PagedBlocks::PagedBlocks(const Geometry& geometry, PagePool& pool, const Sequenc
 }
 
 PagedBlocks::~PagedBlocks() {
-  std::vector<i32> mapped;
+  pool_.drain();
   for (const std::vector<i32>& arena : pages_) {
     for (i32 page : arena) {
-      if (page >= 0) mapped.push_back(page);
+      if (page >= 0) pool_.drop_page(page);
     }
   }
-  pool_.remove_owner(this, mapped);
+  pool_.remove_owner(this);
 }
 
 void PagedBlocks::add_group(const GroupGeometry& group) {
-  Blocks b;
+  Blocks b(pool_.journal);
   b.max_blocks = group.max_blocks;
   b.tokens = group.block_tokens;
   b.per_sequence = ceil_div(group.max_tokens, group.block_tokens);
@@ -42,6 +42,7 @@ void PagedBlocks::add_group(const GroupGeometry& group) {
   b.info.assign(b.max_blocks, BlockInfo());
   b.backed.assign(b.max_blocks, 0);
   b.ready.reserve(b.max_blocks);
+  if (group.growth == Growth::fixed) b.snapshots.reserve(b.max_blocks);
   // calloc: a table for every sequence at full length is large, and mostly never touched
   b.table.reset(static_cast<i32*>(std::calloc(geometry_.max_sequences * b.per_sequence, sizeof(i32))));
   if (!b.table) throw OutOfMemory("no host memory for the block table");
@@ -107,11 +108,10 @@ void PagedBlocks::apply(const Op& op, bool undo) {
   }
   place = static_cast<i32>(op.c);
   if (op.c != 0) acquire(b, op.c);
-  if (op.d != 0) {
-    drop(b, op.d, undo);
-    ++version_[index * groups_ + op.at];
-    forget_room(index, op.at);
-  }
+  if (op.d != 0) drop(b, op.d, undo);
+  if ((undo ? op.c : op.d) == 0) return;  // there was none before
+  version_[index * groups_ + op.at] += undo ? -1 : 1;
+  forget_room(index, op.at);
 }
 
 bool PagedBlocks::is_mapped(i32 arena, i64 slot, i64 count) const {
@@ -231,10 +231,7 @@ const Class& PagedBlocks::class_of(i64 a) const {
   });
 }
 
-void PagedBlocks::list_snapshot(Blocks& b, i64 block) {
-  b.snapshots.reserve(b.max_blocks);  // most groups never have such
-  b.snapshots.add_last(block);
-}
+void PagedBlocks::list_snapshot(Blocks& b, i64 block) { b.snapshots.add_last(block); }
 
 // So many more referenced, and so many more kept blocks touch the slots of these `n` on end, each of them.
 void PagedBlocks::count(Blocks& b, i64 first, i64 n, i32 users, i32 kept) {
@@ -316,16 +313,17 @@ i64 PagedBlocks::take_ready(Blocks& b, i64 most, i32* entries) {
   return taken;
 }
 
-// They may have been anything.
-void PagedBlocks::show_again(const Entries& e) {
+// Undoes hide(). They may have been anything.
+void PagedBlocks::show(const Entries& e) {
   Blocks& b = blocks_[e.group];
   const i32* entries = &b.table[e.index * b.per_sequence + e.first];
   for (i64 i = 0; i < e.count; ++i) acquire(b, entries[i]);
-  ++version_[e.index * groups_ + e.group];
+  --version_[e.index * groups_ + e.group];
   hidden_.pop_back();
 }
 
 void PagedBlocks::hide(const Entries& e) {
+  hidden_.push_back(e);  // first: it may find no memory
   Blocks& b = blocks_[e.group];
   const i32* entries = &b.table[e.index * b.per_sequence + e.first];
   // What becomes of a block that its last user leaves; of others, nothing.
@@ -355,7 +353,17 @@ void PagedBlocks::hide(const Entries& e) {
   }
   ++version_[e.index * groups_ + e.group];
   forget_room(e.index, e.group);
-  hidden_.push_back(e);
+}
+
+// Undoes what take_ready() gave: the entries were none before.
+void PagedBlocks::take_back(const Entries& e) {
+  Blocks& b = blocks_[e.group];
+  i32* entries = &b.table[e.index * b.per_sequence + e.first];
+  for (i64 i = e.count; i-- > 0;) {
+    drop(b, entries[i], true);
+    entries[i] = 0;
+  }
+  forget_room(e.index, e.group);
 }
 
 void PagedBlocks::wipe_hidden() {
@@ -367,8 +375,9 @@ void PagedBlocks::wipe_hidden() {
 }
 
 void PagedBlocks::on_content(const Op& op, bool undo) {
-  if (op.kind == OpKind::show) return show_again({op.d, op.a, op.b, op.c});  // take_ready() has done all others
-  if (op.kind == OpKind::hide) return hide({op.d, op.a, op.b, op.c});
+  const Entries entries{op.d, op.a, op.b, op.c};
+  if (op.kind == OpKind::show) return show(entries);  // take_ready() has done all others
+  if (op.kind == OpKind::hide) return undo ? take_back(entries) : hide(entries);
   const i32 node = static_cast<i32>(op.a);
   switch (op.kind) {
     case OpKind::shift:
@@ -386,12 +395,11 @@ void PagedBlocks::on_content(const Op& op, bool undo) {
 
 void PagedBlocks::hold(i64 g, i32 node, i32 block, bool undo) {
   Blocks& b = blocks_[g];
+  if (!undo) index_.expect_change();
   if (static_cast<i64>(block_of_.size()) < index_.capacity() * groups_) block_of_.resize(index_.capacity() * groups_);
   if (b.info[block].refs == 0) {
     b.ready.remove(block);
     keep(b, block, 0);
-    const bool is_state = geometry_.groups[g].growth == Growth::fixed;
-    if (undo && is_state && index_.used(node)) list_snapshot(b, block);  // only such go while their node is in use
   }
   index_.place(node, g, undo);
   if (b.window >= 0) {
@@ -404,6 +412,7 @@ void PagedBlocks::hold(i64 g, i32 node, i32 block, bool undo) {
 
 void PagedBlocks::unhold(i64 g, i32 node, i32 block, bool undo) {
   Blocks& b = blocks_[g];
+  if (!undo) index_.expect_change();
   if (b.info[block].refs == 0) {
     unkeep(b, block, 0);
     b.ready.add(block);
@@ -430,6 +439,7 @@ void PagedBlocks::change(const Op& op, bool mapped) {
                       " users");
     }
   }
+  if (!mapped) b.ready.expect(ceil_div(op.c * page_bytes(), c.block_bytes) + 2);
   for (i64 i = 0; i < op.c; ++i) {
     const i64 slot = op.a + i;
     pages[slot] = mapped ? static_cast<i32>(op.b + i) : -1;

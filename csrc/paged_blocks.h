@@ -1,6 +1,9 @@
 // The books of the paged backend: the block tables, what each block is (unbacked, ready, referenced, cached) and which
 // pages lie under it. paged_table.cpp decides; the mappings and table entries it pushes come back through on_map,
 // on_unmap and apply, and change here only, as does what it takes with take_ready() and hold().
+//
+// Changed by records: pages, table entries, references, nodes. By the journal: the order of snapshots, which ready blocks
+// were put off, fences, copy_tail_. Derived: backed, ready, slots, counts; cursor, which only says where to look first.
 #pragma once
 
 #include <cstdint>
@@ -36,6 +39,8 @@ struct Class {
 };
 
 struct Blocks {
+  explicit Blocks(Journal& journal) : ready(journal), snapshots(journal) {}
+
   i64 max_blocks = 0, tokens = 0, per_sequence = 0;
   std::vector<BlockInfo> info;
   std::vector<std::uint8_t> backed;
@@ -77,7 +82,7 @@ class PagedBlocks : public PageTable {
   bool has_memory(i64) const override { return false; }     // but for its entries
   bool holds(i64 index, i64 group) const override;
   void look_at_tail(i64 index, i64 group) override {
-    copy_tail_[index * groups_ + group] = 1;
+    set_copy_tail(index, group, true);
     forget_room(index, group);
   }
   void apply(const Op& op, bool undo) override;
@@ -120,6 +125,7 @@ class PagedBlocks : public PageTable {
   i64 first_arena(i64 group) const override { return base_arena_ + first_[group]; }
   i64 mapped_extent_slots(i64 group, i64 arena_in_group) const override;
   void check(std::vector<std::string>* out) const override;
+  void digest(Hasher& hash) const override;  // paged_check.cpp
 
  protected:
   i64 page_bytes() const { return geometry_.page_bytes; }
@@ -138,6 +144,10 @@ class PagedBlocks : public PageTable {
     const std::size_t at = node * groups_ + g;
     return at < block_of_.size() ? block_of_[at] : 0;
   }
+  void set_copy_tail(i64 index, i64 group, bool look) {
+    pool_.journal.set(copy_tail_[index * groups_ + group], static_cast<std::uint8_t>(look));
+  }
+  void set_fence(Blocks& b, i64 fence) { pool_.journal.set(b.fence, fence); }
   // The next ready block, or the next `most` as far as there are, become these entries; returns how many.
   i64 take_ready(Blocks& b, i32* entry);
   i64 take_ready(Blocks& b, i64 most, i32* entries);
@@ -181,8 +191,9 @@ class PagedBlocks : public PageTable {
   void acquire(Blocks& b, i64 block);
   void drop(Blocks& b, i64 block, bool undo);
   void shift(i64 g, i32 node, i64 from, i64 to);
-  void show_again(const Entries& entries);
+  void show(const Entries& entries);
   void hide(const Entries& entries);
+  void take_back(const Entries& entries);
   void wipe_hidden();
   void move(i64 g, const std::vector<BlockMove>& moves, Transaction& tx);
   void use_last(Blocks& b);

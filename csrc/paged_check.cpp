@@ -104,4 +104,34 @@ void PagedBlocks::check_content(i64 g, std::vector<std::string>* out) const {
   }
 }
 
+void PagedBlocks::digest(Hasher& hash) const {
+  PageTable::digest(hash);
+  for (i64 g = 0; g < groups_; ++g) {
+    const Blocks& b = blocks_[g];
+    for (i64 block = 0; block < b.max_blocks; ++block) {
+      const BlockInfo& info = b.info[block];
+      if (info.refs != 0 || info.node != kNoNode) hash.add(block, info.refs, info.node);
+    }
+    b.ready.digest(hash);
+    b.snapshots.digest(hash);
+    hash.add(b.kept, b.extra_refs, b.fence);
+    for (i64 index = 0; index < sequences_.capacity(); ++index) {
+      if (!sequences_.live(index)) continue;
+      for (i64 ordinal = 0; ordinal < ceil_div(sequences_.tokens(index, g), b.tokens); ++ordinal) {
+        hash.add(entry(index, g, ordinal));
+      }
+    }
+  }
+  for (const std::vector<i32>& arena : pages_) {
+    for (std::size_t slot = 0; slot < arena.size(); ++slot) {
+      if (arena[slot] >= 0) hash.add(slot, arena[slot]);
+    }
+    hash.add(-1);
+  }
+  for (i64 at = 0; at < sequences_.capacity() * groups_; ++at) {
+    hash.add(copy_tail_[at], version_[at]);
+  }
+  hash.add(idle_pages_);
+}
+
 }  // namespace kvmem

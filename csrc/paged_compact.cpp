@@ -208,7 +208,7 @@ void PagedBlocks::move(i64 g, const std::vector<BlockMove>& moves, Transaction& 
       tx.push({OpKind::block, static_cast<i32>(g), sequences_.handle_of(index), ordinal, now[old], old});
     }
   }
-  b.fence = tx.new_fence();  // the copies read what they have left
+  set_fence(b, tx.new_fence());  // the copies read what they have left
   use_last(b);
 }
 

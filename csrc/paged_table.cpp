@@ -39,7 +39,7 @@ class PagedTable final : public PagedBlocks {
   void shrink(i64 index, i64 group, i64 old_tokens, i64 new_tokens, Transaction& tx) override {
     Blocks& b = blocks_[group];
     for (i64 ordinal = ceil_div(old_tokens, b.tokens); ordinal-- > ceil_div(new_tokens, b.tokens);) {
-      b.fence = tx.fence();
+      set_fence(b, tx.fence());
       set(index, group, ordinal, 0, tx);
     }
     // The block that the length now cuts is copied when the sequence next grows, so that truncating needs no memory.
@@ -52,7 +52,7 @@ class PagedTable final : public PagedBlocks {
     Blocks& b = blocks_[group];
     const i64 begin = quotient(old_first, b.tokens), end = quotient(first, b.tokens);
     if (begin == end) return;
-    b.fence = tx.fence();
+    set_fence(b, tx.fence());
     for (i64 ordinal = end; ordinal-- > begin;) set(index, group, ordinal, 0, tx);  // the last goes first, as ever
   }
 
@@ -82,7 +82,7 @@ class PagedTable final : public PagedBlocks {
   // what windows hold of it.
   void adopt(i64 index, const std::vector<i32>& chain, const Found& found, Transaction& tx) override {
     const i64 whole = quotient(found.tokens, block_tokens()), tail = remainder(found.tokens, block_tokens());
-    const KeptSnapshots kept(*this, chain[tail > 0 ? whole : whole - 1]);
+    KeptSnapshots kept(*this, chain[tail > 0 ? whole : whole - 1]);
     for (i64 g = 0; g < groups_; ++g) {
       if (geometry_.groups[g].growth == Growth::fixed) continue;
       for (i64 ordinal = quotient(sequences_.front(index, g), block_tokens()); ordinal < whole; ++ordinal) {
@@ -95,7 +95,9 @@ class PagedTable final : public PagedBlocks {
       const i64 fresh = take(g, 1, tx);
       set(index, g, state ? 0 : whole, fresh, tx);
       copy_block(g, block_of(chain[state ? whole - 1 : whole], g), fresh, state ? 1 : tail, tx);
+      set_fence(blocks_[g], tx.new_fence());  // what was copied may go, and its page, when nobody refers to it
     }
+    kept.end();
   }
 
   bool has(i32 node, i64 group) const override { return block_of(node, group) != 0; }
@@ -108,10 +110,11 @@ class PagedTable final : public PagedBlocks {
         const i32 own = entry(p.index, g, p.ordinal), cached = block_of(p.node, g);
         if (own == 0 || own == cached) continue;
         if (cached == 0) {
+          tx.expect();
           hold(g, p.node, own, false);
           tx.note({OpKind::hold, arena(0), p.node, g, own});
         } else {
-          blocks_[g].fence = tx.fence();
+          set_fence(blocks_[g], tx.fence());
           set(p.index, g, p.ordinal, cached, tx);
         }
       }
@@ -160,10 +163,10 @@ class PagedTable final : public PagedBlocks {
 
   void close(i64 index, Transaction& tx) override {
     for (i64 g = 0; g < groups_; ++g) {
-      Blocks& b = blocks_[g];  // copy_tail_ stays: it only asks to look, and this may yet be taken back
+      Blocks& b = blocks_[g];
       forget_room(index, g);  // also where it refers to no block: the next sequence at this place has none either
       if (sequences_.tokens(index, g) == 0) continue;
-      b.fence = tx.fence();
+      set_fence(b, tx.fence());
       const i64 first = quotient(sequences_.front(index, g), b.tokens);
       const i64 end = ceil_div(sequences_.tokens(index, g), b.tokens);
       if (!pool_.recording) {
@@ -206,11 +209,12 @@ class PagedTable final : public PagedBlocks {
       for (i64 g = 0; g < table.groups_; ++g) {
         const i32 block = table.block_of(node, g);
         if (block == 0 || !table.blocks_[g].snapshots.has(block)) continue;
-        table.blocks_[g].snapshots.remove(block);
         blocks_.emplace_back(g, block);
+        table.blocks_[g].snapshots.remove(block);
       }
     }
-    ~KeptSnapshots() {
+    // Puts them back; where an error has come instead, the journal does.
+    void end() {
       for (const auto& [g, block] : blocks_) {
         Blocks& b = table_.blocks_[g];
         if (b.info[block].refs == 0) table_.list_snapshot(b, block);
@@ -345,6 +349,8 @@ class PagedTable final : public PagedBlocks {
   i64 take_run(i64 index, i64 group, i64 first, i64 most, Transaction& tx) {
     Blocks& b = blocks_[group];
     if (b.ready.empty()) make_ready(group, most, tx);
+    tx.expect();
+    b.ready.expect(most);
     i32* const entries = &b.table[index * b.per_sequence + first];
     const i64 n = most == 1 ? take_ready(b, entries) : take_ready(b, most, entries);
     tx.note({OpKind::show, arena(0), index, first, n, group});
@@ -459,18 +465,18 @@ class PagedTable final : public PagedBlocks {
     const i64 ordinal = quotient(tokens, b.tokens), tail = remainder(tokens, b.tokens);
     const i32 old = tail == 0 ? 0 : entry(index, group, ordinal);
     if (old == 0 || (b.info[old].refs <= 1 && b.info[old].node == kNoNode)) {
-      copy_tail_[index * groups_ + group] = 0;  // the other user has gone
-      return;
+      return set_copy_tail(index, group, false);  // the other user has gone
     }
     if (b.info[old].refs <= 1 && !index_.used(b.info[old].node) && b.ready.empty() &&
         !has_room_for(b, unbacked(group))) {
+      set_copy_tail(index, group, false);
       return forget(b.info[old].node, tx);  // rather than another cached block, or failing
     }
-    // The flag stays set, so that a transaction taken back finds it set again; the next call clears it.
     const i64 fresh = take(group, 1, tx);
     set(index, group, ordinal, fresh, tx);
     copy_block(group, old, fresh, tail, tx);
-    if (b.info[old].refs == 0) b.fence = tx.new_fence();  // behind the copy: the block may go, and its page
+    set_copy_tail(index, group, false);
+    if (b.info[old].refs == 0) set_fence(b, tx.new_fence());  // behind the copy: the block may go, and its page
   }
 
   void copy_block(i64 group, i64 from, i64 to, i64 tokens, Transaction& tx) {

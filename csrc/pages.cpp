@@ -1,6 +1,7 @@
 #include "pages.h"
 
 #include <algorithm>
+#include <new>
 #include <string>
 
 #include "transaction.h"
@@ -34,7 +35,7 @@ PagePool::~PagePool() {
   // they guard belongs to the parent.
   mapper_.release();
   mutex_.abandon();
-  new std::shared_ptr<Space>(std::move(space_));
+  new (std::nothrow) std::shared_ptr<Space>(std::move(space_));
 }
 
 PoolLock PagePool::lock(bool look) {
@@ -54,13 +55,14 @@ PoolLock PagePool::try_lock() {
 
 void PagePool::settle() {
   mapper_->wait_idle();
-  std::vector<Op> failed = mapper_->take_failed();
-  while (!failed.empty()) {
-    const Op op = inverse(failed.back());
-    failed.pop_back();
+  if (!mapper_->has_failed()) return;
+  if (recording) log.reserve(log.size() + mapper_->failed_ops());  // before anything is taken out
+  ++disturbed_;
+  mapper_->take_failed([this](const Op& failed) {
+    const Op op = inverse(failed);
     apply(op, true);
     if (recording && op.kind != OpKind::zero) log.push_back(op);
-  }
+  });
 }
 
 i32 PagePool::add_owner(PageOwner* owner, i64 arenas) {
@@ -68,18 +70,22 @@ i32 PagePool::add_owner(PageOwner* owner, i64 arenas) {
   for (; end - first < arenas; ++end) {
     if (end < static_cast<i64>(arenas_.size()) && arenas_[end].owner != nullptr) first = end + 1;
   }
-  owner->number = owners_seen_++;
   owners_.push_back(owner);
+  owner->number = owners_seen_++;
   return static_cast<i32>(first);
 }
 
-void PagePool::remove_owner(PageOwner* owner, const std::vector<i32>& pages) {
-  if (space_) space_->drain();  // whoever uses its memory still (invariant 4)
-  for (i32 page : pages) {
-    if (--refs_[page] > 0) continue;
-    --mapped_pages_;
-    free_.insert(page);
-  }
+void PagePool::drain() {
+  if (space_) space_->drain();
+}
+
+void PagePool::drop_page(i32 page) {
+  if (--refs_[page] > 0) return;
+  --mapped_pages_;
+  free_.insert(page);
+}
+
+void PagePool::remove_owner(PageOwner* owner) {
   for (std::size_t i = 0; i < arenas_.size(); ++i) {
     if (arenas_[i].owner != owner) continue;
     if (space_) space_->remove_arena(static_cast<i32>(i));
@@ -158,10 +164,10 @@ i64 PagePool::spill(PageOwner& owner, i64 pages, bool content, Transaction& tx) 
 // Zeroes what is not known to be zero, as far as the policy asks for it, and notes who writes here from now on.
 void PagePool::need_zero(const PageOwner& owner, i32 arena, i64 slot, i64 page, i64 count, Zero zero, Transaction& tx) {
   for (i64 i = 0; i < count; ++i) {
-    i32& content = content_[page + i];
+    const i32 content = content_[page + i];
     const bool dirty = content != kClean && (zero == Zero::always || (zero == Zero::fresh && content != owner.number));
     if (dirty) tx.push({OpKind::zero, arena, (slot + i) * page_bytes_, page_bytes_});
-    content = owner.number;
+    journal.set(content_, page + i, owner.number);
   }
 }
 
@@ -297,7 +303,7 @@ void PagePool::apply(const Op& op, bool undo) {
       for (i64 p = op.a; p < op.a + op.b; ++p) {
         refs_[p] = 0;
         free_.insert(p);
-        content_[p] = space_ && space_->info().fresh_pages_are_zero && !undo ? kClean : kGarbage;
+        if (!undo) content_[p] = space_ && space_->info().fresh_pages_are_zero ? kClean : kGarbage;
       }
       present_pages_ += op.b;
       break;
@@ -313,6 +319,7 @@ void PagePool::apply(const Op& op, bool undo) {
       for (i64 p = op.a; p < op.a + op.b; ++p) {
         refs_[p] = -1;
         free_.erase(p);
+        if (undo) content_[p] = kGarbage;
       }
       present_pages_ -= op.b;
       absent_hint_ = std::min(absent_hint_, op.a);
@@ -322,8 +329,8 @@ void PagePool::apply(const Op& op, bool undo) {
       break;
     case OpKind::unmap:
       set_unmapped(op);
-      // Whatever the lost mapping held was written by an owner whose number may be gone by now.
-      if (undo) {
+      // The mapper may have begun to write there. A transaction knows better.
+      if (undo && !journal.restoring()) {
         for (i64 p = op.b; p < op.b + op.c; ++p) {
           if (refs_[p] == 0) content_[p] = kGarbage;
         }
@@ -344,6 +351,28 @@ void PagePool::apply(const Op& op, bool undo) {
       break;
     default:
       break;
+  }
+}
+
+void PagePool::distrust(const std::vector<Op>& ops, const Space::Progress& progress) {
+  bool recreated = false;
+  for (std::size_t i = 0; i < progress.begun; ++i) {
+    if (ops[i].kind == OpKind::destroy) recreated = true;  // by undoing, so that another may have had its pages
+    if (ops[i].kind == OpKind::destroy) forget_content(ops[i].a, ops[i].b);
+    if (ops[i].kind == OpKind::map && progress.wrote) forget_content(ops[i].b, ops[i].c);
+  }
+  disturbed_ += progress.wrote || recreated;
+  for (const Op& op : ops) {
+    if (!progress.wrote || op.kind != OpKind::evict) continue;
+    PageOwner& owner = *arenas_[op.at].owner;
+    if (owner.can_give_up(op)) owner.on_content(op, false);
+  }
+}
+
+// Of the free ones among these pages.
+void PagePool::forget_content(i64 first, i64 count) {
+  for (i64 page = first; page < first + count; ++page) {
+    if (refs_[page] == 0) content_[page] = kGarbage;
   }
 }
 
@@ -396,6 +425,17 @@ void PagePool::set_unmapped(const Op& op) {
       --owner.owned_pages;
       free_.insert(p);
     }
+  }
+}
+
+void PagePool::digest(Hasher& hash) const {
+  hash.add(budget_pages_, present_pages_, mapped_pages_, fence_, recording, log.size());
+  for (std::size_t page = 0; page < refs_.size(); ++page) {
+    if (refs_[page] >= 0) hash.add(page, refs_[page], content_[page]);
+  }
+  for (const PageOwner* owner : owners_) {
+    hash.add(owner->number, owner->owned_pages, owner->limit_pages);
+    owner->digest(hash);
   }
 }
 

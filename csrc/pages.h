@@ -11,10 +11,12 @@
 #include <string>
 #include <vector>
 
+#include "digest.h"
 #include "driver.h"
 #include "fork_guard.h"
 #include "geometry.h"
 #include "id_set.h"
+#include "journal.h"
 #include "mapper.h"
 #include "ops.h"
 #include "pool_lock.h"
@@ -47,6 +49,7 @@ class PageOwner {
   // Pushes the records that move blocks together until `pages` more pages hold nothing, as far as that can be; returns
   // how many do. They stay mapped, for spill() or the owner's own use. 0 where pages belong to one sequence each.
   virtual i64 compact(i64 pages, Transaction& tx);
+  virtual void digest(Hasher& hash) const = 0;
 
   i64 owned_pages = 0;  // distinct pages mapped in its arenas
   i64 limit_pages = 0;  // and how many that may be
@@ -88,8 +91,11 @@ class PagePool {
 
   // `arenas`: how many it is going to add. Returns the number of the first: one that was given back, where there is.
   i32 add_owner(PageOwner* owner, i64 arenas);
-  // `pages`: the page of each of its mappings. Waits for the device, unmaps, and frees the pages for the others.
-  void remove_owner(PageOwner* owner, const std::vector<i32>& pages);
+  // The end of an owner, in this order and without any memory: waits for whoever uses its memory still (invariant 4);
+  // each of its mappings goes; its arenas are unmapped, and the pages are free for the others.
+  void drain();
+  void drop_page(i32 page);
+  void remove_owner(PageOwner* owner);
   void add_arena(PageOwner* owner, i32 number, i64 slots);
 
   // --- decisions: push records to `tx` ---
@@ -118,10 +124,9 @@ class PagePool {
     for (PageOwner* owner : owners_) owner->finish(committed);
   }
 
-  void give_up(const Op& evict) {
-    PageOwner& owner = *arenas_[evict.at].owner;
-    if (owner.can_give_up(evict)) owner.on_content(evict, false);
-  }
+  // These records were taken back after a driver had begun to execute them: what pages held that it may have touched is
+  // not known any more. If it has begun to copy or zero, what was to be given up stays given up.
+  void distrust(const std::vector<Op>& ops, const Space::Progress& progress);
 
   // Without a driver, what a GPU's driver would have been asked: one map for each page, one set_access for each run.
   void count_calls(const std::vector<Op>& ops);
@@ -130,10 +135,16 @@ class PagePool {
   // Pages that could be had for `owner` right now, spilling included.
   i64 available_pages(const PageOwner& owner) const;
   void check(std::vector<std::string>* out) const;
+  // Of the pool and all its owners.
+  void digest(Hasher& hash) const;
+  // How often a driver failed after it had begun to write, or behind the caller's back: only then may an error leave
+  // another digest, since what was cached may have been written over, or what was mapped ahead is not there.
+  i64 disturbed() const { return disturbed_; }
 
   bool recording = false;
   std::vector<Op> log;      // committed records, while recording
   std::vector<Op> scratch;  // the buffer of the one open transaction
+  Journal journal;          // and what it has changed beside its records
 
  private:
   struct Arena {
@@ -147,6 +158,7 @@ class PagePool {
   void grow_books(i64 pages);
   i64 find_free(i64 near) const;
   void need_zero(const PageOwner& owner, i32 arena, i64 slot, i64 page, i64 count, Zero zero, Transaction& tx);
+  void forget_content(i64 first, i64 count);
   void set_mapped(const Op& op);
   void set_unmapped(const Op& op);
   void check_slots(const char* kind, const Op& op) const;
@@ -158,12 +170,13 @@ class PagePool {
   i64 present_pages_ = 0;
   i64 mapped_pages_ = 0;
   i64 driver_calls_ = 0;
+  i64 disturbed_ = 0;
   i64 fence_ = 0;
   const bool create_ahead_;
-  mutable i64 absent_hint_ = 0;  // no page below it is absent
-  std::vector<i32> refs_;        // -1 absent, 0 free, else the number of mappings
-  IdSet free_;                   // those with 0
-  std::vector<i32> content_;     // kClean, kGarbage, or the number of the owner that wrote it
+  i64 absent_hint_ = 0;       // no page below it is absent; derived
+  std::vector<i32> refs_;     // -1 absent, 0 free, else the number of mappings; changed by records
+  IdSet free_;                // those with 0; derived
+  std::vector<i32> content_;  // kClean, kGarbage, or the number of the owner that wrote it; noted in the journal
   std::vector<Arena> arenas_;
   std::vector<PageOwner*> owners_;
   i32 owners_seen_ = 0;

@@ -71,10 +71,11 @@ void PrefixIndex::reserve(i64 nodes) {
 }
 
 void PrefixIndex::start_retention() {
-  auto retention = std::make_unique<RetentionPolicy>(std::move(policy_));
+  auto retention = std::make_unique<RetentionPolicy>(nullptr);
+  retention->reserve(capacity() * items_);  // all the memory it needs, while nothing has changed yet
+  retention->take_over(std::move(policy_));
   retention_ = retention.get();
   policy_ = std::move(retention);
-  policy_->reserve(capacity() * items_);
   for (i32 x = 0; x < capacity(); ++x) {
     if (whole_ && nodes_[x].places > 0) retention_->follow(item(x), nodes_[x].released);
     for (i32 w = 0; w < windows_; ++w) {
@@ -90,15 +91,16 @@ void PrefixIndex::start_retention() {
 void PrefixIndex::retain(i32 node, int priority, double seconds) {
   const Node& n = nodes_[node];
   const bool whole = whole_ && n.places > 0;
-  if (!retention_) start_retention();
   if (whole) retention_->retain(item(node), priority, seconds);
   for (i32 w = 0; w < windows_; ++w) {
     if (has_window(node, w)) retention_->retain(item(node, w), priority, seconds);
   }
 }
 
+void PrefixIndex::grow_nodes() { reserve(capacity() + std::max(capacity() / kGrowth, least_nodes_)); }
+
+// There is a free one.
 i32 PrefixIndex::new_node() {
-  if (free_ == kNoNode) reserve(capacity() + std::max(capacity() / kGrowth, least_nodes_));
   const i32 node = free_;
   free_ = nodes_[node].next_child;
   nodes_[node] = Node();
@@ -119,7 +121,7 @@ void PrefixIndex::free_node(i32 node) {
 }
 
 void PrefixIndex::put_in_bucket(i32 node) {
-  if (full(++in_buckets_, buckets_.size())) grow_buckets();
+  ++in_buckets_;
   i32& head = bucket(nodes_[node].key);
   siblings_[node].next_in_bucket = head;
   head = node;
@@ -166,6 +168,7 @@ void PrefixIndex::unlink(i32 node) {
   if (parent.first_child == node) {
     parent.first_child = n.next_child;
     if (n.next_child != kNoNode) take_out_of_bucket(n.next_child);
+    siblings_[node].previous_child = kNoNode;
   } else {
     const i32 previous = siblings_[node].previous_child;
     take_out_of_bucket(node);
@@ -176,25 +179,60 @@ void PrefixIndex::unlink(i32 node) {
   --linked_;
 }
 
-i32 PrefixIndex::open_root(const PrefixKey& key) {
+// Takes the latest unlink() back: the node stands between the same children again.
+void PrefixIndex::relink(i32 node) {
+  const i32 previous = siblings_[node].previous_child, next = nodes_[node].next_child;
+  if (previous == kNoNode) return link(node);
+  put_in_bucket(node);
+  nodes_[previous].next_child = node;
+  if (next != kNoNode) siblings_[next].previous_child = node;
+  nodes_[node].linked = true;
+  ++linked_;
+}
+
+i32 PrefixIndex::open_root(const PrefixKey& key, bool* made) {
   i32 root = find_root(key);
-  if (root == kNoNode) {
+  *made = root == kNoNode;
+  if (*made) {
+    std::string name = flat(key);
+    const std::uint64_t hash = root_hash(key);
+    if (free_ == kNoNode) grow_nodes();
+    const i32 number = roots_seen_;
+    root_keys_.emplace(number, RootKey{{key.salt, key.extra_key, {}}, name});
+    try {
+      roots_.emplace(std::move(name), free_);
+    } catch (...) {
+      root_keys_.erase(number);
+      throw;
+    }
+    ++roots_seen_;
     root = new_node();
-    const i32 number = roots_seen_++;
     nodes_[root].next_child = number;
-    nodes_[root].key = root_hash(key);
+    nodes_[root].key = hash;
     if (events_.on()) root_of_[root] = number;
-    root_keys_.emplace(number, RootKey{{key.salt, key.extra_key, {}}});
-    roots_.emplace(flat(key), root);
   }
   ++nodes_[root].users;
   return root;
 }
 
+void PrefixIndex::unopen_root(i32 root, bool made) {
+  --nodes_[root].users;
+  if (!made) return;
+  const auto key = root_keys_.find(nodes_[root].next_child);
+  roots_.erase(key->second.flat);
+  root_keys_.erase(key);
+  --roots_seen_;
+  free_node(root);
+}
+
 i32 PrefixIndex::add(i32 parent, const i32* tokens, const std::string* tag) {
+  expect_change();
   std::shared_ptr<const std::string> own;
   if (tag) own = std::make_shared<const std::string>(*tag);
   if (tag && tags_.empty()) resize_exactly(tags_, capacity());
+  if (full(in_buckets_ + 1, buckets_.size())) grow_buckets();
+  if (free_ == kNoNode) grow_nodes();
+  tokens_.put(free_, tokens);  // may have to pack all of them anew
   const i32 node = new_node();
   Node& n = nodes_[node];
   n.key = with_tag(key_after(nodes_[parent].key, tokens), tag);
@@ -203,19 +241,37 @@ i32 PrefixIndex::add(i32 parent, const i32* tokens, const std::string* tag) {
   n.parent = parent;
   n.ordinal = nodes_[parent].ordinal + 1;
   if (events_.on()) root_of_[node] = root_of_[parent];
-  tokens_.put(node, tokens);
   link(node);
   loose_.push_back(node);
   return node;
 }
 
+void PrefixIndex::unenter(i32 node) {
+  Node& n = nodes_[node];
+  if (--n.users > 0) return;
+  if (n.places == 0) {
+    if (!loose_.empty() && loose_.back() == node) loose_.pop_back();
+    return prune(node);
+  }
+  if (whole_) policy_->undo_use(item(node));
+  n.released = true;
+  ++cached_;
+}
+
+// One more entry for each of the lists that a transaction fills: then neither a change nor taking it back needs memory.
+void PrefixIndex::expect_change() {
+  if (loose_.size() == loose_.capacity()) loose_.reserve(2 * loose_.size() + 16);
+  if (events_.on() && told_.size() == told_.capacity()) told_.reserve(2 * told_.size() + 16);
+}
+
 void PrefixIndex::place(i32 node, i64 group, bool undo) {
   Node& n = nodes_[node];
-  if (!n.linked) link(node);  // its giving up is taken back
+  if (!n.linked) relink(node);  // its giving up is taken back
   const bool first = n.places++ == 0;
   if (first) {
     n.released = n.users == 0;
     cached_ += n.released;
+    if (undo) loose_.pop_back();
     if (whole_ && undo) {
       policy_->restore(item(node), n.key, parent_item(n));
       if (n.users > 0 || n.aside) policy_->use(item(node));
@@ -237,8 +293,8 @@ void PrefixIndex::displace(i32 node, i64 group, bool undo) {
     }
     cached_ -= n.released;
     n.released = false;
-    loose_.push_back(node);
-    if (idle(n)) unlink(node);
+    if (!undo) loose_.push_back(node);
+    if (!undo && idle(n)) unlink(node);
   }
   if (group < 0 ? last : window_of(group) < 0) note({node, static_cast<i32>(group), false}, undo);
 }
@@ -375,7 +431,7 @@ void PrefixIndex::note_root(i32 number) {
 
 void PrefixIndex::leave_root(i32 number) {
   const auto root = root_keys_.find(number);
-  roots_.erase(flat(root->second.key));
+  roots_.erase(root->second.flat);
   forget_roots();
   if (is_waiting(root->second)) {
     gone_roots_.push_back(number);
@@ -401,9 +457,9 @@ void PrefixIndex::use_again(i32 node) {
   --cached_;
 }
 
-void PrefixIndex::leave_last(i32 node, bool undo) {
+void PrefixIndex::leave_last(i32 node) {
   if (nodes_[node].places == 0) return prune(node);
-  if (whole_) undo ? policy_->undo_use(item(node)) : policy_->release(item(node));
+  if (whole_) policy_->release(item(node));
   nodes_[node].released = true;
   ++cached_;
 }
@@ -416,13 +472,28 @@ void PrefixIndex::pin(i32 node) {
 }
 
 void PrefixIndex::unpin(i32 node) {
+  count_unpinned(node);
+  leave(node);
+}
+
+void PrefixIndex::count_unpinned(i32 node) {
   const auto pins = pins_.find(node);
   if (--pins->second == 0) {
     pins_.erase(pins);
     nodes_[node].pinned = false;
   }
   --pinned_;
-  leave(node);
+}
+
+// In reverse order, so that each stands where it stood; there is no list to keep them in, since memory has run out.
+void PrefixIndex::undo_pins(i32 last, i32 end) {
+  while (end != last) {
+    i32 node = last;
+    while (parent(node) != end) node = parent(node);
+    count_unpinned(node);
+    unenter(node);
+    end = node;
+  }
 }
 
 }  // namespace kvmem

@@ -23,6 +23,7 @@
 #include <vector>
 
 #include "block_tags.h"
+#include "digest.h"
 #include "events.h"
 #include "keyed_hash.h"
 #include "retention.h"
@@ -124,6 +125,8 @@ class PrefixIndex {
 
   // --- state: what transactions change and take back ---
   // The node's tokens lie in one more place, or one fewer: of this group, or (-1) of all that are not told apart.
+  // expect_change() comes before each, and may find no memory; these then need none, and neither does taking them back.
+  void expect_change();
   void place(i32 node, i64 group, bool undo);
   void displace(i32 node, i64 group, bool undo);
   // The window group has the node's tokens in one more place, or one fewer.
@@ -144,10 +147,16 @@ class PrefixIndex {
   // The end of a transaction: nodes without memory and use are gone now, and events are told.
   void finish(bool committed);
 
-  // --- use; cannot fail ---
-  i32 open_root(const PrefixKey& key);  // counts one user
-  // A child that find() did not find; without users, and gone at finish() if it got no place.
+  // --- use ---
+  // Counts one user; makes the root where there is none. May find no memory, and has changed nothing then. `*made`:
+  // whether it did.
+  i32 open_root(const PrefixKey& key, bool* made);
+  // A child that find() did not find; without users, and gone at finish() if it got no place. As open_root().
   i32 add(i32 parent, const i32* tokens, const std::string* tag = nullptr);
+  // These take back open_root() and enter(), or add() with enter(), in reverse order: all is as before them, the order
+  // in which blocks are given up and nodes are made included. What follows here cannot fail.
+  void unopen_root(i32 root, bool made);
+  void unenter(i32 node);
   // enter() or leave() of this node will follow. Of a chain each is found through the one behind it, so that a
   // processor would wait for one after the other; who knows them all by another way says so before.
   void prefetch(i32 node) const {
@@ -161,11 +170,7 @@ class PrefixIndex {
   }
   // One fewer; of a chain, the last block first.
   void leave(i32 node) {
-    if (--nodes_[node].users == 0) leave_last(node, false);
-  }
-  // Takes enter() back: the eviction order is as it was. In reverse order, if there were several.
-  void leave_again(i32 node) {
-    if (--nodes_[node].users == 0) leave_last(node, true);
+    if (--nodes_[node].users == 0) leave_last(node);
   }
   // A new sequence found it, or found what lies behind it.
   void hit(i32 node) {
@@ -174,8 +179,13 @@ class PrefixIndex {
   void hit_window(i32 node, i32 window) {
     if (part(node, window).places > 0) policy_->hit(item(node, window));
   }
-  void pin(i32 node);
+  void pin(i32 node);  // may find no memory
   void unpin(i32 node);
+  void undo_pins(i32 last, i32 end);  // of the nodes from `last` to before `end`, towards the root, just pinned
+  // retain() may come from now on. May find no memory.
+  void expect_retention() {
+    if (!retention_) start_retention();
+  }
   // Of what is not in memory there is nothing to keep.
   void retain(i32 node, int priority, double seconds);
 
@@ -202,6 +212,7 @@ class PrefixIndex {
   std::vector<i32> below(i32 root) const;
   i32 root_number(i32 node) const { return root_of_[node]; }  // where events are on
   void check(const std::vector<i32>& users, std::vector<std::string>* out) const;
+  void digest(Hasher& hash) const;  // prefix_find.cpp
 
   static constexpr i64 kCandidates = 32, kNewest = 8;
 
@@ -236,6 +247,7 @@ class PrefixIndex {
   };
   struct RootKey {
     PrefixKey key;
+    std::string flat;
     i64 told = 0;  // the serial of the last event that names it
   };
 
@@ -254,11 +266,14 @@ class PrefixIndex {
   i32 new_node();
   void free_node(i32 node);
   void reserve(i64 nodes);
+  void grow_nodes();
   void start_retention();
   void link(i32 node);
+  void relink(i32 node);
   void unlink(i32 node);
   void put_in_bucket(i32 node);
   void take_out_of_bucket(i32 node);
+  void count_unpinned(i32 node);
   void grow_buckets();
   // Numbers of items, as the policy has them: of each node first the whole, then its parts.
   i32 item(i32 node) const { return node * items_; }
@@ -275,7 +290,7 @@ class PrefixIndex {
   void need_again(i32 node, i32 window);
   void need_no_more(i32 node, i32 window, bool undo);
   void use_again(i32 node);
-  void leave_last(i32 node, bool undo);
+  void leave_last(i32 node);
   bool idle(const Node& n) const { return n.users == 0 && n.places == 0 && n.first_child == kNoNode; }
   void prune(i32 node);
   void note(const Told& told, bool undo);

@@ -192,4 +192,44 @@ void PrefixIndex::check(const std::vector<i32>& users, std::vector<std::string>*
   if (cached != cached_ || pins != pinned_) out->push_back("the counts of cached or pinned blocks are wrong");
 }
 
+// Which nodes are free is state too, since it says which comes next; but not how many more were made than were needed:
+// those stand at the end of the list, by number.
+void PrefixIndex::digest(Hasher& hash) const {
+  for (i64 x = 0; x < capacity(); ++x) {
+    const Node& n = nodes_[x];
+    if (n.ordinal < -1) continue;  // free
+    hash.add(x, n.key, n.parent, n.ordinal, n.first_child, n.next_child, n.users);
+    hash.add(n.places, n.linked, n.released, n.pinned);
+    if (events_.on()) hash.add(root_of_[x]);
+    for (i32 w = 0; w < windows_; ++w) {
+      const Part& p = part(static_cast<i32>(x), w);
+      hash.add(p.places, p.needs, p.aside);
+    }
+  }
+  policy_->digest(hash);
+  std::vector<i32> free;
+  for (i32 x = free_; x != kNoNode; x = nodes_[x].next_child) free.push_back(x);
+  for (i64 last = capacity() - 1; !free.empty() && free.back() == last; --last) free.pop_back();
+  hash.add_all(free);
+  for (const auto& [node, count] : pins_) {
+    Hasher one;
+    one.add(node, count);
+    hash.add_member(one);
+  }
+  for (const auto& [name, root] : roots_) {
+    Hasher one;
+    one.add_text(name);
+    one.add(root);
+    hash.add_member(one);
+  }
+  for (const auto& [number, root] : root_keys_) {
+    Hasher one;
+    one.add_text(root.flat);
+    one.add(number);
+    hash.add_member(one);
+  }
+  hash.add(roots_seen_, linked_, in_buckets_, cached_, pinned_, evicted_);
+  hash.add(events_.serial(), events_.size(), events_.lost());
+}
+
 }  // namespace kvmem

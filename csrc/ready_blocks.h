@@ -5,12 +5,15 @@
 #include <algorithm>
 #include <numeric>
 
+#include "digest.h"
 #include "id_set.h"
+#include "journal.h"
 
 namespace kvmem {
 
 class ReadyBlocks {
  public:
+  explicit ReadyBlocks(Journal& journal) : journal_(&journal) {}
   void reserve(i64 bound) { soon_.reserve(bound), late_.reserve(bound); }
   bool empty() const { return size_ == 0; }
   i64 size() const { return size_; }
@@ -20,8 +23,13 @@ class ReadyBlocks {
 
   // And it is not ready any more.
   i64 take_first() {
+    if (soon_.empty()) note(late_.first(), true);
     --size_;
     return (soon_.empty() ? late_ : soon_).take_first();
+  }
+  // remove() of so many needs no memory.
+  void expect(i64 blocks) {
+    if (!late_.empty()) journal_->reserve(static_cast<std::size_t>(blocks));
   }
 
   // Writes the next `most` of them, or all there are; returns how many.
@@ -43,7 +51,9 @@ class ReadyBlocks {
     ++size_;
   }
   void remove(i64 block) {
-    (soon_.has(block) ? soon_ : late_).erase(block);
+    const bool soon = soon_.has(block);
+    if (!soon) note(block, true);
+    (soon ? soon_ : late_).erase(block);
     --size_;
   }
   // The `count` blocks from `first` on.
@@ -53,15 +63,40 @@ class ReadyBlocks {
   }
   void remove(i64 first, i64 count) {
     soon_.erase(first, count);
-    if (!late_.empty()) late_.erase(first, count);
+    for (i64 block = first; !late_.empty() && block < first + count; ++block) {
+      if (!late_.has(block)) continue;
+      note(block, true);
+      late_.erase(block);
+    }
     size_ -= count;
   }
   void put_off(i64 block) {
+    if (late_.has(block)) return;
+    note(block, false);
     soon_.erase(block);
     late_.insert(block);
   }
 
+  // For the journal: it was put off, or was not, if it is ready again.
+  void undo_move(i64 block, bool late) {
+    if (!has(block)) return;
+    (late ? soon_ : late_).erase(block);
+    (late ? late_ : soon_).insert(block);
+  }
+
+  void digest(Hasher& hash) const {
+    for (const IdSet* set : {&soon_, &late_}) {
+      for (i64 block = set->empty() ? -1 : set->first(); block >= 0; block = set->after(block)) hash.add(block);
+      hash.add(-1);
+    }
+  }
+
  private:
+  void note(i64 block, bool was_late) {
+    if (!journal_->restoring()) journal_->moved(*this, block, was_late);
+  }
+
+  Journal* journal_;
   IdSet soon_, late_;
   i64 size_ = 0;
 };

@@ -46,10 +46,10 @@ void RetentionPolicy::lead(i32 parent, i32 child) {
 
 void RetentionPolicy::reserve(i64 ids) {
   if (ids <= static_cast<i64>(blocks_.size())) return;
-  blocks_.resize(static_cast<std::size_t>(ids));
-  heap_.reserve(blocks_.size());
+  if (base_) base_->reserve(ids);
   lists_.reserve(ids);
-  base_->reserve(ids);
+  heap_.reserve(static_cast<std::size_t>(ids));
+  blocks_.resize(static_cast<std::size_t>(ids));  // last: should one of them find no memory, all is tried again
 }
 
 void RetentionPolicy::insert(i32 id, std::uint64_t key, i32 parent) {
@@ -72,6 +72,7 @@ void RetentionPolicy::hit(i32 id) {
 
 void RetentionPolicy::use(i32 id) {
   named_ = -1;
+  at(id).left = at(id).place;
   leave(id);
   stop_clock(id);
   at(id).released = false;
@@ -81,14 +82,16 @@ void RetentionPolicy::undo_use(i32 id) {
   named_ = -1;
   Block& block = at(id);
   block.released = true;
-  block.place = place_of(block);
+  block.place = block.left;
   if (block.place == kBase) {
     base_->undo_use(id);
-  } else {
+  } else if (block.place != kNowhere) {
     if (!lists_.undo_remove(id)) lists_.push_front(block.place, id);
     filled_.set(static_cast<std::size_t>(block.place));
   }
-  resume_clock(id);
+  if (block.deadline == 0) return;
+  set_heap(heap_.size(), id);
+  sift_up(heap_.size() - 1);
 }
 
 void RetentionPolicy::release(i32 id) {
@@ -135,6 +138,13 @@ void RetentionPolicy::restore(i32 id, std::uint64_t key, i32 parent) {
   block.place = kBase;
   if (place_before != kBase) place(id, true);
   resume_clock(id);
+}
+
+// While some have a time to live, the clock moves them, too.
+void RetentionPolicy::digest(Hasher& hash) const {
+  if (!heap_.empty()) return;
+  for (i32 list = 0; list < 2 * kPriorities; ++list) lists_.digest(list, hash);
+  base_->digest(hash);
 }
 
 i32 RetentionPolicy::place_of(const Block& block) const {

@@ -21,7 +21,9 @@ class RetentionPolicy final : public EvictionPolicy {
  public:
   using Clock = std::function<double()>;  // seconds, never going back
 
-  explicit RetentionPolicy(std::unique_ptr<EvictionPolicy> base, Clock clock = {});  // a steady clock, if empty
+  // `base` null: reserve() is the only call, until take_over() brings one. `clock` empty: a steady one.
+  explicit RetentionPolicy(std::unique_ptr<EvictionPolicy> base, Clock clock = {});
+  void take_over(std::unique_ptr<EvictionPolicy> base) { base_ = std::move(base); }
 
   // From now until the block is evicted. `ttl_seconds` count from each release, or from now if it is released; 0 or
   // less and infinity mean for ever. O(1), O(log n) with a time to live; marking a block in the middle of a chain also
@@ -45,6 +47,7 @@ class RetentionPolicy final : public EvictionPolicy {
   i32 victim() override;
   void evict(i32 id, std::uint64_t key, i32 parent) override;
   void restore(i32 id, std::uint64_t key, i32 parent) override;
+  void digest(Hasher& hash) const override;
 
  private:
   static constexpr int kPriorities = 101, kBaseDecides = 50;
@@ -55,6 +58,7 @@ class RetentionPolicy final : public EvictionPolicy {
     double deadline = 0;  // while in the heap
     i32 heap_index = -1;
     i32 place = kNowhere;
+    i32 left = kNowhere;  // by the latest use()
     i32 parent = -1;
     i32 children = 0;          // cached ones; where a window passed, they may be there before and after this block
     i32 holding_children = 0;  // those of them that keep this block

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "digest.h"
 #include "ops.h"
 
 namespace kvmem {
@@ -109,6 +110,16 @@ class Sequences {
   i64 tokens(i64 index, i64 group) const { return lengths_[index * groups_ + group].tokens; }
   i64 committed(i64 index, i64 group) const { return lengths_[index * groups_ + group].committed; }
   i64 front(i64 index, i64 group) const { return lengths_[index * groups_ + group].front; }
+
+  void digest(Hasher& hash) const {
+    hash.add(next_, free_count_);
+    hash.add_all(handles_);
+    for (i64 i = 0; i < free_count_; ++i) hash.add(free_[(head_ + i) % capacity()]);
+    for (i64 index = 0; index < capacity(); ++index) {
+      if (!live(index)) continue;
+      for (i64 g = 0; g < groups_; ++g) hash.add(tokens(index, g), committed(index, g), front(index, g));
+    }
+  }
 
  private:
   struct Slot {

@@ -3,13 +3,14 @@
 #include <algorithm>
 #include <string>
 #include <tuple>
+#include <utility>
 
 namespace kvmem {
 
 Reservation::~Reservation() {
   try {
     driver_->release(base_, bytes_);
-  } catch (const Error&) {
+  } catch (...) {
     // A destructor has nobody to tell. The addresses stay reserved; no memory is lost with them.
   }
 }
@@ -20,12 +21,12 @@ Space::~Space() {
   // Wait before unmapping, as always. A dead context makes every call here fail: the system has taken all back then.
   try {
     for (const Mark& mark : marks_) driver_->wait(mark.event);
-  } catch (const Error&) {
+  } catch (...) {
   }
   for (const Mark& mark : marks_) {
     try {
       driver_->forget(mark.event);
-    } catch (const Error&) {
+    } catch (...) {
     }
   }
   for (std::size_t arena = 0; arena < arenas_.size(); ++arena) remove_arena(static_cast<i32>(arena));
@@ -33,7 +34,7 @@ Space::~Space() {
     if (page == 0) continue;
     try {
       driver_->destroy(page);
-    } catch (const Error&) {
+    } catch (...) {
     }
   }
 }
@@ -62,8 +63,8 @@ void Space::remove_arena(i32 number) {
     from = to + 1;
   }
   arena = Arena();
-  const auto first = repairs_.lower_bound({number, 0});  // another arena may get the number
-  repairs_.erase(first, repairs_.lower_bound({number + 1, 0}));
+  const auto of_arena = [number](const Repair& r) { return r.arena == number; };  // another arena may get the number
+  repairs_.erase(std::remove_if(repairs_.begin(), repairs_.end(), of_arena), repairs_.end());
 }
 
 Address Space::arena_base(i32 arena) const {
@@ -80,16 +81,19 @@ bool Space::try_unmap(i32 arena, i64 slot, i64 count) {
   try {
     driver_->unmap_run(at(arena, slot), page_bytes_, count);
     return true;
-  } catch (const Error&) {
+  } catch (...) {
     return false;  // for those that go on with the rest
   }
 }
 
-void Space::execute(const Op* first, const Op* last, bool ahead) {
+void Space::execute(const Op* first, const Op* last, bool ahead, Progress* progress) {
   std::lock_guard<std::mutex> lock(mutex_);
+  wrote_ = false;
   fill_stream_ = ahead ? driver_->side_stream() : stream_;
   joined_ = ahead;
   if (broken_) repair_locked();
+  expect_undo(first, last);
+  const std::size_t all = static_cast<std::size_t>(last - first);
   const Op* op = first;
   to_zero_.clear();
   try {
@@ -118,17 +122,32 @@ void Space::execute(const Op* first, const Op* last, bool ahead) {
     // Half done. What is zeroed at last fails with no record left.
     if (op != last && op->kind == OpKind::unmap && e.call() == "unmap_run") must_show(op->at, op->a, op->b, op->c);
     undo(first, op);
+    if (progress) *progress = {std::min(static_cast<std::size_t>(op - first) + 1, all), wrote_};
     throw;
-  } catch (const Error&) {
+  } catch (...) {
     undo(first, op);
+    if (progress) *progress = {std::min(static_cast<std::size_t>(op - first) + 1, all), wrote_};
     throw;
   }
+}
+
+// Undoing may map a run again, or note all slots there are for a repair.
+void Space::expect_undo(const Op* first, const Op* last) {
+  i64 slots = 0, longest = 0;
+  for (const Op* op = first; op != last; ++op) {
+    if (op->kind != OpKind::map && op->kind != OpKind::unmap) continue;
+    slots += op->c, longest = std::max(longest, op->c);
+  }
+  const std::size_t most = repairs_.size() + static_cast<std::size_t>(slots);
+  if (repairs_.capacity() < most) repairs_.reserve(std::max(most, 2 * repairs_.capacity()));
+  if (static_cast<i64>(run_.capacity()) < longest) run_.reserve(2 * longest);
 }
 
 // One call for each stretch of what is to be zeroed. The records of several arenas may alternate, and since all write
 // the same, their order means nothing.
 void Space::zero_noted() {
   if (to_zero_.empty()) return;
+  wrote_ = true;
   join_once();
   std::sort(to_zero_.begin(), to_zero_.end(),
             [](const Range& a, const Range& b) { return std::tie(a.arena, a.offset) < std::tie(b.arena, b.offset); });
@@ -155,6 +174,7 @@ std::size_t Space::run_copies(const Op* ops, std::size_t count) {
     if (bytes + op.c > distance) break;
     bytes += op.c;
   }
+  wrote_ = true;
   join_once();
   driver_->copy(at(ops[0].at, 0) + Address(ops[0].a), at(ops[0].at, 0) + Address(ops[0].b), bytes, fill_stream_);
   return taken;
@@ -194,7 +214,7 @@ std::size_t Space::run_maps(const Op* ops, std::size_t count) {
   std::fill(slots.begin() + ops[0].a, slots.begin() + next, true);
   try {
     if (!open) driver_->set_access(base, pages * page_bytes_);
-  } catch (const Error&) {
+  } catch (...) {
     if (try_unmap(ops[0].at, ops[0].a, pages)) {
       std::fill(slots.begin() + ops[0].a, slots.begin() + next, false);
     } else {
@@ -206,24 +226,36 @@ std::size_t Space::run_maps(const Op* ops, std::size_t count) {
   return taken;
 }
 
-void Space::must_show(i32 arena, i64 slot, i64 page, i64 count) {
-  for (i64 i = 0; i < count; ++i) {
-    repairs_[{arena, slot + i}] = page + i;
-    arenas_[arena].slots[slot + i] = true;
+std::vector<Space::Repair>::iterator Space::repair_at(i32 arena, i64 slot) {
+  return std::lower_bound(
+      repairs_.begin(), repairs_.end(), std::make_pair(arena, slot),
+      [](const Repair& r, const std::pair<i32, i64>& at) { return std::make_pair(r.arena, r.slot) < at; });
+}
+
+// expect_undo() has taken the memory.
+void Space::note_repair(i32 arena, i64 slot, i64 page) {
+  const auto at = repair_at(arena, slot);
+  if (at != repairs_.end() && at->arena == arena && at->slot == slot) {
+    at->page = page;
+  } else {
+    repairs_.insert(at, {arena, slot, page});
   }
+  arenas_[arena].slots[slot] = true;
   broken_ = true;
+}
+
+void Space::must_show(i32 arena, i64 slot, i64 page, i64 count) {
+  for (i64 i = 0; i < count; ++i) note_repair(arena, slot + i, page + i);
 }
 
 void Space::must_be_empty(i32 arena, i64 slot, i64 count) {
-  for (i64 i = 0; i < count; ++i) {
-    repairs_[{arena, slot + i}] = -1;
-    arenas_[arena].slots[slot + i] = true;
-  }
-  broken_ = true;
+  for (i64 i = 0; i < count; ++i) note_repair(arena, slot + i, -1);
 }
 
 void Space::settled(i32 arena, i64 slot, i64 count) {
-  for (i64 i = 0; broken_ && i < count; ++i) repairs_.erase({arena, slot + i});
+  if (!broken_) return;
+  const auto first = repair_at(arena, slot);
+  repairs_.erase(first, repair_at(arena, slot + count));
 }
 
 void Space::repair() {
@@ -235,8 +267,7 @@ void Space::repair() {
 // Nobody knows what these slots show, so each is emptied first; that this fails may mean that it is empty.
 void Space::repair_locked() {
   while (!repairs_.empty()) {
-    const auto [where, page] = *repairs_.begin();
-    const auto [arena, slot] = where;
+    const auto [arena, slot, page] = repairs_.front();
     if (!arenas_[arena].slots.empty()) {  // else it went with its arena
       const bool emptied = try_unmap(arena, slot, 1);
       if (page >= 0) {
@@ -248,7 +279,7 @@ void Space::repair_locked() {
         arenas_[arena].slots[slot] = false;
       }
     }
-    repairs_.erase(where);
+    settled(arena, slot, 1);
   }
   broken_ = false;
 }
@@ -258,7 +289,7 @@ void Space::probe(i32 arena, i64 slot) {
   try {
     driver_->map(at(arena, slot), page_bytes_, 0, page);
     driver_->unmap(at(arena, slot), page_bytes_);
-  } catch (const Error&) {
+  } catch (...) {
     driver_->destroy(page);
     throw;
   }
@@ -277,7 +308,7 @@ void Space::run_one(const Op& op) {
           if (pages_[op.a + i] != 0) driver_->destroy(pages_[op.a + i]);
           pages_[op.a + i] = 0;
         }
-      } catch (const Error&) {
+      } catch (...) {
         while (i-- > 0) pages_[op.a + i] = driver_->create(page_bytes_);  // they held nothing of value
         throw;
       }
@@ -294,8 +325,14 @@ void Space::run_one(const Op& op) {
     case OpKind::fence: {
       wait_for(0);  // only to forget what is done, so that the list stays short
       join_once();
-      const Event event = driver_->record(stream_);
-      if (event != 0) marks_.push_back({op.a, event});
+      marks_.push_back({op.a, 0});  // first: it may find no memory
+      try {
+        marks_.back().event = driver_->record(stream_);
+      } catch (...) {
+        marks_.pop_back();
+        throw;
+      }
+      if (marks_.back().event == 0) marks_.pop_back();
       break;
     }
     default:
@@ -316,7 +353,7 @@ void Space::create(i64 first, i64 count) {
       try {
         driver_->destroy(pages_[page]);
         pages_[page] = 0;
-      } catch (const Error&) {
+      } catch (...) {
         // Kept for the next create. The error that brought us here says more.
       }
     }
@@ -330,7 +367,7 @@ void Space::create(i64 first, i64 count) {
     throw OutOfMemory(std::string(e.what()) + ". " + std::to_string(i * page_bytes_) + " of the " +
                       std::to_string(count * page_bytes_) + " bytes asked for could be had and were given back" +
                       free_text());
-  } catch (const Error&) {
+  } catch (...) {
     give_back();
     throw;
   }
@@ -339,7 +376,7 @@ void Space::create(i64 first, i64 count) {
 std::string Space::free_text() const {
   try {
     return "; the device has " + std::to_string(driver_->available_bytes()) + " bytes free now";
-  } catch (const Error&) {
+  } catch (...) {
     return "";  // an addition to an error that is on its way
   }
 }
@@ -349,7 +386,7 @@ void Space::undo(const Op* first, const Op* last) {
       std::any_of(first, last, [](const Op& op) { return op.kind == OpKind::zero || op.kind == OpKind::copy; });
   try {
     if (writes) sync(fill_stream_);  // what is about to be unmapped may still be being zeroed or copied to
-  } catch (const Error&) {
+  } catch (...) {
     // Then the device does nothing any more.
   }
   while (last != first) {
@@ -363,7 +400,7 @@ void Space::undo(const Op* first, const Op* last) {
         driver_->forget(marks_.back().event);
         marks_.pop_back();
       }
-    } catch (const Error&) {
+    } catch (...) {
       // A page that could not be created again is created when it is next mapped; one that could not be destroyed
       // waits for the next create.
       if (back.kind == OpKind::map) must_show(back.at, back.a, back.b, back.c);

@@ -4,11 +4,9 @@
 
 #include <atomic>
 #include <deque>
-#include <map>
 #include <memory>
 #include <mutex>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "driver.h"
@@ -47,12 +45,17 @@ class Space {
   Address arena_base(i32 arena) const;
   i64 arena_bytes(i32 arena) const;
 
+  struct Progress {
+    std::size_t begun = 0;  // records, the one that failed included
+    bool wrote = false;     // it has begun to zero or copy
+  };
   // Executes the physical records of [first, last) in order, skipping others. Adjacent maps become one run with one
   // set_access, neighbouring zeroes one call, and so do copies that continue each other on both sides. A failing call
   // throws, and then everything executed so far has been undone. When the driver fails at that too, what is left to
-  // undo is noted, and done before anything else is.
+  // undo is noted, and done before anything else is. Host memory may run out, too: what undoing needs is taken before.
   // `ahead`: for memory that no kernel knows yet, whose zeroing need not queue behind the kernels; finish() ends it.
-  void execute(const Op* first, const Op* last, bool ahead = false);
+  // `progress` is told how far a call that failed has come.
+  void execute(const Op* first, const Op* last, bool ahead = false, Progress* progress = nullptr);
   // Does what is left to undo; throws what the driver throws while it still cannot.
   void repair();
   bool is_broken() const { return broken_; }
@@ -110,12 +113,20 @@ class Space {
   Stream stream_ = 0;           // the one used last; it is ordered behind the others when a fence is made
   std::vector<Stream> others_;  // kernels may still come on these
   Stream fill_stream_ = 0;      // where the records being executed zero and copy
+  bool wrote_ = false;          // the call in progress has begun to zero or copy
   bool joined_ = false;         // stream_ has been ordered behind the others since they began
   mutable std::mutex mutex_;
   std::vector<PageHandle> pages_;  // by page id, 0 where there is none
   std::vector<Arena> arenas_;
-  // (arena, slot) -> the page it must show, -1 for none: where the driver failed twice and either may be the case.
-  std::map<std::pair<i32, i64>, i64> repairs_;
+  // What a slot must show, page -1 for nothing: where the driver failed twice and either may be the case. By slot.
+  struct Repair {
+    i32 arena;
+    i64 slot, page;
+  };
+  std::vector<Repair>::iterator repair_at(i32 arena, i64 slot);
+  void note_repair(i32 arena, i64 slot, i64 page);
+  void expect_undo(const Op* first, const Op* last);
+  std::vector<Repair> repairs_;
   std::atomic<bool> broken_{false};  // repairs_ is not empty
   std::deque<Mark> marks_;           // events not yet known to be done, oldest first
   std::vector<PageHandle> run_;

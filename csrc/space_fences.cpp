@@ -30,7 +30,7 @@ void Space::go_after(Stream earlier, Stream later) {
   if (event == 0) return;
   try {
     driver_->order(event, later);
-  } catch (const Error&) {
+  } catch (...) {
     driver_->forget(event);
     throw;
   }
@@ -71,12 +71,12 @@ void Space::drain() {
     join();
     sync(stream_);
     return;
-  } catch (const Error&) {
+  } catch (...) {
     // A stream may be gone, or be captured just now. Then for all of them.
   }
   try {
     driver_->wait_for_device();
-  } catch (const Error&) {
+  } catch (...) {
     // A device that cannot be waited for any more has nothing in flight that could still do harm.
   }
 }

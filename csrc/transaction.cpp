@@ -15,6 +15,13 @@ void Transaction::apply(const Op& op, bool undo) {
   }
 }
 
+void Transaction::reserve_log() {
+  std::vector<Op>& log = pool_.log;
+  if (pool_.recording && log.capacity() - log.size() < ops_.size()) {
+    log.reserve(std::max(log.size() + ops_.size(), 2 * log.capacity()));
+  }
+}
+
 void Transaction::record() {
   if (!pool_.space()) pool_.count_calls(ops_);
   if (pool_.recording) {
@@ -22,40 +29,47 @@ void Transaction::record() {
                  [](const Op& op) { return !is_private(op.kind); });
   }
   committed_ = true;
+  pool_.journal.close();
   pool_.finish(true);
 }
 
-void Transaction::commit_deferred() { record(); }
-
 void Transaction::commit() {
+  reserve_log();
   if (Space* space = pool_.space()) {
+    Space::Progress progress;
     try {
-      space->execute(ops_.data(), ops_.data() + ops_.size());
-    } catch (const Error&) {
-      const std::vector<Op> ops = ops_;
-      roll_back();
-      // What was given up stays given up, if its memory may have been written to by now.
-      const bool wrote = std::any_of(ops.begin(), ops.end(),
-                                     [](const Op& op) {
-                                       return op.kind == OpKind::copy || op.kind == OpKind::zero ||
-                                              op.kind == OpKind::destroy;
-                                     });
-      for (const Op& op : ops) {
-        if (wrote && op.kind == OpKind::evict) pool_.give_up(op);
-      }
-      pool_.finish(true);
+      space->execute(ops_.data(), ops_.data() + ops_.size(), false, &progress);
+    } catch (...) {
+      take_back({});
+      pool_.distrust(ops_, progress);
+      ops_.clear();
+      pool_.journal.close();
+      committed_ = true;
+      pool_.finish(progress.wrote);
       throw;
     }
   }
   record();
 }
 
+// Leaves the records where they are, though they count no more.
+void Transaction::take_back(const Point& point) {
+  pool_.journal.begin_restoring();
+  for (std::size_t i = ops_.size(); i > point.ops; --i) apply(inverse(ops_[i - 1]), true);
+  pool_.journal.restore(point.noted);
+  pool_.journal.end_restoring();
+}
+
+void Transaction::roll_back_to(const Point& point) {
+  take_back(point);
+  ops_.resize(point.ops);
+  if (fence_ > pool_.fence()) fence_ = 0;  // its record is among those taken back
+}
+
 void Transaction::roll_back() {
-  while (!ops_.empty()) {
-    const Op op = inverse(ops_.back());
-    ops_.pop_back();
-    apply(op, true);
-  }
+  take_back({});
+  ops_.clear();
+  pool_.journal.close();
   committed_ = true;
   pool_.finish(false);
 }

@@ -1,5 +1,10 @@
 // All or nothing (invariant 5). Records pushed to a transaction change the bookkeeping at once; commit() lets the space
-// execute them. If a decision or the driver fails, every record is taken back, newest first.
+// execute them. If a decision, the driver or the host's memory fails, every record is taken back, newest first, and
+// then what the journal has noted.
+//
+// So everything that a call may change is one of three: a record, which has an inverse; noted in the journal, which
+// knows what it was (marks, fences, the order of lists); or derived from those, and found again when it is needed. What
+// is taken back needs no memory: a record takes the memory for its inverse when it is pushed.
 #pragma once
 
 #include <vector>
@@ -14,12 +19,16 @@ class TableState {
  public:
   virtual ~TableState() = default;
   // Throws SpecError, having changed nothing, when the record does not follow from the present state.
+  // `undo`: the inverse of one that was applied.
   virtual void apply_table(const Op& op, bool undo) = 0;
 };
 
 class Transaction {
  public:
-  Transaction(PagePool& pool, TableState& tables) : pool_(pool), tables_(tables), ops_(pool.scratch) { ops_.clear(); }
+  Transaction(PagePool& pool, TableState& tables) : pool_(pool), tables_(tables), ops_(pool.scratch) {
+    ops_.clear();
+    pool_.journal.open();
+  }
   ~Transaction() {
     if (!committed_) roll_back();
   }
@@ -27,8 +36,14 @@ class Transaction {
   Transaction& operator=(const Transaction&) = delete;
 
   void push(const Op& op) {
+    expect();
     apply(op, false);
     ops_.push_back(op);
+  }
+  // What note() needs memory for, and the journal for one record: to be called before the change.
+  void expect() {
+    if (ops_.size() == ops_.capacity()) ops_.reserve(2 * ops_.size() + 16);
+    pool_.journal.reserve(Journal::kPerRecord);
   }
   // A private record whose change the caller has made itself: cheaper, where there are many.
   void note(const Op& op) { ops_.push_back(op); }
@@ -43,14 +58,25 @@ class Transaction {
   bool empty() const { return ops_.empty(); }
   const std::vector<Op>& ops() const { return ops_; }
 
+  // A point to come back to: what was pushed since is taken back, the rest stands.
+  struct Point {
+    std::size_t ops = 0, noted = 0;
+  };
+  Point here() const { return {ops_.size(), pool_.journal.size()}; }
+  void roll_back_to(const Point& point);
+
+  // Everything that may fail comes before the device is asked: an error has taken all of it back.
   void commit();
-  // Commits without executing: the records are done later, by the mapper.
-  void commit_deferred();
+  // Commits without executing: the records are done later, by the mapper. Cannot fail after expect_deferred().
+  void expect_deferred() { reserve_log(); }
+  void commit_deferred() { record(); }
   void roll_back();
 
  private:
   void apply(const Op& op, bool undo);
+  void reserve_log();
   void record();
+  void take_back(const Point& point);
 
   PagePool& pool_;
   TableState& tables_;

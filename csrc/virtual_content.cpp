@@ -77,6 +77,7 @@ void VirtualTable::adopt(i64 index, const std::vector<i32>& chain, const Found& 
       if (geometry_.groups[g].growth != Growth::token || found.row == kNoRow) continue;
       share_row(found.row, row_of_[index], g, sequences_.front(index, g), found.tokens, tx);
     }
+    if (found.row != kNoRow) set_fence(found.row, tx.new_fence());  // it may go, and is still being copied from
     hold_all(row_of_[index], chain, whole, index, false, tx);
   }
   for (i64 g = 0; g < groups_; ++g) {
@@ -104,7 +105,7 @@ std::vector<i64> VirtualTable::showers(i32 node, i32 window) const {
 void VirtualTable::evict_window(i32 node, i32 window, Transaction& tx) {
   const std::vector<i64> rows = showers(node, window);
   const i64 ordinal = index_.ordinal(node);
-  for (i64 row : rows) tx.push({OpKind::evict, arena(0), node, row, 0, 1 + window});
+  for (i64 row : rows) tx.push(concealing(row, ordinal, window));
   unmap_block(rows, window, ordinal, tx);
   for (i64 row : rows) {
     if (rows_[row].index < 0) drop_passed(row, tx);
@@ -121,7 +122,7 @@ void VirtualTable::drop_passed(i64 row, Transaction& tx) {
     }
     return false;
   };
-  while (blocks_of(row) > 0 && !is_shown(blocks_of(row) - 1)) tx.push(unhold_op(row));
+  while (blocks_of(row) > 0 && !is_shown(blocks_of(row) - 1)) forget_last(row, tx);
 }
 
 void VirtualTable::unmap_block(const std::vector<i64>& rows, i32 window, i64 ordinal, Transaction& tx) {
@@ -165,7 +166,7 @@ void VirtualTable::snapshot(i64 index, const std::vector<i32>& chain, Transactio
       copy_state(from, to, g, tx);
     }
   }
-  rows_[to].fence = tx.new_fence();
+  set_fence(to, tx.new_fence());
   hold_all(to, chain, static_cast<i64>(chain.size()), index, true, tx);
 }
 
@@ -189,8 +190,16 @@ bool VirtualTable::is_covered(i64 row, std::size_t from) const {
   return false;
 }
 
+void VirtualTable::forget_last(i64 row, Transaction& tx) {
+  const i64 ordinal = blocks_of(row) - 1;
+  for (i32 w = 0; w < index_.windows(); ++w) {
+    if (shown(row, ordinal, w).here) tx.push(concealing(row, ordinal, w));
+  }
+  tx.push(forgetting(row));
+}
+
 void VirtualTable::cut(i64 row, i64 from, Transaction& tx) {
-  while (blocks_of(row) > from) tx.push(unhold_op(row));
+  while (blocks_of(row) > from) forget_last(row, tx);
 }
 
 void VirtualTable::hold_all(i64 row, const std::vector<i32>& chain, i64 count, i64 index, bool state,
@@ -226,7 +235,8 @@ void VirtualTable::take_over(i64 index, i64 row, i64 blocks, Transaction& tx) {
 }
 
 void VirtualTable::share_row(i64 from, i64 to, i64 group, i64 first, i64 tokens, Transaction& tx) {
-  rows_[from].maybe_shared = rows_[to].maybe_shared = true;
+  set_maybe_shared(from, true);
+  set_maybe_shared(to, true);
   for (i64 a = first_[group]; a < first_[group + 1]; ++a) {
     const i64 bytes = tokens * token_bytes(group, a);
     const i64 whole = bytes / page_bytes();

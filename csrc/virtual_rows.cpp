@@ -11,9 +11,9 @@ VirtualRows::VirtualRows(const Geometry& geometry, PagePool& pool, const Sequenc
       sequences_(sequences),
       rows_(geometry.rows),
       row_of_(geometry.max_sequences, -1),
-      doubles_(geometry.rows),
-      parked_(geometry.rows),
-      bound_(geometry.rows) {
+      doubles_(pool.journal, geometry.rows),
+      parked_(pool.journal, geometry.rows),
+      bound_(pool.journal, geometry.rows) {
   limit_pages = pool.budget_pages();
   i64 all = 0;
   for (const GroupGeometry& group : geometry.groups) all += static_cast<i64>(group.token_bytes.size());
@@ -27,7 +27,7 @@ VirtualRows::VirtualRows(const Geometry& geometry, PagePool& pool, const Sequenc
       }
     }
   } catch (...) {
-    pool.remove_owner(this, {});
+    pool.remove_owner(this);
     throw;
   }
   first_.push_back(arenas_);
@@ -42,11 +42,13 @@ VirtualRows::VirtualRows(const Geometry& geometry, PagePool& pool, const Sequenc
 }
 
 VirtualRows::~VirtualRows() {
-  std::vector<i32> pages;
+  pool_.drain();
   for (const Extent& e : extents_) {
-    std::copy_if(e.pages.begin(), e.pages.end(), std::back_inserter(pages), [](i32 page) { return page >= 0; });
+    for (i64 slot = e.lo; slot < e.hi; ++slot) {
+      if (e.pages[slot] >= 0) pool_.drop_page(e.pages[slot]);
+    }
   }
-  pool_.remove_owner(this, pages);
+  pool_.remove_owner(this);
 }
 
 bool VirtualRows::is_whole(const Op& op) const {
@@ -232,14 +234,6 @@ void VirtualRows::file_double(i64 row) {
   }
 }
 
-void VirtualRows::finish(bool committed) {
-  for (i64 row : given_) {
-    if (!committed) may_give(row);
-  }
-  given_.clear();
-  index_.finish(committed);
-}
-
 void VirtualRows::change(const Op& op, bool mapped) {
   const i64 a = op.at - base_arena_;
   const i64 g = group_of(a);
@@ -292,12 +286,11 @@ void VirtualRows::on_content(const Op& op, bool undo) {
   const i32 node = static_cast<i32>(op.a);
   if (op.kind == OpKind::aside) return index_.set_aside({node, static_cast<i32>(op.b)});
   if (op.kind == OpKind::back) return index_.put_back({node, static_cast<i32>(op.b)});
-  if (op.d > 0) {
-    const i32 window = static_cast<i32>(op.d - 1);
-    op.kind == OpKind::hold ? reveal(op.b, index_.ordinal(node), window, undo)
+  if (const i32 window = window_of(op); window >= 0) {
+    op.kind == OpKind::hold ? reveal(op.b, index_.ordinal(node), window, op.d, undo)
                             : conceal(op.b, index_.ordinal(node), window, undo);
   } else if (op.kind == OpKind::hold) {
-    hold(op.b, node, (op.c & 1) != 0, op.c >> 1, undo);
+    hold(op.b, node, (op.c & 1) != 0, op.c >> 1, op.d, undo);
   } else {
     unhold(op.b, node, (op.c & 1) != 0, undo);
   }
@@ -306,37 +299,37 @@ void VirtualRows::on_content(const Op& op, bool undo) {
 // As on_content() would have it: what an `evict` gave up can be given up again.
 bool VirtualRows::can_give_up(const Op& op) const {
   const Row& row = rows_[op.b];
-  const i32 node = static_cast<i32>(op.a);
+  const i32 node = static_cast<i32>(op.a), window = window_of(op);
   const i64 ordinal = index_.ordinal(node);
-  if (op.d > 0) {
+  if (window >= 0) {
     const bool there = ordinal < static_cast<i64>(row.holds.size()) && row.holds[ordinal].node == node;
-    return there && shown(op.b, ordinal, static_cast<i32>(op.d - 1)).here && index_.needs(node, static_cast<i32>(op.d - 1)) == 0;
+    return there && shown(op.b, ordinal, window).here && index_.needs(node, window) == 0;
   }
   return row.index < 0 && !row.holds.empty() && row.holds.back().node == node &&
          (index_.places(node) > 1 || !index_.used(node));
 }
 
-void VirtualRows::hold(i64 row, i32 node, bool state, i64 windows, bool undo) {
+void VirtualRows::hold(i64 row, i32 node, bool state, i64 windows, i64 after, bool undo) {
+  if (!undo) index_.expect_change();
   if (static_cast<i64>(holder_.size()) < index_.capacity()) {
     holder_.resize(index_.capacity(), -1);
     shower_.resize(index_.capacity() * index_.windows(), -1);
     if (has_state_) state_row_.resize(index_.capacity(), -1);
   }
-  const i32 before = holder_[node];
-  const i64 ordinal = blocks_of(row);
+  if (index_.windows() > 0) rows_[row].shown.resize((rows_[row].holds.size() + 1) * index_.windows());
+  const i64 ordinal = index_.ordinal(node);
   Hold hold;
-  hold.node = node, hold.next = before;
+  hold.node = node, hold.previous = after == 0 ? -1 : static_cast<i32>(after);
+  hold.next = after == 0 ? holder_[node] : rows_[after].holds[ordinal].next;
   rows_[row].holds.push_back(hold);
-  holder_[node] = static_cast<i32>(row);
-  if (before >= 0) {
-    rows_[before].holds[index_.ordinal(node)].previous = holder_[node];
-    file_double(before);
-  }
+  (after == 0 ? holder_[node] : rows_[after].holds[ordinal].next) = static_cast<i32>(row);
+  if (hold.next >= 0) rows_[hold.next].holds[ordinal].previous = static_cast<i32>(row);
+  if (hold.next >= 0) file_double(hold.next);
   index_.place(node, -1, undo);
   rows_[row].shown.resize(rows_[row].holds.size() * index_.windows());
   for (i32 w = 0; w < index_.windows(); ++w) {
     if (needs_block(row, ordinal, w)) index_.need(node, w);
-    if (windows >> w & 1) reveal(row, ordinal, w, undo);
+    if (windows >> w & 1) reveal(row, ordinal, w, 0, undo);
   }
   if (state) {
     rows_[row].state = node;
@@ -347,6 +340,7 @@ void VirtualRows::hold(i64 row, i32 node, bool state, i64 windows, bool undo) {
 }
 
 void VirtualRows::unhold(i64 row, i32 node, bool state, bool undo) {
+  if (!undo) index_.expect_change();
   const i64 ordinal = index_.ordinal(node);
   if (state) {
     rows_[row].state = kNoNode;
@@ -368,18 +362,20 @@ void VirtualRows::unhold(i64 row, i32 node, bool state, bool undo) {
   file_content(row);
 }
 
-void VirtualRows::reveal(i64 row, i64 ordinal, i32 window, bool undo) {
+void VirtualRows::reveal(i64 row, i64 ordinal, i32 window, i64 after, bool undo) {
+  if (!undo) index_.expect_change();
   const i32 node = rows_[row].holds[ordinal].node;
-  i32& head = shower_[node * index_.windows() + window];
+  i32& link = after == 0 ? shower_[node * index_.windows() + window] : shown(after, ordinal, window).next;
   Shown& s = shown(row, ordinal, window);
   s.here = true;
-  s.next = head, s.previous = -1;
-  if (head >= 0) shown(head, ordinal, window).previous = static_cast<i32>(row);
-  head = static_cast<i32>(row);
+  s.next = link, s.previous = after == 0 ? -1 : static_cast<i32>(after);
+  if (s.next >= 0) shown(s.next, ordinal, window).previous = static_cast<i32>(row);
+  link = static_cast<i32>(row);
   index_.gain(node, window, undo);
 }
 
 void VirtualRows::conceal(i64 row, i64 ordinal, i32 window, bool undo) {
+  if (!undo) index_.expect_change();
   const i32 node = rows_[row].holds[ordinal].node;
   Shown& s = shown(row, ordinal, window);
   (s.previous >= 0 ? shown(s.previous, ordinal, window).next : shower_[node * index_.windows() + window]) = s.next;
@@ -414,14 +410,6 @@ i64 VirtualRows::mapped_windows(i64 row, i64 index, i64 ordinal) const {
     windows |= i64{reached && is_whole_in(row, index_.group_of(w), ordinal)} << w;
   }
   return windows;
-}
-
-Op VirtualRows::unhold_op(i64 row) const {
-  const i64 ordinal = blocks_of(row) - 1;
-  const i32 node = rows_[row].holds.back().node;
-  i64 what = rows_[row].state == node;
-  for (i32 w = 0; w < index_.windows(); ++w) what |= i64{shown(row, ordinal, w).here} << (w + 1);
-  return {OpKind::evict, arena(0), node, row, what};
 }
 
 bool VirtualRows::is_whole_in(i64 row, i64 g, i64 ordinal) const {
@@ -594,6 +582,24 @@ void VirtualRows::check(std::vector<std::string>* out) const {
     out->push_back("invariant 1: " + std::to_string(distinct) + " pages are mapped here, counted " +
                    std::to_string(owned_pages));
   }
+}
+
+void VirtualRows::digest(Hasher& hash) const {
+  PageTable::digest(hash);
+  for (i64 row = 0; row < static_cast<i64>(rows_.size()); ++row) {
+    const Row& r = rows_[row];
+    hash.add(r.index, r.fence, r.slots, r.maybe_shared, r.state);
+    for (const Hold& hold : r.holds) hash.add(hold.node, hold.next, hold.previous);
+    for (i64 a = 0; a < arenas_; ++a) {
+      const Extent& e = extent(row, a);
+      hash.add(e.lo, e.hi, e.count);
+      for (i64 slot = e.lo; slot < e.hi; ++slot) hash.add(e.pages[slot]);
+    }
+  }
+  hash.add_all(row_of_);
+  hash.add_all(copy_tail_);
+  for (const IdList* list : {&doubles_, &parked_, &bound_}) list->digest(hash);
+  for (const auto& [slots, row] : empty_) hash.add(slots, row);
 }
 
 }  // namespace kvmem

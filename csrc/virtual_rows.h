@@ -1,6 +1,9 @@
 // The books of the virtual backend: which row belongs to which sequence, and which slots of it show which pages.
 // virtual_table.cpp decides; the mappings and bindings it pushes come back through on_map, on_unmap and apply, and
-// change here only. Fences and marks (maybe_shared, ready_, copy_tail_) it notes as it decides.
+// change here only.
+//
+// Changed by records: mappings, bindings, what rows hold. By the journal: fences, the marks maybe_shared and
+// copy_tail_, ready_, the order of doubles_, parked_ and bound_. Derived: empty_, room_, job, counts.
 #pragma once
 
 #include <algorithm>
@@ -26,6 +29,7 @@ struct Extent {
 
 // As many as a record has bits for.
 constexpr i64 kMostWindows = 32;
+constexpr int kWindowShift = 40;  // of the number of a window in a record
 
 // What block i of a row holds: hold i of its list. Rows that hold the same node are linked through it.
 struct Hold {
@@ -42,14 +46,14 @@ struct Shown {
 using RowsBySlots = std::set<std::pair<i64, i64>>;
 
 struct Row {
-  i64 index = -1;             // the sequence it belongs to, -1: unbound
-  i64 fence = 0;              // the device may use what lies here until this fence has passed
-  i64 job = 0;                // the mapper's job that maps part of it, 0 for none
-  i64 slots = 0;              // mapped, all arenas
-  bool maybe_shared = false;  // some page may be mapped elsewhere too
-  i32 state = kNoNode;        // the node at whose end its fixed state was copied
-  std::vector<Hold> holds;    // its content, as far as it is known, block by block
-  std::vector<Shown> shown;   // [block][window]; what groups without a window hold is always there
+  i64 index = -1;                     // the sequence it belongs to, -1: unbound
+  i64 fence = 0;                      // the device may use what lies here until this fence has passed
+  i64 job = 0;                        // the mapper's job that maps part of it, 0 for none
+  i64 slots = 0;                      // mapped, all arenas
+  std::uint8_t maybe_shared = false;  // some page may be mapped elsewhere too
+  i32 state = kNoNode;                // the node at whose end its fixed state was copied
+  std::vector<Hold> holds;            // its content, as far as it is known, block by block
+  std::vector<Shown> shown;           // [block][window]; what groups without a window hold is always there
   // Its entry in empty_ while it has one; else the entry itself, kept so that no change of state needs memory.
   RowsBySlots::iterator in_empty;
   RowsBySlots::node_type entry;
@@ -75,7 +79,7 @@ class VirtualRows : public PageTable {
   bool has_memory(i64 index) const override { return row_of_[index] >= 0; }
   bool holds(i64 index, i64 group) const override;
   void look_at_tail(i64 index, i64 group) override {
-    copy_tail_[index * groups_ + group] = 1;
+    set_copy_tail(index, group, true);
     if (row_of_[index] >= 0) may_give(row_of_[index]);
     forget_room(index, group);
   }
@@ -92,7 +96,7 @@ class VirtualRows : public PageTable {
   void on_map(const Op& op) override { change(op, true); }
   void on_unmap(const Op& op) override { change(op, false); }
   void on_content(const Op& op, bool undo) override;
-  void finish(bool committed) override;
+  void finish(bool committed) override { index_.finish(committed); }
   bool can_give_up(const Op& op) const override;
 
   i64 offset_bytes(i64 index, i64 group, i64 a, i64 token) const override {
@@ -122,6 +126,7 @@ class VirtualRows : public PageTable {
   i64 first_arena(i64 group) const override { return base_arena_ + first_[group]; }
   i64 mapped_extent_slots(i64 group, i64 arena_in_group) const override;
   void check(std::vector<std::string>* out) const override;
+  void digest(Hasher& hash) const override;
 
  protected:
   i64 page_bytes() const { return geometry_.page_bytes; }
@@ -183,8 +188,13 @@ class VirtualRows : public PageTable {
   // Bits of the windows that have all of the block mapped in the row, and that reach it in the sequence at `index`: what
   // is mapped before that was never copied.
   i64 mapped_windows(i64 row, i64 index, i64 ordinal) const;
-  // The record by which the row forgets its last block.
-  Op unhold_op(i64 row) const;
+  // The record by which the row shows the block no more.
+  Op concealing(i64 row, i64 ordinal, i32 window) const {
+    const Shown& s = shown(row, ordinal, window);
+    return {OpKind::evict, arena(0), rows_[row].holds[ordinal].node, row, (i64{1} + window) << kWindowShift,
+            std::max(s.previous, 0)};
+  }
+  static i32 window_of(const Op& op) { return static_cast<i32>(op.c >> kWindowShift) - 1; }
   // True if the row has all of the block mapped, in each arena of the group.
   bool is_whole_in(i64 row, i64 g, i64 ordinal) const;
   Shown& shown(i64 row, i64 ordinal, i32 window) { return rows_[row].shown[ordinal * index_.windows() + window]; }
@@ -197,7 +207,8 @@ class VirtualRows : public PageTable {
     return at < shower_.size() ? shower_[at] : -1;
   }
   // The row shows what the window group has of the block, or does so no more.
-  void reveal(i64 row, i64 ordinal, i32 window, bool undo);
+  // `after`: among the rows that do, it stands behind this one; 0: it is the first.
+  void reveal(i64 row, i64 ordinal, i32 window, i64 after, bool undo);
   void conceal(i64 row, i64 ordinal, i32 window, bool undo);
   // The row's sequence needs, or needs no more, what windows show of blocks [from, to).
   void need_blocks(i64 row, i32 window, i64 from, i64 to);
@@ -207,10 +218,25 @@ class VirtualRows : public PageTable {
     return index >= 0 && ordinal * index_.block_tokens() >= sequences_.front(index, index_.group_of(window));
   }
 
+  void set_fence(i64 row, i64 fence) { pool_.journal.set(rows_[row].fence, fence); }
+  void set_maybe_shared(i64 row, bool shared) {
+    pool_.journal.set(rows_[row].maybe_shared, static_cast<std::uint8_t>(shared));
+  }
+  void set_copy_tail(i64 index, i64 group, bool look) {
+    pool_.journal.set(copy_tail_[index * groups_ + group], static_cast<std::uint8_t>(look));
+  }
+
   // Block `ordinal(node)`, the next one of the row's content, is the node; and the inverse, of the last one. `state`:
-  // the row has a copy of the fixed state at its end. `windows`: bits of those that show the block.
-  void hold(i64 row, i32 node, bool state, i64 windows, bool undo);
+  // the row has a copy of the fixed state at its end. `windows`: bits of those that show the block. `after`: among the
+  // rows that hold it, it stands behind this one; 0: it is the first.
+  void hold(i64 row, i32 node, bool state, i64 windows, i64 after, bool undo);
   void unhold(i64 row, i32 node, bool state, bool undo);
+  // The record by which the row forgets the last block of its content, which it shows in no window any more.
+  Op forgetting(i64 row) const {
+    const Row& r = rows_[row];
+    const Hold& last = r.holds.back();
+    return {OpKind::evict, arena(0), last.node, row, r.state == last.node, std::max(last.previous, 0)};
+  }
 
   // The row may have pages to spare from now on.
   void may_give(i64 row) {
@@ -228,9 +254,7 @@ class VirtualRows : public PageTable {
   // It has none, until may_give() says otherwise or the transaction is taken back.
   void gives_nothing(i64 row) {
     IdList& list = rows_[row].index < 0 ? parked_ : bound_;
-    if (!list.has(row)) return;
-    list.remove(row);
-    given_.push_back(row);
+    if (list.has(row)) list.remove(row);
   }
 
   // Tokens that need no further mapping. Kept per row; -1 where a mapping has changed since.
@@ -267,7 +291,6 @@ class VirtualRows : public PageTable {
   RowsBySlots empty_;                    // unbound rows without content
   IdList doubles_;                       // unbound rows whose last block another row holds too
   IdList parked_, bound_;                // the unbound and the bound rows that may have pages to spare
-  std::vector<i64> given_;               // what gives_nothing() took out in this transaction
   std::vector<Extent> extents_;          // [row][arena]
   std::vector<i64> room_;                // [row][group]
   std::vector<i64> ready_;               // [row][group]: tokens that need nothing of the row's job, -1: it maps nothing

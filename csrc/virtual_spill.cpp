@@ -266,17 +266,13 @@ void VirtualTable::drop_pages(i64 row, Transaction& tx) {
 }
 
 void VirtualTable::drop_shared(i64 row, Transaction& tx) {
-  bool shared = false;
   for (i64 a = 0; a < arenas_; ++a) {
     const Extent& e = extent(row, a);
     i64 end = e.hi;
     while (end > e.lo && (e.pages[end - 1] < 0 || pool_.refs(e.pages[end - 1]) <= 1)) --end;
-    if (end > e.lo) {
-      unmap(row, a, e.lo, end, rows_[row].fence, tx);
-      shared = true;
-    }
+    if (end > e.lo) unmap(row, a, e.lo, end, rows_[row].fence, tx);
   }
-  rows_[row].maybe_shared = shared;
+  set_maybe_shared(row, false);
 }
 
 }  // namespace kvmem

@@ -54,7 +54,7 @@ void VirtualTable::shrink(i64 index, i64 group, i64 old_tokens, i64 new_tokens, 
   for (i64 a = first_[group]; a < first_[group + 1]; ++a) {
     frees = frees || high_slot(group, a, new_tokens) < high_slot(group, a, old_tokens);
   }
-  if (frees) rows_[row].fence = tx.fence();
+  if (frees) set_fence(row, tx.fence());
   if (!rows_[row].maybe_shared) return;
   // Pages that another row shows must not be written here again. Those past the guard go now; the others are replaced
   // when the sequence next grows, so that truncating never needs memory and the guard stays mapped.
@@ -87,12 +87,10 @@ std::vector<i64> VirtualTable::shared_pieces(i64 index, i64 group, i64 from, i64
 void VirtualTable::close(i64 index, Transaction& tx) {
   const i64 row = row_of_[index];
   if (row < 0) return;
-  rows_[row].fence = tx.fence();
+  set_fence(row, tx.fence());
   for (const Hold& hold : rows_[row].holds) index_.prefetch(hold.node);
   tx.push({OpKind::unbind, 0, sequences_.handle_of(index), row});
   if (index_.windows() > 0) drop_passed(row, tx);
-  // copy_tail_ stays: it only asks to look, and should this be taken back, a tail that is shared must still be
-  // copied.
 }
 
 void VirtualTable::back_trash(i64 group, Transaction& tx) {
@@ -113,7 +111,7 @@ bool VirtualTable::map_ahead(i64 index, i64 group, i64 tokens, Transaction& tx) 
   }
   // Preparing is never worth taking something away from anyone.
   if (want == 0 || want > pool_.room_pages() || want > limit_pages - owned_pages) return false;
-  ready_[row * groups_ + group] = have;
+  pool_.journal.set(ready_[row * groups_ + group], have);
   for (i64 a = first_[group]; a < first_[group + 1]; ++a) {
     const i64 hi = high_slot(group, a, tokens + 2 * ahead);
     if (extent(row, a).hi < hi) map(row, a, extent(row, a).hi, hi, tx);
@@ -123,18 +121,15 @@ bool VirtualTable::map_ahead(i64 index, i64 group, i64 tokens, Transaction& tx) 
 
 void VirtualTable::copy_tail(i64 index, i64 group, i64 tokens, Transaction& tx) {
   const i64 row = row_of_[index];
-  bool shared = false;
   for (i64 a = first_[group]; a < first_[group + 1]; ++a) {
     const Extent& e = extent(row, a);
     const i64 tail = tokens * token_bytes(group, a) % page_bytes();
     const i64 slot = tokens * token_bytes(group, a) / page_bytes();
     if (slot >= e.hi || slot < e.lo || pool_.refs(e.pages[slot]) <= 1) continue;
-    shared = true;
     unmap(row, a, slot + (tail > 0), e.hi, tx.fence(), tx);  // kernels may have read the guard since the truncation
     if (tail > 0) replace_page(row, group, a, slot, tail, tx);
   }
-  // Left set when something was shared, so that a transaction taken back finds it set again; cleared by the next one.
-  if (!shared) copy_tail_[index * groups_ + group] = 0;
+  set_copy_tail(index, group, false);
 }
 
 void VirtualTable::replace_page(i64 row, i64 group, i64 a, i64 slot, i64 used_bytes, Transaction& tx) {

@@ -18,7 +18,7 @@ class VirtualTable final : public VirtualRows {
   // Nothing is unmapped here: that would cost a driver call and a wait for every page a window leaves behind. The front
   // counts as parked from now on and goes when memory is short, in batches.
   void drop_front(i64 index, i64, i64, i64, Transaction& tx) override {
-    rows_[row_of_[index]].fence = tx.fence();
+    set_fence(row_of_[index], tx.fence());
     may_give(row_of_[index]);
   }
 
@@ -35,9 +35,7 @@ class VirtualTable final : public VirtualRows {
     for (const Published& p : blocks) hold_noted(row_of_[p.index], p.node, p.index, false, tx);
   }
 
-  void retract(i64 index, i32, Transaction& tx) override {
-    tx.push(unhold_op(row_of_[index]));
-  }
+  void retract(i64 index, i32, Transaction& tx) override { forget_last(row_of_[index], tx); }
 
   void evict(i32 node, Transaction& tx) override;
   void evict_window(i32 node, i32 window, Transaction& tx) override;
@@ -80,12 +78,15 @@ class VirtualTable final : public VirtualRows {
   // Unmaps what the rows had mapped for the block alone, after they have concealed it.
   void unmap_block(const std::vector<i64>& rows, i32 window, i64 ordinal, Transaction& tx);
   std::vector<i64> showers(i32 node, i32 window) const;
+  // The row forgets the last block of its content.
+  void forget_last(i64 row, Transaction& tx);
   // The row forgets its content from block `from` on.
   void cut(i64 row, i64 from, Transaction& tx);
   // The row holds what the sequence at `index` computed or was given, and shows what its windows reach of that.
   void hold_noted(i64 row, i32 node, i64 index, bool state, Transaction& tx) {
     const i64 windows = index_.windows() == 0 ? 0 : mapped_windows(row, index, index_.ordinal(node));
-    hold(row, node, state, windows, false);
+    tx.expect();
+    hold(row, node, state, windows, 0, false);
     tx.note({OpKind::hold, arena(0), node, row, i64{state} | windows << 1});
   }
   void hold_all(i64 row, const std::vector<i32>& chain, i64 count, i64 index, bool state, Transaction& tx);
@@ -125,8 +126,7 @@ class VirtualTable final : public VirtualRows {
   // Shows the pages that lie whole within tokens [first, tokens) in another row too, and copies what is cut.
   void share_row(i64 from, i64 to, i64 group, i64 first, i64 tokens, Transaction& tx);
   void copy_state(i64 from, i64 to, i64 group, Transaction& tx);
-  // A parked row may still show pages that a live one shares. They are not ours to write. The mark goes only when there
-  // is none: were they dropped and then taken back with a failed transaction, the row would show them unmarked.
+  // A parked row may still show pages that a live one shares. They are not ours to write.
   void drop_shared(i64 row, Transaction& tx);
   // Pages from the length on are shared, after a truncation: the one that the length cuts is replaced by a copy of what
   // is used, and those behind it, which were kept as the guard, give way to new ones. The copy is made at the scratch

@@ -230,8 +230,7 @@ class Allocator:
 
         Returns ids and cached, int32 [m] each: the handles for ``step()`` and the other batched calls, and how many
         tokens each prompt begins with that are cached. The prompts get memory in their order; m is less than n when
-        there is no memory, or no place, for the next. Then nothing is held for it, but what was cached may have been
-        given up.
+        there is no memory, or no place, for the next; nothing is held or given up for that one. Any error admits none.
         """
         n = 1 if counts is None else len(counts)
         handles, cached = np.empty(n, np.int32), np.empty(n, np.int32)
@@ -406,16 +405,15 @@ class Allocator:
         counts = None if new_tokens is None else as_int32("new_tokens", new_tokens)
         rows = 0 if pad_to is None else at_least_zero("pad_to", pad_to)
         self.pool.streams.follow()
-        for index, group in enumerate(batch.groups):
-            group.begin()
-            try:
-                self.core.fill(ids, counts, index, rows, group.buffers)
-                group.update(self.core, index)
-            except TypeError as error:
-                raise not_int32(ids) from error
-            except BaseException:
-                group.buffers.forget()
-                raise
+        batch.begin()
+        try:
+            self.core.fill(ids, counts, self._main, rows, batch.buffers, batch.begin_others())
+            self._update(batch)
+        except TypeError as error:
+            raise not_int32(ids) from error
+        except BaseException:
+            batch.forget()
+            raise
 
     def step(
         self,
@@ -439,16 +437,17 @@ class Allocator:
         self.pool.streams.follow()
         batch.begin()
         try:
-            self.core.step(ids, counts, tokens, rows, batch.buffers)
-            batch.update(self.core, self._main)
+            self.core.step(ids, counts, tokens, rows, batch.buffers, batch.begin_others())
+            self._update(batch)
         except TypeError as error:
             raise not_int32(ids, *(x for x in (counts, tokens) if x is not None)) from error
         except BaseException:
-            batch.buffers.forget()
+            batch.forget()
             raise
+
+    def _update(self, batch: Batch) -> None:
+        batch.update(self.core, self._main)
         for index, group in batch.others.items():
-            group.begin()
-            self.core.fill(ids, None, index, rows, group.buffers)
             group.update(self.core, index)
 
     def cascade_order(self, sequences: Iterable[Sequence | int] | Handles, *, group: int | None = None) -> Order:

@@ -350,6 +350,20 @@ class Batch(GroupBatch):
         self._main = main
         self.others = others
 
+    def begin_others(self) -> list[tuple[int, _core.BatchBuffers]] | None:
+        """``begin()`` of all other groups; their buffers, by group. None where there is no other."""
+        if not self.others:
+            return None
+        for group in self.others.values():
+            group.begin()
+        return [(index, group.buffers) for index, group in self.others.items()]
+
+    def forget(self) -> None:
+        """After a fill that failed: nothing is known of what the buffers hold."""
+        self.buffers.forget()
+        for group in self.others.values():
+            group.buffers.forget()
+
     def group(self, index: int) -> GroupBatch:
         """The metadata of group ``index`` of the spec."""
         return self if index == self._main else self.others[index]

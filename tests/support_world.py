@@ -57,6 +57,20 @@ def mixed_spec() -> CacheSpec:
 SPECS = {"plain": plain_spec, "mixed": mixed_spec}
 
 
+class Digest:
+    """What the core knew at a moment; unequal to what it knew at another, unless a driver failed in between when memory
+    had been written: what was cached there is given up then.
+    """
+
+    def __init__(self, core: _core.Cache) -> None:
+        self.value, self.disturbed = core.digest(), core.disturbed()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Digest) and (self.disturbed != other.disturbed or self.value == other.value)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
 @dataclass
 class Tokens:
     """The model of one sequence: per group, how many tokens there are, and the tags of the committed ones."""
@@ -147,7 +161,9 @@ class World:
     # --- what can be seen ---
 
     def observe(self) -> tuple[Any, ...]:
-        """All that a caller can see, apart from parked memory and counters: a failed call must leave it as it was."""
+        """All that a caller can see, apart from parked memory and counters, and the digest of all the core knows: a failed
+        call must leave it as it was.
+        """
         handles = sorted(self.core.handles())
         stats = self.alloc.stats()
         seen: list[Any] = [handles, stats.used_bytes, stats.num_sequences, stats.shared_bytes, stats.budget_bytes]
@@ -158,7 +174,7 @@ class World:
                 (self.core.tokens(h, g), self.core.committed(h, g), self.core.first_token(h, g)) for h in handles
             ]
             seen += [lengths, self._tables[g][: len(handles)].tobytes()]
-        return tuple(seen)
+        return (*seen, Digest(self.core))
 
     def agree(self) -> None:
         """The model and the allocator say the same."""

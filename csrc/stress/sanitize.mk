@@ -6,8 +6,9 @@
 # The program csrc/stress/stress.cpp takes `--seed N --seconds S`, prints both, ends with 0 when every pattern it left in memory
 # was still there, and reserves at most 256 GiB of addresses: ThreadSanitizer has no room for more.
 #
-# Three parts: canaries (planted bugs: a sanitizer that reports nothing must be noticed), the C++ stress program with all
-# of csrc/ but the bindings, and the Python tests marked `core` on a native module built with the sanitizers.
+# Four parts: canaries (planted bugs: a sanitizer that reports nothing must be noticed), the C++ stress program with all
+# of csrc/ but the bindings, the same code with every allocation of every call failing in turn (csrc/stress/no_memory.cpp),
+# and the Python tests marked `core` on a native module built with the sanitizers.
 
 STRESS_SECONDS ?= 20
 SOAK_SECONDS ?= 10
@@ -35,10 +36,10 @@ ASAN_LIBRARIES = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -pri
 ASAN_PYTHON = env LD_PRELOAD="$(ASAN_LIBRARIES)" ASAN_OPTIONS=detect_leaks=0:handle_segv=0:allocator_may_return_null=1 \
   PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/$(SAN)/python KVMEM_EXPECT_CORE=$(CURDIR)/$(SAN)/python
 
-.PHONY: test-sanitize test-canaries test-stress test-soak test-asan-python sanitize-programs
-test-sanitize: test-canaries test-stress test-asan-python  ## C++ stress program and core tests under the sanitizers
+.PHONY: test-sanitize test-canaries test-stress test-soak test-no-memory test-asan-python sanitize-programs
+test-sanitize: test-canaries test-stress test-no-memory test-asan-python  ## C++ stress program and core tests under the sanitizers
 
-sanitize-programs: $(foreach s,asan tsan,$(SAN)/$s/canary $(SAN)/$s/stress/stress) $(SAN)/asan/stress/soak  ## compile them, no more (make -j2)
+sanitize-programs: $(foreach s,asan tsan,$(SAN)/$s/canary $(SAN)/$s/stress/stress) $(addprefix $(SAN)/asan/stress/,soak no_memory)  ## compile them, no more (make -j2)
 
 define sanitized  # $(1) is asan or tsan
 $(SAN)/$(1)/%.o: csrc/%.cpp csrc/stress/sanitize.mk
@@ -48,7 +49,7 @@ $(SAN)/$(1)/%.o: csrc/%.cpp csrc/stress/sanitize.mk
 $(SAN)/$(1)/canary: $(SAN)/$(1)/stress/canary.o
 	$$(CXX) -fsanitize=$(SAN_$(1)) -pthread $$^ -o $$@
 
-$(SAN)/$(1)/stress/stress: $(SAN)/$(1)/stress/stress.o $(addprefix $(SAN)/$(1)/,$(SAN_CORE))
+$(SAN)/$(1)/stress/stress $(SAN)/$(1)/stress/no_memory: %: %.o $(addprefix $(SAN)/$(1)/,$(SAN_CORE))
 	$$(CXX) -fsanitize=$(SAN_$(1)) -pthread $$^ -ldl -o $$@
 
 $(SAN)/$(1)/stress/soak: $(addprefix $(SAN)/$(1)/,$(SOAK) $(SAN_CORE))
@@ -87,6 +88,10 @@ test-stress: test-stress-asan test-stress-tsan test-soak
 test-soak: $(SAN)/asan/stress/soak
 	$(RUN_asan) timeout -k 10 $$(($(SOAK_SECONDS) * 3 + 60)) $< --operations 1000000000 --seconds $(SOAK_SECONDS) \
 	  --seed $(STRESS_SEED) $(SOAK_ARGS)
+
+# Its operator new takes the sanitizer's place, which still sees all that malloc gives. 200 steps: about half a minute.
+test-no-memory: $(SAN)/asan/stress/no_memory
+	$(RUN_asan) timeout -k 10 600 $< --seed $(STRESS_SEED) --steps 200
 
 # PYTHONPATH comes before an installed kvmem, PYTHONSAFEPATH (Python 3.11) keeps the checkout out of the path of every
 # `python -c` that a test starts, and tests/conftest.py refuses to start if another module was loaded all the same.

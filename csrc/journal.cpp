@@ -1,0 +1,38 @@
+#include "journal.h"
+
+#include <algorithm>
+
+#include "id_list.h"
+#include "ready_blocks.h"
+
+namespace kvmem {
+
+void Journal::grow(std::size_t more) { entries_.reserve(std::max(entries_.size() + more, 2 * entries_.capacity())); }
+
+void Journal::restore(std::size_t size) {
+  for (; entries_.size() > size; entries_.pop_back()) {
+    const Entry& e = entries_.back();
+    switch (e.kind) {
+      case Kind::byte:
+        *static_cast<std::uint8_t*>(e.where) = static_cast<std::uint8_t>(e.at);
+        break;
+      case Kind::number:
+        *static_cast<i64*>(e.where) = e.at;
+        break;
+      case Kind::element:
+        (*static_cast<std::vector<i32>*>(e.where))[e.at] = e.old;
+        break;
+      case Kind::added:
+        static_cast<IdList*>(e.where)->undo_add(e.at);
+        break;
+      case Kind::removed:
+        static_cast<IdList*>(e.where)->undo_remove(e.at, e.old);
+        break;
+      case Kind::ready:
+        static_cast<ReadyBlocks*>(e.where)->undo_move(e.at, e.old != 0);
+        break;
+    }
+  }
+}
+
+}  // namespace kvmem

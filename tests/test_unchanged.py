@@ -1,0 +1,299 @@
+"""A call that is refused changes nothing: neither what can be seen, nor which page, block, row or victim comes next.
+
+The digest of all that the core knows says so (``Digest`` of support_world), and content does: every token carries what its
+writer wrote, and whoever has a hit reads it back. Random programs over pools of a few pages, with refusals in the middle of
+calls over many sequences; then the faults that such programs have found, each by itself.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support_world import BACKENDS, LONG, PAGE, Digest, checked, mixed_spec
+
+import kvmem
+from kvmem import CacheSpec, Component, Group
+
+pytestmark = pytest.mark.core
+
+BLOCK = 8
+
+
+def pair(width: int = 64, **kinds: Any) -> tuple[Component, Component]:
+    return tuple(Component(n, heads=1, width=width, dtype=torch.float32, **kinds) for n in "kv")
+
+
+def specs() -> dict[str, CacheSpec]:
+    """A page of 4,096 bytes holds 16 tokens of one component."""
+    state = Component("state", heads=1, width=64, dtype=torch.float32, growth="fixed")
+    return {
+        "plain": CacheSpec((Group("full", pair(), (0,)),), block_size=BLOCK),
+        "window": CacheSpec(
+            (Group("full", pair(), (0,)), Group("window", pair(), (1,), window_tokens=20)), block_size=BLOCK
+        ),
+        "narrow": CacheSpec((Group("window", pair(), (0,), window_tokens=2),), block_size=BLOCK),
+        "state": CacheSpec((Group("full", pair(), (0,)), Group("state", (state,), (1,))), block_size=BLOCK),
+    }
+
+
+class Writer:
+    """Sequences of one allocator, each token of which holds a number made of all tokens up to it."""
+
+    def __init__(self, alloc: kvmem.Allocator, rng: random.Random) -> None:
+        self.alloc, self.rng = alloc, rng
+        self.ids: dict[int, list[int]] = {}
+        self.seqs: dict[int, kvmem.Sequence] = {}
+        self.salts: dict[int, str] = {}
+        self.known: dict[int, bool] = {}
+        self.pins: list[Any] = []
+        self.refused = 0
+
+    def value(self, handle: int, position: int) -> float:
+        return float(hash((self.salts[handle], tuple(self.ids[handle][: position + 1]))) % 100_003)
+
+    def attempt(self, call: Any) -> Any:
+        """What the call returns; None, and nothing may have changed, where it is refused."""
+        before = Digest(self.alloc.core)
+        try:
+            return call() or True
+        except kvmem.KVMemError:
+            self.refused += 1
+            assert Digest(self.alloc.core) == before
+            return None
+
+    def kv(self, handle: int) -> tuple[int, torch.Tensor]:
+        first = self.alloc.core.first_token(handle)
+        return first, self.alloc.sequence_tensor(handle, 0, "k")[:, 0, 0]
+
+    def write(self, handle: int, begin: int) -> None:
+        """All reserved tokens from ``begin`` on, where the block table says they lie."""
+        ids, rng = self.ids[handle], self.rng
+        end = self.alloc.core.tokens(handle)
+        ids += [i if rng.random() < 0.9 else rng.randrange(1, 4) for i in range(len(ids), end)]
+        table = self.alloc.batch([handle]).group(0).block_table[0]
+        view = self.alloc.tensor(0, "k").as_subclass(torch.Tensor)
+        for p in range(begin, end):
+            view[int(table[p // BLOCK]), p % BLOCK] = self.value(handle, p)
+
+    def verify(self, handle: int) -> None:
+        first, found = self.kv(handle)
+        done = self.alloc.core.committed(handle)
+        assert found[: done - first].tolist() == [self.value(handle, p) for p in range(first, done)], handle
+
+    def commit(self, handle: int) -> None:
+        done = self.alloc.core.committed(handle)
+        self.write(handle, done)
+        self.known[handle] = self.known[handle] and self.rng.random() < 0.95
+        ids = self.ids[handle][done:]
+        assert self.attempt(lambda: self.seqs[handle].commit(ids if self.known[handle] else len(ids)))
+
+    def add(self, seq: kvmem.Sequence, ids: list[int], salt: str, known: bool = True) -> None:
+        self.seqs[seq.id], self.ids[seq.id], self.salts[seq.id], self.known[seq.id] = seq, ids, salt, known
+        self.verify(seq.id)
+
+    def prompt(self, length: int) -> list[int]:
+        return [i if self.rng.random() < 0.95 else self.rng.randrange(1, 4) for i in range(length)]
+
+    def step(self) -> None:
+        rng, alloc, live = self.rng, self.alloc, sorted(self.seqs)
+        choice = rng.random() if live else 0.0
+        handle = rng.choice(live) if live else 0
+        if choice < 0.2:
+            salt, ids = rng.choice("ab"), self.prompt(rng.randrange(60))
+            if seq := self.attempt(lambda: alloc.sequence(ids, salt=salt)):
+                self.add(seq, ids[: seq.num_cached_tokens], salt)
+        elif choice < 0.27:
+            prompts = [self.prompt(rng.randrange(1, 40)) for _ in range(3)]
+            counts = np.array([len(p) for p in prompts], np.int32)
+            flat = np.array([i for prompt in prompts for i in prompt], np.int32)
+            if admitted := self.attempt(lambda: alloc.admit_batch(flat, counts, salt="a")):
+                for new, cached, ids in zip(admitted[0].tolist(), admitted[1].tolist(), prompts, strict=False):
+                    self.add(kvmem.Sequence(alloc, new, cached), ids[:cached], "a")
+                    self.commit(new)
+        elif choice < 0.55:
+            some = rng.sample(live, rng.randint(1, len(live)))
+            counts = np.array([rng.randrange(rng.choice([3, 40])) for _ in some], np.int32)
+            handles = np.array(some, np.int32)
+            if self.attempt(lambda: alloc.extend_batch(handles, counts)):
+                for each in some:
+                    self.commit(each)
+        elif choice < 0.62:
+            batch = alloc.make_batch(
+                max_sequences=8, max_new_tokens=rng.choice([8, 200]), max_tokens=rng.choice([64, 200])
+            )
+            handles = np.array(live, np.int32)
+            if self.attempt(lambda: alloc.step(handles, batch, pad_to=rng.choice([None, 8]))):
+                for each in live:
+                    self.commit(each)
+        elif choice < 0.7:
+            keep = rng.randrange(alloc.core.tokens(handle) + 1)
+            if self.attempt(lambda: self.seqs[handle].truncate(keep)):
+                del self.ids[handle][keep:]
+        elif choice < 0.78:
+            if child := self.attempt(lambda: self.seqs[handle].fork()):
+                self.add(child, list(self.ids[handle]), self.salts[handle], self.known[handle])
+        elif choice < 0.86:
+            self.verify(handle)
+            self.seqs.pop(handle).free()
+        elif choice < 0.9:
+            if self.pins:
+                self.pins.pop().unpin()
+            elif pin := self.attempt(lambda: self.seqs[handle].pin()):
+                self.pins.append(pin)
+        else:
+            call = rng.choice(
+                [alloc.trim, alloc.compact, self.seqs[handle].snapshot, lambda: alloc.set_memory(pages * PAGE)]
+            )
+            pages = rng.randrange(10, 50)
+            self.attempt(call)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["plain", "window", "narrow", "state"])
+def test_random_programs_with_refusals(name: str, backend: str, rng: random.Random) -> None:
+    refused = 0
+    for _ in range(200 if LONG else 6):
+        alloc = kvmem.Allocator(
+            specs()[name], backend=backend, memory=rng.choice([12, 20, 40]) * PAGE, page_bytes=PAGE, interleave=1,
+            max_sequences=6, max_tokens=200, policy=rng.choice(["lru", "density"]), tail_guard_tokens=rng.choice([0, 4]),
+            cached_rows=rng.choice([0, 3, 18]),
+        )  # fmt: skip
+        world = Writer(alloc, rng)
+        for _ in range(120):
+            world.step()
+            assert alloc.check() == []
+        for handle in sorted(world.seqs):
+            world.verify(handle)
+        refused += world.refused
+    assert refused > 20
+
+
+# ---- one by one -----------------------------------------------------------------------------------
+
+
+def small(backend: str, pages: int, name: str = "plain", **options: Any) -> kvmem.Allocator:
+    return kvmem.Allocator(
+        specs()[name], backend=backend, memory=pages * PAGE, page_bytes=PAGE, interleave=1, policy="lru", **options
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_cut_block_that_is_cached_stays_marked_when_a_batch_is_refused(backend: str) -> None:
+    """In the refused call another sequence gives the cached block up, so that nothing seems to be shared any more; the block
+    comes back, and with it the mark that it is to be copied before the next write.
+    """
+    spec = CacheSpec.kv(num_layers=1, num_kv_heads=1, head_dim=64, dtype="float32", block_size=BLOCK)
+    alloc = kvmem.Allocator(
+        spec, backend=backend, memory=6 * PAGE, page_bytes=PAGE, max_sequences=6, max_tokens=8192, policy="lru"
+    )
+    ids = list(range(100, 116))
+
+    def put(seq: kvmem.Sequence, begin: int, end: int, value: float) -> None:
+        table, view = alloc.batch([seq]).block_table[0], alloc.kv(0)[0].as_subclass(torch.Tensor)
+        for p in range(begin, end):
+            view[int(table[p // BLOCK]), p % BLOCK] = value
+
+    other, seq = alloc.sequence(), alloc.sequence()
+    other.extend(1), other.commit(1)
+    seq.extend(16), put(seq, 0, 16, 1.0), seq.commit(ids)
+    fork = seq.fork()
+    seq.truncate(12), fork.free()
+    with alloc.sequence(salt="another") as cached:
+        cached.extend(8), cached.commit(ids[:8])
+    before = alloc.core.digest()
+    with pytest.raises(kvmem.OutOfMemory):
+        alloc.extend_batch(np.array([other.id, seq.id], np.int32), np.array([24, 9], np.int32))
+    assert alloc.core.digest() == before and alloc.check() == []
+    seq.extend(4), put(seq, 12, 16, 9.0)
+    with alloc.sequence([*ids, 0]) as hit:
+        assert hit.kv(0)[0][:, 0, 0].tolist() == [1.0] * hit.num_cached_tokens
+
+
+def test_a_parked_row_that_shows_shared_pages_stays_marked_when_a_batch_is_refused() -> None:
+    spec = CacheSpec.kv(num_layers=1, num_kv_heads=1, head_dim=64, dtype="float32", block_size=BLOCK)
+    alloc = kvmem.Allocator(
+        spec, memory=12 * PAGE, page_bytes=PAGE, max_sequences=5, max_tokens=8192, cached_rows=0, backend="virtual"
+    )
+    victim = alloc.sequence(salt="a")
+    victim.extend(32)
+    victim.kv(0)[0][:] = 1.0
+    victim.commit(32)
+    fork = victim.fork()
+    fork.truncate(1)
+    parked, busy = alloc.sequence(), alloc.sequence()
+    for seq, n in ((parked, 8), (busy, 1)):
+        seq.extend(n), seq.commit(n)
+    fork.free(), parked.free()
+    stranger = alloc.sequence(salt="b")
+    before = alloc.core.digest()
+    with pytest.raises(kvmem.OutOfMemory):
+        alloc.extend_batch(np.array([busy.id, stranger.id], np.int32), np.array([56, 9], np.int32))
+    assert alloc.core.digest() == before
+    stranger.extend(1)
+    stranger.kv(0)[0][:] = 7.0
+    assert alloc.check() == [] and victim.kv(0)[0][:, 0, 0].tolist() == [1.0] * 32
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_step_is_refused_for_any_group_before_it_is_taken(backend: str) -> None:
+    """No memory for the padding of a second group, and a batch whose second group is too small."""
+    alloc = small(backend, 40, "window", max_sequences=4, max_tokens=200)
+    seq, ids = alloc.sequence(), np.empty(1, np.int32)
+    ids[0] = seq.id
+    seq.extend(9), seq.commit(7)
+    alloc.trim()
+    alloc.set_memory(alloc.stats().mapped_bytes)
+    batch = alloc.make_batch(max_sequences=4, max_new_tokens=64)
+    before = Digest(alloc.core)
+    for call in (alloc.step, alloc.fill):
+        with pytest.raises(kvmem.OutOfMemory):
+            call(ids, batch, pad_to=3)
+        assert Digest(alloc.core) == before and (seq.num_tokens, seq.num_committed_tokens) == (9, 7)
+    spec = CacheSpec((Group("a", pair(), (0,), block_size=16), Group("b", pair(), (1,), block_size=4)))
+    alloc = kvmem.Allocator(spec, backend=backend, memory="1MiB", page_bytes=PAGE, max_sequences=4, max_tokens=200)
+    seq = alloc.sequence()
+    seq.extend(4)
+    batch, before = alloc.batch([seq]), Digest(alloc.core)
+    with pytest.raises(kvmem.SpecError, match="the batch was made for"):
+        alloc.step(np.array([seq.id], np.int32), batch)
+    assert Digest(alloc.core) == before
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_group_that_grows_with_the_tokens_has_no_count_of_its_own(backend: str) -> None:
+    alloc = kvmem.Allocator(
+        mixed_spec(), backend=backend, memory=80 * PAGE, page_bytes=PAGE, interleave=1, max_sequences=2, max_tokens=200
+    )
+    seq = alloc.sequence()
+    for group, why in ((0, "grows with the tokens"), (1, "grows with the tokens"), (3, "one state of fixed size")):
+        with pytest.raises(kvmem.SpecError, match=why):
+            seq.extend(17, group=group)
+        with pytest.raises(kvmem.SpecError, match=why):
+            seq.commit(0, group=group)
+    seq.extend(5, group=2), seq.commit(5, group=2)
+    seq.extend(17), seq.truncate(16)
+    assert alloc.check() == []
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_admitting_many_that_fails_in_the_driver_admits_none(backend: str) -> None:
+    failures = 0
+    for nth in range(1, 60):
+        driver = checked()
+        alloc = small(backend, 40, max_sequences=4, max_tokens=200, driver=driver)
+        with alloc.sequence() as seq:
+            seq.extend(16), seq.commit(list(range(16)))
+        before = Digest(alloc.core)
+        driver.fail("", nth, 999)
+        try:
+            alloc.admit_batch(np.arange(96, dtype=np.int32), np.array([32, 32, 32], np.int32))
+            break
+        except kvmem.DeviceError:
+            failures += 1
+        assert Digest(alloc.core) == before and alloc.check() == []
+        assert alloc.stats().num_sequences == 0
+    assert failures > 3
