@@ -13,7 +13,9 @@ class LruPolicy final : public EvictionPolicy {
   void insert(i32, std::uint64_t, i32) override {}
   void hit(i32) override {}
   void use(i32 id) override { order_.remove(id); }
-  void undo_use(i32 id) override { restore(id, 0, -1); }
+  void undo_use(i32 id) override {
+    if (!order_.undo_remove(id)) order_.push_front(0, id);  // others left meanwhile
+  }
   void release(i32 id) override { order_.push_back(0, id); }
   i32 victim() override { return order_.empty(0) ? -1 : order_.front(0); }
   void evict(i32 id, std::uint64_t, i32) override { order_.remove(id); }
