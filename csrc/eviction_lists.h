@@ -53,6 +53,9 @@ class IdLists {
     return true;
   }
 
+  // No undo_remove() of `id` from now on: it is another list that it comes to.
+  void forget_place(i32 id) { at(lists_ + id).prev = -1; }
+
   // The list `id` stands at the front or back of by being alone in it; -1 when it has company.
   i32 alone_in(i32 id) const {
     const Node& node = at(lists_ + id);

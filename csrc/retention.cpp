@@ -72,6 +72,7 @@ void RetentionPolicy::hit(i32 id) {
 
 void RetentionPolicy::use(i32 id) {
   named_ = -1;
+  at(id).left = at(id).place;
   leave(id);
   stop_clock(id);
   at(id).released = false;
@@ -85,7 +86,8 @@ void RetentionPolicy::undo_use(i32 id) {
   if (block.place == kBase) {
     base_->undo_use(id);
   } else {
-    if (!lists_.undo_remove(id)) lists_.push_front(block.place, id);
+    // What it leads to may have gone meanwhile, and then it belongs into another list than it left.
+    if (block.place != block.left || !lists_.undo_remove(id)) lists_.push_front(block.place, id);
     filled_.set(static_cast<std::size_t>(block.place));
   }
   resume_clock(id);
