@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 
 import pytest
@@ -104,10 +105,8 @@ class Program:
         text += tokens
         self.texts = [*self.texts[-60:], list(text)]
         if any(g.growth == "fixed" for g in self.alloc.spec.groups) and len(text) % BLOCK == 0:
-            try:
+            with contextlib.suppress(kvmem.SpecError, kvmem.OutOfMemory):
                 seq.snapshot()
-            except (kvmem.SpecError, kvmem.OutOfMemory):
-                pass
 
     def grow(self) -> None:
         if self.live:
@@ -131,10 +130,8 @@ class Program:
     def fork(self) -> None:
         if self.live and len(self.live) < 5:
             seq, text = self.rng.choice(self.live)
-            try:
+            with contextlib.suppress(kvmem.OutOfMemory):
                 self.live.append((seq.fork(), list(text)))
-            except kvmem.OutOfMemory:
-                pass
 
     def pin(self) -> None:
         if self.pins and self.rng.random() < 0.5:
@@ -158,10 +155,8 @@ class Program:
         elif chance < 0.7:
             self.alloc.trim(4096 * self.rng.randint(1, 6))
         else:
-            try:
+            with contextlib.suppress(kvmem.OutOfMemory):
                 self.alloc.set_memory(4096 * self.rng.randint(20, 60))
-            except kvmem.OutOfMemory:
-                pass
 
 
 @pytest.mark.parametrize("guard", GUARD)

@@ -389,7 +389,7 @@ def test_a_use_is_taken_back_though_others_have_gone(rng, name, retained):
     """What was passed over is put back after evictions that stand: every block is named in the end."""
     policy = _core.RetentionPolicy(name, lambda: 0.0) if retained else _core.EvictionPolicy(name)
     for _ in range(60):
-        looker = Looker(policy, rng, chains=8, length=4)
+        Looker(policy, rng, chains=8, length=4)
         for block in rng.sample(range(32), 12) if retained else []:
             policy.retain(block, rng.choice([10, 49, 51, 90]), 0)
         aside = rng.sample(range(32), rng.randint(1, 12))
