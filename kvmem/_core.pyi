@@ -449,7 +449,7 @@ class Cache:
         A new sequence: its handle, and how many tokens it has; also told to the object that stands for it.
         """
 
-    def begin(self, tokens: list[int] | NDArray[numpy.int32], salt: bytes, extra_key: bytes, count: int) -> tuple[int, int]:
+    def begin(self, tokens: list[int] | NDArray[numpy.int32], salt: bytes, extra_key: bytes, count: int, sequence: object | None = None) -> tuple[int, int]:
         """
         admit() with room for `count` more tokens, or (-1) for the rest of them; else OutOfMemory.
         """
