@@ -31,7 +31,7 @@ endif
 # In the environment itself: who deletes it deletes the stamp.
 READY := $(PREFIX)/.kvmem-setup
 PIP := $(PY) -m pip install -q --disable-pip-version-check
-PYTEST := $(PY) -m pytest $(if $(filter-out 1,$(JOBS)),-n $(JOBS))
+PYTEST := $(PY) -m pytest $(if $(filter-out 1,$(JOBS)),-n $(JOBS) --dist worksteal)
 
 ifeq ($(SETUP),no)
 READY :=

@@ -34,6 +34,7 @@ class CheckedPolicy {
       throw SpecError("block " + std::to_string(id) + " is the parent of cached ones, so it can be no other content");
     }
     block.state = kUsed;
+    block.undoable = false;
     block.key = key;
     block.parent = parent;
     count_child(block, 1);
@@ -41,11 +42,18 @@ class CheckedPolicy {
   }
   void hit(i32 id) {
     expect(id, kUsed, kReleased);
+    at(id).undoable = false;
     policy_->hit(id);
   }
   void use(i32 id) {
     change(id, kReleased, kUsed);
+    at(id).undoable = true;
     policy_->use(id);
+  }
+  void undo_use(i32 id) {
+    if (!at(id).undoable) throw SpecError("block " + std::to_string(id) + ": its latest call was no use()");
+    change(id, kUsed, kReleased);
+    policy_->undo_use(id);
   }
   void release(i32 id) {
     change(id, kUsed, kReleased);
@@ -68,6 +76,8 @@ class CheckedPolicy {
  protected:
   void adopt(std::unique_ptr<EvictionPolicy> policy) { policy_ = std::move(policy); }
 
+  void forget_use(i32 id) { at(id).undoable = false; }
+
   enum State : char { kGone, kUsed, kReleased };
 
   void expect(i32 id, State one, State other) {
@@ -84,6 +94,7 @@ class CheckedPolicy {
     i32 parent = -1;
     i32 children = 0;  // cached ones
     State state = kGone;
+    bool undoable = false;  // use() was the latest call
   };
 
   Block& at(i32 id) {
@@ -95,6 +106,7 @@ class CheckedPolicy {
   void change(i32 id, State from, State to) {
     expect(id, from, from);
     at(id).state = to;
+    at(id).undoable = false;
   }
   void count_child(const Block& block, i32 change) {
     if (block.parent >= 0) at(block.parent).children += change;
@@ -110,6 +122,7 @@ class CheckedRetention : public CheckedPolicy {
       : CheckedRetention(std::make_unique<RetentionPolicy>(make_eviction_policy(name), std::move(clock))) {}
   void retain(i32 id, int priority, double ttl_seconds) {
     expect(id, kUsed, kReleased);
+    forget_use(id);
     retention_->retain(id, priority, ttl_seconds);
   }
 
@@ -132,6 +145,7 @@ void bind_eviction(nb::module_& m) {
       .def("insert", &CheckedPolicy::insert, "id"_a, "key"_a, "parent"_a)
       .def("hit", &CheckedPolicy::hit, "id"_a)
       .def("use", &CheckedPolicy::use, "id"_a)
+      .def("undo_use", &CheckedPolicy::undo_use, "id"_a)
       .def("release", &CheckedPolicy::release, "id"_a)
       .def("victim", &CheckedPolicy::victim)
       .def("evict", &CheckedPolicy::evict, "id"_a)

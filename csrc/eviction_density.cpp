@@ -218,7 +218,9 @@ bool DensityPolicy::drop_child(i32 parent) {
   if (parent < 0) return false;
   Block& block = blocks_[parent];
   if (block.children == 0 || block.children == kMostChildren) return false;
-  return --block.children == 0 && block.evictable;
+  if (--block.children > 0) return false;
+  if (!block.evictable) blocks_.forget_place(parent);  // in use when its last child went: its turn comes anew
+  return block.evictable;
 }
 
 // Blocks whose use draws nearer (a loop larger than the cache) are worth more the longer ago they were used.

@@ -54,6 +54,9 @@ class IdLists {
     return true;
   }
 
+  // No undo_remove() of `id` from now on: it is another list that it comes to.
+  void forget_place(i32 id) { at(lists_ + id).prev = -1; }
+
   // Adds the ids of a list, in its order.
   void digest(i32 list, Hasher& hash) const {
     for (i32 node = at(list).next; node != list; node = at(node).next) hash.add(node - lists_);

@@ -77,7 +77,7 @@ class VirtualRows::Rules final : public FollowRules {
 
   void mapped(const Place& at, i64 page) {
     if (pool_.refs(page) == 1) {
-      fresh_[page] = false;
+      fresh_[page] = 0;
       return;
     }
     const i64 index = sequence_at(at);
@@ -106,13 +106,14 @@ class VirtualRows::Rules final : public FollowRules {
     }
   }
 
-  // The page under a write; `is_copy`: what it puts there is to stay.
-  i64 written(const char* kind, const Place& at, bool is_copy) {
+  // The page under a write of some bytes of it; `is_copy`: what it puts there is to stay. A fresh page may be put
+  // together from copies, one behind the other.
+  i64 written(const char* kind, const Place& at, i64 within, i64 bytes, bool is_copy) {
     const i64 page = page_at(at);
     bool nobody = pool_.refs(page) == 1;
     if (const auto fresh = fresh_.find(page); fresh != fresh_.end()) {
-      nobody = nobody && !fresh->second && (at.row != 0 || !is_copy);
-      fresh->second = fresh->second || is_copy;
+      nobody = nobody && (is_copy ? within >= fresh->second && at.row != 0 : fresh->second == 0);
+      if (is_copy) fresh->second = within + bytes;
     } else {
       nobody = nobody && at.row > 0 && (sequence_at(at) < 0 || bound_.count(at.row) > 0) && copied_.count(page) == 0;
       if (is_copy) copied_.insert(page);
@@ -126,7 +127,7 @@ class VirtualRows::Rules final : public FollowRules {
 
   void zeroed(const Op& op) {
     each_page(op.at, op.a, op.b, [&](const Place& at, i64 within, i64 bytes) {
-      const i64 page = written("zero", at, false);
+      const i64 page = written("zero", at, within, bytes, false);
       if (fresh_.count(page) == 0 && sequence_at(at) >= 0) {  // what the row came with is the sequence's own already
         const i64 g = rows_.group_of(at.a), index = sequence_at(at), from = at.slot * page_bytes() + within;
         const i64 first = rows_.sequences_.front(index, g) * rows_.token_bytes(g, at.a);
@@ -142,7 +143,8 @@ class VirtualRows::Rules final : public FollowRules {
     i64 from = op.b;
     each_page(op.at, op.a, op.c, [&](const Place& at, i64 within, i64 bytes) {
       const i64 source = page_at(place(op.at, from / page_bytes()));
-      ledger_.copy(written("copy", at, true) * page_bytes() + within, source * page_bytes() + within, bytes);
+      const i64 page = written("copy", at, within, bytes, true);
+      ledger_.copy(page * page_bytes() + within, source * page_bytes() + within, bytes);
       from += bytes;
     });
   }
@@ -167,11 +169,11 @@ class VirtualRows::Rules final : public FollowRules {
   const PagePool& pool_;
   const FollowedLengths& lengths_;
   ByteLedger ledger_;
-  std::unordered_map<i64, bool> fresh_;  // pages that the list has taken from the free ones: copied to?
-  std::unordered_set<i64> copied_;       // other pages that the list has copied to
-  std::unordered_set<i64> bound_;        // rows that the list has bound
-  std::vector<i64> unbound_;             // sequences that it has taken them from
-  std::map<MovedKey, i64> moved_;        // the page that a slot of a sequence's row showed before the list
+  std::unordered_map<i64, i64> fresh_;  // pages that the list has taken from the free ones: copied to as far as here
+  std::unordered_set<i64> copied_;      // other pages that the list has copied to
+  std::unordered_set<i64> bound_;       // rows that the list has bound
+  std::vector<i64> unbound_;            // sequences that it has taken them from
+  std::map<MovedKey, i64> moved_;       // the page that a slot of a sequence's row showed before the list
 };
 
 std::unique_ptr<FollowRules> VirtualRows::rules(const FollowedLengths& lengths) {

@@ -82,11 +82,12 @@ void RetentionPolicy::undo_use(i32 id) {
   named_ = -1;
   Block& block = at(id);
   block.released = true;
-  block.place = block.left;
+  block.place = place_of(block);
   if (block.place == kBase) {
     base_->undo_use(id);
   } else if (block.place != kNowhere) {
-    if (!lists_.undo_remove(id)) lists_.push_front(block.place, id);
+    // What it leads to may have gone meanwhile, and then it belongs into another list than it left.
+    if (block.place != block.left || !lists_.undo_remove(id)) lists_.push_front(block.place, id);
     filled_.set(static_cast<std::size_t>(block.place));
   }
   if (block.deadline == 0) return;

@@ -58,7 +58,7 @@ class RetentionPolicy final : public EvictionPolicy {
     double deadline = 0;  // while in the heap
     i32 heap_index = -1;
     i32 place = kNowhere;
-    i32 left = kNowhere;  // by the latest use()
+    i32 left = kNowhere;  // where the latest use() found it
     i32 parent = -1;
     i32 children = 0;          // cached ones; where a window passed, they may be there before and after this block
     i32 holding_children = 0;  // those of them that keep this block

@@ -11,36 +11,22 @@ void VirtualTable::share(i64 parent, i64 child, i64 group, i64 first, i64 tokens
   share_row(row_of_[parent], row_of_[child], group, first, tokens, tx);
 }
 
-// A row holds all blocks before the ones it holds. Of those that show the tokens, one that is parked and ends there can
-// be taken as it is. With windows, only rows that show the block at which theirs begins, or the last one, come into
-// question: whichever are fewer.
+// A row holds all blocks before the ones it holds. What windows need may lie in several: each shows it from where its
+// sequence began to compute, or to need, and a row that showed more may have gone. One that is parked, ends there and
+// shows everything can be taken as it is; of the others one that shows everything spares copies.
 i64 VirtualTable::find_row(const std::vector<i32>& chain, i64 tokens) const {
   const i64 last = static_cast<i64>(chain.size()) - 1;
-  if (has_state_) {
-    const i64 row = state_row(chain[last]);
-    return row >= 0 && shows_windows(row, chain, tokens) ? row : -1;
-  }
-  i64 at = last, row = -1;
-  const bool windowed = index_.windows() > 0;
-  if (windowed) {
-    const GroupGeometry& group = geometry_.groups[index_.group_of(0)];
-    const i64 first = window_first(group, geometry_.tail_guard_tokens, tokens) / index_.block_tokens();
-    at = first <= last && index_.window_places(chain[first], 0) < index_.window_places(chain[last], 0) ? first : last;
-  }
-  // A window that needs no block (of one token, at a block's end) is shown by every row that holds the chain; and where
-  // no group needs any, by none at all.
-  const bool listed = windowed && index_.has_window(chain[at], 0);
-  i64 next = listed ? first_shower(chain[at], 0) : first_holder(chain[last]);
-  for (i64 looked = 0; next >= 0 && looked < PrefixIndex::kCandidates; ++looked) {
-    const i64 here = next;
-    next = listed ? shown(here, at, 0).next : rows_[here].holds[last].next;
-    if (blocks_of(here) <= last || rows_[here].holds[last].node != chain[last]) continue;
+  if (has_state_) return state_row(chain[last]);
+  const i64 any = first_holder(chain[last]);
+  if (any < 0) return !index_.whole() && needs_nothing(tokens) ? kNoRow : -1;
+  i64 row = -1, looked = 0;
+  for (i64 here = any; here >= 0 && looked < PrefixIndex::kCandidates; ++looked, here = rows_[here].holds[last].next) {
     const bool best = rows_[here].index < 0 && blocks_of(here) == last + 1;
-    if ((row >= 0 && !best) || (windowed && !shows_windows(here, chain, tokens))) continue;
+    if ((row >= 0 && !best) || !shows_windows(here, chain, tokens)) continue;
     row = here;
     if (best) break;
   }
-  return row < 0 && !index_.whole() && needs_nothing(tokens) ? kNoRow : row;
+  return row >= 0 ? row : any;
 }
 
 bool VirtualTable::needs_nothing(i64 tokens) const {
@@ -51,9 +37,7 @@ bool VirtualTable::needs_nothing(i64 tokens) const {
 
 bool VirtualTable::shows_windows(i64 row, const std::vector<i32>& chain, i64 tokens) const {
   for (i32 w = 0; w < index_.windows(); ++w) {
-    const GroupGeometry& group = geometry_.groups[index_.group_of(w)];
-    const i64 first = window_first(group, geometry_.tail_guard_tokens, tokens) / index_.block_tokens();
-    if (!shows_blocks(row, w, first, static_cast<i64>(chain.size()))) return false;
+    if (!shows_blocks(row, w, first_needed(w, tokens), static_cast<i64>(chain.size()))) return false;
   }
   return true;
 }
@@ -67,15 +51,21 @@ bool VirtualTable::shows_blocks(i64 row, i32 window, i64 from, i64 to) const {
 
 void VirtualTable::adopt(i64 index, const std::vector<i32>& chain, const Found& found, Transaction& tx) {
   const i64 whole = found.tokens / index_.block_tokens();
-  Guard guard(source_, found.row);
-  const bool taken = found.row != kNoRow && can_take_over(found.row, whole);
+  Sources sources(*this);
+  const bool single = found.row == kNoRow || find_sources(found, chain, &sources);
+  const bool taken = found.row != kNoRow && single && can_take_over(found.row, whole);
   if (taken) {
     take_over(index, found.row, whole, tx);
   } else {
     bind_empty(index, tx);
     for (i64 g = 0; g < groups_; ++g) {
       if (geometry_.groups[g].growth != Growth::token || found.row == kNoRow) continue;
-      share_row(found.row, row_of_[index], g, sequences_.front(index, g), found.tokens, tx);
+      const i64 first = sequences_.front(index, g);
+      if (single || index_.window_of(g) < 0) {
+        share_row(found.row, row_of_[index], g, first, found.tokens, tx);
+      } else {
+        share_window(row_of_[index], g, first, found.tokens, tx);
+      }
     }
     if (found.row != kNoRow) set_fence(found.row, tx.new_fence());  // it may go, and is still being copied from
     hold_all(row_of_[index], chain, whole, index, false, tx);
@@ -88,6 +78,51 @@ void VirtualTable::adopt(i64 index, const std::vector<i32>& chain, const Found& 
   }
   // Only now: what lies behind the content may have been another row's too.
   if (taken && geometry_.zero == Zero::always) zero_row(found.row, found.tokens, tx);
+}
+
+// From the last block back, each from the row of the one behind it if that shows it too, so that there are few.
+bool VirtualTable::find_sources(const Found& found, const std::vector<i32>& chain, Sources* sources) {
+  sources->add(found.row);
+  if (shows_windows(found.row, chain, found.tokens)) return true;
+  const i64 end = static_cast<i64>(chain.size());
+  source_of_.assign(index_.windows() * end, -1);
+  for (i32 w = 0; w < index_.windows(); ++w) {
+    i64 row = found.row;
+    for (i64 k = end; k-- > first_needed(w, found.tokens);) {
+      if (!shown(row, k, w).here) row = first_shower(chain[k], w);
+      source_of_[w * end + k] = row;
+      sources->add(row);
+    }
+  }
+  return false;
+}
+
+// As share_row(), of rows that find_sources() found. A page is shared where one row shows all of it that is needed.
+void VirtualTable::share_window(i64 to, i64 group, i64 first, i64 tokens, Transaction& tx) {
+  const i64 size = index_.block_tokens(), end = ceil_div(tokens, size);
+  const i64* const rows = source_of_.data() + index_.window_of(group) * end;
+  rows_[to].maybe_shared = true;
+  for (i64 a = first_[group]; a < first_[group + 1]; ++a) {
+    const i64 block_bytes = size * token_bytes(group, a), bytes = tokens * token_bytes(group, a);
+    for (i64 slot = low_slot(group, a, first); slot < high_slot(group, a, tokens); ++slot) {
+      const i64 from = std::max(slot * page_bytes(), first * token_bytes(group, a));
+      const i64 until = std::min((slot + 1) * page_bytes(), bytes);
+      const i64* const begin = rows + std::min(from / block_bytes, end);
+      const i64* const behind = rows + ceil_div(until, block_bytes);
+      const bool whole = (slot + 1) * page_bytes() <= bytes;
+      if (whole && std::all_of(begin, behind, [begin](i64 row) { return row == *begin; })) {
+        rows_[*begin].maybe_shared = true;
+        tx.push({OpKind::map, arena(a), slot_of(to, group, a) + slot, extent(*begin, a).pages[slot], 1});
+        continue;
+      }
+      map(to, a, slot, slot + 1, tx);
+      for (i64 at = from, next; at < until; at = next) {
+        next = std::min((at / block_bytes + 1) * block_bytes, until);
+        tx.push({OpKind::copy, arena(a), slot_of(to, group, a) * page_bytes() + at,
+                 slot_of(rows[at / block_bytes], group, a) * page_bytes() + at, next - at});
+      }
+    }
+  }
 }
 
 void VirtualTable::evict(i32 node, Transaction& tx) {
@@ -128,7 +163,7 @@ void VirtualTable::drop_passed(i64 row, Transaction& tx) {
 void VirtualTable::unmap_block(const std::vector<i64>& rows, i32 window, i64 ordinal, Transaction& tx) {
   const i64 g = index_.group_of(window), size = index_.block_tokens();
   for (i64 row : rows) {
-    if (row == source_ || row == copy_) continue;
+    if (rows_[row].source || row == copy_) continue;
     for (i64 a = first_[g]; a < first_[g + 1]; ++a) {
       i64 needed_lo, needed_hi;
       needed(row, g, a, &needed_lo, &needed_hi);
@@ -142,7 +177,8 @@ void VirtualTable::unmap_block(const std::vector<i64>& rows, i32 window, i64 ord
         bool shows = false;
         for (i64 k = first; !shows && k < last; ++k) shows = shown(row, k, window).here;
         // What is not known yet may be the sequence's own tokens.
-        const bool beyond = (slot + 1) * page_bytes() > content_tokens(row) * token_bytes(g, a) && rows_[row].index >= 0;
+        const bool beyond =
+            (slot + 1) * page_bytes() > content_tokens(row) * token_bytes(g, a) && rows_[row].index >= 0;
         if (!shows && !beyond && e.pages[slot] >= 0) unmap(row, a, slot, slot + 1, rows_[row].fence, tx);
       }
     }
@@ -153,7 +189,8 @@ void VirtualTable::unmap_block(const std::vector<i64>& rows, i32 window, i64 ord
 void VirtualTable::snapshot(i64 index, const std::vector<i32>& chain, Transaction& tx) {
   if (has_state(chain.back())) return;
   const i64 from = row_of_[index];
-  Guard guard(source_, from);
+  Sources sources(*this);
+  sources.add(from);
   const i64 to = pick_empty(tx);
   Guard second(copy_, to);
   drop_pages(to, tx);
@@ -177,7 +214,8 @@ bool VirtualTable::is_covered(i64 row, std::size_t from) const {
   const i64 most = index_.windows() == 0 ? PrefixIndex::kCandidates : 4;  // each is compared block by block
   for (i64 other = first_holder(holds.back().node); other >= 0 && looked < most; ++looked) {
     bool as_much = other != row;
-    for (i32 w = 0; as_much && w < index_.windows(); ++w) {  // also what windows at the first of these blocks' ends need
+    for (i32 w = 0; as_much && w < index_.windows();
+         ++w) {  // also what windows at the first of these blocks' ends need
       const GroupGeometry& group = geometry_.groups[index_.group_of(w)];
       const i64 tokens = static_cast<i64>(from + 1) * index_.block_tokens();
       i64 k = window_first(group, geometry_.tail_guard_tokens, tokens) / index_.block_tokens();
@@ -202,8 +240,7 @@ void VirtualTable::cut(i64 row, i64 from, Transaction& tx) {
   while (blocks_of(row) > from) forget_last(row, tx);
 }
 
-void VirtualTable::hold_all(i64 row, const std::vector<i32>& chain, i64 count, i64 index, bool state,
-                            Transaction& tx) {
+void VirtualTable::hold_all(i64 row, const std::vector<i32>& chain, i64 count, i64 index, bool state, Transaction& tx) {
   for (i64 k = 0; k < count; ++k) hold_noted(row, chain[k], index, state && k + 1 == count, tx);
 }
 

@@ -51,6 +51,7 @@ struct Row {
   i64 job = 0;                        // the mapper's job that maps part of it, 0 for none
   i64 slots = 0;                      // mapped, all arenas
   std::uint8_t maybe_shared = false;  // some page may be mapped elsewhere too
+  bool source = false;                // content is being taken from it: it must lose none meanwhile
   i32 state = kNoNode;                // the node at whose end its fixed state was copied
   std::vector<Hold> holds;            // its content, as far as it is known, block by block
   std::vector<Shown> shown;           // [block][window]; what groups without a window hold is always there
@@ -185,8 +186,8 @@ class VirtualRows : public PageTable {
   };
   Spare spare(i64 row, i64 g, i64 a) const;
 
-  // Bits of the windows that have all of the block mapped in the row, and that reach it in the sequence at `index`: what
-  // is mapped before that was never copied.
+  // Bits of the windows that have all of the block mapped in the row, and that reach it in the sequence at `index`:
+  // what is mapped before that was never copied.
   i64 mapped_windows(i64 row, i64 index, i64 ordinal) const;
   // The record by which the row shows the block no more.
   Op concealing(i64 row, i64 ordinal, i32 window) const {
@@ -282,11 +283,11 @@ class VirtualRows : public PageTable {
   i32 base_arena_ = 0;
   std::vector<i64> first_;  // first arena of each group, and one past the last
   std::vector<Row> rows_;
-  std::vector<i32> row_of_;  // by sequence, -1 while it holds nothing
-  std::vector<i32> holder_;  // by node: the first row that holds it, or -1
-  std::vector<i32> shower_;  // [node][window]: the first row that shows it, or -1
-  std::vector<i32> state_row_;  // by node, where there are states: the row that has a snapshot of it, or -1
-  std::unordered_map<i32, i32> pin_ends_;   // how many pins end there, of nodes at which some do
+  std::vector<i32> row_of_;                // by sequence, -1 while it holds nothing
+  std::vector<i32> holder_;                // by node: the first row that holds it, or -1
+  std::vector<i32> shower_;                // [node][window]: the first row that shows it, or -1
+  std::vector<i32> state_row_;             // by node, where there are states: the row that has a snapshot of it, or -1
+  std::unordered_map<i32, i32> pin_ends_;  // how many pins end there, of nodes at which some do
   // Whoever looks for a row or for pages asks these, never all rows.
   RowsBySlots empty_;                    // unbound rows without content
   IdList doubles_;                       // unbound rows whose last block another row holds too

@@ -8,8 +8,8 @@ namespace kvmem {
 
 // What nobody needs in parked rows first, the one that was freed longest ago leading: its fence has most likely
 // passed. Then what live rows hold beyond their need. Then second copies of cached blocks, and what the eviction order
-// says. Cost: a few steps for each row that gives something or has changed since it was last looked at. Only a call that
-// is about to be refused looks at all that are parked.
+// says. Cost: a few steps for each row that gives something or has changed since it was last looked at. Only a call
+// that is about to be refused looks at all that are parked.
 i64 VirtualTable::spill(i64 pages, bool content, Transaction& tx) {
   i64 freed = spill_list(parked_, pages, tx);
   freed += spill_list(bound_, pages - freed, tx);
@@ -56,7 +56,7 @@ i64 VirtualTable::spill_row(i64 row, i64 pages, Transaction& tx) {
     const Extent& e = extent(row, a);
     const Spare s = spare(row, g, a);
     const i64 before = owned_pages;
-    if (row != source_) {
+    if (!rows_[row].source) {
       unmap(row, a, s.from, s.to, rows_[row].fence, tx);
     } else {
       all = all && s.from == s.to;
@@ -110,7 +110,7 @@ bool VirtualTable::find_content(i64 row, i64 group, i64 a, i64 slot) {
   const i64 block_bytes = index_.block_tokens() * token_bytes(group, a);
   const i64 index = rows_[row].index;
   on_page_.clear();
-  if (row == source_ || row == copy_) return false;
+  if (rows_[row].source || row == copy_) return false;
   if (index >= 0 && slot >= low_slot(group, a, sequences_.front(index, group))) return false;
   const i64 last = std::min(blocks_of(row), ceil_div((slot + 1) * page_bytes(), block_bytes));
   for (i64 k = quotient(slot * page_bytes(), block_bytes); k < last; ++k) {
@@ -124,7 +124,7 @@ bool VirtualTable::find_content(i64 row, i64 group, i64 a, i64 slot) {
 
 bool VirtualTable::is_copy(i64 row) const {
   const Row& r = rows_[row];
-  return row != source_ && !r.holds.empty() && r.state != r.holds.back().node && is_covered(row, 0);
+  return !r.source && !r.holds.empty() && r.state != r.holds.back().node && is_covered(row, 0);
 }
 
 bool VirtualTable::is_spare(i64 row) const {
@@ -132,7 +132,7 @@ bool VirtualTable::is_spare(i64 row) const {
 }
 
 bool VirtualTable::can_lose(i64 row) const {
-  if (row == source_ || row == copy_ || !keeps_pins(row, 0)) return false;
+  if (rows_[row].source || row == copy_ || !keeps_pins(row, 0)) return false;
   for (i64 k = 0; k < blocks_of(row); ++k) {
     const i32 node = rows_[row].holds[k].node;
     if (index_.places(node) <= 1 && index_.used(node)) return false;

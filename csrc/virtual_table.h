@@ -59,6 +59,34 @@ class VirtualTable final : public VirtualRows {
    private:
     i64& place_;
   };
+  // Marks the rows that content is taken from, while it is.
+  class Sources {
+   public:
+    explicit Sources(VirtualTable& table) : table_(table) {}
+    ~Sources() {
+      for (i64 row : rows_) table_.rows_[row].source = false;
+    }
+    Sources(const Sources&) = delete;
+    Sources& operator=(const Sources&) = delete;
+    void add(i64 row) {
+      if (table_.rows_[row].source) return;
+      rows_.push_back(row);
+      table_.rows_[row].source = true;
+    }
+
+   private:
+    VirtualTable& table_;
+    std::vector<i64> rows_;
+  };
+  // The first block that a window needs of a sequence's first `tokens` tokens.
+  i64 first_needed(i32 window, i64 tokens) const {
+    const GroupGeometry& group = geometry_.groups[index_.group_of(window)];
+    return window_first(group, geometry_.tail_guard_tokens, tokens) / index_.block_tokens();
+  }
+  // The rows that what windows need is taken from: true if that is found.row alone, else one for each block, in
+  // source_of_.
+  bool find_sources(const Found& found, const std::vector<i32>& chain, Sources* sources);
+  void share_window(i64 to, i64 group, i64 first, i64 tokens, Transaction& tx);
   // True if the row shows what windows need of the first `tokens` tokens of the chain, which it holds.
   bool shows_windows(i64 row, const std::vector<i32>& chain, i64 tokens) const;
   bool shows_blocks(i64 row, i32 window, i64 from, i64 to) const;
@@ -141,8 +169,8 @@ class VirtualTable final : public VirtualRows {
 
   static constexpr i64 kNoRow = 0;  // where nothing is needed: no row with content has this number
   std::vector<i32> on_page_;        // what find_content() found
-  i64 source_ = -1;  // the row that content is taken from, while it is
-  i64 copy_ = -1;    // the row of no sequence that a snapshot is being made in
+  std::vector<i64> source_of_;      // [window][block]: what find_sources() found
+  i64 copy_ = -1;                   // the row of no sequence that a snapshot is being made in
 };
 
 }  // namespace kvmem

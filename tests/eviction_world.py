@@ -124,3 +124,46 @@ class World:
             order.append(named)
         assert not self.content
         return order
+
+
+class Looker:
+    """Puts a policy's released blocks in use and takes that back, as a call does that looks for what to evict and
+    passes some over, and one that fails. Blocks stand as chains of ``(parent, children)``; no time goes by.
+    """
+
+    def __init__(self, policy, rng: random.Random, *, chains: int, length: int) -> None:
+        self.policy, self.rng = policy, rng
+        policy.reserve(chains * length)
+        blocks = [(chain * length + i, i) for chain in range(chains) for i in range(length)]
+        for block, i in blocks:
+            policy.insert(block, 1000 + block, block - 1 if i else -1)
+        for first in rng.sample(range(chains), chains):
+            for i in reversed(range(length)):
+                policy.release(first * length + i)
+        self.released = {block for block, _ in blocks}
+
+    def order(self) -> list[int]:
+        """In which blocks would go. All are evicted for that, and come back."""
+        gone: list[int] = []
+        while (block := self.policy.victim()) >= 0:
+            self.policy.evict(block)
+            gone.append(block)
+        for block in reversed(gone):
+            self.policy.restore(block)
+        assert set(gone) == self.released
+        return gone
+
+    def look(self, count: int) -> None:
+        """Uses some of the next victims, or any blocks; evicts others, and takes it all back, last first."""
+        undo = []
+        for _ in range(count):
+            block = self.policy.victim()
+            if block < 0:
+                break
+            used = self.rng.random() < 0.6
+            if used and self.rng.random() < 0.5:
+                block = self.rng.choice(sorted(self.released - {b for _, b in undo}))
+            (self.policy.use if used else self.policy.evict)(block)
+            undo.append((self.policy.undo_use if used else self.policy.restore, block))
+        for take_back, block in reversed(undo):
+            take_back(block)

@@ -7,7 +7,7 @@ from collections import OrderedDict
 from pathlib import Path
 
 import pytest
-from eviction_world import World
+from eviction_world import Looker, World
 
 from kvmem import _core
 from kvmem.errors import SpecError
@@ -367,3 +367,62 @@ def test_calls_against_the_rules_are_refused():
     ):
         with pytest.raises(SpecError, match="block"):
             call()
+
+
+@pytest.mark.parametrize("retained", [False, True])
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_use_that_is_taken_back_leaves_the_order_as_it_was(rng, name, retained):
+    """Of victims and of any others, with evictions between them, in the reverse order."""
+    policy = _core.RetentionPolicy(name, lambda: 0.0) if retained else _core.EvictionPolicy(name)
+    looker = Looker(policy, rng, chains=12, length=4)
+    for block in rng.sample(range(48), 10) if retained else []:
+        policy.retain(block, rng.choice([10, 10, 50, 90]), 0)
+    before = looker.order()
+    for _ in range(200):
+        looker.look(rng.randint(1, 12))
+        assert looker.order() == before
+
+
+@pytest.mark.parametrize("retained", [False, True])
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_use_is_taken_back_though_others_have_gone(rng, name, retained):
+    """What was passed over is put back after evictions that stand: every block is named in the end."""
+    policy = _core.RetentionPolicy(name, lambda: 0.0) if retained else _core.EvictionPolicy(name)
+    for _ in range(60):
+        Looker(policy, rng, chains=8, length=4)
+        for block in rng.sample(range(32), 12) if retained else []:
+            policy.retain(block, rng.choice([10, 49, 51, 90]), 0)
+        aside = rng.sample(range(32), rng.randint(1, 12))
+        for block in aside:
+            policy.use(block)
+        gone = []
+        for _ in range(rng.randint(0, 20)):
+            if (block := policy.victim()) >= 0:
+                policy.evict(block)
+                gone.append(block)
+        for block in reversed(aside):
+            policy.undo_use(block)
+        while (block := policy.victim()) >= 0:
+            policy.evict(block)
+            gone.append(block)
+        assert sorted(gone) == list(range(32)), "a block was lost"
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_only_a_use_can_be_taken_back(name):
+    policy = _core.EvictionPolicy(name)
+    policy.reserve(1)
+    policy.insert(0, 7, -1)
+    for call in (lambda: None, lambda: policy.hit(0)):
+        call()
+        with pytest.raises(SpecError, match="no use"):
+            policy.undo_use(0)
+    policy.release(0)
+    policy.use(0)
+    policy.hit(0)
+    with pytest.raises(SpecError, match="no use"):
+        policy.undo_use(0)
+    policy.release(0)
+    policy.use(0)
+    policy.undo_use(0)
+    assert policy.victim() == 0

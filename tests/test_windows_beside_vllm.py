@@ -29,8 +29,6 @@ needs_vllm = pytest.mark.skipif(
     not (PEERS / "vllm").is_dir(), reason=f"vLLM is absent; install it with: {peers.PEERS[0].install(PEERS)}"
 )
 
-# To be taken away once what windows have passed stands in one order of release with everything else.
-one_order = pytest.mark.xfail(strict=False, reason="what windows have passed goes first, whatever it is worth")
 
 SLIDING = Model(full=0, sliding=1, window=128, pages=401, longest=4096)
 HYBRID = Model(full=1, sliding=1, window=128, pages=802, longest=4096)
@@ -69,7 +67,6 @@ def vllm() -> Callable[[Model, list[Step]], list[int]]:
     return found_by_vllm
 
 
-@one_order
 @pytest.mark.parametrize("policy", ["lru", "density"])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("model", [SLIDING, HYBRID], ids=["all sliding", "hybrid"])
@@ -90,7 +87,6 @@ def could_be_found(steps: list[Step], sessions: int) -> list[float]:
     return round_shares([length // BLOCK * BLOCK for length in lengths], steps, sessions)
 
 
-@one_order
 @pytest.mark.parametrize("policy", ["lru", "density"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_chats_that_grow_are_found_in_every_round(backend: str, policy: str) -> None:
@@ -101,7 +97,6 @@ def test_chats_that_grow_are_found_in_every_round(backend: str, policy: str) -> 
         assert share >= 0.95 * most, f"round {number}: {share:.0%} of the prompts found"
 
 
-@one_order
 @needs_vllm
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", MIXED)
