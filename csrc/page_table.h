@@ -31,7 +31,7 @@ struct Found {
 // Items that the eviction order passes over for a while, since evicting them would free nothing that is asked for.
 class Aside {
  public:
-  Aside(i32 arena, Transaction& tx) : arena_(arena), tx_(tx) {}
+  Aside(const PrefixIndex& index, i32 arena, Transaction& tx) : index_(index), arena_(arena), tx_(tx) {}
   bool full() const { return items_.size() >= kMost; }
   void add(Item x) {
     items_.push_back(x);
@@ -39,12 +39,15 @@ class Aside {
   }
   // Comes last. Where the transaction fails before, that takes them back.
   void put_back() {
-    for (auto x = items_.rbegin(); x != items_.rend(); ++x) tx_.push({OpKind::back, arena_, x->node, x->window});
+    for (auto x = items_.rbegin(); x != items_.rend(); ++x) {
+      if (index_.is_aside(*x)) tx_.push({OpKind::back, arena_, x->node, x->window});
+    }
     items_.clear();
   }
 
  private:
   static constexpr std::size_t kMost = 1024;  // so that a call stays short
+  const PrefixIndex& index_;
   const i32 arena_;
   Transaction& tx_;
   std::vector<Item> items_;
@@ -151,9 +154,17 @@ class PageTable : public PageOwner {
 
   // Evicts a node and all cached ones that continue it, ends first: nobody could find those without it.
   void forget(i32 node, Transaction& tx);
-  void evict_item(Item x, Transaction& tx) { x.window < 0 ? forget(x.node, tx) : evict_window(x.node, x.window, tx); }
+  void evict_item(Item x, Transaction& tx) {
+    if (x.window < 0) return forget(x.node, tx);
+    name_again(x, tx);
+    evict_window(x.node, x.window, tx);
+  }
 
  protected:
+  // What is about to be evicted is set aside no more: taken back, it then comes to where it stood.
+  void name_again(Item x, Transaction& tx) {
+    if (index_.is_aside(x)) tx.push({OpKind::back, static_cast<i32>(first_arena(0)), x.node, x.window});
+  }
   PageTable(PrefixIndex& index, const Geometry& geometry)
       : index_(index),
         groups_(static_cast<i64>(geometry.groups.size())),

@@ -188,7 +188,7 @@ class PagedTable final : public PagedBlocks {
 
   i64 spill(i64 pages, bool content, Transaction& tx) override {
     const i64 held = held_pages();
-    Aside aside(arena(0), tx);
+    Aside aside(index_, arena(0), tx);
     for (Item x; content && spare_pages_ - held < pages && (x = index_.victim()).node != kNoNode;) {
       if (free_page_of(x, tx)) continue;
       if (aside.full()) break;
@@ -361,7 +361,7 @@ class PagedTable final : public PagedBlocks {
   // block that is ready; of another it goes only if a page comes free by it.
   void make_ready(i64 group, i64 wanted, Transaction& tx) {
     Blocks& b = blocks_[group];
-    Aside aside(arena(0), tx);
+    Aside aside(index_, arena(0), tx);
     while (b.ready.empty() && !back_some(group, wanted, tx)) {
       const Item x = index_.victim();
       if (x.node == kNoNode) break;

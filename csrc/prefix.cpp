@@ -274,7 +274,7 @@ void PrefixIndex::place(i32 node, i64 group, bool undo) {
     if (undo) loose_.pop_back();
     if (whole_ && undo) {
       policy_->restore(item(node), n.key, parent_item(n));
-      if (n.users > 0 || n.aside) policy_->use(item(node));
+      if (n.users > 0) policy_->use(item(node));
     } else if (whole_) {
       policy_->insert(item(node), n.key, parent_item(n));
       if (n.users == 0) policy_->release(item(node));
@@ -288,7 +288,7 @@ void PrefixIndex::displace(i32 node, i64 group, bool undo) {
   const bool last = --n.places == 0;
   if (last) {
     if (whole_) {
-      if (!n.released || n.aside) policy_->release(item(node));
+      if (!n.released) policy_->release(item(node));
       policy_->evict(item(node), n.key, parent_item(n));
     }
     cached_ -= n.released;
@@ -311,7 +311,7 @@ void PrefixIndex::gain(i32 node, i32 window, bool undo) {
   cached_parts_[static_cast<std::size_t>(window)] += p.needs == 0;
   if (undo) {
     policy_->restore(id, part_key(node, window), kNoNode);
-    if (p.needs > 0 || p.aside) policy_->use(id);
+    if (p.needs > 0) policy_->use(id);
   } else {
     policy_->insert(id, part_key(node, window), kNoNode);
     if (p.needs == 0) policy_->release(id);
@@ -324,7 +324,7 @@ void PrefixIndex::lose(i32 node, i32 window, bool undo) {
   if (--p.places > 0) return;
   const i32 id = item(node, window);
   cached_parts_[static_cast<std::size_t>(window)] -= p.needs == 0;
-  if (p.needs > 0 || p.aside) policy_->release(id);
+  if (p.needs > 0) policy_->release(id);
   policy_->evict(id, part_key(node, window), kNoNode);
   note({node, group_of(window), false}, undo);
 }
@@ -343,21 +343,21 @@ void PrefixIndex::need_no_more(i32 node, i32 window, bool undo) {
 void PrefixIndex::set_aside(Item x) {
   if (x.window < 0) {
     nodes_[x.node].aside = true;
-    if (nodes_[x.node].places > 0) policy_->use(id_of(x));
   } else {
     part(x.node, x.window).aside = true;
-    if (has_window(x.node, x.window)) policy_->use(id_of(x));
   }
+  ++asides_;
+  policy_->use(id_of(x));
 }
 
 void PrefixIndex::put_back(Item x) {
   if (x.window < 0) {
     nodes_[x.node].aside = false;
-    if (nodes_[x.node].places > 0) policy_->undo_use(id_of(x));
   } else {
     part(x.node, x.window).aside = false;
-    if (has_window(x.node, x.window)) policy_->undo_use(id_of(x));
   }
+  --asides_;
+  policy_->undo_use(id_of(x));
 }
 
 void PrefixIndex::note_state(i32 node, bool stored, bool undo) {

@@ -191,8 +191,12 @@ class PrefixIndex {
 
   // The cached item to evict next, node kNoNode if there is none.
   Item victim() { return item_of(policy_->victim()); }
-  // victim() does not name it until put_back(), after which it stands where it stood, unless it was evicted meanwhile.
-  // In reverse order, if there are several; nobody comes to use it in between.
+  // victim() does not name it until put_back(), after which it stands where it stood; it is not evicted before that. In
+  // reverse order, if there are several; nobody comes to use it in between.
+  bool is_aside(Item x) const {
+    return asides_ > 0 && (x.window < 0 ? nodes_[x.node].aside : part(x.node, x.window).aside);
+  }
+  i64 asides() const { return asides_; }
   void set_aside(Item x);
   void put_back(Item x);
   // Blocks with memory that nobody uses: nodes, or what the first window has of some where no other group has any.
@@ -332,7 +336,7 @@ class PrefixIndex {
   std::vector<Told> told_;
   std::vector<i32> block_;  // tell() unpacks here
   const i64 least_nodes_;   // that are made room for at once
-  i64 linked_ = 0, in_buckets_ = 0, cached_ = 0, pinned_ = 0, evicted_ = 0;
+  i64 asides_ = 0, linked_ = 0, in_buckets_ = 0, cached_ = 0, pinned_ = 0, evicted_ = 0;
 };
 
 }  // namespace kvmem

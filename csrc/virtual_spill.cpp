@@ -21,7 +21,7 @@ i64 VirtualTable::spill(i64 pages, bool content, Transaction& tx) {
     }
   };
   spill_doubles(false, PrefixIndex::kCandidates);
-  Aside aside(arena(0), tx);
+  Aside aside(index_, arena(0), tx);
   for (Item x; freed < pages && (x = index_.victim()).node != kNoNode;) {
     const i64 now = x.window < 0 ? give_up(x.node, pages - freed, tx) : give_up_window(x, tx);
     freed += std::max(now, i64{0});
@@ -101,7 +101,7 @@ i64 VirtualTable::give_up_window(Item x, Transaction& tx) {
   if (best_a < 0) return -1;
   const i64 before = owned_pages;
   find_content(row, g, best_a, best_slot);
-  for (i32 node : std::vector<i32>(on_page_)) evict_window(node, x.window, tx);
+  for (i32 node : std::vector<i32>(on_page_)) evict_item({node, x.window}, tx);
   return before - owned_pages;
 }
 
@@ -190,7 +190,7 @@ i64 VirtualTable::empty_a_row(Transaction& tx) {
     cut(row, 0, tx);
     return row;
   }
-  Aside aside(arena(0), tx);
+  Aside aside(index_, arena(0), tx);
   for (Item x; (x = index_.victim()).node != kNoNode;) {
     const i64 row = x.window < 0 ? first_holder(x.node) : first_shower(x.node, x.window);
     if (rows_[row].index < 0 && can_lose(row)) {
