@@ -101,7 +101,7 @@ bool VirtualTable::find_sources(const Found& found, const std::vector<i32>& chai
 void VirtualTable::share_window(i64 to, i64 group, i64 first, i64 tokens, Transaction& tx) {
   const i64 size = index_.block_tokens(), end = ceil_div(tokens, size);
   const i64* const rows = source_of_.data() + index_.window_of(group) * end;
-  rows_[to].maybe_shared = true;
+  set_maybe_shared(to, true);
   for (i64 a = first_[group]; a < first_[group + 1]; ++a) {
     const i64 block_bytes = size * token_bytes(group, a), bytes = tokens * token_bytes(group, a);
     for (i64 slot = low_slot(group, a, first); slot < high_slot(group, a, tokens); ++slot) {
@@ -111,7 +111,7 @@ void VirtualTable::share_window(i64 to, i64 group, i64 first, i64 tokens, Transa
       const i64* const behind = rows + ceil_div(until, block_bytes);
       const bool whole = (slot + 1) * page_bytes() <= bytes;
       if (whole && std::all_of(begin, behind, [begin](i64 row) { return row == *begin; })) {
-        rows_[*begin].maybe_shared = true;
+        set_maybe_shared(*begin, true);
         tx.push({OpKind::map, arena(a), slot_of(to, group, a) + slot, extent(*begin, a).pages[slot], 1});
         continue;
       }
