@@ -35,6 +35,7 @@ VirtualRows::VirtualRows(const Geometry& geometry, PagePool& pool, const Sequenc
   scratch_pages_.assign(arenas_, -1);
   room_.assign(rows_.size() * groups_, -1);
   ready_.assign(rows_.size() * groups_, -1);
+  if (guarded_) finite_.assign(rows_.size() * groups_, Finite());
   copy_tail_.assign(row_of_.size() * groups_, 0);
   for (i64 row = 1; row < geometry.rows; ++row) {  // row 0 shows the trash blocks
     rows_[row].in_empty = empty_.emplace_hint(empty_.end(), 0, row);
@@ -84,6 +85,8 @@ void VirtualRows::apply(const Op& op, bool undo) {
     }
     row_of_[index] = static_cast<i32>(op.b);
     set_sequence(op.b, index);
+    if (guarded_) mark_dirty(op.b);
+    for (i64 g = 0; guarded_ && !undo && g < groups_; ++g) reset_cut(index, g);
     for (i32 w = 0; w < index_.windows(); ++w) need_blocks(op.b, w, first_block(index, w), blocks_of(op.b));
     forget_room_of(op.b, index);
   } else if (op.kind == OpKind::unbind) {
@@ -208,6 +211,15 @@ void VirtualRows::set_sequence(i64 row, i64 index) {
   file_double(row);
 }
 
+void VirtualRows::mark_dirty(i64 row) {
+  for (i64 g = 0; g < groups_; ++g) {
+    Finite& f = finite_[row * groups_ + g] = Finite();
+    for (i64 a = first_[g]; a < first_[g + 1]; ++a) {
+      f.dirty_to = std::max(f.dirty_to, ceil_div(extent(row, a).hi * page_bytes(), token_bytes(g, a)));
+    }
+  }
+}
+
 // Both put the row where its present state says, or nowhere.
 void VirtualRows::file_empty(i64 row) {
   Row& r = rows_[row];
@@ -237,6 +249,11 @@ void VirtualRows::finish(bool committed) {
     if (!committed) may_give(row);
   }
   given_.clear();
+  for (const auto& [at, to] : zeroed_) {
+    if (committed) finite_[at].to = to;
+  }
+  zeroed_.clear();
+  finish_cuts(committed);
   index_.finish(committed);
 }
 

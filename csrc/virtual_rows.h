@@ -55,6 +55,13 @@ struct Row {
   RowsBySlots::node_type entry;
 };
 
+// What a row came with lies behind its sequence's tokens: before `to` all of it is finite, in [to, dirty_to) it may be
+// anything, and behind that there are only pages that were zeroed when they were mapped. `to` may be too low and
+// `dirty_to` too high at any time, never the other way round. In tokens; of a row of no sequence it says nothing.
+struct Finite {
+  i64 to = 0, dirty_to = 0;
+};
+
 class VirtualRows : public PageTable {
  public:
   VirtualRows(const Geometry& geometry, PagePool& pool, const Sequences& sequences, PrefixIndex& index);
@@ -233,6 +240,19 @@ class VirtualRows : public PageTable {
     given_.push_back(row);
   }
 
+  // Whatever the row has mapped now may hold anything; and: all of it was zeroed, or is about to be.
+  void mark_dirty(i64 row);
+  void mark_finite(i64 row) {
+    if (guarded_) std::fill_n(&finite_[row * groups_], groups_, Finite());
+  }
+
+  // Of `room` tokens, how many have a guard behind them that is finite.
+  i64 finite_room(i64 row, i64 group, i64 room) const {
+    if (!guarded_) return room;
+    const Finite& f = finite_[row * groups_ + group];
+    return f.to >= f.dirty_to ? room : std::min(room, f.to - geometry_.tail_guard_tokens);
+  }
+
   // Tokens that need no further mapping. Kept per row; -1 where a mapping has changed since.
   i64 room(i64 row, i64 group) {
     i64& room = room_[row * groups_ + group];
@@ -271,6 +291,8 @@ class VirtualRows : public PageTable {
   std::vector<Extent> extents_;          // [row][arena]
   std::vector<i64> room_;                // [row][group]
   std::vector<i64> ready_;               // [row][group]: tokens that need nothing of the row's job, -1: it maps nothing
+  std::vector<Finite> finite_;           // [row][group]; empty without a guard
+  std::vector<std::pair<i64, i64>> zeroed_;  // what of it the transaction in progress moves on, and to where
   std::vector<std::uint8_t> copy_tail_;  // [sequence][group]: look whether the tail page is shared before writing
   std::vector<i64> scratch_pages_;       // by arena, -1 between calls
 
