@@ -146,9 +146,14 @@ class VirtualRows : public PageTable {
   Extent& extent(i64 row, i64 a) { return extents_[row * arenas_ + a]; }
   const Extent& extent(i64 row, i64 a) const { return extents_[row * arenas_ + a]; }
 
+  // None behind a state, which a kernel loads by itself.
+  i64 guard_tokens(i64 g) const {
+    return geometry_.groups[g].growth == Growth::fixed ? 0 : geometry_.tail_guard_tokens;
+  }
+
   // With the guard: a kernel that loads whole tiles does so for a padding row too.
   i64 trash_slots(i64 g, i64 a) const {
-    const i64 tokens = kTrashBlocks * geometry_.groups[g].block_tokens + geometry_.tail_guard_tokens;
+    const i64 tokens = kTrashBlocks * geometry_.groups[g].block_tokens + guard_tokens(g);
     return std::min(row_slots(g, a), ceil_div(tokens * token_bytes(g, a), page_bytes()));
   }
 
@@ -156,7 +161,7 @@ class VirtualRows : public PageTable {
 
   i64 high_slot(i64 g, i64 a, i64 tokens) const {
     if (tokens == 0) return 0;
-    const i64 bytes = (tokens + geometry_.tail_guard_tokens) * token_bytes(g, a);
+    const i64 bytes = (tokens + guard_tokens(g)) * token_bytes(g, a);
     return std::min(row_slots(g, a), ceil_div(bytes, page_bytes()));
   }
 
@@ -250,7 +255,7 @@ class VirtualRows : public PageTable {
   i64 finite_room(i64 row, i64 group, i64 room) const {
     if (!guarded_) return room;
     const Finite& f = finite_[row * groups_ + group];
-    return f.to >= f.dirty_to ? room : std::min(room, f.to - geometry_.tail_guard_tokens);
+    return f.to >= f.dirty_to ? room : std::min(room, f.to - guard_tokens(group));
   }
 
   // Tokens that need no further mapping. Kept per row; -1 where a mapping has changed since.
@@ -262,7 +267,7 @@ class VirtualRows : public PageTable {
     room = g.max_tokens;
     for (i64 a = first_[group]; a < first_[group + 1]; ++a) {
       const Extent& e = extent(row, a);
-      i64 here = quotient(e.hi * page_bytes(), token_bytes(group, a)) - geometry_.tail_guard_tokens;
+      i64 here = quotient(e.hi * page_bytes(), token_bytes(group, a)) - guard_tokens(group);
       const bool reached = e.count > 0 && e.solid <= low_slot(group, a, front);
       if (!reached) here = 0;
       if (!reached || e.hi < row_slots(group, a)) room = std::min(room, std::max(i64{0}, here));

@@ -50,7 +50,7 @@ void VirtualTable::grow(i64 index, i64 group, i64 old_tokens, i64 new_tokens, Tr
 }
 
 void VirtualTable::zero_ahead(i64 row, i64 group, i64 old_tokens, i64 new_tokens, Transaction& tx) {
-  const i64 guard = geometry_.tail_guard_tokens, at = row * groups_ + group;
+  const i64 guard = guard_tokens(group), at = row * groups_ + group;
   const Finite& f = finite_[at];
   if (f.to >= f.dirty_to || new_tokens + guard <= f.to) return;
   const i64 to = std::min(f.dirty_to, new_tokens + 2 * guard);
