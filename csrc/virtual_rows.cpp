@@ -214,6 +214,7 @@ void VirtualRows::set_sequence(i64 row, i64 index) {
 void VirtualRows::mark_dirty(i64 row) {
   for (i64 g = 0; g < groups_; ++g) {
     Finite& f = finite_[row * groups_ + g] = Finite();
+    if (geometry_.groups[g].growth == Growth::fixed) continue;  // nothing is promised behind a state
     for (i64 a = first_[g]; a < first_[g + 1]; ++a) {
       f.dirty_to = std::max(f.dirty_to, ceil_div(extent(row, a).hi * page_bytes(), token_bytes(g, a)));
     }
