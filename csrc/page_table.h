@@ -112,7 +112,8 @@ class PageTable : public PageOwner {
   virtual void on_front(i64 index, i64 group, i64 old_first, i64 first, bool undo) = 0;
   // The length has become less by another's decision: whether the tail is shared is to be seen before the next write.
   virtual void look_at_tail(i64 index, i64 group) = 0;
-  // The length has become less than `old_tokens`, or may have: what the sequence wrote from there on lies behind its end.
+  // The length has become less than `old_tokens`, or may have: what the sequence wrote from there on lies behind its
+  // end.
   void note_cut(i64 index, i64 group, i64 old_tokens) {
     if (!guarded_) return;
     i64& cut = cut_to_[index * groups_ + group];
@@ -120,9 +121,7 @@ class PageTable : public PageOwner {
     forget_room(index, group);
   }
   // True if tokens that it wrote and has cut off may lie behind the first `tokens`, where kernels load them.
-  bool has_cut(i64 index, i64 group, i64 tokens) const {
-    return guarded_ && cut_to_[index * groups_ + group] > tokens;
-  }
+  bool has_cut(i64 index, i64 group, i64 tokens) const { return guarded_ && cut_to_[index * groups_ + group] > tokens; }
   // Zeroes those, as far as nobody else reads them: another's tokens stay until the sequence grows and gets a copy.
   virtual void zero_cut(i64 index, i64 group, i64 tokens, Transaction& tx) = 0;
   // True if the mappings around those of `op` are as between calls: no holes, arenas in step.
@@ -197,7 +196,7 @@ class PageTable : public PageOwner {
   // [sequence][group]: tokens before it may have been written and cut off again. May be too high, never too low; empty
   // without a guard.
   std::vector<i64> cut_to_;
-  std::vector<i64> zeroed_cuts_;  // by the transaction in progress
+  std::vector<i64> zeroed_cuts_;   // by the transaction in progress
   std::vector<i64> ready_tokens_;  // [sequence][group]: what find_room() said
 };
 

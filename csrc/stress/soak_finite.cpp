@@ -32,8 +32,9 @@ void Side::compare_finite(Cache& in, const Live& l, i64 from, const char* where)
         const i64 slot = block * group.block_tokens + remainder(token, group.block_tokens);
         const auto* here = reinterpret_cast<const char*>(base + static_cast<Address>(slot * bytes));
         if (std::memcmp(here, zeroes.data(), zeroes.size()) == 0) continue;
-        throw Failure("finite: token " + std::to_string(token) + " of group " + std::to_string(g) + where + " lies behind " +
-                      std::to_string(from) + " tokens of " + name(l) + " and holds what somebody wrote");
+        throw Failure("finite: token " + std::to_string(token) + " of group " + std::to_string(g) + where +
+                      " lies behind " + std::to_string(from) + " tokens of " + name(l) +
+                      " and holds what somebody wrote");
       }
     }
   }
