@@ -21,7 +21,8 @@ class PagedTable final : public PagedBlocks {
 
   i64 find_room(i64 index, i64 group) override {
     const i64 tokens = sequences_.tokens(index, group);
-    return copy_tail_[index * groups_ + group] || has_cut(index, group, tokens) ? 0 : round_up(tokens, blocks_[group].tokens);
+    if (copy_tail_[index * groups_ + group] || has_cut(index, group, tokens)) return 0;
+    return round_up(tokens, blocks_[group].tokens);
   }
 
   void grow(i64 index, i64 group, i64 old_tokens, i64 new_tokens, Transaction& tx) override {

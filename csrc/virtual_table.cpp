@@ -14,7 +14,8 @@ namespace kvmem {
 
 i64 VirtualTable::find_room(i64 index, i64 group) {
   const i64 row = row_of_[index];
-  if (row < 0 || copy_tail_[index * groups_ + group] || has_cut(index, group, sequences_.tokens(index, group))) return 0;
+  if (row < 0 || copy_tail_[index * groups_ + group]) return 0;
+  if (has_cut(index, group, sequences_.tokens(index, group))) return 0;
   Row& r = rows_[row];
   if (r.job != 0) {
     // A job that failed is done as well; what it left out is taken back under the next settle().
