@@ -333,6 +333,7 @@ class Cache final : public TableState {
   [[noreturn]] void refuse_step(i64 handle, i64 g, i64 fresh) const;
   void check_rows(i64 rows, const GroupBuffers& group) const;
   [[noreturn]] void refuse_narrow(const char* field, i64 rows, i64 tokens) const;
+  void zero_cuts(i64 n, i64 g);
   BatchSizes write_batch(const i32* handles, i64 n, const i32* new_tokens, i64 g, i64 rows, const BatchBuffers& out,
                          BatchMarks& marks) const;
   bool can_share(i64 g) const;

@@ -32,6 +32,19 @@ void Cache::refuse_narrow(const char* field, i64 rows, i64 tokens) const {
                   " tokens pass an int32; give an int64 array, as Allocator.make_batch() does");
 }
 
+// Tokens that were cut off, and nothing has grown over since, are no kernel's to load.
+void Cache::zero_cuts(i64 n, i64 g) {
+  if (geometry_.tail_guard_tokens == 0) return;
+  const auto is_cut = [&](i64 index) { return table_->has_cut(index, g, sequences_.tokens(index, g)); };
+  if (std::none_of(indices_.begin(), indices_.begin() + n, is_cut)) return;
+  settle();
+  Transaction tx(*pool_, *this);
+  for (i64 i = 0; i < n; ++i) {
+    if (is_cut(indices_[i])) table_->zero_cut(indices_[i], g, sequences_.tokens(indices_[i], g), tx);
+  }
+  tx.commit();
+}
+
 void Cache::refuse_step(i64 handle, i64 g, i64 fresh) const {
   const i64 index = sequences_.index(handle);
   throw SpecError("a step of " + std::to_string(fresh) + " new tokens for sequence handle " + std::to_string(handle) +
@@ -166,6 +179,7 @@ void Cache::fill(const i32* handles, i64 n, const i32* new_tokens, i64 rows, Gro
     back_trash(groups, num_groups, tx);
     tx.commit();
   }
+  for (i64 k = 0; k < num_groups; ++k) zero_cuts(n, groups[k].group);
   write_batches(handles, n, new_tokens, rows, groups, num_groups);
 }
 

@@ -111,6 +111,7 @@ void Cache::check_mapped(const std::vector<Op>& ops) {
     }
     if ((op.kind == OpKind::length && op.b < op.c) || op.kind == OpKind::front) {  // it holds more than it needs now
       table_->look_at_tail(sequences_.place_of(op.a), op.at);
+      if (op.kind == OpKind::length) table_->note_cut(sequences_.place_of(op.a), op.at, op.c);
     }
     if ((op.kind == OpKind::map || op.kind == OpKind::unmap) && !table_->is_whole(op)) {
       throw SpecError("the ops lack a record: arena " + std::to_string(op.at) + " would be left mapped in part");

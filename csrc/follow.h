@@ -8,6 +8,7 @@
 //      number that the pool has ever been allowed.
 //   2. A write (zero, copy) goes to memory that nobody has: a page that the list has mapped from the free ones; a block
 //      that no table shows, or that the list has put into one table since; a row of no sequence, or bound by the list.
+//      What is zeroed may also lie behind the length of the one sequence that has it, the least it has had in the list.
 //      What the list has copied somewhere is not written again while somebody has it.
 //   3. Tokens that are live before the list and after it hold the same bytes after it as before, wherever they have
 //      moved: ByteLedger follows the copies. The one exception is a whole block that becomes committed and is replaced
@@ -47,12 +48,13 @@ class FollowedLengths {
     const i64 index = sequences_.index(op.a),
               tokens = op.kind == OpKind::length ? op.c : sequences_.tokens(index, op.at);
     const i64 front = op.kind == OpKind::front ? op.c : sequences_.front(index, op.at);
-    Seen& seen = seen_.try_emplace({op.a, op.at}, Seen{is_new ? 0 : tokens, front, 0}).first->second;
+    Seen& seen = seen_.try_emplace({op.a, op.at}, Seen{is_new ? 0 : tokens, front, 0, tokens}).first->second;
     if (op.kind == OpKind::front) {
       seen.front = std::max(seen.front, op.b);
     } else {
       seen.tokens = std::min(seen.tokens, op.b);
-      if (is_new && op.c == 0) seen.began = op.b;
+      if (is_new && op.c == 0) seen.began = seen.least = op.b;
+      seen.least = std::min(seen.least, op.b);
     }
   }
 
@@ -62,6 +64,12 @@ class FollowedLengths {
   i64 began(i64 handle, i64 group) const {
     const auto seen = seen_.find({handle, group});
     return seen == seen_.end() ? 0 : seen->second.began;
+  }
+
+  // The fewest tokens that a live sequence has had, counting one that the list has opened from when it got its first.
+  i64 least(i64 handle, i64 group) const {
+    const auto seen = seen_.find({handle, group});
+    return seen == seen_.end() ? sequences_.tokens(sequences_.index(handle), group) : seen->second.least;
   }
 
   // The tokens of a live sequence that were live before the list, and all the time since.
@@ -84,6 +92,7 @@ class FollowedLengths {
  private:
   struct Seen {
     i64 tokens, front, began;  // the fewest there were, the highest, and what the first record said
+    i64 least;                 // the fewest that there were since it began
   };
   const Sequences& sequences_;
   std::set<i64> opened_;

@@ -166,19 +166,35 @@ class PagedBlocks::Rules final : public FollowRules {
     return false;
   }
 
+  // True if the bytes lie in a block of one sequence alone, behind all that it has had.
+  bool is_behind(const Op& op) const {
+    const i64 a = op.at - table_.base_arena_, g = table_.group_of(a), bytes = table_.class_of(a).block_bytes;
+    const i64 block = op.a / bytes, within = op.a % bytes;
+    if (block < kTrashBlocks || within + op.b > bytes || refs(g, block) != 1) return false;
+    const Sequences& sequences = table_.sequences_;
+    for (i64 index = 0; index < sequences.capacity(); ++index) {
+      if (!sequences.live(index)) continue;
+      const i64 least = lengths_.least(sequences.handle_of(index), g), ordinal = least / tokens(g);
+      if (least % tokens(g) == 0 || table_.entry(index, g, ordinal) != block) continue;
+      return within >= least % tokens(g) * (bytes / tokens(g));
+    }
+    return false;
+  }
+
   void zeroed(const Op& op) {
     const i64 a = op.at - table_.base_arena_, g = table_.group_of(a), bytes = table_.class_of(a).block_bytes;
-    const bool is_block = op.a % bytes == 0 && op.b == bytes;
+    const bool behind = is_behind(op), is_block = behind || (op.a % bytes == 0 && op.b % bytes == 0);
     for (i64 at = op.a; at < op.a + op.b; at += page_bytes() - at % page_bytes()) {
       const i64 page = table_.pages_[a][at / page_bytes()];
       if (!is_block && (op.a % page_bytes() != 0 || op.b % page_bytes() != 0 || fresh_.count(page) == 0)) {
-        refuse("zero: neither a block nor pages that the list has mapped");
+        refuse("zero: neither blocks, nor what lies behind a sequence, nor pages that the list has mapped");
       }
       ledger_.erase(page * page_bytes() + at % page_bytes(),
                     std::min(op.a + op.b - at, page_bytes() - at % page_bytes()));
     }
     const i64 end = std::min(table_.blocks_[g].max_blocks, ceil_div(op.a + op.b, bytes));
     for (i64 block = op.a / bytes; block < end; ++block) {
+      if (behind) break;
       if (block >= kTrashBlocks && refs(g, block) > 0) refuse("zero: block " + std::to_string(block) + " is in use");
       forget(g, block);
     }

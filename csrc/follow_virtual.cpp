@@ -125,8 +125,17 @@ class VirtualRows::Rules final : public FollowRules {
     return page;
   }
 
+  // True if the page is one sequence's alone, and the bytes from `within` on lie behind all that it has had.
+  bool is_behind(const Place& at, i64 within) const {
+    const i64 index = sequence_at(at), g = rows_.group_of(at.a);
+    if (index < 0 || pool_.refs(page_at(at)) != 1) return false;
+    const i64 least = lengths_.least(rows_.sequences_.handle_of(index), g);
+    return at.slot * page_bytes() + within >= least * rows_.token_bytes(g, at.a);
+  }
+
   void zeroed(const Op& op) {
     each_page(op.at, op.a, op.b, [&](const Place& at, i64 within, i64 bytes) {
+      if (is_behind(at, within)) return ledger_.erase(page_at(at) * page_bytes() + within, bytes);
       const i64 page = written("zero", at, within, bytes, false);
       if (fresh_.count(page) == 0 && sequence_at(at) >= 0) {  // what the row came with is the sequence's own already
         const i64 g = rows_.group_of(at.a), index = sequence_at(at), from = at.slot * page_bytes() + within;

@@ -6,6 +6,7 @@
 // two kinds there are many in a step (hold, show): whoever decides them changes the state and notes the record.
 #pragma once
 
+#include <algorithm>
 #include <memory>
 #include <string>
 #include <vector>
@@ -114,6 +115,18 @@ class PageTable : public PageOwner {
   virtual void on_front(i64 index, i64 group, i64 old_first, i64 first, bool undo) = 0;
   // The length has become less by another's decision: whether the tail is shared is to be seen before the next write.
   virtual void look_at_tail(i64 index, i64 group) = 0;
+  // The length has become less than `old_tokens`, or may have: what the sequence wrote from there on lies behind its
+  // end.
+  void note_cut(i64 index, i64 group, i64 old_tokens) {
+    if (!guarded_) return;
+    i64& cut = cut_to_[index * groups_ + group];
+    cut = std::max(cut, old_tokens);
+    forget_room(index, group);
+  }
+  // True if tokens that it wrote and has cut off may lie behind the first `tokens`, where kernels load them.
+  bool has_cut(i64 index, i64 group, i64 tokens) const { return guarded_ && cut_to_[index * groups_ + group] > tokens; }
+  // Zeroes those, as far as nobody else reads them: another's tokens stay until the sequence grows and gets a copy.
+  virtual void zero_cut(i64 index, i64 group, i64 tokens, Transaction& tx) = 0;
   // True if the mappings around those of `op` are as between calls: no holes, arenas in step.
   virtual bool is_whole(const Op& op) const = 0;
   // The pages or blocks that tokens [from, end) lie in, and the one that `from` cuts, by arena: -1 for those that are
@@ -168,16 +181,35 @@ class PageTable : public PageOwner {
   PageTable(PrefixIndex& index, const Geometry& geometry)
       : index_(index),
         groups_(static_cast<i64>(geometry.groups.size())),
-        ready_tokens_(geometry.max_sequences * groups_, 0) {}
+        guarded_(geometry.tail_guard_tokens > 0),
+        ready_tokens_(geometry.max_sequences * groups_, 0) {
+    if (guarded_) cut_to_.assign(ready_tokens_.size(), 0);
+  }
   // How many tokens have room; 0 where something is to be done before the next token, whatever there is.
   virtual i64 find_room(i64 index, i64 group) = 0;
   // Called wherever find_room() might answer less than it did.
   void forget_room(i64 index, i64 group) { ready_tokens_[index * groups_ + group] = 0; }
 
+  i64 cut_to(i64 index, i64 group) const { return cut_to_[index * groups_ + group]; }
+  // The transaction zeroes all that was cut off. Until it is committed, the mark stays.
+  void forget_cut(i64 index, i64 group) { zeroed_cuts_.push_back(index * groups_ + group); }
+  void reset_cut(i64 index, i64 group) { cut_to_[index * groups_ + group] = 0; }  // it has no memory yet
+  void finish_cuts(bool committed) {
+    for (const i64 at : zeroed_cuts_) {
+      if (committed) cut_to_[at] = 0;
+    }
+    zeroed_cuts_.clear();
+  }
+
   PrefixIndex& index_;
   const i64 groups_;
+  const bool guarded_;  // what kernels load behind a length, in whole tiles, has to be finite
 
  private:
+  // [sequence][group]: tokens before it may have been written and cut off again. May be too high, never too low; empty
+  // without a guard.
+  std::vector<i64> cut_to_;
+  std::vector<i64> zeroed_cuts_;   // by the transaction in progress
   std::vector<i64> ready_tokens_;  // [sequence][group]: what find_room() said; derived
 };
 

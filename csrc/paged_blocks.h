@@ -94,10 +94,12 @@ class PagedBlocks : public PageTable {
   void on_content(const Op& op, bool undo) override;
   void finish(bool committed) override {
     if (!hidden_.empty()) wipe_hidden();
+    finish_cuts(committed);
     index_.finish(committed);
   }
   bool can_give_up(const Op& op) const override {
-    return block_of(static_cast<i32>(op.a), op.b) == op.c && blocks_[op.b].info[op.c].refs == 0;
+    const i32 node = static_cast<i32>(op.a);
+    return block_of(node, op.b) == op.c && (blocks_[op.b].info[op.c].refs == 0 || !index_.used(node));
   }
 
   i64 offset_bytes(i64 index, i64 group, i64 a, i64 token) const override {

@@ -20,15 +20,18 @@ class PagedTable final : public PagedBlocks {
   using PagedBlocks::PagedBlocks;
 
   i64 find_room(i64 index, i64 group) override {
-    return copy_tail_[index * groups_ + group] ? 0 : round_up(sequences_.tokens(index, group), blocks_[group].tokens);
+    const i64 tokens = sequences_.tokens(index, group);
+    if (copy_tail_[index * groups_ + group] || has_cut(index, group, tokens)) return 0;
+    return round_up(tokens, blocks_[group].tokens);
   }
 
   void grow(i64 index, i64 group, i64 old_tokens, i64 new_tokens, Transaction& tx) override {
     const Blocks& b = blocks_[group];
     if (copy_tail_[index * groups_ + group]) copy_tail(index, group, old_tokens, tx);
+    if (has_cut(index, group, new_tokens)) zero_cut(index, group, old_tokens, new_tokens, tx);
     const i64 end = ceil_div(new_tokens, b.tokens);
     for (i64 ordinal = ceil_div(old_tokens, b.tokens), n = 0; ordinal < end; ordinal += n) {
-      if (geometry_.zero == Zero::always || pool_.recording) {
+      if (pool_.recording) {
         set(index, group, ordinal, take(group, end - ordinal, tx), tx), n = 1;
       } else {
         n = take_run(index, group, ordinal, end - ordinal, tx);
@@ -36,8 +39,13 @@ class PagedTable final : public PagedBlocks {
     }
   }
 
+  void zero_cut(i64 index, i64 group, i64 tokens, Transaction& tx) override {
+    zero_cut(index, group, tokens, tokens, tx);
+  }
+
   void shrink(i64 index, i64 group, i64 old_tokens, i64 new_tokens, Transaction& tx) override {
     Blocks& b = blocks_[group];
+    note_cut(index, group, old_tokens);
     for (i64 ordinal = ceil_div(old_tokens, b.tokens); ordinal-- > ceil_div(new_tokens, b.tokens);) {
       set_fence(b, tx.fence());
       set(index, group, ordinal, 0, tx);
@@ -337,12 +345,32 @@ class PagedTable final : public PagedBlocks {
     Blocks& b = blocks_[group];
     if (b.ready.empty()) make_ready(group, wanted, tx);
     const i64 block = b.ready.first();
-    if (geometry_.zero == Zero::always) {
+    if (zeroes_blocks()) zero_blocks(b, block, 1, tx);
+    return block;
+  }
+
+  // Kernels that load whole tiles read a block to its end, and multiply what lies behind the length by 0.
+  bool zeroes_blocks() const { return guarded_ || geometry_.zero == Zero::always; }
+
+  void zero_blocks(const Blocks& b, i64 first, i64 n, Transaction& tx) {
+    for (const Class& c : b.classes) {
+      for (i64 a : c.arenas) tx.push({OpKind::zero, arena(a), first * c.block_bytes, n * c.block_bytes});
+    }
+  }
+
+  // Zeroes [tokens, end of what was cut off) in the block that `old_tokens` cut; any later one is new, and zero.
+  void zero_cut(i64 index, i64 group, i64 old_tokens, i64 tokens, Transaction& tx) {
+    const Blocks& b = blocks_[group];
+    const i64 end = std::min(cut_to(index, group), round_up(old_tokens, b.tokens));
+    if (tokens < end) {
+      const i64 block = entry(index, group, quotient(tokens, b.tokens)), first = remainder(tokens, b.tokens);
+      if (block < kTrashBlocks || b.info[block].refs > 1 || b.info[block].node != kNoNode) return;
       for (const Class& c : b.classes) {
-        for (i64 a : c.arenas) tx.push({OpKind::zero, arena(a), block * c.block_bytes, c.block_bytes});
+        const i64 token_bytes = c.block_bytes / b.tokens, at = block * c.block_bytes + first * token_bytes;
+        for (i64 a : c.arenas) tx.push({OpKind::zero, arena(a), at, (end - tokens) * token_bytes});
       }
     }
-    return block;
+    forget_cut(index, group);
   }
 
   // Entries from `first` on become the next ready blocks, `most` at most; returns how many.
@@ -354,6 +382,10 @@ class PagedTable final : public PagedBlocks {
     i32* const entries = &b.table[index * b.per_sequence + first];
     const i64 n = most == 1 ? take_ready(b, entries) : take_ready(b, most, entries);
     tx.note({OpKind::show, arena(0), index, first, n, group});
+    for (i64 i = 0, run = 0; zeroes_blocks() && i < n; i += run) {
+      for (run = 1; i + run < n && entries[i + run] == entries[i] + run;) ++run;
+      zero_blocks(b, entries[i], run, tx);
+    }
     return n;
   }
 

@@ -35,6 +35,7 @@ VirtualRows::VirtualRows(const Geometry& geometry, PagePool& pool, const Sequenc
   scratch_pages_.assign(arenas_, -1);
   room_.assign(rows_.size() * groups_, -1);
   ready_.assign(rows_.size() * groups_, -1);
+  if (guarded_) finite_.assign(rows_.size() * groups_, Finite());
   copy_tail_.assign(row_of_.size() * groups_, 0);
   for (i64 row = 1; row < geometry.rows; ++row) {  // row 0 shows the trash blocks
     rows_[row].in_empty = empty_.emplace_hint(empty_.end(), 0, row);
@@ -86,6 +87,8 @@ void VirtualRows::apply(const Op& op, bool undo) {
     }
     row_of_[index] = static_cast<i32>(op.b);
     set_sequence(op.b, index);
+    if (guarded_) mark_dirty(op.b);
+    for (i64 g = 0; guarded_ && !undo && g < groups_; ++g) reset_cut(index, g);
     for (i32 w = 0; w < index_.windows(); ++w) need_blocks(op.b, w, first_block(index, w), blocks_of(op.b));
     forget_room_of(op.b, index);
   } else if (op.kind == OpKind::unbind) {
@@ -210,6 +213,16 @@ void VirtualRows::set_sequence(i64 row, i64 index) {
   file_double(row);
 }
 
+void VirtualRows::mark_dirty(i64 row) {
+  for (i64 g = 0; g < groups_; ++g) {
+    Finite& f = finite_[row * groups_ + g] = Finite();
+    if (geometry_.groups[g].growth == Growth::fixed) continue;  // nothing is promised behind a state
+    for (i64 a = first_[g]; a < first_[g + 1]; ++a) {
+      f.dirty_to = std::max(f.dirty_to, ceil_div(extent(row, a).hi * page_bytes(), token_bytes(g, a)));
+    }
+  }
+}
+
 // Both put the row where its present state says, or nowhere.
 void VirtualRows::file_empty(i64 row) {
   Row& r = rows_[row];
@@ -232,6 +245,15 @@ void VirtualRows::file_double(i64 row) {
   } else {
     doubles_.remove(row);
   }
+}
+
+void VirtualRows::finish(bool committed) {
+  for (const auto& [at, to] : zeroed_) {
+    if (committed) finite_[at].to = to;
+  }
+  zeroed_.clear();
+  finish_cuts(committed);
+  index_.finish(committed);
 }
 
 void VirtualRows::change(const Op& op, bool mapped) {

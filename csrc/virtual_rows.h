@@ -60,6 +60,13 @@ struct Row {
   RowsBySlots::node_type entry;
 };
 
+// What a row came with lies behind its sequence's tokens: before `to` all of it is finite, in [to, dirty_to) it may be
+// anything, and behind that there are only pages that were zeroed when they were mapped. `to` may be too low and
+// `dirty_to` too high at any time, never the other way round. In tokens; of a row of no sequence it says nothing.
+struct Finite {
+  i64 to = 0, dirty_to = 0;
+};
+
 class VirtualRows : public PageTable {
  public:
   VirtualRows(const Geometry& geometry, PagePool& pool, const Sequences& sequences, PrefixIndex& index);
@@ -97,7 +104,7 @@ class VirtualRows : public PageTable {
   void on_map(const Op& op) override { change(op, true); }
   void on_unmap(const Op& op) override { change(op, false); }
   void on_content(const Op& op, bool undo) override;
-  void finish(bool committed) override { index_.finish(committed); }
+  void finish(bool committed) override;
   bool can_give_up(const Op& op) const override;
 
   i64 offset_bytes(i64 index, i64 group, i64 a, i64 token) const override {
@@ -145,9 +152,14 @@ class VirtualRows : public PageTable {
   Extent& extent(i64 row, i64 a) { return extents_[row * arenas_ + a]; }
   const Extent& extent(i64 row, i64 a) const { return extents_[row * arenas_ + a]; }
 
+  // None behind a state, which a kernel loads by itself.
+  i64 guard_tokens(i64 g) const {
+    return geometry_.groups[g].growth == Growth::fixed ? 0 : geometry_.tail_guard_tokens;
+  }
+
   // With the guard: a kernel that loads whole tiles does so for a padding row too.
   i64 trash_slots(i64 g, i64 a) const {
-    const i64 tokens = kTrashBlocks * geometry_.groups[g].block_tokens + geometry_.tail_guard_tokens;
+    const i64 tokens = kTrashBlocks * geometry_.groups[g].block_tokens + guard_tokens(g);
     return std::min(row_slots(g, a), ceil_div(tokens * token_bytes(g, a), page_bytes()));
   }
 
@@ -155,7 +167,7 @@ class VirtualRows : public PageTable {
 
   i64 high_slot(i64 g, i64 a, i64 tokens) const {
     if (tokens == 0) return 0;
-    const i64 bytes = (tokens + geometry_.tail_guard_tokens) * token_bytes(g, a);
+    const i64 bytes = (tokens + guard_tokens(g)) * token_bytes(g, a);
     return std::min(row_slots(g, a), ceil_div(bytes, page_bytes()));
   }
 
@@ -258,6 +270,19 @@ class VirtualRows : public PageTable {
     if (list.has(row)) list.remove(row);
   }
 
+  // Whatever the row has mapped now may hold anything; and: all of it was zeroed, or is about to be.
+  void mark_dirty(i64 row);
+  void mark_finite(i64 row) {
+    if (guarded_) std::fill_n(&finite_[row * groups_], groups_, Finite());
+  }
+
+  // Of `room` tokens, how many have a guard behind them that is finite.
+  i64 finite_room(i64 row, i64 group, i64 room) const {
+    if (!guarded_) return room;
+    const Finite& f = finite_[row * groups_ + group];
+    return f.to >= f.dirty_to ? room : std::min(room, f.to - guard_tokens(group));
+  }
+
   // Tokens that need no further mapping. Kept per row; -1 where a mapping has changed since.
   i64 room(i64 row, i64 group) {
     i64& room = room_[row * groups_ + group];
@@ -267,7 +292,7 @@ class VirtualRows : public PageTable {
     room = g.max_tokens;
     for (i64 a = first_[group]; a < first_[group + 1]; ++a) {
       const Extent& e = extent(row, a);
-      i64 here = quotient(e.hi * page_bytes(), token_bytes(group, a)) - geometry_.tail_guard_tokens;
+      i64 here = quotient(e.hi * page_bytes(), token_bytes(group, a)) - guard_tokens(group);
       const bool reached = e.count > 0 && e.solid <= low_slot(group, a, front);
       if (!reached) here = 0;
       if (!reached || e.hi < row_slots(group, a)) room = std::min(room, std::max(i64{0}, here));
@@ -295,6 +320,8 @@ class VirtualRows : public PageTable {
   std::vector<Extent> extents_;          // [row][arena]
   std::vector<i64> room_;                // [row][group]
   std::vector<i64> ready_;               // [row][group]: tokens that need nothing of the row's job, -1: it maps nothing
+  std::vector<Finite> finite_;           // [row][group]; empty without a guard
+  std::vector<std::pair<i64, i64>> zeroed_;  // what of it the transaction in progress moves on, and to where
   std::vector<std::uint8_t> copy_tail_;  // [sequence][group]: look whether the tail page is shared before writing
   std::vector<i64> scratch_pages_;       // by arena, -1 between calls
 

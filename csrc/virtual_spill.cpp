@@ -236,7 +236,9 @@ void VirtualTable::bind(i64 index, i64 tokens, Transaction& tx) {
   const i64 row = pick_row(tokens, tx);
   tx.push({OpKind::bind, 0, sequences_.handle_of(index), row});
   if (rows_[row].maybe_shared) drop_shared(row, tx);
-  if (geometry_.zero == Zero::always) zero_row(row, 0, tx);
+  if (geometry_.zero != Zero::always) return;
+  zero_row(row, 0, tx);
+  mark_finite(row);
 }
 
 void VirtualTable::zero_row(i64 row, i64 tokens, Transaction& tx) {
@@ -256,6 +258,7 @@ void VirtualTable::bind_empty(i64 index, Transaction& tx) {
   const i64 row = pick_empty(tx);
   tx.push({OpKind::bind, 0, sequences_.handle_of(index), row});
   drop_pages(row, tx);
+  mark_finite(row);
 }
 
 void VirtualTable::drop_pages(i64 row, Transaction& tx) {

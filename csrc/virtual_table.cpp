@@ -15,17 +15,18 @@ namespace kvmem {
 i64 VirtualTable::find_room(i64 index, i64 group) {
   const i64 row = row_of_[index];
   if (row < 0 || copy_tail_[index * groups_ + group]) return 0;
+  if (has_cut(index, group, sequences_.tokens(index, group))) return 0;
   Row& r = rows_[row];
   if (r.job != 0) {
     // A job that failed is done as well; what it left out is taken back under the next settle().
     if (r.job > pool_.mapper().done() || pool_.mapper().has_failed()) {
       const i64 ready = ready_[row * groups_ + group];
-      return ready >= 0 ? ready : room(row, group);
+      return finite_room(row, group, ready >= 0 ? ready : room(row, group));
     }
     r.job = 0;
     for (i64 g = 0; g < groups_; ++g) ready_[row * groups_ + g] = -1;
   }
-  return room(row, group);
+  return finite_room(row, group, room(row, group));
 }
 
 void VirtualTable::grow(i64 index, i64 group, i64 old_tokens, i64 new_tokens, Transaction& tx) {
@@ -44,11 +45,46 @@ void VirtualTable::grow(i64 index, i64 group, i64 old_tokens, i64 new_tokens, Tr
     }
     map(row, a, e.count == 0 ? lo : std::max(lo, e.hi), hi, tx);
   }
+  if (!guarded_) return;
+  if (has_cut(index, group, new_tokens)) zero_cut(index, group, new_tokens, tx);
+  zero_ahead(row, group, old_tokens, new_tokens, tx);
+}
+
+void VirtualTable::zero_ahead(i64 row, i64 group, i64 old_tokens, i64 new_tokens, Transaction& tx) {
+  const i64 guard = guard_tokens(group), at = row * groups_ + group;
+  const Finite& f = finite_[at];
+  if (f.to >= f.dirty_to || new_tokens + guard <= f.to) return;
+  const i64 to = std::min(f.dirty_to, new_tokens + 2 * guard);
+  zero_tokens(row, group, std::max(old_tokens, f.to), to, tx);
+  zeroed_.emplace_back(at, to);
+}
+
+void VirtualTable::zero_cut(i64 index, i64 group, i64 tokens, Transaction& tx) {
+  const i64 row = row_of_[index];
+  if (row < 0 || zero_tokens(row, group, tokens, cut_to(index, group), tx)) forget_cut(index, group);
+}
+
+bool VirtualTable::zero_tokens(i64 row, i64 group, i64 from, i64 to, Transaction& tx) {
+  bool all = true;
+  for (i64 a = first_[group]; a < first_[group + 1]; ++a) {
+    const Extent& e = extent(row, a);
+    const i64 first = from * token_bytes(group, a), end = std::min(to * token_bytes(group, a), e.hi * page_bytes());
+    const auto is_own = [&](i64 slot) { return e.pages[slot] >= 0 && pool_.refs(e.pages[slot]) <= 1; };
+    for (i64 slot = std::max(e.lo, first / page_bytes()); slot * page_bytes() < end; ++slot) {
+      const i64 begin = std::max(slot * page_bytes(), first);
+      while (slot * page_bytes() < end && is_own(slot)) ++slot;
+      const i64 stop = std::min(slot * page_bytes(), end);
+      if (begin < stop) tx.push({OpKind::zero, arena(a), slot_of(row, group, a) * page_bytes() + begin, stop - begin});
+      all = all && (slot * page_bytes() >= end || e.pages[slot] < 0);
+    }
+  }
+  return all;
 }
 
 void VirtualTable::shrink(i64 index, i64 group, i64 old_tokens, i64 new_tokens, Transaction& tx) {
   const i64 row = row_of_[index];
   if (row < 0) return;
+  note_cut(index, group, old_tokens);
   may_give(row);
   bool frees = false;
   for (i64 a = first_[group]; a < first_[group + 1]; ++a) {
@@ -135,7 +171,7 @@ void VirtualTable::copy_tail(i64 index, i64 group, i64 tokens, Transaction& tx) 
 void VirtualTable::replace_page(i64 row, i64 group, i64 a, i64 slot, i64 used_bytes, Transaction& tx) {
   const i64 scratch = geometry_.groups[group].arena_slots[a - first_[group]] - 1;
   const i64 here = slot_of(row, group, a) + slot, old = extent(row, a).pages[slot];
-  pool_.map_slots(*this, arena(a), scratch, 1, old, geometry_.zero, tx);
+  pool_.map_slots(*this, arena(a), scratch, 1, old, page_zero(), tx);
   const i64 fresh = scratch_pages_[a];
   tx.push({OpKind::copy, arena(a), scratch * page_bytes(), here * page_bytes(), used_bytes});
   const i64 fence = tx.new_fence();

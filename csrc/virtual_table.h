@@ -15,6 +15,7 @@ class VirtualTable final : public VirtualRows {
   i64 find_room(i64 index, i64 group) override;
   void grow(i64 index, i64 group, i64 old_tokens, i64 new_tokens, Transaction& tx) override;
   void shrink(i64 index, i64 group, i64 old_tokens, i64 new_tokens, Transaction& tx) override;
+  void zero_cut(i64 index, i64 group, i64 tokens, Transaction& tx) override;
   // Nothing is unmapped here: that would cost a driver call and a wait for every page a window leaves behind. The front
   // counts as parked from now on and goes when memory is short, in batches.
   void drop_front(i64 index, i64, i64, i64, Transaction& tx) override {
@@ -161,7 +162,14 @@ class VirtualTable final : public VirtualRows {
   // slot behind the last row, since the row's own address still shows the old page.
   void copy_tail(i64 index, i64 group, i64 tokens, Transaction& tx);
   void replace_page(i64 row, i64 group, i64 a, i64 slot, i64 used_bytes, Transaction& tx);
-  void map(i64 row, i64 a, i64 from, i64 to, Transaction& tx) { map(row, a, from, to, tx, geometry_.zero); }
+  // Zeroes what the row came with, as far as kernels may load it behind `new_tokens` or before those are written, and
+  // as much as the guard again, so that a step seldom has to.
+  void zero_ahead(i64 row, i64 group, i64 old_tokens, i64 new_tokens, Transaction& tx);
+  // Zeroes tokens [from, to) where pages are mapped that no other row shows; false if there are others.
+  bool zero_tokens(i64 row, i64 group, i64 from, i64 to, Transaction& tx);
+  // A guard is finite only if what is mapped for it is zeroed, this allocator's own pages too.
+  Zero page_zero() const { return guarded_ ? Zero::always : geometry_.zero; }
+  void map(i64 row, i64 a, i64 from, i64 to, Transaction& tx) { map(row, a, from, to, tx, page_zero()); }
   void map(i64 row, i64 a, i64 from, i64 to, Transaction& tx, Zero zero);
   void unmap(i64 row, i64 a, i64 from, i64 to, i64 fence, Transaction& tx);
 

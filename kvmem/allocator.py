@@ -66,8 +66,12 @@ class Allocator:
         tokens' worth with ``"all"`` (1 range), 256 with ``1`` (32), 512 with ``"none"`` (64).
     map_ahead_tokens: how far ahead of a sequence's growth a background thread maps (virtual). 0 turns it off. Default:
         CUDA 64, others 0.
-    tail_guard_tokens: how far past its length a sequence's memory stays mapped and finite, for kernels that load whole
-        tiles and mask afterwards. Default: CUDA 256, others 0.
+    tail_guard_tokens: how far past its length a sequence's memory can be loaded and is finite, for kernels that load
+        whole tiles and mask afterwards (0 * NaN is NaN). Virtual: so many tokens behind it in its row; paged: the rest
+        of its last block, behind which the table names block 0, which is zero. Above 0, memory is zeroed when a
+        sequence gets it, with any ``zero``, so reserved tokens are finite before they are written; what the sequence
+        wrote and has cut off is zeroed when it next grows or is in a batch, or, where another sequence reads it too,
+        when it grows. Not behind states of fixed size, nor padding rows of a batch. Default: CUDA 256, others 0.
     zero: ``"fresh"`` (default) zeroes a page that this allocator has not owned before; ``"always"`` also zeroes memory
         each time a sequence gets it, so that none sees another's; ``"never"``.
     prefix_cache: share the memory of tokens that sequences begin with alike, and keep it when they end, until memory is

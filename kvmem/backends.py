@@ -58,8 +58,9 @@ class VirtualBackend:
         step = group.block_size if group.growth == "fixed" else lcm(ROW_TOKENS, group.block_size)
         for token_bytes in layout.token_bytes:
             step = lcm(step, page // gcd(page, token_bytes))
-        # The trash blocks and the guard must fit in a row as well.
-        wanted = max(tokens + sizes.tail_guard_tokens, 2 * group.block_size)
+        # The trash blocks and the guard must fit in a row as well. Behind a state there is none.
+        guard = 0 if group.growth == "fixed" else sizes.tail_guard_tokens
+        wanted = max(tokens + guard, 2 * group.block_size)
         row_tokens = -(-wanted // step) * step
         row_slots = [row_tokens * token_bytes // page for token_bytes in layout.token_bytes]
         rows = 1 + sizes.max_sequences + sizes.cached_rows

@@ -29,6 +29,7 @@ class Device:
     """A device and its defaults. ``driver`` is None on ``"meta"``, which keeps the books only.
 
     tail_guard_tokens: how far past a sequence's length kernels may read (tiles of FlashAttention 3: up to 224 tokens).
+        0 where none do: a guard is zeroed, which costs.
     create_ahead: create all pages at once, because creating one costs (28 us on an H100).
     current_stream: asks torch for the calling thread's stream; None where there is nothing to ask.
     """

@@ -91,7 +91,7 @@ class Model:
             self.groups.append(
                 GroupRules(
                     group.growth, group.block_size, group.window_tokens or 0, longest, sizes, pieces,
-                    guard_tokens if virtual else 0, guard_tokens,
+                    guard_tokens if virtual and group.growth != "fixed" else 0, guard_tokens,
                 )
             )  # fmt: skip
         self.main = next((i for i, g in enumerate(self.groups) if g.growth == "token"), 0)

@@ -4,7 +4,7 @@
 // is compared with what it was.
 //
 //   soak [--backend paged|virtual] [--operations N] [--seconds S] [--seed N]
-//        [--without pins,events,stats,states]   leave these promises out
+//        [--without pins,events,stats,states,finite]   leave these promises out
 //        [--world N] [--shrink] [--trace]       run one world; with as few operations as show its failure; tell them
 //        [--check]                              everything is compared after each operation
 //        [--keep-going]                         go on after a failure
@@ -191,6 +191,7 @@ int run(int argc, char** argv) {
       options.promises.events = next.find("events") == std::string::npos;
       options.promises.stats = next.find("stats") == std::string::npos;
       options.promises.states = next.find("states") == std::string::npos;
+      options.promises.finite = next.find("finite") == std::string::npos;
     } else {
       return usage(argv[i - 1]);
     }

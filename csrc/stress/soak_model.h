@@ -40,6 +40,7 @@ struct Live {
   std::vector<i32> ids;      // of all tokens, those reserved but not committed too
   std::vector<u64> writers;  // of each
   i64 committed = 0;
+  i64 cut = 0;    // it may have written tokens up to here that it has cut off, since it last grew
   i64 known = 0;  // how many leading tokens the allocator knows the ids of
   std::vector<i64> fronts;
   std::vector<i32> script;  // what its next tokens are to be, as far as it reaches

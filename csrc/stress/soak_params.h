@@ -17,6 +17,7 @@ struct Promises {
   bool events = true;  // what the events say is cached is what match() finds
   bool stats = true;   // cached bytes are mapped, look-ups count admissions that happened
   bool states = true;  // a live sequence's snapshot and window are found right after they are made
+  bool finite = true;  // with a guard, nothing behind a sequence's tokens was written by anyone
 };
 
 struct Params {

@@ -275,6 +275,7 @@ void World::truncate(Random& random) {
   if (outcome != Outcome::done) return;
   if (keep < l->known) side_->remember(*l);
   l->state_ahead = l->state_ahead || keep < l->tokens();
+  l->cut = std::max(l->cut, l->tokens());
   l->ids.resize(keep), l->writers.resize(keep);
   l->committed = std::min(l->committed, keep), l->known = std::min(l->known, keep);
   l->script.clear(), l->script_at = 0;
@@ -291,7 +292,7 @@ void World::fork(Random& random) {
   if (outcome != Outcome::done) return after_refusal(random, Outcome::short_of_memory);
   note("as " + text(child));
   Live copy = *parent;
-  copy.handle = static_cast<i32>(child);
+  copy.handle = static_cast<i32>(child), copy.cut = 0;
   copy.state_ahead = copy.state_ahead || copy.due() > 0;
   copy.ids.resize(copy.committed), copy.writers.resize(copy.committed);
   if (random.one_in(2)) copy.script.clear(), copy.script_at = 0;

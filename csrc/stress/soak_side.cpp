@@ -78,6 +78,8 @@ void Side::write_next(Live& l, i64 count, Random& random) {
     l.has_state = true;
     write_state(l, l.committed);
   }
+  verify_finite(l, before);
+  if (l.tokens() > 0) l.cut = 0;  // of none, nothing is loaded
   const auto write = [](u64* at, u64 word) { *at = word; };
   for (Cache* in : {cache.get(), replica.get()}) {
     if (in) each_word(*in, l, write, before, false);
@@ -189,6 +191,7 @@ void Side::verify(const Live& l) {
   verify_lengths(l);
   compare_content(*cache, l, "");
   if (replica) compare_content(*replica, l, " in the replica");
+  verify_finite(l, l.tokens());
 }
 
 void Side::verify_all() {

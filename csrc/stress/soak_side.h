@@ -32,6 +32,8 @@ class Side {
   // --- what is, against what ought to be: Failure where they differ ---
   void verify(const Live& live);          // lengths, and every byte it may read
   void verify_lengths(const Live& live);  // lengths only
+  // Tokens from `from` on, and what kernels may load behind the last, as far as nobody has written it.
+  void verify_finite(const Live& live, i64 from);
   void verify_all();                      // all sequences, and that there are no others
   void verify_books();                    // check(), statistics
   void verify_pins();
@@ -68,6 +70,7 @@ class Side {
  private:
   template <class Touch>
   void each_word(kvmem::Cache& in, const Live& live, Touch touch, i64 from, bool states);
+  void compare_finite(kvmem::Cache& in, const Live& live, i64 from, const char* where);
   void compare_content(kvmem::Cache& in, const Live& live, const char* where);
   std::string name(const Live& live) const;
 

@@ -80,7 +80,7 @@ def check_strides(blocks: torch.Tensor) -> None:
 
 
 def check_guard(alloc: Allocator, guards: Mapping[str, int], kernel: str) -> None:
-    """``SpecError`` unless the allocator keeps mapped what ``kernel`` may touch past a sequence's end.
+    """``SpecError`` unless what ``kernel`` may touch past a sequence's end is mapped and finite.
 
     guards: the ``TAIL_GUARD_TOKENS`` of the kernel's module. On the CPU nothing of this matters; call it once, at
     start.
