@@ -35,7 +35,17 @@ struct PrefixOptions {
 };
 
 // Why a match is not longer.
-enum class MatchEnd : std::uint8_t { complete, short_block, other_salt, evicted, no_snapshot, window, never_seen, off };
+enum class MatchEnd : std::uint8_t {
+  complete,
+  short_block,
+  other_salt,
+  evicted,
+  no_snapshot,
+  window,
+  never_seen,
+  off,
+  block_sizes,  // those of the groups have no common multiple of kMostSharedTokens or fewer
+};
 
 struct PrefixMatch {
   i64 tokens = 0;
@@ -286,6 +296,7 @@ class Cache final : public TableState {
   };
   void split(std::vector<i64> places, i64 depth, i64 g, std::vector<Alike>* groups) const;
   void share_group(i64 parent, i64 child, i64 g, Transaction& tx);
+  // A block of the content index: a unit of whole blocks of every group (geometry.h).
   i64 block_tokens() const { return index_.block_tokens(); }
   i32* tail(i64 index) { return &tails_[index * tail_tokens_]; }
   // The tag of the block that begins at token `first`, null for none; good until the next call.
@@ -344,6 +355,7 @@ class Cache final : public TableState {
   const i64 groups_;
   const i64 token_group_;  // the first group that grows with the tokens, or 0
   const PrefixOptions prefix_;
+  const MatchEnd off_;       // why nothing is shared, if so
   const bool has_state_;     // some group is of fixed size
   const bool has_window_;    // some group has a sliding window
   const bool is_simple_;     // one group, which only grows; nothing is zeroed when it does

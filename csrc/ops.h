@@ -27,7 +27,8 @@ enum class OpKind : std::uint8_t {
   block,   // at = group, a = sequence handle, b = ordinal, c = new block, d = old block (0 is none)
   // What the content index of this allocator knows of memory. at = first arena. Stays within the deciding half.
   hold,   // a = node, b = group (paged) or row (virtual), c = block (paged) or 1 where the row has the fixed state too
-  evict,  // the inverse; both with d = 1 + w (virtual): only what the row has of it for window number w
+  evict,  // the inverse; both with d = 1 + w (virtual): only what the row has of it for window number w; or with d = p
+          // (paged): the block is part p of those that the node takes in the group
   shift,  // a = node, b = group, c = new block, d = old block: what it holds has been copied there (paged)
   // Many `block` records in one, for an allocator that records nothing. at = first arena. Paged.
   show,  // a = place of the sequence, b = first ordinal, c = count, d = group: what these entries say counts from now

@@ -37,6 +37,8 @@ struct Class {
 
 struct Blocks {
   i64 max_blocks = 0, tokens = 0, per_sequence = 0;
+  i64 unit = 0, parts = 1;  // tokens of a node, and how many of these blocks they are
+  i64 place = 0;            // of its first among the blocks of a node
   std::vector<BlockInfo> info;
   std::vector<std::uint8_t> backed;
   ReadyBlocks ready;
@@ -92,7 +94,7 @@ class PagedBlocks : public PageTable {
     index_.finish(committed);
   }
   bool can_give_up(const Op& op) const override {
-    return block_of(static_cast<i32>(op.a), op.b) == op.c && blocks_[op.b].info[op.c].refs == 0;
+    return block_of(static_cast<i32>(op.a), op.b, op.d) == op.c && !is_referenced(static_cast<i32>(op.a), op.b);
   }
 
   i64 offset_bytes(i64 index, i64 group, i64 a, i64 token) const override {
@@ -133,17 +135,30 @@ class PagedBlocks : public PageTable {
            (slot < c.hold_from || slot >= c.hold_to);
   }
 
-  // The block of a group that holds the node's tokens, 0 for none.
-  i32 block_of(i32 node, i64 g) const {
-    const std::size_t at = node * groups_ + g;
+  // The block of a group that holds the node's tokens, or the given part of them; 0 for none. All parts are there, or none.
+  i32 block_of(i32 node, i64 g, i64 part = 0) const {
+    const std::size_t at = node * stride_ + blocks_[g].place + part;
     return at < block_of_.size() ? block_of_[at] : 0;
   }
+  // Whether table entries refer to some block of the node.
+  bool is_referenced(i32 node, i64 g) const {
+    for (i64 part = 0; part < blocks_[g].parts; ++part) {
+      const i32 block = block_of(node, g, part);
+      if (block != 0 && blocks_[g].info[block].refs > 0) return true;
+    }
+    return false;
+  }
+  // Table entries [first, end) of a sequence of so many tokens are blocks of a node that it does not fill: those of them
+  // that others read are copied before it grows. So no block ever belongs to two nodes.
+  i64 first_of_tail(const Blocks& b, i64 tokens) const { return quotient(tokens, b.unit) * b.parts; }
+  i64 end_of_tail(const Blocks& b, i64 tokens) const { return ceil_div(tokens, b.tokens); }
   // The next ready block, or the next `most` as far as there are, become these entries; returns how many.
   i64 take_ready(Blocks& b, i32* entry);
   i64 take_ready(Blocks& b, i64 most, i32* entries);
-  // The node's tokens lie in the block from now on; and the inverse.
-  void hold(i64 g, i32 node, i32 block, bool undo);
-  void unhold(i64 g, i32 node, i32 block, bool undo);
+  // The node's tokens, or the given part of them, lie in the block from now on; and the inverse. The first part comes
+  // first and goes last: the index counts by it.
+  void hold(i64 g, i32 node, i32 block, i64 part, bool undo);
+  void unhold(i64 g, i32 node, i32 block, i64 part, bool undo);
   // The snapshot waits to be given up as the last of those that wait.
   void list_snapshot(Blocks& b, i64 block);
 
@@ -151,7 +166,8 @@ class PagedBlocks : public PageTable {
   PagePool& pool_;
   const Sequences& sequences_;
   i32 base_arena_ = 0;
-  std::vector<i32> block_of_;            // [node][group]
+  i64 stride_ = 0;                       // blocks of a node, all groups
+  std::vector<i32> block_of_;            // [node][group][part]
   std::vector<i64> first_;               // first arena of each group, and one past the last
   std::vector<Blocks> blocks_;           // by group
   std::vector<std::vector<i32>> pages_;  // [arena][slot], -1 where nothing is mapped

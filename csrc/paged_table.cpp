@@ -42,10 +42,11 @@ class PagedTable final : public PagedBlocks {
       b.fence = tx.fence();
       set(index, group, ordinal, 0, tx);
     }
-    // The block that the length now cuts is copied when the sequence next grows, so that truncating needs no memory.
-    if (remainder(new_tokens, b.tokens) == 0) return;
-    const i32 cut = entry(index, group, quotient(new_tokens, b.tokens));
-    if (b.info[cut].refs > 1 || b.info[cut].node != kNoNode) look_at_tail(index, group);
+    // The blocks of the node that the length now cuts are copied when the sequence next grows, so that truncating needs no memory.
+    for (i64 ordinal = first_of_tail(b, new_tokens); ordinal < end_of_tail(b, new_tokens); ++ordinal) {
+      const i32 cut = entry(index, group, ordinal);
+      if (b.info[cut].refs > 1 || b.info[cut].node != kNoNode) return look_at_tail(index, group);
+    }
   }
 
   void drop_front(i64 index, i64 group, i64 old_first, i64 first, Transaction& tx) override {
@@ -58,15 +59,15 @@ class PagedTable final : public PagedBlocks {
 
   void share(i64 parent, i64 child, i64 group, i64 first, i64 tokens, Transaction& tx) override {
     const Blocks& b = blocks_[group];
-    const i64 whole = quotient(tokens, b.tokens);
-    for (i64 ordinal = quotient(first, b.tokens); ordinal < whole; ++ordinal) {
+    const i64 tail = first_of_tail(b, tokens), end = end_of_tail(b, tokens);
+    for (i64 ordinal = quotient(first, b.tokens); ordinal < tail; ++ordinal) {
       set(child, group, ordinal, entry(parent, group, ordinal), tx);
     }
-    const i64 tail = remainder(tokens, b.tokens);
-    if (tail == 0) return;
-    const i64 fresh = take(group, 1, tx);
-    set(child, group, whole, fresh, tx);
-    copy_block(group, entry(parent, group, whole), fresh, tail, tx);
+    for (i64 ordinal = tail; ordinal < end; ++ordinal) {
+      const i64 fresh = take(group, end - ordinal, tx);
+      set(child, group, ordinal, fresh, tx);
+      copy_block(group, entry(parent, group, ordinal), fresh, std::min(b.tokens, tokens - ordinal * b.tokens), tx);
+    }
   }
 
   i64 find_row(const std::vector<i32>&, i64) const override { return 0; }
@@ -85,16 +86,22 @@ class PagedTable final : public PagedBlocks {
     const KeptSnapshots kept(*this, chain[tail > 0 ? whole : whole - 1]);
     for (i64 g = 0; g < groups_; ++g) {
       if (geometry_.groups[g].growth == Growth::fixed) continue;
-      for (i64 ordinal = quotient(sequences_.front(index, g), block_tokens()); ordinal < whole; ++ordinal) {
-        set(index, g, ordinal, block_of(chain[ordinal], g), tx);
+      const i64 parts = blocks_[g].parts;
+      for (i64 node = quotient(sequences_.front(index, g), block_tokens()); node < whole; ++node) {
+        for (i64 part = 0; part < parts; ++part) {
+          set(index, g, node * parts + part, block_of(chain[node], g, part), tx);
+        }
       }
     }
     for (i64 g = 0; g < groups_; ++g) {
+      const Blocks& b = blocks_[g];
       const bool state = geometry_.groups[g].growth == Growth::fixed;
-      if (!state && tail == 0) continue;
-      const i64 fresh = take(g, 1, tx);
-      set(index, g, state ? 0 : whole, fresh, tx);
-      copy_block(g, block_of(chain[state ? whole - 1 : whole], g), fresh, state ? 1 : tail, tx);
+      const i64 parts = state ? 1 : ceil_div(tail, b.tokens), node = chain[state ? whole - 1 : whole];
+      for (i64 part = 0; part < parts; ++part) {
+        const i64 fresh = take(g, parts - part, tx);
+        set(index, g, state ? 0 : whole * b.parts + part, fresh, tx);
+        copy_block(g, block_of(node, g, part), fresh, state ? 1 : std::min(b.tokens, tail - part * b.tokens), tx);
+      }
     }
   }
 
@@ -104,16 +111,10 @@ class PagedTable final : public PagedBlocks {
   void publish(const std::vector<Published>& blocks, Transaction& tx) override {
     for (i64 g = 0; g < groups_; ++g) {
       if (geometry_.groups[g].growth != Growth::token) continue;
+      const i64 parts = blocks_[g].parts;
       for (const Published& p : blocks) {
-        const i32 own = entry(p.index, g, p.ordinal), cached = block_of(p.node, g);
-        if (own == 0 || own == cached) continue;
-        if (cached == 0) {
-          hold(g, p.node, own, false);
-          tx.note({OpKind::hold, arena(0), p.node, g, own});
-        } else {
-          blocks_[g].fence = tx.fence();
-          set(p.index, g, p.ordinal, cached, tx);
-        }
+        if (parts > 1 && entry(p.index, g, (p.ordinal + 1) * parts - 1) == 0) continue;
+        for (i64 part = 0; part < parts; ++part) publish_part(p, g, part, tx);
       }
     }
   }
@@ -122,13 +123,12 @@ class PagedTable final : public PagedBlocks {
 
   void evict(i32 node, Transaction& tx) override {
     for (i64 g = 0; g < groups_; ++g) {
-      if (const i32 block = block_of(node, g)) tx.push({OpKind::evict, arena(0), node, g, block});
+      if (block_of(node, g) != 0) evict_of(node, g, tx);
     }
   }
 
   void evict_window(i32 node, i32 window, Transaction& tx) override {
-    const i64 g = index_.group_of(window);
-    tx.push({OpKind::evict, arena(0), node, g, block_of(node, g)});
+    evict_of(node, index_.group_of(window), tx);
   }
 
   void offer(i32 node) override {
@@ -198,6 +198,25 @@ class PagedTable final : public PagedBlocks {
 
  private:
   i64 block_tokens() const { return index_.block_tokens(); }
+
+  void publish_part(const Published& p, i64 g, i64 part, Transaction& tx) {
+    const i64 ordinal = p.ordinal * blocks_[g].parts + part;
+    const i32 own = entry(p.index, g, ordinal), cached = block_of(p.node, g, part);
+    if (own == 0 || own == cached) return;
+    if (cached == 0) {
+      hold(g, p.node, own, part, false);
+      tx.note({OpKind::hold, arena(0), p.node, g, own, part});
+    } else {
+      blocks_[g].fence = tx.fence();
+      set(p.index, g, ordinal, cached, tx);
+    }
+  }
+
+  void evict_of(i32 node, i64 g, Transaction& tx) {
+    for (i64 part = blocks_[g].parts; part-- > 0;) {
+      tx.push({OpKind::evict, arena(0), node, g, block_of(node, g, part), part});
+    }
+  }
 
   // Takes the snapshots of a node out of the lists of those that may be given up, for a while.
   class KeptSnapshots {
@@ -290,12 +309,14 @@ class PagedTable final : public PagedBlocks {
     i32 window = -1;
     for (i64 g = 0; g < groups_; ++g) {
       const Blocks& b = blocks_[g];
-      const i32 block = block_of(x.node, g);
-      if (block == 0 || (x.window >= 0 ? b.window != x.window : b.window >= 0)) continue;
-      for (const Class& c : b.classes) {
-        for (i64 slot = first_slot(c, block); slot < end_slot(c, block) && least.size() != 1; ++slot) {
-          if (!find_content(b, c, slot) || (!least.empty() && on_page_.size() >= least.size())) continue;
-          least = on_page_, window = b.window;
+      if (block_of(x.node, g) == 0 || (x.window >= 0 ? b.window != x.window : b.window >= 0)) continue;
+      for (i64 part = 0; part < b.parts; ++part) {
+        const i32 block = block_of(x.node, g, part);
+        for (const Class& c : b.classes) {
+          for (i64 slot = first_slot(c, block); slot < end_slot(c, block) && least.size() != 1; ++slot) {
+            if (!find_content(b, c, slot) || (!least.empty() && on_page_.size() >= least.size())) continue;
+            least = on_page_, window = b.window;
+          }
         }
       }
     }
@@ -316,6 +337,10 @@ class PagedTable final : public PagedBlocks {
       if (node == kNoNode) continue;
       if (b.window >= 0 ? index_.needs(node, b.window) > 0 : index_.used(node)) return false;
       on_page_.push_back(node);
+    }
+    if (b.parts > 1) {  // a node may have several blocks here
+      std::sort(on_page_.begin(), on_page_.end());
+      on_page_.erase(std::unique(on_page_.begin(), on_page_.end()), on_page_.end());
     }
     if (b.window >= 0) return true;
     std::sort(on_page_.begin(), on_page_.end(), [this](i32 p, i32 q) { return index_.ordinal(p) > index_.ordinal(q); });
@@ -455,22 +480,30 @@ class PagedTable final : public PagedBlocks {
   }
 
   void copy_tail(i64 index, i64 group, i64 tokens, Transaction& tx) {
-    Blocks& b = blocks_[group];
-    const i64 ordinal = quotient(tokens, b.tokens), tail = remainder(tokens, b.tokens);
-    const i32 old = tail == 0 ? 0 : entry(index, group, ordinal);
-    if (old == 0 || (b.info[old].refs <= 1 && b.info[old].node == kNoNode)) {
-      copy_tail_[index * groups_ + group] = 0;  // the other user has gone
-      return;
+    const Blocks& b = blocks_[group];
+    bool shared = false;
+    for (i64 ordinal = first_of_tail(b, tokens); ordinal < end_of_tail(b, tokens); ++ordinal) {
+      shared = copy_shared(index, group, ordinal, std::min(b.tokens, tokens - ordinal * b.tokens), tx) || shared;
     }
+    // Else the flag stays set, so that a transaction taken back finds it set again; the next call clears it.
+    if (!shared) copy_tail_[index * groups_ + group] = 0;  // the other user has gone
+  }
+
+  // False if nobody else reads the block of a tail, `tokens` of which are the sequence's.
+  bool copy_shared(i64 index, i64 group, i64 ordinal, i64 tokens, Transaction& tx) {
+    Blocks& b = blocks_[group];
+    const i32 old = entry(index, group, ordinal);
+    if (old == 0 || (b.info[old].refs <= 1 && b.info[old].node == kNoNode)) return false;
     if (b.info[old].refs <= 1 && !index_.used(b.info[old].node) && b.ready.empty() &&
         !has_room_for(b, unbacked(group))) {
-      return forget(b.info[old].node, tx);  // rather than another cached block, or failing
+      forget(b.info[old].node, tx);  // rather than another cached block, or failing
+      return true;
     }
-    // The flag stays set, so that a transaction taken back finds it set again; the next call clears it.
     const i64 fresh = take(group, 1, tx);
     set(index, group, ordinal, fresh, tx);
-    copy_block(group, old, fresh, tail, tx);
+    copy_block(group, old, fresh, tokens, tx);
     if (b.info[old].refs == 0) b.fence = tx.new_fence();  // behind the copy: the block may go, and its page
+    return true;
   }
 
   void copy_block(i64 group, i64 from, i64 to, i64 tokens, Transaction& tx) {

@@ -23,8 +23,9 @@ Tokens: TypeAlias = Sequence[int] | np.ndarray | torch.Tensor
 
 #: Why a match is not longer, in the order of ``MatchEnd`` in csrc/cache.h.
 Reason: TypeAlias = Literal[
-    "complete", "shorter than a block", "other salt", "evicted", "no snapshot", "window passed", "never seen", "off"
-]
+    "complete", "shorter than a block", "other salt", "evicted", "no snapshot", "window passed", "never seen", "off",
+    "block sizes",
+]  # fmt: skip
 
 
 Answer = TypeVar("Answer")
@@ -41,7 +42,8 @@ class PrefixMatch:
         block are left; ``"other salt"``: another salt or extra key has more; ``"evicted"``: it was cached and given up
         (remembered for the last thousands of blocks); ``"no snapshot"``: the model has a state of fixed size, and none
         was kept further on; ``"window passed"``: a sliding window needs blocks that are gone; ``"never seen"``;
-        ``"off"``: this allocator shares nothing.
+        ``"off"``: this allocator shares nothing; ``"block sizes"``: nor does this one, since the block sizes of the
+        spec's groups have no common multiple of at most 4,096 tokens.
     """
 
     num_tokens: int
