@@ -355,10 +355,10 @@ class Cache final : public TableState {
   const i64 groups_;
   const i64 token_group_;  // the first group that grows with the tokens, or 0
   const PrefixOptions prefix_;
-  const MatchEnd off_;       // why nothing is shared, if so
-  const bool has_state_;     // some group is of fixed size
-  const bool has_window_;    // some group has a sliding window
-  const bool is_simple_;     // one group, which only grows; nothing is zeroed when it does
+  const MatchEnd off_;     // why nothing is shared, if so
+  const bool has_state_;   // some group is of fixed size
+  const bool has_window_;  // some group has a sliding window
+  const bool is_simple_;   // one group, which only grows; nothing is zeroed when it does
   Sequences sequences_;
   PrefixIndex index_;
   std::unique_ptr<PageTable> table_;

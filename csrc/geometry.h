@@ -63,8 +63,8 @@ struct Geometry {
 // their sizes. Where sizes differ, a longer unit than this is not worth its memory: nothing is shared then.
 constexpr i64 kMostSharedTokens = 4096;
 
-// Tokens of such a unit; 0 if there is none. What is fixed after prefill depends on an input that the tokens do not tell,
-// so a model with such a group has none either; `*sizes`: whether that is due to block sizes alone.
+// Tokens of such a unit; 0 if there is none. What is fixed after prefill depends on an input that the tokens do not
+// tell, so a model with such a group has none either; `*sizes`: whether that is due to block sizes alone.
 i64 shared_unit(const Geometry& geometry, bool* sizes = nullptr);
 // With the unit noted in each group that grows with the tokens, or with none.
 Geometry with_unit(Geometry geometry, i64 unit);

@@ -42,8 +42,8 @@ struct Blocks {
   std::vector<BlockInfo> info;
   std::vector<std::uint8_t> backed;
   ReadyBlocks ready;
-  i32 window = -1;    // its number among the groups with a sliding window
-  IdList snapshots;   // of a fixed state at tokens that are in use: no table entry refers to them
+  i32 window = -1;   // its number among the groups with a sliding window
+  IdList snapshots;  // of a fixed state at tokens that are in use: no table entry refers to them
   std::vector<Class> classes;
   i64 kept = 0;               // cached blocks that nobody refers to
   i64 cursor = kTrashBlocks;  // no unbacked block lies below
@@ -135,7 +135,8 @@ class PagedBlocks : public PageTable {
            (slot < c.hold_from || slot >= c.hold_to);
   }
 
-  // The block of a group that holds the node's tokens, or the given part of them; 0 for none. All parts are there, or none.
+  // The block of a group that holds the node's tokens, or the given part of them; 0 for none. All parts are there, or
+  // none.
   i32 block_of(i32 node, i64 g, i64 part = 0) const {
     const std::size_t at = node * stride_ + blocks_[g].place + part;
     return at < block_of_.size() ? block_of_[at] : 0;
@@ -148,8 +149,8 @@ class PagedBlocks : public PageTable {
     }
     return false;
   }
-  // Table entries [first, end) of a sequence of so many tokens are blocks of a node that it does not fill: those of them
-  // that others read are copied before it grows. So no block ever belongs to two nodes.
+  // Table entries [first, end) of a sequence of so many tokens are blocks of a node that it does not fill: those of
+  // them that others read are copied before it grows. So no block ever belongs to two nodes.
   i64 first_of_tail(const Blocks& b, i64 tokens) const { return quotient(tokens, b.unit) * b.parts; }
   i64 end_of_tail(const Blocks& b, i64 tokens) const { return ceil_div(tokens, b.tokens); }
   // The next ready block, or the next `most` as far as there are, become these entries; returns how many.

@@ -42,7 +42,8 @@ class PagedTable final : public PagedBlocks {
       b.fence = tx.fence();
       set(index, group, ordinal, 0, tx);
     }
-    // The blocks of the node that the length now cuts are copied when the sequence next grows, so that truncating needs no memory.
+    // The blocks of the node that the length now cuts are copied when the sequence next grows, so that truncating needs
+    // no memory.
     for (i64 ordinal = first_of_tail(b, new_tokens); ordinal < end_of_tail(b, new_tokens); ++ordinal) {
       const i32 cut = entry(index, group, ordinal);
       if (b.info[cut].refs > 1 || b.info[cut].node != kNoNode) return look_at_tail(index, group);
@@ -127,9 +128,7 @@ class PagedTable final : public PagedBlocks {
     }
   }
 
-  void evict_window(i32 node, i32 window, Transaction& tx) override {
-    evict_of(node, index_.group_of(window), tx);
-  }
+  void evict_window(i32 node, i32 window, Transaction& tx) override { evict_of(node, index_.group_of(window), tx); }
 
   void offer(i32 node) override {
     for (i64 g = 0; g < groups_; ++g) {
@@ -161,7 +160,7 @@ class PagedTable final : public PagedBlocks {
   void close(i64 index, Transaction& tx) override {
     for (i64 g = 0; g < groups_; ++g) {
       Blocks& b = blocks_[g];  // copy_tail_ stays: it only asks to look, and this may yet be taken back
-      forget_room(index, g);  // also where it refers to no block: the next sequence at this place has none either
+      forget_room(index, g);   // also where it refers to no block: the next sequence at this place has none either
       if (sequences_.tokens(index, g) == 0) continue;
       b.fence = tx.fence();
       const i64 first = quotient(sequences_.front(index, g), b.tokens);
@@ -280,8 +279,8 @@ class PagedTable final : public PagedBlocks {
 
   bool has_state(i64 g) const { return geometry_.groups[g].growth == Growth::fixed; }
 
-  // Evicts the next item of the eviction order; after all of them, snapshots of tokens that are in use. False if there is
-  // nothing left.
+  // Evicts the next item of the eviction order; after all of them, snapshots of tokens that are in use. False if there
+  // is nothing left.
   bool evict_next(Transaction& tx) {
     const Item x = index_.victim();
     if (x.node == kNoNode) return evict_snapshot(tx);
@@ -324,8 +323,8 @@ class PagedTable final : public PagedBlocks {
     return !least.empty();
   }
 
-  // What is cached on the page at a slot, in on_page_, a block before those it continues; false where that cannot all be
-  // evicted without losing more.
+  // What is cached on the page at a slot, in on_page_, a block before those it continues; false where that cannot all
+  // be evicted without losing more.
   bool find_content(const Blocks& b, const Class& c, i64 slot) {
     constexpr i64 kMostOnPage = 512;  // else too much would be lost by chance
     on_page_.clear();
@@ -344,8 +343,11 @@ class PagedTable final : public PagedBlocks {
     }
     if (b.window >= 0) return true;
     std::sort(on_page_.begin(), on_page_.end(), [this](i32 p, i32 q) { return index_.ordinal(p) > index_.ordinal(q); });
-    const auto is_here = [this](i32 node) { return std::find(on_page_.begin(), on_page_.end(), node) != on_page_.end(); };
-    return std::all_of(on_page_.begin(), on_page_.end(), [&](i32 node) { return index_.all_cached_children(node, is_here); });
+    const auto is_here = [this](i32 node) {
+      return std::find(on_page_.begin(), on_page_.end(), node) != on_page_.end();
+    };
+    return std::all_of(on_page_.begin(), on_page_.end(),
+                       [&](i32 node) { return index_.all_cached_children(node, is_here); });
   }
 
   void set(i64 index, i64 group, i64 ordinal, i64 block, Transaction& tx) {
@@ -401,7 +403,8 @@ class PagedTable final : public PagedBlocks {
     }
   }
 
-  // Backs the next blocks, `wanted` at most, as far as no content has to go for them; false if there is no room for one.
+  // Backs the next blocks, `wanted` at most, as far as no content has to go for them; false if there is no room for
+  // one.
   bool back_some(i64 group, i64 wanted, Transaction& tx) {
     Blocks& b = blocks_[group];
     const i64 first = unbacked(group);

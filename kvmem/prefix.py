@@ -106,7 +106,8 @@ def encode_keys(salt: str | bytes | None, extra_key: ExtraKey, adapter: str | No
 class Pin:
     """Keeps blocks cached until ``unpin()``; a context manager. Made by ``pin()`` of an allocator or a sequence.
 
-    num_tokens: how many tokens from the start are kept, a multiple of the block size.
+    num_tokens: how many tokens from the start are kept, a multiple of the block size (``CacheSpec.block_size`` says of
+        which, where groups have several).
     """
 
     __slots__ = ("_core", "_id", "num_tokens")

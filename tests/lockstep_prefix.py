@@ -349,7 +349,9 @@ class PrefixLockstep(Lockstep):
         assert stats.pinned_blocks == sum(len(nodes) for _, nodes in self.pins)
         idle = self.model.cached_blocks() if self.model.shares else 0
         assert stats.cached_bytes <= stats.mapped_bytes
-        assert {p.num_tokens for p in self.alloc.pins()} == {len(nodes) * self.model.block_tokens for _, nodes in self.pins}
+        assert {p.num_tokens for p in self.alloc.pins()} == {
+            len(nodes) * self.model.block_tokens for _, nodes in self.pins
+        }
         assert stats.cached_blocks == idle if self.plentiful else stats.cached_blocks <= idle
         if not self._idle_pins():
             super().memory_agrees()

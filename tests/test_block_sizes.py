@@ -82,7 +82,9 @@ def test_hits_come_in_common_multiples(backend: str, sizes: tuple[int, ...], uni
 
 def test_sizes_without_a_small_common_multiple_share_nothing_and_say_so(backend: str) -> None:
     """4,095 and 4,096 have none below 16 million tokens. All else works, and a window lets go of its own blocks."""
-    alloc = make_allocator(spec((4095, None), (4096, None), (4, 8)), backend, memory="32MiB", max_tokens=9000, events=16)
+    alloc = make_allocator(
+        spec((4095, None), (4096, None), (4, 8)), backend, memory="32MiB", max_tokens=9000, events=16
+    )
     prompt = tokens(8500)
     with compute(alloc, prompt) as sequence:
         assert alloc.match(prompt) == kvmem.PrefixMatch(0, "block sizes")
