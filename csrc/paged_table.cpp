@@ -123,7 +123,7 @@ class PagedTable final : public PagedBlocks {
   void retract(i64, i32, Transaction&) override {}  // its blocks have left the table, or are marked to be copied
 
   void evict(i32 node, Transaction& tx) override {
-    for (i64 g = 0; g < groups_; ++g) {
+    for (i64 g = groups_; g-- > 0;) {  // full attention mostly leads: it is told last, as by the other backend
       if (block_of(node, g) != 0) evict_of(node, g, tx);
     }
   }
