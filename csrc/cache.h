@@ -194,7 +194,7 @@ class Cache final : public TableState {
   struct Content {
     i32 root = kNoNode, leaf = kNoNode;  // the last published block, or the root
     i64 known = 0;
-    KeyMarks marks;  // of all of its tokens, those to come included
+    KeyMarks marks;                   // of all of its tokens, those to come included
     std::vector<Retention> retained;  // ascending, no block twice
     // The fixed state may have seen tokens that are not committed and cannot be any more: they were cut off, or stayed
     // with the sequence that this one was forked from. The next commit() answers for the state again.

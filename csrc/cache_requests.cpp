@@ -45,8 +45,8 @@ void Cache::see_committed(i64 row, i64 index, i64 g, i64 count) {
   if (merges) see(row, index, g, std::max(passed, done / known * known / size), after / known * known / size);
 }
 
-// What others read of a unit that is not full gives way to copies when the sequence grows, even by no token; after it all
-// is new.
+// What others read of a unit that is not full gives way to copies when the sequence grows, even by no token; after it
+// all is new.
 void Cache::see_last(i64 row, i64 index, i64 g) {
   const i64 size = geometry_.groups[g].block_tokens, unit = unit_tokens(geometry_.groups[g]);
   const i64 tokens = sequences_.tokens(index, g);

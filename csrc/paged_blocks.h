@@ -17,9 +17,9 @@
 namespace kvmem {
 
 struct SlotInfo {
-  i32 mapped = 0;      // in how many of the arenas it is mapped (all or none, between calls)
-  i32 users = 0;       // referenced blocks that touch it
-  i32 kept = 0;        // cached blocks that touch it, which nobody refers to
+  i32 mapped = 0;  // in how many of the arenas it is mapped (all or none, between calls)
+  i32 users = 0;   // referenced blocks that touch it
+  i32 kept = 0;    // cached blocks that touch it, which nobody refers to
 };
 
 struct BlockInfo {

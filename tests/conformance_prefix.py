@@ -249,7 +249,9 @@ def test_copy_on_write_touches_the_tail_only(make: Make) -> None:
         for _, arena, _, _, length, _ in copies:
             arenas[arena] = arenas.get(arena, 0) + length
         blocks = sum(size // rules.block_tokens for rules in pair.model.groups for _ in rules.token_bytes)
-        assert len(copies) <= (len(arenas) if pair.virtual else blocks), "one copy for each arena, or block of it, at most"
+        assert len(copies) <= (len(arenas) if pair.virtual else blocks), (
+            "one copy for each arena, or block of it, at most"
+        )
         sizes = [
             max(page, rules.unit_tokens * size_) if pair.virtual else rules.unit_tokens * size_
             for rules in pair.model.groups
