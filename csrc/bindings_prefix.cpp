@@ -39,8 +39,8 @@ PrefixKey key_of(const nb::bytes& salt, const nb::bytes& extra_key) {
 }
 
 // In the order of MatchEnd.
-const char* const kEnds[] = {"complete",    "shorter than a block", "other salt", "evicted",
-                             "no snapshot", "window passed",        "never seen", "off"};
+const char* const kEnds[] = {"complete",      "shorter than a block", "other salt", "evicted",    "no snapshot",
+                             "window passed", "never seen",           "off",        "block sizes"};
 
 }  // namespace
 

@@ -17,18 +17,15 @@ bool any_of(const Geometry& geometry, Growth growth) {
                      [growth](const GroupGeometry& g) { return g.growth == growth; });
 }
 
-// Blocks mean the same in every group that grows with the tokens. What is fixed after prefill depends on an input that
-// the tokens do not tell.
-bool can_share(const Geometry& geometry) {
-  const i64 size = geometry.groups[find_token_group(geometry)].block_tokens;
-  return any_of(geometry, Growth::token) && !any_of(geometry, Growth::prefill) &&
-         std::all_of(geometry.groups.begin(), geometry.groups.end(),
-                     [size](const GroupGeometry& g) { return g.growth != Growth::token || g.block_tokens == size; });
+PrefixOptions resolve(PrefixOptions options, const Geometry& geometry) {
+  options.on = options.on && shared_unit(geometry) > 0;
+  return options;
 }
 
-PrefixOptions resolve(PrefixOptions options, const Geometry& geometry) {
-  options.on = options.on && can_share(geometry);
-  return options;
+MatchEnd why_off(const PrefixOptions& options, const Geometry& geometry) {
+  bool sizes;
+  shared_unit(geometry, &sizes);
+  return options.on && sizes ? MatchEnd::block_sizes : MatchEnd::off;
 }
 
 std::vector<GroupKind> kinds(const Geometry& geometry, bool shares) {
@@ -42,12 +39,12 @@ std::vector<GroupKind> kinds(const Geometry& geometry, bool shares) {
   return found;
 }
 
-// How many blocks `bytes` of memory hold.
+// How many blocks of the content index `bytes` of memory hold.
 i64 blocks_in(const Geometry& geometry, i64 bytes) {
   i64 block_bytes = 0;
   for (const GroupGeometry& group : geometry.groups) {
     if (group.growth != Growth::token) continue;
-    for (i64 token_bytes : group.token_bytes) block_bytes += token_bytes * group.block_tokens;
+    for (i64 token_bytes : group.token_bytes) block_bytes += token_bytes * unit_tokens(group);
   }
   return block_bytes == 0 ? 0 : bytes / block_bytes;
 }
@@ -58,20 +55,21 @@ std::atomic<i64> Cache::made_{0};
 
 Cache::Cache(Geometry geometry, std::shared_ptr<PagePool> pool, bool paged, i64 limit_pages, bool owns_pool,
              const PrefixOptions& prefix)
-    : geometry_(std::move(geometry)),
+    : geometry_(with_unit(geometry, prefix.on ? shared_unit(geometry) : 0)),
       pool_(std::move(pool)),
       paged_(paged),
       owns_pool_(owns_pool),
       groups_(static_cast<i64>(geometry_.groups.size())),
       token_group_(find_token_group(geometry_)),
       prefix_(resolve(prefix, geometry_)),
+      off_(why_off(prefix, geometry_)),
       has_state_(any_of(geometry_, Growth::fixed)),
       has_window_(std::any_of(geometry_.groups.begin(), geometry_.groups.end(),
                               [](const GroupGeometry& g) { return g.window_tokens > 0; })),
       is_simple_(groups_ == 1 && geometry_.groups[0].growth == Growth::token && !has_window_ &&
                  geometry_.zero != Zero::always),
       sequences_(geometry_.max_sequences, groups_),
-      index_(geometry_.groups[token_group_].block_tokens, kinds(geometry_, prefix_.on), prefix.policy, prefix.hash_bits,
+      index_(unit_tokens(geometry_.groups[token_group_]), kinds(geometry_, prefix_.on), prefix.policy, prefix.hash_bits,
              prefix.event_capacity, prefix_.on ? blocks_in(geometry_, limit_pages * geometry_.page_bytes) : 0),
       contents_(geometry_.max_sequences),
       tail_tokens_(std::min(index_.block_tokens(), geometry_.groups[token_group_].max_tokens)),

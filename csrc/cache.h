@@ -36,7 +36,17 @@ struct PrefixOptions {
 };
 
 // Why a match is not longer.
-enum class MatchEnd : std::uint8_t { complete, short_block, other_salt, evicted, no_snapshot, window, never_seen, off };
+enum class MatchEnd : std::uint8_t {
+  complete,
+  short_block,
+  other_salt,
+  evicted,
+  no_snapshot,
+  window,
+  never_seen,
+  off,
+  block_sizes,  // those of the groups have no common multiple of kMostSharedTokens or fewer
+};
 
 struct PrefixMatch {
   i64 tokens = 0;
@@ -203,7 +213,7 @@ class Cache final : public TableState {
   struct Content {
     i32 root = kNoNode, leaf = kNoNode;  // the last published block, or the root
     i64 known = 0;
-    KeyMarks marks;  // of all of its tokens, those to come included
+    KeyMarks marks;                   // of all of its tokens, those to come included
     std::vector<Retention> retained;  // ascending, no block twice
     // The fixed state may have seen tokens that are not committed and cannot be any more: they were cut off, or stayed
     // with the sequence that this one was forked from. The next commit() answers for the state again.
@@ -344,6 +354,7 @@ class Cache final : public TableState {
   };
   void split(std::vector<i64> places, i64 depth, i64 g, std::vector<Alike>* groups) const;
   void share_group(i64 parent, i64 child, i64 g, Transaction& tx);
+  // A block of the content index: a unit of whole blocks of every group (geometry.h).
   i64 block_tokens() const { return index_.block_tokens(); }
   i32* tail(i64 index) { return &tails_[index * tail_tokens_]; }
   // The tag of the block that begins at token `first`, null for none; good until the next call.
@@ -453,9 +464,10 @@ class Cache final : public TableState {
   const i64 groups_;
   const i64 token_group_;  // the first group that grows with the tokens, or 0
   const PrefixOptions prefix_;
-  const bool has_state_;     // some group is of fixed size
-  const bool has_window_;    // some group has a sliding window
-  const bool is_simple_;     // one group, which only grows; nothing is zeroed when it does
+  const MatchEnd off_;     // why nothing is shared, if so
+  const bool has_state_;   // some group is of fixed size
+  const bool has_window_;  // some group has a sliding window
+  const bool is_simple_;   // one group, which only grows; nothing is zeroed when it does
   Sequences sequences_;
   PrefixIndex index_;
   std::unique_ptr<PageTable> table_;

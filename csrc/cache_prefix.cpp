@@ -127,7 +127,7 @@ Found Cache::find_whole(i64 tokens) {
 PrefixMatch Cache::match(const i32* tokens, i64 n, const PrefixKey& key) {
   Lock lock = enter(true);
   PrefixMatch match;
-  if (!prefix_.on) return match;
+  if (!prefix_.on) return {0, off_};
   const i32 root = index_.find_root(key);
   const KeyMarks marks = placed(key.marks, tokens, n);
   match.tokens = find_cached(root, tokens, n, marks).tokens;

@@ -45,15 +45,13 @@ void Cache::see_committed(i64 row, i64 index, i64 g, i64 count) {
   if (merges) see(row, index, g, std::max(passed, done / known * known / size), after / known * known / size);
 }
 
-// A tail that others read gives way to a copy when its sequence grows, even by no token; after it all is new.
+// What others read of a unit that is not full gives way to copies when the sequence grows, even by no token; after it
+// all is new.
 void Cache::see_last(i64 row, i64 index, i64 g) {
-  const i64 size = geometry_.groups[g].block_tokens, tokens = sequences_.tokens(index, g),
-            last = quotient(tokens, size);
-  if (remainder(tokens, size) == 0) {
-    seen_.push_back(write_of(row, last, -1, g));
-  } else {
-    see(row, index, g, last, last + 1);
-  }
+  const i64 size = geometry_.groups[g].block_tokens, unit = unit_tokens(geometry_.groups[g]);
+  const i64 tokens = sequences_.tokens(index, g);
+  see(row, index, g, quotient(tokens, unit) * quotient(unit, size), ceil_div(tokens, size));
+  if (remainder(tokens, size) == 0) seen_.push_back(write_of(row, quotient(tokens, size), -1, g));
 }
 
 // Of the sequences in indices_, before commits[i] tokens of each (null: none) are committed and, if `grown`, they grow.

@@ -2,6 +2,7 @@
 // CacheSpec.
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
 #include "types.h"
@@ -32,15 +33,19 @@ struct GroupGeometry {
   std::vector<i64> token_bytes;
   std::vector<i64> row_slots;    // virtual: slots of one row, per arena
   std::vector<i64> arena_slots;  // slots of the whole arena, per arena
+  i64 shared_tokens = 0;         // whole blocks that are shared, and that a window lets go of, at once; 0: one block
 };
 
+// What is shared at once of the group, and what a window of it lets go of at once.
+inline i64 unit_tokens(const GroupGeometry& group) { return std::max(group.shared_tokens, group.block_tokens); }
+
 // The first token that a window of the group still needs once `committed` are valid: the next one, at position p,
-// attends to tokens p - window + 1 .. p. Whole blocks before that are not needed; the guard allows for kernels that
-// load whole tiles.
+// attends to tokens p - window + 1 .. p. Whole units before that are not needed; the guard allows for kernels that load
+// whole tiles.
 inline i64 window_first(const GroupGeometry& group, i64 guard_tokens, i64 committed) {
   if (group.window_tokens == 0) return 0;
   const i64 first = committed - group.window_tokens + 1 - guard_tokens;
-  return first <= 0 ? 0 : first / group.block_tokens * group.block_tokens;
+  return first <= 0 ? 0 : first / unit_tokens(group) * unit_tokens(group);
 }
 
 struct Geometry {
@@ -53,6 +58,16 @@ struct Geometry {
   bool debug = false;  // run check() after each call that changes something
   std::vector<GroupGeometry> groups;
 };
+
+// Sharing works in units that are whole blocks of every group that grows with the tokens: the least common multiple of
+// their sizes. Where sizes differ, a longer unit than this is not worth its memory: nothing is shared then.
+constexpr i64 kMostSharedTokens = 4096;
+
+// Tokens of such a unit; 0 if there is none. What is fixed after prefill depends on an input that the tokens do not
+// tell, so a model with such a group has none either; `*sizes`: whether that is due to block sizes alone.
+i64 shared_unit(const Geometry& geometry, bool* sizes = nullptr);
+// With the unit noted in each group that grows with the tokens, or with none.
+Geometry with_unit(Geometry geometry, i64 unit);
 
 // Blocks 0 and 1 belong to nobody. Padding rows of a batch, and table entries of dropped blocks, read block 0, which is
 // zero and stays so; padding tokens are written to block 1. In the virtual backend they lie in row 0.

@@ -27,8 +27,9 @@ enum class OpKind : std::uint8_t {
   block,   // at = group, a = sequence handle, b = ordinal, c = new block, d = old block (0 is none)
   // What the content index of this allocator knows of memory. at = first arena. Stays within the deciding half.
   hold,   // a = node, b = group (paged) or row (virtual), c = block (paged) or 1 where the row has the fixed state too
-  // The inverse. d = the row (virtual) that held the node just before this one, 0 where it was the first. Both with
-  // c = (1 + w) << kWindowShift: only what the row shows of it for window number w; d is then of the rows that show it.
+  // The inverse. d: of the virtual backend, the row that held the node just before this one, 0 where it was the first; of
+  // the paged one, which part of those that the node takes in the group the block is. Virtual, c = (1 + w) <<
+  // kWindowShift: only what the row shows of it for window number w; d is then of the rows that show it.
   evict,
   shift,  // a = node, b = group, c = new block, d = old block: what it holds has been copied there (paged)
   // Many `block` records in one, for an allocator that records nothing. at = first arena. Paged.

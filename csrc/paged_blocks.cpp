@@ -38,6 +38,10 @@ void PagedBlocks::add_group(const GroupGeometry& group) {
   b.max_blocks = group.max_blocks;
   b.tokens = group.block_tokens;
   b.per_sequence = ceil_div(group.max_tokens, group.block_tokens);
+  b.unit = unit_tokens(group);
+  b.parts = b.unit / b.tokens;
+  b.place = stride_;
+  stride_ += b.parts;
   b.window = index_.window_of(static_cast<i64>(blocks_.size()));
   b.info.assign(b.max_blocks, BlockInfo());
   b.backed.assign(b.max_blocks, 0);
@@ -387,30 +391,30 @@ void PagedBlocks::on_content(const Op& op, bool undo) {
     case OpKind::back:
       return index_.put_back({node, static_cast<i32>(op.b)});
     case OpKind::hold:
-      return hold(op.b, node, static_cast<i32>(op.c), undo);
+      return hold(op.b, node, static_cast<i32>(op.c), op.d, undo);
     default:
-      return unhold(op.b, node, static_cast<i32>(op.c), undo);
+      return unhold(op.b, node, static_cast<i32>(op.c), op.d, undo);
   }
 }
 
-void PagedBlocks::hold(i64 g, i32 node, i32 block, bool undo) {
+void PagedBlocks::hold(i64 g, i32 node, i32 block, i64 part, bool undo) {
   Blocks& b = blocks_[g];
   if (!undo) index_.expect_change();
-  if (static_cast<i64>(block_of_.size()) < index_.capacity() * groups_) block_of_.resize(index_.capacity() * groups_);
+  if (static_cast<i64>(block_of_.size()) < index_.capacity() * stride_) block_of_.resize(index_.capacity() * stride_);
   if (b.info[block].refs == 0) {
     b.ready.remove(block);
     keep(b, block, 0);
   }
-  index_.place(node, g, undo);
+  if (part == 0) index_.place(node, g, undo);
   if (b.window >= 0) {
     if (b.info[block].refs > 0) index_.need(node, b.window);
-    index_.gain(node, b.window, undo);
+    if (part == 0) index_.gain(node, b.window, undo);
   }
   b.info[block].node = node;
-  block_of_[node * groups_ + g] = block;
+  block_of_[node * stride_ + b.place + part] = block;
 }
 
-void PagedBlocks::unhold(i64 g, i32 node, i32 block, bool undo) {
+void PagedBlocks::unhold(i64 g, i32 node, i32 block, i64 part, bool undo) {
   Blocks& b = blocks_[g];
   if (!undo) index_.expect_change();
   if (b.info[block].refs == 0) {
@@ -418,12 +422,12 @@ void PagedBlocks::unhold(i64 g, i32 node, i32 block, bool undo) {
     b.ready.add(block);
   }
   if (b.window >= 0) {
-    index_.lose(node, b.window, undo);
+    if (part == 0) index_.lose(node, b.window, undo);
     if (b.info[block].refs > 0) index_.unneed(node, b.window, undo);
   }
-  index_.displace(node, g, undo);
+  if (part == 0) index_.displace(node, g, undo);
   b.info[block].node = kNoNode;
-  block_of_[node * groups_ + g] = 0;
+  block_of_[node * stride_ + b.place + part] = 0;
 }
 
 void PagedBlocks::change(const Op& op, bool mapped) {

@@ -20,9 +20,9 @@
 namespace kvmem {
 
 struct SlotInfo {
-  i32 mapped = 0;      // in how many of the arenas it is mapped (all or none, between calls)
-  i32 users = 0;       // referenced blocks that touch it
-  i32 kept = 0;        // cached blocks that touch it, which nobody refers to
+  i32 mapped = 0;  // in how many of the arenas it is mapped (all or none, between calls)
+  i32 users = 0;   // referenced blocks that touch it
+  i32 kept = 0;    // cached blocks that touch it, which nobody refers to
 };
 
 struct BlockInfo {
@@ -42,11 +42,13 @@ struct Blocks {
   explicit Blocks(Journal& journal) : ready(journal), snapshots(journal) {}
 
   i64 max_blocks = 0, tokens = 0, per_sequence = 0;
+  i64 unit = 0, parts = 1;  // tokens of a node, and how many of these blocks they are
+  i64 place = 0;            // of its first among the blocks of a node
   std::vector<BlockInfo> info;
   std::vector<std::uint8_t> backed;
   ReadyBlocks ready;
-  i32 window = -1;    // its number among the groups with a sliding window
-  IdList snapshots;   // of a fixed state at tokens that are in use: no table entry refers to them
+  i32 window = -1;   // its number among the groups with a sliding window
+  IdList snapshots;  // of a fixed state at tokens that are in use: no table entry refers to them
   std::vector<Class> classes;
   i64 kept = 0;               // cached blocks that nobody refers to
   i64 cursor = kTrashBlocks;  // no unbacked block lies below
@@ -99,7 +101,7 @@ class PagedBlocks : public PageTable {
   }
   bool can_give_up(const Op& op) const override {
     const i32 node = static_cast<i32>(op.a);
-    return block_of(node, op.b) == op.c && (blocks_[op.b].info[op.c].refs == 0 || !index_.used(node));
+    return block_of(node, op.b, op.d) == op.c && (!is_referenced(node, op.b) || !index_.used(node));
   }
 
   i64 offset_bytes(i64 index, i64 group, i64 a, i64 token) const override {
@@ -141,21 +143,35 @@ class PagedBlocks : public PageTable {
            (slot < c.hold_from || slot >= c.hold_to);
   }
 
-  // The block of a group that holds the node's tokens, 0 for none.
-  i32 block_of(i32 node, i64 g) const {
-    const std::size_t at = node * groups_ + g;
+  // The block of a group that holds the node's tokens, or the given part of them; 0 for none. All parts are there, or
+  // none.
+  i32 block_of(i32 node, i64 g, i64 part = 0) const {
+    const std::size_t at = node * stride_ + blocks_[g].place + part;
     return at < block_of_.size() ? block_of_[at] : 0;
   }
   void set_copy_tail(i64 index, i64 group, bool look) {
     pool_.journal.set(copy_tail_[index * groups_ + group], static_cast<std::uint8_t>(look));
   }
   void set_fence(Blocks& b, i64 fence) { pool_.journal.set(b.fence, fence); }
+  // Whether table entries refer to some block of the node.
+  bool is_referenced(i32 node, i64 g) const {
+    for (i64 part = 0; part < blocks_[g].parts; ++part) {
+      const i32 block = block_of(node, g, part);
+      if (block != 0 && blocks_[g].info[block].refs > 0) return true;
+    }
+    return false;
+  }
+  // Table entries [first, end) of a sequence of so many tokens are blocks of a node that it does not fill: those of
+  // them that others read are copied before it grows. So no block ever belongs to two nodes.
+  i64 first_of_tail(const Blocks& b, i64 tokens) const { return quotient(tokens, b.unit) * b.parts; }
+  i64 end_of_tail(const Blocks& b, i64 tokens) const { return ceil_div(tokens, b.tokens); }
   // The next ready block, or the next `most` as far as there are, become these entries; returns how many.
   i64 take_ready(Blocks& b, i32* entry);
   i64 take_ready(Blocks& b, i64 most, i32* entries);
-  // The node's tokens lie in the block from now on; and the inverse.
-  void hold(i64 g, i32 node, i32 block, bool undo);
-  void unhold(i64 g, i32 node, i32 block, bool undo);
+  // The node's tokens, or the given part of them, lie in the block from now on; and the inverse. The first part comes
+  // first and goes last: the index counts by it.
+  void hold(i64 g, i32 node, i32 block, i64 part, bool undo);
+  void unhold(i64 g, i32 node, i32 block, i64 part, bool undo);
   // The snapshot waits to be given up as the last of those that wait.
   void list_snapshot(Blocks& b, i64 block);
 
@@ -163,7 +179,8 @@ class PagedBlocks : public PageTable {
   PagePool& pool_;
   const Sequences& sequences_;
   i32 base_arena_ = 0;
-  std::vector<i32> block_of_;            // [node][group]
+  i64 stride_ = 0;                       // blocks of a node, all groups
+  std::vector<i32> block_of_;            // [node][group][part]
   std::vector<i64> first_;               // first arena of each group, and one past the last
   std::vector<Blocks> blocks_;           // by group
   std::vector<std::vector<i32>> pages_;  // [arena][slot], -1 where nothing is mapped

@@ -86,19 +86,26 @@ void PagedBlocks::check_content(i64 g, std::vector<std::string>* out) const {
       continue;
     }
     kept += b.info[block].refs == 0;
-    if (block_of(node, g) != block) say(block, "the index knows its content elsewhere");
+    bool here = false, all = true;
+    for (i64 part = 0; part < b.parts; ++part) {
+      here = here || block_of(node, g, part) == block, all = all && block_of(node, g, part) != 0;
+    }
+    if (!here) say(block, "the index knows its content elsewhere");
+    if (!all) say(block, "a part of what the index knows is missing");
     if (!b.backed[block] || index_.places(node) == 0) say(block, "invariant 2: cached, yet without memory");
     if (b.snapshots.has(block) && b.info[block].refs > 0) say(block, "a snapshot, yet referenced");
     const bool needed = b.window >= 0 && index_.needs(node, b.window) > 0;
-    if (b.window >= 0 && b.info[block].refs > 0 && !needed) say(block, "referenced, yet the eviction order may name it");
-    if (needed && b.info[block].refs == 0 && !index_.pinned(node)) say(block, "kept for nobody");
+    if (b.window >= 0 && b.info[block].refs > 0 && !needed)
+      say(block, "referenced, yet the eviction order may name it");
+    if (needed && !is_referenced(node, g) && !index_.pinned(node)) say(block, "kept for nobody");
   }
   if (kept != b.kept) say(-1, std::to_string(kept) + " cached blocks, counted " + std::to_string(b.kept));
   for (i64 index = 0; index < sequences_.capacity(); ++index) {
     const i64 tokens = sequences_.tokens(index, g);
-    if (tokens % b.tokens == 0 || copy_tail_[index * groups_ + g]) continue;
-    const i32 block = entry(index, g, tokens / b.tokens);
-    if (block != 0 && (b.info[block].refs > 1 || b.info[block].node != kNoNode)) {
+    if (copy_tail_[index * groups_ + g]) continue;
+    for (i64 ordinal = first_of_tail(b, tokens); ordinal < end_of_tail(b, tokens); ++ordinal) {
+      const i32 block = entry(index, g, ordinal);
+      if (block == 0 || (b.info[block].refs <= 1 && b.info[block].node == kNoNode)) continue;
       say(block, "the next write would land in a block that others read");
     }
   }

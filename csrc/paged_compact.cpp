@@ -241,7 +241,8 @@ void PagedBlocks::shift(i64 g, i32 node, i64 from, i64 to) {
   }
   b.info[from].node = kNoNode;
   b.info[to].node = node;
-  block_of_[node * groups_ + g] = static_cast<i32>(to);
+  i32* const here = &block_of_[node * stride_ + b.place];
+  *std::find(here, here + b.parts, static_cast<i32>(from)) = static_cast<i32>(to);
   if (b.window >= 0 && was && !is) index_.unneed(node, b.window, false);
 }
 

@@ -50,10 +50,12 @@ class PagedTable final : public PagedBlocks {
       set_fence(b, tx.fence());
       set(index, group, ordinal, 0, tx);
     }
-    // The block that the length now cuts is copied when the sequence next grows, so that truncating needs no memory.
-    if (remainder(new_tokens, b.tokens) == 0) return;
-    const i32 cut = entry(index, group, quotient(new_tokens, b.tokens));
-    if (b.info[cut].refs > 1 || b.info[cut].node != kNoNode) look_at_tail(index, group);
+    // The blocks of the node that the length now cuts are copied when the sequence next grows, so that truncating needs
+    // no memory.
+    for (i64 ordinal = first_of_tail(b, new_tokens); ordinal < end_of_tail(b, new_tokens); ++ordinal) {
+      const i32 cut = entry(index, group, ordinal);
+      if (b.info[cut].refs > 1 || b.info[cut].node != kNoNode) return look_at_tail(index, group);
+    }
   }
 
   void drop_front(i64 index, i64 group, i64 old_first, i64 first, Transaction& tx) override {
@@ -66,15 +68,15 @@ class PagedTable final : public PagedBlocks {
 
   void share(i64 parent, i64 child, i64 group, i64 first, i64 tokens, Transaction& tx) override {
     const Blocks& b = blocks_[group];
-    const i64 whole = quotient(tokens, b.tokens);
-    for (i64 ordinal = quotient(first, b.tokens); ordinal < whole; ++ordinal) {
+    const i64 tail = first_of_tail(b, tokens), end = end_of_tail(b, tokens);
+    for (i64 ordinal = quotient(first, b.tokens); ordinal < tail; ++ordinal) {
       set(child, group, ordinal, entry(parent, group, ordinal), tx);
     }
-    const i64 tail = remainder(tokens, b.tokens);
-    if (tail == 0) return;
-    const i64 fresh = take(group, 1, tx);
-    set(child, group, whole, fresh, tx);
-    copy_block(group, entry(parent, group, whole), fresh, tail, tx);
+    for (i64 ordinal = tail; ordinal < end; ++ordinal) {
+      const i64 fresh = take(group, end - ordinal, tx);
+      set(child, group, ordinal, fresh, tx);
+      copy_block(group, entry(parent, group, ordinal), fresh, std::min(b.tokens, tokens - ordinal * b.tokens), tx);
+    }
   }
 
   i64 find_row(const std::vector<i32>&, i64) const override { return 0; }
@@ -93,16 +95,22 @@ class PagedTable final : public PagedBlocks {
     KeptSnapshots kept(*this, chain[tail > 0 ? whole : whole - 1]);
     for (i64 g = 0; g < groups_; ++g) {
       if (geometry_.groups[g].growth == Growth::fixed) continue;
-      for (i64 ordinal = quotient(sequences_.front(index, g), block_tokens()); ordinal < whole; ++ordinal) {
-        set(index, g, ordinal, block_of(chain[ordinal], g), tx);
+      const i64 parts = blocks_[g].parts;
+      for (i64 node = quotient(sequences_.front(index, g), block_tokens()); node < whole; ++node) {
+        for (i64 part = 0; part < parts; ++part) {
+          set(index, g, node * parts + part, block_of(chain[node], g, part), tx);
+        }
       }
     }
     for (i64 g = 0; g < groups_; ++g) {
+      const Blocks& b = blocks_[g];
       const bool state = geometry_.groups[g].growth == Growth::fixed;
-      if (!state && tail == 0) continue;
-      const i64 fresh = take(g, 1, tx);
-      set(index, g, state ? 0 : whole, fresh, tx);
-      copy_block(g, block_of(chain[state ? whole - 1 : whole], g), fresh, state ? 1 : tail, tx);
+      const i64 parts = state ? 1 : ceil_div(tail, b.tokens), node = chain[state ? whole - 1 : whole];
+      for (i64 part = 0; part < parts; ++part) {
+        const i64 fresh = take(g, parts - part, tx);
+        set(index, g, state ? 0 : whole * b.parts + part, fresh, tx);
+        copy_block(g, block_of(node, g, part), fresh, state ? 1 : std::min(b.tokens, tail - part * b.tokens), tx);
+      }
       set_fence(blocks_[g], tx.new_fence());  // what was copied may go, and its page, when nobody refers to it
     }
     kept.end();
@@ -114,17 +122,10 @@ class PagedTable final : public PagedBlocks {
   void publish(const std::vector<Published>& blocks, Transaction& tx) override {
     for (i64 g = 0; g < groups_; ++g) {
       if (geometry_.groups[g].growth != Growth::token) continue;
+      const i64 parts = blocks_[g].parts;
       for (const Published& p : blocks) {
-        const i32 own = entry(p.index, g, p.ordinal), cached = block_of(p.node, g);
-        if (own == 0 || own == cached) continue;
-        if (cached == 0) {
-          tx.expect();
-          hold(g, p.node, own, false);
-          tx.note({OpKind::hold, arena(0), p.node, g, own});
-        } else {
-          set_fence(blocks_[g], tx.fence());
-          set(p.index, g, p.ordinal, cached, tx);
-        }
+        if (parts > 1 && entry(p.index, g, (p.ordinal + 1) * parts - 1) == 0) continue;
+        for (i64 part = 0; part < parts; ++part) publish_part(p, g, part, tx);
       }
     }
   }
@@ -132,15 +133,12 @@ class PagedTable final : public PagedBlocks {
   void retract(i64, i32, Transaction&) override {}  // its blocks have left the table, or are marked to be copied
 
   void evict(i32 node, Transaction& tx) override {
-    for (i64 g = 0; g < groups_; ++g) {
-      if (const i32 block = block_of(node, g)) tx.push({OpKind::evict, arena(0), node, g, block});
+    for (i64 g = groups_; g-- > 0;) {  // full attention mostly leads: it is told last, as by the other backend
+      if (block_of(node, g) != 0) evict_of(node, g, tx);
     }
   }
 
-  void evict_window(i32 node, i32 window, Transaction& tx) override {
-    const i64 g = index_.group_of(window);
-    tx.push({OpKind::evict, arena(0), node, g, block_of(node, g)});
-  }
+  void evict_window(i32 node, i32 window, Transaction& tx) override { evict_of(node, index_.group_of(window), tx); }
 
   void offer(i32 node) override {
     for (i64 g = 0; g < groups_; ++g) {
@@ -210,6 +208,26 @@ class PagedTable final : public PagedBlocks {
  private:
   i64 block_tokens() const { return index_.block_tokens(); }
 
+  void publish_part(const Published& p, i64 g, i64 part, Transaction& tx) {
+    const i64 ordinal = p.ordinal * blocks_[g].parts + part;
+    const i32 own = entry(p.index, g, ordinal), cached = block_of(p.node, g, part);
+    if (own == 0 || own == cached) return;
+    if (cached == 0) {
+      tx.expect();
+      hold(g, p.node, own, part, false);
+      tx.note({OpKind::hold, arena(0), p.node, g, own, part});
+    } else {
+      set_fence(blocks_[g], tx.fence());
+      set(p.index, g, ordinal, cached, tx);
+    }
+  }
+
+  void evict_of(i32 node, i64 g, Transaction& tx) {
+    for (i64 part = blocks_[g].parts; part-- > 0;) {
+      tx.push({OpKind::evict, arena(0), node, g, block_of(node, g, part), part});
+    }
+  }
+
   // Takes the snapshots of a node out of the lists of those that may be given up, for a while.
   class KeptSnapshots {
    public:
@@ -273,8 +291,8 @@ class PagedTable final : public PagedBlocks {
 
   bool has_state(i64 g) const { return geometry_.groups[g].growth == Growth::fixed; }
 
-  // Evicts the next item of the eviction order; after all of them, snapshots of tokens that are in use. False if there is
-  // nothing left.
+  // Evicts the next item of the eviction order; after all of them, snapshots of tokens that are in use. False if there
+  // is nothing left.
   bool evict_next(Transaction& tx) {
     const Item x = index_.victim();
     if (x.node == kNoNode) return evict_snapshot(tx);
@@ -302,12 +320,14 @@ class PagedTable final : public PagedBlocks {
     i32 window = -1;
     for (i64 g = 0; g < groups_; ++g) {
       const Blocks& b = blocks_[g];
-      const i32 block = block_of(x.node, g);
-      if (block == 0 || (x.window >= 0 ? b.window != x.window : b.window >= 0)) continue;
-      for (const Class& c : b.classes) {
-        for (i64 slot = first_slot(c, block); slot < end_slot(c, block) && least.size() != 1; ++slot) {
-          if (!find_content(b, c, slot) || (!least.empty() && on_page_.size() >= least.size())) continue;
-          least = on_page_, window = b.window;
+      if (block_of(x.node, g) == 0 || (x.window >= 0 ? b.window != x.window : b.window >= 0)) continue;
+      for (i64 part = 0; part < b.parts; ++part) {
+        const i32 block = block_of(x.node, g, part);
+        for (const Class& c : b.classes) {
+          for (i64 slot = first_slot(c, block); slot < end_slot(c, block) && least.size() != 1; ++slot) {
+            if (!find_content(b, c, slot) || (!least.empty() && on_page_.size() >= least.size())) continue;
+            least = on_page_, window = b.window;
+          }
         }
       }
     }
@@ -315,8 +335,8 @@ class PagedTable final : public PagedBlocks {
     return !least.empty();
   }
 
-  // What is cached on the page at a slot, in on_page_, a block before those it continues; false where that cannot all be
-  // evicted without losing more.
+  // What is cached on the page at a slot, in on_page_, a block before those it continues; false where that cannot all
+  // be evicted without losing more.
   bool find_content(const Blocks& b, const Class& c, i64 slot) {
     constexpr i64 kMostOnPage = 512;  // else too much would be lost by chance
     on_page_.clear();
@@ -329,10 +349,17 @@ class PagedTable final : public PagedBlocks {
       if (b.window >= 0 ? index_.needs(node, b.window) > 0 : index_.used(node)) return false;
       on_page_.push_back(node);
     }
+    if (b.parts > 1) {  // a node may have several blocks here
+      std::sort(on_page_.begin(), on_page_.end());
+      on_page_.erase(std::unique(on_page_.begin(), on_page_.end()), on_page_.end());
+    }
     if (b.window >= 0) return true;
     std::sort(on_page_.begin(), on_page_.end(), [this](i32 p, i32 q) { return index_.ordinal(p) > index_.ordinal(q); });
-    const auto is_here = [this](i32 node) { return std::find(on_page_.begin(), on_page_.end(), node) != on_page_.end(); };
-    return std::all_of(on_page_.begin(), on_page_.end(), [&](i32 node) { return index_.all_cached_children(node, is_here); });
+    const auto is_here = [this](i32 node) {
+      return std::find(on_page_.begin(), on_page_.end(), node) != on_page_.end();
+    };
+    return std::all_of(on_page_.begin(), on_page_.end(),
+                       [&](i32 node) { return index_.all_cached_children(node, is_here); });
   }
 
   void set(i64 index, i64 group, i64 ordinal, i64 block, Transaction& tx) {
@@ -414,7 +441,8 @@ class PagedTable final : public PagedBlocks {
     }
   }
 
-  // Backs the next blocks, `wanted` at most, as far as no content has to go for them; false if there is no room for one.
+  // Backs the next blocks, `wanted` at most, as far as no content has to go for them; false if there is no room for
+  // one.
   bool back_some(i64 group, i64 wanted, Transaction& tx) {
     Blocks& b = blocks_[group];
     const i64 first = unbacked(group);
@@ -493,21 +521,25 @@ class PagedTable final : public PagedBlocks {
   }
 
   void copy_tail(i64 index, i64 group, i64 tokens, Transaction& tx) {
-    Blocks& b = blocks_[group];
-    const i64 ordinal = quotient(tokens, b.tokens), tail = remainder(tokens, b.tokens);
-    const i32 old = tail == 0 ? 0 : entry(index, group, ordinal);
-    if (old == 0 || (b.info[old].refs <= 1 && b.info[old].node == kNoNode)) {
-      return set_copy_tail(index, group, false);  // the other user has gone
+    const Blocks& b = blocks_[group];
+    for (i64 ordinal = first_of_tail(b, tokens); ordinal < end_of_tail(b, tokens); ++ordinal) {
+      copy_shared(index, group, ordinal, std::min(b.tokens, tokens - ordinal * b.tokens), tx);
     }
+    set_copy_tail(index, group, false);
+  }
+
+  // Unless nobody else reads the block of a tail, `tokens` of which are the sequence's.
+  void copy_shared(i64 index, i64 group, i64 ordinal, i64 tokens, Transaction& tx) {
+    Blocks& b = blocks_[group];
+    const i32 old = entry(index, group, ordinal);
+    if (old == 0 || (b.info[old].refs <= 1 && b.info[old].node == kNoNode)) return;
     if (b.info[old].refs <= 1 && !index_.used(b.info[old].node) && b.ready.empty() &&
         !has_room_for(b, unbacked(group))) {
-      set_copy_tail(index, group, false);
       return forget(b.info[old].node, tx);  // rather than another cached block, or failing
     }
     const i64 fresh = take(group, 1, tx);
     set(index, group, ordinal, fresh, tx);
-    copy_block(group, old, fresh, tail, tx);
-    set_copy_tail(index, group, false);
+    copy_block(group, old, fresh, tokens, tx);
     if (b.info[old].refs == 0) set_fence(b, tx.new_fence());  // behind the copy: the block may go, and its page
   }
 

@@ -180,7 +180,7 @@ void VirtualRows::count_bytes(i64* used_bytes, i64* shared_bytes) const {
       for (i64 a = first_[g]; a < first_[g + 1]; ++a) {
         const i64 from = front * token_bytes(g, a), to = tokens * token_bytes(g, a);
         *used_bytes += to - from;
-        if (!rows_[row].maybe_shared) continue;
+        if (!rows_[row].maybe_shared || from == to) continue;
         const Extent& e = extent(row, a);
         for (i64 slot = from / page_bytes(); slot * page_bytes() < to; ++slot) {
           if (pool_.refs(e.pages[slot]) <= 1) continue;
@@ -552,7 +552,9 @@ void VirtualRows::check_lists(i64 row, std::vector<std::string>* out) const {
   for (i64 a = 0; a < arenas_; ++a) {
     const Extent& e = extent(row, a);
     const Spare s = spare(row, group_of(a), a);
-    const bool front = s.from < s.to && std::any_of(e.pages.begin() + s.from, e.pages.begin() + s.to, [](i32 page) { return page >= 0; });
+    const bool front =
+        s.from < s.to &&
+        std::any_of(e.pages.begin() + s.from, e.pages.begin() + s.to, [](i32 page) { return page >= 0; });
     if (front || s.end < e.hi) return say("has pages to spare that nobody would find");
   }
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from math import lcm
 from typing import Final, TypeAlias, cast
 
 import numpy as np
@@ -157,11 +158,12 @@ def block_digests(
 ) -> list[bytes]:
     """The digests of the full blocks of ``tokens``, as events name them: what a router looks up for a prompt.
 
-    salt, extra_key, adapter: as ``Allocator.sequence``. block_size: of the events; default ``spec.block_size``. No
-    allocator is needed.
+    salt, extra_key, adapter: as ``Allocator.sequence``. block_size: of the events; default that of an allocator of the
+        spec, the least common multiple of the block sizes of its groups that grow with the tokens. No allocator is
+        needed.
     """
     digest = ChainDigest(spec.fingerprint, key)
-    size = spec.block_size if block_size is None else block_size
+    size = lcm(*(g.block_size for g in spec.groups if g.growth == "token")) if block_size is None else block_size
     ids = np.asarray(tokens, "<i4")
     marks = placed(key_marks(extra_key), ids)
     before, found = digest.root(salt, adapter), []

@@ -23,8 +23,9 @@ Tokens: TypeAlias = Sequence[int] | np.ndarray | torch.Tensor
 
 #: Why a match is not longer, in the order of ``MatchEnd`` in csrc/cache.h.
 Reason: TypeAlias = Literal[
-    "complete", "shorter than a block", "other salt", "evicted", "no snapshot", "window passed", "never seen", "off"
-]
+    "complete", "shorter than a block", "other salt", "evicted", "no snapshot", "window passed", "never seen", "off",
+    "block sizes",
+]  # fmt: skip
 
 
 Answer = TypeVar("Answer")
@@ -41,7 +42,8 @@ class PrefixMatch:
         block are left; ``"other salt"``: another salt or extra key has more; ``"evicted"``: it was cached and given up
         (remembered for the last thousands of blocks); ``"no snapshot"``: the model has a state of fixed size, and none
         was kept further on; ``"window passed"``: a sliding window needs blocks that are gone; ``"never seen"``;
-        ``"off"``: this allocator shares nothing.
+        ``"off"``: this allocator shares nothing; ``"block sizes"``: nor does this one, since the block sizes of the
+        spec's groups have no common multiple of at most 4,096 tokens.
     """
 
     num_tokens: int
@@ -104,7 +106,8 @@ def encode_keys(salt: str | bytes | None, extra_key: ExtraKey, adapter: str | No
 class Pin:
     """Keeps blocks cached until ``unpin()``; a context manager. Made by ``pin()`` of an allocator or a sequence.
 
-    num_tokens: how many tokens from the start are kept, a multiple of the block size.
+    num_tokens: how many tokens from the start are kept, a multiple of the block size (``CacheSpec.block_size`` says of
+        which, where groups have several).
     """
 
     __slots__ = ("_core", "_id", "num_tokens")

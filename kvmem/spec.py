@@ -132,7 +132,10 @@ class Group:
 class CacheSpec:
     """All that a model caches. ``CacheSpec(groups)``, or ``CacheSpec(components=[...], num_layers=32)`` for one group.
 
-    block_size: tokens a block, for the groups that do not set their own.
+    block_size: tokens a block, for the groups that do not set their own. Where sizes differ, prefixes are shared in
+        their least common multiple (of groups that grow with the tokens): hits, pins, snapshots and events count in
+        blocks of so many tokens, and windows let go of so many at once. Above 4,096 tokens nothing is shared
+        (``PrefixMatch.reason``).
     num_layers: layers of the model; default the highest layer of a group plus one. A layer may have no component.
     num_query_heads: query heads of the model, if known: layouts that need the K of each are then refused.
     """

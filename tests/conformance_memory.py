@@ -91,11 +91,11 @@ def test_a_window_drops_what_it_no_longer_needs(make: Make) -> None:
     for g in sliding:
         rules, held = pair.model.groups[g], pair.model.sequences[handle][g]
         kept = held.tokens - held.first
-        assert rules.window_tokens - 1 <= kept < rules.window_tokens + rules.window_guard_tokens + rules.block_tokens
+        assert rules.window_tokens - 1 <= kept < rules.window_tokens + rules.window_guard_tokens + rules.unit_tokens
     if len(sliding) == len(alloc.spec.groups):
         stats, rules = alloc.stats(), pair.model.groups[0]
         bound = sum(
-            (kept + rules.window_guard_tokens + 2 * rules.block_tokens) * size + 2 * alloc.pool.page_bytes
+            (kept + rules.window_guard_tokens + 2 * rules.unit_tokens) * size + 2 * alloc.pool.page_bytes
             for size in rules.token_bytes
         )
         trash = (

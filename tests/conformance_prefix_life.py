@@ -92,7 +92,7 @@ def test_clearing_leaves_what_is_used_or_pinned(make: Make) -> None:
 
 def test_off_is_off(make: Make) -> None:
     pair = world(make, prefix_cache=False)
-    pair.model.shares = False
+    pair.model.stop_sharing()
     prompt = text(3 * pair.model.block_tokens)
     pair.free([grow(pair, prompt)])
     assert pair.match(prompt).reason == "off"

@@ -9,6 +9,7 @@ fits.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -36,6 +37,7 @@ class GroupRules:
 
     growth: str
     block_tokens: int
+    unit_tokens: int  # whole blocks, of which a window lets go at once, and which sequences share or copy at once
     window_tokens: int
     max_tokens: int
     token_bytes: list[int]  # by arena
@@ -74,6 +76,13 @@ def arena_bytes(group: kvmem.Group, interleave: int | str) -> list[int]:
     return [size for size in total if size]
 
 
+def unit_of(spec: kvmem.CacheSpec) -> int:
+    """How many tokens are shared at once; 0 where nothing is."""
+    sizes = {g.block_size for g in spec.groups if g.growth == "token"}
+    unit = 0 if any(g.growth == "prefill" for g in spec.groups) else math.lcm(*sizes)
+    return unit if len(sizes) == 1 or unit <= 4096 else 0
+
+
 class Model:
     """See the module. ``budget_pages`` is what live sequences may need; parked memory never counts against them."""
 
@@ -84,13 +93,15 @@ class Model:
     ) -> None:  # fmt: skip
         self.virtual, self.page_bytes, self.max_sequences = virtual, page_bytes, max_sequences
         self.groups: list[GroupRules] = []
+        self.unit = unit_of(spec)
         for group in spec.groups:
             sizes = arena_bytes(group, interleave)
             longest = {"token": max_tokens, "prefill": group.max_tokens or max_tokens, "fixed": 1}[group.growth]
             pieces = [page_bytes if virtual else group.block_size * size for size in sizes]
             self.groups.append(
                 GroupRules(
-                    group.growth, group.block_size, group.window_tokens or 0, longest, sizes, pieces,
+                    group.growth, group.block_size, (self.unit if group.growth == "token" else 0) or group.block_size,
+                    group.window_tokens or 0, longest, sizes, pieces,
                     guard_tokens if virtual and group.growth != "fixed" else 0, guard_tokens,
                 )
             )  # fmt: skip
@@ -130,12 +141,17 @@ class Model:
             for ordinal in [o for o in here if not low <= o < high]:
                 self._drop(handle, here, ordinal)
             if write_from is not None:
-                start = write_from * self.groups[g].token_bytes[arena] // self.groups[g].piece_bytes[arena]
+                start = self._span(g, arena, self._unshared(g, write_from), held.tokens)[0]
                 for ordinal in [o for o in here if o >= start and self._is_read_by_others(here[o])]:
                     self._drop(handle, here, ordinal)
             for ordinal in range(low, high):
                 if ordinal not in here:
                     self._hold(handle, here, ordinal, Piece())
+
+    def _unshared(self, g: int, tokens: int) -> int:
+        """The first of ``tokens`` tokens that a sequence which goes on from them has for itself. Pages are shared as they are;
+        blocks in units, since what is published later is published in these."""
+        return tokens if self.virtual else tokens // self.groups[g].unit_tokens * self.groups[g].unit_tokens
 
     # --- calls ---
 
@@ -199,7 +215,7 @@ class Model:
             held.committed += n
             if n and rules.window_tokens:
                 first = held.committed - rules.window_tokens + 1 - rules.window_guard_tokens
-                held.first = max(held.first, first // rules.block_tokens * rules.block_tokens)
+                held.first = max(held.first, first // rules.unit_tokens * rules.unit_tokens)
                 self._settle(handle, g)
 
     def least_tokens(self, handle: int) -> int:
@@ -225,7 +241,8 @@ class Model:
             new.first, new.writers = old.first if new.tokens else 0, old.writers[: old.committed]
             for arena, here in enumerate(new.pieces if rules.growth != "fixed" else []):
                 low = self._span(g, arena, new.first, new.tokens)[0]
-                for ordinal in range(low, new.tokens * rules.token_bytes[arena] // rules.piece_bytes[arena]):
+                whole = self._unshared(g, new.tokens) * rules.token_bytes[arena] // rules.piece_bytes[arena]
+                for ordinal in range(low, whole):
                     self._hold(child, here, ordinal, old.pieces[arena][ordinal])
             self._settle(child, g)
 

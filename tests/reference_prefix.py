@@ -86,9 +86,8 @@ class PrefixModel(MemoryOnly):
 
     def __init__(self, spec: kvmem.CacheSpec, *, partial_reuse: bool = True, **sizes: int | bool) -> None:
         super().__init__(spec, **sizes)  # type: ignore[arg-type]
-        self.block_tokens = self.groups[self.main].block_tokens
-        sizes_of_blocks = {g.block_tokens for g in self.groups if g.growth == "token"}
-        self.shares = all(g.growth != "prefill" for g in self.groups) and len(sizes_of_blocks) == 1
+        self.block_tokens = self.groups[self.main].unit_tokens  # of a node
+        self.shares = self.unit > 0
         self.fixed = [i for i, g in enumerate(self.groups) if g.growth == "fixed"]
         self.windows = [i for i, g in enumerate(self.groups) if g.window_tokens]
         self.partial_reuse = partial_reuse and not self.fixed
@@ -97,6 +96,12 @@ class PrefixModel(MemoryOnly):
         self.pinned: list[list[Node]] = []
         # Else what is evicted is what windows hold of a node, each by itself.
         self.whole = len(self.windows) < len(self.groups)
+
+    def stop_sharing(self) -> None:
+        """As with ``prefix_cache=False``."""
+        self.shares = False
+        for rules in self.groups:
+            rules.unit_tokens = rules.block_tokens
 
     # --- finding ---
 
@@ -111,7 +116,7 @@ class PrefixModel(MemoryOnly):
         if not rules.window_tokens or not n:
             return 0
         first = n - rules.window_tokens + 1 - rules.window_guard_tokens
-        return max(0, first // rules.block_tokens * rules.block_tokens)
+        return max(0, first // rules.unit_tokens * rules.unit_tokens)
 
     def _usable(self, chain: list[Node], n: int) -> bool:
         """Whether all groups have what a sequence of these ``n`` tokens holds, the last block perhaps in part."""
@@ -224,8 +229,13 @@ class PrefixModel(MemoryOnly):
         if self.groups[g].growth == "fixed":
             return
         for ordinal in range(held.first // self.block_tokens, len(chain)):
-            for here, piece in zip(held.pieces, chain[ordinal].parts[g], strict=True):
-                self._hold(handle, here, ordinal, piece)
+            for (here, block), piece in zip(self._blocks_of(held, g, ordinal), chain[ordinal].parts[g], strict=True):
+                self._hold(handle, here, block, piece)
+
+    def _blocks_of(self, held: Tokens, g: int, ordinal: int) -> list[tuple[dict[int, Piece], int]]:
+        """Where the blocks of node ``ordinal`` stand, in each arena."""
+        each = self.block_tokens // self.groups[g].block_tokens
+        return [(here, block) for here in held.pieces for block in range(ordinal * each, (ordinal + 1) * each)]
 
     def _hold_seen(self, handle: int, g: int, held: Tokens, look: Look) -> None:
         for arena, here in enumerate(held.pieces):
@@ -275,14 +285,14 @@ class PrefixModel(MemoryOnly):
             if self.virtual:
                 node.parts.setdefault(g, [])
                 continue
-            mine = [here[ordinal] for here in held.pieces]
-            theirs = node.parts.setdefault(g, mine)
+            places = self._blocks_of(held, g, ordinal)
+            theirs = node.parts.setdefault(g, [here[block] for here, block in places])
             for piece in theirs:
                 piece.content = node
-            for here, old, new in zip(held.pieces, mine, theirs, strict=True):
-                if old is not new:
-                    self._drop(handle, here, ordinal)
-                    self._hold(handle, here, ordinal, new)
+            for (here, block), new in zip(places, theirs, strict=True):
+                if here[block] is not new:
+                    self._drop(handle, here, block)
+                    self._hold(handle, here, block, new)
 
     def truncate_is_pinned(self, handle: int, tokens: int) -> bool:
         return any(node.pins for node in self.contents[handle].chain[tokens // self.block_tokens :])

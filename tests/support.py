@@ -69,7 +69,8 @@ def unequal(block_size: int) -> kvmem.CacheSpec:
 
 
 def windows(block_size: int) -> kvmem.CacheSpec:
-    """As Gemma: one group of full attention and one of a sliding window, here with a block size of its own."""
+    """As Gemma: one group of full attention and one of a sliding window, here with a block size of its own. Of blocks of 16
+    and 8 tokens or 96 and 48 the common multiple is the larger, of 5 and 2 it is 10."""
     k, v = _component("k", heads=2, width=8, rope="post"), _component("v", heads=2, width=8)
     full = kvmem.Group("full", (k, v), (0, 3))
     local = kvmem.Group("local", (k, v), (1, 2), window_tokens=40, block_size=max(1, block_size // 2))
@@ -77,7 +78,7 @@ def windows(block_size: int) -> kvmem.CacheSpec:
 
 
 def hybrid_windows(block_size: int) -> kvmem.CacheSpec:
-    """As ``windows``, with equal blocks: only then do prefixes mean the same in both groups."""
+    """As ``windows``, with equal blocks."""
     k, v = _component("k", heads=2, width=8, rope="post"), _component("v", heads=2, width=8)
     groups = (kvmem.Group("full", (k, v), (0, 3)), kvmem.Group("local", (k, v), (1, 2), window_tokens=100))
     return kvmem.CacheSpec(groups, block_size=block_size)
@@ -87,6 +88,14 @@ def all_windows(block_size: int) -> kvmem.CacheSpec:
     return kvmem.CacheSpec.kv(
         num_layers=2, num_kv_heads=2, head_dim=8, dtype=HALF, block_size=block_size, window_tokens=48
     )
+
+
+def three_sizes(block_size: int) -> kvmem.CacheSpec:
+    """Windows in larger and in smaller blocks than those of full attention."""
+    k, v = _component("k", heads=2, width=8, rope="post"), _component("v", heads=2, width=8)
+    far = kvmem.Group("far", (k, v), (1,), window_tokens=70, block_size=2 * block_size)
+    near = kvmem.Group("near", (k, v), (2,), window_tokens=1, block_size=max(1, block_size // 2))
+    return kvmem.CacheSpec((kvmem.Group("full", (k, v), (0, 3)), far, near), block_size=block_size)
 
 
 def encoder_decoder(block_size: int) -> kvmem.CacheSpec:
@@ -126,6 +135,7 @@ LAYOUTS = {
     "unequal widths": Layout(unequal, 2),
     "two windows": Layout(windows),
     "full and window": Layout(hybrid_windows),
+    "three sizes, windows": Layout(three_sizes),
     "window G=1": Layout(all_windows, 1),
     "encoder decoder": Layout(encoder_decoder),
     "recurrent": Layout(recurrent, 1),

@@ -64,7 +64,7 @@ void World::snapshot(Random& random) {
   Live* l = any(random);
   if (!l || !side_->has_state()) return;
   if (random.one_in(2)) {  // make it one that can be kept
-    const i64 block = side_->block_tokens(), rest = (block - l->tokens() % block) % block;
+    const i64 block = side_->unit(), rest = (block - l->tokens() % block) % block;
     const i32 count = static_cast<i32>(std::min(rest, params_.max_tokens - l->tokens()));
     if (call(random, false, [&] { side_->cache->extend(&l->handle, &count, 1, -1); }) != Outcome::done) return;
     side_->follow();

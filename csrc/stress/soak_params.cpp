@@ -51,6 +51,12 @@ i64 draw_window(Random& random, i64 block) {
   }
 }
 
+// A divisor of the block, or a small multiple of it or of such.
+i64 draw_size(Random& random, i64 block) {
+  const i64 divisor = random.pick<i64>({1, 2, 2, 3, 4, 8}), size = block % divisor == 0 ? block / divisor : block;
+  return size * random.pick<i64>({1, 1, 1, 2, 3});
+}
+
 const char* const kZeroNames[] = {"never", "fresh", "always"};
 
 }  // namespace
@@ -90,10 +96,16 @@ Params::Params(u64 world_seed, bool is_paged) : seed(world_seed), paged(is_paged
 
 void Params::draw_groups(Random& random) {
   max_tokens = random.pick<i64>({30, 100, 100, 250, 600});
-  const i64 block = random.pick<i64>({1, 2, 3, 4, 4, 5, 7, 8, 8, 16, 16, 24, 32, 64});
+  const i64 common = random.pick<i64>({1, 2, 3, 4, 4, 5, 7, 8, 8, 16, 16, 24, 32, 64});
   const i64 pattern = random.below(16);
-  const auto full = [&] { groups.push_back(token_group(random, block, 0, max_tokens)); };
-  const auto window = [&] { groups.push_back(token_group(random, block, draw_window(random, block), max_tokens)); };
+  const bool equal = !random.one_in(3);
+  // Else of sizes whose common multiple is no more than a few blocks: prefixes are shared there.
+  const auto size = [&] { return equal ? common : draw_size(random, common); };
+  const auto full = [&] { groups.push_back(token_group(random, size(), 0, max_tokens)); };
+  const auto window = [&] {
+    const i64 block = size();
+    groups.push_back(token_group(random, block, draw_window(random, block), max_tokens));
+  };
   if (pattern < 5) {
     full();
   } else if (pattern < 7) {
@@ -110,9 +122,8 @@ void Params::draw_groups(Random& random) {
     full(), groups.push_back(state_group(random));
   } else if (pattern < 15) {
     groups.push_back(state_group(random)), full(), window();
-  } else {  // blocks of two sizes: shared at their common multiple, or not at all
-    full();
-    groups.push_back(token_group(random, random.one_in(2) ? 2 * block : block + 1, 0, max_tokens));
+  } else {
+    full(), full();
   }
 }
 

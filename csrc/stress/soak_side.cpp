@@ -14,6 +14,7 @@ Side::Side(const Params& world, const Promises& held_to, i64 side, bool is_paged
       geometry(world.geometry(is_paged)),
       pool(std::move(shared)),
       router(geometry) {
+  geometry = with_unit(geometry, world.shares ? shared_unit(geometry) : 0);  // as the cache has it
   limit_pages = world.allocators == 1 ? world.pages : std::max<i64>(4, world.pages * 3 / 4);
   cache = std::make_unique<Cache>(geometry, pool, paged, limit_pages, world.allocators == 1, world.prefix());
   for (std::size_t g = geometry.groups.size(); g-- > 0;) {
@@ -273,10 +274,9 @@ void Side::verify_pins() {
 // All blocks of a live sequence that its windows have not passed are there.
 void Side::verify_found(const Live& l) {
   if (!cache->shares() || has_state() || l.known == 0) return;
-  const i64 whole = l.known / block_tokens() * block_tokens();
+  const i64 whole = l.known / unit() * unit();
   for (i64 g = 0; g < groups(); ++g) {
     if (window_front(g, whole) < l.fronts[g]) return;
-    if (geometry.groups[g].block_tokens != block_tokens()) return;
   }
   if (whole == 0 || (has_window() && !promises.states)) return;
   const i64 is = found({l.ids.begin(), l.ids.begin() + whole}, l.key);
@@ -294,7 +294,7 @@ void Side::verify_events(Random& random) {
   router.follow(batch->records, batch->roots);
   if (!promises.events || params.partial || most >= 0) return;
   for (const Prefix& prefix : committed) {
-    const i64 told = router.predict(prefix.ids, key_of(prefix.key), block_tokens());
+    const i64 told = router.predict(prefix.ids, key_of(prefix.key), unit());
     const i64 is = found(prefix.ids, prefix.key);
     if (told == is) continue;
     throw Failure("events: they say that " + std::to_string(told) + " of " + std::to_string(prefix.ids.size()) +

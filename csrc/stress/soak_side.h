@@ -46,6 +46,7 @@ class Side {
   bool has_window() const { return has_window_; }
   i64 token_group() const { return token_group_; }
   i64 block_tokens() const { return geometry.groups[token_group_].block_tokens; }
+  i64 unit() const { return kvmem::unit_tokens(geometry.groups[token_group_]); }  // what is found comes in these
   i64 window_front(i64 group, i64 committed) const {
     return kvmem::window_first(geometry.groups[group], geometry.tail_guard_tokens, committed);
   }
@@ -64,7 +65,7 @@ class Side {
   std::vector<Prefix> committed;  // some of what was committed at some time
   Router router;
   i64 taken_events = 0;  // the last batch of them
-  u64 untold = 0;  // counts the tokens of which the allocator is not told
+  u64 untold = 0;        // counts the tokens of which the allocator is not told
   i64 lookups = 0, hits = 0, limit_pages = 0;
 
  private:

@@ -160,7 +160,7 @@ std::vector<Live*> World::some(Random& random) {
 // Mostly the beginning of one that there was, cut anywhere or at a block, and something of its own.
 std::vector<i32> World::prompt(Random& random) {
   std::vector<i32> ids;
-  const i64 block = side_->block_tokens(), most = params_.max_tokens;
+  const i64 block = side_->unit(), most = params_.max_tokens;
   if (!prompts_.empty() && !random.one_in(12)) {
     const std::vector<i32>& old = random.pick(prompts_);
     i64 keep = random.one_in(3) ? static_cast<i64>(old.size()) : random.below(static_cast<i64>(old.size()) + 1);
@@ -179,7 +179,7 @@ std::vector<i32> World::prompt(Random& random) {
 }
 
 i64 World::draw_count(Random& random, const Live& l) const {
-  const i64 left = params_.max_tokens - l.tokens(), block = side_->block_tokens();
+  const i64 left = params_.max_tokens - l.tokens(), block = side_->unit();
   const i64 script = static_cast<i64>(l.script.size() - std::min(l.script_at, l.script.size()));
   const i64 count =
       random.pick<i64>({0, 1, 1, 1, 2, block, script, script, random.below(3 * block + 1), random.below(left + 1)});
