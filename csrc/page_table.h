@@ -164,6 +164,7 @@ class PageTable : public PageOwner {
   i64 sure_pages() const override { return index_.pinned_count() > 0 ? 0 : parked_pages(); }  // pins keep some
 
   void digest(Hasher& hash) const override { index_.digest(hash); }
+  void on_taken_back() override { zeroed_cuts_.clear(); }  // the marks stay: it may be zeroed once more
 
   // Evicts a node and all cached ones that continue it, ends first: nobody could find those without it.
   void forget(i32 node, Transaction& tx);
@@ -194,10 +195,8 @@ class PageTable : public PageOwner {
   // The transaction zeroes all that was cut off. Until it is committed, the mark stays.
   void forget_cut(i64 index, i64 group) { zeroed_cuts_.push_back(index * groups_ + group); }
   void reset_cut(i64 index, i64 group) { cut_to_[index * groups_ + group] = 0; }  // it has no memory yet
-  void finish_cuts(bool committed) {
-    for (const i64 at : zeroed_cuts_) {
-      if (committed) cut_to_[at] = 0;
-    }
+  void finish_cuts() {
+    for (const i64 at : zeroed_cuts_) cut_to_[at] = 0;
     zeroed_cuts_.clear();
   }
 

@@ -96,7 +96,7 @@ class PagedBlocks : public PageTable {
   void on_content(const Op& op, bool undo) override;
   void finish(bool committed) override {
     if (!hidden_.empty()) wipe_hidden();
-    finish_cuts(committed);
+    finish_cuts();
     index_.finish(committed);
   }
   bool can_give_up(const Op& op) const override {

@@ -36,6 +36,8 @@ class PageOwner {
   virtual bool is_mapped(i32 arena, i64 slot, i64 count) const = 0;
   // The state changes that its content index has gained or lost a place; and then the end of that transaction.
   virtual void on_content(const Op& op, bool undo) = 0;
+  // Records were taken back: nothing that the transaction was going to do when it ends is to be done any more.
+  virtual void on_taken_back() {}
   virtual void finish(bool committed) = 0;
   // True if an `evict` that was taken back can be done again by itself: nobody alive needs that memory.
   virtual bool can_give_up(const Op& evict) const = 0;
@@ -120,6 +122,9 @@ class PagePool {
   // --- state: called by Transaction only ---
   void apply(const Op& op, bool undo);
   void apply_private(const Op& op, bool undo) { arenas_[op.at].owner->on_content(op, undo); }
+  void on_taken_back() {
+    for (PageOwner* owner : owners_) owner->on_taken_back();
+  }
   void finish(bool committed) {
     for (PageOwner* owner : owners_) owner->finish(committed);
   }

@@ -58,6 +58,7 @@ void Transaction::take_back(const Point& point) {
   for (std::size_t i = ops_.size(); i > point.ops; --i) apply(inverse(ops_[i - 1]), true);
   pool_.journal.restore(point.noted);
   pool_.journal.end_restoring();
+  pool_.on_taken_back();
 }
 
 void Transaction::roll_back_to(const Point& point) {

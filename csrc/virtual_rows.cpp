@@ -248,11 +248,9 @@ void VirtualRows::file_double(i64 row) {
 }
 
 void VirtualRows::finish(bool committed) {
-  for (const auto& [at, to] : zeroed_) {
-    if (committed) finite_[at].to = to;
-  }
+  for (const auto& [at, to] : zeroed_) finite_[at].to = to;
   zeroed_.clear();
-  finish_cuts(committed);
+  finish_cuts();
   index_.finish(committed);
 }
 

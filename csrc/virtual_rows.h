@@ -105,6 +105,10 @@ class VirtualRows : public PageTable {
   void on_unmap(const Op& op) override { change(op, false); }
   void on_content(const Op& op, bool undo) override;
   void finish(bool committed) override;
+  void on_taken_back() override {
+    zeroed_.clear();
+    PageTable::on_taken_back();
+  }
   bool can_give_up(const Op& op) const override;
 
   i64 offset_bytes(i64 index, i64 group, i64 a, i64 token) const override {
