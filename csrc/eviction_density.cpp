@@ -153,14 +153,17 @@ void DensityPolicy::undo_use(i32 id) {
   if (block.children == 0) put_back(id);
 }
 
-// To where it stood before the latest remove(), if nothing has come between; else to where it goes next.
+// To where it stood before the latest remove(), also where its neighbours have left meanwhile and it stood at an end,
+// as what is evicted next does; else to where it goes next.
 void DensityPolicy::put_back(i32 id) {
   if (blocks_.undo_remove(id)) {
     const i32 alone = blocks_.alone_in(id);
     if (alone >= 0) mark(alone, true);
     return;
   }
-  const i32 list = cell_of(blocks_[id]);
+  const i32 first_of = blocks_.was_first_of(id), last_of = blocks_.was_last_of(id);
+  if (first_of != last_of) return first_of >= 0 ? push_front(first_of, id) : push_back(last_of, id);
+  const i32 list = first_of >= 0 ? first_of : cell_of(blocks_[id]);
   youngest_first(list) ? push_back(list, id) : push_front(list, id);
 }
 

@@ -54,6 +54,11 @@ class IdLists {
     return true;
   }
 
+  // The list that `id` was the first of, or the last of, before its latest remove(); else -1. Where several left a list
+  // at one end, and some of them not at all come back, that still says where the others stood.
+  i32 was_first_of(i32 id) const { return sentinel(at(lists_ + id).prev); }
+  i32 was_last_of(i32 id) const { return at(lists_ + id).prev < 0 ? -1 : sentinel(at(lists_ + id).next); }
+
   // No undo_remove() of `id` from now on: it is another list that it comes to.
   void forget_place(i32 id) { at(lists_ + id).prev = -1; }
 
@@ -72,6 +77,7 @@ class IdLists {
  private:
   Node& at(i32 node) { return nodes_[static_cast<std::size_t>(node)]; }
   const Node& at(i32 node) const { return nodes_[static_cast<std::size_t>(node)]; }
+  i32 sentinel(i32 node) const { return node < lists_ ? node : -1; }
   bool linked(i32 node) const {
     const i32 prev = at(node).prev, next = at(node).next;
     return prev >= 0 && at(prev).next == node && at(next).prev == node;

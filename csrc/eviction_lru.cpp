@@ -14,7 +14,9 @@ class LruPolicy final : public EvictionPolicy {
   void hit(i32) override {}
   void use(i32 id) override { order_.remove(id); }
   void undo_use(i32 id) override {
-    if (!order_.undo_remove(id)) order_.push_front(0, id);  // others left meanwhile
+    if (order_.undo_remove(id)) return;
+    const bool last = order_.was_first_of(id) < 0 && order_.was_last_of(id) >= 0;
+    last ? order_.push_back(0, id) : order_.push_front(0, id);  // others left meanwhile
   }
   void release(i32 id) override { order_.push_back(0, id); }
   i32 victim() override { return order_.empty(0) ? -1 : order_.front(0); }

@@ -112,7 +112,7 @@ class VirtualRows::Rules final : public FollowRules {
     const i64 page = page_at(at);
     bool nobody = pool_.refs(page) == 1;
     if (const auto fresh = fresh_.find(page); fresh != fresh_.end()) {
-      nobody = nobody && (is_copy ? within >= fresh->second && at.row != 0 : fresh->second == 0);
+      nobody = nobody && within >= fresh->second && (!is_copy || at.row != 0);
       if (is_copy) fresh->second = within + bytes;
     } else {
       nobody = nobody && at.row > 0 && (sequence_at(at) < 0 || bound_.count(at.row) > 0) && copied_.count(page) == 0;

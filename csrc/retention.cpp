@@ -27,6 +27,7 @@ void RetentionPolicy::retain(i32 id, int priority, double ttl_seconds) {
   stop_clock(id);
   block.priority = static_cast<std::int8_t>(priority);
   block.ttl = ttl_seconds > 0 && std::isfinite(ttl_seconds) ? ttl_seconds : 0;
+  timed_ = timed_ || block.ttl > 0;
   if (block.released) start_clock(id);
   place(id);
   update_holds(id);
@@ -86,9 +87,7 @@ void RetentionPolicy::undo_use(i32 id) {
   if (block.place == kBase) {
     base_->undo_use(id);
   } else if (block.place != kNowhere) {
-    // What it leads to may have gone meanwhile, and then it belongs into another list than it left.
-    if (block.place != block.left || !lists_.undo_remove(id)) lists_.push_front(block.place, id);
-    filled_.set(static_cast<std::size_t>(block.place));
+    list_again(id, block.left);
   }
   if (block.deadline == 0) return;
   set_heap(heap_.size(), id);
@@ -137,13 +136,13 @@ void RetentionPolicy::restore(i32 id, std::uint64_t key, i32 parent) {
   update_holds(id);
   base_->restore(id, key, parent);
   block.place = kBase;
-  if (place_before != kBase) place(id, true);
+  if (place_before != kBase) come_back(id, place_before);
   resume_clock(id);
 }
 
-// While some have a time to live, the clock moves them, too.
+// What has a time to live is moved by the clock, too: by any call, also by one that fails.
 void RetentionPolicy::digest(Hasher& hash) const {
-  if (!heap_.empty()) return;
+  if (timed_) return;
   for (i32 list = 0; list < 2 * kPriorities; ++list) lists_.digest(list, hash);
   base_->digest(hash);
 }
@@ -167,6 +166,22 @@ void RetentionPolicy::place(i32 id, bool first) {
     first ? lists_.push_front(wanted, id) : lists_.push_back(wanted, id);
     filled_.set(static_cast<std::size_t>(wanted));
   }
+}
+
+// From the base, where restore() has put it, to where it stood.
+void RetentionPolicy::come_back(i32 id, i32 left) {
+  const i32 wanted = place_of(at(id));
+  if (wanted == kBase) return;
+  leave(id);
+  at(id).place = wanted;
+  if (wanted != kNowhere) list_again(id, left);
+}
+
+// What it leads to may have gone meanwhile, and then it belongs into another list than it left.
+void RetentionPolicy::list_again(i32 id, i32 left) {
+  const i32 list = at(id).place;
+  if (list != left || !lists_.undo_remove(id)) lists_.push_front(list, id);
+  filled_.set(static_cast<std::size_t>(list));
 }
 
 void RetentionPolicy::leave(i32 id) {

@@ -71,6 +71,8 @@ class RetentionPolicy final : public EvictionPolicy {
   Block& at(i32 id) { return blocks_[static_cast<std::size_t>(id)]; }
   i32 place_of(const Block& block) const;
   void place(i32 id, bool first = false);
+  void come_back(i32 id, i32 left);
+  void list_again(i32 id, i32 left);
   void leave(i32 id);
   void count_child(i32 parent, i32 change, bool first);
   void update_holds(i32 id);
@@ -90,6 +92,7 @@ class RetentionPolicy final : public EvictionPolicy {
   IdLists<> lists_{2 * kPriorities};  // of each priority: blocks without cached children, blocks with some
   std::bitset<2 * kPriorities> filled_;
   std::vector<i32> heap_;  // released blocks with a time to live, the earliest deadline first
+  bool timed_ = false;     // some have ever had a time to live
   i32 named_ = -1;         // victim() answers the same until another call, whatever the clock says
 };
 

@@ -258,16 +258,17 @@ void VirtualTable::take_over(i64 index, i64 row, i64 blocks, Transaction& tx) {
   cut(row, blocks, tx);
   tx.push({OpKind::bind, 0, sequences_.handle_of(index), row});
   for (i64 g = 0; g < groups_; ++g) look_at_tail(index, g);  // the next write may meet a shared page
-  // Behind that page there may be more: a sequence that a window keeps short shows the later pages only.
+  // Behind that page there may be more: a sequence that a window keeps short shows the later pages only. What is taken
+  // over ends with its tokens, which the last of its blocks may have more of.
   for (i64 a = 0; a < arenas_; ++a) {
     const Extent& e = extent(row, a);
     const i64 front = low_slot(group_of(a), a, sequences_.front(index, group_of(a)));
-    const i64 behind = ceil_div(blocks * index_.block_tokens() * token_bytes(group_of(a), a), page_bytes());
-    if (e.solid > front) unmap(row, a, std::max(e.lo, behind), e.hi, rows_[row].fence, tx);  // there are holes
+    const i64 bytes = sequences_.tokens(index, group_of(a)) * token_bytes(group_of(a), a);
+    const i64 behind = std::max(e.lo, ceil_div(bytes, page_bytes()));
+    if (e.solid > front) unmap(row, a, behind, e.hi, rows_[row].fence, tx);  // there are holes
     i64 slot = std::max(e.lo, blocks * index_.block_tokens() * token_bytes(group_of(a), a) / page_bytes());
     while (slot < e.hi && pool_.refs(e.pages[slot]) <= 1) ++slot;
-    const i64 tail = sequences_.tokens(index, group_of(a)) * token_bytes(group_of(a), a) / page_bytes();
-    if (slot < e.hi) unmap(row, a, std::max(slot, tail + 1), e.hi, rows_[row].fence, tx);
+    if (slot < e.hi) unmap(row, a, std::max(slot, bytes / page_bytes() + 1), e.hi, rows_[row].fence, tx);
   }
 }
 
