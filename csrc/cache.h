@@ -203,7 +203,7 @@ class Cache final : public TableState {
   struct Content {
     i32 root = kNoNode, leaf = kNoNode;  // the last published block, or the root
     i64 known = 0;
-    KeyMarks marks;  // of all of its tokens, those to come included
+    KeyMarks marks;                   // of all of its tokens, those to come included
     std::vector<Retention> retained;  // ascending, no block twice
     // The fixed state may have seen tokens that are not committed and cannot be any more: they were cut off, or stayed
     // with the sequence that this one was forked from. The next commit() answers for the state again.
@@ -452,9 +452,9 @@ class Cache final : public TableState {
   const i64 groups_;
   const i64 token_group_;  // the first group that grows with the tokens, or 0
   const PrefixOptions prefix_;
-  const bool has_state_;     // some group is of fixed size
-  const bool has_window_;    // some group has a sliding window
-  const bool is_simple_;     // one group, which only grows; nothing is zeroed when it does
+  const bool has_state_;   // some group is of fixed size
+  const bool has_window_;  // some group has a sliding window
+  const bool is_simple_;   // one group, which only grows; nothing is zeroed when it does
   Sequences sequences_;
   PrefixIndex index_;
   std::unique_ptr<PageTable> table_;

@@ -2,8 +2,9 @@
 // pages lie under it. paged_table.cpp decides; the mappings and table entries it pushes come back through on_map,
 // on_unmap and apply, and change here only, as does what it takes with take_ready() and hold().
 //
-// Changed by records: pages, table entries, references, nodes. By the journal: the order of snapshots, which ready blocks
-// were put off, fences, copy_tail_. Derived: backed, ready, slots, counts; cursor, which only says where to look first.
+// Changed by records: pages, table entries, references, nodes. By the journal: the order of snapshots, which ready
+// blocks were put off, fences, copy_tail_. Derived: backed, ready, slots, counts; cursor, which only says where to look
+// first.
 #pragma once
 
 #include <cstdint>
@@ -20,9 +21,9 @@
 namespace kvmem {
 
 struct SlotInfo {
-  i32 mapped = 0;      // in how many of the arenas it is mapped (all or none, between calls)
-  i32 users = 0;       // referenced blocks that touch it
-  i32 kept = 0;        // cached blocks that touch it, which nobody refers to
+  i32 mapped = 0;  // in how many of the arenas it is mapped (all or none, between calls)
+  i32 users = 0;   // referenced blocks that touch it
+  i32 kept = 0;    // cached blocks that touch it, which nobody refers to
 };
 
 struct BlockInfo {
@@ -45,8 +46,8 @@ struct Blocks {
   std::vector<BlockInfo> info;
   std::vector<std::uint8_t> backed;
   ReadyBlocks ready;
-  i32 window = -1;    // its number among the groups with a sliding window
-  IdList snapshots;   // of a fixed state at tokens that are in use: no table entry refers to them
+  i32 window = -1;   // its number among the groups with a sliding window
+  IdList snapshots;  // of a fixed state at tokens that are in use: no table entry refers to them
   std::vector<Class> classes;
   i64 kept = 0;               // cached blocks that nobody refers to
   i64 cursor = kTrashBlocks;  // no unbacked block lies below

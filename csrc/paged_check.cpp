@@ -90,7 +90,8 @@ void PagedBlocks::check_content(i64 g, std::vector<std::string>* out) const {
     if (!b.backed[block] || index_.places(node) == 0) say(block, "invariant 2: cached, yet without memory");
     if (b.snapshots.has(block) && b.info[block].refs > 0) say(block, "a snapshot, yet referenced");
     const bool needed = b.window >= 0 && index_.needs(node, b.window) > 0;
-    if (b.window >= 0 && b.info[block].refs > 0 && !needed) say(block, "referenced, yet the eviction order may name it");
+    if (b.window >= 0 && b.info[block].refs > 0 && !needed)
+      say(block, "referenced, yet the eviction order may name it");
     if (needed && b.info[block].refs == 0 && !index_.pinned(node)) say(block, "kept for nobody");
   }
   if (kept != b.kept) say(-1, std::to_string(kept) + " cached blocks, counted " + std::to_string(b.kept));

@@ -265,8 +265,8 @@ class PagedTable final : public PagedBlocks {
 
   bool has_state(i64 g) const { return geometry_.groups[g].growth == Growth::fixed; }
 
-  // Evicts the next item of the eviction order; after all of them, snapshots of tokens that are in use. False if there is
-  // nothing left.
+  // Evicts the next item of the eviction order; after all of them, snapshots of tokens that are in use. False if there
+  // is nothing left.
   bool evict_next(Transaction& tx) {
     const Item x = index_.victim();
     if (x.node == kNoNode) return evict_snapshot(tx);
@@ -307,8 +307,8 @@ class PagedTable final : public PagedBlocks {
     return !least.empty();
   }
 
-  // What is cached on the page at a slot, in on_page_, a block before those it continues; false where that cannot all be
-  // evicted without losing more.
+  // What is cached on the page at a slot, in on_page_, a block before those it continues; false where that cannot all
+  // be evicted without losing more.
   bool find_content(const Blocks& b, const Class& c, i64 slot) {
     constexpr i64 kMostOnPage = 512;  // else too much would be lost by chance
     on_page_.clear();
@@ -323,8 +323,11 @@ class PagedTable final : public PagedBlocks {
     }
     if (b.window >= 0) return true;
     std::sort(on_page_.begin(), on_page_.end(), [this](i32 p, i32 q) { return index_.ordinal(p) > index_.ordinal(q); });
-    const auto is_here = [this](i32 node) { return std::find(on_page_.begin(), on_page_.end(), node) != on_page_.end(); };
-    return std::all_of(on_page_.begin(), on_page_.end(), [&](i32 node) { return index_.all_cached_children(node, is_here); });
+    const auto is_here = [this](i32 node) {
+      return std::find(on_page_.begin(), on_page_.end(), node) != on_page_.end();
+    };
+    return std::all_of(on_page_.begin(), on_page_.end(),
+                       [&](i32 node) { return index_.all_cached_children(node, is_here); });
   }
 
   void set(i64 index, i64 group, i64 ordinal, i64 block, Transaction& tx) {
@@ -382,7 +385,8 @@ class PagedTable final : public PagedBlocks {
     }
   }
 
-  // Backs the next blocks, `wanted` at most, as far as no content has to go for them; false if there is no room for one.
+  // Backs the next blocks, `wanted` at most, as far as no content has to go for them; false if there is no room for
+  // one.
   bool back_some(i64 group, i64 wanted, Transaction& tx) {
     Blocks& b = blocks_[group];
     const i64 first = unbacked(group);

@@ -530,7 +530,9 @@ void VirtualRows::check_lists(i64 row, std::vector<std::string>* out) const {
   for (i64 a = 0; a < arenas_; ++a) {
     const Extent& e = extent(row, a);
     const Spare s = spare(row, group_of(a), a);
-    const bool front = s.from < s.to && std::any_of(e.pages.begin() + s.from, e.pages.begin() + s.to, [](i32 page) { return page >= 0; });
+    const bool front =
+        s.from < s.to &&
+        std::any_of(e.pages.begin() + s.from, e.pages.begin() + s.to, [](i32 page) { return page >= 0; });
     if (front || s.end < e.hi) return say("has pages to spare that nobody would find");
   }
 }

@@ -275,8 +275,8 @@ class Allocator:
         extra_key: ExtraKey = None,
         adapter: str | None = None,
     ) -> Pin:
-        """Keeps the whole blocks of ``tokens`` (a system prompt) cached until ``unpin()``: whatever happens, a prompt that
-        begins with them finds them. ``SpecError`` when one of them is not cached now, or they fill no block.
+        """Keeps the whole blocks of ``tokens`` (a system prompt) cached until ``unpin()``: whatever happens, a prompt
+        that begins with them finds them. ``SpecError`` when one of them is not cached now, or they fill no block.
         """
         salted, keyed = encode_keys(salt, extra_key, adapter)
         pin = Pin(self.core, 0, 0)
@@ -288,7 +288,7 @@ class Allocator:
             raise
 
     def pins(self) -> list[Pin]:
-        """The pins that keep something, also those whose ``Pin`` object is lost; in the order in which they were made."""
+        """The pins that keep something, in the order in which they were made: also those whose ``Pin`` is lost."""
         return [Pin(self.core, pin, num_tokens) for pin, num_tokens in self.core.pins()]
 
     def clear_cache(self) -> int:

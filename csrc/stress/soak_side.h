@@ -62,7 +62,7 @@ class Side {
   std::vector<Prefix> committed;  // some of what was committed at some time
   Router router;
   i64 taken_events = 0;  // the last batch of them
-  u64 untold = 0;  // counts the tokens of which the allocator is not told
+  u64 untold = 0;        // counts the tokens of which the allocator is not told
   i64 lookups = 0, hits = 0, limit_pages = 0;
 
  private:
