@@ -211,7 +211,7 @@ class Allocator:
                 with_ids(tokens, lambda ids: self.core.admit(ids, salted, keyed, sequence))
             return sequence
         except BaseException:  # a signal handler's, too: who never gets the sequence cannot free it
-            sequence.give_up()
+            sequence._give_up()
             raise
 
     def admit_batch(
@@ -284,7 +284,7 @@ class Allocator:
             with_ids(tokens, lambda ids: self.core.pin_tokens(ids, salted, keyed, pin))
             return pin
         except BaseException:
-            pin.give_up()
+            pin._give_up()
             raise
 
     def pins(self) -> list[Pin]:
