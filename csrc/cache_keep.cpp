@@ -34,65 +34,66 @@ i64 Cache::pin_chain(i64* pinned) {
 
 i64 Cache::pin(i64 handle, i64 tokens, i64* pinned) {
   return mutate([&] {
-  const i64 index = sequences_.index(handle);
-  const Content& c = contents_[index];
-  if (tokens > c.known || !prefix_.on) {
-    throw SpecError("asked to pin the first " + std::to_string(tokens) + " tokens of sequence handle " +
-                    std::to_string(handle) + "; of " + std::to_string(c.known) +
-                    " it is known which they are: commit() token ids instead of counts, with prefix_cache=True");
-  }
-  const i64 blocks = (tokens < 0 ? c.known : tokens) / block_tokens();
-  collect_chain(index);
-  chain_.resize(blocks);
-  Found found;
-  if (blocks == 0) {
-    throw SpecError("asked to pin " + std::to_string(tokens < 0 ? c.known : tokens) + " tokens of sequence handle " +
-                    std::to_string(handle) + ": whole blocks of " + std::to_string(block_tokens()) +
-                    " are kept, and this is none");
-  }
-  if (has_window_) look_along_windows();
-  if (!find_end(blocks * block_tokens(), &found)) {
-    const i64 longest = find_whole(blocks * block_tokens()).tokens;
-    throw SpecError("asked to pin the first " + std::to_string(blocks * block_tokens()) +
-                    " tokens of sequence handle " + std::to_string(handle) + ", of which " +
-                    (has_state_ ? "no snapshot is kept: call snapshot() there first"
-                                : "a sliding window has passed what it would need: pin them while it reaches them") +
-                    "; of its prefixes the longest that can be pinned now has " + std::to_string(longest) + " tokens");
-  }
-  return pin_chain(pinned);
+    const i64 index = sequences_.index(handle);
+    const Content& c = contents_[index];
+    if (tokens > c.known || !prefix_.on) {
+      throw SpecError("asked to pin the first " + std::to_string(tokens) + " tokens of sequence handle " +
+                      std::to_string(handle) + "; of " + std::to_string(c.known) +
+                      " it is known which they are: commit() token ids instead of counts, with prefix_cache=True");
+    }
+    const i64 blocks = (tokens < 0 ? c.known : tokens) / block_tokens();
+    collect_chain(index);
+    chain_.resize(blocks);
+    Found found;
+    if (blocks == 0) {
+      throw SpecError("asked to pin " + std::to_string(tokens < 0 ? c.known : tokens) + " tokens of sequence handle " +
+                      std::to_string(handle) + ": whole blocks of " + std::to_string(block_tokens()) +
+                      " are kept, and this is none");
+    }
+    if (has_window_) look_along_windows();
+    if (!find_end(blocks * block_tokens(), &found)) {
+      const i64 longest = find_whole(blocks * block_tokens()).tokens;
+      throw SpecError("asked to pin the first " + std::to_string(blocks * block_tokens()) +
+                      " tokens of sequence handle " + std::to_string(handle) + ", of which " +
+                      (has_state_ ? "no snapshot is kept: call snapshot() there first"
+                                  : "a sliding window has passed what it would need: pin them while it reaches them") +
+                      "; of its prefixes the longest that can be pinned now has " + std::to_string(longest) +
+                      " tokens");
+    }
+    return pin_chain(pinned);
   });
 }
 
 i64 Cache::pin(const i32* tokens, i64 n, const PrefixKey& key, i64* pinned) {
   return mutate([&] {
-  const i32 root = prefix_.on ? index_.find_root(key) : kNoNode;
-  const i64 wanted = n / block_tokens() * block_tokens();
-  const i64 found = find_cached(root, tokens, wanted + 1, placed(key.marks, tokens, n)).tokens;
-  if (root == kNoNode || found < wanted || wanted == 0) {
-    throw SpecError("asked to pin " + std::to_string(wanted) + " tokens, of which the first " + std::to_string(found) +
-                    " are cached: compute and commit them, in whole blocks of " + std::to_string(block_tokens()) +
-                    ", then pin");
-  }
-  return pin_chain(pinned);
+    const i32 root = prefix_.on ? index_.find_root(key) : kNoNode;
+    const i64 wanted = n / block_tokens() * block_tokens();
+    const i64 found = find_cached(root, tokens, wanted + 1, placed(key.marks, tokens, n)).tokens;
+    if (root == kNoNode || found < wanted || wanted == 0) {
+      throw SpecError("asked to pin " + std::to_string(wanted) + " tokens, of which the first " +
+                      std::to_string(found) + " are cached: compute and commit them, in whole blocks of " +
+                      std::to_string(block_tokens()) + ", then pin");
+    }
+    return pin_chain(pinned);
   });
 }
 
 void Cache::unpin(i64 pin) {
   mutate([&] {
-  const auto found = pins_.find(pin);
-  if (found == pins_.end()) throw StaleHandle("pin " + std::to_string(pin) + " was given up before");
-  chain_.clear();
-  for (i32 node = found->second; !index_.is_root(node); node = index_.parent(node)) chain_.push_back(node);
-  std::reverse(chain_.begin(), chain_.end());
-  const i32 root = index_.parent(chain_.front());
-  table_->pin_end(found->second, false);
-  pins_.erase(found);
-  unneed_windows(chain_, static_cast<i64>(chain_.size()) * block_tokens());
-  for (auto x = chain_.rbegin(); x != chain_.rend(); ++x) {
-    index_.unpin(*x);
-    if (has_state_ && index_.used(*x)) table_->offer(*x);
-  }
-  index_.leave(root);
+    const auto found = pins_.find(pin);
+    if (found == pins_.end()) throw StaleHandle("pin " + std::to_string(pin) + " was given up before");
+    chain_.clear();
+    for (i32 node = found->second; !index_.is_root(node); node = index_.parent(node)) chain_.push_back(node);
+    std::reverse(chain_.begin(), chain_.end());
+    const i32 root = index_.parent(chain_.front());
+    table_->pin_end(found->second, false);
+    pins_.erase(found);
+    unneed_windows(chain_, static_cast<i64>(chain_.size()) * block_tokens());
+    for (auto x = chain_.rbegin(); x != chain_.rend(); ++x) {
+      index_.unpin(*x);
+      if (has_state_ && index_.used(*x)) table_->offer(*x);
+    }
+    index_.leave(root);
   });
 }
 
@@ -160,22 +161,22 @@ void Cache::put_retention(const Retention& added, std::vector<Retention>* retain
 
 void Cache::retain(i64 handle, i64 start, i64 end, int priority, double seconds) {
   mutate([&] {
-  const i64 index = sequences_.index(handle);
-  Content& c = contents_[index];
-  if (start < 0 || end <= start || priority < 0 || priority > 100 || !(seconds > 0)) {
-    throw SpecError("retain: tokens [" + std::to_string(start) + ", " + std::to_string(end) + ") at priority " +
-                    std::to_string(priority) + "; must be a range, a priority from 0 to 100 and a time above 0");
-  }
-  const Retention added{ceil_div(start, block_tokens()), end / block_tokens(), priority, seconds};
-  if (added.first >= added.end) return;  // no whole block lies in it
-  index_.expect_retention();
-  put_retention(added, &c.retained);
-  chain_.clear();
-  i32 node = c.leaf;
-  for (; node != c.root && index_.ordinal(node) >= added.end; node = index_.parent(node)) {
-  }
-  for (; node != c.root && index_.ordinal(node) >= added.first; node = index_.parent(node)) chain_.push_back(node);
-  for (auto at = chain_.rbegin(); at != chain_.rend(); ++at) index_.retain(*at, priority, seconds);
+    const i64 index = sequences_.index(handle);
+    Content& c = contents_[index];
+    if (start < 0 || end <= start || priority < 0 || priority > 100 || !(seconds > 0)) {
+      throw SpecError("retain: tokens [" + std::to_string(start) + ", " + std::to_string(end) + ") at priority " +
+                      std::to_string(priority) + "; must be a range, a priority from 0 to 100 and a time above 0");
+    }
+    const Retention added{ceil_div(start, block_tokens()), end / block_tokens(), priority, seconds};
+    if (added.first >= added.end) return;  // no whole block lies in it
+    index_.expect_retention();
+    put_retention(added, &c.retained);
+    chain_.clear();
+    i32 node = c.leaf;
+    for (; node != c.root && index_.ordinal(node) >= added.end; node = index_.parent(node)) {
+    }
+    for (; node != c.root && index_.ordinal(node) >= added.first; node = index_.parent(node)) chain_.push_back(node);
+    for (auto at = chain_.rbegin(); at != chain_.rend(); ++at) index_.retain(*at, priority, seconds);
   });
 }
 

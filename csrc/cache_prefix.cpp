@@ -280,7 +280,8 @@ i64 Cache::admit_some(const i32* tokens, const i32* counts, i64 n, const PrefixK
 }
 
 // Short of memory it takes less of what is cached.
-Cache::Admitted Cache::admit_one(const i32* tokens, i64 n, const PrefixKey& key, i32 root, Reuse reuse, Transaction& tx) {
+Cache::Admitted Cache::admit_one(const i32* tokens, i64 n, const PrefixKey& key, i32 root, Reuse reuse,
+                                 Transaction& tx) {
   Admitted one;
   one.handle = sequences_.next_handle();
   one.tokens = n;

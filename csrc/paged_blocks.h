@@ -2,8 +2,9 @@
 // pages lie under it. paged_table.cpp decides; the mappings and table entries it pushes come back through on_map,
 // on_unmap and apply, and change here only, as does what it takes with take_ready() and hold().
 //
-// Changed by records: pages, table entries, references, nodes. By the journal: the order of snapshots, which ready blocks
-// were put off, fences, copy_tail_. Derived: backed, ready, slots, counts; cursor, which only says where to look first.
+// Changed by records: pages, table entries, references, nodes. By the journal: the order of snapshots, which ready
+// blocks were put off, fences, copy_tail_. Derived: backed, ready, slots, counts; cursor, which only says where to look
+// first.
 #pragma once
 
 #include <cstdint>

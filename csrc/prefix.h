@@ -305,21 +305,21 @@ class PrefixIndex {
 
   std::vector<i32> full_groups_, state_groups_, window_of_, group_of_;
   i32 windows_ = 0;
-  bool whole_ = true;  // nodes are items: some group holds every token, or snapshots
-  i32 items_ = 1;      // of each node
+  bool whole_ = true;         // nodes are items: some group holds every token, or snapshots
+  i32 items_ = 1;             // of each node
   const std::uint64_t mask_;  // of keys, for tests
   std::uint64_t seed_;
   std::unique_ptr<EvictionPolicy> policy_;
   RetentionPolicy* retention_ = nullptr;  // policy_, once a block was retained; until then nobody pays for it
   EventRing events_;
   std::vector<Node> nodes_;
-  std::vector<Sibling> siblings_;  // by node
-  TokenBlocks tokens_;             // by node
-  std::vector<Part> parts_;        // [node][window]
-  std::vector<i64> cached_parts_;  // by window
+  std::vector<Sibling> siblings_;                         // by node
+  TokenBlocks tokens_;                                    // by node
+  std::vector<Part> parts_;                               // [node][window]
+  std::vector<i64> cached_parts_;                         // by window
   std::vector<std::shared_ptr<const std::string>> tags_;  // by node, from the first one on that has any
   const std::shared_ptr<const std::string> no_tag_;
-  std::vector<i32> root_of_;       // by node, where events are on: the number of its root, never given out twice
+  std::vector<i32> root_of_;  // by node, where events are on: the number of its root, never given out twice
   i32 free_ = kNoNode;
   std::vector<i32> buckets_;
   std::unordered_map<i32, i32> pins_;                      // how many, of the nodes that have some

@@ -208,7 +208,7 @@ class VirtualRows : public PageTable {
   // The record by which the row shows the block no more.
   Op concealing(i64 row, i64 ordinal, i32 window) const {
     const Shown& s = shown(row, ordinal, window);
-    return {OpKind::evict, arena(0), rows_[row].holds[ordinal].node, row, (i64{1} + window) << kWindowShift,
+    return {OpKind::evict,          arena(0), rows_[row].holds[ordinal].node, row, (i64{1} + window) << kWindowShift,
             std::max(s.previous, 0)};
   }
   static i32 window_of(const Op& op) { return static_cast<i32>(op.c >> kWindowShift) - 1; }

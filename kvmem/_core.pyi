@@ -8,6 +8,8 @@ import numpy
 from numpy.typing import NDArray
 
 
+debug_build: bool = False
+
 class DriverInfo:
     """What a driver is. Sizes in bytes."""
 
@@ -203,8 +205,10 @@ class CheckedDriver(Driver):
     def touch(self, at: int, bytes: int) -> None:
         """DeviceError unless the range is mapped and accessible."""
 
-def host_driver() -> Driver:
-    """The CPU device: memfd and mmap."""
+def host_driver(holes_fault: bool = False) -> Driver:
+    """
+    The CPU device: memfd and mmap. Reading where nothing is mapped gives zeros, and faults with `holes_fault`.
+    """
 
 def cuda_driver(index: int = 0, library: str = '', shareable: bool = False, rdma: bool = False) -> Driver:
     """
@@ -300,6 +304,12 @@ class CacheStats:
     def parked_bytes(self) -> int: ...
 
     @property
+    def held_bytes(self) -> int: ...
+
+    @property
+    def cached_beside_bytes(self) -> int: ...
+
+    @property
     def shared_bytes(self) -> int: ...
 
     @property
@@ -328,6 +338,23 @@ class CacheStats:
 
     @property
     def hit_tokens(self) -> int: ...
+
+class Sequences:
+    """Handles, by themselves; see csrc/sequences.h."""
+
+    def __init__(self, max_sequences: int, first: int = 1) -> None: ...
+
+    def open(self) -> int: ...
+
+    def close(self, handle: int) -> None: ...
+
+    def undo_open(self, handle: int) -> None: ...
+
+    def undo_close(self, handle: int) -> None: ...
+
+    def index(self, handle: int) -> int: ...
+
+    def next_handle(self) -> int: ...
 
 class PrefixOptions:
     """What kvmem.Allocator says about prefix sharing."""
@@ -358,7 +385,16 @@ class Cache:
 
     def truncate(self, handle: int, tokens: int) -> None: ...
 
-    def fork(self, handle: int) -> int: ...
+    def fork(self, handle: int, sequence: object | None = None) -> int:
+        """The new handle; also told to the object that stands for it."""
+
+    def first_arena(self, group: int) -> int:
+        """Its number, as ops name it."""
+
+    def check_process(self) -> None:
+        """DeviceError in a forked child."""
+
+    def is_live(self, handle: int) -> bool: ...
 
     def free(self, handle: int) -> None: ...
 
@@ -404,11 +440,14 @@ class Cache:
 
     def apply(self, ops: Sequence[Sequence[str | int]]) -> None: ...
 
-    def arena_bytes(self, group: int, arena: int) -> NDArray[numpy.uint8]: ...
+    def arena_bytes(self, group: int, arena: int, begin: int = 0, bytes: int = -1) -> NDArray[numpy.uint8]: ...
 
     def mapped_extent_bytes(self, group: int, arena: int) -> int: ...
 
     def handles(self) -> list[int]: ...
+
+    def check_current(self, group: int, batch: BatchBuffers) -> None:
+        """StaleHandle if the tokens of the batch no longer lie where it says."""
 
     def fill(self, handles: NDArray[numpy.int32], new_tokens: NDArray[numpy.int32] | None, group: int, rows: int, out: BatchBuffers, others: list[tuple[int, BatchBuffers]] | None = None) -> None:
         """Fills `out` for a group, and others for theirs."""
@@ -418,8 +457,15 @@ class Cache:
         counts None: one token each. `out`: of the first group that grows with the tokens; others: of other groups.
         """
 
-    def admit(self, tokens: list[int] | NDArray[numpy.int32], salt: bytes, extra_key: bytes) -> tuple[int, int]:
-        """A new sequence: its handle, and how many tokens it has."""
+    def admit(self, tokens: list[int] | NDArray[numpy.int32], salt: bytes, extra_key: bytes, sequence: object | None = None) -> tuple[int, int]:
+        """
+        A new sequence: its handle, and how many tokens it has; also told to the object that stands for it.
+        """
+
+    def begin(self, tokens: list[int] | NDArray[numpy.int32], salt: bytes, extra_key: bytes, count: int, sequence: object | None = None) -> tuple[int, int]:
+        """
+        admit() with room for `count` more tokens, or (-1) for the rest of them; else OutOfMemory.
+        """
 
     def admit_batch(self, tokens: list[int] | NDArray[numpy.int32], counts: NDArray[numpy.int32] | None, salt: bytes, extra_key: bytes, handles: NDArray[numpy.int32], cached: NDArray[numpy.int32]) -> int:
         """How many prompts got room."""
@@ -431,12 +477,12 @@ class Cache:
 
     def commit_tokens_batch(self, handles: NDArray[numpy.int32], counts: NDArray[numpy.int32], tokens: NDArray[numpy.int32]) -> None: ...
 
-    def pin(self, handle: int, tokens: int) -> tuple[int, int]:
+    def pin(self, handle: int, tokens: int, pin: object | None = None) -> tuple[int, int]:
         """
         The first tokens of a sequence (-1: all known): a pin, and how many it keeps.
         """
 
-    def pin_tokens(self, tokens: list[int] | NDArray[numpy.int32], salt: bytes, extra_key: bytes) -> tuple[int, int]: ...
+    def pin_tokens(self, tokens: list[int] | NDArray[numpy.int32], salt: bytes, extra_key: bytes, pin: object | None = None) -> tuple[int, int]: ...
 
     def pins(self) -> list[tuple[int, int]]:
         """
@@ -449,10 +495,17 @@ class Cache:
 
     def retain(self, handle: int, start: int, end: int, priority: int, seconds: float) -> None: ...
 
+    def retained(self, handle: int) -> list[tuple[int, int, int, float]]:
+        """
+        What holds of which blocks: (first, end, priority, seconds), ascending, no block twice.
+        """
+
     def clear_cache(self) -> int: ...
 
-    def drain_events(self, max: int, restart: bool) -> tuple[EventRecords, dict[int, tuple[bytes, bytes]]]:
-        """Records, and the (salt, extra key) of the roots that they name."""
+    def drain_events(self, taken: int, max: int, restart: bool) -> tuple[int, EventRecords, dict[int, tuple[bytes, bytes]]]:
+        """
+        The number of a batch, its records, and the (salt, extra key) of the roots that they name. The batch after number ``taken``: given again until a call says that it was taken.
+        """
 
     def grow(self, handle: int, count: int, /) -> TableChanges | None:
         """extend() that tells which table entries it wrote; None for none."""
@@ -467,10 +520,15 @@ class Cache:
 
     def grow_batch(self, handles: NDArray[numpy.int32], counts: NDArray[numpy.int32], /) -> TableChanges | None: ...
 
-    def publish_batch(self, handles: NDArray[numpy.int32], counts: NDArray[numpy.int32], tokens: NDArray[numpy.int32], /) -> TableChanges | None: ...
+    def publish_batch(self, handles: NDArray[numpy.int32], counts: NDArray[numpy.int32], tokens: NDArray[numpy.int32] | None, /) -> TableChanges | None: ...
 
     def table(self, handle: int, group: int, /) -> TableChanges | None:
-        """All entries of one table; those that a window has dropped are 0."""
+        """
+        All entries of one table, or (-1) of those of all groups; those that a window has passed are 0.
+        """
+
+    def tables(self, handles: NDArray[numpy.int32], /) -> TableChanges | None:
+        """The same of many sequences, and of all groups."""
 
 class BatchBuffers:
     """
@@ -482,6 +540,11 @@ class BatchBuffers:
     @property
     def filled(self) -> bool:
         """False before the first fill, and if the last one failed."""
+
+    def forget(self) -> None:
+        """
+        What it was filled with is not where it should be: the next fill writes, and tells, all of it.
+        """
 
     @property
     def handles(self) -> list[int]:
@@ -516,9 +579,7 @@ class BatchBuffers:
 
 class TableChanges:
     """
-    What a call wrote to block tables: entry ``columns[k]`` of row ``rows[k]`` is ``blocks[k]`` now, by row, then by column.
-
-    Most are empty: of length 0, and false.
+    What a call wrote to block tables: entry ``columns[k]`` of row ``rows[k]`` is ``blocks[k]`` now, by row, then by column; 0 where a sliding window has passed the block. These are of the main group, the first that grows with the tokens; ``group(g)`` tells the same of group g. The length counts the entries of all groups: most changes are empty, and false.
     """
 
     def __init__(self) -> None: ...
@@ -540,18 +601,27 @@ class TableChanges:
     def blocks(self) -> Annotated[NDArray[numpy.int32], dict(shape=(None,))]:
         """int32 [k]."""
 
+    @property
+    def groups(self) -> tuple[int, ...]:
+        """The groups that have entries here, ascending."""
+
+    def group(self, group: int) -> TableChanges:
+        """
+        What was written to the tables of one group, as ``TableChanges`` of which it is the main one; empty if nothing was.
+        """
+
     def write(self, table: NDArray[numpy.int32], row: int = 0) -> None:
         """
-        Brings a copy of the tables up to date: all of it, or ``SpecError`` where it is too small.
+        Brings a copy of the main group's tables up to date: all of it, or ``SpecError`` where it is too small.
 
         table: int32 [requests, blocks of the longest], of any strides. row: the request's, or where row 0 of a step stands.
         """
 
     def __repr__(self) -> str: ...
 
-    def __getstate__(self) -> bytes: ...
+    def __getstate__(self) -> tuple[int, bytes]: ...
 
-    def __setstate__(self, arg: bytes, /) -> None: ...
+    def __setstate__(self, arg: tuple[int, bytes], /) -> None: ...
 
 def eviction_policy_names() -> list[str]:
     """What `policy=` of an allocator may be; the default first."""
@@ -621,6 +691,12 @@ class EventRecords:
     def tokens(self) -> Annotated[NDArray[numpy.int32], dict(shape=(None, None), writable=False)]:
         """int32 [stored records, block_tokens]."""
 
+    @property
+    def tags(self) -> list[bytes | None]:
+        """
+        What of each stored record's block is keyed (csrc/block_tags.h); made when asked for.
+        """
+
 class EventRing:
     """A bounded queue of records; see csrc/events.h."""
 
@@ -648,6 +724,9 @@ class EventRing:
     @property
     def lost(self) -> int: ...
 
+def keyed_hash(first: int, second: int, bytes: bytes) -> int:
+    """What salts are found by; see csrc/keyed_hash.h."""
+
 class TokenBlocks:
     """Blocks of token ids, packed; see csrc/token_blocks.h."""
 
@@ -666,3 +745,12 @@ class TokenBlocks:
     @property
     def bits(self) -> int:
         """Of one id."""
+
+class Scope:
+    """
+    The two methods that make a context manager of what has a ``_core`` and an ``_id``.
+    """
+
+    def __enter__(self) -> object: ...
+
+    def __exit__(self, kind: object, error: object, at: object, /) -> None: ...

@@ -215,7 +215,7 @@ class Allocator:
                 with_ids(tokens, lambda ids: self.core.admit(ids, salted, keyed, sequence))
             return sequence
         except BaseException:  # a signal handler's, too: who never gets the sequence cannot free it
-            sequence.give_up()
+            sequence._give_up()
             raise
 
     def admit_batch(
@@ -279,8 +279,8 @@ class Allocator:
         extra_key: ExtraKey = None,
         adapter: str | None = None,
     ) -> Pin:
-        """Keeps the whole blocks of ``tokens`` (a system prompt) cached until ``unpin()``: whatever happens, a prompt that
-        begins with them finds them. ``SpecError`` when one of them is not cached now, or they fill no block.
+        """Keeps the whole blocks of ``tokens`` (a system prompt) cached until ``unpin()``: whatever happens, a prompt
+        that begins with them finds them. ``SpecError`` when one of them is not cached now, or they fill no block.
         """
         salted, keyed = encode_keys(salt, extra_key, adapter)
         pin = Pin(self.core, 0, 0)
@@ -288,11 +288,11 @@ class Allocator:
             with_ids(tokens, lambda ids: self.core.pin_tokens(ids, salted, keyed, pin))
             return pin
         except BaseException:
-            pin.give_up()
+            pin._give_up()
             raise
 
     def pins(self) -> list[Pin]:
-        """The pins that keep something, also those whose ``Pin`` object is lost; in the order in which they were made."""
+        """The pins that keep something, in the order in which they were made: also those whose ``Pin`` is lost."""
         return [Pin(self.core, pin, num_tokens) for pin, num_tokens in self.core.pins()]
 
     def clear_cache(self) -> int:

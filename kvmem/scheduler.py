@@ -140,7 +140,7 @@ class SchedulerCache:
             return self._core.table(sequence.id, -1) or _NOTHING
         except BaseException as error:
             self._forget(request)
-            sequence.give_up()
+            sequence._give_up()
             if isinstance(error, OutOfMemory):  # also when all max_sequences are in use
                 return None
             raise

@@ -136,7 +136,7 @@ class Sequence:
             self._core.pin(self._id, count, pin)
             return pin
         except BaseException:
-            pin.give_up()
+            pin._give_up()
             raise
 
     def retain(self, start: int = 0, end: int | None = None, *, priority: int, ttl: float | None = None) -> None:
@@ -172,7 +172,7 @@ class Sequence:
             self._core.fork(self._id, child)
             return child
         except BaseException:
-            child.give_up()
+            child._give_up()
             raise
 
     def free(self) -> None:
@@ -183,7 +183,7 @@ class Sequence:
         """K and V of the tokens held, ``[num_tokens, heads, width]``; see ``Allocator.sequence_tensor``."""
         return self._alloc.sequence_tensor(self, layer, "k"), self._alloc.sequence_tensor(self, layer, "v")
 
-    def give_up(self) -> None:
+    def _give_up(self) -> None:
         """Frees it unless it was freed before, or never began. For the end of a call that failed."""
         if self._id != NOBODY and self._core.is_live(self._id):
             self._core.free(self._id)

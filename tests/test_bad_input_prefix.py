@@ -65,7 +65,10 @@ def grown(alloc: kvmem.Allocator, tokens: list[int], **root: Any) -> kvmem.Seque
 def make_place(backend: str, spec: kvmem.CacheSpec) -> Place:
     alloc = make_allocator(spec, backend, **MEMORY)
     seq, gone = grown(alloc, PROMPT), grown(alloc, text(70, 3), salt="salt")
-    pinned = grown(alloc, text(70, 4))
+    pinned = grown(alloc, text(64, 4))
+    if any(group.growth == "fixed" for group in spec.groups):  # else there is no state that a pin could keep
+        seq.snapshot()
+        pinned.snapshot()
     pin, undone = pinned.pin(), seq.pin()
     undone.unpin()
     seq.extend(20)

@@ -148,7 +148,7 @@ def test_a_random_life_of_four_allocators(ahead: int) -> None:
         moved += [w.alloc.stats().mapped_bytes for w in worlds if w is not world] != others
         if step % 25 == 0:
             try:
-                pool.set_memory(rng.randint(100, 170) * PAGE)
+                pool.set_memory(rng.randint(70, 150) * PAGE)
             except kvmem.OutOfMemory:
                 refused += 1
         assert pool.mapped_bytes <= pool.budget_bytes

@@ -23,6 +23,7 @@ SIGNATURES = {
     "Allocator.admit_batch": "self, tokens, counts=, *, salt=, extra_key=, adapter=",
     "Allocator.match": "self, tokens, *, salt=, extra_key=, adapter=",
     "Allocator.pin": "self, tokens, *, salt=, extra_key=, adapter=",
+    "Allocator.pins": "self",
     "Allocator.clear_cache": "self",
     "Allocator.events": "self, max_events=, *, restart=",
     "Allocator.open_batch": "self, n",
