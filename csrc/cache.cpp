@@ -234,9 +234,9 @@ void Cache::share_group(i64 parent, i64 child, i64 g, Transaction& tx) {
   const i64 tokens = sequences_.committed(parent, g);
   if (tokens == 0) return;
   set_length(child, g, tokens, tx);
-  set_committed(child, g, tokens, tx);
   if (geometry_.groups[g].growth == Growth::fixed) {  // a state is rewritten in place: it is copied whole
     table_->grow(child, g, 0, 1, tx);
+    set_committed(child, g, tokens, tx);  // only now: a row that it comes to may be zeroed first
     const std::vector<i64>& bytes = geometry_.groups[g].token_bytes;
     for (std::size_t a = 0; a < bytes.size(); ++a) {
       tx.push({OpKind::copy, static_cast<i32>(table_->first_arena(g) + a), table_->offset_bytes(child, g, a, 0),
@@ -244,6 +244,7 @@ void Cache::share_group(i64 parent, i64 child, i64 g, Transaction& tx) {
     }
     return;
   }
+  set_committed(child, g, tokens, tx);
   set_front(child, g, sequences_.front(parent, g), tx);
   table_->share(parent, child, g, sequences_.front(parent, g), tokens, tx);
 }

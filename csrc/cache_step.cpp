@@ -193,8 +193,8 @@ void Cache::grow_one(i64 index, i64 count, i64 group, Transaction& tx) {
       if (lacks_trash(g, tokens)) table_->back_trash(g, tx);
     } else if (geometry_.groups[g].growth == Growth::fixed && sequences_.tokens(index, g) == 0) {
       set_length(index, g, 1, tx);
-      set_committed(index, g, 1, tx);
       table_->grow(index, g, 0, 1, tx);
+      set_committed(index, g, 1, tx);  // only now: a row that it comes to may be zeroed first
     }
   }
 }

@@ -354,19 +354,21 @@ void PagePool::apply(const Op& op, bool undo) {
   }
 }
 
-void PagePool::distrust(const std::vector<Op>& ops, const Space::Progress& progress) {
+bool PagePool::distrust(const std::vector<Op>& ops, const Space::Progress& progress) {
   bool recreated = false;
   for (std::size_t i = 0; i < progress.begun; ++i) {
     if (ops[i].kind == OpKind::destroy) recreated = true;  // by undoing, so that another may have had its pages
     if (ops[i].kind == OpKind::destroy) forget_content(ops[i].a, ops[i].b);
     if (ops[i].kind == OpKind::map && progress.wrote) forget_content(ops[i].b, ops[i].c);
   }
-  disturbed_ += progress.wrote || recreated;
+  const bool give_up = progress.wrote || recreated;
+  disturbed_ += give_up;
   for (const Op& op : ops) {
-    if (!progress.wrote || op.kind != OpKind::evict) continue;
+    if (!give_up || op.kind != OpKind::evict) continue;
     PageOwner& owner = *arenas_[op.at].owner;
     if (owner.can_give_up(op)) owner.on_content(op, false);
   }
+  return give_up;
 }
 
 // Of the free ones among these pages.

@@ -130,8 +130,9 @@ class PagePool {
   }
 
   // These records were taken back after a driver had begun to execute them: what pages held that it may have touched is
-  // not known any more. If it has begun to copy or zero, what was to be given up stays given up.
-  void distrust(const std::vector<Op>& ops, const Space::Progress& progress);
+  // not known any more. If it has begun to copy or zero, or to destroy pages, what was to be given up stays given up:
+  // true then.
+  bool distrust(const std::vector<Op>& ops, const Space::Progress& progress);
 
   // Without a driver, what a GPU's driver would have been asked: one map for each page, one set_access for each run.
   void count_calls(const std::vector<Op>& ops);

@@ -83,6 +83,10 @@ void World::snapshot(Random& random) {
   if (outcome != Outcome::done) return;
   if (!right || l->known != l->tokens()) throw Failure("states: a snapshot was taken of a state of other tokens");
   side_->follow();
+  // After a truncation a window may begin later than that of a sequence which begins there.
+  for (i64 g = 0; g < side_->groups(); ++g) {
+    if (side_->window_front(g, l->tokens()) < l->fronts[g]) return;
+  }
   if (promises_.states && side_->found(l->ids, l->key) != l->tokens()) {
     throw Failure("states: a snapshot that was just taken of " + text(l->tokens()) + " tokens is not found, but " +
                   text(side_->found(l->ids, l->key)));

@@ -170,7 +170,7 @@ void World::step_batch(Random& random) {
     const std::vector<i32> due = side_->told_ids(*l, l->due());
     ids.insert(ids.end(), due.begin(), due.end());
     note(text(l->handle) + "+" + text(counts.back()));
-    if (!params_.eager_states) side_->write_state(*l, l->tokens());
+    side_->answer_for_state(*l, l->tokens());
   }
   if (told) note("told");
   const i64 n = static_cast<i64>(rows.size());
@@ -195,7 +195,7 @@ void World::advance(Random& random) {
   const i64 count = draw_count(random, *l), due = l->due();
   const bool told = side_->can_tell(*l, due) && !random.one_in(6);
   const std::vector<i32> ids = side_->told_ids(*l, due);
-  if (!params_.eager_states) side_->write_state(*l, l->tokens());
+  side_->answer_for_state(*l, l->tokens());
   note(text(l->handle) + " commits " + text(due) + (told ? " told" : "") + ", by " + text(count));
   const bool at_hand = random.one_in(2);
   const Outcome outcome = call(random, false, [&] {
@@ -223,7 +223,7 @@ void World::commit(Random& random) {
   const i32 count = static_cast<i32>(random.one_in(3) ? random.below(due + 1) : due);
   const bool told = side_->can_tell(*l, count) && !random.one_in(12);
   const std::vector<i32> ids = side_->told_ids(*l, count);
-  if (!params_.eager_states) side_->write_state(*l, l->committed + count);
+  side_->answer_for_state(*l, l->committed + count);
   note(text(l->handle) + " by " + text(count) + (told ? " told" : ""));
   const Outcome outcome = call(random, false, [&] {
     if (random.one_in(4) && side_->cache->commit_at_hand(l->handle, count, told ? ids.data() : nullptr)) return;
@@ -246,7 +246,7 @@ void World::commit_batch(Random& random) {
     told = told && side_->can_tell(*l, counts.back());
     const std::vector<i32> due = side_->told_ids(*l, counts.back());
     ids.insert(ids.end(), due.begin(), due.end());
-    if (!params_.eager_states) side_->write_state(*l, l->committed + counts.back());
+    side_->answer_for_state(*l, l->committed + counts.back());
     note(text(l->handle) + "+" + text(counts.back()));
   }
   if (told) note("told");

@@ -1,5 +1,6 @@
 #include "soak_router.h"
 
+#include <algorithm>
 #include <functional>
 
 namespace kvmem_soak {
@@ -53,6 +54,12 @@ void Router::store(const EventRecords& records, i64 i, const i32* tokens,
   const u64 bit = u64{1} << records.groups[i];
   if (held_[chain] & bit) throw Failure("an event stores a block that is stored already");
   held_[chain] |= bit;
+}
+
+bool Router::needs_nothing(i64 tokens) const {
+  return std::all_of(geometry_.groups.begin(), geometry_.groups.end(), [&](const GroupGeometry& group) {
+    return group.growth != Growth::fixed && window_first(group, geometry_.tail_guard_tokens, tokens) == tokens;
+  });
 }
 
 i64 Router::predict(const std::vector<i32>& ids, const PrefixKey& key, i64 block_tokens) const {

@@ -13,6 +13,8 @@ class Router {
 
   // Failure where an event contradicts what was told before.
   void follow(const kvmem::EventRecords& records, const std::unordered_map<i32, kvmem::PrefixKey>& roots);
+  // True if no group needs anything of these tokens. Then no event says whether they are known still.
+  bool needs_nothing(i64 tokens) const;
   // How many of these tokens are cached, counted in whole blocks.
   i64 predict(const std::vector<i32>& ids, const kvmem::PrefixKey& key, i64 block_tokens) const;
 

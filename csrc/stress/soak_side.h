@@ -25,6 +25,9 @@ class Side {
   void note_committed(Live& live, i64 count, bool told);
   // Writes the state of all tokens up to `tokens`, as a model does that has read them.
   void write_state(Live& live, i64 tokens);
+  // Before a commit of the first `tokens` tokens, which says that the state has read no others: where some were cut
+  // off, it is put back.
+  void answer_for_state(Live& live, i64 tokens);
   void remember(const Live& live);  // as a prefix that was committed
   std::vector<i32> told_ids(const Live& live, i64 count) const;
   bool can_tell(const Live& live, i64 count) const;
