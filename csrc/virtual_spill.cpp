@@ -207,11 +207,20 @@ i64 VirtualTable::empty_a_row(Transaction& tx) {
     }
   }
   aside.put_back();
-  if (const i64 row = find_double(true, doubles_.size())) {
+  i64 row = find_double(true, doubles_.size());
+  if (row == 0) row = any_to_lose();
+  if (row != 0) {
     cut(row, 0, tx);
     return row;
   }
   throw OutOfMemory("all rows are in use or hold pinned tokens");
+}
+
+// There may be more items before those of a parked row than can be passed over.
+i64 VirtualTable::any_to_lose() const {
+  i64 row = static_cast<i64>(rows_.size()) - 1;
+  while (row > 0 && (rows_[row].index >= 0 || rows_[row].holds.empty() || !can_lose(row))) --row;
+  return row;
 }
 
 i64 VirtualTable::pick_row(i64 tokens, Transaction& tx) {

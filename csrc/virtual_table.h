@@ -139,6 +139,8 @@ class VirtualTable final : public VirtualRows {
   i64 pick_empty(Transaction& tx);
   // A parked row that gives up its content for the next one: a second copy, else the one with the least valuable block.
   i64 empty_a_row(Transaction& tx);
+  // Some parked row with content that can lose it, 0 if there is none. Looks at all rows.
+  i64 any_to_lose() const;
   // The row for a sequence that starts with `tokens` tokens of its own. Where memory is short, a parked row of about
   // that size that would have to give up its pages anyway is taken with them, which costs no driver call.
   i64 pick_row(i64 tokens, Transaction& tx);
