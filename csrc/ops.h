@@ -26,8 +26,9 @@ enum class OpKind : std::uint8_t {
   front,   // at = group, a = sequence handle, b = new first token still held, c = old
   block,   // at = group, a = sequence handle, b = ordinal, c = new block, d = old block (0 is none)
   // What the content index of this allocator knows of memory. at = first arena. Stays within the deciding half.
-  hold,   // a = node, b = group (paged) or row (virtual), c = block (paged) or 1 where the row has the fixed state too
-  // The inverse. d: of the virtual backend, the row that held the node just before this one, 0 where it was the first; of
+  hold,  // a = node, b = group (paged) or row (virtual), c = block (paged) or 1 where the row has the fixed state too
+  // The inverse. d: of the virtual backend, the row that held the node just before this one, 0 where it was the first;
+  // of
   // the paged one, which part of those that the node takes in the group the block is. Virtual, c = (1 + w) <<
   // kWindowShift: only what the row shows of it for window number w; d is then of the rows that show it.
   evict,

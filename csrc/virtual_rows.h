@@ -318,16 +318,16 @@ class VirtualRows : public PageTable {
   std::vector<i32> state_row_;             // by node, where there are states: the row that has a snapshot of it, or -1
   std::unordered_map<i32, i32> pin_ends_;  // how many pins end there, of nodes at which some do
   // Whoever looks for a row or for pages asks these, never all rows.
-  RowsBySlots empty_;                    // unbound rows without content
-  IdList doubles_;                       // unbound rows whose last block another row holds too
-  IdList parked_, bound_;                // the unbound and the bound rows that may have pages to spare
-  std::vector<Extent> extents_;          // [row][arena]
-  std::vector<i64> room_;                // [row][group]
-  std::vector<i64> ready_;               // [row][group]: tokens that need nothing of the row's job, -1: it maps nothing
-  std::vector<Finite> finite_;           // [row][group]; empty without a guard
+  RowsBySlots empty_;            // unbound rows without content
+  IdList doubles_;               // unbound rows whose last block another row holds too
+  IdList parked_, bound_;        // the unbound and the bound rows that may have pages to spare
+  std::vector<Extent> extents_;  // [row][arena]
+  std::vector<i64> room_;        // [row][group]
+  std::vector<i64> ready_;       // [row][group]: tokens that need nothing of the row's job, -1: it maps nothing
+  std::vector<Finite> finite_;   // [row][group]; empty without a guard
   std::vector<std::pair<i64, i64>> zeroed_;  // what of it the transaction in progress moves on, and to where
-  std::vector<std::uint8_t> copy_tail_;  // [sequence][group]: look whether the tail page is shared before writing
-  std::vector<i64> scratch_pages_;       // by arena, -1 between calls
+  std::vector<std::uint8_t> copy_tail_;      // [sequence][group]: look whether the tail page is shared before writing
+  std::vector<i64> scratch_pages_;           // by arena, -1 between calls
 
  private:
   class Rules;

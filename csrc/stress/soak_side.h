@@ -37,8 +37,8 @@ class Side {
   void verify_lengths(const Live& live);  // lengths only
   // Tokens from `from` on, and what kernels may load behind the last, as far as nobody has written it.
   void verify_finite(const Live& live, i64 from);
-  void verify_all();                      // all sequences, and that there are no others
-  void verify_books();                    // check(), statistics
+  void verify_all();    // all sequences, and that there are no others
+  void verify_books();  // check(), statistics
   void verify_pins();
   void verify_found(const Live& live);  // that a live sequence's own prefix is found
   void verify_events(Random& random);
