@@ -35,7 +35,7 @@ from kvmem.bench.spread import Spread
 from kvmem.bench.threads import one_thread
 from kvmem.kernels.rules import plain
 from kvmem.kernels.write import write_kv
-from kvmem.lockstep import LockstepRows
+from kvmem.lockstep import EVERY, LockstepRows
 
 __all__ = ["RectangleReport", "RectangleResult", "rectangle"]
 
@@ -155,7 +155,7 @@ def _managed(
         page_bytes=page_bytes, interleave=interleave, map_ahead_tokens=0, tail_guard_tokens=0, prefix_cache=False,
     )  # fmt: skip
     rows = LockstepRows(allocator)
-    rows.extend(0, batch, tokens)
+    rows.extend(EVERY, batch, tokens)
     write_kv(allocator.kv(0), allocator.batch(np.array(rows._ids, np.int32)), k.flatten(0, 1), v.flatten(0, 1))
     place = rows.place(0)
     memory = tuple(

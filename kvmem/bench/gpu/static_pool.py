@@ -52,6 +52,9 @@ class StaticTables:
     def max_blocks(self) -> int:
         return len(self._table) * self._width
 
+    def check_current(self) -> None:
+        """Nothing: a static pool never hands a sequence's blocks on."""
+
     def fill(self, lengths: Int32s) -> None:
         """``lengths``: of each sequence, this step's token included."""
         if self._uploaded is not None:
