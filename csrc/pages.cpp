@@ -360,6 +360,7 @@ bool PagePool::distrust(const std::vector<Op>& ops, const Space::Progress& progr
     if (ops[i].kind == OpKind::destroy) recreated = true;  // by undoing, so that another may have had its pages
     if (ops[i].kind == OpKind::destroy) forget_content(ops[i].a, ops[i].b);
     if (ops[i].kind == OpKind::map && progress.wrote) forget_content(ops[i].b, ops[i].c);
+    if (ops[i].kind == OpKind::unmap && progress.wrote) arenas_[ops[i].at].owner->on_rewritten(ops[i]);
   }
   const bool give_up = progress.wrote || recreated;
   disturbed_ += give_up;

@@ -36,6 +36,8 @@ class PageOwner {
   virtual bool is_mapped(i32 arena, i64 slot, i64 count) const = 0;
   // The state changes that its content index has gained or lost a place; and then the end of that transaction.
   virtual void on_content(const Op& op, bool undo) = 0;
+  // The pages behind these slots were another's until a call that failed was undone, and hold anything now.
+  virtual void on_rewritten(const Op& /*unmap*/) {}
   // Records were taken back: nothing that the transaction was going to do when it ends is to be done any more.
   virtual void on_taken_back() {}
   virtual void finish(bool committed) = 0;

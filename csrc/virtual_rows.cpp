@@ -223,6 +223,15 @@ void VirtualRows::mark_dirty(i64 row) {
   }
 }
 
+// What a live row had mapped beyond its guard was zeroed once, and is to be zeroed again before the sequence gets
+// there.
+void VirtualRows::on_rewritten(const Op& unmap) {
+  const i64 a = unmap.at - base_arena_, g = group_of(a), row = unmap.a / row_slots(g, a);
+  if (!guarded_ || row >= static_cast<i64>(rows_.size()) || rows_[row].index < 0) return;
+  mark_dirty(row);
+  for (i64 group = 0; group < groups_; ++group) forget_room(rows_[row].index, group);
+}
+
 // Both put the row where its present state says, or nowhere.
 void VirtualRows::file_empty(i64 row) {
   Row& r = rows_[row];

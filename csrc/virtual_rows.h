@@ -104,6 +104,7 @@ class VirtualRows : public PageTable {
   void on_map(const Op& op) override { change(op, true); }
   void on_unmap(const Op& op) override { change(op, false); }
   void on_content(const Op& op, bool undo) override;
+  void on_rewritten(const Op& unmap) override;
   void finish(bool committed) override;
   void on_taken_back() override {
     zeroed_.clear();

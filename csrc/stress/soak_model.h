@@ -17,7 +17,7 @@ class Failure : public std::runtime_error {
 
 // What a content is shared under: its number stands for a salt and an extra key. 0 is what open() takes.
 inline kvmem::PrefixKey key_of(i64 number) {
-  return {number / 2 == 0 ? "" : "salt " + std::to_string(number / 2), number % 2 ? "adapter" : ""};
+  return {number / 2 == 0 ? "" : "salt " + std::to_string(number / 2), number % 2 ? "adapter" : "", {}};
 }
 
 // A token's writer is itself and all tokens before it, under one key in one allocator. Tokens of which the allocator is
