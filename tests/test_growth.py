@@ -65,7 +65,7 @@ def test_names_of_past_roots_are_told_while_their_events_wait() -> None:
         if i % 97 == 0:
             told += alloc.events(3)
     told += alloc.events()
-    keys = [event.extra_key for event in told if isinstance(event, BlockStored)]
+    keys = [event.extra_keys[0][0] for event in told if isinstance(event, BlockStored) and event.extra_keys]
     assert keys == [f"adapter {i}" for i in range(600)]
 
 
@@ -83,7 +83,8 @@ def test_allocators_that_come_and_go_on_a_pool(backend: str) -> None:
         live.append(make())
         with live[-1].sequence() as seq:
             seq.extend(9), seq.commit(9)
-            seq.kv(0)[0].fill_(1)
+            if backend == "virtual":  # the paged backend gathers a copy, and warns of a write to it
+                seq.kv(0)[0].fill_(1)
         assert all(alloc.check() == [] for alloc in live)
     recorded = kvmem.Allocator(spec(), backend=backend, pool=pool, max_sequences=2, max_tokens=64, interleave="none")
     assert recorded.core.first_arena(0) <= 2 * (len(live) + 1)
