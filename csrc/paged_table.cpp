@@ -9,6 +9,7 @@
 // and share their bookkeeping: one Class.
 
 #include <algorithm>
+#include <limits>
 
 #include "paged_blocks.h"
 
@@ -448,25 +449,39 @@ class PagedTable final : public PagedBlocks {
     const i64 first = unbacked(group);
     if (first == b.max_blocks) return false;
     const i64 least = missing_pages(b, first);
+    // Room for all that is wanted is made at once: then each arena is mapped, and zeroed, in one run.
     if (const i64 allowed = limit_pages - owned_pages; allowed < least) {
-      spill(least - allowed, false, tx);
+      spill(run_behind(b, first, wanted, kNoLimit).pages - allowed, false, tx);
     } else if (pool_.room_pages() < least) {
-      pool_.spill(*this, least - pool_.room_pages(), false, tx);
+      pool_.spill(*this, run_behind(b, first, wanted, kNoLimit).pages - pool_.room_pages(), false, tx);
     }
     const i64 room = std::min(pool_.room_pages(), limit_pages - owned_pages);
     if (room < least) return false;
-    i64 end = first + 1, pages = least;
+    back(group, first, run_behind(b, first, wanted, room).end, geometry_.zero, tx);
+    return true;
+  }
+
+  static constexpr i64 kNoLimit = std::numeric_limits<i64>::max();
+  struct Run {
+    i64 end, pages;
+  };
+
+  // Of the unbacked blocks from `first` on, the first and as many more as `room` pages suffice for, `wanted` in all at
+  // most; and the pages that they need.
+  Run run_behind(Blocks& b, i64 first, i64 wanted, i64 room) const {
+    Run run{first + 1, missing_pages(b, first)};
     for (Class& c : b.classes) c.counted_to = end_slot(c, first);
-    for (; end < b.max_blocks && end - first < wanted && !b.backed[end]; ++end) {
+    for (; run.end < b.max_blocks && run.end - first < wanted && !b.backed[run.end]; ++run.end) {
+      i64 pages = run.pages;
       for (Class& c : b.classes) {
-        for (const i64 to = end_slot(c, end); c.counted_to < to; ++c.counted_to) {
+        for (const i64 to = end_slot(c, run.end); c.counted_to < to; ++c.counted_to) {
           if (c.slots[c.counted_to].mapped == 0) pages += static_cast<i64>(c.arenas.size());
         }
       }
       if (pages > room) break;
+      run.pages = pages;
     }
-    back(group, first, end, geometry_.zero, tx);
-    return true;
+    return run;
   }
 
   // The lowest block with pages missing, or max_blocks.
