@@ -33,7 +33,7 @@ def test_parked_memory_is_adopted_without_a_driver_call(make: Make) -> None:
 
 
 def test_trim_gives_pages_back_to_the_system(make: Make) -> None:
-    pair, (a, b) = filled(make, [4000, 30], max_tokens=5000)
+    pair, (b, a) = filled(make, [30, 5000], max_tokens=6000)  # of `a`, some pages in every layout
     pair.free([a])
     before = pair.alloc.stats()
     pair.trim()
@@ -47,7 +47,7 @@ def test_trim_gives_pages_back_to_the_system(make: Make) -> None:
 
 
 def test_trim_of_some_bytes(make: Make) -> None:
-    pair, (a, _) = filled(make, [4000, 30], max_tokens=5000)
+    pair, (_, a) = filled(make, [30, 5000], max_tokens=6000)
     pair.free([a])
     page, before = pair.alloc.pool.page_bytes, pair.alloc.stats()
     given = pair.alloc.trim(1)
