@@ -181,7 +181,8 @@ void Cache::refuse_twice(i64 index) const {
 }
 
 void Cache::apply_table(const Op& op, bool undo) {
-  if (op.kind == OpKind::block) return table_->apply(op, undo);  // the most frequent by far
+  if (op.kind == OpKind::block) return table_->apply(op, undo);                       // the most frequent by far
+  if (op.kind == OpKind::adopt) return unenter_from(static_cast<std::size_t>(op.a));  // only ever undone
   if (op.kind == OpKind::open) return sequences_.on_open(op.a, op.d == 1);
   if (op.kind == OpKind::close) return sequences_.on_close(op.a, op.d == 1);
   if (op.kind == OpKind::bind || op.kind == OpKind::unbind) return table_->apply(op, undo);

@@ -176,16 +176,13 @@ i64 Cache::admit_at(const i32* tokens, i64 n, const PrefixKey& key, Reuse reuse,
   entered_.clear();
   indices_.resize(1);
   if (prefix_.on || grows) settle();
-  try {
+  {
     Transaction tx(*pool_, *this);
     one = admit_one(tokens, n, key, root.node(), reuse, tx);
     const i64 most = geometry_.groups[token_group_].max_tokens, room = count < 0 ? n : one.found.tokens + count;
     if (grows && room > most) refuse_room(room, most);
     if (grows) give_room(one, room, tx);
     tx.commit();
-  } catch (...) {
-    unenter_from(0);
-    throw;
   }
   root.keep(1);
   finish_admission(one, tokens, root.node());
@@ -245,26 +242,21 @@ i64 Cache::admit_some(const i32* tokens, const i32* counts, i64 n, const PrefixK
   admitted_.reserve(n);
   indices_.resize(n);
   settle();
-  try {
+  {
     Transaction tx(*pool_, *this);
     const i32* prompt = tokens;
     for (i64 i = 0; i < n && sequences_.count() < sequences_.capacity(); prompt += counts[i++]) {
       const Transaction::Point before = tx.here();
-      const std::size_t first = entered_.size();
       try {
         admitted_.push_back(admit_one(prompt, counts[i], key, root.node(), Reuse::all, tx));
         give_room(admitted_.back(), counts[i], tx);
       } catch (const OutOfMemory&) {  // as many as there is memory for
         tx.roll_back_to(before);
-        unenter_from(first);
         admitted_.resize(i);  // the one that did not fit
         break;
       }
     }
     tx.commit();
-  } catch (...) {
-    unenter_from(0);
-    throw;
   }
   root.keep(static_cast<i64>(admitted_.size()));
   for (Admitted& one : admitted_) {
@@ -348,11 +340,13 @@ bool Cache::try_adopt(i64 handle, const Found& found, Transaction& tx) {
   const Transaction::Point before = tx.here();
   const std::size_t first = entered_.size();
   entered_.reserve(first + chain_.size() * (1 + index_.windows()));
+  tx.expect();
   for (i32 node : chain_) index_.enter(node), entered_.push_back({node});  // not to be given up for room
   for_windows(chain_, found.tokens, [this](i32 node, i32 window) {
     index_.need(node, window);
     entered_.push_back({node, window});
   });
+  tx.note({OpKind::adopt, 0, static_cast<i64>(first)});
   try {
     tx.push({OpKind::open, 0, handle});
     const i64 index = sequences_.index(handle);
@@ -368,7 +362,6 @@ bool Cache::try_adopt(i64 handle, const Found& found, Transaction& tx) {
     table_->adopt(index, chain_, found, tx);
   } catch (const OutOfMemory&) {
     tx.roll_back_to(before);
-    unenter_from(first);
     return false;
   }
   return true;

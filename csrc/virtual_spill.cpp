@@ -31,7 +31,6 @@ i64 VirtualTable::spill(i64 pages, bool content, Transaction& tx) {
   }
   aside.put_back();
   for (Item x; freed < pages && (x = index_.victim()).node != kNoNode;) {  // pages that several have blocks on
-    if (x.window >= 0 && showers(x.node, x.window).empty()) break;  // no row shows it: nothing to gain, again and again
     const i64 before = owned_pages;
     x.window < 0 ? give_up(x.node, pages - freed, tx) : (evict_window(x.node, x.window, tx), 0);
     freed += before - owned_pages;
