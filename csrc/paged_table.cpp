@@ -106,7 +106,9 @@ class PagedTable final : public PagedBlocks {
     for (i64 g = 0; g < groups_; ++g) {
       const Blocks& b = blocks_[g];
       const bool state = geometry_.groups[g].growth == Growth::fixed;
-      const i64 parts = state ? 1 : ceil_div(tail, b.tokens), node = chain[state ? whole - 1 : whole];
+      const i64 parts = state ? 1 : ceil_div(tail, b.tokens);
+      if (parts == 0) continue;  // nothing is copied
+      const i64 node = chain[state ? whole - 1 : whole];
       for (i64 part = 0; part < parts; ++part) {
         const i64 fresh = take(g, parts - part, tx);
         set(index, g, state ? 0 : whole * b.parts + part, fresh, tx);
