@@ -242,8 +242,7 @@ class World {
       const i64 pages = kPages - below(40);
       call("set_memory", [&] { cache().set_memory(pages); });
     } else {
-      std::unordered_map<i32, PrefixKey> roots;
-      call("drain_events", [&] { cache().drain_events(-1, false, &roots); });
+      call("drain_events", [&] { cache().drain_events(0, -1, below(2) == 0); });
       if (layout_.recording) call("take_ops", [&] { cache().take_ops(); });
     }
     any_handle_ = live_[now_].empty() ? 0 : any().handle;
