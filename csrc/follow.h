@@ -12,7 +12,7 @@
 //      What the list has copied somewhere is not written again while somebody has it.
 //   3. Tokens that are live before the list and after it hold the same bytes after it as before, wherever they have
 //      moved: ByteLedger follows the copies. The one exception is a whole block that becomes committed and is replaced
-//      by one with equal tokens; those must be in another table at the same place, or have been left whole by one.
+//      by one with equal tokens: one that was committed whole at the same place, and has not been written since.
 //   4. After the list every live sequence that it names, or whose row or blocks it touches, has the memory that its
 //      lengths speak of, and nobody is about to grow in memory that another one reads.
 //
@@ -23,6 +23,7 @@
 #include <map>
 #include <memory>
 #include <set>
+#include <string>
 #include <utility>
 
 #include "byte_ledger.h"
@@ -102,13 +103,48 @@ class FollowedLengths {
 // The rules that differ by backend; follow_paged.cpp and follow_virtual.cpp.
 class FollowRules {
  public:
+  FollowRules(const FollowedLengths& lengths, i64 page_bytes) : lengths_(lengths), page_bytes_(page_bytes) {}
   virtual ~FollowRules() = default;
+
   // A record that has just been applied. Throws SpecError.
-  virtual void after(const Op& op) = 0;
+  void after(const Op& op) {
+    switch (op.kind) {
+      case OpKind::map:
+        return mapped(op);
+      case OpKind::unmap:
+        return unmapped(op);
+      case OpKind::zero:
+        return zeroed(op);
+      case OpKind::copy:
+        return copied(op);
+      case OpKind::destroy:
+        return ledger_.erase(op.a * page_bytes_, op.b * page_bytes_);
+      default:
+        return told(op);
+    }
+  }
   // All of them have. Throws SpecError.
   virtual void finish() = 0;
   // The transaction is done.
   virtual void commit() {}
+
+ protected:
+  virtual void mapped(const Op& op) = 0;
+  virtual void unmapped(const Op& op) = 0;
+  virtual void zeroed(const Op& op) = 0;
+  virtual void copied(const Op& op) = 0;
+  virtual void told(const Op& op) = 0;  // of the tables, and of what needs no rule
+
+  [[noreturn]] static void refuse(const std::string& why) {
+    throw SpecError("the ops do not follow from here: " + why);
+  }
+  i64 page_bytes() const { return page_bytes_; }
+
+  const FollowedLengths& lengths_;
+  ByteLedger ledger_;
+
+ private:
+  const i64 page_bytes_;
 };
 
 }  // namespace kvmem

@@ -6,6 +6,7 @@
 #include <string>
 #include <tuple>
 #include <unordered_map>
+#include <unordered_set>
 #include <utility>
 #include <vector>
 
@@ -16,38 +17,8 @@ namespace kvmem {
 
 class PagedBlocks::Rules final : public FollowRules {
  public:
-  Rules(PagedBlocks& table, const FollowedLengths& lengths) : table_(table), pool_(table.pool_), lengths_(lengths) {}
-
-  void after(const Op& op) override {
-    switch (op.kind) {
-      case OpKind::map:
-        for (i64 i = 0; i < op.c; ++i) fresh_[op.b + i] = true;
-        break;
-      case OpKind::unmap:
-        unmapped(op);
-        break;
-      case OpKind::block:
-        entered(op);
-        break;
-      case OpKind::commit:
-        for (Replaced& r : replaced_) {
-          r.committed =
-              r.committed || (r.handle == op.a && r.group == op.at && op.b >= (r.ordinal + 1) * tokens(op.at));
-        }
-        break;
-      case OpKind::zero:
-        zeroed(op);
-        break;
-      case OpKind::copy:
-        copied(op);
-        break;
-      case OpKind::destroy:
-        ledger_.erase(op.a * page_bytes(), op.b * page_bytes());
-        break;
-      default:
-        break;
-    }
-  }
+  Rules(PagedBlocks& table, const FollowedLengths& lengths)
+      : FollowRules(lengths, table.page_bytes()), table_(table), sequences_(table.sequences_) {}
 
   void finish() override {
     for (const Op& op : unmapped_) {
@@ -59,14 +30,15 @@ class PagedBlocks::Rules final : public FollowRules {
     }
     for (const Replaced& r : replaced_) check_replaced(r);
     for (const auto& [entry, pieces] : moved_) check_moved(entry, pieces);
+    for (const Grown& g : grown_) forget_grown(g);
   }
 
   void commit() override {
-    for (const auto& [key, ordinal] : left_) {
+    for (const auto& [key, ordinal] : whole_) {
       if (ordinal < 0) {
-        table_.left_.erase(key);
+        table_.whole_.erase(key);
       } else {
-        table_.left_[key] = ordinal;
+        table_.whole_[key] = ordinal;
       }
     }
   }
@@ -80,7 +52,10 @@ class PagedBlocks::Rules final : public FollowRules {
   };
   struct Replaced : Entry {
     i64 from, to;
-    bool equal, committed;  // `to` may hold the same tokens; and they are committed
+    bool equal, committed;  // `to` holds what was committed there; and the tokens are committed
+  };
+  struct Grown {
+    i64 handle, group, from, end;
   };
   struct Copied {
     i64 arena, to, from;
@@ -90,11 +65,9 @@ class PagedBlocks::Rules final : public FollowRules {
     i64 at, bytes;
   };
 
-  i64 page_bytes() const { return table_.page_bytes(); }
   i64 tokens(i64 g) const { return table_.blocks_[g].tokens; }
   i32 refs(i64 g, i64 block) const { return table_.blocks_[g].info[block].refs; }
   static i64 key(i64 g, i64 block) { return g << 32 | block; }
-  static void refuse(const std::string& why) { throw SpecError("the ops do not follow from here: " + why); }
 
   // Where bytes [from, to) of a block lie now, in one arena.
   std::vector<Piece> pieces(i64 a, i64 block, i64 from, i64 to) const {
@@ -108,14 +81,22 @@ class PagedBlocks::Rules final : public FollowRules {
     return found;
   }
 
-  // The place where a block was when a table last let it go, whole and committed; -1 if it may have been written since.
-  i64 left(i64 g, i64 block) const {
-    if (const auto now = left_.find(key(g, block)); now != left_.end()) return now->second;
-    const auto before = table_.left_.find(key(g, block));
-    return before == table_.left_.end() ? -1 : before->second;
+  // The place where a block was last committed whole, as long as nothing has been written to it since; else -1.
+  i64 whole(i64 g, i64 block) const {
+    if (const auto now = whole_.find(key(g, block)); now != whole_.end()) return now->second;
+    const auto before = table_.whole_.find(key(g, block));
+    return before == table_.whole_.end() ? -1 : before->second;
   }
 
-  void unmapped(const Op& op) {
+  void forget(i64 g, i64 block) {
+    if (whole(g, block) >= 0) whole_[key(g, block)] = -1;
+  }
+
+  void mapped(const Op& op) override {
+    for (i64 i = 0; i < op.c; ++i) fresh_.insert(op.b + i);
+  }
+
+  void unmapped(const Op& op) override {
     unmapped_.push_back(op);
     for (i64 i = 0; i < op.c; ++i) fresh_.erase(op.b + i);
     const i64 a = op.at - table_.base_arena_, g = table_.group_of(a), bytes = table_.class_of(a).block_bytes;
@@ -123,12 +104,46 @@ class PagedBlocks::Rules final : public FollowRules {
     for (i64 block = op.a * page_bytes() / bytes; block < end; ++block) forget(g, block);
   }
 
-  void forget(i64 g, i64 block) {
-    if (left(g, block) >= 0) left_[key(g, block)] = -1;
+  void told(const Op& op) override {
+    if (op.kind == OpKind::block) {
+      entered(op);
+    } else if (op.kind == OpKind::commit) {
+      committed(op);
+    } else if (op.kind == OpKind::length && op.b > op.c) {
+      grown_.push_back({op.a, op.at, op.c, op.b});
+    }
+  }
+
+  void committed(const Op& op) {
+    const i64 g = op.at, index = sequences_.index(op.a);
+    std::set<i64> others;  // ordinals whose block this sequence has from another one, which vouches for it
+    for (Replaced& r : replaced_) {
+      if (r.handle != op.a || r.group != g || op.b < (r.ordinal + 1) * tokens(g)) continue;
+      r.committed = true;
+      if (!is_copied(r)) others.insert(r.ordinal);
+    }
+    for (i64 o = std::max(op.c, sequences_.front(index, g)) / tokens(g); o < op.b / tokens(g); ++o) {
+      const i32 block = others.count(o) > 0 ? 0 : table_.entry(index, g, o);
+      if (block != 0) whole_[key(g, block)] = o;
+    }
+    for (Replaced& r : replaced_) {  // a step commits all its sequences after their blocks
+      r.equal = r.equal || (r.group == g && whole(g, r.to) == r.ordinal);
+    }
+  }
+
+  // What a sequence has grown into is about to be written, unless it is committed already. Between two calls of one
+  // list it may have been written and left; that is not seen here.
+  void forget_grown(const Grown& grown) {
+    const i64 index = sequences_.place_of(grown.handle), t = tokens(grown.group);
+    if (!sequences_.live(index) || sequences_.handle_of(index) != grown.handle) return;
+    const i64 end = std::min(grown.end, sequences_.tokens(index, grown.group));
+    for (i64 o = std::max(grown.from, sequences_.committed(index, grown.group)) / t; o * t < end; ++o) {
+      if (const i32 block = table_.entry(index, grown.group, o); block != 0) forget(grown.group, block);
+    }
   }
 
   void entered(const Op& op) {
-    const i64 g = op.at, index = table_.sequences_.index(op.a);
+    const i64 g = op.at;
     const Entry entry{op.a, g, op.b};
     if (op.d != 0) {
       if (moved_.find(entry) == moved_.end()) {
@@ -140,30 +155,17 @@ class PagedBlocks::Rules final : public FollowRules {
       if (refs(g, op.d) == 0) {
         given_.erase(key(g, op.d));
         for (i64 a = table_.first_[g]; a < table_.first_[g + 1]; ++a) written_.erase({a, op.d});
-        const bool whole = table_.sequences_.front(index, g) <= op.b * tokens(g) &&
-                           table_.sequences_.committed(index, g) >= (op.b + 1) * tokens(g);
-        left_[key(g, op.d)] = whole ? op.b : -1;
       }
     }
     if (op.c == 0) return;
     const bool shared = refs(g, op.c) > 1;
-    if (op.d != 0)
-      replaced_.push_back({entry, op.d, op.c, shared ? elsewhere(entry, op.c) : left(g, op.c) == op.b, false});
+    if (op.d != 0) replaced_.push_back({entry, op.d, op.c, whole(g, op.c) == op.b, false});
     if (!shared) {
-      given_[key(g, op.c)] = true;
+      given_.insert(key(g, op.c));
     } else if (op.d == 0 && (!lengths_.opened(op.a) || (op.b + 1) * tokens(g) > lengths_.began(op.a, g))) {
       refuse("block: sequence handle " + std::to_string(op.a) + " would write to block " + std::to_string(op.c) +
              ", which another one has");
     }
-  }
-
-  // True if another sequence shows the block at the same place.
-  bool elsewhere(const Entry& entry, i64 block) const {
-    for (i64 index = 0; index < table_.sequences_.capacity(); ++index) {
-      if (!table_.sequences_.live(index) || table_.sequences_.handle_of(index) == entry.handle) continue;
-      if (table_.entry(index, entry.group, entry.ordinal) == block) return true;
-    }
-    return false;
   }
 
   // True if the bytes lie in a block of one sequence alone, behind all that it has had.
@@ -171,17 +173,16 @@ class PagedBlocks::Rules final : public FollowRules {
     const i64 a = op.at - table_.base_arena_, g = table_.group_of(a), bytes = table_.class_of(a).block_bytes;
     const i64 block = op.a / bytes, within = op.a % bytes;
     if (block < kTrashBlocks || within + op.b > bytes || refs(g, block) != 1) return false;
-    const Sequences& sequences = table_.sequences_;
-    for (i64 index = 0; index < sequences.capacity(); ++index) {
-      if (!sequences.live(index)) continue;
-      const i64 least = lengths_.least(sequences.handle_of(index), g), ordinal = least / tokens(g);
+    for (i64 index = 0; index < sequences_.capacity(); ++index) {
+      if (!sequences_.live(index)) continue;
+      const i64 least = lengths_.least(sequences_.handle_of(index), g), ordinal = least / tokens(g);
       if (least % tokens(g) == 0 || table_.entry(index, g, ordinal) != block) continue;
       return within >= least % tokens(g) * (bytes / tokens(g));
     }
     return false;
   }
 
-  void zeroed(const Op& op) {
+  void zeroed(const Op& op) override {
     const i64 a = op.at - table_.base_arena_, g = table_.group_of(a), bytes = table_.class_of(a).block_bytes;
     const bool behind = is_behind(op), is_block = behind || (op.a % bytes == 0 && op.b % bytes == 0);
     for (i64 at = op.a; at < op.a + op.b; at += page_bytes() - at % page_bytes()) {
@@ -200,15 +201,15 @@ class PagedBlocks::Rules final : public FollowRules {
     }
   }
 
-  void copied(const Op& op) {
+  void copied(const Op& op) override {
     const i64 a = op.at - table_.base_arena_, g = table_.group_of(a), bytes = table_.class_of(a).block_bytes;
     const i64 to = op.a / bytes, from = op.b / bytes;
     if (op.a % bytes != 0 || op.b % bytes != 0 || op.c > bytes || op.c % (bytes / tokens(g)) != 0 ||
         std::min(to, from) < kTrashBlocks || std::max(to, from) >= table_.blocks_[g].max_blocks) {
       refuse("copy: not the first tokens of a block to another");
     }
-    const auto given = given_.find(key(g, to));
-    if (refs(g, to) > 1 || (refs(g, to) == 1 && (given == given_.end() || written_.count({a, to}) > 0))) {
+    const bool given = given_.count(key(g, to)) > 0;
+    if (refs(g, to) > 1 || (refs(g, to) == 1 && (!given || written_.count({a, to}) > 0))) {
       refuse("copy: block " + std::to_string(to) + " is in use");
     }
     const std::vector<Piece> sources = pieces(a, from, 0, op.c);
@@ -224,7 +225,7 @@ class PagedBlocks::Rules final : public FollowRules {
     }
     copies_[{a, to, from}] = op.c;
     if (refs(g, to) == 1) written_.insert({a, to});
-    left_[key(g, to)] = op.c == bytes && refs(g, to) == 0 ? left(g, from) : -1;
+    whole_[key(g, to)] = op.c == bytes ? whole(g, from) : -1;
   }
 
   bool is_copied(const Replaced& r) const {
@@ -249,7 +250,7 @@ class PagedBlocks::Rules final : public FollowRules {
     const bool equal = std::any_of(replaced_.begin(), replaced_.end(),
                                    [&](const Replaced& r) { return !(r < entry) && !(entry < r) && !is_copied(r); });
     if (first >= end || equal) return;
-    const i32 block = table_.entry(table_.sequences_.index(entry.handle), entry.group, entry.ordinal);
+    const i32 block = table_.entry(sequences_.index(entry.handle), entry.group, entry.ordinal);
     for (i64 a = table_.first_[entry.group]; a < table_.first_[entry.group + 1]; ++a) {
       const i64 bytes = table_.class_of(a).block_bytes / tokens(entry.group);
       if (block == 0 ||
@@ -276,17 +277,16 @@ class PagedBlocks::Rules final : public FollowRules {
   }
 
   PagedBlocks& table_;
-  const PagePool& pool_;
-  const FollowedLengths& lengths_;
-  ByteLedger ledger_;
-  std::unordered_map<i64, bool> fresh_;    // pages that the list has mapped
-  std::unordered_map<i64, bool> given_;    // blocks that the list has put into one table, from none
+  const Sequences& sequences_;
+  std::unordered_set<i64> fresh_;          // pages that the list has mapped
+  std::unordered_set<i64> given_;          // blocks that the list has put into one table, from none
   std::map<Copied, i64> copies_;           // bytes
   std::set<std::pair<i64, i64>> written_;  // by arena and block: what it has copied to those since
   std::vector<Op> unmapped_;
   std::vector<Replaced> replaced_;
   std::map<Entry, std::vector<std::vector<Piece>>> moved_;  // where an entry's block lay before the list, by arena
-  std::unordered_map<i64, i64> left_;                       // what the list changes of PagedBlocks::left_
+  std::vector<Grown> grown_;
+  std::unordered_map<i64, i64> whole_;  // what the list changes of PagedBlocks::whole_
 };
 
 std::unique_ptr<FollowRules> PagedBlocks::rules(const FollowedLengths& lengths) {

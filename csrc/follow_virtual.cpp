@@ -13,36 +13,8 @@ namespace kvmem {
 
 class VirtualRows::Rules final : public FollowRules {
  public:
-  Rules(const VirtualRows& rows, const FollowedLengths& lengths) : rows_(rows), pool_(rows.pool_), lengths_(lengths) {}
-
-  void after(const Op& op) override {
-    switch (op.kind) {
-      case OpKind::map:
-        for (i64 i = 0; i < op.c; ++i) mapped(place(op.at, op.a + i), op.b + i);
-        break;
-      case OpKind::unmap:
-        for (i64 i = 0; i < op.c; ++i) unmapped(place(op.at, op.a + i), op.b + i);
-        break;
-      case OpKind::bind:
-        bound_.insert(op.b);
-        break;
-      case OpKind::unbind:
-        bound_.erase(op.b);
-        unbound_.push_back(op.a);
-        break;
-      case OpKind::zero:
-        zeroed(op);
-        break;
-      case OpKind::copy:
-        copied(op);
-        break;
-      case OpKind::destroy:
-        ledger_.erase(op.a * page_bytes(), op.b * page_bytes());
-        break;
-      default:
-        break;
-    }
-  }
+  Rules(const VirtualRows& rows, const FollowedLengths& lengths)
+      : FollowRules(lengths, rows.page_bytes()), rows_(rows), pool_(rows.pool_) {}
 
   void finish() override {
     for (i64 handle : unbound_) {
@@ -60,9 +32,6 @@ class VirtualRows::Rules final : public FollowRules {
   };
   using MovedKey = std::tuple<i64, i64, i64>;  // handle, arena, slot of its row
 
-  i64 page_bytes() const { return rows_.page_bytes(); }
-  static void refuse(const std::string& why) { throw SpecError("the ops do not follow from here: " + why); }
-
   Place place(i32 arena, i64 slot) const {
     const i64 a = arena - rows_.base_arena_, g = rows_.group_of(a);
     if (slot == rows_.geometry_.groups[g].arena_slots[a - rows_.first_[g]] - 1) return {a, -1, 0};
@@ -75,7 +44,24 @@ class VirtualRows::Rules final : public FollowRules {
 
   i64 sequence_at(const Place& at) const { return at.row < 0 ? -1 : rows_.rows_[at.row].index; }
 
-  void mapped(const Place& at, i64 page) {
+  void mapped(const Op& op) override {
+    for (i64 i = 0; i < op.c; ++i) shown(place(op.at, op.a + i), op.b + i);
+  }
+
+  void unmapped(const Op& op) override {
+    for (i64 i = 0; i < op.c; ++i) hidden(place(op.at, op.a + i), op.b + i);
+  }
+
+  void told(const Op& op) override {
+    if (op.kind == OpKind::bind) {
+      bound_.insert(op.b);
+    } else if (op.kind == OpKind::unbind) {
+      bound_.erase(op.b);
+      unbound_.push_back(op.a);
+    }
+  }
+
+  void shown(const Place& at, i64 page) {
     if (pool_.refs(page) == 1) {
       fresh_[page] = 0;
       return;
@@ -88,7 +74,7 @@ class VirtualRows::Rules final : public FollowRules {
     }
   }
 
-  void unmapped(const Place& at, i64 page) {
+  void hidden(const Place& at, i64 page) {
     if (at.row == 0) refuse("unmap: the trash blocks stay");
     if (pool_.refs(page) == 0) fresh_.erase(page), copied_.erase(page);
     if (const i64 index = sequence_at(at); index >= 0) {
@@ -133,7 +119,7 @@ class VirtualRows::Rules final : public FollowRules {
     return at.slot * page_bytes() + within >= least * rows_.token_bytes(g, at.a);
   }
 
-  void zeroed(const Op& op) {
+  void zeroed(const Op& op) override {
     each_page(op.at, op.a, op.b, [&](const Place& at, i64 within, i64 bytes) {
       if (is_behind(at, within)) return ledger_.erase(page_at(at) * page_bytes() + within, bytes);
       const i64 page = written("zero", at, within, bytes, false);
@@ -147,7 +133,7 @@ class VirtualRows::Rules final : public FollowRules {
     });
   }
 
-  void copied(const Op& op) {
+  void copied(const Op& op) override {
     if (op.a % page_bytes() != op.b % page_bytes()) refuse("copy: from and to lie differently in their pages");
     i64 from = op.b;
     each_page(op.at, op.a, op.c, [&](const Place& at, i64 within, i64 bytes) {
@@ -176,8 +162,6 @@ class VirtualRows::Rules final : public FollowRules {
 
   const VirtualRows& rows_;
   const PagePool& pool_;
-  const FollowedLengths& lengths_;
-  ByteLedger ledger_;
   std::unordered_map<i64, i64> fresh_;  // pages that the list has taken from the free ones: copied to as far as here
   std::unordered_set<i64> copied_;      // other pages that the list has copied to
   std::unordered_set<i64> bound_;       // rows that the list has bound

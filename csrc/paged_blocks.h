@@ -192,8 +192,9 @@ class PagedBlocks : public PageTable {
 
  private:
   class Rules;
-  // Of an allocator that follows another: where a block stood, whole and committed, when its last table let it go.
-  std::unordered_map<i64, i64> left_;
+  // Of an allocator that follows another, by group and block: the place where the block was last committed whole, as
+  // long as nothing has been written to it since.
+  std::unordered_map<i64, i64> whole_;
   std::vector<Entries> hidden_;  // by the transaction in progress; they stand in the table until it ends
 
   i64 group_of(i64 a) const {
