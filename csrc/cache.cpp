@@ -181,8 +181,8 @@ void Cache::refuse_twice(i64 index) const {
 }
 
 void Cache::apply_table(const Op& op, bool undo) {
-  if (op.kind == OpKind::block) return table_->apply(op, undo);                       // the most frequent by far
-  if (op.kind == OpKind::adopt) return unenter_from(static_cast<std::size_t>(op.a));  // only ever undone
+  if (op.kind == OpKind::block) return table_->apply(op, undo);                   // the most frequent by far
+  if (op.kind == OpKind::use) return unuse_from(static_cast<std::size_t>(op.a));  // only ever undone
   if (op.kind == OpKind::open) return sequences_.on_open(op.a, op.d == 1);
   if (op.kind == OpKind::close) return sequences_.on_close(op.a, op.d == 1);
   if (op.kind == OpKind::bind || op.kind == OpKind::unbind) return table_->apply(op, undo);
@@ -272,10 +272,11 @@ i64 Cache::fork_one(i64 parent) {
   i64 child = 0;
   collect_chain(parent);
   published_.clear();
-  published_.reserve(chain_.size());
-  for (i32 node : chain_) index_.enter(node);
-  try {
+  entered_.clear();
+  {
     Transaction tx(*pool_, *this);
+    begin_use(tx);
+    for (i32 node : chain_) use(node);
     tx.push({OpKind::open, 0, handle});
     child = sequences_.index(handle);
     for (i32 node : chain_) published_.push_back({child, index_.ordinal(node), node});
@@ -287,9 +288,6 @@ i64 Cache::fork_one(i64 parent) {
     }
     table_->publish(published_, tx);
     tx.commit();
-  } catch (...) {
-    for (auto node = chain_.rbegin(); node != chain_.rend(); ++node) index_.unenter(*node);
-    throw;
   }
   if (content.root != kNoNode) index_.enter(content.root);
   contents_[child] = std::move(content);

@@ -408,7 +408,9 @@ class Cache final : public TableState {
   i64 admit_some(const i32* tokens, const i32* counts, i64 n, const PrefixKey& key, i32* handles, i32* cached);
   void give_room(const Admitted& one, i64 tokens, Transaction& tx);
   void finish_admission(Admitted& one, const i32* tokens, i32 root);
-  void unenter_from(std::size_t first);
+  void begin_use(Transaction& tx);
+  void use(i32 node, i32 window = -1);
+  void unuse_from(std::size_t first);
   bool try_adopt(i64 handle, const Found& found, Transaction& tx);
   // Calls f(node, window) of what each window needs of the first `tokens` tokens of a chain.
   template <class F>
@@ -439,7 +441,6 @@ class Cache final : public TableState {
   void collect_published(i64 index, const i32* tokens, i64 count);
   void note_published(i64 index, const i32* tokens, i64 count, std::size_t* at);
   [[gnu::noinline]] void note_blocks(i64 index, const i32* end, std::size_t* at);
-  void unenter_published();
   void apply_retention(const Content& content, i32 node);
   static void put_retention(const Retention& added, std::vector<Retention>* retained);
   void collect_chain(i64 index);
@@ -480,7 +481,7 @@ class Cache final : public TableState {
   i64 pins_seen_ = 0, lookup_tokens_ = 0, hit_tokens_ = 0;
   // Scratch of the call in progress, from here to call_: no later call sees what is left there.
   std::vector<i32> chain_, leaving_;
-  std::vector<Item> entered_;  // what an admission uses, in the order of enter() and need()
+  std::vector<Item> entered_;  // what the call uses, in the order of use()
   std::vector<Admitted> admitted_;
   std::vector<PartOfBlock> parts_;
   std::vector<i32> runs_;  // [block of chain_][window]: how many on end the window group has, up to and with this one

@@ -223,11 +223,7 @@ void Cache::advance_planned(const i32* handles, const i32* counts, i64 n, const 
     }
     lengths.done();
   } catch (const OutOfMemory& e) {
-    unenter_published();
     explain_planned(at, counts, -1, e);
-  } catch (...) {
-    unenter_published();
-    throw;
   }
   finish_commit(due_.data(), n, -1, known);
   if (geometry_.map_ahead_tokens > 0) map_ahead(n, -1);

@@ -326,7 +326,18 @@ void Cache::finish_admission(Admitted& one, const i32* tokens, i32 root) {
   for (std::size_t i = nodes; i-- > shared;) leave_node(entered_[i].node);  // what was copied is not shared
 }
 
-void Cache::unenter_from(std::size_t first) {
+// What use() enters from now on, `tx` takes back in its turn.
+void Cache::begin_use(Transaction& tx) {
+  tx.expect();
+  tx.note({OpKind::use, 0, static_cast<i64>(entered_.size())});
+}
+
+void Cache::use(i32 node, i32 window) {
+  entered_.push_back({node, window});  // first: it may find no memory
+  window < 0 ? index_.enter(node) : index_.need(node, window);
+}
+
+void Cache::unuse_from(std::size_t first) {
   while (entered_.size() > first) {
     const Item x = entered_.back();
     x.window < 0 ? index_.unenter(x.node) : index_.unneed(x.node, x.window, true);
@@ -338,15 +349,9 @@ void Cache::unenter_from(std::size_t first) {
 // in entered_.
 bool Cache::try_adopt(i64 handle, const Found& found, Transaction& tx) {
   const Transaction::Point before = tx.here();
-  const std::size_t first = entered_.size();
-  entered_.reserve(first + chain_.size() * (1 + index_.windows()));
-  tx.expect();
-  for (i32 node : chain_) index_.enter(node), entered_.push_back({node});  // not to be given up for room
-  for_windows(chain_, found.tokens, [this](i32 node, i32 window) {
-    index_.need(node, window);
-    entered_.push_back({node, window});
-  });
-  tx.note({OpKind::adopt, 0, static_cast<i64>(first)});
+  begin_use(tx);
+  for (i32 node : chain_) use(node);
+  for_windows(chain_, found.tokens, [this](i32 node, i32 window) { use(node, window); });
   try {
     tx.push({OpKind::open, 0, handle});
     const i64 index = sequences_.index(handle);
@@ -395,11 +400,10 @@ void Cache::collect_published(i64 index, const i32* tokens, i64 count) {
       block = tail(index);
     }
     const std::string* const tag = tag_at(c.marks, ordinal * size);
-    published_.push_back({index, ordinal++, kNoNode});  // first: it may find no memory
     i32 node = is_new ? kNoNode : index_.find(last, block, tag);
     if (node == kNoNode) node = index_.add(last, block, tag), is_new = true;
-    index_.enter(node);
-    published_.back().node = node;
+    use(node);
+    published_.push_back({index, ordinal++, node});
     last = node;
   }
 }
@@ -423,13 +427,6 @@ void Cache::note_blocks(i64 index, const i32* end, std::size_t* at) {
     c.leaf = published_[*at].node;
     if (!c.retained.empty()) apply_retention(c, c.leaf);
   }
-}
-
-void Cache::unenter_published() {
-  for (auto p = published_.rbegin(); p != published_.rend(); ++p) {
-    if (p->node != kNoNode) index_.unenter(p->node);  // else there was no memory for it
-  }
-  published_.clear();
 }
 
 // ---- taking back -----------------------------------------------------------------------------

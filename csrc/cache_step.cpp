@@ -282,21 +282,17 @@ void Cache::commit_all(const i32* handles, const i32* counts, i64 n, i64 group, 
   const i32* const known = group < 0 ? known_of(tokens) : nullptr;
   find_moving(counts, n, group);
   if (const bool publishes = completes_any(counts, n, known); publishes || !moving_.empty()) {
-    try {
-      Transaction tx(*pool_, *this);
-      write_committed(counts, n, group, known, tx);
-      tx.commit();
-    } catch (...) {
-      unenter_published();
-      throw;
-    }
+    Transaction tx(*pool_, *this);
+    write_committed(counts, n, group, known, tx);
+    tx.commit();
   }
   finish_commit(counts, n, group, known);
 }
 
-// Whether a commit publishes a block; clears published_.
+// Whether a commit publishes a block; clears published_ and entered_.
 bool Cache::completes_any(const i32* counts, i64 n, const i32* known) {
   published_.clear();
+  entered_.clear();
   i64 i = 0;
   while (known && i < n && !completes(indices_[i], counts[i])) ++i;
   return known && i < n;
@@ -320,7 +316,9 @@ void Cache::find_moving(const i32* counts, i64 n, i64 group) {
 // For the sequences in indices_: all that needs records. Needs no memory of the device. `known`: the ids, or null.
 void Cache::write_committed(const i32* counts, i64 n, i64 group, const i32* known, Transaction& tx) {
   for (i64 i = 0; known && i < n; known += counts[i++]) {
-    if (completes(indices_[i], counts[i])) collect_published(indices_[i], known, counts[i]);
+    if (!completes(indices_[i], counts[i])) continue;
+    if (published_.empty()) begin_use(tx);
+    collect_published(indices_[i], known, counts[i]);
   }
   if (!published_.empty()) table_->publish(published_, tx);
   for (i64 i : moving_) commit_one(indices_[i], counts[i], group, tx);

@@ -40,8 +40,8 @@ enum class OpKind : std::uint8_t {
   // The eviction order passes over an item, and names it again. at = first arena.
   aside,  // a = node, b = its window or -1
   back,   // the inverse
-  // An admission uses cached blocks, which must not be given up for room. Its inverse is itself.
-  adopt,  // a = the first of them in the list of what the call uses
+  // The call uses nodes of the index from here on, which must not be given up for room. Its inverse is itself.
+  use,  // a = the first of them in the list of what the call uses
 };
 constexpr int kOpKinds = 15;  // without the private ones
 
@@ -114,7 +114,7 @@ inline Op inverse(Op op) {
     case OpKind::shift:
       std::swap(op.c, op.d);
       break;
-    case OpKind::adopt:
+    case OpKind::use:
     case OpKind::zero:
     case OpKind::copy:
       break;  // they write only to memory that nobody owns yet

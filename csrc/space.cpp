@@ -354,13 +354,15 @@ void Space::create(i64 first, i64 count) {
         driver_->destroy(pages_[page]);
         pages_[page] = 0;
       } catch (...) {
-        // Kept for the next create. The error that brought us here says more.
+        // Tried again by the next create. The error that brought us here says more.
       }
     }
   };
   try {
     for (; i < count; ++i) {
-      if (pages_[first + i] == 0) pages_[first + i] = driver_->create(page_bytes_);  // else an undo has left it here
+      PageHandle& page = pages_[first + i];
+      if (page != 0) driver_->destroy(page), page = 0;  // an undo has left it here, and it may have been written
+      page = driver_->create(page_bytes_);
     }
   } catch (const OutOfMemory& e) {
     give_back();
@@ -402,7 +404,7 @@ void Space::undo(const Op* first, const Op* last) {
       }
     } catch (...) {
       // A page that could not be created again is created when it is next mapped; one that could not be destroyed
-      // waits for the next create.
+      // waits for the next create, which tries again.
       if (back.kind == OpKind::map) must_show(back.at, back.a, back.b, back.c);
       if (back.kind == OpKind::unmap) must_be_empty(back.at, back.a, back.c);
     }

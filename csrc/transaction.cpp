@@ -6,7 +6,7 @@
 namespace kvmem {
 
 void Transaction::apply(const Op& op, bool undo) {
-  if (is_private(op.kind) && op.kind != OpKind::adopt) {
+  if (is_private(op.kind) && op.kind != OpKind::use) {
     pool_.apply_private(op, undo);
   } else if (is_physical(op.kind)) {
     pool_.apply(op, undo);

@@ -162,10 +162,25 @@ void VirtualTable::copy_tail(i64 index, i64 group, i64 tokens, Transaction& tx) 
     const i64 tail = tokens * token_bytes(group, a) % page_bytes();
     const i64 slot = tokens * token_bytes(group, a) / page_bytes();
     if (slot >= e.hi || slot < e.lo || pool_.refs(e.pages[slot]) <= 1) continue;
-    unmap(row, a, slot + (tail > 0), e.hi, tx.fence(), tx);  // kernels may have read the guard since the truncation
+    drop_shared_guard(row, a, slot + (tail > 0), tx);
     if (tail > 0) replace_page(row, group, a, slot, tail, tx);
   }
   set_copy_tail(index, group, false);
+}
+
+// The row's own pages stay. Were they given up, this transaction could write into one that another call finds behind
+// the sequence's end, if the driver then fails.
+void VirtualTable::drop_shared_guard(i64 row, i64 a, i64 from, Transaction& tx) {
+  const Extent& e = extent(row, a);
+  const auto is_shared = [&](i64 slot) { return e.pages[slot] >= 0 && pool_.refs(e.pages[slot]) > 1; };
+  for (i64 slot = from; slot < e.hi; ++slot) {
+    const i64 begin = slot;
+    while (slot < e.hi && is_shared(slot)) ++slot;
+    if (slot == begin) continue;
+    const bool last = slot == e.hi;
+    unmap(row, a, begin, slot, tx.fence(), tx);  // kernels may have read the guard since the truncation
+    if (!last) map(row, a, begin, slot, tx);
+  }
 }
 
 void VirtualTable::replace_page(i64 row, i64 group, i64 a, i64 slot, i64 used_bytes, Transaction& tx) {

@@ -163,6 +163,7 @@ class VirtualTable final : public VirtualRows {
   // is used, and those behind it, which were kept as the guard, give way to new ones. The copy is made at the scratch
   // slot behind the last row, since the row's own address still shows the old page.
   void copy_tail(i64 index, i64 group, i64 tokens, Transaction& tx);
+  void drop_shared_guard(i64 row, i64 a, i64 from, Transaction& tx);
   void replace_page(i64 row, i64 group, i64 a, i64 slot, i64 used_bytes, Transaction& tx);
   // Zeroes what the row came with, as far as kernels may load it behind `new_tokens` or before those are written, and
   // as much as the guard again, so that a step seldom has to.

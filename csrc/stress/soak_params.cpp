@@ -77,7 +77,7 @@ Params::Params(u64 world_seed, bool is_paged) : seed(world_seed), paged(is_paged
   allocators = random.one_in(8) ? 2 : 1;
   second_paged = random.one_in(2);
   recording = allocators == 1 && random.one_in(8);
-  faults = random.one_in(6);
+  faults = random.one_in(3);
   careful = random.one_in(3);
   debug = random.one_in(16);
   eager_states = random.one_in(2);
@@ -90,6 +90,7 @@ Params::Params(u64 world_seed, bool is_paged) : seed(world_seed), paged(is_paged
     const i64 usual = usual_weight(i);
     weights.push_back(random.one_in(8) ? 0 : usual * random.pick<i64>({1, 4, 4, 4, 16}));
   }
+  if (faults) weights.back() = usual_weight(kOperations - 1) * random.pick<i64>({4, 16, 64});
   weights[0] = std::max<i64>(weights[0], 16);  // else nothing is ever opened
   if (paged) ahead_tokens = 0;
 }

@@ -35,7 +35,7 @@ const std::array<World::Entry, kOperations>& World::entries() {
       {"drain_events", &World::drain, 8},
       {"verify", &World::verify, 12},
       {"illegal", &World::illegal, 6},
-      {"fault", &World::fault, 8},
+      {"fault", &World::fault, 8},  // the last one: soak_params.cpp weighs it by itself
   }};
   return all;
 }
@@ -93,7 +93,7 @@ void World::note(const std::string& what) {
 World::Outcome World::call(Random& random, bool may_refuse, const std::function<void()>& what) {
   std::vector<u64> before;
   for (const auto& side : sides_) before.push_back(params_.careful ? side->tables_digest() : 0);
-  // Here a digest of the whole state comes in, once there is one: equal before and after each refused call.
+  // In worlds with `debug` the allocator itself compares a digest of its whole state.
   std::string why;
   Outcome outcome = Outcome::done;
   const bool fault = driver_ && driver_->pending_failures() > 0;
