@@ -272,7 +272,12 @@ void Space::repair_locked() {
       const bool emptied = try_unmap(arena, slot, 1);
       if (page >= 0) {
         const Op back{OpKind::map, arena, slot, page, 1};
-        run_maps(&back, 1);
+        try {
+          run_maps(&back, 1);
+        } catch (...) {
+          must_show(arena, slot, page, 1);  // it may have noted that nobody knows what is there
+          throw;
+        }
       } else {
         // An unused page knows: a slot that takes it was empty.
         if (!emptied) probe(arena, slot);

@@ -61,6 +61,14 @@ bool VirtualRows::is_whole(const Op& op) const {
   return e.count == e.hi - e.lo || geometry_.groups[g].window_tokens > 0;
 }
 
+// A row may show its own pages before those that it shares: a window's blocks can come from several rows.
+i64 VirtualRows::first_shared(i64 row, i64 a, i64 tokens) const {
+  const Extent& e = extent(row, a);
+  i64 slot = std::max(e.lo, tokens * token_bytes(group_of(a), a) / page_bytes());
+  while (slot < e.hi && (e.pages[slot] < 0 || pool_.refs(e.pages[slot]) <= 1)) ++slot;
+  return slot;
+}
+
 bool VirtualRows::holds(i64 index, i64 group) const {
   const i64 row = row_of_[index], tokens = sequences_.tokens(index, group);
   if (tokens == 0) return sequences_.live(index) || row < 0;
@@ -69,8 +77,7 @@ bool VirtualRows::holds(i64 index, i64 group) const {
     const Extent& e = extent(row, a);
     const i64 lo = low_slot(group, a, sequences_.front(index, group));
     if (e.solid > lo || e.hi < high_slot(group, a, tokens)) return false;
-    const i64 tail = tokens * token_bytes(group, a) / page_bytes();
-    if (tail < e.hi && pool_.refs(e.pages[tail]) > 1 && !copy_tail_[index * groups_ + group]) return false;
+    if (!copy_tail_[index * groups_ + group] && first_shared(row, a, tokens) < e.hi) return false;
   }
   return row > 0;
 }
@@ -591,9 +598,8 @@ void VirtualRows::check(std::vector<std::string>* out) const {
       if (tokens == sequences_.front(r.index, g)) continue;  // it needs none of them
       if (e.hi < high_slot(g, a, tokens)) say(row, "the frontier lies before the end of its tokens");
       if (e.solid > low_slot(g, a, sequences_.front(r.index, g))) say(row, "its first tokens are not mapped");
-      const i64 tail = tokens * token_bytes(g, a) / page_bytes();
-      if (tail < e.hi && e.pages[tail] >= 0 && pool_.refs(e.pages[tail]) > 1 && !copy_tail_[r.index * groups_ + g]) {
-        say(row, "the next write would land in a page that another row shows");
+      if (!copy_tail_[r.index * groups_ + g] && first_shared(row, a, tokens) < e.hi) {
+        say(row, "it would come to write in a page that another row shows");
       }
     }
     if (slots != r.slots)

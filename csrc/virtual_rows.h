@@ -275,6 +275,9 @@ class VirtualRows : public PageTable {
     if (list.has(row)) list.remove(row);
   }
 
+  // The first slot behind so many tokens whose page another row shows too; the frontier, or more, if there is none.
+  i64 first_shared(i64 row, i64 a, i64 tokens) const;
+
   // Whatever the row has mapped now may hold anything; and: all of it was zeroed, or is about to be.
   void mark_dirty(i64 row);
   void mark_finite(i64 row) {

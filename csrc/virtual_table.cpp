@@ -97,10 +97,10 @@ void VirtualTable::shrink(i64 index, i64 group, i64 old_tokens, i64 new_tokens, 
   bool shared = false;
   for (i64 a = first_[group]; a < first_[group + 1]; ++a) {
     const Extent& e = extent(row, a);
-    const i64 tail = std::max(e.lo, new_tokens * token_bytes(group, a) / page_bytes());
-    if (tail >= e.hi || pool_.refs(e.pages[tail]) <= 1) continue;
-    const i64 keep = std::max(tail, high_slot(group, a, new_tokens));
-    shared = shared || keep > tail;
+    const i64 first = first_shared(row, a, new_tokens);
+    if (first >= e.hi) continue;
+    const i64 keep = std::max(first, high_slot(group, a, new_tokens));
+    shared = shared || keep > first;
     unmap(row, a, keep, e.hi, rows_[row].fence, tx);
   }
   if (shared) look_at_tail(index, group);
@@ -161,9 +161,9 @@ void VirtualTable::copy_tail(i64 index, i64 group, i64 tokens, Transaction& tx) 
     const Extent& e = extent(row, a);
     const i64 tail = tokens * token_bytes(group, a) % page_bytes();
     const i64 slot = tokens * token_bytes(group, a) / page_bytes();
-    if (slot >= e.hi || slot < e.lo || pool_.refs(e.pages[slot]) <= 1) continue;
-    drop_shared_guard(row, a, slot + (tail > 0), tx);
-    if (tail > 0) replace_page(row, group, a, slot, tail, tx);
+    const bool shared = tail > 0 && slot < e.hi && first_shared(row, a, tokens) == slot;
+    drop_shared_guard(row, a, std::max(e.lo, slot + (tail > 0)), tx);
+    if (shared) replace_page(row, group, a, slot, tail, tx);
   }
   set_copy_tail(index, group, false);
 }
