@@ -340,8 +340,9 @@ void Cache::use(i32 node, i32 window) {
 void Cache::unuse_from(std::size_t first) {
   while (entered_.size() > first) {
     const Item x = entered_.back();
-    x.window < 0 ? index_.unenter(x.node) : index_.unneed(x.node, x.window, true);
     entered_.pop_back();
+    if (x.node == kNoNode) continue;  // there was no memory for it
+    x.window < 0 ? index_.unenter(x.node) : index_.unneed(x.node, x.window, true);
   }
 }
 
@@ -400,10 +401,12 @@ void Cache::collect_published(i64 index, const i32* tokens, i64 count) {
       block = tail(index);
     }
     const std::string* const tag = tag_at(c.marks, ordinal * size);
+    entered_.push_back({kNoNode});  // first: there may be no memory for it
+    published_.push_back({index, ordinal++, kNoNode});
     i32 node = is_new ? kNoNode : index_.find(last, block, tag);
     if (node == kNoNode) node = index_.add(last, block, tag), is_new = true;
-    use(node);
-    published_.push_back({index, ordinal++, node});
+    index_.enter(node);
+    entered_.back().node = published_.back().node = node;
     last = node;
   }
 }

@@ -242,6 +242,7 @@ i32 PrefixIndex::add(i32 parent, const i32* tokens, const std::string* tag) {
   n.ordinal = nodes_[parent].ordinal + 1;
   if (events_.on()) root_of_[node] = root_of_[parent];
   link(node);
+  n.added = true;
   loose_.push_back(node);
   return node;
 }
@@ -250,7 +251,8 @@ void PrefixIndex::unenter(i32 node) {
   Node& n = nodes_[node];
   if (--n.users > 0) return;
   if (n.places == 0) {
-    if (!loose_.empty() && loose_.back() == node) loose_.pop_back();
+    if (n.added) loose_.pop_back();  // else it may stand there, too: as given up, which is taken back by itself
+    n.added = false;
     return prune(node);
   }
   if (whole_) policy_->undo_use(item(node));
@@ -398,6 +400,7 @@ void PrefixIndex::finish(bool committed) {
     const i32 node = loose_.back();
     loose_.pop_back();
     Node& n = nodes_[node];
+    n.added = false;
     if (n.places > 0 || n.parent == kNoNode) continue;  // taken back, or gone already
     if (committed && n.users == 0) {
       ghosts_[n.key & (ghosts_.size() - 1)] = n.key;

@@ -228,12 +228,13 @@ class PrefixIndex {
     i32 first_child = kNoNode;  // the newest; the others follow by next_child
     i32 next_child = kNoNode;   // of a root, which has no siblings, its number; of a free node, the next free one
     i32 users = 0;
-    std::uint32_t places : 28;
+    std::uint32_t places : 27;
     std::uint32_t linked : 1;    // can be found
     std::uint32_t released : 1;  // its policy may name it
     std::uint32_t pinned : 1;
     std::uint32_t aside : 1;
-    Node() : places(0), linked(0), released(0), pinned(0), aside(0) {}
+    std::uint32_t added : 1;  // by the transaction in progress
+    Node() : places(0), linked(0), released(0), pinned(0), aside(0), added(0) {}
   };
   // Of a node that is not the newest child of its parent.
   struct Sibling {
