@@ -95,7 +95,12 @@ class PagedBlocks : public PageTable {
   void on_map(const Op& op) override { change(op, true); }
   void on_unmap(const Op& op) override { change(op, false); }
   void on_content(const Op& op, bool undo) override;
+  void on_taken_back() override {
+    let_go(true);
+    PageTable::on_taken_back();
+  }
   void finish(bool committed) override {
+    let_go(false);
     if (!hidden_.empty()) wipe_hidden();
     finish_cuts();
     index_.finish(committed);
@@ -153,6 +158,12 @@ class PagedBlocks : public PageTable {
   void set_copy_tail(i64 index, i64 group, bool look) {
     pool_.journal.set(copy_tail_[index * groups_ + group], static_cast<std::uint8_t>(look));
   }
+  // The last live sequence of before the transaction leaves the block: should the driver fail, it is there again. So
+  // the block stays in use until the transaction ends.
+  void keep_bytes(i64 group, i64 block) {
+    kept_.emplace_back(group, block);
+    acquire(blocks_[group], block);
+  }
   void set_fence(Blocks& b, i64 fence) { pool_.journal.set(b.fence, fence); }
   // Whether table entries refer to some block of the node.
   bool is_referenced(i32 node, i64 g) const {
@@ -195,7 +206,8 @@ class PagedBlocks : public PageTable {
   // Of an allocator that follows another, by group and block: the place where the block was last committed whole, as
   // long as nothing has been written to it since.
   std::unordered_map<i64, i64> whole_;
-  std::vector<Entries> hidden_;  // by the transaction in progress; they stand in the table until it ends
+  std::vector<std::pair<i64, i64>> kept_;  // group and block: by keep_bytes()
+  std::vector<Entries> hidden_;            // by the transaction in progress; they stand in the table until it ends
 
   i64 group_of(i64 a) const {
     i64 g = 0;
@@ -211,6 +223,10 @@ class PagedBlocks : public PageTable {
   void unkeep(Blocks& b, i64 block, i32 users);
   void acquire(Blocks& b, i64 block);
   void drop(Blocks& b, i64 block, bool undo);
+  void let_go(bool undo) {
+    for (const auto& [group, block] : kept_) drop(blocks_[group], block, undo);
+    kept_.clear();
+  }
   void shift(i64 g, i32 node, i64 from, i64 to);
   void show(const Entries& entries);
   void hide(const Entries& entries);

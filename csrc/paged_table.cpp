@@ -555,9 +555,11 @@ class PagedTable final : public PagedBlocks {
       return forget(b.info[old].node, tx);  // rather than another cached block, or failing
     }
     const i64 fresh = take(group, 1, tx);
+    const bool last = b.info[old].refs == 1;
+    if (last) keep_bytes(group, old);
     set(index, group, ordinal, fresh, tx);
     copy_block(group, old, fresh, tokens, tx);
-    if (b.info[old].refs == 0) set_fence(b, tx.new_fence());  // behind the copy: the block may go, and its page
+    if (last) set_fence(b, tx.new_fence());  // behind the copy: the block may go, and its page
   }
 
   void copy_block(i64 group, i64 from, i64 to, i64 tokens, Transaction& tx) {

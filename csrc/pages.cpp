@@ -111,7 +111,7 @@ void PagePool::grow_books(i64 pages) {
 i64 PagePool::find_free(i64 near) const {
   const i64 total = static_cast<i64>(refs_.size());
   if (free_.empty()) return -1;
-  return near >= 0 && near + 1 < total && refs_[near + 1] == 0 ? near + 1 : free_.first();
+  return near >= 0 && near + 1 < total && free_.has(near + 1) ? near + 1 : free_.first();
 }
 
 void PagePool::map_slots(PageOwner& owner, i32 arena, i64 slot, i64 count, i64 near, Zero zero, Transaction& tx) {
@@ -140,7 +140,7 @@ void PagePool::map_slots(PageOwner& owner, i32 arena, i64 slot, i64 count, i64 n
     }
     const i64 total = static_cast<i64>(refs_.size());
     i64 n = 1;
-    while (n < std::min(count, allowed) && page + n < total && refs_[page + n] == 0) ++n;
+    while (n < std::min(count, allowed) && page + n < total && free_.has(page + n)) ++n;
     tx.push({OpKind::map, arena, slot, page, n});
     need_zero(owner, arena, slot, page, n, zero, tx);
     slot += n;
@@ -282,7 +282,7 @@ i64 PagePool::give_back(i64 pages, Transaction& tx) {
       continue;
     }
     i64 first = last - 1;
-    while (first > 0 && refs_[first - 1] == 0 && last - first < pages - given) --first;
+    while (first > 0 && free_.has(first - 1) && last - first < pages - given) --first;
     tx.push({OpKind::destroy, 0, first, last - first});
     given += last - first;
     last = first;
@@ -426,9 +426,16 @@ void PagePool::set_unmapped(const Op& op) {
     if (--refs_[p] == 0) {
       --mapped_pages_;
       --owner.owned_pages;
-      free_.insert(p);
+      if (kept_.empty() || !is_kept(p)) free_.insert(p);
     }
   }
+}
+
+void PagePool::let_go() {
+  for (i64 page : kept_) {
+    if (refs_[page] == 0) free_.insert(page);
+  }
+  kept_.clear();
 }
 
 void PagePool::digest(Hasher& hash) const {

@@ -6,6 +6,7 @@
 //   mapped   refs > 0 slots show it. refs > 1 is sharing.
 #pragma once
 
+#include <algorithm>
 #include <functional>
 #include <memory>
 #include <string>
@@ -121,13 +122,19 @@ class PagePool {
   // The same of one owner, until `excess()` is about 0.
   void spill_in_pieces(PoolLock& lock, PageOwner& owner, const std::function<i64()>& excess);
 
+  // A live sequence of before the transaction has left the page: should the driver fail, it is there again. So nobody
+  // else gets the page before the transaction ends, even if nothing shows it any more.
+  void keep_bytes(i64 page) { kept_.push_back(page); }
+
   // --- state: called by Transaction only ---
   void apply(const Op& op, bool undo);
   void apply_private(const Op& op, bool undo) { arenas_[op.at].owner->on_content(op, undo); }
   void on_taken_back() {
+    let_go();
     for (PageOwner* owner : owners_) owner->on_taken_back();
   }
   void finish(bool committed) {
+    let_go();
     for (PageOwner* owner : owners_) owner->finish(committed);
   }
 
@@ -164,6 +171,8 @@ class PagePool {
   static constexpr i32 kGarbage = -2;
 
   void grow_books(i64 pages);
+  bool is_kept(i64 page) const { return std::find(kept_.begin(), kept_.end(), page) != kept_.end(); }
+  void let_go();
   i64 find_free(i64 near) const;
   void need_zero(const PageOwner& owner, i32 arena, i64 slot, i64 page, i64 count, Zero zero, Transaction& tx);
   void forget_content(i64 first, i64 count);
@@ -183,7 +192,8 @@ class PagePool {
   const bool create_ahead_;
   i64 absent_hint_ = 0;       // no page below it is absent; derived
   std::vector<i32> refs_;     // -1 absent, 0 free, else the number of mappings; changed by records
-  IdSet free_;                // those with 0; derived
+  IdSet free_;                // those with 0 but the kept ones; derived
+  std::vector<i64> kept_;     // by keep_bytes()
   std::vector<i32> content_;  // kClean, kGarbage, or the number of the owner that wrote it; noted in the journal
   std::vector<Arena> arenas_;
   std::vector<PageOwner*> owners_;

@@ -178,6 +178,7 @@ void VirtualTable::drop_shared_guard(i64 row, i64 a, i64 from, Transaction& tx) 
     while (slot < e.hi && is_shared(slot)) ++slot;
     if (slot == begin) continue;
     const bool last = slot == e.hi;
+    for (i64 s = begin; s < slot; ++s) pool_.keep_bytes(e.pages[s]);
     unmap(row, a, begin, slot, tx.fence(), tx);  // kernels may have read the guard since the truncation
     if (!last) map(row, a, begin, slot, tx);
   }
@@ -190,6 +191,7 @@ void VirtualTable::replace_page(i64 row, i64 group, i64 a, i64 slot, i64 used_by
   const i64 fresh = scratch_pages_[a];
   tx.push({OpKind::copy, arena(a), scratch * page_bytes(), here * page_bytes(), used_bytes});
   const i64 fence = tx.new_fence();
+  pool_.keep_bytes(old);
   tx.push({OpKind::unmap, arena(a), here, old, 1, fence});
   tx.push({OpKind::map, arena(a), here, fresh, 1});
   tx.push({OpKind::unmap, arena(a), scratch, fresh, 1, fence});
