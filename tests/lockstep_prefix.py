@@ -18,6 +18,7 @@ from kvmem.prefix import Pin, PrefixMatch
 
 NO_ROOT: Root = (None, None)
 Marks = list[tuple[int, str]]
+MARK = 100_000  # token ids are below it; those that a key begins at are changed by multiples of it
 
 
 def marks_of(root: Root, tokens: list[int]) -> Marks:
@@ -36,7 +37,7 @@ def marked(marks: Marks, tokens: list[int], start: int = 0) -> list[int]:
     found = tokens[:]
     for position, key in marks:
         if start <= position < start + len(tokens):
-            found[position - start] += 100_000 * (1 + ord(key)) * (1 + found[position - start] // 100_000)
+            found[position - start] += MARK * (1 + ord(key)) * (1 + found[position - start] // MARK)
     return found
 
 
@@ -277,11 +278,27 @@ class PrefixLockstep(Lockstep):
         try:
             pin = self.seqs[handle].pin(tokens)
         except kvmem.SpecError:
-            assert not (usable and (self.plentiful or not self.model.windows)), "what is there was not pinned"
+            assert not usable or self._was_given_up(handle, nodes), "what is there was not pinned"
             return False
         assert usable, "what cannot be found was pinned"
         assert pin.num_tokens == len(nodes) * size
         self._pinned(pin, nodes)
+        return True
+
+    def _was_given_up(self, handle: int, nodes: list[Node]) -> bool:
+        """Whether match() does not find the end of these nodes either, where that may be: what windows have passed, and
+        snapshots of tokens in use, go when memory is short, but for those at which a pin ends. A snapshot that is gone
+        stays so."""
+        kept = self.plentiful or not (self.model.windows or self.model.fixed)
+        if kept or any(chain[-1] is nodes[-1] for chain in self.model.pinned):
+            return False
+        content, marks = self.model.contents[handle], self.marks.get(handle, [])
+        root = next(key for key, node in self.model.roots.items() if node is content.root)
+        tokens = [token % MARK for token in content.tokens[: len(nodes) * self.model.block_tokens]]
+        if self.alloc.match([*tokens, 0], **asked((*root, marks or None))).num_tokens == len(tokens):
+            return False
+        if not self.model.windows:
+            nodes[-1].state = 0
         return True
 
     def pin_tokens(self, tokens: list[int], root: Root = NO_ROOT) -> bool:
