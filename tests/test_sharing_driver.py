@@ -41,7 +41,8 @@ def test_a_finished_row_is_adopted_at_no_driver_call(layout: str) -> None:
         before = pair.alloc.stats().driver_calls
         chat = [*chat, *text(1, 50 + turn)]
         handle = pair.open(chat)
-        assert cached(pair, handle) == 320 + 16 * turn
+        size = pair.model.block_tokens  # groups of unequal blocks share what is whole in all of them
+        assert cached(pair, handle) == (320 + 16 * turn) // size * size
         if pair.model.fixed:  # the state is copied from the snapshot, and nothing else is
             assert {op[0] for op in take(pair)} <= {"copy", "open", "bind", "length", "commit", "fence", "unbind"}
         else:
