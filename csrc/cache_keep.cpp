@@ -189,6 +189,11 @@ i64 Cache::clear_cache() {
   Lock lock = enter();
   settle();
   i64 blocks = 0;
+  {
+    Transaction tx(*pool_, *this);
+    table_->forget_cut_ends(tx);
+    tx.commit();
+  }
   // Others may cache as much as is forgotten here: then it comes to an end without them.
   const i64 enough = 2 * index_.cached();
   for (Item x = index_.victim(); x.node != kNoNode; x = index_.victim()) {

@@ -454,8 +454,7 @@ void Cache::retract_leaving(i64 index, Transaction& tx) {
   for (i32 node : leaving_) {
     table_->retract(index, node, tx);
     if (index_.users(node) > 1) continue;
-    for (i32 child; (child = index_.unused_child(node)) != kNoNode;) table_->forget(child, tx);
-    table_->evict(node, tx);
+    table_->forget(node, tx);
   }
 }
 

@@ -92,6 +92,9 @@ class PageTable : public PageOwner {
   virtual void evict(i32 node, Transaction& tx) = 0;
   // Gives up what a window group holds of a node and nobody needs.
   virtual void evict_window(i32 node, i32 window, Transaction& tx) = 0;
+  // Gives up what window groups hold of nodes that no sequence needs, though a block of theirs is the end of one that
+  // was cut within it: that block is its own then.
+  virtual void forget_cut_ends(Transaction&) {}
   // A user has left the node, and others remain: a snapshot that none of them holds may be given up from now on.
   virtual void offer(i32 node) = 0;
   // One more pin ends at the node, or one fewer: some row shows all that a sequence would take over there, and goes on

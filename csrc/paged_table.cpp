@@ -143,6 +143,25 @@ class PagedTable final : public PagedBlocks {
 
   void evict_window(i32 node, i32 window, Transaction& tx) override { evict_of(node, index_.group_of(window), tx); }
 
+  void forget_cut_ends(Transaction& tx) override {
+    for (i64 g = 0; g < groups_; ++g) {
+      const Blocks& b = blocks_[g];
+      if (b.window < 0) continue;
+      std::vector<i32> cut(b.max_blocks, 0);  // by block: how many sequences end within its node
+      std::vector<i32> nodes;
+      for (i64 index = 0; index < sequences_.capacity(); ++index) {
+        const i64 tokens = sequences_.tokens(index, g);
+        for (i64 ordinal = first_of_tail(b, tokens); ordinal < end_of_tail(b, tokens); ++ordinal) {
+          const i32 block = entry(index, g, ordinal);
+          if (b.info[block].node != kNoNode && cut[block]++ == 0) nodes.push_back(b.info[block].node);
+        }
+      }
+      for (i32 node : nodes) {
+        if (block_of(node, g) != 0 && is_needed_by_ends(b, g, node, cut)) evict_window(node, b.window, tx);
+      }
+    }
+  }
+
   void offer(i32 node) override {
     for (i64 g = 0; g < groups_; ++g) {
       if (const i32 block = has_state(g) ? block_of(node, g) : 0) offer_snapshot(blocks_[g], block);
@@ -223,6 +242,17 @@ class PagedTable final : public PagedBlocks {
       set_fence(blocks_[g], tx.fence());
       set(p.index, g, ordinal, cached, tx);
     }
+  }
+
+  // `cut`: how many of a block's references are such ends. A pin needs the node besides its blocks.
+  bool is_needed_by_ends(const Blocks& b, i64 g, i32 node, const std::vector<i32>& cut) const {
+    i64 needs = 0;
+    for (i64 part = 0; part < b.parts; ++part) {
+      const i32 block = block_of(node, g, part);
+      if (b.info[block].refs != cut[block]) return false;
+      needs += b.info[block].refs > 0;
+    }
+    return index_.needs(node, b.window) == needs;
   }
 
   void evict_of(i32 node, i64 g, Transaction& tx) {

@@ -402,17 +402,16 @@ void PrefixIndex::finish(bool committed) {
     Node& n = nodes_[node];
     n.added = false;
     if (n.places > 0 || n.parent == kNoNode) continue;  // taken back, or gone already
-    if (committed && n.users == 0) {
-      ghosts_[n.key & (ghosts_.size() - 1)] = n.key;
-      ++evicted_;
-    }
-    prune(node);
+    const bool evicted = committed && n.users == 0;
+    if (evicted) remember(n.key), ++evicted_;
+    prune(node, evicted);
   }
   if (loose_.capacity() > kLooseKept) std::vector<i32>().swap(loose_);
 }
 
-// Frees the node, and those before it that led only here.
-void PrefixIndex::prune(i32 node) {
+// Frees the node, and those before it that led only here. `evicted`: their memory went before, while they were in use
+// or led somewhere.
+void PrefixIndex::prune(i32 node, bool evicted) {
   while (node != kNoNode && nodes_[node].ordinal != kFree && idle(nodes_[node])) {
     Node& n = nodes_[node];
     const i32 parent = n.parent;
@@ -421,6 +420,7 @@ void PrefixIndex::prune(i32 node) {
     } else if (n.linked) {
       unlink(node);
     }
+    if (evicted && parent != kNoNode) remember(n.key);
     free_node(node);
     node = parent;
   }

@@ -111,8 +111,10 @@ class PrefixIndex {
   bool has_window(i32 node, i32 window) const { return part(node, window).places > 0; }
   i32 window_places(i32 node, i32 window) const { return part(node, window).places; }
   i32 needs(i32 node, i32 window) const { return part(node, window).needs; }
-  // A cached child that nobody uses, kNoNode if there is none.
-  i32 unused_child(i32 node) const;
+  // A child that nobody uses, and one that stands behind `node` among its siblings; kNoNode if there is none. Windows
+  // may have nothing of it.
+  i32 unused_child(i32 node) const { return first_unused(nodes_[node].first_child); }
+  i32 unused_sibling(i32 node) const { return first_unused(nodes_[node].next_child); }
   // True if f() of all children with memory is.
   template <class F>
   bool all_cached_children(i32 node, F f) const {
@@ -261,6 +263,12 @@ class PrefixIndex {
   std::uint64_t key_after(std::uint64_t before, const i32* tokens) const;
   i32& bucket(std::uint64_t key) { return buckets_[key & mask_ & (buckets_.size() - 1)]; }
   i32 bucket(std::uint64_t key) const { return buckets_[key & mask_ & (buckets_.size() - 1)]; }
+  i32 first_unused(i32 node) const {
+    while (node != kNoNode && nodes_[node].users > 0) node = nodes_[node].next_child;
+    return node;
+  }
+  // True if a group has something of it: whole nodes are all there or not at all.
+  bool in_memory(i32 node) const;
   i32 find_sibling(i32 parent, const i32* tokens, const std::string* tag) const;
   bool has_tag(i32 node, const std::string* tag) const {
     if (tags_.empty()) return tag == nullptr;
@@ -297,7 +305,8 @@ class PrefixIndex {
   void use_again(i32 node);
   void leave_last(i32 node);
   bool idle(const Node& n) const { return n.users == 0 && n.places == 0 && n.first_child == kNoNode; }
-  void prune(i32 node);
+  void prune(i32 node, bool evicted = false);
+  void remember(std::uint64_t key) { ghosts_[key & (ghosts_.size() - 1)] = key; }
   void note(const Told& told, bool undo);
   void tell(const Told& told);
   void note_root(i32 number);

@@ -95,11 +95,18 @@ void PrefixIndex::find_partial(i32 parent, const i32* tokens, i64 count, const s
   }
 }
 
+// A page table may count places of a block that no window shows any more, since it lies before others in a row.
+bool PrefixIndex::in_memory(i32 node) const {
+  bool any = whole_ && nodes_[node].places > 0;
+  for (i32 w = 0; !whole_ && !any && w < windows_; ++w) any = has_window(node, w);
+  return any;
+}
+
 bool PrefixIndex::has_other_tag(i32 parent, const i32* tokens) const {
   if (tags_.empty()) return false;
   i64 looked = 0;
   for (i32 x = nodes_[parent].first_child; x != kNoNode && looked < kCandidates; x = nodes_[x].next_child, ++looked) {
-    if (nodes_[x].places > 0 && tokens_.equal(x, tokens)) return true;
+    if (in_memory(x) && tokens_.equal(x, tokens)) return true;
   }
   return false;
 }
@@ -115,21 +122,14 @@ i64 PrefixIndex::longest_elsewhere(i32 root, const i32* tokens, i64 count) const
   for (const auto& [name, other] : roots_) {
     if (other == root) continue;
     if (looked++ == kCandidates) break;
-    i64 blocks = 0;
-    for (i32 x = other; (blocks + 1) * block_tokens() <= count; ++blocks) {
-      x = find(x, tokens + blocks * block_tokens());
-      if (x == kNoNode || nodes_[x].places == 0) break;
+    i32 x = other;
+    for (i64 blocks = 1; blocks * block_tokens() <= count; ++blocks) {
+      x = find(x, tokens + (blocks - 1) * block_tokens());
+      if (x == kNoNode) break;
+      if (in_memory(x)) best = std::max(best, blocks);
     }
-    best = std::max(best, blocks);
   }
   return best;
-}
-
-i32 PrefixIndex::unused_child(i32 node) const {
-  for (i32 x = nodes_[node].first_child; x != kNoNode; x = nodes_[x].next_child) {
-    if (nodes_[x].users == 0 && nodes_[x].places > 0) return x;
-  }
-  return kNoNode;
 }
 
 const PrefixKey& PrefixIndex::root_key(i32 number) const {

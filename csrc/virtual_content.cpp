@@ -126,7 +126,7 @@ void VirtualTable::share_window(i64 to, i64 group, i64 first, i64 tokens, Transa
 }
 
 void VirtualTable::evict(i32 node, Transaction& tx) {
-  while (holder_[node] >= 0) cut(holder_[node], index_.ordinal(node), tx);
+  for (i64 row; (row = first_holder(node)) >= 0;) cut(row, index_.ordinal(node), tx);
 }
 
 std::vector<i64> VirtualTable::showers(i32 node, i32 window) const {

@@ -137,10 +137,14 @@ class PrefixModel(MemoryOnly):
         return any(x is node for chain in self.pinned for x in chain[self.front(g, len(chain) * size) // size :])
 
     def cached_blocks(self) -> int:
-        """How many blocks nobody uses: nodes, or what the first window has of some."""
+        """How many blocks nobody uses: nodes, or what the first window has of some. Paged: not the block of a node that a
+        sequence was cut within, which is the sequence's last one until it grows."""
         if self.whole:
             return sum(not (node.users or node.pins) for node in self.nodes())
-        return sum(0 in node.parts and not self.is_needed(node, 0) for node in self.nodes())
+        return sum(
+            0 in node.parts and not (self.is_needed(node, 0) or any(piece.holders for piece in node.parts[0]))
+            for node in self.nodes()
+        )
 
     def walk(self, key: Root, tokens: list[int]) -> list[Node]:
         """The nodes of the whole blocks of ``tokens`` that are known, from the start on."""
@@ -331,12 +335,14 @@ class PrefixModel(MemoryOnly):
         return bool(self.fixed and self.shares and whole and not self.contents[handle].state_ahead)
 
     def clear_cache(self) -> int:
-        """Forgets what nobody uses or pins, also what windows have passed; returns how many blocks."""
+        """Forgets what nobody uses or pins, also what windows have passed, or hold for the end of a sequence that was cut
+        there; returns how many blocks nobody used."""
         before = self.cached_blocks()
         for node in list(self.nodes()):
             for g in self.windows:
                 if g in node.parts and not self.is_needed(node, g):
-                    del node.parts[g]
+                    for piece in node.parts.pop(g):
+                        piece.content = None
             if node.parent is not None and not (node.users or node.pins):
                 node.parent.children.pop(node.tokens, None)
         return before
