@@ -176,10 +176,7 @@ void VirtualTable::unmap_block(const std::vector<i64>& rows, i32 window, i64 ord
         const i64 last = std::min(blocks_of(row), ceil_div((slot + 1) * page_bytes(), block_bytes));
         bool shows = false;
         for (i64 k = first; !shows && k < last; ++k) shows = shown(row, k, window).here;
-        // What is not known yet may be the sequence's own tokens.
-        const bool beyond =
-            (slot + 1) * page_bytes() > content_tokens(row) * token_bytes(g, a) && rows_[row].index >= 0;
-        if (!shows && !beyond && e.pages[slot] >= 0) unmap(row, a, slot, slot + 1, rows_[row].fence, tx);
+        if (!shows && e.pages[slot] >= 0) unmap(row, a, slot, slot + 1, rows_[row].fence, tx);
       }
     }
   }

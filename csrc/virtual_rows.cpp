@@ -339,7 +339,8 @@ bool VirtualRows::can_give_up(const Op& op) const {
   const i64 ordinal = index_.ordinal(node);
   if (window >= 0) {
     const bool there = ordinal < static_cast<i64>(row.holds.size()) && row.holds[ordinal].node == node;
-    return there && shown(op.b, ordinal, window).here && index_.needs(node, window) == 0;
+    return there && shown(op.b, ordinal, window).here &&
+           (index_.needs(node, window) == 0 || is_passed_copy(op.b, ordinal, window));
   }
   return row.index < 0 && !row.holds.empty() && row.holds.back().node == node &&
          (index_.places(node) > 1 || !index_.used(node));
@@ -465,8 +466,11 @@ bool VirtualRows::is_whole_in(i64 row, i64 g, i64 ordinal) const {
 VirtualRows::Spare VirtualRows::spare(i64 row, i64 g, i64 a) const {
   const Extent& e = extent(row, a);
   const Row& r = rows_[row];
-  const i64 content = content_tokens(row) * token_bytes(g, a);
   const Growth growth = geometry_.groups[g].growth;
+  const i32 window = index_.window_of(g);
+  i64 blocks = blocks_of(row);  // up to the last one whose memory counts
+  while (window >= 0 && blocks > 0 && !shown(row, blocks - 1, window).here) --blocks;
+  const i64 content = blocks * index_.block_tokens() * token_bytes(g, a);
   Spare s{e.hi, e.hi, e.hi};
   if (r.index >= 0) {
     i64 lo, hi;
@@ -478,11 +482,7 @@ VirtualRows::Spare VirtualRows::spare(i64 row, i64 g, i64 a) const {
     const bool state = !r.holds.empty() && r.state == r.holds.back().node;
     s.end = !state ? e.lo : std::min(e.hi, std::max(e.lo, ceil_div(token_bytes(g, a), page_bytes())));
   } else {
-    const i32 window = index_.window_of(g);
-    i64 blocks = blocks_of(row);
-    while (window >= 0 && blocks > 0 && !shown(row, blocks - 1, window).here) --blocks;
-    const i64 bytes = blocks * index_.block_tokens() * token_bytes(g, a);
-    s.end = std::min(e.hi, std::max(e.lo, ceil_div(bytes, page_bytes())));
+    s.end = std::min(e.hi, std::max(e.lo, ceil_div(content, page_bytes())));
   }
   s.from = std::min(s.from, s.to);
   return s;

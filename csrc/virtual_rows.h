@@ -236,6 +236,12 @@ class VirtualRows : public PageTable {
     return index >= 0 && ordinal * index_.block_tokens() >= sequences_.front(index, index_.group_of(window));
   }
 
+  // True if the row shows the block, another one does so too, and its own sequence does not need it.
+  bool is_passed_copy(i64 row, i64 ordinal, i32 window) const {
+    return shown(row, ordinal, window).here && !needs_block(row, ordinal, window) &&
+           index_.window_places(rows_[row].holds[ordinal].node, window) > 1;
+  }
+
   void set_fence(i64 row, i64 fence) { pool_.journal.set(rows_[row].fence, fence); }
   void set_maybe_shared(i64 row, bool shared) {
     pool_.journal.set(rows_[row].maybe_shared, static_cast<std::uint8_t>(shared));

@@ -36,7 +36,25 @@ i64 VirtualTable::spill(i64 pages, bool content, Transaction& tx) {
     freed += before - owned_pages;
   }
   spill_doubles(true, doubles_.size());
+  if (freed < pages && index_.windows() > 0) freed += spill_passed(pages - freed, tx);
   return freed;
+}
+
+// What is needed, and therefore never a victim, may lie a second time where a window has passed it.
+i64 VirtualTable::spill_passed(i64 pages, Transaction& tx) {
+  const i64 before = owned_pages;
+  for (i64 row = 1; row < static_cast<i64>(rows_.size()) && before - owned_pages < pages; ++row) {
+    if (rows_[row].source || row == copy_) continue;
+    for (i64 k = 0; k < blocks_of(row); ++k) {
+      for (i32 w = 0; w < index_.windows(); ++w) {
+        if (!is_passed_copy(row, k, w)) continue;
+        tx.push(concealing(row, k, w));
+        unmap_block({row}, w, k, tx);
+      }
+    }
+    if (rows_[row].index < 0) drop_passed(row, tx);
+  }
+  return before - owned_pages;
 }
 
 i64 VirtualTable::spill_list(const IdList& list, i64 pages, Transaction& tx) {

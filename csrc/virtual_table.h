@@ -101,6 +101,8 @@ class VirtualTable final : public VirtualRows {
   // Evicts what a window group has of a node, and of other blocks on one of its pages if only so a page comes free;
   // returns how many pages did. -1, and nothing has happened, where none can.
   i64 give_up_window(Item x, Transaction& tx);
+  // Gives up, for at least so many pages, second copies of what windows have passed in their rows.
+  i64 spill_passed(i64 pages, Transaction& tx);
   // What window group `group` shows of blocks that lie, also in part, on a page of a row, in on_page_; false where
   // somebody needs any of it.
   bool find_content(i64 row, i64 group, i64 a, i64 slot);

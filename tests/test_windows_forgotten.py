@@ -1,4 +1,4 @@
-"""What is forgotten of blocks that windows have passed: the same on both backends."""
+"""What is forgotten of blocks that windows have passed: the same on both backends, and with it the pages."""
 
 from __future__ import annotations
 
@@ -74,5 +74,37 @@ def test_clearing_forgets_a_block_that_only_a_cut_end_refers_to(backend: str, ne
     assert found(alloc, PROMPT[:16]) == (0 if kept is None else 16)
     cut.extend(10)
     cut.commit(PROMPT[6:16])
+    assert found(alloc, PROMPT[:16]) == 16
+    assert alloc.check() == []
+
+
+@pytest.mark.parametrize("cleared", [False, True])
+def test_a_page_goes_that_known_and_unknown_tokens_share(cleared: bool) -> None:
+    """Virtual: the known block ends within a page. The window passes the rest of it later, or at once."""
+    alloc = windows_only("virtual", block_size=96)
+    sequence = alloc.sequence()
+    sequence.extend(150)
+    sequence.commit(PROMPT[:98])
+    sequence.commit(52)
+    if cleared:
+        alloc.clear_cache()
+    sequence.extend(195)
+    sequence.commit(195)
+    alloc.trim()
+    stats = alloc.stats()
+    assert stats.parked_bytes == stats.free_bytes == 0
+    assert alloc.check() == []
+
+
+def test_a_page_goes_on_which_lies_what_others_need_elsewhere() -> None:
+    """Virtual: two have computed the same block, and the window of one has passed it."""
+    alloc = windows_only("virtual")
+    long, short = alloc.sequence(), alloc.sequence()
+    for sequence, tokens in ((long, PROMPT), (short, PROMPT[:17])):
+        sequence.extend(len(tokens))
+        sequence.commit(tokens)
+    alloc.trim()
+    stats = alloc.stats()
+    assert stats.parked_bytes == stats.free_bytes == 0
     assert found(alloc, PROMPT[:16]) == 16
     assert alloc.check() == []
