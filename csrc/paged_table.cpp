@@ -141,7 +141,11 @@ class PagedTable final : public PagedBlocks {
     }
   }
 
-  void evict_window(i32 node, i32 window, Transaction& tx) override { evict_of(node, index_.group_of(window), tx); }
+  // Where it was all that there is of the node, the node goes with it.
+  void evict_window(i32 node, i32 window, Transaction& tx) override {
+    if (index_.places(node) == 1) name_again({node, -1}, tx);
+    evict_of(node, index_.group_of(window), tx);
+  }
 
   void forget_cut_ends(Transaction& tx) override {
     for (i64 g = 0; g < groups_; ++g) {
