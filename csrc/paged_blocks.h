@@ -158,11 +158,16 @@ class PagedBlocks : public PageTable {
   void set_copy_tail(i64 index, i64 group, bool look) {
     pool_.journal.set(copy_tail_[index * groups_ + group], static_cast<std::uint8_t>(look));
   }
-  // The last live sequence of before the transaction leaves the block: should the driver fail, it is there again. So
-  // the block stays in use until the transaction ends.
+  // A live sequence of before the transaction leaves the block: should the driver fail, it is there again. So nobody
+  // writes to the block before the transaction ends, and after the last sequence it stays in use till then.
   void keep_bytes(i64 group, i64 block) {
-    kept_.emplace_back(group, block);
-    acquire(blocks_[group], block);
+    const bool last = blocks_[group].info[block].refs == 1;
+    kept_.push_back({group, block, last});
+    if (last) acquire(blocks_[group], block);
+  }
+  bool is_kept(i64 group, i64 block) const {
+    return std::any_of(kept_.begin(), kept_.end(),
+                       [&](const Kept& kept) { return kept.group == group && kept.block == block; });
   }
   void set_fence(Blocks& b, i64 fence) { pool_.journal.set(b.fence, fence); }
   // Whether table entries refer to some block of the node.
@@ -206,8 +211,12 @@ class PagedBlocks : public PageTable {
   // Of an allocator that follows another, by group and block: the place where the block was last committed whole, as
   // long as nothing has been written to it since.
   std::unordered_map<i64, i64> whole_;
-  std::vector<std::pair<i64, i64>> kept_;  // group and block: by keep_bytes()
-  std::vector<Entries> hidden_;            // by the transaction in progress; they stand in the table until it ends
+  struct Kept {
+    i64 group, block;
+    bool in_use;  // it counts as one more reference
+  };
+  std::vector<Kept> kept_;       // by keep_bytes()
+  std::vector<Entries> hidden_;  // by the transaction in progress; they stand in the table until it ends
 
   i64 group_of(i64 a) const {
     i64 g = 0;
@@ -224,7 +233,9 @@ class PagedBlocks : public PageTable {
   void acquire(Blocks& b, i64 block);
   void drop(Blocks& b, i64 block, bool undo);
   void let_go(bool undo) {
-    for (const auto& [group, block] : kept_) drop(blocks_[group], block, undo);
+    for (const Kept& kept : kept_) {
+      if (kept.in_use) drop(blocks_[kept.group], kept.block, undo);
+    }
     kept_.clear();
   }
   void shift(i64 g, i32 node, i64 from, i64 to);

@@ -429,6 +429,7 @@ class PagedTable final : public PagedBlocks {
     if (tokens < end) {
       const i64 block = entry(index, group, quotient(tokens, b.tokens)), first = remainder(tokens, b.tokens);
       if (block < kTrashBlocks || b.info[block].refs > 1 || b.info[block].node != kNoNode) return;
+      if (is_kept(group, block)) return;
       for (const Class& c : b.classes) {
         const i64 token_bytes = c.block_bytes / b.tokens, at = block * c.block_bytes + first * token_bytes;
         for (i64 a : c.arenas) tx.push({OpKind::zero, arena(a), at, (end - tokens) * token_bytes});
@@ -583,14 +584,15 @@ class PagedTable final : public PagedBlocks {
   void copy_shared(i64 index, i64 group, i64 ordinal, i64 tokens, Transaction& tx) {
     Blocks& b = blocks_[group];
     const i32 old = entry(index, group, ordinal);
-    if (old == 0 || (b.info[old].refs <= 1 && b.info[old].node == kNoNode)) return;
+    const bool is_own = b.info[old].refs <= 1 && b.info[old].node == kNoNode;
+    if (old == 0 || (is_own && !(guarded_ && is_kept(group, old)))) return;  // a guard is zeroed in the call itself
     if (b.info[old].refs <= 1 && !index_.used(b.info[old].node) && b.ready.empty() &&
         !has_room_for(b, unbacked(group))) {
       return forget(b.info[old].node, tx);  // rather than another cached block, or failing
     }
     const i64 fresh = take(group, 1, tx);
     const bool last = b.info[old].refs == 1;
-    if (last) keep_bytes(group, old);
+    keep_bytes(group, old);
     set(index, group, ordinal, fresh, tx);
     copy_block(group, old, fresh, tokens, tx);
     if (last) set_fence(b, tx.new_fence());  // behind the copy: the block may go, and its page

@@ -426,7 +426,7 @@ void PagePool::set_unmapped(const Op& op) {
     if (--refs_[p] == 0) {
       --mapped_pages_;
       --owner.owned_pages;
-      if (kept_.empty() || !is_kept(p)) free_.insert(p);
+      if (!is_kept(p)) free_.insert(p);
     }
   }
 }

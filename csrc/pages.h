@@ -122,9 +122,12 @@ class PagePool {
   // The same of one owner, until `excess()` is about 0.
   void spill_in_pieces(PoolLock& lock, PageOwner& owner, const std::function<i64()>& excess);
 
-  // A live sequence of before the transaction has left the page: should the driver fail, it is there again. So nobody
-  // else gets the page before the transaction ends, even if nothing shows it any more.
+  // A live sequence of before the transaction leaves the page: should the driver fail, it is there again. So nobody
+  // writes to the page before the transaction ends, even if only one slot shows it, or none.
   void keep_bytes(i64 page) { kept_.push_back(page); }
+  bool is_kept(i64 page) const { return !kept_.empty() && std::find(kept_.begin(), kept_.end(), page) != kept_.end(); }
+  // Whether a transaction must leave alone what a slot shows.
+  bool is_shared(i64 page) const { return refs_[page] > 1 || is_kept(page); }
 
   // --- state: called by Transaction only ---
   void apply(const Op& op, bool undo);
@@ -171,7 +174,6 @@ class PagePool {
   static constexpr i32 kGarbage = -2;
 
   void grow_books(i64 pages);
-  bool is_kept(i64 page) const { return std::find(kept_.begin(), kept_.end(), page) != kept_.end(); }
   void let_go();
   i64 find_free(i64 near) const;
   void need_zero(const PageOwner& owner, i32 arena, i64 slot, i64 page, i64 count, Zero zero, Transaction& tx);

@@ -264,7 +264,7 @@ void VirtualTable::take_over(i64 index, i64 row, i64 blocks, Transaction& tx) {
     const i64 behind = std::max(e.lo, ceil_div(bytes, page_bytes()));
     if (e.solid > front) unmap(row, a, behind, e.hi, rows_[row].fence, tx);  // there are holes
     i64 slot = std::max(e.lo, blocks * index_.block_tokens() * token_bytes(group_of(a), a) / page_bytes());
-    while (slot < e.hi && pool_.refs(e.pages[slot]) <= 1) ++slot;
+    while (slot < e.hi && !pool_.is_shared(e.pages[slot])) ++slot;
     if (slot < e.hi) unmap(row, a, std::max(slot, bytes / page_bytes() + 1), e.hi, rows_[row].fence, tx);
   }
 }

@@ -65,7 +65,7 @@ bool VirtualRows::is_whole(const Op& op) const {
 i64 VirtualRows::first_shared(i64 row, i64 a, i64 tokens) const {
   const Extent& e = extent(row, a);
   i64 slot = std::max(e.lo, tokens * token_bytes(group_of(a), a) / page_bytes());
-  while (slot < e.hi && (e.pages[slot] < 0 || pool_.refs(e.pages[slot]) <= 1)) ++slot;
+  while (slot < e.hi && (e.pages[slot] < 0 || !is_not_own(e.pages[slot]))) ++slot;
   return slot;
 }
 
@@ -418,7 +418,7 @@ void VirtualRows::conceal(i64 row, i64 ordinal, i32 window, bool undo) {
   (s.previous >= 0 ? shown(s.previous, ordinal, window).next : shower_[node * index_.windows() + window]) = s.next;
   if (s.next >= 0) shown(s.next, ordinal, window).previous = s.previous;
   s = Shown();
-  if (rows_[row].index < 0) may_give(row);
+  may_give(row);
   index_.lose(node, window, undo);
 }
 

@@ -299,7 +299,7 @@ void VirtualTable::drop_shared(i64 row, Transaction& tx) {
   for (i64 a = 0; a < arenas_; ++a) {
     const Extent& e = extent(row, a);
     i64 end = e.hi;
-    while (end > e.lo && (e.pages[end - 1] < 0 || pool_.refs(e.pages[end - 1]) <= 1)) --end;
+    while (end > e.lo && (e.pages[end - 1] < 0 || !pool_.is_shared(e.pages[end - 1]))) --end;
     if (end > e.lo) unmap(row, a, e.lo, end, rows_[row].fence, tx);
   }
   set_maybe_shared(row, false);

@@ -69,7 +69,7 @@ bool VirtualTable::zero_tokens(i64 row, i64 group, i64 from, i64 to, Transaction
   for (i64 a = first_[group]; a < first_[group + 1]; ++a) {
     const Extent& e = extent(row, a);
     const i64 first = from * token_bytes(group, a), end = std::min(to * token_bytes(group, a), e.hi * page_bytes());
-    const auto is_own = [&](i64 slot) { return e.pages[slot] >= 0 && pool_.refs(e.pages[slot]) <= 1; };
+    const auto is_own = [&](i64 slot) { return e.pages[slot] >= 0 && !pool_.is_shared(e.pages[slot]); };
     for (i64 slot = std::max(e.lo, first / page_bytes()); slot * page_bytes() < end; ++slot) {
       const i64 begin = std::max(slot * page_bytes(), first);
       while (slot * page_bytes() < end && is_own(slot)) ++slot;
@@ -172,7 +172,7 @@ void VirtualTable::copy_tail(i64 index, i64 group, i64 tokens, Transaction& tx) 
 // the sequence's end, if the driver then fails.
 void VirtualTable::drop_shared_guard(i64 row, i64 a, i64 from, Transaction& tx) {
   const Extent& e = extent(row, a);
-  const auto is_shared = [&](i64 slot) { return e.pages[slot] >= 0 && pool_.refs(e.pages[slot]) > 1; };
+  const auto is_shared = [&](i64 slot) { return e.pages[slot] >= 0 && is_not_own(e.pages[slot]); };
   for (i64 slot = from; slot < e.hi; ++slot) {
     const i64 begin = slot;
     while (slot < e.hi && is_shared(slot)) ++slot;
