@@ -159,6 +159,7 @@ class PagePool {
   // another digest, since what was cached may have been written over, or what was mapped ahead is not there.
   i64 disturbed() const { return disturbed_; }
 
+  i64 transactions = 0;  // counts them
   bool recording = false;
   std::vector<Op> log;      // committed records, while recording
   std::vector<Op> scratch;  // the buffer of the one open transaction

@@ -27,6 +27,7 @@ class Transaction {
  public:
   Transaction(PagePool& pool, TableState& tables) : pool_(pool), tables_(tables), ops_(pool.scratch) {
     ops_.clear();
+    ++pool_.transactions;
     pool_.journal.open();
   }
   ~Transaction() {

@@ -227,10 +227,39 @@ bool VirtualTable::is_covered(i64 row, std::size_t from) const {
 
 void VirtualTable::forget_last(i64 row, Transaction& tx) {
   const i64 ordinal = blocks_of(row) - 1;
+  keep_last_copy(row, ordinal);
   for (i32 w = 0; w < index_.windows(); ++w) {
     if (shown(row, ordinal, w).here) tx.push(concealing(row, ordinal, w));
   }
   tx.push(forgetting(row));
+}
+
+// What is needed, and only rows that this transaction has filled show besides: should the driver fail, the row is the
+// only one that has it.
+void VirtualTable::keep_last_copy(i64 row, i64 ordinal) {
+  const i32 node = rows_[row].holds[ordinal].node;
+  if (!index_.used(node)) return;
+  const auto is_old = [&](i64 other) { return other != row && rows_[other].given != pool_.transactions; };
+  bool held = false;
+  for (i64 at = first_holder(node); at >= 0 && !held; at = rows_[at].holds[ordinal].next) held = is_old(at);
+  for (i64 g = 0; g < groups_; ++g) {
+    const i32 window = index_.window_of(g);
+    bool safe = geometry_.groups[g].growth != Growth::token || (window < 0 && held);
+    if (window >= 0) {
+      safe = !shown(row, ordinal, window).here || index_.needs(node, window) == 0;
+      for (i64 at = first_shower(node, window); at >= 0 && !safe; at = shown(at, ordinal, window).next)
+        safe = is_old(at);
+    }
+    if (safe) continue;
+    for (i64 a = first_[g]; a < first_[g + 1]; ++a) {
+      const Extent& e = extent(row, a);
+      const i64 bytes = index_.block_tokens() * token_bytes(g, a);
+      const i64 end = std::min(e.hi, ceil_div((ordinal + 1) * bytes, page_bytes()));
+      for (i64 slot = std::max(e.lo, ordinal * bytes / page_bytes()); slot < end; ++slot) {
+        if (e.pages[slot] >= 0) pool_.keep_bytes(e.pages[slot]);
+      }
+    }
+  }
 }
 
 void VirtualTable::cut(i64 row, i64 from, Transaction& tx) {

@@ -347,7 +347,7 @@ bool VirtualRows::can_give_up(const Op& op) const {
 }
 
 void VirtualRows::hold(i64 row, i32 node, bool state, i64 windows, i64 after, bool undo) {
-  if (!undo) index_.expect_change();
+  if (!undo) index_.expect_change(), rows_[row].given = pool_.transactions;
   if (static_cast<i64>(holder_.size()) < index_.capacity()) {
     holder_.resize(index_.capacity(), -1);
     shower_.resize(index_.capacity() * index_.windows(), -1);

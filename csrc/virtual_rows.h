@@ -50,6 +50,7 @@ struct Row {
   i64 fence = 0;                      // the device may use what lies here until this fence has passed
   i64 job = 0;                        // the mapper's job that maps part of it, 0 for none
   i64 slots = 0;                      // mapped, all arenas
+  i64 given = 0;                      // number of the latest transaction that has added to its content
   std::uint8_t maybe_shared = false;  // some page may be mapped elsewhere too
   bool source = false;                // content is being taken from it: it must lose none meanwhile
   i32 state = kNoNode;                // the node at whose end its fixed state was copied

@@ -48,6 +48,7 @@ i64 VirtualTable::spill_passed(i64 pages, Transaction& tx) {
     for (i64 k = 0; k < blocks_of(row); ++k) {
       for (i32 w = 0; w < index_.windows(); ++w) {
         if (!is_passed_copy(row, k, w)) continue;
+        keep_last_copy(row, k);
         tx.push(concealing(row, k, w));
         unmap_block({row}, w, k, tx);
       }

@@ -111,6 +111,7 @@ class VirtualTable final : public VirtualRows {
   std::vector<i64> showers(i32 node, i32 window) const;
   // The row forgets the last block of its content.
   void forget_last(i64 row, Transaction& tx);
+  void keep_last_copy(i64 row, i64 ordinal);
   // The row forgets its content from block `from` on.
   void cut(i64 row, i64 from, Transaction& tx);
   // The row holds what the sequence at `index` computed or was given, and shows what its windows reach of that.
