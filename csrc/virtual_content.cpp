@@ -234,23 +234,14 @@ void VirtualTable::forget_last(i64 row, Transaction& tx) {
   tx.push(forgetting(row));
 }
 
-// What is needed, and only rows that this transaction has filled show besides: should the driver fail, the row is the
-// only one that has it.
+// A block that is needed, and that besides only rows show which this transaction has filled: should the driver fail,
+// the row is the only one that has it. With it stay the blocks before it, since a row holds all of those.
 void VirtualTable::keep_last_copy(i64 row, i64 ordinal) {
-  const i32 node = rows_[row].holds[ordinal].node;
-  if (!index_.used(node)) return;
-  const auto is_old = [&](i64 other) { return other != row && rows_[other].given != pool_.transactions; };
-  bool held = false;
-  for (i64 at = first_holder(node); at >= 0 && !held; at = rows_[at].holds[ordinal].next) held = is_old(at);
+  Row& r = rows_[row];
+  if (r.kept != pool_.transactions && !is_last_copy(row, ordinal)) return;
+  r.kept = pool_.transactions;
   for (i64 g = 0; g < groups_; ++g) {
-    const i32 window = index_.window_of(g);
-    bool safe = geometry_.groups[g].growth != Growth::token || (window < 0 && held);
-    if (window >= 0) {
-      safe = !shown(row, ordinal, window).here || index_.needs(node, window) == 0;
-      for (i64 at = first_shower(node, window); at >= 0 && !safe; at = shown(at, ordinal, window).next)
-        safe = is_old(at);
-    }
-    if (safe) continue;
+    if (geometry_.groups[g].growth != Growth::token) continue;
     for (i64 a = first_[g]; a < first_[g + 1]; ++a) {
       const Extent& e = extent(row, a);
       const i64 bytes = index_.block_tokens() * token_bytes(g, a);
@@ -260,6 +251,22 @@ void VirtualTable::keep_last_copy(i64 row, i64 ordinal) {
       }
     }
   }
+}
+
+bool VirtualTable::is_last_copy(i64 row, i64 ordinal) const {
+  const i32 node = rows_[row].holds[ordinal].node;
+  if (!index_.used(node)) return false;
+  const auto is_old = [&](i64 other) { return other != row && rows_[other].given != pool_.transactions; };
+  i64 at = first_holder(node);
+  while (at >= 0 && !is_old(at)) at = rows_[at].holds[ordinal].next;
+  bool last = at < 0;
+  for (i32 w = 0; w < index_.windows() && !last; ++w) {
+    if (!shown(row, ordinal, w).here || index_.needs(node, w) == 0) continue;
+    at = first_shower(node, w);
+    while (at >= 0 && !is_old(at)) at = shown(at, ordinal, w).next;
+    last = at < 0;
+  }
+  return last;
 }
 
 void VirtualTable::cut(i64 row, i64 from, Transaction& tx) {

@@ -342,8 +342,11 @@ bool VirtualRows::can_give_up(const Op& op) const {
     return there && shown(op.b, ordinal, window).here &&
            (index_.needs(node, window) == 0 || is_passed_copy(op.b, ordinal, window));
   }
-  return row.index < 0 && !row.holds.empty() && row.holds.back().node == node &&
-         (index_.places(node) > 1 || !index_.used(node));
+  const bool last = row.index < 0 && !row.holds.empty() && row.holds.back().node == node;
+  for (i32 w = 0; last && w < index_.windows(); ++w) {
+    if (shown(op.b, ordinal, w).here && index_.needs(node, w) > 0 && index_.window_places(node, w) == 1) return false;
+  }
+  return last && (index_.places(node) > 1 || !index_.used(node));
 }
 
 void VirtualRows::hold(i64 row, i32 node, bool state, i64 windows, i64 after, bool undo) {

@@ -46,11 +46,12 @@ struct Shown {
 using RowsBySlots = std::set<std::pair<i64, i64>>;
 
 struct Row {
-  i64 index = -1;                     // the sequence it belongs to, -1: unbound
-  i64 fence = 0;                      // the device may use what lies here until this fence has passed
-  i64 job = 0;                        // the mapper's job that maps part of it, 0 for none
-  i64 slots = 0;                      // mapped, all arenas
-  i64 given = 0;                      // number of the latest transaction that has added to its content
+  i64 index = -1;  // the sequence it belongs to, -1: unbound
+  i64 fence = 0;   // the device may use what lies here until this fence has passed
+  i64 job = 0;     // the mapper's job that maps part of it, 0 for none
+  i64 slots = 0;   // mapped, all arenas
+  // Numbers of the latest transactions that have added to its content, and that may have to restore it.
+  i64 given = 0, kept = 0;
   std::uint8_t maybe_shared = false;  // some page may be mapped elsewhere too
   bool source = false;                // content is being taken from it: it must lose none meanwhile
   i32 state = kNoNode;                // the node at whose end its fixed state was copied

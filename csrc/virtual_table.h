@@ -112,6 +112,7 @@ class VirtualTable final : public VirtualRows {
   // The row forgets the last block of its content.
   void forget_last(i64 row, Transaction& tx);
   void keep_last_copy(i64 row, i64 ordinal);
+  bool is_last_copy(i64 row, i64 ordinal) const;
   // The row forgets its content from block `from` on.
   void cut(i64 row, i64 from, Transaction& tx);
   // The row holds what the sequence at `index` computed or was given, and shows what its windows reach of that.
