@@ -13,6 +13,7 @@ from gpu_kernels import MLA_KPE, Kernel, Model
 from kernel_cases import FP8, FP8_SCALES, STEPS, Case, make_case
 
 import kvmem
+from kvmem import _core
 from kvmem.kernels.write import write_component
 
 FULL = bool(os.environ.get("KVMEM_GPU_FULL"))
@@ -168,9 +169,11 @@ def _forked_case(kernel: Kernel, config: Config, device: str, seed: int) -> Case
 def tail_case(kernel: Kernel, model: Model, device: str, *, guard_tokens: int, num_layers: int, new: int) -> Case:
     """Two sequences whose frontier, ``guard_tokens`` past their length, is the end of a page with nothing mapped
     behind it; ``AssertionError`` if something is.
+
+    On the CPU what is not mapped faults when it is read, as on a GPU; by default it would read as zeros.
     """
     spec = kv_spec(kernel, model, 256 if kernel.block_sizes == (256,) else 16, num_layers)
-    page = {"page_bytes": 4096} if device == "cpu" else {}
+    page = {"page_bytes": 4096, "driver": _core.host_driver(holes_fault=True)} if device == "cpu" else {}
     alloc = kvmem.Allocator(
         spec, backend="virtual", device=device, memory="64MiB", max_sequences=2, max_tokens=8192, prefix_cache=False,
         map_ahead_tokens=0, tail_guard_tokens=guard_tokens, interleave="all", **page,
