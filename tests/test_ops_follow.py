@@ -14,6 +14,7 @@ from test_ops import spoilt
 import kvmem
 
 STEPS = 160 if LONG else 40
+DAMAGED = 500 if LONG else 120
 
 
 def run_model(replica: Replica, leader: Leader) -> None:
@@ -71,7 +72,7 @@ def test_a_damaged_list_costs_no_live_token(name: str, backend: str, zero: str, 
     leader, lists = Leader(name, backend, zero=zero), []
     replica = Replica(name, backend, zero=zero)
     refused = accepted = 0
-    for _ in range(STEPS):
+    while refused + accepted < DAMAGED:  # many steps decide nothing, and a list may be one record
         ops = leader.step(rng)
         for _ in range(6 if ops else 0):
             damaged = spoilt(rng, ops)[1] if rng.random() < 0.5 else altered(rng, ops)
@@ -97,7 +98,7 @@ def test_a_damaged_list_costs_no_live_token(name: str, backend: str, zero: str, 
         lists.append((ops, {handle: (list(ids), leader.written[handle]) for handle, ids in leader.ids.items()}))
         run_model(replica, leader)
     print(refused, "refused,", accepted, "accepted")
-    assert refused > 10
+    assert refused > DAMAGED / 2 and accepted > 0
 
 
 def len_after(ops: list[list[Any]], key: tuple[int, int]) -> int:
