@@ -46,14 +46,14 @@ def assert_runs(code: str, timeout: float = 60, env: dict[str, str] | None = Non
     return done.stdout
 
 
-# ---- The stand-in for libcuda ----------------------------------------------------------------------------------------
+# ---- C++ that only tests need ----------------------------------------------------------------------------------------
 
 
-def build_stub(*flags: str) -> Path:
-    """Compiles the stand-in, once per content and flags, into a cache outside the repository."""
+def build_library(name: str, sources: list[Path], headers: list[Path], *flags: str) -> Path:
+    """Compiles a shared library, once per content and flags, into a cache outside the repository."""
     compiler = os.environ.get("CXX") or shutil.which("c++")
     if not compiler:
-        pytest.skip("no C++ compiler (c++ or $CXX) to build the stand-in for libcuda")
+        pytest.skip(f"no C++ compiler (c++ or $CXX) to build {name}")
     command = [
         *compiler.split(),
         "-std=c++17",
@@ -64,13 +64,13 @@ def build_stub(*flags: str) -> Path:
         "-Wl,-Bsymbolic",
         *flags,
         f"-I{ROOT / 'csrc'}",
-        *(str(p) for p in STUB_SOURCES if p.suffix == ".cpp"),
+        *map(str, sources),
         "-pthread",
     ]
-    content = b"".join(p.read_bytes() for p in [*STUB_SOURCES, ROOT / "csrc/cuda_api.h", ROOT / "csrc/types.h"])
-    name = hashlib.sha256(content + " ".join(command).encode()).hexdigest()[:16]
+    content = b"".join(p.read_bytes() for p in [*sources, *headers])
+    digest = hashlib.sha256(content + " ".join(command).encode()).hexdigest()[:16]
     cache = Path(tempfile.gettempdir()) / f"kvmem-tests-{os.getuid()}"
-    library = cache / f"libcuda_stub-{name}.so"
+    library = cache / f"{name}-{digest}.so"
     if not library.exists():
         cache.mkdir(mode=0o700, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as folder:
@@ -78,6 +78,16 @@ def build_stub(*flags: str) -> Path:
             subprocess.run([*command, "-o", str(built)], check=True, timeout=120)
             built.rename(library)  # atomic: another test process may be building the same
     return library
+
+
+# ---- The stand-in for libcuda ----------------------------------------------------------------------------------------
+
+
+def build_stub(*flags: str) -> Path:
+    sources = [p for p in STUB_SOURCES if p.suffix == ".cpp"]
+    headers = [p for p in STUB_SOURCES if p.suffix == ".h"]
+    headers += [ROOT / "csrc/cuda_api.h", ROOT / "csrc/types.h"]
+    return build_library("libcuda_stub", sources, headers, *flags)
 
 
 class CudaStub:
