@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import BACKENDS, LONG, i32, make_allocator, seed_of_run
+from support import BACKENDS, LONG, i32, make_allocator
 
 import kvmem
 from kvmem import Component, Group, SchedulerCache, SpecError, TableChanges
@@ -193,13 +193,12 @@ class Program:
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_worker_needs_nothing_but_the_changes(backend: str, shape: str) -> None:
-    walk = random.Random(seed_of_run())
+def test_a_worker_needs_nothing_but_the_changes(backend: str, shape: str, rng: random.Random) -> None:
     dropped = merged = refused = 0
     for _ in range(60 if LONG else 6):
-        groups = SHAPES[shape](walk.randint(1, 5 * SIZE), walk.randint(1, 5 * SIZE))
-        cache = open_cache(groups, backend, partial_reuse=walk.random() < 0.7)
-        program = Program(cache, walk)
+        groups = SHAPES[shape](rng.randint(1, 5 * SIZE), rng.randint(1, 5 * SIZE))
+        cache = open_cache(groups, backend, partial_reuse=rng.random() < 0.7)
+        program = Program(cache, rng)
         for _ in range(150):
             program.step()
         dropped, merged, refused = dropped + program.dropped, merged + program.merged, refused + program.refused
