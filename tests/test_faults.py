@@ -14,6 +14,7 @@ import gc
 import random
 from typing import Any
 
+import numpy as np
 import pytest
 from support_world import (
     BACKENDS,
@@ -37,6 +38,7 @@ OUT_OF_MEMORY = 2
 CODES = (OUT_OF_MEMORY, 1, 3, 400, 719, 800, 999)
 VERBS = ("reserve", "release", "create", "destroy", "map", "set_access", "unmap", "zero", "copy", "record", "wait")
 PAGES = {"plain": 24, "mixed": 70}
+ARENAS = 2  # of the plain layout, one for each layer
 LEAST_CALLS = 2000
 CODES_A_CALL = len(CODES) if LONG else 3
 
@@ -220,6 +222,33 @@ def test_a_driver_that_fails_for_ever(name: str, backend: str, code: int) -> Non
         # A created page that could not be destroyed again waits for the next create, or the end.
         close(world, driver, spare_pages=PAGES[name])
     assert errors or code == OUT_OF_MEMORY  # a round alone may need no driver: parked rows are taken over
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_last_reader_of_shared_memory_does_not_zero_what_the_other_may_come_back_to(backend: str) -> None:
+    """Both are cut off within what they share, and grow in one call: the first gets a copy, the second has the memory alone then,
+    and with a guard what it has cut off is to be zeroed. Should the call fail after that, the first is back there."""
+    failures = 0
+    for nth in range(1, 60):
+        driver = checked()
+        world = make_world("plain", backend, driver, tail_guard_tokens=16)
+        world.run(world.open())
+        (first,) = world.sequences
+        assert world.run(world.extend(first, 64)) and world.run(world.commit(first, 64, [0]))
+        assert world.run(world.fork(first))
+        second = max(world.sequences)
+        assert world.run(world.truncate(first, 61)) and world.run(world.truncate(second, 50))
+        before = world.observe()
+        fail_at(driver, nth, 719)
+        try:
+            world.alloc.extend_batch(np.array([first, second], np.int32), np.array([3, 3], np.int32))
+        except kvmem.DeviceError:
+            failures += 1
+            assert world.observe() == before
+            world.healthy()
+            continue
+        break
+    assert failures >= 2 * ARENAS, "a copy in each arena, and what is zeroed"
 
 
 @pytest.mark.parametrize("code", CODES)
