@@ -34,16 +34,18 @@ class CheckedPolicy {
       throw SpecError("block " + std::to_string(id) + " is the parent of cached ones, so it can be no other content");
     }
     block.state = kUsed;
-    block.undoable = false;
+    forget_use(id);
     block.key = key;
     block.parent = parent;
     count_child(block, 1);
     policy_->insert(id, key, parent);
+    policy_->settle();
   }
   void hit(i32 id) {
     expect(id, kUsed, kReleased);
-    at(id).undoable = false;
+    forget_use(id);
     policy_->hit(id);
+    policy_->settle();
   }
   void use(i32 id) {
     change(id, kReleased, kUsed);
@@ -56,8 +58,18 @@ class CheckedPolicy {
     policy_->undo_use(id);
   }
   void release(i32 id) {
+    const bool used = at(id).undoable;
     change(id, kUsed, kReleased);
+    at(id).released_last = true;
+    at(id).used_before = used;
     policy_->release(id);
+  }
+  void undo_release(i32 id) {
+    if (!at(id).released_last) throw SpecError("block " + std::to_string(id) + ": its latest call was no release()");
+    const bool used = at(id).used_before;
+    change(id, kReleased, kUsed);
+    at(id).undoable = used;
+    policy_->undo_release(id);
   }
   i32 victim() { return policy_->victim(); }
   void evict(i32 id) {
@@ -76,7 +88,7 @@ class CheckedPolicy {
  protected:
   void adopt(std::unique_ptr<EvictionPolicy> policy) { policy_ = std::move(policy); }
 
-  void forget_use(i32 id) { at(id).undoable = false; }
+  void forget_use(i32 id) { at(id).undoable = at(id).released_last = false; }
 
   enum State : char { kGone, kUsed, kReleased };
 
@@ -94,7 +106,9 @@ class CheckedPolicy {
     i32 parent = -1;
     i32 children = 0;  // cached ones
     State state = kGone;
-    bool undoable = false;  // use() was the latest call
+    bool undoable = false;       // use() was the latest call
+    bool released_last = false;  // or release()
+    bool used_before = false;    // and use() the one before that
   };
 
   Block& at(i32 id) {
@@ -106,7 +120,7 @@ class CheckedPolicy {
   void change(i32 id, State from, State to) {
     expect(id, from, from);
     at(id).state = to;
-    at(id).undoable = false;
+    at(id).undoable = at(id).released_last = false;
   }
   void count_child(const Block& block, i32 change) {
     if (block.parent >= 0) at(block.parent).children += change;
@@ -147,6 +161,7 @@ void bind_eviction(nb::module_& m) {
       .def("use", &CheckedPolicy::use, "id"_a)
       .def("undo_use", &CheckedPolicy::undo_use, "id"_a)
       .def("release", &CheckedPolicy::release, "id"_a)
+      .def("undo_release", &CheckedPolicy::undo_release, "id"_a)
       .def("victim", &CheckedPolicy::victim)
       .def("evict", &CheckedPolicy::evict, "id"_a)
       .def("restore", &CheckedPolicy::restore, "id"_a);

@@ -40,9 +40,14 @@ class EvictionPolicy {
   virtual void undo_use(i32 id) = 0;
   // Nobody uses it any more.
   virtual void release(i32 id) = 0;
+  // That is taken back, in reverse order if there were several: it is in use, and a use() before it, if that is taken
+  // back too, finds the place from where it took the block.
+  virtual void undo_release(i32 id) = 0;
   // The released block that should go next, -1 if there is none. Nothing changes but the policy's own order, and the
   // answer stays the same until another call is made.
   virtual i32 victim() = 0;
+  // A call has come to its end, and nothing of it is taken back: what has become due by the calls so far may be done.
+  virtual void settle() {}
   // Adds what says in which order blocks go: what stands where. Not what was learned, which a call that is taken back
   // may have added to.
   virtual void digest(Hasher& hash) const = 0;

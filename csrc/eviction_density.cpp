@@ -64,6 +64,10 @@ class DensityPolicy final : public EvictionPolicy {
   void use(i32 id) override;
   void undo_use(i32 id) override;
   void release(i32 id) override;
+  void undo_release(i32 id) override;
+  void settle() override {
+    for (; due_ > 0; --due_) do_chore((clock_ >> kChoreBits) - due_ + 1);
+  }
   i32 victim() override;
   void evict(i32 id, std::uint64_t key, i32 parent) override;
   void restore(i32 id, std::uint64_t key, i32 parent) override;
@@ -90,14 +94,13 @@ class DensityPolicy final : public EvictionPolicy {
   void begin_life(Block* block);
   void lose(const Ghost& ghost);
 
-  void tick() {
-    if ((++clock_ & ((1 << kChoreBits) - 1)) == 0) do_chore();
-  }
-  void do_chore();
+  void tick() { due_ += (++clock_ & ((1 << kChoreBits) - 1)) == 0; }
+  void do_chore(i64 number);
   void age_lists();
   void learn();
 
   i64 clock_ = 0;  // blocks inserted or hit: time goes by one block
+  i64 due_ = 0;    // chores that have become due since settle()
   IdLists<Block> blocks_{kCells};
   Ghosts ghosts_;
   ReuseStatistics statistics_;
@@ -173,6 +176,13 @@ void DensityPolicy::release(i32 id) {
   begin_life(&block);
   block.evictable = 1;
   if (block.children == 0) push_back(ReuseStatistics::cell_of(block.uses, 0), id);
+}
+
+void DensityPolicy::undo_release(i32 id) {
+  Block& block = blocks_[id];
+  block.evictable = 0;
+  if (block.children > 0) return;
+  if (const i32 emptied = blocks_.undo_push(id); emptied >= 0) mark(emptied, false);
 }
 
 i32 DensityPolicy::victim() {
@@ -274,9 +284,9 @@ void DensityPolicy::lose(const Ghost& ghost) {
   if (ghost.uses > 0) statistics_.lost_sight(ghost.uses, begun(ghost.begun), clock_);
 }
 
-void DensityPolicy::do_chore() {
+void DensityPolicy::do_chore(i64 number) {
   statistics_.advance(clock_);
-  const i64 chore = (clock_ >> kChoreBits) & ((1 << kTurnBits) - 1);
+  const i64 chore = number & ((1 << kTurnBits) - 1);
   chore < kClasses ? age_lists() : learn();
 }
 

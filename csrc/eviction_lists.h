@@ -25,7 +25,9 @@ class IdLists {
   void reserve(i64 ids) {
     const std::size_t nodes = static_cast<std::size_t>(lists_ + ids);
     nodes_.reserve(nodes);  // resize() alone would take room for twice what there was
+    places_.reserve(static_cast<std::size_t>(ids));
     nodes_.resize(nodes);
+    places_.resize(static_cast<std::size_t>(ids));
   }
   i64 ids() const { return static_cast<i64>(nodes_.size()) - lists_; }
   Node& operator[](i32 id) { return at(lists_ + id); }
@@ -34,8 +36,14 @@ class IdLists {
   i32 front(i32 list) const { return at(list).next - lists_; }  // of a list that is not empty, as back()
   i32 back(i32 list) const { return at(list).prev - lists_; }
 
-  void push_back(i32 list, i32 id) { link(lists_ + id, at(list).prev, list); }
-  void push_front(i32 list, i32 id) { link(lists_ + id, list, at(list).next); }
+  void push_back(i32 list, i32 id) {
+    keep_place(id);
+    link(lists_ + id, at(list).prev, list);
+  }
+  void push_front(i32 list, i32 id) {
+    keep_place(id);
+    link(lists_ + id, list, at(list).next);
+  }
 
   // Returns the list that became empty by it, or -1.
   i32 remove(i32 id) {
@@ -44,6 +52,15 @@ class IdLists {
     at(prev).next = next;
     at(next).prev = prev;
     return prev == next && prev < lists_ ? prev : -1;
+  }
+
+  // Takes the latest push of `id` back: out of its list, as remove() takes it, and where it stood before counts again
+  // for undo_remove().
+  i32 undo_push(i32 id) {
+    const i32 emptied = remove(id);
+    const Place before = places_[static_cast<std::size_t>(id)];
+    at(lists_ + id).prev = before.prev, at(lists_ + id).next = before.next;
+    return emptied;
   }
 
   // Takes the latest remove() of `id` back if its neighbours still stand side by side: true, and in the same place.
@@ -75,6 +92,10 @@ class IdLists {
   }
 
  private:
+  struct Place {
+    i32 prev = -1, next = -1;
+  };
+  void keep_place(i32 id) { places_[static_cast<std::size_t>(id)] = {at(lists_ + id).prev, at(lists_ + id).next}; }
   Node& at(i32 node) { return nodes_[static_cast<std::size_t>(node)]; }
   const Node& at(i32 node) const { return nodes_[static_cast<std::size_t>(node)]; }
   i32 sentinel(i32 node) const { return node < lists_ ? node : -1; }
@@ -91,6 +112,7 @@ class IdLists {
 
   i32 lists_;
   std::vector<Node> nodes_;
+  std::vector<Place> places_;  // by id: where it stood before the list that it was pushed to
 };
 
 }  // namespace kvmem

@@ -19,6 +19,7 @@ class LruPolicy final : public EvictionPolicy {
     last ? order_.push_back(0, id) : order_.push_front(0, id);  // others left meanwhile
   }
   void release(i32 id) override { order_.push_back(0, id); }
+  void undo_release(i32 id) override { order_.undo_push(id); }
   i32 victim() override { return order_.empty(0) ? -1 : order_.front(0); }
   void evict(i32 id, std::uint64_t, i32) override { order_.remove(id); }
   void restore(i32 id, std::uint64_t, i32) override { undo_use(id); }

@@ -111,7 +111,7 @@ void PagedBlocks::apply(const Op& op, bool undo) {
                     std::to_string(op.d) + ", or block " + std::to_string(op.c) + " is not there");
   }
   place = static_cast<i32>(op.c);
-  if (op.c != 0) acquire(b, op.c);
+  if (op.c != 0) acquire(b, op.c, undo);
   if (op.d != 0) drop(b, op.d, undo);
   if ((undo ? op.c : op.d) == 0) return;  // there was none before
   version_[index * groups_ + op.at] += undo ? -1 : 1;
@@ -273,12 +273,12 @@ void PagedBlocks::unkeep(Blocks& b, i64 block, i32 users) {
   count(b, block, 1, users, -1);
 }
 
-void PagedBlocks::acquire(Blocks& b, i64 block) {
+void PagedBlocks::acquire(Blocks& b, i64 block, bool undo) {
   if (b.info[block].refs++ > 0) {
     ++b.extra_refs;
   } else if (b.info[block].node != kNoNode) {
     unkeep(b, block, 1);
-    if (b.window >= 0) index_.need(b.info[block].node, b.window);
+    if (b.window >= 0) index_.need(b.info[block].node, b.window, undo);
   } else {
     b.ready.remove(block);
     count(b, block, 1, 1, 0);
@@ -321,7 +321,7 @@ i64 PagedBlocks::take_ready(Blocks& b, i64 most, i32* entries) {
 void PagedBlocks::show(const Entries& e) {
   Blocks& b = blocks_[e.group];
   const i32* entries = &b.table[e.index * b.per_sequence + e.first];
-  for (i64 i = 0; i < e.count; ++i) acquire(b, entries[i]);
+  for (i64 i = 0; i < e.count; ++i) acquire(b, entries[i], true);
   --version_[e.index * groups_ + e.group];
   hidden_.pop_back();
 }

@@ -230,7 +230,7 @@ class PagedBlocks : public PageTable {
   void count(Blocks& b, i64 first, i64 n, i32 users, i32 kept);
   void keep(Blocks& b, i64 block, i32 users);
   void unkeep(Blocks& b, i64 block, i32 users);
-  void acquire(Blocks& b, i64 block);
+  void acquire(Blocks& b, i64 block, bool undo = false);
   void drop(Blocks& b, i64 block, bool undo);
   void let_go(bool undo) {
     for (const Kept& kept : kept_) {

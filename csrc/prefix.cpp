@@ -331,8 +331,9 @@ void PrefixIndex::lose(i32 node, i32 window, bool undo) {
   note({node, group_of(window), false}, undo);
 }
 
-void PrefixIndex::need_again(i32 node, i32 window) {
-  policy_->use(item(node, window));
+void PrefixIndex::need_again(i32 node, i32 window, bool undo) {
+  const i32 id = item(node, window);
+  undo ? policy_->undo_release(id) : policy_->use(id);
   --cached_parts_[static_cast<std::size_t>(window)];
 }
 
@@ -407,6 +408,7 @@ void PrefixIndex::finish(bool committed) {
     prune(node, evicted);
   }
   if (loose_.capacity() > kLooseKept) std::vector<i32>().swap(loose_);
+  if (committed) policy_->settle();
 }
 
 // Frees the node, and those before it that led only here. `evicted`: their memory went before, while they were in use

@@ -134,11 +134,11 @@ class PrefixIndex {
   // The window group has the node's tokens in one more place, or one fewer.
   void gain(i32 node, i32 window, bool undo);
   void lose(i32 node, i32 window, bool undo);
-  // One more sequence or pin needs what the window group has of the node, or one fewer. `undo`: need() is taken back,
-  // so that the eviction order is as it was.
-  void need(i32 node, i32 window) {
+  // One more sequence or pin needs what the window group has of the node, or one fewer. `undo`: the other of the two is
+  // taken back, so that the eviction order is as it was.
+  void need(i32 node, i32 window, bool undo = false) {
     Part& p = part(node, window);
-    if (p.needs++ == 0 && p.places > 0) need_again(node, window);
+    if (p.needs++ == 0 && p.places > 0) need_again(node, window, undo);
   }
   void unneed(i32 node, i32 window, bool undo) {
     Part& p = part(node, window);
@@ -300,7 +300,7 @@ class PrefixIndex {
   const Part& part(i32 node, i32 window) const { return parts_[static_cast<std::size_t>(node * windows_ + window)]; }
   std::uint64_t part_key(i32 node, i32 window) const;
   i32 parent_item(const Node& n) const { return n.ordinal > 0 ? item(n.parent) : kNoNode; }
-  void need_again(i32 node, i32 window);
+  void need_again(i32 node, i32 window, bool undo);
   void need_no_more(i32 node, i32 window, bool undo);
   void use_again(i32 node);
   void leave_last(i32 node);

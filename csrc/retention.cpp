@@ -101,6 +101,18 @@ void RetentionPolicy::release(i32 id) {
   place(id);
 }
 
+void RetentionPolicy::undo_release(i32 id) {
+  named_ = -1;
+  const i32 place = std::exchange(at(id).place, kNowhere);
+  if (place == kBase) {
+    base_->undo_release(id);
+  } else if (const i32 emptied = lists_.undo_push(id); emptied >= 0) {
+    filled_.reset(static_cast<std::size_t>(emptied));
+  }
+  stop_clock(id);
+  at(id).released = false;
+}
+
 i32 RetentionPolicy::victim() {
   if (named_ >= 0) return named_;
   expire();

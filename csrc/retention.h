@@ -43,6 +43,11 @@ class RetentionPolicy final : public EvictionPolicy {
   void use(i32 id) override;
   void undo_use(i32 id) override;
   void release(i32 id) override;
+  void undo_release(i32 id) override;
+  void settle() override {
+    named_ = -1;
+    base_->settle();
+  }
   // The clock is read only while a released block has a time to live.
   i32 victim() override;
   void evict(i32 id, std::uint64_t key, i32 parent) override;

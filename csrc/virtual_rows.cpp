@@ -96,7 +96,7 @@ void VirtualRows::apply(const Op& op, bool undo) {
     set_sequence(op.b, index);
     if (guarded_) mark_dirty(op.b);
     for (i64 g = 0; guarded_ && !undo && g < groups_; ++g) reset_cut(index, g);
-    for (i32 w = 0; w < index_.windows(); ++w) need_blocks(op.b, w, first_block(index, w), blocks_of(op.b));
+    for (i32 w = 0; w < index_.windows(); ++w) need_blocks(op.b, w, first_block(index, w), blocks_of(op.b), undo);
     forget_room_of(op.b, index);
   } else if (op.kind == OpKind::unbind) {
     if (row_of_[index] < 0 || row_of_[index] != op.b) throw SpecError("unbind: not the row of this sequence");
@@ -425,8 +425,8 @@ void VirtualRows::conceal(i64 row, i64 ordinal, i32 window, bool undo) {
   index_.lose(node, window, undo);
 }
 
-void VirtualRows::need_blocks(i64 row, i32 window, i64 from, i64 to) {
-  for (i64 k = from; k < to; ++k) index_.need(rows_[row].holds[k].node, window);
+void VirtualRows::need_blocks(i64 row, i32 window, i64 from, i64 to, bool undo) {
+  for (i64 k = from; k < to; ++k) index_.need(rows_[row].holds[k].node, window, undo);
 }
 
 // The last block first, as those of other groups, which leave with the sequence's chain.
@@ -440,7 +440,7 @@ void VirtualRows::on_front(i64 index, i64 group, i64 old_first, i64 first, bool 
   if (window < 0 || row < 0) return;
   const i64 from = ceil_div(std::min(old_first, first), index_.block_tokens());
   const i64 to = std::min(blocks_of(row), ceil_div(std::max(old_first, first), index_.block_tokens()));
-  first > old_first ? unneed_blocks(row, window, from, to, undo) : need_blocks(row, window, from, to);
+  first > old_first ? unneed_blocks(row, window, from, to, undo) : need_blocks(row, window, from, to, undo);
 }
 
 i64 VirtualRows::mapped_windows(i64 row, i64 index, i64 ordinal) const {

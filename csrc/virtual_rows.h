@@ -231,7 +231,7 @@ class VirtualRows : public PageTable {
   void reveal(i64 row, i64 ordinal, i32 window, i64 after, bool undo);
   void conceal(i64 row, i64 ordinal, i32 window, bool undo);
   // The row's sequence needs, or needs no more, what windows show of blocks [from, to).
-  void need_blocks(i64 row, i32 window, i64 from, i64 to);
+  void need_blocks(i64 row, i32 window, i64 from, i64 to, bool undo);
   void unneed_blocks(i64 row, i32 window, i64 from, i64 to, bool undo);
   bool needs_block(i64 row, i64 ordinal, i32 window) const {
     const i64 index = rows_[row].index;

@@ -154,7 +154,8 @@ class Looker:
         return gone
 
     def look(self, count: int) -> None:
-        """Uses some of the next victims, or any blocks; evicts others, and takes it all back, last first."""
+        """Uses some of the next victims, or any blocks, and releases some of those; evicts others, and takes it all
+        back, last first."""
         undo = []
         for _ in range(count):
             block = self.policy.victim()
@@ -165,5 +166,8 @@ class Looker:
                 block = self.rng.choice(sorted(self.released - {b for _, b in undo}))
             (self.policy.use if used else self.policy.evict)(block)
             undo.append((self.policy.undo_use if used else self.policy.restore, block))
+            if used and self.rng.random() < 0.3:
+                self.policy.release(block)
+                undo.append((self.policy.undo_release, block))
         for take_back, block in reversed(undo):
             take_back(block)
