@@ -240,6 +240,7 @@ void VirtualTable::keep_last_copy(i64 row, i64 ordinal) {
   Row& r = rows_[row];
   if (r.kept != pool_.transactions && !is_last_copy(row, ordinal)) return;
   r.kept = pool_.transactions;
+  set_maybe_shared(row, true);  // a sequence that comes to the row must not write there
   for (i64 g = 0; g < groups_; ++g) {
     if (geometry_.groups[g].growth != Growth::token) continue;
     for (i64 a = first_[g]; a < first_[g + 1]; ++a) {
