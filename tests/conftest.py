@@ -19,7 +19,14 @@ settings.load_profile("kvmem")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--seed", type=int, default=random.SystemRandom().randrange(2**31), help="repeat a run")
+    parser.addoption("--seed", type=int, help="repeat a run")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """One seed for all, whichever way a test asks for it: ``--seed``, else ``KVMEM_SEED``, else a new one."""
+    if config.option.seed is None:
+        config.option.seed = int(os.environ.get("KVMEM_SEED") or random.SystemRandom().randrange(2**31))
+    os.environ["KVMEM_SEED"] = str(config.option.seed)
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
