@@ -84,11 +84,12 @@ class DensityPolicy final : public EvictionPolicy {
   void push_back(i32 list, i32 id);
   void push_front(i32 list, i32 id);
   void remove(i32 id);
+  void take_back_push(i32 id);
   void put_back(i32 id);
   void mark(i32 list, bool filled);
   void find_least(i32 cls);
 
-  void add_child(i32 parent);
+  void add_child(i32 parent, bool undo = false);
   bool drop_child(i32 parent);
   i32 any_released();
   void begin_life(Block* block);
@@ -181,7 +182,10 @@ void DensityPolicy::release(i32 id) {
 void DensityPolicy::undo_release(i32 id) {
   Block& block = blocks_[id];
   block.evictable = 0;
-  if (block.children > 0) return;
+  if (block.children == 0) take_back_push(id);
+}
+
+void DensityPolicy::take_back_push(i32 id) {
   if (const i32 emptied = blocks_.undo_push(id); emptied >= 0) mark(emptied, false);
 }
 
@@ -213,17 +217,17 @@ void DensityPolicy::evict(i32 id, std::uint64_t key, i32 parent) {
 void DensityPolicy::restore(i32 id, std::uint64_t key, i32 parent) {
   Block& block = blocks_[id];
   if (ghosts_.take(key).uses == 0) begin_life(&block);
-  add_child(parent);
+  add_child(parent, true);
   block.evictable = 1;
   if (block.children == 0) put_back(id);
 }
 
 // A released leaf that gets a child leaves its list.
-void DensityPolicy::add_child(i32 parent) {
+void DensityPolicy::add_child(i32 parent, bool undo) {
   if (parent < 0) return;
   Block& block = blocks_[parent];
   if (block.children < kMostChildren) ++block.children;
-  if (block.children == 1 && block.evictable) remove(parent);
+  if (block.children == 1 && block.evictable) undo ? take_back_push(parent) : remove(parent);
 }
 
 // True if `parent` is a released leaf now, and stands in no list yet.

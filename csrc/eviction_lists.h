@@ -3,6 +3,7 @@
 // is known of a block may stand in its node too, on the same cache line.
 #pragma once
 
+#include <algorithm>
 #include <cassert>
 #include <vector>
 
@@ -25,9 +26,7 @@ class IdLists {
   void reserve(i64 ids) {
     const std::size_t nodes = static_cast<std::size_t>(lists_ + ids);
     nodes_.reserve(nodes);  // resize() alone would take room for twice what there was
-    places_.reserve(static_cast<std::size_t>(ids));
     nodes_.resize(nodes);
-    places_.resize(static_cast<std::size_t>(ids));
   }
   i64 ids() const { return static_cast<i64>(nodes_.size()) - lists_; }
   Node& operator[](i32 id) { return at(lists_ + id); }
@@ -54,11 +53,15 @@ class IdLists {
     return prev == next && prev < lists_ ? prev : -1;
   }
 
-  // Takes the latest push of `id` back: out of its list, as remove() takes it, and where it stood before counts again
-  // for undo_remove().
+  // Takes the latest push of `id` back, in reverse order if there were several: out of its list, as remove() takes it.
+  // Where it stood before counts again for undo_remove(), unless thousands were pushed since.
   i32 undo_push(i32 id) {
     const i32 emptied = remove(id);
-    const Place before = places_[static_cast<std::size_t>(id)];
+    std::size_t back = 1;  // what was pushed later is gone again without undo_push()
+    while (back <= known_ && pushes_[(pushed_ - back) % kPushes].id != id) ++back;
+    if (back > known_) return emptied;
+    pushed_ -= back, known_ -= back;
+    const Push& before = pushes_[pushed_ % kPushes];
     at(lists_ + id).prev = before.prev, at(lists_ + id).next = before.next;
     return emptied;
   }
@@ -92,10 +95,15 @@ class IdLists {
   }
 
  private:
-  struct Place {
-    i32 prev = -1, next = -1;
+  // A push, and the links that it has overwritten.
+  struct Push {
+    i32 id, prev, next;
   };
-  void keep_place(i32 id) { places_[static_cast<std::size_t>(id)] = {at(lists_ + id).prev, at(lists_ + id).next}; }
+  static constexpr std::size_t kPushes = 4096;
+  void keep_place(i32 id) {
+    pushes_[pushed_++ % kPushes] = {id, at(lists_ + id).prev, at(lists_ + id).next};
+    known_ = std::min(known_ + 1, kPushes);
+  }
   Node& at(i32 node) { return nodes_[static_cast<std::size_t>(node)]; }
   const Node& at(i32 node) const { return nodes_[static_cast<std::size_t>(node)]; }
   i32 sentinel(i32 node) const { return node < lists_ ? node : -1; }
@@ -112,7 +120,8 @@ class IdLists {
 
   i32 lists_;
   std::vector<Node> nodes_;
-  std::vector<Place> places_;  // by id: where it stood before the list that it was pushed to
+  std::vector<Push> pushes_{kPushes};  // the latest ones, in a ring
+  std::size_t pushed_ = 0, known_ = 0;
 };
 
 }  // namespace kvmem

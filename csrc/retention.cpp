@@ -62,7 +62,7 @@ void RetentionPolicy::insert(i32 id, std::uint64_t key, i32 parent) {
   block.holding_children = at(id).holding_children;
   at(id) = block;
   base_->insert(id, key, parent);
-  count_child(parent, 1, false);
+  count_child(parent, 1, Moves::last);
   update_holds(id);
 }
 
@@ -103,12 +103,7 @@ void RetentionPolicy::release(i32 id) {
 
 void RetentionPolicy::undo_release(i32 id) {
   named_ = -1;
-  const i32 place = std::exchange(at(id).place, kNowhere);
-  if (place == kBase) {
-    base_->undo_release(id);
-  } else if (const i32 emptied = lists_.undo_push(id); emptied >= 0) {
-    filled_.reset(static_cast<std::size_t>(emptied));
-  }
+  take_back_push(id);
   stop_clock(id);
   at(id).released = false;
 }
@@ -136,7 +131,7 @@ void RetentionPolicy::evict(i32 id, std::uint64_t key, i32 parent) {
   stop_clock(id);
   block.cached = block.released = false;
   update_holds(id);
-  count_child(parent, -1, true);
+  count_child(parent, -1, Moves::first);
 }
 
 void RetentionPolicy::restore(i32 id, std::uint64_t key, i32 parent) {
@@ -144,8 +139,8 @@ void RetentionPolicy::restore(i32 id, std::uint64_t key, i32 parent) {
   Block& block = at(id);
   const i32 place_before = std::exchange(block.place, kNowhere);
   block.cached = block.released = true;
-  count_child(parent, 1, true);
-  update_holds(id);
+  count_child(parent, 1, Moves::back);
+  update_holds(id, Moves::back);
   base_->restore(id, key, parent);
   block.place = kBase;
   if (place_before != kBase) come_back(id, place_before);
@@ -165,26 +160,42 @@ i32 RetentionPolicy::place_of(const Block& block) const {
   return 2 * block.priority + (block.children > 0);
 }
 
-// Where its state says it belongs, if it is not there yet. `first`: as the next of its list.
-void RetentionPolicy::place(i32 id, bool first) {
+// Where its state says it belongs, if it is not there yet.
+void RetentionPolicy::place(i32 id, Moves how) {
   Block& block = at(id);
   const i32 wanted = place_of(block);
   if (block.place == wanted) return;
+  if (how == Moves::back) {
+    if (block.place != kNowhere) take_back_push(id);
+    block.place = wanted;
+    if (wanted == kBase) return base_->undo_use(id);
+    if (wanted != kNowhere) list_again(id, wanted);
+    return;
+  }
   if (block.place != kNowhere) leave(id);
   block.place = wanted;
   if (wanted == kBase) {
     base_->release(id);
   } else if (wanted != kNowhere) {
-    first ? lists_.push_front(wanted, id) : lists_.push_back(wanted, id);
+    how == Moves::first ? lists_.push_front(wanted, id) : lists_.push_back(wanted, id);
     filled_.set(static_cast<std::size_t>(wanted));
   }
+}
+
+void RetentionPolicy::take_back_push(i32 id) {
+  if (at(id).place == kBase) {
+    base_->undo_release(id);
+  } else if (const i32 emptied = lists_.undo_push(id); emptied >= 0) {
+    filled_.reset(static_cast<std::size_t>(emptied));
+  }
+  at(id).place = kNowhere;
 }
 
 // From the base, where restore() has put it, to where it stood.
 void RetentionPolicy::come_back(i32 id, i32 left) {
   const i32 wanted = place_of(at(id));
   if (wanted == kBase) return;
-  leave(id);
+  base_->undo_release(id);
   at(id).place = wanted;
   if (wanted != kNowhere) list_again(id, left);
 }
@@ -205,15 +216,15 @@ void RetentionPolicy::leave(i32 id) {
   }
 }
 
-// `parent` has one cached child more or fewer; `first`: if that moves it, it goes next of those it comes to.
-void RetentionPolicy::count_child(i32 parent, i32 change, bool first) {
+// `parent` has one cached child more or fewer.
+void RetentionPolicy::count_child(i32 parent, i32 change, Moves how) {
   if (parent < 0) return;
   at(parent).children += change;
-  if (at(parent).cached) place(parent, first);
+  if (at(parent).cached) place(parent, how);
 }
 
 // Whether `id` keeps its parent, and so on to the start of the chain as far as that changes anything.
-void RetentionPolicy::update_holds(i32 id) {
+void RetentionPolicy::update_holds(i32 id, Moves how) {
   while (id >= 0) {
     Block& block = at(id);
     const bool holds = block.cached && (block.priority != kBaseDecides || block.holding_children > 0);
@@ -222,7 +233,7 @@ void RetentionPolicy::update_holds(i32 id) {
     id = block.parent;
     if (id < 0) return;
     at(id).holding_children += holds ? 1 : -1;
-    if (at(id).cached) place(id);
+    if (at(id).cached) place(id, how);
   }
 }
 

@@ -75,12 +75,16 @@ class RetentionPolicy final : public EvictionPolicy {
 
   Block& at(i32 id) { return blocks_[static_cast<std::size_t>(id)]; }
   i32 place_of(const Block& block) const;
-  void place(i32 id, bool first = false);
+  // How a block comes to a list that its state sends it to: as the last or the next of it, or because a call is taken
+  // back, to where it stood.
+  enum class Moves : std::uint8_t { last, first, back };
+  void place(i32 id, Moves how = Moves::last);
+  void take_back_push(i32 id);
   void come_back(i32 id, i32 left);
   void list_again(i32 id, i32 left);
   void leave(i32 id);
-  void count_child(i32 parent, i32 change, bool first);
-  void update_holds(i32 id);
+  void count_child(i32 parent, i32 change, Moves how);
+  void update_holds(i32 id, Moves how = Moves::last);
   i32 first_of(int begin, int end, bool inner) const;
 
   void start_clock(i32 id);

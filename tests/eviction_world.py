@@ -156,10 +156,10 @@ class Looker:
     def look(self, count: int) -> None:
         """Uses some of the next victims, or any blocks, and releases some of those; evicts others, and takes it all
         back, last first."""
-        undo = []
+        undo, released = [], set()
         for _ in range(count):
             block = self.policy.victim()
-            if block < 0:
+            if block < 0 or block in released:
                 break
             used = self.rng.random() < 0.6
             if used and self.rng.random() < 0.5:
@@ -168,6 +168,7 @@ class Looker:
             undo.append((self.policy.undo_use if used else self.policy.restore, block))
             if used and self.rng.random() < 0.3:
                 self.policy.release(block)
+                released.add(block)
                 undo.append((self.policy.undo_release, block))
         for take_back, block in reversed(undo):
             take_back(block)
