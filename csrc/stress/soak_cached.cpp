@@ -101,20 +101,22 @@ void World::match(Random& random) {
   if (is < 0 || is > std::max<i64>(0, n - 1)) throw Failure("match: more than there is");
 }
 
-void World::clear_cache(Random& random) {
-  call(random, false, [&] { side_->cache->clear_cache(); });
+void World::look_at_all() {
   side_->follow();
   side_->verify_all();
   side_->verify_pins();
+}
+
+void World::clear_cache(Random& random) {
+  call(random, false, [&] { side_->cache->clear_cache(); });
+  look_at_all();
 }
 
 void World::trim(Random& random) {
   const i64 bytes = random.one_in(2) ? -1 : random.below(params_.pages + 1) * params_.page_bytes;
   note(text(bytes));
   call(random, false, [&] { side_->cache->trim(bytes); });
-  side_->follow();
-  side_->verify_all();
-  side_->verify_pins();
+  look_at_all();
 }
 
 void World::set_memory(Random& random) {
@@ -122,18 +124,14 @@ void World::set_memory(Random& random) {
   const i64 pages = random.one_in(2) ? params_.pages : 1 + random.below(most);
   note(text(pages));
   if (call(random, false, [&] { side_->cache->set_memory(pages); }) == Outcome::done) side_->limit_pages = pages;
-  side_->follow();
-  side_->verify_all();
-  side_->verify_pins();
+  look_at_all();
 }
 
 void World::compact(Random& random) {
   const i64 bytes = random.one_in(2) ? -1 : random.below(params_.pages + 1) * params_.page_bytes;
   note(text(bytes));
   call(random, false, [&] { side_->cache->compact(bytes); });
-  side_->follow();
-  side_->verify_all();
-  side_->verify_pins();
+  look_at_all();
 }
 
 void World::drain(Random& random) { side_->verify_events(random); }

@@ -72,6 +72,7 @@ class World {
   void verify(Random& random);
   void illegal(Random& random);
   void fault(Random& random);
+  void look_at_all();  // nothing that lives or is pinned has changed
 
   Live* any(Random& random);  // null if there is none
   std::vector<i32> prompt(Random& random);
