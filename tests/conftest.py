@@ -23,10 +23,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """One seed for all, whichever way a test asks for it: ``--seed``, else ``KVMEM_SEED``, else a new one."""
-    if config.option.seed is None:
+    """``--seed`` holds for every test, also for those that ask for ``KVMEM_SEED``; without it each draws, or has, its own."""
+    if hasattr(config, "workerinput"):
+        return  # of pytest-xdist: it has both from the process that started it
+    if config.option.seed is not None:
+        os.environ["KVMEM_SEED"] = str(config.option.seed)
+    else:
         config.option.seed = int(os.environ.get("KVMEM_SEED") or random.SystemRandom().randrange(2**31))
-    os.environ["KVMEM_SEED"] = str(config.option.seed)
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
