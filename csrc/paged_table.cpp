@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <unordered_map>
 
 #include "paged_blocks.h"
 
@@ -151,7 +152,7 @@ class PagedTable final : public PagedBlocks {
     for (i64 g = 0; g < groups_; ++g) {
       const Blocks& b = blocks_[g];
       if (b.window < 0) continue;
-      std::vector<i32> cut(b.max_blocks, 0);  // by block: how many sequences end within its node
+      std::unordered_map<i32, i32> cut;  // by block: how many sequences end within its node
       std::vector<i32> nodes;
       for (i64 index = 0; index < sequences_.capacity(); ++index) {
         const i64 tokens = sequences_.tokens(index, g);
@@ -228,6 +229,7 @@ class PagedTable final : public PagedBlocks {
     }
     aside.put_back();
     while (content && spare_pages_ - held < pages && evict_next(tx)) continue;  // pages that several have blocks in
+    if (content && spare_pages_ - held < pages && spare_pages_ < idle_pages_) forget_cut_ends(tx);
     return spill_idle(pages, tx);
   }
 
@@ -249,11 +251,12 @@ class PagedTable final : public PagedBlocks {
   }
 
   // `cut`: how many of a block's references are such ends. A pin needs the node besides its blocks.
-  bool is_needed_by_ends(const Blocks& b, i64 g, i32 node, const std::vector<i32>& cut) const {
+  bool is_needed_by_ends(const Blocks& b, i64 g, i32 node, const std::unordered_map<i32, i32>& cut) const {
     i64 needs = 0;
     for (i64 part = 0; part < b.parts; ++part) {
       const i32 block = block_of(node, g, part);
-      if (b.info[block].refs != cut[block]) return false;
+      const auto ends = cut.find(block);
+      if (b.info[block].refs != (ends == cut.end() ? 0 : ends->second)) return false;
       needs += b.info[block].refs > 0;
     }
     return index_.needs(node, b.window) == needs;

@@ -179,7 +179,10 @@ class Worker {
     }
     const Tokens& t = owned_[below(owned_.size())];
     i64 pinned = 0;
-    if (below(2)) pin_ = cache_.pin(t.handle, -1, &pinned);
+    try {
+      if (below(2)) pin_ = cache_.pin(t.handle, -1, &pinned);
+    } catch (const SpecError&) {  // it fills no block yet, or what its window needs is gone
+    }
   }
 
   // The rest of the prompt first, then tokens of the script, now and then some that nobody is told.
