@@ -35,11 +35,19 @@ class CheckedPolicy {
     }
     block.state = kUsed;
     forget_use(id);
+    block.new_last = true;
     block.key = key;
     block.parent = parent;
     count_child(block, 1);
     policy_->insert(id, key, parent);
     policy_->settle();
+  }
+  void undo_insert(i32 id) {
+    if (!at(id).new_last) throw SpecError("block " + std::to_string(id) + ": its latest call was no insert()");
+    change(id, kUsed, kGone);
+    const Block& block = at(id);
+    count_child(block, -1);
+    policy_->undo_insert(id, block.key, block.parent);
   }
   void hit(i32 id) {
     expect(id, kUsed, kReleased);
@@ -58,17 +66,19 @@ class CheckedPolicy {
     policy_->undo_use(id);
   }
   void release(i32 id) {
-    const bool used = at(id).undoable;
+    const bool used = at(id).undoable, is_new = at(id).new_last;
     change(id, kUsed, kReleased);
     at(id).released_last = true;
     at(id).used_before = used;
+    at(id).new_before = is_new;
     policy_->release(id);
   }
   void undo_release(i32 id) {
     if (!at(id).released_last) throw SpecError("block " + std::to_string(id) + ": its latest call was no release()");
-    const bool used = at(id).used_before;
+    const bool used = at(id).used_before, is_new = at(id).new_before;
     change(id, kReleased, kUsed);
     at(id).undoable = used;
+    at(id).new_last = is_new;
     policy_->undo_release(id);
   }
   i32 victim() { return policy_->victim(); }
@@ -88,7 +98,7 @@ class CheckedPolicy {
  protected:
   void adopt(std::unique_ptr<EvictionPolicy> policy) { policy_ = std::move(policy); }
 
-  void forget_use(i32 id) { at(id).undoable = at(id).released_last = false; }
+  void forget_use(i32 id) { at(id).undoable = at(id).released_last = at(id).new_last = false; }
 
   enum State : char { kGone, kUsed, kReleased };
 
@@ -108,7 +118,9 @@ class CheckedPolicy {
     State state = kGone;
     bool undoable = false;       // use() was the latest call
     bool released_last = false;  // or release()
+    bool new_last = false;       // or insert()
     bool used_before = false;    // and use() the one before that
+    bool new_before = false;     // or insert()
   };
 
   Block& at(i32 id) {
@@ -120,7 +132,7 @@ class CheckedPolicy {
   void change(i32 id, State from, State to) {
     expect(id, from, from);
     at(id).state = to;
-    at(id).undoable = at(id).released_last = false;
+    forget_use(id);
   }
   void count_child(const Block& block, i32 change) {
     if (block.parent >= 0) at(block.parent).children += change;
@@ -157,6 +169,7 @@ void bind_eviction(nb::module_& m) {
       .def(nb::init<const std::string&>(), "name"_a)
       .def("reserve", &CheckedPolicy::reserve, "ids"_a)
       .def("insert", &CheckedPolicy::insert, "id"_a, "key"_a, "parent"_a)
+      .def("undo_insert", &CheckedPolicy::undo_insert, "id"_a)
       .def("hit", &CheckedPolicy::hit, "id"_a)
       .def("use", &CheckedPolicy::use, "id"_a)
       .def("undo_use", &CheckedPolicy::undo_use, "id"_a)

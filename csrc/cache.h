@@ -417,10 +417,12 @@ class Cache final : public TableState {
   void for_windows(const std::vector<i32>& chain, i64 tokens, F f) const {
     const i64 end = ceil_div(tokens, block_tokens());
     for (i32 w = 0; w < index_.windows(); ++w) {
-      const GroupGeometry& group = geometry_.groups[index_.group_of(w)];
-      const i64 first = window_first(group, geometry_.tail_guard_tokens, tokens) / block_tokens();
-      for (i64 k = first; k < end; ++k) f(chain[k], w);
+      for (i64 k = first_needed_block(w, tokens); k < end; ++k) f(chain[k], w);
     }
+  }
+  i64 first_needed_block(i32 window, i64 tokens) const {
+    const GroupGeometry& group = geometry_.groups[index_.group_of(window)];
+    return window_first(group, geometry_.tail_guard_tokens, tokens) / block_tokens();
   }
   void need_windows(const std::vector<i32>& chain, i64 tokens);
   void unneed_windows(const std::vector<i32>& chain, i64 tokens);

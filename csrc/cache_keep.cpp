@@ -170,12 +170,12 @@ void Cache::retain(i64 handle, i64 start, i64 end, int priority, double seconds)
     const Retention added{ceil_div(start, block_tokens()), end / block_tokens(), priority, seconds};
     if (added.first >= added.end) return;  // no whole block lies in it
     index_.expect_retention();
-    put_retention(added, &c.retained);
     chain_.clear();
     i32 node = c.leaf;
     for (; node != c.root && index_.ordinal(node) >= added.end; node = index_.parent(node)) {
     }
     for (; node != c.root && index_.ordinal(node) >= added.first; node = index_.parent(node)) chain_.push_back(node);
+    put_retention(added, &c.retained);  // the last that may find no memory
     for (auto at = chain_.rbegin(); at != chain_.rend(); ++at) index_.retain(*at, priority, seconds);
   });
 }

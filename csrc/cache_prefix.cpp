@@ -377,11 +377,13 @@ void Cache::need_windows(const std::vector<i32>& chain, i64 tokens) {
   for_windows(chain, tokens, [this](i32 node, i32 window) { index_.need(node, window); });
 }
 
-// The last first.
+// The last first. Needs no memory.
 void Cache::unneed_windows(const std::vector<i32>& chain, i64 tokens) {
-  std::vector<Item> needed;
-  for_windows(chain, tokens, [&](i32 node, i32 window) { needed.push_back({node, window}); });
-  for (auto x = needed.rbegin(); x != needed.rend(); ++x) index_.unneed(x->node, x->window, false);
+  for (i32 w = index_.windows(); w-- > 0;) {
+    for (i64 k = ceil_div(tokens, block_tokens()); k-- > first_needed_block(w, tokens);) {
+      index_.unneed(chain[k], w, false);
+    }
+  }
 }
 
 // ---- publishing ------------------------------------------------------------------------------

@@ -27,6 +27,8 @@ class EvictionPolicy {
   // chain (-1 at the start), and while this one is cached the id of no other content. It stays cached as long, except
   // where a sliding window passes: then it may go before this one, be gone already, or come back.
   virtual void insert(i32 id, std::uint64_t key, i32 parent) = 0;
+  // That is taken back, in reverse order if there were several: the block is in use then.
+  virtual void undo_insert(i32 id, std::uint64_t key, i32 parent) = 0;
   // insert() of this id and key will likely follow: time to fetch what it looks up. Changes nothing.
   virtual void expect(i32, std::uint64_t) {}
   // use() or release() of this id will follow, likewise.

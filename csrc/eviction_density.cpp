@@ -55,6 +55,7 @@ class DensityPolicy final : public EvictionPolicy {
 
   void reserve(i64 ids) override;
   void insert(i32 id, std::uint64_t key, i32 parent) override;
+  void undo_insert(i32 id, std::uint64_t key, i32 parent) override;
   void expect(i32 id, std::uint64_t key) override {
     ghosts_.prefetch(key);
     __builtin_prefetch(&blocks_[id], 1);
@@ -90,7 +91,7 @@ class DensityPolicy final : public EvictionPolicy {
   void find_least(i32 cls);
 
   void add_child(i32 parent, bool undo = false);
-  bool drop_child(i32 parent);
+  bool drop_child(i32 parent, bool undo = false);
   i32 any_released();
   void begin_life(Block* block);
   void lose(const Ghost& ghost);
@@ -135,6 +136,12 @@ void DensityPolicy::insert(i32 id, std::uint64_t key, i32 parent) {
     block.uses = std::min(ghost.uses + 1, kMostUses);
   }
   add_child(parent);
+}
+
+void DensityPolicy::undo_insert(i32 id, std::uint64_t key, i32 parent) {
+  const Block& block = blocks_[id];
+  if (block.uses > 1) lose(ghosts_.remember(key, {block.begun, static_cast<i32>(block.uses) - 1}));
+  if (drop_child(parent, true)) put_back(parent);
 }
 
 void DensityPolicy::hit(i32 id) {
@@ -231,12 +238,12 @@ void DensityPolicy::add_child(i32 parent, bool undo) {
 }
 
 // True if `parent` is a released leaf now, and stands in no list yet.
-bool DensityPolicy::drop_child(i32 parent) {
+bool DensityPolicy::drop_child(i32 parent, bool undo) {
   if (parent < 0) return false;
   Block& block = blocks_[parent];
   if (block.children == 0 || block.children == kMostChildren) return false;
   if (--block.children > 0) return false;
-  if (!block.evictable) blocks_.forget_place(parent);  // in use when its last child went: its turn comes anew
+  if (!block.evictable && !undo) blocks_.forget_place(parent);  // in use when its last child went: its turn comes anew
   return block.evictable;
 }
 

@@ -11,6 +11,7 @@ class LruPolicy final : public EvictionPolicy {
  public:
   void reserve(i64 ids) override { order_.reserve(ids); }
   void insert(i32, std::uint64_t, i32) override {}
+  void undo_insert(i32, std::uint64_t, i32) override {}
   void hit(i32) override {}
   void use(i32 id) override { order_.remove(id); }
   void undo_use(i32 id) override {

@@ -276,7 +276,7 @@ void PrefixIndex::place(i32 node, i64 group, bool undo) {
     if (undo) loose_.pop_back();
     if (whole_ && undo) {
       policy_->restore(item(node), n.key, parent_item(n));
-      if (n.users > 0) policy_->use(item(node));
+      if (n.users > 0) policy_->undo_release(item(node));
     } else if (whole_) {
       policy_->insert(item(node), n.key, parent_item(n));
       if (n.users == 0) policy_->release(item(node));
@@ -289,7 +289,10 @@ void PrefixIndex::displace(i32 node, i64 group, bool undo) {
   Node& n = nodes_[node];
   const bool last = --n.places == 0;
   if (last) {
-    if (whole_) {
+    if (whole_ && undo) {
+      if (n.released) policy_->undo_release(item(node));
+      policy_->undo_insert(item(node), n.key, parent_item(n));
+    } else if (whole_) {
       if (!n.released) policy_->release(item(node));
       policy_->evict(item(node), n.key, parent_item(n));
     }
@@ -313,7 +316,7 @@ void PrefixIndex::gain(i32 node, i32 window, bool undo) {
   cached_parts_[static_cast<std::size_t>(window)] += p.needs == 0;
   if (undo) {
     policy_->restore(id, part_key(node, window), kNoNode);
-    if (p.needs > 0) policy_->use(id);
+    if (p.needs > 0) policy_->undo_release(id);
   } else {
     policy_->insert(id, part_key(node, window), kNoNode);
     if (p.needs == 0) policy_->release(id);
@@ -326,8 +329,13 @@ void PrefixIndex::lose(i32 node, i32 window, bool undo) {
   if (--p.places > 0) return;
   const i32 id = item(node, window);
   cached_parts_[static_cast<std::size_t>(window)] -= p.needs == 0;
-  if (p.needs > 0) policy_->release(id);
-  policy_->evict(id, part_key(node, window), kNoNode);
+  if (undo) {
+    if (p.needs == 0) policy_->undo_release(id);
+    policy_->undo_insert(id, part_key(node, window), kNoNode);
+  } else {
+    if (p.needs > 0) policy_->release(id);
+    policy_->evict(id, part_key(node, window), kNoNode);
+  }
   note({node, group_of(window), false}, undo);
 }
 

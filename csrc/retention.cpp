@@ -66,6 +66,14 @@ void RetentionPolicy::insert(i32 id, std::uint64_t key, i32 parent) {
   update_holds(id);
 }
 
+void RetentionPolicy::undo_insert(i32 id, std::uint64_t key, i32 parent) {
+  named_ = -1;
+  at(id).cached = false;
+  update_holds(id, Moves::back);
+  count_child(parent, -1, Moves::back);
+  base_->undo_insert(id, key, parent);
+}
+
 void RetentionPolicy::hit(i32 id) {
   named_ = -1;
   base_->hit(id);
@@ -150,7 +158,8 @@ void RetentionPolicy::restore(i32 id, std::uint64_t key, i32 parent) {
 // What has a time to live is moved by the clock, too: by any call, also by one that fails.
 void RetentionPolicy::digest(Hasher& hash) const {
   if (timed_) return;
-  for (i32 list = 0; list < 2 * kPriorities; ++list) lists_.digest(list, hash);
+  const i32 used = filled_.any() ? 2 * kPriorities : 0;  // over a base that decides all it changes nothing
+  for (i32 list = 0; list < used; ++list) lists_.digest(list, hash);
   base_->digest(hash);
 }
 

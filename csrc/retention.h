@@ -37,6 +37,7 @@ class RetentionPolicy final : public EvictionPolicy {
 
   void reserve(i64 ids) override;
   void insert(i32 id, std::uint64_t key, i32 parent) override;
+  void undo_insert(i32 id, std::uint64_t key, i32 parent) override;
   void expect(i32 id, std::uint64_t key) override { base_->expect(id, key); }
   void prefetch(i32 id) const override { base_->prefetch(id); }
   void hit(i32 id) override;

@@ -128,12 +128,13 @@ class World:
 
 class Looker:
     """Puts a policy's released blocks in use and takes that back, as a call does that looks for what to evict and
-    passes some over, and one that fails. Blocks stand as chains of ``(parent, children)``; no time goes by.
+    passes some over, and one that fails. Blocks stand as chains of ``(parent, children)``; no time goes by, unless it
+    ``inserts``.
     """
 
-    def __init__(self, policy, rng: random.Random, *, chains: int, length: int) -> None:
-        self.policy, self.rng = policy, rng
-        policy.reserve(chains * length)
+    def __init__(self, policy, rng: random.Random, *, chains: int, length: int, inserts: bool = False) -> None:
+        self.policy, self.rng, self.inserts = policy, rng, inserts
+        policy.reserve(chains * length + 100)  # as many may come and go in a look
         blocks = [(chain * length + i, i) for chain in range(chains) for i in range(length)]
         for block, i in blocks:
             policy.insert(block, 1000 + block, block - 1 if i else -1)
@@ -154,10 +155,17 @@ class Looker:
         return gone
 
     def look(self, count: int) -> None:
-        """Uses some of the next victims, or any blocks, and releases some of those; evicts others, and takes it all
-        back, last first."""
+        """Inserts some, uses some of the next victims, or any blocks, and releases some of those; evicts others, and takes
+        it all back, last first."""
         undo, released = [], set()
-        for _ in range(count):
+        for new in range(len(self.released), len(self.released) + count):
+            if self.inserts and self.rng.random() < 0.2:
+                self.policy.insert(new, self.rng.getrandbits(40), self.rng.choice([-1, *self.released]))
+                undo.append((self.policy.undo_insert, new))
+                if self.rng.random() < 0.5:
+                    self.policy.release(new)
+                    released.add(new)
+                    undo.append((self.policy.undo_release, new))
             block = self.policy.victim()
             if block < 0 or block in released:
                 break
