@@ -674,11 +674,13 @@ class Allocator:
         ``SpecError`` when the list does not follow from this allocator's state, or does not explain what it does to
         memory (``csrc/follow.h``): a write to memory that somebody has, a live sequence that would lose a token or the
         memory under it, ids that do not exist. A ``DeviceError`` leaves the books as they were; but a list of several
-        calls may have written by then to memory that a sequence had before them, so make the follower anew. What cannot be told from a true list:
-        one that lacks a ``zero``; one that says consistently another number of tokens; a ``copy`` that is missing, or
-        from another place, for a sequence that the same list opens; other memory for a new sequence to begin with; and,
-        paged, another block of the same place for one whose tokens are said to be equal. Lists that come through
-        something that may damage them need a checksum. Cost: linear in the list, some microseconds a record.
+        calls may have written by then to memory that a sequence had before them, so make the follower anew.
+
+        What cannot be told from a true list: one that lacks a ``zero``; one that says consistently another number of
+        tokens; a ``copy`` that is missing, or from another place, for a sequence that the same list opens; other memory
+        for a new sequence to begin with; and, paged, another block of the same place for one whose tokens are said to
+        be equal. Lists that come through something that may damage them need a checksum. Cost: linear in the list, some
+        microseconds a record.
         """
         self.core.apply(list(ops))
 
