@@ -1,7 +1,6 @@
 // What the files that include Python share. Everything else in csrc/ is free of Python.
 #pragma once
 
-#include <cxxabi.h>
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <unistd.h>
@@ -20,7 +19,7 @@ class Cache;
 inline void take_gil(void* state) {
   try {
     PyEval_RestoreThread(static_cast<PyThreadState*>(state));
-  } catch (abi::__forced_unwind&) {
+  } catch (...) {  // it has no exception object that could be named, and C code throws nothing else
     while (true) pause();
   }
 }

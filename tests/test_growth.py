@@ -13,8 +13,6 @@ from support_world import BACKENDS
 import kvmem
 from kvmem.events import BlockStored
 
-pytestmark = pytest.mark.core
-
 ROUNDS = 20_000
 
 
@@ -54,6 +52,7 @@ def test_requests_of_a_salt_each_leave_nothing(tokens: int, events: int) -> None
     assert grown_kib(step) < 2048, "KiB, of names of 4 MiB"
 
 
+@pytest.mark.core
 def test_names_of_past_roots_are_told_while_their_events_wait() -> None:
     alloc = kvmem.Allocator(
         spec(), backend="paged", memory="64KiB", page_bytes=4096, max_sequences=4, max_tokens=64, events=4096
@@ -69,6 +68,7 @@ def test_names_of_past_roots_are_told_while_their_events_wait() -> None:
     assert keys == [f"adapter {i}" for i in range(600)]
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_allocators_that_come_and_go_on_a_pool(backend: str) -> None:
     """The numbers of arenas are given out again, also where the oldest allocator always goes first."""
@@ -90,6 +90,7 @@ def test_allocators_that_come_and_go_on_a_pool(backend: str) -> None:
     assert recorded.core.first_arena(0) <= 2 * (len(live) + 1)
 
 
+@pytest.mark.core
 def test_huge_blocks_take_no_memory_for_tokens_that_never_come() -> None:
     before = resident_kib()
     alloc = kvmem.Allocator(
@@ -111,6 +112,7 @@ def mixed(rng: random.Random) -> list[tuple[int, int, int, float | None]]:
     return ranges
 
 
+@pytest.mark.core
 def test_the_last_word_on_each_block_counts(rng: random.Random) -> None:
     """Which blocks go first, against a table of the last call that names each: blocks there already, and those to come."""
     for _ in range(60):

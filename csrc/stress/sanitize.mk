@@ -97,4 +97,5 @@ test-no-memory: $(SAN)/asan/stress/no_memory
 # `python -c` that a test starts, and tests/conftest.py refuses to start if another module was loaded all the same.
 test-asan-python: $(READY)
 	KVMEM_DEBUG=1 KVMEM_SANITIZE=$(SAN_asan) $(PY) setup.py -q build --build-base $(SAN)/objects --build-lib $(SAN)/python
-	$(ASAN_PYTHON) $(BIN)pytest -p no:cacheprovider -m "core and not gpu" $(ARGS)
+	$(ASAN_PYTHON) $(BIN)pytest -p no:cacheprovider -m "core and not gpu" \
+	  $(if $(filter-out 1,$(JOBS)),-n $(JOBS) --dist worksteal) $(ARGS)
