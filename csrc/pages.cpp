@@ -103,8 +103,8 @@ void PagePool::add_arena(PageOwner* owner, i32 number, i64 slots) {
 void PagePool::grow_books(i64 pages) {
   if (pages <= static_cast<i64>(refs_.size())) return;
   free_.reserve(pages);
-  refs_.resize(pages, -1);
   content_.resize(pages, kGarbage);
+  refs_.resize(pages, -1);  // last: should one of them find no memory, all is tried again
 }
 
 // The page after `near` if it is free, else the lowest free one; -1 if none is.

@@ -352,9 +352,9 @@ bool VirtualRows::can_give_up(const Op& op) const {
 void VirtualRows::hold(i64 row, i32 node, bool state, i64 windows, i64 after, bool undo) {
   if (!undo) index_.expect_change(), rows_[row].given = pool_.transactions;
   if (static_cast<i64>(holder_.size()) < index_.capacity()) {
-    holder_.resize(index_.capacity(), -1);
     shower_.resize(index_.capacity() * index_.windows(), -1);
     if (has_state_) state_row_.resize(index_.capacity(), -1);
+    holder_.resize(index_.capacity(), -1);  // last: should one of them find no memory, all is tried again
   }
   if (index_.windows() > 0) rows_[row].shown.resize((rows_[row].holds.size() + 1) * index_.windows());
   const i64 ordinal = index_.ordinal(node);

@@ -239,7 +239,7 @@ class World {
     } else if (choice < 93) {
       call("clear_cache", [&] { cache().clear_cache(); });
     } else if (choice < 97) {
-      const i64 pages = kPages - below(40);
+      const i64 pages = kPages - 40 + below(80);
       call("set_memory", [&] { cache().set_memory(pages); });
     } else {
       call("drain_events", [&] { cache().drain_events(0, -1, below(2) == 0); });
