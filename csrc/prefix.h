@@ -148,6 +148,8 @@ class PrefixIndex {
   void note_state(i32 node, bool stored, bool undo);
   // The end of a transaction: nodes without memory and use are gone now, and events are told.
   void finish(bool committed);
+  // After hits outside of a transaction: what has become due in the eviction order is done.
+  void settle() { policy_->settle(); }
 
   // --- use ---
   // Counts one user; makes the root where there is none. May find no memory, and has changed nothing then. `*made`:

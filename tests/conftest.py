@@ -24,12 +24,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """``--seed`` holds for every test, also for those that ask for ``KVMEM_SEED``; without it each draws, or has, its own."""
-    if hasattr(config, "workerinput"):
-        return  # of pytest-xdist: it has both from the process that started it
     if config.option.seed is not None:
         os.environ["KVMEM_SEED"] = str(config.option.seed)
     else:
-        config.option.seed = int(os.environ.get("KVMEM_SEED") or random.SystemRandom().randrange(2**31))
+        given = os.environ.get("KVMEM_SEED") or os.environ.get("KVMEM_RUN_SEED")
+        config.option.seed = int(given or random.SystemRandom().randrange(2**31))
+    os.environ["KVMEM_RUN_SEED"] = str(config.option.seed)  # for the workers of pytest-xdist
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
