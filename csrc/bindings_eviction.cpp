@@ -40,7 +40,6 @@ class CheckedPolicy {
     block.parent = parent;
     count_child(block, 1);
     policy_->insert(id, key, parent);
-    policy_->settle();
   }
   void undo_insert(i32 id) {
     if (!at(id).new_last) throw SpecError("block " + std::to_string(id) + ": its latest call was no insert()");
@@ -53,7 +52,6 @@ class CheckedPolicy {
     expect(id, kUsed, kReleased);
     forget_use(id);
     policy_->hit(id);
-    policy_->settle();
   }
   void use(i32 id) {
     change(id, kReleased, kUsed);

@@ -148,11 +148,11 @@ std::uint64_t Cache::digest() {
 
 i64 Cache::disturbed() {
   Lock lock = enter(true);
-  return pool_->disturbed();
+  return disturbances();
 }
 
 void Cache::check_unchanged(std::uint64_t before, i64 disturbed) const {
-  if (pool_->disturbed() != disturbed || state_digest() == before) return;
+  if (disturbances() != disturbed || state_digest() == before) return;
   try {
     throw;
   } catch (const std::exception& e) {

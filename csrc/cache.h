@@ -189,7 +189,8 @@ class Cache final : public TableState {
   CacheStats stats();
   std::vector<std::string> check();
   // Of all that a later call could see, of every allocator of the pool (digest.h). A call that is refused leaves it,
-  // unless disturbed() has changed: a driver failed when memory had been written. Cost grows with everything.
+  // unless disturbed() has changed: a driver failed when memory had been written, or the eviction order has aged. Cost
+  // grows with everything.
   std::uint64_t digest();
   i64 disturbed();
   bool paged() const { return paged_; }
@@ -249,7 +250,7 @@ class Cache final : public TableState {
   template <class Call>
   [[gnu::noinline]] auto watched(const Call& call) {
     const std::uint64_t before = state_digest();
-    const i64 disturbed = pool_->disturbed();
+    const i64 disturbed = disturbances();
     const auto tried = [&] {
       try {
         return call();
@@ -268,6 +269,8 @@ class Cache final : public TableState {
     }
   }
   std::uint64_t state_digest() const;
+  // While it stays the same, a call that fails leaves the digest as it was.
+  i64 disturbances() const { return pool_->disturbed() + index_.aged(); }
   void check_unchanged(std::uint64_t before, i64 disturbed) const;
   bool is_plain() const {  // one group without a window, and nobody to be told
     return groups_ == 1 && geometry_.groups[0].growth == Growth::token && geometry_.groups[0].window_tokens == 0 &&

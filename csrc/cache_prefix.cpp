@@ -320,7 +320,6 @@ void Cache::finish_admission(Admitted& one, const i32* tokens, i32 root) {
   const std::size_t shared = one.first + static_cast<std::size_t>(whole);
   for (std::size_t i = one.first; i < nodes; ++i) index_.hit(entered_[i].node);
   for (std::size_t i = nodes; i < one.end; ++i) index_.hit_window(entered_[i].node, entered_[i].window);
-  index_.settle();
   // Of what was taken over whole, the sequence needs it now.
   for (std::size_t i = one.end; i-- > nodes;) index_.unneed(entered_[i].node, entered_[i].window, false);
   for (std::size_t i = one.first; has_state_ && i < shared; ++i) table_->offer(entered_[i].node);

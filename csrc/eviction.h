@@ -48,8 +48,8 @@ class EvictionPolicy {
   // The released block that should go next, -1 if there is none. Nothing changes but the policy's own order, and the
   // answer stays the same until another call is made.
   virtual i32 victim() = 0;
-  // A call has come to its end, and nothing of it is taken back: what has become due by the calls so far may be done.
-  virtual void settle() {}
+  // Counts how often time that went by may have changed the order: that is not taken back.
+  virtual i64 aged() const { return 0; }
   // Adds what says in which order blocks go: what stands where. Not what was learned, which a call that is taken back
   // may have added to.
   virtual void digest(Hasher& hash) const = 0;

@@ -66,9 +66,7 @@ class DensityPolicy final : public EvictionPolicy {
   void undo_use(i32 id) override;
   void release(i32 id) override;
   void undo_release(i32 id) override;
-  void settle() override {
-    for (; due_ > 0; --due_) do_chore((clock_ >> kChoreBits) - due_ + 1);
-  }
+  i64 aged() const override { return clock_ >> kChoreBits; }
   i32 victim() override;
   void evict(i32 id, std::uint64_t key, i32 parent) override;
   void restore(i32 id, std::uint64_t key, i32 parent) override;
@@ -96,13 +94,14 @@ class DensityPolicy final : public EvictionPolicy {
   void begin_life(Block* block);
   void lose(const Ghost& ghost);
 
-  void tick() { due_ += (++clock_ & ((1 << kChoreBits) - 1)) == 0; }
-  void do_chore(i64 number);
+  void tick() {
+    if ((++clock_ & ((1 << kChoreBits) - 1)) == 0) do_chore();
+  }
+  void do_chore();
   void age_lists();
   void learn();
 
   i64 clock_ = 0;  // blocks inserted or hit: time goes by one block
-  i64 due_ = 0;    // chores that have become due since settle()
   IdLists<Block> blocks_{kCells};
   Ghosts ghosts_;
   ReuseStatistics statistics_;
@@ -295,9 +294,9 @@ void DensityPolicy::lose(const Ghost& ghost) {
   if (ghost.uses > 0) statistics_.lost_sight(ghost.uses, begun(ghost.begun), clock_);
 }
 
-void DensityPolicy::do_chore(i64 number) {
+void DensityPolicy::do_chore() {
   statistics_.advance(clock_);
-  const i64 chore = number & ((1 << kTurnBits) - 1);
+  const i64 chore = (clock_ >> kChoreBits) & ((1 << kTurnBits) - 1);
   chore < kClasses ? age_lists() : learn();
 }
 

@@ -416,7 +416,6 @@ void PrefixIndex::finish(bool committed) {
     prune(node, evicted);
   }
   if (loose_.capacity() > kLooseKept) std::vector<i32>().swap(loose_);
-  if (committed) policy_->settle();
 }
 
 // Frees the node, and those before it that led only here. `evicted`: their memory went before, while they were in use

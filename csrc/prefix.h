@@ -148,8 +148,7 @@ class PrefixIndex {
   void note_state(i32 node, bool stored, bool undo);
   // The end of a transaction: nodes without memory and use are gone now, and events are told.
   void finish(bool committed);
-  // After hits outside of a transaction: what has become due in the eviction order is done.
-  void settle() { policy_->settle(); }
+  i64 aged() const { return policy_->aged(); }
 
   // --- use ---
   // Counts one user; makes the root where there is none. May find no memory, and has changed nothing then. `*made`:

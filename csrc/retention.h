@@ -45,10 +45,7 @@ class RetentionPolicy final : public EvictionPolicy {
   void undo_use(i32 id) override;
   void release(i32 id) override;
   void undo_release(i32 id) override;
-  void settle() override {
-    named_ = -1;
-    base_->settle();
-  }
+  i64 aged() const override { return base_->aged(); }
   // The clock is read only while a released block has a time to live.
   i32 victim() override;
   void evict(i32 id, std::uint64_t key, i32 parent) override;

@@ -109,7 +109,7 @@ def test_the_new_policy_on_the_excerpt(excerpt):
         (row.policy, row.capacity): row.hits for row in replay(excerpt, ["lru", DENSITY], [1000, 2000, 4000, 10_000])
     }
     # With room for most of it nothing but a hundredth may be lost to LRU while the policy learns.
-    for capacity, ratio in ((1000, 1.25), (2000, 1.4), (4000, 1.29), (10_000, 0.99)):
+    for capacity, ratio in ((1000, 1.25), (2000, 1.4), (4000, 1.3), (10_000, 0.99)):
         assert rows[DENSITY, capacity] >= ratio * rows["lru", capacity], capacity
 
 
