@@ -207,6 +207,15 @@ def make_allocator(
     return alloc
 
 
+def compute(alloc: kvmem.Allocator, prompt: list[int]) -> kvmem.Sequence:
+    """A sequence that has computed and committed what is not cached of ``prompt``."""
+    sequence = alloc.sequence(prompt)
+    rest = prompt[sequence.num_cached_tokens :]
+    sequence.extend(len(rest))
+    sequence.commit(rest)
+    return sequence
+
+
 def group_handle(alloc: kvmem.Allocator, growth: str) -> int:
     """The index of the first group that grows so; the layouts here have at most one of each kind but "token"."""
     return next(i for i, g in enumerate(alloc.spec.groups) if g.growth == growth)

@@ -6,7 +6,7 @@ import random
 
 import pytest
 from event_world import Router
-from support import BACKENDS, HALF, make_allocator, seed_of_run
+from support import BACKENDS, HALF, compute, make_allocator, seed_of_run
 
 import kvmem
 from kvmem.digests import block_digests
@@ -28,14 +28,6 @@ def spec(*groups: tuple[int, int | None]) -> kvmem.CacheSpec:
 
 def tokens(count: int, seed: int = 0) -> list[int]:
     return [random.Random(seed * 10_007 + i).randrange(50_000) for i in range(count)]
-
-
-def compute(alloc: kvmem.Allocator, prompt: list[int]) -> kvmem.Sequence:
-    sequence = alloc.sequence(prompt)
-    rest = prompt[sequence.num_cached_tokens :]
-    sequence.extend(len(rest))
-    sequence.commit(rest)
-    return sequence
 
 
 @pytest.fixture(params=BACKENDS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from support import BACKENDS, LAYOUTS, make_allocator
+from support import BACKENDS, LAYOUTS, compute, make_allocator
 from support_prefix import text
 
 import kvmem
@@ -19,14 +19,6 @@ def windows_only(backend: str, block_size: int = 16) -> kvmem.Allocator:
     return make_allocator(layout.spec(block_size), backend, interleave=layout.interleave, page_bytes=4096)
 
 
-def computed(alloc: kvmem.Allocator, tokens: list[int]) -> kvmem.Sequence:
-    sequence = alloc.sequence(tokens)
-    new = tokens[sequence.num_cached_tokens :]
-    sequence.extend(len(new))
-    sequence.commit(new)
-    return sequence
-
-
 def found(alloc: kvmem.Allocator, tokens: list[int]) -> int:
     return alloc.match([*tokens, 0]).num_tokens
 
@@ -35,11 +27,11 @@ def found(alloc: kvmem.Allocator, tokens: list[int]) -> int:
 def test_a_cut_forgets_what_lies_behind_blocks_that_are_gone(backend: str) -> None:
     """Blocks of which no window has anything lead to others, which a prefix that is cut off takes with it."""
     alloc = windows_only(backend)
-    first = computed(alloc, PROMPT)
+    first = compute(alloc, PROMPT)
     alloc.clear_cache()
     first.free()
     assert found(alloc, PROMPT) == 160 and found(alloc, PROMPT[:16]) == 0
-    second = computed(alloc, PROMPT[:17])
+    second = compute(alloc, PROMPT[:17])
     second.truncate(5)
     assert found(alloc, PROMPT) == 0
     assert alloc.check() == []
@@ -48,7 +40,7 @@ def test_a_cut_forgets_what_lies_behind_blocks_that_are_gone(backend: str) -> No
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_reason_looks_at_memory_not_at_places_in_a_row(backend: str) -> None:
     alloc = windows_only(backend)
-    first = computed(alloc, PROMPT)
+    first = compute(alloc, PROMPT)
     alloc.clear_cache()
     assert alloc.match([*PROMPT, 0], salt="other").reason == "other salt"  # its end is there, though not its start
     assert alloc.match([*PROMPT[:48], 0], salt="other").reason == "never seen"
@@ -63,8 +55,8 @@ def test_the_reason_looks_at_memory_not_at_places_in_a_row(backend: str) -> None
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_clearing_forgets_a_block_that_only_a_cut_end_refers_to(backend: str, needed: str) -> None:
     alloc = windows_only(backend)
-    computed(alloc, PROMPT)
-    cut = computed(alloc, PROMPT[:17])
+    compute(alloc, PROMPT)
+    cut = compute(alloc, PROMPT[:17])
     assert cut.num_cached_tokens == 16
     keeps = {"by a sequence": lambda: alloc.sequence(PROMPT[:17]), "by a pin": lambda: alloc.pin(PROMPT[:16])}
     cut.truncate(6)
