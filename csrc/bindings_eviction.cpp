@@ -34,15 +34,14 @@ class CheckedPolicy {
       throw SpecError("block " + std::to_string(id) + " is the parent of cached ones, so it can be no other content");
     }
     block.state = kUsed;
-    forget_use(id);
-    block.new_last = true;
+    block.latest = Call::insert;
     block.key = key;
     block.parent = parent;
     count_child(block, 1);
     policy_->insert(id, key, parent);
   }
   void undo_insert(i32 id) {
-    if (!at(id).new_last) throw SpecError("block " + std::to_string(id) + ": its latest call was no insert()");
+    expect_latest(id, Call::insert, "insert()");
     change(id, kUsed, kGone);
     const Block& block = at(id);
     count_child(block, -1);
@@ -50,33 +49,30 @@ class CheckedPolicy {
   }
   void hit(i32 id) {
     expect(id, kUsed, kReleased);
-    forget_use(id);
+    forget_call(id);
     policy_->hit(id);
   }
   void use(i32 id) {
     change(id, kReleased, kUsed);
-    at(id).undoable = true;
+    at(id).latest = Call::use;
     policy_->use(id);
   }
   void undo_use(i32 id) {
-    if (!at(id).undoable) throw SpecError("block " + std::to_string(id) + ": its latest call was no use()");
+    expect_latest(id, Call::use, "use()");
     change(id, kUsed, kReleased);
     policy_->undo_use(id);
   }
   void release(i32 id) {
-    const bool used = at(id).undoable, is_new = at(id).new_last;
+    const Call before = at(id).latest;
     change(id, kUsed, kReleased);
-    at(id).released_last = true;
-    at(id).used_before = used;
-    at(id).new_before = is_new;
+    at(id).before = before;
+    at(id).latest = Call::release;
     policy_->release(id);
   }
   void undo_release(i32 id) {
-    if (!at(id).released_last) throw SpecError("block " + std::to_string(id) + ": its latest call was no release()");
-    const bool used = at(id).used_before, is_new = at(id).new_before;
+    expect_latest(id, Call::release, "release()");
     change(id, kReleased, kUsed);
-    at(id).undoable = used;
-    at(id).new_last = is_new;
+    at(id).latest = at(id).before;
     policy_->undo_release(id);
   }
   i32 victim() { return policy_->victim(); }
@@ -96,9 +92,10 @@ class CheckedPolicy {
  protected:
   void adopt(std::unique_ptr<EvictionPolicy> policy) { policy_ = std::move(policy); }
 
-  void forget_use(i32 id) { at(id).undoable = at(id).released_last = at(id).new_last = false; }
+  void forget_call(i32 id) { at(id).latest = Call::other; }
 
   enum State : char { kGone, kUsed, kReleased };
+  enum class Call : char { other, insert, use, release };  // only the latest call of a block can be taken back
 
   void expect(i32 id, State one, State other) {
     static constexpr const char* kNames[] = {"not cached", "in use", "released"};
@@ -114,11 +111,7 @@ class CheckedPolicy {
     i32 parent = -1;
     i32 children = 0;  // cached ones
     State state = kGone;
-    bool undoable = false;       // use() was the latest call
-    bool released_last = false;  // or release()
-    bool new_last = false;       // or insert()
-    bool used_before = false;    // and use() the one before that
-    bool new_before = false;     // or insert()
+    Call latest = Call::other, before = Call::other;  // `before`: the one before a release()
   };
 
   Block& at(i32 id) {
@@ -130,7 +123,10 @@ class CheckedPolicy {
   void change(i32 id, State from, State to) {
     expect(id, from, from);
     at(id).state = to;
-    forget_use(id);
+    forget_call(id);
+  }
+  void expect_latest(i32 id, Call call, const char* name) {
+    if (at(id).latest != call) throw SpecError("block " + std::to_string(id) + ": its latest call was no " + name);
   }
   void count_child(const Block& block, i32 change) {
     if (block.parent >= 0) at(block.parent).children += change;
@@ -146,7 +142,7 @@ class CheckedRetention : public CheckedPolicy {
       : CheckedRetention(std::make_unique<RetentionPolicy>(make_eviction_policy(name), std::move(clock))) {}
   void retain(i32 id, int priority, double ttl_seconds) {
     expect(id, kUsed, kReleased);
-    forget_use(id);
+    forget_call(id);
     retention_->retain(id, priority, ttl_seconds);
   }
 

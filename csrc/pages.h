@@ -6,10 +6,10 @@
 //   mapped   refs > 0 slots show it. refs > 1 is sharing.
 #pragma once
 
-#include <algorithm>
 #include <functional>
 #include <memory>
 #include <string>
+#include <unordered_set>
 #include <vector>
 
 #include "digest.h"
@@ -124,8 +124,8 @@ class PagePool {
 
   // A live sequence of before the transaction leaves the page: should the driver fail, it is there again. So nobody
   // writes to the page before the transaction ends, even if only one slot shows it, or none.
-  void keep_bytes(i64 page) { kept_.push_back(page); }
-  bool is_kept(i64 page) const { return !kept_.empty() && std::find(kept_.begin(), kept_.end(), page) != kept_.end(); }
+  void keep_bytes(i64 page) { kept_.insert(page); }
+  bool is_kept(i64 page) const { return !kept_.empty() && kept_.count(page) > 0; }
   // Whether a transaction must leave alone what a slot shows.
   bool is_shared(i64 page) const { return refs_[page] > 1 || is_kept(page); }
 
@@ -193,11 +193,11 @@ class PagePool {
   i64 disturbed_ = 0;
   i64 fence_ = 0;
   const bool create_ahead_;
-  i64 absent_hint_ = 0;       // no page below it is absent; derived
-  std::vector<i32> refs_;     // -1 absent, 0 free, else the number of mappings; changed by records
-  IdSet free_;                // those with 0 but the kept ones; derived
-  std::vector<i64> kept_;     // by keep_bytes()
-  std::vector<i32> content_;  // kClean, kGarbage, or the number of the owner that wrote it; noted in the journal
+  i64 absent_hint_ = 0;           // no page below it is absent; derived
+  std::vector<i32> refs_;         // -1 absent, 0 free, else the number of mappings; changed by records
+  IdSet free_;                    // those with 0 but the kept ones; derived
+  std::unordered_set<i64> kept_;  // by keep_bytes()
+  std::vector<i32> content_;      // kClean, kGarbage, or the number of the owner that wrote it; noted in the journal
   std::vector<Arena> arenas_;
   std::vector<PageOwner*> owners_;
   i32 owners_seen_ = 0;

@@ -65,7 +65,7 @@ bool VirtualRows::is_whole(const Op& op) const {
 i64 VirtualRows::first_shared(i64 row, i64 a, i64 tokens) const {
   const Extent& e = extent(row, a);
   i64 slot = std::max(e.lo, tokens * token_bytes(group_of(a), a) / page_bytes());
-  while (slot < e.hi && (e.pages[slot] < 0 || !is_not_own(e.pages[slot]))) ++slot;
+  while (slot < e.hi && (e.pages[slot] < 0 || !must_copy(e.pages[slot]))) ++slot;
   return slot;
 }
 

@@ -285,7 +285,7 @@ class VirtualRows : public PageTable {
 
   // Whether a row that shows the page gets a copy before its sequence grows there: only with a guard does that write in
   // the call itself.
-  bool is_not_own(i64 page) const { return guarded_ ? pool_.is_shared(page) : pool_.refs(page) > 1; }
+  bool must_copy(i64 page) const { return guarded_ ? pool_.is_shared(page) : pool_.refs(page) > 1; }
   // The first slot behind so many tokens whose page another row shows too; the frontier, or more, if there is none.
   i64 first_shared(i64 row, i64 a, i64 tokens) const;
 

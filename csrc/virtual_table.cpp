@@ -172,7 +172,7 @@ void VirtualTable::copy_tail(i64 index, i64 group, i64 tokens, Transaction& tx) 
 // the sequence's end, if the driver then fails.
 void VirtualTable::drop_shared_guard(i64 row, i64 a, i64 from, Transaction& tx) {
   const Extent& e = extent(row, a);
-  const auto is_shared = [&](i64 slot) { return e.pages[slot] >= 0 && is_not_own(e.pages[slot]); };
+  const auto is_shared = [&](i64 slot) { return e.pages[slot] >= 0 && must_copy(e.pages[slot]); };
   for (i64 slot = from; slot < e.hi; ++slot) {
     const i64 begin = slot;
     while (slot < e.hi && is_shared(slot)) ++slot;
