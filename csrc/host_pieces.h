@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cassert>
 #include <iterator>
 #include <map>
 
@@ -69,11 +70,14 @@ class HostPieces {
   void map(Address at, i64 bytes, i64 offset, bool accessible) { assign(at, at + bytes, offset, accessible); }
   void unmap(Address at, i64 bytes) { assign(at, at + bytes, kHole, false); }
   void set_accessible(Address at, i64 bytes) {
+    // Cut out once, then merged once: piece by piece, one that has merged would be cut again.
     const Address end = at + bytes;
-    while (at < end) {
-      const Address next = std::min(find(at)->second.end, end);
-      assign(at, next, offset_at(at), true);
-      at = next;
+    split(end);
+    auto it = split(at);
+    for (auto piece = it; piece != pieces_.end() && piece->first < end; ++piece) piece->second.accessible = true;
+    if (it != pieces_.begin()) --it;
+    while (it != pieces_.end() && it->first < end) {
+      if (!merge_next(it)) ++it;
     }
   }
 
@@ -99,6 +103,7 @@ class HostPieces {
     Piece right = it->second;
     if (right.offset != kHole) right.offset += static_cast<i64>(at - it->first);
     it->second.end = at;
+    assert(!spare_.empty() && "expect() was told of fewer changes");
     auto piece = spare_.extract(spare_.begin());
     piece.key() = at;
     piece.mapped() = right;
@@ -115,14 +120,16 @@ class HostPieces {
     const auto it = split(at), next = split(end);
     pieces_.erase(std::next(it), next);
     it->second = {end, offset, accessible};
-    if (next != pieces_.end() && merges(*it, next->second)) {
-      it->second.end = next->second.end;
-      pieces_.erase(next);
-    }
-    if (it != pieces_.begin() && merges(*std::prev(it), it->second)) {
-      std::prev(it)->second.end = it->second.end;
-      pieces_.erase(it);
-    }
+    merge_next(it);
+    if (it != pieces_.begin()) merge_next(std::prev(it));
+  }
+
+  bool merge_next(Map::iterator it) {
+    const auto next = std::next(it);
+    if (next == pieces_.end() || !merges(*it, next->second)) return false;
+    it->second.end = next->second.end;
+    pieces_.erase(next);
+    return true;
   }
 
   Address base_, end_, spares_made_ = 0;

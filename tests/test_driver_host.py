@@ -172,6 +172,22 @@ def test_holes_in_the_file_are_filled_lowest_first(driver: _core.Driver) -> None
     assert driver.create(PAGE) == pages[5]
 
 
+def test_access_over_pieces_that_have_it_in_part(driver: _core.Driver, rng: random.Random) -> None:
+    """Each cut of a piece takes one of a few prepared entries: however access alternates in a range, two are enough."""
+    count = 16
+    base = driver.reserve(count * PAGE)
+    pages = [driver.create(PAGE) for _ in range(count)]
+    for _ in range(50):
+        driver.map_run(base, PAGE, pages)
+        for i in rng.sample(range(count), count // 2):
+            driver.set_access(base + i * PAGE, PAGE)
+        driver.set_access(base, count * PAGE)
+        assert [piece[2] for piece in kernel_pieces(base, count * PAGE)] == ["rw"]
+        driver.copy(base, base + (count - 1) * PAGE, PAGE)  # access was given in the books too
+        driver.unmap_run(base, PAGE, count)
+    driver.release(base, count * PAGE)
+
+
 def test_our_pieces_are_the_kernels(driver: _core.Driver, holes_fault: bool) -> None:
     """Random maps, unmaps and accesses: /proc/self/maps shows every page's offset and protection as a model says."""
     seed = random.randrange(1 << 30)
@@ -183,7 +199,7 @@ def test_our_pieces_are_the_kernels(driver: _core.Driver, holes_fault: bool) -> 
     model: list[tuple[int, bool] | None] = [None] * slots
     for _ in range(600):
         at = rng.randrange(slots)
-        count = rng.randint(1, min(6, slots - at))
+        count = rng.randint(1, min(rng.choice([3, 12]), slots - at))
         span = range(at, at + count)
         where = base + at * grain
         action = rng.choice(["map", "unmap", "access"])
