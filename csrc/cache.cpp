@@ -160,16 +160,11 @@ void Cache::check_unchanged(std::uint64_t before, i64 disturbed) const {
   }
 }
 
-void Cache::check_group(i64 group) const {
-  if (group < -1 || group >= groups_) {
-    throw SpecError("group " + std::to_string(group) + " does not exist; there are " + std::to_string(groups_));
-  }
+void Cache::refuse_group(i64 group) const {
+  throw SpecError("group " + std::to_string(group) + " does not exist; there are " + std::to_string(groups_));
 }
 
-// Groups that grow with the tokens have the same length at all times, and a state has no length.
-void Cache::check_own_count(i64 group, const char* verb) const {
-  check_group(group);
-  if (group < 0 || geometry_.groups[group].growth == Growth::prefill) return;
+void Cache::refuse_own_count(i64 group, const char* verb) const {
   throw SpecError(std::string(verb) + ": group " + std::to_string(group) +
                   (geometry_.groups[group].growth == Growth::token ? " grows with the tokens of the sequence"
                                                                    : " has one state of fixed size") +
@@ -181,22 +176,43 @@ void Cache::refuse_twice(i64 index) const {
 }
 
 void Cache::apply_table(const Op& op, bool undo) {
-  if (op.kind == OpKind::block) return table_->apply(op, undo);                   // the most frequent by far
-  if (op.kind == OpKind::use) return unuse_from(static_cast<std::size_t>(op.a));  // only ever undone
-  if (op.kind == OpKind::open) return sequences_.on_open(op.a, op.d == 1);
-  if (op.kind == OpKind::close) return sequences_.on_close(op.a, op.d == 1);
-  if (op.kind == OpKind::bind || op.kind == OpKind::unbind) return table_->apply(op, undo);
-  check_group(op.at);
-  const i64 index = sequences_.index(op.a);
-  i64& value = op.kind == OpKind::length   ? sequences_.tokens(index, op.at)
-               : op.kind == OpKind::commit ? sequences_.committed(index, op.at)
-                                           : sequences_.front(index, op.at);
-  if (value != op.c || op.b < 0 || op.b > geometry_.groups[op.at].max_tokens) {
-    throw SpecError("sequence handle " + std::to_string(op.a) + ": a length of " + std::to_string(value) +
-                    " cannot go from " + std::to_string(op.c) + " to " + std::to_string(op.b));
+  switch (op.kind) {
+    case OpKind::length:
+      return set_value(op, &Sequences::Lengths::tokens);
+    case OpKind::commit:
+      return set_value(op, &Sequences::Lengths::committed);
+    case OpKind::front:
+      set_value(op, &Sequences::Lengths::front);
+      return table_->on_front(sequences_.index(op.a), op.at, op.c, op.b, undo);
+    case OpKind::open:
+      sequences_.on_open(op.a, op.d == 1);
+      if (op.b != 0) set_lengths(op.a, op.b, op.c);
+      return;
+    case OpKind::close:
+      if (op.b != 0) set_lengths(op.a, 0, 0);
+      return sequences_.on_close(op.a, op.d == 1);
+    case OpKind::use:
+      return unuse_from(static_cast<std::size_t>(op.a));  // only ever undone
+    default:
+      return table_->apply(op, undo);
   }
+}
+
+void Cache::set_lengths(i64 handle, i64 tokens, i64 committed) {
+  Sequences::Lengths& lengths = *sequences_.lengths(0, sequences_.index(handle));
+  lengths.tokens = tokens, lengths.committed = committed;
+}
+
+void Cache::set_value(const Op& op, i64 Sequences::Lengths::* which) {
+  check_group(op.at);
+  i64& value = sequences_.lengths(op.at, sequences_.index(op.a))->*which;
+  if (value != op.c || op.b < 0 || op.b > geometry_.groups[op.at].max_tokens) refuse_value(op, value);
   value = op.b;
-  if (op.kind == OpKind::front) table_->on_front(index, op.at, op.c, op.b, undo);
+}
+
+void Cache::refuse_value(const Op& op, i64 value) const {
+  throw SpecError("sequence handle " + std::to_string(op.a) + ": a length of " + std::to_string(value) +
+                  " cannot go from " + std::to_string(op.c) + " to " + std::to_string(op.b));
 }
 
 void Cache::set_length(i64 index, i64 g, i64 tokens, Transaction& tx) {
@@ -297,12 +313,17 @@ i64 Cache::fork_one(i64 parent) {
 
 void Cache::free_one(i64 index, Transaction& tx) {
   table_->close(index, tx);
-  for (i64 g = 0; g < groups_; ++g) {
+  for (i64 g = pool_->recording ? 0 : 1; g < groups_; ++g) {
     set_front(index, g, 0, tx);
     set_committed(index, g, 0, tx);
     set_length(index, g, 0, tx);
   }
-  tx.push({OpKind::close, 0, sequences_.handle_of(index)});
+  Op close{OpKind::close, 0, sequences_.handle_of(index)};
+  if (!pool_->recording) {  // one record instead of three
+    set_front(index, 0, 0, tx);
+    close.b = sequences_.tokens(index, 0), close.c = sequences_.committed(index, 0);
+  }
+  tx.push(close);
 }
 
 void Cache::free(const i32* handles, i64 n) {

@@ -282,8 +282,16 @@ class Cache final : public TableState {
   i64 group_begin(i64 group) const { return group < 0 ? 0 : group; }
   i64 group_end(i64 group) const { return group < 0 ? groups_ : group + 1; }
   bool grows(i64 g, i64 group) const { return group >= 0 || geometry_.groups[g].growth == Growth::token; }
-  void check_group(i64 group) const;
-  void check_own_count(i64 group, const char* verb) const;
+  void check_group(i64 group) const {
+    if (group < -1 || group >= groups_) refuse_group(group);
+  }
+  // Groups that grow with the tokens have the same length at all times, and a state has no length.
+  void check_own_count(i64 group, const char* verb) const {
+    check_group(group);
+    if (group >= 0 && geometry_.groups[group].growth != Growth::prefill) refuse_own_count(group, verb);
+  }
+  [[noreturn]] void refuse_group(i64 group) const;
+  [[noreturn]] void refuse_own_count(i64 group, const char* verb) const;
   // Tokens [from, end) that a followed sequence has got, and which of the pages or blocks there others read.
   struct Grown {
     i64 handle, group, from, end;
@@ -330,6 +338,9 @@ class Cache final : public TableState {
   void try_map_ahead(i64 n, i64 group);
   bool lacks_trash(i64 g, i64 tokens) const;
   i64 window_front(i64 index, i64 g, i64 committed) const;
+  void set_lengths(i64 handle, i64 tokens, i64 committed);
+  void set_value(const Op& op, i64 Sequences::Lengths::* which);
+  [[noreturn]] void refuse_value(const Op& op, i64 value) const;
   void set_length(i64 index, i64 g, i64 tokens, Transaction& tx);
   void set_committed(i64 index, i64 g, i64 tokens, Transaction& tx);
   void set_front(i64 index, i64 g, i64 token, Transaction& tx);

@@ -60,8 +60,8 @@ void Cache::follow(const std::vector<Op>& ops, FollowedLengths& lengths, FollowR
 
 // Applies a record; notes what grows, with the pages or blocks there that others read too.
 void Cache::follow_one(const Op& op, std::vector<Grown>* grown, Transaction& tx) {
-  if ((op.kind == OpKind::open || op.kind == OpKind::close) && op.d != 0) {
-    throw SpecError("open and close of a list carry no fourth number");
+  if ((op.kind == OpKind::open || op.kind == OpKind::close) && (op.b != 0 || op.c != 0 || op.d != 0)) {
+    throw SpecError("open and close of a list name a sequence handle and carry no other number");
   }
   if (has_arena(op.kind) && !table_->owns(op.at)) {
     throw SpecError("no such slots: arena " + std::to_string(op.at) +

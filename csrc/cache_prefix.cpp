@@ -27,10 +27,10 @@ void Cache::collect_chain(i64 index) {
 
 void Cache::leave_chain(i64 index) {
   Content& c = contents_[index];
-  while (c.leaf != c.root) {
-    const i32 node = c.leaf;
-    c.leaf = index_.parent(node);
+  for (i32 node = c.leaf; node != c.root;) {
+    const i32 before = index_.parent(node);  // read first: the node may go
     leave_node(node);
+    node = before;
   }
   if (c.root != kNoNode) index_.leave(c.root);
   c = Content();
@@ -404,12 +404,11 @@ void Cache::collect_published(i64 index, const i32* tokens, i64 count) {
     }
     const std::string* const tag = tag_at(c.marks, ordinal * size);
     entered_.push_back({kNoNode});  // first: there may be no memory for it
-    published_.push_back({index, ordinal++, kNoNode});
     i32 node = is_new ? kNoNode : index_.find(last, block, tag);
     if (node == kNoNode) node = index_.add(last, block, tag), is_new = true;
     index_.enter(node);
-    entered_.back().node = published_.back().node = node;
-    last = node;
+    entered_.back().node = last = node;
+    published_.push_back({index, ordinal++, node});
   }
 }
 

@@ -4,15 +4,12 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <atomic>
 #include <mutex>
 #include <string>
 #include <vector>
 
 namespace kvmem {
 namespace {
-
-std::atomic<std::uint64_t> generation{0};
 
 // Never destroyed: drivers held by Python may be torn down after this file's statics would have been.
 struct Descriptors {
@@ -28,7 +25,7 @@ Descriptors& descriptors() {
 void before_fork() { descriptors().mutex.lock(); }
 void after_fork_in_parent() { descriptors().mutex.unlock(); }
 void after_fork_in_child() {
-  generation.fetch_add(1, std::memory_order_relaxed);
+  forks.fetch_add(1, std::memory_order_relaxed);
   for (int fd : descriptors().open) ::close(fd);
   descriptors().open.clear();
   descriptors().mutex.unlock();
@@ -42,17 +39,13 @@ void watch_forks() {
 
 }  // namespace
 
-ForkGuard::ForkGuard() : generation_((watch_forks(), generation.load(std::memory_order_relaxed))) {}
+ForkGuard::ForkGuard() : generation_((watch_forks(), forks.load(std::memory_order_relaxed))) {}
 
-bool ForkGuard::forked() const { return generation.load(std::memory_order_relaxed) != generation_; }
-
-void ForkGuard::check(const char* what) const {
-  if (forked()) {
-    throw DeviceError(std::string(what) +
-                          " was made before fork() and belongs to the parent process; make a new one here, " +
-                          "or start workers with the 'spawn' method",
-                      "fork");
-  }
+void ForkGuard::refuse(const char* what) {
+  throw DeviceError(std::string(what) +
+                        " was made before fork() and belongs to the parent process; make a new one here, " +
+                        "or start workers with the 'spawn' method",
+                    "fork");
 }
 
 void keep_in_parent(int fd) {

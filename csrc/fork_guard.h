@@ -2,6 +2,7 @@
 // the process that made them. Whoever owns such a thing keeps a ForkGuard and asks it before each use.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <mutex>
 
@@ -9,16 +10,23 @@
 
 namespace kvmem {
 
+// How many forks led to this process since the library was loaded. Changed by fork_guard.cpp only.
+inline std::atomic<std::uint64_t> forks{0};
+
 class ForkGuard {
  public:
   ForkGuard();
   // True in a process forked after this guard was made. One atomic load. (A bare clone() without libc's fork is not
   // seen.)
-  bool forked() const;
+  bool forked() const { return forks.load(std::memory_order_relaxed) != generation_; }
   // DeviceError in such a process; `what` names the owner, e.g. "the host driver".
-  void check(const char* what) const;
+  void check(const char* what) const {
+    if (forked()) refuse(what);
+  }
 
  private:
+  [[noreturn, gnu::cold]] static void refuse(const char* what);
+
   std::uint64_t generation_;
 };
 

@@ -7,11 +7,11 @@
 
 namespace kvmem {
 
-void Journal::grow(std::size_t more) { entries_.reserve(std::max(entries_.size() + more, 2 * entries_.capacity())); }
+void Journal::grow(std::size_t more) { entries_.resize(std::max(size_ + more, 2 * entries_.size())); }
 
 void Journal::restore(std::size_t size) {
-  for (; entries_.size() > size; entries_.pop_back()) {
-    const Entry& e = entries_.back();
+  while (size_ > size) {
+    const Entry& e = entries_[--size_];
     switch (e.kind) {
       case Kind::byte:
         *static_cast<std::uint8_t*>(e.where) = static_cast<std::uint8_t>(e.at);

@@ -21,7 +21,7 @@ class Journal {
   void open() { open_ = true; }
   // Nothing is taken back any more.
   void close() {
-    entries_.clear();
+    size_ = 0;
     open_ = false;
   }
   // While records are taken back: lists and marks stay as they are, and restore() does them afterwards.
@@ -31,10 +31,10 @@ class Journal {
   void restore(std::size_t size);
   void end_restoring() { restoring_ = false; }
 
-  std::size_t size() const { return entries_.size(); }
+  std::size_t size() const { return size_; }
   // The next `more` entries need no memory. May throw; all else that notes one entry may, and has changed nothing then.
   void reserve(std::size_t more) {
-    if (entries_.capacity() - entries_.size() < more) grow(more);
+    if (entries_.size() - size_ < more) grow(more);
   }
 
   // `place` becomes `value`. It must stay where it is until the transaction ends.
@@ -42,36 +42,41 @@ class Journal {
   void set(T& place, T value) {
     static_assert(sizeof(T) == 1 || sizeof(T) == 8, "a mark, or a number");
     if (place == value || restoring_) return;
-    if (open_) entries_.push_back({sizeof(T) == 1 ? Kind::byte : Kind::number, 0, &place, static_cast<i64>(place)});
+    if (open_) note({sizeof(T) == 1 ? Kind::byte : Kind::number, 0, &place, static_cast<i64>(place)});
     place = value;
   }
   // The same of one of `places`, which may grow.
   void set(std::vector<i32>& places, i64 at, i32 value) {
     if (places[at] == value) return;
-    if (open_) entries_.push_back({Kind::element, places[at], &places, at});
+    if (open_) note({Kind::element, places[at], &places, at});
     places[at] = value;
   }
   void added(IdList& list, i64 id) {
-    if (open_) entries_.push_back({Kind::added, 0, &list, id});
+    if (open_) note({Kind::added, 0, &list, id});
   }
   void removed(IdList& list, i64 id, i32 before) {
-    if (open_) entries_.push_back({Kind::removed, before, &list, id});
+    if (open_) note({Kind::removed, before, &list, id});
   }
   void moved(ReadyBlocks& blocks, i64 block, bool was_late) {
-    if (open_) entries_.push_back({Kind::ready, was_late, &blocks, block});
+    if (open_) note({Kind::ready, was_late, &blocks, block});
   }
 
  private:
   enum class Kind : std::uint8_t { byte, number, element, added, removed, ready };
   struct Entry {
-    Kind kind;
-    i32 old;
-    void* where;
-    i64 at;  // or the old number
+    Kind kind = Kind::byte;
+    i32 old = 0;
+    void* where = nullptr;
+    i64 at = 0;  // or the old number
   };
-  void grow(std::size_t more);
+  void note(const Entry& entry) {
+    reserve(1);
+    entries_[size_++] = entry;
+  }
+  [[gnu::cold, gnu::noinline]] void grow(std::size_t more);
 
-  std::vector<Entry> entries_;
+  std::vector<Entry> entries_;  // the first size_ count: a vector that grows by one entry costs three times as much
+  std::size_t size_ = 0;
   bool open_ = false, restoring_ = false;
 };
 

@@ -18,7 +18,8 @@ enum class OpKind : std::uint8_t {
   fence,    // a = number: marks what the device has been given so far
   // What only the tables need.
   open,    // a = sequence handle
-  close,   // a = sequence handle
+  // a = sequence handle; b, c = its tokens and committed tokens in group 0, where that is not recorded: 0 in every log
+  close,
   bind,    // a = sequence handle, b = row
   unbind,  // a = sequence handle, b = row
   length,  // at = group, a = sequence handle, b = new number of tokens, c = old

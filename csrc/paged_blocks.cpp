@@ -238,50 +238,50 @@ const Class& PagedBlocks::class_of(i64 a) const {
 void PagedBlocks::list_snapshot(Blocks& b, i64 block) { b.snapshots.add_last(block); }
 
 // So many more referenced, and so many more kept blocks touch the slots of these `n` on end, each of them.
-void PagedBlocks::count(Blocks& b, i64 first, i64 n, i32 users, i32 kept) {
+template <i32 kUsers, i32 kKept>
+void PagedBlocks::count(Blocks& b, i64 first, i64 n) {
   for (Class& c : b.classes) {
     if (n == 1 || remainder(c.block_bytes, page_bytes()) == 0) {  // no slot has two of them
-      use(c, first, n, users, kept);
+      use<kUsers, kKept>(c, first, n);
       continue;
     }
-    for (i64 block = first; block < first + n; ++block) use(c, block, 1, users, kept);
+    for (i64 block = first; block < first + n; ++block) use<kUsers, kKept>(c, block, 1);
   }
 }
 
-void PagedBlocks::use(Class& c, i64 first, i64 n, i32 users, i32 kept) {
+template <i32 kUsers, i32 kKept>
+void PagedBlocks::use(Class& c, i64 first, i64 n) {
   const i64 from = first_slot(c, first), to = end_slot(c, first + n - 1);
   i64 idle = 0, spare = 0;
   for (SlotInfo *slot = c.slots.data() + from, *end = c.slots.data() + to; slot < end; ++slot) {
-    if (slot->users == 0) idle -= slot->mapped, spare -= slot->kept == 0 ? slot->mapped : 0;
-    slot->users += users, slot->kept += kept;
-    if (slot->users == 0) idle += slot->mapped, spare += slot->kept == 0 ? slot->mapped : 0;
+    if (kUsers >= 0 && slot->users == 0) idle -= slot->mapped, spare -= slot->kept == 0 ? slot->mapped : 0;
+    slot->users += kUsers, slot->kept += kKept;
+    if (kUsers <= 0 && slot->users == 0) idle += slot->mapped, spare += slot->kept == 0 ? slot->mapped : 0;
   }
   idle_pages_ += idle;
   spare_pages_ += spare;
 }
 
-// It is cached and nobody refers to it; `users`: -1 if somebody just did.
-void PagedBlocks::keep(Blocks& b, i64 block, i32 users) {
+void PagedBlocks::keep(Blocks& b, i64 block) {
   ++b.kept;
-  count(b, block, 1, users, 1);
+  count<0, 1>(b, block, 1);
 }
 
-// No longer so; `users`: 1 if somebody refers to it from now on.
-void PagedBlocks::unkeep(Blocks& b, i64 block, i32 users) {
-  if (b.snapshots.has(block)) b.snapshots.remove(block);
-  --b.kept;
-  count(b, block, 1, users, -1);
+void PagedBlocks::unkeep(Blocks& b, i64 block) {
+  unlist(b, block);
+  count<0, -1>(b, block, 1);
 }
 
 void PagedBlocks::acquire(Blocks& b, i64 block, bool undo) {
   if (b.info[block].refs++ > 0) {
     ++b.extra_refs;
   } else if (b.info[block].node != kNoNode) {
-    unkeep(b, block, 1);
+    unlist(b, block);
+    count<1, -1>(b, block, 1);
     if (b.window >= 0) index_.need(b.info[block].node, b.window, undo);
   } else {
     b.ready.remove(block);
-    count(b, block, 1, 1, 0);
+    count<1, 0>(b, block, 1);
   }
 }
 
@@ -289,11 +289,12 @@ void PagedBlocks::drop(Blocks& b, i64 block, bool undo) {
   if (--b.info[block].refs > 0) {
     --b.extra_refs;
   } else if (b.info[block].node != kNoNode) {
-    keep(b, block, -1);
+    ++b.kept;
+    count<-1, 1>(b, block, 1);
     if (b.window >= 0) index_.unneed(b.info[block].node, b.window, undo);
   } else {
     b.ready.add(block);
-    count(b, block, 1, -1, 0);
+    count<-1, 0>(b, block, 1);
   }
 }
 
@@ -301,18 +302,21 @@ i64 PagedBlocks::take_ready(Blocks& b, i32* entry) {
   const i64 block = b.ready.take_first();
   *entry = static_cast<i32>(block);
   b.info[block].refs = 1;
-  count(b, block, 1, 1, 0);
+  count<1, 0>(b, block, 1);
   return 1;
 }
 
 i64 PagedBlocks::take_ready(Blocks& b, i64 most, i32* entries) {
-  const i64 taken = b.ready.copy(most, entries);
-  for (i64 i = 0, n = 1; i < taken; i += n) {
-    const i64 first = entries[i];
-    for (n = 1; i + n < taken && entries[i + n] == first + n;) ++n;
-    for (i64 k = 0; k < n; ++k) b.info[first + k].refs = 1;
+  i64 taken = 0;
+  while (taken < most && !b.ready.empty()) {
+    const i64 first = b.ready.first(), n = std::min(b.ready.run(first), most - taken);
+    for (i64 k = 0; k < n; ++k) {
+      entries[taken + k] = static_cast<i32>(first + k);
+      b.info[first + k].refs = 1;
+    }
     b.ready.remove(first, n);
-    count(b, first, n, 1, 0);
+    count<1, 0>(b, first, n);
+    taken += n;
   }
   return taken;
 }
@@ -346,9 +350,13 @@ void PagedBlocks::hide(const Entries& e) {
       b.extra_refs -= n;
       continue;
     }
-    if (kind == Becomes::ready) b.ready.add(first, n);
-    if (kind == Becomes::kept) b.kept += n;
-    count(b, first, n, -1, kind == Becomes::kept ? 1 : 0);
+    if (kind == Becomes::ready) {
+      b.ready.add(first, n);
+      count<-1, 0>(b, first, n);
+    } else {
+      b.kept += n;
+      count<-1, 1>(b, first, n);
+    }
   }
   // The last block first, as those of other groups, which leave with the sequence's chain.
   for (i64 i = b.window < 0 ? 0 : e.count; i-- > 0;) {
@@ -403,7 +411,7 @@ void PagedBlocks::hold(i64 g, i32 node, i32 block, i64 part, bool undo) {
   if (static_cast<i64>(block_of_.size()) < index_.capacity() * stride_) block_of_.resize(index_.capacity() * stride_);
   if (b.info[block].refs == 0) {
     b.ready.remove(block);
-    keep(b, block, 0);
+    keep(b, block);
   }
   if (part == 0) index_.place(node, g, undo);
   if (b.window >= 0) {
@@ -418,7 +426,7 @@ void PagedBlocks::unhold(i64 g, i32 node, i32 block, i64 part, bool undo) {
   Blocks& b = blocks_[g];
   if (!undo) index_.expect_change();
   if (b.info[block].refs == 0) {
-    unkeep(b, block, 0);
+    unkeep(b, block);
     b.ready.add(block);
   }
   if (b.window >= 0) {

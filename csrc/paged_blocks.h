@@ -226,13 +226,22 @@ class PagedBlocks : public PageTable {
 
   const Class& class_of(i64 a) const;
   void add_group(const GroupGeometry& group);
-  void use(Class& c, i64 first, i64 n, i32 users, i32 kept);
-  void count(Blocks& b, i64 first, i64 n, i32 users, i32 kept);
-  void keep(Blocks& b, i64 block, i32 users);
-  void unkeep(Blocks& b, i64 block, i32 users);
+  template <i32 kUsers, i32 kKept>
+  void use(Class& c, i64 first, i64 n);
+  template <i32 kUsers, i32 kKept>
+  void count(Blocks& b, i64 first, i64 n);
+  // Nobody refers to the block: it is cached now, or no longer.
+  void keep(Blocks& b, i64 block);
+  void unkeep(Blocks& b, i64 block);
+  // A cached block to which nobody referred is no longer that.
+  void unlist(Blocks& b, i64 block) {
+    if (b.snapshots.has(block)) b.snapshots.remove(block);
+    --b.kept;
+  }
   void acquire(Blocks& b, i64 block, bool undo = false);
   void drop(Blocks& b, i64 block, bool undo);
   void let_go(bool undo) {
+    if (kept_.empty()) return;
     for (const Kept& kept : kept_) {
       if (kept.in_use) drop(blocks_[kept.group], kept.block, undo);
     }

@@ -233,10 +233,10 @@ void PagedBlocks::shift(i64 g, i32 node, i64 from, i64 to) {
   if (b.snapshots.has(from)) b.snapshots.add_before(from, to);
   if (b.info[to].refs == 0) {
     b.ready.remove(to);
-    keep(b, to, 0);
+    keep(b, to);
   }
   if (b.info[from].refs == 0) {
-    unkeep(b, from, 0);
+    unkeep(b, from);
     b.ready.add(from);
   }
   b.info[from].node = kNoNode;

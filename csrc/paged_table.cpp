@@ -425,6 +425,13 @@ class PagedTable final : public PagedBlocks {
     }
   }
 
+  void zero_runs(const Blocks& b, const i32* entries, i64 n, Transaction& tx) {
+    for (i64 i = 0, run = 0; i < n; i += run) {
+      for (run = 1; i + run < n && entries[i + run] == entries[i] + run;) ++run;
+      zero_blocks(b, entries[i], run, tx);
+    }
+  }
+
   // Zeroes [tokens, end of what was cut off) in the block that `old_tokens` cut; any later one is new, and zero.
   void zero_cut(i64 index, i64 group, i64 old_tokens, i64 tokens, Transaction& tx) {
     const Blocks& b = blocks_[group];
@@ -450,10 +457,7 @@ class PagedTable final : public PagedBlocks {
     i32* const entries = &b.table[index * b.per_sequence + first];
     const i64 n = most == 1 ? take_ready(b, entries) : take_ready(b, most, entries);
     tx.note({OpKind::show, arena(0), index, first, n, group});
-    for (i64 i = 0, run = 0; zeroes_blocks() && i < n; i += run) {
-      for (run = 1; i + run < n && entries[i + run] == entries[i] + run;) ++run;
-      zero_blocks(b, entries[i], run, tx);
-    }
+    if (zeroes_blocks()) zero_runs(b, entries, n, tx);
     return n;
   }
 

@@ -432,6 +432,7 @@ void PagePool::set_unmapped(const Op& op) {
 }
 
 void PagePool::let_go() {
+  if (kept_.empty()) return;
   for (i64 page : kept_) {
     if (refs_[page] == 0) free_.insert(page);
   }

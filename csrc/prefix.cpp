@@ -227,16 +227,14 @@ void PrefixIndex::unopen_root(i32 root, bool made) {
 
 i32 PrefixIndex::add(i32 parent, const i32* tokens, const std::string* tag) {
   expect_change();
-  std::shared_ptr<const std::string> own;
-  if (tag) own = std::make_shared<const std::string>(*tag);
   if (tag && tags_.empty()) resize_exactly(tags_, capacity());
   if (full(in_buckets_ + 1, buckets_.size())) grow_buckets();
   if (free_ == kNoNode) grow_nodes();
   tokens_.put(free_, tokens);  // may have to pack all of them anew
+  if (tag) tags_[free_] = std::make_shared<const std::string>(*tag);
   const i32 node = new_node();
   Node& n = nodes_[node];
   n.key = with_tag(key_after(nodes_[parent].key, tokens), tag);
-  if (own) tags_[node] = std::move(own);
   if (whole_) policy_->expect(item(node), n.key);
   n.parent = parent;
   n.ordinal = nodes_[parent].ordinal + 1;
@@ -261,9 +259,9 @@ void PrefixIndex::unenter(i32 node) {
 }
 
 // One more entry for each of the lists that a transaction fills: then neither a change nor taking it back needs memory.
-void PrefixIndex::expect_change() {
+void PrefixIndex::grow_lists() {
   if (loose_.size() == loose_.capacity()) loose_.reserve(2 * loose_.size() + 16);
-  if (events_.on() && told_.size() == told_.capacity()) told_.reserve(2 * told_.size() + 16);
+  if (told_.size() == told_.capacity()) told_.reserve(2 * told_.size() + 16);
 }
 
 void PrefixIndex::place(i32 node, i64 group, bool undo) {
@@ -373,15 +371,6 @@ void PrefixIndex::put_back(Item x) {
 
 void PrefixIndex::note_state(i32 node, bool stored, bool undo) {
   for (i32 group : state_groups_) note({node, group, stored}, undo);
-}
-
-void PrefixIndex::note(const Told& told, bool undo) {
-  if (!events_.on()) return;
-  if (undo) {
-    told_.pop_back();
-  } else {
-    told_.push_back(told);
-  }
 }
 
 void PrefixIndex::tell(const Told& told) {

@@ -128,7 +128,9 @@ class PrefixIndex {
   // --- state: what transactions change and take back ---
   // The node's tokens lie in one more place, or one fewer: of this group, or (-1) of all that are not told apart.
   // expect_change() comes before each, and may find no memory; these then need none, and neither does taking them back.
-  void expect_change();
+  void expect_change() {
+    if (loose_.size() == loose_.capacity() || (events_.on() && told_.size() == told_.capacity())) grow_lists();
+  }
   void place(i32 node, i64 group, bool undo);
   void displace(i32 node, i64 group, bool undo);
   // The window group has the node's tokens in one more place, or one fewer.
@@ -308,7 +310,11 @@ class PrefixIndex {
   bool idle(const Node& n) const { return n.users == 0 && n.places == 0 && n.first_child == kNoNode; }
   void prune(i32 node, bool evicted = false);
   void remember(std::uint64_t key) { ghosts_[key & (ghosts_.size() - 1)] = key; }
-  void note(const Told& told, bool undo);
+  void note(const Told& told, bool undo) {
+    if (!events_.on()) return;
+    undo ? told_.pop_back() : told_.push_back(told);
+  }
+  [[gnu::cold, gnu::noinline]] void grow_lists();
   void tell(const Told& told);
   void note_root(i32 number);
   void leave_root(i32 number);

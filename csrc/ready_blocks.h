@@ -21,11 +21,15 @@ class ReadyBlocks {
   // The next one; there is one.
   i64 first() const { return soon_.empty() ? late_.first() : soon_.first(); }
 
+  // How many come next, on end: `first` is the next one. At least one.
+  i64 run(i64 first) const { return (soon_.empty() ? late_ : soon_).run(first); }
+
   // And it is not ready any more.
   i64 take_first() {
-    if (soon_.empty()) note(late_.first(), true);
+    const bool soon = !soon_.empty();
+    if (!soon) note(late_.first(), true);
     --size_;
-    return (soon_.empty() ? late_ : soon_).take_first();
+    return (soon ? soon_ : late_).take_first();
   }
   // remove() of so many needs no memory.
   void expect(i64 blocks) {

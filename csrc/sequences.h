@@ -57,32 +57,16 @@ class Sequences {
 
   // The handle the next sequence gets. OutOfMemory when all places are taken; SpecError when all handles have been.
   i64 next_handle() const {
-    if (free_count_ == 0) {
-      throw OutOfMemory("asked for one more sequence; all " + std::to_string(capacity()) +
-                        " are in use: free one, or raise max_sequences");
-    }
-    if (next_ > kLast) {
-      throw SpecError(
-          "asked for one more sequence; this allocator has given out all int32 handles there are: make another");
-    }
+    if (free_count_ == 0 || next_ > kLast) refuse_more();
     return handle_of_number(next_);
   }
 
   // An open or close that is taken back leaves all as it was: the order of places and the next handle too.
   void on_open(i64 handle, bool undo) {
-    i64 place = 0;
-    if (undo) {
-      place = free_[(head_ + --free_count_) % capacity()];
-    } else {
-      if (free_count_ == 0 || next_ > kLast || handle_of_number(next_) != handle) {
-        throw SpecError("open: handle " + std::to_string(handle) +
-                        " is not the one that comes next; max_sequences must be that of the allocator whose ops are "
-                        "followed, and no list of ops be missing");
-      }
-      place = free_[head_];
-      head_ = (head_ + 1) % capacity();
-      --free_count_;
-    }
+    if (!undo && (free_count_ == 0 || next_ > kLast || handle_of_number(next_) != handle)) refuse_open(handle);
+    --free_count_;
+    const i64 place = free_[undo ? wrap(head_ + free_count_) : head_];
+    if (!undo) head_ = wrap(head_ + 1);
     handles_[place] = handle;
     slots_[slot_of(handle)] = {static_cast<i32>(handle), static_cast<i32>(place)};
     // Passes what is taken now, not when it is asked for: taken back, this call knows what came before it.
@@ -95,10 +79,10 @@ class Sequences {
     slots_[slot].handle = nobody(slot);
     if (undo) {
       next_ = number_of(handle);
-      head_ = (head_ + capacity() - 1) % capacity();
+      head_ = wrap(head_ + capacity() - 1);
       free_[head_] = static_cast<i32>(place);
     } else {
-      free_[(head_ + free_count_) % capacity()] = static_cast<i32>(place);
+      free_[wrap(head_ + free_count_)] = static_cast<i32>(place);
     }
     ++free_count_;
   }
@@ -114,7 +98,7 @@ class Sequences {
   void digest(Hasher& hash) const {
     hash.add(next_, free_count_);
     hash.add_all(handles_);
-    for (i64 i = 0; i < free_count_; ++i) hash.add(free_[(head_ + i) % capacity()]);
+    for (i64 i = 0; i < free_count_; ++i) hash.add(free_[wrap(head_ + i)]);
     for (i64 index = 0; index < capacity(); ++index) {
       if (!live(index)) continue;
       for (i64 g = 0; g < groups_; ++g) hash.add(tokens(index, g), committed(index, g), front(index, g));
@@ -135,9 +119,26 @@ class Sequences {
   // What stands in a free slot: a number that belongs into another one, so that no handle is equal to it.
   static i32 nobody(i64 slot) { return static_cast<i32>(slot ^ 1); }
 
-  [[noreturn]] void throw_stale(i64 handle) const {
+  // A place in the ring, of less than twice as many. Not by division, which every admission and end would make.
+  i64 wrap(i64 at) const { return at < capacity() ? at : at - capacity(); }
+
+  // The errors, kept out of the way of what is called for every token.
+  [[noreturn, gnu::cold, gnu::noinline]] static void throw_stale(i64 handle) {
     throw StaleHandle("sequence handle " + std::to_string(handle) +
                       " is not live: it was freed, or this allocator never gave it out");
+  }
+  [[noreturn, gnu::cold, gnu::noinline]] void refuse_more() const {
+    if (free_count_ == 0) {
+      throw OutOfMemory("asked for one more sequence; all " + std::to_string(capacity()) +
+                        " are in use: free one, or raise max_sequences");
+    }
+    throw SpecError(
+        "asked for one more sequence; this allocator has given out all int32 handles there are: make another");
+  }
+  [[noreturn, gnu::cold, gnu::noinline]] static void refuse_open(i64 handle) {
+    throw SpecError("open: handle " + std::to_string(handle) +
+                    " is not the one that comes next; max_sequences must be that of the allocator whose ops are "
+                    "followed, and no list of ops be missing");
   }
 
   const i64 groups_;

@@ -41,10 +41,10 @@ class Transaction {
     apply(op, false);
     ops_.push_back(op);
   }
-  // What note() needs memory for, and the journal for one record: to be called before the change.
-  void expect() {
-    if (ops_.size() == ops_.capacity()) ops_.reserve(2 * ops_.size() + 16);
-    pool_.journal.reserve(Journal::kPerRecord);
+  // What note() needs memory for, and the journal for so many records: to be called before the changes.
+  void expect(std::size_t records = 1) {
+    if (ops_.capacity() - ops_.size() < records) ops_.reserve(2 * ops_.size() + records + 15);
+    pool_.journal.reserve(records * Journal::kPerRecord);
   }
   // A private record whose change the caller has made itself: cheaper, where there are many.
   void note(const Op& op) { ops_.push_back(op); }

@@ -350,29 +350,30 @@ bool VirtualRows::can_give_up(const Op& op) const {
 }
 
 void VirtualRows::hold(i64 row, i32 node, bool state, i64 windows, i64 after, bool undo) {
-  if (!undo) index_.expect_change(), rows_[row].given = pool_.transactions;
+  Row& r = rows_[row];
+  const i64 all_windows = index_.windows();
+  if (!undo) index_.expect_change(), r.given = pool_.transactions;
   if (static_cast<i64>(holder_.size()) < index_.capacity()) {
     shower_.resize(index_.capacity() * index_.windows(), -1);
     if (has_state_) state_row_.resize(index_.capacity(), -1);
     holder_.resize(index_.capacity(), -1);  // last: should one of them find no memory, all is tried again
   }
-  if (index_.windows() > 0) rows_[row].shown.resize((rows_[row].holds.size() + 1) * index_.windows());
+  if (all_windows > 0) r.shown.resize((r.holds.size() + 1) * all_windows);
   const i64 ordinal = index_.ordinal(node);
   Hold hold;
   hold.node = node, hold.previous = after == 0 ? -1 : static_cast<i32>(after);
   hold.next = after == 0 ? holder_[node] : rows_[after].holds[ordinal].next;
-  rows_[row].holds.push_back(hold);
+  r.holds.push_back(hold);
   (after == 0 ? holder_[node] : rows_[after].holds[ordinal].next) = static_cast<i32>(row);
   if (hold.next >= 0) rows_[hold.next].holds[ordinal].previous = static_cast<i32>(row);
   if (hold.next >= 0) file_double(hold.next);
   index_.place(node, -1, undo);
-  rows_[row].shown.resize(rows_[row].holds.size() * index_.windows());
-  for (i32 w = 0; w < index_.windows(); ++w) {
+  for (i32 w = 0; w < all_windows; ++w) {
     if (needs_block(row, ordinal, w)) index_.need(node, w);
     if (windows >> w & 1) reveal(row, ordinal, w, 0, undo);
   }
   if (state) {
-    rows_[row].state = node;
+    r.state = node;
     state_row_[node] = static_cast<i32>(row);
     index_.note_state(node, true, undo);
   }

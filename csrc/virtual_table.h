@@ -33,7 +33,12 @@ class VirtualTable final : public VirtualRows {
     return window < 0 ? first_holder(node) >= 0 : index_.has_window(node, window);
   }
   void publish(const std::vector<Published>& blocks, Transaction& tx) override {
-    for (const Published& p : blocks) hold_noted(row_of_[p.index], p.node, p.index, false, tx);
+    constexpr std::size_t kAtOnce = 64;
+    for (std::size_t i = 0; i < blocks.size(); ++i) {
+      if (i % kAtOnce == 0) tx.expect(std::min(blocks.size() - i, kAtOnce));
+      const Published& p = blocks[i];
+      hold_expected(row_of_[p.index], p.node, p.index, false, tx);
+    }
   }
 
   void retract(i64 index, i32, Transaction& tx) override { forget_last(row_of_[index], tx); }
@@ -98,6 +103,8 @@ class VirtualTable final : public VirtualRows {
   void drop_passed(i64 row, Transaction& tx);
   bool keeps_pins(i64 row, i64 from) const;
   i64 give_up(i32 node, i64 pages, Transaction& tx);
+  void forget_more(i64 row, i64 pages, Transaction& tx);
+  i64 most_pages_of_block() const;
   // Evicts what a window group has of a node, and of other blocks on one of its pages if only so a page comes free;
   // returns how many pages did. -1, and nothing has happened, where none can.
   i64 give_up_window(Item x, Transaction& tx);
@@ -117,8 +124,11 @@ class VirtualTable final : public VirtualRows {
   void cut(i64 row, i64 from, Transaction& tx);
   // The row holds what the sequence at `index` computed or was given, and shows what its windows reach of that.
   void hold_noted(i64 row, i32 node, i64 index, bool state, Transaction& tx) {
-    const i64 windows = index_.windows() == 0 ? 0 : mapped_windows(row, index, index_.ordinal(node));
     tx.expect();
+    hold_expected(row, node, index, state, tx);
+  }
+  void hold_expected(i64 row, i32 node, i64 index, bool state, Transaction& tx) {
+    const i64 windows = index_.windows() == 0 ? 0 : mapped_windows(row, index, index_.ordinal(node));
     hold(row, node, state, windows, 0, false);
     tx.note({OpKind::hold, arena(0), node, row, i64{state} | windows << 1});
   }
