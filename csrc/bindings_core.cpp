@@ -2,6 +2,7 @@
 
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
@@ -345,10 +346,9 @@ nb::class_<Cache> bind_cache(nb::module_& m) {
       .def("stats", &Cache::stats, Free())
       .def("check", &Cache::check, Free())
       .def("digest", &Cache::digest, Free(),
-           "64 bits made of all that a later call could see. A call that is refused leaves it, unless disturbed() has "
-           "changed.")
-      .def("disturbed", &Cache::disturbed, Free(),
-           "How often a driver has failed when memory was written: what was given up in that call stays so.")
+           "64 bits made of all that a later call could see, and how often a driver has failed when memory was written "
+           "or in the mapper, or the eviction order has aged. A call that is refused leaves the first, unless the "
+           "second has moved.")
       .def("record", &Cache::record, Free())
       .def(
           "take_ops", [](Cache& c) { return to_records(c.take_ops()); },

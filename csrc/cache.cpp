@@ -141,14 +141,9 @@ std::uint64_t Cache::state_digest() const {
   return hash.value();
 }
 
-std::uint64_t Cache::digest() {
+std::pair<std::uint64_t, i64> Cache::digest() {
   Lock lock = enter(true);
-  return state_digest();
-}
-
-i64 Cache::disturbed() {
-  Lock lock = enter(true);
-  return disturbances();
+  return {state_digest(), disturbances()};
 }
 
 void Cache::check_unchanged(std::uint64_t before, i64 disturbed) const {

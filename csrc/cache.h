@@ -7,6 +7,7 @@
 #include <memory>
 #include <string>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "batch.h"
@@ -188,11 +189,11 @@ class Cache final : public TableState {
   void set_memory(i64 pages);
   CacheStats stats();
   std::vector<std::string> check();
-  // Of all that a later call could see, of every allocator of the pool (digest.h). A call that is refused leaves it,
-  // unless disturbed() has changed: a driver failed when memory had been written, or the eviction order has aged. Cost
-  // grows with everything.
-  std::uint64_t digest();
-  i64 disturbed();
+  // Of all that a later call could see, of every allocator of the pool (digest.h); and how often that may have changed
+  // though no call succeeded: a driver failed when memory had been written, or in the mapper, or the eviction order has
+  // aged. A call that is refused leaves the first unless the second has moved. Both are of one moment: the mapper may
+  // fail between two calls. Cost grows with everything.
+  std::pair<std::uint64_t, i64> digest();
   bool paged() const { return paged_; }
   void check_process() const { fork_guard_.check("the allocator"); }  // DeviceError in a forked child
   bool shares() const { return prefix_.on; }                          // else it looks at no token

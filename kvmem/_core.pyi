@@ -424,14 +424,9 @@ class Cache:
 
     def check(self) -> list[str]: ...
 
-    def digest(self) -> int:
+    def digest(self) -> tuple[int, int]:
         """
-        64 bits made of all that a later call could see. A call that is refused leaves it, unless disturbed() has changed.
-        """
-
-    def disturbed(self) -> int:
-        """
-        How often a driver has failed when memory was written: what was given up in that call stays so.
+        64 bits made of all that a later call could see, and how often a driver has failed when memory was written or in the mapper, or the eviction order has aged. A call that is refused leaves the first, unless the second has moved.
         """
 
     def record(self) -> None: ...

@@ -58,12 +58,12 @@ SPECS = {"plain": plain_spec, "mixed": mixed_spec}
 
 
 class Digest:
-    """What the core knew at a moment; unequal to what it knew at another, unless a driver failed in between when memory
-    had been written: what was cached there is given up then.
+    """What the core knew at a moment; unequal to what it knew at another, unless a driver failed in between: when memory
+    had been written (what was cached there is given up then), or in the mapper.
     """
 
     def __init__(self, core: _core.Cache) -> None:
-        self.value, self.disturbed = core.digest(), core.disturbed()
+        self.value, self.disturbed = core.digest()
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Digest) and (self.disturbed != other.disturbed or self.value == other.value)

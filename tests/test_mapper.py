@@ -12,7 +12,7 @@ from functools import partial
 
 import numpy as np
 import pytest
-from support_world import NOTHING, PAGE, World, checked, held, plain_spec
+from support_world import NOTHING, PAGE, Digest, World, checked, held, plain_spec
 
 import kvmem
 from kvmem import _core
@@ -130,31 +130,62 @@ def test_a_failure_in_the_mapper_is_absorbed(verb: str, code: int) -> None:
     assert held(driver) == NOTHING
 
 
-def test_when_nothing_can_be_mapped_the_step_says_so() -> None:
+@pytest.mark.parametrize("waits", [False, True])
+@pytest.mark.parametrize(("code", "error"), [(2, kvmem.OutOfMemory), (719, kvmem.DeviceError)])
+def test_when_nothing_can_be_mapped_the_step_says_so(code: int, error: type[Exception], waits: bool) -> None:
     """The mapper fails for ever, in silence; the step that comes to the end of its room raises, and nothing has
-    changed.
+    changed. Where each step waits for the mapper, no failure of it comes between that could be the excuse for a change.
     """
-    for code, error in ((2, kvmem.OutOfMemory), (719, kvmem.DeviceError)):
-        driver = checked()
-        world = make(driver)
-        (handle,) = start(world, 10)
-        until(partial(caught_up, world, driver))
-        for nth in range(1, 5000):
-            driver.fail("map", nth, code)
-        steps = 0
-        with pytest.raises(error):
-            while True:
-                before = world.observe()
-                world.core.extend(handle, 1)
-                world.sequences[handle].lengths[0] += 1
-                assert world.run(world.commit(handle, 1, [0]))
-                steps += 1
-        assert 0 < steps <= 3 * AHEAD and driver.pending_failures() > 0
-        assert world.observe() == before
-        driver.clear_failures()
-        for _ in range(200):
-            decode(world, handle)
-        world.healthy()
+    driver = checked()
+    world = make(driver)
+    (handle,) = start(world, 10)
+    until(partial(caught_up, world, driver))
+    for nth in range(1, 5000):
+        driver.fail("map", nth, code)
+    steps = 0
+    with pytest.raises(error):
+        while True:
+            if waits:
+                until(partial(caught_up, world, driver))
+            before = world.observe()
+            world.core.extend(handle, 1)
+            world.sequences[handle].lengths[0] += 1
+            assert world.run(world.commit(handle, 1, [0]))
+            steps += 1
+    assert 0 < steps <= 3 * AHEAD and driver.pending_failures() > 0
+    after = world.observe()
+    assert after == before and (not waits or after[-1].disturbed == before[-1].disturbed)
+    driver.clear_failures()
+    for _ in range(200):
+        decode(world, handle)
+    world.healthy()
+
+
+class InTurn:
+    """The core; whatever is asked of it, the mapper is done before the next question."""
+
+    def __init__(self, world: World, driver: _core.CheckedDriver) -> None:
+        self.core, self.done = world.core, partial(caught_up, world, driver)
+
+    def __getattr__(self, name: str) -> Callable[..., object]:
+        def ask(*args: object) -> object:
+            answer = getattr(self.core, name)(*args)
+            until(self.done)
+            return answer
+
+        return ask
+
+
+def test_a_digest_and_its_disturbances_are_of_one_moment() -> None:
+    """The mapper fails at the end of a long job, as a rule behind the first question."""
+    driver = checked()
+    world = make(driver, ahead=250 * PAGE_TOKENS, max_tokens=750 * PAGE_TOKENS, memory=1200 * PAGE)
+    assert world.run(world.open())
+    driver.fail("map", 1000)
+    world.core.extend(max(world.sequences), 1)
+    before = Digest(InTurn(world, driver))  # type: ignore[arg-type]
+    after = Digest(world.core)
+    assert after == before and after.disturbed == 1
 
 
 def test_taking_memory_away_waits_for_the_mapper() -> None:
