@@ -52,8 +52,7 @@ def test_random_programs_with_memory_enough(backend: str, layout: str) -> None:
     walk = random.Random(seed_of_run())
     for size in SIZES if LONG else walk.sample(sorted(SIZES), 2):
         pair = make_pair(layout, backend, size, plentiful=True)
-        walk_for(pair, walk, 2000 if LONG else 120)
-        assert pair.missed_tokens == 0 or pair.model.windows
+        walk_for(pair, walk, 2000 if LONG else 120)  # every opening asserts it
         assert pair.hit_tokens > 0 or not pair.model.shares or pair.model.fixed
 
 
