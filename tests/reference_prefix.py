@@ -29,14 +29,17 @@ def digest(before: int, token: int) -> int:
 
 class Node:
     """One full block of tokens after those of its parent. ``parts``: the groups that have it, with the pieces of each
-    arena (paged), or nothing but the fact (virtual). ``state``: the writer of a snapshot, 0 for none."""
+    arena (paged), or nothing but the fact (virtual). ``doubtful``: those of them that may have lost it (virtual): the row
+    of a sequence that turned back within the block may have been the only one to show it, where windows have passed it
+    in all others. ``state``: the writer of a snapshot, 0 for none."""
 
-    __slots__ = ("children", "digests", "parent", "parts", "pins", "state", "tokens", "users")
+    __slots__ = ("children", "digests", "doubtful", "parent", "parts", "pins", "state", "tokens", "users")
 
     def __init__(self, parent: Node | None, tokens: tuple[int, ...], before: int) -> None:
         self.parent, self.tokens = parent, tokens
         self.children: dict[tuple[int, ...], Node] = {}  # oldest first
         self.parts: dict[int, list[Piece]] = {}
+        self.doubtful: set[int] = set()
         self.users = self.pins = self.state = 0
         self.digests: list[int] = []
         for token in tokens:
@@ -118,12 +121,12 @@ class PrefixModel(MemoryOnly):
         first = n - rules.window_tokens + 1 - rules.window_guard_tokens
         return max(0, first // rules.unit_tokens * rules.unit_tokens)
 
-    def _usable(self, chain: list[Node], n: int) -> bool:
+    def _usable(self, chain: list[Node], n: int, *, surely: bool = False) -> bool:
         """Whether all groups have what a sequence of these ``n`` tokens holds, the last block perhaps in part."""
         if self.fixed and n and not (n % self.block_tokens == 0 and chain[n // self.block_tokens - 1].state):
             return False
         return all(
-            g in chain[i].parts
+            g in chain[i].parts and not (surely and g in chain[i].doubtful)
             for g in self.windows
             for i in range(self.front(g, n) // self.block_tokens, -(-n // self.block_tokens))
         )
@@ -136,13 +139,15 @@ class PrefixModel(MemoryOnly):
                 return True
         return any(x is node for chain in self.pinned for x in chain[self.front(g, len(chain) * size) // size :])
 
-    def cached_blocks(self) -> int:
+    def cached_blocks(self, *, surely: bool = False) -> int:
         """How many blocks nobody uses: nodes, or what the first window has of some. Paged: not the block of a node that a
         sequence was cut within, which is the sequence's last one until it grows."""
         if self.whole:
             return sum(not (node.users or node.pins) for node in self.nodes())
         return sum(
-            0 in node.parts and not (self.is_needed(node, 0) or any(piece.holders for piece in node.parts[0]))
+            0 in node.parts
+            and not (surely and 0 in node.doubtful)
+            and not (self.is_needed(node, 0) or any(piece.holders for piece in node.parts[0]))
             for node in self.nodes()
         )
 
@@ -157,9 +162,11 @@ class PrefixModel(MemoryOnly):
             node = child
         return chain
 
-    def match(self, key: Root, tokens: list[int], *, partial: bool = True, newest: int | None = None) -> int:
+    def match(
+        self, key: Root, tokens: list[int], *, partial: bool = True, newest: int | None = None, surely: bool = False
+    ) -> int:
         """How many of ``tokens`` a sequence could take over, not the last of them: with ``partial`` blocks, of which it looks
-        at the ``newest`` ones, or at whole ones only."""
+        at the ``newest`` ones, or at whole ones only. ``surely``: of what is doubtful, nothing."""
         most, size = max(0, len(tokens) - 1), self.block_tokens
         if not self.shares:
             return 0
@@ -167,7 +174,7 @@ class PrefixModel(MemoryOnly):
         for end in range(len(chain) * size, -1, -size):
             if partial and (more := self._part_behind(key, chain[: end // size], tokens[end:most], newest)):
                 return end + more
-            if self._usable(chain, end):
+            if self._usable(chain, end, surely=surely):
                 return end
         return 0
 
@@ -180,9 +187,9 @@ class PrefixModel(MemoryOnly):
         return max(usable, default=0)
 
     def finds_all(self, key: Root, tokens: list[int]) -> bool:
-        """Whether every whole block of ``tokens`` is there to be taken over."""
+        """Whether every whole block of ``tokens`` is sure to be there to be taken over."""
         chain, blocks = self.walk(key, tokens), len(tokens) // self.block_tokens
-        return self.shares and len(chain) == blocks and self._usable(chain, blocks * self.block_tokens)
+        return self.shares and len(chain) == blocks and self._usable(chain, blocks * self.block_tokens, surely=True)
 
     def certain(self, key: Root, tokens: list[int]) -> int:
         """What no pressure can take away: whole blocks that a live sequence or a pin holds. Full attention only."""
@@ -288,6 +295,7 @@ class PrefixModel(MemoryOnly):
                 continue  # or: the window dropped it before the block was full
             if self.virtual:
                 node.parts.setdefault(g, [])
+                node.doubtful.discard(g)
                 continue
             places = self._blocks_of(held, g, ordinal)
             theirs = node.parts.setdefault(g, [here[block] for here, block in places])
@@ -308,7 +316,10 @@ class PrefixModel(MemoryOnly):
             node.users -= 1
             if not node.users and node.parent is not None:
                 node.parent.children.pop(node.tokens, None)  # and with it all that continues it
+        left = content.chain[keep:] if self.virtual else []
         del content.chain[keep:], content.tokens[tokens:], content.digests[tokens:]
+        for node in left:
+            node.doubtful |= {g for g in self.windows if g in node.parts and not self.is_needed(node, g)}
         super().truncate(handle, tokens)
 
     def fork(self, parent: int, child: int) -> None:
