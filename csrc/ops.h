@@ -17,7 +17,7 @@ enum class OpKind : std::uint8_t {
   copy,     // at = arena, a = to offset, b = from offset, c = bytes
   fence,    // a = number: marks what the device has been given so far
   // What only the tables need.
-  open,    // a = sequence handle
+  open,  // a = sequence handle
   // a = sequence handle; b, c = its tokens and committed tokens in group 0, where that is not recorded: 0 in every log
   close,
   bind,    // a = sequence handle, b = row

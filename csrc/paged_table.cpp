@@ -128,8 +128,11 @@ class PagedTable final : public PagedBlocks {
       if (geometry_.groups[g].growth != Growth::token) continue;
       const i64 parts = blocks_[g].parts;
       for (const Published& p : blocks) {
-        if (parts > 1 && entry(p.index, g, (p.ordinal + 1) * parts - 1) == 0) continue;
-        for (i64 part = 0; part < parts; ++part) publish_part(p, g, part, tx);
+        if (parts == 1) {
+          publish_part(p, g, 0, p.ordinal, tx);
+        } else if (entry(p.index, g, (p.ordinal + 1) * parts - 1) != 0) {
+          for (i64 part = 0; part < parts; ++part) publish_part(p, g, part, p.ordinal * parts + part, tx);
+        }
       }
     }
   }
@@ -236,8 +239,7 @@ class PagedTable final : public PagedBlocks {
  private:
   i64 block_tokens() const { return index_.block_tokens(); }
 
-  void publish_part(const Published& p, i64 g, i64 part, Transaction& tx) {
-    const i64 ordinal = p.ordinal * blocks_[g].parts + part;
+  void publish_part(const Published& p, i64 g, i64 part, i64 ordinal, Transaction& tx) {
     const i32 own = entry(p.index, g, ordinal), cached = block_of(p.node, g, part);
     if (own == 0 || own == cached) return;
     if (cached == 0) {

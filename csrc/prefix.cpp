@@ -280,7 +280,7 @@ void PrefixIndex::place(i32 node, i64 group, bool undo) {
       if (n.users == 0) policy_->release(item(node));
     }
   }
-  if (group < 0 ? first : window_of(group) < 0) note({node, static_cast<i32>(group), true}, undo);
+  if (events_.on() && (group < 0 ? first : window_of(group) < 0)) note({node, static_cast<i32>(group), true}, undo);
 }
 
 void PrefixIndex::displace(i32 node, i64 group, bool undo) {
@@ -299,7 +299,7 @@ void PrefixIndex::displace(i32 node, i64 group, bool undo) {
     if (!undo) loose_.push_back(node);
     if (!undo && idle(n)) unlink(node);
   }
-  if (group < 0 ? last : window_of(group) < 0) note({node, static_cast<i32>(group), false}, undo);
+  if (events_.on() && (group < 0 ? last : window_of(group) < 0)) note({node, static_cast<i32>(group), false}, undo);
 }
 
 // Another content than the node's own, for what a policy remembers of it.
@@ -389,7 +389,7 @@ void PrefixIndex::tell(const Told& told) {
   for (i32 group : full_groups_) tell_of(group);
 }
 
-void PrefixIndex::finish(bool committed) {
+void PrefixIndex::finish_changes(bool committed) {
   if (committed) {
     for (const Told& told : told_) tell(told);
   }

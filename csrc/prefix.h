@@ -149,7 +149,9 @@ class PrefixIndex {
   // A state group has a snapshot of the node, or has it no more, where place() does not say so.
   void note_state(i32 node, bool stored, bool undo);
   // The end of a transaction: nodes without memory and use are gone now, and events are told.
-  void finish(bool committed);
+  void finish(bool committed) {
+    if (!told_.empty() || !loose_.empty()) finish_changes(committed);
+  }
   i64 aged() const { return policy_->aged(); }
 
   // --- use ---
@@ -315,6 +317,7 @@ class PrefixIndex {
     undo ? told_.pop_back() : told_.push_back(told);
   }
   [[gnu::cold, gnu::noinline]] void grow_lists();
+  void finish_changes(bool committed);
   void tell(const Told& told);
   void note_root(i32 number);
   void leave_root(i32 number);

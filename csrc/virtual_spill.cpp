@@ -95,7 +95,7 @@ i64 VirtualTable::give_up(i32 node, i64 pages, Transaction& tx) {
   std::vector<i64> rows;
   for (i64 row = holder_[node]; row >= 0; row = rows_[row].holds[index_.ordinal(node)].next) rows.push_back(row);
   forget(node, tx);
-  if (rows.size() == 1 && rows_[rows[0]].index < 0 && !has_state_) forget_more(rows[0], pages - most_pages_of_block(), tx);
+  if (rows.size() == 1) forget_more(rows[0], pages, tx);
   i64 freed = 0;
   for (i64 row : rows) {
     if (is_copy(row) && can_lose(row)) cut(row, 0, tx);  // what is left is another row's too
@@ -105,9 +105,11 @@ i64 VirtualTable::give_up(i32 node, i64 pages, Transaction& tx) {
 }
 
 // What the order names next, as long as it lies in the same row alone: then its pages go in one run, by one call of the
-// driver. `pages`: how many are still to come free.
+// driver. `pages`: how many were to come free with the block before. Not where a state goes with a block, too.
 void VirtualTable::forget_more(i64 row, i64 pages, Transaction& tx) {
-  for (const i64 most = most_pages_of_block(); pages > 0; pages -= most) {
+  if (rows_[row].index >= 0 || has_state_) return;
+  const i64 most = most_pages_of_block();
+  while ((pages -= most) > 0) {
     const Item x = index_.victim();
     if (x.node == kNoNode || x.window >= 0 || blocks_of(row) == 0) return;
     const Hold& last = rows_[row].holds.back();
@@ -122,7 +124,8 @@ i64 VirtualTable::most_pages_of_block() const {
   for (i64 g = 0, a = 0; g < groups_; ++g) {
     for (; a < first_[g + 1]; ++a) {
       const i64 bytes = index_.block_tokens() * token_bytes(g, a);
-      pages += ceil_div(bytes, page_bytes()) + (remainder(bytes, page_bytes()) != 0 && remainder(page_bytes(), bytes) != 0);
+      const bool cut_anywhere = remainder(bytes, page_bytes()) != 0 && remainder(page_bytes(), bytes) != 0;
+      pages += ceil_div(bytes, page_bytes()) + cut_anywhere;
     }
   }
   return pages;
