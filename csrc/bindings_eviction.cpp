@@ -88,6 +88,11 @@ class CheckedPolicy {
     count_child(block, 1);
     policy_->restore(id, block.key, block.parent);
   }
+  std::uint64_t digest() const {
+    Hasher hash;
+    policy_->digest(hash);
+    return hash.value();
+  }
 
  protected:
   void adopt(std::unique_ptr<EvictionPolicy> policy) { policy_ = std::move(policy); }
@@ -171,7 +176,8 @@ void bind_eviction(nb::module_& m) {
       .def("undo_release", &CheckedPolicy::undo_release, "id"_a)
       .def("victim", &CheckedPolicy::victim)
       .def("evict", &CheckedPolicy::evict, "id"_a)
-      .def("restore", &CheckedPolicy::restore, "id"_a);
+      .def("restore", &CheckedPolicy::restore, "id"_a)
+      .def("digest", &CheckedPolicy::digest, "Of the order in which blocks stand.");
   nb::class_<CheckedRetention, CheckedPolicy>(m, "RetentionPolicy", "Priorities and times to live over a policy.")
       .def(nb::init<const std::string&, std::function<double()>>(), "name"_a, "clock"_a)
       .def("retain", &CheckedRetention::retain, "id"_a, "priority"_a, "ttl_seconds"_a);

@@ -8,24 +8,24 @@
 namespace kvmem {
 
 void Cache::apply(const std::vector<Op>& ops) {
-  Lock lock = enter();
-  settle();
-  if (!index_.empty()) {
-    throw SpecError(
-        "an allocator that follows the ops of another must not know what its own sequences hold: commit "
-        "counts instead of token ids, or make it with prefix_cache=False");
-  }
-  FollowedLengths lengths(sequences_);
-  const std::unique_ptr<FollowRules> rules = table_->rules(lengths);
-  Transaction tx(*pool_, *this);
-  try {
-    follow(ops, lengths, *rules, tx);
-  } catch (const StaleHandle& e) {
-    throw SpecError(std::string("the ops do not follow from here: ") + e.what());
-  }
-  tx.commit();
-  rules->commit();
-  leave();
+  mutate([&] {
+    settle();
+    if (!index_.empty()) {
+      throw SpecError(
+          "an allocator that follows the ops of another must not know what its own sequences hold: commit "
+          "counts instead of token ids, or make it with prefix_cache=False");
+    }
+    FollowedLengths lengths(sequences_);
+    const std::unique_ptr<FollowRules> rules = table_->rules(lengths);
+    Transaction tx(*pool_, *this);
+    try {
+      follow(ops, lengths, *rules, tx);
+    } catch (const StaleHandle& e) {
+      throw SpecError(std::string("the ops do not follow from here: ") + e.what());
+    }
+    tx.commit();
+    rules->commit();
+  });
 }
 
 void Cache::look_at_tails(i64 g) {

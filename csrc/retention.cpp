@@ -69,7 +69,7 @@ void RetentionPolicy::insert(i32 id, std::uint64_t key, i32 parent) {
 void RetentionPolicy::undo_insert(i32 id, std::uint64_t key, i32 parent) {
   named_ = -1;
   at(id).cached = false;
-  update_holds(id, Moves::back);
+  undo_holds(id);
   count_child(parent, -1, Moves::back);
   base_->undo_insert(id, key, parent);
 }
@@ -148,7 +148,7 @@ void RetentionPolicy::restore(i32 id, std::uint64_t key, i32 parent) {
   const i32 place_before = std::exchange(block.place, kNowhere);
   block.cached = block.released = true;
   count_child(parent, 1, Moves::back);
-  update_holds(id, Moves::back);
+  undo_holds(id);
   base_->restore(id, key, parent);
   block.place = kBase;
   if (place_before != kBase) come_back(id, place_before);
@@ -233,17 +233,36 @@ void RetentionPolicy::count_child(i32 parent, i32 change, Moves how) {
 }
 
 // Whether `id` keeps its parent, and so on to the start of the chain as far as that changes anything.
-void RetentionPolicy::update_holds(i32 id, Moves how) {
-  while (id >= 0) {
-    Block& block = at(id);
-    const bool holds = block.cached && (block.priority != kBaseDecides || block.holding_children > 0);
-    if (holds == block.holds) return;
-    block.holds = holds;
-    id = block.parent;
-    if (id < 0) return;
-    at(id).holding_children += holds ? 1 : -1;
-    if (at(id).cached) place(id, how);
+void RetentionPolicy::update_holds(i32 id) {
+  while (set_holds(id)) {
+    id = at(id).parent;
+    if (at(id).cached) place(id);
   }
+}
+
+// The same where that is taken back: the start of the chain goes back first, since it left last. The way down stands in
+// the links to the parents meanwhile, for there may be no memory to note it.
+void RetentionPolicy::undo_holds(i32 id) {
+  i32 below = -1, top = id;
+  while (set_holds(top)) {
+    const i32 up = std::exchange(at(top).parent, below);
+    below = std::exchange(top, up);
+  }
+  while (top != id) {
+    if (at(top).cached) place(top, Moves::back);
+    top = std::exchange(below, std::exchange(at(below).parent, top));
+  }
+}
+
+// True if it has changed whether `id` keeps its parent; which counts it, and is not moved yet.
+bool RetentionPolicy::set_holds(i32 id) {
+  Block& block = at(id);
+  const bool holds = block.cached && (block.priority != kBaseDecides || block.holding_children > 0);
+  if (holds == block.holds) return false;
+  block.holds = holds;
+  if (block.parent < 0) return false;
+  at(block.parent).holding_children += holds ? 1 : -1;
+  return true;
 }
 
 // The next block of the lowest priority in [begin, end), -1 if there is none.

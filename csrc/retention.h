@@ -82,7 +82,9 @@ class RetentionPolicy final : public EvictionPolicy {
   void list_again(i32 id, i32 left);
   void leave(i32 id);
   void count_child(i32 parent, i32 change, Moves how);
-  void update_holds(i32 id, Moves how = Moves::last);
+  void update_holds(i32 id);
+  void undo_holds(i32 id);
+  bool set_holds(i32 id);
   i32 first_of(int begin, int end, bool inner) const;
 
   void start_clock(i32 id);

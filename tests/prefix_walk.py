@@ -39,6 +39,8 @@ class Author:
 
     def __init__(self, walk: random.Random, block_tokens: int, longest: int) -> None:
         self.walk, self.size, self.longest = walk, block_tokens, longest
+        # Half of them retain for ever: what has a time to live is moved by the clock, and no digest tells of it.
+        self.ttls = [None, 0.001, 100] if walk.random() < 0.5 else [None]
         self.prompts: list[list[int]] = [[]]
 
     def tokens(self, start: int, n: int) -> list[int]:
@@ -142,7 +144,7 @@ def _rest(pair: PrefixLockstep, walk: random.Random, writer: Author, call: str, 
     elif call == "unpin" and pair.pins:
         pair.unpin(walk.randrange(len(pair.pins)))
     elif call == "retain":
-        pair.seqs[handle].retain(0, None, priority=walk.choice([0, 30, 50, 90]), ttl=walk.choice([None, 0.001, 100]))
+        pair.seqs[handle].retain(0, None, priority=walk.choice([0, 30, 50, 90]), ttl=walk.choice(writer.ttls))
     elif call == "snapshot":
         pair.snapshot(handle)
     elif call == "clear":

@@ -378,10 +378,12 @@ def test_a_use_that_is_taken_back_leaves_the_order_as_it_was(rng, name, retained
     looker = Looker(policy, rng, chains=12, length=4, inserts=name == "lru")
     for block in rng.sample(range(48), 10) if retained else []:
         policy.retain(block, rng.choice([10, 10, 50, 90]), 0)
-    before = looker.order()
+    before, digest = looker.order(), policy.digest()
     for _ in range(200):
         looker.look(rng.randint(1, 12))
+        assert policy.digest() == digest, "blocks that are not named yet stand elsewhere"
         assert looker.order() == before
+        assert policy.digest() == digest
 
 
 @pytest.mark.parametrize("retained", [False, True])

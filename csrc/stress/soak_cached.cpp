@@ -1,6 +1,7 @@
 // A world's operations on what is cached, on memory, and those that ought to be refused.
 
 #include <algorithm>
+#include <cmath>
 
 #include "soak_world.h"
 
@@ -55,7 +56,7 @@ void World::retain(Random& random) {
   if (!l) return;
   const i64 start = random.below(l->tokens() + 1), end = start + 1 + random.below(params_.max_tokens);
   const int priority = static_cast<int>(random.below(101));
-  const double seconds = random.pick({1e-9, 1e6, 1e300});
+  const double seconds = params_.timed ? random.pick({1e-9, 1e6, 1e300}) : HUGE_VAL;
   note(text(l->handle) + " [" + text(start) + ", " + text(end) + ") at " + text(priority));
   call(random, false, [&] { side_->cache->retain(l->handle, start, end, priority, seconds); });
 }

@@ -82,6 +82,7 @@ Params::Params(u64 world_seed, bool is_paged) : seed(world_seed), paged(is_paged
   debug = random.one_in(16);
   eager_states = random.one_in(2);
   create_ahead = random.one_in(5);
+  timed = random.one_in(2);  // else retention is for ever: the clock moves nothing then, and the digest is compared
   salts = random.between(1, 3);
   alphabet = random.pick<i64>({2, 3, 3, 8, 1000});
   operations = random.between(500, 4000);

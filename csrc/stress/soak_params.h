@@ -34,7 +34,7 @@ struct Params {
   kvmem::Zero zero;
   std::vector<kvmem::GroupGeometry> groups;  // without what depends on the kind of table
   std::string policy;
-  bool shares, partial, recording, faults, careful, debug, eager_states, create_ahead;
+  bool shares, partial, recording, faults, careful, debug, eager_states, create_ahead, timed;
   int hash_bits, allocators;
   i64 event_capacity, salts, alphabet, operations;
   std::vector<i64> weights;  // of the operations, as soak_world.cpp lists them
