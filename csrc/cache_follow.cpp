@@ -100,7 +100,11 @@ void Cache::refuse_followed(i64 handle) const {
 
 // A tail that has come to be shared is to be copied before the next write; mappings are as between calls.
 void Cache::check_mapped(const std::vector<Op>& ops) {
+  bool shares = false;
   for (const Op& op : ops) {
+    const bool shorter = (op.kind == OpKind::length && op.b < op.c) || op.kind == OpKind::front;
+    if (op.kind == OpKind::unbind || op.kind == OpKind::block || shorter) table_->note_left(op);
+    for (i64 i = 0; op.kind == OpKind::map && !shares && i < op.c; ++i) shares = pool_->refs(op.b + i) > 1;
     if (op.kind == OpKind::block && op.c != 0) {  // the block may be the tail of any other sequence
       const i64 inside = op.b * geometry_.groups[op.at].block_tokens;
       const std::vector<i64> shared = table_->shared_pieces(sequences_.place_of(op.a), op.at, inside + 1, inside + 1);
@@ -109,7 +113,7 @@ void Cache::check_mapped(const std::vector<Op>& ops) {
     if (op.kind == OpKind::bind) {  // the row may come with pages that another one shows
       for (i64 g = 0; g < groups_; ++g) table_->look_at_tail(sequences_.place_of(op.a), g);
     }
-    if ((op.kind == OpKind::length && op.b < op.c) || op.kind == OpKind::front) {  // it holds more than it needs now
+    if (shorter) {  // it holds more than it needs now
       table_->look_at_tail(sequences_.place_of(op.a), op.at);
       if (op.kind == OpKind::length) table_->note_cut(sequences_.place_of(op.a), op.at, op.c);
     }
@@ -117,6 +121,7 @@ void Cache::check_mapped(const std::vector<Op>& ops) {
       throw SpecError("the ops lack a record: arena " + std::to_string(op.at) + " would be left mapped in part");
     }
   }
+  if (shares) table_->note_shared();
 }
 
 // A page or block that others read must have given way to a copy.

@@ -58,6 +58,19 @@ class VirtualRows::Rules final : public FollowRules {
     } else if (op.kind == OpKind::unbind) {
       bound_.erase(op.b);
       unbound_.push_back(op.a);
+      forget_copies(op.b);
+    }
+  }
+
+  // What the list has copied to a row that is nobody's now may be written again.
+  void forget_copies(i64 row) {
+    if (fresh_.empty() && copied_.empty()) return;
+    for (i64 a = 0; a < rows_.arenas_; ++a) {
+      for (i64 page : rows_.extent(row, a).pages) {
+        if (page < 0 || pool_.refs(page) != 1) continue;
+        if (const auto fresh = fresh_.find(page); fresh != fresh_.end()) fresh->second = 0;
+        copied_.erase(page);
+      }
     }
   }
 

@@ -118,6 +118,10 @@ class PageTable : public PageOwner {
   virtual void on_front(i64 index, i64 group, i64 old_first, i64 first, bool undo) = 0;
   // The length has become less by another's decision: whether the tail is shared is to be seen before the next write.
   virtual void look_at_tail(i64 index, i64 group) = 0;
+  // Another's decision has let go of memory, which the device may use until the pool's latest fence has passed.
+  virtual void note_left(const Op& op) = 0;  // unbind, block, length, front
+  // Another's decision may have mapped a page at a second place. Cost: a look at each mapped page.
+  virtual void note_shared() {}
   // The length has become less than `old_tokens`, or may have: what the sequence wrote from there on lies behind its
   // end.
   void note_cut(i64 index, i64 group, i64 old_tokens) {

@@ -88,6 +88,9 @@ class PagedBlocks : public PageTable {
     set_copy_tail(index, group, true);
     forget_room(index, group);
   }
+  void note_left(const Op& op) override {
+    if (op.kind == OpKind::block && op.d != 0) set_fence(blocks_[op.at], pool_.fence());
+  }
   void apply(const Op& op, bool undo) override;
   void on_front(i64, i64, i64, i64, bool) override {}  // table entries say what a window needs
   void pin_end(i32, bool) override {}

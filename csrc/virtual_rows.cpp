@@ -61,6 +61,16 @@ bool VirtualRows::is_whole(const Op& op) const {
   return e.count == e.hi - e.lo || geometry_.groups[g].window_tokens > 0;
 }
 
+void VirtualRows::note_shared() {
+  const auto is_shared = [this](i32 page) { return page >= 0 && pool_.refs(page) > 1; };
+  for (i64 row = 1; row < static_cast<i64>(rows_.size()); ++row) {
+    for (i64 a = 0; a < arenas_ && !rows_[row].maybe_shared; ++a) {
+      const std::vector<i32>& pages = extent(row, a).pages;
+      if (std::any_of(pages.begin(), pages.end(), is_shared)) set_maybe_shared(row, true);
+    }
+  }
+}
+
 // A row may show its own pages before those that it shares: a window's blocks can come from several rows.
 i64 VirtualRows::first_shared(i64 row, i64 a, i64 tokens) const {
   const Extent& e = extent(row, a);

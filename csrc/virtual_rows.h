@@ -93,6 +93,11 @@ class VirtualRows : public PageTable {
     if (row_of_[index] >= 0) may_give(row_of_[index]);
     forget_room(index, group);
   }
+  void note_left(const Op& op) override {
+    const i64 row = op.kind == OpKind::unbind ? op.b : row_of_[sequences_.place_of(op.a)];
+    if (row > 0) set_fence(row, pool_.fence());
+  }
+  void note_shared() override;
   void set_pending(i64 index, i64 job) override { rows_[row_of_[index]].job = job; }
   i64 pending(i64 index) const override { return row_of_[index] < 0 ? 0 : rows_[row_of_[index]].job; }
   void apply(const Op& op, bool undo) override;

@@ -230,6 +230,13 @@ void Side::follow() {
       if (a[0] != b[0] || a[1] != b[1]) throw Failure("replica: " + name(l) + " has other lengths there");
     }
   }
+  const CacheStats here = cache->stats(), there = replica->stats();
+  const auto compare = [](const char* what, i64 a, i64 b) {
+    if (a != b) throw Failure("replica: " + std::to_string(b) + " " + what + ", not " + std::to_string(a));
+  };
+  compare("bytes mapped", here.mapped_bytes, there.mapped_bytes);
+  compare("bytes in use", here.used_bytes, there.used_bytes);
+  compare("bytes shared", here.shared_bytes, there.shared_bytes);
 }
 
 u64 Side::tables_digest() {
