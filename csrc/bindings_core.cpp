@@ -148,6 +148,7 @@ void bind_stats(nb::module_& m) {
       .def_ro("used_bytes", &CacheStats::used_bytes)
       .def_ro("parked_bytes", &CacheStats::parked_bytes)
       .def_ro("held_bytes", &CacheStats::held_bytes)
+      .def_ro("limit_bytes", &CacheStats::limit_bytes)
       .def_ro("cached_beside_bytes", &CacheStats::cached_beside_bytes)
       .def_ro("shared_bytes", &CacheStats::shared_bytes)
       .def_ro("num_sequences", &CacheStats::num_sequences)

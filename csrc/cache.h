@@ -22,6 +22,7 @@
 namespace kvmem {
 
 struct CacheStats {
+  i64 limit_bytes = 0;  // the most that the allocator could hold, given what its neighbours in the pool do
   i64 budget_bytes = 0, created_bytes = 0, free_bytes = 0;
   i64 mapped_bytes = 0, used_bytes = 0, parked_bytes = 0, shared_bytes = 0, held_bytes = 0, cached_beside_bytes = 0;
   i64 num_sequences = 0, driver_calls = 0, physical_bytes = 0;

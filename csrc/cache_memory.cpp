@@ -70,6 +70,7 @@ CacheStats Cache::stats() {
   Lock lock = enter(true);
   const i64 page = pool_->page_bytes();
   CacheStats s;
+  s.limit_bytes = std::min(table_->limit_pages, pool_->budget_pages() - pool_->held_by_others(*table_)) * page;
   s.budget_bytes = pool_->budget_pages() * page;
   s.created_bytes = pool_->present_pages() * page;
   s.free_bytes = pool_->free_pages() * page;

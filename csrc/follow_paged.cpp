@@ -67,7 +67,7 @@ class PagedBlocks::Rules final : public FollowRules {
 
   i64 tokens(i64 g) const { return table_.blocks_[g].tokens; }
   i32 refs(i64 g, i64 block) const { return table_.blocks_[g].info[block].refs; }
-  static i64 key(i64 g, i64 block) { return g << 32 | block; }
+  static i64 key(i64 g, i64 block) { return whole_key(g, block); }
 
   // Where bytes [from, to) of a block lie now, in one arena.
   std::vector<Piece> pieces(i64 a, i64 block, i64 from, i64 to) const {

@@ -209,11 +209,15 @@ class PagedBlocks : public PageTable {
   i64 idle_pages_ = 0;                   // mapped, but under no referenced block
   i64 spare_pages_ = 0;                  // and under no cached one
 
+  // Of an allocator that follows another: whether that one may have the block cached, besides the table that shows it.
+  bool may_be_cached(i64 g, i64 block) const { return !whole_.empty() && whole_.count(whole_key(g, block)) > 0; }
+
  private:
   class Rules;
   // Of an allocator that follows another, by group and block: the place where the block was last committed whole, as
   // long as nothing has been written to it since.
   std::unordered_map<i64, i64> whole_;
+  static i64 whole_key(i64 g, i64 block) { return g << 32 | block; }
   struct Kept {
     i64 group, block;
     bool in_use;  // it counts as one more reference

@@ -441,7 +441,7 @@ class PagedTable final : public PagedBlocks {
     if (tokens < end) {
       const i64 block = entry(index, group, quotient(tokens, b.tokens)), first = remainder(tokens, b.tokens);
       if (block < kTrashBlocks || b.info[block].refs > 1 || b.info[block].node != kNoNode) return;
-      if (is_kept(group, block)) return;
+      if (is_kept(group, block) || may_be_cached(group, block)) return;
       for (const Class& c : b.classes) {
         const i64 token_bytes = c.block_bytes / b.tokens, at = block * c.block_bytes + first * token_bytes;
         for (i64 a : c.arenas) tx.push({OpKind::zero, arena(a), at, (end - tokens) * token_bytes});

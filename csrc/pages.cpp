@@ -184,6 +184,12 @@ i64 PagePool::available_pages(const PageOwner& owner) const {
   return std::min(pages, owner.limit_pages - owner.owned_pages + owner.parked_pages());
 }
 
+i64 PagePool::held_by_others(const PageOwner& owner) const {
+  i64 pages = 0;
+  for (const PageOwner* other : owners_) pages += other == &owner ? 0 : other->owned_pages - other->parked_pages();
+  return pages;
+}
+
 namespace {
 // For transactions of the pool itself, which touch no table.
 class NoTables final : public TableState {

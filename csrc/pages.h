@@ -152,6 +152,8 @@ class PagePool {
 
   // Pages that could be had for `owner` right now, spilling included.
   i64 available_pages(const PageOwner& owner) const;
+  // Pages that live sequences of the other owners need.
+  i64 held_by_others(const PageOwner& owner) const;
   void check(std::vector<std::string>* out) const;
   // Of the pool and all its owners.
   void digest(Hasher& hash) const;

@@ -307,6 +307,9 @@ class CacheStats:
     def held_bytes(self) -> int: ...
 
     @property
+    def limit_bytes(self) -> int: ...
+
+    @property
     def cached_beside_bytes(self) -> int: ...
 
     @property
@@ -649,6 +652,9 @@ class EvictionPolicy:
     def evict(self, id: int) -> None: ...
 
     def restore(self, id: int) -> None: ...
+
+    def digest(self) -> int:
+        """Of the order in which blocks stand."""
 
 class RetentionPolicy(EvictionPolicy):
     """Priorities and times to live over a policy."""

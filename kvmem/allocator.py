@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from collections.abc import Sequence as List
+from types import NoneType
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from torch.utils.dlpack import from_dlpack
 
 from kvmem import _core
-from kvmem.arrays import as_int32, at_least_zero, check_bool, check_most, not_int32
+from kvmem.arrays import as_int32, at_least_zero, check_bool, check_count, check_most, not_int32
 from kvmem.backends import BACKENDS, lay_out
 from kvmem.batch import INT32_MAX, Batch, new_batch
 from kvmem.device import in_debug_mode
@@ -183,6 +184,7 @@ class Allocator:
         self._events = EventStream(spec, self._drain_events, key=event_key) if events else None
         if record_ops:
             self.core.record()
+            self.pool.is_recorded = True
 
     # --- sequences ---
 
@@ -236,7 +238,10 @@ class Allocator:
         tokens each prompt begins with that are cached. The prompts get memory in their order; m is less than n when
         there is no memory, or no place, for the next; nothing is held or given up for that one. Any error admits none.
         """
-        n = 1 if counts is None else len(counts)
+        try:
+            n = 1 if counts is None else len(counts)
+        except TypeError as error:
+            raise SpecError(f"counts: got {counts!r}; must be int32 [n], the length of each prompt") from error
         handles, cached = np.empty(n, np.int32), np.empty(n, np.int32)
         salted, keyed = encode_keys(salt, extra_key, adapter)
         handles.fill(NOBODY)
@@ -386,6 +391,8 @@ class Allocator:
         """
         ids = self._handles(sequences)
         new_tokens = None if new_tokens is None else as_int32("new_tokens", new_tokens)
+        if not isinstance(out, (Batch, NoneType)):
+            raise SpecError(f"out: got {type(out).__name__}; must be a Batch")
         if out is None:
             out = self._fitting_batch(ids, new_tokens, len(ids) if pad_to is None else at_least_zero("pad_to", pad_to))
         self.fill(ids, out, new_tokens=new_tokens, pad_to=pad_to)
@@ -472,14 +479,14 @@ class Allocator:
 
     def _handle(self, sequence: Sequence | int) -> int:
         if not isinstance(sequence, Sequence):
-            return sequence
+            return check_count("sequence", sequence)
         if sequence.allocator is not self:
             raise SpecError(f"{sequence!r} belongs to another allocator")
         return sequence.id
 
     def _handles(self, sequences: Iterable[Sequence | int] | Handles) -> Handles:
         if isinstance(sequences, np.ndarray):
-            return sequences
+            return sequences if sequences.dtype == np.int32 else as_int32("sequences", sequences)
         handles = [self._handle(sequence) for sequence in sequences]
         return as_int32("sequences", handles)
 
@@ -682,6 +689,8 @@ class Allocator:
         be equal. Lists that come through something that may damage them need a checksum. Cost: linear in the list, some
         microseconds a record.
         """
+        if not isinstance(ops, Iterable):
+            raise SpecError(f"ops: got {type(ops).__name__}; must be records, as take_ops() gives them")
         self.core.apply(list(ops))
 
     def __repr__(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -18,15 +19,16 @@ __all__ = ["as_int32", "at_least_zero", "check_bool", "check_count", "check_most
 
 
 def at_least_zero(field: str, value: int) -> int:
-    """``value`` as an int, 0 or more; ``SpecError`` otherwise."""
+    """``value`` as an int, 0 or more, that fits 64 bits; ``SpecError`` otherwise."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 0:
         raise SpecError(f"{field}: got {value!r}; must be an int, 0 or more")
-    return int(value)
+    return check_most(field, int(value), 2**63 - 1)
 
 
 def check_most(field: str, value: int, most: int) -> int:
     if value > most:
-        raise SpecError(f"{field}: got {value}; the largest that works is {most}")
+        shown = value if value < 2**64 else f"a number of {value.bit_length()} bits"  # str() of some is an error
+        raise SpecError(f"{field}: got {shown}; the largest that works is {most}")
     return value
 
 
@@ -49,7 +51,10 @@ def check_seconds(field: str, value: float) -> float:
     """A time in seconds, above 0."""
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)) or not value > 0:
         raise SpecError(f"{field}: got {value!r}; must be a time in seconds, above 0")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
 
 
 def as_int32(field: str, given: Sequence[int] | Handles) -> Handles:

@@ -63,10 +63,17 @@ class ChainDigest:
         return state.digest()
 
 
-def encode_key(value: Key) -> bytes:
-    """No two values have the same encoding, nor does one begin with another's: type, length, content."""
+_DEEPEST, _MOST_BITS = 32, 8192
+
+
+def encode_key(value: Key, depth: int = 0) -> bytes:
+    """No two values have the same encoding, nor does one begin with another's: type, length, content. ``SpecError`` for
+    other types, ints of more than 8,192 bits and tuples nested more than 32 deep, which could not all be read again.
+    """
     if isinstance(value, tuple):
-        kind, content = b"t", b"".join(encode_key(part) for part in value)
+        if depth == _DEEPEST:
+            raise SpecError(f"got tuples nested more than {_DEEPEST} deep")
+        kind, content = b"t", b"".join(encode_key(part, depth + 1) for part in value)
     elif isinstance(value, str):
         kind, content = b"s", value.encode("utf-8", "surrogatepass")
     elif isinstance(value, bytes):
@@ -74,6 +81,8 @@ def encode_key(value: Key) -> bytes:
     elif value is None:
         kind, content = b"n", b""
     elif isinstance(value, int) and not isinstance(value, bool):
+        if value.bit_length() > _MOST_BITS:
+            raise SpecError(f"got an int of {value.bit_length()} bits; the most is {_MOST_BITS}")
         kind, content = b"i", str(value).encode()
     else:
         raise SpecError(f"got {value!r}; a salt or an extra key is a str, bytes, an int, None or a tuple of these")

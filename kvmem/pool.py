@@ -62,6 +62,7 @@ class PagePool:
             driver=self.device.driver,
             create_ahead=self.device.create_ahead,
         )
+        self.is_recorded = False  # for an allocator that was made with record_ops
         self.streams = Streams(self.core, self.device.torch_device, self.device.current_stream)
 
     @staticmethod
@@ -137,7 +138,7 @@ def pool_for(
         raise SpecError(
             "device, page_bytes and driver belong to the pool; an allocator that is given one takes them from it"
         )
-    if record_ops:
+    if record_ops or pool.is_recorded:
         raise SpecError(
             "record_ops: the ops of a shared pool belong to several allocators; record with a pool of its own"
         )

@@ -287,11 +287,12 @@ class SchedulerCache:
 
     @property
     def usage(self) -> float:
-        """The part of the memory that requests hold, 0 to 1: ``Stats.held_bytes``. What is only cached counts as free,
-        as all of it can be given up: the rest is what one more request could have. Costs a look at every request.
+        """The part of the memory that requests hold, 0 to 1: ``Stats.held_bytes`` of what this allocator may have. That
+        is its ``memory``, or in a shared pool what others' live sequences leave of it. What is only cached counts as
+        free, as all of it can be given up: the rest is what one more request could have. Costs a look at every request.
         """
         stats = self._core.stats()
-        return stats.held_bytes / stats.budget_bytes
+        return stats.held_bytes / stats.limit_bytes if stats.limit_bytes > 0 else 1.0
 
     def take_events(self, max_events: int | None = None) -> list[Event]:
         """What was cached and given up since the last call: ``Allocator.events``."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from kvmem.arrays import check_most
 from kvmem.errors import SpecError
 
 __all__ = ["format_bytes", "parse_bytes"]
@@ -16,12 +17,19 @@ _UNITS |= {f"{letter}B": 1000 ** (i + 1) for i, letter in enumerate("KMGTP")}
 def parse_bytes(field: str, value: int | str) -> int:
     """Bytes from an int, or a text such as ``"20GiB"`` or ``"500MB"`` (decimal); ``SpecError`` otherwise."""
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
-        return value
+        return _bounded(field, value)
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value) if isinstance(value, str) else None
     unit = None if match is None else _UNITS.get(match.group(2))
     if match is None or unit is None:
         raise SpecError(f'{field}: got {value!r}; must be bytes as an int, or a text such as "20GiB" or "500MB"')
-    return int(float(match.group(1)) * unit) if "." in match.group(1) else int(match.group(1)) * unit
+    number = match.group(1)
+    if len(number) > 20:  # more digits than any size of bytes has, and int() reads a few thousand at most
+        raise SpecError(f"{field}: got a number of {len(number)} digits; must be below 2**63 bytes")
+    return _bounded(field, int(float(number) * unit) if "." in number else int(number) * unit)
+
+
+def _bounded(field: str, size: int) -> int:
+    return check_most(field, size, 2**63 - 1)
 
 
 def format_bytes(count: int) -> str:

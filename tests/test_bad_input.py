@@ -245,6 +245,30 @@ def test_a_step_of_tokens_that_are_not_reserved(world: World, new_tokens: list[i
 # --- groups ---
 
 
+def test_numbers_beyond_every_size_and_arguments_of_other_types(world: World) -> None:
+    alloc, handle = world.alloc, min(world.sequences)
+    deep: Any = ()
+    for _ in range(3000):
+        deep = (deep,)
+    sequence = kvmem.Sequence(alloc, handle)
+    for words, call in [
+        ("end", lambda: sequence.retain(0, 2**70, priority=60)),
+        ("num_tokens", lambda: sequence.pin(2**70)),
+        ("bytes", lambda: alloc.trim(2**80)),
+        ("bytes", lambda: alloc.trim(10**5000)),
+        ("bytes", lambda: alloc.compact("9" * 5000)),
+        ("counts", lambda: alloc.admit_batch(i32(1, 2), 5)),
+        ("extra_key.*bits", lambda: alloc.sequence([1], extra_key=10**5000)),
+        ("extra_key.*deep", lambda: alloc.match([1], extra_key=deep)),
+        ("sequence: got 's'", lambda: alloc.sequence_tensor("s", 0, "k")),
+        ("out: got int", lambda: alloc.batch([handle], out=5)),
+        ("ops: got int", lambda: alloc.apply(5)),
+    ]:
+        refused(world, SpecError, words, call)
+    as_numpy_has_it = alloc.batch(np.array([handle]))  # int64
+    assert as_numpy_has_it.seq_lens.tolist() == alloc.batch([handle]).seq_lens.tolist()
+
+
 @pytest.mark.parametrize("group", [4, 99, -2, -100])
 def test_groups_that_do_not_exist(world: World, group: int) -> None:
     sequence = kvmem.Sequence(world.alloc, min(world.sequences))
@@ -380,6 +404,15 @@ def test_the_pool_decides_what_is_the_pools() -> None:
             kvmem.Allocator(plain_spec(), pool=pool, max_sequences=1, max_tokens=16, **extra)
     with pytest.raises(SpecError, match="must be a CacheSpec"):
         kvmem.Allocator({"layers": 2}, pool=pool, max_sequences=1, max_tokens=16)  # type: ignore[arg-type]
+
+
+def test_what_is_recorded_is_one_allocators(world: World) -> None:
+    recorded = make(record_ops=True)
+    with pytest.raises(SpecError, match="ops of a shared pool"):
+        kvmem.Allocator(plain_spec(), pool=recorded.pool, max_sequences=4, max_tokens=300)
+    shared = kvmem.PagePool(device="cpu", memory=60 * PAGE, page_bytes=PAGE)
+    with pytest.raises(SpecError, match="ops of a shared pool"):
+        kvmem.Allocator(plain_spec(), pool=shared, max_sequences=4, max_tokens=300, record_ops=True)
 
 
 @pytest.mark.parametrize("library", ["/nowhere/libcuda.so.1", __file__])

@@ -261,6 +261,29 @@ def test_a_replica_without_a_prefix_cache_has_the_rows_of_its_leader() -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_step_of_a_replica_zeroes_nothing_that_its_leader_has_cached(backend: str) -> None:
+    """What a sequence cut off is zeroed where kernels load it; not in a block that was whole: it may be found again."""
+    guard = {"tail_guard_tokens": 16}
+    leader, replica = Leader("full", backend, **guard), Replica("full", backend, prefix_cache=False, **guard)
+    ids = list(range(1, 10))
+    sequence = leader.alloc.sequence(ids)
+    sequence.extend(9)
+    sequence.commit(ids)
+    replica.alloc.apply(leader.alloc.take_ops())
+    replica.write(sequence.id, ids, 0)
+    other = sequence.fork()
+    sequence.truncate(2)
+    other.free()  # what is cut off is cached, and nobody's but for the first two tokens
+    replica.alloc.apply(leader.alloc.take_ops())
+    replica.alloc.batch([sequence.id])
+    found = leader.alloc.sequence(ids)
+    replica.alloc.apply(leader.alloc.take_ops())
+    held = replica.held(found.id, 0)
+    assert found.num_cached_tokens == 8
+    assert [set(held[i]) for i in range(8)] == [{tag_of(ids[: i + 1])} for i in range(8)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_replica_that_goes_on_alone_waits_for_who_used_the_memory(backend: str) -> None:
     """What a followed list has freed may be read by the device still: it is unmapped behind the list's fence."""
     leader, replica = Leader("full", backend), Replica("full", backend, record_ops=True, prefix_cache=False)

@@ -418,3 +418,30 @@ def test_a_snapshot_at_each_chunk_is_where_others_begin(backend: str) -> None:
     assert kept == (cache.matched_tokens([*ids[:48], *range(100, 117)]) == 64)
     assert not kept or backend == "paged", "a row needs a page; a block may still have room in one"
     assert allocator.check() == []
+
+
+def test_usage_in_a_shared_pool_is_of_what_the_allocator_may_have(backend: str) -> None:
+    """Its own limit, or what a neighbour's live sequences leave."""
+    page = 4096
+    spec = CacheSpec.kv(num_layers=1, num_kv_heads=1, head_dim=64, dtype="float32", block_size=8)  # a page each
+    pool = kvmem.PagePool(device="cpu", memory=64 * page, page_bytes=page)
+
+    def made(pages: int) -> SchedulerCache:
+        alloc = kvmem.Allocator(
+            spec, backend=backend, pool=pool, memory=pages * page, max_sequences=70, max_tokens=64, tail_guard_tokens=0
+        )
+        return SchedulerCache(alloc)
+
+    def fill(cache: SchedulerCache) -> int:
+        n = 0
+        while cache.allocate(n, 8) is not None:
+            n += 1
+        return n
+
+    small, large = made(16), made(64)
+    assert fill(small) == 16 and small.usage == 1.0
+    assert large.usage == 0.0
+    assert fill(large) == 48 and large.usage == 1.0
+    for request in list(small):
+        small.free(request)
+    assert small.usage == 0.0 and large.usage == 48 / 64

@@ -297,3 +297,23 @@ def test_admitting_many_that_fails_in_the_driver_admits_none(backend: str) -> No
         assert Digest(alloc.core) == before and alloc.check() == []
         assert alloc.stats().num_sequences == 0
     assert failures > 3
+
+
+@pytest.mark.parametrize("policy", ["density", "lru"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_a_kept_block_leads_to_stands_where_it_stood(backend: str, policy: str) -> None:
+    """The end of a cached chain is retained, so all of the chain is kept; a call that is refused looks at all of it."""
+    spec = kvmem.CacheSpec.kv(num_layers=1, num_kv_heads=1, head_dim=512, dtype="float32", block_size=1)  # a page each
+    alloc = kvmem.Allocator(
+        spec, backend=backend, memory=8 * 4096, page_bytes=4096, max_sequences=3, max_tokens=64, policy=policy
+    )
+    ids = [5, 6, 7, 8]
+    with alloc.sequence(ids) as sequence:
+        sequence.extend(4)
+        sequence.commit(ids)
+        sequence.retain(3, 4, priority=51)
+    new, before = alloc.sequence(), alloc.core.digest()
+    with pytest.raises(kvmem.OutOfMemory):
+        new.extend(60)
+    assert alloc.core.digest() == before
+    assert alloc.match([*ids, 1]).num_tokens == 4
