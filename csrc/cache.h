@@ -496,6 +496,7 @@ class Cache final : public TableState {
   std::unordered_map<i64, i32> pins_;  // pin -> the last node of its chain
   std::shared_ptr<EventBatch> given_;  // by drain_events(), and not taken yet
   i64 batches_seen_ = 0;
+  bool follows_ = false;  // the latest sequences came by apply(), so another allocator decides about memory
   i64 pins_seen_ = 0, lookup_tokens_ = 0, hit_tokens_ = 0;
   // Scratch of the call in progress, from here to call_: no later call sees what is left there.
   std::vector<i32> chain_, leaving_;

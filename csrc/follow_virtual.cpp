@@ -81,6 +81,9 @@ class VirtualRows::Rules final : public FollowRules {
     }
     const i64 index = sequence_at(at);
     const bool from_scratch = rows_.scratch_pages_[at.a] == page && at.row > 0;
+    for (i64 trash : rows_.extent(0, at.a).pages) {
+      if (trash == page) refuse("map: page " + std::to_string(page) + " shows the trash blocks");
+    }
     const bool begins = at.row > 0 && (index < 0 || lengths_.opened(rows_.sequences_.handle_of(index)));
     if (!from_scratch && !begins) {
       refuse("map: page " + std::to_string(page) + " belongs to another row than " + std::to_string(at.row));

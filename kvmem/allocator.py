@@ -683,6 +683,9 @@ class Allocator:
         memory under it, ids that do not exist. A ``DeviceError`` leaves the books as they were; but a list of several
         calls may have written by then to memory that a sequence had before them, so make the follower anew.
 
+        Besides ``apply()`` a follower fills batches, padded ones once its leader has padded one. To open, grow or trim
+        by itself means to go on alone: it may, and then no further list follows from its state.
+
         What cannot be told from a true list: one that lacks a ``zero``; one that says consistently another number of
         tokens; a ``copy`` that is missing, or from another place, for a sequence that the same list opens; other memory
         for a new sequence to begin with; and, paged, another block of the same place for one whose tokens are said to

@@ -284,6 +284,47 @@ def test_a_step_of_a_replica_zeroes_nothing_that_its_leader_has_cached(backend: 
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_replica_pads_once_its_leader_has(backend: str) -> None:
+    """Blocks 0 and 1 lie on pages that the leader has to know of: else it gives one of them to a sequence."""
+    leader, replica = Leader("full", backend), Replica("full", backend)
+    first = leader.alloc.sequence()
+    first.extend(8)
+    replica.alloc.apply(leader.alloc.take_ops())
+    before = replica.alloc.core.digest()
+    if backend == "virtual":  # paged, the first page has both of them and the first sequence's blocks
+        with pytest.raises(kvmem.SpecError, match="pad a batch there once"):
+            replica.alloc.batch([first.id], pad_to=4)
+        assert replica.alloc.core.digest() == before
+    leader.alloc.batch([first.id], pad_to=2)
+    second = leader.alloc.sequence()
+    second.extend(40)
+    ops = [list(op) for op in leader.alloc.take_ops()]
+    trash = next(op for op in ops if op[0] == "map")
+    for at, op in enumerate(ops):  # the new sequence would be shown a trash page
+        if op[0] != "map" or op is trash:
+            continue
+        with pytest.raises(kvmem.SpecError):
+            replica.alloc.apply([*ops[:at], [*op[:3], trash[3], 1, 0], *ops[at + 1 :]])
+    assert replica.alloc.core.digest() == before
+    replica.alloc.apply(ops)
+    batch = replica.alloc.batch([first.id, second.id], pad_to=4)
+    assert batch.seq_lens.tolist()[:2] == [8, 40] and digest(replica.alloc) == digest(leader.alloc)
+    alone = replica.alloc.sequence()
+    alone.extend(8)
+    assert replica.alloc.batch([alone.id], pad_to=3) and replica.alloc.check() == []
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_that_followed_and_goes_on_alone_pads_by_itself(backend: str) -> None:
+    leader, replica = Leader("full", backend), Replica("full", backend)
+    leader.alloc.sequence().extend(8)
+    replica.alloc.apply(leader.alloc.take_ops())
+    replica.alloc.sequence().extend(8)
+    replica.alloc.batch(replica.alloc.core.handles(), pad_to=4)
+    assert replica.alloc.check() == []
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_replica_that_goes_on_alone_waits_for_who_used_the_memory(backend: str) -> None:
     """What a followed list has freed may be read by the device still: it is unmapped behind the list's fence."""
     leader, replica = Leader("full", backend), Replica("full", backend, record_ops=True, prefix_cache=False)
