@@ -4,6 +4,8 @@ Two environment variables choose another flavour, each with its own object files
 
     KVMEM_DEBUG=1                       -O1 -g, assertions, and the allocator checks itself after every call
     KVMEM_SANITIZE=address,undefined    any value of -fsanitize=; python must then be started with the runtime preloaded
+
+A level of optimisation in CFLAGS replaces the usual -O3 and link-time optimisation.
 """
 
 import os
@@ -27,9 +29,13 @@ link_args = ["-ldl", "-pthread"]
 if DEBUG or SANITIZE:
     compile_args += ["-O1", "-g", "-fno-omit-frame-pointer", "-UNDEBUG"]
 else:
-    compile_args += ["-O3", "-g0", "-DNDEBUG"]
+    compile_args += ["-g0", "-DNDEBUG"]
     link_args += ["-Wl,-s"]  # strip: the symbol names of nanobind's templates would double the file
-    if "clang" not in os.environ.get("CC", "") + os.environ.get("CXX", ""):  # which seldom comes with its linker plugin
+    own_level = "-O" in os.environ.get("CFLAGS", "")  # setuptools puts CFLAGS before these, so -O3 would win
+    clang = "clang" in os.environ.get("CC", "") + os.environ.get("CXX", "")  # which seldom comes with its linker plugin
+    if not own_level:
+        compile_args += ["-O3"]
+    if not own_level and not clang:
         compile_args += ["-flto=auto"]  # a tenth fewer instructions, and no longer to build
         link_args += ["-O3", "-flto=auto", "-Wl,--version-script=csrc/exports.map"]
 if DEBUG:

@@ -56,9 +56,9 @@ void Cache::set_memory(i64 pages) {
   } else if (const i64 excess = table_->owned_pages - pages; excess > 0) {
     Transaction tx(*pool_, *this);
     if (const i64 freed = table_->spill(excess, true, tx); freed < excess) {
-      throw OutOfMemory("asked for a limit of " + std::to_string(pages) + " pages, but live sequences hold " +
+      throw OutOfMemory("asked for a limit of " + std::to_string(pages) + " pages, but live sequences and pins hold " +
                         std::to_string(table_->owned_pages) + ", which is the smallest that would fit; free or " +
-                        "preempt sequences first, or compact()");
+                        "preempt sequences first, unpin(), or compact()");
     }
     tx.commit();
   }

@@ -205,7 +205,7 @@ void PagePool::set_budget(i64 pages) {
   if (excess > 0 && !owners_.empty()) excess -= spill(*owners_.front(), excess, true, tx);
   if (excess > 0) {
     throw OutOfMemory("asked for a budget of " + std::to_string(pages) + " pages of " + std::to_string(page_bytes_) +
-                      " bytes, but live sequences hold " + std::to_string(pages + excess) +
+                      " bytes, but live sequences and pins hold " + std::to_string(pages + excess) +
                       ", which is the smallest that would fit; free or preempt sequences first, or compact()");
   }
   if (present_pages_ > pages) give_back(present_pages_ - pages, tx);
