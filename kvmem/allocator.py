@@ -129,8 +129,8 @@ class Allocator:
         self.spec, self.backend = spec, backend
         self.max_sequences = check_most("max_sequences", check_size("max_sequences", max_sequences), MAX_SEQUENCES)
         self.max_tokens = check_most("max_tokens", check_size("max_tokens", max_tokens), INT32_MAX)
-        self._recording = record_ops
-        self._debug = in_debug_mode() if debug is None else debug
+        self._recording = check_bool("record_ops", record_ops)
+        self._debug = in_debug_mode() if debug is None else check_bool("debug", debug)
         self.pool = pool_for(pool, device, memory, page_bytes, driver, record_ops)
         home = self.pool.device
         self.device = home.torch_device
@@ -178,7 +178,7 @@ class Allocator:
                 partial=check_bool("partial_reuse", partial_reuse),
                 policy=policy,
                 hash_bits=int(os.environ.get("KVMEM_HASH_BITS", "64")),  # fewer, to test that collisions are misses
-                event_capacity=at_least_zero("events", events),
+                event_capacity=check_most("events", at_least_zero("events", events), INT32_MAX),
             ),
         )
         self._events = EventStream(spec, self._drain_events, key=event_key) if events else None

@@ -114,6 +114,8 @@ def open_device(
 
     ``DeviceError`` when there is no such device or its driver cannot map memory on demand.
     """
+    if driver is not None and not isinstance(driver, _core.Driver):
+        raise SpecError(f"driver: got {type(driver).__name__}; must be a driver, or None for the device's own")
     text = str(name)
     if (shareable or rdma) and (driver is not None or not text.startswith("cuda")):
         raise SpecError("shareable and rdma are what a CUDA device's own driver makes; leave them out here")

@@ -70,7 +70,7 @@ class PagePool:
         """Whole pages in ``count_bytes``; ``SpecError`` when there is not even one."""
         if count_bytes < page_bytes:
             raise SpecError(
-                f"{field}: got {format_bytes(count_bytes)}; one page is {format_bytes(page_bytes)}, which is the least "
+                f"{field}: got {count_bytes} B; one page is {format_bytes(page_bytes)}, which is the least "
                 f"that works: give more memory or a smaller page_bytes"
             )
         pages = count_bytes // page_bytes

@@ -385,6 +385,12 @@ def test_memory_that_nobody_can_read(world: World, text: Any) -> None:
         (dict(device="tpu"), DeviceError, "device: got 'tpu'; must be"),
         (dict(device="cuda:x"), DeviceError, "device: got 'cuda:x'"),
         (dict(memory=None), SpecError, "memory: missing"),
+        (dict(memory=4095), SpecError, "memory: got 4095 B; one page is 4 KiB"),
+        (dict(events=2**31), SpecError, "events: got 2147483648; the largest"),
+        (dict(events=10**5000), SpecError, "events: got a number of 16610 bits"),
+        (dict(debug="yes"), SpecError, "debug: got 'yes'"),
+        (dict(record_ops=1), SpecError, "record_ops: got 1"),
+        (dict(driver=5), SpecError, "driver: got int"),
     ],
 )
 def test_an_allocator_that_cannot_be_made(options: dict[str, Any], error: Any, words: str) -> None:
