@@ -478,8 +478,11 @@ class Allocator:
         return order
 
     def _handle(self, sequence: Sequence | int) -> int:
+        return check_count("sequence", self._id_of(sequence))
+
+    def _id_of(self, sequence: Sequence | int) -> int:
         if not isinstance(sequence, Sequence):
-            return check_count("sequence", sequence)
+            return sequence
         if sequence.allocator is not self:
             raise SpecError(f"{sequence!r} belongs to another allocator")
         return sequence.id
@@ -487,7 +490,7 @@ class Allocator:
     def _handles(self, sequences: Iterable[Sequence | int] | Handles) -> Handles:
         if isinstance(sequences, np.ndarray):
             return sequences if sequences.dtype == np.int32 else as_int32("sequences", sequences)
-        handles = [self._handle(sequence) for sequence in sequences]
+        handles = [self._id_of(sequence) for sequence in sequences]
         return as_int32("sequences", handles)
 
     def _fitting_batch(self, ids: Handles, new_tokens: List[int] | Handles | None, rows: int) -> Batch:
