@@ -137,7 +137,7 @@ std::uint64_t Cache::state_digest() const {
     one.add(pin, node);
     hash.add_member(one);
   }
-  hash.add(pins_seen_, lookup_tokens_, hit_tokens_, follows_);
+  hash.add(pins_seen_, lookup_tokens_, hit_tokens_, follows());
   return hash.value();
 }
 
@@ -236,7 +236,6 @@ void Cache::open(i64 count, i32* handles) {
       handles[i] = static_cast<i32>(handle);
     }
     tx.commit();
-    follows_ = false;
     for (i64 i = 0; i < count; ++i) start_content(sequences_.index(handles[i]), root.node());
     root.keep(count);
   });
@@ -300,7 +299,6 @@ i64 Cache::fork_one(i64 parent) {
     }
     table_->publish(published_, tx);
     tx.commit();
-    follows_ = false;
   }
   if (content.root != kNoNode) index_.enter(content.root);
   contents_[child] = std::move(content);

@@ -271,6 +271,8 @@ class Cache final : public TableState {
     }
   }
   std::uint64_t state_digest() const;
+  // The latest sequence came by apply(), so another allocator decides about memory.
+  bool follows() const { return followed_to_ == sequences_.opened(); }
   // While it stays the same, a call that fails leaves the digest as it was.
   i64 disturbances() const { return pool_->disturbed() + index_.aged(); }
   void check_unchanged(std::uint64_t before, i64 disturbed) const;
@@ -496,7 +498,7 @@ class Cache final : public TableState {
   std::unordered_map<i64, i32> pins_;  // pin -> the last node of its chain
   std::shared_ptr<EventBatch> given_;  // by drain_events(), and not taken yet
   i64 batches_seen_ = 0;
-  bool follows_ = false;  // the latest sequences came by apply(), so another allocator decides about memory
+  i64 followed_to_ = -1;  // sequences_.opened() after the latest apply()
   i64 pins_seen_ = 0, lookup_tokens_ = 0, hit_tokens_ = 0;
   // Scratch of the call in progress, from here to call_: no later call sees what is left there.
   std::vector<i32> chain_, leaving_;

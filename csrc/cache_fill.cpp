@@ -150,7 +150,7 @@ bool Cache::needs_trash(const GroupBuffers* groups, i64 num_groups) const {
 }
 
 void Cache::back_trash(const GroupBuffers* groups, i64 num_groups, Transaction& tx) {
-  if (follows_) {  // the one that it follows takes the page for free, and may give it to a sequence
+  if (follows()) {  // the one that it follows takes the page for free, and may give it to a sequence
     throw SpecError(
         "padding rows read blocks 0 and 1, which the allocator that this one follows has not made yet: pad a batch "
         "there once, with batch(..., pad_to=), and apply its ops");

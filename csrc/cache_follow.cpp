@@ -25,7 +25,7 @@ void Cache::apply(const std::vector<Op>& ops) {
     }
     tx.commit();
     rules->commit();
-    follows_ = true;
+    followed_to_ = sequences_.opened();
   });
 }
 

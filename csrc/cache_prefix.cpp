@@ -183,7 +183,6 @@ i64 Cache::admit_at(const i32* tokens, i64 n, const PrefixKey& key, Reuse reuse,
     if (grows && room > most) refuse_room(room, most);
     if (grows) give_room(one, room, tx);
     tx.commit();
-    follows_ = false;
   }
   root.keep(1);
   finish_admission(one, tokens, root.node());
@@ -258,7 +257,6 @@ i64 Cache::admit_some(const i32* tokens, const i32* counts, i64 n, const PrefixK
       }
     }
     tx.commit();
-    follows_ = false;
   }
   root.keep(static_cast<i64>(admitted_.size()));
   for (Admitted& one : admitted_) {

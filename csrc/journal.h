@@ -75,7 +75,7 @@ class Journal {
   }
   [[gnu::cold, gnu::noinline]] void grow(std::size_t more);
 
-  std::vector<Entry> entries_;  // the first size_ count: a vector that grows by one entry costs three times as much
+  std::vector<Entry> entries_;  // the first size_ count: to add one is a store, where push_back() is a call
   std::size_t size_ = 0;
   bool open_ = false, restoring_ = false;
 };

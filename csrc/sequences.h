@@ -37,6 +37,7 @@ class Sequences {
 
   i64 capacity() const { return static_cast<i64>(handles_.size()); }
   i64 count() const { return capacity() - free_count_; }
+  i64 opened() const { return next_; }  // grows with every sequence that is opened
   bool live(i64 index) const { return handles_[index] != kNone; }
   i64 handle_of(i64 index) const { return handles_[index]; }  // of a place that is taken
 

@@ -478,9 +478,6 @@ class Allocator:
         return order
 
     def _handle(self, sequence: Sequence | int) -> int:
-        return check_count("sequence", self._id_of(sequence))
-
-    def _id_of(self, sequence: Sequence | int) -> int:
         if not isinstance(sequence, Sequence):
             return sequence
         if sequence.allocator is not self:
@@ -490,7 +487,7 @@ class Allocator:
     def _handles(self, sequences: Iterable[Sequence | int] | Handles) -> Handles:
         if isinstance(sequences, np.ndarray):
             return sequences if sequences.dtype == np.int32 else as_int32("sequences", sequences)
-        handles = [self._id_of(sequence) for sequence in sequences]
+        handles = [self._handle(sequence) for sequence in sequences]
         return as_int32("sequences", handles)
 
     def _fitting_batch(self, ids: Handles, new_tokens: List[int] | Handles | None, rows: int) -> Batch:
@@ -569,7 +566,7 @@ class Allocator:
         nobody's: reads give other bytes or zeros, writes spoil them or end the process. With ``debug``, such a use is a
         ``StaleHandle``.
         """
-        handle = self._handle(sequence)
+        handle = check_count("sequence", self._handle(sequence))
         index = self.spec.group_of(layer, component)
         first, end = self.core.first_token(handle, index), self.core.tokens(handle, index)
         if self._geometry[index].row_tokens:

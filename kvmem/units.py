@@ -17,7 +17,7 @@ _UNITS |= {f"{letter}B": 1000 ** (i + 1) for i, letter in enumerate("KMGTP")}
 def parse_bytes(field: str, value: int | str) -> int:
     """Bytes from an int, or a text such as ``"20GiB"`` or ``"500MB"`` (decimal); ``SpecError`` otherwise."""
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
-        return _bounded(field, value)
+        return check_most(field, value, 2**63 - 1)
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value) if isinstance(value, str) else None
     unit = None if match is None else _UNITS.get(match.group(2))
     if match is None or unit is None:
@@ -25,11 +25,7 @@ def parse_bytes(field: str, value: int | str) -> int:
     number = match.group(1)
     if len(number) > 20:  # more digits than any size of bytes has, and int() reads a few thousand at most
         raise SpecError(f"{field}: got a number of {len(number)} digits; must be below 2**63 bytes")
-    return _bounded(field, int(float(number) * unit) if "." in number else int(number) * unit)
-
-
-def _bounded(field: str, size: int) -> int:
-    return check_most(field, size, 2**63 - 1)
+    return check_most(field, int(float(number) * unit) if "." in number else int(number) * unit, 2**63 - 1)
 
 
 def format_bytes(count: int) -> str:
