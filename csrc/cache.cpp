@@ -116,11 +116,6 @@ void Cache::leave() {
   if (!found.empty()) throw Error("broken invariant: " + found.front());
 }
 
-void Cache::let_others_in(Lock& lock) {
-  leave();
-  if (lock.give_way()) settle();
-}
-
 std::uint64_t Cache::state_digest() const {
   Hasher hash;
   pool_->digest(hash);

@@ -191,9 +191,9 @@ class Cache final : public TableState {
   CacheStats stats();
   std::vector<std::string> check();
   // Of all that a later call could see, of every allocator of the pool (digest.h); and how often that may have changed
-  // though no call succeeded: a driver failed when memory had been written, or in the mapper, or the eviction order has
-  // aged. A call that is refused leaves the first unless the second has moved. Both are of one moment: the mapper may
-  // fail between two calls. Cost grows with everything.
+  // though no call succeeded: a driver failed when memory had been written, or in the mapper, or a piece of a call that
+  // works in pieces was done, or the eviction order has aged. A call that is refused leaves the first unless the second
+  // has moved. Both are of one moment: the mapper may fail between two calls. Cost grows with everything.
   std::pair<std::uint64_t, i64> digest();
   bool paged() const { return paged_; }
   void check_process() const { fork_guard_.check("the allocator"); }  // DeviceError in a forked child
@@ -239,8 +239,6 @@ class Cache final : public TableState {
   bool lies_as(i64 index, i64 g, i64 row, const BatchBuffers& filled, const BatchMarks& marks) const;
   void settle();
   void leave();
-  // Between two pieces of a call: everybody who waits for the pool gets it once.
-  void let_others_in(Lock& lock);
   i64 pages_at_once() const;
   // Runs `call`, which may change something, with the lock held. A debug build makes sure that the books are right
   // after it, and as they were if it fails.
@@ -248,6 +246,12 @@ class Cache final : public TableState {
   auto mutate(const Call& call) {
     const Lock lock = enter();
     return geometry_.debug ? watched(call) : call();
+  }
+  // Runs a piece of a longer call, which stands whatever becomes of the next ones.
+  template <class Call>
+  void piece(const Call& call) {
+    geometry_.debug ? watched(call) : call();
+    pool_->note_piece();
   }
   template <class Call>
   [[gnu::noinline]] auto watched(const Call& call) {

@@ -189,23 +189,24 @@ i64 Cache::clear_cache() {
   Lock lock = enter();
   settle();
   i64 blocks = 0;
-  {
+  piece([&] {
     Transaction tx(*pool_, *this);
     table_->forget_cut_ends(tx);
     tx.commit();
-  }
+  });
   // Others may cache as much as is forgotten here: then it comes to an end without them.
   const i64 enough = 2 * index_.cached();
   for (Item x = index_.victim(); x.node != kNoNode; x = index_.victim()) {
-    Transaction tx(*pool_, *this);
     const i64 before = index_.cached();
-    for (i64 n = 0; n < kAtOnce && x.node != kNoNode; ++n, x = index_.victim()) table_->evict_item(x, tx);
-    tx.commit();
+    piece([&] {
+      Transaction tx(*pool_, *this);
+      for (i64 n = 0; n < kAtOnce && x.node != kNoNode; ++n, x = index_.victim()) table_->evict_item(x, tx);
+      tx.commit();
+    });
     blocks += before - index_.cached();
-    if (blocks <= enough) let_others_in(lock);
+    if (blocks <= enough) pool_->let_others_in(lock);
   }
   if (index_.empty()) index_.events().cleared();
-  leave();
   return blocks;
 }
 

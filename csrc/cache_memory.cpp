@@ -31,15 +31,16 @@ i64 Cache::trim(i64 bytes) {
   const i64 page = pool_->page_bytes(), step = pages_at_once();
   i64 left = bytes < 0 ? pool_->present_pages() : ceil_div(bytes, page), given = 0;
   for (i64 now = step; now > 0 && left > 0;) {  // the free ones first: that costs nobody anything
-    Transaction tx(*pool_, *this);
-    const i64 wanted = std::min(left, step), free = pool_->free_pages();
-    if (wanted > free) table_->spill(wanted - free, true, tx);
-    now = pool_->give_back(wanted, tx);
-    tx.commit();
+    piece([&] {
+      Transaction tx(*pool_, *this);
+      const i64 wanted = std::min(left, step), free = pool_->free_pages();
+      if (wanted > free) table_->spill(wanted - free, true, tx);
+      now = pool_->give_back(wanted, tx);
+      tx.commit();
+    });
     given += now, left -= now;
-    let_others_in(lock);
+    pool_->let_others_in(lock);
   }
-  leave();
   return given * page;
 }
 
@@ -51,19 +52,21 @@ void Cache::set_memory(i64 pages) {
   } else {
     pool_->spill_in_pieces(lock, *table_, [&] { return table_->owned_pages - pages; });
   }
-  if (owns_pool_) {
-    pool_->set_budget(pages);
-  } else if (const i64 excess = table_->owned_pages - pages; excess > 0) {
-    Transaction tx(*pool_, *this);
-    if (const i64 freed = table_->spill(excess, true, tx); freed < excess) {
-      throw OutOfMemory("asked for a limit of " + std::to_string(pages) + " pages, but live sequences and pins hold " +
-                        std::to_string(table_->owned_pages) + ", which is the smallest that would fit; free or " +
-                        "preempt sequences first, unpin(), or compact()");
+  piece([&] {
+    if (owns_pool_) {
+      pool_->set_budget(pages);
+    } else if (const i64 excess = table_->owned_pages - pages; excess > 0) {
+      Transaction tx(*pool_, *this);
+      if (const i64 freed = table_->spill(excess, true, tx); freed < excess) {
+        throw OutOfMemory("asked for a limit of " + std::to_string(pages) +
+                          " pages, but live sequences and pins hold " + std::to_string(table_->owned_pages) +
+                          ", which is the smallest that would fit; free or " +
+                          "preempt sequences first, unpin(), or compact()");
+      }
+      tx.commit();
     }
-    tx.commit();
-  }
-  table_->limit_pages = pages;
-  leave();
+    table_->limit_pages = pages;
+  });
 }
 
 CacheStats Cache::stats() {

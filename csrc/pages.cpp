@@ -236,7 +236,8 @@ void PagePool::spill_in_pieces(PoolLock& lock, PageOwner& owner, const std::func
     Transaction tx(*this, none);
     freed = owner.spill(step, true, tx);
     tx.commit();
-    if (lock.give_way()) settle();
+    note_piece();
+    let_others_in(lock);
   }
 }
 
@@ -252,7 +253,8 @@ void PagePool::shrink_in_pieces(PoolLock& lock, i64 pages) {
     Transaction tx(*this, none);
     const i64 freed = spill(*owners_.front(), step, true, tx);
     tx.commit();
-    if (lock.give_way()) settle();
+    note_piece();
+    let_others_in(lock);
     if (freed == 0) break;
   }
   if (mapped_pages_ > pages + step) return;
@@ -261,7 +263,8 @@ void PagePool::shrink_in_pieces(PoolLock& lock, i64 pages) {
     Transaction tx(*this, none);
     give_back(step, tx);
     tx.commit();
-    if (lock.give_way()) settle();
+    note_piece();
+    let_others_in(lock);
   }
 }
 

@@ -157,9 +157,15 @@ class PagePool {
   void check(std::vector<std::string>* out) const;
   // Of the pool and all its owners.
   void digest(Hasher& hash) const;
-  // How often a driver failed after it had begun to write, or behind the caller's back: only then may an error leave
-  // another digest, since what was cached may have been written over, or what was mapped ahead is not there.
+  // How often a driver failed after it had begun to write, or behind the caller's back, or a piece of a longer call was
+  // done: only then may an error leave another digest, since what was cached may have been written over, or what was
+  // mapped ahead is not there, or the piece stands.
   i64 disturbed() const { return disturbed_; }
+  void note_piece() { ++disturbed_; }
+  // Between two pieces of a call: everybody who waits for the pool gets it once.
+  void let_others_in(PoolLock& lock) {
+    if (lock.give_way()) settle();
+  }
 
   i64 transactions = 0;  // counts them
   bool recording = false;

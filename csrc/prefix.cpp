@@ -47,6 +47,7 @@ PrefixIndex::PrefixIndex(i64 block_tokens, std::vector<GroupKind> groups, const 
     if (groups[g] == GroupKind::full) full_groups_.push_back(group);
     if (groups[g] == GroupKind::state) state_groups_.push_back(group);
   }
+  told_at_once_ += static_cast<std::size_t>(windows_) + state_groups_.size();
   whole_ = windows_ == 0 || !full_groups_.empty() || !state_groups_.empty();
   items_ = windows_ + whole_;
   cached_parts_.assign(static_cast<std::size_t>(windows_), 0);
@@ -258,10 +259,10 @@ void PrefixIndex::unenter(i32 node) {
   ++cached_;
 }
 
-// One more entry for each of the lists that a transaction fills: then neither a change nor taking it back needs memory.
+// Room for one more record's entries in each of the lists that a transaction fills.
 void PrefixIndex::grow_lists() {
   if (loose_.size() == loose_.capacity()) loose_.reserve(2 * loose_.size() + 16);
-  if (told_.size() == told_.capacity()) told_.reserve(2 * told_.size() + 16);
+  if (told_.capacity() - told_.size() < told_at_once_) told_.reserve(2 * told_.size() + told_at_once_ + 15);
 }
 
 void PrefixIndex::place(i32 node, i64 group, bool undo) {

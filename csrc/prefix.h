@@ -127,9 +127,11 @@ class PrefixIndex {
 
   // --- state: what transactions change and take back ---
   // The node's tokens lie in one more place, or one fewer: of this group, or (-1) of all that are not told apart.
-  // expect_change() comes before each, and may find no memory; these then need none, and neither does taking them back.
+  // expect_change() comes before the first of a record's changes, and may find no memory; these then need none, and
+  // neither does taking them back.
   void expect_change() {
-    if (loose_.size() == loose_.capacity() || (events_.on() && told_.size() == told_.capacity())) grow_lists();
+    const bool full = events_.on() && told_.capacity() - told_.size() < told_at_once_;
+    if (full || loose_.size() == loose_.capacity()) grow_lists();
   }
   void place(i32 node, i64 group, bool undo);
   void displace(i32 node, i64 group, bool undo);
@@ -354,8 +356,9 @@ class PrefixIndex {
   std::vector<std::uint64_t> ghosts_;  // keys given up, each at its own place
   std::vector<i32> loose_;             // unlinked or idle since the transaction began
   std::vector<Told> told_;
-  std::vector<i32> block_;  // tell() unpacks here
-  const i64 least_nodes_;   // that are made room for at once
+  std::size_t told_at_once_ = 1;  // by a record, at most: each group once, those of full attention together
+  std::vector<i32> block_;        // tell() unpacks here
+  const i64 least_nodes_;         // that are made room for at once
   i64 asides_ = 0, linked_ = 0, in_buckets_ = 0, cached_ = 0, pinned_ = 0, evicted_ = 0;
 };
 

@@ -330,6 +330,7 @@ void VirtualRows::change(const Op& op, bool mapped) {
 
 void VirtualRows::on_content(const Op& op, bool undo) {
   const i32 node = static_cast<i32>(op.a);
+  if (!undo) index_.expect_change();
   if (op.kind == OpKind::aside) return index_.set_aside({node, static_cast<i32>(op.b)});
   if (op.kind == OpKind::back) return index_.put_back({node, static_cast<i32>(op.b)});
   if (const i32 window = window_of(op); window >= 0) {
@@ -362,7 +363,7 @@ bool VirtualRows::can_give_up(const Op& op) const {
 void VirtualRows::hold(i64 row, i32 node, bool state, i64 windows, i64 after, bool undo) {
   Row& r = rows_[row];
   const i64 all_windows = index_.windows();
-  if (!undo) index_.expect_change(), r.given = pool_.transactions;
+  if (!undo) r.given = pool_.transactions;
   if (static_cast<i64>(holder_.size()) < index_.capacity()) {
     shower_.resize(index_.capacity() * index_.windows(), -1);
     if (has_state_) state_row_.resize(index_.capacity(), -1);
@@ -391,7 +392,6 @@ void VirtualRows::hold(i64 row, i32 node, bool state, i64 windows, i64 after, bo
 }
 
 void VirtualRows::unhold(i64 row, i32 node, bool state, bool undo) {
-  if (!undo) index_.expect_change();
   const i64 ordinal = index_.ordinal(node);
   if (state) {
     rows_[row].state = kNoNode;
@@ -414,7 +414,6 @@ void VirtualRows::unhold(i64 row, i32 node, bool state, bool undo) {
 }
 
 void VirtualRows::reveal(i64 row, i64 ordinal, i32 window, i64 after, bool undo) {
-  if (!undo) index_.expect_change();
   const i32 node = rows_[row].holds[ordinal].node;
   i32& link = after == 0 ? shower_[node * index_.windows() + window] : shown(after, ordinal, window).next;
   Shown& s = shown(row, ordinal, window);
@@ -426,7 +425,6 @@ void VirtualRows::reveal(i64 row, i64 ordinal, i32 window, i64 after, bool undo)
 }
 
 void VirtualRows::conceal(i64 row, i64 ordinal, i32 window, bool undo) {
-  if (!undo) index_.expect_change();
   const i32 node = rows_[row].holds[ordinal].node;
   Shown& s = shown(row, ordinal, window);
   (s.previous >= 0 ? shown(s.previous, ordinal, window).next : shower_[node * index_.windows() + window]) = s.next;
