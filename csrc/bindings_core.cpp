@@ -113,6 +113,7 @@ void bind_pool(nb::module_& m) {
       .def_prop_ro("present_pages", [](PagePool& p) { return p.lock(true), p.present_pages(); })
       .def_prop_ro("mapped_pages", [](PagePool& p) { return p.lock(true), p.mapped_pages(); })
       .def_prop_ro("driver_calls", [](PagePool& p) { return p.lock(true), p.driver_calls(); })
+      .def("driver_counters", [](PagePool& p) { return p.lock(true), p.driver_counters(); })
       .def(
           "set_budget",
           [](PagePool& p, i64 pages) {

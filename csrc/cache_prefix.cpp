@@ -283,9 +283,11 @@ Cache::Admitted Cache::admit_one(const i32* tokens, i64 n, const PrefixKey& key,
   if (reuse == Reuse::whole_blocks && one.found.tokens % block_tokens() != 0) {
     one.found = find_whole(one.found.tokens);
   }
+  one.found.wanted = n;
   bool done = one.found.tokens > 0 && try_adopt(one.handle, one.found, tx);
   if (!done && one.found.tokens % block_tokens() != 0) {  // whole blocks may need no memory
     one.found = find_whole(one.found.tokens);
+    one.found.wanted = n;
     done = one.found.tokens > 0 && try_adopt(one.handle, one.found, tx);
   }
   if (!done) {

@@ -75,7 +75,8 @@ class Driver {
   virtual void unmap(Address at, i64 bytes) = 0;       // exactly one mapping
 
   // A run of pages of `page_bytes` each, mapped back to back from `at`, and the reverse. All or nothing. The base
-  // class calls the verbs above once a page; a driver that can do better overrides (host: one mmap per adjacent run).
+  // class calls the verbs above once a page; a driver that can do better overrides (host: one mmap per adjacent run;
+  // CUDA: one cuMemUnmap for a run, where the driver takes that).
   // map_run does not call set_access.
   virtual void map_run(Address at, i64 page_bytes, const PageHandle* pages, i64 count);
   // map_run, and where that takes no further call set_access too: true then.

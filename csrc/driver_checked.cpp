@@ -255,21 +255,28 @@ void CheckedDriver::set_access(Address at, i64 bytes) {
   note("set_access", at, bytes, 0);
 }
 
-void CheckedDriver::unmap(Address at, i64 bytes) {
+void CheckedDriver::unmap(Address at, i64 bytes) { unmap_run(at, bytes, 1); }
+
+void CheckedDriver::unmap_run(Address at, i64 page_bytes, i64 count) {
   std::lock_guard<ForkMutex> lock(mutex_);
   ++counters_.unmap;
-  check_size("unmap", at, bytes);
-  auto it = mappings_.find(at);
-  if (it == mappings_.end() || it->second.bytes != bytes) {
-    refuse("unmap", range_text(at, bytes) + " is not exactly one mapping: " +
-                        (overlaps(at, bytes) ? "a part of one, or several" : "nothing is mapped there"));
+  check_size("unmap", at, page_bytes);
+  for (i64 i = 0; i < count; ++i) {
+    const Address page_at = at + i * page_bytes;
+    const auto it = mappings_.find(page_at);
+    if (it != mappings_.end() && it->second.bytes == page_bytes) continue;
+    refuse("unmap", range_text(page_at, page_bytes) + " is not exactly one mapping: " +
+                        (overlaps(page_at, page_bytes) ? "a part of one, or several" : "nothing is mapped there"));
   }
   inject("unmap");
-  inner_->unmap(at, bytes);
-  const PageHandle page = it->second.page;
-  --pages_.find(page)->second.mappings;
-  mappings_.erase(it);
-  note("unmap", at, bytes, page);
+  inner_->unmap_run(at, page_bytes, count);
+  for (i64 i = 0; i < count; ++i) {
+    const auto it = mappings_.find(at + i * page_bytes);
+    const PageHandle page = it->second.page;
+    --pages_.find(page)->second.mappings;
+    mappings_.erase(it);
+    note("unmap", at + i * page_bytes, page_bytes, page);
+  }
 }
 
 Driver::Mapped CheckedDriver::mapped_at(Address at) const {

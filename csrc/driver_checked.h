@@ -64,6 +64,7 @@ class CheckedDriver final : public Driver {
   void map(Address at, i64 bytes, i64 offset, PageHandle page) override;
   void set_access(Address at, i64 bytes) override;
   void unmap(Address at, i64 bytes) override;
+  void unmap_run(Address at, i64 page_bytes, i64 count) override;  // one call, as CUDA's
   void zero(Address at, i64 bytes, Stream stream) override;
   void copy(Address to, Address from, i64 bytes, Stream stream) override;
   Event record(Stream stream) override;
@@ -76,7 +77,7 @@ class CheckedDriver final : public Driver {
   void wait_for_device() override { inner_->wait_for_device(); }
 
  protected:
-  // The run verbs are the base class's: single calls, each of which can be made to fail.
+  // map_run() is the base class's: single calls, each of which can be made to fail.
   Mapped mapped_at(Address at) const override;
   void undoing(bool begin) override;
 

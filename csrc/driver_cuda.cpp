@@ -47,9 +47,10 @@ class CudaDriver final : public Driver {
   void destroy(PageHandle page) override;
   void map(Address at, i64 bytes, i64 offset, PageHandle page) override;
   void set_access(Address at, i64 bytes) override;
-  // map_run and unmap_run are the base class's, one call a page. cuMemUnmap over several adjacent mappings at once is
-  // seen to work on some drivers, but its documentation promises it only for the range of one cuMemMap.
   void unmap(Address at, i64 bytes) override;
+  // One call for the run. Drivers are seen to take that, though cuMemUnmap's documentation promises it only for the
+  // range of one cuMemMap: one that refuses gets a call a page from then on.
+  void unmap_run(Address at, i64 page_bytes, i64 count) override;
 
   void zero(Address at, i64 bytes, Stream stream) override;
   void copy(Address to, Address from, i64 bytes, Stream stream) override;
@@ -87,6 +88,7 @@ class CudaDriver final : public Driver {
     ++(counters_.*counter);
     device_.check_fork();
   }
+  bool unmap_at_once(Address at, i64 page_bytes, i64 count);
   cuda::EventPtr take_event();
   void check_not_captured(const char* verb, Stream stream) const;
   void give_everything_back();
@@ -101,6 +103,7 @@ class CudaDriver final : public Driver {
   std::map<Address, i64> reservations_;
   std::unordered_map<PageHandle, Page> pages_;
   std::map<Address, Mapping> mappings_;
+  std::atomic<bool> unmaps_runs_{true};  // until the driver has refused it
 
   // Never held during a call: polling an event must not wait for a slow set_access.
   mutable ForkMutex event_mutex_{"the CUDA driver"};
@@ -241,6 +244,28 @@ void CudaDriver::unmap(Address at, i64 bytes) {
                 [&] { return range_text(at, bytes); });
   --pages_.find(it->second.page)->second.mappings;
   mappings_.erase(it);
+}
+
+void CudaDriver::unmap_run(Address at, i64 page_bytes, i64 count) {
+  if (count == 1 || !unmaps_runs_ || !unmap_at_once(at, page_bytes, count)) Driver::unmap_run(at, page_bytes, count);
+}
+
+// False, and nothing has changed, where the driver refuses several mappings in one call.
+bool CudaDriver::unmap_at_once(Address at, i64 page_bytes, i64 count) {
+  const auto lock = begin(&DriverCounters::unmap);
+  const i64 bytes = count * page_bytes;
+  const auto first = mappings_.find(at);
+  auto end = first;
+  for (i64 i = 0; i < count; ++i, ++end) {
+    if (end == mappings_.end() || end->first != at + i * page_bytes || end->second.bytes != page_bytes)
+      refuse("unmap", range_text(at, bytes) + " is not made of mappings of " + std::to_string(page_bytes) + " bytes");
+  }
+  const Result code = device_.relaxed([&] { return api_.cuMemUnmap(at, bytes); });
+  if (code == cuda::kInvalidValue) return unmaps_runs_ = false;
+  device_.check(code, "cuMemUnmap", [&] { return range_text(at, bytes); });
+  for (auto it = first; it != end; ++it) --pages_.find(it->second.page)->second.mappings;
+  mappings_.erase(first, end);
+  return true;
 }
 
 Driver::Mapped CudaDriver::mapped_at(Address at) const {

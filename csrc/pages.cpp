@@ -269,15 +269,17 @@ void PagePool::shrink_in_pieces(PoolLock& lock, i64 pages) {
 }
 
 void PagePool::count_calls(const std::vector<Op>& ops) {
+  OpKind kind = OpKind::zero;  // of the run that the next record may continue
   i32 arena = -1;
   i64 next = -1;
   for (const Op& op : ops) {
-    if (op.kind == OpKind::map) {
-      driver_calls_ += op.c + (op.at != arena || op.a != next ? 1 : 0);
-      arena = op.at, next = op.a + op.c;
-    } else if (op.kind != OpKind::zero) {  // the space zeroes when the run is mapped
-      if (op.kind == OpKind::unmap) driver_calls_ += op.c;
-      if (is_physical(op.kind)) arena = -1;
+    if (op.kind == OpKind::map || op.kind == OpKind::unmap) {
+      const bool continues = op.kind == kind && op.at == arena && op.a == next;
+      if (op.kind == OpKind::map) counted_.map += op.c;
+      if (!continues) ++(op.kind == OpKind::map ? counted_.set_access : counted_.unmap);
+      kind = op.kind, arena = op.at, next = op.a + op.c;
+    } else if (is_physical(op.kind) && (op.kind != OpKind::zero || kind != OpKind::map)) {
+      arena = -1;  // what lies between maps is zeroed when their run is mapped
     }
   }
 }

@@ -148,7 +148,9 @@ class PagePool {
 
   // Without a driver, what a GPU's driver would have been asked: one map for each page, one set_access for each run.
   void count_calls(const std::vector<Op>& ops);
-  i64 driver_calls() const { return space_ ? space_->driver().counters().total() : driver_calls_; }
+  // Without a space: as a GPU's driver would have been called, but for pages, which exist from the start there.
+  DriverCounters driver_counters() const { return space_ ? space_->driver().counters() : counted_; }
+  i64 driver_calls() const { return driver_counters().total(); }
 
   // Pages that could be had for `owner` right now, spilling included.
   i64 available_pages(const PageOwner& owner) const;
@@ -197,7 +199,7 @@ class PagePool {
   i64 budget_pages_ = 0;
   i64 present_pages_ = 0;
   i64 mapped_pages_ = 0;
-  i64 driver_calls_ = 0;
+  DriverCounters counted_;
   i64 disturbed_ = 0;
   i64 fence_ = 0;
   const bool create_ahead_;

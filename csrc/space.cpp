@@ -112,19 +112,15 @@ void Space::execute(const Op* first, const Op* last, bool ahead, Progress* progr
       if (is_physical(op->kind) && op->kind != OpKind::create) zero_noted();
       if (op->kind == OpKind::copy) {
         op += run_copies(op, left);
+      } else if (op->kind == OpKind::unmap) {
+        op += run_unmaps(op, left);
       } else {
         run_one(*op);
         ++op;
       }
     }
     zero_noted();
-  } catch (const DeviceError& e) {
-    // Half done. What is zeroed at last fails with no record left.
-    if (op != last && op->kind == OpKind::unmap && e.call() == "unmap_run") must_show(op->at, op->a, op->b, op->c);
-    undo(first, op);
-    if (progress) *progress = {std::min(static_cast<std::size_t>(op - first) + 1, all), wrote_};
-    throw;
-  } catch (...) {
+  } catch (...) {  // what is zeroed at last fails with no record left
     undo(first, op);
     if (progress) *progress = {std::min(static_cast<std::size_t>(op - first) + 1, all), wrote_};
     throw;
@@ -187,6 +183,10 @@ std::size_t Space::run_maps(const Op* ops, std::size_t count) {
   std::size_t taken = 0;
   i64 next = ops[0].a;
   while (taken < count) {
+    if (!is_physical(ops[taken].kind)) {
+      ++taken;
+      continue;
+    }
     if (ops[taken].kind == OpKind::zero) {
       to_zero_.push_back({ops[taken].at, ops[taken].a, ops[taken].b});
       ++taken;
@@ -222,6 +222,32 @@ std::size_t Space::run_maps(const Op* ops, std::size_t count) {
     }
     throw;
   }
+  settled(ops[0].at, ops[0].a, pages);
+  return taken;
+}
+
+// Unmaps the longest run of adjacent slots that starts at ops[0], by one call of the driver where that can; returns how
+// many records it took.
+std::size_t Space::run_unmaps(const Op* ops, std::size_t count) {
+  std::size_t taken = 0;
+  i64 pages = 0, fence = 0;
+  for (; taken < count; ++taken) {
+    const Op& op = ops[taken];
+    if (!is_physical(op.kind)) continue;
+    if (op.kind != OpKind::unmap || op.at != ops[0].at || op.a != ops[0].a + pages) break;
+    pages += op.c, fence = std::max(fence, op.d);
+  }
+  wait_for(fence);
+  try {
+    driver_->unmap_run(at(ops[0].at, ops[0].a), page_bytes_, pages);
+  } catch (const DeviceError& e) {
+    for (std::size_t i = 0; e.call() == "unmap_run" && i < taken; ++i) {  // half done
+      if (ops[i].kind == OpKind::unmap) must_show(ops[i].at, ops[i].a, ops[i].b, ops[i].c);
+    }
+    throw;
+  }
+  std::vector<bool>& slots = arenas_[ops[0].at].slots;
+  std::fill(slots.begin() + ops[0].a, slots.begin() + ops[0].a + pages, false);
   settled(ops[0].at, ops[0].a, pages);
   return taken;
 }
@@ -319,14 +345,6 @@ void Space::run_one(const Op& op) {
       }
       break;
     }
-    case OpKind::unmap: {
-      wait_for(op.d);
-      driver_->unmap_run(at(op.at, op.a), page_bytes_, op.c);
-      std::vector<bool>& slots = arenas_[op.at].slots;
-      std::fill(slots.begin() + op.a, slots.begin() + op.a + op.c, false);
-      settled(op.at, op.a, op.c);
-      break;
-    }
     case OpKind::fence: {
       wait_for(0);  // only to forget what is done, so that the list stays short
       join_once();
@@ -401,6 +419,8 @@ void Space::undo(const Op* first, const Op* last) {
     try {
       if (back.kind == OpKind::map) {
         run_maps(&back, 1);
+      } else if (back.kind == OpKind::unmap) {
+        run_unmaps(&back, 1);
       } else if (back.kind != OpKind::zero && back.kind != OpKind::copy && back.kind != OpKind::fence) {
         run_one(back);
       } else if (back.kind == OpKind::fence && !marks_.empty() && marks_.back().number == last->a) {

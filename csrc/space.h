@@ -50,11 +50,11 @@ class Space {
     bool wrote = false;     // it has begun to zero or copy
   };
   // Executes the physical records of [first, last) in order, skipping others. Adjacent maps become one run with one
-  // set_access, neighbouring zeroes one call, and so do copies that continue each other on both sides. A failing call
-  // throws, and then everything executed so far has been undone. When the driver fails at that too, what is left to
-  // undo is noted, and done before anything else is. Host memory may run out, too: what undoing needs is taken before.
-  // `ahead`: for memory that no kernel knows yet, whose zeroing need not queue behind the kernels; finish() ends it.
-  // `progress` is told how far a call that failed has come.
+  // set_access, adjacent unmaps one run, neighbouring zeroes one call, and so do copies that continue each other on
+  // both sides. A failing call throws, and then everything executed so far has been undone. When the driver fails at
+  // that too, what is left to undo is noted, and done before anything else is. Host memory may run out, too: what
+  // undoing needs is taken before. `ahead`: for memory that no kernel knows yet, whose zeroing need not queue behind
+  // the kernels; finish() ends it. `progress` is told how far a call that failed has come.
   void execute(const Op* first, const Op* last, bool ahead = false, Progress* progress = nullptr);
   // Does what is left to undo; throws what the driver throws while it still cannot.
   void repair();
@@ -90,6 +90,7 @@ class Space {
 
   Address at(i32 arena, i64 slot) const { return arenas_[arena].reservation->base() + Address(slot * page_bytes_); }
   std::size_t run_maps(const Op* ops, std::size_t count);
+  std::size_t run_unmaps(const Op* ops, std::size_t count);
   std::size_t run_copies(const Op* ops, std::size_t count);
   void zero_noted();
   bool try_unmap(i32 arena, i64 slot, i64 count);

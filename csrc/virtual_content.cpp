@@ -57,7 +57,7 @@ void VirtualTable::adopt(i64 index, const std::vector<i32>& chain, const Found& 
   if (taken) {
     take_over(index, found.row, whole, tx);
   } else {
-    bind_empty(index, tx);
+    bind_behind(index, found, tx);
     for (i64 g = 0; g < groups_; ++g) {
       if (geometry_.groups[g].growth != Growth::token || found.row == kNoRow) continue;
       const i64 first = sequences_.front(index, g);
@@ -77,7 +77,7 @@ void VirtualTable::adopt(i64 index, const std::vector<i32>& chain, const Found& 
     copy_state(found.row, row_of_[index], g, tx);
   }
   // Only now: what lies behind the content may have been another row's too.
-  if (taken && geometry_.zero == Zero::always) zero_row(found.row, found.tokens, tx);
+  if (geometry_.zero == Zero::always) zero_row(row_of_[index], found.tokens, tx);
 }
 
 // From the last block back, each from the row of the one behind it if that shows it too, so that there are few.
@@ -319,7 +319,7 @@ void VirtualTable::share_row(i64 from, i64 to, i64 group, i64 first, i64 tokens,
       tx.push({OpKind::map, arena(a), slot_of(to, group, a) + slot, source.pages[slot], n});
       slot += n;
     }
-    map(to, a, whole, high_slot(group, a, tokens), tx);
+    map_holes(to, a, whole, high_slot(group, a, tokens), tx);
     if (const i64 tail = first < tokens ? bytes % page_bytes() : 0) {  // a window of one token may need none of them
       const i64 offset = whole * page_bytes();
       tx.push({OpKind::copy, arena(a), slot_of(to, group, a) * page_bytes() + offset,

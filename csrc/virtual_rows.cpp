@@ -475,7 +475,7 @@ bool VirtualRows::is_whole_in(i64 row, i64 g, i64 ordinal) const {
   return true;
 }
 
-VirtualRows::Spare VirtualRows::spare(i64 row, i64 g, i64 a) const {
+VirtualRows::Spare VirtualRows::spare(i64 row, i64 g, i64 a, bool ahead) const {
   const Extent& e = extent(row, a);
   const Row& r = rows_[row];
   const Growth growth = geometry_.groups[g].growth;
@@ -487,7 +487,7 @@ VirtualRows::Spare VirtualRows::spare(i64 row, i64 g, i64 a) const {
   if (r.index >= 0) {
     i64 lo, hi;
     needed(row, g, a, &lo, &hi);
-    s.end = std::max(hi, e.lo);
+    s.end = std::max(ahead ? std::min(with_ahead(g, a, hi), e.hi) : hi, e.lo);
     s.to = std::min(lo, e.hi);
     s.from = std::max(e.lo, ceil_div(content, page_bytes()));  // what is known stays until it is evicted
   } else if (growth == Growth::fixed) {
@@ -577,7 +577,7 @@ void VirtualRows::check_lists(i64 row, std::vector<std::string>* out) const {
   if ((r.index < 0 ? parked_ : bound_).has(row)) return;
   for (i64 a = 0; a < arenas_; ++a) {
     const Extent& e = extent(row, a);
-    const Spare s = spare(row, group_of(a), a);
+    const Spare s = spare(row, group_of(a), a, true);
     const bool front =
         s.from < s.to &&
         std::any_of(e.pages.begin() + s.from, e.pages.begin() + s.to, [](i32 page) { return page >= 0; });

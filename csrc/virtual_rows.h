@@ -204,11 +204,20 @@ class VirtualRows : public PageTable {
     *hi = index < 0 ? extent(row, a).hi : high_slot(g, a, sequences_.tokens(index, g));
   }
 
+  // A row that has to map pages maps some more, so that a sequence that grows by a token at a time makes its driver
+  // calls once in so many pages. They are spare, and the last that is given up.
+  static constexpr i64 kAheadShare = 128, kMostAhead = 3;
+  i64 with_ahead(i64 g, i64 a, i64 slots) const {
+    if (geometry_.map_ahead_tokens == 0) return slots;
+    return std::min(row_slots(g, a), slots + std::min(slots / kAheadShare, kMostAhead));
+  }
+
   // Slots [from, to) and [end, hi) of a row: neither its sequence nor its content needs what is mapped there.
+  // `ahead`: that what a live row has ahead of its tokens is not among them.
   struct Spare {
     i64 from, to, end;
   };
-  Spare spare(i64 row, i64 g, i64 a) const;
+  Spare spare(i64 row, i64 g, i64 a, bool ahead) const;
 
   // Bits of the windows that have all of the block mapped in the row, and that reach it in the sequence at `index`:
   // what is mapped before that was never copied.

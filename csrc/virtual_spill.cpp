@@ -14,6 +14,15 @@ i64 VirtualTable::spill(i64 pages, bool content, Transaction& tx) {
   i64 freed = spill_list(parked_, pages, tx);
   freed += spill_list(bound_, pages - freed, tx);
   if (!content) return freed;
+  freed += spill_content(pages - freed, tx);
+  for (i64 row = 1; row < static_cast<i64>(rows_.size()) && freed < pages; ++row) {
+    if (rows_[row].index >= 0 && row != copy_) freed += spill_row(row, pages - freed, tx, false);
+  }
+  return freed;
+}
+
+i64 VirtualTable::spill_content(i64 pages, Transaction& tx) {
+  i64 freed = 0;
   const auto spill_doubles = [&](bool spare, i64 most) {
     for (i64 row; freed < pages && (row = find_double(spare, most)) != 0;) {
       cut(row, 0, tx);
@@ -67,13 +76,13 @@ i64 VirtualTable::spill_list(const IdList& list, i64 pages, Transaction& tx) {
   return freed;
 }
 
-i64 VirtualTable::spill_row(i64 row, i64 pages, Transaction& tx) {
+i64 VirtualTable::spill_row(i64 row, i64 pages, Transaction& tx, bool ahead) {
   i64 freed = 0, a = 0;
   bool all = true;  // that it could give
   for (i64 g = 0; a < arenas_ && freed < pages; ++a) {
     while (a >= first_[g + 1]) ++g;
     const Extent& e = extent(row, a);
-    const Spare s = spare(row, g, a);
+    const Spare s = spare(row, g, a, ahead);
     const i64 before = owned_pages;
     if (!rows_[row].source) {
       unmap(row, a, s.from, s.to, rows_[row].fence, tx);
@@ -108,8 +117,7 @@ i64 VirtualTable::give_up(i32 node, i64 pages, Transaction& tx) {
 // driver. `pages`: how many were to come free with the block before. Not where a state goes with a block, too.
 void VirtualTable::forget_more(i64 row, i64 pages, Transaction& tx) {
   if (rows_[row].index >= 0 || has_state_) return;
-  const i64 most = most_pages_of_block();
-  while ((pages -= most) > 0) {
+  while (spare_pages(row) < pages) {
     const Item x = index_.victim();
     if (x.node == kNoNode || x.window >= 0 || blocks_of(row) == 0) return;
     const Hold& last = rows_[row].holds.back();
@@ -118,15 +126,11 @@ void VirtualTable::forget_more(i64 row, i64 pages, Transaction& tx) {
   }
 }
 
-// The most that come free when the only row that holds a block forgets it.
-i64 VirtualTable::most_pages_of_block() const {
+// Mapped behind the content of a parked row.
+i64 VirtualTable::spare_pages(i64 row) const {
   i64 pages = 0;
   for (i64 g = 0, a = 0; g < groups_; ++g) {
-    for (; a < first_[g + 1]; ++a) {
-      const i64 bytes = index_.block_tokens() * token_bytes(g, a);
-      const bool cut_anywhere = remainder(bytes, page_bytes()) != 0 && remainder(page_bytes(), bytes) != 0;
-      pages += ceil_div(bytes, page_bytes()) + cut_anywhere;
-    }
+    for (; a < first_[g + 1]; ++a) pages += extent(row, a).hi - spare(row, g, a, true).end;
   }
   return pages;
 }
@@ -226,8 +230,14 @@ i64 VirtualTable::find_double(bool spare, i64 most) {
 
 i64 VirtualTable::best_empty(i64 slots) const {
   if (empty_.empty()) return -1;
-  const auto best = empty_.lower_bound({slots, 0});
-  return best != empty_.end() ? best->second : empty_.lower_bound({empty_.rbegin()->first, 0})->second;
+  const auto more = empty_.lower_bound({slots, 0});
+  if (more == empty_.begin()) return more->second;
+  const auto less = std::prev(more);
+  if (more == empty_.end()) return empty_.lower_bound({less->first, 0})->second;
+  const i64 beyond = more->first - slots;
+  return beyond <= pages_at_hand() || 2 * beyond <= 5 * (slots - less->first)
+             ? more->second
+             : empty_.lower_bound({less->first, 0})->second;
 }
 
 i64 VirtualTable::pick_empty(Transaction& tx) { return empty_.empty() ? empty_a_row(tx) : empty_.begin()->second; }
@@ -274,18 +284,38 @@ i64 VirtualTable::pick_row(i64 tokens, Transaction& tx) {
   i64 need = 0;
   for (i64 g = 0; g < groups_; ++g) {
     if (geometry_.groups[g].growth != Growth::token) continue;
-    for (i64 a = first_[g]; a < first_[g + 1]; ++a) need += high_slot(g, a, tokens);
+    for (i64 a = first_[g]; a < first_[g + 1]; ++a) need += with_ahead(g, a, high_slot(g, a, tokens));
   }
-  const i64 empty = best_empty(need);
-  if (empty < 0) return empty_a_row(tx);
-  if (need - rows_[empty].slots <= std::min(pool_.room_pages(), limit_pages - owned_pages)) return empty;
-  const Item x = index_.victim();
-  const i64 row = x.node == kNoNode ? -1 : first_holder(x.node);
-  // Only where all that it has would have to go anyway.
-  const i64 room = std::min(pool_.room_pages(), limit_pages - owned_pages), short_of = need - rows_[empty].slots - room;
-  if (row < 0 || rows_[row].index >= 0 || rows_[row].slots > short_of || !can_lose(row)) return empty;
-  cut(row, 0, tx);
-  return row;
+  i64 row = best_empty(need);
+  i64 short_of = need - (row < 0 ? 0 : rows_[row].slots) - pages_at_hand();
+  if (short_of > 0) {
+    const Guard best(copy_, row);
+    short_of -= spill(short_of, false, tx);
+  }
+  while (short_of > 0) {
+    const i64 victim = pick_victim(short_of + short_of / 4, tx);
+    if (victim < 0) break;
+    short_of -= rows_[victim].slots;
+    cut(victim, 0, tx);
+    row = best_empty(need);
+  }
+  return row < 0 ? empty_a_row(tx) : row;
+}
+
+i64 VirtualTable::pick_victim(i64 most, Transaction& tx) {
+  constexpr i64 kLooked = 8;
+  Aside aside(index_, arena(0), tx);
+  i64 best = -1;
+  for (i64 looked = 0; looked < kLooked && !aside.full(); ++looked) {
+    const Item x = index_.victim();
+    if (x.node == kNoNode || x.window >= 0) break;
+    const i64 row = first_holder(x.node), slots = rows_[row].slots;
+    const bool fits = rows_[row].index < 0 && slots <= most && can_lose(row);
+    if (fits && (best < 0 || slots > rows_[best].slots)) best = row;
+    aside.add(x);
+  }
+  aside.put_back();
+  return best;
 }
 
 void VirtualTable::bind(i64 index, i64 tokens, Transaction& tx) {
@@ -315,6 +345,19 @@ void VirtualTable::bind_empty(i64 index, Transaction& tx) {
   tx.push({OpKind::bind, 0, sequences_.handle_of(index), row});
   drop_pages(row, tx);
   mark_finite(row);
+}
+
+// A row for one that shows pages of another in front, and has its own behind those.
+void VirtualTable::bind_behind(i64 index, const Found& found, Transaction& tx) {
+  if (index_.windows() > 0 || has_state_) return bind_empty(index, tx);
+  const i64 row = pick_row(std::max(found.wanted, found.tokens), tx);
+  tx.push({OpKind::bind, 0, sequences_.handle_of(index), row});
+  if (rows_[row].maybe_shared) drop_shared(row, tx);
+  for (i64 a = 0; a < arenas_; ++a) {
+    const Extent& e = extent(row, a);
+    unmap(row, a, e.lo, std::min(e.hi, found.tokens * token_bytes(group_of(a), a) / page_bytes()), rows_[row].fence,
+          tx);
+  }
 }
 
 void VirtualTable::drop_pages(i64 row, Transaction& tx) {

@@ -33,21 +33,31 @@ void VirtualTable::grow(i64 index, i64 group, i64 old_tokens, i64 new_tokens, Tr
   if (row_of_[index] < 0) bind(index, new_tokens, tx);
   const i64 row = row_of_[index];
   if (copy_tail_[index * groups_ + group]) copy_tail(index, group, old_tokens, tx);
+  const bool ahead = has_room_ahead(row, group, new_tokens, tx);
   for (i64 a = first_[group]; a < first_[group + 1]; ++a) {
     const Extent& e = extent(row, a);
     const i64 lo = low_slot(group, a, sequences_.front(index, group));
     const i64 hi = high_slot(group, a, new_tokens);
     if (hi < e.solid) unmap(row, a, hi, e.hi, rows_[row].fence, tx);  // what is parked there lies behind a gap
-    for (i64 slot = lo; slot < e.solid; ++slot) {
-      const i64 begin = slot;
-      while (slot < e.solid && e.pages[slot] < 0) ++slot;
-      map(row, a, begin, slot, tx);
-    }
-    map(row, a, e.count == 0 ? lo : std::max(lo, e.hi), hi, tx);
+    map_holes(row, a, lo, e.solid, tx);
+    if (hi > e.hi) map(row, a, e.count == 0 ? lo : std::max(lo, e.hi), ahead ? with_ahead(group, a, hi) : hi, tx);
   }
   if (!guarded_) return;
   if (has_cut(index, group, new_tokens)) zero_cut(index, group, new_tokens, tx);
   zero_ahead(row, group, old_tokens, new_tokens, tx);
+}
+
+// Makes room for the slots that growing takes, if it takes any, and for those ahead of them; false if there is none for
+// the latter.
+bool VirtualTable::has_room_ahead(i64 row, i64 group, i64 tokens, Transaction& tx) {
+  i64 slots = 0, ahead = 0;
+  for (i64 a = first_[group]; a < first_[group + 1]; ++a) {
+    const i64 hi = high_slot(group, a, tokens), have = extent(row, a).hi, to = with_ahead(group, a, hi);
+    if (hi > have) slots += to - have, ahead += to - hi;
+  }
+  if (ahead == 0) return false;
+  if (const i64 now = pages_at_hand(); now < slots) pool_.spill(*this, slots - now, true, tx);
+  return pages_at_hand() >= slots;
 }
 
 void VirtualTable::zero_ahead(i64 row, i64 group, i64 old_tokens, i64 new_tokens, Transaction& tx) {
@@ -146,7 +156,7 @@ bool VirtualTable::map_ahead(i64 index, i64 group, i64 tokens, Transaction& tx) 
     want += std::max(i64{0}, high_slot(group, a, tokens + 2 * ahead) - extent(row, a).hi);
   }
   // Preparing is never worth taking something away from anyone.
-  if (want == 0 || want > pool_.room_pages() || want > limit_pages - owned_pages) return false;
+  if (want == 0 || want > pages_at_hand()) return false;
   pool_.journal.set(ready_[row * groups_ + group], have);
   for (i64 a = first_[group]; a < first_[group + 1]; ++a) {
     const i64 hi = high_slot(group, a, tokens + 2 * ahead);
@@ -202,6 +212,16 @@ void VirtualTable::map(i64 row, i64 a, i64 from, i64 to, Transaction& tx, Zero z
   const Extent& e = extent(row, a);
   const i64 near = from > 0 && from <= static_cast<i64>(e.pages.size()) ? e.pages[from - 1] : -1;
   pool_.map_slots(*this, arena(a), slot_of(row, group_of(a), a) + from, to - from, near, zero, tx);
+}
+
+void VirtualTable::map_holes(i64 row, i64 a, i64 from, i64 to, Transaction& tx) {
+  const Extent& e = extent(row, a);
+  const auto is_hole = [&e](i64 slot) { return slot >= static_cast<i64>(e.pages.size()) || e.pages[slot] < 0; };
+  for (i64 slot = from; slot < to; ++slot) {
+    const i64 begin = slot;
+    while (slot < to && is_hole(slot)) ++slot;
+    map(row, a, begin, slot, tx);
+  }
 }
 
 void VirtualTable::unmap(i64 row, i64 a, i64 from, i64 to, i64 fence, Transaction& tx) {

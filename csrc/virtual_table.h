@@ -43,6 +43,11 @@ class VirtualTable final : public VirtualRows {
 
   void retract(i64 index, i32, Transaction& tx) override { forget_last(row_of_[index], tx); }
 
+  i64 pick_victim(i64 most, Transaction& tx);
+  void bind_behind(i64 index, const Found& found, Transaction& tx);
+  i64 pages_at_hand() const { return std::min(pool_.room_pages(), limit_pages - owned_pages); }
+  bool has_room_ahead(i64 row, i64 group, i64 tokens, Transaction& tx);
+
   void evict(i32 node, Transaction& tx) override;
   void evict_window(i32 node, i32 window, Transaction& tx) override;
   void offer(i32) override {}  // doubles_ knows the rows that this concerns
@@ -99,12 +104,13 @@ class VirtualTable final : public VirtualRows {
   // True if another row shows every block of a parked row from `from` on, as far back as this one does.
   bool is_covered(i64 row, std::size_t from) const;
   i64 spill_list(const IdList& list, i64 pages, Transaction& tx);
-  i64 spill_row(i64 row, i64 pages, Transaction& tx);
+  i64 spill_content(i64 pages, Transaction& tx);
+  i64 spill_row(i64 row, i64 pages, Transaction& tx, bool ahead = true);
   void drop_passed(i64 row, Transaction& tx);
   bool keeps_pins(i64 row, i64 from) const;
   i64 give_up(i32 node, i64 pages, Transaction& tx);
   void forget_more(i64 row, i64 pages, Transaction& tx);
-  i64 most_pages_of_block() const;
+  i64 spare_pages(i64 row) const;
   // Evicts what a window group has of a node, and of other blocks on one of its pages if only so a page comes free;
   // returns how many pages did. -1, and nothing has happened, where none can.
   i64 give_up_window(Item x, Transaction& tx);
@@ -189,6 +195,7 @@ class VirtualTable final : public VirtualRows {
   Zero page_zero() const { return guarded_ ? Zero::always : geometry_.zero; }
   void map(i64 row, i64 a, i64 from, i64 to, Transaction& tx) { map(row, a, from, to, tx, page_zero()); }
   void map(i64 row, i64 a, i64 from, i64 to, Transaction& tx, Zero zero);
+  void map_holes(i64 row, i64 a, i64 from, i64 to, Transaction& tx);
   void unmap(i64 row, i64 a, i64 from, i64 to, i64 fence, Transaction& tx);
 
   bool needs_nothing(i64 tokens) const;  // of the tokens before, as windows of one token at the end of a block

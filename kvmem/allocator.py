@@ -65,8 +65,9 @@ class Allocator:
         layer do, each has a range of its own, as dense as a contiguous tensor. More means less waste and fewer driver
         calls; less is read faster by a CPU. A row wastes half a page in each range: of Llama 3 8B in 2 MiB pages 8
         tokens' worth with ``"all"`` (1 range), 256 with ``1`` (32), 512 with ``"none"`` (64).
-    map_ahead_tokens: how far ahead of a sequence's growth a background thread maps (virtual). 0 turns it off. Default:
-        CUDA 64, others 0.
+    map_ahead_tokens: how far ahead of a sequence's growth a background thread maps (virtual). Above 0, a call that has
+        to map pages itself also maps some more, one for each 128 that the row has, 3 at most; what is ahead is given up
+        when memory is short, after what is cached. 0: nothing is mapped ahead. Default: CUDA 64, others 0.
     tail_guard_tokens: how far past its length a sequence's memory can be loaded and is finite, for kernels that load
         whole tiles and mask afterwards (0 * NaN is NaN). Virtual: so many tokens behind it in its row; paged: the rest
         of its last block, behind which the table names block 0, which is zero. Above 0, memory is zeroed when a

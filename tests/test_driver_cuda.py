@@ -176,6 +176,35 @@ def test_runs_that_fail_are_undone(stub: CudaStub) -> None:
         driver.unmap_run(base, size, 4)
 
 
+def test_a_run_is_unmapped_by_one_call_where_the_driver_takes_that(stub: CudaStub) -> None:
+    stub.set("unmaps_runs", 1)
+    driver = stub.driver()
+    size = driver.info.granularity_bytes
+    base = driver.reserve(8 * size)
+    driver.map_run(base, size, [driver.create(size) for _ in range(6)])
+    stub.fail("cuMemUnmap", 1, 999)
+    with pytest.raises(DeviceError):
+        driver.unmap_run(base, size, 4)
+    assert stub.get("mappings") == 6
+    with pytest.raises(DeviceError, match="is not made of mappings"):
+        driver.unmap_run(base + 4 * size, size, 3)
+    before = stub.calls("cuMemUnmap")
+    driver.unmap_run(base, size, 4)
+    driver.unmap(base + 4 * size, size)
+    assert stub.calls("cuMemUnmap") - before == 2 and stub.get("mappings") == 1
+
+
+def test_a_driver_that_refuses_a_run_is_asked_for_one_once(stub: CudaStub) -> None:
+    driver = stub.driver()
+    size = driver.info.granularity_bytes
+    base = driver.reserve(8 * size)
+    driver.map_run(base, size, [driver.create(size) for _ in range(8)])
+    driver.unmap_run(base, size, 4)
+    assert stub.calls("cuMemUnmap") == 1 + 4 and stub.get("mappings") == 4
+    driver.unmap_run(base + 4 * size, size, 4)
+    assert stub.calls("cuMemUnmap") == 1 + 8 and stub.get("mappings") == 0
+
+
 # ---- No driver, or not enough of one ---------------------------------------------------------------------------------
 
 

@@ -55,7 +55,9 @@ def test_a_page_that_is_asked_for_costs_the_blocks_on_it(backend: str, policy: s
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_request_costs_the_blocks_that_it_lacks(backend: str, policy: str, lacking: int) -> None:
-    """A page a block: ten blocks are cached and as many pages free as the request needs, but for `lacking`."""
+    """A page a block: ten blocks are cached and as many pages free as the request needs, but for `lacking`. A row that
+    has at most a quarter more than that is taken over as it is, with its pages in place.
+    """
     alloc = make_allocator(
         spec_of(None, width=32, block=16), backend, memory=PAGE * 40, page_bytes=PAGE, max_tokens=400, policy=policy
     )
@@ -67,7 +69,8 @@ def test_a_request_costs_the_blocks_that_it_lacks(backend: str, policy: str, lac
     alloc.set_memory(trash + spare + (12 - lacking) * PAGE)
     with alloc.sequence() as seq:
         seq.extend(12 * 16)
-        assert 10 - alloc.stats().cached_blocks == lacking
+        lost = 10 - alloc.stats().cached_blocks
+        assert lost == lacking or (backend == "virtual" and lost == 10 <= lacking * 5 // 4)
     assert alloc.check() == []
 
 

@@ -217,11 +217,17 @@ void Side::verify_all() {
 
 void Side::follow() {
   if (!replica) return;
-  try {
-    replica->apply(cache->take_ops());
-  } catch (const Error& e) {
-    throw Failure(std::string("replica: it refuses what was done: ") + e.what());
-  }
+  CacheStats here;
+  std::vector<Op> ops = cache->take_ops();
+  do {  // the mapper may fail between two calls, which the first to look takes back: again until nothing came between
+    try {
+      replica->apply(ops);
+    } catch (const Error& e) {
+      throw Failure(std::string("replica: it refuses what was done: ") + e.what());
+    }
+    here = cache->stats();
+    ops = cache->take_ops();
+  } while (!ops.empty());
   for (const Live& l : live) {
     for (i64 g = 0; g < groups(); ++g) {
       i64 a[2], b[2];
@@ -230,7 +236,7 @@ void Side::follow() {
       if (a[0] != b[0] || a[1] != b[1]) throw Failure("replica: " + name(l) + " has other lengths there");
     }
   }
-  const CacheStats here = cache->stats(), there = replica->stats();
+  const CacheStats there = replica->stats();
   const auto compare = [](const char* what, i64 a, i64 b) {
     if (a != b) throw Failure("replica: " + std::to_string(b) + " " + what + ", not " + std::to_string(a));
   };

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 
 __all__ = ["BACKENDS", "Backend", "Budget", "open_allocator", "open_pool"]
 
+#: As on CUDA, which the books of "meta" stand for.
+MAP_AHEAD_TOKENS = 64
+
 Backend = Literal["virtual", "paged"]
 BACKENDS: tuple[Backend, ...] = ("virtual", "paged")
 
@@ -44,6 +47,6 @@ def open_allocator(model: Model, backend: Backend, device: str, budget: Budget) 
         max_tokens=budget.max_tokens,
         page_bytes=budget.page_bytes,
         interleave="all",
-        map_ahead_tokens=0,
+        map_ahead_tokens=MAP_AHEAD_TOKENS if device == "meta" else 0,
         tail_guard_tokens=0,
     )

@@ -298,15 +298,21 @@ Result cuMemMap(DevicePtr at, size_t bytes, size_t offset, AllocationHandle hand
 
 Result cuMemUnmap(DevicePtr at, size_t bytes) {
   ENTER_UNSAFE("cuMemUnmap");
-  auto it = s.mappings.find(at);
-  if (it == s.mappings.end() || static_cast<size_t>(it->second.bytes) != bytes) return kInvalidValue;
+  size_t covered = 0;
+  for (auto it = s.mappings.find(at); covered < bytes; ++it) {
+    if (it == s.mappings.end() || it->first != at + covered) return kInvalidValue;
+    covered += static_cast<size_t>(it->second.bytes);
+    if (covered > bytes || (covered < bytes && s.settings["unmaps_runs"] == 0)) return kInvalidValue;
+  }
   const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED;
   if (mmap(pointer(at), bytes, PROT_NONE, flags, -1, 0) == MAP_FAILED) return kOutOfMemory;
-  auto allocation = s.allocations.find(it->second.handle);
-  s.mappings.erase(it);
-  s.trace.push_back("unmap " + std::to_string(at));
-  --allocation->second.mappings;
-  drop_if_unused(s, allocation);
+  for (auto it = s.mappings.find(at); it != s.mappings.end() && it->first < at + bytes;) {
+    auto allocation = s.allocations.find(it->second.handle);
+    s.trace.push_back("unmap " + std::to_string(it->first));
+    it = s.mappings.erase(it);
+    --allocation->second.mappings;
+    drop_if_unused(s, allocation);
+  }
   return kOk;
 }
 

@@ -24,6 +24,7 @@ State::State() {
   settings["driver_version"] = 13000;
   settings["hold_events"] = 0;
   settings["foreign_bytes"] = 0;           // what other processes hold
+  settings["unmaps_runs"] = 0;             // 1: cuMemUnmap takes several mappings, as drivers are seen to
   settings["recommended_bytes"] = 0;       // 0: as the minimum
   settings["rdma_granularity_bytes"] = 0;  // 0: as for other pages
   settings[kDead] = 0;
