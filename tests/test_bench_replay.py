@@ -55,7 +55,7 @@ def test_the_allocator_decides_as_the_model_pool(model, backend, gib, chunked):
     """Short of memory: fitted, preempted and refused requests, tokens computed again and steps must all be equal."""
     trace = load_trace(EXCERPT).head(150)
     memory = gib << 30
-    arguments = {"max_sequences": 256, "bytes_per_token": model.bytes_per_token}
+    arguments = {"max_sequences": 256, "bytes_per_token": model.bytes_per_token, "page_bytes": PAGE}
     # The allocator keeps some pages for blocks that belong to nobody: the model pool is given what is left.
     pool = open_pool(model, backend, "meta", Budget(memory, 256, 131_072, PAGE))
     spare = pool.usage().mapped_bytes
@@ -82,7 +82,7 @@ def test_measured_waste_equals_the_arithmetic_and_the_promise(model, lengths, ba
     """At most 0.2 % of the bytes in use at request end, on 2 MiB pages with all layers interleaved."""
     trace = load_trace(EXCERPT)
     pool = open_pool(model, backend, "meta", Budget(64 << 30, 256, 131_072, PAGE))
-    result = replay(trace, pool, StepModel(), max_sequences=256, bytes_per_token=model.bytes_per_token)
+    result = replay(trace, pool, StepModel(), max_sequences=256, bytes_per_token=model.bytes_per_token, page_bytes=PAGE)
     assert result.outcome.completed == len(lengths)
     used = sum(lengths) * LLAMA_TOKEN_BYTES
     mapped = sum(math.ceil(length / 16) for length in lengths) * PAGE
@@ -128,7 +128,9 @@ def test_the_full_traces_waste_what_the_published_table_says(model, file, interl
 def test_the_full_trace_without_a_limit_peaks_where_the_published_table_says():
     """83 live sequences; 1.34 M live tokens when every request is counted at its full length from the start."""
     trace = load_trace(Path(os.environ["KVMEM_TRACES"]) / "mooncake_conversation.jsonl")
-    result = replay(trace, StaticPool(1 << 50, 1, 1 << 17, 256), StepModel(), max_sequences=256, bytes_per_token=1)
+    result = replay(
+        trace, StaticPool(1 << 50, 1, 1 << 17, 256), StepModel(), max_sequences=256, bytes_per_token=1, page_bytes=PAGE
+    )
     assert (result.outcome.completed, result.outcome.peak_running, result.outcome.preemptions) == (12_031, 83, 0)
     assert 1.30e6 < result.outcome.peak_tokens < 1.34e6
 
@@ -151,7 +153,13 @@ def test_timings_cover_every_step_and_request(model):
     done: list[int] = []
     pool = open_pool(model, "virtual", "meta", Budget(65 << 30, 256, 131_072, PAGE))
     result = replay(
-        trace, pool, StepModel(), max_sequences=256, bytes_per_token=model.bytes_per_token, progress=done.append
+        trace,
+        pool,
+        StepModel(),
+        max_sequences=256,
+        bytes_per_token=model.bytes_per_token,
+        page_bytes=PAGE,
+        progress=done.append,
     )
     assert result.admit_us.count == 40
     assert result.step_us.count > result.grow_us.count > 1000

@@ -59,6 +59,9 @@ _OPTIONS = [
     click.option(
         "--max-tokens", type=click.IntRange(min=1), help="Longest sequence. Default: what the model is made for."
     ),
+    click.option(
+        "--content", is_flag=True, help="Prompts have the content that the trace's block ids tell, and hit the cache."
+    ),
     click.option("--chunked", is_flag=True, help="Prompts take memory chunk by chunk instead of whole."),
     click.option(
         "--real-memory",

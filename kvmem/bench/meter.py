@@ -47,22 +47,15 @@ class Meter:
         self._grew_only = True
         self._next_sample = 0
 
-    def admit(self, tokens: int) -> Int32s | None:
-        """A new sequence with room for ``tokens``; None when it does not fit."""
-        counts = np.array([tokens], dtype=np.int32)
+    def admit(self, request: int, tokens: int) -> Int32s | None:
+        """A new sequence with the first ``tokens`` of the request; None when it does not fit."""
         begin = perf_counter_ns()
-        ids = self.pool.open(1)
-        fits = self.pool.try_extend(ids, counts)
-        if fits:
-            self.pool.commit(ids, counts)
-        else:
-            self.pool.free(ids)
+        ids = self.pool.admit(request, tokens)
         spent = perf_counter_ns() - begin
         self._now += spent
         self._grew_only = False
-        if not fits:
-            return None
-        self._admit_ns.append(spent)
+        if ids is not None:
+            self._admit_ns.append(spent)
         return ids
 
     def grow(self, ids: Int32s, counts: Int32s) -> bool:
@@ -125,7 +118,7 @@ class Meter:
 
     @property
     def admit_ns(self) -> npt.NDArray[np.int64]:
-        """Nanoseconds of each admission that succeeded: open, extend by the prompt, commit."""
+        """Nanoseconds of each admission that succeeded, with the commit of its prompt."""
         return np.array(self._admit_ns, dtype=np.int64)
 
     @property

@@ -9,10 +9,11 @@ from pathlib import Path
 from rich.console import Console
 
 from kvmem.bench.attention import attention
+from kvmem.bench.content import ContentPool
 from kvmem.bench.errors import BenchError
 from kvmem.bench.generate import generate
 from kvmem.bench.language_models import load_language_model
-from kvmem.bench.memory import BACKENDS, Backend, Budget, open_pool
+from kvmem.bench.memory import BACKENDS, Backend, Budget, open_allocator, open_pool
 from kvmem.bench.micro import micro
 from kvmem.bench.model import LLAMA_3_8B_WEIGHT_BYTES, Model, load_model
 from kvmem.bench.pools import Pool, StaticPool
@@ -47,6 +48,7 @@ class Settings:
     max_sequences: int = 256
     max_tokens: int | None = None
     chunked: bool = False
+    content: bool = False
     real_memory: str = "512MiB"
     real_sequences: int = 32
     repetitions: int | None = None
@@ -70,6 +72,10 @@ class Run:
         self.backends: tuple[Backend, ...] = (
             BACKENDS if settings.backend == "both" else tuple(b for b in BACKENDS if b == settings.backend)
         )
+        if settings.content and settings.chunked:
+            raise BenchError(
+                "--content with --chunked: a prompt with content takes its memory whole; leave one of them out"
+            )
         self.results = Results(_setup(settings, self.model, self.trace, self.page_bytes))
 
     @property
@@ -93,6 +99,7 @@ class Run:
                         model,
                         max_sequences=self.budget.max_sequences,
                         bytes_per_token=self.model.bytes_per_token,
+                        page_bytes=self.page_bytes,
                         progress=done,
                     )
                 )
@@ -157,7 +164,11 @@ class Run:
         budget, model = self.budget, self.model
 
         def managed(backend: Backend) -> Callable[[], Pool]:
-            return lambda: open_pool(model, backend, "meta", budget)
+            if not self.settings.content:
+                return lambda: open_pool(model, backend, "meta", budget)
+            return lambda: ContentPool(
+                open_allocator(model, backend, "meta", budget), backend, budget.max_tokens, self.trace
+            )
 
         pools: dict[str, Callable[[], Pool]] = {backend: managed(backend) for backend in self.backends}
         pools["static"] = lambda: StaticPool(
@@ -201,6 +212,7 @@ def _setup(settings: Settings, model: Model, trace: Trace, page_bytes: int) -> S
         max_sequences=settings.max_sequences,
         max_tokens=max_tokens,
         prefill="chunked" if settings.chunked else "whole",
+        content=settings.content,
         trace=trace.name,
         trace_format=trace.format,
         requests=trace.num_requests,

@@ -14,7 +14,7 @@ from kvmem.units import format_bytes
 if TYPE_CHECKING:
     from kvmem import Allocator
 
-__all__ = ["AllocatorPool", "Int32s", "Pool", "StaticPool", "Usage"]
+__all__ = ["AllocatorPool", "ByLength", "Int32s", "Pool", "StaticPool", "Totals", "Usage"]
 
 Int32s = npt.NDArray[np.int32]
 
@@ -33,6 +33,17 @@ class Usage:
     driver_calls: int
 
 
+@dataclass(frozen=True)
+class Totals:
+    """Since the pool was made: driver calls by kind, and tokens of prompts looked up and found in the cache."""
+
+    map: int = 0
+    set_access: int = 0
+    unmap: int = 0
+    lookup_tokens: int = 0
+    hit_tokens: int = 0
+
+
 class Pool(Protocol):
     """Memory for many sequences. ``ids`` and ``counts`` are int32 [n]; ``counts`` are tokens to add."""
 
@@ -41,6 +52,11 @@ class Pool(Protocol):
 
     def open(self, count: int) -> Int32s:
         """New, empty sequences. Takes no memory."""
+
+    def admit(self, request: int, tokens: int) -> Int32s | None:
+        """A new sequence with memory for the first tokens of a request of the trace, all of them committed; None where
+        it does not fit.
+        """
 
     def try_extend(self, ids: Int32s, counts: Int32s) -> bool:
         """Room for more tokens in every sequence, or False and nothing changed."""
@@ -54,16 +70,41 @@ class Pool(Protocol):
     def usage(self) -> Usage:
         """A moment's account. No driver call."""
 
+    def totals(self) -> Totals: ...
 
-class AllocatorPool:
+
+class ByLength:
+    """A pool whose sequences have lengths only, and that calls no driver."""
+
+    def admit(self: Pool, request: int, tokens: int) -> Int32s | None:
+        ids, counts = self.open(1), np.array([tokens], dtype=np.int32)
+        if not self.try_extend(ids, counts):
+            self.free(ids)
+            return None
+        self.commit(ids, counts)
+        return ids
+
+    def totals(self) -> Totals:
+        return Totals()
+
+
+class AllocatorPool(ByLength):
     """`kvmem.Allocator` through its batched calls, one Python call a verb."""
 
     def __init__(self, allocator: Allocator, name: str, max_tokens: int) -> None:
         self.allocator, self.name, self.max_tokens = allocator, name, max_tokens
-        self.open = allocator.open_batch
-        self.try_extend = allocator.try_extend_batch
-        self.commit = allocator.commit_batch
-        self.free = allocator.free_batch
+
+    def open(self, count: int) -> Int32s:
+        return self.allocator.open_batch(count)
+
+    def try_extend(self, ids: Int32s, counts: Int32s) -> bool:
+        return self.allocator.try_extend_batch(ids, counts)
+
+    def commit(self, ids: Int32s, counts: Int32s) -> None:
+        self.allocator.commit_batch(ids, counts)
+
+    def free(self, ids: Int32s) -> None:
+        self.allocator.free_batch(ids)
 
     def usage(self) -> Usage:
         stats = self.allocator.stats()
@@ -72,8 +113,12 @@ class AllocatorPool:
             stats.mapped_bytes, stats.used_bytes, stats.wasted_bytes, stats.parked_bytes, free, stats.driver_calls
         )
 
+    def totals(self) -> Totals:
+        calls, stats = self.allocator.pool.core.driver_counters(), self.allocator.stats()
+        return Totals(calls.map, calls.set_access, calls.unmap, stats.lookup_tokens, stats.hit_tokens)
 
-class StaticPool:
+
+class StaticPool(ByLength):
     """The layout that kvmem replaces: every sequence slot is allocated at start for the longest possible sequence.
 
     All slots are mapped always; the slots of no sequence count as parked, the unused rest of a slot in use as wasted.

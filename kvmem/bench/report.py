@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from kvmem.bench.driver_costs import PUBLISHED
 from kvmem.bench.generate import DYNAMIC_CACHE
 from kvmem.bench.replay import ReplayResult
 from kvmem.bench.results import Results, Setup
@@ -84,8 +85,9 @@ class Report:
         rows += _over_time(runs)
         self.table(
             f"Replay on a simulated device, pages of {format_bytes(setup.page_bytes)}, at most "
-            f"{setup.max_sequences} sequences of {setup.max_tokens:,} tokens, {setup.prefill} prefill; "
-            "driver calls are counted, their time is not simulated",
+            f"{setup.max_sequences} sequences of {setup.max_tokens:,} tokens, {setup.prefill} prefill, "
+            f"prompts {'with' if setup.content else 'without'} content; "
+            f"driver calls are counted; their seconds are those of an {PUBLISHED.device} ({PUBLISHED.source})",
             ["", *(run.pool for run in runs)],
             rows,
         )
@@ -210,6 +212,11 @@ def _timed(value: Callable[[ReplayResult], str]) -> Callable[[ReplayResult], str
     return lambda run: "-" if run.pool == "static" else value(run)  # its bookkeeping here is no peer's
 
 
+def _clocked(value: Callable[[ReplayResult], str]) -> Callable[[ReplayResult], str]:
+    # With content, making the ids of prompts would be timed too.
+    return lambda run: "-" if run.lookup_tokens else _timed(value)(run)
+
+
 _REPLAY_ROWS: list[tuple[str, Callable[[ReplayResult], str]]] = [
     ("sequences that fitted, at most", lambda run: f"{run.outcome.peak_running:,}"),
     ("sequences running, mean", lambda run: f"{run.mean_running:.1f}"),
@@ -226,13 +233,19 @@ _REPLAY_ROWS: list[tuple[str, Callable[[ReplayResult], str]]] = [
         lambda run: format_percent(run.mean_wasted_bytes / max(1.0, run.mean_used_bytes)),
     ),
     ("waste at request end", lambda run: format_percent(run.end_waste)),
+    ("prompt tokens found in the cache", lambda run: format_percent(run.hit_rate) if run.lookup_tokens else "-"),
     ("driver calls", _timed(lambda run: f"{run.driver_calls:,}")),
-    ("allocator, us a step: median", _timed(lambda run: format_us(run.step_us.median))),
-    ("allocator, us a step: p99", _timed(lambda run: format_us(run.step_us.p99))),
-    ("... in steps that only grow: median", _timed(lambda run: format_us(run.grow_us.median))),
-    ("... in steps that only grow: p99", _timed(lambda run: format_us(run.grow_us.p99))),
-    ("admit a sequence, us: median", _timed(lambda run: format_us(run.admit_us.median))),
-    ("free a sequence, us: median", _timed(lambda run: format_us(run.free_us.median))),
+    ("... map", _timed(lambda run: f"{run.map_calls:,}")),
+    ("... set_access", _timed(lambda run: f"{run.set_access_calls:,}")),
+    ("... unmap", _timed(lambda run: f"{run.unmap_calls:,}")),
+    ("driver seconds", _timed(lambda run: f"{run.driver_seconds:.1f}")),
+    ("... an hour", _timed(lambda run: f"{run.driver_seconds_an_hour:.1f}")),
+    ("allocator, us a step: median", _clocked(lambda run: format_us(run.step_us.median))),
+    ("allocator, us a step: p99", _clocked(lambda run: format_us(run.step_us.p99))),
+    ("... in steps that only grow: median", _clocked(lambda run: format_us(run.grow_us.median))),
+    ("... in steps that only grow: p99", _clocked(lambda run: format_us(run.grow_us.p99))),
+    ("admit a sequence, us: median", _clocked(lambda run: format_us(run.admit_us.median))),
+    ("free a sequence, us: median", _clocked(lambda run: format_us(run.free_us.median))),
 ]
 
 

@@ -45,6 +45,7 @@ class Setup:
     max_sequences: int
     max_tokens: int
     prefill: str
+    content: bool
     trace: str
     trace_format: str
     requests: int

@@ -151,12 +151,12 @@ class Scheduler:
         if self.trace.total_tokens[request] > self.meter.pool.max_tokens:
             return None
         if not self.model.chunked:
-            return self.meter.admit(prompt)
+            return self.meter.admit(request, prompt)
         # A prompt that takes memory as it goes is admitted when all of it fits beside what others still have to take.
         promised = int(self._pending[: self.count].sum()) + prompt
         if promised * self.bytes_per_token > self.meter.pool.usage().free_bytes:
             return None
-        return self.meter.admit(min(prompt, self.model.chunk_tokens))
+        return self.meter.admit(request, min(prompt, self.model.chunk_tokens))
 
     def _leave_queue(self) -> None:
         if self.preempted:
