@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from collections.abc import Sequence as List
+from functools import partial
 from types import NoneType
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -16,12 +17,13 @@ from kvmem import _core
 from kvmem.arrays import as_int32, at_least_zero, check_bool, check_count, check_most, not_int32
 from kvmem.backends import BACKENDS, lay_out
 from kvmem.batch import INT32_MAX, Batch, new_batch
-from kvmem.device import in_debug_mode
+from kvmem.device import Device, in_debug_mode
 from kvmem.digests import ExtraKey, decode_key
 from kvmem.errors import OutOfMemory, SpecError
 from kvmem.events import Event, EventBatch, EventStream
 from kvmem.layouts import GroupLayout, resolve_interleave
 from kvmem.ops import Op
+from kvmem.page_size import choose_page_bytes
 from kvmem.pool import PagePool, pool_for
 from kvmem.prefix import Pin, PrefixMatch, Reason, Tokens, encode_keys, token_ids, with_ids
 from kvmem.protocols import Sizes
@@ -60,7 +62,9 @@ class Allocator:
     max_sequences, max_tokens: how many sequences at a time, and how long. They cost addresses, not memory. Up to 2**24
         and 2**31 - 1. In all there are 2**32 - 3 sequences in the life of an allocator, since a handle is an int32 and
         is never given out again: five years of 25 a second. After that ``SpecError``: make another allocator.
-    page_bytes: size of a physical page. Default: CPU 64 KiB (more above 2 GiB of memory), CUDA and meta 2 MiB.
+    page_bytes: size of a physical page. Default: CPU 64 KiB (more above 2 GiB of memory); CUDA and meta what the driver
+        recommends, 2 MiB, and ``"virtual"`` more where sequences are long, since fewer pages are fewer driver calls:
+        see ``kvmem.page_size.choose_page_bytes``. Llama 3 8B with 128 Ki tokens and 65 GiB: 16 MiB.
     interleave: how many layers lie side by side in a page, or ``"all"`` (default), or ``"none"``: not even K and V of a
         layer do, each has a range of its own, as dense as a contiguous tensor. More means less waste and fewer driver
         calls; less is read faster by a CPU. A row wastes half a page in each range: of Llama 3 8B in 2 MiB pages 8
@@ -132,7 +136,9 @@ class Allocator:
         self.max_tokens = check_most("max_tokens", check_size("max_tokens", max_tokens), INT32_MAX)
         self._recording = check_bool("record_ops", record_ops)
         self._debug = in_debug_mode() if debug is None else check_bool("debug", debug)
-        self.pool = pool_for(pool, device, memory, page_bytes, driver, record_ops)
+        self.pool = pool_for(
+            pool, device, memory, page_bytes, driver, record_ops, partial(self._choose_page, interleave)
+        )
         home = self.pool.device
         self.device = home.torch_device
         self.interleave = resolve_interleave(_default(interleave, home.interleave), spec.num_layers)
@@ -186,6 +192,14 @@ class Allocator:
         if record_ops:
             self.core.record()
             self.pool.is_recorded = True
+
+    def _choose_page(self, interleave: int | str | None, home: Device, memory_bytes: int) -> int:
+        least = home.default_page_bytes(memory_bytes)
+        if self.backend != "virtual" or home.name == "cpu":  # few calls, or cheap ones
+            return least
+        together = resolve_interleave(_default(interleave, home.interleave), self.spec.num_layers)
+        layouts = [GroupLayout(group, together) for group in self.spec.groups]
+        return choose_page_bytes(layouts, max_tokens=self.max_tokens, memory_bytes=memory_bytes, least=least)
 
     # --- sequences ---
 

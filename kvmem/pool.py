@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -43,13 +44,15 @@ class PagePool:
         *,
         device: str | torch.device = "cpu",
         memory: int | str,
-        page_bytes: int | None = None,
+        page_bytes: int | Callable[[Device, int], int] | None = None,
         shareable: bool = False,
         rdma: bool = False,
         driver: _core.Driver | None = None,
     ) -> None:
         self.device: Device = open_device(device, driver, shareable, rdma)
         budget = self.device.auto_bytes() if memory == "auto" else parse_bytes("memory", memory)
+        if callable(page_bytes):  # an allocator's choice, which knows the device and the budget only here
+            page_bytes = page_bytes(self.device, budget)
         page = self.device.default_page_bytes(budget) if page_bytes is None else parse_bytes("page_bytes", page_bytes)
         # Without a driver nobody else would object to what no device can map.
         if page <= 0 or (self.device.driver is None and page % _LEAST_PAGE):
@@ -126,12 +129,17 @@ def pool_for(
     page_bytes: int | None,
     driver: _core.Driver | None,
     record_ops: bool,
+    choose_page: Callable[[Device, int], int],
 ) -> PagePool:
-    """The pool of an allocator that is made with these arguments: the given one, or one of its own."""
+    """The pool of an allocator that is made with these arguments: the given one, or one of its own.
+
+    ``choose_page`` says how large its pages are where ``page_bytes`` does not.
+    """
     if pool is None:
         if memory is None:
             raise SpecError('memory: missing; give a budget such as "20GiB", or a pool to share')
-        return PagePool(device="cpu" if device is None else device, memory=memory, page_bytes=page_bytes, driver=driver)
+        page = choose_page if page_bytes is None else page_bytes
+        return PagePool(device="cpu" if device is None else device, memory=memory, page_bytes=page, driver=driver)
     if not isinstance(pool, PagePool):
         raise SpecError(f"pool: got {type(pool).__name__}; must be a PagePool")
     if device is not None or page_bytes is not None or driver is not None:

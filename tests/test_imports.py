@@ -28,7 +28,7 @@ LEVELS: dict[str, int] = {
             "spec_rules stats units",
             "protocols",
             "backends device eviction layouts prefix streams tiers transfer",
-            "allocator pool scheduler sequence sequence_views views",
+            "allocator page_size pool scheduler sequence sequence_views views",
             "connectors cuda kernels lockstep plan transformers transformers_layer",
             "bench cli",
         ]

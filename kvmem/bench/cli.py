@@ -51,7 +51,12 @@ _OPTIONS = [
         "--weights", help="Bytes of it that the weights take. Default: 15.0 GiB for Llama 3 8B, 0 with --config."
     ),
     click.option("--backend", type=click.Choice(["both", "virtual", "paged"]), default="both", show_default=True),
-    click.option("--page", default="2MiB", show_default=True, help="Bytes of a physical page."),
+    click.option(
+        "--page",
+        default="2MiB",
+        show_default=True,
+        help="Bytes of a physical page; 'auto': as the virtual backend chooses.",
+    ),
     click.option("--block-size", type=click.IntRange(min=1), default=16, show_default=True, help="Tokens of a block."),
     click.option(
         "--max-sequences", type=click.IntRange(min=1), default=256, show_default=True, help="Sequences at once."

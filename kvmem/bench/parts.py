@@ -24,6 +24,8 @@ from kvmem.bench.scheduler import StepModel
 from kvmem.bench.steady import steady
 from kvmem.bench.traces import EXCERPT, Trace, load_trace
 from kvmem.bench.waste import rounding_sweep, rounding_table
+from kvmem.layouts import GroupLayout, resolve_interleave
+from kvmem.page_size import choose_page_bytes
 from kvmem.units import format_bytes, parse_bytes
 
 __all__ = ["Run", "Settings"]
@@ -65,7 +67,7 @@ class Run:
         self.model = load_model(settings.config, dtype=settings.dtype, block_size=settings.block_size)
         trace = load_trace(settings.trace or EXCERPT)
         self.trace = trace if settings.requests is None else trace.head(settings.requests)
-        self.page_bytes = parse_bytes("--page", settings.page)
+        self.page_bytes = _page_bytes(settings, self.model, self.trace)
         self.real_bytes = parse_bytes("--real-memory", settings.real_memory)
         if not self.page_bytes:
             raise BenchError("--page is 0; a page holds at least one byte: 2MiB is what stock drivers map")
@@ -177,10 +179,29 @@ class Run:
         return pools
 
 
-def _setup(settings: Settings, model: Model, trace: Trace, page_bytes: int) -> Setup:
-    memory = parse_bytes("--memory", settings.memory)
+def _kv_bytes(settings: Settings) -> tuple[int, int]:
+    """The device's memory, and what its weights take of it."""
     packaged = LLAMA_3_8B_WEIGHT_BYTES if settings.config is None else 0
     weights = packaged if settings.weights is None else parse_bytes("--weights", settings.weights)
+    return parse_bytes("--memory", settings.memory), weights
+
+
+def _max_tokens(settings: Settings, model: Model, trace: Trace) -> int:
+    return settings.max_tokens or model.max_tokens or -(-int(trace.total_tokens.max()) // 256) * 256
+
+
+def _page_bytes(settings: Settings, model: Model, trace: Trace) -> int:
+    if settings.page != "auto":
+        return parse_bytes("--page", settings.page)
+    memory, weights = _kv_bytes(settings)
+    together = resolve_interleave("all", model.spec.num_layers)
+    layouts = [GroupLayout(group, together) for group in model.spec.groups]
+    tokens = _max_tokens(settings, model, trace)
+    return choose_page_bytes(layouts, max_tokens=tokens, memory_bytes=max(0, memory - weights))
+
+
+def _setup(settings: Settings, model: Model, trace: Trace, page_bytes: int) -> Setup:
+    memory, weights = _kv_bytes(settings)
     if memory - weights < page_bytes:
         raise BenchError(
             f"--memory {format_bytes(memory)} less {format_bytes(weights)} of weights leaves no page of "
@@ -189,7 +210,7 @@ def _setup(settings: Settings, model: Model, trace: Trace, page_bytes: int) -> S
     if settings.max_sequences < 1 or (settings.max_tokens is not None and settings.max_tokens < 1):
         raise BenchError("--max-sequences and --max-tokens must be 1 or more")
     longest = int(trace.total_tokens.max())
-    max_tokens = settings.max_tokens or model.max_tokens or -(-longest // 256) * 256
+    max_tokens = _max_tokens(settings, model, trace)
     notes = list(trace.notes)
     if longest > max_tokens:
         too_long = int((trace.total_tokens > max_tokens).sum())

@@ -1,0 +1,44 @@
+"""How large a physical page should be: large pages are mapped by fewer driver calls, small ones waste less."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from kvmem.layouts import GroupLayout
+
+__all__ = ["choose_page_bytes"]
+
+#: Of a sequence's bytes: what its last pages may hold empty on average, half a page in each of its address ranges.
+MOST_WASTE = 0.006
+#: The memory must be so many pages, or there is too little to move from one sequence to another.
+LEAST_PAGES = 1024
+#: A sequence is expected to reach this part of the longest one. Production chats with room for 128 Ki tokens are 12 Ki
+#: long on average (Mooncake's conversation trace).
+EXPECTED_SHARE = 10
+
+
+def choose_page_bytes(
+    layouts: Iterable[GroupLayout],
+    *,
+    max_tokens: int,
+    memory_bytes: int,
+    least: int = 2 << 20,
+    expected_tokens: int | None = None,
+) -> int:
+    """The page size of a virtual allocator, in bytes: the largest power of two times ``least`` at which a sequence of
+    ``expected_tokens`` (default: a tenth of ``max_tokens``) wastes at most 0.6 % by rounding.
+
+    A GPU's driver is called for each page that is mapped, at a cost that hardly depends on its size (3 us; a run's
+    set_access and unmap take 60 and 42), so the calls fall as pages grow, and the waste rises. ``least``: what the
+    driver recommends. Never more than 1/1,024 of the memory.
+    """
+    tokens = expected_tokens or max(1, max_tokens // EXPECTED_SHARE)
+    ranges, held = 0, 0
+    for layout in layouts:
+        if layout.group.growth == "token":
+            ranges += len(layout.token_bytes)
+            held += sum(layout.token_bytes) * min(tokens, layout.group.window_tokens or tokens)
+    page = least
+    while page * 2 * LEAST_PAGES <= memory_bytes and page * ranges <= MOST_WASTE * held:
+        page *= 2
+    return page
