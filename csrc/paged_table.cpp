@@ -495,16 +495,25 @@ class PagedTable final : public PagedBlocks {
     const i64 first = unbacked(group);
     if (first == b.max_blocks) return false;
     const i64 least = missing_pages(b, first);
+    const i64 at_hand = pages_at_hand();
+    // Counting a run takes a step for each of its blocks: not where there is no room for one.
+    if (make_room(least, tx) < least) return false;
     // Room for all that is wanted is made at once: then each arena is mapped, and zeroed, in one run.
-    if (const i64 allowed = limit_pages - owned_pages; allowed < least) {
-      spill(run_behind(b, first, wanted, kNoLimit).pages - allowed, false, tx);
-    } else if (pool_.room_pages() < least) {
-      pool_.spill(*this, run_behind(b, first, wanted, kNoLimit).pages - pool_.room_pages(), false, tx);
-    }
-    const i64 room = std::min(pool_.room_pages(), limit_pages - owned_pages);
-    if (room < least) return false;
+    const i64 room = at_hand < least ? make_room(run_behind(b, first, wanted, kNoLimit).pages, tx) : at_hand;
     back(group, first, run_behind(b, first, wanted, room).end, geometry_.zero, tx);
     return true;
+  }
+
+  i64 pages_at_hand() const { return std::min(pool_.room_pages(), limit_pages - owned_pages); }
+
+  // Makes room for so many pages as far as no content has to go for them; returns how many there is room for.
+  i64 make_room(i64 pages, Transaction& tx) {
+    if (const i64 allowed = limit_pages - owned_pages; allowed < pages) {
+      spill(pages - allowed, false, tx);
+    } else if (pool_.room_pages() < pages) {
+      pool_.spill(*this, pages - pool_.room_pages(), false, tx);
+    }
+    return pages_at_hand();
   }
 
   static constexpr i64 kNoLimit = std::numeric_limits<i64>::max();

@@ -6,8 +6,10 @@ from collections.abc import Iterable
 
 from kvmem.layouts import GroupLayout
 
-__all__ = ["choose_page_bytes"]
+__all__ = ["LEAST_PAGE_BYTES", "choose_page_bytes"]
 
+#: What CUDA's driver recommends.
+LEAST_PAGE_BYTES = 2 << 20
 #: Of a sequence's bytes: what its last pages may hold empty on average, half a page in each of its address ranges.
 MOST_WASTE = 0.006
 #: The memory must be so many pages, or there is too little to move from one sequence to another.
@@ -22,7 +24,7 @@ def choose_page_bytes(
     *,
     max_tokens: int,
     memory_bytes: int,
-    least: int = 2 << 20,
+    least: int = LEAST_PAGE_BYTES,
     expected_tokens: int | None = None,
 ) -> int:
     """The page size of a virtual allocator, in bytes: the largest power of two times ``least`` at which a sequence of

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -25,7 +25,7 @@ from kvmem.bench.steady import steady
 from kvmem.bench.traces import EXCERPT, Trace, load_trace
 from kvmem.bench.waste import rounding_sweep, rounding_table
 from kvmem.layouts import GroupLayout, resolve_interleave
-from kvmem.page_size import choose_page_bytes
+from kvmem.page_size import LEAST_PAGE_BYTES, choose_page_bytes
 from kvmem.units import format_bytes, parse_bytes
 
 __all__ = ["Run", "Settings"]
@@ -85,6 +85,11 @@ class Run:
         setup = self.results.setup
         return Budget(setup.kv_bytes, setup.max_sequences, setup.max_tokens, setup.page_bytes)
 
+    def _budget(self, pool: str) -> Budget:
+        """With ``--page auto`` each backend has its own default."""
+        own = self.settings.page == "auto" and pool == "paged"
+        return replace(self.budget, page_bytes=LEAST_PAGE_BYTES) if own else self.budget
+
     def replay(self) -> None:
         model = StepModel(chunked=self.settings.chunked)
         for name, make in self._pools().items():
@@ -101,7 +106,7 @@ class Run:
                         model,
                         max_sequences=self.budget.max_sequences,
                         bytes_per_token=self.model.bytes_per_token,
-                        page_bytes=self.page_bytes,
+                        page_bytes=self._budget(name).page_bytes,
                         progress=done,
                     )
                 )
@@ -115,7 +120,7 @@ class Run:
         most = budget.memory_bytes // 2 // ((prompt + steps) * self.model.bytes_per_token)
         sequences = max(1, min(64, budget.max_sequences, most))
         for backend in self.backends:
-            pool = open_pool(self.model, backend, "meta", budget)
+            pool = open_pool(self.model, backend, "meta", self._budget(backend))
             self.results.steady.extend(steady(pool, sequences=sequences, prompt_tokens=prompt, steps=steps))
 
     def micro(self) -> None:
@@ -166,11 +171,10 @@ class Run:
         budget, model = self.budget, self.model
 
         def managed(backend: Backend) -> Callable[[], Pool]:
+            own = self._budget(backend)
             if not self.settings.content:
-                return lambda: open_pool(model, backend, "meta", budget)
-            return lambda: ContentPool(
-                open_allocator(model, backend, "meta", budget), backend, budget.max_tokens, self.trace
-            )
+                return lambda: open_pool(model, backend, "meta", own)
+            return lambda: ContentPool(open_allocator(model, backend, "meta", own), backend, own.max_tokens, self.trace)
 
         pools: dict[str, Callable[[], Pool]] = {backend: managed(backend) for backend in self.backends}
         pools["static"] = lambda: StaticPool(
@@ -218,6 +222,8 @@ def _setup(settings: Settings, model: Model, trace: Trace, page_bytes: int) -> S
             f"{too_long} of {trace.num_requests} requests are longer than the {max_tokens:,} tokens of a sequence, "
             f"the longest {longest:,}; they are refused. --max-tokens raises the limit"
         )
+    if settings.page == "auto" and settings.backend != "virtual":
+        notes.append(f"the paged backend has pages of {format_bytes(LEAST_PAGE_BYTES)}, its default")
     if trace.failed_requests:
         notes.append(
             f"{trace.failed_requests} requests of the trace had failed when it was recorded; they are left out"

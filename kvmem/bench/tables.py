@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kvmem.bench.driver_costs import PUBLISHED
 from kvmem.bench.errors import BenchError
 from kvmem.bench.gpu.tables import gpu_page, gpu_summary
 from kvmem.bench.markdown import table as _table
@@ -112,9 +113,11 @@ def summary(documents: Sequence[Document]) -> str:
         ["... in a static pool", *(format_percent(_end_waste(pools["static"])) for pools in runs)],
         ["sequences that fitted, virtual / paged", *both(lambda run: f"{run['outcome']['peak_running']:,}")],
         ["... in a static pool", *(f"{pools['static']['outcome']['peak_running']:,}" for pools in runs)],
-        ["allocator, us a step, median, virtual / paged", *both(lambda run: format_us(run["step_us"]["median"]))],
-        ["... p99", *both(lambda run: format_us(run["step_us"]["p99"]))],
+        ["allocator, us a step, median, virtual / paged", *both(lambda run: _step_us(run, "median"))],
+        ["... p99", *both(lambda run: _step_us(run, "p99"))],
+        ["prompt tokens found in the cache, virtual / paged", *both(_hits)],
         ["driver calls of the replay, virtual / paged", *both(lambda run: f"{run['driver_calls']:,}")],
+        ["... their seconds on an H100", *both(lambda run: f"{run['driver_seconds']:.1f}")],
         [
             f"driver calls of {replays[0].parts['steady'][0]['steps']} decode steps over parked rows, virtual / paged",
             *(" / ".join(str(pools[name]["decode_driver_calls"]) for name in ("virtual", "paged")) for pools in calls),
@@ -123,14 +126,23 @@ def summary(documents: Sequence[Document]) -> str:
     setup = replays[0].setup
     text = (
         f"Two whole traces of real services replayed with the cache of {setup['model']} on a simulated device: "
-        f"{format_bytes(setup['device_bytes'])}, {format_bytes(setup['kv_bytes'])} of it for KV, pages of "
-        f"{format_bytes(setup['page_bytes'])}.\nWaste is rounding, measured when each request ends. Driver calls are "
-        "counted here, not timed: the device keeps only the books.\n"
+        f"{format_bytes(setup['device_bytes'])}, {format_bytes(setup['kv_bytes'])} of it for KV.\n"
+        "With content, prompts begin alike as the trace's block ids say; without, memory is all that is tested. Waste "
+        "is rounding, measured when each request ends.\nDriver calls are counted: the device keeps only the books; "
+        f"their seconds are those of an {PUBLISHED.device} as published ({PUBLISHED.source}), not measured here.\n"
         f"`python -m kvmem.bench replay --trace FILE` on {replays[0].environment['cpus']} shared cores of an "
         f"{replays[0].environment['cpu']}, no GPU; more, and the reports, in [docs/results](docs/results/README.md)."
     )
     gpu = gpu_summary([report for document in documents for report in document.parts["gpu"]])
     return "\n".join([text, "", *_table(columns, rows), *_generation(documents), "", *gpu])
+
+
+def _step_us(run: dict[str, Any], edge: str) -> str:
+    return "-" if run["lookup_tokens"] else format_us(run["step_us"][edge])  # with content, ids are made in between
+
+
+def _hits(run: dict[str, Any]) -> str:
+    return format_percent(run["hit_tokens"] / run["lookup_tokens"]) if run["lookup_tokens"] else "-"
 
 
 def _generation(documents: Sequence[Document]) -> Iterator[str]:
@@ -161,11 +173,14 @@ _WASTE = [
     "measured, paged",
 ]
 _REPLAY = ["trace", "pool", "fitted, at most", "running, mean", "preemptions", "time to serve, simulated",
-           "driver calls", "us a step: median", "p99", "growing steps: median", "p99"]  # fmt: skip
+           "found in the cache", "driver calls", "map", "set_access", "unmap", "driver seconds, H100 as published",
+           "us a step: median", "p99", "growing steps: median", "p99"]  # fmt: skip
 
 
 def _title(document: Document) -> str:
-    return str(document.setup["trace"]).replace("_", " ")
+    name = str(document.setup["trace"]).replace("_", " ")
+    page = format_bytes(document.setup["page_bytes"])
+    return f"{name}, {page} pages" + (", with content" if document.setup.get("content") else "")
 
 
 def _waste(replays: Sequence[Document]) -> list[list[str]]:
@@ -202,8 +217,13 @@ def _replay(run: dict[str, Any]) -> list[str]:
         f"{run['mean_running']:.1f}",
         f"{outcome['preemptions']:,}",
         format_seconds(run["simulated_seconds"]),
-        "-" if static else f"{run['driver_calls']:,}",
-        *("-" if static else format_us(us) for us in timings),
+        _hits(run),
+        *(
+            "-" if static else f"{run[kind]:,}"
+            for kind in ("driver_calls", "map_calls", "set_access_calls", "unmap_calls")
+        ),
+        "-" if static else f"{run['driver_seconds']:.1f}",
+        *("-" if static or run["lookup_tokens"] else format_us(us) for us in timings),
     ]
 
 
