@@ -33,7 +33,7 @@ void VirtualTable::grow(i64 index, i64 group, i64 old_tokens, i64 new_tokens, Tr
   if (row_of_[index] < 0) bind(index, new_tokens, tx);
   const i64 row = row_of_[index];
   if (copy_tail_[index * groups_ + group]) copy_tail(index, group, old_tokens, tx);
-  const bool ahead = has_room_ahead(row, group, new_tokens, tx);
+  const bool ahead = geometry_.map_ahead_tokens > 0 && has_room_ahead(row, group, new_tokens, tx);
   for (i64 a = first_[group]; a < first_[group + 1]; ++a) {
     const Extent& e = extent(row, a);
     const i64 lo = low_slot(group, a, sequences_.front(index, group));

@@ -55,7 +55,7 @@ RULES = [
     Rule("map_during_graph_capture_unrelaxed", None, "would do without relaxing (csrc/cuda_device.h)"),
     Rule("map_a_part_of_a_page", None, "would let a prefix be shared below a page"),
     Rule("map_at_an_offset", None, "would do without handles of one size"),
-    Rule("unmap_several_mappings_at_once", None, "would make unmap_run one call (csrc/driver_cuda.cpp)"),
+    Rule("unmap_several_mappings_at_once", None, "unmap_run is one call where it is allowed (csrc/driver_cuda.cpp)"),
     Rule("unmap_a_part_of_a_mapping", None, "csrc/driver_cuda.cpp refuses it before the driver does"),
     Rule("release_a_page_while_mapped", None, "csrc/driver_cuda.cpp refuses it"),
     Rule("free_addresses_while_mapped", None, "csrc/driver_cuda.cpp refuses it"),
