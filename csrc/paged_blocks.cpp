@@ -344,8 +344,10 @@ void PagedBlocks::hide(const Entries& e) {
     const i64 first = entries[i];
     const Becomes kind = becomes(first);
     for (n = 1; i + n < e.count && entries[i + n] == first + n && becomes(first + n) == kind;) ++n;
-    for (i64 k = 0; k < n; ++k) --b.info[first + k].refs;
-    for (i64 k = 0; k < n && b.info[first + k].node != kNoNode; ++k) index_.prefetch(b.info[first + k].node);
+    for (BlockInfo *info = &b.info[first], *end = info + n; info != end; ++info) {
+      --info->refs;
+      if (info->node != kNoNode) index_.prefetch(info->node);
+    }
     if (kind == Becomes::shared) {
       b.extra_refs -= n;
       continue;

@@ -130,8 +130,12 @@ class PrefixIndex {
   // expect_change() comes before the first of a record's changes, and may find no memory; these then need none, and
   // neither does taking them back.
   void expect_change() {
-    const bool full = events_.on() && told_.capacity() - told_.size() < told_at_once_;
-    if (full || loose_.size() == loose_.capacity()) grow_lists();
+    expect_places();
+    if (loose_.size() == loose_.capacity()) grow_lists();
+  }
+  // The same where nothing but places are added.
+  void expect_places() {
+    if (events_.on() && told_.capacity() - told_.size() < told_at_once_) grow_lists();
   }
   void place(i32 node, i64 group, bool undo);
   void displace(i32 node, i64 group, bool undo);

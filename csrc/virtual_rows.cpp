@@ -370,25 +370,25 @@ void VirtualRows::hold(i64 row, i32 node, bool state, i64 windows, i64 after, bo
     holder_.resize(index_.capacity(), -1);  // last: should one of them find no memory, all is tried again
   }
   if (all_windows > 0) r.shown.resize((r.holds.size() + 1) * all_windows);
-  const i64 ordinal = index_.ordinal(node);
+  const auto ordinal = [&] { return index_.ordinal(node); };  // needed of rows that hold the same only
   Hold hold;
   hold.node = node, hold.previous = after == 0 ? -1 : static_cast<i32>(after);
-  hold.next = after == 0 ? holder_[node] : rows_[after].holds[ordinal].next;
+  hold.next = after == 0 ? holder_[node] : rows_[after].holds[ordinal()].next;
   r.holds.push_back(hold);
-  (after == 0 ? holder_[node] : rows_[after].holds[ordinal].next) = static_cast<i32>(row);
-  if (hold.next >= 0) rows_[hold.next].holds[ordinal].previous = static_cast<i32>(row);
+  (after == 0 ? holder_[node] : rows_[after].holds[ordinal()].next) = static_cast<i32>(row);
+  if (hold.next >= 0) rows_[hold.next].holds[ordinal()].previous = static_cast<i32>(row);
   if (hold.next >= 0) file_double(hold.next);
   index_.place(node, -1, undo);
   for (i32 w = 0; w < all_windows; ++w) {
-    if (needs_block(row, ordinal, w)) index_.need(node, w);
-    if (windows >> w & 1) reveal(row, ordinal, w, 0, undo);
+    if (needs_block(row, ordinal(), w)) index_.need(node, w);
+    if (windows >> w & 1) reveal(row, ordinal(), w, 0, undo);
   }
   if (state) {
     r.state = node;
     state_row_[node] = static_cast<i32>(row);
     index_.note_state(node, true, undo);
   }
-  file_content(row);
+  if (r.index < 0) file_content(row);
 }
 
 void VirtualRows::unhold(i64 row, i32 node, bool state, bool undo) {
@@ -410,7 +410,7 @@ void VirtualRows::unhold(i64 row, i32 node, bool state, bool undo) {
   if (hold.previous >= 0) file_double(hold.previous);
   if (hold.next >= 0) file_double(hold.next);
   index_.displace(node, -1, undo);
-  file_content(row);
+  if (rows_[row].index < 0) file_content(row);
 }
 
 void VirtualRows::reveal(i64 row, i64 ordinal, i32 window, i64 after, bool undo) {
@@ -502,7 +502,6 @@ VirtualRows::Spare VirtualRows::spare(i64 row, i64 g, i64 a, bool ahead) const {
 
 // The content of a parked row says where it stands, and which of its slots are needed.
 void VirtualRows::file_content(i64 row) {
-  if (rows_[row].index >= 0) return;
   may_give(row);
   file_empty(row);
   file_double(row);

@@ -135,7 +135,7 @@ class VirtualTable final : public VirtualRows {
   }
   void hold_expected(i64 row, i32 node, i64 index, bool state, Transaction& tx) {
     const i64 windows = index_.windows() == 0 ? 0 : mapped_windows(row, index, index_.ordinal(node));
-    index_.expect_change();
+    index_.expect_places();
     hold(row, node, state, windows, 0, false);
     tx.note({OpKind::hold, arena(0), node, row, i64{state} | windows << 1});
   }
