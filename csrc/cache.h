@@ -424,7 +424,8 @@ class Cache final : public TableState {
     KeyMarks marks;
     std::size_t first = 0, end = 0;
   };
-  Admitted admit_one(const i32* tokens, i64 n, const PrefixKey& key, i32 root, Reuse reuse, Transaction& tx);
+  Admitted admit_one(const i32* tokens, i64 n, const PrefixKey& key, i32 root, Reuse reuse, bool grows,
+                     Transaction& tx);
   i64 admit_at(const i32* tokens, i64 n, const PrefixKey& key, Reuse reuse, i64 count, bool grows, i64* cached);
   [[noreturn]] void refuse_room(i64 tokens, i64 most) const;
   i64 admit_some(const i32* tokens, const i32* counts, i64 n, const PrefixKey& key, i32* handles, i32* cached);

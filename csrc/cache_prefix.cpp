@@ -178,7 +178,7 @@ i64 Cache::admit_at(const i32* tokens, i64 n, const PrefixKey& key, Reuse reuse,
   if (prefix_.on || grows) settle();
   {
     Transaction tx(*pool_, *this);
-    one = admit_one(tokens, n, key, root.node(), reuse, tx);
+    one = admit_one(tokens, n, key, root.node(), reuse, grows, tx);
     const i64 most = geometry_.groups[token_group_].max_tokens, room = count < 0 ? n : one.found.tokens + count;
     if (grows && room > most) refuse_room(room, most);
     if (grows) give_room(one, room, tx);
@@ -248,7 +248,7 @@ i64 Cache::admit_some(const i32* tokens, const i32* counts, i64 n, const PrefixK
     for (i64 i = 0; i < n && sequences_.count() < sequences_.capacity(); prompt += counts[i++]) {
       const Transaction::Point before = tx.here();
       try {
-        admitted_.push_back(admit_one(prompt, counts[i], key, root.node(), Reuse::all, tx));
+        admitted_.push_back(admit_one(prompt, counts[i], key, root.node(), Reuse::all, true, tx));
         give_room(admitted_.back(), counts[i], tx);
       } catch (const OutOfMemory&) {  // as many as there is memory for
         tx.roll_back_to(before);
@@ -272,7 +272,7 @@ i64 Cache::admit_some(const i32* tokens, const i32* counts, i64 n, const PrefixK
 }
 
 // Short of memory it takes less of what is cached.
-Cache::Admitted Cache::admit_one(const i32* tokens, i64 n, const PrefixKey& key, i32 root, Reuse reuse,
+Cache::Admitted Cache::admit_one(const i32* tokens, i64 n, const PrefixKey& key, i32 root, Reuse reuse, bool grows,
                                  Transaction& tx) {
   Admitted one;
   one.handle = sequences_.next_handle();
@@ -283,11 +283,11 @@ Cache::Admitted Cache::admit_one(const i32* tokens, i64 n, const PrefixKey& key,
   if (reuse == Reuse::whole_blocks && one.found.tokens % block_tokens() != 0) {
     one.found = find_whole(one.found.tokens);
   }
-  one.found.wanted = n;
+  one.found.wanted = grows ? n : 0;
   bool done = one.found.tokens > 0 && try_adopt(one.handle, one.found, tx);
   if (!done && one.found.tokens % block_tokens() != 0) {  // whole blocks may need no memory
     one.found = find_whole(one.found.tokens);
-    one.found.wanted = n;
+    one.found.wanted = grows ? n : 0;
     done = one.found.tokens > 0 && try_adopt(one.handle, one.found, tx);
   }
   if (!done) {
@@ -398,13 +398,14 @@ void Cache::collect_published(i64 index, const i32* tokens, i64 count) {
   i32 last = c.leaf;
   i64 ordinal = quotient(c.known, size);
   bool is_new = false;  // then so is all that follows
+  const bool tagged = !c.marks.empty();
   for (i64 end = size - held; end <= count; end += size) {
     const i32* block = tokens + end - size;
     if (end < size) {  // the tail says what it did, since only its first `held` tokens are known yet
       std::copy(tokens, tokens + end, tail(index) + held);
       block = tail(index);
     }
-    const std::string* const tag = tag_at(c.marks, ordinal * size);
+    const std::string* const tag = tagged ? tag_at(c.marks, ordinal * size) : nullptr;
     entered_.push_back({kNoNode});  // first: there may be no memory for it
     i32 node = is_new ? kNoNode : index_.find(last, block, tag);
     if (node == kNoNode) node = index_.add(last, block, tag), is_new = true;

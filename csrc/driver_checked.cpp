@@ -279,13 +279,6 @@ void CheckedDriver::unmap_run(Address at, i64 page_bytes, i64 count) {
   }
 }
 
-Driver::Mapped CheckedDriver::mapped_at(Address at) const {
-  std::lock_guard<ForkMutex> lock(mutex_);
-  auto it = mappings_.find(at);
-  if (it == mappings_.end()) return {};
-  return {it->second.page, it->second.accessible};
-}
-
 void CheckedDriver::undoing(bool begin) {
   std::lock_guard<ForkMutex> lock(mutex_);
   undoing_ = begin;

@@ -78,7 +78,6 @@ class CheckedDriver final : public Driver {
 
  protected:
   // map_run() is the base class's: single calls, each of which can be made to fail.
-  Mapped mapped_at(Address at) const override;
   void undoing(bool begin) override;
 
  private:

@@ -27,7 +27,7 @@ class FollowRules;
 struct Found {
   i64 tokens = 0;  // how many tokens of the chain are all there, in every group
   i64 row = -1;    // virtual: the row that shows them
-  i64 wanted = 0;  // of the sequence that takes them over, as far as that is known: how many it will have room for
+  i64 wanted = 0;  // how many the sequence that takes them over gets room for in the same call; 0: for no more
 };
 
 // Items that the eviction order passes over for a while, since evicting them would free nothing that is asked for.

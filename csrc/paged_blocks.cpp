@@ -409,7 +409,7 @@ void PagedBlocks::on_content(const Op& op, bool undo) {
 
 void PagedBlocks::hold(i64 g, i32 node, i32 block, i64 part, bool undo) {
   Blocks& b = blocks_[g];
-  if (!undo) index_.expect_change();
+  if (!undo) index_.expect_places();
   if (static_cast<i64>(block_of_.size()) < index_.capacity() * stride_) block_of_.resize(index_.capacity() * stride_);
   if (b.info[block].refs == 0) {
     b.ready.remove(block);

@@ -127,11 +127,12 @@ class PagedTable final : public PagedBlocks {
     for (i64 g = 0; g < groups_; ++g) {
       if (geometry_.groups[g].growth != Growth::token) continue;
       const i64 parts = blocks_[g].parts;
+      std::size_t expected = 0;  // records that need no more memory
       for (const Published& p : blocks) {
         if (parts == 1) {
-          publish_part(p, g, 0, p.ordinal, tx);
+          publish_part(p, g, 0, p.ordinal, &expected, tx);
         } else if (entry(p.index, g, (p.ordinal + 1) * parts - 1) != 0) {
-          for (i64 part = 0; part < parts; ++part) publish_part(p, g, part, p.ordinal * parts + part, tx);
+          for (i64 part = 0; part < parts; ++part) publish_part(p, g, part, p.ordinal * parts + part, &expected, tx);
         }
       }
     }
@@ -239,14 +240,17 @@ class PagedTable final : public PagedBlocks {
  private:
   i64 block_tokens() const { return index_.block_tokens(); }
 
-  void publish_part(const Published& p, i64 g, i64 part, i64 ordinal, Transaction& tx) {
+  void publish_part(const Published& p, i64 g, i64 part, i64 ordinal, std::size_t* expected, Transaction& tx) {
+    constexpr std::size_t kAtOnce = 64;
     const i32 own = entry(p.index, g, ordinal), cached = block_of(p.node, g, part);
     if (own == 0 || own == cached) return;
     if (cached == 0) {
-      tx.expect();
+      if (*expected == 0) tx.expect(*expected = kAtOnce);
+      --*expected;
       hold(g, p.node, own, part, false);
       tx.note({OpKind::hold, arena(0), p.node, g, own, part});
     } else {
+      *expected = 0;
       set_fence(blocks_[g], tx.fence());
       set(p.index, g, ordinal, cached, tx);
     }
@@ -495,25 +499,14 @@ class PagedTable final : public PagedBlocks {
     const i64 first = unbacked(group);
     if (first == b.max_blocks) return false;
     const i64 least = missing_pages(b, first);
-    const i64 at_hand = pages_at_hand();
+    const i64 at_hand = pool_.pages_at_hand(*this);
     // Counting a run takes a step for each of its blocks: not where there is no room for one.
-    if (make_room(least, tx) < least) return false;
+    if (pool_.make_room(*this, least, false, tx) < least) return false;
     // Room for all that is wanted is made at once: then each arena is mapped, and zeroed, in one run.
-    const i64 room = at_hand < least ? make_room(run_behind(b, first, wanted, kNoLimit).pages, tx) : at_hand;
+    const i64 room =
+        at_hand < least ? pool_.make_room(*this, run_behind(b, first, wanted, kNoLimit).pages, false, tx) : at_hand;
     back(group, first, run_behind(b, first, wanted, room).end, geometry_.zero, tx);
     return true;
-  }
-
-  i64 pages_at_hand() const { return std::min(pool_.room_pages(), limit_pages - owned_pages); }
-
-  // Makes room for so many pages as far as no content has to go for them; returns how many there is room for.
-  i64 make_room(i64 pages, Transaction& tx) {
-    if (const i64 allowed = limit_pages - owned_pages; allowed < pages) {
-      spill(pages - allowed, false, tx);
-    } else if (pool_.room_pages() < pages) {
-      pool_.spill(*this, pages - pool_.room_pages(), false, tx);
-    }
-    return pages_at_hand();
   }
 
   static constexpr i64 kNoLimit = std::numeric_limits<i64>::max();
@@ -558,7 +551,7 @@ class PagedTable final : public PagedBlocks {
   }
 
   bool has_room_for(const Blocks& b, i64 block) const {
-    return block < b.max_blocks && missing_pages(b, block) <= std::min(pool_.room_pages(), limit_pages - owned_pages);
+    return block < b.max_blocks && missing_pages(b, block) <= pool_.pages_at_hand(*this);
   }
 
   // Maps what is not mapped yet under blocks [first, end).

@@ -149,6 +149,15 @@ void PagePool::map_slots(PageOwner& owner, i32 arena, i64 slot, i64 count, i64 n
   }
 }
 
+i64 PagePool::make_room(PageOwner& owner, i64 pages, bool content, Transaction& tx) {
+  if (const i64 allowed = owner.limit_pages - owner.owned_pages; allowed < pages) {
+    owner.spill(pages - allowed, content, tx);
+  } else if (const i64 now = pages_at_hand(owner); now < pages) {
+    spill(owner, pages - now, content, tx);
+  }
+  return pages_at_hand(owner);
+}
+
 i64 PagePool::spill(PageOwner& owner, i64 pages, bool content, Transaction& tx) {
   i64 freed = 0;
   for (const bool also_content : {false, true}) {

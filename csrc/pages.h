@@ -108,6 +108,14 @@ class PagePool {
   // neighbours in the arena are neighbours in memory. Spills parked pages when none is free. OutOfMemory when there is
   // nothing left; the transaction is then the caller's to drop.
   void map_slots(PageOwner& owner, i32 arena, i64 slot, i64 count, i64 near, Zero zero, Transaction& tx);
+  // How many pages an owner can get with nothing given up; fewer where the bytes of some are kept.
+  i64 pages_at_hand(const PageOwner& owner) const {
+    return std::min(room_pages(), owner.limit_pages - owner.owned_pages);
+  }
+  i64 most_kept() const { return static_cast<i64>(kept_.size()); }  // by keep_bytes()
+  // Gives up what nobody needs until so many are at hand, of others only where it is not the owner's own limit that is
+  // in the way; returns how many are. `content` as for spill().
+  i64 make_room(PageOwner& owner, i64 pages, bool content, Transaction& tx);
   // Takes pages from what nobody needs, of `owner` first: those without content of everybody, then cached content.
   // Returns how many it freed, which may be fewer than `pages`.
   i64 spill(PageOwner& owner, i64 pages, bool content, Transaction& tx);
@@ -146,9 +154,9 @@ class PagePool {
   // true then.
   bool distrust(const std::vector<Op>& ops, const Space::Progress& progress);
 
-  // Without a driver, what a GPU's driver would have been asked: one map for each page, one set_access for each run.
+  // Without a driver, what a GPU's would have been asked: a map for each page, a set_access or an unmap for each run.
   void count_calls(const std::vector<Op>& ops);
-  // Without a space: as a GPU's driver would have been called, but for pages, which exist from the start there.
+  // Without a space: as a GPU's driver would have been called for mappings; its pages are created at the start.
   DriverCounters driver_counters() const { return space_ ? space_->driver().counters() : counted_; }
   i64 driver_calls() const { return driver_counters().total(); }
 

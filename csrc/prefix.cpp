@@ -229,7 +229,8 @@ void PrefixIndex::unopen_root(i32 root, bool made) {
 i32 PrefixIndex::add(i32 parent, const i32* tokens, const std::string* tag) {
   expect_change();
   if (tag && tags_.empty()) resize_exactly(tags_, capacity());
-  if (full(in_buckets_ + 1, buckets_.size())) grow_buckets();
+  // Only a sibling goes into a bucket.
+  if (nodes_[parent].first_child != kNoNode && full(in_buckets_ + 1, buckets_.size())) grow_buckets();
   if (free_ == kNoNode) grow_nodes();
   tokens_.put(free_, tokens);  // may have to pack all of them anew
   if (tag) tags_[free_] = std::make_shared<const std::string>(*tag);

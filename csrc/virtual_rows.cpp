@@ -480,9 +480,11 @@ VirtualRows::Spare VirtualRows::spare(i64 row, i64 g, i64 a, bool ahead) const {
   const Row& r = rows_[row];
   const Growth growth = geometry_.groups[g].growth;
   const i32 window = index_.window_of(g);
-  i64 blocks = blocks_of(row);  // up to the last one whose memory counts
-  while (window >= 0 && blocks > 0 && !shown(row, blocks - 1, window).here) --blocks;
-  const i64 content = blocks * index_.block_tokens() * token_bytes(g, a);
+  i64 blocks = e.count == 0 ? 0 : blocks_of(row);  // up to the last one whose memory counts
+  const i64 block_bytes = index_.block_tokens() * token_bytes(g, a);
+  // Not before what is mapped: a long row may show nothing in a window any more.
+  while (window >= 0 && blocks * block_bytes > e.lo * page_bytes() && !shown(row, blocks - 1, window).here) --blocks;
+  const i64 content = blocks * block_bytes;
   Spare s{e.hi, e.hi, e.hi};
   if (r.index >= 0) {
     i64 lo, hi;

@@ -204,8 +204,8 @@ class VirtualRows : public PageTable {
     *hi = index < 0 ? extent(row, a).hi : high_slot(g, a, sequences_.tokens(index, g));
   }
 
-  // A row that has to map pages maps some more, so that a sequence that grows by a token at a time makes its driver
-  // calls once in so many pages. They are spare, and the last that is given up.
+  // A call that maps pages of a row maps some more, so that a sequence that grows by a token at a time makes its driver
+  // calls once in so many pages. They are spare, and given up after all that is cached.
   static constexpr i64 kAheadShare = 128, kMostAhead = 3;
   i64 with_ahead(i64 g, i64 a, i64 slots) const {
     if (geometry_.map_ahead_tokens == 0) return slots;
@@ -213,7 +213,7 @@ class VirtualRows : public PageTable {
   }
 
   // Slots [from, to) and [end, hi) of a row: neither its sequence nor its content needs what is mapped there.
-  // `ahead`: that what a live row has ahead of its tokens is not among them.
+  // `ahead`: the pages that with_ahead() allows a live row are not among them.
   struct Spare {
     i64 from, to, end;
   };

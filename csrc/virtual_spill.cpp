@@ -7,9 +7,10 @@
 namespace kvmem {
 
 // What nobody needs in parked rows first, the one that was freed longest ago leading: its fence has most likely
-// passed. Then what live rows hold beyond their need. Then second copies of cached blocks, and what the eviction order
-// says. Cost: a few steps for each row that gives something or has changed since it was last looked at. Only a call
-// that is about to be refused looks at all that are parked.
+// passed. Then what live rows hold beyond their need and what is mapped ahead of it. Then second copies of cached
+// blocks, and what the eviction order says; at last what is mapped ahead. Cost: a few steps for each row that gives
+// something or has changed since it was last looked at. Only a call for which all of that does not suffice looks at all
+// rows.
 i64 VirtualTable::spill(i64 pages, bool content, Transaction& tx) {
   i64 freed = spill_list(parked_, pages, tx);
   freed += spill_list(bound_, pages - freed, tx);
@@ -235,7 +236,7 @@ i64 VirtualTable::best_empty(i64 slots) const {
   const auto less = std::prev(more);
   if (more == empty_.end()) return empty_.lower_bound({less->first, 0})->second;
   const i64 beyond = more->first - slots;
-  return beyond <= pages_at_hand() || 2 * beyond <= 5 * (slots - less->first)
+  return beyond <= pool_.pages_at_hand(*this) || 2 * beyond <= 5 * (slots - less->first)
              ? more->second
              : empty_.lower_bound({less->first, 0})->second;
 }
@@ -280,22 +281,27 @@ i64 VirtualTable::any_to_lose() const {
   return row;
 }
 
-i64 VirtualTable::pick_row(i64 tokens, Transaction& tx) {
-  i64 need = 0;
+i64 VirtualTable::pick_row(i64 tokens, i64 shown, Transaction& tx) {
+  i64 need = 0, in_front = 0;
   for (i64 g = 0; g < groups_; ++g) {
     if (geometry_.groups[g].growth != Growth::token) continue;
-    for (i64 a = first_[g]; a < first_[g + 1]; ++a) need += with_ahead(g, a, high_slot(g, a, tokens));
+    for (i64 a = first_[g]; a < first_[g + 1]; ++a) {
+      need += with_ahead(g, a, high_slot(g, a, tokens)), in_front += quotient(shown * token_bytes(g, a), page_bytes());
+    }
   }
   i64 row = best_empty(need);
-  i64 short_of = need - (row < 0 ? 0 : rows_[row].slots) - pages_at_hand();
-  if (short_of > 0) {
+  // What a row has in front of its sequence's own tokens comes free, and so does what else is cut.
+  i64 own = need - in_front - (row < 0 ? 0 : rows_[row].slots);
+  if (own > pool_.pages_at_hand(*this)) {
     const Guard best(copy_, row);
-    short_of -= spill(short_of, false, tx);
+    own -= pool_.make_room(*this, own, false, tx);
+  } else {
+    own = 0;
   }
-  while (short_of > 0) {
-    const i64 victim = pick_victim(short_of + short_of / 4, tx);
+  while (own > 0) {
+    const i64 victim = pick_victim(own + own / 4, tx);
     if (victim < 0) break;
-    short_of -= rows_[victim].slots;
+    own -= rows_[victim].slots;
     cut(victim, 0, tx);
     row = best_empty(need);
   }
@@ -319,7 +325,7 @@ i64 VirtualTable::pick_victim(i64 most, Transaction& tx) {
 }
 
 void VirtualTable::bind(i64 index, i64 tokens, Transaction& tx) {
-  const i64 row = pick_row(tokens, tx);
+  const i64 row = pick_row(tokens, 0, tx);
   tx.push({OpKind::bind, 0, sequences_.handle_of(index), row});
   if (rows_[row].maybe_shared) drop_shared(row, tx);
   if (geometry_.zero != Zero::always) return;
@@ -347,10 +353,9 @@ void VirtualTable::bind_empty(i64 index, Transaction& tx) {
   mark_finite(row);
 }
 
-// A row for one that shows pages of another in front, and has its own behind those.
 void VirtualTable::bind_behind(i64 index, const Found& found, Transaction& tx) {
   if (index_.windows() > 0 || has_state_) return bind_empty(index, tx);
-  const i64 row = pick_row(std::max(found.wanted, found.tokens), tx);
+  const i64 row = pick_row(std::max(found.wanted, found.tokens), found.tokens, tx);
   tx.push({OpKind::bind, 0, sequences_.handle_of(index), row});
   if (rows_[row].maybe_shared) drop_shared(row, tx);
   for (i64 a = 0; a < arenas_; ++a) {

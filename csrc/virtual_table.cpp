@@ -33,31 +33,35 @@ void VirtualTable::grow(i64 index, i64 group, i64 old_tokens, i64 new_tokens, Tr
   if (row_of_[index] < 0) bind(index, new_tokens, tx);
   const i64 row = row_of_[index];
   if (copy_tail_[index * groups_ + group]) copy_tail(index, group, old_tokens, tx);
-  const bool ahead = geometry_.map_ahead_tokens > 0 && has_room_ahead(row, group, new_tokens, tx);
+  i64 left = geometry_.map_ahead_tokens > 0 ? slots_with_ahead(row, group, new_tokens, tx) : 0;
   for (i64 a = first_[group]; a < first_[group + 1]; ++a) {
     const Extent& e = extent(row, a);
     const i64 lo = low_slot(group, a, sequences_.front(index, group));
     const i64 hi = high_slot(group, a, new_tokens);
     if (hi < e.solid) unmap(row, a, hi, e.hi, rows_[row].fence, tx);  // what is parked there lies behind a gap
     map_holes(row, a, lo, e.solid, tx);
-    if (hi > e.hi) map(row, a, e.count == 0 ? lo : std::max(lo, e.hi), ahead ? with_ahead(group, a, hi) : hi, tx);
+    if (hi <= e.hi) continue;
+    const i64 from = e.count == 0 ? lo : std::max(lo, e.hi), to = with_ahead(group, a, hi);
+    // Only what is at hand: were anything given up meanwhile, it could be what is being mapped here.
+    const bool ahead = left > 0 && pool_.pages_at_hand(*this) - pool_.most_kept() >= left;
+    map(row, a, from, ahead ? to : hi, tx);
+    left -= to - from;
   }
   if (!guarded_) return;
   if (has_cut(index, group, new_tokens)) zero_cut(index, group, new_tokens, tx);
   zero_ahead(row, group, old_tokens, new_tokens, tx);
 }
 
-// Makes room for the slots that growing takes, if it takes any, and for those ahead of them; false if there is none for
-// the latter.
-bool VirtualTable::has_room_ahead(i64 row, i64 group, i64 tokens, Transaction& tx) {
+i64 VirtualTable::slots_with_ahead(i64 row, i64 group, i64 tokens, Transaction& tx) {
   i64 slots = 0, ahead = 0;
   for (i64 a = first_[group]; a < first_[group + 1]; ++a) {
-    const i64 hi = high_slot(group, a, tokens), have = extent(row, a).hi, to = with_ahead(group, a, hi);
-    if (hi > have) slots += to - have, ahead += to - hi;
+    const Extent& e = extent(row, a);
+    const i64 lo = low_slot(group, a, sequences_.front(rows_[row].index, group)), hi = high_slot(group, a, tokens);
+    const i64 to = with_ahead(group, a, hi);
+    if (hi > e.hi) slots += to - (e.count == 0 ? lo : std::max(lo, e.hi)), ahead += to - hi;
   }
-  if (ahead == 0) return false;
-  if (const i64 now = pages_at_hand(); now < slots) pool_.spill(*this, slots - now, true, tx);
-  return pages_at_hand() >= slots;
+  if (ahead == 0) return 0;
+  return pool_.make_room(*this, slots, true, tx) >= slots ? slots : 0;
 }
 
 void VirtualTable::zero_ahead(i64 row, i64 group, i64 old_tokens, i64 new_tokens, Transaction& tx) {
@@ -156,8 +160,8 @@ bool VirtualTable::map_ahead(i64 index, i64 group, i64 tokens, Transaction& tx) 
   for (i64 a = first_[group]; a < first_[group + 1]; ++a) {
     want += std::max(i64{0}, high_slot(group, a, tokens + 2 * ahead) - extent(row, a).hi);
   }
-  // Preparing is never worth taking something away from anyone.
-  if (want == 0 || want > pages_at_hand()) return false;
+  // The background thread takes nothing away from anyone.
+  if (want == 0 || want > pool_.pages_at_hand(*this)) return false;
   pool_.journal.set(ready_[row * groups_ + group], have);
   for (i64 a = first_[group]; a < first_[group + 1]; ++a) {
     const i64 hi = high_slot(group, a, tokens + 2 * ahead);

@@ -43,11 +43,6 @@ class VirtualTable final : public VirtualRows {
 
   void retract(i64 index, i32, Transaction& tx) override { forget_last(row_of_[index], tx); }
 
-  i64 pick_victim(i64 most, Transaction& tx);
-  void bind_behind(i64 index, const Found& found, Transaction& tx);
-  i64 pages_at_hand() const { return std::min(pool_.room_pages(), limit_pages - owned_pages); }
-  bool has_room_ahead(i64 row, i64 group, i64 tokens, Transaction& tx);
-
   void evict(i32 node, Transaction& tx) override;
   void evict_window(i32 node, i32 window, Transaction& tx) override;
   void offer(i32) override {}  // doubles_ knows the rows that this concerns
@@ -152,9 +147,11 @@ class VirtualTable final : public VirtualRows {
   // The first of doubles_ that is a copy (or also: a spare), 0 if none is. Looks at `most` of them at most; those that
   // are none now go to the end, so that the next look begins behind them.
   i64 find_double(bool spare, i64 most);
-  // The smallest parked row without content that has enough mapped, else the largest; among equals the first, so that
-  // sequences that start together lie at equal distances and a batch of them is one strided tensor. -1 if all hold
-  // content. The trash row is never among them.
+  // The parked row without content whose mapped slots come nearest to `slots`: the smallest that has as many, unless
+  // memory is short and the largest that has fewer is much nearer (a slot too many counts two fifths of one too few,
+  // since somebody else has to map it later). Among equals the first, so that sequences that start together lie at
+  // equal distances and a batch of them is one strided tensor. -1 if all hold content. The trash row is never among
+  // them.
   i64 best_empty(i64 slots) const;
   // A row without content, and one that has as few pages as may be: for one that is to show pages of another.
   i64 pick_empty(Transaction& tx);
@@ -162,9 +159,18 @@ class VirtualTable final : public VirtualRows {
   i64 empty_a_row(Transaction& tx);
   // Some parked row with content that can lose it, 0 if there is none. Looks at all rows.
   i64 any_to_lose() const;
-  // The row for a sequence that starts with `tokens` tokens of its own. Where memory is short, a parked row of about
-  // that size that would have to give up its pages anyway is taken with them, which costs no driver call.
-  i64 pick_row(i64 tokens, Transaction& tx);
+  // Makes room for what growing to `tokens` maps in the group, with what is ahead, and returns how many slots that is;
+  // 0 where there is no room for the latter, or none is mapped ahead.
+  i64 slots_with_ahead(i64 row, i64 group, i64 tokens, Transaction& tx);
+  // Of the next few items of the eviction order, the parked row with the most slots of which all can go, `most` slots
+  // at most; -1 if there is none.
+  i64 pick_victim(i64 most, Transaction& tx);
+  // Binds a row for a sequence that shows pages of another in front, and has its own behind those.
+  void bind_behind(i64 index, const Found& found, Transaction& tx);
+  // The row for a sequence that starts with `tokens` tokens, of which the whole pages of the first `shown` are another
+  // row's. Where content has to go for them, rows go whole that have no more than a quarter too much: their pages are
+  // taken with them, which costs no driver call.
+  i64 pick_row(i64 tokens, i64 shown, Transaction& tx);
   void bind(i64 index, i64 tokens, Transaction& tx);
   // A parked row can go on as the sequence's own if it loses nothing by that which others cannot show, or if there is
   // no other row. A fixed state could not be found again once it is written over.

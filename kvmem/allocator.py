@@ -63,15 +63,15 @@ class Allocator:
         and 2**31 - 1. In all there are 2**32 - 3 sequences in the life of an allocator, since a handle is an int32 and
         is never given out again: five years of 25 a second. After that ``SpecError``: make another allocator.
     page_bytes: size of a physical page. Default: CPU 64 KiB (more above 2 GiB of memory); CUDA and meta what the driver
-        recommends, 2 MiB, and ``"virtual"`` more where sequences are long, since fewer pages are fewer driver calls:
-        see ``kvmem.page_size.choose_page_bytes``. Llama 3 8B with 128 Ki tokens and 65 GiB: 16 MiB.
+        recommends, 2 MiB. The virtual backend takes larger pages where sequences are long, because the driver is called
+        for each page: ``kvmem.page_size.choose_page_bytes``. Llama 3 8B with 128 Ki tokens and 65 GiB: 16 MiB.
     interleave: how many layers lie side by side in a page, or ``"all"`` (default), or ``"none"``: not even K and V of a
         layer do, each has a range of its own, as dense as a contiguous tensor. More means less waste and fewer driver
         calls; less is read faster by a CPU. A row wastes half a page in each range: of Llama 3 8B in 2 MiB pages 8
         tokens' worth with ``"all"`` (1 range), 256 with ``1`` (32), 512 with ``"none"`` (64).
-    map_ahead_tokens: how far ahead of a sequence's growth a background thread maps (virtual). Above 0, a call that has
-        to map pages itself also maps some more, one for each 128 that the row has, 3 at most; what is ahead is given up
-        when memory is short, after what is cached. 0: nothing is mapped ahead. Default: CUDA 64, others 0.
+    map_ahead_tokens: how far ahead of a sequence's growth a background thread maps (virtual), where pages are free.
+        Above 0, a call that has to map pages itself also maps one more for each 128 that the row has, 3 at most, and
+        those go after what is cached when memory is short. 0: nothing is mapped ahead. Default: CUDA 64, others 0.
     tail_guard_tokens: how far past its length a sequence's memory can be loaded and is finite, for kernels that load
         whole tiles and mask afterwards (0 * NaN is NaN). Virtual: so many tokens behind it in its row; paged: the rest
         of its last block, behind which the table names block 0, which is zero. Above 0, memory is zeroed when a

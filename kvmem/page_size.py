@@ -35,12 +35,17 @@ def choose_page_bytes(
     driver recommends. Never more than 1/1,024 of the memory.
     """
     tokens = expected_tokens or max(1, max_tokens // EXPECTED_SHARE)
-    ranges, held = 0, 0
-    for layout in layouts:
-        if layout.group.growth == "token":
-            ranges += len(layout.token_bytes)
-            held += sum(layout.token_bytes) * min(tokens, layout.group.window_tokens or tokens)
+    layouts = list(layouts)
+    growing = [layout for layout in layouts if layout.group.growth == "token"]
+    states = [size for layout in layouts if layout.group.growth == "fixed" for size in layout.token_bytes]
+    ranges = sum(len(layout.token_bytes) for layout in growing)
+    held = sum(states)
+    held += sum(sum(layout.token_bytes) * min(tokens, layout.group.window_tokens or tokens) for layout in growing)
+
+    def waste(page: int) -> float:
+        return ranges * page / 2 + sum(-size % page for size in states)
+
     page = least
-    while page * 2 * LEAST_PAGES <= memory_bytes and page * ranges <= MOST_WASTE * held:
+    while growing and page * 2 * LEAST_PAGES <= memory_bytes and waste(2 * page) <= MOST_WASTE * held:
         page *= 2
     return page

@@ -91,6 +91,17 @@ def test_a_trace_of_lengths_has_no_content(model: Model) -> None:
         ContentPool(allocator, "paged", 4096, trace)
 
 
+def test_a_request_that_names_no_block_has_tokens_of_its_own(model: Model) -> None:
+    trace = Trace(
+        "made", "mooncake", np.array([0.0, 1.0, 2.0]), np.array([600, 600, 600]), np.array([5, 5, 5]),
+        prefix_ids=np.array([10**12, 10**12 + 5] * 2), prefix_offsets=np.array([0, 2, 2, 4]), prefix_block_tokens=512,
+    )  # fmt: skip
+    result, pool = run(trace, model, "virtual", 4 << 30)
+    assert result.hit_tokens == 600 // 16 * 16, "the third is the first again"
+    first, second, third = (pool.tokens(i, 0, 600) for i in range(3))
+    assert (first == third).all() and not (first == second).any()
+
+
 def test_seconds_are_counts_times_costs() -> None:
     costs = DriverCosts("made", "up", CallCosts(2 << 20, 1.0, 10.0, 100.0), CallCosts(4 << 20, 3.0, 20.0, 0.0))
     assert costs.seconds(Totals(map=10**6, set_access=10**5, unmap=10**4), 2 << 20) == 1 + 1 + 1

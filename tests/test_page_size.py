@@ -59,3 +59,13 @@ def test_an_allocator_takes_it(backend: str, how: dict, page: int) -> None:
     sizes = {"memory": "65GiB", "max_tokens": 131_072, "max_sequences": 64, **how}
     alloc = kvmem.Allocator(llama(), backend=backend, device="meta", **sizes)
     assert alloc.pool.page_bytes == page
+
+
+def test_states_count_what_their_last_page_holds_empty() -> None:
+    state = kvmem.Component("state", width=96 << 10, dtype="float32", growth="fixed")
+    only = kvmem.CacheSpec((kvmem.Group("state", (state,), (0,)),), block_size=16)
+    assert chosen(only, "all", max_tokens=131_072, memory_bytes=65 * GIB) == 2 * MIB, "it never grows"
+    hybrid = kvmem.CacheSpec((*llama().groups, kvmem.Group("state", (state,), (32,))), block_size=16)
+    page = chosen(hybrid, "all", max_tokens=131_072, memory_bytes=65 * GIB)
+    held = 13_107 * (128 << 10) + (384 << 10)
+    assert page / 2 + (-(384 << 10)) % page <= MOST_WASTE * held < page + (-(384 << 10)) % (2 * page)

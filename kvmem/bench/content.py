@@ -33,8 +33,9 @@ class ContentPool(AllocatorPool):
             )
         _, self._ids = np.unique(trace.prefix_ids, return_inverse=True)
         self._offsets, self._size, self._inputs = trace.prefix_offsets, trace.prefix_block_tokens, trace.input_tokens
-        if len(self._ids) * self._size >= _GENERATED:
-            raise BenchError(f"{trace.name}: {len(self._ids):,} blocks are more than have token ids below 2**30")
+        distinct = int(self._ids.max(initial=-1)) + 1
+        if distinct * self._size >= _GENERATED:
+            raise BenchError(f"{trace.name}: {distinct:,} blocks are more than have token ids below 2**30")
         self._held: dict[int, tuple[int, int]] = {}  # by handle: the request, and its tokens that are committed
 
     def admit(self, request: int, tokens: int) -> Int32s | None:
@@ -66,9 +67,9 @@ class ContentPool(AllocatorPool):
         length = int(self._inputs[request])
         position = np.arange(begin, end)
         generated = _GENERATED + (request * _MOST_GENERATED + position - length) % _GENERATED
-        if begin >= length:
-            return generated.astype(np.int32)
         blocks = self._ids[self._offsets[request] : self._offsets[request + 1]]
+        if begin >= length or not len(blocks):
+            return generated.astype(np.int32)
         block = np.minimum(position // self._size, len(blocks) - 1)  # a prompt may be longer than the blocks it names
         return np.where(position < length, blocks[block] * self._size + position % self._size, generated).astype(
             np.int32
