@@ -90,6 +90,7 @@ CacheStats Cache::stats() {
     const i64 blocks = window < 0 ? index_.cached() : index_.cached(window);
     for (i64 bytes : group.token_bytes) s.cached_bytes += blocks * block_tokens() * bytes;
   }
+  s.cached_bytes -= table_->common_bytes();
   s.pinned_blocks = index_.pinned_count();
   s.evicted_blocks = index_.evicted();
   s.lookup_tokens = lookup_tokens_;

@@ -165,6 +165,8 @@ class PageTable : public PageOwner {
   virtual i64 held_bytes() const = 0;
   // Cached tokens that no sequence holds, on pages that some sequence needs. They can be given up, the pages cannot.
   virtual i64 beside_bytes() const = 0;
+  // What cached blocks that nobody uses have in common: bytes that are counted once more for each of them but one.
+  virtual i64 common_bytes() const { return 0; }
   virtual i64 first_arena(i64 group) const = 0;
   // Slots of an arena up to and including the last mapped one: what a default tensor shows.
   virtual i64 mapped_extent_slots(i64 group, i64 arena_in_group) const = 0;

@@ -1,7 +1,5 @@
 #include "virtual_rows.h"
 
-#include "shared_parts.h"
-
 namespace kvmem {
 
 VirtualRows::VirtualRows(const Geometry& geometry, PagePool& pool, const Sequences& sequences, PrefixIndex& index)
@@ -186,8 +184,20 @@ i64 VirtualRows::parked_pages() const {
   return pages;
 }
 
+// What other rows show too of bytes [from, to) of an arena of a row: in bytes of a page; returns how many.
+i64 VirtualRows::add_shared(const Extent& e, i64 from, i64 to, std::vector<SharedPart>* shared) const {
+  i64 bytes = 0;
+  for (i64 slot = from / page_bytes(); slot * page_bytes() < to; ++slot) {
+    if (pool_.refs(e.pages[slot]) <= 1) continue;
+    const i64 start = slot * page_bytes();
+    shared->push_back({e.pages[slot], std::max(from - start, i64{0}), std::min(to - start, page_bytes())});
+    bytes += shared->back().to - shared->back().from;
+  }
+  return bytes;
+}
+
 void VirtualRows::count_bytes(i64* used_bytes, i64* shared_bytes) const {
-  std::vector<SharedPart> shared;  // in bytes of a page
+  std::vector<SharedPart> shared;
   *used_bytes = 0;
   for (i64 index = 0; index < sequences_.capacity(); ++index) {
     const i64 row = row_of_[index];
@@ -198,19 +208,36 @@ void VirtualRows::count_bytes(i64* used_bytes, i64* shared_bytes) const {
         const i64 from = front * token_bytes(g, a), to = tokens * token_bytes(g, a);
         *used_bytes += to - from;
         if (!rows_[row].maybe_shared || from == to) continue;
-        const Extent& e = extent(row, a);
-        for (i64 slot = from / page_bytes(); slot * page_bytes() < to; ++slot) {
-          if (pool_.refs(e.pages[slot]) <= 1) continue;
-          const i64 start = slot * page_bytes();
-          shared.push_back({e.pages[slot], std::max(from - start, i64{0}), std::min(to - start, page_bytes())});
-          *used_bytes -= shared.back().to - shared.back().from;
-        }
+        *used_bytes -= add_shared(extent(row, a), from, to, &shared);
       }
     }
   }
   const SharedCount count = count_shared(shared);
   *used_bytes += count.length;
   *shared_bytes = count.pieces * page_bytes();
+}
+
+// Blocks that begin alike show one page for their beginnings. Cost: a few steps for each block of the rows that may
+// share pages.
+i64 VirtualRows::common_bytes() const {
+  std::vector<SharedPart> shared;
+  i64 bytes = 0;
+  for (i64 row = 1; row < static_cast<i64>(rows_.size()); ++row) {
+    for (i64 k = 0; rows_[row].maybe_shared && k < blocks_of(row); ++k) {
+      const i32 node = rows_[row].holds[k].node;
+      for (i64 g = 0; g < groups_; ++g) {
+        const i32 w = index_.window_of(g);
+        const bool counted = w < 0 ? holder_[node] == row && !index_.used(node)
+                                   : first_shower(node, w) == row && index_.needs(node, w) == 0;
+        if (!counted || geometry_.groups[g].growth != Growth::token) continue;
+        for (i64 a = first_[g]; a < first_[g + 1]; ++a) {
+          const i64 size = index_.block_tokens() * token_bytes(g, a);
+          bytes += add_shared(extent(row, a), k * size, (k + 1) * size, &shared);
+        }
+      }
+    }
+  }
+  return bytes - count_shared(shared).length;
 }
 
 i64 VirtualRows::mapped_extent_slots(i64 group, i64 arena_in_group) const {

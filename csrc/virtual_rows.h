@@ -17,6 +17,7 @@
 
 #include "id_list.h"
 #include "page_table.h"
+#include "shared_parts.h"
 
 namespace kvmem {
 
@@ -142,6 +143,7 @@ class VirtualRows : public PageTable {
   i64 parked_pages() const override;
   void count_bytes(i64* used_bytes, i64* shared_bytes) const override;
   i64 held_bytes() const override { return (owned_pages - parked_pages()) * page_bytes(); }
+  i64 common_bytes() const override;
   i64 beside_bytes() const override { return 0; }  // a page that a sequence needs is a row's, and serves nobody else
   i64 first_arena(i64 group) const override { return base_arena_ + first_[group]; }
   i64 mapped_extent_slots(i64 group, i64 arena_in_group) const override;
@@ -212,6 +214,7 @@ class VirtualRows : public PageTable {
     return std::min(row_slots(g, a), slots + std::min(slots / kAheadShare, kMostAhead));
   }
 
+  i64 add_shared(const Extent& e, i64 from, i64 to, std::vector<SharedPart>* shared) const;
   // Slots [from, to) and [end, hi) of a row: neither its sequence nor its content needs what is mapped there.
   // `ahead`: the pages that with_ahead() allows a live row are not among them.
   struct Spare {

@@ -29,8 +29,9 @@ class Stats:
     held_bytes: what live sequences keep from others: the blocks that hold their tokens, whole, and the trash blocks
         (paged), or their pages (virtual). The rest of the budget can be had, all that is cached included; where groups
         differ, or other allocators share the pool, some of it only as whole pages.
-    cached_bytes: tokens of cached blocks that nobody uses, ``cached_blocks`` of them; each once. With sliding windows
-        also what they have passed of blocks that are used, which counts as no block.
+    cached_bytes: tokens of cached blocks that nobody uses, ``cached_blocks`` of them; each physical byte once, since
+        blocks that begin alike may share pages (virtual). With sliding windows also what they have passed of blocks
+        that are used, which counts as no block.
     pinned_blocks: pins of blocks, each pin of a block counted.
     evicted_blocks: blocks that were cached and given up since the allocator exists.
     lookup_tokens, hit_tokens: of prompts that began (``sequence()``, ``admit_batch()``, ``SchedulerCache.allocate``),

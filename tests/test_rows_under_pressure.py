@@ -107,3 +107,20 @@ def test_a_window_beside_full_attention_lets_all_of_a_long_row_go() -> None:
         assert lost <= 800 + 8
     assert alloc.trim() > 0 and alloc.stats().cached_blocks == 0
     assert alloc.check() == []
+
+
+def test_blocks_that_begin_alike_count_their_common_pages_once() -> None:
+    """A block of 16 pages, and four that begin with 12 of them: the others' 4 last pages are their own."""
+    block, page = 64, 4096  # a token is 1 KiB
+    alloc = kvmem.Allocator(
+        kvmem.CacheSpec.kv(num_layers=1, num_kv_heads=1, head_dim=128, dtype="float32", block_size=block),
+        device="meta", memory=400 * page, page_bytes=page, max_sequences=4, max_tokens=256, debug=True,
+    )  # fmt: skip
+    first = np.arange(block + 1, dtype=np.int32)
+    cache(alloc, first)
+    for number in range(1, 5):
+        other = first.copy()
+        other[48:] += 1000 * number
+        cache(alloc, other)
+    stats = alloc.stats()
+    assert stats.cached_blocks == 5 and stats.cached_bytes == (16 + 4 * 4) * page <= stats.mapped_bytes
