@@ -283,12 +283,14 @@ Cache::Admitted Cache::admit_one(const i32* tokens, i64 n, const PrefixKey& key,
   if (reuse == Reuse::whole_blocks && one.found.tokens % block_tokens() != 0) {
     one.found = find_whole(one.found.tokens);
   }
-  one.found.wanted = grows ? n : 0;
-  bool done = one.found.tokens > 0 && try_adopt(one.handle, one.found, tx);
+  const auto adopt = [&] {
+    one.found.wanted = grows ? n : 0;
+    return one.found.tokens > 0 && try_adopt(one.handle, one.found, tx);
+  };
+  bool done = adopt();
   if (!done && one.found.tokens % block_tokens() != 0) {  // whole blocks may need no memory
     one.found = find_whole(one.found.tokens);
-    one.found.wanted = grows ? n : 0;
-    done = one.found.tokens > 0 && try_adopt(one.handle, one.found, tx);
+    done = adopt();
   }
   if (!done) {
     one.found = Found();

@@ -138,8 +138,7 @@ void VirtualTable::close(i64 index, Transaction& tx) {
   const i64 row = row_of_[index];
   if (row < 0) return;
   set_fence(row, tx.fence());
-  const Hold* const holds = rows_[row].holds.data();
-  for (const Hold *hold = holds, *end = holds + blocks_of(row); hold != end; ++hold) index_.prefetch(hold->node);
+  for (const Hold& hold : rows_[row].holds) index_.prefetch(hold.node);
   tx.push({OpKind::unbind, 0, sequences_.handle_of(index), row});
   if (index_.windows() > 0) drop_passed(row, tx);
 }
