@@ -57,10 +57,7 @@ i64 VirtualTable::spill_passed(i64 pages, Transaction& tx) {
     if (rows_[row].source || row == copy_) continue;
     for (i64 k = 0; k < blocks_of(row); ++k) {
       for (i32 w = 0; w < index_.windows(); ++w) {
-        if (!is_passed_copy(row, k, w)) continue;
-        keep_last_copy(row, k);
-        tx.push(concealing(row, k, w));
-        unmap_block({row}, w, k, tx);
+        if (is_passed_copy(row, k, w)) drop_copy(row, k, w, tx);
       }
     }
     if (rows_[row].index < 0) drop_passed(row, tx);
@@ -72,9 +69,42 @@ i64 VirtualTable::spill_list(const IdList& list, i64 pages, Transaction& tx) {
   i64 freed = 0;
   for (i64 row = list.first(), next; row != 0 && freed < pages; row = next) {
     next = list.next(row);
-    if (row != copy_) freed += spill_row(row, pages - freed, tx);
+    if (row == copy_) continue;
+    if (index_.windows() > 0 && rows_[row].index < 0) freed += spill_copies(row, pages - freed, tx);
+    freed += spill_row(row, pages - freed, tx);
   }
   return freed;
+}
+
+i64 VirtualTable::spill_copies(i64 row, i64 pages, Transaction& tx) {
+  const i64 before = owned_pages;
+  for (i64 g = 0; g < groups_ && !rows_[row].source; ++g) {
+    const i32 window = index_.window_of(g);
+    for (i64 a = first_[g]; window >= 0 && a < first_[g + 1]; ++a) {
+      const i64 block_bytes = index_.block_tokens() * token_bytes(g, a);
+      const Extent& e = extent(row, a);
+      for (i64 slot = e.lo; slot < e.hi && before - owned_pages < pages; ++slot) {
+        if (e.pages[slot] < 0 || pool_.is_shared(e.pages[slot])) continue;
+        const i64 first = quotient(slot * page_bytes(), block_bytes);
+        const i64 last = std::min(blocks_of(row), ceil_div((slot + 1) * page_bytes(), block_bytes));
+        bool copies = true;
+        for (i64 k = first; copies && k < last; ++k) {
+          copies = !shown(row, k, window).here || is_passed_copy(row, k, window);
+        }
+        for (i64 k = first; copies && k < last; ++k) {
+          if (shown(row, k, window).here) drop_copy(row, k, window, tx);
+        }
+      }
+    }
+  }
+  if (before != owned_pages) drop_passed(row, tx);
+  return before - owned_pages;
+}
+
+void VirtualTable::drop_copy(i64 row, i64 ordinal, i32 window, Transaction& tx) {
+  keep_last_copy(row, ordinal);
+  tx.push(concealing(row, ordinal, window));
+  unmap_block({row}, window, ordinal, tx);
 }
 
 i64 VirtualTable::spill_row(i64 row, i64 pages, Transaction& tx, bool ahead) {

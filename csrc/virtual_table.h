@@ -111,6 +111,9 @@ class VirtualTable final : public VirtualRows {
   i64 give_up_window(Item x, Transaction& tx);
   // Gives up, for at least so many pages, second copies of what windows have passed in their rows.
   i64 spill_passed(i64 pages, Transaction& tx);
+  // Gives up, of a parked row, what windows show in other rows as well, if it frees pages.
+  i64 spill_copies(i64 row, i64 pages, Transaction& tx);
+  void drop_copy(i64 row, i64 ordinal, i32 window, Transaction& tx);
   // What window group `group` shows of blocks that lie, also in part, on a page of a row, in on_page_; false where
   // somebody needs any of it.
   bool find_content(i64 row, i64 group, i64 a, i64 slot);

@@ -124,3 +124,25 @@ def test_blocks_that_begin_alike_count_their_common_pages_once() -> None:
         cache(alloc, other)
     stats = alloc.stats()
     assert stats.cached_blocks == 5 and stats.cached_bytes == (16 + 4 * 4) * page <= stats.mapped_bytes
+
+
+@pytest.mark.parametrize("policy", ["lru", "density"])
+def test_what_windows_show_twice_goes_before_content(policy: str) -> None:
+    """Two requests compute the same 30 blocks at once and go on differently, so neither row lies in the other."""
+    group = kvmem.Group("window", spec().groups[0].components, (0,), window_tokens=320)
+    window = kvmem.CacheSpec((group,), block_size=TOKENS)
+    alloc = allocator(400, spec=window, policy=policy, zero="never")
+    prompts = [np.concatenate([prompt(0, 30), prompt(number, 10)]) for number in (1, 2)]
+    twins = [alloc.sequence(tokens) for tokens in prompts]
+    for twin, tokens in zip(twins, prompts, strict=True):
+        assert twin.num_cached_tokens == 0
+        twin.extend(len(tokens))
+        twin.commit(tokens)
+    for twin in twins:
+        twin.free()
+    alloc.set_memory(alloc.stats().mapped_bytes)
+    seq = alloc.sequence()
+    seq.extend(30 * TOKENS)
+    assert alloc.stats().evicted_blocks == 0
+    assert [alloc.match(tokens).num_tokens for tokens in prompts] == [40 * TOKENS - 1] * 2
+    assert alloc.match(np.concatenate([prompt(0, 30), prompt(9, 1)])).num_tokens == 30 * TOKENS
