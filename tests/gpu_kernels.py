@@ -12,7 +12,7 @@ import torch
 from gpu_libraries import ByHand, Real, Result
 from kernel_cases import BACKENDS, FP8, Case
 
-from kvmem.kernels import flash_attention, flashinfer, flashinfer_mla, reference
+from kvmem.kernels import flash_attention, flash_attention_4, flashinfer, flashinfer_mla, reference
 from kvmem.kernels.rules import flat_tokens
 from kvmem.kernels.write import to_cache_dtype, write_kv
 
@@ -124,9 +124,10 @@ def _mla(case: Case, lib: Library) -> Result:
     width = ckv.shape[-1]
     how = {"head_dim_ckv": width, "head_dim_kpe": kpe.shape[-1], "scale": MLA_SCALE, "dtype": case.q.dtype}
     wrapper = lib.mla()
-    wrapper.plan(**flashinfer_mla.mla_plan(case.batch, num_heads=case.q.shape[1], **how))
+    form = {"wrapper": wrapper, "return_lse": True}
+    wrapper.plan(**flashinfer_mla.mla_plan(case.batch, num_heads=case.q.shape[1], **how, **form))
     nope, pe = case.q[..., :width].contiguous(), case.q[..., width:].contiguous()
-    out, lse = wrapper.run(nope, pe, *flashinfer_mla.mla_cache_of(ckv, kpe), return_lse=True)
+    out, lse = wrapper.run(**flashinfer_mla.mla_run(nope, pe, flashinfer_mla.mla_cache_of(ckv, kpe), **form))
     return out, flashinfer.natural_lse(lse)
 
 
@@ -221,6 +222,19 @@ def _fa3_varlen(case: Case, lib: Library) -> Result:
     return out, flash_attention.natural_lse(lse)
 
 
+def _fa4(form: flash_attention.Form) -> Callable[[Case, Library], Result]:
+    def run(case: Case, lib: Library) -> Result:
+        args = flash_attention_4.fa4_varlen_args(
+            case.batch, head_dim=case.q.shape[-1], dtype=case.q.dtype, form=form, window_tokens=case.window_tokens,
+            return_lse=True,
+        )  # fmt: skip
+        cache = map(flat_tokens if form == "rows" else flash_attention_4.plain, case.cache)
+        out, lse = lib.fa4_varlen(case.q, *cache, **args)
+        return out, flash_attention_4.natural_lse(lse)
+
+    return run
+
+
 ROWS, WINDOWS = ("virtual",), (None, 20)
 DECODES = ("decode", "long decode")
 FA3_MODELS: tuple[Model, ...] = (*((BF16, BF16, head) for head in HEADS), (FP8, FP8, 128))
@@ -260,6 +274,10 @@ KERNELS = [
            (*PLAIN, *FA3_MORE), (*DECODES, "mixed")),
     Kernel("FlashAttention 3, varlen", "flash_attn_interface", ("flash_attention", "fa3"), _fa3_varlen, FA3_MODELS,
            (*PLAIN, *FA3_MORE), ("prefill", "mixed"), ROWS),
+    Kernel("FlashAttention 4, rows", "flash_attn.cute", ("flash_attention_4", "fa4"), _fa4("rows"), ONE, PLAIN,
+           (*DECODES, "prefill", "mixed"), ROWS, windows=WINDOWS),
+    Kernel("FlashAttention 4, blocks", "flash_attn.cute", ("flash_attention_4", "fa4"), _fa4("blocks"), ONE, PLAIN,
+           (*DECODES, "prefill", "mixed"), windows=WINDOWS),
     Kernel("FlashAttention 2", "flash_attn", ("flash_attention", "fa2"), _fa2, PLAIN, PLAIN, (*DECODES, "drafts"),
            block_sizes=(256,), windows=WINDOWS, pads=False),
     Kernel("FlashAttention 2, varlen", "flash_attn", ("flash_attention", "fa2"), _fa2_varlen, PLAIN, PLAIN,

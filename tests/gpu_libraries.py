@@ -9,6 +9,7 @@ from typing import Any
 
 import kernel_oracle_flash_attention as flash_by_hand
 import kernel_oracle_flashinfer as flashinfer_by_hand
+import kernel_oracle_flashinfer_mla as mla_by_hand
 import torch
 
 from kvmem.kernels import torch_ops
@@ -45,10 +46,11 @@ class ByHand:
     ragged = staticmethod(lambda backend: flashinfer_by_hand.BatchPrefillWithRaggedKVCacheWrapper())
     batch_attention = staticmethod(flashinfer_by_hand.BatchAttention)
     cascade = staticmethod(flashinfer_by_hand.MultiLevelCascadeAttentionWrapper)
-    mla = staticmethod(flashinfer_by_hand.BatchMLAPagedAttentionWrapper)
+    mla = staticmethod(mla_by_hand.NewBatchMLAPagedAttentionWrapper)
     append = staticmethod(flashinfer_by_hand.append_paged_kv_cache)
     fa2 = staticmethod(flash_by_hand.fa2_with_kvcache)
     fa2_varlen = staticmethod(flash_by_hand.fa2_varlen)
+    fa4_varlen = staticmethod(flash_by_hand.fa4_varlen)
 
     def __init__(self, package: str) -> None:
         pass
@@ -146,4 +148,4 @@ class Real:
     def fa2_varlen(self, *given: Any, **args: Any) -> Any:
         return self.module.flash_attn_varlen_func(*given, **args)
 
-    fa3, fa3_varlen = fa2, fa2_varlen  # the names are the same; the module is not
+    fa3, fa3_varlen, fa4_varlen = fa2, fa2_varlen, fa2_varlen  # the names are the same; the module is not

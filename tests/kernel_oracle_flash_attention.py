@@ -1,4 +1,4 @@
-"""FlashAttention 2 and 3 and torch's own, by hand: arguments, refusals and the shape of the lse as they document them.
+"""FlashAttention 2, 3 and 4 and torch's own, by hand: arguments, refusals and the shape of the lse as they document them.
 
 Lengths and tables are on the device; the lse is natural.
 """
@@ -191,6 +191,32 @@ def fa3_varlen(
         _mask(causal, window_size),
     )
     return (out, lse) if return_attn_probs else out
+
+
+def fa4_varlen(
+    q,
+    k,
+    v,
+    *,
+    cu_seqlens_q,
+    max_seqlen_q,
+    max_seqlen_k,
+    seqused_k,
+    cu_seqlens_k=None,
+    page_table=None,
+    softmax_scale=None,
+    causal=False,
+    window_size=(None, None),
+    return_lse=False,
+):
+    """FlashAttention 4's ``flash_attn_varlen_func``: over pages, or rows as for version 3; always a pair."""
+    assert page_table is None or cu_seqlens_k is None, "page_table is not supported with cu_seqlens_k"
+    left, right = (-1 if bound is None else bound for bound in window_size)
+    mask = _mask(causal, (left, right))
+    out, lse = _packed(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, max_seqlen_q, max_seqlen_k, page_table, softmax_scale, mask
+    )
+    return out, lse if return_lse else None
 
 
 def flash_op(

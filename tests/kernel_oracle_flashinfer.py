@@ -195,7 +195,7 @@ class MultiLevelCascadeAttentionWrapper:
                 window_left=window_left,
                 sm_scale=sm_scale,
                 q_data_type=q_data_type,
-                kv_data_type=kv_data_type,
+                kv_data_type=kv_data_type or q_data_type,
             )
 
     def run(self, q, paged_kv_cache):
@@ -203,50 +203,6 @@ class MultiLevelCascadeAttentionWrapper:
         for wrapper in self.wrappers[:-1]:
             out, lse = merge_base_2(out, lse, *wrapper.run(q, paged_kv_cache, return_lse=True))
         return out
-
-
-class BatchMLAPagedAttentionWrapper:
-    """One KV head: K is the latent and the rotary key side by side, V the latent."""
-
-    def __init__(self, workspace: torch.Tensor | None = None, backend: str = "auto") -> None:
-        pass
-
-    def plan(
-        self,
-        qo_indptr,
-        kv_indptr,
-        kv_indices,
-        kv_len_arr,
-        num_heads,
-        head_dim_ckv,
-        head_dim_kpe,
-        page_size,
-        causal,
-        sm_scale,
-        q_data_type,
-        kv_data_type,
-    ) -> None:
-        check_int32("cpu", qo_indptr=qo_indptr, kv_indptr=kv_indptr, kv_len_arr=kv_len_arr)
-        check_int32(kv_indices.device, kv_indices=kv_indices)
-        assert len(qo_indptr) == len(kv_indptr) == len(kv_len_arr) + 1 and kv_indices.shape == (kv_indptr[-1],)
-        assert torch.equal(kv_indptr.diff(), -(-kv_len_arr // page_size)), "as many pages as the length needs"
-        self.qo, self.indptr, self.indices = qo_indptr.tolist(), kv_indptr.tolist(), kv_indices
-        self.lengths, self.page_size, self.causal, self.scale = kv_len_arr.tolist(), page_size, causal, sm_scale
-        self.heads, self.widths, self.dtypes = num_heads, (head_dim_ckv, head_dim_kpe), (q_data_type, kv_data_type)
-
-    def run(self, q_nope, q_pe, ckv_cache, kpe_cache, *, return_lse=False):
-        for q, cache, width in zip((q_nope, q_pe), (ckv_cache, kpe_cache), self.widths, strict=True):
-            assert q.shape == (self.qo[-1], self.heads, width) and cache.shape[1:] == (self.page_size, width)
-            assert (q.dtype, cache.dtype) == self.dtypes and type(cache) is torch.Tensor
-            assert cache.stride(-1) == 1 and all(0 < s < 2**32 for s in cache.stride())
-        q, parts = torch.cat([q_nope, q_pe], -1), []
-        for b, length in enumerate(self.lengths):
-            ids = self.indices[self.indptr[b] : self.indptr[b + 1]].tolist()
-            ckv, kpe = (gather(cache, ids, length).unsqueeze(1) for cache in (ckv_cache, kpe_cache))
-            k = torch.cat([ckv, kpe], -1)
-            parts.append(attend(q[self.qo[b] : self.qo[b + 1]], k, ckv, scale=self.scale, causal=self.causal))
-        out, lse = pack(parts)
-        return (out, lse / math.log(2)) if return_lse else out
 
 
 class BatchAttention(Paged):

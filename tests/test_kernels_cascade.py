@@ -6,6 +6,7 @@ import inspect
 import random
 
 import kernel_oracle_flashinfer as stand_ins
+import kernel_oracle_flashinfer_mla as mla_stand_ins
 import pytest
 import torch
 from cascade_world import (
@@ -204,8 +205,12 @@ def mla(world: World, batch: kvmem.Batch, width: int, kpe: int) -> tuple[torch.T
     return q, how
 
 
+OLD, NEW = mla_stand_ins.BatchMLAPagedAttentionWrapper, mla_stand_ins.NewBatchMLAPagedAttentionWrapper
+
+
 @every_backend
-def test_mla(backend: str, seed: int) -> None:
+@pytest.mark.parametrize(("made", "told"), [(OLD, False), (OLD, True), (NEW, True)], ids=["oldest", "old", "new"])
+def test_mla(backend: str, made: type, told: bool, seed: int) -> None:
     world = make_world(mla_spec(), backend, seed)
     seqs = nested(world)
     news = [1 + i % 3 for i in range(len(seqs))]
@@ -217,17 +222,34 @@ def test_mla(backend: str, seed: int) -> None:
         nope, pe = q.split([48, 16], -1)
         out, lse = world.expected(q, seqs, news, layer, names=("ckv", "ckv"), scale=0.11)
         cache = mla_args.mla_cache_of(world.alloc.tensor(layer, "ckv"), world.alloc.tensor(layer, "kpe"))
-        plans = [mla_args.mla_plan(batch, **how)], mla_args.mla_cascade_plans(cascade, **how)
-        for made in plans:
+        wrapper = made()
+        version = {"wrapper": wrapper} if told else {}
+        one = mla_args.mla_plan(batch, **how, **version, return_lse=True)
+        for plans in [one], mla_args.mla_cascade_plans(cascade, **how, **version):
             parts = []
-            for plan in made:
-                wrapper = stand_ins.BatchMLAPagedAttentionWrapper()
+            for plan in plans:
                 wrapper.plan(**plan)
-                part, base_2 = wrapper.run(nope, pe, *cache, return_lse=True)
+                part, base_2 = wrapper.run(**mla_args.mla_run(nope, pe, cache, **version, return_lse=True))
                 parts.append((part, args.natural_lse(base_2)))
             got, got_lse = merge_levels(parts)
             assert_close(got, out, torch.float64)
             assert_close(got_lse, lse, torch.float64)
+
+
+def test_mla_without_lse(seed: int) -> None:
+    """The class tells the version as well as the wrapper does, also one that inherits."""
+    world = make_world(mla_spec(), "paged", seed)
+    seqs = [world.open(20)]
+    batch = step(world, seqs, [2])
+    q, how = mla(world, batch, 48, 16)
+    cache = mla_args.mla_cache_of(world.alloc.tensor(0, "ckv"), world.alloc.tensor(0, "kpe"))
+    mine = type("Mine", (NEW,), {"__module__": __name__})
+    want, _ = world.expected(q, seqs, [2], 0, names=("ckv", "ckv"), scale=0.11)
+    for made in (OLD, NEW, mine):
+        wrapper = made()
+        wrapper.plan(**mla_args.mla_plan(batch, **how, wrapper=made))
+        out = wrapper.run(**mla_args.mla_run(*q.split([48, 16], -1), cache, wrapper=made))
+        assert_close(out, want, torch.float64)
 
 
 def test_mla_refusals(seed: int) -> None:
@@ -246,6 +268,30 @@ def test_mla_refusals(seed: int) -> None:
         mla_args.mla_plan(batch, **how)
     with pytest.raises(kvmem.SpecError, match="no sliding window"):
         mla_args.mla_cascade_plans(batch.cascade(), **how)
+    batch = step(world, [seq], [1])
+    with pytest.raises(kvmem.SpecError, match=r"wrapper: got 5, which has no plan\(\)"):
+        mla_args.mla_plan(batch, **how, wrapper=5)
+    with pytest.raises(kvmem.SpecError, match=r"wrapper: got 5, which has no run\(\)"):
+        mla_args.mla_run(ckv, ckv, (ckv, ckv), wrapper=5)
+    bare = type("Bare", (), {"plan": NEW.plan, "__module__": __name__})
+    with pytest.raises(kvmem.SpecError, match="Bare, whose plan.* no MLAPlanMetadata"):
+        mla_args.mla_plan(batch, **how, wrapper=bare)
+
+
+@pytest.mark.parametrize(("version", "takes"), [(None, True), ((0, 2, 8), False), ((0, 2, 9), True)])
+def test_a_cascade_of_another_dtype(version: tuple[int, ...] | None, takes: bool, monkeypatch, seed: int) -> None:
+    """``kv_data_type`` is said only where it says something, and refused where the wrapper has no word for it."""
+    monkeypatch.setattr(args, "installed", lambda package: version)
+    world = make_world(kv_spec(), "paged", seed)
+    cascade = step(world, [world.open(3)], [1]).cascade()
+    how = {"num_query_heads": 4, "num_kv_heads": 2, "head_dim": 8, "dtype": torch.bfloat16}
+    assert "kv_data_type" not in args.cascade_plan(cascade, **how)
+    assert "kv_data_type" not in args.cascade_plan(cascade, **how, kv_dtype=torch.bfloat16)
+    if takes:
+        assert args.cascade_plan(cascade, **how, kv_dtype=torch.float16)["kv_data_type"] == torch.float16
+        return
+    with pytest.raises(kvmem.SpecError, match=r"kv_dtype: got torch.float16 .*install 0\.2\.9"):
+        args.cascade_plan(cascade, **how, kv_dtype=torch.float16)
 
 
 def test_names_are_those_of_the_installed_flashinfer(seed: int) -> None:
@@ -256,4 +302,6 @@ def test_names_are_those_of_the_installed_flashinfer(seed: int) -> None:
     plan = args.cascade_plan(batch.cascade(), num_query_heads=4, num_kv_heads=2, head_dim=64, dtype=torch.float16)
     inspect.signature(flashinfer.MultiLevelCascadeAttentionWrapper.plan).bind(None, **plan)
     _, how = mla(world, batch, 48, 16)
-    inspect.signature(flashinfer.mla.BatchMLAPagedAttentionWrapper.plan).bind(None, **mla_args.mla_plan(batch, **how))
+    wrapper = flashinfer.mla.BatchMLAPagedAttentionWrapper
+    inspect.signature(wrapper.plan).bind(None, **mla_args.mla_plan(batch, **how, wrapper=wrapper))
+    inspect.signature(wrapper.run).bind(None, **mla_args.mla_run(None, None, (None, None), wrapper=wrapper))

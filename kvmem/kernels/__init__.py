@@ -7,9 +7,11 @@
 ``flashinfer``            arguments for FlashInfer's wrappers, cascades among them, and for its append
 ``flashinfer_mla``        arguments for FlashInfer's MLA wrapper
 ``flash_attention``       arguments for FlashAttention 2 and 3
+``flash_attention_4``     arguments for FlashAttention 4
 ``torch_ops``             the FlashAttention that is inside torch
 ``merge``                 joins attention over two parts of a context
 ``rules``                 what kernels ask of a cache, and the checks
+``versions``              what the installed libraries take
 ========================  ======================================================================================
 
 Shapes, everywhere: queries are packed, ``[T, Hq, D]``, the new tokens of all rows of the batch one after the other as

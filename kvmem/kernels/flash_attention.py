@@ -1,12 +1,16 @@
 """What FlashAttention 2 and 3 are to be called with. Lengths and tables stay on the device; no host copy is needed.
 
+Read against flash-attn 2.6.1 to 2.8.3, the hopper folder (version 3) of 2.8.0 to 2.8.3, and fa3-fwd 0.0.1 to 0.0.3.
+
 Two forms. ``"rows"`` (virtual backend): the cache is the rows, ``alloc.rows(layer, "k")`` and ``"v"``, and a row is
-chosen by its number. ``"blocks"`` (both backends): the cache is ``alloc.kv(layer)`` and a block table. The default is
+chosen by its number; functions that take no such number read the same rows as ``rules.flat_tokens(...)`` of
+``alloc.kv``. ``"blocks"`` (both backends): the cache is ``alloc.kv(layer)`` and a block table. The default is
 rows where there are any.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -14,6 +18,7 @@ import torch
 from kvmem.batch import GroupBatch
 from kvmem.errors import SpecError
 from kvmem.kernels.rules import as_int32, plain, rows_of, window_left
+from kvmem.kernels.versions import takes
 
 __all__ = [
     "TAIL_GUARD_TOKENS", "fa2_args", "fa2_query", "fa2_varlen_args", "fa3_args", "fa3_fwd_args", "fa3_varlen_args",
@@ -55,7 +60,7 @@ def fa2_args(
 
     The new tokens are in the cache already, so ``k=`` and ``v=`` stay out. Blocks need ``block_size % 256 == 0``.
     """
-    form = _form(batch, form)
+    form = form_of(batch, form)
     if form == "blocks":
         _check_fa2_blocks(batch)
     table = {"block_table": batch.block_table} if form == "blocks" else {}
@@ -93,7 +98,7 @@ def fa3_args(
 
     With ``return_lse`` it returns ``(out, lse, ...)``.
     """
-    form = _form(batch, form)
+    form = form_of(batch, form)
     packed = {"cu_seqlens_q": batch.cu_seqlens_q, "max_seqlen_q": batch.max_seqlen_q}
     table = {"page_table": batch.block_table} if form == "blocks" else {}
     return {**_with_kvcache(batch, form, scale, causal, window_tokens, return_lse), **packed, **table}
@@ -114,7 +119,7 @@ def fa3_fwd_args(
 
 def fa3_varlen_args(
     batch: GroupBatch, *, scale: float | None = None, causal: bool = True, window_tokens: int | None = None,
-    return_lse: bool = False, queries: GroupBatch | None = None,
+    return_lse: bool = False, queries: GroupBatch | None = None, function: Callable[..., Any] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """For version 3's ``flash_attn_varlen_func(q, k, v, **args)`` over rows, with k and v ``rules.flat_tokens(...)`` of
     ``alloc.kv``.
@@ -123,9 +128,17 @@ def fa3_varlen_args(
     In a captured graph, which keeps how long k and v were, they are ``rules.all_tokens(...)``, and ``max_seqlen_k`` is
     the longest that the graph will see.
     queries: the batch that q is packed by where that is another group's (cross attention, ``causal=False``).
+    function: what will be called, for ``SpecError`` with ``return_lse`` where it cannot be asked for the lse, as in the
+    hopper folder of flash-attn 2.8.
     """
     starts, lengths = row_spans(batch, window_tokens, "FlashAttention with seqused_k")
     packed = queries or batch
+    if return_lse and function is not None and not takes(function, "return_attn_probs"):
+        raise SpecError(
+            "return_lse: got True, but the function given takes no return_attn_probs; use flash_attn_with_kvcache with "
+            "fa3_args, which returns the lse, or a newer FlashAttention 3"
+        )
+    asked = {"return_attn_probs": True} if return_lse else {}
     return {
         "cu_seqlens_q": packed.cu_seqlens_q,
         "cu_seqlens_k": starts,
@@ -135,7 +148,7 @@ def fa3_varlen_args(
         "softmax_scale": scale,
         "causal": causal,
         "window_size": _window(batch, window_tokens, causal),
-        "return_attn_probs": return_lse,
+        **asked,
     }
 
 
@@ -182,7 +195,7 @@ def _with_kvcache(
     return args
 
 
-def _form(batch: GroupBatch, form: Form | None) -> Form:
+def form_of(batch: GroupBatch, form: Form | None) -> Form:
     if form not in (None, "rows", "blocks"):
         raise SpecError(f'form: got {form!r}; must be "rows", "blocks" or None')
     return form or ("blocks" if batch.rows is None else "rows")

@@ -1,4 +1,4 @@
-"""What FlashInfer is to be called with (read and checked against 0.7.2; older ones take the same names back to 0.2.5).
+"""What FlashInfer is to be called with, from 0.2.5 to 0.7.4; ``BatchAttention`` is there from 0.2.7 on.
 
 ``plan()`` once a step with one of the ``*_plan`` dicts, then ``run()`` once a layer with ``cache_of(k, v)``::
 
@@ -23,6 +23,7 @@ from kvmem.batch import GroupBatch
 from kvmem.cascade import Cascade
 from kvmem.errors import SpecError
 from kvmem.kernels.rules import STRIDE_LIMIT, check_cache, flat_tokens, host, rows_of, window_left
+from kvmem.kernels.versions import installed
 
 __all__ = [
     "TAIL_GUARD_TOKENS", "Ragged", "append_args", "batch_attention_plan", "cache_of", "cascade_plan", "decode_plan",
@@ -101,7 +102,7 @@ def batch_attention_plan(
     """For ``BatchAttention.plan``: prefill and decode in one launch. ``SpecError`` for a batch with a sliding window.
 
     The wrapper keeps ``kv_indices`` itself, not a copy: it is the batch's buffer, valid until the next fill. ``run()``
-    always returns ``(out, lse)``.
+    always returns ``(out, lse)``, and takes ``k_scale=`` and ``v_scale=`` from 0.4.0 on.
     """
     if batch.drops_tokens:
         raise SpecError(
@@ -129,7 +130,8 @@ def cascade_plan(
 
     The number of levels is fixed when the wrapper is made: keep one for each number that ``max_levels`` allows.
     ``run()`` returns no lse. window_tokens: with one level only, and ``SpecError`` otherwise: the wrapper would mask
-    each level by its own end.
+    each level by its own end. kv_dtype: ``SpecError`` for another than dtype where the FlashInfer that is installed is
+    older than 0.2.9, whose wrapper knows one dtype only.
     """
     levels = cascade.levels
     if window_tokens is not None and len(levels) > 1:
@@ -137,6 +139,11 @@ def cascade_plan(
             f"window_tokens: got {window_tokens} with {len(levels)} levels; the wrapper masks each level by its own "
             "end: use prefill_plan, or make the cascade with max_levels=1"
         )
+    common = _common(num_query_heads, num_kv_heads, head_dim, dtype, kv_dtype, scale)
+    if common["kv_data_type"] == dtype:
+        del common["kv_data_type"]  # the default; before 0.2.9 there is no such keyword
+    else:
+        _check_cascade_dtype(dtype, common["kv_data_type"], installed("flashinfer-python"))
     return {
         "qo_indptr_arr": [level.qo_indptr_cpu for level in levels],
         "paged_kv_indptr_arr": [level.kv_indptr_cpu for level in levels],
@@ -146,7 +153,7 @@ def cascade_plan(
         "page_size": cascade.block_size,
         "causal": causal,
         "window_left": window_left(cascade, window_tokens, causal),
-        **_common(num_query_heads, num_kv_heads, head_dim, dtype, kv_dtype, scale),
+        **common,
     }
 
 
@@ -243,6 +250,14 @@ def ragged_cache_of(k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, tor
             "lower interleave or max_sequences"
         )
     return k, v
+
+
+def _check_cascade_dtype(dtype: torch.dtype, kv_dtype: torch.dtype, version: tuple[int, ...] | None) -> None:
+    if version is not None and version < (0, 2, 9):
+        raise SpecError(
+            f"kv_dtype: got {kv_dtype} with queries of {dtype}; the cascade wrapper of the FlashInfer that is "
+            "installed takes one dtype for both: install 0.2.9 or newer, or use prefill_plan"
+        )
 
 
 def _common(

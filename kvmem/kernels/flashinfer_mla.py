@@ -3,30 +3,31 @@
 Its kernels read the latent and the rotary key of a token as they are kept, with the matrices that would make K and V of
 them absorbed into the queries and the output: one KV head, whose K is ``[ckv, kpe]`` and whose V is ``ckv``::
 
-    wrapper.plan(**mla_plan(batch, num_heads=128, head_dim_ckv=512, head_dim_kpe=64, scale=192**-0.5, dtype=...))
-    ckv, kpe = mla_cache_of(alloc.tensor(layer, "ckv"), alloc.tensor(layer, "kpe"))
-    out, lse = wrapper.run(q_nope, q_pe, ckv, kpe, return_lse=True)
+    shape = {"num_heads": 128, "head_dim_ckv": 512, "head_dim_kpe": 64, "scale": 192**-0.5, "dtype": torch.bfloat16}
+    wrapper.plan(**mla_plan(batch, **shape, wrapper=wrapper, return_lse=True))
+    cache = mla_cache_of(alloc.tensor(layer, "ckv"), alloc.tensor(layer, "kpe"))
+    out, lse = wrapper.run(**mla_run(q_nope, q_pe, cache, wrapper=wrapper, return_lse=True))
 
-Read against 0.2.5 to 0.7.2. The newest deprecate the flat arguments for ``metadata=MLAPlanMetadata.csr(...)`` of the
-same four tensors, under the same names; they still take them, and older ones take nothing else. For its backends fa2
-and fa3, which read CSR. The lse is a base-2 logarithm: ``flashinfer.natural_lse``.
+Read against 0.2.5 to 0.7.4. From 0.7.0 on ``plan()`` wants its tensors as ``MLAPlanMetadata``, and is told whether
+``run()`` will return the lse; ``run()`` wants its tensors in pairs. What went before still works there, with warnings
+that it will not for ever, and is all that older ones take: by ``wrapper=`` both are given what theirs takes. For its
+backends fa2 and fa3, which read CSR. The lse is a base-2 logarithm: ``flashinfer.natural_lse``.
 """
 
 from __future__ import annotations
 
-import re
-from functools import cache
-from importlib import metadata
+import sys
 from typing import Any
 
 import torch
 
 from kvmem.batch import GroupBatch
-from kvmem.cascade import Cascade
+from kvmem.cascade import Cascade, CascadeLevel
 from kvmem.errors import SpecError
 from kvmem.kernels.rules import STRIDE_LIMIT, check_strides, host, plain
+from kvmem.kernels.versions import installed, takes
 
-__all__ = ["TAIL_GUARD_TOKENS", "mla_cache_of", "mla_cascade_plans", "mla_plan"]
+__all__ = ["TAIL_GUARD_TOKENS", "mla_cache_of", "mla_cascade_plans", "mla_plan", "mla_run"]
 
 #: Tokens past a sequence's end that the kernels may touch: none, each is fetched under a predicate of the length.
 TAIL_GUARD_TOKENS = {"mla": 0}
@@ -34,21 +35,26 @@ TAIL_GUARD_TOKENS = {"mla": 0}
 
 def mla_plan(
     batch: GroupBatch, *, num_heads: int, head_dim_ckv: int, head_dim_kpe: int, scale: float, dtype: torch.dtype,
-    kv_dtype: torch.dtype | None = None, causal: bool = True,
+    kv_dtype: torch.dtype | None = None, causal: bool = True, wrapper: Any = None, return_lse: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """For ``BatchMLAPagedAttentionWrapper.plan``: any number of new tokens per row.
 
     num_heads: of the queries. scale: has no default, since it is that of the heads before absorption (DeepSeek: ``(128
     + 64) ** -0.5``, times what its rotary scaling adds). dtype: of the queries; kv_dtype: of the cache, default the
-    same. ``SpecError`` for a batch with a sliding window, which the kernels do not have.
+    same. wrapper: the wrapper, or its class, for the form that its version wants; without it the oldest, which all
+    take. return_lse: what ``run()`` will be given; older versions do not ask. ``SpecError`` for a batch with a sliding
+    window, which the kernels do not have.
     """
     if batch.drops_tokens:
         raise SpecError("the MLA kernels have no sliding window, and one has dropped tokens of this batch")
-    return {
+    tensors = {
         "qo_indptr": host(batch, "cu_seqlens_q"),
         "kv_indptr": host(batch, "kv_indptr"),
         "kv_indices": batch.kv_indices,
         "kv_len_arr": host(batch, "seq_lens"),
+    }
+    return {
+        **_metadata(tensors, wrapper, return_lse),
         "page_size": batch.block_size,
         "causal": causal,
         **_common(num_heads, head_dim_ckv, head_dim_kpe, scale, dtype, kv_dtype),
@@ -57,25 +63,37 @@ def mla_plan(
 
 def mla_cascade_plans(
     cascade: Cascade, *, num_heads: int, head_dim_ckv: int, head_dim_kpe: int, scale: float, dtype: torch.dtype,
-    kv_dtype: torch.dtype | None = None, causal: bool = True,
+    kv_dtype: torch.dtype | None = None, causal: bool = True, wrapper: Any = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """One plan for each level, since FlashInfer has no cascade for MLA: a wrapper each, run with the same queries, and
-    ``merge.merge_levels`` of their ``(out, natural_lse(lse))``. Arguments as for ``mla_plan``.
+    """One plan for each level, since FlashInfer has no cascade for MLA: a wrapper each, run with the same queries and
+    ``return_lse=True``, and ``merge.merge_levels`` of their ``(out, natural_lse(lse))``. Arguments as for
+    ``mla_plan``; wrapper: one of them, or their class.
     """
     if cascade.drops_tokens:
         raise SpecError("the MLA kernels have no sliding window, and one has dropped tokens of this batch")
     return [
         {
-            "qo_indptr": level.qo_indptr_cpu,
-            "kv_indptr": level.kv_indptr_cpu,
-            "kv_indices": level.kv_indices,
-            "kv_len_arr": level.kv_lens_cpu,
+            **_metadata(_tensors_of(level), wrapper, return_lse=True),
             "page_size": cascade.block_size,
             "causal": causal and level is cascade.levels[-1],
             **_common(num_heads, head_dim_ckv, head_dim_kpe, scale, dtype, kv_dtype),
         }
         for level in cascade.levels
     ]
+
+
+def mla_run(
+    q_nope: torch.Tensor, q_pe: torch.Tensor, cache: tuple[torch.Tensor, torch.Tensor], *, wrapper: Any = None,
+    return_lse: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """For ``BatchMLAPagedAttentionWrapper.run``: everything by name, in pairs where the version wants pairs.
+
+    cache: ``mla_cache_of(...)``. wrapper: as for ``mla_plan``. return_lse: what the plan was told.
+    """
+    if _wants(wrapper, "run", "query"):
+        return {"query": (q_nope, q_pe), "kv_cache": cache, "return_lse": return_lse}
+    ckv, kpe = cache
+    return {"q_nope": q_nope, "q_pe": q_pe, "ckv_cache": ckv, "kpe_cache": kpe, "return_lse": return_lse}
 
 
 def mla_cache_of(ckv: torch.Tensor, kpe: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -91,22 +109,12 @@ def mla_cache_of(ckv: torch.Tensor, kpe: torch.Tensor) -> tuple[torch.Tensor, to
         )
     for blocks in (ckv, kpe):
         check_strides(blocks)
-        _check_reach(blocks, _installed())
+        _check_reach(blocks, installed("flashinfer-python"))
     return ckv.squeeze(2), kpe.squeeze(2)
 
 
 #: The first release whose kernels multiply a block id and the stride of a block in 64 bits.
 _WIDE_SINCE = (0, 6, 11)
-
-
-@cache
-def _installed() -> tuple[int, ...] | None:
-    """The version of FlashInfer here, None where there is none."""
-    try:
-        found = re.match(r"(\d+)\.(\d+)\.(\d+)", metadata.version("flashinfer-python"))
-    except metadata.PackageNotFoundError:
-        return None
-    return tuple(map(int, found.groups())) if found else (0,)
 
 
 def _check_reach(blocks: torch.Tensor, version: tuple[int, ...] | None) -> None:
@@ -117,6 +125,48 @@ def _check_reach(blocks: torch.Tensor, version: tuple[int, ...] | None) -> None:
             f"that is installed reach {STRIDE_LIMIT - 1}: install 0.6.11 or newer, lower interleave, or give less "
             "memory"
         )
+
+
+def _tensors_of(level: CascadeLevel) -> dict[str, torch.Tensor]:
+    return {
+        "qo_indptr": level.qo_indptr_cpu,
+        "kv_indptr": level.kv_indptr_cpu,
+        "kv_indices": level.kv_indices,
+        "kv_len_arr": level.kv_lens_cpu,
+    }
+
+
+def _metadata(tensors: dict[str, torch.Tensor], wrapper: Any, return_lse: bool) -> dict[str, Any]:
+    """What says which tokens are whose, in the form that the version of ``wrapper`` wants."""
+    if not _wants(wrapper, "plan", "metadata"):
+        return {**tensors}
+    layouts = {"query_layout": "split", "kv_cache_layout": "split"}
+    metadata = _metadata_class(_class_of(wrapper)).csr(**tensors)
+    return {"metadata": metadata, **layouts, "lse_mode": "base2" if return_lse else "none"}
+
+
+def _wants(wrapper: Any, method: str, keyword: str) -> bool:
+    """Whether the version of ``wrapper`` has the newer form of ``method``; not where it is None."""
+    function = getattr(_class_of(wrapper), method, None)
+    if wrapper is not None and function is None:
+        raise SpecError(f"wrapper: got {wrapper!r}, which has no {method}(); give a BatchMLAPagedAttentionWrapper")
+    return wrapper is not None and takes(function, keyword)
+
+
+def _class_of(wrapper: Any) -> Any:
+    return wrapper if isinstance(wrapper, type) else type(wrapper)
+
+
+def _metadata_class(wrapper: type) -> Any:
+    """``MLAPlanMetadata`` from the module of the wrapper's class, which is loaded, or of one that it inherits from."""
+    for one in wrapper.__mro__:
+        found = getattr(sys.modules.get(one.__module__), "MLAPlanMetadata", None)
+        if found is not None:
+            return found
+    raise SpecError(
+        f"wrapper: got {wrapper.__module__}.{wrapper.__qualname__}, whose plan() takes metadata=, but its module has "
+        "no MLAPlanMetadata: give flashinfer.mla.BatchMLAPagedAttentionWrapper, or no wrapper"
+    )
 
 
 def _common(

@@ -7,7 +7,6 @@ signatures.
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from kvmem.batch import GroupBatch
 from kvmem.errors import SpecError
 from kvmem.kernels.flash_attention import FA2_BLOCK_TOKENS, natural_lse, row_spans
 from kvmem.kernels.rules import flat_tokens, plain, window_left
+from kvmem.kernels.versions import takes
 
 __all__ = ["TAIL_GUARD_TOKENS", "attention", "flash_op_args", "natural_lse", "supports", "varlen_args"]
 
@@ -31,7 +31,7 @@ def supports(argument: str) -> bool:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:  # torch before 2.10
         return False
-    return argument in inspect.signature(varlen_attn).parameters
+    return takes(varlen_attn, argument)
 
 
 def attention(
