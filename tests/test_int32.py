@@ -9,7 +9,7 @@ from support import BACKENDS, make_allocator, plain
 
 import kvmem
 from kvmem import _core
-from kvmem.kernels import flash_attention, flashinfer, flashinfer_mla, torch_ops
+from kvmem.kernels import flash_attention, flash_attention_4, flashinfer, flashinfer_mla, torch_ops
 from kvmem.kernels.reference import sdpa
 from kvmem.kernels.write import write_kv
 
@@ -41,6 +41,7 @@ def test_rows_past_an_int32_are_read_where_they_lie() -> None:
     torch.testing.assert_close(sdpa(q, alloc.kv(0), batch)[0], v[0])
     for call in (
         lambda: flash_attention.fa3_varlen_args(batch),
+        lambda: flash_attention_4.fa4_varlen_args(batch, head_dim=8, dtype=torch.float16),
         lambda: torch_ops.flash_op_args(batch),
         lambda: torch_ops.varlen_args(batch),
     ):
