@@ -3,13 +3,14 @@
 #include "driver.h"
 
 #include <cstdio>
+#include <exception>
 #include <vector>
 
 namespace kvmem {
 namespace {
 
 // An undo that fails too leaves the run half done. That breaks rule 5 of driver.h, so say so with both causes.
-[[noreturn]] void half_done(const char* run, const Error& cause, const Error& undo) {
+[[noreturn]] void half_done(const char* run, const std::exception& cause, const std::exception& undo) {
   throw DeviceError(std::string(run) + " failed (" + cause.what() + ") and could not be undone (" + undo.what() +
                         "): the range is now partly mapped; discard this driver",
                     run);
@@ -27,11 +28,11 @@ void Driver::map_run(Address at, i64 page_bytes, const PageHandle* pages, i64 co
   i64 mapped = 0;
   try {
     for (; mapped < count; ++mapped) map(at + mapped * page_bytes, page_bytes, 0, pages[mapped]);
-  } catch (const Error& cause) {
+  } catch (const std::exception& cause) {
     undoing(true);
     try {
       while (mapped > 0) unmap(at + --mapped * page_bytes, page_bytes);
-    } catch (const Error& undo) {
+    } catch (const std::exception& undo) {
       undoing(false);
       half_done("map_run", cause, undo);
     }
@@ -49,7 +50,7 @@ void Driver::unmap_run(Address at, i64 page_bytes, i64 count) {
       unmap(at + i * page_bytes, page_bytes);
       taken.push_back(before);
     }
-  } catch (const Error& cause) {
+  } catch (const std::exception& cause) {
     undoing(true);
     try {
       while (!taken.empty()) {
@@ -59,7 +60,7 @@ void Driver::unmap_run(Address at, i64 page_bytes, i64 count) {
         map(page_at, page_bytes, 0, before.page);
         if (before.accessible) set_access(page_at, page_bytes);
       }
-    } catch (const Error& undo) {
+    } catch (const std::exception& undo) {
       undoing(false);
       half_done("unmap_run", cause, undo);
     }

@@ -30,6 +30,20 @@ void check_positive(const char* verb, i64 bytes) {
   if (bytes <= 0) refuse(verb, std::to_string(bytes) + " bytes is not a positive size");
 }
 
+// An entry for the books, made before the driver is asked: what it has given must not be lost because there is no
+// memory to note it.
+template <class Map>
+typename Map::node_type new_entry(typename Map::mapped_type value) {
+  Map one;
+  return one.extract(one.emplace(0, value).first);
+}
+
+template <class Map>
+void enter(Map& map, typename Map::node_type entry, typename Map::key_type key) {
+  entry.key() = key;
+  map.insert(std::move(entry));
+}
+
 class CudaDriver final : public Driver {
  public:
   CudaDriver(int index, const std::string& library, PageOptions pages)
@@ -108,7 +122,7 @@ class CudaDriver final : public Driver {
   // Never held during a call: polling an event must not wait for a slow set_access.
   mutable ForkMutex event_mutex_{"the CUDA driver"};
   DriverCounters counters_;
-  std::vector<cuda::EventPtr> events_;       // all that were created
+  std::vector<cuda::EventPtr> events_;       // all that were created, null where that failed
   std::vector<cuda::EventPtr> idle_events_;  // those that forget() gave back
 };
 
@@ -129,7 +143,9 @@ void CudaDriver::give_everything_back() {
   for (const auto& [at, mapping] : mappings_) api_.cuMemUnmap(at, mapping.bytes);
   for (const auto& [page, info] : pages_) api_.cuMemRelease(page);
   for (const auto& [base, bytes] : reservations_) api_.cuMemAddressFree(base, bytes);
-  for (cuda::EventPtr event : events_) api_.cuEventDestroy(event);
+  for (cuda::EventPtr event : events_) {
+    if (event) api_.cuEventDestroy(event);
+  }
   if (side_) api_.cuStreamDestroy(side_);
   if (relaxed == cuda::kSuccess) api_.cuThreadExchangeStreamCaptureMode(&mode);
   cuda::ContextPtr ours = nullptr;
@@ -156,12 +172,13 @@ Address CudaDriver::reserve(i64 bytes, i64 alignment) {
   if (alignment < 0) refuse("reserve", "the alignment is negative");
   // 0 is "a default alignment" to the driver, and no page promises that it is one at which it maps.
   alignment = std::max(alignment, info().granularity_bytes);
+  auto entry = new_entry<decltype(reservations_)>(bytes);
   cuda::DevicePtr at = 0;
   const auto call = [&] { return api_.cuMemAddressReserve(&at, bytes, alignment, 0, 0); };
   device_.check(device_.relaxed(call), "cuMemAddressReserve", [&] {
     return "reserving " + std::to_string(bytes) + " bytes aligned to " + std::to_string(alignment);
   });
-  reservations_[at] = bytes;
+  enter(reservations_, std::move(entry), at);
   return at;
 }
 
@@ -182,13 +199,15 @@ PageHandle CudaDriver::create(i64 bytes) {
   const auto lock = begin(&DriverCounters::create);
   check_positive("create", bytes);
   const cuda::AllocationProp prop = device_.prop();
+  auto entry = new_entry<decltype(pages_)>({bytes, 0});
+  pages_.reserve(pages_.size() + 1);
   cuda::AllocationHandle page = 0;
   device_.check(device_.relaxed([&] { return api_.cuMemCreate(&page, bytes, &prop, 0); }), "cuMemCreate", [&] {
     return "creating a page of " + std::to_string(bytes) + " bytes; this driver holds " +
            std::to_string(created_bytes_) + " of the device's " + std::to_string(info().total_bytes) + " bytes";
   });
   if (page == 0) refuse("create", "cuMemCreate returned handle 0");
-  pages_[page] = {bytes, 0};
+  enter(pages_, std::move(entry), page);
   created_bytes_ += bytes;
   return page;
 }
@@ -213,9 +232,10 @@ void CudaDriver::map(Address at, i64 bytes, i64 offset, PageHandle page) {
   if (it->second.bytes != bytes)
     refuse("map", "page " + std::to_string(page) + " has " + std::to_string(it->second.bytes) +
                       " bytes and is mapped whole, not " + std::to_string(bytes));
+  auto entry = new_entry<decltype(mappings_)>({bytes, page, false});
   device_.check(device_.relaxed([&] { return api_.cuMemMap(at, bytes, offset, page, 0); }), "cuMemMap",
                 [&] { return "page " + std::to_string(page) + " at " + range_text(at, bytes); });
-  mappings_[at] = {bytes, page, false};
+  enter(mappings_, std::move(entry), at);
   ++it->second.mappings;
 }
 
@@ -360,6 +380,7 @@ void CudaDriver::copy(Address to, Address from, i64 bytes, Stream stream) {
 }
 
 cuda::EventPtr CudaDriver::take_event() {
+  std::size_t place = 0;
   {
     std::lock_guard<ForkMutex> lock(event_mutex_);
     if (!idle_events_.empty()) {
@@ -367,17 +388,20 @@ cuda::EventPtr CudaDriver::take_event() {
       idle_events_.pop_back();
       return event;
     }
+    place = events_.size();
+    events_.push_back(nullptr);
+    try {
+      idle_events_.reserve(events_.capacity());  // so that forget() needs no memory
+    } catch (...) {
+      events_.pop_back();
+      throw;
+    }
   }
   cuda::EventPtr event = nullptr;
-  const auto create = [&] {
-    const Result code = api_.cuEventCreate(&event, cuda::kEventDisableTiming);
-    if (code == cuda::kSuccess) {
-      std::lock_guard<ForkMutex> lock(event_mutex_);
-      events_.push_back(event);
-    }
-    return code;
-  };
-  device_.check(device_.in_context(create), "cuEventCreate");
+  const auto create = [&] { return api_.cuEventCreate(&event, cuda::kEventDisableTiming); };
+  device_.check(device_.in_context(create), "cuEventCreate");  // a place that stays empty does no harm
+  std::lock_guard<ForkMutex> lock(event_mutex_);
+  events_[place] = event;
   return event;
 }
 
@@ -388,7 +412,7 @@ Event CudaDriver::record(Stream stream) {
   try {
     device_.check(device_.in_context([&] { return api_.cuEventRecord(event, cu(stream)); }), "cuEventRecord",
                   [&] { return "on stream " + std::to_string(stream); });
-  } catch (const Error&) {
+  } catch (...) {
     forget(reinterpret_cast<Event>(event));
     throw;
   }

@@ -17,12 +17,6 @@ void count() {
   for (int i = 0; i < 100000; ++i) ++shared_counter;
 }
 
-void race() {
-  std::thread other(count);
-  count();
-  other.join();
-}
-
 void leak() {
   char* volatile lost = new char[64];
   lost[0] = 1;
@@ -37,6 +31,12 @@ extern "C" __attribute__((visibility("default"))) int overflow() {
   const int result = bytes[eight];
   delete[] bytes;
   return result;
+}
+
+extern "C" __attribute__((visibility("default"))) void race() {
+  std::thread other(count);
+  count();
+  other.join();
 }
 
 int main(int argc, char** argv) {

@@ -2,7 +2,10 @@
 // and so on until it succeeds. After each failure the digest of all state must be what it was, and check() must find
 // nothing. Calls that are refused for other reasons are held to the same.
 //
-//   no_memory --seed N --steps S      ends with 0 when nothing was wrong
+//   no_memory --seed N --steps S [--libcuda FILE]      ends with 0 when nothing was wrong
+//
+// libcuda: the CUDA driver over that library instead of memory of the CPU. Its pages must be of 4 KiB at least, and its
+// own allocations must be its own.
 
 #include <execinfo.h>
 
@@ -114,8 +117,9 @@ struct Tokens {
 
 class World {
  public:
-  World(const Layout& layout, bool paged, std::uint64_t seed) : layout_(layout), random_(seed) {
-    pool_ = std::make_shared<PagePool>(kPageBytes, kPages, make_host_driver(), false);
+  World(const Layout& layout, bool paged, std::uint64_t seed, std::shared_ptr<Driver> driver)
+      : layout_(layout), random_(seed) {
+    pool_ = std::make_shared<PagePool>(kPageBytes, kPages, std::move(driver), false);
     PrefixOptions prefix;
     prefix.policy = layout.policy;
     prefix.event_capacity = layout.events;
@@ -186,6 +190,8 @@ class World {
         return true;
       } catch (const std::bad_alloc&) {
         right = failed;
+      } catch (const DeviceError& e) {  // of the fault only: nothing else is wrong with the device
+        if (!failed) fail(name, e.what(), 0);
       } catch (const Error&) {  // a refusal, of this call or because of the fault
       }
       fail_in = 0;
@@ -356,15 +362,17 @@ class World {
 int main(int argc, char** argv) {
   std::uint64_t seed = 1;
   i64 steps = 250;
+  std::string libcuda;
   for (int i = 1; i + 1 < argc; i += 2) {
     if (std::string(argv[i]) == "--seed") seed = std::strtoull(argv[i + 1], nullptr, 10);
     if (std::string(argv[i]) == "--steps") steps = std::atoll(argv[i + 1]);
+    if (std::string(argv[i]) == "--libcuda") libcuda = argv[i + 1];
   }
   std::printf("no_memory: --seed %llu --steps %lld\n", static_cast<unsigned long long>(seed),
               static_cast<long long>(steps));
   for (const Layout& layout : kLayouts) {
     for (bool paged : {false, true}) {
-      World world(layout, paged, seed);
+      World world(layout, paged, seed, libcuda.empty() ? make_host_driver() : make_cuda_driver(0, libcuda));
       world.run(steps);
       std::printf("%s, %s: %lld calls, %lld failed allocations, %lld refused otherwise\n", paged ? "paged" : "virtual",
                   layout.name, static_cast<long long>(world.calls), static_cast<long long>(world.faults),

@@ -28,6 +28,14 @@ NO_ASLR := $(shell setarch -R true 2>/dev/null && echo setarch -R)
 RUN_asan := ASAN_OPTIONS=detect_leaks=1:detect_stack_use_after_return=1
 RUN_tsan := $(NO_ASLR)
 
+# Python and torch are not instrumented: races between our own code and itself are found, wherever Python's lock is not
+# held. The suppression is of glibc, which frees a dead thread's storage in the thread that joins it.
+TSAN_PYTHON = $(NO_ASLR) env LD_PRELOAD="$(shell $(CXX) -print-file-name=libtsan.so) $(shell $(CXX) -print-file-name=libstdc++.so.6)" \
+  TSAN_OPTIONS="$(TSAN_OPTIONS) suppressions=$(CURDIR)/$(SAN)/tsan.supp" PYTHONSAFEPATH=1 \
+  PYTHONPATH=$(CURDIR)/$(SAN)/tsan-python KVMEM_EXPECT_CORE=$(CURDIR)/$(SAN)/tsan-python
+TSAN_TESTS := $(addprefix tests/test_,locks.py threads.py threads_stale.py mapper.py events_allocator.py interrupts.py) \
+  tests/test_arrays_read_once.py::test_arrays_that_another_thread_writes_to
+
 # Leaks are looked for in the stress program only: torch has thousands that are not ours. Segmentation faults keep their
 # signal, because some tests ask for exactly that.
 # libstdc++ is preloaded beside it: python does not link it, and without it the runtime finds no __cxa_throw to intercept
@@ -36,7 +44,7 @@ ASAN_LIBRARIES = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -pri
 ASAN_PYTHON = env LD_PRELOAD="$(ASAN_LIBRARIES)" ASAN_OPTIONS=detect_leaks=0:handle_segv=0:allocator_may_return_null=1 \
   PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/$(SAN)/python KVMEM_EXPECT_CORE=$(CURDIR)/$(SAN)/python
 
-.PHONY: test-sanitize test-canaries test-stress test-soak test-no-memory test-asan-python sanitize-programs
+.PHONY: test-sanitize test-canaries test-stress test-soak test-no-memory test-asan-python test-tsan-python sanitize-programs
 test-sanitize: test-canaries test-stress test-no-memory test-asan-python  ## C++ stress program and core tests under the sanitizers
 
 sanitize-programs: $(foreach s,asan tsan,$(SAN)/$s/canary $(SAN)/$s/stress/stress) $(addprefix $(SAN)/asan/stress/,soak no_memory)  ## compile them, no more (make -j2)
@@ -64,9 +72,9 @@ $(eval $(call sanitized,tsan))
 -include $(wildcard $(SAN)/*/*.d $(SAN)/*/*/*.d)
 .SECONDARY:
 
-$(SAN)/canary.so: csrc/stress/canary.cpp csrc/stress/sanitize.mk
+$(SAN)/canary.so $(SAN)/canary-tsan.so: csrc/stress/canary.cpp csrc/stress/sanitize.mk
 	@mkdir -p $(@D)
-	$(CXX) $(SAN_FLAGS) -fsanitize=$(SAN_asan) -fPIC -shared $< -o $@
+	$(CXX) $(SAN_FLAGS) -fsanitize=$(if $(findstring tsan,$@),$(SAN_tsan),$(SAN_asan)) -fPIC -shared $< -o $@
 
 # $(call must_report,COMMAND,WORDS): the command fails, and says so in a sanitizer's words.
 define must_report
@@ -90,8 +98,15 @@ test-soak: $(SAN)/asan/stress/soak
 	  --seed $(STRESS_SEED) $(SOAK_ARGS)
 
 # Its operator new takes the sanitizer's place, which still sees all that malloc gives. 200 steps: about half a minute.
-test-no-memory: $(SAN)/asan/stress/no_memory
+test-no-memory: $(SAN)/asan/stress/no_memory $(SAN)/libcuda_stub.so
 	$(RUN_asan) timeout -k 10 600 $< --seed $(STRESS_SEED) --steps 200
+	$(RUN_asan) KVMEM_STUB_GRANULARITY_BYTES=4096 timeout -k 10 600 $< --seed $(STRESS_SEED) --steps 60 \
+	  --libcuda $(CURDIR)/$(SAN)/libcuda_stub.so
+
+# The stand-in for libcuda with an operator new of its own: memory fails in our code only.
+$(SAN)/libcuda_stub.so: $(filter-out %check_abi.cpp,$(wildcard tests/cuda_stub/*.cpp)) $(wildcard tests/cuda_stub/*.h)
+	@mkdir -p $(@D)
+	$(CXX) -std=c++17 -O1 -g -fPIC -shared -Wl,-Bsymbolic -static-libstdc++ -Icsrc $(filter %.cpp,$^) -pthread -o $@
 
 # PYTHONPATH comes before an installed kvmem, PYTHONSAFEPATH (Python 3.11) keeps the checkout out of the path of every
 # `python -c` that a test starts, and tests/conftest.py refuses to start if another module was loaded all the same.
@@ -99,3 +114,10 @@ test-asan-python: $(READY)
 	KVMEM_DEBUG=1 KVMEM_SANITIZE=$(SAN_asan) $(PY) setup.py -q build --build-base $(SAN)/objects --build-lib $(SAN)/python
 	$(ASAN_PYTHON) $(BIN)pytest -p no:cacheprovider -m "core and not gpu" \
 	  $(if $(filter-out 1,$(JOBS)),-n $(JOBS) --dist worksteal) $(ARGS)
+
+# Minutes, so it is no part of test-sanitize.
+test-tsan-python: $(SAN)/canary-tsan.so $(READY)  ## tests with threads on a native module built with ThreadSanitizer
+	@echo "race:_dl_deallocate_tls" > $(SAN)/tsan.supp
+	$(call must_report,$(TSAN_PYTHON) $(PY) -c "import ctypes; ctypes.CDLL('$(SAN)/canary-tsan.so').race()","data race")
+	KVMEM_DEBUG=1 KVMEM_SANITIZE=$(SAN_tsan) $(PY) setup.py -q build --build-base $(SAN)/objects --build-lib $(SAN)/tsan-python
+	$(TSAN_PYTHON) $(BIN)pytest -p no:cacheprovider $(TSAN_TESTS) $(ARGS)
