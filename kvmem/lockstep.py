@@ -15,6 +15,7 @@ import torch
 from kvmem.allocator import Allocator
 from kvmem.batch import GroupBatch
 from kvmem.errors import KVMemError, OutOfMemory, SpecError
+from kvmem.lockstep_tail import copy_tail
 
 __all__ = ["EVERY", "BlockPlace", "LockstepRows", "RowPlace"]
 
@@ -81,8 +82,12 @@ class LockstepRows:
     def __init__(self, alloc: Allocator, max_rows: int | None = None) -> None:
         self.alloc = alloc
         self.max_rows = alloc.max_sequences if max_rows is None else max_rows
-        #: While set, nothing is committed before ``commit()``, so that ``truncate`` can take back a sliding window.
+        #: While set, nothing that a sliding window may drop is committed before ``commit()``, so that ``truncate`` can
+        #: take it back.
         self.recording = False
+        self._has_windows = any(g.window_tokens is not None for g in alloc.spec.groups)
+        #: Whether what is read must be dense, for a model that reshapes it without a copy.
+        self.dense = False
         #: How many tokens each layer has written. Kept here, so that what removes tokens removes them for all layers.
         self.written: dict[LayerKey, int] = {}
         self._layers: dict[int, list[LayerKey]] = {}  # by the tokens that they write
@@ -123,7 +128,7 @@ class LockstepRows:
                 f"got a batch of {num_rows}; the cache holds tokens of a batch of {len(self._ids)}: reset() it, or "
                 "change its rows with batch_repeat_interleave() or batch_select_indices()"
             )
-        due = 0 if self.recording else self.num_complete(group)
+        due = 0 if self._holds_back(group) else self.num_complete(group)
         try:
             self._reserve(group, count, due)
         except KVMemError:
@@ -166,10 +171,14 @@ class LockstepRows:
             return BlockPlace(batch, len(self._ids))
         return RowPlace(batch, batch.rows_cpu.tolist())
 
-    def commit(self) -> None:
-        """Commits what every layer has written."""
+    def commit(self, *, recorded: bool = True) -> None:
+        """Commits what every layer has written; ``recorded=False`` leaves what is held back while recording."""
         for group in self._tokens:
-            self._commit(group, self.num_complete(group))
+            if recorded or not self._holds_back(group):
+                self._commit(group, self.num_complete(group))
+
+    def _holds_back(self, group: int) -> bool:
+        return self.recording and self._has_windows and group == EVERY
 
     def _commit(self, group: int, num_tokens: int) -> bool:
         count = num_tokens - self._committed.get(group, 0)
@@ -206,8 +215,9 @@ class LockstepRows:
         """Row i becomes a copy of what row ``parents[i]`` is now; of no rows, the cache is as new.
 
         The first child of a row takes its place and further ones are forks, which share all but the last page or block:
-        no row is ever copied whole. The forks need memory and sequences before what is dropped gives them back.
-        ``OutOfMemory``, and nothing has changed, where there is none; ``SpecError`` while a step is half done.
+        no row is ever copied whole, but for what ``recording`` holds back, which forks get a copy of. They need memory
+        and sequences before what is dropped gives them back. ``OutOfMemory``, and nothing has changed, where there is
+        none; ``SpecError`` while a step is half done.
         """
         if parents == list(range(len(self._ids))):
             return
@@ -216,19 +226,10 @@ class LockstepRows:
             return
         self._check_rows(len(parents))
         self.check_complete()
-        self.commit()
-        kept: set[int] = set()
-        children, forked = [], []
-        try:
-            for parent in parents:
-                if parent in kept:
-                    forked.append(self.alloc.core.fork(self._ids[parent]))
-                children.append(forked[-1] if parent in kept else self._ids[parent])
-                kept.add(parent)
-        except KVMemError:
-            _free(self.alloc, forked)
-            raise
-        _free(self.alloc, [handle for row, handle in enumerate(self._ids) if row not in kept])
+        first = {parent: row for row, parent in reversed(list(enumerate(parents)))}
+        forked = iter(self._fork([self._ids[parent] for row, parent in enumerate(parents) if first[parent] != row]))
+        children = [self._ids[p] if first[p] == row else next(forked) for row, p in enumerate(parents)]
+        _free(self.alloc, [handle for row, handle in enumerate(self._ids) if row not in first])
         self._ids[:] = children
         self._places = None
 
@@ -237,19 +238,28 @@ class LockstepRows:
         has changed; ``SpecError`` while a step is half done.
         """
         self.check_complete()
-        self.commit()
         copy = LockstepRows(self.alloc, self.max_rows)
-        try:
-            for handle in self._ids:
-                copy._ids.append(self.alloc.core.fork(handle))
-        except KVMemError:
-            copy.free()
-            raise
-        copy.recording = self.recording
+        copy._ids.extend(self._fork(self._ids))
+        copy.recording, copy.dense = self.recording, self.dense
         copy.written.update(self.written)
         copy._tokens.update(self._tokens)
         copy._committed.update(self._committed)
         return copy
+
+    def _fork(self, parents: list[int]) -> list[int]:
+        """A fork of each of ``parents``, with all its tokens, and whatever is recorded stays so."""
+        self.commit(recorded=False)
+        forked: list[int] = []
+        try:
+            for parent in parents:
+                forked.append(self.alloc.core.fork(parent))
+            held_back = self.num_tokens() - self._committed.get(EVERY, 0)
+            if forked and held_back:
+                copy_tail(self.alloc, parents, forked, held_back, EVERY)
+        except BaseException:  # torch's own, while a tail is copied, too
+            _free(self.alloc, forked)
+            raise
+        return forked
 
     def check_complete(self, group: int | None = None) -> None:
         """``SpecError`` if some layers have tokens of ``group``, or of any (None), that others lack."""

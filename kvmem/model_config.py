@@ -18,6 +18,7 @@ import torch
 
 from kvmem import model_families as families
 from kvmem.errors import SpecError
+from kvmem.model_names import KNOWN
 from kvmem.spec import CacheSpec, Component, Group, Rope, Scope
 from kvmem.spec_rules import MAX_LAYERS, brief, check_size, parse_dtype
 
@@ -27,14 +28,16 @@ __all__ = ["spec_from_config"]
 class _Fields:
     """A config with its family's defaults. Look-ups check; every error names the field, the value and the family."""
 
-    def __init__(self, values: Mapping[str, Any], nested: bool) -> None:
-        family = values.get("model_type") or ""
-        if not isinstance(family, str):
-            raise SpecError(f"model_type: got {brief(family)}; must be a string")
-        self.family = family
+    def __init__(self, values: Mapping[str, Any], nested: bool, assumed: str | None) -> None:
+        stated = values.get("model_type") or ""
+        if not isinstance(stated, str):
+            raise SpecError(f"model_type: got {brief(stated)}; must be a string")
+        known = stated in KNOWN or stated in families.REFUSED_FAMILIES
+        self.is_known = known or not stated or assumed is not None
+        self.family = family = stated if known or assumed is None else assumed
         defaults = families.DEFAULTS.get(family, {}) | (families.NESTED_DEFAULTS.get(family, {}) if nested else {})
         self.values = defaults | dict(values)
-        self.where = f" (model_type {family!r})" if family else ""
+        self.where = f" (model_type {stated!r})" if stated else ""
 
     def get(self, *names: str) -> Any:
         """The first of ``names`` that is present and not null."""
@@ -64,33 +67,31 @@ def spec_from_config(
     *,
     dtype: torch.dtype | str | None = None,
     block_size: int = 16,
+    assume: str | None = None,
 ) -> CacheSpec:
     """The cache of a published model, exact to the byte.
 
     config: a dict, a path to ``config.json`` or to its directory, or an object with ``to_dict()`` (transformers).
     dtype: element type of the cache; default what the config says (``dtype`` or ``torch_dtype``).
+    assume: the family by whose rules a ``model_type`` that is not known here is read, ``"llama"`` for one that stores
+        K and V of each KV head and names its fields as usual; a known one is read by its own rules all the same.
     Understands MHA, GQA, MQA, MLA, sliding windows on all or some layers, KV shared by layers, and cross attention; a
     multimodal config by its text part. Groups are named ``full``, ``sliding``, ``cross``, and ``full_shared``,
     ``sliding_shared`` where several layers read one copy.
     Raises ``SpecError``, naming field and value, on what is missing, wrong or not describable.
     """
     outer = _load(config)
-    values, nested = outer, False
-    while inner := next(
-        (values[key] for key in families.TEXT if isinstance(values.get(key), Mapping) and values[key]), None
-    ):
-        values, nested = inner, True
-    fields = _Fields(values, nested)
+    values, nested = _decoder_of(outer)
+    fields = _Fields(values, nested, _check_assumed(assume))
     _refuse_unknown(fields)
     if dtype is None:
         dtype = fields.get("dtype", "torch_dtype") or outer.get("dtype") or outer.get("torch_dtype")
         if dtype is None:
             raise SpecError(f"dtype: missing from the config{fields.where}; pass dtype=, for example torch.bfloat16")
-    decoder = _is_encoder_decoder(fields)
-    num_layers = fields.need(*(families.DECODER_LAYERS if decoder else families.LAYERS))
+    num_layers = fields.size(*families.DECODER_LAYERS) or fields.need(*families.LAYERS)
     if num_layers > MAX_LAYERS:
         raise SpecError(f"num_hidden_layers: got {num_layers}{fields.where}; at most {MAX_LAYERS}")
-    heads = fields.need(*(families.DECODER_HEADS if decoder else families.HEADS))
+    heads = fields.size(*families.DECODER_HEADS) or fields.need(*families.HEADS)
     groups = _groups(fields, num_layers, heads, parse_dtype(dtype))
     return CacheSpec(groups, num_layers=num_layers, block_size=block_size, num_query_heads=heads)
 
@@ -107,6 +108,30 @@ def _refuse_unknown(fields: _Fields) -> None:
     for pattern, why in families.REFUSED_FIELDS:
         for field in sorted(_matching(pattern, fields.values)):
             raise fields.refuse(field, why)
+    if not fields.is_known:
+        raise SpecError(
+            f"model_type: got {brief(fields.family)}, which is not known; pass assume='llama' if it stores K and V of "
+            f"each KV head and its config has the usual fields, or else {families.BY_HAND}"
+        )
+
+
+def _check_assumed(assume: str | None) -> str | None:
+    if assume is not None and (not isinstance(assume, str) or assume not in KNOWN):
+        raise SpecError(f"assume: got {brief(assume)}; must be a known model_type, for example 'llama'")
+    return assume
+
+
+def _decoder_of(values: Mapping[str, Any]) -> tuple[Mapping[str, Any], bool]:
+    """The part of a config that describes the decoder, and whether it was nested."""
+    nested = False
+    while True:
+        names = families.TEXT + (families.DECODER if values.get("is_encoder_decoder") is True else ())
+        key = next((name for name in names if isinstance(values.get(name), Mapping) and values[name]), None)
+        if key is None:
+            return values, nested
+        # What an encoder-decoder holds is a decoder with cross attention, whatever its own part says.
+        part = {"is_decoder": True, "add_cross_attention": True} if key in families.DECODER else {}
+        values, nested = {**values[key], **part}, True
 
 
 def _load(config: object) -> Mapping[str, Any]:
@@ -265,7 +290,7 @@ def _kv_heads(fields: _Fields, heads: int) -> int:
     # Falcon's larger models set both; the new architecture then ignores multi_query.
     if fields.get("multi_query") is True and fields.get("new_decoder_architecture") is not True:
         return 1
-    return fields.size(*families.KV_HEADS) or heads
+    return fields.size(*families.DECODER_KV_HEADS, *families.KV_HEADS) or heads
 
 
 def _rope(fields: _Fields, layer: int, kinds: list[str]) -> Rope:

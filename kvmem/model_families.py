@@ -14,12 +14,17 @@ HEADS: Final = ("num_attention_heads", "n_head", "n_heads", "num_heads", "attent
 KV_HEADS: Final = (
     "num_key_value_heads", "num_kv_heads", "n_head_kv", "n_kv_heads", "num_query_groups", "multi_query_group_num",
 )  # fmt: skip
-HEAD_DIM: Final = ("head_dim", "d_kv", "kv_channels")
-# Encoder-decoder configs give the usual names to the encoder (Whisper: num_hidden_layers), so the decoder's come first.
-DECODER_LAYERS: Final = ("num_decoder_layers", "decoder_layers", *LAYERS)
-DECODER_HEADS: Final = ("num_decoder_attention_heads", "decoder_attention_heads", *HEADS)
-# Multimodal configs describe the decoder in one of these.
+HEAD_DIM: Final = ("head_dim", "d_kv", "kv_channels", "dim_head")
+# Encoder-decoder families give the usual names to the encoder (Whisper: num_hidden_layers), also where a config is of
+# their decoder alone, so the decoder's come first.
+DECODER_LAYERS: Final = ("num_decoder_layers", "decoder_layers", "decoder_num_hidden_layers")
+DECODER_HEADS: Final = (
+    "num_decoder_attention_heads", "decoder_attention_heads", "decoder_num_attention_heads",
+)  # fmt: skip
+DECODER_KV_HEADS: Final = ("decoder_num_key_value_heads",)
+# Multimodal configs describe the decoder in one of these; encoder-decoders made of two models in the second.
 TEXT: Final = ("text_config", "llm_config", "language_config", "thinker_config")
+DECODER: Final = ("decoder", "decoder_config")
 
 # Encoders keep no KV between steps, unless a config makes one a decoder.
 ENCODERS: Final = frozenset(

@@ -227,11 +227,12 @@ class CacheSpec:
         *,
         dtype: torch.dtype | str | None = None,
         block_size: int = 16,
+        assume: str | None = None,
     ) -> CacheSpec:
         """The spec of a published model; see :func:`kvmem.model_config.spec_from_config`."""
         from kvmem.model_config import spec_from_config  # it builds on these types
 
-        return spec_from_config(config, dtype=dtype, block_size=block_size)
+        return spec_from_config(config, dtype=dtype, block_size=block_size, assume=assume)
 
     @cached_property
     def bytes_per_token(self) -> int:

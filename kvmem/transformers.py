@@ -21,8 +21,8 @@ from transformers.cache_utils import Cache, DummyLayer, EncoderDecoderCache
 from kvmem.allocator import Allocator
 from kvmem.errors import SpecError
 from kvmem.lockstep import EVERY, LockstepRows
-from kvmem.spec import CacheSpec
 from kvmem.transformers_layer import KVMemLayer
+from kvmem.transformers_open import CROSS, SELF, make_layers, open_rows
 
 __all__ = ["KVMemCache", "KVMemEncoderDecoderCache", "KVMemLayer"]
 
@@ -34,7 +34,9 @@ class KVMemCache(Cache):  # type: ignore[misc]
     source: the model, its config, or an ``Allocator`` whose spec has K and V for each layer. With an allocator, which
         may serve others too, leave out what follows; beam search needs up to twice the batch in its ``max_sequences``.
     max_batch: rows at once, beams and returned sequences included. max_tokens: prompt plus new tokens.
-    dtype, device: of the cache; default the model's, or what the config says and the CPU.
+    dtype, device: of the cache; default the model's, or what the config says and the CPU. Under ``torch.autocast`` it
+        may also be autocast's: attention gets what it is given now.
+    assume: for a ``model_type`` that kvmem does not know, the one by whose rules to read its config (``"llama"``).
     options: ``memory="2GiB"``, ``backend="paged"`` and all else that ``Allocator`` takes.
 
     ``generate()`` leaves the tokens in the cache, so that a next turn can go on. ``reset()`` frees them and keeps the
@@ -52,27 +54,39 @@ class KVMemCache(Cache):  # type: ignore[misc]
         max_tokens: int | None = None,
         dtype: torch.dtype | None = None,
         device: str | torch.device | None = None,
+        assume: str | None = None,
         **options: Any,
     ) -> None:
-        rows = _open_rows(source, max_batch, max_tokens, dtype, device, options)
+        rows = open_rows(source, max_batch, max_tokens, dtype, device, assume, options)
         if any(g.growth == "prefill" for g in rows.alloc.spec.groups):
             raise SpecError("the model has cross attention; use KVMemEncoderDecoderCache, which holds both caches")
-        self._init(rows, ("k", "v"))
+        self._init(rows, SELF)
 
     @classmethod
-    def _over(cls, rows: LockstepRows, names: tuple[str, str]) -> KVMemCache:
+    def _over(cls, rows: LockstepRows, pairs: tuple[tuple[str, str], ...]) -> KVMemCache:
         cache = cls.__new__(cls)
-        cache._init(rows, names)
+        cache._init(rows, pairs)
         return cache
 
-    def _init(self, rows: LockstepRows, names: tuple[str, str]) -> None:
-        self._rows, self._names = rows, names
-        super().__init__(layers=_layers(rows, names))
+    def _init(self, rows: LockstepRows, pairs: tuple[tuple[str, str], ...]) -> None:
+        self._rows, self._pairs = rows, pairs
+        super().__init__(layers=make_layers(rows, pairs))
 
     @property
     def allocator(self) -> Allocator:
         """Where the memory is, for ``stats()`` and ``check()``."""
         return self._rows.alloc
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether every layer holds tokens, as ``DynamicCache`` answers it for its own."""
+        held = [layer for layer in self.layers if isinstance(layer, KVMemLayer)]
+        return bool(held) and all(layer.is_initialized for layer in held)
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]]:
+        """Keys, values and, for a sliding layer, its window of each layer, as ``DynamicCache`` gives them."""
+        for layer in self.layers:
+            yield layer.keys, layer.values, getattr(layer, "_sliding_window_tensor", None)
 
     def reset(self) -> None:
         """Frees the tokens; the memory stays mapped for the next ones."""
@@ -144,10 +158,11 @@ class KVMemCache(Cache):  # type: ignore[misc]
     def fork(self) -> KVMemCache:
         """A second cache with the same tokens in shared memory: a prompt computed once, continued in several ways.
 
-        Needs as many free sequences as there are rows, and sliding windows drop what they have passed. ``SpecError``
-        while a step is half done. ``copy.deepcopy`` does this too.
+        Needs as many free sequences as there are rows. Sliding windows drop what they have passed, unless
+        ``activate_past_recording()`` was called: what that keeps is copied. ``SpecError`` while a step is half done.
+        ``copy.deepcopy`` does this too.
         """
-        return KVMemCache._over(self._rows.fork(), self._names)
+        return KVMemCache._over(self._rows.fork(), self._pairs)
 
     def __deepcopy__(self, memo: dict[int, object]) -> KVMemCache:
         return self.fork()
@@ -177,15 +192,16 @@ class KVMemEncoderDecoderCache(EncoderDecoderCache):  # type: ignore[misc]
         max_tokens: int | None = None,
         dtype: torch.dtype | None = None,
         device: str | torch.device | None = None,
+        assume: str | None = None,
         **options: Any,
     ) -> None:
-        self._rows = _open_rows(source, max_batch, max_tokens, dtype, device, options)
+        self._rows = open_rows(source, max_batch, max_tokens, dtype, device, assume, options)
         if not any(g.growth == "prefill" for g in self._rows.alloc.spec.groups):
             raise SpecError("the model has no cross attention; use KVMemCache")
         self._init()
 
     def _init(self) -> None:
-        super().__init__(KVMemCache._over(self._rows, ("k", "v")), KVMemCache._over(self._rows, ("cross_k", "cross_v")))
+        super().__init__(KVMemCache._over(self._rows, SELF), KVMemCache._over(self._rows, CROSS))
 
     @property
     def is_updated(self) -> MutableMapping[int, bool]:
@@ -195,6 +211,11 @@ class KVMemEncoderDecoderCache(EncoderDecoderCache):  # type: ignore[misc]
     @is_updated.setter
     def is_updated(self, value: object) -> None:
         pass
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether every layer of the decoder holds tokens."""
+        return self.self_attention_cache.is_initialized
 
     def fork(self) -> KVMemEncoderDecoderCache:
         """As ``KVMemCache.fork``."""
@@ -258,48 +279,3 @@ class _Filled(MutableMapping[int, bool]):
 
     def __len__(self) -> int:
         return len(self._layers)
-
-
-def _open_rows(
-    source: PreTrainedModel | PreTrainedConfig | Allocator,
-    max_batch: int | None,
-    max_tokens: int | None,
-    dtype: torch.dtype | None,
-    device: str | torch.device | None,
-    options: dict[str, Any],
-) -> LockstepRows:
-    if isinstance(source, Allocator):
-        given = {"max_batch": max_batch, "max_tokens": max_tokens, "dtype": dtype, "device": device, **options}
-        if wrong := [name for name, value in given.items() if value is not None]:
-            raise SpecError(f"{', '.join(wrong)}: an allocator brings its own; leave out what comes after it")
-        return LockstepRows(source)
-    if max_batch is None or max_tokens is None:
-        raise SpecError(
-            f"max_batch, max_tokens: got {max_batch} and {max_tokens}; a cache needs both, and they cost only addresses"
-        )
-    config = source
-    if isinstance(source, PreTrainedModel):
-        config, dtype = source.config, dtype or source.dtype
-        if options.get("pool") is None:  # a pool has a device of its own
-            device = device or source.device
-    spec = CacheSpec.from_config(config, dtype=dtype)
-    # Twice the rows, because beams are forked before the ones they replace are freed.
-    alloc = Allocator(spec, max_sequences=2 * max_batch, max_tokens=max_tokens, device=device, **options)
-    return LockstepRows(alloc, max_batch)
-
-
-def _layers(rows: LockstepRows, names: tuple[str, str]) -> list[KVMemLayer | DummyLayer]:
-    """A layer object per model layer; dummies where a layer caches nothing, or reads what an earlier one has stored."""
-    spec = rows.alloc.spec
-    layers: list[KVMemLayer | DummyLayer] = []
-    for number in range(spec.num_layers):
-        components = {c.name: c for c in spec.layer_components(number)}
-        if components and not components.keys() >= set(names):
-            raise SpecError(
-                f"layer {number} stores {', '.join(components)}; the attention of transformers stores "
-                f"{' and '.join(names)} of each head, which this spec does not describe"
-            )
-        group = spec.groups[spec.group_of(number, names[0])] if components else None
-        reads_another = group is not None and components[names[0]].scope == "shared" and number != group.layers[0]
-        layers.append(DummyLayer() if group is None or reads_another else KVMemLayer(rows, number, names))
-    return layers

@@ -32,6 +32,7 @@ class KVMemLayer(CacheLayerMixin):  # type: ignore[misc]
         self.growth = EVERY if group.growth == "token" else self._group
         self._window = group.window_tokens
         self._component = {name: group.component(name) for name in names}
+        self._given = {name: group.component(name).dtype for name in names}  # the dtype that attention reads
         self._memory: dict[str, torch.Tensor] = {}
         self._key = layer, names[0]
         rows.add_layer(self.growth, self._key)
@@ -46,6 +47,25 @@ class KVMemLayer(CacheLayerMixin):  # type: ignore[misc]
     def is_initialized(self) -> bool:
         return self.num_tokens > 0
 
+    @property
+    def device(self) -> torch.device:
+        """Where the memory is."""
+        return self._rows.alloc.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which keys are stored."""
+        return self._component[self._names[0]].dtype
+
+    @property
+    def sliding_window(self) -> int | None:
+        """How many tokens a query sees, itself included; None where it sees all."""
+        return self._window
+
+    @property
+    def _sliding_window_tensor(self) -> torch.Tensor | None:
+        return None if self._window is None else torch.tensor(self._window)  # DynamicCache reads it under this name
+
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Nothing to do: the first ``update`` opens the rows."""
 
@@ -56,7 +76,9 @@ class KVMemLayer(CacheLayerMixin):  # type: ignore[misc]
 
         The first layer of a step makes room for all layers: ``OutOfMemory`` comes from there, and nothing has changed.
         ``SpecError`` if batch, dtype, device or shape is not what the cache was made for, or if the step before stopped
-        half-way. Whatever fails in here leaves the cache as it was.
+        half-way. Whatever fails in here leaves the cache as it was. Under autocast, where K and V may be of other
+        dtypes than the cache, and than each other, they are stored in the cache's and returned in their own, which
+        costs a copy of what is read.
         """
         self._check(self._names[0], key_states)
         self._check(self._names[1], value_states)
@@ -66,6 +88,16 @@ class KVMemLayer(CacheLayerMixin):  # type: ignore[misc]
                 f"layer {self._layer}: got K of {num_rows} rows of {count} tokens, and V of {value_states.shape[0]} of "
                 f"{value_states.shape[2]}; both are of the same tokens"
             )
+        before, self._given = self._given, dict(zip(self._names, (key_states.dtype, value_states.dtype), strict=True))
+        try:
+            return self._update(key_states, value_states, num_rows, count)
+        except BaseException:
+            self._given = before
+            raise
+
+    def _update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, num_rows: int, count: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         held, end = self._rows.num_tokens(self.growth), self.num_tokens + count
         begins = self.num_tokens == held
         if not begins and (end != held or num_rows != self._rows.num_rows):
@@ -102,7 +134,8 @@ class KVMemLayer(CacheLayerMixin):  # type: ignore[misc]
             raise SpecError(
                 f"layer {self._layer}: got {name!r} of shape {tuple(states.shape)}; must be [B, heads, n, width]"
             )
-        if (states.dtype, states.device, states.shape[1], states.shape[3]) != (dtype, alloc.device, heads, width):
+        fits = (states.device, states.shape[1], states.shape[3]) == (alloc.device, heads, width)
+        if not fits or not (states.dtype == dtype or _cast_by_autocast(states, dtype)):
             raise SpecError(
                 f"layer {self._layer}: got {name!r} of {states.shape[1]} heads of {states.shape[3]}, {states.dtype} on "
                 f"{states.device}; the cache was made for {heads} heads of {width}, {dtype} on {alloc.device}: make it "
@@ -119,12 +152,13 @@ class KVMemLayer(CacheLayerMixin):  # type: ignore[misc]
         slots = self._rows.place(self._group).slots[:, -states.shape[2] :]
         memory = self._tensor(name)
         # view, never reshape: a copy would read all of it, mapped or not.
-        memory.view(-1, *memory.shape[2:])[slots] = states.transpose(1, 2)
+        memory.view(-1, *memory.shape[2:])[slots] = states.transpose(1, 2).to(memory.dtype)
 
     def _read(self, name: str, end: int, first: int | None = None) -> torch.Tensor:
         place = self._rows.place(self._group)
         first = self._first_token() if first is None else first
-        return place.read(self._tensor(name), first, end).transpose(1, 2)
+        found = place.read(self._tensor(name), first, end).transpose(1, 2).to(self._given[name])
+        return found.contiguous() if self._rows.dense else found
 
     def _tensor(self, name: str) -> torch.Tensor:
         """Rows or blocks of one component, as ``place`` reads them. Kept: making the view costs as much as a copy."""
@@ -171,4 +205,13 @@ class KVMemLayer(CacheLayerMixin):  # type: ignore[misc]
     def _refuse(self, *args: object) -> NoReturn:
         raise NotImplementedError("the layers of a KVMemCache share their rows: call the method of the cache")
 
-    offload = prefetch = reset = reorder_cache = crop = _refuse
+    offload = prefetch = reset = reorder_cache = crop = batch_repeat_interleave = batch_select_indices = _refuse
+
+
+def _cast_by_autocast(states: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether attention casts ``states`` anyhow, and to a dtype that ``dtype``, the cache's, loses nothing of."""
+    kind = states.device.type
+    if not torch.is_autocast_enabled(kind):
+        return False
+    lower = torch.get_autocast_dtype(kind)
+    return {states.dtype, dtype} <= {lower, torch.float32}

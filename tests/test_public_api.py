@@ -66,7 +66,7 @@ SIGNATURES = {
     "PagePool": "*, device=, memory, page_bytes=, shareable=, rdma=, driver=",
     "PagePool.set_memory": "self, memory",
     "PagePool.set_stream": "self, stream",
-    "CacheSpec.from_config": "config, *, dtype=, block_size=",
+    "CacheSpec.from_config": "config, *, dtype=, block_size=, assume=",
     "CacheSpec.kv": "*, num_layers, num_kv_heads, head_dim, dtype, block_size=, window_tokens=, num_query_heads=",
 }
 

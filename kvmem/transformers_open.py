@@ -1,0 +1,92 @@
+"""Which memory a model of transformers needs for its cache, and one layer object for each of its layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import DummyLayer
+
+from kvmem.allocator import Allocator
+from kvmem.errors import SpecError
+from kvmem.lockstep import LockstepRows
+from kvmem.spec import CacheSpec
+from kvmem.transformers_layer import KVMemLayer
+
+__all__ = ["CROSS", "SELF", "make_layers", "open_rows"]
+
+# What attention gives to update() as keys and as values: K and V, or under MLA the latent and the rotated key.
+SELF = (("k", "v"), ("ckv", "kpe"))
+CROSS = (("cross_k", "cross_v"),)
+
+# Their attention reshapes cached keys with view(), which strided memory does not allow.
+_DENSE = frozenset({"gpt_neox_japanese"})
+
+
+def open_rows(
+    source: PreTrainedModel | PreTrainedConfig | Allocator,
+    max_batch: int | None,
+    max_tokens: int | None,
+    dtype: torch.dtype | None,
+    device: str | torch.device | None,
+    assume: str | None,
+    options: dict[str, Any],
+) -> LockstepRows:
+    """Rows in the allocator given, or in a new one for the model or config given; see ``KVMemCache``."""
+    if isinstance(source, Allocator):
+        given = {
+            "max_batch": max_batch, "max_tokens": max_tokens, "dtype": dtype, "device": device, "assume": assume,
+            **options,
+        }  # fmt: skip
+        if wrong := [name for name, value in given.items() if value is not None]:
+            raise SpecError(f"{', '.join(wrong)}: an allocator brings its own; leave out what comes after it")
+        return LockstepRows(source)
+    if max_batch is None or max_tokens is None:
+        raise SpecError(
+            f"max_batch, max_tokens: got {max_batch} and {max_tokens}; a cache needs both, and they cost only addresses"
+        )
+    config = source
+    if isinstance(source, PreTrainedModel):
+        config, dtype = source.config, dtype or source.dtype
+        if options.get("pool") is None:  # a pool has a device of its own
+            device = device or source.device
+    spec = CacheSpec.from_config(_as_stored(config), dtype=dtype, assume=assume)
+    # Twice the rows, because beams are forked before the ones they replace are freed.
+    alloc = Allocator(spec, max_sequences=2 * max_batch, max_tokens=max_tokens, device=device, **options)
+    rows = LockstepRows(alloc, max_batch)
+    rows.dense = getattr(config, "model_type", None) in _DENSE
+    return rows
+
+
+def _as_stored(config: PreTrainedConfig) -> PreTrainedConfig | Mapping[str, Any]:
+    """The config, changed where transformers stores another shape than the config, and every other engine, says."""
+    if getattr(config, "model_type", None) == "falcon" and config.new_decoder_architecture:
+        # K and V are broadcast to all query heads before they are cached.
+        return {**config.to_dict(), "num_kv_heads": config.num_attention_heads}
+    return config
+
+
+def make_layers(rows: LockstepRows, pairs: tuple[tuple[str, str], ...]) -> list[KVMemLayer | DummyLayer]:
+    """A layer object per model layer; dummies where a layer caches nothing, or reads what an earlier one has stored.
+
+    pairs: the names of what attention stores, the first that a layer has. ``SpecError`` where it has none of them.
+    """
+    spec = rows.alloc.spec
+    layers: list[KVMemLayer | DummyLayer] = []
+    for number in range(spec.num_layers):
+        components = {c.name: c for c in spec.layer_components(number)}
+        names = next((pair for pair in pairs if components.keys() >= set(pair)), None)
+        if components and names is None:
+            raise SpecError(
+                f"layer {number} stores {', '.join(components)}; the attention of transformers stores "
+                f"{' or '.join(' and '.join(pair) for pair in pairs)}, which this spec does not describe"
+            )
+        if names is None:
+            layers.append(DummyLayer())
+            continue
+        first = spec.groups[spec.group_of(number, names[0])].layers[0]
+        reads_another = components[names[0]].scope == "shared" and number != first
+        layers.append(DummyLayer() if reads_another else KVMemLayer(rows, number, names))
+    return layers
