@@ -46,7 +46,9 @@ NO_ROPE: Final = frozenset(
 UNROTATED: Final = ("absolute", "relative_key", "relative_key_query", "alibi", "nope")  # of position_embedding_type
 ROPE_ON_SLIDING_ONLY: Final = frozenset({"cohere2", "exaone4"})  # their full layers have no position encoding
 # Families whose sliding_window, with nothing else stated, means all layers; "" is a config that names no family.
-ALL_SLIDE: Final = frozenset({"", "mistral", "mixtral", "phi3", "phi3small", "phimoe", "starcoder2"})
+ALL_SLIDE: Final = frozenset(
+    {"", "doge", "ministral3", "mistral", "mixtral", "phi3", "phi3small", "phimoe", "starcoder2"}
+)
 SLIDE_FROM_LAYER: Final = frozenset(
     {"qwen2", "qwen2_vl", "qwen2_vl_text", "qwen2_5_vl", "qwen2_5_vl_text", "qwen3", "dots1"}
 )

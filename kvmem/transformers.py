@@ -201,7 +201,18 @@ class KVMemEncoderDecoderCache(EncoderDecoderCache):  # type: ignore[misc]
         self._init()
 
     def _init(self) -> None:
-        super().__init__(KVMemCache._over(self._rows, SELF), KVMemCache._over(self._rows, CROSS))
+        self._cross = _CrossAttention._over(self._rows, CROSS)
+        super().__init__(KVMemCache._over(self._rows, SELF), self._cross)
+
+    @property
+    def cross_attention_cache(self) -> KVMemCache:
+        """The cache of the cross attention, which is the same one for ever."""
+        return self._cross
+
+    @cross_attention_cache.setter
+    def cross_attention_cache(self, value: object) -> None:
+        if value is not self._cross and not (isinstance(value, _CrossAttention) and value.is_stand_in):
+            raise SpecError("cross_attention_cache: its rows are those of the self attention; make a new cache instead")
 
     @property
     def is_updated(self) -> MutableMapping[int, bool]:
@@ -255,6 +266,17 @@ class KVMemEncoderDecoderCache(EncoderDecoderCache):  # type: ignore[misc]
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class _CrossAttention(KVMemCache):
+    """Of a ``KVMemEncoderDecoderCache``. One made by its class alone is a stand-in that stores nothing: T5Gemma puts a
+    new cache of the same class, for full attention, in place of an empty one, and this one never has windows.
+    """
+
+    is_stand_in = False
+
+    def __init__(self, config: PreTrainedConfig | None = None, offloading: bool = False) -> None:
+        self.is_stand_in = True
 
 
 class _Filled(MutableMapping[int, bool]):
