@@ -1,7 +1,7 @@
 """Models with a recurrent state: specs built by hand, and a snapshot from which a second prompt goes on.
 
 A config does not say what kernels keep, so ``CacheSpec.from_config`` refuses these; a run of the model shows it. The
-models are tiny and random; transformers (``pip install kvmem[transformers]``) computes, kvmem keeps what its cache holds.
+models are tiny and random; transformers (``kvmem[transformers]``) computes, and kvmem keeps what its cache holds.
 """
 
 import torch
@@ -13,8 +13,8 @@ from kvmem.kernels.write import write_kv
 
 SIZES = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 64, "num_key_value_heads": 2}
 MODELS = {
-    "Qwen3Next": {"num_hidden_layers": 4, "num_attention_heads": 4, "head_dim": 8, "linear_key_head_dim": 8,
-                  "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "num_experts": 16},
+    "Qwen3Next": {"num_hidden_layers": 4, "num_attention_heads": 4, "head_dim": 8, "num_experts": 16,
+                  "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4},
     "Jamba": {"num_attention_heads": 4, "num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1},
     "Mamba": {"num_hidden_layers": 2},
     "Lfm2": {"num_attention_heads": 4, "num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"]},

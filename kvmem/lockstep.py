@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from kvmem.allocator import Allocator
 from kvmem.batch import GroupBatch
 from kvmem.errors import KVMemError, OutOfMemory, SpecError
 from kvmem.lockstep_tail import copy_tail
+from kvmem.sequence import Sequence
 
 __all__ = ["EVERY", "BlockPlace", "LockstepRows", "RowPlace"]
 
@@ -94,6 +96,7 @@ class LockstepRows:
         self._ids: list[int] = []
         self._tokens: dict[int, int] = {}
         self._committed: dict[int, int] = {}
+        self._known: np.ndarray | None = None  # the ids of the first tokens of each row, int32 [B, n]
         self._places: list[RowPlace | BlockPlace] | None = None
         weakref.finalize(self, _free, alloc, self._ids).atexit = False
 
@@ -113,6 +116,43 @@ class LockstepRows:
     def num_complete(self, group: int = EVERY) -> int:
         """Tokens that every layer has written."""
         return min((self.written[key] for key in self._layers.get(group, ())), default=self.num_tokens(group))
+
+    def begin(self, ids: np.ndarray, padding: list[int], salt: str | bytes | None) -> int:
+        """Opens a row for each of ``ids``, int32 [B, tokens], that starts with as many cached tokens as all rows have
+        cached; returns how many. The ids are committed with the tokens. ``padding``: how many ids a row begins with
+        that stand for nothing; the KV of what follows depends on it. Changes nothing where it raises.
+        """
+        if self._ids:
+            raise SpecError(f"begin: the cache holds {self.num_tokens()} tokens of {self.num_rows} rows; reset() it")
+        self._check_rows(len(ids))
+        keys = [[(0, f"{count} tokens of padding")] if count else None for count in padding]
+        prompts = list(zip(ids, keys, strict=True))
+        found = min(self.alloc.match(row, salt=salt, extra_key=key).num_tokens for row, key in prompts)
+        found = min(found, ids.shape[1] - 1)
+        while True:
+            opened = self._open(found, prompts, salt)
+            least = min(sequence.num_cached_tokens for sequence in opened)
+            if all(sequence.num_cached_tokens == least for sequence in opened):
+                break
+            # A shorter prefix may end where a window has gone. Not truncated: what is cut off would be forgotten.
+            self.alloc.free_batch(np.array([sequence.id for sequence in opened], np.int32))
+            found = least
+        self._ids.extend(sequence.id for sequence in opened)
+        self._known = ids
+        if least:
+            self._tokens[EVERY] = self._committed[EVERY] = least
+            self.written.update(dict.fromkeys(self._layers.get(EVERY, ()), least))
+        return least
+
+    def _open(self, found: int, prompts: list[tuple[np.ndarray, Any]], salt: str | bytes | None) -> list[Sequence]:
+        opened: list[Sequence] = []
+        try:
+            for row, key in prompts:  # one token more, since one is always left
+                opened.append(self.alloc.sequence(row[: found + 1], salt=salt, extra_key=key))
+        except BaseException:
+            self.alloc.free_batch(np.array([sequence.id for sequence in opened], np.int32))
+            raise
+        return opened
 
     def extend(self, group: int, num_rows: int, count: int) -> None:
         """Makes room for ``count`` more tokens in each row; the first call opens ``num_rows`` of them.
@@ -184,10 +224,22 @@ class LockstepRows:
         count = num_tokens - self._committed.get(group, 0)
         if count <= 0:
             return False
-        self.alloc.core.commit_batch(self._handles(), self._counts(count), group)
+        known = self._known_until(group, num_tokens)
+        if known is not None:
+            self.alloc.commit_batch(self._handles(), self._counts(known.shape[1]), known.flatten())
+            count -= known.shape[1]
+        if count:
+            self.alloc.core.commit_batch(self._handles(), self._counts(count), group)
         self._committed[group] = num_tokens
         self._places = None
         return True
+
+    def _known_until(self, group: int, num_tokens: int) -> np.ndarray | None:
+        """The ids of the tokens that are to be committed, as far as they are known."""
+        if self._known is None or group != EVERY:
+            return None
+        ids = self._known[:, self._committed.get(EVERY, 0) : num_tokens]
+        return ids if ids.size else None
 
     def truncate(self, num_tokens: int) -> None:
         """Keeps the first ``num_tokens`` tokens of each row, and commits those that every layer has written. Rows that
@@ -207,6 +259,8 @@ class LockstepRows:
     def _cut(self, num_tokens: int) -> None:
         for handle in self._ids:  # equal rows: if one is refused, so is the first
             self.alloc.core.truncate(handle, num_tokens)
+        if self._known is not None:
+            self._known = self._known[:, :num_tokens]  # what comes now may be other tokens
         self._tokens[EVERY] = num_tokens
         self._committed[EVERY] = min(self._committed.get(EVERY, 0), num_tokens)
         self._places = None
@@ -231,6 +285,8 @@ class LockstepRows:
         children = [self._ids[p] if first[p] == row else next(forked) for row, p in enumerate(parents)]
         _free(self.alloc, [handle for row, handle in enumerate(self._ids) if row not in first])
         self._ids[:] = children
+        if self._known is not None:
+            self._known = self._known[parents]
         self._places = None
 
     def fork(self) -> LockstepRows:
@@ -241,6 +297,7 @@ class LockstepRows:
         copy = LockstepRows(self.alloc, self.max_rows)
         copy._ids.extend(self._fork(self._ids))
         copy.recording, copy.dense = self.recording, self.dense
+        copy._known = self._known
         copy.written.update(self.written)
         copy._tokens.update(self._tokens)
         copy._committed.update(self._committed)
@@ -278,6 +335,7 @@ class LockstepRows:
         self.written.update(dict.fromkeys(self.written, 0))
         self._tokens.clear()
         self._committed.clear()
+        self._known = None
         self._places = None
 
     def _check_rows(self, num_rows: int) -> None:

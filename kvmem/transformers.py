@@ -22,7 +22,7 @@ from kvmem.allocator import Allocator
 from kvmem.errors import SpecError
 from kvmem.lockstep import EVERY, LockstepRows
 from kvmem.transformers_layer import KVMemLayer
-from kvmem.transformers_open import CROSS, SELF, make_layers, open_rows
+from kvmem.transformers_open import CROSS, SELF, make_layers, open_rows, read_prompt
 
 __all__ = ["KVMemCache", "KVMemEncoderDecoderCache", "KVMemLayer"]
 
@@ -87,6 +87,23 @@ class KVMemCache(Cache):  # type: ignore[misc]
         """Keys, values and, for a sliding layer, its window of each layer, as ``DynamicCache`` gives them."""
         for layer in self.layers:
             yield layer.keys, layer.values, getattr(layer, "_sliding_window_tensor", None)
+
+    def begin(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        salt: str | bytes | None = None,
+    ) -> int:
+        """How many tokens each row starts with, found from earlier prompts; ``generate()`` computes what comes after.
+
+        The cache must be empty, and the next tokens that it gets must be these, ``[B, tokens]``: it sees no ids itself.
+        It keeps the prompt's ids, so a later ``begin()`` finds the blocks that it computes, not those of what is
+        generated. All rows start with the same number, at least one token is left, and padding is on the left: rows
+        that are padded share with rows padded as much. For beams and returned sequences repeat the rows of both first.
+        salt: only calls with the same one share. ``SpecError`` or ``OutOfMemory``, and the cache is as it was.
+        """
+        return self._rows.begin(*read_prompt(input_ids, attention_mask), salt)
 
     def reset(self) -> None:
         """Frees the tokens; the memory stays mapped for the next ones."""
@@ -226,7 +243,7 @@ class KVMemEncoderDecoderCache(EncoderDecoderCache):  # type: ignore[misc]
     @property
     def is_initialized(self) -> bool:
         """Whether every layer of the decoder holds tokens."""
-        return self.self_attention_cache.is_initialized
+        return bool(self.self_attention_cache.is_initialized)
 
     def fork(self) -> KVMemEncoderDecoderCache:
         """As ``KVMemCache.fork``."""

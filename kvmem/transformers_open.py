@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DummyLayer
@@ -15,7 +16,7 @@ from kvmem.lockstep import LockstepRows
 from kvmem.spec import CacheSpec
 from kvmem.transformers_layer import KVMemLayer
 
-__all__ = ["CROSS", "SELF", "make_layers", "open_rows"]
+__all__ = ["CROSS", "SELF", "make_layers", "open_rows", "read_prompt"]
 
 # What attention gives to update() as keys and as values: K and V, or under MLA the latent and the rotated key.
 SELF = (("k", "v"), ("ckv", "kpe"))
@@ -90,3 +91,26 @@ def make_layers(rows: LockstepRows, pairs: tuple[tuple[str, str], ...]) -> list[
         reads_another = components[names[0]].scope == "shared" and number != first
         layers.append(DummyLayer() if reads_another else KVMemLayer(rows, number, names))
     return layers
+
+
+def read_prompt(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> tuple[np.ndarray, list[int]]:
+    """The ids, int32 [B, tokens], and how many tokens of each row are padding, on the left. ``SpecError`` if not so."""
+    right = isinstance(input_ids, torch.Tensor) and input_ids.ndim == 2 and input_ids.shape[1] > 0
+    if not right or input_ids.is_floating_point():
+        raise SpecError(f"input_ids: got {_shape_of(input_ids)}; must be ids [B, tokens] of 1 token or more")
+    if input_ids.numel() and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < 2**31:
+        raise SpecError(f"input_ids: got {int(input_ids.min())} to {int(input_ids.max())}; ids are 0 to 2**31 - 1")
+    ids = input_ids.cpu().numpy().astype(np.int32)
+    if attention_mask is None:
+        return ids, [0] * len(ids)
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.shape != input_ids.shape:
+        raise SpecError(f"attention_mask: got {_shape_of(attention_mask)}; must be of input_ids' shape {ids.shape}")
+    seen = attention_mask.cpu().numpy().astype(bool)
+    padding = (~seen).sum(axis=1)
+    if not (seen == (np.arange(ids.shape[1]) >= padding[:, None])).all():
+        raise SpecError("attention_mask: hides tokens after ones that it shows; what is found again is padded on the left")
+    return ids, padding.tolist()
+
+
+def _shape_of(value: object) -> str:
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__

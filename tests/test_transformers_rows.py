@@ -52,6 +52,7 @@ class Twins:
         )  # fmt: skip
         self.expected = DynamicCache()
         self.rows = 0
+        self.floor: int | None = None  # while recording: crop() must be able to go back to here
 
     @property
     def length(self) -> int:
@@ -60,6 +61,8 @@ class Twins:
     def renew(self) -> None:
         if self.rows == 0 or self.length == 0:
             self.expected, self.rows = DynamicCache(), 0
+        if self.floor is not None:
+            self.floor = min(self.floor, self.length)
 
     def check(self) -> None:
         """The same length, and in each layer the tokens that the next query sees."""
@@ -170,9 +173,18 @@ class Twins:
             self.cache.crop(-count)
         except kvmem.SpecError as error:
             assert "sliding window" in str(error)
+            assert self.floor is None or self.length - count < self.floor, "what was recorded cannot be taken back"
             return
         if self.rows and count:
             self.expected.crop(-min(count, self.length))
+        if self.floor is not None:
+            self.floor = self.length
+
+    def record(self) -> None:
+        """From here on, whatever becomes of the rows."""
+        self.cache.activate_past_recording()
+        if self.floor is None:
+            self.floor = self.length
 
     def reset(self) -> None:
         self.cache.reset()
@@ -218,6 +230,8 @@ class Twins:
             added -= 1
         self.cache.crop(-added)
         self.expected = before
+        if self.floor is not None:
+            self.floor = self.length
 
     def broken(self) -> None:
         """A layer fails while it writes, or while it reads: the layer, and a step that it began, are as before."""
@@ -236,7 +250,7 @@ class Twins:
 
 
 CALLS = ["update"] * 6 + ["select", "repeat", "reorder", "crop", "copied", "stopped", "stopped", "broken"] + [
-    "other_batch", "no_such_rows", "reset",
+    "other_batch", "no_such_rows", "reset", "record",
 ]  # fmt: skip
 
 

@@ -1,0 +1,130 @@
+"""Prompts that were computed before are found again by begin(): the same tokens, and fewer of them computed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from support_transformers import (
+    BACKENDS,
+    assert_freed,
+    assert_same,
+    dynamic_cache,
+    generate,
+    model_of,
+    one_thread,
+    open_cache,
+    prompts,
+)
+from torch import nn
+
+import kvmem
+
+__all__ = ["one_thread"]  # a fixture of every test here
+
+
+@contextmanager
+def counting(model: nn.Module) -> Iterator[list[int]]:
+    """The lengths of what the model embeds, step by step."""
+    lengths: list[int] = []
+    hook = model.get_input_embeddings().register_forward_hook(lambda _, given, out: lengths.append(given[0].shape[1]))
+    try:
+        yield lengths
+    finally:
+        hook.remove()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+@pytest.mark.parametrize("mode", [{}, {"num_beams": 2}], ids=["greedy", "beams"])
+def test_a_second_generate_computes_what_is_new(name: str, backend: str, mode: dict[str, int]) -> None:
+    model, inputs = model_of(name), prompts(rows=2, length=45)
+    expected = generate(model, inputs, dynamic_cache(model), **mode)
+    cache = open_cache(model, backend)
+    wide = {key: value.repeat_interleave(mode.get("num_beams", 1), 0) for key, value in inputs.items()}
+    for run in range(3):
+        found = cache.begin(**wide)
+        assert found == cache.get_seq_length()
+        with counting(model) as lengths:
+            assert_same(generate(model, inputs, cache, **mode), expected)
+        assert lengths[0] == 45 - found
+        assert found >= 32 if run else found == 0
+        assert cache.allocator.check() == []
+        cache.reset()
+    assert_freed(cache.allocator)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_start_with_what_all_have(backend: str) -> None:
+    """One row is known to 44 tokens, the other shares its first 20: both start with no more, and nothing is forgotten."""
+    model, inputs = model_of("llama"), prompts(rows=2, length=45)
+    first = {key: value[:1] for key, value in inputs.items()}
+    inputs["input_ids"][1, :20] = inputs["input_ids"][0, :20]
+    cache = open_cache(model, backend)
+    assert cache.begin(**first) == 0
+    generate(model, first, cache)
+    cache.reset()
+    found = cache.begin(**inputs)
+    assert 16 <= found <= 20
+    assert_same(generate(model, inputs, cache), generate(model, inputs, dynamic_cache(model)))
+    cache.reset()
+    assert cache.begin(**first) >= 32
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_padding_is_part_of_the_prompt(backend: str) -> None:
+    """Rows with other padding hold other KV: the ids alone would be the same where the padding is a token, too."""
+    model, inputs = model_of("llama"), prompts(rows=2, length=45, pad=20)
+    unseen = {"input_ids": inputs["input_ids"], "attention_mask": torch.ones_like(inputs["input_ids"])}
+    cache = open_cache(model, backend)
+    for given, least in ((inputs, 0), (unseen, 0), (inputs, 32), (unseen, 32)):
+        assert (cache.begin(**given) >= least) if least else (cache.begin(**given) == 0)
+        assert_same(generate(model, given, cache), generate(model, given, dynamic_cache(model)))
+        cache.reset()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_salts_and_other_tokens_after_a_crop_are_kept_apart(backend: str) -> None:
+    model, inputs = model_of("llama"), prompts(rows=1, length=45)
+    ids = inputs["input_ids"]
+    other = torch.cat([ids[:, :20], (ids[:, 20:] + 1) % 90 + 3], 1)
+    cache = open_cache(model, backend)
+    with torch.no_grad():
+        cache.begin(ids)
+        model(ids, past_key_values=cache)
+        cache.crop(-25)
+        model(other[:, 20:], past_key_values=cache)  # not the tokens that begin() was told
+        cache.reset()
+        assert cache.begin(ids) <= 20
+        cache.reset()
+        assert cache.begin(ids, salt="tenant") == 0
+        model(ids, past_key_values=cache)
+        cache.crop(0)
+        cache.reset()
+        assert cache.begin(ids, salt="tenant") >= 32
+
+
+def test_what_cannot_begin_is_refused_and_changes_nothing() -> None:
+    model, inputs = model_of("llama"), prompts(rows=2, length=20)
+    cache = open_cache(model, "virtual", max_batch=2)
+    ids = inputs["input_ids"]
+    for wrong, message in (
+        ((ids[0],), r"input_ids: got a tensor of shape \(20,\)"),
+        ((ids.float(),), "input_ids: got"),
+        ((ids - 97,), "input_ids: got -"),
+        ((ids + 2**31,), "input_ids: got 2147"),
+        ((ids, torch.ones(2, 3)), r"attention_mask: got a tensor of shape \(2, 3\)"),
+        ((ids, torch.arange(20).expand(2, 20) < 10), "attention_mask: hides"),
+        ((ids.repeat(2, 1),), "batch of 4"),
+        ((ids[:0],), "batch of 0"),
+        ((ids[:, :0],), r"input_ids: got a tensor of shape \(2, 0\)"),
+    ):
+        with pytest.raises(kvmem.SpecError, match=message):
+            cache.begin(*wrong)
+        assert cache.allocator.stats().num_sequences == 0
+    cache.begin(ids)
+    with pytest.raises(kvmem.SpecError, match="reset"):
+        cache.begin(ids)
+    assert_same(generate(model, inputs, cache), generate(model, inputs, dynamic_cache(model)))
