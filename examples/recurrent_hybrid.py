@@ -14,7 +14,7 @@ from kvmem.kernels.write import write_kv
 SIZES = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 64, "num_key_value_heads": 2}
 MODELS = {
     "Qwen3Next": {"num_hidden_layers": 4, "num_attention_heads": 4, "head_dim": 8, "num_experts": 16,
-                  "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4},
+                  "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2},
     "Jamba": {"num_attention_heads": 4, "num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1},
     "Mamba": {"num_hidden_layers": 2},
     "Lfm2": {"num_attention_heads": 4, "num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"]},

@@ -10,8 +10,8 @@ from typing import Final
 
 __all__ = ["KNOWN", "UNTRIED"]
 
-#: Read by their published configs: not in transformers, or parts of models too large for a test.
-UNTRIED: Final = frozenset({"chatglm", "internlm2", "phi3small", "mllama_text_model"})
+#: Not in transformers, so there is nothing to compare with; read by their published configs.
+UNTRIED: Final = frozenset({"chatglm", "internlm2", "phi3small"})
 
 _DECODERS: Final = """
     afmoe apertus arcee aria_text axk1 beam bert bert-generation big_bird biogpt bitnet bloom camembert codegen cohere
@@ -26,9 +26,10 @@ _DECODERS: Final = """
 """
 # What multimodal configs call their decoder.
 _TEXTS: Final = """
-    blip_text_model cosmos3_edge_text emu3_text_model ernie4_5_vl_moe_text glm4v_moe_text glm4v_text glm_ocr_text
-    granite4_vision_text granite_docling_text molmo2_text muse_glimmer_text qwen2_5_omni_text qwen2_5_vl_text
-    qwen2_vl_text qwen3_omni_moe_text qwen3_vl_moe_text qwen3_vl_text
+    blip_text_model cosmos3_edge_text csm_depth_decoder_model deepseek_ocr2_text emu3_text_model ernie4_5_vl_moe_text
+    glm4v_moe_text glm4v_text glm_ocr_text granite4_vision_text granite_docling_text hunyuan_vl_text mllama_text_model
+    molmo2_text muse_glimmer_text paddleocr_vl_text qwen2_5_omni_text qwen2_5_vl_text qwen2_vl_text qwen3_omni_moe_text
+    qwen3_vl_moe_text qwen3_vl_text
 """
 _ENCODER_DECODERS: Final = """
     bart bigbird_pegasus blenderbot blenderbot-small fsmt led longt5 m2m_100 marian mbart moonshine mt5 mvp nllb-moe

@@ -108,7 +108,9 @@ def read_prompt(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) ->
     seen = attention_mask.cpu().numpy().astype(bool)
     padding = (~seen).sum(axis=1)
     if not (seen == (np.arange(ids.shape[1]) >= padding[:, None])).all():
-        raise SpecError("attention_mask: hides tokens after ones that it shows; what is found again is padded on the left")
+        raise SpecError(
+            "attention_mask: hides tokens after ones that it shows; what is found again is padded on the left"
+        )
     return ids, padding.tolist()
 
 

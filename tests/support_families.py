@@ -53,6 +53,14 @@ EXTRA: dict[str, dict[str, Any]] = {
     "qwen2_5_vl_text": _SECTIONS, "qwen2_5_omni_text": _SECTIONS, "qwen3_vl_text": _SECTIONS,
     "qwen3_vl_moe_text": _SECTIONS, "qwen3_omni_moe_text": _SECTIONS, "glm4v_moe_text": _HALF_SECTIONS,
     "ernie4_5_vl_moe_text": {"moe_intermediate_size": [32, 32], **_SECTIONS},
+    "deepseek_ocr2_text": {"mlp_layer_types": ["dense"] * 3},
+    "hunyuan_vl_text": {
+        "rope_parameters": {
+            "rope_type": "xdrope", "rope_theta": 1e4, "xdrope_section": [2, 2, 2], "alpha": 1.0, "factor": 1.0,
+        }
+    },
+    "mllama_text_model": {"cross_attention_layers": []},
+    "paddleocr_vl_text": _SECTIONS,
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 1e4},
         "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
