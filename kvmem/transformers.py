@@ -22,7 +22,7 @@ from kvmem.allocator import Allocator
 from kvmem.errors import SpecError
 from kvmem.lockstep import EVERY, LockstepRows
 from kvmem.transformers_layer import KVMemLayer
-from kvmem.transformers_open import CROSS, SELF, make_layers, open_rows, read_prompt
+from kvmem.transformers_open import CROSS, SELF, has_cross_attention, make_layers, open_rows, read_prompt
 
 __all__ = ["KVMemCache", "KVMemEncoderDecoderCache", "KVMemLayer"]
 
@@ -58,7 +58,7 @@ class KVMemCache(Cache):  # type: ignore[misc]
         **options: Any,
     ) -> None:
         rows = open_rows(source, max_batch, max_tokens, dtype, device, assume, options)
-        if any(g.growth == "prefill" for g in rows.alloc.spec.groups):
+        if has_cross_attention(rows):
             raise SpecError("the model has cross attention; use KVMemEncoderDecoderCache, which holds both caches")
         self._init(rows, SELF)
 
@@ -213,7 +213,7 @@ class KVMemEncoderDecoderCache(EncoderDecoderCache):  # type: ignore[misc]
         **options: Any,
     ) -> None:
         self._rows = open_rows(source, max_batch, max_tokens, dtype, device, assume, options)
-        if not any(g.growth == "prefill" for g in self._rows.alloc.spec.groups):
+        if not has_cross_attention(self._rows):
             raise SpecError("the model has no cross attention; use KVMemCache")
         self._init()
 

@@ -14,9 +14,10 @@ from kvmem.allocator import Allocator
 from kvmem.errors import SpecError
 from kvmem.lockstep import LockstepRows
 from kvmem.spec import CacheSpec
+from kvmem.spec_rules import brief
 from kvmem.transformers_layer import KVMemLayer
 
-__all__ = ["CROSS", "SELF", "make_layers", "open_rows", "read_prompt"]
+__all__ = ["CROSS", "SELF", "has_cross_attention", "make_layers", "open_rows", "read_prompt"]
 
 # What attention gives to update() as keys and as values: K and V, or under MLA the latent and the rotated key.
 SELF = (("k", "v"), ("ckv", "kpe"))
@@ -67,6 +68,19 @@ def _as_stored(config: PreTrainedConfig) -> PreTrainedConfig | Mapping[str, Any]
         # K and V are broadcast to all query heads before they are cached.
         return {**config.to_dict(), "num_kv_heads": config.num_attention_heads}
     return config
+
+
+def has_cross_attention(rows: LockstepRows) -> bool:
+    """Whether layers have cross attention beside self attention; ``SpecError`` where it takes the place of that."""
+    by_growth: dict[str, set[int]] = {"token": set(), "prefill": set(), "fixed": set()}
+    for group in rows.alloc.spec.groups:
+        by_growth[group.growth].update(group.layers)
+    if alone := sorted(by_growth["prefill"] - by_growth["token"]):
+        raise SpecError(
+            f"layers {brief(alone)} have cross attention in place of self attention (Mllama), which transformers keeps "
+            "in one cache with the others and kvmem's caches do not: use DynamicCache"
+        )
+    return bool(by_growth["prefill"])
 
 
 def make_layers(rows: LockstepRows, pairs: tuple[tuple[str, str], ...]) -> list[KVMemLayer | DummyLayer]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from support_families import config_of
 from support_transformers import (
     BACKENDS,
     assert_same,
@@ -198,3 +199,10 @@ def test_a_model_of_an_unknown_type(backend: str, monkeypatch: pytest.MonkeyPatc
     assert_same(generate(model, inputs, cache), generate(model, inputs, dynamic_cache(model)))
     with pytest.raises(kvmem.SpecError, match="assume: an allocator"):
         KVMemCache(cache.allocator, assume="llama")
+
+
+def test_cross_attention_in_place_of_self_attention_is_refused_by_both() -> None:
+    config = config_of("mllama_text_model", cross_attention_layers=[1])
+    for kind in (KVMemCache, KVMemEncoderDecoderCache):
+        with pytest.raises(kvmem.SpecError, match=r"layers \[1\] have cross attention in place"):
+            kind(config, max_batch=1, max_tokens=64, memory="1MiB", dtype=torch.float32)
