@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "types.h"
+#include "zero_vector.h"
 
 namespace kvmem {
 
@@ -21,7 +22,7 @@ class IdSet {
     for (std::size_t level = 0;; words = ceil_div(words, 64), ++level) {
       Words& bits = levels_[level];
       if (bits.empty() && level > 0 && levels_[level - 1][0] != 0) bits.push_back(1);  // what was the top is one word
-      if (static_cast<i64>(bits.size()) < words) bits.resize(words, 0);
+      if (static_cast<i64>(bits.size()) < words) bits.resize(words);
       top_ = std::max(top_, level);
       if (words <= 1) return;
     }
@@ -74,7 +75,7 @@ class IdSet {
   }
 
  private:
-  using Words = std::vector<std::uint64_t>;
+  using Words = ZeroVector<std::uint64_t>;
 
   // Unsigned: for numbers that might be negative, a division by 64 is no shift.
   static i64 word_of(i64 id) { return static_cast<i64>(static_cast<std::uint64_t>(id) / 64); }

@@ -25,7 +25,7 @@ PagedBlocks::PagedBlocks(const Geometry& geometry, PagePool& pool, const Sequenc
 
 PagedBlocks::~PagedBlocks() {
   pool_.drain();
-  for (const std::vector<i32>& arena : pages_) {
+  for (const ZeroVector<ZeroId>& arena : pages_) {
     for (i32 page : arena) {
       if (page >= 0) pool_.drop_page(page);
     }
@@ -43,8 +43,8 @@ void PagedBlocks::add_group(const GroupGeometry& group) {
   b.place = stride_;
   stride_ += b.parts;
   b.window = index_.window_of(static_cast<i64>(blocks_.size()));
-  b.info.assign(b.max_blocks, BlockInfo());
-  b.backed.assign(b.max_blocks, 0);
+  b.info.resize(b.max_blocks);
+  b.backed.resize(b.max_blocks);
   b.ready.reserve(b.max_blocks);
   if (group.growth == Growth::fixed) b.snapshots.reserve(b.max_blocks);
   // calloc: a table for every sequence at full length is large, and mostly never touched
@@ -59,11 +59,11 @@ void PagedBlocks::add_group(const GroupGeometry& group) {
     if (same == b.classes.end()) {
       Class c;
       c.block_bytes = block_bytes;
-      c.slots.assign(group.arena_slots[i], SlotInfo());
+      c.slots.resize(group.arena_slots[i]);
       same = b.classes.insert(b.classes.end(), std::move(c));
     }
     same->arenas.push_back(static_cast<i64>(pages_.size()));
-    pages_.emplace_back(group.arena_slots[i], -1);
+    pages_.emplace_back(group.arena_slots[i]);
   }
   for (Class& c : b.classes) {  // the trash blocks are referred to for ever
     for (i64 block = 0; block < kTrashBlocks; ++block) {
@@ -119,7 +119,7 @@ void PagedBlocks::apply(const Op& op, bool undo) {
 }
 
 bool PagedBlocks::is_mapped(i32 arena, i64 slot, i64 count) const {
-  const std::vector<i32>& pages = pages_[arena - base_arena_];
+  const ZeroVector<ZeroId>& pages = pages_[arena - base_arena_];
   return std::all_of(pages.begin() + slot, pages.begin() + slot + count, [](i32 page) { return page >= 0; });
 }
 
@@ -222,7 +222,7 @@ i64 PagedBlocks::kept_bytes(const Blocks& b, const Class& c, i64 slot) const {
 }
 
 i64 PagedBlocks::mapped_extent_slots(i64 group, i64 arena_in_group) const {
-  const std::vector<i32>& pages = pages_[first_[group] + arena_in_group];
+  const ZeroVector<ZeroId>& pages = pages_[first_[group] + arena_in_group];
   i64 slots = static_cast<i64>(pages.size());
   while (slots > 0 && pages[slots - 1] < 0) --slots;
   return slots;
@@ -444,7 +444,7 @@ void PagedBlocks::change(const Op& op, bool mapped) {
   const i64 a = op.at - base_arena_;
   Blocks& b = blocks_[group_of(a)];
   Class& c = const_cast<Class&>(class_of(a));
-  std::vector<i32>& pages = pages_[a];
+  ZeroVector<ZeroId>& pages = pages_[a];
   for (i64 i = 0; i < op.c; ++i) {
     if (pages[op.a + i] != (mapped ? -1 : op.b + i) || (mapped && pool_.refs(op.b + i) > 0) ||
         (!mapped && c.slots[op.a + i].users + c.slots[op.a + i].kept > 0 && !growing(op))) {

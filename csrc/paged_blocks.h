@@ -17,6 +17,7 @@
 #include "id_list.h"
 #include "page_table.h"
 #include "ready_blocks.h"
+#include "zero_vector.h"
 
 namespace kvmem {
 
@@ -28,13 +29,13 @@ struct SlotInfo {
 
 struct BlockInfo {
   i32 refs = 0;
-  i32 node = kNoNode;  // what the block holds, kNoNode for nothing that is known
+  ZeroId node;  // what the block holds, kNoNode for nothing that is known
 };
 
 struct Class {
   i64 block_bytes = 0;
   std::vector<i64> arenas;  // numbers within the table
-  std::vector<SlotInfo> slots;
+  ZeroVector<SlotInfo> slots;
   i64 hold_from = 0, hold_to = 0;  // slots being prepared at this moment: not to be spilled
   i64 counted_to = 0;              // scratch of a decision: slots before it have been looked at
 };
@@ -45,8 +46,8 @@ struct Blocks {
   i64 max_blocks = 0, tokens = 0, per_sequence = 0;
   i64 unit = 0, parts = 1;  // tokens of a node, and how many of these blocks they are
   i64 place = 0;            // of its first among the blocks of a node
-  std::vector<BlockInfo> info;
-  std::vector<std::uint8_t> backed;
+  ZeroVector<BlockInfo> info;
+  ZeroVector<std::uint8_t> backed;
   ReadyBlocks ready;
   i32 window = -1;   // its number among the groups with a sliding window
   IdList snapshots;  // of a fixed state at tokens that are in use: no table entry refers to them
@@ -199,15 +200,15 @@ class PagedBlocks : public PageTable {
   PagePool& pool_;
   const Sequences& sequences_;
   i32 base_arena_ = 0;
-  i64 stride_ = 0;                       // blocks of a node, all groups
-  std::vector<i32> block_of_;            // [node][group][part]
-  std::vector<i64> first_;               // first arena of each group, and one past the last
-  std::vector<Blocks> blocks_;           // by group
-  std::vector<std::vector<i32>> pages_;  // [arena][slot], -1 where nothing is mapped
-  std::vector<std::uint8_t> copy_tail_;  // [sequence][group]: look whether the tail block is shared before writing
-  std::vector<std::uint32_t> version_;   // [sequence][group]: counts the entries that were replaced or taken out
-  i64 idle_pages_ = 0;                   // mapped, but under no referenced block
-  i64 spare_pages_ = 0;                  // and under no cached one
+  i64 stride_ = 0;                         // blocks of a node, all groups
+  std::vector<i32> block_of_;              // [node][group][part]
+  std::vector<i64> first_;                 // first arena of each group, and one past the last
+  std::vector<Blocks> blocks_;             // by group
+  std::vector<ZeroVector<ZeroId>> pages_;  // [arena][slot], -1 where nothing is mapped
+  std::vector<std::uint8_t> copy_tail_;    // [sequence][group]: look whether the tail block is shared before writing
+  std::vector<std::uint32_t> version_;     // [sequence][group]: counts the entries that were replaced or taken out
+  i64 idle_pages_ = 0;                     // mapped, but under no referenced block
+  i64 spare_pages_ = 0;                    // and under no cached one
 
   // Of an allocator that follows another: whether that one may have the block cached, besides the table that shows it.
   bool may_be_cached(i64 g, i64 block) const { return !whole_.empty() && whole_.count(whole_key(g, block)) > 0; }

@@ -129,7 +129,7 @@ void PagedBlocks::digest(Hasher& hash) const {
       }
     }
   }
-  for (const std::vector<i32>& arena : pages_) {
+  for (const ZeroVector<ZeroId>& arena : pages_) {
     for (std::size_t slot = 0; slot < arena.size(); ++slot) {
       if (arena[slot] >= 0) hash.add(slot, arena[slot]);
     }

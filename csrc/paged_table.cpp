@@ -564,7 +564,7 @@ class PagedTable final : public PagedBlocks {
           i64 n = 0;
           while (slot + n < c.hold_to && c.slots[slot + n].mapped == 0) ++n;
           for (i64 a : c.arenas) {
-            if (n > 0) pool_.map_slots(*this, arena(a), slot, n, slot > 0 ? pages_[a][slot - 1] : -1, zero, tx);
+            if (n > 0) pool_.map_slots(*this, arena(a), slot, n, slot > 0 ? i64{pages_[a][slot - 1]} : -1, zero, tx);
           }
           slot += std::max(n, i64{1});
         }
@@ -620,7 +620,7 @@ class PagedTable final : public PagedBlocks {
   }
 
   void unmap(i64 a, i64 from, i64 to, i64 fence, Transaction& tx) {
-    const std::vector<i32>& pages = pages_[a];
+    const ZeroVector<ZeroId>& pages = pages_[a];
     while (from < to) {
       i64 n = 1;
       while (from + n < to && pages[from + n] == pages[from] + n) ++n;

@@ -43,7 +43,7 @@ void Space::add_arena(i32 number, i64 slots) {
   std::lock_guard<std::mutex> lock(mutex_);
   Arena arena;
   arena.reservation = std::make_unique<Reservation>(driver_, slots * page_bytes_, 0);
-  arena.slots.resize(static_cast<std::size_t>(slots));
+  arena.slots = SlotSet(slots);
   if (number >= static_cast<i32>(arenas_.size())) arenas_.resize(number + 1);
   arenas_[number] = std::move(arena);
 }
@@ -52,15 +52,13 @@ void Space::remove_arena(i32 number) {
   std::lock_guard<std::mutex> lock(mutex_);
   Arena& arena = arenas_[number];
   if (!arena.reservation) return;
-  const i64 slots = static_cast<i64>(arena.slots.size());
-  for (i64 from = 0; from < slots;) {
-    i64 to = from;
-    while (to < slots && arena.slots[to]) ++to;
-    if (to > from && !try_unmap(number, from, to - from)) {
+  for (i64 from = arena.slots.next(0), to; from < arena.slots.slots(); from = arena.slots.next(to)) {
+    to = from;
+    while (to < arena.slots.slots() && arena.slots.has(to)) ++to;
+    if (!try_unmap(number, from, to - from)) {
       // One page may be what the driver cannot unmap; the others go.
       for (i64 slot = from; slot < to; ++slot) try_unmap(number, slot, 1);
     }
-    from = to + 1;
   }
   arena = Arena();
   const auto of_arena = [number](const Repair& r) { return r.arena == number; };  // another arena may get the number
@@ -203,7 +201,8 @@ std::size_t Space::run_maps(const Op* ops, std::size_t count) {
   }
   const Address base = at(ops[0].at, ops[0].a);
   const i64 pages = next - ops[0].a;
-  std::vector<bool>& slots = arenas_[ops[0].at].slots;
+  SlotSet& slots = arenas_[ops[0].at].slots;
+  slots.expect(ops[0].a, next);
   bool open = false;
   try {
     open = driver_->map_run_open(base, page_bytes_, run_.data(), pages);
@@ -211,12 +210,12 @@ std::size_t Space::run_maps(const Op* ops, std::size_t count) {
     if (e.call() == "map_run") must_be_empty(ops[0].at, ops[0].a, pages);  // half done
     throw;
   }
-  std::fill(slots.begin() + ops[0].a, slots.begin() + next, true);
+  slots.set(ops[0].a, next, true);
   try {
     if (!open) driver_->set_access(base, pages * page_bytes_);
   } catch (...) {
     if (try_unmap(ops[0].at, ops[0].a, pages)) {
-      std::fill(slots.begin() + ops[0].a, slots.begin() + next, false);
+      slots.set(ops[0].a, next, false);
     } else {
       must_be_empty(ops[0].at, ops[0].a, pages);
     }
@@ -246,8 +245,7 @@ std::size_t Space::run_unmaps(const Op* ops, std::size_t count) {
     }
     throw;
   }
-  std::vector<bool>& slots = arenas_[ops[0].at].slots;
-  std::fill(slots.begin() + ops[0].a, slots.begin() + ops[0].a + pages, false);
+  arenas_[ops[0].at].slots.set(ops[0].a, ops[0].a + pages, false);
   settled(ops[0].at, ops[0].a, pages);
   return taken;
 }
@@ -266,7 +264,7 @@ void Space::note_repair(i32 arena, i64 slot, i64 page) {
   } else {
     repairs_.insert(at, {arena, slot, page});
   }
-  arenas_[arena].slots[slot] = true;
+  arenas_[arena].slots.set(slot, slot + 1, true);
   broken_ = true;
 }
 
@@ -294,7 +292,7 @@ void Space::repair() {
 void Space::repair_locked() {
   while (!repairs_.empty()) {
     const auto [arena, slot, page] = repairs_.front();
-    if (!arenas_[arena].slots.empty()) {  // else it went with its arena
+    if (arenas_[arena].slots.slots() > 0) {  // else it went with its arena
       const bool emptied = try_unmap(arena, slot, 1);
       if (page >= 0) {
         const Op back{OpKind::map, arena, slot, page, 1};
@@ -307,7 +305,7 @@ void Space::repair_locked() {
       } else {
         // An unused page knows: a slot that takes it was empty.
         if (!emptied) probe(arena, slot);
-        arenas_[arena].slots[slot] = false;
+        arenas_[arena].slots.set(slot, slot + 1, false);
       }
     }
     settled(arena, slot, 1);

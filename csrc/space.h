@@ -11,6 +11,7 @@
 
 #include "driver.h"
 #include "ops.h"
+#include "slot_set.h"
 
 namespace kvmem {
 
@@ -77,7 +78,7 @@ class Space {
  private:
   struct Arena {
     std::unique_ptr<Reservation> reservation;
-    std::vector<bool> slots;  // which slots are mapped now, or may be
+    SlotSet slots;  // those that are mapped now, or may be
   };
   struct Mark {
     i64 number;

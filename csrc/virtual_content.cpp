@@ -283,9 +283,10 @@ bool VirtualTable::can_take_over(i64 row, std::size_t blocks) const {
   if (has_state_ || !keeps_pins(row, blocks)) return false;
   if (is_covered(row, blocks)) return true;
   const std::vector<Hold>& holds = rows_[row].holds;
-  return best_empty(0) < 0 && std::none_of(
-                                  holds.begin() + static_cast<std::ptrdiff_t>(blocks), holds.end(),
-                                  [this](const Hold& h) { return index_.used(h.node); });
+  return best_empty(0) < 0 && !has_more_rows() &&
+         std::none_of(
+             holds.begin() + static_cast<std::ptrdiff_t>(blocks), holds.end(),
+             [this](const Hold& h) { return index_.used(h.node); });
 }
 
 void VirtualTable::take_over(i64 index, i64 row, i64 blocks, Transaction& tx) {

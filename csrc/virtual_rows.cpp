@@ -7,11 +7,10 @@ VirtualRows::VirtualRows(const Geometry& geometry, PagePool& pool, const Sequenc
       geometry_(geometry),
       pool_(pool),
       sequences_(sequences),
-      rows_(geometry.rows),
       row_of_(geometry.max_sequences, -1),
-      doubles_(pool.journal, geometry.rows),
-      parked_(pool.journal, geometry.rows),
-      bound_(pool.journal, geometry.rows) {
+      doubles_(pool.journal),
+      parked_(pool.journal),
+      bound_(pool.journal) {
   limit_pages = pool.budget_pages();
   i64 all = 0;
   for (const GroupGeometry& group : geometry.groups) all += static_cast<i64>(group.token_bytes.size());
@@ -29,22 +28,36 @@ VirtualRows::VirtualRows(const Geometry& geometry, PagePool& pool, const Sequenc
     throw;
   }
   first_.push_back(arenas_);
-  extents_.resize(rows_.size() * arenas_);
+  rows_ = RowArray<Row, 1>(geometry.rows, 1);
+  extents_ = RowArray<Extent>(geometry.rows, arenas_);
   scratch_pages_.assign(arenas_, -1);
-  room_.assign(rows_.size() * groups_, -1);
-  ready_.assign(rows_.size() * groups_, -1);
-  if (guarded_) finite_.assign(rows_.size() * groups_, Finite());
+  room_ = RowArray<i64>(geometry.rows, groups_, -1), ready_ = RowArray<i64>(geometry.rows, groups_, -1);
+  if (guarded_) finite_ = RowArray<Finite>(geometry.rows, groups_);
   copy_tail_.assign(row_of_.size() * groups_, 0);
-  for (i64 row = 1; row < geometry.rows; ++row) {  // row 0 shows the trash blocks
-    rows_[row].in_empty = empty_.emplace_hint(empty_.end(), 0, row);
+  add_rows(1);  // it shows the trash blocks
+}
+
+void VirtualRows::add_rows(i64 rows) {
+  if (rows <= rows_.size()) return;
+  for (IdList* list : {&doubles_, &parked_, &bound_}) list->reserve(rows);
+  extents_.grow(rows);
+  room_.grow(rows), ready_.grow(rows);
+  if (guarded_) finite_.grow(rows);
+  for (i64 row = rows_.size(); row < rows; ++row) {
+    const auto entry = row > 0 ? empty_.emplace_hint(empty_.end(), 0, row) : empty_.end();
+    rows_.grow(row + 1);
+    rows_[row].in_empty = entry;
   }
 }
 
 VirtualRows::~VirtualRows() {
   pool_.drain();
-  for (const Extent& e : extents_) {
-    for (i64 slot = e.lo; slot < e.hi; ++slot) {
-      if (e.pages[slot] >= 0) pool_.drop_page(e.pages[slot]);
+  for (i64 row = 0; row < rows_.size(); ++row) {
+    for (i64 a = 0; a < arenas_; ++a) {
+      const Extent& e = extent(row, a);
+      for (i64 slot = e.lo; slot < e.hi; ++slot) {
+        if (e.pages[slot] >= 0) pool_.drop_page(e.pages[slot]);
+      }
     }
   }
   pool_.remove_owner(this);
@@ -61,7 +74,7 @@ bool VirtualRows::is_whole(const Op& op) const {
 
 void VirtualRows::note_shared() {
   const auto is_shared = [this](i32 page) { return page >= 0 && pool_.refs(page) > 1; };
-  for (i64 row = 1; row < static_cast<i64>(rows_.size()); ++row) {
+  for (i64 row = 1; row < rows_.size(); ++row) {
     for (i64 a = 0; a < arenas_ && !rows_[row].maybe_shared; ++a) {
       const std::vector<i32>& pages = extent(row, a).pages;
       if (std::any_of(pages.begin(), pages.end(), is_shared)) set_maybe_shared(row, true);
@@ -93,10 +106,11 @@ bool VirtualRows::holds(i64 index, i64 group) const {
 void VirtualRows::apply(const Op& op, bool undo) {
   const i64 index = sequences_.index(op.a);
   if (op.kind == OpKind::bind) {
-    if (op.b <= 0 || op.b >= static_cast<i64>(rows_.size())) {
-      throw SpecError("bind: no row " + std::to_string(op.b) + "; there are " + std::to_string(rows_.size() - 1) +
+    if (op.b <= 0 || op.b >= geometry_.rows) {
+      throw SpecError("bind: no row " + std::to_string(op.b) + "; there are " + std::to_string(geometry_.rows - 1) +
                       ": max_sequences and cached_rows must be those of the allocator whose ops are followed");
     }
+    add_rows(op.b + 1);
     if (rows_[op.b].index >= 0 || row_of_[index] >= 0) {
       throw SpecError("bind: row " + std::to_string(op.b) + " or the sequence is bound already");
     }
@@ -120,6 +134,7 @@ void VirtualRows::apply(const Op& op, bool undo) {
 bool VirtualRows::is_mapped(i32 arena, i64 slot, i64 count) const {
   const i64 a = arena - base_arena_, g = group_of(a);
   if (slot == geometry_.groups[g].arena_slots[a - first_[g]] - 1) return count == 1 && scratch_pages_[a] >= 0;
+  if (slot / row_slots(g, a) >= rows_.size()) return false;
   const Extent& e = extent(slot / row_slots(g, a), a);
   const i64 first = slot % row_slots(g, a);
   bool all = first >= e.lo && first + count <= e.hi;
@@ -169,7 +184,7 @@ i64 VirtualRows::parked_pages() const {
       row.maybe_shared ? ++shared[e.pages[slot]] : ++pages;
     }
   };
-  for (i64 row = 1; row < static_cast<i64>(rows_.size()); ++row) {
+  for (i64 row = 1; row < rows_.size(); ++row) {
     if (rows_[row].slots == 0) continue;
     for (i64 a = 0, g = 0; a < arenas_; ++a) {
       while (a >= first_[g + 1]) ++g;
@@ -222,7 +237,7 @@ void VirtualRows::count_bytes(i64* used_bytes, i64* shared_bytes) const {
 i64 VirtualRows::common_bytes() const {
   std::vector<SharedPart> shared;
   i64 bytes = 0;
-  for (i64 row = 1; row < static_cast<i64>(rows_.size()); ++row) {
+  for (i64 row = 1; row < rows_.size(); ++row) {
     for (i64 k = 0; rows_[row].maybe_shared && k < blocks_of(row); ++k) {
       const i32 node = rows_[row].holds[k].node;
       for (i64 g = 0; g < groups_; ++g) {
@@ -242,7 +257,7 @@ i64 VirtualRows::common_bytes() const {
 
 i64 VirtualRows::mapped_extent_slots(i64 group, i64 arena_in_group) const {
   const i64 a = first_[group] + arena_in_group;
-  for (i64 row = static_cast<i64>(rows_.size()) - 1; row >= 0; --row) {
+  for (i64 row = rows_.size() - 1; row >= 0; --row) {
     if (extent(row, a).count > 0) return slot_of(row, group, a) + extent(row, a).hi;
   }
   return 0;
@@ -259,7 +274,7 @@ void VirtualRows::set_sequence(i64 row, i64 index) {
 
 void VirtualRows::mark_dirty(i64 row) {
   for (i64 g = 0; g < groups_; ++g) {
-    Finite& f = finite_[row * groups_ + g] = Finite();
+    Finite& f = finite_.of(row)[g] = Finite();
     if (geometry_.groups[g].growth == Growth::fixed) continue;  // nothing is promised behind a state
     for (i64 a = first_[g]; a < first_[g + 1]; ++a) {
       f.dirty_to = std::max(f.dirty_to, ceil_div(extent(row, a).hi * page_bytes(), token_bytes(g, a)));
@@ -271,7 +286,7 @@ void VirtualRows::mark_dirty(i64 row) {
 // there.
 void VirtualRows::on_rewritten(const Op& unmap) {
   const i64 a = unmap.at - base_arena_, g = group_of(a), row = unmap.a / row_slots(g, a);
-  if (!guarded_ || row >= static_cast<i64>(rows_.size()) || rows_[row].index < 0) return;
+  if (!guarded_ || row >= rows_.size() || rows_[row].index < 0) return;
   mark_dirty(row);
   for (i64 group = 0; group < groups_; ++group) forget_room(rows_[row].index, group);
 }
@@ -301,7 +316,7 @@ void VirtualRows::file_double(i64 row) {
 }
 
 void VirtualRows::finish(bool committed) {
-  for (const auto& [at, to] : zeroed_) finite_[at].to = to;
+  for (const auto& [finite, to] : zeroed_) finite->to = to;
   zeroed_.clear();
   finish_cuts();
   index_.finish(committed);
@@ -318,6 +333,7 @@ void VirtualRows::change(const Op& op, bool mapped) {
     return;
   }
   const i64 row = op.a / row_slots(g, a), slot = op.a % row_slots(g, a);
+  add_rows(row + 1);
   Extent& e = extent(row, a);
   if (slot + op.c > row_slots(g, a)) throw SpecError("map: a run leaves its row");
   for (i64 i = 0; i < op.c; ++i) {
@@ -346,7 +362,7 @@ void VirtualRows::change(const Op& op, bool mapped) {
     if (slot + op.c > e.solid && slot + op.c < e.hi) e.solid = slot + op.c;
     for (e.solid = std::min(e.solid, e.hi); e.solid > e.lo && e.pages[e.solid - 1] >= 0;) --e.solid;
   }
-  room_[row * groups_ + g] = -1;
+  room_.of(row)[g] = -1;
   if (mapped) may_give(row);
   if (rows_[row].index >= 0) {
     forget_room(rows_[row].index, g);
@@ -538,7 +554,7 @@ void VirtualRows::file_content(i64 row) {
 
 void VirtualRows::check_content(std::vector<std::string>* out) const {
   std::unordered_map<i32, i32> rows_of;
-  for (i64 row = 0; row < static_cast<i64>(rows_.size()); ++row) {
+  for (i64 row = 0; row < rows_.size(); ++row) {
     const Row& r = rows_[row];
     const auto say = [&](const std::string& what) { out->push_back("row " + std::to_string(row) + ": " + what); };
     for (std::size_t i = 0; i < r.holds.size(); ++i) {
@@ -569,7 +585,7 @@ void VirtualRows::check_content(std::vector<std::string>* out) const {
 // Windows: what rows show is mapped, is counted, and what sequences need is not to be evicted.
 void VirtualRows::check_shown(std::vector<std::string>* out) const {
   std::unordered_map<i64, i32> places, needs;
-  for (i64 row = 0; row < static_cast<i64>(rows_.size()); ++row) {
+  for (i64 row = 0; row < rows_.size(); ++row) {
     const auto say = [&](const std::string& what) { out->push_back("row " + std::to_string(row) + ": " + what); };
     for (i64 k = 0; k < blocks_of(row); ++k) {
       for (i32 w = 0; w < index_.windows(); ++w) {
@@ -619,7 +635,7 @@ void VirtualRows::check(std::vector<std::string>* out) const {
   const auto say = [out](i64 row, const std::string& what) {
     out->push_back("row " + std::to_string(row) + ": " + what);
   };
-  for (i64 row = 0; row < static_cast<i64>(rows_.size()); ++row) {
+  for (i64 row = 0; row < rows_.size(); ++row) {
     const Row& r = rows_[row];
     i64 slots = 0;
     for (i64 a = 0; a < arenas_; ++a) {
@@ -663,9 +679,11 @@ void VirtualRows::check(std::vector<std::string>* out) const {
 
 void VirtualRows::digest(Hasher& hash) const {
   PageTable::digest(hash);
-  for (i64 row = 0; row < static_cast<i64>(rows_.size()); ++row) {
+  for (i64 row = 0; row < rows_.size(); ++row) {
     const Row& r = rows_[row];
-    hash.add(r.index, r.fence, r.slots, r.maybe_shared, r.state);
+    // One that is as it came is no change: it stays when the call that wanted it is taken back.
+    if (r.index < 0 && r.fence == 0 && r.slots == 0 && !r.maybe_shared && r.holds.empty()) continue;
+    hash.add(row, r.index, r.fence, r.slots, r.maybe_shared, r.state);
     for (const Hold& hold : r.holds) hash.add(hold.node, hold.next, hold.previous);
     for (i64 a = 0; a < arenas_; ++a) {
       const Extent& e = extent(row, a);
@@ -676,7 +694,9 @@ void VirtualRows::digest(Hasher& hash) const {
   hash.add_all(row_of_);
   hash.add_all(copy_tail_);
   for (const IdList* list : {&doubles_, &parked_, &bound_}) list->digest(hash);
-  for (const auto& [slots, row] : empty_) hash.add(slots, row);
+  for (const auto& [slots, row] : empty_) {
+    if (slots > 0) hash.add(slots, row);
+  }
 }
 
 }  // namespace kvmem

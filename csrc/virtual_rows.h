@@ -17,6 +17,7 @@
 
 #include "id_list.h"
 #include "page_table.h"
+#include "row_array.h"
 #include "shared_parts.h"
 
 namespace kvmem {
@@ -85,7 +86,7 @@ class VirtualRows : public PageTable {
   bool owns(i32 arena) const override { return arena >= base_arena_ && arena - base_arena_ < arenas_; }
   i64 sequence_at(const Op& op) const override {
     const i64 a = op.at - base_arena_, row = op.a / row_slots(group_of(a), a);
-    return row < static_cast<i64>(rows_.size()) ? rows_[row].index : -1;  // else: the scratch slot
+    return row < rows_.size() ? rows_[row].index : -1;  // else: the scratch slot
   }
   bool has_memory(i64 index) const override { return row_of_[index] >= 0; }
   bool holds(i64 index, i64 group) const override;
@@ -163,8 +164,8 @@ class VirtualRows : public PageTable {
     return g;
   }
 
-  Extent& extent(i64 row, i64 a) { return extents_[row * arenas_ + a]; }
-  const Extent& extent(i64 row, i64 a) const { return extents_[row * arenas_ + a]; }
+  Extent& extent(i64 row, i64 a) { return extents_.of(row)[a]; }
+  const Extent& extent(i64 row, i64 a) const { return extents_.of(row)[a]; }
 
   // None behind a state, which a kernel loads by itself.
   i64 guard_tokens(i64 g) const {
@@ -255,6 +256,14 @@ class VirtualRows : public PageTable {
     return index >= 0 && ordinal * index_.block_tokens() >= sequences_.front(index, index_.group_of(window));
   }
 
+  // Makes the books of the first `rows` rows, if they are not there.
+  void add_rows(i64 rows);
+  bool has_more_rows() const { return rows_.size() < geometry_.rows; }
+  // An empty row without pages is among empty_ from now on, if there is one.
+  void offer_row() {
+    if ((empty_.empty() || empty_.begin()->first > 0) && has_more_rows()) add_rows(rows_.size() + 1);
+  }
+
   // True if the row shows the block, another one does so too, and its own sequence does not need it.
   bool is_passed_copy(i64 row, i64 ordinal, i32 window) const {
     return shown(row, ordinal, window).here && !needs_block(row, ordinal, window) &&
@@ -309,19 +318,19 @@ class VirtualRows : public PageTable {
   // Whatever the row has mapped now may hold anything; and: all of it was zeroed, or is about to be.
   void mark_dirty(i64 row);
   void mark_finite(i64 row) {
-    if (guarded_) std::fill_n(&finite_[row * groups_], groups_, Finite());
+    if (guarded_) std::fill_n(finite_.of(row), groups_, Finite());
   }
 
   // Of `room` tokens, how many have a guard behind them that is finite.
   i64 finite_room(i64 row, i64 group, i64 room) const {
     if (!guarded_) return room;
-    const Finite& f = finite_[row * groups_ + group];
+    const Finite& f = finite_.of(row)[group];
     return f.to >= f.dirty_to ? room : std::min(room, f.to - guard_tokens(group));
   }
 
   // Tokens that need no further mapping. Kept per row; -1 where a mapping has changed since.
   i64 room(i64 row, i64 group) {
-    i64& room = room_[row * groups_ + group];
+    i64& room = room_.of(row)[group];
     if (room >= 0) return room;
     const GroupGeometry& g = geometry_.groups[group];
     const i64 front = rows_[row].index < 0 ? 0 : sequences_.front(rows_[row].index, group);
@@ -342,30 +351,30 @@ class VirtualRows : public PageTable {
   bool has_state_ = false;  // some group is of fixed size
   i64 arenas_ = 0;
   i32 base_arena_ = 0;
-  std::vector<i64> first_;  // first arena of each group, and one past the last
-  std::vector<Row> rows_;
+  std::vector<i64> first_;                 // first arena of each group, and one past the last
+  RowArray<Row, 1> rows_;                     // those that have been needed so far: addresses cost no books
   std::vector<i32> row_of_;                // by sequence, -1 while it holds nothing
   std::vector<i32> holder_;                // by node: the first row that holds it, or -1
   std::vector<i32> shower_;                // [node][window]: the first row that shows it, or -1
   std::vector<i32> state_row_;             // by node, where there are states: the row that has a snapshot of it, or -1
   std::unordered_map<i32, i32> pin_ends_;  // how many pins end there, of nodes at which some do
   // Whoever looks for a row or for pages asks these, never all rows.
-  RowsBySlots empty_;            // unbound rows without content
-  IdList doubles_;               // unbound rows whose last block another row holds too
-  IdList parked_, bound_;        // the unbound and the bound rows that may have pages to spare
-  std::vector<Extent> extents_;  // [row][arena]
-  std::vector<i64> room_;        // [row][group]
-  std::vector<i64> ready_;       // [row][group]: tokens that need nothing of the row's job, -1: it maps nothing
-  std::vector<Finite> finite_;   // [row][group]; empty without a guard
-  std::vector<std::pair<i64, i64>> zeroed_;  // what of it the transaction in progress moves on, and to where
-  std::vector<std::uint8_t> copy_tail_;      // [sequence][group]: look whether the tail page is shared before writing
-  std::vector<i64> scratch_pages_;           // by arena, -1 between calls
+  RowsBySlots empty_;         // unbound rows without content
+  IdList doubles_;            // unbound rows whose last block another row holds too
+  IdList parked_, bound_;     // the unbound and the bound rows that may have pages to spare
+  RowArray<Extent> extents_;  // [row][arena]
+  RowArray<i64> room_;        // [row][group]
+  RowArray<i64> ready_;       // [row][group]: tokens that need nothing of the row's job, -1: it maps nothing
+  RowArray<Finite> finite_;   // [row][group]; empty without a guard
+  std::vector<std::pair<Finite*, i64>> zeroed_;  // what of it the transaction in progress moves on, and to where
+  std::vector<std::uint8_t> copy_tail_;  // [sequence][group]: look whether the tail page is shared before writing
+  std::vector<i64> scratch_pages_;       // by arena, -1 between calls
 
  private:
   class Rules;
   void forget_room_of(i64 row, i64 index) {
     for (i64 g = 0; g < groups_; ++g) {
-      room_[row * groups_ + g] = -1;
+      room_.of(row)[g] = -1;
       forget_room(index, g);
     }
   }

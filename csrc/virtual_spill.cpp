@@ -16,7 +16,7 @@ i64 VirtualTable::spill(i64 pages, bool content, Transaction& tx) {
   freed += spill_list(bound_, pages - freed, tx);
   if (!content) return freed;
   freed += spill_content(pages - freed, tx);
-  for (i64 row = 1; row < static_cast<i64>(rows_.size()) && freed < pages; ++row) {
+  for (i64 row = 1; row < rows_.size() && freed < pages; ++row) {
     if (rows_[row].index >= 0 && row != copy_) freed += spill_row(row, pages - freed, tx, false);
   }
   return freed;
@@ -53,7 +53,7 @@ i64 VirtualTable::spill_content(i64 pages, Transaction& tx) {
 // What is needed, and therefore never a victim, may lie a second time where a window has passed it.
 i64 VirtualTable::spill_passed(i64 pages, Transaction& tx) {
   const i64 before = owned_pages;
-  for (i64 row = 1; row < static_cast<i64>(rows_.size()) && before - owned_pages < pages; ++row) {
+  for (i64 row = 1; row < rows_.size() && before - owned_pages < pages; ++row) {
     if (rows_[row].source || row == copy_) continue;
     for (i64 k = 0; k < blocks_of(row); ++k) {
       for (i32 w = 0; w < index_.windows(); ++w) {
@@ -271,7 +271,10 @@ i64 VirtualTable::best_empty(i64 slots) const {
              : empty_.lower_bound({less->first, 0})->second;
 }
 
-i64 VirtualTable::pick_empty(Transaction& tx) { return empty_.empty() ? empty_a_row(tx) : empty_.begin()->second; }
+i64 VirtualTable::pick_empty(Transaction& tx) {
+  offer_row();
+  return empty_.empty() ? empty_a_row(tx) : empty_.begin()->second;
+}
 
 i64 VirtualTable::empty_a_row(Transaction& tx) {
   if (const i64 row = find_double(false, PrefixIndex::kCandidates)) {
@@ -306,7 +309,7 @@ i64 VirtualTable::empty_a_row(Transaction& tx) {
 
 // There may be more items before those of a parked row than can be passed over.
 i64 VirtualTable::any_to_lose() const {
-  i64 row = static_cast<i64>(rows_.size()) - 1;
+  i64 row = rows_.size() - 1;
   while (row > 0 && (rows_[row].index >= 0 || rows_[row].holds.empty() || !can_lose(row))) --row;
   return row;
 }
@@ -319,6 +322,7 @@ i64 VirtualTable::pick_row(i64 tokens, i64 shown, Transaction& tx) {
       need += with_ahead(g, a, high_slot(g, a, tokens)), in_front += quotient(shown * token_bytes(g, a), page_bytes());
     }
   }
+  offer_row();
   i64 row = best_empty(need);
   // What a row has in front of its sequence's own tokens comes free, and so does what else is cut.
   i64 own = need - in_front - (row < 0 ? 0 : rows_[row].slots);

@@ -20,11 +20,11 @@ i64 VirtualTable::find_room(i64 index, i64 group) {
   if (r.job != 0) {
     // A job that failed is done as well; what it left out is taken back under the next settle().
     if (r.job > pool_.mapper().done() || pool_.mapper().has_failed()) {
-      const i64 ready = ready_[row * groups_ + group];
+      const i64 ready = ready_.of(row)[group];
       return finite_room(row, group, ready >= 0 ? ready : room(row, group));
     }
     r.job = 0;
-    for (i64 g = 0; g < groups_; ++g) ready_[row * groups_ + g] = -1;
+    for (i64 g = 0; g < groups_; ++g) ready_.of(row)[g] = -1;
   }
   return finite_room(row, group, room(row, group));
 }
@@ -65,12 +65,12 @@ i64 VirtualTable::slots_with_ahead(i64 row, i64 group, i64 tokens, Transaction& 
 }
 
 void VirtualTable::zero_ahead(i64 row, i64 group, i64 old_tokens, i64 new_tokens, Transaction& tx) {
-  const i64 guard = guard_tokens(group), at = row * groups_ + group;
-  const Finite& f = finite_[at];
+  const i64 guard = guard_tokens(group);
+  Finite& f = finite_.of(row)[group];
   if (f.to >= f.dirty_to || new_tokens + guard <= f.to) return;
   const i64 to = std::min(f.dirty_to, new_tokens + 2 * guard);
   zero_tokens(row, group, std::max(old_tokens, f.to), to, tx);
-  zeroed_.emplace_back(at, to);
+  zeroed_.emplace_back(&f, to);
 }
 
 void VirtualTable::zero_cut(i64 index, i64 group, i64 tokens, Transaction& tx) {
@@ -161,7 +161,7 @@ bool VirtualTable::map_ahead(i64 index, i64 group, i64 tokens, Transaction& tx) 
   }
   // The background thread takes nothing away from anyone.
   if (want == 0 || want > pool_.pages_at_hand(*this)) return false;
-  pool_.journal.set(ready_[row * groups_ + group], have);
+  pool_.journal.set(ready_.of(row)[group], have);
   for (i64 a = first_[group]; a < first_[group + 1]; ++a) {
     const i64 hi = high_slot(group, a, tokens + 2 * ahead);
     if (extent(row, a).hi < hi) map(row, a, extent(row, a).hi, hi, tx);

@@ -38,7 +38,7 @@ from kvmem.views import CacheTensor, block_view, plain, row_view, token_view
 __all__ = ["Allocator"]
 
 #: The books of each take some hundred bytes of host memory, needed or not.
-MAX_SEQUENCES = 2**24
+MAX_SEQUENCES = 2**20
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -59,7 +59,7 @@ class Allocator:
     memory: physical budget, an int in bytes or a text such as ``"20GiB"``; never exceeded. ``"auto"``: what a CUDA
         device has free now, less a margin; see ``PagePool``. With ``pool``, how much of the pool this allocator may
         map (None or ``"auto"``: all of it).
-    max_sequences, max_tokens: how many sequences at a time, and how long. They cost addresses, not memory. Up to 2**24
+    max_sequences, max_tokens: how many sequences at a time, and how long. They cost addresses, not memory. Up to 2**20
         and 2**31 - 1. In all there are 2**32 - 3 sequences in the life of an allocator, since a handle is an int32 and
         is never given out again: five years of 25 a second. After that ``SpecError``: make another allocator.
     page_bytes: size of a physical page. Default: CPU 64 KiB (more above 2 GiB of memory); CUDA and meta what the driver

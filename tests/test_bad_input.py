@@ -368,7 +368,7 @@ def test_memory_that_nobody_can_read(world: World, text: Any) -> None:
         (dict(max_tokens=0), SpecError, "max_tokens: got 0"),
         (dict(max_tokens=2**31 - 1, max_sequences=2**20), SpecError, "would reserve.*lower max_sequences, max_tokens"),
         (dict(max_tokens=2**50), SpecError, r"max_tokens: got \d+; the largest that works is 2147483647"),
-        (dict(max_sequences=2**24 + 1), SpecError, "max_sequences: got 16777217; the largest that works is 16777216"),
+        (dict(max_sequences=2**20 + 1), SpecError, "max_sequences: got 1048577; the largest that works is 1048576"),
         (dict(cached_rows=2**40), SpecError, "cached_rows: got 1099511627776; the largest"),
         (dict(tail_guard_tokens=2**31), SpecError, "tail_guard_tokens: got 2147483648; the largest"),
         (dict(map_ahead_tokens=2**31), SpecError, "map_ahead_tokens: got 2147483648; the largest"),
