@@ -410,7 +410,8 @@ void PagedBlocks::on_content(const Op& op, bool undo) {
 void PagedBlocks::hold(i64 g, i32 node, i32 block, i64 part, bool undo) {
   Blocks& b = blocks_[g];
   if (!undo) index_.expect_places();
-  if (static_cast<i64>(block_of_.size()) < index_.capacity() * stride_) block_of_.resize(index_.capacity() * stride_);
+  const i64 at = node * stride_ + b.place + part;
+  if (at >= static_cast<i64>(block_of_.size())) block_of_.resize(index_.capacity() * stride_);
   if (b.info[block].refs == 0) {
     b.ready.remove(block);
     keep(b, block);
@@ -421,7 +422,7 @@ void PagedBlocks::hold(i64 g, i32 node, i32 block, i64 part, bool undo) {
     if (part == 0) index_.gain(node, b.window, undo);
   }
   b.info[block].node = node;
-  block_of_[node * stride_ + b.place + part] = block;
+  block_of_[at] = block;
 }
 
 void PagedBlocks::unhold(i64 g, i32 node, i32 block, i64 part, bool undo) {
