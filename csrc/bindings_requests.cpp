@@ -192,11 +192,14 @@ nb::object grow(Cache& c, i32 handle, nb::handle count) {
   return told(c, [&] { return c.extend_telling(&handle, &more, 1); });
 }
 
+nb::object publish_count(Cache& c, i32 handle, nb::handle given) {
+  i32 count = 0;
+  if (!read_int(given, &count)) throw nb::next_overload();
+  if (c.commit_at_hand(handle, count)) return nb::none();
+  return told(c, [&] { return c.commit_telling(&handle, &count, 1, nullptr); });
+}
+
 nb::object publish(Cache& c, i32 handle, nb::handle tokens) {
-  if (i32 count = 0; read_int(tokens, &count) && count >= 0) {
-    if (c.commit_at_hand(handle, count)) return nb::none();
-    return told(c, [&] { return c.commit_telling(&handle, &count, 1, nullptr); });
-  }
   TokenIds ids;
   if (!ids.hold(tokens)) throw nb::next_overload();
   check_ids(ids);
@@ -236,9 +239,12 @@ void bind_requests(nb::module_& m, nb::class_<Cache>& cache) {
       .def("grow", &grow, nb::sig("def grow(self, handle: int, count: int, /) -> TableChanges | None"),
            "extend() that tells which table entries it wrote; None for none.")
       .def("publish", &publish,
-           nb::sig("def publish(self, handle: int, tokens: int | list[int] | NDArray[numpy.int32], /) "
+           nb::sig("def publish(self, handle: int, tokens: list[int] | NDArray[numpy.int32], /) "
                    "-> TableChanges | None"),
-           "commit() or commit_tokens(), told like this. TypeError for tokens of another type, or a count below 0.")
+           "commit_tokens(), told like this. TypeError for tokens of another type, a bare count among them.")
+      .def("publish_count", &publish_count,
+           nb::sig("def publish_count(self, handle: int, count: int, /) -> TableChanges | None"),
+           "commit(), told like this.")
       .def("decode", &decode, nb::arg(), nb::arg(), nb::arg().none(),
            nb::sig("def decode(self, handle: int, count: int, tokens: list[int] | NDArray[numpy.int32] | None, /) "
                    "-> TableChanges | None"),

@@ -510,10 +510,13 @@ class Cache:
     def grow(self, handle: int, count: int, /) -> TableChanges | None:
         """extend() that tells which table entries it wrote; None for none."""
 
-    def publish(self, handle: int, tokens: int | list[int] | NDArray[numpy.int32], /) -> TableChanges | None:
+    def publish(self, handle: int, tokens: list[int] | NDArray[numpy.int32], /) -> TableChanges | None:
         """
-        commit() or commit_tokens(), told like this. TypeError for tokens of another type, or a count below 0.
+        commit_tokens(), told like this. TypeError for tokens of another type, a bare count among them.
         """
+
+    def publish_count(self, handle: int, count: int, /) -> TableChanges | None:
+        """commit(), told like this."""
 
     def decode(self, handle: int, count: int, tokens: list[int] | NDArray[numpy.int32] | None, /) -> TableChanges | None:
         """advance(), told like this."""

@@ -11,13 +11,24 @@ import numpy as np
 import torch
 
 from kvmem import _core
+from kvmem.arrays import at_least_zero, check_count
 from kvmem.digests import ExtraKey, encode_key, key_marks
 from kvmem.errors import SpecError
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-__all__ = ["Pin", "PrefixMatch", "Reason", "Tokens", "encode_keys", "token_ids", "with_ids"]
+__all__ = [
+    "Pin",
+    "PrefixMatch",
+    "Reason",
+    "Tokens",
+    "committed_count",
+    "committed_ids",
+    "encode_keys",
+    "token_ids",
+    "with_ids",
+]
 
 Tokens: TypeAlias = Sequence[int] | np.ndarray | torch.Tensor
 
@@ -75,6 +86,28 @@ def token_ids(tokens: Tokens) -> npt.NDArray[np.int32]:
     if ids.size and (ids.min() < 0 or ids.max() >= 2**31):
         raise SpecError(f"tokens: got ids from {ids.min()} to {ids.max()}; they must be 0 or more and fit an int32")
     return np.ascontiguousarray(ids, np.int32)
+
+
+def committed_ids(verb: str, tokens: Tokens | None) -> npt.NDArray[np.int32]:
+    """The ids that ``verb`` was given. A bare count is refused: taken for one it would turn sharing off, where the id
+    of a single token was meant.
+    """
+    if tokens is None:
+        raise SpecError(f"tokens: missing; {verb} takes token ids, or {verb}(count=n) where nobody knows them")
+    if isinstance(tokens, (int, np.integer)) and not isinstance(tokens, bool):
+        raise SpecError(
+            f"tokens: got {tokens}; {verb} takes ids, [{tokens}] for one; a count is {verb}(count={tokens})"
+        )
+    return token_ids(tokens)
+
+
+def committed_count(verb: str, tokens: Tokens | None, count: int | None) -> int:
+    """How many tokens ``verb`` was given, by their ids or by a count. ``SpecError`` unless by one of them."""
+    if count is None:
+        return len(committed_ids(verb, tokens))
+    if tokens is not None:
+        raise SpecError(f"tokens and count={count!r}: {verb} takes one of them; the ids say how many they are")
+    return check_count("count", at_least_zero("count", count))
 
 
 def _has_bool(tokens: object) -> bool:

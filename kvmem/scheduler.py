@@ -32,7 +32,7 @@ from kvmem.arrays import at_least_zero, check_count, not_int32
 from kvmem.digests import ExtraKey
 from kvmem.errors import OutOfMemory, SpecError, StaleHandle
 from kvmem.events import Event
-from kvmem.prefix import Tokens, encode_keys, token_ids, with_ids
+from kvmem.prefix import Tokens, committed_count, committed_ids, encode_keys, token_ids, with_ids
 from kvmem.sequence import NOBODY, Sequence
 
 if TYPE_CHECKING:
@@ -145,9 +145,11 @@ class SchedulerCache:
                 return None
             raise
 
-    def publish(self, request: Hashable, tokens: int | Tokens) -> TableChanges:
-        """The KV of the request's next ``tokens`` is computed: their ids, and whole blocks of them can be found from
-        now on; or how many, and neither these nor later ones can. ``SpecError`` for more than there is room for.
+    def publish(self, request: Hashable, tokens: Tokens | None = None, *, count: int | None = None) -> TableChanges:
+        """The KV of the request's next ``tokens`` is computed: whole blocks of them can be found from now on.
+        ``SpecError`` for more than there is room for.
+
+        tokens: their ids. count: instead of ids that nobody knows, how many; neither these nor later ones can be found.
 
         Returns table entries that changed, mostly none: where the same block was cached already, the request now reads
         that one, and its own is given up (paged); blocks that a sliding window has passed are 0. Who keeps a copy of
@@ -157,12 +159,13 @@ class SchedulerCache:
             handle = self._handles[request]
         except KeyError:
             raise self._stale(request) from None
+        if count is not None:
+            written = self._core.publish_count(handle, committed_count("publish", tokens, count))
+            return _NOTHING if written is None else written
         try:
             written = self._core.publish(handle, tokens)  # type: ignore[arg-type]  # it looks for itself
         except TypeError:  # ids of another type, or no ids
-            if isinstance(tokens, int):
-                self._requests[request].commit(tokens)  # says what is wrong with it
-            written = self._core.publish(handle, token_ids(tokens))  # type: ignore[arg-type]
+            written = self._core.publish(handle, committed_ids("publish", tokens))  # type: ignore[arg-type]
         return _NOTHING if written is None else written
 
     def step(self, request: Hashable, count: int = 1, tokens: Tokens | None = None) -> TableChanges | None:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 from kvmem import _core
 from kvmem.arrays import at_least_zero, check_count, check_seconds
 from kvmem.errors import OutOfMemory, SpecError
-from kvmem.prefix import Pin, Tokens, token_ids
+from kvmem.prefix import Pin, Tokens, committed_count, committed_ids, token_ids
 
 if TYPE_CHECKING:
     from kvmem.allocator import Allocator
@@ -79,27 +78,20 @@ class Sequence:
             return False
         return True
 
-    def commit(self, tokens: int | Tokens, *, group: int | None = None) -> None:
+    def commit(self, tokens: Tokens | None = None, *, count: int | None = None, group: int | None = None) -> None:
         """The KV of the next ``tokens`` is written. Sliding windows move on.
 
-        tokens: their ids, and the blocks they complete are shared from now on; or how many, and then neither these nor
-        any that follow are.
+        tokens: their ids; the blocks that they complete are shared from now on. count: instead of ids that nobody
+            knows, how many; neither these nor any that follow are shared then. group: as for ``extend``.
         """
-        if group is None:
+        if count is None and group is None:
             try:
                 self._core.publish(self._id, tokens)  # type: ignore[arg-type]  # it looks for itself
-                return
-            except TypeError:  # ids, or a count, of another type
-                pass
-        index = -1 if group is None else check_count("group", group)
-        if isinstance(tokens, (int, np.integer)) and not isinstance(tokens, bool):
-            if tokens < 0:
-                raise SpecError(f"tokens: got {tokens}; a count is 0 or more")
-            self._core.commit(self._id, check_count("tokens", tokens), index)
-        elif index < 0:
-            self._core.commit_tokens(self._id, token_ids(cast(Tokens, tokens)))
+            except TypeError:  # ids of another type, or none
+                self._core.commit_tokens(self._id, committed_ids("commit", tokens))
         else:
-            self._core.commit(self._id, len(token_ids(cast(Tokens, tokens))), index)
+            counted = committed_count("commit", tokens, count)
+            self._core.commit(self._id, counted, -1 if group is None else check_count("group", group))
 
     def step(self, n: int = 1, tokens: Tokens | None = None) -> None:
         """A decode step of one sequence in one call: what is reserved is committed, then there is room for ``n`` more.

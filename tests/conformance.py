@@ -42,7 +42,7 @@ def test_a_new_allocator_is_empty(make: Make) -> None:
     assert stats.reserved_bytes > 0 and alloc.check() == []
     with alloc.sequence() as seq:
         assert (seq.num_tokens, seq.num_committed_tokens, seq.num_cached_tokens) == (0, 0, 0)
-        seq.commit(0)
+        seq.commit(count=0)
         seq.truncate(0)
     assert alloc.stats().mapped_bytes == 0, "an empty sequence costs no memory"
 
@@ -179,7 +179,7 @@ def test_invariant_8_a_freed_handle_stays_stale(make: Make) -> None:
         seq.free,
         seq.fork,
         lambda: seq.extend(1),
-        lambda: seq.commit(1),
+        lambda: seq.commit(count=1),
         lambda: seq.truncate(0),
         lambda: seq.num_tokens,
     ):

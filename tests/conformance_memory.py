@@ -15,18 +15,18 @@ def test_parked_memory_is_adopted_without_a_driver_call(make: Make) -> None:
     alloc = make(map_ahead_tokens=0)
     seq = alloc.sequence()
     seq.extend(90)
-    seq.commit(90)
+    seq.commit(count=90)
     seq.free()
     before = alloc.stats()
     assert before.mapped_bytes > 0 and before.used_bytes == 0
     for _ in range(3):
         with alloc.sequence() as other:
             other.extend(40)
-            other.commit(40)
+            other.commit(count=40)
             for _ in range(50):  # steady decode, within what the first sequence had
                 other.extend(1)
                 alloc.batch([other])
-                other.commit(1)
+                other.commit(count=1)
             assert alloc.stats().driver_calls == before.driver_calls
     after = alloc.stats()
     assert after.driver_calls == before.driver_calls and after.mapped_bytes == before.mapped_bytes

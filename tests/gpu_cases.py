@@ -120,7 +120,7 @@ class Writer:
                 kept.append(values)
             else:
                 kept[i] = torch.cat([kept[i], values])
-        seq.commit(commit)
+        seq.commit(count=commit)
         return seq
 
     def fork(self, seq: kvmem.Sequence, tokens: int, commit: int) -> kvmem.Sequence:

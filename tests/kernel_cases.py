@@ -123,7 +123,7 @@ def make_case(
             piece = min(piece_tokens, before - begin)
             seq.extend(piece)
             _put(alloc, [seq], layer, kv[:, begin : begin + piece])
-            seq.commit(piece)
+            seq.commit(count=piece)
             scattered.extend(1)
         if before + count:
             seq.extend(count + SPARE_TOKENS)

@@ -75,10 +75,11 @@ def test_extend_by_a_wrong_count(world: World, count: Any, error: Any, words: st
 @pytest.mark.parametrize(
     ("tokens", "words"),
     [
-        (-1, "got -1"),
-        (6, "asked to commit 6 tokens.*5 are reserved and not committed: extend"),
-        (2**31, "tokens: got 2147483648"),
-        (2**63 - 1, "tokens: got 9223372036854775807"),
+        (1, r"got 1; commit takes ids, \[1\] for one; a count is commit\(count=1\)"),
+        (0, r"a count is commit\(count=0\)"),
+        (-1, r"a count is commit\(count=-1\)"),
+        (np.int64(5), r"a count is commit\(count=5\)"),
+        (2**70, "a count is"),
         ([1, 2, 3, 4, 5, 6], "asked to commit 6"),
         ([-1], "got ids from -1 to -1"),
         ([[1, 2]], r"shape \(1, 2\)"),
@@ -86,13 +87,32 @@ def test_extend_by_a_wrong_count(world: World, count: Any, error: Any, words: st
         (True, "bool"),
         (1.0, "float"),
         ("12", "str|<U"),
-        (None, "object|NoneType"),
+        (None, r"tokens: missing.*commit\(count=n\)"),
         ([1, [2]], "list"),
     ],
 )
 def test_commit_of_wrong_tokens(world: World, tokens: Any, words: str) -> None:
     sequence = kvmem.Sequence(world.alloc, min(world.sequences))
     refused(world, SpecError, words, lambda: sequence.commit(tokens))
+
+
+@pytest.mark.parametrize(
+    ("count", "words"),
+    [
+        (-1, "count: got -1"),
+        (6, "asked to commit 6 tokens.*5 are reserved and not committed: extend"),
+        (2**31, "count: got 2147483648"),
+        (2**63 - 1, "count: got 9223372036854775807"),
+        (2**200, "count: got a number of 201 bits"),
+        (1.0, "count: got 1.0"),
+        (True, "count: got True"),
+        ([1], r"count: got \[1\]"),
+    ],
+)
+def test_commit_of_a_wrong_count(world: World, count: Any, words: str) -> None:
+    sequence = kvmem.Sequence(world.alloc, min(world.sequences))
+    refused(world, SpecError, words, lambda: sequence.commit(count=count))
+    refused(world, SpecError, "one of them", lambda: sequence.commit([1], count=1))
 
 
 @pytest.mark.parametrize(
@@ -273,7 +293,7 @@ def test_numbers_beyond_every_size_and_arguments_of_other_types(world: World) ->
 def test_groups_that_do_not_exist(world: World, group: int) -> None:
     sequence = kvmem.Sequence(world.alloc, min(world.sequences))
     refused(world, SpecError, f"group {group} does not exist; there are 4", lambda: sequence.extend(1, group=group))
-    refused(world, SpecError, f"group {group} does not exist", lambda: sequence.commit(0, group=group))
+    refused(world, SpecError, f"group {group} does not exist", lambda: sequence.commit(count=0, group=group))
 
 
 def test_a_prefill_group_grows_once(world: World) -> None:
@@ -282,7 +302,7 @@ def test_a_prefill_group_grows_once(world: World) -> None:
     refused(world, SpecError, "by 101 tokens; it can hold 100", lambda: sequence.extend(101, group=CROSS))
     assert world.run(world.prefill(handle, CROSS, 30))
     refused(world, SpecError, "fixed after prefill and already holds 30", lambda: sequence.extend(1, group=CROSS))
-    refused(world, SpecError, "asked to commit 31.*30 are reserved", lambda: sequence.commit(31, group=CROSS))
+    refused(world, SpecError, "asked to commit 31.*30 are reserved", lambda: sequence.commit(count=31, group=CROSS))
 
 
 def test_layers_and_components_that_do_not_exist(world: World) -> None:

@@ -125,15 +125,19 @@ def test_what_is_no_list_of_token_ids(place: Place, case: str) -> None:
         lambda: alloc.pin(tokens),
     ):
         place.refuses(call, words)
-    if case not in ("a 0-d array",):  # a count, as numpy gives it
-        place.refuses(lambda: seq.commit(tokens), words)
+    place.refuses(lambda: seq.commit(tokens), words)
 
 
 @pytest.mark.parametrize("count", [5, np.int64(5), 0, -1])
 def test_a_count_names_no_tokens(place: Place, count: Any) -> None:
-    """``commit(5)`` counts; a prompt, a question or a pin must be spelled out."""
+    """Nowhere: ``commit(1)`` for token 1 would turn sharing off, and nothing would tell."""
     place.refuses(lambda: place.alloc.match(count))
     place.refuses(lambda: place.alloc.pin(count))
+    place.refuses(lambda: place.alloc.sequence(count))
+    place.refuses(
+        lambda: place.seq.commit(count), rf"commit takes ids, \[{count}\] for one; a count is commit\(count={count}\)"
+    )
+    place.refuses(lambda: place.seq.step(1, count), "flat list of integer token ids")
 
 
 @pytest.mark.parametrize(
@@ -242,7 +246,7 @@ def test_a_snapshot_needs_whole_known_blocks(hybrid: Place) -> None:
     seq.commit(text(3))
     hybrid.refuses(seq.snapshot, "83|block")
     seq.extend(13)
-    seq.commit(13)
+    seq.commit(count=13)
     hybrid.refuses(seq.snapshot, "known|token ids|unknown|named|ids")  # a multiple of the block, but only counted
     empty = hybrid.alloc.sequence()
     hybrid.refuses(empty.snapshot)

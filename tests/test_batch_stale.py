@@ -97,7 +97,7 @@ def test_others_may_come_and_go_and_these_may_grow(backend: str) -> None:
     k, v = states(batch)
     write_kv(alloc.kv(0), batch, k, v)
     assert torch.equal(mine.kv(0)[0][:10], k) and torch.equal(mine.kv(0)[1][:10], v)
-    mine.commit(10)
+    mine.commit(count=10)
     batch.check_current()
 
 
@@ -184,7 +184,7 @@ def test_random_changes_after_a_fill(spec: kvmem.CacheSpec, backend: str, debug:
                 group.check_current()
                 group.check_current()
         for seq in live:
-            seq.commit(seq.num_tokens - seq.num_committed_tokens)
+            seq.commit(count=seq.num_tokens - seq.num_committed_tokens)
     assert min(outcomes.values()) > 15, outcomes
 
 
@@ -208,7 +208,7 @@ def change(alloc: kvmem.Allocator, live: list[kvmem.Sequence], rng: random.Rando
         with suppress(kvmem.OutOfMemory):
             live.append(seq.fork())
     elif kind == "commit":
-        seq.commit(seq.num_tokens - seq.num_committed_tokens)
+        seq.commit(count=seq.num_tokens - seq.num_committed_tokens)
     elif kind == "compact":
         alloc.compact()
     elif kind == "trim":

@@ -80,7 +80,7 @@ def test_new_tokens_are_never_shared(backend: str, seed: int) -> None:
     batch = world.alloc.batch([seq, seq])
     before = batch.cascade(**EVERYTHING)
     assert [level.kv_lens.tolist() for level in before.levels] == [[32], [38, 38]]
-    seq.commit(30)
+    seq.commit(count=30)
     after = batch.cascade(**EVERYTHING)
     assert [level.kv_lens.tolist() for level in after.levels] == [[32], [38, 38]]
     assert world.alloc.batch([seq, seq], new_tokens=[0, 0]).cascade(**EVERYTHING).saved_tokens == 0, "no queries"

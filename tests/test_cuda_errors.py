@@ -208,7 +208,7 @@ AT_EXIT = """
         seqs = [alloc.sequence() for _ in range(3)]
         for seq in seqs:
             seq.extend(50)
-            seq.commit(50)
+            seq.commit(count=50)
         seqs[0].free()
         stub.kvmem_stub_set(b"dead", ctypes.c_longlong(dead))
         return alloc, seqs

@@ -91,7 +91,7 @@ def test_fences_are_on_the_stream_that_torch_uses(backend: str) -> None:
         alloc.batch([seq])
         assert alloc.pool.streams.handle == side.cuda_stream
         event = busy(side)
-    seq.commit(4000)
+    seq.commit(count=4000)
     seq.free()
     assert not event.query(), "free() waited"
     alloc.trim()
@@ -109,7 +109,7 @@ def test_a_step_waits_for_nobody(backend: str) -> None:
     for step in range(21):
         seq.extend(64)
         alloc.fill(ids, batch)
-        seq.commit(64)
+        seq.commit(count=64)
         if step == 0:  # warm
             torch.cuda.synchronize()
             event, begin = busy(other), time.monotonic()

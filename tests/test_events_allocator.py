@@ -144,7 +144,7 @@ def test_nothing_is_told_of_unknown_tokens_or_without_a_capacity(make: Make) -> 
     alloc = make()
     sequence = alloc.sequence()
     sequence.extend(2 * BLOCK)
-    sequence.commit(2 * BLOCK)
+    sequence.commit(count=2 * BLOCK)
     assert alloc.events() == []
     silent = make(events=0)
     run(silent, tokens(9, 2 * BLOCK))

@@ -47,7 +47,7 @@ if pid == 0:
              lambda: core.apply([]), lambda: alloc.apply([]), lambda: alloc.set_stream(0), lambda: alloc.pool.core.page_handle(0),
              lambda: alloc.pool.core.present_pages, lambda: alloc.pool.mapped_bytes, lambda: core.first_token(handle),
              lambda: alloc.pool.device.driver.counters(), lambda: core.committed(handle), lambda: core.grow(handle, 1),
-             lambda: core.publish(handle, 1), lambda: core.decode(handle, 1, None),
+             lambda: core.publish(handle, [1]), lambda: core.publish_count(handle, 1), lambda: core.decode(handle, 1, None),
              *([lambda: alloc.rows(0)] if alloc.backend == "virtual" else []), lambda: world.core.fork(handle), lambda: world.core.extend(handle, 1), lambda: world.core.free(handle),
              lambda: world.core.tokens(handle), lambda: alloc.batch([handle]), alloc.stats, alloc.check, alloc.trim,
              lambda: alloc.set_memory("1MiB"), lambda: alloc.pool.budget_bytes, lambda: alloc.pool.set_memory("1MiB"),
@@ -139,13 +139,13 @@ def test_a_child_ends_through_the_interpreters_own_exit() -> None:
         SETUP
         + """
 alloc = kvmem.Allocator(plain_spec(), memory=400 * PAGE, page_bytes=PAGE, max_sequences=8, max_tokens=2000, map_ahead_tokens=64)
-s = alloc.sequence(); s.extend(10); s.commit(10); s.extend(10)
+s = alloc.sequence(); s.extend(10); s.commit(count=10); s.extend(10)
 time.sleep(0.1)
 pid = os.fork()
 if pid == 0:
     sys.exit(0)
 assert finish(pid) == 0
-s.commit(10); assert alloc.check() == []
+s.commit(count=10); assert alloc.check() == []
 """
     )
 

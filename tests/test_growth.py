@@ -82,7 +82,7 @@ def test_allocators_that_come_and_go_on_a_pool(backend: str) -> None:
         live.pop(rng.choice([0, 0, 1, -1]))
         live.append(make())
         with live[-1].sequence() as seq:
-            seq.extend(9), seq.commit(9)
+            seq.extend(9), seq.commit(count=9)
             if backend == "virtual":  # the paged backend gathers a copy, and warns of a write to it
                 seq.kv(0)[0].fill_(1)
         assert all(alloc.check() == [] for alloc in live)

@@ -115,7 +115,7 @@ def act(world: World, walk: random.Random, prompts: list[list[int]]) -> None:
     elif action == "commit":
         done = held.seq.num_committed_tokens
         n = walk.randrange(len(held.ids) - done + 1)
-        held.seq.commit(held.ids[done : done + n] if world.sharing else n)
+        held.seq.commit(held.ids[done : done + n]) if world.sharing else held.seq.commit(count=n)
     elif action == "cut":
         keep = walk.randrange(max(0, len(held.ids) - 40), len(held.ids) + 1)
         try:

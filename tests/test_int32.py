@@ -59,7 +59,7 @@ def test_lengths_that_add_up_past_an_int32() -> None:
     )
     parent = alloc.sequence()
     parent.extend(2**23 - 16)
-    parent.commit(2**23 - 16)
+    parent.commit(count=2**23 - 16)
     sequences = [parent, *(parent.fork() for _ in range(270))]
     small = alloc.batch(sequences[:2])
     assert small.cu_seqlens_k.dtype == torch.int32

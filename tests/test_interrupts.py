@@ -339,7 +339,7 @@ for i in range(3000):
     try:
         armed = True
         with alloc.sequence(PROMPT, salt=str(i % 5)) as seq:
-            seq.extend(5), alloc.events(), seq.commit(3), alloc.batch([seq])
+            seq.extend(5), alloc.events(), seq.commit(count=3), alloc.batch([seq])
         armed = False
     except Stop:
         stops += 1

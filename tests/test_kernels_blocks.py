@@ -74,7 +74,7 @@ class World:
         for seq, length in zip(self.seqs, LENGTHS, strict=True):
             for _ in range(length):
                 seq.extend(1)
-                seq.commit(1)
+                seq.commit(count=1)
             gap.extend(700)
         gap.free()
         self.alloc.trim()  # and with it the pages of the gap: whoever touches more than was asked for dies

@@ -180,7 +180,7 @@ def test_cross_attention(backend: str, seed: int) -> None:
     world = make_world(encoder_decoder(TOKENS_PER_BLOCK), backend, seed, page_bytes=4096)
     root = world.open()
     world.reserve(root, 48, group=1)
-    root.commit(48, group=1)
+    root.commit(count=48, group=1)
     world.grow(root, 5)
     seqs = [root, world.fork(root, 3), world.fork(root)]
     batch = step(world, seqs, [1, 2, 1])

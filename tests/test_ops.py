@@ -100,7 +100,7 @@ def test_contents_follow_through_sharing_and_copies(backend: str) -> None:
     rank.tell("ops", alloc.take_ops())
     for position in range(150):
         rank.tell("write", parent.id, position, position)
-    parent.commit(150)
+    parent.commit(count=150)
     child = parent.fork()
     child.truncate(70)
     child.extend(50)

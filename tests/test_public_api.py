@@ -50,7 +50,7 @@ SIGNATURES = {
     "Allocator.apply": "self, ops",
     "Sequence.extend": "self, n, *, group=",
     "Sequence.try_extend": "self, n, *, group=",
-    "Sequence.commit": "self, tokens, *, group=",
+    "Sequence.commit": "self, tokens=, *, count=, group=",
     "Sequence.step": "self, n=, tokens=",
     "Sequence.truncate": "self, num_tokens",
     "Sequence.fork": "self",

@@ -150,7 +150,7 @@ def test_bad_input_is_refused_and_changes_nothing(backend: str) -> None:
     with pytest.raises(SpecError, match="most"):
         cache.allocate("b", 10**6)
     with pytest.raises(SpecError):
-        cache.publish("a", 10**6)
+        cache.publish("a", count=10**6)
     with pytest.raises(SpecError, match="group"):
         cache.block_ids("a", group=1)
     with pytest.raises(SpecError):
@@ -272,9 +272,16 @@ def test_what_is_no_token_ids_is_refused(backend: str) -> None:
             cache.publish("a", given)
         with pytest.raises(SpecError):
             cache.sequence("a").commit(given)
+    with pytest.raises(SpecError, match=r"publish takes ids, \[1\] for one; a count is publish\(count=1\)"):
+        cache.publish("a", 1)  # type: ignore[arg-type]
+    for count in (-1, 2**40, 1.0, True, "1", [1]):
+        with pytest.raises(SpecError, match="count: got"):
+            cache.publish("a", count=count)  # type: ignore[arg-type]
+    with pytest.raises(SpecError, match="one of them"):
+        cache.publish("a", [1], count=1)
     assert cache.sequence("a").num_committed_tokens == 2
     cache.publish("a", [2**31 - 1])
-    cache.publish("a", 1)  # from here on nothing is known
+    cache.publish("a", count=1)  # from here on nothing is known
     cache.publish("a", list(range(SIZE - 4)))
     assert cache.matched_tokens([1, 2, 2**31 - 1, *range(SIZE)]) <= 3
 
@@ -290,7 +297,7 @@ def random_publish(cache: SchedulerCache, name: int, tokens: list[int], rng: ran
     done = cache.sequence(name).num_committed_tokens
     count = min(rng.choice((1, 1, SIZE, 99)), cache.num_tokens(name) - done)
     if rng.random() < 0.05:
-        return cache.publish(name, count)
+        return cache.publish(name, count=count)
     ids = (tokens + [rng.randrange(2)] * 2000)[done : done + count]
     if rng.random() < 0.5:
         return cache.publish(name, ids)
@@ -377,7 +384,7 @@ def test_every_group_has_a_table(backend: str) -> None:
     allocator = Allocator(spec, backend=backend, device="meta", memory="4MiB", page_bytes=4096, max_sequences=4, max_tokens=512)  # type: ignore[arg-type]  # fmt: skip
     cache = SchedulerCache(allocator)
     cache.allocate("a", 128)
-    cache.publish("a", 128)
+    cache.publish("a", count=128)
     assert cache.allocate("a", 1) is not None
     batch = allocator.batch([cache.sequence("a")])
     for index, group in enumerate(batch.groups):

@@ -25,7 +25,7 @@ def test_hand_worked_bytes(backend: str) -> None:
     alloc = make_allocator(plain(16), backend, page_bytes=4096)
     seq = alloc.sequence()
     seq.extend(100)
-    seq.commit(100)
+    seq.commit(count=100)
     stats = alloc.stats()
     assert stats.used_bytes == 19_200 and stats.shared_bytes == 0 and stats.num_sequences == 1
     # Virtual: 19,200 bytes in 5 pages. Paged: blocks 2 to 8 of 3,072 bytes end at 27,648: pages 1 to 6, page 1 half

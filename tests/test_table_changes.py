@@ -129,7 +129,7 @@ class Program:
         elif kind == "publish":
             self.hear(cache.publish(name, due[: walk.choice([len(due), walk.randint(0, len(due))])]), [name])
         elif kind == "count":
-            self.hear(cache.publish(name, walk.randint(0, len(due))), [name])
+            self.hear(cache.publish(name, count=walk.randint(0, len(due))), [name])
         elif kind == "step":
             self.hear(cache.step(name, min(room, walk.choice([0, 1, 1, 6])), walk.choice([due, due, None])), [name], grown=True)  # fmt: skip
         elif kind == "truncate":
@@ -213,7 +213,7 @@ def test_changes_of_several_groups() -> None:
         began = cache.allocate("a", 3 * SIZE)
         assert began is not None and began.groups == (0, 1) and len(began) == 6
         assert began.columns.tolist() == began.group(0).columns.tolist() == began.group(1).columns.tolist() == [0, 1, 2]
-        passed = cache.publish("a", 3 * SIZE)
+        passed = cache.publish("a", count=3 * SIZE)
         assert passed.groups == (0,) and repr(passed) == "TableChanges([0, 0]: 0, [0, 1]: 0)"
         assert len(passed.group(1)) == 0 and passed.group(0).group(0).columns.tolist() == [0, 1]
         table = np.full((2, 4), 9, np.int32)

@@ -211,7 +211,7 @@ def test_closing_an_allocator_is_safe_beside_a_working_one(backend: str) -> None
         while not stop.is_set():
             with alloc.sequence() as seq:
                 seq.extend(130)
-                seq.commit(130)
+                seq.commit(count=130)
             alloc.trim()
             done += 1
         return done

@@ -89,7 +89,9 @@ class Writer:
         self.write(handle, done)
         self.known[handle] = self.known[handle] and self.rng.random() < 0.95
         ids = self.ids[handle][done:]
-        assert self.attempt(lambda: self.seqs[handle].commit(ids if self.known[handle] else len(ids)))
+        assert self.attempt(
+            lambda: self.seqs[handle].commit(**({"tokens": ids} if self.known[handle] else {"count": len(ids)}))
+        )
 
     def add(self, seq: kvmem.Sequence, ids: list[int], salt: str, known: bool = True) -> None:
         self.seqs[seq.id], self.ids[seq.id], self.salts[seq.id], self.known[seq.id] = seq, ids, salt, known
@@ -198,7 +200,7 @@ def test_a_cut_block_that_is_cached_stays_marked_when_a_batch_is_refused(backend
             view[int(table[p // BLOCK]), p % BLOCK] = value
 
     other, seq = alloc.sequence(), alloc.sequence()
-    other.extend(1), other.commit(1)
+    other.extend(1), other.commit(count=1)
     seq.extend(16), put(seq, 0, 16, 1.0), seq.commit(ids)
     fork = seq.fork()
     seq.truncate(12), fork.free()
@@ -221,12 +223,12 @@ def test_a_parked_row_that_shows_shared_pages_stays_marked_when_a_batch_is_refus
     victim = alloc.sequence(salt="a")
     victim.extend(32)
     victim.kv(0)[0][:] = 1.0
-    victim.commit(32)
+    victim.commit(count=32)
     fork = victim.fork()
     fork.truncate(1)
     parked, busy = alloc.sequence(), alloc.sequence()
     for seq, n in ((parked, 8), (busy, 1)):
-        seq.extend(n), seq.commit(n)
+        seq.extend(n), seq.commit(count=n)
     fork.free(), parked.free()
     stranger = alloc.sequence(salt="b")
     before = alloc.core.digest()
@@ -244,7 +246,7 @@ def test_a_step_is_refused_for_any_group_before_it_is_taken(backend: str) -> Non
     alloc = small(backend, 40, "window", max_sequences=4, max_tokens=200)
     seq, ids = alloc.sequence(), np.empty(1, np.int32)
     ids[0] = seq.id
-    seq.extend(9), seq.commit(7)
+    seq.extend(9), seq.commit(count=7)
     alloc.trim()
     alloc.set_memory(alloc.stats().mapped_bytes)
     batch = alloc.make_batch(max_sequences=4, max_new_tokens=64)
@@ -273,8 +275,8 @@ def test_a_group_that_grows_with_the_tokens_has_no_count_of_its_own(backend: str
         with pytest.raises(kvmem.SpecError, match=why):
             seq.extend(17, group=group)
         with pytest.raises(kvmem.SpecError, match=why):
-            seq.commit(0, group=group)
-    seq.extend(5, group=2), seq.commit(5, group=2)
+            seq.commit(count=0, group=group)
+    seq.extend(5, group=2), seq.commit(count=5, group=2)
     seq.extend(17), seq.truncate(16)
     assert alloc.check() == []
 

@@ -21,11 +21,11 @@ def test_a_fork_holds_nothing_and_goes_on(backend: str, tail: int) -> None:
     replica = make_allocator(spec, backend, prefix_cache=False, cached_rows=alloc.cached_rows, **options)
     one = alloc.sequence()
     one.extend(8 + tail)
-    one.commit(8)
+    one.commit(count=8)
     two = one.fork()
     for sequence in (two, one):
         sequence.extend(5)
-        sequence.commit(5)
+        sequence.commit(count=5)
         replica.apply(alloc.take_ops())
     one.free()
     two.free()

@@ -77,11 +77,11 @@ def test_a_page_goes_that_known_and_unknown_tokens_share(cleared: bool) -> None:
     sequence = alloc.sequence()
     sequence.extend(150)
     sequence.commit(PROMPT[:98])
-    sequence.commit(52)
+    sequence.commit(count=52)
     if cleared:
         alloc.clear_cache()
     sequence.extend(195)
-    sequence.commit(195)
+    sequence.commit(count=195)
     alloc.trim()
     stats = alloc.stats()
     assert stats.parked_bytes == stats.free_bytes == 0
