@@ -165,7 +165,7 @@ class SchedulerCache:
         try:
             written = self._core.publish(handle, tokens)  # type: ignore[arg-type]  # it looks for itself
         except TypeError:  # ids of another type, or no ids
-            written = self._core.publish(handle, committed_ids("publish", tokens))  # type: ignore[arg-type]
+            written = self._core.publish(handle, committed_ids("publish", tokens))
         return _NOTHING if written is None else written
 
     def step(self, request: Hashable, count: int = 1, tokens: Tokens | None = None) -> TableChanges | None:

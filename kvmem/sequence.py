@@ -9,7 +9,7 @@ import torch
 
 from kvmem import _core
 from kvmem.arrays import at_least_zero, check_count, check_seconds
-from kvmem.errors import OutOfMemory, SpecError
+from kvmem.errors import OutOfMemory
 from kvmem.prefix import Pin, Tokens, committed_count, committed_ids, token_ids
 
 if TYPE_CHECKING:

@@ -43,7 +43,7 @@ class World:
 
     def grow(self, seq: kvmem.Sequence, tokens: int) -> kvmem.Sequence:
         self.reserve(seq, tokens)
-        seq.commit(tokens)
+        seq.commit(count=tokens)
         return seq
 
     def reserve(self, seq: kvmem.Sequence, tokens: int, group: int | None = None) -> kvmem.Sequence:
