@@ -5,6 +5,8 @@
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
+
 #include "bindings.h"
 #include "cache.h"
 
@@ -197,6 +199,34 @@ void check_current(Cache& c, i64 group, Buffers& batch) {
                     "fill() it again, after what changes sequences and before what uses it");
 }
 
+// A sequence that stands in a batch twice would have its new tokens written twice, to the same places.
+void check_each_once(const Int32s& handles) {
+  constexpr i64 kBits = 4096;  // handles are numbers in a row: where there are fewer, two seldom share a bit
+  std::uint64_t seen[kBits / 64] = {};
+  bool again = false;
+  for (i64 i = 0, n = handles.size(); i < n; ++i) {
+    const i64 bit = handles.data()[i] & (kBits - 1);
+    again = again || (seen[bit / 64] >> bit % 64 & 1) != 0;
+    seen[bit / 64] |= std::uint64_t{1} << bit % 64;
+  }
+  if (!again) return;
+  std::vector<i32> sorted(handles.data(), handles.data() + handles.size());
+  std::sort(sorted.begin(), sorted.end());
+  const auto twice = std::adjacent_find(sorted.begin(), sorted.end());
+  if (twice == sorted.end()) return;
+  throw SpecError(
+      "sequences: handle " + std::to_string(*twice) +
+      " stands in the batch twice; name each sequence once, and fork() one that is to be continued in two ways");
+}
+
+// A batch has a row for each sequence at least.
+void check_rows(const Int32s& handles, i64 rows) {
+  if (rows < 0 || rows >= handles.size()) return;  // below 0: nobody asked
+  throw SpecError("pad_to: got " + std::to_string(rows) + "; the batch has " + std::to_string(handles.size()) +
+                  " sequences, and pads behind them: give " + std::to_string(handles.size()) +
+                  " or more, or leave it out");
+}
+
 void bind_batch(nb::module_& m, nb::class_<Cache>& cache) {
   bind_buffers(m);
   cache
@@ -207,6 +237,8 @@ void bind_batch(nb::module_& m, nb::class_<Cache>& cache) {
           [](Cache& c, const Int32s& handles, const std::optional<Int32s>& new_tokens, i64 group, i64 rows,
              Buffers& out, const std::optional<Others>& others) {
             if (new_tokens) same_length(handles, *new_tokens);
+            check_each_once(handles);
+            check_rows(handles, rows);
             const i64 n = handles.size();
             const i32* fresh = new_tokens ? new_tokens->data() : nullptr;
             refill(c, group, out, others,
@@ -223,6 +255,7 @@ void bind_batch(nb::module_& m, nb::class_<Cache>& cache) {
              i64 rows, Buffers& out, const std::optional<Others>& others) {
             if (counts) same_length(handles, *counts);
             if (tokens) check_ids(*tokens);
+            check_rows(handles, rows);
             const i64 n = handles.size(), known = tokens ? tokens->size() : 0;
             const i32 *more = counts ? counts->data() : nullptr, *ids = tokens ? tokens->data() : nullptr;
             refill(c, -1, out, others, [&](GroupBuffers* groups, i64 count) {

@@ -38,6 +38,15 @@ PrefixKey key_of(const nb::bytes& salt, const nb::bytes& extra_key) {
           decode_marks(given + adapter, bytes - adapter)};
 }
 
+// It could not be computed to its end: said before anything is opened for it.
+void check_prompt(const Cache& c, i64 n) {
+  const GroupGeometry& group = c.geometry().groups[c.token_group()];
+  if (group.growth != Growth::token || n <= group.max_tokens) return;
+  throw SpecError("tokens: got a prompt of " + std::to_string(n) + "; a sequence can hold " +
+                  std::to_string(group.max_tokens) +
+                  " (max_tokens): cut the prompt, or make the allocator with a larger max_tokens");
+}
+
 // In the order of MatchEnd.
 const char* const kEnds[] = {"complete",      "shorter than a block", "other salt", "evicted",    "no snapshot",
                              "window passed", "never seen",           "off",        "block sizes"};
@@ -100,6 +109,7 @@ void bind_prefix(nb::class_<Cache>& cache) {
       .def(
           "admit",
           [](Cache& c, const TokenIds& tokens, const nb::bytes& salt, const nb::bytes& extra_key, nb::handle sequence) {
+            check_prompt(c, tokens.size());
             if (c.shares()) check_ids(tokens);  // else they are not read at all
             const PrefixKey key = key_of(salt, extra_key);
             i64 cached = 0, handle = 0;
@@ -116,6 +126,7 @@ void bind_prefix(nb::class_<Cache>& cache) {
           "begin",
           [](Cache& c, const TokenIds& tokens, const nb::bytes& salt, const nb::bytes& extra_key, i64 count,
              nb::handle sequence) {
+            check_prompt(c, tokens.size());
             if (c.shares()) check_ids(tokens);
             const PrefixKey key = key_of(salt, extra_key);
             i64 cached = 0, handle = 0;

@@ -1,4 +1,5 @@
-// What `with` does to a sequence, as one call each: a signal handler that raises comes before it, or after.
+// What `with` and the end of a Python object do to a sequence, as one call each: a signal handler that raises comes
+// before it, or after.
 
 #include "bindings.h"
 #include "cache.h"
@@ -18,19 +19,46 @@ void leave_scope(nb::handle self, nb::handle kind, nb::handle, nb::handle) {
   try {
     cache.free(&handle, 1);
   } catch (const StaleHandle&) {
-  } catch (const Error&) {
+  } catch (const std::exception&) {
     if (kind.is_none()) throw;
+  }
+}
+
+// Nobody has the object any more. As a file that was left open it is closed, and a warning says so; what was freed, and
+// an object that only names another's sequence, go in silence. Python calls this between any two instructions, so it
+// takes no lock but the pool's, which is waited for without Python's.
+void end_of_object(nb::handle self) {
+  const nb::object core = nb::getattr(self, "_core", nb::none());
+  if (!nb::isinstance<Cache>(core)) return;  // __init__ did not get that far
+  auto& cache = nb::cast<Cache&>(core);
+  i32 handle = 0;
+  if (!nb::try_cast(self.attr("_id"), handle, false)) return;  // no handle at all
+  try {
+    if (!cache.is_live(handle) || nb::hasattr(self, "_lent")) return;
+    const nb::str text = nb::repr(self);
+    {
+      const WithoutGil free;
+      cache.free(&handle, 1);
+    }
+    if (PyErr_ResourceWarning(self.ptr(), 1, "unfreed %U: nobody has it any more, so its memory was given back",
+                              text.ptr()) != 0) {
+      PyErr_WriteUnraisable(self.ptr());  // a filter makes errors of warnings
+    }
+  } catch (const StaleHandle&) {  // another thread was faster
+  } catch (const DeviceError&) {  // a forked child's: the parent has it
   }
 }
 
 }  // namespace
 
 void bind_scope(nb::module_& m) {
-  nb::class_<Scope>(m, "Scope", "The two methods that make a context manager of what has a ``_core`` and an ``_id``.")
+  nb::class_<Scope>(m, "Scope",
+                    "What a sequence's Python object does at the ends of its life: it has a ``_core`` and an ``_id``.")
       .def(
           "__enter__", [](nb::handle self) { return nb::borrow(self); }, nb::sig("def __enter__(self) -> object"))
       .def("__exit__", &leave_scope, nb::arg().none(), nb::arg().none(), nb::arg().none(),
-           nb::sig("def __exit__(self, kind: object, error: object, at: object, /) -> None"));
+           nb::sig("def __exit__(self, kind: object, error: object, at: object, /) -> None"))
+      .def("__del__", &end_of_object, nb::sig("def __del__(self) -> None"));
 }
 
 }  // namespace kvmem

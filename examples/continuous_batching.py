@@ -40,7 +40,7 @@ def one_at_a_time(alloc, request):
         for new in [prompt] + [1] * (count - 1):
             seq.extend(new)
             result = step(alloc, alloc.batch([seq]), [request])
-            seq.commit(new)
+            seq.commit(count=new)
     return result[0]
 
 

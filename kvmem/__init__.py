@@ -6,7 +6,7 @@ from kvmem.errors import DeviceError, KVMemError, OutOfMemory, SpecError, StaleH
 from kvmem.pool import PagePool
 from kvmem.prefix import Pin, PrefixMatch
 from kvmem.scheduler import SchedulerCache, TableChanges
-from kvmem.sequence import Sequence
+from kvmem.sequence import LiveSequence, Sequence
 from kvmem.spec import CacheSpec, Component, Group
 from kvmem.stats import Stats
 
@@ -20,6 +20,7 @@ __all__ = [
     "DeviceError",
     "Group",
     "KVMemError",
+    "LiveSequence",
     "OutOfMemory",
     "PagePool",
     "Pin",

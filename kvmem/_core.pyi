@@ -758,9 +758,11 @@ class TokenBlocks:
 
 class Scope:
     """
-    The two methods that make a context manager of what has a ``_core`` and an ``_id``.
+    What a sequence's Python object does at the ends of its life: it has a ``_core`` and an ``_id``.
     """
 
     def __enter__(self) -> object: ...
 
     def __exit__(self, kind: object, error: object, at: object, /) -> None: ...
+
+    def __del__(self) -> None: ...

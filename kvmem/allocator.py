@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Iterable
 from collections.abc import Sequence as List
 from functools import partial
-from types import NoneType
-from typing import TYPE_CHECKING, Any, Literal, cast
+from types import NoneType, TracebackType
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, cast
 
 import numpy as np
 import torch
 from torch.utils.dlpack import from_dlpack
 
 from kvmem import _core
-from kvmem.arrays import as_int32, at_least_zero, check_bool, check_count, check_most, not_int32
+from kvmem.arrays import as_int32, at_least_zero, check_bool, check_count, check_most
 from kvmem.backends import BACKENDS, lay_out
 from kvmem.batch import INT32_MAX, Batch, new_batch
+from kvmem.capacity import GroupNeeds, Room
+from kvmem.closed import Closed
 from kvmem.device import Device, in_debug_mode
 from kvmem.digests import ExtraKey, decode_key
-from kvmem.errors import OutOfMemory, SpecError
+from kvmem.errors import KVMemError, OutOfMemory, SpecError, StaleHandle
 from kvmem.events import Event, EventBatch, EventStream
 from kvmem.layouts import GroupLayout, resolve_interleave
 from kvmem.ops import Op
@@ -27,12 +30,12 @@ from kvmem.page_size import choose_page_bytes
 from kvmem.pool import PagePool, pool_for
 from kvmem.prefix import Pin, PrefixMatch, Reason, Tokens, encode_keys, token_ids, with_ids
 from kvmem.protocols import Sizes
-from kvmem.sequence import NOBODY, Sequence
+from kvmem.sequence import NOBODY, LiveSequence, Sequence
 from kvmem.sequence_views import CopiedTokens, WatchedTokens
 from kvmem.spec import CacheSpec
 from kvmem.spec_rules import check_choice, check_size
 from kvmem.stats import Stats
-from kvmem.units import parse_bytes
+from kvmem.units import is_fraction, parse_bytes
 from kvmem.views import CacheTensor, block_view, plain, row_view, token_view
 
 __all__ = ["Allocator"]
@@ -46,19 +49,20 @@ if TYPE_CHECKING:
     from kvmem.arrays import Handles
 
     Order = npt.NDArray[np.int64]
+    Ints = List[int] | Handles | torch.Tensor
 
 
 class Allocator:
-    """Manages the KV cache of many sequences on one device.
+    """Manages the KV cache of many sequences on one device. A context manager that closes it.
 
     spec: what a token stores.
     backend: ``"virtual"`` (vAttention: each sequence has contiguous addresses, and pages are mapped under it as it
         grows) or ``"paged"`` (PagedAttention: a sequence is a list of blocks). Both give the same answers and the same
         tensors.
     device: ``"cpu"``, ``"cuda:N"``, or ``"meta"``: the books of a device of any size, without one.
-    memory: physical budget, an int in bytes or a text such as ``"20GiB"``; never exceeded. ``"auto"``: what a CUDA
-        device has free now, less a margin; see ``PagePool``. With ``pool``, how much of the pool this allocator may
-        map (None or ``"auto"``: all of it).
+    memory: physical budget, an int in bytes or a text such as ``"20GiB"``; never exceeded. A float, ``0.9``: that part
+        of what a CUDA device has free now; ``"auto"``: all of it, less a margin; see ``PagePool``. With ``pool``, how
+        much of the pool this allocator may map, also as a part of it (None or ``"auto"``: all of it).
     max_sequences, max_tokens: how many sequences at a time, and how long. They cost addresses, not memory. Up to 2**20
         and 2**31 - 1. In all there are 2**32 - 3 sequences in the life of an allocator, since a handle is an int32 and
         is never given out again: five years of 25 a second. After that ``SpecError``: make another allocator.
@@ -107,7 +111,7 @@ class Allocator:
         *,
         backend: Literal["virtual", "paged"] = "virtual",
         device: str | torch.device | None = None,
-        memory: int | str | None = None,
+        memory: int | float | str | None = None,
         max_sequences: int,
         max_tokens: int,
         page_bytes: int | None = None,
@@ -144,7 +148,7 @@ class Allocator:
         self.interleave = resolve_interleave(_default(interleave, home.interleave), spec.num_layers)
         self.tail_guard_tokens = at_least_zero("tail_guard_tokens", _default(tail_guard_tokens, home.tail_guard_tokens))
         self.map_ahead_tokens = at_least_zero("map_ahead_tokens", _default(map_ahead_tokens, home.map_ahead_tokens))
-        limit = self.pool.budget_bytes if memory in (None, "auto") else parse_bytes("memory", memory)
+        limit = self._limit_bytes(memory, pool)
         self._layouts = [GroupLayout(group, self.interleave) for group in spec.groups]
         for field in ("tail_guard_tokens", "map_ahead_tokens"):
             check_most(field, getattr(self, field), INT32_MAX)
@@ -165,6 +169,9 @@ class Allocator:
         self.cached_rows, self._geometry = lay_out(BACKENDS[backend], self._layouts, sizes, fewer_rows=rows is None)
         self._main = next((i for i, g in enumerate(spec.groups) if g.growth == "token"), 0)
         self._arenas: dict[tuple[int, int], torch.Tensor] = {}
+        self._labels: dict[int, str] = {}  # of live sequences, and of some that were freed since the last listing
+        self._newest = 0  # the handle of the sequence that was opened last
+        self._over: weakref.WeakSet[Any] = weakref.WeakSet()  # what has a `_core` of its own, which close() takes away
         self.core = _core.Cache(
             geometry=_core.Geometry(
                 page_bytes=self.pool.page_bytes,
@@ -193,6 +200,14 @@ class Allocator:
             self.core.record()
             self.pool.is_recorded = True
 
+    def _limit_bytes(self, memory: int | float | str | None, shared: PagePool | None) -> int:
+        budget = self.pool.budget_bytes
+        if memory in (None, "auto"):
+            return budget
+        if is_fraction("memory", memory):  # without a shared pool the budget is that part already
+            return budget if shared is None else int(float(memory) * budget)
+        return parse_bytes("memory", memory)  # type: ignore[arg-type]  # no float
+
     def _choose_page(self, interleave: int | str | None, home: Device, memory_bytes: int) -> int:
         least = home.default_page_bytes(memory_bytes)
         if self.backend != "virtual" or home.name == "cpu":  # few calls, or cheap ones
@@ -210,6 +225,7 @@ class Allocator:
         salt: str | bytes | None = None,
         extra_key: ExtraKey = None,
         adapter: str | None = None,
+        label: str | None = None,
     ) -> Sequence:
         """A new sequence that starts with as much of ``tokens``, the prompt, as is cached; at least one token is left.
 
@@ -219,26 +235,55 @@ class Allocator:
         one key that names what placeholder ids stand for. Such a key counts from the first id that stands twice in a
         row, as placeholders of an image do, or in a prompt without one from the first token on; what comes before is
         shared with everybody. So **give positions where an input takes a single id**, which no run shows. Compute
-        what comes after ``num_cached_tokens``, then ``commit`` its ids.
-        ``OutOfMemory`` only when all ``max_sequences`` are in use: short of memory it starts with fewer tokens. Costs a
-        comparison a block, and what mapping and the copy of the cut page or block cost.
+        what comes after ``num_cached_tokens``, then ``commit`` its ids. label: what ``sequences()`` calls it.
+        ``SpecError`` for a prompt of more than ``max_tokens``; ``OutOfMemory`` only when all ``max_sequences`` are in
+        use: short of memory it starts with fewer tokens. Costs a comparison a block, and what mapping and the copy of
+        the cut page or block cost.
         """
         salted, keyed = encode_keys(salt, extra_key, adapter)
+        if not isinstance(label, (str, NoneType)):
+            raise SpecError(f"label: got {label!r}; must be a text, or None")
         sequence = Sequence(self, NOBODY)
         try:
             if tokens is None:
                 self.core.admit([], salted, keyed, sequence)
             else:
                 with_ids(tokens, lambda ids: self.core.admit(ids, salted, keyed, sequence))
+            self._newest = sequence._id
+            if label is not None:
+                self._label(sequence._id, label)
             return sequence
         except BaseException:  # a signal handler's, too: who never gets the sequence cannot free it
             sequence._give_up()
             raise
 
+    def sequences(self) -> list[LiveSequence]:
+        """The live sequences, the oldest first, however they were opened: what is long here, or old, may have been
+        forgotten. Cost: linear in them.
+        """
+        core = self.core
+        ids = np.array(core.handles(), np.int32)
+        tokens, committed = np.empty(len(ids), np.int64), np.empty(len(ids), np.int64)
+        try:
+            core.lengths(ids, self._main, tokens, committed)
+        except StaleHandle:  # another thread has freed one meanwhile
+            return self.sequences()
+        # Handles count the sequences, over the negative numbers too.
+        newest = max([self._newest % 2**32, *(handle % 2**32 for handle in ids.tolist())])
+        self._labels = {handle: text for handle, text in self._labels.items() if core.is_live(handle)}
+        rows = zip(ids.tolist(), tokens.tolist(), committed.tolist(), strict=True)
+        found = [LiveSequence(i, n, done, newest - i % 2**32, self._labels.get(i)) for i, n, done in rows]
+        return sorted(found, key=lambda one: one.age, reverse=True)
+
+    def _label(self, handle: int, text: str) -> None:
+        if len(self._labels) > 2 * self.max_sequences:  # most of them were freed
+            self._labels = {each: label for each, label in self._labels.items() if self.core.is_live(each)}
+        self._labels[handle] = text
+
     def admit_batch(
         self,
         tokens: Tokens,
-        counts: Handles | None = None,
+        counts: Ints | None = None,
         *,
         salt: str | bytes | None = None,
         extra_key: ExtraKey = None,
@@ -246,8 +291,8 @@ class Allocator:
     ) -> tuple[Handles, Handles]:
         """Opens a sequence for each of many prompts as ``sequence()`` does, with room for all tokens, in one call.
 
-        tokens: int32 [sum of counts], one prompt after the other. counts: int32 [n], the length of each; default one
-            prompt. salt, extra_key, adapter: of all of them; a key without a position is placed in each by itself.
+        tokens: their ids, one prompt after the other. counts: [n], the length of each; default one prompt. salt,
+            extra_key, adapter: of all of them; a key without a position is placed in each by itself.
 
         Returns ids and cached, int32 [m] each: the handles for ``step()`` and the other batched calls, and how many
         tokens each prompt begins with that are cached. The prompts get memory in their order; m is less than n when
@@ -256,21 +301,21 @@ class Allocator:
         try:
             n = 1 if counts is None else len(counts)
         except TypeError as error:
-            raise SpecError(f"counts: got {counts!r}; must be int32 [n], the length of each prompt") from error
+            raise SpecError(f"counts: got {counts!r}; must be one int32 for each prompt, its length") from error
         handles, cached = np.empty(n, np.int32), np.empty(n, np.int32)
         salted, keyed = encode_keys(salt, extra_key, adapter)
         handles.fill(NOBODY)
         try:
             done = self.core.admit_batch(tokens, counts, salted, keyed, handles, cached)  # type: ignore[arg-type]
+            if done > 0:
+                self._newest = int(handles[done - 1])
             return (handles, cached) if done == n else (handles[:done], cached[:done])
-        except TypeError as error:  # ids, or counts, of another type
-            ids = token_ids(tokens)
-            if ids is tokens:
-                raise not_int32(ids, counts) from error
+        except TypeError:  # ids, or counts, of another type
+            ids, lengths = token_ids(tokens), None if counts is None else as_int32("counts", counts)
         except BaseException:
             self._give_up(handles)
             raise
-        return self.admit_batch(ids, counts, salt=salt, extra_key=extra_key, adapter=adapter)
+        return self.admit_batch(ids, lengths, salt=salt, extra_key=extra_key, adapter=adapter)
 
     def _give_up(self, handles: Handles) -> None:
         """Frees what a call has made for a caller that gets an exception instead."""
@@ -327,6 +372,7 @@ class Allocator:
 
     def events(self, max_events: int | None = None, *, restart: bool = False) -> list[Event]:
         """What was cached and given up since the last call (``docs/events.md``); empty unless made with ``events=``."""
+        self.core.check_process()
         return [] if self._events is None else self._events.poll(max_events, restart=restart)
 
     def _drain_events(self, taken: int, most: int, restart: bool) -> EventBatch:
@@ -340,24 +386,26 @@ class Allocator:
         handles = np.full(n, NOBODY, np.int32)
         try:
             self.core.open_batch(handles)
+            if n > 0:
+                self._newest = int(handles[-1])
             return handles
         except BaseException:
             self._give_up(handles)
             raise
 
-    def extend_batch(self, ids: Handles, counts: Handles) -> None:
+    def extend_batch(self, ids: Ints, counts: Ints) -> None:
         """Makes room for ``counts[i]`` more tokens of each sequence: for all, or ``OutOfMemory`` and nothing has
         changed.
 
-        ids, counts: int32 [n], contiguous, on the CPU; no sequence twice. One call a step; it makes no driver call
-            while the rows or blocks at hand suffice.
+        ids, counts: [n] each, lists or arrays on the CPU; no sequence twice. Contiguous int32 is not copied over. One
+            call a step; it makes no driver call while the rows or blocks at hand suffice.
         """
         try:
-            self.core.extend_batch(ids, counts)
-        except TypeError as error:
-            raise not_int32(ids, counts) from error
+            self.core.extend_batch(ids, counts)  # type: ignore[arg-type]  # it looks for itself
+        except TypeError:
+            self.core.extend_batch(as_int32("ids", ids), as_int32("counts", counts))
 
-    def try_extend_batch(self, ids: Handles, counts: Handles) -> bool:
+    def try_extend_batch(self, ids: Ints, counts: Ints) -> bool:
         """As ``extend_batch``, but False instead of ``OutOfMemory``."""
         try:
             self.extend_batch(ids, counts)
@@ -365,26 +413,30 @@ class Allocator:
             return False
         return True
 
-    def commit_batch(self, ids: Handles, counts: Handles, tokens: Handles | None = None) -> None:
-        """The KV of the next ``counts[i]`` tokens of each sequence is written. int32 [n] each.
+    def commit_batch(self, ids: Ints, counts: Ints, tokens: Tokens | None = None) -> None:
+        """The KV of the next ``counts[i]`` tokens of each sequence is written. ids, counts: as for ``extend_batch``.
 
-        tokens: their ids, one sequence's after the other's, int32 [sum of counts]; without them the blocks cannot be
-        shared. See ``Sequence.commit``.
+        tokens: their ids, one sequence's after the other's, [sum of counts]; without them the blocks cannot be shared.
+        See ``Sequence.commit``.
         """
         try:
             if tokens is None:
+                self.core.commit_batch(ids, counts)  # type: ignore[arg-type]  # it looks for itself
+            else:
+                self.core.commit_tokens_batch(ids, counts, tokens)  # type: ignore[arg-type]
+        except TypeError:
+            ids, counts = as_int32("ids", ids), as_int32("counts", counts)
+            if tokens is None:
                 self.core.commit_batch(ids, counts)
             else:
-                self.core.commit_tokens_batch(ids, counts, tokens)
-        except TypeError as error:
-            raise not_int32(ids, counts, *([] if tokens is None else [tokens])) from error
+                self.core.commit_tokens_batch(ids, counts, token_ids(tokens))
 
-    def free_batch(self, ids: Handles) -> None:
-        """Frees every sequence of ``ids`` (int32 [n]), or raises ``StaleHandle`` and frees none."""
+    def free_batch(self, ids: Ints) -> None:
+        """Frees every sequence of ``ids``, a list or an array, or raises ``StaleHandle`` and frees none."""
         try:
-            self.core.free_batch(ids)
-        except TypeError as error:
-            raise not_int32(ids) from error
+            self.core.free_batch(ids)  # type: ignore[arg-type]  # it looks for itself
+        except TypeError:
+            self.core.free_batch(as_int32("ids", ids))
 
     # --- metadata ---
 
@@ -392,7 +444,7 @@ class Allocator:
         self,
         sequences: Iterable[Sequence | int] | Handles,
         *,
-        new_tokens: List[int] | Handles | None = None,
+        new_tokens: Ints | None = None,
         out: Batch | None = None,
         pad_to: int | None = None,
     ) -> Batch:
@@ -401,8 +453,8 @@ class Allocator:
         new_tokens: per sequence, how many of the reserved tokens this step computes; default all that are not
             committed.
         out: a batch from ``make_batch`` or an earlier call, refilled in place; ``SpecError`` if it is too small.
-        pad_to: rows of the batch; rows past the sequences read zeroes and write where it does no harm (captured
-            graphs).
+        pad_to: rows of the batch, as many as sequences or more; rows past the sequences read zeroes and write where it
+            does no harm (captured graphs).
         """
         ids = self._handles(sequences)
         new_tokens = None if new_tokens is None else as_int32("new_tokens", new_tokens)
@@ -419,54 +471,58 @@ class Allocator:
         """Empty buffers for steps of up to ``max_sequences`` rows and ``max_new_tokens`` new tokens in all, sequences
         of up to ``max_tokens``; for ``out=`` and ``fill``. Their addresses never change.
         """
+        self.core.check_process()
         rows = at_least_zero("max_sequences", _default(max_sequences, self.max_sequences))
         longest = at_least_zero("max_tokens", _default(max_tokens, self.max_tokens))
         fresh, groups = at_least_zero("max_new_tokens", max_new_tokens), len(self.spec.groups)
         return self._new_batch(rows, [fresh] * groups, [longest] * groups, None)
 
-    def fill(
-        self, ids: Handles, batch: Batch, *, new_tokens: List[int] | Handles | None = None, pad_to: int | None = None
-    ) -> None:
-        """Refills ``batch`` in place for the sequences ``ids`` (int32 [n]); arguments as for ``batch``."""
+    def fill(self, ids: Ints, batch: Batch, *, new_tokens: Ints | None = None, pad_to: int | None = None) -> None:
+        """Refills ``batch`` in place for the sequences ``ids``, a list or an array; arguments as for ``batch``."""
         counts = None if new_tokens is None else as_int32("new_tokens", new_tokens)
-        rows = 0 if pad_to is None else at_least_zero("pad_to", pad_to)
+        rows = -1 if pad_to is None else at_least_zero("pad_to", pad_to)
         self.pool.streams.follow()
         batch.begin()
         try:
-            self.core.fill(ids, counts, self._main, rows, batch.buffers, batch.begin_others())
+            try:
+                self.core.fill(ids, counts, self._main, rows, batch.buffers, batch.begin_others())  # type: ignore[arg-type]
+            except TypeError:
+                handles = as_int32("ids", ids)
+                self.core.fill(handles, counts, self._main, rows, batch.buffers, batch.begin_others())
             self._update(batch)
-        except TypeError as error:
-            raise not_int32(ids) from error
         except BaseException:
             batch.forget()
             raise
 
     def step(
         self,
-        ids: Handles,
+        ids: Ints,
         batch: Batch,
         *,
-        counts: Handles | None = None,
-        tokens: Handles | None = None,
+        counts: Ints | None = None,
+        tokens: Tokens | None = None,
         pad_to: int | None = None,
     ) -> None:
         """All that a decode loop does between two runs of the model, in one call: what was reserved before is
         committed, room is made for ``counts[i]`` more tokens of each sequence, and ``batch`` is refilled for these.
 
-        ids: int32 [n]. counts: int32 [n], default 1 each. tokens: the ids of the tokens committed, one sequence's after
-        the other's, int32 [how many were reserved]; without them their blocks cannot be shared. Everything as by
-        ``commit_batch``, ``extend_batch`` and ``fill``, but nothing has changed after an error; room is made before
-        sliding windows move on. Only what differs from the batch's last fill is written and uploaded, see
-        ``table_deltas``.
+        ids: [n]. counts: [n], default 1 each. tokens: the ids of the tokens committed, one sequence's after the
+        other's, [how many were reserved]; without them their blocks cannot be shared. Lists or arrays on the CPU; int32
+        costs least. Everything as by ``commit_batch``, ``extend_batch`` and ``fill``, but nothing has changed after an
+        error; room is made before sliding windows move on. Only what differs from the batch's last fill is written and
+        uploaded, see ``table_deltas``.
         """
-        rows = 0 if pad_to is None else at_least_zero("pad_to", pad_to)
+        rows = -1 if pad_to is None else at_least_zero("pad_to", pad_to)
         self.pool.streams.follow()
         batch.begin()
         try:
-            self.core.step(ids, counts, tokens, rows, batch.buffers, batch.begin_others())
+            try:
+                self.core.step(ids, counts, tokens, rows, batch.buffers, batch.begin_others())  # type: ignore[arg-type]
+            except TypeError:
+                ids, counts = as_int32("ids", ids), None if counts is None else as_int32("counts", counts)
+                known = None if tokens is None else token_ids(tokens)
+                self.core.step(ids, counts, known, rows, batch.buffers, batch.begin_others())
             self._update(batch)
-        except TypeError as error:
-            raise not_int32(ids, *(x for x in (counts, tokens) if x is not None)) from error
         except BaseException:
             batch.forget()
             raise
@@ -486,26 +542,24 @@ class Allocator:
         """
         ids = self._handles(sequences)
         order = np.empty(len(ids), np.int64)
-        try:
-            self.core.cascade_order(ids, -1 if group is None else at_least_zero("group", group), order)
-        except TypeError as error:
-            raise not_int32(ids) from error
+        self.core.cascade_order(ids, -1 if group is None else at_least_zero("group", group), order)
         return order
 
     def _handle(self, sequence: Sequence | int) -> int:
         if not isinstance(sequence, Sequence):
-            return sequence
+            return check_count("sequences", sequence)
         if sequence.allocator is not self:
             raise SpecError(f"{sequence!r} belongs to another allocator")
         return sequence.id
 
     def _handles(self, sequences: Iterable[Sequence | int] | Handles) -> Handles:
-        if isinstance(sequences, np.ndarray):
-            return sequences if sequences.dtype == np.int32 else as_int32("sequences", sequences)
-        handles = [self._handle(sequence) for sequence in sequences]
-        return as_int32("sequences", handles)
+        if isinstance(sequences, (np.ndarray, torch.Tensor)):
+            return as_int32("sequences", sequences)
+        if isinstance(sequences, (Sequence, int, np.integer)) or not isinstance(sequences, Iterable):
+            raise SpecError(f"sequences: got {sequences!r}; must be several of them: [seq] for one, as batch([seq])")
+        return as_int32("sequences", [self._handle(sequence) for sequence in sequences])
 
-    def _fitting_batch(self, ids: Handles, new_tokens: List[int] | Handles | None, rows: int) -> Batch:
+    def _fitting_batch(self, ids: Handles, new_tokens: Ints | None, rows: int) -> Batch:
         lengths, fresh, blocks = [], [], []
         for index, group in enumerate(self.spec.groups):
             tokens, committed = np.empty(len(ids), np.int64), np.empty(len(ids), np.int64)
@@ -581,7 +635,7 @@ class Allocator:
         nobody's: reads give other bytes or zeros, writes spoil them or end the process. With ``debug``, such a use is a
         ``StaleHandle``.
         """
-        handle = check_count("sequence", self._handle(sequence))
+        handle = self._handle(sequence)
         index = self.spec.group_of(layer, component)
         first, end = self.core.first_token(handle, index), self.core.tokens(handle, index)
         if self._geometry[index].row_tokens:
@@ -624,7 +678,7 @@ class Allocator:
 
     # --- memory ---
 
-    def set_memory(self, memory: int | str) -> None:
+    def set_memory(self, memory: int | float | str) -> None:
         """Grows or shrinks what this allocator may map, and the budget of a pool of its own; parked pages go first.
 
         ``OutOfMemory``, and nothing changed, when live sequences hold more than that; ``compact()`` may help. What is
@@ -673,16 +727,85 @@ class Allocator:
             torch_reserved_bytes=torch_reserved,
         )
 
+    def free_tokens(self) -> int:
+        """How many tokens one more sequence could have room for now, if it could be that long: all that is cached
+        counts as free, what is parked too. At least so many; see ``can_fit``.
+        """
+        return self._room().free_tokens()
+
+    def can_fit(self, n: int) -> bool:
+        """Whether a new sequence, none of whose tokens are cached, would find room for ``n`` tokens now, as
+        ``sequence().try_extend(n)``. Changes nothing.
+
+        True is right, False may be too careful: pins count as if they kept pages of their own, and the two blocks that
+        tables name for passed tokens (sliding windows) as missing, which they may not be. Paged also where blocks lie
+        across pages, as if no two pages were neighbours; and in all groups but the last while something is cached, as
+        if each block came to a page of its own. Otherwise False is right too. Neither knows the pins of others in the
+        pool, nor an encoder's tokens. Cost: as ``stats()``; paged, some ns more for each block of live sequences.
+        """
+        if at_least_zero("n", n) > self.max_tokens or self.core.stats().num_sequences >= self.max_sequences:
+            return False
+        return self._room().fits(int(n))
+
+    def _room(self) -> Room:
+        groups = [
+            GroupNeeds(
+                growth=group.growth,
+                block_tokens=group.block_size,
+                window_tokens=group.window_tokens or 0,
+                guard_tokens=0 if group.growth == "fixed" else self.tail_guard_tokens,
+                max_blocks=geometry.max_blocks,
+                token_bytes=tuple(layout.token_bytes),
+            )
+            for group, geometry, layout in zip(self.spec.groups, self._geometry, self._layouts, strict=True)
+        ]
+        return Room.of(self.core, groups, self.pool.page_bytes, paged=BACKENDS[self.backend].paged)
+
     def check(self) -> list[str]:
         """Every violated invariant as a sentence; empty when healthy. Cost grows with everything: for tests and idle
         times.
         """
         return self.core.check()
 
+    # --- the end ---
+
+    def close(self) -> None:
+        """Frees its sequences and lets go of its memory; every later call is a ``StaleHandle``. Twice is no error.
+
+        The memory goes when nobody looks at it any more: a tensor, a batch, a pin or a ``Sequence`` object of this
+        allocator keeps it. A pool that was given stays as it is.
+        """
+        if self.closed:
+            return
+        core = self.core
+        _free_all(core)
+        self.core, self.pool = cast(_core.Cache, Closed()), cast(PagePool, Closed())
+        for one in self._over:
+            one._core = self.core
+        self._arenas.clear()
+        self._labels.clear()
+        _free_all(core)  # what other threads opened meanwhile
+
+    @property
+    def closed(self) -> bool:
+        """Whether ``close()`` was called."""
+        return isinstance(self.core, Closed)
+
+    def __enter__(self) -> Allocator:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        try:
+            self.close()
+        except KVMemError:
+            if kind is None:  # else the body's own is what is raised
+                raise
+
     # --- deciding here, acting elsewhere ---
 
     def take_ops(self) -> list[Op]:
         """What was decided since the last call, as plain records (``kvmem.ops``). Needs ``record_ops=True``."""
+        self.core.check_process()
         if not self._recording:
             raise SpecError("take_ops: nothing was recorded; make the allocator with record_ops=True")
         return self.core.take_ops()
@@ -711,10 +834,24 @@ class Allocator:
             raise SpecError(f"ops: got {type(ops).__name__}; must be records, as take_ops() gives them")
         self.core.apply(list(ops))
 
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise SpecError(
+            f"{self!r}: an allocator is memory of this process, and is not pickled or copied; make one there from the "
+            "same spec and arguments, and let it follow this one's take_ops() with apply()"
+        )
+
     def __repr__(self) -> str:
         # Nothing that asks the core: it answers with a DeviceError in a forked child, and repr() must not raise.
         sizes = f"max_sequences={self.max_sequences}, max_tokens={self.max_tokens}"
-        return f"Allocator(backend={self.backend!r}, device={self.pool.device.name!r}, {sizes})"
+        return f"Allocator(backend={self.backend!r}, device={str(self.device)!r}, {sizes}{', closed' * self.closed})"
+
+
+def _free_all(core: _core.Cache) -> None:
+    while handles := core.handles():
+        try:
+            core.free_batch(np.array(handles, np.int32))
+        except StaleHandle:  # another thread has freed one of them meanwhile
+            continue
 
 
 def _default(value: Any, default: Any) -> Any:

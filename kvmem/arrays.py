@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from kvmem.errors import SpecError
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
     Handles = npt.NDArray[np.int32]
 
-__all__ = ["as_int32", "at_least_zero", "check_bool", "check_count", "check_most", "check_seconds", "not_int32"]
+__all__ = ["as_int32", "at_least_zero", "check_bool", "check_count", "check_most", "check_seconds", "has_bool"]
 
 
 def at_least_zero(field: str, value: int) -> int:
@@ -57,16 +58,33 @@ def check_seconds(field: str, value: float) -> float:
         return math.inf
 
 
-def as_int32(field: str, given: Sequence[int] | Handles) -> Handles:
-    """Integers as int32 [n]; ``SpecError`` for what would only become that by rounding or wrapping round."""
-    values = np.asarray(given)
-    fits = values.size == 0 or (values.dtype.kind in "iu" and values.min() >= -(2**31) and values.max() < 2**31)
-    if values.ndim != 1 or not fits:
-        raise SpecError(f"{field}: got {given!r}; must be one int32 for each sequence")
+def as_int32(field: str, given: Sequence[int] | Handles | torch.Tensor) -> Handles:
+    """Integers as int32 [n], contiguous; ``SpecError`` for what would become that only by rounding or wrapping."""
+    if isinstance(given, torch.Tensor) and given.device.type != "cpu":
+        raise SpecError(
+            f"{field}: got a tensor on {given.device}; calls that decide read {field} on the CPU: keep a copy there, "
+            "or give .cpu(), which waits for the device"
+        )
+    try:
+        values = np.asarray(given)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise SpecError(f"{field}: got {_short(given)}; must be a flat list or array of integers") from error
+    if values.ndim != 1:
+        raise SpecError(f"{field}: got {_short(given)}, of shape {values.shape}; must be one int32 for each sequence")
+    if values.size and (values.dtype.kind not in "iu" or has_bool(given)):
+        raise SpecError(f"{field}: got {_short(given)}, of {values.dtype}; must be one int32 for each sequence")
+    if values.size and (values.min() < -(2**31) or values.max() >= 2**31):
+        raise SpecError(f"{field}: got numbers from {values.min()} to {values.max()}; each must fit an int32")
     return np.ascontiguousarray(values, np.int32)
 
 
-def not_int32(*arrays: object) -> SpecError:
-    """The error for arrays that the core did not take."""
-    got = " and ".join(f"{a.dtype} {list(a.shape)}" if isinstance(a, np.ndarray) else repr(a) for a in arrays)
-    return SpecError(f"got {got}; batched calls take contiguous int32 [n] buffers (numpy, torch on the CPU)")
+def has_bool(given: object) -> bool:
+    """Whether a list holds a bool, which numpy makes an int of among ints."""
+    return isinstance(given, (list, tuple)) and any(isinstance(one, bool) for one in given)
+
+
+def _short(given: object) -> str:
+    if isinstance(given, (np.ndarray, torch.Tensor)):
+        return f"{type(given).__name__} {list(given.shape)}"
+    shown = repr(given)
+    return shown if len(shown) <= 80 else f"{shown[:77]}..."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -217,6 +217,18 @@ class GroupBatch:
         """
         if self._core is not None:
             self._core.check_current(self._group, self.buffers)
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise SpecError(
+            f"{self!r}: a batch speaks of memory of this process, and is not pickled or copied; send its tensors "
+            "(block_table, seq_lens ...), or make_batch() a second one"
+        )
+
+    def __repr__(self) -> str:
+        if not self.buffers.filled:
+            return f"{type(self).__name__}(block_size={self.block_size}, not filled)"
+        rows = f"{self.num_rows} rows, {self.num_new_tokens} new tokens, at most {self.max_seqlen_k} tokens a row"
+        return f"{type(self).__name__}({rows}, {self.num_indices} blocks of {self.block_size})"
 
     @property
     def num_rows(self) -> int:

@@ -72,6 +72,16 @@ class Device:
             )
         return held_bytes + free - margin
 
+    def fraction_bytes(self, fraction: float, held_bytes: int = 0) -> int:
+        """``memory=0.9``: that part of what is free now and of what we hold. ``SpecError`` but on a CUDA device."""
+        if self.driver is None or not self.create_ahead:  # for the same reason as "auto"
+            has = "no memory" if self.driver is None else "memory as pages are touched, free or not"
+            raise SpecError(
+                f"memory: got {float(fraction)!r}; a fraction is one of what a CUDA device has free, and device "
+                f'{self.name!r} has {has}: give bytes, as "4GiB"'
+            )
+        return int(fraction * (held_bytes + self.driver.available_bytes()))
+
     def free_bytes(self) -> int | None:
         """What any process could still get of a CUDA device; None elsewhere. Costs about 6 us."""
         return self.driver.available_bytes() if self.driver is not None and self.create_ahead else None

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from kvmem import _core
 from kvmem.device import Device, open_device
-from kvmem.errors import SpecError
+from kvmem.errors import KVMemError, SpecError
 from kvmem.streams import Streams
-from kvmem.units import format_bytes, parse_bytes
+from kvmem.units import format_bytes, is_fraction, parse_bytes
 
 __all__ = ["PagePool", "pool_for"]
 
@@ -26,9 +26,11 @@ class PagePool:
     An allocator that finds no free page takes parked ones: its own first, then those of its neighbours. So memory
     moves to where it is needed, at the price of unmapping and mapping (about 0.1 ms a page on a GPU).
 
-    memory: budget in bytes, an int or a text such as ``"20GiB"``; rounded down to whole pages, and never exceeded. On a
-        CUDA device also ``"auto"``: what is free now, less 1/50 of the device or 512 MiB, whichever is more. Ask for it
-        when the model is loaded and has run once; what torch's caching allocator has reserved is left to torch.
+    memory: budget in bytes, an int or a text such as ``"20GiB"`` or ``"20G"``, which is the same (``"20GB"`` is
+        decimal); rounded down to whole pages, and never exceeded. On a CUDA device also a float, ``0.9`` for nine
+        tenths of what is free now; or ``"auto"``: what is free now, less 1/50 of the device or 512 MiB, whichever is
+        more. Ask for either when the model is loaded and has run once; what torch's caching allocator has reserved is
+        left to torch.
     page_bytes: size of a page, a multiple of the driver's granularity; None takes the device's default.
     shareable: pages can be exported to other processes as file descriptors (``kvmem.cuda.export_fd``). CUDA only, as is
     rdma: an RDMA adapter may read and write the pages (GPUDirect). Pages may have to be larger for it.
@@ -43,14 +45,14 @@ class PagePool:
         self,
         *,
         device: str | torch.device = "cpu",
-        memory: int | str,
+        memory: int | float | str,
         page_bytes: int | Callable[[Device, int], int] | None = None,
         shareable: bool = False,
         rdma: bool = False,
         driver: _core.Driver | None = None,
     ) -> None:
         self.device: Device = open_device(device, driver, shareable, rdma)
-        budget = self.device.auto_bytes() if memory == "auto" else parse_bytes("memory", memory)
+        budget = self._bytes(memory, 0)
         if callable(page_bytes):  # an allocator's choice, which knows the device and the budget only here
             page_bytes = page_bytes(self.device, budget)
         page = self.device.default_page_bytes(budget) if page_bytes is None else parse_bytes("page_bytes", page_bytes)
@@ -96,19 +98,22 @@ class PagePool:
     def mapped_bytes(self) -> int:
         return self.core.mapped_pages * self.page_bytes
 
-    def set_memory(self, memory: int | str) -> None:
+    def set_memory(self, memory: int | float | str) -> None:
         """Grows or shrinks the budget. ``OutOfMemory``, and nothing changed, when live sequences hold more, or the
-        device has less. ``"auto"`` counts what the pool holds as free.
+        device has less. ``"auto"`` and a fraction count what the pool holds as free.
         """
         self.core.set_budget(self.parse_pages(memory))
 
-    def parse_pages(self, memory: int | str) -> int:
+    def parse_pages(self, memory: int | float | str) -> int:
         """A budget in whole pages."""
+        return self.pages("memory", self._bytes(memory, self.core.present_pages * self.page_bytes), self.page_bytes)
+
+    def _bytes(self, memory: int | float | str, held_bytes: int) -> int:
         if memory == "auto":
-            count = self.device.auto_bytes(self.core.present_pages * self.page_bytes)
-        else:
-            count = parse_bytes("memory", memory)
-        return self.pages("memory", count, self.page_bytes)
+            return self.device.auto_bytes(held_bytes)
+        if is_fraction("memory", memory):
+            return self.device.fraction_bytes(float(memory), held_bytes)
+        return parse_bytes("memory", memory)  # type: ignore[arg-type]  # no float
 
     def set_stream(self, stream: Any) -> None:
         """The stream that kernels use the memory on from now on: zeroing and copies go there, and no page is taken away
@@ -121,11 +126,24 @@ class PagePool:
         """
         self.streams.pin(stream)
 
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise SpecError(
+            f"{self!r}: a pool is memory of this process, and is not pickled or copied; give the other process the "
+            "arguments to make its own, or pages by kvmem.cuda.export_fd()"
+        )
+
+    def __repr__(self) -> str:
+        try:
+            budget = f", {format_bytes(self.mapped_bytes)} of {format_bytes(self.budget_bytes)} mapped"
+        except KVMemError:  # a forked child's
+            budget = ""
+        return f"PagePool(device={self.device.name!r}, page_bytes={format_bytes(self.page_bytes)}{budget})"
+
 
 def pool_for(
     pool: PagePool | None,
     device: str | torch.device | None,
-    memory: int | str | None,
+    memory: int | float | str | None,
     page_bytes: int | None,
     driver: _core.Driver | None,
     record_ops: bool,

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import NoneType, TracebackType
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeAlias, TypeVar
 
 import numpy as np
 import torch
 
 from kvmem import _core
-from kvmem.arrays import at_least_zero, check_count
+from kvmem.arrays import at_least_zero, check_count, has_bool
 from kvmem.digests import ExtraKey, encode_key, key_marks
-from kvmem.errors import SpecError
+from kvmem.errors import KVMemError, SpecError, StaleHandle
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -77,12 +77,14 @@ def token_ids(tokens: Tokens) -> npt.NDArray[np.int32]:
         return np.ascontiguousarray(tokens)
     if isinstance(tokens, (str, bytes)):
         raise SpecError(f"tokens: got {type(tokens).__name__}; must be a flat list of integer token ids")
+    if isinstance(tokens, torch.Tensor) and tokens.device.type == "meta":
+        raise SpecError('tokens: got a tensor on device "meta", which holds no ids; give those of the prompt')
     try:
         ids = tokens.detach().cpu().numpy() if isinstance(tokens, torch.Tensor) else np.asarray(tokens)
     except (TypeError, ValueError, RuntimeError) as error:
         raise SpecError(f"tokens: got {type(tokens).__name__}; must be a flat list of integer token ids") from error
-    if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu") or _has_bool(tokens):
-        raise SpecError(f"tokens: got shape {ids.shape} of {ids.dtype}; must be a flat list of integer token ids")
+    if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu") or has_bool(tokens):
+        raise SpecError(f"tokens: got {ids.dtype} of shape {ids.shape}; must be a flat list of integer token ids")
     if ids.size and (ids.min() < 0 or ids.max() >= 2**31):
         raise SpecError(f"tokens: got ids from {ids.min()} to {ids.max()}; they must be 0 or more and fit an int32")
     return np.ascontiguousarray(ids, np.int32)
@@ -108,11 +110,6 @@ def committed_count(verb: str, tokens: Tokens | None, count: int | None) -> int:
     if tokens is not None:
         raise SpecError(f"tokens and count={count!r}: {verb} takes one of them; the ids say how many they are")
     return check_count("count", at_least_zero("count", count))
-
-
-def _has_bool(tokens: object) -> bool:
-    # numpy makes an int of a bool among ints
-    return isinstance(tokens, (list, tuple)) and any(isinstance(token, bool) for token in tokens)
 
 
 def encode_keys(salt: str | bytes | None, extra_key: ExtraKey, adapter: str | None = None) -> tuple[bytes, bytes]:
@@ -163,7 +160,16 @@ class Pin:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.unpin()
+        try:
+            self.unpin()
+        except StaleHandle:  # its body did
+            pass
+        except KVMemError:
+            if kind is None:
+                raise
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise SpecError(f"{self!r}: a pin keeps memory of this process, and is not pickled or copied; pin again")
 
     def __repr__(self) -> str:
         return f"Pin({self.num_tokens} tokens)"

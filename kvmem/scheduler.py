@@ -22,20 +22,21 @@ keeps recurrent states by itself       ``snapshot(request)``
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
 from kvmem._core import TableChanges
 from kvmem.allocator import Allocator
-from kvmem.arrays import at_least_zero, check_count, not_int32
+from kvmem.arrays import as_int32, at_least_zero, check_count
 from kvmem.digests import ExtraKey
-from kvmem.errors import OutOfMemory, SpecError, StaleHandle
+from kvmem.errors import KVMemError, OutOfMemory, SpecError, StaleHandle
 from kvmem.events import Event
 from kvmem.prefix import Tokens, committed_count, committed_ids, encode_keys, token_ids, with_ids
 from kvmem.sequence import NOBODY, Sequence
 
 if TYPE_CHECKING:
+    from kvmem.allocator import Ints
     from kvmem.arrays import Handles
 
 __all__ = ["SchedulerCache", "TableChanges"]
@@ -67,6 +68,7 @@ class SchedulerCache:
         self._requests: dict[Hashable, Sequence] = {}
         self._handles: dict[Hashable, int] = {}  # of the same requests: saves the calls below an attribute each
         self._core = allocator.core
+        allocator._over.add(self)
 
     # --- one request at a time ---
 
@@ -105,6 +107,8 @@ class SchedulerCache:
             handle = self._handles[request]
         except KeyError:
             return self._begin(request, count, tokens, salt, extra_key, adapter)
+        except TypeError:
+            raise self._no_request(request) from None
         if tokens is not None or salt is not None or extra_key is not None or adapter is not None:
             raise SpecError(
                 f"request {request!r} has begun: prompt, salt, extra key and adapter are given as it begins"
@@ -136,6 +140,7 @@ class SchedulerCache:
         try:
             ids = [] if tokens is None else tokens
             with_ids(ids, lambda ids: self._core.begin(ids, salted, keyed, wanted, sequence))
+            self.allocator._newest = sequence.id
             self._requests[request], self._handles[request] = sequence, sequence.id
             return self._core.table(sequence.id, -1) or _NOTHING
         except BaseException as error:
@@ -157,7 +162,7 @@ class SchedulerCache:
         """
         try:
             handle = self._handles[request]
-        except KeyError:
+        except (KeyError, TypeError):
             raise self._stale(request) from None
         if count is not None:
             written = self._core.publish_count(handle, committed_count("publish", tokens, count))
@@ -180,7 +185,7 @@ class SchedulerCache:
         """
         try:
             handle = self._handles[request]
-        except KeyError:
+        except (KeyError, TypeError):
             raise self._stale(request) from None
         try:
             written = self._core.decode(handle, count, tokens)  # type: ignore[arg-type]  # it looks for itself
@@ -218,49 +223,51 @@ class SchedulerCache:
 
     def handles(self, requests: Iterable[Hashable]) -> Handles:
         """Handles for the calls below and for ``Allocator.fill``, int32 [n]: each its request's until that ends."""
-        handles, asked = self._handles, list(requests)
+        handles, asked = self._handles, self._several(requests)
         try:
             return np.array([handles[request] for request in asked], np.int32)
-        except KeyError:
-            raise self._stale(next(request for request in asked if request not in handles)) from None
+        except (KeyError, TypeError):
+            raise self._stale(next(request for request in asked if not self._is_here(request))) from None
 
-    def allocate_step(self, handles: Handles, counts: Handles) -> TableChanges | None:
+    def allocate_step(self, handles: Ints, counts: Ints) -> TableChanges | None:
         """``allocate`` for many requests that have begun: for all of them, or None and nothing has changed.
 
-        handles, counts: int32 [n], as for ``Allocator.extend_batch``. Cost: linear in n and in what is written.
+        handles, counts: [n], as for ``Allocator.extend_batch``. Cost: linear in n and in what is written.
         """
         try:
-            return self._core.grow_batch(handles, counts) or _NOTHING
+            return self._core.grow_batch(handles, counts) or _NOTHING  # type: ignore[arg-type]  # it looks for itself
         except OutOfMemory:
             return None
-        except TypeError as error:
-            raise not_int32(handles, counts) from error
+        except TypeError:
+            ids, counts = as_int32("handles", handles), as_int32("counts", counts)
+        return self.allocate_step(ids, counts)
 
-    def publish_step(self, handles: Handles, counts: Handles, tokens: Handles | None = None) -> TableChanges:
+    def publish_step(self, handles: Ints, counts: Ints, tokens: Tokens | None = None) -> TableChanges:
         """``publish`` for many requests; arguments as for ``Allocator.commit_batch``."""
         try:
-            return self._core.publish_batch(handles, counts, tokens) or _NOTHING
-        except TypeError as error:
-            raise not_int32(handles, counts, *([] if tokens is None else [tokens])) from error
+            return self._core.publish_batch(handles, counts, tokens) or _NOTHING  # type: ignore[arg-type]
+        except TypeError:
+            ids = None if tokens is None else token_ids(tokens)
+        return self._core.publish_batch(as_int32("handles", handles), as_int32("counts", counts), ids) or _NOTHING
 
     def free_all(self, requests: Iterable[Hashable]) -> None:
         """``free`` for many requests: all of them, or ``StaleHandle`` and none."""
-        ending = list(requests)
+        ending = self._several(requests)
         handles = self.handles(ending)
         self._end(ending, lambda: self.allocator.free_batch(handles))
 
     # --- what is there ---
 
-    def tables(self, handles: Handles) -> TableChanges:
+    def tables(self, handles: Ints) -> TableChanges:
         """Every entry of the requests' block tables, of all groups, as if they had just been written: for a worker that
         begins late, and after ``Allocator.compact()`` or calls on a request's ``sequence()``, which tell nothing.
 
-        handles: int32 [n]; entries of its i-th stand in row i.
+        handles: [n]; entries of its i-th stand in row i.
         """
         try:
-            return self._core.tables(handles) or _NOTHING
-        except TypeError as error:
-            raise not_int32(handles) from error
+            return self._core.tables(handles) or _NOTHING  # type: ignore[arg-type]  # it looks for itself
+        except TypeError:
+            return self._core.tables(as_int32("handles", handles)) or _NOTHING
 
     def block_ids(self, request: Hashable, *, group: int | None = None) -> Handles:
         """The request's whole block table, int32 [blocks], a copy. Blocks that a sliding window has dropped are 0."""
@@ -306,7 +313,16 @@ class SchedulerCache:
         return self.allocator.clear_cache()
 
     def __contains__(self, request: Hashable) -> bool:
-        return request in self._requests
+        return self._is_here(request)
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise SpecError(
+            f"{self!r}: its requests are memory of this process, and are not pickled or copied; send the TableChanges "
+            "that its calls return"
+        )
+
+    def __repr__(self) -> str:
+        return f"SchedulerCache({len(self)} requests, {self.allocator!r})"
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -319,14 +335,37 @@ class SchedulerCache:
         return self._sequence(request)
 
     def _sequence(self, request: Hashable) -> Sequence:
-        sequence = self._requests.get(request)
-        if sequence is None:
-            raise self._stale(request)
-        return sequence
+        try:
+            return self._requests[request]
+        except (KeyError, TypeError):
+            raise self._stale(request) from None
 
     @staticmethod
-    def _stale(request: Hashable) -> StaleHandle:
+    def _several(requests: Iterable[Hashable]) -> list[Hashable]:
+        if isinstance(requests, (str, bytes)) or not isinstance(requests, Iterable):
+            raise SpecError(f"requests: got {requests!r}; must be several request ids: [{requests!r}] for one")
+        return list(requests)
+
+    def _is_here(self, request: Hashable) -> bool:
+        try:
+            return request in self._requests
+        except TypeError:
+            raise self._no_request(request) from None
+
+    def _stale(self, request: Hashable) -> KVMemError:
+        """The error for what is no request, or none that is here."""
+        try:
+            hash(request)
+        except TypeError:
+            return self._no_request(request)
         return StaleHandle(f"request {request!r} is not here: it has ended, or allocate() never began it")
+
+    @staticmethod
+    def _no_request(request: object) -> SpecError:
+        return SpecError(
+            f"request: got {request!r}, a {type(request).__name__}, which cannot be hashed; a request id is a str, an "
+            "int, a tuple of them: one request at a time"
+        )
 
     def _end(self, requests: list[Hashable], free: Callable[[], None]) -> None:
         """Forgets those that ``free`` has freed, also when an exception comes between."""

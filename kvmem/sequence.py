@@ -1,42 +1,61 @@
-"""A handle for one request's tokens."""
+"""A handle for one request's tokens, and what a list of the live ones says of each."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
 from kvmem import _core
 from kvmem.arrays import at_least_zero, check_count, check_seconds
-from kvmem.errors import OutOfMemory
+from kvmem.errors import KVMemError, OutOfMemory, SpecError
 from kvmem.prefix import Pin, Tokens, committed_count, committed_ids, token_ids
 
 if TYPE_CHECKING:
     from kvmem.allocator import Allocator
 
-__all__ = ["Sequence"]
+__all__ = ["LiveSequence", "Sequence"]
 
 
 #: No sequence's handle.
 NOBODY = -1
 
 
+@dataclass(frozen=True)
+class LiveSequence:
+    """A live sequence, as ``Allocator.sequences()`` lists it.
+
+    age: how many sequences were opened after it; that of one that was forgotten grows with every request.
+    label: what ``Allocator.sequence(label=)`` was given; None for all others.
+    """
+
+    id: int
+    num_tokens: int
+    num_committed_tokens: int
+    age: int
+    label: str | None
+
+
 class Sequence:
     """One request's tokens in an allocator. Made by ``Allocator.sequence()`` and ``fork()``; a context manager that
-    frees it, unless its body did.
+    frees it, unless its body did. One that is garbage while it is live is freed too, with a ``ResourceWarning``, as a
+    file that was left open is closed: keep the object as long as you use its ``id``.
 
     ``num_cached_tokens``: how many tokens it started with because they were cached; committed from the start.
     A token is first *reserved* by ``extend``, which makes room and nothing else; the model then writes its KV;
     ``commit`` says that it is valid. ``num_committed_tokens <= num_tokens``.
     """
 
-    __slots__ = ("_alloc", "_core", "_id", "num_cached_tokens")
+    __slots__ = ("_alloc", "_core", "_id", "_lent", "num_cached_tokens")
 
     def __init__(self, alloc: Allocator, handle: int, num_cached_tokens: int = 0) -> None:
         self._alloc = alloc
         self._core = alloc.core
         self._id = handle
+        if handle != NOBODY:  # somebody else's, who frees it
+            self._lent = True
         self.num_cached_tokens = num_cached_tokens
 
     @property
@@ -48,6 +67,11 @@ class Sequence:
     def allocator(self) -> Allocator:
         """Whose sequence it is."""
         return self._alloc
+
+    @property
+    def label(self) -> str | None:
+        """What ``Allocator.sequence(label=)`` was given."""
+        return self._alloc._labels.get(self._id)
 
     @property
     def num_tokens(self) -> int:
@@ -162,6 +186,7 @@ class Sequence:
         child = Sequence(self._alloc, NOBODY)
         try:
             self._core.fork(self._id, child)
+            self._alloc._newest = child._id
             return child
         except BaseException:
             child._give_up()
@@ -180,8 +205,8 @@ class Sequence:
         if self._id != NOBODY and self._core.is_live(self._id):
             self._core.free(self._id)
 
-    # Frees it, unless the body did; the body's own exception is what is raised. One call to C each: in the middle of a
-    # function of Python's a signal handler may raise.
+    # Leaving the body frees it, unless the body did; the body's own exception is what is raised. One call to C each: in
+    # the middle of a function of Python's a signal handler may raise, and Python's end of an object runs anywhere.
     if TYPE_CHECKING:
 
         def __enter__(self) -> Sequence: ...
@@ -190,6 +215,19 @@ class Sequence:
     else:
         __enter__ = _core.Scope.__enter__
         __exit__ = _core.Scope.__exit__
+        __del__ = _core.Scope.__del__
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise SpecError(
+            f"{self!r}: a sequence is memory of this process, and is not pickled or copied; fork() makes a second one "
+            "that shares its tokens, and `id` names it in this process"
+        )
 
     def __repr__(self) -> str:
-        return f"Sequence(id={self._id})"
+        named = f"id={self._id}" if self.label is None else f"id={self._id}, label={self.label!r}"
+        try:
+            if not self._core.is_live(self._id):
+                return f"Sequence({named}, freed)"
+            return f"Sequence({named}, num_tokens={self.num_tokens}, committed={self.num_committed_tokens})"
+        except KVMemError:  # a forked child's, or freed by another thread just now
+            return f"Sequence({named})"

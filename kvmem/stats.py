@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from kvmem import _core
+from kvmem.units import format_bytes
 
 __all__ = ["Stats"]
 
@@ -69,6 +70,28 @@ class Stats:
     device_free_bytes: int | None
     torch_allocated_bytes: int | None
     torch_reserved_bytes: int | None
+
+    def summary(self) -> str:
+        """The same in a few lines for people: sequences, memory and what it holds, hits, driver calls."""
+        shown = format_bytes
+        parts = [
+            f"{self.num_sequences} of {self.max_sequences} sequences",
+            f"memory: {shown(self.mapped_bytes)} mapped by this allocator, of a budget of {shown(self.budget_bytes)}; "
+            f"{shown(self.free_bytes)} free",
+            f"mapped: {shown(self.used_bytes)} used by tokens ({shown(self.shared_bytes)} of it shared), "
+            f"{shown(self.parked_bytes)} parked, {shown(self.wasted_bytes)} wasted, "
+            f"{shown(self.cached_beside_bytes)} cached beside",
+            f"cached: {self.cached_blocks} blocks, {shown(self.cached_bytes)}, that nobody uses; {self.pinned_blocks} "
+            f"pinned, {self.evicted_blocks} evicted so far",
+            f"prompts: {self.hit_tokens} of {self.lookup_tokens} tokens found cached"
+            + (f" ({self.hit_tokens / self.lookup_tokens:.0%})" if self.lookup_tokens else ""),
+            f"addresses: {shown(self.reserved_bytes)} reserved; driver calls: {self.driver_calls}",
+        ]
+        if self.device_free_bytes is not None:
+            parts.append(
+                f"device: {shown(self.device_free_bytes)} free; torch holds {shown(self.torch_reserved_bytes or 0)}"
+            )
+        return "\n".join(parts)
 
     @classmethod
     def of(cls, counted: _core.CacheStats, **others: Any) -> Stats:

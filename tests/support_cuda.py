@@ -50,7 +50,7 @@ def used(alloc: kvmem.Allocator, tokens: int) -> kvmem.Sequence:
     sequence = alloc.sequence()
     sequence.extend(tokens)
     alloc.batch([sequence])
-    sequence.commit(tokens)
+    sequence.commit(count=tokens)
     return sequence
 
 

@@ -198,8 +198,8 @@ def _calls(core: _core.Cache, out: _core.BatchBuffers, good: np.ndarray) -> dict
         "commit_batch.counts": lambda a: core.commit_batch(good, a),
         "free_batch.handles": lambda a: core.free_batch(a),
         "lengths.handles": lambda a: core.lengths(a, 0, wide, wide.copy()),
-        "fill.handles": lambda a: core.fill(a, None, 0, 0, out),
-        "fill.new_tokens": lambda a: core.fill(good, a, 0, 0, out),
+        "fill.handles": lambda a: core.fill(a, None, 0, -1, out),
+        "fill.new_tokens": lambda a: core.fill(good, a, 0, -1, out),
     }
 
 

@@ -24,8 +24,8 @@ LEVELS: dict[str, int] = {
     name: level
     for level, names in enumerate(
         [
-            "_core arrays batch cascade digests errors events model_config model_families model_names ops spec "
-            "spec_component spec_rules stats units",
+            "_core arrays batch capacity cascade closed digests errors events model_config model_families model_names ops "
+            "spec spec_component spec_rules stats units",
             "protocols",
             "backends device eviction layouts prefix streams tiers transfer",
             "allocator page_size pool scheduler sequence sequence_views views",

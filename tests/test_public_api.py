@@ -9,7 +9,7 @@ import inspect
 import kvmem
 
 NAMES = [
-    "Allocator", "Batch", "CacheSpec", "Component", "DeviceError", "Group", "KVMemError", "OutOfMemory", "PagePool",
+    "Allocator", "Batch", "CacheSpec", "Component", "DeviceError", "Group", "KVMemError", "LiveSequence", "OutOfMemory", "PagePool",
     "Pin", "PrefixMatch", "SchedulerCache", "Sequence", "SpecError", "StaleHandle", "Stats",
     "TableChanges", "TierError",
 ]  # fmt: skip
@@ -19,7 +19,11 @@ SIGNATURES = {
     "Allocator": "spec, *, backend=, device=, memory=, max_sequences, max_tokens, page_bytes=, interleave=, "
     "map_ahead_tokens=, tail_guard_tokens=, zero=, prefix_cache=, partial_reuse=, policy=, cached_rows=, events=, event_key=, pool=, "
     "record_ops=, debug=, driver=",
-    "Allocator.sequence": "self, tokens=, *, salt=, extra_key=, adapter=",
+    "Allocator.sequence": "self, tokens=, *, salt=, extra_key=, adapter=, label=",
+    "Allocator.sequences": "self",
+    "Allocator.free_tokens": "self",
+    "Allocator.can_fit": "self, n",
+    "Allocator.close": "self",
     "Allocator.admit_batch": "self, tokens, counts=, *, salt=, extra_key=, adapter=",
     "Allocator.match": "self, tokens, *, salt=, extra_key=, adapter=",
     "Allocator.pin": "self, tokens, *, salt=, extra_key=, adapter=",
