@@ -1,6 +1,8 @@
 // What `with` and the end of a Python object do to a sequence, as one call each: a signal handler that raises comes
 // before it, or after.
 
+#include <string>
+
 #include "bindings.h"
 #include "cache.h"
 
@@ -24,28 +26,39 @@ void leave_scope(nb::handle self, nb::handle kind, nb::handle, nb::handle) {
   }
 }
 
+// As the object's repr(), made without any code of Python's: a signal handler could raise in it.
+std::string text_of(nb::handle self, Cache& cache, i32 handle) {
+  std::string text = "Sequence(id=" + std::to_string(handle);
+  const nb::object alloc = nb::getattr(self, "_alloc", nb::none());
+  const nb::object labels = nb::getattr(alloc, "_labels", nb::none());
+  if (PyDict_Check(labels.ptr())) {
+    PyObject* const label = PyDict_GetItem(labels.ptr(), nb::int_(handle).ptr());
+    if (label) text += std::string(", label=") + nb::repr(nb::handle(label)).c_str();
+  }
+  return text + ", num_tokens=" + std::to_string(cache.tokens(handle, -1)) +
+         ", committed=" + std::to_string(cache.committed(handle, -1)) + ")";
+}
+
 // Nobody has the object any more. As a file that was left open it is closed, and a warning says so; what was freed, and
 // an object that only names another's sequence, go in silence. Python calls this between any two instructions, so it
 // takes no lock but the pool's, which is waited for without Python's.
 void end_of_object(nb::handle self) {
   const nb::object core = nb::getattr(self, "_core", nb::none());
-  if (!nb::isinstance<Cache>(core)) return;  // __init__ did not get that far
-  auto& cache = nb::cast<Cache&>(core);
   i32 handle = 0;
-  if (!nb::try_cast(self.attr("_id"), handle, false)) return;  // no handle at all
+  if (!nb::isinstance<Cache>(core) || !nb::try_cast(nb::getattr(self, "_id", nb::none()), handle, false)) return;
+  auto& cache = nb::cast<Cache&>(core);
+  std::string text;
   try {
     if (!cache.is_live(handle) || nb::hasattr(self, "_lent")) return;
-    const nb::str text = nb::repr(self);
-    {
-      const WithoutGil free;
-      cache.free(&handle, 1);
-    }
-    if (PyErr_ResourceWarning(self.ptr(), 1, "unfreed %U: nobody has it any more, so its memory was given back",
-                              text.ptr()) != 0) {
-      PyErr_WriteUnraisable(self.ptr());  // a filter makes errors of warnings
-    }
-  } catch (const StaleHandle&) {  // another thread was faster
-  } catch (const DeviceError&) {  // a forked child's: the parent has it
+    text = text_of(self, cache, handle);
+    const WithoutGil free;
+    cache.free(&handle, 1);
+  } catch (const Error&) {  // another thread was faster; or it is a forked child's, and the parent has it
+    return;
+  }
+  if (PyErr_ResourceWarning(self.ptr(), 1, "unfreed %s: nobody has it any more, so its memory was given back",
+                            text.c_str()) != 0) {
+    PyErr_WriteUnraisable(self.ptr());  // a filter makes errors of warnings
   }
 }
 

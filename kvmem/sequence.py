@@ -27,7 +27,8 @@ NOBODY = -1
 class LiveSequence:
     """A live sequence, as ``Allocator.sequences()`` lists it.
 
-    age: how many sequences were opened after it; that of one that was forgotten grows with every request.
+    age: about how many sequences were opened after it, by their handles, of which up to a quarter are left out; that of
+        one that was forgotten grows with every request.
     label: what ``Allocator.sequence(label=)`` was given; None for all others.
     """
 

@@ -83,7 +83,7 @@ class Lockstep:
             with pytest.raises(kvmem.OutOfMemory):
                 self.alloc.sequence()
             return -1
-        handle = self.alloc.sequence().id
+        handle = int(self.alloc.open_batch(1)[0])
         self.model.open(handle)
         return handle
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from support_world import BACKENDS, PAGE, World, mixed_spec, plain_spec
 
 import kvmem
@@ -230,8 +231,8 @@ def test_arrays_of_wrong_length_or_type(world: World) -> None:
     refused(world, SpecError, "2 handles and 1 counts", lambda: alloc.extend_batch(i32(first, second), i32(1)))
     refused(world, SpecError, "1 handles and 2 counts", lambda: alloc.commit_batch(i32(first), i32(1, 1)))
     wrong: list[Any] = [
-        np.array([first]), np.array([first], np.float32), np.array([first], np.uint32), np.array([[first]], np.int32), [first],
-        np.array([first, 0, second, 0], np.int32)[::2], None, first,
+        np.array([first], np.float32), np.array([[first]], np.int32), [[first]], [first, [second]], None, first, "1",
+        [str(first)], [True], [2**31], [1.0], np.array([2**31]), torch.tensor([first], device="meta"),
     ]  # fmt: skip
     for ids in wrong:
         for call in (
@@ -239,7 +240,64 @@ def test_arrays_of_wrong_length_or_type(world: World) -> None:
             lambda x: alloc.extend_batch(x, i32(1)),
             lambda x: alloc.commit_batch(x, i32(0)),
         ):
-            refused(world, SpecError, ".", lambda call=call, ids=ids: call(ids))
+            refused(world, SpecError, "^ids: got", lambda call=call, ids=ids: call(ids))
+    refused(world, SpecError, "^counts: got", lambda: alloc.extend_batch(i32(first), [1.5]))
+    refused(world, SpecError, 'ids: got a tensor on meta.*"?.cpu', lambda: alloc.free_batch(wrong[-1]))
+    refused(world, SpecError, "^sequences: got a tensor on meta", lambda: alloc.batch(wrong[-1]))
+
+
+def test_lists_and_every_integer_type(world: World) -> None:
+    """What is an int32 in each entry is taken as it is by all batched calls, whatever holds it."""
+    first, second = sorted(world.sequences)
+    alloc, forms = (
+        world.alloc,
+        [
+            list,
+            tuple,
+            np.array,
+            torch.tensor,
+            lambda x: np.array(x, np.uint32),
+            lambda x: np.array([x, x], np.int32).T[:, 0],
+        ],
+    )
+    batch = alloc.make_batch(max_new_tokens=600)
+    for form in forms:
+        before = [alloc.core.tokens(h) for h in (first, second)]
+        ids: Any = form([first, second])
+        alloc.extend_batch(ids, form([1, 2]))
+        assert [alloc.core.tokens(h) for h in (first, second)] == [before[0] + 1, before[1] + 2]
+        alloc.fill(ids, batch)
+        rows = batch.num_rows
+        assert rows == 2 and alloc.batch(ids).num_rows == 2
+        due = sum(alloc.core.tokens(h) - alloc.core.committed(h) for h in (first, second))
+        alloc.step(ids, batch, counts=form([1, 0]), tokens=form([7] * due))
+        alloc.commit_batch(ids, form([1, 0]), form([3]))
+        assert list(alloc.cascade_order(ids)) in ([0, 1], [1, 0])
+    mine, _ = alloc.admit_batch([1, 2, 3], [2, 1])
+    alloc.free_batch(mine.tolist())
+    assert alloc.check() == []
+
+
+def test_what_no_batch_can_mean(world: World) -> None:
+    first, second = sorted(world.sequences)
+    alloc, seq = world.alloc, kvmem.Sequence(world.alloc, first)
+    for one in (seq, first, np.int32(first), None, 2.5):
+        refused(world, SpecError, r"^sequences: got .*batch\(\[seq\]\)", lambda one=one: alloc.batch(one))
+        refused(world, SpecError, r"^sequences: got .*\[seq\] for one", lambda one=one: alloc.cascade_order(one))
+    buffers = alloc.make_batch(max_new_tokens=100)
+    for call in (
+        lambda: alloc.batch([seq, second, seq]),
+        lambda: alloc.batch([first, first]),
+        lambda: alloc.fill(i32(second, first, second), buffers),
+        lambda: alloc.step(i32(first, first), buffers),
+    ):
+        refused(world, SpecError, f"handle {first}|{second} (stands in the batch|is named) twice", call)
+    for rows in (0, 1):
+        words = f"pad_to: got {rows}; the batch has 2 sequences.*give 2 or more"
+        refused(world, SpecError, words, lambda rows=rows: alloc.batch([first, second], pad_to=rows))
+        refused(world, SpecError, words, lambda rows=rows: alloc.fill(i32(first, second), buffers, pad_to=rows))
+        refused(world, SpecError, words, lambda rows=rows: alloc.step(i32(first, second), buffers, pad_to=rows))
+    assert alloc.batch([first, second], pad_to=2).num_rows == 2 and alloc.batch([], pad_to=0).num_rows == 0
 
 
 def test_buffers_that_are_too_small(world: World) -> None:
@@ -280,7 +338,7 @@ def test_numbers_beyond_every_size_and_arguments_of_other_types(world: World) ->
         ("counts", lambda: alloc.admit_batch(i32(1, 2), 5)),
         ("extra_key.*bits", lambda: alloc.sequence([1], extra_key=10**5000)),
         ("extra_key.*deep", lambda: alloc.match([1], extra_key=deep)),
-        ("sequence: got 's'", lambda: alloc.sequence_tensor("s", 0, "k")),
+        ("sequences: got 's'", lambda: alloc.sequence_tensor("s", 0, "k")),
         ("out: got int", lambda: alloc.batch([handle], out=5)),
         ("ops: got int", lambda: alloc.apply(5)),
     ]:

@@ -302,9 +302,14 @@ def test_an_allocator_with_wrong_options(backend: str, option: dict[str, Any], w
 
 
 def test_a_prompt_longer_than_a_sequence_can_be(place: Place) -> None:
-    """What is found must fit the sequence; a longer prompt is no reason to find more than that."""
+    """It could not be computed to its end, so it is not begun; a match may be asked for all the same."""
     found = place.alloc.match(PROMPT * 20)
     assert found.num_tokens <= place.alloc.max_tokens
-    seq = place.alloc.sequence([*PROMPT, *text(1000, 5)])
+    most = place.alloc.max_tokens
+    for prompt in ([*PROMPT, *text(1000, 5)], np.zeros(most + 1, np.int32), [1] * (most + 1)):
+        words = rf"tokens: got a prompt of {len(prompt)}; a sequence can hold {most} \(max_tokens\): cut the prompt"
+        place.refuses(lambda prompt=prompt: place.alloc.sequence(prompt), words)
+    seq = place.alloc.sequence([*PROMPT, *text(most, 5)][:most])
     assert seq.num_cached_tokens == 64
-    place.refuses(lambda: seq.extend(400))
+    seq.extend(most - 64)
+    seq.free()

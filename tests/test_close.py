@@ -100,10 +100,10 @@ def test_a_pool_that_was_given_stays(backend: str) -> None:
     del seq, alloc
     gc.collect()
     assert pool.mapped_bytes == 0
-    with kvmem.Allocator(plain(16), backend=backend, pool=pool, max_sequences=4, max_tokens=400) as again:
-        with again.sequence() as seq:
-            seq.extend(100)
-            assert pool.mapped_bytes > 0
+    again = kvmem.Allocator(plain(16), backend=backend, pool=pool, max_sequences=4, max_tokens=400)
+    with again, again.sequence() as seq:
+        seq.extend(100)
+        assert pool.mapped_bytes > 0
 
 
 class Own(Exception):
@@ -111,10 +111,9 @@ class Own(Exception):
 
 
 def test_the_exception_of_a_body_is_what_is_raised(backend: str) -> None:
-    with pytest.raises(Own), make_allocator(plain(16), backend) as alloc:
-        with alloc.sequence() as seq:
-            seq.free()
-            raise Own
+    with pytest.raises(Own), make_allocator(plain(16), backend) as alloc, alloc.sequence() as seq:
+        seq.free()
+        raise Own
     with pytest.raises(Own), make_allocator(plain(16), backend) as alloc:
         alloc.close()
         raise Own
