@@ -47,7 +47,7 @@ help:  ## this list
 setup: core  ## make .venv, install everything, compile the native module
 
 demo: core  ## the main job: measure kvmem on this machine
-	$(PY) -m kvmem.bench $(ARGS)
+	$(PY) -m kvmem.bench --plot build/demo $(ARGS)
 
 bench: demo
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from kvmem.bench.__main__ import main
 from kvmem.bench.attention import AttentionResult, attention
@@ -54,7 +56,7 @@ def test_as_a_program_with_no_terminal():
     assert "…" not in done.stdout
     for word in (
         "preemptions",
-        "mapped / used (waste) at",
+        "mapped / used",
         "driver calls",
         "us a step: median",
         "us a step: p99",
@@ -79,6 +81,34 @@ def test_no_argument_runs_every_part(capsys):
     assert len(rows) == len(BACKENDS)
     for row in rows:
         assert [cell.strip() for cell in row.split("|")[-3:-1]] == ["0", "0"]
+
+
+def test_a_whole_run_ends_with_what_it_found(capsys, tmp_path):
+    code, out, _ = run(capsys, *FAST, "--plot", tmp_path)
+    served, cost, attention = out.splitlines()[-3:]
+    assert code == 0 and (tmp_path / "bytes_over_time.png").is_file()
+    assert served.startswith("Of the trace's 40 requests") and all(
+        f"{pool} in " in served for pool in (*BACKENDS, "static")
+    )
+    assert "a batch that finds parked memory makes no driver calls." in cost and "%" in cost
+    assert f"; the memory over time is drawn in {tmp_path / 'bytes_over_time.png'}." in attention
+    assert all(f" over the {backend} backend" in attention for backend in BACKENDS)
+    code, out, _ = run(capsys, "replay", *FAST)
+    assert code == 0 and "Of the trace's" not in out, "a part alone ends as it did"
+    code, out, _ = run(capsys, *FAST)
+    assert code == 0 and "where plain tensors take 1." in out.splitlines()[-1], "no picture is named where none is"
+
+
+def test_a_terminal_of_80_columns(monkeypatch, tmp_path):
+    """Nothing is wider, and no table is cut."""
+    text = io.StringIO()
+    narrow = Console(file=text, force_terminal=True, color_system=None, width=80, highlight=False)
+    monkeypatch.setattr("kvmem.bench.cli.console", lambda: narrow)
+    assert main([*FAST, "--plot", str(tmp_path)]) == 0
+    lines = [line.rstrip() for line in text.getvalue().splitlines()]
+    long_names = [line for line in lines if str(tmp_path) in line]
+    assert max(len(line) for line in lines if line not in long_names) <= 80
+    assert "…" not in text.getvalue() and len(lines) > 60
 
 
 def test_json_has_the_documented_form(capsys, tmp_path, small):

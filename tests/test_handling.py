@@ -9,11 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from support import BACKENDS, make_allocator, plain
 from support_cuda import MIB, as_libcuda, fresh_stub
 
 import kvmem
 from kvmem import PagePool, SpecError
+from kvmem.kernels.reference import sdpa
+from kvmem.kernels.write import write_kv
 from kvmem.scheduler import SchedulerCache
 from kvmem.units import parse_bytes
 
@@ -159,6 +162,18 @@ def test_what_is_memory_of_this_process_is_not_sent(alloc: kvmem.Allocator) -> N
             with pytest.raises(SpecError, match=words):
                 call(thing)
     assert alloc.core.digest() == before
+
+
+def test_a_sequence_in_the_place_of_a_batch(alloc: kvmem.Allocator) -> None:
+    seq = alloc.sequence()
+    seq.extend(3)
+    q = torch.zeros(3, 2, 8)
+    for call in (
+        lambda: sdpa(q, alloc.kv(0), seq),  # type: ignore[arg-type]
+        lambda: write_kv(alloc.kv(0), seq, q, q),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(SpecError, match=r"batch: got Sequence\(id=.*alloc.batch\(\[seq\]\)"):
+            call()
 
 
 # ---- requests ----

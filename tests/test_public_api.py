@@ -63,6 +63,7 @@ SIGNATURES = {
     "Sequence.snapshot": "self",
     "Pin.unpin": "self",
     "Sequence.free": "self",
+    "Sequence.check_current": "self",
     "Sequence.kv": "self, layer",
     "Batch.group": "self, index",
     "Batch.full": "self, name",

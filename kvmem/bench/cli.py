@@ -23,11 +23,14 @@ from kvmem.bench.reuse import ReuseReport, Workload, parse_capacities, parse_pol
 from kvmem.bench.speed import run_compare, run_instructions, run_peers, run_step
 from kvmem.bench.tables import insert, load_documents, page, summary
 from kvmem.bench.traces import EXCERPT, load_trace
+from kvmem.bench.verdict import sentences
 
 __all__ = ["bench"]
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 _FILE_WIDTH = 160
+#: The parts of a run without a part's name.
+_WHOLE = ("replay", "waste", "steady", "micro", "attention")
 _PATH = click.Path(path_type=Path)
 
 _TRACE = click.option(
@@ -109,9 +112,13 @@ def _run(parts: tuple[str, ...], json_path: Path | None, plot_path: Path | None,
     report.all(run.results)
     if json_path is not None:
         write_json(run.results.to_dict(sys.argv[1:]), json_path)
-    if plot_path is not None:
-        for path in write_plots(run.results, plot_path):
-            report.line(f"wrote {path}")
+    pictures = [] if plot_path is None else write_plots(run.results, plot_path)
+    for path in pictures:
+        report.line(f"wrote {path}")
+    if set(parts) >= set(_WHOLE):
+        report.line()
+        for sentence in sentences(run.results, pictures):
+            report.line(sentence)
     if not all(row.same_tokens for row in run.results.generate):
         click.get_current_context().exit(1)
 
@@ -128,7 +135,7 @@ def bench(context: click.Context, /, **options: Any) -> None:
     real memory on the CPU.
     """
     if context.invoked_subcommand is None:
-        _run(("replay", "waste", "steady", "micro", "attention"), **options)
+        _run(_WHOLE, **options)
         return
     # An option given before the part's name becomes the part's default, so that both orders mean the same.
     given = {

@@ -30,7 +30,8 @@ class Report:
         self.console = console
 
     def line(self, text: str = "") -> None:
-        self.console.print(Text(text), soft_wrap=True)
+        """Wrapped between words on a terminal; in a file as it is."""
+        self.console.print(Text(text), soft_wrap=not self.console.is_terminal)
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """The first column is text; the others are numbers, at the right edge. An empty row draws a line."""
@@ -81,8 +82,6 @@ class Report:
     def replay(self, results: Results) -> None:
         runs, setup = results.replay, results.setup
         rows = [[label, *(value(run) for run in runs)] for label, value in _REPLAY_ROWS]
-        rows.append(["mapped / used (waste) at", *("" for _ in runs)])
-        rows += _over_time(runs)
         self.table(
             f"Replay on a simulated device, pages of {format_bytes(setup.page_bytes)}, at most "
             f"{setup.max_sequences} sequences of {setup.max_tokens:,} tokens, {setup.prefill} prefill, "
@@ -91,6 +90,7 @@ class Report:
             ["", *(run.pool for run in runs)],
             rows,
         )
+        self.table("Over time: mapped / used", ["at", *(run.pool for run in runs)], _over_time(runs))
 
     def waste(self, results: Results) -> None:
         measured = {run.pool: run.end_waste for run in results.replay if run.pool != "static"}
@@ -255,13 +255,10 @@ def _over_time(runs: Sequence[ReplayResult]) -> list[list[str]]:
     rows = []
     for moment in range(1, _MOMENTS + 1):
         step = end * moment // _MOMENTS
-        row = [f"  {format_seconds(step * runs[0].step_seconds)}"]
+        row = [format_seconds(step * runs[0].step_seconds)]
         for run in runs:
             sample = min(run.samples, key=lambda sample: abs(sample.step - step))
             use = sample.usage
-            row.append(
-                f"{format_bytes(use.mapped_bytes)} / {format_bytes(use.used_bytes)} "
-                f"({format_percent(use.wasted_bytes / max(1, use.used_bytes))})"
-            )
+            row.append(f"{format_bytes(use.mapped_bytes)} / {format_bytes(use.used_bytes)}")
         rows.append(row)
     return rows
