@@ -22,8 +22,10 @@ def flat(prompts: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
     return i32(*(token for prompt in prompts for token in prompt)), i32(*map(len, prompts))
 
 
-def one_by_one(alloc: kvmem.Allocator, prompts: list[list[int]], salt: str | None) -> list[tuple[int, int, int]]:
-    """Handle, cached tokens and length of each that got room."""
+def one_by_one(
+    alloc: kvmem.Allocator, prompts: list[list[int]], salt: str | None, kept: list[kvmem.Sequence]
+) -> list[tuple[int, int, int]]:
+    """Handle, cached tokens and length of each that got room; all of them in ``kept``, as garbage would be freed."""
     made = []
     for prompt in prompts:
         try:
@@ -33,6 +35,7 @@ def one_by_one(alloc: kvmem.Allocator, prompts: list[list[int]], salt: str | Non
         if not sequence.try_extend(len(prompt) - sequence.num_cached_tokens):
             sequence.free()
             break
+        kept.append(sequence)
         made.append((sequence.id, sequence.num_cached_tokens, sequence.num_tokens))
     return made
 
@@ -43,13 +46,14 @@ def test_prompts_admitted_at_once_are_prompts_admitted_one_by_one(backend: str, 
     rng = random.Random(seed_of_run())
     spec, options = LAYOUTS[layout].spec(16), {"max_sequences": 12, "max_tokens": 900, "device": "meta"}
     batched, single = (make_allocator(spec, backend, page_bytes=4096, **options) for _ in range(2))
+    kept: list[kvmem.Sequence] = []
     for turn in range(30):
         salt = rng.choice([None, "tenant"])
         prompts = [text(rng.randrange(600), rng.randrange(3)) for _ in range(rng.randrange(5))]
         ids, cached = batched.admit_batch(*flat(prompts), salt=salt)
         lengths = batched.batch(ids).seq_lens
         assert list(zip(ids.tolist(), cached.tolist(), lengths.tolist(), strict=True)) == one_by_one(
-            single, prompts, salt
+            single, prompts, salt, kept
         ), turn
         assert batched.stats().used_bytes == single.stats().used_bytes
         for alloc in (batched, single):

@@ -143,12 +143,14 @@ def test_a_step_is_its_three_calls(backend: str, layout: str) -> None:
     out = [alloc.make_batch(max_new_tokens=200) for alloc in (one, three)]
     ids: list[int] = []
     due: dict[int, int] = {}
+    kept: list[kvmem.Sequence] = []  # garbage would be freed
     refused = 0
     for _ in range(1500 if LONG else 250):
         if len(ids) < 6 and walk.random() < 0.2:
             prompt = [walk.randrange(3) for _ in range(walk.choice([0, 20, 40]))]
             made = [alloc.sequence(prompt) for alloc in (one, three)]
             assert made[0].id == made[1].id and made[0].num_cached_tokens == made[1].num_cached_tokens
+            kept += made
             ids.append(made[0].id)
             due[made[0].id] = 0
         long = [h for h in ids if one.core.tokens(h) > 850]
