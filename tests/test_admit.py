@@ -125,7 +125,7 @@ def test_bad_prompts_change_nothing(backend: str) -> None:
         (text(10), i32(4, 4), "10 token ids for counts of 8"),
         (text(66), i32(1, 65), "can hold 64"),
         (text(10), i32(11, -1), "-1 tokens|10 token ids"),
-        (text(10), np.array([10]), "int32"),
+        (text(10), np.array([10.0]), "^counts: got"),
         ([[1, 2]], None, "flat list"),
         ([-1], None, "0 or more"),
     ):
