@@ -81,8 +81,8 @@ def test_more_values_than_an_int32_counts(backend: str, more: int) -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
-        np.zeros(4, np.int32)[::2], np.zeros(2, np.int64), np.zeros(2, np.uint64), np.zeros(2, np.uint32),
-        np.zeros(2, np.bool_), np.zeros(2), np.zeros((2, 1), np.int32), np.zeros(2, ">i4"), [2**31, 0], [-1, 0], [True, 0],
+        np.full(2, 2**31), np.full(2, 2**63, np.uint64), np.full(2, 2**31, np.uint32), np.zeros(2, np.bool_),
+        np.zeros(2), np.zeros((2, 1), np.int32), np.full(2, -1, ">i4"), [2**31, 0], [-1, 0], [True, 0],
     ],
     ids=lambda a: str(getattr(a, "dtype", a)),
 )  # fmt: skip
