@@ -355,6 +355,6 @@ class LockstepRows:
 
 
 def _free(alloc: Allocator, ids: list[int]) -> None:
-    if ids:
+    if ids and not alloc.closed:  # close() has freed them, and what is garbage has nobody to tell
         alloc.free_batch(np.array(ids, np.int32))
         ids.clear()
