@@ -154,7 +154,7 @@ def test_bad_input_is_refused_and_changes_nothing(backend: str) -> None:
     with pytest.raises(SpecError, match="group"):
         cache.block_ids("a", group=1)
     with pytest.raises(SpecError):
-        cache.allocate_step(cache.handles(["a"]).astype(np.int64), np.ones(1, np.int32))
+        cache.allocate_step(cache.handles(["a"]).astype(np.float32), np.ones(1, np.int32))
     for call in (cache.publish, cache.truncate):
         with pytest.raises(StaleHandle, match="not here"):
             call("b", 1)
