@@ -221,7 +221,8 @@ def test_no_guard_lies_behind_a_state() -> None:
     mapped = []
     for guard in (0, 256):
         alloc = make_allocator(spec, "virtual", tail_guard_tokens=guard, page_bytes=4096, interleave=1, max_tokens=16)
-        alloc.sequence().extend(1)
+        sequence = alloc.sequence()
+        sequence.extend(1)
         mapped.append(alloc.stats().mapped_bytes)
     attention = 256 * 2 * alloc.spec.groups[0].row_bytes("k", 1)  # as much for V
     assert mapped[1] - mapped[0] <= attention + 4096

@@ -317,9 +317,11 @@ def test_a_replica_pads_once_its_leader_has(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_one_that_followed_and_goes_on_alone_pads_by_itself(backend: str) -> None:
     leader, replica = Leader("full", backend), Replica("full", backend)
-    leader.alloc.sequence().extend(8)
+    first = leader.alloc.sequence()
+    first.extend(8)
     replica.alloc.apply(leader.alloc.take_ops())
-    replica.alloc.sequence().extend(8)
+    own = replica.alloc.sequence()
+    own.extend(8)
     replica.alloc.batch(replica.alloc.core.handles(), pad_to=4)
     assert replica.alloc.check() == []
 

@@ -167,10 +167,10 @@ def test_parked_pages_of_two_pools_tenants_are_not_counted_twice(backend: str) -
     allocators = [
         kvmem.Allocator(plain(16), backend=backend, pool=pool, max_sequences=2, max_tokens=500) for _ in range(3)
     ]
-    for alloc in allocators:
-        seq = alloc.sequence()
+    seqs = [alloc.sequence() for alloc in allocators]
+    for seq in seqs:
         seq.extend(400)
-        if alloc is not allocators[0]:
+        if seq is not seqs[0]:
             seq.free()
     stats = [alloc.stats() for alloc in allocators]
     assert sum(s.mapped_bytes for s in stats) == pool.mapped_bytes

@@ -220,8 +220,9 @@ def test_closing_an_allocator_is_safe_beside_a_working_one(backend: str) -> None
         futures = [executor.submit(busy) for _ in range(2)]
         for _ in range(40):
             other = kvmem.Allocator(plain_spec(), **options)  # type: ignore[arg-type]
-            other.sequence().extend(100)
-            del other
+            seq = other.sequence()
+            seq.extend(100)
+            del other, seq
         stop.set()
         assert all(future.result(30) > 0 for future in futures)
     assert alloc.check() == []
