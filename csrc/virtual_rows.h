@@ -352,7 +352,7 @@ class VirtualRows : public PageTable {
   i64 arenas_ = 0;
   i32 base_arena_ = 0;
   std::vector<i64> first_;                 // first arena of each group, and one past the last
-  RowArray<Row, 1> rows_;                     // those that have been needed so far: addresses cost no books
+  RowArray<Row, 1> rows_;                  // those that have been needed so far: addresses cost no books
   std::vector<i32> row_of_;                // by sequence, -1 while it holds nothing
   std::vector<i32> holder_;                // by node: the first row that holds it, or -1
   std::vector<i32> shower_;                // [node][window]: the first row that shows it, or -1
