@@ -302,6 +302,7 @@ nb::class_<Cache> bind_cache(nb::module_& m) {
       .def("tokens", &Cache::tokens, "handle"_a, "group"_a = -1)
       .def("committed", &Cache::committed, "handle"_a, "group"_a = -1)
       .def("first_token", &Cache::first_token, "handle"_a, "group"_a = -1)
+      .def("age_seconds", &Cache::age_seconds, "handle"_a)
       .def(
           "lengths",
           [](Cache& c, const Int32s& handles, i64 group, Out<i64> tokens, Out<i64> committed) {

@@ -398,10 +398,15 @@ cuda::EventPtr CudaDriver::take_event() {
     }
   }
   cuda::EventPtr event = nullptr;
-  const auto create = [&] { return api_.cuEventCreate(&event, cuda::kEventDisableTiming); };
+  const auto create = [&] {
+    const Result code = api_.cuEventCreate(&event, cuda::kEventDisableTiming);
+    if (code == cuda::kSuccess) {  // noted here: what follows may fail
+      std::lock_guard<ForkMutex> lock(event_mutex_);
+      events_[place] = event;
+    }
+    return code;
+  };
   device_.check(device_.in_context(create), "cuEventCreate");  // a place that stays empty does no harm
-  std::lock_guard<ForkMutex> lock(event_mutex_);
-  events_[place] = event;
   return event;
 }
 

@@ -6,6 +6,7 @@
 // handle is the next number whose slot is free. Of all numbers, those skipped are at most a quarter.
 #pragma once
 
+#include <ctime>
 #include <string>
 #include <vector>
 
@@ -25,6 +26,7 @@ class Sequences {
       : groups_(groups),
         next_(first),
         handles_(max_sequences, kNone),
+        opened_at_(max_sequences),
         free_(max_sequences),
         lengths_(max_sequences * groups) {
     i64 slots = 4;
@@ -69,6 +71,7 @@ class Sequences {
     const i64 place = free_[undo ? wrap(head_ + free_count_) : head_];
     if (!undo) head_ = wrap(head_ + 1);
     handles_[place] = handle;
+    if (!undo) opened_at_[place] = now_ms();
     slots_[slot_of(handle)] = {static_cast<i32>(handle), static_cast<i32>(place)};
     // Passes what is taken now, not when it is asked for: taken back, this call knows what came before it.
     while (!undo && next_ <= kLast && !is_free(next_)) ++next_;
@@ -87,6 +90,9 @@ class Sequences {
     }
     ++free_count_;
   }
+
+  // How long ago the sequence was opened, to some milliseconds.
+  double age_seconds(i64 index) const { return static_cast<double>(now_ms() - opened_at_[index]) * 1e-3; }
 
   // Per group: tokens held or reserved, how many of them are valid, and the first one still kept (windows).
   i64& tokens(i64 index, i64 group) { return lengths_[index * groups_ + group].tokens; }
@@ -123,6 +129,13 @@ class Sequences {
   // A place in the ring, of less than twice as many. Not by division, which every admission and end would make.
   i64 wrap(i64 at) const { return at < capacity() ? at : at - capacity(); }
 
+  // As the kernel last noted it: reading it costs a tenth of reading the clock itself.
+  static i64 now_ms() {
+    timespec now{};
+    clock_gettime(CLOCK_MONOTONIC_COARSE, &now);
+    return now.tv_sec * 1000 + now.tv_nsec / 1000000;
+  }
+
   // The errors, kept out of the way of what is called for every token.
   [[noreturn, gnu::cold, gnu::noinline]] static void throw_stale(i64 handle) {
     throw StaleHandle("sequence handle " + std::to_string(handle) +
@@ -146,6 +159,7 @@ class Sequences {
   i64 next_;                  // the number of the next handle
   std::vector<Slot> slots_;   // by number, modulo how many there are
   std::vector<i64> handles_;  // of the live sequence at each place
+  std::vector<i64> opened_at_;  // by place, in ms; tells people how old a sequence is, and decides nothing
   std::vector<i32> free_;     // a ring of free places, oldest at head_
   i64 head_ = 0, free_count_ = 0;
   std::vector<Lengths> lengths_;  // [place][group]: read and written together in every step

@@ -170,7 +170,6 @@ class Allocator:
         self._main = next((i for i, g in enumerate(spec.groups) if g.growth == "token"), 0)
         self._arenas: dict[tuple[int, int], torch.Tensor] = {}
         self._labels: dict[int, str] = {}  # of live sequences, and of some that were freed since the last listing
-        self._newest = 0  # the handle of the sequence that was opened last
         self._over: weakref.WeakSet[Any] = weakref.WeakSet()  # what has a `_core` of its own, which close() takes away
         self.core = _core.Cache(
             geometry=_core.Geometry(
@@ -249,7 +248,6 @@ class Allocator:
                 self.core.admit([], salted, keyed, sequence)
             else:
                 with_ids(tokens, lambda ids: self.core.admit(ids, salted, keyed, sequence))
-            self._newest = sequence._id
             if label is not None:
                 self._label(sequence._id, label)
             return sequence
@@ -262,18 +260,17 @@ class Allocator:
         forgotten. Cost: linear in them.
         """
         core = self.core
-        ids = np.array(core.handles(), np.int32)
+        # Handles count the sequences, over the negative numbers too.
+        ids = np.array(sorted(core.handles(), key=lambda handle: handle % 2**32), np.int32)
         tokens, committed = np.empty(len(ids), np.int64), np.empty(len(ids), np.int64)
         try:
             core.lengths(ids, self._main, tokens, committed)
+            ages = [core.age_seconds(handle) for handle in ids.tolist()]
         except StaleHandle:  # another thread has freed one meanwhile
             return self.sequences()
-        # Handles count the sequences, over the negative numbers too.
-        newest = max([self._newest % 2**32, *(handle % 2**32 for handle in ids.tolist())])
         self._labels = {handle: text for handle, text in self._labels.items() if core.is_live(handle)}
-        rows = zip(ids.tolist(), tokens.tolist(), committed.tolist(), strict=True)
-        found = [LiveSequence(i, n, done, newest - i % 2**32, self._labels.get(i)) for i, n, done in rows]
-        return sorted(found, key=lambda one: one.age, reverse=True)
+        rows = zip(ids.tolist(), tokens.tolist(), committed.tolist(), ages, strict=True)
+        return [LiveSequence(i, n, done, age, self._labels.get(i)) for i, n, done, age in rows]
 
     def _label(self, handle: int, text: str) -> None:
         if len(self._labels) > 2 * self.max_sequences:  # most of them were freed
@@ -307,8 +304,6 @@ class Allocator:
         handles.fill(NOBODY)
         try:
             done = self.core.admit_batch(tokens, counts, salted, keyed, handles, cached)  # type: ignore[arg-type]
-            if done > 0:
-                self._newest = int(handles[done - 1])
             return (handles, cached) if done == n else (handles[:done], cached[:done])
         except TypeError:  # ids, or counts, of another type
             ids, lengths = token_ids(tokens), None if counts is None else as_int32("counts", counts)
@@ -386,8 +381,6 @@ class Allocator:
         handles = np.full(n, NOBODY, np.int32)
         try:
             self.core.open_batch(handles)
-            if n > 0:
-                self._newest = int(handles[-1])
             return handles
         except BaseException:
             self._give_up(handles)

@@ -137,7 +137,7 @@ class LockstepRows:
             # A shorter prefix may end where a window has gone. Not truncated: what is cut off would be forgotten.
             self.alloc.free_batch(np.array([sequence.id for sequence in opened], np.int32))
             found = least
-        self._ids.extend(sequence.id for sequence in opened)
+        self._ids.extend(sequence.detach() for sequence in opened)
         self._known = ids
         if least:
             self._tokens[EVERY] = self._committed[EVERY] = least

@@ -140,7 +140,6 @@ class SchedulerCache:
         try:
             ids = [] if tokens is None else tokens
             with_ids(ids, lambda ids: self._core.begin(ids, salted, keyed, wanted, sequence))
-            self.allocator._newest = sequence.id
             self._requests[request], self._handles[request] = sequence, sequence.id
             return self._core.table(sequence.id, -1) or _NOTHING
         except BaseException as error:

@@ -27,22 +27,21 @@ NOBODY = -1
 class LiveSequence:
     """A live sequence, as ``Allocator.sequences()`` lists it.
 
-    age: about how many sequences were opened after it, by their handles, of which up to a quarter are left out; that of
-        one that was forgotten grows with every request.
+    age: seconds since it was opened, to some milliseconds.
     label: what ``Allocator.sequence(label=)`` was given; None for all others.
     """
 
     id: int
     num_tokens: int
     num_committed_tokens: int
-    age: int
+    age: float
     label: str | None
 
 
 class Sequence:
     """One request's tokens in an allocator. Made by ``Allocator.sequence()`` and ``fork()``; a context manager that
     frees it, unless its body did. One that is garbage while it is live is freed too, with a ``ResourceWarning``, as a
-    file that was left open is closed: keep the object as long as you use its ``id``.
+    file that was left open is closed: keep the object as long as you use its ``id``, or ``detach()`` it.
 
     ``num_cached_tokens``: how many tokens it started with because they were cached; committed from the start.
     A token is first *reserved* by ``extend``, which makes room and nothing else; the model then writes its KV;
@@ -187,7 +186,6 @@ class Sequence:
         child = Sequence(self._alloc, NOBODY)
         try:
             self._core.fork(self._id, child)
-            self._alloc._newest = child._id
             return child
         except BaseException:
             child._give_up()
@@ -196,6 +194,13 @@ class Sequence:
     def free(self) -> None:
         """Gives everything back; a row stays mapped (parked) for the next sequence. Twice is a ``StaleHandle``."""
         self._core.free(self._id)
+
+    def detach(self) -> int:
+        """The handle, which the caller frees from now on (``Allocator.free_batch``): this object does not, whatever
+        becomes of it. As ``detach()`` of a socket.
+        """
+        self._lent = True
+        return self._id
 
     def check_current(self) -> NoReturn:
         """``SpecError``: kernels ask this of a batch first, so it was given in the place of one."""

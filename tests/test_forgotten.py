@@ -154,3 +154,11 @@ assert seq.num_tokens == 20 and alloc.check() == []
 kept = seq  # live when the interpreter ends
 """
     )
+
+
+def test_a_detached_sequence_is_its_handles_keepers(alloc: kvmem.Allocator) -> None:
+    handle = alloc.sequence([1] * 20).detach()
+    gc.collect()
+    assert [one.id for one in alloc.sequences()] == [handle]
+    alloc.free_batch([handle])
+    assert alloc.sequences() == []

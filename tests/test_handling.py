@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import time
 from pathlib import Path
 from typing import Any
 
@@ -94,18 +95,19 @@ def test_the_list_of_what_is_live(alloc: kvmem.Allocator) -> None:
     assert alloc.sequences() == []
     first = alloc.sequence(label="first")
     first.extend(20), first.commit([1] * 17)
+    time.sleep(0.1)
     ids = alloc.open_batch(2)
     fork = first.fork()
     found = alloc.sequences()
     assert [one.id for one in found] == [first.id, *ids.tolist(), fork.id]
-    assert [one.age for one in found] == [3, 2, 1, 0]
+    ages = [one.age for one in found]
+    assert ages == sorted(ages, reverse=True) and ages[0] - ages[1] > 0.08 and ages[3] >= 0
     assert [one.label for one in found] == ["first", None, None, None]
     assert (found[0].num_tokens, found[0].num_committed_tokens) == (20, 17)
     assert (found[3].num_tokens, found[3].num_committed_tokens) == (17, 17)
     for _ in range(50):
         alloc.sequence(label="short").free()
-    ages = [one.age for one in alloc.sequences()]
-    assert ages == list(range(ages[0], ages[0] - 4, -1)) and 53 <= ages[0] <= 53 * 4 / 3, "also by those that are gone"
+    assert [one.id for one in alloc.sequences()] == [one.id for one in found]
     assert len(alloc._labels) == 1, "labels of what was freed are forgotten"
     assert first.label == "first" and fork.label is None
 
@@ -116,12 +118,6 @@ def test_labels_do_not_pile_up_without_a_listing(alloc: kvmem.Allocator) -> None
         alloc.sequence(label=str(i)).free()
         assert len(alloc._labels) <= 2 * alloc.max_sequences + 1
     assert kept.label == "kept"
-
-
-def test_ages_over_the_last_positive_handle(alloc: kvmem.Allocator) -> None:
-    live = alloc.sequence()
-    alloc._newest = -(2**31) + 4  # as an allocator has it after 2**31 sequences
-    assert alloc.sequences()[0].age == 2**31 + 4 - live.id
 
 
 # ---- texts ----
