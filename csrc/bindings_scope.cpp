@@ -39,9 +39,9 @@ std::string text_of(nb::handle self, Cache& cache, i32 handle) {
          ", committed=" + std::to_string(cache.committed(handle, -1)) + ")";
 }
 
-// Nobody has the object any more. As a file that was left open it is closed, and a warning says so; what was freed, and
-// an object that only names another's sequence, go in silence. Python calls this between any two instructions, so it
-// takes no lock but the pool's, which is waited for without Python's.
+// Nobody has the object any more, and its sequence is live: a warning says so. The sequence stays, since its number may
+// be in use: in a batch, with a scheduler. What was freed, and an object that only names another's sequence, go in
+// silence. Python calls this between any two instructions; it waits for no lock with Python's in hand.
 void end_of_object(nb::handle self) {
   const nb::object core = nb::getattr(self, "_core", nb::none());
   i32 handle = 0;
@@ -51,12 +51,12 @@ void end_of_object(nb::handle self) {
   try {
     if (!cache.is_live(handle) || nb::hasattr(self, "_lent")) return;
     text = text_of(self, cache, handle);
-    const WithoutGil free;
-    cache.free(&handle, 1);
   } catch (const Error&) {  // another thread was faster; or it is a forked child's, and the parent has it
     return;
   }
-  if (PyErr_ResourceWarning(self.ptr(), 1, "unfreed %s: nobody has it any more, so its memory was given back",
+  if (PyErr_ResourceWarning(self.ptr(), 1,
+                            "unfreed %s: nobody has the object any more, and its memory stays taken; free() it, use it "
+                            "in a with-statement, or detach() it where its id goes on",
                             text.c_str()) != 0) {
     PyErr_WriteUnraisable(self.ptr());  // a filter makes errors of warnings
   }

@@ -79,6 +79,8 @@ class Cache final : public TableState {
   // `group` -1 stands for every group that grows with the sequence's tokens.
   void open(i64 count, i32* handles);
   void extend(const i32* handles, const i32* counts, i64 n, i64 group);
+  // True if a sequence that is opened now could be extended by so many tokens. Costs as much, and changes nothing.
+  bool can_fit(i64 tokens);
   // `tokens`: the ids, one sequence's after the other's; null if they are not known.
   void commit(const i32* handles, const i32* counts, i64 n, i64 group, const i32* tokens);
   // The same for one sequence, where nothing is to be decided, waited for or given to a driver; else false, and nothing

@@ -134,6 +134,30 @@ void Cache::extend(const i32* handles, const i32* counts, i64 n, i64 group) {
   });
 }
 
+// What such a sequence would take is decided, and taken back before a driver hears of it.
+bool Cache::can_fit(i64 tokens) {
+  return mutate([&] {
+    if (sequences_.count() == sequences_.capacity()) return false;
+    for (const GroupGeometry& group : geometry_.groups) {
+      if (group.growth == Growth::token && tokens > group.max_tokens) return false;
+    }
+    settle();
+    Transaction tx(*pool_, *this);
+    try {
+      const i64 handle = sequences_.next_handle();
+      tx.push({OpKind::open, 0, handle});
+      const i64 index = sequences_.index(handle);
+      for (i64 g = 0; g < groups_; ++g) {
+        if (grows(g, -1)) set_length(index, g, tokens, tx);
+      }
+      if (tokens > 0) grow_one(index, tokens, -1, tx);
+    } catch (const OutOfMemory&) {
+      return false;
+    }
+    return true;
+  });
+}
+
 // The lengths come first: whoever looks for pages to spill then sees what is needed.
 void Cache::grow_planned(const i32* handles, const i32* counts, i64 n, i64 group) {
   std::size_t at = 0;

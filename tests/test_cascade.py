@@ -72,20 +72,6 @@ def test_short_parts_get_no_level(backend: str, seed: int) -> None:
     assert parts() == [], "by default nothing below 256 tokens"
 
 
-@every_backend
-def test_new_tokens_are_never_shared(backend: str, seed: int) -> None:
-    """A sequence that stands twice in a batch has all of itself in common, at last the new tokens too."""
-    world = make_world(kv_spec(), backend, seed)
-    seq = world.reserve(world.open(40), 30)
-    batch = world.alloc.batch([seq, seq])
-    before = batch.cascade(**EVERYTHING)
-    assert [level.kv_lens.tolist() for level in before.levels] == [[32], [38, 38]]
-    seq.commit(count=30)
-    after = batch.cascade(**EVERYTHING)
-    assert [level.kv_lens.tolist() for level in after.levels] == [[32], [38, 38]]
-    assert world.alloc.batch([seq, seq], new_tokens=[0, 0]).cascade(**EVERYTHING).saved_tokens == 0, "no queries"
-
-
 def runs_of(common: list[int]) -> list[tuple[int, int, int]]:
     """By definition: maximal runs of rows whose least common is more than what they share with those around."""
     found = set()

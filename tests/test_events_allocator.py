@@ -130,14 +130,14 @@ def test_clearing_leaves_what_is_pinned_or_in_use(make: Make) -> None:
     kept, used, rest = (tokens(seed, 3 * BLOCK) for seed in (6, 7, 8))
     run(alloc, kept).free()
     pin = alloc.pin(kept)
-    run(alloc, used)
+    user = run(alloc, used)
     run(alloc, rest).free()
     router.follow(alloc.events())
     alloc.clear_cache()
     router.follow(alloc.events())
     left = {*block_digests(alloc.spec, kept), *block_digests(alloc.spec, used)}
     assert {h for _, _, h in router.held} == left
-    pin.unpin()
+    pin.unpin(), user.free()
 
 
 def test_nothing_is_told_of_unknown_tokens_or_without_a_capacity(make: Make) -> None:

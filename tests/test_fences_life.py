@@ -24,7 +24,7 @@ def used(alloc: kvmem.Allocator, tokens: int) -> kvmem.Sequence:
     """A sequence whose tokens kernels in flight may be reading."""
     sequence = alloc.sequence()
     sequence.extend(tokens)
-    sequence.commit(tokens)
+    sequence.commit(count=tokens)
     return sequence
 
 

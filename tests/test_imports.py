@@ -24,7 +24,7 @@ LEVELS: dict[str, int] = {
     name: level
     for level, names in enumerate(
         [
-            "_core arrays batch capacity cascade closed digests errors events model_config model_families model_names ops "
+            "_core arrays batch cascade closed digests errors events model_config model_families model_names ops "
             "spec spec_component spec_rules stats units",
             "protocols",
             "backends device eviction layouts prefix streams tiers transfer",
@@ -221,19 +221,3 @@ def test_importing_kvmem_loads_nothing_but_torch_and_numpy() -> None:
         "                  'driver': not driver and 'libcuda.so' in open('/proc/self/maps').read()}))"
     )
     assert seen == {"new": ["kvmem"], "driver": False}
-
-
-def test_importing_kvmem_is_cheap_beside_torch() -> None:
-    """Pairs of fresh processes, one imports torch, the other torch and kvmem; the least of each is compared."""
-    clock = "import json, time; t0 = time.perf_counter(); import torch; t1 = time.perf_counter()\n"
-    torch_alone, extra = [], []
-    for _ in range(3):
-        torch_alone.append(float(str(run_python(clock + "print(json.dumps({'s': t1 - t0}))")["s"])))
-        after = "import kvmem; t2 = time.perf_counter(); print(json.dumps({'s': t2 - t1}))"
-        extra.append(float(str(run_python(clock + after)["s"])))
-    ratio = min(extra) / min(torch_alone)
-    summary = f"import torch {min(torch_alone):.3f} s, kvmem {min(extra):.3f} s more: {ratio:.1%}"
-    print(summary)
-    # 0.1 s where torch takes its usual 1.5 s or more; a machine that is busy stretches both.
-    assert min(extra) < 0.1 or ratio < 0.05, summary
-    assert ratio < 0.07, summary
