@@ -40,8 +40,8 @@ class LiveSequence:
 
 class Sequence:
     """One request's tokens in an allocator. Made by ``Allocator.sequence()`` and ``fork()``; a context manager that
-    frees it, unless its body did. One that is garbage while it is live gives a ``ResourceWarning``, and its memory stays
-    taken: free it, or ``detach()`` it where only its ``id`` goes on.
+    frees it, unless its body did. One that is garbage while it is live gives a ``ResourceWarning``, and its memory
+    stays taken: free it, or ``detach()`` it where only its ``id`` goes on.
 
     ``num_cached_tokens``: how many tokens it started with because they were cached; committed from the start.
     A token is first *reserved* by ``extend``, which makes room and nothing else; the model then writes its KV;
@@ -196,8 +196,8 @@ class Sequence:
         self._core.free(self._id)
 
     def detach(self) -> int:
-        """The handle, which the caller keeps and frees from now on (``Allocator.free_batch``). Of this object nothing is
-        expected any more: no warning comes when it is garbage. As ``detach()`` of a socket.
+        """The handle, which the caller keeps and frees from now on (``Allocator.free_batch``). Of this object nothing
+        is expected any more: no warning comes when it is garbage. As ``detach()`` of a socket.
         """
         self._lent = True
         return self._id

@@ -110,7 +110,7 @@ def test_it_may_come_within_any_call_and_thread(alloc: kvmem.Allocator) -> None:
             warnings.simplefilter("ignore", ResourceWarning)
             for thread in threads:
                 thread.start()
-            for _ in range(300):
+            for _ in range(60):
                 try:
                     Holder()
                 except kvmem.OutOfMemory:

@@ -149,7 +149,7 @@ def test_every_driver_call_fails_in_turn(backend: str, layout: str, name: str) -
 def test_memory_runs_out_at_every_size(backend: str, layout: str) -> None:
     """The same program with ever less memory: refused or done, what match() says of the living stays."""
     refused, most = 0, random.Random(seed_of_run()).randint(111, 120)
-    for pages in range(120, 4, -1) if LONG else (*range(most, 10, -10), 8, 6, 5):
+    for pages in range(120, 4, -1) if LONG else (*range(most, 10, -20), 8, 6, 5):
         driver = checked()
         pair = pair_on(driver, backend, layout, pages)
         for n, prompt in enumerate([*PROMPTS, *PROMPTS]):

@@ -64,6 +64,7 @@ SIGNATURES = {
     "Pin.unpin": "self",
     "Sequence.free": "self",
     "Sequence.check_current": "self",
+    "Sequence.detach": "self",
     "Sequence.kv": "self, layer",
     "Batch.group": "self, index",
     "Batch.full": "self, name",
