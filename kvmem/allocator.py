@@ -394,8 +394,10 @@ class Allocator:
         """
         try:
             self.core.extend_batch(ids, counts)  # type: ignore[arg-type]  # it looks for itself
+            return
         except TypeError:
-            self.core.extend_batch(as_int32("ids", ids), as_int32("counts", counts))
+            pass
+        self.core.extend_batch(as_int32("ids", ids), as_int32("counts", counts))
 
     def try_extend_batch(self, ids: Ints, counts: Ints) -> bool:
         """As ``extend_batch``, but False instead of ``OutOfMemory``."""
@@ -416,19 +418,23 @@ class Allocator:
                 self.core.commit_batch(ids, counts)  # type: ignore[arg-type]  # it looks for itself
             else:
                 self.core.commit_tokens_batch(ids, counts, tokens)  # type: ignore[arg-type]
+            return
         except TypeError:
-            ids, counts = as_int32("ids", ids), as_int32("counts", counts)
-            if tokens is None:
-                self.core.commit_batch(ids, counts)
-            else:
-                self.core.commit_tokens_batch(ids, counts, token_ids(tokens))
+            pass
+        ids, counts = as_int32("ids", ids), as_int32("counts", counts)
+        if tokens is None:
+            self.core.commit_batch(ids, counts)
+        else:
+            self.core.commit_tokens_batch(ids, counts, token_ids(tokens))
 
     def free_batch(self, ids: Ints) -> None:
         """Frees every sequence of ``ids``, a list or an array, or raises ``StaleHandle`` and frees none."""
         try:
             self.core.free_batch(ids)  # type: ignore[arg-type]  # it looks for itself
+            return
         except TypeError:
-            self.core.free_batch(as_int32("ids", ids))
+            pass
+        self.core.free_batch(as_int32("ids", ids))
 
     # --- metadata ---
 
@@ -478,9 +484,11 @@ class Allocator:
         try:
             try:
                 self.core.fill(ids, counts, self._main, rows, batch.buffers, batch.begin_others())  # type: ignore[arg-type]
+                done = True
             except TypeError:
-                handles = as_int32("ids", ids)
-                self.core.fill(handles, counts, self._main, rows, batch.buffers, batch.begin_others())
+                done = False
+            if not done:
+                self.core.fill(as_int32("ids", ids), counts, self._main, rows, batch.buffers, batch.begin_others())
             self._update(batch)
         except BaseException:
             batch.forget()
@@ -510,7 +518,10 @@ class Allocator:
         try:
             try:
                 self.core.step(ids, counts, tokens, rows, batch.buffers, batch.begin_others())  # type: ignore[arg-type]
+                done = True
             except TypeError:
+                done = False
+            if not done:
                 ids, counts = as_int32("ids", ids), None if counts is None else as_int32("counts", counts)
                 known = None if tokens is None else token_ids(tokens)
                 self.core.step(ids, counts, known, rows, batch.buffers, batch.begin_others())

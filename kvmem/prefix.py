@@ -68,7 +68,8 @@ def with_ids(tokens: Tokens, ask: Callable[[Any], Answer]) -> Answer:
     try:
         return ask(tokens)
     except TypeError:
-        return ask(token_ids(tokens))
+        pass  # what comes now must not show it
+    return ask(token_ids(tokens))
 
 
 def token_ids(tokens: Tokens) -> npt.NDArray[np.int32]:

@@ -115,13 +115,14 @@ class SchedulerCache:
             )
         try:
             written = self._core.grow(handle, count)  # type: ignore[arg-type]  # it looks for itself
+            return _NOTHING if written is None else written
         except OutOfMemory:
             return None
         except TypeError:  # a numpy integer, or nothing that counts
-            if count is None:
-                raise SpecError(f"count: missing; request {request!r} has begun, say how many more tokens") from None
-            return self.allocate(request, check_count("count", count))
-        return _NOTHING if written is None else written
+            pass
+        if count is None:
+            raise SpecError(f"count: missing; request {request!r} has begun, say how many more tokens")
+        return self.allocate(request, check_count("count", count))
 
     def _begin(
         self,
@@ -168,8 +169,10 @@ class SchedulerCache:
             return _NOTHING if written is None else written
         try:
             written = self._core.publish(handle, tokens)  # type: ignore[arg-type]  # it looks for itself
+            return _NOTHING if written is None else written
         except TypeError:  # ids of another type, or no ids
-            written = self._core.publish(handle, committed_ids("publish", tokens))
+            pass
+        written = self._core.publish(handle, committed_ids("publish", tokens))
         return _NOTHING if written is None else written
 
     def step(self, request: Hashable, count: int = 1, tokens: Tokens | None = None) -> TableChanges | None:
@@ -188,12 +191,13 @@ class SchedulerCache:
             raise self._stale(request) from None
         try:
             written = self._core.decode(handle, count, tokens)  # type: ignore[arg-type]  # it looks for itself
+            return _NOTHING if written is None else written
         except OutOfMemory:
             return None
         except TypeError:  # a numpy integer, ids of another type, or neither
-            ids = None if tokens is None else token_ids(tokens)
-            return self.step(request, check_count("count", count), ids)
-        return _NOTHING if written is None else written
+            pass
+        ids = None if tokens is None else token_ids(tokens)
+        return self.step(request, check_count("count", count), ids)
 
     def truncate(self, request: Hashable, num_tokens: int) -> None:
         """Keeps the first ``num_tokens`` tokens, as when draft tokens are rejected. See ``Sequence.truncate``. Its

@@ -111,8 +111,10 @@ class Sequence:
         if count is None and group is None:
             try:
                 self._core.publish(self._id, tokens)  # type: ignore[arg-type]  # it looks for itself
+                return
             except TypeError:  # ids of another type, or none
-                self._core.commit_tokens(self._id, committed_ids("commit", tokens))
+                pass
+            self._core.commit_tokens(self._id, committed_ids("commit", tokens))
         else:
             counted = committed_count("commit", tokens, count)
             self._core.commit(self._id, counted, -1 if group is None else check_count("group", group))

@@ -215,3 +215,25 @@ def test_a_schedulers_batched_calls_take_lists(alloc: kvmem.Allocator) -> None:
     ):  # fmt: skip
         with pytest.raises(SpecError, match="(handles|counts): got"):
             call()
+
+
+def test_a_refusal_does_not_show_what_was_tried_before(alloc: kvmem.Allocator) -> None:
+    """Lists and other integers are taken by a second call: its error stands alone, for whoever reads the traceback."""
+    seq, cache = alloc.sequence(), SchedulerCache(alloc)
+    cache.allocate("a", 4)
+    batch = alloc.make_batch(max_sequences=2, max_new_tokens=4)
+    for call in (
+        lambda: seq.commit(3),
+        lambda: alloc.free_batch([seq.id + 50]),
+        lambda: alloc.extend_batch([seq.id + 50], [1]),
+        lambda: alloc.commit_batch([seq.id], [7]),
+        lambda: alloc.fill([seq.id + 50], batch),
+        lambda: alloc.step([seq.id + 50], batch),
+        lambda: alloc.match("no ids"),
+        lambda: cache.publish("a", 3),
+        lambda: cache.step("a", tokens="no ids"),
+    ):
+        with pytest.raises(kvmem.KVMemError) as refused:
+            call()
+        assert refused.value.__context__ is None or refused.value.__suppress_context__, refused.value
+    seq.free(), cache.free("a")
