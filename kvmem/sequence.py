@@ -204,10 +204,6 @@ class Sequence:
         self._lent = True
         return self._id
 
-    def check_current(self) -> NoReturn:
-        """``SpecError``: kernels ask this of a batch first, so it was given in the place of one."""
-        raise SpecError(f"batch: got {self!r}; kernels take the batch of a step: alloc.batch([seq])")
-
     def kv(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of the tokens held, ``[num_tokens, heads, width]``; see ``Allocator.sequence_tensor``."""
         return self._alloc.sequence_tensor(self, layer, "k"), self._alloc.sequence_tensor(self, layer, "v")

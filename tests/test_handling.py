@@ -170,6 +170,14 @@ def test_a_sequence_in_the_place_of_a_batch(alloc: kvmem.Allocator) -> None:
     ):
         with pytest.raises(SpecError, match=r"batch: got Sequence\(id=.*alloc.batch\(\[seq\]\)"):
             call()
+    with pytest.raises(SpecError, match=r"^batch: got \[Sequence\(id="):
+        sdpa(q, alloc.kv(0), [seq])  # type: ignore[arg-type]
+    batch = alloc.batch([seq], new_tokens=[3])
+    for given in (seq.kv(0), alloc.kv(0)[0], [alloc]):
+        with pytest.raises(SpecError, match=r"^cache: got \[.*must be alloc.kv\(layer\)"):
+            sdpa(q, given, batch)  # type: ignore[arg-type]
+        with pytest.raises(SpecError, match=r"^cache: got \["):
+            write_kv(given, batch, q, q)  # type: ignore[arg-type]
 
 
 # ---- requests ----

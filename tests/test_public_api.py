@@ -63,7 +63,6 @@ SIGNATURES = {
     "Sequence.snapshot": "self",
     "Pin.unpin": "self",
     "Sequence.free": "self",
-    "Sequence.check_current": "self",
     "Sequence.detach": "self",
     "Sequence.kv": "self, layer",
     "Batch.group": "self, index",

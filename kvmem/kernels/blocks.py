@@ -34,7 +34,7 @@ import torch
 from kvmem.allocator import Allocator
 from kvmem.batch import GroupBatch
 from kvmem.errors import SpecError
-from kvmem.kernels.rules import plain
+from kvmem.kernels.rules import check_batch, plain
 from kvmem.sequence import Sequence
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def batch_slots(batch: GroupBatch) -> torch.Tensor:
     New for each fill, the same for all layers of the group. With it, ``gather_tokens`` gives K as attention over packed
     sequences takes it. Tokens that a window has dropped, and padding rows, read block 0, which is zero. No waiting.
     """
-    batch.check_current()
+    check_batch(batch)
     total, device = int(batch.cu_seqlens_k_cpu[-1]), batch.block_table.device
     row = torch.repeat_interleave(
         torch.arange(batch.num_rows, device=device), batch.seq_lens.long(), output_size=total

@@ -15,7 +15,7 @@ from kvmem.batch import GroupBatch
 from kvmem.cascade import Cascade, CascadeLevel
 from kvmem.errors import SpecError
 from kvmem.kernels.merge import merge_levels
-from kvmem.kernels.rules import as_bytes, flat_tokens, plain
+from kvmem.kernels.rules import as_bytes, check_all_blocks, check_batch, flat_tokens, plain
 
 __all__ = ["cascade_attention", "level_attention", "oracle", "sdpa", "sdpa_lse"]
 
@@ -43,6 +43,7 @@ def oracle(
 
     Arguments as for ``sdpa``. Scores of all queries and keys of a sequence exist at once.
     """
+    check_all_blocks(cache)
     out = torch.zeros(*q.shape[:2], cache[1].shape[-1], dtype=dtype, device=q.device)
     lse = torch.full(q.shape[:2], -torch.inf, dtype=dtype, device=q.device)
     for part in _parts(q, batch, queries or batch, causal, window_tokens):
@@ -71,6 +72,7 @@ def sdpa(
 
     Virtual backend: K and V are views. Paged: they are gathered first, a copy of each sequence's tokens.
     """
+    check_all_blocks(cache)
     out = torch.zeros(*q.shape[:2], cache[1].shape[-1], dtype=q.dtype, device=q.device)
     for part in _parts(q, batch, queries or batch, causal, window_tokens):
         k, v = (_tokens(c, batch, part).to(q.dtype).transpose(0, 1).unsqueeze(0) for c in cache)
@@ -152,7 +154,7 @@ def level_attention(
 def _parts(
     q: torch.Tensor, batch: GroupBatch, queries: GroupBatch, causal: bool, window_tokens: int | None
 ) -> Iterator[_Part]:
-    batch.check_current()
+    check_batch(batch)
     starts = queries.cu_seqlens_q_cpu.tolist()
     if q.ndim != 3 or q.shape[0] != starts[-1]:
         raise SpecError(

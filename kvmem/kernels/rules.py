@@ -123,14 +123,33 @@ def rows_of(batch: GroupBatch, why: str) -> tuple[torch.Tensor, torch.Tensor]:
     return batch.rows, batch.row_starts
 
 
+def check_batch(batch: object) -> None:
+    """``SpecError`` for what is no batch, ``StaleHandle`` for one whose sequences are not what they were."""
+    if not isinstance(batch, GroupBatch):
+        raise SpecError(f"batch: got {batch!r:.200}; kernels take the batch of a step: alloc.batch([seq])")
+    batch.check_current()
+
+
+def check_all_blocks(cache: object) -> None:
+    """``SpecError`` for what is not K and V of all blocks, ``[num_blocks, block_size, heads, width]`` each."""
+    parts = cache if isinstance(cache, (tuple, list)) else [cache]
+    if len(parts) == 2 and all(isinstance(part, torch.Tensor) and part.ndim == 4 for part in parts):
+        return
+    got = [tuple(part.shape) if isinstance(part, torch.Tensor) else type(part).__name__ for part in parts]
+    raise SpecError(
+        f"cache: got {got}; must be alloc.kv(layer), K and V of all blocks; seq.kv(layer) is for attention without a "
+        "batch"
+    )
+
+
 def window_left(batch: GroupBatch | Cascade, window_tokens: int | None, causal: bool) -> int:
     """How many tokens before its own a query sees: ``window_tokens - 1``, or -1 for all of them.
 
     ``SpecError`` if the batch has dropped tokens and no window is given: the kernel would read what is not there;
     ``StaleHandle`` if the batch is no longer current.
     """
-    if isinstance(batch, GroupBatch):
-        batch.check_current()
+    if not isinstance(batch, Cascade):
+        check_batch(batch)
     if window_tokens is None:
         if batch.drops_tokens:
             raise SpecError("window_tokens: got None, but a window has dropped tokens of this batch; give the group's")

@@ -6,7 +6,7 @@ import torch
 
 from kvmem.batch import GroupBatch
 from kvmem.errors import SpecError
-from kvmem.kernels.rules import all_tokens, as_bytes
+from kvmem.kernels.rules import all_tokens, as_bytes, check_all_blocks, check_batch
 from kvmem.views import plain
 
 __all__ = ["to_cache_dtype", "write_component", "write_kv"]
@@ -25,13 +25,14 @@ def write_kv(
     graph stays valid while sequences grow; padding rows write to the write-trash block. ``StaleHandle``, and nothing is
     written, where the batch's sequences are not what they were: ``GroupBatch.check_current``.
     """
+    check_all_blocks(cache)
     write_component(cache[0], batch, k, scale=k_scale)
     write_component(cache[1], batch, v, scale=v_scale)
 
 
 def write_component(blocks: torch.Tensor, batch: GroupBatch, values: torch.Tensor, *, scale: Scale = 1.0) -> None:
     """As ``write_kv``, for one tensor ``Allocator.tensor(layer, name)``; values: ``[T, heads, width]``."""
-    batch.check_current()
+    check_batch(batch)
     blocks = plain(blocks)
     expected = (batch.num_new_tokens, *blocks.shape[2:])
     if tuple(values.shape) != expected:
