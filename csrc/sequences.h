@@ -156,11 +156,11 @@ class Sequences {
   }
 
   const i64 groups_;
-  i64 next_;                  // the number of the next handle
-  std::vector<Slot> slots_;   // by number, modulo how many there are
-  std::vector<i64> handles_;  // of the live sequence at each place
+  i64 next_;                    // the number of the next handle
+  std::vector<Slot> slots_;     // by number, modulo how many there are
+  std::vector<i64> handles_;    // of the live sequence at each place
   std::vector<i64> opened_at_;  // by place, in ms; tells people how old a sequence is, and decides nothing
-  std::vector<i32> free_;     // a ring of free places, oldest at head_
+  std::vector<i32> free_;       // a ring of free places, oldest at head_
   i64 head_ = 0, free_count_ = 0;
   std::vector<Lengths> lengths_;  // [place][group]: read and written together in every step
 };

@@ -1,5 +1,5 @@
-# make floor, make callgrind: the two programs beside `python -m kvmem.bench step`, and their instruction counts.
-# make mapping: the one beside `python -m kvmem.bench mapping`.
+#make floor, make callgrind : the two programs beside `python - m kvmem.bench step`, and their instruction counts.
+#make mapping : the one beside `python - m kvmem.bench mapping`.
 
 BENCH := build/bench
 BENCH_FLAGS := -O3 -g -DNDEBUG -std=c++17 -Wall -Wextra -fno-strict-aliasing -pthread -Icsrc -flto=auto
