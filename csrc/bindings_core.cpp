@@ -302,6 +302,7 @@ nb::class_<Cache> bind_cache(nb::module_& m) {
       .def("tokens", &Cache::tokens, "handle"_a, "group"_a = -1)
       .def("committed", &Cache::committed, "handle"_a, "group"_a = -1)
       .def("first_token", &Cache::first_token, "handle"_a, "group"_a = -1)
+      .def("close", &Cache::close, Free())
       .def("can_fit", &Cache::can_fit, "tokens"_a, Free())
       .def("age_seconds", &Cache::age_seconds, "handle"_a)
       .def(

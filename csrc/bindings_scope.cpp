@@ -1,6 +1,7 @@
 // What `with` and the end of a Python object do to a sequence, as one call each: a signal handler that raises comes
 // before it, or after.
 
+#include <optional>
 #include <string>
 
 #include "bindings.h"
@@ -39,28 +40,38 @@ std::string text_of(nb::handle self, Cache& cache, i32 handle) {
          ", committed=" + std::to_string(cache.committed(handle, -1)) + ")";
 }
 
-// Nobody has the object any more, and its sequence is live: a warning says so. The sequence stays, since its number may
-// be in use: in a batch, with a scheduler. What was freed, and an object that only names another's sequence, go in
-// silence. Python calls this between any two instructions; it waits for no lock with Python's in hand.
-void end_of_object(nb::handle self) {
-  const nb::object core = nb::getattr(self, "_core", nb::none());
-  i32 handle = 0;
-  if (!nb::isinstance<Cache>(core) || !nb::try_cast(nb::getattr(self, "_id", nb::none()), handle, false)) return;
-  auto& cache = nb::cast<Cache&>(core);
-  std::string text;
+// What is to be said of the object's sequence: nothing where it was freed, where the object only names another's, or
+// where it is a forked child's, whose parent has it.
+std::optional<std::string> forgotten(nb::handle self) {
   try {
-    if (!cache.is_live(handle) || nb::hasattr(self, "_lent")) return;
-    text = text_of(self, cache, handle);
-  } catch (const Error&) {  // another thread was faster; or it is a forked child's, and the parent has it
-    return;
+    const nb::object core = nb::getattr(self, "_core", nb::none());
+    i32 handle = 0;
+    if (!nb::isinstance<Cache>(core) || !nb::try_cast(nb::getattr(self, "_id", nb::none()), handle, false)) return {};
+    auto& cache = nb::cast<Cache&>(core);
+    if (!cache.is_live(handle) || nb::hasattr(self, "_lent")) return {};
+    return text_of(self, cache, handle);
+  } catch (const Error&) {  // another thread was faster
+  } catch (const nb::python_error&) {
   }
-  if (PyErr_ResourceWarning(self.ptr(), 1,
-                            "unfreed %s: nobody has the object any more, and its memory stays taken; free() it, use it "
-                            "in a with-statement, or detach() it where its id goes on",
-                            text.c_str()) != 0) {
-    PyErr_WriteUnraisable(self.ptr());  // a filter makes errors of warnings
-  }
+  return {};
 }
+
+// Nobody has the object any more, and its sequence is live: a warning says so. The sequence stays, since its number may
+// be in use: in a batch, with a scheduler. Python calls this between any two instructions. Not by way of nanobind: a
+// daemon thread may be ended by Python, at exit, in the middle of what the warning runs, and nanobind catches that.
+PyObject* end_of_object(PyObject*, PyObject* self) {
+  const std::optional<std::string> text = forgotten(self);
+  if (text && PyErr_ResourceWarning(
+                  self, 1,
+                  "unfreed %s: nobody has the object any more, and its memory stays taken; free() it, use it in a "
+                  "with-statement, or detach() it where its id goes on",
+                  text->c_str()) != 0) {
+    PyErr_WriteUnraisable(self);  // a filter makes errors of warnings
+  }
+  Py_RETURN_NONE;
+}
+
+PyMethodDef end_method = {"__del__", end_of_object, METH_O, nullptr};
 
 }  // namespace
 
@@ -70,8 +81,8 @@ void bind_scope(nb::module_& m) {
       .def(
           "__enter__", [](nb::handle self) { return nb::borrow(self); }, nb::sig("def __enter__(self) -> object"))
       .def("__exit__", &leave_scope, nb::arg().none(), nb::arg().none(), nb::arg().none(),
-           nb::sig("def __exit__(self, kind: object, error: object, at: object, /) -> None"))
-      .def("__del__", &end_of_object, nb::sig("def __del__(self) -> None"));
+           nb::sig("def __exit__(self, kind: object, error: object, at: object, /) -> None"));
+  m.attr("_end_of_object") = nb::steal(PyInstanceMethod_New(nb::steal(PyCFunction_New(&end_method, nullptr)).ptr()));
 }
 
 }  // namespace kvmem

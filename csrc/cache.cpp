@@ -367,6 +367,11 @@ bool Cache::is_live(i64 handle) {
   return sequences_.is_live(handle);
 }
 
+void Cache::close() {
+  const Lock lock = enter();
+  sequences_.close();
+}
+
 double Cache::age_seconds(i64 handle) {
   Lock lock = enter(true);
   return sequences_.age_seconds(sequences_.index(handle));

@@ -151,6 +151,7 @@ class Cache final : public TableState {
   bool is_live(i64 handle);
   std::vector<i64> handles();  // of the live sequences, by place
   double age_seconds(i64 handle);
+  void close();  // no sequence is opened from now on
 
   // Writes the metadata of these sequences for each of `groups` (no group twice), then padding rows up to `rows`.
   // `new_tokens` null: what is reserved but not committed. SpecError when a buffer is too small; nothing is promised

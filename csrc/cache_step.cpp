@@ -150,7 +150,7 @@ bool Cache::can_fit(i64 tokens) {
       for (i64 g = 0; g < groups_; ++g) {
         if (grows(g, -1)) set_length(index, g, tokens, tx);
       }
-      if (tokens > 0) grow_one(index, tokens, -1, tx);
+      if (tokens > 0 || has_state_) grow_one(index, tokens, -1, tx);  // a state needs room before the first token
     } catch (const OutOfMemory&) {
       return false;
     }

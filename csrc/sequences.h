@@ -58,6 +58,9 @@ class Sequences {
   // The place of a handle that is live, or was until the call in progress.
   i64 place_of(i64 handle) const { return slots_[slot_of(handle)].place; }
 
+  // No sequence is opened any more.
+  void close() { next_ = kLast + 1, closed_ = true; }
+
   // The handle the next sequence gets. OutOfMemory when all places are taken; SpecError when all handles have been.
   i64 next_handle() const {
     if (free_count_ == 0 || next_ > kLast) refuse_more();
@@ -71,7 +74,7 @@ class Sequences {
     const i64 place = free_[undo ? wrap(head_ + free_count_) : head_];
     if (!undo) head_ = wrap(head_ + 1);
     handles_[place] = handle;
-    if (!undo) opened_at_[place] = now_ms();
+    if (!undo) opened_at_[place] = now_ns();
     slots_[slot_of(handle)] = {static_cast<i32>(handle), static_cast<i32>(place)};
     // Passes what is taken now, not when it is asked for: taken back, this call knows what came before it.
     while (!undo && next_ <= kLast && !is_free(next_)) ++next_;
@@ -92,7 +95,7 @@ class Sequences {
   }
 
   // How long ago the sequence was opened, to some milliseconds.
-  double age_seconds(i64 index) const { return static_cast<double>(now_ms() - opened_at_[index]) * 1e-3; }
+  double age_seconds(i64 index) const { return static_cast<double>(now_ns() - opened_at_[index]) * 1e-9; }
 
   // Per group: tokens held or reserved, how many of them are valid, and the first one still kept (windows).
   i64& tokens(i64 index, i64 group) { return lengths_[index * groups_ + group].tokens; }
@@ -130,10 +133,10 @@ class Sequences {
   i64 wrap(i64 at) const { return at < capacity() ? at : at - capacity(); }
 
   // As the kernel last noted it: reading it costs a tenth of reading the clock itself.
-  static i64 now_ms() {
+  static i64 now_ns() {
     timespec now{};
     clock_gettime(CLOCK_MONOTONIC_COARSE, &now);
-    return now.tv_sec * 1000 + now.tv_nsec / 1000000;
+    return now.tv_sec * 1'000'000'000 + now.tv_nsec;
   }
 
   // The errors, kept out of the way of what is called for every token.
@@ -142,6 +145,7 @@ class Sequences {
                       " is not live: it was freed, or this allocator never gave it out");
   }
   [[noreturn, gnu::cold, gnu::noinline]] void refuse_more() const {
+    if (closed_) throw StaleHandle("this allocator is closed");
     if (free_count_ == 0) {
       throw OutOfMemory("asked for one more sequence; all " + std::to_string(capacity()) +
                         " are in use: free one, or raise max_sequences");
@@ -156,10 +160,11 @@ class Sequences {
   }
 
   const i64 groups_;
-  i64 next_;                    // the number of the next handle
-  std::vector<Slot> slots_;     // by number, modulo how many there are
-  std::vector<i64> handles_;    // of the live sequence at each place
-  std::vector<i64> opened_at_;  // by place, in ms; tells people how old a sequence is, and decides nothing
+  i64 next_;                  // the number of the next handle
+  std::vector<Slot> slots_;   // by number, modulo how many there are
+  std::vector<i64> handles_;  // of the live sequence at each place
+  bool closed_ = false;
+  std::vector<i64> opened_at_;  // by place, in ns; tells people how old a sequence is, and decides nothing
   std::vector<i32> free_;       // a ring of free places, oldest at head_
   i64 head_ = 0, free_count_ = 0;
   std::vector<Lengths> lengths_;  // [place][group]: read and written together in every step

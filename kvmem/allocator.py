@@ -137,6 +137,7 @@ class Allocator:
         self.spec, self.backend = spec, backend
         self.max_sequences = check_most("max_sequences", check_size("max_sequences", max_sequences), MAX_SEQUENCES)
         self.max_tokens = check_most("max_tokens", check_size("max_tokens", max_tokens), INT32_MAX)
+        self._shares_pool = pool is not None
         self._recording = check_bool("record_ops", record_ops)
         self._debug = in_debug_mode() if debug is None else check_bool("debug", debug)
         self.pool = pool_for(
@@ -184,7 +185,7 @@ class Allocator:
             pool=self.pool.core,
             paged=BACKENDS[backend].paged,
             limit_pages=PagePool.pages("memory", limit, self.pool.page_bytes),
-            owns_pool=pool is None,
+            owns_pool=not self._shares_pool,
             prefix=_core.PrefixOptions(
                 on=check_bool("prefix_cache", prefix_cache),
                 partial=check_bool("partial_reuse", partial_reuse),
@@ -267,14 +268,19 @@ class Allocator:
             ages = [core.age_seconds(handle) for handle in ids.tolist()]
         except StaleHandle:  # another thread has freed one meanwhile
             return self.sequences()
-        self._labels = {handle: text for handle, text in self._labels.items() if core.is_live(handle)}
+        self._forget_labels()
         rows = zip(ids.tolist(), tokens.tolist(), committed.tolist(), ages, strict=True)
         return [LiveSequence(i, n, done, age, self._labels.get(i)) for i, n, done, age in rows]
 
     def _label(self, handle: int, text: str) -> None:
         if len(self._labels) > 2 * self.max_sequences:  # most of them were freed
-            self._labels = {each: label for each, label in self._labels.items() if self.core.is_live(each)}
+            self._forget_labels()
         self._labels[handle] = text
+
+    def _forget_labels(self) -> None:
+        for handle in list(self._labels):  # other threads add to it meanwhile
+            if not self.core.is_live(handle):
+                self._labels.pop(handle, None)
 
     def admit_batch(
         self,
@@ -479,6 +485,7 @@ class Allocator:
         """Refills ``batch`` in place for the sequences ``ids``, a list or an array; arguments as for ``batch``."""
         counts = None if new_tokens is None else as_int32("new_tokens", new_tokens)
         rows = -1 if pad_to is None else at_least_zero("pad_to", pad_to)
+        _check_batch(batch)
         self.pool.streams.follow()
         batch.begin()
         try:
@@ -513,6 +520,7 @@ class Allocator:
         uploaded, see ``table_deltas``.
         """
         rows = -1 if pad_to is None else at_least_zero("pad_to", pad_to)
+        _check_batch(batch)
         self.pool.streams.follow()
         batch.begin()
         try:
@@ -683,12 +691,15 @@ class Allocator:
 
     def set_memory(self, memory: int | float | str) -> None:
         """Grows or shrinks what this allocator may map, and the budget of a pool of its own; parked pages go first.
+        ``memory``: as when it was made.
 
         ``OutOfMemory``, and nothing changed, when live sequences hold more than that; ``compact()`` may help. What is
         parked goes in pieces, as by ``trim()``, unless pins keep some of it: then all at once, or not at all. Growing
         what creates its pages ahead (CUDA) is one piece too. Threads that take memory meanwhile may get it refused;
         then parked pages are gone.
         """
+        if self._shares_pool and (memory == "auto" or is_fraction("memory", memory)):
+            memory = self._limit_bytes(memory, self.pool)
         self.core.set_memory(self.pool.parse_pages(memory))
 
     def trim(self, bytes: int | str | None = None) -> int:
@@ -765,13 +776,13 @@ class Allocator:
         if self.closed:
             return
         core = self.core
+        core.close()  # a thread that has it in hand opens no more
         _free_all(core)
         self.core, self.pool = cast(_core.Cache, Closed()), cast(PagePool, Closed())
         for one in self._over:
             one._core = self.core
         self._arenas.clear()
         self._labels.clear()
-        _free_all(core)  # what other threads opened meanwhile
 
     @property
     def closed(self) -> bool:
@@ -831,6 +842,11 @@ class Allocator:
         # Nothing that asks the core: it answers with a DeviceError in a forked child, and repr() must not raise.
         sizes = f"max_sequences={self.max_sequences}, max_tokens={self.max_tokens}"
         return f"Allocator(backend={self.backend!r}, device={str(self.device)!r}, {sizes}{', closed' * self.closed})"
+
+
+def _check_batch(batch: object) -> None:
+    if not isinstance(batch, Batch):
+        raise SpecError(f"batch: got {batch!r:.200}; must be a batch to refill: alloc.batch(...) or make_batch(...)")
 
 
 def _free_all(core: _core.Cache) -> None:

@@ -90,6 +90,8 @@ class LockstepRows:
         self._has_windows = any(g.window_tokens is not None for g in alloc.spec.groups)
         #: Whether what is read must be dense, for a model that reshapes it without a copy.
         self.dense = False
+        #: Ids that stand for images and the like, by the config's name for them.
+        self.placeholders: dict[str, int] = {}
         #: How many tokens each layer has written. Kept here, so that what removes tokens removes them for all layers.
         self.written: dict[LayerKey, int] = {}
         self._layers: dict[int, list[LayerKey]] = {}  # by the tokens that they write
@@ -191,7 +193,7 @@ class LockstepRows:
 
     def take_back(self, group: int, num_tokens: int) -> None:
         """Undoes an ``extend`` whose tokens no layer has written. Room in a group that is fixed after prefill stays."""
-        if not any(self.written.values()):
+        if not any(self.written.values()) and self._known is None:
             self.free()
         elif group == EVERY and self.num_tokens() > num_tokens:
             self._cut(num_tokens)
@@ -296,7 +298,7 @@ class LockstepRows:
         self.check_complete()
         copy = LockstepRows(self.alloc, self.max_rows)
         copy._ids.extend(self._fork(self._ids))
-        copy.recording, copy.dense = self.recording, self.dense
+        copy.recording, copy.dense, copy.placeholders = self.recording, self.dense, self.placeholders
         copy._known = self._known
         copy.written.update(self.written)
         copy._tokens.update(self._tokens)
@@ -331,6 +333,8 @@ class LockstepRows:
 
     def free(self) -> None:
         """Frees the sequences: no layer holds anything, and the next ``extend`` opens new ones."""
+        if self.alloc.closed:  # which has freed them
+            self._ids.clear()
         _free(self.alloc, self._ids)
         self.written.update(dict.fromkeys(self.written, 0))
         self._tokens.clear()

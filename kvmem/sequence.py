@@ -223,7 +223,7 @@ class Sequence:
     else:
         __enter__ = _core.Scope.__enter__
         __exit__ = _core.Scope.__exit__
-        __del__ = _core.Scope.__del__
+        __del__ = _core._end_of_object
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise SpecError(

@@ -76,8 +76,8 @@ class Stats:
         shown = format_bytes
         parts = [
             f"{self.num_sequences} of {self.max_sequences} sequences",
-            f"memory: {shown(self.mapped_bytes)} mapped by this allocator, of a budget of {shown(self.budget_bytes)}; "
-            f"{shown(self.free_bytes)} free",
+            f"memory: {shown(self.held_bytes)} held by them, {shown(self.mapped_bytes)} mapped, of a budget of "
+            f"{shown(self.budget_bytes)}",
             f"mapped: {shown(self.used_bytes)} used by tokens ({shown(self.shared_bytes)} of it shared), "
             f"{shown(self.parked_bytes)} parked, {shown(self.wasted_bytes)} wasted, "
             f"{shown(self.cached_beside_bytes)} cached beside",

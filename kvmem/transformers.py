@@ -94,6 +94,7 @@ class KVMemCache(Cache):  # type: ignore[misc]
         attention_mask: torch.Tensor | None = None,
         *,
         salt: str | bytes | None = None,
+        **others: Any,
     ) -> int:
         """How many tokens each row starts with, found from earlier prompts; ``generate()`` computes what comes after.
 
@@ -101,9 +102,20 @@ class KVMemCache(Cache):  # type: ignore[misc]
         It keeps the prompt's ids, so a later ``begin()`` finds the blocks that it computes, not those of what is
         generated. All rows start with the same number, at least one token is left, and padding is on the left: rows
         that are padded share with rows padded as much. For beams and returned sequences repeat the rows of both first.
-        salt: only calls with the same one share. ``SpecError`` or ``OutOfMemory``, and the cache is as it was.
+        salt: only calls with the same one share; name in it what else the KV depends on, such as an active LoRA.
+        ``SpecError`` or ``OutOfMemory``, and the cache is as it was. So it is for images and other inputs: their
+        placeholders have the same ids for any of them, and ``generate()`` wants all of these at once.
         """
-        return self._rows.begin(*read_prompt(input_ids, attention_mask), salt)
+        if given := [name for name, value in others.items() if value is not None]:
+            raise SpecError(f"{', '.join(given)}: begin() knows prompts by their ids alone; call generate() without it")
+        ids, padding = read_prompt(input_ids, attention_mask)
+        for name, placeholder in self._rows.placeholders.items():
+            if (ids == placeholder).any():
+                raise SpecError(
+                    f"input_ids: have {placeholder}, the {name}, whose KV depends on more than the ids; call "
+                    "generate() without begin()"
+                )
+        return self._rows.begin(ids, padding, salt)
 
     def reset(self) -> None:
         """Frees the tokens; the memory stays mapped for the next ones."""
@@ -112,7 +124,8 @@ class KVMemCache(Cache):  # type: ignore[misc]
     def close(self) -> None:
         """``reset()``, and parked memory goes back to the system. The cache may be used again."""
         self.reset()
-        self._rows.alloc.trim()
+        if not self._rows.alloc.closed:
+            self._rows.alloc.trim()
 
     def reorder_cache(self, beam_idx: torch.Tensor | List[int]) -> None:
         """Row i goes on from what row ``beam_idx[i]`` is now, in shared memory. ``OutOfMemory`` changes nothing.
@@ -263,7 +276,8 @@ class KVMemEncoderDecoderCache(EncoderDecoderCache):  # type: ignore[misc]
     def close(self) -> None:
         """``reset()``, and parked memory goes back to the system. The cache may be used again."""
         self.reset()
-        self._rows.alloc.trim()
+        if not self._rows.alloc.closed:
+            self._rows.alloc.trim()
 
     # The two caches have their rows in common, so what moves rows is done once.
     def reorder_cache(self, beam_idx: torch.Tensor | List[int]) -> None:

@@ -59,7 +59,14 @@ def open_rows(
     alloc = Allocator(spec, max_sequences=2 * max_batch, max_tokens=max_tokens, device=device, **options)
     rows = LockstepRows(alloc, max_batch)
     rows.dense = getattr(config, "model_type", None) in _DENSE
+    rows.placeholders = _placeholders(config)
     return rows
+
+
+def _placeholders(config: PreTrainedConfig) -> dict[str, int]:
+    names = [f"{kind}_token_{word}" for kind in ("image", "video", "audio") for word in ("id", "index")]
+    found = {name: getattr(config, name, None) for name in names}
+    return {name: value for name, value in found.items() if isinstance(value, int)}
 
 
 def _as_stored(config: PreTrainedConfig) -> PreTrainedConfig | Mapping[str, Any]:
@@ -112,6 +119,8 @@ def read_prompt(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) ->
     right = isinstance(input_ids, torch.Tensor) and input_ids.ndim == 2 and input_ids.shape[1] > 0
     if not right or input_ids.is_floating_point():
         raise SpecError(f"input_ids: got {_shape_of(input_ids)}; must be ids [B, tokens] of 1 token or more")
+    if input_ids.dtype == torch.bool:
+        raise SpecError("input_ids: got bools; must be ids")
     if input_ids.numel() and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < 2**31:
         raise SpecError(f"input_ids: got {int(input_ids.min())} to {int(input_ids.max())}; ids are 0 to 2**31 - 1")
     ids = input_ids.cpu().numpy().astype(np.int32)

@@ -116,7 +116,7 @@ def test_what_is_said_to_fit_does(name: str, backend: str, rng: random.Random) -
         for _ in range(30):
             traffic.step()
             most = alloc.free_tokens()
-            n = min(MOST + 1, max(1, rng.choice([1, 8, rng.randrange(1, MOST), most, most * 9 // 10, most // 2])))
+            n = min(MOST + 1, max(0, rng.choice([0, 1, 8, rng.randrange(1, MOST), most, most * 9 // 10, most // 2])))
             before, counted, said = alloc.core.digest(), alloc.stats(), alloc.can_fit(n)
             assert (alloc.core.digest(), alloc.stats()) == (before, counted), "a question has changed something"
             did = n <= MOST and really_fits(alloc, n)

@@ -191,3 +191,13 @@ def test_beginning_after_the_end(backend: str) -> None:
         SchedulerCache(alloc).allocate("a", 1)
     with pytest.raises(SpecError, match="label"):
         make_allocator(plain(16), backend).sequence(label=3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("backend", ["virtual", "paged"])
+def test_a_thread_that_has_the_core_in_hand_opens_no_more(backend: str) -> None:
+    alloc = make_allocator(plain(16), backend, page_bytes=4096)
+    core = alloc.core
+    alloc.close()
+    with pytest.raises(StaleHandle, match="this allocator is closed"):
+        core.open_batch(np.empty(1, np.int32))
+    assert core.handles() == []

@@ -128,3 +128,37 @@ def test_what_cannot_begin_is_refused_and_changes_nothing() -> None:
     with pytest.raises(kvmem.SpecError, match="reset"):
         cache.begin(ids)
     assert_same(generate(model, inputs, cache), generate(model, inputs, dynamic_cache(model)))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_ids_do_not_say_is_refused(backend: str) -> None:
+    """Images have the same ids, whatever they show."""
+    model, inputs = model_of("llama"), prompts(rows=1, length=20)
+    cache = open_cache(model, backend)
+    with pytest.raises(kvmem.SpecError, match="^pixel_values: begin\\(\\) knows prompts by their ids alone"):
+        cache.begin(**inputs, pixel_values=torch.zeros(1, 3, 8, 8))
+    with pytest.raises(kvmem.SpecError, match="^input_ids: got bools"):
+        cache.begin(inputs["input_ids"] > 3)
+    model.config.image_token_id = int(inputs["input_ids"][0, 7])
+    try:
+        with pytest.raises(kvmem.SpecError, match="the image_token_id, whose KV depends on more than the ids"):
+            open_cache(model, backend).begin(**inputs)
+    finally:
+        del model.config.image_token_id
+    assert cache.begin(**inputs) == 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_first_step_without_memory_forgets_no_ids(backend: str) -> None:
+    model, inputs = model_of("llama"), prompts(rows=1, length=45)
+    cache = open_cache(model, backend)
+    assert cache.begin(**inputs) == 0
+    budget = cache.allocator.stats().budget_bytes
+    cache.allocator.set_memory(cache.allocator.pool.page_bytes * 2)
+    with torch.no_grad():
+        with pytest.raises(kvmem.OutOfMemory):
+            model(**inputs, past_key_values=cache)
+        cache.allocator.set_memory(budget)
+        model(**inputs, past_key_values=cache)
+    cache.reset()
+    assert cache.begin(**inputs) >= 32

@@ -18,16 +18,19 @@ def installed(package: str) -> tuple[int, ...] | None:
     Looked up once in a process.
     """
     try:
-        found = re.match(r"(\d+)\.(\d+)\.(\d+)", metadata.version(package))
+        found = re.match(r"v?(\d+)\.(\d+)(?:\.(\d+))?", metadata.version(package))
     except metadata.PackageNotFoundError:
         return None
-    return tuple(map(int, found.groups())) if found else (0,)
+    return tuple(int(number or 0) for number in found.groups()) if found else (0,)
 
 
 @lru_cache(maxsize=64)
 def takes(function: Callable[..., Any], keyword: str) -> bool:
-    """Whether ``function`` can be called with ``keyword=``. Its signature is read once, which costs tens of
-    microseconds.
+    """Whether ``function`` can be called with ``keyword=``; False where it does not say. Its signature is read once,
+    which costs tens of microseconds.
     """
-    parameters = inspect.signature(function).parameters
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):  # no callable, or one of C without a signature
+        return False
     return keyword in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
