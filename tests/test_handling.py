@@ -245,3 +245,8 @@ def test_a_refusal_does_not_show_what_was_tried_before(alloc: kvmem.Allocator) -
             call()
         assert refused.value.__context__ is None or refused.value.__suppress_context__, refused.value
     seq.free(), cache.free("a")
+
+
+def test_a_fraction_as_a_text_is_told_to_be_a_float() -> None:
+    with pytest.raises(SpecError, match=r"^memory: got '0.9', a text without a unit; .*as a float"):
+        parse_bytes("memory", "0.9")
