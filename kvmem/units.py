@@ -30,8 +30,8 @@ def parse_bytes(field: str, value: int | str) -> int:
     number = match.group(1)
     if "." in number and not match.group(2):
         raise SpecError(
-            f"{field}: got {value!r}, a text without a unit; write one ('{number}GiB'), or a part of what there is as a "
-            "float (0.9)"
+            f"{field}: got {value!r}, a text without a unit; write one ('{number}GiB'), or a part of what there is as "
+            "a float (0.9)"
         )
     if len(number) > 20:  # more digits than any size of bytes has, and int() reads a few thousand at most
         raise SpecError(f"{field}: got a number of {len(number)} digits; must be below 2**63 bytes")

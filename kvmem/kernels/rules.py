@@ -125,9 +125,10 @@ def rows_of(batch: GroupBatch, why: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 def check_batch(batch: object) -> None:
     """``SpecError`` for what is no batch, ``StaleHandle`` for one whose sequences are not what they were."""
-    if not isinstance(batch, GroupBatch):
+    if isinstance(batch, GroupBatch):
+        batch.check_current()
+    elif not hasattr(batch, "drops_tokens"):  # a cascade has it, and so has another manager's batch
         raise SpecError(f"batch: got {batch!r:.200}; kernels take the batch of a step: alloc.batch([seq])")
-    batch.check_current()
 
 
 def check_all_blocks(cache: object) -> None:
@@ -148,8 +149,7 @@ def window_left(batch: GroupBatch | Cascade, window_tokens: int | None, causal: 
     ``SpecError`` if the batch has dropped tokens and no window is given: the kernel would read what is not there;
     ``StaleHandle`` if the batch is no longer current.
     """
-    if not isinstance(batch, Cascade):
-        check_batch(batch)
+    check_batch(batch)
     if window_tokens is None:
         if batch.drops_tokens:
             raise SpecError("window_tokens: got None, but a window has dropped tokens of this batch; give the group's")
