@@ -148,7 +148,7 @@ class Allocator:
         self.interleave = resolve_interleave(_default(interleave, home.interleave), spec.num_layers)
         self.tail_guard_tokens = at_least_zero("tail_guard_tokens", _default(tail_guard_tokens, home.tail_guard_tokens))
         self.map_ahead_tokens = at_least_zero("map_ahead_tokens", _default(map_ahead_tokens, home.map_ahead_tokens))
-        limit = self._limit_bytes(memory, pool)
+        limit = self._limit_bytes(memory)
         self._layouts = [GroupLayout(group, self.interleave) for group in spec.groups]
         for field in ("tail_guard_tokens", "map_ahead_tokens"):
             check_most(field, getattr(self, field), INT32_MAX)
@@ -199,12 +199,12 @@ class Allocator:
             self.core.record()
             self.pool.is_recorded = True
 
-    def _limit_bytes(self, memory: int | float | str | None, shared: PagePool | None) -> int:
+    def _limit_bytes(self, memory: int | float | str | None) -> int:
         budget = self.pool.budget_bytes
         if memory in (None, "auto"):
             return budget
         if is_fraction("memory", memory):  # without a shared pool the budget is that part already
-            return budget if shared is None else int(float(memory) * budget)
+            return int(float(memory) * budget) if self._shares_pool else budget
         return parse_bytes("memory", memory)  # type: ignore[arg-type]  # no float
 
     def _choose_page(self, interleave: int | str | None, home: Device, memory_bytes: int) -> int:
@@ -699,7 +699,7 @@ class Allocator:
         then parked pages are gone.
         """
         if self._shares_pool and (memory == "auto" or is_fraction("memory", memory)):
-            memory = self._limit_bytes(memory, self.pool)
+            memory = self._limit_bytes(memory)
         self.core.set_memory(self.pool.parse_pages(memory))
 
     def trim(self, bytes: int | str | None = None) -> int:

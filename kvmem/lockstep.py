@@ -333,14 +333,17 @@ class LockstepRows:
 
     def free(self) -> None:
         """Frees the sequences: no layer holds anything, and the next ``extend`` opens new ones."""
-        if self.alloc.closed:  # which has freed them
-            self._ids.clear()
         _free(self.alloc, self._ids)
         self.written.update(dict.fromkeys(self.written, 0))
         self._tokens.clear()
         self._committed.clear()
         self._known = None
         self._places = None
+
+    def trim(self) -> None:
+        """Parked memory goes back to the system."""
+        if not self.alloc.closed:
+            self.alloc.trim()
 
     def _check_rows(self, num_rows: int) -> None:
         if num_rows < 1:
@@ -361,4 +364,4 @@ class LockstepRows:
 def _free(alloc: Allocator, ids: list[int]) -> None:
     if ids and not alloc.closed:  # close() has freed them, and what is garbage has nobody to tell
         alloc.free_batch(np.array(ids, np.int32))
-        ids.clear()
+    ids.clear()

@@ -124,8 +124,7 @@ class KVMemCache(Cache):  # type: ignore[misc]
     def close(self) -> None:
         """``reset()``, and parked memory goes back to the system. The cache may be used again."""
         self.reset()
-        if not self._rows.alloc.closed:
-            self._rows.alloc.trim()
+        self._rows.trim()
 
     def reorder_cache(self, beam_idx: torch.Tensor | List[int]) -> None:
         """Row i goes on from what row ``beam_idx[i]`` is now, in shared memory. ``OutOfMemory`` changes nothing.
@@ -276,8 +275,7 @@ class KVMemEncoderDecoderCache(EncoderDecoderCache):  # type: ignore[misc]
     def close(self) -> None:
         """``reset()``, and parked memory goes back to the system. The cache may be used again."""
         self.reset()
-        if not self._rows.alloc.closed:
-            self._rows.alloc.trim()
+        self._rows.trim()
 
     # The two caches have their rows in common, so what moves rows is done once.
     def reorder_cache(self, beam_idx: torch.Tensor | List[int]) -> None:
