@@ -251,6 +251,8 @@ class LockstepRows:
         """
         if num_tokens < self.num_tokens():
             self._cut(num_tokens)
+            if self._known is not None:
+                self._known = self._known[:, :num_tokens]  # what comes now may be other tokens
             for key in self._layers.get(EVERY, ()):
                 self.written[key] = min(self.written[key], num_tokens)
         if any(self._tokens.values()):
@@ -261,8 +263,6 @@ class LockstepRows:
     def _cut(self, num_tokens: int) -> None:
         for handle in self._ids:  # equal rows: if one is refused, so is the first
             self.alloc.core.truncate(handle, num_tokens)
-        if self._known is not None:
-            self._known = self._known[:, :num_tokens]  # what comes now may be other tokens
         self._tokens[EVERY] = num_tokens
         self._committed[EVERY] = min(self._committed.get(EVERY, 0), num_tokens)
         self._places = None

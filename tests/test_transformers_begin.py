@@ -21,6 +21,7 @@ from support_transformers import (
 from torch import nn
 
 import kvmem
+from kvmem.lockstep import LockstepRows
 
 __all__ = ["one_thread"]  # a fixture of every test here
 
@@ -161,5 +162,32 @@ def test_a_first_step_without_memory_forgets_no_ids(backend: str) -> None:
         cache.allocator.set_memory(budget)
         model(**inputs, past_key_values=cache)
         model(inputs["input_ids"][:, :1], past_key_values=cache)  # a step commits the one before it
+    cache.reset()
+    assert cache.begin(**inputs) >= 32
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("before", [0, 1])
+def test_a_step_that_fails_before_it_is_written_forgets_no_ids(
+    backend: str, before: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Room was made and is taken back; what comes again are the same tokens."""
+    model, inputs = model_of("llama"), prompts(rows=1, length=45)
+    cache = open_cache(model, backend)
+    if before:  # a part of the prompt is cached
+        generate(model, {key: value[:, :20] for key, value in inputs.items()}, cache)
+        cache.reset()
+    found = cache.begin(**inputs)
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("no place")
+
+    with torch.no_grad():
+        with monkeypatch.context() as patch:
+            patch.setattr(LockstepRows, "place", fail)
+            with pytest.raises(RuntimeError, match="no place"):
+                model(inputs["input_ids"][:, found:], past_key_values=cache)
+        model(inputs["input_ids"][:, found:], past_key_values=cache)
+        model(inputs["input_ids"][:, :1], past_key_values=cache)
     cache.reset()
     assert cache.begin(**inputs) >= 32
