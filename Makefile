@@ -113,7 +113,9 @@ clean:  ## remove what was built
 distclean: clean  ## remove .venv too
 	rm -rf .venv
 
-CXX_FILES = $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
+CXX_FILES = $(shell find csrc benchmarks/native tests/native -name '*.cpp' -o -name '*.h')
+# The native half without its bindings: what the programs in C++ are linked from.
+CORE_OBJECTS := $(patsubst %.cpp,%.o,$(filter-out csrc/bindings/%,$(wildcard csrc/*/*.cpp csrc/*/*/*.cpp)))
 
 # setup.py itself knows what is out of date; asking it costs a third of a second.
 core: $(READY)
@@ -143,4 +145,4 @@ endif
 	@touch $@
 endif
 
-include csrc/stress/sanitize.mk csrc/bench/bench.mk csrc/stress/soak.mk
+include benchmarks/native/bench.mk tests/native/sanitize.mk tests/native/soak.mk

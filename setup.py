@@ -82,8 +82,8 @@ licence = "license_expression" if int(setuptools.__version__.split(".")[0]) >= 7
 
 core = Extension(
     "kvmem._core",
-    sources=sorted(map(str, CSRC.glob("*.cpp"))),
-    depends=["setup.py", *sorted(map(str, CSRC.glob("*.h")))],
+    sources=sorted(map(str, CSRC.rglob("*.cpp"))),
+    depends=["setup.py", *sorted(map(str, CSRC.rglob("*.h")))],
     include_dirs=[str(CSRC)],
     define_macros=[("NB_COMPACT_ASSERTIONS", None)],
     extra_compile_args=compile_args,

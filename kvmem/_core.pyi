@@ -345,7 +345,7 @@ class CacheStats:
     def hit_tokens(self) -> int: ...
 
 class Sequences:
-    """Handles, by themselves; see csrc/sequences.h."""
+    """Handles, by themselves; see csrc/table/sequences.h."""
 
     def __init__(self, max_sequences: int, first: int = 1) -> None: ...
 
@@ -637,7 +637,7 @@ def eviction_policy_names() -> list[str]:
 
 class EvictionPolicy:
     """
-    A policy without an allocator, for tests and simulations (csrc/eviction.h says what each call means). Calls that break its rules raise SpecError.
+    A policy without an allocator, for tests and simulations (csrc/eviction/policy.h says what each call means). Calls that break its rules raise SpecError.
     """
 
     def __init__(self, name: str) -> None: ...
@@ -710,11 +710,11 @@ class EventRecords:
     @property
     def tags(self) -> list[bytes | None]:
         """
-        What of each stored record's block is keyed (csrc/block_tags.h); made when asked for.
+        What of each stored record's block is keyed (csrc/index/block_tags.h); made when asked for.
         """
 
 class EventRing:
-    """A bounded queue of records; see csrc/events.h."""
+    """A bounded queue of records; see csrc/index/events.h."""
 
     def __init__(self, capacity: int, block_tokens: int) -> None: ...
 
@@ -741,10 +741,10 @@ class EventRing:
     def lost(self) -> int: ...
 
 def keyed_hash(first: int, second: int, bytes: bytes) -> int:
-    """What salts are found by; see csrc/keyed_hash.h."""
+    """What salts are found by; see csrc/base/keyed_hash.h."""
 
 class TokenBlocks:
-    """Blocks of token ids, packed; see csrc/token_blocks.h."""
+    """Blocks of token ids, packed; see csrc/index/token_blocks.h."""
 
     def __init__(self, block_tokens: int) -> None: ...
 

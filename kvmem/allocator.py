@@ -815,9 +815,9 @@ class Allocator:
         ``interleave``, ``zero``, guard and ``cached_rows``; prefix_cache may differ, since this one commits no ids.
 
         ``SpecError`` when the list does not follow from this allocator's state, or does not explain what it does to
-        memory (``csrc/follow.h``): a write to memory that somebody has, a live sequence that would lose a token or the
-        memory under it, ids that do not exist. A ``DeviceError`` leaves the books as they were; but a list of several
-        calls may have written by then to memory that a sequence had before them, so make the follower anew.
+        memory (``csrc/table/follow.h``): a write to memory that somebody has, a live sequence that would lose a token
+        or the memory under it, ids that do not exist. A ``DeviceError`` leaves the books as they were; but a list of
+        several calls may have written by then to memory that a sequence had before them, so make the follower anew.
 
         Besides ``apply()`` a follower fills batches, padded ones once its leader has padded one. To open, grow or trim
         by itself means to go on alone: it may, and then no further list follows from its state.

@@ -33,7 +33,7 @@ Key: TypeAlias = str | bytes | int | tuple["Key", ...] | None
 ExtraKey: TypeAlias = Key | Sequence[tuple[int, Key]]
 """A key, or keys with the positions from which on they count."""
 
-AT_PLACEHOLDERS: Final = -1  # kAtPlaceholders in csrc/block_tags.h
+AT_PLACEHOLDERS: Final = -1  # kAtPlaceholders in csrc/index/block_tags.h
 
 
 class ChainDigest:

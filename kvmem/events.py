@@ -1,6 +1,6 @@
 """What the cache holds, as events for a router outside: blocks stored, removed, all cleared.
 
-The core makes records of small integers (``csrc/events.h``); here they get the names that mean the same in every
+The core makes records of small integers (``csrc/index/events.h``); here they get the names that mean the same in every
 process: a digest of the block, of all before it, and of whose cache it is. ``docs/events.md`` has the wire format.
 """
 
@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 MEDIA: Final = ("GPU", "CPU")  # of tier 0, 1, ... in the words of routers; tier 0 is the device, whatever it is
-_STORED, _REMOVED, _CLEARED = 0, 1, 2  # EventKind in csrc/events.h
+_STORED, _REMOVED, _CLEARED = 0, 1, 2  # EventKind in csrc/index/events.h
 _CHUNK: Final = 1024  # records taken out at once when the caller wants few events
 _DEFAULTED: Final = ("extra_keys", "group_idx", "kv_cache_spec_kind", "kv_cache_spec_sliding_window")
 _UNKNOWN: Final = bytes(DIGEST_BYTES)
@@ -121,7 +121,7 @@ class EventStream:
     """Turns the core's records into events, in order. Any thread may poll; each event is given out once.
 
     drain: (number of the last batch taken, most records or -1, restart) -> the next batch, as ``Cache.drain_events`` in
-    csrc/cache.h.
+    csrc/allocator/allocator.h.
     key: secret, up to 64 bytes. Without it, who sees digests and tokens can try out salts; with it, that is hopeless,
     and only who has it can compute the digests of a prompt.
 

@@ -1,8 +1,8 @@
 """The records that join the deciding half to the acting half, as plain data.
 
 An op is ``(kind, at, a, b, c, d)``: one name and five integers, so that a list of them goes through msgpack, JSON or a
-pipe as it is. ``Allocator.take_ops()`` gives what was decided, ``Allocator.apply()`` follows it; ``csrc/ops.h`` says
-what the integers mean.
+pipe as it is. ``Allocator.take_ops()`` gives what was decided, ``Allocator.apply()`` follows it; ``csrc/base/ops.h``
+says what the integers mean.
 
 ==========  =====================================================================================================
 kind        meaning of (at; a, b, c, d)

@@ -32,7 +32,7 @@ __all__ = [
 
 Tokens: TypeAlias = Sequence[int] | np.ndarray | torch.Tensor
 
-#: Why a match is not longer, in the order of ``MatchEnd`` in csrc/cache.h.
+#: Why a match is not longer, in the order of ``MatchEnd`` in csrc/allocator/allocator.h.
 Reason: TypeAlias = Literal[
     "complete", "shorter than a block", "other salt", "evicted", "no snapshot", "window passed", "never seen", "off",
     "block sizes",
@@ -117,7 +117,7 @@ def encode_keys(salt: str | bytes | None, extra_key: ExtraKey, adapter: str | No
     """For the core, which compares bytes. ``None`` is the salt, the adapter and the extra key of all who give none.
 
     The second is the adapter, which a chain belongs to as to its salt, and behind it the extra keys with their
-    positions (``csrc/block_tags.h``).
+    positions (``csrc/index/block_tags.h``).
     """
     if salt is None and extra_key is None and adapter is None:
         return _NO_KEYS

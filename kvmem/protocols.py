@@ -1,7 +1,7 @@
 """The interfaces between the parts of kvmem that never import each other. They meet in ``kvmem.allocator``.
 
-The native side has its own two: ``csrc/driver.h`` (what a device must offer) and ``csrc/page_table.h`` (what a
-backend is to the core).
+The native side has its own two: ``csrc/driver/driver.h`` (what a device must offer) and
+``csrc/table/page_table.h`` (what a backend is to the core).
 """
 
 from __future__ import annotations

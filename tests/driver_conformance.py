@@ -1,4 +1,4 @@
-"""What every driver must do: the rules of csrc/driver.h as tests. One file, run on every driver there is.
+"""What every driver must do: the rules of csrc/driver/driver.h as tests. One file, run on every driver there is.
 
 A test gets a fresh ``device`` and must leave nothing behind; the fixture in test_driver_conformance.py checks that.
 """

@@ -1,5 +1,5 @@
 """Random traffic for an eviction policy: chains that share prefixes, several in use at once, evicted on demand. Every
-answer of the policy is checked against the rules of csrc/eviction.h.
+answer of the policy is checked against the rules of csrc/eviction/policy.h.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from kvmem import _core
 from kvmem.errors import DeviceError
 
 ROOT = Path(__file__).resolve().parent.parent
-STUB_SOURCES = sorted((ROOT / "tests" / "cuda_stub").glob("*stub*.*"))
+STUB_SOURCES = sorted((ROOT / "tests" / "native" / "cuda_stub").glob("*stub*.*"))
 STUB_GRANULARITY_BYTES = 65536  # small, so that tests touch little memory; a GPU's is 2 MiB
 
 
@@ -86,7 +86,7 @@ def build_library(name: str, sources: list[Path], headers: list[Path], *flags: s
 def build_stub(*flags: str) -> Path:
     sources = [p for p in STUB_SOURCES if p.suffix == ".cpp"]
     headers = [p for p in STUB_SOURCES if p.suffix == ".h"]
-    headers += [ROOT / "csrc/cuda_api.h", ROOT / "csrc/types.h"]
+    headers += [ROOT / "csrc/driver/cuda/cuda_api.h", ROOT / "csrc/base/types.h"]
     return build_library("libcuda_stub", sources, headers, *flags)
 
 

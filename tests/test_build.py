@@ -76,7 +76,7 @@ def test_sdist_holds_what_a_build_and_a_test_run_need(shipped: Shipped) -> None:
         held = {name.partition("/")[2] for name in tar.getnames()}
     sources = {
         f.relative_to(ROOT).as_posix()
-        for folder in ("csrc", "kvmem", "tests")
+        for folder in ("csrc", "kvmem", "tests", "benchmarks")
         for f in (ROOT / folder).rglob("*")
         if f.suffix in (".cpp", ".h", ".py", ".pyi", ".mk")
     }

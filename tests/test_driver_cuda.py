@@ -1,4 +1,4 @@
-"""driver_cuda.cpp line by line, over the stand-in for libcuda: every return code, every way a driver can be absent."""
+"""cuda_driver.cpp line by line, over the stand-in for libcuda: every return code, every way a driver can be absent."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from support_drivers import ROOT, CudaStub, assert_runs, build_stub
 from kvmem import _core
 from kvmem.errors import DeviceError, OutOfMemory
 
-ENTRIES = re.findall(r"ENTRY\((cu\w+),", (ROOT / "csrc/cuda_api.h").read_text())
+ENTRIES = re.findall(r"ENTRY\((cu\w+),", (ROOT / "csrc/driver/cuda/cuda_api.h").read_text())
 NOTHING = dict.fromkeys(
     ("reservations", "allocations", "mappings", "events", "streams", "contexts", "created_bytes", "physical_bytes"), 0
 )
@@ -386,7 +386,7 @@ def test_our_prototypes_are_those_of_cuda_h() -> None:
     if not include or not compiler:
         pytest.skip("needs a compiler, and cuda.h of a CUDA toolkit (CUDA_HOME, nvcc or /usr/local/cuda)")
     command = [*compiler.split(), "-std=c++17", "-fsyntax-only", f"-I{ROOT / 'csrc'}", f"-I{include}"]
-    source = ROOT / "tests/cuda_stub/check_abi.cpp"
+    source = ROOT / "tests/native/cuda_stub/check_abi.cpp"
     done = subprocess.run([*command, str(source)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     swapped = [*command, "-DcuMemMap=cuMemUnmap", str(source)]

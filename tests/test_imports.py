@@ -176,30 +176,77 @@ def test_the_rule_itself(path: str, source: str, complaint: str | None) -> None:
 
 PYTHON_HEADER = re.compile(r'^\s*#\s*include\s*[<"](Python\.h|nanobind/|pybind11/|nb_)')
 TORCH_HEADER = re.compile(r'^\s*#\s*include\s*[<"](torch/|ATen/|c10/|caffe2/)')
+OWN_HEADER = re.compile(r'^\s*#\s*include\s*"([^"]+)"')
+
+# A folder of csrc/ includes its own files and those of lower levels; docs/architecture.md says what each is for.
+NATIVE_LEVELS: dict[str, int] = {
+    "base": 0,
+    "driver": 1,
+    "eviction": 1,
+    "attend": 1,
+    "index": 2,
+    "tier": 2,
+    "memory": 3,
+    "table": 4,
+    "allocator": 5,
+    "bindings": 6,
+}
 
 
 def header_violations(name: str, source: str) -> list[str]:
-    bindings = Path(name).name.startswith("bindings")
-    return [
-        f"csrc/{name}:{number}: {line.strip()}"
-        for number, line in enumerate(source.splitlines(), 1)
-        if TORCH_HEADER.match(line) or (PYTHON_HEADER.match(line) and not bindings)
-    ]
+    """What is wrong with the includes of csrc/`name`, a sentence each."""
+    folder = Path(name).parts[0]
+    if folder not in NATIVE_LEVELS:
+        return [f"csrc/{name}: has no level; add {folder} to NATIVE_LEVELS in {Path(__file__).name}"]
+    wrong = []
+    for number, line in enumerate(source.splitlines(), 1):
+        own = OWN_HEADER.match(line)
+        if TORCH_HEADER.match(line) or (PYTHON_HEADER.match(line) and folder != "bindings"):
+            wrong.append(f"csrc/{name}:{number}: {line.strip()}")
+        elif own and (reason := objection_to_include(name, own[1])):
+            wrong.append(f"csrc/{name}:{number}: includes {own[1]}: {reason}")
+    return wrong
 
 
-def test_only_the_bindings_know_python_and_nobody_knows_torch() -> None:
+def objection_to_include(name: str, included: str) -> str | None:
+    mine, other = Path(name).parent, Path(included).parent
+    if str(other) == "." or other.parts[0] not in NATIVE_LEVELS:
+        return "write it from csrc/: folder/file.h"
+    if other.parts[0] == mine.parts[0]:
+        if mine == other or len(other.parts) == 1 or name.endswith(".cpp"):
+            return None if mine == other or len(other.parts) == 1 or len(mine.parts) == 1 else "a sibling's inner file"
+        return "an inner file; headers beside it know only its interface"
+    level, below = NATIVE_LEVELS[mine.parts[0]], NATIVE_LEVELS[other.parts[0]]
+    return None if below < level else f"level {level} may not include level {below}"
+
+
+def test_includes_point_down_and_only_the_bindings_know_python() -> None:
     files = sorted(f for f in (ROOT / "csrc").rglob("*") if f.suffix in (".cpp", ".h"))
     assert files
     wrong = [v for f in files for v in header_violations(f.relative_to(ROOT / "csrc").as_posix(), f.read_text())]
     assert not wrong, "\n" + "\n".join(wrong)
 
 
-def test_the_header_rule_itself() -> None:
-    assert header_violations("pages.cpp", "#include <vector>\n # include <nanobind/nanobind.h>") == [
-        "csrc/pages.cpp:2: # include <nanobind/nanobind.h>"
-    ]
-    assert header_violations("bindings_pages.cpp", "#include <nanobind/nanobind.h>") == []
-    assert header_violations("bindings_pages.cpp", '#include "torch/extension.h"') != []
+@pytest.mark.parametrize(
+    ("name", "line", "complaint"),
+    [
+        ("memory/pages.cpp", " # include <nanobind/nanobind.h>", "nanobind"),
+        ("bindings/pool.cpp", "#include <nanobind/nanobind.h>", None),
+        ("bindings/pool.cpp", '#include "torch/extension.h"', "torch"),
+        ("memory/pages.h", '#include "driver/driver.h"', None),
+        ("memory/pages.h", '#include "memory/space.h"', None),
+        ("memory/pages.h", '#include "table/page_table.h"', "level 3 may not include level 4"),
+        ("driver/driver.h", '#include "eviction/policy.h"', "level 1 may not include level 1"),
+        ("memory/pages.h", '#include "pages.h"', "from csrc/"),
+        ("table/paged/paged_table.cpp", '#include "table/virtual/virtual_rows.h"', "a sibling's inner file"),
+        ("table/paged/paged_table.cpp", '#include "table/page_table.h"', None),
+        ("table/page_table.h", '#include "table/paged/paged_blocks.h"', "an inner file"),
+        ("unheard/of.h", "", "has no level"),
+    ],
+)
+def test_the_include_rule_itself(name: str, line: str, complaint: str | None) -> None:
+    found = header_violations(name, line)
+    assert (found == []) if complaint is None else (len(found) == 1 and complaint in found[0])
 
 
 def run_python(code: str) -> dict[str, object]:

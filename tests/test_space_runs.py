@@ -75,11 +75,11 @@ def test_zeroing_does_not_cut_a_run_of_maps(backend: str) -> None:
     assert calls[0] == calls[1]
 
 
-KINDS = ("create", "destroy", "map", "unmap", "zero", "copy", "fence")  # in the order of OpKind (csrc/ops.h)
+KINDS = ("create", "destroy", "map", "unmap", "zero", "copy", "fence")  # in the order of OpKind (csrc/base/ops.h)
 
 
 class Executor:
-    """csrc/space.* below all rules: an allocator would refuse lists of others that write where tokens live."""
+    """csrc/memory/space.* below all rules: an allocator would refuse lists of others that write where tokens live."""
 
     def __init__(self, library: ctypes.CDLL, pages: int) -> None:
         self.library, self.space = library, ctypes.c_void_p(library.space_open(PAGE, pages))
@@ -98,10 +98,10 @@ class Executor:
 @pytest.fixture(scope="module")
 def space_library() -> ctypes.CDLL:
     csrc = ROOT / "csrc"
-    names = ("space", "space_fences", "driver", "driver_checked", "driver_host", "host_file", "host_memory",
-             "mapping_budget", "fork_guard")  # fmt: skip
+    names = ("memory/space", "memory/fences", "driver/driver", "driver/checked_driver", "driver/host/host_driver",
+             "driver/host/host_file", "driver/host/host_limits", "base/fork_guard")  # fmt: skip
     sources = [ROOT / "tests/native/space_executor.cpp", *(csrc / f"{name}.cpp" for name in names)]
-    library = ctypes.CDLL(str(build_library("libspace_executor", sources, sorted(csrc.glob("*.h")))))
+    library = ctypes.CDLL(str(build_library("libspace_executor", sources, sorted(csrc.rglob("*.h")))))
     library.space_open.restype = library.space_memory.restype = ctypes.c_void_p
     library.space_execute.restype = ctypes.c_char_p
     library.space_calls.restype = ctypes.c_longlong

@@ -2,7 +2,7 @@
 // and where a profiler sees the core alone. The books are those of a device without memory (device="meta") that holds
 // Llama 3 8B: 128 KiB a token, pages of 2 MiB, so that a block of 16 tokens is a page.
 
-#include "cache.h"
+#include "allocator/allocator.h"
 #include "workload.h"
 
 namespace kvmem_bench {

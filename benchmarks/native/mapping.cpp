@@ -9,7 +9,7 @@
 #include <cstdio>
 #include <cstdlib>
 
-#include "cache.h"
+#include "allocator/allocator.h"
 
 namespace kvmem_bench {
 namespace {

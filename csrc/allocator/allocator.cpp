@@ -1,4 +1,4 @@
-#include "cache.h"
+#include "allocator/allocator.h"
 
 #include <algorithm>
 

@@ -10,14 +10,14 @@
 #include <utility>
 #include <vector>
 
-#include "batch.h"
-#include "digest.h"
-#include "fork_guard.h"
-#include "geometry.h"
-#include "page_table.h"
-#include "pages.h"
-#include "prefix.h"
-#include "sequences.h"
+#include "allocator/batch.h"
+#include "base/digest.h"
+#include "base/fork_guard.h"
+#include "base/geometry.h"
+#include "index/prefix_index.h"
+#include "memory/pages.h"
+#include "table/page_table.h"
+#include "table/sequences.h"
 
 namespace kvmem {
 

@@ -1,4 +1,4 @@
-#include "batch.h"
+#include "allocator/batch.h"
 
 #include <algorithm>
 #include <numeric>

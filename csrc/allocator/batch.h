@@ -5,9 +5,10 @@
 #include <algorithm>
 #include <vector>
 
-#include "geometry.h"
-#include "sequences.h"
-#include "types.h"
+#include "base/geometry.h"
+#include "base/types.h"
+#include "table/sequences.h"
+#include "table/view.h"
 
 namespace kvmem {
 
@@ -76,30 +77,6 @@ struct BatchSizes {
   i64 table_from = 0, table_end = 0;  // rows of the table with changes
   i64 indices_from = 0;               // kv_indices before it stand as they were
   i64 changes = 0;                    // Cache::changes() then, or when find_stale() last found nothing
-};
-
-// Where one sequence's entries of one group lie, for kernels.
-struct Placement {
-  const i32* blocks = nullptr;  // paged: the block table's row
-  i64 first_block = 0;          // virtual: the row's first block; the others follow
-  i64 row = -1;                 // virtual: the row, -1 where there are none
-  i64 version = 0;              // while it stays, entries are only added at the end
-};
-
-// The page table of one group, as a batch reads it: a function from the sequence's place to its entries.
-struct TableView {
-  const i32* table = nullptr;               // paged: entries, `stride` of them for each sequence
-  const std::uint32_t* versions = nullptr;  // paged: [sequence][group], from this group on
-  i64 stride = 0, groups = 0;
-  const i32* rows = nullptr;  // virtual: the row of each sequence, -1 for none yet
-  i64 row_blocks = 0;
-
-  Placement at(i64 index) const {
-    if (table) return {table + index * stride, 0, -1, versions[index * groups]};
-    const i64 row = rows[index] < 0 ? 0 : rows[index];
-    return {nullptr, row * row_blocks, row, row};
-  }
-  i64 version(i64 index) const { return table ? versions[index * groups] : std::max(rows[index], 0); }
 };
 
 // The sequences of a step: their handles, their places, and what there is of each place (lengths `stride` apart).

@@ -6,7 +6,7 @@
 #include <numeric>
 #include <unordered_map>
 
-#include "cache.h"
+#include "allocator/allocator.h"
 
 namespace kvmem {
 

@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <numeric>
 
-#include "cache.h"
-#include "cache_lengths.h"
+#include "allocator/allocator.h"
+#include "allocator/lengths.h"
 
 namespace kvmem {
 

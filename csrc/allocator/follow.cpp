@@ -1,9 +1,10 @@
 // Following another allocator's decisions. follow.h says what a list may do.
 
+#include "table/follow.h"
+
 #include <algorithm>
 
-#include "cache.h"
-#include "follow.h"
+#include "allocator/allocator.h"
 
 namespace kvmem {
 

@@ -1,7 +1,7 @@
 // How a step adds to lengths outside of its transaction, which most steps need none of.
 #pragma once
 
-#include "cache.h"
+#include "allocator/allocator.h"
 
 namespace kvmem {
 

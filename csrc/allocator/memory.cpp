@@ -1,6 +1,6 @@
 // What an allocator holds, and how much it may hold.
 
-#include "cache.h"
+#include "allocator/allocator.h"
 
 namespace kvmem {
 

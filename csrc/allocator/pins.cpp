@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "cache.h"
+#include "allocator/allocator.h"
 
 namespace kvmem {
 namespace {

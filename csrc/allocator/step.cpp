@@ -4,8 +4,8 @@
 #include <algorithm>
 #include <new>
 
-#include "cache.h"
-#include "cache_lengths.h"
+#include "allocator/allocator.h"
+#include "allocator/lengths.h"
 
 namespace kvmem {
 

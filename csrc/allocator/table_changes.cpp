@@ -3,7 +3,7 @@
 
 #include <algorithm>
 
-#include "cache.h"
+#include "allocator/allocator.h"
 
 namespace kvmem {
 namespace {

@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <mutex>
 
-#include "types.h"
+#include "base/types.h"
 
 namespace kvmem {
 

@@ -5,9 +5,9 @@
 
 #include <vector>
 
-#include "digest.h"
-#include "journal.h"
-#include "types.h"
+#include "base/digest.h"
+#include "base/journal.h"
+#include "base/types.h"
 
 namespace kvmem {
 

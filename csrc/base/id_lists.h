@@ -7,8 +7,8 @@
 #include <cassert>
 #include <vector>
 
-#include "digest.h"
-#include "types.h"
+#include "base/digest.h"
+#include "base/types.h"
 
 namespace kvmem {
 

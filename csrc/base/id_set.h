@@ -9,8 +9,8 @@
 #include <utility>
 #include <vector>
 
-#include "types.h"
-#include "zero_vector.h"
+#include "base/types.h"
+#include "base/zero_vector.h"
 
 namespace kvmem {
 

@@ -1,9 +1,9 @@
-#include "journal.h"
+#include "base/journal.h"
 
 #include <algorithm>
 
-#include "id_list.h"
-#include "ready_blocks.h"
+#include "base/id_list.h"
+#include "base/ready_blocks.h"
 
 namespace kvmem {
 

@@ -6,7 +6,7 @@
 #include <cstddef>
 #include <vector>
 
-#include "types.h"
+#include "base/types.h"
 
 namespace kvmem {
 

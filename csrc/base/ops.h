@@ -3,7 +3,7 @@
 // that take_ops() hands out is nothing else. Plain integers only, so a list of them can be sent anywhere.
 #pragma once
 
-#include "types.h"
+#include "base/types.h"
 
 namespace kvmem {
 

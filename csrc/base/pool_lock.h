@@ -8,7 +8,7 @@
 #include <mutex>
 #include <utility>
 
-#include "types.h"
+#include "base/types.h"
 
 namespace kvmem {
 

@@ -5,9 +5,9 @@
 #include <algorithm>
 #include <numeric>
 
-#include "digest.h"
-#include "id_set.h"
-#include "journal.h"
+#include "base/digest.h"
+#include "base/id_set.h"
+#include "base/journal.h"
 
 namespace kvmem {
 

@@ -6,7 +6,7 @@
 #include <new>
 #include <vector>
 
-#include "types.h"
+#include "base/types.h"
 
 namespace kvmem {
 

@@ -1,5 +1,7 @@
 // kvmem._core.PagePool, Cache and what they take.
 
+#include "allocator/allocator.h"
+
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
@@ -9,8 +11,7 @@
 
 #include <algorithm>
 
-#include "bindings.h"
-#include "cache.h"
+#include "bindings/bindings.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -167,7 +168,7 @@ void bind_sequences(nb::module_& m) {
   const auto sizes = [](Sequences* self, i64 max_sequences, i64 first) {
     new (self) Sequences(max_sequences, 1, first);
   };
-  nb::class_<Sequences>(m, "Sequences", "Handles, by themselves; see csrc/sequences.h.")
+  nb::class_<Sequences>(m, "Sequences", "Handles, by themselves; see csrc/table/sequences.h.")
       .def("__init__", sizes, "max_sequences"_a, "first"_a = 1)
       .def("open",
            [](Sequences& self) {

@@ -16,7 +16,7 @@
 #include <string>
 #include <type_traits>
 
-#include "types.h"
+#include "base/types.h"
 
 namespace kvmem {
 

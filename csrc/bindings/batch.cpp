@@ -7,8 +7,8 @@
 
 #include <algorithm>
 
-#include "bindings.h"
-#include "cache.h"
+#include "allocator/allocator.h"
+#include "bindings/bindings.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;

@@ -7,8 +7,8 @@
 
 #include <string>
 
-#include "bindings_arrays.h"
-#include "types.h"
+#include "base/types.h"
+#include "bindings/arrays.h"
 
 namespace kvmem {
 class Cache;

@@ -9,9 +9,9 @@
 #include <cerrno>
 #include <cstring>
 
-#include "bindings.h"
-#include "driver.h"
-#include "driver_checked.h"
+#include "bindings/bindings.h"
+#include "driver/checked_driver.h"
+#include "driver/driver.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;

@@ -1,13 +1,14 @@
 // kvmem._core.EventRecords, which the cache's events come in, and EventRing, which the cache has one of: bound by
 // itself so that what it promises can be tested without a cache.
 
+#include "index/events.h"
+
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/tuple.h>
 
 #include <tuple>
 
-#include "bindings.h"
-#include "events.h"
+#include "bindings/bindings.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -61,9 +62,9 @@ void bind_events(nb::module_& m) {
             return tags;
           },
           nb::sig("def tags(self) -> list[bytes | None]"),
-          "What of each stored record's block is keyed (csrc/block_tags.h); made when asked for.");
+          "What of each stored record's block is keyed (csrc/index/block_tags.h); made when asked for.");
 
-  nb::class_<EventRing>(m, "EventRing", "A bounded queue of records; see csrc/events.h.")
+  nb::class_<EventRing>(m, "EventRing", "A bounded queue of records; see csrc/index/events.h.")
       .def(nb::init<i64, i64>(), "capacity"_a, "block_tokens"_a)
       .def(
           "stored",

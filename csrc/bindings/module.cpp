@@ -1,11 +1,10 @@
 // The Python module kvmem._core: arguments in, typed errors out. No logic lives here.
 
-#include "bindings.h"
-
 #include <new>
 
-#include "pool_lock.h"
-#include "types.h"
+#include "base/pool_lock.h"
+#include "base/types.h"
+#include "bindings/bindings.h"
 
 namespace nb = nanobind;
 using namespace kvmem;

@@ -1,13 +1,14 @@
 // The eviction policies by themselves, for tests and simulations. In an allocator they are called from C++ only.
 
+#include "eviction/policy.h"
+
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/function.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
-#include "bindings.h"
-#include "eviction.h"
-#include "retention.h"
+#include "bindings/bindings.h"
+#include "eviction/retention.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -162,9 +163,10 @@ class CheckedRetention : public CheckedPolicy {
 
 void bind_eviction(nb::module_& m) {
   m.def("eviction_policy_names", &eviction_policy_names, "What `policy=` of an allocator may be; the default first.");
-  nb::class_<CheckedPolicy>(m, "EvictionPolicy",
-                            "A policy without an allocator, for tests and simulations (csrc/eviction.h says what each "
-                            "call means). Calls that break its rules raise SpecError.")
+  nb::class_<CheckedPolicy>(
+      m, "EvictionPolicy",
+      "A policy without an allocator, for tests and simulations (csrc/eviction/policy.h says what each "
+      "call means). Calls that break its rules raise SpecError.")
       .def(nb::init<const std::string&>(), "name"_a)
       .def("reserve", &CheckedPolicy::reserve, "ids"_a)
       .def("insert", &CheckedPolicy::insert, "id"_a, "key"_a, "parent"_a)

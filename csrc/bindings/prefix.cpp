@@ -14,8 +14,8 @@
 #include <tuple>
 #include <vector>
 
-#include "bindings.h"
-#include "cache.h"
+#include "allocator/allocator.h"
+#include "bindings/bindings.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -69,7 +69,7 @@ void bind_token_blocks(nb::module_& m) {
       [](std::uint64_t first, std::uint64_t second, const nb::bytes& bytes) {
         return KeyedHash(first, second)(std::string(bytes.c_str(), bytes.size()));
       },
-      "first"_a, "second"_a, "bytes"_a, "What salts are found by; see csrc/keyed_hash.h.");
+      "first"_a, "second"_a, "bytes"_a, "What salts are found by; see csrc/base/keyed_hash.h.");
   const auto check = [](const TokenBlocks& blocks, i32 block, size_t count, i64 least) {
     const i64 n = static_cast<i64>(count);
     if (block < 0 || block >= blocks.blocks() || n < least || n > blocks.block_tokens()) {
@@ -77,7 +77,7 @@ void bind_token_blocks(nb::module_& m) {
                       std::to_string(blocks.blocks()) + " blocks of " + std::to_string(blocks.block_tokens()));
     }
   };
-  nb::class_<TokenBlocks>(m, "TokenBlocks", "Blocks of token ids, packed; see csrc/token_blocks.h.")
+  nb::class_<TokenBlocks>(m, "TokenBlocks", "Blocks of token ids, packed; see csrc/index/token_blocks.h.")
       .def(nb::init<i64>(), "block_tokens"_a)
       .def("reserve", &TokenBlocks::reserve, "blocks"_a)
       .def(

@@ -4,8 +4,8 @@
 #include <optional>
 #include <string>
 
-#include "bindings.h"
-#include "cache.h"
+#include "allocator/allocator.h"
+#include "bindings/bindings.h"
 
 namespace nb = nanobind;
 

@@ -10,8 +10,8 @@
 #include <optional>
 #include <vector>
 
-#include "bindings.h"
-#include "cache.h"
+#include "allocator/allocator.h"
+#include "bindings/bindings.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;

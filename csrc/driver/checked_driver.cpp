@@ -1,6 +1,6 @@
 // Keeps its own books and compares every call with them before the inner driver sees it.
 
-#include "driver_checked.h"
+#include "driver/checked_driver.h"
 
 #include <algorithm>
 #include <iterator>

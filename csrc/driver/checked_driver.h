@@ -9,8 +9,8 @@
 #include <unordered_map>
 #include <vector>
 
-#include "driver.h"
-#include "fork_guard.h"
+#include "base/fork_guard.h"
+#include "driver/driver.h"
 
 namespace kvmem {
 

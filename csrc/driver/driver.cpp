@@ -1,6 +1,6 @@
 // The run verbs for drivers that have nothing better: one call a page, undone when one fails.
 
-#include "driver.h"
+#include "driver/driver.h"
 
 #include <cstdio>
 #include <exception>

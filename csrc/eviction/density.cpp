@@ -13,10 +13,10 @@
 #include <limits>
 #include <vector>
 
-#include "eviction_ghosts.h"
-#include "eviction_lists.h"
-#include "eviction_policies.h"
-#include "eviction_statistics.h"
+#include "base/id_lists.h"
+#include "eviction/ghosts.h"
+#include "eviction/policy.h"
+#include "eviction/statistics.h"
 
 namespace kvmem {
 namespace {

@@ -1,4 +1,4 @@
-#include "eviction_ghosts.h"
+#include "eviction/ghosts.h"
 
 #include <algorithm>
 

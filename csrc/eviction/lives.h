@@ -10,7 +10,7 @@
 #include <algorithm>
 #include <array>
 
-#include "types.h"
+#include "base/types.h"
 
 namespace kvmem {
 

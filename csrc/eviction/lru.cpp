@@ -1,8 +1,8 @@
 // Least recently released first. Because the blocks of a sequence are released last block first, a prefix outlives its
 // extensions without any knowledge of chains.
 
-#include "eviction_lists.h"
-#include "eviction_policies.h"
+#include "base/id_lists.h"
+#include "eviction/policy.h"
 
 namespace kvmem {
 namespace {

@@ -1,6 +1,4 @@
-#include "eviction.h"
-
-#include "eviction_policies.h"
+#include "eviction/policy.h"
 
 namespace kvmem {
 namespace {

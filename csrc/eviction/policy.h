@@ -11,8 +11,8 @@
 #include <string>
 #include <vector>
 
-#include "digest.h"
-#include "types.h"
+#include "base/digest.h"
+#include "base/types.h"
 
 namespace kvmem {
 
@@ -63,5 +63,9 @@ class EvictionPolicy {
 std::unique_ptr<EvictionPolicy> make_eviction_policy(const std::string& name);
 // Those names, the default first.
 std::vector<std::string> eviction_policy_names();
+
+// What make_eviction_policy() chooses from: one function a policy, one file a policy.
+std::unique_ptr<EvictionPolicy> make_lru_policy();      // lru.cpp
+std::unique_ptr<EvictionPolicy> make_density_policy();  // density.cpp
 
 }  // namespace kvmem

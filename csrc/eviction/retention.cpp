@@ -1,4 +1,4 @@
-#include "retention.h"
+#include "eviction/retention.h"
 
 #include <chrono>
 #include <cmath>

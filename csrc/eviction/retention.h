@@ -12,8 +12,8 @@
 #include <memory>
 #include <vector>
 
-#include "eviction.h"
-#include "eviction_lists.h"
+#include "base/id_lists.h"
+#include "eviction/policy.h"
 
 namespace kvmem {
 

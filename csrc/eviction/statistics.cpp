@@ -1,4 +1,4 @@
-#include "eviction_statistics.h"
+#include "eviction/statistics.h"
 
 #include <algorithm>
 #include <cmath>

@@ -10,8 +10,8 @@
 #include <array>
 #include <cstdint>
 
-#include "eviction_lives.h"
-#include "types.h"
+#include "base/types.h"
+#include "eviction/lives.h"
 
 namespace kvmem {
 

@@ -1,4 +1,4 @@
-#include "block_tags.h"
+#include "index/block_tags.h"
 
 #include <algorithm>
 #include <cstring>

@@ -1,4 +1,4 @@
-#include "events.h"
+#include "index/events.h"
 
 #include <algorithm>
 

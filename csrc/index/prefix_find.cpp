@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "prefix.h"
+#include "index/prefix_index.h"
 
 namespace kvmem {
 namespace {

@@ -1,4 +1,4 @@
-#include "prefix.h"
+#include "index/prefix_index.h"
 
 #include <algorithm>
 #include <random>

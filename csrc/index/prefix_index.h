@@ -22,13 +22,13 @@
 #include <unordered_map>
 #include <vector>
 
-#include "block_tags.h"
-#include "digest.h"
-#include "events.h"
-#include "keyed_hash.h"
-#include "retention.h"
-#include "token_blocks.h"
-#include "types.h"
+#include "base/digest.h"
+#include "base/keyed_hash.h"
+#include "base/types.h"
+#include "eviction/retention.h"
+#include "index/block_tags.h"
+#include "index/events.h"
+#include "index/token_blocks.h"
 
 namespace kvmem {
 

@@ -1,4 +1,4 @@
-#include "token_blocks.h"
+#include "index/token_blocks.h"
 
 #include <algorithm>
 #include <new>

@@ -10,7 +10,7 @@
 #include <memory>
 #include <vector>
 
-#include "types.h"
+#include "base/types.h"
 
 namespace kvmem {
 

@@ -5,7 +5,7 @@
 #include <limits>
 #include <thread>
 
-#include "space.h"
+#include "memory/space.h"
 
 namespace kvmem {
 

@@ -1,9 +1,9 @@
-#include "mapper.h"
+#include "memory/mapper.h"
 
 #include <new>
 #include <system_error>
 
-#include "space.h"
+#include "memory/space.h"
 
 namespace kvmem {
 

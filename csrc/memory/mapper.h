@@ -9,7 +9,7 @@
 #include <thread>
 #include <vector>
 
-#include "ops.h"
+#include "base/ops.h"
 
 namespace kvmem {
 

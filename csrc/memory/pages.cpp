@@ -1,10 +1,10 @@
-#include "pages.h"
+#include "memory/pages.h"
 
 #include <algorithm>
 #include <new>
 #include <string>
 
-#include "transaction.h"
+#include "memory/transaction.h"
 
 namespace kvmem {
 

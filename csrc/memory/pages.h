@@ -12,16 +12,16 @@
 #include <unordered_set>
 #include <vector>
 
-#include "digest.h"
-#include "driver.h"
-#include "fork_guard.h"
-#include "geometry.h"
-#include "id_set.h"
-#include "journal.h"
-#include "mapper.h"
-#include "ops.h"
-#include "pool_lock.h"
-#include "space.h"
+#include "base/digest.h"
+#include "base/fork_guard.h"
+#include "base/geometry.h"
+#include "base/id_set.h"
+#include "base/journal.h"
+#include "base/ops.h"
+#include "base/pool_lock.h"
+#include "driver/driver.h"
+#include "memory/mapper.h"
+#include "memory/space.h"
 
 namespace kvmem {
 

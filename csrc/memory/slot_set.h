@@ -7,7 +7,7 @@
 #include <memory>
 #include <vector>
 
-#include "types.h"
+#include "base/types.h"
 
 namespace kvmem {
 

@@ -1,4 +1,4 @@
-#include "space.h"
+#include "memory/space.h"
 
 #include <algorithm>
 #include <string>

@@ -9,9 +9,9 @@
 #include <string>
 #include <vector>
 
-#include "driver.h"
-#include "ops.h"
-#include "slot_set.h"
+#include "base/ops.h"
+#include "driver/driver.h"
+#include "memory/slot_set.h"
 
 namespace kvmem {
 

@@ -1,4 +1,4 @@
-#include "transaction.h"
+#include "memory/transaction.h"
 
 #include <algorithm>
 #include <iterator>

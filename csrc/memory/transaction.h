@@ -9,8 +9,8 @@
 
 #include <vector>
 
-#include "ops.h"
-#include "pages.h"
+#include "base/ops.h"
+#include "memory/pages.h"
 
 namespace kvmem {
 

@@ -7,7 +7,7 @@
 #include <map>
 #include <vector>
 
-#include "types.h"
+#include "base/types.h"
 
 namespace kvmem {
 

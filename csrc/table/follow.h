@@ -26,9 +26,9 @@
 #include <string>
 #include <utility>
 
-#include "byte_ledger.h"
-#include "ops.h"
-#include "sequences.h"
+#include "base/ops.h"
+#include "table/byte_ledger.h"
+#include "table/sequences.h"
 
 namespace kvmem {
 

@@ -11,12 +11,12 @@
 #include <string>
 #include <vector>
 
-#include "batch.h"
-#include "geometry.h"
-#include "pages.h"
-#include "prefix.h"
-#include "sequences.h"
-#include "transaction.h"
+#include "base/geometry.h"
+#include "index/prefix_index.h"
+#include "memory/pages.h"
+#include "memory/transaction.h"
+#include "table/sequences.h"
+#include "table/view.h"
 
 namespace kvmem {
 
@@ -226,5 +226,21 @@ std::unique_ptr<PageTable> make_virtual_table(const Geometry& geometry, PagePool
                                               PrefixIndex& index);
 std::unique_ptr<PageTable> make_paged_table(const Geometry& geometry, PagePool& pool, const Sequences& sequences,
                                             PrefixIndex& index);
+
+// Windows may have nothing of a block while they have something of those behind it, so it is passed, not skipped; and
+// it stays among its siblings until the transaction ends.
+inline void PageTable::forget(i32 node, Transaction& tx) {
+  const auto last_below = [this](i32 x) {
+    for (i32 child; (child = index_.unused_child(x)) != kNoNode;) x = child;
+    return x;
+  };
+  for (i32 x = last_below(node);;) {
+    const i32 parent = index_.parent(x), sibling = x == node ? kNoNode : index_.unused_sibling(x);
+    for (i32 window = -1; index_.asides() > 0 && window < index_.windows(); ++window) name_again({x, window}, tx);
+    evict(x, tx);
+    if (x == node) return;
+    x = sibling == kNoNode ? parent : last_below(sibling);
+  }
+}
 
 }  // namespace kvmem

@@ -5,7 +5,7 @@
 
 #include <memory>
 
-#include "types.h"
+#include "base/types.h"
 
 namespace kvmem {
 

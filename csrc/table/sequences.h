@@ -10,8 +10,8 @@
 #include <string>
 #include <vector>
 
-#include "digest.h"
-#include "ops.h"
+#include "base/digest.h"
+#include "base/ops.h"
 
 namespace kvmem {
 

@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "types.h"
+#include "base/types.h"
 
 namespace kvmem {
 

@@ -1,4 +1,4 @@
-"""The C++ floor: ``csrc/bench/floor.cpp``, compiled when first needed, in the checkout that this file is part of."""
+"""The C++ floor: ``benchmarks/native/floor.cpp``, compiled when first needed, in this file's checkout."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _FLAGS = ("-O3", "-g", "-DNDEBUG", "-std=c++17")  # those of bench.mk and of the
 
 def build_floor() -> Path:
     """The program, compiled anew where its source is newer. `BenchError` without a checkout or a compiler."""
-    folder, program = _CHECKOUT / "csrc" / "bench", _CHECKOUT / "build" / "bench" / "floor"
+    folder, program = _CHECKOUT / "benchmarks" / "native", _CHECKOUT / "build" / "bench" / "floor"
     if not folder.is_dir():
         raise BenchError("the C++ floor is part of the source checkout, not of the installed package: run it there")
     newest = max((folder / name).stat().st_mtime for name in _SOURCES)

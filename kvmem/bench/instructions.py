@@ -1,6 +1,6 @@
 """Instruction counts of the core under callgrind, and the comparison of two of them: no clock, so no noise.
 
-``csrc/bench/core.cpp`` runs the workload without Python; what one phase of a warm round costs is counted.
+``benchmarks/native/core.cpp`` runs the workload without Python; what one phase of a warm round costs is counted.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def instruction_cases() -> dict[str, tuple[str, str, Workload]]:
 def core_program() -> Path:
     """`BenchError` where it is not compiled, or valgrind is absent."""
     if not _PROGRAM.exists():
-        raise BenchError("csrc/bench/core.cpp is not compiled: run `make callgrind` in the source checkout")
+        raise BenchError("benchmarks/native/core.cpp is not compiled: run `make callgrind` in the source checkout")
     if shutil.which("valgrind") is None:
         raise BenchError("counting instructions needs valgrind: apt-get install valgrind")
     return _PROGRAM

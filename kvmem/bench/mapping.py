@@ -1,9 +1,9 @@
 """What a mapped page costs on the CPU device, beside a bare ``mmap`` of the same pages.
 
 Runs of adjacent pages, mapped in turn by ``mmap(MAP_SHARED | MAP_FIXED)`` of a memfd and by `Sequence.extend`, which
-also decides, keeps the books and can be undone. The same without Python by ``csrc/bench/mapping.cpp`` (`make mapping`),
-and there by the host driver's own call too. Pages exist before the clock starts, and none is touched while it runs:
-page faults are the first writer's, and the same for all.
+also decides, keeps the books and can be undone. The same without Python by
+``benchmarks/native/mapping.cpp`` (`make mapping`), and there by the host driver's own call too. Pages exist before the
+clock starts, and none is touched while it runs: page faults are the first writer's, and the same for all.
 """
 
 from __future__ import annotations

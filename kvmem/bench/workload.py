@@ -1,4 +1,4 @@
-"""The serving workload that kvmem, the C++ floor and the peers are timed on. ``csrc/bench/workload.h`` is the same.
+"""The serving workload that kvmem, the C++ floor and the peers are timed on; ``workload.h`` is its C++ form.
 
 Prompts come in one by one; then all sequences decode in step, a token each; then they end one by one.
 """
@@ -48,7 +48,7 @@ class Workload:
         return self.sequences * self.max_tokens // self.block
 
     def arguments(self) -> list[str]:
-        """The words that the programs in ``csrc/bench`` take."""
+        """The words that the programs in ``benchmarks/native`` take."""
         words = []
         for name, value in asdict(self).items():
             words += [f"--{name}"] if value is True else [] if value is False else [f"--{name}", str(value)]

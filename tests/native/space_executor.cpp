@@ -1,13 +1,13 @@
-// csrc/space.* by itself, for tests/test_space_runs.py: one arena on the checked host driver, all of it mapped, and
-// lists of records that no rule of an allocator or a replica stands before.
+// csrc/memory/space.* by itself, for tests/test_space_runs.py: one arena on the checked host driver, all of it mapped,
+// and lists of records that no rule of an allocator or a replica stands before.
 
 #include <cstring>
 #include <memory>
 #include <string>
 #include <vector>
 
-#include "driver_checked.h"
-#include "space.h"
+#include "driver/checked_driver.h"
+#include "memory/space.h"
 
 using namespace kvmem;
 

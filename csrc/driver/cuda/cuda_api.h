@@ -1,11 +1,12 @@
 // The part of the CUDA driver API that kvmem calls, declared by us: building needs no CUDA toolkit, and running none
-// needs a driver. tests/cuda_stub/check_abi.cpp compares every line here with the real cuda.h where there is one.
+// needs a driver. tests/native/cuda_stub/check_abi.cpp compares every line here with the real cuda.h where there is
+// one.
 #pragma once
 
 #include <cstddef>
 #include <string>
 
-#include "types.h"
+#include "base/types.h"
 
 namespace kvmem::cuda {
 

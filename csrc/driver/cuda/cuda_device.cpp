@@ -1,4 +1,4 @@
-#include "cuda_device.h"
+#include "driver/cuda/cuda_device.h"
 
 namespace kvmem::cuda {
 

@@ -3,9 +3,9 @@
 
 #include <string>
 
-#include "cuda_api.h"
-#include "driver.h"
-#include "fork_guard.h"
+#include "base/fork_guard.h"
+#include "driver/cuda/cuda_api.h"
+#include "driver/driver.h"
 
 namespace kvmem::cuda {
 

@@ -10,8 +10,8 @@
 #include <mutex>
 #include <unordered_map>
 
-#include "cuda_device.h"
-#include "driver.h"
+#include "driver/cuda/cuda_device.h"
+#include "driver/driver.h"
 
 namespace kvmem {
 namespace {

@@ -14,12 +14,11 @@
 #include <unordered_map>
 #include <vector>
 
-#include "driver.h"
-#include "fork_guard.h"
-#include "host_file.h"
-#include "host_memory.h"
-#include "host_pieces.h"
-#include "mapping_budget.h"
+#include "base/fork_guard.h"
+#include "driver/driver.h"
+#include "driver/host/host_file.h"
+#include "driver/host/host_limits.h"
+#include "driver/host/host_pieces.h"
 
 namespace kvmem {
 namespace {

@@ -1,4 +1,4 @@
-#include "host_file.h"
+#include "driver/host/host_file.h"
 
 #include <fcntl.h>
 #include <sys/mman.h>
@@ -12,7 +12,7 @@
 #include <iterator>
 #include <string>
 
-#include "host_memory.h"
+#include "driver/host/host_limits.h"
 
 namespace kvmem {
 namespace {

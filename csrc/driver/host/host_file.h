@@ -5,8 +5,8 @@
 #include <map>
 #include <string>
 
-#include "driver.h"
-#include "fork_guard.h"
+#include "base/fork_guard.h"
+#include "driver/driver.h"
 
 namespace kvmem {
 

@@ -7,7 +7,7 @@
 #include <iterator>
 #include <map>
 
-#include "driver.h"
+#include "driver/driver.h"
 
 namespace kvmem {
 

@@ -1,8 +1,8 @@
-#include "paged_blocks.h"
+#include "table/paged/paged_blocks.h"
 
 #include <algorithm>
 
-#include "shared_parts.h"
+#include "table/shared_bytes.h"
 
 namespace kvmem {
 

@@ -14,10 +14,10 @@
 #include <unordered_map>
 #include <vector>
 
-#include "id_list.h"
-#include "page_table.h"
-#include "ready_blocks.h"
-#include "zero_vector.h"
+#include "base/id_list.h"
+#include "base/ready_blocks.h"
+#include "base/zero_vector.h"
+#include "table/page_table.h"
 
 namespace kvmem {
 

@@ -1,6 +1,6 @@
 // The invariants of the paged backend's books, as sentences.
 
-#include "paged_blocks.h"
+#include "table/paged/paged_blocks.h"
 
 namespace kvmem {
 

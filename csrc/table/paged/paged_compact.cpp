@@ -10,7 +10,7 @@
 #include <functional>
 #include <utility>
 
-#include "paged_blocks.h"
+#include "table/paged/paged_blocks.h"
 
 namespace kvmem {
 namespace {

@@ -10,8 +10,8 @@
 #include <utility>
 #include <vector>
 
-#include "follow.h"
-#include "paged_blocks.h"
+#include "table/follow.h"
+#include "table/paged/paged_blocks.h"
 
 namespace kvmem {
 

@@ -12,7 +12,7 @@
 #include <limits>
 #include <unordered_map>
 
-#include "paged_blocks.h"
+#include "table/paged/paged_blocks.h"
 
 namespace kvmem {
 namespace {

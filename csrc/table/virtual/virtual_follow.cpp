@@ -6,8 +6,8 @@
 #include <unordered_set>
 #include <vector>
 
-#include "follow.h"
-#include "virtual_rows.h"
+#include "table/follow.h"
+#include "table/virtual/virtual_rows.h"
 
 namespace kvmem {
 

@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "virtual_table.h"
+#include "table/virtual/virtual_table.h"
 
 namespace kvmem {
 

@@ -1,4 +1,4 @@
-#include "virtual_rows.h"
+#include "table/virtual/virtual_rows.h"
 
 namespace kvmem {
 

@@ -15,10 +15,10 @@
 #include <utility>
 #include <vector>
 
-#include "id_list.h"
-#include "page_table.h"
-#include "row_array.h"
-#include "shared_parts.h"
+#include "base/id_list.h"
+#include "table/page_table.h"
+#include "table/row_array.h"
+#include "table/shared_bytes.h"
 
 namespace kvmem {
 

@@ -6,7 +6,7 @@
 // The page is the unit of sharing: share_row() maps the same page under two rows. Slots [lo, hi) of a row are
 // mapped; the frontier is hi in bytes, so a token may straddle two pages.
 
-#include "virtual_table.h"
+#include "table/virtual/virtual_table.h"
 
 #include <algorithm>
 

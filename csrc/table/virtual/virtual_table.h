@@ -4,7 +4,7 @@
 
 #include <vector>
 
-#include "virtual_rows.h"
+#include "table/virtual/virtual_rows.h"
 
 namespace kvmem {
 

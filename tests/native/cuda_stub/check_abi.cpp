@@ -1,12 +1,12 @@
-// Compiled, never run: csrc/cuda_api.h, which declares the CUDA driver API in kvmem's own words, against NVIDIA's
-// cuda.h.
+// Compiled, never run: csrc/driver/cuda/cuda_api.h, which declares the CUDA driver API in kvmem's own words, against
+// NVIDIA's cuda.h.
 
 #include <cuda.h>
 #include <cudaTypedefs.h>
 
 #include <type_traits>
 
-#include "cuda_api.h"
+#include "driver/cuda/cuda_api.h"
 
 namespace ours = kvmem::cuda;
 

@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "cuda_api.h"
+#include "driver/cuda/cuda_api.h"
 
 namespace stub {
 

@@ -19,7 +19,7 @@
 #include <utility>
 #include <vector>
 
-#include "cache.h"
+#include "allocator/allocator.h"
 
 namespace {
 thread_local long fail_in = 0;  // the allocation of this thread that fails, counted down; 0: none

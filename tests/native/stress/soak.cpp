@@ -163,7 +163,7 @@ int run_worlds(const Options& options) {
 }
 
 int usage(const char* word) {
-  std::fprintf(stderr, "soak: unknown word %s; the words are at the top of csrc/stress/soak.cpp\n", word);
+  std::fprintf(stderr, "soak: unknown word %s; the words are at the top of tests/native/stress/soak.cpp\n", word);
   return 2;
 }
 

@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "cache.h"
+#include "allocator/allocator.h"
 #include "soak_random.h"
 
 namespace kvmem_soak {

@@ -5,8 +5,8 @@
 #include <string>
 #include <vector>
 
-#include "cache.h"
-#include "driver_checked.h"
+#include "allocator/allocator.h"
+#include "driver/checked_driver.h"
 #include "soak_random.h"
 
 namespace kvmem_soak {

@@ -5,7 +5,7 @@
 #include <initializer_list>
 #include <vector>
 
-#include "types.h"
+#include "base/types.h"
 
 namespace kvmem_soak {
 

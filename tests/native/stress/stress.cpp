@@ -16,7 +16,7 @@
 #include <thread>
 #include <vector>
 
-#include "cache.h"
+#include "allocator/allocator.h"
 
 using namespace kvmem;
 

@@ -1,10 +1,14 @@
-// The kernel's limit on mappings (VMAs) per process, vm.max_map_count, met with a typed error before the kernel meets
-// it.
+// What this process may use of the machine: memory (the machine's, or less where a cgroup says so), and mappings (VMAs)
+// up to vm.max_map_count, met with a typed error before the kernel meets it.
 #pragma once
 
-#include "types.h"
+#include "base/types.h"
 
 namespace kvmem {
+
+i64 host_total_bytes();      // physical memory, or the lowest limit of this process's cgroup and its ancestors
+i64 host_available_bytes();  // MemAvailable, or what is left under those limits, whichever is less; never negative
+i64 host_max_mappings();     // vm.max_map_count: mappings (VMAs) one process may have
 
 // Past the limit the kernel refuses every mmap, even the one by which a mapping becomes a hole again: the process would
 // be stuck. So new mappings stop at 80 %, and an unmap that splits a mapping in two stops at 90 %; the rest is for the

@@ -3,11 +3,11 @@
 #   STRESS_SECONDS=20   how long each stress run lasts      STRESS_SEED=1234   repeat one
 #   SOAK_SECONDS=10     how long random worlds are tried    SOAK_ARGS=   more words for them
 #
-# The program csrc/stress/stress.cpp takes `--seed N --seconds S`, prints both, ends with 0 when every pattern it left in memory
+# The program tests/native/stress/stress.cpp takes `--seed N --seconds S`, prints both, ends with 0 when every pattern it left in memory
 # was still there, and reserves at most 256 GiB of addresses: ThreadSanitizer has no room for more.
 #
 # Four parts: canaries (planted bugs: a sanitizer that reports nothing must be noticed), the C++ stress program with all
-# of csrc/ but the bindings, the same code with every allocation of every call failing in turn (csrc/stress/no_memory.cpp),
+# of csrc/ but the bindings, the same code with every allocation of every call failing in turn (tests/native/stress/no_memory.cpp),
 # and the Python tests marked `core` on a native module built with the sanitizers.
 
 STRESS_SECONDS ?= 20
@@ -15,8 +15,7 @@ SOAK_SECONDS ?= 10
 STRESS_SEED ?= $(shell date +%s)
 
 SAN := build/sanitize
-SOAK := $(patsubst csrc/%.cpp,%.o,$(wildcard csrc/stress/soak*.cpp))
-SAN_CORE := $(patsubst csrc/%.cpp,%.o,$(filter-out csrc/bindings%,$(wildcard csrc/*.cpp)))
+SOAK := $(patsubst %.cpp,%.o,$(wildcard tests/native/stress/soak*.cpp))
 SAN_FLAGS := -std=c++17 -O1 -g -fno-omit-frame-pointer -fno-sanitize-recover=all -pthread -Icsrc -DKVMEM_DEBUG \
   -Wall -Wextra -Werror
 SAN_asan := address,undefined
@@ -47,32 +46,32 @@ ASAN_PYTHON = env LD_PRELOAD="$(ASAN_LIBRARIES)" ASAN_OPTIONS=detect_leaks=0:han
 .PHONY: test-sanitize test-canaries test-stress test-soak test-no-memory test-asan-python test-tsan-python sanitize-programs
 test-sanitize: test-canaries test-stress test-no-memory test-asan-python  ## C++ stress program and core tests under the sanitizers
 
-sanitize-programs: $(foreach s,asan tsan,$(SAN)/$s/canary $(SAN)/$s/stress/stress) $(addprefix $(SAN)/asan/stress/,soak no_memory)  ## compile them, no more (make -j2)
+sanitize-programs: $(foreach s,asan tsan,$(SAN)/$s/canary $(SAN)/$s/tests/native/stress/stress) $(addprefix $(SAN)/asan/tests/native/stress/,soak no_memory)  ## compile them, no more (make -j2)
 
 define sanitized  # $(1) is asan or tsan
-$(SAN)/$(1)/%.o: csrc/%.cpp csrc/stress/sanitize.mk
+$(SAN)/$(1)/%.o: %.cpp tests/native/sanitize.mk
 	@mkdir -p $$(@D)
 	$$(CXX) $(SAN_FLAGS) -fsanitize=$(SAN_$(1)) -MMD -MP -c $$< -o $$@
 
-$(SAN)/$(1)/canary: $(SAN)/$(1)/stress/canary.o
+$(SAN)/$(1)/canary: $(SAN)/$(1)/tests/native/stress/canary.o
 	$$(CXX) -fsanitize=$(SAN_$(1)) -pthread $$^ -o $$@
 
-$(SAN)/$(1)/stress/stress $(SAN)/$(1)/stress/no_memory: %: %.o $(addprefix $(SAN)/$(1)/,$(SAN_CORE))
+$(SAN)/$(1)/tests/native/stress/stress $(SAN)/$(1)/tests/native/stress/no_memory: %: %.o $(addprefix $(SAN)/$(1)/,$(CORE_OBJECTS))
 	$$(CXX) -fsanitize=$(SAN_$(1)) -pthread $$^ -ldl -o $$@
 
-$(SAN)/$(1)/stress/soak: $(addprefix $(SAN)/$(1)/,$(SOAK) $(SAN_CORE))
+$(SAN)/$(1)/tests/native/stress/soak: $(addprefix $(SAN)/$(1)/,$(SOAK) $(CORE_OBJECTS))
 	$$(CXX) -fsanitize=$(SAN_$(1)) -pthread $$^ -ldl -o $$@
 
 .PHONY: test-stress-$(1)
-test-stress-$(1): $(SAN)/$(1)/stress/stress
+test-stress-$(1): $(SAN)/$(1)/tests/native/stress/stress
 	$$(RUN_$(1)) timeout -k 10 $$$$(($(STRESS_SECONDS) * 3 + 60)) $$< --seed $(STRESS_SEED) --seconds $(STRESS_SECONDS)
 endef
 $(eval $(call sanitized,asan))
 $(eval $(call sanitized,tsan))
--include $(wildcard $(SAN)/*/*.d $(SAN)/*/*/*.d)
+-include $(shell find $(SAN)/asan $(SAN)/tsan -name '*.d' 2>/dev/null)
 .SECONDARY:
 
-$(SAN)/canary.so $(SAN)/canary-tsan.so: csrc/stress/canary.cpp csrc/stress/sanitize.mk
+$(SAN)/canary.so $(SAN)/canary-tsan.so: tests/native/stress/canary.cpp tests/native/sanitize.mk
 	@mkdir -p $(@D)
 	$(CXX) $(SAN_FLAGS) -fsanitize=$(if $(findstring tsan,$@),$(SAN_tsan),$(SAN_asan)) -fPIC -shared $< -o $@
 
@@ -93,18 +92,18 @@ test-canaries: $(SAN)/asan/canary $(SAN)/tsan/canary $(SAN)/canary.so $(READY)
 test-stress: test-stress-asan test-stress-tsan test-soak
 
 # Random worlds on both backends; one thread and its mapper, so ThreadSanitizer has little to see there.
-test-soak: $(SAN)/asan/stress/soak
+test-soak: $(SAN)/asan/tests/native/stress/soak
 	$(RUN_asan) timeout -k 10 $$(($(SOAK_SECONDS) * 3 + 60)) $< --operations 1000000000 --seconds $(SOAK_SECONDS) \
 	  --seed $(STRESS_SEED) $(SOAK_ARGS)
 
 # Its operator new takes the sanitizer's place, which still sees all that malloc gives. 200 steps: about half a minute.
-test-no-memory: $(SAN)/asan/stress/no_memory $(SAN)/libcuda_stub.so
+test-no-memory: $(SAN)/asan/tests/native/stress/no_memory $(SAN)/libcuda_stub.so
 	$(RUN_asan) timeout -k 10 600 $< --seed $(STRESS_SEED) --steps 200
 	$(RUN_asan) KVMEM_STUB_GRANULARITY_BYTES=4096 timeout -k 10 600 $< --seed $(STRESS_SEED) --steps 60 \
 	  --libcuda $(CURDIR)/$(SAN)/libcuda_stub.so
 
 # The stand-in for libcuda with an operator new of its own: memory fails in our code only.
-$(SAN)/libcuda_stub.so: $(filter-out %check_abi.cpp,$(wildcard tests/cuda_stub/*.cpp)) $(wildcard tests/cuda_stub/*.h)
+$(SAN)/libcuda_stub.so: $(filter-out %check_abi.cpp,$(wildcard tests/native/cuda_stub/*.cpp)) $(wildcard tests/native/cuda_stub/*.h)
 	@mkdir -p $(@D)
 	$(CXX) -std=c++17 -O1 -g -fPIC -shared -Wl,-Bsymbolic -static-libstdc++ -Icsrc $(filter %.cpp,$^) -pthread -o $@
 

@@ -1,8 +1,9 @@
-#include "host_memory.h"
+#include "driver/host/host_limits.h"
 
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <fstream>
 #include <limits>
 #include <sstream>
@@ -74,6 +75,8 @@ CgroupRoom cgroup_room() {
   return room;
 }
 
+std::atomic<i64> held{0};  // mappings, by all budgets of the process
+
 }  // namespace
 
 i64 host_total_bytes() {
@@ -86,5 +89,18 @@ i64 host_available_bytes() {
 }
 
 i64 host_max_mappings() { return read_number("/proc/sys/vm/max_map_count", 65530); }
+
+MappingBudget::MappingBudget() : limit_(host_max_mappings()) {}
+
+void MappingBudget::add(i64 change) { held += change; }
+
+void MappingBudget::check(i64 more, i64 percent) const {
+  const i64 budget = limit_ / 100 * percent, now = held.load();
+  if (more <= 0 || now + more <= budget) return;
+  throw OutOfMemory("the host driver: " + std::to_string(now) + " kernel mappings are held and " +
+                    std::to_string(more) + " more would pass " + std::to_string(budget) + ", " +
+                    std::to_string(percent) + " % of vm.max_map_count = " + std::to_string(limit_) +
+                    ". Free sequences, use a larger page_bytes or fewer rows, or raise `sysctl vm.max_map_count`");
+}
 
 }  // namespace kvmem
