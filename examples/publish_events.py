@@ -9,8 +9,8 @@ import time
 import torch
 
 import kvmem
-from kvmem.digests import block_digests
 from kvmem.events import to_wire
+from kvmem.events.digests import block_digests
 
 BLOCK = 16
 TOPIC = b"kv@pod-0@tiny"  # the form in which llm-d learns the worker and the model

@@ -9,7 +9,7 @@ The model is tiny and random, so nothing is downloaded. With a real one only the
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from kvmem.transformers import KVMemCache
+from kvmem.integrations.transformers import KVMemCache
 
 
 def make_model() -> LlamaForCausalLM:

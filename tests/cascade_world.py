@@ -78,7 +78,9 @@ class World:
         seq.free()
         del self.written[seq]
 
-    def queries(self, batch: kvmem.batch.GroupBatch, heads: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+    def queries(
+        self, batch: kvmem.allocator.batch.GroupBatch, heads: int, width: int, dtype: torch.dtype
+    ) -> torch.Tensor:
         q = torch.randn(batch.num_new_tokens, heads, width, generator=self.draw, dtype=torch.float64)
         return q.to(dtype).to(self.alloc.device)
 
@@ -173,7 +175,7 @@ def random_scene(world: World, rng: random.Random) -> Seqs:
     return seqs
 
 
-def lists(level: kvmem.cascade.CascadeLevel) -> tuple[list[int], list[int], list[int]]:
+def lists(level: kvmem.allocator.cascade.CascadeLevel) -> tuple[list[int], list[int], list[int]]:
     pages = level.kv_indptr.diff()
     last = level.kv_last_page_len
     assert torch.equal(level.kv_lens, (pages - 1).clamp(min=0) * TOKENS_PER_BLOCK + last)

@@ -11,8 +11,8 @@ from support import windows
 
 import kvmem
 from kvmem import _core
-from kvmem.digests import block_digests
 from kvmem.events import AllBlocksCleared, BlockRemoved, BlockStored, Event, EventBatch, EventStream
+from kvmem.events.digests import block_digests
 
 BLOCK = 4
 MEDIA = ("GPU", "CPU")

@@ -13,7 +13,7 @@ from gpu_libraries import ByHand, Real, Result
 from kernel_cases import BACKENDS, FP8, Case
 
 from kvmem.kernels import flash_attention, flash_attention_4, flashinfer, flashinfer_mla, reference
-from kvmem.kernels.rules import flat_tokens
+from kvmem.kernels.checks import flat_tokens
 from kvmem.kernels.write import to_cache_dtype, write_kv
 
 Library = ByHand | Real

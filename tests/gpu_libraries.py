@@ -13,7 +13,7 @@ import kernel_oracle_flashinfer_mla as mla_by_hand
 import torch
 
 from kvmem.kernels import torch_ops
-from kvmem.kernels.rules import flat_tokens
+from kvmem.kernels.checks import flat_tokens
 
 Result = tuple[torch.Tensor, torch.Tensor | None]
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 import kvmem
-from kvmem.kernels.rules import all_tokens
+from kvmem.kernels.checks import all_tokens
 
 LAYERS = 3
 SLEEP_CYCLES = 300_000  # about 0.2 ms before each read, so that what follows on the host overtakes it

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import kvmem
-from kvmem.kernels.rules import as_bytes
+from kvmem.kernels.checks import as_bytes
 
 #: name -> (tokens cached before the step, tokens the step computes), per sequence
 STEPS = {

@@ -13,8 +13,8 @@ from reference_prefix import NEWEST, Node, PrefixModel, Root
 from support import i32
 
 import kvmem
-from kvmem.ops import Op
-from kvmem.prefix import Pin, PrefixMatch
+from kvmem.allocator.ops import Op
+from kvmem.allocator.prefix import Pin, PrefixMatch
 
 NO_ROOT: Root = (None, None)
 Marks = list[tuple[int, str]]

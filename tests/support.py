@@ -17,7 +17,7 @@ from support_drivers import CudaStub, build_stub
 
 import kvmem
 from kvmem import _core
-from kvmem.device import Device
+from kvmem.memory.device import Device
 
 torch.set_num_threads(1)  # tiny tensors: threads would only wait for each other
 
@@ -190,7 +190,7 @@ def make_allocator(
         return kvmem.Allocator(spec, backend=backend, device=device, driver=driver, **options)  # type: ignore[arg-type]
     cuda = Device("cuda:0", driver, torch.device("cpu"), 256, 64, "all", True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("kvmem.pool.open_device", lambda *_: cuda)
+        patch.setattr("kvmem.memory.pool.open_device", lambda *_: cuda)
         alloc = kvmem.Allocator(spec, backend=backend, device="cuda:0", **options)  # type: ignore[arg-type]
     core = alloc.core
 

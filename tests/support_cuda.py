@@ -14,7 +14,7 @@ from support import make_allocator, plain
 from support_drivers import CudaStub, build_stub
 
 import kvmem
-from kvmem.streams import Streams
+from kvmem.memory.streams import Streams
 
 PAGE = 4096  # plain(16) has 192 bytes a token: 21.3 tokens a page
 MIB = 1 << 20

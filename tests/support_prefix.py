@@ -8,7 +8,7 @@ from lockstep_prefix import NO_ROOT, PrefixLockstep
 from reference_prefix import Root
 
 import kvmem
-from kvmem.ops import Op
+from kvmem.allocator.ops import Op
 
 Make = Callable[..., kvmem.Allocator]
 

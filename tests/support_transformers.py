@@ -26,7 +26,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from kvmem.transformers import KVMemCache, KVMemEncoderDecoderCache
+from kvmem.integrations.transformers import KVMemCache, KVMemEncoderDecoderCache
 
 BACKENDS = ["virtual", "paged"]
 VOCABULARY = 97

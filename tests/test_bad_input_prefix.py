@@ -15,7 +15,7 @@ from support_prefix import text
 
 import kvmem
 from kvmem import SpecError, StaleHandle
-from kvmem.prefix import Pin
+from kvmem.allocator.prefix import Pin
 
 PROMPT = text(64)
 MEMORY = {"memory": "1MiB", "page_bytes": 4096, "record_ops": True, "max_tokens": 400}

@@ -13,7 +13,7 @@ from support import BACKENDS, LAYOUTS, i32, make_allocator, plain
 
 import kvmem
 from kvmem import _core
-from kvmem.batch import GroupBatch
+from kvmem.allocator.batch import GroupBatch
 
 pytestmark = pytest.mark.core
 

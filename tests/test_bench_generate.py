@@ -38,7 +38,7 @@ def test_every_cache_generates_the_same_tokens() -> None:
 
 def test_a_wrong_token_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """One backend stores K and V that are too small."""
-    from kvmem.transformers import KVMemLayer
+    from kvmem.integrations.transformers.cache import KVMemLayer
 
     language_model = load_language_model("tiny")
     write = KVMemLayer._write

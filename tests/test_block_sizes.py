@@ -9,8 +9,8 @@ from event_world import Router
 from support import BACKENDS, HALF, compute, make_allocator, seed_of_run
 
 import kvmem
-from kvmem.digests import block_digests
 from kvmem.events import BlockStored
+from kvmem.events.digests import block_digests
 
 pytestmark = pytest.mark.core
 K, V = (kvmem.Component(name, heads=2, width=8, dtype=HALF) for name in "kv")

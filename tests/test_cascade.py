@@ -12,7 +12,7 @@ from kernel_cases import BACKENDS
 from support import recurrent
 
 import kvmem
-from kvmem.cascade import Rows, make_cascade
+from kvmem.allocator.cascade import Rows, make_cascade
 
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 

@@ -13,7 +13,7 @@ from support_drivers import assert_runs
 
 import kvmem
 from kvmem import PagePool, SpecError, StaleHandle
-from kvmem.scheduler import SchedulerCache
+from kvmem.allocator.scheduler import SchedulerCache
 
 pytestmark = pytest.mark.core
 

@@ -14,8 +14,8 @@ from support_drivers import CudaStub
 
 import kvmem
 from kvmem import DeviceError, OutOfMemory, PagePool, SpecError
-from kvmem.arrays import as_int32
-from kvmem.device import Device
+from kvmem.arguments import as_int32
+from kvmem.memory.device import Device
 
 pytestmark = pytest.mark.core
 

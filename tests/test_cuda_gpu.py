@@ -11,7 +11,7 @@ import torch
 
 import kvmem
 from kvmem import DeviceError, OutOfMemory, PagePool
-from kvmem.arrays import as_int32
+from kvmem.arguments import as_int32
 
 pytestmark = pytest.mark.gpu
 
@@ -172,17 +172,17 @@ def test_streams_of_other_devices() -> None:
 
 def test_pages_for_other_processes_and_adapters() -> None:
     driver = pytest.importorskip("cuda.bindings.driver", reason="needs cuda-python")
-    import kvmem.cuda
+    import kvmem.integrations.cuda_python
 
-    device = kvmem.cuda.devices()[0]
+    device = kvmem.integrations.cuda_python.devices()[0]
     torch.zeros(1, device="cuda:0")
-    assert device.virtual_memory and kvmem.cuda.current_device() == "cuda:0"
+    assert device.virtual_memory and kvmem.integrations.cuda_python.current_device() == "cuda:0"
     if not device.posix_fd:
         with pytest.raises(DeviceError, match="POSIX_FILE_DESCRIPTOR"):
             PagePool(device="cuda:0", memory="64MiB", shareable=True)
         return
     pool = PagePool(device="cuda:0", memory="64MiB", shareable=True, rdma=device.rdma)
-    fd = kvmem.cuda.export_fd(pool, 3)
+    fd = kvmem.integrations.cuda_python.export_fd(pool, 3)
     kind = driver.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
     code, handle = driver.cuMemImportFromShareableHandle(fd, kind)
     os.close(fd)
@@ -194,11 +194,11 @@ def test_pages_for_other_processes_and_adapters() -> None:
 
 def test_the_stream_of_cuda_core() -> None:
     pytest.importorskip("cuda.core", reason="needs cuda-python")
-    import kvmem.cuda
+    import kvmem.integrations.cuda_python
 
     alloc, side = make("virtual"), torch.cuda.Stream()
     alloc.set_stream(side)
-    stream = kvmem.cuda.stream(alloc.pool)
+    stream = kvmem.integrations.cuda_python.stream(alloc.pool)
     assert int(stream.handle) == side.cuda_stream
     alloc.set_stream(stream)
     assert alloc.pool.streams.handle == side.cuda_stream

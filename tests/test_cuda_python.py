@@ -1,4 +1,4 @@
-"""kvmem.cuda, which is what cuda-python does for kvmem: with the real cuda.bindings and cuda.core over the stand-in for
+"""kvmem.integrations.cuda_python, which is what cuda-python does for kvmem: with the real cuda.bindings and cuda.core over the stand-in for
 libcuda where they are installed, and with a small double of cuda.bindings in any case.
 """
 
@@ -16,7 +16,7 @@ import pytest
 from support_cuda import MIB, PAGE, as_libcuda, fresh_stub
 from support_drivers import CudaStub, assert_runs
 
-import kvmem.cuda
+import kvmem.integrations.cuda_python
 from kvmem import DeviceError, OutOfMemory, PagePool, SpecError
 
 
@@ -26,7 +26,7 @@ def stub(tmp_path: Path) -> CudaStub:
 
 
 class Double(types.ModuleType):
-    """The few calls of cuda.bindings.driver that kvmem.cuda makes: a tuple each, the code first."""
+    """The few calls of cuda.bindings.driver that kvmem.integrations.cuda_python makes: a tuple each, the code first."""
 
     CUresult = enum.IntEnum("CUresult", {"CUDA_SUCCESS": 0, "CUDA_ERROR_OUT_OF_MEMORY": 2, "CUDA_ERROR_NO_DEVICE": 100})
     CUmemAllocationHandleType = enum.IntEnum("Kind", {"CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR": 1})
@@ -94,7 +94,11 @@ def install(monkeypatch: pytest.MonkeyPatch, stub: CudaStub | None) -> None:
 def test_without_cuda_python_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cuda", None)
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
-    for call in (kvmem.cuda.devices, kvmem.cuda.current_device, lambda: kvmem.cuda.error_text(2)):
+    for call in (
+        kvmem.integrations.cuda_python.devices,
+        kvmem.integrations.cuda_python.current_device,
+        lambda: kvmem.integrations.cuda_python.error_text(2),
+    ):
         with pytest.raises(ImportError, match=r"pip install 'kvmem\[cuda\]'"):
             call()
 
@@ -102,24 +106,26 @@ def test_without_cuda_python_it_says_what_to_install(monkeypatch: pytest.MonkeyP
 def test_without_a_driver_it_is_a_device_error(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, None)
     with pytest.raises(DeviceError, match="cuInit: Ensure the NVIDIA display driver") as raised:
-        kvmem.cuda.devices()
+        kvmem.integrations.cuda_python.devices()
     assert raised.value.call == "cuInit"
-    assert kvmem.cuda.error_text(2) == "CUDA_ERROR_OUT_OF_MEMORY"
-    assert kvmem.cuda.error_text(31337) == "CUDA error 31337"
+    assert kvmem.integrations.cuda_python.error_text(2) == "CUDA_ERROR_OUT_OF_MEMORY"
+    assert kvmem.integrations.cuda_python.error_text(31337) == "CUDA error 31337"
 
 
 def test_devices(monkeypatch: pytest.MonkeyPatch, stub: CudaStub) -> None:
     install(monkeypatch, stub)
     stub.set("devices", 2)
     stub.set("rdma_supported", 0)
-    found = kvmem.cuda.devices()
+    found = kvmem.integrations.cuda_python.devices()
     assert [device.name for device in found] == ["cuda:0", "cuda:1"]
-    assert found[1] == kvmem.cuda.DeviceInfo("cuda:1", (0, 0), 1024 * MIB, 13000, True, True, False)
-    assert kvmem.cuda.current_device() is None and stub.get("contexts") == 0, "to look makes no context"
+    assert found[1] == kvmem.integrations.cuda_python.DeviceInfo("cuda:1", (0, 0), 1024 * MIB, 13000, True, True, False)
+    assert kvmem.integrations.cuda_python.current_device() is None and stub.get("contexts") == 0, (
+        "to look makes no context"
+    )
     for code, kind in ((2, OutOfMemory), (100, DeviceError)):
         stub.fail("cuDeviceTotalMem", 1, code)
         with pytest.raises(kind, match="cuDeviceTotalMem failed: CUDA_ERROR_"):
-            kvmem.cuda.devices()
+            kvmem.integrations.cuda_python.devices()
 
 
 def test_the_device_whose_context_is_current(monkeypatch: pytest.MonkeyPatch, stub: CudaStub) -> None:
@@ -129,7 +135,7 @@ def test_the_device_whose_context_is_current(monkeypatch: pytest.MonkeyPatch, st
     context = ctypes.c_void_p()
     assert stub.library.cuDevicePrimaryCtxRetain(ctypes.byref(context), 1) == 0
     assert stub.library.cuCtxPushCurrent_v2(context) == 0
-    assert kvmem.cuda.current_device() == "cuda:1"
+    assert kvmem.integrations.cuda_python.current_device() == "cuda:1"
     assert stub.library.cuCtxPopCurrent_v2(None) == 0
     del driver
 
@@ -139,19 +145,19 @@ def test_pages_for_other_processes(monkeypatch: pytest.MonkeyPatch, stub: CudaSt
     with as_libcuda(stub):
         pool = PagePool(device="cuda:0", memory=4 * PAGE, shareable=True)
         plain = PagePool(device="cuda:0", memory=4 * PAGE)
-    descriptors = [kvmem.cuda.export_fd(pool, page) for page in range(4)]
+    descriptors = [kvmem.integrations.cuda_python.export_fd(pool, page) for page in range(4)]
     assert len(set(descriptors)) == 4
     for fd in descriptors:
         os.close(fd)
     for page in (-1, 4, 10**9):
         with pytest.raises(SpecError, match="no such page"):
-            kvmem.cuda.export_fd(pool, page)
+            kvmem.integrations.cuda_python.export_fd(pool, page)
     for stays in (plain, PagePool(memory="1MiB"), PagePool(device="meta", memory="4MiB")):
         with pytest.raises(SpecError, match="shareable=True"):
-            kvmem.cuda.export_fd(stays, 0)
+            kvmem.integrations.cuda_python.export_fd(stays, 0)
     stub.fail("cuMemExportToShareableHandle", 1, 999)
     with pytest.raises(DeviceError, match="cuMemExportToShareableHandle failed: CUDA error 999, page 2") as raised:
-        kvmem.cuda.export_fd(pool, 2)
+        kvmem.integrations.cuda_python.export_fd(pool, 2)
     assert (raised.value.call, raised.value.code) == ("cuMemExportToShareableHandle", 999)
 
 
@@ -171,16 +177,16 @@ def test_the_real_cuda_python_over_the_stand_in(stub: CudaStub, tmp_path: Path) 
     out = assert_runs(
         """
         import os
-        import kvmem, kvmem.cuda
-        assert kvmem.cuda.error_text(709) == "CUDA_ERROR_CONTEXT_IS_DESTROYED"
-        (device,) = kvmem.cuda.devices()
+        import kvmem, kvmem.integrations.cuda_python
+        assert kvmem.integrations.cuda_python.error_text(709) == "CUDA_ERROR_CONTEXT_IS_DESTROYED"
+        (device,) = kvmem.integrations.cuda_python.devices()
         assert device.name == "cuda:0" and device.virtual_memory and device.cuda_version == 13000
-        assert kvmem.cuda.current_device() is None
+        assert kvmem.integrations.cuda_python.current_device() is None
         pool = kvmem.PagePool(device=device.name, memory="4MiB", shareable=True)
-        os.close(kvmem.cuda.export_fd(pool, 0))
-        stream = kvmem.cuda.stream(pool)
+        os.close(kvmem.integrations.cuda_python.export_fd(pool, 0))
+        stream = kvmem.integrations.cuda_python.stream(pool)
         assert int(stream.handle) == pool.streams.handle == 0
-        assert kvmem.cuda.current_device() == "cuda:0"
+        assert kvmem.integrations.cuda_python.current_device() == "cuda:0"
         pool.set_stream(stream)
         print("ok")
         """,

@@ -12,8 +12,8 @@ from event_world import Held, Router
 from support import BACKENDS, LONG, all_windows, latent, make_allocator, plain, seed_of_run, windows
 
 import kvmem
-from kvmem.digests import block_digests
 from kvmem.events import AllBlocksCleared, BlockRemoved, BlockStored
+from kvmem.events.digests import block_digests
 
 pytestmark = pytest.mark.core
 BLOCK = 16

@@ -13,7 +13,7 @@ from support import BACKENDS, make_allocator, seed_of_run
 
 import kvmem
 from kvmem import Component, Group
-from kvmem.digests import block_digests
+from kvmem.events.digests import block_digests
 
 pytestmark = pytest.mark.core
 BLOCK, GUARD = 4, (0, 3)

@@ -15,7 +15,7 @@ from support_drivers import assert_runs
 
 import kvmem
 from kvmem import SpecError
-from kvmem.scheduler import SchedulerCache
+from kvmem.allocator.scheduler import SchedulerCache
 
 pytestmark = pytest.mark.core
 

@@ -103,7 +103,7 @@ def test_every_choice_is_tried_and_every_pair_of_them() -> None:
 GREEDY = """
 import sys; sys.path.insert(0, {tests!r})
 import gpu_worker, gpu_libraries, gpu_kernels, torch
-from kvmem.kernels.rules import flat_tokens
+from kvmem.kernels.checks import flat_tokens
 
 def tiles(case, library):
     '''Loads 64 tokens past the end, as kernels of tiles do, and masks by a product with zero.'''

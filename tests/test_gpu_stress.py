@@ -13,7 +13,7 @@ from gpu_stress import Stress, extend_chain
 from kernel_cases import BACKENDS, one_thread
 
 import kvmem
-from kvmem.kernels.rules import all_tokens
+from kvmem.kernels.checks import all_tokens
 
 __all__ = ["one_thread"]
 ROOT = Path(__file__).resolve().parent.parent

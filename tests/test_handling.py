@@ -16,10 +16,10 @@ from support_cuda import MIB, as_libcuda, fresh_stub
 
 import kvmem
 from kvmem import PagePool, SpecError
+from kvmem.allocator.scheduler import SchedulerCache
+from kvmem.arguments import parse_bytes
 from kvmem.kernels.reference import sdpa
 from kvmem.kernels.write import write_kv
-from kvmem.scheduler import SchedulerCache
-from kvmem.units import parse_bytes
 
 pytestmark = pytest.mark.core
 

@@ -22,8 +22,8 @@ from support_drivers import assert_runs
 from support_world import BACKENDS
 
 import kvmem
+from kvmem.allocator.scheduler import SchedulerCache
 from kvmem.events import AllBlocksCleared, BlockStored, Event
-from kvmem.scheduler import SchedulerCache
 
 pytestmark = pytest.mark.core
 

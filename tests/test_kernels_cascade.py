@@ -27,7 +27,7 @@ from kernel_cases import BACKENDS, assert_close, one_thread
 from support import encoder_decoder, windows
 
 import kvmem
-from kvmem.cascade import Cascade
+from kvmem.allocator.cascade import Cascade
 from kvmem.kernels import flashinfer as args
 from kvmem.kernels import flashinfer_mla as mla_args
 from kvmem.kernels.merge import merge_levels

@@ -14,7 +14,7 @@ from kernel_cases import BACKENDS, BLOCK_SIZES, LAYOUTS, Case, assert_close, mak
 import kvmem
 from kvmem.kernels import flash_attention as args
 from kvmem.kernels import flash_attention_4 as fa4
-from kvmem.kernels.rules import flat_tokens
+from kvmem.kernels.checks import flat_tokens
 
 __all__ = ["one_thread"]
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -11,7 +11,7 @@ from kernel_cases import BACKENDS, BLOCK_SIZES, LAYOUTS, Case, assert_close, mak
 
 import kvmem
 from kvmem.kernels import torch_ops as args
-from kvmem.kernels.rules import flat_tokens
+from kvmem.kernels.checks import flat_tokens
 
 __all__ = ["one_thread"]
 pytestmark = pytest.mark.usefixtures("one_thread")

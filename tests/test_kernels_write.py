@@ -8,7 +8,7 @@ from kernel_cases import BACKENDS, BLOCK_SIZES, LAYOUTS, assert_close, make_case
 
 import kvmem
 from kvmem.kernels import flash_attention, flash_attention_4, flashinfer, flashinfer_mla, reference, torch_ops
-from kvmem.kernels.rules import check_cache, check_guard, flat_tokens, host
+from kvmem.kernels.checks import check_cache, check_guard, flat_tokens, host
 from kvmem.kernels.write import write_component, write_kv
 
 __all__ = ["one_thread"]

@@ -13,8 +13,8 @@ from support import BACKENDS, i32, make_allocator, plain, seed_of_run
 
 import kvmem
 from kvmem import SchedulerCache
-from kvmem.digests import block_digests, key_marks, keys_in, placed
 from kvmem.events import BlockStored, to_wire
+from kvmem.events.digests import block_digests, key_marks, keys_in, placed
 
 pytestmark = [pytest.mark.core, pytest.mark.parametrize("backend", BACKENDS)]
 

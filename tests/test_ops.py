@@ -16,7 +16,7 @@ from ops_rank import digest, make, receive, send
 from support_world import BACKENDS, LONG, NOTHING, PAGE, World, checked, held, seed_from_environment
 
 import kvmem
-from kvmem.ops import KINDS
+from kvmem.allocator.ops import KINDS
 
 HERE = Path(__file__).resolve().parent
 PAGES = {"plain": 24, "mixed": 70}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 import kvmem
-from kvmem.layouts import GroupLayout, resolve_interleave
-from kvmem.page_size import LEAST_PAGES, MOST_WASTE, choose_page_bytes
+from kvmem.layouts.page_size import LEAST_PAGES, MOST_WASTE, choose_page_bytes
+from kvmem.layouts.plain import GroupLayout, resolve_interleave
 
 MIB, GIB = 1 << 20, 1 << 30
 

@@ -15,7 +15,7 @@ from support import BACKENDS, LAYOUTS, LONG, SIZES, i32, make_allocator, plain, 
 from test_prefix_model import make_pair
 
 import kvmem
-from kvmem.batch import _FIELDS, Batch, GroupBatch
+from kvmem.allocator.batch import _FIELDS, Batch, GroupBatch
 
 LAYOUTS_HERE = ["kv interleaved", "kv G=1", "full and window", "window G=1", "recurrent", "encoder decoder"]
 

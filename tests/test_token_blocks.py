@@ -15,7 +15,7 @@ from support_prefix import agree, cached, grow, world
 import kvmem
 from kvmem import _core
 from kvmem.bench.managers import heap_bytes
-from kvmem.digests import block_digests
+from kvmem.events.digests import block_digests
 
 pytestmark = pytest.mark.core
 BLOCK = 16

@@ -21,7 +21,7 @@ from support_transformers import (
 from torch import nn
 
 import kvmem
-from kvmem.lockstep import LockstepRows
+from kvmem.integrations.dense_batch import LockstepRows
 
 __all__ = ["one_thread"]  # a fixture of every test here
 

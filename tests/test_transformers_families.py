@@ -18,8 +18,8 @@ from support_families import (
 from support_transformers import BACKENDS, CLOSE, VOCABULARY, assert_same, one_thread
 from transformers import AutoModelForCausalLM, DynamicCache, EncoderDecoderCache, PreTrainedModel
 
-from kvmem import model_names
-from kvmem.transformers import KVMemCache, KVMemEncoderDecoderCache
+from kvmem.integrations.transformers import KVMemCache, KVMemEncoderDecoderCache
+from kvmem.spec import model_names
 
 __all__ = ["one_thread"]  # a fixture of every test here
 

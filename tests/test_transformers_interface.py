@@ -23,7 +23,7 @@ from support_transformers import (
 from transformers import DynamicCache, LlamaConfig
 
 import kvmem
-from kvmem.transformers import KVMemCache, KVMemEncoderDecoderCache
+from kvmem.integrations.transformers import KVMemCache, KVMemEncoderDecoderCache
 
 __all__ = ["one_thread"]  # a fixture of every test here
 

@@ -24,7 +24,7 @@ from support_transformers import (
 )
 
 import kvmem
-from kvmem.transformers import KVMemCache, KVMemEncoderDecoderCache
+from kvmem.integrations.transformers import KVMemCache, KVMemEncoderDecoderCache
 
 __all__ = ["one_thread"]  # a fixture of every test here
 
@@ -206,5 +206,5 @@ def test_rows_are_freed_with_the_cache() -> None:
 
 
 def test_it_is_imported_only_when_asked_for() -> None:
-    code = "import sys, kvmem; assert 'transformers' not in sys.modules; from kvmem.transformers import KVMemCache"
+    code = "import sys, kvmem; assert 'transformers' not in sys.modules; from kvmem.integrations.transformers.cache import KVMemCache"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=100)

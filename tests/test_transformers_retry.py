@@ -12,7 +12,7 @@ from support_transformers import BACKENDS, dynamic_cache, model_of, one_thread, 
 from torch import nn
 
 import kvmem
-from kvmem.transformers import KVMemCache, KVMemEncoderDecoderCache
+from kvmem.integrations.transformers import KVMemCache, KVMemEncoderDecoderCache
 
 __all__ = ["one_thread"]  # a fixture of every test here
 

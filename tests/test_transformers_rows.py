@@ -16,7 +16,7 @@ from support_transformers import BACKENDS, model_of, open_cache
 from transformers import DynamicCache, Gemma3TextConfig, LlamaConfig
 
 import kvmem
-from kvmem.transformers import KVMemCache
+from kvmem.integrations.transformers import KVMemCache
 
 WINDOW = 5
 HEADS, WIDTH = 1, 8

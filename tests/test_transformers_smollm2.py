@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from kvmem.transformers import KVMemCache
+from kvmem.integrations.transformers import KVMemCache
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(400)]
 

@@ -30,7 +30,7 @@ std::string none_is_empty(const char* encoded, std::size_t bytes) {
   return bytes > 0 && encoded[0] == 'n' ? std::string() : std::string(encoded, bytes);
 }
 
-// `extra_key`: the adapter's key, then what else of the prompt is keyed (kvmem.prefix.encode_keys).
+// `extra_key`: the adapter's key, then what else of the prompt is keyed (kvmem.allocator.prefix.encode_keys).
 PrefixKey key_of(const nb::bytes& salt, const nb::bytes& extra_key) {
   const char* const given = extra_key.c_str();
   const std::size_t bytes = extra_key.size(), adapter = bytes == 0 ? 0 : key_bytes(given, bytes);

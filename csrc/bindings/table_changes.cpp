@@ -168,7 +168,7 @@ void bind_changes(nb::module_& m) {
 
 // ---- the calls -----------------------------------------------------------------------------------
 
-// None for the most frequent answer, that nothing was written: kvmem.scheduler has one object for all of those.
+// None for the most frequent answer, that nothing was written: kvmem.allocator.scheduler has one object for all of those.
 nb::object to_python(TableWrites writes, i64 main) {
   return writes.empty() ? nb::none() : nb::cast(TableChanges{std::move(writes), static_cast<i32>(main)});
 }

@@ -15,27 +15,33 @@ import torch
 from torch.utils.dlpack import from_dlpack
 
 from kvmem import _core
-from kvmem.arrays import as_int32, at_least_zero, check_bool, check_count, check_most
-from kvmem.backends import BACKENDS, lay_out
-from kvmem.batch import INT32_MAX, Batch, new_batch
-from kvmem.closed import Closed
-from kvmem.device import Device, in_debug_mode
-from kvmem.digests import ExtraKey, decode_key
+from kvmem.allocator.batch import INT32_MAX, Batch, new_batch
+from kvmem.allocator.closed import Closed
+from kvmem.allocator.ops import Op
+from kvmem.allocator.prefix import Pin, PrefixMatch, Reason, Tokens, encode_keys, token_ids, with_ids
+from kvmem.allocator.sequence import NOBODY, LiveSequence, Sequence
+from kvmem.allocator.sequence_views import CopiedTokens, WatchedTokens
+from kvmem.allocator.stats import Stats
+from kvmem.arguments import (
+    as_int32,
+    check_bool,
+    check_choice,
+    check_count,
+    check_size,
+    is_fraction,
+    parse_bytes,
+)
 from kvmem.errors import KVMemError, OutOfMemory, SpecError, StaleHandle
 from kvmem.events import Event, EventBatch, EventStream
-from kvmem.layouts import GroupLayout, resolve_interleave
-from kvmem.ops import Op
-from kvmem.page_size import choose_page_bytes
-from kvmem.pool import PagePool, pool_for
-from kvmem.prefix import Pin, PrefixMatch, Reason, Tokens, encode_keys, token_ids, with_ids
-from kvmem.protocols import Sizes
-from kvmem.sequence import NOBODY, LiveSequence, Sequence
-from kvmem.sequence_views import CopiedTokens, WatchedTokens
+from kvmem.events.digests import ExtraKey, decode_key
+from kvmem.layouts.base import Sizes
+from kvmem.layouts.geometry import BACKENDS, lay_out
+from kvmem.layouts.page_size import choose_page_bytes
+from kvmem.layouts.plain import GroupLayout, resolve_interleave
+from kvmem.layouts.views import CacheTensor, block_view, plain, row_view, token_view
+from kvmem.memory.device import Device, in_debug_mode
+from kvmem.memory.pool import PagePool, pool_for
 from kvmem.spec import CacheSpec
-from kvmem.spec_rules import check_choice, check_size
-from kvmem.stats import Stats
-from kvmem.units import is_fraction, parse_bytes
-from kvmem.views import CacheTensor, block_view, plain, row_view, token_view
 
 __all__ = ["Allocator"]
 
@@ -45,7 +51,7 @@ MAX_SEQUENCES = 2**20
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from kvmem.arrays import Handles
+    from kvmem.arguments import Handles
 
     Order = npt.NDArray[np.int64]
     Ints = List[int] | Handles | torch.Tensor
@@ -67,7 +73,7 @@ class Allocator:
         is never given out again: five years of 25 a second. After that ``SpecError``: make another allocator.
     page_bytes: size of a physical page. Default: CPU 64 KiB (more above 2 GiB of memory); CUDA and meta what the driver
         recommends, 2 MiB. The virtual backend takes larger pages where sequences are long, because the driver is called
-        for each page: ``kvmem.page_size.choose_page_bytes``. Llama 3 8B with 128 Ki tokens and 65 GiB: 16 MiB.
+        for each page: ``kvmem.layouts.page_size.choose_page_bytes``. Llama 3 8B with 128 Ki tokens and 65 GiB: 16 MiB.
     interleave: how many layers lie side by side in a page, or ``"all"`` (default), or ``"none"``: not even K and V of a
         layer do, each has a range of its own, as dense as a contiguous tensor. More means less waste and fewer driver
         calls; less is read faster by a CPU. A row wastes half a page in each range: of Llama 3 8B in 2 MiB pages 8
@@ -135,8 +141,8 @@ class Allocator:
         check_choice("zero", zero, ("never", "fresh", "always"))
         check_choice("policy", policy, tuple(_core.eviction_policy_names()))
         self.spec, self.backend = spec, backend
-        self.max_sequences = check_most("max_sequences", check_size("max_sequences", max_sequences), MAX_SEQUENCES)
-        self.max_tokens = check_most("max_tokens", check_size("max_tokens", max_tokens), INT32_MAX)
+        self.max_sequences = check_size("max_sequences", max_sequences, most=MAX_SEQUENCES)
+        self.max_tokens = check_size("max_tokens", max_tokens, most=INT32_MAX)
         self._shares_pool = pool is not None
         self._recording = check_bool("record_ops", record_ops)
         self._debug = in_debug_mode() if debug is None else check_bool("debug", debug)
@@ -146,15 +152,17 @@ class Allocator:
         home = self.pool.device
         self.device = home.torch_device
         self.interleave = resolve_interleave(_default(interleave, home.interleave), spec.num_layers)
-        self.tail_guard_tokens = at_least_zero("tail_guard_tokens", _default(tail_guard_tokens, home.tail_guard_tokens))
-        self.map_ahead_tokens = at_least_zero("map_ahead_tokens", _default(map_ahead_tokens, home.map_ahead_tokens))
+        guard, ahead = (
+            _default(tail_guard_tokens, home.tail_guard_tokens),
+            _default(map_ahead_tokens, home.map_ahead_tokens),
+        )
+        self.tail_guard_tokens = check_size("tail_guard_tokens", guard, 0, INT32_MAX)
+        self.map_ahead_tokens = check_size("map_ahead_tokens", ahead, 0, INT32_MAX)
         limit = self._limit_bytes(memory)
         self._layouts = [GroupLayout(group, self.interleave) for group in spec.groups]
-        for field in ("tail_guard_tokens", "map_ahead_tokens"):
-            check_most(field, getattr(self, field), INT32_MAX)
         rows = None
         if cached_rows is not None:
-            rows = check_most("cached_rows", at_least_zero("cached_rows", cached_rows), 4 * MAX_SEQUENCES)
+            rows = check_size("cached_rows", cached_rows, 0, 4 * MAX_SEQUENCES)
         if backend != "virtual":  # with or without prefix_cache: a replica has the rows of the allocator it follows
             rows = 0
         sizes = Sizes(
@@ -191,7 +199,7 @@ class Allocator:
                 partial=check_bool("partial_reuse", partial_reuse),
                 policy=policy,
                 hash_bits=int(os.environ.get("KVMEM_HASH_BITS", "64")),  # fewer, to test that collisions are misses
-                event_capacity=check_most("events", at_least_zero("events", events), INT32_MAX),
+                event_capacity=check_size("events", events, 0, INT32_MAX),
             ),
         )
         self._events = EventStream(spec, self._drain_events, key=event_key) if events else None
@@ -381,7 +389,7 @@ class Allocator:
 
     def open_batch(self, n: int) -> Handles:
         """Handles of ``n`` new sequences, int32 [n]: all of them or ``OutOfMemory``."""
-        if at_least_zero("n", n) > self.max_sequences:
+        if check_size("n", n, 0) > self.max_sequences:
             raise OutOfMemory(f"asked to open {n} sequences; max_sequences is {self.max_sequences}")
         handles = np.full(n, NOBODY, np.int32)
         try:
@@ -465,7 +473,7 @@ class Allocator:
         if not isinstance(out, (Batch, NoneType)):
             raise SpecError(f"out: got {type(out).__name__}; must be a Batch")
         if out is None:
-            out = self._fitting_batch(ids, new_tokens, len(ids) if pad_to is None else at_least_zero("pad_to", pad_to))
+            out = self._fitting_batch(ids, new_tokens, len(ids) if pad_to is None else check_size("pad_to", pad_to, 0))
         self.fill(ids, out, new_tokens=new_tokens, pad_to=pad_to)
         return out
 
@@ -476,15 +484,15 @@ class Allocator:
         of up to ``max_tokens``; for ``out=`` and ``fill``. Their addresses never change.
         """
         self.core.check_process()
-        rows = at_least_zero("max_sequences", _default(max_sequences, self.max_sequences))
-        longest = at_least_zero("max_tokens", _default(max_tokens, self.max_tokens))
-        fresh, groups = at_least_zero("max_new_tokens", max_new_tokens), len(self.spec.groups)
+        rows = check_size("max_sequences", _default(max_sequences, self.max_sequences), 0)
+        longest = check_size("max_tokens", _default(max_tokens, self.max_tokens), 0)
+        fresh, groups = check_size("max_new_tokens", max_new_tokens, 0), len(self.spec.groups)
         return self._new_batch(rows, [fresh] * groups, [longest] * groups, None)
 
     def fill(self, ids: Ints, batch: Batch, *, new_tokens: Ints | None = None, pad_to: int | None = None) -> None:
         """Refills ``batch`` in place for the sequences ``ids``, a list or an array; arguments as for ``batch``."""
         counts = None if new_tokens is None else as_int32("new_tokens", new_tokens)
-        rows = -1 if pad_to is None else at_least_zero("pad_to", pad_to)
+        rows = -1 if pad_to is None else check_size("pad_to", pad_to, 0)
         _check_batch(batch)
         self.pool.streams.follow()
         batch.begin()
@@ -519,7 +527,7 @@ class Allocator:
         error; room is made before sliding windows move on. Only what differs from the batch's last fill is written and
         uploaded, see ``table_deltas``.
         """
-        rows = -1 if pad_to is None else at_least_zero("pad_to", pad_to)
+        rows = -1 if pad_to is None else check_size("pad_to", pad_to, 0)
         _check_batch(batch)
         self.pool.streams.follow()
         batch.begin()
@@ -553,7 +561,7 @@ class Allocator:
         """
         ids = self._handles(sequences)
         order = np.empty(len(ids), np.int64)
-        self.core.cascade_order(ids, -1 if group is None else at_least_zero("group", group), order)
+        self.core.cascade_order(ids, -1 if group is None else check_size("group", group, 0), order)
         return order
 
     def _handle(self, sequence: Sequence | int) -> int:
@@ -600,7 +608,7 @@ class Allocator:
         index by a batch's block table. They are ``CacheTensor``: what names its blocks, views and kernels work, what
         would read, copy or write all of it is a ``SpecError``. An unmapped block that is named all the same reads as
         zeros on a CPU, where writing to it ends the process; on a GPU both end the context. ``plain()`` of
-        ``kvmem.kernels.rules``, or ``as_subclass(torch.Tensor)``, takes the checks away.
+        ``kvmem.kernels.checks``, or ``as_subclass(torch.Tensor)``, takes the checks away.
         """
         k, v = self.tensor(layer, "k"), self.tensor(layer, "v")
         blocks = min(len(plain(k)), len(plain(v)))
@@ -757,7 +765,7 @@ class Allocator:
         Changes nothing: it is decided and taken back. Costs as much as that extension, without the driver's calls:
         some 100 ns for each block that would have to be given up.
         """
-        return self.core.can_fit(check_most("n", at_least_zero("n", n), INT32_MAX))
+        return self.core.can_fit(check_size("n", n, 0, INT32_MAX))
 
     def check(self) -> list[str]:
         """Every violated invariant as a sentence; empty when healthy. Cost grows with everything: for tests and idle
@@ -802,7 +810,7 @@ class Allocator:
     # --- deciding here, acting elsewhere ---
 
     def take_ops(self) -> list[Op]:
-        """What was decided since the last call, as plain records (``kvmem.ops``). Needs ``record_ops=True``."""
+        """What was decided since the last call (``kvmem.allocator.ops``). Needs ``record_ops=True``."""
         self.core.check_process()
         if not self._recording:
             raise SpecError("take_ops: nothing was recorded; make the allocator with record_ops=True")

@@ -10,11 +10,10 @@ import numpy as np
 import torch
 
 from kvmem import _core
-from kvmem.arrays import at_least_zero
-from kvmem.cascade import Cascade, Rows, make_cascade
+from kvmem.allocator.cascade import Cascade, Rows, make_cascade
+from kvmem.arguments import check_size
 from kvmem.errors import OutOfMemory, SpecError
 from kvmem.spec import Group
-from kvmem.spec_rules import check_size
 
 __all__ = ["Batch", "GroupBatch", "new_batch"]
 
@@ -307,7 +306,7 @@ class GroupBatch:
         """
         if self._core is None or not self.buffers.filled:
             raise SpecError("cascade: this batch was never filled; Allocator.batch() makes one that is")
-        check_size("max_levels", max_levels), at_least_zero("min_tokens", min_tokens)
+        check_size("max_levels", max_levels), check_size("min_tokens", min_tokens, 0)
         ids = np.array(self.buffers.handles, np.int32)
         cu_seqlens_q = (queries or self).cu_seqlens_q_cpu.numpy()
         asking = np.flatnonzero(np.diff(cu_seqlens_q))

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from kvmem import _core
-from kvmem.arrays import at_least_zero, check_count, has_bool
-from kvmem.digests import ExtraKey, encode_key, key_marks
+from kvmem.arguments import check_count, check_size, has_bool
 from kvmem.errors import KVMemError, SpecError, StaleHandle
+from kvmem.events.digests import ExtraKey, encode_key, key_marks
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -110,7 +110,7 @@ def committed_count(verb: str, tokens: Tokens | None, count: int | None) -> int:
         return len(committed_ids(verb, tokens))
     if tokens is not None:
         raise SpecError(f"tokens and count={count!r}: {verb} takes one of them; the ids say how many they are")
-    return check_count("count", at_least_zero("count", count))
+    return check_count("count", check_size("count", count, 0))
 
 
 def encode_keys(salt: str | bytes | None, extra_key: ExtraKey, adapter: str | None = None) -> tuple[bytes, bytes]:

@@ -27,17 +27,17 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 
 from kvmem._core import TableChanges
-from kvmem.allocator import Allocator
-from kvmem.arrays import as_int32, at_least_zero, check_count
-from kvmem.digests import ExtraKey
+from kvmem.allocator.allocator import Allocator
+from kvmem.allocator.prefix import Tokens, committed_count, committed_ids, encode_keys, token_ids, with_ids
+from kvmem.allocator.sequence import NOBODY, Sequence
+from kvmem.arguments import as_int32, check_count, check_size
 from kvmem.errors import KVMemError, OutOfMemory, SpecError, StaleHandle
 from kvmem.events import Event
-from kvmem.prefix import Tokens, committed_count, committed_ids, encode_keys, token_ids, with_ids
-from kvmem.sequence import NOBODY, Sequence
+from kvmem.events.digests import ExtraKey
 
 if TYPE_CHECKING:
-    from kvmem.allocator import Ints
-    from kvmem.arrays import Handles
+    from kvmem.allocator.allocator import Ints
+    from kvmem.arguments import Handles
 
 __all__ = ["SchedulerCache", "TableChanges"]
 
@@ -136,7 +136,7 @@ class SchedulerCache:
     ) -> TableChanges | None:
         if count is None and tokens is None:
             raise SpecError(f"count: missing; a new request ({request!r}) needs a prompt, or a count of tokens")
-        wanted = -1 if count is None else check_count("count", at_least_zero("count", count))
+        wanted = -1 if count is None else check_count("count", check_size("count", count, 0))
         salted, keyed = encode_keys(salt, extra_key, adapter)
         sequence = Sequence(self.allocator, NOBODY)
         try:
@@ -275,7 +275,7 @@ class SchedulerCache:
 
     def block_ids(self, request: Hashable, *, group: int | None = None) -> Handles:
         """The request's whole block table, int32 [blocks], a copy. Blocks that a sliding window has dropped are 0."""
-        index = self._main if group is None else at_least_zero("group", group)
+        index = self._main if group is None else check_size("group", group, 0)
         if index >= len(self.allocator.spec.groups):
             raise SpecError(f"group: got {index}; the spec has {len(self.allocator.spec.groups)}")
         return (self._core.table(self._sequence(request).id, index) or _NOTHING).blocks

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 
 from kvmem import _core
-from kvmem.arrays import at_least_zero, check_count, check_seconds
+from kvmem.allocator.prefix import Pin, Tokens, committed_count, committed_ids, token_ids
+from kvmem.arguments import check_count, check_seconds, check_size
 from kvmem.errors import KVMemError, OutOfMemory, SpecError
-from kvmem.prefix import Pin, Tokens, committed_count, committed_ids, token_ids
 
 if TYPE_CHECKING:
-    from kvmem.allocator import Allocator
+    from kvmem.allocator.allocator import Allocator
 
 __all__ = ["LiveSequence", "Sequence"]
 
@@ -148,7 +148,7 @@ class Sequence:
         ``SpecError`` when their ids are not known, when they fill no block, or when they could not be found even now: a
         sliding window has passed what it would need and it was given up, or a recurrent state has no snapshot there.
         """
-        count = -1 if num_tokens is None else at_least_zero("num_tokens", num_tokens)
+        count = -1 if num_tokens is None else check_size("num_tokens", num_tokens, 0)
         pin = Pin(self._core, 0, 0)
         try:
             self._core.pin(self._id, count, pin)
@@ -164,8 +164,8 @@ class Sequence:
         ttl: seconds from the block's release on, after which the policy decides again; default for ever.
         After TensorRT-LLM's retention config.
         """
-        first = at_least_zero("start", start)
-        last = 2**31 - 1 if end is None else at_least_zero("end", end)
+        first = check_size("start", start, 0)
+        last = 2**31 - 1 if end is None else check_size("end", end, 0)
         seconds = math.inf if ttl is None else check_seconds("ttl", ttl)
         self._core.retain(self._id, first, last, check_count("priority", priority), seconds)
 

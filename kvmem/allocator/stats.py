@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from kvmem import _core
-from kvmem.units import format_bytes
+from kvmem.arguments import format_bytes
 
 __all__ = ["Stats"]
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from kvmem.arguments import format_bytes
 from kvmem.bench.errors import BenchError
 from kvmem.bench.memory import Backend, Budget, open_allocator
 from kvmem.bench.model import Model
@@ -23,7 +24,6 @@ from kvmem.bench.spread import Spread
 from kvmem.bench.threads import one_thread
 from kvmem.kernels.reference import sdpa
 from kvmem.kernels.write import write_kv
-from kvmem.units import format_bytes
 
 __all__ = ["SEED", "TOLERANCE", "WARM_UP", "AttentionResult", "attention"]
 

@@ -15,7 +15,7 @@ from kvmem.bench.spread import Spread
 from kvmem.bench.threads import one_thread
 
 if TYPE_CHECKING:
-    from kvmem.transformers import KVMemCache
+    from kvmem.integrations.transformers import KVMemCache
 
 __all__ = ["DYNAMIC_CACHE", "GenerateResult", "generate"]
 
@@ -103,7 +103,7 @@ def generate(
     progress: Callable[[int], None] | None = None,
 ) -> list[GenerateResult]:
     """The same prompts with every cache, in turn in each repetition, after one generation each to warm up."""
-    from kvmem.transformers import KVMemCache
+    from kvmem.integrations.transformers import KVMemCache
 
     model = language_model.model
     sequences, prompt = language_model.inputs["input_ids"].shape

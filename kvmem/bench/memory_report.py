@@ -9,13 +9,13 @@ from typing import Any
 
 from rich.console import Console
 
+from kvmem.arguments import format_bytes
 from kvmem.bench.mapping import mapping
 from kvmem.bench.progress import progress
 from kvmem.bench.rectangle import rectangle
 from kvmem.bench.report import Report
 from kvmem.bench.results import check_writable, write_json
 from kvmem.bench.units import format_us
-from kvmem.units import format_bytes
 
 __all__ = ["Table", "mapping_tables", "rectangle_tables", "run_mapping", "run_rectangle"]
 

@@ -12,12 +12,12 @@ from time import perf_counter_ns
 
 import numpy as np
 
+from kvmem.arguments import format_bytes
 from kvmem.bench.errors import BenchError
 from kvmem.bench.memory import Backend, Budget, open_allocator
 from kvmem.bench.model import Model
 from kvmem.bench.pools import Int32s
 from kvmem.bench.spread import Spread
-from kvmem.units import format_bytes
 
 __all__ = ["MicroResult", "micro"]
 

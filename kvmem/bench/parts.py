@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from kvmem.arguments import format_bytes, parse_bytes
 from kvmem.bench.attention import attention
 from kvmem.bench.content import ContentPool
 from kvmem.bench.errors import BenchError
@@ -24,9 +25,8 @@ from kvmem.bench.scheduler import StepModel
 from kvmem.bench.steady import steady
 from kvmem.bench.traces import EXCERPT, Trace, load_trace
 from kvmem.bench.waste import rounding_sweep, rounding_table
-from kvmem.layouts import GroupLayout, resolve_interleave
-from kvmem.page_size import LEAST_PAGE_BYTES, choose_page_bytes
-from kvmem.units import format_bytes, parse_bytes
+from kvmem.layouts.page_size import LEAST_PAGE_BYTES, choose_page_bytes
+from kvmem.layouts.plain import GroupLayout, resolve_interleave
 
 __all__ = ["Run", "Settings"]
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from kvmem.arguments import format_bytes
 from kvmem.bench.errors import BenchError
-from kvmem.units import format_bytes
 
 if TYPE_CHECKING:
     from kvmem import Allocator

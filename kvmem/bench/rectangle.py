@@ -33,9 +33,9 @@ from kvmem.bench.memory import Backend
 from kvmem.bench.results import SCHEMA_VERSION, without_folders
 from kvmem.bench.spread import Spread
 from kvmem.bench.threads import one_thread
-from kvmem.kernels.rules import plain
+from kvmem.integrations.dense_batch import EVERY, LockstepRows
+from kvmem.kernels.checks import plain
 from kvmem.kernels.write import write_kv
-from kvmem.lockstep import EVERY, LockstepRows
 
 __all__ = ["RectangleReport", "RectangleResult", "rectangle"]
 

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from kvmem.arguments import format_bytes
 from kvmem.bench.driver_costs import PUBLISHED
 from kvmem.bench.generate import DYNAMIC_CACHE
 from kvmem.bench.replay import ReplayResult
@@ -16,7 +17,6 @@ from kvmem.bench.results import Results, Setup
 from kvmem.bench.reuse import ReuseReport, default_policy
 from kvmem.bench.spread import Spread
 from kvmem.bench.units import format_percent, format_seconds, format_us
-from kvmem.units import format_bytes
 
 __all__ = ["Report"]
 

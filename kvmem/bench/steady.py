@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from kvmem.arguments import format_bytes
 from kvmem.bench.errors import BenchError
 from kvmem.bench.pools import Int32s, Pool
-from kvmem.units import format_bytes
 
 __all__ = ["SteadyResult", "steady"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from kvmem.arguments import format_bytes
 from kvmem.bench.units import format_us
-from kvmem.units import format_bytes
 
 __all__ = ["COLUMNS", "PEER_COLUMNS", "memory_rows", "peer_rows", "step_rows"]
 

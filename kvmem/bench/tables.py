@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kvmem.arguments import format_bytes
 from kvmem.bench.driver_costs import PUBLISHED
 from kvmem.bench.errors import BenchError
 from kvmem.bench.gpu.tables import gpu_page, gpu_summary
@@ -21,7 +22,6 @@ from kvmem.bench.results import SCHEMA_VERSION
 from kvmem.bench.step_report import COLUMNS as STEP_COLUMNS
 from kvmem.bench.step_report import PEER_COLUMNS, memory_rows, peer_rows, step_rows
 from kvmem.bench.units import format_percent, format_seconds, format_us
-from kvmem.units import format_bytes
 
 __all__ = ["BEGIN", "END", "Document", "insert", "load_documents", "page", "summary"]
 

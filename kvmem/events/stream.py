@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeAlias, ca
 import numpy as np
 
 from kvmem import _core
-from kvmem.digests import DIGEST_BYTES, ChainDigest, Key, keys_in
 from kvmem.errors import DeviceError, KVMemError, SpecError
+from kvmem.events.digests import DIGEST_BYTES, ChainDigest, Key, keys_in
 from kvmem.spec import CacheSpec, Group
 
 if TYPE_CHECKING:

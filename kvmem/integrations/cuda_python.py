@@ -65,8 +65,8 @@ def error_text(code: int) -> str:
 
 def stream(pool: PagePool) -> Any:
     """The stream that the pool was used on last, as a ``cuda.core.Stream``, to wait for and record events on:
-    ``kvmem.cuda.stream(alloc.pool).wait(event)``. It does not own the stream. The other way round is
-    ``PagePool.set_stream``. ``DeviceError`` while another device is current; if none is, the pool's becomes it.
+    ``kvmem.integrations.cuda_python.stream(alloc.pool).wait(event)``. It does not own the stream. The other way round
+    is ``PagePool.set_stream``. ``DeviceError`` while another device is current; if none is, the pool's becomes it.
     """
     try:
         import cuda.core

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 
 from kvmem.allocator import Allocator
-from kvmem.batch import GroupBatch
+from kvmem.allocator.batch import GroupBatch
+from kvmem.allocator.sequence import Sequence
 from kvmem.errors import KVMemError, OutOfMemory, SpecError
-from kvmem.lockstep_tail import copy_tail
-from kvmem.sequence import Sequence
+from kvmem.integrations.dense_tail import copy_tail
 
 __all__ = ["EVERY", "BlockPlace", "LockstepRows", "RowPlace"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from kvmem.allocator import Allocator
-from kvmem.views import plain
+from kvmem.layouts.views import plain
 
 __all__ = ["copy_tail"]
 

@@ -32,10 +32,10 @@ import numpy as np
 import torch
 
 from kvmem.allocator import Allocator
-from kvmem.batch import GroupBatch
+from kvmem.allocator.batch import GroupBatch
+from kvmem.allocator.sequence import Sequence
 from kvmem.errors import SpecError
-from kvmem.kernels.rules import check_batch, plain
-from kvmem.sequence import Sequence
+from kvmem.kernels.checks import check_batch, plain
 
 if TYPE_CHECKING:
     import numpy.typing as npt

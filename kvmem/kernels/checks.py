@@ -7,10 +7,10 @@ from collections.abc import Mapping
 import torch
 
 from kvmem.allocator import Allocator
-from kvmem.batch import GroupBatch
-from kvmem.cascade import Cascade
+from kvmem.allocator.batch import GroupBatch
+from kvmem.allocator.cascade import Cascade
 from kvmem.errors import SpecError
-from kvmem.views import plain
+from kvmem.layouts.views import plain
 
 __all__ = [
     "all_tokens", "as_bytes", "as_int32", "check_cache", "check_guard", "check_strides", "flat_tokens", "host", "plain",

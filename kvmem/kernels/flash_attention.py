@@ -15,9 +15,9 @@ from typing import Any, Literal
 
 import torch
 
-from kvmem.batch import GroupBatch
+from kvmem.allocator.batch import GroupBatch
 from kvmem.errors import SpecError
-from kvmem.kernels.rules import as_int32, plain, rows_of, window_left
+from kvmem.kernels.checks import as_int32, plain, rows_of, window_left
 from kvmem.kernels.versions import takes
 
 __all__ = [

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from kvmem.batch import GroupBatch
+from kvmem.allocator.batch import GroupBatch
 from kvmem.errors import SpecError
+from kvmem.kernels.checks import plain, window_left
 from kvmem.kernels.flash_attention import Form, form_of, natural_lse, row_spans
-from kvmem.kernels.rules import plain, window_left
 
 __all__ = ["TAIL_GUARD_TOKENS", "fa4_varlen_args", "natural_lse", "plain"]
 

@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 
-from kvmem.batch import GroupBatch
-from kvmem.cascade import Cascade
+from kvmem.allocator.batch import GroupBatch
+from kvmem.allocator.cascade import Cascade
 from kvmem.errors import SpecError
-from kvmem.kernels.rules import STRIDE_LIMIT, check_cache, flat_tokens, host, rows_of, window_left
+from kvmem.kernels.checks import STRIDE_LIMIT, check_cache, flat_tokens, host, rows_of, window_left
 from kvmem.kernels.versions import installed
 
 __all__ = [

@@ -21,10 +21,10 @@ from typing import Any
 
 import torch
 
-from kvmem.batch import GroupBatch
-from kvmem.cascade import Cascade, CascadeLevel
+from kvmem.allocator.batch import GroupBatch
+from kvmem.allocator.cascade import Cascade, CascadeLevel
 from kvmem.errors import SpecError
-from kvmem.kernels.rules import STRIDE_LIMIT, check_strides, host, plain
+from kvmem.kernels.checks import STRIDE_LIMIT, check_strides, host, plain
 from kvmem.kernels.versions import installed, takes
 
 __all__ = ["TAIL_GUARD_TOKENS", "mla_cache_of", "mla_cascade_plans", "mla_plan", "mla_run"]

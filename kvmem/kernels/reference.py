@@ -11,11 +11,11 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 
-from kvmem.batch import GroupBatch
-from kvmem.cascade import Cascade, CascadeLevel
+from kvmem.allocator.batch import GroupBatch
+from kvmem.allocator.cascade import Cascade, CascadeLevel
 from kvmem.errors import SpecError
+from kvmem.kernels.checks import as_bytes, check_all_blocks, check_batch, flat_tokens, plain
 from kvmem.kernels.merge import merge_levels
-from kvmem.kernels.rules import as_bytes, check_all_blocks, check_batch, flat_tokens, plain
 
 __all__ = ["cascade_attention", "level_attention", "oracle", "sdpa", "sdpa_lse"]
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from kvmem.batch import GroupBatch
+from kvmem.allocator.batch import GroupBatch
 from kvmem.errors import SpecError
+from kvmem.kernels.checks import flat_tokens, plain, window_left
 from kvmem.kernels.flash_attention import FA2_BLOCK_TOKENS, natural_lse, row_spans
-from kvmem.kernels.rules import flat_tokens, plain, window_left
 from kvmem.kernels.versions import takes
 
 __all__ = ["TAIL_GUARD_TOKENS", "attention", "flash_op_args", "natural_lse", "supports", "varlen_args"]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from kvmem.batch import GroupBatch
+from kvmem.allocator.batch import GroupBatch
 from kvmem.errors import SpecError
-from kvmem.kernels.rules import all_tokens, as_bytes, check_all_blocks, check_batch
-from kvmem.views import plain
+from kvmem.kernels.checks import all_tokens, as_bytes, check_all_blocks, check_batch
+from kvmem.layouts.views import plain
 
 __all__ = ["to_cache_dtype", "write_component", "write_kv"]
 

@@ -12,10 +12,9 @@ from dataclasses import replace
 from math import gcd, lcm
 
 from kvmem import _core
-from kvmem.arrays import check_most
+from kvmem.arguments import check_size, format_bytes
 from kvmem.errors import SpecError
-from kvmem.protocols import Backend, Layout, Sizes
-from kvmem.units import format_bytes
+from kvmem.layouts.base import Backend, Layout, Sizes
 
 __all__ = ["BACKENDS", "PagedBackend", "VirtualBackend", "lay_out"]
 
@@ -30,7 +29,7 @@ MAX_BLOCKS = MAX_TOKENS = 2**31 - 1
 def _group_tokens(layout: Layout, max_tokens: int) -> int:
     growth = layout.group.growth
     tokens = 1 if growth == "fixed" else (layout.group.max_tokens or max_tokens) if growth == "prefill" else max_tokens
-    return check_most(f"max_tokens of group {layout.group.name!r}", tokens, MAX_TOKENS)
+    return check_size(f"max_tokens of group {layout.group.name!r}", tokens, most=MAX_TOKENS)
 
 
 def _refuse_addresses(layout: Layout, reserved: int, blocks: int) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from kvmem.errors import SpecError
-from kvmem.layouts import Slice
+from kvmem.layouts.plain import Slice
 
 __all__ = ["CacheTensor", "block_view", "plain", "row_view", "token_view"]
 

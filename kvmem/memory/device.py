@@ -11,8 +11,8 @@ from functools import partial
 import torch
 
 from kvmem import _core
+from kvmem.arguments import format_bytes
 from kvmem.errors import DeviceError, OutOfMemory, SpecError
-from kvmem.units import format_bytes
 
 __all__ = ["AUTO_MARGIN_BYTES", "Device", "open_device"]
 

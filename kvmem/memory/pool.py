@@ -8,10 +8,10 @@ from typing import Any, NoReturn
 import torch
 
 from kvmem import _core
-from kvmem.device import Device, open_device
+from kvmem.arguments import format_bytes, is_fraction, parse_bytes
 from kvmem.errors import KVMemError, SpecError
-from kvmem.streams import Streams
-from kvmem.units import format_bytes, is_fraction, parse_bytes
+from kvmem.memory.device import Device, open_device
+from kvmem.memory.streams import Streams
 
 __all__ = ["PagePool", "pool_for"]
 
@@ -32,8 +32,9 @@ class PagePool:
         more. Ask for either when the model is loaded and has run once; what torch's caching allocator has reserved is
         left to torch.
     page_bytes: size of a page, a multiple of the driver's granularity; None takes the device's default.
-    shareable: pages can be exported to other processes as file descriptors (``kvmem.cuda.export_fd``). CUDA only, as is
-    rdma: an RDMA adapter may read and write the pages (GPUDirect). Pages may have to be larger for it.
+    shareable: pages can be exported to other processes as file descriptors
+    (``kvmem.integrations.cuda_python.export_fd``). CUDA only, as is rdma: an RDMA adapter may read and write the pages
+    (GPUDirect). Pages may have to be larger for it.
         ``DeviceError``, naming the attribute, when the device supports neither.
     driver: replaces the device's own driver; for tests.
 
@@ -129,7 +130,7 @@ class PagePool:
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise SpecError(
             f"{self!r}: a pool is memory of this process, and is not pickled or copied; give the other process the "
-            "arguments to make its own, or pages by kvmem.cuda.export_fd()"
+            "arguments to make its own, or pages by kvmem.integrations.cuda_python.export_fd()"
         )
 
     def __repr__(self) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, InitVar, dataclass, fields, replace
 from functools import cached_property
 from os import PathLike
@@ -17,12 +17,12 @@ from typing import Any, Final, TypeVar
 
 import torch
 
-from kvmem import spec_rules as rules
+from kvmem import arguments as check
 from kvmem.errors import SpecError
-from kvmem.spec_component import Component, Growth, Rope, Scope, assign, canonical
-from kvmem.spec_rules import dtype_name, parse_dtype
+from kvmem.spec.component import Component, Growth, Rope, assign, canonical
+from kvmem.spec.dtypes import dtype_name, parse_dtype
 
-__all__ = ["CacheSpec", "Component", "Group", "Growth", "Rope", "Scope", "dtype_name", "parse_dtype"]
+__all__ = ["CacheSpec", "Group"]
 
 _FORMAT: Final = 1  # of to_dict(), and part of the fingerprint: raise it when a field changes its meaning
 _T = TypeVar("_T")
@@ -47,23 +47,23 @@ class Group:
     block_size: int = None  # type: ignore[assignment]  # None until a CacheSpec takes it: readers get an int
 
     def __post_init__(self) -> None:
-        rules.check_name("Group.name", self.name)
+        check.check_name("Group.name", self.name)
         here = f"group {self.name!r}: "
-        layers = rules.check_layers(here + "layers", self.layers)
-        components = rules.check_members(here + "components", self.components, Component)
-        rules.check_unique(here + "components", [c.name for c in components])
+        layers = check.check_layers(here + "layers", self.layers)
+        components = check.check_members(here + "components", self.components, Component)
+        check.check_unique(here + "components", [c.name for c in components])
         components = tuple(canonical(c, len(layers), f"{here}component {c.name!r}: ") for c in components)
         assign(self, layers=layers, components=components)
         for field in ("window_tokens", "max_tokens", "block_size"):
             if getattr(self, field) is not None:
-                assign(self, **{field: rules.check_size(here + field, getattr(self, field))})
+                assign(self, **{field: check.check_size(here + field, getattr(self, field))})
         if self.growth == "fixed" and self.block_size is None:
             assign(self, block_size=1)
-        for field, refused, why in rules.GROUP_RULES:
+        for field, refused, why in GROUP_RULES:
             if refused(self):
-                raise SpecError(f"{here}{field}: got {rules.brief(getattr(self, field))}; {why}")
+                raise SpecError(f"{here}{field}: got {check.brief(getattr(self, field))}; {why}")
         tokens = max(self.block_size or 1, self.window_tokens or 1, self.max_tokens or 1)
-        if tokens * self.bytes_per_token + self.fixed_bytes >= rules.BYTES_LIMIT:
+        if tokens * self.bytes_per_token + self.fixed_bytes >= 2**63:
             raise SpecError(
                 f"{here}got {self.bytes_per_token} bytes a token, {tokens} tokens and {self.fixed_bytes} fixed bytes; "
                 "a group must stay under 2**63 bytes: check heads, width, layers, block_size and window_tokens"
@@ -102,7 +102,7 @@ class Group:
         for component in self.components:
             if component.name == name:
                 return component
-        raise SpecError(f"group {self.name!r}: component: got {name!r}; it has {rules.brief(self.components)}")
+        raise SpecError(f"group {self.name!r}: component: got {name!r}; it has {check.brief(self.components)}")
 
     def heads(self, component: str, layer: int) -> int:
         """Heads of ``component`` in ``layer``."""
@@ -124,7 +124,7 @@ class Group:
 
     def _index(self, component: str, layer: int) -> int:
         if layer not in self.layers:
-            raise SpecError(f"group {self.name!r}: layer: got {layer!r}; it has {rules.brief(self.layers)}")
+            raise SpecError(f"group {self.name!r}: layer: got {layer!r}; it has {check.brief(self.layers)}")
         return 0 if self.component(component).scope == "shared" else self.layers.index(layer)
 
 
@@ -148,15 +148,15 @@ class CacheSpec:
     num_query_heads: int | None = None
 
     def __post_init__(self, components: Sequence[Component] | None) -> None:
-        assign(self, block_size=rules.check_size("block_size", self.block_size))
+        assign(self, block_size=check.check_size("block_size", self.block_size))
         if self.num_query_heads is not None:
-            assign(self, num_query_heads=rules.check_size("num_query_heads", self.num_query_heads))
-        if self.num_layers is not None and rules.check_size("num_layers", self.num_layers) > rules.MAX_LAYERS:
-            raise SpecError(f"num_layers: got {self.num_layers!r}; at most {rules.MAX_LAYERS}")
+            assign(self, num_query_heads=check.check_size("num_query_heads", self.num_query_heads))
+        if self.num_layers is not None and check.check_size("num_layers", self.num_layers) > check.MAX_LAYERS:
+            raise SpecError(f"num_layers: got {self.num_layers!r}; at most {check.MAX_LAYERS}")
         groups = (
-            rules.check_members("groups", self.groups, Group) if components is None else self._one_group(components)
+            check.check_members("groups", self.groups, Group) if components is None else self._one_group(components)
         )
-        rules.check_unique("groups", [g.name for g in groups])
+        check.check_unique("groups", [g.name for g in groups])
         top = max(g.layers[-1] for g in groups)
         if self.num_layers is not None and self.num_layers <= top:
             raise SpecError(f"num_layers: got {self.num_layers!r}; a group holds layer {top}")
@@ -168,17 +168,17 @@ class CacheSpec:
         self._check_owners()
         self._check_query_heads()
         total = sum(g.bytes_per_token * g.block_size + g.fixed_bytes for g in self.groups)
-        if total >= rules.BYTES_LIMIT:
+        if total >= 2**63:
             raise SpecError(f"groups: got {total} bytes for one block of each; a spec must stay under 2**63 bytes")
 
     def _one_group(self, components: Sequence[Component]) -> tuple[Group, ...]:
         if self.groups:
             raise SpecError(
-                f"components: got groups {rules.brief(self.groups)} too; give groups, or components for one group"
+                f"components: got groups {check.brief(self.groups)} too; give groups, or components for one group"
             )
         if self.num_layers is None:
             raise SpecError("num_layers: got None; components need the number of layers they are for")
-        return (Group("all", rules.check_members("components", components, Component), tuple(range(self.num_layers))),)
+        return (Group("all", check.check_members("components", components, Component), tuple(range(self.num_layers))),)
 
     def _check_owners(self) -> None:
         owner: dict[tuple[int, str], Group] = {}
@@ -211,9 +211,9 @@ class CacheSpec:
         window_tokens: int | None = None, num_query_heads: int | None = None,
     ) -> CacheSpec:  # fmt: skip
         """The usual cache: K (after rotation) and V, alike in every layer."""
-        if rules.check_size("num_layers", num_layers) > rules.MAX_LAYERS:
-            raise SpecError(f"num_layers: got {num_layers!r}; at most {rules.MAX_LAYERS}")
-        rules.check_size("num_kv_heads", num_kv_heads), rules.check_size("head_dim", head_dim)
+        if check.check_size("num_layers", num_layers) > check.MAX_LAYERS:
+            raise SpecError(f"num_layers: got {num_layers!r}; at most {check.MAX_LAYERS}")
+        check.check_size("num_kv_heads", num_kv_heads), check.check_size("head_dim", head_dim)
         k = Component("k", heads=num_kv_heads, width=head_dim, dtype=parse_dtype(dtype), rope="post")
         group = Group(
             "all", (k, replace(k, name="v", rope="none")), tuple(range(num_layers)), window_tokens=window_tokens
@@ -229,8 +229,8 @@ class CacheSpec:
         block_size: int = 16,
         assume: str | None = None,
     ) -> CacheSpec:
-        """The spec of a published model; see :func:`kvmem.model_config.spec_from_config`."""
-        from kvmem.model_config import spec_from_config  # it builds on these types
+        """The spec of a published model; see :func:`kvmem.spec.from_config.spec_from_config`."""
+        from kvmem.spec.from_config import spec_from_config  # it builds on these types
 
         return spec_from_config(config, dtype=dtype, block_size=block_size, assume=assume)
 
@@ -280,9 +280,9 @@ class CacheSpec:
         rest = dict(_mapping("spec", data))
         if (found := rest.pop("format", None)) != _FORMAT:
             raise SpecError(f"format: got {found!r}; this version reads {_FORMAT}")
-        groups = [dict(_mapping("groups", group)) for group in rules.check_members("groups", rest.get("groups"), dict)]
+        groups = [dict(_mapping("groups", group)) for group in check.check_members("groups", rest.get("groups"), dict)]
         for group in groups:
-            components = rules.check_members("components", group.get("components"), dict)
+            components = check.check_members("components", group.get("components"), dict)
             group["components"] = tuple(_build(Component, c) for c in components)
         return _build(cls, rest | {"groups": tuple(_build(Group, g) for g in groups)})
 
@@ -303,14 +303,42 @@ def _lists(value: Any) -> Any:
 
 def _mapping(field: str, value: object) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
-        raise SpecError(f"{field}: got {rules.brief(value)}; must be a dict")
+        raise SpecError(f"{field}: got {check.brief(value)}; must be a dict")
     return value
 
 
 def _build(cls: type[_T], data: Mapping[str, Any]) -> _T:
     known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
     for field in sorted(data.keys() - known):
-        raise SpecError(f"{field}: got {rules.brief(data[field])}; {cls.__name__} has no such field")
+        raise SpecError(f"{field}: got {check.brief(data[field])}; {cls.__name__} has no such field")
     for field in sorted(known - data.keys()):
         raise SpecError(f"{field}: missing from a {cls.__name__}")
     return cls(**data)
+
+
+def _differ(what: Callable[[Component], object]) -> Callable[[Group], bool]:
+    return lambda g: any(what(c) != what(g.components[0]) for c in g.components)
+
+
+GROUP_RULES: Final[tuple[tuple[str, Callable[[Group], bool], str], ...]] = (
+    ("components", _differ(lambda c: c.growth),
+     "components of a group live and die together, so they grow alike: put them in groups by growth"),
+    ("components", _differ(lambda c: c.ragged),
+     "components of a group share lengths: make all ragged or none, or put them in two groups"),
+    ("components", lambda g: g.ragged and _differ(lambda c: c.heads)(g),
+     "ragged lengths are per head, so all components of the group need the same heads"),
+    ("components", lambda g: g.ragged and g.k_only,
+     "ragged K with no V: V of any head is derived from the K of every head (Slim), so no head may drop a row alone"),
+    ("components", lambda g: g.k_only and g.components[0].dtype.itemsize < 2,
+     "8-bit K with no V: deriving V multiplies the rounding of K by the condition number of W_K; store fp16 or wider"),
+    ("window_tokens", lambda g: g.window_tokens is not None and g.growth == "fixed",
+     "a fixed state holds no tokens, so no window of them"),
+    ("window_tokens", lambda g: g.window_tokens is not None and g.growth == "prefill",
+     "what is fixed after prefill is read whole by every step: it has no sliding window"),
+    ("window_tokens", lambda g: g.window_tokens is not None and g.ragged,
+     "ragged rows are compacted, so a block no longer spans a range of positions that a window could leave behind"),
+    ("max_tokens", lambda g: g.max_tokens is not None and g.growth != "prefill",
+     "only a group that is fixed after prefill has such a limit"),
+    ("block_size", lambda g: g.growth == "fixed" and g.block_size != 1,
+     "a fixed state is one block per sequence: use 1, or leave it out"),
+)  # fmt: skip

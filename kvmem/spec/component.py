@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, replace
 from math import gcd
-from typing import Any, Literal, get_args
+from typing import Any, Final, Literal, get_args
 
 import torch
 
-from kvmem import spec_rules as rules
+from kvmem import arguments as check
 from kvmem.errors import SpecError
-from kvmem.spec_rules import parse_dtype
+from kvmem.spec.dtypes import EXPONENT_BITS, dtype_name, parse_dtype
 
 Scope = Literal["layer", "shared"]
 Growth = Literal["token", "prefill", "fixed"]
@@ -55,27 +56,27 @@ class Component:
     ragged: bool = False
 
     def __post_init__(self) -> None:
-        rules.check_name("Component.name", self.name)
+        check.check_name("Component.name", self.name)
         here = f"component {self.name!r}: "
         assign(
             self,
-            heads=rules.check_sizes(here + "heads", self.heads, 1),
-            width=rules.check_sizes(here + "width", self.width, 2),
+            heads=check.check_sizes(here + "heads", self.heads, 1),
+            width=check.check_sizes(here + "width", self.width, 2),
         )
         assign(self, dtype=parse_dtype(self.dtype, here + "dtype"))
         if not isinstance(self.planes, (tuple, list)):
             raise SpecError(f"{here}planes: got {self.planes!r}; must be a tuple of bits, highest plane first")
-        assign(self, planes=tuple(rules.check_size(f"{here}planes[{i}]", bits) for i, bits in enumerate(self.planes)))
-        rules.check_choice(here + "scope", self.scope, get_args(Scope))
-        rules.check_choice(here + "growth", self.growth, get_args(Growth))
+        assign(self, planes=tuple(check.check_size(f"{here}planes[{i}]", bits) for i, bits in enumerate(self.planes)))
+        check.check_choice(here + "scope", self.scope, get_args(Scope))
+        check.check_choice(here + "growth", self.growth, get_args(Growth))
         if isinstance(self.rope, list):
             assign(self, rope=tuple(self.rope))
         for rope in self.rope if isinstance(self.rope, tuple) and self.rope else (self.rope,):
-            rules.check_choice(here + "rope", rope, get_args(Rope))
-        rules.check_bool(here + "ragged", self.ragged)
-        for field, refused, why in rules.COMPONENT_RULES:
+            check.check_choice(here + "rope", rope, get_args(Rope))
+        check.check_bool(here + "ragged", self.ragged)
+        for field, refused, why in COMPONENT_RULES:
             if refused(self):
-                raise SpecError(f"{here}{field}: got {rules.brief(getattr(self, field))}; {why}")
+                raise SpecError(f"{here}{field}: got {check.brief(getattr(self, field))}; {why}")
 
     @property
     def ropes(self) -> set[str]:
@@ -107,7 +108,7 @@ def canonical(component: Component, num_layers: int, here: str) -> Component:
         value = getattr(component, field)
         if isinstance(value, tuple) and len(value) != count:
             raise SpecError(
-                f"{here}{field}: got {len(value)} entries, {rules.brief(value)}; needs {count}, one per copy"
+                f"{here}{field}: got {len(value)} entries, {check.brief(value)}; needs {count}, one per copy"
             )
     widths = []
     for index in range(count):
@@ -129,3 +130,33 @@ def _collapse(value: Any) -> Any:
     """(8, 8, 8) as 8. Unequal head groups stay per layer: a lone tuple of them would read as one width per layer."""
     alike = isinstance(value, tuple) and len(set(value)) == 1 and not isinstance(value[0], tuple)
     return value[0] if alike else value
+
+
+def _cuts_exponent(c: Component) -> bool:
+    exponent = EXPONENT_BITS[dtype_name(c.dtype)]
+    return bool(c.planes) and exponent > 0 and c.planes[0] < 1 + exponent
+
+
+# (field to name, refuse when, why). The order is that of reading: of several broken rules, the first is reported.
+COMPONENT_RULES: Final[tuple[tuple[str, Callable[[Component], bool], str], ...]] = (
+    ("planes", lambda c: len(c.planes) == 1,
+     "one plane is no split: give at least two, or none"),
+    ("planes", lambda c: bool(c.planes) and sum(c.planes) != 8 * c.dtype.itemsize,
+     "planes must sum to the bits of the dtype"),
+    ("planes", _cuts_exponent,
+     "the first plane must hold sign and exponent (bf16 has 8 exponent bits, so 8/4/4 cuts one: use 12/4, or fp16)"),
+    ("planes", lambda c: bool(c.planes) and "pre" in c.ropes,
+     "planes are read by the magnitude of a stored channel, and rotation mixes channels: store the key after rotation"),
+    ("heads", lambda c: c.scope == "shared" and isinstance(c.heads, tuple) and len(c.heads) > 1,
+     "one copy shared by all layers has one number of heads"),
+    ("width", lambda c: c.scope == "shared" and isinstance(c.width, tuple) and len(c.width) > 1,
+     "one copy shared by all layers has one width"),
+    ("ragged", lambda c: c.ragged and c.scope == "shared",
+     "each layer evicts its own tokens, but one copy shared by all layers has one length: use scope 'layer'"),
+    ("ragged", lambda c: c.ragged and c.growth == "fixed",
+     "a fixed state holds no tokens, so it has no lengths"),
+    ("rope", lambda c: c.growth == "fixed" and c.ropes != {"none"},
+     "a fixed state holds no positions to rotate: use 'none'"),
+    ("rope", lambda c: c.unequal and "post" in c.ropes,
+     "heads of unequal width are latents, and a latent is taken before rotation: use 'pre' or 'none'"),
+)  # fmt: skip

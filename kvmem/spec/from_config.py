@@ -16,11 +16,13 @@ from typing import Any
 
 import torch
 
-from kvmem import model_families as families
+from kvmem.arguments import MAX_LAYERS, brief, check_size
 from kvmem.errors import SpecError
-from kvmem.model_names import KNOWN
-from kvmem.spec import CacheSpec, Component, Group, Rope, Scope
-from kvmem.spec_rules import MAX_LAYERS, brief, check_size, parse_dtype
+from kvmem.spec import model_families as families
+from kvmem.spec.cache_spec import CacheSpec, Group
+from kvmem.spec.component import Component, Rope, Scope
+from kvmem.spec.dtypes import parse_dtype
+from kvmem.spec.model_names import KNOWN
 
 __all__ = ["spec_from_config"]
 

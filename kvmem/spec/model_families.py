@@ -1,6 +1,6 @@
 """What tells model families apart for a cache, as data: field names, defaults, rotation, what cannot be described.
 
-Read by ``kvmem.model_config`` alone. A family that uses the usual field names needs no entry.
+Read by ``kvmem.spec.from_config`` alone. A family that uses the usual field names needs no entry.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from kvmem import Allocator
+from kvmem.arguments import format_bytes
 from kvmem.bench.gpu.attend import FAILURES
 from kvmem.bench.gpu.device import BenchDevice
 from kvmem.bench.gpu.memory import budget_bytes
@@ -17,7 +18,6 @@ from kvmem.bench.gpu.part import Budget, Report
 from kvmem.bench.gpu.sizes import Sizes
 from kvmem.bench.memory import BACKENDS, Backend
 from kvmem.bench.spread import Spread
-from kvmem.units import format_bytes
 
 __all__ = ["AdmitRow", "admit"]
 

@@ -10,14 +10,14 @@ import numpy as np
 import torch
 
 from kvmem import Allocator
-from kvmem.batch import GroupBatch
+from kvmem.allocator.batch import GroupBatch
 from kvmem.bench.gpu.device import BenchDevice, Call
 from kvmem.bench.gpu.kernels import flashinfer_package, workspace
 from kvmem.bench.gpu.memory import Cache, whole_blocks
 from kvmem.bench.gpu.sizes import ModelShape
 from kvmem.bench.gpu.static_pool import Int32s, StaticPool
 from kvmem.kernels import flashinfer, reference
-from kvmem.kernels.rules import flat_tokens
+from kvmem.kernels.checks import flat_tokens
 from kvmem.kernels.write import write_kv
 
 __all__ = ["Decoder", "Managed", "Static", "StepTimes", "StepWork"]

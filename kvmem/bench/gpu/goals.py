@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kvmem.arguments import format_bytes
 from kvmem.bench.units import format_us
-from kvmem.units import format_bytes
 
 __all__ = ["Goal", "goals"]
 

@@ -16,7 +16,7 @@ from kvmem.bench.gpu.device import BenchDevice
 from kvmem.bench.gpu.memory import Memory
 from kvmem.bench.gpu.sizes import ModelShape
 from kvmem.kernels import flash_attention, flashinfer, reference, torch_ops
-from kvmem.kernels.rules import flat_tokens
+from kvmem.kernels.checks import flat_tokens
 
 __all__ = ["KERNELS", "Kernel", "Phase", "Run", "Unavailable", "flashinfer_package", "kernels_of", "workspace"]
 

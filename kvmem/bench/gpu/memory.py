@@ -15,11 +15,11 @@ import numpy as np
 import torch
 
 from kvmem import Allocator
-from kvmem.batch import Batch
+from kvmem.allocator.batch import Batch
 from kvmem.bench.gpu.device import BenchDevice
 from kvmem.bench.gpu.sizes import ModelShape
 from kvmem.bench.memory import Backend
-from kvmem.kernels.rules import plain
+from kvmem.kernels.checks import plain
 from kvmem.kernels.write import write_kv
 
 __all__ = [

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from kvmem.arguments import format_bytes
 from kvmem.bench.gpu.goals import goals
 from kvmem.bench.markdown import table
 from kvmem.bench.units import format_percent, format_us
-from kvmem.units import format_bytes
 
 __all__ = ["goal_lines", "gpu_page", "gpu_summary"]
 

@@ -20,9 +20,16 @@ from transformers.cache_utils import Cache, DummyLayer, EncoderDecoderCache
 
 from kvmem.allocator import Allocator
 from kvmem.errors import SpecError
-from kvmem.lockstep import EVERY, LockstepRows
-from kvmem.transformers_layer import KVMemLayer
-from kvmem.transformers_open import CROSS, SELF, has_cross_attention, make_layers, open_rows, read_prompt
+from kvmem.integrations.dense_batch import EVERY, LockstepRows
+from kvmem.integrations.transformers.layer import KVMemLayer
+from kvmem.integrations.transformers.opening import (
+    CROSS,
+    SELF,
+    has_cross_attention,
+    make_layers,
+    open_rows,
+    read_prompt,
+)
 
 __all__ = ["KVMemCache", "KVMemEncoderDecoderCache", "KVMemLayer"]
 

@@ -1,4 +1,4 @@
-"""One layer of a cache of transformers: what ``kvmem.transformers`` makes its caches of."""
+"""One layer of a cache of transformers: what ``kvmem.integrations.transformers`` makes its caches of."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from kvmem.errors import SpecError
-from kvmem.lockstep import EVERY, LockstepRows
-from kvmem.views import plain
+from kvmem.integrations.dense_batch import EVERY, LockstepRows
+from kvmem.layouts.views import plain
 
 __all__ = ["KVMemLayer"]
 

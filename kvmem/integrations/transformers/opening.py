@@ -11,11 +11,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DummyLayer
 
 from kvmem.allocator import Allocator
+from kvmem.arguments import brief
 from kvmem.errors import SpecError
-from kvmem.lockstep import LockstepRows
+from kvmem.integrations.dense_batch import LockstepRows
+from kvmem.integrations.transformers.layer import KVMemLayer
 from kvmem.spec import CacheSpec
-from kvmem.spec_rules import brief
-from kvmem.transformers_layer import KVMemLayer
 
 __all__ = ["CROSS", "SELF", "has_cross_attention", "make_layers", "open_rows", "read_prompt"]
 

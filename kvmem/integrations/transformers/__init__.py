@@ -1,0 +1,5 @@
+"""kvmem as the cache of Hugging Face transformers: ``KVMemCache``, and for encoder-decoders its pair."""
+
+from kvmem.integrations.transformers.cache import KVMemCache, KVMemEncoderDecoderCache, KVMemLayer
+
+__all__ = ["KVMemCache", "KVMemEncoderDecoderCache", "KVMemLayer"]

@@ -1,0 +1,7 @@
+"""Where pages come from: devices by name, the pool that allocators share, and streams."""
+
+from kvmem.memory.device import Device, open_device
+from kvmem.memory.pool import PagePool
+from kvmem.memory.streams import Streams
+
+__all__ = ["Device", "PagePool", "Streams", "open_device"]
