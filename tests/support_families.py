@@ -100,13 +100,13 @@ def config_of(family: str, **changes: Any) -> PreTrainedConfig:
     return CONFIG_MAPPING[family](**(fields_of(family) | changes))
 
 
-def _made(make: Any, config: PreTrainedConfig) -> PreTrainedModel:
+def made(make: Any, config: PreTrainedConfig) -> PreTrainedModel:
     torch.manual_seed(0)
     return make(config, dtype=torch.float32).eval()
 
 
 def make_decoder(family: str) -> PreTrainedModel:
-    return _made(AutoModelForCausalLM.from_config, config_of(family))
+    return made(AutoModelForCausalLM.from_config, config_of(family))
 
 
 def make_encoder_decoder(family: str) -> PreTrainedModel:
@@ -124,8 +124,8 @@ def make_encoder_decoder(family: str) -> PreTrainedModel:
     else:
         config = config_of(family, is_decoder=False)
     if family in classes:
-        return _made(getattr(transformers, classes[family])._from_config, config)
-    return _made(AutoModelForSeq2SeqLM.from_config, config)
+        return made(getattr(transformers, classes[family])._from_config, config)
+    return made(AutoModelForSeq2SeqLM.from_config, config)
 
 
 def make_two_berts() -> PreTrainedModel:
@@ -146,7 +146,7 @@ def make_text(family: str) -> PreTrainedModel:
         if name.endswith("Model") and "Pre" not in name and issubclass(cls, PreTrainedModel)
         and (cls.config_class is type(config) or inspect.get_annotations(cls).get("config") in named)
     ]  # fmt: skip
-    return _made(min(found, key=lambda cls: len(cls.__name__))._from_config, config)
+    return made(min(found, key=lambda cls: len(cls.__name__))._from_config, config)
 
 
 def encoder_inputs(family: str) -> dict[str, torch.Tensor]:

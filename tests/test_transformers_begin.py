@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from support_multimodal import make_multimodal, multimodal_inputs
 from support_transformers import (
     BACKENDS,
     assert_freed,
@@ -147,6 +148,25 @@ def test_what_ids_do_not_say_is_refused(backend: str) -> None:
     finally:
         del model.config.image_token_id
     assert cache.begin(**inputs) == 0
+
+
+@pytest.mark.parametrize("family", ["idefics", "evolla"])
+def test_models_whose_every_token_depends_on_more_than_its_id_begin_with_nothing(family: str) -> None:
+    model, inputs = make_multimodal(family), multimodal_inputs(family)
+    ids = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    cache = open_cache(model, "paged")
+    for one in (cache, cache.fork()):
+        with pytest.raises(kvmem.SpecError, match="^begin: .* depends on pictures or proteins"):
+            one.begin(**ids)
+
+
+@pytest.mark.parametrize("part", ["vision_config.image_token_id", "audio_config.audio_token_id"])
+def test_placeholders_that_a_part_of_the_config_names(part: str) -> None:
+    model, inputs = make_multimodal("phi4_multimodal"), multimodal_inputs("phi4_multimodal")
+    owner, name = part.split(".")
+    inputs["input_ids"][1, 7] = getattr(getattr(model.config, owner), name)
+    with pytest.raises(kvmem.SpecError, match=f"the {name}, whose KV depends on more than the ids"):
+        open_cache(model, "virtual").begin(**inputs)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

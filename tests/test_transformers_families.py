@@ -15,6 +15,7 @@ from support_families import (
     make_text,
     make_two_berts,
 )
+from support_multimodal import make_multimodal, multimodal_inputs
 from support_transformers import BACKENDS, CLOSE, VOCABULARY, assert_same, one_thread
 from transformers import AutoModelForCausalLM, DynamicCache, EncoderDecoderCache, PreTrainedModel
 
@@ -26,6 +27,7 @@ __all__ = ["one_thread"]  # a fixture of every test here
 DECODERS = sorted(model_names._DECODERS.split())
 TEXTS = sorted(model_names._TEXTS.split())
 ENCODER_DECODERS = sorted(model_names._ENCODER_DECODERS.split())
+MULTIMODAL = sorted(model_names._MULTIMODAL.split())
 # Families of encoder-decoders whose decoder is a model of its own, too.
 DECODERS_ALONE = ["bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp", "pegasus",
                   "plbart", "whisper"]  # fmt: skip
@@ -108,8 +110,19 @@ def test_decoders_of_multimodal_models(family: str) -> None:
     assert [cache.get_seq_length() for cache in caches] == [23] * 3
 
 
+@pytest.mark.parametrize("family", [*MULTIMODAL, "musicgen"])  # its config has the decoder as a part
+def test_multimodal_models(family: str) -> None:
+    """With what they look at beside the text: pictures, sound, proteins, and Csm's second decoder."""
+    model = make_multimodal(family)
+    if model.config.is_encoder_decoder:
+        cache, kind = EncoderDecoderCache(DynamicCache(), DynamicCache()), KVMemEncoderDecoderCache
+    else:
+        cache, kind = DynamicCache(config=model.config), KVMemCache
+    same_on_both_backends(model, multimodal_inputs(family), cache, kind)
+
+
 def test_every_known_family_is_tried() -> None:
-    tried = {*DECODERS, *TEXTS, *ENCODER_DECODERS}
+    tried = {*DECODERS, *TEXTS, *ENCODER_DECODERS, *MULTIMODAL}
     assert tried | model_names.UNTRIED == model_names.KNOWN
     assert not tried & model_names.UNTRIED
     assert SMALL["sliding_window"] < prompt()["input_ids"].shape[1]

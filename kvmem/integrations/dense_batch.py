@@ -92,6 +92,8 @@ class LockstepRows:
         self.dense = False
         #: Ids that stand for images and the like, by the config's name for them.
         self.placeholders: dict[str, int] = {}
+        #: Whether the KV of every token depends on inputs that no id stands for.
+        self.more_than_ids = False
         #: How many tokens each layer has written. Kept here, so that what removes tokens removes them for all layers.
         self.written: dict[LayerKey, int] = {}
         self._layers: dict[int, list[LayerKey]] = {}  # by the tokens that they write
@@ -299,6 +301,7 @@ class LockstepRows:
         copy = LockstepRows(self.alloc, self.max_rows)
         copy._ids.extend(self._fork(self._ids))
         copy.recording, copy.dense, copy.placeholders = self.recording, self.dense, self.placeholders
+        copy.more_than_ids = self.more_than_ids
         copy._known = self._known
         copy.written.update(self.written)
         copy._tokens.update(self._tokens)

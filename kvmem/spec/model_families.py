@@ -40,14 +40,14 @@ NO_ROPE: Final = frozenset(
         "gpt2", "gpt_bigcode", "gpt_neo", "openai-gpt", "ctrl", "opt", "bloom", "mpt", "biogpt", "xglm", "git",
         "t5", "mt5", "umt5", "longt5", "switch_transformers", "bart", "mbart", "pegasus", "marian",
         "blenderbot", "blenderbot-small", "whisper", "speech_to_text", "m2m_100", "nllb-moe", "plbart", "mvp",
-        "prophetnet", "bigbird_pegasus", "cpmant",
+        "prophetnet", "bigbird_pegasus", "cpmant", "musicgen_decoder", "pop2piano",
     }
 ) | (ENCODERS - {"roformer", "modernbert", "nomic_bert"})  # fmt: skip
 UNROTATED: Final = ("absolute", "relative_key", "relative_key_query", "alibi", "nope")  # of position_embedding_type
 ROPE_ON_SLIDING_ONLY: Final = frozenset({"cohere2", "exaone4"})  # their full layers have no position encoding
 # Families whose sliding_window, with nothing else stated, means all layers; "" is a config that names no family.
 ALL_SLIDE: Final = frozenset(
-    {"", "doge", "ministral3", "mistral", "mixtral", "phi3", "phi3small", "phimoe", "starcoder2"}
+    {"", "doge", "ministral3", "mistral", "mixtral", "phi3", "phi3small", "phi4_multimodal", "phimoe", "starcoder2"}
 )
 SLIDE_FROM_LAYER: Final = frozenset(
     {"qwen2", "qwen2_vl", "qwen2_vl_text", "qwen2_5_vl", "qwen2_5_vl_text", "qwen3", "dots1"}

@@ -36,5 +36,8 @@ _ENCODER_DECODERS: Final = """
     pegasus pegasus_x plbart prophetnet seamless_m4t seamless_m4t_v2 speech_to_text switch_transformers t5
     t5_gemma_module umt5 whisper
 """
+# Models that take more than text, whose configs have the decoder's fields beside those of their other parts, or that no
+# auto class makes.
+_MULTIMODAL: Final = "chameleon csm evolla idefics mistral4 musicgen_decoder phi4_multimodal pop2piano"
 
-KNOWN: Final = UNTRIED | frozenset(f"{_DECODERS} {_TEXTS} {_ENCODER_DECODERS}".split())
+KNOWN: Final = UNTRIED | frozenset(f"{_DECODERS} {_TEXTS} {_ENCODER_DECODERS} {_MULTIMODAL}".split())

@@ -115,6 +115,11 @@ class KVMemCache(Cache):  # type: ignore[misc]
         """
         if given := [name for name, value in others.items() if value is not None]:
             raise SpecError(f"{', '.join(given)}: begin() knows prompts by their ids alone; call generate() without it")
+        if self._rows.more_than_ids:
+            raise SpecError(
+                "begin: in this model the KV of every token depends on pictures or proteins, not on the ids alone; "
+                "call generate() without begin()"
+            )
         ids, padding = read_prompt(input_ids, attention_mask)
         for name, placeholder in self._rows.placeholders.items():
             if (ids == placeholder).any():

@@ -26,6 +26,9 @@ CROSS = (("cross_k", "cross_v"),)
 # Their attention reshapes cached keys with view(), which strided memory does not allow.
 _DENSE = frozenset({"gpt_neox_japanese"})
 
+# Every token's KV depends on the picture or protein, for which no id stands.
+_MORE_THAN_IDS = frozenset({"evolla", "idefics"})
+
 
 def open_rows(
     source: PreTrainedModel | PreTrainedConfig | Allocator,
@@ -59,14 +62,16 @@ def open_rows(
     alloc = Allocator(spec, max_sequences=2 * max_batch, max_tokens=max_tokens, device=device, **options)
     rows = LockstepRows(alloc, max_batch)
     rows.dense = getattr(config, "model_type", None) in _DENSE
+    rows.more_than_ids = getattr(config, "model_type", None) in _MORE_THAN_IDS
     rows.placeholders = _placeholders(config)
     return rows
 
 
 def _placeholders(config: PreTrainedConfig) -> dict[str, int]:
     names = [f"{kind}_token_{word}" for kind in ("image", "video", "audio") for word in ("id", "index")]
-    found = {name: getattr(config, name, None) for name in names}
-    return {name: value for name, value in found.items() if isinstance(value, int)}
+    parts = [getattr(config, name, None) for name in ("vision_config", "audio_config")]  # Phi 4 has them there
+    found = [(name, getattr(part, name, None)) for part in (*parts, config) for name in names]
+    return {name: value for name, value in found if isinstance(value, int)}
 
 
 def _as_stored(config: PreTrainedConfig) -> PreTrainedConfig | Mapping[str, Any]:
