@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -111,8 +111,13 @@ def check_unique(field: str, names: Sequence[str]) -> None:
             raise SpecError(f"{field}: got {name!r} {names.count(name)} times; names must differ")
 
 
-def as_int32(field: str, given: Sequence[int] | Handles | torch.Tensor) -> Handles:
-    """Integers as int32 [n], contiguous; ``SpecError`` for what would become that only by rounding or wrapping."""
+def as_int32(
+    field: str, given: Sequence[Any] | Handles | torch.Tensor, number_of: Callable[[str, Any], int] | None = None
+) -> Handles:
+    """Integers as int32 [n], contiguous; ``SpecError`` for what would become that only by rounding or wrapping.
+
+    number_of: makes the integer of what is none; called only where there is such a thing, so integers cost the same.
+    """
     if isinstance(given, torch.Tensor) and given.device.type != "cpu":
         raise SpecError(
             f"{field}: got a tensor on {given.device}; calls that decide read {field} on the CPU: keep a copy there, "
@@ -122,6 +127,9 @@ def as_int32(field: str, given: Sequence[int] | Handles | torch.Tensor) -> Handl
         values = np.asarray(given)
     except (TypeError, ValueError, RuntimeError) as error:
         raise SpecError(f"{field}: got {_shape(given)}; must be a flat list or array of integers") from error
+    if number_of is not None and values.ndim == 1 and values.dtype.kind == "O":
+        given = [number_of(field, one) for one in values]
+        values = np.asarray(given)
     if values.ndim != 1:
         raise SpecError(f"{field}: got {_shape(given)}, of shape {values.shape}; must be one int32 for each sequence")
     if values.size and (values.dtype.kind not in "iu" or has_bool(given)):

@@ -338,7 +338,7 @@ def test_numbers_beyond_every_size_and_arguments_of_other_types(world: World) ->
         ("counts", lambda: alloc.admit_batch(i32(1, 2), 5)),
         ("extra_key.*bits", lambda: alloc.sequence([1], extra_key=10**5000)),
         ("extra_key.*deep", lambda: alloc.match([1], extra_key=deep)),
-        ("sequences: got 's'", lambda: alloc.sequence_tensor("s", 0, "k")),
+        ("sequence: got 's'", lambda: alloc.sequence_tensor("s", 0, "k")),
         ("out: got int", lambda: alloc.batch([handle], out=5)),
         ("ops: got int", lambda: alloc.apply(5)),
     ]:

@@ -55,6 +55,7 @@ if TYPE_CHECKING:
 
     Order = npt.NDArray[np.int64]
     Ints = List[int] | Handles | torch.Tensor
+    Ids = List[Sequence | int] | Handles | torch.Tensor
 
 
 class Allocator:
@@ -399,21 +400,22 @@ class Allocator:
             self._give_up(handles)
             raise
 
-    def extend_batch(self, ids: Ints, counts: Ints) -> None:
+    def extend_batch(self, ids: Ids, counts: Ints) -> None:
         """Makes room for ``counts[i]`` more tokens of each sequence: for all, or ``OutOfMemory`` and nothing has
         changed.
 
-        ids, counts: [n] each, lists or arrays on the CPU; no sequence twice. Contiguous int32 is not copied over. One
-            call a step; it makes no driver call while the rows or blocks at hand suffice.
+        ids, counts: [n] each, lists or arrays on the CPU; no sequence twice. Contiguous int32 is not copied over; a
+            list may hold the sequences themselves, which costs more. One call a step; it makes no driver call while the
+            rows or blocks at hand suffice.
         """
         try:
             self.core.extend_batch(ids, counts)  # type: ignore[arg-type]  # it looks for itself
             return
         except TypeError:
             pass
-        self.core.extend_batch(as_int32("ids", ids), as_int32("counts", counts))
+        self.core.extend_batch(self._ids("ids", ids), as_int32("counts", counts))
 
-    def try_extend_batch(self, ids: Ints, counts: Ints) -> bool:
+    def try_extend_batch(self, ids: Ids, counts: Ints) -> bool:
         """As ``extend_batch``, but False instead of ``OutOfMemory``."""
         try:
             self.extend_batch(ids, counts)
@@ -421,7 +423,7 @@ class Allocator:
             return False
         return True
 
-    def commit_batch(self, ids: Ints, counts: Ints, tokens: Tokens | None = None) -> None:
+    def commit_batch(self, ids: Ids, counts: Ints, tokens: Tokens | None = None) -> None:
         """The KV of the next ``counts[i]`` tokens of each sequence is written. ids, counts: as for ``extend_batch``.
 
         tokens: their ids, one sequence's after the other's, [sum of counts]; without them the blocks cannot be shared.
@@ -435,20 +437,20 @@ class Allocator:
             return
         except TypeError:
             pass
-        ids, counts = as_int32("ids", ids), as_int32("counts", counts)
+        ids, counts = self._ids("ids", ids), as_int32("counts", counts)
         if tokens is None:
             self.core.commit_batch(ids, counts)
         else:
             self.core.commit_tokens_batch(ids, counts, token_ids(tokens))
 
-    def free_batch(self, ids: Ints) -> None:
+    def free_batch(self, ids: Ids) -> None:
         """Frees every sequence of ``ids``, a list or an array, or raises ``StaleHandle`` and frees none."""
         try:
             self.core.free_batch(ids)  # type: ignore[arg-type]  # it looks for itself
             return
         except TypeError:
             pass
-        self.core.free_batch(as_int32("ids", ids))
+        self.core.free_batch(self._ids("ids", ids))
 
     # --- metadata ---
 
@@ -489,7 +491,7 @@ class Allocator:
         fresh, groups = check_size("max_new_tokens", max_new_tokens, 0), len(self.spec.groups)
         return self._new_batch(rows, [fresh] * groups, [longest] * groups, None)
 
-    def fill(self, ids: Ints, batch: Batch, *, new_tokens: Ints | None = None, pad_to: int | None = None) -> None:
+    def fill(self, ids: Ids, batch: Batch, *, new_tokens: Ints | None = None, pad_to: int | None = None) -> None:
         """Refills ``batch`` in place for the sequences ``ids``, a list or an array; arguments as for ``batch``."""
         counts = None if new_tokens is None else as_int32("new_tokens", new_tokens)
         rows = -1 if pad_to is None else check_size("pad_to", pad_to, 0)
@@ -503,7 +505,7 @@ class Allocator:
             except TypeError:
                 done = False
             if not done:
-                self.core.fill(as_int32("ids", ids), counts, self._main, rows, batch.buffers, batch.begin_others())
+                self.core.fill(self._ids("ids", ids), counts, self._main, rows, batch.buffers, batch.begin_others())
             self._update(batch)
         except BaseException:
             batch.forget()
@@ -511,7 +513,7 @@ class Allocator:
 
     def step(
         self,
-        ids: Ints,
+        ids: Ids,
         batch: Batch,
         *,
         counts: Ints | None = None,
@@ -538,7 +540,7 @@ class Allocator:
             except TypeError:
                 done = False
             if not done:
-                ids, counts = as_int32("ids", ids), None if counts is None else as_int32("counts", counts)
+                ids, counts = self._ids("ids", ids), None if counts is None else as_int32("counts", counts)
                 known = None if tokens is None else token_ids(tokens)
                 self.core.step(ids, counts, known, rows, batch.buffers, batch.begin_others())
             self._update(batch)
@@ -564,19 +566,24 @@ class Allocator:
         self.core.cascade_order(ids, -1 if group is None else check_size("group", group, 0), order)
         return order
 
-    def _handle(self, sequence: Sequence | int) -> int:
+    def _handle(self, field: str, sequence: Sequence | int) -> int:
         if not isinstance(sequence, Sequence):
-            return check_count("sequences", sequence)
+            return check_count(field, sequence)
         if sequence.allocator is not self:
             raise SpecError(f"{sequence!r} belongs to another allocator")
         return sequence.id
 
+    def _ids(self, field: str, given: Ids) -> Handles:
+        """Handles, or sequences for theirs, as int32 [n]. Where all are integers, none is looked at by itself."""
+        if isinstance(given, Sequence):
+            raise SpecError(f"{field}: got {given!r}; must be several of them: [seq] for one")
+        return as_int32(field, given, self._handle)
+
     def _handles(self, sequences: Iterable[Sequence | int] | Handles) -> Handles:
-        if isinstance(sequences, (np.ndarray, torch.Tensor)):
-            return as_int32("sequences", sequences)
-        if isinstance(sequences, (Sequence, int, np.integer)) or not isinstance(sequences, Iterable):
+        if isinstance(sequences, (Sequence, int, np.integer)) or not isinstance(sequences, (Iterable, torch.Tensor)):
             raise SpecError(f"sequences: got {sequences!r}; must be several of them: [seq] for one, as batch([seq])")
-        return as_int32("sequences", [self._handle(sequence) for sequence in sequences])
+        listed = sequences if isinstance(sequences, (list, tuple, np.ndarray, torch.Tensor)) else list(sequences)
+        return self._ids("sequences", listed)
 
     def _fitting_batch(self, ids: Handles, new_tokens: Ints | None, rows: int) -> Batch:
         lengths, fresh, blocks = [], [], []
@@ -654,7 +661,7 @@ class Allocator:
         nobody's: reads give other bytes or zeros, writes spoil them or end the process. With ``debug``, such a use is a
         ``StaleHandle``.
         """
-        handle = self._handle(sequence)
+        handle = self._handle("sequence", sequence)
         index = self.spec.group_of(layer, component)
         first, end = self.core.first_token(handle, index), self.core.tokens(handle, index)
         if self._geometry[index].row_tokens:

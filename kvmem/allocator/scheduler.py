@@ -36,7 +36,7 @@ from kvmem.events import Event
 from kvmem.events.digests import ExtraKey
 
 if TYPE_CHECKING:
-    from kvmem.allocator.allocator import Ints
+    from kvmem.allocator.allocator import Ids, Ints
     from kvmem.arguments import Handles
 
 __all__ = ["SchedulerCache", "TableChanges"]
@@ -233,26 +233,27 @@ class SchedulerCache:
         except (KeyError, TypeError):
             raise self._stale(next(request for request in asked if not self._is_here(request))) from None
 
-    def allocate_step(self, handles: Ints, counts: Ints) -> TableChanges | None:
+    def allocate_step(self, handles: Ids, counts: Ints) -> TableChanges | None:
         """``allocate`` for many requests that have begun: for all of them, or None and nothing has changed.
 
-        handles, counts: [n], as for ``Allocator.extend_batch``. Cost: linear in n and in what is written.
+        handles, counts: [n], as ids and counts of ``Allocator.extend_batch``. Cost: linear in n and in what is written.
         """
         try:
             return self._core.grow_batch(handles, counts) or _NOTHING  # type: ignore[arg-type]  # it looks for itself
         except OutOfMemory:
             return None
         except TypeError:
-            ids, counts = as_int32("handles", handles), as_int32("counts", counts)
+            ids, counts = self.allocator._ids("handles", handles), as_int32("counts", counts)
         return self.allocate_step(ids, counts)
 
-    def publish_step(self, handles: Ints, counts: Ints, tokens: Tokens | None = None) -> TableChanges:
+    def publish_step(self, handles: Ids, counts: Ints, tokens: Tokens | None = None) -> TableChanges:
         """``publish`` for many requests; arguments as for ``Allocator.commit_batch``."""
         try:
             return self._core.publish_batch(handles, counts, tokens) or _NOTHING  # type: ignore[arg-type]
         except TypeError:
-            ids = None if tokens is None else token_ids(tokens)
-        return self._core.publish_batch(as_int32("handles", handles), as_int32("counts", counts), ids) or _NOTHING
+            ids, counts = self.allocator._ids("handles", handles), as_int32("counts", counts)
+            known = None if tokens is None else token_ids(tokens)
+        return self._core.publish_batch(ids, counts, known) or _NOTHING
 
     def free_all(self, requests: Iterable[Hashable]) -> None:
         """``free`` for many requests: all of them, or ``StaleHandle`` and none."""
@@ -262,7 +263,7 @@ class SchedulerCache:
 
     # --- what is there ---
 
-    def tables(self, handles: Ints) -> TableChanges:
+    def tables(self, handles: Ids) -> TableChanges:
         """Every entry of the requests' block tables, of all groups, as if they had just been written: for a worker that
         begins late, and after ``Allocator.compact()`` or calls on a request's ``sequence()``, which tell nothing.
 
@@ -271,7 +272,7 @@ class SchedulerCache:
         try:
             return self._core.tables(handles) or _NOTHING  # type: ignore[arg-type]  # it looks for itself
         except TypeError:
-            return self._core.tables(as_int32("handles", handles)) or _NOTHING
+            return self._core.tables(self.allocator._ids("handles", handles)) or _NOTHING
 
     def block_ids(self, request: Hashable, *, group: int | None = None) -> Handles:
         """The request's whole block table, int32 [blocks], a copy. Blocks that a sliding window has dropped are 0."""
