@@ -47,6 +47,14 @@ def check_count(field: str, value: int) -> int:
     return int(value)
 
 
+def check_group(field: str, value: int, count: int) -> int:
+    """The index of one of ``count`` groups."""
+    index = check_size(field, value, 0)
+    if index >= count:
+        raise SpecError(f"{field}: got {index}; the spec has {count}, of which the last is {count - 1}")
+    return index
+
+
 def check_seconds(field: str, value: float) -> float:
     """A time in seconds, above 0."""
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)) or not value > 0:

@@ -12,6 +12,7 @@ from support_world import BACKENDS, PAGE, World, mixed_spec, plain_spec
 
 import kvmem
 from kvmem import DeviceError, OutOfMemory, SpecError, StaleHandle
+from kvmem.allocator.scheduler import SchedulerCache
 
 FULL, WINDOW, CROSS, STATE = range(4)
 
@@ -347,11 +348,26 @@ def test_numbers_beyond_every_size_and_arguments_of_other_types(world: World) ->
     assert as_numpy_has_it.seq_lens.tolist() == alloc.batch([handle]).seq_lens.tolist()
 
 
-@pytest.mark.parametrize("group", [4, 99, -2, -100])
-def test_groups_that_do_not_exist(world: World, group: int) -> None:
-    sequence = kvmem.Sequence(world.alloc, min(world.sequences))
-    refused(world, SpecError, f"group {group} does not exist; there are 4", lambda: sequence.extend(1, group=group))
-    refused(world, SpecError, f"group {group} does not exist", lambda: sequence.commit(count=0, group=group))
+GROUP_CALLS: dict[str, Callable[[World, Any], object]] = {
+    "extend": lambda world, group: _one(world).extend(1, group=group),
+    "try_extend": lambda world, group: _one(world).try_extend(1, group=group),
+    "commit a count": lambda world, group: _one(world).commit(count=0, group=group),
+    "commit ids": lambda world, group: _one(world).commit([], group=group),
+    "cascade_order": lambda world, group: world.alloc.cascade_order([_one(world)], group=group),
+    "block_ids": lambda world, group: SchedulerCache(world.alloc).block_ids("a", group=group),
+    "Batch.group": lambda world, group: world.alloc.batch([_one(world)]).group(group),
+}
+
+
+def _one(world: World) -> kvmem.Sequence:
+    return kvmem.Sequence(world.alloc, min(world.sequences))
+
+
+@pytest.mark.parametrize("group", [4, 99, 2**31, 2**63, -1, -2, -100, -(2**31), np.int32(-1), 1.5, "full"])
+@pytest.mark.parametrize("call", GROUP_CALLS)
+def test_groups_that_do_not_exist(world: World, call: str, group: Any) -> None:
+    """-1 stands for no group in the core, and for the last element in Python; here it is no group's number."""
+    refused(world, SpecError, rf"^(group|index): got .*{group}", lambda: GROUP_CALLS[call](world, group))
 
 
 def test_a_prefill_group_grows_once(world: World) -> None:

@@ -27,6 +27,7 @@ from kvmem.arguments import (
     check_bool,
     check_choice,
     check_count,
+    check_group,
     check_size,
     is_fraction,
     parse_bytes,
@@ -563,7 +564,8 @@ class Allocator:
         """
         ids = self._handles(sequences)
         order = np.empty(len(ids), np.int64)
-        self.core.cascade_order(ids, -1 if group is None else check_size("group", group, 0), order)
+        index = -1 if group is None else check_group("group", group, len(self.spec.groups))
+        self.core.cascade_order(ids, index, order)
         return order
 
     def _handle(self, field: str, sequence: Sequence | int) -> int:

@@ -376,8 +376,13 @@ class Batch(GroupBatch):
             group.buffers.forget()
 
     def group(self, index: int) -> GroupBatch:
-        """The metadata of group ``index`` of the spec."""
-        return self if index == self._main else self.others[index]
+        """The metadata of group ``index`` of the spec. ``SpecError`` if it has none of this number."""
+        if index == self._main:
+            return self
+        try:
+            return self.others[index]
+        except (KeyError, TypeError):
+            raise SpecError(f"index: got {index!r}; the batch has groups 0 to {len(self.others)}") from None
 
     @property
     def groups(self) -> list[GroupBatch]:

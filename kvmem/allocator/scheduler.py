@@ -30,7 +30,7 @@ from kvmem._core import TableChanges
 from kvmem.allocator.allocator import Allocator
 from kvmem.allocator.prefix import Tokens, committed_count, committed_ids, encode_keys, token_ids, with_ids
 from kvmem.allocator.sequence import NOBODY, Sequence
-from kvmem.arguments import as_int32, check_count, check_size
+from kvmem.arguments import as_int32, check_count, check_group, check_size
 from kvmem.errors import KVMemError, OutOfMemory, SpecError, StaleHandle
 from kvmem.events import Event
 from kvmem.events.digests import ExtraKey
@@ -276,9 +276,7 @@ class SchedulerCache:
 
     def block_ids(self, request: Hashable, *, group: int | None = None) -> Handles:
         """The request's whole block table, int32 [blocks], a copy. Blocks that a sliding window has dropped are 0."""
-        index = self._main if group is None else check_size("group", group, 0)
-        if index >= len(self.allocator.spec.groups):
-            raise SpecError(f"group: got {index}; the spec has {len(self.allocator.spec.groups)}")
+        index = self._main if group is None else check_group("group", group, len(self.allocator.spec.groups))
         return (self._core.table(self._sequence(request).id, index) or _NOTHING).blocks
 
     def num_cached_tokens(self, request: Hashable) -> int:

@@ -10,7 +10,7 @@ import torch
 
 from kvmem import _core
 from kvmem.allocator.prefix import Pin, Tokens, committed_count, committed_ids, token_ids
-from kvmem.arguments import check_count, check_seconds, check_size
+from kvmem.arguments import check_count, check_group, check_seconds, check_size
 from kvmem.errors import KVMemError, OutOfMemory, SpecError
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ class Sequence:
         if group is None and type(n) is int and -(2**31) <= n < 2**31:  # the common case, a call for each sequence
             self._core.extend(self._id, n)
         else:
-            self._core.extend(self._id, check_count("n", n), -1 if group is None else check_count("group", group))
+            self._core.extend(self._id, check_count("n", n), self._group(group))
 
     def try_extend(self, n: int, *, group: int | None = None) -> bool:
         """As ``extend``, but False instead of ``OutOfMemory``."""
@@ -116,8 +116,10 @@ class Sequence:
                 pass
             self._core.commit_tokens(self._id, committed_ids("commit", tokens))
         else:
-            counted = committed_count("commit", tokens, count)
-            self._core.commit(self._id, counted, -1 if group is None else check_count("group", group))
+            self._core.commit(self._id, committed_count("commit", tokens, count), self._group(group))
+
+    def _group(self, group: int | None) -> int:
+        return -1 if group is None else check_group("group", group, len(self._alloc.spec.groups))
 
     def step(self, n: int = 1, tokens: Tokens | None = None) -> None:
         """A decode step of one sequence in one call: what is reserved is committed, then there is room for ``n`` more.
