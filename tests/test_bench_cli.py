@@ -25,6 +25,7 @@ from kvmem.bench.waste import Rounding
 
 SMALL = {"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,
          "num_key_value_heads": 2, "max_position_embeddings": 131072}  # fmt: skip
+OF_OURS = SMALL | {"model_type": "of_ours"}
 FAST = ["--requests", "40", "--repetitions", "2", "-q"]
 
 
@@ -200,6 +201,9 @@ def test_requests_too_long_for_the_model_are_noted_and_refused(capsys, tmp_path)
         (["--trace", "{tmp}/half"], ["half", "line ", "cut"]),
         (["--trace", "{tmp}/empty"], ["empty", "at least one request"]),
         (["--config", "{tmp}/no_heads.json"], ["no_heads.json", "num_attention_heads", "missing"]),
+        (["--config", "{tmp}/named.json"], ["named.json: model_type: got 'of_ours'", "pass --assume='llama'"]),
+        (["--config", "{tmp}/named.json", "--assume", "lama"], ["assume: got 'lama'", "'llama'"]),
+        (["--assume", "llama"], ["--assume='llama'", "--config"]),
         (["--config", "{tmp}/absent.json"], ["absent.json", "No such file"]),
         (["--memory", "much"], ["--memory", "'much'", "20GiB"]),
         (["--memory", "10GiB"], ["10 GiB", "15 GiB of weights", "--weights"]),
@@ -221,11 +225,25 @@ def test_bad_input_is_one_line_and_exit_code_2(capsys, tmp_path, arguments, says
     (tmp_path / "half").write_text(EXCERPT.read_text()[: EXCERPT.stat().st_size // 2])
     (tmp_path / "empty").write_text("")
     (tmp_path / "no_heads.json").write_text('{"hidden_size": 64, "num_hidden_layers": 2}')
+    (tmp_path / "named.json").write_text(json.dumps(OF_OURS))
     code, out, err = run(capsys, *(argument.replace("{tmp}", str(tmp_path)) for argument in arguments), "-q")
     assert (code, out) == (2, "")
     assert err.startswith("error: ")
     assert err.count("\n") == 1
     assert all(word in err for word in says), err
+
+
+def test_a_config_of_a_family_that_is_not_known(capsys, tmp_path):
+    """``--assume`` reads it as that of a family that is."""
+    (tmp_path / "named.json").write_text(json.dumps(OF_OURS))
+    (tmp_path / "llama.json").write_text(json.dumps({**OF_OURS, "model_type": "llama"}))
+    read = [
+        load_model(tmp_path / "named.json", dtype="float32", block_size=16, assume="llama"),
+        load_model(tmp_path / "llama.json", dtype="float32", block_size=16),
+    ]
+    assert read[0].spec == read[1].spec
+    code, out, err = run(capsys, "replay", "--config", tmp_path / "named.json", "--assume", "llama", *FAST)
+    assert (code, err) == (0, "") and "named" in out
 
 
 def test_help(capsys):

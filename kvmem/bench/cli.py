@@ -48,6 +48,7 @@ _OPTIONS = [
     _TRACE,
     _REQUESTS,
     click.option("--config", type=_PATH, help="Model config.json or its folder. Default: Llama 3 8B."),
+    click.option("--assume", metavar="MODEL_TYPE", help="Whose rules to read it by if its model_type is not known."),
     click.option("--dtype", default="bfloat16", show_default=True, help="Type of the stored KV."),
     click.option("--memory", default="80GiB", show_default=True, help="Memory of the simulated device."),
     click.option(

@@ -40,18 +40,21 @@ class Model:
         return tuple(sum(totals[first : first + layers]) for first in range(0, len(totals), layers))
 
 
-def load_model(path: Path | None, *, dtype: str, block_size: int) -> Model:
+def load_model(path: Path | None, *, dtype: str, block_size: int, assume: str | None = None) -> Model:
     """The packaged Llama 3 8B, or a published ``config.json``. Raises `SpecError` where it describes no cache that
-    kvmem knows.
+    kvmem knows. assume: as for ``CacheSpec.from_config``.
     """
     from kvmem.spec import CacheSpec
 
+    if path is None and assume is not None:
+        raise BenchError(f"--assume={assume!r} says by whose rules to read a --config; give one")
     source = path or LLAMA_3_8B
     config = _read_config(source)
     try:
-        spec = CacheSpec.from_config(config, dtype=dtype, block_size=block_size)
+        spec = CacheSpec.from_config(config, dtype=dtype, block_size=block_size, assume=assume)
     except SpecError as error:
-        raise SpecError(f"{source}: {error}") from error
+        said = str(error).replace("assume=", "--assume=")  # in the words of the command line
+        raise SpecError(f"{source}: {said}") from error
     if spec.bytes_per_token == 0:
         raise BenchError(
             f"{source}: this model stores nothing for a token ({spec.fixed_bytes} bytes a "

@@ -40,6 +40,7 @@ class Settings:
 
     trace: Path | None = None
     config: Path | None = None
+    assume: str | None = None
     requests: int | None = None
     memory: str = "80GiB"
     weights: str | None = None
@@ -64,7 +65,9 @@ class Run:
 
     def __init__(self, settings: Settings, status: Console) -> None:
         self.settings, self.status = settings, status
-        self.model = load_model(settings.config, dtype=settings.dtype, block_size=settings.block_size)
+        self.model = load_model(
+            settings.config, dtype=settings.dtype, block_size=settings.block_size, assume=settings.assume
+        )
         trace = load_trace(settings.trace or EXCERPT)
         self.trace = trace if settings.requests is None else trace.head(settings.requests)
         self.page_bytes = _page_bytes(settings, self.model, self.trace)
