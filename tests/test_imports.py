@@ -136,7 +136,7 @@ def test_imports_point_down() -> None:
         ("spec/rules.py", "from ..errors import SpecError", None),
         (
             "spec/rules.py",
-            "\nfrom kvmem.allocator.allocator import Allocator",
+            "\nfrom kvmem.allocator import Allocator",
             "kvmem/spec/rules.py:2: imports kvmem.allocator.Allocator: level 1",
         ),
         ("spec/rules.py", "from kvmem import allocator", "level 1 may not import level 3"),
@@ -149,7 +149,7 @@ def test_imports_point_down() -> None:
         ("memory/pool.py", "from kvmem import _core", None),
         ("layouts/plain.py", "from kvmem.layouts.base import x\nfrom . import base\nfrom .. import spec", None),
         ("layouts/plain.py", "from ..events import x", "do not know each other"),
-        ("allocator/sequence.py", "from kvmem.allocator.allocator import Allocator", None),
+        ("allocator/sequence.py", "from kvmem.allocator import Allocator", None),
         (
             "allocator/allocator.py",
             "import importlib\nimportlib.import_module('flashinfer')",
@@ -159,7 +159,7 @@ def test_imports_point_down() -> None:
         ("kernels/flashinfer.py", "from kvmem.bench import ledger", "level 4 may not import level 5"),
         ("integrations/serving.py", "import vllm", "neither the standard library"),
         ("bench/__main__.py", "import click, rich, matplotlib.pyplot", None),
-        ("__init__.py", "from kvmem.allocator.allocator import Allocator\nfrom kvmem import memory", None),
+        ("__init__.py", "from kvmem.allocator import Allocator\nfrom kvmem import memory", None),
         ("__init__.py", "from kvmem.kernels import flashinfer", "level 3 may not import level 4"),
         ("unheard_of.py", "", "has no level"),
     ],

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from kvmem.spec.cache_spec import CacheSpec, model_families
+from kvmem.spec import CacheSpec, model_families
 
 transformers = pytest.importorskip("transformers", reason="compares with transformers, an optional package")
 

@@ -295,7 +295,7 @@ def test_one_spelling_of_equal_shapes() -> None:
 
 def test_fingerprint_is_the_same_in_another_process_and_forever() -> None:
     code = (
-        "import torch; from kvmem.spec.cache_spec import CacheSpec, Component, Group\n"
+        "import torch; from kvmem.spec import CacheSpec, Component, Group\n"
         "s = CacheSpec([Group('full', (Component('k', heads=8, width=(64, 32), dtype=torch.bfloat16, "
         "rope='post'),), (0, 1)), "
         "Group('state', (Component('wkv', heads=2, width=64, dtype='float32', growth='fixed'),), (2,))])\n"

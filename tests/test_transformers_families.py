@@ -20,7 +20,7 @@ from support_transformers import BACKENDS, CLOSE, VOCABULARY, assert_same, one_t
 from transformers import AutoModelForCausalLM, DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 from kvmem.integrations.transformers import KVMemCache, KVMemEncoderDecoderCache
-from kvmem.spec.cache_spec import model_names
+from kvmem.spec import model_names
 
 __all__ = ["one_thread"]  # a fixture of every test here
 

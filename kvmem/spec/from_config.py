@@ -18,8 +18,8 @@ import torch
 
 from kvmem.arguments import MAX_LAYERS, brief, check_size
 from kvmem.errors import SpecError
+from kvmem.spec import model_families as families
 from kvmem.spec.cache_spec import CacheSpec, Group
-from kvmem.spec.cache_spec import model_families as families
 from kvmem.spec.component import Component, Rope, Scope
 from kvmem.spec.dtypes import parse_dtype
 from kvmem.spec.model_names import KNOWN
