@@ -56,21 +56,23 @@ test: core  ## all tests that need no GPU, and those that do where there is one
 	$(PYTEST) $(ARGS)
 
 # One file of each kind: the public face, both backends, sharing, eviction, events, kernels, threads.
-SMOKE := $(addprefix tests/test_,public_api.py admit.py batch.py step.py pool.py scheduler_cache.py growth.py views.py \
-  eviction_order.py events_allocator.py kernels_reference.py kernels_flashinfer.py forgotten.py faults.py)
+SMOKE := $(addprefix tests/,repository/test_public_api.py allocator/test_admit.py steps/test_batch.py steps/test_step.py \
+  memory/test_pool.py steps/test_scheduler_cache.py allocator/test_growth.py spec/test_views.py \
+  index/test_eviction_order.py events/test_events_allocator.py kernels/test_kernels_reference.py \
+  kernels/test_kernels_flashinfer.py allocator/test_forgotten.py transactions/test_faults.py)
 smoke: core  ## a sample of the tests, under a minute
 	$(PYTEST) $(SMOKE) $(ARGS)
 
 # 39 MB, 5 s, of which one file is kept. vLLM's package would cost more; tests find it where `bench peers` has it.
 SGLANG := sglang==0.5.23
-events-peers: $(READY)  ## SGLang's event classes, from its package: tests/test_events_published.py decodes with them
+events-peers: $(READY)  ## SGLang's event classes, from its package: tests/events/test_events_published.py decodes with them
 	$(PY) -m pip download -q --disable-pip-version-check --no-deps --only-binary :all: -d build/published $(SGLANG)
 	cd build/published && for wheel in sglang-*.whl; do $(abspath $(PY)) -c "import sys, zipfile; \
 	  zipfile.ZipFile(sys.argv[1]).extract('sglang/srt/disaggregation/kv_events.py', 'sglang')" $$wheel && rm $$wheel; done
 
 # 177 MB, 22 s, of which 2.4 MB are kept. What is there is not fetched again.
-kernel-peers: $(READY)  ## FlashInfer's and FlashAttention's interfaces, oldest and newest: tests/test_kernels_published.py
-	$(PY) tests/kernel_peers.py build/published
+kernel-peers: $(READY)  ## FlashInfer's and FlashAttention's interfaces, oldest and newest: tests/kernels/test_kernels_published.py
+	$(PY) tests/kernels/kernel_peers.py build/published
 
 # $(call on_gpu,COMMAND): the command, or one line where there is no GPU.
 define on_gpu
@@ -83,13 +85,13 @@ test-gpu: core  ## what needs a GPU: the driver's rules, both conformance suites
 	$(call on_gpu,$(PY) -m pytest -m gpu $(ARGS))
 
 gpu-rules: core  ## the GPU driver's own rules, probed one by one, beside what kvmem assumes
-	$(call on_gpu,$(PY) tests/gpu_rules.py)
+	$(call on_gpu,$(PY) tests/gpu/gpu_rules.py)
 
 SANITIZER := $(firstword $(wildcard $(shell command -v compute-sanitizer) $(CUDA_HOME)/bin/compute-sanitizer \
   /usr/local/cuda/bin/compute-sanitizer))
 sanitize-gpu: core  ## random operations with kernels running, under compute-sanitizer's memcheck
 	$(if $(SANITIZER),$(call on_gpu,PYTHONPATH=. PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool memcheck \
-	  --error-exitcode 1 $(PY) tests/gpu_stress.py --seconds $(STRESS_SECONDS)),\
+	  --error-exitcode 1 $(PY) tests/gpu/gpu_stress.py --seconds $(STRESS_SECONDS)),\
 	  @echo "make $@: compute-sanitizer is not installed (not in PATH, CUDA_HOME or /usr/local/cuda)")
 
 lint: $(READY)  ## ruff, mypy --strict, clang-format

@@ -11,7 +11,7 @@ from hypothesis import settings
 
 # Modules that hold assertions but no tests of their own: a failure in one shows its values too.
 HERE = Path(__file__).parent
-pytest.register_assert_rewrite(*(f.stem for f in HERE.glob("*.py") if not f.name.startswith(("test_", "conftest"))))
+pytest.register_assert_rewrite(*(f.stem for f in HERE.rglob("*.py") if not f.name.startswith(("test_", "conftest"))))
 
 # The machine's load must not fail an example; a failing one prints how to repeat it.
 settings.register_profile("kvmem", deadline=None, print_blob=True)

@@ -1,7 +1,7 @@
 """The values of ``model_type`` whose configs are understood: each was compared with what its model caches.
 
-``tests/test_transformers_families.py`` makes a tiny model of each, but for those in ``UNTRIED``. A family belongs here
-once it passes there.
+``tests/integrations/test_transformers_families.py`` makes a tiny model of each, but for those in ``UNTRIED``. A family
+belongs here once it passes there.
 """
 
 from __future__ import annotations

@@ -146,7 +146,7 @@ def test_compare_fails_from_a_tenth_on(tmp_path: Path, capsys: pytest.CaptureFix
         (tmp_path / "bad.json").write_text(text)
         assert main(["compare", old, str(tmp_path / "bad.json")]) == 2
     assert main(["compare", str(tmp_path / "absent.json"), old]) == 2
-    recorded = Path(__file__).parent.parent / "docs" / "results" / "instructions.json"
+    recorded = Path(__file__).parents[2] / "docs" / "results" / "instructions.json"
     assert not any(row.failed for row in compare(recorded, recorded))
 
 

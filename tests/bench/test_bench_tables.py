@@ -12,7 +12,7 @@ import pytest
 from kvmem.bench.__main__ import main
 from kvmem.bench.tables import BEGIN, END, insert, load_documents, page, summary
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs" / "results"
 
 

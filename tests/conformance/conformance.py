@@ -252,7 +252,7 @@ def test_views_end_at_the_last_mapped_block(make: Make) -> None:
 
 
 def test_random_calls_agree_with_the_model(make: Make) -> None:
-    """A short walk for each combination; tests/test_model.py has the long ones."""
+    """A short walk for each combination; tests/conformance/test_model.py has the long ones."""
     walk = random.Random(seed_of_run())
     pair = Lockstep(make(max_sequences=4))
     pair.prepare_padding()

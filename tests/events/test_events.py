@@ -22,7 +22,7 @@ from kvmem.events.digests import block_digests
 from kvmem.events.stream import AllBlocksCleared, BlockRemoved, BlockStored, group_kind
 
 pytestmark = pytest.mark.core
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 STORED, REMOVED, CLEARED = 0, 1, 2
 
 

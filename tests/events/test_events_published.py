@@ -20,7 +20,7 @@ from kvmem.events import AllBlocksCleared, BlockRemoved, BlockStored, Event, to_
 msgpack = pytest.importorskip("msgpack", reason="needs the extra kvmem[test]")
 msgspec = pytest.importorskip("msgspec", reason="needs the extra kvmem[test]")
 
-_BUILD = Path(__file__).resolve().parent.parent / "build"
+_BUILD = Path(__file__).resolve().parents[2] / "build"
 FOLDERS = (Path(os.environ.get("KVMEM_PEERS", _BUILD / "peers")), _BUILD / "published")
 MODULES = {"sglang": "sglang.srt.disaggregation.kv_events", "vllm": "vllm.distributed.kv_events"}
 

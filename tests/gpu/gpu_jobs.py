@@ -17,8 +17,9 @@ from pathlib import Path
 
 from gpu_kernels import BY_NAME, Kernel
 
-ROOT = Path(__file__).resolve().parent.parent
-WORKER = ROOT / "tests" / "gpu_worker.py"
+ROOT = Path(__file__).resolve().parents[2]
+WORKER = ROOT / "tests" / "gpu" / "gpu_worker.py"
+PYTHON_PATH = [str(ROOT), *(str(ROOT / "tests" / folder) for folder in ("kernels", "support"))]
 LIMIT_SECONDS = int(os.environ.get("KVMEM_GPU_TIMEOUT", "540"))
 
 
@@ -80,7 +81,7 @@ def run_worker(
     # unless KVMEM_GPU_JOBS says how many.
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+        "PYTHONPATH": os.pathsep.join(filter(None, [*PYTHON_PATH, os.environ.get("PYTHONPATH")])),
         "MAX_JOBS": os.environ.get("KVMEM_GPU_JOBS") or str(max(2, (os.cpu_count() or 2) // 4)),
     }
     words = list(command) or [sys.executable, str(WORKER), name, "--device", device, "--seed", str(seed)]

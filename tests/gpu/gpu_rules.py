@@ -1,7 +1,7 @@
 """The driver's own rules, probed one by one and printed as a table, with what kvmem assumes beside each.
 
-    python tests/gpu_rules.py                 all of them, each in a process of its own; status 1 where kvmem is wrong
-    python tests/gpu_rules.py --probe NAME    one, in this process: a JSON line
+    python tests/gpu/gpu_rules.py                 all of them, each in a process of its own; status 1 where kvmem is wrong
+    python tests/gpu/gpu_rules.py --probe NAME    one, in this process: a JSON line
 
 ``KVMEM_CUDA_DRIVER`` names another library than libcuda.so.1, the stand-in of the tests among them.
 """

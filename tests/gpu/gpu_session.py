@@ -1,7 +1,7 @@
 """Everything that needs a GPU, where one is lent for some minutes and nothing can be installed: part after part, each in a
 process of its own with a time limit, so that none costs the others. kvmem is built in place first.
 
-    python tests/gpu_session.py [--seconds 580] [--out FOLDER] [PART ...]      the parts: --list
+    python tests/gpu/gpu_session.py [--seconds 580] [--out FOLDER] [PART ...]      the parts: --list
 
 FOLDER gets ``session.log``, all that was printed, and ``tables.txt``, what the kernels and the driver were found to do,
 both written as the parts end. The last lines say how each part ended; the exit status is 1 if one did not end well.
@@ -21,7 +21,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 #: Warnings of whatever torch is there must not fail a test here; every file is named, since others need what may be absent.
 PYTEST = ("-m", "pytest", "-q", "-m", "gpu", "-W", "default", "-p", "no:cacheprovider")
 #: What a part has to put an end to itself once it is interrupted; then it is killed with all that it started.
@@ -45,16 +45,16 @@ def _pytest(name: str, limit: int, *words: str) -> Part:
 #: In the order of their worth. Four at a time where a test is many short calls: a worker that dies is replaced.
 PARTS = (
     Part("build", 180, ("setup.py", "-q", "build_ext", "--inplace")),
-    Part("rules", 150, ("tests/gpu_rules.py",)),
-    _pytest("device", 120, "tests/test_cuda_gpu.py"),
-    _pytest("driver", 120, "-n", "2", "tests/test_driver_conformance.py"),
-    _pytest("stress", 90, "tests/test_gpu_stress.py"),
-    _pytest("conformance", 240, "-n", "4", "tests/test_conformance.py", "tests/test_prefix_conformance.py"),
-    _pytest("blocks", 90, "-n", "2", "tests/test_kernels_blocks.py"),
-    _pytest("kernels", 480, "tests/test_gpu_kernels.py"),
+    Part("rules", 150, ("tests/gpu/gpu_rules.py",)),
+    _pytest("device", 120, "tests/gpu/test_cuda_gpu.py"),
+    _pytest("driver", 120, "-n", "2", "tests/conformance/test_driver_conformance.py"),
+    _pytest("stress", 90, "tests/gpu/test_gpu_stress.py"),
+    _pytest("conformance", 240, "-n", "4", "tests/conformance/test_conformance.py", "tests/conformance/test_prefix_conformance.py"),
+    _pytest("blocks", 90, "-n", "2", "tests/kernels/test_kernels_blocks.py"),
+    _pytest("kernels", 480, "tests/gpu/test_gpu_kernels.py"),
     Part("decoder", 120, ("examples/decoder_gpu.py",)),
     Part(
-        "sanitize", 120, ("--tool", "memcheck", "--error-exitcode", "1", sys.executable, "tests/gpu_stress.py", "--seconds", "20"),
+        "sanitize", 120, ("--tool", "memcheck", "--error-exitcode", "1", sys.executable, "tests/gpu/gpu_stress.py", "--seconds", "20"),
         "compute-sanitizer",
     ),
 )  # fmt: skip

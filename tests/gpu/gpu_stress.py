@@ -1,7 +1,7 @@
 """Random operations on an allocator while kernels read and write its memory: every token carries a pattern that follows
 from the ids up to it, and whatever a kernel finds elsewhere is counted, on the device, without waiting for it.
 
-    python tests/gpu_stress.py --seconds 60 [--device cpu] [--backend paged] [--seed N]
+    python tests/gpu/gpu_stress.py --seconds 60 [--device cpu] [--backend paged] [--seed N]
 
 Needs kvmem installed, or PYTHONPATH=. ; under compute-sanitizer: make sanitize-gpu.
 """

@@ -1,7 +1,7 @@
 """One kernel, in a process of its own: each thing tried is announced before and judged after, one JSON line each, so
 that a process that dies has said on what.
 
-    python tests/gpu_worker.py NAME [--device cpu] [--seed N]
+    PYTHONPATH=.:tests/kernels:tests/support python tests/gpu/gpu_worker.py NAME [--device cpu] [--seed N]
 """
 
 from __future__ import annotations

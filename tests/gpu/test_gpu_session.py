@@ -13,10 +13,12 @@ import gpu_session
 import pytest
 from gpu_session import PARTS, Part, run_all
 
-HERE = Path(__file__).parent
+TESTS = Path(__file__).resolve().parents[1]
+HERE = TESTS / "gpu"
+MODULES = {file.stem: file for file in TESTS.rglob("*.py")}
 WRITES = "import os, pathlib; pathlib.Path(os.environ['KVMEM_GPU_REPORT']).write_text({!r}); "
 #: What a GPU machine of ours has beside torch and what pytest needs.
-THERE = {"torch", "numpy", "pytest", "hypothesis", "triton", "kvmem", *sys.stdlib_module_names, *(f.stem for f in HERE.glob("*.py"))}  # fmt: skip
+THERE = {"torch", "numpy", "pytest", "hypothesis", "triton", "kvmem", *sys.stdlib_module_names, *MODULES}  # fmt: skip
 
 
 def test_no_part_costs_the_others(
@@ -50,21 +52,23 @@ def test_no_part_costs_the_others(
 
 def gpu_files() -> list[Path]:
     marks = ("mark.gpu", "gpu_cases(")
-    files = [file for file in HERE.glob("test_*.py") if any(mark in file.read_text() for mark in marks)]
+    files = [file for file in TESTS.rglob("test_*.py") if any(mark in file.read_text() for mark in marks)]
     return [file for file in files if file.name != Path(__file__).name]
 
 
 def test_every_file_with_a_gpu_test_is_in_a_part() -> None:
     named = {word for part in PARTS for word in part.command if word.endswith(".py")}
-    rules = {"tests/test_gpu_rules.py"}  # its probes are a part of their own, without pytest
-    assert {f"tests/{file.name}" for file in gpu_files()} - rules == {name for name in named if "/test_" in name}
-    assert all((HERE.parent / name).exists() for name in named)
+    rules = {"tests/gpu/test_gpu_rules.py"}  # its probes are a part of their own, without pytest
+    assert {f"tests/{file.relative_to(TESTS)}" for file in gpu_files()} - rules == {
+        name for name in named if "/test_" in name
+    }
+    assert all((TESTS.parent / name).exists() for name in named)
 
 
 def test_what_runs_on_a_gpu_needs_no_package_that_is_not_there() -> None:
     """At the top of a file: one such import, and pytest runs nothing at all of what it was asked for."""
     seen: set[Path] = set()
-    queue = [*gpu_files(), HERE / "conftest.py", HERE / "gpu_rules.py", HERE / "gpu_stress.py", HERE / "gpu_worker.py"]
+    queue = [*gpu_files(), TESTS / "conftest.py", HERE / "gpu_rules.py", HERE / "gpu_stress.py", HERE / "gpu_worker.py"]
     while queue:
         file = queue.pop()
         if file in seen:
@@ -75,8 +79,8 @@ def test_what_runs_on_a_gpu_needs_no_package_that_is_not_there() -> None:
             names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
             for name in (name.split(".")[0] for name in names):
                 assert name in THERE, f"{file.name} imports {name}"
-                if (HERE / f"{name}.py").exists():
-                    queue.append(HERE / f"{name}.py")
+                if name in MODULES:
+                    queue.append(MODULES[name])
     assert len(seen) > 20
 
 

@@ -16,7 +16,7 @@ import kvmem
 from kvmem.kernels.checks import all_tokens
 
 __all__ = ["one_thread"]
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
@@ -26,7 +26,16 @@ every_backend = pytest.mark.parametrize("backend", BACKENDS)
 def test_on_a_gpu(backend: str, seed: int, tables: list[str]) -> None:
     """``KVMEM_STRESS_SECONDS`` for more of it."""
     seconds = os.environ.get("KVMEM_STRESS_SECONDS", "8")
-    command = [sys.executable, "tests/gpu_stress.py", "--backend", backend, "--seconds", seconds, "--seed", str(seed)]
+    command = [
+        sys.executable,
+        "tests/gpu/gpu_stress.py",
+        "--backend",
+        backend,
+        "--seconds",
+        seconds,
+        "--seed",
+        str(seed),
+    ]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run(
         command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=float(seconds) + 120

@@ -110,7 +110,7 @@ def test_every_driver_call_fails_in_turn(backend: str, layout: str, name: str) -
     action, failed = dict(ACTIONS)[name], 0
     made: list[object] = []
     if name == "snapshot" and layout != "recurrent":
-        return  # a layout without a fixed state has none to keep: tests/test_bad_input_prefix.py
+        return  # a layout without a fixed state has none to keep: tests/allocator/test_bad_input_prefix.py
     for code in CODES if LONG else [random.Random(seed_of_run()).choice(CODES)]:
         for nth in range(1, 300):
             driver = checked()

@@ -20,7 +20,7 @@ from window_traffic import BLOCK, Model, Step, found, growing_chats, hit_rate, m
 from kvmem.bench import peers
 
 BACKENDS = ("paged", "virtual")
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PEERS = Path(os.environ.get("KVMEM_PEERS", ROOT / "build" / "peers"))
 
 REQUESTS, SEEDS = 300, range(1, 13)  # of mixed traffic

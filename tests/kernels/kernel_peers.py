@@ -1,7 +1,7 @@
 """The kernels' libraries as they were published, oldest and newest of what kvmem promises: only the files that say what
 is called with what, out of their packages. test_kernels_published.py reads the signatures in them.
 
-    python tests/kernel_peers.py build/published
+    python tests/kernels/kernel_peers.py build/published
 """
 
 from __future__ import annotations

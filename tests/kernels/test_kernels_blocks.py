@@ -276,7 +276,7 @@ def test_all_of_this_in_tritons_interpreter() -> None:
         pytest.skip("triton is not installed: pip install -e .[triton]")
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not gpu", str(Path(__file__))],
-        env={**os.environ, "TRITON_INTERPRET": "1"}, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=110,
+        env={**os.environ, "TRITON_INTERPRET": "1"}, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=110,
     )  # fmt: skip
     print(run.stdout)
     assert run.returncode == 0, run.stdout + run.stderr

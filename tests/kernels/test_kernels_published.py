@@ -21,7 +21,7 @@ from support_signatures import defined, signature
 import kvmem
 from kvmem.kernels import flash_attention, flash_attention_4, flashinfer, flashinfer_mla
 
-PUBLISHED = Path(__file__).resolve().parent.parent / "build/published"
+PUBLISHED = Path(__file__).resolve().parents[2] / "build/published"
 SHAPE = {"num_query_heads": 4, "num_kv_heads": 2, "head_dim": 16}
 HALF: dict[str, Any] = {**SHAPE, "dtype": torch.bfloat16}
 MIXED: dict[str, Any] = {**HALF, "kv_dtype": torch.float8_e4m3fn}

@@ -32,8 +32,9 @@ RUN_tsan := $(NO_ASLR)
 TSAN_PYTHON = $(NO_ASLR) env LD_PRELOAD="$(shell $(CXX) -print-file-name=libtsan.so) $(shell $(CXX) -print-file-name=libstdc++.so.6)" \
   TSAN_OPTIONS="$(TSAN_OPTIONS) suppressions=$(CURDIR)/$(SAN)/tsan.supp" PYTHONSAFEPATH=1 \
   PYTHONPATH=$(CURDIR)/$(SAN)/tsan-python KVMEM_EXPECT_CORE=$(CURDIR)/$(SAN)/tsan-python
-TSAN_TESTS := $(addprefix tests/test_,locks.py threads.py threads_stale.py mapper.py events_allocator.py interrupts.py) \
-  tests/test_arrays_read_once.py::test_arrays_that_another_thread_writes_to
+TSAN_TESTS := tests/threads/test_locks.py tests/threads/test_threads.py tests/threads/test_threads_stale.py \
+  tests/memory/test_mapper.py tests/events/test_events_allocator.py tests/threads/test_interrupts.py \
+  tests/allocator/test_arrays_read_once.py::test_arrays_that_another_thread_writes_to
 
 # Leaks are looked for in the stress program only: torch has thousands that are not ours. Segmentation faults keep their
 # signal, because some tests ask for exactly that.

@@ -1,4 +1,4 @@
-// csrc/memory/space.* by itself, for tests/test_space_runs.py: one arena on the checked host driver, all of it mapped,
+// csrc/memory/space.* by itself, for tests/driver/test_space_runs.py: one arena on the checked host driver, all of it mapped,
 // and lists of records that no rule of an allocator or a replica stands before.
 
 #include <cstring>

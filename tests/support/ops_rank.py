@@ -1,4 +1,4 @@
-"""A rank for tests/test_ops.py: a CPU allocator in a process of its own, fed with lists of ops over pipes, and nothing else.
+"""A rank for tests/transactions/test_ops.py: a CPU allocator in a process of its own, fed with lists of ops over pipes, and nothing else.
 
 Frames are a length (8 bytes, little endian) and msgpack. A frame ``["ops", list]`` is applied; ``["digest"]`` is answered with a
 digest of all that kernels and schedulers can see, ``["tags", handle, first, values]`` writes tokens, ``["read", handle]`` reads.

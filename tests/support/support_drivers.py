@@ -19,7 +19,7 @@ import pytest
 from kvmem import _core
 from kvmem.errors import DeviceError
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 STUB_SOURCES = sorted((ROOT / "tests" / "native" / "cuda_stub").glob("*stub*.*"))
 STUB_GRANULARITY_BYTES = 65536  # small, so that tests touch little memory; a GPU's is 2 MiB
 

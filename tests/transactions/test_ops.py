@@ -18,7 +18,8 @@ from support_world import BACKENDS, LONG, NOTHING, PAGE, World, checked, held, s
 import kvmem
 from kvmem.allocator.ops import KINDS
 
-HERE = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[2]
+SUPPORT = ROOT / "tests" / "support"
 PAGES = {"plain": 24, "mixed": 70}
 STEPS = 10_000
 
@@ -27,8 +28,8 @@ class Rank:
     """A process that holds a CPU allocator and follows."""
 
     def __init__(self, name: str, backend: str, pages: int) -> None:
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])}
-        command = [sys.executable, str(HERE / "ops_rank.py"), name, backend, str(pages)]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(SUPPORT)])}
+        command = [sys.executable, str(SUPPORT / "ops_rank.py"), name, backend, str(pages)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
 
     def tell(self, *frame: Any) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "kvmem"
 
 # Each folder of kvmem/, and each file beside them, has its level; docs/architecture.md says what each is for. The native
@@ -85,7 +85,7 @@ def violations(path: str, source: str) -> list[str]:
     elif mine in LEVELS:
         level = LEVELS[mine]
     else:
-        return [f"kvmem/{path}: has no level; add it to LEVELS in tests/test_imports.py"]
+        return [f"kvmem/{path}: has no level; add it to LEVELS in tests/repository/test_imports.py"]
     found = []
     for line, name in imported_names(ast.parse(source), ["kvmem", *parts[:-1]]):
         reason = objection(mine, level, name)
@@ -102,7 +102,7 @@ def objection(mine: str, level: int, name: str) -> str | None:
     other = rest.split(".")[0]
     if other not in LEVELS:  # `import kvmem`, or a public name from it
         if other and ((PACKAGE / other).is_dir() or (PACKAGE / f"{other}.py").exists()):
-            return f"kvmem/{other} has no level; add it to LEVELS in tests/test_imports.py"
+            return f"kvmem/{other} has no level; add it to LEVELS in tests/repository/test_imports.py"
         return None if level > FACADE else "files below import from the file that defines the name, not from kvmem"
     if other == mine:
         return None
