@@ -136,7 +136,7 @@ def test_a_forked_child_gets_its_own_exception() -> None:
     assert_runs(
         """
 import os, sys
-sys.path.insert(0, "tests")
+sys.path.insert(0, "tests/support")
 import kvmem
 from support import make_allocator, plain
 alloc = make_allocator(plain(16), "virtual")

@@ -140,7 +140,7 @@ def test_in_a_forked_child_and_at_the_end_of_the_process() -> None:
     assert_runs(
         """
 import gc, os, sys, warnings
-sys.path.insert(0, "tests")
+sys.path.insert(0, "tests/support")
 warnings.simplefilter("always")
 from support import make_allocator, plain
 alloc = make_allocator(plain(16), "paged")

@@ -159,7 +159,7 @@ def test_digests_are_what_the_document_says() -> None:
 
 def test_digests_are_equal_in_another_process() -> None:
     code = (
-        "import json, sys; sys.path.insert(0, 'tests'); from event_world import spec_of; from kvmem.events.digests import *\n"
+        "import json, sys; sys.path.insert(0, 'tests/support'); from event_world import spec_of; from kvmem.events.digests import *\n"
         "print(json.dumps([d.hex() for d in block_digests(spec_of(), range(12), salt='s', extra_key=('lora', 1))]))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)

@@ -10,7 +10,18 @@ from collections.abc import Iterator
 import gpu_worker
 import pytest
 from gpu_cases import configs, pairwise_cover
-from gpu_jobs import WORKER, Pool, Report, numbers_table, problems, read_report, run_worker, tail_of, tails_table
+from gpu_jobs import (
+    PYTHON_PATH,
+    WORKER,
+    Pool,
+    Report,
+    numbers_table,
+    problems,
+    read_report,
+    run_worker,
+    tail_of,
+    tails_table,
+)
 from gpu_kernels import BY_NAME, COMPILED, KERNELS, PLAIN
 from gpu_libraries import ByHand
 from kernel_cases import one_thread
@@ -101,7 +112,7 @@ def test_every_choice_is_tried_and_every_pair_of_them() -> None:
 
 
 GREEDY = """
-import sys; sys.path.insert(0, {tests!r})
+import sys; sys.path[:0] = {tests!r}
 import gpu_worker, gpu_libraries, gpu_kernels, torch
 from kvmem.kernels.checks import flat_tokens
 
@@ -127,7 +138,7 @@ def test_a_kernel_that_touches_too_much_is_found_out(module: str, key: str, verd
     """Its process dies of it, as on a GPU. With the guard that such kernels ask for, it does not."""
     from dataclasses import replace
 
-    code = GREEDY.format(tests=str(WORKER.parent), module=module, key=key)
+    code = GREEDY.format(tests=[str(WORKER.parent), *PYTHON_PATH], module=module, key=key)
     report = run_worker("torch flash, rows", 0, command=[sys.executable, "-c", code], limit=100)
     report.kernel = replace(report.kernel, guard=(module, key))
     assert "signal 11" in report.ended, report

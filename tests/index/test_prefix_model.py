@@ -14,22 +14,9 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
-from lockstep_prefix import PrefixLockstep
+from lockstep_prefix import PrefixLockstep, make_pair
 from prefix_walk import ROOTS, Author, author, step
 from support import BACKENDS, LAYOUTS, LONG, SIZES, i32, make_allocator, plain, seed_of_run
-
-
-def make_pair(
-    layout: str, backend: str, size: str = "near", *, plentiful: bool = False, contents: bool = True, **options: object
-) -> PrefixLockstep:
-    sizes = SIZES[size]
-    options = {
-        "page_bytes": sizes["page_bytes"], "memory": (2000 if plentiful else 60) * sizes["page_bytes"],
-        "max_sequences": 300 if plentiful else 6, "record_ops": True, "interleave": LAYOUTS[layout].interleave,
-    } | options  # fmt: skip
-    alloc = make_allocator(LAYOUTS[layout].spec(sizes["block_size"]), backend, **options)
-    partial = bool(options.get("partial_reuse", True))
-    return PrefixLockstep(alloc, contents=contents, plentiful=plentiful, partial_reuse=partial)
 
 
 def walk_for(pair: PrefixLockstep, walk: random.Random, steps: int, every: int = 10) -> None:

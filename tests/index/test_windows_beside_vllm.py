@@ -55,7 +55,7 @@ def vllm() -> Callable[[Model, list[Step]], list[int]]:
     jobs += [(model, mixed(seed, REQUESTS, model.longest)) for model in MIXED.values() for seed in SEEDS]
     path = os.pathsep.join(map(str, (PEERS / "vllm", Path(peers.__file__).parent / "drivers")))
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "vllm_windows.py")],
+        [sys.executable, str(ROOT / "tests" / "support" / "vllm_windows.py")],
         input=json.dumps([asdict(model) | {"block": BLOCK, "steps": steps} for model, steps in jobs]),
         env=os.environ | {"PYTHONPATH": path, "VLLM_LOGGING_LEVEL": "ERROR", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,

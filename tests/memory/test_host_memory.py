@@ -140,7 +140,7 @@ def test_the_limit_of_mappings_is_out_of_memory_and_no_crash(backend: str) -> No
     printed = assert_runs(
         f"""
 import sys
-sys.path.insert(0, "tests")
+sys.path.insert(0, "tests/support")
 import numpy as np
 from support_world import *
 alloc = kvmem.Allocator(plain_spec(4), backend={backend!r}, memory="1GiB", page_bytes=PAGE, interleave=1, max_sequences=1024,

@@ -9,10 +9,9 @@ import random
 import numpy as np
 import pytest
 import torch
-from lockstep_prefix import PrefixLockstep
+from lockstep_prefix import PrefixLockstep, make_pair
 from prefix_walk import author, step
 from support import BACKENDS, LAYOUTS, LONG, SIZES, i32, make_allocator, plain, seed_of_run
-from test_prefix_model import make_pair
 
 import kvmem
 from kvmem.allocator.batch import _FIELDS, Batch, GroupBatch

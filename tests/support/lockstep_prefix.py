@@ -10,7 +10,7 @@ from lockstep import Lockstep
 from patterns import write_slots
 from reference import Piece
 from reference_prefix import NEWEST, Node, PrefixModel, Root
-from support import i32
+from support import LAYOUTS, SIZES, i32, make_allocator
 
 import kvmem
 from kvmem.allocator.ops import Op
@@ -385,3 +385,16 @@ class PrefixLockstep(Lockstep):
     def _must_fit(self, after) -> bool:  # type: ignore[no-untyped-def, override]
         """Pins of what no sequence uses take memory that the model does not count."""
         return not self._idle_pins() and super()._must_fit(after)
+
+
+def make_pair(
+    layout: str, backend: str, size: str = "near", *, plentiful: bool = False, contents: bool = True, **options: object
+) -> PrefixLockstep:
+    sizes = SIZES[size]
+    options = {
+        "page_bytes": sizes["page_bytes"], "memory": (2000 if plentiful else 60) * sizes["page_bytes"],
+        "max_sequences": 300 if plentiful else 6, "record_ops": True, "interleave": LAYOUTS[layout].interleave,
+    } | options  # fmt: skip
+    alloc = make_allocator(LAYOUTS[layout].spec(sizes["block_size"]), backend, **options)
+    partial = bool(options.get("partial_reuse", True))
+    return PrefixLockstep(alloc, contents=contents, plentiful=plentiful, partial_reuse=partial)

@@ -8,7 +8,7 @@ from support_world import BACKENDS
 
 SETUP = """
 import os, signal, sys, time, threading
-sys.path.insert(0, "tests")
+sys.path.insert(0, "tests/support")
 import numpy as np, torch, kvmem
 from support_world import *
 def finish(pid, seconds=20):

@@ -317,7 +317,7 @@ def test_handlers_that_raise_at_random_while_threads_work() -> None:
     assert_runs(
         """
 import random, signal, sys, threading
-sys.path.insert(0, "tests")
+sys.path[:0] = ["tests/support", "tests/threads"]
 import kvmem
 from test_interrupts import PROMPT, make
 class Stop(Exception): pass

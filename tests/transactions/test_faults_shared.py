@@ -141,7 +141,7 @@ def test_the_mapper_runs_while_python_does_not() -> None:
 def test_an_allocator_with_a_mapper_at_interpreter_exit() -> None:
     assert_runs("""
         import sys
-        sys.path.insert(0, "tests")
+        sys.path.insert(0, "tests/support")
         from support_world import *
         alloc = kvmem.Allocator(plain_spec(), memory=2000 * PAGE, page_bytes=PAGE, max_sequences=4, max_tokens=2000, map_ahead_tokens=500)
         sequences = [alloc.sequence() for _ in range(4)]
