@@ -19,8 +19,8 @@ class Hasher {
   void add(Numbers... numbers) {
     (mix(static_cast<std::uint64_t>(numbers)), ...);
   }
-  template <class T>
-  void add_all(const std::vector<T>& numbers) {
+  template <class T, class Allocator>
+  void add_all(const std::vector<T, Allocator>& numbers) {
     add(numbers.size());
     for (const T number : numbers) add(number);
   }

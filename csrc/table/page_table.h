@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "base/geometry.h"
+#include "base/zero_vector.h"
 #include "index/prefix_index.h"
 #include "memory/pages.h"
 #include "memory/transaction.h"
@@ -193,7 +194,7 @@ class PageTable : public PageOwner {
       : index_(index),
         groups_(static_cast<i64>(geometry.groups.size())),
         guarded_(geometry.tail_guard_tokens > 0),
-        ready_tokens_(geometry.max_sequences * groups_, 0) {
+        ready_tokens_(geometry.max_sequences * groups_) {
     if (guarded_) cut_to_.assign(ready_tokens_.size(), 0);
   }
   // How many tokens have room; 0 where something is to be done before the next token, whatever there is.
@@ -218,8 +219,8 @@ class PageTable : public PageOwner {
   // [sequence][group]: tokens before it may have been written and cut off again. May be too high, never too low; empty
   // without a guard.
   std::vector<i64> cut_to_;
-  std::vector<i64> zeroed_cuts_;   // by the transaction in progress
-  std::vector<i64> ready_tokens_;  // [sequence][group]: what find_room() said; derived
+  std::vector<i64> zeroed_cuts_;  // by the transaction in progress
+  ZeroVector<i64> ready_tokens_;  // [sequence][group]: what find_room() said; derived
 };
 
 std::unique_ptr<PageTable> make_virtual_table(const Geometry& geometry, PagePool& pool, const Sequences& sequences,

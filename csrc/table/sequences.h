@@ -12,6 +12,7 @@
 
 #include "base/digest.h"
 #include "base/ops.h"
+#include "base/zero_vector.h"
 
 namespace kvmem {
 
@@ -25,15 +26,14 @@ class Sequences {
   Sequences(i64 max_sequences, i64 groups, i64 first = 1)
       : groups_(groups),
         next_(first),
-        handles_(max_sequences, kNone),
+        handles_(max_sequences),
         opened_at_(max_sequences),
         free_(max_sequences),
         lengths_(max_sequences * groups) {
     i64 slots = 4;
     while (slots < 4 * max_sequences) slots *= 2;
     slots_.resize(slots);
-    for (i64 slot = 0; slot < static_cast<i64>(slots_.size()); ++slot) slots_[slot].handle = nobody(slot);
-    for (i64 i = 0; i < max_sequences; ++i) free_[i] = static_cast<i32>(i);
+    slots_[0].handle = nobody(0);
     free_count_ = max_sequences;
   }
 
@@ -71,7 +71,7 @@ class Sequences {
   void on_open(i64 handle, bool undo) {
     if (!undo && (free_count_ == 0 || next_ > kLast || handle_of_number(next_) != handle)) refuse_open(handle);
     --free_count_;
-    const i64 place = free_[undo ? wrap(head_ + free_count_) : head_];
+    const i64 place = free_at(undo ? wrap(head_ + free_count_) : head_);
     if (!undo) head_ = wrap(head_ + 1);
     handles_[place] = handle;
     if (!undo) opened_at_[place] = now_ns();
@@ -87,9 +87,9 @@ class Sequences {
     if (undo) {
       next_ = number_of(handle);
       head_ = wrap(head_ + capacity() - 1);
-      free_[head_] = static_cast<i32>(place);
+      set_free(head_, place);
     } else {
-      free_[wrap(head_ + free_count_)] = static_cast<i32>(place);
+      set_free(wrap(head_ + free_count_), place);
     }
     ++free_count_;
   }
@@ -108,7 +108,7 @@ class Sequences {
   void digest(Hasher& hash) const {
     hash.add(next_, free_count_);
     hash.add_all(handles_);
-    for (i64 i = 0; i < free_count_; ++i) hash.add(free_[wrap(head_ + i)]);
+    for (i64 i = 0; i < free_count_; ++i) hash.add(free_at(wrap(head_ + i)));
     for (i64 index = 0; index < capacity(); ++index) {
       if (!live(index)) continue;
       for (i64 g = 0; g < groups_; ++g) hash.add(tokens(index, g), committed(index, g), front(index, g));
@@ -119,15 +119,19 @@ class Sequences {
   struct Slot {
     i32 handle = 0, place = 0;
   };
-  static constexpr i64 kNone = INT64_MIN;  // no int32 handle
+  static constexpr i64 kNone = 0;  // no handle
   static constexpr i64 kLast = (i64{1} << 32) - 2;
 
   static i64 handle_of_number(i64 number) { return static_cast<i32>(static_cast<std::uint32_t>(number)); }
   static i64 number_of(i64 handle) { return static_cast<std::uint32_t>(handle); }
   i64 slot_of(i64 handle) const { return handle & (static_cast<i64>(slots_.size()) - 1); }
   bool is_free(i64 number) const { return slots_[slot_of(number)].handle == nobody(slot_of(number)); }
-  // What stands in a free slot: a number that belongs into another one, so that no handle is equal to it.
-  static i32 nobody(i64 slot) { return static_cast<i32>(slot ^ 1); }
+  // What a free slot holds: a number whose own slot is another one, so no handle equals it. 0 wherever that can be, so
+  // that slots which were never used take no memory.
+  static i32 nobody(i64 slot) { return slot == 0 ? 1 : 0; }
+  // Entry `at` of the ring of free places. At first it is `at` itself, and all entries are zero bits.
+  i64 free_at(i64 at) const { return at + free_[at]; }
+  void set_free(i64 at, i64 place) { free_[at] = static_cast<i32>(place - at); }
 
   // A place in the ring, of less than twice as many. Not by division, which every admission and end would make.
   i64 wrap(i64 at) const { return at < capacity() ? at : at - capacity(); }
@@ -160,14 +164,14 @@ class Sequences {
   }
 
   const i64 groups_;
-  i64 next_;                  // the number of the next handle
-  std::vector<Slot> slots_;   // by number, modulo how many there are
-  std::vector<i64> handles_;  // of the live sequence at each place
+  i64 next_;                 // the number of the next handle
+  ZeroVector<Slot> slots_;   // by number, modulo how many there are
+  ZeroVector<i64> handles_;  // of the live sequence at each place
   bool closed_ = false;
-  std::vector<i64> opened_at_;  // by place, in ns; tells people how old a sequence is, and decides nothing
-  std::vector<i32> free_;       // a ring of free places, oldest at head_
+  ZeroVector<i64> opened_at_;  // by place, in ns; tells people how old a sequence is, and decides nothing
+  ZeroVector<i32> free_;       // a ring of free places, oldest at head_; see free_at()
   i64 head_ = 0, free_count_ = 0;
-  std::vector<Lengths> lengths_;  // [place][group]: read and written together in every step
+  ZeroVector<Lengths> lengths_;  // [place][group]: read and written together in every step
 };
 
 }  // namespace kvmem

@@ -19,8 +19,8 @@ PagedBlocks::PagedBlocks(const Geometry& geometry, PagePool& pool, const Sequenc
     throw;
   }
   first_.push_back(static_cast<i64>(pages_.size()));
-  copy_tail_.assign(geometry.max_sequences * groups_, 0);
-  version_.assign(geometry.max_sequences * groups_, 0);
+  copy_tail_.resize(geometry.max_sequences * groups_);
+  version_.resize(geometry.max_sequences * groups_);
 }
 
 PagedBlocks::~PagedBlocks() {

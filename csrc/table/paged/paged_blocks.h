@@ -205,8 +205,8 @@ class PagedBlocks : public PageTable {
   std::vector<i64> first_;                 // first arena of each group, and one past the last
   std::vector<Blocks> blocks_;             // by group
   std::vector<ZeroVector<ZeroId>> pages_;  // [arena][slot], -1 where nothing is mapped
-  std::vector<std::uint8_t> copy_tail_;    // [sequence][group]: look whether the tail block is shared before writing
-  std::vector<std::uint32_t> version_;     // [sequence][group]: counts the entries that were replaced or taken out
+  ZeroVector<std::uint8_t> copy_tail_;     // [sequence][group]: look whether the tail block is shared before writing
+  ZeroVector<std::uint32_t> version_;      // [sequence][group]: counts the entries that were replaced or taken out
   i64 idle_pages_ = 0;                     // mapped, but under no referenced block
   i64 spare_pages_ = 0;                    // and under no cached one
 

@@ -33,7 +33,7 @@ VirtualRows::VirtualRows(const Geometry& geometry, PagePool& pool, const Sequenc
   scratch_pages_.assign(arenas_, -1);
   room_ = RowArray<i64>(geometry.rows, groups_, -1), ready_ = RowArray<i64>(geometry.rows, groups_, -1);
   if (guarded_) finite_ = RowArray<Finite>(geometry.rows, groups_);
-  copy_tail_.assign(row_of_.size() * groups_, 0);
+  copy_tail_.resize(row_of_.size() * groups_);
   add_rows(1);  // it shows the trash blocks
 }
 

@@ -367,8 +367,8 @@ class VirtualRows : public PageTable {
   RowArray<i64> ready_;       // [row][group]: tokens that need nothing of the row's job, -1: it maps nothing
   RowArray<Finite> finite_;   // [row][group]; empty without a guard
   std::vector<std::pair<Finite*, i64>> zeroed_;  // what of it the transaction in progress moves on, and to where
-  std::vector<std::uint8_t> copy_tail_;  // [sequence][group]: look whether the tail page is shared before writing
-  std::vector<i64> scratch_pages_;       // by arena, -1 between calls
+  ZeroVector<std::uint8_t> copy_tail_;  // [sequence][group]: look whether the tail page is shared before writing
+  std::vector<i64> scratch_pages_;      // by arena, -1 between calls
 
  private:
   class Rules;
