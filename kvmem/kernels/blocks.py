@@ -36,6 +36,7 @@ from kvmem.allocator.batch import GroupBatch
 from kvmem.allocator.sequence import Sequence
 from kvmem.errors import SpecError
 from kvmem.kernels.checks import check_batch, plain
+from kvmem.kernels.write import to_cache_dtype
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -324,4 +325,4 @@ def _source(blocks: torch.Tensor, values: torch.Tensor, shape: tuple[int, ...]) 
             f"values: got shape {tuple(values.shape)} on {values.device}; the ids and the cache make it {shape} on "
             f"{blocks.device}"
         )
-    return values.to(blocks.dtype).contiguous()
+    return to_cache_dtype(values, blocks.dtype).contiguous()
