@@ -72,9 +72,7 @@ def to_cache_dtype(
     return values.to(dtype)
 
 
-def _converted(
-    name: str, blocks: torch.Tensor, batch: GroupBatch, values: torch.Tensor, scale: Scale
-) -> torch.Tensor:
+def _converted(name: str, blocks: torch.Tensor, batch: GroupBatch, values: torch.Tensor, scale: Scale) -> torch.Tensor:
     """``values`` as bytes of the cache, ready to be stored."""
     blocks = plain(blocks)
     expected = (batch.num_new_tokens, *blocks.shape[2:])
