@@ -22,20 +22,16 @@ import torch
 from kvmem.allocator.batch import GroupBatch
 from kvmem.allocator.cascade import Cascade
 from kvmem.errors import SpecError
-from kvmem.kernels.checks import STRIDE_LIMIT, check_cache, flat_tokens, host, rows_of, window_left
+from kvmem.kernels.base import Cache, Result, Run, Step
+from kvmem.kernels.checks import STRIDE_LIMIT, check_cache, check_no_window, flat_tokens, host, rows_of, window_left
 from kvmem.kernels.versions import installed
+from kvmem.kernels.write import to_cache_dtype
 
 __all__ = [
-    "TAIL_GUARD_TOKENS", "Ragged", "append_args", "batch_attention_plan", "cache_of", "cascade_plan", "decode_plan",
-    "natural_lse", "prefill_plan", "ragged_cache_of", "ragged_plan",
+    "Ragged", "append_args", "batch_attention_plan", "cache_of", "cascade_plan", "decode_plan", "natural_lse",
+    "prefill_plan", "prepare_append", "prepare_batch_attention", "prepare_cascade", "prepare_decode", "prepare_prefill",
+    "prepare_ragged", "ragged_cache_of", "ragged_plan",
 ]  # fmt: skip
-
-#: Tokens past a sequence's end that a kernel may touch, so that must be mapped and finite. The paged kernels, fa2 and
-#: fa3 alike, fetch each token under a predicate of the real length. fa3 ragged goes through the TMA unit, whose
-#: descriptor knows the tensor but not the sequence: it loads tiles of up to 224 tokens and masks afterwards.
-TAIL_GUARD_TOKENS = {
-    "decode": 0, "prefill": 0, "batch_attention": 0, "cascade": 0, "append": 0, "ragged_fa2": 0, "ragged_fa3": 256,
-}  # fmt: skip
 
 cache_of = check_cache  # the pair that every paged ``run()`` and the append take
 
@@ -104,10 +100,7 @@ def batch_attention_plan(
     The wrapper keeps ``kv_indices`` itself, not a copy: it is the batch's buffer, valid until the next fill. ``run()``
     always returns ``(out, lse)``, and takes ``k_scale=`` and ``v_scale=`` from 0.4.0 on.
     """
-    if batch.drops_tokens:
-        raise SpecError(
-            "BatchAttention has no sliding window, and one has dropped tokens of this batch: use prefill_plan"
-        )
+    check_no_window(batch, "BatchAttention has", ": use prefill_plan")
     return {
         "qo_indptr": host(queries or batch, "cu_seqlens_q"),
         "kv_indptr": host(batch, "kv_indptr"),
@@ -273,3 +266,65 @@ def _common(
         "q_data_type": dtype,
         "kv_data_type": dtype if kv_dtype is None else kv_dtype,
     }
+
+
+# ---- How they are run ------------------------------------------------------------------------------------------------
+
+
+def prepare_decode(library: Any, step: Step, *, tensor_cores: bool = False) -> Run:
+    options = {"backend": "fa2"} if tensor_cores else {}
+    make = library.BatchDecodeWithPagedKVCacheWrapper
+    wrapper = make(step.open_workspace(), "NHD", use_tensor_cores=tensor_cores, **options)
+    wrapper.plan(**decode_plan(step.batch, **step.heads, window_tokens=step.window_tokens))
+    return _runner(wrapper, step, return_lse=step.return_lse)
+
+
+def prepare_prefill(library: Any, step: Step, *, backend: str = "fa2") -> Run:
+    """backend: FlashInfer's "auto" takes fa3 on Hopper, which compiles for minutes."""
+    wrapper = library.BatchPrefillWithPagedKVCacheWrapper(step.open_workspace(), "NHD", backend=backend)
+    wrapper.plan(**prefill_plan(step.batch, **step.heads, window_tokens=step.window_tokens))
+    return _runner(wrapper, step, return_lse=step.return_lse)
+
+
+def prepare_batch_attention(library: Any, step: Step) -> Run:
+    wrapper = library.BatchAttention("NHD", str(step.device))
+    wrapper.plan(**batch_attention_plan(step.batch, **step.heads))
+    return _runner(wrapper, step)
+
+
+def prepare_cascade(library: Any, step: Step) -> Run:
+    assert step.cascade is not None
+    wrapper = library.MultiLevelCascadeAttentionWrapper(len(step.cascade.levels), step.open_workspace(), "NHD")
+    wrapper.plan(**cascade_plan(step.cascade, **step.heads))
+    return lambda q, cache: (wrapper.run(q, cache_of(*cache)), None)
+
+
+def prepare_ragged(library: Any, step: Step, *, backend: str = "fa2") -> Run:
+    ragged = ragged_plan(step.batch, **step.heads, window_tokens=step.window_tokens)
+    wrapper = library.BatchPrefillWithRaggedKVCacheWrapper(step.open_workspace(), "NHD", backend=backend)
+    wrapper.plan(**ragged.plan)
+
+    def run(q: torch.Tensor, cache: Cache) -> Result:
+        out, lse = wrapper.run(q[ragged.order], *ragged_cache_of(*cache), return_lse=True)
+        return out[ragged.inverse], natural_lse(lse)[ragged.inverse]
+
+    return run
+
+
+def prepare_append(library: Any, step: Step) -> Run:
+    args = append_args(step.batch)
+
+    def run(kv: torch.Tensor, cache: Cache) -> Result:
+        k, v = (to_cache_dtype(new, step.kv_dtype) for new in kv.unbind())
+        library.append_paged_kv_cache(k, v, paged_kv_cache=cache_of(*cache), **args)
+        return kv, None
+
+    return run
+
+
+def _runner(wrapper: Any, step: Step, **options: bool) -> Run:
+    def run(q: torch.Tensor, cache: Cache) -> Result:
+        found = wrapper.run(q, cache_of(*cache), **options, **(step.scales or {}))
+        return (found[0], natural_lse(found[1])) if isinstance(found, tuple) else (found, None)
+
+    return run

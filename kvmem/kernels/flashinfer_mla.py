@@ -24,13 +24,12 @@ import torch
 from kvmem.allocator.batch import GroupBatch
 from kvmem.allocator.cascade import Cascade, CascadeLevel
 from kvmem.errors import SpecError
-from kvmem.kernels.checks import STRIDE_LIMIT, check_strides, host, plain
+from kvmem.kernels.base import Cache, Result, Run, Step
+from kvmem.kernels.checks import STRIDE_LIMIT, check_no_window, check_strides, host, plain
+from kvmem.kernels.flashinfer import natural_lse
 from kvmem.kernels.versions import installed, takes
 
-__all__ = ["TAIL_GUARD_TOKENS", "mla_cache_of", "mla_cascade_plans", "mla_plan", "mla_run"]
-
-#: Tokens past a sequence's end that the kernels may touch: none, each is fetched under a predicate of the length.
-TAIL_GUARD_TOKENS = {"mla": 0}
+__all__ = ["mla_cache_of", "mla_cascade_plans", "mla_plan", "mla_run", "prepare_mla"]
 
 
 def mla_plan(
@@ -45,8 +44,7 @@ def mla_plan(
     take. return_lse: what ``run()`` will be given; older versions do not ask. ``SpecError`` for a batch with a sliding
     window, which the kernels do not have.
     """
-    if batch.drops_tokens:
-        raise SpecError("the MLA kernels have no sliding window, and one has dropped tokens of this batch")
+    check_no_window(batch, "the MLA kernels have")
     tensors = {
         "qo_indptr": host(batch, "cu_seqlens_q"),
         "kv_indptr": host(batch, "kv_indptr"),
@@ -69,8 +67,7 @@ def mla_cascade_plans(
     ``return_lse=True``, and ``merge.merge_levels`` of their ``(out, natural_lse(lse))``. Arguments as for
     ``mla_plan``; wrapper: one of them, or their class.
     """
-    if cascade.drops_tokens:
-        raise SpecError("the MLA kernels have no sliding window, and one has dropped tokens of this batch")
+    check_no_window(cascade, "the MLA kernels have")
     return [
         {
             **_metadata(_tensors_of(level), wrapper, return_lse=True),
@@ -111,6 +108,24 @@ def mla_cache_of(ckv: torch.Tensor, kpe: torch.Tensor) -> tuple[torch.Tensor, to
         check_strides(blocks)
         _check_reach(blocks, installed("flashinfer-python"))
     return ckv.squeeze(2), kpe.squeeze(2)
+
+
+def prepare_mla(library: Any, step: Step) -> Run:
+    wrapper = library.BatchMLAPagedAttentionWrapper(step.open_workspace(), backend="fa2")
+    form = {"wrapper": wrapper, "return_lse": step.return_lse}
+    assert step.scale is not None
+    plan = mla_plan(
+        step.batch, num_heads=step.num_query_heads, head_dim_ckv=step.head_dim, head_dim_kpe=step.head_dim_kpe,
+        scale=step.scale, dtype=step.dtype, kv_dtype=step.kv_dtype, **form,
+    )  # fmt: skip
+    wrapper.plan(**plan)
+
+    def run(q: torch.Tensor, cache: Cache) -> Result:
+        nope, pe = q[..., : step.head_dim].contiguous(), q[..., step.head_dim :].contiguous()
+        found = wrapper.run(**mla_run(nope, pe, mla_cache_of(*cache), **form))
+        return (found[0], natural_lse(found[1])) if step.return_lse else (found, None)
+
+    return run
 
 
 #: The first release whose kernels multiply a block id and the stride of a block in 64 bits.

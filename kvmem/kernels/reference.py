@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,12 +15,11 @@ import torch.nn.functional as F
 from kvmem.allocator.batch import GroupBatch
 from kvmem.allocator.cascade import Cascade, CascadeLevel
 from kvmem.errors import SpecError
+from kvmem.kernels.base import Cache, Result, Run, Step
 from kvmem.kernels.checks import as_bytes, check_all_blocks, check_batch, flat_tokens, plain
 from kvmem.kernels.merge import merge_levels
 
-__all__ = ["cascade_attention", "level_attention", "oracle", "sdpa", "sdpa_lse"]
-
-Cache = tuple[torch.Tensor, torch.Tensor]
+__all__ = ["cascade_attention", "level_attention", "oracle", "prepare_sdpa", "sdpa", "sdpa_lse"]
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,18 @@ def sdpa_lse(
         q, cache, batch, scale=scale, causal=causal, window_tokens=window_tokens, queries=queries, dtype=torch.float32
     )
     return out.to(q.dtype), lse
+
+
+def prepare_sdpa(library: Any, step: Step) -> Run:
+    """library: this module."""
+    scales = step.scales or {"k_scale": 1.0, "v_scale": 1.0}
+    scale = (step.head_dim**-0.5 if step.scale is None else step.scale) * scales["k_scale"]
+
+    def run(q: torch.Tensor, cache: Cache) -> Result:
+        out = library.sdpa(q, cache, step.batch, scale=scale, window_tokens=step.window_tokens)
+        return out * scales["v_scale"], None
+
+    return run
 
 
 def cascade_attention(

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from kvmem.allocator.batch import GroupBatch
 from kvmem.errors import SpecError
+from kvmem.kernels.base import Cache, Result, Run, Step
 from kvmem.kernels.checks import all_tokens, as_bytes, check_all_blocks, check_batch
 from kvmem.layouts.views import plain
 
-__all__ = ["to_cache_dtype", "write_component", "write_kv"]
+__all__ = ["prepare_write", "to_cache_dtype", "write_component", "write_kv"]
 
 Scale = float | torch.Tensor
 
@@ -70,6 +73,16 @@ def to_cache_dtype(
         limit = torch.finfo(dtype).max
         values = values.clamp(-limit, limit)
     return values.to(dtype)
+
+
+def prepare_write(library: Any, step: Step) -> Run:
+    """library: this module."""
+
+    def run(kv: torch.Tensor, cache: Cache) -> Result:
+        library.write_kv(cache, step.batch, *kv.unbind(), **(step.scales or {}))
+        return kv, None
+
+    return run
 
 
 def _converted(name: str, blocks: torch.Tensor, batch: GroupBatch, values: torch.Tensor, scale: Scale) -> torch.Tensor:
