@@ -94,16 +94,22 @@ def mla_run(
 
 
 def mla_cache_of(ckv: torch.Tensor, kpe: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """``[num_blocks, block_size, width]`` each, views, for ``run()``; from ``Allocator.tensor(layer, "ckv")`` and
-    ``"kpe"``. Their strides may differ. ``SpecError`` unless both have one head, equal blocks and one dtype; and with
-    FlashInfer before 0.6.11 if the last block begins 2**32 elements or more from the first.
+    """``[num_blocks, block_size, width]`` each, views, for ``run()``: the blocks that both have.
+
+    ckv, kpe: ``Allocator.tensor(layer, "ckv")`` and ``"kpe"``, ``[num_blocks, block_size, 1, width]`` of one dtype.
+    Their strides may differ, and so may their ends, where each has a range of its own (``interleave="none"``).
+    ``SpecError`` for any other shape; and with FlashInfer before 0.6.11 if the last block begins 2**32 elements or more
+    from the first.
     """
     ckv, kpe = plain(ckv), plain(kpe)
-    if ckv.ndim != 4 or kpe.ndim != 4 or ckv.shape[:3] != kpe.shape[:3] or ckv.shape[2] != 1 or ckv.dtype != kpe.dtype:
+    same = ckv.ndim == kpe.ndim == 4 and ckv.shape[1:3] == kpe.shape[1:3] and ckv.dtype == kpe.dtype
+    if not same or ckv.shape[2] != 1:
         raise SpecError(
             f"cache: ckv is {tuple(ckv.shape)} {ckv.dtype} and kpe {tuple(kpe.shape)} {kpe.dtype}; MLA kernels take "
             "[num_blocks, block_size, 1, width] with equal blocks, and one dtype"
         )
+    count = min(len(ckv), len(kpe))
+    ckv, kpe = ckv[:count], kpe[:count]
     for blocks in (ckv, kpe):
         check_strides(blocks)
         _check_reach(blocks, installed("flashinfer-python"))
