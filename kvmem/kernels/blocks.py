@@ -1,7 +1,7 @@
 """Copies, gathers and zeroing of many tokens or blocks at once: one launch, whatever there is to be done.
 
-For whoever needs a layer's tokens as dense memory (connectors that send them, kernels that take no block table), and
-for bringing them back. All functions take any tensor that ``Allocator.tensor()`` or ``kv()`` gives, ``[num_blocks,
+They serve connectors that send a layer's tokens as dense memory and bring them back, and kernels that take no block
+table. All functions take any tensor that ``Allocator.tensor()`` or ``kv()`` gives, ``[num_blocks,
 block_size, H, W]`` of any dtype and interleave, and move bytes: NaN payloads and 8-bit formats stay as they are.
 
 Ids say where. A *slot* is ``block * block_size + offset``, as in ``Batch.slot_mapping``; ``batch_slots`` makes those of
@@ -13,8 +13,8 @@ holds may be unmapped: on a GPU touching one faults; on a CPU writing does, and 
 Order: everything is put on torch's current stream and nothing waits for the host. Work on the same stream comes before
 and after as it was issued. The allocator's own copies, zeroing and fences go to the stream of ``Allocator.set_stream``
 (default: stream 0). Another stream must wait for an event of that one before a gather, and that one for an event
-recorded after the gather before its tokens are freed, truncated or written to: the allocator knows of no other stream,
-and could hand the memory on.
+recorded after the gather before its tokens are freed, truncated or written to: the allocator waits for no other stream,
+and could give the memory to another sequence.
 
 ``impl``: ``"torch"``, ``"triton"``, or None: Triton for CUDA tensors where it is installed, else torch. Their results
 are the same bytes. Triton's own interpreter (``TRITON_INTERPRET=1`` before Triton is imported) takes CPU tensors.

@@ -1,8 +1,8 @@
 """What FlashAttention 4 (``flash_attn.cute``, the package flash-attn-4) is to be called with.
 
-Read against 4.0.0b3 to 4.0.0b36. What is refused here is what the last of them refuses; the first follow block tables
-on Blackwell only. Lengths and tables stay on the device. The forms ``"rows"`` and ``"blocks"`` are those of
-``flash_attention``, and so is ``natural_lse``.
+Read against 4.0.0b3 to 4.0.0b36; what is refused here is what the last of them refuses, and the first follow block
+tables on Blackwell only. Lengths and tables stay on the device. The forms ``"rows"`` and ``"blocks"``, the arguments
+that are not described here, and ``natural_lse`` are those of ``flash_attention``.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ def fa4_varlen_args(
     ``flash_attn_with_kvcache``: over rows, with k and v ``checks.flat_tokens(...)`` of ``alloc.kv``, or over blocks of
     any size, with ``alloc.kv`` as it is.
 
-    It always returns ``(out, lse)``, lse None without ``return_lse``. head_dim: of queries and K; head_dim_v: of V,
-    default the same. dtype: of queries, K and V, one for all. queries, and rows in a captured graph: as for
+    The function always returns ``(out, lse)``, lse None without ``return_lse``. head_dim: of queries and K; head_dim_v:
+    of V, default the same. dtype: of queries, K and V, one for all. queries, and rows in a captured graph: as for
     ``fa3_varlen_args``; blocks need nothing there. capability: of the device, by default the batch's own where it is a
-    GPU. ``SpecError`` for what it was not made for: sizes of heads, dtypes, and blocks on the wrong device.
+    GPU. ``SpecError`` for sizes of heads, dtypes and devices that it does not take.
     """
     form = form_of(batch, form)
     if capability is None and batch.seq_lens.is_cuda:
@@ -72,7 +72,7 @@ def prepare_fa4(library: Any, step: Step, *, form: Form = "blocks") -> Run:
 
 
 def _check(major: int | None, form: str, dtype: torch.dtype, heads: tuple[int, int]) -> None:
-    """By its own assertions, some of which fail in the middle of compiling; here it is said before, with a way out."""
+    """Its own assertions; some of them would fail in the middle of compiling, without a way out."""
     if major is not None and major not in _LARGEST_HEAD:
         raise SpecError(
             f"capability: got {major}.x; FlashAttention 4 runs on 8.x to 12.x: use reference.sdpa, or FlashInfer"

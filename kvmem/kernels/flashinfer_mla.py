@@ -1,17 +1,17 @@
 """What FlashInfer's MLA wrapper, ``flashinfer.mla.BatchMLAPagedAttentionWrapper``, is to be called with.
 
-Its kernels read the latent and the rotary key of a token as they are kept, with the matrices that would make K and V of
-them absorbed into the queries and the output: one KV head, whose K is ``[ckv, kpe]`` and whose V is ``ckv``::
+Its kernels read the latent and the rotary key of a token as they are stored. The matrices that would make K and V of
+them are absorbed into the queries and the output: one KV head, whose K is ``[ckv, kpe]`` and whose V is ``ckv``::
 
     shape = {"num_heads": 128, "head_dim_ckv": 512, "head_dim_kpe": 64, "scale": 192**-0.5, "dtype": torch.bfloat16}
     wrapper.plan(**mla_plan(batch, **shape, wrapper=wrapper, return_lse=True))
     cache = mla_cache_of(alloc.tensor(layer, "ckv"), alloc.tensor(layer, "kpe"))
     out, lse = wrapper.run(**mla_run(q_nope, q_pe, cache, wrapper=wrapper, return_lse=True))
 
-Read against 0.2.5 to 0.7.4. From 0.7.0 on ``plan()`` wants its tensors as ``MLAPlanMetadata``, and is told whether
-``run()`` will return the lse; ``run()`` wants its tensors in pairs. What went before still works there, with warnings
-that it will not for ever, and is all that older ones take: by ``wrapper=`` both are given what theirs takes. For its
-backends fa2 and fa3, which read CSR. The lse is a base-2 logarithm: ``flashinfer.natural_lse``.
+Read against 0.2.5 to 0.7.4. From 0.7.0 on ``plan()`` takes its tensors as ``MLAPlanMetadata`` and whether ``run()``
+will return the lse, and ``run()`` takes its tensors in pairs. The older form, the only one of older versions, still
+works there with a deprecation warning; ``wrapper=`` selects the form of its version. This is for the backends fa2 and
+fa3, which read CSR. The lse is a base-2 logarithm: ``flashinfer.natural_lse``.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ def mla_plan(
 ) -> dict[str, Any]:  # fmt: skip
     """For ``BatchMLAPagedAttentionWrapper.plan``: any number of new tokens per row.
 
-    num_heads: of the queries. scale: has no default, since it is that of the heads before absorption (DeepSeek: ``(128
-    + 64) ** -0.5``, times what its rotary scaling adds). dtype: of the queries; kv_dtype: of the cache, default the
-    same. wrapper: the wrapper, or its class, for the form that its version wants; without it the oldest, which all
-    take. return_lse: what ``run()`` will be given; older versions do not ask. ``SpecError`` for a batch with a sliding
-    window, which the kernels do not have.
+    num_heads: of the queries. head_dim_ckv, head_dim_kpe: widths of latent and rotary key. scale: of the heads before
+    absorption, so it has no default (DeepSeek: ``(128 + 64) ** -0.5``, times what its rotary scaling adds). dtype,
+    kv_dtype: of queries and cache, the same by default. wrapper: the wrapper, or its class, for the form of its
+    version; without it the oldest form, which all take. return_lse: what ``run()`` will be given. ``SpecError`` for a
+    batch with a sliding window, which the kernels do not have.
     """
     check_no_window(batch, "the MLA kernels have")
     tensors = {
@@ -63,8 +63,8 @@ def mla_cascade_plans(
     cascade: Cascade, *, num_heads: int, head_dim_ckv: int, head_dim_kpe: int, scale: float, dtype: torch.dtype,
     kv_dtype: torch.dtype | None = None, causal: bool = True, wrapper: Any = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """One plan for each level, since FlashInfer has no cascade for MLA: a wrapper each, run with the same queries and
-    ``return_lse=True``, and ``merge.merge_levels`` of their ``(out, natural_lse(lse))``. Arguments as for
+    """One plan for each level, since FlashInfer has no cascade for MLA: run a wrapper for each with the same queries
+    and ``return_lse=True``, and join their ``(out, natural_lse(lse))`` by ``merge.merge_levels``. Arguments as for
     ``mla_plan``; wrapper: one of them, or their class.
     """
     check_no_window(cascade, "the MLA kernels have")
@@ -83,9 +83,10 @@ def mla_run(
     q_nope: torch.Tensor, q_pe: torch.Tensor, cache: tuple[torch.Tensor, torch.Tensor], *, wrapper: Any = None,
     return_lse: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """For ``BatchMLAPagedAttentionWrapper.run``: everything by name, in pairs where the version wants pairs.
+    """For ``BatchMLAPagedAttentionWrapper.run``: everything by name, in pairs where the version takes pairs.
 
-    cache: ``mla_cache_of(...)``. wrapper: as for ``mla_plan``. return_lse: what the plan was told.
+    q_nope, q_pe: ``[T, Hq, head_dim_ckv]`` and ``[T, Hq, head_dim_kpe]``. cache: ``mla_cache_of(...)``. wrapper,
+    return_lse: as for ``mla_plan``.
     """
     if _wants(wrapper, "run", "query"):
         return {"query": (q_nope, q_pe), "kv_cache": cache, "return_lse": return_lse}
@@ -158,7 +159,7 @@ def _tensors_of(level: CascadeLevel) -> dict[str, torch.Tensor]:
 
 
 def _metadata(tensors: dict[str, torch.Tensor], wrapper: Any, return_lse: bool) -> dict[str, Any]:
-    """What says which tokens are whose, in the form that the version of ``wrapper`` wants."""
+    """The tensors that say which tokens belong to which row, in the form of the version of ``wrapper``."""
     if not _wants(wrapper, "plan", "metadata"):
         return {**tensors}
     layouts = {"query_layout": "split", "kv_cache_layout": "split"}

@@ -39,7 +39,8 @@ def oracle(
     q: torch.Tensor, cache: Cache, batch: GroupBatch, *, scale: float | None = None, causal: bool = True,
     window_tokens: int | None = None, queries: GroupBatch | None = None, dtype: torch.dtype = torch.float64,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """``(out, lse)`` by the definition of attention, computed and returned in ``dtype``: what others are compared with.
+    """``(out [T, Hq, width of V], lse [T, Hq])`` by the definition of attention, computed and returned in ``dtype``:
+    the reference that other kernels are compared with.
 
     Arguments as for ``sdpa``. Scores of all queries and keys of a sequence exist at once.
     """
@@ -95,8 +96,8 @@ def sdpa_lse(
     q: torch.Tensor, cache: Cache, batch: GroupBatch, *, scale: float | None = None, causal: bool = True,
     window_tokens: int | None = None, queries: GroupBatch | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """``(out, lse)``, out as from ``sdpa`` and lse float32. SDPA keeps its lse to itself, so this holds all scores of a
-    sequence at once, in float32.
+    """``(out, lse)``: out ``[T, Hq, width of V]`` as from ``sdpa``, lse float32 ``[T, Hq]``. SDPA returns no lse, so
+    this holds all scores of a sequence at once, in float32. Arguments as for ``sdpa``.
     """
     out, lse = oracle(
         q, cache, batch, scale=scale, causal=causal, window_tokens=window_tokens, queries=queries, dtype=torch.float32
@@ -120,10 +121,11 @@ def cascade_attention(
     q: torch.Tensor, cache: Cache, cascade: Cascade, *, scale: float | None = None, causal: bool = True,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """``(out, lse)`` level by level, joined with ``merge``: what kernels without cascade support are to do too.
+    """``(out, lse)`` level by level, joined with ``merge``, as with kernels that have no cascade of their own.
 
-    Arguments as for ``sdpa``; out in q's dtype, lse in ``dtype``, which all is computed in. Each shared prefix is
-    gathered once for all its queries. ``SpecError`` if a window has dropped tokens of the batch: use ``sdpa``.
+    Arguments as for ``sdpa``; out ``[T, Hq, width of V]`` in q's dtype, lse ``[T, Hq]`` in ``dtype``, the dtype of the
+    computation. Each shared prefix is gathered once for all its queries. ``SpecError`` if a window has dropped tokens
+    of the batch: use ``sdpa``.
     """
     if cascade.drops_tokens:
         raise SpecError("cascade: a sliding window has dropped tokens of this batch; use sdpa with window_tokens")
