@@ -55,6 +55,7 @@ def prepare_attention(library: Any, step: Step) -> Run:
 
 
 def planned(library: Any, batch: GroupBatch, how: dict[str, Any], return_lse: bool) -> Run:
+    """``run(q, cache)`` by whichever of the two operators is there; how: as for ``varlen_args``. library: torch."""
     public = supports("seqused_k") and supports("enable_gqa")
     args = (varlen_args if public else flash_op_args)(batch, **how)
     view = plain if "block_table" in args else flat_tokens
@@ -92,7 +93,8 @@ def flash_op_args(
     """For ``torch.ops.aten._flash_attention_forward(q, k, v, **args)`` over rows, with k and v
     ``checks.flat_tokens(...)``.
 
-    ``cum_seq_k`` says where rows start and ``seqused_k`` how long they are. Returns ``(out, lse [Hq, T], ...)``.
+    ``cum_seq_k`` says where rows start and ``seqused_k`` how long they are. The operator returns ``(out, lse [Hq, T],
+    ...)``. Arguments as for ``varlen_args``.
     """
     if batch.rows is None:
         raise SpecError('block tables need torch 2.12 or newer; with this torch use FlashInfer, or backend="virtual"')
@@ -120,6 +122,9 @@ def varlen_args(
 ) -> dict[str, Any]:  # fmt: skip
     """For ``varlen_attn(q, k, v, **args)`` of torch 2.12 on: over rows, with k and v ``checks.flat_tokens(...)`` of
     ``alloc.kv``, or where there are none over blocks, with ``alloc.kv`` as it is. Never a copy.
+
+    batch, scale, causal, window_tokens, queries: as for FlashInfer's plans. max_tokens: in a captured graph, the
+    longest that a sequence will be; default the longest of the batch, a number that the graph would hold.
     """
     packed = queries or batch
     left = window_left(batch, window_tokens, causal)
