@@ -47,7 +47,7 @@ def oracle(
     check_all_blocks(cache)
     out = torch.zeros(*q.shape[:2], cache[1].shape[-1], dtype=dtype, device=q.device)
     lse = torch.full(q.shape[:2], -torch.inf, dtype=dtype, device=q.device)
-    for part in _parts(q, batch, queries or batch, causal, window_tokens):
+    for part in _parts(q, cache[0], batch, queries or batch, causal, window_tokens):
         k, v = (_tokens(c, batch, part).to(dtype) for c in cache)
         scores = _scores(q[part.q_begin : part.q_end].to(dtype), k, scale)
         if causal:
@@ -75,7 +75,7 @@ def sdpa(
     """
     check_all_blocks(cache)
     out = torch.zeros(*q.shape[:2], cache[1].shape[-1], dtype=q.dtype, device=q.device)
-    for part in _parts(q, batch, queries or batch, causal, window_tokens):
+    for part in _parts(q, cache[0], batch, queries or batch, causal, window_tokens):
         k, v = (_tokens(c, batch, part).to(q.dtype).transpose(0, 1).unsqueeze(0) for c in cache)
         new, held = part.q_end - part.q_begin, part.length - part.first
         # One new token sees all that was taken; a fresh prompt is a plain triangle, which SDPA does without a mask.
@@ -166,13 +166,19 @@ def level_attention(
 
 
 def _parts(
-    q: torch.Tensor, batch: GroupBatch, queries: GroupBatch, causal: bool, window_tokens: int | None
+    q: torch.Tensor, k: torch.Tensor, batch: GroupBatch, queries: GroupBatch, causal: bool, window_tokens: int | None
 ) -> Iterator[_Part]:
     check_batch(batch)
     starts = queries.cu_seqlens_q_cpu.tolist()
     if q.ndim != 3 or q.shape[0] != starts[-1]:
         raise SpecError(
             f"q: got shape {tuple(q.shape)}; the batch has {starts[-1]} new tokens: [{starts[-1]}, heads, width]"
+        )
+    heads, width = plain(k).shape[2:]
+    if q.shape[2] != width or q.shape[1] % heads:
+        raise SpecError(
+            f"q: got {q.shape[1]} heads of width {q.shape[2]}; the cache has {heads} of width {width}: the widths must "
+            "be equal, and the queries' heads a multiple of the cache's"
         )
     if window_tokens is not None and not causal:
         raise SpecError(f"window_tokens: got {window_tokens} with causal=False; a sliding window looks back only")

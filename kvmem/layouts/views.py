@@ -211,7 +211,7 @@ def _is_basic(index: Any) -> bool:
 
 
 def _is_foreign(func: Any) -> bool:
-    """Whether it is a custom operator, or a function of another package: a kernel, whose arguments say what it reads."""
+    """Whether it is a custom operator, or a function of another package: a kernel, which reads what it is given."""
     if isinstance(func, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
         return str(func).partition(".")[0] not in ("aten", "prim", "prims")
     return isinstance(func, FunctionType) and func.__module__.partition(".")[0] != "torch"

@@ -15,6 +15,7 @@ from patterns import by_sequence, by_table, expected, write_slots
 from support import BACKENDS, LONG, make_allocator, seed_of_run
 
 import kvmem
+from kvmem.kernels.reference import sdpa
 from kvmem.kernels.write import to_cache_dtype, write_component, write_kv
 from kvmem.spec.dtypes import EXPONENT_BITS
 
@@ -194,6 +195,8 @@ def test_planes_are_bytes_and_take_bytes_only(backend: str) -> None:
         write_kv(alloc.kv(0), batch, torch.ones(3, 2, 8).half(), ones)
     with pytest.raises(kvmem.SpecError, match=r"k: got torch.float16; the cache holds torch.uint8"):
         write_kv(alloc.kv(0), batch, ones.half(), ones)
+    with pytest.raises(kvmem.SpecError, match="q: got 2 heads of width 8; the cache has 1 of width 32"):
+        sdpa(torch.ones(3, 2, 8).half(), alloc.kv(0), batch)  # joining the planes again is the reader's part
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16, torch.float64], ids=str)
