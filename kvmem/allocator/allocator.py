@@ -35,7 +35,7 @@ from kvmem.arguments import (
 from kvmem.errors import KVMemError, OutOfMemory, SpecError, StaleHandle
 from kvmem.events import Event, EventBatch, EventStream
 from kvmem.events.digests import ExtraKey, decode_key
-from kvmem.layouts.base import Sizes
+from kvmem.layouts.base import Sizes, require_supported
 from kvmem.layouts.geometry import BACKENDS, lay_out
 from kvmem.layouts.page_size import choose_page_bytes
 from kvmem.layouts.plain import GroupLayout, resolve_interleave
@@ -139,6 +139,8 @@ class Allocator:
     ) -> None:
         if not isinstance(spec, CacheSpec):
             raise SpecError(f"spec: got {type(spec).__name__}; must be a CacheSpec, see CacheSpec.from_config()")
+        for group in spec.groups:
+            require_supported(group)
         check_choice("backend", backend, tuple(BACKENDS))
         check_choice("zero", zero, ("never", "fresh", "always"))
         check_choice("policy", policy, tuple(_core.eviction_policy_names()))

@@ -1,6 +1,7 @@
 """Attention over a kvmem cache: what unmodified kernels are to be called with, and a reference that runs anywhere.
 
 ========================  ======================================================================================
+``registry``              every kernel by name: what it needs, and how it is run; ``base`` has its types
 ``reference``             attention in plain torch: ``sdpa`` for use on a CPU, ``oracle`` in float64 for tests
 ``write``                 new K/V into the cache by ``slot_mapping``
 ``blocks``                gathers, scatters, copies and zeroing of many tokens or blocks in one launch
@@ -10,8 +11,8 @@
 ``flash_attention_4``     arguments for FlashAttention 4
 ``torch_ops``             the FlashAttention that is inside torch
 ``merge``                 joins attention over two parts of a context
-``rules``                 what kernels ask of a cache, and the checks
-``versions``              what the installed libraries take
+``checks``                what kernels need of a cache or a batch
+``versions``              the arguments that the installed libraries take
 ========================  ======================================================================================
 
 Shapes, everywhere: queries are packed, ``[T, Hq, D]``, the new tokens of all rows of the batch one after the other as
@@ -19,10 +20,10 @@ Shapes, everywhere: queries are packed, ``[T, Hq, D]``, the new tokens of all ro
 end: the last new token of a row is its last token. ``lse`` is ``[T, Hq]``, float32, the natural logarithm of the sum of
 the exponentiated scores, -inf where there is nothing to attend to; each module's ``natural_lse`` makes it of what its
 kernels return. The makers return keyword arguments of the kernel they are named after. Metadata of one batch serves all
-layers of its group, so call them once a step.
+layers of its group, so call them once a step. Block ids and lengths are int32.
 
-A cache of 8-bit floats may be kept divided by scales (``write.write_kv(k_scale=, v_scale=)``). Each kernel then wants
-to know them: FlashInfer's ``run(k_scale=, v_scale=)``, FlashAttention 3's ``k_descale=``, ``v_descale=`` (float32
+A cache of 8-bit floats may be stored divided by scales (``write.write_kv(k_scale=, v_scale=)``). Each kernel then needs
+them: FlashInfer's ``run(k_scale=, v_scale=)``, FlashAttention 3's ``k_descale=``, ``v_descale=`` (float32
 ``[B, H]``, and 8-bit queries). With any other, ``scale=head_dim**-0.5 * k_scale`` and ``out * v_scale`` are the same.
 
 Nothing here imports an optional package: the caller has it already. ``blocks`` uses Triton where it is installed.

@@ -1,7 +1,7 @@
 """Copies, gathers and zeroing of many tokens or blocks at once: one launch, whatever there is to be done.
 
-For whoever needs a layer's tokens as dense memory (connectors that send them, kernels that take no block table), and
-for bringing them back. All functions take any tensor that ``Allocator.tensor()`` or ``kv()`` gives, ``[num_blocks,
+They serve connectors that send a layer's tokens as dense memory and bring them back, and kernels that take no block
+table. All functions take any tensor that ``Allocator.tensor()`` or ``kv()`` gives, ``[num_blocks,
 block_size, H, W]`` of any dtype and interleave, and move bytes: NaN payloads and 8-bit formats stay as they are.
 
 Ids say where. A *slot* is ``block * block_size + offset``, as in ``Batch.slot_mapping``; ``batch_slots`` makes those of
@@ -13,8 +13,8 @@ holds may be unmapped: on a GPU touching one faults; on a CPU writing does, and 
 Order: everything is put on torch's current stream and nothing waits for the host. Work on the same stream comes before
 and after as it was issued. The allocator's own copies, zeroing and fences go to the stream of ``Allocator.set_stream``
 (default: stream 0). Another stream must wait for an event of that one before a gather, and that one for an event
-recorded after the gather before its tokens are freed, truncated or written to: the allocator knows of no other stream,
-and could hand the memory on.
+recorded after the gather before its tokens are freed, truncated or written to: the allocator waits for no other stream,
+and could give the memory to another sequence.
 
 ``impl``: ``"torch"``, ``"triton"``, or None: Triton for CUDA tensors where it is installed, else torch. Their results
 are the same bytes. Triton's own interpreter (``TRITON_INTERPRET=1`` before Triton is imported) takes CPU tensors.
@@ -26,7 +26,7 @@ import os
 from collections.abc import Sequence as List
 from functools import lru_cache
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -36,6 +36,7 @@ from kvmem.allocator.batch import GroupBatch
 from kvmem.allocator.sequence import Sequence
 from kvmem.errors import SpecError
 from kvmem.kernels.checks import check_batch, plain
+from kvmem.kernels.write import to_cache_dtype
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -121,44 +122,27 @@ def batch_slots(batch: GroupBatch) -> torch.Tensor:
 def gather_tokens(
     blocks: torch.Tensor, slots: Ids, *, out: torch.Tensor | None = None, impl: Impl | None = None
 ) -> torch.Tensor:
-    """The tokens at ``slots``, ``[n, H, W]``, contiguous. out: written instead of new memory."""
-    blocks = plain(blocks)
-    num_blocks, size, heads, width = _shape(blocks)
-    ids = _checked("slots", slots, num_blocks * size, blocks.device)
-    out = _target(blocks, out, (len(ids), heads, width))
-    _copy(pick(blocks, impl), (blocks, ids), (out, None), 1)
-    return out
-
-
-def scatter_tokens(blocks: torch.Tensor, slots: Ids, values: torch.Tensor, *, impl: Impl | None = None) -> None:
-    """Writes ``values``, ``[n, H, W]``, converted to the cache's dtype, to ``slots``. Which of two values for one slot
-    stays is not said.
-    """
-    blocks = plain(blocks)
-    num_blocks, size, heads, width = _shape(blocks)
-    ids = _checked("slots", slots, num_blocks * size, blocks.device)
-    _copy(pick(blocks, impl), (_source(blocks, values, (len(ids), heads, width)), None), (blocks, ids), 1)
+    """The tokens at ``slots``, ``[n, H, W]`` in the cache's dtype, contiguous. out: written instead of new memory."""
+    return _gather(_named(blocks, "slots", slots), out, impl)
 
 
 def gather_blocks(
     blocks: torch.Tensor, ids: Ids, *, out: torch.Tensor | None = None, impl: Impl | None = None
 ) -> torch.Tensor:
-    """Whole blocks, ``[n, block_size, H, W]``, contiguous. out: written instead of new memory."""
-    blocks = plain(blocks)
-    num_blocks, size, heads, width = _shape(blocks)
-    ids = _checked("ids", ids, num_blocks, blocks.device)
-    out = _target(blocks, out, (len(ids), size, heads, width))
-    _copy(pick(blocks, impl), (blocks, ids), (out, None), size)
-    return out
+    """As ``gather_tokens``, whole blocks: ``[n, block_size, H, W]``."""
+    return _gather(_named(blocks, "ids", ids), out, impl)
+
+
+def scatter_tokens(blocks: torch.Tensor, slots: Ids, values: torch.Tensor, *, impl: Impl | None = None) -> None:
+    """Writes ``values``, ``[n, H, W]`` of a dtype that ``write.to_cache_dtype`` converts, to ``slots``. Of two values
+    for one slot either may stay.
+    """
+    _scatter(_named(blocks, "slots", slots), values, impl)
 
 
 def scatter_blocks(blocks: torch.Tensor, ids: Ids, values: torch.Tensor, *, impl: Impl | None = None) -> None:
-    """The reverse of ``gather_blocks``; values: ``[n, block_size, H, W]``, converted to the cache's dtype."""
-    blocks = plain(blocks)
-    num_blocks, size, heads, width = _shape(blocks)
-    ids = _checked("ids", ids, num_blocks, blocks.device)
-    values = _source(blocks, values, (len(ids), size, heads, width))
-    _copy(pick(blocks, impl), (values, None), (blocks, ids), size)
+    """As ``scatter_tokens``, whole blocks; values: ``[n, block_size, H, W]``."""
+    _scatter(_named(blocks, "ids", ids), values, impl)
 
 
 def copy_blocks(blocks: torch.Tensor, from_ids: Ids, to_ids: Ids, *, impl: Impl | None = None) -> None:
@@ -167,12 +151,9 @@ def copy_blocks(blocks: torch.Tensor, from_ids: Ids, to_ids: Ids, *, impl: Impl 
     So no block may be written twice, or written and read: ``SpecError`` where the ids are on the host. torch holds all
     of it twice for a moment, Triton does not.
     """
-    blocks = plain(blocks)
-    num_blocks, size, _, _ = _shape(blocks)
-    source = _checked("from_ids", from_ids, num_blocks, blocks.device)
-    target = _checked("to_ids", to_ids, num_blocks, blocks.device)
-    if len(source) != len(target):
-        raise SpecError(f"copy_blocks: {len(source)} from_ids and {len(target)} to_ids; they go in pairs")
+    source, target = _named(blocks, "from_ids", from_ids), _named(blocks, "to_ids", to_ids)
+    if len(source.ids) != len(target.ids):
+        raise SpecError(f"copy_blocks: {len(source.ids)} from_ids and {len(target.ids)} to_ids; they go in pairs")
     if _on_host(to_ids):
         written = _numbers(to_ids)
         if len(np.unique(written)) < len(written):
@@ -181,23 +162,59 @@ def copy_blocks(blocks: torch.Tensor, from_ids: Ids, to_ids: Ids, *, impl: Impl 
             raise SpecError(
                 f"copy_blocks: block {both[0]} is read and written; the copies have no order, so make two calls"
             )
-    _copy(pick(blocks, impl), (blocks, source), (blocks, target), size)
+    _copy(pick(source.blocks, impl), (source.blocks, source.ids), (source.blocks, target.ids), source.tokens)
 
 
 def zero_blocks(blocks: torch.Tensor, ids: Ids, *, impl: Impl | None = None) -> None:
     """Writes zero to whole blocks of one component of one layer."""
-    blocks = plain(blocks)
-    num_blocks = _shape(blocks)[0]
-    ids = _checked("ids", ids, num_blocks, blocks.device)
-    if len(ids) == 0:
+    found = _named(blocks, "ids", ids)
+    if len(found.ids) == 0:
         return
-    (cells,) = _words(blocks)
-    if pick(blocks, impl) == "torch":
-        cells.index_fill_(0, ids.long(), 0)
+    (cells,) = _words(found.blocks)
+    if pick(found.blocks, impl) == "torch":
+        cells.index_fill_(0, found.ids.long(), 0)
     else:
         from kvmem.kernels import blocks_triton
 
-        blocks_triton.zero(cells, ids)
+        blocks_triton.zero(cells, found.ids)
+
+
+class _Named(NamedTuple):
+    """Blocks or tokens of a cache that ids name: ``shape`` together, ``tokens`` each."""
+
+    blocks: torch.Tensor
+    ids: torch.Tensor
+    shape: tuple[int, ...]
+    tokens: int
+
+
+def _named(blocks: torch.Tensor, name: str, ids: Ids) -> _Named:
+    blocks = plain(blocks)
+    if blocks.ndim != 4:
+        raise SpecError(f"blocks: got shape {tuple(blocks.shape)}; must be [num_blocks, block_size, heads, width]")
+    num_blocks, size, *row = blocks.shape
+    if name == "slots":
+        checked = _checked(name, ids, num_blocks * size, blocks.device)
+        return _Named(blocks, checked, (len(checked), *row), 1)
+    checked = _checked(name, ids, num_blocks, blocks.device)
+    return _Named(blocks, checked, (len(checked), size, *row), size)
+
+
+def _gather(source: _Named, out: torch.Tensor | None, impl: Impl | None) -> torch.Tensor:
+    out = _target(source.blocks, out, source.shape)
+    _copy(pick(source.blocks, impl), (source.blocks, source.ids), (out, None), source.tokens)
+    return out
+
+
+def _scatter(target: _Named, values: torch.Tensor, impl: Impl | None) -> None:
+    blocks = target.blocks
+    if tuple(values.shape) != target.shape or values.device != blocks.device:
+        raise SpecError(
+            f"values: got shape {tuple(values.shape)} on {values.device}; the ids and the cache make it {target.shape} "
+            f"on {blocks.device}"
+        )
+    values = to_cache_dtype(values, blocks.dtype).contiguous()
+    _copy(pick(blocks, impl), (values, None), (blocks, target.ids), target.tokens)
 
 
 # ---- How -------------------------------------------------------------------------------------------
@@ -272,13 +289,6 @@ def _words(*tensors: torch.Tensor) -> list[torch.Tensor]:
 # ---- Checks ----------------------------------------------------------------------------------------
 
 
-def _shape(blocks: torch.Tensor) -> tuple[int, int, int, int]:
-    if blocks.ndim != 4:
-        raise SpecError(f"blocks: got shape {tuple(blocks.shape)}; must be [num_blocks, block_size, heads, width]")
-    num_blocks, size, heads, width = blocks.shape
-    return num_blocks, size, heads, width
-
-
 def _on_host(ids: Ids) -> bool:
     return not (isinstance(ids, torch.Tensor) and ids.device.type != "cpu")
 
@@ -316,12 +326,3 @@ def _target(blocks: torch.Tensor, out: torch.Tensor | None, shape: tuple[int, ..
             f"{blocks.device}"
         )
     return out
-
-
-def _source(blocks: torch.Tensor, values: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    if tuple(values.shape) != shape or values.device != blocks.device:
-        raise SpecError(
-            f"values: got shape {tuple(values.shape)} on {values.device}; the ids and the cache make it {shape} on "
-            f"{blocks.device}"
-        )
-    return values.to(blocks.dtype).contiguous()

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 
-from kvmem.allocator import Allocator
 from kvmem.allocator.batch import GroupBatch
 from kvmem.allocator.cascade import Cascade
 from kvmem.errors import SpecError
+from kvmem.kernels.base import Form
 from kvmem.layouts.views import plain
 
 __all__ = [
-    "all_tokens", "as_bytes", "as_int32", "check_cache", "check_guard", "check_strides", "flat_tokens", "host", "plain",
-    "rows_of", "window_left",
+    "all_tokens", "as_bytes", "as_int32", "check_all_blocks", "check_batch", "check_block_multiple", "check_cache",
+    "check_no_window", "check_strides", "flat_tokens", "form_of", "host", "plain", "row_spans", "rows_of",
+    "window_left",
 ]  # fmt: skip
 
 #: Kernels keep strides in uint32 (FlashInfer's ``paged_kv_t``).
 STRIDE_LIMIT = 2**32
+#: FlashAttention 2 refuses pages of any other size.
+FA2_BLOCK_TOKENS = 256
 
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
@@ -79,19 +80,6 @@ def check_strides(blocks: torch.Tensor) -> None:
         )
 
 
-def check_guard(alloc: Allocator, guards: Mapping[str, int], kernel: str) -> None:
-    """``SpecError`` unless what ``kernel`` may touch past a sequence's end is mapped and finite.
-
-    guards: the ``TAIL_GUARD_TOKENS`` of the kernel's module. On the CPU nothing of this matters; call it once, at
-    start.
-    """
-    if alloc.tail_guard_tokens < guards[kernel]:
-        raise SpecError(
-            f"{kernel} loads whole tiles and masks afterwards, up to {guards[kernel]} tokens past a sequence's end; "
-            f"the allocator keeps {alloc.tail_guard_tokens}: make it with tail_guard_tokens={guards[kernel]}"
-        )
-
-
 def host(batch: GroupBatch, field: str) -> torch.Tensor:
     """A field of the batch on the CPU, as a copy of its own.
 
@@ -121,6 +109,44 @@ def rows_of(batch: GroupBatch, why: str) -> tuple[torch.Tensor, torch.Tensor]:
             f'{why} reads contiguous sequences; the paged backend has none: use a paged kernel, or backend="virtual"'
         )
     return batch.rows, batch.row_starts
+
+
+def row_spans(batch: GroupBatch, window_tokens: int | None, kernel: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where each row's tokens start, int32 ``[B + 1]`` (the last entry closes the list), and how many there are, int32
+    ``[B]``.
+
+    With a sliding window they start at the first token still held: causal masks count from the end, so leaving out what
+    no query sees changes nothing, and a kernel that loads whole tiles cannot touch what was dropped. ``SpecError``
+    where the rows have 2**31 tokens or more. Below that no start plus what was dropped can pass it, since a sequence
+    ends within its row.
+    """
+    starts = as_int32(rows_of(batch, kernel)[1], "row_starts", kernel)
+    if window_tokens is None:
+        return starts, batch.seq_lens
+    dropped = torch.cat([batch.first_tokens, batch.first_tokens.new_zeros(1)])
+    return starts + dropped, batch.seq_lens - batch.first_tokens
+
+
+def form_of(batch: GroupBatch, form: Form | None) -> Form:
+    """``form``, or by default rows where there are any; ``SpecError`` for what is neither form."""
+    if form not in (None, "rows", "blocks"):
+        raise SpecError(f'form: got {form!r}; must be "rows", "blocks" or None')
+    return form or ("blocks" if batch.rows is None else "rows")
+
+
+def check_block_multiple(batch: GroupBatch, kernel: str) -> None:
+    """``SpecError`` unless blocks are as FlashAttention 2, in whichever package, takes them."""
+    if batch.block_size % FA2_BLOCK_TOKENS:
+        raise SpecError(
+            f"block_size: got {batch.block_size}; {kernel} takes block tables of blocks of a multiple of "
+            f'{FA2_BLOCK_TOKENS} tokens only: use that, rows (backend="virtual"), or FlashInfer'
+        )
+
+
+def check_no_window(batch: GroupBatch | Cascade, kernel: str, instead: str = "") -> None:
+    """``SpecError`` if a sliding window has dropped tokens of the batch, which ``kernel`` could not leave out."""
+    if batch.drops_tokens:
+        raise SpecError(f"{kernel} no sliding window, and one has dropped tokens of this batch{instead}")
 
 
 def check_batch(batch: object) -> None:

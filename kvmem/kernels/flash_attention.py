@@ -2,46 +2,48 @@
 
 Read against flash-attn 2.6.1 to 2.8.3, the hopper folder (version 3) of 2.8.0 to 2.8.3, and fa3-fwd 0.0.1 to 0.0.3.
 
-Two forms. ``"rows"`` (virtual backend): the cache is the rows, ``alloc.rows(layer, "k")`` and ``"v"``, and a row is
-chosen by its number; functions that take no such number read the same rows as ``rules.flat_tokens(...)`` of
-``alloc.kv``. ``"blocks"`` (both backends): the cache is ``alloc.kv(layer)`` and a block table. The default is
-rows where there are any.
+There are two forms. ``"rows"`` (virtual backend): the cache is the rows, ``alloc.rows(layer, "k")`` and ``"v"``, and a
+row is chosen by its number; functions that take no such number read the same rows as ``checks.flat_tokens(...)`` of
+``alloc.kv``. ``"blocks"`` (both backends): the cache is ``alloc.kv(layer)`` with a block table. The default is rows
+where there are any.
+
+Arguments that all makers take: batch, of the group that is read. scale: of the scores, default ``D ** -0.5``. causal:
+the mask is aligned to the end of a row. window_tokens: tokens that a query sees, itself included; needed where a window
+has dropped tokens. return_lse: whether the lse is returned too. They return keyword arguments, int32 tensors of the
+batch among them, and raise ``SpecError`` for what the kernel does not take.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from kvmem.allocator.batch import GroupBatch
 from kvmem.errors import SpecError
-from kvmem.kernels.checks import as_int32, plain, rows_of, window_left
+from kvmem.kernels.base import Cache, Form, Result, Run, Step
+from kvmem.kernels.checks import (
+    as_int32,
+    check_block_multiple,
+    flat_tokens,
+    form_of,
+    plain,
+    row_spans,
+    rows_of,
+    window_left,
+)
 from kvmem.kernels.versions import takes
 
 __all__ = [
-    "TAIL_GUARD_TOKENS", "fa2_args", "fa2_query", "fa2_varlen_args", "fa3_args", "fa3_fwd_args", "fa3_varlen_args",
-    "natural_lse", "plain",
+    "fa2_args", "fa2_query", "fa2_varlen_args", "fa3_args", "fa3_fwd_args", "fa3_varlen_args", "natural_lse", "plain",
+    "prepare_fa2", "prepare_fa2_varlen", "prepare_fa3", "prepare_fa3_varlen",
 ]  # fmt: skip
-
-Form = Literal["rows", "blocks"]
-
-#: Tokens past a sequence's end that a kernel may touch, so that must be mapped and finite. FlashAttention 2 fetches
-#: each token under a predicate of the real length. FlashAttention 3 loads tiles of 64 to 224 tokens through the TMA
-#: unit, whose descriptor knows the tensor but not the length, and computes 0 * V there: NaN if V is not finite
-#: (Dao-AILab/flash-attention #1745, #2374).
-TAIL_GUARD_TOKENS = {"fa2": 0, "fa3": 256}
-
-#: FlashAttention 2 refuses pages of any other size.
-FA2_BLOCK_TOKENS = 256
 
 
 def fa2_query(q: torch.Tensor, batch: GroupBatch) -> torch.Tensor:
-    """Packed ``[T, Hq, D]`` as the ``[B, T / B, Hq, D]`` that FlashAttention 2 takes; its output becomes packed by
-    ``flatten(0, 1)``.
-
-    ``SpecError`` unless every row has equally many new tokens.
+    """Packed ``[T, Hq, D]`` as the ``[B, T / B, Hq, D]`` that FlashAttention 2 takes, a view; its output becomes packed
+    by ``flatten(0, 1)``. ``SpecError`` unless every row has equally many new tokens.
     """
     if batch.num_new_tokens != batch.num_rows * batch.max_seqlen_q:
         raise SpecError(
@@ -62,7 +64,7 @@ def fa2_args(
     """
     form = form_of(batch, form)
     if form == "blocks":
-        _check_fa2_blocks(batch)
+        check_block_multiple(batch, "FlashAttention 2")
     table = {"block_table": batch.block_table} if form == "blocks" else {}
     return {**_with_kvcache(batch, form, scale, causal, window_tokens, return_lse), **table}
 
@@ -76,18 +78,10 @@ def fa2_varlen_args(
     Needs ``block_size % 256 == 0``. Rows go through ``torch_ops``, the same kernel: this function takes no
     ``seqused_k``. With ``return_lse`` it returns ``(out, lse, None)``.
     """
-    _check_fa2_blocks(batch)
-    return {
-        "cu_seqlens_q": batch.cu_seqlens_q,
-        "cu_seqlens_k": as_int32(batch.cu_seqlens_k, "cu_seqlens_k", "FlashAttention 2"),
-        "max_seqlen_q": batch.max_seqlen_q,
-        "max_seqlen_k": batch.max_seqlen_k,
-        "softmax_scale": scale,
-        "causal": causal,
-        "window_size": _window(batch, window_tokens, causal),
-        "return_attn_probs": return_lse,
-        "block_table": batch.block_table,
-    }
+    check_block_multiple(batch, "FlashAttention 2")
+    lengths = as_int32(batch.cu_seqlens_k, "cu_seqlens_k", "FlashAttention 2")
+    args = _varlen(batch, batch, lengths, scale, causal, window_tokens)
+    return {**args, "return_attn_probs": return_lse, "block_table": batch.block_table}
 
 
 def fa3_args(
@@ -108,7 +102,7 @@ def fa3_fwd_args(
     batch: GroupBatch, *, dtype: torch.dtype, scale: float | None = None, causal: bool = True, return_lse: bool = False
 ) -> dict[str, Any]:
     """As ``fa3_args`` over rows, for the wheel ``fa3-fwd`` 0.0.3 (``fa3_fwd_interface``), which was built without fp16,
-    sliding windows and the paging that decode needs. ``SpecError`` names what is missing.
+    sliding windows and the paging that decode needs. dtype: of queries and cache. ``SpecError`` names what is missing.
     """
     if dtype not in (torch.bfloat16, torch.float8_e4m3fn):
         raise SpecError(f"dtype: got {dtype}; fa3-fwd was built for bfloat16 and float8_e4m3fn only")
@@ -121,61 +115,35 @@ def fa3_varlen_args(
     batch: GroupBatch, *, scale: float | None = None, causal: bool = True, window_tokens: int | None = None,
     return_lse: bool = False, queries: GroupBatch | None = None, function: Callable[..., Any] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """For version 3's ``flash_attn_varlen_func(q, k, v, **args)`` over rows, with k and v ``rules.flat_tokens(...)`` of
-    ``alloc.kv``.
+    """For version 3's ``flash_attn_varlen_func(q, k, v, **args)`` over rows, with k and v ``checks.flat_tokens(...)``
+    of ``alloc.kv``.
 
     ``cu_seqlens_k`` says where rows start and ``seqused_k`` how long they are, so rows may have gaps and any order.
-    In a captured graph, which keeps how long k and v were, they are ``rules.all_tokens(...)``, and ``max_seqlen_k`` is
+    In a captured graph, which keeps how long k and v were, they are ``checks.all_tokens(...)``, and ``max_seqlen_k`` is
     the longest that the graph will see.
-    queries: the batch that q is packed by where that is another group's (cross attention, ``causal=False``).
-    function: what will be called, for ``SpecError`` with ``return_lse`` where it cannot be asked for the lse, as in the
-    hopper folder of flash-attn 2.8.
+
+    queries: the batch that q is packed by where that is another group's (cross attention, ``causal=False``). function:
+    what will be called, for ``SpecError`` with ``return_lse`` where it cannot return the lse, as in the hopper folder
+    of flash-attn 2.8.
     """
     starts, lengths = row_spans(batch, window_tokens, "FlashAttention with seqused_k")
-    packed = queries or batch
     if return_lse and function is not None and not takes(function, "return_attn_probs"):
         raise SpecError(
             "return_lse: got True, but the function given takes no return_attn_probs; use flash_attn_with_kvcache with "
             "fa3_args, which returns the lse, or a newer FlashAttention 3"
         )
     asked = {"return_attn_probs": True} if return_lse else {}
-    return {
-        "cu_seqlens_q": packed.cu_seqlens_q,
-        "cu_seqlens_k": starts,
-        "max_seqlen_q": packed.max_seqlen_q,
-        "max_seqlen_k": batch.max_seqlen_k,
-        "seqused_k": lengths,
-        "softmax_scale": scale,
-        "causal": causal,
-        "window_size": _window(batch, window_tokens, causal),
-        **asked,
-    }
+    args = _varlen(batch, queries or batch, starts, scale, causal, window_tokens)
+    return {**args, "seqused_k": lengths, **asked}
 
 
 def natural_lse(lse: torch.Tensor) -> torch.Tensor:
     """``[T, Hq]`` of what FlashAttention returns, ``[B, Hq, T / B]`` or, packed, ``[Hq, T]``: natural already.
 
-    Version 2 says +inf for rows with nothing to attend to; here that is -inf.
+    Version 2 returns +inf for rows with nothing to attend to; here that is -inf.
     """
     packed = lse.transpose(1, 2).flatten(0, 1) if lse.ndim == 3 else lse.T
     return packed.masked_fill(packed == torch.inf, -torch.inf)
-
-
-def row_spans(batch: GroupBatch, window_tokens: int | None, kernel: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where each row's tokens start, int32 ``[B + 1]`` (the last entry closes the list), and how many there are, int32
-    ``[B]``.
-
-    With a sliding window they start at the first token still held: causal masks count from the end, so leaving out what
-    no query sees changes nothing, and a kernel that loads whole tiles cannot touch what was dropped.
-
-    ``SpecError`` where the rows have 2**31 tokens or more: these kernels take int32. Below that no start plus what was
-    dropped can pass it, since a sequence ends within its row.
-    """
-    starts = as_int32(rows_of(batch, kernel)[1], "row_starts", kernel)
-    if window_tokens is None:
-        return starts, batch.seq_lens
-    dropped = torch.cat([batch.first_tokens, batch.first_tokens.new_zeros(1)])
-    return starts + dropped, batch.seq_lens - batch.first_tokens
 
 
 def _with_kvcache(
@@ -195,20 +163,80 @@ def _with_kvcache(
     return args
 
 
-def form_of(batch: GroupBatch, form: Form | None) -> Form:
-    if form not in (None, "rows", "blocks"):
-        raise SpecError(f'form: got {form!r}; must be "rows", "blocks" or None')
-    return form or ("blocks" if batch.rows is None else "rows")
-
-
-def _check_fa2_blocks(batch: GroupBatch) -> None:
-    if batch.block_size % FA2_BLOCK_TOKENS:
-        raise SpecError(
-            f"block_size: got {batch.block_size}; FlashAttention 2 takes block tables of blocks of a multiple of "
-            f"{FA2_BLOCK_TOKENS} tokens only: use that, rows (virtual backend), or FlashInfer"
-        )
+def _varlen(
+    batch: GroupBatch, packed: GroupBatch, starts: torch.Tensor, scale: float | None, causal: bool,
+    window_tokens: int | None,
+) -> dict[str, Any]:  # fmt: skip
+    return {
+        "cu_seqlens_q": packed.cu_seqlens_q,
+        "cu_seqlens_k": starts,
+        "max_seqlen_q": packed.max_seqlen_q,
+        "max_seqlen_k": batch.max_seqlen_k,
+        "softmax_scale": scale,
+        "causal": causal,
+        "window_size": _window(batch, window_tokens, causal),
+    }
 
 
 def _window(batch: GroupBatch, window_tokens: int | None, causal: bool) -> tuple[int, int]:
     left = window_left(batch, window_tokens, causal)
     return (left, 0) if left >= 0 else (-1, -1)
+
+
+# ---- How they are run ------------------------------------------------------------------------------------------------
+
+
+def prepare_fa2(library: Any, step: Step, *, form: Form = "blocks") -> Run:
+    args = fa2_args(step.batch, form=form, **_how(step))
+
+    def call(q: torch.Tensor, *cache: torch.Tensor) -> Any:
+        return library.flash_attn_with_kvcache(fa2_query(q, step.batch), *cache, **args)
+
+    return runner(call, plain, {}, step)
+
+
+def prepare_fa2_varlen(library: Any, step: Step) -> Run:
+    return runner(library.flash_attn_varlen_func, plain, fa2_varlen_args(step.batch, **_how(step)), step)
+
+
+def prepare_fa3(library: Any, step: Step, *, form: Form = "blocks", built_without: bool = False) -> Run:
+    """built_without: the library is fa3-fwd."""
+    if built_without:
+        args = fa3_fwd_args(step.batch, dtype=step.dtype, scale=step.scale, return_lse=step.return_lse)
+    else:
+        args = fa3_args(step.batch, form=form, **_how(step))
+    return runner(library.flash_attn_with_kvcache, plain, {**args, **_descale(step)}, step)
+
+
+def prepare_fa3_varlen(library: Any, step: Step) -> Run:
+    function = library.flash_attn_varlen_func
+    args = fa3_varlen_args(step.batch, function=function, **_how(step))
+    return runner(function, flat_tokens, {**args, **_descale(step)}, step)
+
+
+def runner(
+    function: Callable[..., Any], view: Callable[[torch.Tensor], torch.Tensor], args: dict[str, Any], step: Step
+) -> Run:
+    """``run`` of a function of FlashAttention's, which returns ``out`` or ``(out, lse, ...)``, over ``view`` of K and
+    V.
+    """
+
+    def run(q: torch.Tensor, cache: Cache) -> Result:
+        found = function(q, *map(view, cache), **args)
+        out, lse = found[:2] if isinstance(found, (tuple, list)) else (found, None)
+        return out.view(*q.shape[:2], -1), natural_lse(lse) if step.return_lse else None
+
+    return run
+
+
+def _how(step: Step) -> dict[str, Any]:
+    return {"scale": step.scale, "window_tokens": step.window_tokens, "return_lse": step.return_lse}
+
+
+def _descale(step: Step) -> dict[str, torch.Tensor]:
+    """FlashAttention 3's factors of an 8-bit cache, float32 ``[B, H]``; queries are not scaled."""
+    if not step.scales:
+        return {}
+    scales = {"q_descale": 1.0, "k_descale": step.scales["k_scale"], "v_descale": step.scales["v_scale"]}
+    shape = step.batch.num_rows, step.num_kv_heads
+    return {name: torch.full(shape, value, device=step.device) for name, value in scales.items()}

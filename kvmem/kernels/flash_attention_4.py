@@ -1,8 +1,8 @@
 """What FlashAttention 4 (``flash_attn.cute``, the package flash-attn-4) is to be called with.
 
-Read against 4.0.0b3 to 4.0.0b36. What is refused here is what the last of them refuses; the first follow block tables
-on Blackwell only. Lengths and tables stay on the device. The forms ``"rows"`` and ``"blocks"`` are those of
-``flash_attention``, and so is ``natural_lse``.
+Read against 4.0.0b3 to 4.0.0b36; what is refused here is what the last of them refuses, and the first follow block
+tables on Blackwell only. Lengths and tables stay on the device. The forms ``"rows"`` and ``"blocks"``, the arguments
+that are not described here, and ``natural_lse`` are those of ``flash_attention``.
 """
 
 from __future__ import annotations
@@ -13,16 +13,12 @@ import torch
 
 from kvmem.allocator.batch import GroupBatch
 from kvmem.errors import SpecError
-from kvmem.kernels.checks import plain, window_left
-from kvmem.kernels.flash_attention import Form, form_of, natural_lse, row_spans
+from kvmem.kernels.base import HALVES, Form, Run, Step
+from kvmem.kernels.checks import flat_tokens, form_of, plain, row_spans, window_left
+from kvmem.kernels.flash_attention import natural_lse, runner
 
-__all__ = ["TAIL_GUARD_TOKENS", "fa4_varlen_args", "natural_lse", "plain"]
+__all__ = ["fa4_varlen_args", "natural_lse", "plain", "prepare_fa4"]
 
-#: Tokens past a sequence's end that a kernel may touch, so that must be mapped and finite: it loads whole tiles through
-#: the TMA unit and computes 0 * V there, as FlashAttention 3 does.
-TAIL_GUARD_TOKENS = {"fa4": 256}
-
-_HALVES = (torch.float16, torch.bfloat16)
 _EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 #: By the major number of the device's compute capability: the largest head, and (head_dim, head_dim_v) beyond it.
@@ -36,13 +32,13 @@ def fa4_varlen_args(
     queries: GroupBatch | None = None, capability: tuple[int, int] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """For version 4's ``flash_attn_varlen_func(q, k, v, **args)`` (``flash_attn.cute``), which has no
-    ``flash_attn_with_kvcache``: over rows, with k and v ``rules.flat_tokens(...)`` of ``alloc.kv``, or over blocks of
+    ``flash_attn_with_kvcache``: over rows, with k and v ``checks.flat_tokens(...)`` of ``alloc.kv``, or over blocks of
     any size, with ``alloc.kv`` as it is.
 
-    It always returns ``(out, lse)``, lse None without ``return_lse``. head_dim: of queries and K; head_dim_v: of V,
-    default the same. dtype: of queries, K and V, one for all. queries, and rows in a captured graph: as for
+    The function always returns ``(out, lse)``, lse None without ``return_lse``. head_dim: of queries and K; head_dim_v:
+    of V, default the same. dtype: of queries, K and V, one for all. queries, and rows in a captured graph: as for
     ``fa3_varlen_args``; blocks need nothing there. capability: of the device, by default the batch's own where it is a
-    GPU. ``SpecError`` for what it was not made for: sizes of heads, dtypes, and blocks on the wrong device.
+    GPU. ``SpecError`` for sizes of heads, dtypes and devices that it does not take.
     """
     form = form_of(batch, form)
     if capability is None and batch.seq_lens.is_cuda:
@@ -67,8 +63,16 @@ def fa4_varlen_args(
     return {**args, "cu_seqlens_k": starts, "max_seqlen_k": batch.max_seqlen_k, "seqused_k": lengths}
 
 
+def prepare_fa4(library: Any, step: Step, *, form: Form = "blocks") -> Run:
+    args = fa4_varlen_args(
+        step.batch, head_dim=step.head_dim, dtype=step.dtype, form=form, scale=step.scale,
+        window_tokens=step.window_tokens, return_lse=step.return_lse,
+    )  # fmt: skip
+    return runner(library.flash_attn_varlen_func, flat_tokens if form == "rows" else plain, args, step)
+
+
 def _check(major: int | None, form: str, dtype: torch.dtype, heads: tuple[int, int]) -> None:
-    """By its own assertions, some of which fail in the middle of compiling; here it is said before, with a way out."""
+    """Its own assertions; some of them would fail in the middle of compiling, without a way out."""
     if major is not None and major not in _LARGEST_HEAD:
         raise SpecError(
             f"capability: got {major}.x; FlashAttention 4 runs on 8.x to 12.x: use reference.sdpa, or FlashInfer"
@@ -83,7 +87,7 @@ def _check(major: int | None, form: str, dtype: torch.dtype, heads: tuple[int, i
 
 
 def _check_dtype(major: int | None, dtype: torch.dtype) -> None:
-    if dtype not in _HALVES + _EIGHT_BITS or (dtype in _EIGHT_BITS and major not in (None, 10)):
+    if dtype not in HALVES + _EIGHT_BITS or (dtype in _EIGHT_BITS and major not in (None, 10)):
         raise SpecError(
             f"dtype: got {dtype}; FlashAttention 4 takes float16 and bfloat16, and on compute capability 10.x "
             "float8_e4m3fn and float8_e5m2"

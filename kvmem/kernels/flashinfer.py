@@ -1,4 +1,4 @@
-"""What FlashInfer is to be called with, from 0.2.5 to 0.7.4; ``BatchAttention`` is there from 0.2.7 on.
+"""What FlashInfer is to be called with, from 0.2.5 to 0.7.4; ``BatchAttention`` exists from 0.2.7 on.
 
 ``plan()`` once a step with one of the ``*_plan`` dicts, then ``run()`` once a layer with ``cache_of(k, v)``::
 
@@ -7,8 +7,14 @@
     out, lse = wrapper.run(q, flashinfer.cache_of(*alloc.kv(layer)), return_lse=True)
 
 Both backends look the same from here: the virtual one's block ids are arithmetic. What ``plan()`` reads on the host is
-given on the CPU, so it does not wait for the device; block ids stay on the device. All are int32. Layout is NHD
+a copy on the CPU, so it does not wait for the device; block ids stay on the device. All are int32. Layout is NHD
 throughout.
+
+Arguments that the plans share: batch, of the group that is read. num_query_heads, num_kv_heads, head_dim: of a layer.
+dtype, kv_dtype: ``torch.dtype`` of queries and cache, the same by default. scale: of the scores, default ``head_dim **
+-0.5``. window_tokens: tokens that a query sees, itself included; needed where a window has dropped tokens. causal: the
+mask is aligned to the end of a row. queries: the batch that the queries are packed by where that is another group's
+(cross attention, ``causal=False``). ``SpecError`` for what the kernel does not take.
 """
 
 from __future__ import annotations
@@ -22,28 +28,22 @@ import torch
 from kvmem.allocator.batch import GroupBatch
 from kvmem.allocator.cascade import Cascade
 from kvmem.errors import SpecError
-from kvmem.kernels.checks import STRIDE_LIMIT, check_cache, flat_tokens, host, rows_of, window_left
+from kvmem.kernels.base import Cache, Result, Run, Step
+from kvmem.kernels.checks import STRIDE_LIMIT, check_cache, check_no_window, flat_tokens, host, rows_of, window_left
 from kvmem.kernels.versions import installed
+from kvmem.kernels.write import to_cache_dtype
 
 __all__ = [
-    "TAIL_GUARD_TOKENS", "Ragged", "append_args", "batch_attention_plan", "cache_of", "cascade_plan", "decode_plan",
-    "natural_lse", "prefill_plan", "ragged_cache_of", "ragged_plan",
+    "Ragged", "append_args", "batch_attention_plan", "cache_of", "cascade_plan", "decode_plan", "natural_lse",
+    "prefill_plan", "prepare_append", "prepare_batch_attention", "prepare_cascade", "prepare_decode", "prepare_prefill",
+    "prepare_ragged", "ragged_cache_of", "ragged_plan",
 ]  # fmt: skip
-
-#: Tokens past a sequence's end that a kernel may touch, so that must be mapped and finite. The paged kernels, fa2 and
-#: fa3 alike, fetch each token under a predicate of the real length. fa3 ragged goes through the TMA unit, whose
-#: descriptor knows the tensor but not the sequence: it loads tiles of up to 224 tokens and masks afterwards.
-TAIL_GUARD_TOKENS = {
-    "decode": 0, "prefill": 0, "batch_attention": 0, "cascade": 0, "append": 0, "ragged_fa2": 0, "ragged_fa3": 256,
-}  # fmt: skip
 
 cache_of = check_cache  # the pair that every paged ``run()`` and the append take
 
 
 def natural_lse(lse: torch.Tensor) -> torch.Tensor:
-    """FlashInfer's lse ``[T, Hq]`` is a base-2 logarithm; this is the natural one. (``lse_base=`` of ``run()`` is
-    young.)
-    """
+    """The natural logarithm, ``[T, Hq]``, of FlashInfer's lse, which is in base 2; old versions lack ``lse_base=``."""
     return lse * math.log(2)
 
 
@@ -51,10 +51,7 @@ def decode_plan(
     batch: GroupBatch, *, num_query_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype,
     kv_dtype: torch.dtype | None = None, scale: float | None = None, window_tokens: int | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """For ``BatchDecodeWithPagedKVCacheWrapper.plan``: one new token per row, and ``SpecError`` if there are more.
-
-    dtype: of the queries; kv_dtype: of the cache, default the same. scale: default ``head_dim ** -0.5``.
-    """
+    """For ``BatchDecodeWithPagedKVCacheWrapper.plan``: one new token per row, and ``SpecError`` if there are more."""
     if batch.max_seqlen_q > 1 or batch.num_new_tokens != batch.num_rows:
         raise SpecError(
             f"decode takes one new token per row; the batch has {batch.num_new_tokens} in {batch.num_rows} rows: use "
@@ -78,8 +75,6 @@ def prefill_plan(
 ) -> dict[str, Any]:  # fmt: skip
     """For ``BatchPrefillWithPagedKVCacheWrapper.plan``: any number of new tokens per row; prefill, chunked or not, and
     decode.
-
-    queries: the batch that the queries are packed by where that is another group's (cross attention, ``causal=False``).
     """
     return {
         "qo_indptr": host(queries or batch, "cu_seqlens_q"),
@@ -101,13 +96,10 @@ def batch_attention_plan(
 ) -> dict[str, Any]:  # fmt: skip
     """For ``BatchAttention.plan``: prefill and decode in one launch. ``SpecError`` for a batch with a sliding window.
 
-    The wrapper keeps ``kv_indices`` itself, not a copy: it is the batch's buffer, valid until the next fill. ``run()``
+    The wrapper holds ``kv_indices`` itself, not a copy: it is the batch's buffer, valid until the next fill. ``run()``
     always returns ``(out, lse)``, and takes ``k_scale=`` and ``v_scale=`` from 0.4.0 on.
     """
-    if batch.drops_tokens:
-        raise SpecError(
-            "BatchAttention has no sliding window, and one has dropped tokens of this batch: use prefill_plan"
-        )
+    check_no_window(batch, "BatchAttention has", ": use prefill_plan")
     return {
         "qo_indptr": host(queries or batch, "cu_seqlens_q"),
         "kv_indptr": host(batch, "kv_indptr"),
@@ -128,10 +120,10 @@ def cascade_plan(
 ) -> dict[str, Any]:  # fmt: skip
     """For ``MultiLevelCascadeAttentionWrapper(len(cascade.levels), workspace).plan``: shared prefixes are read once.
 
-    The number of levels is fixed when the wrapper is made: keep one for each number that ``max_levels`` allows.
-    ``run()`` returns no lse. window_tokens: with one level only, and ``SpecError`` otherwise: the wrapper would mask
-    each level by its own end. kv_dtype: ``SpecError`` for another than dtype where the FlashInfer that is installed is
-    older than 0.2.9, whose wrapper knows one dtype only.
+    The number of levels is fixed when the wrapper is made: make one for each number that ``max_levels`` allows.
+    ``run()`` returns no lse. ``SpecError`` for window_tokens with more than one level, since the wrapper masks each
+    level by its own end; and for a kv_dtype other than dtype where the installed FlashInfer is older than 0.2.9, whose
+    wrapper takes one dtype.
     """
     levels = cascade.levels
     if window_tokens is not None and len(levels) > 1:
@@ -158,12 +150,11 @@ def cascade_plan(
 
 
 def append_args(batch: GroupBatch) -> dict[str, Any]:
-    """For ``append_paged_kv_cache(k, v, paged_kv_cache=cache_of(*alloc.kv(layer)), **append_args(batch))``, k and v
-    ``[T, H, D]`` in the cache's dtype: it converts nothing (``write.to_cache_dtype`` does, for 8 bits too).
+    """For ``append_paged_kv_cache(k, v, paged_kv_cache=cache_of(*alloc.kv(layer)), **append_args(batch))``, with k and
+    v ``[T, H, D]`` in the cache's dtype: it converts nothing (``write.to_cache_dtype`` does, for 8 bits too).
 
-    Everything stays on the device. A padding row names the read-trash block in ``kv_indices``; an append there would
-    leave numbers, or NaN, where all later batches expect zeroes. So it is renamed to the write-trash block, the next
-    id.
+    Everything stays on the device. A padding row has the null block in ``kv_indices``, where all later batches expect
+    zeroes; an append goes to the padding block, the next id, instead.
     """
     return {
         "batch_indices": batch.batch_indices,
@@ -177,12 +168,11 @@ def append_args(batch: GroupBatch) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Ragged:
-    """plan: for ``BatchPrefillWithRaggedKVCacheWrapper.plan``. The kernel wants rows in ascending order::
+    """plan: for ``BatchPrefillWithRaggedKVCacheWrapper.plan``. order, inverse: int64 ``[T]`` on the batch's device,
+    since the kernel takes rows in ascending order::
 
-    wrapper.plan(**ragged.plan)
-    out = wrapper.run(q[ragged.order], *ragged_cache_of(*alloc.kv(layer)))[ragged.inverse]
-
-    order, inverse: int64 [T] on the batch's device.
+        wrapper.plan(**ragged.plan)
+        out = wrapper.run(q[ragged.order], *ragged_cache_of(*alloc.kv(layer)))[ragged.inverse]
     """
 
     plan: dict[str, Any]
@@ -195,11 +185,11 @@ def ragged_plan(
     kv_dtype: torch.dtype | None = None, scale: float | None = None, window_tokens: int | None = None,
     causal: bool = True,
 ) -> Ragged:  # fmt: skip
-    """The ragged wrapper over rows with gaps between them. Virtual backend only.
+    """For the ragged wrapper over rows with gaps between them, on the virtual backend.
 
-    Its KV lengths are differences of ``kv_indptr``, so the gap behind each row goes to a filler request with no
-    queries: row i is request 2 i. A sliding window starts at the first token still held. ``SpecError`` on the paged
-    backend, for more than one padding row, which would stand at the same address, and for tokens past 2**31.
+    Its KV lengths are differences of ``kv_indptr``, so the gap behind each row is a filler request with no queries: row
+    i is request 2 i. A sliding window starts at the first token still held. ``SpecError`` on the paged backend, for
+    more than one padding row, since all have one address, and for tokens past 2**31.
     """
     device = rows_of(batch, "the ragged wrapper")[0].device
     first = batch.first_tokens_cpu.tolist()
@@ -210,7 +200,7 @@ def ragged_plan(
     kv_indptr: list[int] = []
     order: list[int] = []
     for i in rows:
-        # A row that holds nothing has no place of its own: it goes where the row before it ends.
+        # A row that holds nothing has no address of its own: it begins where the row before it ends.
         begin = row_starts[i] + first[i] if lengths[i] else (kv_indptr[-1] if kv_indptr else 0)
         if kv_indptr and begin < kv_indptr[-1]:
             raise SpecError("the ragged wrapper cannot take two padding rows: make the batch without pad_to")
@@ -237,7 +227,7 @@ def ragged_plan(
 
 
 def ragged_cache_of(k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """K and V as ``[tokens, H, D]`` for the ragged ``run()``.
+    """K and V of ``Allocator.kv(layer)`` as ``[tokens, H, D]``, views, for the ragged ``run()``.
 
     ``SpecError`` if the last token lies 2**32 elements or more from the first: fa2 ragged multiplies token index and
     stride in 32 bits and would read elsewhere. The paged wrappers reach everything.
@@ -273,3 +263,65 @@ def _common(
         "q_data_type": dtype,
         "kv_data_type": dtype if kv_dtype is None else kv_dtype,
     }
+
+
+# ---- How they are run ------------------------------------------------------------------------------------------------
+
+
+def prepare_decode(library: Any, step: Step, *, tensor_cores: bool = False) -> Run:
+    options = {"backend": "fa2"} if tensor_cores else {}
+    make = library.BatchDecodeWithPagedKVCacheWrapper
+    wrapper = make(step.open_workspace(), "NHD", use_tensor_cores=tensor_cores, **options)
+    wrapper.plan(**decode_plan(step.batch, **step.heads, window_tokens=step.window_tokens))
+    return _runner(wrapper, step, return_lse=step.return_lse)
+
+
+def prepare_prefill(library: Any, step: Step, *, backend: str = "fa2") -> Run:
+    """backend: FlashInfer's "auto" takes fa3 on Hopper, which compiles for minutes."""
+    wrapper = library.BatchPrefillWithPagedKVCacheWrapper(step.open_workspace(), "NHD", backend=backend)
+    wrapper.plan(**prefill_plan(step.batch, **step.heads, window_tokens=step.window_tokens))
+    return _runner(wrapper, step, return_lse=step.return_lse)
+
+
+def prepare_batch_attention(library: Any, step: Step) -> Run:
+    wrapper = library.BatchAttention("NHD", str(step.device))
+    wrapper.plan(**batch_attention_plan(step.batch, **step.heads))
+    return _runner(wrapper, step)
+
+
+def prepare_cascade(library: Any, step: Step) -> Run:
+    assert step.cascade is not None
+    wrapper = library.MultiLevelCascadeAttentionWrapper(len(step.cascade.levels), step.open_workspace(), "NHD")
+    wrapper.plan(**cascade_plan(step.cascade, **step.heads))
+    return lambda q, cache: (wrapper.run(q, cache_of(*cache)), None)
+
+
+def prepare_ragged(library: Any, step: Step, *, backend: str = "fa2") -> Run:
+    ragged = ragged_plan(step.batch, **step.heads, window_tokens=step.window_tokens)
+    wrapper = library.BatchPrefillWithRaggedKVCacheWrapper(step.open_workspace(), "NHD", backend=backend)
+    wrapper.plan(**ragged.plan)
+
+    def run(q: torch.Tensor, cache: Cache) -> Result:
+        out, lse = wrapper.run(q[ragged.order], *ragged_cache_of(*cache), return_lse=True)
+        return out[ragged.inverse], natural_lse(lse)[ragged.inverse]
+
+    return run
+
+
+def prepare_append(library: Any, step: Step) -> Run:
+    args = append_args(step.batch)
+
+    def run(kv: torch.Tensor, cache: Cache) -> Result:
+        k, v = (to_cache_dtype(new, step.kv_dtype) for new in kv.unbind())
+        library.append_paged_kv_cache(k, v, paged_kv_cache=cache_of(*cache), **args)
+        return kv, None
+
+    return run
+
+
+def _runner(wrapper: Any, step: Step, **options: bool) -> Run:
+    def run(q: torch.Tensor, cache: Cache) -> Result:
+        found = wrapper.run(q, cache_of(*cache), **options, **(step.scales or {}))
+        return (found[0], natural_lse(found[1])) if isinstance(found, tuple) else (found, None)
+
+    return run

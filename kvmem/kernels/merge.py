@@ -13,9 +13,10 @@ __all__ = ["merge", "merge_levels"]
 def merge(
     out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``(out, lse)`` over both parts. out: ``[T, Hq, D]``; lse: ``[T, Hq]``, natural logarithm, -inf for an empty part.
+    """``(out, lse)`` over both parts.
 
-    Each part is weighted by its share of the softmax's denominator (Milakov and Gimelshein, arXiv:1805.02867). Computed
+    out_a, out_b: ``[T, Hq, D]``. lse_a, lse_b: ``[T, Hq]``, natural logarithms, -inf for an empty part. Each part is
+    weighted by its share of the softmax's denominator (Milakov and Gimelshein, arXiv:1805.02867). Computed
     in the dtype of the lse, returned in that of ``out_a``.
     """
     lse = torch.logaddexp(lse_a, lse_b)

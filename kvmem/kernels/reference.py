@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,12 +15,11 @@ import torch.nn.functional as F
 from kvmem.allocator.batch import GroupBatch
 from kvmem.allocator.cascade import Cascade, CascadeLevel
 from kvmem.errors import SpecError
+from kvmem.kernels.base import Cache, Result, Run, Step
 from kvmem.kernels.checks import as_bytes, check_all_blocks, check_batch, flat_tokens, plain
 from kvmem.kernels.merge import merge_levels
 
-__all__ = ["cascade_attention", "level_attention", "oracle", "sdpa", "sdpa_lse"]
-
-Cache = tuple[torch.Tensor, torch.Tensor]
+__all__ = ["cascade_attention", "level_attention", "oracle", "prepare_sdpa", "sdpa", "sdpa_lse"]
 
 
 @dataclass(frozen=True)
@@ -39,14 +39,15 @@ def oracle(
     q: torch.Tensor, cache: Cache, batch: GroupBatch, *, scale: float | None = None, causal: bool = True,
     window_tokens: int | None = None, queries: GroupBatch | None = None, dtype: torch.dtype = torch.float64,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """``(out, lse)`` by the definition of attention, computed and returned in ``dtype``: what others are compared with.
+    """``(out [T, Hq, width of V], lse [T, Hq])`` by the definition of attention, computed and returned in ``dtype``:
+    the reference that other kernels are compared with.
 
     Arguments as for ``sdpa``. Scores of all queries and keys of a sequence exist at once.
     """
     check_all_blocks(cache)
     out = torch.zeros(*q.shape[:2], cache[1].shape[-1], dtype=dtype, device=q.device)
     lse = torch.full(q.shape[:2], -torch.inf, dtype=dtype, device=q.device)
-    for part in _parts(q, batch, queries or batch, causal, window_tokens):
+    for part in _parts(q, cache[0], batch, queries or batch, causal, window_tokens):
         k, v = (_tokens(c, batch, part).to(dtype) for c in cache)
         scores = _scores(q[part.q_begin : part.q_end].to(dtype), k, scale)
         if causal:
@@ -74,7 +75,7 @@ def sdpa(
     """
     check_all_blocks(cache)
     out = torch.zeros(*q.shape[:2], cache[1].shape[-1], dtype=q.dtype, device=q.device)
-    for part in _parts(q, batch, queries or batch, causal, window_tokens):
+    for part in _parts(q, cache[0], batch, queries or batch, causal, window_tokens):
         k, v = (_tokens(c, batch, part).to(q.dtype).transpose(0, 1).unsqueeze(0) for c in cache)
         new, held = part.q_end - part.q_begin, part.length - part.first
         # One new token sees all that was taken; a fresh prompt is a plain triangle, which SDPA does without a mask.
@@ -95,8 +96,8 @@ def sdpa_lse(
     q: torch.Tensor, cache: Cache, batch: GroupBatch, *, scale: float | None = None, causal: bool = True,
     window_tokens: int | None = None, queries: GroupBatch | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """``(out, lse)``, out as from ``sdpa`` and lse float32. SDPA keeps its lse to itself, so this holds all scores of a
-    sequence at once, in float32.
+    """``(out, lse)``: out ``[T, Hq, width of V]`` as from ``sdpa``, lse float32 ``[T, Hq]``. SDPA returns no lse, so
+    this holds all scores of a sequence at once, in float32. Arguments as for ``sdpa``.
     """
     out, lse = oracle(
         q, cache, batch, scale=scale, causal=causal, window_tokens=window_tokens, queries=queries, dtype=torch.float32
@@ -104,14 +105,27 @@ def sdpa_lse(
     return out.to(q.dtype), lse
 
 
+def prepare_sdpa(library: Any, step: Step) -> Run:
+    """library: this module."""
+    scales = step.scales or {"k_scale": 1.0, "v_scale": 1.0}
+    scale = (step.head_dim**-0.5 if step.scale is None else step.scale) * scales["k_scale"]
+
+    def run(q: torch.Tensor, cache: Cache) -> Result:
+        out = library.sdpa(q, cache, step.batch, scale=scale, window_tokens=step.window_tokens)
+        return out * scales["v_scale"], None
+
+    return run
+
+
 def cascade_attention(
     q: torch.Tensor, cache: Cache, cascade: Cascade, *, scale: float | None = None, causal: bool = True,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """``(out, lse)`` level by level, joined with ``merge``: what kernels without cascade support are to do too.
+    """``(out, lse)`` level by level, joined with ``merge``, as with kernels that have no cascade of their own.
 
-    Arguments as for ``sdpa``; out in q's dtype, lse in ``dtype``, which all is computed in. Each shared prefix is
-    gathered once for all its queries. ``SpecError`` if a window has dropped tokens of the batch: use ``sdpa``.
+    Arguments as for ``sdpa``; out ``[T, Hq, width of V]`` in q's dtype, lse ``[T, Hq]`` in ``dtype``, the dtype of the
+    computation. Each shared prefix is gathered once for all its queries. ``SpecError`` if a window has dropped tokens
+    of the batch: use ``sdpa``.
     """
     if cascade.drops_tokens:
         raise SpecError("cascade: a sliding window has dropped tokens of this batch; use sdpa with window_tokens")
@@ -152,13 +166,19 @@ def level_attention(
 
 
 def _parts(
-    q: torch.Tensor, batch: GroupBatch, queries: GroupBatch, causal: bool, window_tokens: int | None
+    q: torch.Tensor, k: torch.Tensor, batch: GroupBatch, queries: GroupBatch, causal: bool, window_tokens: int | None
 ) -> Iterator[_Part]:
     check_batch(batch)
     starts = queries.cu_seqlens_q_cpu.tolist()
     if q.ndim != 3 or q.shape[0] != starts[-1]:
         raise SpecError(
             f"q: got shape {tuple(q.shape)}; the batch has {starts[-1]} new tokens: [{starts[-1]}, heads, width]"
+        )
+    heads, width = plain(k).shape[2:]
+    if q.shape[2] != width or q.shape[1] % heads:
+        raise SpecError(
+            f"q: got {q.shape[1]} heads of width {q.shape[2]}; the cache has {heads} of width {width}: the widths must "
+            "be equal, and the queries' heads a multiple of the cache's"
         )
     if window_tokens is not None and not causal:
         raise SpecError(f"window_tokens: got {window_tokens} with causal=False; a sliding window looks back only")

@@ -13,14 +13,12 @@ import torch
 
 from kvmem.allocator.batch import GroupBatch
 from kvmem.errors import SpecError
-from kvmem.kernels.checks import flat_tokens, plain, window_left
-from kvmem.kernels.flash_attention import FA2_BLOCK_TOKENS, natural_lse, row_spans
+from kvmem.kernels.base import Cache, Result, Run, Step
+from kvmem.kernels.checks import check_block_multiple, flat_tokens, plain, row_spans, window_left
+from kvmem.kernels.flash_attention import natural_lse
 from kvmem.kernels.versions import takes
 
-__all__ = ["TAIL_GUARD_TOKENS", "attention", "flash_op_args", "natural_lse", "supports", "varlen_args"]
-
-#: Tokens past a sequence's end that the kernel may touch: none, each is fetched under a predicate of the real length.
-TAIL_GUARD_TOKENS = {"flash": 0}
+__all__ = ["attention", "flash_op_args", "natural_lse", "prepare_attention", "supports", "varlen_args"]
 
 
 def supports(argument: str) -> bool:
@@ -35,37 +33,50 @@ def supports(argument: str) -> bool:
 
 
 def attention(
-    q: torch.Tensor, cache: tuple[torch.Tensor, torch.Tensor], batch: GroupBatch, *, scale: float | None = None,
-    causal: bool = True, window_tokens: int | None = None, queries: GroupBatch | None = None,
-    max_tokens: int | None = None,
+    q: torch.Tensor, cache: Cache, batch: GroupBatch, *, scale: float | None = None, causal: bool = True,
+    window_tokens: int | None = None, queries: GroupBatch | None = None, max_tokens: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """``(out [T, Hq, D], lse [T, Hq])`` by whichever of the two is there. CUDA, fp16 and bf16 only.
+    """``(out [T, Hq, D], lse [T, Hq])`` by whichever of the two is there, on CUDA.
 
-    cache: ``Allocator.kv(layer)``. max_tokens: in a captured graph, the longest that a sequence will be; default the
-    longest of the batch, a number that the graph would keep. ``SpecError`` where the paged backend cannot be read:
-    block tables need torch 2.12 and ``block_size % 256 == 0``; and for a cache of another dtype than the queries.
+    q: ``[T, Hq, D]``, fp16 or bf16, packed. cache: ``Allocator.kv(layer)``, of the same dtype. Other arguments: as for
+    ``varlen_args``. ``SpecError`` where the paged backend cannot be read, since block tables need torch 2.12 and
+    ``block_size % 256 == 0``, and for a cache of another dtype than the queries.
     """
-    cache = plain(cache[0]), plain(cache[1])
-    if cache[0].dtype != q.dtype:
-        raise SpecError(
-            f"cache: K and V are {cache[0].dtype} and the queries {q.dtype}; torch's flash operator takes one dtype, "
-            "fp16 or bf16: use FlashInfer or FlashAttention 3 for a cache of 8 bits"
-        )
-    if supports("seqused_k") and supports("enable_gqa"):
-        from torch.nn.attention.varlen import AuxRequest, varlen_attn
+    how = {"scale": scale, "causal": causal, "window_tokens": window_tokens, "queries": queries}
+    out, lse = planned(torch, batch, {**how, "max_tokens": max_tokens}, return_lse=True)(q, cache)
+    assert lse is not None
+    return out, lse
 
-        args = varlen_args(
-            batch, scale=scale, causal=causal, window_tokens=window_tokens, queries=queries, max_tokens=max_tokens
-        )
-        k, v = cache if "block_table" in args else map(flat_tokens, cache)
-        out, lse = varlen_attn(q, k, v, return_aux=AuxRequest(lse=True), **args)
-    else:
-        args = flash_op_args(
-            batch, scale=scale, causal=causal, window_tokens=window_tokens, queries=queries, max_tokens=max_tokens
-        )
-        k, v = map(flat_tokens, cache)
-        out, lse, *_ = torch.ops.aten._flash_attention_forward(q, k, v, **args)
-    return out, natural_lse(lse)
+
+def prepare_attention(library: Any, step: Step) -> Run:
+    """library: torch."""
+    how = {"scale": step.scale, "window_tokens": step.window_tokens}
+    return planned(library, step.batch, how, step.return_lse)
+
+
+def planned(library: Any, batch: GroupBatch, how: dict[str, Any], return_lse: bool) -> Run:
+    """``run(q, cache)`` by whichever of the two operators is there; how: as for ``varlen_args``. library: torch."""
+    public = supports("seqused_k") and supports("enable_gqa")
+    args = (varlen_args if public else flash_op_args)(batch, **how)
+    view = plain if "block_table" in args else flat_tokens
+
+    def run(q: torch.Tensor, cache: Cache) -> Result:
+        if cache[0].dtype != q.dtype:
+            raise SpecError(
+                f"cache: K and V are {cache[0].dtype} and the queries {q.dtype}; torch's flash operator takes one "
+                "dtype, fp16 or bf16: use FlashInfer or FlashAttention 3 for a cache of 8 bits"
+            )
+        k, v = map(view, cache)
+        if public:
+            varlen = library.nn.attention.varlen
+            asked = {"return_aux": varlen.AuxRequest(lse=True)} if return_lse else {}
+            found = varlen.varlen_attn(q, k, v, **asked, **args)
+            out, lse = found if return_lse else (found, None)
+        else:
+            out, lse, *_ = library.ops.aten._flash_attention_forward(q, k, v, **args)
+        return out, None if lse is None or not return_lse else natural_lse(lse)
+
+    return run
 
 
 def _longest_query(batch: GroupBatch) -> int:
@@ -80,9 +91,10 @@ def flash_op_args(
     queries: GroupBatch | None = None, max_tokens: int | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """For ``torch.ops.aten._flash_attention_forward(q, k, v, **args)`` over rows, with k and v
-    ``rules.flat_tokens(...)``.
+    ``checks.flat_tokens(...)``.
 
-    ``cum_seq_k`` says where rows start and ``seqused_k`` how long they are. Returns ``(out, lse [Hq, T], ...)``.
+    ``cum_seq_k`` says where rows start and ``seqused_k`` how long they are. The operator returns ``(out, lse [Hq, T],
+    ...)``. Arguments as for ``varlen_args``.
     """
     if batch.rows is None:
         raise SpecError('block tables need torch 2.12 or newer; with this torch use FlashInfer, or backend="virtual"')
@@ -108,8 +120,11 @@ def varlen_args(
     batch: GroupBatch, *, scale: float | None = None, causal: bool = True, window_tokens: int | None = None,
     queries: GroupBatch | None = None, max_tokens: int | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """For ``varlen_attn(q, k, v, **args)`` of torch 2.12 on: over rows, with k and v ``rules.flat_tokens(...)`` of
+    """For ``varlen_attn(q, k, v, **args)`` of torch 2.12 on: over rows, with k and v ``checks.flat_tokens(...)`` of
     ``alloc.kv``, or where there are none over blocks, with ``alloc.kv`` as it is. Never a copy.
+
+    batch, scale, causal, window_tokens, queries: as for FlashInfer's plans. max_tokens: in a captured graph, the
+    longest that a sequence will be; default the longest of the batch, a number that the graph would hold.
     """
     packed = queries or batch
     left = window_left(batch, window_tokens, causal)
@@ -123,10 +138,6 @@ def varlen_args(
     if batch.rows is not None:
         starts, lengths = row_spans(batch, window_tokens, "varlen_attn")
         return {**args, "cu_seq_k": starts, "max_k": max_tokens or batch.max_seqlen_k, "seqused_k": lengths}
-    if batch.block_size % FA2_BLOCK_TOKENS:
-        raise SpecError(
-            f"block_size: got {batch.block_size}; torch's flash operator takes block tables of blocks of a multiple of "
-            f'{FA2_BLOCK_TOKENS} tokens only: use that, backend="virtual", or FlashInfer'
-        )
+    check_block_multiple(batch, "torch's flash operator")
     max_k = batch.block_table.shape[1] * batch.block_size
     return {**args, "cu_seq_k": None, "max_k": max_k, "seqused_k": batch.seq_lens, "block_table": batch.block_table}

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from kvmem.allocator.batch import GroupBatch
 from kvmem.errors import SpecError
+from kvmem.kernels.base import Cache, Result, Run, Step
 from kvmem.kernels.checks import all_tokens, as_bytes, check_all_blocks, check_batch
 from kvmem.layouts.views import plain
 
-__all__ = ["to_cache_dtype", "write_component", "write_kv"]
+__all__ = ["prepare_write", "to_cache_dtype", "write_component", "write_kv"]
 
 Scale = float | torch.Tensor
 
@@ -20,36 +23,72 @@ def write_kv(
 ) -> None:  # fmt: skip
     """Writes the new tokens' K and V of one layer.
 
-    cache: ``Allocator.kv(layer)``. k, v: ``[T, H, D]``, packed as ``batch.slot_mapping`` is; any strides. They are
-    converted by ``to_cache_dtype``. A few device operations and no synchronisation, so it can be captured, and the
-    graph stays valid while sequences grow; padding rows write to the write-trash block. ``StaleHandle``, and nothing is
-    written, where the batch's sequences are not what they were: ``GroupBatch.check_current``.
+    cache: ``Allocator.kv(layer)``. k, v: ``[T, H, D]``, packed as ``batch.slot_mapping`` is; any strides, and any dtype
+    that ``to_cache_dtype`` converts to the cache's. k_scale, v_scale: what they are divided by.
+
+    It takes a few device operations and does not synchronise, so a graph can capture it, and the graph stays valid
+    while sequences grow. Padding rows write to the padding block. ``SpecError`` for a shape or a dtype that does not
+    fit, ``StaleHandle`` where the batch's sequences are not what they were (``GroupBatch.check_current``): nothing is
+    written then.
     """
     check_all_blocks(cache)
-    write_component(cache[0], batch, k, scale=k_scale)
-    write_component(cache[1], batch, v, scale=v_scale)
+    check_batch(batch)
+    parts = (("k", cache[0], k, k_scale), ("v", cache[1], v, v_scale))
+    ready = [_converted(name, blocks, batch, values, scale) for name, blocks, values, scale in parts]
+    for blocks, values in zip(cache, ready, strict=True):
+        as_bytes(all_tokens(blocks))[batch.slot_mapping] = values
 
 
 def write_component(blocks: torch.Tensor, batch: GroupBatch, values: torch.Tensor, *, scale: Scale = 1.0) -> None:
     """As ``write_kv``, for one tensor ``Allocator.tensor(layer, name)``; values: ``[T, heads, width]``."""
     check_batch(batch)
-    blocks = plain(blocks)
-    expected = (batch.num_new_tokens, *blocks.shape[2:])
-    if tuple(values.shape) != expected:
-        raise SpecError(f"values: got shape {tuple(values.shape)}; the batch and the cache make it {expected}")
-    as_bytes(all_tokens(blocks))[batch.slot_mapping] = as_bytes(to_cache_dtype(values, blocks.dtype, scale=scale))
+    ready = _converted("values", blocks, batch, values, scale)
+    as_bytes(all_tokens(blocks))[batch.slot_mapping] = ready
 
 
-def to_cache_dtype(values: torch.Tensor, dtype: torch.dtype, *, scale: Scale = 1.0) -> torch.Tensor:
-    """``values / scale`` as the cache keeps them, for kernels that write it themselves too (FlashInfer's append).
+def to_cache_dtype(
+    values: torch.Tensor, dtype: torch.dtype, *, scale: Scale = 1.0, name: str = "values"
+) -> torch.Tensor:
+    """``values / scale`` as a cache of ``dtype`` stores them; the same tensor where nothing is to be done.
 
-    8-bit floats saturate at their largest number, on every torch alike: a plain conversion may make NaN or infinity of
-    what is larger, and one such K or V spoils the sequence for good. NaN stays NaN. scale: a number, or a tensor on the
-    device that broadcasts against ``[T, heads, width]``; the kernel that reads must be told the same.
+    values: ``[T, heads, width]``. scale: a number, or a tensor on their device that broadcasts against them; the kernel
+    that reads has to be given the same. name: what a refusal calls the values. 8-bit floats saturate at their largest
+    number, on every version of torch: a plain conversion may turn what is larger into NaN or infinity, and one such K
+    or V spoils the sequence for good. NaN stays NaN. ``SpecError`` where a cache of integers would have to truncate or
+    wrap: it takes values of its own dtype, without a scale.
     """
-    if isinstance(scale, torch.Tensor) or scale != 1.0:
-        values = values.float() / scale
-    if dtype.is_floating_point and dtype.itemsize == 1:
+    scaled = isinstance(scale, torch.Tensor) or scale != 1.0
+    if values.dtype == dtype and not scaled:
+        return values
+    if not dtype.is_floating_point:
+        raise SpecError(
+            f"{name}: got {values.dtype}{' with a scale' * scaled}; the cache holds {dtype}, and a conversion would "
+            f"truncate or wrap them: quantise first, and give {dtype} without a scale"
+        )
+    if scaled or values.dtype.itemsize == 1:  # torch does not clamp 8-bit floats
+        values = values.float()
+    if scaled:
+        values = values / scale
+    if dtype.itemsize == 1:
         limit = torch.finfo(dtype).max
         values = values.clamp(-limit, limit)
     return values.to(dtype)
+
+
+def prepare_write(library: Any, step: Step) -> Run:
+    """library: this module."""
+
+    def run(kv: torch.Tensor, cache: Cache) -> Result:
+        library.write_kv(cache, step.batch, *kv.unbind(), **(step.scales or {}))
+        return kv, None
+
+    return run
+
+
+def _converted(name: str, blocks: torch.Tensor, batch: GroupBatch, values: torch.Tensor, scale: Scale) -> torch.Tensor:
+    """``values`` as bytes of the cache, ready to be stored."""
+    blocks = plain(blocks)
+    expected = (batch.num_new_tokens, *blocks.shape[2:])
+    if tuple(values.shape) != expected:
+        raise SpecError(f"{name}: got shape {tuple(values.shape)}; the batch and the cache make it {expected}")
+    return as_bytes(to_cache_dtype(values, blocks.dtype, scale=scale, name=name))

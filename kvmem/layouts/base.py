@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from kvmem import _core
+from kvmem.errors import SpecError
 from kvmem.spec import Group
 
-__all__ = ["Backend", "Layout", "Sizes"]
+__all__ = ["Backend", "Layout", "Sizes", "require_supported"]
 
 
 class Layout(Protocol):
@@ -56,3 +57,16 @@ class Backend(Protocol):
     @staticmethod
     def geometry(layout: Layout, sizes: Sizes) -> _core.GroupGeometry:
         """The addresses a group reserves. ``SpecError`` when there are not as many."""
+
+
+def require_supported(group: Group) -> None:
+    """Raises ``SpecError`` for what a spec can describe and no layout stores yet; ``Allocator`` calls it first.
+
+    ``planes`` pass: the bytes of such a component are stored whole (``Component.planes``).
+    """
+    for component in group.components:
+        if component.ragged:
+            raise SpecError(
+                f"group {group.name!r}: component {component.name!r}: ragged: got True; no layout supports lengths per "
+                "head yet: use ragged=False, with one length for all heads of a sequence"
+            )

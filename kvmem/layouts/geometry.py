@@ -1,4 +1,4 @@
-"""The two backends, seen from above: how many addresses each reserves, and what tensors over them look like.
+"""The two backends as Python sees them: how many addresses each reserves, and what tensors over them look like.
 
 ``VirtualBackend`` gives each sequence a row of addresses; ``PagedBackend`` gives all sequences one arena of blocks.
 The rest of kvmem does not ask which one it has: both offer the same memory as ``[num_blocks, block_size, heads,
@@ -42,8 +42,8 @@ def _refuse_addresses(layout: Layout, reserved: int, blocks: int) -> None:
 
 
 class VirtualBackend:
-    """Rows of addresses: row 0, whose first two blocks are the trash blocks of padded batches, one per sequence, and
-    those that keep what finished sequences held.
+    """Rows of addresses: row 0, whose first two blocks are the null block and the padding block of padded batches, one
+    row per sequence, and those with the cached tokens of finished sequences.
     """
 
     name = "virtual"
@@ -51,13 +51,15 @@ class VirtualBackend:
 
     @staticmethod
     def geometry(layout: Layout, sizes: Sizes) -> _core.GroupGeometry:
-        """Rows start at a page and at a block in every arena, so that a row can be read as blocks too."""
+        """Addresses for all rows. Each starts at a page and at a block in every arena, so that it can be read as blocks
+        too.
+        """
         group, page = layout.group, sizes.page_bytes
         tokens = _group_tokens(layout, sizes.max_tokens)
         step = group.block_size if group.growth == "fixed" else lcm(ROW_TOKENS, group.block_size)
         for token_bytes in layout.token_bytes:
             step = lcm(step, page // gcd(page, token_bytes))
-        # The trash blocks and the guard must fit in a row as well. Behind a state there is none.
+        # The null and the padding block, and the guard, must fit in a row as well. A state has no guard.
         guard = 0 if group.growth == "fixed" else sizes.tail_guard_tokens
         wanted = max(tokens + guard, 2 * group.block_size)
         row_tokens = -(-wanted // step) * step
@@ -79,15 +81,15 @@ class VirtualBackend:
 
 
 class PagedBackend:
-    """One arena of blocks for all sequences. Blocks 0 and 1 are the trash blocks of padded batches."""
+    """One arena of blocks for all sequences. Blocks 0 and 1 are the null and the padding block of padded batches."""
 
     name = "paged"
     paged = True
 
     @staticmethod
     def geometry(layout: Layout, sizes: Sizes) -> _core.GroupGeometry:
-        """Addresses for every block that the tables can name, or that memory can ever hold, whichever is less; but for
-        what memory holds at the start at least, since blocks stay cached when no table names them any more.
+        """Addresses for every block that the tables can name, or that memory can ever hold, whichever is less; and at
+        least for what memory holds at the start, since blocks stay cached when no table names them any more.
         """
         group, page = layout.group, sizes.page_bytes
         tokens = _group_tokens(layout, sizes.max_tokens)
@@ -116,8 +118,8 @@ BACKENDS: dict[str, type[Backend]] = {"virtual": VirtualBackend, "paged": PagedB
 def lay_out(
     backend: type[Backend], layouts: Sequence[Layout], sizes: Sizes, *, fewer_rows: bool
 ) -> tuple[int, list[_core.GroupGeometry]]:
-    """The geometry of every group, and how many ``cached_rows`` it has: with ``fewer_rows`` fewer than asked for where
-    addresses are short.
+    """How many ``cached_rows`` there are, and the geometry of every group. With ``fewer_rows`` there are fewer rows
+    than ``sizes`` has where addresses are short; without, that is a ``SpecError``.
     """
     while True:
         try:

@@ -110,7 +110,7 @@ def _arenas(group: Group, interleave: Interleave) -> list[list[_Part]]:
         return [[part] for part in chain(shared, *layers)]
     runs = [list(chain(*layers[i : i + interleave])) for i in range(0, len(layers), interleave)]
     runs[0] = shared + runs[0]
-    return [run for run in runs if run]  # but for those of layers that read a shared copy only
+    return [run for run in runs if run]  # layers that read a shared copy only leave empty ones
 
 
 def resolve_interleave(interleave: int | str, num_layers: int) -> Interleave:

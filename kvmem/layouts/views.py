@@ -1,8 +1,9 @@
 """Tensors over an allocator's whole memory.
 
-Addresses are reserved, not mapped: touching an unmapped one is a lost context on a GPU; on a CPU a read gives zeros
+Addresses are reserved, not mapped: an access to an unmapped one loses the context on a GPU; on a CPU a read gives zeros
 (with ``KVMEM_DEBUG`` a segmentation fault) and a write is a segmentation fault. So a tensor that spans more than one
-sequence is a ``CacheTensor``, which lets through what names the blocks it touches, and refuses what touches all.
+sequence is a ``CacheTensor``, which allows operations that name the blocks they touch, and refuses those that touch
+all.
 """
 
 from __future__ import annotations
@@ -46,11 +47,11 @@ _BY_INDEX = _names("gather scatter_ scatter_add_")  # take() copies what is not 
 class CacheTensor(torch.Tensor):
     """A view of cache memory, most of which may be unmapped: for indexing, for views and for kernels.
 
-    What names the blocks (rows, tokens) that it touches works and returns ordinary tensors: ``t[5]``, ``t[ids]``,
-    ``t[2:9]``, ``t[blocks, offsets] = x``, ``index_select(0, ids)``. So does what touches nothing: shapes, strides,
-    addresses, and views (``view``, ``transpose``, ``unfold`` ...), which are cache tensors again; and custom operators,
-    which are given the plain tensor. All else would read, copy or write everything: ``SpecError``. ``repr`` shows the
-    shape. ``t.as_subclass(torch.Tensor)`` is the same memory without these checks.
+    An operation that names the blocks (rows, tokens) that it touches works and returns ordinary tensors: ``t[5]``,
+    ``t[ids]``, ``t[2:9]``, ``t[blocks, offsets] = x``, ``index_select(0, ids)``. One that touches nothing works too:
+    shapes, strides, addresses, and views (``view``, ``transpose``, ``unfold`` ...), which are cache tensors again.
+    Custom operators get the plain tensor. Any other would read, copy or write everything: ``SpecError``. ``repr`` shows
+    the shape. ``t.as_subclass(torch.Tensor)`` is the same memory without these checks.
     """
 
     _plain: torch.Tensor  # the same memory
@@ -210,7 +211,7 @@ def _is_basic(index: Any) -> bool:
 
 
 def _is_foreign(func: Any) -> bool:
-    """Whether it is a custom operator, or a function of another package: a kernel, which is told what to read."""
+    """Whether it is a custom operator, or a function of another package: a kernel, which reads what it is given."""
     if isinstance(func, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
         return str(func).partition(".")[0] not in ("aten", "prim", "prims")
     return isinstance(func, FunctionType) and func.__module__.partition(".")[0] != "torch"

@@ -36,9 +36,14 @@ class Component:
     scope: ``"layer"`` one copy per layer; ``"shared"`` one copy that every layer of the group reads.
     growth: ``"token"`` with each token; ``"prefill"`` once, at prefill (cross attention); ``"fixed"`` bytes per
         sequence (recurrent state).
-    rope: ``"pre"`` stored before rotation, ``"post"`` after, ``"none"`` never rotated; one value, or one per layer.
-    planes: bits of each plane an element is split into, highest first (AlignedKV); empty for plain elements.
-    ragged: lengths per (sequence, head) instead of per sequence (gated eviction).
+    rope: ``"pre"`` stored before rotation, ``"post"`` after, ``"none"`` never rotated; one value, or one per layer. It
+        tells readers what they find: kvmem rotates nothing.
+    planes: bits of each plane an element is split into, highest first (AlignedKV); empty for plain elements. An
+        ``Allocator`` stores such a component whole, and shows it as ``uint8`` of shape ``[..., 1, bytes of a token]``:
+        splitting elements into planes and joining them is left to writer and reader, and ``write_kv`` takes
+        such bytes only.
+    ragged: lengths per (sequence, head) instead of per sequence (gated eviction). A spec can say so and count bytes; an
+        ``Allocator`` refuses it until a layout stores it.
 
     Names have meaning to readers: ``k`` and ``v`` of self attention, ``cross_k`` and ``cross_v`` of cross attention,
     ``ckv`` (latent) and ``kpe`` (rotary key) of MLA. Others are free.

@@ -206,7 +206,7 @@ class Decode(stand_ins.BatchDecodeWithPagedKVCacheWrapper):
     def __init__(self, workspace: torch.Tensor, kv_layout: str, **options: Any) -> None:
         super().__init__(workspace, kv_layout)
         graph = {name for name in options if name.endswith("_buffer")}
-        assert options.keys() - graph <= {"use_cuda_graph", "use_tensor_cores"}
+        assert options.keys() - graph <= {"use_cuda_graph", "use_tensor_cores", "backend"}
         assert len(graph) == (3 if options.get("use_cuda_graph") else 0)
         self.room = {name: options[name].numel() for name in graph}
 
@@ -218,7 +218,8 @@ class Decode(stand_ins.BatchDecodeWithPagedKVCacheWrapper):
             )  # fmt: skip
         super().plan(indptr, indices, last_page_len, *args, **kwargs)
 
-    def run(self, q, cache, *, out=None):
+    def run(self, q, cache, *, out=None, return_lse=False):
+        assert not return_lse, "it would cost what is not measured"
         result = super().run(q, cache).to(q.dtype)
         return result if out is None else out.copy_(result)
 
@@ -233,7 +234,8 @@ class Prefill(stand_ins.BatchPrefillWithPagedKVCacheWrapper):
             raise MissingJITCacheError("not in the cache")
         super().plan(*args, **kwargs)
 
-    def run(self, q, cache):
+    def run(self, q, cache, *, return_lse=False):
+        assert not return_lse
         return super().run(q, cache).to(q.dtype)
 
 
@@ -255,7 +257,7 @@ def test_the_paths_of_a_gpu_with_flashinfers_stand_in(monkeypatch: pytest.Monkey
     def refuse(*_: Any) -> Any:  # the real one would, after importing half of torch
         raise SpecError("block tables need torch 2.12 or newer")
 
-    monkeypatch.setattr("kvmem.kernels.torch_ops.attention", refuse)
+    monkeypatch.setattr("kvmem.kernels.torch_ops.planned", refuse)
     monkeypatch.setattr("kvmem.bench.gpu.attention._MARGIN_BYTES", 0)
     monkeypatch.setattr("kvmem.bench.gpu.decode._MARGIN_BYTES", 0)
     tiny = replace(TINY, attention_cases=((2, 40),), decode_steps=6, repetitions=1)

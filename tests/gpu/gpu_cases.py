@@ -9,7 +9,7 @@ from itertools import combinations, product
 from typing import Any
 
 import torch
-from gpu_kernels import MLA_KPE, Kernel, Model
+from gpu_kernels import MLA_KPE, Model, Trial
 from kernel_cases import FP8, FP8_SCALES, STEPS, Case, make_case
 
 import kvmem
@@ -60,7 +60,7 @@ def pairwise_cover(choices: dict[str, tuple[Any, ...]]) -> list[dict[str, Any]]:
     return chosen or every[:1]
 
 
-def configs(kernel: Kernel, full: bool = FULL) -> list[Config]:
+def configs(kernel: Trial, full: bool = FULL) -> list[Config]:
     models = tuple(dict.fromkeys((*kernel.models, *kernel.more))) if full else kernel.models
     shared = kernel.kind == "shared"
     choices = {
@@ -77,20 +77,20 @@ def configs(kernel: Kernel, full: bool = FULL) -> list[Config]:
     return [Config(**row) for row in rows or pairwise_cover(choices)]
 
 
-def case_of(kernel: Kernel, config: Config, device: str, seed: int) -> Case:
+def case_of(kernel: Trial, config: Config, device: str, seed: int) -> Case:
     q_dtype, kv_dtype, head = config.model
-    finite = kernel.guard_tokens > 0  # the adapter says so: what lies behind a sequence must be finite
-    if kernel.kind != "kv":
+    finite = kernel.kernel.guard_tokens > 0  # the adapter says so: what lies behind a sequence must be finite
+    if kernel.kind in ("mla", "shared"):
         return _forked_case(kernel, config, device, seed)
     return make_case(
         config.backend, config.step, seed=seed, block_size=config.block_size, interleave=config.interleave,
-        window_tokens=config.window, pad_to=len(STEPS[config.step][0]) + 2 if kernel.pads else None,
+        window_tokens=config.window, pad_to=len(STEPS[config.step][0]) + 2 if kernel.kernel.pads else None,
         query_heads=2 * config.group, kv_heads=2, head_dim=head, dtype=q_dtype, kv_dtype=kv_dtype, device=device,
-        tail_guard_tokens=kernel.guard_tokens, poison=not finite,
+        tail_guard_tokens=kernel.kernel.guard_tokens, poison=not finite,
     )  # fmt: skip
 
 
-def kv_spec(kernel: Kernel, model: Model, block_size: int, num_layers: int = 3) -> kvmem.CacheSpec:
+def kv_spec(kernel: Trial, model: Model, block_size: int, num_layers: int = 3) -> kvmem.CacheSpec:
     _, kv_dtype, width = model
     if kernel.kind == "mla":
         parts = [kvmem.Component(n, width=w, dtype=kv_dtype) for n, w in (("ckv", width), ("kpe", MLA_KPE))]
@@ -102,7 +102,7 @@ def kv_spec(kernel: Kernel, model: Model, block_size: int, num_layers: int = 3) 
 class Writer:
     """Sequences of random K and V in one layer, with what each was given kept aside."""
 
-    def __init__(self, kernel: Kernel, model: Model, alloc: kvmem.Allocator, layer: int, seed: int) -> None:
+    def __init__(self, kernel: Trial, model: Model, alloc: kvmem.Allocator, layer: int, seed: int) -> None:
         self.kernel, self.model, self.alloc, self.layer = kernel, model, alloc, layer
         self.draw = torch.Generator().manual_seed(seed)
         self.names = ("ckv", "kpe") if kernel.kind == "mla" else ("k", "v")
@@ -145,7 +145,7 @@ class Writer:
         return first.double() * k_scale, second.double() * v_scale
 
 
-def _forked_case(kernel: Kernel, config: Config, device: str, seed: int) -> Case:
+def _forked_case(kernel: Trial, config: Config, device: str, seed: int) -> Case:
     """A prompt and two that go on from it, and a stranger. Long enough to share whole pages of 2 MiB."""
     spec = kv_spec(kernel, config.model, config.block_size)
     sizes = {"page_bytes": 4096} if device == "cpu" else {}
@@ -166,7 +166,7 @@ def _forked_case(kernel: Kernel, config: Config, device: str, seed: int) -> Case
 # ---- Sequences that end where their memory ends ----------------------------------------------------------------------
 
 
-def tail_case(kernel: Kernel, model: Model, device: str, *, guard_tokens: int, num_layers: int, new: int) -> Case:
+def tail_case(kernel: Trial, model: Model, device: str, *, guard_tokens: int, num_layers: int, new: int) -> Case:
     """Two sequences whose frontier, ``guard_tokens`` past their length, is the end of a page with nothing mapped
     behind it; ``AssertionError`` if something is.
 
@@ -187,7 +187,7 @@ def tail_case(kernel: Kernel, model: Model, device: str, *, guard_tokens: int, n
     return writer.case(seqs, 8 if kernel.kind == "mla" else 4)
 
 
-def poisoned_case(kernel: Kernel, model: Model, device: str, new: int) -> Case:
+def poisoned_case(kernel: Trial, model: Model, device: str, new: int) -> Case:
     """Two sequences with NaN in the tokens behind their ends, all of it mapped."""
     case = tail_case(kernel, model, device, guard_tokens=POISON_TOKENS, num_layers=3, new=new)
     assert case.batch.rows is not None

@@ -9,15 +9,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from gpu_libraries import ByHand, Real, relative_error
+from gpu_libraries import relative_error
 from kernel_cases import TOLERANCE
 from kernel_oracle import attend, pack
 
 import kvmem
-from kvmem.kernels import flash_attention, flashinfer
+from kvmem.kernels import flash_attention, flashinfer, torch_ops
 from kvmem.kernels.write import write_kv
 
-Library = ByHand | Real
+Library = Any
 LAYERS, KV_HEADS, GROUP = 2, 2, 4
 #: One of them crosses the end of a page of 2 MiB (1,024 tokens here) after 24 steps.
 FIRST_TOKENS = (3, 120, 1000, 37)
@@ -97,7 +97,17 @@ class FlashInferDecode:
 
     def __init__(self, world: World, library: Library, tensor_cores: bool) -> None:
         n = len(world.ids)
-        self.wrapper = library.decode(tensor_cores, graph=(n, n * MAX_TOKENS // 16))
+        sizes = {"indptr": n + 1, "indices": n * MAX_TOKENS // 16, "last_page_len": n}
+        device = world.q.device
+        options: dict[str, Any] = {
+            f"paged_kv_{name}_buffer": torch.zeros(size, dtype=torch.int32, device=device)
+            for name, size in sizes.items()
+        }
+        options |= {"backend": "fa2"} if tensor_cores else {}
+        workspace = torch.zeros(128 << 20 if device.type == "cuda" else 16, dtype=torch.uint8, device=device)
+        self.wrapper = library.BatchDecodeWithPagedKVCacheWrapper(
+            workspace, "NHD", use_tensor_cores=tensor_cores, use_cuda_graph=True, **options
+        )
         shape = {"num_query_heads": KV_HEADS * GROUP, "num_kv_heads": KV_HEADS, "head_dim": world.q.shape[-1]}
         self.shape: dict[str, Any] = {**shape, "dtype": world.q.dtype, "kv_dtype": world.q.dtype}
 
@@ -117,15 +127,15 @@ class TorchFlash:
         """Nothing is planned on the host."""
 
     def attend(self, world: World, layer: int) -> torch.Tensor:
-        how = {"max_tokens": MAX_TOKENS}
-        return self.library.torch_flash(world.q[layer], world.alloc.kv(layer), world.batch, **how)[0]
+        run = torch_ops.planned(self.library, world.batch, {"max_tokens": MAX_TOKENS}, return_lse=False)
+        return run(world.q[layer], world.alloc.kv(layer))[0]
 
 
 class Fa3Fwd(TorchFlash):
     def attend(self, world: World, layer: int) -> torch.Tensor:
         rows = (flash_attention.plain(world.alloc.rows(layer, name)) for name in ("k", "v"))
         args = flash_attention.fa3_args(world.batch, form="rows")
-        out: torch.Tensor = self.library.fa3(world.q[layer], *rows, **args)
+        out: torch.Tensor = self.library.flash_attn_with_kvcache(world.q[layer], *rows, **args)
         return out
 
 
@@ -137,11 +147,11 @@ REPLAYED: dict[str, Callable[[World, Library], Any]] = {
 }
 
 
-def replay(kernel: Any, backend: str, library: Library, seed: int, steps: int = 200) -> Found:
+def replay(kernel: Any, backend: str, library: Library, device: str, seed: int, steps: int = 200) -> Found:
     """The worst error of a few of the steps; on a CPU there is nothing to capture, and the step runs as it is."""
-    on_cpu = library.device == "cpu"
+    on_cpu = device == "cpu"
     steps, first = (20, (3, 50, 120)) if on_cpu else (steps, FIRST_TOKENS)
-    world, draw = make_world(backend, library.device, seed, first)
+    world, draw = make_world(backend, device, seed, first)
     kernel_step = REPLAYED[kernel.name](world, library)
     ones = np.ones(len(first), np.int32)
     checked = {0, steps // 2, steps - 1} | (set() if on_cpu else {1, 2, 23, 24, 25})

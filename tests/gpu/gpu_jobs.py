@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from gpu_kernels import BY_NAME, Kernel
+from gpu_kernels import BY_NAME, Trial
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKER = ROOT / "tests" / "gpu" / "gpu_worker.py"
@@ -38,7 +38,7 @@ class Record:
 class Report:
     """What one process found, and how it ended: "", or why not by itself."""
 
-    kernel: Kernel
+    kernel: Trial
     records: list[Record] = field(default_factory=list)
     ended: str = ""
     seconds: float = 0.0
@@ -56,7 +56,7 @@ class Report:
         return [r for r in self.records if r.what.startswith(f"tail {mode}")]
 
 
-def read_report(kernel: Kernel, output: str, ended: str) -> Report:
+def read_report(kernel: Trial, output: str, ended: str) -> Report:
     report, open_one = Report(kernel, ended=ended), ""
     for line in output.splitlines():
         if not line.startswith("{"):
@@ -151,12 +151,12 @@ class Tail:
     touches: str  # "no", "yes", "unknown": memory past the end, whatever the mask says
     needs_finite: str
     verdict: str
-    wrong: bool  # the adapter's constant promises less than the kernel needs
+    wrong: bool  # the registry's number promises less than the kernel needs
 
 
 def tail_of(report: Report) -> Tail:
-    """Compares what happened with what the adapter's ``TAIL_GUARD_TOKENS`` says."""
-    guard, place = report.kernel.guard_tokens, report.kernel.guard_place
+    """Compares what happened with the ``guard_tokens`` of the registry."""
+    guard, place = report.kernel.kernel.guard_tokens, report.kernel.guard_place
     guarded, bare, poisoned = (report.tail(mode) for mode in ("guarded", "bare", "poisoned"))
     bare = bare if guard else guarded
     touches, needs_finite = _any_bad(bare), _any_bad(poisoned)
@@ -206,5 +206,5 @@ def tails_table(reports: list[Report]) -> list[str]:
         if not report.skipped:
             tail = tail_of(report)
             rows.append([report.kernel.name, tail.touches, tail.needs_finite, tail.verdict])
-    head = ["kernel", "touches it?", "must be finite?", "the adapter's constant"]
+    head = ["kernel", "touches it?", "must be finite?", "the registry's number"]
     return table("Memory past a sequence's end", head, rows)

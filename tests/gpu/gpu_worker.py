@@ -13,12 +13,13 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from gpu_cases import case_of, configs, poisoned_case, tail_case
 from gpu_graphs import REPLAYED, replay
-from gpu_kernels import BY_NAME, Kernel
-from gpu_libraries import ByHand, Real, Result, Unavailable, relative_error
+from gpu_kernels import BY_NAME, Trial
+from gpu_libraries import Result, Unavailable, open_library, relative_error
 from kernel_cases import FP8, TOLERANCE, Case
 
 TAIL_LAYERS = (3, 4)  # so many bytes a token that the page ends within a block, and at the end of one
@@ -29,20 +30,25 @@ def say(what: str, status: str, **more: object) -> None:
     print(json.dumps({"what": what, "status": status, **more}), flush=True)
 
 
-def judge(kernel: Kernel, case: Case, result: Result) -> tuple[float, float]:
+def judge(kernel: Trial, case: Case, result: Result) -> tuple[float, float]:
     """(error, what is allowed)."""
     out, lse = result
     expected, expected_lse = kernel.expected(case)
     allowed = TOLERANCE[torch.float64 if case.device.type == "cpu" and case.q.dtype != FP8 else case.q.dtype]
     if case.device.type == "cpu":  # by hand: as exact as float64, but what torch itself rounds
-        allowed = max(allowed, TOLERANCE[case.q.dtype] if kernel.package == "torch" else 1e-9)
+        allowed = max(
+            allowed,
+            TOLERANCE[case.q.dtype]
+            if kernel.kernel.package in ("torch", "kvmem.kernels.reference", "kvmem.kernels.write")
+            else 1e-9,
+        )
     error = relative_error(out, expected)
     if lse is not None:
         error = max(error, relative_error(lse, expected_lse))
     return error, allowed
 
 
-def attempt(what: str, make: Callable[[], Case], kernel: Kernel, library: ByHand | Real) -> None:
+def attempt(what: str, make: Callable[[], Case], kernel: Trial, library: Any) -> None:
     say(what, "begin")
     begin = time.perf_counter()
     try:
@@ -61,12 +67,12 @@ def attempt(what: str, make: Callable[[], Case], kernel: Kernel, library: ByHand
     say(what, status, error=error, allowed=allowed, seconds=round(time.perf_counter() - begin, 2), **why)
 
 
-def attempt_replay(kernel: Kernel, backend: str, library: ByHand | Real, seed: int) -> None:
+def attempt_replay(kernel: Trial, backend: str, library: Any, device: str, seed: int) -> None:
     what = f"graph replayed while rows grow, {backend}"
     say(what, "begin")
     begin = time.perf_counter()
     try:
-        found = replay(kernel, backend, library, seed)
+        found = replay(kernel, backend, library, device, seed)
     except Exception as problem:  # noqa: BLE001  whatever it is, it goes into the table, and the rest goes on
         say(
             what,
@@ -91,25 +97,25 @@ def check_context() -> None:
         os._exit(LOST)  # as in a crash: nothing that would free device memory on the way out may run
 
 
-def work(kernel: Kernel, device: str, seed: int) -> None:
+def work(kernel: Trial, device: str, seed: int) -> None:
     if kernel.left_out and device != "cpu":
         say(kernel.name, "skipped", why=kernel.left_out)
         return
     try:
-        library = ByHand(kernel.package) if device == "cpu" else Real(kernel.package)
+        library = open_library(kernel.kernel, device)
     except Unavailable as reason:
         say(kernel.name, "skipped", why=str(reason))
         return
     for config in configs(kernel):
         attempt(str(config), lambda config=config: case_of(kernel, config, device, seed), kernel, library)
     for backend in kernel.backends if kernel.name in REPLAYED else ():
-        attempt_replay(kernel, backend, library, seed)
+        attempt_replay(kernel, backend, library, device, seed)
     tails(kernel, device, library)
 
 
-def tails(kernel: Kernel, device: str, library: ByHand | Real) -> None:
+def tails(kernel: Trial, device: str, library: Any) -> None:
     """What past the end of a sequence is touched. The last one may end the process: it says so first."""
-    model, guard = kernel.models[0], kernel.guard_tokens
+    model, guard = kernel.models[0], kernel.kernel.guard_tokens
     many = [s for s in kernel.steps if s in ("prefill", "mixed", "drafts")]
     news = [1] * ("decode" in kernel.steps or "long decode" in kernel.steps) + [64] * bool(many)
     if kernel.kind == "shared":

@@ -22,12 +22,11 @@ from gpu_jobs import (
     tail_of,
     tails_table,
 )
-from gpu_kernels import BY_NAME, COMPILED, KERNELS, PLAIN
-from gpu_libraries import ByHand
+from gpu_kernels import BY_NAME, COMPILED, PLAIN, TRIALS, Trial
 from kernel_cases import one_thread
 
 __all__ = ["one_thread"]
-NAMES = [kernel.name for kernel in KERNELS]
+NAMES = [trial.name for trial in TRIALS]
 every_kernel = pytest.mark.parametrize("name", NAMES)
 
 # ---- On a GPU --------------------------------------------------------------------------------------------------------
@@ -91,7 +90,7 @@ def test_by_hand(name: str, seed: int, capsys: pytest.CaptureFixture[str], monke
     assert len(report.numbers()) >= 1 and len(report.tail("")) >= 2
     tail = tail_of(report)
     assert (tail.touches, tail.needs_finite, tail.wrong) == ("no", "no", False)
-    assert ("larger than needed" in tail.verdict) == (kernel.guard_tokens > 0)
+    assert ("larger than needed" in tail.verdict) == (kernel.kernel.guard_tokens > 0)
 
 
 def test_every_choice_is_tried_and_every_pair_of_them() -> None:
@@ -105,7 +104,7 @@ def test_every_choice_is_tried_and_every_pair_of_them() -> None:
             assert met == pairs
     assert {(q, head) for q, _, head in PLAIN} == {(m[0], m[2]) for m in PLAIN if m[0] == m[1]}
     assert {head for *_, head in COMPILED} == {64, 128, 256} and len({kv for _, kv, _ in COMPILED}) == 3
-    for kernel in KERNELS:
+    for kernel in TRIALS:
         tried = configs(kernel)
         assert {c.model for c in tried} == set(kernel.models) and {c.backend for c in tried} == set(kernel.backends)
         assert len(tried) < 45, f"{kernel.name}: {len(tried)} tries are more than the default should take"
@@ -113,38 +112,39 @@ def test_every_choice_is_tried_and_every_pair_of_them() -> None:
 
 GREEDY = """
 import sys; sys.path[:0] = {tests!r}
-import gpu_worker, gpu_libraries, gpu_kernels, torch
+import gpu_worker, gpu_kernels
+from dataclasses import replace
+from kvmem.kernels import registry, torch_ops
 from kvmem.kernels.checks import flat_tokens
 
-def tiles(case, library):
+def prepare(library, step):
     '''Loads 64 tokens past the end, as kernels of tiles do, and masks by a product with zero.'''
-    out, lse = gpu_kernels._torch_flash(case, library)
-    for row, length in zip(case.batch.rows.tolist(), case.batch.seq_lens.tolist()):
-        out = out + 0 * case.alloc.rows(case.layer, "v")[row, length : length + 64].sum()
-    return out, lse
+    plain = torch_ops.prepare_attention(library, step)
+    def run(q, cache):
+        out, lse = plain(q, cache)
+        for start, length in zip(step.batch.row_starts.tolist(), step.batch.seq_lens.tolist()):
+            out = out + 0 * flat_tokens(cache[1])[start + length : start + length + 64].sum()
+        return out, lse
+    return run
 
-from dataclasses import replace
-kernel = replace(gpu_kernels.BY_NAME["torch flash, rows"], run=tiles, guard=("{module}", "{key}"), steps=("decode",))
+kernel = replace(registry.find("torch flash, rows"), prepare=prepare, guard_tokens={guard})
 gpu_worker.configs = lambda kernel: []
-gpu_worker.work(kernel, "cpu", 0)
+gpu_worker.work(gpu_kernels.Trial(kernel, steps=("decode",)), "cpu", 0)
 """
 
 
-@pytest.mark.parametrize(
-    ("module", "key", "verdict", "wrong"),
-    [("torch_ops", "flash", "TOO SMALL", True), ("flash_attention", "fa3", "right", False)],
-)
-def test_a_kernel_that_touches_too_much_is_found_out(module: str, key: str, verdict: str, wrong: bool) -> None:
+@pytest.mark.parametrize(("guard", "verdict", "wrong"), [(0, "TOO SMALL", True), (256, "right", False)])
+def test_a_kernel_that_touches_too_much_is_found_out(guard: int, verdict: str, wrong: bool) -> None:
     """Its process dies of it, as on a GPU. With the guard that such kernels ask for, it does not."""
     from dataclasses import replace
 
-    code = GREEDY.format(tests=[str(WORKER.parent), *PYTHON_PATH], module=module, key=key)
+    code = GREEDY.format(tests=[str(WORKER.parent), *PYTHON_PATH], guard=guard)
     report = run_worker("torch flash, rows", 0, command=[sys.executable, "-c", code], limit=100)
-    report.kernel = replace(report.kernel, guard=(module, key))
+    report.kernel = Trial(replace(report.kernel.kernel, guard_tokens=guard))
     assert "signal 11" in report.ended, report
     tail = tail_of(report)
     assert (tail.touches, tail.needs_finite, tail.wrong) == ("yes", "yes", wrong) and verdict in tail.verdict
-    assert f'kvmem/kernels/{module}.py TAIL_GUARD_TOKENS["{key}"]' in "\n".join(tails_table([report]))
+    assert f'kvmem/kernels/registry.py "torch flash, rows": guard_tokens = {guard}' in "\n".join(tails_table([report]))
 
 
 def test_what_hangs_is_killed_and_what_was_found_before_is_kept() -> None:
@@ -161,7 +161,7 @@ def test_a_missing_package_is_a_skip_with_its_name() -> None:
     report = read_report(BY_NAME["fa3-fwd, rows"], _skip("fa3-fwd, rows", "fa3_fwd_interface is not installed"), "")
     assert report.skipped == "fa3_fwd_interface is not installed"
     assert "not installed" in "\n".join(numbers_table([report])) and len(tails_table([report])) == 5
-    assert isinstance(ByHand("torch"), ByHand) and Report(report.kernel).skipped == ""
+    assert Report(report.kernel).skipped == ""
 
 
 def _skip(name: str, why: str) -> str:

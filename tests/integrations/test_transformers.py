@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import logging
+import warnings
 
 import pytest
 import torch
@@ -45,6 +47,26 @@ def test_generates_what_the_dynamic_cache_does(name: str, mode: str, backend: st
     assert_freed(cache.allocator)
     # What the last run left parked must not be read as if it were new.
     assert_same(generate(model, inputs, cache, **MODES[mode]), expected)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["llama", "gemma3", "bart"])
+def test_generate_does_not_warn_of_how_the_cache_is_given(name: str, mode: str) -> None:
+    """``generate(past_key_values=...)``, as examples and documentation have it, with warnings as errors. A library that
+    gives the argument another name logs that, or warns, before it takes the old one away.
+    """
+    model, inputs, said = model_of(name), prompts(), []
+    handler, logger = logging.Handler(logging.WARNING), logging.getLogger("transformers")
+    handler.emit = said.append  # type: ignore[method-assign]
+    logger.addHandler(handler)
+    logging.Logger.warning_once.cache_clear()  # type: ignore[attr-defined]  # transformers': once in a process
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            generate(model, inputs, open_cache(model, "virtual"), pad_token_id=0, **MODES[mode])
+    finally:
+        logger.removeHandler(handler)
+    assert [record.getMessage() for record in said] == []
 
 
 NOISE = {"llama": 0.2, "gemma3": 0.2, "t5": 0.05, "bart": 0.2}

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import kernel_oracle
 import pytest
 import torch
 
 import kvmem
+from kvmem.kernels.base import Step
 from kvmem.kernels.checks import as_bytes
 
 #: name -> (tokens cached before the step, tokens the step computes), per sequence
@@ -137,6 +139,12 @@ def make_case(
     q = torch.randn(batch.num_new_tokens, query_heads, head_dim, generator=draw).to(dtype).to(device)
     named = dict(zip(("k_scale", "v_scale"), scales, strict=True)) if kv_dtype == FP8 else {}
     return Case(alloc, batch, layer, q, tokens, window_tokens, named, padded=pad_to is not None)
+
+
+def step_of(case: Case, **more: Any) -> Step:
+    """What a kernel is prepared with for a case."""
+    given = {**case.heads, "window_tokens": case.window_tokens, "scales": case.scales} | more
+    return Step(case.batch, **given)
 
 
 def _put(alloc: kvmem.Allocator, seqs: list[kvmem.Sequence], layer: int, kv: torch.Tensor) -> None:

@@ -257,7 +257,9 @@ def test_mla_refusals(seed: int) -> None:
     seq = world.open(20)
     ckv = world.alloc.tensor(0, "ckv")
     with pytest.raises(kvmem.SpecError, match="equal blocks"):
-        mla_args.mla_cache_of(ckv, ckv[:-1])
+        mla_args.mla_cache_of(ckv, ckv[:, :-1])
+    ends = mla_args.mla_cache_of(ckv, ckv[:-1])  # each in a range of its own, one has a page more
+    assert [len(blocks) for blocks in ends] == 2 * [len(ckv) - 1]
     with pytest.raises(kvmem.SpecError, match="dense"):
         mla_args.mla_cache_of(ckv[..., ::2], ckv)
     spec = kvmem.CacheSpec.kv(num_layers=1, num_kv_heads=1, head_dim=8, dtype="float32", window_tokens=8)

@@ -1,4 +1,4 @@
-"""FlashAttention's arguments, followed by hand on a CPU. test_gpu_kernels.py has FlashAttention itself follow them."""
+"""FlashAttention's arguments, followed by hand on a CPU: what test_kernels_registry.py does not ask for."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def by_hand() -> SimpleNamespace:
 
 @pytest.fixture
 def kernels() -> SimpleNamespace:
-    """The kernels by hand. The real ones are run by gpu_kernels.py, in processes of their own."""
+    """The kernels by hand. The real ones are run by gpu_worker.py, in processes of their own."""
     return by_hand()
 
 
@@ -45,16 +45,6 @@ every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
 @every_layout
-@every_block_size
-@pytest.mark.parametrize("step", ["decode", "drafts"])
-def test_fa2_rows(kernels, step: str, block_size: int, interleave: int | str, seed: int) -> None:
-    case = make_case("virtual", step, block_size=block_size, interleave=interleave, seed=seed, **kernels.options)
-    k, v = map(args.plain, case.rows)
-    out, lse, *_ = kernels.fa2(args.fa2_query(case.q, case.batch), k, v, **args.fa2_args(case.batch, return_lse=True))
-    check(case, kernels, out.flatten(0, 1), lse)
-
-
-@every_layout
 @every_backend
 @pytest.mark.parametrize("step", ["decode", "drafts"])
 def test_fa2_blocks(kernels, backend: str, step: str, interleave: int | str, seed: int) -> None:
@@ -62,40 +52,6 @@ def test_fa2_blocks(kernels, backend: str, step: str, interleave: int | str, see
     call = args.fa2_args(case.batch, form="blocks", scale=0.3, return_lse=True)
     out, lse, *_ = kernels.fa2(args.fa2_query(case.q, case.batch), *map(args.plain, case.cache), **call)
     check(case, kernels, out.flatten(0, 1), lse, scale=0.3)
-
-
-@every_layout
-@every_backend
-@pytest.mark.parametrize("step", ["prefill", "mixed"])
-def test_fa2_varlen_blocks(kernels, backend: str, step: str, interleave: int | str, seed: int) -> None:
-    case = make_case(backend, step, block_size=256, interleave=interleave, pad_to=7, seed=seed, **kernels.options)
-    call = args.fa2_varlen_args(case.batch, return_lse=True)
-    out, lse, *_ = kernels.fa2_varlen(case.q, *map(args.plain, case.cache), **call)
-    check(case, kernels, out, lse)
-
-
-@every_layout
-@every_block_size
-@pytest.mark.parametrize("step", ["decode", "mixed"])
-def test_fa3_rows(kernels, step: str, block_size: int, interleave: int | str, seed: int) -> None:
-    case = make_case(
-        "virtual", step, block_size=block_size, interleave=interleave, pad_to=7, seed=seed, **kernels.options
-    )
-    call = args.fa3_fwd_args(case.batch, dtype=torch.bfloat16, return_lse=True)
-    out, lse, *_ = kernels.fa3(case.q, *map(args.plain, case.rows), **call)
-    check(case, kernels, out, lse)
-
-
-@every_layout
-@every_block_size
-@every_backend
-def test_fa3_blocks(kernels, backend: str, block_size: int, interleave: int | str, seed: int) -> None:
-    case = make_case(
-        backend, "mixed", block_size=block_size, interleave=interleave, pad_to=7, seed=seed, **kernels.options
-    )
-    call = args.fa3_args(case.batch, form="blocks", return_lse=True)
-    out, lse, *_ = kernels.fa3(case.q, *map(args.plain, case.cache), **call)
-    check(case, kernels, out, lse)
 
 
 @every_layout

@@ -1,4 +1,4 @@
-"""FlashInfer's arguments, followed by hand on a CPU. test_gpu_kernels.py has FlashInfer itself follow them."""
+"""FlashInfer's arguments, followed by hand on a CPU: what test_kernels_registry.py does not ask for."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def by_hand() -> SimpleNamespace:
 
 @pytest.fixture
 def kernels() -> SimpleNamespace:
-    """The kernels by hand. The real ones are run by gpu_kernels.py, in processes of their own."""
+    """The kernels by hand. The real ones are run by gpu_worker.py, in processes of their own."""
     return by_hand()
 
 
@@ -48,18 +48,6 @@ every_backend = pytest.mark.parametrize("backend", BACKENDS)
 @every_layout
 @every_block_size
 @every_backend
-def test_decode(kernels, backend: str, block_size: int, interleave: int | str, seed: int) -> None:
-    case = make_case(
-        backend, "decode", block_size=block_size, interleave=interleave, pad_to=5, seed=seed, **kernels.options
-    )
-    wrapper = kernels.BatchDecodeWithPagedKVCacheWrapper()
-    wrapper.plan(**args.decode_plan(case.batch, **case.heads))
-    check(case, kernels, *wrapper.run(case.q, args.cache_of(*case.cache), return_lse=True))
-
-
-@every_layout
-@every_block_size
-@every_backend
 @pytest.mark.parametrize("step", ["prefill", "mixed"])
 def test_prefill(kernels, backend: str, step: str, block_size: int, interleave: int | str, seed: int) -> None:
     case = make_case(
@@ -68,18 +56,6 @@ def test_prefill(kernels, backend: str, step: str, block_size: int, interleave: 
     wrapper = kernels.BatchPrefillWithPagedKVCacheWrapper()
     wrapper.plan(**args.prefill_plan(case.batch, **case.heads, scale=0.3))
     check(case, kernels, *wrapper.run(case.q, args.cache_of(*case.cache), return_lse=True), scale=0.3)
-
-
-@every_layout
-@every_block_size
-@every_backend
-def test_batch_attention(kernels, backend: str, block_size: int, interleave: int | str, seed: int) -> None:
-    case = make_case(
-        backend, "mixed", block_size=block_size, interleave=interleave, pad_to=7, seed=seed, **kernels.options
-    )
-    wrapper = kernels.BatchAttention()
-    wrapper.plan(**args.batch_attention_plan(case.batch, **case.heads))
-    check(case, kernels, *wrapper.run(case.q, args.cache_of(*case.cache)))
 
 
 @every_layout
@@ -123,22 +99,6 @@ def test_heads_and_no_mask(kernels, backend: str, query_heads: int, kv_heads: in
     wrapper = kernels.BatchPrefillWithPagedKVCacheWrapper()
     wrapper.plan(**args.prefill_plan(case.batch, **case.heads, causal=False, queries=case.batch))
     check(case, kernels, *wrapper.run(case.q, args.cache_of(*case.cache), return_lse=True), causal=False)
-
-
-@every_layout
-@every_block_size
-@every_backend
-def test_append(kernels, backend: str, block_size: int, interleave: int | str, seed: int) -> None:
-    case = make_case(
-        backend, "mixed", block_size=block_size, interleave=interleave, pad_to=7, seed=seed, **kernels.options
-    )
-    k, v = torch.randn(2, case.batch.num_new_tokens, *case.cache[0].shape[2:]).to(case.q).unbind()
-    kernels.append(k, v, paged_kv_cache=args.cache_of(*case.cache), **args.append_args(case.batch))
-    slots = case.batch.slot_mapping
-    size = case.batch.block_size
-    for cache, new in zip(case.cache, (k, v), strict=True):
-        assert torch.equal(cache[slots // size, slots % size][:-2], new[:-2])  # both padding rows write to one place
-        assert torch.equal(cache[0], torch.zeros_like(cache[0])), "the block that padding reads must stay zero"
 
 
 def test_plans_read_on_the_host_are_copies_on_the_host(seed: int) -> None:

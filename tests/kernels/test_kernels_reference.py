@@ -104,7 +104,7 @@ def test_k_and_v_of_different_width(backend: str, seed: int) -> None:
 def test_virtual_slices_and_does_not_copy(seed: int) -> None:
     case = make_case("virtual", "decode", seed=seed)
     taken = reference._tokens(
-        case.cache[0], case.batch, next(reference._parts(case.q, case.batch, case.batch, True, None))
+        case.cache[0], case.batch, next(reference._parts(case.q, case.cache[0], case.batch, case.batch, True, None))
     )
     base = case.cache[0]
     end = base.data_ptr() + base.stride(0) * base.shape[0] * base.element_size()

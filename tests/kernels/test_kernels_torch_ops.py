@@ -1,4 +1,5 @@
-"""The arguments of torch's own flash operator, followed by hand on a CPU. test_gpu_kernels.py has torch follow them."""
+"""The arguments of torch's own flash operator, followed by hand on a CPU: what test_kernels_registry.py does not ask
+for."""
 
 from __future__ import annotations
 
@@ -35,16 +36,6 @@ def test_rows(step: str, block_size: int, interleave: int | str, seed: int) -> N
     call = args.varlen_args(case.batch, scale=0.3)
     out, lse, *_ = stand_ins.varlen_attn(case.q, k, v, return_aux=_lse(), **call)
     check(case, out, lse, torch.float64, scale=0.3)
-
-
-@pytest.mark.parametrize("interleave", LAYOUTS)
-@pytest.mark.parametrize("step", ["decode", "prefill", "mixed"])
-def test_blocks(step: str, interleave: int | str, seed: int) -> None:
-    case = make_case("paged", step, block_size=256, interleave=interleave, pad_to=7, seed=seed)
-    out, lse = stand_ins.varlen_attn(
-        case.q, *map(args.plain, case.cache), return_aux=_lse(), **args.varlen_args(case.batch)
-    )
-    check(case, out, lse, torch.float64)
 
 
 @pytest.mark.parametrize("window_tokens", [1, 20])

@@ -7,8 +7,8 @@ import torch
 from kernel_cases import BACKENDS, BLOCK_SIZES, LAYOUTS, assert_close, make_case, one_thread
 
 import kvmem
-from kvmem.kernels import flash_attention, flash_attention_4, flashinfer, flashinfer_mla, reference, torch_ops
-from kvmem.kernels.checks import check_cache, check_guard, flat_tokens, host
+from kvmem.kernels import reference
+from kvmem.kernels.checks import check_cache, flat_tokens, host
 from kvmem.kernels.write import write_component, write_kv
 
 __all__ = ["one_thread"]
@@ -127,18 +127,6 @@ def test_each_rule_of_a_cache() -> None:
     ]:
         with pytest.raises(kvmem.SpecError, match=rule):
             check_cache(k, v)
-
-
-def test_guards() -> None:
-    for module in (flashinfer, flashinfer_mla, flash_attention, flash_attention_4, torch_ops):
-        assert all(tokens in (0, 256) for tokens in module.TAIL_GUARD_TOKENS.values())
-    spec = kvmem.CacheSpec.kv(num_layers=1, num_kv_heads=1, head_dim=16, dtype=torch.float16)
-    sizes = {"device": "cpu", "memory": "1MiB", "max_sequences": 1, "max_tokens": 64}
-    bare, guarded = kvmem.Allocator(spec, **sizes), kvmem.Allocator(spec, tail_guard_tokens=256, **sizes)
-    check_guard(bare, flash_attention.TAIL_GUARD_TOKENS, "fa2")
-    check_guard(guarded, flash_attention.TAIL_GUARD_TOKENS, "fa3")
-    with pytest.raises(kvmem.SpecError, match="tail_guard_tokens=256"):
-        check_guard(bare, flash_attention.TAIL_GUARD_TOKENS, "fa3")
 
 
 def test_host_copies_do_not_follow_the_batch(seed: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Literal
@@ -15,8 +15,7 @@ from kvmem.bench.errors import BenchError
 from kvmem.bench.gpu.device import BenchDevice
 from kvmem.bench.gpu.memory import Memory
 from kvmem.bench.gpu.sizes import ModelShape
-from kvmem.kernels import flash_attention, flashinfer, reference, torch_ops
-from kvmem.kernels.checks import flat_tokens
+from kvmem.kernels import registry
 
 __all__ = ["KERNELS", "Kernel", "Phase", "Run", "Unavailable", "flashinfer_package", "kernels_of", "workspace"]
 
@@ -56,40 +55,6 @@ def _package(name: str) -> Any:
         raise Unavailable(f"{name} is not installed ({error})") from error
 
 
-def _plan_arguments(model: ModelShape) -> dict[str, Any]:
-    return {
-        "num_query_heads": model.query_heads, "num_kv_heads": model.kv_heads, "head_dim": model.head_dim,
-        "dtype": model.dtype,
-    }  # fmt: skip
-
-
-def _flashinfer_decode(tensor_cores: bool) -> Callable[[Memory, ModelShape], Run]:
-    def prepare(memory: Memory, model: ModelShape) -> Run:
-        device = memory.caches[0][0].device
-        package = flashinfer_package()
-        wrapper = package.BatchDecodeWithPagedKVCacheWrapper(workspace(device), "NHD", use_tensor_cores=tensor_cores)
-        wrapper.plan(**flashinfer.decode_plan(memory.batch, **_plan_arguments(model)))
-        return lambda q, layer: wrapper.run(q, flashinfer.cache_of(*memory.cache(layer)))
-
-    return prepare
-
-
-def _flashinfer_prefill(version: Literal["fa2", "fa3"]) -> Callable[[Memory, ModelShape], Run]:
-    def prepare(memory: Memory, model: ModelShape) -> Run:
-        device = memory.caches[0][0].device
-        package = flashinfer_package()
-        wrapper = package.BatchPrefillWithPagedKVCacheWrapper(workspace(device), "NHD", backend=version)
-        plan = flashinfer.prefill_plan(memory.batch, **_plan_arguments(model))
-        if version == "fa3":
-            with _prebuilt_only():
-                wrapper.plan(**plan)
-        else:
-            wrapper.plan(**plan)
-        return lambda q, layer: wrapper.run(q, flashinfer.cache_of(*memory.cache(layer)))
-
-    return prepare
-
-
 @contextmanager
 def _prebuilt_only() -> Iterator[None]:
     """FlashInfer's fa3 takes minutes to compile, which this benchmark does not have: a prebuilt one, or none."""
@@ -108,50 +73,38 @@ def _prebuilt_only() -> Iterator[None]:
             os.environ["FLASHINFER_DISABLE_JIT"] = before
 
 
-def _torch_flash(memory: Memory, model: ModelShape) -> Run:
-    """Rows through the operator itself: `torch_ops.attention` would also work on the lse, in every layer."""
-    if memory.rows is None:
-        return lambda q, layer: torch_ops.attention(q, memory.cache(layer), memory.batch)[0]
-    args = torch_ops.flash_op_args(memory.batch)
-    operator = torch.ops.aten._flash_attention_forward
+def _prepare(name: str) -> Callable[[Memory, ModelShape], Run]:
+    kernel = registry.find(name)
 
-    def run(q: torch.Tensor, layer: int) -> torch.Tensor:
-        k, v = map(flat_tokens, memory.cache(layer))
-        return operator(q, k, v, **args)[0]  # type: ignore[no-any-return]
+    def prepare(memory: Memory, model: ModelShape) -> Run:
+        package = _package(kernel.package)
+        if kernel.contiguous and memory.rows is None:
+            raise Unavailable(f"{name} reads contiguous rows only")
+        step = registry.Step(
+            memory.batch, model.query_heads, model.kv_heads, model.head_dim, model.dtype, model.dtype, return_lse=False
+        )
+        with _prebuilt_only() if name.endswith("fa3") else nullcontext():
+            run = kernel.prepare(package, step)
+        caches = memory.rows if kernel.reads == "rows" and memory.rows is not None else memory.caches
+        return lambda q, layer: run(q, caches[layer % len(caches)])[0]
 
-    return run
-
-
-def _fa3_fwd(memory: Memory, model: ModelShape) -> Run:
-    package = _package("fa3_fwd_interface")
-    rows = memory.rows
-    if rows is None:
-        raise Unavailable("fa3-fwd was built without the paging that decode needs; it reads contiguous rows")
-    args = flash_attention.fa3_fwd_args(memory.batch, dtype=model.dtype)
-
-    def run(q: torch.Tensor, layer: int) -> torch.Tensor:
-        out = package.flash_attn_with_kvcache(q, *rows[layer % len(rows)], **args)
-        return out[0] if isinstance(out, (tuple, list)) else out  # type: ignore[no-any-return]
-
-    return run
+    return prepare
 
 
-def _sdpa(memory: Memory, model: ModelShape) -> Run:
-    return lambda q, layer: reference.sdpa(q, memory.cache(layer), memory.batch)
-
-
-KERNELS = (
-    Kernel("FlashInfer decode, CUDA cores", "decode", "cuda", _flashinfer_decode(False)),
-    Kernel("FlashInfer decode, tensor cores", "decode", "cuda", _flashinfer_decode(True)),
-    Kernel("torch flash", "decode", "cuda", _torch_flash),
-    Kernel("fa3-fwd", "decode", "cuda", _fa3_fwd),
-    Kernel("torch SDPA", "decode", "cpu", _sdpa),
-    Kernel("FlashInfer prefill, fa2", "prefill", "cuda", _flashinfer_prefill("fa2")),
-    Kernel("FlashInfer prefill, fa3", "prefill", "cuda", _flashinfer_prefill("fa3")),
-    Kernel("torch flash", "prefill", "cuda", _torch_flash),
-    Kernel("fa3-fwd", "prefill", "cuda", _fa3_fwd),
-    Kernel("torch SDPA", "prefill", "cpu", _sdpa),
+#: Name in the reports, phase, kind of device, and name in the registry.
+_MEASURED: tuple[tuple[str, Phase, str, str], ...] = (
+    ("FlashInfer decode, CUDA cores", "decode", "cuda", "flashinfer decode"),
+    ("FlashInfer decode, tensor cores", "decode", "cuda", "flashinfer decode, tensor cores"),
+    ("torch flash", "decode", "cuda", "torch flash, blocks"),
+    ("fa3-fwd", "decode", "cuda", "fa3-fwd, rows"),
+    ("torch SDPA", "decode", "cpu", "kvmem sdpa"),
+    ("FlashInfer prefill, fa2", "prefill", "cuda", "flashinfer prefill fa2"),
+    ("FlashInfer prefill, fa3", "prefill", "cuda", "flashinfer prefill fa3"),
+    ("torch flash", "prefill", "cuda", "torch flash, blocks"),
+    ("fa3-fwd", "prefill", "cuda", "fa3-fwd, rows"),
+    ("torch SDPA", "prefill", "cpu", "kvmem sdpa"),
 )
+KERNELS = tuple(Kernel(label, phase, kind, _prepare(name)) for label, phase, kind, name in _MEASURED)
 
 
 def kernels_of(device: BenchDevice, phase: Phase) -> list[Kernel]:
