@@ -286,7 +286,7 @@ class PagePool:
     def page_handle(self, page: int) -> int:
         """The driver's handle of a page; 0 where there is none."""
 
-class CacheStats:
+class AllocatorStats:
     @property
     def budget_bytes(self) -> int: ...
 
@@ -366,7 +366,7 @@ class PrefixOptions:
 
     def __init__(self, *, on: bool, partial: bool, policy: str, hash_bits: int = 64, event_capacity: int = 0) -> None: ...
 
-class Cache:
+class Allocator:
     """
     Sequences over one of the two page tables; kvmem.Allocator is its public face.
     """
@@ -431,7 +431,7 @@ class Cache:
 
     def set_memory(self, pages: int) -> None: ...
 
-    def stats(self) -> CacheStats: ...
+    def stats(self) -> AllocatorStats: ...
 
     def check(self) -> list[str]: ...
 
@@ -541,7 +541,7 @@ class Cache:
 
 class BatchBuffers:
     """
-    Where Cache.fill() writes; one array per field of kvmem.Batch, or None.
+    Where Allocator.fill() writes; one array per field of kvmem.Batch, or None.
     """
 
     def __init__(self, *, max_sequences: int, max_new_tokens: int, max_blocks: int, max_indices: int, block_table: object | None = None, seq_lens: object | None = None, first_tokens: object | None = None, slot_mapping: object | None = None, positions: object | None = None, batch_indices: object | None = None, cu_seqlens_q: object | None = None, cu_seqlens_k: object | None = None, kv_indptr: object | None = None, kv_indices: object | None = None, kv_last_page_len: object | None = None, rows: object | None = None, row_starts: object | None = None, delta_places: object | None = None, delta_blocks: object | None = None) -> None: ...

@@ -8,8 +8,8 @@
 namespace kvmem_bench {
 namespace {
 
+using kvmem::Allocator;
 using kvmem::BatchBuffers;
-using kvmem::Cache;
 using kvmem::Geometry;
 using kvmem::GroupGeometry;
 using kvmem::PagePool;
@@ -80,7 +80,8 @@ class Core {
 
   void step(const i32* last) {
     const i32* tokens = w_.cache ? last : nullptr;
-    cache_.step(handles_.data(), ones_.data(), w_.sequences, tokens, tokens ? w_.sequences : 0, 0, buffers_, *marks_);
+    kvmem::GroupBuffers group{0, &buffers_, marks_.get(), {}};
+    cache_.step(handles_.data(), ones_.data(), w_.sequences, tokens, tokens ? w_.sequences : 0, 0, &group, 1);
     checksum_ += slots_.back();
   }
 
@@ -100,7 +101,7 @@ class Core {
 
   const Workload w_;
   const i64 pages_;
-  Cache cache_;
+  Allocator cache_;
   std::vector<i32> handles_, ones_;
   std::vector<i64> slots_, deltas_;
   std::vector<i32> delta_blocks_;

@@ -1,6 +1,6 @@
 // What mapping a run of pages costs on the CPU, without Python: a bare mmap of a memfd, the host driver's call, and
-// Cache::extend, which also decides, keeps the books and can be undone. In turn, so that a slow moment of the machine
-// falls on all three. Pages exist before, and none is touched.
+// Allocator::extend, which also decides, keeps the books and can be undone. In turn, so that a slow moment of the
+// machine falls on all three. Pages exist before, and none is touched.
 
 #include <sys/mman.h>
 #include <unistd.h>
@@ -79,8 +79,8 @@ void repeat(i64 page_bytes, i64 run, Times* times) {
   const Address base = driver->reserve(kAreas * row, 0);
   PrefixOptions options;
   options.on = false;
-  Cache cache(geometry_of(page_bytes, run), std::make_shared<PagePool>(page_bytes, pages, below, true), false, pages,
-              true, options);
+  Allocator cache(geometry_of(page_bytes, run), std::make_shared<PagePool>(page_bytes, pages, below, true), false,
+                  pages, true, options);
   std::vector<i32> ids(kAreas);
   cache.open(kAreas, ids.data());
   const i32 tokens = static_cast<i32>(run * kBlock);

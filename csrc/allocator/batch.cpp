@@ -114,7 +114,7 @@ void put_blocks(const Placement& at, i64 from, i64 to, i32* out) {
 
 }  // namespace
 
-// Table entries [from, to) of the row become the sequence's blocks, or the read-trash block.
+// Table entries [from, to) of the row become the sequence's blocks, or the null block.
 void BatchWriter::change(const BatchRow& row, i64 from, i64 to, bool zero) {
   if (to <= from) return;
   const i64 start = sizes_.rows * out_.max_blocks;
@@ -159,7 +159,7 @@ void BatchWriter::append(const Placement& at, RowMark& mark) {
   out_.delta_blocks[sizes_.deltas++] = static_cast<i32>(block);
 }
 
-// Blocks that a window has dropped stand as the read-trash block, whatever the page table says of them.
+// Blocks that a window has dropped stand as the null block, whatever the page table says of them.
 void BatchWriter::write_table(const BatchRow& row, i64 dropped, i64 blocks, RowMark& mark) {
   const bool same = mark.handle == row.handle && mark.version == row.at.version && mark.dropped <= dropped;
   const i64 old_dropped = same ? mark.dropped : 0, old_blocks = same ? mark.blocks : 0;

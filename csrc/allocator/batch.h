@@ -104,7 +104,7 @@ class BatchWriter {
   // from the last fill is a slot, at most one block more, and what finish() makes of lengths.
   i64 advance(const StepRows& rows);
   void add(const BatchRow& row);
-  void pad();  // a row that reads the read-trash block and writes the write-trash block
+  void pad();  // a row that reads the null block and writes the padding block
   BatchSizes finish();
 
  private:

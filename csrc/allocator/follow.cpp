@@ -1,42 +1,30 @@
-// Following another allocator's decisions. follow.h says what a list may do.
-
-#include "table/follow.h"
+#include "allocator/follow.h"
 
 #include <algorithm>
-
-#include "allocator/allocator.h"
+#include <string>
 
 namespace kvmem {
 
-void Cache::apply(const std::vector<Op>& ops) {
-  mutate([&] {
-    settle();
-    if (!index_.empty()) {
-      throw SpecError(
-          "an allocator that follows the ops of another must not know what its own sequences hold: commit "
-          "counts instead of token ids, or make it with prefix_cache=False");
-    }
-    FollowedLengths lengths(sequences_);
-    const std::unique_ptr<FollowRules> rules = table_->rules(lengths);
-    Transaction tx(*pool_, *this);
-    try {
-      follow(ops, lengths, *rules, tx);
-    } catch (const StaleHandle& e) {
-      throw SpecError(std::string("the ops do not follow from here: ") + e.what());
-    }
-    tx.commit();
-    rules->commit();
-    followed_to_ = sequences_.opened();
-  });
-}
-
-void Cache::look_at_tails(i64 g) {
-  for (i64 index = 0; index < sequences_.capacity(); ++index) {
-    if (sequences_.live(index)) table_->look_at_tail(index, g);
+void Follower::apply(const std::vector<Op>& ops) {
+  if (!index_.empty()) {
+    throw SpecError(
+        "an allocator that follows the ops of another must not know what its own sequences hold: commit "
+        "counts instead of token ids, or make it with prefix_cache=False");
   }
+  FollowedLengths lengths(sequences_);
+  const std::unique_ptr<FollowRules> rules = table_.rules(lengths);
+  Transaction tx(pool_, tables_);
+  try {
+    follow(ops, lengths, *rules, tx);
+  } catch (const StaleHandle& e) {
+    throw SpecError(std::string("the ops do not follow from here: ") + e.what());
+  }
+  tx.commit();
+  rules->commit();
+  followed_to_ = sequences_.opened();
 }
 
-void Cache::follow(const std::vector<Op>& ops, FollowedLengths& lengths, FollowRules& rules, Transaction& tx) {
+void Follower::follow(const std::vector<Op>& ops, FollowedLengths& lengths, FollowRules& rules, Transaction& tx) {
   std::vector<Grown> grown;
   std::vector<i64> touched;  // sequences
   for (const Op& op : ops) {
@@ -44,93 +32,104 @@ void Cache::follow(const std::vector<Op>& ops, FollowedLengths& lengths, FollowR
     lengths.note(op);
     rules.after(op);
     if (op.kind == OpKind::map || op.kind == OpKind::unmap) {
-      if (const i64 index = table_->sequence_at(op); index >= 0) touched.push_back(index);
+      if (const i64 index = table_.sequence_at(op); index >= 0) touched.push_back(index);
     } else if (!is_physical(op.kind) && op.kind != OpKind::close) {
       touched.push_back(sequences_.index(op.a));
     }
   }
   rules.finish();
-  check_mapped(ops);
+  bool shares = false;
+  for (const Op& op : ops) shares = note_mapped(op) || shares;
+  if (shares) table_.note_shared();
   for (const Grown& g : grown) check_grown(g);
-  ++call_;
+  std::vector<bool> checked(static_cast<std::size_t>(sequences_.capacity()));
   for (i64 index : touched) {
-    if (stamp_[index] == call_ || !sequences_.live(index)) continue;
-    stamp_[index] = call_;
-    check_followed(index);
+    if (checked[index] || !sequences_.live(index)) continue;
+    checked[index] = true;
+    check_lengths(index);
   }
 }
 
-// Applies a record; notes what grows, with the pages or blocks there that others read too.
-void Cache::follow_one(const Op& op, std::vector<Grown>* grown, Transaction& tx) {
+void Follower::check_record(const Op& op) const {
   if ((op.kind == OpKind::open || op.kind == OpKind::close) && (op.b != 0 || op.c != 0 || op.d != 0)) {
     throw SpecError("open and close of a list name a sequence handle and carry no other number");
   }
-  if (has_arena(op.kind) && !table_->owns(op.at)) {
+  if (has_arena(op.kind) && !table_.owns(op.at)) {
     throw SpecError("no such slots: arena " + std::to_string(op.at) +
                     " is none of this allocator's; it must be made with the spec, backend and interleave of the one "
                     "whose ops it follows");
   }
+}
+
+// Applies a record; notes what grows, with the pages or blocks there that others read too.
+void Follower::follow_one(const Op& op, std::vector<Grown>* grown, Transaction& tx) {
+  check_record(op);
   if (op.kind == OpKind::length && op.b > op.c) {
-    check_group(op.at);
-    const i64 index = sequences_.index(op.a), end = std::min(op.b, geometry_.groups[op.at].max_tokens);
+    groups_.check(op.at);
+    const i64 index = sequences_.index(op.a), end = std::min(op.b, groups_[op.at].max_tokens);
     if (op.c == sequences_.tokens(index, op.at)) {  // else it is refused below
-      grown->push_back({op.a, op.at, op.c, end, table_->shared_pieces(index, op.at, op.c, end)});
+      grown->push_back({op.a, op.at, op.c, end, table_.shared_pieces(index, op.at, op.c, end)});
     }
   }
   if (op.kind == OpKind::close) check_empty(sequences_.index(op.a));
-  if (op.kind != OpKind::create || op.a < 0 || op.b <= 0 || op.b > pool_->known_pages() ||
-      op.a > pool_->known_pages() - op.b) {
+  if (op.kind != OpKind::create || op.a < 0 || op.b <= 0 || op.b > pool_.known_pages() ||
+      op.a > pool_.known_pages() - op.b) {
     return tx.push(op);  // which refuses a create like that
   }
   for (i64 page = op.a; page < op.a + op.b; ++page) {  // a replica may have created its pages ahead
-    if (!pool_->present(page)) tx.push({OpKind::create, 0, page, 1});
+    if (!pool_.present(page)) tx.push({OpKind::create, 0, page, 1});
   }
 }
 
-void Cache::check_empty(i64 index) const {
-  for (i64 g = 0; g < groups_; ++g) {
+void Follower::check_empty(i64 index) const {
+  for (i64 g = 0; g < groups_.count(); ++g) {
     const bool empty = sequences_.tokens(index, g) == 0 && sequences_.committed(index, g) == 0 &&
-                       sequences_.front(index, g) == 0 && table_->holds(index, g);
-    if (!empty || table_->has_memory(index)) refuse_followed(sequences_.handle_of(index));
+                       sequences_.front(index, g) == 0 && table_.holds(index, g);
+    if (!empty || table_.has_memory(index)) refuse(sequences_.handle_of(index));
   }
 }
 
-void Cache::refuse_followed(i64 handle) const {
+void Follower::refuse(i64 handle) const {
   throw SpecError("the ops lack a record: sequence handle " + std::to_string(handle) +
                   " would be left with a length that its memory does not match");
 }
 
-// A tail that has come to be shared is to be copied before the next write; mappings are as between calls.
-void Cache::check_mapped(const std::vector<Op>& ops) {
-  bool shares = false;
-  for (const Op& op : ops) {
-    const bool shorter = (op.kind == OpKind::length && op.b < op.c) || op.kind == OpKind::front;
-    if (op.kind == OpKind::unbind || op.kind == OpKind::block || shorter) table_->note_left(op);
-    for (i64 i = 0; op.kind == OpKind::map && !shares && i < op.c; ++i) shares = pool_->refs(op.b + i) > 1;
-    if (op.kind == OpKind::block && op.c != 0) {  // the block may be the tail of any other sequence
-      const i64 inside = op.b * geometry_.groups[op.at].block_tokens;
-      const std::vector<i64> shared = table_->shared_pieces(sequences_.place_of(op.a), op.at, inside + 1, inside + 1);
-      if (std::any_of(shared.begin(), shared.end(), [](i64 piece) { return piece >= 0; })) look_at_tails(op.at);
-    }
-    if (op.kind == OpKind::bind) {  // the row may come with pages that another one shows
-      for (i64 g = 0; g < groups_; ++g) table_->look_at_tail(sequences_.place_of(op.a), g);
-    }
-    if (shorter) {  // it holds more than it needs now
-      table_->look_at_tail(sequences_.place_of(op.a), op.at);
-      if (op.kind == OpKind::length) table_->note_cut(sequences_.place_of(op.a), op.at, op.c);
-    }
-    if ((op.kind == OpKind::map || op.kind == OpKind::unmap) && !table_->is_whole(op)) {
-      throw SpecError("the ops lack a record: arena " + std::to_string(op.at) + " would be left mapped in part");
-    }
+void Follower::look_at_tails(i64 g) {
+  for (i64 index = 0; index < sequences_.capacity(); ++index) {
+    if (sequences_.live(index)) table_.look_at_tail(index, g);
   }
-  if (shares) table_->note_shared();
+}
+
+// A tail that has come to be shared is to be copied before the next write; mappings are as between calls. True where
+// the record may have mapped a page at a second place.
+bool Follower::note_mapped(const Op& op) {
+  const bool shorter = (op.kind == OpKind::length && op.b < op.c) || op.kind == OpKind::front;
+  if (op.kind == OpKind::unbind || op.kind == OpKind::block || shorter) table_.note_left(op);
+  if (op.kind == OpKind::block && op.c != 0) {  // the block may be the tail of any other sequence
+    const i64 inside = op.b * groups_[op.at].block_tokens + 1;
+    const std::vector<i64> shared = table_.shared_pieces(sequences_.place_of(op.a), op.at, inside, inside);
+    if (std::any_of(shared.begin(), shared.end(), [](i64 piece) { return piece >= 0; })) look_at_tails(op.at);
+  }
+  for (i64 g = 0; op.kind == OpKind::bind && g < groups_.count(); ++g) {
+    table_.look_at_tail(sequences_.place_of(op.a), g);  // the row may come with pages that another one shows
+  }
+  if (shorter) {  // it holds more than it needs now
+    table_.look_at_tail(sequences_.place_of(op.a), op.at);
+    if (op.kind == OpKind::length) table_.note_cut(sequences_.place_of(op.a), op.at, op.c);
+  }
+  if ((op.kind == OpKind::map || op.kind == OpKind::unmap) && !table_.is_whole(op)) {
+    throw SpecError("the ops lack a record: arena " + std::to_string(op.at) + " would be left mapped in part");
+  }
+  bool shares = false;
+  for (i64 i = 0; op.kind == OpKind::map && !shares && i < op.c; ++i) shares = pool_.refs(op.b + i) > 1;
+  return shares;
 }
 
 // A page or block that others read must have given way to a copy.
-void Cache::check_grown(const Grown& g) const {
+void Follower::check_grown(const Grown& g) const {
   const i64 index = sequences_.place_of(g.handle);
   if (!sequences_.live(index) || sequences_.handle_of(index) != g.handle) return;
-  const std::vector<i64> now = table_->shared_pieces(index, g.group, g.from, g.end);
+  const std::vector<i64> now = table_.shared_pieces(index, g.group, g.from, g.end);
   for (std::size_t i = 0; i < std::min(now.size(), g.shared.size()); ++i) {
     if (now[i] < 0 || now[i] != g.shared[i]) continue;
     throw SpecError("the ops lack a record: sequence handle " + std::to_string(g.handle) +
@@ -139,14 +138,14 @@ void Cache::check_grown(const Grown& g) const {
 }
 
 // What a live sequence's lengths say is possible, and there.
-void Cache::check_followed(i64 index) const {
-  for (i64 g = 0; g < groups_; ++g) {
-    const GroupGeometry& group = geometry_.groups[g];
+void Follower::check_lengths(i64 index) const {
+  for (i64 g = 0; g < groups_.count(); ++g) {
+    const GroupGeometry& group = groups_[g];
     const i64 first = sequences_.front(index, g), done = sequences_.committed(index, g);
     const bool window = first == 0 || (group.window_tokens > 0 && first % group.block_tokens == 0 &&
                                        first <= done - group.window_tokens + 1);
-    if (!window || first > done || done > sequences_.tokens(index, g) || !table_->holds(index, g)) {
-      refuse_followed(sequences_.handle_of(index));
+    if (!window || first > done || done > sequences_.tokens(index, g) || !table_.holds(index, g)) {
+      refuse(sequences_.handle_of(index));
     }
   }
 }

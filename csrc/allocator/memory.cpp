@@ -1,10 +1,128 @@
-// What an allocator holds, and how much it may hold.
+// What an allocator holds: what is cached, and memory.
+
+#include <algorithm>
 
 #include "allocator/allocator.h"
+#include "allocator/mutate.h"
 
 namespace kvmem {
+namespace {
 
-i64 Cache::compact(i64 bytes) {
+constexpr i64 kAtOnce = 1024;  // blocks to evict in one transaction: some 0.5 ms
+
+}  // namespace
+
+// ---- what is cached ------------------------------------------------------------------------------
+
+Match Allocator::match(const i32* tokens, i64 n, const PrefixKey& key) {
+  const PoolLock lock = enter(true);
+  return matcher_.look(tokens, n, key);
+}
+
+Pins::Pinned Allocator::pin(i64 handle, i64 tokens) {
+  return mutate([&] { return pins_.add(handle, tokens, sequences_.index(handle), contents_); });
+}
+
+Pins::Pinned Allocator::pin(const i32* tokens, i64 n, const PrefixKey& key) {
+  return mutate([&] { return pins_.add(prefix_.on ? index_.find_root(key) : kNoNode, tokens, n, key); });
+}
+
+void Allocator::unpin(i64 pin) {
+  mutate([&] { pins_.remove(pin); });
+}
+
+std::vector<Pins::Pinned> Allocator::pins() {
+  const PoolLock lock = enter(true);
+  return pins_.list();
+}
+
+void Allocator::snapshot(i64 handle) {
+  mutate([&] {
+    const i64 index = sequences_.index(handle);
+    check_snapshot(handle, index);
+    settle();
+    std::vector<i32> chain;
+    contents_.copy_chain(index, &chain);
+    Transaction tx(*pool_, *this);
+    table_->snapshot(index, chain, tx);
+    tx.commit();
+  });
+}
+
+void Allocator::check_snapshot(i64 handle, i64 index) const {
+  const i64 main = groups_.token_group(), size = matcher_.block_tokens();
+  const i64 have = sequences_.tokens(index, main), tokens = sequences_.committed(index, main);
+  const i64 known = contents_.known(index);
+  if (!prefix_.on || !groups_.has_state()) {
+    throw SpecError(prefix_.on
+                        ? "snapshot: no group of this spec has a state of fixed size"
+                        : "snapshot: nothing is shared here (prefix_cache is off, or the spec does not allow it)");
+  }
+  if (known != tokens || tokens == 0 || tokens % size != 0 || have != tokens) {
+    throw SpecError("snapshot: sequence handle " + std::to_string(handle) + " has " + std::to_string(tokens) +
+                    " committed tokens, of which " + std::to_string(known) + " are known, and " + std::to_string(have) +
+                    " in all; all must be committed by their ids, at a multiple of " + std::to_string(size));
+  }
+  if (contents_.state_ahead(index)) {
+    throw SpecError("snapshot: sequence handle " + std::to_string(handle) +
+                    " was truncated, or forked from one with reserved tokens, and its state may have seen more than "
+                    "its " +
+                    std::to_string(tokens) +
+                    " tokens: put their state back and go on; it can be kept after the next commit()");
+  }
+}
+
+void Allocator::retain(i64 handle, i64 start, i64 end, int priority, double seconds) {
+  mutate([&] {
+    const i64 index = sequences_.index(handle), size = matcher_.block_tokens();
+    if (start < 0 || end <= start || priority < 0 || priority > 100 || !(seconds > 0)) {
+      throw SpecError("retain: tokens [" + std::to_string(start) + ", " + std::to_string(end) + ") at priority " +
+                      std::to_string(priority) + "; must be a range, a priority from 0 to 100 and a time above 0");
+    }
+    const Retention added{ceil_div(start, size), end / size, priority, seconds};
+    if (added.first < added.end) contents_.retain(index, added);  // else no whole block lies in it
+  });
+}
+
+std::vector<Retention> Allocator::retained(i64 handle) {
+  const PoolLock lock = enter(true);
+  return contents_.retained(sequences_.index(handle));
+}
+
+i64 Allocator::clear_cache() {
+  PoolLock lock = enter();
+  settle();
+  i64 blocks = 0;
+  piece([&] {
+    Transaction tx(*pool_, *this);
+    table_->forget_cut_ends(tx);
+    tx.commit();
+  });
+  // Others may cache as much as is evicted here: then it comes to an end without them.
+  const i64 enough = 2 * index_.cached();
+  for (Item x = index_.victim(); x.node != kNoNode; x = index_.victim()) {
+    const i64 before = index_.cached();
+    piece([&] {
+      Transaction tx(*pool_, *this);
+      for (i64 n = 0; n < kAtOnce && x.node != kNoNode; ++n, x = index_.victim()) table_->evict_item(x, tx);
+      tx.commit();
+    });
+    blocks += before - index_.cached();
+    if (blocks <= enough) pool_->let_others_in(lock);
+  }
+  if (index_.empty()) index_.events().cleared();
+  return blocks;
+}
+
+std::shared_ptr<EventBatch> Allocator::drain_events(i64 taken, i64 max, bool restart) {
+  std::shared_ptr<EventBatch> done;
+  const PoolLock lock = enter(true);
+  return events_.drain(taken, max, restart, &done);
+}
+
+// ---- memory --------------------------------------------------------------------------------------
+
+i64 Allocator::compact(i64 bytes) {
   return mutate([&] {
     settle();
     const i64 page = pool_->page_bytes();
@@ -15,18 +133,18 @@ i64 Cache::compact(i64 bytes) {
   });
 }
 
-// How many pages a piece of a longer call gives up: about a millisecond's worth of blocks and of driver calls.
-i64 Cache::pages_at_once() const {
+// How many pages a piece of a longer call reclaims: about a millisecond's worth of blocks and of driver calls.
+i64 Allocator::pages_at_once() const {
   constexpr i64 kBlocks = 1024, kDriverCalls = 64;
   i64 block_bytes = 0;
-  for (const GroupGeometry& group : geometry_.groups) {
+  for (const GroupGeometry& group : groups_.geometry().groups) {
     for (i64 token_bytes : group.token_bytes) block_bytes += token_bytes * group.block_tokens;
   }
   return std::clamp(kBlocks * block_bytes / pool_->page_bytes(), i64{1}, pool_->space() ? kDriverCalls : kBlocks);
 }
 
-i64 Cache::trim(i64 bytes) {
-  Lock lock = enter();
+i64 Allocator::trim(i64 bytes) {
+  PoolLock lock = enter();
   settle();
   const i64 page = pool_->page_bytes(), step = pages_at_once();
   i64 left = bytes < 0 ? pool_->present_pages() : ceil_div(bytes, page), given = 0;
@@ -44,8 +162,8 @@ i64 Cache::trim(i64 bytes) {
   return given * page;
 }
 
-void Cache::set_memory(i64 pages) {
-  Lock lock = enter();
+void Allocator::set_memory(i64 pages) {
+  PoolLock lock = enter();
   settle();
   if (owns_pool_) {
     pool_->shrink_in_pieces(lock, pages);
@@ -69,10 +187,10 @@ void Cache::set_memory(i64 pages) {
   });
 }
 
-CacheStats Cache::stats() {
-  Lock lock = enter(true);
+AllocatorStats Allocator::stats() {
+  const PoolLock lock = enter(true);
   const i64 page = pool_->page_bytes();
-  CacheStats s;
+  AllocatorStats s;
   s.limit_bytes = std::min(table_->limit_pages, pool_->budget_pages() - pool_->held_by_others(*table_)) * page;
   s.budget_bytes = pool_->budget_pages() * page;
   s.created_bytes = pool_->present_pages() * page;
@@ -83,48 +201,57 @@ CacheStats Cache::stats() {
   s.held_bytes = table_->held_bytes();
   s.cached_beside_bytes = table_->beside_bytes();
   s.cached_blocks = index_.cached();
-  for (i64 g = 0; g < groups_; ++g) {
-    const GroupGeometry& group = geometry_.groups[g];
-    if (group.growth != Growth::token) continue;
+  for (i64 g = 0; g < groups_.count(); ++g) {
+    if (groups_[g].growth != Growth::token) continue;
     const i32 window = index_.window_of(g);
     const i64 blocks = window < 0 ? index_.cached() : index_.cached(window);
-    for (i64 bytes : group.token_bytes) s.cached_bytes += blocks * block_tokens() * bytes;
+    for (i64 bytes : groups_[g].token_bytes) s.cached_bytes += blocks * matcher_.block_tokens() * bytes;
   }
   s.cached_bytes -= table_->common_bytes();
   s.pinned_blocks = index_.pinned_count();
   s.evicted_blocks = index_.evicted();
-  s.lookup_tokens = lookup_tokens_;
-  s.hit_tokens = hit_tokens_;
+  s.lookup_tokens = admission_.lookup_tokens();
+  s.hit_tokens = admission_.hit_tokens();
   s.num_sequences = sequences_.count();
   s.driver_calls = pool_->driver_calls();
   s.physical_bytes = pool_->space() ? pool_->space()->driver().physical_bytes() : s.created_bytes;
   return s;
 }
 
-std::vector<std::string> Cache::check() {
-  Lock lock = enter(true);
-  std::vector<std::string> found;
-  pool_->check(&found);
-  table_->check(&found);
-  check_content(&found);
-  return found;
+std::vector<std::string> Allocator::check() {
+  const PoolLock lock = enter(true);
+  return violations();
 }
 
-i64 Cache::mapped_extent_bytes(i64 group, i64 arena_in_group) {
-  Lock lock = enter_still();
+std::pair<std::uint64_t, i64> Allocator::digest() {
+  const PoolLock lock = enter(true);
+  return {state_digest(), disturbances()};
+}
+
+i64 Allocator::mapped_extent_bytes(i64 group, i64 arena_in_group) {
+  const PoolLock lock = enter_still();
   return table_->mapped_extent_slots(group, arena_in_group) * pool_->page_bytes();
 }
 
-void Cache::record() {
-  Lock lock = enter();
+// ---- deciding here, acting elsewhere -------------------------------------------------------------
+
+void Allocator::record() {
+  const PoolLock lock = enter();
   pool_->recording = true;
 }
 
-std::vector<Op> Cache::take_ops() {
-  Lock lock = enter(true);
+std::vector<Op> Allocator::take_ops() {
+  const PoolLock lock = enter(true);
   std::vector<Op> ops;
   ops.swap(pool_->log);
   return ops;
+}
+
+void Allocator::apply(const std::vector<Op>& ops) {
+  mutate([&] {
+    settle();
+    follower_.apply(ops);
+  });
 }
 
 }  // namespace kvmem

@@ -1,4 +1,4 @@
-// kvmem._core.PagePool, Cache and what they take.
+// kvmem._core.PagePool, Allocator and what they take.
 
 #include "allocator/allocator.h"
 
@@ -142,26 +142,26 @@ void bind_pool(nb::module_& m) {
 }
 
 void bind_stats(nb::module_& m) {
-  nb::class_<CacheStats>(m, "CacheStats")
-      .def_ro("budget_bytes", &CacheStats::budget_bytes)
-      .def_ro("created_bytes", &CacheStats::created_bytes)
-      .def_ro("free_bytes", &CacheStats::free_bytes)
-      .def_ro("mapped_bytes", &CacheStats::mapped_bytes)
-      .def_ro("used_bytes", &CacheStats::used_bytes)
-      .def_ro("parked_bytes", &CacheStats::parked_bytes)
-      .def_ro("held_bytes", &CacheStats::held_bytes)
-      .def_ro("limit_bytes", &CacheStats::limit_bytes)
-      .def_ro("cached_beside_bytes", &CacheStats::cached_beside_bytes)
-      .def_ro("shared_bytes", &CacheStats::shared_bytes)
-      .def_ro("num_sequences", &CacheStats::num_sequences)
-      .def_ro("driver_calls", &CacheStats::driver_calls)
-      .def_ro("physical_bytes", &CacheStats::physical_bytes)
-      .def_ro("cached_bytes", &CacheStats::cached_bytes)
-      .def_ro("cached_blocks", &CacheStats::cached_blocks)
-      .def_ro("pinned_blocks", &CacheStats::pinned_blocks)
-      .def_ro("evicted_blocks", &CacheStats::evicted_blocks)
-      .def_ro("lookup_tokens", &CacheStats::lookup_tokens)
-      .def_ro("hit_tokens", &CacheStats::hit_tokens);
+  nb::class_<AllocatorStats>(m, "AllocatorStats")
+      .def_ro("budget_bytes", &AllocatorStats::budget_bytes)
+      .def_ro("created_bytes", &AllocatorStats::created_bytes)
+      .def_ro("free_bytes", &AllocatorStats::free_bytes)
+      .def_ro("mapped_bytes", &AllocatorStats::mapped_bytes)
+      .def_ro("used_bytes", &AllocatorStats::used_bytes)
+      .def_ro("parked_bytes", &AllocatorStats::parked_bytes)
+      .def_ro("held_bytes", &AllocatorStats::held_bytes)
+      .def_ro("limit_bytes", &AllocatorStats::limit_bytes)
+      .def_ro("cached_beside_bytes", &AllocatorStats::cached_beside_bytes)
+      .def_ro("shared_bytes", &AllocatorStats::shared_bytes)
+      .def_ro("num_sequences", &AllocatorStats::num_sequences)
+      .def_ro("driver_calls", &AllocatorStats::driver_calls)
+      .def_ro("physical_bytes", &AllocatorStats::physical_bytes)
+      .def_ro("cached_bytes", &AllocatorStats::cached_bytes)
+      .def_ro("cached_blocks", &AllocatorStats::cached_blocks)
+      .def_ro("pinned_blocks", &AllocatorStats::pinned_blocks)
+      .def_ro("evicted_blocks", &AllocatorStats::evicted_blocks)
+      .def_ro("lookup_tokens", &AllocatorStats::lookup_tokens)
+      .def_ro("hit_tokens", &AllocatorStats::hit_tokens);
 }
 
 void bind_sequences(nb::module_& m) {
@@ -188,8 +188,9 @@ void bind_sequences(nb::module_& m) {
 
 // [begin, begin + bytes) of one arena (-1: to its end) as a flat tensor of bytes (DLPack). The tensor owns a reference
 // to the cache, since a cache that goes unmaps its arenas: whoever still looks at the memory keeps it.
-nb::ndarray<std::uint8_t> arena_bytes(nb::handle_t<Cache> self, i64 group, i64 arena_in_group, i64 begin, i64 bytes) {
-  auto& cache = nb::cast<Cache&>(self);
+nb::ndarray<std::uint8_t> arena_bytes(nb::handle_t<Allocator> self, i64 group, i64 arena_in_group, i64 begin,
+                                      i64 bytes) {
+  auto& cache = nb::cast<Allocator&>(self);
   cache.check_process();
   Space* space = cache.pool().space();
   if (!space) throw DeviceError("device \"meta\" keeps the books only: it has no memory to show");
@@ -207,18 +208,19 @@ nb::ndarray<std::uint8_t> arena_bytes(nb::handle_t<Cache> self, i64 group, i64 a
                                    nb::dtype<std::uint8_t>(), info.dlpack_device_type, info.device_index);
 }
 
-nb::class_<Cache> bind_cache(nb::module_& m) {
-  return nb::class_<Cache>(m, "Cache", "Sequences over one of the two page tables; kvmem.Allocator is its public face.")
+nb::class_<Allocator> bind_cache(nb::module_& m) {
+  return nb::class_<Allocator>(m, "Allocator",
+                               "Sequences over one of the two page tables; kvmem.Allocator is its public face.")
       .def(
           "__init__",
-          [](Cache* self, const Geometry& geometry, std::shared_ptr<PagePool> pool, bool paged, i64 limit_pages,
+          [](Allocator* self, const Geometry& geometry, std::shared_ptr<PagePool> pool, bool paged, i64 limit_pages,
              bool owns_pool, const PrefixOptions& prefix) {
-            new (self) Cache(geometry, std::move(pool), paged, limit_pages, owns_pool, prefix);
+            new (self) Allocator(geometry, std::move(pool), paged, limit_pages, owns_pool, prefix);
           },
           nb::kw_only(), "geometry"_a, "pool"_a, "paged"_a, "limit_pages"_a, "owns_pool"_a, "prefix"_a, Free())
       .def(
           "open",
-          [](Cache& c) {
+          [](Allocator& c) {
             i32 handle = 0;
             c.open(1, &handle);
             return handle;
@@ -226,7 +228,7 @@ nb::class_<Cache> bind_cache(nb::module_& m) {
           Free())
       .def(
           "open_batch",
-          [](Cache& c, const WritableInt32s& handles) {
+          [](Allocator& c, const WritableInt32s& handles) {
             std::vector<i32> opened(handles.size());
             {
               nb::gil_scoped_release release;
@@ -237,7 +239,7 @@ nb::class_<Cache> bind_cache(nb::module_& m) {
           "handles"_a.noconvert())
       .def(
           "extend",
-          [](Cache& c, i32 handle, i64 count, i64 group) {
+          [](Allocator& c, i32 handle, i64 count, i64 group) {
             if (group < 0 && c.extend_at_hand(handle, count)) return;  // letting Python's lock go would cost more
             const WithoutGil free;
             const i32 small = to_int32(count, "count");
@@ -246,7 +248,7 @@ nb::class_<Cache> bind_cache(nb::module_& m) {
           "handle"_a, "count"_a, "group"_a = -1)
       .def(
           "advance",
-          [](Cache& c, i32 handle, i32 count, const std::optional<TokenIds>& tokens) {
+          [](Allocator& c, i32 handle, i32 count, const std::optional<TokenIds>& tokens) {
             if (tokens) check_ids(*tokens);
             const i32* ids = tokens ? tokens->data() : nullptr;
             const i64 num_ids = tokens ? tokens->size() : 0;
@@ -258,14 +260,14 @@ nb::class_<Cache> bind_cache(nb::module_& m) {
           "Commits what was reserved, and makes room for count more tokens.")
       .def(
           "extend_batch",
-          [](Cache& c, const Int32s& handles, const Int32s& counts, i64 group) {
+          [](Allocator& c, const Int32s& handles, const Int32s& counts, i64 group) {
             same_length(handles, counts);
             c.extend(handles.data(), counts.data(), handles.size(), group);
           },
           "handles"_a.noconvert(), "counts"_a.noconvert(), "group"_a = -1, Free())
       .def(
           "commit",
-          [](Cache& c, i32 handle, i64 count, i64 group) {
+          [](Allocator& c, i32 handle, i64 count, i64 group) {
             if (group < 0 && c.commit_at_hand(handle, count)) return;
             const WithoutGil free;
             const i32 small = to_int32(count, "count");
@@ -274,15 +276,15 @@ nb::class_<Cache> bind_cache(nb::module_& m) {
           "handle"_a, "count"_a, "group"_a = -1)
       .def(
           "commit_batch",
-          [](Cache& c, const Int32s& handles, const Int32s& counts, i64 group) {
+          [](Allocator& c, const Int32s& handles, const Int32s& counts, i64 group) {
             same_length(handles, counts);
             c.commit(handles.data(), counts.data(), handles.size(), group, nullptr);
           },
           "handles"_a.noconvert(), "counts"_a.noconvert(), "group"_a = -1, Free())
-      .def("truncate", &Cache::truncate, "handle"_a, "tokens"_a, Free())
+      .def("truncate", &Allocator::truncate, "handle"_a, "tokens"_a, Free())
       .def(
           "fork",
-          [](Cache& c, i64 handle, nb::handle sequence) {
+          [](Allocator& c, i64 handle, nb::handle sequence) {
             i64 child = 0;
             {
               const WithoutGil free;
@@ -292,23 +294,23 @@ nb::class_<Cache> bind_cache(nb::module_& m) {
             return child;
           },
           "handle"_a, "sequence"_a = nb::none(), "The new handle; also told to the object that stands for it.")
-      .def("first_arena", &Cache::first_arena, "group"_a, "Its number, as ops name it.")
-      .def("check_process", &Cache::check_process, "DeviceError in a forked child.")
-      .def("is_live", &Cache::is_live, "handle"_a)
+      .def("first_arena", &Allocator::first_arena, "group"_a, "Its number, as ops name it.")
+      .def("check_process", &Allocator::check_process, "DeviceError in a forked child.")
+      .def("is_live", &Allocator::is_live, "handle"_a)
       .def(
-          "free", [](Cache& c, i32 handle) { c.free(&handle, 1); }, "handle"_a, Free())
+          "free", [](Allocator& c, i32 handle) { c.free(&handle, 1); }, "handle"_a, Free())
       .def(
-          "free_batch", [](Cache& c, const Int32s& handles) { c.free(handles.data(), handles.size()); },
+          "free_batch", [](Allocator& c, const Int32s& handles) { c.free(handles.data(), handles.size()); },
           "handles"_a.noconvert(), Free())
-      .def("tokens", &Cache::tokens, "handle"_a, "group"_a = -1)
-      .def("committed", &Cache::committed, "handle"_a, "group"_a = -1)
-      .def("first_token", &Cache::first_token, "handle"_a, "group"_a = -1)
-      .def("close", &Cache::close, Free())
-      .def("can_fit", &Cache::can_fit, "tokens"_a, Free())
-      .def("age_seconds", &Cache::age_seconds, "handle"_a)
+      .def("tokens", &Allocator::tokens, "handle"_a, "group"_a = -1)
+      .def("committed", &Allocator::committed, "handle"_a, "group"_a = -1)
+      .def("first_token", &Allocator::first_token, "handle"_a, "group"_a = -1)
+      .def("close", &Allocator::close, Free())
+      .def("can_fit", &Allocator::can_fit, "tokens"_a, Free())
+      .def("age_seconds", &Allocator::age_seconds, "handle"_a)
       .def(
           "lengths",
-          [](Cache& c, const Int32s& handles, i64 group, Out<i64> tokens, Out<i64> committed) {
+          [](Allocator& c, const Int32s& handles, i64 group, Out<i64> tokens, Out<i64> committed) {
             const i64 room = static_cast<i64>(std::min(tokens.shape(0), committed.shape(0)));
             if (room < handles.size()) {
               throw SpecError("tokens and committed need an entry for each handle");
@@ -317,10 +319,11 @@ nb::class_<Cache> bind_cache(nb::module_& m) {
           },
           "handles"_a.noconvert(), "group"_a, "tokens"_a.noconvert(), "committed"_a.noconvert())
       .def(
-          "row", [](Cache& c, i64 handle, i64 group) { return c.place(handle, group).row; }, "handle"_a, "group"_a = -1)
+          "row", [](Allocator& c, i64 handle, i64 group) { return c.place(handle, group).row; }, "handle"_a,
+          "group"_a = -1)
       .def(
           "common_blocks",
-          [](Cache& c, const Int32s& handles, i64 group, Out<i64> blocks) {
+          [](Allocator& c, const Int32s& handles, i64 group, Out<i64> blocks) {
             const i64 n = handles.size();
             if (static_cast<i64>(blocks.shape(0)) < n - 1) {
               throw SpecError("blocks needs an entry for each pair of neighbours");
@@ -335,7 +338,7 @@ nb::class_<Cache> bind_cache(nb::module_& m) {
           "handles"_a.noconvert(), "group"_a, "blocks"_a.noconvert())
       .def(
           "cascade_order",
-          [](Cache& c, const Int32s& handles, i64 group, Out<i64> order) {
+          [](Allocator& c, const Int32s& handles, i64 group, Out<i64> order) {
             const i64 n = handles.size();
             if (static_cast<i64>(order.shape(0)) < n) throw SpecError("order needs an entry for each handle");
             std::vector<i64> found(n);
@@ -346,30 +349,30 @@ nb::class_<Cache> bind_cache(nb::module_& m) {
             std::copy_n(found.data(), n, order.data());
           },
           "handles"_a.noconvert(), "group"_a, "order"_a.noconvert())
-      .def("compact", &Cache::compact, "bytes"_a, Free())
-      .def("trim", &Cache::trim, "bytes"_a, Free())
-      .def("set_memory", &Cache::set_memory, "pages"_a, Free())
-      .def("stats", &Cache::stats, Free())
-      .def("check", &Cache::check, Free())
-      .def("digest", &Cache::digest, Free(),
+      .def("compact", &Allocator::compact, "bytes"_a, Free())
+      .def("trim", &Allocator::trim, "bytes"_a, Free())
+      .def("set_memory", &Allocator::set_memory, "pages"_a, Free())
+      .def("stats", &Allocator::stats, Free())
+      .def("check", &Allocator::check, Free())
+      .def("digest", &Allocator::digest, Free(),
            "64 bits made of all that a later call could see, and how often a driver has failed when memory was written "
            "or in the mapper, or the eviction order has aged. A call that is refused leaves the first, unless the "
            "second has moved.")
-      .def("record", &Cache::record, Free())
+      .def("record", &Allocator::record, Free())
       .def(
-          "take_ops", [](Cache& c) { return to_records(c.take_ops()); },
+          "take_ops", [](Allocator& c) { return to_records(c.take_ops()); },
           nb::sig("def take_ops(self) -> list[tuple[str, int, int, int, int, int]]"))
       .def(
           "apply",
-          [](Cache& c, const nb::sequence& records) {
+          [](Allocator& c, const nb::sequence& records) {
             const std::vector<Op> ops = from_records(records);
             const WithoutGil free;
             c.apply(ops);
           },
           "ops"_a, nb::sig("def apply(self, ops: Sequence[Sequence[str | int]]) -> None"))
       .def("arena_bytes", &arena_bytes, "group"_a, "arena"_a, "begin"_a = 0, "bytes"_a = -1)
-      .def("mapped_extent_bytes", &Cache::mapped_extent_bytes, "group"_a, "arena"_a, Free())
-      .def("handles", &Cache::handles, Free());
+      .def("mapped_extent_bytes", &Allocator::mapped_extent_bytes, "group"_a, "arena"_a, Free())
+      .def("handles", &Allocator::handles, Free());
 }
 
 }  // namespace
@@ -380,7 +383,7 @@ void bind_core(nb::module_& m) {
   bind_stats(m);
   bind_sequences(m);
   bind_prefix_options(m);
-  nb::class_<Cache> cache = bind_cache(m);
+  nb::class_<Allocator> cache = bind_cache(m);
   bind_batch(m, cache);
   bind_prefix(cache);
   bind_requests(m, cache);

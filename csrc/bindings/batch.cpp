@@ -65,7 +65,7 @@ std::vector<i32> handles_of(const Buffers& b) {
 }
 
 void bind_buffers(nb::module_& m) {
-  nb::class_<Buffers>(m, "BatchBuffers", "Where Cache.fill() writes; one array per field of kvmem.Batch, or None.")
+  nb::class_<Buffers>(m, "BatchBuffers", "Where Allocator.fill() writes; one array per field of kvmem.Batch, or None.")
       .def(
           "__init__",
           [](Buffers* self, i64 max_sequences, i64 max_new_tokens, i64 max_blocks, i64 max_indices,
@@ -155,9 +155,9 @@ class Filling {
 using Others = std::vector<std::pair<i64, Buffers*>>;
 
 template <class Fill>
-void refill(const Cache& c, i64 group, Buffers& out, const std::optional<Others>& others, const Fill& fill) {
+void refill(const Allocator& c, i64 group, Buffers& out, const std::optional<Others>& others, const Fill& fill) {
   const Filling filling(out);
-  GroupBuffers one{group < 0 ? c.token_group() : group, &out.at, &out.marks, {}};
+  GroupBuffers one{group < 0 ? c.groups().token_group() : group, &out.at, &out.marks, {}};
   if (!others) {
     {
       const WithoutGil free;
@@ -185,7 +185,7 @@ void refill(const Cache& c, i64 group, Buffers& out, const std::optional<Others>
 }  // namespace
 
 // Called for each layer: one comparison while nothing has changed.
-void check_current(Cache& c, i64 group, Buffers& batch) {
+void check_current(Allocator& c, i64 group, Buffers& batch) {
   if (batch.filled && c.changes() == batch.sizes.changes) return;
   if (!batch.filled) throw SpecError("batch: its last fill failed, or there was none; fill() it");
   i64 stale = -1;
@@ -227,14 +227,14 @@ void check_rows(const Int32s& handles, i64 rows) {
                   " or more, or leave it out");
 }
 
-void bind_batch(nb::module_& m, nb::class_<Cache>& cache) {
+void bind_batch(nb::module_& m, nb::class_<Allocator>& cache) {
   bind_buffers(m);
   cache
       .def("check_current", &check_current, "group"_a, "batch"_a,
            "StaleHandle if the tokens of the batch no longer lie where it says.")
       .def(
           "fill",
-          [](Cache& c, const Int32s& handles, const std::optional<Int32s>& new_tokens, i64 group, i64 rows,
+          [](Allocator& c, const Int32s& handles, const std::optional<Int32s>& new_tokens, i64 group, i64 rows,
              Buffers& out, const std::optional<Others>& others) {
             if (new_tokens) same_length(handles, *new_tokens);
             check_each_once(handles);
@@ -251,8 +251,8 @@ void bind_batch(nb::module_& m, nb::class_<Cache>& cache) {
           "Fills `out` for a group, and others for theirs.")
       .def(
           "step",
-          [](Cache& c, const Int32s& handles, const std::optional<Int32s>& counts, const std::optional<Int32s>& tokens,
-             i64 rows, Buffers& out, const std::optional<Others>& others) {
+          [](Allocator& c, const Int32s& handles, const std::optional<Int32s>& counts,
+             const std::optional<Int32s>& tokens, i64 rows, Buffers& out, const std::optional<Others>& others) {
             if (counts) same_length(handles, *counts);
             if (tokens) check_ids(*tokens);
             check_rows(handles, rows);

@@ -11,7 +11,7 @@
 #include "bindings/arrays.h"
 
 namespace kvmem {
-class Cache;
+class Allocator;
 
 // Python's lock comes back to the thread; `state` is what PyEval_SaveThread() returned. A thread that comes back when
 // the interpreter is ending never gets it: Python ends such a thread by unwinding its stack, which no destructor
@@ -46,12 +46,12 @@ void bind_drivers(nanobind::module_& m);  // bindings_drivers.cpp
 void bind_core(nanobind::module_& m);     // bindings_core.cpp
 void bind_prefix_options(nanobind::module_& m);
 void bind_token_blocks(nanobind::module_& m);
-void bind_prefix(nanobind::class_<Cache>& cache);                          // bindings_prefix.cpp
-void bind_requests(nanobind::module_& m, nanobind::class_<Cache>& cache);  // bindings_requests.cpp
-void bind_batch(nanobind::module_& m, nanobind::class_<Cache>& cache);     // bindings_batch.cpp
-void bind_events(nanobind::module_& m);                                    // bindings_events.cpp
-void bind_eviction(nanobind::module_& m);                                  // bindings_eviction.cpp
-void bind_scope(nanobind::module_& m);                                     // bindings_scope.cpp
+void bind_prefix(nanobind::class_<Allocator>& cache);                          // bindings_prefix.cpp
+void bind_requests(nanobind::module_& m, nanobind::class_<Allocator>& cache);  // bindings_requests.cpp
+void bind_batch(nanobind::module_& m, nanobind::class_<Allocator>& cache);     // bindings_batch.cpp
+void bind_events(nanobind::module_& m);                                        // bindings_events.cpp
+void bind_eviction(nanobind::module_& m);                                      // bindings_eviction.cpp
+void bind_scope(nanobind::module_& m);                                         // bindings_scope.cpp
 
 // Arrays never convert: a conversion would let writes to a wrong-typed output vanish into a temporary copy.
 template <class T, int D = 1>

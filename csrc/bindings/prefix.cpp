@@ -1,4 +1,4 @@
-// The part of kvmem._core.Cache that is about shared content; and TokenBlocks, which its index keeps token ids in:
+// The part of kvmem._core.Allocator that is about shared content; and TokenBlocks, which its index keeps token ids in:
 // bound by itself so that what it promises can be tested without a cache.
 
 #include <nanobind/ndarray.h>
@@ -39,8 +39,8 @@ PrefixKey key_of(const nb::bytes& salt, const nb::bytes& extra_key) {
 }
 
 // It could not be computed to its end: said before anything is opened for it.
-void check_prompt(const Cache& c, i64 n) {
-  const GroupGeometry& group = c.geometry().groups[c.token_group()];
+void check_prompt(const Allocator& c, i64 n) {
+  const GroupGeometry& group = c.groups()[c.groups().token_group()];
   if (group.growth != Growth::token || n <= group.max_tokens) return;
   throw SpecError("tokens: got a prompt of " + std::to_string(n) + "; a sequence can hold " +
                   std::to_string(group.max_tokens) +
@@ -104,11 +104,12 @@ void bind_token_blocks(nb::module_& m) {
       .def_prop_ro("bits", &TokenBlocks::bits, "Of one id.");
 }
 
-void bind_prefix(nb::class_<Cache>& cache) {
+void bind_prefix(nb::class_<Allocator>& cache) {
   cache
       .def(
           "admit",
-          [](Cache& c, const TokenIds& tokens, const nb::bytes& salt, const nb::bytes& extra_key, nb::handle sequence) {
+          [](Allocator& c, const TokenIds& tokens, const nb::bytes& salt, const nb::bytes& extra_key,
+             nb::handle sequence) {
             check_prompt(c, tokens.size());
             if (c.shares()) check_ids(tokens);  // else they are not read at all
             const PrefixKey key = key_of(salt, extra_key);
@@ -124,7 +125,7 @@ void bind_prefix(nb::class_<Cache>& cache) {
           "A new sequence: its handle, and how many tokens it has; also told to the object that stands for it.")
       .def(
           "begin",
-          [](Cache& c, const TokenIds& tokens, const nb::bytes& salt, const nb::bytes& extra_key, i64 count,
+          [](Allocator& c, const TokenIds& tokens, const nb::bytes& salt, const nb::bytes& extra_key, i64 count,
              nb::handle sequence) {
             check_prompt(c, tokens.size());
             if (c.shares()) check_ids(tokens);
@@ -141,7 +142,7 @@ void bind_prefix(nb::class_<Cache>& cache) {
           "admit() with room for `count` more tokens, or (-1) for the rest of them; else OutOfMemory.")
       .def(
           "admit_batch",
-          [](Cache& c, const TokenIds& tokens, const std::optional<Int32s>& counts, const nb::bytes& salt,
+          [](Allocator& c, const TokenIds& tokens, const std::optional<Int32s>& counts, const nb::bytes& salt,
              const nb::bytes& extra_key, const WritableInt32s& handles, const WritableInt32s& cached) {
             if (c.shares()) check_ids(tokens);
             if (counts) check_tokens(*counts, tokens);
@@ -166,17 +167,17 @@ void bind_prefix(nb::class_<Cache>& cache) {
           "cached"_a.noconvert(), "How many prompts got room.")
       .def(
           "match",
-          [](Cache& c, const TokenIds& tokens, const nb::bytes& salt, const nb::bytes& extra_key) {
+          [](Allocator& c, const TokenIds& tokens, const nb::bytes& salt, const nb::bytes& extra_key) {
             check_ids(tokens);
             const PrefixKey key = key_of(salt, extra_key);
             const WithoutGil free;
-            const PrefixMatch match = c.match(tokens.data(), tokens.size(), key);
+            const Match match = c.match(tokens.data(), tokens.size(), key);
             return std::make_pair(match.tokens, std::string(kEnds[static_cast<int>(match.end)]));
           },
           "tokens"_a.noconvert(), "salt"_a, "extra_key"_a, "How many tokens are cached, and why not more.")
       .def(
           "commit_tokens",
-          [](Cache& c, i32 handle, const TokenIds& tokens) {
+          [](Allocator& c, i32 handle, const TokenIds& tokens) {
             check_ids(tokens);
             const i32 count = to_int32(tokens.size(), "tokens");
             if (c.commit_at_hand(handle, count, tokens.data())) return;
@@ -186,7 +187,7 @@ void bind_prefix(nb::class_<Cache>& cache) {
           "handle"_a, "tokens"_a.noconvert())
       .def(
           "commit_tokens_batch",
-          [](Cache& c, const Int32s& handles, const Int32s& counts, const Int32s& tokens) {
+          [](Allocator& c, const Int32s& handles, const Int32s& counts, const Int32s& tokens) {
             same_length(handles, counts);
             check_tokens(counts, tokens);
             check_ids(tokens);
@@ -196,57 +197,57 @@ void bind_prefix(nb::class_<Cache>& cache) {
           "handles"_a.noconvert(), "counts"_a.noconvert(), "tokens"_a.noconvert())
       .def(
           "pin",
-          [](Cache& c, i64 handle, i64 tokens, nb::handle kept) {
-            i64 pinned = 0, pin = 0;
+          [](Allocator& c, i64 handle, i64 tokens, nb::handle kept) {
+            Pins::Pinned made{};
             {
               const WithoutGil free;
-              pin = c.pin(handle, tokens, &pinned);
+              made = c.pin(handle, tokens);
             }
-            keep_in(kept, "_id", pin), keep_in(kept, "num_tokens", pinned);
-            return std::make_pair(pin, pinned);
+            keep_in(kept, "_id", made.pin), keep_in(kept, "num_tokens", made.tokens);
+            return std::make_pair(made.pin, made.tokens);
           },
           "handle"_a, "tokens"_a, "pin"_a = nb::none(),
           "The first tokens of a sequence (-1: all known): a pin, and how many it keeps.")
       .def(
           "pin_tokens",
-          [](Cache& c, const TokenIds& tokens, const nb::bytes& salt, const nb::bytes& extra_key, nb::handle kept) {
+          [](Allocator& c, const TokenIds& tokens, const nb::bytes& salt, const nb::bytes& extra_key, nb::handle kept) {
             check_ids(tokens);
             const PrefixKey key = key_of(salt, extra_key);
-            i64 pinned = 0, pin = 0;
+            Pins::Pinned made{};
             {
               const WithoutGil free;
-              pin = c.pin(tokens.data(), tokens.size(), key, &pinned);
+              made = c.pin(tokens.data(), tokens.size(), key);
             }
-            keep_in(kept, "_id", pin), keep_in(kept, "num_tokens", pinned);
-            return std::make_pair(pin, pinned);
+            keep_in(kept, "_id", made.pin), keep_in(kept, "num_tokens", made.tokens);
+            return std::make_pair(made.pin, made.tokens);
           },
           "tokens"_a.noconvert(), "salt"_a, "extra_key"_a, "pin"_a = nb::none())
       .def(
           "pins",
-          [](Cache& c) {
+          [](Allocator& c) {
             std::vector<std::pair<i64, i64>> found;
-            for (const Cache::Pinned& p : c.pins()) found.emplace_back(p.pin, p.tokens);
+            for (const Pins::Pinned& p : c.pins()) found.emplace_back(p.pin, p.tokens);
             return found;
           },
           "Every pin that keeps something, and how many tokens it keeps; in the order in which they were made.")
-      .def("unpin", &Cache::unpin, "pin"_a, Free())
-      .def("snapshot", &Cache::snapshot, "handle"_a, Free())
-      .def("retain", &Cache::retain, "handle"_a, "start"_a, "end"_a, "priority"_a, "seconds"_a, Free())
+      .def("unpin", &Allocator::unpin, "pin"_a, Free())
+      .def("snapshot", &Allocator::snapshot, "handle"_a, Free())
+      .def("retain", &Allocator::retain, "handle"_a, "start"_a, "end"_a, "priority"_a, "seconds"_a, Free())
       .def(
           "retained",
-          [](Cache& c, i64 handle) {
+          [](Allocator& c, i64 handle) {
             std::vector<std::tuple<i64, i64, int, double>> ranges;
-            for (const Cache::Retention& r : c.retained(handle)) {
+            for (const Retention& r : c.retained(handle)) {
               ranges.emplace_back(r.first, r.end, r.priority, r.seconds);
             }
             return ranges;
           },
           "handle"_a, "What holds of which blocks: (first, end, priority, seconds), ascending, no block twice.")
-      .def("clear_cache", &Cache::clear_cache, Free())
+      .def("clear_cache", &Allocator::clear_cache, Free())
       .def(
           "drain_events",
-          [](Cache& c, i64 taken, i64 max, bool restart) {
-            std::shared_ptr<Cache::EventBatch> batch;
+          [](Allocator& c, i64 taken, i64 max, bool restart) {
+            std::shared_ptr<EventBatch> batch;
             {
               const WithoutGil free;
               batch = c.drain_events(taken, max, restart);

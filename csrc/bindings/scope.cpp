@@ -16,7 +16,7 @@ struct Scope {};
 
 // Its body may have freed it, and an exception of its body is what the caller shall see.
 void leave_scope(nb::handle self, nb::handle kind, nb::handle, nb::handle) {
-  auto& cache = nb::cast<Cache&>(self.attr("_core"));
+  auto& cache = nb::cast<Allocator&>(self.attr("_core"));
   const i32 handle = nb::cast<i32>(self.attr("_id"));
   const WithoutGil free;
   try {
@@ -28,7 +28,7 @@ void leave_scope(nb::handle self, nb::handle kind, nb::handle, nb::handle) {
 }
 
 // As the object's repr(), made without any code of Python's: a signal handler could raise in it.
-std::string text_of(nb::handle self, Cache& cache, i32 handle) {
+std::string text_of(nb::handle self, Allocator& cache, i32 handle) {
   std::string text = "Sequence(id=" + std::to_string(handle);
   const nb::object alloc = nb::getattr(self, "_alloc", nb::none());
   const nb::object labels = nb::getattr(alloc, "_labels", nb::none());
@@ -46,8 +46,9 @@ std::optional<std::string> forgotten(nb::handle self) {
   try {
     const nb::object core = nb::getattr(self, "_core", nb::none());
     i32 handle = 0;
-    if (!nb::isinstance<Cache>(core) || !nb::try_cast(nb::getattr(self, "_id", nb::none()), handle, false)) return {};
-    auto& cache = nb::cast<Cache&>(core);
+    if (!nb::isinstance<Allocator>(core) || !nb::try_cast(nb::getattr(self, "_id", nb::none()), handle, false))
+      return {};
+    auto& cache = nb::cast<Allocator&>(core);
     if (!cache.is_live(handle) || nb::hasattr(self, "_lent")) return {};
     return text_of(self, cache, handle);
   } catch (const Error&) {  // another thread was faster

@@ -1,5 +1,5 @@
-// What kvmem/scheduler.py is made of: kvmem.TableChanges, and the part of kvmem._core.Cache that returns them. Called
-// for every request in every step, so these take no keywords, which nanobind would look for.
+// What kvmem/scheduler.py is made of: kvmem.TableChanges, and the part of kvmem._core.Allocator that returns them.
+// Called for every request in every step, so these take no keywords, which nanobind would look for.
 
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
@@ -168,7 +168,8 @@ void bind_changes(nb::module_& m) {
 
 // ---- the calls -----------------------------------------------------------------------------------
 
-// None for the most frequent answer, that nothing was written: kvmem.allocator.scheduler has one object for all of those.
+// None for the most frequent answer, that nothing was written: kvmem.allocator.scheduler has one object for all of
+// those.
 nb::object to_python(TableWrites writes, i64 main) {
   return writes.empty() ? nb::none() : nb::cast(TableChanges{std::move(writes), static_cast<i32>(main)});
 }
@@ -176,30 +177,30 @@ nb::object to_python(TableWrites writes, i64 main) {
 // What `tell` says was written. Where nothing is to be decided the callers come without: letting Python's lock go would
 // cost more than the work.
 template <class Tell>
-nb::object told(const Cache& c, const Tell& tell) {
+nb::object told(const Allocator& c, const Tell& tell) {
   TableWrites writes;
   {
     const WithoutGil free;
     writes = tell();
   }
-  return to_python(std::move(writes), c.token_group());
+  return to_python(std::move(writes), c.groups().token_group());
 }
 
-nb::object grow(Cache& c, i32 handle, nb::handle count) {
+nb::object grow(Allocator& c, i32 handle, nb::handle count) {
   i32 more = 0;
   if (!read_int(count, &more)) throw nb::next_overload();  // a TypeError: there is none
   if (c.extend_at_hand(handle, more, true)) return nb::none();
   return told(c, [&] { return c.extend_telling(&handle, &more, 1); });
 }
 
-nb::object publish_count(Cache& c, i32 handle, nb::handle given) {
+nb::object publish_count(Allocator& c, i32 handle, nb::handle given) {
   i32 count = 0;
   if (!read_int(given, &count)) throw nb::next_overload();
   if (c.commit_at_hand(handle, count)) return nb::none();
   return told(c, [&] { return c.commit_telling(&handle, &count, 1, nullptr); });
 }
 
-nb::object publish(Cache& c, i32 handle, nb::handle tokens) {
+nb::object publish(Allocator& c, i32 handle, nb::handle tokens) {
   TokenIds ids;
   if (!ids.hold(tokens)) throw nb::next_overload();
   check_ids(ids);
@@ -208,7 +209,7 @@ nb::object publish(Cache& c, i32 handle, nb::handle tokens) {
   return told(c, [&] { return c.commit_telling(&handle, &count, 1, ids.data()); });
 }
 
-nb::object decode(Cache& c, i32 handle, nb::handle count, const std::optional<TokenIds>& tokens) {
+nb::object decode(Allocator& c, i32 handle, nb::handle count, const std::optional<TokenIds>& tokens) {
   i32 more = 0;
   if (!read_int(count, &more)) throw nb::next_overload();
   if (tokens) check_ids(*tokens);
@@ -218,12 +219,13 @@ nb::object decode(Cache& c, i32 handle, nb::handle count, const std::optional<To
   return told(c, [&] { return c.advance_telling(handle, more, ids, num_ids); });
 }
 
-nb::object grow_batch(Cache& c, const Int32s& handles, const Int32s& counts) {
+nb::object grow_batch(Allocator& c, const Int32s& handles, const Int32s& counts) {
   same_length(handles, counts);
   return told(c, [&] { return c.extend_telling(handles.data(), counts.data(), handles.size()); });
 }
 
-nb::object publish_batch(Cache& c, const Int32s& handles, const Int32s& counts, const std::optional<Int32s>& tokens) {
+nb::object publish_batch(Allocator& c, const Int32s& handles, const Int32s& counts,
+                         const std::optional<Int32s>& tokens) {
   same_length(handles, counts);
   if (tokens) check_tokens(counts, *tokens);
   if (tokens) check_ids(*tokens);
@@ -233,7 +235,7 @@ nb::object publish_batch(Cache& c, const Int32s& handles, const Int32s& counts, 
 
 }  // namespace
 
-void bind_requests(nb::module_& m, nb::class_<Cache>& cache) {
+void bind_requests(nb::module_& m, nb::class_<Allocator>& cache) {
   bind_changes(m);
   cache
       .def("grow", &grow, nb::sig("def grow(self, handle: int, count: int, /) -> TableChanges | None"),
@@ -257,14 +259,14 @@ void bind_requests(nb::module_& m, nb::class_<Cache>& cache) {
                    "tokens: NDArray[numpy.int32] | None, /) -> TableChanges | None"))
       .def(
           "table",
-          [](Cache& c, i64 handle, i64 group) {
-            return to_python(c.table(handle, group), group < 0 ? c.token_group() : group);
+          [](Allocator& c, i64 handle, i64 group) {
+            return to_python(c.table(handle, group), group < 0 ? c.groups().token_group() : group);
           },
           nb::sig("def table(self, handle: int, group: int, /) -> TableChanges | None"),
           "All entries of one table, or (-1) of those of all groups; those that a window has passed are 0.")
       .def(
           "tables",
-          [](Cache& c, const Int32s& handles) {
+          [](Allocator& c, const Int32s& handles) {
             return told(c, [&] { return c.tables(handles.data(), handles.size()); });
           },
           nb::sig("def tables(self, handles: NDArray[numpy.int32], /) -> TableChanges | None"),

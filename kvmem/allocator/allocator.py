@@ -183,7 +183,7 @@ class Allocator:
         self._arenas: dict[tuple[int, int], torch.Tensor] = {}
         self._labels: dict[int, str] = {}  # of live sequences, and of some that were freed since the last listing
         self._over: weakref.WeakSet[Any] = weakref.WeakSet()  # what has a `_core` of its own, which close() takes away
-        self.core = _core.Cache(
+        self.core = _core.Allocator(
             geometry=_core.Geometry(
                 page_bytes=self.pool.page_bytes,
                 max_sequences=self.max_sequences,
@@ -797,7 +797,7 @@ class Allocator:
         core = self.core
         core.close()  # a thread that has it in hand opens no more
         _free_all(core)
-        self.core, self.pool = cast(_core.Cache, Closed()), cast(PagePool, Closed())
+        self.core, self.pool = cast(_core.Allocator, Closed()), cast(PagePool, Closed())
         for one in self._over:
             one._core = self.core
         self._arenas.clear()
@@ -868,7 +868,7 @@ def _check_batch(batch: object) -> None:
         raise SpecError(f"batch: got {batch!r:.200}; must be a batch to refill: alloc.batch(...) or make_batch(...)")
 
 
-def _free_all(core: _core.Cache) -> None:
+def _free_all(core: _core.Allocator) -> None:
     while handles := core.handles():
         try:
             core.free_batch(np.array(handles, np.int32))

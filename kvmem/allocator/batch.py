@@ -130,7 +130,7 @@ class GroupBatch:
         """all_rows_tokens: of all rows that the allocator has, 0 where it has none."""
         self.block_size = block_size
         self._max_blocks = max_blocks
-        self._core: _core.Cache | None = None
+        self._core: _core.Allocator | None = None
         self._group = 0
         self._views: dict[str, tuple[int, torch.Tensor]] = {}
         lengths = {
@@ -183,7 +183,7 @@ class GroupBatch:
         if self._uploaded is not None:
             self._uploaded.synchronize()
 
-    def update(self, core: _core.Cache, group: int) -> None:
+    def update(self, core: _core.Allocator, group: int) -> None:
         """Uploads what the core has changed in the buffers, on torch's current stream.
 
         core, group: what ``cascade()`` asks for shared blocks.

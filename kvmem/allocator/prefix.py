@@ -143,7 +143,7 @@ class Pin:
 
     __slots__ = ("_core", "_id", "num_tokens")
 
-    def __init__(self, core: _core.Cache, pin: int, num_tokens: int) -> None:
+    def __init__(self, core: _core.Allocator, pin: int, num_tokens: int) -> None:
         self._core = core
         self._id = pin
         self.num_tokens = num_tokens

@@ -77,7 +77,7 @@ class WatchedTokens(_Tokens):
     """
 
     @staticmethod
-    def of(tensor: torch.Tensor, core: _core.Cache, handle: int, group: int, first: int, end: int) -> torch.Tensor:
+    def of(tensor: torch.Tensor, core: _core.Allocator, handle: int, group: int, first: int, end: int) -> torch.Tensor:
         return WatchedTokens.over(tensor, (core, handle, group, first, end))
 
     def _check(self, writes: bool) -> None:

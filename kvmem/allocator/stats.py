@@ -94,7 +94,7 @@ class Stats:
         return "\n".join(parts)
 
     @classmethod
-    def of(cls, counted: _core.CacheStats, **others: Any) -> Stats:
+    def of(cls, counted: _core.AllocatorStats, **others: Any) -> Stats:
         """What the core has counted, under the same names, and ``others``."""
         names = [field.name for field in fields(cls) if field.name not in others]
         return cls(**{name: getattr(counted, name) for name in names}, **others)

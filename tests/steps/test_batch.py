@@ -189,7 +189,7 @@ WRONG_INPUT = {
 WRONG_OUTPUT = WRONG_INPUT | {"read-only": lambda n: _read_only(np.zeros(n, np.int32))}
 
 
-def _calls(core: _core.Cache, out: _core.BatchBuffers, good: np.ndarray) -> dict[str, Any]:
+def _calls(core: _core.Allocator, out: _core.BatchBuffers, good: np.ndarray) -> dict[str, Any]:
     """Every array argument of the core: its name, and the call with that one wrong."""
     wide = np.zeros(len(good), np.int64)
     return {

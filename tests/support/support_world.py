@@ -62,7 +62,7 @@ class Digest:
     had been written (what was cached there is given up then), or in the mapper.
     """
 
-    def __init__(self, core: _core.Cache) -> None:
+    def __init__(self, core: _core.Allocator) -> None:
         self.value, self.disturbed = core.digest()
 
     def __eq__(self, other: object) -> bool:

@@ -125,8 +125,8 @@ class World {
     prefix.event_capacity = layout.events;
     for (bool other : {false, true}) {
       if (other && !layout.together) break;
-      caches_.push_back(std::make_unique<Cache>(geometry_of(layout, paged != other), pool_, paged != other, kPages,
-                                                !layout.together, prefix));
+      caches_.push_back(std::make_unique<Allocator>(geometry_of(layout, paged != other), pool_, paged != other, kPages,
+                                                    !layout.together, prefix));
       if (layout.recording) caches_.back()->record();
       live_.emplace_back();
       pins_.emplace_back();
@@ -147,7 +147,7 @@ class World {
   static constexpr i64 kPages = 60;
 
   i64 below(i64 n) { return static_cast<i64>(random_() % static_cast<std::uint64_t>(n)); }
-  Cache& cache() { return *caches_[now_]; }
+  Allocator& cache() { return *caches_[now_]; }
   Tokens& any() { return live_[now_][static_cast<std::size_t>(below(static_cast<i64>(live_[now_].size())))]; }
 
   std::vector<i32> prompt(i64 length) {
@@ -315,7 +315,7 @@ class World {
     BatchBuffers out;
     out.max_sequences = 2 * kMaxSequences;
     out.max_new_tokens = out.max_indices = out.max_blocks = 4096;
-    std::vector<BatchMarks> marks(cache().geometry().groups.size(), BatchMarks(out));
+    std::vector<BatchMarks> marks(cache().groups().count(), BatchMarks(out));
     std::vector<GroupBuffers> groups;
     for (std::size_t g = 0; g < marks.size(); ++g) groups.push_back({static_cast<i64>(g), &out, &marks[g], {}});
     const auto step = [&] {
@@ -336,8 +336,8 @@ class World {
       pins.pop_back();
       return;
     }
-    i64 pin = 0, pinned = 0;
-    if (call("pin", [&] { pin = cache().pin(any_handle_, -1, &pinned); })) pins.push_back(pin);
+    i64 pin = 0;
+    if (call("pin", [&] { pin = cache().pin(any_handle_, -1).pin; })) pins.push_back(pin);
   }
 
   void release(std::size_t which) {
@@ -350,7 +350,7 @@ class World {
   const Layout& layout_;
   std::mt19937_64 random_;
   std::shared_ptr<PagePool> pool_;
-  std::vector<std::unique_ptr<Cache>> caches_;
+  std::vector<std::unique_ptr<Allocator>> caches_;
   std::size_t now_ = 0;  // the one that is called
   std::vector<std::vector<Tokens>> live_;
   std::vector<std::vector<i64>> pins_;

@@ -24,20 +24,20 @@ void World::kept(Random&, i64 pin, i64 pinned, i64 key, const std::vector<i32>& 
 
 void World::pin(Random& random) {
   if (side_->pins.size() >= 6) return unpin(random);
-  i64 pinned = 0, pin = 0;
+  kvmem::Pins::Pinned made{};
   if (random.one_in(2)) {
     Live* l = any(random);
     if (!l) return;
     const i64 tokens = random.one_in(2) ? -1 : random.below(l->known + 1);
     note(text(l->handle) + " to " + text(tokens));
-    const Outcome outcome = call(random, true, [&] { pin = side_->cache->pin(l->handle, tokens, &pinned); });
-    if (outcome == Outcome::done) kept(random, pin, pinned, l->key, l->ids);
+    const Outcome outcome = call(random, true, [&] { made = side_->cache->pin(l->handle, tokens); });
+    if (outcome == Outcome::done) kept(random, made.pin, made.tokens, l->key, l->ids);
   } else {
     const std::vector<i32> ids = prompt(random);
     const i64 key = any_key(random), n = static_cast<i64>(ids.size());
     note(text(n) + " tokens");
-    const Outcome outcome = call(random, true, [&] { pin = side_->cache->pin(ids.data(), n, key_of(key), &pinned); });
-    if (outcome == Outcome::done) kept(random, pin, pinned, key, ids);
+    const Outcome outcome = call(random, true, [&] { made = side_->cache->pin(ids.data(), n, key_of(key)); });
+    if (outcome == Outcome::done) kept(random, made.pin, made.tokens, key, ids);
   }
 }
 
@@ -150,7 +150,7 @@ void World::verify(Random& random) {
 
 // What must be refused, whatever there is.
 void World::illegal(Random& random) {
-  Cache& cache = *side_->cache;
+  Allocator& cache = *side_->cache;
   const Live* l = any(random);
   const i32 handle = l ? l->handle : 0, one = 1;
   const i32 stale = handle ^ 0x40000000;
@@ -205,7 +205,7 @@ void World::finish() {
     progress_.evicted += side_->cache->stats().evicted_blocks;
     side_->cache->clear_cache();
     side_->verify_events(random);
-    const CacheStats s = side_->cache->stats();
+    const AllocatorStats s = side_->cache->stats();
     if (s.used_bytes != 0 || s.cached_blocks != 0 || s.pinned_blocks != 0 || s.shared_bytes != 0) {
       throw Failure("end: with nothing live or cached, " + text(s.used_bytes) + " bytes are used, " +
                     text(s.shared_bytes) + " shared, " + text(s.cached_blocks) + " blocks cached, " +

@@ -16,7 +16,7 @@ void Side::verify_finite(const Live& l, i64 from) {
 
 // Paged: to the end of the last block, behind which the table names the trash block. All of it was zeroed, unless the
 // sequence itself has written there: before it has grown again, or tokens that it has now.
-void Side::compare_finite(Cache& in, const Live& l, i64 from, const char* where) {
+void Side::compare_finite(Allocator& in, const Live& l, i64 from, const char* where) {
   for (i64 g = 0; g < groups(); ++g) {
     const GroupGeometry& group = geometry.groups[g];
     if (group.growth != Growth::token || l.tokens() == l.fronts[g]) continue;

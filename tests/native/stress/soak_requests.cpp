@@ -176,8 +176,9 @@ void World::step_batch(Random& random) {
   const i64 n = static_cast<i64>(rows.size());
   const i64 padded = random.one_in(4) ? random.between(n, params_.max_sequences) : 0;
   const Outcome outcome = call(random, false, [&] {
+    GroupBuffers group{side_->token_group(), &out_, marks_.get(), {}};
     side_->cache->step(handles.data(), counts.data(), n, told ? ids.data() : nullptr,
-                       told ? static_cast<i64>(ids.size()) : 0, padded, out_, *marks_);
+                       told ? static_cast<i64>(ids.size()) : 0, padded, &group, 1);
   });
   if (outcome != Outcome::done) return after_refusal(random, outcome);
   side_->follow();

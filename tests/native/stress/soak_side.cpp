@@ -16,7 +16,7 @@ Side::Side(const Params& world, const Promises& held_to, i64 side, bool is_paged
       router(geometry) {
   geometry = with_unit(geometry, world.shares ? shared_unit(geometry) : 0);  // as the cache has it
   limit_pages = world.allocators == 1 ? world.pages : std::max<i64>(4, world.pages * 3 / 4);
-  cache = std::make_unique<Cache>(geometry, pool, paged, limit_pages, world.allocators == 1, world.prefix());
+  cache = std::make_unique<Allocator>(geometry, pool, paged, limit_pages, world.allocators == 1, world.prefix());
   for (std::size_t g = geometry.groups.size(); g-- > 0;) {
     if (geometry.groups[g].growth == Growth::token) token_group_ = static_cast<i64>(g);
     if (geometry.groups[g].growth == Growth::fixed) state_group_ = static_cast<i64>(g);
@@ -27,7 +27,7 @@ Side::Side(const Params& world, const Promises& held_to, i64 side, bool is_paged
   PrefixOptions none;
   none.on = false;
   replica_pool = std::make_shared<PagePool>(world.page_bytes, world.most_pages, make_host_driver(), world.create_ahead);
-  replica = std::make_unique<Cache>(geometry, replica_pool, paged, world.most_pages, true, none);
+  replica = std::make_unique<Allocator>(geometry, replica_pool, paged, world.most_pages, true, none);
 }
 
 std::string Side::name(const Live& live) const {
@@ -82,7 +82,7 @@ void Side::write_next(Live& l, i64 count, Random& random) {
   verify_finite(l, before);
   if (l.tokens() > 0) l.cut = 0;  // of none, nothing is loaded
   const auto write = [](u64* at, u64 word) { *at = word; };
-  for (Cache* in : {cache.get(), replica.get()}) {
+  for (Allocator* in : {cache.get(), replica.get()}) {
     if (in) each_word(*in, l, write, before, false);
   }
   if (params.eager_states && count > 0) write_state(l, l.tokens());
@@ -100,7 +100,7 @@ void Side::write_state(Live& l, i64 tokens) {
   if (!l.has_state) return;
   l.state = tokens == 0 ? first_writer(number, l.key) : l.writers[tokens - 1];
   const auto write = [](u64* at, u64 word) { *at = word; };
-  for (Cache* in : {cache.get(), replica.get()}) {
+  for (Allocator* in : {cache.get(), replica.get()}) {
     if (in) each_word(*in, l, write, l.tokens(), true);
   }
 }
@@ -143,7 +143,7 @@ i64 Side::found(const std::vector<i32>& ids, i64 key) {
 
 // The first and last word of each token from `from` on, or of the states, in each arena.
 template <class Touch>
-void Side::each_word(Cache& in, const Live& l, Touch touch, i64 from, bool states) {
+void Side::each_word(Allocator& in, const Live& l, Touch touch, i64 from, bool states) {
   for (i64 g = 0; g < groups(); ++g) {
     const GroupGeometry& group = geometry.groups[g];
     if ((group.growth == Growth::fixed) != states) continue;
@@ -166,7 +166,7 @@ void Side::each_word(Cache& in, const Live& l, Touch touch, i64 from, bool state
   }
 }
 
-void Side::compare_content(Cache& in, const Live& l, const char* where) {
+void Side::compare_content(Allocator& in, const Live& l, const char* where) {
   i64 wrong = 0;
   const auto compare = [&wrong](const u64* at, u64 word) { wrong += *at != word; };
   each_word(in, l, compare, 0, false);
@@ -217,7 +217,7 @@ void Side::verify_all() {
 
 void Side::follow() {
   if (!replica) return;
-  CacheStats here;
+  AllocatorStats here;
   std::vector<Op> ops = cache->take_ops();
   do {  // the mapper may fail between two calls, which the first to look takes back: again until nothing came between
     try {
@@ -236,7 +236,7 @@ void Side::follow() {
       if (a[0] != b[0] || a[1] != b[1]) throw Failure("replica: " + name(l) + " has other lengths there");
     }
   }
-  const CacheStats there = replica->stats();
+  const AllocatorStats there = replica->stats();
   const auto compare = [](const char* what, i64 a, i64 b) {
     if (a != b) throw Failure("replica: " + std::to_string(b) + " " + what + ", not " + std::to_string(a));
   };
@@ -265,7 +265,7 @@ u64 Side::tables_digest() {
 
 void Side::verify_books() {
   for (const std::string& what : cache->check()) throw Failure("check: " + what);
-  const CacheStats s = cache->stats();
+  const AllocatorStats s = cache->stats();
   const auto must = [](bool holds, const char* what) {
     if (!holds) throw Failure(std::string("stats: ") + what);
   };
@@ -310,7 +310,7 @@ void Side::verify_found(const Live& l) {
 void Side::verify_events(Random& random) {
   if (params.event_capacity == 0 || !cache->shares()) return;
   const i64 most = random.one_in(3) ? random.below(20) : -1;
-  const std::shared_ptr<Cache::EventBatch> batch = cache->drain_events(taken_events, most, random.one_in(20));
+  const std::shared_ptr<EventBatch> batch = cache->drain_events(taken_events, most, random.one_in(20));
   taken_events = batch->number;
   router.follow(batch->records, batch->roots);
   if (!promises.events || params.partial || most >= 0) return;

@@ -62,7 +62,7 @@ class Side {
   const bool paged;
   kvmem::Geometry geometry;
   std::shared_ptr<kvmem::PagePool> pool, replica_pool;
-  std::unique_ptr<kvmem::Cache> cache, replica;
+  std::unique_ptr<kvmem::Allocator> cache, replica;
   std::vector<Live> live;
   std::vector<Pinned> pins;
   std::vector<Prefix> committed;  // some of what was committed at some time
@@ -73,9 +73,9 @@ class Side {
 
  private:
   template <class Touch>
-  void each_word(kvmem::Cache& in, const Live& live, Touch touch, i64 from, bool states);
-  void compare_finite(kvmem::Cache& in, const Live& live, i64 from, const char* where);
-  void compare_content(kvmem::Cache& in, const Live& live, const char* where);
+  void each_word(kvmem::Allocator& in, const Live& live, Touch touch, i64 from, bool states);
+  void compare_finite(kvmem::Allocator& in, const Live& live, i64 from, const char* where);
+  void compare_content(kvmem::Allocator& in, const Live& live, const char* where);
   std::string name(const Live& live) const;
 
   i64 token_group_ = 0, state_group_ = -1;

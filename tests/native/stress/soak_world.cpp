@@ -207,7 +207,7 @@ bool World::has_memory_to_spare() const {
   // comes to that, nor is what is pinned.
   const i64 parked = params_.max_sequences + params_.cached_rows - static_cast<i64>(side_->live.size());
   if (!side_->paged && (parked < rows || !side_->pins.empty())) return false;
-  const CacheStats s = side_->cache->stats();
+  const AllocatorStats s = side_->cache->stats();
   const i64 room = pool_->room_pages(), mapped = s.mapped_bytes / params_.page_bytes;
   return room >= needed && side_->limit_pages - mapped >= needed;
 }

@@ -82,7 +82,7 @@ struct Tokens {
 
 class Worker {
  public:
-  Worker(Cache& cache, unsigned seed, int number)
+  Worker(Allocator& cache, unsigned seed, int number)
       : cache_(cache), random_(seed), next_writer_(static_cast<std::uint64_t>(number + 1) << 40) {}
 
   void run(std::chrono::steady_clock::time_point end) {
@@ -178,9 +178,8 @@ class Worker {
       return;
     }
     const Tokens& t = owned_[below(owned_.size())];
-    i64 pinned = 0;
     try {
-      if (below(2)) pin_ = cache_.pin(t.handle, -1, &pinned);
+      if (below(2)) pin_ = cache_.pin(t.handle, -1).pin;
     } catch (const SpecError&) {  // it fills no block yet, or what its window needs is gone
     }
   }
@@ -192,7 +191,8 @@ class Worker {
     if (below(2)) {
       cache_.extend(&t.handle, &n, 1, -1);
     } else {
-      cache_.step(&t.handle, &n, 1, nullptr, 0, 0, out_, marks_);
+      GroupBuffers group{0, &out_, &marks_, {}};
+      cache_.step(&t.handle, &n, 1, nullptr, 0, 0, &group, 1);
     }
     const bool told = below(30) != 0;
     std::vector<i32> ids(n);
@@ -223,7 +223,8 @@ class Worker {
   void each_token(const Tokens& t, i64 from, Touch touch) {
     const i64 end = static_cast<i64>(t.writers.size());
     if (from == end) return;
-    cache_.fill(&t.handle, 1, nullptr, 0, 0, out_, marks_);
+    GroupBuffers group{0, &out_, &marks_, {}};
+    cache_.fill(&t.handle, 1, nullptr, 0, &group, 1);
     for (i64 a = 0; a < 2; ++a) {
       const i32 arena = static_cast<i32>(cache_.first_arena(0) + a);
       const Address base = cache_.pool().space()->arena_base(arena);
@@ -237,7 +238,7 @@ class Worker {
     }
   }
 
-  Cache& cache_;
+  Allocator& cache_;
   std::mt19937_64 random_;
   std::uint64_t next_writer_;
   i64 pin_ = 0;
@@ -248,7 +249,7 @@ class Worker {
   BatchMarks marks_{out_};
 };
 
-bool healthy(Cache& cache) {
+bool healthy(Allocator& cache) {
   const std::vector<std::string> found = cache.check();
   for (const std::string& what : found) fail(what);
   return found.empty();
@@ -258,8 +259,9 @@ int stress(unsigned seed, int seconds, int threads) {
   std::printf("stress: --seed %u --seconds %d --threads %d\n", seed, seconds, threads);
   std::fflush(stdout);
   auto pool = std::make_shared<PagePool>(kPageBytes, kBudgetPages, make_host_driver(), false);
-  auto virtual_cache = std::make_unique<Cache>(geometry_of(false), pool, false, kBudgetPages, false, PrefixOptions());
-  auto paged_cache = std::make_unique<Cache>(geometry_of(true), pool, true, kBudgetPages, false, PrefixOptions());
+  auto virtual_cache =
+      std::make_unique<Allocator>(geometry_of(false), pool, false, kBudgetPages, false, PrefixOptions());
+  auto paged_cache = std::make_unique<Allocator>(geometry_of(true), pool, true, kBudgetPages, false, PrefixOptions());
   const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(seconds);
   std::vector<std::unique_ptr<Worker>> workers;
   std::vector<std::thread> running;
