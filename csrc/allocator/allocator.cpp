@@ -141,8 +141,8 @@ std::pair<std::uint64_t, i64> Cache::digest() {
   return {state_digest(), disturbances()};
 }
 
-void Cache::check_unchanged(std::uint64_t before, i64 disturbed) const {
-  if (disturbances() != disturbed || state_digest() == before) return;
+void Cache::check_unchanged(std::uint64_t before, std::size_t logged, i64 disturbed) const {
+  if (disturbances() != disturbed || (state_digest() == before && pool_->log.size() == logged)) return;
   try {
     throw;
   } catch (const std::exception& e) {
@@ -175,12 +175,12 @@ void Cache::apply_table(const Op& op, bool undo) {
       set_value(op, &Sequences::Lengths::front);
       return table_->on_front(sequences_.index(op.a), op.at, op.c, op.b, undo);
     case OpKind::open:
-      sequences_.on_open(op.a, op.d == 1);
+      sequences_.on_open(op.a, undo);
       if (op.b != 0) set_lengths(op.a, op.b, op.c);
       return;
     case OpKind::close:
       if (op.b != 0) set_lengths(op.a, 0, 0);
-      return sequences_.on_close(op.a, op.d == 1);
+      return sequences_.on_close(op.a, undo);
     case OpKind::use:
       return unuse_from(static_cast<std::size_t>(op.a));  // only ever undone
     default:
@@ -303,17 +303,14 @@ i64 Cache::fork_one(i64 parent) {
 
 void Cache::free_one(i64 index, Transaction& tx) {
   table_->close(index, tx);
-  for (i64 g = pool_->recording ? 0 : 1; g < groups_; ++g) {
+  for (i64 g = 1; g < groups_; ++g) {
     set_front(index, g, 0, tx);
     set_committed(index, g, 0, tx);
     set_length(index, g, 0, tx);
   }
-  Op close{OpKind::close, 0, sequences_.handle_of(index)};
-  if (!pool_->recording) {  // one record instead of three
-    set_front(index, 0, 0, tx);
-    close.b = sequences_.tokens(index, 0), close.c = sequences_.committed(index, 0);
-  }
-  tx.push(close);
+  set_front(index, 0, 0, tx);
+  // One record instead of three: its numbers are the lengths of group 0.
+  tx.push({OpKind::close, 0, sequences_.handle_of(index), sequences_.tokens(index, 0), sequences_.committed(index, 0)});
 }
 
 void Cache::free(const i32* handles, i64 n) {

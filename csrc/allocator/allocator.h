@@ -208,7 +208,8 @@ class Cache final : public TableState {
   i64 first_arena(i64 group) const { return table_->first_arena(group); }
   i64 mapped_extent_bytes(i64 group, i64 arena_in_group);
 
-  // The other half of the design: what was decided, and deciding nothing but following.
+  // The other half of the design: what was decided, and deciding nothing but following. A list that is not empty begins
+  // with a `version`.
   void record();
   std::vector<Op> take_ops();
   void apply(const std::vector<Op>& ops);
@@ -260,12 +261,13 @@ class Cache final : public TableState {
   template <class Call>
   [[gnu::noinline]] auto watched(const Call& call) {
     const std::uint64_t before = state_digest();
+    const std::size_t logged = pool_->log.size();
     const i64 disturbed = disturbances();
     const auto tried = [&] {
       try {
         return call();
       } catch (...) {
-        check_unchanged(before, disturbed);
+        check_unchanged(before, logged, disturbed);
         throw;
       }
     };
@@ -283,7 +285,7 @@ class Cache final : public TableState {
   bool follows() const { return followed_to_ == sequences_.opened(); }
   // While it stays the same, a call that fails leaves the digest as it was.
   i64 disturbances() const { return pool_->disturbed() + index_.aged(); }
-  void check_unchanged(std::uint64_t before, i64 disturbed) const;
+  void check_unchanged(std::uint64_t before, std::size_t logged, i64 disturbed) const;
   bool is_plain() const {  // one group without a window, and nobody to be told
     return groups_ == 1 && geometry_.groups[0].growth == Growth::token && geometry_.groups[0].window_tokens == 0 &&
            !geometry_.debug && !pool_->recording;
@@ -310,6 +312,8 @@ class Cache final : public TableState {
     std::vector<i64> shared;
   };
   void follow(const std::vector<Op>& ops, FollowedLengths& lengths, FollowRules& rules, Transaction& tx);
+  std::vector<Op> spelt_out(const Op& op) const;
+  void check_run(const Op& op) const;
   void follow_one(const Op& op, std::vector<Grown>* grown, Transaction& tx);
   void check_mapped(const std::vector<Op>& ops);
   void check_grown(const Grown& grown) const;
