@@ -202,6 +202,7 @@ class PagedTable final : public PagedBlocks {
       set_fence(b, tx.fence());
       const i64 first = quotient(sequences_.front(index, g), b.tokens);
       const i64 end = ceil_div(sequences_.tokens(index, g), b.tokens);
+      if (first == end) continue;  // its window holds none of them
       tx.push({OpKind::drop, static_cast<i32>(g), sequences_.handle_of(index), first, end - first});
     }
   }
