@@ -223,6 +223,14 @@ def read_bytes(at: int, bytes: int) -> bytes:
 def write_bytes(at: int, data: bytes) -> None:
     """The reverse of read_bytes."""
 
+def op_kinds() -> list[tuple[str, bool, str]]:
+    """
+    Of each kind of record that stands in a list: its name, whether a device executes it, what its numbers say.
+    """
+
+def ops_header() -> tuple[str, int, int, int, int, int]:
+    """The record that every list begins with."""
+
 class Growth(enum.Enum):
     token = 0
 

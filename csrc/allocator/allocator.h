@@ -134,7 +134,7 @@ class Allocator final : public TableState {
   std::pair<std::uint64_t, i64> digest();
   i64 mapped_extent_bytes(i64 group, i64 arena_in_group);
 
-  // --- deciding here, acting elsewhere ---
+  // --- deciding here, acting elsewhere. A list of ops that is not empty begins with a `version` ---
   void record();
   std::vector<Op> take_ops();
   void apply(const std::vector<Op>& ops);  // follow.h

@@ -4,8 +4,23 @@
 #include <string>
 
 namespace kvmem {
+namespace {
+
+// Lists that were concatenated have a version in front of each.
+void check_versions(const std::vector<Op>& ops) {
+  if (!ops.empty() && ops[0].kind != OpKind::version) {
+    throw SpecError("the ops begin with a " + std::string(row_of(ops[0].kind).name) +
+                    " record, not with their version: hand over whole lists, as take_ops() returns them");
+  }
+  for (const Op& op : ops) {
+    if (op.kind == OpKind::version) check_version(op);
+  }
+}
+
+}  // namespace
 
 void Follower::apply(const std::vector<Op>& ops) {
+  check_versions(ops);
   if (!index_.empty()) {
     throw SpecError(
         "an allocator that follows the ops of another must not know what its own sequences hold: commit "
@@ -27,19 +42,23 @@ void Follower::apply(const std::vector<Op>& ops) {
 void Follower::follow(const std::vector<Op>& ops, FollowedLengths& lengths, FollowRules& rules, Transaction& tx) {
   std::vector<Grown> grown;
   std::vector<i64> touched;  // sequences
-  for (const Op& op : ops) {
-    follow_one(op, &grown, tx);
-    lengths.note(op);
-    rules.after(op);
-    if (op.kind == OpKind::map || op.kind == OpKind::unmap) {
-      if (const i64 index = table_.sequence_at(op); index >= 0) touched.push_back(index);
-    } else if (!is_physical(op.kind) && op.kind != OpKind::close) {
-      touched.push_back(sequences_.index(op.a));
+  std::vector<Op> followed;  // each of one length, entry or run of pages
+  for (const Op& record : ops) {
+    for (const Op& op : spelt_out(record)) {
+      follow_one(op, &grown, tx);
+      lengths.note(op);
+      rules.after(op);
+      followed.push_back(op);
+      if (op.kind == OpKind::map || op.kind == OpKind::unmap) {
+        if (const i64 index = table_.sequence_at(op); index >= 0) touched.push_back(index);
+      } else if (!is_physical(op.kind) && op.kind != OpKind::close) {
+        touched.push_back(sequences_.index(op.a));
+      }
     }
   }
   rules.finish();
   bool shares = false;
-  for (const Op& op : ops) shares = note_mapped(op) || shares;
+  for (const Op& op : followed) shares = note_mapped(op) || shares;
   if (shares) table_.note_shared();
   for (const Grown& g : grown) check_grown(g);
   std::vector<bool> checked(static_cast<std::size_t>(sequences_.capacity()));
@@ -50,9 +69,57 @@ void Follower::follow(const std::vector<Op>& ops, FollowedLengths& lengths, Foll
   }
 }
 
+// The rules know records of a single length or table entry: returns those that `op` stands for.
+std::vector<Op> Follower::spelt_out(const Op& op) const {
+  if (is_private(op.kind)) throw SpecError(std::string(row_of(op.kind).name) + ": not for another allocator");
+  std::vector<Op> found;
+  switch (op.kind) {
+    case OpKind::version:
+      break;
+    case OpKind::close:
+      if (op.c != 0) found.push_back({OpKind::commit, 0, op.a, 0, op.c});
+      if (op.b != 0) found.push_back({OpKind::length, 0, op.a, 0, op.b});
+      found.push_back({OpKind::close, 0, op.a, 0, 0, op.d});
+      break;
+    case OpKind::acquire:
+      check_run(op);
+      for (i64 i = 0; i < op.c; ++i) found.push_back({OpKind::block, op.at, op.a, op.b + i, op.d + i});
+      break;
+    case OpKind::drop:
+      check_run(op);
+      for (i64 at = op.b + op.c; at-- > op.b;) {  // the last one first
+        const i64 block = table_.block_key(sequences_.index(op.a), op.at, at);
+        if (block == 0) throw SpecError("drop: entry " + std::to_string(at) + " is none");
+        found.push_back({OpKind::block, op.at, op.a, at, 0, block});
+      }
+      break;
+    default:
+      found.push_back(op);
+  }
+  return found;
+}
+
+// Which blocks are there is checked entry by entry.
+void Follower::check_run(const Op& op) const {
+  const std::string name = row_of(op.kind).name;
+  groups_.check(op.at);
+  if (table_.view(op.at).table == nullptr) throw SpecError(name + ": the virtual backend has no block table");
+  const GroupGeometry& group = groups_[op.at];
+  const i64 entries = ceil_div(group.max_tokens, group.block_tokens);
+  if (op.b < 0 || op.c <= 0 || op.c > entries || op.b > entries - op.c) {
+    throw SpecError(name + ": no entries from " + std::to_string(op.b) + ", " + std::to_string(op.c) +
+                    " of them; a sequence has " + std::to_string(entries));
+  }
+  if (op.kind == OpKind::acquire && (op.d < kTrashBlocks || op.d > group.max_blocks - op.c)) {
+    throw SpecError("acquire: no blocks from " + std::to_string(op.d) + ", " + std::to_string(op.c) +
+                    " of them; there are " + std::to_string(group.max_blocks) +
+                    ": max_sequences, max_tokens and memory must be those of the allocator whose ops are followed");
+  }
+}
+
 void Follower::check_record(const Op& op) const {
   if ((op.kind == OpKind::open || op.kind == OpKind::close) && (op.b != 0 || op.c != 0 || op.d != 0)) {
-    throw SpecError("open and close of a list name a sequence handle and carry no other number");
+    throw SpecError("open of a list names a sequence handle and carries no other number, close two lengths");
   }
   if (has_arena(op.kind) && !table_.owns(op.at)) {
     throw SpecError("no such slots: arena " + std::to_string(op.at) +

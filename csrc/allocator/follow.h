@@ -35,6 +35,8 @@ class Follower {
   };
   void follow(const std::vector<Op>& ops, FollowedLengths& lengths, FollowRules& rules, Transaction& tx);
   void follow_one(const Op& op, std::vector<Grown>* grown, Transaction& tx);
+  std::vector<Op> spelt_out(const Op& op) const;
+  void check_run(const Op& op) const;
   void check_record(const Op& op) const;
   void look_at_tails(i64 g);
   bool note_mapped(const Op& op);

@@ -243,7 +243,11 @@ void Allocator::record() {
 std::vector<Op> Allocator::take_ops() {
   const PoolLock lock = enter(true);
   std::vector<Op> ops;
-  ops.swap(pool_->log);
+  if (pool_->log.empty()) return ops;
+  ops.reserve(pool_->log.size() + 1);
+  ops.push_back({OpKind::version, 0, kOpsVersion});
+  ops.insert(ops.end(), pool_->log.begin(), pool_->log.end());
+  pool_->log.clear();
   return ops;
 }
 

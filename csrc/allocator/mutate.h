@@ -13,6 +13,7 @@ class Allocator::Watch {
   explicit Watch(const Allocator& allocator)
       : allocator_(allocator.groups_.geometry().debug ? &allocator : nullptr),
         before_(allocator_ ? allocator.state_digest() : 0),
+        logged_(allocator_ ? allocator.pool_->log.size() : 0),
         disturbed_(allocator_ ? allocator.disturbances() : 0) {}
 
   void succeeded() const {
@@ -24,7 +25,8 @@ class Allocator::Watch {
   }
   // Within the handler of what the call has thrown.
   [[gnu::cold, gnu::noinline]] void failed() const {
-    if (!allocator_ || allocator_->disturbances() != disturbed_ || allocator_->state_digest() == before_) return;
+    if (!allocator_ || allocator_->disturbances() != disturbed_) return;
+    if (allocator_->state_digest() == before_ && allocator_->pool_->log.size() == logged_) return;
     try {
       throw;
     } catch (const std::exception& e) {
@@ -44,6 +46,7 @@ class Allocator::Watch {
  private:
   const Allocator* const allocator_;
   const std::uint64_t before_;
+  const std::size_t logged_;
   const i64 disturbed_;
 };
 

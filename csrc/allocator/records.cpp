@@ -13,18 +13,14 @@ i64 SequenceRecords::open(Transaction& tx) {
 
 void SequenceRecords::close(i64 index, Transaction& tx) {
   table_.close(index, tx);
-  const bool recording = pool_.recording;
-  for (i64 g = recording ? 0 : 1; g < groups_.count(); ++g) {
+  for (i64 g = 1; g < groups_.count(); ++g) {
     set_front(index, g, 0, tx);
     set_committed(index, g, 0, tx);
     set_tokens(index, g, 0, tx);
   }
-  Op close{OpKind::close, 0, sequences_.handle_of(index)};
-  if (!recording) {  // one record instead of three
-    set_front(index, 0, 0, tx);
-    close.b = sequences_.tokens(index, 0), close.c = sequences_.committed(index, 0);
-  }
-  tx.push(close);
+  set_front(index, 0, 0, tx);
+  // One record instead of three: its numbers are the lengths of group 0.
+  tx.push({OpKind::close, 0, sequences_.handle_of(index), sequences_.tokens(index, 0), sequences_.committed(index, 0)});
 }
 
 void SequenceRecords::set_tokens(i64 index, i64 g, i64 tokens, Transaction& tx) {
@@ -82,12 +78,12 @@ void SequenceRecords::apply(const Op& op, bool undo) {
       set_value(op, &Sequences::Lengths::front);
       return table_.on_front(sequences_.index(op.a), op.at, op.c, op.b, undo);
     case OpKind::open:
-      sequences_.on_open(op.a, op.d == 1);
+      sequences_.on_open(op.a, undo);
       if (op.b != 0) set_main(op.a, op.b, op.c);
       return;
     default:  // close
       if (op.b != 0) set_main(op.a, 0, 0);
-      return sequences_.on_close(op.a, op.d == 1);
+      return sequences_.on_close(op.a, undo);
   }
 }
 

@@ -21,23 +21,20 @@ namespace {
 
 using Free = nb::call_guard<WithoutGil>;
 
-const char* const kNames[kOpKinds] = {"create", "destroy", "map",    "unmap",  "zero",   "copy",  "fence", "open",
-                                      "close",  "bind",    "unbind", "length", "commit", "front", "block"};
-
 OpKind kind_of(const std::string& name) {
-  for (int i = 0; i < kOpKinds; ++i) {
-    if (name == kNames[i]) return static_cast<OpKind>(i);
+  std::string names;
+  for (int i = 0; i < kPublicOps; ++i) {
+    if (name == kOps[i].name) return static_cast<OpKind>(i);
+    names += (i > 0 ? ", " : "") + std::string(kOps[i].name);
   }
-  throw SpecError("op kind '" + name +
-                  "' is not one of create, destroy, map, unmap, zero, copy, fence, open, close, "
-                  "bind, unbind, length, commit, front, block");
+  throw SpecError("op kind '" + name + "' is not one of " + names);
 }
+
+nb::tuple to_record(const Op& op) { return nb::make_tuple(row_of(op.kind).name, op.at, op.a, op.b, op.c, op.d); }
 
 nb::list to_records(const std::vector<Op>& ops) {
   nb::list out;
-  for (const Op& op : ops) {
-    out.append(nb::make_tuple(kNames[static_cast<int>(op.kind)], op.at, op.a, op.b, op.c, op.d));
-  }
+  for (const Op& op : ops) out.append(to_record(op));
   return out;
 }
 
@@ -59,8 +56,27 @@ std::vector<Op> from_records(const nb::sequence& records) {
       throw SpecError("an op is (kind, at, a, b, c, d): one name and five integers, the first an int32");
     }
     ops.push_back({kind_of(name), static_cast<i32>(value[0]), value[1], value[2], value[3], value[4]});
+    // At once: those that follow may be of kinds that are not known here.
+    if (ops.back().kind == OpKind::version) check_version(ops.back());
   }
   return ops;
+}
+
+void bind_ops(nb::module_& m) {
+  m.def(
+      "op_kinds",
+      [] {
+        nb::list kinds;
+        for (int i = 0; i < kPublicOps; ++i) {
+          kinds.append(nb::make_tuple(kOps[i].name, kOps[i].role == OpRole::physical, kOps[i].fields));
+        }
+        return kinds;
+      },
+      nb::sig("def op_kinds() -> list[tuple[str, bool, str]]"),
+      "Of each kind of record that stands in a list: its name, whether a device executes it, what its numbers say.");
+  m.def(
+      "ops_header", [] { return to_record({OpKind::version, 0, kOpsVersion}); },
+      nb::sig("def ops_header() -> tuple[str, int, int, int, int, int]"), "The record that every list begins with.");
 }
 
 void bind_geometry(nb::module_& m) {
@@ -378,6 +394,7 @@ nb::class_<Allocator> bind_cache(nb::module_& m) {
 }  // namespace
 
 void bind_core(nb::module_& m) {
+  bind_ops(m);
   bind_geometry(m);
   bind_pool(m);
   bind_stats(m);

@@ -193,13 +193,20 @@ void PrefixIndex::check(const std::vector<i32>& users, std::vector<std::string>*
 }
 
 // Which nodes are free is state too, since it says which comes next; but not how many more were made than were needed:
-// those stand at the end of the list, by number.
+// those stand at the end of the list, by number. Keys are left out, since each index has a secret: tokens stand for
+// them.
 void PrefixIndex::digest(Hasher& hash) const {
+  std::vector<i32> tokens(block_tokens());
   for (i64 x = 0; x < capacity(); ++x) {
     const Node& n = nodes_[x];
     if (n.ordinal < -1) continue;  // free
-    hash.add(x, n.key, n.parent, n.ordinal, n.first_child, n.next_child, n.users);
+    hash.add(x, n.parent, n.ordinal, n.first_child, n.next_child, n.users);
     hash.add(n.places, n.linked, n.released, n.pinned);
+    if (n.ordinal >= 0) {
+      tokens_.copy(static_cast<i32>(x), block_tokens(), tokens.data());
+      hash.add_all(tokens);
+      if (!tags_.empty() && tags_[x]) hash.add_text(*tags_[x]);
+    }
     if (events_.on()) hash.add(root_of_[x]);
     for (i32 w = 0; w < windows_; ++w) {
       const Part& p = part(static_cast<i32>(x), w);

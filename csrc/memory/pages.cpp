@@ -363,6 +363,10 @@ void PagePool::apply(const Op& op, bool undo) {
     case OpKind::zero:
       if (!undo) check_bytes("zero", op.at, op.a, op.b);
       break;
+    case OpKind::load:
+    case OpKind::store:
+      if (!undo) refuse_tier(op);
+      break;
     case OpKind::copy:
       if (undo) break;
       check_bytes("copy", op.at, op.a, op.c);
@@ -386,10 +390,18 @@ bool PagePool::distrust(const std::vector<Op>& ops, const Space::Progress& progr
   disturbed_ += give_up;
   for (const Op& op : ops) {
     if (!give_up || op.kind != OpKind::evict) continue;
-    PageOwner& owner = *arenas_[op.at].owner;
+    PageOwner& owner = owner_numbered(op.at);
     if (owner.can_give_up(op)) owner.on_content(op, false);
   }
   return give_up;
+}
+
+void PagePool::refuse_tier(const Op& op) const {
+  const std::string name = row_of(op.kind).name;
+  check_bytes(name.c_str(), op.at, op.a, op.c);
+  if (op.b < 0) throw SpecError(name + ": no slot " + std::to_string(op.b) + " of a tier");
+  throw SpecError(name + ": slot " + std::to_string(op.b) +
+                  " of a tier, and this allocator has none; only one with the same tiers can follow");
 }
 
 // Of the free ones among these pages.
@@ -460,7 +472,7 @@ void PagePool::let_go() {
 }
 
 void PagePool::digest(Hasher& hash) const {
-  hash.add(budget_pages_, present_pages_, mapped_pages_, fence_, recording, log.size());
+  hash.add(budget_pages_, present_pages_, mapped_pages_, fence_);
   for (std::size_t page = 0; page < refs_.size(); ++page) {
     if (refs_[page] >= 0) hash.add(page, refs_[page], content_[page]);
   }

@@ -59,7 +59,7 @@ class PageOwner {
   i64 owned_pages = 0;  // distinct pages mapped in its arenas
   i64 limit_pages = 0;  // and how many that may be
   i64 piece_pages = 1;  // how many it gives up in about a millisecond
-  i32 number = 0;       // counts the owners of a pool, from 0
+  i32 number = 0;       // counts the owners of a pool, from 0; private records carry it
 };
 
 class PagePool {
@@ -139,7 +139,7 @@ class PagePool {
 
   // --- state: called by Transaction only ---
   void apply(const Op& op, bool undo);
-  void apply_private(const Op& op, bool undo) { arenas_[op.at].owner->on_content(op, undo); }
+  void apply_private(const Op& op, bool undo) { owner_numbered(op.at).on_content(op, undo); }
   void on_taken_back() {
     let_go();
     for (PageOwner* owner : owners_) owner->on_taken_back();
@@ -192,6 +192,12 @@ class PagePool {
   static constexpr i32 kClean = -1;
   static constexpr i32 kGarbage = -2;
 
+  // A page table that is there. Mostly the first: a pool has few.
+  PageOwner& owner_numbered(i32 number) const {
+    std::size_t i = 0;
+    while (owners_[i]->number != number) ++i;
+    return *owners_[i];
+  }
   void grow_books(i64 pages);
   void let_go();
   i64 find_free(i64 near) const;
@@ -201,6 +207,7 @@ class PagePool {
   void set_unmapped(const Op& op);
   void check_slots(const char* kind, const Op& op) const;
   void check_bytes(const char* kind, i32 arena, i64 offset, i64 bytes) const;
+  [[noreturn]] void refuse_tier(const Op& op) const;  // load and store: nothing executes them yet
   [[noreturn]] void refuse(const PageOwner& owner, i64 asked) const;
 
   const i64 page_bytes_;

@@ -356,6 +356,9 @@ void Space::run_one(const Op& op) {
       if (marks_.back().event == 0) marks_.pop_back();
       break;
     }
+    case OpKind::load:
+    case OpKind::store:
+      throw SpecError(std::string(row_of(op.kind).name) + ": this space has no tier");
     default:
       break;
   }

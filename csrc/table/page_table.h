@@ -3,7 +3,7 @@
 // sequence). Everything else (lengths, transactions, batches, accounting) is written once, in cache.cpp.
 //
 // Functions that take a Transaction only push records; the state changes in on_map, on_unmap, on_content and apply. Of
-// two kinds there are many in a step (hold, show): whoever decides them changes the state and notes the record.
+// two kinds there are many in a step (hold, acquire): what decides them changes the state and notes the record.
 #pragma once
 
 #include <algorithm>
@@ -34,16 +34,16 @@ struct Found {
 // Items that the eviction order passes over for a while, since evicting them would free nothing that is asked for.
 class Aside {
  public:
-  Aside(const PrefixIndex& index, i32 arena, Transaction& tx) : index_(index), arena_(arena), tx_(tx) {}
+  Aside(const PrefixIndex& index, i32 owner, Transaction& tx) : index_(index), owner_(owner), tx_(tx) {}
   bool full() const { return items_.size() >= kMost; }
   void add(Item x) {
     items_.push_back(x);
-    tx_.push({OpKind::aside, arena_, x.node, x.window});
+    tx_.push({OpKind::aside, owner_, x.node, x.window});
   }
   // Comes last. Where the transaction fails before, that takes them back.
   void put_back() {
     for (auto x = items_.rbegin(); x != items_.rend(); ++x) {
-      if (index_.is_aside(*x)) tx_.push({OpKind::back, arena_, x->node, x->window});
+      if (index_.is_aside(*x)) tx_.push({OpKind::back, owner_, x->node, x->window});
     }
     items_.clear();
   }
@@ -51,7 +51,7 @@ class Aside {
  private:
   static constexpr std::size_t kMost = 1024;  // so that a call stays short
   const PrefixIndex& index_;
-  const i32 arena_;
+  const i32 owner_;
   Transaction& tx_;
   std::vector<Item> items_;
 };
@@ -115,7 +115,7 @@ class PageTable : public PageOwner {
   virtual void set_pending(i64 index, i64 job) = 0;
   virtual i64 pending(i64 index) const = 0;
 
-  virtual void apply(const Op& op, bool undo) = 0;  // bind, unbind, block
+  virtual void apply(const Op& op, bool undo) = 0;  // bind, unbind, block, acquire, drop
   // The first token that a window still needs has changed, from `old_first` to `first`.
   virtual void on_front(i64 index, i64 group, i64 old_first, i64 first, bool undo) = 0;
   // The length has become less by another's decision: whether the tail is shared is to be seen before the next write.
@@ -188,7 +188,7 @@ class PageTable : public PageOwner {
  protected:
   // What is about to be evicted is set aside no more: taken back, it then comes to where it stood.
   void name_again(Item x, Transaction& tx) {
-    if (index_.is_aside(x)) tx.push({OpKind::back, static_cast<i32>(first_arena(0)), x.node, x.window});
+    if (index_.is_aside(x)) tx.push({OpKind::back, number, x.node, x.window});
   }
   PageTable(PrefixIndex& index, const Geometry& geometry)
       : index_(index),

@@ -821,7 +821,9 @@ class Allocator:
     # --- deciding here, acting elsewhere ---
 
     def take_ops(self) -> list[Op]:
-        """What was decided since the last call (``kvmem.allocator.ops``). Needs ``record_ops=True``."""
+        """What was decided since the last call (``kvmem.allocator.ops``), behind the version of its form; empty where
+        nothing was. ``SpecError`` unless the allocator was made with ``record_ops=True``.
+        """
         self.core.check_process()
         if not self._recording:
             raise SpecError("take_ops: nothing was recorded; make the allocator with record_ops=True")
@@ -833,7 +835,8 @@ class Allocator:
         Both are made with the same spec, backend, sizes (``memory`` too, and ``set_memory()`` is called on both),
         ``interleave``, ``zero``, guard and ``cached_rows``; prefix_cache may differ, since this one commits no ids.
 
-        ``SpecError`` when the list does not follow from this allocator's state, or does not explain what it does to
+        ``SpecError`` when the list is of another version (``ops.HEADER``), does not follow from this allocator's state,
+        names a slot of a tier (``load``, ``store``), which no allocator has yet, or does not explain what it does to
         memory (``csrc/table/follow.h``): a write to memory that somebody has, a live sequence that would lose a token
         or the memory under it, ids that do not exist. A ``DeviceError`` leaves the books as they were; but a list of
         several calls may have written by then to memory that a sequence had before them, so make the follower anew.

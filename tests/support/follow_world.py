@@ -44,16 +44,18 @@ def make(name: str, backend: str, **options: Any) -> kvmem.Allocator:
 class Leader:
     """Decides; ``ids`` holds the token ids of each live sequence, reserved ones included."""
 
-    def __init__(self, name: str, backend: str, **options: Any) -> None:
-        self.alloc = make(name, backend, device="meta", record_ops=True, **options)
+    def __init__(self, name: str, backend: str, *, record_ops: bool = True, **options: Any) -> None:
+        self.alloc = make(name, backend, record_ops=record_ops, **{"device": "meta", **options})
+        self.record_ops = record_ops
         self.ids: dict[int, list[int]] = {}
         self.sequences: dict[int, kvmem.Sequence] = {}
         self.written: dict[int, int] = {}  # how many tokens of each hold what they should
         self.state_at: dict[int, int] = {}  # and how many its state has seen, 0 where it is to be written
+        self.ahead: set[int] = set()  # whose state may have seen tokens that were cut off
         self.has_state = name == "hybrid"
 
     def step(self, rng: random.Random) -> list[list[Any]]:
-        """One call, or one that ran out of memory; what it decided."""
+        """One call, or one that ran out of memory; what it decided, where that is recorded."""
         verbs = ["open", "open", "extend", "extend", "commit", "commit", "fork", "truncate", "free", "trim", "compact",
                  "snapshot"]  # fmt: skip
         try:
@@ -61,7 +63,7 @@ class Leader:
         except kvmem.OutOfMemory:
             if self.sequences:
                 self._free(rng)
-        return [list(op) for op in self.alloc.take_ops()]
+        return [list(op) for op in self.alloc.take_ops()] if self.record_ops else []
 
     def _pick(self, rng: random.Random) -> kvmem.Sequence | None:
         return self.sequences[rng.choice(sorted(self.sequences))] if self.sequences else None
@@ -87,6 +89,8 @@ class Leader:
         if sequence := self._pick(rng):
             first, end = sequence.num_committed_tokens, sequence.num_tokens
             sequence.commit(self.ids[sequence.id][first : rng.choice([end, end, rng.randint(first, end)])])
+            if sequence.num_committed_tokens > first:
+                self.ahead.discard(sequence.id)
 
     def _fork(self, rng: random.Random) -> None:
         sequence = self._pick(rng)
@@ -97,6 +101,7 @@ class Leader:
             self.sequences[child.id], self.ids[child.id] = child, list(self.ids[sequence.id])
             self.written[child.id] = min(self.written[sequence.id], child.num_tokens)
             self.state_at[child.id] = self.state_at[sequence.id]
+            self.ahead |= {child.id} if sequence.id in self.ahead else set()
 
     def _truncate(self, rng: random.Random) -> None:
         if sequence := self._pick(rng):
@@ -107,6 +112,7 @@ class Leader:
                 self.ids[sequence.id] = self.ids[sequence.id][:keep]
                 self.written[sequence.id] = min(self.written[sequence.id], keep)
                 self.state_at[sequence.id] = 0
+                self.ahead.add(sequence.id)
 
     def _free(self, rng: random.Random) -> None:
         if sequence := self._pick(rng):
@@ -121,7 +127,7 @@ class Leader:
 
     def _snapshot(self, rng: random.Random) -> None:
         sequence = self._pick(rng)
-        if not self.has_state or sequence is None or self.state_at[sequence.id] == 0:
+        if not self.has_state or sequence is None or self.state_at[sequence.id] == 0 or sequence.id in self.ahead:
             return
         if sequence.num_committed_tokens == sequence.num_tokens and sequence.num_tokens % 4 == 0:
             sequence.snapshot()

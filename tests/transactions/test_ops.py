@@ -16,7 +16,7 @@ from ops_rank import digest, make, receive, send
 from support_world import BACKENDS, LONG, NOTHING, PAGE, World, checked, held, seed_from_environment
 
 import kvmem
-from kvmem.allocator.ops import KINDS
+from kvmem.allocator.ops import HEADER, KINDS
 
 ROOT = Path(__file__).resolve().parents[2]
 SUPPORT = ROOT / "tests" / "support"
@@ -87,7 +87,7 @@ def test_two_ranks_follow_a_scheduler_that_has_no_device(name: str, backend: str
         rank.close()
     assert short > 0  # it met full memory, too
     usual = {"create", "destroy", "map", "unmap", "copy", "fence", "open", "close", "length", "commit"}
-    assert kinds >= usual | ({"bind", "unbind"} if backend == "virtual" else {"block"})
+    assert kinds >= usual | ({"bind", "unbind"} if backend == "virtual" else {"block", "acquire", "drop"})
     assert kinds >= ({"front"} if name == "mixed" else set())
 
 
@@ -227,7 +227,7 @@ def test_messages_of_refused_ops() -> None:
         ([["create", 0, 0, 1, 0, 0], ["destroy", 0, 0, 2, 0, 0]], "destroy"),
     ]:
         with pytest.raises(kvmem.SpecError, match=words):
-            follower.apply(ops)
+            follower.apply([HEADER, *ops] if ops != ["open"] else ops)
         assert follower.stats().created_bytes == 0 and follower.core.handles() == []
 
 

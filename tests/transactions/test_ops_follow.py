@@ -12,6 +12,7 @@ from support_world import BACKENDS, LONG, PAGE
 from test_ops import spoilt
 
 import kvmem
+from kvmem.allocator.ops import HEADER
 
 STEPS = 160 if LONG else 40
 DAMAGED = 500 if LONG else 120
@@ -175,7 +176,7 @@ def test_a_write_to_tokens_of_somebody_is_refused_wherever_it_begins(backend: st
                 record = ["zero", arena, offset, count, 0, 0]
                 if kind == "copy":
                     record = ["copy", arena, offset, offset + 4 * 768, min(count, 768), 0]
-                for at in (0, len(ops)):
+                for at in (1, len(ops)):  # behind the header
                     with pytest.raises(kvmem.SpecError):
                         replica.alloc.apply([*ops[:at], record, *ops[at:]])
     assert replica.all_held() == before and replica.alloc.check() == []
@@ -193,16 +194,18 @@ def test_numbers_without_sense_are_refused_before_memory_is_taken(backend: str) 
         "close": ["close", 0, handle, 0, 0, 0], "length": ["length", 0, handle, 9, 8, 0],
         "commit": ["commit", 0, handle, 7, 8, 0], "front": ["front", 0, handle, 4, 0, 0],
         "block": ["block", 0, handle, 2, 5, 0], "bind": ["bind", 0, handle, 9, 0, 0],
-        "unbind": ["unbind", 0, handle, 1, 0, 0], "unmap": ["unmap", 0, 0, 0, 1, 0], "fence": ["fence", 0, 77, 0, 0, 0],
+        "unbind": ["unbind", 0, handle, 1, 0, 0], "acquire": ["acquire", 0, handle, 2, 1, 5],
+        "drop": ["drop", 0, handle, 1, 1, 0], "load": ["load", 0, 0, 0, 768, 0], "store": ["store", 0, 0, 0, 768, 0],
+        "unmap": ["unmap", 0, 0, 0, 1, 0], "fence": ["fence", 0, 77, 0, 0, 0],
     }  # fmt: skip
     books = resident_bytes()
     for kind, op in like.items():
-        for field in range(1, 5 if kind != "unmap" else 4):
+        for field in range(1, 6 if kind == "acquire" else 4 if kind == "unmap" else 5):
             for number in numbers:
                 damaged = list(op)
                 damaged[field] = number
                 try:
-                    replica.alloc.apply([damaged])
+                    replica.alloc.apply([HEADER, damaged])
                 except kvmem.SpecError:
                     assert digest(replica.alloc) == seen, damaged
                     continue
@@ -236,7 +239,7 @@ def test_no_page_of_a_live_sequence_can_be_unmapped_by_itself(name: str, backend
             for n in {1, count - first}:
                 tried += 1
                 with pytest.raises(kvmem.SpecError):
-                    replica.alloc.apply([["unmap", arena, slot + first, page + first, n, 0]])
+                    replica.alloc.apply([HEADER, ["unmap", arena, slot + first, page + first, n, 0]])
     assert tried > 5 and replica.all_held() == before and replica.alloc.check() == []
 
 
@@ -251,13 +254,13 @@ def test_a_replica_without_a_prefix_cache_has_the_rows_of_its_leader() -> None:
         replica.alloc.apply(leader.alloc.take_ops())
     fewer = Replica("full", "virtual", max_sequences=2, cached_rows=3)
     with pytest.raises(kvmem.SpecError, match="row.*cached_rows"):
-        fewer.alloc.apply([["open", 0, 1, 0, 0, 0], ["bind", 0, 1, 12, 0, 0]])
+        fewer.alloc.apply([HEADER, ["open", 0, 1, 0, 0, 0], ["bind", 0, 1, 12, 0, 0]])
     with pytest.raises(kvmem.SpecError, match="block 4000.*max_sequences, max_tokens and memory"):
-        Replica("full", "paged").alloc.apply([["open", 0, 1, 0, 0, 0], ["block", 0, 1, 0, 4000, 0]])
+        Replica("full", "paged").alloc.apply([HEADER, ["open", 0, 1, 0, 0, 0], ["block", 0, 1, 0, 4000, 0]])
     with pytest.raises(kvmem.SpecError, match="handle 9.*max_sequences"):
-        fewer.alloc.apply([["open", 0, 9, 0, 0, 0]])
+        fewer.alloc.apply([HEADER, ["open", 0, 9, 0, 0, 0]])
     with pytest.raises(kvmem.SpecError, match="arena 7.*interleave"):
-        fewer.alloc.apply([["map", 7, 0, 0, 1, 0]])
+        fewer.alloc.apply([HEADER, ["map", 7, 0, 0, 1, 0]])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

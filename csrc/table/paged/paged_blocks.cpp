@@ -95,7 +95,10 @@ bool PagedBlocks::holds(i64 index, i64 group) const {
 }
 
 void PagedBlocks::apply(const Op& op, bool undo) {
-  if (op.kind != OpKind::block) throw SpecError("bind: the paged backend has no rows");
+  const Entries entries{op.at, sequences_.place_of(op.a), op.b, op.c};
+  if (op.kind == OpKind::acquire) return acquire_again(entries);  // take_ready() has done all others
+  if (op.kind == OpKind::drop) return undo ? take_back(entries) : drop_all(entries);
+  if (op.kind != OpKind::block) throw SpecError(std::string(row_of(op.kind).name) + ": the paged backend has no rows");
   const i64 index = sequences_.index(op.a);
   if (op.at < 0 || op.at >= groups_) throw SpecError("block: no group " + std::to_string(op.at));
   Blocks& b = blocks_[op.at];
@@ -307,31 +310,27 @@ i64 PagedBlocks::take_ready(Blocks& b, i32* entry) {
 }
 
 i64 PagedBlocks::take_ready(Blocks& b, i64 most, i32* entries) {
-  i64 taken = 0;
-  while (taken < most && !b.ready.empty()) {
-    const i64 first = b.ready.first(), n = std::min(b.ready.run(first), most - taken);
-    for (i64 k = 0; k < n; ++k) {
-      entries[taken + k] = static_cast<i32>(first + k);
-      b.info[first + k].refs = 1;
-    }
-    b.ready.remove(first, n);
-    count<1, 0>(b, first, n);
-    taken += n;
+  const i64 first = b.ready.first(), n = std::min(b.ready.run(first), most);
+  for (i64 k = 0; k < n; ++k) {
+    entries[k] = static_cast<i32>(first + k);
+    b.info[first + k].refs = 1;
   }
-  return taken;
+  b.ready.remove(first, n);
+  count<1, 0>(b, first, n);
+  return n;
 }
 
-// Undoes hide(). They may have been anything.
-void PagedBlocks::show(const Entries& e) {
+// Undoes drop_all(). They may have been anything.
+void PagedBlocks::acquire_again(const Entries& e) {
   Blocks& b = blocks_[e.group];
   const i32* entries = &b.table[e.index * b.per_sequence + e.first];
   for (i64 i = 0; i < e.count; ++i) acquire(b, entries[i], true);
   --version_[e.index * groups_ + e.group];
-  hidden_.pop_back();
+  dropped_.pop_back();
 }
 
-void PagedBlocks::hide(const Entries& e) {
-  hidden_.push_back(e);  // first: it may find no memory
+void PagedBlocks::drop_all(const Entries& e) {
+  dropped_.push_back(e);  // first: it may find no memory
   Blocks& b = blocks_[e.group];
   const i32* entries = &b.table[e.index * b.per_sequence + e.first];
   // What becomes of a block that its last user leaves; of others, nothing.
@@ -380,18 +379,15 @@ void PagedBlocks::take_back(const Entries& e) {
   forget_room(e.index, e.group);
 }
 
-void PagedBlocks::wipe_hidden() {
-  for (const Entries& e : hidden_) {
+void PagedBlocks::wipe_dropped() {
+  for (const Entries& e : dropped_) {
     Blocks& b = blocks_[e.group];
     std::fill_n(&b.table[e.index * b.per_sequence + e.first], e.count, 0);
   }
-  hidden_.clear();
+  dropped_.clear();
 }
 
 void PagedBlocks::on_content(const Op& op, bool undo) {
-  const Entries entries{op.d, op.a, op.b, op.c};
-  if (op.kind == OpKind::show) return show(entries);  // take_ready() has done all others
-  if (op.kind == OpKind::hide) return undo ? take_back(entries) : hide(entries);
   const i32 node = static_cast<i32>(op.a);
   switch (op.kind) {
     case OpKind::shift:

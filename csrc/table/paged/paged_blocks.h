@@ -105,7 +105,7 @@ class PagedBlocks : public PageTable {
   }
   void finish(bool committed) override {
     let_go(false);
-    if (!hidden_.empty()) wipe_hidden();
+    if (!dropped_.empty()) wipe_dropped();
     finish_cuts();
     index_.finish(committed);
   }
@@ -186,7 +186,7 @@ class PagedBlocks : public PageTable {
   // them that others read are copied before it grows. So no block ever belongs to two nodes.
   i64 first_of_tail(const Blocks& b, i64 tokens) const { return quotient(tokens, b.unit) * b.parts; }
   i64 end_of_tail(const Blocks& b, i64 tokens) const { return ceil_div(tokens, b.tokens); }
-  // The next ready block, or the next `most` as far as there are, become these entries; returns how many.
+  // The next ready block, or the next run of at most so many, becomes these entries; returns how many.
   i64 take_ready(Blocks& b, i32* entry);
   i64 take_ready(Blocks& b, i64 most, i32* entries);
   // The node's tokens, or the given part of them, lie in the block from now on; and the inverse. The first part comes
@@ -223,8 +223,8 @@ class PagedBlocks : public PageTable {
     i64 group, block;
     bool in_use;  // it counts as one more reference
   };
-  std::vector<Kept> kept_;       // by keep_bytes()
-  std::vector<Entries> hidden_;  // by the transaction in progress; they stand in the table until it ends
+  std::vector<Kept> kept_;        // by keep_bytes()
+  std::vector<Entries> dropped_;  // by the transaction in progress; they stand in the table until it ends
 
   i64 group_of(i64 a) const {
     i64 g = 0;
@@ -256,10 +256,10 @@ class PagedBlocks : public PageTable {
     kept_.clear();
   }
   void shift(i64 g, i32 node, i64 from, i64 to);
-  void show(const Entries& entries);
-  void hide(const Entries& entries);
+  void acquire_again(const Entries& entries);
+  void drop_all(const Entries& entries);
   void take_back(const Entries& entries);
-  void wipe_hidden();
+  void wipe_dropped();
   void move(i64 g, const std::vector<BlockMove>& moves, Transaction& tx);
   void use_last(Blocks& b);
   void change(const Op& op, bool mapped);

@@ -196,7 +196,7 @@ void PagedBlocks::move(i64 g, const std::vector<BlockMove>& moves, Transaction& 
   for (const BlockMove& move : moves) {
     now[move.from] = move.to;
     if (const i32 node = b.info[move.from].node; node != kNoNode) {
-      tx.push({OpKind::shift, arena(0), node, g, move.to, move.from});
+      tx.push({OpKind::shift, number, node, g, move.to, move.from});
     }
   }
   for (i64 index = 0; index < sequences_.capacity(); ++index) {

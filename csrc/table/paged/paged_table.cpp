@@ -33,11 +33,7 @@ class PagedTable final : public PagedBlocks {
     if (has_cut(index, group, new_tokens)) zero_cut(index, group, old_tokens, new_tokens, tx);
     const i64 end = ceil_div(new_tokens, b.tokens);
     for (i64 ordinal = ceil_div(old_tokens, b.tokens), n = 0; ordinal < end; ordinal += n) {
-      if (pool_.recording) {
-        set(index, group, ordinal, take(group, end - ordinal, tx), tx), n = 1;
-      } else {
-        n = take_run(index, group, ordinal, end - ordinal, tx);
-      }
+      n = take_run(index, group, ordinal, end - ordinal, tx);
     }
   }
 
@@ -181,7 +177,7 @@ class PagedTable final : public PagedBlocks {
     for (i64 g = 0; g < groups_; ++g) {
       if (geometry_.groups[g].growth != Growth::fixed || block_of(chain.back(), g) != 0) continue;
       const i64 fresh = take(g, 1, tx);
-      tx.push({OpKind::hold, arena(0), chain.back(), g, fresh});
+      tx.push({OpKind::hold, number, chain.back(), g, fresh});
       list_snapshot(blocks_[g], fresh);
       copy_block(g, entry(index, g, 0), fresh, 1, tx);
     }
@@ -206,11 +202,8 @@ class PagedTable final : public PagedBlocks {
       set_fence(b, tx.fence());
       const i64 first = quotient(sequences_.front(index, g), b.tokens);
       const i64 end = ceil_div(sequences_.tokens(index, g), b.tokens);
-      if (!pool_.recording) {
-        tx.push({OpKind::hide, arena(0), index, first, end - first, g});
-      } else {
-        for (i64 ordinal = end; ordinal-- > first;) set(index, g, ordinal, 0, tx);
-      }
+      if (first == end) continue;  // its window holds none of them
+      tx.push({OpKind::drop, static_cast<i32>(g), sequences_.handle_of(index), first, end - first});
     }
   }
 
@@ -225,7 +218,7 @@ class PagedTable final : public PagedBlocks {
 
   i64 spill(i64 pages, bool content, Transaction& tx) override {
     const i64 held = held_pages();
-    Aside aside(index_, arena(0), tx);
+    Aside aside(index_, number, tx);
     for (Item x; content && spare_pages_ - held < pages && (x = index_.victim()).node != kNoNode;) {
       if (free_page_of(x, tx)) continue;
       if (aside.full()) break;
@@ -248,7 +241,7 @@ class PagedTable final : public PagedBlocks {
       if (*expected == 0) tx.expect(*expected = kAtOnce);
       --*expected;
       hold(g, p.node, own, part, false);
-      tx.note({OpKind::hold, arena(0), p.node, g, own, part});
+      tx.note({OpKind::hold, number, p.node, g, own, part});
     } else {
       *expected = 0;
       set_fence(blocks_[g], tx.fence());
@@ -270,7 +263,7 @@ class PagedTable final : public PagedBlocks {
 
   void evict_of(i32 node, i64 g, Transaction& tx) {
     for (i64 part = blocks_[g].parts; part-- > 0;) {
-      tx.push({OpKind::evict, arena(0), node, g, block_of(node, g, part), part});
+      tx.push({OpKind::evict, number, node, g, block_of(node, g, part), part});
     }
   }
 
@@ -353,7 +346,7 @@ class PagedTable final : public PagedBlocks {
       i64 block = b.snapshots.first();
       while (block != 0 && index_.pinned(b.info[block].node)) block = b.snapshots.next(block);
       if (block == 0) continue;
-      tx.push({OpKind::evict, arena(0), b.info[block].node, g, block});
+      tx.push({OpKind::evict, number, b.info[block].node, g, block});
       return true;
     }
     return false;
@@ -431,13 +424,6 @@ class PagedTable final : public PagedBlocks {
     }
   }
 
-  void zero_runs(const Blocks& b, const i32* entries, i64 n, Transaction& tx) {
-    for (i64 i = 0, run = 0; i < n; i += run) {
-      for (run = 1; i + run < n && entries[i + run] == entries[i] + run;) ++run;
-      zero_blocks(b, entries[i], run, tx);
-    }
-  }
-
   // Zeroes [tokens, end of what was cut off) in the block that `old_tokens` cut; any later one is new, and zero.
   void zero_cut(i64 index, i64 group, i64 old_tokens, i64 tokens, Transaction& tx) {
     const Blocks& b = blocks_[group];
@@ -454,16 +440,16 @@ class PagedTable final : public PagedBlocks {
     forget_cut(index, group);
   }
 
-  // Entries from `first` on become the next ready blocks, `most` at most; returns how many.
+  // Entries from `first` on become the next run of ready blocks, `most` at most; returns how many.
   i64 take_run(i64 index, i64 group, i64 first, i64 most, Transaction& tx) {
     Blocks& b = blocks_[group];
     if (b.ready.empty()) make_ready(group, most, tx);
+    if (zeroes_blocks()) zero_blocks(b, b.ready.first(), std::min(b.ready.run(b.ready.first()), most), tx);
     tx.expect();
     b.ready.expect(most);
     i32* const entries = &b.table[index * b.per_sequence + first];
     const i64 n = most == 1 ? take_ready(b, entries) : take_ready(b, most, entries);
-    tx.note({OpKind::show, arena(0), index, first, n, group});
-    if (zeroes_blocks()) zero_runs(b, entries, n, tx);
+    tx.note({OpKind::acquire, static_cast<i32>(group), sequences_.handle_of(index), first, n, entries[0]});
     return n;
   }
 
@@ -471,7 +457,7 @@ class PagedTable final : public PagedBlocks {
   // block that is ready; of another it goes only if a page comes free by it.
   void make_ready(i64 group, i64 wanted, Transaction& tx) {
     Blocks& b = blocks_[group];
-    Aside aside(index_, arena(0), tx);
+    Aside aside(index_, number, tx);
     while (b.ready.empty() && !back_some(group, wanted, tx)) {
       const Item x = index_.victim();
       if (x.node == kNoNode) break;

@@ -31,7 +31,7 @@ i64 VirtualTable::spill_content(i64 pages, Transaction& tx) {
     }
   };
   spill_doubles(false, PrefixIndex::kCandidates);
-  Aside aside(index_, arena(0), tx);
+  Aside aside(index_, number, tx);
   for (Item x; freed < pages && (x = index_.victim()).node != kNoNode;) {
     const i64 now = x.window < 0 ? give_up(x.node, pages - freed, tx) : give_up_window(x, tx);
     freed += std::max(now, i64{0});
@@ -281,7 +281,7 @@ i64 VirtualTable::empty_a_row(Transaction& tx) {
     cut(row, 0, tx);
     return row;
   }
-  Aside aside(index_, arena(0), tx);
+  Aside aside(index_, number, tx);
   for (Item x; (x = index_.victim()).node != kNoNode;) {
     const i64 row = x.window < 0 ? first_holder(x.node) : first_shower(x.node, x.window);
     if (rows_[row].index < 0 && can_lose(row)) {
@@ -344,7 +344,7 @@ i64 VirtualTable::pick_row(i64 tokens, i64 shown, Transaction& tx) {
 
 i64 VirtualTable::pick_victim(i64 most, Transaction& tx) {
   constexpr i64 kLooked = 8;
-  Aside aside(index_, arena(0), tx);
+  Aside aside(index_, number, tx);
   i64 best = -1;
   for (i64 looked = 0; looked < kLooked && !aside.full(); ++looked) {
     const Item x = index_.victim();

@@ -229,7 +229,7 @@ class VirtualRows : public PageTable {
   // The record by which the row shows the block no more.
   Op concealing(i64 row, i64 ordinal, i32 window) const {
     const Shown& s = shown(row, ordinal, window);
-    return {OpKind::evict,          arena(0), rows_[row].holds[ordinal].node, row, (i64{1} + window) << kWindowShift,
+    return {OpKind::evict,          number, rows_[row].holds[ordinal].node, row, (i64{1} + window) << kWindowShift,
             std::max(s.previous, 0)};
   }
   static i32 window_of(const Op& op) { return static_cast<i32>(op.c >> kWindowShift) - 1; }
@@ -287,7 +287,7 @@ class VirtualRows : public PageTable {
   Op forgetting(i64 row) const {
     const Row& r = rows_[row];
     const Hold& last = r.holds.back();
-    return {OpKind::evict, arena(0), last.node, row, r.state == last.node, std::max(last.previous, 0)};
+    return {OpKind::evict, number, last.node, row, r.state == last.node, std::max(last.previous, 0)};
   }
 
   // The row may have pages to spare from now on.

@@ -135,7 +135,7 @@ class VirtualTable final : public VirtualRows {
     const i64 windows = index_.windows() == 0 ? 0 : mapped_windows(row, index, index_.ordinal(node));
     index_.expect_places();
     hold(row, node, state, windows, 0, false);
-    tx.note({OpKind::hold, arena(0), node, row, i64{state} | windows << 1});
+    tx.note({OpKind::hold, number, node, row, i64{state} | windows << 1});
   }
   void hold_all(i64 row, const std::vector<i32>& chain, i64 count, i64 index, bool state, Transaction& tx);
   // A parked row whose content other rows hold too.
