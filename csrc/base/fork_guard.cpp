@@ -11,7 +11,7 @@
 namespace kvmem {
 namespace {
 
-// Never destroyed: drivers held by Python may be torn down after this file's statics would have been.
+// Never destroyed, because Python may destroy drivers after the static objects of this file.
 struct Descriptors {
   std::mutex mutex;
   std::vector<int> open;
@@ -21,7 +21,7 @@ Descriptors& descriptors() {
   return *all;
 }
 
-// The lock is held across fork so that the child finds the list whole.
+// The lock is held across fork(), so that the child never sees a half-changed list.
 void before_fork() { descriptors().mutex.lock(); }
 void after_fork_in_parent() { descriptors().mutex.unlock(); }
 void after_fork_in_child() {
