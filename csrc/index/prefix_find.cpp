@@ -89,7 +89,7 @@ void PrefixIndex::find_partial(i32 parent, const i32* tokens, i64 count, const s
   for (i32 x = nodes_[parent].first_child; x != kNoNode && looked < kNewest; x = nodes_[x].next_child, ++looked) {
     i64 same = tokens_.common(x, tokens, count);
     if (tag || !tags_.empty()) same = std::min(same, tokens_alike(this->tag(x).get(), tag, block_tokens()));
-    if (same == 0 || nodes_[x].places == 0) continue;
+    if (same == 0 || nodes_[x].copies == 0) continue;
     const auto no_more = [same](const PartOfBlock& other) { return other.tokens <= same; };
     found->insert(std::find_if(found->begin(), found->end(), no_more), {x, same});
   }
@@ -97,7 +97,7 @@ void PrefixIndex::find_partial(i32 parent, const i32* tokens, i64 count, const s
 
 // A page table may count places of a block that no window shows any more, since it lies before others in a row.
 bool PrefixIndex::in_memory(i32 node) const {
-  bool any = whole_ && nodes_[node].places > 0;
+  bool any = whole_ && nodes_[node].copies > 0;
   for (i32 w = 0; !whole_ && !any && w < windows_; ++w) any = has_window(node, w);
   return any;
 }
@@ -177,12 +177,12 @@ void PrefixIndex::check(const std::vector<i32>& users, std::vector<std::string>*
     if (n.users != users[x]) {
       say(x, "counted " + std::to_string(n.users) + " users, but " + std::to_string(users[x]) + " use it");
     }
-    if (n.released != (n.places > 0 && n.users == 0)) say(x, "invariant 2: its policy thinks otherwise of it");
+    if (n.released != (n.copies > 0 && n.users == 0)) say(x, "invariant 2: its policy thinks otherwise of it");
     cached += n.released;
     for (i32 w = 0; w < windows_; ++w) {
       const Part& p = part(static_cast<i32>(x), w);
-      parts[static_cast<std::size_t>(w)] += p.places > 0 && p.needs == 0;
-      if (p.places > 0 && n.places == 0) say(x, "a window group has it, though it is nowhere");
+      parts[static_cast<std::size_t>(w)] += p.copies > 0 && p.needs == 0;
+      if (p.copies > 0 && n.copies == 0) say(x, "a window group has it, though it is nowhere");
     }
     linked += n.linked;
     siblings += n.linked && parent.first_child != x;
@@ -199,11 +199,11 @@ void PrefixIndex::digest(Hasher& hash) const {
     const Node& n = nodes_[x];
     if (n.ordinal < -1) continue;  // free
     hash.add(x, n.key, n.parent, n.ordinal, n.first_child, n.next_child, n.users);
-    hash.add(n.places, n.linked, n.released, n.pinned);
+    hash.add(n.copies, n.linked, n.released, n.pinned);
     if (events_.on()) hash.add(root_of_[x]);
     for (i32 w = 0; w < windows_; ++w) {
       const Part& p = part(static_cast<i32>(x), w);
-      hash.add(p.places, p.needs, p.aside);
+      hash.add(p.copies, p.needs, p.aside);
     }
   }
   policy_->digest(hash);

@@ -47,7 +47,7 @@ PrefixIndex::PrefixIndex(i64 block_tokens, std::vector<GroupKind> groups, const 
     if (groups[g] == GroupKind::full) full_groups_.push_back(group);
     if (groups[g] == GroupKind::state) state_groups_.push_back(group);
   }
-  told_at_once_ += static_cast<std::size_t>(windows_) + state_groups_.size();
+  changes_per_op_ += static_cast<std::size_t>(windows_) + state_groups_.size();
   whole_ = windows_ == 0 || !full_groups_.empty() || !state_groups_.empty();
   items_ = windows_ + whole_;
   cached_parts_.assign(static_cast<std::size_t>(windows_), 0);
@@ -78,20 +78,20 @@ void PrefixIndex::start_retention() {
   retention_ = retention.get();
   policy_ = std::move(retention);
   for (i32 x = 0; x < capacity(); ++x) {
-    if (whole_ && nodes_[x].places > 0) retention_->follow(item(x), nodes_[x].released);
+    if (whole_ && nodes_[x].copies > 0) retention_->follow(item(x), nodes_[x].released);
     for (i32 w = 0; w < windows_; ++w) {
       if (has_window(x, w)) retention_->follow(item(x, w), needs(x, w) == 0);
     }
   }
   for (i32 x = 0; whole_ && x < capacity(); ++x) {
     const i32 parent = nodes_[x].parent;
-    if (nodes_[x].places > 0 && !is_root(parent)) retention_->lead(item(parent), item(x));
+    if (nodes_[x].copies > 0 && !is_root(parent)) retention_->lead(item(parent), item(x));
   }
 }
 
 void PrefixIndex::retain(i32 node, int priority, double seconds) {
   const Node& n = nodes_[node];
-  const bool whole = whole_ && n.places > 0;
+  const bool whole = whole_ && n.copies > 0;
   if (whole) retention_->retain(item(node), priority, seconds);
   for (i32 w = 0; w < windows_; ++w) {
     if (has_window(node, w)) retention_->retain(item(node, w), priority, seconds);
@@ -250,7 +250,7 @@ i32 PrefixIndex::add(i32 parent, const i32* tokens, const std::string* tag) {
 void PrefixIndex::unenter(i32 node) {
   Node& n = nodes_[node];
   if (--n.users > 0) return;
-  if (n.places == 0) {
+  if (n.copies == 0) {
     if (n.added) loose_.pop_back();  // else it may stand there, too: as given up, which is taken back by itself
     n.added = false;
     return prune(node);
@@ -263,13 +263,14 @@ void PrefixIndex::unenter(i32 node) {
 // Room for one more record's entries in each of the lists that a transaction fills.
 void PrefixIndex::grow_lists() {
   if (loose_.size() == loose_.capacity()) loose_.reserve(2 * loose_.size() + 16);
-  if (told_.capacity() - told_.size() < told_at_once_) told_.reserve(2 * told_.size() + told_at_once_ + 15);
+  if (changes_.capacity() - changes_.size() < changes_per_op_)
+    changes_.reserve(2 * changes_.size() + changes_per_op_ + 15);
 }
 
 void PrefixIndex::place(i32 node, i64 group, bool undo) {
   Node& n = nodes_[node];
   if (!n.linked) relink(node);  // its giving up is taken back
-  const bool first = n.places++ == 0;
+  const bool first = n.copies++ == 0;
   if (first) {
     n.released = n.users == 0;
     cached_ += n.released;
@@ -287,7 +288,7 @@ void PrefixIndex::place(i32 node, i64 group, bool undo) {
 
 void PrefixIndex::displace(i32 node, i64 group, bool undo) {
   Node& n = nodes_[node];
-  const bool last = --n.places == 0;
+  const bool last = --n.copies == 0;
   if (last) {
     if (whole_ && undo) {
       if (n.released) policy_->undo_release(item(node));
@@ -311,7 +312,7 @@ std::uint64_t PrefixIndex::part_key(i32 node, i32 window) const {
 
 void PrefixIndex::gain(i32 node, i32 window, bool undo) {
   Part& p = part(node, window);
-  if (p.places++ > 0) return;
+  if (p.copies++ > 0) return;
   const i32 id = item(node, window);
   cached_parts_[static_cast<std::size_t>(window)] += p.needs == 0;
   if (undo) {
@@ -326,7 +327,7 @@ void PrefixIndex::gain(i32 node, i32 window, bool undo) {
 
 void PrefixIndex::lose(i32 node, i32 window, bool undo) {
   Part& p = part(node, window);
-  if (--p.places > 0) return;
+  if (--p.copies > 0) return;
   const i32 id = item(node, window);
   cached_parts_[static_cast<std::size_t>(window)] -= p.needs == 0;
   if (undo) {
@@ -375,33 +376,33 @@ void PrefixIndex::note_state(i32 node, bool stored, bool undo) {
   for (i32 group : state_groups_) note({node, group, stored}, undo);
 }
 
-void PrefixIndex::tell(const Told& told) {
-  const Node& n = nodes_[told.node];
-  if (told.stored) copy_tokens(told.node, block_tokens(), block_.data());
-  const auto tell_of = [&](i32 group) {
-    if (told.stored) {
+void PrefixIndex::publish(const Change& change) {
+  const Node& n = nodes_[change.node];
+  if (change.stored) copy_tokens(change.node, block_tokens(), block_.data());
+  const auto publish_for = [&](i32 group) {
+    if (change.stored) {
       const i32 parent = is_root(n.parent) ? kNoNode : n.parent;
-      note_root(root_of_[told.node]);
-      events_.stored(told.node, parent, root_of_[told.node], group, n.ordinal, block_.data(), 0, tag(told.node));
+      note_root(root_of_[change.node]);
+      events_.stored(change.node, parent, root_of_[change.node], group, n.ordinal, block_.data(), 0, tag(change.node));
     } else {
-      events_.removed(told.node, group);
+      events_.removed(change.node, group);
     }
   };
-  if (told.group >= 0) return tell_of(told.group);
-  for (i32 group : full_groups_) tell_of(group);
+  if (change.group >= 0) return publish_for(change.group);
+  for (i32 group : full_groups_) publish_for(group);
 }
 
 void PrefixIndex::finish_changes(bool committed) {
   if (committed) {
-    for (const Told& told : told_) tell(told);
+    for (const Change& change : changes_) publish(change);
   }
-  told_.clear();
+  changes_.clear();
   while (!loose_.empty()) {
     const i32 node = loose_.back();
     loose_.pop_back();
     Node& n = nodes_[node];
     n.added = false;
-    if (n.places > 0 || n.parent == kNoNode) continue;  // taken back, or gone already
+    if (n.copies > 0 || n.parent == kNoNode) continue;  // taken back, or gone already
     const bool evicted = committed && n.users == 0;
     if (evicted) remember(n.key), ++evicted_;
     prune(node, evicted);
@@ -416,7 +417,7 @@ void PrefixIndex::prune(i32 node, bool evicted) {
     Node& n = nodes_[node];
     const i32 parent = n.parent;
     if (parent == kNoNode) {
-      leave_root(n.next_child);
+      drop_root(n.next_child);
     } else if (n.linked) {
       unlink(node);
     }
@@ -428,18 +429,18 @@ void PrefixIndex::prune(i32 node, bool evicted) {
 
 // An event will name it, the next one.
 void PrefixIndex::note_root(i32 number) {
-  if (told_number_ != number) told_root_ = &root_keys_.find(number)->second, told_number_ = number;
-  told_root_->told = events_.serial() + 1;
+  if (recent_number_ != number) recent_root_ = &root_keys_.find(number)->second, recent_number_ = number;
+  recent_root_->last_event = events_.serial() + 1;
 }
 
-void PrefixIndex::leave_root(i32 number) {
+void PrefixIndex::drop_root(i32 number) {
   const auto root = root_keys_.find(number);
   roots_.erase(root->second.flat);
   forget_roots();
   if (is_waiting(root->second)) {
     gone_roots_.push_back(number);
   } else {
-    if (told_number_ == number) told_number_ = -1;
+    if (recent_number_ == number) recent_number_ = -1;
     root_keys_.erase(root);
   }
 }
@@ -448,7 +449,7 @@ void PrefixIndex::forget_roots() {
   while (!gone_roots_.empty()) {
     const auto root = root_keys_.find(gone_roots_.front());
     if (is_waiting(root->second)) return;
-    if (told_number_ == root->first) told_number_ = -1;
+    if (recent_number_ == root->first) recent_number_ = -1;
     root_keys_.erase(root);
     gone_roots_.pop_front();
   }
@@ -460,8 +461,8 @@ void PrefixIndex::use_again(i32 node) {
   --cached_;
 }
 
-void PrefixIndex::leave_last(i32 node) {
-  if (nodes_[node].places == 0) return prune(node);
+void PrefixIndex::drop_last(i32 node) {
+  if (nodes_[node].copies == 0) return prune(node);
   if (whole_) policy_->release(item(node));
   nodes_[node].released = true;
   ++cached_;
