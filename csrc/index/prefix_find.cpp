@@ -1,4 +1,4 @@
-// What the index finds, and all that looks at it without changing it.
+// The functions of PrefixIndex that change nothing: lookups, check() and digest().
 
 #include <algorithm>
 #include <cstring>
@@ -8,7 +8,7 @@
 namespace kvmem {
 namespace {
 
-// The two halves of a product of 64-bit numbers, folded: mixes well and costs one multiplication.
+// XORs the two halves of a 128-bit product: mixes well at the cost of one multiplication.
 std::uint64_t fold(std::uint64_t a, std::uint64_t b) {
   const unsigned __int128 product = static_cast<unsigned __int128>(a) * b;
   return static_cast<std::uint64_t>(product) ^ static_cast<std::uint64_t>(product >> 64);
@@ -24,7 +24,7 @@ std::uint64_t load_pair(const i32* tokens) {
 
 }  // namespace
 
-// Both lengths are told, so that no salt can run into the extra key.
+// The length comes first, so that no salt and extra key equal another pair in one text.
 std::string PrefixIndex::flat(const PrefixKey& key) {
   return std::to_string(key.salt.size()) + ":" + key.salt + key.extra_key;
 }
@@ -33,8 +33,8 @@ std::uint64_t PrefixIndex::root_hash(const PrefixKey& key) const {
   return fold(roots_.hash_function()(flat(key)) ^ seed_, kOdd);
 }
 
-// The tokens are hashed apart from what is before them, so that the multiplications for one block of a chain do not
-// wait for those of the block before it. A factor that is secret keeps others from choosing the products.
+// The hash of a block's tokens does not depend on the blocks before it until the last step, so the multiplications of
+// successive blocks overlap. The secret factor keeps an attacker from constructing collisions.
 std::uint64_t PrefixIndex::key_after(std::uint64_t before, const i32* tokens) const {
   const i64 count = block_tokens();
   std::uint64_t h = kOdd;
@@ -53,7 +53,7 @@ i32 PrefixIndex::find_root(const PrefixKey& key) const {
   return found == roots_.end() ? kNoNode : found->second;
 }
 
-// Two tags seldom meet in one chain, so a factor for each 8 bytes is no cost.
+// Tags are rare in a chain, so one multiplication for each 8 bytes is affordable.
 std::uint64_t PrefixIndex::with_tag(std::uint64_t key, const std::string* tag) const {
   if (!tag) return key;
   std::uint64_t h = fold(tag->size() ^ seed_, kOdd);
@@ -71,7 +71,7 @@ i32 PrefixIndex::find(i32 parent, const i32* tokens, const std::string* tag) con
   return nodes_[newest].next_child == kNoNode ? kNoNode : find_sibling(parent, tokens, tag);
 }
 
-// Keys are compared first since most strangers in a bucket differ in them; the tokens decide.
+// Compares keys first, since most other nodes in a bucket differ in them; the token ids decide.
 i32 PrefixIndex::find_sibling(i32 parent, const i32* tokens, const std::string* tag) const {
   const std::uint64_t key = with_tag(key_after(nodes_[parent].key, tokens), tag);
   for (i32 x = bucket(key); x != kNoNode; x = siblings_[x].next_in_bucket) {
@@ -95,7 +95,8 @@ void PrefixIndex::find_partial(i32 parent, const i32* tokens, i64 count, const s
   }
 }
 
-// A page table may count places of a block that no window shows any more, since it lies before others in a row.
+// Without whole nodes, copies are not asked: a row counts a copy of a block that no window shows any more, because
+// other blocks of the row follow it.
 bool PrefixIndex::in_memory(i32 node) const {
   bool any = whole_ && nodes_[node].copies > 0;
   for (i32 w = 0; !whole_ && !any && w < windows_; ++w) any = has_window(node, w);
@@ -177,12 +178,13 @@ void PrefixIndex::check(const std::vector<i32>& users, std::vector<std::string>*
     if (n.users != users[x]) {
       say(x, "counted " + std::to_string(n.users) + " users, but " + std::to_string(users[x]) + " use it");
     }
-    if (n.released != (n.copies > 0 && n.users == 0)) say(x, "invariant 2: its policy thinks otherwise of it");
+    if (n.released != (n.copies > 0 && n.users == 0))
+      say(x, "invariant 2: it is released, or in use, against its counts");
     cached += n.released;
     for (i32 w = 0; w < windows_; ++w) {
       const Part& p = part(static_cast<i32>(x), w);
       parts[static_cast<std::size_t>(w)] += p.copies > 0 && p.needs == 0;
-      if (p.copies > 0 && n.copies == 0) say(x, "a window group has it, though it is nowhere");
+      if (p.copies > 0 && n.copies == 0) say(x, "a window group has a copy, but the node has none");
     }
     linked += n.linked;
     siblings += n.linked && parent.first_child != x;
@@ -192,12 +194,12 @@ void PrefixIndex::check(const std::vector<i32>& users, std::vector<std::string>*
   if (cached != cached_ || pins != pinned_) out->push_back("the counts of cached or pinned blocks are wrong");
 }
 
-// Which nodes are free is state too, since it says which comes next; but not how many more were made than were needed:
-// those stand at the end of the list, by number.
+// The free list is state, since it says which node is allocated next. Not included are the nodes at the end of the list
+// that only a growth of the tables has made.
 void PrefixIndex::digest(Hasher& hash) const {
   for (i64 x = 0; x < capacity(); ++x) {
     const Node& n = nodes_[x];
-    if (n.ordinal < -1) continue;  // free
+    if (n.ordinal < -1) continue;  // a free node
     hash.add(x, n.key, n.parent, n.ordinal, n.first_child, n.next_child, n.users);
     hash.add(n.copies, n.linked, n.released, n.pinned);
     if (events_.on()) hash.add(root_of_[x]);
