@@ -135,8 +135,8 @@ def as_int32(
     """
     if isinstance(given, torch.Tensor) and given.device.type != "cpu":
         raise SpecError(
-            f"{field}: got a tensor on {given.device}; calls that decide read {field} on the CPU: keep a copy there, "
-            "or give .cpu(), which waits for the device"
+            f"{field}: got a tensor on {given.device}; {field} is read on the CPU: pass a copy that is there, or "
+            ".cpu(), which waits for the device"
         )
     try:
         values = np.asarray(given)

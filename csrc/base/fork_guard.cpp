@@ -34,7 +34,7 @@ void after_fork_in_child() {
 void watch_forks() {
   static const int failed = pthread_atfork(before_fork, after_fork_in_parent, after_fork_in_child);
   if (failed)
-    throw DeviceError("pthread_atfork failed: a forked child could not be told apart", "pthread_atfork", failed);
+    throw DeviceError("pthread_atfork failed: a forked child could not be detected", "pthread_atfork", failed);
 }
 
 }  // namespace

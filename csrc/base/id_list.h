@@ -36,7 +36,7 @@ class IdList {
     take_out(id);
   }
 
-  // Called by the journal to undo the latest change of this list that still stands.
+  // Called by the journal to undo the latest change that is not undone yet.
   void undo_add(i64 id) { take_out(id); }
   void undo_remove(i64 id, i32 before) { insert(id, links_[before].previous, before); }
 

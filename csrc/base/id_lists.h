@@ -1,5 +1,5 @@
 // Doubly linked lists of block ids that never allocate outside reserve(). A block is in one list at most, and remove()
-// takes O(1) without being told which. Each list is a ring through its sentinel: node `list` is the sentinel, node
+// takes O(1) without a search for the list. Each list is a ring through its sentinel: node `list` is the sentinel, node
 // `lists + id` stands for block `id`. A Node may hold more data of its block, which then shares the cache line.
 #pragma once
 
@@ -78,7 +78,7 @@ class IdLists {
     return true;
   }
 
-  // Return the list of which `id` was the first, or the last, block before its latest remove(); otherwise -1. They tell
+  // Return the list of which `id` was the first, or the last, block before its latest remove(); otherwise -1. They say
   // where to reinsert a block whose former neighbours are gone.
   i32 was_first_of(i32 id) const { return sentinel(at(lists_ + id).prev); }
   i32 was_last_of(i32 id) const { return at(lists_ + id).prev < 0 ? -1 : sentinel(at(lists_ + id).next); }

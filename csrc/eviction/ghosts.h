@@ -18,7 +18,7 @@ struct Ghost {
 
 class Ghosts {
  public:
-  // Grows the table to hold at least `ghosts`; it never shrinks. Keeps all ghosts but the few that it returns, for
+  // Grows the table to hold at least `ghosts`; it never shrinks. Keeps all ghosts except the few that it returns, for
   // which their new set had no room. May throw std::bad_alloc, and has changed nothing then.
   std::vector<Ghost> resize(i64 ghosts);
   i64 size() const { return kWays * static_cast<i64>(sets_.size()); }

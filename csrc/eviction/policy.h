@@ -6,7 +6,7 @@
 // it; once released it may become the victim. The blocks of a sequence are released last block first, so under plain
 // recency a prefix outlives its extensions.
 //
-// The undo_ functions and restore() take back one call, the latest first, so that a failed call of the allocator leaves
+// The undo_ functions and restore() undo one call each, the latest first, so that a failed call of the allocator leaves
 // the eviction order as it was.
 #pragma once
 

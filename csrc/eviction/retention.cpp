@@ -20,11 +20,11 @@ RetentionPolicy::RetentionPolicy(std::unique_ptr<EvictionPolicy> base, Clock clo
 
 void RetentionPolicy::retain(i32 id, int priority, double ttl_seconds) {
   if (priority < 0 || priority >= kPriorities) {
-    throw SpecError("a retention priority is 0 to 100, not " + std::to_string(priority) +
-                    "; 50 leaves it to the policy");
+    throw SpecError("priority: got " + std::to_string(priority) +
+                    "; must be 0 to 100, where 50 lets the policy decide");
   }
   Block& block = at(id);
-  if (!block.cached) throw SpecError("retain() of block " + std::to_string(id) + ", which is not cached");
+  if (!block.cached) throw SpecError("block: got " + std::to_string(id) + "; only a cached block can be retained");
   named_ = -1;
   stop_clock(id);
   block.priority = static_cast<std::int8_t>(priority);

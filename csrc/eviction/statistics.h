@@ -55,7 +55,7 @@ class ReuseStatistics {
 
  private:
   static constexpr i32 kFirstOctave = 4;  // younger than 16 blocks is less than one request, hence one age class
-  static_assert(kFirstOctave + kAges / 2 <= 32, "OpenLives tells apart ages up to 2^32 ticks");
+  static_assert(kFirstOctave + kAges / 2 <= 32, "OpenLives distinguishes ages up to 2^32 ticks");
 
   template <class T>
   using Cells = std::array<T, kCells>;

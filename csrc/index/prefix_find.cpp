@@ -165,18 +165,19 @@ void PrefixIndex::check(const std::vector<i32>& users, std::vector<std::string>*
   for (i64 x = 0; x < capacity(); ++x) {
     const Node& n = nodes_[x];
     const auto pinned = pins_.find(static_cast<i32>(x));
-    if (n.pinned != (pinned != pins_.end())) say(x, "is pinned, or is not, against its count");
+    if (n.pinned != (pinned != pins_.end())) say(x, "its pin mark contradicts its pin count");
     if (n.pinned) pins += pinned->second;
     if (n.parent == kNoNode) continue;
     const Node& parent = nodes_[n.parent];
     const bool same_root = !events_.on() || root_of_[x] == root_of_[n.parent];
-    if (n.ordinal != parent.ordinal + 1 || !same_root) say(x, "does not continue the block before it");
+    if (n.ordinal != parent.ordinal + 1 || !same_root)
+      say(x, "its ordinal or root does not follow from the block before it");
     copy_tokens(static_cast<i32>(x), block_tokens(), block.data());
     if (find(n.parent, block.data(), tag(static_cast<i32>(x)).get()) != x)
-      say(x, "invariant 7: its own tokens do not lead to it");
-    if (idle(n)) say(x, "neither used nor in memory, and leads nowhere");
+      say(x, "invariant 7: a lookup of its tokens does not find it");
+    if (idle(n)) say(x, "it has no users, no copies and no children, but was not removed");
     if (n.users != users[x]) {
-      say(x, "counted " + std::to_string(n.users) + " users, but " + std::to_string(users[x]) + " use it");
+      say(x, "it counts " + std::to_string(n.users) + " users, but has " + std::to_string(users[x]));
     }
     if (n.released != (n.copies > 0 && n.users == 0))
       say(x, "invariant 2: it is released, or in use, against its counts");
@@ -189,8 +190,8 @@ void PrefixIndex::check(const std::vector<i32>& users, std::vector<std::string>*
     linked += n.linked;
     siblings += n.linked && parent.first_child != x;
   }
-  if (linked != linked_ || siblings != in_buckets_) out->push_back("the counts of blocks that can be found are wrong");
-  if (parts != cached_parts_) out->push_back("the counts of what windows have passed are wrong");
+  if (linked != linked_ || siblings != in_buckets_) out->push_back("the counts of linked blocks are wrong");
+  if (parts != cached_parts_) out->push_back("the counts of unreferenced window parts are wrong");
   if (cached != cached_ || pins != pinned_) out->push_back("the counts of cached or pinned blocks are wrong");
 }
 

@@ -157,7 +157,7 @@ class PrefixIndex {
   }
   void unneed(i32 node, i32 window, bool undo) {
     Part& p = part(node, window);
-    KVMEM_ASSERT(p.needs > 0, "somebody needed the part");
+    KVMEM_ASSERT(p.needs > 0, "the part is needed");
     if (--p.needs == 0 && p.copies > 0) need_no_more(node, window, undo);
   }
   // Records that the state groups have a snapshot of the node, or no longer have it, where place() does not imply that.

@@ -135,7 +135,7 @@ def key_marks(extra_key: ExtraKey) -> list[tuple[int, bytes]]:
     marks = [(position, encode_key(key)) for position, key in cast("Sequence[tuple[int, Key]]", extra_key)]
     positions = [position for position, _ in marks]
     if positions != sorted(positions) or positions[0] < 0:
-        raise SpecError(f"got positions {positions}; must be 0 or more, and none before the one that comes first")
+        raise SpecError(f"got positions {positions}; must be 0 or more, in ascending order")
     if positions[-1] >= 2**31:
         raise SpecError(f"got position {positions[-1]}; must be below 2147483648")
     return marks
