@@ -8,6 +8,8 @@
 #include <string>
 #include <vector>
 
+#include "base/check.h"
+
 namespace kvmem {
 namespace {
 
@@ -49,6 +51,7 @@ void ForkGuard::refuse(const char* what) {
 }
 
 void keep_in_parent(int fd) {
+  KVMEM_ASSERT(fd >= 0, "the descriptor is open");
   watch_forks();
   std::lock_guard<std::mutex> lock(descriptors().mutex);
   descriptors().open.push_back(fd);

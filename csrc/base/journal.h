@@ -25,12 +25,16 @@ class Journal {
   }
   // Ends the transaction: its entries can no longer be undone.
   void close() {
+    KVMEM_ASSERT(open_ && !restoring_, "a transaction is open, and not being undone");
     size_ = 0;
     open_ = false;
   }
   // While ops are undone, between begin_restoring() and end_restoring(), the journal and the lists ignore changes;
   // restore() then resets them.
-  void begin_restoring() { restoring_ = true; }
+  void begin_restoring() {
+    KVMEM_ASSERT(open_ && !restoring_, "a transaction is open, and not being undone");
+    restoring_ = true;
+  }
   bool restoring() const { return restoring_; }
   // Undoes all entries but the first `size`, newest first.
   void restore(std::size_t size);

@@ -8,6 +8,7 @@
 #include <mutex>
 #include <utility>
 
+#include "base/check.h"
 #include "base/types.h"
 
 namespace kvmem {
@@ -52,6 +53,7 @@ class PoolMutex {
 
  private:
   void count_turn() {
+    KVMEM_ASSERT(waiting_.load() > 0, "this thread was counted as waiting");
     waiting_.fetch_sub(1);
     ++turns_;
     turn_->notify_all();
