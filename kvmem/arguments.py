@@ -1,5 +1,5 @@
-"""Every check of an argument: integers, names, sizes as text, int32 arrays. Nothing is rounded, wrapped or converted
-behind the caller's back; each refusal is a ``SpecError`` that names the field and the value.
+"""All checks of arguments: integers, names, byte sizes as text, int32 arrays. No value is rounded, wrapped or converted
+silently: what a check refuses is a ``SpecError`` that names the field and the value.
 """
 
 from __future__ import annotations
@@ -23,12 +23,15 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 
-INT64_MAX: Final = 2**63 - 1  # addresses and sizes are int64 in the native half
-MAX_LAYERS: Final = 65_536  # far above any model: a larger number is a mistake, and would build a tuple of that length
+INT64_MAX: Final = 2**63 - 1  # addresses and sizes are int64 in the native module
+MAX_LAYERS: Final = 65_536  # far above any model: a larger number is a mistake, and each layer costs memory
 
 
 def check_size(field: str, value: object, least: int = 1, most: int = INT64_MAX) -> int:
-    """``value`` (numpy's too) as an int from ``least`` to ``most``. A bool or a float is a mistake of the caller."""
+    """Return ``value``, an int or a NumPy integer, as an int; ``SpecError`` unless it is from ``least`` to ``most``.
+
+    A bool or a float is refused, because it is a mistake of the caller.
+    """
     if type(value) is int and least <= value <= most:
         return value
     if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < least:
@@ -39,7 +42,7 @@ def check_size(field: str, value: object, least: int = 1, most: int = INT64_MAX)
 
 
 def check_count(field: str, value: int) -> int:
-    """An int32 for the core, which itself refuses what is negative or too much, with what there is."""
+    """Return ``value`` as an int that fits an int32. The native module checks its range against the present state."""
     if type(value) is not int and (isinstance(value, bool) or not isinstance(value, (int, np.integer))):
         raise SpecError(f"{field}: got {value!r}; must be an integer")
     if not -(2**31) <= value < 2**31:
@@ -48,7 +51,7 @@ def check_count(field: str, value: int) -> int:
 
 
 def check_group(field: str, value: int, count: int) -> int:
-    """The index of one of ``count`` groups."""
+    """Return ``value`` as the index of one of ``count`` groups."""
     index = check_size(field, value, 0)
     if index >= count:
         raise SpecError(f"{field}: got {index}; the spec has {count}, of which the last is {count - 1}")
@@ -56,7 +59,7 @@ def check_group(field: str, value: int, count: int) -> int:
 
 
 def check_seconds(field: str, value: float) -> float:
-    """A time in seconds, above 0."""
+    """Return a time in seconds, which must be above 0, as a float; ``inf`` is allowed."""
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)) or not value > 0:
         raise SpecError(f"{field}: got {value!r}; must be a time in seconds, above 0")
     try:
@@ -66,11 +69,14 @@ def check_seconds(field: str, value: float) -> float:
 
 
 def check_sizes(field: str, value: object, depth: int) -> Any:
-    """A size, or up to ``depth`` levels of non-empty tuples of sizes, all entries of one level of the same kind."""
+    """Return a size, or up to ``depth`` levels of non-empty tuples of sizes.
+
+    All entries of a level must be of the same kind: sizes, or tuples.
+    """
     if depth == 0 or not isinstance(value, (tuple, list)):
         return check_size(field, value)
     if not value:
-        raise SpecError(f"{field}: got {value!r}; a per-layer tuple needs an entry")
+        raise SpecError(f"{field}: got {value!r}; a per-layer tuple needs at least one entry")
     entries = tuple(check_sizes(f"{field}[{i}]", entry, depth - 1) for i, entry in enumerate(value))
     if len({isinstance(entry, tuple) for entry in entries}) > 1:
         raise SpecError(
@@ -122,14 +128,15 @@ def check_unique(field: str, names: Sequence[str]) -> None:
 def as_int32(
     field: str, given: Sequence[Any] | Handles | torch.Tensor, number_of: Callable[[str, Any], int] | None = None
 ) -> Handles:
-    """Integers as int32 [n], contiguous; ``SpecError`` for what would become that only by rounding or wrapping.
+    """Return integers as a contiguous int32 array [n]; ``SpecError`` for values that would be rounded or wrapped.
 
-    number_of: makes the integer of what is none; called only where there is such a thing, so integers cost the same.
+    number_of: converts an entry that is not an integer, given the field and the entry. It is called only for arrays of
+        objects, so that arrays of integers cost nothing extra.
     """
     if isinstance(given, torch.Tensor) and given.device.type != "cpu":
         raise SpecError(
-            f"{field}: got a tensor on {given.device}; calls that decide read {field} on the CPU: keep a copy there, "
-            "or give .cpu(), which waits for the device"
+            f"{field}: got a tensor on {given.device}; {field} is read on the CPU: pass a copy that is there, or "
+            ".cpu(), which waits for the device"
         )
     try:
         values = np.asarray(given)
@@ -148,7 +155,7 @@ def as_int32(
 
 
 def has_bool(given: object) -> bool:
-    """Whether a list holds a bool, which numpy makes an int of among ints."""
+    """Return whether a list holds a bool, which NumPy would silently convert to an integer."""
     return isinstance(given, (list, tuple)) and any(isinstance(one, bool) for one in given)
 
 
@@ -165,8 +172,9 @@ _UNITS |= {letter: 1024 ** (i + 1) for i, letter in enumerate("KMGTP")}
 
 
 def parse_bytes(field: str, value: int | str) -> int:
-    """Bytes from an integer, or a text: ``"20GiB"``; ``"20G"``, which is the same, as Linux tools have it (``dd``,
-    ``truncate``, systemd); ``"500MB"``, which is decimal. ``SpecError`` otherwise.
+    """Return a number of bytes from an integer or a text; ``SpecError`` for anything else.
+
+    ``"20GiB"`` and ``"20G"`` are binary, as in Linux tools (``dd``, ``truncate``, systemd); ``"500MB"`` is decimal.
     """
     if isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value >= 0:
         return check_size(field, value, 0)
@@ -180,13 +188,13 @@ def parse_bytes(field: str, value: int | str) -> int:
             f"{field}: got {value!r}, a text without a unit; write one ('{number}GiB'), or a part of what there is as "
             "a float (0.9)"
         )
-    if len(number) > 20:  # more digits than any size of bytes has, and int() reads a few thousand at most
+    if len(number) > 20:  # longer than any size in bytes; int() refuses texts of some thousand digits
         raise SpecError(f"{field}: got a number of {len(number)} digits; must be below 2**63 bytes")
     return check_size(field, int(float(number) * unit) if "." in number else int(number) * unit, 0)
 
 
 def is_fraction(field: str, value: object) -> bool:
-    """Whether ``value`` is a float, that is a part of what there is. ``SpecError`` unless above 0 and at most 1."""
+    """Return whether ``value`` is a float, i.e. a fraction of a total; ``SpecError`` unless above 0 and at most 1."""
     if not isinstance(value, (float, np.floating)):
         return False
     if not 0 < value <= 1:
@@ -195,7 +203,7 @@ def is_fraction(field: str, value: object) -> bool:
 
 
 def format_bytes(count: int) -> str:
-    """``1536`` as ``"1.5 KiB"``: three significant digits, binary units."""
+    """Return a size as text with a binary unit and three significant digits: ``1536`` as ``"1.5 KiB"``."""
     size, unit = float(count), "B"
     for unit in ("B", "KiB", "MiB", "GiB", "TiB", "PiB"):
         if abs(size) < 1024 or unit == "PiB":
@@ -205,8 +213,8 @@ def format_bytes(count: int) -> str:
 
 
 def brief(value: object) -> str:
-    """A value in a message: components by name, long things cut."""
-    if isinstance(value, int) and abs(value) >= 2**64:  # str() of some is an error
+    """Return a value as a text for a message: components by name, long texts shortened."""
+    if isinstance(value, int) and abs(value) >= 2**64:  # str() refuses integers of some thousand digits
         return f"a number of {value.bit_length()} bits"
     if isinstance(value, (tuple, list)) and value and all(hasattr(item, "name") for item in value):
         return ", ".join(item.name for item in value)

@@ -1,4 +1,6 @@
-"""The errors of kvmem. A message says what was asked, what there is, the largest that would fit, and what to change."""
+"""The errors of kvmem. A message says what was asked for, what is available, the largest value that would work, and
+what to change.
+"""
 
 from __future__ import annotations
 
@@ -6,19 +8,22 @@ __all__ = ["DeviceError", "KVMemError", "OutOfMemory", "SpecError", "StaleHandle
 
 
 class KVMemError(Exception):
-    """Base of every error kvmem raises on purpose. A call that raises one has changed nothing."""
+    """The base of every error that kvmem raises. A call that raises one has changed nothing."""
 
 
 class SpecError(KVMemError, ValueError):
-    """A cache spec, a model config or an argument that describes something that cannot be built."""
+    """An argument, a cache spec or a model config that is invalid or not supported, whatever the allocator's state."""
 
 
 class OutOfMemory(KVMemError, MemoryError):
-    """No room within the memory budget. A scheduling outcome: free or preempt something and try again."""
+    """The memory budget is exhausted. This is a scheduling outcome: free or preempt a sequence, and try again."""
 
 
 class DeviceError(KVMemError, RuntimeError):
-    """A driver call failed, or a device does not exist. ``call`` and ``code`` are the driver's own names."""
+    """A driver call failed for another reason than lack of memory, or a device does not exist.
+
+    call: the name of the driver's function, or ``""``. code: its error code, or 0.
+    """
 
     def __init__(self, message: str, call: str = "", code: int = 0) -> None:
         super().__init__(message)
@@ -27,8 +32,8 @@ class DeviceError(KVMemError, RuntimeError):
 
 
 class TierError(KVMemError, OSError):
-    """A store behind the device (host, disk, remote) failed."""
+    """A storage tier behind the device (host, disk, remote) failed."""
 
 
 class StaleHandle(KVMemError, RuntimeError):
-    """A sequence that was freed, or a handle that this allocator never gave out."""
+    """A sequence that was freed, or a handle that this allocator never returned."""

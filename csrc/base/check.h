@@ -1,5 +1,6 @@
-// KVMEM_ASSERT: what a function requires, or what holds when it is done. Debug builds (KVMEM_DEBUG) check it and abort
-// with the sentence; release builds compile nothing, so a condition may be expensive, and must have no effect.
+// KVMEM_ASSERT(condition, sentence) states a pre-condition or a post-condition. Debug builds (KVMEM_DEBUG) evaluate the
+// condition and, where it is false, print the sentence and abort. Release builds do not evaluate it, so it may be
+// expensive, and it must have no side effect.
 #pragma once
 
 #ifdef KVMEM_DEBUG

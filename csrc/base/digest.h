@@ -1,9 +1,9 @@
-// One number for all that a later call could see: what an allocator and its pool know, walked and mixed. Two states
-// with equal digests are equal but for a chance of 2^-64. Each class adds its own members, in its own file. Left out is
-// what follows from the rest (counts, caches of answers, hints where to look first), and what belongs to the call in
-// progress.
+// A digest of all state that a later call could observe: an allocator and its pool feed their members to a Hasher. Two
+// different states have equal digests with probability 2^-64. Each class feeds its own members, in its own source file.
+// Not included: what can be derived from other members (counts, cached answers, search hints), and scratch state of the
+// call in progress.
 //
-// For tests and debug builds: a refused call must leave it as it was.
+// Tests and debug builds compare digests before and after a call that failed (invariant 5).
 #pragma once
 
 #include <string>
@@ -28,7 +28,8 @@ class Hasher {
     add(text.size());
     for (const char c : text) add(static_cast<unsigned char>(c));
   }
-  // Members of a set that comes in no order: `one` is made for each, and they are summed up.
+  // Adds one member of an unordered set. The caller hashes each member with a Hasher of its own; the sum of these does
+  // not depend on their order.
   void add_member(const Hasher& one) { sum_ += one.state_ * kOdd; }
 
   std::uint64_t value() const {

@@ -8,10 +8,12 @@
 #include <string>
 #include <vector>
 
+#include "base/check.h"
+
 namespace kvmem {
 namespace {
 
-// Never destroyed: drivers held by Python may be torn down after this file's statics would have been.
+// Never destroyed, because Python may destroy drivers after the static objects of this file.
 struct Descriptors {
   std::mutex mutex;
   std::vector<int> open;
@@ -21,7 +23,7 @@ Descriptors& descriptors() {
   return *all;
 }
 
-// The lock is held across fork so that the child finds the list whole.
+// The lock is held across fork(), so that the child never sees a half-changed list.
 void before_fork() { descriptors().mutex.lock(); }
 void after_fork_in_parent() { descriptors().mutex.unlock(); }
 void after_fork_in_child() {
@@ -34,7 +36,7 @@ void after_fork_in_child() {
 void watch_forks() {
   static const int failed = pthread_atfork(before_fork, after_fork_in_parent, after_fork_in_child);
   if (failed)
-    throw DeviceError("pthread_atfork failed: a forked child could not be told apart", "pthread_atfork", failed);
+    throw DeviceError("pthread_atfork failed: a forked child could not be detected", "pthread_atfork", failed);
 }
 
 }  // namespace
@@ -49,6 +51,7 @@ void ForkGuard::refuse(const char* what) {
 }
 
 void keep_in_parent(int fd) {
+  KVMEM_ASSERT(fd >= 0, "the descriptor is open");
   watch_forks();
   std::lock_guard<std::mutex> lock(descriptors().mutex);
   descriptors().open.push_back(fd);

@@ -1,5 +1,5 @@
-// A forked child has the parent's objects but must not have its cache: device memory, mappings and contexts belong to
-// the process that made them. Whoever owns such a thing keeps a ForkGuard and asks it before each use.
+// After fork(), the child has copies of the parent's objects, but device memory, mappings and contexts belong to the
+// process that made them. An object that owns such a resource keeps a ForkGuard and checks it before each use.
 #pragma once
 
 #include <atomic>
@@ -10,16 +10,16 @@
 
 namespace kvmem {
 
-// How many forks led to this process since the library was loaded. Changed by fork_guard.cpp only.
+// The number of forks between the load of this library and this process. Only fork_guard.cpp changes it.
 inline std::atomic<std::uint64_t> forks{0};
 
 class ForkGuard {
  public:
   ForkGuard();
-  // True in a process forked after this guard was made. One atomic load. (A bare clone() without libc's fork is not
-  // seen.)
+  // Returns true in a process that was forked after this guard was made. Cost: one atomic load. A bare clone(), without
+  // libc's fork(), is not detected.
   bool forked() const { return forks.load(std::memory_order_relaxed) != generation_; }
-  // DeviceError in such a process; `what` names the owner, e.g. "the host driver".
+  // Throws DeviceError in such a process; `what` names the owner in the message, e.g. "the host driver".
   void check(const char* what) const {
     if (forked()) refuse(what);
   }
@@ -30,11 +30,12 @@ class ForkGuard {
   std::uint64_t generation_;
 };
 
-// A mutex of such an owner: whoever held it at the moment of the fork is not in the child, where nobody would open it.
+// A mutex that belongs to one process. A thread that held it at the moment of fork() does not exist in the child, so
+// the child could wait for ever: lock() and try_lock() throw DeviceError there instead.
 class ForkMutex {
  public:
   explicit ForkMutex(const char* owner) : owner_(owner) {}
-  void lock() {  // DeviceError in a forked child
+  void lock() {
     guard_.check(owner_);
     mutex_.lock();
   }
@@ -50,9 +51,10 @@ class ForkMutex {
   std::mutex mutex_;
 };
 
-// A descriptor that a forked child must not keep: a child holding a memfd would keep its memory alive after the parent
-// died. keep_in_parent() from open to close; the child closes it at once.
+// keep_in_parent() registers a file descriptor that a forked child must close at once, since a child that holds a memfd
+// keeps its memory alive after the parent has died. close_kept() unregisters the descriptor and closes it; in a forked
+// child it does nothing, because the descriptor is closed already.
 void keep_in_parent(int fd);
-void close_kept(int fd);  // close() and forget; does nothing in a forked child, where it is closed already
+void close_kept(int fd);
 
 }  // namespace kvmem

@@ -1,5 +1,5 @@
-// The numbers that the deciding half works on: what a token takes, and where. Made by kvmem/layouts.py from a
-// CacheSpec.
+// The sizes with which the deciding half calculates: how much memory a token takes, and at which offset it lies.
+// kvmem/layouts/ makes a Geometry from a CacheSpec.
 #pragma once
 
 #include <algorithm>
@@ -10,38 +10,39 @@
 namespace kvmem {
 
 enum class Growth : std::uint8_t {
-  token,    // one entry per token of the sequence
-  prefill,  // grows once, by its own count (cross attention), then stays
-  fixed,    // one entry per sequence (recurrent state)
+  token,    // one entry for each token of the sequence
+  prefill,  // one entry for each encoder token, written once at prefill (cross attention)
+  fixed,    // one entry for each sequence (recurrent state)
 };
 
 enum class Zero : std::uint8_t {
-  never,   // pages come as they are
-  fresh,   // a page that this allocator has not owned before is zeroed when it is mapped
-  always,  // besides, memory is zeroed each time it is given to a sequence
+  never,   // memory is never zeroed
+  fresh,   // a page is zeroed when it is mapped, unless this allocator has owned it before
+  always,  // as `fresh`, and memory is also zeroed each time a sequence receives it
 };
 
-// One group of layers and components whose tokens live and die together. Its tokens lie in `token_bytes.size()` arenas
-// (one for each `interleave` layers, or each part of one), token after token, `token_bytes[i]` apart in arena i.
+// A group of layers and components whose tokens live and die together. It has `token_bytes.size()` arenas, one for each
+// `interleave` layers or for each part of such a run. Tokens are contiguous in an arena, with a stride of
+// `token_bytes[i]` in arena i.
 struct GroupGeometry {
   Growth growth = Growth::token;
   i64 block_tokens = 16;  // tokens of a block
-  i64 window_tokens = 0;  // keep only what a window of this many tokens needs; 0 keeps all
-  i64 max_tokens = 0;     // the longest sequence this group can hold
-  i64 row_tokens = 0;     // virtual: tokens between the starts of two rows
-  i64 max_blocks = 0;     // paged: block ids are in [0, max_blocks)
+  i64 window_tokens = 0;  // size of the sliding window, which also bounds what is retained; 0: full attention
+  i64 max_tokens = 0;     // longest sequence that this group can hold
+  i64 row_tokens = 0;     // virtual backend: distance between the starts of two rows, in tokens
+  i64 max_blocks = 0;     // paged backend: block ids are in [0, max_blocks)
   std::vector<i64> token_bytes;
-  std::vector<i64> row_slots;    // virtual: slots of one row, per arena
-  std::vector<i64> arena_slots;  // slots of the whole arena, per arena
-  i64 shared_tokens = 0;         // whole blocks that are shared, and that a window lets go of, at once; 0: one block
+  std::vector<i64> row_slots;    // virtual backend: slots of one row, for each arena
+  std::vector<i64> arena_slots;  // slots of the whole arena, for each arena
+  i64 shared_tokens = 0;         // tokens of a sharing unit, which is whole blocks (shared_unit()); 0: one block
 };
 
-// What is shared at once of the group, and what a window of it lets go of at once.
+// Returns the granularity in tokens at which the group shares content and at which its window releases blocks.
 inline i64 unit_tokens(const GroupGeometry& group) { return std::max(group.shared_tokens, group.block_tokens); }
 
-// The first token that a window of the group still needs once `committed` are valid: the next one, at position p,
-// attends to tokens p - window + 1 .. p. Whole units before that are not needed; the guard allows for kernels that load
-// whole tiles.
+// Returns the first token that the group's window still needs once `committed` tokens are valid. The next token, at
+// position p = committed, attends to p - window + 1 .. p. The result is rounded down to a whole unit, after
+// `guard_tokens` are subtracted for kernels that load whole tiles.
 inline i64 window_first(const GroupGeometry& group, i64 guard_tokens, i64 committed) {
   if (group.window_tokens == 0) return 0;
   const i64 first = committed - group.window_tokens + 1 - guard_tokens;
@@ -51,28 +52,32 @@ inline i64 window_first(const GroupGeometry& group, i64 guard_tokens, i64 commit
 struct Geometry {
   i64 page_bytes = 0;
   i64 max_sequences = 0;
-  i64 rows = 0;  // virtual: row 0, one for each sequence, and those that may keep the content of finished ones
-  i64 tail_guard_tokens = 0;  // the frontier is kept this far ahead of the length
-  i64 map_ahead_tokens = 0;   // and the mapper maps this much further
+  i64 rows = 0;  // virtual backend: row 0, one row for each sequence, and rows that cache the content of finished ones
+  i64 tail_guard_tokens = 0;  // tokens past a sequence's length that stay mapped, for kernels that load whole tiles
+  i64 map_ahead_tokens = 0;   // further tokens that the mapper thread maps ahead of time
   Zero zero = Zero::fresh;
-  bool debug = false;  // run check() after each call that changes something
+  bool debug = false;  // run check() after each call that changes state
   std::vector<GroupGeometry> groups;
 };
 
-// Sharing works in units that are whole blocks of every group that grows with the tokens: the least common multiple of
-// their sizes. Where sizes differ, a longer unit than this is not worth its memory: nothing is shared then.
+// The longest sharing unit of groups whose block sizes differ. Above it a partly filled unit wastes more memory than
+// sharing saves, and nothing is shared.
 constexpr i64 kMostSharedTokens = 4096;
 
-// Tokens of such a unit; 0 if there is none. What is fixed after prefill depends on an input that the tokens do not
-// tell, so a model with such a group has none either; `*sizes`: whether that is due to block sizes alone.
+// Returns the sharing unit in tokens: the least common multiple of the block sizes of all groups that grow by token.
+// Returns 0 where nothing can be shared: with a `prefill` group, whose content depends on an input that the token ids
+// do not identify; or with different block sizes whose unit exceeds kMostSharedTokens, and then `*sizes` is true.
 i64 shared_unit(const Geometry& geometry, bool* sizes = nullptr);
-// With the unit noted in each group that grows with the tokens, or with none.
+// Returns `geometry` with `unit` entered in each group that grows by token, and 0 in the others.
 Geometry with_unit(Geometry geometry, i64 unit);
 
-// Blocks 0 and 1 belong to nobody. Padding rows of a batch, and table entries of dropped blocks, read block 0, which is
-// zero and stays so; padding tokens are written to block 1. In the virtual backend they lie in row 0.
+// Blocks 0 and 1 belong to no sequence. Block 0 is the null block: it is zero and stays zero, and table entries of
+// unused or out-of-window blocks and padding rows of a batch point to it. Block 1 is the padding block: padding tokens
+// are written to it. The virtual backend keeps both in row 0.
 constexpr i32 kReadTrash = 0;
 constexpr i32 kWriteTrash = 1;
 constexpr i64 kTrashBlocks = 2;
+static_assert(kReadTrash != kWriteTrash && kReadTrash < kTrashBlocks && kWriteTrash < kTrashBlocks,
+              "the null block and the padding block are the first kTrashBlocks blocks");
 
 }  // namespace kvmem

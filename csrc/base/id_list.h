@@ -1,10 +1,11 @@
-// A list of numbers above 0, the one added longest ago first. 0 is never listed (row 0 and block 0 are read-trash): it
-// is the ring's head, and what first() and next() answer at the end. Its order is state, so every change is noted in
-// the journal first, which may find no memory; nothing has changed then.
+// A doubly linked list of ids above 0, oldest first. Id 0 is never listed (row 0 and block 0 belong to no sequence): it
+// is the ring's head, so first() and next() return 0 at the end. The order of the list is state, so each change is
+// recorded in the journal before it is made. Recording may throw std::bad_alloc; the list is then unchanged.
 #pragma once
 
 #include <vector>
 
+#include "base/check.h"
 #include "base/digest.h"
 #include "base/journal.h"
 #include "base/types.h"
@@ -15,7 +16,7 @@ class IdList {
  public:
   explicit IdList(Journal& journal, i64 bound = 1) : journal_(&journal), links_(bound) { links_[0] = {0, 0}; }
 
-  // Numbers below `bound` may be added from now on. Never shrinks.
+  // Allows ids below `bound` from now on. Never shrinks.
   void reserve(i64 bound) {
     if (bound > static_cast<i64>(links_.size())) links_.resize(bound);
   }
@@ -29,12 +30,13 @@ class IdList {
   void add_before(i64 listed, i64 id) { add(id, links_[listed].previous, static_cast<i32>(listed)); }
 
   void remove(i64 id) {
+    KVMEM_ASSERT(has(id), "only a listed id can be removed");
     if (journal_->restoring()) return;
     journal_->removed(*this, id, links_[id].next);
     take_out(id);
   }
 
-  // For the journal: the latest change that still stands.
+  // Called by the journal to undo the latest change that is not undone yet.
   void undo_add(i64 id) { take_out(id); }
   void undo_remove(i64 id, i32 before) { insert(id, links_[before].previous, before); }
 
@@ -51,6 +53,7 @@ class IdList {
   void add(i64 id, i32 previous, i32 next) {
     if (journal_->restoring()) return;
     journal_->added(*this, id);
+    KVMEM_ASSERT(id > 0 && id < static_cast<i64>(links_.size()) && !has(id), "the id is in bounds and not listed yet");
     insert(id, previous, next);
   }
 

@@ -1,12 +1,12 @@
-// Lists of block ids without allocation: a block stands in one list at most, and leaves it in O(1) without knowing
-// which one it is. A list is a ring through its own sentinel, node `list`; block `id` is node `lists + id`. What else
-// is known of a block may stand in its node too, on the same cache line.
+// Doubly linked lists of block ids that never allocate outside reserve(). A block is in one list at most, and remove()
+// takes O(1) without a search for the list. Each list is a ring through its sentinel: node `list` is the sentinel, node
+// `lists + id` stands for block `id`. A Node may hold more data of its block, which then shares the cache line.
 #pragma once
 
 #include <algorithm>
-#include <cassert>
 #include <vector>
 
+#include "base/check.h"
 #include "base/digest.h"
 #include "base/types.h"
 
@@ -25,39 +25,41 @@ class IdLists {
 
   void reserve(i64 ids) {
     const std::size_t nodes = static_cast<std::size_t>(lists_ + ids);
-    nodes_.reserve(nodes);  // resize() alone would take room for twice what there was
+    nodes_.reserve(nodes);  // resize() alone would double the capacity
     nodes_.resize(nodes);
   }
   i64 ids() const { return static_cast<i64>(nodes_.size()) - lists_; }
   Node& operator[](i32 id) { return at(lists_ + id); }
   const Node& operator[](i32 id) const { return at(lists_ + id); }
   bool empty(i32 list) const { return at(list).next == list; }
-  i32 front(i32 list) const { return at(list).next - lists_; }  // of a list that is not empty, as back()
+  i32 front(i32 list) const { return at(list).next - lists_; }  // REQUIRES: the list is not empty; likewise back()
   i32 back(i32 list) const { return at(list).prev - lists_; }
 
   void push_back(i32 list, i32 id) {
+    KVMEM_ASSERT(!linked(lists_ + id), "a block is in one list at most");
     keep_place(id);
     link(lists_ + id, at(list).prev, list);
   }
   void push_front(i32 list, i32 id) {
+    KVMEM_ASSERT(!linked(lists_ + id), "a block is in one list at most");
     keep_place(id);
     link(lists_ + id, list, at(list).next);
   }
 
-  // Returns the list that became empty by it, or -1.
+  // Returns the list that became empty, or -1. The links of `id` keep their values, for undo_remove().
   i32 remove(i32 id) {
-    assert(linked(lists_ + id));
+    KVMEM_ASSERT(linked(lists_ + id), "only a listed block can be removed");
     const i32 prev = at(lists_ + id).prev, next = at(lists_ + id).next;
     at(prev).next = next;
     at(next).prev = prev;
     return prev == next && prev < lists_ ? prev : -1;
   }
 
-  // Takes the latest push of `id` back, in reverse order if there were several: out of its list, as remove() takes it.
-  // Where it stood before counts again for undo_remove(), unless thousands were pushed since.
+  // Undoes the latest push of `id`, and returns the list that became empty, or -1. Pushes are undone newest first. The
+  // links that the push overwrote are restored for undo_remove(), unless thousands of pushes happened since.
   i32 undo_push(i32 id) {
     const i32 emptied = remove(id);
-    std::size_t back = 1;  // what was pushed later is gone again without undo_push()
+    std::size_t back = 1;  // skips later pushes whose blocks were removed without undo_push()
     while (back <= known_ && pushes_[(pushed_ - back) % kPushes].id != id) ++back;
     if (back > known_) return emptied;
     pushed_ -= back, known_ -= back;
@@ -66,36 +68,38 @@ class IdLists {
     return emptied;
   }
 
-  // Takes the latest remove() of `id` back if its neighbours still stand side by side: true, and in the same place.
+  // Undoes the latest remove() of `id` and returns true; returns false, and changes nothing, where its former
+  // neighbours are no longer adjacent.
   bool undo_remove(i32 id) {
-    const i32 prev = at(lists_ + id).prev, next = at(lists_ + id).next;  // remove() leaves them as they were
+    KVMEM_ASSERT(!linked(lists_ + id), "a block is in one list at most");
+    const i32 prev = at(lists_ + id).prev, next = at(lists_ + id).next;  // remove() left them unchanged
     if (prev < 0 || !linked(prev) || !linked(next) || at(prev).next != next) return false;
     link(lists_ + id, prev, next);
     return true;
   }
 
-  // The list that `id` was the first of, or the last of, before its latest remove(); else -1. Where several left a list
-  // at one end, and some of them not at all come back, that still says where the others stood.
+  // Return the list of which `id` was the first, or the last, block before its latest remove(); otherwise -1. They say
+  // where to reinsert a block whose former neighbours are gone.
   i32 was_first_of(i32 id) const { return sentinel(at(lists_ + id).prev); }
   i32 was_last_of(i32 id) const { return at(lists_ + id).prev < 0 ? -1 : sentinel(at(lists_ + id).next); }
 
-  // No undo_remove() of `id` from now on: it is another list that it comes to.
+  // Makes undo_remove() of `id` return false, because the block will enter another list.
   void forget_place(i32 id) { at(lists_ + id).prev = -1; }
 
-  // Adds the ids of a list, in its order.
+  // Adds the ids of a list to `hash`, in order.
   void digest(i32 list, Hasher& hash) const {
     for (i32 node = at(list).next; node != list; node = at(node).next) hash.add(node - lists_);
     hash.add(-1);
   }
 
-  // The list `id` stands at the front or back of by being alone in it; -1 when it has company.
+  // Returns the list of which `id` is the only block, or -1. REQUIRES: `id` is in a list.
   i32 alone_in(i32 id) const {
     const Node& node = at(lists_ + id);
     return node.prev == node.next ? node.prev : -1;
   }
 
  private:
-  // A push, and the links that it has overwritten.
+  // One push, with the links that it overwrote.
   struct Push {
     i32 id, prev, next;
   };
@@ -120,7 +124,7 @@ class IdLists {
 
   i32 lists_;
   std::vector<Node> nodes_;
-  std::vector<Push> pushes_{kPushes};  // the latest ones, in a ring
+  std::vector<Push> pushes_{kPushes};  // ring of the latest pushes
   std::size_t pushed_ = 0, known_ = 0;
 };
 

@@ -1,5 +1,5 @@
-// A set of numbers below a bound that knows its smallest: bits, and over each 64 of them one bit that says whether any
-// of them is set, up to a single word. Every call costs at most one word of each level: four for 16 million numbers.
+// A set of ids below a bound, with fast access to the smallest one: a bitmap, and over each 64 bits one summary bit,
+// recursively up to a single word. Every call touches at most one word of each level: four levels for 16 million ids.
 #pragma once
 
 #include <algorithm>
@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "base/check.h"
 #include "base/types.h"
 #include "base/zero_vector.h"
 
@@ -16,12 +17,12 @@ namespace kvmem {
 
 class IdSet {
  public:
-  // Numbers below `bound` may be put in from now on. Never shrinks.
+  // Allows ids below `bound` from now on. Never shrinks.
   void reserve(i64 bound) {
     i64 words = std::max(i64{1}, ceil_div(bound, 64));
     for (std::size_t level = 0;; words = ceil_div(words, 64), ++level) {
       Words& bits = levels_[level];
-      if (bits.empty() && level > 0 && levels_[level - 1][0] != 0) bits.push_back(1);  // what was the top is one word
+      if (bits.empty() && level > 0 && levels_[level - 1][0] != 0) bits.push_back(1);  // summary of the former top
       if (static_cast<i64>(bits.size()) < words) bits.resize(words);
       top_ = std::max(top_, level);
       if (words <= 1) return;
@@ -31,27 +32,29 @@ class IdSet {
   bool empty() const { return levels_[top_].empty() || levels_[top_][0] == 0; }
   bool has(i64 id) const { return levels_[0][word_of(id)] >> bit_of(id) & 1; }
 
-  // The smallest. The set is not empty.
+  // Returns the smallest id. REQUIRES: the set is not empty.
   i64 first() const {
+    KVMEM_ASSERT(!empty(), "an empty set has no smallest id");
     i64 at = 0;
     for (std::size_t level = top_ + 1; level-- > 0;) at = at * 64 + __builtin_ctzll(levels_[level][at]);
     return at;
   }
 
-  // Takes it out.
+  // Removes and returns the smallest id. REQUIRES: the set is not empty.
   i64 take_first() {
     const i64 id = first();
     erase(id);
     return id;
   }
 
-  // How many are on end from `id` on, which is one of them; counts to the end of a word at most.
+  // Returns the length of the run of consecutive ids that starts at `id`, as far as the end of its word. REQUIRES: `id`
+  // is in the set.
   i64 run(i64 id) const {
     const std::uint64_t gaps = ~(levels_[0][word_of(id)] >> bit_of(id));
     return std::min(i64{64} - bit_of(id), gaps == 0 ? i64{64} : i64{__builtin_ctzll(gaps)});
   }
 
-  // The smallest above `id`, -1 if there is none.
+  // Returns the smallest id above `id`, or -1.
   i64 after(i64 id) const {
     for (std::size_t level = 0; level <= top_; ++level, id = word_of(id)) {
       const std::uint64_t above = levels_[level][word_of(id)] >> bit_of(id) >> 1;
@@ -66,7 +69,7 @@ class IdSet {
   void insert(i64 id) { add(word_of(id), std::uint64_t{1} << bit_of(id)); }
   void erase(i64 id) { remove(word_of(id), std::uint64_t{1} << bit_of(id)); }
 
-  // The `count` numbers from `id` on.
+  // The same for the `count` ids from `id` on.
   void insert(i64 id, i64 count) {
     each_word(id, count, [this](i64 at, std::uint64_t mask) { add(at, mask); });
   }
@@ -77,7 +80,7 @@ class IdSet {
  private:
   using Words = ZeroVector<std::uint64_t>;
 
-  // Unsigned: for numbers that might be negative, a division by 64 is no shift.
+  // The division is unsigned because a division of signed numbers by 64 is not a single shift.
   static i64 word_of(i64 id) { return static_cast<i64>(static_cast<std::uint64_t>(id) / 64); }
   static i64 bit_of(i64 id) { return static_cast<i64>(static_cast<std::uint64_t>(id) % 64); }
 
@@ -91,6 +94,7 @@ class IdSet {
   }
 
   void add(i64 at, std::uint64_t mask) {
+    KVMEM_ASSERT(at < static_cast<i64>(levels_[0].size()), "ids are below the bound given to reserve()");
     std::uint64_t before = std::exchange(levels_[0][at], levels_[0][at] | mask);
     for (std::size_t level = 1; before == 0 && level <= top_; ++level, at = word_of(at)) {
       std::uint64_t& word = levels_[level][word_of(at)];
@@ -99,14 +103,18 @@ class IdSet {
   }
 
   void remove(i64 at, std::uint64_t mask) {
+    KVMEM_ASSERT(at < static_cast<i64>(levels_[0].size()), "ids are below the bound given to reserve()");
     std::uint64_t left = levels_[0][at] &= ~mask;
     for (std::size_t level = 1; left == 0 && level <= top_; ++level, at = word_of(at)) {
       left = levels_[level][word_of(at)] &= ~(std::uint64_t{1} << bit_of(at));
     }
   }
 
-  std::array<Words, 7> levels_;  // the numbers themselves first; enough for 2^42
-  std::size_t top_ = 0;          // the level that is one word
+  static constexpr std::size_t kLevels = 7;
+  static_assert(6 * kLevels >= 31, "the levels cover every id that fits an int32");
+
+  std::array<Words, kLevels> levels_;  // level 0 is the bitmap itself
+  std::size_t top_ = 0;                // the level that consists of one word
 };
 
 }  // namespace kvmem

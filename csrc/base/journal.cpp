@@ -10,6 +10,7 @@ namespace kvmem {
 void Journal::grow(std::size_t more) { entries_.resize(std::max(size_ + more, 2 * entries_.size())); }
 
 void Journal::restore(std::size_t size) {
+  KVMEM_ASSERT(restoring_ && size <= size_, "entries are undone after the ops of the same transaction");
   while (size_ > size) {
     const Entry& e = entries_[--size_];
     switch (e.kind) {

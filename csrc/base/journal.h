@@ -1,11 +1,12 @@
-// What a decision changes beside its records: marks, fences, and places in lists whose order says what comes next. Each
-// change is noted here before it is made, so that a transaction that is taken back restores them exactly (invariant 5).
-// Of one pool, as its transactions are. Outside of a transaction nothing is noted.
+// The undo log of a pool's transaction, for state that ops do not describe: marks, fences, and the order of lists. Each
+// change is recorded before it is made, so that a failed transaction restores the exact state (invariant 5). Outside a
+// transaction nothing is recorded.
 #pragma once
 
 #include <cstddef>
 #include <vector>
 
+#include "base/check.h"
 #include "base/types.h"
 
 namespace kvmem {
@@ -15,29 +16,38 @@ class ReadyBlocks;
 
 class Journal {
  public:
-  // The most entries that applying one record makes.
+  // The most entries that the application of one op makes.
   static constexpr std::size_t kPerRecord = 16;
 
-  void open() { open_ = true; }
-  // Nothing is taken back any more.
+  void open() {
+    KVMEM_ASSERT(!open_ && size_ == 0, "a pool has one transaction at a time");
+    open_ = true;
+  }
+  // Ends the transaction: its entries can no longer be undone.
   void close() {
+    KVMEM_ASSERT(open_ && !restoring_, "a transaction is open, and not being undone");
     size_ = 0;
     open_ = false;
   }
-  // While records are taken back: lists and marks stay as they are, and restore() does them afterwards.
-  void begin_restoring() { restoring_ = true; }
+  // While ops are undone, between begin_restoring() and end_restoring(), the journal and the lists ignore changes;
+  // restore() then resets them.
+  void begin_restoring() {
+    KVMEM_ASSERT(open_ && !restoring_, "a transaction is open, and not being undone");
+    restoring_ = true;
+  }
   bool restoring() const { return restoring_; }
-  // Takes back what was noted since there were `size` entries, the newest first.
+  // Undoes all entries but the first `size`, newest first.
   void restore(std::size_t size);
   void end_restoring() { restoring_ = false; }
 
   std::size_t size() const { return size_; }
-  // The next `more` entries need no memory. May throw; all else that notes one entry may, and has changed nothing then.
+  // Makes room, so that the next `more` entries need no memory. It may throw std::bad_alloc, as may every function that
+  // records an entry; nothing has changed then.
   void reserve(std::size_t more) {
     if (entries_.size() - size_ < more) grow(more);
   }
 
-  // `place` becomes `value`. It must stay where it is until the transaction ends.
+  // Sets `place` to `value`. REQUIRES: `place` does not move before the transaction ends.
   template <class T>
   void set(T& place, T value) {
     static_assert(sizeof(T) == 1 || sizeof(T) == 8, "a mark, or a number");
@@ -45,7 +55,7 @@ class Journal {
     if (open_) note({sizeof(T) == 1 ? Kind::byte : Kind::number, 0, &place, static_cast<i64>(place)});
     place = value;
   }
-  // The same of one of `places`, which may grow.
+  // Sets places[at] to `value`. The vector may grow meanwhile, but must not move.
   void set(std::vector<i32>& places, i64 at, i32 value) {
     if (places[at] == value) return;
     if (open_) note({Kind::element, places[at], &places, at});
@@ -67,7 +77,7 @@ class Journal {
     Kind kind = Kind::byte;
     i32 old = 0;
     void* where = nullptr;
-    i64 at = 0;  // or the old number
+    i64 at = 0;  // index or id; for a byte or number, its old value
   };
   void note(const Entry& entry) {
     reserve(1);
@@ -75,7 +85,7 @@ class Journal {
   }
   [[gnu::cold, gnu::noinline]] void grow(std::size_t more);
 
-  std::vector<Entry> entries_;  // the first size_ count: to add one is a store, where push_back() is a call
+  std::vector<Entry> entries_;  // the first size_ are in use: a store is cheaper than a call of push_back()
   std::size_t size_ = 0;
   bool open_ = false, restoring_ = false;
 };

@@ -1,5 +1,5 @@
-// A hash of bytes that others choose, under a key that they do not know: SipHash-1-3 (Aumasson and Bernstein). Who
-// lacks the key cannot make two inputs that collide, so that no table of ours can be filled with one bucket.
+// A keyed hash of bytes that an attacker may choose: SipHash-1-3 (Aumasson and Bernstein). Without the key nobody can
+// construct colliding inputs, so nobody can degrade a hash table to a single bucket.
 #pragma once
 
 #include <cstdint>

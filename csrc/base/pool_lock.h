@@ -1,5 +1,5 @@
-// The lock of a pool: a mutex whose holder can let those in that wait, and that nobody waits for with a lock of the
-// embedding language in hand.
+// The lock of a pool: a mutex whose holder can let waiting threads pass, and which no thread waits for while it holds a
+// lock of the embedding language (Python's GIL).
 #pragma once
 
 #include <atomic>
@@ -8,19 +8,20 @@
 #include <mutex>
 #include <utility>
 
+#include "base/check.h"
 #include "base/types.h"
 
 namespace kvmem {
 
-// What a thread does before it waits for a pool, and after it has let go of it: give up a lock that others need
-// meanwhile. Set once, before there are threads (bindings.cpp).
+// Called before a thread waits for a pool, and after it has unlocked the pool: they release and reacquire a lock that
+// other threads need meanwhile. bindings/ sets them once, before any thread starts.
 struct WaitHooks {
-  void* (*before)() = nullptr;  // null: there was nothing to give up
+  void* (*before)() = nullptr;  // returns null where there was nothing to release
   void (*after)(void*) = nullptr;
 };
 inline WaitHooks wait_hooks;
 
-// std::mutex alone is not fair: who unlocks and locks again nearly always gets it before those that slept.
+// std::mutex is not fair: a thread that unlocks and locks again nearly always wins against threads that sleep.
 class PoolMutex {
  public:
   bool try_lock() { return mutex_.try_lock(); }
@@ -31,11 +32,11 @@ class PoolMutex {
     count_turn();
   }
 
-  // Of the holder: everybody who waits now gets the lock once, then it is held again. False if nobody waited. No state
-  // that the lock guards is known any more.
+  // Lets every thread that waits now hold the lock once, then takes it again. Returns false, and does nothing, if no
+  // thread waits. REQUIRES: the caller holds the lock. State that the lock guards may have changed afterwards.
   bool give_way() {
-    // None of them can take its turn before this thread lets go, so the count is exact. Of threads that give way to
-    // each other, the one that began first waits for no other one that does.
+    // No waiting thread can lock before this one releases the mutex, so the count is exact. Among threads that call
+    // give_way() at once, the first never waits for a later one.
     const i64 others = waiting_.load();
     if (others == 0) return false;
     std::unique_lock<std::mutex> held(mutex_, std::adopt_lock);
@@ -46,11 +47,13 @@ class PoolMutex {
     held.release();
     return true;
   }
-  // In a forked child: whoever waited is not there, and its waiting would be waited for.
+  // For a forked child. Threads that waited do not exist there, and the destructor of a condition variable would wait
+  // for them, so it is leaked.
   void abandon() { turn_.release(); }
 
  private:
   void count_turn() {
+    KVMEM_ASSERT(waiting_.load() > 0, "this thread was counted as waiting");
     waiting_.fetch_sub(1);
     ++turns_;
     turn_->notify_all();
@@ -62,7 +65,7 @@ class PoolMutex {
   i64 turns_ = 0;
 };
 
-// Holds a PoolMutex while it lives.
+// Holds a PoolMutex for its own lifetime.
 class PoolLock {
  public:
   PoolLock() = default;
@@ -91,7 +94,7 @@ class PoolLock {
     if (given_up_) wait_hooks.after(std::exchange(given_up_, nullptr));
   }
   bool give_way() { return mutex_->give_way(); }
-  // The thread is about to wait for something: what others need meanwhile is given up until the pool is let go.
+  // Called before the thread waits for something else: releases the lock of the embedding language until unlock().
   void step_back() {
     if (!given_up_ && wait_hooks.before) given_up_ = wait_hooks.before();
   }

@@ -1,5 +1,6 @@
-// Vectors as long as all that there may ever be, of which little is used: their memory comes from the system as zeroes,
-// and what nobody touches is never taken. A value's initial state must be all zero bits.
+// Vectors that are sized for the largest possible number of elements, of which few are used. calloc() gets their memory
+// as zero pages from the system, and pages that are never touched take no memory. REQUIRES: all bits of an element's
+// initial state are zero.
 #pragma once
 
 #include <cstdlib>
@@ -21,7 +22,7 @@ struct ZeroAllocator {
     throw std::bad_alloc();
   }
   void deallocate(T* memory, std::size_t) { std::free(memory); }
-  void construct(T*) {}  // zero as it came: a vector that has grown never shrinks
+  void construct(T*) {}  // the memory is zero already: vectors of this type never shrink and grow again
   template <class U, class... Args>
   void construct(U* at, Args&&... args) {
     ::new (static_cast<void*>(at)) U(std::forward<Args>(args)...);
@@ -33,7 +34,7 @@ struct ZeroAllocator {
 template <class T>
 using ZeroVector = std::vector<T, ZeroAllocator<T>>;
 
-// An id, or -1, which is all zero bits.
+// An id whose initial value, -1, is stored as zero bits.
 class ZeroId {
  public:
   ZeroId() = default;

@@ -1,11 +1,11 @@
-// Gives up first the block from which the fewest hits are to be expected for the memory it takes (its hit density, as
-// in LHD, Beckmann, Chen and Cidon, NSDI 2018), leaves of the cached tree only. ReuseStatistics learns what to expect
-// from how often a block was used and how long ago; docs/eviction.md says why these two.
+// Evicts the block with the lowest hit density: the fewest hits to expect for the memory and time that it takes (LHD:
+// Beckmann, Chen and Cidon, NSDI 2018). Only leaves of the cached tree are candidates. ReuseStatistics learns densities
+// from how often a block was used and how long ago; docs/eviction.md explains this choice.
 //
-// Every released leaf stands in the list of its cell, the longest unused first, and wanders to the next cell as it
-// ages. Released blocks with cached children stand in none: without them nothing behind could be found, so each has
-// its turn when the last of its children has gone. A call touches the 16 bytes of its block, of its parent and of its
-// neighbours in the list, and one set of ghosts; a sequence's end, one list.
+// Every released leaf is in the list of its cell, oldest first, and moves on to the next cell as it ages. Released
+// blocks with cached children are in no list, because without them nothing that follows could be found; each enters a
+// list when its last child is evicted. A call touches the 16 bytes of its block, those of its parent and its neighbours
+// in the list, and one set of ghosts. The release of a whole sequence touches one list.
 
 #include <algorithm>
 #include <array>
@@ -13,6 +13,7 @@
 #include <limits>
 #include <vector>
 
+#include "base/check.h"
 #include "base/id_lists.h"
 #include "eviction/ghosts.h"
 #include "eviction/policy.h"
@@ -22,29 +23,32 @@ namespace kvmem {
 namespace {
 
 constexpr i32 kClasses = ReuseStatistics::kClasses, kAges = ReuseStatistics::kAges, kCells = ReuseStatistics::kCells;
-// Of blocks that left, about twice as many are remembered as there are ids. A small cache gives up most blocks before
-// they could be used again, and learns only from ghosts: 16,384 of them take 128 KiB.
+// About twice as many ghosts as ids. A small cache evicts most blocks before they can be used again, and learns only
+// from ghosts; 16,384 of them take 128 KiB.
 constexpr i64 kGhostsPerId = 2, kLeastGhosts = 16384;
-// The densities are computed anew while a sixteenth of the blocks comes and goes: some 9 us in all, in parts.
+// All densities are recomputed, in parts, while one sixteenth of the blocks is replaced: about 9 us altogether.
 constexpr i64 kLearnsPerIds = 16, kLeastTicks = 1024;
-// Half of what was seen is forgotten while as many blocks are used as are remembered, cached or not: long enough to be
-// sure, short enough to follow a shift.
+// Observations lose half their weight while as many blocks are used as are remembered, cached or as ghosts: long enough
+// for significance, short enough to follow a change of traffic.
 constexpr double kHalfLife = 1;
-// Work that is not a call's own is done at every 16th tick, one chore at a time. 16 chores are a turn: one for the
-// lists of each class, the others for learning.
+// Background work is done at every 16th tick, one chore at a time. A turn has 16 chores: one for the lists of each
+// class, the others for learning.
 constexpr i32 kChoreBits = ReuseStatistics::kTickBits, kTurnBits = 4;
 static_assert(kClasses < 1 << kTurnBits);
-constexpr i32 kMovesPerChore = 128;  // blocks that come of the next age; a chore that has more goes on at the next
-constexpr i32 kMostUses = 255, kMostChildren = (1 << 22) - 1;  // then counted no further
+constexpr i32 kMovesPerChore = 128;  // blocks that move to their next age; the next chore continues where one stops
+constexpr i32 kMostUses = 255, kMostChildren = (1 << 22) - 1;  // larger counts are not distinguished
+static_assert(kAges <= 64, "DensityPolicy::ages_ has one bit for each age");
+static_assert(kMostUses < 1 << 8 && kMostChildren < 1 << 22,
+              "the counts fit the bit fields of Block and a ghost's mark");
 constexpr float kNone = std::numeric_limits<float>::infinity();
 
 struct Block : IdNode {
   Block() : uses(0), children(0), open(0), evictable(0) {}
 
-  std::uint32_t begun = 0;  // lower half of the clock when its life began
+  std::uint32_t begun = 0;  // lower 32 bits of the clock when its life began
   std::uint32_t uses : 8;
-  std::uint32_t children : 22;  // cached ones; where a window passed, they may be there before and after this block
-  std::uint32_t open : 1;       // its life has begun and no hit has ended it
+  std::uint32_t children : 22;  // cached ones; under a window, children may be cached while this block is not
+  std::uint32_t open : 1;       // its life has begun, and no hit has ended it
   std::uint32_t evictable : 1;
 };
 static_assert(sizeof(Block) == 16);
@@ -101,30 +105,31 @@ class DensityPolicy final : public EvictionPolicy {
   void age_lists();
   void learn();
 
-  i64 clock_ = 0;  // blocks inserted or hit: time goes by one block
+  i64 clock_ = 0;  // counts the blocks inserted or hit
   IdLists<Block> blocks_{kCells};
   Ghosts ghosts_;
   ReuseStatistics statistics_;
-  // By class: the ages of which there is a block, and of their cells that of the least density, and this.
+  // For each class: a bit for each age whose list is not empty; of these lists, the lowest density, and its cell.
   std::array<std::uint64_t, kClasses> ages_{};
   std::array<float, kClasses> least_;
   std::array<i32, kClasses> least_cell_{};
 
-  i32 aging_ = 0;                                 // the class whose lists are looked at
-  std::uint64_t to_age_ = 0;                      // and those of its ages still to do
-  i64 turns_ = 0;                                 // of all classes
-  i64 learned_ = 0, learns_after_ = kLeastTicks;  // the clock of the latest collect(), and ticks from one to the next
-  i32 to_rate_ = kClasses;                        // the class to rate next; none is left
+  i32 aging_ = 0;                                 // the class whose lists age_lists() works on
+  std::uint64_t to_age_ = 0;                      // its ages that remain to be done
+  i64 turns_ = 0;                                 // completed turns over all classes
+  i64 learned_ = 0, learns_after_ = kLeastTicks;  // the clock of the latest collect(), and the ticks between two
+  i32 to_rate_ = kClasses;                        // the class that is rated next; kClasses: none
 };
 
 void DensityPolicy::reserve(i64 ids) {
   if (ids <= blocks_.ids()) return;
   for (const Ghost& ghost : ghosts_.resize(std::max(kGhostsPerId * ids, kLeastGhosts))) lose(ghost);
-  blocks_.reserve(ids);  // last: should it find no memory, all of this is tried again
+  blocks_.reserve(ids);  // last, so that a retry after std::bad_alloc starts over
   learns_after_ = std::max(ids / kLearnsPerIds, kLeastTicks);
 }
 
 void DensityPolicy::insert(i32 id, std::uint64_t key, i32 parent) {
+  KVMEM_ASSERT(!blocks_[id].evictable, "the block is not cached");
   tick();
   Block& block = blocks_[id];
   block.open = 0;
@@ -138,6 +143,7 @@ void DensityPolicy::insert(i32 id, std::uint64_t key, i32 parent) {
 }
 
 void DensityPolicy::undo_insert(i32 id, std::uint64_t key, i32 parent) {
+  KVMEM_ASSERT(!blocks_[id].evictable, "the block is in use");
   const Block& block = blocks_[id];
   if (block.uses > 1) lose(ghosts_.remember(key, {block.begun, static_cast<i32>(block.uses) - 1}));
   if (drop_child(parent, true)) put_back(parent);
@@ -152,19 +158,21 @@ void DensityPolicy::hit(i32 id) {
 }
 
 void DensityPolicy::use(i32 id) {
+  KVMEM_ASSERT(blocks_[id].evictable, "the block is released");
   Block& block = blocks_[id];
   if (block.children == 0) remove(id);
   block.evictable = 0;
 }
 
 void DensityPolicy::undo_use(i32 id) {
+  KVMEM_ASSERT(!blocks_[id].evictable, "the block is in use");
   Block& block = blocks_[id];
   block.evictable = 1;
   if (block.children == 0) put_back(id);
 }
 
-// To where it stood before the latest remove(), also where its neighbours have left meanwhile and it stood at an end,
-// as what is evicted next does; else to where it goes next.
+// Reinserts a block at its position before the latest remove(). If its neighbours are gone and it was at one end of a
+// list, as every victim is, it returns to that end; otherwise it becomes the next victim of its list.
 void DensityPolicy::put_back(i32 id) {
   if (blocks_.undo_remove(id)) {
     const i32 alone = blocks_.alone_in(id);
@@ -178,14 +186,16 @@ void DensityPolicy::put_back(i32 id) {
 }
 
 void DensityPolicy::release(i32 id) {
+  KVMEM_ASSERT(!blocks_[id].evictable, "the block is in use");
   Block& block = blocks_[id];
-  if (block.open) statistics_.lost_sight(block.uses, begun(block.begun), clock_);  // used, but nobody had found it
+  if (block.open) statistics_.lost_sight(block.uses, begun(block.begun), clock_);  // it was used without a hit
   begin_life(&block);
   block.evictable = 1;
   if (block.children == 0) push_back(ReuseStatistics::cell_of(block.uses, 0), id);
 }
 
 void DensityPolicy::undo_release(i32 id) {
+  KVMEM_ASSERT(blocks_[id].evictable, "the block is released");
   Block& block = blocks_[id];
   block.evictable = 0;
   if (block.children == 0) take_back_push(id);
@@ -202,7 +212,8 @@ i32 DensityPolicy::victim() {
   return youngest_first(cell) ? blocks_.back(cell) : blocks_.front(cell);
 }
 
-// A released block has a released leaf behind it, unless it had more children at once than can be counted.
+// Returns any released block, or -1. Only needed where no released leaf is listed: a released block has a released
+// descendant that is a leaf, unless it had kMostChildren children at once.
 i32 DensityPolicy::any_released() {
   i64 id = 0;
   while (id < blocks_.ids() && !blocks_[static_cast<i32>(id)].evictable) ++id;
@@ -210,17 +221,19 @@ i32 DensityPolicy::any_released() {
 }
 
 void DensityPolicy::evict(i32 id, std::uint64_t key, i32 parent) {
+  KVMEM_ASSERT(blocks_[id].evictable, "the block is released");
   Block& block = blocks_[id];
   if (block.children == 0) remove(id);
   block.evictable = 0;
   if (!block.open) begin_life(&block);
-  if (block.children == kMostChildren) block.children = 0;  // nobody knows; as an inner block it went last of all
+  if (block.children == kMostChildren) block.children = 0;  // unknown; the block was the last candidate of all
   lose(ghosts_.remember(key, {block.begun, static_cast<i32>(block.uses)}));
-  // At least as long unused as those that came there by themselves.
+  // To the front: it is at least as old as the blocks that aged into that list.
   if (drop_child(parent)) push_front(cell_of(blocks_[parent]), parent);
 }
 
 void DensityPolicy::restore(i32 id, std::uint64_t key, i32 parent) {
+  KVMEM_ASSERT(!blocks_[id].evictable, "the block was evicted");
   Block& block = blocks_[id];
   if (ghosts_.take(key).uses == 0) begin_life(&block);
   add_child(parent, true);
@@ -228,7 +241,7 @@ void DensityPolicy::restore(i32 id, std::uint64_t key, i32 parent) {
   if (block.children == 0) put_back(id);
 }
 
-// A released leaf that gets a child leaves its list.
+// Counts a cached child. A released leaf that gets a child leaves its list.
 void DensityPolicy::add_child(i32 parent, bool undo) {
   if (parent < 0) return;
   Block& block = blocks_[parent];
@@ -236,17 +249,18 @@ void DensityPolicy::add_child(i32 parent, bool undo) {
   if (block.children == 1 && block.evictable) undo ? take_back_push(parent) : remove(parent);
 }
 
-// True if `parent` is a released leaf now, and stands in no list yet.
+// Uncounts a cached child. Returns true if `parent` is a released leaf now; it is in no list then.
 bool DensityPolicy::drop_child(i32 parent, bool undo) {
   if (parent < 0) return false;
   Block& block = blocks_[parent];
   if (block.children == 0 || block.children == kMostChildren) return false;
   if (--block.children > 0) return false;
-  if (!block.evictable && !undo) blocks_.forget_place(parent);  // in use when its last child went: its turn comes anew
+  if (!block.evictable && !undo) blocks_.forget_place(parent);  // in use now, so its next release decides
   return block.evictable;
 }
 
-// Blocks whose use draws nearer (a loop larger than the cache) are worth more the longer ago they were used.
+// Returns true where density rises with age: the next use of such blocks draws nearer (a loop larger than the cache),
+// so the youngest is evicted first.
 bool DensityPolicy::youngest_first(i32 cell) const {
   return (cell + 1) % kAges != 0 && statistics_.density(cell + 1) > statistics_.density(cell);
 }
@@ -267,6 +281,7 @@ void DensityPolicy::remove(i32 id) {
 }
 
 void DensityPolicy::mark(i32 list, bool filled) {
+  KVMEM_ASSERT(filled || blocks_.empty(list), "a list is marked empty only when it is");
   const i32 cls = list / kAges;
   const std::uint64_t bit = std::uint64_t{1} << (list % kAges);
   ages_[at(cls)] = filled ? ages_[at(cls)] | bit : ages_[at(cls)] & ~bit;
@@ -300,8 +315,9 @@ void DensityPolicy::do_chore() {
   chore < kClasses ? age_lists() : learn();
 }
 
-// A list is looked at every 256 ticks, or when an eighth of the width of its age has gone by, whatever is longer:
-// octaves from 4,096 ticks on at every second turn, every fourth, and so on. The last age has no next.
+// Moves blocks that have aged to their next list. A list is checked every 256 ticks, or every eighth of the width of
+// its age where that is longer: octaves from 4,096 ticks on at every second turn, every fourth, and so on. The last age
+// has no successor.
 void DensityPolicy::age_lists() {
   if (to_age_ == 0) {
     aging_ = (aging_ + 1) % kClasses;
@@ -321,7 +337,7 @@ void DensityPolicy::age_lists() {
   }
 }
 
-// One part of it: the counts, or one class.
+// One part of learning: collects the counts, or rates one class.
 void DensityPolicy::learn() {
   if (to_rate_ < kClasses) {
     statistics_.rate(to_rate_);

@@ -2,9 +2,12 @@
 
 #include <algorithm>
 
+#include "base/check.h"
+
 namespace kvmem {
 
 Ghost Ghosts::add(std::uint32_t hash, Ghost ghost) {
+  KVMEM_ASSERT(ghost.uses > 0 && ghost.uses <= 255, "a ghost was used, and its count has 8 bits");
   Set& set = set_of(hash);
   const Set old = set;
   for (std::size_t way = 1; way < kWays; ++way) {
@@ -19,12 +22,12 @@ Ghost Ghosts::add(std::uint32_t hash, Ghost ghost) {
 Ghost Ghosts::take(std::uint64_t key) {
   Set& set = set_of(hash_of(key));
   const std::uint32_t tag = hash_of(key) & kTagMask;
-  std::uint32_t known = 0;  // mostly none is: all are compared at once, without a branch
+  std::uint32_t known = 0;  // compares all tags without a branch, since most keys have no ghost
   for (std::size_t way = 0; way < kWays; ++way) known |= set.marks[way] >> 8 == tag;
   if (!known) return {};
   std::size_t found = 0;
   while (set.marks[found] >> 8 != tag) ++found;
-  const Ghost ghost = set.at(found);  // none, if an empty place looked like tag 0
+  const Ghost ghost = set.at(found);  // an empty entry matches tag 0, and has 0 uses
   for (std::size_t way = found; way + 1 < kWays; ++way) {
     set.marks[way] = set.marks[way + 1];
     set.begun[way] = set.begun[way + 1];
@@ -33,8 +36,8 @@ Ghost Ghosts::take(std::uint64_t key) {
   return ghost;
 }
 
-// Hashes are spread over the sets in order, so those of one set are no further apart than 2^32 / sets, which is at
-// most 2^24: the tag says which of them it is.
+// Restores the hash from a tag. Hashes are assigned to sets in ascending order, so those of a set lie within
+// 2^32 / sets, at most 2^24, of each other, and the 24 bits of the tag identify the hash.
 std::uint32_t Ghosts::hash_of(std::uint64_t set, std::uint64_t sets, std::uint32_t mark) {
   const std::uint32_t first = static_cast<std::uint32_t>(((set << 32) + sets - 1) / sets);
   return first + (((mark >> 8) - first) & kTagMask);
@@ -43,7 +46,7 @@ std::uint32_t Ghosts::hash_of(std::uint64_t set, std::uint64_t sets, std::uint32
 std::vector<Ghost> Ghosts::resize(i64 ghosts) {
   std::vector<Ghost> lost;
   if (ghosts <= size()) return lost;
-  lost.reserve(static_cast<std::size_t>(size()));  // all memory comes first
+  lost.reserve(static_cast<std::size_t>(size()));  // nothing below allocates after the first change
   std::vector<Set> old(static_cast<std::size_t>(std::max(ceil_div(ghosts, kWays), kLeastSets)));
   old.swap(sets_);
   for (std::size_t set = 0; set < old.size(); ++set) {

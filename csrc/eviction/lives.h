@@ -1,15 +1,16 @@
-// How many lives are open, by class and by when they began. Beginnings are told apart the better the more recent they
-// are: by intervals of 16 ticks of the clock, and of older ones twice as long, no longer than a fifteenth of their age.
-// That is well below the width of the ages that statistics are kept for (open lives counted at a younger age than the
-// lives that end would make old age look good).
+// Counts the open lives of blocks (eviction/statistics.h), by class and by the interval of time in which they began. A
+// recent interval is 16 ticks of the clock; older intervals are longer, but at most a fifteenth of their age. That is
+// well below the width of the age classes of the statistics: if open lives were counted at a younger age than the lives
+// that end, old age would look better than it is.
 //
-// Level s has the intervals of 16 << s ticks, in a ring. Two of them become one of the next level together, when that
-// one is kKept intervals of its own length back: so the level of a life follows from its beginning, without a search.
+// Level s is a ring of intervals of 16 << s ticks. Once two neighbours are more than kKept intervals of the next level
+// old, they are merged into one of that level. So the level of a life follows from when it began, without a search.
 #pragma once
 
 #include <algorithm>
 #include <array>
 
+#include "base/check.h"
 #include "base/types.h"
 
 namespace kvmem {
@@ -24,15 +25,16 @@ class OpenLives {
 
   void begin(i32 cls, i64 now) { ++at(0, now >> kTickBits)[static_cast<std::size_t>(cls)]; }
 
-  // A beginning that was longer ago than the 2^32 ticks which a policy can tell is looked for in a wrong interval.
+  // REQUIRES: the life began less than 2^32 ticks ago; otherwise a wrong interval may be decremented.
   void end(i32 cls, i64 begun, i64 now) {
     const i32 level = level_of(begun, now);
     i32& lives = at(level, begun >> shift(level))[static_cast<std::size_t>(cls)];
     lives -= lives > 0;
   }
 
-  // Once at every multiple of 1 << kTickBits that the clock comes to, before the lives that begin then.
+  // Moves the clock. Called once at each multiple of 1 << kTickBits, before any life begins there.
   void advance(i64 now) {
+    KVMEM_ASSERT((now & ((i64{1} << kTickBits) - 1)) == 0, "the clock advances in whole intervals");
     for (i32 level = 0; level + 1 < kLevels && (now & ((i64{1} << shift(level + 1)) - 1)) == 0; ++level) {
       const i64 joined = (now >> shift(level + 1)) - kKept - 1;
       if (joined < 0) return;
@@ -45,7 +47,7 @@ class OpenLives {
     }
   }
 
-  // Calls f(age, how many of each class): the age of an interval's middle.
+  // Calls f(age, lives by class) for each interval; the age is that of the middle of the interval.
   template <class F>
   void each(i64 now, F f) const {
     for (i32 level = 0; level < kLevels; ++level) {
@@ -59,9 +61,10 @@ class OpenLives {
   }
 
  private:
-  static constexpr i32 kLevels = 26;  // up to 2^32 ticks
+  static constexpr i32 kLevels = 26;
   static constexpr i64 kKept = 15;
   static constexpr std::size_t kRing = 2 * kKept + 2;
+  static_assert((kKept + 1) << (kTickBits + kLevels - 1) >= i64{1} << 32, "the levels cover 2^32 ticks");
 
   static constexpr i32 shift(i32 level) { return kTickBits + level; }
   Lives& at(i32 level, i64 interval) { return lives_[index(level, interval)]; }
@@ -70,7 +73,7 @@ class OpenLives {
     return static_cast<std::size_t>(level) * kRing + static_cast<std::size_t>(interval) % kRing;
   }
 
-  // The first level at which the interval of `begun` has not become part of a longer one.
+  // Returns the first level at which the interval of `begun` has not been merged into a longer one.
   static i32 level_of(i64 begun, i64 now) {
     const i32 level = std::max(highest_bit((now - begun) | 1) - kTickBits - 4, 0);
     const i32 next = shift(level + 1);

@@ -1,5 +1,5 @@
-// Least recently released first. Because the blocks of a sequence are released last block first, a prefix outlives its
-// extensions without any knowledge of chains.
+// Evicts the least recently released block. The blocks of a sequence are released last block first, so a prefix
+// outlives its extensions although the policy knows nothing of chains.
 
 #include "base/id_lists.h"
 #include "eviction/policy.h"
@@ -17,7 +17,7 @@ class LruPolicy final : public EvictionPolicy {
   void undo_use(i32 id) override {
     if (order_.undo_remove(id)) return;
     const bool last = order_.was_first_of(id) < 0 && order_.was_last_of(id) >= 0;
-    last ? order_.push_back(0, id) : order_.push_front(0, id);  // others left meanwhile
+    last ? order_.push_back(0, id) : order_.push_front(0, id);  // its former neighbours are gone
   }
   void release(i32 id) override { order_.push_back(0, id); }
   void undo_release(i32 id) override { order_.undo_push(id); }

@@ -24,7 +24,7 @@ std::unique_ptr<EvictionPolicy> make_eviction_policy(const std::string& name) {
     if (name == entry.name) return entry.make();
     known += (known.empty() ? "" : ", ") + std::string(entry.name);
   }
-  throw SpecError("no eviction policy is called '" + name + "'; there are: " + known);
+  throw SpecError("policy: got '" + name + "'; must be one of " + known);
 }
 
 }  // namespace kvmem

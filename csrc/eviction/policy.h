@@ -1,9 +1,13 @@
-// Which cached block to forget next. A policy sees numbers and lifetimes only: no token, no memory, no device, so the
-// same policy serves every tier. Every call is O(1), amortised, and allocates nothing but by reserve().
+// The interface of eviction policies: which cached block to evict next. A policy sees ids and lifetimes only; it knows
+// no token, no memory and no device, so one policy serves every tier. Every call takes amortised O(1), and only
+// reserve() allocates.
 //
-// A block is cached under a small id, which may be given out again after evict(). While some sequence uses it, it
-// stays; once released it may be the next victim. A prefix is inserted and released like any block, but blocks of one
-// sequence are released last block first, so that by plain recency a prefix outlives its extensions.
+// A cached block has a small id, which may be used again after evict(). A block is in use while a sequence or pin needs
+// it; once released it may become the victim. The blocks of a sequence are released last block first, so under plain
+// recency a prefix outlives its extensions.
+//
+// The undo_ functions and restore() undo one call each, the latest first, so that a failed call of the allocator leaves
+// the eviction order as it was.
 #pragma once
 
 #include <cstdint>
@@ -20,51 +24,54 @@ class EvictionPolicy {
  public:
   virtual ~EvictionPolicy() = default;
 
-  // Ids below `ids` may come. Called before the first and whenever there are more.
+  // Allows ids below `ids`. Called before the first insert() and whenever there are more ids. May throw std::bad_alloc;
+  // every other call needs no memory.
   virtual void reserve(i64 ids) = 0;
-  // Block `id` is cached from now on, and in use. `key` names its content: the same when it comes back after an
-  // eviction, equal for two contents with a chance of 2^-64 at most. `parent` is the id of the block before it in its
-  // chain (-1 at the start), and while this one is cached the id of no other content. It stays cached as long, except
-  // where a sliding window passes: then it may go before this one, be gone already, or come back.
+  // Block `id` becomes cached, in use. `key` identifies its content: equal when the content returns after an eviction,
+  // and equal for two contents with probability 2^-64. `parent` is the id of the block before it in its chain, -1 at
+  // the start; while this block is cached, that id stands for no other content. A parent stays cached as long as its
+  // children, except under a sliding window, which may evict the parent first, or may insert it again while the child
+  // is cached.
   virtual void insert(i32 id, std::uint64_t key, i32 parent) = 0;
-  // That is taken back, in reverse order if there were several: the block is in use then.
+  // Undoes insert(). REQUIRES: the block is in use.
   virtual void undo_insert(i32 id, std::uint64_t key, i32 parent) = 0;
-  // insert() of this id and key will likely follow: time to fetch what it looks up. Changes nothing.
+  // A hint that insert() of this id and key will likely follow: prefetches what insert() reads. Changes nothing.
   virtual void expect(i32, std::uint64_t) {}
-  // use() or release() of this id will follow, likewise.
+  // A hint that use() or release() of this id will follow: prefetches likewise.
   virtual void prefetch(i32) const {}
-  // Another sequence found the block, in use or not. Follows insert(); first block of the chain first.
+  // A new sequence reuses the block, whether it is in use or not. Follows insert(); called for the first block of a
+  // chain first.
   virtual void hit(i32 id) = 0;
-  // A released block is in use again: not to be named by victim() until it is released.
+  // A released block is in use again: victim() does not return it until it is released. REQUIRES: it is released.
   virtual void use(i32 id) = 0;
-  // That is taken back, in reverse order if there were several, with no other call between: it stands released where it
-  // stood, and nothing was learned.
+  // Undoes use(), with no other call in between but those undone already. The block has the same position in the order
+  // as before, and the policy has learned nothing from the call.
   virtual void undo_use(i32 id) = 0;
-  // Nobody uses it any more.
+  // A block that was in use is released: no sequence and no pin needs it any more.
   virtual void release(i32 id) = 0;
-  // That is taken back, in reverse order if there were several: it is in use, and a use() before it, if that is taken
-  // back too, finds the place from where it took the block.
+  // Undoes release(): the block is in use. If a use() before it is undone too, the block returns to the position from
+  // which that use() removed it.
   virtual void undo_release(i32 id) = 0;
-  // The released block that should go next, -1 if there is none. Nothing changes but the policy's own order, and the
-  // answer stays the same until another call is made.
+  // Returns the released block to evict next, -1 if there is none. It may reorder the policy's lists; the answer stays
+  // the same until another call.
   virtual i32 victim() = 0;
-  // Counts how often time that went by may have changed the order: that is not taken back.
+  // Returns a counter that changes when the passage of time may have changed the order. That is not undone.
   virtual i64 aged() const { return 0; }
-  // Adds what says in which order blocks go: what stands where. Not what was learned, which a call that is taken back
-  // may have added to.
+  // Adds the eviction order to `hash`. What the policy has learned is not included, because a call that fails may add
+  // to it.
   virtual void digest(Hasher& hash) const = 0;
-  // A block that is not in use leaves the cache; mostly the victim, but any may. `key` and `parent` as at insert().
+  // A released block leaves the cache, mostly the victim, but it may be any other. `key` and `parent` as in insert().
   virtual void evict(i32 id, std::uint64_t key, i32 parent) = 0;
-  // That is taken back, in reverse order if there were several: it stands released and next to go, as before.
+  // Undoes evict(): the block is released, at its former position.
   virtual void restore(i32 id, std::uint64_t key, i32 parent) = 0;
 };
 
-// By name; SpecError, which lists the names there are, when there is none.
+// Returns a new policy of this name; throws SpecError, which lists the known names, for any other.
 std::unique_ptr<EvictionPolicy> make_eviction_policy(const std::string& name);
-// Those names, the default first.
+// Returns the known names, the default first.
 std::vector<std::string> eviction_policy_names();
 
-// What make_eviction_policy() chooses from: one function a policy, one file a policy.
+// The registry of make_eviction_policy(): one function and one file for each policy.
 std::unique_ptr<EvictionPolicy> make_lru_policy();      // lru.cpp
 std::unique_ptr<EvictionPolicy> make_density_policy();  // density.cpp
 

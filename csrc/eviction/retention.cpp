@@ -4,6 +4,8 @@
 #include <cmath>
 #include <utility>
 
+#include "base/check.h"
+
 namespace kvmem {
 namespace {
 
@@ -18,11 +20,11 @@ RetentionPolicy::RetentionPolicy(std::unique_ptr<EvictionPolicy> base, Clock clo
 
 void RetentionPolicy::retain(i32 id, int priority, double ttl_seconds) {
   if (priority < 0 || priority >= kPriorities) {
-    throw SpecError("a retention priority is 0 to 100, not " + std::to_string(priority) +
-                    "; 50 leaves it to the policy");
+    throw SpecError("priority: got " + std::to_string(priority) +
+                    "; must be 0 to 100, where 50 lets the policy decide");
   }
   Block& block = at(id);
-  if (!block.cached) throw SpecError("retain() of block " + std::to_string(id) + ", which is not cached");
+  if (!block.cached) throw SpecError("block: got " + std::to_string(id) + "; only a cached block can be retained");
   named_ = -1;
   stop_clock(id);
   block.priority = static_cast<std::int8_t>(priority);
@@ -34,6 +36,7 @@ void RetentionPolicy::retain(i32 id, int priority, double ttl_seconds) {
 }
 
 void RetentionPolicy::follow(i32 id, bool released) {
+  KVMEM_ASSERT(!at(id).cached, "a block is adopted once");
   Block& block = at(id);
   block.cached = true;
   block.released = released;
@@ -41,6 +44,7 @@ void RetentionPolicy::follow(i32 id, bool released) {
 }
 
 void RetentionPolicy::lead(i32 parent, i32 child) {
+  KVMEM_ASSERT(at(parent).cached && at(child).cached && at(child).parent < 0, "both blocks are adopted, unrelated yet");
   at(child).parent = parent;
   ++at(parent).children;
 }
@@ -50,10 +54,11 @@ void RetentionPolicy::reserve(i64 ids) {
   if (base_) base_->reserve(ids);
   lists_.reserve(ids);
   heap_.reserve(static_cast<std::size_t>(ids));
-  blocks_.resize(static_cast<std::size_t>(ids));  // last: should one of them find no memory, all is tried again
+  blocks_.resize(static_cast<std::size_t>(ids));  // last, so that a retry after std::bad_alloc starts over
 }
 
 void RetentionPolicy::insert(i32 id, std::uint64_t key, i32 parent) {
+  KVMEM_ASSERT(!at(id).cached && at(id).heap_index < 0, "the block is not cached");
   named_ = -1;
   Block block;
   block.cached = true;
@@ -67,6 +72,7 @@ void RetentionPolicy::insert(i32 id, std::uint64_t key, i32 parent) {
 }
 
 void RetentionPolicy::undo_insert(i32 id, std::uint64_t key, i32 parent) {
+  KVMEM_ASSERT(at(id).cached && !at(id).released, "the block is cached and in use");
   named_ = -1;
   at(id).cached = false;
   undo_holds(id);
@@ -80,6 +86,7 @@ void RetentionPolicy::hit(i32 id) {
 }
 
 void RetentionPolicy::use(i32 id) {
+  KVMEM_ASSERT(at(id).cached && at(id).released, "the block is cached and released");
   named_ = -1;
   at(id).left = at(id).place;
   leave(id);
@@ -88,6 +95,7 @@ void RetentionPolicy::use(i32 id) {
 }
 
 void RetentionPolicy::undo_use(i32 id) {
+  KVMEM_ASSERT(at(id).cached && !at(id).released, "the block is cached and in use");
   named_ = -1;
   Block& block = at(id);
   block.released = true;
@@ -103,6 +111,7 @@ void RetentionPolicy::undo_use(i32 id) {
 }
 
 void RetentionPolicy::release(i32 id) {
+  KVMEM_ASSERT(at(id).cached && !at(id).released, "the block is cached and in use");
   named_ = -1;
   at(id).released = true;
   start_clock(id);
@@ -110,6 +119,7 @@ void RetentionPolicy::release(i32 id) {
 }
 
 void RetentionPolicy::undo_release(i32 id) {
+  KVMEM_ASSERT(at(id).cached && at(id).released, "the block is cached and released");
   named_ = -1;
   take_back_push(id);
   stop_clock(id);
@@ -123,19 +133,21 @@ i32 RetentionPolicy::victim() {
   if (named_ < 0) named_ = base_->victim();
   if (named_ < 0) named_ = first_of(kBaseDecides, kPriorities, false);
   if (named_ < 0) named_ = first_of(0, kPriorities, true);
+  KVMEM_ASSERT(named_ < 0 || at(named_).released, "the victim is released");
   return named_;
 }
 
 void RetentionPolicy::evict(i32 id, std::uint64_t key, i32 parent) {
+  KVMEM_ASSERT(at(id).cached && at(id).released, "the block is cached and released");
   named_ = -1;
   Block& block = at(id);
   const i32 place_before = block.place;
   if (place_before != kBase) {
     leave(id);
-    base_->release(id);  // for the base it was in use
+    base_->release(id);  // the base policy saw it as in use
   }
   base_->evict(id, key, parent);
-  block.place = place_before;  // restore() puts it there, and insert() forgets it
+  block.place = place_before;  // for restore(); insert() resets it
   stop_clock(id);
   block.cached = block.released = false;
   update_holds(id);
@@ -143,6 +155,7 @@ void RetentionPolicy::evict(i32 id, std::uint64_t key, i32 parent) {
 }
 
 void RetentionPolicy::restore(i32 id, std::uint64_t key, i32 parent) {
+  KVMEM_ASSERT(!at(id).cached, "the block was evicted");
   named_ = -1;
   Block& block = at(id);
   const i32 place_before = std::exchange(block.place, kNowhere);
@@ -155,10 +168,11 @@ void RetentionPolicy::restore(i32 id, std::uint64_t key, i32 parent) {
   resume_clock(id);
 }
 
-// What has a time to live is moved by the clock, too: by any call, also by one that fails.
+// With a time to live, the clock changes the order during any call, and a call that fails does not undo that: then
+// nothing is added.
 void RetentionPolicy::digest(Hasher& hash) const {
   if (timed_) return;
-  const i32 used = filled_.any() ? 2 * kPriorities : 0;  // over a base that decides all it changes nothing
+  const i32 used = filled_.any() ? 2 * kPriorities : 0;  // equals the digest of the base where the base orders all
   for (i32 list = 0; list < used; ++list) lists_.digest(list, hash);
   base_->digest(hash);
 }
@@ -169,7 +183,7 @@ i32 RetentionPolicy::place_of(const Block& block) const {
   return 2 * block.priority + (block.children > 0);
 }
 
-// Where its state says it belongs, if it is not there yet.
+// Moves a block to the list that place_of() wants, if it is in another one.
 void RetentionPolicy::place(i32 id, Moves how) {
   Block& block = at(id);
   const i32 wanted = place_of(block);
@@ -200,7 +214,7 @@ void RetentionPolicy::take_back_push(i32 id) {
   at(id).place = kNowhere;
 }
 
-// From the base, where restore() has put it, to where it stood.
+// Moves a block that restore() has put into the base back to its former list.
 void RetentionPolicy::come_back(i32 id, i32 left) {
   const i32 wanted = place_of(at(id));
   if (wanted == kBase) return;
@@ -209,7 +223,8 @@ void RetentionPolicy::come_back(i32 id, i32 left) {
   if (wanted != kNowhere) list_again(id, left);
 }
 
-// What it leads to may have gone meanwhile, and then it belongs into another list than it left.
+// Reinserts a block at its former position, or at the front of its list where that position is lost: the eviction of
+// its children may have changed its list meanwhile.
 void RetentionPolicy::list_again(i32 id, i32 left) {
   const i32 list = at(id).place;
   if (list != left || !lists_.undo_remove(id)) lists_.push_front(list, id);
@@ -225,14 +240,14 @@ void RetentionPolicy::leave(i32 id) {
   }
 }
 
-// `parent` has one cached child more or fewer.
+// Adds `change` to the number of cached children of `parent`, and moves it to another list if that matters.
 void RetentionPolicy::count_child(i32 parent, i32 change, Moves how) {
   if (parent < 0) return;
   at(parent).children += change;
   if (at(parent).cached) place(parent, how);
 }
 
-// Whether `id` keeps its parent, and so on to the start of the chain as far as that changes anything.
+// Updates whether `id` protects its parent, and so on towards the start of the chain until nothing changes.
 void RetentionPolicy::update_holds(i32 id) {
   while (set_holds(id)) {
     id = at(id).parent;
@@ -240,8 +255,8 @@ void RetentionPolicy::update_holds(i32 id) {
   }
 }
 
-// The same where that is taken back: the start of the chain goes back first, since it left last. The way down stands in
-// the links to the parents meanwhile, for there may be no memory to note it.
+// Undoes update_holds(), the block nearest to the start of the chain first, since that one moved last. The parent links
+// are reversed on the way up and restored on the way down, because there may be no memory for a stack.
 void RetentionPolicy::undo_holds(i32 id) {
   i32 below = -1, top = id;
   while (set_holds(top)) {
@@ -254,7 +269,8 @@ void RetentionPolicy::undo_holds(i32 id) {
   }
 }
 
-// True if it has changed whether `id` keeps its parent; which counts it, and is not moved yet.
+// Updates whether `id` protects its parent, and the parent's count. Returns true if that count changed; the caller then
+// moves the parent.
 bool RetentionPolicy::set_holds(i32 id) {
   Block& block = at(id);
   const bool holds = block.cached && (block.priority != kBaseDecides || block.holding_children > 0);
@@ -265,7 +281,8 @@ bool RetentionPolicy::set_holds(i32 id) {
   return true;
 }
 
-// The next block of the lowest priority in [begin, end), -1 if there is none.
+// Returns the front block of the lowest priority in [begin, end), among blocks with cached children (`inner`) or
+// without; -1 if there is none.
 i32 RetentionPolicy::first_of(int begin, int end, bool inner) const {
   if (filled_.none()) return -1;
   for (int priority = begin; priority < end; ++priority) {
@@ -283,7 +300,7 @@ void RetentionPolicy::start_clock(i32 id) {
   resume_clock(id);
 }
 
-// With the deadline that it had.
+// Puts a block back into the heap with its former deadline.
 void RetentionPolicy::resume_clock(i32 id) {
   if (at(id).deadline == 0) return;
   set_heap(heap_.size(), id);
@@ -291,6 +308,7 @@ void RetentionPolicy::resume_clock(i32 id) {
 }
 
 void RetentionPolicy::stop_clock(i32 id) {
+  KVMEM_ASSERT(at(id).heap_index < static_cast<i32>(heap_.size()), "the index is within the heap");
   Block& block = at(id);
   if (block.heap_index < 0) return;
   const std::size_t index = static_cast<std::size_t>(std::exchange(block.heap_index, -1));
@@ -311,12 +329,13 @@ void RetentionPolicy::expire() {
     at(id).priority = kBaseDecides;
     at(id).deadline = 0;
     place(id);
-    update_holds(id);  // after it: what led to it comes to the base later, so that LRU names it later
+    update_holds(id);  // last, so that the blocks before it enter the base later and an LRU evicts them later
   }
 }
 
 void RetentionPolicy::set_heap(std::size_t index, i32 id) {
-  if (index == heap_.size()) heap_.push_back(id);  // within what reserve() took
+  KVMEM_ASSERT(index < heap_.size() || heap_.size() < heap_.capacity(), "reserve() made room for every block");
+  if (index == heap_.size()) heap_.push_back(id);
   heap_[index] = id;
   at(id).heap_index = static_cast<i32>(index);
 }

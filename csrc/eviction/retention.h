@@ -1,10 +1,12 @@
-// Retention: a user's word on single blocks, over any policy. A block of priority 50 is the base policy's; lower ones
-// go before all else, higher ones after all else, ascending, for some seconds after each release or for ever. Within a
-// priority the longest released goes first.
+// Retention priorities that a user sets on single blocks, on top of any base policy. Blocks of priority 50, the
+// default, are ordered by the base policy. Blocks of lower priority are evicted before those, blocks of higher priority
+// after them, in ascending order, and within a priority the longest released block first. A priority may expire a
+// number of seconds after each release.
 //
-// A block that leads to a cached one with a priority of its own stays until that one is gone or the base's again:
-// without it that one could not be found. Then it comes to the base as if released at that moment. A block with cached
-// children is not named while there is a released one without.
+// A block is protected while a cached descendant has a priority other than 50, because the descendant cannot be found
+// without it: the block is in the list of its own priority and not in the base, even if that priority is 50. Once no
+// such descendant is left, it enters the base as if released at that moment. A block with cached children is not
+// evicted while there is a released block without.
 #pragma once
 
 #include <bitset>
@@ -19,19 +21,21 @@ namespace kvmem {
 
 class RetentionPolicy final : public EvictionPolicy {
  public:
-  using Clock = std::function<double()>;  // seconds, never going back
+  using Clock = std::function<double()>;  // monotonic seconds
 
-  // `base` null: reserve() is the only call, until take_over() brings one. `clock` empty: a steady one.
+  // With a null `base`, only reserve() may be called until take_over() provides one. `clock` defaults to a monotonic
+  // clock.
   explicit RetentionPolicy(std::unique_ptr<EvictionPolicy> base, Clock clock = {});
   void take_over(std::unique_ptr<EvictionPolicy> base) { base_ = std::move(base); }
 
-  // From now until the block is evicted. `ttl_seconds` count from each release, or from now if it is released; 0 or
-  // less and infinity mean for ever. O(1), O(log n) with a time to live; marking a block in the middle of a chain also
-  // walks to its start once. SpecError for a priority out of 0 to 100.
+  // Sets the priority of a cached block until it is evicted. It lasts `ttl_seconds` from each release, or from now if
+  // the block is released; 0, less than 0 and infinity mean without end. Throws SpecError for a block that is not
+  // cached and for a priority outside 0 to 100. Cost: O(1), or O(log n) with a time to live; the first call for a block
+  // in the middle of a chain also walks to the start of the chain.
   void retain(i32 id, int priority, double ttl_seconds);
 
-  // Before any other call: what the base policy knows already. A block that it has, in use or released; and of two
-  // such, which leads to which.
+  // Adopt the state of a base policy that is in use already. REQUIRES: no other call but reserve() came before.
+  // follow(): the base has this block, in use or released. lead(): of two followed blocks, the parent and the child.
   void follow(i32 id, bool released);
   void lead(i32 parent, i32 child);
 
@@ -46,7 +50,7 @@ class RetentionPolicy final : public EvictionPolicy {
   void release(i32 id) override;
   void undo_release(i32 id) override;
   i64 aged() const override { return base_->aged(); }
-  // The clock is read only while a released block has a time to live.
+  // Reads the clock only while a released block has a time to live.
   i32 victim() override;
   void evict(i32 id, std::uint64_t key, i32 parent) override;
   void restore(i32 id, std::uint64_t key, i32 parent) override;
@@ -54,27 +58,28 @@ class RetentionPolicy final : public EvictionPolicy {
 
  private:
   static constexpr int kPriorities = 101, kBaseDecides = 50;
-  static constexpr i32 kNowhere = -1, kBase = -2;  // else the list a released block stands in
+  static constexpr i32 kNowhere = -1, kBase = -2;  // in place of a list: in use, or in the base policy
+  static_assert(kPriorities <= 128 && kBaseDecides < kPriorities, "Block::priority has 8 bits");
 
   struct Block {
-    double ttl = 0;       // of priorities other than 50; 0: for ever
-    double deadline = 0;  // while in the heap
+    double ttl = 0;       // of a priority other than 50; 0: no end
+    double deadline = 0;  // 0: none
     i32 heap_index = -1;
     i32 place = kNowhere;
-    i32 left = kNowhere;  // where the latest use() found it
+    i32 left = kNowhere;  // the list from which the latest use() took it
     i32 parent = -1;
-    i32 children = 0;          // cached ones; where a window passed, they may be there before and after this block
-    i32 holding_children = 0;  // those of them that keep this block
+    i32 children = 0;          // cached ones; under a window, children may be cached while this block is not
+    i32 holding_children = 0;  // those children that protect this block
     std::int8_t priority = kBaseDecides;
     bool cached = false;
     bool released = false;
-    bool holds = false;  // its parent
+    bool holds = false;  // protects its parent
   };
 
   Block& at(i32 id) { return blocks_[static_cast<std::size_t>(id)]; }
   i32 place_of(const Block& block) const;
-  // How a block comes to a list that its state sends it to: as the last or the next of it, or because a call is taken
-  // back, to where it stood.
+  // How a block enters the list that place_of() wants: at the back, at the front, or, where a call is undone, at its
+  // former position.
   enum class Moves : std::uint8_t { last, first, back };
   void place(i32 id, Moves how = Moves::last);
   void take_back_push(i32 id);
@@ -98,11 +103,11 @@ class RetentionPolicy final : public EvictionPolicy {
   std::unique_ptr<EvictionPolicy> base_;
   Clock clock_;
   std::vector<Block> blocks_;
-  IdLists<> lists_{2 * kPriorities};  // of each priority: blocks without cached children, blocks with some
+  IdLists<> lists_{2 * kPriorities};  // for each priority: blocks without cached children, blocks with cached children
   std::bitset<2 * kPriorities> filled_;
-  std::vector<i32> heap_;  // released blocks with a time to live, the earliest deadline first
-  bool timed_ = false;     // some have ever had a time to live
-  i32 named_ = -1;         // victim() answers the same until another call, whatever the clock says
+  std::vector<i32> heap_;  // released blocks with a time to live: a binary heap, earliest deadline first
+  bool timed_ = false;     // a block has had a time to live
+  i32 named_ = -1;         // the answer of victim(), repeated until another call, whatever the clock says
 };
 
 }  // namespace kvmem

@@ -7,11 +7,13 @@ namespace kvmem {
 namespace {
 
 constexpr i32 kAges = ReuseStatistics::kAges;
-// Before anything is seen a use is expected at rate 0.1 / age. Any rate that falls with age orders blocks by recency.
+// Without any observation, a use is expected at rate 0.1 / age. Every rate that falls with age orders blocks by
+// recency.
 constexpr double kPriorRate = 0.1;
-// A class is believed against all classes together once it has seen about this many lives reach an age.
+// The weight of the pooled hazard in that of a class: a class counts for more once about this many lives of its own
+// have reached an age.
 constexpr double kPriorLives = 8;
-// Only slopes count, so a factor on all that follows changes nothing; without a floor rounding would decide there.
+// A common factor does not change slopes, and only slopes matter. The lower bound keeps rounding errors from deciding.
 constexpr double kLeastAlive = 1e-6;
 
 constexpr double first_age(i32 index) {
@@ -20,7 +22,7 @@ constexpr double first_age(i32 index) {
   return (index - 1) % 2 ? 1.5 * octave : octave;
 }
 
-// Looked up, since learning asks thousands of times.
+// Precomputed, because learning looks them up thousands of times.
 struct AgeTable {
   constexpr AgeTable() {
     for (i32 age = 0; age < kAges; ++age) {
@@ -44,11 +46,11 @@ ReuseStatistics::ReuseStatistics() {
   for (i32 cls = 0; cls < kClasses; ++cls) rate(cls);
 }
 
-// An age that no life has reached yet continues those before it: were it expected to do better, the oldest blocks would
-// be kept for being old.
+// An age that no life has reached yet extrapolates the ages before it. If it promised more, the oldest blocks would
+// stay cached because they are old.
 ReuseStatistics::Ages ReuseStatistics::pooled_hazard(const Ages& reused, const Ages& time) {
   Ages hazard;
-  double expected = kPriorRate;  // hazard times age
+  double expected = kPriorRate;  // hazard times age, as of the age before
   for (i32 age = 0; age < kAges; ++age) {
     const double one_life = width(age);
     hazard[at(age)] = (reused[at(age)] + expected / middle(age) * one_life) / (time[at(age)] + one_life);
@@ -57,8 +59,9 @@ ReuseStatistics::Ages ReuseStatistics::pooled_hazard(const Ages& reused, const A
   return hazard;
 }
 
-// Time that lives of a class spent at an age: the whole width for each that got beyond it, half for each that ended
-// within; an open life counts as if it ended now. Uses divided by that time is the hazard of the age.
+// The time that lives of a class spent at an age is the whole width of that age for each life that grew older, and half
+// the width for each that ended there; an open life counts as if it ended now. The hazard of an age is its uses divided
+// by that time.
 void ReuseStatistics::collect(i64 now, double keep) {
   std::array<OpenLives<kClasses>::Lives, kAges> open{};
   lives_.each(now, [&](i64 age, const OpenLives<kClasses>::Lives& lives) {
@@ -84,9 +87,10 @@ void ReuseStatistics::collect(i64 now, double keep) {
   pooled_ = pooled_hazard(pooled_reused, pooled_time);
 }
 
-// Keeping a block from age a to age b yields P(used in between) for E(time kept, at most b - a). The best b makes the
-// quotient largest. With both summed from age 0 that quotient is a slope between two points of one curve, the factor
-// P(life reaches a) cancels, and the best b for every a at once is the next corner of the curve's upper hull.
+// A block that stays cached from age a to age b yields P(used in between) at the cost E(time cached, at most b - a).
+// Its density is that quotient for the best b. With both terms summed up from age 0, the quotient is the slope between
+// two points of one curve, and the factor P(life reaches a) cancels. So the best b, for every a at once, is the next
+// corner of the curve's upper hull.
 void ReuseStatistics::rate(i32 cls) {
   std::array<double, kAges + 1> kept, used;
   kept[0] = used[0] = 0;

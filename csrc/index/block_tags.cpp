@@ -7,8 +7,9 @@ namespace kvmem {
 namespace {
 
 constexpr std::size_t kHead = 9, kPlace = sizeof(std::uint32_t);
+static_assert(kHead == 1 + sizeof(std::uint64_t), "a key is encoded as type, length and content");
 
-// A tag, read key by key.
+// Reads the keys of a tag one after the other.
 class Reader {
  public:
   explicit Reader(const std::string* tag) : at_(tag ? tag->data() : nullptr), left_(tag ? tag->size() : 0) {}
@@ -18,7 +19,7 @@ class Reader {
     std::memcpy(&place, at_, kPlace);
     return place;
   }
-  // What the entry says, its place included.
+  // Returns the bytes of the current entry, its offset included.
   std::size_t size() const { return kPlace + key_bytes(at_ + kPlace, left_ - kPlace); }
   bool equals(const Reader& other) const { return size() == other.size() && std::memcmp(at_, other.at_, size()) == 0; }
   void next() {

@@ -1,6 +1,6 @@
-// What KV depends on besides its tokens, from a position of its chain on: the image that placeholder ids stand for,
-// say. The block in which such a key begins carries it as its tag, and blocks are equal only if their tags are too.
-// What comes before is shared with everybody; what comes after hangs below the block, so it needs no tag.
+// Tags: what the KV of a block depends on besides the token ids, e.g. the image that placeholder ids stand for. A key
+// counts from a position of its chain on. The block in which it begins carries it as a tag, and blocks are equal only
+// if their tags are. The blocks before it are shared by all; those after it need no tag, since they continue this one.
 #pragma once
 
 #include <string>
@@ -10,29 +10,30 @@
 
 namespace kvmem {
 
-// From token `position` on, the KV depends on `key`: 9 bytes or more, of which the last 8 of the first 9 say how many
-// follow (kvmem/digests.py), so that no key runs into the next.
+// From token `position` on, the KV depends on `key`. The key is encoded as in kvmem/events/digests.py: one byte of
+// type, 8 bytes of length, and so many bytes of content, so that no key is the prefix of another.
 struct KeyMark {
   i64 position;
   std::string key;
 };
-using KeyMarks = std::vector<KeyMark>;  // by position
+using KeyMarks = std::vector<KeyMark>;  // ascending positions
 
-// In place of a position: where an id first stands twice in a row, since placeholders are a run of one id; or from the
-// first token on, where none does.
+// In place of a position: where the placeholders begin, i.e. where an id first occurs twice in a row; or position 0, if
+// no id does. placed() returns the marks with that position filled in.
 constexpr i64 kAtPlaceholders = -1;
 KeyMarks placed(const KeyMarks& marks, const i32* tokens, i64 n);
 
-// The tag of the block of tokens [first, first + size): the keys that begin in it, each after its place there; empty
-// for none. Cost: a binary search, and what is written.
+// Returns the tag of the block of tokens [first, first + size): each key that begins there, after its offset in the
+// block as 4 bytes; empty if no key does. Cost: a binary search and the bytes written.
 std::string tag_of_block(const KeyMarks& marks, i64 first, i64 size);
 
-// How many tokens of a block of `size` two tags (null for none) leave alike.
+// Returns how many tokens of a block of `size`, from the first one on, two tags (null for none) do not distinguish.
 i64 tokens_alike(const std::string* a, const std::string* b, i64 size);
 
-// The marks that `encoded` tells of, one after the other: the position in 8 bytes, then the key. SpecError for others.
+// Returns the marks that were encoded one after the other, each as a position in 8 bytes and its key. Throws SpecError
+// for truncated data and for positions that are negative or descend.
 KeyMarks decode_marks(const char* encoded, std::size_t bytes);
-// How many bytes the key at `encoded` takes; SpecError if it goes beyond `bytes`.
+// Returns the encoded size of the key at `encoded`; throws SpecError if it is more than `bytes`.
 std::size_t key_bytes(const char* encoded, std::size_t bytes);
 
 }  // namespace kvmem

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "base/check.h"
+
 namespace kvmem {
 
 void EventRecords::stored(i32 node, i32 parent, i32 root, i32 group, i32 ordinal, const i32* block, i32 tier, Tag tag) {
@@ -51,10 +53,11 @@ void EventRing::push(Record&& record, const i32* tokens) noexcept {
     broken_ = true;
     return;
   }
-  i64 place = first_ + size_++;
-  if (place >= capacity_) place -= capacity_;
-  records_[place] = std::move(record);
-  if (tokens) std::copy_n(tokens, block_tokens_, &tokens_[place * block_tokens_]);
+  i64 index = first_ + size_++;
+  if (index >= capacity_) index -= capacity_;
+  KVMEM_ASSERT(size_ <= capacity_ && index < capacity_, "the ring has room for the record");
+  records_[index] = std::move(record);
+  if (tokens) std::copy_n(tokens, block_tokens_, &tokens_[index * block_tokens_]);
 }
 
 void EventRing::stored(i32 node, i32 parent, i32 root, i32 group, i32 ordinal, const i32* tokens, i32 tier,
@@ -68,10 +71,10 @@ void EventRing::removed(i32 node, i32 group, i32 tier) noexcept {
 
 void EventRing::cleared() noexcept { push({EventKind::cleared, -1, -1, -1, -1, -1, 0, {}}, nullptr); }
 
-void EventRing::append_to(EventRecords& out, i64 place) const {
-  const Record& r = records_[place];
+void EventRing::append_to(EventRecords& out, i64 index) const {
+  const Record& r = records_[index];
   if (r.kind == EventKind::stored) {
-    out.stored(r.node, r.parent, r.root, r.group, r.ordinal, &tokens_[place * block_tokens_], r.tier, r.tag);
+    out.stored(r.node, r.parent, r.root, r.group, r.ordinal, &tokens_[index * block_tokens_], r.tier, r.tag);
   } else {
     append_bare(out, r.kind, r.node, r.group, r.tier);
   }
@@ -86,7 +89,7 @@ EventRecords EventRing::drain(i64 max, const Resident& resident, bool restart) {
   if (broken_ || restart) {
     append_bare(out, EventKind::cleared, -1, -1, 0);
     resident(out);
-    size_ = 0;  // the walk has seen what these led to
+    size_ = 0;  // the walk has included what these records say
     broken_ = false;
     return out;
   }

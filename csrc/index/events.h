@@ -1,12 +1,12 @@
-// What a router outside should know about cached blocks: which are stored, which are gone. Records wait in a ring until
-// somebody fetches them; nobody is called, nothing is hashed and nothing is allocated when a record is made.
+// Cache events for a router outside of the process: which blocks were stored, and which were removed. Records wait in a
+// ring until the consumer fetches them. Making a record calls nobody, hashes nothing and allocates nothing.
 //
-// A consumer that missed one record knows nothing for sure any more: of the rest, every second record would name a
-// block it never heard of. So when the ring is full, all that waits is dropped at once, and nothing more is kept until
-// the consumer comes back. It then gets `cleared`, and `stored` for all that is resident at that moment: a state that
-// is right, at a cost it would have had anyway. The same serves a consumer that comes late or wants to start over.
+// A consumer that missed one record can trust none of what it knows, because later records may name a block that it
+// never heard of. So when the ring is full, all waiting records are dropped, and no more are stored until the consumer
+// fetches again. It then gets `cleared`, and `stored` for each resident block: a correct state. The same serves a
+// consumer that starts late or wants to start over.
 //
-// Not thread-safe: the lock that serialises changes of the index serialises these calls too.
+// Not thread-safe: callers hold the lock that guards the index.
 #pragma once
 
 #include <cstdint>
@@ -23,49 +23,51 @@ using Tag = std::shared_ptr<const std::string>;  // block_tags.h; null for none
 
 enum class EventKind : std::int8_t { stored, removed, cleared };
 
-// Records in order, field by field, and the walk over what is resident writes itself down here too.
+// Records in order, as columns. The walk over resident blocks writes the same form.
 struct EventRecords {
-  // As EventRing::stored().
+  // Appends a record, as EventRing::stored().
   void stored(i32 node, i32 parent, i32 root, i32 group, i32 ordinal, const i32* block, i32 tier = 0, Tag tag = {});
   i64 size() const { return static_cast<i64>(kinds.size()); }
 
   i64 block_tokens = 0;
   std::vector<std::int8_t> kinds;  // EventKind
   std::vector<i32> nodes, parents, roots, groups, ordinals, tiers;
-  std::vector<i32> tokens;  // of the stored records alone, `block_tokens` each
-  std::vector<Tag> tags;    // and of those
+  std::vector<i32> tokens;  // of stored records only: `block_tokens` ids for each
+  std::vector<Tag> tags;    // of stored records only
 };
 
 class EventRing {
  public:
-  // Walks over all nodes, a parent before its children, and calls stored() for every group and tier that holds the
-  // node; for a node that no group holds, but nodes that continue it are held, once with group -1.
+  // A function that calls stored() for every resident node, a parent before its children: once for each group and tier
+  // that has the node; and once, with group -1, for a node that no group has but that has resident descendants.
   using Resident = std::function<void(EventRecords&)>;
 
-  // All memory is taken here: a record costs 32 + 4 * block_tokens bytes. Capacity 0: off, every call does nothing.
+  // Allocates the whole ring: 32 + 4 * block_tokens bytes for each record. With capacity 0 events are off, and every
+  // call does nothing. Throws SpecError for a negative or too large capacity.
   EventRing(i64 capacity, i64 block_tokens);
   bool on() const { return capacity_ > 0; }
 
-  // `group` holds the block of `node` now. `parent` is the node before it in its chain and was stored before, whether
-  // or not it still is; -1 for the first block, whose chain begins at `root`. `ordinal` counts the blocks before it.
-  // `tokens`: its block_tokens ids, copied. A node no group holds, but which others continue, is stored with group -1.
+  // Records that `group` has the block of `node` now. `parent` is the node before it in its chain, which was stored
+  // earlier but may be gone; -1 for the first block. The chain begins at root number `root`, and `ordinal` counts the
+  // blocks before this one. `tokens`: its block_tokens ids, which are copied. Group -1: no group has the node, but
+  // nodes that continue it are resident.
   void stored(i32 node, i32 parent, i32 root, i32 group, i32 ordinal, const i32* tokens, i32 tier = 0,
               Tag tag = {}) noexcept;
-  // `group` holds it no more. The id may stand for another block from the next stored() on.
+  // Records that `group` no longer has the node. The id may stand for another block from the next stored() on.
   void removed(i32 node, i32 group, i32 tier = 0) noexcept;
-  // No group holds any block.
+  // Records that no group has any block.
   void cleared() noexcept;
 
-  // Takes out the oldest records, `max` at most (-1: all). After a loss, or with `restart`, instead: `cleared` and all
-  // that `resident` walks over, whatever `max` is. When this throws, nothing was taken out.
+  // Removes and returns the oldest records, `max` at most (-1: all). After a loss, or with `restart`, returns `cleared`
+  // and the records of `resident` instead, whatever `max` is. Removes nothing if it throws.
   EventRecords drain(i64 max, const Resident& resident, bool restart = false);
-  // Takes the latest drain() back; nothing was recorded since.
+  // Undoes the latest drain(). REQUIRES: nothing was recorded since.
   void undo_drain() { first_ = drained_.first, size_ = drained_.size, broken_ = drained_.broken; }
 
   i64 block_tokens() const { return block_tokens_; }
-  i64 size() const { return size_; }      // waiting
-  i64 serial() const { return serial_; }  // records ever made, the lost ones too
-  i64 lost() const { return lost_; }      // dropped for lack of room
+  i64 size() const { return size_; }      // records that wait
+  i64 serial() const { return serial_; }  // records ever made, including the lost ones
+  i64 lost() const { return lost_; }      // records dropped for lack of room
 
  private:
   struct Record {
@@ -74,17 +76,17 @@ class EventRing {
     Tag tag;
   };
   void push(Record&& record, const i32* tokens) noexcept;
-  void append_to(EventRecords& out, i64 place) const;
+  void append_to(EventRecords& out, i64 index) const;
 
   const i64 capacity_, block_tokens_;
   std::vector<Record> records_;
-  std::vector<i32> tokens_;  // by place in records_
+  std::vector<i32> tokens_;  // by index in records_
   i64 first_ = 0, size_ = 0, serial_ = 0, lost_ = 0;
-  bool broken_ = false;  // something was lost, and the consumer does not know yet
+  bool broken_ = false;  // records were lost, and the consumer does not know it yet
   struct {
     i64 first = 0, size = 0;
     bool broken = false;
-  } drained_;  // what drain() found
+  } drained_;  // the state before the latest drain()
 };
 
 }  // namespace kvmem

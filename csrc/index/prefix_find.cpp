@@ -1,4 +1,4 @@
-// What the index finds, and all that looks at it without changing it.
+// The functions of PrefixIndex that change nothing: lookups, check() and digest().
 
 #include <algorithm>
 #include <cstring>
@@ -8,7 +8,7 @@
 namespace kvmem {
 namespace {
 
-// The two halves of a product of 64-bit numbers, folded: mixes well and costs one multiplication.
+// XORs the two halves of a 128-bit product: mixes well at the cost of one multiplication.
 std::uint64_t fold(std::uint64_t a, std::uint64_t b) {
   const unsigned __int128 product = static_cast<unsigned __int128>(a) * b;
   return static_cast<std::uint64_t>(product) ^ static_cast<std::uint64_t>(product >> 64);
@@ -24,7 +24,7 @@ std::uint64_t load_pair(const i32* tokens) {
 
 }  // namespace
 
-// Both lengths are told, so that no salt can run into the extra key.
+// The length comes first, so that no salt and extra key equal another pair in one text.
 std::string PrefixIndex::flat(const PrefixKey& key) {
   return std::to_string(key.salt.size()) + ":" + key.salt + key.extra_key;
 }
@@ -33,8 +33,8 @@ std::uint64_t PrefixIndex::root_hash(const PrefixKey& key) const {
   return fold(roots_.hash_function()(flat(key)) ^ seed_, kOdd);
 }
 
-// The tokens are hashed apart from what is before them, so that the multiplications for one block of a chain do not
-// wait for those of the block before it. A factor that is secret keeps others from choosing the products.
+// The hash of a block's tokens does not depend on the blocks before it until the last step, so the multiplications of
+// successive blocks overlap. The secret factor keeps an attacker from constructing collisions.
 std::uint64_t PrefixIndex::key_after(std::uint64_t before, const i32* tokens) const {
   const i64 count = block_tokens();
   std::uint64_t h = kOdd;
@@ -53,7 +53,7 @@ i32 PrefixIndex::find_root(const PrefixKey& key) const {
   return found == roots_.end() ? kNoNode : found->second;
 }
 
-// Two tags seldom meet in one chain, so a factor for each 8 bytes is no cost.
+// Tags are rare in a chain, so one multiplication for each 8 bytes is affordable.
 std::uint64_t PrefixIndex::with_tag(std::uint64_t key, const std::string* tag) const {
   if (!tag) return key;
   std::uint64_t h = fold(tag->size() ^ seed_, kOdd);
@@ -71,7 +71,7 @@ i32 PrefixIndex::find(i32 parent, const i32* tokens, const std::string* tag) con
   return nodes_[newest].next_child == kNoNode ? kNoNode : find_sibling(parent, tokens, tag);
 }
 
-// Keys are compared first since most strangers in a bucket differ in them; the tokens decide.
+// Compares keys first, since most other nodes in a bucket differ in them; the token ids decide.
 i32 PrefixIndex::find_sibling(i32 parent, const i32* tokens, const std::string* tag) const {
   const std::uint64_t key = with_tag(key_after(nodes_[parent].key, tokens), tag);
   for (i32 x = bucket(key); x != kNoNode; x = siblings_[x].next_in_bucket) {
@@ -89,15 +89,16 @@ void PrefixIndex::find_partial(i32 parent, const i32* tokens, i64 count, const s
   for (i32 x = nodes_[parent].first_child; x != kNoNode && looked < kNewest; x = nodes_[x].next_child, ++looked) {
     i64 same = tokens_.common(x, tokens, count);
     if (tag || !tags_.empty()) same = std::min(same, tokens_alike(this->tag(x).get(), tag, block_tokens()));
-    if (same == 0 || nodes_[x].places == 0) continue;
+    if (same == 0 || nodes_[x].copies == 0) continue;
     const auto no_more = [same](const PartOfBlock& other) { return other.tokens <= same; };
     found->insert(std::find_if(found->begin(), found->end(), no_more), {x, same});
   }
 }
 
-// A page table may count places of a block that no window shows any more, since it lies before others in a row.
+// Without whole nodes, copies are not asked: a row counts a copy of a block that no window shows any more, because
+// other blocks of the row follow it.
 bool PrefixIndex::in_memory(i32 node) const {
-  bool any = whole_ && nodes_[node].places > 0;
+  bool any = whole_ && nodes_[node].copies > 0;
   for (i32 w = 0; !whole_ && !any && w < windows_; ++w) any = has_window(node, w);
   return any;
 }
@@ -164,44 +165,45 @@ void PrefixIndex::check(const std::vector<i32>& users, std::vector<std::string>*
   for (i64 x = 0; x < capacity(); ++x) {
     const Node& n = nodes_[x];
     const auto pinned = pins_.find(static_cast<i32>(x));
-    if (n.pinned != (pinned != pins_.end())) say(x, "is pinned, or is not, against its count");
+    if (n.pinned != (pinned != pins_.end())) say(x, "its pin mark contradicts its pin count");
     if (n.pinned) pins += pinned->second;
     if (n.parent == kNoNode) continue;
     const Node& parent = nodes_[n.parent];
     const bool same_root = !events_.on() || root_of_[x] == root_of_[n.parent];
-    if (n.ordinal != parent.ordinal + 1 || !same_root) say(x, "does not continue the block before it");
+    if (n.ordinal != parent.ordinal + 1 || !same_root)
+      say(x, "its ordinal or root does not follow from the block before it");
     copy_tokens(static_cast<i32>(x), block_tokens(), block.data());
     if (find(n.parent, block.data(), tag(static_cast<i32>(x)).get()) != x)
-      say(x, "invariant 7: its own tokens do not lead to it");
-    if (idle(n)) say(x, "neither used nor in memory, and leads nowhere");
+      say(x, "invariant 7: a lookup of its tokens does not find it");
+    if (idle(n)) say(x, "it has no users, no copies and no children, but was not removed");
     if (n.users != users[x]) {
-      say(x, "counted " + std::to_string(n.users) + " users, but " + std::to_string(users[x]) + " use it");
+      say(x, "it counts " + std::to_string(n.users) + " users, but has " + std::to_string(users[x]));
     }
-    if (n.released != (n.places > 0 && n.users == 0)) say(x, "invariant 2: its policy thinks otherwise of it");
+    if (n.released != (n.copies > 0 && n.users == 0))
+      say(x, "invariant 2: it is released, or in use, against its counts");
     cached += n.released;
     for (i32 w = 0; w < windows_; ++w) {
       const Part& p = part(static_cast<i32>(x), w);
-      parts[static_cast<std::size_t>(w)] += p.places > 0 && p.needs == 0;
-      if (p.places > 0 && n.places == 0) say(x, "a window group has it, though it is nowhere");
+      parts[static_cast<std::size_t>(w)] += p.copies > 0 && p.needs == 0;
+      if (p.copies > 0 && n.copies == 0) say(x, "a window group has a copy, but the node has none");
     }
     linked += n.linked;
     siblings += n.linked && parent.first_child != x;
   }
-  if (linked != linked_ || siblings != in_buckets_) out->push_back("the counts of blocks that can be found are wrong");
-  if (parts != cached_parts_) out->push_back("the counts of what windows have passed are wrong");
+  if (linked != linked_ || siblings != in_buckets_) out->push_back("the counts of linked blocks are wrong");
+  if (parts != cached_parts_) out->push_back("the counts of unreferenced window parts are wrong");
   if (cached != cached_ || pins != pinned_) out->push_back("the counts of cached or pinned blocks are wrong");
 }
 
-// Which nodes are free is state too, since it says which comes next; but not how many more were made than were needed:
-// those stand at the end of the list, by number. Keys are left out, since each index has a secret: tokens stand for
-// them.
+// The free list is state, since it says which node is allocated next. Not included are the nodes at the end of the list
+// that only a growth of the tables has made, and keys: each index has a secret of its own, so tokens stand for them.
 void PrefixIndex::digest(Hasher& hash) const {
   std::vector<i32> tokens(block_tokens());
   for (i64 x = 0; x < capacity(); ++x) {
     const Node& n = nodes_[x];
-    if (n.ordinal < -1) continue;  // free
+    if (n.ordinal < -1) continue;  // a free node
     hash.add(x, n.parent, n.ordinal, n.first_child, n.next_child, n.users);
-    hash.add(n.places, n.linked, n.released, n.pinned);
+    hash.add(n.copies, n.linked, n.released, n.pinned);
     if (n.ordinal >= 0) {
       tokens_.copy(static_cast<i32>(x), block_tokens(), tokens.data());
       hash.add_all(tokens);
@@ -210,7 +212,7 @@ void PrefixIndex::digest(Hasher& hash) const {
     if (events_.on()) hash.add(root_of_[x]);
     for (i32 w = 0; w < windows_; ++w) {
       const Part& p = part(static_cast<i32>(x), w);
-      hash.add(p.places, p.needs, p.aside);
+      hash.add(p.copies, p.needs, p.aside);
     }
   }
   policy_->digest(hash);

@@ -12,18 +12,22 @@ std::uint64_t secret() {
 }
 
 constexpr i64 kGhosts = 1 << 14;
-// Nodes for the memory there is, and some more: roots, and steps on a path whose own memory is gone.
+// The tables are sized for the nodes that there is memory for, and some more: roots, and nodes without copies on a
+// path.
 constexpr i64 kFirstNodes = 1 << 8, kMostAtOnce = 1 << 16, kSpareShare = 64;
 constexpr i64 kFirstTokens = 1 << 24, kFewestNodes = 8;  // fewer nodes where blocks are huge
-constexpr i64 kGrowth = 4;                               // a fourth more nodes when there are too few
-constexpr std::size_t kLooseKept = 1 << 12;              // of more loose nodes, finish() gives the list back
-constexpr i32 kFree = -2;                                // as an ordinal
+constexpr i64 kGrowth = 4;                               // tables grow by a fourth
+constexpr std::size_t kLooseKept = 1 << 12;              // finish() frees a longer list of loose nodes
+constexpr i32 kFree = -2;                                // the ordinal of a free node
+static_assert((kGhosts & (kGhosts - 1)) == 0, "remember() masks keys");
+static_assert(kFewestNodes <= kFirstNodes && kFirstNodes <= kMostAtOnce,
+              "bounds of least_nodes_ and of the first size");
 
-// Chains of three nodes for two buckets.
+// Buckets are full at 1.5 nodes each.
 bool full(i64 nodes, std::size_t buckets) { return 2 * nodes > 3 * static_cast<i64>(buckets); }
 
 template <class T>
-void resize_exactly(std::vector<T>& v, i64 size) {  // resize() alone would double
+void resize_exactly(std::vector<T>& v, i64 size) {  // resize() alone would double the capacity
   v.reserve(size);
   v.resize(size);
 }
@@ -47,7 +51,7 @@ PrefixIndex::PrefixIndex(i64 block_tokens, std::vector<GroupKind> groups, const 
     if (groups[g] == GroupKind::full) full_groups_.push_back(group);
     if (groups[g] == GroupKind::state) state_groups_.push_back(group);
   }
-  told_at_once_ += static_cast<std::size_t>(windows_) + state_groups_.size();
+  changes_per_op_ += static_cast<std::size_t>(windows_) + state_groups_.size();
   whole_ = windows_ == 0 || !full_groups_.empty() || !state_groups_.empty();
   items_ = windows_ + whole_;
   cached_parts_.assign(static_cast<std::size_t>(windows_), 0);
@@ -56,10 +60,11 @@ PrefixIndex::PrefixIndex(i64 block_tokens, std::vector<GroupKind> groups, const 
   while (full(blocks, buckets)) buckets *= 2;
   buckets_.assign(buckets, kNoNode);
   reserve(blocks + blocks / kSpareShare + least_nodes_);
-  seed_ = secret() | 1;  // so that nobody can choose tokens that all fall into one bucket
+  seed_ = secret() | 1;  // a secret, so that nobody can choose tokens that share a bucket
 }
 
 void PrefixIndex::reserve(i64 nodes) {
+  KVMEM_ASSERT(nodes >= capacity(), "tables never shrink");
   const i64 before = capacity();
   tokens_.reserve(nodes);
   policy_->reserve(nodes * items_);
@@ -73,25 +78,26 @@ void PrefixIndex::reserve(i64 nodes) {
 
 void PrefixIndex::start_retention() {
   auto retention = std::make_unique<RetentionPolicy>(nullptr);
-  retention->reserve(capacity() * items_);  // all the memory it needs, while nothing has changed yet
+  retention->reserve(capacity() * items_);  // the only allocation, before anything changes
   retention->take_over(std::move(policy_));
   retention_ = retention.get();
   policy_ = std::move(retention);
   for (i32 x = 0; x < capacity(); ++x) {
-    if (whole_ && nodes_[x].places > 0) retention_->follow(item(x), nodes_[x].released);
+    if (whole_ && nodes_[x].copies > 0) retention_->follow(item(x), nodes_[x].released);
     for (i32 w = 0; w < windows_; ++w) {
       if (has_window(x, w)) retention_->follow(item(x, w), needs(x, w) == 0);
     }
   }
   for (i32 x = 0; whole_ && x < capacity(); ++x) {
     const i32 parent = nodes_[x].parent;
-    if (nodes_[x].places > 0 && !is_root(parent)) retention_->lead(item(parent), item(x));
+    if (nodes_[x].copies > 0 && !is_root(parent)) retention_->lead(item(parent), item(x));
   }
 }
 
 void PrefixIndex::retain(i32 node, int priority, double seconds) {
+  KVMEM_ASSERT(retention_, "expect_retention() came first");
   const Node& n = nodes_[node];
-  const bool whole = whole_ && n.places > 0;
+  const bool whole = whole_ && n.copies > 0;
   if (whole) retention_->retain(item(node), priority, seconds);
   for (i32 w = 0; w < windows_; ++w) {
     if (has_window(node, w)) retention_->retain(item(node, w), priority, seconds);
@@ -100,12 +106,13 @@ void PrefixIndex::retain(i32 node, int priority, double seconds) {
 
 void PrefixIndex::grow_nodes() { reserve(capacity() + std::max(capacity() / kGrowth, least_nodes_)); }
 
-// There is a free one.
+// REQUIRES: there is a free node.
 i32 PrefixIndex::new_node() {
+  KVMEM_ASSERT(free_ != kNoNode && nodes_[free_].ordinal == kFree, "there is a free node");
   const i32 node = free_;
   free_ = nodes_[node].next_child;
   nodes_[node] = Node();
-  if (free_ != kNoNode) {  // the next one is mostly wanted soon
+  if (free_ != kNoNode) {  // prefetches the next free node, which is mostly wanted soon
     __builtin_prefetch(&nodes_[free_], 1);
     tokens_.prefetch(free_);
   }
@@ -114,6 +121,7 @@ i32 PrefixIndex::new_node() {
 
 void PrefixIndex::free_node(i32 node) {
   Node& n = nodes_[node];
+  KVMEM_ASSERT(idle(n) && !n.linked && !n.pinned && !n.aside, "nothing refers to a node that is freed");
   if (!tags_.empty()) tags_[node].reset();
   n.parent = kNoNode;
   n.ordinal = kFree;
@@ -150,6 +158,7 @@ void PrefixIndex::grow_buckets() {
 }
 
 void PrefixIndex::link(i32 node) {
+  KVMEM_ASSERT(!nodes_[node].linked && nodes_[node].parent != kNoNode, "the node is not linked, and no root");
   Node& n = nodes_[node];
   Node& parent = nodes_[n.parent];
   const i32 before = parent.first_child;
@@ -164,6 +173,7 @@ void PrefixIndex::link(i32 node) {
 }
 
 void PrefixIndex::unlink(i32 node) {
+  KVMEM_ASSERT(nodes_[node].linked && nodes_[node].first_child == kNoNode, "the node is linked, and a leaf");
   Node& n = nodes_[node];
   Node& parent = nodes_[n.parent];
   if (parent.first_child == node) {
@@ -180,8 +190,9 @@ void PrefixIndex::unlink(i32 node) {
   --linked_;
 }
 
-// Takes the latest unlink() back: the node stands between the same children again.
+// Undoes the latest unlink(): the node returns between the same siblings.
 void PrefixIndex::relink(i32 node) {
+  KVMEM_ASSERT(!nodes_[node].linked, "the node is not linked");
   const i32 previous = siblings_[node].previous_child, next = nodes_[node].next_child;
   if (previous == kNoNode) return link(node);
   put_in_bucket(node);
@@ -217,6 +228,7 @@ i32 PrefixIndex::open_root(const PrefixKey& key, bool* made) {
 }
 
 void PrefixIndex::unopen_root(i32 root, bool made) {
+  KVMEM_ASSERT(is_root(root) && nodes_[root].users > 0, "a root in use");
   --nodes_[root].users;
   if (!made) return;
   const auto key = root_keys_.find(nodes_[root].next_child);
@@ -227,12 +239,13 @@ void PrefixIndex::unopen_root(i32 root, bool made) {
 }
 
 i32 PrefixIndex::add(i32 parent, const i32* tokens, const std::string* tag) {
+  KVMEM_ASSERT(find(parent, tokens, tag) == kNoNode, "the child is new");
   expect_change();
   if (tag && tags_.empty()) resize_exactly(tags_, capacity());
-  // Only a sibling goes into a bucket.
+  // Only siblings need a bucket, since the newest child is found through its parent.
   if (nodes_[parent].first_child != kNoNode && full(in_buckets_ + 1, buckets_.size())) grow_buckets();
   if (free_ == kNoNode) grow_nodes();
-  tokens_.put(free_, tokens);  // may have to pack all of them anew
+  tokens_.put(free_, tokens);  // may pack all blocks again, and throw
   if (tag) tags_[free_] = std::make_shared<const std::string>(*tag);
   const i32 node = new_node();
   Node& n = nodes_[node];
@@ -248,10 +261,11 @@ i32 PrefixIndex::add(i32 parent, const i32* tokens, const std::string* tag) {
 }
 
 void PrefixIndex::unenter(i32 node) {
+  KVMEM_ASSERT(nodes_[node].users > 0, "the node is used");
   Node& n = nodes_[node];
   if (--n.users > 0) return;
-  if (n.places == 0) {
-    if (n.added) loose_.pop_back();  // else it may stand there, too: as given up, which is taken back by itself
+  if (n.copies == 0) {
+    if (n.added) loose_.pop_back();  // a node that lost its last copy is loose too; displace() is undone by itself
     n.added = false;
     return prune(node);
   }
@@ -260,17 +274,19 @@ void PrefixIndex::unenter(i32 node) {
   ++cached_;
 }
 
-// Room for one more record's entries in each of the lists that a transaction fills.
+// Makes room for the entries of one more op in each list that a transaction fills.
 void PrefixIndex::grow_lists() {
   if (loose_.size() == loose_.capacity()) loose_.reserve(2 * loose_.size() + 16);
-  if (told_.capacity() - told_.size() < told_at_once_) told_.reserve(2 * told_.size() + told_at_once_ + 15);
+  if (changes_.capacity() - changes_.size() < changes_per_op_)
+    changes_.reserve(2 * changes_.size() + changes_per_op_ + 15);
 }
 
 void PrefixIndex::place(i32 node, i64 group, bool undo) {
   Node& n = nodes_[node];
-  if (!n.linked) relink(node);  // its giving up is taken back
-  const bool first = n.places++ == 0;
+  if (!n.linked) relink(node);  // undoes the displace() that unlinked it
+  const bool first = n.copies++ == 0;
   if (first) {
+    KVMEM_ASSERT(!undo || (!loose_.empty() && loose_.back() == node), "changes are undone newest first");
     n.released = n.users == 0;
     cached_ += n.released;
     if (undo) loose_.pop_back();
@@ -286,8 +302,9 @@ void PrefixIndex::place(i32 node, i64 group, bool undo) {
 }
 
 void PrefixIndex::displace(i32 node, i64 group, bool undo) {
+  KVMEM_ASSERT(nodes_[node].copies > 0, "the node has a copy");
   Node& n = nodes_[node];
-  const bool last = --n.places == 0;
+  const bool last = --n.copies == 0;
   if (last) {
     if (whole_ && undo) {
       if (n.released) policy_->undo_release(item(node));
@@ -304,14 +321,14 @@ void PrefixIndex::displace(i32 node, i64 group, bool undo) {
   if (events_.on() && (group < 0 ? last : window_of(group) < 0)) note({node, static_cast<i32>(group), false}, undo);
 }
 
-// Another content than the node's own, for what a policy remembers of it.
+// The key of a part differs from that of its node, because the policy learns about them separately.
 std::uint64_t PrefixIndex::part_key(i32 node, i32 window) const {
   return nodes_[node].key + (static_cast<std::uint64_t>(window) + 1) * 0x9e3779b97f4a7c15u;
 }
 
 void PrefixIndex::gain(i32 node, i32 window, bool undo) {
   Part& p = part(node, window);
-  if (p.places++ > 0) return;
+  if (p.copies++ > 0) return;
   const i32 id = item(node, window);
   cached_parts_[static_cast<std::size_t>(window)] += p.needs == 0;
   if (undo) {
@@ -325,8 +342,9 @@ void PrefixIndex::gain(i32 node, i32 window, bool undo) {
 }
 
 void PrefixIndex::lose(i32 node, i32 window, bool undo) {
+  KVMEM_ASSERT(part(node, window).copies > 0, "the window group has a copy");
   Part& p = part(node, window);
-  if (--p.places > 0) return;
+  if (--p.copies > 0) return;
   const i32 id = item(node, window);
   cached_parts_[static_cast<std::size_t>(window)] -= p.needs == 0;
   if (undo) {
@@ -352,6 +370,7 @@ void PrefixIndex::need_no_more(i32 node, i32 window, bool undo) {
 }
 
 void PrefixIndex::set_aside(Item x) {
+  KVMEM_ASSERT(!is_aside(x), "an item is set aside once");
   if (x.window < 0) {
     nodes_[x.node].aside = true;
   } else {
@@ -362,6 +381,7 @@ void PrefixIndex::set_aside(Item x) {
 }
 
 void PrefixIndex::put_back(Item x) {
+  KVMEM_ASSERT(is_aside(x), "the item is set aside");
   if (x.window < 0) {
     nodes_[x.node].aside = false;
   } else {
@@ -375,48 +395,49 @@ void PrefixIndex::note_state(i32 node, bool stored, bool undo) {
   for (i32 group : state_groups_) note({node, group, stored}, undo);
 }
 
-void PrefixIndex::tell(const Told& told) {
-  const Node& n = nodes_[told.node];
-  if (told.stored) copy_tokens(told.node, block_tokens(), block_.data());
-  const auto tell_of = [&](i32 group) {
-    if (told.stored) {
+void PrefixIndex::publish(const Change& change) {
+  const Node& n = nodes_[change.node];
+  if (change.stored) copy_tokens(change.node, block_tokens(), block_.data());
+  const auto publish_for = [&](i32 group) {
+    if (change.stored) {
       const i32 parent = is_root(n.parent) ? kNoNode : n.parent;
-      note_root(root_of_[told.node]);
-      events_.stored(told.node, parent, root_of_[told.node], group, n.ordinal, block_.data(), 0, tag(told.node));
+      note_root(root_of_[change.node]);
+      events_.stored(change.node, parent, root_of_[change.node], group, n.ordinal, block_.data(), 0, tag(change.node));
     } else {
-      events_.removed(told.node, group);
+      events_.removed(change.node, group);
     }
   };
-  if (told.group >= 0) return tell_of(told.group);
-  for (i32 group : full_groups_) tell_of(group);
+  if (change.group >= 0) return publish_for(change.group);
+  for (i32 group : full_groups_) publish_for(group);
 }
 
 void PrefixIndex::finish_changes(bool committed) {
   if (committed) {
-    for (const Told& told : told_) tell(told);
+    for (const Change& change : changes_) publish(change);
   }
-  told_.clear();
+  changes_.clear();
   while (!loose_.empty()) {
     const i32 node = loose_.back();
     loose_.pop_back();
     Node& n = nodes_[node];
     n.added = false;
-    if (n.places > 0 || n.parent == kNoNode) continue;  // taken back, or gone already
+    if (n.copies > 0 || n.parent == kNoNode) continue;  // it got a copy again, or was freed already
     const bool evicted = committed && n.users == 0;
     if (evicted) remember(n.key), ++evicted_;
     prune(node, evicted);
   }
   if (loose_.capacity() > kLooseKept) std::vector<i32>().swap(loose_);
+  KVMEM_ASSERT(changes_.empty() && loose_.empty(), "the transaction left nothing open");
 }
 
-// Frees the node, and those before it that led only here. `evicted`: their memory went before, while they were in use
-// or led somewhere.
+// Frees the node if nothing needs it, and its ancestors that only led to it. `evicted`: they lost their last copy
+// earlier, while they were used or led to other nodes, and now count as evicted.
 void PrefixIndex::prune(i32 node, bool evicted) {
   while (node != kNoNode && nodes_[node].ordinal != kFree && idle(nodes_[node])) {
     Node& n = nodes_[node];
     const i32 parent = n.parent;
     if (parent == kNoNode) {
-      leave_root(n.next_child);
+      drop_root(n.next_child);
     } else if (n.linked) {
       unlink(node);
     }
@@ -426,20 +447,20 @@ void PrefixIndex::prune(i32 node, bool evicted) {
   }
 }
 
-// An event will name it, the next one.
+// Notes that the next event names this root.
 void PrefixIndex::note_root(i32 number) {
-  if (told_number_ != number) told_root_ = &root_keys_.find(number)->second, told_number_ = number;
-  told_root_->told = events_.serial() + 1;
+  if (recent_number_ != number) recent_root_ = &root_keys_.find(number)->second, recent_number_ = number;
+  recent_root_->last_event = events_.serial() + 1;
 }
 
-void PrefixIndex::leave_root(i32 number) {
+void PrefixIndex::drop_root(i32 number) {
   const auto root = root_keys_.find(number);
   roots_.erase(root->second.flat);
   forget_roots();
   if (is_waiting(root->second)) {
     gone_roots_.push_back(number);
   } else {
-    if (told_number_ == number) told_number_ = -1;
+    if (recent_number_ == number) recent_number_ = -1;
     root_keys_.erase(root);
   }
 }
@@ -448,20 +469,22 @@ void PrefixIndex::forget_roots() {
   while (!gone_roots_.empty()) {
     const auto root = root_keys_.find(gone_roots_.front());
     if (is_waiting(root->second)) return;
-    if (told_number_ == root->first) told_number_ = -1;
+    if (recent_number_ == root->first) recent_number_ = -1;
     root_keys_.erase(root);
     gone_roots_.pop_front();
   }
 }
 
 void PrefixIndex::use_again(i32 node) {
+  KVMEM_ASSERT(nodes_[node].released, "the node was released");
   if (whole_) policy_->use(item(node));
   nodes_[node].released = false;
   --cached_;
 }
 
-void PrefixIndex::leave_last(i32 node) {
-  if (nodes_[node].places == 0) return prune(node);
+void PrefixIndex::drop_last(i32 node) {
+  KVMEM_ASSERT(nodes_[node].users == 0, "the last user has left");
+  if (nodes_[node].copies == 0) return prune(node);
   if (whole_) policy_->release(item(node));
   nodes_[node].released = true;
   ++cached_;
@@ -475,6 +498,7 @@ void PrefixIndex::pin(i32 node) {
 }
 
 void PrefixIndex::unpin(i32 node) {
+  KVMEM_ASSERT(nodes_[node].pinned, "the node is pinned");
   count_unpinned(node);
   leave(node);
 }
@@ -488,7 +512,8 @@ void PrefixIndex::count_unpinned(i32 node) {
   --pinned_;
 }
 
-// In reverse order, so that each stands where it stood; there is no list to keep them in, since memory has run out.
+// Undoes the pin nearest to the root first, since it was made last. Each is searched for from `last` again, because
+// there may be no memory for a list.
 void PrefixIndex::undo_pins(i32 last, i32 end) {
   while (end != last) {
     i32 node = last;

@@ -1,19 +1,22 @@
-// The content index: which blocks of tokens are known, as a trie of full blocks. A node is one block of token ids after
-// the blocks of its parent; the first ones hang on a root, one for each (salt, extra key). So a path from a root is a
-// prefix of some sequence, and finding a node means that every token of it was compared: no digest is believed
-// (invariant 7), and nothing under one salt is ever found under another (invariant 9).
+// The content index: a trie of full blocks of token ids. A node is one block after the blocks of its parent; the first
+// blocks are children of a root, and there is one root for each (salt, extra key). So a path from a root is a prefix of
+// some sequence. A node is found only by comparison of all its token ids, never by a digest alone (invariant 7), and
+// nothing under one salt is ever found under another (invariant 9).
 //
-// Most blocks are the only continuation of the one before them. So the newest child of a node is found through the node
-// itself, and only its siblings through a hash table: what continues a sequence that nobody forked reads the node, the
-// child and the child's tokens, and computes no hash.
+// Most blocks are the only child of their parent. So the newest child is found through the parent, and only its
+// siblings through a hash table: the continuation of a sequence that was never forked reads the parent, the child and
+// the child's tokens, and computes no hash.
 //
-// The index knows no memory. A page table tells it with place() and displace() in how many places a node's tokens lie;
-// sequences and pins tell it with enter() and leave() whether they use it. A node without memory stays only as a step
-// on the path to others (sliding windows leave such) or while it is used.
+// The index knows nothing of memory. A page table counts the copies of a node with place() and displace(); sequences
+// and pins count its users with enter() and leave(). A node without a copy exists only while it is used, or as a step
+// on the path to other nodes, as sliding windows leave behind.
 //
-// What is evicted is an Item: a node, or only what one group with a sliding window holds of it. A window passes blocks
-// while their sequence goes on, so such a part has users of its own (need(), unneed()) and stands in the same eviction
-// order as whole nodes: by when and how often it was used, whoever holds the rest of the node.
+// The unit of eviction is an Item: a whole node, or what one sliding-window group has of it (a part). A block may be
+// out of window while its sequence goes on, so parts have a use count of their own (need(), unneed()). Parts and whole
+// nodes share one eviction order, by when and how often each was used.
+//
+// Functions with `undo` make a change (false), or undo the opposite change (true): place(undo) undoes displace(), and
+// the eviction order is restored too. Changes are undone newest first.
 #pragma once
 
 #include <deque>
@@ -22,6 +25,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "base/check.h"
 #include "base/digest.h"
 #include "base/keyed_hash.h"
 #include "base/types.h"
@@ -34,29 +38,29 @@ namespace kvmem {
 
 constexpr i32 kNoNode = -1;
 
-// What a content may be shared with: only that of the same salt and adapter, as far as `marks` do not tell them apart.
-// All are compared byte for byte.
+// The identity under which content is shared: sequences share blocks only if salt and extra key are equal, byte for
+// byte, and so are the marks that begin in those blocks.
 struct PrefixKey {
-  std::string salt, extra_key;  // the latter is the adapter's
+  std::string salt, extra_key;  // extra_key names the adapter
   KeyMarks marks;               // of one prompt; a root has none
 };
 
-// What a group of the cache means to the index.
+// How a group of the cache takes part in sharing.
 enum class GroupKind : std::uint8_t {
-  none,    // holds no content that could be shared
-  full,    // every token of a sequence
-  window,  // the last tokens of a sequence
-  state,   // a snapshot of a fixed state, at the end of some blocks
+  none,    // it has no content that can be shared
+  full,    // it holds every token of a sequence
+  window,  // it holds the last tokens of a sequence
+  state,   // it holds snapshots of a fixed state, at the end of some blocks
 };
 
-// What is evicted at once: the content of a node in the group that is window number `window`, or (-1) all of the node,
-// after which nothing that continues it can be found either.
+// A unit of eviction: the part of a node in sliding-window group number `window`; or, with window -1, the whole node,
+// without which nothing that continues it can be found.
 struct Item {
   i32 node = kNoNode;
   i32 window = -1;
 };
 
-// The first tokens of a cached block.
+// A cached block whose first `tokens` tokens match.
 struct PartOfBlock {
   i32 node;
   i64 tokens;
@@ -64,35 +68,37 @@ struct PartOfBlock {
 
 class PrefixIndex {
  public:
-  // `groups`: the kind of each. `hash_bits` under 64 makes hashes collide, for tests. `blocks`: about how many there is
-  // memory for. Tables are made for as many at once, up to some 65,000, so that no call later pays for their growth.
+  // `groups`: the kind of each group. `hash_bits` below 64 makes hashes collide, for tests. `blocks`: about how many
+  // blocks there is memory for; the tables are sized for as many, at most 65,536, so that later calls need not grow
+  // them.
   PrefixIndex(i64 block_tokens, std::vector<GroupKind> groups, const std::string& policy, int hash_bits,
               i64 event_capacity, i64 blocks);
 
   i64 block_tokens() const { return tokens_.block_tokens(); }
-  i32 windows() const { return windows_; }  // groups with a sliding window
-  bool whole() const { return whole_; }     // whole nodes are evicted; else only what windows hold of them
-  // The number of the group among those with a window, -1 if it has none; and the group of that number.
+  i32 windows() const { return windows_; }  // the number of sliding-window groups
+  bool whole() const { return whole_; }     // whether whole nodes are items; if not, only parts are
+  // Conversions between a group and its number among the sliding-window groups (-1 for other groups).
   i32 window_of(i64 group) const { return window_of_[static_cast<std::size_t>(group)]; }
   i32 group_of(i32 window) const { return group_of_[static_cast<std::size_t>(window)]; }
 
-  // --- finding; no side effect ---
+  // --- lookup; no side effects ---
   i32 find_root(const PrefixKey& key) const;
-  // The child of `parent` that holds these block_tokens() tokens, and has this tag (block_tags.h; null for none).
+  // Returns the child of `parent` with these block_tokens() tokens and this tag (block_tags.h; null for none), or
+  // kNoNode.
   i32 find(i32 parent, const i32* tokens, const std::string* tag = nullptr) const;
-  // The children that begin with some of tokens [0, count), but not all of their own: those with most of them first, of
-  // equal ones the oldest. Of many children it looks at the newest kNewest: those of a prompt that ends within a block
-  // all begin with its rest.
-  // Tokens from the first one on that `tag` tells apart do not count.
+  // Writes the children whose first tokens, but not all, match some of tokens [0, count): the longest match first, of
+  // equal ones the oldest. Tokens from the first one on to which `tag` makes a difference do not match. Looks at the
+  // newest kNewest children only: the prompts that end within one block may give it very many.
   void find_partial(i32 parent, const i32* tokens, i64 count, const std::string* tag,
                     std::vector<PartOfBlock>* found) const;
-  // True if the block was known and its memory given up; `parent` kNoNode for the first block under `key`, whose root
-  // may be gone. Remembers some thousands, and errs at 2^-64 a question.
+  // Returns true if the block was cached and evicted. `parent` is kNoNode for the first block under `key`, whose root
+  // need not exist. Remembers the latest 16,384 evictions at most; wrong with probability 2^-64.
   bool was_evicted(i32 parent, const PrefixKey& key, const i32* tokens, const std::string* tag) const;
-  // True if a child of `parent` holds these tokens, in memory, under whatever tag.
+  // Returns true if some child of `parent` has these tokens under another tag, with memory. REQUIRES: find() found
+  // none.
   bool has_other_tag(i32 parent, const i32* tokens) const;
   const std::shared_ptr<const std::string>& tag(i32 node) const { return tags_.empty() ? no_tag_ : tags_[node]; }
-  // The longest chain of these tokens under any other root, in blocks; looks at kCandidates roots.
+  // Returns the length in blocks of the longest chain of these tokens under another root. Looks at kCandidates roots.
   i64 longest_elsewhere(i32 root, const i32* tokens, i64 count) const;
 
   i32 parent(i32 node) const { return nodes_[node].parent; }
@@ -104,161 +110,168 @@ class PrefixIndex {
     return nodes_[nodes_[node].parent].first_child != node || nodes_[node].next_child != kNoNode;
   }
   bool pinned(i32 node) const { return nodes_[node].pinned; }
-  i32 places(i32 node) const { return nodes_[node].places; }
-  // The first `count` of them.
+  i32 places(i32 node) const { return nodes_[node].copies; }
+  // Writes the first `count` tokens.
   void copy_tokens(i32 node, i64 count, i32* out) const { tokens_.copy(node, count, out); }
-  // The window group has the node's tokens somewhere; and how many sequences and pins need that.
-  bool has_window(i32 node, i32 window) const { return part(node, window).places > 0; }
-  i32 window_places(i32 node, i32 window) const { return part(node, window).places; }
+  // Whether the window group has a copy of the node, how many, and how many sequences and pins need it.
+  bool has_window(i32 node, i32 window) const { return part(node, window).copies > 0; }
+  i32 window_places(i32 node, i32 window) const { return part(node, window).copies; }
   i32 needs(i32 node, i32 window) const { return part(node, window).needs; }
-  // A child that nobody uses, and one that stands behind `node` among its siblings; kNoNode if there is none. Windows
-  // may have nothing of it.
+  // Return a child without users, and a later sibling of `node` without users; kNoNode if there is none. Windows may
+  // have no copy of it.
   i32 unused_child(i32 node) const { return first_unused(nodes_[node].first_child); }
   i32 unused_sibling(i32 node) const { return first_unused(nodes_[node].next_child); }
-  // True if f() of all children with memory is.
+  // Returns whether f() is true for all children with a copy.
   template <class F>
   bool all_cached_children(i32 node, F f) const {
     for (i32 x = nodes_[node].first_child; x != kNoNode; x = nodes_[x].next_child) {
-      if (nodes_[x].places > 0 && !f(x)) return false;
+      if (nodes_[x].copies > 0 && !f(x)) return false;
     }
     return true;
   }
-  i64 capacity() const { return static_cast<i64>(nodes_.size()); }  // ids are below it
+  i64 capacity() const { return static_cast<i64>(nodes_.size()); }  // node ids are below it
 
-  // --- state: what transactions change and take back ---
-  // The node's tokens lie in one more place, or one fewer: of this group, or (-1) of all that are not told apart.
-  // expect_change() comes before the first of a record's changes, and may find no memory; these then need none, and
-  // neither does taking them back.
+  // --- state that transactions change and undo ---
+  // Makes room for the changes of one op, before the first of them; may throw std::bad_alloc. Neither these changes nor
+  // their undoing needs memory then.
   void expect_change() {
     expect_places();
     if (loose_.size() == loose_.capacity()) grow_lists();
   }
-  // The same where nothing but places are added.
+  // The same for an op that only adds copies.
   void expect_places() {
-    if (events_.on() && told_.capacity() - told_.size() < told_at_once_) grow_lists();
+    if (events_.on() && changes_.capacity() - changes_.size() < changes_per_op_) grow_lists();
   }
+  // place() counts one more copy of the node, displace() one fewer: in group `group`, or, with -1, in all
+  // full-attention groups at once.
   void place(i32 node, i64 group, bool undo);
   void displace(i32 node, i64 group, bool undo);
-  // The window group has the node's tokens in one more place, or one fewer.
+  // The same for the copies that a sliding-window group has.
   void gain(i32 node, i32 window, bool undo);
   void lose(i32 node, i32 window, bool undo);
-  // One more sequence or pin needs what the window group has of the node, or one fewer. `undo`: the other of the two is
-  // taken back, so that the eviction order is as it was.
+  // need() counts one more sequence or pin that needs the window group's part of the node, unneed() one fewer.
   void need(i32 node, i32 window, bool undo = false) {
     Part& p = part(node, window);
-    if (p.needs++ == 0 && p.places > 0) need_again(node, window, undo);
+    KVMEM_ASSERT(p.needs >= 0, "needs are counted");
+    if (p.needs++ == 0 && p.copies > 0) need_again(node, window, undo);
   }
   void unneed(i32 node, i32 window, bool undo) {
     Part& p = part(node, window);
-    if (--p.needs == 0 && p.places > 0) need_no_more(node, window, undo);
+    KVMEM_ASSERT(p.needs > 0, "the part is needed");
+    if (--p.needs == 0 && p.copies > 0) need_no_more(node, window, undo);
   }
-  // A state group has a snapshot of the node, or has it no more, where place() does not say so.
+  // Records that the state groups have a snapshot of the node, or no longer have it, where place() does not imply that.
   void note_state(i32 node, bool stored, bool undo);
-  // The end of a transaction: nodes without memory and use are gone now, and events are told.
+  // Ends a transaction: removes nodes without copy and users, and publishes its events if it was committed.
   void finish(bool committed) {
-    if (!told_.empty() || !loose_.empty()) finish_changes(committed);
+    if (!changes_.empty() || !loose_.empty()) finish_changes(committed);
   }
   i64 aged() const { return policy_->aged(); }
 
   // --- use ---
-  // Counts one user; makes the root where there is none. May find no memory, and has changed nothing then. `*made`:
-  // whether it did.
+  // Returns the root of `key`, with one more user; makes it if there is none, which `*made` reports. May throw
+  // std::bad_alloc, and has changed nothing then.
   i32 open_root(const PrefixKey& key, bool* made);
-  // A child that find() did not find; without users, and gone at finish() if it got no place. As open_root().
+  // Returns a new child. REQUIRES: find() found none. It has no users, and finish() removes it if it has got no copy
+  // and no user by then. May throw std::bad_alloc, and has changed nothing then.
   i32 add(i32 parent, const i32* tokens, const std::string* tag = nullptr);
-  // These take back open_root() and enter(), or add() with enter(), in reverse order: all is as before them, the order
-  // in which blocks are given up and nodes are made included. What follows here cannot fail.
+  // Undo open_root(); and enter(), or add() with enter(). Everything is as before, including the eviction order and the
+  // order in which nodes are allocated. From here on no function of this section throws, except where it says so.
   void unopen_root(i32 root, bool made);
   void unenter(i32 node);
-  // enter() or leave() of this node will follow. Of a chain each is found through the one behind it, so that a
-  // processor would wait for one after the other; who knows them all by another way says so before.
+  // A hint that enter() or leave() of this node will follow. In a chain each node is found through the next, so the
+  // processor would wait for one cache miss after another; a caller that knows all nodes prefetches them first.
   void prefetch(i32 node) const {
     __builtin_prefetch(nodes_.data() + node, 1);
     if (whole_) policy_->prefetch(item(node));
   }
-  // One more user.
+  // Counts one more user.
   void enter(i32 node) {
+    KVMEM_ASSERT(nodes_[node].ordinal >= -1, "the node exists");
     Node& n = nodes_[node];
     if (n.users++ == 0 && n.released) use_again(node);
   }
-  // One fewer; of a chain, the last block first.
+  // Counts one user fewer. Of a chain, the last block is left first.
   void leave(i32 node) {
-    if (--nodes_[node].users == 0) leave_last(node);
+    KVMEM_ASSERT(nodes_[node].users > 0, "the node is used");
+    if (--nodes_[node].users == 0) drop_last(node);
   }
-  // A new sequence found it, or found what lies behind it.
+  // Tell the policy that a new sequence reuses the node or the part, or something that continues it.
   void hit(i32 node) {
-    if (nodes_[node].places > 0 && whole_) policy_->hit(item(node));
+    if (nodes_[node].copies > 0 && whole_) policy_->hit(item(node));
   }
   void hit_window(i32 node, i32 window) {
-    if (part(node, window).places > 0) policy_->hit(item(node, window));
+    if (part(node, window).copies > 0) policy_->hit(item(node, window));
   }
-  void pin(i32 node);  // may find no memory
+  void pin(i32 node);  // may throw std::bad_alloc
   void unpin(i32 node);
-  void undo_pins(i32 last, i32 end);  // of the nodes from `last` to before `end`, towards the root, just pinned
-  // retain() may come from now on. May find no memory.
+  // Undoes the pins, just made, of the nodes from `last` towards the root, before `end`.
+  void undo_pins(i32 last, i32 end);
+  // Required before the first retain(). May throw std::bad_alloc.
   void expect_retention() {
     if (!retention_) start_retention();
   }
-  // Of what is not in memory there is nothing to keep.
+  // Sets a retention priority for each item of the node that has memory.
   void retain(i32 node, int priority, double seconds);
 
-  // The cached item to evict next, node kNoNode if there is none.
+  // Returns the item to evict next, with node kNoNode if there is none.
   Item victim() { return item_of(policy_->victim()); }
-  // victim() does not name it until put_back(), after which it stands where it stood; it is not evicted before that. In
-  // reverse order, if there are several; nobody comes to use it in between.
+  // set_aside() makes victim() pass over an item; put_back() restores its position in the eviction order. Items are put
+  // back in reverse order. REQUIRES: in between, the item is neither used nor evicted.
   bool is_aside(Item x) const {
     return asides_ > 0 && (x.window < 0 ? nodes_[x.node].aside : part(x.node, x.window).aside);
   }
   i64 asides() const { return asides_; }
   void set_aside(Item x);
   void put_back(Item x);
-  // Blocks with memory that nobody uses: nodes, or what the first window has of some where no other group has any.
+  // The number of unreferenced blocks with memory: nodes, or parts of the first window where only windows have memory.
   i64 cached() const { return whole_ ? cached_ : cached_parts_[0]; }
-  // Those of which the window group has something that nobody needs.
+  // The number of unreferenced parts of the window group.
   i64 cached(i32 window) const { return cached_parts_[static_cast<std::size_t>(window)]; }
   bool empty() const { return linked_ == 0; }
   i64 pinned_count() const { return pinned_; }
-  i64 evicted() const { return evicted_; }  // nodes that lost their memory, ever
+  i64 evicted() const { return evicted_; }  // nodes evicted since the start
   EventRing& events() { return events_; }
-  // The salt and extra key of the root that events call `number`; known while it is there or a waiting event names it,
-  // and until forget_roots() after that.
+  // Returns the salt and extra key of the root that events call `number`. Throws SpecError once the root is gone, no
+  // waiting event names it, and forget_roots() was called.
   const PrefixKey& root_key(i32 number) const;
   void forget_roots();
   std::vector<i32> roots() const;
-  // All nodes that continue `root`, a parent before its children.
+  // Returns all descendants of `root`, a parent before its children.
   std::vector<i32> below(i32 root) const;
-  i32 root_number(i32 node) const { return root_of_[node]; }  // where events are on
+  i32 root_number(i32 node) const { return root_of_[node]; }  // REQUIRES: events are on
   void check(const std::vector<i32>& users, std::vector<std::string>* out) const;
   void digest(Hasher& hash) const;  // prefix_find.cpp
 
   static constexpr i64 kCandidates = 32, kNewest = 8;
 
  private:
-  // Half a cache line, so that every call touches one for each node.
+  // Half a cache line, so that each call touches one line for each node.
   struct alignas(32) Node {
-    std::uint64_t key = 0;  // hash of the root's name and all tokens from the start on
+    std::uint64_t key = 0;  // hash of the root's key and of all tokens from the start to the end of this block
     i32 parent = kNoNode, ordinal = -1;
-    i32 first_child = kNoNode;  // the newest; the others follow by next_child
-    i32 next_child = kNoNode;   // of a root, which has no siblings, its number; of a free node, the next free one
+    i32 first_child = kNoNode;  // the newest child; next_child links to the older ones
+    i32 next_child = kNoNode;   // of a root, which has no siblings: its number; of a free node: the next free one
     i32 users = 0;
-    std::uint32_t places : 27;
+    std::uint32_t copies : 27;
     std::uint32_t linked : 1;    // can be found
-    std::uint32_t released : 1;  // its policy may name it
+    std::uint32_t released : 1;  // has a copy and no users, so the policy may return it as a victim
     std::uint32_t pinned : 1;
     std::uint32_t aside : 1;
-    std::uint32_t added : 1;  // by the transaction in progress
-    Node() : places(0), linked(0), released(0), pinned(0), aside(0), added(0) {}
+    std::uint32_t added : 1;  // the current transaction made it
+    Node() : copies(0), linked(0), released(0), pinned(0), aside(0), added(0) {}
   };
-  // Of a node that is not the newest child of its parent.
+  static_assert(sizeof(Node) == 32, "two nodes fill a cache line");
+  // Hash-table links of a node that is not the newest child of its parent.
   struct Sibling {
     i32 next_in_bucket, previous_child;
   };
-  // What one window group has of a node.
+  // The part of a node that a sliding-window group has.
   struct Part {
-    i32 places = 0, needs = 0;
+    i32 copies = 0, needs = 0;
     bool aside = false;
   };
-  struct Told {
+  struct Change {
     i32 node;
     i32 group;
     bool stored;
@@ -266,7 +279,7 @@ class PrefixIndex {
   struct RootKey {
     PrefixKey key;
     std::string flat;
-    i64 told = 0;  // the serial of the last event that names it
+    i64 last_event = 0;  // the serial of the last event that names it
   };
 
   static std::string flat(const PrefixKey& key);
@@ -278,7 +291,7 @@ class PrefixIndex {
     while (node != kNoNode && nodes_[node].users > 0) node = nodes_[node].next_child;
     return node;
   }
-  // True if a group has something of it: whole nodes are all there or not at all.
+  // Returns true if a group has memory of the node.
   bool in_memory(i32 node) const;
   i32 find_sibling(i32 parent, const i32* tokens, const std::string* tag) const;
   bool has_tag(i32 node, const std::string* tag) const {
@@ -299,7 +312,7 @@ class PrefixIndex {
   void take_out_of_bucket(i32 node);
   void count_unpinned(i32 node);
   void grow_buckets();
-  // Numbers of items, as the policy has them: of each node first the whole, then its parts.
+  // The ids of items in the policy: for each node first the whole node, then its parts.
   i32 item(i32 node) const { return node * items_; }
   i32 item(i32 node, i32 window) const { return node * items_ + whole_ + window; }
   i32 id_of(Item x) const { return x.window < 0 ? item(x.node) : item(x.node, x.window); }
@@ -314,55 +327,57 @@ class PrefixIndex {
   void need_again(i32 node, i32 window, bool undo);
   void need_no_more(i32 node, i32 window, bool undo);
   void use_again(i32 node);
-  void leave_last(i32 node);
-  bool idle(const Node& n) const { return n.users == 0 && n.places == 0 && n.first_child == kNoNode; }
+  void drop_last(i32 node);
+  bool idle(const Node& n) const { return n.users == 0 && n.copies == 0 && n.first_child == kNoNode; }
   void prune(i32 node, bool evicted = false);
   void remember(std::uint64_t key) { ghosts_[key & (ghosts_.size() - 1)] = key; }
-  void note(const Told& told, bool undo) {
+  void note(const Change& change, bool undo) {
     if (!events_.on()) return;
-    undo ? told_.pop_back() : told_.push_back(told);
+    KVMEM_ASSERT(undo ? changes_.back().node == change.node : changes_.size() < changes_.capacity(),
+                 "expect_change() made room, and changes are undone newest first");
+    undo ? changes_.pop_back() : changes_.push_back(change);
   }
   [[gnu::cold, gnu::noinline]] void grow_lists();
   void finish_changes(bool committed);
-  void tell(const Told& told);
+  void publish(const Change& change);
   void note_root(i32 number);
-  void leave_root(i32 number);
-  bool is_waiting(const RootKey& root) const { return root.told > events_.serial() - events_.size(); }
+  void drop_root(i32 number);
+  bool is_waiting(const RootKey& root) const { return root.last_event > events_.serial() - events_.size(); }
 
   std::vector<i32> full_groups_, state_groups_, window_of_, group_of_;
   i32 windows_ = 0;
-  bool whole_ = true;         // nodes are items: some group holds every token, or snapshots
-  i32 items_ = 1;             // of each node
-  const std::uint64_t mask_;  // of keys, for tests
+  bool whole_ = true;         // whole nodes are items: some group holds every token, or snapshots
+  i32 items_ = 1;             // items of each node
+  const std::uint64_t mask_;  // limits the bits of keys that are compared, for tests
   std::uint64_t seed_;
   std::unique_ptr<EvictionPolicy> policy_;
-  RetentionPolicy* retention_ = nullptr;  // policy_, once a block was retained; until then nobody pays for it
+  RetentionPolicy* retention_ = nullptr;  // policy_, once a block was retained; costs nothing before
   EventRing events_;
   std::vector<Node> nodes_;
   std::vector<Sibling> siblings_;                         // by node
   TokenBlocks tokens_;                                    // by node
   std::vector<Part> parts_;                               // [node][window]
   std::vector<i64> cached_parts_;                         // by window
-  std::vector<std::shared_ptr<const std::string>> tags_;  // by node, from the first one on that has any
+  std::vector<std::shared_ptr<const std::string>> tags_;  // by node; empty until the first node that has one
   const std::shared_ptr<const std::string> no_tag_;
-  std::vector<i32> root_of_;  // by node, where events are on: the number of its root, never given out twice
+  std::vector<i32> root_of_;  // by node, if events are on: the number of its root, which is never used twice
   i32 free_ = kNoNode;
   std::vector<i32> buckets_;
-  std::unordered_map<i32, i32> pins_;                      // how many, of the nodes that have some
+  std::unordered_map<i32, i32> pins_;                      // the number of pins, of nodes that have any
   std::unordered_map<std::string, i32, KeyedHash> roots_;  // by flat(key)
   std::unordered_map<i32, RootKey> root_keys_;             // by number
-  // Roots that are gone, while an event that names them waits: each had one waiting when it went, so there are never
-  // more than twice as many as events can wait.
+  // Roots that are gone but that a waiting event names. Each had a waiting event when it went, so there are at most
+  // twice as many as events can wait.
   std::deque<i32> gone_roots_;
-  RootKey* told_root_ = nullptr;  // of the number below: events come in runs of one root
-  i32 told_number_ = -1;
+  RootKey* recent_root_ = nullptr;  // of the number below: events come in runs of one root
+  i32 recent_number_ = -1;
   i32 roots_seen_ = 0;
-  std::vector<std::uint64_t> ghosts_;  // keys given up, each at its own place
-  std::vector<i32> loose_;             // unlinked or idle since the transaction began
-  std::vector<Told> told_;
-  std::size_t told_at_once_ = 1;  // by a record, at most: each group once, those of full attention together
-  std::vector<i32> block_;        // tell() unpacks here
-  const i64 least_nodes_;         // that are made room for at once
+  std::vector<std::uint64_t> ghosts_;  // keys of evicted blocks: a direct-mapped table
+  std::vector<i32> loose_;             // nodes added, or without a copy, since the transaction began
+  std::vector<Change> changes_;
+  std::size_t changes_per_op_ = 1;  // at most: one for each group, but one for all full-attention groups together
+  std::vector<i32> block_;          // publish() unpacks tokens here
+  const i64 least_nodes_;           // nodes by which the tables grow at least
   i64 asides_ = 0, linked_ = 0, in_buckets_ = 0, cached_ = 0, pinned_ = 0, evicted_ = 0;
 };
 

@@ -4,6 +4,8 @@
 #include <new>
 #include <type_traits>
 
+#include "base/check.h"
+
 namespace kvmem {
 namespace {
 
@@ -19,13 +21,13 @@ u64 pair_of(const i32* two) {
   return pair;
 }
 
-// Its first `bytes` bytes.
+// Writes the first `bytes` bytes of a word.
 template <std::size_t bytes = sizeof(u64)>
 void put_word(std::uint8_t* out, u64 word) {
   std::memcpy(out, &word, bytes);
 }
 
-// Its two ids at `bits` each.
+// Returns the two ids of a pair at a distance of `bits`.
 u64 narrow(u64 pair, u64 bits) { return (pair & UINT32_MAX) | (pair >> 32) << bits; }
 
 u64 pair_of_one(i32 last) { return static_cast<std::uint32_t>(last); }
@@ -34,8 +36,7 @@ i64 stride_of(i64 block_tokens, u64 bits) {
   return ceil_div(ceil_div(block_tokens, 2) * 2 * static_cast<i64>(bits), 8);
 }
 
-// Takes ids two by two, 32 bits each, and puts them down at `bits` each. Writes whole words, and so up to one more than
-// it was given ids for.
+// Packs pairs of 32-bit ids at `bits` each. It writes whole words, and so up to one word past the last id.
 class Writer {
  public:
   Writer(std::uint8_t* block, u64 bits) : block_(block), bits_(bits) {}
@@ -44,22 +45,23 @@ class Writer {
     const u64 two = narrow(pair, bits_), word = begun_ | two << at_ % 8;
     std::memcpy(block_ + at_ / 8, &word, sizeof word);
     at_ += 2 * bits_;
-    begun_ = two >> 1 >> (2 * bits_ - 1 - at_ % 8);  // in two steps, since one of 64 is none
+    begun_ = two >> 1 >> (2 * bits_ - 1 - at_ % 8);  // two shifts, because a single shift by 64 is undefined
   }
-  u64 seen() const { return seen_; }  // the bits that the pairs had
+  u64 seen() const { return seen_; }  // the OR of all pairs
 
  private:
   std::uint8_t* const block_;
   const u64 bits_;
-  u64 at_ = 0;     // the next bit
+  u64 at_ = 0;     // the next bit to write
   u64 begun_ = 0;  // the bits of its byte that are written already
   u64 seen_ = 0;
 };
 
-// Eight ids fill whole bytes, so every eighth begins anew: where the width is a constant, all shifts are, too.
+// Eight ids fill whole bytes. So the shifts within a run of eight are constant where the width is.
 constexpr i64 kRun = 8;
 
-// Whole runs of ids, each as a Writer would have it, but at once and without a byte more. Returns which bits they had.
+// Packs whole runs with the same result as Writer, but each run at once and without writing past its end. Returns the
+// OR of all pairs.
 template <u64 bits>
 [[gnu::noinline]] u64 put_runs(const i32* tokens, i64 runs, std::uint8_t* out) {
   static_assert(bits >= 16 && bits < 22, "two words and part of a third, in which the last pair ends");
@@ -75,7 +77,7 @@ template <u64 bits>
   return seen;
 }
 
-// Calls f(bits), with a constant for the widths of most vocabularies: a third of the instructions.
+// Returns f(bits), where the widths of most vocabularies are compile-time constants: a third of the instructions.
 template <class F>
 auto with_width(u64 bits, F f) {
   switch (bits) {
@@ -95,6 +97,7 @@ auto with_width(u64 bits, F f) {
 TokenBlocks::TokenBlocks(i64 block_tokens) : block_tokens_(block_tokens), stride_(stride_of(block_tokens, bits_)) {}
 
 void TokenBlocks::reserve(i64 blocks) {
+  KVMEM_ASSERT(blocks >= 0, "a number of blocks");
   if (blocks <= blocks_ && bytes_) return;
   blocks = std::max(blocks, blocks_);
   void* grown = std::realloc(bytes_.get(), blocks * stride_ + kSpare);
@@ -105,6 +108,7 @@ void TokenBlocks::reserve(i64 blocks) {
 }
 
 void TokenBlocks::put(i32 block, const i32* tokens) {
+  KVMEM_ASSERT(block >= 0 && block < blocks_, "reserve() made room for the block");
   std::uint8_t* const at = &bytes_[block * stride_];
   const i64 runs = block_tokens_ / kRun;
   i64 done = 0;
@@ -118,13 +122,14 @@ void TokenBlocks::put(i32 block, const i32* tokens) {
   used_ = std::max(used_, i64{block} + 1);
   const u64 ids = (seen | seen >> 32) & UINT32_MAX;
   if (ids >> bits_ == 0) return;
-  widen(ids);  // what was written is worthless
+  widen(ids);  // the ids did not fit, so the block is packed again
   put(block, tokens);
 }
 
-// The ids from `done` on, which a whole number of runs are before; returns which bits they had.
+// Packs the ids from `done` on, a multiple of kRun, and returns the OR of their pairs. REQUIRES: the ids before them
+// are packed. The writer overwrites the first word of the next block, which is saved and restored.
 u64 TokenBlocks::put_rest(std::uint8_t* at, const i32* tokens, i64 done) {
-  u64 behind;  // another block's
+  u64 behind;  // the first word of the next block
   std::memcpy(&behind, at + stride_, sizeof behind);
   Writer writer(at + done / kRun * static_cast<i64>(bits_), bits_);
   for (; done + 2 <= block_tokens_; done += 2) writer.push(pair_of(tokens + done));
@@ -163,6 +168,7 @@ void TokenBlocks::copy(i32 block, i64 count, i32* out) const {
 }
 
 void TokenBlocks::widen(u64 bits_seen) {
+  KVMEM_ASSERT(bits_seen >> bits_ != 0, "some id does not fit the present width");
   TokenBlocks wide(block_tokens_);
   wide.bits_ = 64 - __builtin_clzll(bits_seen);
   if (wide.bits_ > kWidestPair) wide.bits_ = kWidest;

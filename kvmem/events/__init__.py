@@ -1,4 +1,4 @@
-"""KV cache events: what blocks can be reused on this allocator, in the forms that routers of requests read."""
+"""KV cache events: which blocks an allocator has cached, in the form that request routers read."""
 
 from kvmem.events.digests import DIGEST_BYTES, ChainDigest, ExtraKey, Key, block_digests
 from kvmem.events.stream import (

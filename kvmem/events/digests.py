@@ -1,4 +1,4 @@
-"""Names for blocks of tokens that mean the same in every process: a digest of the block and of all before it."""
+"""Digests that name a block of tokens and all blocks before it, equal in every process."""
 
 from __future__ import annotations
 
@@ -28,19 +28,21 @@ __all__ = [
 DIGEST_BYTES: Final = 32
 
 Key: TypeAlias = str | bytes | int | tuple["Key", ...] | None
-"""What a salt or an extra key may be, as far as digests go."""
+"""The types of a salt or an extra key, as far as digests go."""
 
 ExtraKey: TypeAlias = Key | Sequence[tuple[int, Key]]
-"""A key, or keys with the positions from which on they count."""
+"""A key, or pairs of a position and the key that applies from there on."""
 
 AT_PLACEHOLDERS: Final = -1  # kAtPlaceholders in csrc/index/block_tags.h
 
 
 class ChainDigest:
-    """BLAKE2b, 256 bits: ``root(fingerprint, salt, adapter)``, then ``block(digest before, tokens, tag)`` in a chain.
+    """BLAKE2b with 256 bits: ``root(salt, adapter)`` first, then ``block(digest before, tokens, tag)`` for each block.
 
-    Of the two in the standard library that would do, SHA-256 and this: a copy of a prepared state hashes a block of 16
-    tokens in two thirds of the time, and it has a key and a domain of its own built in.
+    The alternative in the standard library is SHA-256. BLAKE2b hashes a block of 16 tokens in two thirds of the time
+    from a copied state, and has parameters for a secret key and for a domain.
+
+    fingerprint: of the spec. key: a secret of up to 64 bytes; ``SpecError`` for a longer one.
     """
 
     def __init__(self, fingerprint: str, key: bytes = b"") -> None:
@@ -50,12 +52,17 @@ class ChainDigest:
         self._block = hashlib.blake2b(digest_size=DIGEST_BYTES, key=key, person=b"kvmem block")
 
     def root(self, salt: Key, adapter: Key) -> bytes:
+        """Return the digest from which all chains of this salt and adapter start."""
         state = self._root.copy()
         state.update(encode_key(salt) + encode_key(adapter))
         return state.digest()
 
     def block(self, before: bytes, tokens: bytes | memoryview, tag: bytes = b"") -> bytes:
-        """tokens: int32, little-endian, of a whole block. tag: the keys that begin in it, ``tag_of_block``."""
+        """Return the digest of a block.
+
+        before: the digest of the block before it, or the root's. tokens: all ids of the block as little-endian int32.
+        tag: the keys that begin in the block, as ``tag_of_block`` returns them.
+        """
         state = self._block.copy()
         state.update(before)
         state.update(tokens)
@@ -67,8 +74,11 @@ _DEEPEST, _MOST_BITS = 32, 8192
 
 
 def encode_key(value: Key, depth: int = 0) -> bytes:
-    """No two values have the same encoding, nor does one begin with another's: type, length, content. ``SpecError`` for
-    other types, ints of more than 8,192 bits and tuples nested more than 32 deep, which could not all be read again.
+    """Return an encoding of type, length and content. Different values have different encodings, and none is a prefix
+    of another.
+
+    ``SpecError`` for other types, for ints of more than 8,192 bits and for tuples nested more than 32 deep, because
+    these could not be decoded everywhere.
     """
     if isinstance(value, tuple):
         if depth == _DEEPEST:
@@ -90,7 +100,7 @@ def encode_key(value: Key, depth: int = 0) -> bytes:
 
 
 def decode_key(encoded: bytes) -> Key:
-    """What ``encode_key`` was given."""
+    """Return the value that ``encode_key`` encoded."""
     value, rest = _decode(encoded)
     assert not rest
     return value
@@ -109,11 +119,15 @@ def _decode(data: bytes) -> tuple[Key, bytes]:
         return content.decode("utf-8", "surrogatepass"), rest
     if kind == b"i":
         return int(content), rest
-    return (None if kind in (b"n", b"") else content), rest  # nothing at all: opened without keys
+    return (None if kind in (b"n", b"") else content), rest  # empty: a sequence that was opened without keys
 
 
 def key_marks(extra_key: ExtraKey) -> list[tuple[int, bytes]]:
-    """The positions at which keys begin, and the keys, encoded. A key without one begins at the placeholders."""
+    """Return the keys, encoded, with the positions at which they begin.
+
+    A key without a position begins at the placeholders: its position is ``AT_PLACEHOLDERS``. ``SpecError`` for
+    positions that are negative, descend or do not fit an int32.
+    """
     if extra_key is None:
         return []
     if not _is_placed(extra_key):
@@ -121,7 +135,7 @@ def key_marks(extra_key: ExtraKey) -> list[tuple[int, bytes]]:
     marks = [(position, encode_key(key)) for position, key in cast("Sequence[tuple[int, Key]]", extra_key)]
     positions = [position for position, _ in marks]
     if positions != sorted(positions) or positions[0] < 0:
-        raise SpecError(f"got positions {positions}; must be 0 or more, and none before the one that comes first")
+        raise SpecError(f"got positions {positions}; must be 0 or more, in ascending order")
     if positions[-1] >= 2**31:
         raise SpecError(f"got position {positions[-1]}; must be below 2147483648")
     return marks
@@ -134,7 +148,10 @@ def _is_placed(key: object) -> bool:
 
 
 def placed(marks: list[tuple[int, bytes]], ids: np.ndarray) -> list[tuple[int, bytes]]:
-    """The marks of a prompt: those at the placeholders stand where an id first stands twice in a row, or else at 0."""
+    """Return the marks of a prompt, with positions for those that begin at the placeholders.
+
+    Placeholders begin where an id first occurs twice in a row; if no id does, at 0.
+    """
     if not marks or marks[0][0] != AT_PLACEHOLDERS:
         return marks
     repeats = np.flatnonzero(ids[1:] == ids[:-1])
@@ -142,12 +159,12 @@ def placed(marks: list[tuple[int, bytes]], ids: np.ndarray) -> list[tuple[int, b
 
 
 def tag_of_block(marks: list[tuple[int, bytes]], first: int, size: int) -> bytes:
-    """The keys that begin in tokens [first, first + size), each after its place there: 4 bytes, little-endian."""
+    """Return each key that begins in tokens [first, first + size), after its offset as 4 little-endian bytes."""
     return b"".join((at - first).to_bytes(4, "little") + key for at, key in marks if first <= at < first + size)
 
 
 def keys_in(tag: bytes) -> tuple[Key, ...]:
-    """The keys of a tag."""
+    """Return the keys of a tag."""
     found = []
     while tag:
         key, tag = _decode(tag[4:])
@@ -165,11 +182,13 @@ def block_digests(
     key: bytes = b"",
     block_size: int | None = None,
 ) -> list[bytes]:
-    """The digests of the full blocks of ``tokens``, as events name them: what a router looks up for a prompt.
+    """Return the digests of the full blocks of ``tokens``, 32 bytes each, as events name them.
 
-    salt, extra_key, adapter: as ``Allocator.sequence``. block_size: of the events; default that of an allocator of the
-        spec, the least common multiple of the block sizes of its groups that grow with the tokens. No allocator is
-        needed.
+    A router looks a prompt up by them. No allocator is needed.
+
+    salt, extra_key, adapter: as in ``Allocator.sequence``. key: the secret of the stream (``event_key``).
+    block_size: tokens of the events' blocks; by default that of an allocator of the spec, which is the least common
+        multiple of the block sizes of its groups that grow by token.
     """
     digest = ChainDigest(spec.fingerprint, key)
     size = lcm(*(g.block_size for g in spec.groups if g.growth == "token")) if block_size is None else block_size

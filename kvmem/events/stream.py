@@ -1,7 +1,8 @@
-"""What the cache holds, as events for a router outside: blocks stored, removed, all cleared.
+"""Cache events for a router outside of the process: blocks stored, blocks removed, all blocks cleared.
 
-The core makes records of small integers (``csrc/index/events.h``); here they get the names that mean the same in every
-process: a digest of the block, of all before it, and of whose cache it is. ``docs/events.md`` has the wire format.
+The native module makes records of small integers (``csrc/index/events.h``). This module names blocks by digests that
+are equal in every process: of the block, of all blocks before it, and of the cache's identity. ``docs/events.md``
+describes the wire format.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ __all__ = [
     "to_wire",
 ]
 
-MEDIA: Final = ("GPU", "CPU")  # of tier 0, 1, ... in the words of routers; tier 0 is the device, whatever it is
+MEDIA: Final = ("GPU", "CPU")  # routers' names of tier 0, 1, ...; tier 0 is the device, even if that is a CPU
 _STORED, _REMOVED, _CLEARED = 0, 1, 2  # EventKind in csrc/index/events.h
-_CHUNK: Final = 1024  # records taken out at once when the caller wants few events
+_CHUNK: Final = 1024  # records fetched at once when the caller wants few events
 _DEFAULTED: Final = ("extra_keys", "group_idx", "kv_cache_spec_kind", "kv_cache_spec_sliding_window")
 _UNKNOWN: Final = bytes(DIGEST_BYTES)
 _DIGEST: Final = np.dtype(f"V{DIGEST_BYTES}")
@@ -46,14 +47,18 @@ _DIGEST: Final = np.dtype(f"V{DIGEST_BYTES}")
 
 @dataclass(frozen=True)
 class BlockStored:
-    """A run of blocks of one chain is held by one group now, each block continuing the one before it.
+    """One group now has a run of consecutive blocks of one chain.
 
-    block_hashes: one 32-byte digest a block. token_ids: ``block_size`` for each, in order.
-    parent_block_hash: of the block before the run; None if the run begins its chain. ordinal: how many come before.
-    medium: "GPU" for the device's own memory, "CPU" for host memory behind it.
-    group, group_kind, window_tokens: which group of the spec, as :func:`group_kind`, and the tokens its queries see.
-    extra_keys: for each block the keys that begin in it, None for none; None if no block has any.
-    adapter: what the sequence was opened with. Its salt is part of the digests and not told.
+    block_hashes: one digest of 32 bytes for each block.
+    parent_block_hash: the digest of the block before the run; None if the run begins its chain.
+    token_ids: ``block_size`` ids for each block, in order.
+    block_size: tokens of a block; with groups of different block sizes, their common sharing unit.
+    medium: ``"GPU"`` for the device's own memory, ``"CPU"`` for host memory behind it.
+    group: the index in ``spec.groups``. group_kind: see :func:`group_kind`.
+    window_tokens: the group's sliding window, None for full attention.
+    extra_keys: for each block the keys that begin in it, or None; None if no block has any.
+    ordinal: the number of blocks before the run.
+    adapter: that of the sequence. Its salt is part of the digests but not of the event.
     """
 
     block_hashes: tuple[bytes, ...]
@@ -71,7 +76,7 @@ class BlockStored:
 
 @dataclass(frozen=True)
 class BlockRemoved:
-    """One group holds these blocks no more, in no order. Others may."""
+    """One group no longer has these blocks, which are in no particular order. Other groups may still have them."""
 
     block_hashes: tuple[bytes, ...]
     medium: str
@@ -80,14 +85,14 @@ class BlockRemoved:
 
 @dataclass(frozen=True)
 class AllBlocksCleared:
-    """Nothing is held. What follows may store again what was known before: that is how a lost stream recovers."""
+    """No group has any block. Events that follow may store blocks again, which is how a stream recovers from a loss."""
 
 
 Event: TypeAlias = BlockStored | BlockRemoved | AllBlocksCleared
 
 
 def group_kind(group: Group) -> str:
-    """What routers call this kind of group: those they do not know by one of these names they ignore."""
+    """Return the name of this kind of group in vLLM's events. Routers ignore groups of other kinds."""
     if group.growth == "fixed":
         return "mamba"
     if group.growth == "prefill":
@@ -99,9 +104,9 @@ def group_kind(group: Group) -> str:
 
 
 class EventBatch(NamedTuple):
-    """What the core has told at once. It tells the same again until it hears that ``number`` was taken.
+    """The records that the native module returned from one call. It returns them again until it hears ``number`` back.
 
-    roots: the (salt, extra_key) of each root that the records name.
+    roots: the (salt, extra_key) of each root that the records name, by number.
     """
 
     number: int
@@ -110,26 +115,26 @@ class EventBatch(NamedTuple):
 
 
 class _State(NamedTuple):
-    """Where a stream stands: replaced whole, so that whoever is interrupted leaves the one before or the one after."""
+    """The position of a stream, replaced as a whole: an interrupted poll leaves either the old or the new one."""
 
-    taken: int  # the last batch whose events were made
+    taken: int  # the number of the last batch that was turned into events
     ready: list[Event]
-    given: int  # how many of them were given out
+    given: int  # how many of ``ready`` were returned already
 
 
 class EventStream:
-    """Turns the core's records into events, in order. Any thread may poll; each event is given out once.
+    """Turns the native module's records into events, in order. Any thread may poll; each event is returned once.
 
-    drain: (number of the last batch taken, most records or -1, restart) -> the next batch, as ``Cache.drain_events`` in
-    csrc/allocator/allocator.h.
-    key: secret, up to 64 bytes. Without it, who sees digests and tokens can try out salts; with it, that is hopeless,
-    and only who has it can compute the digests of a prompt.
+    drain: called with (number of the last batch received, most records or -1 for all, restart); returns the next batch.
+        See ``drain_events`` in csrc/allocator/allocator.h.
+    key: a secret of up to 64 bytes. Without one, a reader who knows digests and token ids can test guesses of a salt.
+        With one, only readers who have it can compute the digests of a prompt.
+    media: the names of the tiers.
 
-    Python may interrupt a poll anywhere, to run a signal handler or a finaliser. If that polls too, it gets the events
-    that come next, and the poll that it interrupted those after them. If it raises, no event is lost: the next poll
-    gives out what this one would have.
+    Python may interrupt a poll anywhere, to run a signal handler or a finaliser. If that polls too, it gets the next
+    events, and the interrupted poll those that follow. If it raises, no event is lost: the next poll returns them.
 
-    It keeps 32 bytes for every node id, whatever the number of events.
+    Memory: 32 bytes for each node id of the index, whatever the number of events.
     """
 
     def __init__(
@@ -144,22 +149,24 @@ class EventStream:
         self._digest = ChainDigest(spec.fingerprint, key)
         self._groups = [(group_kind(group), group.window_tokens) for group in spec.groups]
         self._media = tuple(media)
-        self._digests = np.zeros(0, _DIGEST)  # by node; zero: never stored
+        self._digests = np.zeros(0, _DIGEST)  # by node; zero means never stored
         self._state = _State(0, [], 0)
         self._lock = threading.RLock()
         self._process = os.getpid()
 
     def poll(self, max_events: int | None = None, *, restart: bool = False) -> list[Event]:
-        """The events since the last call, oldest first, ``max_events`` at most; None for all there are now.
+        """Return the events since the last call, oldest first: ``max_events`` at most, or all with None.
 
-        Where the ring ran over since then, ``AllBlocksCleared`` comes in place of what was lost, and after it
-        ``BlockStored`` for all that is held. ``restart`` asks for just that: for a consumer that begins late, or lost
-        events by itself. Costs about 4 us a block, in the caller's thread, and no lock of the allocator but
-        while records are copied.
+        If records were lost since then, because the ring was full, ``AllBlocksCleared`` replaces them, followed by
+        ``BlockStored`` for all blocks that are cached now. ``restart`` requests the same, for a consumer that starts
+        late or has lost events itself.
+
+        Raises ``SpecError`` for a negative ``max_events`` and ``DeviceError`` in a forked child. Costs about 4 us for
+        each block, in the caller's thread; the allocator's lock is held only while records are copied.
         """
         if max_events is not None and (isinstance(max_events, bool) or not max_events >= 0):
             raise SpecError(f"max_events: got {max_events!r}; must be an int, 0 or more, or None")
-        if os.getpid() != self._process:  # the lock may be closed for ever, by a thread that is not here
+        if os.getpid() != self._process:  # a thread of the parent may hold the lock, and nobody here would release it
             raise DeviceError(
                 "the events belong to the process that fork() was called in; make an allocator here", "fork"
             )
@@ -167,21 +174,21 @@ class EventStream:
             if restart:
                 self._receive(-1, restart=True)
             if max_events is None:
-                self._receive(0)  # what a poll that was interrupted had not taken
+                self._receive(0)  # the batch that an interrupted poll had not received
                 self._receive(-1)
             else:
                 while len(self._state.ready) - self._state.given < max_events and self._receive(_CHUNK):
                     pass
-            self._drain(self._state.taken, 0, False)  # it need not keep them any more
+            self._drain(self._state.taken, 0, False)  # acknowledges the batch, so that it can be freed
         while True:
             state = self._state
             end = len(state.ready) if max_events is None else min(state.given + max_events, len(state.ready))
             some, after = state.ready[state.given : end], _shortened(state.taken, state.ready, end)
-            # One line: nothing comes between the look and the return, no other thread and no signal handler.
+            # One line, so that no other thread and no signal handler runs between the comparison and the return.
             if self._state is state: self._state = after; return some  # fmt: skip  # noqa: E701, E702
 
     def _receive(self, most: int, *, restart: bool = False) -> bool:
-        """Makes the events of one more batch; False when there is none. A poll that came between has made them."""
+        """Turn one more batch into events; False if there is none. An interrupting poll may have done it instead."""
         state = self._state
         batch = self._drain(state.taken, most, restart)
         if not len(batch.records):
@@ -190,12 +197,15 @@ class EventStream:
         events = list(self._events(made))
         after = _State(batch.number, [*([] if restart else state.ready[state.given :]), *events], 0)
         digests, nodes, values = made.changes()
-        # One line, as in poll().
+        # One line, for the same reason as in poll().
         if self._state is state: self._digests, digests[nodes], self._state = digests, values, after  # fmt: skip  # noqa: E701
         return True
 
     def _events(self, made: _Made) -> Iterator[Event]:
-        """Joins what it may within stretches of one kind: no event there depends on one of another group."""
+        """Yield the events of a batch.
+
+        Within a stretch of records of one kind, the records of each group are merged: none depends on another group's.
+        """
         records = made.batch.records
         kinds = records.kinds
         cuts = [0, *(np.flatnonzero(np.diff(kinds)) + 1).tolist(), len(records)]
@@ -225,7 +235,7 @@ class EventStream:
             tag = tags[first_row + row] or b""
             digest = self._digest.block(before, content[row * width : (row + 1) * width], tag)
             made.digests[node] = digest
-            if group < 0:  # nobody holds it: it only names what comes after
+            if group < 0:  # no group has the block: it only provides the digest for the blocks after it
                 continue
             run = growing.get((group, tier))
             if run is None or run.digests[-1] != before:
@@ -266,16 +276,16 @@ class EventStream:
 
 
 def _shortened(taken: int, ready: list[Event], given: int) -> _State:
-    """Without the events given out, where those are many: a poll for a few of many copies none of the others."""
+    """Return the state without the events that were given, unless they are few: many small polls stay linear."""
     return _State(taken, ready[given:], 0) if 2 * given >= len(ready) else _State(taken, ready, given)
 
 
 class _Made:
-    """What becomes of a stream's digests as the events of a batch are made; the stream's own change when all are."""
+    """The digests of a stream while the events of one batch are made. The stream's own change once all are made."""
 
     def __init__(self, batch: EventBatch, before: _Digests) -> None:
         self.batch = batch
-        self.digests: dict[int, bytes] = {}  # by node
+        self.digests: dict[int, bytes] = {}  # by node; the changes of this batch
         self._before = before
 
     def clear(self) -> None:
@@ -291,7 +301,7 @@ class _Made:
         return digest
 
     def changes(self) -> tuple[_Digests, npt.NDArray[np.int64], _Digests]:
-        """An array with room for all nodes, and which of its entries become what."""
+        """Return an array with room for all nodes, the nodes whose digests change, and their new digests."""
         nodes = np.fromiter(self.digests, np.int64, len(self.digests))
         values = np.frombuffer(b"".join(self.digests.values()), _DIGEST)
         digests, room = self._before, int(nodes.max(initial=-1)) + 1
@@ -303,7 +313,7 @@ class _Made:
 
 @dataclass
 class _Run:
-    """Stored blocks that will be one event."""
+    """Consecutive stored blocks that become one event."""
 
     before: bytes | None
     adapter: Key
@@ -323,12 +333,16 @@ def to_wire(
     hashes: Literal["int", "bytes"] = "int",
     form: Literal["array", "map"] = "map",
 ) -> list[Any]:
-    """One batch of events as plain lists, for ``msgpack.packb``; the schema is in ``docs/events.md``.
+    """Return a batch of events as plain lists for ``msgpack.packb``: ``[ts, events, dp_rank]``.
 
-    ts: seconds since the epoch. dp_rank: which replica of the model this cache belongs to.
-    hashes: "int" for the last 64 bits of a digest, which every router takes, or "bytes" for all 256.
-    form: "map" for events as dicts, which vLLM's and SGLang's own classes read today, and Dynamo; or "array" for events
-    as lists, which AIBrix, llm-d, Dynamo and older engines read. No form is read by all.
+    ``docs/events.md`` describes the format.
+
+    ts: seconds since the epoch. dp_rank: the replica of the model to which this cache belongs.
+    hashes: ``"int"``: the last 64 bits of a digest, which every router accepts; ``"bytes"``: all 256.
+    form: ``"map"``: events as dicts, which the classes of vLLM and SGLang read today, and Dynamo; ``"array"``: events
+        as lists, which AIBrix, llm-d, Dynamo and older engines read. No form is read by all.
+
+    Raises ``SpecError`` for another ``hashes`` or ``form``.
     """
     if hashes not in ("int", "bytes") or form not in ("array", "map"):
         raise SpecError(f"got hashes={hashes!r}, form={form!r}; must be 'int' or 'bytes', and 'array' or 'map'")
@@ -342,7 +356,7 @@ def _hash64(digest: bytes) -> int:
 
 
 def _wire_fields(event: Event, as_hash: Callable[[bytes], int | bytes]) -> dict[str, Any]:
-    """In the order of the array form, ``type`` first."""
+    """Return the fields in the order of the array form, ``type`` first."""
     if isinstance(event, AllBlocksCleared):
         return {"type": "AllBlocksCleared"}
     found = [as_hash(digest) for digest in event.block_hashes]
@@ -366,5 +380,5 @@ def _wire_fields(event: Event, as_hash: Callable[[bytes], int | bytes]) -> dict[
 
 
 def _as_map(fields: dict[str, Any]) -> dict[str, Any]:
-    """Without what is None and None by default, as the engines' encoder leaves it out of maps, but not of lists."""
+    """Return the fields without optional ones that are None: the engines' encoders omit these in maps, not in lists."""
     return {name: value for name, value in fields.items() if value is not None or name not in _DEFAULTED}

@@ -1,4 +1,4 @@
-"""What one token stores: pure data and exact integer arithmetic. No device, no tensor, no strides."""
+"""What one token stores, as pure data with exact integer arithmetic. No device, no tensor, no strides."""
 
 from kvmem.spec.cache_spec import CacheSpec, Group
 from kvmem.spec.component import Component, Growth, Rope, Scope

@@ -1,8 +1,8 @@
-"""What one token stores: pure data and exact integer arithmetic. No device, no tensor, no strides.
+"""What one token stores, as pure data with exact integer arithmetic. No device, no tensor, no strides.
 
-A :class:`CacheSpec` holds :class:`Group`s; a group holds :class:`Component`s (K, V, latents, state) and the layers
-whose tokens live and die together. Everything is frozen and hashable; every refusal is a ``SpecError`` that names the
-field, the value and why. Byte counts are payload: what the elements take, with no padding, block or page rounding.
+A :class:`CacheSpec` has :class:`Group`s; a group has :class:`Component`s (K, V, latents, state) and the layers whose
+tokens live and die together. All are frozen and hashable. Each refusal is a ``SpecError`` that names the field, the
+value and the reason. Byte counts are payload: the bytes of the elements, without rounding to blocks or pages.
 """
 
 from __future__ import annotations
@@ -24,18 +24,24 @@ from kvmem.spec.dtypes import dtype_name, parse_dtype
 
 __all__ = ["CacheSpec", "Group"]
 
-_FORMAT: Final = 1  # of to_dict(), and part of the fingerprint: raise it when a field changes its meaning
+_FORMAT: Final = 1  # version of to_dict(), and part of the fingerprint: raise it when the meaning of a field changes
 _T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
 class Group:
-    """Components and layers whose tokens live and die together: one block table, one set of lengths.
+    """Components and layers whose tokens live and die together: they share one block table and one set of lengths.
 
-    layers: model layer numbers, ascending; per-layer tuples of a component follow this order.
-    window_tokens: tokens a query sees, itself included (``sliding_window`` of transformers); None for all of them.
-    max_tokens: with ``growth="prefill"``, the most tokens the encoder gives (Whisper: 1,500), or None if no limit.
-    block_size: tokens a block; None takes the spec's. In a ``CacheSpec`` it is an int, and 1 for ``growth="fixed"``.
+    name: unique in the spec.
+    components: what each layer of the group stores for a token; all of the same ``growth``.
+    layers: the model's layer numbers, ascending. Tuples "per layer" in a component have one entry for each, in order.
+    window_tokens: the sliding window, as the number of tokens that a query attends to, itself included (as
+        ``sliding_window`` in transformers); None for full attention.
+    max_tokens: with ``growth="prefill"``, the largest number of encoder tokens (Whisper: 1,500); None for no limit.
+    block_size: tokens of a block; None takes the spec's value. In a ``CacheSpec`` it is always an int, and 1 with
+        ``growth="fixed"``.
+
+    Raises ``SpecError`` for fields that are invalid or contradict each other.
     """
 
     name: str
@@ -44,7 +50,7 @@ class Group:
     _: KW_ONLY
     window_tokens: int | None = None
     max_tokens: int | None = None
-    block_size: int = None  # type: ignore[assignment]  # None until a CacheSpec takes it: readers get an int
+    block_size: int = None  # type: ignore[assignment]  # None only before a CacheSpec takes the group: readers see an int
 
     def __post_init__(self) -> None:
         check.check_name("Group.name", self.name)
@@ -71,25 +77,27 @@ class Group:
 
     @property
     def growth(self) -> Growth:
+        """How all components of the group grow; see :class:`Component`."""
         return self.components[0].growth
 
     @property
     def ragged(self) -> bool:
+        """True if each (sequence, head) of the group has a length of its own."""
         return self.components[0].ragged
 
     @property
     def k_only(self) -> bool:
-        """True if K is all there is: V is derived from it, and readers need the rows of all heads (Slim attention)."""
+        """True if the group stores K but no V: V is derived from the K of all heads (Slim attention)."""
         return len(self.components) == 1 and self.components[0].name in ("k", "cross_k")
 
     @cached_property
     def bytes_per_token(self) -> int:
-        """Exact payload bytes of one token: all layers, all components; 0 for a group of fixed size."""
+        """The payload bytes of one token, over all layers and components; 0 with ``growth="fixed"``."""
         return 0 if self.growth == "fixed" else self._row_total
 
     @cached_property
     def fixed_bytes(self) -> int:
-        """Exact bytes per sequence of a group of fixed size; 0 for the others."""
+        """The payload bytes of one sequence with ``growth="fixed"``; otherwise 0."""
         return self._row_total if self.growth == "fixed" else 0
 
     @property
@@ -98,27 +106,30 @@ class Group:
         return sum(c.elements_at(index) * c.dtype.itemsize for c in self.components for index in copies[c.scope])
 
     def component(self, name: str) -> Component:
-        """The component of that name; ``SpecError`` if the group has none."""
+        """Return the component of this name; ``SpecError`` if the group has none."""
         for component in self.components:
             if component.name == name:
                 return component
         raise SpecError(f"group {self.name!r}: component: got {name!r}; it has {check.brief(self.components)}")
 
     def heads(self, component: str, layer: int) -> int:
-        """Heads of ``component`` in ``layer``."""
+        """Return the number of heads of ``component`` in ``layer``."""
         return self.component(component).heads_at(self._index(component, layer))
 
     def widths(self, component: str, layer: int) -> tuple[int, ...]:
-        """Elements per head, one entry per head group; a single entry where all heads are equal."""
+        """Return the elements of a head, one entry for each head group; a single entry if all heads are equal."""
         return self.component(component).widths_at(self._index(component, layer))
 
     def rope(self, component: str, layer: int) -> Rope:
-        """Rotation state of ``component`` in ``layer``."""
+        """Return how ``component`` is rotated in ``layer``: ``"none"``, ``"pre"`` or ``"post"``."""
         rope = self.component(component).rope
         return rope[self._index(component, layer)] if isinstance(rope, tuple) else rope
 
     def row_bytes(self, component: str, layer: int) -> int:
-        """Payload bytes of one token (``fixed``: one sequence) in ``layer``; of a shared copy, the same in all."""
+        """Return the payload bytes of one token (``fixed``: of one sequence) in ``layer``.
+
+        All layers that share a copy report the size of that copy.
+        """
         found = self.component(component)
         return found.elements_at(self._index(component, layer)) * found.dtype.itemsize
 
@@ -130,14 +141,20 @@ class Group:
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """All that a model caches. ``CacheSpec(groups)``, or ``CacheSpec(components=[...], num_layers=32)`` for one group.
+    """Everything that a model caches: ``CacheSpec(groups)``, or ``CacheSpec(components=[...], num_layers=32)`` for a
+    single group with all layers.
 
-    block_size: tokens a block, for the groups that do not set their own. Where sizes differ, prefixes are shared in
-        their least common multiple (of groups that grow with the tokens): hits, pins, snapshots and events count in
-        blocks of so many tokens, and windows let go of so many at once. Above 4,096 tokens nothing is shared
-        (``PrefixMatch.reason``).
-    num_layers: layers of the model; default the highest layer of a group plus one. A layer may have no component.
-    num_query_heads: query heads of the model, if known: layouts that need the K of each are then refused.
+    groups: the groups. A component of a layer belongs to exactly one of them.
+    num_layers: layers of the model; by default one more than the highest layer of a group. A layer need not have a
+        component.
+    block_size: tokens of a block, for the groups that do not set their own. With different sizes, prefixes are shared
+        in units of the least common multiple, over the groups that grow by token: hits, pins, snapshots and events
+        count such units, and a window releases one unit at a time. If the unit exceeds 4,096 tokens, nothing is shared
+        (``PrefixMatch.reason`` says so).
+    num_query_heads: query heads of the model, if known. Layouts that need the K of each query head are refused then
+        where heads are shared (GQA).
+
+    Raises ``SpecError`` for fields that are invalid or contradict each other.
     """
 
     groups: tuple[Group, ...] = ()
@@ -177,7 +194,7 @@ class CacheSpec:
                 f"components: got groups {check.brief(self.groups)} too; give groups, or components for one group"
             )
         if self.num_layers is None:
-            raise SpecError("num_layers: got None; components need the number of layers they are for")
+            raise SpecError("num_layers: got None; with components, the number of layers is required")
         return (Group("all", check.check_members("components", components, Component), tuple(range(self.num_layers))),)
 
     def _check_owners(self) -> None:
@@ -210,7 +227,11 @@ class CacheSpec:
         cls, *, num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype | str, block_size: int = 16,
         window_tokens: int | None = None, num_query_heads: int | None = None,
     ) -> CacheSpec:  # fmt: skip
-        """The usual cache: K (after rotation) and V, alike in every layer."""
+        """Return the usual spec: K (after rotation) and V, equal in all layers.
+
+        head_dim: elements of a head. dtype: of the elements, a ``torch.dtype`` or a name such as ``"bfloat16"``.
+        window_tokens: the sliding window of all layers; None for full attention.
+        """
         if check.check_size("num_layers", num_layers) > check.MAX_LAYERS:
             raise SpecError(f"num_layers: got {num_layers!r}; at most {check.MAX_LAYERS}")
         check.check_size("num_kv_heads", num_kv_heads), check.check_size("head_dim", head_dim)
@@ -229,34 +250,39 @@ class CacheSpec:
         block_size: int = 16,
         assume: str | None = None,
     ) -> CacheSpec:
-        """The spec of a published model; see :func:`kvmem.spec.from_config.spec_from_config`."""
-        from kvmem.spec.from_config import spec_from_config  # it builds on these types
+        """Return the spec of a published model; see :func:`kvmem.spec.from_config.spec_from_config`."""
+        from kvmem.spec.from_config import spec_from_config  # imported late, because it imports this module
 
         return spec_from_config(config, dtype=dtype, block_size=block_size, assume=assume)
 
     @cached_property
     def bytes_per_token(self) -> int:
-        """Exact payload bytes of a new token in all groups that grow by token (a full window gives its part back)."""
+        """The payload bytes of one new token, over all groups that grow by token.
+
+        A group with a sliding window releases as much once its window is full.
+        """
         return sum(g.bytes_per_token for g in self.groups if g.growth == "token")
 
     @cached_property
     def prefill_bytes_per_token(self) -> int:
-        """Exact payload bytes of one encoder token, over the groups that are fixed after prefill."""
+        """The payload bytes of one encoder token, over all groups that are fixed after prefill."""
         return sum(g.bytes_per_token for g in self.groups if g.growth == "prefill")
 
     @cached_property
     def fixed_bytes(self) -> int:
-        """Exact bytes per sequence whatever its length."""
+        """The payload bytes of a sequence that do not depend on its length."""
         return sum(g.fixed_bytes for g in self.groups)
 
     @cached_property
     def fingerprint(self) -> str:
-        """64 hex digits: SHA-256 of the canonical JSON of ``to_dict()``. Equal for equal specs, in every process."""
+        """The SHA-256 of the canonical JSON of ``to_dict()``, as 64 hex digits. Equal specs have equal fingerprints, in
+        every process.
+        """
         text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def group_of(self, layer: int, component: str) -> int:
-        """Index in ``groups`` of the group that holds ``component`` for ``layer``; ``SpecError`` if none does."""
+        """Return the index in ``groups`` of the group that holds ``component`` for ``layer``; ``SpecError`` if none."""
         for index, group in enumerate(self.groups):
             if layer in group.layers and any(c.name == component for c in group.components):
                 return index
@@ -264,19 +290,19 @@ class CacheSpec:
         raise SpecError(f"component: got {component!r} of layer {layer!r}; that layer has {there or 'none'}")
 
     def layer_components(self, layer: int) -> tuple[Component, ...]:
-        """Every component that ``layer`` reads, in the order of the groups; empty for a layer that caches nothing."""
+        """Return all components that ``layer`` reads, in the order of the groups; empty for a layer without a cache."""
         if isinstance(layer, bool) or layer not in range(self.num_layers):
             raise SpecError(f"layer: got {layer!r}; the spec has layers 0 to {self.num_layers - 1}")
         return tuple(c for g in self.groups if layer in g.layers for c in g.components)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON data: ``CacheSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec``."""
+        """Return the spec as plain JSON data: ``CacheSpec.from_dict(spec.to_dict()) == spec``."""
         groups = [_plain(g) | {"components": [_plain(c) for c in g.components]} for g in self.groups]
         return {"format": _FORMAT} | _plain(self) | {"groups": groups}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> CacheSpec:
-        """The inverse of ``to_dict``; ``SpecError`` on an unknown or missing field."""
+        """Return the spec of which ``data`` is the ``to_dict()``; ``SpecError`` for an unknown or missing field."""
         rest = dict(_mapping("spec", data))
         if (found := rest.pop("format", None)) != _FORMAT:
             raise SpecError(f"format: got {found!r}; this version reads {_FORMAT}")
@@ -322,7 +348,7 @@ def _differ(what: Callable[[Component], object]) -> Callable[[Group], bool]:
 
 GROUP_RULES: Final[tuple[tuple[str, Callable[[Group], bool], str], ...]] = (
     ("components", _differ(lambda c: c.growth),
-     "components of a group live and die together, so they grow alike: put them in groups by growth"),
+     "all components of a group must grow in the same way: put them in groups by growth"),
     ("components", _differ(lambda c: c.ragged),
      "components of a group share lengths: make all ragged or none, or put them in two groups"),
     ("components", lambda g: g.ragged and _differ(lambda c: c.heads)(g),
@@ -332,7 +358,7 @@ GROUP_RULES: Final[tuple[tuple[str, Callable[[Group], bool], str], ...]] = (
     ("components", lambda g: g.k_only and g.components[0].dtype.itemsize < 2,
      "8-bit K with no V: deriving V multiplies the rounding of K by the condition number of W_K; store fp16 or wider"),
     ("window_tokens", lambda g: g.window_tokens is not None and g.growth == "fixed",
-     "a fixed state holds no tokens, so no window of them"),
+     "a fixed state holds no tokens, so it has no window"),
     ("window_tokens", lambda g: g.window_tokens is not None and g.growth == "prefill",
      "what is fixed after prefill is read whole by every step: it has no sliding window"),
     ("window_tokens", lambda g: g.window_tokens is not None and g.ragged,

@@ -1,4 +1,4 @@
-"""One component of a cache: what its elements are, how many, and how they grow. ``kvmem.spec`` holds components."""
+"""One component of a cache: the type, number and growth of its elements. ``kvmem.spec`` re-exports it."""
 
 from __future__ import annotations
 
@@ -20,33 +20,35 @@ Width = int | tuple[int, ...] | tuple[tuple[int, ...], ...]
 
 
 def assign(instance: object, **values: object) -> None:
-    """Normalise fields of a frozen instance; only for ``__post_init__``."""
+    """Set normalised fields of a frozen instance. Only for ``__post_init__``."""
     for field, value in values.items():
         object.__setattr__(instance, field, value)
 
 
 @dataclass(frozen=True)
 class Component:
-    """One thing a group keeps for a token (or, with ``growth="fixed"``, for a sequence).
+    """One thing that a group stores for a token (or, with ``growth="fixed"``, for a sequence).
 
-    heads: KV heads, or latent groups, or rows of a state matrix; an int, or one int per layer of the group.
-    width: elements per head; an int, one per layer, or per layer one per head group (Palu's unequal ranks: the heads
-        of a layer are split evenly over the entries).
-    dtype: a ``torch.dtype``; a name such as ``"bfloat16"`` is converted.
-    scope: ``"layer"`` one copy per layer; ``"shared"`` one copy that every layer of the group reads.
-    growth: ``"token"`` with each token; ``"prefill"`` once, at prefill (cross attention); ``"fixed"`` bytes per
-        sequence (recurrent state).
-    rope: ``"pre"`` stored before rotation, ``"post"`` after, ``"none"`` never rotated; one value, or one per layer. It
-        tells readers what they find: kvmem rotates nothing.
-    planes: bits of each plane an element is split into, highest first (AlignedKV); empty for plain elements. An
-        ``Allocator`` stores such a component whole, and shows it as ``uint8`` of shape ``[..., 1, bytes of a token]``:
-        splitting elements into planes and joining them is left to writer and reader, and ``write_kv`` takes
-        such bytes only.
-    ragged: lengths per (sequence, head) instead of per sequence (gated eviction). A spec can say so and count bytes; an
-        ``Allocator`` refuses it until a layout stores it.
+    name: readers give a meaning to ``k`` and ``v`` (self attention), ``cross_k`` and ``cross_v`` (cross attention),
+        ``ckv`` (latent) and ``kpe`` (rotary key) of MLA. Other names are free.
+    width: elements of a head: an int; a tuple with one int per layer; or a tuple with one tuple per layer, which has
+        one int per head group (the heads of the layer are split evenly over the groups, as for the unequal ranks of
+        Palu, arXiv:2407.21118).
+    dtype: of the elements: a ``torch.dtype``, or a name such as ``"bfloat16"``, which is converted.
+    heads: KV heads, latent groups, or rows of a state matrix: an int, or a tuple with one int per layer.
+    scope: ``"layer"``: each layer has a copy; ``"shared"``: all layers of the group read one copy.
+    growth: ``"token"``: an entry for each token; ``"prefill"``: written once, at prefill (cross attention);
+        ``"fixed"``: of constant size for each sequence (recurrent state).
+    rope: ``"pre"``: stored before rotation; ``"post"``: after; ``"none"``: never rotated. One value, or one per layer.
+        It informs readers; kvmem rotates nothing.
+    planes: the bits of each plane into which elements are split, most significant first (AlignedKV, arXiv:2409.16546);
+        empty for plain elements. An ``Allocator`` stores such a component whole and shows it as ``uint8`` of shape
+        ``[..., 1, bytes of a token]``: the writer splits elements into planes, the reader joins them, and ``write_kv``
+        takes only such bytes.
+    ragged: True if each (sequence, head) has a length of its own, as with eviction of tokens per head. A
+        spec can describe it and count its bytes; an ``Allocator`` refuses it, because no layout stores it yet.
 
-    Names have meaning to readers: ``k`` and ``v`` of self attention, ``cross_k`` and ``cross_v`` of cross attention,
-    ``ckv`` (latent) and ``kpe`` (rotary key) of MLA. Others are free.
+    Raises ``SpecError`` for fields that are invalid or contradict each other.
     """
 
     name: str
@@ -85,7 +87,7 @@ class Component:
 
     @property
     def ropes(self) -> set[str]:
-        """The rotation states that occur in any layer."""
+        """The rotations that occur in any layer."""
         return set(self.rope) if isinstance(self.rope, tuple) else {self.rope}
 
     @property
@@ -93,7 +95,7 @@ class Component:
         """True if the heads of one layer differ in width."""
         return isinstance(self.width, tuple) and any(isinstance(w, tuple) and len(set(w)) > 1 for w in self.width)
 
-    # The three below take a position in the group's layers, not a layer number: Group translates.
+    # These three take an index in the group's layers; Group translates layer numbers.
     def heads_at(self, index: int) -> int:
         return self.heads[index] if isinstance(self.heads, tuple) else self.heads
 
@@ -107,7 +109,10 @@ class Component:
 
 
 def canonical(component: Component, num_layers: int, here: str) -> Component:
-    """The one spelling of equal shapes (heads=8 for heads=(8, 8)), after the checks that need the number of layers."""
+    """Return the component in its canonical form: of equal shapes the shortest spelling, heads=8 for heads=(8, 8).
+
+    ``SpecError`` where a tuple does not fit the number of layers.
+    """
     count = 1 if component.scope == "shared" else num_layers
     for field in ("heads", "width", "rope"):
         value = getattr(component, field)
@@ -124,7 +129,7 @@ def canonical(component: Component, num_layers: int, here: str) -> Component:
             raise SpecError(
                 f"{here}planes: got {component.planes!r}; {elements} elements a token leave a plane with part of a byte"
             )
-        # The longest run that respects every change of width: (64, 64, 32, 32) says no more than (64, 32).
+        # The longest run length that divides all runs of equal widths: (64, 64, 32, 32) means the same as (64, 32).
         run = gcd(len(groups), *(i for i in range(1, len(groups)) if groups[i] != groups[i - 1]))
         widths.append(groups[::run])
     flat = tuple(w[0] for w in widths) if all(len(w) == 1 for w in widths) else tuple(widths)
@@ -132,7 +137,7 @@ def canonical(component: Component, num_layers: int, here: str) -> Component:
 
 
 def _collapse(value: Any) -> Any:
-    """(8, 8, 8) as 8. Unequal head groups stay per layer: a lone tuple of them would read as one width per layer."""
+    """Return 8 for (8, 8, 8). Unequal head groups stay per layer: a lone tuple would read as one width per layer."""
     alike = isinstance(value, tuple) and len(set(value)) == 1 and not isinstance(value[0], tuple)
     return value[0] if alike else value
 
@@ -142,10 +147,10 @@ def _cuts_exponent(c: Component) -> bool:
     return bool(c.planes) and exponent > 0 and c.planes[0] < 1 + exponent
 
 
-# (field to name, refuse when, why). The order is that of reading: of several broken rules, the first is reported.
+# (field to name, condition to refuse, reason). The first rule that is broken is reported.
 COMPONENT_RULES: Final[tuple[tuple[str, Callable[[Component], bool], str], ...]] = (
     ("planes", lambda c: len(c.planes) == 1,
-     "one plane is no split: give at least two, or none"),
+     "a single plane splits nothing: give at least two, or none"),
     ("planes", lambda c: bool(c.planes) and sum(c.planes) != 8 * c.dtype.itemsize,
      "planes must sum to the bits of the dtype"),
     ("planes", _cuts_exponent,

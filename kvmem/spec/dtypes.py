@@ -8,7 +8,7 @@ import torch
 
 from kvmem.errors import SpecError
 
-# Element types a cache may hold, with the exponent bits of the floating ones (bit planes must not cut an exponent).
+# With the exponent bits of floating-point types, because the first bit plane must hold a whole exponent.
 EXPONENT_BITS: Final[dict[str, int]] = {
     "float64": 11, "float32": 8, "bfloat16": 8, "float16": 5,
     "float8_e4m3fn": 4, "float8_e4m3fnuz": 4, "float8_e5m2": 5, "float8_e5m2fnuz": 5,
@@ -24,7 +24,10 @@ _ALIASES: Final = {
 
 
 def parse_dtype(value: torch.dtype | str, field: str = "dtype") -> torch.dtype:
-    """``torch.bfloat16``, ``"torch.bfloat16"``, ``"bfloat16"`` or ``"bf16"`` as a ``torch.dtype``."""
+    """Return ``torch.bfloat16`` for ``torch.bfloat16``, ``"torch.bfloat16"``, ``"bfloat16"`` or ``"bf16"``.
+
+    ``SpecError`` for types that a cache cannot hold.
+    """
     if isinstance(value, torch.dtype) and value in _NAMES:
         return value
     if isinstance(value, str):
@@ -35,5 +38,5 @@ def parse_dtype(value: torch.dtype | str, field: str = "dtype") -> torch.dtype:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """The name without ``torch.``: what ``CacheSpec.to_dict`` writes."""
+    """Return the name of a type that a cache may hold, without ``torch.``, as ``CacheSpec.to_dict`` writes it."""
     return _NAMES[dtype]

@@ -1,8 +1,8 @@
-"""Published model configs (``config.json``) as cache specs: which layers cache what, in which shape.
+"""Cache specs from published model configs (``config.json``): which layers cache what, and in which shape.
 
-A config is read by its field names, so a family that uses the usual ones needs no entry anywhere. What decides the
-shape of a cache and is not understood is refused with the reason, never guessed: a wrong spec corrupts silently, a
-refusal costs a hand-written spec.
+Configs are read by field names, so a family that uses the usual names needs no entry in ``model_families``. A field
+that affects the shape of a cache and is not understood is refused with the reason, never guessed: a wrong spec
+corrupts results silently, whereas a refusal costs the user a spec written by hand.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = ["spec_from_config"]
 
 
 class _Fields:
-    """A config with its family's defaults. Look-ups check; every error names the field, the value and the family."""
+    """A config completed with the defaults of its family. Look-ups check types; errors name field, value and family."""
 
     def __init__(self, values: Mapping[str, Any], nested: bool, assumed: str | None) -> None:
         stated = values.get("model_type") or ""
@@ -42,18 +42,18 @@ class _Fields:
         self.where = f" (model_type {stated!r})" if stated else ""
 
     def get(self, *names: str) -> Any:
-        """The first of ``names`` that is present and not null."""
+        """Return the value of the first of ``names`` that is present and not null, or None."""
         return next((self.values[name] for name in names if self.values.get(name) is not None), None)
 
     def size(self, *names: str) -> int | None:
-        """A positive int under the first of ``names`` that is set; None if none is."""
+        """Return the positive int under the first of ``names`` that is set, or None; ``SpecError`` for other values."""
         for name in names:
             if self.values.get(name) is not None:
                 return check_size(name, self.values[name])
         return None
 
     def need(self, *names: str) -> int:
-        """As ``size``; ``SpecError`` if missing."""
+        """Return the same as ``size``; ``SpecError`` if none is set."""
         value = self.size(*names)
         if value is None:
             others = f" (nor {', '.join(names[1:])})" if len(names) > 1 else ""
@@ -71,16 +71,19 @@ def spec_from_config(
     block_size: int = 16,
     assume: str | None = None,
 ) -> CacheSpec:
-    """The cache of a published model, exact to the byte.
+    """Return the cache spec of a published model, exact to the byte.
 
-    config: a dict, a path to ``config.json`` or to its directory, or an object with ``to_dict()`` (transformers).
-    dtype: element type of the cache; default what the config says (``dtype`` or ``torch_dtype``).
-    assume: the family by whose rules a ``model_type`` that is not known here is read, ``"llama"`` for one that stores
-        K and V of each KV head and names its fields as usual; a known one is read by its own rules all the same.
-    Understands MHA, GQA, MQA, MLA, sliding windows on all or some layers, KV shared by layers, and cross attention; a
-    multimodal config by its text part. Groups are named ``full``, ``sliding``, ``cross``, and ``full_shared``,
-    ``sliding_shared`` where several layers read one copy.
-    Raises ``SpecError``, naming field and value, on what is missing, wrong or not describable.
+    config: a dict; a path to ``config.json`` or to its directory; or an object with ``to_dict()`` (transformers).
+    dtype: the element type of the cache; by default what the config states (``dtype`` or ``torch_dtype``).
+    block_size: tokens of a block.
+    assume: the family by whose rules an unknown ``model_type`` is read, e.g. ``"llama"`` for one that stores K and V of
+        each KV head and uses the usual field names. A known ``model_type`` is always read by its own rules.
+
+    Supports MHA, GQA, MQA, MLA, sliding windows on all or some layers, KV shared by layers, and cross attention; of a
+    multimodal config, the text decoder. The groups are named ``full``, ``sliding`` and ``cross``; ``full_shared`` and
+    ``sliding_shared`` have the layers that read one common copy.
+
+    Raises ``SpecError``, which names field and value, for what is missing, invalid or cannot be described by a spec.
     """
     outer = _load(config)
     values, nested = _decoder_of(outer)
@@ -124,14 +127,14 @@ def _check_assumed(assume: str | None) -> str | None:
 
 
 def _decoder_of(values: Mapping[str, Any]) -> tuple[Mapping[str, Any], bool]:
-    """The part of a config that describes the decoder, and whether it was nested."""
+    """Return the part of a config that describes the decoder, and whether it was nested."""
     nested = False
     while True:
         names = families.TEXT + (families.DECODER if values.get("is_encoder_decoder") is True else ())
         key = next((name for name in names if isinstance(values.get(name), Mapping) and values[name]), None)
         if key is None:
             return values, nested
-        # What an encoder-decoder holds is a decoder with cross attention, whatever its own part says.
+        # The decoder of an encoder-decoder has cross attention, whatever its own part of the config says.
         part = {"is_decoder": True, "add_cross_attention": True} if key in families.DECODER else {}
         values, nested = {**values[key], **part}, True
 
@@ -161,7 +164,7 @@ def _load(config: object) -> Mapping[str, Any]:
 
 
 def _matching(pattern: str, values: Mapping[str, Any]) -> list[str]:
-    """Names of set fields that match; null, false, zero and empty say that a feature is off."""
+    """Return the names of set fields that match; null, false, zero and empty values mean that a feature is off."""
     stem = pattern.removesuffix("*")
     return [
         name for name, value in values.items() if value and (name.startswith(stem) if stem != pattern else name == stem)
@@ -194,7 +197,7 @@ def _groups(fields: _Fields, num_layers: int, heads: int, dtype: torch.dtype) ->
 
 
 def _layer_kinds(fields: _Fields, num_layers: int) -> list[str]:
-    """``full``, ``sliding`` or ``cross`` (cross attention in place of self attention) for each layer."""
+    """Return ``full``, ``sliding`` or ``cross`` (cross attention instead of self attention) for each layer."""
     stated = fields.get("layer_types")
     kinds = _implied_kinds(fields, num_layers) if stated is None else _stated_kinds(fields, stated, num_layers)
     cross = fields.get("cross_attention_layers") or ()
@@ -224,7 +227,7 @@ def _stated_kinds(fields: _Fields, stated: object, num_layers: int) -> list[str]
 
 
 def _implied_kinds(fields: _Fields, num_layers: int) -> list[str]:
-    """The kinds of a config without layer_types, by the rule of its family."""
+    """Return the kinds of layers of a config without layer_types, by the rule of its family."""
     if not fields.get("sliding_window") or fields.get("use_sliding_window") is False:
         return ["full"] * num_layers
     if (pattern := fields.size("sliding_window_pattern")) is not None:
@@ -242,7 +245,7 @@ def _implied_kinds(fields: _Fields, num_layers: int) -> list[str]:
 def _copies(
     fields: _Fields, kind: str, layers: tuple[int, ...], num_layers: int
 ) -> Iterator[tuple[str, tuple[int, ...], Scope]]:
-    """Groups of one kind: layers with a copy each, then those that read the copy of one (Gemma-3n's last layers)."""
+    """Yield the groups of one kind: layers with a copy each, then layers that read one copy (the last of Gemma-3n)."""
     shared = fields.size("num_kv_shared_layers") if fields.values.get("num_kv_shared_layers") != 0 else None
     owners = tuple(layer for layer in layers if layer < num_layers - (shared or 0))
     readers = layers[len(owners) :]
@@ -260,7 +263,7 @@ def _copies(
 def _self_components(fields: _Fields, heads: int, dtype: torch.dtype, ropes: tuple[Rope, ...]) -> tuple[Component, ...]:
     if fields.get("kv_lora_rank") is None:
         return _kv(fields, heads, dtype, ropes)
-    # MLA: one latent for all heads, and beside it the part of the key that carries the position.
+    # MLA: one latent for all heads, and beside it the rotary part of the key.
     latent = Component("ckv", width=fields.need("kv_lora_rank"), dtype=dtype)
     return latent, Component("kpe", width=fields.need("qk_rope_head_dim"), dtype=dtype, rope=ropes)
 
@@ -286,23 +289,23 @@ def _kv(fields: _Fields, heads: int, dtype: torch.dtype, ropes: tuple[Rope, ...]
 
 
 def _kv_heads(fields: _Fields, heads: int) -> int:
-    attn_config = fields.get("attn_config")  # MPT and DBRX nest the number
+    attn_config = fields.get("attn_config")  # MPT and DBRX nest the number of KV heads
     if isinstance(attn_config, Mapping) and attn_config.get("kv_n_heads") is not None:
         return check_size("attn_config.kv_n_heads", attn_config["kv_n_heads"])
-    # Falcon's larger models set both; the new architecture then ignores multi_query.
+    # Falcon's larger models set both fields; with the new architecture, multi_query has no effect.
     if fields.get("multi_query") is True and fields.get("new_decoder_architecture") is not True:
         return 1
     return fields.size(*families.DECODER_KV_HEADS, *families.KV_HEADS) or heads
 
 
 def _rope(fields: _Fields, layer: int, kinds: list[str]) -> Rope:
-    """How ``layer`` stores its keys: ``post`` wherever the family rotates them, as all published caches do."""
+    """Return how ``layer`` stores its keys: ``post`` if its family rotates them, as published caches do."""
     rotary = any(fields.get(name) is not None for name in ("rope_parameters", "rope_theta", "rope_scaling"))
     if not rotary and (_is_encoder_decoder(fields) or fields.family in families.NO_ROPE):
         return "none"
     if fields.get("alibi") is True or fields.get("position_embedding_type") in families.UNROTATED:
         return "none"
-    unrotated = fields.get("no_rope_layers")  # 1 for a layer that rotates, 0 for one that does not
+    unrotated = fields.get("no_rope_layers")  # an entry is 1 for a layer that rotates, 0 for one that does not
     if isinstance(unrotated, (list, tuple)) and unrotated:
         if layer >= len(unrotated):
             raise SpecError(f"no_rope_layers: got {len(unrotated)} entries{fields.where}; needs one for each layer")

@@ -1,13 +1,13 @@
-"""What tells model families apart for a cache, as data: field names, defaults, rotation, what cannot be described.
+"""How model families differ in what they cache, as data: field names, defaults, rotation, unsupported features.
 
-Read by ``kvmem.spec.from_config`` alone. A family that uses the usual field names needs no entry.
+Only ``kvmem.spec.from_config`` reads it. A family that uses the usual field names needs no entry.
 """
 
 from __future__ import annotations
 
 from typing import Any, Final
 
-# The same number under the names that families give it; the first is the one that errors name.
+# The names that families give to one number. Errors name the first.
 HIDDEN: Final = ("hidden_size", "n_embd", "d_model", "n_embed")
 LAYERS: Final = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 HEADS: Final = ("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads")
@@ -15,18 +15,18 @@ KV_HEADS: Final = (
     "num_key_value_heads", "num_kv_heads", "n_head_kv", "n_kv_heads", "num_query_groups", "multi_query_group_num",
 )  # fmt: skip
 HEAD_DIM: Final = ("head_dim", "d_kv", "kv_channels", "dim_head")
-# Encoder-decoder families give the usual names to the encoder (Whisper: num_hidden_layers), also where a config is of
-# their decoder alone, so the decoder's come first.
+# Encoder-decoder families use the usual names for the encoder (Whisper: num_hidden_layers), even in a config of the
+# decoder alone. So the decoder's names are looked up first.
 DECODER_LAYERS: Final = ("num_decoder_layers", "decoder_layers", "decoder_num_hidden_layers")
 DECODER_HEADS: Final = (
     "num_decoder_attention_heads", "decoder_attention_heads", "decoder_num_attention_heads",
 )  # fmt: skip
 DECODER_KV_HEADS: Final = ("decoder_num_key_value_heads",)
-# Multimodal configs describe the decoder in one of these; encoder-decoders made of two models in the second.
+# The parts of multimodal configs that describe the decoder; and those of encoder-decoders composed of two models.
 TEXT: Final = ("text_config", "llm_config", "language_config", "thinker_config")
 DECODER: Final = ("decoder", "decoder_config")
 
-# Encoders keep no KV between steps, unless a config makes one a decoder.
+# Encoders cache nothing between steps, unless a config turns one into a decoder.
 ENCODERS: Final = frozenset(
     {
         "bert", "roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "camembert", "electra",
@@ -34,7 +34,7 @@ ENCODERS: Final = frozenset(
         "big_bird", "albert", "distilbert", "deberta", "deberta-v2", "modernbert", "mpnet", "nomic_bert",
     }
 )  # fmt: skip
-# Keys are stored as projected: learned, relative or ALiBi positions. Any other family is taken to store rotated keys.
+# These families store keys as projected (learned, relative or ALiBi positions). All others store rotated keys.
 NO_ROPE: Final = frozenset(
     {
         "gpt2", "gpt_bigcode", "gpt_neo", "openai-gpt", "ctrl", "opt", "bloom", "mpt", "biogpt", "xglm", "git",
@@ -43,9 +43,9 @@ NO_ROPE: Final = frozenset(
         "prophetnet", "bigbird_pegasus", "cpmant", "musicgen_decoder", "pop2piano",
     }
 ) | (ENCODERS - {"roformer", "modernbert", "nomic_bert"})  # fmt: skip
-UNROTATED: Final = ("absolute", "relative_key", "relative_key_query", "alibi", "nope")  # of position_embedding_type
+UNROTATED: Final = ("absolute", "relative_key", "relative_key_query", "alibi", "nope")  # position_embedding_type
 ROPE_ON_SLIDING_ONLY: Final = frozenset({"cohere2", "exaone4"})  # their full layers have no position encoding
-# Families whose sliding_window, with nothing else stated, means all layers; "" is a config that names no family.
+# Families in which sliding_window, with nothing else stated, applies to all layers; "" is a config without a family.
 ALL_SLIDE: Final = frozenset(
     {"", "doge", "ministral3", "mistral", "mixtral", "phi3", "phi3small", "phi4_multimodal", "phimoe", "starcoder2"}
 )
@@ -53,7 +53,7 @@ SLIDE_FROM_LAYER: Final = frozenset(
     {"qwen2", "qwen2_vl", "qwen2_vl_text", "qwen2_5_vl", "qwen2_5_vl_text", "qwen3", "dots1"}
 )
 
-# What configs of a family may leave out, as their own classes fill it.
+# The defaults of each family's config class, for fields that its files may leave out.
 DEFAULTS: Final[dict[str, dict[str, Any]]] = {
     "cohere2": {"sliding_window": 4096, "sliding_window_pattern": 4},
     "deepseek_v2": {"kv_lora_rank": 512, "qk_rope_head_dim": 64},
@@ -79,7 +79,7 @@ DEFAULTS: Final[dict[str, dict[str, Any]]] = {
     "mt5": {"d_kv": 64},
     "umt5": {"d_kv": 64},
 }  # fmt: skip
-# The same for a text_config alone: there, files leave out whatever equals the class default (LLaVA-1.5: all sizes).
+# The same for a text_config only, where files leave out all fields that equal the class default (LLaVA-1.5: all sizes).
 NESTED_DEFAULTS: Final[dict[str, dict[str, int]]] = {
     "llama": {"num_hidden_layers": 32, "hidden_size": 4096, "num_attention_heads": 32},
     "mistral": {"num_hidden_layers": 32, "hidden_size": 4096, "num_attention_heads": 32},
@@ -93,8 +93,8 @@ NESTED_DEFAULTS: Final[dict[str, dict[str, int]]] = {
 
 _STATE: Final = "its recurrent layers keep a state whose size and dtype the kernels decide"
 _INDEX: Final = "its sparse attention caches index keys beside the KV, whose dtype the kernels decide"
-_UNEQUAL: Final = "its sliding layers differ in shape from the full ones by fields that are its own"
-# Fields that, when set, say that the cache is not what the usual fields describe. A trailing * matches any ending.
+_UNEQUAL: Final = "its sliding layers differ in shape from the full ones in fields that only this family has"
+# Fields that, when set, mean that the usual fields do not describe the cache. A trailing * matches any ending.
 REFUSED_FIELDS: Final[tuple[tuple[str, str], ...]] = (
     ("mamba_*", _STATE), ("ssm_*", _STATE), ("state_size", _STATE), ("linear_*", _STATE), ("conv_L_cache", _STATE),
     ("short_conv*", _STATE), ("block_types", _STATE), ("layers_block_type", _STATE),
@@ -106,7 +106,7 @@ REFUSED_FIELDS: Final[tuple[tuple[str, str], ...]] = (
     ("per_layer_config", "it overrides shapes layer by layer"),
     ("block_configs", "it overrides shapes layer by layer"),
     ("num_attention_heads_per_layer", "it has its own number of heads in each layer"),
-    ("attention_chunk_size", "chunked attention drops all tokens at the end of a chunk, and no window says that"),
+    ("attention_chunk_size", "chunked attention drops all tokens at the end of a chunk, unlike a sliding window"),
     ("use_cla", "it shares KV between layers by a rule of its own"),
     ("cla_share_factor", "it shares KV between layers by a rule of its own"),
     ("attn_layers", "hashed attention caches buckets, not KV"),

@@ -1,7 +1,7 @@
-"""The values of ``model_type`` whose configs are understood: each was compared with what its model caches.
+"""The values of ``model_type`` whose configs are supported. Each was compared with what its model caches.
 
-``tests/integrations/test_transformers_families.py`` makes a tiny model of each, but for those in ``UNTRIED``. A family
-belongs here once it passes there.
+``tests/integrations/test_transformers_families.py`` builds a tiny model of each, except of those in ``UNTRIED``. A
+family is added here once it passes that test.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Final
 
 __all__ = ["KNOWN", "UNTRIED"]
 
-#: Not in transformers, so there is nothing to compare with; read by their published configs.
+#: These are not in transformers, so there is no model to compare with; only their published configs were read.
 UNTRIED: Final = frozenset({"chatglm", "internlm2", "phi3small"})
 
 _DECODERS: Final = """
@@ -24,7 +24,7 @@ _DECODERS: Final = """
     qwen2_moe qwen3 qwen3_moe rembert roberta roberta-prelayernorm roc_bert roformer seed_oss smollm3 solar_open
     stablelm starcoder2 trocr vaultgemma xglm xlm-roberta xlm-roberta-xl xmod youtu
 """
-# What multimodal configs call their decoder.
+# The names that multimodal configs give to their decoder.
 _TEXTS: Final = """
     blip_text_model cosmos3_edge_text csm_depth_decoder_model deepseek_ocr2_text emu3_text_model ernie4_5_vl_moe_text
     glm4v_moe_text glm4v_text glm_ocr_text granite4_vision_text granite_docling_text hunyuan_vl_text mllama_text_model
@@ -36,8 +36,8 @@ _ENCODER_DECODERS: Final = """
     pegasus pegasus_x plbart prophetnet seamless_m4t seamless_m4t_v2 speech_to_text switch_transformers t5
     t5_gemma_module umt5 whisper
 """
-# Models that take more than text, whose configs have the decoder's fields beside those of their other parts, or that no
-# auto class makes.
+# Models with other inputs than text whose configs have the decoder's fields at the top level, or that no auto class
+# builds.
 _MULTIMODAL: Final = "chameleon csm evolla idefics mistral4 musicgen_decoder phi4_multimodal pop2piano"
 
 KNOWN: Final = UNTRIED | frozenset(f"{_DECODERS} {_TEXTS} {_ENCODER_DECODERS} {_MULTIMODAL}".split())
