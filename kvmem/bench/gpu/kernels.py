@@ -11,14 +11,15 @@ from typing import Any, Literal
 
 import torch
 
-from kvmem.bench.errors import BenchError
 from kvmem.bench.gpu.device import BenchDevice
 from kvmem.bench.gpu.memory import Memory
 from kvmem.bench.gpu.sizes import ModelShape
+from kvmem.bench.text import BenchError
 from kvmem.kernels import flash_attention, flashinfer, reference, torch_ops
 from kvmem.kernels.checks import flat_tokens
 
-__all__ = ["KERNELS", "Kernel", "Phase", "Run", "Unavailable", "flashinfer_package", "kernels_of", "workspace"]
+__all__ = ["KERNELS", "Kernel", "Phase", "Run", "Unavailable", "flashinfer_package", "kernels_of", "plan_arguments",
+           "workspace"]  # fmt: skip
 
 Phase = Literal["decode", "prefill"]
 Run = Callable[[torch.Tensor, int], torch.Tensor]
@@ -56,7 +57,7 @@ def _package(name: str) -> Any:
         raise Unavailable(f"{name} is not installed ({error})") from error
 
 
-def _plan_arguments(model: ModelShape) -> dict[str, Any]:
+def plan_arguments(model: ModelShape) -> dict[str, Any]:
     return {
         "num_query_heads": model.query_heads, "num_kv_heads": model.kv_heads, "head_dim": model.head_dim,
         "dtype": model.dtype,
@@ -68,7 +69,7 @@ def _flashinfer_decode(tensor_cores: bool) -> Callable[[Memory, ModelShape], Run
         device = memory.caches[0][0].device
         package = flashinfer_package()
         wrapper = package.BatchDecodeWithPagedKVCacheWrapper(workspace(device), "NHD", use_tensor_cores=tensor_cores)
-        wrapper.plan(**flashinfer.decode_plan(memory.batch, **_plan_arguments(model)))
+        wrapper.plan(**flashinfer.decode_plan(memory.batch, **plan_arguments(model)))
         return lambda q, layer: wrapper.run(q, flashinfer.cache_of(*memory.cache(layer)))
 
     return prepare
@@ -79,7 +80,7 @@ def _flashinfer_prefill(version: Literal["fa2", "fa3"]) -> Callable[[Memory, Mod
         device = memory.caches[0][0].device
         package = flashinfer_package()
         wrapper = package.BatchPrefillWithPagedKVCacheWrapper(workspace(device), "NHD", backend=version)
-        plan = flashinfer.prefill_plan(memory.batch, **_plan_arguments(model))
+        plan = flashinfer.prefill_plan(memory.batch, **plan_arguments(model))
         if version == "fa3":
             with _prebuilt_only():
                 wrapper.plan(**plan)

@@ -1,9 +1,9 @@
-"""kvmem beside the KV managers of vLLM and SGLang, and the C++ floor: one workload, one run, interleaved.
+"""kvmem beside the KV managers of vLLM and SGLang, and the C++ baseline: one workload, one run, interleaved.
 
 Each peer is its published wheel, installed without dependencies into a folder of its own: only its KV manager is
-imported. Every manager, ours too, runs in a process of its own (``drivers/``) under one loop: times are CPU time of the
-calling thread, so that a call that lasts a millisecond does not pay for other programs while one that lasts a
-microsecond does not; the floor's are wall clock.
+imported. Every manager, ours too, runs in a process of its own (``*_driver.py``) under one loop: times are CPU time of
+the calling thread, so that a call that lasts a millisecond does not pay for other programs while one that lasts a
+microsecond does not; the baseline's are wall clock.
 """
 
 from __future__ import annotations
@@ -13,27 +13,28 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import click
 import numpy as np
+from rich.console import Console
 
-from kvmem.bench.environment import environment
-from kvmem.bench.errors import BenchError
-from kvmem.bench.floor import build_floor, run_program
-from kvmem.bench.results import SCHEMA_VERSION, without_folders
-from kvmem.bench.spread import Spread
-from kvmem.bench.step import FLOOR
-from kvmem.bench.workload import Timings, Workload
+from benchmarks.native import build_floor
+from benchmarks.workload import FLOOR, Timings, Workload, run_floor
+from kvmem.bench.document import check_writable, document, write_json
+from kvmem.bench.render import Row, Table, console, say
+from kvmem.bench.text import BenchError, Progress, progress
+from kvmem.bench.timing import Spread
 
-__all__ = ["OURS", "PEERS", "Peer", "PeersReport", "PeersResult", "peers", "workloads"]
+__all__ = ["OURS", "PEERS", "Peer", "PeersReport", "PeersResult", "command", "peer_tables", "peers", "run", "workloads"]
 
-_DRIVERS = Path(__file__).parent / "drivers"
-_PACKAGES = Path(__file__).parents[2]  # where kvmem itself is
+_DRIVERS = Path(__file__).parent
+_PACKAGES = Path(__file__).parents[2]  # where benchmarks and kvmem are
 _BATCHED = ("paged", "virtual")
 _BY_REQUEST = "paged, SchedulerCache"
 OURS = (*_BATCHED, _BY_REQUEST)
@@ -62,8 +63,8 @@ PEERS = (
 @dataclass(frozen=True)
 class PeersResult:
     """``us``: microseconds a ``unit`` of ``manager``. ``times_floor``, ``times_kvmem`` and ``times_by_request``: its
-    median over theirs: the floor's, that of the faster of our backends called once a step, and that of our
-    `SchedulerCache` called for each request. ``peak_bytes``: what the process grew by, None for the floor.
+    median over theirs: the baseline's, that of the faster of our backends called once a step, and that of our
+    `SchedulerCache` called for each request. ``peak_bytes``: what the process grew by, None for the baseline.
     """
 
     workload: str
@@ -79,8 +80,6 @@ class PeersResult:
 
 @dataclass
 class PeersReport:
-    """The rows, and their JSON form: ``schema_version``, ``environment``, ``command``, ``setup``, ``results``."""
-
     rounds: int
     workload: Workload
     versions: dict[str, str]
@@ -89,13 +88,7 @@ class PeersReport:
 
     def to_dict(self, command: list[str]) -> dict[str, Any]:
         setup = {"rounds": self.rounds, "versions": self.versions, "notes": self.notes} | asdict(self.workload)
-        return {
-            "schema_version": SCHEMA_VERSION,
-            "environment": environment(),
-            "command": without_folders(command),
-            "setup": setup,
-            "results": {"peers": [asdict(row) for row in self.results]},
-        }
+        return document(command, setup=setup, results={"peers": [asdict(row) for row in self.results]})
 
 
 def workloads(base: Workload) -> dict[str, Workload]:
@@ -115,7 +108,7 @@ _CASES = (("step", "step", "step"), ("step at a block edge", "step", "edge"), ("
 
 
 def peers(
-    base: Workload, folder: Path, rounds: int, progress: Callable[[int], None] | None = None,
+    base: Workload, folder: Path, rounds: int, done: Progress = lambda done: None,
     among: Sequence[Peer] = PEERS, ours: Sequence[str] = OURS,
 ) -> PeersReport:  # fmt: skip
     """Every workload on every manager that is there. ``folder``: where the peers are installed, each under its name."""
@@ -128,13 +121,12 @@ def peers(
     except BenchError as error:
         floor = []
         report.notes.append(f"no floor: {error}")
-    for done, (name, workload) in enumerate(workloads(base).items(), 1):
+    for number, (name, workload) in enumerate(workloads(base).items(), 1):
         with ExitStack() as stack:
             running = _start(stack, workload, ours, installed, folder, report)
             timings, peaks = _measure(workload, running, floor, rounds, report)
         report.results += _results(name, timings, peaks)
-        if progress is not None:
-            progress(done)
+        done(number)
     return report
 
 
@@ -167,7 +159,7 @@ def _measure(
     timings: dict[str, Timings] = {name: Timings() for name in (*floor, *running)}
     peaks: dict[str, int] = {}
     for number in range(rounds + 1):
-        turn: dict[str, dict[str, Any]] = {name: run_program(build_floor(), workload) for name in floor}
+        turn: dict[str, dict[str, Any]] = {name: run_floor(workload) for name in floor}
         with tempfile.TemporaryDirectory() as tokens:
             np.save(Path(tokens) / "prompts.npy", workload.prompts(number))
             np.save(Path(tokens) / "answers.npy", workload.answers(number))
@@ -260,3 +252,44 @@ class _Process:
         for pipe in (self.process.stdin, self.process.stdout, self.errors):
             with suppress(BrokenPipeError):
                 pipe.close()
+
+
+def peer_tables(rows: Sequence[Row], of: str = "CPU time of the calling thread") -> Iterator[Table]:
+    """ "times kvmem": over the faster of our backends, called once a step; "by request": over `SchedulerCache`, called
+    for each.
+    """
+    spec = """workload={workload}; call={case}, us a {unit}; manager={manager}; median={us[median]:us};
+    p99={us[p99]:us}; largest={us[largest]:us}; times the floor={times_floor:,.1f}; times kvmem={times_kvmem:,.1f};
+    times kvmem by request={times_by_request:,.1f}; process grew by={peak_bytes:bytes}"""
+    yield Table.of(f"Managers on one workload: microseconds, {of}", spec, rows, 3)
+
+
+def run(folder: Path, rounds: int, json_path: Path | None, quiet: bool, base: Workload | None = None) -> None:
+    """``base``: the workload that all are made from; default 256 sequences of 2,048 tokens, 512 steps."""
+    workload = base or Workload()
+    check_writable(json_path)
+    with progress(Console(stderr=True), "peers, workloads", len(workloads(workload)), quiet) as done:
+        report = peers(workload, folder, rounds, done)
+    written, out = report.to_dict(["peers", *sys.argv[1:]]), console()
+    for table in peer_tables(written["results"]["peers"]):
+        table.show(out)
+    for note in report.notes:
+        say(out, note)
+    if json_path is not None:
+        write_json(written, json_path)
+
+
+@click.command()
+@click.option(
+    "--installed",
+    type=click.Path(path_type=Path),
+    default=Path("build/peers"),
+    show_default=True,
+    help="Where the peers are.",
+)
+@click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True, help="After one that warms up.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), metavar="FILE", help="Write everything as JSON.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress.")
+def command(installed: Path, rounds: int, json_path: Path | None, quiet: bool) -> None:
+    """kvmem beside the KV managers of vLLM and SGLang, and a C++ loop. Says how to install a peer that is absent."""
+    run(installed, rounds, json_path, quiet)

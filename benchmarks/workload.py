@@ -1,68 +1,161 @@
-"""kvmem as the workload of `kvmem.bench.workload` drives it: batched, a call a sequence, and by `SchedulerCache`."""
+"""The serving workload that kvmem, the C++ baseline and the peers are timed on (``native/workload.h`` is its C++ form),
+and kvmem as it is driven: batched, a call a sequence, and by `SchedulerCache`.
+
+Prompts come in one by one; then all sequences decode in step, a token each; then they end one by one.
+"""
 
 from __future__ import annotations
 
 import ctypes
-from typing import TYPE_CHECKING, Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
-from kvmem.bench.memory import Backend
-from kvmem.bench.model import load_model
+from benchmarks.native import build_floor, run_program
+from benchmarks.peers import harness
+from kvmem import Allocator, CacheSpec, SchedulerCache, Sequence
+from kvmem.bench.model import Backend, load_model
 from kvmem.bench.pools import Int32s
-from kvmem.bench.workload import Manager, Workload
 
-if TYPE_CHECKING:
-    from kvmem import Allocator, CacheSpec, Sequence
+__all__ = ["FLOOR", "Batched", "ByRequest", "Manager", "OneByOne", "Timings", "Workload", "heap_bytes",
+           "open_allocator", "open_manager", "run_floor", "run_round"]  # fmt: skip
 
-__all__ = ["Batched", "ByRequest", "OneByOne", "heap_bytes", "open_books", "open_manager"]
-
+FLOOR = "floor"  # the name of the C++ baseline in documents
 _MALLINFO2 = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
-_TRASH_BLOCKS = 2
+_SPARE_BLOCKS = 2  # the null block and the padding block
 _PAGE_BYTES = {"meta": 2 << 20, "cpu": 64 << 10}
 
+_VOCABULARY = 128_000
 
-def open_books(workload: Workload, backend: Backend, device: Literal["meta", "cpu"] = "meta") -> Allocator:
+
+@dataclass(frozen=True)
+class Workload:
+    """``shared`` of the ``prompt`` tokens are the same in all prompts; all others differ, also from round to round.
+
+    cache: prefixes are shared. metadata: a step writes every tensor that kernels read, not only slots and what is new
+    in the table. evict: what is cached stays from round to round, so that in a small pool every allocation evicts.
+    """
+
+    sequences: int = 256
+    prompt: int = 2048
+    steps: int = 512
+    shared: int = 0
+    block: int = 16
+    pool: int = 49_152
+    cache: bool = False
+    metadata: bool = False
+    evict: bool = False
+
+    @property
+    def max_tokens(self) -> int:
+        return -(-(self.prompt + self.steps) // self.block) * self.block
+
+    @property
+    def blocks(self) -> int:
+        """What all sequences hold together at the end, with nothing shared."""
+        return self.sequences * self.max_tokens // self.block
+
+    def arguments(self) -> list[str]:
+        """The words that the programs in ``benchmarks/native`` take."""
+        words = []
+        for name, value in asdict(self).items():
+            words += [f"--{name}"] if value is True else [] if value is False else [f"--{name}", str(value)]
+        return words
+
+    def prompts(self, round_number: int) -> Int32s:
+        """int32 [sequences, prompt]."""
+        random = np.random.default_rng(round_number)
+        prompts = random.integers(_VOCABULARY, size=(self.sequences, self.prompt), dtype=np.int32)
+        prompts[:, : self.shared] = np.random.default_rng(0).integers(_VOCABULARY, size=self.shared, dtype=np.int32)
+        return prompts
+
+    def answers(self, round_number: int) -> Int32s:
+        """int32 [steps, sequences]."""
+        random = np.random.default_rng(1_000_000 + round_number)
+        return random.integers(_VOCABULARY, size=(self.steps, self.sequences), dtype=np.int32)
+
+
+class Manager(Protocol):
+    """What a workload drives."""
+
+    def admit(self, i: int, prompt: Int32s) -> None:
+        """Sequence ``i`` begins: what is cached of its prompt is found, the rest gets room, all of it is published."""
+
+    def step(self, last: Int32s | None) -> None:
+        """Publishes the tokens that the step before wrote (``last``, None at the first), and makes room for one more of
+        each sequence.
+        """
+
+    def release(self, i: int) -> None:
+        """Sequence ``i`` ends."""
+
+    def forget(self) -> None:
+        """What is cached is evicted. Not timed."""
+
+
+class Timings:
+    """Nanoseconds of each admission, plain step, step at a block edge and end: by phase, a list a round."""
+
+    def __init__(self) -> None:
+        self.rounds: dict[str, list[list[int]]] = {phase: [] for phase in harness.PHASES}
+
+    def add(self, values: dict[str, list[int]]) -> None:
+        for phase, rounds in self.rounds.items():
+            rounds.append(values[f"{phase}_ns"])
+
+    def all(self, phase: str) -> list[int]:
+        return [value for values in self.rounds[phase] for value in values]
+
+    def quietest(self, phase: str) -> float:
+        """The median of the round that has the least: on a machine whose other tenants come and go."""
+        return min((float(np.median(values)) for values in self.rounds[phase] if values), default=0.0)
+
+    def typical(self, phase: str) -> npt.NDArray[np.float64]:
+        """The median over the rounds of each position: without the pauses of a busy machine, which come anywhere."""
+        return np.asarray(np.median(np.array(self.rounds[phase], dtype=np.float64), axis=0))
+
+
+def run_round(manager: Manager, workload: Workload, round_number: int) -> dict[str, list[int]]:
+    """Nanoseconds by phase, under the names that the programs print."""
+    prompts, answers = workload.prompts(round_number), workload.answers(round_number)
+    return harness.run_round(manager, prompts, answers, workload.block, forget=not workload.evict)
+
+
+def run_floor(workload: Workload, rounds: int = 2) -> dict[str, Any]:
+    """What the C++ baseline printed: nanoseconds by phase of all rounds but the first, and its own counts."""
+    return run_program(build_floor(), *workload.arguments(), "--rounds", str(rounds))
+
+
+def open_allocator(workload: Workload, backend: Backend, device: Literal["meta", "cpu"] = "meta") -> Allocator:
     """An allocator with room for ``workload.pool`` blocks. ``"meta"``: Llama 3 8B, of which a block is a page of 2 MiB;
     ``"cpu"``: real memory, with 64 bytes a token.
     """
-    from kvmem import Allocator
-
     spec = _spec(workload, device)
     page_bytes = _PAGE_BYTES[device]
     block_bytes = spec.bytes_per_token * workload.block
-    room = -(-(workload.pool + _TRASH_BLOCKS) * block_bytes // page_bytes) * page_bytes
+    room = -(-(workload.pool + _SPARE_BLOCKS) * block_bytes // page_bytes) * page_bytes
     if device == "cpu":  # a row ends anywhere in a page
         room += workload.sequences * page_bytes
     return Allocator(
-        spec,
-        backend=backend,
-        device=device,
-        memory=room,
-        max_sequences=workload.sequences,
-        max_tokens=workload.max_tokens,
-        page_bytes=page_bytes,
-        map_ahead_tokens=0,
-        tail_guard_tokens=0,
+        spec, backend=backend, device=device, memory=room, max_sequences=workload.sequences,
+        max_tokens=workload.max_tokens, page_bytes=page_bytes, map_ahead_tokens=0, tail_guard_tokens=0,
         prefix_cache=workload.cache,
-    )
+    )  # fmt: skip
 
 
 def _spec(workload: Workload, device: str) -> CacheSpec:
     if device == "meta":
         return load_model(None, dtype="bfloat16", block_size=workload.block).spec
-    from kvmem import CacheSpec
-
-    config = {"model_type": "llama", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1,
-              "num_key_value_heads": 1}  # fmt: skip
-    return CacheSpec.from_config(config, dtype="bfloat16", block_size=workload.block)
+    return CacheSpec.kv(num_layers=1, num_kv_heads=1, head_dim=16, dtype="bfloat16", block_size=workload.block)
 
 
 class Batched:
     """A step is one call for the whole batch, and writes all metadata, as far as it has changed.
 
     Without a prefix cache an admission is one call too: there is nothing to publish, and the first step commits the
-    prompt with all else that is reserved. The floor's admission does no more.
+    prompt with all else that is reserved. The baseline's admission does no more.
     """
 
     def __init__(self, workload: Workload, allocator: Allocator) -> None:
@@ -126,8 +219,6 @@ class ByRequest:
     """
 
     def __init__(self, workload: Workload, allocator: Allocator) -> None:
-        from kvmem import SchedulerCache
-
         self.workload, self.allocator = workload, allocator
         self.cache = SchedulerCache(allocator)
         self.table = np.zeros((workload.sequences, workload.max_tokens // workload.block), np.int32)
@@ -166,7 +257,7 @@ def open_manager(name: str, workload: Workload) -> Manager:
     """
     words = name.split(", ")
     backend: Backend = "paged" if words[0] == "paged" else "virtual"
-    allocator = open_books(workload, backend, "cpu" if "cpu" in words else "meta")
+    allocator = open_allocator(workload, backend, "cpu" if "cpu" in words else "meta")
     if "SchedulerCache" in words:
         return ByRequest(workload, allocator)
     return OneByOne(workload, allocator) if "one by one" in words else Batched(workload, allocator)

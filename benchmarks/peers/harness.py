@@ -28,7 +28,7 @@ def run_round(
     """Nanoseconds of every admission, plain step, step at a block edge and end: ``<phase>_ns``.
 
     prompts: of each sequence, in the form that the manager takes. answers: of each step, the token of each sequence.
-    forget: what is cached is given up at the end, which is not timed.
+    forget: what is cached is evicted at the end, which is not timed.
     """
     ns: dict[str, list[int]] = {f"{phase}_ns": [] for phase in PHASES}
     for i, prompt in enumerate(prompts):

