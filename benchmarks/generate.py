@@ -95,8 +95,10 @@ def generate(
     sequences, prompt = language_model.inputs["input_ids"].shape
     caches: list[_Dynamic | _Managed] = [_Dynamic(model)]
     for backend in backends:
-        room = {"memory": memory_bytes, "max_batch": sequences, "max_tokens": prompt + new_tokens}
-        caches.append(_Managed(backend, KVMemCache(model, backend=backend, **room)))
+        ours = KVMemCache(
+            model, backend=backend, memory=memory_bytes, max_batch=sequences, max_tokens=prompt + new_tokens
+        )
+        caches.append(_Managed(backend, ours))
     ns: dict[str, list[int]] = {cache.name: [] for cache in caches}
     same = dict.fromkeys(ns, True)
     expected: list[list[int]] | None = None

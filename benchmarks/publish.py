@@ -95,8 +95,7 @@ def page(documents: Sequence[Document]) -> str:
         if not document.parts["gpu"]:
             lines += [f"## {document.file}", "", f"`{document.run}`", "", f"On {document.machine}.", ""]
             if document.parts["replay"]:
-                lines += [line for text in setup_lines(document.setup) for line in (f"- {' '.join(text.split())}",)]
-                lines += [""]
+                lines += [*(f"- {' '.join(line.split())}" for line in setup_lines(document.setup)), ""]
             for table in _tables(document):
                 lines += [f"{table.title}:", "", *table.markdown(), ""]
     return "\n".join(lines).rstrip() + "\n"
@@ -162,10 +161,7 @@ def summary(documents: Sequence[Document]) -> str:
         return [" / ".join(cell(form, of[name]) or "-" for name in pools) for of in runs]
 
     apart = [next(row for row in doc.parts["waste"] if "each layer's K and V" in row["layout"]) for doc in replays]
-    calls = [
-        [row["decode_driver_calls"] for row in document.parts["steady"] if row["batch"] == "parked"]
-        for document in replays
-    ]
+    parked = [[row for row in doc.parts["steady"] if row["batch"] == "parked"] for doc in replays]
     rows = [
         ["waste of the bytes in use, virtual / paged", *both("{end_waste:share}")],
         ["... with a tensor for each layer's K and V",
@@ -179,22 +175,25 @@ def summary(documents: Sequence[Document]) -> str:
         ["driver calls of the replay, virtual / paged", *both("{driver_calls:,}")],
         ["... their seconds on an H100", *both("{driver_seconds:.1f}")],
     ]  # fmt: skip
-    if all(calls):
-        steps = replays[0].parts["steady"][0]["steps"]
-        name = f"driver calls of {steps} decode steps over parked rows, virtual / paged"
-        rows.append([name, *(" / ".join(map(str, found)) for found in calls)])
-    setup = replays[0].setup
-    text = (
+    if all(parked):
+        name = cell("driver calls of {steps} decode steps over parked rows, virtual / paged", parked[0][0])
+        rows.append([name, *(" / ".join(str(row["decode_driver_calls"]) for row in found) for found in parked)])
+    gpu = _gpu_summary([report for document in documents for report in document.parts["gpu"]])
+    table = Table("", columns, rows).markdown()
+    return "\n".join([_introduction(replays[0]), "", *table, *_generation(documents), "", *gpu])
+
+
+def _introduction(replay: Document) -> str:
+    setup = replay.setup
+    return (
         f"Two whole traces of real services replayed with the cache of {setup['model']} on a simulated device: "
         f"{format_bytes(setup['device_bytes'])}, {format_bytes(setup['kv_bytes'])} of it for KV.\n"
         "With content, prompts begin alike as the trace's block ids say; without, memory is all that is tested. Waste "
         "is rounding, measured when each request ends.\nDriver calls are counted: the device has metadata alone; "
         f"their seconds are those of an {PUBLISHED.device} as published ({PUBLISHED.source}), not measured here.\n"
-        f"`python -m kvmem.bench replay --trace FILE` on {replays[0].environment['cpus']} shared cores of an "
-        f"{replays[0].environment['cpu']}, no GPU; more, and the reports, in [docs/results](docs/results/README.md)."
+        f"`python -m kvmem.bench replay --trace FILE` on {replay.environment['cpus']} shared cores of an "
+        f"{replay.environment['cpu']}, no GPU; more, and the reports, in [docs/results](docs/results/README.md)."
     )
-    gpu = list(_gpu_summary([report for document in documents for report in document.parts["gpu"]]))
-    return "\n".join([text, "", *Table("", columns, rows).markdown(), *_generation(documents), "", *gpu])
 
 
 def _gpu_summary(reports: Sequence[Row]) -> Iterator[str]:

@@ -91,7 +91,7 @@ class Manager(Protocol):
     def release(self, i: int) -> None:
         """Sequence ``i`` ends."""
 
-    def forget(self) -> None:
+    def clear(self) -> None:
         """What is cached is evicted. Not timed."""
 
 
@@ -120,7 +120,7 @@ class Timings:
 def run_round(manager: Manager, workload: Workload, round_number: int) -> dict[str, list[int]]:
     """Nanoseconds by phase, under the names that the programs print."""
     prompts, answers = workload.prompts(round_number), workload.answers(round_number)
-    return harness.run_round(manager, prompts, answers, workload.block, forget=not workload.evict)
+    return harness.run_round(manager, prompts, answers, workload.block, clear=not workload.evict)
 
 
 def run_floor(workload: Workload, rounds: int = 2) -> dict[str, Any]:
@@ -179,7 +179,7 @@ class Batched:
     def release(self, i: int) -> None:
         self.allocator.free_batch(self.each[i])
 
-    def forget(self) -> None:
+    def clear(self) -> None:
         self.allocator.clear_cache()
 
 
@@ -208,7 +208,7 @@ class OneByOne:
     def release(self, i: int) -> None:
         self.sequences.pop(0).free()
 
-    def forget(self) -> None:
+    def clear(self) -> None:
         self.allocator.clear_cache()
 
 
@@ -247,7 +247,7 @@ class ByRequest:
     def release(self, i: int) -> None:
         self.cache.free(i)
 
-    def forget(self) -> None:
+    def clear(self) -> None:
         self.cache.clear_cache()
 
 

@@ -23,12 +23,12 @@ PHASES = ("admit", "step", "edge", "free")
 
 
 def run_round(
-    manager: Any, prompts: Any, answers: Any, block: int, forget: bool, clock: Callable[[], int] = perf_counter_ns
+    manager: Any, prompts: Any, answers: Any, block: int, clear: bool, clock: Callable[[], int] = perf_counter_ns
 ) -> dict[str, list[int]]:
     """Nanoseconds of every admission, plain step, step at a block edge and end: ``<phase>_ns``.
 
     prompts: of each sequence, in the form that the manager takes. answers: of each step, the token of each sequence.
-    forget: what is cached is evicted at the end, which is not timed.
+    clear: what is cached is evicted at the end, which is not timed.
     """
     ns: dict[str, list[int]] = {f"{phase}_ns": [] for phase in PHASES}
     for i, prompt in enumerate(prompts):
@@ -45,8 +45,8 @@ def run_round(
         begin = clock()
         manager.release(i)
         ns["free_ns"].append(clock() - begin)
-    if forget:
-        manager.forget()
+    if clear:
+        manager.clear()
     return ns
 
 

@@ -128,7 +128,7 @@ class SglangManager:
         request.finished_reason = self.finish_type(request.finished_len)
         self.common.release_kv_cache(request, self.tree, checkpoint=True)
 
-    def forget(self) -> None:
+    def clear(self) -> None:
         self.tree.reset()
         self.rows.clear()
         self.pages.clear()

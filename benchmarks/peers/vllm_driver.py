@@ -87,7 +87,7 @@ class VllmManager:
         self.manager.free(self.requests[i])
         self.table.clear_row(i)
 
-    def forget(self) -> None:
+    def clear(self) -> None:
         self.manager.reset_prefix_cache()
 
 

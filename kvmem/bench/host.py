@@ -79,9 +79,9 @@ class _Micro:
         self.allocator = open_allocator(model, backend, "cpu", budget)
         self.batch = self.allocator.make_batch(max_new_tokens=sequences, max_tokens=tokens)
         self.one = np.ones(sequences, dtype=np.int32)
-        self.forget()
+        self.restart()
 
-    def forget(self) -> None:
+    def restart(self) -> None:
         self.ns: dict[str, list[float]] = {case: [] for case in _CASES}
         self.calls = dict.fromkeys(_CASES, 0)
 
@@ -141,7 +141,7 @@ def micro(
         for bench in benches:
             bench.repeat()
             if repetition + 1 == WARM_UP:
-                bench.forget()
+                bench.restart()
         progress(repetition + 1)
     return [result for bench in benches for result in bench.results()]
 

@@ -212,15 +212,9 @@ class Meter:
 
 
 def replay(
-    trace: Trace,
-    pool: Pool,
-    model: StepModel,
-    *,
-    max_sequences: int,
-    bytes_per_token: int,
-    page_bytes: int,
+    trace: Trace, pool: Pool, model: StepModel, *, max_sequences: int, bytes_per_token: int, page_bytes: int,
     progress: Progress = lambda done: None,
-) -> ReplayResult:
+) -> ReplayResult:  # fmt: skip
     """Runs ``trace`` to the end. ``progress`` gets the number of requests that have ended, about every simulated ten
     seconds.
     """
@@ -240,26 +234,14 @@ def replay(
         for kind in ("mapped", "used", "wasted", "parked")
     }
     return ReplayResult(
-        pool=pool.name,
-        outcome=outcome,
-        simulated_seconds=outcome.steps * model.step_seconds,
-        wall_seconds=wall,
+        pool.name, outcome, outcome.steps * model.step_seconds, wall,
         mean_running=float(running.mean()) if step_ns.size else 0.0,
-        step_us=Spread.of_ns(step_ns),
-        grow_us=Spread.of_ns(step_ns[grew_only > 0]),
-        admit_us=Spread.of_ns(meter.admit_ns),
-        free_us=Spread.of_ns(meter.free_ns),
+        step_us=Spread.of_ns(step_ns), grow_us=Spread.of_ns(step_ns[grew_only > 0]),
+        admit_us=Spread.of_ns(meter.admit_ns), free_us=Spread.of_ns(meter.free_ns),
         cdf_us=tuple((np.percentile(step_ns, np.arange(101)) / 1000).tolist()) if step_ns.size else (),
-        driver_calls=pool.usage().driver_calls - calls,
-        map_calls=since.map,
-        set_access_calls=since.set_access,
-        unmap_calls=since.unmap,
-        driver_seconds=PUBLISHED.seconds(since, page_bytes),
-        lookup_tokens=since.lookup_tokens,
-        hit_tokens=since.hit_tokens,
-        end_used_bytes=meter.finished_used_bytes,
-        end_wasted_bytes=meter.finished_wasted_bytes,
-        samples=tuple(meter.samples),
-        step_seconds=model.step_seconds,
+        driver_calls=pool.usage().driver_calls - calls, map_calls=since.map, set_access_calls=since.set_access,
+        unmap_calls=since.unmap, driver_seconds=PUBLISHED.seconds(since, page_bytes),
+        lookup_tokens=since.lookup_tokens, hit_tokens=since.hit_tokens, end_used_bytes=meter.finished_used_bytes,
+        end_wasted_bytes=meter.finished_wasted_bytes, samples=tuple(meter.samples), step_seconds=model.step_seconds,
         **means,
-    )
+    )  # fmt: skip

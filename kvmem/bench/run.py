@@ -57,7 +57,7 @@ class Settings:
     block_size: int = _option(16, "Tokens of a block.", least=1)
     max_sequences: int = _option(256, "Sequences at once.", least=1)
     max_tokens: int | None = _option(None, "Longest sequence. Default: what the model is made for.", least=1)
-    content: bool = _option(False, "Prompts have the content that the trace's block ids tell, and hit the cache.")
+    content: bool = _option(False, "Prompts have the content that the trace's block ids give, and hit the cache.")
     chunked: bool = _option(False, "Prompts take memory chunk by chunk instead of whole.")
     real_memory: str = _option("512MiB", "Real memory for `micro` and `attention`, for each backend.")
     repetitions: int = _option(20, "Of each timing on real memory.", least=1)
@@ -133,24 +133,21 @@ class Run:
         self.results.add("waste_sweep", rounding_sweep(self.trace, self.model))
 
     def micro(self) -> None:
-        repetitions = self.settings.repetitions
-        with progress(self.status, "calls on real memory", repetitions, self.settings.quiet) as done:
-            rows = micro(
-                self.model, self.backends, memory_bytes=self.real_bytes, page_bytes=self.page_bytes,
-                repetitions=repetitions, progress=done,
-            )  # fmt: skip
-        self.results.add("micro", rows)
+        self._on_real_memory("micro", micro, "calls on real memory")
         self.results.add("mapping", mapping())
 
     def attention(self) -> None:
+        self._on_real_memory("attention", attention, "attention")
+        self.results.add("sdpa", sdpa(repetitions=self.settings.repetitions))
+
+    def _on_real_memory(self, part: str, measure: Callable[..., list[Any]], what: str) -> None:
         repetitions = self.settings.repetitions
-        with progress(self.status, "attention", repetitions, self.settings.quiet) as done:
-            rows = attention(
+        with progress(self.status, what, repetitions, self.settings.quiet) as done:
+            rows = measure(
                 self.model, self.backends, memory_bytes=self.real_bytes, page_bytes=self.page_bytes,
                 repetitions=repetitions, progress=done,
             )  # fmt: skip
-        self.results.add("attention", rows)
-        self.results.add("sdpa", sdpa(repetitions=repetitions))
+        self.results.add(part, rows)
 
     def _pools(self) -> dict[str, Callable[[], Pool]]:
         budget, model = self.budget, self.model

@@ -26,7 +26,7 @@ class Idle:
     def admit(self, i, prompt): assert len(prompt) == (32 if self.small else 64) and isinstance(prompt[0], int)
     def step(self, last): assert last is None or len(last) == self.n == (2 if self.small else 6)
     def release(self, i): pass
-    def forget(self): pass
+    def clear(self): pass
 serve(Idle, "1.2")
 """
 CASES = 4  # step, step at a block edge, admit, free
@@ -137,7 +137,7 @@ for _ in range(2):
     for i in range(3):
         manager.release(i)
     assert manager.tree.released == [33, 33, 33] and not manager.tree.locked
-    manager.forget()
+    manager.clear()
     assert manager.pages.free == list(range(1, 10)) and manager.tree.checkpoints == 0
 """
     subprocess.run([sys.executable, "-c", script], env=_paths(DRIVERS, tmp_path), check=True)

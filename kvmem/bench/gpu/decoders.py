@@ -16,7 +16,7 @@ import torch
 
 from kvmem import Allocator
 from kvmem.bench.gpu.device import BenchDevice, Call
-from kvmem.bench.gpu.kernels import flashinfer_package, plan_arguments, workspace
+from kvmem.bench.gpu.kernels import package_of, plan_arguments, workspace
 from kvmem.bench.gpu.memory import Cache, whole_blocks
 from kvmem.bench.gpu.sizes import ModelShape
 from kvmem.bench.pools import Int32s
@@ -127,7 +127,7 @@ def _graph_wrapper(device: torch.device, sequences: int, max_blocks: int) -> Any
     def buffer(size: int) -> torch.Tensor:
         return torch.zeros(size, dtype=torch.int32, device=device)
 
-    return flashinfer_package().BatchDecodeWithPagedKVCacheWrapper(
+    return package_of().BatchDecodeWithPagedKVCacheWrapper(
         workspace(device), "NHD", use_cuda_graph=True, use_tensor_cores=True,
         paged_kv_indptr_buffer=buffer(sequences + 1), paged_kv_indices_buffer=buffer(max_blocks),
         paged_kv_last_page_len_buffer=buffer(sequences),

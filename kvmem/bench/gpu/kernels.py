@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from typing import Any, Literal
 
@@ -18,8 +19,17 @@ from kvmem.bench.text import BenchError
 from kvmem.kernels import flash_attention, flashinfer, reference, torch_ops
 from kvmem.kernels.checks import flat_tokens
 
-__all__ = ["KERNELS", "Kernel", "Phase", "Run", "Unavailable", "flashinfer_package", "kernels_of", "plan_arguments",
-           "workspace"]  # fmt: skip
+__all__ = [
+    "KERNELS",
+    "Kernel",
+    "Phase",
+    "Run",
+    "Unavailable",
+    "kernels_of",
+    "package_of",
+    "plan_arguments",
+    "workspace",
+]  # fmt: skip
 
 Phase = Literal["decode", "prefill"]
 Run = Callable[[torch.Tensor, int], torch.Tensor]
@@ -46,11 +56,7 @@ def workspace(device: torch.device) -> torch.Tensor:
     return torch.zeros(_WORKSPACE_BYTES if device.type == "cuda" else 16, dtype=torch.uint8, device=device)
 
 
-def flashinfer_package() -> Any:
-    return _package("flashinfer")
-
-
-def _package(name: str) -> Any:
+def package_of(name: str = "flashinfer") -> Any:
     try:
         return import_module(name)
     except ImportError as error:
@@ -64,31 +70,19 @@ def plan_arguments(model: ModelShape) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _flashinfer_decode(tensor_cores: bool) -> Callable[[Memory, ModelShape], Run]:
-    def prepare(memory: Memory, model: ModelShape) -> Run:
-        device = memory.caches[0][0].device
-        package = flashinfer_package()
-        wrapper = package.BatchDecodeWithPagedKVCacheWrapper(workspace(device), "NHD", use_tensor_cores=tensor_cores)
-        wrapper.plan(**flashinfer.decode_plan(memory.batch, **plan_arguments(model)))
-        return lambda q, layer: wrapper.run(q, flashinfer.cache_of(*memory.cache(layer)))
-
-    return prepare
+def _flashinfer_decode(memory: Memory, model: ModelShape, tensor_cores: bool) -> Run:
+    device, package = memory.caches[0][0].device, package_of()
+    wrapper = package.BatchDecodeWithPagedKVCacheWrapper(workspace(device), "NHD", use_tensor_cores=tensor_cores)
+    wrapper.plan(**flashinfer.decode_plan(memory.batch, **plan_arguments(model)))
+    return lambda q, layer: wrapper.run(q, flashinfer.cache_of(*memory.cache(layer)))
 
 
-def _flashinfer_prefill(version: Literal["fa2", "fa3"]) -> Callable[[Memory, ModelShape], Run]:
-    def prepare(memory: Memory, model: ModelShape) -> Run:
-        device = memory.caches[0][0].device
-        package = flashinfer_package()
-        wrapper = package.BatchPrefillWithPagedKVCacheWrapper(workspace(device), "NHD", backend=version)
-        plan = flashinfer.prefill_plan(memory.batch, **plan_arguments(model))
-        if version == "fa3":
-            with _prebuilt_only():
-                wrapper.plan(**plan)
-        else:
-            wrapper.plan(**plan)
-        return lambda q, layer: wrapper.run(q, flashinfer.cache_of(*memory.cache(layer)))
-
-    return prepare
+def _flashinfer_prefill(memory: Memory, model: ModelShape, version: Literal["fa2", "fa3"]) -> Run:
+    device, package = memory.caches[0][0].device, package_of()
+    wrapper = package.BatchPrefillWithPagedKVCacheWrapper(workspace(device), "NHD", backend=version)
+    with _prebuilt_only() if version == "fa3" else nullcontext():
+        wrapper.plan(**flashinfer.prefill_plan(memory.batch, **plan_arguments(model)))
+    return lambda q, layer: wrapper.run(q, flashinfer.cache_of(*memory.cache(layer)))
 
 
 @contextmanager
@@ -124,7 +118,7 @@ def _torch_flash(memory: Memory, model: ModelShape) -> Run:
 
 
 def _fa3_fwd(memory: Memory, model: ModelShape) -> Run:
-    package = _package("fa3_fwd_interface")
+    package = package_of("fa3_fwd_interface")
     rows = memory.rows
     if rows is None:
         raise Unavailable("fa3-fwd was built without the paging that decode needs; it reads contiguous rows")
@@ -142,13 +136,13 @@ def _sdpa(memory: Memory, model: ModelShape) -> Run:
 
 
 KERNELS = (
-    Kernel("FlashInfer decode, CUDA cores", "decode", "cuda", _flashinfer_decode(False)),
-    Kernel("FlashInfer decode, tensor cores", "decode", "cuda", _flashinfer_decode(True)),
+    Kernel("FlashInfer decode, CUDA cores", "decode", "cuda", partial(_flashinfer_decode, tensor_cores=False)),
+    Kernel("FlashInfer decode, tensor cores", "decode", "cuda", partial(_flashinfer_decode, tensor_cores=True)),
     Kernel("torch flash", "decode", "cuda", _torch_flash),
     Kernel("fa3-fwd", "decode", "cuda", _fa3_fwd),
     Kernel("torch SDPA", "decode", "cpu", _sdpa),
-    Kernel("FlashInfer prefill, fa2", "prefill", "cuda", _flashinfer_prefill("fa2")),
-    Kernel("FlashInfer prefill, fa3", "prefill", "cuda", _flashinfer_prefill("fa3")),
+    Kernel("FlashInfer prefill, fa2", "prefill", "cuda", partial(_flashinfer_prefill, version="fa2")),
+    Kernel("FlashInfer prefill, fa3", "prefill", "cuda", partial(_flashinfer_prefill, version="fa3")),
     Kernel("torch flash", "prefill", "cuda", _torch_flash),
     Kernel("fa3-fwd", "prefill", "cuda", _fa3_fwd),
     Kernel("torch SDPA", "prefill", "cpu", _sdpa),
