@@ -54,17 +54,17 @@ class StepModel:
         return round(self.step_seconds * self.prefill_tokens_per_second)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Outcome:
     """What became of the requests. ``refused``: those that the pool could not hold even alone."""
 
-    completed: int
-    refused: int
-    preemptions: int
-    recomputed_tokens: int
-    steps: int
-    peak_running: int
-    peak_tokens: int
+    completed: int = 0
+    refused: int = 0
+    preemptions: int = 0
+    recomputed_tokens: int = 0
+    steps: int = 0
+    peak_running: int = 0
+    peak_tokens: int = 0
 
 
 class Scheduler:
@@ -94,8 +94,7 @@ class Scheduler:
         self._blocked = False  # the head of the queue did not fit, and nothing was freed since
         self._short = False  # this step ran short: what preemption frees is for the running, nothing is admitted
         self._step = 0
-        self._completed = self._refused = self._preemptions = self._recomputed = 0
-        self._peak_running = self._peak_tokens = 0
+        self.outcome = Outcome()
 
     def run(self) -> Outcome:
         """Until every request has ended. Cost: a few microseconds a step beside the pool's own time."""
@@ -109,15 +108,13 @@ class Scheduler:
                     self._step = max(self._step, int(self._arrival_step[self._next]))
                 continue
             self._run_to_event()
-        return Outcome(
-            self._completed, self._refused, self._preemptions, self._recomputed, self._step, self._peak_running,
-            self._peak_tokens,
-        )  # fmt: skip
+        self.outcome.steps = self._step
+        return self.outcome
 
     @property
     def ended(self) -> int:
         """Requests completed or refused so far."""
-        return self._completed + self._refused
+        return self.outcome.completed + self.outcome.refused
 
     # Admission
 
@@ -138,7 +135,7 @@ class Scheduler:
                 self._start(request, ids, prompt)
             elif self.count == 0 or self.trace.total_tokens[request] > self.meter.pool.max_tokens:
                 self._leave_queue()
-                self._refused += 1
+                self.outcome.refused += 1
             else:
                 self._blocked = True
 
@@ -166,7 +163,7 @@ class Scheduler:
         self._wait[n], self._pending[n] = -(-held // chunk), prompt - held
         self._left[n] = self.trace.output_tokens[request] - self._generated[request]
         self.count = n + 1
-        self._peak_running = max(self._peak_running, self.count)
+        self.outcome.peak_running = max(self.outcome.peak_running, self.count)
 
     # Steps
 
@@ -220,14 +217,14 @@ class Scheduler:
         self._generated[self.request[:n]] += decoding * steps
         np.maximum(wait - steps, 0, out=wait)
         np.maximum(pending - gain * steps * ~decoding, 0, out=pending)
-        self._peak_tokens = max(self._peak_tokens, int(self._held[:n].sum()))
+        self.outcome.peak_tokens = max(self.outcome.peak_tokens, int(self._held[:n].sum()))
 
     def _finish(self) -> None:
         n = self.count
         ended = (self._wait[:n] == 0) & (self._pending[:n] == 0) & (self._left[:n] == 0)
         if ended.any():
             self.meter.finish(self._ids[:n][ended])
-            self._completed += int(ended.sum())
+            self.outcome.completed += int(ended.sum())
             self._keep(~ended)
 
     def _keep(self, keep: npt.NDArray[np.bool_]) -> None:
@@ -242,11 +239,11 @@ class Scheduler:
         self.meter.free(self._ids[last : last + 1].copy())
         self.count = last
         if last == 0:
-            self._refused += 1
+            self.outcome.refused += 1
             self._short = self._blocked = False
             return
-        self._preemptions += 1
+        self.outcome.preemptions += 1
         uncomputed = self._wait[last] * self.model.chunk_tokens
-        self._recomputed += max(0, int(self._held[last] - uncomputed))
+        self.outcome.recomputed_tokens += max(0, int(self._held[last] - uncomputed))
         self.preempted.append(int(self.request[last]))
         self._short = self._blocked = True

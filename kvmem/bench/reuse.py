@@ -21,16 +21,8 @@ from kvmem.bench.document import document
 from kvmem.bench.text import BenchError, Progress
 from kvmem.bench.traces import Trace
 
-__all__ = [
-    "Belady",
-    "ReuseReport",
-    "ReuseRow",
-    "Workload",
-    "default_policy",
-    "parse_capacities",
-    "parse_policies",
-    "replay",
-]
+__all__ = ["Belady", "ReuseReport", "ReuseRow", "Workload", "default_policy", "parse_capacities", "parse_policies",
+           "replay"]  # fmt: skip
 
 UNLIMITED = "unlimited"
 _PAGE_BYTES = 4096  # the smallest page, and one token of the spec below

@@ -17,15 +17,7 @@ import torch.nn.functional as F
 from kvmem.bench.gpu.device import BenchDevice, Call
 from kvmem.bench.gpu.kernels import Kernel, Phase, Run, kernels_of
 from kvmem.bench.gpu.measure import FAILURES, Part, copy_bandwidth, interleave, spread_us
-from kvmem.bench.gpu.memory import (
-    Interleave,
-    Managed,
-    Memory,
-    budget_bytes,
-    fitting,
-    static_layers,
-    static_twin,
-)
+from kvmem.bench.gpu.memory import Interleave, Managed, Memory, budget_bytes, fitting, static_layers, static_twin
 from kvmem.bench.gpu.sizes import ModelShape, Sizes
 from kvmem.bench.model import BACKENDS, Backend
 from kvmem.bench.text import BenchError

@@ -19,17 +19,8 @@ from kvmem.bench.text import BenchError
 from kvmem.kernels import flash_attention, flashinfer, reference, torch_ops
 from kvmem.kernels.checks import flat_tokens
 
-__all__ = [
-    "KERNELS",
-    "Kernel",
-    "Phase",
-    "Run",
-    "Unavailable",
-    "kernels_of",
-    "package_of",
-    "plan_arguments",
-    "workspace",
-]  # fmt: skip
+__all__ = ["KERNELS", "Kernel", "Phase", "Run", "Unavailable", "kernels_of", "package_of", "plan_arguments",
+           "workspace"]  # fmt: skip
 
 Phase = Literal["decode", "prefill"]
 Run = Callable[[torch.Tensor, int], torch.Tensor]

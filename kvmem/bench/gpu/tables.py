@@ -116,7 +116,7 @@ _SPECS: dict[str, tuple[str, int, str]] = {
     "runs": (
         "Microseconds a driver call, medians; GiB/s are of map and set_access together", 1,
         """page={page_bytes:bytes}; run, pages={run_pages}; map, a page={map_us[median]:us};
-        set_access, the run={set_access_us[median]:us}; set_access, a page of it={apart[set_access_us][median]:us};
+        set_access, the run={set_access_us[median]:us}; set_access, a page of it={each[set_access_us][median]:us};
         unmap, a page={unmap_us[median]:us}; GiB/s={gib_per_second:,.0f};
         GiB/s, an access a page={apart[gib_per_second]:,.0f}; map under kernels={busy[map_us][median]:us};
         set_access={busy[set_access_us][median]:us}; unmap={busy[unmap_us][median]:us};
@@ -182,11 +182,8 @@ def _runs(rows: Sequence[Row], setup: Row) -> Iterator[Row]:
     found = {(r["page_bytes"], r["run_pages"], r["access"], r["load"]): r for r in rows}
     for (page, run, access, load), row in found.items():
         if (access, load) == ("run", "none"):
-            yield {
-                **row,
-                "apart": found.get((page, run, "page", load)),
-                "busy": found.get((page, run, access, "kernels")),
-            }
+            apart, busy = found.get((page, run, "page", load)), found.get((page, run, access, "kernels"))
+            yield {**row, "apart": apart, "each": apart or row, "busy": busy}
 
 
 def _decode(rows: Sequence[Row], setup: Row) -> Iterator[Row]:
