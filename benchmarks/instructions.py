@@ -18,7 +18,7 @@ from typing import Any
 import click
 from rich.console import Console
 
-from benchmarks.native import PROGRAMS
+from benchmarks.programs import PROGRAMS
 from benchmarks.workload import Workload
 from kvmem.bench.__main__ import main
 from kvmem.bench.document import check_writable, document, write_json

@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from benchmarks.native import PROGRAMS, run_program
+from benchmarks.programs import PROGRAMS, run_program
 from kvmem.bench.__main__ import main
 from kvmem.bench.attention import Layouts, SdpaResult, sdpa
 from kvmem.bench.document import check_writable, document, write_json

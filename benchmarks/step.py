@@ -16,7 +16,7 @@ import click
 import numpy as np
 from rich.console import Console
 
-from benchmarks.native import build_floor
+from benchmarks.programs import build_floor
 from benchmarks.workload import FLOOR, Manager, Timings, Workload, heap_bytes, open_manager, run_floor, run_round
 from kvmem.bench.__main__ import main
 from kvmem.bench.document import check_writable, document, write_json

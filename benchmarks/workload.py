@@ -13,8 +13,8 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.native import build_floor, run_program
 from benchmarks.peers import harness
+from benchmarks.programs import build_floor, run_program
 from kvmem import Allocator, CacheSpec, SchedulerCache, Sequence
 from kvmem.bench.model import Backend, load_model
 from kvmem.bench.pools import Int32s

@@ -24,7 +24,7 @@ import click
 import numpy as np
 from rich.console import Console
 
-from benchmarks.native import build_floor
+from benchmarks.programs import build_floor
 from benchmarks.workload import FLOOR, Timings, Workload, run_floor
 from kvmem.bench.document import check_writable, document, write_json
 from kvmem.bench.render import Row, Table, console, say
