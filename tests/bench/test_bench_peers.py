@@ -1,4 +1,4 @@
-"""`bench peers`: ours and peers are measured by their drivers, one that is absent or broken is left out and said."""
+"""`benchmarks.peers`: ours and peers are measured by their drivers, one that is absent or broken is left out and said."""
 
 from __future__ import annotations
 

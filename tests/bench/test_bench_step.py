@@ -1,4 +1,4 @@
-"""`bench step`, `instructions` and `compare`: small runs of all of it, and what is absent is said."""
+"""`benchmarks.step` and `benchmarks.instructions`: small runs of all of it, and what is absent is said."""
 
 from __future__ import annotations
 
