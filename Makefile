@@ -3,7 +3,7 @@
 #   PYTHON=python3.12    the interpreter that .venv is made with
 #   VENV=                use the active environment, and the torch in it, instead of making .venv
 #   SETUP=no             install nothing and ask no network: what is needed is there
-#   ARGS="-k prefix -x"  more words for pytest, or for kvmem.bench
+#   ARGS="-k prefix -x"  more words for pytest, kvmem.bench or a benchmark
 #   JOBS=1               run the tests in that many processes; one for each core without it
 #   KVMEM_DEBUG=1        build the native module with its own checks on
 #   KVMEM_GPU_FULL=1     test-gpu: every combination (hours of compiling), not a cover of all pairs of choices
@@ -63,7 +63,7 @@ SMOKE := $(addprefix tests/,repository/test_public_api.py allocator/test_admit.p
 smoke: core  ## a sample of the tests, under a minute
 	$(PYTEST) $(SMOKE) $(ARGS)
 
-# 39 MB, 5 s, of which one file is kept. vLLM's package would cost more; tests find it where `bench peers` has it.
+# 39 MB, 5 s, of which one file is kept. vLLM's package would cost more; tests find it where `benchmarks.peers` has it.
 SGLANG := sglang==0.5.23
 events-peers: $(READY)  ## SGLang's event classes, from its package: tests/events/test_events_published.py decodes with them
 	$(PY) -m pip download -q --disable-pip-version-check --no-deps --only-binary :all: -d build/published $(SGLANG)

@@ -8,8 +8,10 @@ random. Without CUDA or FlashInfer the same loop runs in plain torch, without a 
 """
 
 import argparse
+import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -100,7 +102,8 @@ def random_llama(seed=0):
 
 def smollm2():
     """Read by transformers, which knows the file's format; computed here."""
-    from kvmem.bench.language_models import load_language_model
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where benchmarks/ is
+    from benchmarks.language_models import load_language_model
 
     loaded = load_language_model("smollm2")
     config, state = loaded.model.config, loaded.model.state_dict()

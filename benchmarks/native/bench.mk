@@ -1,14 +1,15 @@
-# make floor, make callgrind: the two programs beside `python -m kvmem.bench step`, and their instruction counts.
-# make mapping: the one beside `python - m kvmem.bench mapping`.
+# make floor, make callgrind: the C++ baseline beside `python -m benchmarks.step`, and instruction counts of the core.
+# make mapping: what `python -m benchmarks.memory mapping` times without Python.
 
 BENCH := build/bench
 BENCH_FLAGS := -O3 -g -DNDEBUG -std=c++17 -Wall -Wextra -fno-strict-aliasing -pthread -Icsrc -Ibenchmarks/native -flto=auto
 BENCH_CORE := $(addprefix $(BENCH)/,$(CORE_OBJECTS))
 
 .PHONY: floor callgrind mapping
-floor: $(BENCH)/floor  ## compile the C++ floor that `bench step` compares with
+floor: $(BENCH)/floor  ## compile the C++ baseline of `python -m benchmarks.step`
 
-mapping: $(BENCH)/mapping  ## compile what `bench mapping` times without Python
+mapping: $(BENCH)/mapping core  ## time mapping a run of pages beside a bare mmap, with and without Python
+	$(PY) -m benchmarks.memory mapping $(ARGS)
 
 # No -march=native: valgrind knows fewer instructions than the newest machine.
 $(BENCH)/%.o: %.cpp benchmarks/native/bench.mk
@@ -27,4 +28,4 @@ $(BENCH)/mapping: $(BENCH)/benchmarks/native/mapping.o $(BENCH_CORE)
 -include $(shell find $(BENCH) -name '*.d' 2>/dev/null)
 
 callgrind: $(BENCH)/core $(READY)  ## count the core's instructions, compare with docs/results/instructions.json
-	$(PY) -m kvmem.bench instructions $(ARGS)
+	$(PY) -m benchmarks.instructions $(ARGS)

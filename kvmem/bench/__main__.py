@@ -1,17 +1,17 @@
-"""``python -m kvmem.bench``. Exit codes: 0 done, 1 `generate` found a different token, 2 bad input or a shortage, with
-one line that says which.
-"""
+"""``python -m kvmem.bench``. Exit codes: 0 done, 2 bad input or a shortage, with one line that says which."""
 
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 from kvmem.errors import KVMemError
 
 __all__ = ["main"]
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None, command: Any = None, name: str = "python -m kvmem.bench") -> int:
+    """Runs ``command``, by default this package's, and returns its exit code."""
     try:
         import click
 
@@ -20,7 +20,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: kvmem.bench needs click and rich ({error}); install kvmem[bench]", file=sys.stderr)
         return 2
     try:
-        code = bench(arguments, prog_name="python -m kvmem.bench", standalone_mode=False)
+        code = (command or bench)(arguments, prog_name=name, standalone_mode=False)
     except KVMemError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,22 +1,30 @@
-"""The model whose cache is measured: a spec, and how many bytes each of its tensors takes for a token."""
+"""The model whose cache is measured, and the allocators that hold it: one place that knows their arguments."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from kvmem.bench.errors import BenchError
+from kvmem.arguments import format_bytes
+from kvmem.bench.text import BenchError
 from kvmem.errors import SpecError
 
 if TYPE_CHECKING:
+    from kvmem import Allocator
     from kvmem.spec import CacheSpec
 
-__all__ = ["LLAMA_3_8B", "LLAMA_3_8B_WEIGHT_BYTES", "Model", "load_model"]
+__all__ = ["BACKENDS", "LLAMA_3_8B", "LLAMA_3_8B_WEIGHT_BYTES", "Backend", "Budget", "Model", "check_fits",
+           "load_model", "open_allocator"]  # fmt: skip
 
 LLAMA_3_8B = Path(__file__).parent / "data" / "llama-3-8b.json"
 LLAMA_3_8B_WEIGHT_BYTES = 8_030_261_248 * 2  # its parameters, 16 bits each
+#: As on CUDA, which the metadata of "meta" stands for.
+_MAP_AHEAD_TOKENS = 64
+
+Backend = Literal["virtual", "paged"]
+BACKENDS: tuple[Backend, ...] = ("virtual", "paged")
 
 
 @dataclass(frozen=True)
@@ -93,3 +101,33 @@ def _token_bytes(spec: CacheSpec, layer: int) -> tuple[int, ...]:
         for component in group.components
         if component.scope == "layer" or layer == group.layers[0]
     )
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a pool may take: bytes for KV, sequences at once, tokens in the longest one, bytes a physical page."""
+
+    memory_bytes: int
+    max_sequences: int
+    max_tokens: int
+    page_bytes: int
+
+
+def open_allocator(model: Model, backend: Backend, device: str, budget: Budget) -> Allocator:
+    """All layers of a token side by side: 16 tokens of an 8B model fill a stock 2 MiB page."""
+    from kvmem import Allocator
+
+    return Allocator(
+        model.spec, backend=backend, device=device, memory=budget.memory_bytes, max_sequences=budget.max_sequences,
+        max_tokens=budget.max_tokens, page_bytes=budget.page_bytes, interleave="all",
+        map_ahead_tokens=_MAP_AHEAD_TOKENS if device == "meta" else 0, tail_guard_tokens=0,
+    )  # fmt: skip
+
+
+def check_fits(sequences: int, tokens: int, need: int, memory_bytes: int) -> None:
+    """Raises `BenchError` where ``need`` bytes of real memory are not there."""
+    if need > memory_bytes:
+        raise BenchError(
+            f"{sequences} sequences of {tokens} tokens need {format_bytes(need)} of real memory; there are "
+            f"{format_bytes(memory_bytes)}. Give more --real-memory"
+        )

@@ -4,31 +4,35 @@ step, hit rate against capacity.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from kvmem.bench.errors import BenchError
-from kvmem.bench.results import Results
+import numpy as np
+
 from kvmem.bench.reuse import ReuseReport
+from kvmem.bench.text import BenchError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = ["write_plots", "write_reuse_plot"]
 
+Row = Mapping[str, Any]
 _GIB = 1 << 30
 
 
-def write_plots(results: Results, folder: Path) -> list[Path]:
+def write_plots(setup: Row, parts: Mapping[str, Sequence[Row]], folder: Path) -> list[Path]:
     """Writes a picture for each part that was run. Raises `BenchError` when matplotlib or the folder is missing."""
     pictures = {
-        "bytes_over_time": (_bytes_over_time, results.replay),
-        "waste_by_page_size": (_waste, results.waste_sweep),
-        "latency": (_latency, results.replay),
+        "bytes_over_time": (_bytes_over_time, parts["replay"]),
+        "waste_by_page_size": (_waste, parts["waste_sweep"]),
+        "latency": (_latency, parts["replay"]),
     }
-    return _write({name: partial(draw, results=results) for name, (draw, part) in pictures.items() if part}, folder)
+    return _write(
+        {name: partial(draw, setup=setup, rows=rows) for name, (draw, rows) in pictures.items() if rows}, folder
+    )
 
 
 def write_reuse_plot(report: ReuseReport, folder: Path) -> list[Path]:
@@ -55,64 +59,46 @@ def _write(pictures: dict[str, Callable[[Figure], None]], folder: Path) -> list[
     return written
 
 
-def _bytes_over_time(figure: Figure, results: Results) -> None:
+def _bytes_over_time(figure: Figure, setup: Row, rows: Sequence[Row]) -> None:
     """One panel a pool: they take different times for the same requests."""
-    panels = figure.subplots(len(results.replay), 1, sharey=True, squeeze=False)[:, 0]
-    for axes, run in zip(panels, results.replay, strict=True):
-        minutes = [sample.step * run.step_seconds / 60 for sample in run.samples]
-        used = [sample.usage.used_bytes / _GIB for sample in run.samples]
-        wasted = [(sample.usage.used_bytes + sample.usage.wasted_bytes) / _GIB for sample in run.samples]
-        mapped = [sample.usage.mapped_bytes / _GIB for sample in run.samples]
-        axes.fill_between(minutes, 0, used, color="C0", label="used", linewidth=0)
-        axes.fill_between(minutes, used, wasted, color="C3", label="wasted", linewidth=0)
-        axes.fill_between(minutes, wasted, mapped, color="0.85", label="parked", linewidth=0)
-        axes.axhline(results.setup.kv_bytes / _GIB, color="black", linewidth=0.8, linestyle=":", label="memory for KV")
-        axes.set(
-            title=f"{run.pool}: at most {run.outcome.peak_running} sequences",
-            ylabel="GiB mapped",
-            ylim=(0, None),
-            xlim=(0, None),
-        )
+    panels = figure.subplots(len(rows), 1, sharey=True, squeeze=False)[:, 0]
+    for axes, run in zip(panels, rows, strict=True):
+        at = {name: np.array(column) for name, column in run["samples"].items()}
+        minutes, used = at["step"] * run["step_seconds"] / 60, at["used_bytes"] / _GIB
+        wasted, mapped = used + at["wasted_bytes"] / _GIB, at["mapped_bytes"] / _GIB
+        bands = ((0 * used, used, "C0", "used"), (used, wasted, "C3", "wasted"), (wasted, mapped, "0.85", "parked"))
+        for low, high, color, label in bands:
+            axes.fill_between(minutes, low, high, color=color, label=label, linewidth=0)
+        axes.axhline(setup["kv_bytes"] / _GIB, color="black", linewidth=0.8, linestyle=":", label="memory for KV")
+        title = f"{run['pool']}: at most {run['outcome']['peak_running']} sequences"
+        axes.set(title=title, ylabel="GiB mapped", ylim=(0, None), xlim=(0, None))
     panels[0].legend(loc="lower right")
     panels[-1].set_xlabel("simulated minutes")
-    figure.suptitle(f"{results.setup.model}, {results.setup.trace}")
+    figure.suptitle(f"{setup['model']}, {setup['trace']}")
 
 
-def _waste(figure: Figure, results: Results) -> None:
+def _waste(figure: Figure, setup: Row, rows: Sequence[Row]) -> None:
     axes = figure.subplots()
-    for layout in dict.fromkeys(row.layout for row in results.waste_sweep):
-        rows = [
-            row for row in results.waste_sweep if row.layout == layout and row.share_of_mapped > 0
-        ]  # a log scale has no zero
-        axes.plot(
-            [row.page_bytes / (1 << 20) for row in rows],
-            [100 * row.share_of_mapped for row in rows],
-            marker="o",
-            label=layout,
-        )
-    axes.set(
-        title=f"{results.setup.model}, {results.setup.trace}: rounding at request end",
-        xlabel="page size, MiB",
-        ylabel="% of mapped bytes",
-        xscale="log",
-        yscale="log",
-    )
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        lost = 100 * (row["mapped_bytes"] - row["used_bytes"]) / row["mapped_bytes"]
+        if lost > 0:  # a log scale has no zero
+            lines.setdefault(row["layout"], []).append((row["page_bytes"] / (1 << 20), lost))
+    for layout, points in lines.items():
+        axes.plot(*zip(*points, strict=True), marker="o", label=layout)
+    title = f"{setup['model']}, {setup['trace']}: rounding at request end"
+    axes.set(title=title, xlabel="page size, MiB", ylabel="% of mapped bytes", xscale="log", yscale="log")
     axes.legend()
 
 
-def _latency(figure: Figure, results: Results) -> None:
+def _latency(figure: Figure, setup: Row, rows: Sequence[Row]) -> None:
     axes = figure.subplots()
-    for run in results.replay:
-        if run.pool != "static":  # its bookkeeping is this benchmark's own
-            axes.plot(run.cdf_us, range(len(run.cdf_us)), label=f"{run.pool} ({run.mean_running:.0f} sequences, mean)")
-    axes.set(
-        title="Allocator's time in a scheduler step, driver not included",
-        xlabel="microseconds",
-        ylabel="% of steps",
-        xscale="log",
-        xlim=(0.5, None),
-        ylim=(0, 100),
-    )
+    for run in rows:
+        if run["pool"] != "static":  # its bookkeeping is this benchmark's own
+            label = f"{run['pool']} ({run['mean_running']:.0f} sequences, mean)"
+            axes.plot(run["cdf_us"], range(len(run["cdf_us"])), label=label)
+    title = "Allocator's time in a scheduler step, driver not included"
+    axes.set(title=title, xlabel="microseconds", ylabel="% of steps", xscale="log", xlim=(0.5, None), ylim=(0, 100))
     axes.legend()
 
 
@@ -120,20 +106,16 @@ def _reuse(figure: Figure, report: ReuseReport) -> None:
     """Unlimited capacity stands where every block has room."""
     axes = figure.subplots()
     distinct = report.workload.distinct
-    curves: dict[str, dict[int, float]] = {"Belady, who knows the future": {}}
+    curves: dict[str, dict[int, float]] = {"Belady, which knows the future": {}}
     for row in report.rows:
         capacity = distinct if isinstance(row.capacity, str) else row.capacity
         curves.setdefault(row.policy, {})[capacity] = 100 * row.hit_rate
-        curves["Belady, who knows the future"][capacity] = 100 * row.belady_hit_rate
+        curves["Belady, which knows the future"][capacity] = 100 * row.belady_hit_rate
     for index, (name, points) in enumerate(curves.items()):
         color, line = ("black", ":") if index == 0 else (f"C{index}", "-")
         capacities = sorted(points)
         axes.plot(capacities, [points[x] for x in capacities], marker="o", label=name, color=color, linestyle=line)
-    axes.set(
-        title=f"{report.workload.trace.name}, {distinct:,} distinct blocks",
-        xlabel="capacity, blocks of the trace",
-        ylabel="% of the blocks read that were cached",
-        xscale="log",
-        ylim=(0, None),
-    )
+    title = f"{report.workload.trace.name}, {distinct:,} distinct blocks"
+    of = "% of the blocks read that were cached"
+    axes.set(title=title, xlabel="capacity, blocks of the trace", ylabel=of, xscale="log", ylim=(0, None))
     axes.legend()

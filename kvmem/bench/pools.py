@@ -1,4 +1,6 @@
-"""What a replay drives: one small protocol, met by kvmem's allocator and by a static pool for comparison."""
+"""What a replay drives: one small protocol, met by kvmem's allocator (prompts with lengths alone, or with content), and
+by a static pool for comparison.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +11,17 @@ import numpy as np
 import numpy.typing as npt
 
 from kvmem.arguments import format_bytes
-from kvmem.bench.errors import BenchError
+from kvmem.bench.text import BenchError
 
 if TYPE_CHECKING:
     from kvmem import Allocator
+    from kvmem.bench.traces import Trace
 
-__all__ = ["AllocatorPool", "ByLength", "Int32s", "Pool", "StaticPool", "Totals", "Usage"]
+__all__ = ["AllocatorPool", "ContentPool", "Int32s", "Pool", "StaticPool", "Totals", "Usage"]
 
 Int32s = npt.NDArray[np.int32]
+_GENERATED = 1 << 30  # ids of generated tokens begin here
+_MOST_GENERATED = 1 << 13  # of a request; beyond that, ids come round
 
 
 @dataclass(frozen=True)
@@ -53,11 +58,6 @@ class Pool(Protocol):
     def open(self, count: int) -> Int32s:
         """New, empty sequences. Takes no memory."""
 
-    def admit(self, request: int, tokens: int) -> Int32s | None:
-        """A new sequence with memory for the first tokens of a request of the trace, all of them committed; None where
-        it does not fit.
-        """
-
     def try_extend(self, ids: Int32s, counts: Int32s) -> bool:
         """Room for more tokens in every sequence, or False and nothing changed."""
 
@@ -70,13 +70,13 @@ class Pool(Protocol):
     def usage(self) -> Usage:
         """A moment's account. No driver call."""
 
-    def totals(self) -> Totals: ...
+    def totals(self) -> Totals:
+        return Totals()
 
-
-class ByLength:
-    """A pool whose sequences have lengths only, and that calls no driver."""
-
-    def admit(self: Pool, request: int, tokens: int) -> Int32s | None:
+    def admit(self, request: int, tokens: int) -> Int32s | None:
+        """A new sequence with memory for the first tokens of a request of the trace, all of them committed; None where
+        it does not fit. Here sequences have lengths only.
+        """
         ids, counts = self.open(1), np.array([tokens], dtype=np.int32)
         if not self.try_extend(ids, counts):
             self.free(ids)
@@ -84,11 +84,8 @@ class ByLength:
         self.commit(ids, counts)
         return ids
 
-    def totals(self) -> Totals:
-        return Totals()
 
-
-class AllocatorPool(ByLength):
+class AllocatorPool(Pool):
     """`kvmem.Allocator` through its batched calls, one Python call a verb."""
 
     def __init__(self, allocator: Allocator, name: str, max_tokens: int) -> None:
@@ -109,16 +106,72 @@ class AllocatorPool(ByLength):
     def usage(self) -> Usage:
         stats = self.allocator.stats()
         free = stats.budget_bytes - stats.mapped_bytes + stats.parked_bytes
-        return Usage(
-            stats.mapped_bytes, stats.used_bytes, stats.wasted_bytes, stats.parked_bytes, free, stats.driver_calls
-        )
+        bytes_ = stats.mapped_bytes, stats.used_bytes, stats.wasted_bytes, stats.parked_bytes
+        return Usage(*bytes_, free, stats.driver_calls)
 
     def totals(self) -> Totals:
         calls, stats = self.allocator.pool.core.driver_counters(), self.allocator.stats()
         return Totals(calls.map, calls.set_access, calls.unmap, stats.lookup_tokens, stats.hit_tokens)
 
 
-class StaticPool(ByLength):
+class ContentPool(AllocatorPool):
+    """An allocator whose sequences have token ids: position j of the trace's block ``id`` is token ``id * size + j``,
+    and what a request generates is its own. Raises `BenchError` for a trace that does not name its blocks.
+    """
+
+    def __init__(self, allocator: Allocator, name: str, max_tokens: int, trace: Trace) -> None:
+        super().__init__(allocator, name, max_tokens)
+        if trace.prefix_ids is None or trace.prefix_offsets is None or not trace.prefix_block_tokens:
+            raise BenchError(
+                f"{trace.name}: a trace of format {trace.format} has lengths only; --content needs one that names its "
+                "blocks (`hash_ids`), such as Mooncake's or Qwen-Bailian's"
+            )
+        _, self._ids = np.unique(trace.prefix_ids, return_inverse=True)
+        self._offsets, self._size, self._inputs = trace.prefix_offsets, trace.prefix_block_tokens, trace.input_tokens
+        distinct = int(self._ids.max(initial=-1)) + 1
+        if distinct * self._size >= _GENERATED:
+            raise BenchError(f"{trace.name}: {distinct:,} blocks are more than have token ids below 2**30")
+        self._held: dict[int, tuple[int, int]] = {}  # by handle: the request, and its tokens that are committed
+
+    def admit(self, request: int, tokens: int) -> Int32s | None:
+        """As `Pool.admit`; what is cached is reused, the rest is committed with its ids."""
+        prompt = self.tokens(request, 0, tokens)
+        handles, cached = self.allocator.admit_batch(prompt)
+        if len(handles) == 0:
+            return None
+        rest = np.array([tokens - cached[0]], dtype=np.int32)
+        self.allocator.commit_batch(handles, rest, prompt[cached[0] :])
+        self._held[int(handles[0])] = (request, tokens)
+        return handles
+
+    def commit(self, ids: Int32s, counts: Int32s) -> None:
+        parts = []
+        for handle, count in zip(ids.tolist(), counts.tolist(), strict=True):
+            request, begin = self._held[handle]
+            parts.append(self.tokens(request, begin, begin + count))
+            self._held[handle] = (request, begin + count)
+        self.allocator.commit_batch(ids, counts, np.concatenate(parts))
+
+    def free(self, ids: Int32s) -> None:
+        self.allocator.free_batch(ids)
+        for handle in ids.tolist():
+            del self._held[handle]
+
+    def tokens(self, request: int, begin: int, end: int) -> Int32s:
+        """The ids of tokens [begin, end) of a request: int32 [end - begin]."""
+        length = int(self._inputs[request])
+        position = np.arange(begin, end)
+        generated = _GENERATED + (request * _MOST_GENERATED + position - length) % _GENERATED
+        blocks = self._ids[self._offsets[request] : self._offsets[request + 1]]
+        if begin >= length or not len(blocks):
+            return generated.astype(np.int32)
+        block = np.minimum(position // self._size, len(blocks) - 1)  # a prompt may be longer than the blocks it names
+        return np.where(position < length, blocks[block] * self._size + position % self._size, generated).astype(
+            np.int32
+        )
+
+
+class StaticPool(Pool):
     """The layout that kvmem replaces: every sequence slot is allocated at start for the longest possible sequence.
 
     All slots are mapped always; the slots of no sequence count as parked, the unused rest of a slot in use as wasted.

@@ -1,14 +1,15 @@
 """How much of a trace's prompts a cache of a given size finds again, by eviction policy, beside the best possible.
 
-The requests run one after the other through a real `Allocator` whose device only keeps books (``device="meta"``). A
+The requests run one after the other through a real `Allocator` whose device only keeps metadata (``device="meta"``). A
 prefix block of the trace is one block of one token here, and one page. A request's hits are its leading run of cached
 blocks; the blocks it reads are cached afterwards, what it wrote is not.
 """
 
 from __future__ import annotations
 
+import heapq
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from time import perf_counter
 from typing import Any
@@ -16,13 +17,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kvmem.bench.belady import Belady
-from kvmem.bench.environment import environment
-from kvmem.bench.errors import BenchError
-from kvmem.bench.results import SCHEMA_VERSION, without_folders
+from kvmem.bench.document import document
+from kvmem.bench.text import BenchError, Progress
 from kvmem.bench.traces import Trace
 
-__all__ = ["ReuseReport", "ReuseRow", "Workload", "default_policy", "parse_capacities", "parse_policies", "replay"]
+__all__ = ["Belady", "ReuseReport", "ReuseRow", "Workload", "default_policy", "parse_capacities", "parse_policies",
+           "replay"]  # fmt: skip
 
 UNLIMITED = "unlimited"
 _PAGE_BYTES = 4096  # the smallest page, and one token of the spec below
@@ -35,7 +35,7 @@ class ReuseRow:
 
     ``capacity``: in blocks of the trace, or ``"unlimited"``. ``hit_rate``: ``hits`` of all ``blocks`` read.
     ``belady_hit_rate``: the best possible at this capacity; ``share_of_belady``: ``hit_rate`` of that. ``seconds``: of
-    the replay, all of the allocator's work included. ``evicted_blocks``: how often a block was given up.
+    the replay, all of the allocator's work included. ``evicted_blocks``: how often a block was evicted.
     """
 
     policy: str
@@ -86,22 +86,11 @@ class ReuseReport:
     rows: list[ReuseRow]
 
     def to_dict(self, command: list[str]) -> dict[str, Any]:
-        trace = self.workload.trace
-        return {
-            "schema_version": SCHEMA_VERSION,
-            "environment": environment(),
-            "command": without_folders(command),
-            "trace": {
-                "name": trace.name,
-                "format": trace.format,
-                "requests": trace.num_requests,
-                "blocks": self.workload.blocks,
-                "distinct_blocks": self.workload.distinct,
-                "block_tokens": trace.prefix_block_tokens,
-            },
-            "default_policy": default_policy(),
-            "results": [asdict(row) for row in self.rows],
-        }
+        trace, workload = self.workload.trace, self.workload
+        facts = {"name": trace.name, "format": trace.format, "requests": trace.num_requests, "blocks": workload.blocks,
+                 "distinct_blocks": workload.distinct, "block_tokens": trace.prefix_block_tokens}  # fmt: skip
+        rows = [asdict(row) for row in self.rows]
+        return document(command, trace=facts, default_policy=default_policy(), results=rows)
 
 
 def default_policy() -> str:
@@ -141,12 +130,10 @@ def _capacity(word: str) -> int | str:
 
 
 def replay(
-    workload: Workload,
-    policies: Sequence[str],
-    capacities: Sequence[int | str],
-    progress: Callable[[int], None] | None = None,
-) -> list[ReuseRow]:
-    """Every policy at every capacity. ``progress`` hears how many of them are done. About 3 us a block and replay."""
+    workload: Workload, policies: Sequence[str], capacities: Sequence[int | str],
+    progress: Progress = lambda done: None,
+) -> list[ReuseRow]:  # fmt: skip
+    """Every policy at every capacity. ``progress`` gets how many of them are done. About 3 us a block and replay."""
     best = Belady([ids.tolist() for ids in workload.requests])
     rows: list[ReuseRow] = []
     for capacity in capacities:
@@ -156,41 +143,28 @@ def replay(
         for policy in policies:
             begin = perf_counter()
             hits, evicted = run(workload.requests, policy, blocks)
-            rows.append(
-                ReuseRow(
-                    policy=policy,
-                    capacity=capacity,
-                    hit_rate=hits / workload.blocks,
-                    hits=hits,
-                    blocks=workload.blocks,
-                    belady_hit_rate=belady / workload.blocks,
-                    share_of_belady=hits / belady if belady else 1.0,
-                    evicted_blocks=evicted,
-                    seconds=perf_counter() - begin,
-                )
-            )
-            if progress is not None:
-                progress(len(rows))
+            row = ReuseRow(
+                policy, capacity, hits / workload.blocks, hits, workload.blocks, belady / workload.blocks,
+                share_of_belady=hits / belady if belady else 1.0, evicted_blocks=evicted,
+                seconds=perf_counter() - begin,
+            )  # fmt: skip
+            rows.append(row)
+            progress(len(rows))
     return rows
 
 
 def run(requests: Sequence[npt.NDArray[np.int32]], policy: str, capacity: int) -> tuple[int, int]:
     """Serves ``requests`` one after the other with ``capacity`` blocks of memory; hits and evicted blocks.
 
-    Of a request that is longer than that, the first ``capacity`` blocks are read and kept.
+    Of a request that is longer than that, the first ``capacity`` blocks are read and cached.
     """
     from kvmem import Allocator, CacheSpec
 
     allocator = Allocator(
         CacheSpec.kv(num_layers=1, num_kv_heads=1, head_dim=512, dtype="float32", block_size=1),
-        backend="paged",
-        device="meta",
-        memory=capacity * _PAGE_BYTES,
-        page_bytes=_PAGE_BYTES,
-        max_sequences=1,
-        max_tokens=1 + min(capacity, max(map(len, requests))),
-        policy=policy,
-    )
+        backend="paged", device="meta", memory=capacity * _PAGE_BYTES, page_bytes=_PAGE_BYTES, max_sequences=1,
+        max_tokens=1 + min(capacity, max(map(len, requests))), policy=policy,
+    )  # fmt: skip
     hits = 0
     for ids in (request[:capacity] for request in requests):
         sequence = allocator.sequence(np.append(ids, 0))  # a token is always left to compute: one more than is read
@@ -200,3 +174,47 @@ def run(requests: Sequence[npt.NDArray[np.int32]], policy: str, capacity: int) -
         sequence.free()
         hits += found
     return hits, allocator.stats().evicted_blocks
+
+
+class Belady:
+    """The best hit rate a cache of prefix blocks can have when the future is known (Belady, IBM Systems Journal 1966):
+    for a list of requests, each the ids of its blocks from the first on.
+
+    The block whose next use lies farthest ahead goes first, of blocks used next by the same request the deepest, so
+    that what stays is always whole prefixes; a block that is never used again is not cached.
+    """
+
+    def __init__(self, requests: Sequence[Sequence[int]]) -> None:
+        self.requests = requests
+        self.never = len(requests)
+        self._next_use = self._find_next_uses()
+
+    def _find_next_uses(self) -> list[list[int]]:
+        seen: dict[int, int] = {}
+        found: list[list[int]] = []
+        for index in range(len(self.requests) - 1, -1, -1):
+            found.append([seen.get(block, self.never) for block in self.requests[index]])
+            seen.update(dict.fromkeys(self.requests[index], index))
+        return found[::-1]
+
+    def hits(self, capacity: int) -> int:
+        """Blocks found, summed over all requests: each one's leading run of cached blocks. About 2 us a block."""
+        cached: dict[int, int] = {}  # block -> its next use
+        farthest: list[tuple[int, int, int]] = []  # a heap; entries whose next use is no longer true are passed over
+        hits = 0
+        for blocks, next_uses in zip(self.requests, self._next_use, strict=True):
+            for block in blocks:
+                if block not in cached:
+                    break
+                hits += 1
+            for depth, (block, use) in enumerate(zip(blocks, next_uses, strict=True)):
+                if use == self.never:
+                    cached.pop(block, None)
+                else:
+                    cached[block] = use
+                    heapq.heappush(farthest, (-use, -depth, block))
+            while len(cached) > capacity:
+                use, _, block = heapq.heappop(farthest)
+                if cached.get(block) == -use:
+                    del cached[block]
+        return hits

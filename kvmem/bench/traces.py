@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kvmem.bench.errors import TraceError
+from kvmem.bench.text import TraceError
 
 __all__ = ["EXCERPT", "FORMATS", "Trace", "load_trace"]
 
@@ -151,21 +151,15 @@ class _Line:
         return tuple(value)
 
 
-def _mooncake(line: _Line) -> _Request:
-    tokens = line.tokens("input_length", 1)
-    return _Request(
-        line.seconds("timestamp", 1e-3),
-        tokens,
-        line.tokens("output_length", 0),
-        line.block_ids("hash_ids", tokens, 512),
-    )
+def _hashed(scale: float, block_tokens: int) -> Callable[[_Line], _Request]:
+    """``scale``: a unit of the time stamps in seconds."""
 
+    def read(line: _Line) -> _Request:
+        tokens = line.tokens("input_length", 1)
+        seconds, output = line.seconds("timestamp", scale), line.tokens("output_length", 0)
+        return _Request(seconds, tokens, output, line.block_ids("hash_ids", tokens, block_tokens))
 
-def _qwen(line: _Line) -> _Request:
-    tokens = line.tokens("input_length", 1)
-    return _Request(
-        line.seconds("timestamp"), tokens, line.tokens("output_length", 0), line.block_ids("hash_ids", tokens, 16)
-    )
+    return read
 
 
 def _azure(line: _Line) -> _Request:
@@ -186,27 +180,23 @@ def _burstgpt(line: _Line) -> _Request | None:
 
 @dataclass(frozen=True)
 class _Format:
-    """How one format is recognised (all of ``fields`` present) and read. ``block_tokens`` of one prefix id, if it has
+    """How one format is recognised (all of ``fields`` present) and read. ``block_tokens``: of one prefix id, if it has
     them.
     """
 
-    fields: frozenset[str]
-    lines: str
+    fields: set[str]
     read: Callable[[_Line], _Request | None]
     block_tokens: int | None = None
 
 
+_HASHED = {"timestamp", "input_length", "output_length", "hash_ids"}
 # In order of recognition: a Qwen-Bailian line has every field of a Mooncake line and more.
 FORMATS: dict[str, _Format] = {
-    "qwen": _Format(
-        frozenset({"chat_id", "timestamp", "input_length", "output_length", "hash_ids"}), "json", _qwen, 16
-    ),
-    "mooncake": _Format(frozenset({"timestamp", "input_length", "output_length", "hash_ids"}), "json", _mooncake, 512),
-    "azure": _Format(frozenset({"TIMESTAMP", "ContextTokens", "GeneratedTokens"}), "csv", _azure),
+    "qwen": _Format({"chat_id", *_HASHED}, _hashed(1.0, 16), 16),
+    "mooncake": _Format(_HASHED, _hashed(1e-3, 512), 512),
+    "azure": _Format({"TIMESTAMP", "ContextTokens", "GeneratedTokens"}, _azure),
     "burstgpt": _Format(
-        frozenset({"Timestamp", "Model", "Request tokens", "Response tokens", "Total tokens", "Log Type"}),
-        "csv",
-        _burstgpt,
+        {"Timestamp", "Model", "Request tokens", "Response tokens", "Total tokens", "Log Type"}, _burstgpt
     ),
 }
 

@@ -6,10 +6,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvmem.bench.pools import ByLength, Int32s, Usage
+from kvmem.bench.pools import Int32s, Pool, Usage
 
 
-class ModelPool(ByLength):
+class ModelPool(Pool):
     """Every sequence owns whole pages. No parking, no sharing: the memory is full when the pages of all sequences
     exceed the budget.
     """

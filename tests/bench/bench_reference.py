@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from kvmem.bench.engine import Outcome, StepModel
 from kvmem.bench.pools import Pool
-from kvmem.bench.scheduler import Outcome, StepModel
 from kvmem.bench.traces import Trace
 
 

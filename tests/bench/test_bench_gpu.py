@@ -19,23 +19,23 @@ import pytest
 import torch
 from support_drivers import ROOT, CudaStub, build_stub
 
+from benchmarks.publish import load_documents, page
 from kvmem.bench.__main__ import main
-from kvmem.bench.gpu import admit, attention, decode, layout, runner
+from kvmem.bench.document import part_path, without_paths, write_json
+from kvmem.bench.gpu import admit, attention, decode, runner
 from kvmem.bench.gpu.admit import AdmitRow
-from kvmem.bench.gpu.attention import AttentionRow
+from kvmem.bench.gpu.attention import AttentionRow, LayoutRow, Verdict
 from kvmem.bench.gpu.decode import DecodeRow
-from kvmem.bench.gpu.device import CpuDevice
+from kvmem.bench.gpu.device import BenchDevice
 from kvmem.bench.gpu.elastic import ElasticRow
-from kvmem.bench.gpu.goals import goals
-from kvmem.bench.gpu.layout import LayoutRow, Verdict
+from kvmem.bench.gpu.measure import Part
 from kvmem.bench.gpu.memory import open_cache
-from kvmem.bench.gpu.part import Budget, Report, document_path, without_paths, write_document
-from kvmem.bench.gpu.parts import PARTS, WARM_UP, run_part
+from kvmem.bench.gpu.runner import MODULE, PARTS, WARM_UP, run_part
 from kvmem.bench.gpu.sizes import FULL, TINY, ModelShape
+from kvmem.bench.gpu.tables import goals
 from kvmem.bench.gpu.vmm import PageCost, RunCost
-from kvmem.bench.memory import Backend
-from kvmem.bench.tables import load_documents, page
-from kvmem.bench.threads import one_thread
+from kvmem.bench.model import BACKENDS, Backend
+from kvmem.bench.timing import one_thread
 from kvmem.errors import SpecError
 
 ROWS = {
@@ -51,7 +51,7 @@ ROWS = {
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict[str, Any]]]:
     folder = tmp_path_factory.mktemp("gpu")
-    return folder, {name: run_part(name, CpuDevice(), TINY, 100, folder, ["gpu", "--tiny"]) for name in ROWS}
+    return folder, {name: run_part(name, BenchDevice(), TINY, 100, folder, ["gpu", "--tiny"]) for name in ROWS}
 
 
 def rows_of(reports: tuple[Path, dict[str, dict[str, Any]]], part: str) -> list[dict[str, Any]]:
@@ -62,7 +62,7 @@ def test_every_part_writes_the_documented_fields(reports):
     folder, documents = reports
     assert set(ROWS) == set(PARTS) - {WARM_UP}
     for part, document in documents.items():
-        assert json.loads(document_path(folder, part, "cpu").read_text()) == json.loads(json.dumps(document))
+        assert json.loads(part_path(folder, part, "cpu").read_text()) == json.loads(json.dumps(document))
         assert (document["complete"], document["error"], document["gpu_part"]) == (True, None, part)
         assert document["environment"]["kvmem"] and document["environment"]["device"] == "cpu"
         assert document["results"].keys() == ROWS[part].keys()
@@ -123,7 +123,7 @@ def test_elastic_and_vmm(reports):
     assert reports[1]["vmm"]["skipped"][0]["case"] == "under running kernels"
 
 
-class Books(CpuDevice):
+class Books(BenchDevice):
     """An H100 of which only the books are kept: are the sizes that nobody can try here right?"""
 
     kind, name, torch_device = "cuda", "meta", torch.device("meta")
@@ -142,11 +142,11 @@ def grow_to(device: Books, model: ModelShape, backend: Backend, sequences: int, 
 def test_the_full_sizes_fit_an_h100(backend: Backend) -> None:
     device = Books()
     for case in FULL.attention_cases:
-        model = attention._fitting(device, FULL, *case)
+        model = attention._fitting(device, FULL, [(name, "all") for name in BACKENDS], *case)
         assert model.layers >= 12
         grow_to(device, model, backend, *case)
     for case in FULL.layout_cases:
-        model = layout._fitting(device, FULL, backend, *case)
+        model = attention._fitting(device, FULL, [(backend, g) for g in (*FULL.layout_interleaves, "all")], *case)
         assert model.layers == 32, "the default of all layers is what is to be judged"
         for interleave in (*FULL.layout_interleaves, "all"):
             grow_to(device, model, backend, *case, interleave=interleave)
@@ -154,15 +154,15 @@ def test_the_full_sizes_fit_an_h100(backend: Backend) -> None:
     model = decode._fitting(device, FULL, FULL.decode_sequences, tokens)
     assert model.layers >= 12
     grow_to(device, model, backend, FULL.decode_sequences, tokens, map_ahead_tokens=FULL.map_ahead_tokens)
-    report = Report("admit", device, replace(FULL, admit_prompts=(8192,)), None, [])
-    admit.admit(device, replace(FULL, admit_prompts=(8192,)), Budget(1e6), report)
-    assert report.document["skipped"] == []
-    fresh = {row["page_bytes"]: row["driver_calls"] for row in report.document["results"]["admit"]
+    part = Part("admit", device, replace(FULL, admit_prompts=(8192,)), 1e6, None, [])
+    admit.admit(part)
+    assert part.report.document["skipped"] == []
+    fresh = {row["page_bytes"]: row["driver_calls"] for row in part.report.document["results"]["admit"]
              if (row["way"], row["backend"]) == ("fresh", backend)}  # fmt: skip
     assert fresh == {2 << 20: 512 + 1, 16 << 20: 64 + 1}, "a map for each page, one set_access for the run"
 
 
-class PretendCuda(CpuDevice):
+class PretendCuda(BenchDevice):
     """A CPU that takes the paths of CUDA, with what stands in for it."""
 
     kind = "cuda"
@@ -315,15 +315,15 @@ def test_a_part_that_dies_leaves_the_others(tmp_path: Path, monkeypatch: pytest.
     real = subprocess.run
     first = {"schema_version": 1, "gpu_part": "vmm", "environment": {"device": "cpu"}, "command": [], "setup": {},
              "results": {"runs": [{}]}, "skipped": [], "error": None, "complete": False, "seconds": 0.0}  # fmt: skip
-    write_document(first, first_path := tmp_path / "first")
+    write_json(first, first_path := tmp_path / "first")
     codes = {
-        "vmm": f"import os, shutil, sys; shutil.copy({str(first_path)!r}, {str(document_path(tmp_path, 'vmm', 'cpu'))!r});"
+        "vmm": f"import os, shutil, sys; shutil.copy({str(first_path)!r}, {str(part_path(tmp_path, 'vmm', 'cpu'))!r});"
         "print('/some/where/file.py: an illegal memory access', file=sys.stderr, flush=True); os.abort()",
         "decode": "import time; time.sleep(60)",
     }
 
     def run(words: list[str], **options: Any) -> Any:
-        code = codes.get(words[3]) if words[1:3] == ["-m", "kvmem.bench.gpu"] else None
+        code = codes.get(words[3]) if words[1:3] == ["-m", MODULE] else None
         if words[3:4] == ["decode"]:
             options["timeout"] = 0.3
         return real(words if code is None else [sys.executable, "-c", code], **options)
@@ -340,7 +340,7 @@ def test_a_part_that_dies_leaves_the_others(tmp_path: Path, monkeypatch: pytest.
     assert documents["decode"]["error"].startswith("ended after")
     assert documents["admit"]["results"]["admit"] and documents["admit"]["command"] == ["gpu"]
     for part in parts:
-        assert json.loads(document_path(tmp_path, part, "cpu").read_text()) == documents[part]
+        assert json.loads(part_path(tmp_path, part, "cpu").read_text()) == documents[part]
     assert [line.split(":")[0] for line in said] == parts
 
 
@@ -412,7 +412,7 @@ def test_the_page(reports, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert f"| {row['direction']} |" in text
     assert "- not measured: under running kernels: a CPU has no stream to run them on" in text
     broken = documents["vmm"] | {"error": "exit code -11: ", "results": {}, "complete": False}
-    write_document(broken, document_path(tmp_path, "vmm", "NVIDIA H100 80GB HBM3"))
+    write_json(broken, part_path(tmp_path, "vmm", "NVIDIA H100 80GB HBM3"))
     assert [path.name for path in tmp_path.iterdir()] == ["gpu_nvidia-h100-80gb-hbm3_vmm.json"]
     assert "Cut short: exit code -11" in page(load_documents(tmp_path))
     published = page(load_documents(ROOT / "docs" / "results"))

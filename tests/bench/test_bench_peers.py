@@ -1,4 +1,4 @@
-"""`bench peers`: ours and peers are measured by their drivers, one that is absent or broken is left out and said."""
+"""`benchmarks.peers`: ours and peers are measured by their drivers, one that is absent or broken is left out and said."""
 
 from __future__ import annotations
 
@@ -12,15 +12,13 @@ from pathlib import Path
 import pytest
 from support_peers import write_sglang
 
-from kvmem.bench import peers as peers_module
-from kvmem.bench import speed
-from kvmem.bench.errors import BenchError
-from kvmem.bench.peers import PEERS, Peer, peers, workloads
-from kvmem.bench.step_report import PEER_COLUMNS
-from kvmem.bench.workload import Workload
+from benchmarks.peers import compare as peers_module
+from benchmarks.peers.compare import PEERS, Peer, peer_tables, peers, workloads
+from benchmarks.workload import Workload
+from kvmem.bench.text import BenchError
 
 SMALL = Workload(sequences=6, prompt=64, steps=33, pool=80)
-DRIVERS = Path(peers_module.__file__).parent / "drivers"
+DRIVERS = Path(peers_module.__file__).parent
 IDLE = """
 from harness import serve
 class Idle:
@@ -28,7 +26,7 @@ class Idle:
     def admit(self, i, prompt): assert len(prompt) == (32 if self.small else 64) and isinstance(prompt[0], int)
     def step(self, last): assert last is None or len(last) == self.n == (2 if self.small else 6)
     def release(self, i): pass
-    def forget(self): pass
+    def clear(self): pass
 serve(Idle, "1.2")
 """
 CASES = 4  # step, step at a block edge, admit, free
@@ -43,7 +41,6 @@ def one_workload(monkeypatch: pytest.MonkeyPatch) -> None:
         return {name: workload for name, workload in every(base).items() if name == "prefix cache, full pool"}
 
     monkeypatch.setattr(peers_module, "workloads", one)
-    monkeypatch.setattr(speed, "workloads", one)
 
 
 def test_ours_and_a_peer_are_measured_by_their_drivers(
@@ -60,12 +57,12 @@ def test_ours_and_a_peer_are_measured_by_their_drivers(
     monkeypatch.setattr(peers_module, "_DRIVERS", drivers)
     among = [*(Peer(name, f"{name}==1.2") for name in ("idle", "broken", "short")), *PEERS]
     measured = peers(SMALL, tmp_path, 1, among=among)
-    monkeypatch.setattr(speed, "peers", lambda *_: measured)
+    monkeypatch.setattr(peers_module, "peers", lambda *_: measured)
     path = tmp_path / "peers.json"
-    speed.run_peers(tmp_path, 1, path, True, SMALL)
+    peers_module.run(tmp_path, 1, path, True, SMALL)
 
     printed, report = capsys.readouterr().out, json.loads(path.read_text())
-    assert all(column in printed for column in PEER_COLUMNS)
+    assert all(column in printed for column in next(peer_tables([])).columns)
     notes = report["setup"]["notes"]
     for peer in PEERS:
         assert f"{peer.name} is absent; install it with: {peer.install(tmp_path)}" in printed
@@ -140,7 +137,7 @@ for _ in range(2):
     for i in range(3):
         manager.release(i)
     assert manager.tree.released == [33, 33, 33] and not manager.tree.locked
-    manager.forget()
+    manager.clear()
     assert manager.pages.free == list(range(1, 10)) and manager.tree.checkpoints == 0
 """
     subprocess.run([sys.executable, "-c", script], env=_paths(DRIVERS, tmp_path), check=True)

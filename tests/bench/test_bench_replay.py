@@ -12,19 +12,21 @@ import numpy as np
 import pytest
 from bench_model import ModelPool
 
-from kvmem.bench.errors import BenchError
-from kvmem.bench.memory import BACKENDS, Budget, open_pool
-from kvmem.bench.model import LLAMA_3_8B, Model, load_model
-from kvmem.bench.pools import StaticPool
+from kvmem.bench.engine import StepModel
+from kvmem.bench.model import BACKENDS, LLAMA_3_8B, Backend, Budget, Model, load_model, open_allocator
+from kvmem.bench.pools import AllocatorPool, StaticPool
 from kvmem.bench.replay import replay
-from kvmem.bench.scheduler import StepModel
-from kvmem.bench.steady import steady
+from kvmem.bench.text import BenchError
 from kvmem.bench.traces import EXCERPT, load_trace
 from kvmem.bench.waste import rounding_sweep, rounding_table
 from kvmem.errors import SpecError
 
 PAGE = 2 << 20
 LLAMA_TOKEN_BYTES = 2 * 32 * 8 * 128 * 2  # K and V, layers, heads, width, bytes
+
+
+def open_pool(model: Model, backend: Backend, device: str, budget: Budget) -> AllocatorPool:
+    return AllocatorPool(open_allocator(model, backend, device, budget), backend, budget.max_tokens)
 
 
 @pytest.fixture(scope="module")
@@ -137,15 +139,24 @@ def test_the_full_trace_without_a_limit_peaks_where_the_published_table_says():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_decoding_with_parked_rows_makes_no_driver_call(model, backend):
+    """A batch decodes to its end and is freed; the next one, just like it, finds all of its memory."""
     pool = open_pool(model, backend, "meta", Budget(8 << 30, 64, 4096, PAGE))
-    first, parked = steady(pool, sequences=16, prompt_tokens=100, steps=200)
-    assert first.admit_driver_calls > 0
-    assert first.decode_driver_calls > 0, (
-        "the first batch must have mapped while decoding, or zero below proves nothing"
-    )
-    assert (parked.admit_driver_calls, parked.decode_driver_calls) == (0, 0)
-    with pytest.raises(BenchError, match="does not fit: 64 sequences"):
-        steady(pool, sequences=64, prompt_tokens=4000, steps=1)
+
+    def driver_calls() -> tuple[int, int]:
+        """At admission and while decoding."""
+        prompt, one = (np.full(16, tokens, dtype=np.int32) for tokens in (100, 1))
+        calls, ids = [pool.usage().driver_calls], pool.open(16)
+        for steps in (1, 200):
+            for _ in range(steps):
+                counts = prompt if steps == 1 else one
+                assert pool.try_extend(ids, counts)
+                pool.commit(ids, counts)
+            calls.append(pool.usage().driver_calls)
+        pool.free(ids)
+        return calls[1] - calls[0], calls[2] - calls[1]
+
+    assert min(driver_calls()) > 0, "the first batch must have mapped, or zero below proves nothing"
+    assert driver_calls() == (0, 0)
 
 
 def test_timings_cover_every_step_and_request(model):

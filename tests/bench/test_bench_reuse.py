@@ -13,9 +13,8 @@ import pytest
 
 from kvmem import _core
 from kvmem.bench.__main__ import main
-from kvmem.bench.belady import Belady
-from kvmem.bench.errors import BenchError
-from kvmem.bench.reuse import ReuseRow, Workload, default_policy, parse_capacities, replay
+from kvmem.bench.reuse import Belady, ReuseRow, Workload, default_policy, parse_capacities, replay
+from kvmem.bench.text import BenchError
 from kvmem.bench.traces import EXCERPT, load_trace
 
 DENSITY = _core.eviction_policy_names()[0]

@@ -9,10 +9,10 @@ import pytest
 from bench_model import ModelPool
 from bench_reference import Reference
 
-from kvmem.bench.errors import BenchError
-from kvmem.bench.meter import Meter
+from kvmem.bench.engine import Outcome, Scheduler, StepModel
 from kvmem.bench.pools import StaticPool
-from kvmem.bench.scheduler import Outcome, Scheduler, StepModel
+from kvmem.bench.replay import Meter
+from kvmem.bench.text import BenchError
 from kvmem.bench.traces import Trace
 
 SEED = int(os.environ.get("KVMEM_SEED", "0")) or np.random.SeedSequence().entropy % 2**32
@@ -77,9 +77,10 @@ def completed_tokens(trace: Trace, outcome: Outcome, meter: Meter) -> int:
 def test_one_request_takes_its_prefill_and_its_decode_steps():
     outcome, meter = run(make_trace([(0.0, 2 * CHUNK + 1, 7)]), ModelPool(1 << 30, TOKEN, TOKEN))
     assert outcome == Outcome(1, 0, 0, 0, steps=3 + 7, peak_running=1, peak_tokens=2 * CHUNK + 8)
-    assert len(meter.step_ns) == 10
-    assert meter.step_running.tolist() == [1] * 10
-    assert meter.grow_only.tolist() == [False] + [True] * 8 + [False]  # admission in the first, the end in the last
+    spent, running, grew_only = meter.steps.T
+    assert len(spent) == 10 and spent.min() >= 0
+    assert running.tolist() == [1] * 10
+    assert grew_only.tolist() == [False] + [True] * 8 + [False]  # admission in the first, the end in the last
 
 
 def test_a_chunked_prompt_takes_memory_as_it_is_computed():
@@ -94,7 +95,7 @@ def test_a_chunked_prompt_takes_memory_as_it_is_computed():
 def test_arrivals_are_kept_and_idle_time_is_skipped():
     outcome, meter = run(make_trace([(0.0, 1, 1), (3000.0, 1, 1)]), ModelPool(1 << 30, TOKEN, TOKEN))
     assert outcome.steps == 100_000 + 2
-    assert len(meter.step_ns) == 4
+    assert len(meter.steps) == 4
 
 
 def test_the_youngest_is_preempted_and_finishes_last():
@@ -129,7 +130,7 @@ def test_no_more_sequences_than_allowed():
     for limit in (1, 3, 20):
         outcome, meter = run(trace, ModelPool(1 << 30, TOKEN, TOKEN), max_sequences=limit)
         assert (outcome.peak_running, outcome.completed) == (limit, 20)
-        assert meter.step_running.max() == limit
+        assert meter.steps[:, 1].max() == limit
 
 
 def test_samples_show_running_waiting_and_bytes_and_stay_few():

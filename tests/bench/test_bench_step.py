@@ -1,4 +1,4 @@
-"""`bench step`, `instructions` and `compare`: small runs of all of it, and what is absent is said."""
+"""`benchmarks.step` and `benchmarks.instructions`: small runs of all of it, and what is absent is said."""
 
 from __future__ import annotations
 
@@ -10,15 +10,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kvmem.bench import speed
+from benchmarks import step as steps
+from benchmarks.instructions import compare, instructions
+from benchmarks.publish import load_documents, page
+from benchmarks.step import cases, step
+from benchmarks.workload import (
+    FLOOR,
+    ByRequest,
+    OneByOne,
+    Workload,
+    heap_bytes,
+    open_allocator,
+    open_manager,
+    run_floor,
+    run_round,
+)
 from kvmem.bench.__main__ import main
-from kvmem.bench.errors import BenchError
-from kvmem.bench.floor import build_floor, run_program
-from kvmem.bench.instructions import compare
-from kvmem.bench.managers import ByRequest, OneByOne, heap_bytes, open_books, open_manager
-from kvmem.bench.step import FLOOR, cases, step
-from kvmem.bench.tables import load_documents, page
-from kvmem.bench.workload import Workload, run_round
+from kvmem.bench.text import BenchError
 
 SMALL = Workload(sequences=6, prompt=64, steps=33, pool=80)
 needs_compiler = pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="no C++ compiler")  # fmt: skip
@@ -29,13 +37,13 @@ needs_compiler = pytest.mark.skipif(shutil.which("c++") is None and shutil.which
 def test_the_floor_does_the_work_it_is_timed_on(cache: bool) -> None:
     """As many timings as the workload has calls, and blocks: all free again, or those that are cached."""
     workload = replace(SMALL, cache=cache, metadata=True, evict=True)
-    printed = run_program(build_floor(), workload, rounds=2)
+    printed = run_floor(workload)
     counts = {name: len(printed[f"{name}_ns"]) for name in ("admit", "step", "edge", "free")}
     assert counts == {"admit": 6, "step": 30, "edge": 3, "free": 6}
     # a round leaves 64 / 16 whole blocks of each prompt and those that 32 published tokens complete
     assert printed["blocks"] == (min(80, 2 * 6 * 6) if cache else 0)
     with pytest.raises(BenchError, match="floor: the pool is too small"):
-        run_program(build_floor(), replace(workload, pool=10))
+        run_floor(replace(workload, pool=10))
 
 
 @pytest.mark.parametrize(
@@ -105,7 +113,7 @@ def test_step_prints_and_writes_every_case(tmp_path: Path, capsys: pytest.Captur
         for case in cases(scale=0.02)[:5:2] + cases(scale=0.02)[-2:]
     ]
     path = tmp_path / "step.json"
-    speed.run_step("", 1, path, True, small)
+    steps.run("", 1, path, True, small)
     printed = capsys.readouterr().out
     report = json.loads(path.read_text())
     rows = report["results"]["step"]
@@ -124,11 +132,11 @@ def test_without_a_floor_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     def absent() -> Path:
         raise BenchError("no compiler here")
 
-    monkeypatch.setattr("kvmem.bench.step.build_floor", absent)
-    report = step(cases(scale=0.02)[:1], 1)
-    assert report.notes == ["no floor: no compiler here"]
-    assert [row.manager for row in report.results] == list(cases()[0].managers)
-    assert main(["step", "--case", "no such case"]) == 2
+    monkeypatch.setattr("benchmarks.step.build_floor", absent)
+    rows, notes = step(cases(scale=0.02)[:1], 1)
+    assert notes == ["no floor: no compiler here"]
+    assert [row.manager for row in rows] == list(cases()[0].managers)
+    assert main(["--case", "no such case"], steps.command) == 2
 
 
 def test_compare_fails_from_a_tenth_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -138,19 +146,19 @@ def test_compare_fails_from_a_tenth_on(tmp_path: Path, capsys: pytest.CaptureFix
         return str(path)
 
     old = write("old.json", step=1000, admit=500)
-    assert main(["compare", old, write("fine.json", step=1099, admit=100, new=7)]) == 0
-    assert main(["compare", old, write("slow.json", step=1100, admit=500)]) == 1
+    assert main([old, write("fine.json", step=1099, admit=100, new=7)], instructions) == 0
+    assert main([old, write("slow.json", step=1100, admit=500)], instructions) == 1
     assert "TOO MUCH" in capsys.readouterr().out
-    assert main(["compare", old, write("gone.json", step=1000)]) == 1
+    assert main([old, write("gone.json", step=1000)], instructions) == 1
     for text in ("{}", "[1]", '{"instructions": {}}', '{"instructions": {"step": 0}}', "not JSON"):
         (tmp_path / "bad.json").write_text(text)
-        assert main(["compare", old, str(tmp_path / "bad.json")]) == 2
-    assert main(["compare", str(tmp_path / "absent.json"), old]) == 2
+        assert main([old, str(tmp_path / "bad.json")], instructions) == 2
+    assert main([str(tmp_path / "absent.json"), old], instructions) == 2
     recorded = Path(__file__).parents[2] / "docs" / "results" / "instructions.json"
     assert not any(row.failed for row in compare(recorded, recorded))
 
 
-def test_books_have_room_for_what_the_workload_holds() -> None:
+def test_allocators_have_room_for_what_the_workload_holds() -> None:
     for backend in ("paged", "virtual"):
-        allocator = open_books(SMALL, backend)  # type: ignore[arg-type]
+        allocator = open_allocator(SMALL, backend)  # type: ignore[arg-type]
         assert allocator.stats().budget_bytes >= SMALL.pool * 16 * allocator.spec.bytes_per_token

@@ -9,11 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.publish import BEGIN, END, command, insert, load_documents, page, summary
 from kvmem.bench.__main__ import main
-from kvmem.bench.tables import BEGIN, END, insert, load_documents, page, summary
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs" / "results"
+
+
+def publish(*words: str) -> int:
+    return main([*words], command)
 
 
 @pytest.fixture
@@ -42,7 +46,7 @@ def test_the_command_writes_the_page_and_the_short_table(folder: Path, tmp_path:
     report["command"] = ["replay"]
     report["results"]["replay"][0]["driver_calls"] = 987654321
     (folder / "cpu_replay.json").write_text(json.dumps(report))
-    assert main(["table", str(folder), "--readme", str(readme)]) == 0
+    assert publish(str(folder), "--readme", str(readme)) == 0
     text = readme.read_text()
     assert text.startswith(f"before\n{BEGIN}\n") and text.endswith(f"\n{END}\nafter\n")
     assert "987,654,321 /" in text and "old" not in text
@@ -61,24 +65,24 @@ def test_the_command_writes_the_page_and_the_short_table(folder: Path, tmp_path:
 )
 def test_bad_reports(capsys: pytest.CaptureFixture[str], tmp_path: Path, name: str, content: str, says: str) -> None:
     (tmp_path / name).write_text(content)
-    assert main(["table", str(tmp_path)]) == 2
+    assert publish(str(tmp_path)) == 2
     assert says in capsys.readouterr().err
 
 
 def test_missing_markers(capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
     readme.write_text("nothing here")
-    assert main(["table", str(folder), "--readme", str(readme)]) == 2
+    assert publish(str(folder), "--readme", str(readme)) == 2
     assert BEGIN in capsys.readouterr().err
     assert readme.read_text() == "nothing here"
 
 
 def test_the_documents_say_what_the_reports_say() -> None:
     documents = load_documents(RESULTS)
-    assert (RESULTS / "README.md").read_text() == page(documents), "run: python -m kvmem.bench table docs/results"
+    assert (RESULTS / "README.md").read_text() == page(documents), "run: python -m benchmarks.publish docs/results"
     readme = (ROOT / "README.md").read_text()
     assert readme == insert(readme, summary(documents), "README.md"), (
-        "run: python -m kvmem.bench table docs/results --readme README.md"
+        "run: python -m benchmarks.publish docs/results --readme README.md"
     )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kvmem.bench.errors import TraceError
+from kvmem.bench.text import TraceError
 from kvmem.bench.traces import EXCERPT, Trace, load_trace
 from kvmem.errors import KVMemError
 

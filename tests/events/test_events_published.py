@@ -1,6 +1,6 @@
 """What ``to_wire()`` gives by default is decoded by the event classes of the engines' published packages, strictly.
 
-They are looked for where ``python -m kvmem.bench peers`` has the packages (``build/peers``, or ``KVMEM_PEERS``), and where
+They are looked for where ``python -m benchmarks.peers`` has the packages (``build/peers``, or ``KVMEM_PEERS``), and where
 ``make events-peers`` puts SGLang's.
 """
 
@@ -32,7 +32,7 @@ def engine(request: pytest.FixtureRequest) -> tuple[str, Any]:
     for folder in FOLDERS:
         if (folder / name / f"{MODULES[name].replace('.', '/')}.py").is_file():
             return name, published_classes(folder / name, MODULES[name]).KVEventBatch
-    pytest.skip(f"{name} is in none of {FOLDERS}: `make events-peers`, or as `python -m kvmem.bench peers` says")
+    pytest.skip(f"{name} is in none of {FOLDERS}: `make events-peers`, or as `python -m benchmarks.peers` says")
 
 
 def decode(batch: Any, events: list[Event], **options: str) -> list[Any]:

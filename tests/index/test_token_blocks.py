@@ -13,8 +13,8 @@ from support import BACKENDS, LONG, i32, make_allocator, plain, seed_of_run
 from support_prefix import agree, cached, grow, world
 
 import kvmem
+from benchmarks.workload import heap_bytes
 from kvmem import _core
-from kvmem.bench.managers import heap_bytes
 from kvmem.events.digests import block_digests
 
 pytestmark = pytest.mark.core

@@ -1,7 +1,7 @@
 """What is found again under sliding windows: shared prompts, chats that grow, and mixed traffic, where vLLM's own KV
 manager in the same memory sets the measure.
 
-vLLM is looked for where ``python -m kvmem.bench peers`` installs it, ``build/peers``, or in ``$KVMEM_PEERS``.
+vLLM is looked for where ``python -m benchmarks.peers`` installs it, ``build/peers``, or in ``$KVMEM_PEERS``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from window_traffic import BLOCK, Model, Step, found, growing_chats, hit_rate, mixed, shared_prompts
 
-from kvmem.bench import peers
+from benchmarks.peers import compare as peers
 
 BACKENDS = ("paged", "virtual")
 ROOT = Path(__file__).parents[2]
@@ -53,7 +53,7 @@ def vllm() -> Callable[[Model, list[Step]], list[int]]:
     jobs = [(model, shared_prompts(80)) for model in (SLIDING, HYBRID)]
     jobs += [(GEMMA, growing_chats(*GEMMA_CHATS))]
     jobs += [(model, mixed(seed, REQUESTS, model.longest)) for model in MIXED.values() for seed in SEEDS]
-    path = os.pathsep.join(map(str, (PEERS / "vllm", Path(peers.__file__).parent / "drivers")))
+    path = os.pathsep.join(map(str, (PEERS / "vllm", Path(peers.__file__).parent)))
     done = subprocess.run(
         [sys.executable, str(ROOT / "tests" / "support" / "vllm_windows.py")],
         input=json.dumps([asdict(model) | {"block": BLOCK, "steps": steps} for model, steps in jobs]),

@@ -3,15 +3,13 @@
 ===============  ===================================================================================================
 ``sizes``        how much is measured: on a GPU, and tiny for the tests
 ``device``       the device under measurement: its clock, its graphs, a load of kernels
-``measure``      contenders in turn, and ratios of what was timed together
+``measure``      what all parts share: their time and report, contenders in turn
 ``memory``       what kernels read: both backends, and static twins with the same content and metadata
-``kernels``      kernels by name, behind one interface; ``attend`` times one of them over several memories
-``decoders``     decode steps over an allocator, and over a ``static_pool``
-``vmm`` ...      and ``admit``, ``decode``, ``attention``, ``layout``, ``elastic``: the parts, listed in ``parts``
-``part``         a part's time budget and its JSON document
+``kernels``      kernels by name, behind one interface
+``decoders``     decode steps over an allocator, and over a static pool
+``vmm`` ...      and ``admit``, ``decode``, ``attention`` (and layout), ``elastic``: the parts
 ``runner``       the parts one after the other, each in a process of its own
-``goals``        what was wanted, and whether it was met
-``tables``       the documents as Markdown
+``tables``       the documents as tables: what was wanted, and what was measured
 ===============  ===================================================================================================
 
 Each part runs on a CPU too, in tiny sizes, so that the tests run what the GPU will run.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter_ns
 from typing import Any
 
@@ -11,13 +11,11 @@ import numpy as np
 
 from kvmem import Allocator
 from kvmem.arguments import format_bytes
-from kvmem.bench.gpu.attend import FAILURES
-from kvmem.bench.gpu.device import BenchDevice
+from kvmem.bench.gpu.device import Call
+from kvmem.bench.gpu.measure import Part
 from kvmem.bench.gpu.memory import budget_bytes
-from kvmem.bench.gpu.part import Budget, Report
-from kvmem.bench.gpu.sizes import Sizes
-from kvmem.bench.memory import BACKENDS, Backend
-from kvmem.bench.spread import Spread
+from kvmem.bench.model import BACKENDS, Backend
+from kvmem.bench.timing import Spread
 
 __all__ = ["AdmitRow", "admit"]
 
@@ -47,36 +45,28 @@ class AdmitRow:
     driver_calls: float
 
 
-def admit(device: BenchDevice, sizes: Sizes, budget: Budget, report: Report) -> None:
+def admit(part: Part) -> None:
     """Each way, page size, prompt and backend, one prompt at a time."""
-    for page in sizes.admit_pages:
-        for prompt in sizes.admit_prompts:
+    for page in part.sizes.admit_pages:
+        for prompt in part.sizes.admit_prompts:
             for backend in BACKENDS:
-                case = (
-                    f"{backend}, {prompt} tokens, pages of {'the default size' if page is None else format_bytes(page)}"
-                )
-                if not budget.allows(_CASE_SECONDS if device.kind == "cuda" else 0):
-                    report.skip(case, "the part's time was up")
-                    continue
-                try:
-                    rows = _Case(device, sizes, backend, prompt, page).rows()
-                except FAILURES as error:
-                    report.skip(case, error)
-                    continue
-                for row in rows:
-                    report.add("admit", row)
-                device.give_back()
+                size = "the default size" if page is None else format_bytes(page)
+                run = partial(_case, part, backend, prompt, page)
+                part.attempt(f"{backend}, {prompt} tokens, pages of {size}", _CASE_SECONDS, run)
+
+
+def _case(part: Part, backend: Backend, prompt: int, page_bytes: int | None) -> None:
+    for row in _Case(part, backend, prompt, page_bytes).rows():
+        part.report.add("admit", row)
 
 
 class _Case:
-    def __init__(
-        self, device: BenchDevice, sizes: Sizes, backend: Backend, prompt: int, page_bytes: int | None
-    ) -> None:  # fmt: skip
+    def __init__(self, part: Part, backend: Backend, prompt: int, page_bytes: int | None) -> None:
+        device, sizes = part.device, part.sizes
         self._device, self._backend, self._prompt = device, backend, prompt
         self._model = sizes.model
         room = min(sizes.admit_bytes, int(sizes.memory_share * device.free_bytes()))
-        page = page_bytes or (2 << 20)
-        each = budget_bytes(self._model, backend, self._model.layers, 1, prompt + _MORE_TOKENS, page)
+        each = budget_bytes(self._model, backend, "all", 1, prompt + _MORE_TOKENS, page_bytes or (2 << 20))
         self._count = min(_MOST_PROMPTS, room // each)
         self._allocator = Allocator(
             self._model.spec, backend=backend, device=device.torch_device, memory=self._count * each,
@@ -130,7 +120,7 @@ class _Case:
             sequence.free()
         return self._row(way, cached, samples)
 
-    def _timed(self, call: Callable[[], object]) -> tuple[int, int, int]:
+    def _timed(self, call: Call) -> tuple[int, int, int]:
         self._device.synchronize()
         calls = self._allocator.pool.core.driver_calls
         begin = perf_counter_ns()

@@ -16,19 +16,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvmem.bench.errors import BenchError
-from kvmem.bench.gpu.decoders import Decoder, Managed, Static, StepTimes
+from kvmem.bench.gpu.decoders import Decoder, ManagedDecoder, StaticDecoder, StepTimes
 from kvmem.bench.gpu.device import BenchDevice
-from kvmem.bench.gpu.measure import Ratio
+from kvmem.bench.gpu.measure import Part
 from kvmem.bench.gpu.memory import budget_bytes, fitting, open_cache
-from kvmem.bench.gpu.part import Budget, Report
 from kvmem.bench.gpu.sizes import ModelShape, Sizes
-from kvmem.bench.memory import BACKENDS
-from kvmem.bench.spread import Spread
+from kvmem.bench.model import BACKENDS
+from kvmem.bench.text import BenchError
+from kvmem.bench.timing import WARM_UP, Ratio, Spread
 
 __all__ = ["DecodeRow", "decode"]
 
-_WARM_UP = 2  # steps of each phase that nobody times; the first captures the graph
 _MARGIN_BYTES = 3 << 30
 _TOLERANCE = 2e-2
 _PHASE_SECONDS = 25.0
@@ -65,33 +63,27 @@ class DecodeRow:
     worst_difference: float
 
 
-def decode(device: BenchDevice, sizes: Sizes, budget: Budget, report: Report) -> None:
+def decode(part: Part) -> None:
     """Both phases, or the first alone where the time does not allow the second."""
-    sequences, tokens = sizes.decode_sequences, sizes.decode_prompt + _WARM_UP + sizes.decode_steps
+    device, sizes = part.device, part.sizes
+    sequences, tokens = sizes.decode_sequences, sizes.decode_prompt + WARM_UP + sizes.decode_steps
     model = _fitting(device, sizes, sequences, tokens)
-    report.note(
+    part.report.note(
         layers=model.layers, layers_of_the_model=sizes.model.layers, map_ahead_tokens=sizes.map_ahead_tokens,
         captured=device.captures,
         why_fewer_layers=None if model == sizes.model else "three caches and a static pool are held at once",
     )  # fmt: skip
-    decoders: list[Decoder] = [Static(device, model, sequences, tokens)]
+    decoders: list[Decoder] = [StaticDecoder(device, model, sequences, tokens)]
     for backend in BACKENDS:
         allocator = open_cache(
-            model,
-            device,
-            backend,
-            sequences,
-            tokens,
-            page_bytes=sizes.page_bytes,
+            model, device, backend, sequences, tokens, page_bytes=sizes.page_bytes,
             map_ahead_tokens=sizes.map_ahead_tokens,
-        )
-        decoders.append(Managed(device, model, allocator, sequences, tokens))
+        )  # fmt: skip
+        decoders.append(ManagedDecoder(device, model, allocator, sequences, tokens))
     for phase in ("fresh", "parked"):
-        if not budget.allows(_PHASE_SECONDS if device.kind == "cuda" else 0):
-            report.skip(phase, "the part's time was up")
-            continue
-        for row in _phase(device, phase, decoders, sizes, model):
-            report.add("decode", row)
+        if part.allows(phase, _PHASE_SECONDS):
+            for row in _phase(phase, decoders, sizes, model):
+                part.report.add("decode", row)
 
 
 def _fitting(device: BenchDevice, sizes: Sizes, sequences: int, tokens: int) -> ModelShape:
@@ -105,15 +97,13 @@ def _fitting(device: BenchDevice, sizes: Sizes, sequences: int, tokens: int) -> 
     return fitting(sizes.model, int(sizes.memory_share * device.free_bytes()), need)
 
 
-def _phase(
-    device: BenchDevice, phase: str, decoders: list[Decoder], sizes: Sizes, model: ModelShape
-) -> list[DecodeRow]:
+def _phase(phase: str, decoders: list[Decoder], sizes: Sizes, model: ModelShape) -> list[DecodeRow]:
     sequences, steps = sizes.decode_sequences, sizes.decode_steps
     lengths = (sizes.decode_prompt - np.arange(sequences) % min(32, sizes.decode_prompt)).astype(np.int32)
     times: dict[str, list[StepTimes]] = {decoder.name: [] for decoder in decoders}
     for decoder in decoders:
         decoder.begin(lengths)
-        for _ in range(_WARM_UP):
+        for _ in range(WARM_UP):  # the first captures the graph
             decoder.step()
     for first in range(0, steps, sizes.decode_turn):
         for decoder in decoders:

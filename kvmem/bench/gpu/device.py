@@ -3,54 +3,67 @@
 from __future__ import annotations
 
 import gc
+import subprocess
 from collections import deque
 from collections.abc import Callable
 from time import perf_counter_ns
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from kvmem import _core
-from kvmem.bench.errors import BenchError
+from kvmem.bench.document import version
+from kvmem.bench.text import BenchError
 
-__all__ = ["BenchDevice", "Call", "CpuDevice", "CudaDevice", "KernelLoad", "open_bench_device"]
+__all__ = ["BenchDevice", "Call", "CudaDevice", "KernelLoad", "open_bench_device"]
 
 Call = Callable[[], Any]
 #: What a timed region waits behind, about 0.2 ms: the host queues the region meanwhile, so its launches are not in it.
 _HOLD_CYCLES = 400_000
+_PACKAGES = ("flashinfer-python", "fa3-fwd", "triton")
 
 
-class BenchDevice(Protocol):
-    """kind: ``"cuda"`` or ``"cpu"``. captures: whether `capture` records a graph, or hands the call back."""
+class BenchDevice:
+    """The CPU; `CudaDevice` says what differs on a GPU. kind: ``"cuda"`` or ``"cpu"``. captures: whether `capture`
+    records a graph, or returns the call.
+    """
 
-    kind: str
-    torch_device: torch.device
-    captures: bool
-
-    @property
-    def name(self) -> str: ...
+    kind, name, captures = "cpu", "cpu", False
+    torch_device = torch.device("cpu")
 
     def synchronize(self) -> None:
         """Waits for what is queued on the current stream, as a decoder does: not for the mapper's stream."""
 
     def capture(self, call: Call) -> Call:
         """``call`` to be repeated: on CUDA a graph of what it launches, recorded after one run to warm up."""
+        return call
 
     def time_us(self, call: Call) -> float:
         """Microseconds of the device for what ``call`` launches."""
+        begin = perf_counter_ns()
+        call()
+        return (perf_counter_ns() - begin) / 1e3
 
-    def free_bytes(self) -> int: ...
+    def free_bytes(self) -> int:
+        return 1 << 30  # tiny sizes only; the test machine's own memory is not the limit
 
-    def driver(self) -> _core.Driver: ...
+    def facts(self) -> dict[str, Any]:
+        """For the environment of a document: flat, JSON-ready."""
+        return {"device": "cpu"}
+
+    def driver(self) -> _core.Driver:
+        return _core.host_driver()
 
     def load(self) -> KernelLoad | None:
         """Kernels on a stream of their own; None where there are no streams."""
+        return None
 
     def give_back(self) -> None:
         """Frees what the last case has left."""
+        gc.collect()
 
 
-class CudaDevice:
+class CudaDevice(BenchDevice):
     kind, captures = "cuda", True
 
     def __init__(self, index: int = 0) -> None:
@@ -58,10 +71,7 @@ class CudaDevice:
             raise BenchError("torch sees no CUDA device; --device cpu --tiny runs the same code on the CPU")
         self.torch_device = torch.device("cuda", index)
         torch.cuda.set_device(index)
-
-    @property
-    def name(self) -> str:
-        return torch.cuda.get_device_name(self.torch_device)
+        self.name = torch.cuda.get_device_name(self.torch_device)
 
     def synchronize(self) -> None:
         torch.cuda.current_stream().synchronize()
@@ -90,6 +100,18 @@ class CudaDevice:
     def free_bytes(self) -> int:
         return torch.cuda.mem_get_info()[0]
 
+    def facts(self) -> dict[str, Any]:
+        found = torch.cuda.get_device_properties(self.torch_device)
+        return {
+            "device": found.name,
+            "device_bytes": found.total_memory,
+            "compute_capability": f"{found.major}.{found.minor}",
+            "multiprocessors": found.multi_processor_count,
+            "driver": _driver_version(),
+            "cuda": torch.version.cuda,
+            **{name: version(name) for name in _PACKAGES},
+        }
+
     def driver(self) -> _core.Driver:
         return _core.cuda_driver(self.torch_device.index)
 
@@ -97,42 +119,13 @@ class CudaDevice:
         return KernelLoad()
 
     def give_back(self) -> None:
-        gc.collect()
+        super().give_back()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
 
 
-class CpuDevice:
-    kind, captures = "cpu", False
-    torch_device = torch.device("cpu")
-    name = "cpu"
-
-    def synchronize(self) -> None:
-        pass
-
-    def capture(self, call: Call) -> Call:
-        return call
-
-    def time_us(self, call: Call) -> float:
-        begin = perf_counter_ns()
-        call()
-        return (perf_counter_ns() - begin) / 1e3
-
-    def free_bytes(self) -> int:
-        return 1 << 30  # tiny sizes only; the test machine's own memory is not the limit
-
-    def driver(self) -> _core.Driver:
-        return _core.host_driver()
-
-    def load(self) -> None:
-        return None
-
-    def give_back(self) -> None:
-        gc.collect()
-
-
 class KernelLoad:
-    """Matrix products queued ahead on a stream of their own, so that no Python thread is busy while others are timed.
+    """Matrix products queued ahead on a stream of their own, so that no Python thread is busy during a measurement.
 
     8,192 cubed in bfloat16, about 1.4 ms each on an H100; 160 of them are queued, well under what a stream holds.
     """
@@ -165,7 +158,16 @@ class KernelLoad:
 
 def open_bench_device(name: str) -> BenchDevice:
     if name == "cpu":
-        return CpuDevice()
+        return BenchDevice()
     if name.partition(":")[0] == "cuda":
         return CudaDevice(int(name.partition(":")[2] or 0))
     raise BenchError(f'--device: got {name!r}; must be "cuda", "cuda:N" or "cpu"')
+
+
+def _driver_version() -> str | None:
+    command = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return next(iter(done.stdout.split()), None)

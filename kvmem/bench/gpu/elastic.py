@@ -1,7 +1,7 @@
 """Two allocators on one pool hand memory to each other, while one of them decodes.
 
 First the neighbour holds what the load leaves, and parks it; then the decoding allocator admits prompts, one after each
-step, out of the neighbour's pages; then it gives them up and the neighbour takes them back. The step of the load is
+step, out of the neighbour's pages; then it frees them and the neighbour takes them back. The step of the load is
 timed before and meanwhile.
 """
 
@@ -13,19 +13,18 @@ from time import perf_counter_ns
 import numpy as np
 
 from kvmem import Allocator, PagePool
-from kvmem.bench.errors import BenchError
-from kvmem.bench.gpu.decoders import Managed
+from kvmem.bench.gpu.decoders import ManagedDecoder
 from kvmem.bench.gpu.device import BenchDevice
-from kvmem.bench.gpu.part import Budget, Report
+from kvmem.bench.gpu.measure import Part
 from kvmem.bench.gpu.sizes import Sizes
-from kvmem.bench.gpu.static_pool import Int32s
-from kvmem.bench.memory import BACKENDS, Backend
-from kvmem.bench.spread import Spread
+from kvmem.bench.model import BACKENDS, Backend
+from kvmem.bench.pools import Int32s
+from kvmem.bench.text import BenchError
+from kvmem.bench.timing import WARM_UP, Spread
 
 __all__ = ["ElasticRow", "elastic"]
 
 _BACKEND_SECONDS = 15.0
-_WARM_UP = 2
 _MOST_PROMPTS = 64
 
 
@@ -49,15 +48,13 @@ class ElasticRow:
     driver_calls: int
 
 
-def elastic(device: BenchDevice, sizes: Sizes, budget: Budget, report: Report) -> None:
+def elastic(part: Part) -> None:
     """Both backends."""
     for backend in BACKENDS:
-        if not budget.allows(_BACKEND_SECONDS if device.kind == "cuda" else 0):
-            report.skip(backend, "the part's time was up")
-            continue
-        for row in _Neighbours(device, sizes, backend).rows():
-            report.add("elastic", row)
-        device.give_back()
+        if part.allows(backend, _BACKEND_SECONDS):
+            for row in _Neighbours(part.device, part.sizes, backend).rows():
+                part.report.add("elastic", row)
+            part.device.give_back()
 
 
 class _Neighbours:
@@ -65,7 +62,7 @@ class _Neighbours:
         self._sizes, self._backend = sizes, backend
         model, prompts = sizes.model, sizes.elastic_sequences
         # Every admission follows a step, so the load grows by as many tokens.
-        tokens = sizes.elastic_prompt + _WARM_UP + sizes.elastic_steps + 2 * _MOST_PROMPTS
+        tokens = sizes.elastic_prompt + WARM_UP + sizes.elastic_steps + 2 * _MOST_PROMPTS
         memory = min(sizes.elastic_bytes, int(sizes.memory_share * device.free_bytes()))
         self._pool = PagePool(device=device.torch_device, memory=memory, page_bytes=sizes.page_bytes)
         self._busy, self._quiet = (
@@ -75,12 +72,12 @@ class _Neighbours:
             )
             for _ in range(2)
         )  # fmt: skip
-        self._load = Managed(device, model, self._busy, prompts, tokens)
+        self._load = ManagedDecoder(device, model, self._busy, prompts, tokens)
 
     def rows(self) -> list[ElasticRow]:
         sizes = self._sizes
         self._load.begin(np.full(sizes.elastic_sequences, sizes.elastic_prompt, dtype=np.int32))
-        for _ in range(_WARM_UP):
+        for _ in range(WARM_UP):
             self._load.step()
         before = [self._load.step().whole for _ in range(sizes.elastic_steps)]
         held = self._fill(self._quiet)
@@ -95,7 +92,7 @@ class _Neighbours:
         return rows
 
     def _fill(self, allocator: Allocator) -> list[Int32s]:
-        """Prompts until nothing is left, but for the last one: the load goes on growing."""
+        """Prompts until nothing is left, less the last one: the load goes on growing."""
         held: list[Int32s] = []
         while len(held) < _MOST_PROMPTS and (ids := self._admit(allocator)) is not None:
             held.append(ids)

@@ -11,13 +11,14 @@ from typing import Any, Literal
 
 import torch
 
-from kvmem.bench.errors import BenchError
 from kvmem.bench.gpu.device import BenchDevice
 from kvmem.bench.gpu.memory import Memory
 from kvmem.bench.gpu.sizes import ModelShape
+from kvmem.bench.text import BenchError
 from kvmem.kernels import registry
 
-__all__ = ["KERNELS", "Kernel", "Phase", "Run", "Unavailable", "flashinfer_package", "kernels_of", "workspace"]
+__all__ = ["KERNELS", "Kernel", "Phase", "Run", "Unavailable", "kernels_of", "package_of", "plan_arguments",
+           "workspace"]  # fmt: skip
 
 Phase = Literal["decode", "prefill"]
 Run = Callable[[torch.Tensor, int], torch.Tensor]
@@ -44,15 +45,19 @@ def workspace(device: torch.device) -> torch.Tensor:
     return torch.zeros(_WORKSPACE_BYTES if device.type == "cuda" else 16, dtype=torch.uint8, device=device)
 
 
-def flashinfer_package() -> Any:
-    return _package("flashinfer")
-
-
-def _package(name: str) -> Any:
+def package_of(name: str = "flashinfer") -> Any:
     try:
         return import_module(name)
     except ImportError as error:
         raise Unavailable(f"{name} is not installed ({error})") from error
+
+
+def plan_arguments(model: ModelShape) -> dict[str, Any]:
+    """What FlashInfer's planners ask of a model."""
+    return {
+        "num_query_heads": model.query_heads, "num_kv_heads": model.kv_heads, "head_dim": model.head_dim,
+        "dtype": model.dtype,
+    }  # fmt: skip
 
 
 @contextmanager
@@ -77,7 +82,7 @@ def _prepare(name: str) -> Callable[[Memory, ModelShape], Run]:
     kernel = registry.find(name)
 
     def prepare(memory: Memory, model: ModelShape) -> Run:
-        package = _package(kernel.package)
+        package = package_of(kernel.package)
         if kernel.contiguous and memory.rows is None:
             raise Unavailable(f"{name} reads contiguous rows only")
         step = registry.Step(

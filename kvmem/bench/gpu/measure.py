@@ -1,34 +1,60 @@
-"""Contenders in turn, A B A B, so that a slow moment of the device falls on all; ratios are of times taken together."""
+"""What all parts share: their time, what they may fail of, and contenders in turn."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from time import monotonic
 
 import numpy as np
 import torch
 
+from kvmem.bench.document import PartReport, part_path
 from kvmem.bench.gpu.device import BenchDevice, Call
-from kvmem.bench.spread import Spread
+from kvmem.bench.gpu.sizes import Sizes
+from kvmem.bench.timing import WARM_UP, Spread
+from kvmem.errors import KVMemError
 
-__all__ = ["Ratio", "copy_bandwidth", "interleave", "spread_us"]
+__all__ = ["FAILURES", "Part", "copy_bandwidth", "interleave", "spread_us"]
 
-_WARM_UP = 2
+#: What one kernel or one case may die of without the others: ours, torch's and FlashInfer's, and calls that another
+#: version of a package does not take.
+FAILURES = (KVMemError, RuntimeError, TypeError, ValueError, AttributeError)
 
 
-@dataclass(frozen=True)
-class Ratio:
-    """Of times measured in the same repetition: the median of the ratios, and their spread."""
+class Part:
+    """One part at work: its device and sizes, its report, and the ``seconds`` that it may take, from now on."""
 
-    p10: float
-    median: float
-    p90: float
+    def __init__(
+        self, name: str, device: BenchDevice, sizes: Sizes, seconds: float, folder: Path | None, command: list[str]
+    ) -> None:  # fmt: skip
+        self.device, self.sizes, self.seconds, self._begin = device, sizes, seconds, monotonic()
+        path = None if folder is None else part_path(folder, name, device.name)
+        model = {key: value if isinstance(value, int) else str(value).removeprefix("torch.")
+                 for key, value in asdict(sizes.model).items()}  # fmt: skip
+        self.report = PartReport(name, device.facts(), command, path, model=model, device=device.name)
 
-    @classmethod
-    def of(cls, times: Sequence[float], base: Sequence[float]) -> Ratio:
-        pairs = np.asarray(times, dtype=np.float64) / np.asarray(base, dtype=np.float64)
-        p10, median, p90 = np.percentile(pairs, (10, 50, 90)).tolist()
-        return cls(p10, median, p90)
+    @property
+    def spent(self) -> float:
+        return monotonic() - self._begin
+
+    def allows(self, case: str, seconds: float) -> bool:
+        """Whether there is time for ``case``, which takes so long on a GPU; if not, the report says so."""
+        if self.spent + (seconds if self.device.kind == "cuda" else 0) <= self.seconds:
+            return True
+        self.report.skip(case, "the part's time was up")
+        return False
+
+    def attempt(self, case: str, seconds: float, run: Callable[[], None]) -> None:
+        """Runs ``case`` if there is time, and reports what it fails of (memory, mostly)."""
+        if not self.allows(case, seconds):
+            return
+        try:
+            run()
+        except FAILURES as error:
+            self.report.skip(case, error)
+        self.device.give_back()
 
 
 def spread_us(microseconds: Sequence[float]) -> Spread:
@@ -38,16 +64,18 @@ def spread_us(microseconds: Sequence[float]) -> Spread:
 def interleave(
     device: BenchDevice, calls: Mapping[str, Call], repetitions: int, most_seconds: float = 5.0
 ) -> dict[str, list[float]]:
-    """Microseconds of each call, ``repetitions`` times each, fewer (but 5) once ``most_seconds`` are spent."""
+    """Microseconds of each call in turn, A B A B, so that a slow moment of the device falls on all: ``repetitions``
+    times each, fewer (but 5) once ``most_seconds`` are spent.
+    """
     times: dict[str, list[float]] = {name: [] for name in calls}
     spent = 0.0
-    for repetition in range(_WARM_UP + repetitions):
+    for repetition in range(WARM_UP + repetitions):
         for name, call in calls.items():
             us = device.time_us(call)
             spent += us
-            if repetition >= _WARM_UP:
+            if repetition >= WARM_UP:
                 times[name].append(us)
-        if repetition >= _WARM_UP + 4 and spent > most_seconds * 1e6:
+        if repetition >= WARM_UP + 4 and spent > most_seconds * 1e6:
             break
     return times
 

@@ -8,8 +8,7 @@ cache, so the same metadata serves both, and what differs is the memory alone: m
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,37 +17,33 @@ from kvmem import Allocator
 from kvmem.allocator.batch import Batch
 from kvmem.bench.gpu.device import BenchDevice
 from kvmem.bench.gpu.sizes import ModelShape
-from kvmem.bench.memory import Backend
+from kvmem.bench.model import Backend
 from kvmem.kernels.checks import plain
 from kvmem.kernels.write import write_kv
 
-__all__ = [
-    "Cache",
-    "Managed",
-    "Memory",
-    "budget_bytes",
-    "fitting",
-    "open_cache",
-    "static_layers",
-    "static_twin",
-    "whole_blocks",
-]
+__all__ = ["Cache", "Interleave", "Managed", "Memory", "budget_bytes", "fitting", "open_cache", "static_layers",
+           "static_twin", "whole_blocks"]  # fmt: skip
 
 Cache = tuple[torch.Tensor, torch.Tensor]
+Interleave = int | Literal["all"]
 _GUARD = 256
 _SEED = 20240611
 
 
-@dataclass
 class Memory:
     """``caches``: K and V ``[blocks, block_size, heads, width]`` of each layer, or of the first few; they are walked
-    round and round. ``rows``: the same as ``[rows, tokens, heads, width]``, where sequences are contiguous.
+    round and round. ``rows``: the same as ``[rows, tokens, heads, width]``, where sequences are contiguous. A twin has
+    the batch of its ``owner``.
     """
 
-    name: str
-    batch: Batch
-    caches: list[Cache]
-    rows: list[Cache] | None
+    owner: Managed
+
+    def __init__(self, name: str, caches: list[Cache], rows: list[Cache] | None) -> None:
+        self.name, self.caches, self.rows = name, caches, rows
+
+    @property
+    def batch(self) -> Batch:
+        return self.owner.asked
 
     def cache(self, layer: int) -> Cache:
         return self.caches[layer % len(self.caches)]
@@ -58,31 +53,27 @@ class Managed(Memory):
     """A cache of ours, filled with random numbers. ``filling`` names every token."""
 
     def __init__(
-        self, model: ModelShape, device: BenchDevice, backend: Backend, sequences: int, tokens: int, *,
-        interleave: int | Literal["all"] = "all", page_bytes: int | None = None,
+        self, model: ModelShape, device: BenchDevice, backend: Backend, sequences: int, tokens: int, **options: Any
     ) -> None:  # fmt: skip
-        self.allocator = open_cache(
-            model, device, backend, sequences, tokens, interleave=interleave, page_bytes=page_bytes
-        )
+        """``options``: as for `open_cache`."""
+        self.allocator = open_cache(model, device, backend, sequences, tokens, **options)
         self.ids = self.allocator.open_batch(sequences)
-        counts = np.full(sequences, tokens, dtype=np.int32)
-        self.allocator.extend_batch(self.ids, counts)
-        self.filling = self.allocator.batch(self.ids)
+        self.allocator.extend_batch(self.ids, np.full(sequences, tokens, dtype=np.int32))
+        self.owner, self.asked, self._left = self, self.allocator.batch(self.ids), tokens
+        self.filling = self.asked
         layers = range(model.layers)
         caches = [(plain(k), plain(v)) for k, v in (self.allocator.kv(layer) for layer in layers)]
         rows = None
         if backend == "virtual":
             rows = [(plain(self.allocator.rows(n, "k")), plain(self.allocator.rows(n, "v"))) for n in layers]
         _fill(caches, self.filling, model)
-        super().__init__(backend, self.filling, caches, rows)
-        self._left = tokens
+        super().__init__(backend, caches, rows)
 
-    def ask(self, new_tokens: int) -> Batch:
+    def ask(self, new_tokens: int) -> None:
         """Makes ``batch`` the one in which the last ``new_tokens`` of each sequence ask; fewer from call to call."""
         self.allocator.commit_batch(self.ids, np.full(len(self.ids), self._left - new_tokens, dtype=np.int32))
         self._left = new_tokens
-        self.batch = self.allocator.batch(self.ids)
-        return self.batch
+        self.asked = self.allocator.batch(self.ids)
 
 
 def static_layers(model: ModelShape, tokens: int, cold_bytes: int) -> int:
@@ -108,19 +99,18 @@ def static_twin(managed: Managed, model: ModelShape, layers: int) -> Memory:
     blocks = (-1, model.block_size, model.kv_heads, model.head_dim)
     caches = [(k.view(blocks), v.view(blocks)) for k, v in tensors]
     _fill(caches, managed.filling, model)
-    if managed.rows is None:
-        return Memory("static pool", managed.batch, caches, None)
-    return Memory("static", managed.batch, caches, tensors)
+    twin = Memory("static pool", caches, None) if managed.rows is None else Memory("static", caches, tensors)
+    twin.owner = managed
+    return twin
 
 
 def open_cache(
     model: ModelShape, device: BenchDevice, backend: Backend, sequences: int, tokens: int, *,
-    interleave: int | Literal["all"] = "all", page_bytes: int | None = None, map_ahead_tokens: int = 0,
+    interleave: Interleave = "all", page_bytes: int | None = None, map_ahead_tokens: int = 0,
 ) -> Allocator:  # fmt: skip
     """An allocator with room for ``sequences`` of ``tokens``, the guard behind each included, and no more."""
     page = page_bytes or (2 << 20)
-    layers = model.layers if interleave == "all" else min(interleave, model.layers)
-    memory = budget_bytes(model, backend, layers, sequences, tokens + map_ahead_tokens, page)
+    memory = budget_bytes(model, backend, interleave, sequences, tokens + map_ahead_tokens, page)
     return Allocator(
         model.spec, backend=backend, device=device.torch_device, memory=memory, max_sequences=sequences,
         max_tokens=tokens, page_bytes=page, interleave=interleave, map_ahead_tokens=map_ahead_tokens,
@@ -128,11 +118,13 @@ def open_cache(
     )  # fmt: skip
 
 
-def budget_bytes(model: ModelShape, backend: Backend, interleave: int, sequences: int, tokens: int, page: int) -> int:
-    """Bytes of pages that ``sequences`` of ``tokens`` need, trash blocks and rounding included."""
-    total = 0
-    for first in range(0, model.layers, interleave):
-        width = min(interleave, model.layers - first) * model.layer_bytes
+def budget_bytes(
+    model: ModelShape, backend: Backend, interleave: Interleave, sequences: int, tokens: int, page: int
+) -> int:  # fmt: skip
+    """Bytes of pages that ``sequences`` of ``tokens`` need, null and padding block and rounding included."""
+    total, together = 0, model.layers if interleave == "all" else min(interleave, model.layers)
+    for first in range(0, model.layers, together):
+        width = min(together, model.layers - first) * model.layer_bytes
         if backend == "virtual":
             total += sequences * -(-(tokens + _GUARD) * width // page) + 3
         else:
@@ -146,10 +138,8 @@ def whole_blocks(blocks: torch.Tensor) -> torch.Tensor:
     graph that writes, since torch checks indices against the shape it was captured with.
     """
     blocks = plain(blocks)
-    elements = blocks.untyped_storage().nbytes() // blocks.element_size()
-    return blocks.as_strided(
-        (elements // blocks.stride(0), *blocks.shape[1:]), blocks.stride(), blocks.storage_offset()
-    )
+    count = blocks.untyped_storage().nbytes() // blocks.element_size() // blocks.stride(0)
+    return blocks.as_strided((count, *blocks.shape[1:]), blocks.stride(), blocks.storage_offset())
 
 
 def _fill(caches: list[Cache], batch: Batch, model: ModelShape) -> None:

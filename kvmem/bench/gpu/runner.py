@@ -1,28 +1,83 @@
-"""All parts, one after the other, each in a process of its own: what one of them breaks is not the others' loss.
+"""The parts, in the order of their value: one of them in this process, or all, each in a process of its own.
 
 After an illegal access a CUDA context answers every call with the same error, and a crash takes the process along; so
-a part's process is expendable. It writes its document after every figure; this one notes how the process ended.
+a part's process is expendable. It writes its document after every figure; `run_all` notes how the process ended.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from kvmem.bench.errors import BenchError
-from kvmem.bench.gpu.device import open_bench_device
-from kvmem.bench.gpu.part import document_path, empty_document, without_paths, write_document
-from kvmem.bench.gpu.parts import PARTS, WARM_UP
+from kvmem.bench.document import PartReport, part_path, without_paths, write_json
+from kvmem.bench.gpu.admit import admit
+from kvmem.bench.gpu.attention import attention, layout, queries
+from kvmem.bench.gpu.decode import decode
+from kvmem.bench.gpu.device import BenchDevice, open_bench_device
+from kvmem.bench.gpu.elastic import elastic
+from kvmem.bench.gpu.kernels import KERNELS, Kernel
+from kvmem.bench.gpu.measure import FAILURES, Part
+from kvmem.bench.gpu.memory import Managed
+from kvmem.bench.gpu.sizes import FULL, TINY, ModelShape, Sizes
+from kvmem.bench.gpu.vmm import vmm
+from kvmem.bench.text import BenchError
+from kvmem.bench.timing import one_thread
 
-__all__ = ["Say", "parse_parts", "run_all"]
+__all__ = ["MODULE", "PARTS", "WARM_UP", "parse_parts", "run_all", "run_part"]
 
-Say = Callable[[str], None]
+MODULE = "kvmem.bench.gpu.runner"
+WARM_UP = "warm-up"
+#: They cover every module that the parts load; FlashInfer compiles each once, into a folder that the parts share.
+_COMPILED = ("FlashInfer decode, CUDA cores", "FlashInfer prefill, fa2")
 _GRACE_SECONDS = 10.0  # for a part that is in the middle of a case when its time is up
+
+
+def _compile_kernels(part: Part) -> None:
+    """Compiles what FlashInfer has not compiled yet, so that no part spends its time on it."""
+    device = part.device
+
+    def prepare(kernel: Kernel) -> None:
+        model = ModelShape(layers=1)
+        memory = Managed(model, device, "paged", 2, 32)
+        memory.ask(1)
+        try:
+            kernel.prepare(memory, model)(queries(model, memory), 0)
+        except FAILURES as error:
+            part.report.skip(kernel.name, error)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(prepare, (k for k in KERNELS if k.kind == device.kind and k.name in _COMPILED)))
+
+
+#: What each runs, and its share of the time for all.
+PARTS: dict[str, tuple[Callable[[Part], None], float]] = {
+    WARM_UP: (_compile_kernels, 0.20),
+    "vmm": (vmm, 0.07),
+    "admit": (admit, 0.09),
+    "decode": (decode, 0.19),
+    "attention": (attention, 0.23),
+    "layout": (layout, 0.13),
+    "elastic": (elastic, 0.09),
+}
+
+
+def run_part(
+    name: str, device: BenchDevice, sizes: Sizes, seconds: float, folder: Path | None, command: list[str]
+) -> dict[str, Any]:
+    """One part in this process; its document, which is in ``folder`` too. Errors are the caller's to see."""
+    part = Part(name, device, sizes, seconds, folder if name != WARM_UP else None, command)
+    with one_thread() if device.torch_device.type == "cpu" else nullcontext():
+        PARTS[name][0](part)
+    part.report.close(part.spent, None)
+    return part.report.document
 
 
 def parse_parts(text: str | None) -> list[str]:
@@ -37,8 +92,9 @@ def parse_parts(text: str | None) -> list[str]:
 
 
 def run_all(
-    parts: Sequence[str], folder: Path, *, device: str, tiny: bool, seconds: float, command: list[str], say: Say
-) -> dict[str, dict[str, Any]]:
+    parts: Sequence[str], folder: Path, *, device: str, tiny: bool, seconds: float, command: list[str],
+    say: Callable[[str], None],
+) -> dict[str, dict[str, Any]]:  # fmt: skip
     """The documents by part. ``seconds``: for all of it; what a part leaves over goes to those after it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -50,15 +106,15 @@ def run_all(
     documents = {}
     for index, name in enumerate(queue):
         left = end - monotonic()
-        wanted = left * PARTS[name].share / sum(PARTS[other].share for other in queue[index:])
-        path = document_path(folder, name, opened.name)
+        wanted = left * PARTS[name][1] / sum(PARTS[other][1] for other in queue[index:])
+        path = part_path(folder, name, opened.name)
         path.unlink(missing_ok=True)  # of a run before this one
         why = _run(name, folder, device, tiny, wanted, min(left, wanted + _GRACE_SECONDS), command)
         took = f"{monotonic() + left - end:.0f} s"
         if name == WARM_UP:
             say(f"{name}: {why or 'done'}, {took}")
             continue
-        documents[name] = _finish(name, path, opened.kind, why, command)
+        documents[name] = _finish(name, path, opened, why, command)
         rows = sum(len(rows) for rows in documents[name]["results"].values())
         say(f"{name}: {why or 'done'}, {rows} rows, {len(documents[name]['skipped'])} skipped, {took}")
     return documents
@@ -68,7 +124,7 @@ def _run(
     name: str, folder: Path, device: str, tiny: bool, seconds: float, limit: float, command: list[str]
 ) -> str | None:
     """Why the part's process did not come to its end; None when it did."""
-    words = [sys.executable, "-m", "kvmem.bench.gpu", name, "--out", str(folder), "--device", device]
+    words = [sys.executable, "-m", MODULE, name, "--out", str(folder), "--device", device]
     words += ["--seconds", f"{seconds:.1f}", "--command", json.dumps(command), *(["--tiny"] if tiny else [])]
     if limit <= 0:
         return "no time was left for it"
@@ -82,12 +138,30 @@ def _run(
     return f"exit code {done.returncode}: {without_paths(last)}"
 
 
-def _finish(name: str, path: Path, kind: str, error: str | None, command: list[str]) -> dict[str, Any]:
+def _finish(name: str, path: Path, device: BenchDevice, error: str | None, command: list[str]) -> dict[str, Any]:
     try:
         document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):  # it died before its first figure
-        document = empty_document(name, kind, command)
+        document = PartReport(name, device.facts(), command, None).document
     if error is not None or not document["complete"]:
         document.update(error=error or "the part ended without a word", complete=False)
-        write_document(document, path)
+        write_json(document, path)
     return document
+
+
+def main() -> None:
+    """One part in this process: what `run_all` starts. Users call ``python -m kvmem.bench gpu``."""
+    parser = argparse.ArgumentParser(prog=f"python -m {MODULE}")
+    parser.add_argument("part", choices=list(PARTS))
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--command", type=json.loads, default=[])
+    parser.add_argument("--tiny", action="store_true")
+    given = parser.parse_args()
+    sizes = TINY if given.tiny else FULL
+    run_part(given.part, open_bench_device(given.device), sizes, given.seconds, given.out, given.command)
+
+
+if __name__ == "__main__":
+    main()

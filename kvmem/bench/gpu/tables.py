@@ -1,295 +1,205 @@
-"""The parts' documents as Markdown: the goals of each device, then every part's figures."""
+"""The parts' documents as tables: what was wanted of each device and whether it was met, then every part's figures.
+
+Documents are in the form of `kvmem.bench.document.PartReport`; parts may be missing or cut short.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from kvmem.arguments import format_bytes
-from kvmem.bench.gpu.goals import goals
-from kvmem.bench.markdown import table
-from kvmem.bench.units import format_percent, format_us
+from kvmem.bench.render import Row, Table, cell
+from kvmem.bench.text import format_us
 
-__all__ = ["goal_lines", "gpu_page", "gpu_summary"]
+__all__ = ["Goal", "goal_table", "goals", "part_tables"]
 
-Report = Mapping[str, Any]
-_HOW = "`python -m kvmem.bench gpu --out FOLDER` measures it"
-_MET = {True: "yes", False: "NO", None: "-"}
-
-
-def goal_lines(reports: Mapping[str, Report]) -> list[str]:
-    """``reports``: by part. What was wanted, what was measured, and whether it was met."""
-    rows = [[goal.name, goal.limit, goal.measured, _MET[goal.met]] for goal in goals(reports)]
-    return table(["on a GPU", "wanted", "measured", "met"], rows, 4)
+_STEP_US, _FRESH_US, _PARKED_US = 50.0, 1000.0, 50.0
+_STEP_RATIO, _ATTENTION_RATIO = 1.01, 1.02
+_GIB_PER_SECOND, _PAGE_BYTES, _PROMPT = 200.0, 16 << 20, 8192
 
 
-def gpu_summary(reports: Sequence[Report]) -> list[str]:
-    """For the README: the goals on each device, or that nothing was measured."""
-    if not reports:
-        return [f"On a GPU: not measured; {_HOW}."]
-    lines = []
-    for device, of_device in _by_device(reports).items():
-        lines += [f"On an {device}:", "", *goal_lines(of_device)]
-    return lines
+@dataclass(frozen=True)
+class Goal:
+    """met: None where it was not measured."""
+
+    name: str
+    limit: str
+    measured: str
+    met: bool | None
 
 
-def gpu_page(reports: Sequence[Report]) -> list[str]:
-    """A section a device, or one that says that nothing was measured."""
-    if not reports:
-        return ["## GPU", "", f"Not measured; {_HOW}.", "", *goal_lines({})]
-    lines: list[str] = []
-    for device, of_device in _by_device(reports).items():
-        lines += [
-            f"## {device}",
-            "",
-            _machine(next(iter(of_device.values()))["environment"]),
-            "",
-            *goal_lines(of_device),
-        ]
-        for name, report in of_device.items():
-            lines += ["", f"### {name}", "", f"`python -m kvmem.bench {' '.join(report['command'])}`", ""]
-            lines += _part(name, report)
-    return lines
+def goal_table(documents: Mapping[str, Row]) -> Table:
+    """``documents``: by part."""
+    marks = {True: "yes", False: "NO", None: "-"}
+    rows = [[goal.name, goal.limit, goal.measured, marks[goal.met]] for goal in goals(documents)]
+    return Table("", ["on a GPU", "wanted", "measured", "met"], rows, 4)
 
 
-def _by_device(reports: Sequence[Report]) -> dict[str, dict[str, Report]]:
-    found: dict[str, dict[str, Report]] = {}
-    for report in reports:
-        found.setdefault(report["environment"]["device"], {})[report["gpu_part"]] = report
-    return found
+def goals(documents: Mapping[str, Row]) -> list[Goal]:
+    def rows(part: str, name: str) -> list[Row]:
+        return documents.get(part, {}).get("results", {}).get(name, [])  # type: ignore[no-any-return]
+
+    decode = [row for row in rows("decode", "decode") if row["ratio"] is not None]
+    count = max((row["sequences"] for row in decode), default=256)
+    parked = [row for row in decode if row["phase"] == "parked"]
+    growing = [row for row in decode if row["phase"] == "fresh" and row["memory"] == "virtual"]
+    calls = {row["memory"]: row["driver_calls"] for row in parked}
+    return [
+        _goal(f"steady decode of {count} sequences: driver calls", "none", calls, lambda value: value == 0, "{v}"),
+        *_step(parked, f"steady decode of {count} sequences"),
+        *_step(growing, f"{count} sequences growing into fresh pages, the mapper on"),
+        _attention(rows("attention", "attention")),
+        *(_admission(rows("admit", "admit"), *wanted) for wanted in (("fresh", _FRESH_US), ("parked", _PARKED_US))),
+        _mapping(rows("vmm", "runs")),
+    ]
 
 
-def _machine(facts: Mapping[str, Any]) -> str:
-    names = ("driver", "cuda", "torch", "flashinfer-python", "fa3-fwd", "triton", "python", "kvmem", "commit")
-    versions = ", ".join(f"{name} {facts[name]}" for name in names if facts.get(name))
-    return f"{facts['device']}, {format_bytes(facts.get('device_bytes') or 0)}; {versions}."
+def _goal(name: str, limit: str, values: Mapping[str, Any], good: Callable[[Any], bool], form: str) -> Goal:
+    """Met when every value is ``good``. ``form``: of one value ``v``, as for `kvmem.bench.render.cell`."""
+    measured = "; ".join(f"{key}: {cell(form, {'v': value})}" for key, value in values.items())
+    return Goal(name, limit, measured or "not measured", all(map(good, values.values())) if values else None)
 
 
-def _part(name: str, report: Report) -> Iterator[str]:
-    if report["error"]:
-        yield from (f"Cut short: {report['error']}", "")
-    for title, columns, texts, rows in _TABLES[name](report):
-        if rows:
-            yield from (title, "", *table(columns, rows, texts), "")
-    reasons: dict[str, list[str]] = {}
-    for skipped in report["skipped"]:
-        reasons.setdefault(skipped["why"], []).append(skipped["case"])
-    for why, cases in reasons.items():
-        yield f"- not measured: {'; '.join(cases)}: {why}"
+def _step(rows: Sequence[Row], what: str) -> Iterator[Goal]:
+    p99 = {row["memory"]: row["allocator_us"]["p99"] for row in rows}
+    name = f"{what}: the allocator's part of a step, p99"
+    yield _goal(name, f"under {_STEP_US:.0f} us", p99, lambda us: us < _STEP_US, "{v:us} us")
+    ratios = {row["memory"]: row["ratio"]["median"] for row in rows}
+    name = f"{what}: a whole step, over a static pool's"
+    yield _goal(name, f"at most {_STEP_RATIO}", ratios, lambda ratio: ratio <= _STEP_RATIO, "{v:.3f}")
 
 
-_Tables = Iterator[tuple[str, list[str], int, list[list[str]]]]
+def _extreme(choose: Callable[..., str], values: Mapping[str, float]) -> dict[str, float]:
+    """The one pair with the largest or smallest value, if there is one."""
+    return {best: values[best] for best in [choose(values, key=values.__getitem__)]} if values else {}
 
 
-def _rows(report: Report, name: str) -> list[dict[str, Any]]:
-    return report["results"].get(name, [])  # type: ignore[no-any-return]
+def _attention(rows: Sequence[Row]) -> Goal:
+    form = "{kernel}, {phase}, {sequences} x {tokens:,}"
+    ours = (row for row in rows if row["memory"] == "virtual" and row["ratio"] is not None)
+    ratios = {cell(form, row): row["ratio"]["median"] for row in ours}
+    name = f"attention over the virtual backend, over static contiguous tensors, worst of {len(ratios) or 'all'} cases"
+    limit, worst = _ATTENTION_RATIO, _extreme(max, ratios)
+    return _goal(name, f"at most {limit}", worst, lambda ratio: ratio <= limit, "{v:.3f}")
 
 
-def _median(spread: Mapping[str, float]) -> str:
-    return format_us(spread["median"])
+def _admission(rows: Sequence[Row], way: str, limit: float) -> Goal:
+    """At the best page size; what the others take is said too."""
+    times = {
+        cell("pages of {page_bytes:bytes}", row): row["host_us"]["median"]
+        for row in rows
+        if (row["way"], row["backend"], row["prompt_tokens"]) == (way, "virtual", _PROMPT)
+    }
+    best = _extreme(min, times)
+    name = f"a prompt of {_PROMPT:,} tokens on the virtual backend, ready from {way} memory, at the best page size"
+    goal = _goal(name, f"under {limit:,.0f} us", best, lambda us: us < limit, "{v:us} us")
+    more = "".join(f"; {name}: {format_us(us)} us" for name, us in times.items() if name not in best)
+    return Goal(goal.name, goal.limit, goal.measured + more, goal.met)
 
 
-def _around(spread: Mapping[str, float]) -> str:
-    return f"{format_us(spread['p10'])} to {format_us(spread['p90'])}"
+def _mapping(rows: Sequence[Row]) -> Goal:
+    speeds = {
+        f"{row['run_pages']} pages a run": row["gib_per_second"]
+        for row in rows
+        if (row["page_bytes"], row["access"], row["load"]) == (_PAGE_BYTES, "run", "none")
+    }
+    best, limit = _extreme(max, speeds), _GIB_PER_SECOND
+    name = f"mapping, pages of {format_bytes(_PAGE_BYTES)}"
+    return _goal(name, f"at least {limit:.0f} GiB/s", best, lambda speed: speed >= limit, "{v:.0f} GiB/s")
 
 
-def _ratio(ratio: Mapping[str, float] | None) -> str:
-    return "" if ratio is None else f"{ratio['median']:.3f} ({ratio['p10']:.3f} to {ratio['p90']:.3f})"
+# The parts' figures: by the name of the rows their title, how many columns are words, and the columns.
+
+_SPECS: dict[str, tuple[str, int, str]] = {
+    "runs": (
+        "Microseconds a driver call, medians; GiB/s are of map and set_access together", 1,
+        """page={page_bytes:bytes}; run, pages={run_pages}; map, a page={map_us[median]:us};
+        set_access, the run={set_access_us[median]:us}; set_access, a page of it={each[set_access_us][median]:us};
+        unmap, a page={unmap_us[median]:us}; GiB/s={gib_per_second:,.0f};
+        GiB/s, an access a page={apart[gib_per_second]:,.0f}; map under kernels={busy[map_us][median]:us};
+        set_access={busy[set_access_us][median]:us}; unmap={busy[unmap_us][median]:us};
+        GiB/s={busy[gib_per_second]:,.0f}""",
+    ),
+    "pages": (
+        "Microseconds", 1,
+        """page={page_bytes:bytes}; create={create_us[median]:us}; destroy={destroy_us[median]:us};
+        reserve={reserve_us[median]:us}; release={release_us[median]:us}""",
+    ),
+    "decode": (
+        "{sequences} sequences from {prompt_tokens:,} tokens, {steps} steps, {layers} layers{why}", 2,
+        """phase={phase}; memory={memory}; step, us: median={step_us[median]:us}; p99={step_us[p99]:us};
+        max={step_us[largest]:us}; over static={ratio:ratio}; allocator, us: median={allocator_us[median]:us};
+        p99={allocator_us[p99]:us}; max={allocator_us[largest]:us}; the kernel's plan={plan_us[median]:us};
+        driver calls a step={calls_a_step:.2f}; at most={most_driver_calls};
+        during the allocator's part={calls_meanwhile}; steps begun with the mapper behind={late_steps};
+        by at most, steps={most_lag_steps}""",
+    ),
+    "attention": (
+        "A copy on the device moves {terabytes:.2f} TB/s, read and written", 4,
+        """phase={phase}; kernel={kernel}; batch={sequences} x {tokens:,}; memory={memory}; us a layer={us:spread};
+        over static contiguous={ratio:ratio}; over a static copy={twin_ratio:ratio};
+        of the bandwidth={of_bandwidth:share}""",
+    ),
+    "verdict": (
+        "The largest interleave that costs at most 2 % more than the best", 1,
+        """backend={backend}; interleave={interleave}; worst ratio to static={worst_ratio:.3f}; cases={cases};
+        recommended={recommended:mark}""",
+    ),
+    "layout": (
+        "Attention by layout", 5,
+        """phase={phase}; kernel={kernel}; backend={backend}; batch={sequences} x {tokens:,};
+        interleave={interleave} of {layers}; us a layer={us[median]:us}; over static, a layer each={ratio:ratio}""",
+    ),
+    "admit": (
+        "A prompt until it has its memory", 3,
+        """memory={way}; backend={backend}; page={page_bytes:bytes}; prompt, tokens={prompt_tokens:,};
+        cached={cached_tokens:,}; us until kernels can be launched={host_us[median]:us}; p90={host_us[p90]:us};
+        us until the device is done={ready_us[median]:us}; driver calls={driver_calls:,.1f}""",
+    ),
+    "elastic": (
+        "Memory that moves from one allocator to another, while one of them decodes", 2,
+        """backend={backend}; direction={direction}; moved={moved_bytes:bytes}; seconds, steps included={seconds:.2f};
+        GiB/s of the admissions={gib_per_second:.1f}; us an admission={admission_us[median]:us};
+        step meanwhile, us: median={step_us[median]:us}; p99={step_us[p99]:us}; max={step_us[largest]:us};
+        step before={quiet_step_us[median]:us}; ratio={ratio:.3f}; driver calls={driver_calls:,}""",
+    ),
+}  # fmt: skip
 
 
-def _vmm(report: Report) -> _Tables:
-    found = {(r["page_bytes"], r["run_pages"], r["access"], r["load"]): r for r in _rows(report, "runs")}
-    rows = []
+def part_tables(document: Row) -> Iterator[Table]:
+    """All that the part has measured."""
+    for name, rows in document["results"].items():
+        shown = list(_SHOWN[name](rows, document["setup"]) if name in _SHOWN else rows)
+        if shown:
+            title, texts, spec = _SPECS[name]
+            yield Table.of(cell(title, shown[0]), spec, shown, texts)
+
+
+def _runs(rows: Sequence[Row], setup: Row) -> Iterator[Row]:
+    """A row for each run without load; beside it that with an access a page, and that under kernels."""
+    found = {(r["page_bytes"], r["run_pages"], r["access"], r["load"]): r for r in rows}
     for (page, run, access, load), row in found.items():
-        if (access, load) != ("run", "none"):
-            continue
-        apart, busy = found.get((page, run, "page", load)), found.get((page, run, access, "kernels"))
-        cells = [_median(row[name]) for name in ("map_us", "set_access_us", "unmap_us")]
-        cells.insert(2, _median((apart or row)["set_access_us"]))
-        busy_cells = [_median(busy[n]) for n in ("map_us", "set_access_us", "unmap_us")] if busy else ["", "", ""]
-        speeds = [f"{r['gib_per_second']:,.0f}" if r else "" for r in (row, apart, busy)]
-        rows.append([format_bytes(page), str(run), *cells, *speeds[:2], *busy_cells, speeds[2]])
-    columns = [
-        "page",
-        "run, pages",
-        "map, a page",
-        "set_access, the run",
-        "set_access, a page of it",
-        "unmap, a page",
-        "GiB/s",
-        "GiB/s, an access a page",
-        "map under kernels",
-        "set_access",
-        "unmap",
-        "GiB/s",
-    ]
-    yield "Microseconds a driver call, medians; GiB/s are of map and set_access together:", columns, 1, rows
-    pages = [
-        [
-            format_bytes(row["page_bytes"]),
-            *(_median(row[n]) for n in ("create_us", "destroy_us", "reserve_us", "release_us")),
-        ]
-        for row in _rows(report, "pages")
-    ]
-    yield "Microseconds:", ["page", "create", "destroy", "reserve", "release"], 1, pages
+        if (access, load) == ("run", "none"):
+            apart, busy = found.get((page, run, "page", load)), found.get((page, run, access, "kernels"))
+            yield {**row, "apart": apart, "each": apart or row, "busy": busy}
 
 
-def _decode(report: Report) -> _Tables:
-    setup = report["setup"]
-    rows = [
-        [
-            r["phase"],
-            r["memory"],
-            *(format_us(r["step_us"][n]) for n in ("median", "p99", "largest")),
-            _ratio(r["ratio"]),
-            *(format_us(r["allocator_us"][n]) for n in ("median", "p99", "largest")),
-            _median(r["plan_us"]),
-            f"{r['driver_calls'] / r['steps']:.2f}",
-            str(r["most_driver_calls"]),
-            str(r["calls_meanwhile"]),
-            str(r["late_steps"]),
-            str(r["most_lag_steps"]),
-        ]
-        for r in _rows(report, "decode")
-    ]
-    columns = ["phase", "memory", "step, us: median", "p99", "max", "over static", "allocator, us: median", "p99"]
-    columns += ["max", "the kernel's plan", "driver calls a step", "at most", "during the allocator's part"]
-    columns += ["steps begun with the mapper behind", "by at most, steps"]
-    first = next(iter(_rows(report, "decode")), None)
-    title = ""
-    if first is not None:
-        why = f" ({setup['why_fewer_layers']})" if setup.get("why_fewer_layers") else ""
-        title = f"{first['sequences']} sequences from {first['prompt_tokens']:,} tokens, {first['steps']} steps, "
-        title += f"{setup.get('layers')} layers{why}:"
-    yield title, columns, 2, rows
+def _decode(rows: Sequence[Row], setup: Row) -> Iterator[Row]:
+    why = f" ({setup['why_fewer_layers']})" if setup.get("why_fewer_layers") else ""
+    for row in rows:
+        yield {**row, "calls_a_step": row["driver_calls"] / row["steps"], "why": why}
 
 
-def _attention(report: Report) -> _Tables:
-    rows = [
-        [
-            r["phase"],
-            r["kernel"],
-            f"{r['sequences']} x {r['tokens']:,}",
-            r["memory"],
-            _median(r["us"]),
-            _around(r["us"]),
-            _ratio(r["ratio"]),
-            _ratio(r["twin_ratio"]),
-            format_percent(r["bandwidth_share"]) if r["phase"] == "decode" else "",
-        ]
-        for r in _rows(report, "attention")
-    ]
-    columns = [
-        "phase",
-        "kernel",
-        "batch",
-        "memory",
-        "us a layer, median",
-        "p10 to p90",
-        "over static contiguous",
-        "over a static copy",
-        "of the bandwidth",
-    ]
-    speed = report["setup"].get("copy_bytes_per_second", 0.0)
-    yield f"A copy on the device moves {speed / 1e12:.2f} TB/s, read and written:", columns, 4, rows
+def _reads(rows: Sequence[Row], setup: Row) -> Iterator[Row]:
+    for row in rows:
+        share = row["bandwidth_share"] if row["phase"] == "decode" else None
+        yield {**row, "of_bandwidth": share, "terabytes": setup.get("copy_bytes_per_second", 0.0) / 1e12}
 
 
-def _layout(report: Report) -> _Tables:
-    verdicts = [
-        [
-            r["backend"],
-            str(r["interleave"]),
-            f"{r['worst_ratio']:.3f}",
-            str(r["cases"]),
-            "yes" if r["recommended"] else "",
-        ]
-        for r in _rows(report, "verdict")
-    ]
-    columns = ["backend", "interleave", "worst ratio to static", "cases", "recommended"]
-    yield "The largest interleave that costs at most 2 % more than the best:", columns, 1, verdicts
-    rows = [
-        [
-            r["phase"],
-            r["kernel"],
-            r["backend"],
-            f"{r['sequences']} x {r['tokens']:,}",
-            f"{r['interleave']} of {r['layers']}",
-            _median(r["us"]),
-            _ratio(r["ratio"]),
-        ]
-        for r in _rows(report, "layout")
-    ]
-    columns = ["phase", "kernel", "backend", "batch", "interleave", "us a layer", "over static, a layer each"]
-    yield "Attention by layout:", columns, 5, rows
-
-
-def _admit(report: Report) -> _Tables:
-    rows = [
-        [
-            r["way"],
-            r["backend"],
-            format_bytes(r["page_bytes"]),
-            f"{r['prompt_tokens']:,}",
-            f"{r['cached_tokens']:,}",
-            _median(r["host_us"]),
-            format_us(r["host_us"]["p90"]),
-            _median(r["ready_us"]),
-            f"{r['driver_calls']:,.1f}",
-        ]
-        for r in _rows(report, "admit")
-    ]
-    columns = [
-        "memory",
-        "backend",
-        "page",
-        "prompt, tokens",
-        "cached",
-        "us until kernels can be launched",
-        "p90",
-        "us until the device is done",
-        "driver calls",
-    ]
-    yield "A prompt until it has its memory:", columns, 3, rows
-
-
-def _elastic(report: Report) -> _Tables:
-    rows = [
-        [
-            r["backend"],
-            r["direction"],
-            format_bytes(r["moved_bytes"]),
-            f"{r['seconds']:.2f}",
-            f"{r['gib_per_second']:.1f}",
-            _median(r["admission_us"]),
-            *(format_us(r["step_us"][n]) for n in ("median", "p99", "largest")),
-            format_us(r["quiet_step_us"]["median"]),
-            f"{r['ratio']:.3f}",
-            f"{r['driver_calls']:,}",
-        ]
-        for r in _rows(report, "elastic")
-    ]
-    columns = [
-        "backend",
-        "direction",
-        "moved",
-        "seconds, steps included",
-        "GiB/s of the admissions",
-        "us an admission",
-        "step meanwhile, us: median",
-        "p99",
-        "max",
-        "step before",
-        "ratio",
-        "driver calls",
-    ]
-    yield "Memory that moves from one allocator to another, while one of them decodes:", columns, 2, rows
-
-
-_TABLES: dict[str, Callable[[Report], _Tables]] = {
-    "vmm": _vmm,
+_SHOWN: dict[str, Callable[[Sequence[Row], Row], Iterator[Row]]] = {
+    "runs": _runs,
     "decode": _decode,
-    "attention": _attention,
-    "layout": _layout,
-    "admit": _admit,
-    "elastic": _elastic,
+    "attention": _reads,
 }

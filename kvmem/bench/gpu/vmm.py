@@ -1,27 +1,24 @@
 """What the driver's calls cost, by page size and by how many pages are mapped at a time, with and without kernels that
-run meanwhile. The calls go through kvmem's own driver, so its books are in the times.
+run meanwhile. The calls go through kvmem's own driver, so its metadata is in the times.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from time import perf_counter_ns
 from typing import Literal
 
 import numpy as np
 
 from kvmem import _core
-from kvmem.bench.gpu.device import BenchDevice, KernelLoad
-from kvmem.bench.gpu.part import Budget, Report
-from kvmem.bench.gpu.sizes import Sizes
-from kvmem.bench.spread import Spread
+from kvmem.bench.gpu.device import KernelLoad
+from kvmem.bench.gpu.measure import Part
+from kvmem.bench.timing import WARM_UP, Spread, timed
 
 __all__ = ["PageCost", "RunCost", "vmm"]
 
 Access = Literal["run", "page"]
+_PAGE_SECONDS = 2.0
 _ACCESS: tuple[Access, ...] = ("run", "page")
-_WARM_UP = 2
 
 
 @dataclass(frozen=True)
@@ -65,10 +62,10 @@ class _Range:
         self.base = driver.reserve(pages * page_bytes)
         self.pages: list[int] = []
         for _ in range(pages):
-            self.create_ns.append(_time(lambda: self.pages.append(driver.create(page_bytes))))
+            self.create_ns.append(timed(lambda: self.pages.append(driver.create(page_bytes))))
 
     def map(self, count: int) -> int:
-        return _time(lambda: self.driver.map_run(self.base, self.page_bytes, self.pages[:count]))
+        return timed(lambda: self.driver.map_run(self.base, self.page_bytes, self.pages[:count]))
 
     def set_access(self, count: int, access: Access) -> int:
         step = count if access == "run" else 1
@@ -77,72 +74,59 @@ class _Range:
             for first in range(0, count, step):
                 self.driver.set_access(self.base + first * self.page_bytes, step * self.page_bytes)
 
-        return _time(grant)
+        return timed(grant)
 
     def unmap(self, count: int) -> int:
-        return _time(lambda: self.driver.unmap_run(self.base, self.page_bytes, count))
+        return timed(lambda: self.driver.unmap_run(self.base, self.page_bytes, count))
 
     def close(self) -> PageCost:
-        destroy = [_time(lambda page=page: self.driver.destroy(page)) for page in self.pages]  # type: ignore[misc]
+        destroy = [timed(lambda page=page: self.driver.destroy(page)) for page in self.pages]  # type: ignore[misc]
         size = len(self.pages) * self.page_bytes
-        release = [_time(lambda: self.driver.release(self.base, size))]
+        release = [timed(lambda: self.driver.release(self.base, size))]
         reserve: list[int] = []
         for _ in range(5):
             at: list[int] = []
-            reserve.append(_time(lambda at=at: at.append(self.driver.reserve(size))))  # type: ignore[misc]
-            release.append(_time(lambda at=at: self.driver.release(at[0], size)))  # type: ignore[misc]
+            reserve.append(timed(lambda at=at: at.append(self.driver.reserve(size))))  # type: ignore[misc]
+            release.append(timed(lambda at=at: self.driver.release(at[0], size)))  # type: ignore[misc]
         costs = (self.create_ns, destroy, reserve, release)
         return PageCost(self.page_bytes, *(Spread.of_ns(ns) for ns in costs))
 
 
-def vmm(device: BenchDevice, sizes: Sizes, budget: Budget, report: Report) -> None:
+def vmm(part: Part) -> None:
     """All page sizes and run lengths. At most 16 GiB of pages exist at once."""
+    device, sizes = part.device, part.sizes
     driver, load = device.driver(), device.load()
     if load is None:
-        report.skip("under running kernels", "a CPU has no stream to run them on")
+        part.report.skip("under running kernels", "a CPU has no stream to run them on")
     for page_bytes in sizes.vmm_pages:
-        if not budget.allows(2.0):
-            report.skip(f"pages of {page_bytes} bytes", "the part's time was up")
+        if not part.allows(f"pages of {page_bytes} bytes", _PAGE_SECONDS):
             continue
         area = _Range(driver, page_bytes, max(sizes.vmm_runs))
         try:
             for busy in (None, load) if load is not None else (None,):
                 for count in sizes.vmm_runs:
                     for access in _ACCESS[: 1 + (count > 1)]:
-                        report.add("runs", _measure(area, count, access, busy, sizes.repetitions))
+                        part.report.add("runs", _measure(area, count, access, busy, sizes.repetitions))
         finally:
             device.synchronize()
             cost = area.close()
-        report.add("pages", cost)
+        part.report.add("pages", cost)
 
 
 def _measure(area: _Range, count: int, access: Access, load: KernelLoad | None, repetitions: int) -> RunCost:
     ns: list[tuple[int, int, int]] = []
     drained = 0
-    for repetition in range(_WARM_UP + repetitions):
+    for repetition in range(WARM_UP + repetitions):
         if load is not None:
             load.top_up()
         cost = area.map(count), area.set_access(count, access), area.unmap(count)
-        if repetition >= _WARM_UP:
+        if repetition >= WARM_UP:
             ns.append(cost)
             drained += load is not None and not load.busy()
     mapped, accessed, unmapped = (np.array(column, dtype=np.float64) for column in zip(*ns, strict=True))
     size = count * area.page_bytes / 2**30
     return RunCost(
-        page_bytes=area.page_bytes,
-        run_pages=count,
-        access=access,
-        load="none" if load is None else "kernels",
-        map_us=Spread.of_ns(mapped / count),
-        set_access_us=Spread.of_ns(accessed / (count if access == "page" else 1)),
-        unmap_us=Spread.of_ns(unmapped / count),
-        run_us=Spread.of_ns(mapped + accessed),
-        gib_per_second=float(size / (np.median(mapped + accessed) / 1e9)),
-        drained=drained,
-    )
-
-
-def _time(call: Callable[[], object]) -> int:
-    begin = perf_counter_ns()
-    call()
-    return perf_counter_ns() - begin
+        area.page_bytes, count, access, "none" if load is None else "kernels", Spread.of_ns(mapped / count),
+        Spread.of_ns(accessed / (count if access == "page" else 1)), Spread.of_ns(unmapped / count),
+        Spread.of_ns(mapped + accessed), float(size / (np.median(mapped + accessed) / 1e9)), drained,
+    )  # fmt: skip
