@@ -9,7 +9,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from support import BACKENDS, LAYOUTS, i32, make_allocator, plain, seed_of_run
+from support import BACKENDS, LAYOUTS, i32, make_allocator, plain
 from support_prefix import text
 
 import kvmem
@@ -42,8 +42,9 @@ def one_by_one(
 
 @pytest.mark.parametrize("layout", LAYOUTS_HERE)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_prompts_admitted_at_once_are_prompts_admitted_one_by_one(backend: str, layout: str) -> None:
-    rng = random.Random(seed_of_run())
+def test_prompts_admitted_at_once_are_prompts_admitted_one_by_one(
+    backend: str, layout: str, rng: random.Random
+) -> None:
     spec, options = LAYOUTS[layout].spec(16), {"max_sequences": 12, "max_tokens": 900, "device": "meta"}
     batched, single = (make_allocator(spec, backend, page_bytes=4096, **options) for _ in range(2))
     kept: list[kvmem.Sequence] = []
@@ -56,11 +57,11 @@ def test_prompts_admitted_at_once_are_prompts_admitted_one_by_one(backend: str, 
             single, prompts, salt, kept
         ), turn
         assert batched.stats().used_bytes == single.stats().used_bytes
+        dropped = rng.sample(live := single.core.handles(), len(live) // 2)
         for alloc in (batched, single):
             for handle, hit, prompt in zip(ids, cached, prompts, strict=False):
                 alloc.commit_batch(i32(handle), i32(len(prompt) - hit), i32(*prompt[hit:]))
-            live = alloc.core.handles()
-            alloc.free_batch(i32(*random.Random(turn).sample(live, len(live) // 2)))
+            alloc.free_batch(i32(*dropped))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support_world import BACKENDS, PAGE, World, mixed_spec, plain_spec
+from support import BACKENDS
+from support_world import PAGE, World, mixed_spec, plain_spec
 
 import kvmem
 from kvmem import DeviceError, OutOfMemory, SpecError, StaleHandle

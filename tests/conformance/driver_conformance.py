@@ -333,11 +333,8 @@ def test_more_than_there_is_is_out_of_memory(device: Device) -> None:
 # ---- Anything at all -------------------------------------------------------------------------------------------------
 
 
-def test_random_walk_keeps_every_page_apart(device: Device) -> None:
+def test_random_walk_keeps_every_page_apart(device: Device, rng: random.Random) -> None:
     """Random creates, maps, aliases, writes, unmaps and destroys against a model of which bytes lie where."""
-    seed = random.randrange(1 << 30)
-    print(f"seed {seed}")
-    rng = random.Random(seed)
     driver, size, slots = device.driver, device.page_bytes, 24
     base = driver.reserve(slots * size)
     content: dict[int, bytes | None] = {}  # page -> its bytes; None until written

@@ -1,7 +1,7 @@
 """The allocator against the reference model: state machines that shrink what they find, and a million random
 operations.
 
-``KVMEM_LONG=1`` runs longer versions; ``KVMEM_SEED`` repeats a random one.
+``KVMEM_LONG=1`` runs longer versions; ``--seed`` repeats a random one.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from lockstep import Lockstep
-from support import BACKENDS, LAYOUTS, LONG, SIZES, i32, make_allocator, plain, seed_of_run
+from support import BACKENDS, LAYOUTS, LONG, SIZES, i32, make_allocator, plain
 
 import kvmem
 
@@ -129,18 +129,17 @@ TestPaged.settings = RUNS
 
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_random_operations_with_contents(backend: str) -> None:
+def test_random_operations_with_contents(backend: str, rng: random.Random) -> None:
     """Thousands of random calls on real memory, every token verified (tens of thousands with KVMEM_LONG=1)."""
-    walk = random.Random(seed_of_run())
     for name in LAYOUTS:
-        sizes = SIZES[walk.choice(sorted(SIZES))]
+        sizes = SIZES[rng.choice(sorted(SIZES))]
         alloc = make_allocator(
             LAYOUTS[name].spec(sizes["block_size"]), backend, interleave=LAYOUTS[name].interleave,
-            page_bytes=sizes["page_bytes"], memory=50 * sizes["page_bytes"], tail_guard_tokens=walk.choice([0, 30]),
+            page_bytes=sizes["page_bytes"], memory=50 * sizes["page_bytes"], tail_guard_tokens=rng.choice([0, 30]),
         )  # fmt: skip
         pair = Lockstep(alloc)
         for number in range(3000 if LONG else 150):
-            step(pair, walk)
+            step(pair, rng)
             pair.agree()
             if number % 10 == 0:
                 pair.contents_agree()
@@ -234,10 +233,10 @@ class Load:
 
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_million_operations(backend: str) -> None:
+def test_a_million_operations(backend: str, seed: int) -> None:
     """For each backend. KVMEM_LONG=1 runs five million."""
     total = 5_000_000 if LONG else 1_000_000
-    load, start, number = Load(backend, random.Random(seed_of_run()), often=10), time.monotonic(), 0
+    load, start, number = Load(backend, random.Random(seed), often=10), time.monotonic(), 0
     while load.operations < total:
         load.round(number)
         number += 1
@@ -251,9 +250,8 @@ def test_a_million_operations(backend: str) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_invariant_10_both_backends_give_the_same_answers(layout: str) -> None:
+def test_invariant_10_both_backends_give_the_same_answers(layout: str, seed: int) -> None:
     """One list of calls, two backends with memory enough: equal handles, lengths, errors, batches and contents."""
-    seed = seed_of_run()
     pairs = []
     for backend in BACKENDS:
         walk = random.Random(seed)

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 from event_world import Held, Router
-from support import BACKENDS, LONG, all_windows, latent, make_allocator, plain, seed_of_run, windows
+from support import BACKENDS, LONG, all_windows, latent, make_allocator, plain, windows
 
 import kvmem
 from kvmem.events import AllBlocksCleared, BlockRemoved, BlockStored
@@ -185,9 +185,8 @@ def test_both_backends_tell_the_same(spec: Callable[[int], kvmem.CacheSpec], lef
 
 @pytest.mark.parametrize("spec", [plain, latent, windows, all_windows])
 @pytest.mark.parametrize("capacity", [8, 4096])
-def test_followed_or_asked_from_the_beginning_it_is_the_same(make: Make, spec: Callable[[int], kvmem.CacheSpec], capacity: int) -> None:  # fmt: skip
+def test_followed_or_asked_from_the_beginning_it_is_the_same(make: Make, spec: Callable[[int], kvmem.CacheSpec], capacity: int, seed: int) -> None:  # fmt: skip
     """Random work in little memory, so that blocks are evicted; now and then the events are fetched, or too late."""
-    seed = seed_of_run()
     rng = np.random.default_rng(seed)
     alloc = make(spec(BLOCK), events=capacity, memory="128KiB", max_tokens=200)
     router = Router()

@@ -9,7 +9,7 @@ import random
 
 import pytest
 from event_world import Router
-from support import BACKENDS, make_allocator, seed_of_run
+from support import BACKENDS, make_allocator
 
 import kvmem
 from kvmem import Component, Group
@@ -162,8 +162,7 @@ class Program:
 @pytest.mark.parametrize("guard", GUARD)
 @pytest.mark.parametrize("name", SPECS)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_what_events_promise_is_what_is_found(backend: str, name: str, guard: int) -> None:
-    rng = random.Random(seed_of_run())
+def test_what_events_promise_is_what_is_found(backend: str, name: str, guard: int, rng: random.Random) -> None:
     alloc = make_allocator(
         SPECS[name], backend, memory=4096 * 60, page_bytes=4096, max_sequences=5, max_tokens=100, events=100_000,
         partial_reuse=False, tail_guard_tokens=guard, device="meta", policy=rng.choice(["lru", "density"]),

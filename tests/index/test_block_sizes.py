@@ -6,7 +6,7 @@ import random
 
 import pytest
 from event_world import Router
-from support import BACKENDS, HALF, compute, make_allocator, seed_of_run
+from support import BACKENDS, HALF, compute, make_allocator
 
 import kvmem
 from kvmem.events import BlockStored
@@ -113,10 +113,11 @@ def test_forks_within_a_unit_publish_units_of_their_own() -> None:
 
 
 @pytest.mark.parametrize("sizes", [(2, 6), (6, 2), (4, 6)])
-def test_a_table_kept_from_the_changes_is_the_allocators(backend: str, sizes: tuple[int, ...]) -> None:
+def test_a_table_kept_from_the_changes_is_the_allocators(
+    backend: str, sizes: tuple[int, ...], rng: random.Random
+) -> None:
     """A unit that others have cached takes the place of all of a request's own blocks of it; a unit that is cut gives way to
     copies of all blocks in it."""
-    rng = random.Random(seed_of_run())
     alloc = make_allocator(spec(*((size, None) for size in sizes)), backend, max_tokens=120)
     cache, replaced = kvmem.SchedulerCache(alloc), 0
     tables, said = dict[int, list[int]](), dict[int, list[int]]()

@@ -1,7 +1,7 @@
 """Prefix sharing against the reference model: random programs with contents, a state machine, a million operations for
 each backend, both backends side by side, and all of it again with hashes that collide.
 
-``KVMEM_LONG=1`` runs longer versions; ``KVMEM_SEED`` repeats a random one.
+``KVMEM_LONG=1`` runs longer versions; ``--seed`` repeats a random one.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from lockstep_prefix import PrefixLockstep, make_pair
 from prefix_walk import ROOTS, Author, author, step
-from support import BACKENDS, LAYOUTS, LONG, SIZES, i32, make_allocator, plain, seed_of_run
+from support import BACKENDS, LAYOUTS, LONG, SIZES, i32, make_allocator, plain
 
 
 def walk_for(pair: PrefixLockstep, walk: random.Random, steps: int, every: int = 10) -> None:
@@ -34,13 +34,12 @@ def walk_for(pair: PrefixLockstep, walk: random.Random, steps: int, every: int =
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_random_programs_with_memory_enough(backend: str, layout: str) -> None:
+def test_random_programs_with_memory_enough(backend: str, layout: str, rng: random.Random) -> None:
     """What is found is exactly what the model finds, and reads as it was written."""
-    walk = random.Random(seed_of_run())
-    for size in SIZES if LONG else walk.sample(sorted(SIZES), 2):
+    for size in SIZES if LONG else rng.sample(sorted(SIZES), 2):
         pair = make_pair(layout, backend, size, plentiful=True)
-        for _ in range(10):  # a short walk may find nothing by chance
-            walk_for(pair, walk, 2000 if LONG else 120)  # every opening asserts it
+        for _ in range(10):  # a short rng may find nothing by chance
+            walk_for(pair, rng, 2000 if LONG else 120)  # every opening asserts it
             if pair.hit_tokens > 0 or not pair.model.shares or pair.model.fixed:
                 break
         else:
@@ -49,23 +48,23 @@ def test_random_programs_with_memory_enough(backend: str, layout: str) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_random_programs_under_pressure(backend: str, layout: str) -> None:
+def test_random_programs_under_pressure(backend: str, layout: str, rng: random.Random) -> None:
     """Little memory: what is found may be less than the model's, never other, never more."""
-    walk = random.Random(seed_of_run())
-    for size in SIZES if LONG else walk.sample(sorted(SIZES), 2):
-        guard = walk.choice([0, 30])
-        pair = make_pair(layout, backend, size, tail_guard_tokens=guard, zero=walk.choice(["fresh", "always"]))
-        walk_for(pair, walk, 3000 if LONG else 150)
+    for size in SIZES if LONG else rng.sample(sorted(SIZES), 2):
+        guard = rng.choice([0, 30])
+        pair = make_pair(layout, backend, size, tail_guard_tokens=guard, zero=rng.choice(["fresh", "always"]))
+        walk_for(pair, rng, 3000 if LONG else 150)
 
 
 @pytest.mark.parametrize("layout", ["kv interleaved", "full and window", "recurrent"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_collisions_change_no_answer(backend: str, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_collisions_change_no_answer(
+    backend: str, layout: str, monkeypatch: pytest.MonkeyPatch, rng: random.Random
+) -> None:
     """Invariant 7: with hashes of one bit every block collides with half of all others, and nothing else is different."""
     monkeypatch.setenv("KVMEM_HASH_BITS", "1")
-    walk = random.Random(seed_of_run())
-    walk_for(make_pair(layout, backend, plentiful=True), walk, 2000 if LONG else 150)
-    walk_for(make_pair(layout, backend), walk, 2000 if LONG else 150)
+    walk_for(make_pair(layout, backend, plentiful=True), rng, 2000 if LONG else 150)
+    walk_for(make_pair(layout, backend), rng, 2000 if LONG else 150)
 
 
 # ---- A state machine -------------------------------------------------------------------------------
@@ -268,10 +267,10 @@ class Load:
 
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_many_operations(backend: str) -> None:
+def test_many_operations(backend: str, seed: int) -> None:
     """200,000 for each backend. KVMEM_LONG=1 runs five million."""
     total = 5_000_000 if LONG else 200_000
-    load, start, number = Load(backend, random.Random(seed_of_run()), often=10), time.monotonic(), 0
+    load, start, number = Load(backend, random.Random(seed), often=10), time.monotonic(), 0
     while load.operations < total:
         load.round(number)
         number += 1
@@ -290,9 +289,8 @@ def test_many_operations(backend: str) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_invariant_10_both_backends_find_the_same(layout: str) -> None:
+def test_invariant_10_both_backends_find_the_same(layout: str, seed: int) -> None:
     """One program, two backends with memory enough: equal hits, matches, reasons, lengths and contents."""
-    seed = seed_of_run()
     pairs = []
     for backend in BACKENDS:
         walk = random.Random(seed)

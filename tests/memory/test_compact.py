@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 from lockstep_prefix import PrefixLockstep
-from support_world import BACKENDS, PAGE, World, checked, plain_spec
+from support import BACKENDS
+from support_world import PAGE, World, checked, plain_spec
 
 import kvmem
 from kvmem import _core

@@ -15,7 +15,8 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
-from support_world import BACKENDS, PAGE, World, checked, plain_spec
+from support import BACKENDS
+from support_world import PAGE, World, checked, plain_spec
 
 import kvmem
 from kvmem import _core

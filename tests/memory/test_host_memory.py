@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 
 import pytest
+from support import BACKENDS
 from support_drivers import assert_runs
-from support_world import BACKENDS, PAGE, World, plain_spec
+from support_world import PAGE, World, plain_spec
 
 import kvmem
 

@@ -188,9 +188,9 @@ def test_a_digest_and_its_disturbances_are_of_one_moment() -> None:
     assert after == before and after.disturbed == 1
 
 
-def test_taking_memory_away_waits_for_the_mapper() -> None:
+def test_taking_memory_away_waits_for_the_mapper(seed: int) -> None:
     """trim, a smaller budget, fork, truncate and free right behind a step that has posted work."""
-    rng = np.random.default_rng(3)
+    rng = np.random.default_rng(seed)
     driver = checked()
     world = make(driver)
     start(world, 10, 100)

@@ -8,18 +8,8 @@ from itertools import count
 import numpy as np
 import pytest
 import torch
-from support_world import (
-    BACKENDS,
-    LONG,
-    NOTHING,
-    PAGE,
-    World,
-    checked,
-    held,
-    mixed_spec,
-    plain_spec,
-    seed_from_environment,
-)
+from support import BACKENDS, LONG
+from support_world import NOTHING, PAGE, World, checked, held, mixed_spec, plain_spec
 
 import kvmem
 
@@ -131,9 +121,8 @@ def test_what_a_neighbour_left_reads_zero(zero: str, giver: str, taker: str) -> 
 
 
 @pytest.mark.parametrize("ahead", [0, 100])
-def test_a_random_life_of_four_allocators(ahead: int) -> None:
+def test_a_random_life_of_four_allocators(ahead: int, rng: random.Random) -> None:
     """Different specs, both backends, one budget that changes: it holds after every call, and no content is lost."""
-    rng = random.Random(seed_from_environment(31))
     pool, driver = make_pool(150)
     specs = [plain_spec(), mixed_spec(), plain_spec(3), mixed_spec()]
     worlds = [
@@ -260,9 +249,9 @@ def test_a_constructor_that_fails_leaves_the_pool_alone(backend: str) -> None:
 
 
 @pytest.mark.parametrize(("a", "b"), PAIRS)
-def test_out_of_memory_only_when_live_sequences_hold_everything(a: str, b: str) -> None:
+def test_out_of_memory_only_when_live_sequences_hold_everything(a: str, b: str, seed: int) -> None:
     """Tokens are added one page at a time, here and there; what is parked anywhere is always found first."""
-    rng = np.random.default_rng(seed_from_environment(32))
+    rng = np.random.default_rng(seed)
     pool, _ = make_pool(50)
     worlds = [join(pool, a, 1, debug=False), join(pool, b, 2, plain_spec(3), debug=False)]
     refusals = 0

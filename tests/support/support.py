@@ -1,10 +1,9 @@
-"""What the tests of the allocator share: layouts, devices, allocators made from them, and the seed of a run."""
+"""What the tests of the allocator share: layouts, devices, allocators and allocators made from them."""
 
 from __future__ import annotations
 
 import ctypes
 import os
-import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,16 +20,9 @@ from kvmem.memory.device import Device
 
 torch.set_num_threads(1)  # tiny tensors: threads would only wait for each other
 
-LONG = os.environ.get("KVMEM_LONG") == "1"
+LONG = os.environ.get("KVMEM_LONG") == "1"  # longer random runs and every case of a grid; read nowhere else
 BACKENDS = ("virtual", "paged")
 HALF = torch.float16
-
-
-def seed_of_run() -> int:
-    """The seed of a randomised test: ``KVMEM_SEED``, or a new one. Printed, so that a failure shows it."""
-    value = int(os.environ.get("KVMEM_SEED") or random.SystemRandom().randrange(2**31))
-    print(f"repeat with KVMEM_SEED={value}")
-    return value
 
 
 def i32(*values: int) -> np.ndarray:

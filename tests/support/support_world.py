@@ -6,7 +6,6 @@ metadata of ``fill()`` says it lies. A page handed to two users, a lost copy or 
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,15 +19,6 @@ import kvmem
 from kvmem import CacheSpec, Component, Group, _core
 
 PAGE = 4096
-BACKENDS = ("virtual", "paged")
-LONG = os.environ.get("KVMEM_LONG") == "1"
-
-
-def seed_from_environment(default: int) -> int:
-    """``KVMEM_SEED``, or the default; printed, so that a failure can be run again."""
-    seed = int(os.environ.get("KVMEM_SEED", default))
-    print(f"KVMEM_SEED={seed}")
-    return seed
 
 
 def plain_spec(layers: int = 2) -> CacheSpec:

@@ -96,7 +96,7 @@ def shared_prompts(requests: int, prompts: int = 3, shared: int = 1024, own: int
 
 def growing_chats(sessions: int, rounds: int, first: int, answer: int, question: int) -> list[Step]:
     """Every round each session sends all that was said so far, and a question more."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(0)  # fixed: what two managers find of it is held against bounds
     chats = [_draw(rng, first) for _ in range(sessions)]
     steps = []
     for i in range(sessions * rounds):

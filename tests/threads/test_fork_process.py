@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from support import BACKENDS
 from support_drivers import assert_runs
-from support_world import BACKENDS
 
 SETUP = """
 import os, signal, sys, time, threading
@@ -23,12 +23,12 @@ def finish(pid, seconds=20):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_calls_in_the_child_raise_and_the_parent_goes_on(backend: str) -> None:
+def test_calls_in_the_child_raise_and_the_parent_goes_on(backend: str, seed: int) -> None:
     assert_runs(
         SETUP
         + f"""
 alloc = kvmem.Allocator(mixed_spec(), backend={backend!r}, memory=90 * PAGE, page_bytes=PAGE, max_sequences=4, max_tokens=300, interleave=1, events=50)
-world, rng = World(alloc), random.Random(1)
+world, rng = World(alloc), random.Random({seed})
 for _ in range(100): world.run(world.choose(rng))
 while not world.sequences: world.run(world.choose(rng))
 handle = min(world.sequences)

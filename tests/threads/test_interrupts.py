@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support import BACKENDS
 from support_drivers import assert_runs
-from support_world import BACKENDS
 
 import kvmem
 from kvmem.allocator.scheduler import SchedulerCache

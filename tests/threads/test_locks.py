@@ -9,8 +9,8 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
+from support import BACKENDS
 from support_drivers import assert_runs
-from support_world import BACKENDS
 
 import kvmem
 

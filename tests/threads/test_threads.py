@@ -13,7 +13,8 @@ from itertools import count
 
 import pytest
 import torch
-from support_world import BACKENDS, LONG, NOTHING, PAGE, SPECS, World, checked, held, plain_spec, seed_from_environment
+from support import BACKENDS, LONG
+from support_world import NOTHING, PAGE, SPECS, World, checked, held, plain_spec
 
 import kvmem
 from kvmem import _core
@@ -61,8 +62,7 @@ def separate_tags(n: int) -> list[count[int]]:
 
 @pytest.mark.parametrize(("backend", "ahead"), [("virtual", 0), ("virtual", 40), ("paged", 0)])
 @pytest.mark.parametrize("name", SPECS)
-def test_threads_share_an_allocator(name: str, backend: str, ahead: int) -> None:
-    seed = seed_from_environment(21)
+def test_threads_share_an_allocator(name: str, backend: str, ahead: int, seed: int) -> None:
     driver = checked()
     alloc = kvmem.Allocator(
         SPECS[name](), backend=backend, memory=(40 if name == "plain" else 160) * PAGE, page_bytes=PAGE, interleave=1,
@@ -85,8 +85,7 @@ def test_threads_share_an_allocator(name: str, backend: str, ahead: int) -> None
 
 
 @pytest.mark.parametrize("zero", ["fresh", "always"])
-def test_threads_share_a_pool(zero: str) -> None:
-    seed = seed_from_environment(22)
+def test_threads_share_a_pool(zero: str, seed: int) -> None:
     driver = checked()
     pool = kvmem.PagePool(memory=120 * PAGE, page_bytes=PAGE, driver=driver)
     allocs = [
@@ -105,9 +104,8 @@ def test_threads_share_a_pool(zero: str) -> None:
     assert pool.mapped_bytes <= pool.budget_bytes
 
 
-def test_threads_open_and_close_allocators_of_a_pool() -> None:
+def test_threads_open_and_close_allocators_of_a_pool(seed: int) -> None:
     """One thread's allocator comes and goes while the others' live on the same pages."""
-    seed = seed_from_environment(23)
     driver = checked()
     pool = kvmem.PagePool(memory=80 * PAGE, page_bytes=PAGE, driver=driver)
 

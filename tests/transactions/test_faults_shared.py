@@ -9,8 +9,9 @@ import time
 
 import numpy as np
 import pytest
+from support import BACKENDS
 from support_drivers import assert_runs
-from support_world import BACKENDS, NOTHING, PAGE, SPECS, World, checked, held, plain_spec, seed_from_environment
+from support_world import NOTHING, PAGE, SPECS, World, checked, held, plain_spec
 
 import kvmem
 from kvmem import OutOfMemory, _core
@@ -42,9 +43,8 @@ def quiet(driver: _core.CheckedDriver) -> int:
 
 @pytest.mark.parametrize("name", SPECS)
 @pytest.mark.parametrize("code", [2, 719])
-def test_failures_in_the_mapper_are_absorbed(name: str, code: int) -> None:
+def test_failures_in_the_mapper_are_absorbed(name: str, code: int, rng: random.Random) -> None:
     """Its calls fail now and then; the step finds its room missing and maps it itself, or says what the driver says then."""
-    rng = random.Random(seed_from_environment(61))
     driver = checked()
     world = World(make(driver, 40, 400, name))
     errors = 0
@@ -153,9 +153,8 @@ def pool_of(pages: int, driver: object = None) -> kvmem.PagePool:
     return kvmem.PagePool(memory=pages * PAGE, page_bytes=PAGE, driver=driver)
 
 
-def test_a_failure_while_a_neighbour_gives_changes_neither() -> None:
+def test_a_failure_while_a_neighbour_gives_changes_neither(rng: random.Random) -> None:
     """Each driver call of a step that takes a neighbour's pages fails in turn."""
-    rng = random.Random(seed_from_environment(41))
     driver = checked()
     pool = pool_of(40, driver)
     worlds = [World(kvmem.Allocator(plain_spec(), backend=b, pool=pool, **SIZES)) for b in BACKENDS]

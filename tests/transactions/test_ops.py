@@ -13,7 +13,8 @@ import msgpack
 import numpy as np
 import pytest
 from ops_rank import digest, make, receive, send
-from support_world import BACKENDS, LONG, NOTHING, PAGE, World, checked, held, seed_from_environment
+from support import BACKENDS, LONG
+from support_world import NOTHING, PAGE, World, checked, held
 
 import kvmem
 from kvmem.allocator.ops import KINDS
@@ -60,8 +61,7 @@ class Scheduler(World):
 @pytest.mark.parametrize(
     ("name", "backend"), [("plain", "virtual"), ("mixed", "virtual"), ("plain", "paged"), ("mixed", "paged")]
 )
-def test_two_ranks_follow_a_scheduler_that_has_no_device(name: str, backend: str) -> None:
-    rng = random.Random(seed_from_environment(17))
+def test_two_ranks_follow_a_scheduler_that_has_no_device(name: str, backend: str, rng: random.Random) -> None:
     alloc = make(name, backend, "meta", PAGES[name], record_ops=True)
     world = Scheduler(alloc)
     ranks = [Rank(name, backend, PAGES[name]) for _ in range(2)]
@@ -160,12 +160,11 @@ def spoilt(rng: random.Random, ops: list[list[Any]]) -> tuple[str, list[Any]]:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["plain", "mixed"])
-def test_a_damaged_list_is_refused_whole_or_leaves_a_sound_allocator(name: str, backend: str) -> None:
+def test_a_damaged_list_is_refused_whole_or_leaves_a_sound_allocator(name: str, backend: str, seed: int) -> None:
     """SpecError and nothing changed, or (a list may be damaged into another true one) an allocator that check() finds sound.
 
     The driver is a checked one, which would notice a call that CUDA forbids; numbers far out of range would crash.
     """
-    seed = seed_from_environment(19)
     rng = random.Random(seed)
     refused: dict[str, int] = {}
     lists = list(recorded(name, backend, seed, 400 if LONG else 130))
@@ -233,11 +232,11 @@ def test_messages_of_refused_ops() -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["plain", "mixed"])
-def test_a_driver_failure_amid_apply_changes_nothing(name: str, backend: str) -> None:
+def test_a_driver_failure_amid_apply_changes_nothing(name: str, backend: str, seed: int) -> None:
     driver = checked()
     follower = make(name, backend, "cpu", PAGES[name], driver=driver)
     failures = 0
-    for ops in recorded(name, backend, seed_from_environment(23), 150):
+    for ops in recorded(name, backend, seed, 150):
         before, nth = digest(follower), 1
         while True:
             driver.fail("", nth, (2, 719, 999)[nth % 3])

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from follow_world import SPECS, Leader, Replica, tag_of
 from ops_rank import digest
-from support_world import BACKENDS, LONG, PAGE
+from support import BACKENDS, LONG
+from support_world import PAGE
 from test_ops import spoilt
 
 import kvmem

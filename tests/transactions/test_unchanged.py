@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support_world import BACKENDS, LONG, PAGE, Digest, checked, mixed_spec
+from support import BACKENDS, LONG
+from support_world import PAGE, Digest, checked, mixed_spec
 
 import kvmem
 from kvmem import CacheSpec, Component, Group
