@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from contents import places, write_row
 from lockstep import Lockstep
-from patterns import places, write_row
 from support import i32
 
 import kvmem
@@ -252,7 +252,7 @@ def test_views_end_at_the_last_mapped_block(make: Make) -> None:
 
 
 def test_random_calls_agree_with_the_model(make: Make, rng: random.Random) -> None:
-    """A short rng for each combination; tests/conformance/test_model.py has the long ones."""
+    """A short walk for each combination; tests/conformance/test_model.py has the long ones."""
     pair = Lockstep(make(max_sequences=4))
     pair.prepare_padding()
     for _ in range(40):

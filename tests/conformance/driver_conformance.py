@@ -365,7 +365,7 @@ def test_random_walk_keeps_every_page_apart(device: Device, rng: random.Random) 
             del content[victim]
         check = rng.randrange(slots)
         if (page := table[check]) is not None and content[page] is not None:
-            assert device.read(base + check * size, size) == content[page], f"seed {seed}"
+            assert device.read(base + check * size, size) == content[page]
     for i in range(slots):
         if table[i] is not None:
             driver.unmap(base + i * size, size)

@@ -38,7 +38,7 @@ def test_random_programs_with_memory_enough(backend: str, layout: str, rng: rand
     """What is found is exactly what the model finds, and reads as it was written."""
     for size in SIZES if LONG else rng.sample(sorted(SIZES), 2):
         pair = make_pair(layout, backend, size, plentiful=True)
-        for _ in range(10):  # a short rng may find nothing by chance
+        for _ in range(10):  # a short walk may find nothing by chance
             walk_for(pair, rng, 2000 if LONG else 120)  # every opening asserts it
             if pair.hit_tokens > 0 or not pair.model.shares or pair.model.fixed:
                 break

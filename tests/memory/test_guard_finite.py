@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from patterns import places
+from contents import places
 from support import BACKENDS, LAYOUTS, LONG, SIZES, make_allocator, plain
 
 import kvmem

@@ -121,7 +121,7 @@ def test_a_failure_in_the_mapper_is_absorbed(verb: str, code: int) -> None:
         if step >= wait_until and driver.pending_failures() == 0:
             absorbed, wait_until = absorbed + 1, step + 8  # room to try again before the step is left without any
         driver.clear_failures()
-        world.sequences[handle].lengths[0] += 1
+        world.model.extend(handle, 1)
         assert world.run(world.commit(handle, 1, [0]))
         assert world.alloc.check() == []
     assert absorbed >= 2
@@ -149,7 +149,7 @@ def test_when_nothing_can_be_mapped_the_step_says_so(code: int, error: type[Exce
                 until(partial(caught_up, world, driver))
             before = world.observe()
             world.core.extend(handle, 1)
-            world.sequences[handle].lengths[0] += 1
+            world.model.extend(handle, 1)
             assert world.run(world.commit(handle, 1, [0]))
             steps += 1
     assert 0 < steps <= 3 * AHEAD and driver.pending_failures() > 0

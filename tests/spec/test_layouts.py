@@ -8,7 +8,7 @@ import signal
 
 import pytest
 import torch
-from patterns import places
+from contents import places
 from reference import arena_bytes
 from support import BACKENDS, LAYOUTS, make_allocator, plain, unequal
 from support_drivers import assert_runs, run_python

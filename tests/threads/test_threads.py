@@ -35,10 +35,9 @@ def work(world: World, seed: int, barrier: threading.Barrier) -> int:
         if step % 16 == 0:
             world.verify()
     world.verify()
-    for handle, tokens in world.sequences.items():
-        for g in range(len(world.groups)):
-            assert world.core.tokens(handle, g) == tokens.lengths[g]
-            assert world.core.committed(handle, g) == len(tokens.tags[g])
+    for handle, groups in world.sequences.items():
+        for g, mine in enumerate(groups):
+            assert (world.core.tokens(handle, g), world.core.committed(handle, g)) == (mine.tokens, mine.committed)
     return refused
 
 

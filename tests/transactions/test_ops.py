@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import msgpack
-import numpy as np
 import pytest
 from ops_rank import digest, make, receive, send
 from support import BACKENDS, LONG
@@ -51,19 +50,12 @@ class Rank:
         self.process.stdout.close()
 
 
-class Scheduler(World):
-    """A world whose allocator has no memory: states and tokens are not written, only counted."""
-
-    def _tokens(self, g: int) -> list[np.ndarray]:
-        return []
-
-
 @pytest.mark.parametrize(
     ("name", "backend"), [("plain", "virtual"), ("mixed", "virtual"), ("plain", "paged"), ("mixed", "paged")]
 )
 def test_two_ranks_follow_a_scheduler_that_has_no_device(name: str, backend: str, rng: random.Random) -> None:
     alloc = make(name, backend, "meta", PAGES[name], record_ops=True)
-    world = Scheduler(alloc)
+    world = World(alloc)
     ranks = [Rank(name, backend, PAGES[name]) for _ in range(2)]
     kinds, pending, short = set(), [], 0
     for step in range(1, STEPS + 1):
@@ -123,7 +115,7 @@ def test_contents_follow_through_sharing_and_copies(backend: str) -> None:
 def recorded(name: str, backend: str, seed: int, steps: int) -> list[list[Any]]:
     """One list a step, as they come out of msgpack."""
     alloc = make(name, backend, "meta", PAGES[name], record_ops=True)
-    world, rng, lists = Scheduler(alloc), random.Random(seed), []
+    world, rng, lists = World(alloc), random.Random(seed), []
     for _ in range(steps):
         world.run(world.choose(rng))
         lists.append(msgpack.unpackb(msgpack.packb(alloc.take_ops())))
