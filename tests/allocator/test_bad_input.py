@@ -140,7 +140,7 @@ def test_truncate_to_no_integer(world: World, tokens: Any) -> None:
 
 def test_the_least_length_that_a_window_allows_is_right(world: World) -> None:
     handle = min(world.sequences)
-    least = world.least_tokens(handle)
+    least = world.model.least_tokens(handle)
     refused(world, SpecError, f"least that would do is {least}$", lambda: world.core.truncate(handle, least - 1))
     assert world.run(world.truncate(handle, least))
     world.healthy()

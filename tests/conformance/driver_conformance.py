@@ -1,7 +1,6 @@
 """What every driver must do: the rules of csrc/driver/driver.h as tests. One file, run on every driver there is.
 
-A test gets a fresh ``device`` and must leave nothing behind; the fixture in test_driver_conformance.py checks that.
-"""
+A test gets a fresh ``device`` and must leave nothing behind; the fixture in test_driver_conformance.py checks that."""
 
 from __future__ import annotations
 

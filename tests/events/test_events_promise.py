@@ -1,6 +1,5 @@
 """A replica that knows nothing but the events: for each prefix of everything that was ever committed it foretells what
-`match()` finds, under windows of every size, states, pins and memory that is short.
-"""
+`match()` finds, under windows of every size, states, pins and memory that is short."""
 
 from __future__ import annotations
 

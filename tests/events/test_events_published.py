@@ -1,8 +1,7 @@
 """What ``to_wire()`` gives by default is decoded by the event classes of the engines' published packages, strictly.
 
-They are looked for where ``python -m kvmem.bench peers`` has the packages (``build/peers``, or ``KVMEM_PEERS``), and where
-``make events-peers`` puts SGLang's.
-"""
+They are looked for where ``python -m kvmem.bench peers`` has the packages (``build/peers``, or ``KVMEM_PEERS``), and
+where ``make events-peers`` puts SGLang's."""
 
 from __future__ import annotations
 

@@ -56,8 +56,7 @@ def test_a_page_that_is_asked_for_costs_the_blocks_on_it(backend: str, policy: s
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_request_costs_the_blocks_that_it_lacks(backend: str, policy: str, lacking: int) -> None:
     """A page a block: ten blocks are cached and as many pages free as the request needs, but for `lacking`. A row that
-    has at most a quarter more than that is taken over as it is, with its pages in place.
-    """
+    has at most a quarter more than that is taken over as it is, with its pages in place."""
     alloc = make_allocator(
         spec_of(None, width=32, block=16), backend, memory=PAGE * 40, page_bytes=PAGE, max_tokens=400, policy=policy
     )

@@ -1,8 +1,7 @@
 """What is found again under sliding windows: shared prompts, chats that grow, and mixed traffic, where vLLM's own KV
 manager in the same memory sets the measure.
 
-vLLM is looked for where ``python -m kvmem.bench peers`` installs it, ``build/peers``, or in ``$KVMEM_PEERS``.
-"""
+vLLM is looked for where ``python -m kvmem.bench peers`` installs it, ``build/peers``, or in ``$KVMEM_PEERS``."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """Random calls of KVMemCache against transformers' DynamicCache: rows that come and go, steps that stop half-way.
 
-The reference keeps every token in every layer; what a sliding layer must show is the end of that. It is made anew when no
-row or no token is left, where DynamicCache cannot go on and KVMemCache is as new.
-"""
+The reference keeps every token in every layer; what a sliding layer must show is the end of that. It is made anew when
+no row or no token is left, where DynamicCache cannot go on and KVMemCache is as new."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """compact(): blocks move out of the emptiest pages, what anybody reads stays what it was, and the pages can be had.
 
-64 bytes a token and layer, blocks of 16 tokens, two layers in an arena each: a page of 4,096 bytes holds four blocks, and
-pages come in pairs. Random programs compact too: ``prefix_walk``, ``conformance.step`` and ``World.choose``.
-"""
+64 bytes a token and layer, blocks of 16 tokens, two layers in an arena each: a page of 4,096 bytes holds four blocks,
+and pages come in pairs. Random programs compact too: ``prefix_walk``, ``conformance.step`` and ``World.choose``."""
 
 from __future__ import annotations
 

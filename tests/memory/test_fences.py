@@ -1,10 +1,8 @@
 """Invariant 4: no page is unmapped before the event of its last user, and the step waits for nobody.
 
-The driver holds every event back, as a GPU does that is still at work, and counts who waited for one. So "waited"
-and "did
-not wait" are facts here and not timings. The calls that must wait are those that take memory away; the calls of a step
-must neither wait nor unmap.
-"""
+The driver holds every event back, as a GPU does that is still at work, and counts who waited for one. So "waited" and
+"did not wait" are facts here and not timings. The calls that must wait are those that take memory away; the calls of a
+step must neither wait nor unmap."""
 
 from __future__ import annotations
 
@@ -60,9 +58,8 @@ def no_wait(driver: _core.CheckedDriver) -> Iterator[None]:
 
 
 def waits_before_unmapping(driver: _core.CheckedDriver, call: Callable[[], object], user: int) -> None:
-    """``call`` unmaps, and not before it has waited for ``user``, the event of the last one there. A page that two
-    rows show had two users: the first row may let go of it after its own event, the last one only after ``user``.
-    """
+    """``call`` unmaps, and not before it has waited for ``user``, the event of the last one there. A page that two rows
+    show had two users: the first row may let go of it after its own event, the last one only after ``user``."""
     driver.clear_log()
     waits = driver.held_waits()
     call()
@@ -175,9 +172,8 @@ def test_an_event_that_has_passed_is_not_waited_for(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_part_that_is_taken_waits_for_the_one_freed_longest_ago(backend: str) -> None:
-    """Under pressure the pages of the oldest free go first, because its event has most likely passed (virtual
-    backend; the paged one keeps an event for all its free blocks).
-    """
+    """Under pressure the pages of the oldest free go first, because its event has most likely passed (virtual backend;
+    the paged one keeps an event for all its free blocks)."""
     world, driver = make(backend)
     old, new = start(world, 500, 500)
     driver.hold_events(True)
@@ -191,9 +187,8 @@ def test_a_part_that_is_taken_waits_for_the_one_freed_longest_ago(backend: str) 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_step_never_waits_and_never_unmaps(backend: str) -> None:
-    """Decoding, freeing, the next sequence in the freed memory, commits, forks, rejected drafts and metadata, all
-    with a device that has not finished a single thing.
-    """
+    """Decoding, freeing, the next sequence in the freed memory, commits, forks, rejected drafts and metadata, all with
+    a device that has not finished a single thing."""
     world, driver = make(backend)
     live = start(world, 130, 70, 10)
     driver.hold_events(True)
@@ -201,7 +196,7 @@ def test_a_step_never_waits_and_never_unmaps(backend: str) -> None:
         for step in range(3 * PAGE_TOKENS):
             ids, ones = np.array(live, np.int32), np.ones(len(live), np.int32)
             world.alloc.extend_batch(ids, ones)
-            world.alloc.fill(ids, world.batch)
+            world.alloc.fill(ids, world.tags.batch)
             world.alloc.commit_batch(ids, ones)
             if step % 40 == 7:  # the next sequence adopts what this one leaves
                 world.alloc.free_batch(ids[:1])

@@ -76,9 +76,8 @@ def test_copy_on_write_unmaps_the_old_page_behind_the_copy() -> None:
 def test_no_unmap_runs_ahead_of_an_event_in_a_random_life(name: str, backend: str, rng: random.Random) -> None:
     """Whatever the calls: when something is unmapped, no event recorded since it was last used is still out.
 
-    Each step's log is read: an unmap of memory that a live or freed sequence used is behind the wait for every fence up to
-    the one that covers it. What the driver holds back at that moment is younger than the page's last use.
-    """
+    Each step's log is read: an unmap of memory that a live or freed sequence used is behind the wait for every fence up
+    to the one that covers it. What the driver holds back at that moment is younger than the page's last use."""
     driver = checked()
     alloc = make(backend, driver, 60 if name == "mixed" else 20, SPECS[name]())
     world = World(alloc)

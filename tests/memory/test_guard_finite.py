@@ -1,8 +1,7 @@
 """What a kernel may load behind a sequence's tokens, and mask only afterwards, is finite: 0 * NaN is NaN.
 
 Everybody writes NaN into all that is theirs, then goes, is cut off, shares it or loses it to others. What lies behind
-the tokens of whoever comes next must not be seen to have been theirs.
-"""
+the tokens of whoever comes next must not be seen to have been theirs."""
 
 from __future__ import annotations
 

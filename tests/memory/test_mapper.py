@@ -48,8 +48,7 @@ def decode(world: World, handle: int) -> None:
 
 def caught_up(world: World, driver: _core.CheckedDriver) -> bool:
     """The books count a page when it is decided upon; the driver has it when the mapper is done. No page is shared
-    here.
-    """
+    here."""
     return driver.live().mappings == world.alloc.stats().mapped_bytes // PAGE
 
 
@@ -83,9 +82,8 @@ def test_decoding_gives_the_same_with_and_without() -> None:
 
 
 def test_a_steady_step_finds_its_memory_mapped() -> None:
-    """Before each step, with the mapper given time, the next token of every layer can be written: the step has
-    nothing to map. What is posted is posted early, in whole runs: far fewer driver calls than tokens.
-    """
+    """Before each step, with the mapper given time, the next token of every layer can be written: the step has nothing
+    to map. What is posted is posted early, in whole runs: far fewer driver calls than tokens."""
     driver = checked()
     world = make(driver)
     (handle,) = start(world, 10)
@@ -105,9 +103,8 @@ def test_a_steady_step_finds_its_memory_mapped() -> None:
     ("verb", "code"), [("map", 2), ("map", 719), ("set_access", 719), ("create", 2), ("record", 999)]
 )
 def test_a_failure_in_the_mapper_is_absorbed(verb: str, code: int) -> None:
-    """The step that posted the work succeeded and stays so; the next ones find room missing and map it. Only the
-    mapper can meet the failure here: it is armed when everything is mapped that the step itself needs.
-    """
+    """The step that posted the work succeeded and stays so; the next ones find room missing and map it. Only the mapper
+    can meet the failure here: it is armed when everything is mapped that the step itself needs."""
     driver = checked()
     world = make(driver)
     (handle,) = start(world, 10)
@@ -223,9 +220,8 @@ def test_closing_right_after_posting() -> None:
 
 
 def test_the_thread_knows_no_python() -> None:
-    """It does its work while this thread sleeps with the interpreter's lock in hand, and the interpreter never hears
-    of it.
-    """
+    """It does its work while this thread sleeps with the interpreter's lock in hand, and the interpreter never hears of
+    it."""
     driver = checked()
     world = make(driver)
     threads, tasks = threading.enumerate(), len(os.listdir("/proc/self/task"))

@@ -175,9 +175,8 @@ def apply(tables: dict[int, list[int]], names: list[int], changes: TableChanges)
 
 @pytest.mark.parametrize("device", ["meta", "cpu"])
 def test_steps_say_what_a_plain_allocator_does(backend: str, device: str, rng: random.Random) -> None:
-    """Random steps on both; tables kept up from the deltas alone are those that the allocator fills. A request begins as
-    by ``admit_batch``, with room for its prompt or not at all.
-    """
+    """Random steps on both; tables kept up from the deltas alone are those that the allocator fills. A request begins
+    as by ``admit_batch``, with room for its prompt or not at all."""
     options: dict[str, Any] = {"blocks": 40, "device": device, "map_ahead_tokens": 0, "tail_guard_tokens": 0,
                                "max_tokens": 50 * SIZE}  # fmt: skip
     cache, plain = SchedulerCache(open_allocator(backend, **options)), open_allocator(backend, **options)
@@ -322,8 +321,7 @@ def random_step(cache: SchedulerCache, name: int, tokens: list[int], rng: random
 @pytest.mark.parametrize("prefix_cache", [True, False], ids=["prefix cache", "none"])
 def test_a_table_kept_from_the_changes_is_the_allocators(backend: str, prefix_cache: bool) -> None:
     """Every verb, one request at a time or as a step of one, with drafts cut off (and no token after that, too), forks
-    that share the tail, and blocks that others have cached already.
-    """
+    that share the tail, and blocks that others have cached already."""
     seed = random.randrange(2**32)
     print("seed", seed)
     rng = random.Random(seed)

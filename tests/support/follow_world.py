@@ -1,6 +1,5 @@
-"""A leader without memory and a replica that follows its ops: the lockstep of prefix sharing, whose tokens are written to the
-replica and read there. What is written follows from the tokens before it, so equal prefixes hold equal bytes.
-"""
+"""A leader without memory and a replica that follows its ops: the lockstep of prefix sharing, whose tokens are written
+to the replica and read there. What is written follows from the tokens before it, so equal prefixes hold equal bytes."""
 
 from __future__ import annotations
 

@@ -53,8 +53,7 @@ class Lockstep(Agreement):
 
     def _must_fit(self, after: Model) -> bool:
         """Whether there is room beyond doubt. Exact for the virtual backend; for the paged one, whose blocks need not
-        fill the
-        pages they keep mapped, whether the new blocks fit in pages that no block is using."""
+        fill the pages they keep mapped, whether the new blocks fit in pages that no block is using."""
         if self.virtual:
             return after.needed_pages() <= self._budget()
         stats, page = self.alloc.stats(), self.alloc.pool.page_bytes

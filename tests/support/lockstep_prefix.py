@@ -82,9 +82,8 @@ class PageView:
 class PrefixLockstep(Lockstep):
     """``plentiful``: memory and rows never run short, so that what is found must equal what the model finds.
 
-    But for one case: a virtual row shows a window whole or not at all, so that the part of a block that one reader wrote,
-    behind a window that only another still has, is not found. The whole blocks before it are.
-    """
+    But for one case: a virtual row shows a window whole or not at all, so that the part of a block that one reader
+    wrote, behind a window that only another still has, is not found. The whole blocks before it are."""
 
     model: PrefixModel
 

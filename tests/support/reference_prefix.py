@@ -1,8 +1,7 @@
 """The reference model of prefix sharing: every token spelled out, every prefix compared from its first token on.
 
-What may be found is a tree of full blocks. It is an upper bound: under pressure the allocator gives up what nobody uses,
-and tells nobody. While memory is plentiful it is exact.
-"""
+What may be found is a tree of full blocks. It is an upper bound: under pressure the allocator gives up what nobody
+uses, and tells nobody. While memory is plentiful it is exact."""
 
 from __future__ import annotations
 

@@ -173,10 +173,8 @@ def make_allocator(
 ) -> kvmem.Allocator:
     """An allocator over ``driver``; small by default.
 
-    The stand-in's memory is ordinary memory at a CUDA address, and torch has no CUDA here: such an allocator is
-    opened with
-    the defaults of a CUDA device, and its arenas are shown to torch as CPU tensors.
-    """
+    The stand-in's memory is ordinary memory at a CUDA address, and torch has no CUDA here: such an allocator is opened
+    with the defaults of a CUDA device, and its arenas are shown to torch as CPU tensors."""
     options = {"memory": "4MiB", "max_sequences": 6, "max_tokens": 400, "debug": True} | options
     if driver is None or driver.info.dlpack_device_type == 1:
         return kvmem.Allocator(spec, backend=backend, device=device, driver=driver, **options)  # type: ignore[arg-type]

@@ -49,9 +49,8 @@ SPECS = {"plain": plain_spec, "mixed": mixed_spec}
 
 
 class Digest:
-    """What the core knew at a moment; unequal to what it knew at another, unless a driver failed in between: when memory
-    had been written (what was cached there is given up then), or in the mapper.
-    """
+    """What the core knew at a moment; unequal to what it knew at another, unless a driver failed in between: when
+    memory had been written (what was cached there is given up then), or in the mapper."""
 
     def __init__(self, core: _core.Cache) -> None:
         self.value, self.disturbed = core.digest()
@@ -68,8 +67,7 @@ Step = tuple[str, Callable[[], Any], Callable[[Any], object]]
 
 class World(Agreement):
     """One allocator and the model of what it must hold; calls are made in two parts, so that they can fail in between.
-    ``writers``: for worlds whose sequences share an allocator, whose memory none of them knows then.
-    """
+    ``writers``: for worlds whose sequences share an allocator, whose memory none of them knows then."""
 
     def __init__(self, alloc: kvmem.Allocator, writers: count[int] | None = None) -> None:
         super().__init__(alloc, model_of(alloc))
@@ -100,9 +98,8 @@ class World(Agreement):
     # --- what can be seen ---
 
     def observe(self) -> tuple[Any, ...]:
-        """All that a caller can see, apart from parked memory and counters, and the digest of all the core knows: a failed
-        call must leave it as it was.
-        """
+        """All that a caller can see, apart from parked memory and counters, and the digest of all the core knows: a
+        failed call must leave it as it was."""
         handles = sorted(self.core.handles())
         stats = self.alloc.stats()
         seen: list[Any] = [handles, stats.used_bytes, stats.num_sequences, stats.shared_bytes, stats.budget_bytes]

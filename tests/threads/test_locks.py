@@ -247,8 +247,7 @@ def test_a_body_that_frees_its_sequence_or_fails() -> None:
 
 def test_daemon_threads_at_the_end_of_the_interpreter() -> None:
     """They wait in the core, or come back from it, when Python is going: the process ends with 0, and without a word.
-    Not so in torch, whose own calls end the process then; so this makes no tensors.
-    """
+    Not so in torch, whose own calls end the process then; so this makes no tensors."""
     for _ in range(2):
         out = assert_runs(
             """

@@ -133,8 +133,7 @@ def test_threads_open_and_close_allocators_of_a_pool(seed: int) -> None:
 @contextmanager
 def counting() -> Iterator[Callable[[], int]]:
     """A Python thread that counts about every half millisecond. The interpreter never takes its lock from a thread that
-    wants to keep it here: only a call that gives it up lets the other go on.
-    """
+    wants to keep it here: only a call that gives it up lets the other go on."""
     ticks, stop = [0], threading.Event()
 
     def tick() -> None:
@@ -195,9 +194,8 @@ def test_long_calls_leave_the_interpreter_to_others(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_closing_an_allocator_is_safe_beside_a_working_one(backend: str) -> None:
-    """The destructor takes the pool's lock with the interpreter's in hand, while other threads hold the first and
-    want the second: it must come through.
-    """
+    """The destructor takes the pool's lock with the interpreter's in hand, while other threads hold the first and want
+    the second: it must come through."""
     pool = kvmem.PagePool(memory=100 * PAGE, page_bytes=PAGE, driver=checked())
     options = dict(backend=backend, pool=pool, interleave=1, max_sequences=8, max_tokens=400)
     alloc = kvmem.Allocator(plain_spec(), **options)  # type: ignore[arg-type]

@@ -182,9 +182,8 @@ def test_the_workload_with_one_call_failing(name: str, backend: str, seed: int) 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", SPECS)
 def test_a_driver_that_fails_for_ever(name: str, backend: str, code: int, seed: int) -> None:
-    """From amid some step on everything fails, undoing too: typed errors only. When the driver is back, what could not be undone
-    is, before anything else: all contents are intact, and the allocator goes on and closes.
-    """
+    """From amid some step on everything fails, undoing too: typed errors only. When the driver is back, what could not
+    be undone is, before anything else: all contents are intact, and the allocator goes on and closes."""
     errors = 0
     for round_number in range(100 if LONG else 10):
         rng = random.Random(seed + round_number)
