@@ -97,3 +97,9 @@ def torch_generator(seed: int) -> None:
 def rng(seed: int) -> random.Random:
     """A generator of its own for each test, so that a test repeats alone what it did in the whole run."""
     return random.Random(seed)
+
+
+@pytest.fixture(params=["virtual", "paged"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """A test that takes it runs on each; with ``parametrize`` a test has others."""
+    return request.param  # type: ignore[no-any-return]

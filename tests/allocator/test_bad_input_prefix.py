@@ -285,7 +285,6 @@ def test_commit_batch_with_wrong_tokens(place: Place) -> None:
     assert seq.num_committed_tokens == 66 and other.num_committed_tokens == 33
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     ("option", "words"),
     [

@@ -6,7 +6,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from support import BACKENDS, LONG, make_allocator
+from support import LONG, make_allocator
 
 import kvmem
 from kvmem import SchedulerCache
@@ -91,7 +91,6 @@ def most(cache: SchedulerCache) -> int:
     return low
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_usage_says_what_one_more_request_can_have(backend: str, rng: random.Random) -> None:
     """Within a block, or a page, whatever is cached, on whichever pages."""
     token_bytes, unit = 32, 4 * 32 if backend == "paged" else PAGE

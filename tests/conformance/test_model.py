@@ -72,7 +72,6 @@ TestVirtual, TestPaged = runs(Plain, "virtual"), runs(Plain, "paged")
 
 
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_random_operations_with_contents(backend: str, rng: random.Random) -> None:
     """Thousands of random calls on real memory, every token verified (tens of thousands with KVMEM_LONG=1)."""
     for name in LAYOUTS:
@@ -112,7 +111,6 @@ class Serving(Load):
 
 
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_million_operations(backend: str, rng: random.Random) -> None:
     """For each backend. KVMEM_LONG=1 runs five million."""
     alloc = make_allocator(

@@ -8,7 +8,7 @@ import random
 
 import pytest
 from event_world import Router
-from support import BACKENDS, make_allocator
+from support import make_allocator
 
 import kvmem
 from kvmem import Component, Group
@@ -160,7 +160,6 @@ class Program:
 
 @pytest.mark.parametrize("guard", GUARD)
 @pytest.mark.parametrize("name", SPECS)
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_what_events_promise_is_what_is_found(backend: str, name: str, guard: int, rng: random.Random) -> None:
     alloc = make_allocator(
         SPECS[name], backend, memory=4096 * 60, page_bytes=4096, max_sequences=5, max_tokens=100, events=100_000,

@@ -7,7 +7,7 @@ import random
 
 import numpy as np
 import pytest
-from support import BACKENDS, LONG, all_windows, i32, make_allocator, plain
+from support import LONG, all_windows, i32, make_allocator, plain
 
 import kvmem
 from kvmem import SchedulerCache, _core
@@ -73,7 +73,6 @@ def random_call(counter: Counter, walk: random.Random, number: int, prompts: lis
 
 
 @pytest.mark.parametrize("layout", ["plain", "windows"])
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_only_prompts_that_began_count(backend: str, layout: str, rng: random.Random) -> None:
     """Little memory, few places, and prompts that share starts, also within a block."""
     spec = plain(8) if layout == "plain" else all_windows(8)
@@ -86,7 +85,6 @@ def test_only_prompts_that_began_count(backend: str, layout: str, rng: random.Ra
     assert counter.alloc.check() == []
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_driver_that_fails_counts_nothing(backend: str, seed: int) -> None:
     walk, driver = random.Random(seed), _core.CheckedDriver(_core.host_driver())
     counter = Counter(

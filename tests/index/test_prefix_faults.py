@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import pytest
 from lockstep_prefix import PrefixLockstep
-from support import BACKENDS, LAYOUTS, LONG, i32, make_allocator
+from support import LAYOUTS, LONG, i32, make_allocator
 from support_prefix import agree, cached, go_on, grow, text
 from support_world import NOTHING, PAGE, checked, held
 
@@ -105,7 +105,6 @@ def prepared(driver: _core.CheckedDriver, backend: str, layout: str, pages: int)
 
 @pytest.mark.parametrize("name", [name for name, _ in ACTIONS])
 @pytest.mark.parametrize("layout", CASES)
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_every_driver_call_fails_in_turn(backend: str, layout: str, name: str, seed: int) -> None:
     action, failed = dict(ACTIONS)[name], 0
     made: list[object] = []
@@ -145,7 +144,6 @@ def test_every_driver_call_fails_in_turn(backend: str, layout: str, name: str, s
 
 
 @pytest.mark.parametrize("layout", CASES)
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_memory_runs_out_at_every_size(backend: str, layout: str, seed: int) -> None:
     """The same program with ever less memory: refused or done, what match() says of the living stays."""
     refused, most = 0, random.Random(seed).randint(111, 120)
@@ -181,7 +179,6 @@ def test_memory_runs_out_at_every_size(backend: str, layout: str, seed: int) -> 
 
 
 @pytest.mark.parametrize("layout", CASES)
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_failures_amid_a_random_program(backend: str, layout: str, rng: random.Random) -> None:
     """Failures come at random: each call either does what it says or changes nothing, prefixes included."""
     driver = checked()

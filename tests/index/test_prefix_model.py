@@ -30,7 +30,6 @@ def walk_for(pair: PrefixLockstep, walk: random.Random, steps: int, every: int =
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_random_programs_with_memory_enough(backend: str, layout: str, rng: random.Random) -> None:
     """What is found is exactly what the model finds, and reads as it was written."""
     for size in SIZES if LONG else rng.sample(sorted(SIZES), 2):
@@ -44,7 +43,6 @@ def test_random_programs_with_memory_enough(backend: str, layout: str, rng: rand
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_random_programs_under_pressure(backend: str, layout: str, rng: random.Random) -> None:
     """Little memory: what is found may be less than the model's, never other, never more."""
     for size in SIZES if LONG else rng.sample(sorted(SIZES), 2):
@@ -54,7 +52,6 @@ def test_random_programs_under_pressure(backend: str, layout: str, rng: random.R
 
 
 @pytest.mark.parametrize("layout", ["kv interleaved", "full and window", "recurrent"])
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_collisions_change_no_answer(
     backend: str, layout: str, monkeypatch: pytest.MonkeyPatch, rng: random.Random
 ) -> None:
@@ -186,7 +183,6 @@ class Chats(Load):
 
 
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_many_operations(backend: str, rng: random.Random) -> None:
     """200,000 for each backend. KVMEM_LONG=1 runs five million."""
     alloc = make_allocator(

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from lockstep_prefix import PrefixLockstep
-from support import BACKENDS
 from support_world import PAGE, World, checked, plain_spec
 
 import kvmem
@@ -191,7 +190,6 @@ def test_what_sequences_hold_does_not_move_next_to_cached_blocks_alone() -> None
     pair.contents_agree()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_nothing_to_gain_changes_nothing(backend: str) -> None:
     """Pages of the virtual backend belong to rows; and blocks of several pages each leave no room in any."""
     spec = kvmem.CacheSpec.kv(num_layers=2, num_kv_heads=1, head_dim=16, dtype=torch.float16, block_size=128)

@@ -105,7 +105,6 @@ TAKES = {
 }
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("take", TAKES)
 @pytest.mark.parametrize("end", ENDS)
 def test_what_is_taken_away_waits_for_its_last_user(end: str, take: str, backend: str) -> None:
@@ -119,7 +118,6 @@ def test_what_is_taken_away_waits_for_its_last_user(end: str, take: str, backend
     assert world.alloc.stats().physical_bytes <= 12 * PAGE
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_what_a_window_leaves_behind_waits_too(backend: str) -> None:
     spec = kvmem.CacheSpec.kv(
         num_layers=2, num_kv_heads=1, head_dim=16, dtype=torch.float16, block_size=16, window_tokens=PAGE_TOKENS
@@ -156,7 +154,6 @@ def test_a_page_is_handed_to_a_neighbour_after_its_last_user(giver: str, taker: 
     second.healthy()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_an_event_that_has_passed_is_not_waited_for(backend: str) -> None:
     world, driver = make(backend)
     (handle,) = start(world, 500)
@@ -170,7 +167,6 @@ def test_an_event_that_has_passed_is_not_waited_for(backend: str) -> None:
     assert stats.parked_bytes == stats.used_bytes == 0
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_part_that_is_taken_waits_for_the_one_freed_longest_ago(backend: str) -> None:
     """Under pressure the pages of the oldest free go first, because its event has most likely passed (virtual backend;
     the paged one keeps an event for all its free blocks)."""
@@ -185,7 +181,6 @@ def test_a_part_that_is_taken_waits_for_the_one_freed_longest_ago(backend: str) 
     assert driver.held_waits() == waits + (backend == "paged")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_step_never_waits_and_never_unmaps(backend: str) -> None:
     """Decoding, freeing, the next sequence in the freed memory, commits, forks, rejected drafts and metadata, all with
     a device that has not finished a single thing."""
@@ -209,7 +204,6 @@ def test_a_step_never_waits_and_never_unmaps(backend: str) -> None:
     assert world.alloc.check() == []
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_parked_row_is_adopted_with_no_driver_call(backend: str) -> None:
     world, driver = make(backend)
     (handle,) = start(world, 600)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 
 import pytest
-from support import BACKENDS
 from support_world import PAGE, SPECS, World, checked, plain_spec
 
 import kvmem
@@ -33,7 +32,6 @@ def verbs(driver: _core.CheckedDriver) -> list[str]:
     return [call.verb for call in driver.log()]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_shared_page_outlives_the_first_of_its_users(backend: str) -> None:
     """A fork is freed: its pages are still the parent's and stay. The parent is freed too: then they go, behind both fences."""
     driver = checked()
@@ -71,7 +69,6 @@ def test_copy_on_write_unmaps_the_old_page_behind_the_copy() -> None:
     assert "record" in log[copied:] and "wait" in log[copied : log.index("unmap")]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", SPECS)
 def test_no_unmap_runs_ahead_of_an_event_in_a_random_life(name: str, backend: str, rng: random.Random) -> None:
     """Whatever the calls: when something is unmapped, no event recorded since it was last used is still out.
@@ -99,7 +96,6 @@ def test_no_unmap_runs_ahead_of_an_event_in_a_random_life(name: str, backend: st
     assert unmaps > 50 and waits > 20
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_events_do_not_pile_up(backend: str) -> None:
     """Each free leaves a fence; those that are done are forgotten with the next."""
     driver = checked()

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 from contents import places
-from support import BACKENDS, LAYOUTS, LONG, SIZES, make_allocator, plain
+from support import LAYOUTS, LONG, SIZES, make_allocator, plain
 
 import kvmem
 
@@ -136,7 +136,6 @@ def act(world: World, walk: random.Random, prompts: list[list[int]]) -> None:
 
 
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("layout", FLOATS)
 def test_random_programs_never_show_another_nan(layout: str, backend: str, rng: random.Random) -> None:
     for _ in range(40 if LONG else 2):
@@ -157,7 +156,6 @@ def test_random_programs_never_show_another_nan(layout: str, backend: str, rng: 
 
 
 @pytest.mark.parametrize("zero", ZEROS)
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_rejected_drafts_are_not_behind_the_next_step(backend: str, zero: str) -> None:
     """Five tokens are tried, four of them rejected, again and again; then only one comes."""
     alloc = make_allocator(plain(16), backend, tail_guard_tokens=16, zero=zero)
@@ -173,7 +171,6 @@ def test_rejected_drafts_are_not_behind_the_next_step(backend: str, zero: str) -
     world.check(held)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_steady_growth_zeroes_seldom_and_never_without_a_guard(backend: str) -> None:
     """A step costs a call for zeroing once a guard's length (virtual) or once a block (paged), not each time."""
     calls = []
@@ -191,7 +188,6 @@ def test_steady_growth_zeroes_seldom_and_never_without_a_guard(backend: str) -> 
     assert 1 <= calls[1] <= 320 // 16 + 1
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_replica_zeroes_what_its_leader_does(backend: str) -> None:
     options = {"tail_guard_tokens": 16, "prefix_cache": False, "page_bytes": 4096}
     leader = make_allocator(plain(16), backend, record_ops=True, **options)

@@ -160,7 +160,6 @@ def test_a_random_life_of_four_allocators(ahead: int, rng: random.Random) -> Non
     assert held(driver) == NOTHING
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_memory_caps_an_allocator_within_a_pool(backend: str) -> None:
     pool, _ = make_pool(60)
     capped, free = join(pool, backend, 1, memory=20 * PAGE), join(pool, backend, 2)
@@ -228,7 +227,6 @@ def test_a_closed_allocator_returns_its_pages(first: str, second: str) -> None:
     stays.healthy()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_constructor_that_fails_leaves_the_pool_alone(backend: str) -> None:
     pool, driver = make_pool(60)
     world = join(pool, backend, 1)

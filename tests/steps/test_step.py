@@ -11,7 +11,7 @@ import pytest
 import torch
 from lockstep_prefix import PrefixLockstep, make_pair
 from prefix_walk import author, step
-from support import BACKENDS, LAYOUTS, LONG, SIZES, i32, make_allocator, plain
+from support import LAYOUTS, LONG, SIZES, i32, make_allocator, plain
 
 import kvmem
 from kvmem.allocator.batch import _FIELDS, Batch, GroupBatch
@@ -85,7 +85,6 @@ def uploads_agree(batch: Batch) -> None:
 
 
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS_HERE if name in LAYOUTS])
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_refilled_batch_is_as_a_fresh_one(backend: str, layout: str, rng: random.Random) -> None:
     """Random programs; the same buffers again and again, for other sequences, orders, paddings and new tokens."""
     for plentiful in (False, True):
@@ -128,7 +127,6 @@ def twins(backend: str, layout: str, **options: object) -> list[PrefixLockstep]:
 
 
 @pytest.mark.parametrize("layout", ["kv interleaved", "full and window", "window G=1", "recurrent"])
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_step_is_its_three_calls(backend: str, layout: str, rng: random.Random) -> None:
     """Committing, extending and filling in one call or in three: the same lengths, books, hits and tensors. With windows
     memory is plentiful: the one call makes room before windows move on, so it may be refused where three are not. For
@@ -191,7 +189,6 @@ def test_a_step_is_its_three_calls(backend: str, layout: str, rng: random.Random
     assert (refused > 0) != windows
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_batch_may_serve_two_allocators(backend: str) -> None:
     """As of a draft model and its target: equal handles, other blocks."""
     options = {"device": "meta", "memory": 100 * 4096, "page_bytes": 4096, "max_sequences": 4}
@@ -209,7 +206,6 @@ def test_a_batch_may_serve_two_allocators(backend: str) -> None:
         assert_equal(batch, fresh[alloc])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_step_that_is_refused_changes_nothing(backend: str) -> None:
     alloc = make_allocator(plain(16), backend, device="meta", memory=30 * 4096, page_bytes=4096, max_sequences=4)
     seqs = [alloc.sequence() for _ in range(3)]
@@ -249,7 +245,6 @@ def test_a_step_that_is_refused_changes_nothing(backend: str) -> None:
     assert out.num_rows == 0
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_step_of_one_sequence_is_its_two_calls(backend: str, rng: random.Random) -> None:
     """With and without ids, cached or not, in memory that runs out."""
     options = {"max_sequences": 6, "max_tokens": 600, "device": "meta", "page_bytes": 4096, "memory": "160KiB"}
@@ -284,7 +279,6 @@ def test_a_step_of_one_sequence_is_its_two_calls(backend: str, rng: random.Rando
     assert refused and one.stats().hit_tokens == two.stats().hit_tokens
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_bad_step_of_one_sequence_changes_nothing(backend: str) -> None:
     alloc = make_allocator(plain(16), backend, max_tokens=64)
     sequence = alloc.sequence()
@@ -299,7 +293,6 @@ def test_a_bad_step_of_one_sequence_changes_nothing(backend: str) -> None:
         sequence.step()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_arguments_in_any_int32_buffer(backend: str) -> None:
     alloc = make_allocator(plain(16), backend)
     sequences = [alloc.sequence() for _ in range(3)]

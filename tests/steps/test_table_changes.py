@@ -192,7 +192,6 @@ class Program:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_worker_needs_nothing_but_the_changes(backend: str, shape: str, rng: random.Random) -> None:
     dropped = merged = refused = 0
     for _ in range(60 if LONG else 6):

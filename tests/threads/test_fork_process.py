@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from support import BACKENDS
 from support_drivers import assert_runs
 
 SETUP = """
@@ -22,7 +21,6 @@ def finish(pid, seconds=20):
 """
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_calls_in_the_child_raise_and_the_parent_goes_on(backend: str, seed: int) -> None:
     assert_runs(
         SETUP
@@ -71,7 +69,6 @@ world.healthy()
     )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_memory_is_not_shared_by_accident(backend: str) -> None:
     """A write of the child to an address of the parent's cache ends the child, and the parent's bytes stay."""
     assert_runs(
@@ -95,7 +92,6 @@ world.healthy()
     )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_child_that_ends_as_usual_does_not_hang(backend: str) -> None:
     """Also when the mapper was at work and other threads held the locks at the moment of the fork."""
     assert_runs(

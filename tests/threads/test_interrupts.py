@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import BACKENDS
 from support_drivers import assert_runs
 
 import kvmem
@@ -126,7 +125,6 @@ OPENING: dict[str, Callable[[kvmem.Allocator], object]] = {
 }
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", OPENING)
 def test_what_nobody_gets_is_given_back(name: str, backend: str) -> None:
     alloc = make(backend)
@@ -139,7 +137,6 @@ def test_what_nobody_gets_is_given_back(name: str, backend: str) -> None:
     assert places > 3, "the trace function saw none of it"
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_fork_and_a_pin_of_a_sequence(backend: str) -> None:
     alloc = make(backend)
     cached(alloc)
@@ -154,7 +151,6 @@ def test_a_fork_and_a_pin_of_a_sequence(backend: str) -> None:
             alloc.core.free(handle)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_requests_of_a_scheduler(backend: str) -> None:
     alloc = make(backend)
     requests = SchedulerCache(alloc)
@@ -206,7 +202,6 @@ def assert_answers(alloc: kvmem.Allocator) -> None:
     assert len(answers) == 2, "a lock stayed closed"
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", CALLS)
 def test_a_call_that_is_interrupted_leaves_what_can_go_on(name: str, backend: str) -> None:
     alloc = make(backend)

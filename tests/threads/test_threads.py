@@ -166,7 +166,6 @@ def big(backend: str, page_bytes: int) -> tuple[kvmem.Allocator, int]:
     ), tokens  # fmt: skip
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_long_calls_leave_the_interpreter_to_others(backend: str) -> None:
     """Zeroing much memory, and unmapping and destroying many pages: both take milliseconds at least. A busy machine may
     not run the other thread in just these, so there are more tries than one; a call that kept the lock would fail all.
@@ -192,7 +191,6 @@ def test_long_calls_leave_the_interpreter_to_others(backend: str) -> None:
     assert alloc.check() == []
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_closing_an_allocator_is_safe_beside_a_working_one(backend: str) -> None:
     """The destructor takes the pool's lock with the interpreter's in hand, while other threads hold the first and want
     the second: it must come through."""

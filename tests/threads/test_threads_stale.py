@@ -8,8 +8,7 @@ import time
 from collections.abc import Callable
 
 import numpy as np
-import pytest
-from support import BACKENDS, LONG
+from support import LONG
 from support_world import PAGE, plain_spec
 
 import kvmem
@@ -38,7 +37,6 @@ def run_threads(work: list[Callable[[], None]], timeout: float = 60) -> None:
         raise errors[0]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_one_thread_may_free_what_another_uses(backend: str, seed: int) -> None:
     """Handles are shared on purpose: whoever comes too late gets StaleHandle, and nothing else."""
     alloc = kvmem.Allocator(

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import BACKENDS, LONG
+from support import LONG
 from support_world import NOTHING, PAGE, SPECS, Digest, World, checked, held, plain_spec
 
 import kvmem
@@ -79,7 +79,6 @@ def close(world: World, driver: _core.CheckedDriver, spare_pages: int = 0) -> No
     assert held(driver) == NOTHING
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", SPECS)
 @pytest.mark.parametrize("zero", ["fresh", "always"])
 def test_every_call_of_every_step(name: str, backend: str, zero: str, rng: random.Random) -> None:
@@ -167,7 +166,6 @@ def whole_workload(name: str, backend: str, seed: int, nth: int, code: int, call
     return made, met
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", SPECS)
 def test_the_workload_with_one_call_failing(name: str, backend: str, seed: int) -> None:
     made, _ = whole_workload(name, backend, seed, 0, 0, LEAST_CALLS)
@@ -179,7 +177,6 @@ def test_the_workload_with_one_call_failing(name: str, backend: str, seed: int) 
 
 
 @pytest.mark.parametrize("code", [OUT_OF_MEMORY, 719])
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", SPECS)
 def test_a_driver_that_fails_for_ever(name: str, backend: str, code: int, seed: int) -> None:
     """From amid some step on everything fails, undoing too: typed errors only. When the driver is back, what could not
@@ -209,7 +206,6 @@ def test_a_driver_that_fails_for_ever(name: str, backend: str, code: int, seed: 
     assert errors or code == OUT_OF_MEMORY  # a round alone may need no driver: parked rows are taken over
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_the_last_reader_of_shared_memory_does_not_zero_what_the_other_may_come_back_to(backend: str) -> None:
     """Both are cut off within what they share, and grow in one call: the first gets a copy, the second has the memory alone then,
     and with a guard what it has cut off is to be zeroed. Should the call fail after that, the first is back there."""
@@ -237,7 +233,6 @@ def test_the_last_reader_of_shared_memory_does_not_zero_what_the_other_may_come_
 
 
 @pytest.mark.parametrize("code", CODES)
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_failing_constructor_leaves_nothing_behind(backend: str, code: int, rng: random.Random) -> None:
     """Also when a pool is shared: the allocator that could not be made is no owner of it, and its neighbour works on."""
     driver = checked()
@@ -264,7 +259,6 @@ def test_a_failing_constructor_leaves_nothing_behind(backend: str, code: int, rn
         neighbour.healthy()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_failures_while_closing_do_not_end_the_process(backend: str, rng: random.Random) -> None:
     """A destructor has nobody to tell; it carries on with the rest, and what a single failure leaves behind is bounded by it."""
     for nth in range(1, 60) if LONG else rng.sample(range(1, 60), 8):

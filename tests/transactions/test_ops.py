@@ -12,7 +12,7 @@ from typing import Any
 import msgpack
 import pytest
 from ops_rank import digest, make, receive, send
-from support import BACKENDS, LONG
+from support import LONG
 from support_world import NOTHING, PAGE, World, checked, held
 
 import kvmem
@@ -83,7 +83,6 @@ def test_two_ranks_follow_a_scheduler_that_has_no_device(name: str, backend: str
     assert kinds >= ({"front"} if name == "mixed" else set())
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_contents_follow_through_sharing_and_copies(backend: str) -> None:
     """What a rank wrote stays with its tokens when the scheduler forks, truncates and frees."""
     alloc = make("plain", backend, "meta", PAGES["plain"], record_ops=True)
@@ -150,7 +149,6 @@ def spoilt(rng: random.Random, ops: list[list[Any]]) -> tuple[str, list[Any]]:
     return way, ops
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["plain", "mixed"])
 def test_a_damaged_list_is_refused_whole_or_leaves_a_sound_allocator(name: str, backend: str, seed: int) -> None:
     """SpecError and nothing changed, or (a list may be damaged into another true one) an allocator that check() finds sound.
@@ -191,7 +189,6 @@ def replayed(name: str, backend: str, lists: list[list[Any]], until: list[Any]) 
     return follower
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_ops_of_another_shape_are_refused(backend: str) -> None:
     other = "paged" if backend == "virtual" else "virtual"
     for ops in (
@@ -222,7 +219,6 @@ def test_messages_of_refused_ops() -> None:
         assert follower.stats().created_bytes == 0 and follower.core.handles() == []
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["plain", "mixed"])
 def test_a_driver_failure_amid_apply_changes_nothing(name: str, backend: str, seed: int) -> None:
     driver = checked()

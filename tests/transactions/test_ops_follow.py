@@ -10,7 +10,7 @@ import torch
 from follow_world import SPECS, Following, all_held, make, make_leader, slots_of, write_all
 from ops_rank import digest
 from prefix_walk import author, step
-from support import BACKENDS, LONG
+from support import LONG
 from support_world import PAGE
 from test_ops import spoilt
 
@@ -21,7 +21,6 @@ DAMAGED = 500 if LONG else 120
 
 
 @pytest.mark.parametrize("zero", ["fresh", "always", "never"])
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", sorted(SPECS))
 def test_a_true_list_is_followed_with_every_byte(name: str, backend: str, zero: str, rng: random.Random) -> None:
     """With and without a cache that the replica knows nothing of, in lists of one call and of several."""
@@ -109,7 +108,6 @@ class Damaging(Following):
 
 
 @pytest.mark.parametrize("zero", ["fresh", "always"])
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", sorted(SPECS))
 def test_a_damaged_list_costs_no_live_token(name: str, backend: str, zero: str, rng: random.Random) -> None:
     pair = Damaging(name, backend, zero=zero)
@@ -141,7 +139,6 @@ def two_sequences(backend: str) -> tuple[kvmem.Allocator, list[list[Any]], int]:
 
 
 @pytest.mark.parametrize("kind", ["zero", "copy"])
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_write_to_tokens_of_somebody_is_refused_wherever_it_begins(backend: str, kind: str) -> None:
     replica, ops, handle = two_sequences(backend)
     before = all_held(replica)
@@ -162,7 +159,6 @@ def test_a_write_to_tokens_of_somebody_is_refused_wherever_it_begins(backend: st
     assert all_held(replica).keys() > before.keys()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_numbers_without_sense_are_refused_before_memory_is_taken(backend: str) -> None:
     replica, ops, handle = two_sequences(backend)
     seen = digest(replica)
@@ -197,7 +193,6 @@ def resident_bytes() -> int:
 
 
 @pytest.mark.parametrize("name", sorted(SPECS))
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_no_page_of_a_live_sequence_can_be_unmapped_by_itself(name: str, backend: str) -> None:
     """Named by its slot alone, by a record of one page or of several; the trash blocks' pages neither."""
     leader, replica = make_leader(name, backend), make(name, backend)
@@ -239,7 +234,6 @@ def test_a_replica_without_a_prefix_cache_has_the_rows_of_its_leader() -> None:
         fewer.apply([["map", 7, 0, 0, 1, 0]])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_step_of_a_replica_zeroes_nothing_that_its_leader_has_cached(backend: str) -> None:
     """What a sequence cut off is zeroed where kernels load it; not in a block that was whole: it may be found again."""
     guard = {"tail_guard_tokens": 16}
@@ -262,7 +256,6 @@ def test_a_step_of_a_replica_zeroes_nothing_that_its_leader_has_cached(backend: 
     assert all_held(replica)[found.id, 0] == {i: written[i] for i in range(8)}
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_replica_pads_once_its_leader_has(backend: str) -> None:
     """Blocks 0 and 1 lie on pages that the leader has to know of: else it gives one of them to a sequence."""
     leader, replica = make_leader("full", backend), make("full", backend)
@@ -293,7 +286,6 @@ def test_a_replica_pads_once_its_leader_has(backend: str) -> None:
     assert replica.batch([alone.id], pad_to=3) and replica.check() == []
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_one_that_followed_and_goes_on_alone_pads_by_itself(backend: str) -> None:
     leader, replica = make_leader("full", backend), make("full", backend)
     first = leader.sequence()
@@ -305,7 +297,6 @@ def test_one_that_followed_and_goes_on_alone_pads_by_itself(backend: str) -> Non
     assert replica.check() == []
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_replica_that_goes_on_alone_waits_for_who_used_the_memory(backend: str) -> None:
     """What a followed list has freed may be read by the device still: it is unmapped behind the list's fence."""
     leader, replica = make_leader("full", backend), make("full", backend, record_ops=True, prefix_cache=False)
@@ -321,7 +312,6 @@ def test_a_replica_that_goes_on_alone_waits_for_who_used_the_memory(backend: str
     assert waits == {fence}
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_copy_before_a_write_cannot_be_lost_or_read_elsewhere(backend: str) -> None:
     leader, replica = make_leader("full", backend), make("full", backend)
     parent = leader.sequence()

@@ -13,7 +13,7 @@ import pytest
 import torch
 from lockstep_prefix import PrefixLockstep
 from prefix_walk import author, step
-from support import BACKENDS, LONG, i32
+from support import LONG, i32
 from support_world import PAGE, Digest, checked, mixed_spec
 
 import kvmem
@@ -80,7 +80,6 @@ def step_all(pair: PrefixLockstep, rng: random.Random) -> None:
         model.trash.update(range(len(model.groups)))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["plain", "window", "narrow", "state"])
 def test_random_programs_with_refusals(name: str, backend: str, rng: random.Random) -> None:
     refused = 0
@@ -111,7 +110,6 @@ def small(backend: str, pages: int, name: str = "plain", **options: Any) -> kvme
     )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_cut_block_that_is_cached_stays_marked_when_a_batch_is_refused(backend: str) -> None:
     """In the refused call another sequence gives the cached block up, so that nothing seems to be shared any more; the
     block comes back, and with it the mark that it is to be copied before the next write."""
@@ -167,7 +165,6 @@ def test_a_parked_row_that_shows_shared_pages_stays_marked_when_a_batch_is_refus
     assert alloc.check() == [] and victim.kv(0)[0][:, 0, 0].tolist() == [1.0] * 32
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_step_is_refused_for_any_group_before_it_is_taken(backend: str) -> None:
     """No memory for the padding of a second group, and a batch whose second group is too small."""
     alloc = small(backend, 40, "window", max_sequences=4, max_tokens=200)
@@ -192,7 +189,6 @@ def test_a_step_is_refused_for_any_group_before_it_is_taken(backend: str) -> Non
     assert Digest(alloc.core) == before
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_group_that_grows_with_the_tokens_has_no_count_of_its_own(backend: str) -> None:
     alloc = kvmem.Allocator(
         mixed_spec(), backend=backend, memory=80 * PAGE, page_bytes=PAGE, interleave=1, max_sequences=2, max_tokens=200
@@ -208,7 +204,6 @@ def test_a_group_that_grows_with_the_tokens_has_no_count_of_its_own(backend: str
     assert alloc.check() == []
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_admitting_many_that_fails_in_the_driver_admits_none(backend: str) -> None:
     failures = 0
     for nth in range(1, 60):
@@ -229,7 +224,6 @@ def test_admitting_many_that_fails_in_the_driver_admits_none(backend: str) -> No
 
 
 @pytest.mark.parametrize("policy", ["density", "lru"])
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_what_a_kept_block_leads_to_stands_where_it_stood(backend: str, policy: str) -> None:
     """The end of a cached chain is retained, so all of the chain is kept; a call that is refused looks at all of it."""
     spec = kvmem.CacheSpec.kv(num_layers=1, num_kv_heads=1, head_dim=512, dtype="float32", block_size=1)  # a page each
