@@ -18,7 +18,6 @@ from window_traffic import BLOCK, Model, Step, found, growing_chats, hit_rate, m
 
 from kvmem.bench import peers
 
-BACKENDS = ("paged", "virtual")
 ROOT = Path(__file__).parents[2]
 PEERS = Path(os.environ.get("KVMEM_PEERS", ROOT / "build" / "peers"))
 

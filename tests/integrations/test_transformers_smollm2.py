@@ -25,7 +25,6 @@ from kvmem.integrations.transformers import KVMemCache
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(400)]
 
-BACKENDS = ["virtual", "paged"]
 PROMPTS = [
     "A page table maps",
     "The three most important things to know about the history of bread are",

@@ -18,7 +18,6 @@ from kvmem.kernels.blocks import scatter
 from kvmem.kernels.checks import plain
 from kvmem.layouts.views import CacheTensor
 
-BACKENDS = ["virtual", "paged"]
 SPEC = kvmem.CacheSpec.kv(num_layers=2, num_kv_heads=2, head_dim=8, dtype=torch.float32, block_size=4)
 
 

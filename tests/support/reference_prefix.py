@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from zlib import crc32
 
 from reference import Model, Piece, Tokens
 
@@ -109,7 +110,7 @@ class PrefixModel(MemoryOnly):
 
     def root(self, key: Root) -> Node:
         if key not in self.roots:
-            self.roots[key] = Node(None, (), hash(("root", key)) & _MASK)
+            self.roots[key] = Node(None, (), crc32(repr(key).encode()))
         return self.roots[key]
 
     def front(self, g: int, n: int) -> int:

@@ -204,8 +204,3 @@ def compute(alloc: kvmem.Allocator, prompt: list[int]) -> kvmem.Sequence:
     sequence.extend(len(rest))
     sequence.commit(rest)
     return sequence
-
-
-def group_handle(alloc: kvmem.Allocator, growth: str) -> int:
-    """The index of the first group that grows so; the layouts here have at most one of each kind but "token"."""
-    return next(i for i, g in enumerate(alloc.spec.groups) if g.growth == growth)

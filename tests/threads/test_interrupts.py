@@ -225,13 +225,6 @@ def hashes(events: list[Event]) -> list[bytes]:
     return [digest for event in events if isinstance(event, BlockStored) for digest in event.block_hashes]
 
 
-def poll_by_two(alloc: kvmem.Allocator) -> list[Event]:
-    found: list[Event] = []
-    while some := alloc.events(2):
-        found += some
-    return found
-
-
 FORMS: dict[str, Callable[[kvmem.Allocator], list[Event]]] = {
     "all": lambda alloc: alloc.events(),
     "two": lambda alloc: alloc.events(2),
