@@ -30,8 +30,7 @@ def world(backend: str) -> World:
     for count in (100, 0):
         world.run(world.open())
         handle = max(world.sequences)
-        world.run(world.extend(handle, count))
-        world.run(world.commit(handle, count, world.token_groups))
+        world.grow(handle, count)
     world.run(world.extend(min(world.sequences), 5))
     return world
 

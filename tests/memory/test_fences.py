@@ -32,19 +32,8 @@ def make(backend: str, **options: object) -> tuple[World, _core.CheckedDriver]:
     return World(alloc), driver
 
 
-def grow(world: World, handle: int, n: int) -> None:
-    """Reserves ``n`` tokens, writes and commits them."""
-    assert world.run(world.extend(handle, n))
-    assert world.run(world.commit(handle, n, world.token_groups))
-
-
 def start(world: World, *lengths: int) -> list[int]:
-    handles = []
-    for n in lengths:
-        assert world.run(world.open())
-        handles.append(max(set(world.sequences) - set(handles)))
-        grow(world, handles[-1], n)
-    return handles
+    return [world.start(n) for n in lengths]
 
 
 @contextmanager
@@ -126,10 +115,10 @@ def test_what_a_window_leaves_behind_waits_too(backend: str) -> None:
     (handle,) = start(world, 100)
     driver.hold_events(True)
     for _ in range(6):
-        grow(world, handle, PAGE_TOKENS)
+        world.grow(handle, PAGE_TOKENS)
     assert world.core.first_token(handle) >= 6 * PAGE_TOKENS - 64
     assert driver.held_waits() == 0, "while there is memory"
-    grow(world, handle, 300)  # more than the window: the paged backend cannot use all of it again
+    world.grow(handle, 300)  # more than the window: the paged backend cannot use all of it again
     waits_before_unmapping(driver, lambda: world.alloc.trim(), last_event(driver))
     world.healthy()
 

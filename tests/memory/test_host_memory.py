@@ -79,8 +79,7 @@ def test_forks_share_physical_memory(backend: str) -> None:
     world = World(alloc)
     world.run(world.open())
     (parent,) = world.sequences
-    world.run(world.extend(parent, 20_000))
-    world.run(world.commit(parent, 20_000, [0]))
+    world.grow(parent, 20_000)
     once = alloc.stats().physical_bytes
     assert once >= 20_000 * 64 * 2
     for _ in range(7):
@@ -181,8 +180,7 @@ def test_an_allocator_that_goes_returns_everything(backend: str) -> None:
     world = World(alloc)
     world.run(world.open())
     (handle,) = world.sequences
-    world.run(world.extend(handle, 50_000))
-    world.run(world.commit(handle, 50_000, [0]))
+    world.grow(handle, 50_000)
     assert of_the_file("Rss") - before >= 50_000 * 64 * 2
     world.__dict__.clear()
     del alloc

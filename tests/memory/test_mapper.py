@@ -32,18 +32,11 @@ def make(driver: _core.CheckedDriver, ahead: int = AHEAD, **options: object) -> 
 
 
 def start(world: World, *lengths: int) -> list[int]:
-    handles = []
-    for n in lengths:
-        assert world.run(world.open())
-        handles.append(max(set(world.sequences) - set(handles)))
-        assert world.run(world.extend(handles[-1], n))
-        assert world.run(world.commit(handles[-1], n, [0]))
-    return handles
+    return [world.start(n) for n in lengths]
 
 
 def decode(world: World, handle: int) -> None:
-    assert world.run(world.extend(handle, 1))
-    assert world.run(world.commit(handle, 1, [0]))
+    world.grow(handle, 1)
 
 
 def caught_up(world: World, driver: _core.CheckedDriver) -> bool:

@@ -182,6 +182,17 @@ class World(Agreement):
             lambda _: self.model.trash.update(range(len(self.groups))),
         )  # fmt: skip
 
+    def grow(self, handle: int, n: int) -> None:
+        """Room for ``n`` tokens, which are written and committed."""
+        assert self.run(self.extend(handle, n)) and self.run(self.commit(handle, n, self.token_groups))
+
+    def start(self, n: int) -> int:
+        """A new sequence of ``n`` tokens."""
+        assert self.run(self.open())
+        handle = next(reversed(self.sequences))
+        self.grow(handle, n)
+        return handle
+
     # --- a random life ---
 
     def choose(self, rng: random.Random, memory: tuple[int, int] | None = None) -> Step:
@@ -228,6 +239,14 @@ class World(Agreement):
             return False
         then(result)
         return True
+
+
+VERBS = ("reserve", "release", "create", "destroy", "map", "set_access", "unmap", "zero", "copy", "record", "wait")
+
+
+def calls_made(driver: _core.CheckedDriver) -> int:
+    made = driver.counters()
+    return sum(getattr(made, verb) for verb in VERBS)
 
 
 def checked() -> _core.CheckedDriver:

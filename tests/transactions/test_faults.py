@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support import LONG
-from support_world import NOTHING, PAGE, SPECS, Digest, World, checked, held, plain_spec
+from support_world import NOTHING, PAGE, SPECS, VERBS, Digest, World, calls_made, checked, held, plain_spec
 
 import kvmem
 from kvmem import _core
@@ -25,16 +25,10 @@ from kvmem import _core
 OUT_OF_MEMORY = 2
 #: CUDA's invalid value, out of memory, not initialized, invalid handle, not permitted, launch failure, unknown.
 CODES = (OUT_OF_MEMORY, 1, 3, 400, 719, 800, 999)
-VERBS = ("reserve", "release", "create", "destroy", "map", "set_access", "unmap", "zero", "copy", "record", "wait")
 PAGES = {"plain": 24, "mixed": 54}  # with the 10 that come and go no more than trim() gives back in one piece
 ARENAS = 2  # of the plain layout, one for each layer
 LEAST_CALLS = 2000
 CODES_A_CALL = len(CODES) if LONG else 3
-
-
-def calls_made(driver: _core.CheckedDriver) -> int:
-    made = driver.counters()
-    return sum(getattr(made, verb) for verb in VERBS)
 
 
 def make_world(name: str, backend: str, driver: _core.CheckedDriver, **options: Any) -> World:
@@ -215,7 +209,7 @@ def test_the_last_reader_of_shared_memory_does_not_zero_what_the_other_may_come_
         world = make_world("plain", backend, driver, tail_guard_tokens=16)
         world.run(world.open())
         (first,) = world.sequences
-        assert world.run(world.extend(first, 64)) and world.run(world.commit(first, 64, [0]))
+        world.grow(first, 64)
         assert world.run(world.fork(first))
         second = max(world.sequences)
         assert world.run(world.truncate(first, 61)) and world.run(world.truncate(second, 50))
