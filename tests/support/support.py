@@ -197,9 +197,9 @@ def make_allocator(
     return alloc
 
 
-def compute(alloc: kvmem.Allocator, prompt: list[int]) -> kvmem.Sequence:
+def compute(alloc: kvmem.Allocator, prompt: list[int], **keys: Any) -> kvmem.Sequence:
     """A sequence that has computed and committed what is not cached of ``prompt``."""
-    sequence = alloc.sequence(prompt)
+    sequence = alloc.sequence(prompt, **keys)
     rest = prompt[sequence.num_cached_tokens :]
     sequence.extend(len(rest))
     sequence.commit(rest)
