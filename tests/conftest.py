@@ -13,7 +13,8 @@ from hypothesis import settings
 HERE = Path(__file__).parent
 pytest.register_assert_rewrite(*(f.stem for f in HERE.rglob("*.py") if not f.name.startswith(("test_", "conftest"))))
 
-# The machine's load must not fail an example; a failing one prints how to repeat it.
+# The machine's load must not fail an example. Hypothesis draws by itself, and prints the blob that repeats a failure:
+# its examples shrink and are kept in its database, which a seed would defeat.
 settings.register_profile("kvmem", deadline=None, print_blob=True)
 settings.load_profile("kvmem")
 
@@ -23,13 +24,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """``--seed`` holds for every test, also for those that ask for ``KVMEM_SEED``; without it each draws, or has, its own."""
-    if config.option.seed is not None:
-        os.environ["KVMEM_SEED"] = str(config.option.seed)
-    else:
-        given = os.environ.get("KVMEM_SEED") or os.environ.get("KVMEM_RUN_SEED")
-        config.option.seed = int(given or random.SystemRandom().randrange(2**31))
-    os.environ["KVMEM_RUN_SEED"] = str(config.option.seed)  # for the workers of pytest-xdist
+    """One seed for all of a run; pytest-xdist hands it to its workers with the other options."""
+    if config.option.seed is None:
+        config.option.seed = random.SystemRandom().randrange(2**31)
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
@@ -88,7 +85,21 @@ def seed(request: pytest.FixtureRequest) -> int:
     return value
 
 
+@pytest.fixture(autouse=True)
+def torch_generator(seed: int) -> None:
+    """Tensors that a test draws without a generator of its own follow from the seed, too."""
+    import torch
+
+    torch.manual_seed(seed)
+
+
 @pytest.fixture
 def rng(seed: int) -> random.Random:
     """A generator of its own for each test, so that a test repeats alone what it did in the whole run."""
     return random.Random(seed)
+
+
+@pytest.fixture(params=["virtual", "paged"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """A test that takes it runs on each; with ``parametrize`` a test has others."""
+    return request.param  # type: ignore[no-any-return]

@@ -9,7 +9,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from support import BACKENDS, LAYOUTS, i32, make_allocator, plain, seed_of_run
+from support import LAYOUTS, i32, make_allocator, plain
 from support_prefix import text
 
 import kvmem
@@ -41,9 +41,9 @@ def one_by_one(
 
 
 @pytest.mark.parametrize("layout", LAYOUTS_HERE)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_prompts_admitted_at_once_are_prompts_admitted_one_by_one(backend: str, layout: str) -> None:
-    rng = random.Random(seed_of_run())
+def test_prompts_admitted_at_once_are_prompts_admitted_one_by_one(
+    backend: str, layout: str, rng: random.Random
+) -> None:
     spec, options = LAYOUTS[layout].spec(16), {"max_sequences": 12, "max_tokens": 900, "device": "meta"}
     batched, single = (make_allocator(spec, backend, page_bytes=4096, **options) for _ in range(2))
     kept: list[kvmem.Sequence] = []
@@ -56,14 +56,13 @@ def test_prompts_admitted_at_once_are_prompts_admitted_one_by_one(backend: str, 
             single, prompts, salt, kept
         ), turn
         assert batched.stats().used_bytes == single.stats().used_bytes
+        dropped = rng.sample(live := single.core.handles(), len(live) // 2)
         for alloc in (batched, single):
             for handle, hit, prompt in zip(ids, cached, prompts, strict=False):
                 alloc.commit_batch(i32(handle), i32(len(prompt) - hit), i32(*prompt[hit:]))
-            live = alloc.core.handles()
-            alloc.free_batch(i32(*random.Random(turn).sample(live, len(live) // 2)))
+            alloc.free_batch(i32(*dropped))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_as_many_get_room_as_there_is_memory_for(backend: str) -> None:
     alloc = make_allocator(
         plain(16), backend=backend, max_sequences=8, max_tokens=4096, memory="512KiB", prefix_cache=False
@@ -78,7 +77,6 @@ def test_as_many_get_room_as_there_is_memory_for(backend: str) -> None:
     assert alloc.stats().num_sequences == 2
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_as_many_get_room_as_there_are_places(backend: str) -> None:
     alloc = make_allocator(plain(16), backend=backend, max_sequences=3, max_tokens=512)
     ids, _ = alloc.admit_batch(np.arange(80, dtype=np.int32), i32(*[16] * 5))
@@ -87,7 +85,6 @@ def test_as_many_get_room_as_there_are_places(backend: str) -> None:
     alloc.free_batch(ids)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_later_prompt_finds_what_an_earlier_call_has_committed(backend: str) -> None:
     alloc = make_allocator(plain(16), backend=backend, max_sequences=8, max_tokens=512)
     prompt = text(100)
@@ -117,7 +114,6 @@ def test_token_ids_in_any_form(form: type) -> None:
         made.append(1)  # a BufferError while anybody holds it
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_bad_prompts_change_nothing(backend: str) -> None:
     alloc = make_allocator(plain(16), backend=backend, max_sequences=8, max_tokens=64)
     before = alloc.stats()

@@ -7,12 +7,11 @@ import threading
 
 import numpy as np
 import pytest
-from support import BACKENDS, i32, make_allocator, plain
+from support import i32, make_allocator, plain
 
 import kvmem
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_arrays_that_another_thread_writes_to(backend: str) -> None:
     alloc = make_allocator(plain(4), backend, memory="2MiB", page_bytes=4096, max_sequences=8, max_tokens=2000)
     good, stop = alloc.open_batch(4), threading.Event()
@@ -51,7 +50,6 @@ def test_arrays_that_another_thread_writes_to(backend: str) -> None:
     assert alloc.check() == []
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("more", [0, 5])
 def test_more_values_than_an_int32_counts(backend: str, more: int) -> None:
     """Never cut: addresses of so many ids are cheap, since nothing touches them."""

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support_world import BACKENDS, PAGE, World, mixed_spec, plain_spec
+from support import i32
+from support_world import PAGE, World, mixed_spec, plain_spec
 
 import kvmem
 from kvmem import DeviceError, OutOfMemory, SpecError, StaleHandle
@@ -22,15 +23,14 @@ def make(backend: str = "virtual", pages: int = 60, **options: Any) -> kvmem.All
     return kvmem.Allocator(mixed_spec(), backend=backend, **(sizes | options))
 
 
-@pytest.fixture(params=BACKENDS)
-def world(request: pytest.FixtureRequest) -> World:
+@pytest.fixture
+def world(backend: str) -> World:
     """Two sequences: the first with 100 committed tokens and 5 reserved, the second with a state only."""
-    world = World(make(request.param))
+    world = World(make(backend))
     for count in (100, 0):
         world.run(world.open())
         handle = max(world.sequences)
-        world.run(world.extend(handle, count))
-        world.run(world.commit(handle, count, world.token_groups))
+        world.grow(handle, count)
     world.run(world.extend(min(world.sequences), 5))
     return world
 
@@ -43,103 +43,51 @@ def refused(world: World, error: type[Exception], words: str, call: Callable[[],
     world.healthy()
 
 
-def i32(*values: int) -> np.ndarray:
-    return np.array(values, np.int32)
-
-
 # --- token counts ---
 
-
-@pytest.mark.parametrize(
-    ("count", "error", "words"),
-    [
-        (-1, SpecError, r"(?s)-1.*"),
-        (-(2**31), SpecError, "-2147483648"),
-        (196, SpecError, r"from 105 by 196 tokens; it can hold 300.*at most 195 more"),
-        (2**31 - 1, SpecError, r"at most 195 more"),
-        (2**31, SpecError, "n: got 2147483648; must fit"),
-        (2**62, SpecError, "n: got 4611686018427387904"),
-        (2**63, SpecError, "."),
-        (2**200, SpecError, "."),
-        (1.0, SpecError, "."),
-        (1.5, SpecError, "."),
-        (None, SpecError, "."),
-        ("1", SpecError, "."),
-        (True, SpecError, "."),
-    ],
-)
-def test_extend_by_a_wrong_count(world: World, count: Any, error: Any, words: str) -> None:
-    sequence = kvmem.Sequence(world.alloc, min(world.sequences))
-    refused(world, error, words, lambda: sequence.extend(count))
-    refused(world, error, words, lambda: sequence.try_extend(count))
-
-
-@pytest.mark.parametrize(
-    ("tokens", "words"),
-    [
+Seq = kvmem.Sequence
+#: Verbs of the first sequence, what each is given, and what the refusal says.
+VERBS: dict[str, tuple[Callable[[Seq, Any], object], list[tuple[Any, str]]]] = {
+    "extend": (lambda seq, n: seq.extend(n), EXTENDED := [
+        (-1, r"(?s)-1.*"), (-(2**31), "-2147483648"),
+        (196, r"from 105 by 196 tokens; it can hold 300.*at most 195 more"), (2**31 - 1, r"at most 195 more"),
+        (2**31, "n: got 2147483648; must fit"), (2**62, "n: got 4611686018427387904"),
+        *((value, ".") for value in (2**63, 2**200, 1.0, 1.5, None, "1", True)),
+    ]),
+    "try_extend": (lambda seq, n: seq.try_extend(n), EXTENDED),
+    "commit ids": (lambda seq, tokens: seq.commit(tokens), [
         (1, r"got 1; commit takes ids, \[1\] for one; a count is commit\(count=1\)"),
-        (0, r"a count is commit\(count=0\)"),
-        (-1, r"a count is commit\(count=-1\)"),
-        (np.int64(5), r"a count is commit\(count=5\)"),
-        (2**70, "a count is"),
-        ([1, 2, 3, 4, 5, 6], "asked to commit 6"),
-        ([-1], "got ids from -1 to -1"),
-        ([[1, 2]], r"shape \(1, 2\)"),
-        ([1.5], "float"),
-        (True, "bool"),
-        (1.0, "float"),
-        ("12", "str|<U"),
-        (None, r"tokens: missing.*commit\(count=n\)"),
-        ([1, [2]], "list"),
-    ],
-)
-def test_commit_of_wrong_tokens(world: World, tokens: Any, words: str) -> None:
-    sequence = kvmem.Sequence(world.alloc, min(world.sequences))
-    refused(world, SpecError, words, lambda: sequence.commit(tokens))
-
-
-@pytest.mark.parametrize(
-    ("count", "words"),
-    [
-        (-1, "count: got -1"),
-        (6, "asked to commit 6 tokens.*5 are reserved and not committed: extend"),
-        (2**31, "count: got 2147483648"),
-        (2**63 - 1, "count: got 9223372036854775807"),
-        (2**200, "count: got a number of 201 bits"),
-        (1.0, "count: got 1.0"),
-        (True, "count: got True"),
+        (0, r"a count is commit\(count=0\)"), (-1, r"a count is commit\(count=-1\)"),
+        (np.int64(5), r"a count is commit\(count=5\)"), (2**70, "a count is"), ([1, 2, 3, 4, 5, 6], "asked to commit 6"),
+        ([-1], "got ids from -1 to -1"), ([[1, 2]], r"shape \(1, 2\)"), ([1.5], "float"), (True, "bool"), (1.0, "float"),
+        ("12", "str|<U"), (None, r"tokens: missing.*commit\(count=n\)"), ([1, [2]], "list"),
+    ]),
+    "commit a count": (lambda seq, count: seq.commit(count=count), COUNTS := [
+        (-1, "count: got -1"), (6, "asked to commit 6 tokens.*5 are reserved and not committed: extend"),
+        (2**31, "count: got 2147483648"), (2**63 - 1, "count: got 9223372036854775807"),
+        (2**200, "count: got a number of 201 bits"), (1.0, "count: got 1.0"), (True, "count: got True"),
         ([1], r"count: got \[1\]"),
-    ],
-)
-def test_commit_of_a_wrong_count(world: World, count: Any, words: str) -> None:
-    sequence = kvmem.Sequence(world.alloc, min(world.sequences))
-    refused(world, SpecError, words, lambda: sequence.commit(count=count))
-    refused(world, SpecError, "one of them", lambda: sequence.commit([1], count=1))
+    ]),
+    "commit both": (lambda seq, count: seq.commit([1], count=count), [(count, "one of them") for count, _ in COUNTS]),
+    "truncate": (lambda seq, tokens: seq.truncate(tokens), [
+        (-1, "to -1 tokens; it has 105"), (106, "to 106 tokens; it has 105"), (2**40, "num_tokens: got 1099511627776"),
+        (3, "sliding window of 40.*least that would do is"),
+        *((value, ".") for value in (True, 1.0, "1", None, 2**63, 2**70)),
+    ]),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("tokens", "words"),
-    [
-        (-1, "to -1 tokens; it has 105"),
-        (106, "to 106 tokens; it has 105"),
-        (2**40, "num_tokens: got 1099511627776"),
-        (3, "sliding window of 40.*least that would do is"),
-    ],
+    ("verb", "value", "words"), [(verb, *case) for verb, (_, cases) in VERBS.items() for case in cases]
 )
-def test_truncate_to_a_wrong_length(world: World, tokens: int, words: str) -> None:
+def test_a_verb_with_a_wrong_number(world: World, verb: str, value: Any, words: str) -> None:
     sequence = kvmem.Sequence(world.alloc, min(world.sequences))
-    refused(world, SpecError, words, lambda: sequence.truncate(tokens))
-
-
-@pytest.mark.parametrize("tokens", [True, 1.0, "1", None, 2**63, 2**70])
-def test_truncate_to_no_integer(world: World, tokens: Any) -> None:
-    sequence = kvmem.Sequence(world.alloc, min(world.sequences))
-    refused(world, SpecError, ".", lambda: sequence.truncate(tokens))
+    refused(world, SpecError, words, lambda: VERBS[verb][0](sequence, value))
 
 
 def test_the_least_length_that_a_window_allows_is_right(world: World) -> None:
     handle = min(world.sequences)
-    least = world.least_tokens(handle)
+    least = world.model.least_tokens(handle)
     refused(world, SpecError, f"least that would do is {least}$", lambda: world.core.truncate(handle, least - 1))
     assert world.run(world.truncate(handle, least))
     world.healthy()
@@ -250,19 +198,13 @@ def test_arrays_of_wrong_length_or_type(world: World) -> None:
 def test_lists_and_every_integer_type(world: World) -> None:
     """What is an int32 in each entry is taken as it is by all batched calls, whatever holds it."""
     first, second = sorted(world.sequences)
-    alloc, forms = (
+    alloc, unsigned, strided = (
         world.alloc,
-        [
-            list,
-            tuple,
-            np.array,
-            torch.tensor,
-            lambda x: np.array(x, np.uint32),
-            lambda x: np.array([x, x], np.int32).T[:, 0],
-        ],
+        lambda x: np.array(x, np.uint32),
+        lambda x: np.array([x, x], np.int32).T[:, 0],
     )
     batch = alloc.make_batch(max_new_tokens=600)
-    for form in forms:
+    for form in (list, tuple, np.array, torch.tensor, unsigned, strided):
         before = [alloc.core.tokens(h) for h in (first, second)]
         ids: Any = form([first, second])
         alloc.extend_batch(ids, form([1, 2]))

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support import BACKENDS, i32, make_allocator, plain, recurrent
+from support import compute, i32, make_allocator, plain, recurrent
 from support_prefix import text
 
 import kvmem
@@ -54,18 +54,10 @@ class Place:
         assert self.alloc.check() == []
 
 
-def grown(alloc: kvmem.Allocator, tokens: list[int], **root: Any) -> kvmem.Sequence:
-    seq = alloc.sequence(tokens, **root)
-    rest = tokens[seq.num_cached_tokens :]
-    seq.extend(len(rest))
-    seq.commit(rest)
-    return seq
-
-
 def make_place(backend: str, spec: kvmem.CacheSpec) -> Place:
     alloc = make_allocator(spec, backend, **MEMORY)
-    seq, gone = grown(alloc, PROMPT), grown(alloc, text(70, 3), salt="salt")
-    pinned = grown(alloc, text(64, 4))
+    seq, gone = compute(alloc, PROMPT), compute(alloc, text(70, 3), salt="salt")
+    pinned = compute(alloc, text(64, 4))
     if any(group.growth == "fixed" for group in spec.groups):  # else there is no state that a pin could keep
         seq.snapshot()
         pinned.snapshot()
@@ -77,14 +69,14 @@ def make_place(backend: str, spec: kvmem.CacheSpec) -> Place:
     return Place(alloc, seq, gone, pin, undone)
 
 
-@pytest.fixture(params=BACKENDS)
-def place(request: pytest.FixtureRequest) -> Place:
-    return make_place(request.param, plain(16))
+@pytest.fixture
+def place(backend: str) -> Place:
+    return make_place(backend, plain(16))
 
 
-@pytest.fixture(params=BACKENDS)
-def hybrid(request: pytest.FixtureRequest) -> Place:
-    return make_place(request.param, recurrent(16))
+@pytest.fixture
+def hybrid(backend: str) -> Place:
+    return make_place(backend, recurrent(16))
 
 
 #: What is no flat list of token ids, and a word of what the message says of it.
@@ -157,7 +149,7 @@ def test_every_kind_of_token_list_is_the_same(place: Place, given: Any) -> None:
 
 def test_the_largest_token_id_is_fine(place: Place) -> None:
     tokens = [2**31 - 1] * 20 + [0] * 13
-    seq = grown(place.alloc, tokens)
+    seq = compute(place.alloc, tokens)
     assert place.alloc.match(tokens).num_tokens == 32
     seq.free()
 
@@ -181,13 +173,13 @@ def test_no_two_keys_are_the_same(place: Place) -> None:
     for n, key in enumerate(keys):
         for other in keys[n:]:
             assert alloc.match(tokens, extra_key=other).num_tokens == 0, (keys[:n], other)
-        grown(alloc, tokens, extra_key=key).free()
+        compute(alloc, tokens, extra_key=key).free()
         assert alloc.match(tokens, extra_key=key).num_tokens == 32
     texts = [None, "", b"", "a", b"a", "1"]
     for n, salt in enumerate(texts):
         for other in texts[n:]:
             assert alloc.match(tokens, salt=other, extra_key="x").num_tokens == 0, (texts[:n], other)
-        grown(alloc, tokens, salt=salt, extra_key="x").free()
+        compute(alloc, tokens, salt=salt, extra_key="x").free()
 
 
 def test_pinning_what_is_gone_or_never_was(place: Place) -> None:
@@ -270,7 +262,7 @@ def test_retain_with_wrong_arguments(place: Place, arguments: dict[str, Any], wo
 
 def test_commit_batch_with_wrong_tokens(place: Place) -> None:
     alloc, seq = place.alloc, place.seq
-    other = grown(alloc, text(30, 8))
+    other = compute(alloc, text(30, 8))
     other.extend(10)
     ids, counts = i32(seq.id, other.id), i32(2, 3)
     for tokens in (i32(1, 2, 3, 4), i32(1, 2, 3, 4, 5, 6), i32(), np.zeros(5), np.zeros(5, np.int64), [1, 2, 3, 4, 5.5],
@@ -285,7 +277,6 @@ def test_commit_batch_with_wrong_tokens(place: Place) -> None:
     assert seq.num_committed_tokens == 66 and other.num_committed_tokens == 33
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     ("option", "words"),
     [

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import BACKENDS, LONG, make_allocator, plain
+from support import LONG, make_allocator, plain
 
 import kvmem
 from kvmem import CacheSpec, Component, Group, SpecError
@@ -105,7 +105,6 @@ def really_fits(alloc: kvmem.Allocator, n: int) -> bool:
         return False
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", SPECS)
 def test_what_is_said_to_fit_does(name: str, backend: str, rng: random.Random) -> None:
     spec, answers = SPECS[name], {True: 0, False: 0}
@@ -127,7 +126,6 @@ def test_what_is_said_to_fit_does(name: str, backend: str, rng: random.Random) -
     assert min(answers.values()) > 10, "one answer was hardly asked for"
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_by_hand(backend: str) -> None:
     """8 tokens of 256 bytes are a block, of which a page holds two."""
     alloc = kvmem.Allocator(
@@ -147,7 +145,6 @@ def test_by_hand(backend: str) -> None:
     assert alloc.stats().cached_blocks == 5, "and was not"
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_beyond_the_longest_and_what_is_no_count(backend: str) -> None:
     alloc = make_allocator(plain(16), backend, max_tokens=100, memory="4MiB")
     assert alloc.free_tokens() > 100 and alloc.can_fit(100) and not alloc.can_fit(101)
@@ -158,13 +155,11 @@ def test_beyond_the_longest_and_what_is_no_count(backend: str) -> None:
             alloc.can_fit(n)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_state_alone_has_no_length(backend: str) -> None:
     alloc = make_allocator(CacheSpec((_state(64),), block_size=8), backend)
     assert alloc.free_tokens() == 2**31 - 1
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_neighbour_in_the_pool(backend: str) -> None:
     pool = kvmem.PagePool(device="meta", memory=10 * PAGE, page_bytes=PAGE)
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support_world import BACKENDS
 
 import kvmem
 from kvmem.events import BlockStored
@@ -69,15 +68,14 @@ def test_names_of_past_roots_are_told_while_their_events_wait() -> None:
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_allocators_that_come_and_go_on_a_pool(backend: str) -> None:
+def test_allocators_that_come_and_go_on_a_pool(backend: str, rng: random.Random) -> None:
     """The numbers of arenas are given out again, also where the oldest allocator always goes first."""
     pool = kvmem.PagePool(memory="1MiB", page_bytes=4096)
 
     def make() -> kvmem.Allocator:
         return kvmem.Allocator(spec(), backend=backend, pool=pool, max_sequences=2, max_tokens=64, interleave="none")
 
-    rng, live = random.Random(1), [make() for _ in range(3)]
+    live = [make() for _ in range(3)]
     for _ in range(200):
         live.pop(rng.choice([0, 0, 1, -1]))
         live.append(make())

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import BACKENDS, make_allocator, plain
+from support import make_allocator, plain
 
 import kvmem
 from kvmem import Sequence, SpecError
@@ -68,7 +68,6 @@ CALLS: dict[str, Callable[[World, Any], Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("call", CALLS)
 def test_sequences_and_their_ids_do_the_same(call: str, backend: str) -> None:
     answers = []

@@ -6,7 +6,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from support import BACKENDS, LONG, make_allocator, seed_of_run
+from support import LONG, make_allocator
 
 import kvmem
 from kvmem import SchedulerCache
@@ -60,18 +60,17 @@ class Ledger:
 
 
 @pytest.mark.parametrize(("block_size", "width"), [(4, 4), (16, 4), (3, 12), (16, 40), (5, 100)])
-def test_cached_beside_live_tokens_is_neither_waste_nor_parked(block_size: int, width: int) -> None:
+def test_cached_beside_live_tokens_is_neither_waste_nor_parked(block_size: int, width: int, rng: random.Random) -> None:
     """Paged: blocks of a fraction of a page, some that straddle two, and of pages; with memory enough to forget nothing."""
-    walk = random.Random(seed_of_run())
     block_bytes = block_size * width * 8
     cache = open_cache("paged", block_size, width, 4000)
     ledger = Ledger(cache, block_bytes)
     for number in range(1500 if LONG else 250):
-        if len(cache) == 60 or (len(cache) > 5 and walk.random() < 0.5):
-            ledger.end(walk.choice(list(cache)))
+        if len(cache) == 60 or (len(cache) > 5 and rng.random() < 0.5):
+            ledger.end(rng.choice(list(cache)))
         else:
-            prompt = [walk.randrange(4)] * walk.randrange(8 * block_size) + [number] * walk.randrange(1, 3 * block_size)
-            assert cache.allocate(number, walk.choice([None, len(prompt) + 5]), tokens=prompt) is not None
+            prompt = [rng.randrange(4)] * rng.randrange(8 * block_size) + [number] * rng.randrange(1, 3 * block_size)
+            assert cache.allocate(number, rng.choice([None, len(prompt) + 5]), tokens=prompt) is not None
             ids = prompt[cache.num_cached_tokens(number) : cache.num_tokens(number)]
             cache.publish(number, ids)
         ledger.agrees()
@@ -92,18 +91,16 @@ def most(cache: SchedulerCache) -> int:
     return low
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_usage_says_what_one_more_request_can_have(backend: str) -> None:
+def test_usage_says_what_one_more_request_can_have(backend: str, rng: random.Random) -> None:
     """Within a block, or a page, whatever is cached, on whichever pages."""
-    walk = random.Random(seed_of_run())
     token_bytes, unit = 32, 4 * 32 if backend == "paged" else PAGE
     for _ in range(30 if LONG else 6):
         cache = open_cache(backend, 4, 4, 24)
         number = 0
-        while len(cache) < 80 and cache.allocate(number, tokens=[number] * walk.randrange(1, 90)) is not None:
+        while len(cache) < 80 and cache.allocate(number, tokens=[number] * rng.randrange(1, 90)) is not None:
             cache.publish(number, [number] * cache.num_tokens(number))
             number += 1
-        cache.free_all([name for name in cache if walk.random() < walk.choice([0.5, 0.9])])
+        cache.free_all([name for name in cache if rng.random() < rng.choice([0.5, 0.9])])
         usage, budget = cache.usage, cache.allocator.stats().budget_bytes
         free = round((1 - usage) * budget)
         got = most(cache) * token_bytes

@@ -9,9 +9,9 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from contents import places, write_row
 from lockstep import Lockstep
-from patterns import places, write_row
-from support import i32, seed_of_run
+from support import i32
 
 import kvmem
 
@@ -251,13 +251,12 @@ def test_views_end_at_the_last_mapped_block(make: Make) -> None:
             assert str(view).startswith("CacheTensor(") and f"{view}" == repr(view)
 
 
-def test_random_calls_agree_with_the_model(make: Make) -> None:
+def test_random_calls_agree_with_the_model(make: Make, rng: random.Random) -> None:
     """A short walk for each combination; tests/conformance/test_model.py has the long ones."""
-    walk = random.Random(seed_of_run())
     pair = Lockstep(make(max_sequences=4))
     pair.prepare_padding()
     for _ in range(40):
-        step(pair, walk)
+        step(pair, rng)
         pair.agree()
     pair.contents_agree()
 

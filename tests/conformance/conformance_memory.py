@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conformance import Make, filled
-from patterns import by_sequence, places
+from contents import by_sequence, places
 
 import kvmem
 

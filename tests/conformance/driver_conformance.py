@@ -1,7 +1,6 @@
 """What every driver must do: the rules of csrc/driver/driver.h as tests. One file, run on every driver there is.
 
-A test gets a fresh ``device`` and must leave nothing behind; the fixture in test_driver_conformance.py checks that.
-"""
+A test gets a fresh ``device`` and must leave nothing behind; the fixture in test_driver_conformance.py checks that."""
 
 from __future__ import annotations
 
@@ -333,11 +332,8 @@ def test_more_than_there_is_is_out_of_memory(device: Device) -> None:
 # ---- Anything at all -------------------------------------------------------------------------------------------------
 
 
-def test_random_walk_keeps_every_page_apart(device: Device) -> None:
+def test_random_walk_keeps_every_page_apart(device: Device, rng: random.Random) -> None:
     """Random creates, maps, aliases, writes, unmaps and destroys against a model of which bytes lie where."""
-    seed = random.randrange(1 << 30)
-    print(f"seed {seed}")
-    rng = random.Random(seed)
     driver, size, slots = device.driver, device.page_bytes, 24
     base = driver.reserve(slots * size)
     content: dict[int, bytes | None] = {}  # page -> its bytes; None until written
@@ -368,7 +364,7 @@ def test_random_walk_keeps_every_page_apart(device: Device) -> None:
             del content[victim]
         check = rng.randrange(slots)
         if (page := table[check]) is not None and content[page] is not None:
-            assert device.read(base + check * size, size) == content[page], f"seed {seed}"
+            assert device.read(base + check * size, size) == content[page]
     for i in range(slots):
         if table[i] is not None:
             driver.unmap(base + i * size, size)

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from event_world import BLOCK, Router, World, spec_of, stream_of
-from support import LONG, latent, plain, recurrent, seed_of_run, windows
+from support import LONG, latent, plain, recurrent, windows
 
 import kvmem
 from kvmem import _core
@@ -295,9 +295,8 @@ def test_a_record_that_cannot_be_is_an_error_not_a_wrong_hash() -> None:
             stream.poll()
 
 
-def test_a_router_that_follows_knows_what_is_there() -> None:
+def test_a_router_that_follows_knows_what_is_there(seed: int) -> None:
     """Random insertions, removals, clearings, losses and restarts, against a plain model of the index."""
-    seed = seed_of_run()
     total_lost = 0
     for round_ in range(60 if LONG else 6):
         rng = np.random.default_rng([seed, round_])

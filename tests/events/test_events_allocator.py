@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -9,7 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 from event_world import Held, Router
-from support import BACKENDS, LONG, all_windows, latent, make_allocator, plain, seed_of_run, windows
+from lockstep_prefix import PrefixLockstep
+from prefix_walk import author, step
+from support import LONG, all_windows, compute, latent, make_allocator, plain, windows
 
 import kvmem
 from kvmem.events import AllBlocksCleared, BlockRemoved, BlockStored
@@ -20,13 +23,13 @@ BLOCK = 16
 Make = Callable[..., kvmem.Allocator]
 
 
-@pytest.fixture(params=BACKENDS)
-def make(request: pytest.FixtureRequest) -> Iterator[Make]:
+@pytest.fixture
+def make(backend: str) -> Iterator[Make]:
     opened: list[kvmem.Allocator] = []
 
     def build(spec: kvmem.CacheSpec | None = None, **options: object) -> kvmem.Allocator:
         defaults = {"events": 4096, "page_bytes": 4096, "partial_reuse": False}
-        opened.append(make_allocator(spec or plain(BLOCK), request.param, **{**defaults, **options}))
+        opened.append(make_allocator(spec or plain(BLOCK), backend, **{**defaults, **options}))
         return opened[-1]
 
     yield build
@@ -36,15 +39,6 @@ def make(request: pytest.FixtureRequest) -> Iterator[Make]:
 
 def tokens(seed: int, count: int) -> list[int]:
     return np.random.default_rng(seed).integers(0, 1000, count).tolist()  # type: ignore[no-any-return]
-
-
-def run(alloc: kvmem.Allocator, prompt: list[int], **keys: str) -> kvmem.Sequence:
-    """Computes a prompt as an engine does, and leaves the sequence open."""
-    sequence = alloc.sequence(prompt, **keys)
-    rest = prompt[sequence.num_cached_tokens :]
-    sequence.extend(len(rest))
-    sequence.commit(rest)
-    return sequence
 
 
 def snapshot(alloc: kvmem.Allocator) -> Held:
@@ -91,10 +85,10 @@ def test_full_blocks_are_told_when_they_are_committed_with_their_tokens(make: Ma
 
 def test_what_is_found_is_not_told_again(make: Make) -> None:
     alloc, prompt = make(), tokens(2, 4 * BLOCK + 1)
-    run(alloc, prompt)
+    compute(alloc, prompt)
     alloc.events()
-    again = run(alloc, prompt)
-    other = run(alloc, [*prompt[: 2 * BLOCK], *tokens(3, BLOCK)])
+    again = compute(alloc, prompt)
+    other = compute(alloc, [*prompt[: 2 * BLOCK], *tokens(3, BLOCK)])
     assert again.num_cached_tokens == 4 * BLOCK and other.num_cached_tokens == 2 * BLOCK
     (branch,) = alloc.events()
     assert isinstance(branch, BlockStored)
@@ -117,7 +111,7 @@ def test_computed_twice_side_by_side_it_is_told_once(make: Make) -> None:
 
 def test_truncate_takes_back_what_nobody_else_has(make: Make) -> None:
     alloc, prompt = make(), tokens(5, 4 * BLOCK)
-    sequence = run(alloc, prompt)
+    sequence = compute(alloc, prompt)
     alloc.events()
     sequence.truncate(BLOCK + 4)
     digests = block_digests(alloc.spec, prompt)
@@ -128,10 +122,10 @@ def test_truncate_takes_back_what_nobody_else_has(make: Make) -> None:
 def test_clearing_leaves_what_is_pinned_or_in_use(make: Make) -> None:
     alloc, router = make(), Router()
     kept, used, rest = (tokens(seed, 3 * BLOCK) for seed in (6, 7, 8))
-    run(alloc, kept).free()
+    compute(alloc, kept).free()
     pin = alloc.pin(kept)
-    user = run(alloc, used)
-    run(alloc, rest).free()
+    user = compute(alloc, used)
+    compute(alloc, rest).free()
     router.follow(alloc.events())
     alloc.clear_cache()
     router.follow(alloc.events())
@@ -147,7 +141,7 @@ def test_nothing_is_told_of_unknown_tokens_or_without_a_capacity(make: Make) -> 
     sequence.commit(count=2 * BLOCK)
     assert alloc.events() == []
     silent = make(events=0)
-    run(silent, tokens(9, 2 * BLOCK))
+    compute(silent, tokens(9, 2 * BLOCK))
     assert silent.events() == []
 
 
@@ -163,7 +157,7 @@ def test_caches_of_two_salts_have_no_hash_in_common(make: Make) -> None:
         {"salt": "a", "adapter": "a"},
         {"adapter": "a", "extra_key": "a"},
     ):
-        run(alloc, prompt, **keys).free()  # type: ignore[arg-type]
+        compute(alloc, prompt, **keys).free()  # type: ignore[arg-type]
         (event,) = alloc.events()
         assert isinstance(event, BlockStored)
         found += event.block_hashes
@@ -174,10 +168,10 @@ def test_caches_of_two_salts_have_no_hash_in_common(make: Make) -> None:
 def test_both_backends_tell_the_same(spec: Callable[[int], kvmem.CacheSpec], left: int) -> None:
     def told(backend: str) -> list[object]:
         alloc = make_allocator(spec(BLOCK), backend, page_bytes=4096, events=4096)
-        sequences = [run(alloc, tokens(seed, 40 + 9 * seed)) for seed in range(3)]
+        sequences = [compute(alloc, tokens(seed, 40 + 9 * seed)) for seed in range(3)]
         sequences[1].truncate(left)
         sequences[0].free()
-        run(alloc, [*tokens(0, 40)[: 2 * BLOCK], *tokens(5, 20)])
+        compute(alloc, [*tokens(0, 40)[: 2 * BLOCK], *tokens(5, 20)])
         return list(alloc.events())
 
     assert told("paged") == told("virtual")
@@ -185,37 +179,21 @@ def test_both_backends_tell_the_same(spec: Callable[[int], kvmem.CacheSpec], lef
 
 @pytest.mark.parametrize("spec", [plain, latent, windows, all_windows])
 @pytest.mark.parametrize("capacity", [8, 4096])
-def test_followed_or_asked_from_the_beginning_it_is_the_same(make: Make, spec: Callable[[int], kvmem.CacheSpec], capacity: int) -> None:  # fmt: skip
+def test_followed_or_asked_from_the_beginning_it_is_the_same(make: Make, spec: Callable[[int], kvmem.CacheSpec], capacity: int, rng: random.Random) -> None:  # fmt: skip
     """Random work in little memory, so that blocks are evicted; now and then the events are fetched, or too late."""
-    seed = seed_of_run()
-    rng = np.random.default_rng(seed)
-    alloc = make(spec(BLOCK), events=capacity, memory="128KiB", max_tokens=200)
-    router = Router()
-    open_: list[kvmem.Sequence] = []
-    windowless = all(group.window_tokens is None for group in alloc.spec.groups)
-    for step in range(400 if LONG else 80):
-        begin = int(rng.integers(0, 6))
-        prompt = [*tokens(begin, int(rng.integers(1, 100))), *rng.integers(0, 1000, int(rng.integers(0, 60))).tolist()]
-        try:
-            if len(open_) < 4:
-                open_.append(run(alloc, prompt))
-        except kvmem.OutOfMemory:
-            pass
-        if open_ and rng.random() < 0.5:
-            sequence = open_.pop(int(rng.integers(0, len(open_))))
-            if windowless and rng.random() < 0.3:
-                sequence.truncate(int(rng.integers(0, sequence.num_committed_tokens + 1)))
-            sequence.free()
-        if rng.random() < 0.02:
-            alloc.clear_cache()
+    alloc = make(spec(BLOCK), events=capacity, memory="128KiB", max_tokens=200, record_ops=True)
+    pair, router = PrefixLockstep(alloc, contents=False, partial_reuse=False), Router()
+    writer = author(pair, rng)
+    for number in range(400 if LONG else 80):
+        step(pair, rng, writer)
         if rng.random() < 0.3:
             router.follow(alloc.events())
-            held = set(router.held)
-            assert held == snapshot(alloc), f"step {step}"
-            if windowless:
-                known = [(0, "GPU", h) in held for h in block_digests(alloc.spec, prompt[:-1])]
+            assert router.held == snapshot(alloc), f"step {number}"
+            prompt = rng.choice(writer.prompts)
+            if not pair.model.windows:
+                known = [(0, "GPU", h) in router.held for h in block_digests(alloc.spec, prompt[:-1])]
                 leading = next((i for i, k in enumerate(known) if not k), len(known))
-                assert alloc.match(prompt).num_tokens == leading * BLOCK, f"step {step}"
+                assert alloc.match(prompt).num_tokens == leading * BLOCK, f"step {number}"
 
 
 def test_a_thread_may_poll_while_others_work(make: Make) -> None:
@@ -224,7 +202,7 @@ def test_a_thread_may_poll_while_others_work(make: Make) -> None:
 
     def work(seed: int) -> None:
         for i in range(60):
-            run(alloc, tokens(100 * seed + i % 7, 70)).free()
+            compute(alloc, tokens(100 * seed + i % 7, 70)).free()
 
     poller = threading.Thread(target=lambda: [router.follow(alloc.events(7)) for _ in iter(done.is_set, True)])
     poller.start()

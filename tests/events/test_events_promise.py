@@ -1,15 +1,15 @@
 """A replica that knows nothing but the events: for each prefix of everything that was ever committed it foretells what
-`match()` finds, under windows of every size, states, pins and memory that is short.
-"""
+`match()` finds, under windows of every size, states, pins and memory that is short."""
 
 from __future__ import annotations
 
-import contextlib
 import random
 
 import pytest
 from event_world import Router
-from support import BACKENDS, make_allocator, seed_of_run
+from lockstep_prefix import MARK, NO_ROOT, PrefixLockstep
+from prefix_walk import author, step
+from support import make_allocator
 
 import kvmem
 from kvmem import Component, Group
@@ -72,107 +72,25 @@ class Replica(Router):
         return True
 
 
-class Program:
-    """Random calls on one allocator; ``texts`` is everything that was ever committed."""
-
-    def __init__(self, alloc: kvmem.Allocator, rng: random.Random) -> None:
-        self.alloc, self.rng = alloc, rng
-        self.texts: list[list[int]] = [[]]
-        self.live: list[tuple[kvmem.Sequence, list[int]]] = []
-        self.pins: list[tuple[kvmem.Pin, list[int]]] = []
-
-    def step(self) -> None:
-        self.rng.choice([self.open, self.open, self.grow, self.grow, self.grow, self.end, self.end, self.turn_back,
-                         self.fork, self.pin, self.squeeze])()  # fmt: skip
-
-    def draw(self, most: int) -> list[int]:
-        return [self.rng.randrange(2) for _ in range(self.rng.randint(1, most))]
-
-    def open(self) -> None:
-        if len(self.live) == 5:
-            self.end()
-        text = self.rng.choice(self.texts)
-        text = text[: self.rng.randint(0, len(text))] + self.draw(12)
-        seq = self.alloc.sequence(text)
-        self.live.append((seq, text[: seq.num_cached_tokens]))
-        self.append(len(self.live) - 1, text[seq.num_cached_tokens :])
-
-    def append(self, index: int, tokens: list[int]) -> None:
-        seq, text = self.live[index]
-        if len(text) + len(tokens) > 90 or not seq.try_extend(len(tokens)):
-            return
-        seq.commit(tokens)
-        text += tokens
-        self.texts = [*self.texts[-60:], list(text)]
-        if any(g.growth == "fixed" for g in self.alloc.spec.groups) and len(text) % BLOCK == 0:
-            with contextlib.suppress(kvmem.SpecError, kvmem.OutOfMemory):
-                seq.snapshot()
-
-    def grow(self) -> None:
-        if self.live:
-            self.append(self.rng.randrange(len(self.live)), self.draw(9))
-
-    def end(self) -> None:
-        if self.live:
-            self.live.pop(self.rng.randrange(len(self.live)))[0].free()
-
-    def turn_back(self) -> None:
-        if not self.live:
-            return
-        seq, text = self.rng.choice(self.live)
-        tokens = self.rng.randint(max(0, len(text) - 10), len(text))
-        try:
-            seq.truncate(tokens)
-        except kvmem.SpecError:  # what was cut is pinned, or a window has dropped what would be needed
-            return
-        del text[tokens:]
-
-    def fork(self) -> None:
-        if self.live and len(self.live) < 5:
-            seq, text = self.rng.choice(self.live)
-            with contextlib.suppress(kvmem.OutOfMemory):
-                self.live.append((seq.fork(), list(text)))
-
-    def pin(self) -> None:
-        if self.pins and self.rng.random() < 0.5:
-            self.pins.pop(self.rng.randrange(len(self.pins)))[0].unpin()
-            return
-        try:
-            if self.live and self.rng.random() < 0.5:
-                seq, text = self.rng.choice(self.live)
-                pin = seq.pin()
-            else:
-                text = self.rng.choice(self.texts)
-                pin = self.alloc.pin(text)
-            self.pins.append((pin, text[: pin.num_tokens]))
-        except kvmem.SpecError:
-            pass
-
-    def squeeze(self) -> None:
-        chance = self.rng.random()
-        if chance < 0.1:
-            self.alloc.clear_cache()
-        elif chance < 0.7:
-            self.alloc.trim(4096 * self.rng.randint(1, 6))
-        else:
-            with contextlib.suppress(kvmem.OutOfMemory):
-                self.alloc.set_memory(4096 * self.rng.randint(20, 60))
-
-
 @pytest.mark.parametrize("guard", GUARD)
 @pytest.mark.parametrize("name", SPECS)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_what_events_promise_is_what_is_found(backend: str, name: str, guard: int) -> None:
-    rng = random.Random(seed_of_run())
+def test_what_events_promise_is_what_is_found(backend: str, name: str, guard: int, rng: random.Random) -> None:
     alloc = make_allocator(
         SPECS[name], backend, memory=4096 * 60, page_bytes=4096, max_sequences=5, max_tokens=100, events=100_000,
-        partial_reuse=False, tail_guard_tokens=guard, device="meta", policy=rng.choice(["lru", "density"]),
+        record_ops=backend == "virtual", partial_reuse=False, tail_guard_tokens=guard, device="meta", policy=rng.choice(["lru", "density"]),
     )  # fmt: skip
-    program, replica = Program(alloc, rng), Replica(SPECS[name], alloc.tail_guard_tokens)
+    pair, replica = (
+        PrefixLockstep(alloc, contents=False, partial_reuse=False),
+        Replica(SPECS[name], alloc.tail_guard_tokens),
+    )
+    writer = author(pair, rng)
     for _ in range(150):
-        program.step()
+        step(pair, rng, writer)
+        pair.agree()
         replica.follow(alloc.events())
-        text = rng.choice(program.texts)
+        root = pair.model.root(NO_ROOT)
+        said = [content.tokens for content in pair.model.contents.values() if content.root is root]
+        text = rng.choice([*writer.prompts, *said])
         wrong = []
         for end in range(BLOCK, len(text) + 1, BLOCK):
             promised, found = replica.promised(text[:end]), alloc.match([*text[:end], 9]).num_tokens
@@ -180,10 +98,7 @@ def test_what_events_promise_is_what_is_found(backend: str, name: str, guard: in
             if found != promised and (name != "all sliding, 1 token" or found > promised):
                 wrong.append((end, promised, found))
         assert not wrong, wrong
-        assert [pin.num_tokens for pin in alloc.pins()] == [pin.num_tokens for pin, _ in program.pins]
-        for pin, kept in program.pins:
-            assert alloc.match([*kept, 9]).num_tokens == len(kept) == pin.num_tokens
-        stats = alloc.stats()
-        assert stats.cached_bytes <= stats.mapped_bytes
-        assert alloc.check() == []
-    assert any(program.texts)
+        for pin, nodes in pair.pins:
+            kept = [token for node in nodes for token in node.tokens]
+            if nodes[0].parent is root and max(kept) < MARK:
+                assert alloc.match([*kept, 9]).num_tokens == pin.num_tokens

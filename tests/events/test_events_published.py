@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import BACKENDS, hybrid_windows, make_allocator
+from support import hybrid_windows, make_allocator
 from support_published import published_classes
 from test_events_wire import EVENTS, A, B, C, as64
 
@@ -68,7 +68,6 @@ def test_lists_are_for_others(engine: tuple[str, Any]) -> None:
         decode(engine[1], EVENTS, form="array")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_life_of_events_is_read(engine: tuple[str, Any], backend: str) -> None:
     """A hybrid with adapters and images, until something is given up; and of a group with a state what it would be."""
     alloc = make_allocator(hybrid_windows(16), backend, page_bytes=4096, memory=60 * 4096, events=4096)

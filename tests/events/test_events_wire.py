@@ -1,9 +1,8 @@
 """The wire form of cache events, read back by decoders that were written after the consumers' own, not after ours.
 
-The classes below have the fields, order and options of the event classes that engines had, whose packages nobody installs
-any more: msgspec checks types strictly. Those of today are in test_events_published.py, from the packages themselves. The
-positional reader checks what routers in other languages check by hand.
-"""
+The classes below have the fields, order and options of the event classes that engines had, whose packages nobody
+installs any more: msgspec checks types strictly. Those of today are in test_events_published.py, from the packages
+themselves. The positional reader checks what routers in other languages check by hand."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import random
 
 import pytest
 from event_world import Router
-from support import BACKENDS, HALF, compute, make_allocator, seed_of_run
+from support import HALF, compute, make_allocator
 
 import kvmem
 from kvmem.events import BlockStored
@@ -28,11 +28,6 @@ def spec(*groups: tuple[int, int | None]) -> kvmem.CacheSpec:
 
 def tokens(count: int, seed: int = 0) -> list[int]:
     return [random.Random(seed * 10_007 + i).randrange(50_000) for i in range(count)]
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
 
 
 @pytest.mark.parametrize("order", [1, -1])
@@ -109,41 +104,4 @@ def test_forks_within_a_unit_publish_units_of_their_own() -> None:
         sequence.commit(end)
     for end in ends:
         assert alloc.match([*start, *end]).num_tokens == 32
-    assert alloc.check() == []
-
-
-@pytest.mark.parametrize("sizes", [(2, 6), (6, 2), (4, 6)])
-def test_a_table_kept_from_the_changes_is_the_allocators(backend: str, sizes: tuple[int, ...]) -> None:
-    """A unit that others have cached takes the place of all of a request's own blocks of it; a unit that is cut gives way to
-    copies of all blocks in it."""
-    rng = random.Random(seed_of_run())
-    alloc = make_allocator(spec(*((size, None) for size in sizes)), backend, max_tokens=120)
-    cache, replaced = kvmem.SchedulerCache(alloc), 0
-    tables, said = dict[int, list[int]](), dict[int, list[int]]()
-    for number in range(400):
-        name = number if len(tables) < 4 else rng.choice(list(tables))
-        written: kvmem.TableChanges | None = None
-        if name == number:
-            said[name] = [rng.randrange(2)] * 12 + [1] * 120
-            written = cache.allocate(name, tokens=said[name][: rng.randrange(1, 20)])
-            tables[name] = []
-        elif cache.num_tokens(name) > 90:
-            cache.free(name)
-            del tables[name]
-        elif rng.random() < 0.5:
-            done, have = cache.sequence(name).num_committed_tokens, cache.num_tokens(name)
-            written = cache.step(name, rng.randrange(9), said[name][done:have])
-            replaced += written is not None and bool((written.columns < have // sizes[0] - 1).any())
-        elif rng.random() < 0.5:
-            done, have = cache.sequence(name).num_committed_tokens, cache.num_tokens(name)
-            written = cache.publish(name, said[name][done:have])
-        else:
-            cache.truncate(name, rng.randrange(cache.num_tokens(name) + 1))
-            del tables[name][-(-cache.num_tokens(name) // sizes[0]) :]
-        if written is not None:
-            for column, block in zip(written.columns, written.blocks, strict=True):
-                tables[name][column : column + 1] = [int(block)]
-        for other, entries in tables.items():
-            assert entries == cache.block_ids(other).tolist()
-    assert replaced > 0 or backend == "virtual" or sizes[0] == 6
     assert alloc.check() == []

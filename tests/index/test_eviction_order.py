@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from support import BACKENDS, make_allocator
+from support import make_allocator
 
 import kvmem
 from kvmem import Component, Group
@@ -34,7 +34,6 @@ def run(alloc: kvmem.Allocator, tokens: list[int]) -> int:
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_page_that_is_asked_for_costs_the_blocks_on_it(backend: str, policy: str) -> None:
     """16 blocks of 256 bytes lie on a page, and six chains of 16 blocks are cached."""
     alloc = make_allocator(
@@ -53,11 +52,9 @@ def test_a_page_that_is_asked_for_costs_the_blocks_on_it(backend: str, policy: s
 
 @pytest.mark.parametrize("lacking", [1, 2, 5, 9])
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_request_costs_the_blocks_that_it_lacks(backend: str, policy: str, lacking: int) -> None:
     """A page a block: ten blocks are cached and as many pages free as the request needs, but for `lacking`. A row that
-    has at most a quarter more than that is taken over as it is, with its pages in place.
-    """
+    has at most a quarter more than that is taken over as it is, with its pages in place."""
     alloc = make_allocator(
         spec_of(None, width=32, block=16), backend, memory=PAGE * 40, page_bytes=PAGE, max_tokens=400, policy=policy
     )
@@ -76,7 +73,6 @@ def test_a_request_costs_the_blocks_that_it_lacks(backend: str, policy: str, lac
 
 @pytest.mark.parametrize("window", [1, 2, 8, 20])
 @pytest.mark.parametrize("full", [False, True])
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_pin_outlives_everything(backend: str, full: bool, window: int) -> None:
     """Forks, other traffic, trim(), less memory and clear_cache(), in every order, while the pinned sequence lives or not."""
     layers = (None, window) if full else (window,)
@@ -112,7 +108,6 @@ def test_a_pin_outlives_everything(backend: str, full: bool, window: int) -> Non
         assert alloc.pins() == [] and alloc.check() == []
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_pin_of_nothing_is_refused(backend: str) -> None:
     alloc = make_allocator(spec_of(None, 4, width=64, block=8), backend, page_bytes=PAGE)
     seq = alloc.sequence()
@@ -124,7 +119,6 @@ def test_a_pin_of_nothing_is_refused(backend: str) -> None:
     assert alloc.pins() == []
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_clearing_drops_what_windows_have_passed(backend: str) -> None:
     """While its sequence lives: nobody can use it but who comes anew."""
     alloc = make_allocator(spec_of(None, 16, width=64, block=8), backend, page_bytes=PAGE)
@@ -140,7 +134,6 @@ def test_clearing_drops_what_windows_have_passed(backend: str) -> None:
     assert alloc.check() == []
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_snapshot_is_found_by_any_number_of_requests(backend: str) -> None:
     alloc = make_allocator(
         spec_of(None, width=8, block=4, state=True), backend, memory="64MiB", max_sequences=64, max_tokens=200

@@ -7,7 +7,7 @@ import random
 
 import numpy as np
 import pytest
-from support import BACKENDS, LONG, all_windows, i32, make_allocator, plain, seed_of_run
+from support import LONG, all_windows, i32, make_allocator, plain
 
 import kvmem
 from kvmem import SchedulerCache, _core
@@ -73,23 +73,20 @@ def random_call(counter: Counter, walk: random.Random, number: int, prompts: lis
 
 
 @pytest.mark.parametrize("layout", ["plain", "windows"])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_only_prompts_that_began_count(backend: str, layout: str) -> None:
+def test_only_prompts_that_began_count(backend: str, layout: str, rng: random.Random) -> None:
     """Little memory, few places, and prompts that share starts, also within a block."""
-    walk = random.Random(seed_of_run())
     spec = plain(8) if layout == "plain" else all_windows(8)
-    prompts = [[start] * 40 + [walk.randrange(3) for _ in range(walk.randrange(40))] for start in (1, 2, 3) for _ in range(3)]  # fmt: skip
+    prompts = [[start] * 40 + [rng.randrange(3) for _ in range(rng.randrange(40))] for start in (1, 2, 3) for _ in range(3)]  # fmt: skip
     counter = Counter(make_allocator(spec, backend, device="meta", memory=40 * 4096, page_bytes=4096, max_sequences=6))
     for number in range(4000 if LONG else 600):
-        random_call(counter, walk, number, prompts)
+        random_call(counter, rng, number, prompts)
         counter.agree()
     assert counter.refused > 0 and counter.hits > 0
     assert counter.alloc.check() == []
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_driver_that_fails_counts_nothing(backend: str) -> None:
-    walk, driver = random.Random(seed_of_run()), _core.CheckedDriver(_core.host_driver())
+def test_a_driver_that_fails_counts_nothing(backend: str, seed: int) -> None:
+    walk, driver = random.Random(seed), _core.CheckedDriver(_core.host_driver())
     counter = Counter(
         make_allocator(plain(8), backend, driver=driver, memory=40 * 4096, page_bytes=4096, max_sequences=6)
     )

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from lockstep_prefix import marks_of
-from support import BACKENDS, i32, make_allocator, plain, seed_of_run
+from support import BACKENDS, i32, make_allocator, plain
 
 import kvmem
 from kvmem import SchedulerCache
@@ -171,9 +171,9 @@ def test_bad_keys_are_refused(backend: str) -> None:
     assert alloc.stats().num_sequences == 0 and alloc.check() == []
 
 
-def test_core_digests_and_model_place_keys_alike(backend: str) -> None:
+def test_core_digests_and_model_place_keys_alike(backend: str, seed: int) -> None:
     """Three places know where a key without a position begins; events of the core have the digests of the formula."""
-    walk, alloc = random.Random(seed_of_run()), open_allocator(backend)
+    walk, alloc = random.Random(seed), open_allocator(backend)
     for _ in range(200):
         prompt = [walk.randrange(6) for _ in range(walk.randrange(2 * SIZE, 5 * SIZE))]
         ((place, key),) = placed(key_marks("k"), np.array(prompt))

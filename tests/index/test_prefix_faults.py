@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import pytest
 from lockstep_prefix import PrefixLockstep
-from support import BACKENDS, LAYOUTS, LONG, i32, make_allocator, seed_of_run
+from support import LAYOUTS, LONG, i32, make_allocator
 from support_prefix import agree, cached, go_on, grow, text
 from support_world import NOTHING, PAGE, checked, held
 
@@ -105,13 +105,12 @@ def prepared(driver: _core.CheckedDriver, backend: str, layout: str, pages: int)
 
 @pytest.mark.parametrize("name", [name for name, _ in ACTIONS])
 @pytest.mark.parametrize("layout", CASES)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_every_driver_call_fails_in_turn(backend: str, layout: str, name: str) -> None:
+def test_every_driver_call_fails_in_turn(backend: str, layout: str, name: str, seed: int) -> None:
     action, failed = dict(ACTIONS)[name], 0
     made: list[object] = []
     if name == "snapshot" and layout != "recurrent":
         return  # a layout without a fixed state has none to keep: tests/allocator/test_bad_input_prefix.py
-    for code in CODES if LONG else [random.Random(seed_of_run()).choice(CODES)]:
+    for code in CODES if LONG else [random.Random(seed).choice(CODES)]:
         for nth in range(1, 300):
             driver = checked()
             pair = prepared(driver, backend, layout, 120)
@@ -145,10 +144,9 @@ def test_every_driver_call_fails_in_turn(backend: str, layout: str, name: str) -
 
 
 @pytest.mark.parametrize("layout", CASES)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_memory_runs_out_at_every_size(backend: str, layout: str) -> None:
+def test_memory_runs_out_at_every_size(backend: str, layout: str, seed: int) -> None:
     """The same program with ever less memory: refused or done, what match() says of the living stays."""
-    refused, most = 0, random.Random(seed_of_run()).randint(111, 120)
+    refused, most = 0, random.Random(seed).randint(111, 120)
     for pages in range(120, 4, -1) if LONG else (*range(most, 10, -20), 8, 6, 5):
         driver = checked()
         pair = pair_on(driver, backend, layout, pages)
@@ -181,10 +179,8 @@ def test_memory_runs_out_at_every_size(backend: str, layout: str) -> None:
 
 
 @pytest.mark.parametrize("layout", CASES)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_failures_amid_a_random_program(backend: str, layout: str) -> None:
+def test_failures_amid_a_random_program(backend: str, layout: str, rng: random.Random) -> None:
     """Failures come at random: each call either does what it says or changes nothing, prefixes included."""
-    rng = random.Random(seed_of_run())
     driver = checked()
     pair = pair_on(driver, backend, layout, 60)
     failures = 0

@@ -1,22 +1,19 @@
 """Prefix sharing against the reference model: random programs with contents, a state machine, a million operations for
 each backend, both backends side by side, and all of it again with hashes that collide.
 
-``KVMEM_LONG=1`` runs longer versions; ``KVMEM_SEED`` repeats a random one.
-"""
+``KVMEM_LONG=1`` runs longer versions; ``--seed`` repeats a random one."""
 
 from __future__ import annotations
 
 import random
-import time
 
-import numpy as np
 import pytest
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import initialize, rule
 from lockstep_prefix import PrefixLockstep, make_pair
+from machines import Load, Machine, runs
 from prefix_walk import ROOTS, Author, author, step
-from support import BACKENDS, LAYOUTS, LONG, SIZES, i32, make_allocator, plain, seed_of_run
+from support import BACKENDS, LAYOUTS, LONG, SIZES, make_allocator, plain
 
 
 def walk_for(pair: PrefixLockstep, walk: random.Random, steps: int, every: int = 10) -> None:
@@ -33,14 +30,12 @@ def walk_for(pair: PrefixLockstep, walk: random.Random, steps: int, every: int =
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_random_programs_with_memory_enough(backend: str, layout: str) -> None:
+def test_random_programs_with_memory_enough(backend: str, layout: str, rng: random.Random) -> None:
     """What is found is exactly what the model finds, and reads as it was written."""
-    walk = random.Random(seed_of_run())
-    for size in SIZES if LONG else walk.sample(sorted(SIZES), 2):
+    for size in SIZES if LONG else rng.sample(sorted(SIZES), 2):
         pair = make_pair(layout, backend, size, plentiful=True)
         for _ in range(10):  # a short walk may find nothing by chance
-            walk_for(pair, walk, 2000 if LONG else 120)  # every opening asserts it
+            walk_for(pair, rng, 2000 if LONG else 120)  # every opening asserts it
             if pair.hit_tokens > 0 or not pair.model.shares or pair.model.fixed:
                 break
         else:
@@ -48,33 +43,31 @@ def test_random_programs_with_memory_enough(backend: str, layout: str) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_random_programs_under_pressure(backend: str, layout: str) -> None:
+def test_random_programs_under_pressure(backend: str, layout: str, rng: random.Random) -> None:
     """Little memory: what is found may be less than the model's, never other, never more."""
-    walk = random.Random(seed_of_run())
-    for size in SIZES if LONG else walk.sample(sorted(SIZES), 2):
-        guard = walk.choice([0, 30])
-        pair = make_pair(layout, backend, size, tail_guard_tokens=guard, zero=walk.choice(["fresh", "always"]))
-        walk_for(pair, walk, 3000 if LONG else 150)
+    for size in SIZES if LONG else rng.sample(sorted(SIZES), 2):
+        guard = rng.choice([0, 30])
+        pair = make_pair(layout, backend, size, tail_guard_tokens=guard, zero=rng.choice(["fresh", "always"]))
+        walk_for(pair, rng, 3000 if LONG else 150)
 
 
 @pytest.mark.parametrize("layout", ["kv interleaved", "full and window", "recurrent"])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_collisions_change_no_answer(backend: str, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_collisions_change_no_answer(
+    backend: str, layout: str, monkeypatch: pytest.MonkeyPatch, rng: random.Random
+) -> None:
     """Invariant 7: with hashes of one bit every block collides with half of all others, and nothing else is different."""
     monkeypatch.setenv("KVMEM_HASH_BITS", "1")
-    walk = random.Random(seed_of_run())
-    walk_for(make_pair(layout, backend, plentiful=True), walk, 2000 if LONG else 150)
-    walk_for(make_pair(layout, backend), walk, 2000 if LONG else 150)
+    walk_for(make_pair(layout, backend, plentiful=True), rng, 2000 if LONG else 150)
+    walk_for(make_pair(layout, backend), rng, 2000 if LONG else 150)
 
 
 # ---- A state machine -------------------------------------------------------------------------------
 
 
-class Machine(RuleBasedStateMachine):
-    """Small memory. Prompts are made of whole and half blocks of three kinds, so that a failing program shrinks well."""
+class Sharing(Machine):
+    """Prompts are made of whole and half blocks of three kinds, so that a failing program shrinks well."""
 
-    backend = "virtual"
+    pair: PrefixLockstep
 
     @initialize(
         layout=st.sampled_from(sorted(LAYOUTS)), size=st.sampled_from(sorted(SIZES)), pages=st.integers(12, 80),
@@ -83,9 +76,6 @@ class Machine(RuleBasedStateMachine):
     def start(self, layout: str, size: str, pages: int, guard: int) -> None:
         memory = pages * SIZES[size]["page_bytes"]
         self.pair = make_pair(layout, self.backend, size, memory=memory, tail_guard_tokens=guard, max_sequences=4)
-
-    def pick(self, number: int) -> int | None:
-        return self.pair.handles[number % len(self.pair.handles)] if self.pair.handles else None
 
     def text(self, halves: list[int]) -> list[int]:
         half = -(-self.pair.model.block_tokens // 2)
@@ -109,21 +99,6 @@ class Machine(RuleBasedStateMachine):
             self.pair.write([handle])
             self.pair.commit({handle: n})
 
-    @rule(number=st.integers(0, 3), part=st.floats(0, 1.01))
-    def truncate(self, number: int, part: float) -> None:
-        if (handle := self.pick(number)) is not None:
-            self.pair.truncate(handle, int(self.pair.model.sequences[handle][self.pair.model.main].tokens * part))
-
-    @rule(number=st.integers(0, 3))
-    def fork(self, number: int) -> None:
-        if (handle := self.pick(number)) is not None:
-            self.pair.fork(handle)
-
-    @rule(number=st.integers(0, 3))
-    def free(self, number: int) -> None:
-        if (handle := self.pick(number)) is not None:
-            self.pair.free([handle])
-
     @rule(number=st.integers(0, 3))
     def pin(self, number: int) -> None:
         if (handle := self.pick(number)) is not None and self.pair.model.contents[handle].chain:
@@ -143,87 +118,44 @@ class Machine(RuleBasedStateMachine):
     def clear_cache(self) -> None:
         self.pair.clear_cache()
 
-    @rule()
-    def trim(self) -> None:
-        self.pair.trim()
 
-    @rule(pages=st.integers(1, 120))
-    def set_memory(self, pages: int) -> None:
-        self.pair.set_memory(pages)
-
-    @invariant()
-    def agrees(self) -> None:
-        if hasattr(self, "pair"):
-            self.pair.agree()
-            self.pair.contents_agree()
-
-
-class PagedMachine(Machine):
-    backend = "paged"
-
-
-RUNS = settings(
-    max_examples=400 if LONG else 25, stateful_step_count=60 if LONG else 30, deadline=None,
-    suppress_health_check=list(HealthCheck),
-)  # fmt: skip
-TestVirtual = pytest.mark.timeout(3600)(Machine.TestCase)
-TestVirtual.settings = RUNS
-TestPaged = pytest.mark.timeout(3600)(PagedMachine.TestCase)
-TestPaged.settings = RUNS
+TestVirtual, TestPaged = runs(Sharing, "virtual"), runs(Sharing, "paged")
 
 
 # ---- A million -------------------------------------------------------------------------------------
 
 
-class Load:
-    """Chats on ``device="meta"``: sequences begin with what others said, decode in batches, fork, go back and end. A
-    batched call counts as one operation for each sequence in it."""
+class Chats(Load):
+    """Sequences begin with what others said, decode in batches, fork, go back and end."""
 
-    def __init__(self, backend: str, walk: random.Random, often: int) -> None:
-        self.walk, self.often, self.operations = walk, often, 0
-        alloc = make_allocator(
-            plain(16), backend, device="meta", memory=400 * 4096, page_bytes=4096, max_sequences=48, max_tokens=600,
-            debug=False, record_ops=True,
-        )  # fmt: skip
-        self.pair = PrefixLockstep(alloc, contents=False)
-        self.pair.prepare_padding()
+    pair: PrefixLockstep
+
+    def __init__(self, pair: PrefixLockstep, walk: random.Random) -> None:
+        super().__init__(pair, walk)
         self.writer = Author(walk, 16, 400)
-        self.out = alloc.make_batch(max_new_tokens=48 * 600, max_tokens=600)
 
-    def round(self, number: int) -> None:
-        pair, walk = self.pair, self.walk
-        self.decode()
-        for _ in range(4):
-            self.operations += 1
-            kind, handles = walk.random(), pair.handles
-            if kind < 0.5 or not handles:
-                self.begin()
-            elif kind < 0.7:
-                pair.free([walk.choice(handles)])
-            elif kind < 0.78:
-                pair.fork(walk.choice(handles))
-            elif kind < 0.9:
-                handle = walk.choice(handles)
-                tokens = pair.model.sequences[handle][0].tokens
-                pair.truncate(handle, walk.randint(tokens // 2, tokens))
-            elif kind < 0.93:
-                self.pin()
-            elif kind < 0.97:
-                pair.match(self.writer.prompt())
-            elif kind < 0.972:
-                pair.clear_cache()
-            elif kind < 0.98:
-                pair.trim()
-            else:
-                pair.set_memory(walk.choice([300, 400, 600]))
-        if pair.pages is not None:
-            pair.pages.follow()
+    def one_call(self, handles: list[int]) -> None:
+        pair, walk, kind = self.pair, self.walk, self.walk.random()
+        if kind < 0.5 or not handles:
+            self.begin()
+        elif kind < 0.7:
+            pair.free([walk.choice(handles)])
+        elif kind < 0.78:
+            pair.fork(walk.choice(handles))
+        elif kind < 0.9:
+            handle = walk.choice(handles)
+            tokens = pair.model.sequences[handle][0].tokens
+            pair.truncate(handle, walk.randint(tokens // 2, tokens))
+        elif kind < 0.93:
+            self.pin()
+        elif kind < 0.97:
+            pair.match(self.writer.prompt())
+        elif kind < 0.972:
+            pair.clear_cache()
+        elif kind < 0.98:
+            pair.trim()
         else:
-            pair.alloc.take_ops()
-        pair.lengths_agree()
-        if number % self.often == 0:
-            pair.memory_agrees()
-            assert pair.alloc.check() == []
+            pair.set_memory(walk.choice([300, 400, 600]))
 
     def begin(self) -> None:
         pair = self.pair
@@ -244,55 +176,31 @@ class Load:
         elif pair.model.contents[handle].chain:
             pair.pin(handle)
 
-    def decode(self) -> None:
-        """Some steps of all sequences: extend, fill, commit with ids."""
-        pair, alloc, model = self.pair, self.pair.alloc, self.pair.model
-        for handle in [h for h in pair.handles if model.room_tokens(h) < 16]:
-            pair.free([handle])
-            self.operations += 1
-        ids = i32(*pair.handles)
-        for _ in range(5):
-            counts = {h: self.walk.choice([1, 1, 1, 3]) for h in pair.handles}
-            if not counts:
-                return
-            if not pair.extend(counts):  # out of memory: preempt
-                for handle in self.walk.sample(pair.handles, len(pair.handles) // 3):
-                    pair.free([handle])
-                    self.operations += 1
-                return
-            alloc.fill(ids, self.out)
-            assert np.array_equal(self.out.seq_lens_cpu.numpy(), [model.sequences[h][0].tokens for h in counts])
-            pair.commit_ids({h: self.writer.tokens(model.sequences[h][0].committed, n) for h, n in counts.items()})
-            self.operations += 3 * len(counts)
+    def commit(self, new: dict[int, int]) -> None:
+        sequences = self.pair.model.sequences
+        self.pair.commit_ids({h: self.writer.tokens(sequences[h][0].committed, n) for h, n in new.items()})
+        self.pair.pages.follow() if self.pair.pages else self.pair.alloc.take_ops()
 
 
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_many_operations(backend: str) -> None:
+def test_many_operations(backend: str, rng: random.Random) -> None:
     """200,000 for each backend. KVMEM_LONG=1 runs five million."""
-    total = 5_000_000 if LONG else 200_000
-    load, start, number = Load(backend, random.Random(seed_of_run()), often=10), time.monotonic(), 0
-    while load.operations < total:
-        load.round(number)
-        number += 1
-    pair = load.pair
-    pair.agree()
-    assert pair.refusals > 0, "the load never met the limit of memory"
+    alloc = make_allocator(
+        plain(16), backend, device="meta", memory=400 * 4096, page_bytes=4096, max_sequences=48, max_tokens=600,
+        debug=False, record_ops=True,
+    )  # fmt: skip
+    pair = PrefixLockstep(alloc, contents=False)
+    Chats(pair, rng).run(5_000_000 if LONG else 200_000)
     assert pair.hit_tokens > 0 and pair.partial_hits > 0, "nothing was shared"
     assert pair.missed_tokens > 0 and pair.alloc.stats().evicted_blocks > 0, "nothing was given up"
-    print(
-        f"{backend}: {load.operations} operations, {time.monotonic() - start:.0f} s, {pair.refusals} refused, "
-        f"{pair.hit_tokens} tokens found, {pair.partial_hits} hits within a block, {pair.missed_tokens} given up before"
-    )
 
 
 # ---- Both backends ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_invariant_10_both_backends_find_the_same(layout: str) -> None:
+def test_invariant_10_both_backends_find_the_same(layout: str, seed: int) -> None:
     """One program, two backends with memory enough: equal hits, matches, reasons, lengths and contents."""
-    seed = seed_of_run()
     pairs = []
     for backend in BACKENDS:
         walk = random.Random(seed)

@@ -40,9 +40,8 @@ def cache(alloc: kvmem.Allocator, tokens: np.ndarray) -> None:
 @pytest.mark.parametrize("found", [99, 95, 80, 50, 5])
 @pytest.mark.parametrize("ahead", [0, 64])
 def test_a_hit_costs_others_what_it_lacks_only(found: int, ahead: int) -> None:
-    """20 prompts of 100 pages are cached and 10 pages are free; a prompt begins with `found` pages of one of them, which
-    a live sequence shows too, so that its row cannot be taken over.
-    """
+    """20 prompts of 100 pages are cached and 10 pages are free; a prompt begins with `found` pages of one of them,
+    which a live sequence shows too, so that its row cannot be taken over."""
     alloc = allocator(3000, map_ahead_tokens=ahead)
     for number in range(20):
         cache(alloc, prompt(number, 100))

@@ -6,7 +6,7 @@ import time
 
 import pytest
 from lockstep_prefix import NO_ROOT, PrefixLockstep
-from support import BACKENDS, LAYOUTS, i32, make_allocator
+from support import LAYOUTS, i32, make_allocator
 from support_prefix import agree, cached, go_on, grow, text
 
 import kvmem
@@ -38,7 +38,6 @@ def press(pair: PrefixLockstep) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS_HERE)
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_cached_memory_is_given_up_before_anything_is_refused(backend: str, layout: str) -> None:
     pair = small(backend, layout)
     prompt = text(160)
@@ -54,7 +53,6 @@ def test_cached_memory_is_given_up_before_anything_is_refused(backend: str, layo
 
 
 @pytest.mark.parametrize("layout", LAYOUTS_HERE)
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_pinned_prefix_survives_pressure(backend: str, layout: str) -> None:
     pair = small(backend, layout)
     prompt = text(160)
@@ -77,7 +75,6 @@ def test_a_pinned_prefix_survives_pressure(backend: str, layout: str) -> None:
     agree(pair)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_pin_covers_whole_blocks(backend: str) -> None:
     pair = small(backend)
     prompt = text(100)
@@ -93,7 +90,6 @@ def test_a_pin_covers_whole_blocks(backend: str) -> None:
     agree(pair)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_what_is_in_use_is_always_found(backend: str) -> None:
     pair = small(backend)
     prompt = text(160)
@@ -108,7 +104,6 @@ def test_what_is_in_use_is_always_found(backend: str) -> None:
     agree(pair)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_prefix_outlives_its_extensions(backend: str) -> None:
     """Of one chat the last blocks go first: what is found is shorter each time, from the start on."""
     pair = small(backend, pages=40)
@@ -124,7 +119,6 @@ def test_a_prefix_outlives_its_extensions(backend: str) -> None:
         assert len(set(found)) > 5, "block by block"
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_what_was_used_last_goes_last(backend: str) -> None:
     pair = small(backend, pages=60, max_sequences=8)
     prompts = [text(160, n) for n in range(4)]
@@ -144,7 +138,6 @@ def test_what_was_used_last_goes_last(backend: str) -> None:
     assert order[:3] == [1, 2, 3][: len(order[:3])] and len(order) >= 2
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_priorities_decide_before_recency(backend: str) -> None:
     pair = small(backend, pages=60, max_sequences=8)
     prompts = {90: text(160, 1), 50: text(160, 2), 10: text(160, 3)}  # the oldest has the highest
@@ -162,7 +155,6 @@ def test_priorities_decide_before_recency(backend: str) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS_HERE)
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_opening_never_runs_out_of_memory(backend: str, layout: str) -> None:
     """With every page taken by the living a hit is what can be shared as it is; the copy of a tail has to do without."""
     pair = small(backend, layout)
@@ -179,7 +171,6 @@ def test_opening_never_runs_out_of_memory(backend: str, layout: str) -> None:
     agree(pair)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_rows_run_out_before_memory_does(backend: str) -> None:
     """More finished chats than there are rows: the oldest are forgotten, the rest is right."""
     pair = small(backend, pages=2000, max_sequences=4)
@@ -197,7 +188,6 @@ def test_rows_run_out_before_memory_does(backend: str) -> None:
     agree(pair)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_batch_that_fails_keeps_what_was_cached(backend: str) -> None:
     """Nothing is given up for a call that is refused."""
     pair = small(backend)
@@ -212,7 +202,6 @@ def test_a_batch_that_fails_keeps_what_was_cached(backend: str) -> None:
     agree(pair)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_shrinking_memory_gives_up_the_cache(backend: str) -> None:
     pair = small(backend)
     prompt, live = text(320), text(100, 2)
@@ -229,7 +218,6 @@ def test_shrinking_memory_gives_up_the_cache(backend: str) -> None:
 
 
 @pytest.mark.parametrize("layout", ["full and window", "window G=1"])
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_what_a_window_has_passed_goes_first(backend: str, layout: str) -> None:
     """A chat goes on and its window moves: what lies behind is cached, until memory is short. Then its end is still found,
     its middle is not, though full attention has all of it."""
@@ -249,7 +237,6 @@ def test_what_a_window_has_passed_goes_first(backend: str, layout: str) -> None:
 
 
 @pytest.mark.parametrize("layout", ["full and window", "window G=1"])
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_another_that_begins_like_what_a_window_has_passed_is_found(backend: str, layout: str) -> None:
     """A block is known but gone; of another that only begins like it, the memory is there."""
     pair = small(backend, layout, pages=100)
@@ -269,7 +256,6 @@ def test_another_that_begins_like_what_a_window_has_passed_is_found(backend: str
 
 
 @pytest.mark.parametrize("layout", ["full and window", "window G=1"])
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_an_ended_sequence_keeps_no_window_from_those_that_live(backend: str, layout: str) -> None:
     """A fork goes on and its window moves away from what its parent left behind; that is given up before anybody is
     refused anything (the lockstep asserts it)."""
@@ -287,7 +273,6 @@ def test_an_ended_sequence_keeps_no_window_from_those_that_live(backend: str, la
 
 
 @pytest.mark.parametrize("layout", ["full and window", "window G=1"])
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_the_last_to_hold_a_window_gives_it_up_though_others_use_its_tokens(backend: str, layout: str) -> None:
     """A sequence goes on past what its fork still holds; then the fork ends, or a pin does (trim() is checked by the
     lockstep)."""
@@ -312,7 +297,6 @@ def test_the_last_to_hold_a_window_gives_it_up_though_others_use_its_tokens(back
 
 
 @pytest.mark.parametrize("layout", ["full and window", "window G=1"])
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_truncated_tail_that_a_window_has_passed_elsewhere_is_given_up(backend: str, layout: str) -> None:
     """A fork is cut within its first block, which it then holds without publishing it, and which the window of the other
     passes meanwhile. It ends, or grows into a copy; or a third sequence takes over what lies before its window."""
@@ -339,7 +323,6 @@ def test_a_truncated_tail_that_a_window_has_passed_elsewhere_is_given_up(backend
 
 
 @pytest.mark.parametrize("layout", ["full and window", "window G=1"])
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_what_a_window_has_passed_may_be_retained_in_vain(backend: str, layout: str) -> None:
     """A range may begin with blocks that are gone, or that one commit completes and passes at once."""
     pair = small(backend, layout, pages=100)
@@ -355,7 +338,6 @@ def test_what_a_window_has_passed_may_be_retained_in_vain(backend: str, layout: 
     agree(pair)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_time_to_live_ends(backend: str) -> None:
     """Kept above all for a moment after the release; then as any other, and so before what is kept a little for ever."""
     for ttl, first in ((100.0, 2), (0.001, 1)):
@@ -374,7 +356,6 @@ def test_a_time_to_live_ends(backend: str) -> None:
 
 
 @pytest.mark.parametrize("layout", ["full and window", "window G=1"])
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_pin_keeps_what_a_window_has_passed(backend: str, layout: str) -> None:
     """Pinned while its window blocks are still cached: they are kept, too, for the prefix is of no use without them."""
     pair = small(backend, layout, pages=100)
@@ -395,7 +376,6 @@ def test_a_pin_keeps_what_a_window_has_passed(backend: str, layout: str) -> None
 @pytest.mark.parametrize(
     ("layout", "zero"), [(layout, "fresh") for layout in LAYOUTS_HERE] + [("kv G=1", "always"), ("recurrent", "always")]
 )
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_hit_does_not_give_up_what_it_takes_over(backend: str, layout: str, zero: str) -> None:
     """Memory is full but for what is cached, and the copy of a tail needs some: nothing that the hit itself stands on."""
     for cut in (328, 320, 41):

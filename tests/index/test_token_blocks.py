@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from event_world import Router
 from lockstep_prefix import NO_ROOT
-from support import BACKENDS, LONG, i32, make_allocator, plain, seed_of_run
+from support import BACKENDS, LONG, i32, make_allocator, plain
 from support_prefix import agree, cached, grow, world
 
 import kvmem
@@ -53,9 +53,9 @@ def agrees(blocks: _core.TokenBlocks, kept: dict[int, np.ndarray], rng: np.rando
 
 
 @pytest.mark.parametrize("block_tokens", [1, 2, 3, 7, 16, 33, 100])
-def test_blocks_read_as_they_were_put(block_tokens: int) -> None:
+def test_blocks_read_as_they_were_put(block_tokens: int, seed: int) -> None:
     """Also those put before the width was raised, and those next to one that was put anew."""
-    rng = np.random.default_rng(seed_of_run())
+    rng = np.random.default_rng(seed)
     for _ in range(20 if LONG else 4):
         blocks, kept = _core.TokenBlocks(block_tokens), {}
         for bits in sorted(rng.integers(1, 33, 6).tolist()):
@@ -67,9 +67,9 @@ def test_blocks_read_as_they_were_put(block_tokens: int) -> None:
 
 
 @pytest.mark.parametrize("block_tokens", [1, 3, 16])
-def test_one_bit_in_one_id_is_a_difference(block_tokens: int) -> None:
+def test_one_bit_in_one_id_is_a_difference(block_tokens: int, seed: int) -> None:
     """Of the query's ids, above the width in use as well as below."""
-    rng = np.random.default_rng(seed_of_run())
+    rng = np.random.default_rng(seed)
     for bits in (9, 16, 17, 18, 24, 28, 32):
         blocks = _core.TokenBlocks(block_tokens)
         blocks.reserve(3)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from support import BACKENDS, make_allocator
+from support import make_allocator
 
 import kvmem
 
@@ -11,7 +11,6 @@ pytestmark = pytest.mark.core
 
 
 @pytest.mark.parametrize("tail", [0, 1])
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_fork_holds_nothing_and_goes_on(backend: str, tail: int) -> None:
     parts = tuple(kvmem.Component(name, width=64, dtype="float32") for name in "kv")
     groups = (kvmem.Group("full", parts, (0,)), kvmem.Group("local", parts, (1,), window_tokens=1))

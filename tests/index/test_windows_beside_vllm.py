@@ -19,11 +19,10 @@ from window_traffic import BLOCK, Model, Step, found, growing_chats, hit_rate, m
 
 from benchmarks.peers import compare as peers
 
-BACKENDS = ("paged", "virtual")
 ROOT = Path(__file__).parents[2]
 PEERS = Path(os.environ.get("KVMEM_PEERS", ROOT / "build" / "peers"))
 
-REQUESTS, SEEDS = 300, range(1, 13)  # of mixed traffic
+REQUESTS, SEEDS = 300, range(1, 13)  # of mixed traffic, fixed: the bounds below were measured on it
 # In points of hit rate. One victim in another order changes what is found ever after, so single runs differ both ways.
 # On average the virtual backend may be a little behind: where two requests computed the same tokens, their rows have
 # a copy each until the end of one of them is given up.
@@ -73,7 +72,6 @@ def vllm() -> Callable[[Model, list[Step]], list[int]]:
 
 
 @pytest.mark.parametrize("policy", ["lru", "density"])
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("model", [SLIDING, HYBRID], ids=["all sliding", "hybrid"])
 def test_a_shared_prompt_is_found_although_windows_have_passed_it(model: Model, backend: str, policy: str) -> None:
     hits = found(model, backend, policy, shared_prompts(80))
@@ -93,7 +91,6 @@ def could_be_found(steps: list[Step], sessions: int) -> list[float]:
 
 
 @pytest.mark.parametrize("policy", ["lru", "density"])
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_chats_that_grow_are_found_in_every_round(backend: str, policy: str) -> None:
     """All sessions together need about half of the memory."""
     steps, sessions = growing_chats(*GEMMA_CHATS), GEMMA_CHATS[0]
@@ -103,7 +100,6 @@ def test_chats_that_grow_are_found_in_every_round(backend: str, policy: str) -> 
 
 
 @needs_vllm
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", MIXED)
 def test_mixed_traffic_is_found_as_often_as_by_vllm(
     name: str, backend: str, vllm: Callable[[Model, list[Step]], list[int]]

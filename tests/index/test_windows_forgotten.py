@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from support import BACKENDS, LAYOUTS, compute, make_allocator
+from support import LAYOUTS, compute, make_allocator
 from support_prefix import text
 
 import kvmem
@@ -23,7 +23,6 @@ def found(alloc: kvmem.Allocator, tokens: list[int]) -> int:
     return alloc.match([*tokens, 0]).num_tokens
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_cut_forgets_what_lies_behind_blocks_that_are_gone(backend: str) -> None:
     """Blocks of which no window has anything lead to others, which a prefix that is cut off takes with it."""
     alloc = windows_only(backend)
@@ -37,7 +36,6 @@ def test_a_cut_forgets_what_lies_behind_blocks_that_are_gone(backend: str) -> No
     assert alloc.check() == []
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_the_reason_looks_at_memory_not_at_places_in_a_row(backend: str) -> None:
     alloc = windows_only(backend)
     first = compute(alloc, PROMPT)
@@ -52,7 +50,6 @@ def test_the_reason_looks_at_memory_not_at_places_in_a_row(backend: str) -> None
 
 
 @pytest.mark.parametrize("needed", ["by nobody", "by a sequence", "by a pin"])
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_clearing_forgets_a_block_that_only_a_cut_end_refers_to(backend: str, needed: str) -> None:
     alloc = windows_only(backend)
     compute(alloc, PROMPT)

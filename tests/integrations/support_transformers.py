@@ -1,4 +1,7 @@
-"""Tiny random models of four families, and KVMemCache and DynamicCache over them."""
+"""Tiny random models of four families, and KVMemCache and DynamicCache over them.
+
+Weights, prompts and sampling have fixed seeds, here and in the modules beside: which drafts are rejected, which beams
+end and which windows are passed follows from them, and tests assert that each of it occurs."""
 
 from __future__ import annotations
 

@@ -9,7 +9,6 @@ import warnings
 import pytest
 import torch
 from support_transformers import (
-    BACKENDS,
     MAKERS,
     assert_freed,
     assert_same,
@@ -32,7 +31,6 @@ MODES = {
 }
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", MAKERS)
 def test_generates_what_the_dynamic_cache_does(name: str, mode: str, backend: str) -> None:
@@ -85,7 +83,6 @@ def drafting(model: PreTrainedModel, noise: float) -> PreTrainedModel:
     return assistant
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("sampled", [False, True])
 @pytest.mark.parametrize("name", MAKERS)
 def test_assisted_decoding(name: str, sampled: bool, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,7 +100,6 @@ def test_assisted_decoding(name: str, sampled: bool, backend: str, monkeypatch: 
     assert_freed(cache.allocator)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", MAKERS)
 def test_bfloat16_under_inference_mode(name: str, backend: str) -> None:
     model = copy.deepcopy(model_of(name)).to(torch.bfloat16)
@@ -116,7 +112,6 @@ def test_bfloat16_under_inference_mode(name: str, backend: str) -> None:
     assert generate(model, inputs, cache).sequences.tolist() == expected.tolist()  # and used outside
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_a_second_turn_and_a_prompt_in_chunks(name: str, backend: str) -> None:
     model, inputs = model_of(name), prompts(rows=2)
@@ -128,7 +123,6 @@ def test_a_second_turn_and_a_prompt_in_chunks(name: str, backend: str) -> None:
     assert_same(turns[1], turns[0])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_layers_answer_as_those_of_the_dynamic_cache(name: str, backend: str) -> None:
     """Keys, values, lengths and mask sizes at every step: single tokens, several, and past the window."""
@@ -177,7 +171,6 @@ def test_keys_and_values_apart_are_read_as_contiguous_tensors() -> None:
     assert all(row.transpose(0, 1).is_contiguous() for row in (*keys, *values))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["gemma3", "t5"])
 def test_generates_the_same_with_keys_and_values_apart(name: str, backend: str) -> None:
     model, inputs = model_of(name), prompts(pad=2)
@@ -186,7 +179,6 @@ def test_generates_the_same_with_keys_and_values_apart(name: str, backend: str) 
     assert_same(generate(model, inputs, cache, **MODES["beam"]), expected)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["llama", "gemma3", "t5"])
 def test_beams_share_their_past(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A fork copies no more than its last page or block in each group, and what beams have in common is held once."""

@@ -9,7 +9,6 @@ import pytest
 import torch
 from support_multimodal import make_multimodal, multimodal_inputs
 from support_transformers import (
-    BACKENDS,
     assert_freed,
     assert_same,
     dynamic_cache,
@@ -38,7 +37,6 @@ def counting(model: nn.Module) -> Iterator[list[int]]:
         hook.remove()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 @pytest.mark.parametrize("mode", [{}, {"num_beams": 2}], ids=["greedy", "beams"])
 def test_a_second_generate_computes_what_is_new(name: str, backend: str, mode: dict[str, int]) -> None:
@@ -58,7 +56,6 @@ def test_a_second_generate_computes_what_is_new(name: str, backend: str, mode: d
     assert_freed(cache.allocator)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_rows_start_with_what_all_have(backend: str) -> None:
     """One row is known to 44 tokens, the other shares its first 20: both start with no more, and nothing is forgotten."""
     model, inputs = model_of("llama"), prompts(rows=2, length=45)
@@ -75,7 +72,6 @@ def test_rows_start_with_what_all_have(backend: str) -> None:
     assert cache.begin(**first) >= 32
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_padding_is_part_of_the_prompt(backend: str) -> None:
     """Rows with other padding hold other KV: the ids alone would be the same where the padding is a token, too."""
     model, inputs = model_of("llama"), prompts(rows=2, length=45, pad=20)
@@ -87,7 +83,6 @@ def test_padding_is_part_of_the_prompt(backend: str) -> None:
         cache.reset()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_salts_and_other_tokens_after_a_crop_are_kept_apart(backend: str) -> None:
     model, inputs = model_of("llama"), prompts(rows=1, length=45)
     ids = inputs["input_ids"]
@@ -132,7 +127,6 @@ def test_what_cannot_begin_is_refused_and_changes_nothing() -> None:
     assert_same(generate(model, inputs, cache), generate(model, inputs, dynamic_cache(model)))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_what_ids_do_not_say_is_refused(backend: str) -> None:
     """Images have the same ids, whatever they show."""
     model, inputs = model_of("llama"), prompts(rows=1, length=20)
@@ -169,7 +163,6 @@ def test_placeholders_that_a_part_of_the_config_names(part: str) -> None:
         open_cache(model, "virtual").begin(**inputs)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_first_step_without_memory_forgets_no_ids(backend: str) -> None:
     model, inputs = model_of("llama"), prompts(rows=1, length=45)
     cache = open_cache(model, backend)
@@ -186,7 +179,6 @@ def test_a_first_step_without_memory_forgets_no_ids(backend: str) -> None:
     assert cache.begin(**inputs) >= 32
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("before", [0, 1])
 def test_a_step_that_fails_before_it_is_written_forgets_no_ids(
     backend: str, before: int, monkeypatch: pytest.MonkeyPatch

@@ -10,7 +10,6 @@ import pytest
 import torch
 from support_families import config_of
 from support_transformers import (
-    BACKENDS,
     assert_same,
     dynamic_cache,
     generate,
@@ -28,7 +27,6 @@ from kvmem.integrations.transformers import KVMemCache, KVMemEncoderDecoderCache
 __all__ = ["one_thread"]  # a fixture of every test here
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_iteration_gives_keys_values_and_window(name: str, backend: str) -> None:
     model, inputs = model_of(name), prompts(rows=2)
@@ -53,7 +51,6 @@ def test_iteration_gives_keys_values_and_window(name: str, backend: str) -> None
                 getattr(layer, call)(1)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_iteration_over_self_and_cross_attention(backend: str) -> None:
     model = model_of("t5")
     cache = open_cache(model, backend)
@@ -69,7 +66,6 @@ def test_iteration_over_self_and_cross_attention(backend: str) -> None:
     assert cache.cross_attention_cache is held
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["llama", "t5"])
 def test_generate_has_nothing_to_warn_of(name: str, backend: str, caplog: pytest.LogCaptureFixture) -> None:
     model = model_of(name)
@@ -82,7 +78,6 @@ def test_generate_has_nothing_to_warn_of(name: str, backend: str, caplog: pytest
     assert not caplog.records
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_copy_is_cropped_and_goes_on_alone(backend: str) -> None:
     config = LlamaConfig(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
     cache = KVMemCache(config, backend=backend, max_batch=2, max_tokens=64, dtype=torch.float32, memory="4MiB")
@@ -107,7 +102,6 @@ REARRANGED: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("how", REARRANGED)
 def test_what_is_recorded_survives(how: str, backend: str) -> None:
     """Far past the window, and across blocks: all that came since recording began can be taken back."""
@@ -129,7 +123,6 @@ def test_what_is_recorded_survives(how: str, backend: str) -> None:
     assert cache.allocator.check() == []
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_recording_copies_nothing_where_nothing_is_dropped(backend: str) -> None:
     model = model_of("llama")
     cache = open_cache(model, backend, record_ops=True)
@@ -141,7 +134,6 @@ def test_recording_copies_nothing_where_nothing_is_dropped(backend: str) -> None
     assert stats.used_bytes < 2 * 64 * cache.allocator.spec.bytes_per_token
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["llama", "gemma3", "t5", "bart"])
 def test_autocast(name: str, dtype: torch.dtype, backend: str) -> None:
@@ -187,7 +179,6 @@ def test_an_unknown_model_type_is_refused_unless_told() -> None:
     ), "a known family keeps its own rules"
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_model_of_an_unknown_type(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = make_llama(), prompts(rows=2)
     monkeypatch.setattr(type(model.config), "model_type", "llama_of_ours")

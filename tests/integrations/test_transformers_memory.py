@@ -10,7 +10,6 @@ import sys
 import pytest
 import torch
 from support_transformers import (
-    BACKENDS,
     CLOSE,
     NEW_TOKENS,
     assert_freed,
@@ -29,7 +28,6 @@ from kvmem.integrations.transformers import KVMemCache, KVMemEncoderDecoderCache
 __all__ = ["one_thread"]  # a fixture of every test here
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_beams_use_less_memory_than_rows_of_their_own(backend: str) -> None:
     model, inputs = model_of("llama"), prompts(rows=1, length=64)
     cache = open_cache(model, backend)
@@ -39,7 +37,6 @@ def test_beams_use_less_memory_than_rows_of_their_own(backend: str) -> None:
     assert stats.used_bytes < 0.8 * alone, f"{stats.used_bytes} bytes for what takes {alone} unshared"
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_window_gives_back_what_it_has_passed(backend: str) -> None:
     model = model_of("gemma3")
     cache = open_cache(model, backend, max_tokens=512, max_batch=1)
@@ -52,7 +49,6 @@ def test_a_window_gives_back_what_it_has_passed(backend: str) -> None:
     assert full < cache.allocator.stats().used_bytes <= full + window
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["llama", "gemma3", "t5"])
 def test_out_of_memory_leaves_the_cache_usable(name: str, backend: str) -> None:
     model, inputs = model_of(name), prompts(rows=2, length=30)
@@ -162,7 +158,6 @@ def test_a_step_that_stops_half_way_is_noticed_and_undone() -> None:
     torch.testing.assert_close(logits[0], logits[1], **CLOSE)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_a_prompt_computed_once_is_continued_twice(name: str, backend: str) -> None:
     """deepcopy is how transformers users reuse a prefix; here it shares the memory."""

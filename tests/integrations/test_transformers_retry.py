@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from support_transformers import BACKENDS, dynamic_cache, model_of, one_thread, open_cache
+from support_transformers import dynamic_cache, model_of, one_thread, open_cache
 from torch import nn
 
 import kvmem
@@ -48,7 +48,6 @@ def lengths(cache: Cache) -> list[int]:
     return [layer.get_seq_length() for layer in inner.layers]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["llama", "gemma3", "t5", "bart"])
 def test_a_failed_forward_is_tried_again(name: str, backend: str, rng: random.Random) -> None:
     """In chunks of 1 to 12 tokens past the sliding window; each may fail once or twice, in any layer."""
@@ -90,7 +89,6 @@ def fail_in_a_layer(model: nn.Module, cache: Cache, step: dict[str, object], don
     cache.crop(done - cache.get_seq_length())
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_step_without_memory_leaves_the_step_before_it_to_be_taken_back(backend: str) -> None:
     """Room comes first: were the window moved on before it, the last step could not be cropped after the refusal."""
     model, ids = model_of("gemma3"), torch.randint(3, 97, (1, 60))
@@ -106,7 +104,6 @@ def test_a_step_without_memory_leaves_the_step_before_it_to_be_taken_back(backen
     torch.testing.assert_close(got, want[:, 30:40], **CLOSE)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_a_cache_filled_layer_by_layer(name: str, backend: str) -> None:
     """From outside: all tokens of a layer at once, or chunk by chunk; a layer that runs ahead is refused."""
@@ -130,7 +127,6 @@ def test_a_cache_filled_layer_by_layer(name: str, backend: str) -> None:
         assert torch.equal(cache.layers[layer].values, v[layer, :, :, first:14])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_cross_attention_is_filled_again_after_a_failure(backend: str) -> None:
     """The second layer's cross attention fails: the first one's stays, and the retry fills the others."""
     model, ids = model_of("t5"), torch.randint(3, 97, (2, 14))

@@ -1,8 +1,7 @@
 """Random calls of KVMemCache against transformers' DynamicCache: rows that come and go, steps that stop half-way.
 
-The reference keeps every token in every layer; what a sliding layer must show is the end of that. It is made anew when no
-row or no token is left, where DynamicCache cannot go on and KVMemCache is as new.
-"""
+The reference keeps every token in every layer; what a sliding layer must show is the end of that. It is made anew when
+no row or no token is left, where DynamicCache cannot go on and KVMemCache is as new."""
 
 from __future__ import annotations
 
@@ -12,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from support_transformers import BACKENDS, model_of, open_cache
+from support_transformers import model_of, open_cache
 from transformers import DynamicCache, Gemma3TextConfig, LlamaConfig
 
 import kvmem
@@ -254,7 +253,6 @@ CALLS = ["update"] * 6 + ["select", "repeat", "reorder", "crop", "copied", "stop
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_random_calls_hold_what_dynamic_cache_holds(kind: str, backend: str, seed: int) -> None:
     for run in range(6):
@@ -273,7 +271,6 @@ def test_random_calls_hold_what_dynamic_cache_holds(kind: str, backend: str, see
         assert twins.cache.allocator.stats().num_sequences == 0
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["llama", "gemma3", "t5", "bart"])
 def test_a_batch_that_lost_all_its_rows_starts_again(name: str, backend: str) -> None:
     model = model_of(name)

@@ -25,7 +25,6 @@ from kvmem.integrations.transformers import KVMemCache
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(400)]
 
-BACKENDS = ["virtual", "paged"]
 PROMPTS = [
     "A page table maps",
     "The three most important things to know about the history of bread are",
@@ -87,28 +86,23 @@ def compare(
     assert cache.allocator.check() == []
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_greedy(smollm2: tuple[PreTrainedModel, Any], backend: str) -> None:
     """Every other test has the default layout; here K and V of each layer lie in ranges of their own."""
     compare(smollm2, "greedy", backend, PROMPTS[2:], 20, interleave="none")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_left_padded_batch(smollm2: tuple[PreTrainedModel, Any], backend: str) -> None:
     compare(smollm2, "batch", backend, PROMPTS, 10)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_beam_search(smollm2: tuple[PreTrainedModel, Any], backend: str) -> None:
     compare(smollm2, "beam", backend, PROMPTS[1:2], 12, num_beams=3)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_sampling(smollm2: tuple[PreTrainedModel, Any], backend: str) -> None:
     compare(smollm2, "sampling", backend, PROMPTS[:1], 12, do_sample=True, temperature=0.8, top_p=0.95)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_assisted_decoding(smollm2: tuple[PreTrainedModel, Any], backend: str) -> None:
     """The draft model is small and random, so that nearly every draft is rejected and cropped."""
     torch.manual_seed(3)

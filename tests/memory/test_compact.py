@@ -1,8 +1,7 @@
 """compact(): blocks move out of the emptiest pages, what anybody reads stays what it was, and the pages can be had.
 
-64 bytes a token and layer, blocks of 16 tokens, two layers in an arena each: a page of 4,096 bytes holds four blocks, and
-pages come in pairs. Random programs compact too: ``prefix_walk``, ``conformance.step`` and ``World.choose``.
-"""
+64 bytes a token and layer, blocks of 16 tokens, two layers in an arena each: a page of 4,096 bytes holds four blocks,
+and pages come in pairs. Random programs compact too: ``prefix_walk``, ``conformance.step`` and ``World.choose``."""
 
 from __future__ import annotations
 
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from lockstep_prefix import PrefixLockstep
-from support_world import BACKENDS, PAGE, World, checked, plain_spec
+from support_world import PAGE, World, checked, plain_spec
 
 import kvmem
 from kvmem import _core
@@ -31,16 +30,9 @@ def make(backend: str = "paged", **options: object) -> tuple[World, _core.Checke
     return World(kvmem.Allocator(plain_spec(), backend=backend, **SIZES | options)), driver  # type: ignore[arg-type]
 
 
-def start(world: World, n: int = 16) -> int:
-    assert world.run(world.open())
-    handle = next(reversed(world.sequences))
-    assert world.run(world.extend(handle, n)) and world.run(world.commit(handle, n, world.token_groups))
-    return handle
-
-
 def scatter(world: World) -> None:
     """Sequences of one block each, in KEPT[i] blocks of page i."""
-    pages = [[start(world) for _ in range(2 if page == 0 else 4)] for page in range(len(KEPT))]
+    pages = [[world.start(16) for _ in range(2 if page == 0 else 4)] for page in range(len(KEPT))]
     gone = [handle for page, kept in zip(pages, KEPT, strict=True) for handle in page[kept:]]
     assert world.run(world.free(gone))
     world.alloc.trim()
@@ -93,16 +85,16 @@ def test_the_next_sequences_use_other_room_first() -> None:
     assert world.alloc.compact() == 2 * PAIR
     room = 4 * 4 - 2 - sum(KEPT)  # in the pages that stay
     assert room == 1
-    start(world)
+    world.start(16)
     assert world.alloc.stats().parked_bytes == 2 * PAIR
-    start(world)
+    world.start(16)
     assert world.alloc.stats().parked_bytes == PAIR
     world.healthy()
 
 
 def test_blocks_that_go_together_are_copied_together() -> None:
     world, driver = make()
-    handles = [start(world) for _ in range(10)]  # two beside the trash blocks, then two pages of four
+    handles = [world.start(16) for _ in range(10)]  # two beside the trash blocks, then two pages of four
     world.run(world.free([handles[4], handles[5], handles[8], handles[9]]))
     made = driver.counters()
     assert world.alloc.compact() == PAIR
@@ -124,7 +116,7 @@ def test_shared_blocks_move_for_all_their_users() -> None:
     parents = [handle for handle in sorted(world.sequences) if handle not in children]
     assert sorted(table(world.alloc, parents)) == sorted(table(world.alloc, children))
     for handle in sorted(world.sequences)[::2]:  # and each can go its own way
-        assert world.run(world.extend(handle, 20)) and world.run(world.commit(handle, 20, [0]))
+        world.grow(handle, 20)
     world.healthy()
 
 
@@ -191,7 +183,6 @@ def test_what_sequences_hold_does_not_move_next_to_cached_blocks_alone() -> None
     pair.contents_agree()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_nothing_to_gain_changes_nothing(backend: str) -> None:
     """Pages of the virtual backend belong to rows; and blocks of several pages each leave no room in any."""
     spec = kvmem.CacheSpec.kv(num_layers=2, num_kv_heads=1, head_dim=16, dtype=torch.float16, block_size=128)
@@ -275,7 +266,7 @@ def test_every_driver_call_fails_in_turn(code: int) -> None:
     assert world.alloc.stats().parked_bytes == 2 * PAIR
     world.healthy()
     for _ in range(4):
-        start(world, 30)
+        world.start(30)
     world.healthy()
 
 
@@ -342,7 +333,7 @@ def test_a_neighbour_gets_the_pages_only_when_the_owner_compacts() -> None:
     world, _ = make(pool=pool)
     scatter(world)
     other = World(kvmem.Allocator(plain_spec(), backend="virtual", pool=pool, **SIZES))  # type: ignore[arg-type]
-    start(other, 64)
+    other.start(64)
     handles = sorted(world.sequences)
     before = table(world.alloc, handles)
     with pytest.raises(kvmem.OutOfMemory):
@@ -351,7 +342,7 @@ def test_a_neighbour_gets_the_pages_only_when_the_owner_compacts() -> None:
         pool.set_memory(10 * PAGE)
     assert table(world.alloc, handles) == before
     assert world.alloc.compact() == 2 * PAIR
-    start(other, 128)
+    other.start(128)
     world.healthy()
     other.healthy()
 

@@ -1,10 +1,8 @@
 """Invariant 4: no page is unmapped before the event of its last user, and the step waits for nobody.
 
-The driver holds every event back, as a GPU does that is still at work, and counts who waited for one. So "waited"
-and "did
-not wait" are facts here and not timings. The calls that must wait are those that take memory away; the calls of a step
-must neither wait nor unmap.
-"""
+The driver holds every event back, as a GPU does that is still at work, and counts who waited for one. So "waited" and
+"did not wait" are facts here and not timings. The calls that must wait are those that take memory away; the calls of a
+step must neither wait nor unmap."""
 
 from __future__ import annotations
 
@@ -15,7 +13,8 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
-from support_world import BACKENDS, PAGE, World, checked, plain_spec
+from support import BACKENDS
+from support_world import PAGE, World, checked, plain_spec
 
 import kvmem
 from kvmem import _core
@@ -33,19 +32,8 @@ def make(backend: str, **options: object) -> tuple[World, _core.CheckedDriver]:
     return World(alloc), driver
 
 
-def grow(world: World, handle: int, n: int) -> None:
-    """Reserves ``n`` tokens, writes and commits them."""
-    assert world.run(world.extend(handle, n))
-    assert world.run(world.commit(handle, n, world.token_groups))
-
-
 def start(world: World, *lengths: int) -> list[int]:
-    handles = []
-    for n in lengths:
-        assert world.run(world.open())
-        handles.append(max(set(world.sequences) - set(handles)))
-        grow(world, handles[-1], n)
-    return handles
+    return [world.start(n) for n in lengths]
 
 
 @contextmanager
@@ -59,9 +47,8 @@ def no_wait(driver: _core.CheckedDriver) -> Iterator[None]:
 
 
 def waits_before_unmapping(driver: _core.CheckedDriver, call: Callable[[], object], user: int) -> None:
-    """``call`` unmaps, and not before it has waited for ``user``, the event of the last one there. A page that two
-    rows show had two users: the first row may let go of it after its own event, the last one only after ``user``.
-    """
+    """``call`` unmaps, and not before it has waited for ``user``, the event of the last one there. A page that two rows
+    show had two users: the first row may let go of it after its own event, the last one only after ``user``."""
     driver.clear_log()
     waits = driver.held_waits()
     call()
@@ -107,7 +94,6 @@ TAKES = {
 }
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("take", TAKES)
 @pytest.mark.parametrize("end", ENDS)
 def test_what_is_taken_away_waits_for_its_last_user(end: str, take: str, backend: str) -> None:
@@ -121,7 +107,6 @@ def test_what_is_taken_away_waits_for_its_last_user(end: str, take: str, backend
     assert world.alloc.stats().physical_bytes <= 12 * PAGE
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_what_a_window_leaves_behind_waits_too(backend: str) -> None:
     spec = kvmem.CacheSpec.kv(
         num_layers=2, num_kv_heads=1, head_dim=16, dtype=torch.float16, block_size=16, window_tokens=PAGE_TOKENS
@@ -130,10 +115,10 @@ def test_what_a_window_leaves_behind_waits_too(backend: str) -> None:
     (handle,) = start(world, 100)
     driver.hold_events(True)
     for _ in range(6):
-        grow(world, handle, PAGE_TOKENS)
+        world.grow(handle, PAGE_TOKENS)
     assert world.core.first_token(handle) >= 6 * PAGE_TOKENS - 64
     assert driver.held_waits() == 0, "while there is memory"
-    grow(world, handle, 300)  # more than the window: the paged backend cannot use all of it again
+    world.grow(handle, 300)  # more than the window: the paged backend cannot use all of it again
     waits_before_unmapping(driver, lambda: world.alloc.trim(), last_event(driver))
     world.healthy()
 
@@ -158,7 +143,6 @@ def test_a_page_is_handed_to_a_neighbour_after_its_last_user(giver: str, taker: 
     second.healthy()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_an_event_that_has_passed_is_not_waited_for(backend: str) -> None:
     world, driver = make(backend)
     (handle,) = start(world, 500)
@@ -172,11 +156,9 @@ def test_an_event_that_has_passed_is_not_waited_for(backend: str) -> None:
     assert stats.parked_bytes == stats.used_bytes == 0
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_part_that_is_taken_waits_for_the_one_freed_longest_ago(backend: str) -> None:
-    """Under pressure the pages of the oldest free go first, because its event has most likely passed (virtual
-    backend; the paged one keeps an event for all its free blocks).
-    """
+    """Under pressure the pages of the oldest free go first, because its event has most likely passed (virtual backend;
+    the paged one keeps an event for all its free blocks)."""
     world, driver = make(backend)
     old, new = start(world, 500, 500)
     driver.hold_events(True)
@@ -188,11 +170,9 @@ def test_a_part_that_is_taken_waits_for_the_one_freed_longest_ago(backend: str) 
     assert driver.held_waits() == waits + (backend == "paged")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_step_never_waits_and_never_unmaps(backend: str) -> None:
-    """Decoding, freeing, the next sequence in the freed memory, commits, forks, rejected drafts and metadata, all
-    with a device that has not finished a single thing.
-    """
+    """Decoding, freeing, the next sequence in the freed memory, commits, forks, rejected drafts and metadata, all with
+    a device that has not finished a single thing."""
     world, driver = make(backend)
     live = start(world, 130, 70, 10)
     driver.hold_events(True)
@@ -200,7 +180,7 @@ def test_a_step_never_waits_and_never_unmaps(backend: str) -> None:
         for step in range(3 * PAGE_TOKENS):
             ids, ones = np.array(live, np.int32), np.ones(len(live), np.int32)
             world.alloc.extend_batch(ids, ones)
-            world.alloc.fill(ids, world.batch)
+            world.alloc.fill(ids, world.tags.batch)
             world.alloc.commit_batch(ids, ones)
             if step % 40 == 7:  # the next sequence adopts what this one leaves
                 world.alloc.free_batch(ids[:1])
@@ -213,7 +193,6 @@ def test_a_step_never_waits_and_never_unmaps(backend: str) -> None:
     assert world.alloc.check() == []
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_parked_row_is_adopted_with_no_driver_call(backend: str) -> None:
     world, driver = make(backend)
     (handle,) = start(world, 600)

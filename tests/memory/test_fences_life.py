@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from support_world import BACKENDS, PAGE, SPECS, World, checked, plain_spec, seed_from_environment
+from support_world import PAGE, SPECS, World, checked, plain_spec
 
 import kvmem
 from kvmem import _core
@@ -32,7 +32,6 @@ def verbs(driver: _core.CheckedDriver) -> list[str]:
     return [call.verb for call in driver.log()]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_shared_page_outlives_the_first_of_its_users(backend: str) -> None:
     """A fork is freed: its pages are still the parent's and stay. The parent is freed too: then they go, behind both fences."""
     driver = checked()
@@ -70,15 +69,12 @@ def test_copy_on_write_unmaps_the_old_page_behind_the_copy() -> None:
     assert "record" in log[copied:] and "wait" in log[copied : log.index("unmap")]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", SPECS)
-def test_no_unmap_runs_ahead_of_an_event_in_a_random_life(name: str, backend: str) -> None:
+def test_no_unmap_runs_ahead_of_an_event_in_a_random_life(name: str, backend: str, rng: random.Random) -> None:
     """Whatever the calls: when something is unmapped, no event recorded since it was last used is still out.
 
-    Each step's log is read: an unmap of memory that a live or freed sequence used is behind the wait for every fence up to
-    the one that covers it. What the driver holds back at that moment is younger than the page's last use.
-    """
-    rng = random.Random(seed_from_environment(29))
+    Each step's log is read: an unmap of memory that a live or freed sequence used is behind the wait for every fence up
+    to the one that covers it. What the driver holds back at that moment is younger than the page's last use."""
     driver = checked()
     alloc = make(backend, driver, 60 if name == "mixed" else 20, SPECS[name]())
     world = World(alloc)
@@ -100,7 +96,6 @@ def test_no_unmap_runs_ahead_of_an_event_in_a_random_life(name: str, backend: st
     assert unmaps > 50 and waits > 20
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_events_do_not_pile_up(backend: str) -> None:
     """Each free leaves a fence; those that are done are forgotten with the next."""
     driver = checked()

@@ -1,8 +1,7 @@
 """What a kernel may load behind a sequence's tokens, and mask only afterwards, is finite: 0 * NaN is NaN.
 
 Everybody writes NaN into all that is theirs, then goes, is cut off, shares it or loses it to others. What lies behind
-the tokens of whoever comes next must not be seen to have been theirs.
-"""
+the tokens of whoever comes next must not be seen to have been theirs."""
 
 from __future__ import annotations
 
@@ -11,8 +10,8 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from patterns import places
-from support import BACKENDS, LAYOUTS, LONG, SIZES, make_allocator, plain, seed_of_run
+from contents import places
+from support import LAYOUTS, LONG, SIZES, make_allocator, plain
 
 import kvmem
 
@@ -137,29 +136,26 @@ def act(world: World, walk: random.Random, prompts: list[list[int]]) -> None:
 
 
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("layout", FLOATS)
-def test_random_programs_never_show_another_nan(layout: str, backend: str) -> None:
-    walk = random.Random(seed_of_run())
+def test_random_programs_never_show_another_nan(layout: str, backend: str, rng: random.Random) -> None:
     for _ in range(40 if LONG else 2):
-        sizes, sharing = SIZES[walk.choice(sorted(SIZES))], walk.random() < 0.6
+        sizes, sharing = SIZES[rng.choice(sorted(SIZES))], rng.random() < 0.6
         alloc = make_allocator(
             LAYOUTS[layout].spec(sizes["block_size"]), backend, interleave=LAYOUTS[layout].interleave,
-            page_bytes=sizes["page_bytes"], memory=walk.choice([40, 90, 200]) * sizes["page_bytes"],
-            tail_guard_tokens=walk.choice([0, 1, 16, 40]), zero=walk.choice(ZEROS), prefix_cache=sharing,
-            map_ahead_tokens=walk.choice([0, 0, 32]), max_sequences=5,
+            page_bytes=sizes["page_bytes"], memory=rng.choice([40, 90, 200]) * sizes["page_bytes"],
+            tail_guard_tokens=rng.choice([0, 1, 16, 40]), zero=rng.choice(ZEROS), prefix_cache=sharing,
+            map_ahead_tokens=rng.choice([0, 0, 32]), max_sequences=5,
         )  # fmt: skip
         world = World(alloc, sharing)
-        prompts = [draw_ids(walk, 120) for _ in range(3)]
+        prompts = [draw_ids(rng, 120) for _ in range(3)]
         for _ in range(120):
-            act(world, walk, prompts)
-            if walk.random() < 0.5:
+            act(world, rng, prompts)
+            if rng.random() < 0.5:
                 for held in world.held:
                     world.check(held)
 
 
 @pytest.mark.parametrize("zero", ZEROS)
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_rejected_drafts_are_not_behind_the_next_step(backend: str, zero: str) -> None:
     """Five tokens are tried, four of them rejected, again and again; then only one comes."""
     alloc = make_allocator(plain(16), backend, tail_guard_tokens=16, zero=zero)
@@ -175,7 +171,6 @@ def test_rejected_drafts_are_not_behind_the_next_step(backend: str, zero: str) -
     world.check(held)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_steady_growth_zeroes_seldom_and_never_without_a_guard(backend: str) -> None:
     """A step costs a call for zeroing once a guard's length (virtual) or once a block (paged), not each time."""
     calls = []
@@ -193,7 +188,6 @@ def test_steady_growth_zeroes_seldom_and_never_without_a_guard(backend: str) -> 
     assert 1 <= calls[1] <= 320 // 16 + 1
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_replica_zeroes_what_its_leader_does(backend: str) -> None:
     options = {"tail_guard_tokens": 16, "prefix_cache": False, "page_bytes": 4096}
     leader = make_allocator(plain(16), backend, record_ops=True, **options)

@@ -6,7 +6,7 @@ import re
 
 import pytest
 from support_drivers import assert_runs
-from support_world import BACKENDS, PAGE, World, plain_spec
+from support_world import PAGE, World, plain_spec
 
 import kvmem
 
@@ -41,7 +41,6 @@ def trash_bytes(backend: str) -> int:
     return 2 * 16 * PAGE if backend == "paged" else 0
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_physical_memory_follows_what_is_touched_and_trim_returns_it(backend: str) -> None:
     """Mapped is not touched: the file grows when tokens are written, never over what was created, and trim empties it."""
     alloc = make(backend)
@@ -73,7 +72,6 @@ def test_physical_memory_follows_what_is_touched_and_trim_returns_it(backend: st
     assert alloc.stats().physical_bytes == alloc.stats().created_bytes == trash_bytes(backend)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_forks_share_physical_memory(backend: str) -> None:
     """Seven forks of 20,000 tokens: the file holds them once. Virtual rows alias: Rss counts each, Pss the truth."""
     before = of_the_file("Rss")
@@ -81,8 +79,7 @@ def test_forks_share_physical_memory(backend: str) -> None:
     world = World(alloc)
     world.run(world.open())
     (parent,) = world.sequences
-    world.run(world.extend(parent, 20_000))
-    world.run(world.commit(parent, 20_000, [0]))
+    world.grow(parent, 20_000)
     once = alloc.stats().physical_bytes
     assert once >= 20_000 * 64 * 2
     for _ in range(7):
@@ -114,7 +111,6 @@ def test_a_tebibyte_of_rows_costs_nothing() -> None:
 
 
 @pytest.mark.parametrize("interleave", ["all", "none"])
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_host_memory_grows_with_what_is_in_use(backend: str, interleave: str) -> None:
     """Made for 10,000 sequences of a million tokens; the books of a sequence come when it is opened."""
     spec = kvmem.CacheSpec.kv(num_layers=8, num_kv_heads=1, head_dim=8, dtype="float16", block_size=16)
@@ -133,7 +129,6 @@ def test_host_memory_grows_with_what_is_in_use(backend: str, interleave: str) ->
         sequence.free()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_the_limit_of_mappings_is_out_of_memory_and_no_crash(backend: str) -> None:
     """Scattered 4 KiB pages use up the kernel's 65,530 mappings long before the memory. The step is refused like any other
     that has no room; what is there stays usable; and when something is freed, it goes on."""
@@ -179,15 +174,13 @@ del alloc
         assert "refused: asked to extend" in printed
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_an_allocator_that_goes_returns_everything(backend: str) -> None:
     before = of_the_file("Rss")
     alloc = make(backend)
     world = World(alloc)
     world.run(world.open())
     (handle,) = world.sequences
-    world.run(world.extend(handle, 50_000))
-    world.run(world.commit(handle, 50_000, [0]))
+    world.grow(handle, 50_000)
     assert of_the_file("Rss") - before >= 50_000 * 64 * 2
     world.__dict__.clear()
     del alloc

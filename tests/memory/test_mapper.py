@@ -32,24 +32,16 @@ def make(driver: _core.CheckedDriver, ahead: int = AHEAD, **options: object) -> 
 
 
 def start(world: World, *lengths: int) -> list[int]:
-    handles = []
-    for n in lengths:
-        assert world.run(world.open())
-        handles.append(max(set(world.sequences) - set(handles)))
-        assert world.run(world.extend(handles[-1], n))
-        assert world.run(world.commit(handles[-1], n, [0]))
-    return handles
+    return [world.start(n) for n in lengths]
 
 
 def decode(world: World, handle: int) -> None:
-    assert world.run(world.extend(handle, 1))
-    assert world.run(world.commit(handle, 1, [0]))
+    world.grow(handle, 1)
 
 
 def caught_up(world: World, driver: _core.CheckedDriver) -> bool:
     """The books count a page when it is decided upon; the driver has it when the mapper is done. No page is shared
-    here.
-    """
+    here."""
     return driver.live().mappings == world.alloc.stats().mapped_bytes // PAGE
 
 
@@ -83,9 +75,8 @@ def test_decoding_gives_the_same_with_and_without() -> None:
 
 
 def test_a_steady_step_finds_its_memory_mapped() -> None:
-    """Before each step, with the mapper given time, the next token of every layer can be written: the step has
-    nothing to map. What is posted is posted early, in whole runs: far fewer driver calls than tokens.
-    """
+    """Before each step, with the mapper given time, the next token of every layer can be written: the step has nothing
+    to map. What is posted is posted early, in whole runs: far fewer driver calls than tokens."""
     driver = checked()
     world = make(driver)
     (handle,) = start(world, 10)
@@ -105,9 +96,8 @@ def test_a_steady_step_finds_its_memory_mapped() -> None:
     ("verb", "code"), [("map", 2), ("map", 719), ("set_access", 719), ("create", 2), ("record", 999)]
 )
 def test_a_failure_in_the_mapper_is_absorbed(verb: str, code: int) -> None:
-    """The step that posted the work succeeded and stays so; the next ones find room missing and map it. Only the
-    mapper can meet the failure here: it is armed when everything is mapped that the step itself needs.
-    """
+    """The step that posted the work succeeded and stays so; the next ones find room missing and map it. Only the mapper
+    can meet the failure here: it is armed when everything is mapped that the step itself needs."""
     driver = checked()
     world = make(driver)
     (handle,) = start(world, 10)
@@ -121,7 +111,7 @@ def test_a_failure_in_the_mapper_is_absorbed(verb: str, code: int) -> None:
         if step >= wait_until and driver.pending_failures() == 0:
             absorbed, wait_until = absorbed + 1, step + 8  # room to try again before the step is left without any
         driver.clear_failures()
-        world.sequences[handle].lengths[0] += 1
+        world.model.extend(handle, 1)
         assert world.run(world.commit(handle, 1, [0]))
         assert world.alloc.check() == []
     assert absorbed >= 2
@@ -149,7 +139,7 @@ def test_when_nothing_can_be_mapped_the_step_says_so(code: int, error: type[Exce
                 until(partial(caught_up, world, driver))
             before = world.observe()
             world.core.extend(handle, 1)
-            world.sequences[handle].lengths[0] += 1
+            world.model.extend(handle, 1)
             assert world.run(world.commit(handle, 1, [0]))
             steps += 1
     assert 0 < steps <= 3 * AHEAD and driver.pending_failures() > 0
@@ -188,9 +178,9 @@ def test_a_digest_and_its_disturbances_are_of_one_moment() -> None:
     assert after == before and after.disturbed == 1
 
 
-def test_taking_memory_away_waits_for_the_mapper() -> None:
+def test_taking_memory_away_waits_for_the_mapper(seed: int) -> None:
     """trim, a smaller budget, fork, truncate and free right behind a step that has posted work."""
-    rng = np.random.default_rng(3)
+    rng = np.random.default_rng(seed)
     driver = checked()
     world = make(driver)
     start(world, 10, 100)
@@ -223,9 +213,8 @@ def test_closing_right_after_posting() -> None:
 
 
 def test_the_thread_knows_no_python() -> None:
-    """It does its work while this thread sleeps with the interpreter's lock in hand, and the interpreter never hears
-    of it.
-    """
+    """It does its work while this thread sleeps with the interpreter's lock in hand, and the interpreter never hears of
+    it."""
     driver = checked()
     world = make(driver)
     threads, tasks = threading.enumerate(), len(os.listdir("/proc/self/task"))

@@ -8,18 +8,8 @@ from itertools import count
 import numpy as np
 import pytest
 import torch
-from support_world import (
-    BACKENDS,
-    LONG,
-    NOTHING,
-    PAGE,
-    World,
-    checked,
-    held,
-    mixed_spec,
-    plain_spec,
-    seed_from_environment,
-)
+from support import BACKENDS, LONG
+from support_world import NOTHING, PAGE, World, checked, held, mixed_spec, plain_spec
 
 import kvmem
 
@@ -42,28 +32,20 @@ def join(
     return World(alloc, count(1 + (tags << 40)))
 
 
-def start(world: World, n: int) -> int:
-    assert world.run(world.open())
-    handle = max(world.sequences)
-    assert world.run(world.extend(handle, n))
-    assert world.run(world.commit(handle, n, world.token_groups))
-    return handle
-
-
 @pytest.mark.parametrize(("giver", "taker"), PAIRS)
 def test_parked_memory_goes_to_a_neighbour(giver: str, taker: str) -> None:
     """The first fills the pool and frees most of it; the second grows beyond what is free. And back again."""
     pool, _ = make_pool(60)
     worlds = [join(pool, giver, 1), join(pool, taker, 2, plain_spec(3))]
     for first, second in [worlds, worlds[::-1], worlds]:
-        kept = start(first, 100)
-        gone = start(first, 0)
+        kept = first.start(100)
+        gone = first.start(0)
         while first.run(first.extend(gone, 64)):
             assert first.run(first.commit(gone, 64, [0]))
         assert first.run(first.free([gone]))
         before = first.alloc.stats()
         assert before.parked_bytes > 30 * PAGE and pool.budget_bytes - pool.mapped_bytes < 4 * PAGE
-        taken = start(second, 500)
+        taken = second.start(500)
         assert first.alloc.stats().parked_bytes <= before.parked_bytes - 10 * PAGE
         for world in (first, second):
             world.healthy()
@@ -76,12 +58,12 @@ def test_ones_own_parked_memory_goes_first() -> None:
         pool, _ = make_pool(46)
         first, second = join(pool, backend, 1), join(pool, backend, 2)
         for world in (first, second):
-            assert world.run(world.free([start(world, 320), start(world, 320)]))
+            assert world.run(world.free([world.start(320), world.start(320)]))
         assert pool.budget_bytes - pool.mapped_bytes <= 6 * PAGE
         before = first.alloc.stats().parked_bytes
-        start(second, 640)  # 20 pages: more than a parked row of 10 and what is free
+        second.start(640)  # 20 pages: more than a parked row of 10 and what is free
         assert first.alloc.stats().parked_bytes == before, f"{backend}: there was enough without it"
-        start(second, 320)
+        second.start(320)
         assert first.alloc.stats().parked_bytes < before, f"{backend}: there was not"
         second.healthy()
 
@@ -131,9 +113,8 @@ def test_what_a_neighbour_left_reads_zero(zero: str, giver: str, taker: str) -> 
 
 
 @pytest.mark.parametrize("ahead", [0, 100])
-def test_a_random_life_of_four_allocators(ahead: int) -> None:
+def test_a_random_life_of_four_allocators(ahead: int, rng: random.Random) -> None:
     """Different specs, both backends, one budget that changes: it holds after every call, and no content is lost."""
-    rng = random.Random(seed_from_environment(31))
     pool, driver = make_pool(150)
     specs = [plain_spec(), mixed_spec(), plain_spec(3), mixed_spec()]
     worlds = [
@@ -171,16 +152,15 @@ def test_a_random_life_of_four_allocators(ahead: int) -> None:
     assert held(driver) == NOTHING
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_memory_caps_an_allocator_within_a_pool(backend: str) -> None:
     pool, _ = make_pool(60)
     capped, free = join(pool, backend, 1, memory=20 * PAGE), join(pool, backend, 2)
-    handle = start(capped, 600)
+    handle = capped.start(600)
     with pytest.raises(kvmem.OutOfMemory, match="set_memory"):
         capped.core.extend(handle, 200)
     assert capped.alloc.stats().mapped_bytes <= 20 * PAGE
     capped.healthy()
-    start(free, 1000)  # the cap of one is no cap of the other
+    free.start(1000)  # the cap of one is no cap of the other
     capped.alloc.set_memory(30 * PAGE)
     assert capped.run(capped.extend(handle, 200))
     with pytest.raises(kvmem.OutOfMemory):
@@ -199,8 +179,8 @@ def test_memory_caps_an_allocator_within_a_pool(backend: str) -> None:
 def test_the_budget_grows_and_shrinks_live(giver: str, taker: str) -> None:
     pool, driver = make_pool(40)
     first, second = join(pool, giver, 1), join(pool, taker, 2)
-    kept = [start(first, 300), start(second, 300)]
-    gone = start(second, 250)
+    kept = [first.start(300), second.start(300)]
+    gone = second.start(250)
     with pytest.raises(kvmem.OutOfMemory):
         first.core.extend(kept[0], 600)
     pool.set_memory(80 * PAGE)
@@ -217,7 +197,7 @@ def test_the_budget_grows_and_shrinks_live(giver: str, taker: str) -> None:
     for world in (first, second):
         world.healthy()
     pool.set_memory(80 * PAGE)
-    start(second, 600)
+    second.start(600)
     for world in (first, second):
         world.healthy()
 
@@ -226,24 +206,23 @@ def test_the_budget_grows_and_shrinks_live(giver: str, taker: str) -> None:
 def test_a_closed_allocator_returns_its_pages(first: str, second: str) -> None:
     pool, driver = make_pool(60)
     stays, goes = join(pool, first, 1), join(pool, second, 2)
-    kept = start(stays, 200)
+    kept = stays.start(200)
     alone = driver.live()
-    start(goes, 1200)
+    goes.start(1200)
     with pytest.raises(kvmem.OutOfMemory):
         stays.core.extend(kept, 1400)
     goes.__dict__.clear()
     stays.healthy()
     assert pool.mapped_bytes == stays.alloc.stats().mapped_bytes
     assert driver.live().mappings == alone.mappings and driver.live().reservations < alone.reservations
-    assert stays.run(stays.extend(kept, 1400)) and stays.run(stays.commit(kept, 1400, [0]))
+    stays.grow(kept, 1400)
     stays.healthy()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_constructor_that_fails_leaves_the_pool_alone(backend: str) -> None:
     pool, driver = make_pool(60)
     world = join(pool, backend, 1)
-    handle = start(world, 300)
+    handle = world.start(300)
     before, mapped = held(driver), pool.mapped_bytes
     wrong = {"memory": PAGE - 1}, {"max_sequences": 0}, {"max_tokens": 1 << 40}, {"device": "cpu"}, {"record_ops": True}
     for options in wrong:
@@ -254,15 +233,15 @@ def test_a_constructor_that_fails_leaves_the_pool_alone(backend: str) -> None:
         with pytest.raises(kvmem.OutOfMemory):
             join(pool, backend, 2)
     assert held(driver) == before and pool.mapped_bytes == mapped
-    start(join(pool, backend, 3), 300)
+    join(pool, backend, 3).start(300)
     assert world.run(world.extend(handle, 1000)), "what the failed ones asked for is not held"
     world.healthy()
 
 
 @pytest.mark.parametrize(("a", "b"), PAIRS)
-def test_out_of_memory_only_when_live_sequences_hold_everything(a: str, b: str) -> None:
+def test_out_of_memory_only_when_live_sequences_hold_everything(a: str, b: str, seed: int) -> None:
     """Tokens are added one page at a time, here and there; what is parked anywhere is always found first."""
-    rng = np.random.default_rng(seed_from_environment(32))
+    rng = np.random.default_rng(seed)
     pool, _ = make_pool(50)
     worlds = [join(pool, a, 1, debug=False), join(pool, b, 2, plain_spec(3), debug=False)]
     refusals = 0
@@ -270,7 +249,7 @@ def test_out_of_memory_only_when_live_sequences_hold_everything(a: str, b: str) 
         world = worlds[rng.integers(2)]
         need = 64 * len(world.alloc._layouts[0].token_bytes) // 64
         if not world.sequences:
-            handle = start(world, 0)
+            handle = world.start(0)
         handle = sorted(world.sequences)[rng.integers(len(world.sequences))]
         if world.run(world.extend(handle, 64)):
             assert world.run(world.commit(handle, 64, [0]))
@@ -287,4 +266,4 @@ def test_out_of_memory_only_when_live_sequences_hold_everything(a: str, b: str) 
             if victim.sequences:
                 assert victim.run(victim.free([sorted(victim.sequences)[0]]))
         if len(world.sequences) < 4 and rng.random() < 0.2:
-            start(world, 0)
+            world.start(0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 from lockstep_prefix import PrefixLockstep
-from support import BACKENDS, LAYOUTS, make_allocator, plain
+from support import LAYOUTS, make_allocator, plain
 from support_prefix import agree, cached, go_on, grow, take, text
 from support_world import checked
 
@@ -93,7 +93,6 @@ def test_shared_pages_are_made_accessible_in_runs(layout: str, readers: int) -> 
         agree(pair)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_the_system_holds_a_shared_prefix_once(backend: str) -> None:
     """By the memfd itself: ten readers of 1,024 tokens touch ten tails more. (RSS would count every alias.)"""
     pair = pair_on(None, backend)
@@ -134,7 +133,6 @@ def reader_ops(backend: str) -> tuple[list[list[tuple[object, ...]]], int]:
     return steps, reader.id
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_replica_follows_a_hit(backend: str) -> None:
     steps, handle = reader_ops(backend)
     replica = make_allocator(plain(16), backend, memory=100 * PAGE, page_bytes=PAGE)
@@ -144,7 +142,6 @@ def test_a_replica_follows_a_hit(backend: str) -> None:
     assert replica.core.tokens(handle) == 75
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_no_write_lands_where_two_read(backend: str) -> None:
     """Each record of a copy-on-write left out in turn: refused, or reported by check(), but never believed. What only
     moves bytes can be seen in the bytes alone, and is not among them."""

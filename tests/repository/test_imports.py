@@ -1,7 +1,6 @@
 """Who may import whom: imports point down only, and `import kvmem` needs torch and numpy alone, no GPU, under 0.1 s.
 
-The rules are checked on the syntax tree, so an import inside a function counts too; a message names the line.
-"""
+The rules are checked on the syntax tree, so an import inside a function counts too; a message names the line."""
 
 from __future__ import annotations
 
@@ -59,8 +58,7 @@ OPTIONAL = {
 def imported_names(tree: ast.AST, package: list[str]) -> Iterator[tuple[int, str]]:
     """(line, absolute dotted name) of every import in `tree`, which belongs to a module in `package`.
 
-    `from a import b` gives `a.b`: b may be a module. import_module("a") and __import__("a") count.
-    """
+    `from a import b` gives `a.b`: b may be a module. import_module("a") and __import__("a") count."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:

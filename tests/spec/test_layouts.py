@@ -8,9 +8,9 @@ import signal
 
 import pytest
 import torch
-from patterns import places
+from contents import places
 from reference import arena_bytes
-from support import BACKENDS, LAYOUTS, make_allocator, plain, unequal
+from support import LAYOUTS, make_allocator, plain, unequal
 from support_drivers import assert_runs, run_python
 
 import kvmem
@@ -72,7 +72,6 @@ def test_a_shared_component_is_one_copy(interleave: Interleave) -> None:
         assert len({alloc.tensor(layer, "v").data_ptr() for layer in range(3)}) == 3
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_what_kernels_ask_of_k_and_v(backend: str) -> None:
     for interleave in INTERLEAVES:
         alloc = make_allocator(plain(16), backend, interleave=interleave)
@@ -122,7 +121,6 @@ def test_apart_k_and_v_have_one_shape_even_when_one_range_gave_up_more() -> None
         assert len(k) > int(alloc.batch([first]).block_table.max()), "all blocks in use are there"
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_unknown_layers_and_components_are_refused(backend: str) -> None:
     alloc = make_allocator(plain(16), backend)
     for layer, name in ((3, "k"), (-1, "k"), (0, "q")):
@@ -130,7 +128,6 @@ def test_unknown_layers_and_components_are_refused(backend: str) -> None:
             alloc.tensor(layer, name)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_meta_has_no_tensors(backend: str) -> None:
     alloc = make_allocator(plain(16), backend, device="meta", memory="80GiB", max_tokens=4096)
     with alloc.sequence() as seq:
@@ -141,7 +138,6 @@ def test_meta_has_no_tensors(backend: str) -> None:
         assert alloc.stats().used_bytes == 1000 * 192
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_view_cannot_be_pickled_or_copied(backend: str) -> None:
     alloc = make_allocator(plain(16), backend)
     with alloc.sequence() as seq:
@@ -165,7 +161,6 @@ SETUP = """
 """
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_printing_does_not_touch_unmapped_memory(backend: str) -> None:
     """In a process of its own: a mistake here is a segmentation fault."""
     rows = "views.append(alloc.rows(0))" if backend == "virtual" else ""
@@ -196,7 +191,6 @@ def test_an_unmapped_row_reads_as_zeros_and_faults_when_debugging() -> None:
         assert done.returncode == status, (done.returncode, done.stderr)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_tensors_stay_readable_when_the_allocator_is_gone(backend: str) -> None:
     assert_runs(
         SETUP.format(backend=backend)
@@ -215,7 +209,6 @@ def test_tensors_stay_readable_when_the_allocator_is_gone(backend: str) -> None:
     )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_sequence_tensor(backend: str) -> None:
     alloc = make_allocator(plain(16), backend)
     with alloc.sequence() as seq:

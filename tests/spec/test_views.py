@@ -18,7 +18,6 @@ from kvmem.kernels.blocks import scatter
 from kvmem.kernels.checks import plain
 from kvmem.layouts.views import CacheTensor
 
-BACKENDS = ["virtual", "paged"]
 SPEC = kvmem.CacheSpec.kv(num_layers=2, num_kv_heads=2, head_dim=8, dtype=torch.float32, block_size=4)
 
 
@@ -59,7 +58,6 @@ REFUSED: list[Callable[[torch.Tensor], object]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("number", range(len(REFUSED)))
 def test_what_touches_the_whole_cache_is_refused(number: int, backend: str) -> None:
     alloc = make(backend)
@@ -134,7 +132,6 @@ EVERY_FUNCTION = """
 """
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_no_function_of_torch_touches_what_is_not_mapped(backend: str) -> None:
     """All that torch lets a subclass override, with the tensor at each place; an unmapped read ends the process here."""
     code = EVERY_FUNCTION.format(backend=backend, dtype="torch.float32")
@@ -192,7 +189,6 @@ def test_an_index_that_names_blocks_is_torchs(rng: random.Random) -> None:
                 guarded[index]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_views_and_answers(backend: str) -> None:
     alloc = make(backend)
     seq = filled(alloc, 30)
@@ -224,7 +220,6 @@ def test_views_and_answers(backend: str) -> None:
     assert "tensor" in repr(t[int(blocks[0])])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_custom_operator_is_given_the_plain_tensor(backend: str) -> None:
     seen = []
 
@@ -244,7 +239,6 @@ def test_a_custom_operator_is_given_the_plain_tensor(backend: str) -> None:
 
 
 @pytest.mark.parametrize("interleave", ["all", 1, "none"])
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("debug", [False, True])
 def test_a_sequences_tensors_can_be_saved_and_copied(backend: str, interleave: object, debug: bool) -> None:
     """Their storage ends where the tokens do: torch saves and shares storages, not tensors."""
@@ -327,7 +321,6 @@ def test_a_use_after_the_end_is_found_when_debugging(rng: random.Random) -> None
             seq.free()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_tensor_outlives_its_sequence_without_a_crash(backend: str) -> None:
     """Freed and unmapped: what it shows is nobody's any more, but reading it ends nothing."""
     assert_runs(

@@ -8,7 +8,6 @@ from contextlib import suppress
 import numpy as np
 import pytest
 import torch
-from support import BACKENDS
 
 import kvmem
 from kvmem.kernels.blocks import batch_slots
@@ -43,7 +42,6 @@ def states(batch: kvmem.Batch) -> tuple[torch.Tensor, torch.Tensor]:
     return k, v
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("change", ["free", "truncate", "regrown", "another's place"])
 def test_what_uses_a_stale_batch_writes_nothing(backend: str, change: str) -> None:
     alloc = make(full(), backend)
@@ -84,7 +82,6 @@ def test_what_uses_a_stale_batch_writes_nothing(backend: str, change: str) -> No
     write_kv(alloc.kv(0), batch, *states(batch))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_others_may_come_and_go_and_these_may_grow(backend: str) -> None:
     alloc = make(full(), backend)
     mine, done = alloc.sequence(), alloc.sequence()
@@ -154,7 +151,6 @@ def expected_stale(alloc: kvmem.Allocator, ids: list[int], kept: list[tuple[np.n
 
 
 @pytest.mark.parametrize("debug", [False, True])
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("spec", [full(), hybrid()], ids=["full", "hybrid"])
 def test_random_changes_after_a_fill(spec: kvmem.CacheSpec, backend: str, debug: bool, rng: random.Random) -> None:
     """What is refused is exactly what would be written, or was to be read, at another place."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from support import BACKENDS, make_allocator, plain
+from support import make_allocator, plain
 
 import kvmem
 from kvmem import _core
@@ -69,7 +69,6 @@ def test_lengths_that_add_up_past_an_int32() -> None:
     assert flash.kv_indptr[-1] == 271 * (2**19 - 1)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_batch_of_more_than_an_int32_counts_is_refused_by_name(backend: str) -> None:
     alloc = make_allocator(plain(16), backend, device="meta", memory="8MiB", page_bytes=4096, max_sequences=4)
     for sizes, field in [
@@ -88,7 +87,6 @@ def test_a_batch_of_more_than_an_int32_counts_is_refused_by_name(backend: str) -
         _core.BatchBuffers(max_sequences=1, max_new_tokens=1, max_blocks=-1, max_indices=1)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_narrow_buffers_are_refused_before_anything_is_taken(backend: str) -> None:
     alloc = kvmem.Allocator(tiny(), backend=backend, device="meta", memory="1GiB", max_sequences=256, max_tokens=2**24)
     handles = alloc.open_batch(200)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import random
 from array import array
 from typing import Any
@@ -13,14 +12,9 @@ import torch
 from support_scheduler import SIZE, open_allocator, prompt
 
 import kvmem
-from kvmem import Allocator, CacheSpec, OutOfMemory, SchedulerCache, SpecError, StaleHandle, TableChanges
+from kvmem import Allocator, CacheSpec, SchedulerCache, SpecError, StaleHandle, TableChanges
 
 pytestmark = pytest.mark.core
-
-
-@pytest.fixture(params=["paged", "virtual"])
-def backend(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
 
 
 def table_of(allocator: Allocator, sequence: Any) -> list[int]:
@@ -175,9 +169,8 @@ def apply(tables: dict[int, list[int]], names: list[int], changes: TableChanges)
 
 @pytest.mark.parametrize("device", ["meta", "cpu"])
 def test_steps_say_what_a_plain_allocator_does(backend: str, device: str, rng: random.Random) -> None:
-    """Random steps on both; tables kept up from the deltas alone are those that the allocator fills. A request begins as
-    by ``admit_batch``, with room for its prompt or not at all.
-    """
+    """Random steps on both; tables kept up from the deltas alone are those that the allocator fills. A request begins
+    as by ``admit_batch``, with room for its prompt or not at all."""
     options: dict[str, Any] = {"blocks": 40, "device": device, "map_ahead_tokens": 0, "tail_guard_tokens": 0,
                                "max_tokens": 50 * SIZE}  # fmt: skip
     cache, plain = SchedulerCache(open_allocator(backend, **options)), open_allocator(backend, **options)
@@ -284,96 +277,6 @@ def test_what_is_no_token_ids_is_refused(backend: str) -> None:
     cache.publish("a", count=1)  # from here on nothing is known
     cache.publish("a", list(range(SIZE - 4)))
     assert cache.matched_tokens([1, 2, 2**31 - 1, *range(SIZE)]) <= 3
-
-
-def random_allocate(cache: SchedulerCache, name: int, rng: random.Random) -> TableChanges | None:
-    count = rng.choice((0, 1, 1, 1, SIZE - 1, 2 * SIZE))
-    if rng.random() < 0.5:
-        return cache.allocate(name, count)
-    return cache.allocate_step(cache.handles([name]), np.array([count], np.int32))
-
-
-def random_publish(cache: SchedulerCache, name: int, tokens: list[int], rng: random.Random) -> TableChanges:
-    done = cache.sequence(name).num_committed_tokens
-    count = min(rng.choice((1, 1, SIZE, 99)), cache.num_tokens(name) - done)
-    if rng.random() < 0.05:
-        return cache.publish(name, count=count)
-    ids = (tokens + [rng.randrange(2)] * 2000)[done : done + count]
-    if rng.random() < 0.5:
-        return cache.publish(name, ids)
-    return cache.publish_step(cache.handles([name]), np.array([count], np.int32), np.array(ids, np.int32))
-
-
-def random_step(cache: SchedulerCache, name: int, tokens: list[int], rng: random.Random) -> TableChanges | None:
-    done, have = cache.sequence(name).num_committed_tokens, cache.num_tokens(name)
-    ids = (tokens + [rng.randrange(2)] * 2000)[done:have]
-    before = cache.block_ids(name).tolist()
-    written = cache.step(
-        name, rng.choice((0, 1, 1, 1, SIZE, 2 * SIZE)), rng.choice((ids, ids, np.array(ids, np.int32)))
-    )
-    if written is None:
-        assert (cache.sequence(name).num_committed_tokens, cache.num_tokens(name)) == (done, have)
-        assert cache.block_ids(name).tolist() == before
-    else:
-        assert cache.sequence(name).num_committed_tokens == have
-    return written
-
-
-@pytest.mark.parametrize("prefix_cache", [True, False], ids=["prefix cache", "none"])
-def test_a_table_kept_from_the_changes_is_the_allocators(backend: str, prefix_cache: bool) -> None:
-    """Every verb, one request at a time or as a step of one, with drafts cut off (and no token after that, too), forks
-    that share the tail, and blocks that others have cached already.
-    """
-    seed = random.randrange(2**32)
-    print("seed", seed)
-    rng = random.Random(seed)
-    cache = SchedulerCache(open_allocator(backend, blocks=11, max_tokens=40 * SIZE, prefix_cache=prefix_cache))
-    tables: dict[int, list[int]] = {}
-    said: dict[int, list[int]] = {}
-    refused = merged = quiet = adopted = 0
-    for number in range(500):
-        name = rng.choice([*tables, number]) if len(tables) < 6 else rng.choice(list(tables))
-        verb = (
-            "begin"
-            if name == number
-            else rng.choice(("allocate", "publish") * 2 + ("step",) * 3 + ("truncate", "fork"))
-        )
-        written: TableChanges | None = None
-        if verb == "begin":
-            tokens = prompt(*(rng.randrange(2) for _ in range(rng.randrange(1, 5))))
-            written = cache.allocate(name, rng.choice((None, 0, 3)), tokens=tokens)
-            tables[name], said[name] = [], tokens.tolist()
-        elif verb == "allocate":
-            written = random_allocate(cache, name, rng)
-        elif verb == "publish":
-            written = random_publish(cache, name, said[name], rng)
-            merged += len(written)
-        elif verb == "step":
-            last = -(-cache.num_tokens(name) // SIZE) - 1
-            written = random_step(cache, name, said[name], rng)
-            adopted += written is not None and bool((written.columns < last).any())
-        elif verb == "fork":
-            with contextlib.suppress(OutOfMemory):
-                cache.sequence(name).fork().free()
-        else:
-            cache.truncate(name, rng.randrange(cache.num_tokens(name) + 1))
-            del tables[name][-(-cache.num_tokens(name) // SIZE) :]
-        if written is not None:
-            quiet += len(written) == 0
-            for row, column, block in zip(written.rows, written.columns, written.blocks, strict=True):
-                assert row == 0
-                tables[name][column : column + 1] = [int(block)]
-        elif verb in ("begin", "allocate", "step"):
-            refused += 1
-            gone = name if verb == "begin" else rng.choice(list(tables))
-            del tables[gone]
-            if gone in cache:
-                cache.free(gone)
-        for other, entries in tables.items():
-            assert entries == cache.block_ids(other).tolist(), (number, verb, name, other)
-    assert refused > 0 and quiet > 0
-    assert (merged > 0, adopted > 0) == (backend == "paged" and prefix_cache,) * 2
-    assert cache.allocator.check() == []
 
 
 def test_every_group_has_a_table(backend: str) -> None:

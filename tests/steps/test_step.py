@@ -11,7 +11,7 @@ import pytest
 import torch
 from lockstep_prefix import PrefixLockstep, make_pair
 from prefix_walk import author, step
-from support import BACKENDS, LAYOUTS, LONG, SIZES, i32, make_allocator, plain, seed_of_run
+from support import LAYOUTS, LONG, SIZES, i32, make_allocator, plain
 
 import kvmem
 from kvmem.allocator.batch import _FIELDS, Batch, GroupBatch
@@ -85,29 +85,27 @@ def uploads_agree(batch: Batch) -> None:
 
 
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS_HERE if name in LAYOUTS])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_refilled_batch_is_as_a_fresh_one(backend: str, layout: str) -> None:
+def test_a_refilled_batch_is_as_a_fresh_one(backend: str, layout: str, rng: random.Random) -> None:
     """Random programs; the same buffers again and again, for other sequences, orders, paddings and new tokens."""
-    walk = random.Random(seed_of_run())
     for plentiful in (False, True):
-        pair = make_pair(layout, backend, walk.choice(sorted(SIZES)), plentiful=plentiful, contents=False, debug=False)
+        pair = make_pair(layout, backend, rng.choice(sorted(SIZES)), plentiful=plentiful, contents=False, debug=False)
         pair.prepare_padding()
         alloc = pair.alloc
         batches = [alloc.make_batch(max_sequences=9, max_new_tokens=9 * alloc.max_tokens) for _ in range(2)]
         shadows = [Shadow(batch) for batch in batches]
         as_on_a_gpu(batches[1])
-        writer, handles = author(pair, walk), list[int]()
+        writer, handles = author(pair, rng), list[int]()
         for _ in range(1000 if LONG else 150):
-            step(pair, walk, writer)
-            if walk.random() < 0.3:
-                handles = walk.sample(pair.handles, min(7, len(pair.handles)))
+            step(pair, rng, writer)
+            if rng.random() < 0.3:
+                handles = rng.sample(pair.handles, min(7, len(pair.handles)))
             handles = [handle for handle in handles if handle in pair.model.sequences]
             new = None
-            if walk.random() < 0.3:
+            if rng.random() < 0.3:
                 held = [pair.model.sequences[h][pair.model.main] for h in handles]
-                new = [walk.randint(0, t.tokens - t.committed) for t in held]
-            pad = walk.choice([None, None, len(handles), 9])
-            which = walk.randrange(2)
+                new = [rng.randint(0, t.tokens - t.committed) for t in held]
+            pad = rng.choice([None, None, len(handles), 9])
+            which = rng.randrange(2)
             try:
                 fresh = alloc.batch(handles, new_tokens=new, pad_to=pad)
             except kvmem.OutOfMemory:
@@ -129,13 +127,11 @@ def twins(backend: str, layout: str, **options: object) -> list[PrefixLockstep]:
 
 
 @pytest.mark.parametrize("layout", ["kv interleaved", "full and window", "window G=1", "recurrent"])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_step_is_its_three_calls(backend: str, layout: str) -> None:
+def test_a_step_is_its_three_calls(backend: str, layout: str, rng: random.Random) -> None:
     """Committing, extending and filling in one call or in three: the same lengths, books, hits and tensors. With windows
     memory is plentiful: the one call makes room before windows move on, so it may be refused where three are not. For
     the same reason it may give up another cached block, so only whole blocks are found, which no prompt here repeats.
     """
-    walk = random.Random(seed_of_run())
     windows = "window" in layout
     memory = (2000 if windows else 18) * 4096
     one, three = (pair.alloc for pair in twins(backend, layout, memory=memory, partial_reuse=False))
@@ -145,22 +141,22 @@ def test_a_step_is_its_three_calls(backend: str, layout: str) -> None:
     kept: list[kvmem.Sequence] = []  # garbage would be freed
     refused = 0
     for _ in range(1500 if LONG else 250):
-        if len(ids) < 6 and walk.random() < 0.2:
-            prompt = [walk.randrange(3) for _ in range(walk.choice([0, 20, 40]))]
+        if len(ids) < 6 and rng.random() < 0.2:
+            prompt = [rng.randrange(3) for _ in range(rng.choice([0, 20, 40]))]
             made = [alloc.sequence(prompt) for alloc in (one, three)]
             assert made[0].id == made[1].id and made[0].num_cached_tokens == made[1].num_cached_tokens
             kept += made
             ids.append(made[0].id)
             due[made[0].id] = 0
         long = [h for h in ids if one.core.tokens(h) > 850]
-        for gone in long + (walk.sample(ids, 1) if ids and not long and walk.random() < 0.05 else []):
+        for gone in long + (rng.sample(ids, 1) if ids and not long and rng.random() < 0.05 else []):
             ids.remove(gone)
             one.free_batch(i32(gone)), three.free_batch(i32(gone))
         if not ids:
             continue
-        counts = i32(*(walk.choice([0, 1, 1, 5, 30]) for _ in ids))
-        known = walk.random() < 0.9
-        tokens = i32(*(walk.randrange(3) for h in ids for _ in range(due[h]))) if known else None
+        counts = i32(*(rng.choice([0, 1, 1, 5, 30]) for _ in ids))
+        known = rng.random() < 0.9
+        tokens = i32(*(rng.randrange(3) for h in ids for _ in range(due[h]))) if known else None
         handles, amounts = i32(*ids), i32(*(due[h] for h in ids))
         if known:
             three.commit_batch(handles, amounts, tokens)
@@ -193,7 +189,6 @@ def test_a_step_is_its_three_calls(backend: str, layout: str) -> None:
     assert (refused > 0) != windows
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_batch_may_serve_two_allocators(backend: str) -> None:
     """As of a draft model and its target: equal handles, other blocks."""
     options = {"device": "meta", "memory": 100 * 4096, "page_bytes": 4096, "max_sequences": 4}
@@ -211,7 +206,6 @@ def test_a_batch_may_serve_two_allocators(backend: str) -> None:
         assert_equal(batch, fresh[alloc])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_step_that_is_refused_changes_nothing(backend: str) -> None:
     alloc = make_allocator(plain(16), backend, device="meta", memory=30 * 4096, page_bytes=4096, max_sequences=4)
     seqs = [alloc.sequence() for _ in range(3)]
@@ -251,26 +245,24 @@ def test_a_step_that_is_refused_changes_nothing(backend: str) -> None:
     assert out.num_rows == 0
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_step_of_one_sequence_is_its_two_calls(backend: str) -> None:
+def test_a_step_of_one_sequence_is_its_two_calls(backend: str, rng: random.Random) -> None:
     """With and without ids, cached or not, in memory that runs out."""
-    walk = random.Random(seed_of_run())
     options = {"max_sequences": 6, "max_tokens": 600, "device": "meta", "page_bytes": 4096, "memory": "160KiB"}
     one, two = (make_allocator(plain(16), backend, **options) for _ in range(2))
     pairs: list[tuple[kvmem.Sequence, kvmem.Sequence]] = []
     refused = 0
     for turn in range(1500):
-        if len(pairs) < 6 and walk.random() < 0.1:
-            prompt = [walk.randrange(3) for _ in range(walk.randrange(90))]
+        if len(pairs) < 6 and rng.random() < 0.1:
+            prompt = [rng.randrange(3) for _ in range(rng.randrange(90))]
             pairs.append((one.sequence(prompt), two.sequence(prompt)))
-        if not pairs or walk.random() < 0.02:
-            for sequence in pairs.pop(walk.randrange(len(pairs))) if pairs else ():
+        if not pairs or rng.random() < 0.02:
+            for sequence in pairs.pop(rng.randrange(len(pairs))) if pairs else ():
                 sequence.free()
             continue
-        a, b = walk.choice(pairs)
-        due, n = a.num_tokens - a.num_committed_tokens, walk.choice([0, 1, 1, 1, 17])
-        ids = [walk.randrange(3) for _ in range(due)]
-        known = walk.random() < 0.9
+        a, b = rng.choice(pairs)
+        due, n = a.num_tokens - a.num_committed_tokens, rng.choice([0, 1, 1, 1, 17])
+        ids = [rng.randrange(3) for _ in range(due)]
+        known = rng.random() < 0.9
         if a.num_tokens + n > 600:
             continue
         if fits := b.try_extend(n):
@@ -287,7 +279,6 @@ def test_a_step_of_one_sequence_is_its_two_calls(backend: str) -> None:
     assert refused and one.stats().hit_tokens == two.stats().hit_tokens
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_bad_step_of_one_sequence_changes_nothing(backend: str) -> None:
     alloc = make_allocator(plain(16), backend, max_tokens=64)
     sequence = alloc.sequence()
@@ -302,7 +293,6 @@ def test_a_bad_step_of_one_sequence_changes_nothing(backend: str) -> None:
         sequence.step()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_arguments_in_any_int32_buffer(backend: str) -> None:
     alloc = make_allocator(plain(16), backend)
     sequences = [alloc.sequence() for _ in range(3)]

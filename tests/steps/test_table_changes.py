@@ -34,6 +34,11 @@ SHAPES: dict[str, Callable[[int, int], tuple[Group, ...]]] = {
     "windows first": lambda one, two: (kv(0, one), kv(1, two), kv(2)),
     "state first": lambda one, _: (STATE, kv(1), kv(2, one)),
     "unequal blocks": lambda one, _: (kv(0), kv(1, one, block_size=2)),
+    "larger blocks": lambda *_: (
+        kv(0),
+        kv(1, block_size=6),
+    ),  # a unit of 12 that is cached takes the place of all of its blocks
+    "full": lambda *_: (kv(0),),
 }
 
 
@@ -82,7 +87,7 @@ class Program:
 
     def __init__(self, cache: SchedulerCache, walk: random.Random) -> None:
         self.cache, self.walk, self.worker, self.number = cache, walk, Worker(cache), 0
-        self.dropped = self.merged = self.refused = 0
+        self.dropped = self.merged = self.refused = self.adopted = self.quiet = 0
         self.state = any(g.growth == "fixed" for g in cache.allocator.spec.groups)
 
     def ids(self, start: int, n: int) -> list[int]:
@@ -131,7 +136,7 @@ class Program:
         elif kind == "count":
             self.hear(cache.publish(name, count=walk.randint(0, len(due))), [name])
         elif kind == "step":
-            self.hear(cache.step(name, min(room, walk.choice([0, 1, 1, 6])), walk.choice([due, due, None])), [name], grown=True)  # fmt: skip
+            self.step_of(name, min(room, walk.choice([0, 1, 1, 6])), walk.choice([due, i32(*due), None]))
         elif kind == "truncate":
             keep = walk.randint(walk.choice([0, cache.sequence(name).num_committed_tokens]), cache.num_tokens(name))
             try:
@@ -147,6 +152,19 @@ class Program:
                 cache.snapshot(name)
             except SpecError:
                 assert cache.num_tokens(name) % SIZE or due or kind == "snapshot"
+
+    def step_of(self, name: int, count: int, due: list[int] | np.ndarray | None) -> None:
+        """Refused, and nothing has changed; or all is committed, in blocks that others have cached if there are such."""
+        cache, seq, before = self.cache, self.cache.sequence(name), self.cache.block_ids(name).tolist()
+        done, have = seq.num_committed_tokens, seq.num_tokens
+        changes = cache.step(name, count, due)
+        if changes is None:
+            assert (seq.num_committed_tokens, seq.num_tokens, cache.block_ids(name).tolist()) == (done, have, before)
+        else:
+            assert seq.num_committed_tokens == have
+            self.adopted += bool((changes.columns < len(before) - 1).any())
+            self.quiet += not changes
+        self.hear(changes, [name], grown=True)
 
     def fork(self, name: int) -> None:
         try:
@@ -192,18 +210,27 @@ class Program:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_worker_needs_nothing_but_the_changes(backend: str, shape: str, rng: random.Random) -> None:
-    dropped = merged = refused = 0
+    counts, names = [0] * 5, ("dropped", "merged", "refused", "adopted", "quiet")
     for _ in range(60 if LONG else 6):
         groups = SHAPES[shape](rng.randint(1, 5 * SIZE), rng.randint(1, 5 * SIZE))
         cache = open_cache(groups, backend, partial_reuse=rng.random() < 0.7)
         program = Program(cache, rng)
         for _ in range(150):
             program.step()
-        dropped, merged, refused = dropped + program.dropped, merged + program.merged, refused + program.refused
+        counts = [n + getattr(program, name) for n, name in zip(counts, names, strict=True)]
         assert cache.allocator.check() == []
-    assert dropped > 0 and merged > 0 and refused > 0
+    dropped, merged, refused, adopted, quiet = counts
+    assert refused > 0 and quiet > 0 and (adopted > 0 or backend == "virtual")
+    assert (dropped > 0) == ("window" in shape or shape in ("state first", "unequal blocks"))
+    assert merged > 0 or (backend, dropped) == ("virtual", 0)
+
+
+def test_without_a_prefix_cache_no_block_becomes_another(backend: str, rng: random.Random) -> None:
+    program = Program(open_cache((kv(0),), backend, prefix_cache=False), rng)
+    for _ in range(500):
+        program.step()
+    assert (program.merged, program.adopted) == (0, 0) and program.refused > 0
 
 
 def test_changes_of_several_groups() -> None:

@@ -89,8 +89,7 @@ class World:
         names: tuple[str, str] = ("k", "v"), left: int = -1, scale: float | None = None, causal: bool = True,
     ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         """``(out, lse)`` from the numbers kept aside. Queries past those of ``seqs`` are of padding rows: over one
-        token that is zero.
-        """
+        token that is zero."""
         parts, begin = [], 0
         for seq, new in zip(seqs, news, strict=True):
             k, v = (self.written[seq][group, layer, name] for name in names)

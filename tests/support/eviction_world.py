@@ -1,6 +1,5 @@
 """Random traffic for an eviction policy: chains that share prefixes, several in use at once, evicted on demand. Every
-answer of the policy is checked against the rules of csrc/eviction/policy.h.
-"""
+answer of the policy is checked against the rules of csrc/eviction/policy.h."""
 
 from __future__ import annotations
 
@@ -129,8 +128,7 @@ class World:
 class Looker:
     """Puts a policy's released blocks in use and takes that back, as a call does that looks for what to evict and
     passes some over, and one that fails. Blocks stand as chains of ``(parent, children)``; no time goes by, unless it
-    ``inserts``.
-    """
+    ``inserts``."""
 
     def __init__(self, policy, rng: random.Random, *, chains: int, length: int, inserts: bool = False) -> None:
         self.policy, self.rng, self.inserts = policy, rng, inserts

@@ -8,30 +8,23 @@ from dataclasses import fields
 import numpy as np
 import pytest
 import torch
-from patterns import by_sequence, by_table, expected, write_slots
+from agreement import Agreement, model_of
+from contents import by_sequence, by_table, expected, write_slots
 from reference import Model
 from support import i32
 
 import kvmem
 
 
-class Lockstep:
+class Lockstep(Agreement):
     """``contents``: tokens carry patterns, which needs a device with memory. Handles are ints throughout."""
 
-    def __init__(self, alloc: kvmem.Allocator, *, contents: bool = True) -> None:
-        self.alloc, self.contents = alloc, contents
-        self.virtual = alloc.backend == "virtual"
-        self.model = Model(
-            alloc.spec, virtual=self.virtual, page_bytes=alloc.pool.page_bytes, interleave=alloc.interleave,
-            max_sequences=alloc.max_sequences, max_tokens=alloc.max_tokens, guard_tokens=alloc.tail_guard_tokens,
-        )  # fmt: skip
+    def __init__(self, alloc: kvmem.Allocator, *, contents: bool = True, model: Model | None = None) -> None:
+        super().__init__(alloc, model or model_of(alloc))
+        self.contents, self.memory = contents, alloc  # where tokens are written: a replica in follow_world.py
         self.refusals = 0
         self._writer = 0
         self._freed: list[int] = []
-
-    @property
-    def handles(self) -> list[int]:
-        return list(self.model.sequences)
 
     # --- calls that need memory: agreed with the model before they are believed ---
 
@@ -60,8 +53,7 @@ class Lockstep:
 
     def _must_fit(self, after: Model) -> bool:
         """Whether there is room beyond doubt. Exact for the virtual backend; for the paged one, whose blocks need not
-        fill the
-        pages they keep mapped, whether the new blocks fit in pages that no block is using."""
+        fill the pages they keep mapped, whether the new blocks fit in pages that no block is using."""
         if self.virtual:
             return after.needed_pages() <= self._budget()
         stats, page = self.alloc.stats(), self.alloc.pool.page_bytes
@@ -126,12 +118,19 @@ class Lockstep:
 
     # --- calls that never need memory ---
 
+    def hand_over(self) -> None:
+        """Before memory is written or read; a replica follows then."""
+
+    def put(self, g: int, slots: torch.Tensor, writers: np.ndarray, positions: np.ndarray) -> None:
+        write_slots(self.memory, g, slots, writers, positions)
+
     def write(self, handles: list[int]) -> None:
         """Writes every reserved token that is not committed, and fixed states anew, through a batch as a kernel
         would."""
         if not handles:
             return
-        batch = self.alloc.batch(i32(*handles))
+        self.hand_over()
+        batch = self.memory.batch(i32(*handles))
         for g, rules in enumerate(self.model.groups):
             fields = batch.group(g)
             slots, positions, of = fields.slot_mapping, fields.positions.cpu(), fields.batch_indices.cpu()
@@ -142,7 +141,7 @@ class Lockstep:
             self._writer += 1
             writers = self._writer * 1_000_003 + np.array(handles, np.int64)[of.long().numpy()]
             if self.contents and len(slots):
-                write_slots(self.alloc, g, slots, writers, positions.numpy().astype(np.int64))
+                self.put(g, slots, writers, positions.numpy().astype(np.int64))
             rows, places = of.long().numpy(), positions.long().numpy()
             for row in np.unique(rows).tolist():  # new tokens of one sequence are neighbours
                 mine = places[rows == row]
@@ -222,33 +221,9 @@ class Lockstep:
                 with pytest.raises(kvmem.StaleHandle):
                     self.alloc.core.tokens(handle)
 
-    def lengths_agree(self) -> None:
-        handles = self.handles
-        assert sorted(handles) == sorted(self.alloc.core.handles())
-        tokens, committed = np.empty(len(handles), np.int64), np.empty(len(handles), np.int64)
-        for g in range(len(self.model.groups)):
-            self.alloc.core.lengths(i32(*handles), g, tokens, committed)
-            mine = [self.model.sequences[h][g] for h in handles]
-            assert tokens.tolist() == [held.tokens for held in mine]
-            assert committed.tolist() == [held.committed for held in mine]
-            if self.model.groups[g].window_tokens:
-                assert [self.alloc.core.first_token(h, g) for h in handles] == [held.first for held in mine]
-
-    def memory_agrees(self) -> None:
-        stats, page = self.alloc.stats(), self.alloc.pool.page_bytes
-        used = stats.used_bytes + stats.cached_beside_bytes
-        assert stats.mapped_bytes == used + stats.wasted_bytes + stats.parked_bytes
-        assert min(stats.used_bytes, stats.wasted_bytes, stats.parked_bytes, stats.free_bytes) >= 0
-        assert stats.used_bytes <= stats.held_bytes <= stats.mapped_bytes - stats.parked_bytes
-        assert stats.created_bytes == stats.mapped_bytes + stats.free_bytes <= stats.budget_bytes  # invariant 1
-        assert stats.used_bytes == self.model.used_bytes()
-        assert stats.shared_bytes == self.model.shared_bytes()
-        assert stats.num_sequences == len(self.model.sequences)
-        if self.virtual:
-            assert stats.mapped_bytes - stats.parked_bytes == self.model.needed_pages() * page
-
     def contents_agree(self) -> None:
         """Every written token of every sequence, in every layer and component, read two ways."""
+        self.hand_over()
         for handle, groups in self.model.sequences.items():
             for g, held in enumerate(groups):
                 if held.tokens == 0:
@@ -258,5 +233,5 @@ class Lockstep:
                 written = torch.from_numpy(writers != 0)
                 for read in (by_sequence, by_table):
                     wanted = expected(self.alloc.spec, g, writers, positions)
-                    for found, right in zip(read(self.alloc, handle, g), wanted, strict=True):
+                    for found, right in zip(read(self.memory, handle, g), wanted, strict=True):
                         assert torch.equal(found[written], right[written]), (read.__name__, handle, g)

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from agreement import model_of
 from lockstep import Lockstep
-from patterns import write_slots
 from reference import Piece
 from reference_prefix import NEWEST, Node, PrefixModel, Root
 from support import LAYOUTS, SIZES, i32, make_allocator
@@ -49,7 +49,7 @@ class PageView:
     """Which page each slot shows, from the records alone: a second pair of books for the virtual backend."""
 
     def __init__(self, alloc: kvmem.Allocator) -> None:
-        self.alloc = alloc
+        self.take = alloc.take_ops
         self.page_at: dict[tuple[int, int], int] = {}
         self.shown: dict[int, set[tuple[int, int]]] = {}
         self.first_arena: list[int] = []
@@ -60,7 +60,7 @@ class PageView:
             self.row_slots += [geometry.row_tokens * size // page for size in layout.token_bytes]
 
     def follow(self) -> None:
-        self.follow_ops(self.alloc.take_ops())
+        self.follow_ops(self.take())
 
     def follow_ops(self, ops: list[Op]) -> None:
         for kind, at, a, b, c, _ in ops:
@@ -82,22 +82,15 @@ class PageView:
 class PrefixLockstep(Lockstep):
     """``plentiful``: memory and rows never run short, so that what is found must equal what the model finds.
 
-    But for one case: a virtual row shows a window whole or not at all, so that the part of a block that one reader wrote,
-    behind a window that only another still has, is not found. The whole blocks before it are.
-    """
+    But for one case: a virtual row shows a window whole or not at all, so that the part of a block that one reader
+    wrote, behind a window that only another still has, is not found. The whole blocks before it are."""
 
     model: PrefixModel
 
     def __init__(
         self, alloc: kvmem.Allocator, *, contents: bool = True, plentiful: bool = False, partial_reuse: bool = True
     ) -> None:
-        super().__init__(alloc, contents=contents)
-        old = self.model
-        self.model = PrefixModel(
-            alloc.spec, virtual=self.virtual, page_bytes=old.page_bytes, interleave=alloc.interleave,
-            max_sequences=alloc.max_sequences, max_tokens=alloc.max_tokens, guard_tokens=alloc.tail_guard_tokens,
-            partial_reuse=partial_reuse,
-        )  # fmt: skip
+        super().__init__(alloc, contents=contents, model=model_of(alloc, PrefixModel, partial_reuse=partial_reuse))
         self.plentiful = plentiful
         self.seqs: dict[int, kvmem.Sequence] = {}
         self.marks: dict[int, Marks] = {}
@@ -203,7 +196,8 @@ class PrefixLockstep(Lockstep):
         else:
             self._writer += 1
             writers = [self._writer * 1_000_003 + handle] * n
-        batch = self.alloc.batch(i32(handle), new_tokens=[n]) if self.contents and n else None
+        self.hand_over()
+        batch = self.memory.batch(i32(handle), new_tokens=[n]) if self.contents and n else None
         for g, rules in enumerate(model.groups):
             held = model.sequences[handle][g]
             if rules.growth == "token":
@@ -212,10 +206,8 @@ class PrefixLockstep(Lockstep):
                 continue
             fields = batch.group(g)
             assert fields.slot_mapping is not None and fields.positions is not None
-            write_slots(
-                self.alloc, g, fields.slot_mapping, np.array(writers, np.int64),
-                fields.positions.cpu().numpy().astype(np.int64),
-            )  # fmt: skip
+            positions = fields.positions.cpu().numpy().astype(np.int64)
+            self.put(g, fields.slot_mapping, np.array(writers, np.int64), positions)
         if n:
             self._write_state(handle, writers[-1])
 
@@ -226,10 +218,10 @@ class PrefixLockstep(Lockstep):
                 continue
             held.writers[0] = writer
             if self.contents:
-                table = self.alloc.batch(i32(handle), new_tokens=[0]).group(g).block_table
+                table = self.memory.batch(i32(handle), new_tokens=[0]).group(g).block_table
                 assert table is not None
                 slot = table[:1, 0].long() * self.model.groups[g].block_tokens
-                write_slots(self.alloc, g, slot, np.array([writer], np.int64), np.zeros(1, np.int64))
+                self.put(g, slot, np.array([writer], np.int64), np.zeros(1, np.int64))
 
     # --- the rest ---
 

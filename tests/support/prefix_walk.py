@@ -64,9 +64,9 @@ def author(pair: PrefixLockstep, walk: random.Random) -> Author:
     return Author(walk, pair.model.block_tokens, pair.alloc.max_tokens)
 
 
-def step(pair: PrefixLockstep, walk: random.Random, writer: Author) -> str:
+def step(pair: PrefixLockstep, walk: random.Random, writer: Author, without: tuple[str, ...] = ()) -> str:
     """One random call; returns its name."""
-    calls = [call for call in CALLS if not (pair.plentiful and call in HARSH)]
+    calls = [call for call in CALLS if not (pair.plentiful and call in HARSH) and call not in without]
     (call,) = walk.choices(calls, [CALLS[call] for call in calls])
     handles = pair.handles
     if call == "open" or not handles:

@@ -1,10 +1,8 @@
 """The allocator as one would explain it on a blackboard: Python lists, no page recycling, no device, no batching.
 
-It knows four things that the real one must agree with at every moment: how long each sequence is, who wrote each of
-its tokens,
-which pieces of memory (pages or blocks) it shares with others, and so how many bytes are in use and whether one more
-fits.
-"""
+It knows four things that the real one must agree with at every moment: how long each sequence is, who wrote each of its
+tokens, which pieces of memory (pages or blocks) it shares with others, and so how many bytes are in use and whether one
+more fits."""
 
 from __future__ import annotations
 
@@ -59,8 +57,7 @@ class Tokens:
 
 def arena_bytes(group: kvmem.Group, interleave: int | str) -> list[int]:
     """Bytes of a token in each run of ``interleave`` layers, or of each component of each ("none"); every component
-    starts at a multiple of 16 bytes.
-    """
+    starts at a multiple of 16 bytes."""
     size = {
         (c.name, layer): up(group.row_bytes(c.name, layer), 16) * 16 for c in group.components for layer in group.layers
     }

@@ -1,14 +1,14 @@
 """The reference model of prefix sharing: every token spelled out, every prefix compared from its first token on.
 
-What may be found is a tree of full blocks. It is an upper bound: under pressure the allocator gives up what nobody uses,
-and tells nobody. While memory is plentiful it is exact.
-"""
+What may be found is a tree of full blocks. It is an upper bound: under pressure the allocator gives up what nobody
+uses, and tells nobody. While memory is plentiful it is exact."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from zlib import crc32
 
 from reference import Model, Piece, Tokens
 
@@ -110,7 +110,7 @@ class PrefixModel(MemoryOnly):
 
     def root(self, key: Root) -> Node:
         if key not in self.roots:
-            self.roots[key] = Node(None, (), hash(("root", key)) & _MASK)
+            self.roots[key] = Node(None, (), crc32(repr(key).encode()))
         return self.roots[key]
 
     def front(self, g: int, n: int) -> int:

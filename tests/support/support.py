@@ -1,10 +1,9 @@
-"""What the tests of the allocator share: layouts, devices, allocators made from them, and the seed of a run."""
+"""What the tests of the allocator share: layouts, devices, allocators and allocators made from them."""
 
 from __future__ import annotations
 
 import ctypes
 import os
-import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,16 +20,9 @@ from kvmem.memory.device import Device
 
 torch.set_num_threads(1)  # tiny tensors: threads would only wait for each other
 
-LONG = os.environ.get("KVMEM_LONG") == "1"
+LONG = os.environ.get("KVMEM_LONG") == "1"  # longer random runs and every case of a grid; read nowhere else
 BACKENDS = ("virtual", "paged")
 HALF = torch.float16
-
-
-def seed_of_run() -> int:
-    """The seed of a randomised test: ``KVMEM_SEED``, or a new one. Printed, so that a failure shows it."""
-    value = int(os.environ.get("KVMEM_SEED") or random.SystemRandom().randrange(2**31))
-    print(f"repeat with KVMEM_SEED={value}")
-    return value
 
 
 def i32(*values: int) -> np.ndarray:
@@ -181,10 +173,8 @@ def make_allocator(
 ) -> kvmem.Allocator:
     """An allocator over ``driver``; small by default.
 
-    The stand-in's memory is ordinary memory at a CUDA address, and torch has no CUDA here: such an allocator is
-    opened with
-    the defaults of a CUDA device, and its arenas are shown to torch as CPU tensors.
-    """
+    The stand-in's memory is ordinary memory at a CUDA address, and torch has no CUDA here: such an allocator is opened
+    with the defaults of a CUDA device, and its arenas are shown to torch as CPU tensors."""
     options = {"memory": "4MiB", "max_sequences": 6, "max_tokens": 400, "debug": True} | options
     if driver is None or driver.info.dlpack_device_type == 1:
         return kvmem.Allocator(spec, backend=backend, device=device, driver=driver, **options)  # type: ignore[arg-type]
@@ -207,15 +197,10 @@ def make_allocator(
     return alloc
 
 
-def compute(alloc: kvmem.Allocator, prompt: list[int]) -> kvmem.Sequence:
+def compute(alloc: kvmem.Allocator, prompt: list[int], **keys: Any) -> kvmem.Sequence:
     """A sequence that has computed and committed what is not cached of ``prompt``."""
-    sequence = alloc.sequence(prompt)
+    sequence = alloc.sequence(prompt, **keys)
     rest = prompt[sequence.num_cached_tokens :]
     sequence.extend(len(rest))
     sequence.commit(rest)
     return sequence
-
-
-def group_handle(alloc: kvmem.Allocator, growth: str) -> int:
-    """The index of the first group that grows so; the layouts here have at most one of each kind but "token"."""
-    return next(i for i, g in enumerate(alloc.spec.groups) if g.growth == growth)

@@ -1,8 +1,7 @@
 """The event classes of published packages, without their packages: the definitions of one module, by its own source.
 
-A module like that imports an engine, and with it a GPU's libraries. Its message classes need none of it, so only what can
-be had is imported, and only those classes and aliases are made whose names are then known.
-"""
+A module like that imports an engine, and with it a GPU's libraries. Its message classes need none of it, so only what
+can be had is imported, and only those classes and aliases are made whose names are then known."""
 
 from __future__ import annotations
 

@@ -17,8 +17,7 @@ def defined(folder: Path, name: str) -> bool:
 
 def signature(folder: Path, name: str) -> Signature:
     """Of the one function ``name``, or ``Class.method`` (then with ``self``), below ``folder``; its overloads do not
-    count. ``LookupError`` where there is not exactly one.
-    """
+    count. ``LookupError`` where there is not exactly one."""
     *owner, last = name.split(".")
     nodes: list[ast.AST] = []
     for node in _found(folder, owner[0] if owner else last):

@@ -2,8 +2,7 @@
 
 Standard input: a JSON list of objects with the fields of `window_traffic.Model`, ``block``, and ``steps``. Standard
 output: for each, a JSON list of how many tokens of each prompt were found. Groups are made as vLLM makes them: of equal
-numbers of layers.
-"""
+numbers of layers."""
 
 from __future__ import annotations
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 from support_drivers import assert_runs
-from support_world import BACKENDS
 
 SETUP = """
 import os, signal, sys, time, threading
@@ -22,13 +21,12 @@ def finish(pid, seconds=20):
 """
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_calls_in_the_child_raise_and_the_parent_goes_on(backend: str) -> None:
+def test_calls_in_the_child_raise_and_the_parent_goes_on(backend: str, seed: int) -> None:
     assert_runs(
         SETUP
         + f"""
 alloc = kvmem.Allocator(mixed_spec(), backend={backend!r}, memory=90 * PAGE, page_bytes=PAGE, max_sequences=4, max_tokens=300, interleave=1, events=50)
-world, rng = World(alloc), random.Random(1)
+world, rng = World(alloc), random.Random({seed})
 for _ in range(100): world.run(world.choose(rng))
 while not world.sequences: world.run(world.choose(rng))
 handle = min(world.sequences)
@@ -71,7 +69,6 @@ world.healthy()
     )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_memory_is_not_shared_by_accident(backend: str) -> None:
     """A write of the child to an address of the parent's cache ends the child, and the parent's bytes stay."""
     assert_runs(
@@ -95,7 +92,6 @@ world.healthy()
     )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_child_that_ends_as_usual_does_not_hang(backend: str) -> None:
     """Also when the mapper was at work and other threads held the locks at the moment of the fork."""
     assert_runs(

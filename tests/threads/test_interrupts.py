@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import pytest
 from support_drivers import assert_runs
-from support_world import BACKENDS
 
 import kvmem
 from kvmem.allocator.scheduler import SchedulerCache
@@ -126,7 +125,6 @@ OPENING: dict[str, Callable[[kvmem.Allocator], object]] = {
 }
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", OPENING)
 def test_what_nobody_gets_is_given_back(name: str, backend: str) -> None:
     alloc = make(backend)
@@ -139,7 +137,6 @@ def test_what_nobody_gets_is_given_back(name: str, backend: str) -> None:
     assert places > 3, "the trace function saw none of it"
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_fork_and_a_pin_of_a_sequence(backend: str) -> None:
     alloc = make(backend)
     cached(alloc)
@@ -154,7 +151,6 @@ def test_a_fork_and_a_pin_of_a_sequence(backend: str) -> None:
             alloc.core.free(handle)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_requests_of_a_scheduler(backend: str) -> None:
     alloc = make(backend)
     requests = SchedulerCache(alloc)
@@ -206,7 +202,6 @@ def assert_answers(alloc: kvmem.Allocator) -> None:
     assert len(answers) == 2, "a lock stayed closed"
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", CALLS)
 def test_a_call_that_is_interrupted_leaves_what_can_go_on(name: str, backend: str) -> None:
     alloc = make(backend)
@@ -228,13 +223,6 @@ def test_a_call_that_is_interrupted_leaves_what_can_go_on(name: str, backend: st
 
 def hashes(events: list[Event]) -> list[bytes]:
     return [digest for event in events if isinstance(event, BlockStored) for digest in event.block_hashes]
-
-
-def poll_by_two(alloc: kvmem.Allocator) -> list[Event]:
-    found: list[Event] = []
-    while some := alloc.events(2):
-        found += some
-    return found
 
 
 FORMS: dict[str, Callable[[kvmem.Allocator], list[Event]]] = {

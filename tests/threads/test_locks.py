@@ -10,7 +10,6 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 from support_drivers import assert_runs
-from support_world import BACKENDS
 
 import kvmem
 
@@ -81,7 +80,6 @@ def sees_the_middle(alloc: kvmem.Allocator, look: Callable[[], int], call: Calla
     return False
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_clear_cache_lets_others_in(backend: str) -> None:
     alloc = filled(backend)
     assert sees_the_middle(alloc, lambda: alloc.core.stats().cached_blocks, alloc.clear_cache)
@@ -92,7 +90,6 @@ def test_clear_cache_lets_others_in(backend: str) -> None:
     assert alloc.clear_cache() == before > 40_000
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("how", ["trim", "set_memory"])
 def test_giving_memory_back_lets_others_in(how: str, backend: str) -> None:
     alloc = filled(backend)
@@ -141,7 +138,6 @@ def test_set_memory_of_a_shared_pool_lets_others_in() -> None:
     raise AssertionError("set_memory() let nobody in")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_what_live_sequences_hold_is_refused_with_nothing_lost(backend: str) -> None:
     alloc = filled(backend)
     live = alloc.sequence()
@@ -152,7 +148,6 @@ def test_what_live_sequences_hold_is_refused_with_nothing_lost(backend: str) -> 
     assert alloc.stats() == before and alloc.check() == []
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_two_that_clear_and_one_that_fills(backend: str) -> None:
     """Calls in pieces give way to each other, and end though somebody always caches more."""
     alloc = filled(backend)
@@ -247,8 +242,7 @@ def test_a_body_that_frees_its_sequence_or_fails() -> None:
 
 def test_daemon_threads_at_the_end_of_the_interpreter() -> None:
     """They wait in the core, or come back from it, when Python is going: the process ends with 0, and without a word.
-    Not so in torch, whose own calls end the process then; so this makes no tensors.
-    """
+    Not so in torch, whose own calls end the process then; so this makes no tensors."""
     for _ in range(2):
         out = assert_runs(
             """

@@ -13,7 +13,8 @@ from itertools import count
 
 import pytest
 import torch
-from support_world import BACKENDS, LONG, NOTHING, PAGE, SPECS, World, checked, held, plain_spec, seed_from_environment
+from support import BACKENDS, LONG
+from support_world import NOTHING, PAGE, SPECS, World, checked, held, plain_spec
 
 import kvmem
 from kvmem import _core
@@ -34,10 +35,9 @@ def work(world: World, seed: int, barrier: threading.Barrier) -> int:
         if step % 16 == 0:
             world.verify()
     world.verify()
-    for handle, tokens in world.sequences.items():
-        for g in range(len(world.groups)):
-            assert world.core.tokens(handle, g) == tokens.lengths[g]
-            assert world.core.committed(handle, g) == len(tokens.tags[g])
+    for handle, groups in world.sequences.items():
+        for g, mine in enumerate(groups):
+            assert (world.core.tokens(handle, g), world.core.committed(handle, g)) == (mine.tokens, mine.committed)
     return refused
 
 
@@ -61,8 +61,7 @@ def separate_tags(n: int) -> list[count[int]]:
 
 @pytest.mark.parametrize(("backend", "ahead"), [("virtual", 0), ("virtual", 40), ("paged", 0)])
 @pytest.mark.parametrize("name", SPECS)
-def test_threads_share_an_allocator(name: str, backend: str, ahead: int) -> None:
-    seed = seed_from_environment(21)
+def test_threads_share_an_allocator(name: str, backend: str, ahead: int, seed: int) -> None:
     driver = checked()
     alloc = kvmem.Allocator(
         SPECS[name](), backend=backend, memory=(40 if name == "plain" else 160) * PAGE, page_bytes=PAGE, interleave=1,
@@ -85,8 +84,7 @@ def test_threads_share_an_allocator(name: str, backend: str, ahead: int) -> None
 
 
 @pytest.mark.parametrize("zero", ["fresh", "always"])
-def test_threads_share_a_pool(zero: str) -> None:
-    seed = seed_from_environment(22)
+def test_threads_share_a_pool(zero: str, seed: int) -> None:
     driver = checked()
     pool = kvmem.PagePool(memory=120 * PAGE, page_bytes=PAGE, driver=driver)
     allocs = [
@@ -105,9 +103,8 @@ def test_threads_share_a_pool(zero: str) -> None:
     assert pool.mapped_bytes <= pool.budget_bytes
 
 
-def test_threads_open_and_close_allocators_of_a_pool() -> None:
+def test_threads_open_and_close_allocators_of_a_pool(seed: int) -> None:
     """One thread's allocator comes and goes while the others' live on the same pages."""
-    seed = seed_from_environment(23)
     driver = checked()
     pool = kvmem.PagePool(memory=80 * PAGE, page_bytes=PAGE, driver=driver)
 
@@ -136,8 +133,7 @@ def test_threads_open_and_close_allocators_of_a_pool() -> None:
 @contextmanager
 def counting() -> Iterator[Callable[[], int]]:
     """A Python thread that counts about every half millisecond. The interpreter never takes its lock from a thread that
-    wants to keep it here: only a call that gives it up lets the other go on.
-    """
+    wants to keep it here: only a call that gives it up lets the other go on."""
     ticks, stop = [0], threading.Event()
 
     def tick() -> None:
@@ -170,7 +166,6 @@ def big(backend: str, page_bytes: int) -> tuple[kvmem.Allocator, int]:
     ), tokens  # fmt: skip
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_long_calls_leave_the_interpreter_to_others(backend: str) -> None:
     """Zeroing much memory, and unmapping and destroying many pages: both take milliseconds at least. A busy machine may
     not run the other thread in just these, so there are more tries than one; a call that kept the lock would fail all.
@@ -196,11 +191,9 @@ def test_long_calls_leave_the_interpreter_to_others(backend: str) -> None:
     assert alloc.check() == []
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_closing_an_allocator_is_safe_beside_a_working_one(backend: str) -> None:
-    """The destructor takes the pool's lock with the interpreter's in hand, while other threads hold the first and
-    want the second: it must come through.
-    """
+    """The destructor takes the pool's lock with the interpreter's in hand, while other threads hold the first and want
+    the second: it must come through."""
     pool = kvmem.PagePool(memory=100 * PAGE, page_bytes=PAGE, driver=checked())
     options = dict(backend=backend, pool=pool, interleave=1, max_sequences=8, max_tokens=400)
     alloc = kvmem.Allocator(plain_spec(), **options)  # type: ignore[arg-type]

@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable
 
 import numpy as np
-import pytest
-from support_world import BACKENDS, LONG, PAGE, plain_spec, seed_from_environment
+from support import LONG
+from support_world import PAGE, plain_spec
 
 import kvmem
 
@@ -37,14 +37,12 @@ def run_threads(work: list[Callable[[], None]], timeout: float = 60) -> None:
         raise errors[0]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_one_thread_may_free_what_another_uses(backend: str) -> None:
+def test_one_thread_may_free_what_another_uses(backend: str, seed: int) -> None:
     """Handles are shared on purpose: whoever comes too late gets StaleHandle, and nothing else."""
     alloc = kvmem.Allocator(
         plain_spec(), backend=backend, memory=200 * PAGE, page_bytes=PAGE, max_sequences=16, max_tokens=400
     )
     handles, stale = [0] * 8, [0] * THREADS
-    seed = seed_from_environment(53)
 
     def life(i: int) -> Callable[[], None]:
         def run() -> None:

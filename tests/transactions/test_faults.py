@@ -16,19 +16,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support_world import (
-    BACKENDS,
-    LONG,
-    NOTHING,
-    PAGE,
-    SPECS,
-    Digest,
-    World,
-    checked,
-    held,
-    plain_spec,
-    seed_from_environment,
-)
+from support import LONG
+from support_world import NOTHING, PAGE, SPECS, VERBS, Digest, World, calls_made, checked, held, plain_spec
 
 import kvmem
 from kvmem import _core
@@ -36,16 +25,10 @@ from kvmem import _core
 OUT_OF_MEMORY = 2
 #: CUDA's invalid value, out of memory, not initialized, invalid handle, not permitted, launch failure, unknown.
 CODES = (OUT_OF_MEMORY, 1, 3, 400, 719, 800, 999)
-VERBS = ("reserve", "release", "create", "destroy", "map", "set_access", "unmap", "zero", "copy", "record", "wait")
 PAGES = {"plain": 24, "mixed": 54}  # with the 10 that come and go no more than trim() gives back in one piece
 ARENAS = 2  # of the plain layout, one for each layer
 LEAST_CALLS = 2000
 CODES_A_CALL = len(CODES) if LONG else 3
-
-
-def calls_made(driver: _core.CheckedDriver) -> int:
-    made = driver.counters()
-    return sum(getattr(made, verb) for verb in VERBS)
 
 
 def make_world(name: str, backend: str, driver: _core.CheckedDriver, **options: Any) -> World:
@@ -90,11 +73,9 @@ def close(world: World, driver: _core.CheckedDriver, spare_pages: int = 0) -> No
     assert held(driver) == NOTHING
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", SPECS)
 @pytest.mark.parametrize("zero", ["fresh", "always"])
-def test_every_call_of_every_step(name: str, backend: str, zero: str) -> None:
-    rng = random.Random(seed_from_environment(7))
+def test_every_call_of_every_step(name: str, backend: str, zero: str, rng: random.Random) -> None:
     driver = checked()
     world = make_world(name, backend, driver, zero=zero)
     # Of itself an allocator takes pages that are new, and zero on this driver, or were its own: zero="fresh" has no work.
@@ -179,10 +160,8 @@ def whole_workload(name: str, backend: str, seed: int, nth: int, code: int, call
     return made, met
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", SPECS)
-def test_the_workload_with_one_call_failing(name: str, backend: str) -> None:
-    seed = seed_from_environment(11)
+def test_the_workload_with_one_call_failing(name: str, backend: str, seed: int) -> None:
     made, _ = whole_workload(name, backend, seed, 0, 0, LEAST_CALLS)
     assert made >= LEAST_CALLS
     stride = 1 if LONG else 131  # coprime to the number of codes: the sample meets each of them
@@ -192,13 +171,10 @@ def test_the_workload_with_one_call_failing(name: str, backend: str) -> None:
 
 
 @pytest.mark.parametrize("code", [OUT_OF_MEMORY, 719])
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", SPECS)
-def test_a_driver_that_fails_for_ever(name: str, backend: str, code: int) -> None:
-    """From amid some step on everything fails, undoing too: typed errors only. When the driver is back, what could not be undone
-    is, before anything else: all contents are intact, and the allocator goes on and closes.
-    """
-    seed = seed_from_environment(13)
+def test_a_driver_that_fails_for_ever(name: str, backend: str, code: int, seed: int) -> None:
+    """From amid some step on everything fails, undoing too: typed errors only. When the driver is back, what could not
+    be undone is, before anything else: all contents are intact, and the allocator goes on and closes."""
     errors = 0
     for round_number in range(100 if LONG else 10):
         rng = random.Random(seed + round_number)
@@ -224,7 +200,6 @@ def test_a_driver_that_fails_for_ever(name: str, backend: str, code: int) -> Non
     assert errors or code == OUT_OF_MEMORY  # a round alone may need no driver: parked rows are taken over
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_the_last_reader_of_shared_memory_does_not_zero_what_the_other_may_come_back_to(backend: str) -> None:
     """Both are cut off within what they share, and grow in one call: the first gets a copy, the second has the memory alone then,
     and with a guard what it has cut off is to be zeroed. Should the call fail after that, the first is back there."""
@@ -234,7 +209,7 @@ def test_the_last_reader_of_shared_memory_does_not_zero_what_the_other_may_come_
         world = make_world("plain", backend, driver, tail_guard_tokens=16)
         world.run(world.open())
         (first,) = world.sequences
-        assert world.run(world.extend(first, 64)) and world.run(world.commit(first, 64, [0]))
+        world.grow(first, 64)
         assert world.run(world.fork(first))
         second = max(world.sequences)
         assert world.run(world.truncate(first, 61)) and world.run(world.truncate(second, 50))
@@ -252,14 +227,12 @@ def test_the_last_reader_of_shared_memory_does_not_zero_what_the_other_may_come_
 
 
 @pytest.mark.parametrize("code", CODES)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_failing_constructor_leaves_nothing_behind(backend: str, code: int) -> None:
+def test_a_failing_constructor_leaves_nothing_behind(backend: str, code: int, rng: random.Random) -> None:
     """Also when a pool is shared: the allocator that could not be made is no owner of it, and its neighbour works on."""
     driver = checked()
     pool = kvmem.PagePool(memory=60 * PAGE, page_bytes=PAGE, driver=driver)
     sizes = dict(max_sequences=3, max_tokens=200, interleave=1)
     neighbour = World(kvmem.Allocator(SPECS["plain"](), backend="virtual", pool=pool, **sizes))
-    rng = random.Random(1)
     for _ in range(30):
         neighbour.run(neighbour.choose(rng))
     before = held(driver)
@@ -280,13 +253,12 @@ def test_a_failing_constructor_leaves_nothing_behind(backend: str, code: int) ->
         neighbour.healthy()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_failures_while_closing_do_not_end_the_process(backend: str, rng: random.Random) -> None:
     """A destructor has nobody to tell; it carries on with the rest, and what a single failure leaves behind is bounded by it."""
     for nth in range(1, 60) if LONG else rng.sample(range(1, 60), 8):
         driver = checked()
         world = make_world("mixed", backend, driver)
-        program = random.Random(nth)
+        program = random.Random(rng.random())
         for _ in range(60):
             world.run(world.choose(program))
         driver.fail("", nth, 999)

@@ -9,19 +9,14 @@ import time
 
 import numpy as np
 import pytest
+from support import BACKENDS
 from support_drivers import assert_runs
-from support_world import BACKENDS, NOTHING, PAGE, SPECS, World, checked, held, plain_spec, seed_from_environment
+from support_world import NOTHING, PAGE, SPECS, World, calls_made, checked, held, plain_spec
 
 import kvmem
 from kvmem import OutOfMemory, _core
 
-VERBS = ("create", "destroy", "map", "set_access", "unmap", "zero", "copy")
 SIZES = dict(max_sequences=5, max_tokens=400, interleave=1)
-
-
-def calls(driver: _core.CheckedDriver) -> int:
-    made = driver.counters()
-    return sum(getattr(made, verb) for verb in VERBS)
 
 
 def make(
@@ -34,7 +29,7 @@ def make(
 def quiet(driver: _core.CheckedDriver) -> int:
     """Waits until nothing calls the driver any more; returns the number of calls so far."""
     before = -1
-    while before != (now := calls(driver)):
+    while before != (now := calls_made(driver)):
         before = now
         time.sleep(0.01)
     return before
@@ -42,9 +37,8 @@ def quiet(driver: _core.CheckedDriver) -> int:
 
 @pytest.mark.parametrize("name", SPECS)
 @pytest.mark.parametrize("code", [2, 719])
-def test_failures_in_the_mapper_are_absorbed(name: str, code: int) -> None:
+def test_failures_in_the_mapper_are_absorbed(name: str, code: int, rng: random.Random) -> None:
     """Its calls fail now and then; the step finds its room missing and maps it itself, or says what the driver says then."""
-    rng = random.Random(seed_from_environment(61))
     driver = checked()
     world = World(make(driver, 40, 400, name))
     errors = 0
@@ -111,7 +105,7 @@ def test_a_pool_outlives_the_allocator_whose_mapping_failed() -> None:
         driver.fail("map", 1, 719)
         del alloc
         driver.clear_failures()
-        assert neighbour.run(neighbour.extend(handle, 400)) and neighbour.run(neighbour.commit(handle, 400, [0]))
+        neighbour.grow(handle, 400)
         neighbour.healthy()
         other = pool.core.mapped_pages * PAGE - neighbour.alloc.stats().mapped_bytes
         assert other == 0
@@ -124,13 +118,13 @@ def test_the_mapper_runs_while_python_does_not() -> None:
     sequence = alloc.sequence()
     sequence.extend(100)
     quiet(driver)
-    before = calls(driver)
+    before = calls_made(driver)
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1000)  # nobody takes the GIL from us
     try:
         sequence.extend(700)  # there is room, but less than is kept ahead: a job for the mapper
         end = time.perf_counter() + 5
-        while calls(driver) == before and time.perf_counter() < end:
+        while calls_made(driver) == before and time.perf_counter() < end:
             pass  # counters() does not let go of the GIL
         time_left = end - time.perf_counter()
     finally:
@@ -153,9 +147,8 @@ def pool_of(pages: int, driver: object = None) -> kvmem.PagePool:
     return kvmem.PagePool(memory=pages * PAGE, page_bytes=PAGE, driver=driver)
 
 
-def test_a_failure_while_a_neighbour_gives_changes_neither() -> None:
+def test_a_failure_while_a_neighbour_gives_changes_neither(rng: random.Random) -> None:
     """Each driver call of a step that takes a neighbour's pages fails in turn."""
-    rng = random.Random(seed_from_environment(41))
     driver = checked()
     pool = pool_of(40, driver)
     worlds = [World(kvmem.Allocator(plain_spec(), backend=b, pool=pool, **SIZES)) for b in BACKENDS]

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import msgpack
-import numpy as np
 import pytest
 from ops_rank import digest, make, receive, send
-from support_world import BACKENDS, LONG, NOTHING, PAGE, World, checked, held, seed_from_environment
+from support import LONG
+from support_world import NOTHING, PAGE, World, checked, held
 
 import kvmem
 from kvmem.allocator.ops import HEADER, KINDS
@@ -50,20 +50,12 @@ class Rank:
         self.process.stdout.close()
 
 
-class Scheduler(World):
-    """A world whose allocator has no memory: states and tokens are not written, only counted."""
-
-    def _tokens(self, g: int) -> list[np.ndarray]:
-        return []
-
-
 @pytest.mark.parametrize(
     ("name", "backend"), [("plain", "virtual"), ("mixed", "virtual"), ("plain", "paged"), ("mixed", "paged")]
 )
-def test_two_ranks_follow_a_scheduler_that_has_no_device(name: str, backend: str) -> None:
-    rng = random.Random(seed_from_environment(17))
+def test_two_ranks_follow_a_scheduler_that_has_no_device(name: str, backend: str, rng: random.Random) -> None:
     alloc = make(name, backend, "meta", PAGES[name], record_ops=True)
-    world = Scheduler(alloc)
+    world = World(alloc)
     ranks = [Rank(name, backend, PAGES[name]) for _ in range(2)]
     kinds, pending, short = set(), [], 0
     for step in range(1, STEPS + 1):
@@ -91,7 +83,6 @@ def test_two_ranks_follow_a_scheduler_that_has_no_device(name: str, backend: str
     assert kinds >= ({"front"} if name == "mixed" else set())
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_contents_follow_through_sharing_and_copies(backend: str) -> None:
     """What a rank wrote stays with its tokens when the scheduler forks, truncates and frees."""
     alloc = make("plain", backend, "meta", PAGES["plain"], record_ops=True)
@@ -123,7 +114,7 @@ def test_contents_follow_through_sharing_and_copies(backend: str) -> None:
 def recorded(name: str, backend: str, seed: int, steps: int) -> list[list[Any]]:
     """One list a step, as they come out of msgpack."""
     alloc = make(name, backend, "meta", PAGES[name], record_ops=True)
-    world, rng, lists = Scheduler(alloc), random.Random(seed), []
+    world, rng, lists = World(alloc), random.Random(seed), []
     for _ in range(steps):
         world.run(world.choose(rng))
         lists.append(msgpack.unpackb(msgpack.packb(alloc.take_ops())))
@@ -158,14 +149,12 @@ def spoilt(rng: random.Random, ops: list[list[Any]]) -> tuple[str, list[Any]]:
     return way, ops
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["plain", "mixed"])
-def test_a_damaged_list_is_refused_whole_or_leaves_a_sound_allocator(name: str, backend: str) -> None:
+def test_a_damaged_list_is_refused_whole_or_leaves_a_sound_allocator(name: str, backend: str, seed: int) -> None:
     """SpecError and nothing changed, or (a list may be damaged into another true one) an allocator that check() finds sound.
 
     The driver is a checked one, which would notice a call that CUDA forbids; numbers far out of range would crash.
     """
-    seed = seed_from_environment(19)
     rng = random.Random(seed)
     refused: dict[str, int] = {}
     lists = list(recorded(name, backend, seed, 400 if LONG else 130))
@@ -200,7 +189,6 @@ def replayed(name: str, backend: str, lists: list[list[Any]], until: list[Any]) 
     return follower
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_ops_of_another_shape_are_refused(backend: str) -> None:
     other = "paged" if backend == "virtual" else "virtual"
     for ops in (
@@ -231,13 +219,12 @@ def test_messages_of_refused_ops() -> None:
         assert follower.stats().created_bytes == 0 and follower.core.handles() == []
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["plain", "mixed"])
-def test_a_driver_failure_amid_apply_changes_nothing(name: str, backend: str) -> None:
+def test_a_driver_failure_amid_apply_changes_nothing(name: str, backend: str, seed: int) -> None:
     driver = checked()
     follower = make(name, backend, "cpu", PAGES[name], driver=driver)
     failures = 0
-    for ops in recorded(name, backend, seed_from_environment(23), 150):
+    for ops in recorded(name, backend, seed, 150):
         before, nth = digest(follower), 1
         while True:
             driver.fail("", nth, (2, 719, 999)[nth % 3])

@@ -1,6 +1,6 @@
-"""What tests write in place of keys and values: bytes that follow from who wrote the token and where, for each layer
-and
-component, so that any byte that strays into another token, layer, component or sequence is seen."""
+"""What tests write in place of keys and values. Patterns go through the views that callers use: bytes that follow from who
+wrote the token and where, for each layer and component, so that any byte that strays into another token, layer, component
+or sequence is seen. Tags go to all bytes of a token's memory, padding too, and are fast to read."""
 
 from __future__ import annotations
 
@@ -83,3 +83,53 @@ def expected(spec: kvmem.CacheSpec, group: int, writers: np.ndarray, positions: 
     """What the two readers above should find."""
     for number, (layer, name) in enumerate(places(spec, group)):
         yield pattern(writers, positions, number, spec.groups[group].row_bytes(name, layer))
+
+
+class Tags:
+    """A number of its own for each token, in every 8 bytes that the token has in every arena, where ``fill()`` says it is."""
+
+    def __init__(self, alloc: kvmem.Allocator) -> None:
+        self.alloc, self.groups = alloc, alloc.spec.groups
+        self.batch = alloc.make_batch(max_new_tokens=alloc.max_sequences * alloc.max_tokens)
+        parts = list(self.batch.groups)
+        self.tables = [part.full("block_table").numpy() for part in parts]
+        self.firsts = [part.full("first_tokens").numpy() for part in parts]
+        self._memory: dict[int, list[np.ndarray]] = {}
+
+    def fill(self, handles: list[int]) -> None:
+        self.alloc.fill(np.array(handles, np.int32), self.batch)
+
+    def _tokens(self, g: int) -> list[np.ndarray]:
+        """Per arena of the group, its memory as [tokens, token_bytes / 8] of int64; none on a device without memory."""
+        if g not in self._memory:
+            self._memory[g] = []
+            for arena, size in enumerate(
+                self.alloc._layouts[g].token_bytes if self.alloc.device.type != "meta" else []
+            ):
+                flat = self.alloc._arena(g, arena).numpy().view(np.int64)
+                shape = (flat.nbytes // size, size // 8)
+                self._memory[g].append(np.lib.stride_tricks.as_strided(flat, shape, (size, 8)))
+        return self._memory[g]
+
+    def _slots(self, g: int, row: int, positions: np.ndarray) -> np.ndarray:
+        size = self.groups[g].block_size
+        return self.tables[g][row, positions // size].astype(np.int64) * size + positions % size
+
+    @staticmethod
+    def _tags(writers: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        return (writers << 16) + positions
+
+    def write(self, g: int, row: int, first: int, n: int, writer: int) -> None:
+        """Of the sequence in this row of the batch that was filled last."""
+        positions = np.arange(first, first + n)
+        for tokens in self._tokens(g):
+            tokens[self._slots(g, row, positions)] = self._tags(np.full(n, writer), positions)[:, None]
+
+    def wrong(self, g: int, row: int, first: int, writers: list[int]) -> list[int]:
+        """The positions from ``first`` on that read otherwise than their writers wrote them; 0 wrote nothing."""
+        by = np.array(writers[first:], np.int64)
+        positions = np.arange(first, len(writers))[by != 0]
+        tags, found = self._tags(by[by != 0], positions), np.zeros(len(positions), bool)
+        for tokens in self._tokens(g):
+            found |= (tokens[self._slots(g, row, positions)] != tags[:, None]).any(1)
+        return positions[found].tolist()  # type: ignore[no-any-return]
