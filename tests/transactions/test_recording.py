@@ -49,7 +49,7 @@ class Calls:
         except kvmem.OutOfMemory:
             if self.sequences:
                 self.free(self.sequences[min(self.sequences)])
-        return len(self.alloc.take_ops()) if self.alloc.pool.core.recording else 0
+        return len(self.alloc.take_ops()) if self.alloc._recording else 0
 
     def open(self) -> None:
         prompt = [self.rng.randrange(3)] * self.rng.randrange(2, 60) + [self.rng.randrange(300, 303)]
