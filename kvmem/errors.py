@@ -18,7 +18,11 @@ class OutOfMemory(KVMemError, MemoryError):
 
 
 class DeviceError(KVMemError, RuntimeError):
-    """A driver call failed, or a device does not exist. ``call`` and ``code`` are the driver's own names."""
+    """A driver call failed, or a device does not exist. ``call`` and ``code`` are the driver's own names.
+
+    Where taking back what the call had done failed too, the pool is poisoned: every later call of its allocators raises
+    one that says so. Close and discard them, and make new ones.
+    """
 
     def __init__(self, message: str, call: str = "", code: int = 0) -> None:
         super().__init__(message)

@@ -88,21 +88,21 @@ Cache::~Cache() {
     table_.release();  // the parent's: nothing here may be unmapped, and its locks may be closed for ever
     return;
   }
-  Lock lock = pool_->lock(true);
+  Lock lock = pool_->lock_to_close();
   pool_->settle();
   table_.reset();
 }
 
 Cache::Lock Cache::enter(bool look) {
   fork_guard_.check("the allocator");
-  Lock lock = pool_->lock(look);
+  Lock lock = pool_->lock();
   if (!look) changes_.store(changes() + 1, std::memory_order_relaxed);  // the lock is held, so no increment is lost
   return lock;
 }
 
 Cache::Lock Cache::enter_still() {
   fork_guard_.check("the allocator");
-  return pool_->lock(false);
+  return pool_->lock();
 }
 
 void Cache::settle() { pool_->settle(); }
@@ -367,9 +367,12 @@ bool Cache::is_live(i64 handle) {
   return sequences_.is_live(handle);
 }
 
-void Cache::close() {
-  const Lock lock = enter();
+bool Cache::close() {
+  fork_guard_.check("the allocator");
+  const Lock lock = pool_->lock_to_close();
+  changes_.store(changes() + 1, std::memory_order_relaxed);
   sequences_.close();
+  return !pool_->is_poisoned();
 }
 
 double Cache::age_seconds(i64 handle) {

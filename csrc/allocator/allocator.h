@@ -151,7 +151,8 @@ class Cache final : public TableState {
   bool is_live(i64 handle);
   std::vector<i64> handles();  // of the live sequences, by place
   double age_seconds(i64 handle);
-  void close();  // no sequence is opened from now on
+  // No sequence is opened from now on. False where the pool cannot be trusted, so that none can be freed either.
+  bool close();
 
   // Writes the metadata of these sequences for each of `groups` (no group twice), then padding rows up to `rows`.
   // `new_tokens` null: what is reserved but not committed. SpecError when a buffer is too small; nothing is promised
@@ -200,8 +201,11 @@ class Cache final : public TableState {
   // has moved. Both are of one moment: the mapper may fail between two calls. Cost grows with everything.
   std::pair<std::uint64_t, i64> digest();
   bool paged() const { return paged_; }
-  void check_process() const { fork_guard_.check("the allocator"); }  // DeviceError in a forked child
-  bool shares() const { return prefix_.on; }                          // else it looks at no token
+  void check_usable() const {  // DeviceError in a forked child, and where the pool cannot be trusted
+    fork_guard_.check("the allocator");
+    pool_->check_usable();
+  }
+  bool shares() const { return prefix_.on; }  // else it looks at no token
   const Geometry& geometry() const { return geometry_; }
   PagePool& pool() { return *pool_; }
   i64 token_group() const { return token_group_; }  // the first that grows with the tokens

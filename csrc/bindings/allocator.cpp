@@ -110,11 +110,11 @@ void bind_pool(nb::module_& m) {
           },
           nb::kw_only(), "page_bytes"_a, "budget_pages"_a, "driver"_a.none(), "create_ahead"_a, Free())
       .def_prop_ro("page_bytes", &PagePool::page_bytes)
-      .def_prop_ro("budget_pages", [](PagePool& p) { return p.lock(true), p.budget_pages(); })
-      .def_prop_ro("present_pages", [](PagePool& p) { return p.lock(true), p.present_pages(); })
-      .def_prop_ro("mapped_pages", [](PagePool& p) { return p.lock(true), p.mapped_pages(); })
-      .def_prop_ro("driver_calls", [](PagePool& p) { return p.lock(true), p.driver_calls(); })
-      .def("driver_counters", [](PagePool& p) { return p.lock(true), p.driver_counters(); })
+      .def_prop_ro("budget_pages", [](PagePool& p) { return p.lock(), p.budget_pages(); })
+      .def_prop_ro("present_pages", [](PagePool& p) { return p.lock(), p.present_pages(); })
+      .def_prop_ro("mapped_pages", [](PagePool& p) { return p.lock(), p.mapped_pages(); })
+      .def_prop_ro("driver_calls", [](PagePool& p) { return p.lock(), p.driver_calls(); })
+      .def("driver_counters", [](PagePool& p) { return p.lock(), p.driver_counters(); })
       .def(
           "set_budget",
           [](PagePool& p, i64 pages) {
@@ -190,7 +190,7 @@ void bind_sequences(nb::module_& m) {
 // to the cache, since a cache that goes unmaps its arenas: whoever still looks at the memory keeps it.
 nb::ndarray<std::uint8_t> arena_bytes(nb::handle_t<Cache> self, i64 group, i64 arena_in_group, i64 begin, i64 bytes) {
   auto& cache = nb::cast<Cache&>(self);
-  cache.check_process();
+  cache.check_usable();
   Space* space = cache.pool().space();
   if (!space) throw DeviceError("device \"meta\" keeps the books only: it has no memory to show");
   const i32 arena = static_cast<i32>(cache.first_arena(group) + arena_in_group);
@@ -293,7 +293,7 @@ nb::class_<Cache> bind_cache(nb::module_& m) {
           },
           "handle"_a, "sequence"_a = nb::none(), "The new handle; also told to the object that stands for it.")
       .def("first_arena", &Cache::first_arena, "group"_a, "Its number, as ops name it.")
-      .def("check_process", &Cache::check_process, "DeviceError in a forked child.")
+      .def("check_usable", &Cache::check_usable, "DeviceError in a forked child, and where the pool cannot be trusted.")
       .def("is_live", &Cache::is_live, "handle"_a)
       .def(
           "free", [](Cache& c, i32 handle) { c.free(&handle, 1); }, "handle"_a, Free())
@@ -303,7 +303,7 @@ nb::class_<Cache> bind_cache(nb::module_& m) {
       .def("tokens", &Cache::tokens, "handle"_a, "group"_a = -1)
       .def("committed", &Cache::committed, "handle"_a, "group"_a = -1)
       .def("first_token", &Cache::first_token, "handle"_a, "group"_a = -1)
-      .def("close", &Cache::close, Free())
+      .def("close", &Cache::close, Free(), "False where the pool cannot be trusted, and so nothing can be freed.")
       .def("can_fit", &Cache::can_fit, "tokens"_a, Free())
       .def("age_seconds", &Cache::age_seconds, "handle"_a)
       .def(
