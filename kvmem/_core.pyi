@@ -11,7 +11,10 @@ from numpy.typing import NDArray
 debug_build: bool = False
 
 class DriverInfo:
-    """What a driver is. Sizes in bytes."""
+    """What a driver is, and how a pool on it behaves. Sizes in bytes."""
+
+    def __init__(self, *, name: str, granularity_bytes: int, recommended_bytes: int) -> None:
+        """Of a device without a driver."""
 
     @property
     def name(self) -> str: ...
@@ -40,6 +43,40 @@ class DriverInfo:
 
     @property
     def rdma(self) -> bool: ...
+
+    @property
+    def creates_ahead(self) -> bool:
+        """A pool creates its whole budget when it is made."""
+
+    @property
+    def maps_cheaply(self) -> bool:
+        """Pages need not be larger to save calls."""
+
+    @property
+    def tells_free_bytes(self) -> bool:
+        """create() can get what available_bytes() says."""
+
+    @property
+    def has_streams(self) -> bool:
+        """Work may go on after a call has returned."""
+
+    @property
+    def captured_code(self) -> int:
+        """
+        DeviceError.code where a stream is being captured into a graph; 0: never.
+        """
+
+    @property
+    def most_pages(self) -> int:
+        """The default page size keeps a pool below so many; 0: any number."""
+
+    @property
+    def default_guard_tokens(self) -> int:
+        """How far kernels of this device may load past a sequence's length."""
+
+    @property
+    def default_ahead_tokens(self) -> int:
+        """How far ahead of a sequence's growth a pool maps."""
 
 class DriverCounters:
     """How often each verb was called, whether it succeeded or not."""
@@ -132,6 +169,9 @@ class Driver:
     def side_stream(self) -> int: ...
 
     def order(self, event: int, later: int) -> None: ...
+
+    def undoing(self, begin: bool) -> None:
+        """What follows takes back what was done before."""
 
 class DriverCall:
     """One entry of CheckedDriver.log()."""
@@ -404,8 +444,8 @@ class Allocator:
     def first_arena(self, group: int) -> int:
         """Its number, as ops name it."""
 
-    def check_process(self) -> None:
-        """DeviceError in a forked child."""
+    def check_usable(self) -> None:
+        """DeviceError in a forked child, and where the pool cannot be trusted."""
 
     def is_live(self, handle: int) -> bool: ...
 
@@ -419,7 +459,8 @@ class Allocator:
 
     def first_token(self, handle: int, group: int = -1) -> int: ...
 
-    def close(self) -> None: ...
+    def close(self) -> bool:
+        """False where the pool cannot be trusted, and so nothing can be freed."""
 
     def can_fit(self, tokens: int) -> bool: ...
 

@@ -22,6 +22,9 @@ class OutOfMemory(KVMemError, MemoryError):
 class DeviceError(KVMemError, RuntimeError):
     """A driver call failed for another reason than lack of memory, or a device does not exist.
 
+    If undoing a failed call fails too, the pool is poisoned: every later call of its allocators raises a
+    ``DeviceError`` that says so. Close and discard them, and make new ones.
+
     call: the name of the driver's function, or ``""``. code: its error code, or 0.
     """
 

@@ -85,7 +85,7 @@ Allocator::~Allocator() {
     table_.release();  // the parent's: nothing here may be unmapped, and its locks may be closed for ever
     return;
   }
-  const PoolLock lock = pool_->lock(true);
+  const PoolLock lock = pool_->lock_to_close();
   settle();
   table_.reset();
 }
@@ -93,15 +93,15 @@ Allocator::~Allocator() {
 // ---- how calls run -------------------------------------------------------------------------------
 
 PoolLock Allocator::enter(bool look) {
-  check_process();
-  PoolLock lock = pool_->lock(look);
+  fork_guard_.check("the allocator");
+  PoolLock lock = pool_->lock();
   if (!look) changes_.store(changes() + 1, std::memory_order_relaxed);  // the lock is held, so no increment is lost
   return lock;
 }
 
 PoolLock Allocator::enter_still() {
-  check_process();
-  return pool_->lock(false);
+  fork_guard_.check("the allocator");
+  return pool_->lock();
 }
 
 std::uint64_t Allocator::state_digest() const {
@@ -292,9 +292,12 @@ void Allocator::free(const i32* handles, i64 n) {
   });
 }
 
-void Allocator::close() {
-  const PoolLock lock = enter();
+bool Allocator::close() {
+  fork_guard_.check("the allocator");
+  const PoolLock lock = pool_->lock_to_close();
+  changes_.store(changes() + 1, std::memory_order_relaxed);
   sequences_.close();
+  return !pool_->is_poisoned();
 }
 
 // ---- what is there -------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ class Allocator final : public TableState {
   void truncate(i64 handle, i64 tokens);
   i64 fork(i64 handle);
   void free(const i32* handles, i64 n);
-  void close();  // no sequence is opened from now on
+  bool close();  // no sequence is opened from now on. False where the pool is poisoned: then none can be freed either
 
   // --- steps (step.cpp) ---
   void extend(const i32* handles, const i32* counts, i64 n, i64 group);
@@ -117,7 +117,10 @@ class Allocator final : public TableState {
   const Groups& groups() const { return groups_; }
   PagePool& pool() { return *pool_; }
   i64 first_arena(i64 group) const { return table_->first_arena(group); }
-  void check_process() const { fork_guard_.check("the allocator"); }  // DeviceError in a forked child
+  void check_usable() const {  // DeviceError in a forked child, and where the pool is poisoned
+    fork_guard_.check("the allocator");
+    pool_->check_usable();
+  }
 
   // --- memory (memory.cpp) ---
   i64 compact(i64 bytes);  // until so many more (-1: all that can be) are free as whole pages; returns how many are

@@ -153,7 +153,7 @@ bool Allocator::commit_in_block(i64 index, i64 count, const i32* tokens) {
 }
 
 bool Allocator::extend_at_hand(i64 handle, i64 count, bool in_last_block) {
-  check_process();
+  fork_guard_.check("the allocator");
   const PoolLock lock = pool_->try_lock();
   if (!lock || !is_plain()) return false;
   const i64 index = sequences_.index(handle);
@@ -163,7 +163,7 @@ bool Allocator::extend_at_hand(i64 handle, i64 count, bool in_last_block) {
 }
 
 bool Allocator::commit_at_hand(i64 handle, i64 count, const i32* tokens) {
-  check_process();
+  fork_guard_.check("the allocator");
   const PoolLock lock = pool_->try_lock();
   if (!lock || !is_plain()) return false;
   const i64 index = sequences_.index(handle), due = sequences_.tokens(index, 0) - sequences_.committed(index, 0);
@@ -171,7 +171,7 @@ bool Allocator::commit_at_hand(i64 handle, i64 count, const i32* tokens) {
 }
 
 bool Allocator::advance_at_hand(i64 handle, i64 count, const i32* tokens, i64 num_tokens, bool in_last_block) {
-  check_process();
+  fork_guard_.check("the allocator");
   const PoolLock lock = pool_->try_lock();
   if (!lock || !is_plain()) return false;
   const i64 index = sequences_.index(handle), due = sequences_.tokens(index, 0) - sequences_.committed(index, 0);

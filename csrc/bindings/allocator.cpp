@@ -126,11 +126,11 @@ void bind_pool(nb::module_& m) {
           },
           nb::kw_only(), "page_bytes"_a, "budget_pages"_a, "driver"_a.none(), "create_ahead"_a, Free())
       .def_prop_ro("page_bytes", &PagePool::page_bytes)
-      .def_prop_ro("budget_pages", [](PagePool& p) { return p.lock(true), p.budget_pages(); })
-      .def_prop_ro("present_pages", [](PagePool& p) { return p.lock(true), p.present_pages(); })
-      .def_prop_ro("mapped_pages", [](PagePool& p) { return p.lock(true), p.mapped_pages(); })
-      .def_prop_ro("driver_calls", [](PagePool& p) { return p.lock(true), p.driver_calls(); })
-      .def("driver_counters", [](PagePool& p) { return p.lock(true), p.driver_counters(); })
+      .def_prop_ro("budget_pages", [](PagePool& p) { return p.lock(), p.budget_pages(); })
+      .def_prop_ro("present_pages", [](PagePool& p) { return p.lock(), p.present_pages(); })
+      .def_prop_ro("mapped_pages", [](PagePool& p) { return p.lock(), p.mapped_pages(); })
+      .def_prop_ro("driver_calls", [](PagePool& p) { return p.lock(), p.driver_calls(); })
+      .def("driver_counters", [](PagePool& p) { return p.lock(), p.driver_counters(); })
       .def(
           "set_budget",
           [](PagePool& p, i64 pages) {
@@ -207,7 +207,7 @@ void bind_sequences(nb::module_& m) {
 nb::ndarray<std::uint8_t> arena_bytes(nb::handle_t<Allocator> self, i64 group, i64 arena_in_group, i64 begin,
                                       i64 bytes) {
   auto& cache = nb::cast<Allocator&>(self);
-  cache.check_process();
+  cache.check_usable();
   Space* space = cache.pool().space();
   if (!space) throw DeviceError("device \"meta\" keeps the books only: it has no memory to show");
   const i32 arena = static_cast<i32>(cache.first_arena(group) + arena_in_group);
@@ -311,7 +311,7 @@ nb::class_<Allocator> bind_cache(nb::module_& m) {
           },
           "handle"_a, "sequence"_a = nb::none(), "The new handle; also told to the object that stands for it.")
       .def("first_arena", &Allocator::first_arena, "group"_a, "Its number, as ops name it.")
-      .def("check_process", &Allocator::check_process, "DeviceError in a forked child.")
+      .def("check_usable", &Allocator::check_usable, "DeviceError in a forked child, and where the pool is poisoned.")
       .def("is_live", &Allocator::is_live, "handle"_a)
       .def(
           "free", [](Allocator& c, i32 handle) { c.free(&handle, 1); }, "handle"_a, Free())
@@ -321,7 +321,7 @@ nb::class_<Allocator> bind_cache(nb::module_& m) {
       .def("tokens", &Allocator::tokens, "handle"_a, "group"_a = -1)
       .def("committed", &Allocator::committed, "handle"_a, "group"_a = -1)
       .def("first_token", &Allocator::first_token, "handle"_a, "group"_a = -1)
-      .def("close", &Allocator::close, Free())
+      .def("close", &Allocator::close, Free(), "False where the pool is poisoned, so that nothing can be freed.")
       .def("can_fit", &Allocator::can_fit, "tokens"_a, Free())
       .def("age_seconds", &Allocator::age_seconds, "handle"_a)
       .def(

@@ -186,7 +186,7 @@ void refill(const Allocator& c, i64 group, Buffers& out, const std::optional<Oth
 
 // Called for each layer: one comparison while nothing has changed.
 void check_current(Allocator& c, i64 group, Buffers& batch) {
-  if (batch.filled && c.changes() == batch.sizes.changes) return;
+  if (batch.filled && c.changes() == batch.sizes.changes && !c.pool().is_poisoned()) return;
   if (!batch.filled) throw SpecError("batch: its last fill failed, or there was none; fill() it");
   i64 stale = -1;
   {

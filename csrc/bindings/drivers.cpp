@@ -46,7 +46,14 @@ void write_bytes(Address at, nb::bytes data) {
 }
 
 void bind_info(nb::module_& m) {
-  nb::class_<DriverInfo>(m, "DriverInfo", "What a driver is. Sizes in bytes.")
+  nb::class_<DriverInfo>(m, "DriverInfo", "What a driver is, and how a pool on it behaves. Sizes in bytes.")
+      .def(
+          "__init__",
+          [](DriverInfo* self, const std::string& name, i64 granularity_bytes, i64 recommended_bytes) {
+            new (self) DriverInfo{name};
+            self->granularity_bytes = granularity_bytes, self->recommended_bytes = recommended_bytes;
+          },
+          nb::kw_only(), "name"_a, "granularity_bytes"_a, "recommended_bytes"_a, "Of a device without a driver.")
       .def_ro("name", &DriverInfo::name)
       .def_ro("dlpack_device_type", &DriverInfo::dlpack_device_type, "kDLCPU = 1, kDLCUDA = 2")
       .def_ro("device_index", &DriverInfo::device_index)
@@ -55,7 +62,18 @@ void bind_info(nb::module_& m) {
       .def_ro("total_bytes", &DriverInfo::total_bytes)
       .def_ro("fresh_pages_are_zero", &DriverInfo::fresh_pages_are_zero)
       .def_ro("shareable", &DriverInfo::shareable)
-      .def_ro("rdma", &DriverInfo::rdma);
+      .def_ro("rdma", &DriverInfo::rdma)
+      .def_ro("creates_ahead", &DriverInfo::creates_ahead, "A pool creates its whole budget when it is made.")
+      .def_ro("maps_cheaply", &DriverInfo::maps_cheaply, "Pages need not be larger to save calls.")
+      .def_ro("tells_free_bytes", &DriverInfo::tells_free_bytes, "create() can get what available_bytes() says.")
+      .def_ro("has_streams", &DriverInfo::has_streams, "Work may go on after a call has returned.")
+      .def_ro("captured_code", &DriverInfo::captured_code,
+              "DeviceError.code where a stream is being captured into a graph; 0: never.")
+      .def_ro("most_pages", &DriverInfo::most_pages, "The default page size keeps a pool below so many; 0: any number.")
+      .def_ro("default_guard_tokens", &DriverInfo::default_guard_tokens,
+              "How far kernels of this device may load past a sequence's length.")
+      .def_ro("default_ahead_tokens", &DriverInfo::default_ahead_tokens,
+              "How far ahead of a sequence's growth a pool maps.");
   nb::class_<DriverCounters>(m, "DriverCounters", "How often each verb was called, whether it succeeded or not.")
       .def_ro("reserve", &DriverCounters::reserve)
       .def_ro("release", &DriverCounters::release)
@@ -105,7 +123,8 @@ void bind_driver(nb::module_& m) {
       .def("forget", &Driver::forget, "event"_a, Free())
       .def("check_stream", &Driver::check_stream, "stream"_a, Free())
       .def("side_stream", &Driver::side_stream)
-      .def("order", &Driver::order, "event"_a, "later"_a, Free());
+      .def("order", &Driver::order, "event"_a, "later"_a, Free())
+      .def("undoing", &Driver::undoing, "begin"_a, Free(), "What follows takes back what was done before.");
 }
 
 void bind_checked(nb::module_& m) {

@@ -281,7 +281,8 @@ void CheckedDriver::unmap_run(Address at, i64 page_bytes, i64 count) {
 
 void CheckedDriver::undoing(bool begin) {
   std::lock_guard<ForkMutex> lock(mutex_);
-  undoing_ = begin;
+  undoing_ += begin ? 1 : -1;
+  inner_->undoing(begin);
 }
 
 // ---- Contents and fences -------------------------------------------------------------------------------------------

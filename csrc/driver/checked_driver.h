@@ -20,8 +20,8 @@ class CheckedDriver final : public Driver {
 
   // ---- Test controls. Verbs by name: reserve release create destroy map set_access unmap zero copy record wait.
   // Makes the n-th call (1 = the next) of `verb` ("" = any) fail once with CUDA's `code`: 2 is OutOfMemory, any other
-  // DeviceError. The failing call does not reach the inner driver. Calls by which a run verb undoes itself neither
-  // count nor fail, unless `undo_too`. Several may be pending.
+  // DeviceError. The failing call does not reach the inner driver. Calls that take back what was done (rule 8 of
+  // driver.h) neither count nor fail, unless `undo_too`. Several may be pending.
   void fail(const std::string& verb, i64 nth, i64 code, bool undo_too = false);
   void clear_failures();
   i64 pending_failures() const;
@@ -75,10 +75,9 @@ class CheckedDriver final : public Driver {
   Stream side_stream() override { return inner_->side_stream(); }
   void order(Event event, Stream later) override;
   void wait_for_device() override { inner_->wait_for_device(); }
-
- protected:
-  // map_run() is the base class's: single calls, each of which can be made to fail.
   void undoing(bool begin) override;
+
+  // map_run() is the base class's: single calls, each of which can be made to fail.
 
  private:
   struct Page {
@@ -121,7 +120,7 @@ class CheckedDriver final : public Driver {
   std::unordered_map<Event, Fence> events_;
   Event last_event_ = 0;
   std::vector<Failure> failures_;
-  bool undoing_ = false;
+  i64 undoing_ = 0;  // how many take something back just now
   bool hold_ = false;
   i64 held_waits_ = 0;
   std::deque<Call> log_;

@@ -4,19 +4,20 @@
 
 #include <cstdio>
 #include <exception>
+#include <new>
 #include <vector>
 
 namespace kvmem {
-namespace {
 
-// An undo that fails too leaves the run half done. That breaks rule 5 of driver.h, so say so with both causes.
-[[noreturn]] void half_done(const char* run, const std::exception& cause, const std::exception& undo) {
-  throw DeviceError(std::string(run) + " failed (" + cause.what() + ") and could not be undone (" + undo.what() +
-                        "): the range is now partly mapped; discard this driver",
-                    run);
+void HalfDone::raise(const std::string& doing, const std::exception& cause, const std::exception& undo) {
+  try {
+    const auto* error = dynamic_cast<const DeviceError*>(&undo);
+    throw HalfDone(doing + " failed (" + cause.what() + ") and could not be undone (" + undo.what() + ")",
+                   error ? error->call() : "", error ? error->code() : 0);
+  } catch (const std::bad_alloc&) {
+    throw HalfDone("");
+  }
 }
-
-}  // namespace
 
 std::string range_text(Address at, i64 bytes) {
   char text[64];
@@ -29,14 +30,12 @@ void Driver::map_run(Address at, i64 page_bytes, const PageHandle* pages, i64 co
   try {
     for (; mapped < count; ++mapped) map(at + mapped * page_bytes, page_bytes, 0, pages[mapped]);
   } catch (const std::exception& cause) {
-    undoing(true);
+    const Undoing mark(*this);
     try {
       while (mapped > 0) unmap(at + --mapped * page_bytes, page_bytes);
     } catch (const std::exception& undo) {
-      undoing(false);
-      half_done("map_run", cause, undo);
+      HalfDone::raise("map_run", cause, undo);
     }
-    undoing(false);
     throw;
   }
 }
@@ -51,7 +50,7 @@ void Driver::unmap_run(Address at, i64 page_bytes, i64 count) {
       taken.push_back(before);
     }
   } catch (const std::exception& cause) {
-    undoing(true);
+    const Undoing mark(*this);
     try {
       while (!taken.empty()) {
         const Mapped before = taken.back();
@@ -61,10 +60,8 @@ void Driver::unmap_run(Address at, i64 page_bytes, i64 count) {
         if (before.accessible) set_access(page_at, page_bytes);
       }
     } catch (const std::exception& undo) {
-      undoing(false);
-      half_done("unmap_run", cause, undo);
+      HalfDone::raise("unmap_run", cause, undo);
     }
-    undoing(false);
     throw;
   }
 }

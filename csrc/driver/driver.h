@@ -1,18 +1,29 @@
-// The verbs a device must offer: the only door to memory. Three implementations (driver_host.cpp, driver_cuda.cpp)
-// and one wrapper (driver_checked.cpp) satisfy this one table; nothing above it knows which one it holds.
+// The verbs a device must offer: the only door to memory. Each kind of device implements them in a folder of its own
+// (host/, cuda/), CheckedDriver wraps any of them, and nothing above knows which one it holds: what differs between
+// devices and matters above is data in DriverInfo.
 //
-// Rules, the same for every driver (they are CUDA's, see the VMM section of the driver API):
-//   1. A page handle is mapped whole, at offset 0, and unmapped whole.
-//   2. A range must be reserved and free of mappings before map; it may be touched only after set_access.
-//   3. One page may be mapped at several addresses. A page is destroyed only when nothing maps it.
-//   4. unmap does not wait for work in flight: the caller waits for the event of the last user first.
-//   5. Every call that fails throws and has changed nothing. OutOfMemory where the driver says so, else DeviceError.
-// Sizes and addresses of pages, mappings and reservations are multiples of info().granularity_bytes; zero and copy take
-// any. Calls may come from any thread. A driver made before fork() throws DeviceError in the child (see fork_guard.h).
+// The contract, the same for every driver:
+//   1. Sizes and addresses of pages, mappings and reservations are multiples of info().granularity_bytes. zero() and
+//      copy() take any.
+//   2. A page is mapped whole, at offset 0, and each mapping is unmapped whole.
+//   3. A range must be reserved and free of mappings before map(); it may be touched only after set_access().
+//   4. One page may be mapped at several addresses. A page is destroyed only when nothing maps it, and a reservation is
+//      released only when nothing is mapped in it.
+//   5. unmap() does not wait for work in flight: the caller waits for the event of the last user first.
+//   6. A call that fails has changed nothing. It throws OutOfMemory where the device is short of something, else
+//      DeviceError. Misuse that the device would leave undefined is a DeviceError too.
+//   7. A run verb that fails takes back what it has done. If that fails too it throws HalfDone, and nobody may use the
+//      range again but to unmap it.
+//   8. Between undoing(true) and undoing(false) the calling code takes back what it has done before. A driver may draw
+//      on what it keeps in reserve for that.
+//   9. Contents, events and streams are ordered as CUDA's are. A driver without streams has done everything when a call
+//      returns, and its only event is 0.
+//  10. Calls may come from any thread. A driver made before fork() throws DeviceError in the child (fork_guard.h).
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <exception>
 #include <memory>
 #include <string>
 #include <vector>
@@ -26,6 +37,17 @@ using Address = std::uintptr_t;
 using Stream = std::uintptr_t;  // the driver's stream handle; 0 is the default stream
 using Event = std::uint64_t;    // 0 is an event that has already completed
 
+// A call failed, and taking back what it had done failed too: it is not known what is mapped (rule 7). `call` and
+// `code` are those of the failure while taking back, where it has any.
+class HalfDone : public DeviceError {
+ public:
+  // Throws one; without text where there is no memory for it.
+  [[noreturn]] static void raise(const std::string& doing, const std::exception& cause, const std::exception& undo);
+
+ private:
+  using DeviceError::DeviceError;
+};
+
 struct DriverInfo {
   std::string name;            // "host", "cuda", ...
   int dlpack_device_type = 1;  // kDLCPU = 1, kDLCUDA = 2
@@ -36,6 +58,16 @@ struct DriverInfo {
   bool fresh_pages_are_zero = false;
   bool shareable = false;  // pages can be exported as file descriptors
   bool rdma = false;       // pages may be registered with an RDMA adapter
+
+  // Traits: what a pool and an allocator do differently on this kind of device.
+  bool creates_ahead = false;     // create() is slow: a pool creates its whole budget when it is made
+  bool maps_cheaply = false;      // a mapping costs little: pages need not be larger to save calls
+  bool tells_free_bytes = false;  // create() can get what available_bytes() says; else memory comes at first touch
+  bool has_streams = false;       // work may go on after a call has returned
+  i64 captured_code = 0;          // DeviceError::code() where a stream is being captured into a graph; 0: never
+  i64 most_pages = 0;             // the default page size keeps a pool below so many pages; 0: any number
+  i64 default_guard_tokens = 0;   // how far kernels of this device may load past a sequence's length
+  i64 default_ahead_tokens = 0;   // how far ahead of a sequence's growth a pool maps
 };
 
 // What create() makes. Both cost nothing where the device supports them; some devices want coarser pages for them.
@@ -74,9 +106,9 @@ class Driver {
   virtual void set_access(Address at, i64 bytes) = 0;  // read and write; the whole range must be mapped
   virtual void unmap(Address at, i64 bytes) = 0;       // exactly one mapping
 
-  // A run of pages of `page_bytes` each, mapped back to back from `at`, and the reverse. All or nothing. The base
-  // class calls the verbs above once a page; a driver that can do better overrides (host: one mmap per adjacent run;
-  // CUDA: one cuMemUnmap for a run, where the driver takes that).
+  // A run of pages of `page_bytes` each, mapped back to back from `at`, and the reverse. All or nothing (rule 7). The
+  // base class calls the verbs above once a page; a driver that can do better overrides (host: one mmap per adjacent
+  // run; CUDA: one cuMemUnmap for a run, where the driver takes that).
   // map_run does not call set_access.
   virtual void map_run(Address at, i64 page_bytes, const PageHandle* pages, i64 count);
   // map_run, and where that takes no further call set_access too: true then.
@@ -108,6 +140,8 @@ class Driver {
   // Blocks until everything on every stream is done. For ends only: a step must wait for nobody else's work.
   virtual void wait_for_device() {}
 
+  virtual void undoing(bool /*begin*/) {}  // rule 8
+
  protected:
   // What the base unmap_run needs to know to put a page back when a later call of the same run fails.
   struct Mapped {
@@ -115,8 +149,18 @@ class Driver {
     bool accessible = false;
   };
   virtual Mapped mapped_at(Address) const { return {}; }
-  // Brackets the calls by which the base run verbs undo themselves.
-  virtual void undoing(bool /*begin*/) {}
+};
+
+// While it lives, the calls to the driver take back what was done (rule 8).
+class Undoing {
+ public:
+  explicit Undoing(Driver& driver) : driver_(driver) { driver_.undoing(true); }
+  ~Undoing() { driver_.undoing(false); }
+  Undoing(const Undoing&) = delete;
+  Undoing& operator=(const Undoing&) = delete;
+
+ private:
+  Driver& driver_;
 };
 
 // "[0x7f0000000000, +65536)": an address range in a message.

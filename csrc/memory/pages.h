@@ -69,11 +69,14 @@ class PagePool {
   PagePool(i64 page_bytes, i64 budget_pages, std::shared_ptr<Driver> driver, bool create_ahead);
   ~PagePool();
 
-  // Serialises every allocator of this pool. DeviceError in a forked child, whose copy of the lock may never open.
-  // Unless the caller only looks at the books, memory that failed undoing left behind is repaired first.
-  PoolLock lock(bool look = false);
-  // The same without waiting: owns nothing where somebody else holds it or there is something to settle or repair.
+  // Serialises every allocator of this pool. DeviceError in a forked child, whose copy of the lock may never open, and
+  // where the pool cannot be trusted: a driver's call failed, and taking back what it had done failed too.
+  PoolLock lock();
+  // The same without waiting: owns nothing where lock() would wait, settle or refuse.
   PoolLock try_lock();
+  PoolLock lock_to_close();   // also of a pool that cannot be trusted: its allocators can be closed
+  void check_usable() const;  // the refusals of lock() alone
+  bool is_poisoned() const { return space_ && space_->is_poisoned(); }
   bool forked() const { return fork_guard_.forked(); }
   // The mapper is idle and what it failed to do is taken back. The caller holds the lock.
   void settle();

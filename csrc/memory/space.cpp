@@ -1,11 +1,18 @@
 #include "memory/space.h"
 
 #include <algorithm>
+#include <new>
 #include <string>
 #include <tuple>
 #include <utility>
 
 namespace kvmem {
+namespace {
+
+constexpr const char* kPoisoned = "this pool cannot be trusted any more";
+constexpr const char* kDiscard = "Discard it with all of its allocators, and make new ones";
+
+}  // namespace
 
 Reservation::~Reservation() {
   try {
@@ -61,8 +68,6 @@ void Space::remove_arena(i32 number) {
     }
   }
   arena = Arena();
-  const auto of_arena = [number](const Repair& r) { return r.arena == number; };  // another arena may get the number
-  repairs_.erase(std::remove_if(repairs_.begin(), repairs_.end(), of_arena), repairs_.end());
 }
 
 Address Space::arena_base(i32 arena) const {
@@ -86,55 +91,70 @@ bool Space::try_unmap(i32 arena, i64 slot, i64 count) {
 
 void Space::execute(const Op* first, const Op* last, bool ahead, Progress* progress) {
   std::lock_guard<std::mutex> lock(mutex_);
+  if (is_poisoned()) refuse_poisoned();
   wrote_ = false;
   fill_stream_ = ahead ? driver_->side_stream() : stream_;
   joined_ = ahead;
-  if (broken_) repair_locked();
-  expect_undo(first, last);
-  const std::size_t all = static_cast<std::size_t>(last - first);
-  const Op* op = first;
+  i64 longest = 0;  // undoing may map a run again, and there may be no memory by then
+  for (const Op* op = first; op != last; ++op) longest = std::max(longest, op->kind == OpKind::unmap ? op->c : 0);
+  if (static_cast<i64>(run_.capacity()) < longest) run_.reserve(2 * longest);
   to_zero_.clear();
+  const Op* op = first;
   try {
-    while (op != last) {
-      const std::size_t left = static_cast<std::size_t>(last - op);
-      if (op->kind == OpKind::map) {
-        op += run_maps(op, left);
-        continue;
-      }
-      if (op->kind == OpKind::zero) {
-        to_zero_.push_back({op->at, op->a, op->b});
-        ++op;
-        continue;
-      }
-      // Zeroing waits for what follows as long as that touches no mapped memory and marks no point in time.
-      if (is_physical(op->kind) && op->kind != OpKind::create) zero_noted();
-      if (op->kind == OpKind::copy) {
-        op += run_copies(op, left);
-      } else if (op->kind == OpKind::unmap) {
-        op += run_unmaps(op, left);
-      } else {
-        run_one(*op);
-        ++op;
-      }
+    try {
+      while (op != last) op += run_some(op, static_cast<std::size_t>(last - op));
+      zero_noted();
+    } catch (const HalfDone&) {
+      throw;
+    } catch (const std::exception& cause) {  // what is zeroed at last fails with no record left
+      if (progress) *progress = {static_cast<std::size_t>(std::min(op + 1, last) - first), wrote_};
+      undo(first, op, cause);
+      throw;
     }
-    zero_noted();
-  } catch (...) {  // what is zeroed at last fails with no record left
-    undo(first, op);
-    if (progress) *progress = {std::min(static_cast<std::size_t>(op - first) + 1, all), wrote_};
-    throw;
+  } catch (const HalfDone& e) {
+    poison(e);
+    refuse_poisoned();
   }
 }
 
-// Undoing may map a run again, or note all slots there are for a repair.
-void Space::expect_undo(const Op* first, const Op* last) {
-  i64 slots = 0, longest = 0;
-  for (const Op* op = first; op != last; ++op) {
-    if (op->kind != OpKind::map && op->kind != OpKind::unmap) continue;
-    slots += op->c, longest = std::max(longest, op->c);
+// Executes ops[0] and what goes with it in one call; returns how many records it took.
+std::size_t Space::run_some(const Op* ops, std::size_t count) {
+  switch (ops[0].kind) {
+    case OpKind::map:
+      return run_maps(ops, count);
+    case OpKind::zero:
+      to_zero_.push_back({ops[0].at, ops[0].a, ops[0].b});
+      return 1;
+    case OpKind::copy:
+      zero_noted();
+      return run_copies(ops, count);
+    case OpKind::unmap:
+      zero_noted();
+      return run_unmaps(ops, count);
+    case OpKind::destroy:
+    case OpKind::fence:
+      zero_noted();
+      run_one(ops[0]);
+      return 1;
+    default:  // zeroing waits for what follows as long as that touches no mapped memory and marks no point in time
+      run_one(ops[0]);
+      return 1;
   }
-  const std::size_t most = repairs_.size() + static_cast<std::size_t>(slots);
-  if (repairs_.capacity() < most) repairs_.reserve(std::max(most, 2 * repairs_.capacity()));
-  if (static_cast<i64>(run_.capacity()) < longest) run_.reserve(2 * longest);
+}
+
+// Of the holder of the lock, once: execute() does nothing afterwards.
+void Space::poison(const HalfDone& why) noexcept {
+  try {
+    why_.emplace(std::string(kPoisoned) + ": " + why.what() + ", so it is not known what is mapped. " + kDiscard,
+                 why.call(), why.code());
+  } catch (const std::bad_alloc&) {
+  }
+  poisoned_.store(true, std::memory_order_release);
+}
+
+void Space::refuse_poisoned() const {
+  if (why_) throw *why_;
+  throw DeviceError(std::string(kPoisoned) + ". " + kDiscard);
 }
 
 // One call for each stretch of what is to be zeroed. The records of several arenas may alternate, and since all write
@@ -192,9 +212,7 @@ std::size_t Space::run_maps(const Op* ops, std::size_t count) {
     }
     if (ops[taken].kind != OpKind::map || ops[taken].at != ops[0].at || ops[taken].a != next) break;
     for (i64 i = 0; i < ops[taken].c; ++i) {
-      PageHandle& page = pages_.at(ops[taken].b + i);
-      if (page == 0) page = driver_->create(page_bytes_);  // destroyed, and an undo could not create it again
-      run_.push_back(page);
+      run_.push_back(pages_[ops[taken].b + i]);
     }
     next += ops[taken].c;
     ++taken;
@@ -206,23 +224,28 @@ std::size_t Space::run_maps(const Op* ops, std::size_t count) {
   bool open = false;
   try {
     open = driver_->map_run_open(base, page_bytes_, run_.data(), pages);
-  } catch (const DeviceError& e) {
-    if (e.call() == "map_run") must_be_empty(ops[0].at, ops[0].a, pages);  // half done
+  } catch (const HalfDone&) {
+    slots.set(ops[0].a, next, true);  // some of them may be
     throw;
   }
   slots.set(ops[0].a, next, true);
+  if (!open) open_run(ops[0].at, ops[0].a, pages);
+  return taken;
+}
+
+void Space::open_run(i32 arena, i64 slot, i64 pages) {
   try {
-    if (!open) driver_->set_access(base, pages * page_bytes_);
-  } catch (...) {
-    if (try_unmap(ops[0].at, ops[0].a, pages)) {
-      slots.set(ops[0].a, next, false);
-    } else {
-      must_be_empty(ops[0].at, ops[0].a, pages);
+    driver_->set_access(at(arena, slot), pages * page_bytes_);
+  } catch (const std::exception& cause) {
+    const Undoing mark(*driver_);
+    try {
+      driver_->unmap_run(at(arena, slot), page_bytes_, pages);
+    } catch (const std::exception& undo) {
+      HalfDone::raise("set_access", cause, undo);
     }
+    arenas_[arena].slots.set(slot, slot + pages, false);
     throw;
   }
-  settled(ops[0].at, ops[0].a, pages);
-  return taken;
 }
 
 // Unmaps the longest run of adjacent slots that starts at ops[0], by one call of the driver where that can; returns how
@@ -237,92 +260,9 @@ std::size_t Space::run_unmaps(const Op* ops, std::size_t count) {
     pages += op.c, fence = std::max(fence, op.d);
   }
   wait_for(fence);
-  try {
-    driver_->unmap_run(at(ops[0].at, ops[0].a), page_bytes_, pages);
-  } catch (const DeviceError& e) {
-    for (std::size_t i = 0; e.call() == "unmap_run" && i < taken; ++i) {  // half done
-      if (ops[i].kind == OpKind::unmap) must_show(ops[i].at, ops[i].a, ops[i].b, ops[i].c);
-    }
-    throw;
-  }
+  driver_->unmap_run(at(ops[0].at, ops[0].a), page_bytes_, pages);
   arenas_[ops[0].at].slots.set(ops[0].a, ops[0].a + pages, false);
-  settled(ops[0].at, ops[0].a, pages);
   return taken;
-}
-
-std::vector<Space::Repair>::iterator Space::repair_at(i32 arena, i64 slot) {
-  return std::lower_bound(
-      repairs_.begin(), repairs_.end(), std::make_pair(arena, slot),
-      [](const Repair& r, const std::pair<i32, i64>& at) { return std::make_pair(r.arena, r.slot) < at; });
-}
-
-// expect_undo() has taken the memory.
-void Space::note_repair(i32 arena, i64 slot, i64 page) {
-  const auto at = repair_at(arena, slot);
-  if (at != repairs_.end() && at->arena == arena && at->slot == slot) {
-    at->page = page;
-  } else {
-    repairs_.insert(at, {arena, slot, page});
-  }
-  arenas_[arena].slots.set(slot, slot + 1, true);
-  broken_ = true;
-}
-
-void Space::must_show(i32 arena, i64 slot, i64 page, i64 count) {
-  for (i64 i = 0; i < count; ++i) note_repair(arena, slot + i, page + i);
-}
-
-void Space::must_be_empty(i32 arena, i64 slot, i64 count) {
-  for (i64 i = 0; i < count; ++i) note_repair(arena, slot + i, -1);
-}
-
-void Space::settled(i32 arena, i64 slot, i64 count) {
-  if (!broken_) return;
-  const auto first = repair_at(arena, slot);
-  repairs_.erase(first, repair_at(arena, slot + count));
-}
-
-void Space::repair() {
-  if (!broken_) return;
-  std::lock_guard<std::mutex> lock(mutex_);
-  repair_locked();
-}
-
-// Nobody knows what these slots show, so each is emptied first; that this fails may mean that it is empty.
-void Space::repair_locked() {
-  while (!repairs_.empty()) {
-    const auto [arena, slot, page] = repairs_.front();
-    if (arenas_[arena].slots.slots() > 0) {  // else it went with its arena
-      const bool emptied = try_unmap(arena, slot, 1);
-      if (page >= 0) {
-        const Op back{OpKind::map, arena, slot, page, 1};
-        try {
-          run_maps(&back, 1);
-        } catch (...) {
-          must_show(arena, slot, page, 1);  // it may have noted that nobody knows what is there
-          throw;
-        }
-      } else {
-        // An unused page knows: a slot that takes it was empty.
-        if (!emptied) probe(arena, slot);
-        arenas_[arena].slots.set(slot, slot + 1, false);
-      }
-    }
-    settled(arena, slot, 1);
-  }
-  broken_ = false;
-}
-
-void Space::probe(i32 arena, i64 slot) {
-  const PageHandle page = driver_->create(page_bytes_);
-  try {
-    driver_->map(at(arena, slot), page_bytes_, 0, page);
-    driver_->unmap(at(arena, slot), page_bytes_);
-  } catch (...) {
-    driver_->destroy(page);
-    throw;
-  }
-  driver_->destroy(page);
 }
 
 void Space::run_one(const Op& op) {
@@ -330,19 +270,9 @@ void Space::run_one(const Op& op) {
     case OpKind::create:
       create(op.a, op.b);
       break;
-    case OpKind::destroy: {
-      i64 i = 0;
-      try {
-        for (; i < op.b; ++i) {
-          if (pages_[op.a + i] != 0) driver_->destroy(pages_[op.a + i]);
-          pages_[op.a + i] = 0;
-        }
-      } catch (...) {
-        while (i-- > 0) pages_[op.a + i] = driver_->create(page_bytes_);  // they held nothing of value
-        throw;
-      }
+    case OpKind::destroy:
+      destroy(op.a, op.b);
       break;
-    }
     case OpKind::fence: {
       wait_for(0);  // only to forget what is done, so that the list stays short
       join_once();
@@ -372,29 +302,45 @@ PageHandle Space::page_handle(i64 page) const {
 void Space::create(i64 first, i64 count) {
   if (static_cast<i64>(pages_.size()) < first + count) pages_.resize(first + count, 0);
   i64 i = 0;
-  const auto give_back = [&] {
-    for (i64 page = first + i; page-- > first;) {
-      try {
-        driver_->destroy(pages_[page]);
-        pages_[page] = 0;
-      } catch (...) {
-        // Tried again by the next create. The error that brought us here says more.
+  const auto give_back = [&](const std::exception& cause) {
+    const Undoing mark(*driver_);
+    try {
+      for (; i > 0; --i) {
+        driver_->destroy(pages_[first + i - 1]);
+        pages_[first + i - 1] = 0;
       }
+    } catch (const std::exception& undo) {
+      HalfDone::raise("create", cause, undo);
     }
   };
   try {
-    for (; i < count; ++i) {
-      PageHandle& page = pages_[first + i];
-      if (page != 0) driver_->destroy(page), page = 0;  // an undo has left it here, and it may have been written
-      page = driver_->create(page_bytes_);
-    }
+    for (; i < count; ++i) pages_[first + i] = driver_->create(page_bytes_);
   } catch (const OutOfMemory& e) {
-    give_back();
-    throw OutOfMemory(std::string(e.what()) + ". " + std::to_string(i * page_bytes_) + " of the " +
+    const i64 had = i;
+    give_back(e);
+    throw OutOfMemory(std::string(e.what()) + ". " + std::to_string(had * page_bytes_) + " of the " +
                       std::to_string(count * page_bytes_) + " bytes asked for could be had and were given back" +
                       free_text());
-  } catch (...) {
-    give_back();
+  } catch (const std::exception& e) {
+    give_back(e);
+    throw;
+  }
+}
+
+void Space::destroy(i64 first, i64 count) {
+  i64 i = 0;
+  try {
+    for (; i < count; ++i) {
+      driver_->destroy(pages_[first + i]);
+      pages_[first + i] = 0;
+    }
+  } catch (const std::exception& cause) {
+    const Undoing mark(*driver_);
+    try {
+      while (i > 0) pages_[first + --i] = driver_->create(page_bytes_);  // they held nothing of value
+    } catch (const std::exception& undo) {
+      HalfDone::raise("destroy", cause, undo);
+    }
     throw;
   }
 }
@@ -407,33 +353,35 @@ std::string Space::free_text() const {
   }
 }
 
-void Space::undo(const Op* first, const Op* last) {
+// Takes back [first, last), the newest first; HalfDone where that fails.
+void Space::undo(const Op* first, const Op* last, const std::exception& cause) {
   const bool writes =
       std::any_of(first, last, [](const Op& op) { return op.kind == OpKind::zero || op.kind == OpKind::copy; });
+  const Undoing mark(*driver_);
   try {
     if (writes) sync(fill_stream_);  // what is about to be unmapped may still be being zeroed or copied to
   } catch (...) {
     // Then the device does nothing any more.
   }
-  while (last != first) {
-    const Op back = inverse(*--last);
-    try {
-      if (back.kind == OpKind::map) {
-        run_maps(&back, 1);
-      } else if (back.kind == OpKind::unmap) {
-        run_unmaps(&back, 1);
-      } else if (back.kind != OpKind::zero && back.kind != OpKind::copy && back.kind != OpKind::fence) {
-        run_one(back);
-      } else if (back.kind == OpKind::fence && !marks_.empty() && marks_.back().number == last->a) {
-        driver_->forget(marks_.back().event);
-        marks_.pop_back();
-      }
-    } catch (...) {
-      // A page that could not be created again is created when it is next mapped; one that could not be destroyed
-      // waits for the next create, which tries again.
-      if (back.kind == OpKind::map) must_show(back.at, back.a, back.b, back.c);
-      if (back.kind == OpKind::unmap) must_be_empty(back.at, back.a, back.c);
-    }
+  try {
+    while (last != first) undo_one(*--last);
+  } catch (const std::exception& e) {
+    HalfDone::raise("a driver call", cause, e);
+  }
+}
+
+void Space::undo_one(const Op& op) {
+  const Op back = inverse(op);
+  if (back.kind == OpKind::map) {
+    run_maps(&back, 1);
+  } else if (back.kind == OpKind::unmap) {
+    run_unmaps(&back, 1);
+  } else if (back.kind == OpKind::fence) {
+    if (marks_.empty() || marks_.back().number != op.a) return;
+    driver_->forget(marks_.back().event);
+    marks_.pop_back();
+  } else if (back.kind == OpKind::create || back.kind == OpKind::destroy) {
+    run_one(back);
   }
 }
 

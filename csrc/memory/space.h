@@ -6,6 +6,7 @@
 #include <deque>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -52,14 +53,14 @@ class Space {
   };
   // Executes the physical records of [first, last) in order, skipping others. Adjacent maps become one run with one
   // set_access, adjacent unmaps one run, neighbouring zeroes one call, and so do copies that continue each other on
-  // both sides. A failing call throws, and then everything executed so far has been undone. When the driver fails at
-  // that too, what is left to undo is noted, and done before anything else is. Host memory may run out, too: what
-  // undoing needs is taken before. `ahead`: for memory that no kernel knows yet, whose zeroing need not queue behind
-  // the kernels; finish() ends it. `progress` is told how far a call that failed has come.
+  // both sides. A failing call throws, and then everything executed so far has been undone. Where that fails too the
+  // space is poisoned: it executes nothing from then on. Host memory may run out, too: what undoing needs is taken
+  // before. `ahead`: for memory that no kernel knows yet, whose zeroing need not queue behind the kernels; finish()
+  // ends it. `progress` is told how far a call that failed has come.
   void execute(const Op* first, const Op* last, bool ahead = false, Progress* progress = nullptr);
-  // Does what is left to undo; throws what the driver throws while it still cannot.
-  void repair();
-  bool is_broken() const { return broken_; }
+  bool is_poisoned() const { return poisoned_.load(std::memory_order_acquire); }
+  // Throws the DeviceError that every use of a poisoned space is: what failed, and that it must be discarded.
+  [[noreturn]] void refuse_poisoned() const;
 
   // Blocks until what was executed ahead is done on the device. For the mapper, whose zeroing no step may overtake.
   void finish();
@@ -90,24 +91,24 @@ class Space {
   };
 
   Address at(i32 arena, i64 slot) const { return arenas_[arena].reservation->base() + Address(slot * page_bytes_); }
+  std::size_t run_some(const Op* ops, std::size_t count);
   std::size_t run_maps(const Op* ops, std::size_t count);
   std::size_t run_unmaps(const Op* ops, std::size_t count);
   std::size_t run_copies(const Op* ops, std::size_t count);
+  void open_run(i32 arena, i64 slot, i64 pages);
   void zero_noted();
   bool try_unmap(i32 arena, i64 slot, i64 count);
-  void must_show(i32 arena, i64 slot, i64 page, i64 count);
-  void must_be_empty(i32 arena, i64 slot, i64 count);
-  void settled(i32 arena, i64 slot, i64 count);
-  void repair_locked();
-  void probe(i32 arena, i64 slot);
+  void poison(const HalfDone& why) noexcept;
   void create(i64 first, i64 count);
+  void destroy(i64 first, i64 count);
   std::string free_text() const;
   void run_one(const Op& op);
   void sync(Stream stream);
   void go_after(Stream earlier, Stream later);
   void join();
   void join_once();
-  void undo(const Op* first, const Op* last);
+  void undo(const Op* first, const Op* last, const std::exception& cause);
+  void undo_one(const Op& op);
   void wait_for(i64 fence);
 
   std::shared_ptr<Driver> driver_;
@@ -120,17 +121,9 @@ class Space {
   mutable std::mutex mutex_;
   std::vector<PageHandle> pages_;  // by page id, 0 where there is none
   std::vector<Arena> arenas_;
-  // What a slot must show, page -1 for nothing: where the driver failed twice and either may be the case. By slot.
-  struct Repair {
-    i32 arena;
-    i64 slot, page;
-  };
-  std::vector<Repair>::iterator repair_at(i32 arena, i64 slot);
-  void note_repair(i32 arena, i64 slot, i64 page);
-  void expect_undo(const Op* first, const Op* last);
-  std::vector<Repair> repairs_;
-  std::atomic<bool> broken_{false};  // repairs_ is not empty
-  std::deque<Mark> marks_;           // events not yet known to be done, oldest first
+  std::optional<DeviceError> why_;     // it is poisoned; empty if there was no memory for the sentence
+  std::atomic<bool> poisoned_{false};  // why_ changes no more then
+  std::deque<Mark> marks_;             // events not yet known to be done, oldest first
   std::vector<PageHandle> run_;
   std::vector<Range> to_zero_;  // records that have been passed and wait to be executed
 };

@@ -155,10 +155,10 @@ class Allocator:
         )
         home = self.pool.device
         self.device = home.torch_device
-        self.interleave = resolve_interleave(_default(interleave, home.interleave), spec.num_layers)
+        self.interleave = resolve_interleave(_default(interleave, "all"), spec.num_layers)
         guard, ahead = (
-            _default(tail_guard_tokens, home.tail_guard_tokens),
-            _default(map_ahead_tokens, home.map_ahead_tokens),
+            _default(tail_guard_tokens, home.info.default_guard_tokens),
+            _default(map_ahead_tokens, home.info.default_ahead_tokens),
         )
         self.tail_guard_tokens = check_size("tail_guard_tokens", guard, 0, INT32_MAX)
         self.map_ahead_tokens = check_size("map_ahead_tokens", ahead, 0, INT32_MAX)
@@ -221,9 +221,9 @@ class Allocator:
 
     def _choose_page(self, interleave: int | str | None, home: Device, memory_bytes: int) -> int:
         least = home.default_page_bytes(memory_bytes)
-        if self.backend != "virtual" or home.name == "cpu":  # few calls, or cheap ones
+        if self.backend != "virtual" or home.info.maps_cheaply:  # few calls, or cheap ones
             return least
-        together = resolve_interleave(_default(interleave, home.interleave), self.spec.num_layers)
+        together = resolve_interleave(_default(interleave, "all"), self.spec.num_layers)
         layouts = [GroupLayout(group, together) for group in self.spec.groups]
         return choose_page_bytes(layouts, max_tokens=self.max_tokens, memory_bytes=memory_bytes, least=least)
 
@@ -384,7 +384,7 @@ class Allocator:
 
     def events(self, max_events: int | None = None, *, restart: bool = False) -> list[Event]:
         """What was cached and given up since the last call (``docs/events.md``); empty unless made with ``events=``."""
-        self.core.check_process()
+        self.core.check_usable()
         return [] if self._events is None else self._events.poll(max_events, restart=restart)
 
     def _drain_events(self, taken: int, most: int, restart: bool) -> EventBatch:
@@ -488,7 +488,7 @@ class Allocator:
         """Empty buffers for steps of up to ``max_sequences`` rows and ``max_new_tokens`` new tokens in all, sequences
         of up to ``max_tokens``; for ``out=`` and ``fill``. Their addresses never change.
         """
-        self.core.check_process()
+        self.core.check_usable()
         rows = check_size("max_sequences", _default(max_sequences, self.max_sequences), 0)
         longest = check_size("max_tokens", _default(max_tokens, self.max_tokens), 0)
         fresh, groups = check_size("max_new_tokens", max_new_tokens, 0), len(self.spec.groups)
@@ -692,7 +692,7 @@ class Allocator:
         return WatchedTokens.of(found, self.core, handle, index, first, end) if self._debug else found
 
     def _arena(self, group: int, arena: int) -> torch.Tensor:
-        self.core.check_process()
+        self.core.check_usable()
         self.pool.streams.follow()
         if (group, arena) not in self._arenas:
             # A tensor made in inference mode could never be written outside of it.
@@ -795,8 +795,8 @@ class Allocator:
         if self.closed:
             return
         core = self.core
-        core.close()  # a thread that has it in hand opens no more
-        _free_all(core)
+        if core.close():  # a thread that has it in hand opens no more
+            _free_all(core)
         self.core, self.pool = cast(_core.Allocator, Closed()), cast(PagePool, Closed())
         for one in self._over:
             one._core = self.core
@@ -824,7 +824,7 @@ class Allocator:
         """What was decided since the last call (``kvmem.allocator.ops``), behind the version of its form; empty where
         nothing was. ``SpecError`` unless the allocator was made with ``record_ops=True``.
         """
-        self.core.check_process()
+        self.core.check_usable()
         if not self._recording:
             raise SpecError("take_ops: nothing was recorded; make the allocator with record_ops=True")
         return self.core.take_ops()

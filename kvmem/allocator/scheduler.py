@@ -67,7 +67,7 @@ class SchedulerCache:
         self._block_size = groups[self._main].block_size
         self._requests: dict[Hashable, Sequence] = {}
         self._handles: dict[Hashable, int] = {}  # of the same requests: saves the calls below an attribute each
-        allocator.core.check_process()  # not of one that is closed
+        allocator.core.check_usable()  # not of one that is closed
         self._core = allocator.core
         allocator._over.add(self)
 

@@ -1,4 +1,4 @@
-"""Devices by name, and the defaults that differ between them."""
+"""Devices by name: one registry, and what a pool and an allocator ask of a device."""
 
 from __future__ import annotations
 
@@ -7,64 +7,78 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, Protocol
 
 import torch
 
 from kvmem import _core
 from kvmem.arguments import format_bytes
 from kvmem.errors import DeviceError, OutOfMemory, SpecError
+from kvmem.memory import torch_cuda
 
-__all__ = ["AUTO_MARGIN_BYTES", "Device", "open_device"]
+__all__ = ["AUTO_MARGIN_BYTES", "OPENERS", "Device", "Opener", "open_device"]
 
-#: Linux allows 65,530 mappings a process; every page may need one of its own, so a CPU pool keeps well below.
-CPU_MAX_PAGES = 1 << 15
 #: What ``memory="auto"`` leaves free at least; 1/50 of the device if that is more. It is for what comes after the model
 #: has run once: kernels that are loaded late, workspaces of libraries, captured graphs. Activations are in torch's
 #: cache by then.
 AUTO_MARGIN_BYTES = 512 << 20
 
 
-@dataclass(frozen=True)
-class Device:
-    """A device and its defaults. ``driver`` is None on ``"meta"``, which keeps the books only.
+def _only_ints(stream: Any) -> int:
+    raise SpecError(f"stream: got {type(stream).__name__}; must be the driver's handle as an int of 0 or more")
 
-    tail_guard_tokens: how far past a sequence's length kernels may read (tiles of FlashAttention 3: up to 224 tokens).
-        0 where none do: a guard is zeroed, which costs.
-    create_ahead: create all pages at once, because creating one costs (28 us on an H100).
+
+def _nothing_known() -> tuple[int | None, int | None]:
+    return None, None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """A device, and what differs between devices.
+
+    driver: None on ``"meta"``, which keeps the books only.
+    info: the driver's own; what a pool and an allocator do differently on it is data there (``csrc/driver/driver.h``).
     current_stream: asks torch for the calling thread's stream; None where there is nothing to ask.
+    stream_handle: the driver's handle of a stream that is no int; ``SpecError`` for what is no stream.
+    torch_bytes: what torch's caching allocator has given to tensors, and what it has reserved; None where it has none.
     """
 
     name: str
     driver: _core.Driver | None
+    info: _core.DriverInfo
     torch_device: torch.device
-    tail_guard_tokens: int
-    map_ahead_tokens: int
-    interleave: int | str
-    create_ahead: bool
     current_stream: Callable[[], int] | None = None
+    stream_handle: Callable[[Any], int] = _only_ints
+    torch_bytes: Callable[[], tuple[int | None, int | None]] = _nothing_known
 
     @property
     def total_bytes(self) -> int | None:
-        return None if self.driver is None else self.driver.info.total_bytes
+        return self.info.total_bytes or None
 
     def default_page_bytes(self, memory_bytes: int) -> int:
-        """CPU: 64 KiB, doubled until the memory is at most 32,768 pages. Others: what the driver recommends, 2 MiB."""
-        if self.name != "cpu":
-            return 2 << 20 if self.driver is None else self.driver.info.recommended_bytes
-        page = 64 << 10
-        while page * CPU_MAX_PAGES < memory_bytes:
+        """What the driver recommends, doubled until the memory is at most ``info.most_pages`` pages."""
+        page = self.info.recommended_bytes
+        while 0 < self.info.most_pages * page < memory_bytes:
             page *= 2
         return page
 
+    def free_bytes(self) -> int | None:
+        """What any process could still get of the device; None where it cannot tell. Costs about 6 us on CUDA."""
+        return self.driver.available_bytes() if self.driver is not None and self.info.tells_free_bytes else None
+
     def auto_bytes(self, held_bytes: int = 0) -> int:
-        """``memory="auto"``: what is free now and what we hold, less a margin. ``SpecError`` but on a CUDA device.
+        """``memory="auto"``: what is free now and what we hold, less a margin. ``SpecError`` where the device cannot
+        tell what is free.
 
         What torch's caching allocator has reserved is torch's: it does not count as free, in use or not.
         """
-        if self.driver is None or not self.create_ahead:
+        free, margin = self.free_bytes(), max(AUTO_MARGIN_BYTES, self.info.total_bytes // 50)
+        if free is None:
             # On a CPU pages come when they are touched, and the answer to too many is a signal instead of an error.
-            raise SpecError(f'memory: "auto" asks a CUDA device what it has free; device {self.name!r} needs a number')
-        free, margin = self.driver.available_bytes(), max(AUTO_MARGIN_BYTES, self.driver.info.total_bytes // 50)
+            raise SpecError(
+                f'memory: "auto" asks a device what it has free, which device {self.name!r} cannot tell; give bytes, '
+                f'as "4GiB"'
+            )
         if held_bytes + free <= margin:
             raise OutOfMemory(
                 f'memory="auto": {self.name} has {format_bytes(free)} free, of which {format_bytes(margin)} is left to '
@@ -73,42 +87,28 @@ class Device:
         return held_bytes + free - margin
 
     def fraction_bytes(self, fraction: float, held_bytes: int = 0) -> int:
-        """``memory=0.9``: that part of what is free now and of what we hold. ``SpecError`` but on a CUDA device."""
-        if self.driver is None or not self.create_ahead:  # for the same reason as "auto"
-            has = "no memory" if self.driver is None else "memory as pages are touched, free or not"
+        """``memory=0.9``: that part of what is free now and of what we hold. ``SpecError`` where the device cannot tell
+        what is free.
+        """
+        free = self.free_bytes()
+        if free is None:  # for the same reason as "auto"
             raise SpecError(
-                f"memory: got {float(fraction)!r}; a fraction is one of what a CUDA device has free, and device "
-                f'{self.name!r} has {has}: give bytes, as "4GiB"'
+                f"memory: got {float(fraction)!r}; a fraction is one of what a device has free, which device "
+                f'{self.name!r} cannot tell: give bytes, as "4GiB"'
             )
-        return int(fraction * (held_bytes + self.driver.available_bytes()))
-
-    def free_bytes(self) -> int | None:
-        """What any process could still get of a CUDA device; None elsewhere. Costs about 6 us."""
-        return self.driver.available_bytes() if self.driver is not None and self.create_ahead else None
-
-    def torch_bytes(self) -> tuple[int | None, int | None]:
-        """What torch's caching allocator has given to tensors, and what it has reserved; None but on CUDA."""
-        if self.torch_device.type != "cuda":
-            return None, None
-        stats = torch.cuda.memory_stats_as_nested_dict(self.torch_device)  # empty before torch's first use of CUDA
-        allocated, reserved = (stats.get(f"{kind}_bytes", {}) for kind in ("allocated", "reserved"))
-        return allocated.get("all", {}).get("current", 0), reserved.get("all", {}).get("current", 0)
+        return int(fraction * (held_bytes + free))
 
 
-def _current_device() -> int:
-    """What torch takes "cuda" for."""
-    return torch.cuda.current_device() if torch.cuda.is_available() else 0
+class Opener(Protocol):
+    """Opens the device of a name in ``OPENERS``; ``index`` is the N of ``"name:N"``.
 
+    ``driver`` takes the place of the device's own; ``shareable`` and ``rdma`` say what pages its own must make.
+    ``DeviceError`` when there is no such device, or its driver cannot map memory on demand, or not such pages.
+    """
 
-def _current_stream(index: int) -> int:
-    return torch.cuda.current_stream(index).cuda_stream
-
-
-def _ask_for_stream(index: int) -> Callable[[], int] | None:
-    if not torch.cuda.is_available():  # a torch without CUDA has no streams
-        return None
-    # torch's own inner call: the public one makes an object of the stream first.
-    return partial(getattr(torch._C, "_cuda_getCurrentRawStream", _current_stream), index)
+    def __call__(
+        self, index: int | None, *, driver: _core.Driver | None, shareable: bool, rdma: bool
+    ) -> Device: ...  # pragma: no cover
 
 
 def in_debug_mode() -> bool:
@@ -116,25 +116,61 @@ def in_debug_mode() -> bool:
     return os.environ.get("KVMEM_DEBUG", "0") not in ("", "0")
 
 
-def open_device(
-    name: str | torch.device, driver: _core.Driver | None = None, shareable: bool = False, rdma: bool = False
-) -> Device:
-    """``"cpu"``, ``"cuda"``, ``"cuda:N"`` or ``"meta"``. ``driver`` replaces the device's own (a checked one, in
-    tests). shareable, rdma: see ``PagePool``.
+def _check_one(name: str, index: int | None) -> None:
+    if index is not None:
+        raise DeviceError(f"device: got '{name}:{index}'; must be {name!r}, since there is only one")
 
-    ``DeviceError`` when there is no such device or its driver cannot map memory on demand.
+
+def _open_cpu(index: int | None, *, driver: _core.Driver | None, **_: bool) -> Device:
+    _check_one("cpu", index)
+    driver = driver or _core.host_driver(in_debug_mode())
+    return Device(name="cpu", driver=driver, info=driver.info, torch_device=torch.device("cpu"))
+
+
+def _open_cuda(index: int | None, *, driver: _core.Driver | None, shareable: bool, rdma: bool) -> Device:
+    where = torch.device("cuda", torch_cuda.current_device() if index is None else index)
+    driver = driver or _core.cuda_driver(where.index, shareable=shareable, rdma=rdma)
+    return Device(
+        name=str(where),
+        driver=driver,
+        info=driver.info,
+        torch_device=where,
+        current_stream=torch_cuda.ask_for_stream(where.index),
+        stream_handle=partial(torch_cuda.stream_handle, where),
+        torch_bytes=partial(torch_cuda.allocator_bytes, where),
+    )
+
+
+def _open_meta(index: int | None, **_: Any) -> Device:
+    _check_one("meta", index)
+    info = _core.DriverInfo(name="meta", granularity_bytes=4096, recommended_bytes=2 << 20)
+    return Device(name="meta", driver=None, info=info, torch_device=torch.device("meta"))
+
+
+#: Every kind of device. A new one is a driver in ``csrc/driver/`` and an entry here.
+OPENERS: dict[str, Opener] = {"cpu": _open_cpu, "cuda": _open_cuda, "meta": _open_meta}
+
+
+def open_device(
+    name: str | torch.device, *, driver: _core.Driver | None = None, shareable: bool = False, rdma: bool = False
+) -> Device:
+    """The device of that name: a key of ``OPENERS``, with ``":N"`` behind it where there are several.
+
+    ``driver`` replaces the device's own (a checked one, in tests). shareable, rdma: see ``PagePool``. ``DeviceError``
+    when there is no such device or its driver cannot map memory on demand; ``SpecError`` when its pages cannot be what
+    was asked for.
     """
     if driver is not None and not isinstance(driver, _core.Driver):
         raise SpecError(f"driver: got {type(driver).__name__}; must be a driver, or None for the device's own")
-    text = str(name)
-    if (shareable or rdma) and (driver is not None or not text.startswith("cuda")):
-        raise SpecError("shareable and rdma are what a CUDA device's own driver makes; leave them out here")
-    if text == "meta":
-        return Device("meta", None, torch.device("meta"), 0, 0, "all", False)
-    if text == "cpu":
-        return Device("cpu", driver or _core.host_driver(in_debug_mode()), torch.device("cpu"), 0, 0, "all", False)
-    if match := re.fullmatch(r"cuda(?::(\d+))?", text):
-        index = _current_device() if match.group(1) is None else int(match.group(1))
-        driver = driver or _core.cuda_driver(index, shareable=shareable, rdma=rdma)
-        return Device(text, driver, torch.device("cuda", index), 256, 64, "all", True, _ask_for_stream(index))
-    raise DeviceError(f'device: got {text!r}; must be "cpu", "cuda", "cuda:N" or "meta"')
+    parts = re.fullmatch(r"(\w+)(?::(\d+))?", str(name))
+    if parts is None or parts[1] not in OPENERS:
+        known = ", ".join(f'"{one}"' for one in OPENERS)
+        raise DeviceError(f'device: got {str(name)!r}; must be one of {known}, with ":N" where there are several')
+    index = None if parts[2] is None else int(parts[2])
+    device = OPENERS[parts[1]](index, driver=driver, shareable=shareable, rdma=rdma)
+    for option, wanted in (("shareable", shareable), ("rdma", rdma)):
+        if wanted and not getattr(device.info, option):
+            raise SpecError(
+                f"{option}: the driver of device {device.name!r} makes no such pages; leave out {option}=True"
+            )
+    return device

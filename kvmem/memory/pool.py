@@ -15,7 +15,6 @@ from kvmem.memory.streams import Streams
 
 __all__ = ["PagePool", "pool_for"]
 
-_LEAST_PAGE = 4096
 #: Page ids are int32 in the core's books.
 MAX_PAGES = 2**31 - 1
 
@@ -52,24 +51,24 @@ class PagePool:
         rdma: bool = False,
         driver: _core.Driver | None = None,
     ) -> None:
-        self.device: Device = open_device(device, driver, shareable, rdma)
+        self.device: Device = open_device(device, driver=driver, shareable=shareable, rdma=rdma)
         budget = self._bytes(memory, 0)
         if callable(page_bytes):  # an allocator's choice, which knows the device and the budget only here
             page_bytes = page_bytes(self.device, budget)
         page = self.device.default_page_bytes(budget) if page_bytes is None else parse_bytes("page_bytes", page_bytes)
-        # Without a driver nobody else would object to what no device can map.
-        if page <= 0 or (self.device.driver is None and page % _LEAST_PAGE):
+        if page <= 0 or page % self.device.info.granularity_bytes:
             raise SpecError(
-                f"page_bytes: got {page_bytes!r}; must be a positive multiple of {_LEAST_PAGE}, what devices map"
+                f"page_bytes: got {page_bytes!r}; must be a positive multiple of {self.device.info.granularity_bytes}, "
+                f"since device {self.device.name!r} maps multiples of {self.device.info.granularity_bytes} bytes"
             )
         self.core = _core.PagePool(
             page_bytes=page,
             budget_pages=self.pages("memory", budget, page),
             driver=self.device.driver,
-            create_ahead=self.device.create_ahead,
+            create_ahead=self.device.info.creates_ahead,
         )
         self.is_recorded = False  # for an allocator that was made with record_ops
-        self.streams = Streams(self.core, self.device.torch_device, self.device.current_stream)
+        self.streams = Streams(self.core, self.device)
 
     @staticmethod
     def pages(field: str, count_bytes: int, page_bytes: int) -> int:

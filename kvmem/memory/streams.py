@@ -4,46 +4,16 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
 from typing import Any, Protocol
 
-import torch
+from kvmem.errors import DeviceError
+from kvmem.memory.device import Device
 
-from kvmem.errors import DeviceError, SpecError
-
-__all__ = ["Streams", "stream_handle"]
-
-_CAPTURED = 900  # CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED
+__all__ = ["Streams"]
 
 
 class _Pool(Protocol):
     def set_stream(self, stream: int, only: bool = ...) -> None: ...
-
-
-def stream_handle(stream: Any, device: torch.device) -> int:
-    """The driver's handle of a ``torch.cuda.Stream``, of anything with ``__cuda_stream__`` (cuda.core), or an int.
-
-    ``DeviceError`` when a torch stream is of another device; of others the driver knows.
-    """
-    if isinstance(stream, int) and not isinstance(stream, bool):
-        if stream >= 0:
-            return stream
-    elif isinstance(handle := getattr(stream, "cuda_stream", None), int):
-        owner = getattr(stream, "device", device)
-        if owner != device:
-            raise DeviceError(
-                f"the stream is of {owner}, the pool of {device}: give a stream of {device}", "torch.cuda.Stream.device"
-            )
-        return handle
-    elif callable(protocol := getattr(stream, "__cuda_stream__", None)):
-        version, handle = protocol()
-        if version != 0:
-            raise SpecError(f"stream: __cuda_stream__ of version {version}; only 0 is known")
-        return int(handle)
-    raise SpecError(
-        f"stream: got {type(stream).__name__}; must be a torch.cuda.Stream, an object with __cuda_stream__, or the "
-        f"driver's handle as an int"
-    )
 
 
 class Streams:
@@ -54,8 +24,9 @@ class Streams:
     seen. ``pin()`` names the one stream instead.
     """
 
-    def __init__(self, pool: _Pool, device: torch.device, current: Callable[[], int] | None) -> None:
-        self._pool, self._device, self._current = pool, device, current
+    def __init__(self, pool: _Pool, device: Device) -> None:
+        self._pool, self._device = pool, device
+        self._current = current = device.current_stream if device.info.has_streams else None
         self._ask = current
         self._last = 0  # as the native side begins: the default stream
         self._pinned: Any = None  # keeps the stream of the caller alive
@@ -89,7 +60,7 @@ class Streams:
             try:
                 self._pool.set_stream(handle, only=False)
             except DeviceError as error:
-                if error.code == _CAPTURED:  # nothing runs on a stream while it is captured
+                if error.code != 0 and error.code == self._device.info.captured_code:  # nothing runs on it meanwhile
                     return
                 raise
             self._last = handle
@@ -101,6 +72,7 @@ class Streams:
             if stream is None:  # the one named before is kept: fences still mind it
                 self._ask = self._current
                 return
-            handle = stream_handle(stream, self._device)
+            is_handle = isinstance(stream, int) and not isinstance(stream, bool) and stream >= 0
+            handle = stream if is_handle else self._device.stream_handle(stream)
             self._pool.set_stream(handle)
             self._ask, self._pinned, self._last = None, stream, handle

@@ -392,7 +392,7 @@ def test_memory_that_nobody_can_read(world: World, text: Any) -> None:
         (dict(memory=100), SpecError, "100 B; one page is 4 KiB, which is the least"),
         (dict(memory=0), SpecError, "0 B; one page is 4 KiB"),
         (dict(page_bytes=0), SpecError, "page_bytes: got 0"),
-        (dict(page_bytes=1000), SpecError, "page_bytes is 1000; device .* multiples of 4096"),
+        (dict(page_bytes=1000), SpecError, "page_bytes: got 1000; must be a positive multiple of 4096"),
         (dict(page_bytes=-4096), SpecError, "page_bytes: got -4096"),
         (dict(page_bytes=2**62, memory=2**63), SpecError, "."),
         (dict(page_bytes=True), SpecError, "page_bytes: got True"),

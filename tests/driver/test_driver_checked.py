@@ -114,7 +114,7 @@ def test_undoing_is_spared_from_failures_unless_asked(driver: _core.CheckedDrive
     driver.clear_failures()
     driver.fail("map", 3, 2)
     driver.fail("unmap", 1, 700, undo_too=True)
-    with pytest.raises(DeviceError, match="could not be undone.*discard"):
+    with pytest.raises(DeviceError, match="could not be undone"):
         driver.map_run(base + 4 * PAGE, PAGE, pages[4:])
 
 

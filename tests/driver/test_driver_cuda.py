@@ -172,7 +172,7 @@ def test_runs_that_fail_are_undone(stub: CudaStub) -> None:
         assert _core.read_bytes(base, 4 * size) == b"0123" * size
     stub.fail("cuMemUnmap", 3, 999)
     stub.fail("cuMemMap", 1, 999)
-    with pytest.raises(DeviceError, match="could not be undone.*discard"):
+    with pytest.raises(DeviceError, match="could not be undone"):
         driver.unmap_run(base, size, 4)
 
 

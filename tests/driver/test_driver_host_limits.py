@@ -75,6 +75,16 @@ def test_unmapping_within_a_run_beyond_the_limit_is_a_typed_error() -> None:
             raise AssertionError("never refused")
         failed = taken[-1] + 2
         _core.write_bytes(base + failed * P, b"still mapped")  # the failing call changed nothing
+        last = (base + taken[-1] * P, P, 0, pages[taken[-1]])
+        try:
+            driver.map(*last)                                  # new mappings end far below
+            raise AssertionError("not refused")
+        except OutOfMemory as error:
+            assert "80 % of vm.max_map_count" in str(error), error
+        driver.undoing(True)                                   # but what was unmapped can come back
+        driver.map(*last)
+        driver.undoing(False)
+        driver.unmap(base + taken[-1] * P, P)
         for i in range(0, taken[-1], 2):                       # what joins holes goes through
             driver.unmap(base + i * P, P)
         driver.unmap(base + failed * P, P)

@@ -38,15 +38,15 @@ class Rule:
 
 
 RULES = [
-    Rule("granularity", ALLOWED, "page_bytes defaults to the recommended one (kvmem/device.py)"),
+    Rule("granularity", ALLOWED, "page_bytes defaults to the recommended one (kvmem/memory/device.py)"),
     Rule("reserve_16_tib", ALLOWED, "addresses are reserved for all rows at once (csrc/memory/space.h)"),
     Rule("page_at_several_addresses", ALLOWED, "a shared prefix is one page under several rows"),
     Rule("read_through_an_alias_after_a_write", ALLOWED, "a prefix is written by one kernel and read by a later one"),
     Rule("content_survives_unmap_and_map", ALLOWED, "a parked page keeps its tokens when it moves to another row"),
     Rule("set_access_over_several_mappings", ALLOWED, "one call for each run of pages (csrc/memory/space.h)"),
     Rule("calls_without_a_current_context", ALLOWED, "the mapper's thread has none (csrc/memory/mapper.h)"),
-    Rule("map_over_a_mapping", REFUSED, "rule 2 of csrc/driver/driver.h"),
-    Rule("set_access_over_a_gap", REFUSED, "rule 2 of csrc/driver/driver.h"),
+    Rule("map_over_a_mapping", REFUSED, "rule 3 of csrc/driver/driver.h"),
+    Rule("set_access_over_a_gap", REFUSED, "rule 3 of csrc/driver/driver.h"),
     Rule("map_while_kernels_run", ALLOWED, "the mapper maps ahead while a step runs"),
     Rule("unmap_while_kernels_run_elsewhere", ALLOWED, "pages that nobody uses are unmapped under load, after events"),
     Rule("map_during_graph_capture", ALLOWED, "the mapper does not know that somebody captures; its calls are relaxed"),

@@ -1,5 +1,5 @@
-// csrc/memory/space.* by itself, for tests/driver/test_space_runs.py: one arena on the checked host driver, all of it mapped,
-// and lists of records that no rule of an allocator or a replica stands before.
+// csrc/memory/space.* by itself, for tests/driver/test_space_runs.py: one arena on the checked host driver, all of it
+// mapped, and lists of records that no rule of an allocator or a replica stands before.
 
 #include <cstring>
 #include <memory>

@@ -16,7 +16,7 @@ from support_drivers import CudaStub, build_stub
 
 import kvmem
 from kvmem import _core
-from kvmem.memory.device import Device
+from kvmem.memory.device import OPENERS, Device
 
 torch.set_num_threads(1)  # tiny tensors: threads would only wait for each other
 
@@ -178,9 +178,9 @@ def make_allocator(
     options = {"memory": "4MiB", "max_sequences": 6, "max_tokens": 400, "debug": True} | options
     if driver is None or driver.info.dlpack_device_type == 1:
         return kvmem.Allocator(spec, backend=backend, device=device, driver=driver, **options)  # type: ignore[arg-type]
-    cuda = Device("cuda:0", driver, torch.device("cpu"), 256, 64, "all", True)
+    cuda = Device(name="cuda:0", driver=driver, info=driver.info, torch_device=torch.device("cpu"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("kvmem.memory.pool.open_device", lambda *_: cuda)
+        patch.setitem(OPENERS, "cuda", lambda *_, **__: cuda)
         alloc = kvmem.Allocator(spec, backend=backend, device="cuda:0", **options)  # type: ignore[arg-type]
     core = alloc.core
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from support import make_allocator, plain
 from support_drivers import CudaStub, build_stub
 
 import kvmem
+from kvmem.memory import torch_cuda
 from kvmem.memory.streams import Streams
 
 PAGE = 4096  # plain(16) has 192 bytes a token: 21.3 tokens a page
@@ -33,7 +36,9 @@ def on_stub(
     """An allocator over the stand-in. ``current`` plays torch's current stream."""
     sizes = {"memory": 64 * PAGE, "page_bytes": PAGE, "max_tokens": 600, "tail_guard_tokens": 0}
     alloc = make_allocator(plain(16), backend, driver=stub.driver(), **sizes | options)
-    alloc.pool.streams = Streams(alloc.pool.core, torch.device("cuda", 0), current)
+    handle = partial(torch_cuda.stream_handle, torch.device("cuda", 0))
+    seen = replace(alloc.pool.device, current_stream=current, stream_handle=handle)
+    alloc.pool.streams = Streams(alloc.pool.core, seen)
     return alloc
 
 

@@ -1,34 +1,14 @@
-// The CUDA driver: the verbs of driver.h over libcuda's virtual memory management, one driver call a verb.
-//
-// What the driver leaves undefined is refused here before it is called: a handle that does not exist, a page destroyed
-// while mapped, a reservation freed while pages are mapped in it, a handle mapped in part, access to what is not all
-// mapped. The rest is the driver's to refuse, and every return code is looked at.
+// Address space, pages and mappings of the CUDA driver, and its end.
+
+#include "driver/cuda/cuda_driver.h"
 
 #include <algorithm>
-#include <atomic>
-#include <map>
-#include <mutex>
-#include <unordered_map>
-
-#include "driver/cuda/cuda_device.h"
-#include "driver/driver.h"
 
 namespace kvmem {
-namespace {
 
 using cuda::Result;
 
-[[noreturn]] void refuse(const char* verb, const std::string& why) {
-  throw DeviceError(std::string("the CUDA driver: ") + verb + ": " + why, verb, cuda::kInvalidValue);
-}
-
-cuda::StreamPtr cu(Stream stream) { return reinterpret_cast<cuda::StreamPtr>(stream); }
-cuda::EventPtr cu_event(Event event) { return reinterpret_cast<cuda::EventPtr>(event); }
-
-// The driver's sizes are unsigned: a negative one would arrive as an enormous one.
-void check_positive(const char* verb, i64 bytes) {
-  if (bytes <= 0) refuse(verb, std::to_string(bytes) + " bytes is not a positive size");
-}
+namespace {
 
 // An entry for the books, made before the driver is asked: what it has given must not be lost because there is no
 // memory to note it.
@@ -44,87 +24,15 @@ void enter(Map& map, typename Map::node_type entry, typename Map::key_type key) 
   map.insert(std::move(entry));
 }
 
-class CudaDriver final : public Driver {
- public:
-  CudaDriver(int index, const std::string& library, PageOptions pages)
-      : device_(index, library, pages), api_(device_.api()) {}
-  ~CudaDriver() override;
+}  // namespace
 
-  const DriverInfo& info() const override { return device_.info(); }
-  DriverCounters counters() const override;
-  i64 physical_bytes() const override { return created_bytes_; }
-  i64 available_bytes() const override;
+void CudaDriver::refuse(const char* verb, const std::string& why) {
+  throw DeviceError(std::string("the CUDA driver: ") + verb + ": " + why, verb, cuda::kInvalidValue);
+}
 
-  Address reserve(i64 bytes, i64 alignment) override;
-  void release(Address base, i64 bytes) override;
-  PageHandle create(i64 bytes) override;
-  void destroy(PageHandle page) override;
-  void map(Address at, i64 bytes, i64 offset, PageHandle page) override;
-  void set_access(Address at, i64 bytes) override;
-  void unmap(Address at, i64 bytes) override;
-  // One call for the run. Drivers are seen to take that, though cuMemUnmap's documentation promises it only for the
-  // range of one cuMemMap: one that refuses gets a call a page from then on.
-  void unmap_run(Address at, i64 page_bytes, i64 count) override;
-
-  void zero(Address at, i64 bytes, Stream stream) override;
-  void copy(Address to, Address from, i64 bytes, Stream stream) override;
-  Event record(Stream stream) override;
-  bool done(Event event) override;
-  void wait(Event event) override;
-  void forget(Event event) override;
-
-  void check_stream(Stream stream) const override;
-  Stream side_stream() override;
-  void order(Event event, Stream later) override;
-  void wait_for_device() override;
-
- protected:
-  Mapped mapped_at(Address at) const override;
-
- private:
-  struct Page {
-    i64 bytes;
-    i64 mappings;
-  };
-  struct Mapping {
-    i64 bytes;
-    PageHandle page;
-    bool accessible;
-  };
-  std::unique_lock<ForkMutex> begin(i64 DriverCounters::* counter) {
-    std::unique_lock<ForkMutex> lock(mutex_);
-    ++(counters_.*counter);
-    device_.check_fork();
-    return lock;
-  }
-  void count(i64 DriverCounters::* counter) {  // for what is not serialised by our books
-    std::lock_guard<ForkMutex> lock(event_mutex_);
-    ++(counters_.*counter);
-    device_.check_fork();
-  }
-  bool unmap_at_once(Address at, i64 page_bytes, i64 count);
-  cuda::EventPtr take_event();
-  void check_not_captured(const char* verb, Stream stream) const;
-  void give_everything_back();
-
-  const cuda::Device device_;
-  const cuda::Api& api_;
-
-  mutable ForkMutex mutex_{
-      "the CUDA driver"};  // the books below; held during the driver's calls, which it serialises anyway
-  cuda::StreamPtr side_ = nullptr;
-  std::atomic<i64> created_bytes_{0};
-  std::map<Address, i64> reservations_;
-  std::unordered_map<PageHandle, Page> pages_;
-  std::map<Address, Mapping> mappings_;
-  std::atomic<bool> unmaps_runs_{true};  // until the driver has refused it
-
-  // Never held during a call: polling an event must not wait for a slow set_access.
-  mutable ForkMutex event_mutex_{"the CUDA driver"};
-  DriverCounters counters_;
-  std::vector<cuda::EventPtr> events_;       // all that were created, null where that failed
-  std::vector<cuda::EventPtr> idle_events_;  // those that forget() gave back
-};
+void CudaDriver::check_positive(const char* verb, i64 bytes) {
+  if (bytes <= 0) refuse(verb, std::to_string(bytes) + " bytes is not a positive size");
+}
 
 // ---- Closing -------------------------------------------------------------------------------------------------------
 
@@ -294,159 +202,6 @@ Driver::Mapped CudaDriver::mapped_at(Address at) const {
   if (it == mappings_.end()) return {};
   return {it->second.page, it->second.accessible};
 }
-
-// ---- Streams -------------------------------------------------------------------------------------------------------
-
-// The driver may crash over a handle that is no stream at all. 0 is whatever context is current, here ours.
-void CudaDriver::check_stream(Stream stream) const {
-  device_.check_fork();
-  if (stream == cuda::kPerThreadStream) {
-    throw SpecError(
-        "stream 2 means another stream in each thread, so no fence could be recorded on it; give a stream of its own");
-  }
-  cuda::ContextPtr context = nullptr;
-  const auto ask = [&] { return api_.cuStreamGetCtx(cu(stream), &context); };
-  device_.check(device_.in_context(ask), "cuStreamGetCtx", [&] { return "stream " + std::to_string(stream); });
-  if (context == device_.context()) return;
-  cuda::DeviceId owner = -1;
-  if (api_.cuCtxPushCurrent(context) == cuda::kSuccess) {
-    api_.cuCtxGetDevice(&owner);
-    api_.cuCtxPopCurrent(&context);
-  }
-  const std::string mine = "cuda:" + std::to_string(info().device_index);
-  throw DeviceError("stream " + std::to_string(stream) + " belongs to " +
-                        (owner == device_.id() ? "another context of " + mine
-                                               : "device " + std::to_string(owner) + ", not to " + mine) +
-                        " (cuStreamGetCtx); give a stream of the primary context of " + mine,
-                    "cuStreamGetCtx", cuda::kInvalidContext);
-}
-
-Stream CudaDriver::side_stream() {
-  std::lock_guard<ForkMutex> lock(mutex_);
-  device_.check_fork();
-  const auto create = [&] { return api_.cuStreamCreate(&side_, cuda::kStreamNonBlocking); };
-  if (!side_) device_.check(device_.in_context(create), "cuStreamCreate");
-  return reinterpret_cast<Stream>(side_);
-}
-
-void CudaDriver::order(Event event, Stream later) {
-  if (event == 0) return;
-  device_.check_fork();
-  check_not_captured("order", later);
-  const auto wait = [&] { return api_.cuStreamWaitEvent(cu(later), cu_event(event), 0); };
-  device_.check(device_.in_context(wait), "cuStreamWaitEvent", [&] { return "stream " + std::to_string(later); });
-}
-
-void CudaDriver::wait_for_device() {
-  device_.check_fork();
-  device_.check(device_.in_context([&] { return api_.cuCtxSynchronize(); }), "cuCtxSynchronize");
-}
-
-// What is put on a stream that is being captured happens at each replay and not now: zeroing a live cache again. The
-// default stream cannot be used at all while one that waits for it is captured; the driver says so by an error.
-void CudaDriver::check_not_captured(const char* verb, Stream stream) const {
-  int status = 0;
-  const auto ask = [&] { return api_.cuStreamIsCapturing(cu(stream), &status); };
-  const Result code = device_.in_context(ask);
-  if (code != cuda::kCaptureImplicit) {
-    device_.check(code, "cuStreamIsCapturing", [&] { return "stream " + std::to_string(stream); });
-    if (status == 0) return;
-  }
-  throw DeviceError(std::string("the CUDA driver: ") + verb + ": stream " + std::to_string(stream) +
-                        " is being captured into a graph" +
-                        (code == cuda::kCaptureImplicit ? ", by way of one that waits for it" : "") +
-                        ". Grow, fork and free sequences before the capture, or " + "between replays",
-                    "cuStreamIsCapturing", cuda::kCaptureUnsupported);
-}
-
-// ---- Contents and fences -------------------------------------------------------------------------------------------
-
-void CudaDriver::zero(Address at, i64 bytes, Stream stream) {
-  count(&DriverCounters::zero);
-  if (bytes == 0) return;
-  check_positive("zero", bytes);
-  check_not_captured("zero", stream);
-  device_.check(device_.in_context([&] { return api_.cuMemsetD8Async(at, 0, bytes, cu(stream)); }), "cuMemsetD8Async",
-                [&] { return range_text(at, bytes); });
-}
-
-void CudaDriver::copy(Address to, Address from, i64 bytes, Stream stream) {
-  count(&DriverCounters::copy);
-  if (bytes == 0) return;
-  check_positive("copy", bytes);
-  check_not_captured("copy", stream);
-  device_.check(device_.in_context([&] { return api_.cuMemcpyDtoDAsync(to, from, bytes, cu(stream)); }),
-                "cuMemcpyDtoDAsync", [&] { return range_text(from, bytes) + " to " + range_text(to, bytes); });
-}
-
-cuda::EventPtr CudaDriver::take_event() {
-  std::size_t place = 0;
-  {
-    std::lock_guard<ForkMutex> lock(event_mutex_);
-    if (!idle_events_.empty()) {
-      const cuda::EventPtr event = idle_events_.back();
-      idle_events_.pop_back();
-      return event;
-    }
-    place = events_.size();
-    events_.push_back(nullptr);
-    try {
-      idle_events_.reserve(events_.capacity());  // so that forget() needs no memory
-    } catch (...) {
-      events_.pop_back();
-      throw;
-    }
-  }
-  cuda::EventPtr event = nullptr;
-  const auto create = [&] {
-    const Result code = api_.cuEventCreate(&event, cuda::kEventDisableTiming);
-    if (code == cuda::kSuccess) {  // noted here: what follows may fail
-      std::lock_guard<ForkMutex> lock(event_mutex_);
-      events_[place] = event;
-    }
-    return code;
-  };
-  device_.check(device_.in_context(create), "cuEventCreate");  // a place that stays empty does no harm
-  return event;
-}
-
-Event CudaDriver::record(Stream stream) {
-  count(&DriverCounters::record);
-  check_not_captured("record", stream);
-  const cuda::EventPtr event = take_event();
-  try {
-    device_.check(device_.in_context([&] { return api_.cuEventRecord(event, cu(stream)); }), "cuEventRecord",
-                  [&] { return "on stream " + std::to_string(stream); });
-  } catch (...) {
-    forget(reinterpret_cast<Event>(event));
-    throw;
-  }
-  return reinterpret_cast<Event>(event);
-}
-
-bool CudaDriver::done(Event event) {
-  if (event == 0) return true;
-  device_.check_fork();
-  const Result code = device_.in_context([&] { return api_.cuEventQuery(cu_event(event)); });
-  if (code == cuda::kNotReady) return false;
-  device_.check(code, "cuEventQuery");
-  return true;
-}
-
-void CudaDriver::wait(Event event) {
-  count(&DriverCounters::wait);
-  if (event == 0) return;
-  device_.check(device_.in_context([&] { return api_.cuEventSynchronize(cu_event(event)); }), "cuEventSynchronize");
-}
-
-// Kept for the next record: an event that is recorded again forgets what it stood for.
-void CudaDriver::forget(Event event) {
-  if (event == 0) return;
-  std::lock_guard<ForkMutex> lock(event_mutex_);
-  idle_events_.push_back(cu_event(event));
-}
-
-}  // namespace
 
 std::shared_ptr<Driver> make_cuda_driver(int device_index, const std::string& library, PageOptions pages) {
   return std::make_shared<CudaDriver>(device_index, library, pages);

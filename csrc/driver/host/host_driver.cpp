@@ -35,6 +35,8 @@ class HostDriver final : public Driver {
     info_.recommended_bytes = round_up(64 * 1024, info_.granularity_bytes);
     info_.total_bytes = host_total_bytes();
     info_.fresh_pages_are_zero = true;
+    info_.maps_cheaply = true;
+    info_.most_pages = 1 << 15;  // each may need one of the 65,530 mappings that Linux allows a process
   }
   ~HostDriver() override;
 
@@ -80,6 +82,10 @@ class HostDriver final : public Driver {
     count_checked(&DriverCounters::wait, [] {});
   }
   void forget(Event) override {}
+  void undoing(bool begin) override {
+    std::lock_guard<ForkMutex> lock(mutex_);
+    undoing_ += begin ? 1 : -1;
+  }
 
  private:
   static constexpr const char* kName = "the host driver";
@@ -125,6 +131,7 @@ class HostDriver final : public Driver {
   mutable ForkMutex mutex_{kName};  // not held while bytes are copied
   DriverCounters counters_;
   i64 created_bytes_ = 0;
+  i64 undoing_ = 0;  // how many take something back just now
   std::unordered_map<PageHandle, Page> pages_;
   std::map<Address, HostPieces> reservations_;
   std::vector<Run> runs_;      // of the call in progress
@@ -302,15 +309,18 @@ void HostDriver::map_pages(Address at, i64 page_bytes, const PageHandle* pages, 
     refuse("map", range_text(at, page_bytes * count) + " is already mapped, in part or whole");
   }
   find_runs(page_bytes, pages, count);
-  budget_.check_map(static_cast<i64>(runs_.size()) + 1);  // and one, where they split the hole they lie in
+  budget_.check_map(static_cast<i64>(runs_.size()) + 1,
+                    undoing_ > 0);  // and one, where they split the hole they lie in
   pieces.expect(static_cast<i64>(runs_.size()));
   counters_.set_access += accessible;
   for (const Run& run : runs_) {
     ++counters_.map;
     try {
       file_.show(at + run.first * page_bytes, run.count * page_bytes, run.offset, accessible);
-    } catch (...) {
-      if (run.first) file_.make_hole(at, run.first * page_bytes);
+    } catch (const Error& cause) {
+      if (run.first && !file_.make_hole(at, run.first * page_bytes)) {
+        HalfDone::raise("map_run", cause, DeviceError(std::strerror(errno), "mmap", errno));
+      }
       throw;
     }
   }
@@ -356,7 +366,7 @@ void HostDriver::unmap_run(Address at, i64 page_bytes, i64 count) {
     mapped_.push_back(&page_of("unmap", handle_of(offset), page_bytes));
   }
   pieces.expect(1);
-  budget_.check_unmap(pieces.growth_of_unmap(at, page_bytes * count));
+  budget_.check_unmap(pieces.growth_of_unmap(at, page_bytes * count), undoing_ > 0);
   if (!file_.make_hole(at, page_bytes * count)) system_failed("unmap", "mmap", range_text(at, page_bytes * count));
   account(pieces, [&](HostPieces& p) { p.unmap(at, page_bytes * count); });
   for (Page* page : mapped_) --page->mappings;

@@ -66,11 +66,12 @@ std::string run_world(const Params& params, const Options& options, const std::v
   try {
     world = new World(params, options.promises, progress, options.trace);
     for (i64 operation : operations) {
-      world->step(operation);
-      if (options.check) world->verify_everything();
+      world->step(operation, options.check);
+      if (world->poisoned()) break;
     }
-    progress.operation = params.operations;
-    world->finish();
+    world->settle();
+    if (!world->poisoned()) progress.operation = params.operations;
+    world->poisoned() ? world->finish_poisoned() : world->finish();
     delete world;
     return "";
   } catch (const std::exception& e) {
@@ -154,11 +155,12 @@ int run_worlds(const Options& options) {
     if (options.one_world) break;
   }
   std::printf(
-      "soak: %lld operations in %lld worlds in %.1f s; %lld refused, %lld driver faults, %lld hits, %lld blocks "
-      "evicted; %lld failed\n",
+      "soak: %lld operations in %lld worlds in %.1f s, of which %lld ended with a poisoned pool; %lld refused, %lld "
+      "driver faults, %lld hits, %lld blocks evicted; %lld failed\n",
       static_cast<long long>(progress.operations), static_cast<long long>(worlds), elapsed(),
-      static_cast<long long>(progress.refused), static_cast<long long>(progress.faults),
-      static_cast<long long>(progress.hits), static_cast<long long>(progress.evicted), static_cast<long long>(failed));
+      static_cast<long long>(progress.poisoned), static_cast<long long>(progress.refused),
+      static_cast<long long>(progress.faults), static_cast<long long>(progress.hits),
+      static_cast<long long>(progress.evicted), static_cast<long long>(failed));
   return failed > 0;
 }
 

@@ -184,10 +184,38 @@ void World::fault(Random& random) {
   const i64 nth = random.between(1, 6), code = random.one_in(3) ? 2 : 700;
   note(std::string(verb) + " " + text(nth) + " code " + text(code));
   driver_->fail(verb, nth, code, random.one_in(10));
+  if (!random.one_in(40)) return;
+  for (i64 next = nth + 1; next < nth + 4; ++next) driver_->fail("", next, code, true);  // undoing too: it is poisoned
+}
+
+void World::finish_poisoned() {
+  const auto refused = [](const std::function<void()>& call) {
+    try {
+      call();
+    } catch (const DeviceError& e) {
+      if (std::string(e.what()).find("cannot be trusted") != std::string::npos) return;
+    }
+    throw Failure("poisoned: a call was not refused");
+  };
+  for (const auto& side : sides_) {
+    const i32 handle = side->live.empty() ? 1 : side->live[0].handle, one = 1;
+    refused([&] { side->cache->extend(&handle, &one, 1, -1); });
+    refused([&] { side->cache->free(&handle, 1); });
+    refused([&] { side->cache->trim(-1); });
+    refused([&] { side->cache->check(); });
+    if (side->cache->close()) throw Failure("poisoned: close() says that all is well");
+  }
+  sides_.clear();
+  pool_.reset();
+  const CheckedDriver::Live left = driver_->live();
+  if (left.mappings != 0 || left.pages != 0 || left.reservations != 0 || left.events != 0) {
+    throw Failure("poisoned: the end leaves " + text(left.mappings) + " mappings, " + text(left.pages) + " pages, " +
+                  text(left.reservations) + " reservations, " + text(left.events) + " events");
+  }
+  ++progress_.poisoned;
 }
 
 void World::finish() {
-  if (driver_) driver_->clear_failures();
   for (const auto& side : sides_) {
     side_ = side.get();
     Random random(params_.seed);

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cstdio>
-#include <cstring>
 
 namespace kvmem_soak {
 
@@ -61,7 +60,7 @@ World::World(const Params& params, const Promises& promises, Progress& progress,
   marks_ = std::make_unique<BatchMarks>(out_);
 }
 
-void World::step(i64 operation) {
+void World::step(i64 operation, bool check) {
   Random random(mix(params_.seed, static_cast<u64>(operation) + 1));
   side_ = sides_[random.below(params_.allocators)].get();
   i64 at = random.below(total_weight_);
@@ -72,15 +71,20 @@ void World::step(i64 operation) {
   if (trace_ && params_.allocators > 1) std::printf(" (allocator %lld)", static_cast<long long>(side_->number));
   try {
     (this->*entries()[chosen].run)(random);
-  } catch (const Error& e) {  // a question has met what could not be undone, and failures are still to come
-    if (!driver_ || std::strstr(e.what(), "fails as asked") == nullptr) throw;
-    driver_->clear_failures();
+    if (trace_) std::printf("\n");
+    if (driver_ && operation % 8 == 0) driver_->clear_failures();
+    side_->follow();
+    if (operation % 128 == 0) side_->verify_books();
+    if (check) verify_everything();
+  } catch (const Error&) {
+    if (!poisoned()) throw;
+    note("poisoned\n");
   }
-  if (trace_) std::printf("\n");
-  const bool broken = driver_ && pool_->space()->is_broken();
-  if (driver_ && (operation % 8 == 0 || broken)) driver_->clear_failures();
-  side_->follow();
-  if (operation % 128 == 0) side_->verify_books();
+}
+
+void World::settle() {
+  if (driver_) driver_->clear_failures();
+  pool_->mapper().wait_idle();
 }
 
 void World::verify_everything() {
@@ -116,6 +120,7 @@ World::Outcome World::call(Random& random, bool may_refuse, const std::function<
     if (!may_refuse) throw Failure(std::string("refusal: of what should work: ") + e.what());
     why = e.what(), outcome = Outcome::refused;
   } catch (const DeviceError& e) {
+    if (poisoned()) throw;
     if (!fault) throw Failure(std::string("device: ") + e.what());
     why = e.what(), outcome = Outcome::failed;
     ++progress_.faults;
@@ -126,7 +131,7 @@ World::Outcome World::call(Random& random, bool may_refuse, const std::function<
   }
   ++progress_.refused;
   note("refused");
-  if (driver_) driver_->clear_failures();  // what undoing left behind can be repaired now
+  if (driver_) driver_->clear_failures();
   for (std::size_t i = 0; i < sides_.size(); ++i) {
     if (params_.careful && sides_[i]->tables_digest() != before[i])
       throw Failure("tables: a refused call changed them");

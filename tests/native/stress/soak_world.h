@@ -17,16 +17,18 @@ i64 usual_weight(int operation);
 
 // What the world has come to, for whoever reports a failure or a crash.
 struct Progress {
-  i64 operation = 0, operations = 0, refused = 0, hits = 0, evicted = 0, faults = 0;
+  i64 operation = 0, operations = 0, refused = 0, hits = 0, evicted = 0, faults = 0, poisoned = 0;
 };
 
 class World {
  public:
   World(const Params& params, const Promises& promises, Progress& progress, bool trace);
 
-  void step(i64 operation);
-  void verify_everything();
-  void finish();  // all is freed, and nothing is left
+  void step(i64 operation, bool check);                   // check: everything is compared after it
+  void settle();                                          // no driver call fails any more, and none is on its way
+  bool poisoned() const { return pool_->is_poisoned(); }  // undoing failed: the world ends here
+  void finish();                                          // all is freed, and nothing is left
+  void finish_poisoned();  // every call is refused, and the ends of the allocators and of the pool leave nothing
 
  private:
   using Member = void (World::*)(Random&);
@@ -72,6 +74,7 @@ class World {
   void verify(Random& random);
   void illegal(Random& random);
   void fault(Random& random);
+  void verify_everything();
   void look_at_all();  // nothing that lives or is pinned has changed
 
   Live* any(Random& random);  // null if there is none

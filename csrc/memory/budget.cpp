@@ -1,0 +1,198 @@
+// What the pool decides: which pages an owner gets, from whom they are taken, and how the budget grows and shrinks.
+
+#include <algorithm>
+#include <string>
+
+#include "memory/pages.h"
+#include "memory/transaction.h"
+
+namespace kvmem {
+
+// The page after `near` if it is free, else the lowest free one; -1 if none is.
+i64 PagePool::find_free(i64 near) const {
+  const i64 total = static_cast<i64>(refs_.size());
+  if (free_.empty()) return -1;
+  return near >= 0 && near + 1 < total && free_.has(near + 1) ? near + 1 : free_.first();
+}
+
+void PagePool::map_slots(PageOwner& owner, i32 arena, i64 slot, i64 count, i64 near, Zero zero, Transaction& tx) {
+  const i64 asked = count;
+  while (count > 0) {
+    const i64 allowed = owner.limit_pages - owner.owned_pages;
+    if (allowed <= 0) {
+      if (owner.spill(count, true, tx) == 0) refuse(owner, asked);
+      continue;
+    }
+    i64 page = find_free(near);
+    if (page < 0) {
+      const i64 room = budget_pages_ - present_pages_;
+      if (room > 0) {  // create the lowest absent pages, as many as are wanted and lie together
+        const i64 total = static_cast<i64>(refs_.size());
+        while (absent_hint_ < total && refs_[absent_hint_] >= 0) ++absent_hint_;
+        const i64 first = absent_hint_;
+        i64 n = 0;
+        while (n < std::min({count, room, allowed}) && first + n < total && refs_[first + n] < 0) ++n;
+        tx.push({OpKind::create, 0, first, n});
+        page = first;
+      } else {
+        if (spill(owner, count, true, tx) == 0) refuse(owner, asked);
+        continue;
+      }
+    }
+    const i64 total = static_cast<i64>(refs_.size());
+    i64 n = 1;
+    while (n < std::min(count, allowed) && page + n < total && free_.has(page + n)) ++n;
+    tx.push({OpKind::map, arena, slot, page, n});
+    need_zero(owner, arena, slot, page, n, zero, tx);
+    slot += n;
+    count -= n;
+    near = page + n - 1;
+  }
+}
+
+i64 PagePool::make_room(PageOwner& owner, i64 pages, bool content, Transaction& tx) {
+  if (const i64 allowed = owner.limit_pages - owner.owned_pages; allowed < pages) {
+    owner.spill(pages - allowed, content, tx);
+  } else if (const i64 now = pages_at_hand(owner); now < pages) {
+    spill(owner, pages - now, content, tx);
+  }
+  return pages_at_hand(owner);
+}
+
+i64 PagePool::spill(PageOwner& owner, i64 pages, bool content, Transaction& tx) {
+  i64 freed = 0;
+  for (const bool also_content : {false, true}) {
+    if (also_content && !content) break;
+    if (freed < pages) freed += owner.spill(pages - freed, also_content, tx);
+    for (PageOwner* other : owners_) {
+      if (freed < pages && other != &owner) freed += other->spill(pages - freed, also_content, tx);
+    }
+  }
+  return freed;
+}
+
+// Zeroes what is not known to be zero, as far as the policy asks for it, and notes who writes here from now on.
+void PagePool::need_zero(const PageOwner& owner, i32 arena, i64 slot, i64 page, i64 count, Zero zero, Transaction& tx) {
+  for (i64 i = 0; i < count; ++i) {
+    const i32 content = content_[page + i];
+    const bool dirty = content != kClean && (zero == Zero::always || (zero == Zero::fresh && content != owner.number));
+    if (dirty) tx.push({OpKind::zero, arena, (slot + i) * page_bytes_, page_bytes_});
+    journal.set(content_, page + i, owner.number);
+  }
+}
+
+void PagePool::refuse(const PageOwner& owner, i64 asked) const {
+  throw OutOfMemory(std::to_string(asked) + " more page(s) of " + std::to_string(page_bytes_) + " bytes are needed; " +
+                    std::to_string(owner.owned_pages) + " of " + std::to_string(owner.limit_pages) +
+                    " allowed pages are in use here, " + std::to_string(room_pages()) + " of " +
+                    std::to_string(budget_pages_) + " are left in the pool");
+}
+
+i64 PagePool::available_pages(const PageOwner& owner) const {
+  i64 pages = room_pages();
+  for (const PageOwner* other : owners_) pages += other->parked_pages();
+  return std::min(pages, owner.limit_pages - owner.owned_pages + owner.parked_pages());
+}
+
+i64 PagePool::held_by_others(const PageOwner& owner) const {
+  i64 pages = 0;
+  for (const PageOwner* other : owners_) pages += other == &owner ? 0 : other->owned_pages - other->parked_pages();
+  return pages;
+}
+
+namespace {
+// For transactions of the pool itself, which touch no table.
+class NoTables final : public TableState {
+ public:
+  void apply_table(const Op&, bool) override { throw SpecError("a pool has no sequences"); }
+};
+}  // namespace
+
+void PagePool::set_budget(i64 pages) {
+  NoTables none;
+  Transaction tx(*this, none);
+  i64 excess = mapped_pages_ - pages;
+  if (excess > 0 && !owners_.empty()) excess -= spill(*owners_.front(), excess, true, tx);
+  if (excess > 0) {
+    throw OutOfMemory("asked for a budget of " + std::to_string(pages) + " pages of " + std::to_string(page_bytes_) +
+                      " bytes, but live sequences and pins hold " + std::to_string(pages + excess) +
+                      ", which is the smallest that would fit; free or preempt sequences first, or compact()");
+  }
+  if (present_pages_ > pages) give_back(present_pages_ - pages, tx);
+  grow_books(pages);
+  const i64 before = budget_pages_;
+  budget_pages_ = std::max(before, pages);  // what is created is checked against it
+  try {
+    for (i64 first = 0; create_ahead_ && present_pages_ < pages; ++first) {
+      if (refs_[first] >= 0) continue;
+      i64 n = 1;
+      while (present_pages_ + n < pages && refs_[first + n] < 0) ++n;
+      tx.push({OpKind::create, 0, first, n});
+    }
+    tx.commit();
+  } catch (...) {
+    budget_pages_ = before;
+    throw;
+  }
+  budget_pages_ = pages;
+}
+
+void PagePool::spill_in_pieces(PoolLock& lock, PageOwner& owner, const std::function<i64()>& excess) {
+  const i64 step = owner.piece_pages, begun = excess();
+  if (begun <= step || begun > owner.sure_pages()) return;
+  NoTables none;
+  i64 freed = step;
+  for (i64 pieces = begun / step; pieces > 0 && freed > 0 && excess() > step; --pieces) {
+    Transaction tx(*this, none);
+    freed = owner.spill(step, true, tx);
+    tx.commit();
+    note_piece();
+    let_others_in(lock);
+  }
+}
+
+void PagePool::shrink_in_pieces(PoolLock& lock, i64 pages) {
+  i64 sure = 0, step = 0;
+  for (const PageOwner* owner : owners_) {
+    sure += owner->sure_pages();
+    step = step == 0 ? owner->piece_pages : std::min(step, owner->piece_pages);
+  }
+  if (step == 0 || mapped_pages_ - pages > sure) return;  // it may be refused
+  for (i64 pieces = (mapped_pages_ - pages) / step; pieces > 0 && mapped_pages_ - pages > step; --pieces) {
+    NoTables none;
+    Transaction tx(*this, none);
+    const i64 freed = spill(*owners_.front(), step, true, tx);
+    tx.commit();
+    note_piece();
+    let_others_in(lock);
+    if (freed == 0) break;
+  }
+  if (mapped_pages_ > pages + step) return;
+  for (i64 pieces = (present_pages_ - pages) / step; pieces > 0 && free_pages() > step; --pieces) {
+    NoTables none;
+    Transaction tx(*this, none);
+    give_back(step, tx);
+    tx.commit();
+    note_piece();
+    let_others_in(lock);
+  }
+}
+
+// Highest pages first, so that what remains lies together.
+i64 PagePool::give_back(i64 pages, Transaction& tx) {
+  i64 given = 0;
+  for (i64 last = static_cast<i64>(refs_.size()); last > 0 && given < pages;) {
+    if (refs_[last - 1] != 0) {
+      --last;
+      continue;
+    }
+    i64 first = last - 1;
+    while (first > 0 && free_.has(first - 1) && last - first < pages - given) --first;
+    tx.push({OpKind::destroy, 0, first, last - first});
+    given += last - first;
+    last = first;
+  }
+  return given;
+}
+
+}  // namespace kvmem
