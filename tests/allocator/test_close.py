@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from support import BACKENDS, make_allocator, plain
+from support import make_allocator, plain
 from support_drivers import assert_runs
 
 import kvmem
@@ -16,11 +16,6 @@ from kvmem import PagePool, SpecError, StaleHandle
 from kvmem.allocator.scheduler import SchedulerCache
 
 pytestmark = pytest.mark.core
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
 
 
 def later_calls(alloc: kvmem.Allocator, seq: kvmem.Sequence, batch: kvmem.Batch) -> dict[str, Callable[[], object]]:

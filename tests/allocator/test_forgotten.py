@@ -10,7 +10,7 @@ import threading
 import warnings
 
 import pytest
-from support import BACKENDS, make_allocator, plain
+from support import make_allocator, plain
 from support_drivers import assert_runs
 
 import kvmem
@@ -20,9 +20,9 @@ from kvmem.allocator.scheduler import SchedulerCache
 pytestmark = pytest.mark.core
 
 
-@pytest.fixture(params=BACKENDS)
-def alloc(request: pytest.FixtureRequest) -> kvmem.Allocator:
-    return make_allocator(plain(16), request.param, max_sequences=8)
+@pytest.fixture
+def alloc(backend: str) -> kvmem.Allocator:
+    return make_allocator(plain(16), backend, max_sequences=8)
 
 
 def test_a_warning_names_it_and_it_stays(alloc: kvmem.Allocator) -> None:

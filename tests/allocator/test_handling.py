@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support import BACKENDS, make_allocator, plain
+from support import make_allocator, plain
 from support_cuda import MIB, as_libcuda, fresh_stub
 
 import kvmem
@@ -24,9 +24,9 @@ from kvmem.kernels.write import write_kv
 pytestmark = pytest.mark.core
 
 
-@pytest.fixture(params=BACKENDS)
-def alloc(request: pytest.FixtureRequest) -> kvmem.Allocator:
-    return make_allocator(plain(16), request.param, max_sequences=8, page_bytes=4096)
+@pytest.fixture
+def alloc(backend: str) -> kvmem.Allocator:
+    return make_allocator(plain(16), backend, max_sequences=8, page_bytes=4096)
 
 
 # ---- amounts of memory ----

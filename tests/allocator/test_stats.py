@@ -8,16 +8,11 @@ from functools import partial
 import pytest
 from conformance import filled
 from lockstep import Lockstep
-from support import BACKENDS, LAYOUTS, i32, make_allocator, open_driver, plain
+from support import LAYOUTS, i32, make_allocator, open_driver, plain
 
 import kvmem
 
 pytestmark = pytest.mark.core
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
 
 
 def test_hand_worked_bytes(backend: str) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from event_world import Router
 from lockstep_prefix import NO_ROOT
-from support import BACKENDS, LONG, i32, make_allocator, plain
+from support import LONG, i32, make_allocator, plain
 from support_prefix import agree, cached, grow, world
 
 import kvmem
@@ -141,13 +141,13 @@ def test_what_does_not_fit_is_refused() -> None:
 # ---- In the index ----------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=BACKENDS)
-def make(request: pytest.FixtureRequest) -> Iterator[Make]:
+@pytest.fixture
+def make(backend: str) -> Iterator[Make]:
     opened: list[kvmem.Allocator] = []
 
     def build(**options: object) -> kvmem.Allocator:
         sizes = {"page_bytes": 4096, "memory": 400 * 4096}
-        opened.append(make_allocator(plain(BLOCK), request.param, **{**sizes, **options}))
+        opened.append(make_allocator(plain(BLOCK), backend, **{**sizes, **options}))
         return opened[-1]
 
     yield build
