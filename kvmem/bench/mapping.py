@@ -134,7 +134,7 @@ def _without_python(page_bytes: int, run_pages: int, repetitions: int) -> Iterat
     if done.returncode:
         raise BenchError(f"{_PROGRAM.name}: {done.stderr.strip()[-300:] or f'ended with {done.returncode}'}")
     found = json.loads(done.stdout)
-    names = {"bare": f"{BARE}, C++", "driver": "host driver, C++", "extend": "Cache::extend, C++"}
+    names = {"bare": f"{BARE}, C++", "driver": "host driver, C++", "extend": "Allocator::extend, C++"}
     times = {name: found[f"{key}_ns"] for key, name in names.items()}
     calls = {name: found.get(f"{key}_calls", len(times[name])) for key, name in names.items()}
     return _results(page_bytes, run_pages, times, calls)

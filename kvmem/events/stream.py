@@ -120,8 +120,8 @@ class _State(NamedTuple):
 class EventStream:
     """Turns the core's records into events, in order. Any thread may poll; each event is given out once.
 
-    drain: (number of the last batch taken, most records or -1, restart) -> the next batch, as ``Cache.drain_events`` in
-    csrc/allocator/allocator.h.
+    drain: (number of the last batch taken, most records or -1, restart) -> the next batch, as
+    csrc/allocator/event_batches.h has it.
     key: secret, up to 64 bytes. Without it, who sees digests and tokens can try out salts; with it, that is hopeless,
     and only who has it can compute the digests of a prompt.
 
