@@ -402,13 +402,13 @@ class Allocator:
 
     def age_seconds(self, handle: int) -> float: ...
 
-    def lengths(self, handles: object, group: int, tokens: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu')], committed: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu')]) -> None: ...
+    def lengths(self, handles: object | None, group: int, tokens: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu')], committed: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu')]) -> None: ...
 
     def row(self, handle: int, group: int = -1) -> int: ...
 
-    def common_blocks(self, handles: object, group: int, blocks: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu')]) -> None: ...
+    def common_blocks(self, handles: object | None, group: int, blocks: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu')]) -> None: ...
 
-    def cascade_order(self, handles: object, group: int, order: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu')]) -> None: ...
+    def cascade_order(self, handles: object | None, group: int, order: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu')]) -> None: ...
 
     def compact(self, bytes: int) -> int: ...
 
@@ -464,20 +464,20 @@ class Allocator:
         counts None: one token each. `out`: of the first group that grows with the tokens; others: of other groups.
         """
 
-    def admit(self, tokens: object, salt: bytes, extra_key: bytes, sequence: object | None = None) -> tuple[int, int]:
+    def admit(self, tokens: object | None, salt: bytes, extra_key: bytes, sequence: object | None = None) -> tuple[int, int]:
         """
         A new sequence: its handle, and how many tokens it has; also told to the object that stands for it.
         """
 
-    def begin(self, tokens: object, salt: bytes, extra_key: bytes, count: int, sequence: object | None = None) -> tuple[int, int]:
+    def begin(self, tokens: object | None, salt: bytes, extra_key: bytes, count: int, sequence: object | None = None) -> tuple[int, int]:
         """
         admit() with room for `count` more tokens, or (-1) for the rest of them; else OutOfMemory.
         """
 
-    def admit_batch(self, tokens: object, counts: object | None, salt: bytes, extra_key: bytes, handles: NDArray[numpy.int32], cached: NDArray[numpy.int32]) -> int:
+    def admit_batch(self, tokens: object | None, counts: object | None, salt: bytes, extra_key: bytes, handles: NDArray[numpy.int32], cached: NDArray[numpy.int32]) -> int:
         """How many prompts got room."""
 
-    def match(self, tokens: object, salt: bytes, extra_key: bytes) -> tuple[int, str]:
+    def match(self, tokens: object | None, salt: bytes, extra_key: bytes) -> tuple[int, str]:
         """How many tokens are cached, and why not more."""
 
     def pin(self, handle: int, tokens: int, pin: object | None = None) -> tuple[int, int]:
@@ -485,7 +485,7 @@ class Allocator:
         The first tokens of a sequence (-1: all known): a pin, and how many it keeps.
         """
 
-    def pin_tokens(self, tokens: object, salt: bytes, extra_key: bytes, pin: object | None = None) -> tuple[int, int]: ...
+    def pin_tokens(self, tokens: object | None, salt: bytes, extra_key: bytes, pin: object | None = None) -> tuple[int, int]: ...
 
     def pins(self) -> list[tuple[int, int]]:
         """
