@@ -425,17 +425,6 @@ class Allocator:
 
     def open_batch(self, handles: NDArray[numpy.int32]) -> None: ...
 
-    def extend(self, handle: int, count: int, group: int = -1) -> None: ...
-
-    def advance(self, handle: int, count: int, tokens: list[int] | NDArray[numpy.int32] | None = None) -> None:
-        """Commits what was reserved, and makes room for count more tokens."""
-
-    def extend_batch(self, handles: NDArray[numpy.int32], counts: NDArray[numpy.int32], group: int = -1) -> None: ...
-
-    def commit(self, handle: int, count: int, group: int = -1) -> None: ...
-
-    def commit_batch(self, handles: NDArray[numpy.int32], counts: NDArray[numpy.int32], group: int = -1) -> None: ...
-
     def truncate(self, handle: int, tokens: int) -> None: ...
 
     def fork(self, handle: int, sequence: object | None = None) -> int:
@@ -448,10 +437,6 @@ class Allocator:
         """DeviceError in a forked child, and where the pool cannot be trusted."""
 
     def is_live(self, handle: int) -> bool: ...
-
-    def free(self, handle: int) -> None: ...
-
-    def free_batch(self, handles: NDArray[numpy.int32]) -> None: ...
 
     def tokens(self, handle: int, group: int = -1) -> int: ...
 
@@ -466,13 +451,13 @@ class Allocator:
 
     def age_seconds(self, handle: int) -> float: ...
 
-    def lengths(self, handles: NDArray[numpy.int32], group: int, tokens: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu')], committed: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu')]) -> None: ...
+    def lengths(self, handles: object | None, group: int, tokens: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu')], committed: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu')]) -> None: ...
 
     def row(self, handle: int, group: int = -1) -> int: ...
 
-    def common_blocks(self, handles: NDArray[numpy.int32], group: int, blocks: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu')]) -> None: ...
+    def common_blocks(self, handles: object | None, group: int, blocks: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu')]) -> None: ...
 
-    def cascade_order(self, handles: NDArray[numpy.int32], group: int, order: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu')]) -> None: ...
+    def cascade_order(self, handles: object | None, group: int, order: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu')]) -> None: ...
 
     def compact(self, bytes: int) -> int: ...
 
@@ -501,43 +486,55 @@ class Allocator:
 
     def handles(self) -> list[int]: ...
 
+    def extend(self, handle: int, count: int, group: int = -1, tell: bool = False) -> TableChanges | None: ...
+
+    def extend_batch(self, handles: object, counts: object, group: int = -1, tell: bool = False) -> TableChanges | None: ...
+
+    def commit(self, handle: int, count: int | None, group: int = -1, tokens: object = None, tell: bool = False) -> TableChanges | None:
+        """count None: as many as there are tokens."""
+
+    def commit_batch(self, handles: object, counts: object, group: int = -1, tokens: object = None, tell: bool = False) -> TableChanges | None: ...
+
+    def step(self, handle: int, count: int, tokens: object = None, tell: bool = False) -> TableChanges | None:
+        """Commits what was reserved, and makes room for count more tokens."""
+
+    def free(self, handle: int) -> None: ...
+
+    def free_batch(self, handles: object) -> None: ...
+
     def check_current(self, group: int, batch: BatchBuffers) -> None:
         """StaleHandle if the tokens of the batch no longer lie where it says."""
 
-    def fill(self, handles: NDArray[numpy.int32], new_tokens: NDArray[numpy.int32] | None, group: int, rows: int, out: BatchBuffers, others: list[tuple[int, BatchBuffers]] | None = None) -> None:
+    def fill(self, handles: object, new_tokens: object, group: int, rows: int, out: BatchBuffers, others: list[tuple[int, BatchBuffers]] | None = None) -> None:
         """Fills `out` for a group, and others for theirs."""
 
-    def step(self, handles: NDArray[numpy.int32], counts: NDArray[numpy.int32] | None, tokens: NDArray[numpy.int32] | None, rows: int, out: BatchBuffers, others: list[tuple[int, BatchBuffers]] | None = None) -> None:
+    def step_batch(self, handles: object, counts: object, tokens: object, rows: int, out: BatchBuffers, others: list[tuple[int, BatchBuffers]] | None = None) -> None:
         """
         counts None: one token each. `out`: of the first group that grows with the tokens; others: of other groups.
         """
 
-    def admit(self, tokens: list[int] | NDArray[numpy.int32], salt: bytes, extra_key: bytes, sequence: object | None = None) -> tuple[int, int]:
+    def admit(self, tokens: object | None, salt: bytes, extra_key: bytes, sequence: object | None = None) -> tuple[int, int]:
         """
         A new sequence: its handle, and how many tokens it has; also told to the object that stands for it.
         """
 
-    def begin(self, tokens: list[int] | NDArray[numpy.int32], salt: bytes, extra_key: bytes, count: int, sequence: object | None = None) -> tuple[int, int]:
+    def begin(self, tokens: object | None, salt: bytes, extra_key: bytes, count: int, sequence: object | None = None) -> tuple[int, int]:
         """
         admit() with room for `count` more tokens, or (-1) for the rest of them; else OutOfMemory.
         """
 
-    def admit_batch(self, tokens: list[int] | NDArray[numpy.int32], counts: NDArray[numpy.int32] | None, salt: bytes, extra_key: bytes, handles: NDArray[numpy.int32], cached: NDArray[numpy.int32]) -> int:
+    def admit_batch(self, tokens: object | None, counts: object | None, salt: bytes, extra_key: bytes, handles: NDArray[numpy.int32], cached: NDArray[numpy.int32]) -> int:
         """How many prompts got room."""
 
-    def match(self, tokens: list[int] | NDArray[numpy.int32], salt: bytes, extra_key: bytes) -> tuple[int, str]:
+    def match(self, tokens: object | None, salt: bytes, extra_key: bytes) -> tuple[int, str]:
         """How many tokens are cached, and why not more."""
-
-    def commit_tokens(self, handle: int, tokens: list[int] | NDArray[numpy.int32]) -> None: ...
-
-    def commit_tokens_batch(self, handles: NDArray[numpy.int32], counts: NDArray[numpy.int32], tokens: NDArray[numpy.int32]) -> None: ...
 
     def pin(self, handle: int, tokens: int, pin: object | None = None) -> tuple[int, int]:
         """
         The first tokens of a sequence (-1: all known): a pin, and how many it keeps.
         """
 
-    def pin_tokens(self, tokens: list[int] | NDArray[numpy.int32], salt: bytes, extra_key: bytes, pin: object | None = None) -> tuple[int, int]: ...
+    def pin_tokens(self, tokens: object | None, salt: bytes, extra_key: bytes, pin: object | None = None) -> tuple[int, int]: ...
 
     def pins(self) -> list[tuple[int, int]]:
         """
@@ -562,30 +559,12 @@ class Allocator:
         The number of a batch, its records, and the (salt, extra key) of the roots that they name. The batch after number ``taken``: given again until a call says that it was taken.
         """
 
-    def grow(self, handle: int, count: int, /) -> TableChanges | None:
-        """extend() that tells which table entries it wrote; None for none."""
-
-    def publish(self, handle: int, tokens: list[int] | NDArray[numpy.int32], /) -> TableChanges | None:
-        """
-        commit_tokens(), told like this. TypeError for tokens of another type, a bare count among them.
-        """
-
-    def publish_count(self, handle: int, count: int, /) -> TableChanges | None:
-        """commit(), told like this."""
-
-    def decode(self, handle: int, count: int, tokens: list[int] | NDArray[numpy.int32] | None, /) -> TableChanges | None:
-        """advance(), told like this."""
-
-    def grow_batch(self, handles: NDArray[numpy.int32], counts: NDArray[numpy.int32], /) -> TableChanges | None: ...
-
-    def publish_batch(self, handles: NDArray[numpy.int32], counts: NDArray[numpy.int32], tokens: NDArray[numpy.int32] | None, /) -> TableChanges | None: ...
-
     def table(self, handle: int, group: int, /) -> TableChanges | None:
         """
-        All entries of one table, or (-1) of those of all groups; those that a window has passed are 0.
+        All entries of one table, or (-1) of those of all groups; those that are out of window are 0.
         """
 
-    def tables(self, handles: NDArray[numpy.int32], /) -> TableChanges | None:
+    def tables(self, handles: object, /) -> TableChanges | None:
         """The same of many sequences, and of all groups."""
 
 class BatchBuffers:
@@ -799,9 +778,9 @@ class TokenBlocks:
 
     def reserve(self, blocks: int) -> None: ...
 
-    def put(self, block: int, tokens: NDArray[numpy.int32]) -> None: ...
+    def put(self, block: int, tokens: object) -> None: ...
 
-    def common(self, block: int, tokens: NDArray[numpy.int32]) -> int:
+    def common(self, block: int, tokens: object) -> int:
         """How many of these tokens the block begins with."""
 
     def copy(self, block: int, out: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu')]) -> None:

@@ -92,16 +92,11 @@ Allocator::~Allocator() {
 
 // ---- how calls run -------------------------------------------------------------------------------
 
-PoolLock Allocator::enter(bool look) {
-  fork_guard_.check("the allocator");
-  PoolLock lock = pool_->lock();
-  if (!look) changes_.store(changes() + 1, std::memory_order_relaxed);  // the lock is held, so no increment is lost
-  return lock;
-}
-
 PoolLock Allocator::enter_still() {
   fork_guard_.check("the allocator");
-  return pool_->lock();
+  PoolLock lock = pool_->lock();
+  lock.step_back();
+  return lock;
 }
 
 std::uint64_t Allocator::state_digest() const {
@@ -335,19 +330,21 @@ Placement Allocator::place(i64 handle, i64 group) {
   return table_->view(groups_.one(group)).at(sequences_.index(handle));
 }
 
-TableWrites Allocator::table(i64 handle, i64 group) {
+TableChanges Allocator::table(i64 handle, i64 group) {
   const PoolLock lock = enter(true);
   groups_.check(group);
   const i64 index = sequences_.index(handle);
-  TableWrites entries;
+  TableChanges entries;
+  entries.main = static_cast<i32>(groups_.one(group));
   for (i64 g = groups_.begin(group); g < groups_.end(group); ++g) table_diff_.add_table(0, index, g, &entries);
   return entries;
 }
 
-TableWrites Allocator::tables(const i32* handles, i64 n) {
+TableChanges Allocator::tables(const i32* handles, i64 n) {
   const PoolLock lock = enter(true);
   planner_.find(handles, n, &plan_);
-  TableWrites entries;
+  TableChanges entries;
+  entries.main = static_cast<i32>(groups_.token_group());
   for (i64 g = 0; g < groups_.count(); ++g) {
     for (i64 i = 0; i < n; ++i) table_diff_.add_table(i, plan_.indices[i], g, &entries);
   }

@@ -42,29 +42,25 @@ class Allocator final : public TableState {
   bool can_fit(i64 tokens);
   void truncate(i64 handle, i64 tokens);
   i64 fork(i64 handle);
+  void free(i32 handle) { free(&handle, 1); }
   void free(const i32* handles, i64 n);
   bool close();  // no sequence is opened from now on. False where the pool is poisoned: then none can be freed either
 
-  // --- steps (step.cpp) ---
-  void extend(const i32* handles, const i32* counts, i64 n, i64 group);
-  // `tokens`: the ids, one sequence's after the other's; null if they are not known.
-  void commit(const i32* handles, const i32* counts, i64 n, i64 group, const i32* tokens);
-  // Commits all that is reserved, then makes room for `count` more tokens.
-  void advance(i64 handle, i64 count, const i32* tokens, i64 num_tokens);
-  // The same for one sequence, where nothing is to be decided, waited for or given to a driver; else false, and nothing
-  // has changed. Short enough to be called under Python's lock. `in_last_block`: only if it takes no other one.
-  bool extend_at_hand(i64 handle, i64 count, bool in_last_block = false);
-  bool commit_at_hand(i64 handle, i64 count, const i32* tokens = nullptr);
-  bool advance_at_hand(i64 handle, i64 count, const i32* tokens, i64 num_tokens, bool in_last_block = false);
-  // They return what they wrote to tables, of all groups.
-  TableWrites extend_telling(const i32* handles, const i32* counts, i64 n);
-  TableWrites commit_telling(const i32* handles, const i32* counts, i64 n, const i32* tokens);
-  TableWrites advance_telling(i64 handle, i64 count, const i32* tokens, i64 num_tokens);
-  // All of a step: makes room for counts[i] (null: 1) more tokens, commits those that were reserved before it
-  // (`tokens`: the `num_tokens` ids of all of them, or null), and fills `groups` with `rows` rows. All that could be
-  // refused is, before anything is changed, the buffers included.
-  void step(const i32* handles, const i32* counts, i64 n, const i32* tokens, i64 num_tokens, i64 rows,
-            GroupBuffers* groups, i64 num_groups);
+  // --- steps (step.cpp): of one sequence, or of many, each once ---
+  // What is written to block tables, of all groups, comes into `changes`; null where nobody asks. A call for one
+  // sequence for which nothing has to be decided is short; any other lets an embedding language's lock go
+  // (pool_lock.h).
+  void extend(i32 handle, i64 count, i64 group, TableChanges* changes = nullptr);
+  void extend(const i32* handles, const i32* counts, i64 n, i64 group, TableChanges* changes = nullptr);
+  // `ids`: of the tokens, one sequence's after the other's; null if they are not known.
+  void commit(i32 handle, i64 count, i64 group, const i32* ids, TableChanges* changes = nullptr);
+  void commit(const i32* handles, const i32* counts, i64 n, i64 group, const i32* ids, TableChanges* changes = nullptr);
+  // Commits all that is reserved (`ids`: all of the `num_ids` of it, or null), and makes room for `count` more tokens.
+  void step(i32 handle, i64 count, const i32* ids, i64 num_ids, TableChanges* changes = nullptr);
+  // The same for counts[i] (null: 1) more tokens, and fills `groups` with `rows` rows. All that could be refused is,
+  // before anything is changed, the buffers included.
+  void step(const i32* handles, const i32* counts, i64 n, const i32* ids, i64 num_ids, i64 rows, GroupBuffers* groups,
+            i64 num_groups, TableChanges* changes = nullptr);
   // Writes the metadata of these sequences, then padding rows up to `rows`. `new_tokens` null: what is reserved but not
   // committed. SpecError when a buffer is too small; what the buffers hold then is not known.
   void fill(const i32* handles, i64 n, const i32* new_tokens, i64 rows, GroupBuffers* groups, i64 num_groups);
@@ -106,8 +102,8 @@ class Allocator final : public TableState {
   i64 first_token(i64 handle, i64 group);
   void lengths(const i32* handles, i64 n, i64 group, i64* tokens, i64* committed);
   Placement place(i64 handle, i64 group);
-  TableWrites table(i64 handle, i64 group);  // all entries; -1: of all groups
-  TableWrites tables(const i32* handles, i64 n);
+  TableChanges table(i64 handle, i64 group);  // all entries; -1: of all groups
+  TableChanges tables(const i32* handles, i64 n);
   bool is_live(i64 handle);
   std::vector<i64> handles();  // of the live sequences, by index
   double age_seconds(i64 handle);
@@ -162,11 +158,11 @@ class Allocator final : public TableState {
   i64 disturbances() const { return pool_->disturbed() + index_.aged(); }
   std::unique_ptr<PageTable> make_table(bool paged, i64 limit_pages);
   i64 pages_at_once() const;
-  void carry_out(const BatchGroups& padded);
-  TableWrites carry_out_telling();
-  bool is_plain() const { return groups_.only_grows() && !groups_.geometry().debug && !pool_->recording; }
-  bool has_room_at_hand(i64 index, i64 count, bool in_last_block);
-  bool commit_in_block(i64 index, i64 count, const i32* tokens);
+  void carry_out(const BatchGroups& padded, TableChanges* changes);
+  template <class Short>
+  bool try_short(i32 handle, const Short& run);
+  bool has_room(i64 index, i64 count, bool in_last_block);
+  bool commit_in_block(i64 index, i64 count, const i32* ids);
   void share_group(i64 parent, i64 child, i64 g, Transaction& tx);
   void check_cut(i64 handle, i64 index, i64 tokens) const;
   void check_snapshot(i64 handle, i64 index) const;

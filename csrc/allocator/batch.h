@@ -76,7 +76,7 @@ struct BatchSizes {
   i64 deltas = 0;                     // entries of the table that changed, -1 if more than max_deltas
   i64 table_from = 0, table_end = 0;  // rows of the table with changes
   i64 indices_from = 0;               // kv_indices before it stand as they were
-  i64 changes = 0;                    // Cache::changes() then, or when find_stale() last found nothing
+  i64 changes = 0;                    // Allocator::changes() then, or when find_stale() last found nothing
 };
 
 // The sequences of a step: their handles, their places, and what there is of each place (lengths `stride` apart).

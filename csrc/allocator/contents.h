@@ -107,7 +107,7 @@ class SequenceContents {
   bool completes(i64 index, i64 count) const {
     return remainder(contents_[index].known, block_tokens()) + count >= block_tokens();
   }
-  void publish(const StepPlan& plan, Transaction& tx);
+  [[gnu::noinline]] void publish(const StepPlan& plan, Transaction& tx);  // seldom: kept out of the steps that do not
   void note_published(const StepPlan& plan);
   // The same of one sequence, where no block is completed.
   void note_tail(i64 index, const i32* tokens, i64 count);

@@ -50,6 +50,15 @@ class Allocator::Watch {
   const i64 disturbed_;
 };
 
+inline PoolLock Allocator::enter(bool look) {
+  fork_guard_.check("the allocator");
+  PoolLock lock = pool_->lock();
+  if (look) return lock;
+  changes_.store(changes() + 1, std::memory_order_relaxed);  // the lock is held, so no increment is lost
+  lock.step_back();
+  return lock;
+}
+
 template <class Call>
 auto Allocator::mutate(const Call& call) {
   const PoolLock lock = enter();

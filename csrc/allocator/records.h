@@ -29,7 +29,7 @@ class SequenceRecords {
   void set_front(i64 index, i64 g, i64 token, Transaction& tx);
 
   // The commits of plan.moving, of which windows move on. Needs no memory of the device.
-  void commit_moving(const StepPlan& plan, Transaction& tx);
+  [[gnu::noinline]] void commit_moving(const StepPlan& plan, Transaction& tx);
   // After the transaction: the commits of all others, which need no record. Cannot fail.
   void note_committed(const StepPlan& plan);
 

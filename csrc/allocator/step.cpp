@@ -8,78 +8,77 @@
 
 namespace kvmem {
 
-void Allocator::step(const i32* handles, const i32* counts, i64 n, const i32* tokens, i64 num_tokens, i64 rows,
-                     GroupBuffers* groups, i64 num_groups) {
+void Allocator::step(const i32* handles, const i32* counts, i64 n, const i32* ids, i64 num_ids, i64 rows,
+                     GroupBuffers* groups, i64 num_groups, TableChanges* changes) {
   mutate([&] {
     const BatchGroups batch{groups, num_groups};
     rows = std::max(rows, n);
     planner_.extend(handles, counts, n, -1, &plan_);
-    planner_.commit_due(tokens, num_tokens, &plan_);
+    planner_.commit_due(ids, num_ids, &plan_);
     filler_.check_step(plan_, rows, batch);
-    carry_out(rows > n && filler_.lacks_padding(batch) ? batch : BatchGroups{});
-    filler_.write(plan_, nullptr, rows, batch, changes());
+    carry_out(rows > n && filler_.lacks_padding(batch) ? batch : BatchGroups{}, changes);
+    filler_.write(plan_, nullptr, rows, batch, this->changes());
   });
 }
 
-void Allocator::extend(const i32* handles, const i32* counts, i64 n, i64 group) {
+void Allocator::step(i32 handle, i64 count, const i32* ids, i64 num_ids, TableChanges* changes) {
+  const bool short_enough = try_short(handle, [&](i64 index, i64 due) {
+    if ((ids && num_ids != due) || !has_room(index, count, changes) || !commit_in_block(index, due, ids)) return false;
+    sequences_.tokens(index, 0) += count;
+    return true;
+  });
+  if (short_enough) return;
+  const i32 more = to_int32(count, "count");
+  mutate([&] {
+    planner_.extend(&handle, &more, 1, -1, &plan_);
+    planner_.commit_due(ids, num_ids, &plan_);
+    carry_out({}, changes);
+  });
+}
+
+void Allocator::extend(const i32* handles, const i32* counts, i64 n, i64 group, TableChanges* changes) {
   mutate([&] {
     groups_.check_own_count(group, "extend");
     planner_.extend(handles, counts, n, group, &plan_);
-    carry_out({});
+    carry_out({}, changes);
   });
 }
 
-void Allocator::commit(const i32* handles, const i32* counts, i64 n, i64 group, const i32* tokens) {
+void Allocator::extend(i32 handle, i64 count, i64 group, TableChanges* changes) {
+  const bool short_enough = group < 0 && try_short(
+                                             handle,
+                                             [&](i64 index, i64) {
+                                               if (!has_room(index, count, changes)) return false;
+                                               sequences_.tokens(index, 0) += count;
+                                               return true;
+                                             });
+  if (short_enough) return;
+  const i32 more = to_int32(count, "count");
+  extend(&handle, &more, 1, group, changes);
+}
+
+void Allocator::commit(const i32* handles, const i32* counts, i64 n, i64 group, const i32* ids, TableChanges* changes) {
   mutate([&] {
-    planner_.commit(handles, counts, n, group, tokens, &plan_);
-    carry_out({});
+    planner_.commit(handles, counts, n, group, ids, &plan_);
+    carry_out({}, changes);
   });
 }
 
-void Allocator::advance(i64 handle, i64 count, const i32* tokens, i64 num_tokens) {
-  const i32 one = to_int32(handle, "handle"), more = to_int32(count, "count");
-  mutate([&] {
-    planner_.extend(&one, &more, 1, -1, &plan_);
-    planner_.commit_due(tokens, num_tokens, &plan_);
-    carry_out({});
-  });
-}
-
-TableWrites Allocator::extend_telling(const i32* handles, const i32* counts, i64 n) {
-  return mutate([&] {
-    planner_.extend(handles, counts, n, -1, &plan_);
-    return carry_out_telling();
-  });
-}
-
-TableWrites Allocator::commit_telling(const i32* handles, const i32* counts, i64 n, const i32* tokens) {
-  return mutate([&] {
-    planner_.commit(handles, counts, n, -1, tokens, &plan_);
-    return carry_out_telling();
-  });
-}
-
-TableWrites Allocator::advance_telling(i64 handle, i64 count, const i32* tokens, i64 num_tokens) {
-  const i32 one = to_int32(handle, "handle"), more = to_int32(count, "count");
-  return mutate([&] {
-    planner_.extend(&one, &more, 1, -1, &plan_);
-    planner_.commit_due(tokens, num_tokens, &plan_);
-    return carry_out_telling();
-  });
-}
-
-TableWrites Allocator::carry_out_telling() {
-  TableWrites writes;
-  table_diff_.see(plan_, &writes);
-  carry_out({});
-  table_diff_.written(plan_, &writes);
-  return writes;
+void Allocator::commit(i32 handle, i64 count, i64 group, const i32* ids, TableChanges* changes) {
+  const bool short_enough =
+      group < 0 &&
+      try_short(
+          handle, [&](i64 index, i64 due) { return count >= 0 && count <= due && commit_in_block(index, count, ids); });
+  if (short_enough) return;
+  const i32 known = to_int32(count, "count");
+  commit(&handle, &known, 1, group, ids, changes);
 }
 
 // Room first, then windows move on: all of it in one transaction, which most steps need none of. The lengths come
 // before everything: what looks for pages to reclaim then sees what is needed. `padded`: groups that lack the blocks
 // which padding rows read and write.
-void Allocator::carry_out(const BatchGroups& padded) {
+void Allocator::carry_out(const BatchGroups& padded, TableChanges* changes) {
+  if (changes) table_diff_.see(plan_, changes);
   if (!prefix_.on || plan_.group >= 0) plan_.ids = nullptr;
   const bool publishes = plan_.commits && contents_.completes_any(plan_);
   const bool makes_room = !plan_.needy.empty() || padded.count > 0;
@@ -104,6 +103,7 @@ void Allocator::carry_out(const BatchGroups& padded) {
     contents_.note_published(plan_);
   }
   if (plan_.more) room_.map_ahead(plan_.indices.data(), plan_.n, plan_.group);
+  if (changes) table_diff_.written(plan_, changes);
 }
 
 void Allocator::fill(const i32* handles, i64 n, const i32* new_tokens, i64 rows, GroupBuffers* groups, i64 num_groups) {
@@ -136,7 +136,21 @@ i64 Allocator::find_stale(i64 group, const BatchBuffers& filled, const BatchMark
 
 // ---- one sequence, and nothing to decide ---------------------------------------------------------
 
-bool Allocator::has_room_at_hand(i64 index, i64 count, bool in_last_block) {
+// run(index, due), `due`: tokens that are reserved and not committed. False, and nothing has changed, where that cannot
+// be, where something has to be waited for, and where somebody looks: more than one group, a window, a debug build, a
+// record of everything.
+template <class Short>
+bool Allocator::try_short(i32 handle, const Short& run) {
+  fork_guard_.check("the allocator");
+  const PoolLock lock = pool_->try_lock();
+  if (!lock || !groups_.only_grows() || groups_.geometry().debug || pool_->recording) return false;
+  const i64 index = sequences_.index(handle);
+  return run(index, sequences_.tokens(index, 0) - sequences_.committed(index, 0));
+}
+
+// Of one group that only grows: nothing is to be decided, zeroed or mapped ahead. `in_last_block`: so no table is
+// written.
+bool Allocator::has_room(i64 index, i64 count, bool in_last_block) {
   const i64 have = sequences_.tokens(index, 0), after = have + count;
   if (in_last_block && after > round_up(have, groups_[0].block_tokens)) return false;
   return count >= 0 && groups_.geometry().map_ahead_tokens == 0 && groups_.is_simple() &&
@@ -144,40 +158,11 @@ bool Allocator::has_room_at_hand(i64 index, i64 count, bool in_last_block) {
 }
 
 // False, and nothing has changed, where known tokens complete a block.
-bool Allocator::commit_in_block(i64 index, i64 count, const i32* tokens) {
-  const bool known = prefix_.on && tokens != nullptr;
+bool Allocator::commit_in_block(i64 index, i64 count, const i32* ids) {
+  const bool known = prefix_.on && ids != nullptr;
   if (known && contents_.completes(index, count)) return false;
   sequences_.committed(index, 0) += count;
-  if (known) contents_.note_tail(index, tokens, count);
-  return true;
-}
-
-bool Allocator::extend_at_hand(i64 handle, i64 count, bool in_last_block) {
-  fork_guard_.check("the allocator");
-  const PoolLock lock = pool_->try_lock();
-  if (!lock || !is_plain()) return false;
-  const i64 index = sequences_.index(handle);
-  if (!has_room_at_hand(index, count, in_last_block)) return false;
-  sequences_.tokens(index, 0) += count;
-  return true;
-}
-
-bool Allocator::commit_at_hand(i64 handle, i64 count, const i32* tokens) {
-  fork_guard_.check("the allocator");
-  const PoolLock lock = pool_->try_lock();
-  if (!lock || !is_plain()) return false;
-  const i64 index = sequences_.index(handle), due = sequences_.tokens(index, 0) - sequences_.committed(index, 0);
-  return count >= 0 && count <= due && commit_in_block(index, count, tokens);
-}
-
-bool Allocator::advance_at_hand(i64 handle, i64 count, const i32* tokens, i64 num_tokens, bool in_last_block) {
-  fork_guard_.check("the allocator");
-  const PoolLock lock = pool_->try_lock();
-  if (!lock || !is_plain()) return false;
-  const i64 index = sequences_.index(handle), due = sequences_.tokens(index, 0) - sequences_.committed(index, 0);
-  if ((tokens && num_tokens != due) || !has_room_at_hand(index, count, in_last_block)) return false;
-  if (!commit_in_block(index, due, tokens)) return false;
-  sequences_.tokens(index, 0) += count;
+  if (known) contents_.note_tail(index, ids, count);
   return true;
 }
 

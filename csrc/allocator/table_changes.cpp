@@ -46,7 +46,7 @@ void TableDiff::see_last(i64 row, i64 index, i64 g) {
   if (remainder(tokens, size) == 0) seen_.push_back(write_of(row, quotient(tokens, size), -1, g));
 }
 
-void TableDiff::see(const StepPlan& plan, TableWrites* writes) {
+void TableDiff::see(const StepPlan& plan, TableChanges* changes) {
   seen_.clear();
   for (i64 g = 0; g < groups_.count(); ++g) {
     const Growth growth = groups_[g].growth;
@@ -59,10 +59,12 @@ void TableDiff::see(const StepPlan& plan, TableWrites* writes) {
       if (sequences_.tokens(plan.indices[i], g) == 0) see_last(i, plan.indices[i], g);
     }
   }
-  writes->reserve(most_written(plan));
+  changes->main = static_cast<i32>(groups_.token_group());
+  changes->writes.reserve(most_written(plan));
 }
 
-void TableDiff::written(const StepPlan& plan, TableWrites* writes) const {
+void TableDiff::written(const StepPlan& plan, TableChanges* changes) const {
+  std::vector<TableWrite>& writes = changes->writes;
   for (std::size_t k = 0; k < seen_.size(); ++k) {
     const TableWrite& before = seen_[k];
     const i64 index = plan.indices[before.row], g = before.group;
@@ -71,7 +73,7 @@ void TableDiff::written(const StepPlan& plan, TableWrites* writes) const {
     const i64 end = plan.more && is_last(k) ? blocks : before.column + 1;
     for (i64 ordinal = before.column; ordinal < end; ++ordinal) {
       const i32 block = entry(at, index, g, ordinal);
-      if (ordinal > before.column || block != before.block) writes->push_back(write_of(before.row, ordinal, block, g));
+      if (ordinal > before.column || block != before.block) writes.push_back(write_of(before.row, ordinal, block, g));
     }
   }
 }
@@ -88,10 +90,10 @@ std::size_t TableDiff::most_written(const StepPlan& plan) const {
   return static_cast<std::size_t>(most);
 }
 
-void TableDiff::add_table(i64 row, i64 index, i64 g, TableWrites* entries) const {
+void TableDiff::add_table(i64 row, i64 index, i64 g, TableChanges* entries) const {
   const i64 blocks = ceil_div(sequences_.tokens(index, g), groups_[g].block_tokens);
   const Placement at = table_.view(g).at(index);
-  for (i64 i = 0; i < blocks; ++i) entries->push_back(write_of(row, i, entry(at, index, g, i), g));
+  for (i64 i = 0; i < blocks; ++i) entries->writes.push_back(write_of(row, i, entry(at, index, g, i), g));
 }
 
 }  // namespace kvmem

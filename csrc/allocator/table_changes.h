@@ -15,7 +15,11 @@ namespace kvmem {
 struct TableWrite {
   i32 row, column, block, group;
 };
-using TableWrites = std::vector<TableWrite>;
+
+struct TableChanges {
+  std::vector<TableWrite> writes;  // of all groups
+  i32 main = 0;                    // the group that is meant where none is named
+};
 
 class TableDiff {
  public:
@@ -24,12 +28,12 @@ class TableDiff {
             PageTable& table, bool merges)
       : groups_(groups), sequences_(sequences), index_(index), planner_(planner), table_(table), merges_(merges) {}
 
-  // Before what `plan` says is done. `writes` gets room for all that it may write.
-  void see(const StepPlan& plan, TableWrites* writes);
+  // Before what `plan` says is done. `changes` gets room for all that it may write.
+  [[gnu::noinline]] void see(const StepPlan& plan, TableChanges* changes);
   // And after it: the entries that are another block now, and those that have come.
-  void written(const StepPlan& plan, TableWrites* writes) const;
+  [[gnu::noinline]] void written(const StepPlan& plan, TableChanges* changes) const;
   // All entries of one sequence's table, as row `row`.
-  void add_table(i64 row, i64 index, i64 g, TableWrites* entries) const;
+  void add_table(i64 row, i64 index, i64 g, TableChanges* entries) const;
 
  private:
   i32 entry(const Placement& at, i64 index, i64 g, i64 ordinal) const;
@@ -47,7 +51,7 @@ class TableDiff {
   const Planner& planner_;
   PageTable& table_;
   const bool merges_;
-  TableWrites seen_;
+  std::vector<TableWrite> seen_;
 };
 
 }  // namespace kvmem

@@ -224,7 +224,35 @@ nb::ndarray<std::uint8_t> arena_bytes(nb::handle_t<Allocator> self, i64 group, i
                                    nb::dtype<std::uint8_t>(), info.dlpack_device_type, info.device_index);
 }
 
-nb::class_<Allocator> bind_cache(nb::module_& m) {
+// Fills `out` with what `find` finds of `handles`, without Python's lock: n - `fewer` numbers. `too_short`: the error
+// for a shorter array.
+template <class Find>
+void find_alike(nb::handle self, nb::handle handles, i64 fewer, const char* too_short, const Out<i64>& out,
+                const Find& find) {
+  const Handles ids("handles", handles, self);
+  const i64 n = ids.size(), wanted = std::max(n - fewer, i64{0});
+  if (static_cast<i64>(out.shape(0)) < wanted) throw SpecError(too_short);
+  std::vector<i64> found(n);
+  {
+    const WithoutGil free;
+    find(ids.data(), n, found.data());
+  }
+  std::copy_n(found.data(), wanted, out.data());
+}
+
+void common_blocks(nb::handle_t<Allocator> self, nb::handle handles, i64 group, Out<i64> blocks) {
+  auto& a = nb::cast<Allocator&>(self);
+  find_alike(self, handles, 1, "blocks needs an entry for each pair of neighbours", blocks,
+             [&](const i32* ids, i64 n, i64* out) { a.common_blocks(ids, n, group, out); });
+}
+
+void cascade_order(nb::handle_t<Allocator> self, nb::handle handles, i64 group, Out<i64> order) {
+  auto& a = nb::cast<Allocator&>(self);
+  find_alike(self, handles, 0, "order needs an entry for each handle", order,
+             [&](const i32* ids, i64 n, i64* out) { a.cascade_order(ids, n, group, out); });
+}
+
+nb::class_<Allocator> bind_calls(nb::module_& m) {
   return nb::class_<Allocator>(m, "Allocator",
                                "Sequences over one of the two page tables; kvmem.Allocator is its public face.")
       .def(
@@ -234,78 +262,25 @@ nb::class_<Allocator> bind_cache(nb::module_& m) {
             new (self) Allocator(geometry, std::move(pool), paged, limit_pages, owns_pool, prefix);
           },
           nb::kw_only(), "geometry"_a, "pool"_a, "paged"_a, "limit_pages"_a, "owns_pool"_a, "prefix"_a, Free())
-      .def(
-          "open",
-          [](Allocator& c) {
-            i32 handle = 0;
-            c.open(1, &handle);
-            return handle;
-          },
-          Free())
+      .def("open",
+           [](Allocator& c) {
+             i32 handle = 0;
+             c.open(1, &handle);
+             return handle;
+           })
       .def(
           "open_batch",
           [](Allocator& c, const WritableInt32s& handles) {
             std::vector<i32> opened(handles.size());
-            {
-              nb::gil_scoped_release release;
-              c.open(handles.size(), opened.data());
-            }
+            c.open(handles.size(), opened.data());
             handles.write(opened.data(), handles.size());
           },
           "handles"_a.noconvert())
-      .def(
-          "extend",
-          [](Allocator& c, i32 handle, i64 count, i64 group) {
-            if (group < 0 && c.extend_at_hand(handle, count)) return;  // letting Python's lock go would cost more
-            const WithoutGil free;
-            const i32 small = to_int32(count, "count");
-            c.extend(&handle, &small, 1, group);
-          },
-          "handle"_a, "count"_a, "group"_a = -1)
-      .def(
-          "advance",
-          [](Allocator& c, i32 handle, i32 count, const std::optional<TokenIds>& tokens) {
-            if (tokens) check_ids(*tokens);
-            const i32* ids = tokens ? tokens->data() : nullptr;
-            const i64 num_ids = tokens ? tokens->size() : 0;
-            if (c.advance_at_hand(handle, count, ids, num_ids)) return;
-            const WithoutGil free;
-            c.advance(handle, count, ids, num_ids);
-          },
-          "handle"_a, "count"_a, "tokens"_a.noconvert().none() = nb::none(),
-          "Commits what was reserved, and makes room for count more tokens.")
-      .def(
-          "extend_batch",
-          [](Allocator& c, const Int32s& handles, const Int32s& counts, i64 group) {
-            same_length(handles, counts);
-            c.extend(handles.data(), counts.data(), handles.size(), group);
-          },
-          "handles"_a.noconvert(), "counts"_a.noconvert(), "group"_a = -1, Free())
-      .def(
-          "commit",
-          [](Allocator& c, i32 handle, i64 count, i64 group) {
-            if (group < 0 && c.commit_at_hand(handle, count)) return;
-            const WithoutGil free;
-            const i32 small = to_int32(count, "count");
-            c.commit(&handle, &small, 1, group, nullptr);
-          },
-          "handle"_a, "count"_a, "group"_a = -1)
-      .def(
-          "commit_batch",
-          [](Allocator& c, const Int32s& handles, const Int32s& counts, i64 group) {
-            same_length(handles, counts);
-            c.commit(handles.data(), counts.data(), handles.size(), group, nullptr);
-          },
-          "handles"_a.noconvert(), "counts"_a.noconvert(), "group"_a = -1, Free())
-      .def("truncate", &Allocator::truncate, "handle"_a, "tokens"_a, Free())
+      .def("truncate", &Allocator::truncate, "handle"_a, "tokens"_a)
       .def(
           "fork",
           [](Allocator& c, i64 handle, nb::handle sequence) {
-            i64 child = 0;
-            {
-              const WithoutGil free;
-              child = c.fork(handle);
-            }
+            const i64 child = c.fork(handle);
             keep_in(sequence, "_id", child);
             return child;
           },
@@ -313,79 +288,43 @@ nb::class_<Allocator> bind_cache(nb::module_& m) {
       .def("first_arena", &Allocator::first_arena, "group"_a, "Its number, as ops name it.")
       .def("check_usable", &Allocator::check_usable, "DeviceError in a forked child, and where the pool is poisoned.")
       .def("is_live", &Allocator::is_live, "handle"_a)
-      .def(
-          "free", [](Allocator& c, i32 handle) { c.free(&handle, 1); }, "handle"_a, Free())
-      .def(
-          "free_batch", [](Allocator& c, const Int32s& handles) { c.free(handles.data(), handles.size()); },
-          "handles"_a.noconvert(), Free())
       .def("tokens", &Allocator::tokens, "handle"_a, "group"_a = -1)
       .def("committed", &Allocator::committed, "handle"_a, "group"_a = -1)
       .def("first_token", &Allocator::first_token, "handle"_a, "group"_a = -1)
-      .def("close", &Allocator::close, Free(), "False where the pool is poisoned, so that nothing can be freed.")
-      .def("can_fit", &Allocator::can_fit, "tokens"_a, Free())
+      .def("close", &Allocator::close, "False where the pool is poisoned, so that nothing can be freed.")
+      .def("can_fit", &Allocator::can_fit, "tokens"_a)
       .def("age_seconds", &Allocator::age_seconds, "handle"_a)
       .def(
           "lengths",
-          [](Allocator& c, const Int32s& handles, i64 group, Out<i64> tokens, Out<i64> committed) {
-            const i64 room = static_cast<i64>(std::min(tokens.shape(0), committed.shape(0)));
-            if (room < handles.size()) {
+          [](nb::handle_t<Allocator> self, nb::handle handles, i64 group, Out<i64> tokens, Out<i64> committed) {
+            const Handles ids("handles", handles, self);
+            if (static_cast<i64>(std::min(tokens.shape(0), committed.shape(0))) < ids.size()) {
               throw SpecError("tokens and committed need an entry for each handle");
             }
-            c.lengths(handles.data(), handles.size(), group, tokens.data(), committed.data());
+            nb::cast<Allocator&>(self).lengths(ids.data(), ids.size(), group, tokens.data(), committed.data());
           },
-          "handles"_a.noconvert(), "group"_a, "tokens"_a.noconvert(), "committed"_a.noconvert())
+          "handles"_a.none(), "group"_a, "tokens"_a.noconvert(), "committed"_a.noconvert())
       .def(
           "row", [](Allocator& c, i64 handle, i64 group) { return c.place(handle, group).row; }, "handle"_a,
           "group"_a = -1)
-      .def(
-          "common_blocks",
-          [](Allocator& c, const Int32s& handles, i64 group, Out<i64> blocks) {
-            const i64 n = handles.size();
-            if (static_cast<i64>(blocks.shape(0)) < n - 1) {
-              throw SpecError("blocks needs an entry for each pair of neighbours");
-            }
-            std::vector<i64> found(n);
-            {
-              nb::gil_scoped_release release;
-              c.common_blocks(handles.data(), n, group, found.data());
-            }
-            std::copy_n(found.data(), std::max(n - 1, i64{0}), blocks.data());
-          },
-          "handles"_a.noconvert(), "group"_a, "blocks"_a.noconvert())
-      .def(
-          "cascade_order",
-          [](Allocator& c, const Int32s& handles, i64 group, Out<i64> order) {
-            const i64 n = handles.size();
-            if (static_cast<i64>(order.shape(0)) < n) throw SpecError("order needs an entry for each handle");
-            std::vector<i64> found(n);
-            {
-              nb::gil_scoped_release release;
-              c.cascade_order(handles.data(), n, group, found.data());
-            }
-            std::copy_n(found.data(), n, order.data());
-          },
-          "handles"_a.noconvert(), "group"_a, "order"_a.noconvert())
-      .def("compact", &Allocator::compact, "bytes"_a, Free())
-      .def("trim", &Allocator::trim, "bytes"_a, Free())
-      .def("set_memory", &Allocator::set_memory, "pages"_a, Free())
+      .def("common_blocks", &common_blocks, "handles"_a.none(), "group"_a, "blocks"_a.noconvert())
+      .def("cascade_order", &cascade_order, "handles"_a.none(), "group"_a, "order"_a.noconvert())
+      .def("compact", &Allocator::compact, "bytes"_a)
+      .def("trim", &Allocator::trim, "bytes"_a)
+      .def("set_memory", &Allocator::set_memory, "pages"_a)
       .def("stats", &Allocator::stats, Free())
       .def("check", &Allocator::check, Free())
       .def("digest", &Allocator::digest, Free(),
            "64 bits made of all that a later call could see, and how often a driver has failed when memory was written "
            "or in the mapper, or the eviction order has aged. A call that is refused leaves the first, unless the "
            "second has moved.")
-      .def("record", &Allocator::record, Free())
+      .def("record", &Allocator::record)
       .def(
           "take_ops", [](Allocator& c) { return to_records(c.take_ops()); },
           nb::sig("def take_ops(self) -> list[tuple[str, int, int, int, int, int]]"))
       .def(
-          "apply",
-          [](Allocator& c, const nb::sequence& records) {
-            const std::vector<Op> ops = from_records(records);
-            const WithoutGil free;
-            c.apply(ops);
-          },
-          "ops"_a, nb::sig("def apply(self, ops: Sequence[Sequence[str | int]]) -> None"))
+          "apply", [](Allocator& c, const nb::sequence& records) { c.apply(from_records(records)); }, "ops"_a,
+          nb::sig("def apply(self, ops: Sequence[Sequence[str | int]]) -> None"))
       .def("arena_bytes", &arena_bytes, "group"_a, "arena"_a, "begin"_a = 0, "bytes"_a = -1)
       .def("mapped_extent_bytes", &Allocator::mapped_extent_bytes, "group"_a, "arena"_a, Free())
       .def("handles", &Allocator::handles, Free());
@@ -393,17 +332,18 @@ nb::class_<Allocator> bind_cache(nb::module_& m) {
 
 }  // namespace
 
-void bind_core(nb::module_& m) {
+void bind_allocator(nb::module_& m) {
   bind_ops(m);
   bind_geometry(m);
   bind_pool(m);
   bind_stats(m);
   bind_sequences(m);
   bind_prefix_options(m);
-  nb::class_<Allocator> cache = bind_cache(m);
-  bind_batch(m, cache);
-  bind_prefix(cache);
-  bind_requests(m, cache);
+  nb::class_<Allocator> allocator = bind_calls(m);
+  bind_steps(allocator);
+  bind_batch(m, allocator);
+  bind_prefix(allocator);
+  bind_table_changes(m, allocator);
 }
 
 }  // namespace kvmem

@@ -1,5 +1,7 @@
-// int32 arrays as arguments from Python: by the buffer protocol (numpy, array, memoryview), which takes a third of the
-// time that nanobind's own array does; and by DLPack what has no buffer (torch).
+// Arguments from Python that are many integers: ids of sequences, counts, token ids. int32 arrays are read by the
+// buffer protocol (numpy, array, memoryview), which takes a third of the time that nanobind's own array does; what has
+// no buffer (torch) by DLPack; lists of ints one by one. All else (other types, sequences for their ids) is asked of
+// kvmem, which converts it or raises the error.
 //
 // Another thread may write to a caller's array at any time. So what is passed in is copied once, under Python's lock,
 // before anything is checked; and what is passed out is made in memory of our own and written to the caller's array at
@@ -11,8 +13,6 @@
 
 #include <cstring>
 #include <memory>
-#include <new>
-#include <optional>
 #include <string>
 #include <type_traits>
 
@@ -67,56 +67,114 @@ class HeldArray {
   i64 size_ = 0;
 };
 
-// int32 [n] from Python, copied. Up to kNear of them need no memory from the heap.
+// An int that is an int32, and no bool.
+inline bool read_int(nanobind::handle given, i32* value) {
+  if (!PyLong_CheckExact(given.ptr())) return false;
+  int overflow = 0;
+  const i64 wide = PyLong_AsLongLongAndOverflow(given.ptr(), &overflow);
+  if (overflow != 0 || wide < INT32_MIN || wide > INT32_MAX) return false;
+  *value = static_cast<i32>(wide);
+  return true;
+}
+
+// int32 [n] from Python, copied. Up to kNear of them need no memory from the heap. SpecError for what is none.
 class Int32s {
  public:
-  Int32s() = default;
   Int32s(const Int32s&) = delete;
   Int32s& operator=(const Int32s&) = delete;
-
-  // Once. False for what is no int32 array.
-  bool hold(nanobind::handle given) {
-    HeldArray<const i32> array;
-    if (!array.hold(given)) return false;
-    i32* const to = make_room(array.size());
-    if (to && array.size() > 0) std::memcpy(to, array.data(), array.size() * sizeof(i32));
-    return true;
-  }
-
-  // An address also of no ids, since none at all would say that they are not known.
+  // Null where None was given; an address also of no integers.
   const i32* data() const { return data_; }
-
-  // To be asked before data(). Throws what hold(), which a caster calls, must not: that there are too many, or no room.
-  i64 size() const {
-    if (size_ < 0 || data_ == nullptr) fail();
-    return size_;
-  }
+  i64 size() const { return size_; }
+  explicit operator bool() const { return data_ != nullptr; }
 
  protected:
-  // Null where size() will throw.
-  i32* make_room(i64 n) {
-    size_ = n;
-    if (n > kNear) {
-      far_.reset(n > INT32_MAX ? nullptr : new (std::nothrow) i32[n]);
-      data_ = far_.get();
-    }
-    return data_;
+  // Lists of ints from `least` on, and int32 arrays, or None if they are `optional`. `ask()` returns int32 of all else.
+  template <class Ask>
+  Int32s(nanobind::handle given, bool optional, i32 least, const Ask& ask) {
+    if ((optional && given.is_none()) || take_list(given, least) || take_array(given)) return;
+    const nanobind::object converted = ask();
+    if (!take_array(converted)) throw SpecError("a conversion to int32 has failed");
   }
+  static nanobind::object module(const char* name) { return nanobind::module_::import_(name); }
 
  private:
   static constexpr i64 kNear = 64;
 
-  [[noreturn]] void fail() const {
-    if (size_ <= INT32_MAX) throw std::bad_alloc();
-    throw SpecError("got an array of " + std::to_string(size_) + " int32; a call takes at most " +
-                    std::to_string(INT32_MAX));
+  bool take_array(nanobind::handle given) {
+    HeldArray<const i32> array;
+    if (!array.hold(given)) return false;
+    make_room(array.size());
+    if (array.size() > 0) std::memcpy(data_, array.data(), array.size() * sizeof(i32));
+    return true;
+  }
+  bool take_list(nanobind::handle given, i32 least) {
+    if (!PyList_CheckExact(given.ptr())) return false;
+    const Py_ssize_t n = PyList_GET_SIZE(given.ptr());
+    make_room(n);
+    for (Py_ssize_t i = 0; i < n; ++i) {
+      if (!read_int(PyList_GET_ITEM(given.ptr(), i), &data_[i]) || data_[i] < least) return false;
+    }
+    return true;
+  }
+  void make_room(i64 n) {
+    if (n > INT32_MAX) {
+      throw SpecError("got an array of " + std::to_string(n) + " int32; a call takes at most " +
+                      std::to_string(INT32_MAX));
+    }
+    size_ = n;
+    if (n > kNear) far_.reset(new i32[n]);
+    data_ = n > kNear ? far_.get() : near_;
   }
 
   std::unique_ptr<i32[]> far_;
   i32 near_[kNear];  // not set: most calls need few
-  i32* data_ = near_;
+  i32* data_ = nullptr;
   i64 size_ = 0;
 };
+
+// `field` names them in an error.
+class Counts : public Int32s {
+ public:
+  Counts(const char* field, nanobind::handle given, bool optional = false)
+      : Int32s(given, optional, INT32_MIN, [&] { return module("kvmem.arguments").attr("as_int32")(field, given); }) {}
+};
+
+// Handles of an allocator, or sequences for theirs.
+class Handles : public Int32s {
+ public:
+  Handles(const char* field, nanobind::handle given, nanobind::handle allocator)
+      : Int32s(given, false, INT32_MIN,
+               [&] { return module("kvmem.allocator.ids").attr("handles")(field, given, allocator); }) {}
+};
+
+// Token ids. None of them may be negative: a padding value among the ids would be shared as if it were a token.
+class TokenIds : public Int32s {
+ public:
+  // `read`: whether they are looked at; else arrays may hold anything.
+  explicit TokenIds(nanobind::handle given, bool optional = false, bool read = true)
+      : Int32s(given, optional, 0, [&] { return module("kvmem.allocator.prefix").attr("token_ids")(given); }) {
+    if (read) check();
+  }
+  // Of a commit: `verb` names it in an error.
+  TokenIds(nanobind::handle given, const char* verb)
+      : Int32s(given, false, 0, [&] { return module("kvmem.allocator.prefix").attr("committed_ids")(verb, given); }) {
+    check();
+  }
+
+ private:
+  void check() const {
+    i32 all = 0;
+    for (i64 i = 0; i < size(); ++i) all |= data()[i];
+    if (all < 0) throw SpecError("tokens: got a negative id; token ids are 0 or more");
+  }
+};
+
+// One count. `field` names it in an error.
+inline i32 to_count(const char* field, nanobind::handle given) {
+  i32 value = 0;
+  if (read_int(given, &value)) return value;
+  return nanobind::cast<i32>(nanobind::module_::import_("kvmem.arguments").attr("check_count")(field, given));
+}
 
 // int32 [n] that a call writes to when all is done.
 class WritableInt32s {
@@ -132,63 +190,14 @@ class WritableInt32s {
   HeldArray<i32> array_;
 };
 
-// An int that is an int32, and no bool.
-inline bool read_int(nanobind::handle given, i32* value) {
-  if (!PyLong_CheckExact(given.ptr())) return false;
-  int overflow = 0;
-  const i64 wide = PyLong_AsLongLongAndOverflow(given.ptr(), &overflow);
-  if (overflow != 0 || wide < INT32_MIN || wide > INT32_MAX) return false;
-  *value = static_cast<i32>(wide);
-  return true;
-}
-
-// Token ids: an int32 array, or a list of ints from 0 on, which is what most schedulers have.
-class TokenIds : public Int32s {
- public:
-  bool hold(nanobind::handle given) {
-    if (!PyList_CheckExact(given.ptr())) return Int32s::hold(given);
-    const Py_ssize_t n = PyList_GET_SIZE(given.ptr());
-    i32* const to = make_room(n);
-    for (Py_ssize_t i = 0; to && i < n; ++i) {
-      if (!read_int(PyList_GET_ITEM(given.ptr(), i), &to[i]) || to[i] < 0) return false;
-    }
-    return true;
-  }
-};
-
 }  // namespace kvmem
 
 namespace nanobind::detail {
-
-template <>
-struct type_caster<kvmem::Int32s> {
-  NB_TYPE_CASTER(kvmem::Int32s, const_name("NDArray[numpy.int32]"))
-  bool from_python(handle src, uint32_t, cleanup_list*) noexcept { return value.hold(src); }
-};
 
 template <>
 struct type_caster<kvmem::WritableInt32s> {
   NB_TYPE_CASTER(kvmem::WritableInt32s, const_name("NDArray[numpy.int32]"))
   bool from_python(handle src, uint32_t, cleanup_list*) noexcept { return value.hold(src); }
 };
-
-template <>
-struct type_caster<kvmem::TokenIds> {
-  NB_TYPE_CASTER(kvmem::TokenIds, const_name("list[int] | NDArray[numpy.int32]"))
-  bool from_python(handle src, uint32_t, cleanup_list*) noexcept { return value.hold(src); }
-};
-
-// nanobind's own moves what is held, and these have an address inside of themselves.
-template <class T>
-struct optional_in_place {
-  NB_TYPE_CASTER(std::optional<T>, optional_name(make_caster<T>::Name))
-  bool from_python(handle src, uint32_t, cleanup_list*) noexcept { return src.is_none() || value.emplace().hold(src); }
-};
-
-template <>
-struct type_caster<std::optional<kvmem::Int32s>> : optional_in_place<kvmem::Int32s> {};
-
-template <>
-struct type_caster<std::optional<kvmem::TokenIds>> : optional_in_place<kvmem::TokenIds> {};
 
 }  // namespace nanobind::detail

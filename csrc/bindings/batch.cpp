@@ -159,10 +159,7 @@ void refill(const Allocator& c, i64 group, Buffers& out, const std::optional<Oth
   const Filling filling(out);
   GroupBuffers one{group < 0 ? c.groups().token_group() : group, &out.at, &out.marks, {}};
   if (!others) {
-    {
-      const WithoutGil free;
-      fill(&one, 1);
-    }
+    fill(&one, 1);
     out.sizes = one.sizes, out.filled = true;
     return;
   }
@@ -172,10 +169,7 @@ void refill(const Allocator& c, i64 group, Buffers& out, const std::optional<Oth
     rest.push_back(std::make_unique<Filling>(*buffers));
     all.push_back({g, &buffers->at, &buffers->marks, {}});
   }
-  {
-    const WithoutGil free;
-    fill(all.data(), static_cast<i64>(all.size()));
-  }
+  fill(all.data(), static_cast<i64>(all.size()));
   out.sizes = all[0].sizes, out.filled = true;
   for (std::size_t k = 0; k < others->size(); ++k) {
     (*others)[k].second->sizes = all[k + 1].sizes, (*others)[k].second->filled = true;
@@ -188,11 +182,7 @@ void refill(const Allocator& c, i64 group, Buffers& out, const std::optional<Oth
 void check_current(Allocator& c, i64 group, Buffers& batch) {
   if (batch.filled && c.changes() == batch.sizes.changes && !c.pool().is_poisoned()) return;
   if (!batch.filled) throw SpecError("batch: its last fill failed, or there was none; fill() it");
-  i64 stale = -1;
-  {
-    nb::gil_scoped_release release;
-    stale = c.find_stale(group, batch.at, batch.marks, &batch.sizes);
-  }
+  const i64 stale = c.find_stale(group, batch.at, batch.marks, &batch.sizes);
   if (stale < 0) return;
   throw StaleHandle("batch: since it was filled, sequence handle " + std::to_string(stale) +
                     " was freed, or tokens that the batch has of it were cut off, passed by a window or moved; " +
@@ -200,7 +190,7 @@ void check_current(Allocator& c, i64 group, Buffers& batch) {
 }
 
 // A sequence that stands in a batch twice would have its new tokens written twice, to the same places.
-void check_each_once(const Int32s& handles) {
+void check_each_once(const Handles& handles) {
   constexpr i64 kBits = 4096;  // handles are numbers in a row: where there are fewer, two seldom share a bit
   std::uint64_t seen[kBits / 64] = {};
   bool again = false;
@@ -220,55 +210,54 @@ void check_each_once(const Int32s& handles) {
 }
 
 // A batch has a row for each sequence at least.
-void check_rows(const Int32s& handles, i64 rows) {
+void check_rows(const Handles& handles, i64 rows) {
   if (rows < 0 || rows >= handles.size()) return;  // below 0: nobody asked
   throw SpecError("pad_to: got " + std::to_string(rows) + "; the batch has " + std::to_string(handles.size()) +
                   " sequences, and pads behind them: give " + std::to_string(handles.size()) +
                   " or more, or leave it out");
 }
 
-void bind_batch(nb::module_& m, nb::class_<Allocator>& cache) {
+void fill(nb::handle_t<Allocator> self, nb::handle handles, nb::handle new_tokens, i64 group, i64 rows, Buffers& out,
+          const std::optional<Others>& others) {
+  auto& a = nb::cast<Allocator&>(self);
+  const Handles ids("ids", handles, self);
+  const Counts fresh("new_tokens", new_tokens, true);
+  if (fresh) same_length(ids, fresh);
+  check_each_once(ids);
+  check_rows(ids, rows);
+  refill(a, group, out, others,
+         [&](GroupBuffers* groups, i64 count) { a.fill(ids.data(), ids.size(), fresh.data(), rows, groups, count); });
+}
+
+void step_batch(nb::handle_t<Allocator> self, nb::handle handles, nb::handle counts, nb::handle tokens, i64 rows,
+                Buffers& out, const std::optional<Others>& others) {
+  auto& a = nb::cast<Allocator&>(self);
+  const Handles ids("ids", handles, self);
+  const Counts more("counts", counts, true);
+  const TokenIds known(tokens, true);
+  if (more) same_length(ids, more);
+  check_rows(ids, rows);
+  refill(a, -1, out, others, [&](GroupBuffers* groups, i64 count) {
+    a.step(ids.data(), more.data(), ids.size(), known.data(), known.size(), rows, groups, count);
+  });
+}
+
+void bind_batch(nb::module_& m, nb::class_<Allocator>& allocator) {
   bind_buffers(m);
-  cache
+  allocator
       .def("check_current", &check_current, "group"_a, "batch"_a,
            "StaleHandle if the tokens of the batch no longer lie where it says.")
-      .def(
-          "fill",
-          [](Allocator& c, const Int32s& handles, const std::optional<Int32s>& new_tokens, i64 group, i64 rows,
-             Buffers& out, const std::optional<Others>& others) {
-            if (new_tokens) same_length(handles, *new_tokens);
-            check_each_once(handles);
-            check_rows(handles, rows);
-            const i64 n = handles.size();
-            const i32* fresh = new_tokens ? new_tokens->data() : nullptr;
-            refill(c, group, out, others,
-                   [&](GroupBuffers* groups, i64 count) { c.fill(handles.data(), n, fresh, rows, groups, count); });
-          },
-          "handles"_a.noconvert(), "new_tokens"_a.noconvert().none(), "group"_a, "rows"_a, "out"_a,
-          "others"_a.none() = nb::none(),
-          nb::sig("def fill(self, handles: NDArray[numpy.int32], new_tokens: NDArray[numpy.int32] | None, group: int, "
-                  "rows: int, out: BatchBuffers, others: list[tuple[int, BatchBuffers]] | None = None) -> None"),
-          "Fills `out` for a group, and others for theirs.")
-      .def(
-          "step",
-          [](Allocator& c, const Int32s& handles, const std::optional<Int32s>& counts,
-             const std::optional<Int32s>& tokens, i64 rows, Buffers& out, const std::optional<Others>& others) {
-            if (counts) same_length(handles, *counts);
-            if (tokens) check_ids(*tokens);
-            check_rows(handles, rows);
-            const i64 n = handles.size(), known = tokens ? tokens->size() : 0;
-            const i32 *more = counts ? counts->data() : nullptr, *ids = tokens ? tokens->data() : nullptr;
-            refill(c, -1, out, others, [&](GroupBuffers* groups, i64 count) {
-              c.step(handles.data(), more, n, ids, known, rows, groups, count);
-            });
-          },
-          "handles"_a.noconvert(), "counts"_a.noconvert().none(), "tokens"_a.noconvert().none(), "rows"_a, "out"_a,
-          "others"_a.none() = nb::none(),
-          nb::sig("def step(self, handles: NDArray[numpy.int32], counts: NDArray[numpy.int32] | None, "
-                  "tokens: NDArray[numpy.int32] | None, rows: int, out: BatchBuffers, "
-                  "others: list[tuple[int, BatchBuffers]] | None = None) -> None"),
-          "counts None: one token each. `out`: of the first group that grows with the tokens; others: of other "
-          "groups.");
+      .def("fill", &fill, "handles"_a.none(), "new_tokens"_a.none(), "group"_a, "rows"_a, "out"_a,
+           "others"_a.none() = nb::none(),
+           nb::sig("def fill(self, handles: object, new_tokens: object, group: int, rows: int, out: BatchBuffers, "
+                   "others: list[tuple[int, BatchBuffers]] | None = None) -> None"),
+           "Fills `out` for a group, and others for theirs.")
+      .def("step_batch", &step_batch, "handles"_a.none(), "counts"_a.none(), "tokens"_a.none(), "rows"_a, "out"_a,
+           "others"_a.none() = nb::none(),
+           nb::sig("def step_batch(self, handles: object, counts: object, tokens: object, rows: int, "
+                   "out: BatchBuffers, others: list[tuple[int, BatchBuffers]] | None = None) -> None"),
+           "counts None: one token each. `out`: of the first group that grows with the tokens; others: of other "
+           "groups.");
 }
 
 }  // namespace kvmem

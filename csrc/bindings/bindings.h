@@ -12,6 +12,7 @@
 
 namespace kvmem {
 class Allocator;
+struct TableChanges;
 
 // Python's lock comes back to the thread; `state` is what PyEval_SaveThread() returned. A thread that comes back when
 // the interpreter is ending never gets it: Python ends such a thread by unwinding its stack, which no destructor
@@ -42,16 +43,20 @@ inline void keep_in(nanobind::handle object, const char* name, i64 value) {
   if (!object.is_none()) object.attr(name) = value;
 }
 
-void bind_drivers(nanobind::module_& m);  // bindings_drivers.cpp
-void bind_core(nanobind::module_& m);     // bindings_core.cpp
+void bind_drivers(nanobind::module_& m);
+void bind_allocator(nanobind::module_& m);
 void bind_prefix_options(nanobind::module_& m);
 void bind_token_blocks(nanobind::module_& m);
-void bind_prefix(nanobind::class_<Allocator>& cache);                          // bindings_prefix.cpp
-void bind_requests(nanobind::module_& m, nanobind::class_<Allocator>& cache);  // bindings_requests.cpp
-void bind_batch(nanobind::module_& m, nanobind::class_<Allocator>& cache);     // bindings_batch.cpp
-void bind_events(nanobind::module_& m);                                        // bindings_events.cpp
-void bind_eviction(nanobind::module_& m);                                      // bindings_eviction.cpp
-void bind_scope(nanobind::module_& m);                                         // bindings_scope.cpp
+void bind_prefix(nanobind::class_<Allocator>& allocator);
+void bind_steps(nanobind::class_<Allocator>& allocator);
+void bind_table_changes(nanobind::module_& m, nanobind::class_<Allocator>& allocator);
+void bind_batch(nanobind::module_& m, nanobind::class_<Allocator>& allocator);
+void bind_events(nanobind::module_& m);
+void bind_eviction(nanobind::module_& m);
+void bind_scope(nanobind::module_& m);
+
+// None for the most frequent answer, that nothing was written: kvmem has one object for all of those.
+nanobind::object to_python(TableChanges changes);  // table_changes.cpp
 
 // Arrays never convert: a conversion would let writes to a wrong-typed output vanish into a temporary copy.
 template <class T, int D = 1>
@@ -64,24 +69,13 @@ inline void same_length(const Int32s& handles, const Int32s& counts) {
   }
 }
 
-// None of them may be negative: a padding value among the ids would be shared as if it were a token.
-inline void check_ids(const i32* tokens, i64 n) {
-  i32 all = 0;
-  for (i64 i = 0; i < n; ++i) all |= tokens[i];
-  if (all < 0) throw SpecError("tokens: got a negative id; token ids are 0 or more");
-}
-template <class Ids>  // Int32s or TokenIds
-void check_ids(const Ids& tokens) {
-  check_ids(tokens.data(), tokens.size());
-}
-
 // Tokens of one call: as many as the counts say.
-template <class Ids>
-void check_tokens(const Int32s& counts, const Ids& tokens) {
+inline void check_tokens(const Counts& counts, const TokenIds& tokens) {
   i64 wanted = 0;
   for (i64 i = 0; i < counts.size(); ++i) wanted += counts.data()[i] > 0 ? counts.data()[i] : 0;
   if (wanted != tokens.size()) {
     throw SpecError("got " + std::to_string(tokens.size()) + " token ids for counts of " + std::to_string(wanted));
   }
 }
+
 }  // namespace kvmem

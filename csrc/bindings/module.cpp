@@ -54,7 +54,7 @@ NB_MODULE(_core, m) {
   wait_hooks = {[]() -> void* { return PyGILState_Check() ? PyEval_SaveThread() : nullptr; }, &take_gil};
   nb::register_exception_translator(translate);
   bind_drivers(m);
-  bind_core(m);
+  bind_allocator(m);
   bind_eviction(m);
   bind_events(m);
   bind_token_blocks(m);

@@ -23,8 +23,6 @@ using namespace nb::literals;
 namespace kvmem {
 namespace {
 
-using Free = nb::call_guard<WithoutGil>;
-
 // What stands for None is the empty key, which sequences have that were opened without any.
 std::string none_is_empty(const char* encoded, std::size_t bytes) {
   return bytes > 0 && encoded[0] == 'n' ? std::string() : std::string(encoded, bytes);
@@ -45,6 +43,12 @@ void check_prompt(const Allocator& c, i64 n) {
   throw SpecError("tokens: got a prompt of " + std::to_string(n) + "; a sequence can hold " +
                   std::to_string(group.max_tokens) +
                   " (max_tokens): cut the prompt, or make the allocator with a larger max_tokens");
+}
+
+// What a call has made for Python, and how many tokens it has.
+std::pair<i64, i64> kept(nb::handle object, i64 id, const char* count, i64 tokens) {
+  keep_in(object, "_id", id), keep_in(object, count, tokens);
+  return {id, tokens};
 }
 
 // In the order of MatchEnd.
@@ -82,18 +86,20 @@ void bind_token_blocks(nb::module_& m) {
       .def("reserve", &TokenBlocks::reserve, "blocks"_a)
       .def(
           "put",
-          [check](TokenBlocks& self, i32 block, const Int32s& tokens) {
+          [check](TokenBlocks& self, i32 block, nb::handle given) {
+            const Counts tokens("tokens", given);
             check(self, block, tokens.size(), self.block_tokens());
             self.put(block, tokens.data());
           },
-          "block"_a, "tokens"_a.noconvert())
+          "block"_a, "tokens"_a)
       .def(
           "common",
-          [check](const TokenBlocks& self, i32 block, const Int32s& tokens) {
+          [check](const TokenBlocks& self, i32 block, nb::handle given) {
+            const Counts tokens("tokens", given);
             check(self, block, tokens.size(), 0);
             return self.common(block, tokens.data(), tokens.size());
           },
-          "block"_a, "tokens"_a.noconvert(), "How many of these tokens the block begins with.")
+          "block"_a, "tokens"_a, "How many of these tokens the block begins with.")
       .def(
           "copy",
           [check](const TokenBlocks& self, i32 block, Out<i32> out) {
@@ -104,124 +110,79 @@ void bind_token_blocks(nb::module_& m) {
       .def_prop_ro("bits", &TokenBlocks::bits, "Of one id.");
 }
 
-void bind_prefix(nb::class_<Allocator>& cache) {
-  cache
+void bind_prefix(nb::class_<Allocator>& allocator) {
+  allocator
       .def(
           "admit",
-          [](Allocator& c, const TokenIds& tokens, const nb::bytes& salt, const nb::bytes& extra_key,
-             nb::handle sequence) {
-            check_prompt(c, tokens.size());
-            if (c.shares()) check_ids(tokens);  // else they are not read at all
-            const PrefixKey key = key_of(salt, extra_key);
-            i64 cached = 0, handle = 0;
-            {
-              const WithoutGil free;
-              handle = c.admit(tokens.data(), tokens.size(), key, &cached);
-            }
-            keep_in(sequence, "_id", handle), keep_in(sequence, "num_cached_tokens", cached);
-            return std::make_pair(handle, cached);
+          [](Allocator& a, nb::handle tokens, const nb::bytes& salt, const nb::bytes& extra_key, nb::handle sequence) {
+            const TokenIds ids(tokens, false, a.shares());
+            check_prompt(a, ids.size());
+            i64 cached = 0;
+            const i64 handle = a.admit(ids.data(), ids.size(), key_of(salt, extra_key), &cached);
+            return kept(sequence, handle, "num_cached_tokens", cached);
           },
-          "tokens"_a.noconvert(), "salt"_a, "extra_key"_a, "sequence"_a = nb::none(),
+          "tokens"_a.none(), "salt"_a, "extra_key"_a, "sequence"_a = nb::none(),
           "A new sequence: its handle, and how many tokens it has; also told to the object that stands for it.")
       .def(
           "begin",
-          [](Allocator& c, const TokenIds& tokens, const nb::bytes& salt, const nb::bytes& extra_key, i64 count,
+          [](Allocator& a, nb::handle tokens, const nb::bytes& salt, const nb::bytes& extra_key, i64 count,
              nb::handle sequence) {
-            check_prompt(c, tokens.size());
-            if (c.shares()) check_ids(tokens);
-            const PrefixKey key = key_of(salt, extra_key);
-            i64 cached = 0, handle = 0;
-            {
-              const WithoutGil free;
-              handle = c.begin(tokens.data(), tokens.size(), key, count, &cached);
-            }
-            keep_in(sequence, "_id", handle), keep_in(sequence, "num_cached_tokens", cached);
-            return std::make_pair(handle, cached);
+            const TokenIds ids(tokens, false, a.shares());
+            check_prompt(a, ids.size());
+            i64 cached = 0;
+            const i64 handle = a.begin(ids.data(), ids.size(), key_of(salt, extra_key), count, &cached);
+            return kept(sequence, handle, "num_cached_tokens", cached);
           },
-          "tokens"_a.noconvert(), "salt"_a, "extra_key"_a, "count"_a, "sequence"_a = nb::none(),
+          "tokens"_a.none(), "salt"_a, "extra_key"_a, "count"_a, "sequence"_a = nb::none(),
           "admit() with room for `count` more tokens, or (-1) for the rest of them; else OutOfMemory.")
       .def(
           "admit_batch",
-          [](Allocator& c, const TokenIds& tokens, const std::optional<Int32s>& counts, const nb::bytes& salt,
-             const nb::bytes& extra_key, const WritableInt32s& handles, const WritableInt32s& cached) {
-            if (c.shares()) check_ids(tokens);
-            if (counts) check_tokens(*counts, tokens);
-            const i32 all = to_int32(tokens.size(), "tokens");
-            const i32* lengths = counts ? counts->data() : &all;
-            const i64 n = counts ? counts->size() : 1;
-            if (handles.size() < n || cached.size() < n)
+          [](Allocator& a, nb::handle tokens, nb::handle counts, const nb::bytes& salt, const nb::bytes& extra_key,
+             const WritableInt32s& handles, const WritableInt32s& cached) {
+            const TokenIds ids(tokens, false, a.shares());
+            const Counts lengths("counts", counts, true);
+            if (lengths) check_tokens(lengths, ids);
+            const i32 all = static_cast<i32>(ids.size());
+            const i64 n = lengths ? lengths.size() : 1;
+            if (handles.size() < n || cached.size() < n) {
               throw SpecError("handles and cached need an entry for each prompt");
-            const PrefixKey key = key_of(salt, extra_key);
-            std::vector<i32> opened(n, -1), found(n);
-            handles.write(opened.data(), n);  // none yet, for whoever is interrupted
-            i64 done = 0;
-            {
-              const WithoutGil free;
-              done = c.admit_batch(tokens.data(), lengths, n, key, opened.data(), found.data());
             }
+            std::vector<i32> opened(n, -1), found(n);
+            handles.write(opened.data(), n);  // none yet, for a caller that is interrupted
+            const i64 done = a.admit_batch(ids.data(), lengths ? lengths.data() : &all, n, key_of(salt, extra_key),
+                                           opened.data(), found.data());
             handles.write(opened.data(), done);
             cached.write(found.data(), done);
             return done;
           },
-          "tokens"_a.noconvert(), "counts"_a.noconvert().none(), "salt"_a, "extra_key"_a, "handles"_a.noconvert(),
+          "tokens"_a.none(), "counts"_a.none(), "salt"_a, "extra_key"_a, "handles"_a.noconvert(),
           "cached"_a.noconvert(), "How many prompts got room.")
       .def(
           "match",
-          [](Allocator& c, const TokenIds& tokens, const nb::bytes& salt, const nb::bytes& extra_key) {
-            check_ids(tokens);
+          [](Allocator& a, nb::handle tokens, const nb::bytes& salt, const nb::bytes& extra_key) {
+            const TokenIds ids(tokens);
             const PrefixKey key = key_of(salt, extra_key);
             const WithoutGil free;
-            const Match match = c.match(tokens.data(), tokens.size(), key);
+            const Match match = a.match(ids.data(), ids.size(), key);
             return std::make_pair(match.tokens, std::string(kEnds[static_cast<int>(match.end)]));
           },
-          "tokens"_a.noconvert(), "salt"_a, "extra_key"_a, "How many tokens are cached, and why not more.")
-      .def(
-          "commit_tokens",
-          [](Allocator& c, i32 handle, const TokenIds& tokens) {
-            check_ids(tokens);
-            const i32 count = to_int32(tokens.size(), "tokens");
-            if (c.commit_at_hand(handle, count, tokens.data())) return;
-            const WithoutGil free;
-            c.commit(&handle, &count, 1, -1, tokens.data());
-          },
-          "handle"_a, "tokens"_a.noconvert())
-      .def(
-          "commit_tokens_batch",
-          [](Allocator& c, const Int32s& handles, const Int32s& counts, const Int32s& tokens) {
-            same_length(handles, counts);
-            check_tokens(counts, tokens);
-            check_ids(tokens);
-            const WithoutGil free;
-            c.commit(handles.data(), counts.data(), handles.size(), -1, tokens.data());
-          },
-          "handles"_a.noconvert(), "counts"_a.noconvert(), "tokens"_a.noconvert())
+          "tokens"_a.none(), "salt"_a, "extra_key"_a, "How many tokens are cached, and why not more.")
       .def(
           "pin",
-          [](Allocator& c, i64 handle, i64 tokens, nb::handle kept) {
-            Pins::Pinned made{};
-            {
-              const WithoutGil free;
-              made = c.pin(handle, tokens);
-            }
-            keep_in(kept, "_id", made.pin), keep_in(kept, "num_tokens", made.tokens);
-            return std::make_pair(made.pin, made.tokens);
+          [](Allocator& a, i64 handle, i64 tokens, nb::handle pin) {
+            const Pins::Pinned made = a.pin(handle, tokens);
+            return kept(pin, made.pin, "num_tokens", made.tokens);
           },
           "handle"_a, "tokens"_a, "pin"_a = nb::none(),
           "The first tokens of a sequence (-1: all known): a pin, and how many it keeps.")
       .def(
           "pin_tokens",
-          [](Allocator& c, const TokenIds& tokens, const nb::bytes& salt, const nb::bytes& extra_key, nb::handle kept) {
-            check_ids(tokens);
-            const PrefixKey key = key_of(salt, extra_key);
-            Pins::Pinned made{};
-            {
-              const WithoutGil free;
-              made = c.pin(tokens.data(), tokens.size(), key);
-            }
-            keep_in(kept, "_id", made.pin), keep_in(kept, "num_tokens", made.tokens);
-            return std::make_pair(made.pin, made.tokens);
+          [](Allocator& a, nb::handle tokens, const nb::bytes& salt, const nb::bytes& extra_key, nb::handle pin) {
+            const TokenIds ids(tokens);
+            const Pins::Pinned made = a.pin(ids.data(), ids.size(), key_of(salt, extra_key));
+            return kept(pin, made.pin, "num_tokens", made.tokens);
           },
-          "tokens"_a.noconvert(), "salt"_a, "extra_key"_a, "pin"_a = nb::none())
+          "tokens"_a.none(), "salt"_a, "extra_key"_a, "pin"_a = nb::none())
       .def(
           "pins",
           [](Allocator& c) {
@@ -230,9 +191,9 @@ void bind_prefix(nb::class_<Allocator>& cache) {
             return found;
           },
           "Every pin that keeps something, and how many tokens it keeps; in the order in which they were made.")
-      .def("unpin", &Allocator::unpin, "pin"_a, Free())
-      .def("snapshot", &Allocator::snapshot, "handle"_a, Free())
-      .def("retain", &Allocator::retain, "handle"_a, "start"_a, "end"_a, "priority"_a, "seconds"_a, Free())
+      .def("unpin", &Allocator::unpin, "pin"_a)
+      .def("snapshot", &Allocator::snapshot, "handle"_a)
+      .def("retain", &Allocator::retain, "handle"_a, "start"_a, "end"_a, "priority"_a, "seconds"_a)
       .def(
           "retained",
           [](Allocator& c, i64 handle) {
@@ -243,7 +204,7 @@ void bind_prefix(nb::class_<Allocator>& cache) {
             return ranges;
           },
           "handle"_a, "What holds of which blocks: (first, end, priority, seconds), ascending, no block twice.")
-      .def("clear_cache", &Allocator::clear_cache, Free())
+      .def("clear_cache", &Allocator::clear_cache)
       .def(
           "drain_events",
           [](Allocator& c, i64 taken, i64 max, bool restart) {

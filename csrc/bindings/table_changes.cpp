@@ -19,19 +19,13 @@ using namespace nb::literals;
 namespace kvmem {
 namespace {
 
-// ---- TableChanges --------------------------------------------------------------------------------
-
-struct TableChanges {
-  TableWrites writes;  // of all groups
-  i32 main = 0;        // the group that rows, columns, blocks and write() speak of
-
-  template <class F>
-  void each(F f) const {
-    for (const TableWrite& w : writes) {
-      if (w.group == main) f(w);
-    }
+// Of the group that rows, columns, blocks and write() speak of.
+template <class F>
+void each_main(const TableChanges& changes, F f) {
+  for (const TableWrite& w : changes.writes) {
+    if (w.group == changes.main) f(w);
   }
-};
+}
 
 // A slot, because a scheduler asks every answer whether it is empty: a method would be a call each.
 Py_ssize_t length_of(PyObject* self) {
@@ -51,7 +45,7 @@ Column column_of(const TableChanges& changes) {
   std::size_t n = 0;
   i32* values = new i32[changes.writes.size()];
   const nb::capsule owner(values, [](void* p) noexcept { delete[] static_cast<i32*>(p); });
-  changes.each([&](const TableWrite& w) { values[n++] = w.*kField; });
+  each_main(changes, [&](const TableWrite& w) { values[n++] = w.*kField; });
   return Column(values, {n}, owner);
 }
 
@@ -87,12 +81,12 @@ class Table {
 void write_changes(const TableChanges& changes, nb::handle given, i64 row) {
   if (changes.writes.empty()) return;
   Table table(given);
-  changes.each([&](const TableWrite& w) {
+  each_main(changes, [&](const TableWrite& w) {
     if (table.has(row + w.row, w.column)) return;
     throw SpecError("table: entry [" + std::to_string(row + w.row) + ", " + std::to_string(w.column) +
                     "] was written, which one of [" + table.shape() + "] does not have; nothing was copied to it");
   });
-  changes.each([&](const TableWrite& w) { table.set(row + w.row, w.column, w.block); });
+  each_main(changes, [&](const TableWrite& w) { table.set(row + w.row, w.column, w.block); });
 }
 
 TableChanges of_group(const TableChanges& changes, i32 group) {
@@ -122,7 +116,7 @@ State packed(const TableChanges& changes) {
 void unpack(TableChanges& changes, const State& state) {
   const nb::bytes& bytes = state.second;
   if (bytes.size() % sizeof(TableWrite) != 0) throw SpecError("TableChanges: a broken pickle");
-  TableWrites writes(bytes.size() / sizeof(TableWrite));
+  std::vector<TableWrite> writes(bytes.size() / sizeof(TableWrite));
   std::copy_n(static_cast<const char*>(bytes.data()), bytes.size(), reinterpret_cast<char*>(writes.data()));
   new (&changes) TableChanges{std::move(writes), state.first};
 }
@@ -166,110 +160,26 @@ void bind_changes(nb::module_& m) {
       .def("__setstate__", &unpack);
 }
 
-// ---- the calls -----------------------------------------------------------------------------------
-
-// None for the most frequent answer, that nothing was written: kvmem.allocator.scheduler has one object for all of
-// those.
-nb::object to_python(TableWrites writes, i64 main) {
-  return writes.empty() ? nb::none() : nb::cast(TableChanges{std::move(writes), static_cast<i32>(main)});
-}
-
-// What `tell` says was written. Where nothing is to be decided the callers come without: letting Python's lock go would
-// cost more than the work.
-template <class Tell>
-nb::object told(const Allocator& c, const Tell& tell) {
-  TableWrites writes;
-  {
-    const WithoutGil free;
-    writes = tell();
-  }
-  return to_python(std::move(writes), c.groups().token_group());
-}
-
-nb::object grow(Allocator& c, i32 handle, nb::handle count) {
-  i32 more = 0;
-  if (!read_int(count, &more)) throw nb::next_overload();  // a TypeError: there is none
-  if (c.extend_at_hand(handle, more, true)) return nb::none();
-  return told(c, [&] { return c.extend_telling(&handle, &more, 1); });
-}
-
-nb::object publish_count(Allocator& c, i32 handle, nb::handle given) {
-  i32 count = 0;
-  if (!read_int(given, &count)) throw nb::next_overload();
-  if (c.commit_at_hand(handle, count)) return nb::none();
-  return told(c, [&] { return c.commit_telling(&handle, &count, 1, nullptr); });
-}
-
-nb::object publish(Allocator& c, i32 handle, nb::handle tokens) {
-  TokenIds ids;
-  if (!ids.hold(tokens)) throw nb::next_overload();
-  check_ids(ids);
-  const i32 count = to_int32(ids.size(), "tokens");
-  if (c.commit_at_hand(handle, count, ids.data())) return nb::none();
-  return told(c, [&] { return c.commit_telling(&handle, &count, 1, ids.data()); });
-}
-
-nb::object decode(Allocator& c, i32 handle, nb::handle count, const std::optional<TokenIds>& tokens) {
-  i32 more = 0;
-  if (!read_int(count, &more)) throw nb::next_overload();
-  if (tokens) check_ids(*tokens);
-  const i32* ids = tokens ? tokens->data() : nullptr;
-  const i64 num_ids = tokens ? tokens->size() : 0;
-  if (c.advance_at_hand(handle, more, ids, num_ids, true)) return nb::none();
-  return told(c, [&] { return c.advance_telling(handle, more, ids, num_ids); });
-}
-
-nb::object grow_batch(Allocator& c, const Int32s& handles, const Int32s& counts) {
-  same_length(handles, counts);
-  return told(c, [&] { return c.extend_telling(handles.data(), counts.data(), handles.size()); });
-}
-
-nb::object publish_batch(Allocator& c, const Int32s& handles, const Int32s& counts,
-                         const std::optional<Int32s>& tokens) {
-  same_length(handles, counts);
-  if (tokens) check_tokens(counts, *tokens);
-  if (tokens) check_ids(*tokens);
-  const i32* ids = tokens ? tokens->data() : nullptr;
-  return told(c, [&] { return c.commit_telling(handles.data(), counts.data(), handles.size(), ids); });
-}
-
 }  // namespace
 
-void bind_requests(nb::module_& m, nb::class_<Allocator>& cache) {
+nb::object to_python(TableChanges changes) {
+  return changes.writes.empty() ? nb::none() : nb::cast(std::move(changes));
+}
+
+void bind_table_changes(nb::module_& m, nb::class_<Allocator>& allocator) {
   bind_changes(m);
-  cache
-      .def("grow", &grow, nb::sig("def grow(self, handle: int, count: int, /) -> TableChanges | None"),
-           "extend() that tells which table entries it wrote; None for none.")
-      .def("publish", &publish,
-           nb::sig("def publish(self, handle: int, tokens: list[int] | NDArray[numpy.int32], /) "
-                   "-> TableChanges | None"),
-           "commit_tokens(), told like this. TypeError for tokens of another type, a bare count among them.")
-      .def("publish_count", &publish_count,
-           nb::sig("def publish_count(self, handle: int, count: int, /) -> TableChanges | None"),
-           "commit(), told like this.")
-      .def("decode", &decode, nb::arg(), nb::arg(), nb::arg().none(),
-           nb::sig("def decode(self, handle: int, count: int, tokens: list[int] | NDArray[numpy.int32] | None, /) "
-                   "-> TableChanges | None"),
-           "advance(), told like this.")
-      .def("grow_batch", &grow_batch,
-           nb::sig("def grow_batch(self, handles: NDArray[numpy.int32], "
-                   "counts: NDArray[numpy.int32], /) -> TableChanges | None"))
-      .def("publish_batch", &publish_batch, nb::arg(), nb::arg(), nb::arg().none(),
-           nb::sig("def publish_batch(self, handles: NDArray[numpy.int32], counts: NDArray[numpy.int32], "
-                   "tokens: NDArray[numpy.int32] | None, /) -> TableChanges | None"))
+  allocator
       .def(
-          "table",
-          [](Allocator& c, i64 handle, i64 group) {
-            return to_python(c.table(handle, group), group < 0 ? c.groups().token_group() : group);
-          },
+          "table", [](Allocator& a, i64 handle, i64 group) { return to_python(a.table(handle, group)); },
           nb::sig("def table(self, handle: int, group: int, /) -> TableChanges | None"),
-          "All entries of one table, or (-1) of those of all groups; those that a window has passed are 0.")
+          "All entries of one table, or (-1) of those of all groups; those that are out of window are 0.")
       .def(
           "tables",
-          [](Allocator& c, const Int32s& handles) {
-            return told(c, [&] { return c.tables(handles.data(), handles.size()); });
+          [](nb::handle_t<Allocator> self, nb::handle handles) {
+            const Handles ids("handles", handles, self);
+            return to_python(nb::cast<Allocator&>(self).tables(ids.data(), ids.size()));
           },
-          nb::sig("def tables(self, handles: NDArray[numpy.int32], /) -> TableChanges | None"),
+          nb::sig("def tables(self, handles: object, /) -> TableChanges | None"),
           "The same of many sequences, and of all groups.");
 }
 

@@ -1,6 +1,6 @@
 // What a backend is: the page table that says where a sequence's tokens lie. Two implementations, virtual_table (the
 // MMU holds the table: a row of addresses per sequence) and paged_table (kernels read it: a list of blocks per
-// sequence). Everything else (lengths, transactions, batches, accounting) is written once, in cache.cpp.
+// sequence). Everything else (lengths, transactions, batches, accounting) is written once, in allocator/.
 //
 // Functions that take a Transaction only push records; the state changes in on_map, on_unmap, on_content and apply. Of
 // two kinds there are many in a step (hold, acquire): what decides them changes the state and notes the record.

@@ -10,60 +10,13 @@ import numpy as np
 import torch
 
 from kvmem import _core
+from kvmem.allocator.batch_buffers import FIELDS, INT32_MAX, PER_ROW, RowFields
 from kvmem.allocator.cascade import Cascade, Rows, make_cascade
 from kvmem.arguments import check_size
 from kvmem.errors import OutOfMemory, SpecError
 from kvmem.spec import Group
 
 __all__ = ["Batch", "GroupBatch", "new_batch"]
-
-# name -> (dtype, shape in terms of B rows, T new tokens, M blocks a sequence, N blocks in all)
-_FIELDS = {
-    "block_table": (torch.int32, "BM"),
-    "seq_lens": (torch.int32, "B"),
-    "first_tokens": (torch.int32, "B"),
-    "slot_mapping": (torch.int64, "T"),
-    "positions": (torch.int32, "T"),
-    "batch_indices": (torch.int32, "T"),
-    "cu_seqlens_q": (torch.int32, "B+1"),
-    "cu_seqlens_k": (torch.int32, "B+1"),
-    "kv_indptr": (torch.int32, "B+1"),
-    "kv_indices": (torch.int32, "N"),
-    "kv_last_page_len": (torch.int32, "B"),
-    "rows": (torch.int32, "B"),
-    "row_starts": (torch.int32, "B+1"),
-}
-
-
-_PER_ROW = ("B", "B+1")
-#: What an int32 holds, and so how many tokens or blocks a batch may have in all.
-INT32_MAX = 2**31 - 1
-#: Sections of a buffer begin at multiples of so many int32: kernels load 16 bytes at once.
-_ALIGN = 16
-
-
-class _Small:
-    """The fields with an entry for each row, side by side in one buffer, so that a step uploads them with one copy."""
-
-    def __init__(self, fields: dict[str, tuple[torch.dtype, int]], device: torch.device) -> None:
-        on_gpu = device.type == "cuda"
-        starts, total = {}, 0
-        for name, (dtype, length) in fields.items():
-            starts[name] = total
-            total += -(-length * dtype.itemsize // 4 // _ALIGN) * _ALIGN
-        self._host = torch.zeros(total, dtype=torch.int32, pin_memory=on_gpu)
-        self._device = self._host.to(device) if on_gpu else self._host
-
-        def sections(buffer: torch.Tensor) -> dict[str, torch.Tensor]:
-            return {
-                name: buffer[starts[name] : starts[name] + length * dtype.itemsize // 4].view(dtype)
-                for name, (dtype, length) in fields.items()
-            }
-
-        self.host, self.device = sections(self._host), sections(self._device)
-
-    def upload(self) -> None:
-        self._device.copy_(self._host, non_blocking=True)
 
 
 class GroupBatch:
@@ -141,16 +94,16 @@ class GroupBatch:
             "BM": max_sequences * max_blocks,
         }
         on_gpu = device.type == "cuda"
-        fields = {name: of for name, of in _FIELDS.items() if all_rows_tokens or name not in ("rows", "row_starts")}
+        fields = {name: of for name, of in FIELDS.items() if all_rows_tokens or name not in ("rows", "row_starts")}
         for name, most in (("cu_seqlens_k", max_indices * block_size), ("row_starts", all_rows_tokens)):
             if most > INT32_MAX:
                 fields[name] = torch.int64, fields[name][1]
-        small = {name: (dtype, lengths[of]) for name, (dtype, of) in fields.items() if of in _PER_ROW}
+        small = {name: (dtype, lengths[of]) for name, (dtype, of) in fields.items() if of in PER_ROW}
         try:
-            self._small = _Small(small, device)
+            self._small = RowFields(small, device)
             self._host = {
                 name: self._small.host[name]
-                if of in _PER_ROW
+                if of in PER_ROW
                 else torch.zeros(lengths[of], dtype=dtype, pin_memory=on_gpu)
                 for name, (dtype, of) in fields.items()
             }
@@ -271,7 +224,7 @@ class GroupBatch:
 
     def _used(self, name: str) -> int:
         counts = {"B": self.num_rows, "B+1": self.num_rows + 1, "T": self.num_new_tokens, "N": self.num_indices}
-        return counts.get(_FIELDS[name][1], self.num_rows * self._max_blocks)
+        return counts.get(FIELDS[name][1], self.num_rows * self._max_blocks)
 
     @property
     def drops_tokens(self) -> bool:
@@ -344,7 +297,7 @@ def _field(name: str, *, cpu: bool) -> property:
     return property(get)
 
 
-for _name in _FIELDS:  # rather than __getattr__, which every other attribute would pay for
+for _name in FIELDS:  # rather than __getattr__, which every other attribute would pay for
     setattr(GroupBatch, _name, _field(_name, cpu=False))
     setattr(GroupBatch, f"{_name}_cpu", _field(_name, cpu=True))
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import NoneType, TracebackType
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeAlias
 
 import numpy as np
 import torch
@@ -27,19 +27,16 @@ __all__ = [
     "committed_ids",
     "encode_keys",
     "token_ids",
-    "with_ids",
 ]
 
 Tokens: TypeAlias = Sequence[int] | np.ndarray | torch.Tensor
 
-#: Why a match is not longer, in the order of ``MatchEnd`` in csrc/allocator/allocator.h.
+#: Why a match is not longer, in the order of ``MatchEnd`` in csrc/allocator/match.h.
 Reason: TypeAlias = Literal[
     "complete", "shorter than a block", "other salt", "evicted", "no snapshot", "window passed", "never seen", "off",
     "block sizes",
 ]  # fmt: skip
 
-
-Answer = TypeVar("Answer")
 
 _NO_KEYS = encode_key(None), encode_key(None)
 
@@ -59,17 +56,6 @@ class PrefixMatch:
 
     num_tokens: int
     reason: Reason
-
-
-def with_ids(tokens: Tokens, ask: Callable[[Any], Answer]) -> Answer:
-    """``ask(tokens)`` of the core, which reads lists and int32 arrays itself and refuses all else with a ``TypeError``:
-    other forms are converted for it. ``SpecError`` for what are no token ids.
-    """
-    try:
-        return ask(tokens)
-    except TypeError:
-        pass  # what comes now must not show it
-    return ask(token_ids(tokens))
 
 
 def token_ids(tokens: Tokens) -> npt.NDArray[np.int32]:

@@ -28,15 +28,15 @@ import numpy as np
 
 from kvmem._core import TableChanges
 from kvmem.allocator.allocator import Allocator
-from kvmem.allocator.prefix import Tokens, committed_count, committed_ids, encode_keys, token_ids, with_ids
+from kvmem.allocator.prefix import Tokens, committed_count, encode_keys
 from kvmem.allocator.sequence import NOBODY, Sequence
-from kvmem.arguments import as_int32, check_count, check_group, check_size
+from kvmem.arguments import check_count, check_group, check_size
 from kvmem.errors import KVMemError, OutOfMemory, SpecError, StaleHandle
 from kvmem.events import Event
 from kvmem.events.digests import ExtraKey
 
 if TYPE_CHECKING:
-    from kvmem.allocator.allocator import Ids, Ints
+    from kvmem.allocator.batch_calls import Ids, Ints
     from kvmem.arguments import Handles
 
 __all__ = ["SchedulerCache", "TableChanges"]
@@ -114,16 +114,13 @@ class SchedulerCache:
             raise SpecError(
                 f"request {request!r} has begun: prompt, salt, extra key and adapter are given as it begins"
             )
+        if count is None:
+            raise SpecError(f"count: missing; request {request!r} has begun, say how many more tokens")
         try:
-            written = self._core.grow(handle, count)  # type: ignore[arg-type]  # it looks for itself
+            written = self._core.extend(handle, count, -1, True)
             return _NOTHING if written is None else written
         except OutOfMemory:
             return None
-        except TypeError:  # a numpy integer, or nothing that counts
-            pass
-        if count is None:
-            raise SpecError(f"count: missing; request {request!r} has begun, say how many more tokens")
-        return self.allocate(request, check_count("count", count))
 
     def _begin(
         self,
@@ -140,8 +137,7 @@ class SchedulerCache:
         salted, keyed = encode_keys(salt, extra_key, adapter)
         sequence = Sequence(self.allocator, NOBODY)
         try:
-            ids = [] if tokens is None else tokens
-            with_ids(ids, lambda ids: self._core.begin(ids, salted, keyed, wanted, sequence))
+            self._core.begin([] if tokens is None else tokens, salted, keyed, wanted, sequence)
             self._requests[request], self._handles[request] = sequence, sequence.id
             return self._core.table(sequence.id, -1) or _NOTHING
         except BaseException as error:
@@ -166,14 +162,8 @@ class SchedulerCache:
         except (KeyError, TypeError):
             raise self._stale(request) from None
         if count is not None:
-            written = self._core.publish_count(handle, committed_count("publish", tokens, count))
-            return _NOTHING if written is None else written
-        try:
-            written = self._core.publish(handle, tokens)  # type: ignore[arg-type]  # it looks for itself
-            return _NOTHING if written is None else written
-        except TypeError:  # ids of another type, or no ids
-            pass
-        written = self._core.publish(handle, committed_ids("publish", tokens))
+            tokens, count = None, committed_count("publish", tokens, count)
+        written = self._core.commit(handle, count, -1, tokens, True)
         return _NOTHING if written is None else written
 
     def step(self, request: Hashable, count: int = 1, tokens: Tokens | None = None) -> TableChanges | None:
@@ -191,14 +181,10 @@ class SchedulerCache:
         except (KeyError, TypeError):
             raise self._stale(request) from None
         try:
-            written = self._core.decode(handle, count, tokens)  # type: ignore[arg-type]  # it looks for itself
+            written = self._core.step(handle, count, tokens, True)
             return _NOTHING if written is None else written
         except OutOfMemory:
             return None
-        except TypeError:  # a numpy integer, ids of another type, or neither
-            pass
-        ids = None if tokens is None else token_ids(tokens)
-        return self.step(request, check_count("count", count), ids)
 
     def truncate(self, request: Hashable, num_tokens: int) -> None:
         """Keeps the first ``num_tokens`` tokens, as when draft tokens are rejected. See ``Sequence.truncate``. Its
@@ -239,21 +225,13 @@ class SchedulerCache:
         handles, counts: [n], as ids and counts of ``Allocator.extend_batch``. Cost: linear in n and in what is written.
         """
         try:
-            return self._core.grow_batch(handles, counts) or _NOTHING  # type: ignore[arg-type]  # it looks for itself
+            return self._core.extend_batch(handles, counts, -1, True) or _NOTHING
         except OutOfMemory:
             return None
-        except TypeError:
-            ids, counts = self.allocator._ids("handles", handles), as_int32("counts", counts)
-        return self.allocate_step(ids, counts)
 
     def publish_step(self, handles: Ids, counts: Ints, tokens: Tokens | None = None) -> TableChanges:
         """``publish`` for many requests; arguments as for ``Allocator.commit_batch``."""
-        try:
-            return self._core.publish_batch(handles, counts, tokens) or _NOTHING  # type: ignore[arg-type]
-        except TypeError:
-            ids, counts = self.allocator._ids("handles", handles), as_int32("counts", counts)
-            known = None if tokens is None else token_ids(tokens)
-        return self._core.publish_batch(ids, counts, known) or _NOTHING
+        return self._core.commit_batch(handles, counts, -1, tokens, True) or _NOTHING
 
     def free_all(self, requests: Iterable[Hashable]) -> None:
         """``free`` for many requests: all of them, or ``StaleHandle`` and none."""
@@ -269,10 +247,7 @@ class SchedulerCache:
 
         handles: [n]; entries of its i-th stand in row i.
         """
-        try:
-            return self._core.tables(handles) or _NOTHING  # type: ignore[arg-type]  # it looks for itself
-        except TypeError:
-            return self._core.tables(self.allocator._ids("handles", handles)) or _NOTHING
+        return self._core.tables(handles) or _NOTHING
 
     def block_ids(self, request: Hashable, *, group: int | None = None) -> Handles:
         """The request's whole block table, int32 [blocks], a copy. Blocks that a sliding window has dropped are 0."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 
 from kvmem import _core
-from kvmem.allocator.prefix import Pin, Tokens, committed_count, committed_ids, token_ids
+from kvmem.allocator.prefix import Pin, Tokens, committed_count
 from kvmem.arguments import check_count, check_group, check_seconds, check_size
 from kvmem.errors import KVMemError, OutOfMemory, SpecError
 
@@ -89,10 +89,7 @@ class Sequence:
         Costs no driver call while the row or the blocks at hand suffice. ``group`` names a group that is fixed after
         prefill (cross attention), which grows by its own count, once.
         """
-        if group is None and type(n) is int and -(2**31) <= n < 2**31:  # the common case, a call for each sequence
-            self._core.extend(self._id, n)
-        else:
-            self._core.extend(self._id, check_count("n", n), self._group(group))
+        self._core.extend(self._id, n, -1 if group is None else self._group(group))
 
     def try_extend(self, n: int, *, group: int | None = None) -> bool:
         """As ``extend``, but False instead of ``OutOfMemory``."""
@@ -109,17 +106,13 @@ class Sequence:
             knows, how many; neither these nor any that follow are shared then. group: as for ``extend``.
         """
         if count is None and group is None:
-            try:
-                self._core.publish(self._id, tokens)  # type: ignore[arg-type]  # it looks for itself
-                return
-            except TypeError:  # ids of another type, or none
-                pass
-            self._core.commit_tokens(self._id, committed_ids("commit", tokens))
+            self._core.commit(self._id, None, -1, tokens)
         else:
-            self._core.commit(self._id, committed_count("commit", tokens, count), self._group(group))
+            index = -1 if group is None else self._group(group)
+            self._core.commit(self._id, committed_count("commit", tokens, count), index)
 
-    def _group(self, group: int | None) -> int:
-        return -1 if group is None else check_group("group", group, len(self._alloc.spec.groups))
+    def _group(self, group: int) -> int:
+        return check_group("group", group, len(self._alloc.spec.groups))
 
     def step(self, n: int = 1, tokens: Tokens | None = None) -> None:
         """A decode step of one sequence in one call: what is reserved is committed, then there is room for ``n`` more.
@@ -127,13 +120,7 @@ class Sequence:
         tokens: the ids of all that is committed, a list or an array; without them it cannot be shared. As ``commit``
         and ``extend``, but nothing has changed after an error. ``Allocator.step`` does this for a whole batch.
         """
-        if type(n) is int and -(2**31) <= n < 2**31:
-            try:
-                self._core.advance(self._id, n, tokens)  # type: ignore[arg-type]  # it looks for itself
-                return
-            except TypeError:  # ids of another type
-                pass
-        self._core.advance(self._id, check_count("n", n), None if tokens is None else token_ids(tokens))
+        self._core.step(self._id, n, tokens)
 
     def truncate(self, num_tokens: int) -> None:
         """Keeps the first ``num_tokens`` tokens, as when draft tokens are rejected. Never needs memory.

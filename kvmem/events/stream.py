@@ -126,7 +126,7 @@ class EventStream:
     """Turns the native module's records into events, in order. Any thread may poll; each event is returned once.
 
     drain: called with (number of the last batch received, most records or -1 for all, restart); returns the next batch.
-        See ``drain_events`` in csrc/allocator/allocator.h.
+        See csrc/allocator/event_batches.h.
     key: a secret of up to 64 bytes. Without one, a reader who knows digests and token ids can test guesses of a salt.
         With one, only readers who have it can compute the digests of a prompt.
     media: the names of the tiers.

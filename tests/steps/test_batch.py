@@ -3,6 +3,7 @@ converted."""
 
 from __future__ import annotations
 
+import array
 from typing import Any
 
 import numpy as np
@@ -180,13 +181,23 @@ def _read_only(array: np.ndarray) -> np.ndarray:
 
 
 WRONG_INPUT = {
-    "int64": lambda n: np.zeros(n, np.int64),
     "float32": lambda n: np.zeros(n, np.float32),
-    "strided": lambda n: np.zeros(2 * n, np.int32)[::2],
     "two-dimensional": lambda n: np.zeros((n, 1), np.int32),
-    "list": lambda n: [0] * n,
 }
-WRONG_OUTPUT = WRONG_INPUT | {"read-only": lambda n: _read_only(np.zeros(n, np.int32))}
+WRONG_OUTPUT = WRONG_INPUT | {
+    "int64": lambda n: np.zeros(n, np.int64),
+    "strided": lambda n: np.zeros(2 * n, np.int32)[::2],
+    "list": lambda n: [0] * n,
+    "read-only": lambda n: _read_only(np.zeros(n, np.int32)),
+}
+FORMS = {
+    "int64": lambda values: np.array(values, np.int64),
+    "strided": lambda values: np.repeat(np.array(values, np.int32), 2)[::2],
+    "list": lambda values: [int(value) for value in values],
+    "tuple": lambda values: tuple(int(value) for value in values),
+    "array": lambda values: array.array("i", [int(value) for value in values]),
+    "torch int64": lambda values: torch.tensor([int(value) for value in values]),
+}
 
 
 def _calls(core: _core.Allocator, out: _core.BatchBuffers, good: np.ndarray) -> dict[str, Any]:
@@ -205,16 +216,27 @@ def _calls(core: _core.Allocator, out: _core.BatchBuffers, good: np.ndarray) -> 
 
 
 @pytest.mark.parametrize("wrong", WRONG_INPUT)
-def test_inputs_never_convert(backend: str, wrong: str) -> None:
+def test_inputs_that_are_no_integers_are_refused(backend: str, wrong: str) -> None:
     alloc = make_allocator(plain(16), backend)
     handles = alloc.open_batch(2)
     for name, call in _calls(alloc.core, alloc.make_batch(max_new_tokens=4).group(0).buffers, handles).items():
-        try:
+        field = {"handles": "ids|handles"}.get(name.split(".")[1], name.split(".")[1])
+        with pytest.raises(kvmem.SpecError, match=f"^({field}): got"):
             call(WRONG_INPUT[wrong](2))
-        except (TypeError, kvmem.SpecError):
-            continue
-        pytest.fail(f"{name} took {wrong}")
     assert alloc.stats().num_sequences == 2
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_inputs_of_every_form_mean_the_same(backend: str, form: str) -> None:
+    alloc = make_allocator(plain(16), backend)
+    handles = alloc.open_batch(2)
+    calls = _calls(alloc.core, alloc.make_batch(max_new_tokens=4).group(0).buffers, handles)
+    free = calls.pop("free_batch.handles")
+    for name, call in calls.items():
+        call(FORMS[form](handles if name.endswith("handles") else [0, 0]))
+    assert [alloc.core.committed(int(handle)) for handle in handles] == handles.tolist()
+    free(FORMS[form](handles))
+    assert alloc.stats().num_sequences == 0
 
 
 @pytest.mark.parametrize("wrong", WRONG_OUTPUT)

@@ -96,7 +96,7 @@ def test_narrow_buffers_are_refused_before_anything_is_taken(backend: str) -> No
         max_sequences=256, max_new_tokens=256, max_blocks=2**20, max_indices=2**28, **{field: narrow}
     )
     with pytest.raises(kvmem.SpecError, match=f"{field}.*int64"):
-        alloc.core.step(handles, None, None, -1, buffers)
+        alloc.core.step_batch(handles, None, None, -1, buffers)
     assert all(alloc.core.tokens(int(h)) == 0 for h in handles)
 
 

@@ -14,14 +14,15 @@ from prefix_walk import author, step
 from support import LAYOUTS, LONG, SIZES, i32, make_allocator, plain
 
 import kvmem
-from kvmem.allocator.batch import _FIELDS, Batch, GroupBatch
+from kvmem.allocator.batch import Batch, GroupBatch
+from kvmem.allocator.batch_buffers import FIELDS
 
 LAYOUTS_HERE = ["kv interleaved", "kv G=1", "full and window", "window G=1", "recurrent", "encoder decoder"]
 
 
 def assert_equal(refilled: Batch, fresh: Batch) -> None:
     for mine, other in zip(refilled.groups, fresh.groups, strict=True):
-        for name in _FIELDS:
+        for name in FIELDS:
             a, b = getattr(mine, name), getattr(other, name)
             if a is None:
                 assert b is None

@@ -300,6 +300,17 @@ def test_one_that_followed_and_goes_on_alone_pads_by_itself(backend: str) -> Non
     assert replica.check() == []
 
 
+def test_one_that_followed_and_steps_alone_pads_nothing(backend: str) -> None:
+    leader, replica = make_leader("full", backend), make("full", backend)
+    first = leader.sequence()
+    first.extend(8)
+    replica.apply(leader.take_ops())
+    followed = kvmem.Sequence(replica, first.id)
+    followed.step(40)
+    assert (followed.num_committed_tokens, followed.num_tokens) == (8, 48)
+    assert replica.check() == []
+
+
 def test_a_replica_that_goes_on_alone_waits_for_who_used_the_memory(backend: str) -> None:
     """What a followed list has freed may be read by the device still: it is unmapped behind the list's fence."""
     leader, replica = make_leader("full", backend), make("full", backend, record_ops=True, prefix_cache=False)

@@ -279,8 +279,9 @@ class World {
 
   void grow(Tokens& t) {
     const i32 n = static_cast<i32>(std::min(below(below(4) ? 12 : 80), kMaxTokens - t.tokens));
+    TableChanges changes;
     const bool extended = below(2) ? call("extend", [&] { cache().extend(&t.handle, &n, 1, -1); })
-                                   : call("extend_telling", [&] { cache().extend_telling(&t.handle, &n, 1); });
+                                   : call("extend, told", [&] { cache().extend(&t.handle, &n, 1, -1, &changes); });
     if (!extended) return;
     t.tokens += n;
     const i32 due = static_cast<i32>(t.tokens - t.committed);
@@ -288,7 +289,7 @@ class World {
     const i32* known = below(12) == 0 ? nullptr : ids.data();
     const bool committed = below(2)
                                ? call("commit", [&] { cache().commit(&t.handle, &due, 1, -1, known); })
-                               : call("commit_telling", [&] { cache().commit_telling(&t.handle, &due, 1, known); });
+                               : call("commit, told", [&] { cache().commit(&t.handle, &due, 1, -1, known, &changes); });
     if (committed) t.committed = t.tokens;
   }
 

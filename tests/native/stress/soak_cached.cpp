@@ -172,7 +172,7 @@ void World::illegal(Random& random) {
   }
   if (kind == 7 && l) {
     const i32 ids[] = {1, 2};
-    outcome = call(random, true, [&] { cache.advance(handle, 0, ids, l->due() + 1); });
+    outcome = call(random, true, [&] { cache.step(handle, 0, ids, l->due() + 1); });
   }
   if (outcome == Outcome::done) throw Failure("refusal: what is wrong was taken");
 }

@@ -96,14 +96,13 @@ void World::extend(Random& random) {
   side_->verify_lengths(*l);
 }
 
-void World::extend_at_hand(Random& random) {
+void World::extend_one(Random& random) {
   Live* l = any(random);
   if (!l) return;
   const i64 count = draw_count(random, *l);
-  bool done = false;
   note(text(l->handle) + " by " + text(count));
-  if (call(random, false, [&] { done = side_->cache->extend_at_hand(l->handle, count); }) != Outcome::done) return;
-  if (!done) return side_->verify(*l);
+  const Outcome outcome = call(random, false, [&] { side_->cache->extend(l->handle, count, -1); });
+  if (outcome != Outcome::done) return after_refusal(random, outcome);
   side_->follow();
   side_->write_next(*l, count, random);
 }
@@ -198,12 +197,10 @@ void World::advance(Random& random) {
   const std::vector<i32> ids = side_->told_ids(*l, due);
   side_->answer_for_state(*l, l->tokens());
   note(text(l->handle) + " commits " + text(due) + (told ? " told" : "") + ", by " + text(count));
-  const bool at_hand = random.one_in(2);
-  const Outcome outcome = call(random, false, [&] {
-    const i32* tokens = told ? ids.data() : nullptr;
-    if (at_hand && side_->cache->advance_at_hand(l->handle, count, tokens, told ? due : 0)) return;
-    side_->cache->advance(l->handle, count, tokens, told ? due : 0);
-  });
+  kvmem::TableChanges changes;
+  kvmem::TableChanges* const asked = random.one_in(2) ? &changes : nullptr;
+  const Outcome outcome = call(
+      random, false, [&] { side_->cache->step(l->handle, count, told ? ids.data() : nullptr, told ? due : 0, asked); });
   if (outcome != Outcome::done) return after_refusal(random, outcome);
   side_->follow();
   side_->note_committed(*l, due, told);
@@ -227,8 +224,9 @@ void World::commit(Random& random) {
   side_->answer_for_state(*l, l->committed + count);
   note(text(l->handle) + " by " + text(count) + (told ? " told" : ""));
   const Outcome outcome = call(random, false, [&] {
-    if (random.one_in(4) && side_->cache->commit_at_hand(l->handle, count, told ? ids.data() : nullptr)) return;
-    side_->cache->commit(&l->handle, &count, 1, -1, told ? ids.data() : nullptr);
+    const i32* const known = told ? ids.data() : nullptr;
+    if (random.one_in(4)) return side_->cache->commit(l->handle, count, -1, known);
+    side_->cache->commit(&l->handle, &count, 1, -1, known);
   });
   if (outcome == Outcome::short_of_memory && !driver_) throw Failure("refusal: commit() is short of memory");
   if (outcome != Outcome::done) return;

@@ -13,7 +13,7 @@ const std::array<World::Entry, kOperations>& World::entries() {
       {"open", &World::open, 4},
       {"admit_batch", &World::admit_batch, 8},
       {"extend", &World::extend, 40},
-      {"extend_at_hand", &World::extend_at_hand, 12},
+      {"extend_one", &World::extend_one, 12},
       {"extend_batch", &World::extend_batch, 20},
       {"step", &World::step_batch, 24},
       {"advance", &World::advance, 20},

@@ -51,7 +51,7 @@ class World {
   void admit(Random& random);
   void admit_batch(Random& random);
   void extend(Random& random);
-  void extend_at_hand(Random& random);
+  void extend_one(Random& random);
   void extend_batch(Random& random);
   void step_batch(Random& random);
   void advance(Random& random);

@@ -1,0 +1,179 @@
+"""How an allocator is made: every argument checked, the layout chosen, the core opened. What its parts read."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from kvmem import _core
+from kvmem.allocator.batch_buffers import INT32_MAX
+from kvmem.arguments import check_bool, check_choice, check_size, is_fraction, parse_bytes
+from kvmem.errors import SpecError
+from kvmem.layouts.base import Sizes, require_supported
+from kvmem.layouts.geometry import BACKENDS, lay_out
+from kvmem.layouts.page_size import choose_page_bytes
+from kvmem.layouts.plain import GroupLayout, resolve_interleave
+from kvmem.memory.device import Device, in_debug_mode
+from kvmem.memory.pool import PagePool, pool_for
+from kvmem.spec import CacheSpec
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["OpenedCore", "default"]
+
+#: The metadata of each takes some hundred bytes of host memory, needed or not.
+MAX_SEQUENCES = 2**20
+
+_T = TypeVar("_T")
+
+
+def default(value: _T | None, otherwise: _T) -> _T:
+    """``value``, or what None stands for."""
+    return otherwise if value is None else value
+
+
+class OpenedCore:
+    """An open allocator without its calls: the arguments as they were settled, the pool, the layout and the core."""
+
+    core: _core.Allocator
+    pool: PagePool
+
+    def __init__(
+        self,
+        spec: CacheSpec,
+        *,
+        backend: Literal["virtual", "paged"] = "virtual",
+        device: str | torch.device | None = None,
+        memory: int | float | str | None = None,
+        max_sequences: int,
+        max_tokens: int,
+        page_bytes: int | None = None,
+        interleave: int | Literal["all", "none"] | None = None,
+        map_ahead_tokens: int | None = None,
+        tail_guard_tokens: int | None = None,
+        zero: Literal["never", "fresh", "always"] = "fresh",
+        prefix_cache: bool = True,
+        partial_reuse: bool = True,
+        policy: str = "density",
+        cached_rows: int | None = None,
+        events: int = 0,
+        event_key: bytes = b"",
+        pool: PagePool | None = None,
+        record_ops: bool = False,
+        debug: bool | None = None,
+        driver: _core.Driver | None = None,
+    ) -> None:
+        self._check_names(spec, backend, zero, policy)
+        self._check_sizes(max_sequences, max_tokens, record_ops, debug)
+        self._shares_pool = pool is not None
+        choose = partial(self._choose_page, interleave)
+        self.pool = pool_for(pool, device, memory, page_bytes, driver, record_ops, choose)
+        self._settle(interleave, tail_guard_tokens, map_ahead_tokens)
+        limit = self._limit_bytes(memory)
+        self._lay_out(cached_rows, limit)
+        self._open(zero, limit, _prefix_options(prefix_cache, partial_reuse, policy, events))
+        self._start_events(events, event_key)
+
+    def _check_names(self, spec: CacheSpec, backend: Literal["virtual", "paged"], zero: str, policy: str) -> None:
+        if not isinstance(spec, CacheSpec):
+            raise SpecError(f"spec: got {type(spec).__name__}; must be a CacheSpec, see CacheSpec.from_config()")
+        for group in spec.groups:
+            require_supported(group)
+        check_choice("backend", backend, tuple(BACKENDS))
+        check_choice("zero", zero, ("never", "fresh", "always"))
+        check_choice("policy", policy, tuple(_core.eviction_policy_names()))
+        self.spec, self.backend = spec, backend
+        self._main = next((i for i, g in enumerate(spec.groups) if g.growth == "token"), 0)
+
+    def _check_sizes(self, max_sequences: int, max_tokens: int, record_ops: bool, debug: bool | None) -> None:
+        self.max_sequences = check_size("max_sequences", max_sequences, most=MAX_SEQUENCES)
+        self.max_tokens = check_size("max_tokens", max_tokens, most=INT32_MAX)
+        self._recording = check_bool("record_ops", record_ops)
+        self._debug = in_debug_mode() if debug is None else check_bool("debug", debug)
+
+    def _choose_page(self, interleave: int | str | None, home: Device, memory_bytes: int) -> int:
+        least = home.default_page_bytes(memory_bytes)
+        if self.backend != "virtual" or home.info.maps_cheaply:  # few calls, or cheap ones
+            return least
+        together = resolve_interleave(default(interleave, "all"), self.spec.num_layers)
+        layouts = [GroupLayout(group, together) for group in self.spec.groups]
+        return choose_page_bytes(layouts, max_tokens=self.max_tokens, memory_bytes=memory_bytes, least=least)
+
+    def _settle(self, interleave: int | str | None, guard: int | None, ahead: int | None) -> None:
+        """What depends on the device."""
+        home = self.pool.device
+        self.device = home.torch_device
+        self.interleave = resolve_interleave(default(interleave, "all"), self.spec.num_layers)
+        self.tail_guard_tokens = check_size(
+            "tail_guard_tokens", default(guard, home.info.default_guard_tokens), 0, INT32_MAX
+        )
+        self.map_ahead_tokens = check_size(
+            "map_ahead_tokens", default(ahead, home.info.default_ahead_tokens), 0, INT32_MAX
+        )
+
+    def _limit_bytes(self, memory: int | float | str | None) -> int:
+        budget = self.pool.budget_bytes
+        if memory in (None, "auto"):
+            return budget
+        if is_fraction("memory", memory):  # without a shared pool the budget is that part already
+            return int(float(memory) * budget) if self._shares_pool else budget
+        return parse_bytes("memory", memory)  # type: ignore[arg-type]  # no float
+
+    def _lay_out(self, cached_rows: int | None, limit: int) -> None:
+        self._layouts = [GroupLayout(group, self.interleave) for group in self.spec.groups]
+        rows = None if cached_rows is None else check_size("cached_rows", cached_rows, 0, 4 * MAX_SEQUENCES)
+        if self.backend != "virtual":  # with or without prefix_cache: a replica has the rows of the one it follows
+            rows = 0
+        sizes = Sizes(
+            page_bytes=self.pool.page_bytes,
+            max_sequences=self.max_sequences,
+            cached_rows=max(16, 3 * self.max_sequences) if rows is None else rows,
+            max_tokens=self.max_tokens,
+            tail_guard_tokens=self.tail_guard_tokens,
+            memory_bytes=limit,
+            capacity_bytes=max(limit, self.pool.device.total_bytes or 4 * limit),
+        )
+        backend = BACKENDS[self.backend]
+        self.cached_rows, self._geometry = lay_out(backend, self._layouts, sizes, fewer_rows=rows is None)
+        self._num_rows = 1 + self.max_sequences + self.cached_rows
+
+    def _open(self, zero: str, limit: int, prefix: _core.PrefixOptions) -> None:
+        self._arenas: dict[tuple[int, int], torch.Tensor] = {}
+        self._labels: dict[int, str] = {}  # of live sequences, and of some that were freed since the last listing
+        self._over: weakref.WeakSet[Any] = weakref.WeakSet()  # what has a `_core` of its own, which close() takes away
+        self.core = _core.Allocator(
+            geometry=_core.Geometry(
+                page_bytes=self.pool.page_bytes,
+                max_sequences=self.max_sequences,
+                rows=self._num_rows,
+                tail_guard_tokens=self.tail_guard_tokens,
+                map_ahead_tokens=self.map_ahead_tokens,
+                zero=getattr(_core.Zero, zero),
+                debug=self._debug,
+                groups=self._geometry,
+            ),
+            pool=self.pool.core,
+            paged=BACKENDS[self.backend].paged,
+            limit_pages=PagePool.pages("memory", limit, self.pool.page_bytes),
+            owns_pool=not self._shares_pool,
+            prefix=prefix,
+        )
+        if self._recording:
+            self.core.record()
+            self.pool.is_recorded = True
+
+    def _start_events(self, events: int, key: bytes) -> None:
+        raise NotImplementedError
+
+
+def _prefix_options(prefix_cache: bool, partial_reuse: bool, policy: str, events: int) -> _core.PrefixOptions:
+    return _core.PrefixOptions(
+        on=check_bool("prefix_cache", prefix_cache),
+        partial=check_bool("partial_reuse", partial_reuse),
+        policy=policy,
+        hash_bits=int(os.environ.get("KVMEM_HASH_BITS", "64")),  # fewer, to test that collisions are misses
+        event_capacity=check_size("events", events, 0, INT32_MAX),
+    )
