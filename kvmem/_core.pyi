@@ -434,7 +434,7 @@ class Allocator:
         """Its number, as ops name it."""
 
     def check_usable(self) -> None:
-        """DeviceError in a forked child, and where the pool cannot be trusted."""
+        """DeviceError in a forked child, and where the pool is poisoned."""
 
     def is_live(self, handle: int) -> bool: ...
 
@@ -445,7 +445,7 @@ class Allocator:
     def first_token(self, handle: int, group: int = -1) -> int: ...
 
     def close(self) -> bool:
-        """False where the pool cannot be trusted, and so nothing can be freed."""
+        """False where the pool is poisoned, so that nothing can be freed."""
 
     def can_fit(self, tokens: int) -> bool: ...
 

@@ -33,6 +33,7 @@ def handle(field: str, sequence: Sequence | int, core: _core.Allocator) -> int:
     if not isinstance(sequence, Sequence):
         return check_count(field, sequence)
     if sequence._core is not core:
+        core.check_usable()  # a closed allocator says so
         raise SpecError(f"{sequence!r} belongs to another allocator")
     return sequence.id
 

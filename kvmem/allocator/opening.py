@@ -98,21 +98,19 @@ class OpenedCore:
         least = home.default_page_bytes(memory_bytes)
         if self.backend != "virtual" or home.info.maps_cheaply:  # few calls, or cheap ones
             return least
-        together = resolve_interleave(default(interleave, "all"), self.spec.num_layers)
+        together = resolve_interleave("all" if interleave is None else interleave, self.spec.num_layers)
         layouts = [GroupLayout(group, together) for group in self.spec.groups]
         return choose_page_bytes(layouts, max_tokens=self.max_tokens, memory_bytes=memory_bytes, least=least)
 
     def _settle(self, interleave: int | str | None, guard: int | None, ahead: int | None) -> None:
         """What depends on the device."""
         home = self.pool.device
-        self.device = home.torch_device
-        self.interleave = resolve_interleave(default(interleave, "all"), self.spec.num_layers)
+        self.device, info = home.torch_device, home.info
+        self.interleave = resolve_interleave("all" if interleave is None else interleave, self.spec.num_layers)
         self.tail_guard_tokens = check_size(
-            "tail_guard_tokens", default(guard, home.info.default_guard_tokens), 0, INT32_MAX
+            "tail_guard_tokens", default(guard, info.default_guard_tokens), 0, INT32_MAX
         )
-        self.map_ahead_tokens = check_size(
-            "map_ahead_tokens", default(ahead, home.info.default_ahead_tokens), 0, INT32_MAX
-        )
+        self.map_ahead_tokens = check_size("map_ahead_tokens", default(ahead, info.default_ahead_tokens), 0, INT32_MAX)
 
     def _limit_bytes(self, memory: int | float | str | None) -> int:
         budget = self.pool.budget_bytes
