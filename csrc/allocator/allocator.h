@@ -208,6 +208,12 @@ class Cache final : public TableState {
   i64 first_arena(i64 group) const { return table_->first_arena(group); }
   i64 mapped_extent_bytes(i64 group, i64 arena_in_group);
 
+  // For tests: from now on, every block that leaves the cache, once for each group that held it.
+  void watch_lost() { enter(), table_->watch_lost(); }
+  std::vector<PageTable::Lost> take_lost() {
+    const Lock lock = enter(true);
+    return table_->take_lost();
+  }
   // The other half of the design: what was decided, and deciding nothing but following. A list that is not empty begins
   // with a `version`.
   void record();

@@ -140,6 +140,7 @@ std::vector<i64> VirtualTable::showers(i32 node, i32 window) const {
 void VirtualTable::evict_window(i32 node, i32 window, Transaction& tx) {
   const std::vector<i64> rows = showers(node, window);
   const i64 ordinal = index_.ordinal(node);
+  if (!rows.empty()) demote(node, index_.group_of(window), tx);
   for (i64 row : rows) tx.push(concealing(row, ordinal, window));
   unmap_block(rows, window, ordinal, tx);
   for (i64 row : rows) {
@@ -228,8 +229,17 @@ bool VirtualTable::is_covered(i64 row, std::size_t from) const {
 void VirtualTable::forget_last(i64 row, Transaction& tx) {
   const i64 ordinal = blocks_of(row) - 1;
   keep_last_copy(row, ordinal);
+  const i32 node = rows_[row].holds[ordinal].node;
+  const bool last = index_.places(node) == 1;
+  if (last) demote(node, -1, tx);
+  for (i64 g = 0; g < groups_; ++g) {
+    const bool state = geometry_.groups[g].growth == Growth::fixed && rows_[row].state == node;  // no other row has it
+    if (!last && state) demote(node, g, tx);
+  }
   for (i32 w = 0; w < index_.windows(); ++w) {
-    if (shown(row, ordinal, w).here) tx.push(concealing(row, ordinal, w));
+    if (!shown(row, ordinal, w).here) continue;
+    if (!last && index_.window_places(node, w) == 1) demote(node, index_.group_of(w), tx);
+    tx.push(concealing(row, ordinal, w));
   }
   tx.push(forgetting(row));
 }
