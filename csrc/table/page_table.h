@@ -195,6 +195,7 @@ class PageTable : public PageOwner {
   void demote(i32 node, i64 group, Transaction& tx) {
     if (watches_lost_) tx.push({OpKind::demote, number, node, group});
   }
+  bool demotes() const { return watches_lost_; }  // else it need not be found out what is lost
   void on_demote(const Op& op, bool undo);
   // What is about to be evicted is set aside no more: taken back, it then comes to where it stood.
   void name_again(Item x, Transaction& tx) {

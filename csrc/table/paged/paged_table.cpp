@@ -137,7 +137,7 @@ class PagedTable final : public PagedBlocks {
   void retract(i64, i32, Transaction&) override {}  // its blocks have left the table, or are marked to be copied
 
   void evict(i32 node, Transaction& tx) override {
-    if (index_.places(node) > 0) demote(node, -1, tx);
+    demote(node, -1, tx);
     for (i64 g = groups_; g-- > 0;) {  // full attention mostly leads: it is told last, as by the other backend
       if (block_of(node, g) != 0) evict_of(node, g, tx);
     }

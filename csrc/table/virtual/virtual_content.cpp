@@ -226,20 +226,24 @@ bool VirtualTable::is_covered(i64 row, std::size_t from) const {
   return false;
 }
 
+// What no other row has of the last block of this one.
+void VirtualTable::demote_last(i64 row, Transaction& tx) {
+  const i64 ordinal = blocks_of(row) - 1;
+  const i32 node = rows_[row].holds[ordinal].node;
+  if (index_.places(node) == 1) return demote(node, -1, tx);
+  for (i64 g = 0; g < groups_; ++g) {
+    const i32 w = index_.window_of(g);
+    const bool state = geometry_.groups[g].growth == Growth::fixed && rows_[row].state == node;
+    if (state || (w >= 0 && shown(row, ordinal, w).here && index_.window_places(node, w) == 1)) demote(node, g, tx);
+  }
+}
+
 void VirtualTable::forget_last(i64 row, Transaction& tx) {
   const i64 ordinal = blocks_of(row) - 1;
   keep_last_copy(row, ordinal);
-  const i32 node = rows_[row].holds[ordinal].node;
-  const bool last = index_.places(node) == 1;
-  if (last) demote(node, -1, tx);
-  for (i64 g = 0; g < groups_; ++g) {
-    const bool state = geometry_.groups[g].growth == Growth::fixed && rows_[row].state == node;  // no other row has it
-    if (!last && state) demote(node, g, tx);
-  }
+  if (demotes()) demote_last(row, tx);
   for (i32 w = 0; w < index_.windows(); ++w) {
-    if (!shown(row, ordinal, w).here) continue;
-    if (!last && index_.window_places(node, w) == 1) demote(node, index_.group_of(w), tx);
-    tx.push(concealing(row, ordinal, w));
+    if (shown(row, ordinal, w).here) tx.push(concealing(row, ordinal, w));
   }
   tx.push(forgetting(row));
 }

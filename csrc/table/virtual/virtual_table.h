@@ -124,6 +124,7 @@ class VirtualTable final : public VirtualRows {
   std::vector<i64> showers(i32 node, i32 window) const;
   // The row forgets the last block of its content.
   void forget_last(i64 row, Transaction& tx);
+  void demote_last(i64 row, Transaction& tx);
   void keep_last_copy(i64 row, i64 ordinal);
   bool is_last_copy(i64 row, i64 ordinal) const;
   // The row forgets its content from block `from` on.
