@@ -476,6 +476,14 @@ class Allocator:
 
     def record(self) -> None: ...
 
+    def watch_lost(self) -> None:
+        """For tests: take_lost() says what leaves the cache from now on."""
+
+    def take_lost(self) -> list[tuple[int, int, tuple[int, ...]]]:
+        """
+        (group, ordinal, token ids) of each block that was lost since the last call, in order.
+        """
+
     def take_ops(self) -> list[tuple[str, int, int, int, int, int]]: ...
 
     def apply(self, ops: Sequence[Sequence[str | int]]) -> None: ...

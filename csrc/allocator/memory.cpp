@@ -100,11 +100,18 @@ i64 Allocator::clear_cache() {
   });
   // Others may cache as much as is evicted here: then it comes to an end without them.
   const i64 enough = 2 * index_.cached();
-  for (Item x = index_.victim(); x.node != kNoNode; x = index_.victim()) {
+  for (i64 n = kAtOnce; n == kAtOnce;) {
     const i64 before = index_.cached();
+    n = 0;
     piece([&] {
       Transaction tx(*pool_, *this);
-      for (i64 n = 0; n < kAtOnce && x.node != kNoNode; ++n, x = index_.victim()) table_->evict_item(x, tx);
+      table_->evict_in_order(
+          tx, [&] { return n < kAtOnce; },
+          [&](Item x) {
+            table_->evict_item(x, tx);
+            ++n;
+            return Named::evicted;
+          });
       tx.commit();
     });
     blocks += before - index_.cached();

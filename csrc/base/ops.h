@@ -65,6 +65,7 @@ constexpr i64 kOpsVersion = 1;
   /* The eviction order passes over an item, and names it again. */                                                   \
   ROW(aside, private_, back, none, "a: node, b: its window or -1")                                                    \
   ROW(back, private_, aside, none, "a: node, b: its window or -1")                                                    \
+  ROW(demote, private_, demote, none, "a: node, b: group, -1 for all that hold it: no other copy of it is left")      \
   /* The call uses nodes of the index from here on, which must not be evicted. */                                     \
   ROW(use, private_, use, none, "a: the first of them in the list of what the call uses")
 

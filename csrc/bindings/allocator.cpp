@@ -319,6 +319,18 @@ nb::class_<Allocator> bind_calls(nb::module_& m) {
            "or in the mapper, or the eviction order has aged. A call that is refused leaves the first, unless the "
            "second has moved.")
       .def("record", &Allocator::record)
+      .def("watch_lost", &Allocator::watch_lost, "For tests: take_lost() says what leaves the cache from now on.")
+      .def(
+          "take_lost",
+          [](Allocator& c) {
+            nb::list lost;
+            for (const PageTable::Lost& x : c.take_lost()) {
+              lost.append(nb::make_tuple(x.group, x.ordinal, nb::tuple(nb::cast(x.tokens))));
+            }
+            return lost;
+          },
+          nb::sig("def take_lost(self) -> list[tuple[int, int, tuple[int, ...]]]"),
+          "(group, ordinal, token ids) of each block that was lost since the last call, in order.")
       .def(
           "take_ops", [](Allocator& c) { return to_records(c.take_ops()); },
           nb::sig("def take_ops(self) -> list[tuple[str, int, int, int, int, int]]"))

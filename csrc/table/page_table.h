@@ -16,6 +16,7 @@
 #include "index/prefix_index.h"
 #include "memory/pages.h"
 #include "memory/transaction.h"
+#include "table/reclaim.h"
 #include "table/sequences.h"
 #include "table/view.h"
 
@@ -29,31 +30,6 @@ struct Found {
   i64 tokens = 0;  // how many tokens of the chain are all there, in every group
   i64 row = -1;    // virtual: the row that shows them
   i64 wanted = 0;  // how many the sequence that takes them over gets room for in the same call; 0: for no more
-};
-
-// Items that the eviction order passes over for a while, since evicting them would free nothing that is asked for.
-class Aside {
- public:
-  Aside(const PrefixIndex& index, i32 owner, Transaction& tx) : index_(index), owner_(owner), tx_(tx) {}
-  bool full() const { return items_.size() >= kMost; }
-  void add(Item x) {
-    items_.push_back(x);
-    tx_.push({OpKind::aside, owner_, x.node, x.window});
-  }
-  // Comes last. Where the transaction fails before, that takes them back.
-  void put_back() {
-    for (auto x = items_.rbegin(); x != items_.rend(); ++x) {
-      if (index_.is_aside(*x)) tx_.push({OpKind::back, owner_, x->node, x->window});
-    }
-    items_.clear();
-  }
-
- private:
-  static constexpr std::size_t kMost = 1024;  // so that a call stays short
-  const PrefixIndex& index_;
-  const i32 owner_;
-  Transaction& tx_;
-  std::vector<Item> items_;
 };
 
 // Block `ordinal` of the sequence at `index` holds what the node says.
@@ -177,6 +153,35 @@ class PageTable : public PageOwner {
   void digest(Hasher& hash) const override { index_.digest(hash); }
   void on_taken_back() override { zeroed_cuts_.clear(); }  // the marks stay: it may be zeroed once more
 
+  // Along kReclaimOrder, until so many pages are free.
+  i64 spill(i64 pages, bool content, Transaction& tx) final;
+  // Pages of this kind, at least so many as far as there are; returns how many. They are unmapped, or finish_spill()
+  // does that.
+  virtual i64 give(Reclaim kind, i64 pages, Transaction& tx) = 0;
+  // What give() has given in all becomes free, `pages` at most; returns how many are.
+  virtual i64 finish_spill(i64 /*pages*/, i64 given, Transaction&) { return given; }
+  // Content that was lost, a record for each group that held a block; empty unless watch_lost() was called. For tests.
+  struct Lost {
+    i64 group, ordinal;
+    std::vector<i32> tokens;
+  };
+  void watch_lost() { watches_lost_ = true; }
+  std::vector<Lost> take_lost() { return std::exchange(lost_, {}); }
+  // Calls evict(item) with what the policy names next, while wants() and as long as it names something. evict() returns
+  // what has become of the item.
+  template <class Wants, class Evict>
+  void evict_in_order(Transaction& tx, Wants wants, Evict evict) {
+    Aside aside(index_, number, tx);
+    while (wants()) {
+      const Item x = index_.victim();
+      if (x.node == kNoNode) break;
+      const Named done = evict(x);
+      if (done == Named::last || (done == Named::aside && aside.full())) break;
+      if (done == Named::aside) aside.add(x);
+    }
+    aside.put_back();
+  }
+
   // Evicts a node and all cached ones that continue it, ends first: nobody could find those without it.
   void forget(i32 node, Transaction& tx);
   void evict_item(Item x, Transaction& tx) {
@@ -186,6 +191,13 @@ class PageTable : public PageOwner {
   }
 
  protected:
+  // The one hook before content is lost: called once for each loss, while the memory still holds it and the index still
+  // knows it. Where a tier is to keep it, a `store` is pushed here.
+  void demote(i32 node, i64 group, Transaction& tx) {
+    if (watches_lost_) tx.push({OpKind::demote, number, node, group});
+  }
+  bool demotes() const { return watches_lost_; }  // else it need not be found out what is lost
+  void on_demote(const Op& op, bool undo);
   // What is about to be evicted is set aside no more: taken back, it then comes to where it stood.
   void name_again(Item x, Transaction& tx) {
     if (index_.is_aside(x)) tx.push({OpKind::back, number, x.node, x.window});
@@ -221,12 +233,35 @@ class PageTable : public PageOwner {
   std::vector<i64> cut_to_;
   std::vector<i64> zeroed_cuts_;  // by the transaction in progress
   ZeroVector<i64> ready_tokens_;  // [sequence][group]: what find_room() said; derived
+  bool watches_lost_ = false;
+  std::vector<Lost> lost_;
 };
 
 std::unique_ptr<PageTable> make_virtual_table(const Geometry& geometry, PagePool& pool, const Sequences& sequences,
                                               PrefixIndex& index);
 std::unique_ptr<PageTable> make_paged_table(const Geometry& geometry, PagePool& pool, const Sequences& sequences,
                                             PrefixIndex& index);
+
+inline void PageTable::on_demote(const Op& op, bool undo) {
+  const i32 node = static_cast<i32>(op.a);
+  for (i64 g = 0; g < groups_; ++g) {
+    if ((op.b >= 0 && g != op.b) || !has(node, g)) continue;
+    if (undo) {
+      lost_.pop_back();
+      continue;
+    }
+    lost_.push_back({g, index_.ordinal(node), std::vector<i32>(index_.block_tokens())});
+    index_.copy_tokens(node, index_.block_tokens(), lost_.back().tokens.data());
+  }
+}
+
+inline i64 PageTable::spill(i64 pages, bool content, Transaction& tx) {
+  i64 given = 0;
+  for (const Reclaim kind : kReclaimOrder) {
+    if (given < pages && (content || kind == Reclaim::idle)) given += give(kind, pages - given, tx);
+  }
+  return finish_spill(pages, given, tx);
+}
 
 // Windows may have nothing of a block while they have something of those behind it, so it is passed, not skipped; and
 // it stays among its siblings until the transaction ends.

@@ -396,6 +396,8 @@ void PagedBlocks::on_content(const Op& op, bool undo) {
       return index_.set_aside({node, static_cast<i32>(op.b)});
     case OpKind::back:
       return index_.put_back({node, static_cast<i32>(op.b)});
+    case OpKind::demote:
+      return on_demote(op, undo);
     case OpKind::hold:
       return hold(op.b, node, static_cast<i32>(op.c), op.d, undo);
     default:

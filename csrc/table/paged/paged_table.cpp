@@ -137,6 +137,7 @@ class PagedTable final : public PagedBlocks {
   void retract(i64, i32, Transaction&) override {}  // its blocks have left the table, or are marked to be copied
 
   void evict(i32 node, Transaction& tx) override {
+    demote(node, -1, tx);
     for (i64 g = groups_; g-- > 0;) {  // full attention mostly leads: it is told last, as by the other backend
       if (block_of(node, g) != 0) evict_of(node, g, tx);
     }
@@ -145,6 +146,7 @@ class PagedTable final : public PagedBlocks {
   // Where it was all that there is of the node, the node goes with it.
   void evict_window(i32 node, i32 window, Transaction& tx) override {
     if (index_.places(node) == 1) name_again({node, -1}, tx);
+    demote(node, index_.group_of(window), tx);
     evict_of(node, index_.group_of(window), tx);
   }
 
@@ -216,19 +218,26 @@ class PagedTable final : public PagedBlocks {
   void set_pending(i64, i64) override {}
   i64 pending(i64) const override { return 0; }
 
-  i64 spill(i64 pages, bool content, Transaction& tx) override {
-    const i64 held = held_pages();
-    Aside aside(index_, number, tx);
-    for (Item x; content && spare_pages_ - held < pages && (x = index_.victim()).node != kNoNode;) {
-      if (free_page_of(x, tx)) continue;
-      if (aside.full()) break;
-      aside.add(x);
+  // Pages that hold nothing are given first and unmapped last, all of them in runs.
+  i64 give(Reclaim kind, i64 pages, Transaction& tx) override {
+    const i64 before = kind == Reclaim::idle ? held_pages() : spare_pages_;
+    const auto wants = [&] { return spare_pages_ - before < pages; };
+    switch (kind) {
+      case Reclaim::victims:
+        evict_in_order(tx, wants, [&](Item x) { return free_page_of(x, tx) ? Named::evicted : Named::aside; });
+        break;
+      case Reclaim::spares:  // and pages that several have blocks in
+        while (wants() && evict_next(tx)) continue;
+        break;
+      case Reclaim::out_of_window:
+        if (spare_pages_ < idle_pages_) forget_cut_ends(tx);
+        break;
+      default:
+        break;
     }
-    aside.put_back();
-    while (content && spare_pages_ - held < pages && evict_next(tx)) continue;  // pages that several have blocks in
-    if (content && spare_pages_ - held < pages && spare_pages_ < idle_pages_) forget_cut_ends(tx);
-    return spill_idle(pages, tx);
+    return spare_pages_ - before;
   }
+  i64 finish_spill(i64 pages, i64, Transaction& tx) override { return spill_idle(pages, tx); }
 
  private:
   i64 block_tokens() const { return index_.block_tokens(); }
@@ -333,10 +342,15 @@ class PagedTable final : public PagedBlocks {
   // Evicts the next item of the eviction order; after all of them, snapshots of tokens that are in use. False if there
   // is nothing left.
   bool evict_next(Transaction& tx) {
-    const Item x = index_.victim();
-    if (x.node == kNoNode) return evict_snapshot(tx);
-    evict_item(x, tx);
-    return true;
+    bool any = false;
+    evict_in_order(
+        tx, [&] { return !any; },
+        [&](Item x) {
+          evict_item(x, tx);
+          any = true;
+          return Named::evicted;
+        });
+    return any || evict_snapshot(tx);
   }
 
   // What is pinned goes with its node.
@@ -346,6 +360,7 @@ class PagedTable final : public PagedBlocks {
       i64 block = b.snapshots.first();
       while (block != 0 && index_.pinned(b.info[block].node)) block = b.snapshots.next(block);
       if (block == 0) continue;
+      demote(b.info[block].node, g, tx);
       tx.push({OpKind::evict, number, b.info[block].node, g, block});
       return true;
     }
@@ -457,20 +472,14 @@ class PagedTable final : public PagedBlocks {
   // block that is ready; of another it goes only if a page comes free by it.
   void make_ready(i64 group, i64 wanted, Transaction& tx) {
     Blocks& b = blocks_[group];
-    Aside aside(index_, number, tx);
-    while (b.ready.empty() && !back_some(group, wanted, tx)) {
-      const Item x = index_.victim();
-      if (x.node == kNoNode) break;
+    const auto wants = [&] { return b.ready.empty() && !back_some(group, wanted, tx); };
+    evict_in_order(tx, wants, [&](Item x) {
       const bool here = block_of(x.node, group) != 0 && (x.window < 0 || x.window == b.window);
-      if (here) {
-        evict_item(x, tx);
-      } else if (!free_page_of(x, tx)) {
-        if (aside.full()) break;
-        aside.add(x);
-      }
-    }
-    aside.put_back();
-    while (b.ready.empty() && !back_some(group, wanted, tx)) {
+      if (!here) return free_page_of(x, tx) ? Named::evicted : Named::aside;
+      evict_item(x, tx);
+      return Named::evicted;
+    });
+    while (wants()) {
       if (evict_next(tx)) continue;
       if (unbacked(group) == b.max_blocks)
         throw OutOfMemory("all " + std::to_string(b.max_blocks - kTrashBlocks) + " blocks are in use");

@@ -140,6 +140,7 @@ std::vector<i64> VirtualTable::showers(i32 node, i32 window) const {
 void VirtualTable::evict_window(i32 node, i32 window, Transaction& tx) {
   const std::vector<i64> rows = showers(node, window);
   const i64 ordinal = index_.ordinal(node);
+  if (!rows.empty()) demote(node, index_.group_of(window), tx);
   for (i64 row : rows) tx.push(concealing(row, ordinal, window));
   unmap_block(rows, window, ordinal, tx);
   for (i64 row : rows) {
@@ -225,9 +226,22 @@ bool VirtualTable::is_covered(i64 row, std::size_t from) const {
   return false;
 }
 
+// What no other row has of the last block of this one.
+void VirtualTable::demote_last(i64 row, Transaction& tx) {
+  const i64 ordinal = blocks_of(row) - 1;
+  const i32 node = rows_[row].holds[ordinal].node;
+  if (index_.places(node) == 1) return demote(node, -1, tx);
+  for (i64 g = 0; g < groups_; ++g) {
+    const i32 w = index_.window_of(g);
+    const bool state = geometry_.groups[g].growth == Growth::fixed && rows_[row].state == node;
+    if (state || (w >= 0 && shown(row, ordinal, w).here && index_.window_places(node, w) == 1)) demote(node, g, tx);
+  }
+}
+
 void VirtualTable::forget_last(i64 row, Transaction& tx) {
   const i64 ordinal = blocks_of(row) - 1;
   keep_last_copy(row, ordinal);
+  if (demotes()) demote_last(row, tx);
   for (i32 w = 0; w < index_.windows(); ++w) {
     if (shown(row, ordinal, w).here) tx.push(concealing(row, ordinal, w));
   }

@@ -6,47 +6,60 @@
 
 namespace kvmem {
 
-// What nobody needs in parked rows first, the one that was freed longest ago leading: its fence has most likely
-// passed. Then what live rows hold beyond their need and what is mapped ahead of it. Then second copies of cached
-// blocks, and what the eviction order says; at last what is mapped ahead. Cost: a few steps for each row that gives
-// something or has changed since it was last looked at. Only a call for which all of that does not suffice looks at all
-// rows.
-i64 VirtualTable::spill(i64 pages, bool content, Transaction& tx) {
-  i64 freed = spill_list(parked_, pages, tx);
-  freed += spill_list(bound_, pages - freed, tx);
-  if (!content) return freed;
-  freed += spill_content(pages - freed, tx);
-  for (i64 row = 1; row < rows_.size() && freed < pages; ++row) {
-    if (rows_[row].index >= 0 && row != copy_) freed += spill_row(row, pages - freed, tx, false);
+// Of what is idle the row that was freed longest ago leads: its fence has most likely passed. Then what live rows hold
+// beyond their need. Cost: a few steps for each row that gives something or has changed since it was last looked at.
+// Only a call for which all but `ahead` does not suffice looks at all rows.
+i64 VirtualTable::give(Reclaim kind, i64 pages, Transaction& tx) {
+  switch (kind) {
+    case Reclaim::idle: {
+      const i64 freed = spill_list(parked_, pages, tx);
+      return freed + spill_list(bound_, pages - freed, tx);
+    }
+    case Reclaim::second_copies:
+      return spill_doubles(false, PrefixIndex::kCandidates, pages, tx);
+    case Reclaim::victims:
+      return spill_victims(pages, tx);
+    case Reclaim::spares:
+      return spill_doubles(true, doubles_.size(), pages, tx);
+    case Reclaim::out_of_window:
+      return index_.windows() > 0 ? spill_passed(pages, tx) : 0;
+    case Reclaim::ahead:
+      return spill_ahead(pages, tx);
+  }
+  return 0;
+}
+
+i64 VirtualTable::spill_doubles(bool spare, i64 most, i64 pages, Transaction& tx) {
+  i64 freed = 0;
+  for (i64 row; freed < pages && (row = find_double(spare, most)) != 0;) {
+    cut(row, 0, tx);
+    freed += spill_row(row, pages - freed, tx);
   }
   return freed;
 }
 
-i64 VirtualTable::spill_content(i64 pages, Transaction& tx) {
+i64 VirtualTable::spill_victims(i64 pages, Transaction& tx) {
   i64 freed = 0;
-  const auto spill_doubles = [&](bool spare, i64 most) {
-    for (i64 row; freed < pages && (row = find_double(spare, most)) != 0;) {
-      cut(row, 0, tx);
-      freed += spill_row(row, pages - freed, tx);
-    }
-  };
-  spill_doubles(false, PrefixIndex::kCandidates);
-  Aside aside(index_, number, tx);
-  for (Item x; freed < pages && (x = index_.victim()).node != kNoNode;) {
+  const auto wants = [&] { return freed < pages; };
+  evict_in_order(tx, wants, [&](Item x) {
     const i64 now = x.window < 0 ? give_up(x.node, pages - freed, tx) : give_up_window(x, tx);
     freed += std::max(now, i64{0});
-    if (now >= 0) continue;
-    if (aside.full()) break;
-    aside.add(x);
-  }
-  aside.put_back();
-  for (Item x; freed < pages && (x = index_.victim()).node != kNoNode;) {  // pages that several have blocks on
+    return now >= 0 ? Named::evicted : Named::aside;
+  });
+  evict_in_order(tx, wants, [&](Item x) {  // pages that several have blocks on
     const i64 before = owned_pages;
     x.window < 0 ? give_up(x.node, pages - freed, tx) : (evict_window(x.node, x.window, tx), 0);
     freed += before - owned_pages;
+    return Named::evicted;
+  });
+  return freed;
+}
+
+i64 VirtualTable::spill_ahead(i64 pages, Transaction& tx) {
+  i64 freed = 0;
+  for (i64 row = 1; row < rows_.size() && freed < pages; ++row) {
+    if (rows_[row].index >= 0 && row != copy_) freed += spill_row(row, pages - freed, tx, false);
   }
-  spill_doubles(true, doubles_.size());
-  if (freed < pages && index_.windows() > 0) freed += spill_passed(pages - freed, tx);
   return freed;
 }
 
@@ -148,13 +161,15 @@ i64 VirtualTable::give_up(i32 node, i64 pages, Transaction& tx) {
 // driver. `pages`: how many were to come free with the block before. Not where a state goes with a block, too.
 void VirtualTable::forget_more(i64 row, i64 pages, Transaction& tx) {
   if (rows_[row].index >= 0 || has_state_) return;
-  while (spare_pages(row) < pages) {
-    const Item x = index_.victim();
-    if (x.node == kNoNode || x.window >= 0 || blocks_of(row) == 0) return;
-    const Hold& last = rows_[row].holds.back();
-    if (last.node != x.node || last.next >= 0 || last.previous >= 0) return;
-    forget(x.node, tx);
-  }
+  evict_in_order(
+      tx, [&] { return spare_pages(row) < pages; },
+      [&](Item x) {
+        if (x.window >= 0 || blocks_of(row) == 0) return Named::last;
+        const Hold& last = rows_[row].holds.back();
+        if (last.node != x.node || last.next >= 0 || last.previous >= 0) return Named::last;
+        forget(x.node, tx);
+        return Named::evicted;
+      });
 }
 
 // Mapped behind the content of a parked row.
@@ -281,24 +296,20 @@ i64 VirtualTable::empty_a_row(Transaction& tx) {
     cut(row, 0, tx);
     return row;
   }
-  Aside aside(index_, number, tx);
-  for (Item x; (x = index_.victim()).node != kNoNode;) {
-    const i64 row = x.window < 0 ? first_holder(x.node) : first_shower(x.node, x.window);
-    if (rows_[row].index < 0 && can_lose(row)) {
-      aside.put_back();
-      cut(row, 0, tx);
-      return row;
-    }
-    if (x.window < 0) {
-      forget(x.node, tx);
-    } else if (!aside.full()) {
-      aside.add(x);  // it lies in rows that are in use
-    } else {
-      break;
-    }
-  }
-  aside.put_back();
-  i64 row = find_double(true, doubles_.size());
+  i64 row = 0;
+  evict_in_order(
+      tx, [] { return true; },
+      [&](Item x) {
+        const i64 lies = x.window < 0 ? first_holder(x.node) : first_shower(x.node, x.window);
+        if (rows_[lies].index < 0 && can_lose(lies)) {
+          row = lies;
+          return Named::last;
+        }
+        if (x.window >= 0) return Named::aside;  // it lies in rows that are in use
+        forget(x.node, tx);
+        return Named::evicted;
+      });
+  if (row == 0) row = find_double(true, doubles_.size());
   if (row == 0) row = any_to_lose();
   if (row != 0) {
     cut(row, 0, tx);
@@ -344,17 +355,17 @@ i64 VirtualTable::pick_row(i64 tokens, i64 shown, Transaction& tx) {
 
 i64 VirtualTable::pick_victim(i64 most, Transaction& tx) {
   constexpr i64 kLooked = 8;
-  Aside aside(index_, number, tx);
-  i64 best = -1;
-  for (i64 looked = 0; looked < kLooked && !aside.full(); ++looked) {
-    const Item x = index_.victim();
-    if (x.node == kNoNode || x.window >= 0) break;
-    const i64 row = first_holder(x.node), slots = rows_[row].slots;
-    const bool fits = rows_[row].index < 0 && slots <= most && can_lose(row);
-    if (fits && (best < 0 || slots > rows_[best].slots)) best = row;
-    aside.add(x);
-  }
-  aside.put_back();
+  i64 best = -1, looked = 0;
+  evict_in_order(
+      tx, [&] { return looked < kLooked; },
+      [&](Item x) {
+        if (x.window >= 0) return Named::last;
+        const i64 row = first_holder(x.node), slots = rows_[row].slots;
+        const bool fits = rows_[row].index < 0 && slots <= most && can_lose(row);
+        if (fits && (best < 0 || slots > rows_[best].slots)) best = row;
+        ++looked;
+        return Named::aside;  // all of them: it is only looked at
+      });
   return best;
 }
 

@@ -376,6 +376,7 @@ void VirtualRows::on_content(const Op& op, bool undo) {
   if (!undo) index_.expect_change();
   if (op.kind == OpKind::aside) return index_.set_aside({node, static_cast<i32>(op.b)});
   if (op.kind == OpKind::back) return index_.put_back({node, static_cast<i32>(op.b)});
+  if (op.kind == OpKind::demote) return on_demote(op, undo);
   if (const i32 window = window_of(op); window >= 0) {
     op.kind == OpKind::hold ? reveal(op.b, index_.ordinal(node), window, op.d, undo)
                             : conceal(op.b, index_.ordinal(node), window, undo);

@@ -51,7 +51,7 @@ class VirtualTable final : public VirtualRows {
   void close(i64 index, Transaction& tx) override;
   void back_trash(i64 group, Transaction& tx) override;
   bool map_ahead(i64 index, i64 group, i64 tokens, Transaction& tx) override;
-  i64 spill(i64 pages, bool content, Transaction& tx) override;
+  i64 give(Reclaim kind, i64 pages, Transaction& tx) override;
 
  private:
   // Marks a row that a decision reads or fills while it looks for memory, and that must not lose any to it.
@@ -99,7 +99,9 @@ class VirtualTable final : public VirtualRows {
   // True if another row shows every block of a parked row from `from` on, as far back as this one does.
   bool is_covered(i64 row, std::size_t from) const;
   i64 spill_list(const IdList& list, i64 pages, Transaction& tx);
-  i64 spill_content(i64 pages, Transaction& tx);
+  i64 spill_doubles(bool spare, i64 most, i64 pages, Transaction& tx);
+  i64 spill_victims(i64 pages, Transaction& tx);
+  i64 spill_ahead(i64 pages, Transaction& tx);
   i64 spill_row(i64 row, i64 pages, Transaction& tx, bool ahead = true);
   void drop_passed(i64 row, Transaction& tx);
   bool keeps_pins(i64 row, i64 from) const;
@@ -122,6 +124,7 @@ class VirtualTable final : public VirtualRows {
   std::vector<i64> showers(i32 node, i32 window) const;
   // The row forgets the last block of its content.
   void forget_last(i64 row, Transaction& tx);
+  void demote_last(i64 row, Transaction& tx);
   void keep_last_copy(i64 row, i64 ordinal);
   bool is_last_copy(i64 row, i64 ordinal) const;
   // The row forgets its content from block `from` on.
