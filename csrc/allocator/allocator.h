@@ -166,6 +166,7 @@ class Allocator final : public TableState {
   std::unique_ptr<PageTable> make_table(bool paged, i64 limit_pages);
   i64 pages_at_once() const;
   void carry_out(const BatchGroups& padded, TableChanges* changes);
+  [[gnu::noinline]] void change(const BatchGroups& padded, bool publishes);
   template <class Short>
   bool try_short(i32 handle, const Short& run);
   bool has_room(i64 index, i64 count, bool in_last_block);

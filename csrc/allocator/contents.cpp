@@ -114,6 +114,7 @@ void SequenceContents::collect(i64 index, const i32* tokens, i64 count) {
   i64 ordinal = quotient(c.known, size);
   bool is_new = false;  // then so is all that follows
   const bool tagged = !c.marks.empty();
+  PrefixIndex& nodes = index_;
   for (i64 end = size - held; end <= count; end += size) {
     const i32* block = tokens + end - size;
     if (end < size) {  // the tail says what it did, since only its first `held` tokens are known yet
@@ -122,8 +123,9 @@ void SequenceContents::collect(i64 index, const i32* tokens, i64 count) {
     }
     const std::string* const tag = tagged ? matcher_.tag_at(c.marks, ordinal * size) : nullptr;
     last = used.use_found([&] {
-      i32 node = is_new ? kNoNode : index_.find(last, block, tag);
-      if (node == kNoNode) node = index_.add(last, block, tag), is_new = true;
+      i32 node = is_new ? kNoNode : nodes.find(last, block, tag);
+      if (node == kNoNode) node = nodes.add(last, block, tag), is_new = true;
+      nodes.enter(node);
       return node;
     });
     published_.push_back({index, ordinal++, last});

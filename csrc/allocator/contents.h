@@ -42,13 +42,11 @@ class UsedNodes {
     PrefixIndex& index = index_;
     for (i32 node : nodes) items_.push_back({node}), index.enter(node);
   }
-  // use() of a node that `find` returns, once there is memory for noting it.
-  template <class Find>
-  i32 use_found(const Find& find) {
+  // The same of a node that `use` finds and enters, once there is memory for noting it.
+  template <class Use>
+  i32 use_found(const Use& use) {
     items_.push_back({kNoNode});
-    const i32 node = find();
-    index_.enter(node);
-    return items_.back().node = node;
+    return items_.back().node = use();
   }
   void take_back(std::size_t first) {
     while (items_.size() > first) {

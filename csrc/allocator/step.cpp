@@ -74,13 +74,23 @@ void Allocator::commit(i32 handle, i64 count, i64 group, const i32* ids, TableCh
   commit(&handle, &known, 1, group, ids, changes);
 }
 
+void Allocator::carry_out(const BatchGroups& padded, TableChanges* changes) {
+  if (!prefix_.on || plan_.group >= 0) plan_.ids = nullptr;
+  if (changes) table_diff_.see(plan_, changes);
+  const bool publishes = plan_.commits && contents_.completes_any(plan_);
+  if (plan_.more || publishes || !plan_.moving.empty()) change(padded, publishes);
+  if (plan_.commits) {
+    records_.note_committed(plan_);
+    contents_.note_published(plan_);
+  }
+  if (plan_.more) room_.map_ahead(plan_.indices.data(), plan_.n, plan_.group);
+  if (changes) table_diff_.written(plan_, changes);
+}
+
 // Room first, then windows move on: all of it in one transaction, which most steps need none of. The lengths come
 // before everything: what looks for pages to reclaim then sees what is needed. `padded`: groups that lack the blocks
 // which padding rows read and write.
-void Allocator::carry_out(const BatchGroups& padded, TableChanges* changes) {
-  if (changes) table_diff_.see(plan_, changes);
-  if (!prefix_.on || plan_.group >= 0) plan_.ids = nullptr;
-  const bool publishes = plan_.commits && contents_.completes_any(plan_);
+void Allocator::change(const BatchGroups& padded, bool publishes) {
   const bool makes_room = !plan_.needy.empty() || padded.count > 0;
   std::size_t done = 0;
   try {
@@ -98,12 +108,6 @@ void Allocator::carry_out(const BatchGroups& padded, TableChanges* changes) {
   } catch (const OutOfMemory& e) {
     room_.explain(plan_, done, e);
   }
-  if (plan_.commits) {
-    records_.note_committed(plan_);
-    contents_.note_published(plan_);
-  }
-  if (plan_.more) room_.map_ahead(plan_.indices.data(), plan_.n, plan_.group);
-  if (changes) table_diff_.written(plan_, changes);
 }
 
 void Allocator::fill(const i32* handles, i64 n, const i32* new_tokens, i64 rows, GroupBuffers* groups, i64 num_groups) {

@@ -60,6 +60,7 @@ void TableDiff::see(const StepPlan& plan, TableChanges* changes) {
     }
   }
   changes->main = static_cast<i32>(groups_.token_group());
+  changes->writes.clear();
   changes->writes.reserve(most_written(plan));
 }
 

@@ -32,8 +32,7 @@ def handle(field: str, sequence: Sequence | int, core: _core.Allocator) -> int:
     """The handle of one sequence of ``core``."""
     if not isinstance(sequence, Sequence):
         return check_count(field, sequence)
-    if sequence._core is not core:
-        core.check_usable()  # a closed allocator says so
+    if sequence.allocator.core is not core:
         raise SpecError(f"{sequence!r} belongs to another allocator")
     return sequence.id
 
