@@ -134,11 +134,8 @@ class Allocator final : public TableState {
   i64 mapped_extent_bytes(i64 group, i64 arena_in_group);
 
   // For tests: from now on, every block that leaves the cache, once for each group that held it.
-  void watch_lost() { enter(), table_->watch_lost(); }
-  std::vector<PageTable::Lost> take_lost() {
-    const PoolLock lock = enter(true);
-    return table_->take_lost();
-  }
+  void watch_lost();
+  std::vector<PageTable::Lost> take_lost();
 
   // --- deciding here, acting elsewhere. A list of ops that is not empty begins with a `version` ---
   void record();

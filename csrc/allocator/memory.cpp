@@ -247,6 +247,16 @@ void Allocator::record() {
   pool_->recording = true;
 }
 
+void Allocator::watch_lost() {
+  const PoolLock lock = enter();
+  table_->watch_lost();
+}
+
+std::vector<PageTable::Lost> Allocator::take_lost() {
+  const PoolLock lock = enter(true);
+  return table_->take_lost();
+}
+
 std::vector<Op> Allocator::take_ops() {
   const PoolLock lock = enter(true);
   std::vector<Op> ops;

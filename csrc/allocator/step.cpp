@@ -78,7 +78,7 @@ void Allocator::carry_out(const BatchGroups& padded, TableChanges* changes) {
   if (!prefix_.on || plan_.group >= 0) plan_.ids = nullptr;
   if (changes) table_diff_.see(plan_, changes);
   const bool publishes = plan_.commits && contents_.completes_any(plan_);
-  if (plan_.more || publishes || !plan_.moving.empty()) change(padded, publishes);
+  if (plan_.more || publishes || padded.count > 0 || !plan_.moving.empty()) change(padded, publishes);
   if (plan_.commits) {
     records_.note_committed(plan_);
     contents_.note_published(plan_);

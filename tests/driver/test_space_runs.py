@@ -75,7 +75,17 @@ def test_zeroing_does_not_cut_a_run_of_maps(backend: str) -> None:
     assert calls[0] == calls[1]
 
 
-KINDS = ("create", "destroy", "map", "unmap", "zero", "copy", "fence")  # in the order of OpKind (csrc/base/ops.h)
+KINDS = (
+    "create",
+    "destroy",
+    "map",
+    "unmap",
+    "zero",
+    "copy",
+    "load",
+    "store",
+    "fence",
+)  # in the order of OpKind (csrc/base/ops.h)
 
 
 class Executor:

@@ -22,7 +22,7 @@ def rss_bytes() -> int:
 def test_names():
     assert POLICIES[0] == "density"
     assert "lru" in POLICIES
-    with pytest.raises(SpecError, match="'fifo'; there are: density, lru"):
+    with pytest.raises(SpecError, match="policy: got 'fifo'; must be one of density, lru"):
         _core.EvictionPolicy("fifo")
 
 

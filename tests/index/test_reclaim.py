@@ -7,8 +7,9 @@ from collections import Counter
 from typing import Any
 
 import pytest
-from follow_world import SPECS, Leader
-from support_world import BACKENDS, LONG
+from follow_world import SPECS, make
+from random_calls import Calls
+from support import LONG
 
 from kvmem.events import BlockRemoved, BlockStored
 
@@ -35,17 +36,14 @@ class Told:
 
 
 @pytest.mark.parametrize("policy", ["lru", "density"])
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", sorted(SPECS))
 def test_a_tier_sees_every_block_that_is_lost_once(name: str, backend: str, policy: str, seed: int) -> None:
     """With memory and rows running out, trimming, forks and truncation, and calls that fail and are taken back."""
-    leader = Leader(name, backend, record_ops=False, policy=policy, events=4096)
-    rng, told, seen = random.Random(seed), Told(), 0
+    leader = Calls(make(name, backend, device="meta", policy=policy, events=4096), random.Random(seed))
+    told, seen = Told(), 0
     leader.alloc.core.watch_lost()
     for step in range(STEPS):
-        leader.step(rng)
-        for handle, sequence in leader.sequences.items():  # nothing is written, so a state is as far as its tokens
-            leader.state_at[handle] = sequence.num_committed_tokens
+        leader.step()
         lost, removed = leader.alloc.core.take_lost(), told.removed(leader.alloc.events())
         assert Counter(lost) == Counter(removed), step
         seen += len(lost)

@@ -85,7 +85,7 @@ def test_names_are_unique_and_modules_are_there() -> None:
 
 
 def test_a_gpus_default_guard_is_enough_for_every_kernel() -> None:
-    default = open_device("cuda:0", _core.host_driver()).tail_guard_tokens
+    default = open_device("cuda:0", driver=_core.host_driver()).info.default_guard_tokens
     assert max(kernel.guard_tokens for kernel in EVERY) == default
 
 

@@ -213,7 +213,7 @@ def test_the_same_calls_move_the_same_blocks() -> None:
         world.alloc.take_ops()
         world.alloc.compact()
         records.append(world.alloc.take_ops())
-    assert records[0] == records[1] and {op[0] for op in records[0]} == {"copy", "block", "fence"}
+    assert records[0] == records[1] and {op[0] for op in records[0]} == {"version", "copy", "block", "fence"}
 
 
 def test_a_replica_follows() -> None:
@@ -230,7 +230,7 @@ def test_a_replica_follows() -> None:
     before = table(a, handles)
     assert a.compact() == 2 * PAIR
     ops = a.take_ops()
-    assert {op[0] for op in ops} == {"copy", "block", "fence"}
+    assert {op[0] for op in ops} == {"version", "copy", "block", "fence"}
     b.apply(ops)
     assert table(a, handles) == table(b, handles) != before
     assert b.check() == [] and b.stats().parked_bytes == a.stats().parked_bytes == 2 * PAIR

@@ -9,10 +9,9 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
+from contents import by_sequence, by_table, expected, write_slots
 from hypothesis import HealthCheck, given, settings
-from hypothesis import seed as hypothesis_seed
-from patterns import by_sequence, by_table, expected, write_slots
-from support import BACKENDS, LONG, make_allocator, seed_of_run
+from support import BACKENDS, LONG, make_allocator
 
 import kvmem
 from kvmem.kernels.reference import sdpa
@@ -121,7 +120,6 @@ def use(spec: kvmem.CacheSpec, backend: str, interleave: int | str) -> None:
     assert alloc.check() == []
 
 
-@hypothesis_seed(seed_of_run())
 @settings(
     max_examples=1000 if LONG else 150, deadline=None, database=None, print_blob=True,
     suppress_health_check=list(HealthCheck),

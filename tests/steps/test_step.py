@@ -305,3 +305,13 @@ def test_arguments_in_any_int32_buffer(backend: str) -> None:
     for wrong in (ids.astype(np.float32), ids[None], [1.0, 2.0, 3.0], None):
         with pytest.raises(kvmem.SpecError):
             alloc.step(wrong, batch)  # type: ignore[arg-type]
+
+
+def test_a_step_of_no_sequence_backs_what_its_padding_reads(backend: str) -> None:
+    """An engine that idles replays its captured graph with padding rows only."""
+    alloc = make_allocator(plain(16), backend, debug=False)
+    out = alloc.make_batch(max_sequences=4, max_new_tokens=4)
+    alloc.step(i32(), out, pad_to=4)
+    assert alloc.stats().mapped_bytes > 0 and out.block_table.tolist() == [[0] * out.block_table.shape[1]] * 4
+    k, v = alloc.kv(0)
+    assert not k[0].as_subclass(torch.Tensor).any() and not v[0].as_subclass(torch.Tensor).any()
