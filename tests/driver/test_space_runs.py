@@ -28,7 +28,7 @@ def make(**options: object) -> tuple[World, _core.CheckedDriver]:
 
 
 def test_blocks_that_follow_each_other_are_zeroed_at_once() -> None:
-    """Of each block the arenas alternate in the records; the driver zeroes each arena once."""
+    """A run of blocks is one record an arena, and one call of the driver."""
     world, driver = make(backend="paged", zero="always", record_ops=True)
     for _ in range(2):  # from new pages, and from those the first sequence has left
         world.alloc.take_ops()
@@ -36,7 +36,7 @@ def test_blocks_that_follow_each_other_are_zeroed_at_once() -> None:
         handle = world.alloc.core.open()
         world.alloc.core.extend(handle, 8 * 16, -1)
         zeroes = [op for op in world.alloc.take_ops() if op[0] == "zero"]
-        assert len(zeroes) == 8 * ARENAS and [op[1] for op in zeroes[:4]] == [0, 1, 0, 1]
+        assert [op[1:] for op in zeroes] == [(arena, zeroes[0][2], 8 * BLOCK, 0, 0) for arena in range(ARENAS)]
         assert driver.counters().zero - before.zero == ARENAS
         k = world.alloc.sequence_tensor(handle, 0, "k")
         assert k.shape[0] == 128 and not k.any()

@@ -17,9 +17,9 @@ from gpu_kernels import PLAIN, Trial
 from gpu_worker import judge
 from kernel_by_hand import library_by_hand
 from kernel_cases import make_case, one_thread, step_of
+from support_drivers import CudaStub, build_stub
 
 import kvmem
-from kvmem import _core
 from kvmem.kernels import registry
 from kvmem.memory.device import open_device
 
@@ -84,8 +84,8 @@ def test_names_are_unique_and_modules_are_there() -> None:
         registry.find("FlashAttention 5")
 
 
-def test_a_gpus_default_guard_is_enough_for_every_kernel() -> None:
-    default = open_device("cuda:0", driver=_core.host_driver()).info.default_guard_tokens
+def test_a_gpus_default_guard_is_enough_for_every_kernel(tmp_path: Path) -> None:
+    default = open_device("cuda:0", driver=CudaStub(build_stub(), tmp_path).driver()).info.default_guard_tokens
     assert max(kernel.guard_tokens for kernel in EVERY) == default
 
 
