@@ -1,0 +1,109 @@
+"""The repository stays small: lines of each part, of a file, of a function, and names in a folder.
+
+A budget that is raised is a line of this file that somebody reviews, with the reason in docs/decisions.md.
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# (name, folders, folders inside them that count elsewhere, most lines). These are ceilings: docs/decisions.md, "Sizes",
+# says how far above their targets they are.
+PARTS = [
+    ("csrc without bindings", ["csrc"], ["csrc/bindings"], 18_700),
+    ("bindings", ["csrc/bindings"], [], 2_100),
+    ("kvmem without bench", ["kvmem"], ["kvmem/bench"], 9_450),
+    ("kvmem/bench", ["kvmem/bench"], ["kvmem/bench/data"], 5_200),
+    ("benchmarks", ["benchmarks"], [], 2_800),
+    ("tests", ["tests"], [], 37_900),
+]
+MOST_LINES_OF_A_FILE, MOST_LINES_OF_A_FUNCTION, MOST_NAMES_IN_A_FOLDER, MOST_FOLDERS_OF_CSRC = 400, 40, 15, 12
+# Each has its reason in docs/decisions.md, "Sizes".
+LONGER_FILES = {
+    "csrc/index/prefix_index.cpp": 530,
+    "csrc/table/paged/paged_blocks.cpp": 500,
+    "csrc/table/paged/paged_table.cpp": 640,
+    "csrc/table/virtual/virtual_reclaim.cpp": 430,
+    "csrc/table/virtual/virtual_rows.cpp": 705,
+    "tests/allocator/test_bad_input.py": 475,
+    "tests/bench/test_bench_gpu.py": 440,
+    "tests/index/test_eviction.py": 435,
+}
+LONGER_FUNCTIONS: dict[str, int] = {}
+FULLER_FOLDERS = {"csrc/allocator": 18, "kvmem/allocator": 18, "kvmem/bench": 18, "tests/index": 16}
+
+SOURCES = (".py", ".pyi", ".cpp", ".h", ".mk")
+GENERATED = {"kvmem/_core.pyi"}
+
+
+def sources() -> list[str]:
+    """Every source file that git knows, or (in an unpacked sdist) that is there."""
+    if (ROOT / ".git").exists():
+        done = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
+        names = done.stdout.split("\n")
+    else:
+        names = [
+            file.relative_to(ROOT).as_posix()
+            for folder in ("csrc", "kvmem", "benchmarks", "tests")
+            for file in (ROOT / folder).rglob("*")
+        ]
+    return [name for name in names if name.endswith(SOURCES) and name not in GENERATED and (ROOT / name).is_file()]
+
+
+def lines_of(name: str) -> int:
+    return len((ROOT / name).read_text().splitlines())
+
+
+@pytest.mark.parametrize(("part", "folders", "without", "most"), PARTS, ids=[part[0] for part in PARTS])
+def test_lines_of_each_part(part: str, folders: list[str], without: list[str], most: int) -> None:
+    def inside(name: str, of: list[str]) -> bool:
+        return any(name.startswith(f"{folder}/") for folder in of)
+
+    found = sum(lines_of(name) for name in sources() if inside(name, folders) and not inside(name, without))
+    assert 0 < found <= most, f"{part}: {found} lines"
+
+
+def test_lines_of_each_file() -> None:
+    lengths = {
+        name: lines_of(name) for name in sources() if name.split("/")[0] in ("csrc", "kvmem", "benchmarks", "tests")
+    }
+    long = {name: lines for name, lines in lengths.items() if lines > LONGER_FILES.get(name, MOST_LINES_OF_A_FILE)}
+    assert not long
+    assert all(lengths.get(name, 0) > MOST_LINES_OF_A_FILE for name in LONGER_FILES), "an exception that is not needed"
+
+
+def test_lines_of_each_function() -> None:
+    """Of kvmem/, without their docstrings. Functions of C++ are kept short by review."""
+    lengths: dict[str, int] = {}
+    for name in sources():
+        if not name.startswith("kvmem/") or not name.endswith(".py"):
+            continue
+        for node in ast.walk(ast.parse((ROOT / name).read_text())):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                first = node.body[0]
+                documented = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
+                docstring = (first.end_lineno or 0) - first.lineno + 1 if documented else 0
+                lengths[f"{name}:{node.name}"] = (node.end_lineno or 0) - node.lineno + 1 - docstring
+    long = {n: lines for n, lines in lengths.items() if lines > LONGER_FUNCTIONS.get(n, MOST_LINES_OF_A_FUNCTION)}
+    assert lengths and not long
+
+
+def test_names_in_each_folder() -> None:
+    """A header and its source are one name. Tests are counted without their helpers."""
+    names: dict[str, set[str]] = defaultdict(set)
+    for name in sources():
+        path = Path(name)
+        if path.parts[0] in ("csrc", "kvmem", "benchmarks") or (
+            path.parts[0] == "tests" and path.stem.startswith("test_")
+        ):
+            names[path.parent.as_posix()].add(path.stem)
+    full = {f: len(n) for f, n in names.items() if len(n) > FULLER_FOLDERS.get(f, MOST_NAMES_IN_A_FOLDER)}
+    assert names and not full
+    assert len({folder for folder in names if folder.startswith("csrc/")}) <= MOST_FOLDERS_OF_CSRC
