@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import settings
 
 # Modules that hold assertions but no tests of their own: a failure in one shows its values too.
 HERE = Path(__file__).parent
+sys.path.append(str(HERE.parent))  # the package benchmarks; last, so that a kvmem that PYTHONPATH names comes first
 pytest.register_assert_rewrite(*(f.stem for f in HERE.rglob("*.py") if not f.name.startswith(("test_", "conftest"))))
 
 # The machine's load must not fail an example. Hypothesis draws by itself, and prints the blob that repeats a failure:
