@@ -1,5 +1,5 @@
 // The workload straight on kvmem's core, without Python: what `valgrind --tool=callgrind` counts the instructions of,
-// and where a profiler sees the core alone. The books are those of a device without memory (device="meta") that holds
+// and where a profiler sees the core alone. The metadata is that of a device without memory (device="meta") that holds
 // Llama 3 8B: 128 KiB a token, pages of 2 MiB, so that a block of 16 tokens is a page.
 
 #include "allocator/allocator.h"

@@ -1,5 +1,5 @@
 // What mapping a run of pages costs on the CPU, without Python: a bare mmap of a memfd, the host driver's call, and
-// Allocator::extend, which also decides, keeps the books and can be undone. In turn, so that a slow moment of the
+// Allocator::extend, which also decides, keeps metadata and can be undone. In turn, so that a slow moment of the
 // machine falls on all three. Pages exist before, and none is touched.
 
 #include <sys/mman.h>

@@ -146,7 +146,7 @@ class Allocator final : public TableState {
 
  private:
   class Watch;
-  PoolLock enter(bool look = false);  // look: nothing is changed or repaired
+  PoolLock enter(bool look = false);  // look: nothing is changed
   PoolLock enter_still();             // as enter(), but nothing that a batch speaks of will change
   void settle() { pool_->settle(); }
   // Runs `call`, which may change something, with the lock held. A debug build makes sure that the metadata is right

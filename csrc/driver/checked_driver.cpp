@@ -1,4 +1,4 @@
-// Keeps its own books and compares every call with them before the inner driver sees it.
+// Keeps its own record and compares every call with it before the inner driver sees it.
 
 #include "driver/checked_driver.h"
 

@@ -76,34 +76,6 @@ void PrefixIndex::reserve(i64 nodes) {
   for (i64 id = nodes; id-- > before;) free_node(static_cast<i32>(id));
 }
 
-void PrefixIndex::start_retention() {
-  auto retention = std::make_unique<RetentionPolicy>(nullptr);
-  retention->reserve(capacity() * items_);  // the only allocation, before anything changes
-  retention->take_over(std::move(policy_));
-  retention_ = retention.get();
-  policy_ = std::move(retention);
-  for (i32 x = 0; x < capacity(); ++x) {
-    if (whole_ && nodes_[x].copies > 0) retention_->follow(item(x), nodes_[x].released);
-    for (i32 w = 0; w < windows_; ++w) {
-      if (has_window(x, w)) retention_->follow(item(x, w), needs(x, w) == 0);
-    }
-  }
-  for (i32 x = 0; whole_ && x < capacity(); ++x) {
-    const i32 parent = nodes_[x].parent;
-    if (nodes_[x].copies > 0 && !is_root(parent)) retention_->lead(item(parent), item(x));
-  }
-}
-
-void PrefixIndex::retain(i32 node, int priority, double seconds) {
-  KVMEM_ASSERT(retention_, "expect_retention() came first");
-  const Node& n = nodes_[node];
-  const bool whole = whole_ && n.copies > 0;
-  if (whole) retention_->retain(item(node), priority, seconds);
-  for (i32 w = 0; w < windows_; ++w) {
-    if (has_window(node, w)) retention_->retain(item(node, w), priority, seconds);
-  }
-}
-
 void PrefixIndex::grow_nodes() { reserve(capacity() + std::max(capacity() / kGrowth, least_nodes_)); }
 
 // REQUIRES: there is a free node.
@@ -200,42 +172,6 @@ void PrefixIndex::relink(i32 node) {
   if (next != kNoNode) siblings_[next].previous_child = node;
   nodes_[node].linked = true;
   ++linked_;
-}
-
-i32 PrefixIndex::open_root(const PrefixKey& key, bool* made) {
-  i32 root = find_root(key);
-  *made = root == kNoNode;
-  if (*made) {
-    std::string name = flat(key);
-    const std::uint64_t hash = root_hash(key);
-    if (free_ == kNoNode) grow_nodes();
-    const i32 number = roots_seen_;
-    root_keys_.emplace(number, RootKey{{key.salt, key.extra_key, {}}, name});
-    try {
-      roots_.emplace(std::move(name), free_);
-    } catch (...) {
-      root_keys_.erase(number);
-      throw;
-    }
-    ++roots_seen_;
-    root = new_node();
-    nodes_[root].next_child = number;
-    nodes_[root].key = hash;
-    if (events_.on()) root_of_[root] = number;
-  }
-  ++nodes_[root].users;
-  return root;
-}
-
-void PrefixIndex::unopen_root(i32 root, bool made) {
-  KVMEM_ASSERT(is_root(root) && nodes_[root].users > 0, "a root in use");
-  --nodes_[root].users;
-  if (!made) return;
-  const auto key = root_keys_.find(nodes_[root].next_child);
-  roots_.erase(key->second.flat);
-  root_keys_.erase(key);
-  --roots_seen_;
-  free_node(root);
 }
 
 i32 PrefixIndex::add(i32 parent, const i32* tokens, const std::string* tag) {
@@ -369,28 +305,6 @@ void PrefixIndex::need_no_more(i32 node, i32 window, bool undo) {
   ++cached_parts_[static_cast<std::size_t>(window)];
 }
 
-void PrefixIndex::set_aside(Item x) {
-  KVMEM_ASSERT(!is_aside(x), "an item is set aside once");
-  if (x.window < 0) {
-    nodes_[x.node].aside = true;
-  } else {
-    part(x.node, x.window).aside = true;
-  }
-  ++asides_;
-  policy_->use(id_of(x));
-}
-
-void PrefixIndex::put_back(Item x) {
-  KVMEM_ASSERT(is_aside(x), "the item is set aside");
-  if (x.window < 0) {
-    nodes_[x.node].aside = false;
-  } else {
-    part(x.node, x.window).aside = false;
-  }
-  --asides_;
-  policy_->undo_use(id_of(x));
-}
-
 void PrefixIndex::note_state(i32 node, bool stored, bool undo) {
   for (i32 group : state_groups_) note({node, group, stored}, undo);
 }
@@ -447,34 +361,6 @@ void PrefixIndex::prune(i32 node, bool evicted) {
   }
 }
 
-// Notes that the next event names this root.
-void PrefixIndex::note_root(i32 number) {
-  if (recent_number_ != number) recent_root_ = &root_keys_.find(number)->second, recent_number_ = number;
-  recent_root_->last_event = events_.serial() + 1;
-}
-
-void PrefixIndex::drop_root(i32 number) {
-  const auto root = root_keys_.find(number);
-  roots_.erase(root->second.flat);
-  forget_roots();
-  if (is_waiting(root->second)) {
-    gone_roots_.push_back(number);
-  } else {
-    if (recent_number_ == number) recent_number_ = -1;
-    root_keys_.erase(root);
-  }
-}
-
-void PrefixIndex::forget_roots() {
-  while (!gone_roots_.empty()) {
-    const auto root = root_keys_.find(gone_roots_.front());
-    if (is_waiting(root->second)) return;
-    if (recent_number_ == root->first) recent_number_ = -1;
-    root_keys_.erase(root);
-    gone_roots_.pop_front();
-  }
-}
-
 void PrefixIndex::use_again(i32 node) {
   KVMEM_ASSERT(nodes_[node].released, "the node was released");
   if (whole_) policy_->use(item(node));
@@ -488,40 +374,6 @@ void PrefixIndex::drop_last(i32 node) {
   if (whole_) policy_->release(item(node));
   nodes_[node].released = true;
   ++cached_;
-}
-
-void PrefixIndex::pin(i32 node) {
-  ++pins_[node];
-  ++pinned_;
-  nodes_[node].pinned = true;
-  enter(node);
-}
-
-void PrefixIndex::unpin(i32 node) {
-  KVMEM_ASSERT(nodes_[node].pinned, "the node is pinned");
-  count_unpinned(node);
-  leave(node);
-}
-
-void PrefixIndex::count_unpinned(i32 node) {
-  const auto pins = pins_.find(node);
-  if (--pins->second == 0) {
-    pins_.erase(pins);
-    nodes_[node].pinned = false;
-  }
-  --pinned_;
-}
-
-// Undoes the pin nearest to the root first, since it was made last. Each is searched for from `last` again, because
-// there may be no memory for a list.
-void PrefixIndex::undo_pins(i32 last, i32 end) {
-  while (end != last) {
-    i32 node = last;
-    while (parent(node) != end) node = parent(node);
-    count_unpinned(node);
-    unenter(node);
-    end = node;
-  }
 }
 
 }  // namespace kvmem

@@ -100,7 +100,7 @@ class FollowedLengths {
   std::map<std::pair<i64, i64>, Seen> seen_;  // by handle and group
 };
 
-// The rules that differ by backend; follow_paged.cpp and follow_virtual.cpp.
+// The rules that differ by backend; paged_follow.cpp and virtual_follow.cpp.
 class FollowRules {
  public:
   FollowRules(const FollowedLengths& lengths, i64 page_bytes) : lengths_(lengths), page_bytes_(page_bytes) {}

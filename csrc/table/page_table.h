@@ -53,7 +53,7 @@ class PageTable : public PageOwner {
   virtual void drop_front(i64 index, i64 group, i64 old_first, i64 first, Transaction& tx) = 0;
   // Gives `child` (which holds nothing) the first `tokens` tokens of `parent`: whole shared pieces plus a copied tail.
   virtual void share(i64 parent, i64 child, i64 group, i64 first, i64 tokens, Transaction& tx) = 0;
-  // --- content (prefix.h): a chain is a list of nodes, one for each block from the first token on ---
+  // --- content (prefix_index.h): a chain is a list of nodes, one for each block from the first token on ---
   // A row from which a sequence of the first `tokens` tokens of the chain can be made, or -1. They end in its last
   // node, which may count in part; the index knows that each block is somewhere. Paged: any answer but -1.
   virtual i64 find_row(const std::vector<i32>& chain, i64 tokens) const = 0;

@@ -10,8 +10,8 @@ using cuda::Result;
 
 namespace {
 
-// An entry for the books, made before the driver is asked: what it has given must not be lost because there is no
-// memory to note it.
+// An entry for the driver's record, made before the driver is asked: what it has given must not be lost because there
+// is no memory to note it.
 template <class Map>
 typename Map::node_type new_entry(typename Map::mapped_type value) {
   Map one;

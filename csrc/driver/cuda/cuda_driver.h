@@ -70,7 +70,7 @@ class CudaDriver final : public Driver {
     device_.check_fork();
     return lock;
   }
-  void count(i64 DriverCounters::* counter) {  // for what is not serialised by our books
+  void count(i64 DriverCounters::* counter) {  // for what our record does not serialise
     std::lock_guard<ForkMutex> lock(event_mutex_);
     ++(counters_.*counter);
     device_.check_fork();
@@ -87,7 +87,7 @@ class CudaDriver final : public Driver {
   const cuda::Api& api_;
 
   mutable ForkMutex mutex_{
-      "the CUDA driver"};  // the books below; held during the driver's calls, which it serialises anyway
+      "the CUDA driver"};  // the record below; held during the driver's calls, which it serialises anyway
   cuda::StreamPtr side_ = nullptr;
   std::atomic<i64> created_bytes_{0};
   std::map<Address, i64> reservations_;

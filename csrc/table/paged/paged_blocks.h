@@ -1,5 +1,5 @@
-// The books of the paged backend: the block tables, what each block is (unbacked, ready, referenced, cached) and which
-// pages lie under it. paged_table.cpp decides; the mappings and table entries it pushes come back through on_map,
+// The metadata of the paged backend: the block tables, what each block is (unbacked, ready, referenced, cached) and
+// which pages lie under it. paged_table.cpp decides; the mappings and table entries it pushes come back through on_map,
 // on_unmap and apply, and change here only, as does what it takes with take_ready() and hold().
 //
 // Changed by records: pages, table entries, references, nodes. By the journal: the order of snapshots, which ready
@@ -78,7 +78,7 @@ class PagedBlocks : public PageTable {
   }
 
   bool is_whole(const Op& op) const override;
-  std::unique_ptr<FollowRules> rules(const FollowedLengths& lengths) override;  // follow_paged.cpp
+  std::unique_ptr<FollowRules> rules(const FollowedLengths& lengths) override;  // paged_follow.cpp
   bool owns(i32 arena) const override {
     return arena >= base_arena_ && arena - base_arena_ < static_cast<i32>(pages_.size());
   }

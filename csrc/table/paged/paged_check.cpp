@@ -1,4 +1,4 @@
-// The invariants of the paged backend's books, as sentences.
+// The invariants of the paged backend's metadata, as sentences.
 
 #include "table/paged/paged_blocks.h"
 

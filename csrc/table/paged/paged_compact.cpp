@@ -4,7 +4,7 @@
 // A block moves only into room in a page that stays in use, and once; so every page that is emptied is one more, and no
 // copy reads what another one has written. What sequences hold moves next to what sequences hold, since a page of
 // cached blocks alone can be had without moving anything. Everything is decided in an order that follows from the
-// books.
+// metadata.
 
 #include <algorithm>
 #include <functional>

@@ -1,4 +1,4 @@
-// The books of the virtual backend: which row belongs to which sequence, and which slots of it show which pages.
+// The metadata of the virtual backend: which row belongs to which sequence, and which slots of it show which pages.
 // virtual_table.cpp decides; the mappings and bindings it pushes come back through on_map, on_unmap and apply, and
 // change here only.
 //
@@ -82,7 +82,7 @@ class VirtualRows : public PageTable {
   }
 
   bool is_whole(const Op& op) const override;
-  std::unique_ptr<FollowRules> rules(const FollowedLengths& lengths) override;  // follow_virtual.cpp
+  std::unique_ptr<FollowRules> rules(const FollowedLengths& lengths) override;  // virtual_follow.cpp
   bool owns(i32 arena) const override { return arena >= base_arena_ && arena - base_arena_ < arenas_; }
   i64 sequence_at(const Op& op) const override {
     const i64 a = op.at - base_arena_, row = op.a / row_slots(group_of(a), a);
@@ -256,7 +256,7 @@ class VirtualRows : public PageTable {
     return index >= 0 && ordinal * index_.block_tokens() >= sequences_.front(index, index_.group_of(window));
   }
 
-  // Makes the books of the first `rows` rows, if they are not there.
+  // Makes the metadata of the first `rows` rows, if it is not there.
   void add_rows(i64 rows);
   bool has_more_rows() const { return rows_.size() < geometry_.rows; }
   // An empty row without pages is among empty_ from now on, if there is one.
@@ -352,7 +352,7 @@ class VirtualRows : public PageTable {
   i64 arenas_ = 0;
   i32 base_arena_ = 0;
   std::vector<i64> first_;                 // first arena of each group, and one past the last
-  RowArray<Row, 1> rows_;                  // those that have been needed so far: addresses cost no books
+  RowArray<Row, 1> rows_;                  // those that have been needed so far: addresses cost no metadata
   std::vector<i32> row_of_;                // by sequence, -1 while it holds nothing
   std::vector<i32> holder_;                // by node: the first row that holds it, or -1
   std::vector<i32> shower_;                // [node][window]: the first row that shows it, or -1

@@ -1,5 +1,6 @@
-// The virtual backend's decisions, over the books of virtual_rows.h. virtual_table.cpp: growing and shrinking.
-// virtual_content.cpp: what rows have in common. virtual_spill.cpp: which row comes next, and what is given up.
+// The virtual backend's decisions, over the metadata of virtual_rows.h. virtual_table.cpp: growing and shrinking.
+// virtual_content.cpp: what rows have in common. virtual_binding.cpp: which row comes
+// next. virtual_reclaim.cpp: what is reclaimed.
 #pragma once
 
 #include <vector>
