@@ -30,7 +30,7 @@ class Allocator(TensorCalls, ContentCalls, MemoryCalls):
     backend: ``"virtual"`` (vAttention: each sequence has contiguous addresses, and pages are mapped under it as it
         grows) or ``"paged"`` (PagedAttention: a sequence is a list of blocks). Both give the same answers and the same
         tensors.
-    device: ``"cpu"``, ``"cuda:N"``, or ``"meta"``: the books of a device of any size, without one.
+    device: ``"cpu"``, ``"cuda:N"``, or ``"meta"``: every decision for a device of any size, without one.
     memory: physical budget, an int in bytes or a text such as ``"20GiB"``; never exceeded. A float, ``0.9``: that part
         of what a CUDA device has free now; ``"auto"``: all of it, less a margin; see ``PagePool``. With ``pool``, how
         much of the pool this allocator may map, also as a part of it (None or ``"auto"``: all of it).
@@ -194,7 +194,7 @@ class Allocator(TensorCalls, ContentCalls, MemoryCalls):
         ``SpecError`` when the list is of another version (``ops.HEADER``), does not follow from this allocator's state,
         names a slot of a tier (``load``, ``store``), which no allocator has yet, or does not explain what it does to
         memory (``csrc/table/follow.h``): a write to memory that somebody has, a live sequence that would lose a token
-        or the memory under it, ids that do not exist. A ``DeviceError`` leaves the books as they were; but a list of
+        or the memory under it, ids that do not exist. A ``DeviceError`` leaves the metadata as it was; but a list of
         several calls may have written by then to memory that a sequence had before them, so make the follower anew.
 
         Besides ``apply()`` a follower fills batches, padded ones once its leader has padded one. To open, grow or trim

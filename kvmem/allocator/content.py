@@ -6,17 +6,14 @@ from typing import cast
 
 from kvmem.allocator.opening import OpenedCore
 from kvmem.allocator.prefix import Pin, PrefixMatch, Reason, Tokens, encode_keys
-from kvmem.events import Event, EventBatch, EventStream
-from kvmem.events.digests import ExtraKey, decode_key
+from kvmem.events import Event
+from kvmem.events.digests import ExtraKey
 
 __all__ = ["ContentCalls"]
 
 
 class ContentCalls(OpenedCore):
     """The calls that are about cached blocks."""
-
-    def _start_events(self, events: int, key: bytes) -> None:
-        self._events = EventStream(self.spec, self._drain_events, key=key) if events else None
 
     def match(
         self,
@@ -69,7 +66,3 @@ class ContentCalls(OpenedCore):
         """What was cached and given up since the last call (``docs/events.md``); empty unless made with ``events=``."""
         self.core.check_usable()
         return [] if self._events is None else self._events.poll(max_events, restart=restart)
-
-    def _drain_events(self, taken: int, most: int, restart: bool) -> EventBatch:
-        number, records, roots = self.core.drain_events(taken, most, restart)
-        return EventBatch(number, records, {root: (decode_key(s), decode_key(e)) for root, (s, e) in roots.items()})

@@ -11,6 +11,8 @@ from kvmem import _core
 from kvmem.allocator.batch_buffers import INT32_MAX
 from kvmem.arguments import check_bool, check_choice, check_size, is_fraction, parse_bytes
 from kvmem.errors import SpecError
+from kvmem.events import EventBatch, EventStream
+from kvmem.events.digests import decode_key
 from kvmem.layouts.base import Sizes, require_supported
 from kvmem.layouts.geometry import BACKENDS, lay_out
 from kvmem.layouts.page_size import choose_page_bytes
@@ -75,7 +77,7 @@ class OpenedCore:
         limit = self._limit_bytes(memory)
         self._lay_out(cached_rows, limit)
         self._open(zero, limit, _prefix_options(prefix_cache, partial_reuse, policy, events))
-        self._start_events(events, event_key)
+        self._events = EventStream(spec, self._drain_events, key=event_key) if events else None
 
     def _check_names(self, spec: CacheSpec, backend: Literal["virtual", "paged"], zero: str, policy: str) -> None:
         if not isinstance(spec, CacheSpec):
@@ -163,8 +165,9 @@ class OpenedCore:
             self.core.record()
             self.pool.is_recorded = True
 
-    def _start_events(self, events: int, key: bytes) -> None:
-        raise NotImplementedError
+    def _drain_events(self, taken: int, most: int, restart: bool) -> EventBatch:
+        number, records, roots = self.core.drain_events(taken, most, restart)
+        return EventBatch(number, records, {root: (decode_key(s), decode_key(e)) for root, (s, e) in roots.items()})
 
 
 def _prefix_options(prefix_cache: bool, partial_reuse: bool, policy: str, events: int) -> _core.PrefixOptions:

@@ -19,7 +19,7 @@ from kvmem.allocator.sequence import Sequence
 from kvmem.errors import KVMemError, OutOfMemory, SpecError
 from kvmem.integrations.dense_tail import copy_tail
 
-__all__ = ["EVERY", "BlockPlace", "LockstepRows", "RowPlace"]
+__all__ = ["EVERY", "BlockPlace", "DenseBatch", "RowPlace"]
 
 #: In place of a group's index: every group that grows with the tokens, as for the allocator's own calls.
 EVERY = -1
@@ -73,7 +73,7 @@ def _by_row(slots: torch.Tensor, num_rows: int) -> torch.Tensor:
     return slots.view(num_rows, slots.numel() // num_rows)
 
 
-class LockstepRows:
+class DenseBatch:
     """``B`` sequences of ``alloc`` that are extended, truncated and forked together, and what each layer has written.
 
     A group's index, or ``EVERY``, says which tokens a call is about: a group that is fixed after prefill has a length
@@ -293,12 +293,12 @@ class LockstepRows:
             self._known = self._known[parents]
         self._places = None
 
-    def fork(self) -> LockstepRows:
+    def fork(self) -> DenseBatch:
         """The same tokens in as many new sequences, shared page by page or block by block. ``OutOfMemory``, and nothing
         has changed; ``SpecError`` while a step is half done.
         """
         self.check_complete()
-        copy = LockstepRows(self.alloc, self.max_rows)
+        copy = DenseBatch(self.alloc, self.max_rows)
         copy._ids.extend(self._fork(self._ids))
         copy.recording, copy.dense, copy.placeholders = self.recording, self.dense, self.placeholders
         copy.more_than_ids = self.more_than_ids

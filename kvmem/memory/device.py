@@ -36,7 +36,7 @@ def _nothing_known() -> tuple[int | None, int | None]:
 class Device:
     """A device, and what differs between devices.
 
-    driver: None on ``"meta"``, which keeps the books only.
+    driver: None on ``"meta"``, which keeps metadata only.
     info: the driver's own; what a pool and an allocator do differently on it is data there (``csrc/driver/driver.h``).
     current_stream: asks torch for the calling thread's stream; None where there is nothing to ask.
     stream_handle: the driver's handle of a stream that is no int; ``SpecError`` for what is no stream.

@@ -15,7 +15,7 @@ from kvmem.memory.streams import Streams
 
 __all__ = ["PagePool", "pool_for"]
 
-#: Page ids are int32 in the core's books.
+#: Page ids are int32 in the core.
 MAX_PAGES = 2**31 - 1
 
 

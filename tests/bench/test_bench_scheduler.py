@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 import pytest
 from bench_model import ModelPool
@@ -15,7 +13,6 @@ from kvmem.bench.replay import Meter
 from kvmem.bench.text import BenchError
 from kvmem.bench.traces import Trace
 
-SEED = int(os.environ.get("KVMEM_SEED", "0")) or np.random.SeedSequence().entropy % 2**32
 TOKEN = 64  # bytes
 CHUNK = StepModel().chunk_tokens
 
@@ -51,9 +48,8 @@ def pools(rng: np.random.Generator, trace: Trace):
 
 
 @pytest.mark.parametrize("chunked", [False, True], ids=["whole", "chunked"])
-def test_planning_ahead_changes_nothing(chunked):
-    print(f"KVMEM_SEED={SEED}")
-    rng = np.random.default_rng(SEED)
+def test_planning_ahead_changes_nothing(chunked, seed):
+    rng = np.random.default_rng(seed)
     seen = np.zeros(3, dtype=int)
     for case in range(150):
         trace = random_trace(rng)

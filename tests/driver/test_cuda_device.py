@@ -22,11 +22,6 @@ pytestmark = pytest.mark.core
 CUDA = torch.device("cuda", 0)
 
 
-@pytest.fixture(params=["virtual", "paged"])
-def backend(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
 @pytest.fixture
 def stub(tmp_path: Path) -> CudaStub:
     return fresh_stub(tmp_path)

@@ -19,11 +19,6 @@ from kvmem import DeviceError, OutOfMemory, PagePool, _core
 pytestmark = pytest.mark.core
 
 
-@pytest.fixture(params=["virtual", "paged"])
-def backend(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
 @pytest.fixture
 def stub(tmp_path: Path) -> CudaStub:
     return fresh_stub(tmp_path)

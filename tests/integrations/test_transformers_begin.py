@@ -21,7 +21,7 @@ from support_transformers import (
 from torch import nn
 
 import kvmem
-from kvmem.integrations.dense_batch import LockstepRows
+from kvmem.integrations.dense_batch import DenseBatch
 
 __all__ = ["one_thread"]  # a fixture of every test here
 
@@ -196,7 +196,7 @@ def test_a_step_that_fails_before_it_is_written_forgets_no_ids(
 
     with torch.no_grad():
         with monkeypatch.context() as patch:
-            patch.setattr(LockstepRows, "place", fail)
+            patch.setattr(DenseBatch, "place", fail)
             with pytest.raises(RuntimeError, match="no place"):
                 model(inputs["input_ids"][:, found:], past_key_values=cache)
         model(inputs["input_ids"][:, found:], past_key_values=cache)

@@ -36,6 +36,9 @@ on_gpu = pytest.mark.gpu
 BACKENDS = ["virtual", "paged"]
 LAYOUTS = [1, "none", "all"]
 BLOCK_SIZES = [1, 16, 256]
+every_backend = pytest.mark.parametrize("backend", BACKENDS)
+every_layout = pytest.mark.parametrize("interleave", LAYOUTS)
+every_block_size = pytest.mark.parametrize("block_size", BLOCK_SIZES)
 
 
 @pytest.fixture
@@ -168,3 +171,10 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtyp
     error = (actual - expected)[~infinite].abs().max() if (~infinite).any() else torch.tensor(0.0)
     limit = TOLERANCE[dtype] * max(1.0, float(expected[~infinite].abs().max()) if (~infinite).any() else 1.0)
     assert error <= limit, f"off by {error:.3g}; {limit:.3g} is allowed"
+
+
+def check_attention(case: Case, out: torch.Tensor, lse: torch.Tensor, dtype: torch.dtype, **how: object) -> None:
+    """A kernel's output and natural log-sum-exp, against float64."""
+    expected, expected_lse = case.expected(**how)
+    assert_close(out, expected, dtype)
+    assert_close(lse, expected_lse, dtype)

@@ -23,7 +23,7 @@ from cascade_world import (
     random_scene,
     step,
 )  # fmt: skip
-from kernel_cases import BACKENDS, assert_close, one_thread
+from kernel_cases import BACKENDS, assert_close, every_backend, one_thread
 from support import encoder_decoder, windows
 
 import kvmem
@@ -35,7 +35,6 @@ from kvmem.kernels.reference import cascade_attention
 
 __all__ = ["one_thread"]
 pytestmark = pytest.mark.usefixtures("one_thread")
-every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
 def by_hand(cascade: Cascade, q: torch.Tensor, cache: tuple[torch.Tensor, torch.Tensor], **how: object) -> torch.Tensor:

@@ -9,7 +9,16 @@ from types import SimpleNamespace
 import kernel_oracle_flash_attention as stand_ins
 import pytest
 import torch
-from kernel_cases import BACKENDS, BLOCK_SIZES, LAYOUTS, Case, assert_close, make_case, one_thread
+from kernel_cases import (
+    BACKENDS,
+    Case,
+    check_attention,
+    every_backend,
+    every_block_size,
+    every_layout,
+    make_case,
+    one_thread,
+)
 
 import kvmem
 from kvmem.kernels import flash_attention as args
@@ -34,14 +43,7 @@ def kernels() -> SimpleNamespace:
 
 
 def check(case: Case, kernels: SimpleNamespace, out: torch.Tensor, lse: torch.Tensor, **how: object) -> None:
-    expected, expected_lse = case.expected(**how)
-    assert_close(out, expected, kernels.precision)
-    assert_close(args.natural_lse(lse), expected_lse, kernels.precision)
-
-
-every_layout = pytest.mark.parametrize("interleave", LAYOUTS)
-every_block_size = pytest.mark.parametrize("block_size", BLOCK_SIZES)
-every_backend = pytest.mark.parametrize("backend", BACKENDS)
+    check_attention(case, out, args.natural_lse(lse), kernels.precision, **how)
 
 
 @every_layout

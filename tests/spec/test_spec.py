@@ -16,24 +16,10 @@ import pytest
 import torch
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
+from support_spec import BF16, group, k, v
 
 from kvmem.errors import KVMemError, SpecError
 from kvmem.spec import CacheSpec, Component, Group, dtype_name, parse_dtype
-
-BF16 = torch.bfloat16
-
-
-def k(**changes: Any) -> Component:
-    return Component(**({"name": "k", "heads": 8, "width": 128, "dtype": BF16, "rope": "post"} | changes))
-
-
-def v(**changes: Any) -> Component:
-    return k(**({"name": "v", "rope": "none"} | changes))
-
-
-def group(*components: Component, **changes: Any) -> Group:
-    return Group(**({"name": "full", "components": components or (k(), v()), "layers": range(4)} | changes))
-
 
 # ---- arithmetic ----------------------------------------------------------------------------------------------------
 

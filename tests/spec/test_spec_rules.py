@@ -6,24 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from support_spec import BF16, group, k, v
 
 from kvmem.errors import SpecError
-from kvmem.spec import CacheSpec, Component, Group
-
-BF16 = torch.bfloat16
-
-
-def k(**changes: Any) -> Component:
-    return Component(**({"name": "k", "heads": 8, "width": 128, "dtype": BF16, "rope": "post"} | changes))
-
-
-def v(**changes: Any) -> Component:
-    return k(**({"name": "v", "rope": "none"} | changes))
-
-
-def group(*components: Component, **changes: Any) -> Group:
-    return Group(**({"name": "full", "components": components or (k(), v()), "layers": range(4)} | changes))
-
+from kvmem.spec import CacheSpec, Component
 
 SIZES = [0, -1, True, 1.0, "1", None]
 

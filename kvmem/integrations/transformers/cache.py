@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache, DummyLayer, EncoderDecoderCache
 
 from kvmem.allocator import Allocator
 from kvmem.errors import SpecError
-from kvmem.integrations.dense_batch import EVERY, LockstepRows
+from kvmem.integrations.dense_batch import EVERY, DenseBatch
 from kvmem.integrations.transformers.layer import KVMemLayer
 from kvmem.integrations.transformers.opening import (
     CROSS,
@@ -70,12 +70,12 @@ class KVMemCache(Cache):  # type: ignore[misc]
         self._init(rows, SELF)
 
     @classmethod
-    def _over(cls, rows: LockstepRows, pairs: tuple[tuple[str, str], ...]) -> KVMemCache:
+    def _over(cls, rows: DenseBatch, pairs: tuple[tuple[str, str], ...]) -> KVMemCache:
         cache = cls.__new__(cls)
         cache._init(rows, pairs)
         return cache
 
-    def _init(self, rows: LockstepRows, pairs: tuple[tuple[str, str], ...]) -> None:
+    def _init(self, rows: DenseBatch, pairs: tuple[tuple[str, str], ...]) -> None:
         self._rows, self._pairs = rows, pairs
         super().__init__(layers=make_layers(rows, pairs))
 

@@ -8,7 +8,7 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from kvmem.errors import SpecError
-from kvmem.integrations.dense_batch import EVERY, LockstepRows
+from kvmem.integrations.dense_batch import EVERY, DenseBatch
 from kvmem.layouts.views import plain
 
 __all__ = ["KVMemLayer"]
@@ -21,7 +21,7 @@ class KVMemLayer(CacheLayerMixin):  # type: ignore[misc]
     is_croppable = True
     supports_early_init = False
 
-    def __init__(self, rows: LockstepRows, layer: int, names: tuple[str, str]) -> None:
+    def __init__(self, rows: DenseBatch, layer: int, names: tuple[str, str]) -> None:
         # Not the base class's: it sets keys and values, which are views here.
         spec = rows.alloc.spec
         self._rows, self._layer, self._names = rows, layer, names

@@ -13,7 +13,7 @@ from transformers.cache_utils import DummyLayer
 from kvmem.allocator import Allocator
 from kvmem.arguments import brief
 from kvmem.errors import SpecError
-from kvmem.integrations.dense_batch import LockstepRows
+from kvmem.integrations.dense_batch import DenseBatch
 from kvmem.integrations.transformers.layer import KVMemLayer
 from kvmem.spec import CacheSpec
 
@@ -38,7 +38,7 @@ def open_rows(
     device: str | torch.device | None,
     assume: str | None,
     options: dict[str, Any],
-) -> LockstepRows:
+) -> DenseBatch:
     """Rows in the allocator given, or in a new one for the model or config given; see ``KVMemCache``."""
     if isinstance(source, Allocator):
         given = {
@@ -47,7 +47,7 @@ def open_rows(
         }  # fmt: skip
         if wrong := [name for name, value in given.items() if value is not None]:
             raise SpecError(f"{', '.join(wrong)}: an allocator brings its own; leave out what comes after it")
-        return LockstepRows(source)
+        return DenseBatch(source)
     if max_batch is None or max_tokens is None:
         raise SpecError(
             f"max_batch, max_tokens: got {max_batch} and {max_tokens}; a cache needs both, and they cost only addresses"
@@ -60,7 +60,7 @@ def open_rows(
     spec = CacheSpec.from_config(_as_stored(config), dtype=dtype, assume=assume)
     # Twice the rows, because beams are forked before the ones they replace are freed.
     alloc = Allocator(spec, max_sequences=2 * max_batch, max_tokens=max_tokens, device=device, **options)
-    rows = LockstepRows(alloc, max_batch)
+    rows = DenseBatch(alloc, max_batch)
     rows.dense = getattr(config, "model_type", None) in _DENSE
     rows.more_than_ids = getattr(config, "model_type", None) in _MORE_THAN_IDS
     rows.placeholders = _placeholders(config)
@@ -82,7 +82,7 @@ def _as_stored(config: PreTrainedConfig) -> PreTrainedConfig | Mapping[str, Any]
     return config
 
 
-def has_cross_attention(rows: LockstepRows) -> bool:
+def has_cross_attention(rows: DenseBatch) -> bool:
     """Whether layers have cross attention beside self attention; ``SpecError`` where it takes the place of that."""
     by_growth: dict[str, set[int]] = {"token": set(), "prefill": set(), "fixed": set()}
     for group in rows.alloc.spec.groups:
@@ -95,7 +95,7 @@ def has_cross_attention(rows: LockstepRows) -> bool:
     return bool(by_growth["prefill"])
 
 
-def make_layers(rows: LockstepRows, pairs: tuple[tuple[str, str], ...]) -> list[KVMemLayer | DummyLayer]:
+def make_layers(rows: DenseBatch, pairs: tuple[tuple[str, str], ...]) -> list[KVMemLayer | DummyLayer]:
     """A layer object per model layer; dummies where a layer caches nothing, or reads what an earlier one has stored.
 
     pairs: the names of what attention stores, the first that a layer has. ``SpecError`` where it has none of them.
