@@ -121,7 +121,7 @@ void Admission::finish_one(Admitted& one, const i32* tokens, i32 root) {
   for (std::size_t i = nodes; i < one.end; ++i) index_.hit_window(used[i].node, used[i].window);
   // Of what is reused whole, the sequence needs it now.
   for (std::size_t i = one.end; i-- > nodes;) index_.unneed(used[i].node, used[i].window, false);
-  for (std::size_t i = one.first; groups_.has_state() && i < shared; ++i) table_.offer(used[i].node);
+  for (std::size_t i = one.first; groups_.has_state() && i < shared; ++i) table_.allow_eviction(used[i].node);
   for (std::size_t i = nodes; i-- > shared;) contents_.leave_node(used[i].node);  // what was copied is not shared
 }
 

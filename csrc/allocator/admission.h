@@ -31,7 +31,7 @@ class RootUse {
   void keep(i64 users) {
     if (node_ == kNoNode || users == 0) return;
     kept_ = true;
-    for (i64 i = 1; i < users; ++i) index_.enter(node_);
+    for (i64 i = 1; i < users; ++i) index_.acquire(node_);
   }
 
  private:

@@ -121,7 +121,7 @@ void BatchWriter::change(const BatchRow& row, i64 from, i64 to, bool zero) {
   if (out_.block_table) {
     i32* entries = out_.block_table + start + from;
     if (zero) {
-      std::fill(entries, entries + (to - from), kReadTrash);
+      std::fill(entries, entries + (to - from), kNullBlock);
     } else {
       put_blocks(row.at, from, to, entries);
     }
@@ -134,7 +134,7 @@ void BatchWriter::change(const BatchRow& row, i64 from, i64 to, bool zero) {
   }
   i32* blocks = out_.delta_blocks + sizes_.deltas;
   if (zero) {
-    std::fill(blocks, blocks + (to - from), kReadTrash);
+    std::fill(blocks, blocks + (to - from), kNullBlock);
   } else {
     put_blocks(row.at, from, to, blocks);
   }
@@ -181,7 +181,7 @@ void BatchWriter::write_indices(const Placement& at, RowMark& mark) {
   if (out_.kv_indptr) out_.kv_indptr[sizes_.rows + 1] = static_cast<i32>(from + mark.blocks);
   if (!out_.kv_indices) return;
   const i64 zeroes = std::min(mark.dropped, mark.blocks);
-  std::fill_n(out_.kv_indices + from, zeroes, kReadTrash);
+  std::fill_n(out_.kv_indices + from, zeroes, kNullBlock);
   put_blocks(at, zeroes, mark.blocks, out_.kv_indices + from + zeroes);
   if (sizes_.indices_from < 0) sizes_.indices_from = from;
 }
@@ -197,9 +197,9 @@ void BatchWriter::pad() {
   mark = RowMark();
   if (out_.kv_indices) {
     if (sizes_.indices_from < 0) sizes_.indices_from = sizes_.indices;
-    out_.kv_indices[sizes_.indices] = kReadTrash;
+    out_.kv_indices[sizes_.indices] = kNullBlock;
   }
-  if (out_.slot_mapping) out_.slot_mapping[sizes_.new_tokens] = kWriteTrash * size_;
+  if (out_.slot_mapping) out_.slot_mapping[sizes_.new_tokens] = kPaddingBlock * size_;
   close_row(1, 1, 1, 0, 0);
 }
 

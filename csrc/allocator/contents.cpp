@@ -50,10 +50,10 @@ void SequenceContents::leave(i64 index) {
   const bool has_state = groups_.has_state();
   for (i32 node = c.leaf, root = c.root; node != root;) {
     const i32 before = nodes.parent(node);  // read first: the node may go
-    has_state ? leave_node(node) : nodes.leave(node);
+    has_state ? leave_node(node) : nodes.drop(node);
     node = before;
   }
-  if (c.root != kNoNode) nodes.leave(c.root);
+  if (c.root != kNoNode) nodes.drop(c.root);
   c = Content();
 }
 
@@ -79,7 +79,7 @@ void SequenceContents::publish_fork(i64 child, Transaction& tx) {
 }
 
 void SequenceContents::finish_fork(i64 parent, i64 child) {
-  if (forked_.root != kNoNode) index_.enter(forked_.root);
+  if (forked_.root != kNoNode) index_.acquire(forked_.root);
   contents_[child] = std::move(forked_);
   std::copy_n(tail(parent), tail_tokens_, tail(child));
 }
@@ -125,7 +125,7 @@ void SequenceContents::collect(i64 index, const i32* tokens, i64 count) {
     last = used.use_found([&] {
       i32 node = is_new ? kNoNode : nodes.find(last, block, tag);
       if (node == kNoNode) node = nodes.add(last, block, tag), is_new = true;
-      nodes.enter(node);
+      nodes.acquire(node);
       return node;
     });
     published_.push_back({index, ordinal++, last});
@@ -193,11 +193,11 @@ void SequenceContents::prepare_cut(i64 handle, i64 index, i64 tokens) {
 }
 
 // What no other sequence uses is evicted, since it will be written over.
-void SequenceContents::retract(i64 index, Transaction& tx) {
+void SequenceContents::unpublish(i64 index, Transaction& tx) {
   for (i32 node : leaving_) {
-    table_.retract(index, node, tx);
+    table_.unpublish(index, node, tx);
     if (index_.users(node) > 1) continue;
-    table_.forget(node, tx);
+    table_.evict_subtree(node, tx);
   }
 }
 

@@ -36,11 +36,11 @@ class UsedNodes {
   // May find no memory, and has changed nothing then.
   void use(i32 node, i32 window = -1) {
     items_.push_back({node, window});  // first: it may find no memory
-    window < 0 ? index_.enter(node) : index_.need(node, window);
+    window < 0 ? index_.acquire(node) : index_.need(node, window);
   }
   void use_all(const std::vector<i32>& nodes) {
     PrefixIndex& index = index_;
-    for (i32 node : nodes) items_.push_back({node}), index.enter(node);
+    for (i32 node : nodes) items_.push_back({node}), index.acquire(node);
   }
   // The same of a node that `use` finds and enters, once there is memory for noting it.
   template <class Use>
@@ -53,7 +53,7 @@ class UsedNodes {
       const Item x = items_.back();
       items_.pop_back();
       if (x.node == kNoNode) continue;  // there was no memory for it
-      x.window < 0 ? index_.unenter(x.node) : index_.unneed(x.node, x.window, true);
+      x.window < 0 ? index_.undo_acquire(x.node) : index_.unneed(x.node, x.window, true);
     }
   }
 
@@ -87,8 +87,8 @@ class SequenceContents {
   void start_with(i64 index, i32 root, i32 leaf, i64 known, const i32* tail, KeyMarks&& marks);
   void leave(i64 index);  // the sequence has ended
   void leave_node(i32 node) {
-    index_.leave(node);
-    if (groups_.has_state() && index_.used(node)) table_.offer(node);
+    index_.drop(node);
+    if (groups_.has_state() && index_.used(node)) table_.allow_eviction(node);
   }
 
   // --- forking: `child` holds what `parent` has committed ---
@@ -113,7 +113,7 @@ class SequenceContents {
   // --- taking back what is cut off ---
   // SpecError when some of it is pinned; then in the transaction, and after it.
   void prepare_cut(i64 handle, i64 index, i64 tokens);
-  void retract(i64 index, Transaction& tx);
+  void unpublish(i64 index, Transaction& tx);
   void note_cut(i64 index, i64 have, i64 tokens);
 
   // Of blocks that are there, and of those to come (RetentionPolicy). Of each block the last word counts.

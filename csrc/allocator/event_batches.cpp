@@ -27,7 +27,7 @@ std::shared_ptr<EventBatch> EventBatches::drain(i64 taken, i64 max, bool restart
     index_.events().undo_drain();
     throw;
   }
-  index_.forget_roots();
+  index_.prune_roots();
   if (batch->records.size() > 0) batch->number = ++made_, given_ = batch;
   return batch;
 }

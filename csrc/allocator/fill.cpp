@@ -97,7 +97,7 @@ void BatchFiller::refuse_step(i64 handle, i64 index, i64 g, i64 fresh) const {
 // ---- what kernels will load ---------------------------------------------------------------------
 
 bool BatchFiller::lacks_padding(const BatchGroups& batch) const {
-  return std::any_of(batch.begin(), batch.end(), [&](const GroupBuffers& g) { return !table_.has_trash(g.group); });
+  return std::any_of(batch.begin(), batch.end(), [&](const GroupBuffers& g) { return !table_.has_reserved(g.group); });
 }
 
 void BatchFiller::back_padding(const BatchGroups& batch, bool follows, Transaction& tx) const {
@@ -107,7 +107,7 @@ void BatchFiller::back_padding(const BatchGroups& batch, bool follows, Transacti
         "there once, with batch(..., pad_to=), and apply its ops");
   }
   for (const GroupBuffers& group : batch) {
-    if (!table_.has_trash(group.group)) table_.back_trash(group.group, tx);
+    if (!table_.has_reserved(group.group)) table_.back_reserved(group.group, tx);
   }
 }
 

@@ -110,7 +110,7 @@ void Follower::check_run(const Op& op) const {
     throw SpecError(name + ": no entries from " + std::to_string(op.b) + ", " + std::to_string(op.c) +
                     " of them; a sequence has " + std::to_string(entries));
   }
-  if (op.kind == OpKind::acquire && (op.d < kTrashBlocks || op.d > group.max_blocks - op.c)) {
+  if (op.kind == OpKind::acquire && (op.d < kReservedBlocks || op.d > group.max_blocks - op.c)) {
     throw SpecError("acquire: no blocks from " + std::to_string(op.d) + ", " + std::to_string(op.c) +
                     " of them; there are " + std::to_string(group.max_blocks) +
                     ": max_sequences, max_tokens and memory must be those of the allocator whose ops are followed");
@@ -163,7 +163,7 @@ void Follower::refuse(i64 handle) const {
 
 void Follower::look_at_tails(i64 g) {
   for (i64 index = 0; index < sequences_.capacity(); ++index) {
-    if (sequences_.live(index)) table_.look_at_tail(index, g);
+    if (sequences_.live(index)) table_.check_tail_again(index, g);
   }
 }
 
@@ -171,17 +171,17 @@ void Follower::look_at_tails(i64 g) {
 // the record may have mapped a page at a second place.
 bool Follower::note_mapped(const Op& op) {
   const bool shorter = (op.kind == OpKind::length && op.b < op.c) || op.kind == OpKind::front;
-  if (op.kind == OpKind::unbind || op.kind == OpKind::block || shorter) table_.note_left(op);
+  if (op.kind == OpKind::unbind || op.kind == OpKind::block || shorter) table_.note_released(op);
   if (op.kind == OpKind::block && op.c != 0) {  // the block may be the tail of any other sequence
     const i64 inside = op.b * groups_[op.at].block_tokens + 1;
     const std::vector<i64> shared = table_.shared_pieces(sequences_.place_of(op.a), op.at, inside, inside);
     if (std::any_of(shared.begin(), shared.end(), [](i64 piece) { return piece >= 0; })) look_at_tails(op.at);
   }
   for (i64 g = 0; op.kind == OpKind::bind && g < groups_.count(); ++g) {
-    table_.look_at_tail(sequences_.place_of(op.a), g);  // the row may come with pages that another one shows
+    table_.check_tail_again(sequences_.place_of(op.a), g);  // the row may come with pages that another one shows
   }
   if (shorter) {  // it holds more than it needs now
-    table_.look_at_tail(sequences_.place_of(op.a), op.at);
+    table_.check_tail_again(sequences_.place_of(op.a), op.at);
     if (op.kind == OpKind::length) table_.note_cut(sequences_.place_of(op.a), op.at, op.c);
   }
   if ((op.kind == OpKind::map || op.kind == OpKind::unmap) && !table_.is_whole(op)) {

@@ -45,7 +45,7 @@ bool PrefixMatcher::find_part(i32 last, const i32* tokens, i64 count, const std:
 // True if a sequence could go on from the first `tokens` tokens of the chain, which end in its last block.
 bool PrefixMatcher::find_end(i64 tokens, Match* match) const {
   const std::vector<i32>& chain = match->chain;
-  if (index_.whole() && index_.places(chain.back()) == 0) return false;
+  if (index_.whole() && index_.copies(chain.back()) == 0) return false;
   if (groups_.has_window() && !windows_reach(chain, tokens)) return false;
   if (groups_.has_state() && !table_.has_state(chain.back())) return false;
   const i64 row = table_.find_row(chain, tokens);

@@ -95,7 +95,7 @@ i64 Allocator::clear_cache() {
   i64 blocks = 0;
   piece([&] {
     Transaction tx(*pool_, *this);
-    table_->forget_cut_ends(tx);
+    table_->evict_cut_ends(tx);
     tx.commit();
   });
   // Others may cache as much as is evicted here: then it comes to an end without them.
@@ -159,7 +159,7 @@ i64 Allocator::trim(i64 bytes) {
     piece([&] {
       Transaction tx(*pool_, *this);
       const i64 wanted = std::min(left, step), free = pool_->free_pages();
-      if (wanted > free) table_->spill(wanted - free, true, tx);
+      if (wanted > free) table_->reclaim(wanted - free, true, tx);
       now = pool_->give_back(wanted, tx);
       tx.commit();
     });
@@ -175,14 +175,14 @@ void Allocator::set_memory(i64 pages) {
   if (owns_pool_) {
     pool_->shrink_in_pieces(lock, pages);
   } else {
-    pool_->spill_in_pieces(lock, *table_, [&] { return table_->owned_pages - pages; });
+    pool_->reclaim_in_pieces(lock, *table_, [&] { return table_->owned_pages - pages; });
   }
   piece([&] {
     if (owns_pool_) {
       pool_->set_budget(pages);
     } else if (const i64 excess = table_->owned_pages - pages; excess > 0) {
       Transaction tx(*pool_, *this);
-      if (const i64 freed = table_->spill(excess, true, tx); freed < excess) {
+      if (const i64 freed = table_->reclaim(excess, true, tx); freed < excess) {
         throw OutOfMemory("asked for a limit of " + std::to_string(pages) +
                           " pages, but live sequences and pins hold " + std::to_string(table_->owned_pages) +
                           ", which is the smallest that would fit; free or " +

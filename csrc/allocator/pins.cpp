@@ -22,7 +22,7 @@ Pins::Pinned Pins::pin_match() {
     ends_.erase(pin);
     throw;
   }
-  index_.enter(x);
+  index_.acquire(x);
   matcher_.for_windows(chain, tokens, [this](i32 y, i32 window) { index_.need(y, window); });
   return {++made_, tokens};
 }
@@ -74,9 +74,9 @@ void Pins::remove(i64 pin) {
   unneed_windows(chain);
   for (auto x = chain.rbegin(); x != chain.rend(); ++x) {
     index_.unpin(*x);
-    if (groups_.has_state() && index_.used(*x)) table_.offer(*x);
+    if (groups_.has_state() && index_.used(*x)) table_.allow_eviction(*x);
   }
-  index_.leave(root);
+  index_.drop(root);
 }
 
 // The last first. Needs no memory.

@@ -74,7 +74,7 @@ class Planner {
   // can be dropped, when the sequence grows: commit() never needs memory.
   bool lacks_null_block(i64 g, i64 tokens) const {
     const i64 window = groups_[g].window_tokens;
-    return window > 0 && tokens >= window && !table_.has_trash(g);
+    return window > 0 && tokens >= window && !table_.has_reserved(g);
   }
   // The first token that the group keeps once `committed` are valid.
   i64 front_after(i64 index, i64 g, i64 committed) const {

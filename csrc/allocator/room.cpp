@@ -24,7 +24,7 @@ void Room::make_one(i64 index, i64 count, i64 group, Transaction& tx) {
     if (groups_.grows(g, group)) {
       const i64 tokens = sequences_.tokens(index, g);
       table_.grow(index, g, tokens - count, tokens, tx);
-      if (planner_.lacks_null_block(g, tokens)) table_.back_trash(g, tx);
+      if (planner_.lacks_null_block(g, tokens)) table_.back_reserved(g, tx);
     } else if (groups_[g].growth == Growth::fixed && sequences_.tokens(index, g) == 0) {
       records_.set_tokens(index, g, 1, tx);
       table_.grow(index, g, 0, 1, tx);

@@ -185,7 +185,7 @@ void Allocator::truncate(i64 handle, i64 tokens) {
       records_.set_committed(index, g, std::min(tokens, sequences_.committed(index, g)), tx);
       records_.set_tokens(index, g, tokens, tx);
     }
-    contents_.retract(index, tx);
+    contents_.unpublish(index, tx);
     tx.commit();
     contents_.note_cut(index, have, tokens);
   });

@@ -74,10 +74,10 @@ Geometry with_unit(Geometry geometry, i64 unit);
 // Blocks 0 and 1 belong to no sequence. Block 0 is the null block: it is zero and stays zero, and table entries of
 // unused or out-of-window blocks and padding rows of a batch point to it. Block 1 is the padding block: padding tokens
 // are written to it. The virtual backend keeps both in row 0.
-constexpr i32 kReadTrash = 0;
-constexpr i32 kWriteTrash = 1;
-constexpr i64 kTrashBlocks = 2;
-static_assert(kReadTrash != kWriteTrash && kReadTrash < kTrashBlocks && kWriteTrash < kTrashBlocks,
-              "the null block and the padding block are the first kTrashBlocks blocks");
+constexpr i32 kNullBlock = 0;
+constexpr i32 kPaddingBlock = 1;
+constexpr i64 kReservedBlocks = 2;
+static_assert(kNullBlock != kPaddingBlock && kNullBlock < kReservedBlocks && kPaddingBlock < kReservedBlocks,
+              "the null block and the padding block are the first kReservedBlocks blocks");
 
 }  // namespace kvmem

@@ -1,6 +1,6 @@
-// The verbs a device must offer: the only door to memory. Each kind of device implements them in a folder of its own
-// (host/, cuda/), CheckedDriver wraps any of them, and nothing above knows which one it holds: what differs between
-// devices and matters above is data in DriverInfo.
+// The verbs a device must allow_eviction: the only door to memory. Each kind of device implements them in a folder of
+// its own (host/, cuda/), CheckedDriver wraps any of them, and nothing above knows which one it holds: what differs
+// between devices and matters above is data in DriverInfo.
 //
 // The contract, the same for every driver:
 //   1. Sizes and addresses of pages, mappings and reservations are multiples of info().granularity_bytes. zero() and

@@ -88,7 +88,7 @@ class DensityPolicy final : public EvictionPolicy {
   void push_front(i32 list, i32 id);
   void remove(i32 id);
   void take_back_push(i32 id);
-  void put_back(i32 id);
+  void unskip(i32 id);
   void mark(i32 list, bool filled);
   void find_least(i32 cls);
 
@@ -146,7 +146,7 @@ void DensityPolicy::undo_insert(i32 id, std::uint64_t key, i32 parent) {
   KVMEM_ASSERT(!blocks_[id].evictable, "the block is in use");
   const Block& block = blocks_[id];
   if (block.uses > 1) lose(ghosts_.remember(key, {block.begun, static_cast<i32>(block.uses) - 1}));
-  if (drop_child(parent, true)) put_back(parent);
+  if (drop_child(parent, true)) unskip(parent);
 }
 
 void DensityPolicy::hit(i32 id) {
@@ -168,12 +168,12 @@ void DensityPolicy::undo_use(i32 id) {
   KVMEM_ASSERT(!blocks_[id].evictable, "the block is in use");
   Block& block = blocks_[id];
   block.evictable = 1;
-  if (block.children == 0) put_back(id);
+  if (block.children == 0) unskip(id);
 }
 
 // Reinserts a block at its position before the latest remove(). If its neighbours are gone and it was at one end of a
 // list, as every victim is, it returns to that end; otherwise it becomes the next victim of its list.
-void DensityPolicy::put_back(i32 id) {
+void DensityPolicy::unskip(i32 id) {
   if (blocks_.undo_remove(id)) {
     const i32 alone = blocks_.alone_in(id);
     if (alone >= 0) mark(alone, true);
@@ -238,7 +238,7 @@ void DensityPolicy::restore(i32 id, std::uint64_t key, i32 parent) {
   if (ghosts_.take(key).uses == 0) begin_life(&block);
   add_child(parent, true);
   block.evictable = 1;
-  if (block.children == 0) put_back(id);
+  if (block.children == 0) unskip(id);
 }
 
 // Counts a cached child. A released leaf that gets a child leaves its list.

@@ -7,7 +7,7 @@ namespace kvmem {
 void PrefixIndex::start_retention() {
   auto retention = std::make_unique<RetentionPolicy>(nullptr);
   retention->reserve(capacity() * items_);  // the only allocation, before anything changes
-  retention->take_over(std::move(policy_));
+  retention->reuse_row(std::move(policy_));
   retention_ = retention.get();
   policy_ = std::move(retention);
   for (i32 x = 0; x < capacity(); ++x) {
@@ -32,25 +32,25 @@ void PrefixIndex::retain(i32 node, int priority, double seconds) {
   }
 }
 
-void PrefixIndex::set_aside(Item x) {
-  KVMEM_ASSERT(!is_aside(x), "an item is set aside once");
+void PrefixIndex::skip_item(Item x) {
+  KVMEM_ASSERT(!is_skipped(x), "an item is set aside once");
   if (x.window < 0) {
     nodes_[x.node].aside = true;
   } else {
     part(x.node, x.window).aside = true;
   }
-  ++asides_;
+  ++skipped_;
   policy_->use(id_of(x));
 }
 
-void PrefixIndex::put_back(Item x) {
-  KVMEM_ASSERT(is_aside(x), "the item is set aside");
+void PrefixIndex::unskip(Item x) {
+  KVMEM_ASSERT(is_skipped(x), "the item is set aside");
   if (x.window < 0) {
     nodes_[x.node].aside = false;
   } else {
     part(x.node, x.window).aside = false;
   }
-  --asides_;
+  --skipped_;
   policy_->undo_use(id_of(x));
 }
 
@@ -58,13 +58,13 @@ void PrefixIndex::pin(i32 node) {
   ++pins_[node];
   ++pinned_;
   nodes_[node].pinned = true;
-  enter(node);
+  acquire(node);
 }
 
 void PrefixIndex::unpin(i32 node) {
   KVMEM_ASSERT(nodes_[node].pinned, "the node is pinned");
   count_unpinned(node);
-  leave(node);
+  drop(node);
 }
 
 void PrefixIndex::count_unpinned(i32 node) {
@@ -83,7 +83,7 @@ void PrefixIndex::undo_pins(i32 last, i32 end) {
     i32 node = last;
     while (parent(node) != end) node = parent(node);
     count_unpinned(node);
-    unenter(node);
+    undo_acquire(node);
     end = node;
   }
 }

@@ -196,12 +196,12 @@ i32 PrefixIndex::add(i32 parent, const i32* tokens, const std::string* tag) {
   return node;
 }
 
-void PrefixIndex::unenter(i32 node) {
+void PrefixIndex::undo_acquire(i32 node) {
   KVMEM_ASSERT(nodes_[node].users > 0, "the node is used");
   Node& n = nodes_[node];
   if (--n.users > 0) return;
   if (n.copies == 0) {
-    if (n.added) loose_.pop_back();  // a node that lost its last copy is loose too; displace() is undone by itself
+    if (n.added) loose_.pop_back();  // a node that lost its last copy is loose too; drop_copy() is undone by itself
     n.added = false;
     return prune(node);
   }
@@ -217,9 +217,9 @@ void PrefixIndex::grow_lists() {
     changes_.reserve(2 * changes_.size() + changes_per_op_ + 15);
 }
 
-void PrefixIndex::place(i32 node, i64 group, bool undo) {
+void PrefixIndex::add_copy(i32 node, i64 group, bool undo) {
   Node& n = nodes_[node];
-  if (!n.linked) relink(node);  // undoes the displace() that unlinked it
+  if (!n.linked) relink(node);  // undoes the drop_copy() that unlinked it
   const bool first = n.copies++ == 0;
   if (first) {
     KVMEM_ASSERT(!undo || (!loose_.empty() && loose_.back() == node), "changes are undone newest first");
@@ -237,7 +237,7 @@ void PrefixIndex::place(i32 node, i64 group, bool undo) {
   if (events_.on() && (group < 0 ? first : window_of(group) < 0)) note({node, static_cast<i32>(group), true}, undo);
 }
 
-void PrefixIndex::displace(i32 node, i64 group, bool undo) {
+void PrefixIndex::drop_copy(i32 node, i64 group, bool undo) {
   KVMEM_ASSERT(nodes_[node].copies > 0, "the node has a copy");
   Node& n = nodes_[node];
   const bool last = --n.copies == 0;
@@ -262,7 +262,7 @@ std::uint64_t PrefixIndex::part_key(i32 node, i32 window) const {
   return nodes_[node].key + (static_cast<std::uint64_t>(window) + 1) * 0x9e3779b97f4a7c15u;
 }
 
-void PrefixIndex::gain(i32 node, i32 window, bool undo) {
+void PrefixIndex::add_window_copy(i32 node, i32 window, bool undo) {
   Part& p = part(node, window);
   if (p.copies++ > 0) return;
   const i32 id = item(node, window);
@@ -277,7 +277,7 @@ void PrefixIndex::gain(i32 node, i32 window, bool undo) {
   note({node, group_of(window), true}, undo);
 }
 
-void PrefixIndex::lose(i32 node, i32 window, bool undo) {
+void PrefixIndex::drop_window_copy(i32 node, i32 window, bool undo) {
   KVMEM_ASSERT(part(node, window).copies > 0, "the window group has a copy");
   Part& p = part(node, window);
   if (--p.copies > 0) return;

@@ -7,16 +7,16 @@
 // siblings through a hash table: the continuation of a sequence that was never forked reads the parent, the child and
 // the child's tokens, and computes no hash.
 //
-// The index knows nothing of memory. A page table counts the copies of a node with place() and displace(); sequences
-// and pins count its users with enter() and leave(). A node without a copy exists only while it is used, or as a step
-// on the path to other nodes, as sliding windows leave behind.
+// The index knows nothing of memory. A page table counts the copies of a node with add_copy() and drop_copy();
+// sequences and pins count its users with acquire() and drop(). A node without a copy exists only while it is used, or
+// as a step on the path to other nodes, as sliding windows leave behind.
 //
 // The unit of eviction is an Item: a whole node, or what one sliding-window group has of it (a part). A block may be
 // out of window while its sequence goes on, so parts have a use count of their own (need(), unneed()). Parts and whole
 // nodes share one eviction order, by when and how often each was used.
 //
-// Functions with `undo` make a change (false), or undo the opposite change (true): place(undo) undoes displace(), and
-// the eviction order is restored too. Changes are undone newest first.
+// Functions with `undo` make a change (false), or undo the opposite change (true): add_copy(undo) undoes drop_copy(),
+// and the eviction order is restored too. Changes are undone newest first.
 #pragma once
 
 #include <deque>
@@ -110,12 +110,12 @@ class PrefixIndex {
     return nodes_[nodes_[node].parent].first_child != node || nodes_[node].next_child != kNoNode;
   }
   bool pinned(i32 node) const { return nodes_[node].pinned; }
-  i32 places(i32 node) const { return nodes_[node].copies; }
+  i32 copies(i32 node) const { return nodes_[node].copies; }
   // Writes the first `count` tokens.
   void copy_tokens(i32 node, i64 count, i32* out) const { tokens_.copy(node, count, out); }
   // Whether the window group has a copy of the node, how many, and how many sequences and pins need it.
   bool has_window(i32 node, i32 window) const { return part(node, window).copies > 0; }
-  i32 window_places(i32 node, i32 window) const { return part(node, window).copies; }
+  i32 window_copies(i32 node, i32 window) const { return part(node, window).copies; }
   i32 needs(i32 node, i32 window) const { return part(node, window).needs; }
   // Return a child without users, and a later sibling of `node` without users; kNoNode if there is none. Windows may
   // have no copy of it.
@@ -135,20 +135,20 @@ class PrefixIndex {
   // Makes room for the changes of one op, before the first of them; may throw std::bad_alloc. Neither these changes nor
   // their undoing needs memory then.
   void expect_change() {
-    expect_places();
+    expect_copies();
     if (loose_.size() == loose_.capacity()) grow_lists();
   }
   // The same for an op that only adds copies.
-  void expect_places() {
+  void expect_copies() {
     if (events_.on() && changes_.capacity() - changes_.size() < changes_per_op_) grow_lists();
   }
-  // place() counts one more copy of the node, displace() one fewer: in group `group`, or, with -1, in all
+  // add_copy() counts one more copy of the node, drop_copy() one fewer: in group `group`, or, with -1, in all
   // full-attention groups at once.
-  void place(i32 node, i64 group, bool undo);
-  void displace(i32 node, i64 group, bool undo);
+  void add_copy(i32 node, i64 group, bool undo);
+  void drop_copy(i32 node, i64 group, bool undo);
   // The same for the copies that a sliding-window group has.
-  void gain(i32 node, i32 window, bool undo);
-  void lose(i32 node, i32 window, bool undo);
+  void add_window_copy(i32 node, i32 window, bool undo);
+  void drop_window_copy(i32 node, i32 window, bool undo);
   // need() counts one more sequence or pin that needs the window group's part of the node, unneed() one fewer.
   void need(i32 node, i32 window, bool undo = false) {
     Part& p = part(node, window);
@@ -160,7 +160,8 @@ class PrefixIndex {
     KVMEM_ASSERT(p.needs > 0, "the part is needed");
     if (--p.needs == 0 && p.copies > 0) need_no_more(node, window, undo);
   }
-  // Records that the state groups have a snapshot of the node, or no longer have it, where place() does not imply that.
+  // Records that the state groups have a snapshot of the node, or no longer have it, where add_copy() does not imply
+  // that.
   void note_state(i32 node, bool stored, bool undo);
   // Ends a transaction: removes nodes without copy and users, and publishes its events if it was committed.
   void finish(bool committed) {
@@ -175,24 +176,24 @@ class PrefixIndex {
   // Returns a new child. REQUIRES: find() found none. It has no users, and finish() removes it if it has got no copy
   // and no user by then. May throw std::bad_alloc, and has changed nothing then.
   i32 add(i32 parent, const i32* tokens, const std::string* tag = nullptr);
-  // Undo open_root(); and enter(), or add() with enter(). Everything is as before, including the eviction order and the
-  // order in which nodes are allocated. From here on no function of this section throws, except where it says so.
+  // Undo open_root(); and acquire(), or add() with acquire(). Everything is as before, including the eviction order and
+  // the order in which nodes are allocated. From here on no function of this section throws, except where it says so.
   void unopen_root(i32 root, bool made);
-  void unenter(i32 node);
-  // A hint that enter() or leave() of this node will follow. In a chain each node is found through the next, so the
+  void undo_acquire(i32 node);
+  // A hint that acquire() or drop() of this node will follow. In a chain each node is found through the next, so the
   // processor would wait for one cache miss after another; a caller that knows all nodes prefetches them first.
   void prefetch(i32 node) const {
     __builtin_prefetch(nodes_.data() + node, 1);
     if (whole_) policy_->prefetch(item(node));
   }
   // Counts one more user.
-  void enter(i32 node) {
+  void acquire(i32 node) {
     KVMEM_ASSERT(nodes_[node].ordinal >= -1, "the node exists");
     Node& n = nodes_[node];
     if (n.users++ == 0 && n.released) use_again(node);
   }
   // Counts one user fewer. Of a chain, the last block is left first.
-  void leave(i32 node) {
+  void drop(i32 node) {
     KVMEM_ASSERT(nodes_[node].users > 0, "the node is used");
     if (--nodes_[node].users == 0) drop_last(node);
   }
@@ -216,14 +217,14 @@ class PrefixIndex {
 
   // Returns the item to evict next, with node kNoNode if there is none.
   Item victim() { return item_of(policy_->victim()); }
-  // set_aside() makes victim() pass over an item; put_back() restores its position in the eviction order. Items are put
+  // skip_item() makes victim() pass over an item; unskip() restores its position in the eviction order. Items are put
   // back in reverse order. REQUIRES: in between, the item is neither used nor evicted.
-  bool is_aside(Item x) const {
-    return asides_ > 0 && (x.window < 0 ? nodes_[x.node].aside : part(x.node, x.window).aside);
+  bool is_skipped(Item x) const {
+    return skipped_ > 0 && (x.window < 0 ? nodes_[x.node].aside : part(x.node, x.window).aside);
   }
-  i64 asides() const { return asides_; }
-  void set_aside(Item x);
-  void put_back(Item x);
+  i64 skipped_count() const { return skipped_; }
+  void skip_item(Item x);
+  void unskip(Item x);
   // The number of unreferenced blocks with memory: nodes, or parts of the first window where only windows have memory.
   i64 cached() const { return whole_ ? cached_ : cached_parts_[0]; }
   // The number of unreferenced parts of the window group.
@@ -233,9 +234,9 @@ class PrefixIndex {
   i64 evicted() const { return evicted_; }  // nodes evicted since the start
   EventRing& events() { return events_; }
   // Returns the salt and extra key of the root that events call `number`. Throws SpecError once the root is gone, no
-  // waiting event names it, and forget_roots() was called.
+  // waiting event names it, and prune_roots() was called.
   const PrefixKey& root_key(i32 number) const;
-  void forget_roots();
+  void prune_roots();
   std::vector<i32> roots() const;
   // Returns all descendants of `root`, a parent before its children.
   std::vector<i32> below(i32 root) const;
@@ -378,7 +379,7 @@ class PrefixIndex {
   std::size_t changes_per_op_ = 1;  // at most: one for each group, but one for all full-attention groups together
   std::vector<i32> block_;          // publish() unpacks tokens here
   const i64 least_nodes_;           // nodes by which the tables grow at least
-  i64 asides_ = 0, linked_ = 0, in_buckets_ = 0, cached_ = 0, pinned_ = 0, evicted_ = 0;
+  i64 skipped_ = 0, linked_ = 0, in_buckets_ = 0, cached_ = 0, pinned_ = 0, evicted_ = 0;
 };
 
 }  // namespace kvmem

@@ -49,7 +49,7 @@ void PrefixIndex::note_root(i32 number) {
 void PrefixIndex::drop_root(i32 number) {
   const auto root = root_keys_.find(number);
   roots_.erase(root->second.flat);
-  forget_roots();
+  prune_roots();
   if (is_waiting(root->second)) {
     gone_roots_.push_back(number);
   } else {
@@ -58,7 +58,7 @@ void PrefixIndex::drop_root(i32 number) {
   }
 }
 
-void PrefixIndex::forget_roots() {
+void PrefixIndex::prune_roots() {
   while (!gone_roots_.empty()) {
     const auto root = root_keys_.find(gone_roots_.front());
     if (is_waiting(root->second)) return;

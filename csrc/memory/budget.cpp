@@ -20,7 +20,7 @@ void PagePool::map_slots(PageOwner& owner, i32 arena, i64 slot, i64 count, i64 n
   while (count > 0) {
     const i64 allowed = owner.limit_pages - owner.owned_pages;
     if (allowed <= 0) {
-      if (owner.spill(count, true, tx) == 0) refuse(owner, asked);
+      if (owner.reclaim(count, true, tx) == 0) refuse(owner, asked);
       continue;
     }
     i64 page = find_free(near);
@@ -35,7 +35,7 @@ void PagePool::map_slots(PageOwner& owner, i32 arena, i64 slot, i64 count, i64 n
         tx.push({OpKind::create, 0, first, n});
         page = first;
       } else {
-        if (spill(owner, count, true, tx) == 0) refuse(owner, asked);
+        if (reclaim(owner, count, true, tx) == 0) refuse(owner, asked);
         continue;
       }
     }
@@ -52,20 +52,20 @@ void PagePool::map_slots(PageOwner& owner, i32 arena, i64 slot, i64 count, i64 n
 
 i64 PagePool::make_room(PageOwner& owner, i64 pages, bool content, Transaction& tx) {
   if (const i64 allowed = owner.limit_pages - owner.owned_pages; allowed < pages) {
-    owner.spill(pages - allowed, content, tx);
-  } else if (const i64 now = pages_at_hand(owner); now < pages) {
-    spill(owner, pages - now, content, tx);
+    owner.reclaim(pages - allowed, content, tx);
+  } else if (const i64 now = ready_pages(owner); now < pages) {
+    reclaim(owner, pages - now, content, tx);
   }
-  return pages_at_hand(owner);
+  return ready_pages(owner);
 }
 
-i64 PagePool::spill(PageOwner& owner, i64 pages, bool content, Transaction& tx) {
+i64 PagePool::reclaim(PageOwner& owner, i64 pages, bool content, Transaction& tx) {
   i64 freed = 0;
   for (const bool also_content : {false, true}) {
     if (also_content && !content) break;
-    if (freed < pages) freed += owner.spill(pages - freed, also_content, tx);
+    if (freed < pages) freed += owner.reclaim(pages - freed, also_content, tx);
     for (PageOwner* other : owners_) {
-      if (freed < pages && other != &owner) freed += other->spill(pages - freed, also_content, tx);
+      if (freed < pages && other != &owner) freed += other->reclaim(pages - freed, also_content, tx);
     }
   }
   return freed;
@@ -112,7 +112,7 @@ void PagePool::set_budget(i64 pages) {
   NoTables none;
   Transaction tx(*this, none);
   i64 excess = mapped_pages_ - pages;
-  if (excess > 0 && !owners_.empty()) excess -= spill(*owners_.front(), excess, true, tx);
+  if (excess > 0 && !owners_.empty()) excess -= reclaim(*owners_.front(), excess, true, tx);
   if (excess > 0) {
     throw OutOfMemory("asked for a budget of " + std::to_string(pages) + " pages of " + std::to_string(page_bytes_) +
                       " bytes, but live sequences and pins hold " + std::to_string(pages + excess) +
@@ -137,14 +137,14 @@ void PagePool::set_budget(i64 pages) {
   budget_pages_ = pages;
 }
 
-void PagePool::spill_in_pieces(PoolLock& lock, PageOwner& owner, const std::function<i64()>& excess) {
+void PagePool::reclaim_in_pieces(PoolLock& lock, PageOwner& owner, const std::function<i64()>& excess) {
   const i64 step = owner.piece_pages, begun = excess();
   if (begun <= step || begun > owner.sure_pages()) return;
   NoTables none;
   i64 freed = step;
   for (i64 pieces = begun / step; pieces > 0 && freed > 0 && excess() > step; --pieces) {
     Transaction tx(*this, none);
-    freed = owner.spill(step, true, tx);
+    freed = owner.reclaim(step, true, tx);
     tx.commit();
     note_piece();
     let_others_in(lock);
@@ -161,7 +161,7 @@ void PagePool::shrink_in_pieces(PoolLock& lock, i64 pages) {
   for (i64 pieces = (mapped_pages_ - pages) / step; pieces > 0 && mapped_pages_ - pages > step; --pieces) {
     NoTables none;
     Transaction tx(*this, none);
-    const i64 freed = spill(*owners_.front(), step, true, tx);
+    const i64 freed = reclaim(*owners_.front(), step, true, tx);
     tx.commit();
     note_piece();
     let_others_in(lock);

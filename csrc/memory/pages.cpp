@@ -211,14 +211,14 @@ bool PagePool::distrust(const std::vector<Op>& ops, const Space::Progress& progr
     if (ops[i].kind == OpKind::map && progress.wrote) forget_content(ops[i].b, ops[i].c);
     if (ops[i].kind == OpKind::unmap && progress.wrote) arenas_[ops[i].at].owner->on_rewritten(ops[i]);
   }
-  const bool give_up = progress.wrote || recreated;
-  disturbed_ += give_up;
+  const bool evict_node = progress.wrote || recreated;
+  disturbed_ += evict_node;
   for (const Op& op : ops) {
-    if (!give_up || op.kind != OpKind::evict) continue;
+    if (!evict_node || op.kind != OpKind::evict) continue;
     PageOwner& owner = owner_numbered(op.at);
-    if (owner.can_give_up(op)) owner.on_content(op, false);
+    if (owner.can_evict(op)) owner.on_content(op, false);
   }
-  return give_up;
+  return evict_node;
 }
 
 void PagePool::refuse_tier(const Op& op) const {

@@ -43,16 +43,16 @@ class PageOwner {
   virtual void on_taken_back() {}
   virtual void finish(bool committed) = 0;
   // True if an `evict` that was taken back can be done again by itself: nobody alive needs that memory.
-  virtual bool can_give_up(const Op& evict) const = 0;
+  virtual bool can_evict(const Op& evict) const = 0;
   // Mapped pages that no live sequence needs.
   virtual i64 parked_pages() const = 0;
-  // Those of them that spill() frees for certain.
+  // Those of them that reclaim() frees for certain.
   virtual i64 sure_pages() const = 0;
   // Pushes unmap records until `pages` pages are free, as far as there are any that nobody needs; returns how many it
   // freed. `content`: cached content is evicted too, where pages that hold none do not suffice.
-  virtual i64 spill(i64 pages, bool content, Transaction& tx) = 0;
+  virtual i64 reclaim(i64 pages, bool content, Transaction& tx) = 0;
   // Pushes the records that move blocks together until `pages` more pages hold nothing, as far as that can be; returns
-  // how many do. They stay mapped, for spill() or the owner's own use. 0 where pages belong to one sequence each.
+  // how many do. They stay mapped, for reclaim() or the owner's own use. 0 where pages belong to one sequence each.
   virtual i64 compact(i64 pages, Transaction& tx);
   virtual void digest(Hasher& hash) const = 0;
 
@@ -112,16 +112,16 @@ class PagePool {
   // nothing left; the transaction is then the caller's to drop.
   void map_slots(PageOwner& owner, i32 arena, i64 slot, i64 count, i64 near, Zero zero, Transaction& tx);
   // How many pages an owner can get with nothing given up; fewer where the bytes of some are kept.
-  i64 pages_at_hand(const PageOwner& owner) const {
+  i64 ready_pages(const PageOwner& owner) const {
     return std::min(room_pages(), owner.limit_pages - owner.owned_pages);
   }
   i64 most_kept() const { return static_cast<i64>(kept_.size()); }  // by keep_bytes()
   // Gives up what nobody needs until so many are at hand, of others only where it is not the owner's own limit that is
-  // in the way; returns how many are. `content` as for spill().
+  // in the way; returns how many are. `content` as for reclaim().
   i64 make_room(PageOwner& owner, i64 pages, bool content, Transaction& tx);
   // Takes pages from what nobody needs, of `owner` first: those without content of everybody, then cached content.
   // Returns how many it freed, which may be fewer than `pages`.
-  i64 spill(PageOwner& owner, i64 pages, bool content, Transaction& tx);
+  i64 reclaim(PageOwner& owner, i64 pages, bool content, Transaction& tx);
   i64 give_back(i64 pages, Transaction& tx);  // free pages to the system
 
   // Grows or shrinks the budget, spilling parked pages of every owner. OutOfMemory, and nothing changed, when live
@@ -131,7 +131,7 @@ class PagePool {
   // others get the lock. They may take what is given up: so there are no more pieces than there was to give up.
   void shrink_in_pieces(PoolLock& lock, i64 pages);
   // The same of one owner, until `excess()` is about 0.
-  void spill_in_pieces(PoolLock& lock, PageOwner& owner, const std::function<i64()>& excess);
+  void reclaim_in_pieces(PoolLock& lock, PageOwner& owner, const std::function<i64()>& excess);
 
   // A live sequence of before the transaction leaves the page: should the driver fail, it is there again. So nobody
   // writes to the page before the transaction ends, even if only one slot shows it, or none.

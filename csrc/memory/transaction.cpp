@@ -41,11 +41,11 @@ void Transaction::commit() {
       space->execute(ops_.data(), ops_.data() + ops_.size(), false, &progress);
     } catch (...) {
       take_back({});
-      const bool given_up = pool_.distrust(ops_, progress);
+      const bool evicted_ops = pool_.distrust(ops_, progress);
       ops_.clear();
       pool_.journal.close();
       committed_ = true;
-      pool_.finish(given_up);
+      pool_.finish(evicted_ops);
       throw;
     }
   }

@@ -74,7 +74,7 @@ class FollowedLengths {
   }
 
   // The tokens of a live sequence that were live before the list, and all the time since.
-  Range kept(i64 handle, i64 group) const {
+  Range unchanged(i64 handle, i64 group) const {
     const i64 index = sequences_.index(handle);
     Range range{sequences_.front(index, group), sequences_.tokens(index, group)};
     if (opened(handle)) return {0, 0};
@@ -85,9 +85,9 @@ class FollowedLengths {
   }
 
   // kept() of a handle that may have been closed.
-  Range kept_if_live(i64 handle, i64 group) const {
+  Range unchanged_if_live(i64 handle, i64 group) const {
     const i64 place = sequences_.place_of(handle);
-    return sequences_.live(place) && sequences_.handle_of(place) == handle ? kept(handle, group) : Range{0, 0};
+    return sequences_.live(place) && sequences_.handle_of(place) == handle ? unchanged(handle, group) : Range{0, 0};
   }
 
  private:

@@ -65,16 +65,16 @@ class PageTable : public PageOwner {
   virtual bool has(i32 node, i64 group) const = 0;
   virtual void publish(const std::vector<Published>& blocks, Transaction& tx) = 0;
   // The last block that the sequence has published is its own again, to be written over.
-  virtual void retract(i64 index, i32 node, Transaction& tx) = 0;
+  virtual void unpublish(i64 index, i32 node, Transaction& tx) = 0;
   // Gives up a node that nobody uses and that no cached one continues. Its memory is parked then.
   virtual void evict(i32 node, Transaction& tx) = 0;
   // Gives up what a window group holds of a node and nobody needs.
   virtual void evict_window(i32 node, i32 window, Transaction& tx) = 0;
   // Gives up what window groups hold of nodes that no sequence needs, though a block of theirs is the end of one that
   // was cut within it: that block is its own then.
-  virtual void forget_cut_ends(Transaction&) {}
+  virtual void evict_cut_ends(Transaction&) {}
   // A user has left the node, and others remain: a snapshot that none of them holds may be given up from now on.
-  virtual void offer(i32 node) = 0;
+  virtual void allow_eviction(i32 node) = 0;
   // One more pin ends at the node, or one fewer: some row shows all that a sequence would take over there, and goes on
   // doing so.
   virtual void pin_end(i32 node, bool pinned) = 0;
@@ -82,9 +82,9 @@ class PageTable : public PageOwner {
   virtual void snapshot(i64 index, const std::vector<i32>& chain, Transaction& tx) = 0;
   // The sequence ends; its lengths are about to become 0.
   virtual void close(i64 index, Transaction& tx) = 0;
-  // Makes sure that blocks 0 and 1 (kReadTrash, kWriteTrash) of a group exist.
-  virtual void back_trash(i64 group, Transaction& tx) = 0;
-  virtual bool has_trash(i64 group) const = 0;
+  // Makes sure that blocks 0 and 1 (kNullBlock, kPaddingBlock) of a group exist.
+  virtual void back_reserved(i64 group, Transaction& tx) = 0;
+  virtual bool has_reserved(i64 group) const = 0;
   // Room beyond the length that can be prepared in the background, best effort. False when nothing is to be done.
   virtual bool map_ahead(i64 index, i64 group, i64 tokens, Transaction& tx) = 0;
   // The records of the transaction that map_ahead filled are executed once job `job` is done.
@@ -95,9 +95,9 @@ class PageTable : public PageOwner {
   // The first token that a window still needs has changed, from `old_first` to `first`.
   virtual void on_front(i64 index, i64 group, i64 old_first, i64 first, bool undo) = 0;
   // The length has become less by another's decision: whether the tail is shared is to be seen before the next write.
-  virtual void look_at_tail(i64 index, i64 group) = 0;
+  virtual void check_tail_again(i64 index, i64 group) = 0;
   // Another's decision has let go of memory, which the device may use until the pool's latest fence has passed.
-  virtual void note_left(const Op& op) = 0;  // unbind, block, length, front
+  virtual void note_released(const Op& op) = 0;  // unbind, block, length, front
   // Another's decision may have mapped a page at a second place. Cost: a look at each mapped page.
   virtual void note_shared() {}
   // The length has become less than `old_tokens`, or may have: what the sequence wrote from there on lies behind its
@@ -106,7 +106,7 @@ class PageTable : public PageOwner {
     if (!guarded_) return;
     i64& cut = cut_to_[index * groups_ + group];
     cut = std::max(cut, old_tokens);
-    forget_room(index, group);
+    reset_room(index, group);
   }
   // True if tokens that it wrote and has cut off may lie behind the first `tokens`, where kernels load them.
   bool has_cut(i64 index, i64 group, i64 tokens) const { return guarded_ && cut_to_[index * groups_ + group] > tokens; }
@@ -154,12 +154,12 @@ class PageTable : public PageOwner {
   void on_taken_back() override { zeroed_cuts_.clear(); }  // the marks stay: it may be zeroed once more
 
   // Along kReclaimOrder, until so many pages are free.
-  i64 spill(i64 pages, bool content, Transaction& tx) final;
-  // Pages of this kind, at least so many as far as there are; returns how many. They are unmapped, or finish_spill()
+  i64 reclaim(i64 pages, bool content, Transaction& tx) final;
+  // Pages of this kind, at least so many as far as there are; returns how many. They are unmapped, or finish_reclaim()
   // does that.
-  virtual i64 give(Reclaim kind, i64 pages, Transaction& tx) = 0;
-  // What give() has given in all becomes free, `pages` at most; returns how many are.
-  virtual i64 finish_spill(i64 /*pages*/, i64 given, Transaction&) { return given; }
+  virtual i64 reclaim_kind(Reclaim kind, i64 pages, Transaction& tx) = 0;
+  // What reclaim_kind() has given in all becomes free, `pages` at most; returns how many are.
+  virtual i64 finish_reclaim(i64 /*pages*/, i64 given, Transaction&) { return given; }
   // Content that was lost, a record for each group that held a block; empty unless watch_lost() was called. For tests.
   struct Lost {
     i64 group, ordinal;
@@ -171,7 +171,7 @@ class PageTable : public PageOwner {
   // what has become of the item.
   template <class Wants, class Evict>
   void evict_in_order(Transaction& tx, Wants wants, Evict evict) {
-    Aside aside(index_, number, tx);
+    Skipped aside(index_, number, tx);
     while (wants()) {
       const Item x = index_.victim();
       if (x.node == kNoNode) break;
@@ -179,14 +179,14 @@ class PageTable : public PageOwner {
       if (done == Named::last || (done == Named::aside && aside.full())) break;
       if (done == Named::aside) aside.add(x);
     }
-    aside.put_back();
+    aside.unskip();
   }
 
   // Evicts a node and all cached ones that continue it, ends first: nobody could find those without it.
-  void forget(i32 node, Transaction& tx);
+  void evict_subtree(i32 node, Transaction& tx);
   void evict_item(Item x, Transaction& tx) {
-    if (x.window < 0) return forget(x.node, tx);
-    name_again(x, tx);
+    if (x.window < 0) return evict_subtree(x.node, tx);
+    unskip_item(x, tx);
     evict_window(x.node, x.window, tx);
   }
 
@@ -199,8 +199,8 @@ class PageTable : public PageOwner {
   bool demotes() const { return watches_lost_; }  // else it need not be found out what is lost
   void on_demote(const Op& op, bool undo);
   // What is about to be evicted is set aside no more: taken back, it then comes to where it stood.
-  void name_again(Item x, Transaction& tx) {
-    if (index_.is_aside(x)) tx.push({OpKind::back, number, x.node, x.window});
+  void unskip_item(Item x, Transaction& tx) {
+    if (index_.is_skipped(x)) tx.push({OpKind::back, number, x.node, x.window});
   }
   PageTable(PrefixIndex& index, const Geometry& geometry)
       : index_(index),
@@ -212,7 +212,7 @@ class PageTable : public PageOwner {
   // How many tokens have room; 0 where something is to be done before the next token, whatever there is.
   virtual i64 find_room(i64 index, i64 group) = 0;
   // Called wherever find_room() might answer less than it did.
-  void forget_room(i64 index, i64 group) { ready_tokens_[index * groups_ + group] = 0; }
+  void reset_room(i64 index, i64 group) { ready_tokens_[index * groups_ + group] = 0; }
 
   i64 cut_to(i64 index, i64 group) const { return cut_to_[index * groups_ + group]; }
   // The transaction zeroes all that was cut off. Until it is committed, the mark stays.
@@ -255,24 +255,25 @@ inline void PageTable::on_demote(const Op& op, bool undo) {
   }
 }
 
-inline i64 PageTable::spill(i64 pages, bool content, Transaction& tx) {
+inline i64 PageTable::reclaim(i64 pages, bool content, Transaction& tx) {
   i64 given = 0;
   for (const Reclaim kind : kReclaimOrder) {
-    if (given < pages && (content || kind == Reclaim::idle)) given += give(kind, pages - given, tx);
+    if (given < pages && (content || kind == Reclaim::idle)) given += reclaim_kind(kind, pages - given, tx);
   }
-  return finish_spill(pages, given, tx);
+  return finish_reclaim(pages, given, tx);
 }
 
 // Windows may have nothing of a block while they have something of those behind it, so it is passed, not skipped; and
 // it stays among its siblings until the transaction ends.
-inline void PageTable::forget(i32 node, Transaction& tx) {
+inline void PageTable::evict_subtree(i32 node, Transaction& tx) {
   const auto last_below = [this](i32 x) {
     for (i32 child; (child = index_.unused_child(x)) != kNoNode;) x = child;
     return x;
   };
   for (i32 x = last_below(node);;) {
     const i32 parent = index_.parent(x), sibling = x == node ? kNoNode : index_.unused_sibling(x);
-    for (i32 window = -1; index_.asides() > 0 && window < index_.windows(); ++window) name_again({x, window}, tx);
+    for (i32 window = -1; index_.skipped_count() > 0 && window < index_.windows(); ++window)
+      unskip_item({x, window}, tx);
     evict(x, tx);
     if (x == node) return;
     x = sibling == kNoNode ? parent : last_below(sibling);

@@ -1,5 +1,5 @@
-// What is reclaimed first, written once. PageTable::spill() goes along the order below; a page table says what it gives
-// of each kind. Whatever asks the eviction policy for its next item does so through PageTable::evict_in_order().
+// What is reclaimed first, written once. PageTable::reclaim() goes along the order below; a page table says what it
+// gives of each kind. Whatever asks the eviction policy for its next item does so through PageTable::evict_in_order().
 #pragma once
 
 #include <vector>
@@ -29,18 +29,18 @@ enum class Named : std::uint8_t {
 };
 
 // Items that the eviction order passes over for a while.
-class Aside {
+class Skipped {
  public:
-  Aside(const PrefixIndex& index, i32 owner, Transaction& tx) : index_(index), owner_(owner), tx_(tx) {}
+  Skipped(const PrefixIndex& index, i32 owner, Transaction& tx) : index_(index), owner_(owner), tx_(tx) {}
   bool full() const { return items_.size() >= kMost; }
   void add(Item x) {
     items_.push_back(x);
     tx_.push({OpKind::aside, owner_, x.node, x.window});
   }
   // Comes last. Where the transaction fails before, that takes them back.
-  void put_back() {
+  void unskip() {
     for (auto x = items_.rbegin(); x != items_.rend(); ++x) {
-      if (index_.is_aside(*x)) tx_.push({OpKind::back, owner_, x->node, x->window});
+      if (index_.is_skipped(*x)) tx_.push({OpKind::back, owner_, x->node, x->window});
     }
     items_.clear();
   }

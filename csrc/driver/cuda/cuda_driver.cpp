@@ -38,11 +38,11 @@ void CudaDriver::check_positive(const char* verb, i64 bytes) {
 
 CudaDriver::~CudaDriver() {
   if (device_.forked()) return;  // the parent's context; the child has none
-  give_everything_back();
+  release_everything();
 }
 
 // Errors have nowhere to go from here. At process exit the driver may answer that it, or the context, is gone already.
-void CudaDriver::give_everything_back() {
+void CudaDriver::release_everything() {
   const Result pushed = api_.cuCtxPushCurrent(device_.context());
   if (pushed == cuda::kDeinitialized || pushed == cuda::kContextIsDestroyed) return;
   int mode = cuda::kCaptureRelaxed;  // Python's collector may end a driver while somebody captures

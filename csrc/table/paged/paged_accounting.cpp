@@ -17,14 +17,14 @@ i64 PagedBlocks::common_blocks(i64 a, i64 b, i64 group, i64 known) const {
 
 i64 PagedBlocks::tokens_that_fit(i64 index, i64 group, i64 pages) const {
   const Blocks& b = blocks_[group];
-  i64 blocks = ceil_div(sequences_.tokens(index, group), b.tokens) + b.ready.size() + b.kept;
+  i64 blocks = ceil_div(sequences_.tokens(index, group), b.tokens) + b.ready.size() + b.cached;
   // Ready blocks lie on parked pages: what is left of the pages backs others, in the order in which take() would.
   i64 left = pages - idle_pages_;
   std::vector<i64> next(b.classes.size(), 0);  // slots before it have been counted
   for (i64 block = b.cursor; block < b.max_blocks && blocks * b.tokens < geometry_.groups[group].max_tokens; ++block) {
     if (b.backed[block]) continue;
     for (std::size_t k = 0; k < b.classes.size(); ++k) {
-      const Class& c = b.classes[k];
+      const SlotClass& c = b.classes[k];
       for (i64 slot = std::max(first_slot(c, block), next[k]); slot < end_slot(c, block); ++slot) {
         if (c.slots[slot].mapped == 0) left -= static_cast<i64>(c.arenas.size());
       }
@@ -66,12 +66,12 @@ i64 PagedBlocks::held_bytes() const {
   i64 bytes = 0;
   for (i64 g = 0; g < groups_; ++g) {
     const Blocks& b = blocks_[g];
-    i64 blocks = has_trash(g) ? kTrashBlocks : 0;
+    i64 blocks = has_reserved(g) ? kReservedBlocks : 0;
     for (i64 index = 0; index < sequences_.capacity(); ++index) {
       blocks += ceil_div(sequences_.tokens(index, g), b.tokens) - sequences_.front(index, g) / b.tokens;
     }
     i64 block_bytes = 0;
-    for (const Class& c : b.classes) block_bytes += c.block_bytes * static_cast<i64>(c.arenas.size());
+    for (const SlotClass& c : b.classes) block_bytes += c.block_bytes * static_cast<i64>(c.arenas.size());
     bytes += (blocks - b.extra_refs) * block_bytes;
   }
   return bytes;
@@ -81,13 +81,13 @@ i64 PagedBlocks::held_bytes() const {
 i64 PagedBlocks::beside_bytes() const {
   i64 bytes = 0;
   for (const Blocks& b : blocks_) {
-    if (b.kept == 0) continue;
-    for (const Class& c : b.classes) {
+    if (b.cached == 0) continue;
+    for (const SlotClass& c : b.classes) {
       const i64 each = static_cast<i64>(c.arenas.size());
       const bool whole = remainder(page_bytes(), c.block_bytes) == 0;  // blocks lie within a slot
       for (i64 slot = 0; slot < static_cast<i64>(c.slots.size()); ++slot) {
-        if (c.slots[slot].users == 0 || c.slots[slot].kept == 0) continue;
-        bytes += each * (whole ? c.slots[slot].kept * c.block_bytes : kept_bytes(b, c, slot));
+        if (c.slots[slot].users == 0 || c.slots[slot].cached == 0) continue;
+        bytes += each * (whole ? c.slots[slot].cached * c.block_bytes : cached_bytes(b, c, slot));
       }
     }
   }
@@ -95,7 +95,7 @@ i64 PagedBlocks::beside_bytes() const {
 }
 
 // Of cached blocks that nobody refers to, what lies in the slot.
-i64 PagedBlocks::kept_bytes(const Blocks& b, const Class& c, i64 slot) const {
+i64 PagedBlocks::cached_bytes(const Blocks& b, const SlotClass& c, i64 slot) const {
   const i64 from = slot * page_bytes(), to = from + page_bytes();
   i64 bytes = 0;
   for (i64 block = from / c.block_bytes; block < std::min(b.max_blocks, ceil_div(to, c.block_bytes)); ++block) {

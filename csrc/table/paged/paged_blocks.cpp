@@ -54,10 +54,10 @@ void PagedBlocks::add_group(const GroupGeometry& group) {
   for (std::size_t i = 0; i < group.token_bytes.size(); ++i) {
     pool_.add_arena(this, arena(static_cast<i64>(pages_.size())), group.arena_slots[i]);
     const i64 block_bytes = group.token_bytes[i] * group.block_tokens;
-    auto same =
-        std::find_if(b.classes.begin(), b.classes.end(), [&](const Class& c) { return c.block_bytes == block_bytes; });
+    auto same = std::find_if(b.classes.begin(), b.classes.end(),
+                             [&](const SlotClass& c) { return c.block_bytes == block_bytes; });
     if (same == b.classes.end()) {
-      Class c;
+      SlotClass c;
       c.block_bytes = block_bytes;
       c.slots.resize(group.arena_slots[i]);
       same = b.classes.insert(b.classes.end(), std::move(c));
@@ -65,19 +65,19 @@ void PagedBlocks::add_group(const GroupGeometry& group) {
     same->arenas.push_back(static_cast<i64>(pages_.size()));
     pages_.emplace_back(group.arena_slots[i]);
   }
-  for (Class& c : b.classes) {  // the trash blocks are referred to for ever
-    for (i64 block = 0; block < kTrashBlocks; ++block) {
+  for (SlotClass& c : b.classes) {  // the trash blocks are referred to for ever
+    for (i64 block = 0; block < kReservedBlocks; ++block) {
       for (i64 slot = first_slot(c, block); slot < end_slot(c, block); ++slot) ++c.slots[slot].users;
     }
   }
-  b.info[kReadTrash].refs = b.info[kWriteTrash].refs = 1;
+  b.info[kNullBlock].refs = b.info[kPaddingBlock].refs = 1;
   blocks_.push_back(std::move(b));
 }
 
 bool PagedBlocks::is_whole(const Op& op) const {
   const i64 a = op.at - base_arena_;
   if (a < 0 || a >= static_cast<i64>(pages_.size())) return true;  // a neighbour's
-  const Class& c = class_of(a);
+  const SlotClass& c = class_of(a);
   for (i64 slot = op.a; slot < op.a + op.c; ++slot) {
     if (c.slots[slot].mapped != 0 && c.slots[slot].mapped != static_cast<i32>(c.arenas.size())) return false;
   }
@@ -108,7 +108,7 @@ void PagedBlocks::apply(const Op& op, bool undo) {
                     ": max_sequences, max_tokens and memory must be those of the allocator whose ops are followed");
   }
   i32& place = b.table[index * b.per_sequence + op.b];
-  const bool valid = op.c == 0 || (op.c >= kTrashBlocks && op.c < b.max_blocks && b.backed[op.c]);
+  const bool valid = op.c == 0 || (op.c >= kReservedBlocks && op.c < b.max_blocks && b.backed[op.c]);
   if (place != op.d || !valid) {
     throw SpecError("block: entry " + std::to_string(op.b) + " is " + std::to_string(place) + ", not " +
                     std::to_string(op.d) + ", or block " + std::to_string(op.c) + " is not there");
@@ -118,7 +118,7 @@ void PagedBlocks::apply(const Op& op, bool undo) {
   if (op.d != 0) drop(b, op.d, undo);
   if ((undo ? op.c : op.d) == 0) return;  // there was none before
   version_[index * groups_ + op.at] += undo ? -1 : 1;
-  forget_room(index, op.at);
+  reset_room(index, op.at);
 }
 
 bool PagedBlocks::is_mapped(i32 arena, i64 slot, i64 count) const {
@@ -126,9 +126,9 @@ bool PagedBlocks::is_mapped(i32 arena, i64 slot, i64 count) const {
   return std::all_of(pages.begin() + slot, pages.begin() + slot + count, [](i32 page) { return page >= 0; });
 }
 
-const Class& PagedBlocks::class_of(i64 a) const {
-  const std::vector<Class>& classes = blocks_[group_of(a)].classes;
-  return *std::find_if(classes.begin(), classes.end(), [&](const Class& c) {
+const SlotClass& PagedBlocks::class_of(i64 a) const {
+  const std::vector<SlotClass>& classes = blocks_[group_of(a)].classes;
+  return *std::find_if(classes.begin(), classes.end(), [&](const SlotClass& c) {
     return std::find(c.arenas.begin(), c.arenas.end(), a) != c.arenas.end();
   });
 }
@@ -138,7 +138,7 @@ void PagedBlocks::list_snapshot(Blocks& b, i64 block) { b.snapshots.add_last(blo
 // So many more referenced, and so many more kept blocks touch the slots of these `n` on end, each of them.
 template <i32 kUsers, i32 kKept>
 void PagedBlocks::count(Blocks& b, i64 first, i64 n) {
-  for (Class& c : b.classes) {
+  for (SlotClass& c : b.classes) {
     if (n == 1 || remainder(c.block_bytes, page_bytes()) == 0) {  // no slot has two of them
       use<kUsers, kKept>(c, first, n);
       continue;
@@ -148,24 +148,24 @@ void PagedBlocks::count(Blocks& b, i64 first, i64 n) {
 }
 
 template <i32 kUsers, i32 kKept>
-void PagedBlocks::use(Class& c, i64 first, i64 n) {
+void PagedBlocks::use(SlotClass& c, i64 first, i64 n) {
   const i64 from = first_slot(c, first), to = end_slot(c, first + n - 1);
   i64 idle = 0, spare = 0;
   for (SlotInfo *slot = c.slots.data() + from, *end = c.slots.data() + to; slot < end; ++slot) {
-    if (kUsers >= 0 && slot->users == 0) idle -= slot->mapped, spare -= slot->kept == 0 ? slot->mapped : 0;
-    slot->users += kUsers, slot->kept += kKept;
-    if (kUsers <= 0 && slot->users == 0) idle += slot->mapped, spare += slot->kept == 0 ? slot->mapped : 0;
+    if (kUsers >= 0 && slot->users == 0) idle -= slot->mapped, spare -= slot->cached == 0 ? slot->mapped : 0;
+    slot->users += kUsers, slot->cached += kKept;
+    if (kUsers <= 0 && slot->users == 0) idle += slot->mapped, spare += slot->cached == 0 ? slot->mapped : 0;
   }
   idle_pages_ += idle;
   spare_pages_ += spare;
 }
 
-void PagedBlocks::keep(Blocks& b, i64 block) {
-  ++b.kept;
+void PagedBlocks::count_cached(Blocks& b, i64 block) {
+  ++b.cached;
   count<0, 1>(b, block, 1);
 }
 
-void PagedBlocks::unkeep(Blocks& b, i64 block) {
+void PagedBlocks::uncount_cached(Blocks& b, i64 block) {
   unlist(b, block);
   count<0, -1>(b, block, 1);
 }
@@ -187,7 +187,7 @@ void PagedBlocks::drop(Blocks& b, i64 block, bool undo) {
   if (--b.info[block].refs > 0) {
     --b.extra_refs;
   } else if (b.info[block].node != kNoNode) {
-    ++b.kept;
+    ++b.cached;
     count<-1, 1>(b, block, 1);
     if (b.window >= 0) index_.unneed(b.info[block].node, b.window, undo);
   } else {
@@ -229,10 +229,10 @@ void PagedBlocks::drop_all(const Entries& e) {
   Blocks& b = blocks_[e.group];
   const i32* entries = &b.table[e.index * b.per_sequence + e.first];
   // What becomes of a block that its last user leaves; of others, nothing.
-  enum class Becomes : std::uint8_t { ready, kept, shared };
+  enum class Becomes : std::uint8_t { ready, cached, shared };
   const auto becomes = [&b](i64 block) {
     const BlockInfo& info = b.info[block];
-    return info.refs > 1 ? Becomes::shared : info.node == kNoNode ? Becomes::ready : Becomes::kept;
+    return info.refs > 1 ? Becomes::shared : info.node == kNoNode ? Becomes::ready : Becomes::cached;
   };
   for (i64 i = 0, n = 1; i < e.count; i += n) {
     const i64 first = entries[i];
@@ -250,7 +250,7 @@ void PagedBlocks::drop_all(const Entries& e) {
       b.ready.add(first, n);
       count<-1, 0>(b, first, n);
     } else {
-      b.kept += n;
+      b.cached += n;
       count<-1, 1>(b, first, n);
     }
   }
@@ -260,7 +260,7 @@ void PagedBlocks::drop_all(const Entries& e) {
     if (info.refs == 0 && info.node != kNoNode) index_.unneed(info.node, b.window, false);
   }
   ++version_[e.index * groups_ + e.group];
-  forget_room(e.index, e.group);
+  reset_room(e.index, e.group);
 }
 
 // Undoes what take_ready() gave: the entries were none before.
@@ -271,7 +271,7 @@ void PagedBlocks::take_back(const Entries& e) {
     drop(b, entries[i], true);
     entries[i] = 0;
   }
-  forget_room(e.index, e.group);
+  reset_room(e.index, e.group);
 }
 
 void PagedBlocks::wipe_dropped() {
@@ -288,48 +288,48 @@ void PagedBlocks::on_content(const Op& op, bool undo) {
     case OpKind::shift:
       return shift(op.b, node, op.d, op.c);
     case OpKind::aside:
-      return index_.set_aside({node, static_cast<i32>(op.b)});
+      return index_.skip_item({node, static_cast<i32>(op.b)});
     case OpKind::back:
-      return index_.put_back({node, static_cast<i32>(op.b)});
+      return index_.unskip({node, static_cast<i32>(op.b)});
     case OpKind::demote:
       return on_demote(op, undo);
     case OpKind::hold:
-      return hold(op.b, node, static_cast<i32>(op.c), op.d, undo);
+      return attach(op.b, node, static_cast<i32>(op.c), op.d, undo);
     default:
-      return unhold(op.b, node, static_cast<i32>(op.c), op.d, undo);
+      return detach(op.b, node, static_cast<i32>(op.c), op.d, undo);
   }
 }
 
-void PagedBlocks::hold(i64 g, i32 node, i32 block, i64 part, bool undo) {
+void PagedBlocks::attach(i64 g, i32 node, i32 block, i64 part, bool undo) {
   Blocks& b = blocks_[g];
-  if (!undo) index_.expect_places();
+  if (!undo) index_.expect_copies();
   const i64 at = node * stride_ + b.place + part;
   if (at >= static_cast<i64>(block_of_.size())) block_of_.resize(index_.capacity() * stride_);
   if (b.info[block].refs == 0) {
     b.ready.remove(block);
-    keep(b, block);
+    count_cached(b, block);
   }
-  if (part == 0) index_.place(node, g, undo);
+  if (part == 0) index_.add_copy(node, g, undo);
   if (b.window >= 0) {
     if (b.info[block].refs > 0) index_.need(node, b.window);
-    if (part == 0) index_.gain(node, b.window, undo);
+    if (part == 0) index_.add_window_copy(node, b.window, undo);
   }
   b.info[block].node = node;
   block_of_[at] = block;
 }
 
-void PagedBlocks::unhold(i64 g, i32 node, i32 block, i64 part, bool undo) {
+void PagedBlocks::detach(i64 g, i32 node, i32 block, i64 part, bool undo) {
   Blocks& b = blocks_[g];
   if (!undo) index_.expect_change();
   if (b.info[block].refs == 0) {
-    unkeep(b, block);
+    uncount_cached(b, block);
     b.ready.add(block);
   }
   if (b.window >= 0) {
-    if (part == 0) index_.lose(node, b.window, undo);
+    if (part == 0) index_.drop_window_copy(node, b.window, undo);
     if (b.info[block].refs > 0) index_.unneed(node, b.window, undo);
   }
-  if (part == 0) index_.displace(node, g, undo);
+  if (part == 0) index_.drop_copy(node, g, undo);
   b.info[block].node = kNoNode;
   block_of_[node * stride_ + b.place + part] = 0;
 }
@@ -337,11 +337,11 @@ void PagedBlocks::unhold(i64 g, i32 node, i32 block, i64 part, bool undo) {
 void PagedBlocks::change(const Op& op, bool mapped) {
   const i64 a = op.at - base_arena_;
   Blocks& b = blocks_[group_of(a)];
-  Class& c = const_cast<Class&>(class_of(a));
+  SlotClass& c = const_cast<SlotClass&>(class_of(a));
   ZeroVector<ZeroId>& pages = pages_[a];
   for (i64 i = 0; i < op.c; ++i) {
     if (pages[op.a + i] != (mapped ? -1 : op.b + i) || (mapped && pool_.refs(op.b + i) > 0) ||
-        (!mapped && c.slots[op.a + i].users + c.slots[op.a + i].kept > 0 && !growing(op))) {
+        (!mapped && c.slots[op.a + i].users + c.slots[op.a + i].cached > 0 && !growing(op))) {
       throw SpecError(std::string(mapped ? "map" : "unmap") + ": slot " + std::to_string(op.a + i) + " shows page " +
                       std::to_string(pages[op.a + i]) + " and has " + std::to_string(c.slots[op.a + i].users) +
                       " users");
@@ -353,7 +353,7 @@ void PagedBlocks::change(const Op& op, bool mapped) {
     pages[slot] = mapped ? static_cast<i32>(op.b + i) : -1;
     c.slots[slot].mapped += mapped ? 1 : -1;
     if (c.slots[slot].users == 0) idle_pages_ += mapped ? 1 : -1;
-    if (c.slots[slot].users + c.slots[slot].kept == 0) spare_pages_ += mapped ? 1 : -1;
+    if (c.slots[slot].users + c.slots[slot].cached == 0) spare_pages_ += mapped ? 1 : -1;
   }
   refresh(b, c, op.a, op.a + op.c);
 }
@@ -362,23 +362,23 @@ i64 PagedBlocks::biggest_block(i64 a) const {
   i64 g = 0;
   while (a >= first_[g + 1]) ++g;
   i64 bytes = 0;
-  for (const Class& c : blocks_[g].classes) bytes = std::max(bytes, c.block_bytes);
+  for (const SlotClass& c : blocks_[g].classes) bytes = std::max(bytes, c.block_bytes);
   return bytes;
 }
 
-void PagedBlocks::refresh(Blocks& b, const Class& changed, i64 from, i64 to) {
+void PagedBlocks::refresh(Blocks& b, const SlotClass& changed, i64 from, i64 to) {
   const i64 first = from * page_bytes() / changed.block_bytes;
   const i64 end = std::min(b.max_blocks, ceil_div(to * page_bytes(), changed.block_bytes));
   for (i64 block = first; block < end; ++block) {
     bool backed = true;
-    for (const Class& c : b.classes) {
+    for (const SlotClass& c : b.classes) {
       for (i64 slot = first_slot(c, block); backed && slot < end_slot(c, block); ++slot) {
         backed = c.slots[slot].mapped == static_cast<i32>(c.arenas.size());
       }
     }
     if (backed == (b.backed[block] != 0)) continue;
     b.backed[block] = backed;
-    if (!backed) b.cursor = std::min(b.cursor, std::max(block, kTrashBlocks));
+    if (!backed) b.cursor = std::min(b.cursor, std::max(block, kReservedBlocks));
     if (b.info[block].refs > 0) continue;
     if (backed) {
       b.ready.add(block);

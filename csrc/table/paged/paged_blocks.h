@@ -1,6 +1,6 @@
 // The metadata of the paged backend: the block tables, what each block is (unbacked, ready, referenced, cached) and
 // which pages lie under it. paged_table.cpp decides; the mappings and table entries it pushes come back through on_map,
-// on_unmap and apply, and change here only, as does what it takes with take_ready() and hold().
+// on_unmap and apply, and change here only, as does what it takes with take_ready() and attach().
 //
 // Changed by records: pages, table entries, references, nodes. By the journal: the order of snapshots, which ready
 // blocks were put off, fences, copy_tail_. Derived: backed, ready, slots, counts; cursor, which only says where to look
@@ -24,7 +24,7 @@ namespace kvmem {
 struct SlotInfo {
   i32 mapped = 0;  // in how many of the arenas it is mapped (all or none, between calls)
   i32 users = 0;   // referenced blocks that touch it
-  i32 kept = 0;    // cached blocks that touch it, which nobody refers to
+  i32 cached = 0;  // cached blocks that touch it, which nobody refers to
 };
 
 struct BlockInfo {
@@ -32,7 +32,7 @@ struct BlockInfo {
   ZeroId node;  // what the block holds, kNoNode for nothing that is known
 };
 
-struct Class {
+struct SlotClass {
   i64 block_bytes = 0;
   std::vector<i64> arenas;  // numbers within the table
   ZeroVector<SlotInfo> slots;
@@ -51,11 +51,11 @@ struct Blocks {
   ReadyBlocks ready;
   i32 window = -1;   // its number among the groups with a sliding window
   IdList snapshots;  // of a fixed state at tokens that are in use: no table entry refers to them
-  std::vector<Class> classes;
-  i64 kept = 0;               // cached blocks that nobody refers to
-  i64 cursor = kTrashBlocks;  // no unbacked block lies below
-  i64 extra_refs = 0;         // references beyond the first, all blocks
-  i64 fence = 0;              // the device may use freed blocks until it has passed
+  std::vector<SlotClass> classes;
+  i64 cached = 0;                // cached blocks that nobody refers to
+  i64 cursor = kReservedBlocks;  // no unbacked block lies below
+  i64 extra_refs = 0;            // references beyond the first, all blocks
+  i64 fence = 0;                 // the device may use freed blocks until it has passed
   std::unique_ptr<i32[], void (*)(void*)> table{nullptr, std::free};  // [sequence][per_sequence], 0 is none
 };
 
@@ -73,8 +73,8 @@ class PagedBlocks : public PageTable {
   PagedBlocks(const Geometry& geometry, PagePool& pool, const Sequences& sequences, PrefixIndex& index);
   ~PagedBlocks() override;
 
-  bool has_trash(i64 group) const override {
-    return blocks_[group].backed[kReadTrash] && blocks_[group].backed[kWriteTrash];
+  bool has_reserved(i64 group) const override {
+    return blocks_[group].backed[kNullBlock] && blocks_[group].backed[kPaddingBlock];
   }
 
   bool is_whole(const Op& op) const override;
@@ -85,11 +85,11 @@ class PagedBlocks : public PageTable {
   i64 sequence_at(const Op&) const override { return -1; }  // what a table shows cannot be unmapped
   bool has_memory(i64) const override { return false; }     // but for its entries
   bool holds(i64 index, i64 group) const override;
-  void look_at_tail(i64 index, i64 group) override {
+  void check_tail_again(i64 index, i64 group) override {
     set_copy_tail(index, group, true);
-    forget_room(index, group);
+    reset_room(index, group);
   }
-  void note_left(const Op& op) override {
+  void note_released(const Op& op) override {
     if (op.kind == OpKind::block && op.d != 0) set_fence(blocks_[op.at], pool_.fence());
   }
   void apply(const Op& op, bool undo) override;
@@ -109,7 +109,7 @@ class PagedBlocks : public PageTable {
     finish_cuts();
     index_.finish(committed);
   }
-  bool can_give_up(const Op& op) const override {
+  bool can_evict(const Op& op) const override {
     const i32 node = static_cast<i32>(op.a);
     return block_of(node, op.b, op.d) == op.c && (!is_referenced(node, op.b) || !index_.used(node));
   }
@@ -135,7 +135,7 @@ class PagedBlocks : public PageTable {
   void count_bytes(i64* used_bytes, i64* shared_bytes) const override;
   i64 held_bytes() const override;
   i64 beside_bytes() const override;
-  i64 kept_bytes(const Blocks& b, const Class& c, i64 slot) const;
+  i64 cached_bytes(const Blocks& b, const SlotClass& c, i64 slot) const;
   i64 first_arena(i64 group) const override { return base_arena_ + first_[group]; }
   i64 mapped_extent_slots(i64 group, i64 arena_in_group) const override;
   void check(std::vector<std::string>* out) const override;
@@ -145,11 +145,11 @@ class PagedBlocks : public PageTable {
   i64 page_bytes() const { return geometry_.page_bytes; }
   i32 arena(i64 a) const { return static_cast<i32>(base_arena_ + a); }
   i32 entry(i64 index, i64 g, i64 ordinal) const { return blocks_[g].table[index * blocks_[g].per_sequence + ordinal]; }
-  i64 first_slot(const Class& c, i64 block) const { return quotient(block * c.block_bytes, page_bytes()); }
-  i64 end_slot(const Class& c, i64 block) const { return ceil_div((block + 1) * c.block_bytes, page_bytes()); }
+  i64 first_slot(const SlotClass& c, i64 block) const { return quotient(block * c.block_bytes, page_bytes()); }
+  i64 end_slot(const SlotClass& c, i64 block) const { return ceil_div((block + 1) * c.block_bytes, page_bytes()); }
 
-  bool idle(const Class& c, i64 slot) const {
-    return c.slots[slot].mapped > 0 && c.slots[slot].users == 0 && c.slots[slot].kept == 0 &&
+  bool idle(const SlotClass& c, i64 slot) const {
+    return c.slots[slot].mapped > 0 && c.slots[slot].users == 0 && c.slots[slot].cached == 0 &&
            (slot < c.hold_from || slot >= c.hold_to);
   }
 
@@ -191,8 +191,8 @@ class PagedBlocks : public PageTable {
   i64 take_ready(Blocks& b, i64 most, i32* entries);
   // The node's tokens, or the given part of them, lie in the block from now on; and the inverse. The first part comes
   // first and goes last: the index counts by it.
-  void hold(i64 g, i32 node, i32 block, i64 part, bool undo);
-  void unhold(i64 g, i32 node, i32 block, i64 part, bool undo);
+  void attach(i64 g, i32 node, i32 block, i64 part, bool undo);
+  void detach(i64 g, i32 node, i32 block, i64 part, bool undo);
   // The snapshot waits to be given up as the last of those that wait.
   void list_snapshot(Blocks& b, i64 block);
 
@@ -232,19 +232,19 @@ class PagedBlocks : public PageTable {
     return g;
   }
 
-  const Class& class_of(i64 a) const;
+  const SlotClass& class_of(i64 a) const;
   void add_group(const GroupGeometry& group);
   template <i32 kUsers, i32 kKept>
-  void use(Class& c, i64 first, i64 n);
+  void use(SlotClass& c, i64 first, i64 n);
   template <i32 kUsers, i32 kKept>
   void count(Blocks& b, i64 first, i64 n);
   // Nobody refers to the block: it is cached now, or no longer.
-  void keep(Blocks& b, i64 block);
-  void unkeep(Blocks& b, i64 block);
+  void count_cached(Blocks& b, i64 block);
+  void uncount_cached(Blocks& b, i64 block);
   // A cached block to which nobody referred is no longer that.
   void unlist(Blocks& b, i64 block) {
     if (b.snapshots.has(block)) b.snapshots.remove(block);
-    --b.kept;
+    --b.cached;
   }
   void acquire(Blocks& b, i64 block, bool undo = false);
   void drop(Blocks& b, i64 block, bool undo);
@@ -264,11 +264,13 @@ class PagedBlocks : public PageTable {
   void use_last(Blocks& b);
   void change(const Op& op, bool mapped);
   // Trash slots have users before they are mapped; taking such a mapping back must be possible.
-  bool growing(const Op& op) const { return op.a * page_bytes() < kTrashBlocks * biggest_block(op.at - base_arena_); }
+  bool growing(const Op& op) const {
+    return op.a * page_bytes() < kReservedBlocks * biggest_block(op.at - base_arena_);
+  }
   i64 biggest_block(i64 a) const;
   void check_content(i64 g, std::vector<std::string>* out) const;
   // Which blocks over the slots [from, to) of a class are backed now?
-  void refresh(Blocks& b, const Class& changed, i64 from, i64 to);
+  void refresh(Blocks& b, const SlotClass& changed, i64 from, i64 to);
 };
 
 }  // namespace kvmem

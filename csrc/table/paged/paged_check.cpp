@@ -12,7 +12,7 @@ void PagedBlocks::check(std::vector<std::string>* out) const {
       out->push_back("group " + std::to_string(g) + ", block " + std::to_string(block) + ": " + what);
     };
     std::vector<i32> refs(b.max_blocks, 0);
-    refs[kReadTrash] = refs[kWriteTrash] = 1;
+    refs[kNullBlock] = refs[kPaddingBlock] = 1;
     for (i64 index = 0; index < sequences_.capacity(); ++index) {
       const i64 first = sequences_.front(index, g) / b.tokens, end = ceil_div(sequences_.tokens(index, g), b.tokens);
       for (i64 ordinal = 0; ordinal < std::min(end + 2, b.per_sequence); ++ordinal) {
@@ -42,23 +42,23 @@ void PagedBlocks::check(std::vector<std::string>* out) const {
         say(block, "invariant 3: " + std::to_string(refs[block]) + " table entries, counted " +
                        std::to_string(b.info[block].refs));
       }
-      if (block >= kTrashBlocks && refs[block] > 0 && !b.backed[block]) say(block, "in use, but not backed");
+      if (block >= kReservedBlocks && refs[block] > 0 && !b.backed[block]) say(block, "in use, but not backed");
     }
     check_content(g, out);
-    for (const Class& c : b.classes) {
-      std::vector<i32> users(c.slots.size(), 0), kept(c.slots.size(), 0);
+    for (const SlotClass& c : b.classes) {
+      std::vector<i32> users(c.slots.size(), 0), cached(c.slots.size(), 0);
       for (i64 block = 0; block < b.max_blocks; ++block) {
         if (refs[block] == 0 && b.info[block].node == kNoNode) continue;
-        for (i64 slot = first_slot(c, block); slot < end_slot(c, block); ++slot) ++(refs[block] ? users : kept)[slot];
+        for (i64 slot = first_slot(c, block); slot < end_slot(c, block); ++slot) ++(refs[block] ? users : cached)[slot];
       }
       for (i64 slot = 0; slot < static_cast<i64>(users.size()); ++slot) {
         if (users[slot] != c.slots[slot].users) say(-1, "slot " + std::to_string(slot) + " has a wrong count of users");
-        if (kept[slot] != c.slots[slot].kept)
+        if (cached[slot] != c.slots[slot].cached)
           say(-1, "slot " + std::to_string(slot) + " has a wrong count of cached blocks");
         if (c.slots[slot].mapped != 0 && c.slots[slot].mapped != static_cast<i32>(c.arenas.size()))
           say(-1, "arenas out of step");
         if (users[slot] == 0) idle += c.slots[slot].mapped;
-        if (users[slot] + kept[slot] == 0) spare += c.slots[slot].mapped;
+        if (users[slot] + cached[slot] == 0) spare += c.slots[slot].mapped;
         distinct += c.slots[slot].mapped;
       }
     }
@@ -78,28 +78,28 @@ void PagedBlocks::check_content(i64 g, std::vector<std::string>* out) const {
   const auto say = [&](i64 block, const std::string& what) {
     out->push_back("group " + std::to_string(g) + ", block " + std::to_string(block) + ": " + what);
   };
-  i64 kept = 0;
+  i64 cached = 0;
   for (i64 block = 0; block < b.max_blocks; ++block) {
     const i32 node = b.info[block].node;
     if (node == kNoNode) {
       if (b.snapshots.has(block)) say(block, "a snapshot, yet it holds nothing that is known");
       continue;
     }
-    kept += b.info[block].refs == 0;
+    cached += b.info[block].refs == 0;
     bool here = false, all = true;
     for (i64 part = 0; part < b.parts; ++part) {
       here = here || block_of(node, g, part) == block, all = all && block_of(node, g, part) != 0;
     }
     if (!here) say(block, "the index knows its content elsewhere");
     if (!all) say(block, "a part of what the index knows is missing");
-    if (!b.backed[block] || index_.places(node) == 0) say(block, "invariant 2: cached, yet without memory");
+    if (!b.backed[block] || index_.copies(node) == 0) say(block, "invariant 2: cached, yet without memory");
     if (b.snapshots.has(block) && b.info[block].refs > 0) say(block, "a snapshot, yet referenced");
     const bool needed = b.window >= 0 && index_.needs(node, b.window) > 0;
     if (b.window >= 0 && b.info[block].refs > 0 && !needed)
       say(block, "referenced, yet the eviction order may name it");
-    if (needed && !is_referenced(node, g) && !index_.pinned(node)) say(block, "kept for nobody");
+    if (needed && !is_referenced(node, g) && !index_.pinned(node)) say(block, "cached for nobody");
   }
-  if (kept != b.kept) say(-1, std::to_string(kept) + " cached blocks, counted " + std::to_string(b.kept));
+  if (cached != b.cached) say(-1, std::to_string(cached) + " cached blocks, counted " + std::to_string(b.cached));
   for (i64 index = 0; index < sequences_.capacity(); ++index) {
     const i64 tokens = sequences_.tokens(index, g);
     if (copy_tail_[index * groups_ + g]) continue;
@@ -121,7 +121,7 @@ void PagedBlocks::digest(Hasher& hash) const {
     }
     b.ready.digest(hash);
     b.snapshots.digest(hash);
-    hash.add(b.kept, b.extra_refs, b.fence);
+    hash.add(b.cached, b.extra_refs, b.fence);
     for (i64 index = 0; index < sequences_.capacity(); ++index) {
       if (!sequences_.live(index)) continue;
       for (i64 ordinal = 0; ordinal < ceil_div(sequences_.tokens(index, g), b.tokens); ++ordinal) {

@@ -26,9 +26,10 @@ class Plan {
  public:
   Plan(const Blocks& blocks, i64 page_bytes)
       : b_(blocks), page_bytes_(page_bytes), leaves_(blocks.max_blocks), taken_(blocks.max_blocks) {
-    for (const Class& c : b_.classes) {
+    for (const SlotClass& c : b_.classes) {
       Use use;
-      for (const SlotInfo& slot : c.slots) use.users.push_back(slot.users), use.live.push_back(slot.users + slot.kept);
+      for (const SlotInfo& slot : c.slots)
+        use.users.push_back(slot.users), use.live.push_back(slot.users + slot.cached);
       use.receives.resize(c.slots.size());
       uses_.push_back(std::move(use));
     }
@@ -59,14 +60,14 @@ class Plan {
     std::vector<std::uint8_t> receives;
   };
 
-  i64 first_slot(const Class& c, i64 block) const { return block * c.block_bytes / page_bytes_; }
-  i64 end_slot(const Class& c, i64 block) const { return ceil_div((block + 1) * c.block_bytes, page_bytes_); }
+  i64 first_slot(const SlotClass& c, i64 block) const { return block * c.block_bytes / page_bytes_; }
+  i64 end_slot(const SlotClass& c, i64 block) const { return ceil_div((block + 1) * c.block_bytes, page_bytes_); }
   bool live(i64 block) const { return (b_.info[block].refs > 0 || b_.info[block].node != kNoNode) && !leaves_[block]; }
 
   // A block comes to (+1) or leaves (-1) its pages.
   void count(i64 block, bool referenced, i32 sign) {
     for (std::size_t k = 0; k < uses_.size(); ++k) {
-      const Class& c = b_.classes[k];
+      const SlotClass& c = b_.classes[k];
       for (i64 slot = first_slot(c, block); slot < end_slot(c, block); ++slot) {
         i32& live = uses_[k].live[slot];
         live += sign;
@@ -79,7 +80,7 @@ class Plan {
   // Whether the ready block lies in pages that are in use anyway.
   bool has_neighbours(i64 block, bool referenced) const {
     for (std::size_t k = 0; k < uses_.size(); ++k) {
-      const Class& c = b_.classes[k];
+      const SlotClass& c = b_.classes[k];
       const std::vector<i32>& use = referenced ? uses_[k].users : uses_[k].live;
       for (i64 slot = first_slot(c, block); slot < end_slot(c, block); ++slot) {
         if (use[slot] == 0) return false;
@@ -124,25 +125,25 @@ class Plan {
 
   // Moves all blocks out of a page, or none.
   void empty(std::size_t k, i64 slot) {
-    const Class& c = b_.classes[k];
+    const SlotClass& c = b_.classes[k];
     if (uses_[k].receives[slot]) return;
     leaving_.clear();
     const i64 end = std::min(b_.max_blocks, ceil_div((slot + 1) * page_bytes_, c.block_bytes));
     for (i64 block = slot * page_bytes_ / c.block_bytes; block < end; ++block) {
       if (live(block)) leaving_.push_back(block);
     }
-    if (leaving_.empty() || leaving_.front() < kTrashBlocks) return;
+    if (leaving_.empty() || leaving_.front() < kReservedBlocks) return;
     for (i64 block : leaving_) count(block, b_.info[block].refs > 0, -1);
     std::vector<BlockMove> found;
     for (i64 block : leaving_) {
       const i64 to = take_room(b_.info[block].refs > 0);
-      if (to < 0) return put_back(found);
+      if (to < 0) return unskip(found);
       found.push_back({static_cast<i32>(block), static_cast<i32>(to)});
     }
     for (const BlockMove& move : found) settle(move);
   }
 
-  void put_back(const std::vector<BlockMove>& found) {
+  void unskip(const std::vector<BlockMove>& found) {
     for (const BlockMove& move : found) {
       taken_[move.to] = 0;
       count(move.to, b_.info[move.from].refs > 0, -1);
@@ -154,7 +155,7 @@ class Plan {
     leaves_[move.from] = 1;
     moves_.push_back(move);
     for (std::size_t k = 0; k < uses_.size(); ++k) {
-      const Class& c = b_.classes[k];
+      const SlotClass& c = b_.classes[k];
       for (i64 slot = first_slot(c, move.to); slot < end_slot(c, move.to); ++slot) uses_[k].receives[slot] = 1;
     }
   }
@@ -186,7 +187,7 @@ i64 PagedBlocks::compact(i64 pages, Transaction& tx) {
 void PagedBlocks::move(i64 g, const std::vector<BlockMove>& moves, Transaction& tx) {
   Blocks& b = blocks_[g];
   std::vector<i32> now(b.max_blocks, 0);
-  for (const Class& c : b.classes) {
+  for (const SlotClass& c : b.classes) {
     for (i64 a : c.arenas) {
       for (const BlockMove& move : moves) {
         tx.push({OpKind::copy, arena(a), move.to * c.block_bytes, move.from * c.block_bytes, c.block_bytes});
@@ -215,9 +216,9 @@ void PagedBlocks::move(i64 g, const std::vector<BlockMove>& moves, Transaction& 
 // Ready blocks in pages that are empty are put off: the next sequence is to use other room first.
 void PagedBlocks::use_last(Blocks& b) {
   for (i32 block : all(b.ready)) {
-    const auto in_empty_page = [&](const Class& c) {
+    const auto in_empty_page = [&](const SlotClass& c) {
       for (i64 slot = first_slot(c, block); slot < end_slot(c, block); ++slot) {
-        if (c.slots[slot].users + c.slots[slot].kept == 0) return true;
+        if (c.slots[slot].users + c.slots[slot].cached == 0) return true;
       }
       return false;
     };
@@ -233,10 +234,10 @@ void PagedBlocks::shift(i64 g, i32 node, i64 from, i64 to) {
   if (b.snapshots.has(from)) b.snapshots.add_before(from, to);
   if (b.info[to].refs == 0) {
     b.ready.remove(to);
-    keep(b, to);
+    count_cached(b, to);
   }
   if (b.info[from].refs == 0) {
-    unkeep(b, from);
+    uncount_cached(b, from);
     b.ready.add(from);
   }
   b.info[from].node = kNoNode;

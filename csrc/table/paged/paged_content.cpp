@@ -62,12 +62,12 @@ void PagedTable::evict(i32 node, Transaction& tx) {
 }
 
 void PagedTable::evict_window(i32 node, i32 window, Transaction& tx) {
-  if (index_.places(node) == 1) name_again({node, -1}, tx);
+  if (index_.copies(node) == 1) unskip_item({node, -1}, tx);
   demote(node, index_.group_of(window), tx);
   evict_of(node, index_.group_of(window), tx);
 }
 
-void PagedTable::forget_cut_ends(Transaction& tx) {
+void PagedTable::evict_cut_ends(Transaction& tx) {
   for (i64 g = 0; g < groups_; ++g) {
     const Blocks& b = blocks_[g];
     if (b.window < 0) continue;
@@ -96,7 +96,7 @@ void PagedTable::snapshot(i64 index, const std::vector<i32>& chain, Transaction&
   }
 }
 
-i64 PagedTable::give(Reclaim kind, i64 pages, Transaction& tx) {
+i64 PagedTable::reclaim_kind(Reclaim kind, i64 pages, Transaction& tx) {
   const i64 before = kind == Reclaim::idle ? held_pages() : spare_pages_;
   const auto wants = [&] { return spare_pages_ - before < pages; };
   switch (kind) {
@@ -107,7 +107,7 @@ i64 PagedTable::give(Reclaim kind, i64 pages, Transaction& tx) {
       while (wants() && evict_next(tx)) continue;
       break;
     case Reclaim::out_of_window:
-      if (spare_pages_ < idle_pages_) forget_cut_ends(tx);
+      if (spare_pages_ < idle_pages_) evict_cut_ends(tx);
       break;
     default:
       break;
@@ -123,7 +123,7 @@ void PagedTable::publish_part(const Published& p, i64 g, i64 part, i64 ordinal, 
   if (cached == 0) {
     if (*expected == 0) tx.expect(*expected = kAtOnce);
     --*expected;
-    hold(g, p.node, own, part, false);
+    attach(g, p.node, own, part, false);
     tx.note({OpKind::hold, number, p.node, g, own, part});
   } else {
     *expected = 0;
@@ -146,20 +146,20 @@ bool PagedTable::is_needed_by_ends(const Blocks& b, i64 g, i32 node, const std::
 i64 PagedTable::held_pages() const {
   i64 pages = 0;
   for (const Blocks& b : blocks_) {
-    for (const Class& c : b.classes) {
+    for (const SlotClass& c : b.classes) {
       for (i64 slot = c.hold_from; slot < c.hold_to; ++slot) {
-        if (c.slots[slot].users + c.slots[slot].kept == 0) pages += c.slots[slot].mapped;
+        if (c.slots[slot].users + c.slots[slot].cached == 0) pages += c.slots[slot].mapped;
       }
     }
   }
   return pages;
 }
 
-i64 PagedTable::spill_idle(i64 pages, Transaction& tx) {
+i64 PagedTable::reclaim_idle(i64 pages, Transaction& tx) {
   i64 freed = 0;
   if (spare_pages_ == 0) return 0;
   for (Blocks& b : blocks_) {
-    for (Class& c : b.classes) {
+    for (SlotClass& c : b.classes) {
       const i64 each = static_cast<i64>(c.arenas.size());
       for (i64 slot = static_cast<i64>(c.slots.size()); slot > 0 && freed < pages;) {
         if (!idle(c, slot - 1)) {
@@ -210,7 +210,7 @@ bool PagedTable::free_page_of(Item x, Transaction& tx) {
     if (block_of(x.node, g) == 0 || (x.window >= 0 ? b.window != x.window : b.window >= 0)) continue;
     for (i64 part = 0; part < b.parts; ++part) {
       const i32 block = block_of(x.node, g, part);
-      for (const Class& c : b.classes) {
+      for (const SlotClass& c : b.classes) {
         for (i64 slot = first_slot(c, block); slot < end_slot(c, block) && least.size() != 1; ++slot) {
           if (!find_content(b, c, slot) || (!least.empty() && on_page_.size() >= least.size())) continue;
           least = on_page_, window = b.window;
@@ -222,7 +222,7 @@ bool PagedTable::free_page_of(Item x, Transaction& tx) {
   return !least.empty();
 }
 
-bool PagedTable::find_content(const Blocks& b, const Class& c, i64 slot) {
+bool PagedTable::find_content(const Blocks& b, const SlotClass& c, i64 slot) {
   constexpr i64 kMostOnPage = 512;  // else too much would be lost by chance
   on_page_.clear();
   const i64 end = std::min(b.max_blocks, ceil_div((slot + 1) * page_bytes(), c.block_bytes));

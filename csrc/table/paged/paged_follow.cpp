@@ -22,7 +22,7 @@ class PagedBlocks::Rules final : public FollowRules {
 
   void finish() override {
     for (const Op& op : unmapped_) {
-      const Class& c = table_.class_of(op.at - table_.base_arena_);
+      const SlotClass& c = table_.class_of(op.at - table_.base_arena_);
       for (i64 slot = op.a; slot < op.a + op.c; ++slot) {
         if (c.slots[slot].users > 0 && c.slots[slot].mapped == 0)
           refuse("unmap: slot " + std::to_string(slot) + " is in use");
@@ -172,7 +172,7 @@ class PagedBlocks::Rules final : public FollowRules {
   bool is_behind(const Op& op) const {
     const i64 a = op.at - table_.base_arena_, g = table_.group_of(a), bytes = table_.class_of(a).block_bytes;
     const i64 block = op.a / bytes, within = op.a % bytes;
-    if (block < kTrashBlocks || within + op.b > bytes || refs(g, block) != 1) return false;
+    if (block < kReservedBlocks || within + op.b > bytes || refs(g, block) != 1) return false;
     for (i64 index = 0; index < sequences_.capacity(); ++index) {
       if (!sequences_.live(index)) continue;
       const i64 least = lengths_.least(sequences_.handle_of(index), g), ordinal = least / tokens(g);
@@ -196,7 +196,7 @@ class PagedBlocks::Rules final : public FollowRules {
     const i64 end = std::min(table_.blocks_[g].max_blocks, ceil_div(op.a + op.b, bytes));
     for (i64 block = op.a / bytes; block < end; ++block) {
       if (behind) break;
-      if (block >= kTrashBlocks && refs(g, block) > 0) refuse("zero: block " + std::to_string(block) + " is in use");
+      if (block >= kReservedBlocks && refs(g, block) > 0) refuse("zero: block " + std::to_string(block) + " is in use");
       forget(g, block);
     }
   }
@@ -205,7 +205,7 @@ class PagedBlocks::Rules final : public FollowRules {
     const i64 a = op.at - table_.base_arena_, g = table_.group_of(a), bytes = table_.class_of(a).block_bytes;
     const i64 to = op.a / bytes, from = op.b / bytes;
     if (op.a % bytes != 0 || op.b % bytes != 0 || op.c > bytes || op.c % (bytes / tokens(g)) != 0 ||
-        std::min(to, from) < kTrashBlocks || std::max(to, from) >= table_.blocks_[g].max_blocks) {
+        std::min(to, from) < kReservedBlocks || std::max(to, from) >= table_.blocks_[g].max_blocks) {
       refuse("copy: not the first tokens of a block to another");
     }
     const bool given = given_.count(key(g, to)) > 0;
@@ -244,7 +244,7 @@ class PagedBlocks::Rules final : public FollowRules {
 
   // Of tokens whose block was replaced, unless by one that may hold the same.
   void check_moved(const Entry& entry, const std::vector<std::vector<Piece>>& before) const {
-    const FollowedLengths::Range kept = lengths_.kept_if_live(entry.handle, entry.group);
+    const FollowedLengths::Range kept = lengths_.unchanged_if_live(entry.handle, entry.group);
     const i64 start = entry.ordinal * tokens(entry.group);
     const i64 first = std::max(kept.first - start, i64{0}), end = std::min(kept.end - start, tokens(entry.group));
     const bool equal = std::any_of(replaced_.begin(), replaced_.end(),

@@ -25,7 +25,7 @@ void PagedTable::shrink(i64 index, i64 group, i64 old_tokens, i64 new_tokens, Tr
   // no memory.
   for (i64 ordinal = first_of_tail(b, new_tokens); ordinal < end_of_tail(b, new_tokens); ++ordinal) {
     const i32 cut = entry(index, group, ordinal);
-    if (b.info[cut].refs > 1 || b.info[cut].node != kNoNode) return look_at_tail(index, group);
+    if (b.info[cut].refs > 1 || b.info[cut].node != kNoNode) return check_tail_again(index, group);
   }
 }
 
@@ -64,7 +64,7 @@ std::vector<i64> PagedTable::shared_pieces(i64 index, i64 group, i64 from, i64 e
 void PagedTable::close(i64 index, Transaction& tx) {
   for (i64 g = 0; g < groups_; ++g) {
     Blocks& b = blocks_[g];
-    forget_room(index, g);  // also where it refers to no block: the next sequence at this place has none either
+    reset_room(index, g);  // also where it refers to no block: the next sequence at this place has none either
     if (sequences_.tokens(index, g) == 0) continue;
     set_fence(b, tx.fence());
     const i64 first = quotient(sequences_.front(index, g), b.tokens);
@@ -87,9 +87,9 @@ void PagedTable::zero_cut(i64 index, i64 group, i64 old_tokens, i64 tokens, Tran
   const i64 end = std::min(cut_to(index, group), round_up(old_tokens, b.tokens));
   if (tokens < end) {
     const i64 block = entry(index, group, quotient(tokens, b.tokens)), first = remainder(tokens, b.tokens);
-    if (block < kTrashBlocks || b.info[block].refs > 1 || b.info[block].node != kNoNode) return;
+    if (block < kReservedBlocks || b.info[block].refs > 1 || b.info[block].node != kNoNode) return;
     if (is_kept(group, block) || may_be_cached(group, block)) return;
-    for (const Class& c : b.classes) {
+    for (const SlotClass& c : b.classes) {
       const i64 token_bytes = c.block_bytes / b.tokens, at = block * c.block_bytes + first * token_bytes;
       for (i64 a : c.arenas) tx.push({OpKind::zero, arena(a), at, (end - tokens) * token_bytes});
     }
@@ -121,7 +121,7 @@ void PagedTable::make_ready(i64 group, i64 wanted, Transaction& tx) {
   while (wants()) {
     if (evict_next(tx)) continue;
     if (unbacked(group) == b.max_blocks)
-      throw OutOfMemory("all " + std::to_string(b.max_blocks - kTrashBlocks) + " blocks are in use");
+      throw OutOfMemory("all " + std::to_string(b.max_blocks - kReservedBlocks) + " blocks are in use");
     back(group, unbacked(group), unbacked(group) + 1, geometry_.zero, tx);  // from another allocator's content
   }
 }
@@ -131,7 +131,7 @@ bool PagedTable::back_some(i64 group, i64 wanted, Transaction& tx) {
   const i64 first = unbacked(group);
   if (first == b.max_blocks) return false;
   const i64 least = missing_pages(b, first);
-  const i64 at_hand = pool_.pages_at_hand(*this);
+  const i64 at_hand = pool_.ready_pages(*this);
   // Counting a run takes a step for each of its blocks: not where there is no room for one.
   if (pool_.make_room(*this, least, false, tx) < least) return false;
   // Room for all that is wanted is made at once: then each arena is mapped, and zeroed, in one run.
@@ -143,10 +143,10 @@ bool PagedTable::back_some(i64 group, i64 wanted, Transaction& tx) {
 
 PagedTable::Run PagedTable::run_behind(Blocks& b, i64 first, i64 wanted, i64 room) const {
   Run run{first + 1, missing_pages(b, first)};
-  for (Class& c : b.classes) c.counted_to = end_slot(c, first);
+  for (SlotClass& c : b.classes) c.counted_to = end_slot(c, first);
   for (; run.end < b.max_blocks && run.end - first < wanted && !b.backed[run.end]; ++run.end) {
     i64 pages = run.pages;
-    for (Class& c : b.classes) {
+    for (SlotClass& c : b.classes) {
       for (const i64 to = end_slot(c, run.end); c.counted_to < to; ++c.counted_to) {
         if (c.slots[c.counted_to].mapped == 0) pages += static_cast<i64>(c.arenas.size());
       }
@@ -165,7 +165,7 @@ i64 PagedTable::unbacked(i64 group) {
 
 i64 PagedTable::missing_pages(const Blocks& b, i64 block) const {
   i64 pages = 0;
-  for (const Class& c : b.classes) {
+  for (const SlotClass& c : b.classes) {
     for (i64 slot = first_slot(c, block); slot < end_slot(c, block); ++slot) {
       if (c.slots[slot].mapped == 0) pages += static_cast<i64>(c.arenas.size());
     }
@@ -175,9 +175,9 @@ i64 PagedTable::missing_pages(const Blocks& b, i64 block) const {
 
 void PagedTable::back(i64 group, i64 first, i64 end, Zero zero, Transaction& tx) {
   Blocks& b = blocks_[group];
-  for (Class& c : b.classes) c.hold_from = first_slot(c, first), c.hold_to = end_slot(c, end - 1);
+  for (SlotClass& c : b.classes) c.hold_from = first_slot(c, first), c.hold_to = end_slot(c, end - 1);
   try {
-    for (Class& c : b.classes) {
+    for (SlotClass& c : b.classes) {
       for (i64 slot = c.hold_from; slot < c.hold_to;) {
         i64 n = 0;
         while (slot + n < c.hold_to && c.slots[slot + n].mapped == 0) ++n;
@@ -188,10 +188,10 @@ void PagedTable::back(i64 group, i64 first, i64 end, Zero zero, Transaction& tx)
       }
     }
   } catch (...) {
-    for (Class& c : b.classes) c.hold_from = c.hold_to = 0;
+    for (SlotClass& c : b.classes) c.hold_from = c.hold_to = 0;
     throw;
   }
-  for (Class& c : b.classes) c.hold_from = c.hold_to = 0;
+  for (SlotClass& c : b.classes) c.hold_from = c.hold_to = 0;
 }
 
 void PagedTable::copy_tail(i64 index, i64 group, i64 tokens, Transaction& tx) {
@@ -208,7 +208,7 @@ void PagedTable::copy_shared(i64 index, i64 group, i64 ordinal, i64 tokens, Tran
   const bool is_own = b.info[old].refs <= 1 && b.info[old].node == kNoNode;
   if (old == 0 || (is_own && !(guarded_ && is_kept(group, old)))) return;  // a guard is zeroed in the call itself
   if (b.info[old].refs <= 1 && !index_.used(b.info[old].node) && b.ready.empty() && !has_room_for(b, unbacked(group))) {
-    return forget(b.info[old].node, tx);  // rather than another cached block, or failing
+    return evict_subtree(b.info[old].node, tx);  // rather than another cached block, or failing
   }
   const i64 fresh = take(group, 1, tx);
   const bool last = b.info[old].refs == 1;
@@ -220,7 +220,7 @@ void PagedTable::copy_shared(i64 index, i64 group, i64 ordinal, i64 tokens, Tran
 
 void PagedTable::copy_block(i64 group, i64 from, i64 to, i64 tokens, Transaction& tx) {
   const Blocks& b = blocks_[group];
-  for (const Class& c : b.classes) {
+  for (const SlotClass& c : b.classes) {
     for (i64 a : c.arenas) {
       tx.push({OpKind::copy, arena(a), to * c.block_bytes, from * c.block_bytes, tokens * (c.block_bytes / b.tokens)});
     }

@@ -6,7 +6,7 @@
 //   cached      backed, nobody refers to it, but the content index knows what it holds;
 //   referenced  refs > 0 table entries (invariants 2 and 3), its content known or not.
 // Blocks and pages need not divide each other. Arenas of a group whose tokens have equal size are mapped in lockstep
-// and share their bookkeeping: one Class.
+// and share their bookkeeping: one SlotClass.
 #pragma once
 
 #include <algorithm>
@@ -42,12 +42,12 @@ class PagedTable final : public PagedBlocks {
   bool has(i32 node, i64 group) const override { return block_of(node, group) != 0; }
   // A block that is cached already takes the place of the sequence's own, so that its content is held once.
   void publish(const std::vector<Published>& blocks, Transaction& tx) override;
-  void retract(i64, i32, Transaction&) override {}  // its blocks have left the table, or are marked to be copied
+  void unpublish(i64, i32, Transaction&) override {}  // its blocks have left the table, or are marked to be copied
   void evict(i32 node, Transaction& tx) override;
   // Where it was all that there is of the node, the node goes with it.
   void evict_window(i32 node, i32 window, Transaction& tx) override;
-  void forget_cut_ends(Transaction& tx) override;
-  void offer(i32 node) override {
+  void evict_cut_ends(Transaction& tx) override;
+  void allow_eviction(i32 node) override {
     for (i64 g = 0; g < groups_; ++g) {
       if (const i32 block = has_state(g) ? block_of(node, g) : 0) offer_snapshot(blocks_[g], block);
     }
@@ -55,16 +55,16 @@ class PagedTable final : public PagedBlocks {
   void snapshot(i64 index, const std::vector<i32>& chain, Transaction& tx) override;
   std::vector<i64> shared_pieces(i64 index, i64 group, i64 from, i64 end) const override;
   void close(i64 index, Transaction& tx) override;
-  void back_trash(i64 group, Transaction& tx) override {
-    if (!has_trash(group)) back(group, 0, kTrashBlocks, Zero::always, tx);
+  void back_reserved(i64 group, Transaction& tx) override {
+    if (!has_reserved(group)) back(group, 0, kReservedBlocks, Zero::always, tx);
   }
   // Blocks are taken from backed pages as long as there are any, which costs nothing; there is nothing to prepare.
   bool map_ahead(i64, i64, i64, Transaction&) override { return false; }
   void set_pending(i64, i64) override {}
   i64 pending(i64) const override { return 0; }
   // Pages that hold nothing are given first and unmapped last, all of them in runs.
-  i64 give(Reclaim kind, i64 pages, Transaction& tx) override;
-  i64 finish_spill(i64 pages, i64, Transaction& tx) override { return spill_idle(pages, tx); }
+  i64 reclaim_kind(Reclaim kind, i64 pages, Transaction& tx) override;
+  i64 finish_reclaim(i64 pages, i64, Transaction& tx) override { return reclaim_idle(pages, tx); }
 
  private:
   i64 block_tokens() const { return index_.block_tokens(); }
@@ -103,7 +103,7 @@ class PagedTable final : public PagedBlocks {
   };
   // Pages without users and content that are being prepared just now, and not to be taken away.
   i64 held_pages() const;
-  i64 spill_idle(i64 pages, Transaction& tx);
+  i64 reclaim_idle(i64 pages, Transaction& tx);
   bool has_state(i64 g) const { return geometry_.groups[g].growth == Growth::fixed; }
   // Evicts the next item of the eviction order; after all of them, snapshots of tokens that are in use. False if there
   // is nothing left.
@@ -115,7 +115,7 @@ class PagedTable final : public PagedBlocks {
   bool free_page_of(Item x, Transaction& tx);
   // What is cached on the page at a slot, in on_page_, a block before those it continues; false where that cannot all
   // be evicted without losing more.
-  bool find_content(const Blocks& b, const Class& c, i64 slot);
+  bool find_content(const Blocks& b, const SlotClass& c, i64 slot);
   void set(i64 index, i64 group, i64 ordinal, i64 block, Transaction& tx) {
     const i32 old = entry(index, group, ordinal);
     tx.push({OpKind::block, static_cast<i32>(group), sequences_.handle_of(index), ordinal, block, old});
@@ -125,7 +125,7 @@ class PagedTable final : public PagedBlocks {
   // Kernels that load whole tiles read a block to its end, and multiply what lies behind the length by 0.
   bool zeroes_blocks() const { return guarded_ || geometry_.zero == Zero::always; }
   void zero_blocks(const Blocks& b, i64 first, i64 n, Transaction& tx) {
-    for (const Class& c : b.classes) {
+    for (const SlotClass& c : b.classes) {
       for (i64 a : c.arenas) tx.push({OpKind::zero, arena(a), first * c.block_bytes, n * c.block_bytes});
     }
   }
@@ -151,7 +151,7 @@ class PagedTable final : public PagedBlocks {
   // How many pages are missing under the block.
   i64 missing_pages(const Blocks& b, i64 block) const;
   bool has_room_for(const Blocks& b, i64 block) const {
-    return block < b.max_blocks && missing_pages(b, block) <= pool_.pages_at_hand(*this);
+    return block < b.max_blocks && missing_pages(b, block) <= pool_.ready_pages(*this);
   }
   // Maps what is not mapped yet under blocks [first, end).
   void back(i64 group, i64 first, i64 end, Zero zero, Transaction& tx);

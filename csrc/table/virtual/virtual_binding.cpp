@@ -13,7 +13,7 @@ i64 VirtualTable::best_empty(i64 slots) const {
   const auto less = std::prev(more);
   if (more == empty_.end()) return empty_.lower_bound({less->first, 0})->second;
   const i64 beyond = more->first - slots;
-  return beyond <= pool_.pages_at_hand(*this) || 2 * beyond <= 5 * (slots - less->first)
+  return beyond <= pool_.ready_pages(*this) || 2 * beyond <= 5 * (slots - less->first)
              ? more->second
              : empty_.lower_bound({less->first, 0})->second;
 }
@@ -38,7 +38,7 @@ i64 VirtualTable::empty_a_row(Transaction& tx) {
           return Named::last;
         }
         if (x.window >= 0) return Named::aside;  // it lies in rows that are in use
-        forget(x.node, tx);
+        evict_subtree(x.node, tx);
         return Named::evicted;
       });
   if (row == 0) row = find_double(true, doubles_.size());
@@ -69,7 +69,7 @@ i64 VirtualTable::pick_row(i64 tokens, i64 shown, Transaction& tx) {
   i64 row = best_empty(need);
   // What a row has in front of its sequence's own tokens comes free, and so does what else is cut.
   i64 own = need - in_front - (row < 0 ? 0 : rows_[row].slots);
-  if (own > pool_.pages_at_hand(*this)) {
+  if (own > pool_.ready_pages(*this)) {
     const Guard best(copy_, row);
     own -= pool_.make_room(*this, own, false, tx);
   } else {

@@ -30,7 +30,7 @@ void VirtualRows::check_content(std::vector<std::string>* out) const {
   }
   check_shown(out);
   for (const auto& [node, rows] : rows_of) {
-    if (index_.places(node) != rows) out->push_back("cached block " + std::to_string(node) + ": rows counted wrongly");
+    if (index_.copies(node) != rows) out->push_back("cached block " + std::to_string(node) + ": rows counted wrongly");
   }
 }
 
@@ -54,7 +54,7 @@ void VirtualRows::check_shown(std::vector<std::string>* out) const {
   }
   for (const auto& [part, count] : places) {
     const i32 node = static_cast<i32>(part / index_.windows()), w = static_cast<i32>(part % index_.windows());
-    if (index_.window_places(node, w) != count) out->push_back("what windows show of a block is counted wrongly");
+    if (index_.window_copies(node, w) != count) out->push_back("what windows show of a block is counted wrongly");
     const bool pinned = index_.pinned(node);
     if (index_.needs(node, w) < needs[part] || (!pinned && index_.needs(node, w) != needs[part]))
       out->push_back("what sequences need of a block is counted wrongly");
@@ -67,7 +67,7 @@ void VirtualRows::check_lists(i64 row, std::vector<std::string>* out) const {
   const auto say = [&](const char* what) { out->push_back("row " + std::to_string(row) + ": " + what); };
   const bool empty = r.index < 0 && r.holds.empty(), listed = empty_.count({r.slots, row}) > 0;
   if (listed != empty || r.entry.empty() != listed) say("wrongly among the empty rows, or wrongly not");
-  const bool twice = r.index < 0 && !r.holds.empty() && index_.places(r.holds.back().node) > 1;
+  const bool twice = r.index < 0 && !r.holds.empty() && index_.copies(r.holds.back().node) > 1;
   if (doubles_.has(row) != twice) say("wrongly among the rows whose content lies elsewhere too, or wrongly not");
   if ((r.index < 0 ? bound_ : parked_).has(row)) say("in the list for rows of the other kind");
   if ((r.index < 0 ? parked_ : bound_).has(row)) return;

@@ -53,9 +53,9 @@ void VirtualTable::adopt(i64 index, const std::vector<i32>& chain, const Found& 
   const i64 whole = found.tokens / index_.block_tokens();
   Sources sources(*this);
   const bool single = found.row == kNoRow || find_sources(found, chain, &sources);
-  const bool taken = found.row != kNoRow && single && can_take_over(found.row, whole);
+  const bool taken = found.row != kNoRow && single && can_reuse_row(found.row, whole);
   if (taken) {
-    take_over(index, found.row, whole, tx);
+    reuse_row(index, found.row, whole, tx);
   } else {
     bind_behind(index, found, tx);
     for (i64 g = 0; g < groups_; ++g) {
@@ -68,7 +68,7 @@ void VirtualTable::adopt(i64 index, const std::vector<i32>& chain, const Found& 
       }
     }
     if (found.row != kNoRow) set_fence(found.row, tx.new_fence());  // it may go, and is still being copied from
-    hold_all(row_of_[index], chain, whole, index, false, tx);
+    attach_all(row_of_[index], chain, whole, index, false, tx);
   }
   for (i64 g = 0; g < groups_; ++g) {
     if (geometry_.groups[g].growth == Growth::token) grow(index, g, found.tokens, found.tokens, tx);
@@ -144,13 +144,13 @@ void VirtualTable::evict_window(i32 node, i32 window, Transaction& tx) {
   for (i64 row : rows) tx.push(concealing(row, ordinal, window));
   unmap_block(rows, window, ordinal, tx);
   for (i64 row : rows) {
-    if (rows_[row].index < 0) drop_passed(row, tx);
+    if (rows_[row].index < 0) drop_out_of_window(row, tx);
   }
 }
 
 // Where nothing but windows holds tokens, a parked row ends with a block that it shows: what it holds behind that could
 // not be found.
-void VirtualTable::drop_passed(i64 row, Transaction& tx) {
+void VirtualTable::drop_out_of_window(i64 row, Transaction& tx) {
   if (index_.whole()) return;
   const auto is_shown = [&](i64 ordinal) {
     for (i32 w = 0; w < index_.windows(); ++w) {
@@ -158,7 +158,7 @@ void VirtualTable::drop_passed(i64 row, Transaction& tx) {
     }
     return false;
   };
-  while (blocks_of(row) > 0 && !is_shown(blocks_of(row) - 1)) forget_last(row, tx);
+  while (blocks_of(row) > 0 && !is_shown(blocks_of(row) - 1)) detach_last(row, tx);
 }
 
 void VirtualTable::unmap_block(const std::vector<i64>& rows, i32 window, i64 ordinal, Transaction& tx) {
@@ -202,7 +202,7 @@ void VirtualTable::snapshot(i64 index, const std::vector<i32>& chain, Transactio
     }
   }
   set_fence(to, tx.new_fence());
-  hold_all(to, chain, static_cast<i64>(chain.size()), index, true, tx);
+  attach_all(to, chain, static_cast<i64>(chain.size()), index, true, tx);
 }
 
 bool VirtualTable::is_covered(i64 row, std::size_t from) const {
@@ -230,15 +230,15 @@ bool VirtualTable::is_covered(i64 row, std::size_t from) const {
 void VirtualTable::demote_last(i64 row, Transaction& tx) {
   const i64 ordinal = blocks_of(row) - 1;
   const i32 node = rows_[row].holds[ordinal].node;
-  if (index_.places(node) == 1) return demote(node, -1, tx);
+  if (index_.copies(node) == 1) return demote(node, -1, tx);
   for (i64 g = 0; g < groups_; ++g) {
     const i32 w = index_.window_of(g);
     const bool state = geometry_.groups[g].growth == Growth::fixed && rows_[row].state == node;
-    if (state || (w >= 0 && shown(row, ordinal, w).here && index_.window_places(node, w) == 1)) demote(node, g, tx);
+    if (state || (w >= 0 && shown(row, ordinal, w).here && index_.window_copies(node, w) == 1)) demote(node, g, tx);
   }
 }
 
-void VirtualTable::forget_last(i64 row, Transaction& tx) {
+void VirtualTable::detach_last(i64 row, Transaction& tx) {
   const i64 ordinal = blocks_of(row) - 1;
   keep_last_copy(row, ordinal);
   if (demotes()) demote_last(row, tx);
@@ -285,14 +285,15 @@ bool VirtualTable::is_last_copy(i64 row, i64 ordinal) const {
 }
 
 void VirtualTable::cut(i64 row, i64 from, Transaction& tx) {
-  while (blocks_of(row) > from) forget_last(row, tx);
+  while (blocks_of(row) > from) detach_last(row, tx);
 }
 
-void VirtualTable::hold_all(i64 row, const std::vector<i32>& chain, i64 count, i64 index, bool state, Transaction& tx) {
-  for (i64 k = 0; k < count; ++k) hold_noted(row, chain[k], index, state && k + 1 == count, tx);
+void VirtualTable::attach_all(i64 row, const std::vector<i32>& chain, i64 count, i64 index, bool state,
+                              Transaction& tx) {
+  for (i64 k = 0; k < count; ++k) attach_noted(row, chain[k], index, state && k + 1 == count, tx);
 }
 
-bool VirtualTable::can_take_over(i64 row, std::size_t blocks) const {
+bool VirtualTable::can_reuse_row(i64 row, std::size_t blocks) const {
   if (rows_[row].index >= 0) return false;
   if (has_state_ || !keeps_pins(row, blocks)) return false;
   if (is_covered(row, blocks)) return true;
@@ -303,10 +304,10 @@ bool VirtualTable::can_take_over(i64 row, std::size_t blocks) const {
              [this](const Hold& h) { return index_.used(h.node); });
 }
 
-void VirtualTable::take_over(i64 index, i64 row, i64 blocks, Transaction& tx) {
+void VirtualTable::reuse_row(i64 index, i64 row, i64 blocks, Transaction& tx) {
   cut(row, blocks, tx);
   tx.push({OpKind::bind, 0, sequences_.handle_of(index), row});
-  for (i64 g = 0; g < groups_; ++g) look_at_tail(index, g);  // the next write may meet a shared page
+  for (i64 g = 0; g < groups_; ++g) check_tail_again(index, g);  // the next write may meet a shared page
   // Behind that page there may be more: a sequence that a window keeps short shows the later pages only. What is taken
   // over ends with its tokens, which the last of its blocks may have more of.
   for (i64 a = 0; a < arenas_; ++a) {

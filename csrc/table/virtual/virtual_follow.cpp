@@ -19,7 +19,7 @@ class VirtualRows::Rules final : public FollowRules {
   void finish() override {
     for (i64 handle : unbound_) {
       for (i64 g = 0; g < rows_.groups_; ++g) {
-        const FollowedLengths::Range kept = lengths_.kept_if_live(handle, g);
+        const FollowedLengths::Range kept = lengths_.unchanged_if_live(handle, g);
         if (kept.first < kept.end) refuse("sequence handle " + std::to_string(handle) + " would lose its row");
       }
     }
@@ -163,7 +163,7 @@ class VirtualRows::Rules final : public FollowRules {
   // Of tokens that lay in a page that was unmapped.
   void check_moved(i64 handle, i64 a, i64 slot, i64 page) const {
     const i64 g = rows_.group_of(a);
-    const FollowedLengths::Range kept = lengths_.kept_if_live(handle, g);
+    const FollowedLengths::Range kept = lengths_.unchanged_if_live(handle, g);
     const i64 first = std::max(kept.first * rows_.token_bytes(g, a), slot * page_bytes());
     const i64 end = std::min(kept.end * rows_.token_bytes(g, a), (slot + 1) * page_bytes());
     if (end <= first) return;

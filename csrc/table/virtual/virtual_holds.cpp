@@ -9,37 +9,37 @@ namespace kvmem {
 void VirtualRows::on_content(const Op& op, bool undo) {
   const i32 node = static_cast<i32>(op.a);
   if (!undo) index_.expect_change();
-  if (op.kind == OpKind::aside) return index_.set_aside({node, static_cast<i32>(op.b)});
-  if (op.kind == OpKind::back) return index_.put_back({node, static_cast<i32>(op.b)});
+  if (op.kind == OpKind::aside) return index_.skip_item({node, static_cast<i32>(op.b)});
+  if (op.kind == OpKind::back) return index_.unskip({node, static_cast<i32>(op.b)});
   if (op.kind == OpKind::demote) return on_demote(op, undo);
   if (const i32 window = window_of(op); window >= 0) {
     op.kind == OpKind::hold ? reveal(op.b, index_.ordinal(node), window, op.d, undo)
                             : conceal(op.b, index_.ordinal(node), window, undo);
   } else if (op.kind == OpKind::hold) {
-    hold(op.b, node, (op.c & 1) != 0, op.c >> 1, op.d, undo);
+    attach(op.b, node, (op.c & 1) != 0, op.c >> 1, op.d, undo);
   } else {
-    unhold(op.b, node, (op.c & 1) != 0, undo);
+    detach(op.b, node, (op.c & 1) != 0, undo);
   }
 }
 
 // As on_content() would have it: what an `evict` gave up can be given up again.
-bool VirtualRows::can_give_up(const Op& op) const {
+bool VirtualRows::can_evict(const Op& op) const {
   const Row& row = rows_[op.b];
   const i32 node = static_cast<i32>(op.a), window = window_of(op);
   const i64 ordinal = index_.ordinal(node);
   if (window >= 0) {
     const bool there = ordinal < static_cast<i64>(row.holds.size()) && row.holds[ordinal].node == node;
     return there && shown(op.b, ordinal, window).here &&
-           (index_.needs(node, window) == 0 || is_passed_copy(op.b, ordinal, window));
+           (index_.needs(node, window) == 0 || is_out_of_window_copy(op.b, ordinal, window));
   }
   const bool last = row.index < 0 && !row.holds.empty() && row.holds.back().node == node;
   for (i32 w = 0; last && w < index_.windows(); ++w) {
-    if (shown(op.b, ordinal, w).here && index_.needs(node, w) > 0 && index_.window_places(node, w) == 1) return false;
+    if (shown(op.b, ordinal, w).here && index_.needs(node, w) > 0 && index_.window_copies(node, w) == 1) return false;
   }
-  return last && (index_.places(node) > 1 || !index_.used(node));
+  return last && (index_.copies(node) > 1 || !index_.used(node));
 }
 
-void VirtualRows::hold(i64 row, i32 node, bool state, i64 windows, i64 after, bool undo) {
+void VirtualRows::attach(i64 row, i32 node, bool state, i64 windows, i64 after, bool undo) {
   Row& r = rows_[row];
   const i64 all_windows = index_.windows();
   if (!undo) r.given = pool_.transactions;
@@ -57,7 +57,7 @@ void VirtualRows::hold(i64 row, i32 node, bool state, i64 windows, i64 after, bo
   (after == 0 ? holder_[node] : rows_[after].holds[ordinal()].next) = static_cast<i32>(row);
   if (hold.next >= 0) rows_[hold.next].holds[ordinal()].previous = static_cast<i32>(row);
   if (hold.next >= 0) file_double(hold.next);
-  index_.place(node, -1, undo);
+  index_.add_copy(node, -1, undo);
   for (i32 w = 0; w < all_windows; ++w) {
     if (needs_block(row, ordinal(), w)) index_.need(node, w);
     if (windows >> w & 1) reveal(row, ordinal(), w, 0, undo);
@@ -70,7 +70,7 @@ void VirtualRows::hold(i64 row, i32 node, bool state, i64 windows, i64 after, bo
   if (r.index < 0) file_content(row);
 }
 
-void VirtualRows::unhold(i64 row, i32 node, bool state, bool undo) {
+void VirtualRows::detach(i64 row, i32 node, bool state, bool undo) {
   const i64 ordinal = index_.ordinal(node);
   if (state) {
     rows_[row].state = kNoNode;
@@ -88,7 +88,7 @@ void VirtualRows::unhold(i64 row, i32 node, bool state, bool undo) {
   rows_[row].shown.resize(rows_[row].holds.size() * index_.windows());
   if (hold.previous >= 0) file_double(hold.previous);
   if (hold.next >= 0) file_double(hold.next);
-  index_.displace(node, -1, undo);
+  index_.drop_copy(node, -1, undo);
   if (rows_[row].index < 0) file_content(row);
 }
 
@@ -100,7 +100,7 @@ void VirtualRows::reveal(i64 row, i64 ordinal, i32 window, i64 after, bool undo)
   s.next = link, s.previous = after == 0 ? -1 : static_cast<i32>(after);
   if (s.next >= 0) shown(s.next, ordinal, window).previous = static_cast<i32>(row);
   link = static_cast<i32>(row);
-  index_.gain(node, window, undo);
+  index_.add_window_copy(node, window, undo);
 }
 
 void VirtualRows::conceal(i64 row, i64 ordinal, i32 window, bool undo) {
@@ -109,8 +109,8 @@ void VirtualRows::conceal(i64 row, i64 ordinal, i32 window, bool undo) {
   (s.previous >= 0 ? shown(s.previous, ordinal, window).next : shower_[node * index_.windows() + window]) = s.next;
   if (s.next >= 0) shown(s.next, ordinal, window).previous = s.previous;
   s = Shown();
-  may_give(row);
-  index_.lose(node, window, undo);
+  may_reclaim(row);
+  index_.drop_window_copy(node, window, undo);
 }
 
 void VirtualRows::need_blocks(i64 row, i32 window, i64 from, i64 to, bool undo) {

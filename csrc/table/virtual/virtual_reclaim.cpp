@@ -9,87 +9,87 @@ namespace kvmem {
 // Of what is idle the row that was freed longest ago leads: its fence has most likely passed. Then what live rows hold
 // beyond their need. Cost: a few steps for each row that gives something or has changed since it was last looked at.
 // Only a call for which all but `ahead` does not suffice looks at all rows.
-i64 VirtualTable::give(Reclaim kind, i64 pages, Transaction& tx) {
+i64 VirtualTable::reclaim_kind(Reclaim kind, i64 pages, Transaction& tx) {
   switch (kind) {
     case Reclaim::idle: {
-      const i64 freed = spill_list(parked_, pages, tx);
-      return freed + spill_list(bound_, pages - freed, tx);
+      const i64 freed = reclaim_list(parked_, pages, tx);
+      return freed + reclaim_list(bound_, pages - freed, tx);
     }
     case Reclaim::second_copies:
-      return spill_doubles(false, PrefixIndex::kCandidates, pages, tx);
+      return reclaim_copies(false, PrefixIndex::kCandidates, pages, tx);
     case Reclaim::victims:
-      return spill_victims(pages, tx);
+      return reclaim_victims(pages, tx);
     case Reclaim::spares:
-      return spill_doubles(true, doubles_.size(), pages, tx);
+      return reclaim_copies(true, doubles_.size(), pages, tx);
     case Reclaim::out_of_window:
-      return index_.windows() > 0 ? spill_passed(pages, tx) : 0;
+      return index_.windows() > 0 ? reclaim_out_of_window(pages, tx) : 0;
     case Reclaim::ahead:
-      return spill_ahead(pages, tx);
+      return reclaim_ahead(pages, tx);
   }
   return 0;
 }
 
-i64 VirtualTable::spill_doubles(bool spare, i64 most, i64 pages, Transaction& tx) {
+i64 VirtualTable::reclaim_copies(bool spare, i64 most, i64 pages, Transaction& tx) {
   i64 freed = 0;
   for (i64 row; freed < pages && (row = find_double(spare, most)) != 0;) {
     cut(row, 0, tx);
-    freed += spill_row(row, pages - freed, tx);
+    freed += reclaim_row(row, pages - freed, tx);
   }
   return freed;
 }
 
-i64 VirtualTable::spill_victims(i64 pages, Transaction& tx) {
+i64 VirtualTable::reclaim_victims(i64 pages, Transaction& tx) {
   i64 freed = 0;
   const auto wants = [&] { return freed < pages; };
   evict_in_order(tx, wants, [&](Item x) {
-    const i64 now = x.window < 0 ? give_up(x.node, pages - freed, tx) : give_up_window(x, tx);
+    const i64 now = x.window < 0 ? evict_node(x.node, pages - freed, tx) : evict_window_page(x, tx);
     freed += std::max(now, i64{0});
     return now >= 0 ? Named::evicted : Named::aside;
   });
   evict_in_order(tx, wants, [&](Item x) {  // pages that several have blocks on
     const i64 before = owned_pages;
-    x.window < 0 ? give_up(x.node, pages - freed, tx) : (evict_window(x.node, x.window, tx), 0);
+    x.window < 0 ? evict_node(x.node, pages - freed, tx) : (evict_window(x.node, x.window, tx), 0);
     freed += before - owned_pages;
     return Named::evicted;
   });
   return freed;
 }
 
-i64 VirtualTable::spill_ahead(i64 pages, Transaction& tx) {
+i64 VirtualTable::reclaim_ahead(i64 pages, Transaction& tx) {
   i64 freed = 0;
   for (i64 row = 1; row < rows_.size() && freed < pages; ++row) {
-    if (rows_[row].index >= 0 && row != copy_) freed += spill_row(row, pages - freed, tx, false);
+    if (rows_[row].index >= 0 && row != copy_) freed += reclaim_row(row, pages - freed, tx, false);
   }
   return freed;
 }
 
 // What is needed, and therefore never a victim, may lie a second time where a window has passed it.
-i64 VirtualTable::spill_passed(i64 pages, Transaction& tx) {
+i64 VirtualTable::reclaim_out_of_window(i64 pages, Transaction& tx) {
   const i64 before = owned_pages;
   for (i64 row = 1; row < rows_.size() && before - owned_pages < pages; ++row) {
     if (rows_[row].source || row == copy_) continue;
     for (i64 k = 0; k < blocks_of(row); ++k) {
       for (i32 w = 0; w < index_.windows(); ++w) {
-        if (is_passed_copy(row, k, w)) drop_copy(row, k, w, tx);
+        if (is_out_of_window_copy(row, k, w)) evict_copy(row, k, w, tx);
       }
     }
-    if (rows_[row].index < 0) drop_passed(row, tx);
+    if (rows_[row].index < 0) drop_out_of_window(row, tx);
   }
   return before - owned_pages;
 }
 
-i64 VirtualTable::spill_list(const IdList& list, i64 pages, Transaction& tx) {
+i64 VirtualTable::reclaim_list(const IdList& list, i64 pages, Transaction& tx) {
   i64 freed = 0;
   for (i64 row = list.first(), next; row != 0 && freed < pages; row = next) {
     next = list.next(row);
     if (row == copy_) continue;
-    if (index_.windows() > 0 && rows_[row].index < 0) freed += spill_copies(row, pages - freed, tx);
-    freed += spill_row(row, pages - freed, tx);
+    if (index_.windows() > 0 && rows_[row].index < 0) freed += reclaim_window_copies(row, pages - freed, tx);
+    freed += reclaim_row(row, pages - freed, tx);
   }
   return freed;
 }
 
-i64 VirtualTable::spill_copies(i64 row, i64 pages, Transaction& tx) {
+i64 VirtualTable::reclaim_window_copies(i64 row, i64 pages, Transaction& tx) {
   const i64 before = owned_pages;
   for (i64 g = 0; g < groups_ && !rows_[row].source; ++g) {
     const i32 window = index_.window_of(g);
@@ -102,25 +102,25 @@ i64 VirtualTable::spill_copies(i64 row, i64 pages, Transaction& tx) {
         const i64 last = std::min(blocks_of(row), ceil_div((slot + 1) * page_bytes(), block_bytes));
         bool copies = true;
         for (i64 k = first; copies && k < last; ++k) {
-          copies = !shown(row, k, window).here || is_passed_copy(row, k, window);
+          copies = !shown(row, k, window).here || is_out_of_window_copy(row, k, window);
         }
         for (i64 k = first; copies && k < last; ++k) {
-          if (shown(row, k, window).here) drop_copy(row, k, window, tx);
+          if (shown(row, k, window).here) evict_copy(row, k, window, tx);
         }
       }
     }
   }
-  if (before != owned_pages) drop_passed(row, tx);
+  if (before != owned_pages) drop_out_of_window(row, tx);
   return before - owned_pages;
 }
 
-void VirtualTable::drop_copy(i64 row, i64 ordinal, i32 window, Transaction& tx) {
+void VirtualTable::evict_copy(i64 row, i64 ordinal, i32 window, Transaction& tx) {
   keep_last_copy(row, ordinal);
   tx.push(concealing(row, ordinal, window));
   unmap_block({row}, window, ordinal, tx);
 }
 
-i64 VirtualTable::spill_row(i64 row, i64 pages, Transaction& tx, bool ahead) {
+i64 VirtualTable::reclaim_row(i64 row, i64 pages, Transaction& tx, bool ahead) {
   i64 freed = 0, a = 0;
   bool all = true;  // that it could give
   for (i64 g = 0; a < arenas_ && freed < pages; ++a) {
@@ -140,26 +140,26 @@ i64 VirtualTable::spill_row(i64 row, i64 pages, Transaction& tx, bool ahead) {
     }
     freed += before - owned_pages;
   }
-  if (all && a == arenas_) gives_nothing(row);
+  if (all && a == arenas_) reclaims_nothing(row);
   return freed;
 }
 
-i64 VirtualTable::give_up(i32 node, i64 pages, Transaction& tx) {
+i64 VirtualTable::evict_node(i32 node, i64 pages, Transaction& tx) {
   std::vector<i64> rows;
   for (i64 row = holder_[node]; row >= 0; row = rows_[row].holds[index_.ordinal(node)].next) rows.push_back(row);
-  forget(node, tx);
-  if (rows.size() == 1) forget_more(rows[0], pages, tx);
+  evict_subtree(node, tx);
+  if (rows.size() == 1) evict_run(rows[0], pages, tx);
   i64 freed = 0;
   for (i64 row : rows) {
     if (is_copy(row) && can_lose(row)) cut(row, 0, tx);  // what is left is another row's too
-    if (freed < pages) freed += spill_row(row, pages - freed, tx);
+    if (freed < pages) freed += reclaim_row(row, pages - freed, tx);
   }
   return freed;
 }
 
 // What the order names next, as long as it lies in the same row alone: then its pages go in one run, by one call of the
 // driver. `pages`: how many were to come free with the block before. Not where a state goes with a block, too.
-void VirtualTable::forget_more(i64 row, i64 pages, Transaction& tx) {
+void VirtualTable::evict_run(i64 row, i64 pages, Transaction& tx) {
   if (rows_[row].index >= 0 || has_state_) return;
   evict_in_order(
       tx, [&] { return spare_pages(row) < pages; },
@@ -167,7 +167,7 @@ void VirtualTable::forget_more(i64 row, i64 pages, Transaction& tx) {
         if (x.window >= 0 || blocks_of(row) == 0) return Named::last;
         const Hold& last = rows_[row].holds.back();
         if (last.node != x.node || last.next >= 0 || last.previous >= 0) return Named::last;
-        forget(x.node, tx);
+        evict_subtree(x.node, tx);
         return Named::evicted;
       });
 }
@@ -181,7 +181,7 @@ i64 VirtualTable::spare_pages(i64 row) const {
   return pages;
 }
 
-i64 VirtualTable::give_up_window(Item x, Transaction& tx) {
+i64 VirtualTable::evict_window_page(Item x, Transaction& tx) {
   const i64 g = index_.group_of(x.window), size = index_.block_tokens(), ordinal = index_.ordinal(x.node);
   const i64 row = first_shower(x.node, x.window);
   i64 best_a = -1, best_slot = -1;  // of its pages, the one with the least besides
@@ -232,9 +232,9 @@ bool VirtualTable::can_lose(i64 row) const {
   if (rows_[row].source || row == copy_ || !keeps_pins(row, 0)) return false;
   for (i64 k = 0; k < blocks_of(row); ++k) {
     const i32 node = rows_[row].holds[k].node;
-    if (index_.places(node) <= 1 && index_.used(node)) return false;
+    if (index_.copies(node) <= 1 && index_.used(node)) return false;
     for (i32 w = 0; w < index_.windows(); ++w) {
-      if (shown(row, k, w).here && index_.window_places(node, w) <= 1 && index_.needs(node, w) > 0) return false;
+      if (shown(row, k, w).here && index_.window_copies(node, w) <= 1 && index_.needs(node, w) > 0) return false;
     }
   }
   return true;

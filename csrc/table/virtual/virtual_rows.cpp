@@ -119,13 +119,13 @@ void VirtualRows::apply(const Op& op, bool undo) {
     if (guarded_) mark_dirty(op.b);
     for (i64 g = 0; guarded_ && !undo && g < groups_; ++g) reset_cut(index, g);
     for (i32 w = 0; w < index_.windows(); ++w) need_blocks(op.b, w, first_block(index, w), blocks_of(op.b), undo);
-    forget_room_of(op.b, index);
+    reset_room_of(op.b, index);
   } else if (op.kind == OpKind::unbind) {
     if (row_of_[index] < 0 || row_of_[index] != op.b) throw SpecError("unbind: not the row of this sequence");
     row_of_[index] = -1;
     for (i32 w = 0; w < index_.windows(); ++w) unneed_blocks(op.b, w, first_block(index, w), blocks_of(op.b), undo);
     set_sequence(op.b, -1);
-    forget_room_of(op.b, index);
+    reset_room_of(op.b, index);
   } else {
     throw SpecError("block: the virtual backend has no block table");
   }
@@ -146,7 +146,7 @@ void VirtualRows::set_sequence(i64 row, i64 index) {
   IdList& list = rows_[row].index < 0 ? parked_ : bound_;
   if (list.has(row)) list.remove(row);
   rows_[row].index = index;
-  may_give(row);
+  may_reclaim(row);
   file_empty(row);
   file_double(row);
 }
@@ -167,7 +167,7 @@ void VirtualRows::on_rewritten(const Op& unmap) {
   const i64 a = unmap.at - base_arena_, g = group_of(a), row = unmap.a / row_slots(g, a);
   if (!guarded_ || row >= rows_.size() || rows_[row].index < 0) return;
   mark_dirty(row);
-  for (i64 group = 0; group < groups_; ++group) forget_room(rows_[row].index, group);
+  for (i64 group = 0; group < groups_; ++group) reset_room(rows_[row].index, group);
 }
 
 // Both put the row where its present state says, or nowhere.
@@ -242,9 +242,9 @@ void VirtualRows::change(const Op& op, bool mapped) {
     for (e.solid = std::min(e.solid, e.hi); e.solid > e.lo && e.pages[e.solid - 1] >= 0;) --e.solid;
   }
   room_.of(row)[g] = -1;
-  if (mapped) may_give(row);
+  if (mapped) may_reclaim(row);
   if (rows_[row].index >= 0) {
-    forget_room(rows_[row].index, g);
+    reset_room(rows_[row].index, g);
   } else if (row > 0 && rows_[row].holds.empty()) {
     file_empty(row);
   }
@@ -279,7 +279,7 @@ VirtualRows::Spare VirtualRows::spare(i64 row, i64 g, i64 a, bool ahead) const {
 
 // The content of a parked row says where it stands, and which of its slots are needed.
 void VirtualRows::file_content(i64 row) {
-  may_give(row);
+  may_reclaim(row);
   file_empty(row);
   file_double(row);
 }

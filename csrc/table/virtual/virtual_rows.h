@@ -76,9 +76,9 @@ class VirtualRows : public PageTable {
   VirtualRows(const Geometry& geometry, PagePool& pool, const Sequences& sequences, PrefixIndex& index);
   ~VirtualRows() override;
 
-  bool has_trash(i64 group) const override {
+  bool has_reserved(i64 group) const override {
     const i64 a = first_[group + 1] - 1;  // arenas are mapped together
-    return extent(0, a).hi == trash_slots(group, a);
+    return extent(0, a).hi == reserved_slots(group, a);
   }
 
   bool is_whole(const Op& op) const override;
@@ -90,12 +90,12 @@ class VirtualRows : public PageTable {
   }
   bool has_memory(i64 index) const override { return row_of_[index] >= 0; }
   bool holds(i64 index, i64 group) const override;
-  void look_at_tail(i64 index, i64 group) override {
+  void check_tail_again(i64 index, i64 group) override {
     set_copy_tail(index, group, true);
-    if (row_of_[index] >= 0) may_give(row_of_[index]);
-    forget_room(index, group);
+    if (row_of_[index] >= 0) may_reclaim(row_of_[index]);
+    reset_room(index, group);
   }
-  void note_left(const Op& op) override {
+  void note_released(const Op& op) override {
     const i64 row = op.kind == OpKind::unbind ? op.b : row_of_[sequences_.place_of(op.a)];
     if (row > 0) set_fence(row, pool_.fence());
   }
@@ -119,7 +119,7 @@ class VirtualRows : public PageTable {
     zeroed_.clear();
     PageTable::on_taken_back();
   }
-  bool can_give_up(const Op& op) const override;
+  bool can_evict(const Op& op) const override;
 
   i64 offset_bytes(i64 index, i64 group, i64 a, i64 token) const override {
     return slot_of(row_of_[index], group, first_[group] + a) * page_bytes() +
@@ -173,8 +173,8 @@ class VirtualRows : public PageTable {
   }
 
   // With the guard: a kernel that loads whole tiles does so for a padding row too.
-  i64 trash_slots(i64 g, i64 a) const {
-    const i64 tokens = kTrashBlocks * geometry_.groups[g].block_tokens + guard_tokens(g);
+  i64 reserved_slots(i64 g, i64 a) const {
+    const i64 tokens = kReservedBlocks * geometry_.groups[g].block_tokens + guard_tokens(g);
     return std::min(row_slots(g, a), ceil_div(tokens * token_bytes(g, a), page_bytes()));
   }
 
@@ -265,9 +265,9 @@ class VirtualRows : public PageTable {
   }
 
   // True if the row shows the block, another one does so too, and its own sequence does not need it.
-  bool is_passed_copy(i64 row, i64 ordinal, i32 window) const {
+  bool is_out_of_window_copy(i64 row, i64 ordinal, i32 window) const {
     return shown(row, ordinal, window).here && !needs_block(row, ordinal, window) &&
-           index_.window_places(rows_[row].holds[ordinal].node, window) > 1;
+           index_.window_copies(rows_[row].holds[ordinal].node, window) > 1;
   }
 
   void set_fence(i64 row, i64 fence) { pool_.journal.set(rows_[row].fence, fence); }
@@ -281,8 +281,8 @@ class VirtualRows : public PageTable {
   // Block `ordinal(node)`, the next one of the row's content, is the node; and the inverse, of the last one. `state`:
   // the row has a copy of the fixed state at its end. `windows`: bits of those that show the block. `after`: among the
   // rows that hold it, it stands behind this one; 0: it is the first.
-  void hold(i64 row, i32 node, bool state, i64 windows, i64 after, bool undo);
-  void unhold(i64 row, i32 node, bool state, bool undo);
+  void attach(i64 row, i32 node, bool state, i64 windows, i64 after, bool undo);
+  void detach(i64 row, i32 node, bool state, bool undo);
   // The record by which the row forgets the last block of its content, which it shows in no window any more.
   Op forgetting(i64 row) const {
     const Row& r = rows_[row];
@@ -291,7 +291,7 @@ class VirtualRows : public PageTable {
   }
 
   // The row may have pages to spare from now on.
-  void may_give(i64 row) {
+  void may_reclaim(i64 row) {
     if (row == 0 || rows_[row].slots == 0) return;
     IdList& list = rows_[row].index < 0 ? parked_ : bound_;
     if (list.has(row)) return;
@@ -303,8 +303,8 @@ class VirtualRows : public PageTable {
     }
   }
 
-  // It has none, until may_give() says otherwise or the transaction is taken back.
-  void gives_nothing(i64 row) {
+  // It has none, until may_reclaim() says otherwise or the transaction is taken back.
+  void reclaims_nothing(i64 row) {
     IdList& list = rows_[row].index < 0 ? parked_ : bound_;
     if (list.has(row)) list.remove(row);
   }
@@ -372,10 +372,10 @@ class VirtualRows : public PageTable {
 
  private:
   class Rules;
-  void forget_room_of(i64 row, i64 index) {
+  void reset_room_of(i64 row, i64 index) {
     for (i64 g = 0; g < groups_; ++g) {
       room_.of(row)[g] = -1;
-      forget_room(index, g);
+      reset_room(index, g);
     }
   }
 

@@ -43,7 +43,7 @@ void VirtualTable::grow(i64 index, i64 group, i64 old_tokens, i64 new_tokens, Tr
     if (hi <= e.hi) continue;
     const i64 from = e.count == 0 ? lo : std::max(lo, e.hi), to = with_ahead(group, a, hi);
     // Only what is at hand: were anything given up meanwhile, it could be what is being mapped here.
-    const bool ahead = left > 0 && pool_.pages_at_hand(*this) - pool_.most_kept() >= left;
+    const bool ahead = left > 0 && pool_.ready_pages(*this) - pool_.most_kept() >= left;
     map(row, a, from, ahead ? to : hi, tx);
     left -= to - from;
   }
@@ -99,7 +99,7 @@ void VirtualTable::shrink(i64 index, i64 group, i64 old_tokens, i64 new_tokens, 
   const i64 row = row_of_[index];
   if (row < 0) return;
   note_cut(index, group, old_tokens);
-  may_give(row);
+  may_reclaim(row);
   bool frees = false;
   for (i64 a = first_[group]; a < first_[group + 1]; ++a) {
     frees = frees || high_slot(group, a, new_tokens) < high_slot(group, a, old_tokens);
@@ -117,7 +117,7 @@ void VirtualTable::shrink(i64 index, i64 group, i64 old_tokens, i64 new_tokens, 
     shared = shared || keep > first;
     unmap(row, a, keep, e.hi, rows_[row].fence, tx);
   }
-  if (shared) look_at_tail(index, group);
+  if (shared) check_tail_again(index, group);
 }
 
 std::vector<i64> VirtualTable::shared_pieces(i64 index, i64 group, i64 from, i64 end) const {
@@ -140,12 +140,12 @@ void VirtualTable::close(i64 index, Transaction& tx) {
   set_fence(row, tx.fence());
   for (const Hold& hold : rows_[row].holds) index_.prefetch(hold.node);
   tx.push({OpKind::unbind, 0, sequences_.handle_of(index), row});
-  if (index_.windows() > 0) drop_passed(row, tx);
+  if (index_.windows() > 0) drop_out_of_window(row, tx);
 }
 
-void VirtualTable::back_trash(i64 group, Transaction& tx) {
+void VirtualTable::back_reserved(i64 group, Transaction& tx) {
   for (i64 a = first_[group]; a < first_[group + 1]; ++a) {
-    map(0, a, extent(0, a).hi, trash_slots(group, a), tx, Zero::always);
+    map(0, a, extent(0, a).hi, reserved_slots(group, a), tx, Zero::always);
   }
 }
 
@@ -160,7 +160,7 @@ bool VirtualTable::map_ahead(i64 index, i64 group, i64 tokens, Transaction& tx) 
     want += std::max(i64{0}, high_slot(group, a, tokens + 2 * ahead) - extent(row, a).hi);
   }
   // The background thread takes nothing away from anyone.
-  if (want == 0 || want > pool_.pages_at_hand(*this)) return false;
+  if (want == 0 || want > pool_.ready_pages(*this)) return false;
   pool_.journal.set(ready_.of(row)[group], have);
   for (i64 a = first_[group]; a < first_[group + 1]; ++a) {
     const i64 hi = high_slot(group, a, tokens + 2 * ahead);

@@ -21,7 +21,7 @@ class VirtualTable final : public VirtualRows {
   // counts as parked from now on and goes when memory is short, in batches.
   void drop_front(i64 index, i64, i64, i64, Transaction& tx) override {
     set_fence(row_of_[index], tx.fence());
-    may_give(row_of_[index]);
+    may_reclaim(row_of_[index]);
   }
 
   void share(i64 parent, i64 child, i64 group, i64 first, i64 tokens, Transaction& tx) override;
@@ -38,21 +38,21 @@ class VirtualTable final : public VirtualRows {
     for (std::size_t i = 0; i < blocks.size(); ++i) {
       if (i % kAtOnce == 0) tx.expect(std::min(blocks.size() - i, kAtOnce));
       const Published& p = blocks[i];
-      hold_expected(row_of_[p.index], p.node, p.index, false, tx);
+      attach_expected(row_of_[p.index], p.node, p.index, false, tx);
     }
   }
 
-  void retract(i64 index, i32, Transaction& tx) override { forget_last(row_of_[index], tx); }
+  void unpublish(i64 index, i32, Transaction& tx) override { detach_last(row_of_[index], tx); }
 
   void evict(i32 node, Transaction& tx) override;
   void evict_window(i32 node, i32 window, Transaction& tx) override;
-  void offer(i32) override {}  // doubles_ knows the rows that this concerns
+  void allow_eviction(i32) override {}  // doubles_ knows the rows that this concerns
   void snapshot(i64 index, const std::vector<i32>& chain, Transaction& tx) override;
   std::vector<i64> shared_pieces(i64 index, i64 group, i64 from, i64 end) const override;
   void close(i64 index, Transaction& tx) override;
-  void back_trash(i64 group, Transaction& tx) override;
+  void back_reserved(i64 group, Transaction& tx) override;
   bool map_ahead(i64 index, i64 group, i64 tokens, Transaction& tx) override;
-  i64 give(Reclaim kind, i64 pages, Transaction& tx) override;
+  i64 reclaim_kind(Reclaim kind, i64 pages, Transaction& tx) override;
 
  private:
   // Marks a row that a decision reads or fills while it looks for memory, and that must not lose any to it.
@@ -99,24 +99,24 @@ class VirtualTable final : public VirtualRows {
   bool shows_blocks(i64 row, i32 window, i64 from, i64 to) const;
   // True if another row shows every block of a parked row from `from` on, as far back as this one does.
   bool is_covered(i64 row, std::size_t from) const;
-  i64 spill_list(const IdList& list, i64 pages, Transaction& tx);
-  i64 spill_doubles(bool spare, i64 most, i64 pages, Transaction& tx);
-  i64 spill_victims(i64 pages, Transaction& tx);
-  i64 spill_ahead(i64 pages, Transaction& tx);
-  i64 spill_row(i64 row, i64 pages, Transaction& tx, bool ahead = true);
-  void drop_passed(i64 row, Transaction& tx);
+  i64 reclaim_list(const IdList& list, i64 pages, Transaction& tx);
+  i64 reclaim_copies(bool spare, i64 most, i64 pages, Transaction& tx);
+  i64 reclaim_victims(i64 pages, Transaction& tx);
+  i64 reclaim_ahead(i64 pages, Transaction& tx);
+  i64 reclaim_row(i64 row, i64 pages, Transaction& tx, bool ahead = true);
+  void drop_out_of_window(i64 row, Transaction& tx);
   bool keeps_pins(i64 row, i64 from) const;
-  i64 give_up(i32 node, i64 pages, Transaction& tx);
-  void forget_more(i64 row, i64 pages, Transaction& tx);
+  i64 evict_node(i32 node, i64 pages, Transaction& tx);
+  void evict_run(i64 row, i64 pages, Transaction& tx);
   i64 spare_pages(i64 row) const;
   // Evicts what a window group has of a node, and of other blocks on one of its pages if only so a page comes free;
   // returns how many pages did. -1, and nothing has happened, where none can.
-  i64 give_up_window(Item x, Transaction& tx);
+  i64 evict_window_page(Item x, Transaction& tx);
   // Gives up, for at least so many pages, second copies of what windows have passed in their rows.
-  i64 spill_passed(i64 pages, Transaction& tx);
+  i64 reclaim_out_of_window(i64 pages, Transaction& tx);
   // Gives up, of a parked row, what windows show in other rows as well, if it frees pages.
-  i64 spill_copies(i64 row, i64 pages, Transaction& tx);
-  void drop_copy(i64 row, i64 ordinal, i32 window, Transaction& tx);
+  i64 reclaim_window_copies(i64 row, i64 pages, Transaction& tx);
+  void evict_copy(i64 row, i64 ordinal, i32 window, Transaction& tx);
   // What window group `group` shows of blocks that lie, also in part, on a page of a row, in on_page_; false where
   // somebody needs any of it.
   bool find_content(i64 row, i64 group, i64 a, i64 slot);
@@ -124,24 +124,24 @@ class VirtualTable final : public VirtualRows {
   void unmap_block(const std::vector<i64>& rows, i32 window, i64 ordinal, Transaction& tx);
   std::vector<i64> showers(i32 node, i32 window) const;
   // The row forgets the last block of its content.
-  void forget_last(i64 row, Transaction& tx);
+  void detach_last(i64 row, Transaction& tx);
   void demote_last(i64 row, Transaction& tx);
   void keep_last_copy(i64 row, i64 ordinal);
   bool is_last_copy(i64 row, i64 ordinal) const;
   // The row forgets its content from block `from` on.
   void cut(i64 row, i64 from, Transaction& tx);
   // The row holds what the sequence at `index` computed or was given, and shows what its windows reach of that.
-  void hold_noted(i64 row, i32 node, i64 index, bool state, Transaction& tx) {
+  void attach_noted(i64 row, i32 node, i64 index, bool state, Transaction& tx) {
     tx.expect();
-    hold_expected(row, node, index, state, tx);
+    attach_expected(row, node, index, state, tx);
   }
-  void hold_expected(i64 row, i32 node, i64 index, bool state, Transaction& tx) {
+  void attach_expected(i64 row, i32 node, i64 index, bool state, Transaction& tx) {
     const i64 windows = index_.windows() == 0 ? 0 : mapped_windows(row, index, index_.ordinal(node));
-    index_.expect_places();
-    hold(row, node, state, windows, 0, false);
+    index_.expect_copies();
+    attach(row, node, state, windows, 0, false);
     tx.note({OpKind::hold, number, node, row, i64{state} | windows << 1});
   }
-  void hold_all(i64 row, const std::vector<i32>& chain, i64 count, i64 index, bool state, Transaction& tx);
+  void attach_all(i64 row, const std::vector<i32>& chain, i64 count, i64 index, bool state, Transaction& tx);
   // A parked row whose content other rows hold too.
   bool is_copy(i64 row) const;
   // A parked row whose blocks sequences hold as well, so that only its state or what a window has passed in theirs
@@ -181,8 +181,8 @@ class VirtualTable final : public VirtualRows {
   void bind(i64 index, i64 tokens, Transaction& tx);
   // A parked row can go on as the sequence's own if it loses nothing by that which others cannot show, or if there is
   // no other row. A fixed state could not be found again once it is written over.
-  bool can_take_over(i64 row, std::size_t blocks) const;
-  void take_over(i64 index, i64 row, i64 blocks, Transaction& tx);
+  bool can_reuse_row(i64 row, std::size_t blocks) const;
+  void reuse_row(i64 index, i64 row, i64 blocks, Transaction& tx);
   // What the last tenant left behind the first `tokens` tokens, and whatever it had mapped beyond its own.
   void zero_row(i64 row, i64 tokens, Transaction& tx);
   // For a row that starts with pages of another one: whatever is parked in it would be in the way.

@@ -86,7 +86,7 @@ GroupGeometry group_of(bool paged, Growth growth, i64 window, i64 token_bytes) {
   group.block_tokens = growth == Growth::fixed ? 1 : kBlockTokens;
   group.max_tokens = growth == Growth::fixed ? 1 : kMaxTokens;
   group.row_tokens = paged ? 0 : round_up(group.max_tokens * token_bytes, kPageBytes) / token_bytes;
-  group.max_blocks = paged ? kTrashBlocks + kMaxSequences * 2 * ceil_div(group.max_tokens, group.block_tokens) : 0;
+  group.max_blocks = paged ? kReservedBlocks + kMaxSequences * 2 * ceil_div(group.max_tokens, group.block_tokens) : 0;
   const i64 row_slots = ceil_div(group.row_tokens * token_bytes, kPageBytes);
   group.token_bytes = {token_bytes, token_bytes};
   group.row_slots = {row_slots, row_slots};

@@ -72,7 +72,7 @@ void World::snapshot(Random& random) {
     side_->write_next(*l, count, random);
     const i32 due = static_cast<i32>(l->due());
     const bool told = side_->can_tell(*l, due);
-    const std::vector<i32> ids = side_->told_ids(*l, due);
+    const std::vector<i32> ids = side_->changed_ids(*l, due);
     side_->write_state(*l, l->tokens());
     const auto commits = [&] { side_->cache->commit(&l->handle, &due, 1, -1, told ? ids.data() : nullptr); };
     if (call(random, false, commits) != Outcome::done) return;

@@ -157,7 +157,7 @@ Geometry Params::geometry(bool is_paged) const {
     group.row_tokens = is_paged ? 0 : round_up(std::max(guarded, 2 * group.block_tokens), step);
     i64 block_bytes = 0;
     for (i64 bytes : group.token_bytes) block_bytes += bytes * group.block_tokens;
-    group.max_blocks = is_paged ? kTrashBlocks + most_pages * page_bytes / block_bytes + 1
+    group.max_blocks = is_paged ? kReservedBlocks + most_pages * page_bytes / block_bytes + 1
                                 : geometry.rows * group.row_tokens / group.block_tokens;
     for (i64 bytes : group.token_bytes) {
       group.row_slots.push_back(group.row_tokens * bytes / page_bytes);

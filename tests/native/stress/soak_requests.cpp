@@ -166,7 +166,7 @@ void World::step_batch(Random& random) {
     handles.push_back(l->handle);
     counts.push_back(static_cast<i32>(random.one_in(4) ? draw_count(random, *l)
                                                        : std::min<i64>(1, params_.max_tokens - l->tokens())));
-    const std::vector<i32> due = side_->told_ids(*l, l->due());
+    const std::vector<i32> due = side_->changed_ids(*l, l->due());
     ids.insert(ids.end(), due.begin(), due.end());
     note(text(l->handle) + "+" + text(counts.back()));
     side_->answer_for_state(*l, l->tokens());
@@ -194,7 +194,7 @@ void World::advance(Random& random) {
   if (!l) return;
   const i64 count = draw_count(random, *l), due = l->due();
   const bool told = side_->can_tell(*l, due) && !random.one_in(6);
-  const std::vector<i32> ids = side_->told_ids(*l, due);
+  const std::vector<i32> ids = side_->changed_ids(*l, due);
   side_->answer_for_state(*l, l->tokens());
   note(text(l->handle) + " commits " + text(due) + (told ? " told" : "") + ", by " + text(count));
   kvmem::TableChanges changes;
@@ -220,7 +220,7 @@ void World::commit(Random& random) {
   const i64 due = l->due();
   const i32 count = static_cast<i32>(random.one_in(3) ? random.below(due + 1) : due);
   const bool told = side_->can_tell(*l, count) && !random.one_in(12);
-  const std::vector<i32> ids = side_->told_ids(*l, count);
+  const std::vector<i32> ids = side_->changed_ids(*l, count);
   side_->answer_for_state(*l, l->committed + count);
   note(text(l->handle) + " by " + text(count) + (told ? " told" : ""));
   const Outcome outcome = call(random, false, [&] {
@@ -243,7 +243,7 @@ void World::commit_batch(Random& random) {
     handles.push_back(l->handle);
     counts.push_back(static_cast<i32>(random.one_in(3) ? random.below(l->due() + 1) : l->due()));
     told = told && side_->can_tell(*l, counts.back());
-    const std::vector<i32> due = side_->told_ids(*l, counts.back());
+    const std::vector<i32> due = side_->changed_ids(*l, counts.back());
     ids.insert(ids.end(), due.begin(), due.end());
     side_->answer_for_state(*l, l->committed + counts.back());
     note(text(l->handle) + "+" + text(counts.back()));

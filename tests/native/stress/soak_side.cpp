@@ -129,7 +129,7 @@ bool Side::can_tell(const Live& l, i64 count) const {
   return std::find(first, first + count, kUntold) == first + count;
 }
 
-std::vector<i32> Side::told_ids(const Live& l, i64 count) const {
+std::vector<i32> Side::changed_ids(const Live& l, i64 count) const {
   return {l.ids.begin() + l.committed, l.ids.begin() + l.committed + count};
 }
 

@@ -29,7 +29,7 @@ class Side {
   // off, it is put back.
   void answer_for_state(Live& live, i64 tokens);
   void remember(const Live& live);  // as a prefix that was committed
-  std::vector<i32> told_ids(const Live& live, i64 count) const;
+  std::vector<i32> changed_ids(const Live& live, i64 count) const;
   bool can_tell(const Live& live, i64 count) const;
 
   // --- what is, against what ought to be: Failure where they differ ---

@@ -41,7 +41,7 @@ Geometry geometry_of(bool paged) {
   group.block_tokens = kBlockTokens;
   group.max_tokens = kMaxTokens;
   group.row_tokens = paged ? 0 : 4096;  // a whole number of pages in both arenas
-  group.max_blocks = paged ? kTrashBlocks + kMaxSequences * ceil_div(kMaxTokens, kBlockTokens) : 0;
+  group.max_blocks = paged ? kReservedBlocks + kMaxSequences * ceil_div(kMaxTokens, kBlockTokens) : 0;
   for (i64 bytes : kTokenBytes) {
     const i64 row_slots = group.row_tokens * bytes / kPageBytes;
     group.token_bytes.push_back(bytes);
