@@ -15,6 +15,9 @@ void PrefixMatcher::find(i32 root, const i32* tokens, i64 n, const KeyMarks& mar
     if (node == kNoNode) break;
     chain.push_back(last = node);
   }
+  // What only lower tiers have is not on the device.
+  while (index.whole() && !chain.empty() && index.copies(chain.back()) == 0) chain.pop_back();
+  if (!chain.empty()) last = chain.back();
   if (groups_.has_window()) look_along_windows(chain);
   const std::size_t known = chain.size();
   for (i64 blocks = static_cast<i64>(known);; --blocks, last = index_.parent(last)) {

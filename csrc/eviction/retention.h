@@ -23,10 +23,10 @@ class RetentionPolicy final : public EvictionPolicy {
  public:
   using Clock = std::function<double()>;  // monotonic seconds
 
-  // With a null `base`, only reserve() may be called until reuse_row() provides one. `clock` defaults to a monotonic
+  // With a null `base`, only reserve() may be called until wrap() provides one. `clock` defaults to a monotonic
   // clock.
   explicit RetentionPolicy(std::unique_ptr<EvictionPolicy> base, Clock clock = {});
-  void reuse_row(std::unique_ptr<EvictionPolicy> base) { base_ = std::move(base); }
+  void wrap(std::unique_ptr<EvictionPolicy> base) { base_ = std::move(base); }
 
   // Sets the priority of a cached block until it is evicted. It lasts `ttl_seconds` from each release, or from now if
   // the block is released; 0, less than 0 and infinity mean without end. Throws SpecError for a block that is not

@@ -185,7 +185,8 @@ void PrefixIndex::check(const std::vector<i32>& users, std::vector<std::string>*
     for (i32 w = 0; w < windows_; ++w) {
       const Part& p = part(static_cast<i32>(x), w);
       parts[static_cast<std::size_t>(w)] += p.copies > 0 && p.needs == 0;
-      if (p.copies > 0 && n.copies == 0) say(x, "a window group has a copy, but the node has none");
+      const bool more = (p.copies > 0 && n.copies == 0) || (p.lower & ~n.lower) != 0;
+      if (more) say(x, "a window group has a copy in a tier where the node has none");
     }
     linked += n.linked;
     siblings += n.linked && parent.first_child != x;
@@ -203,7 +204,7 @@ void PrefixIndex::digest(Hasher& hash) const {
     const Node& n = nodes_[x];
     if (n.ordinal < -1) continue;  // a free node
     hash.add(x, n.parent, n.ordinal, n.first_child, n.next_child, n.users);
-    hash.add(n.copies, n.linked, n.released, n.pinned);
+    hash.add(n.copies, n.lower, n.linked, n.released, n.pinned);
     if (n.ordinal >= 0) {
       tokens_.copy(static_cast<i32>(x), block_tokens(), tokens.data());
       hash.add_all(tokens);
@@ -212,7 +213,7 @@ void PrefixIndex::digest(Hasher& hash) const {
     if (events_.on()) hash.add(root_of_[x]);
     for (i32 w = 0; w < windows_; ++w) {
       const Part& p = part(static_cast<i32>(x), w);
-      hash.add(p.copies, p.needs, p.aside);
+      hash.add(p.copies, p.needs, p.aside, p.lower);
     }
   }
   policy_->digest(hash);

@@ -7,7 +7,7 @@ namespace kvmem {
 void PrefixIndex::start_retention() {
   auto retention = std::make_unique<RetentionPolicy>(nullptr);
   retention->reserve(capacity() * items_);  // the only allocation, before anything changes
-  retention->reuse_row(std::move(policy_));
+  retention->wrap(std::move(policy_));
   retention_ = retention.get();
   policy_ = std::move(retention);
   for (i32 x = 0; x < capacity(); ++x) {

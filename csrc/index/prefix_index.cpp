@@ -222,10 +222,11 @@ void PrefixIndex::add_copy(i32 node, i64 group, bool undo) {
   if (!n.linked) relink(node);  // undoes the drop_copy() that unlinked it
   const bool first = n.copies++ == 0;
   if (first) {
-    KVMEM_ASSERT(!undo || (!loose_.empty() && loose_.back() == node), "changes are undone newest first");
+    const bool was_loose = undo && n.lower == 0;
+    KVMEM_ASSERT(!was_loose || (!loose_.empty() && loose_.back() == node), "changes are undone newest first");
     n.released = n.users == 0;
     cached_ += n.released;
-    if (undo) loose_.pop_back();
+    if (was_loose) loose_.pop_back();
     if (whole_ && undo) {
       policy_->restore(item(node), n.key, parent_item(n));
       if (n.users > 0) policy_->undo_release(item(node));
@@ -251,7 +252,7 @@ void PrefixIndex::drop_copy(i32 node, i64 group, bool undo) {
     }
     cached_ -= n.released;
     n.released = false;
-    if (!undo) loose_.push_back(node);
+    if (!undo && n.lower == 0) loose_.push_back(node);
     if (!undo && idle(n)) unlink(node);
   }
   if (events_.on() && (group < 0 ? last : window_of(group) < 0)) note({node, static_cast<i32>(group), false}, undo);
@@ -335,7 +336,7 @@ void PrefixIndex::finish_changes(bool committed) {
     loose_.pop_back();
     Node& n = nodes_[node];
     n.added = false;
-    if (n.copies > 0 || n.parent == kNoNode) continue;  // it got a copy again, or was freed already
+    if (n.copies > 0 || n.lower != 0 || n.parent == kNoNode) continue;  // it has a copy, or was freed already
     const bool evicted = committed && n.users == 0;
     if (evicted) remember(n.key), ++evicted_;
     prune(node, evicted);

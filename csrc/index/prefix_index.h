@@ -15,10 +15,15 @@
 // out of window while its sequence goes on, so parts have a use count of their own (need(), unneed()). Parts and whole
 // nodes share one eviction order, by when and how often each was used.
 //
+// A copy can also lie in a tier below the device (host memory, disk, a remote store), one at most in each. Such a node
+// stays linked and is found when its last copy on the device is dropped: that is a demotion, not an eviction. The
+// eviction order here is the device's; a tier has its own.
+//
 // Functions with `undo` make a change (false), or undo the opposite change (true): add_copy(undo) undoes drop_copy(),
 // and the eviction order is restored too. Changes are undone newest first.
 #pragma once
 
+#include <algorithm>
 #include <deque>
 #include <memory>
 #include <string>
@@ -30,41 +35,11 @@
 #include "base/keyed_hash.h"
 #include "base/types.h"
 #include "eviction/retention.h"
-#include "index/block_tags.h"
 #include "index/events.h"
+#include "index/items.h"
 #include "index/token_blocks.h"
 
 namespace kvmem {
-
-constexpr i32 kNoNode = -1;
-
-// The identity under which content is shared: sequences share blocks only if salt and extra key are equal, byte for
-// byte, and so are the marks that begin in those blocks.
-struct PrefixKey {
-  std::string salt, extra_key;  // extra_key names the adapter
-  KeyMarks marks;               // of one prompt; a root has none
-};
-
-// How a group of the cache takes part in sharing.
-enum class GroupKind : std::uint8_t {
-  none,    // it has no content that can be shared
-  full,    // it holds every token of a sequence
-  window,  // it holds the last tokens of a sequence
-  state,   // it holds snapshots of a fixed state, at the end of some blocks
-};
-
-// A unit of eviction: the part of a node in sliding-window group number `window`; or, with window -1, the whole node,
-// without which nothing that continues it can be found.
-struct Item {
-  i32 node = kNoNode;
-  i32 window = -1;
-};
-
-// A cached block whose first `tokens` tokens match.
-struct PartOfBlock {
-  i32 node;
-  i64 tokens;
-};
 
 class PrefixIndex {
  public:
@@ -149,6 +124,21 @@ class PrefixIndex {
   // The same for the copies that a sliding-window group has.
   void add_window_copy(i32 node, i32 window, bool undo);
   void drop_window_copy(i32 node, i32 window, bool undo);
+  // Record that the item has a copy in a tier below the device, or has none there any more. REQUIRES: the opposite held
+  // before; a part has a copy in a tier only while its node has one there; of a chain, the last block loses its last
+  // copy first.
+  void add_copy(Item x, Tier tier, bool undo);
+  void drop_copy(Item x, Tier tier, bool undo);
+  // Returns whether the item has a copy in the tier, the device included.
+  bool has_copy(Item x, Tier tier) const {
+    if (tier == Tier::device) return (x.window < 0 ? i64{nodes_[x.node].copies} : part(x.node, x.window).copies) > 0;
+    return (lower(x) & bit(tier)) != 0;
+  }
+  // Returns how many of the chain's first blocks have a copy of the whole node in the tier, without a gap.
+  i64 blocks_in(const std::vector<i32>& chain, Tier tier) const {
+    const auto is_out = [&](i32 node) { return !has_copy({node, -1}, tier); };
+    return std::find_if(chain.begin(), chain.end(), is_out) - chain.begin();
+  }
   // need() counts one more sequence or pin that needs the window group's part of the node, unneed() one fewer.
   void need(i32 node, i32 window, bool undo = false) {
     Part& p = part(node, window);
@@ -254,13 +244,14 @@ class PrefixIndex {
     i32 first_child = kNoNode;  // the newest child; next_child links to the older ones
     i32 next_child = kNoNode;   // of a root, which has no siblings: its number; of a free node: the next free one
     i32 users = 0;
-    std::uint32_t copies : 27;
+    std::uint32_t copies : 24;   // on the device
+    std::uint32_t lower : 3;     // a bit for each tier below the device that has a copy
     std::uint32_t linked : 1;    // can be found
     std::uint32_t released : 1;  // has a copy and no users, so the policy may return it as a victim
     std::uint32_t pinned : 1;
     std::uint32_t aside : 1;
     std::uint32_t added : 1;  // the current transaction made it
-    Node() : copies(0), linked(0), released(0), pinned(0), aside(0), added(0) {}
+    Node() : copies(0), lower(0), linked(0), released(0), pinned(0), aside(0), added(0) {}
   };
   static_assert(sizeof(Node) == 32, "two nodes fill a cache line");
   // Hash-table links of a node that is not the newest child of its parent.
@@ -269,8 +260,9 @@ class PrefixIndex {
   };
   // The part of a node that a sliding-window group has.
   struct Part {
-    i32 copies = 0, needs = 0;
+    i32 copies = 0, needs = 0;  // copies on the device
     bool aside = false;
+    std::uint8_t lower = 0;  // as Node::lower
   };
   struct Change {
     i32 node;
@@ -323,13 +315,16 @@ class PrefixIndex {
   }
   Part& part(i32 node, i32 window) { return parts_[static_cast<std::size_t>(node * windows_ + window)]; }
   const Part& part(i32 node, i32 window) const { return parts_[static_cast<std::size_t>(node * windows_ + window)]; }
+  static std::uint32_t bit(Tier tier) { return 1u << (static_cast<int>(tier) - 1); }
+  std::uint32_t lower(Item x) const { return x.window < 0 ? nodes_[x.node].lower : part(x.node, x.window).lower; }
+  void set_lower(Item x, Tier tier, bool stored);
   std::uint64_t part_key(i32 node, i32 window) const;
   i32 parent_item(const Node& n) const { return n.ordinal > 0 ? item(n.parent) : kNoNode; }
   void need_again(i32 node, i32 window, bool undo);
   void need_no_more(i32 node, i32 window, bool undo);
   void use_again(i32 node);
   void drop_last(i32 node);
-  bool idle(const Node& n) const { return n.users == 0 && n.copies == 0 && n.first_child == kNoNode; }
+  bool idle(const Node& n) const { return n.users == 0 && n.copies == 0 && n.lower == 0 && n.first_child == kNoNode; }
   void prune(i32 node, bool evicted = false);
   void remember(std::uint64_t key) { ghosts_[key & (ghosts_.size() - 1)] = key; }
   void note(const Change& change, bool undo) {

@@ -44,10 +44,10 @@ ASAN_LIBRARIES = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -pri
 ASAN_PYTHON = env LD_PRELOAD="$(ASAN_LIBRARIES)" ASAN_OPTIONS=detect_leaks=0:handle_segv=0:allocator_may_return_null=1 \
   PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/$(SAN)/python KVMEM_EXPECT_CORE=$(CURDIR)/$(SAN)/python
 
-.PHONY: test-sanitize test-canaries test-stress test-soak test-no-memory test-asan-python test-tsan-python sanitize-programs
-test-sanitize: test-canaries test-stress test-no-memory test-asan-python  ## C++ stress program and core tests under the sanitizers
+.PHONY: test-sanitize test-canaries test-stress test-soak test-tiers test-no-memory test-asan-python test-tsan-python sanitize-programs
+test-sanitize: test-canaries test-stress test-tiers test-no-memory test-asan-python  ## C++ stress program and core tests under the sanitizers
 
-sanitize-programs: $(foreach s,asan tsan,$(SAN)/$s/canary $(SAN)/$s/tests/native/stress/stress) $(addprefix $(SAN)/asan/tests/native/stress/,soak no_memory)  ## compile them, no more (make -j2)
+sanitize-programs: $(foreach s,asan tsan,$(SAN)/$s/canary $(SAN)/$s/tests/native/stress/stress) $(addprefix $(SAN)/asan/tests/native/stress/,soak tiers no_memory)  ## compile them, no more (make -j2)
 
 define sanitized  # $(1) is asan or tsan
 $(SAN)/$(1)/%.o: %.cpp tests/native/sanitize.mk
@@ -57,7 +57,7 @@ $(SAN)/$(1)/%.o: %.cpp tests/native/sanitize.mk
 $(SAN)/$(1)/canary: $(SAN)/$(1)/tests/native/stress/canary.o
 	$$(CXX) -fsanitize=$(SAN_$(1)) -pthread $$^ -o $$@
 
-$(SAN)/$(1)/tests/native/stress/stress $(SAN)/$(1)/tests/native/stress/no_memory: %: %.o $(addprefix $(SAN)/$(1)/,$(CORE_OBJECTS))
+$(addprefix $(SAN)/$(1)/tests/native/stress/,stress tiers no_memory): %: %.o $(addprefix $(SAN)/$(1)/,$(CORE_OBJECTS))
 	$$(CXX) -fsanitize=$(SAN_$(1)) -pthread $$^ -ldl -o $$@
 
 $(SAN)/$(1)/tests/native/stress/soak: $(addprefix $(SAN)/$(1)/,$(SOAK) $(CORE_OBJECTS))
@@ -96,6 +96,9 @@ test-stress: test-stress-asan test-stress-tsan test-soak
 test-soak: $(SAN)/asan/tests/native/stress/soak
 	$(RUN_asan) timeout -k 10 $$(($(SOAK_SECONDS) * 3 + 60)) $< --operations 1000000000 --seconds $(SOAK_SECONDS) \
 	  --seed $(STRESS_SEED) $(SOAK_ARGS)
+
+test-tiers: $(SAN)/asan/tests/native/stress/tiers
+	$(RUN_asan) timeout -k 10 120 $< --seed $(STRESS_SEED) --transactions 20000
 
 # Its operator new takes the sanitizer's place, which still sees all that malloc gives. 200 steps: about half a minute.
 test-no-memory: $(SAN)/asan/tests/native/stress/no_memory $(SAN)/libcuda_stub.so
