@@ -18,25 +18,19 @@ Mapper::~Mapper() {
 
 bool Mapper::start() {
   std::lock_guard<std::mutex> lock(mutex_);
-  try {
-    if (!thread_.joinable()) thread_ = std::thread(&Mapper::run, this);
-  } catch (const std::system_error&) {
-    return false;
-  } catch (const std::bad_alloc&) {
-    return false;
-  }
-  return true;
+  return thread_.joinable() || attempt([this] { thread_ = std::thread(&Mapper::run, this); });
 }
 
 i64 Mapper::post(std::shared_ptr<Space> space, const std::vector<Op>& ops) {
+  KVMEM_ASSERT(thread_.joinable() && space != nullptr, "start() was called, and there is a space to execute on");
   auto job = std::make_unique<Job>();
   job->ops = ops;
   job->space = std::move(space);
   {
     std::lock_guard<std::mutex> lock(mutex_);
     Job* const newest = job.get();
-    (queue_ ? last_->next : queue_) = std::move(job);
-    last_ = newest;
+    (queue_ ? newest_->next : queue_) = std::move(job);
+    newest_ = newest;
   }
   const i64 number = ++posted_;
   wake_.notify_one();
@@ -44,9 +38,11 @@ i64 Mapper::post(std::shared_ptr<Space> space, const std::vector<Op>& ops) {
 }
 
 void Mapper::wait_idle() {
-  if (idle()) return;
-  std::unique_lock<std::mutex> lock(mutex_);
-  rest_.wait(lock, [this] { return idle(); });
+  if (!idle()) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    done_cv_.wait(lock, [this] { return idle(); });
+  }
+  KVMEM_ASSERT(idle() && !queue_, "no job is queued or in progress");
 }
 
 std::size_t Mapper::failed_ops() {
@@ -56,22 +52,14 @@ std::size_t Mapper::failed_ops() {
   return ops;
 }
 
-// False where the step that finds its room missing maps it itself, and reports what the driver says then.
+// Returns whether the job was executed. A step that finds its memory missing maps it itself, and reports the error.
 bool Mapper::execute(Job& job) {
-  try {
-    job.space->execute(job.ops.data(), job.ops.data() + job.ops.size(), true);
-  } catch (...) {
-    return false;
-  }
-  try {
-    job.space->finish();
-  } catch (...) {
-    // The pages are mapped; a device that cannot take an event any more will tell the step's own next call.
-  }
+  if (!attempt([&] { job.space->execute(job.ops.data(), job.ops.data() + job.ops.size(), true); })) return false;
+  attempt([&] { job.space->wait_ahead(); });  // the pages are mapped; a broken device fails the step's next call
   return true;
 }
 
-// Takes no memory, since nobody could be told that there is none.
+// Allocates nothing, because no caller could be told of a failure.
 void Mapper::run() {
   std::unique_lock<std::mutex> lock(mutex_);
   while (true) {
@@ -79,7 +67,6 @@ void Mapper::run() {
     if (!queue_) return;
     std::unique_ptr<Job> job = std::move(queue_);
     queue_ = std::move(job->next);
-    // A job behind a failed one may rest on it: it fails too, until the failure has been taken.
     bool failed = failed_ != nullptr;
     if (!failed) {
       lock.unlock();
@@ -93,7 +80,7 @@ void Mapper::run() {
       failed_flag_.store(true, std::memory_order_release);
     }
     done_.fetch_add(1, std::memory_order_acq_rel);
-    rest_.notify_all();
+    done_cv_.notify_all();
   }
 }
 

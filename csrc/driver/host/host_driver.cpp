@@ -319,7 +319,7 @@ void HostDriver::map_pages(Address at, i64 page_bytes, const PageHandle* pages, 
       file_.show(at + run.first * page_bytes, run.count * page_bytes, run.offset, accessible);
     } catch (const Error& cause) {
       if (run.first && !file_.make_hole(at, run.first * page_bytes)) {
-        HalfDone::raise("map_run", cause, DeviceError(std::strerror(errno), "mmap", errno));
+        UndoFailed::raise("map_run", cause, DeviceError(std::strerror(errno), "mmap", errno));
       }
       throw;
     }

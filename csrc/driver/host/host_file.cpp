@@ -120,7 +120,7 @@ void HostFile::show(Address at, i64 bytes, i64 offset, bool accessible) const {
   // A shared mapping would stay shared with a forked child, which could then write into the parent's cache.
   if (madvise(where, bytes, MADV_DONTFORK) != 0) {
     const DeviceError cause(range_text(at, bytes) + ": " + std::strerror(errno), "madvise", errno);
-    if (!make_hole(at, bytes)) HalfDone::raise("madvise", cause, DeviceError(std::strerror(errno), "mmap", errno));
+    if (!make_hole(at, bytes)) UndoFailed::raise("madvise", cause, DeviceError(std::strerror(errno), "mmap", errno));
     errno = static_cast<int>(cause.code());
     system_failed("map", "madvise", range_text(at, bytes));
   }
