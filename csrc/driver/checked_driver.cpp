@@ -37,29 +37,9 @@ void CheckedDriver::fail(const std::string& verb, i64 nth, i64 code, bool undo_t
   failures_.push_back({verb, nth, code, undo_too});
 }
 
-void CheckedDriver::clear_failures() {
-  std::lock_guard<ForkMutex> lock(mutex_);
-  failures_.clear();
-}
-
-i64 CheckedDriver::pending_failures() const {
-  std::lock_guard<ForkMutex> lock(mutex_);
-  return static_cast<i64>(failures_.size());
-}
-
-void CheckedDriver::hold_events(bool hold) {
-  std::lock_guard<ForkMutex> lock(mutex_);
-  hold_ = hold;
-}
-
 void CheckedDriver::complete_events() {
   std::lock_guard<ForkMutex> lock(mutex_);
   for (auto& [event, fence] : events_) fence.held = false;
-}
-
-i64 CheckedDriver::held_waits() const {
-  std::lock_guard<ForkMutex> lock(mutex_);
-  return held_waits_;
 }
 
 std::vector<CheckedDriver::Call> CheckedDriver::log() const {
@@ -67,30 +47,12 @@ std::vector<CheckedDriver::Call> CheckedDriver::log() const {
   return {log_.begin(), log_.end()};
 }
 
-void CheckedDriver::clear_log() {
-  std::lock_guard<ForkMutex> lock(mutex_);
-  log_.clear();
-}
-
 CheckedDriver::Live CheckedDriver::live() const {
   std::lock_guard<ForkMutex> lock(mutex_);
-  Live live;
-  live.reservations = static_cast<i64>(reservations_.size());
-  live.pages = static_cast<i64>(pages_.size());
-  live.mappings = static_cast<i64>(mappings_.size());
-  live.events = static_cast<i64>(events_.size());
+  const auto count = [](const auto& map) { return static_cast<i64>(map.size()); };
+  Live live{count(reservations_), count(pages_), count(mappings_), count(events_), 0};
   for (const auto& [handle, page] : pages_) live.page_bytes += page.bytes;
   return live;
-}
-
-void CheckedDriver::touch(Address at, i64 bytes) const {
-  std::lock_guard<ForkMutex> lock(mutex_);
-  check_accessible("touch", at, bytes);
-}
-
-DriverCounters CheckedDriver::counters() const {
-  std::lock_guard<ForkMutex> lock(mutex_);
-  return counters_;
 }
 
 // ---- Checks --------------------------------------------------------------------------------------------------------

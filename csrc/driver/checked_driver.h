@@ -5,6 +5,7 @@
 #include <deque>
 #include <map>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -28,15 +29,23 @@ class CheckedDriver final : public Driver {
   // for any of them. The failing call does not reach the inner driver. Undoing calls (rule 8 of driver.h) neither count
   // nor fail, unless `undo_too` is set. Several failures may be pending. Throws SpecError for another verb, n or code.
   void fail(const std::string& verb, i64 nth, i64 code, bool undo_too = false);
-  void clear_failures();
-  i64 pending_failures() const;
+  void clear_failures() {
+    locked([this] { failures_.clear(); });
+  }
+  i64 pending_failures() const {
+    return locked([this] { return static_cast<i64>(failures_.size()); });
+  }
 
   // While events are held, the events that record() returns are not done, whatever the inner driver says. wait() on a
   // held event does not block: it completes that event alone and is counted in held_waits(), so a test cannot hang and
   // sees that the event was waited for.
-  void hold_events(bool hold);
+  void hold_events(bool hold) {
+    locked([=] { hold_ = hold; });
+  }
   void complete_events();  // completes all events held so far
-  i64 held_waits() const;
+  i64 held_waits() const {
+    return locked([this] { return held_waits_; });
+  }
 
   struct Call {
     std::string verb;
@@ -45,7 +54,9 @@ class CheckedDriver final : public Driver {
     std::uint64_t id;  // the page (create: the new one), or the event
   };
   std::vector<Call> log() const;  // the last successful calls, kLogCalls at most, oldest first
-  void clear_log();
+  void clear_log() {
+    locked([this] { log_.clear(); });
+  }
   static constexpr size_t kLogCalls = 1 << 16;
 
   // What exists now: all zero if nothing has leaked.
@@ -55,11 +66,15 @@ class CheckedDriver final : public Driver {
   Live live() const;
 
   // Throws DeviceError unless all of the range is mapped and accessible, as a kernel that uses it needs.
-  void touch(Address at, i64 bytes) const;
+  void touch(Address at, i64 bytes) const {
+    locked([=] { check_accessible("touch", at, bytes); });
+  }
 
   // --- the interface of driver.h ---
   const DriverInfo& info() const override { return inner_->info(); }
-  DriverCounters counters() const override;
+  DriverCounters counters() const override {
+    return locked([this] { return counters_; });
+  }
   i64 physical_bytes() const override { return inner_->physical_bytes(); }
   i64 available_bytes() const override { return inner_->available_bytes(); }
   Address reserve(i64 bytes, i64 alignment) override;
@@ -106,6 +121,11 @@ class CheckedDriver final : public Driver {
   };
   using Mappings = std::map<Address, Mapping>;
 
+  template <class F>
+  auto locked(F f) const -> decltype(f()) {
+    std::lock_guard<ForkMutex> lock(mutex_);
+    return f();
+  }
   void inject(const char* verb);  // throws if a failure is due
   void log_call(const char* verb, Address at, i64 bytes, std::uint64_t id);
   void check_size(const char* verb, Address at, i64 bytes) const;

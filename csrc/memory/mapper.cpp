@@ -23,14 +23,10 @@ bool Mapper::start() {
 
 i64 Mapper::post(std::shared_ptr<Space> space, const std::vector<Op>& ops) {
   KVMEM_ASSERT(thread_.joinable() && space != nullptr, "start() was called, and there is a space to execute on");
-  auto job = std::make_unique<Job>();
-  job->ops = ops;
-  job->space = std::move(space);
+  std::list<Job> job{{std::move(space), ops}};
   {
     std::lock_guard<std::mutex> lock(mutex_);
-    Job* const newest = job.get();
-    (queue_ ? newest_->next : queue_) = std::move(job);
-    newest_ = newest;
+    queue_.splice(queue_.end(), job);
   }
   const i64 number = ++posted_;
   wake_.notify_one();
@@ -42,18 +38,18 @@ void Mapper::wait_idle() {
     std::unique_lock<std::mutex> lock(mutex_);
     done_cv_.wait(lock, [this] { return idle(); });
   }
-  KVMEM_ASSERT(idle() && !queue_, "no job is queued or in progress");
+  KVMEM_ASSERT(idle() && queue_.empty(), "no job is queued or in progress");
 }
 
 std::size_t Mapper::failed_ops() {
   std::lock_guard<std::mutex> lock(mutex_);
   std::size_t ops = 0;
-  for (const Job* job = failed_.get(); job; job = job->next.get()) ops += job->ops.size();
+  for (const Job& job : failed_) ops += job.ops.size();
   return ops;
 }
 
 // Returns whether the job was executed. A step that finds its memory missing maps it itself, and reports the error.
-bool Mapper::execute(Job& job) {
+bool Mapper::execute(const Job& job) {
   if (!attempt([&] { job.space->execute(job.ops.data(), job.ops.data() + job.ops.size(), true); })) return false;
   attempt([&] { job.space->wait_ahead(); });  // the pages are mapped; a broken device fails the step's next call
   return true;
@@ -63,20 +59,19 @@ bool Mapper::execute(Job& job) {
 void Mapper::run() {
   std::unique_lock<std::mutex> lock(mutex_);
   while (true) {
-    wake_.wait(lock, [this] { return stop_ || queue_; });
-    if (!queue_) return;
-    std::unique_ptr<Job> job = std::move(queue_);
-    queue_ = std::move(job->next);
-    bool failed = failed_ != nullptr;
+    wake_.wait(lock, [this] { return stop_ || !queue_.empty(); });
+    if (queue_.empty()) return;
+    std::list<Job> job;
+    job.splice(job.begin(), queue_, queue_.begin());
+    bool failed = !failed_.empty();
     if (!failed) {
       lock.unlock();
-      failed = !execute(*job);
-      job->space.reset();
+      failed = !execute(job.front());
+      job.front().space.reset();
       lock.lock();
     }
     if (failed) {
-      job->next = std::move(failed_);
-      failed_ = std::move(job);
+      failed_.splice(failed_.begin(), job);
       failed_flag_.store(true, std::memory_order_release);
     }
     done_.fetch_add(1, std::memory_order_acq_rel);

@@ -2,8 +2,10 @@
 // executes was decided before, under the pool's lock. It runs no Python, and starts with the first job.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
+#include <list>
 #include <memory>
 #include <mutex>
 #include <thread>
@@ -44,31 +46,27 @@ class Mapper {
   template <class Undo>
   void take_failed(const Undo& undo) {
     KVMEM_ASSERT(idle(), "no job is in progress");
-    std::unique_ptr<Job> job;
+    std::list<Job> jobs;
     {
       std::lock_guard<std::mutex> lock(mutex_);
       failed_flag_.store(false, std::memory_order_release);
-      job = std::move(failed_);
+      jobs.swap(failed_);
     }
-    for (; job; job = std::move(job->next)) {
-      for (auto op = job->ops.rbegin(); op != job->ops.rend(); ++op) undo(*op);
-    }
+    for (const Job& job : jobs) std::for_each(job.ops.rbegin(), job.ops.rend(), undo);
   }
 
  private:
   struct Job {
     std::shared_ptr<Space> space;
     std::vector<Op> ops;
-    std::unique_ptr<Job> next;
   };
   void run();
-  static bool execute(Job& job);
+  static bool execute(const Job& job);
 
-  std::mutex mutex_;  // guards queue_, newest_, failed_ and stop_
+  std::mutex mutex_;  // guards the lists and stop_
   std::condition_variable wake_, done_cv_;
-  std::unique_ptr<Job> queue_;   // oldest first
-  Job* newest_ = nullptr;        // the last job of queue_
-  std::unique_ptr<Job> failed_;  // newest first
+  std::list<Job> queue_;   // oldest first; lists, because a job moves between them without memory
+  std::list<Job> failed_;  // newest first
   std::atomic<bool> failed_flag_{false};
   std::atomic<i64> done_{0};
   i64 posted_ = 0;  // jobs posted so far; guarded by the pool's lock

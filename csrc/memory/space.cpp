@@ -16,10 +16,6 @@ constexpr const char* kDiscard = "Discard it with all of its allocators, and mak
 
 }  // namespace
 
-Reservation::~Reservation() {
-  attempt([this] { driver_->release(base_, bytes_); });  // after an error the addresses stay reserved, without memory
-}
-
 Space::Space(std::shared_ptr<Driver> driver, i64 page_bytes) : driver_(std::move(driver)), page_bytes_(page_bytes) {
   KVMEM_ASSERT(page_bytes > 0 && page_bytes % info().granularity_bytes == 0, "a page is a multiple of the granularity");
 }
@@ -41,36 +37,41 @@ Space::~Space() {
 
 void Space::add_arena(i32 number, i64 slots) {
   std::lock_guard<std::mutex> lock(mutex_);
-  KVMEM_ASSERT(number >= static_cast<i32>(arenas_.size()) || !arenas_[number].reservation, "the number is unused");
-  Arena arena;
-  arena.reservation = std::make_unique<Reservation>(driver_, slots * page_bytes_, 0);
-  arena.slots = SlotSet(slots);
+  KVMEM_ASSERT(number >= static_cast<i32>(arenas_.size()) || arenas_[number].base == 0, "the number is unused");
   if (number >= static_cast<i32>(arenas_.size())) arenas_.resize(number + 1);
+  Arena arena;
+  arena.slots = slots;
+  arena.mapped.reserve(slots);
+  arena.base = driver_->reserve(slots * page_bytes_, 0);  // the last step that may fail
   arenas_[number] = std::move(arena);
 }
 
 void Space::remove_arena(i32 number) {
   std::lock_guard<std::mutex> lock(mutex_);
   Arena& arena = arenas_[number];
-  if (!arena.reservation) return;
-  for (i64 from = arena.slots.next(0), to; from < arena.slots.slots(); from = arena.slots.next(to)) {
-    to = from;
-    while (to < arena.slots.slots() && arena.slots.has(to)) ++to;
+  if (arena.base == 0) return;
+  while (!arena.mapped.empty()) {
+    const i64 from = arena.mapped.first();
+    i64 to = from;
+    while (to < arena.slots && arena.mapped.has(to)) ++to;
+    arena.mapped.erase(from, to - from);
     if (!try_unmap(number, from, to - from)) {
       for (i64 slot = from; slot < to; ++slot) try_unmap(number, slot, 1);  // one page may have failed; try the others
     }
   }
+  // After an error the addresses stay reserved, without memory.
+  attempt([&] { driver_->release(arena.base, arena.slots * page_bytes_); });
   arena = Arena();
 }
 
 Address Space::arena_base(i32 arena) const {
   std::lock_guard<std::mutex> lock(mutex_);
-  return arenas_[arena].reservation->base();
+  return arenas_[arena].base;
 }
 
 i64 Space::arena_bytes(i32 arena) const {
   std::lock_guard<std::mutex> lock(mutex_);
-  return arenas_[arena].reservation->bytes();
+  return arenas_[arena].slots * page_bytes_;
 }
 
 bool Space::try_unmap(i32 arena, i64 slot, i64 count) {
@@ -223,17 +224,16 @@ std::size_t Space::map_run(const Op* ops, std::size_t count) {
     next += op.c;
   }
   const i64 pages = next - ops[0].a;
-  SlotSet& slots = arenas_[ops[0].at].slots;
-  slots.reserve(ops[0].a, next);
-  KVMEM_ASSERT(!slots.has(ops[0].a) && !slots.has(next - 1), "the slots are unmapped");
+  IdSet& mapped = arenas_[ops[0].at].mapped;
+  KVMEM_ASSERT(!mapped.has(ops[0].a) && !mapped.has(next - 1), "the slots are unmapped");
   bool accessible = false;
   try {
     accessible = driver_->map_run_open(at(ops[0].at, ops[0].a), page_bytes_, run_pages_.data(), pages);
   } catch (const UndoFailed&) {
-    slots.set(ops[0].a, next, true);  // some may still be mapped
+    mapped.insert(ops[0].a, pages);  // some may still be mapped
     throw;
   }
-  slots.set(ops[0].a, next, true);
+  mapped.insert(ops[0].a, pages);
   if (!accessible) set_access(ops[0].at, ops[0].a, pages);
   return taken;
 }
@@ -244,7 +244,7 @@ void Space::set_access(i32 arena, i64 slot, i64 pages) {
     driver_->set_access(at(arena, slot), pages * page_bytes_);
   } catch (const std::exception& cause) {
     undo_call(*driver_, "set_access", cause, [&] { driver_->unmap_run(at(arena, slot), page_bytes_, pages); });
-    arenas_[arena].slots.set(slot, slot + pages, false);
+    arenas_[arena].mapped.erase(slot, pages);
     throw;
   }
 }
@@ -260,11 +260,11 @@ std::size_t Space::unmap_run(const Op* ops, std::size_t count) {
     if (op.kind != OpKind::unmap || op.at != ops[0].at || op.a != ops[0].a + pages) break;
     pages += op.c, fence = std::max(fence, op.d);
   }
-  SlotSet& slots = arenas_[ops[0].at].slots;
-  KVMEM_ASSERT(slots.has(ops[0].a) && slots.has(ops[0].a + pages - 1), "the slots are mapped");
+  IdSet& mapped = arenas_[ops[0].at].mapped;
+  KVMEM_ASSERT(mapped.has(ops[0].a) && mapped.has(ops[0].a + pages - 1), "the slots are mapped");
   wait_for(fence);
   driver_->unmap_run(at(ops[0].at, ops[0].a), page_bytes_, pages);
-  slots.set(ops[0].a, ops[0].a + pages, false);
+  mapped.erase(ops[0].a, pages);
   return taken;
 }
 
@@ -329,25 +329,17 @@ void Space::undo(const Op* first, const Op* last, const std::exception& cause) {
   undo_call(*driver_, "a driver call", cause, [&] {
     // The device may still be writing to what is unmapped next. If it cannot be waited for, it does not work any more.
     if (writes) attempt([this] { sync(content_stream_); });
+    pending_zeroes_.clear();
     while (last != first) undo_one(*--last);
   });
 }
 
 void Space::undo_one(const Op& op) {
   const Op back = inverse(op);
-  if (back.kind == OpKind::map) {
-    map_run(&back, 1);
-  } else if (back.kind == OpKind::unmap) {
-    unmap_run(&back, 1);
-  } else if (back.kind == OpKind::create) {
-    create(back.a, back.b);
-  } else if (back.kind == OpKind::destroy) {
-    destroy(back.a, back.b);
-  } else if (back.kind == OpKind::fence) {
-    if (fences_.empty() || fences_.back().number != op.a) return;
-    driver_->forget(fences_.back().event);
-    fences_.pop_back();
-  }
+  if (is_physical(op.kind) && back.kind != op.kind) execute_next(&back, 1);  // zero and copy are not undone
+  if (op.kind != OpKind::fence || fences_.empty() || fences_.back().number != op.a) return;
+  driver_->forget(fences_.back().event);
+  fences_.pop_back();
 }
 
 }  // namespace kvmem

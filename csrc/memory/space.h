@@ -10,34 +10,17 @@
 #include <vector>
 
 #include "base/check.h"
+#include "base/id_set.h"
 #include "base/ops.h"
 #include "driver/driver.h"
-#include "memory/slot_set.h"
 
 namespace kvmem {
-
-// One reserved address range, which its destructor releases. REQUIRES: by then nothing is mapped in it.
-class Reservation {
- public:
-  Reservation(std::shared_ptr<Driver> driver, i64 bytes, i64 alignment)
-      : driver_(std::move(driver)), base_(driver_->reserve(bytes, alignment)), bytes_(bytes) {}
-  ~Reservation();
-  Reservation(const Reservation&) = delete;
-  Reservation& operator=(const Reservation&) = delete;
-  Address base() const { return base_; }
-  i64 bytes() const { return bytes_; }
-
- private:
-  std::shared_ptr<Driver> driver_;
-  Address base_;
-  i64 bytes_;
-};
 
 // The device memory of one pool. It is destroyed after every tensor that shows its memory, because those keep their
 // allocator alive.
 //
-// Invariants: slots of an arena that are not in its SlotSet map nothing; fences_ is ordered by number; a poisoned space
-// executes nothing.
+// Invariants: slots of an arena that are not in Arena::mapped map nothing; fences_ is ordered by number; a poisoned
+// space executes nothing.
 //
 // Thread safety: every public function locks mutex_, because the mapper executes beside the caller. A driver takes one
 // call at a time anyway.
@@ -92,8 +75,9 @@ class Space {
 
  private:
   struct Arena {
-    std::unique_ptr<Reservation> reservation;
-    SlotSet slots;  // the slots that are mapped, or that may be after a failed undo
+    Address base = 0;  // of its reserved addresses; 0 if the number is unused
+    i64 slots = 0;
+    IdSet mapped;  // the slots that are mapped, or that may be after a failed undo
   };
   struct Fence {
     i64 number;
@@ -104,7 +88,7 @@ class Space {
     i64 offset, bytes;
   };
 
-  Address at(i32 arena, i64 slot) const { return arenas_[arena].reservation->base() + Address(slot * page_bytes_); }
+  Address at(i32 arena, i64 slot) const { return arenas_[arena].base + Address(slot * page_bytes_); }
   std::size_t execute_next(const Op* ops, std::size_t count);
   std::size_t map_run(const Op* ops, std::size_t count);
   std::size_t unmap_run(const Op* ops, std::size_t count);

@@ -54,10 +54,9 @@ class Transaction {
     if (ops_.capacity() - ops_.size() < records) ops_.reserve(2 * ops_.size() + records + 15);
     pool_.journal.reserve(records * Journal::kPerRecord);
   }
-  // Keeps a private op that the caller has applied itself, which is cheaper than push().
+  // Keeps an op that the caller has applied itself, which is cheaper than push().
   void note(const Op& op) {
-    KVMEM_ASSERT(!done_ && is_private(op.kind), "the transaction is open, and the op is private");
-    KVMEM_ASSERT(ops_.size() < ops_.capacity(), "expect() made room");
+    KVMEM_ASSERT(!done_ && ops_.size() < ops_.capacity(), "the transaction is open, and expect() made room");
     ops_.push_back(op);
   }
   // Returns the number of a fence that covers all device work from before this transaction; makes it on the first call.

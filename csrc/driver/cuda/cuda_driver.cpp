@@ -38,13 +38,9 @@ void CudaDriver::check_positive(const char* verb, i64 bytes) {
 
 // ---- Destruction ---------------------------------------------------------------------------------------------------
 
+// Ignores errors. At process exit libcuda may report that it, or the context, does not exist any more.
 CudaDriver::~CudaDriver() {
   if (device_.forked()) return;  // the context is the parent's
-  release_everything();
-}
-
-// Ignores errors. At process exit libcuda may report that it, or the context, does not exist any more.
-void CudaDriver::release_everything() {
   const Result pushed = api_.cuCtxPushCurrent(device_.context());
   if (pushed == cuda::kDeinitialized || pushed == cuda::kContextIsDestroyed) return;
   int mode = cuda::kCaptureRelaxed;  // Python's garbage collector may run this while a thread captures a graph

@@ -89,7 +89,6 @@ class CudaDriver final : public Driver {
   bool unmap_at_once(Address at, i64 page_bytes, i64 count);
   cuda::EventPtr take_event();
   void check_not_captured(const char* verb, Stream stream) const;
-  void release_everything();
 
   const cuda::Device device_;
   const cuda::Api& api_;

@@ -49,7 +49,7 @@ class HostDriver final : public Driver {
     return counters_;
   }
   i64 physical_bytes() const override {
-    fork_.check(kName);
+    std::lock_guard<ForkMutex> lock(mutex_);
     return file_.physical_bytes();
   }
   i64 available_bytes() const override;
@@ -129,7 +129,6 @@ class HostDriver final : public Driver {
     budget_.add(pieces.count() - before);
   }
 
-  const ForkGuard fork_;
   DriverInfo info_;
   MappingBudget budget_;
   HostFile file_;
@@ -147,7 +146,7 @@ HostDriver::~HostDriver() {
   for (auto& [base, pieces] : reservations_) {
     budget_.add(-pieces.count());
     // A forked child has no mapping there (MADV_DONTFORK), and may use the addresses for something else.
-    if (!fork_.forked()) munmap(reinterpret_cast<void*>(base), pieces.bytes());
+    if (!file_.forked()) munmap(reinterpret_cast<void*>(base), pieces.bytes());
   }
 }
 

@@ -18,8 +18,7 @@
 namespace kvmem {
 namespace {
 
-[[noreturn]] void fail(const char* call) {
-  const int code = errno;
+[[noreturn]] void fail(const char* call, int code = errno) {
   throw DeviceError(std::string("the host driver: ") + call + " failed: " + std::strerror(code), call, code);
 }
 
@@ -42,8 +41,7 @@ HostFile::HostFile(bool holes_fault) : holes_fault_(holes_fault) {
   if (ftruncate(fd_, bytes) != 0 || fcntl(fd_, F_ADD_SEALS, F_SEAL_SHRINK) != 0) {
     const int code = errno;
     ::close(fd_);
-    errno = code;
-    fail("ftruncate");
+    fail("ftruncate", code);
   }
   free_[0] = bytes;
   keep_in_parent(fd_);
@@ -93,8 +91,7 @@ void HostFile::free(i64 offset, i64 bytes) {
   if (result != 0) {
     const int code = errno;
     free_.erase(it);
-    errno = code;
-    fail("fallocate");
+    fail("fallocate", code);
   }
   const auto next = std::next(it);
   KVMEM_ASSERT(next == free_.end() || offset + bytes <= next->first, "the range was allocated");

@@ -34,6 +34,7 @@ class HostFile {
   bool unmap(Address at, i64 bytes) const;
   // Returns the protection of holes, which is the same for all, so that the kernel merges neighbours.
   int hole_protection() const;
+  bool forked() const { return fork_.forked(); }
   // Returns how many bytes the system has allocated for the file.
   i64 physical_bytes() const;
 
