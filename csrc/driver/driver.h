@@ -130,11 +130,11 @@ class Driver {
   virtual void copy(Address to, Address from, i64 bytes, Stream stream) = 0;
 
   // --- events ---
-  // Returns an event that completes when the work put on `stream` so far is done. Each is given back by forget().
+  // Returns an event that completes when the work put on `stream` so far is done. Each is released by forget().
   virtual Event record(Stream stream) = 0;
   virtual bool done(Event event) = 0;
   virtual void wait(Event event) = 0;    // blocks the calling thread
-  virtual void forget(Event event) = 0;  // the event need not be done
+  virtual void forget(Event event) = 0;  // releases the event, done or not
 
   // --- streams; a driver without streams inherits these ---
   // Throws DeviceError for a stream of another device or context.

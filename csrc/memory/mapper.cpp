@@ -55,7 +55,7 @@ bool Mapper::execute(const Job& job) {
   return true;
 }
 
-// Allocates nothing, because no caller could be told of a failure.
+// Allocates nothing, because there is no caller to which a failure could be reported.
 void Mapper::run() {
   std::unique_lock<std::mutex> lock(mutex_);
   while (true) {

@@ -104,7 +104,7 @@ class CudaDriver final : public Driver {
   mutable ForkMutex event_mutex_{"the CUDA driver"};
   DriverCounters counters_;
   std::vector<cuda::EventPtr> events_;       // all that were created; null where that failed
-  std::vector<cuda::EventPtr> idle_events_;  // those that forget() has returned
+  std::vector<cuda::EventPtr> idle_events_;  // those that forget() has released
 };
 
 }  // namespace kvmem
