@@ -22,8 +22,8 @@ namespace kvmem {
 // Invariants: slots of an arena that are not in Arena::mapped map nothing; fences_ is ordered by number; a poisoned
 // space executes nothing.
 //
-// Thread safety: every public function that reads or changes this state locks mutex_, because the mapper executes beside
-// the caller. A driver takes one call at a time anyway.
+// Thread safety: every public function that reads or changes this state locks mutex_, because the mapper executes
+// beside the caller. A driver takes one call at a time anyway.
 class Space {
  public:
   Space(std::shared_ptr<Driver> driver, i64 page_bytes);
