@@ -274,7 +274,10 @@ void Space::create(i64 first, i64 count) {
   i64 i = 0;
   const auto destroy_created = [&](const std::exception& cause) {
     undo_call(*driver_, "create", cause, [&] {
-      for (; i > 0; --i) driver_->destroy(std::exchange(pages_[first + i - 1], 0));
+      for (; i > 0; --i) {
+        driver_->destroy(pages_[first + i - 1]);
+        pages_[first + i - 1] = 0;  // not before: after an error the destructor destroys the page
+      }
     });
   };
   try {
