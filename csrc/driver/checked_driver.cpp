@@ -1,14 +1,15 @@
-// Keeps its own record and compares every call with it before the inner driver sees it.
-
 #include "driver/checked_driver.h"
 
 #include <algorithm>
 #include <iterator>
+#include <utility>
+
+#include "base/check.h"
 
 namespace kvmem {
 namespace {
 
-constexpr i64 kInvalidValue = 1, kOutOfMemory = 2;  // CUDA's codes
+constexpr i64 kInvalidValue = 1, kOutOfMemory = 2;  // CUDA's error codes
 
 [[noreturn]] void refuse(const char* verb, const std::string& rule) {
   throw DeviceError(std::string("checked driver: ") + verb + ": " + rule, verb, kInvalidValue);
@@ -29,25 +30,11 @@ CheckedDriver::CheckedDriver(std::shared_ptr<Driver> inner) : inner_(std::move(i
 // ---- Test controls -------------------------------------------------------------------------------------------------
 
 void CheckedDriver::fail(const std::string& verb, i64 nth, i64 code, bool undo_too) {
-  if (!is_verb(verb)) throw SpecError("fail: there is no verb '" + verb + "'");
-  if (nth < 1 || code == 0) throw SpecError("fail: nth counts from 1, and code 0 is success");
+  if (!is_verb(verb)) throw SpecError("verb: got '" + verb + "'; must be a function of a driver, or ''");
+  if (nth < 1) throw SpecError("nth: got " + std::to_string(nth) + "; must be at least 1");
+  if (code == 0) throw SpecError("code: got 0, which is success; must be an error code");
   std::lock_guard<ForkMutex> lock(mutex_);
   failures_.push_back({verb, nth, code, undo_too});
-}
-
-void CheckedDriver::clear_failures() {
-  std::lock_guard<ForkMutex> lock(mutex_);
-  failures_.clear();
-}
-
-i64 CheckedDriver::pending_failures() const {
-  std::lock_guard<ForkMutex> lock(mutex_);
-  return static_cast<i64>(failures_.size());
-}
-
-void CheckedDriver::hold_events(bool hold) {
-  std::lock_guard<ForkMutex> lock(mutex_);
-  hold_ = hold;
 }
 
 void CheckedDriver::complete_events() {
@@ -55,40 +42,17 @@ void CheckedDriver::complete_events() {
   for (auto& [event, fence] : events_) fence.held = false;
 }
 
-i64 CheckedDriver::held_waits() const {
-  std::lock_guard<ForkMutex> lock(mutex_);
-  return held_waits_;
-}
-
 std::vector<CheckedDriver::Call> CheckedDriver::log() const {
   std::lock_guard<ForkMutex> lock(mutex_);
   return {log_.begin(), log_.end()};
 }
 
-void CheckedDriver::clear_log() {
-  std::lock_guard<ForkMutex> lock(mutex_);
-  log_.clear();
-}
-
 CheckedDriver::Live CheckedDriver::live() const {
   std::lock_guard<ForkMutex> lock(mutex_);
-  Live live;
-  live.reservations = static_cast<i64>(reservations_.size());
-  live.pages = static_cast<i64>(pages_.size());
-  live.mappings = static_cast<i64>(mappings_.size());
-  live.events = static_cast<i64>(events_.size());
+  const auto count = [](const auto& map) { return static_cast<i64>(map.size()); };
+  Live live{count(reservations_), count(pages_), count(mappings_), count(events_), 0};
   for (const auto& [handle, page] : pages_) live.page_bytes += page.bytes;
   return live;
-}
-
-void CheckedDriver::touch(Address at, i64 bytes) const {
-  std::lock_guard<ForkMutex> lock(mutex_);
-  check_accessible("touch", at, bytes);
-}
-
-DriverCounters CheckedDriver::counters() const {
-  std::lock_guard<ForkMutex> lock(mutex_);
-  return counters_;
 }
 
 // ---- Checks --------------------------------------------------------------------------------------------------------
@@ -108,7 +72,19 @@ void CheckedDriver::inject(const char* verb) {
   throw DeviceError(what, verb, code);
 }
 
-void CheckedDriver::note(const char* verb, Address at, i64 bytes, std::uint64_t id) {
+CheckedDriver::Page& CheckedDriver::find_page(const char* verb, PageHandle page) {
+  const auto it = pages_.find(page);
+  if (it == pages_.end()) refuse(verb, "page " + std::to_string(page) + " does not exist, or was destroyed");
+  return it->second;
+}
+
+CheckedDriver::Fence& CheckedDriver::find_event(const char* verb, Event event) {
+  const auto it = events_.find(event);
+  if (it == events_.end()) refuse(verb, "event " + std::to_string(event) + " does not exist, or was forgotten");
+  return it->second;
+}
+
+void CheckedDriver::log_call(const char* verb, Address at, i64 bytes, std::uint64_t id) {
   if (log_.size() == kLogCalls) log_.pop_front();
   log_.push_back({verb, at, bytes, id});
 }
@@ -116,7 +92,7 @@ void CheckedDriver::note(const char* verb, Address at, i64 bytes, std::uint64_t 
 void CheckedDriver::check_size(const char* verb, Address at, i64 bytes) const {
   const i64 granularity = info().granularity_bytes;
   if (bytes <= 0 || bytes % granularity) {
-    refuse(verb, "size " + std::to_string(bytes) + " is off the granularity, " + std::to_string(granularity));
+    refuse(verb, "size " + std::to_string(bytes) + " is off the granularity of " + std::to_string(granularity));
   }
   if (at % granularity) refuse(verb, "address " + range_text(at, bytes) + " is off the granularity");
 }
@@ -128,7 +104,7 @@ void CheckedDriver::check_reserved(const char* verb, Address at, i64 bytes) cons
     if (at - it->first <= static_cast<Address>(it->second) && bytes <= it->second - static_cast<i64>(at - it->first))
       return;
   }
-  refuse(verb, range_text(at, bytes) + " is not reserved, or not by one reserve");
+  refuse(verb, range_text(at, bytes) + " is not reserved, or not by one call of reserve");
 }
 
 bool CheckedDriver::overlaps(Address at, i64 bytes) const {
@@ -138,7 +114,7 @@ bool CheckedDriver::overlaps(Address at, i64 bytes) const {
 }
 
 template <class Visit>
-void CheckedDriver::cover(const char* verb, Address at, i64 bytes, Visit visit) const {
+void CheckedDriver::for_cover(const char* verb, Address at, i64 bytes, Visit visit) const {
   const Address end = at + bytes;
   auto it = mappings_.upper_bound(at);
   if (it != mappings_.begin()) --it;
@@ -153,7 +129,7 @@ void CheckedDriver::cover(const char* verb, Address at, i64 bytes, Visit visit) 
 
 void CheckedDriver::check_accessible(const char* verb, Address at, i64 bytes) const {
   if (bytes < 0) refuse(verb, "size " + std::to_string(bytes) + " is negative");
-  cover(verb, at, bytes, [&](Address, const Mapping& mapping) {
+  for_cover(verb, at, bytes, [&](Address, const Mapping& mapping) {
     if (!mapping.accessible) refuse(verb, range_text(at, bytes) + " is touched before set_access");
   });
 }
@@ -169,7 +145,7 @@ Address CheckedDriver::reserve(i64 bytes, i64 alignment) {
   const Address base = inner_->reserve(bytes, alignment);
   if (alignment && base % alignment) refuse("reserve", "the inner driver ignored the alignment");
   reservations_[base] = bytes;
-  note("reserve", base, bytes, 0);
+  log_call("reserve", base, bytes, 0);
   return base;
 }
 
@@ -184,7 +160,7 @@ void CheckedDriver::release(Address base, i64 bytes) {
   inject("release");
   inner_->release(base, bytes);
   reservations_.erase(it);
-  note("release", base, bytes, 0);
+  log_call("release", base, bytes, 0);
 }
 
 PageHandle CheckedDriver::create(i64 bytes) {
@@ -194,26 +170,24 @@ PageHandle CheckedDriver::create(i64 bytes) {
   inject("create");
   const PageHandle page = inner_->create(bytes);
   if (page == 0 || !pages_.emplace(page, Page{bytes, 0}).second) {
-    refuse("create", "the inner driver returned page " + std::to_string(page) + ", which is 0 or lives already");
+    refuse("create", "the inner driver returned page " + std::to_string(page) + ", which is 0 or exists already");
   }
-  note("create", 0, bytes, page);
+  log_call("create", 0, bytes, page);
   return page;
 }
 
 void CheckedDriver::destroy(PageHandle page) {
   std::lock_guard<ForkMutex> lock(mutex_);
   ++counters_.destroy;
-  auto it = pages_.find(page);
-  if (it == pages_.end()) refuse("destroy", "page " + std::to_string(page) + " does not exist, or no longer");
-  if (it->second.mappings) {
-    refuse("destroy", "page " + std::to_string(page) + " is destroyed while mapped at " +
-                          std::to_string(it->second.mappings) + " address(es)");
+  const auto [bytes, mappings] = find_page("destroy", page);
+  if (mappings) {
+    refuse("destroy", "page " + std::to_string(page) + " is destroyed while mapped at " + std::to_string(mappings) +
+                          " address(es)");
   }
   inject("destroy");
-  const i64 bytes = it->second.bytes;
   inner_->destroy(page);
-  pages_.erase(it);
-  note("destroy", 0, bytes, page);
+  pages_.erase(page);
+  log_call("destroy", 0, bytes, page);
 }
 
 // ---- Mappings ------------------------------------------------------------------------------------------------------
@@ -223,19 +197,18 @@ void CheckedDriver::map(Address at, i64 bytes, i64 offset, PageHandle page) {
   ++counters_.map;
   if (offset != 0) refuse("map", "offset is " + std::to_string(offset) + " and must be 0");
   check_size("map", at, bytes);
-  auto it = pages_.find(page);
-  if (it == pages_.end()) refuse("map", "page " + std::to_string(page) + " does not exist");
-  if (it->second.bytes != bytes) {
-    refuse("map", std::to_string(bytes) + " bytes of page " + std::to_string(page) + ", which has " +
-                      std::to_string(it->second.bytes) + ": a handle is mapped whole, never in part");
+  Page& mapped = find_page("map", page);
+  if (mapped.bytes != bytes) {
+    refuse("map", "page " + std::to_string(page) + " has " + std::to_string(mapped.bytes) + " bytes, and " +
+                      std::to_string(bytes) + " are to be mapped: a page is mapped whole, never in part");
   }
   check_reserved("map", at, bytes);
   if (overlaps(at, bytes)) refuse("map", range_text(at, bytes) + " is mapped already");
   inject("map");
   inner_->map(at, bytes, offset, page);
   mappings_[at] = {bytes, page, false};
-  ++it->second.mappings;
-  note("map", at, bytes, page);
+  ++mapped.mappings;
+  log_call("map", at, bytes, page);
 }
 
 void CheckedDriver::set_access(Address at, i64 bytes) {
@@ -243,7 +216,7 @@ void CheckedDriver::set_access(Address at, i64 bytes) {
   ++counters_.set_access;
   check_size("set_access", at, bytes);
   check_reserved("set_access", at, bytes);
-  cover("set_access", at, bytes, [&](Address begin, const Mapping& mapping) {
+  for_cover("set_access", at, bytes, [&](Address begin, const Mapping& mapping) {
     if (begin < at || begin + mapping.bytes > at + bytes) {
       refuse("set_access", range_text(at, bytes) + " covers a part of the mapping " + range_text(begin, mapping.bytes));
     }
@@ -252,7 +225,7 @@ void CheckedDriver::set_access(Address at, i64 bytes) {
   inner_->set_access(at, bytes);
   for (auto it = mappings_.find(at); it != mappings_.end() && it->first < at + bytes; ++it)
     it->second.accessible = true;
-  note("set_access", at, bytes, 0);
+  log_call("set_access", at, bytes, 0);
 }
 
 void CheckedDriver::unmap(Address at, i64 bytes) { unmap_run(at, bytes, 1); }
@@ -273,15 +246,18 @@ void CheckedDriver::unmap_run(Address at, i64 page_bytes, i64 count) {
   for (i64 i = 0; i < count; ++i) {
     const auto it = mappings_.find(at + i * page_bytes);
     const PageHandle page = it->second.page;
-    --pages_.find(page)->second.mappings;
+    Page& unmapped = find_page("unmap", page);
+    KVMEM_ASSERT(unmapped.mappings > 0, "the page was mapped");
+    --unmapped.mappings;
     mappings_.erase(it);
-    note("unmap", at + i * page_bytes, page_bytes, page);
+    log_call("unmap", at + i * page_bytes, page_bytes, page);
   }
 }
 
 void CheckedDriver::undoing(bool begin) {
   std::lock_guard<ForkMutex> lock(mutex_);
   undoing_ += begin ? 1 : -1;
+  KVMEM_ASSERT(undoing_ >= 0, "an undo ends after it has begun");
   inner_->undoing(begin);
 }
 
@@ -293,7 +269,7 @@ void CheckedDriver::zero(Address at, i64 bytes, Stream stream) {
   check_accessible("zero", at, bytes);
   inject("zero");
   inner_->zero(at, bytes, stream);
-  note("zero", at, bytes, 0);
+  log_call("zero", at, bytes, 0);
 }
 
 void CheckedDriver::copy(Address to, Address from, i64 bytes, Stream stream) {
@@ -305,7 +281,7 @@ void CheckedDriver::copy(Address to, Address from, i64 bytes, Stream stream) {
   if (static_cast<i64>(high - low) < bytes) refuse("copy", "source and destination overlap");
   inject("copy");
   inner_->copy(to, from, bytes, stream);
-  note("copy", to, bytes, 0);
+  log_call("copy", to, bytes, 0);
 }
 
 Event CheckedDriver::record(Stream stream) {
@@ -316,16 +292,15 @@ Event CheckedDriver::record(Stream stream) {
   if (inner == 0 && !hold_) return 0;
   const Event event = ++last_event_;
   events_[event] = {inner, hold_};
-  note("record", 0, 0, event);
+  log_call("record", 0, 0, event);
   return event;
 }
 
 bool CheckedDriver::done(Event event) {
   std::lock_guard<ForkMutex> lock(mutex_);
   if (event == 0) return true;
-  auto it = events_.find(event);
-  if (it == events_.end()) refuse("done", "event " + std::to_string(event) + " does not exist, or was forgotten");
-  return !it->second.held && inner_->done(it->second.inner);
+  const Fence& fence = find_event("done", event);
+  return !fence.held && inner_->done(fence.inner);
 }
 
 void CheckedDriver::wait(Event event) {
@@ -333,41 +308,28 @@ void CheckedDriver::wait(Event event) {
   {
     std::lock_guard<ForkMutex> lock(mutex_);
     ++counters_.wait;
-    if (event != 0) {
-      auto it = events_.find(event);
-      if (it == events_.end()) refuse("wait", "event " + std::to_string(event) + " does not exist, or was forgotten");
-      inner = it->second.inner;
-    }
+    Fence* const fence = event != 0 ? &find_event("wait", event) : nullptr;
     inject("wait");
-    if (event != 0 && events_[event].held) {
-      events_[event].held = false;
-      ++held_waits_;
+    if (fence) {
+      inner = fence->inner;
+      held_waits_ += std::exchange(fence->held, false);
     }
-    note("wait", 0, 0, event);
+    log_call("wait", 0, 0, event);
   }
-  inner_->wait(inner);  // unlocked: it may block, and others may go on meanwhile
+  inner_->wait(inner);  // without the lock, because it may block
 }
 
 void CheckedDriver::forget(Event event) {
   std::lock_guard<ForkMutex> lock(mutex_);
   if (event == 0) return;
-  auto it = events_.find(event);
-  if (it == events_.end())
-    refuse("forget", "event " + std::to_string(event) + " does not exist, or was forgotten already");
-  inner_->forget(it->second.inner);
-  events_.erase(it);
+  inner_->forget(find_event("forget", event).inner);
+  events_.erase(event);
 }
 
 void CheckedDriver::order(Event event, Stream later) {
   std::lock_guard<ForkMutex> lock(mutex_);
   if (event == 0) return;
-  auto it = events_.find(event);
-  if (it == events_.end()) refuse("order", "event " + std::to_string(event) + " does not exist, or was forgotten");
-  inner_->order(it->second.inner, later);
-}
-
-std::shared_ptr<CheckedDriver> make_checked_driver(std::shared_ptr<Driver> inner) {
-  return std::make_shared<CheckedDriver>(std::move(inner));
+  inner_->order(find_event("order", event).inner, later);
 }
 
 }  // namespace kvmem

@@ -1,10 +1,11 @@
-// A wrapper around any driver that refuses what CUDA's documentation forbids, fails the n-th call on request, can hold
-// events back, and counts. Debug builds of the allocator and most tests run on it.
+// A wrapper around any driver, for tests: it refuses what CUDA's documentation forbids, fails calls on request, can
+// hold events back, and counts what is held.
 #pragma once
 
 #include <deque>
 #include <map>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -14,24 +15,37 @@
 
 namespace kvmem {
 
+// It keeps a record of all reservations, pages, mappings and events, and compares each call with it before the inner
+// driver gets the call. Thread safety: mutex_ guards everything, and is held during the inner driver's calls, except
+// during wait().
 class CheckedDriver final : public Driver {
  public:
+  // Throws SpecError if `inner` is null.
   explicit CheckedDriver(std::shared_ptr<Driver> inner);
 
-  // ---- Test controls. Verbs by name: reserve release create destroy map set_access unmap zero copy record wait.
-  // Makes the n-th call (1 = the next) of `verb` ("" = any) fail once with CUDA's `code`: 2 is OutOfMemory, any other
-  // DeviceError. The failing call does not reach the inner driver. Calls that take back what was done (rule 8 of
-  // driver.h) neither count nor fail, unless `undo_too`. Several may be pending.
+  // --- test controls ---
+  // Makes the n-th call (1 is the next) of `verb` fail once with CUDA's `code`: 2 is an OutOfMemory, any other a
+  // DeviceError. `verb` is reserve, release, create, destroy, map, set_access, unmap, zero, copy, record, wait, or ""
+  // for any of them. The failing call does not reach the inner driver. Undoing calls (rule 8 of driver.h) neither count
+  // nor fail, unless `undo_too` is set. Several failures may be pending. Throws SpecError for another verb, n or code.
   void fail(const std::string& verb, i64 nth, i64 code, bool undo_too = false);
-  void clear_failures();
-  i64 pending_failures() const;
+  void clear_failures() {
+    locked([this] { failures_.clear(); });
+  }
+  i64 pending_failures() const {
+    return locked([this] { return static_cast<i64>(failures_.size()); });
+  }
 
-  // While events are held, what record() returns is not done, whatever the inner driver says. wait() on a held event
-  // does not block: it completes that event alone and counts it in held_waits(), so a test cannot hang and can see that
-  // someone waited.
-  void hold_events(bool hold);
-  void complete_events();  // completes those held so far
-  i64 held_waits() const;
+  // While events are held, the events that record() returns are not done, whatever the inner driver says. wait() on a
+  // held event does not block: it completes that event alone and is counted in held_waits(), so a test cannot hang and
+  // sees that the event was waited for.
+  void hold_events(bool hold) {
+    locked([=] { hold_ = hold; });
+  }
+  void complete_events();  // completes all events held so far
+  i64 held_waits() const {
+    return locked([this] { return held_waits_; });
+  }
 
   struct Call {
     std::string verb;
@@ -39,22 +53,28 @@ class CheckedDriver final : public Driver {
     i64 bytes;         // 0 where the verb has none
     std::uint64_t id;  // the page (create: the new one), or the event
   };
-  std::vector<Call> log() const;  // successful calls, oldest first, at most the last kLogCalls
-  void clear_log();
+  std::vector<Call> log() const;  // the last successful calls, kLogCalls at most, oldest first
+  void clear_log() {
+    locked([this] { log_.clear(); });
+  }
   static constexpr size_t kLogCalls = 1 << 16;
 
-  // What is held now: all zero when nothing leaks.
+  // What exists now: all zero if nothing has leaked.
   struct Live {
     i64 reservations = 0, pages = 0, mappings = 0, events = 0, page_bytes = 0;
   };
   Live live() const;
 
-  // DeviceError unless the whole range is mapped and accessible: what a kernel that touches it would need.
-  void touch(Address at, i64 bytes) const;
+  // Throws DeviceError unless all of the range is mapped and accessible, as a kernel that uses it needs.
+  void touch(Address at, i64 bytes) const {
+    locked([=] { check_accessible("touch", at, bytes); });
+  }
 
-  // ---- The verbs.
+  // --- the interface of driver.h ---
   const DriverInfo& info() const override { return inner_->info(); }
-  DriverCounters counters() const override;
+  DriverCounters counters() const override {
+    return locked([this] { return counters_; });
+  }
   i64 physical_bytes() const override { return inner_->physical_bytes(); }
   i64 available_bytes() const override { return inner_->available_bytes(); }
   Address reserve(i64 bytes, i64 alignment) override;
@@ -64,7 +84,7 @@ class CheckedDriver final : public Driver {
   void map(Address at, i64 bytes, i64 offset, PageHandle page) override;
   void set_access(Address at, i64 bytes) override;
   void unmap(Address at, i64 bytes) override;
-  void unmap_run(Address at, i64 page_bytes, i64 count) override;  // one call, as CUDA's
+  void unmap_run(Address at, i64 page_bytes, i64 count) override;  // counts as one call, as on CUDA
   void zero(Address at, i64 bytes, Stream stream) override;
   void copy(Address to, Address from, i64 bytes, Stream stream) override;
   Event record(Stream stream) override;
@@ -77,7 +97,7 @@ class CheckedDriver final : public Driver {
   void wait_for_device() override { inner_->wait_for_device(); }
   void undoing(bool begin) override;
 
-  // map_run() is the base class's: single calls, each of which can be made to fail.
+  // map_run() is inherited: it makes one call for each page, each of which can be made to fail.
 
  private:
   struct Page {
@@ -101,13 +121,20 @@ class CheckedDriver final : public Driver {
   };
   using Mappings = std::map<Address, Mapping>;
 
-  void inject(const char* verb);  // throws where a failure is due
-  void note(const char* verb, Address at, i64 bytes, std::uint64_t id);
+  template <class F>
+  auto locked(F f) const -> decltype(f()) {
+    std::lock_guard<ForkMutex> lock(mutex_);
+    return f();
+  }
+  void inject(const char* verb);  // throws if a failure is due
+  void log_call(const char* verb, Address at, i64 bytes, std::uint64_t id);
   void check_size(const char* verb, Address at, i64 bytes) const;
   void check_reserved(const char* verb, Address at, i64 bytes) const;
-  // Walks the mappings that cover [at, at + bytes) without a gap; refuses otherwise.
+  Page& find_page(const char* verb, PageHandle page);
+  Fence& find_event(const char* verb, Event event);
+  // Calls visit(start, mapping) for the mappings that cover [at, at + bytes). Refuses a range with a gap.
   template <class Visit>
-  void cover(const char* verb, Address at, i64 bytes, Visit visit) const;
+  void for_cover(const char* verb, Address at, i64 bytes, Visit visit) const;
   bool overlaps(Address at, i64 bytes) const;
   void check_accessible(const char* verb, Address at, i64 bytes) const;
 
@@ -120,12 +147,10 @@ class CheckedDriver final : public Driver {
   std::unordered_map<Event, Fence> events_;
   Event last_event_ = 0;
   std::vector<Failure> failures_;
-  i64 undoing_ = 0;  // how many take something back just now
+  i64 undoing_ = 0;  // how many callers are undoing (rule 8)
   bool hold_ = false;
   i64 held_waits_ = 0;
   std::deque<Call> log_;
 };
-
-std::shared_ptr<CheckedDriver> make_checked_driver(std::shared_ptr<Driver> inner);
 
 }  // namespace kvmem

@@ -1,4 +1,4 @@
-// The run verbs for drivers that have nothing better: one call a page, undone when one fails.
+// The default map_run() and unmap_run(): one call for each page.
 
 #include "driver/driver.h"
 
@@ -9,13 +9,13 @@
 
 namespace kvmem {
 
-void HalfDone::raise(const std::string& doing, const std::exception& cause, const std::exception& undo) {
+void UndoFailed::raise(const std::string& doing, const std::exception& cause, const std::exception& undo) {
   try {
     const auto* error = dynamic_cast<const DeviceError*>(&undo);
-    throw HalfDone(doing + " failed (" + cause.what() + ") and could not be undone (" + undo.what() + ")",
-                   error ? error->call() : "", error ? error->code() : 0);
+    throw UndoFailed(doing + " failed (" + cause.what() + ") and could not be undone (" + undo.what() + ")",
+                     error ? error->call() : "", error ? error->code() : 0);
   } catch (const std::bad_alloc&) {
-    throw HalfDone("");
+    throw UndoFailed("");
   }
 }
 
@@ -30,38 +30,30 @@ void Driver::map_run(Address at, i64 page_bytes, const PageHandle* pages, i64 co
   try {
     for (; mapped < count; ++mapped) map(at + mapped * page_bytes, page_bytes, 0, pages[mapped]);
   } catch (const std::exception& cause) {
-    const Undoing mark(*this);
-    try {
+    undo_call(*this, "map_run", cause, [&] {
       while (mapped > 0) unmap(at + --mapped * page_bytes, page_bytes);
-    } catch (const std::exception& undo) {
-      HalfDone::raise("map_run", cause, undo);
-    }
+    });
     throw;
   }
 }
 
 void Driver::unmap_run(Address at, i64 page_bytes, i64 count) {
-  std::vector<Mapped> taken;
-  taken.reserve(count);
+  std::vector<Mapped> unmapped;
+  unmapped.reserve(count);
   try {
     for (i64 i = 0; i < count; ++i) {
       const Mapped before = mapped_at(at + i * page_bytes);
       unmap(at + i * page_bytes, page_bytes);
-      taken.push_back(before);
+      unmapped.push_back(before);
     }
   } catch (const std::exception& cause) {
-    const Undoing mark(*this);
-    try {
-      while (!taken.empty()) {
-        const Mapped before = taken.back();
-        taken.pop_back();
-        const Address page_at = at + taken.size() * page_bytes;
-        map(page_at, page_bytes, 0, before.page);
-        if (before.accessible) set_access(page_at, page_bytes);
+    undo_call(*this, "unmap_run", cause, [&] {
+      for (; !unmapped.empty(); unmapped.pop_back()) {
+        const Address page_at = at + (unmapped.size() - 1) * page_bytes;
+        map(page_at, page_bytes, 0, unmapped.back().page);
+        if (unmapped.back().accessible) set_access(page_at, page_bytes);
       }
-    } catch (const std::exception& undo) {
-      HalfDone::raise("unmap_run", cause, undo);
-    }
+    });
     throw;
   }
 }

@@ -1,4 +1,4 @@
-// What the pool decides: which pages an owner gets, from whom they are taken, and how the budget grows and shrinks.
+// The pool's decisions: which pages an owner gets, which owner loses pages, and how the budget grows and shrinks.
 
 #include <algorithm>
 #include <string>
@@ -8,14 +8,25 @@
 
 namespace kvmem {
 
-// The page after `near` if it is free, else the lowest free one; -1 if none is.
+// Returns the page after `near` if it is free, else the lowest free page, or -1 if none is free.
 i64 PagePool::find_free(i64 near) const {
-  const i64 total = static_cast<i64>(refs_.size());
   if (free_.empty()) return -1;
-  return near >= 0 && near + 1 < total && free_.has(near + 1) ? near + 1 : free_.first();
+  return near >= 0 && near + 1 < known_pages() && free_.has(near + 1) ? near + 1 : free_.first();
+}
+
+// Creates the lowest absent pages: `most` of them, or as many as lie together. Returns the first.
+i64 PagePool::create_absent(i64 most, Transaction& tx) {
+  while (absent_hint_ < known_pages() && refs_[absent_hint_] >= 0) ++absent_hint_;
+  const i64 first = absent_hint_;
+  i64 n = 0;
+  while (n < most && first + n < known_pages() && refs_[first + n] < 0) ++n;
+  KVMEM_ASSERT(n > 0, "a page is absent, since fewer are present than the budget allows");
+  tx.push({OpKind::create, 0, first, n});
+  return first;
 }
 
 void PagePool::map_slots(PageOwner& owner, i32 arena, i64 slot, i64 count, i64 near, Zero zero, Transaction& tx) {
+  KVMEM_ASSERT(is_arena(arena) && arenas_[arena].owner == &owner, "the arena is the owner's");
   const i64 asked = count;
   while (count > 0) {
     const i64 allowed = owner.limit_pages - owner.owned_pages;
@@ -26,24 +37,16 @@ void PagePool::map_slots(PageOwner& owner, i32 arena, i64 slot, i64 count, i64 n
     i64 page = find_free(near);
     if (page < 0) {
       const i64 room = budget_pages_ - present_pages_;
-      if (room > 0) {  // create the lowest absent pages, as many as are wanted and lie together
-        const i64 total = static_cast<i64>(refs_.size());
-        while (absent_hint_ < total && refs_[absent_hint_] >= 0) ++absent_hint_;
-        const i64 first = absent_hint_;
-        i64 n = 0;
-        while (n < std::min({count, room, allowed}) && first + n < total && refs_[first + n] < 0) ++n;
-        tx.push({OpKind::create, 0, first, n});
-        page = first;
-      } else {
+      if (room <= 0) {
         if (reclaim(owner, count, true, tx) == 0) refuse(owner, asked);
         continue;
       }
+      page = create_absent(std::min({count, room, allowed}), tx);
     }
-    const i64 total = static_cast<i64>(refs_.size());
     i64 n = 1;
-    while (n < std::min(count, allowed) && page + n < total && free_.has(page + n)) ++n;
+    while (n < std::min(count, allowed) && page + n < known_pages() && free_.has(page + n)) ++n;
     tx.push({OpKind::map, arena, slot, page, n});
-    need_zero(owner, arena, slot, page, n, zero, tx);
+    push_zeroes(owner, arena, slot, page, n, zero, tx);
     slot += n;
     count -= n;
     near = page + n - 1;
@@ -71,8 +74,10 @@ i64 PagePool::reclaim(PageOwner& owner, i64 pages, bool content, Transaction& tx
   return freed;
 }
 
-// Zeroes what is not known to be zero, as far as the policy asks for it, and notes who writes here from now on.
-void PagePool::need_zero(const PageOwner& owner, i32 arena, i64 slot, i64 page, i64 count, Zero zero, Transaction& tx) {
+// Pushes a zero op for each page whose content the policy `zero` does not allow here, and notes that the owner writes
+// to the pages from now on.
+void PagePool::push_zeroes(const PageOwner& owner, i32 arena, i64 slot, i64 page, i64 count, Zero zero,
+                           Transaction& tx) {
   for (i64 i = 0; i < count; ++i) {
     const i32 content = content_[page + i];
     const bool dirty = content != kClean && (zero == Zero::always || (zero == Zero::fresh && content != owner.number));
@@ -84,7 +89,7 @@ void PagePool::need_zero(const PageOwner& owner, i32 arena, i64 slot, i64 page, 
 void PagePool::refuse(const PageOwner& owner, i64 asked) const {
   throw OutOfMemory(std::to_string(asked) + " more page(s) of " + std::to_string(page_bytes_) + " bytes are needed; " +
                     std::to_string(owner.owned_pages) + " of " + std::to_string(owner.limit_pages) +
-                    " allowed pages are in use here, " + std::to_string(room_pages()) + " of " +
+                    " allowed pages are in use here, and " + std::to_string(room_pages()) + " of " +
                     std::to_string(budget_pages_) + " are left in the pool");
 }
 
@@ -101,14 +106,17 @@ i64 PagePool::held_by_others(const PageOwner& owner) const {
 }
 
 namespace {
-// For transactions of the pool itself, which touch no table.
+
+// The tables of a transaction of the pool itself, which changes no table.
 class NoTables final : public TableState {
  public:
   void apply_table(const Op&, bool) override { throw SpecError("a pool has no sequences"); }
 };
+
 }  // namespace
 
 void PagePool::set_budget(i64 pages) {
+  KVMEM_ASSERT(pages >= 0, "a budget is not negative");
   NoTables none;
   Transaction tx(*this, none);
   i64 excess = mapped_pages_ - pages;
@@ -119,9 +127,9 @@ void PagePool::set_budget(i64 pages) {
                       ", which is the smallest that would fit; free or preempt sequences first, or compact()");
   }
   if (present_pages_ > pages) give_back(present_pages_ - pages, tx);
-  grow_books(pages);
+  grow_metadata(pages);
   const i64 before = budget_pages_;
-  budget_pages_ = std::max(before, pages);  // what is created is checked against it
+  budget_pages_ = std::max(before, pages);  // the ops below are checked against it
   try {
     for (i64 first = 0; create_ahead_ && present_pages_ < pages; ++first) {
       if (refs_[first] >= 0) continue;
@@ -135,20 +143,28 @@ void PagePool::set_budget(i64 pages) {
     throw;
   }
   budget_pages_ = pages;
+  KVMEM_ASSERT(present_pages_ <= budget_pages_, "invariant 1");
+}
+
+// Commits piece(tx), which returns how many pages it has freed, in up to `pieces` transactions while more() is true.
+template <class More, class Piece>
+void PagePool::in_pieces(PoolLock& lock, i64 pieces, More more, Piece piece) {
+  for (i64 freed = 1; pieces > 0 && freed > 0 && more(); --pieces) {
+    NoTables none;
+    Transaction tx(*this, none);
+    freed = piece(tx);
+    tx.commit();
+    note_piece();
+    let_others_in(lock);
+  }
 }
 
 void PagePool::reclaim_in_pieces(PoolLock& lock, PageOwner& owner, const std::function<i64()>& excess) {
   const i64 step = owner.piece_pages, begun = excess();
   if (begun <= step || begun > owner.sure_pages()) return;
-  NoTables none;
-  i64 freed = step;
-  for (i64 pieces = begun / step; pieces > 0 && freed > 0 && excess() > step; --pieces) {
-    Transaction tx(*this, none);
-    freed = owner.reclaim(step, true, tx);
-    tx.commit();
-    note_piece();
-    let_others_in(lock);
-  }
+  in_pieces(
+      lock, begun / step, [&] { return excess() > step; },
+      [&](Transaction& tx) { return owner.reclaim(step, true, tx); });
 }
 
 void PagePool::shrink_in_pieces(PoolLock& lock, i64 pages) {
@@ -157,31 +173,20 @@ void PagePool::shrink_in_pieces(PoolLock& lock, i64 pages) {
     sure += owner->sure_pages();
     step = step == 0 ? owner->piece_pages : std::min(step, owner->piece_pages);
   }
-  if (step == 0 || mapped_pages_ - pages > sure) return;  // it may be refused
-  for (i64 pieces = (mapped_pages_ - pages) / step; pieces > 0 && mapped_pages_ - pages > step; --pieces) {
-    NoTables none;
-    Transaction tx(*this, none);
-    const i64 freed = reclaim(*owners_.front(), step, true, tx);
-    tx.commit();
-    note_piece();
-    let_others_in(lock);
-    if (freed == 0) break;
-  }
+  if (step == 0 || mapped_pages_ - pages > sure) return;  // set_budget() might refuse
+  in_pieces(
+      lock, (mapped_pages_ - pages) / step, [&] { return mapped_pages_ - pages > step; },
+      [&](Transaction& tx) { return reclaim(*owners_.front(), step, true, tx); });
   if (mapped_pages_ > pages + step) return;
-  for (i64 pieces = (present_pages_ - pages) / step; pieces > 0 && free_pages() > step; --pieces) {
-    NoTables none;
-    Transaction tx(*this, none);
-    give_back(step, tx);
-    tx.commit();
-    note_piece();
-    let_others_in(lock);
-  }
+  in_pieces(
+      lock, (present_pages_ - pages) / step, [&] { return free_pages() > step; },
+      [&](Transaction& tx) { return give_back(step, tx); });
 }
 
-// Highest pages first, so that what remains lies together.
+// The highest pages go first, so that those that remain lie together.
 i64 PagePool::give_back(i64 pages, Transaction& tx) {
   i64 given = 0;
-  for (i64 last = static_cast<i64>(refs_.size()); last > 0 && given < pages;) {
+  for (i64 last = known_pages(); last > 0 && given < pages;) {
     if (refs_[last - 1] != 0) {
       --last;
       continue;
@@ -192,6 +197,7 @@ i64 PagePool::give_back(i64 pages, Transaction& tx) {
     given += last - first;
     last = first;
   }
+  KVMEM_ASSERT(given <= std::max(i64{0}, pages), "no more pages are destroyed than were asked for");
   return given;
 }
 

@@ -18,25 +18,15 @@ Mapper::~Mapper() {
 
 bool Mapper::start() {
   std::lock_guard<std::mutex> lock(mutex_);
-  try {
-    if (!thread_.joinable()) thread_ = std::thread(&Mapper::run, this);
-  } catch (const std::system_error&) {
-    return false;
-  } catch (const std::bad_alloc&) {
-    return false;
-  }
-  return true;
+  return thread_.joinable() || attempt([this] { thread_ = std::thread(&Mapper::run, this); });
 }
 
 i64 Mapper::post(std::shared_ptr<Space> space, const std::vector<Op>& ops) {
-  auto job = std::make_unique<Job>();
-  job->ops = ops;
-  job->space = std::move(space);
+  KVMEM_ASSERT(thread_.joinable() && space != nullptr, "start() was called, and there is a space to execute on");
+  std::list<Job> job{{std::move(space), ops}};
   {
     std::lock_guard<std::mutex> lock(mutex_);
-    Job* const newest = job.get();
-    (queue_ ? last_->next : queue_) = std::move(job);
-    last_ = newest;
+    queue_.splice(queue_.end(), job);
   }
   const i64 number = ++posted_;
   wake_.notify_one();
@@ -44,56 +34,48 @@ i64 Mapper::post(std::shared_ptr<Space> space, const std::vector<Op>& ops) {
 }
 
 void Mapper::wait_idle() {
-  if (idle()) return;
-  std::unique_lock<std::mutex> lock(mutex_);
-  rest_.wait(lock, [this] { return idle(); });
+  if (!idle()) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    done_cv_.wait(lock, [this] { return idle(); });
+  }
+  KVMEM_ASSERT(idle() && queue_.empty(), "no job is queued or in progress");
 }
 
 std::size_t Mapper::failed_ops() {
   std::lock_guard<std::mutex> lock(mutex_);
   std::size_t ops = 0;
-  for (const Job* job = failed_.get(); job; job = job->next.get()) ops += job->ops.size();
+  for (const Job& job : failed_) ops += job.ops.size();
   return ops;
 }
 
-// False where the step that finds its room missing maps it itself, and reports what the driver says then.
-bool Mapper::execute(Job& job) {
-  try {
-    job.space->execute(job.ops.data(), job.ops.data() + job.ops.size(), true);
-  } catch (...) {
-    return false;
-  }
-  try {
-    job.space->finish();
-  } catch (...) {
-    // The pages are mapped; a device that cannot take an event any more will tell the step's own next call.
-  }
+// Returns whether the job was executed. A step that finds its memory missing maps it itself, and reports the error.
+bool Mapper::execute(const Job& job) {
+  if (!attempt([&] { job.space->execute(job.ops.data(), job.ops.data() + job.ops.size(), true); })) return false;
+  attempt([&] { job.space->wait_ahead(); });  // the pages are mapped; a broken device fails the step's next call
   return true;
 }
 
-// Takes no memory, since nobody could be told that there is none.
+// Allocates nothing, because there is no caller to which a failure could be reported.
 void Mapper::run() {
   std::unique_lock<std::mutex> lock(mutex_);
   while (true) {
-    wake_.wait(lock, [this] { return stop_ || queue_; });
-    if (!queue_) return;
-    std::unique_ptr<Job> job = std::move(queue_);
-    queue_ = std::move(job->next);
-    // A job behind a failed one may rest on it: it fails too, until the failure has been taken.
-    bool failed = failed_ != nullptr;
+    wake_.wait(lock, [this] { return stop_ || !queue_.empty(); });
+    if (queue_.empty()) return;
+    std::list<Job> job;
+    job.splice(job.begin(), queue_, queue_.begin());
+    bool failed = !failed_.empty();
     if (!failed) {
       lock.unlock();
-      failed = !execute(*job);
-      job->space.reset();
+      failed = !execute(job.front());
+      job.front().space.reset();
       lock.lock();
     }
     if (failed) {
-      job->next = std::move(failed_);
-      failed_ = std::move(job);
+      failed_.splice(failed_.begin(), job);
       failed_flag_.store(true, std::memory_order_release);
     }
     done_.fetch_add(1, std::memory_order_acq_rel);
-    rest_.notify_all();
+    done_cv_.notify_all();
   }
 }
 

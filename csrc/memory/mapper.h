@@ -1,69 +1,75 @@
-// One long-lived thread that maps ahead, so that the step never waits for the driver. What it does was decided before,
-// under the pool's lock; it only executes. It knows no Python, and it is not started before the first job.
+// The mapper: one long-lived thread that executes ops on a space, so that a step does not wait for the driver. What it
+// executes was decided before, under the pool's lock. It runs no Python, and starts with the first job.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
+#include <list>
 #include <memory>
 #include <mutex>
 #include <thread>
 #include <vector>
 
+#include "base/check.h"
 #include "base/ops.h"
 
 namespace kvmem {
 
 class Space;
 
+// Jobs are done in order. A job behind a failed one may depend on it, so it fails too, until take_failed().
+//
+// Thread safety: done(), idle() and has_failed() may be called from any thread; the other functions under the pool's
+// lock.
 class Mapper {
  public:
   Mapper() = default;
-  ~Mapper();  // finishes what is queued
+  ~Mapper();  // waits until all jobs are done
   Mapper(const Mapper&) = delete;
   Mapper& operator=(const Mapper&) = delete;
 
-  // Queues records for execution; returns the number of the job. Jobs are done in order. Throws, having queued nothing,
-  // where there is no host memory; from then on a job needs none.
+  // Starts the thread if it does not run. Returns false where the system has no thread or no memory for it.
+  bool start();
+  // Queues ops for execution; returns the number of the job, which counts from 1. REQUIRES: start() returned true. May
+  // throw std::bad_alloc, and has queued nothing then; the job itself needs no more memory.
   i64 post(std::shared_ptr<Space> space, const std::vector<Op>& ops);
-  bool start();  // before the first post(); false where the system gives no thread
+  // Returns the number of jobs done, failed ones included.
   i64 done() const { return done_.load(std::memory_order_acquire); }
-  i64 posted() const { return posted_; }
   bool idle() const { return done() == posted_; }
   void wait_idle();
-  // Calls `undo` for the records of jobs that failed, and of all that were queued behind them, newest first, and
-  // forgets them. They were not executed. The mapper is idle.
+  bool has_failed() const { return failed_flag_.load(std::memory_order_acquire); }
+  // Returns the number of ops of failed jobs.
+  std::size_t failed_ops();
+  // Calls undo(op) for the ops of failed jobs, newest first, and drops those jobs. The space has undone what it had
+  // executed of them. REQUIRES: idle().
   template <class Undo>
   void take_failed(const Undo& undo) {
-    std::unique_ptr<Job> job;
+    KVMEM_ASSERT(idle(), "no job is in progress");
+    std::list<Job> jobs;
     {
       std::lock_guard<std::mutex> lock(mutex_);
       failed_flag_.store(false, std::memory_order_release);
-      job = std::move(failed_);
+      jobs.swap(failed_);
     }
-    for (; job; job = std::move(job->next)) {
-      for (auto op = job->ops.rbegin(); op != job->ops.rend(); ++op) undo(*op);
-    }
+    for (const Job& job : jobs) std::for_each(job.ops.rbegin(), job.ops.rend(), undo);
   }
-  std::size_t failed_ops();  // how many records those are
-  bool has_failed() const { return failed_flag_.load(std::memory_order_acquire); }
 
  private:
   struct Job {
     std::shared_ptr<Space> space;
     std::vector<Op> ops;
-    std::unique_ptr<Job> next;
   };
   void run();
-  static bool execute(Job& job);
+  static bool execute(const Job& job);
 
-  std::mutex mutex_;
-  std::condition_variable wake_, rest_;
-  std::unique_ptr<Job> queue_;   // the oldest first
-  Job* last_ = nullptr;          // of them
-  std::unique_ptr<Job> failed_;  // the newest first
+  std::mutex mutex_;  // guards the lists and stop_
+  std::condition_variable wake_, done_cv_;
+  std::list<Job> queue_;   // oldest first; lists, because a job moves between them without memory
+  std::list<Job> failed_;  // newest first
   std::atomic<bool> failed_flag_{false};
   std::atomic<i64> done_{0};
-  i64 posted_ = 0;  // written under the pool's lock only
+  i64 posted_ = 0;  // jobs posted so far; guarded by the pool's lock
   bool stop_ = false;
   std::thread thread_;
 };

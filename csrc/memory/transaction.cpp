@@ -15,45 +15,44 @@ void Transaction::apply(const Op& op, bool undo) {
   }
 }
 
-void Transaction::reserve_log() {
+void Transaction::expect_deferred() {
   std::vector<Op>& log = pool_.log;
   if (pool_.recording && log.capacity() - log.size() < ops_.size()) {
     log.reserve(std::max(log.size() + ops_.size(), 2 * log.capacity()));
   }
 }
 
-void Transaction::record() {
+void Transaction::commit_deferred() {
+  KVMEM_ASSERT(!done_, "the transaction is open");
   if (!pool_.space()) pool_.count_calls(ops_);
   if (pool_.recording) {
+    KVMEM_ASSERT(pool_.log.capacity() - pool_.log.size() >= ops_.size(), "expect_deferred() made room");
     std::copy_if(ops_.begin(), ops_.end(), std::back_inserter(pool_.log),
                  [](const Op& op) { return !is_private(op.kind); });
   }
-  committed_ = true;
-  pool_.journal.close();
-  pool_.finish(true);
+  end(true);
 }
 
 void Transaction::commit() {
-  reserve_log();
+  expect_deferred();
   if (Space* space = pool_.space()) {
     Space::Progress progress;
     try {
       space->execute(ops_.data(), ops_.data() + ops_.size(), false, &progress);
     } catch (...) {
-      take_back({});
-      const bool evicted_ops = pool_.distrust(ops_, progress);
+      undo_to({});
+      const bool evicted = pool_.invalidate_content(ops_, progress);
       ops_.clear();
-      pool_.journal.close();
-      committed_ = true;
-      pool_.finish(evicted_ops);
+      end(evicted);
       throw;
     }
   }
-  record();
+  commit_deferred();
 }
 
-// Leaves the records where they are, though they count no more.
-void Transaction::take_back(const Point& point) {
+// Undoes the ops and journal entries after `point`. The ops stay in the list: their numbers may still be needed.
+void Transaction::undo_to(const Point& point) {
+  KVMEM_ASSERT(!done_ && point.ops <= ops_.size() && point.noted <= pool_.journal.size(), "the point lies behind");
   pool_.journal.begin_restoring();
   for (std::size_t i = ops_.size(); i > point.ops; --i) apply(inverse(ops_[i - 1]), true);
   pool_.journal.restore(point.noted);
@@ -62,17 +61,21 @@ void Transaction::take_back(const Point& point) {
 }
 
 void Transaction::roll_back_to(const Point& point) {
-  take_back(point);
+  undo_to(point);
   ops_.resize(point.ops);
-  if (fence_ > pool_.fence()) fence_ = 0;  // its record is among those taken back
+  if (fence_ > pool_.fence()) fence_ = 0;  // its op was undone
 }
 
 void Transaction::roll_back() {
-  take_back({});
+  undo_to({});
   ops_.clear();
+  end(false);
+}
+
+void Transaction::end(bool committed) {
   pool_.journal.close();
-  committed_ = true;
-  pool_.finish(false);
+  done_ = true;
+  pool_.finish(committed);
 }
 
 }  // namespace kvmem

@@ -7,10 +7,10 @@
 namespace kvmem::cuda {
 namespace {
 
-// The default stream (0) means the one that all threads share, whatever the caller was compiled with.
+// Makes stream 0 the default stream that all threads share, however the caller was compiled.
 constexpr unsigned long long kLegacyStream = 1;
 
-// The first with cuGetProcAddress, by which everything else is found. All entry points are older.
+// The first release with cuGetProcAddress, which finds the other entry points. All of these are older.
 constexpr int kNeededVersion = 11030;
 
 using GetProcAddress11 = Result (*)(const char*, void**, int, unsigned long long);
@@ -30,7 +30,7 @@ class Library {
     newer_ = reinterpret_cast<GetProcAddress12>(dlsym(handle, "cuGetProcAddress_v2"));
     older_ = reinterpret_cast<GetProcAddress11>(dlsym(handle, "cuGetProcAddress"));
     const auto version = reinterpret_cast<Result (*)(int*)>(dlsym(handle, "cuDriverGetVersion"));
-    if (version && version(&version_) != kSuccess) version_ = 0;  // it works before cuInit
+    if (version && version(&version_) != kSuccess) version_ = 0;  // allowed before cuInit
     if (!newer_ && !older_) {
       throw DeviceError(name + " has no cuGetProcAddress: " + too_old(), "cuGetProcAddress");
     }

@@ -1,6 +1,6 @@
-// The part of the CUDA driver API that kvmem calls, declared by us: building needs no CUDA toolkit, and running none
-// needs a driver. tests/native/cuda_stub/check_abi.cpp compares every line here with the real cuda.h where there is
-// one.
+// The part of the CUDA driver API that kvmem calls. It is declared here, so that building needs no CUDA toolkit, and
+// resolved at run time, so that only the use of a GPU needs a driver. tests/native/cuda_stub/check_abi.cpp compares
+// every line with cuda.h where that exists.
 #pragma once
 
 #include <cstddef>
@@ -10,7 +10,7 @@
 
 namespace kvmem::cuda {
 
-// Handles and enumerations have the width of the API's own; pointers are opaque.
+// Handles and enumerations have the width of those of the API; pointers are opaque.
 using Result = int;
 using DeviceId = int;
 using DevicePtr = unsigned long long;
@@ -55,11 +55,10 @@ constexpr int kAllocationTypePinned = 1, kLocationDevice = 1, kAccessReadWrite =
 constexpr int kGranularityMinimum = 0, kGranularityRecommended = 1;
 constexpr unsigned kEventDisableTiming = 2, kStreamNonBlocking = 1;
 constexpr int kCaptureRelaxed = 2;
-constexpr std::size_t kPerThreadStream = 2;  // a handle that means another stream in each thread
+constexpr std::size_t kPerThreadStream = 2;  // a handle that stands for another stream in each thread
 
-// ENTRY(name, version, arguments...): `version` is the CUDA release in which the entry point got the signature given
-// here. cuGetProcAddress is asked for exactly that one, which is how cuMemGetInfo_v2 and its like are told from their
-// elders.
+// ENTRY(name, version, arguments...): `version` is the CUDA release in which the entry point got this signature.
+// cuGetProcAddress is asked for that release, and so returns cuMemGetInfo_v2, for example, and not its first form.
 #define KVMEM_CUDA_ENTRIES(ENTRY)                                                                                      \
   ENTRY(cuInit, 2000, unsigned flags)                                                                                  \
   ENTRY(cuDeviceGetCount, 2000, int* count)                                                                            \
@@ -99,21 +98,21 @@ constexpr std::size_t kPerThreadStream = 2;  // a handle that means another stre
   ENTRY(cuGetErrorName, 6000, Result code, const char** text)                                                          \
   ENTRY(cuGetErrorString, 6000, Result code, const char** text)
 
-// Every entry point, resolved. The library stays loaded for the life of the process: it has threads of its own.
+// Every entry point, resolved. The library is never unloaded, because it has threads of its own.
 struct Api {
 #define KVMEM_CUDA_MEMBER(name, version, ...) Result (*name)(__VA_ARGS__) = nullptr;
   KVMEM_CUDA_ENTRIES(KVMEM_CUDA_MEMBER)
 #undef KVMEM_CUDA_MEMBER
 
-  // "CUDA_ERROR_INVALID_VALUE (invalid argument)"
+  // Returns, for example, "CUDA_ERROR_INVALID_VALUE (invalid argument)".
   std::string describe(Result code) const;
 };
 
-// "CUDA 13.0" for 13000.
+// Returns "CUDA 13.0" for 13000.
 std::string version_text(int version);
 
-// `library` is a path or soname; "" is $KVMEM_CUDA_DRIVER, or else libcuda.so.1. DeviceError where it cannot be opened,
-// is too old (with the version found and the one needed), or lacks an entry point.
+// Opens libcuda and returns its entry points. `library` is a path or soname; "" stands for $KVMEM_CUDA_DRIVER or
+// libcuda.so.1. Throws DeviceError where it cannot be opened, is too old, or lacks an entry point.
 Api load_api(const std::string& library);
 
 }  // namespace kvmem::cuda

@@ -4,7 +4,7 @@ namespace kvmem::cuda {
 
 namespace {
 
-// What the error of cuInit usually means.
+// Returns the usual cause of an error of cuInit.
 const char* hint(Result code) {
   switch (code) {
     case kStubLibrary:
@@ -16,7 +16,7 @@ const char* hint(Result code) {
     case kSystemNotReady:
       return "is nvidia-fabricmanager running? GPUs behind NVSwitch need it";
     case kDriverMismatch:
-      return "libcuda and the kernel module are of different versions: reboot, or install them anew";
+      return "libcuda and the kernel module have different versions: reboot, or reinstall them";
     case kCompatNotSupported:
       return "the forward-compatible libcuda does not work with this GPU: take cuda-compat off LD_LIBRARY_PATH";
     default:
@@ -37,8 +37,7 @@ Device::Device(int index, const std::string& library, PageOptions pages) : api_(
   }
 }
 
-// In a forked child the context is the parent's. At process exit the driver may be gone already and say so; there is
-// nobody to tell.
+// In a forked child the context is the parent's. At process exit the driver may return an error, which is ignored.
 Device::~Device() {
   if (!forked()) api_.cuDevicePrimaryCtxRelease(id_);
 }
@@ -100,7 +99,7 @@ void Device::read_info(int index) {
   info_.granularity_bytes = static_cast<i64>(minimum);
   info_.recommended_bytes = static_cast<i64>(recommended);
   info_.total_bytes = static_cast<i64>(total);
-  info_.fresh_pages_are_zero = false;  // usually true, documented nowhere
+  info_.fresh_pages_are_zero = false;  // they usually are, but no document says so
   info_.shareable = pages_.shareable;
   info_.rdma = pages_.rdma;
   info_.creates_ahead = true;  // 28 us a page on an H100

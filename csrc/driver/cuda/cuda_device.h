@@ -1,4 +1,5 @@
-// One opened CUDA device: its entry points, its primary context, and driver errors as exceptions.
+// An open CUDA device: the driver's entry points, the primary context, and driver errors as exceptions. Immutable after
+// construction, hence thread-safe.
 #pragma once
 
 #include <string>
@@ -11,7 +12,8 @@ namespace kvmem::cuda {
 
 class Device {
  public:
-  // DeviceError where there is no driver, no such device, no virtual memory management, or not what `pages` asks for.
+  // Throws DeviceError where there is no driver, no such device, no virtual memory management, or no pages with these
+  // options.
   Device(int index, const std::string& library, PageOptions pages);
   ~Device();
   Device(const Device&) = delete;
@@ -23,11 +25,11 @@ class Device {
   DeviceId id() const { return id_; }
   bool forked() const { return fork_.forked(); }
   void check_fork() const { fork_.check("the CUDA driver"); }
-  AllocationProp prop() const;  // of exactly the memory that create() makes: granularity depends on it
+  AllocationProp prop() const;  // the properties of the memory that create() makes; the granularity depends on them
   AccessDesc access() const { return {{kLocationDevice, id_}, kAccessReadWrite}; }
 
-  // Throws unless `code` is success: OutOfMemory where the driver says so, else DeviceError. `what()` tells what was
-  // asked; it is called only on failure, since some of the calls cost no more than such a sentence.
+  // Throws unless `code` is success: OutOfMemory where the driver reports it, else DeviceError. what() returns the
+  // arguments as text; it is called on failure only, because such a text costs as much as some of the calls.
   template <class What>
   void check(Result code, const char* call, What what) const {
     if (code != kSuccess) failed(code, call, what());
@@ -36,21 +38,21 @@ class Device {
     if (code != kSuccess) failed(code, call, "");
   }
 
-  // Runs one call of virtual memory management, which needs no context. While some thread captures a graph, a call that
-  // may wait for the device fails and spoils the capture, unless the calling thread's mode is relaxed; cuda.h says of
-  // cuMemSetAccess and cuMemUnmap that they may wait, and of none that it does not.
+  // Makes one call that manages virtual memory, which needs no context; returns its result. While a thread captures a
+  // graph, a call that may wait for the device fails and invalidates the capture, unless the calling thread's mode is
+  // relaxed. cuda.h says that cuMemSetAccess and cuMemUnmap may wait, and of no call that it does not.
   template <class Call>
   Result relaxed(Call call) const {
     int mode = kCaptureRelaxed;
     check(api_.cuThreadExchangeStreamCaptureMode(&mode), "cuThreadExchangeStreamCaptureMode");
     const Result code = call();
-    api_.cuThreadExchangeStreamCaptureMode(&mode);  // an error here must not say that what is done has failed
+    api_.cuThreadExchangeStreamCaptureMode(&mode);  // its error is ignored, because the call has taken effect
     return code;
   }
 
-  // Runs one driver call with our context current and leaves the thread's own as it was. What needs a context: streams,
-  // events, memset, cuMemGetInfo. Relaxed as well: asking an event would spoil a capture, and ours are recorded
-  // outside.
+  // Makes one call that needs a context (streams, events, contents, cuMemGetInfo) in the primary context, and restores
+  // the thread's own; returns its result. The capture mode is relaxed as well, because cuEventQuery would invalidate a
+  // capture, even for an event that was recorded outside of it.
   template <class Call>
   Result in_context(Call call) const {
     check(api_.cuCtxPushCurrent(context_), "cuCtxPushCurrent");

@@ -1,8 +1,10 @@
-// Address space, pages and mappings of the CUDA driver, and its end.
+// The CUDA driver: address space, pages, mappings and the destructor.
 
 #include "driver/cuda/cuda_driver.h"
 
 #include <algorithm>
+
+#include "base/check.h"
 
 namespace kvmem {
 
@@ -10,8 +12,7 @@ using cuda::Result;
 
 namespace {
 
-// An entry for the driver's record, made before the driver is asked: what it has given must not be lost because there
-// is no memory to note it.
+// Returns an entry of the record, allocated before the call of libcuda, so that its result can always be recorded.
 template <class Map>
 typename Map::node_type new_entry(typename Map::mapped_type value) {
   Map one;
@@ -19,9 +20,10 @@ typename Map::node_type new_entry(typename Map::mapped_type value) {
 }
 
 template <class Map>
-void enter(Map& map, typename Map::node_type entry, typename Map::key_type key) {
+void insert(Map& map, typename Map::node_type entry, typename Map::key_type key) {
   entry.key() = key;
-  map.insert(std::move(entry));
+  [[maybe_unused]] const bool inserted = map.insert(std::move(entry)).inserted;
+  KVMEM_ASSERT(inserted, "libcuda returned an address or handle that was not in use");
 }
 
 }  // namespace
@@ -34,20 +36,16 @@ void CudaDriver::check_positive(const char* verb, i64 bytes) {
   if (bytes <= 0) refuse(verb, std::to_string(bytes) + " bytes is not a positive size");
 }
 
-// ---- Closing -------------------------------------------------------------------------------------------------------
+// ---- Destruction ---------------------------------------------------------------------------------------------------
 
+// Ignores errors. At process exit libcuda may report that it, or the context, does not exist any more.
 CudaDriver::~CudaDriver() {
-  if (device_.forked()) return;  // the parent's context; the child has none
-  release_everything();
-}
-
-// Errors have nowhere to go from here. At process exit the driver may answer that it, or the context, is gone already.
-void CudaDriver::release_everything() {
+  if (device_.forked()) return;  // the context is the parent's
   const Result pushed = api_.cuCtxPushCurrent(device_.context());
   if (pushed == cuda::kDeinitialized || pushed == cuda::kContextIsDestroyed) return;
-  int mode = cuda::kCaptureRelaxed;  // Python's collector may end a driver while somebody captures
+  int mode = cuda::kCaptureRelaxed;  // Python's garbage collector may run this while a thread captures a graph
   const Result relaxed = api_.cuThreadExchangeStreamCaptureMode(&mode);
-  if (!mappings_.empty()) api_.cuCtxSynchronize();  // unmapping under a running kernel is a fault
+  if (!mappings_.empty()) api_.cuCtxSynchronize();  // a running kernel would fault on unmapped memory
   for (const auto& [at, mapping] : mappings_) api_.cuMemUnmap(at, mapping.bytes);
   for (const auto& [page, info] : pages_) api_.cuMemRelease(page);
   for (const auto& [base, bytes] : reservations_) api_.cuMemAddressFree(base, bytes);
@@ -78,7 +76,7 @@ Address CudaDriver::reserve(i64 bytes, i64 alignment) {
   const auto lock = begin(&DriverCounters::reserve);
   check_positive("reserve", bytes);
   if (alignment < 0) refuse("reserve", "the alignment is negative");
-  // 0 is "a default alignment" to the driver, and no page promises that it is one at which it maps.
+  // libcuda's default alignment (0) is not documented to suffice for cuMemMap.
   alignment = std::max(alignment, info().granularity_bytes);
   auto entry = new_entry<decltype(reservations_)>(bytes);
   cuda::DevicePtr at = 0;
@@ -86,7 +84,7 @@ Address CudaDriver::reserve(i64 bytes, i64 alignment) {
   device_.check(device_.relaxed(call), "cuMemAddressReserve", [&] {
     return "reserving " + std::to_string(bytes) + " bytes aligned to " + std::to_string(alignment);
   });
-  enter(reservations_, std::move(entry), at);
+  insert(reservations_, std::move(entry), at);
   return at;
 }
 
@@ -115,7 +113,7 @@ PageHandle CudaDriver::create(i64 bytes) {
            std::to_string(created_bytes_) + " of the device's " + std::to_string(info().total_bytes) + " bytes";
   });
   if (page == 0) refuse("create", "cuMemCreate returned handle 0");
-  enter(pages_, std::move(entry), page);
+  insert(pages_, std::move(entry), page);
   created_bytes_ += bytes;
   return page;
 }
@@ -128,6 +126,7 @@ void CudaDriver::destroy(PageHandle page) {
   device_.check(device_.relaxed([&] { return api_.cuMemRelease(page); }), "cuMemRelease",
                 [&] { return "page " + std::to_string(page); });
   created_bytes_ -= it->second.bytes;
+  KVMEM_ASSERT(created_bytes_ >= 0, "no more bytes are destroyed than were created");
   pages_.erase(it);
 }
 
@@ -143,55 +142,55 @@ void CudaDriver::map(Address at, i64 bytes, i64 offset, PageHandle page) {
   auto entry = new_entry<decltype(mappings_)>({bytes, page, false});
   device_.check(device_.relaxed([&] { return api_.cuMemMap(at, bytes, offset, page, 0); }), "cuMemMap",
                 [&] { return "page " + std::to_string(page) + " at " + range_text(at, bytes); });
-  enter(mappings_, std::move(entry), at);
+  insert(mappings_, std::move(entry), at);
   ++it->second.mappings;
 }
 
 void CudaDriver::set_access(Address at, i64 bytes) {
   const auto lock = begin(&DriverCounters::set_access);
   check_positive("set_access", bytes);
-  const auto first = mappings_.find(at);
-  auto end = first;
-  for (Address next = at; next < at + bytes; ++end) {
-    if (end == mappings_.end() || end->first != next || next + end->second.bytes > at + bytes)
-      refuse("set_access", range_text(at, bytes) + " is not made of whole mappings, back to back");
-    next += end->second.bytes;
-  }
+  const auto [first, end] = whole_mappings("set_access", at, bytes, 0);
   const cuda::AccessDesc access = device_.access();
   device_.check(device_.relaxed([&] { return api_.cuMemSetAccess(at, bytes, &access, 1); }), "cuMemSetAccess",
                 [&] { return range_text(at, bytes); });
   for (auto it = first; it != end; ++it) it->second.accessible = true;
 }
 
-void CudaDriver::unmap(Address at, i64 bytes) {
-  const auto lock = begin(&DriverCounters::unmap);
-  auto it = mappings_.find(at);
-  if (it == mappings_.end() || it->second.bytes != bytes)
-    refuse("unmap", range_text(at, bytes) + " is not exactly one mapping");
-  device_.check(device_.relaxed([&] { return api_.cuMemUnmap(at, bytes); }), "cuMemUnmap",
-                [&] { return range_text(at, bytes); });
-  --pages_.find(it->second.page)->second.mappings;
-  mappings_.erase(it);
+// Returns the mappings, adjacent ones, that make up the range. Refuses if there are none, or, for a `page_bytes` other
+// than 0, if one has another size.
+CudaDriver::MappingRange CudaDriver::whole_mappings(const char* verb, Address at, i64 bytes, i64 page_bytes) {
+  const auto first = mappings_.find(at);
+  auto end = first;
+  for (Address next = at; next < at + bytes; ++end) {
+    if (end == mappings_.end() || end->first != next || next + end->second.bytes > at + bytes ||
+        (page_bytes > 0 && end->second.bytes != page_bytes)) {
+      refuse(verb, range_text(at, bytes) + " is not made of mappings" +
+                       (page_bytes > 0 ? " of " + std::to_string(page_bytes) + " bytes" : ", each of them whole"));
+    }
+    next += end->second.bytes;
+  }
+  return {first, end};
 }
+
+void CudaDriver::unmap(Address at, i64 bytes) { unmap_at_once(at, bytes, 1); }
 
 void CudaDriver::unmap_run(Address at, i64 page_bytes, i64 count) {
   if (count == 1 || !unmaps_runs_ || !unmap_at_once(at, page_bytes, count)) Driver::unmap_run(at, page_bytes, count);
 }
 
-// False, and nothing has changed, where the driver refuses several mappings in one call.
+// Returns false, and has changed nothing, where libcuda refuses to unmap several mappings by one call.
 bool CudaDriver::unmap_at_once(Address at, i64 page_bytes, i64 count) {
   const auto lock = begin(&DriverCounters::unmap);
+  check_positive("unmap", page_bytes);
   const i64 bytes = count * page_bytes;
-  const auto first = mappings_.find(at);
-  auto end = first;
-  for (i64 i = 0; i < count; ++i, ++end) {
-    if (end == mappings_.end() || end->first != at + i * page_bytes || end->second.bytes != page_bytes)
-      refuse("unmap", range_text(at, bytes) + " is not made of mappings of " + std::to_string(page_bytes) + " bytes");
-  }
+  const auto [first, end] = whole_mappings("unmap", at, bytes, page_bytes);
   const Result code = device_.relaxed([&] { return api_.cuMemUnmap(at, bytes); });
-  if (code == cuda::kInvalidValue) return unmaps_runs_ = false;
+  if (code == cuda::kInvalidValue && count > 1) return unmaps_runs_ = false;
   device_.check(code, "cuMemUnmap", [&] { return range_text(at, bytes); });
-  for (auto it = first; it != end; ++it) --pages_.find(it->second.page)->second.mappings;
+  for (auto it = first; it != end; ++it) {
+    [[maybe_unused]] const i64 left = --pages_.find(it->second.page)->second.mappings;
+    KVMEM_ASSERT(left >= 0, "the page was mapped");
+  }
   mappings_.erase(first, end);
   return true;
 }

@@ -1,8 +1,13 @@
-// The CUDA driver: the verbs of driver.h over libcuda's virtual memory management, one driver call a verb.
+// The CUDA driver: the interface of driver.h on libcuda's virtual memory management, with one call of libcuda for each
+// function.
 //
-// What the driver leaves undefined is refused here before it is called: a handle that does not exist, a page destroyed
-// while mapped, a reservation freed while pages are mapped in it, a handle mapped in part, access to what is not all
-// mapped. The rest is the driver's to refuse, and every return code is looked at.
+// Misuse that libcuda leaves undefined is refused before the call: a handle that does not exist or is mapped in part, a
+// page destroyed while mapped, a reservation freed while pages are mapped in it, access to a range that is not wholly
+// mapped. Other misuse libcuda reports; every result is checked.
+//
+// Thread safety: mutex_ guards the record of reservations, pages and mappings, and is held during the calls that change
+// it, which libcuda serialises anyway. event_mutex_ guards counters and events, and is never held during a call: the
+// query of an event must not wait for a slow cuMemSetAccess.
 #pragma once
 
 #include <atomic>
@@ -10,6 +15,7 @@
 #include <mutex>
 #include <string>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "driver/cuda/cuda_device.h"
@@ -35,8 +41,8 @@ class CudaDriver final : public Driver {
   void map(Address at, i64 bytes, i64 offset, PageHandle page) override;
   void set_access(Address at, i64 bytes) override;
   void unmap(Address at, i64 bytes) override;
-  // One call for the run. Drivers are seen to take that, though cuMemUnmap's documentation promises it only for the
-  // range of one cuMemMap: one that refuses gets a call a page from then on.
+  // Makes one call for the run. Drivers accept this, although cuMemUnmap is documented for the range of one cuMemMap
+  // only; once a driver has refused it, each page gets a call of its own.
   void unmap_run(Address at, i64 page_bytes, i64 count) override;
 
   void zero(Address at, i64 bytes, Stream stream) override;
@@ -64,42 +70,41 @@ class CudaDriver final : public Driver {
     PageHandle page;
     bool accessible;
   };
+  using Mappings = std::map<Address, Mapping>;
+  using MappingRange = std::pair<Mappings::iterator, Mappings::iterator>;
+  // Counts a call; begin() returns the lock of the record too.
   std::unique_lock<ForkMutex> begin(i64 DriverCounters::* counter) {
     std::unique_lock<ForkMutex> lock(mutex_);
     ++(counters_.*counter);
-    device_.check_fork();
     return lock;
   }
-  void count(i64 DriverCounters::* counter) {  // for what our record does not serialise
+  void count(i64 DriverCounters::* counter) {
     std::lock_guard<ForkMutex> lock(event_mutex_);
     ++(counters_.*counter);
-    device_.check_fork();
   }
   [[noreturn]] static void refuse(const char* verb, const std::string& why);
-  // The driver's sizes are unsigned: a negative one would arrive as an enormous one.
+  // libcuda's sizes are unsigned, so a negative one would arrive as a huge one.
   static void check_positive(const char* verb, i64 bytes);
+  MappingRange whole_mappings(const char* verb, Address at, i64 bytes, i64 page_bytes);
   bool unmap_at_once(Address at, i64 page_bytes, i64 count);
   cuda::EventPtr take_event();
   void check_not_captured(const char* verb, Stream stream) const;
-  void release_everything();
 
   const cuda::Device device_;
   const cuda::Api& api_;
 
-  mutable ForkMutex mutex_{
-      "the CUDA driver"};  // the record below; held during the driver's calls, which it serialises anyway
-  cuda::StreamPtr side_ = nullptr;
+  mutable ForkMutex mutex_{"the CUDA driver"};
+  cuda::StreamPtr side_ = nullptr;  // side_stream(); null before its first call
   std::atomic<i64> created_bytes_{0};
   std::map<Address, i64> reservations_;
   std::unordered_map<PageHandle, Page> pages_;
-  std::map<Address, Mapping> mappings_;
-  std::atomic<bool> unmaps_runs_{true};  // until the driver has refused it
+  Mappings mappings_;
+  std::atomic<bool> unmaps_runs_{true};  // false once libcuda has refused to unmap a run
 
-  // Never held during a call: polling an event must not wait for a slow set_access.
   mutable ForkMutex event_mutex_{"the CUDA driver"};
   DriverCounters counters_;
-  std::vector<cuda::EventPtr> events_;       // all that were created, null where that failed
-  std::vector<cuda::EventPtr> idle_events_;  // those that forget() gave back
+  std::vector<cuda::EventPtr> events_;       // all that were created; null where that failed
+  std::vector<cuda::EventPtr> idle_events_;  // those that forget() has released
 };
 
 }  // namespace kvmem

@@ -1,5 +1,6 @@
-// Contents, events and streams of the CUDA driver.
+// The CUDA driver: contents, events and streams.
 
+#include "base/check.h"
 #include "driver/cuda/cuda_driver.h"
 
 namespace kvmem {
@@ -15,12 +16,14 @@ cuda::EventPtr cu_event(Event event) { return reinterpret_cast<cuda::EventPtr>(e
 
 // ---- Streams -------------------------------------------------------------------------------------------------------
 
-// The driver may crash over a handle that is no stream at all. 0 is whatever context is current, here ours.
+// libcuda may crash for a handle that is no stream. Stream 0 belongs to the current context, which is the primary one
+// here.
 void CudaDriver::check_stream(Stream stream) const {
   device_.check_fork();
   if (stream == cuda::kPerThreadStream) {
     throw SpecError(
-        "stream 2 means another stream in each thread, so no fence could be recorded on it; give a stream of its own");
+        "stream 2 means another stream in each thread, so no fence can be recorded on it; pass a stream that was "
+        "created");
   }
   cuda::ContextPtr context = nullptr;
   const auto ask = [&] { return api_.cuStreamGetCtx(cu(stream), &context); };
@@ -31,17 +34,16 @@ void CudaDriver::check_stream(Stream stream) const {
     api_.cuCtxGetDevice(&owner);
     api_.cuCtxPopCurrent(&context);
   }
-  const std::string mine = "cuda:" + std::to_string(info().device_index);
+  const std::string device = "cuda:" + std::to_string(info().device_index);
   throw DeviceError("stream " + std::to_string(stream) + " belongs to " +
-                        (owner == device_.id() ? "another context of " + mine
-                                               : "device " + std::to_string(owner) + ", not to " + mine) +
-                        " (cuStreamGetCtx); give a stream of the primary context of " + mine,
+                        (owner == device_.id() ? "another context of " + device
+                                               : "device " + std::to_string(owner) + ", not to " + device) +
+                        " (cuStreamGetCtx); pass a stream of the primary context of " + device,
                     "cuStreamGetCtx", cuda::kInvalidContext);
 }
 
 Stream CudaDriver::side_stream() {
   std::lock_guard<ForkMutex> lock(mutex_);
-  device_.check_fork();
   const auto create = [&] { return api_.cuStreamCreate(&side_, cuda::kStreamNonBlocking); };
   if (!side_) device_.check(device_.in_context(create), "cuStreamCreate");
   return reinterpret_cast<Stream>(side_);
@@ -60,8 +62,9 @@ void CudaDriver::wait_for_device() {
   device_.check(device_.in_context([&] { return api_.cuCtxSynchronize(); }), "cuCtxSynchronize");
 }
 
-// What is put on a stream that is being captured happens at each replay and not now: zeroing a live cache again. The
-// default stream cannot be used at all while one that waits for it is captured; the driver says so by an error.
+// Throws DeviceError for a stream that is being captured. What is put on it would run at each replay, and not now: it
+// would zero a live cache again. The default stream cannot be used while a stream that waits for it is captured, which
+// libcuda reports as an error.
 void CudaDriver::check_not_captured(const char* verb, Stream stream) const {
   int status = 0;
   const auto ask = [&] { return api_.cuStreamIsCapturing(cu(stream), &status); };
@@ -73,7 +76,7 @@ void CudaDriver::check_not_captured(const char* verb, Stream stream) const {
   throw DeviceError(std::string("the CUDA driver: ") + verb + ": stream " + std::to_string(stream) +
                         " is being captured into a graph" +
                         (code == cuda::kCaptureImplicit ? ", by way of one that waits for it" : "") +
-                        ". Grow, fork and free sequences before the capture, or " + "between replays",
+                        ". Grow, fork and free sequences before the capture, or between replays",
                     "cuStreamIsCapturing", cuda::kCaptureUnsupported);
 }
 
@@ -97,8 +100,9 @@ void CudaDriver::copy(Address to, Address from, i64 bytes, Stream stream) {
                 "cuMemcpyDtoDAsync", [&] { return range_text(from, bytes) + " to " + range_text(to, bytes); });
 }
 
+// Returns an idle event, or a new one.
 cuda::EventPtr CudaDriver::take_event() {
-  std::size_t place = 0;
+  std::size_t index = 0;
   {
     std::lock_guard<ForkMutex> lock(event_mutex_);
     if (!idle_events_.empty()) {
@@ -106,10 +110,10 @@ cuda::EventPtr CudaDriver::take_event() {
       idle_events_.pop_back();
       return event;
     }
-    place = events_.size();
+    index = events_.size();
     events_.push_back(nullptr);
     try {
-      idle_events_.reserve(events_.capacity());  // so that forget() needs no memory
+      idle_events_.reserve(events_.capacity());  // forget() must not need memory
     } catch (...) {
       events_.pop_back();
       throw;
@@ -118,13 +122,13 @@ cuda::EventPtr CudaDriver::take_event() {
   cuda::EventPtr event = nullptr;
   const auto create = [&] {
     const Result code = api_.cuEventCreate(&event, cuda::kEventDisableTiming);
-    if (code == cuda::kSuccess) {  // noted here: what follows may fail
+    if (code == cuda::kSuccess) {  // recorded here, because the rest of in_context() may fail
       std::lock_guard<ForkMutex> lock(event_mutex_);
-      events_[place] = event;
+      events_[index] = event;
     }
     return code;
   };
-  device_.check(device_.in_context(create), "cuEventCreate");  // a place that stays empty does no harm
+  device_.check(device_.in_context(create), "cuEventCreate");  // after an error the entry stays null
   return event;
 }
 
@@ -157,10 +161,11 @@ void CudaDriver::wait(Event event) {
   device_.check(device_.in_context([&] { return api_.cuEventSynchronize(cu_event(event)); }), "cuEventSynchronize");
 }
 
-// Kept for the next record: an event that is recorded again forgets what it stood for.
+// The event is used again by record(): recording it once more replaces what it marked.
 void CudaDriver::forget(Event event) {
   if (event == 0) return;
   std::lock_guard<ForkMutex> lock(event_mutex_);
+  KVMEM_ASSERT(idle_events_.size() < events_.size(), "an event is forgotten once");
   idle_events_.push_back(cu_event(event));
 }
 

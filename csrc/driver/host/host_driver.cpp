@@ -1,8 +1,10 @@
-// The host driver: memfd + mmap. Physical memory is one sparse file, a page is a range of it, mapping is
+// The host driver. Its physical memory is one sparse file (memfd), a page is a range of the file, and map() is
 // mmap(MAP_FIXED).
 //
-// The rules of driver.h are checked here and not left to the kernel, because mmap(MAP_FIXED) would silently replace
-// whatever lies at an address, and punching a hole under a mapping makes it read zeros instead of failing.
+// The driver checks the rules of driver.h itself, because the kernel does not: mmap(MAP_FIXED) silently replaces what
+// is mapped at an address, and a mapping of a destroyed page would read zeros.
+//
+// Thread safety: mutex_ guards all state. zero() and copy() release it before they touch bytes.
 
 #include <sys/mman.h>
 #include <unistd.h>
@@ -14,6 +16,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "base/check.h"
 #include "base/fork_guard.h"
 #include "driver/driver.h"
 #include "driver/host/host_file.h"
@@ -36,7 +39,7 @@ class HostDriver final : public Driver {
     info_.total_bytes = host_total_bytes();
     info_.fresh_pages_are_zero = true;
     info_.maps_cheaply = true;
-    info_.most_pages = 1 << 15;  // each may need one of the 65,530 mappings that Linux allows a process
+    info_.most_pages = kMostPages;
   }
   ~HostDriver() override;
 
@@ -46,7 +49,7 @@ class HostDriver final : public Driver {
     return counters_;
   }
   i64 physical_bytes() const override {
-    fork_.check(kName);
+    std::lock_guard<ForkMutex> lock(mutex_);
     return file_.physical_bytes();
   }
   i64 available_bytes() const override;
@@ -58,11 +61,11 @@ class HostDriver final : public Driver {
   void map(Address at, i64 bytes, i64 offset, PageHandle page) override;
   void set_access(Address at, i64 bytes) override;
   void unmap(Address at, i64 bytes) override { unmap_run(at, bytes, 1); }
-  // Without access, so that a touch before set_access faults here as it does on a GPU.
+  // The pages are inaccessible, so that their use before set_access() faults as it does on a GPU.
   void map_run(Address at, i64 page_bytes, const PageHandle* pages, i64 count) override {
     map_pages(at, page_bytes, pages, count, false);
   }
-  // The kernel takes the protection with the mapping: one change of its tables instead of two.
+  // The kernel sets the protection together with the mapping, which saves a second change of its tables.
   bool map_run_open(Address at, i64 page_bytes, const PageHandle* pages, i64 count) override {
     map_pages(at, page_bytes, pages, count, true);
     return true;
@@ -72,38 +75,41 @@ class HostDriver final : public Driver {
   void zero(Address at, i64 bytes, Stream stream) override;
   void copy(Address to, Address from, i64 bytes, Stream stream) override;
 
-  // The CPU has done everything by the time a call returns, so there is only the completed event.
+  // All work is done when a call returns, so the only event is the completed one.
   Event record(Stream) override {
-    count_checked(&DriverCounters::record, [] {});
+    count(&DriverCounters::record, [] {});
     return 0;
   }
   bool done(Event) override { return true; }
   void wait(Event) override {
-    count_checked(&DriverCounters::wait, [] {});
+    count(&DriverCounters::wait, [] {});
   }
   void forget(Event) override {}
   void undoing(bool begin) override {
     std::lock_guard<ForkMutex> lock(mutex_);
     undoing_ += begin ? 1 : -1;
+    KVMEM_ASSERT(undoing_ >= 0, "an undo ends after it has begun");
   }
 
  private:
   static constexpr const char* kName = "the host driver";
+  static constexpr i64 kMostPages = 1 << 15;
+  static_assert(kMostPages < 65'530, "a page may need a kernel mapping of its own, and Linux allows this many");
   struct Page {
     i64 bytes;
     i64 mappings;
   };
-  // Pages that lie back to back in the file: one mmap.
+  // Pages that are adjacent in the file, so that one mmap() maps them.
   struct Run {
     i64 first, count, offset;
   };
 
-  // Counts a call and runs its checks under the lock; what follows, and may take long, runs without it.
+  // Counts a call and runs its checks under the lock. The caller does the work without the lock, since it may take
+  // long.
   template <class Checks>
-  void count_checked(i64 DriverCounters::* counter, Checks checks) {
+  void count(i64 DriverCounters::* counter, Checks checks) {
     std::lock_guard<ForkMutex> lock(mutex_);
     ++(counters_.*counter);
-    fork_.check(kName);
     checks();
   }
   PageHandle handle_of(i64 offset) const { return static_cast<PageHandle>(offset / info_.granularity_bytes + 1); }
@@ -112,11 +118,10 @@ class HostDriver final : public Driver {
   HostPieces& reservation(const char* call, Address at, i64 bytes);
   Page& page_of(const char* call, PageHandle page, i64 bytes);
   void check_accessible(const char* call, Address at, i64 bytes);
-  // What [pages, pages + count) are: each in mapped_, and where they lie in runs_.
+  // Fills pages_of_call_ and runs_ for these pages.
   void find_runs(i64 page_bytes, const PageHandle* pages, i64 count);
-  void check_mappings(i64 more, i64 percent) const;
   void map_pages(Address at, i64 page_bytes, const PageHandle* pages, i64 count, bool accessible);
-  // Applies `change` to the pieces of a reservation and keeps the process's count of mappings.
+  // Applies `change` to the pieces of a reservation, and updates the number of kernel mappings that the process holds.
   template <class Change>
   void account(HostPieces& pieces, Change change) {
     const i64 before = pieces.count();
@@ -124,34 +129,32 @@ class HostDriver final : public Driver {
     budget_.add(pieces.count() - before);
   }
 
-  const ForkGuard fork_;
   DriverInfo info_;
   MappingBudget budget_;
   HostFile file_;
-  mutable ForkMutex mutex_{kName};  // not held while bytes are copied
+  mutable ForkMutex mutex_{kName};
   DriverCounters counters_;
   i64 created_bytes_ = 0;
-  i64 undoing_ = 0;  // how many take something back just now
+  i64 undoing_ = 0;  // how many callers are undoing (rule 8)
   std::unordered_map<PageHandle, Page> pages_;
   std::map<Address, HostPieces> reservations_;
-  std::vector<Run> runs_;      // of the call in progress
-  std::vector<Page*> mapped_;  // of the call in progress
+  std::vector<Run> runs_;             // of the call in progress
+  std::vector<Page*> pages_of_call_;  // of the call in progress
 };
 
 HostDriver::~HostDriver() {
   for (auto& [base, pieces] : reservations_) {
     budget_.add(-pieces.count());
-    // In a forked child nothing is mapped there (MADV_DONTFORK) and the addresses may since belong to someone else.
-    if (!fork_.forked()) munmap(reinterpret_cast<void*>(base), pieces.bytes());
+    // A forked child has no mapping there (MADV_DONTFORK), and may use the addresses for something else.
+    if (!file_.forked()) munmap(reinterpret_cast<void*>(base), pieces.bytes());
   }
 }
 
 i64 HostDriver::available_bytes() const {
-  fork_.check(kName);
   std::lock_guard<ForkMutex> lock(mutex_);
-  // Created pages that nobody has touched yet are promised, though the system still counts them as free.
-  const i64 promised = std::max<i64>(0, created_bytes_ - file_.physical_bytes());
-  return std::max<i64>(0, std::min(host_available_bytes() - promised, info_.total_bytes - created_bytes_));
+  // The system counts created pages as free until they are first touched.
+  const i64 untouched = std::max<i64>(0, created_bytes_ - file_.physical_bytes());
+  return std::max<i64>(0, std::min(host_available_bytes() - untouched, info_.total_bytes - created_bytes_));
 }
 
 // ---- Checks --------------------------------------------------------------------------------------------------------
@@ -183,7 +186,7 @@ HostDriver::Page& HostDriver::page_of(const char* call, PageHandle page, i64 byt
 }
 
 void HostDriver::check_accessible(const char* call, Address at, i64 bytes) {
-  if (bytes < 0) refuse(call, "a negative size");
+  if (bytes < 0) refuse(call, "size " + std::to_string(bytes) + " is negative");
   HostPieces& pieces = reservation(call, at, bytes);
   if (bytes && !pieces.all(at, bytes, [](const auto& piece) { return piece.accessible; })) {
     refuse(call, range_text(at, bytes) + " is not wholly mapped and accessible (map, then set_access)");
@@ -195,13 +198,12 @@ void HostDriver::check_accessible(const char* call, Address at, i64 bytes) {
 Address HostDriver::reserve(i64 bytes, i64 alignment) {
   std::lock_guard<ForkMutex> lock(mutex_);
   ++counters_.reserve;
-  fork_.check(kName);
   check_size("reserve", 0, bytes);
   if (alignment < 0 || (alignment & (alignment - 1))) refuse("reserve", "alignment is not 0 or a power of two");
   const i64 slack = alignment > info_.granularity_bytes ? alignment : 0;
   if (bytes > (i64{1} << 62) - slack) {
     throw OutOfMemory("the host driver: reserve of " + std::to_string(bytes) +
-                      " bytes: more than an address space holds");
+                      " bytes is more than an address space holds");
   }
   budget_.check_map(1);
   const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
@@ -215,7 +217,7 @@ Address HostDriver::reserve(i64 bytes, i64 alignment) {
     if (end > aligned + bytes) munmap(reinterpret_cast<void*>(aligned + bytes), end - (aligned + bytes));
     base = aligned;
   }
-  madvise(reinterpret_cast<void*>(base), bytes, MADV_DONTFORK);  // holes hold nothing; a failure here is harmless
+  madvise(reinterpret_cast<void*>(base), bytes, MADV_DONTFORK);  // a failure is harmless, since holes have no content
   try {
     reservations_.emplace(base, HostPieces(base, bytes));
   } catch (...) {
@@ -229,7 +231,6 @@ Address HostDriver::reserve(i64 bytes, i64 alignment) {
 void HostDriver::release(Address base, i64 bytes) {
   std::lock_guard<ForkMutex> lock(mutex_);
   ++counters_.release;
-  fork_.check(kName);
   auto it = reservations_.find(base);
   if (it == reservations_.end() || it->second.bytes() != bytes) {
     refuse("release", range_text(base, bytes) + " is not what reserve returned");
@@ -247,18 +248,17 @@ void HostDriver::release(Address base, i64 bytes) {
 PageHandle HostDriver::create(i64 bytes) {
   std::lock_guard<ForkMutex> lock(mutex_);
   ++counters_.create;
-  fork_.check(kName);
   check_size("create", 0, bytes);
-  // The file is sparse, so the system would say no only at first touch, with a signal. Promise no more than there is.
+  // The file is sparse, so the system would refuse a page at its first touch only, by a signal.
   if (bytes > info_.total_bytes - created_bytes_) {
     throw OutOfMemory("the host driver: create of " + std::to_string(bytes) +
                       " bytes: " + std::to_string(created_bytes_) + " of " + std::to_string(info_.total_bytes) +
                       " bytes of memory are already created; destroy pages first");
   }
-  const i64 offset = file_.next(bytes);
+  const i64 offset = file_.find_free(bytes);
   const PageHandle page = handle_of(offset);
   pages_[page] = {bytes, 0};
-  file_.take(offset, bytes);
+  file_.allocate(offset, bytes);
   created_bytes_ += bytes;
   return page;
 }
@@ -266,15 +266,15 @@ PageHandle HostDriver::create(i64 bytes) {
 void HostDriver::destroy(PageHandle page) {
   std::lock_guard<ForkMutex> lock(mutex_);
   ++counters_.destroy;
-  fork_.check(kName);
   auto it = pages_.find(page);
   if (it == pages_.end()) refuse("destroy", "there is no page " + std::to_string(page));
   if (it->second.mappings) {
     refuse("destroy", "page " + std::to_string(page) + " is still mapped at " + std::to_string(it->second.mappings) +
                           " address(es)");
   }
-  file_.give(offset_of(page), it->second.bytes);
+  file_.free(offset_of(page), it->second.bytes);
   created_bytes_ -= it->second.bytes;
+  KVMEM_ASSERT(created_bytes_ >= 0, "no more bytes are destroyed than were created");
   pages_.erase(it);
 }
 
@@ -287,9 +287,9 @@ void HostDriver::map(Address at, i64 bytes, i64 offset, PageHandle page) {
 
 void HostDriver::find_runs(i64 page_bytes, const PageHandle* pages, i64 count) {
   runs_.clear();
-  mapped_.clear();
+  pages_of_call_.clear();
   for (i64 i = 0; i < count; ++i) {
-    mapped_.push_back(&page_of("map", pages[i], page_bytes));
+    pages_of_call_.push_back(&page_of("map", pages[i], page_bytes));
     const i64 offset = offset_of(pages[i]);
     if (!runs_.empty() && runs_.back().offset + runs_.back().count * page_bytes == offset) {
       ++runs_.back().count;
@@ -302,24 +302,23 @@ void HostDriver::find_runs(i64 page_bytes, const PageHandle* pages, i64 count) {
 void HostDriver::map_pages(Address at, i64 page_bytes, const PageHandle* pages, i64 count, bool accessible) {
   if (count <= 0) return;
   std::lock_guard<ForkMutex> lock(mutex_);
-  fork_.check(kName);
   check_size("map", at, page_bytes);
   HostPieces& pieces = reservation("map", at, page_bytes * count);
   if (!pieces.all(at, page_bytes * count, [](const auto& piece) { return piece.offset == HostPieces::kHole; })) {
     refuse("map", range_text(at, page_bytes * count) + " is already mapped, in part or whole");
   }
   find_runs(page_bytes, pages, count);
-  budget_.check_map(static_cast<i64>(runs_.size()) + 1,
-                    undoing_ > 0);  // and one, where they split the hole they lie in
-  pieces.expect(static_cast<i64>(runs_.size()));
+  const i64 runs = static_cast<i64>(runs_.size());
+  budget_.check_map(runs + 1, undoing_ > 0);  // one more where they split the hole in which they lie
+  pieces.reserve(runs);
   counters_.set_access += accessible;
   for (const Run& run : runs_) {
     ++counters_.map;
     try {
-      file_.show(at + run.first * page_bytes, run.count * page_bytes, run.offset, accessible);
+      file_.map(at + run.first * page_bytes, run.count * page_bytes, run.offset, accessible);
     } catch (const Error& cause) {
-      if (run.first && !file_.make_hole(at, run.first * page_bytes)) {
-        HalfDone::raise("map_run", cause, DeviceError(std::strerror(errno), "mmap", errno));
+      if (run.first && !file_.unmap(at, run.first * page_bytes)) {
+        UndoFailed::raise("map_run", cause, DeviceError(std::strerror(errno), "mmap", errno));
       }
       throw;
     }
@@ -327,22 +326,21 @@ void HostDriver::map_pages(Address at, i64 page_bytes, const PageHandle* pages, 
   account(pieces, [&](HostPieces& p) {
     for (const Run& run : runs_) p.map(at + run.first * page_bytes, run.count * page_bytes, run.offset, accessible);
   });
-  for (Page* page : mapped_) ++page->mappings;
+  for (Page* page : pages_of_call_) ++page->mappings;
 }
 
 void HostDriver::set_access(Address at, i64 bytes) {
   std::lock_guard<ForkMutex> lock(mutex_);
   ++counters_.set_access;
-  fork_.check(kName);
   check_size("set_access", at, bytes);
   HostPieces& pieces = reservation("set_access", at, bytes);
   if (!pieces.all(at, bytes, [](const auto& piece) { return piece.offset != HostPieces::kHole; })) {
     refuse("set_access", range_text(at, bytes) + " is not wholly mapped");
   }
-  pieces.expect(1);
+  pieces.reserve(1);
   if (mprotect(reinterpret_cast<void*>(at), bytes, PROT_READ | PROT_WRITE) != 0) {
     const int code = errno;
-    // Over several mappings mprotect may have done some before it failed: take those back.
+    // mprotect() may have changed some of the mappings before it failed.
     pieces.each(at, bytes, [](Address begin, Address end, const HostPieces::Piece& piece) {
       if (!piece.accessible) mprotect(reinterpret_cast<void*>(begin), end - begin, PROT_NONE);
     });
@@ -356,31 +354,33 @@ void HostDriver::unmap_run(Address at, i64 page_bytes, i64 count) {
   if (count <= 0) return;
   std::lock_guard<ForkMutex> lock(mutex_);
   ++counters_.unmap;
-  fork_.check(kName);
   check_size("unmap", at, page_bytes);
   HostPieces& pieces = reservation("unmap", at, page_bytes * count);
-  mapped_.clear();
+  pages_of_call_.clear();
   for (i64 i = 0; i < count; ++i) {
     const i64 offset = pieces.offset_at(at + i * page_bytes);
     if (offset == HostPieces::kHole) refuse("unmap", range_text(at + i * page_bytes, page_bytes) + " is not mapped");
-    mapped_.push_back(&page_of("unmap", handle_of(offset), page_bytes));
+    pages_of_call_.push_back(&page_of("unmap", handle_of(offset), page_bytes));
   }
-  pieces.expect(1);
+  pieces.reserve(1);
   budget_.check_unmap(pieces.growth_of_unmap(at, page_bytes * count), undoing_ > 0);
-  if (!file_.make_hole(at, page_bytes * count)) system_failed("unmap", "mmap", range_text(at, page_bytes * count));
+  if (!file_.unmap(at, page_bytes * count)) system_failed("unmap", "mmap", range_text(at, page_bytes * count));
   account(pieces, [&](HostPieces& p) { p.unmap(at, page_bytes * count); });
-  for (Page* page : mapped_) --page->mappings;
+  for (Page* page : pages_of_call_) {
+    KVMEM_ASSERT(page->mappings > 0, "the page was mapped");
+    --page->mappings;
+  }
 }
 
 // ---- Contents ------------------------------------------------------------------------------------------------------
 
 void HostDriver::zero(Address at, i64 bytes, Stream) {
-  count_checked(&DriverCounters::zero, [&] { check_accessible("zero", at, bytes); });
+  count(&DriverCounters::zero, [&] { check_accessible("zero", at, bytes); });
   std::memset(reinterpret_cast<void*>(at), 0, bytes);
 }
 
 void HostDriver::copy(Address to, Address from, i64 bytes, Stream) {
-  count_checked(&DriverCounters::copy, [&] {
+  count(&DriverCounters::copy, [&] {
     check_accessible("copy", to, bytes);
     check_accessible("copy", from, bytes);
   });

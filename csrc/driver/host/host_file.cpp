@@ -12,21 +12,22 @@
 #include <iterator>
 #include <string>
 
+#include "base/check.h"
 #include "driver/host/host_limits.h"
 
 namespace kvmem {
 namespace {
 
-[[noreturn]] void fail(const char* call) {
-  const int code = errno;
+[[noreturn]] void fail(const char* call, int code = errno) {
   throw DeviceError(std::string("the host driver: ") + call + " failed: " + std::strerror(code), call, code);
 }
 
-// Growing past RLIMIT_FSIZE would raise SIGXFSZ, which kills the process.
-i64 nominal_bytes() {
-  constexpr i64 kNominal = i64{1} << 46;
+// Returns the length of the file, which takes no memory: 64 TiB, or RLIMIT_FSIZE, beyond which SIGXFSZ would kill the
+// process.
+i64 file_bytes() {
+  constexpr i64 kMost = i64{1} << 46;
   rlimit limit{};
-  if (getrlimit(RLIMIT_FSIZE, &limit) != 0 || limit.rlim_cur >= static_cast<rlim_t>(kNominal)) return kNominal;
+  if (getrlimit(RLIMIT_FSIZE, &limit) != 0 || limit.rlim_cur >= static_cast<rlim_t>(kMost)) return kMost;
   return static_cast<i64>(limit.rlim_cur) / sysconf(_SC_PAGESIZE) * sysconf(_SC_PAGESIZE);
 }
 
@@ -35,14 +36,12 @@ i64 nominal_bytes() {
 HostFile::HostFile(bool holes_fault) : holes_fault_(holes_fault) {
   fd_ = memfd_create("kvmem", MFD_CLOEXEC | MFD_ALLOW_SEALING);
   if (fd_ < 0) fail("memfd_create");
-  const i64 bytes = nominal_bytes();
-  // Sealed against shrinking, because touching a mapping beyond the end of a file is SIGBUS. Punching holes stays
-  // allowed.
+  const i64 bytes = file_bytes();
+  // The seal forbids shrinking the file, since an access beyond its end raises SIGBUS. Punching holes stays allowed.
   if (ftruncate(fd_, bytes) != 0 || fcntl(fd_, F_ADD_SEALS, F_SEAL_SHRINK) != 0) {
     const int code = errno;
     ::close(fd_);
-    errno = code;
-    fail("ftruncate");
+    fail("ftruncate", code);
   }
   free_[0] = bytes;
   keep_in_parent(fd_);
@@ -50,7 +49,7 @@ HostFile::HostFile(bool holes_fault) : holes_fault_(holes_fault) {
 }
 
 HostFile::~HostFile() {
-  // In a forked child nothing is mapped there, and the addresses may be another's by now.
+  // A forked child has no mapping there, and may use the addresses for something else.
   if (window_ != 0 && !fork_.forked()) munmap(reinterpret_cast<void*>(window_), window_bytes_);
   close_kept(fd_);
 }
@@ -66,24 +65,25 @@ void HostFile::open_window(i64 bytes) {
   window_bytes_ = bytes;
 }
 
-i64 HostFile::next(i64 bytes) const {
+i64 HostFile::find_free(i64 bytes) const {
   for (const auto& [offset, free] : free_) {
     if (free >= bytes) return offset;
   }
-  throw OutOfMemory("the host driver: no " + std::to_string(bytes) +
-                    " adjacent bytes left in its file (RLIMIT_FSIZE is " + "the usual cause: raise `ulimit -f`)");
+  throw OutOfMemory("the host driver: its file has no " + std::to_string(bytes) +
+                    " adjacent bytes left (RLIMIT_FSIZE is the usual cause: raise `ulimit -f`)");
 }
 
-void HostFile::take(i64 offset, i64 bytes) {
-  auto piece = free_.extract(offset);
-  if ((piece.mapped() -= bytes) == 0) return;
-  piece.key() += bytes;
-  free_.insert(std::move(piece));
+void HostFile::allocate(i64 offset, i64 bytes) {
+  auto range = free_.extract(offset);
+  KVMEM_ASSERT(!range.empty() && range.mapped() >= bytes, "find_free() returned the offset");
+  if ((range.mapped() -= bytes) == 0) return;
+  range.key() += bytes;
+  free_.insert(std::move(range));
 }
 
-void HostFile::give(i64 offset, i64 bytes) {
-  // First: it may find no memory, and nothing has changed then.
-  const auto it = free_.emplace(offset, bytes).first;
+void HostFile::free(i64 offset, i64 bytes) {
+  const auto [it, inserted] = free_.emplace(offset, bytes);  // may throw bad_alloc, so it precedes every change
+  KVMEM_ASSERT(inserted, "the range was allocated");
   int result;
   do {
     result = fallocate(fd_, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, bytes);
@@ -91,10 +91,10 @@ void HostFile::give(i64 offset, i64 bytes) {
   if (result != 0) {
     const int code = errno;
     free_.erase(it);
-    errno = code;
-    fail("fallocate");
+    fail("fallocate", code);
   }
-  auto next = std::next(it);
+  const auto next = std::next(it);
+  KVMEM_ASSERT(next == free_.end() || offset + bytes <= next->first, "the range was allocated");
   if (next != free_.end() && offset + bytes == next->first) {
     it->second += next->second;
     free_.erase(next);
@@ -105,37 +105,37 @@ void HostFile::give(i64 offset, i64 bytes) {
   }
 }
 
-void HostFile::show(Address at, i64 bytes, i64 offset, bool accessible) const {
+void HostFile::map(Address at, i64 bytes, i64 offset, bool accessible) const {
   void* where = reinterpret_cast<void*>(at);
   if (accessible && offset + bytes <= window_bytes_) {
-    // An old size of 0 leaves the window as it is and makes a second mapping of the same pages.
+    // With an old size of 0, mremap() leaves the window unchanged and makes a second mapping of the same pages.
     void* source = reinterpret_cast<void*>(window_ + Address(offset));
     if (mremap(source, 0, bytes, MREMAP_MAYMOVE | MREMAP_FIXED, where) == where) return;
-    // Not every system has it (valgrind has not), and what else may be wrong the longer way says.
+    // Not every system supports this (valgrind does not). After any other error, the calls below report it.
   }
   const int protection = accessible ? PROT_READ | PROT_WRITE : PROT_NONE;
   if (mmap(where, bytes, protection, MAP_SHARED | MAP_FIXED, fd_, offset) == MAP_FAILED) {
     system_failed("map", "mmap", range_text(at, bytes));
   }
-  // A shared mapping would stay shared with a forked child, which could then write into the parent's cache.
+  // Otherwise a forked child would share the mapping, and could write into the parent's cache.
   if (madvise(where, bytes, MADV_DONTFORK) != 0) {
     const DeviceError cause(range_text(at, bytes) + ": " + std::strerror(errno), "madvise", errno);
-    if (!make_hole(at, bytes)) HalfDone::raise("madvise", cause, DeviceError(std::strerror(errno), "mmap", errno));
+    if (!unmap(at, bytes)) UndoFailed::raise("madvise", cause, DeviceError(std::strerror(errno), "mmap", errno));
     errno = static_cast<int>(cause.code());
     system_failed("map", "madvise", range_text(at, bytes));
   }
 }
 
 int HostFile::hole_protection() const {
-  // Without access for writing, the kernel shows its one page of zeros to who reads, and charges nobody for it.
+  // On reads of a hole the kernel maps its one page of zeros, which takes no memory.
   return holes_fault_ ? PROT_NONE : PROT_READ;
 }
 
-bool HostFile::make_hole(Address at, i64 bytes) const {
+bool HostFile::unmap(Address at, i64 bytes) const {
   void* where = reinterpret_cast<void*>(at);
   const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED;
   if (mmap(where, bytes, hole_protection(), flags, -1, 0) == MAP_FAILED) return false;
-  madvise(where, bytes, MADV_DONTFORK);  // a new mapping loses the flag; with it the hole merges with its neighbours
+  madvise(where, bytes, MADV_DONTFORK);  // with the same flags as its neighbours, the hole merges with them
   return true;
 }
 

@@ -1,5 +1,7 @@
-// One sparse memfd: the physical memory of the host driver. Hands out offsets, lowest first, punches holes, and shows
-// ranges of itself at addresses.
+// The physical memory of the host driver: one sparse memfd, whose ranges are allocated lowest first and mapped at
+// addresses.
+//
+// Thread safety: none for find_free(), allocate() and free(), which the caller serialises; the rest is const.
 #pragma once
 
 #include <map>
@@ -17,22 +19,23 @@ class HostFile {
   HostFile(const HostFile&) = delete;
   HostFile& operator=(const HostFile&) = delete;
 
-  // The lowest free offset with room for `bytes`, so that pages created in a row are adjacent and map as one.
-  // OutOfMemory only past the file's nominal end (64 TiB, or RLIMIT_FSIZE).
-  i64 next(i64 bytes) const;
-  // Takes what next() has just answered. Cannot fail.
-  void take(i64 offset, i64 bytes);
-  // Gives the memory behind the range back to the system, then the range. Whatever maps it would read zeros.
-  void give(i64 offset, i64 bytes);
-  // Shows [offset, offset + bytes) of the file at `at`, in place of what is there. DeviceError or OutOfMemory, and then
-  // there is a hole.
-  void show(Address at, i64 bytes, i64 offset, bool accessible) const;
-  // A hole: addresses that stay ours and hold nothing. A munmap would let another thread's mmap have them. False, with
-  // errno, and nothing changed, where the kernel has no mapping left for it.
-  bool make_hole(Address at, i64 bytes) const;
-  // What a hole is mapped with. All have the same, so that neighbours are one mapping of the kernel's.
+  // Returns the lowest free offset with room for `bytes`, so that pages created one after another are adjacent and can
+  // be mapped by one call. Throws OutOfMemory past the end of the file (64 TiB, or RLIMIT_FSIZE).
+  i64 find_free(i64 bytes) const;
+  // REQUIRES: `offset` is what find_free(bytes) has just returned. Needs no memory.
+  void allocate(i64 offset, i64 bytes);
+  // Returns the memory of the range to the system, and the range to find_free(). REQUIRES: nothing maps the range.
+  void free(i64 offset, i64 bytes);
+  // Maps [offset, offset + bytes) of the file at `at`, in place of what is mapped there. Throws DeviceError or
+  // OutOfMemory, and leaves a hole then; throws UndoFailed if that fails too.
+  void map(Address at, i64 bytes, i64 offset, bool accessible) const;
+  // Makes the range a hole: it stays reserved and has no content. munmap() would let mmap() in another thread have the
+  // addresses. Returns false with errno, and has changed nothing, where the kernel has no mapping left for the hole.
+  bool unmap(Address at, i64 bytes) const;
+  // Returns the protection of holes, which is the same for all, so that the kernel merges neighbours.
   int hole_protection() const;
-  // What the file really holds, by fstat.
+  bool forked() const { return fork_.forked(); }
+  // Returns how many bytes the system has allocated for the file.
   i64 physical_bytes() const;
 
  private:
@@ -41,15 +44,15 @@ class HostFile {
   const ForkGuard fork_;
   const bool holes_fault_;
   int fd_ = -1;
-  // The start of the file, as many bytes as there is memory, mapped with access where nobody knows of it; 0 where there
-  // are no addresses for that. A part of it shown elsewhere by mremap brings access and MADV_DONTFORK with it: one call
-  // of the system's instead of two or three.
+  // An accessible mapping of the start of the file, as long as the machine has memory; 0 if there are no addresses for
+  // it. mremap() duplicates a part of it together with access and MADV_DONTFORK, which otherwise takes two or three
+  // system calls.
   Address window_ = 0;
   i64 window_bytes_ = 0;
-  std::map<i64, i64> free_;  // offset -> bytes, never adjacent
+  std::map<i64, i64> free_;  // the free ranges: offset -> bytes; no two are adjacent
 };
 
-// errno of a failed system call, as the right error. Where memory or mappings ran out nothing is broken: OutOfMemory.
+// Throws the error for errno after `system_call` failed in `call`: OutOfMemory for ENOMEM, else DeviceError.
 [[noreturn]] void system_failed(const char* call, const char* system_call, const std::string& what);
 
 }  // namespace kvmem

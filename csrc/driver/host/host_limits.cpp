@@ -9,12 +9,14 @@
 #include <sstream>
 #include <string>
 
+#include "base/check.h"
+
 namespace kvmem {
 namespace {
 
 constexpr i64 kUnlimited = std::numeric_limits<i64>::max();
 
-// The number in a one-line file; `fallback` where the file is absent or says "max".
+// Returns the number in a one-line file, or `fallback` where the file is absent or says "max".
 i64 read_number(const std::string& path, i64 fallback) {
   std::ifstream file(path);
   i64 value = 0;
@@ -29,7 +31,8 @@ i64 meminfo_bytes(const std::string& field) {
   return 0;
 }
 
-// The directory of this process's memory controller (version 2, else version 1); "" where there is none.
+// Returns the directory of this process's memory controller, or "" if there is none. `unified` tells version 2 (true)
+// from version 1.
 std::string cgroup_directory(bool* unified) {
   std::ifstream file("/proc/self/cgroup");
   std::string found;
@@ -55,8 +58,8 @@ struct CgroupRoom {
   i64 left_bytes = kUnlimited;
 };
 
-// Every ancestor's limit binds, so walk up. Inside a container the path may not exist below the mount: the walk then
-// still ends at the mount's root, which is the container's own group.
+// Returns the lowest limit of the cgroup and its ancestors. Inside a container the path may not exist below the mount;
+// the walk still ends at the mount's root, which is the container's own group.
 CgroupRoom cgroup_room() {
   bool unified = false;
   std::string directory = cgroup_directory(&unified);
@@ -75,7 +78,7 @@ CgroupRoom cgroup_room() {
   return room;
 }
 
-std::atomic<i64> held{0};  // mappings, by all budgets of the process
+std::atomic<i64> held{0};  // the mappings of all budgets of the process
 
 }  // namespace
 
@@ -92,13 +95,16 @@ i64 host_max_mappings() { return read_number("/proc/sys/vm/max_map_count", 65530
 
 MappingBudget::MappingBudget() : limit_(host_max_mappings()) {}
 
-void MappingBudget::add(i64 change) { held += change; }
+void MappingBudget::add(i64 change) {
+  [[maybe_unused]] const i64 before = held.fetch_add(change);
+  KVMEM_ASSERT(before + change >= 0, "no more mappings are removed than were added");
+}
 
 void MappingBudget::check(i64 more, i64 percent) const {
-  const i64 budget = limit_ / 100 * percent, now = held.load();
-  if (more <= 0 || now + more <= budget) return;
+  const i64 most = limit_ / 100 * percent, now = held.load();
+  if (more <= 0 || now + more <= most) return;
   throw OutOfMemory("the host driver: " + std::to_string(now) + " kernel mappings are held and " +
-                    std::to_string(more) + " more would pass " + std::to_string(budget) + ", " +
+                    std::to_string(more) + " more would exceed " + std::to_string(most) + ", " +
                     std::to_string(percent) + " % of vm.max_map_count = " + std::to_string(limit_) +
                     ". Free sequences, use a larger page_bytes or fewer rows, or raise `sysctl vm.max_map_count`");
 }

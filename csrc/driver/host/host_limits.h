@@ -1,28 +1,36 @@
-// What this process may use of the machine: memory (the machine's, or less where a cgroup says so), and mappings (VMAs)
-// up to vm.max_map_count, met with a typed error before the kernel meets it.
+// How much of the machine this process may use: memory, up to the limit of its cgroup, and kernel mappings (VMAs), up
+// to vm.max_map_count. Thread-safe.
 #pragma once
 
 #include "base/types.h"
 
 namespace kvmem {
 
-i64 host_total_bytes();      // physical memory, or the lowest limit of this process's cgroup and its ancestors
-i64 host_available_bytes();  // MemAvailable, or what is left under those limits, whichever is less; never negative
-i64 host_max_mappings();     // vm.max_map_count: mappings (VMAs) one process may have
+// Returns the physical memory, or the lowest limit of this process's cgroup and its ancestors.
+i64 host_total_bytes();
+// Returns MemAvailable, or what is left under those limits if that is less; never a negative number.
+i64 host_available_bytes();
+// Returns vm.max_map_count: how many mappings one process may have.
+i64 host_max_mappings();
 
-// Past the limit the kernel refuses every mmap, even the one by which a mapping becomes a hole again: the process would
-// be stuck. So new mappings stop at 80 %, and an unmap that splits a mapping in two stops at 90 %; what takes back a
-// call that failed may go on to 95 %, and the rest is for the process's other mappings. An unmap that does not split
-// always goes through.
+// Refuses mappings with OutOfMemory before the kernel does. At its limit the kernel refuses every mmap(), also the one
+// that turns a mapping into a hole, so the process could not free memory any more. Hence new mappings stop at 80 % of
+// the limit, an unmap that splits a mapping in two stops at 90 %, and the undo of a failed call at 95 %; the rest is
+// for the process's other mappings. An unmap that splits nothing is never refused.
 class MappingBudget {
  public:
   MappingBudget();
-  void check_map(i64 more, bool undoing = false) const { check(more, undoing ? 95 : 80); }
-  void check_unmap(i64 growth, bool undoing = false) const { check(growth, undoing ? 95 : 90); }
-  void add(i64 change);  // what the owner holds now, more or less than before; shared by all budgets of the process
+  // Throw OutOfMemory if `more` mappings would exceed the share for this purpose.
+  void check_map(i64 more, bool undoing = false) const { check(more, undoing ? kUndoPercent : kMapPercent); }
+  void check_unmap(i64 more, bool undoing = false) const { check(more, undoing ? kUndoPercent : kSplitPercent); }
+  // Changes the number of mappings that all budgets of the process hold together.
+  void add(i64 change);
 
  private:
-  void check(i64 more, i64 percent) const;  // OutOfMemory
+  static constexpr i64 kMapPercent = 80, kSplitPercent = 90, kUndoPercent = 95;
+  static_assert(kMapPercent < kSplitPercent && kSplitPercent < kUndoPercent && kUndoPercent < 100,
+                "what frees memory may use more than what takes it");
+  void check(i64 more, i64 percent) const;
   i64 limit_;
 };
 

@@ -1,12 +1,15 @@
-// The kernel's view of one reservation, kept on our side: pieces of address space that have one file offset and one
-// protection. Neighbours that the kernel merges are merged here, so count() is the number of mappings (VMAs) it holds.
+// A record of the kernel's mappings (VMAs) in one reservation: pieces of the address range, each with one file offset
+// and one protection. Neighbours that the kernel merges are merged here too, so count() is the number of the kernel's
+// mappings.
+//
+// Invariant: the pieces cover the reservation without gaps, and no two neighbours could be merged. Not thread-safe.
 #pragma once
 
 #include <algorithm>
-#include <cassert>
 #include <iterator>
 #include <map>
 
+#include "base/check.h"
 #include "driver/driver.h"
 
 namespace kvmem {
@@ -15,7 +18,7 @@ class HostPieces {
  public:
   struct Piece {
     Address end;
-    i64 offset;  // in the memfd; kHole where nothing is mapped
+    i64 offset;  // in the file, or kHole where nothing is mapped
     bool accessible;
   };
   static constexpr i64 kHole = -1;
@@ -29,13 +32,13 @@ class HostPieces {
     return at >= base_ && at <= end_ && bytes <= static_cast<i64>(end_ - at);
   }
 
-  // The file offset mapped at `at`, or kHole.
+  // Returns the file offset that is mapped at `at`, or kHole.
   i64 offset_at(Address at) const {
     auto it = find(at);
     return it->second.offset == kHole ? kHole : it->second.offset + static_cast<i64>(at - it->first);
   }
 
-  // True if `test(piece)` holds for every piece that touches [at, at + bytes).
+  // Returns whether test(piece) is true for every piece that overlaps [at, at + bytes).
   template <class Test>
   bool all(Address at, i64 bytes, Test test) const {
     for (auto it = find(at); it != pieces_.end() && it->first < at + bytes; ++it) {
@@ -44,33 +47,34 @@ class HostPieces {
     return true;
   }
 
-  // By how much count() would change if the range, wholly mapped, became a hole: at most 2, and negative where it joins
-  // holes.
+  // Returns by how much count() would change if the range became a hole: at most 2, and less than 0 where it joins
+  // holes. REQUIRES: all of the range is mapped.
   i64 growth_of_unmap(Address at, i64 bytes) const {
     const Address end = at + bytes;
     auto it = find(at);
     i64 growth = 1;
     if (it->first < at) {
-      ++growth;  // its left part stays
+      ++growth;  // its left part remains
     } else if (it != pieces_.begin() && std::prev(it)->second.offset == kHole) {
       --growth;
     }
     for (; it != pieces_.end() && it->first < end; ++it) {
       --growth;
-      if (it->second.end > end) ++growth;  // its right part stays
+      if (it->second.end > end) ++growth;  // its right part remains
     }
     if (it != pieces_.end() && it->first == end && it->second.offset == kHole) --growth;
     return growth;
   }
 
-  // The next `changes` calls of map(), unmap() and set_accessible() need no memory.
-  void expect(i64 changes) {
+  // Allocates what the next `changes` calls of map(), unmap() and set_accessible() need. May throw std::bad_alloc.
+  void reserve(i64 changes) {
     while (static_cast<i64>(spare_.size()) < 2 * changes) spare_.emplace_hint(spare_.end(), ++spares_made_, Piece());
   }
+  // These change the record only, and need no memory. REQUIRES: reserve().
   void map(Address at, i64 bytes, i64 offset, bool accessible) { assign(at, at + bytes, offset, accessible); }
   void unmap(Address at, i64 bytes) { assign(at, at + bytes, kHole, false); }
   void set_accessible(Address at, i64 bytes) {
-    // Cut out once, then merged once: piece by piece, one that has merged would be cut again.
+    // All pieces are cut out before any is merged; otherwise a merged piece would be cut again.
     const Address end = at + bytes;
     split(end);
     auto it = split(at);
@@ -81,7 +85,7 @@ class HostPieces {
     }
   }
 
-  // Calls visit(begin, end, piece) for the part of each piece inside [at, at + bytes).
+  // Calls visit(begin, end, piece) for the part of each piece that lies in [at, at + bytes).
   template <class Visit>
   void each(Address at, i64 bytes, Visit visit) const {
     const Address end = at + bytes;
@@ -95,7 +99,8 @@ class HostPieces {
 
   Map::const_iterator find(Address at) const { return --pieces_.upper_bound(at); }
 
-  // The piece that starts at `at`: where none does, one is cut in two. pieces_.end() for the end of the reservation.
+  // Returns the piece that starts at `at`, and cuts one in two if none does. Returns pieces_.end() for the end of the
+  // reservation.
   Map::iterator split(Address at) {
     if (at == end_) return pieces_.end();
     auto it = --pieces_.upper_bound(at);
@@ -103,7 +108,7 @@ class HostPieces {
     Piece right = it->second;
     if (right.offset != kHole) right.offset += static_cast<i64>(at - it->first);
     it->second.end = at;
-    assert(!spare_.empty() && "expect() was told of fewer changes");
+    KVMEM_ASSERT(!spare_.empty(), "reserve() was called for this change");
     auto piece = spare_.extract(spare_.begin());
     piece.key() = at;
     piece.mapped() = right;
@@ -122,6 +127,7 @@ class HostPieces {
     it->second = {end, offset, accessible};
     merge_next(it);
     if (it != pieces_.begin()) merge_next(std::prev(it));
+    KVMEM_ASSERT(pieces_.begin()->first == base_ && pieces_.rbegin()->second.end == end_, "the pieces cover all");
   }
 
   bool merge_next(Map::iterator it) {
@@ -133,8 +139,8 @@ class HostPieces {
   }
 
   Address base_, end_, spares_made_ = 0;
-  Map spare_;   // entries to come
-  Map pieces_;  // covers [base_, end_) without gaps
+  Map spare_;   // entries that later changes use
+  Map pieces_;  // by start
 };
 
 }  // namespace kvmem

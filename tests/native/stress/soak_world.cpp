@@ -45,7 +45,7 @@ i64 usual_weight(int operation) { return World::entries()[operation].weight; }
 World::World(const Params& params, const Promises& promises, Progress& progress, bool trace)
     : params_(params), promises_(promises), progress_(progress), trace_(trace) {
   std::shared_ptr<Driver> driver = make_host_driver();
-  if (params.faults) driver = driver_ = make_checked_driver(driver);
+  if (params.faults) driver = driver_ = std::make_shared<CheckedDriver>(driver);
   pool_ = std::make_shared<PagePool>(params.page_bytes, params.pages, driver, params.create_ahead);
   for (i64 i = 0; i < params.allocators; ++i) {
     const bool paged = i == 0 ? params.paged : params.second_paged;
