@@ -9,12 +9,12 @@ from typing import Any, NoReturn, cast
 import numpy as np
 
 from kvmem import _core
-from kvmem.allocator.closed import Closed
 from kvmem.allocator.content import ContentCalls
 from kvmem.allocator.memory_calls import MemoryCalls
+from kvmem.allocator.opening import Closed
 from kvmem.allocator.ops import Op
 from kvmem.allocator.prefix import Tokens, encode_keys
-from kvmem.allocator.sequence import NOBODY, LiveSequence, Sequence
+from kvmem.allocator.sequence import NO_HANDLE, LiveSequence, Sequence
 from kvmem.allocator.tensors import TensorCalls
 from kvmem.errors import KVMemError, SpecError, StaleHandle
 from kvmem.events.digests import ExtraKey
@@ -103,14 +103,14 @@ class Allocator(TensorCalls, ContentCalls, MemoryCalls):
         salted, keyed = encode_keys(salt, extra_key, adapter)
         if not isinstance(label, (str, NoneType)):
             raise SpecError(f"label: got {label!r}; must be a text, or None")
-        sequence = Sequence(self, NOBODY)
+        sequence = Sequence(self, NO_HANDLE)
         try:
             self.core.admit([] if tokens is None else tokens, salted, keyed, sequence)
             if label is not None:
                 self._label(sequence._id, label)
             return sequence
         except BaseException:  # a signal handler's, too: who never gets the sequence cannot free it
-            sequence._give_up()
+            sequence._discard()
             raise
 
     def sequences(self) -> list[LiveSequence]:
@@ -154,7 +154,7 @@ class Allocator(TensorCalls, ContentCalls, MemoryCalls):
         if core.close():  # a thread that has it in hand opens no more
             _free_all(core)
         self.core, self.pool = cast(_core.Allocator, Closed()), cast(PagePool, Closed())
-        for one in self._over:
+        for one in self._holders:
             one._core = self.core
         self._arenas.clear()
         self._labels.clear()

@@ -14,7 +14,7 @@ from kvmem.allocator.batch import Batch, new_batch
 from kvmem.allocator.ids import several
 from kvmem.allocator.opening import OpenedCore, default
 from kvmem.allocator.prefix import Tokens, encode_keys
-from kvmem.allocator.sequence import NOBODY, Sequence
+from kvmem.allocator.sequence import NO_HANDLE, Sequence
 from kvmem.arguments import as_int32, check_group, check_size
 from kvmem.errors import OutOfMemory, SpecError
 from kvmem.events.digests import ExtraKey
@@ -54,18 +54,18 @@ class BatchCalls(OpenedCore):
         """
         lengths = None if counts is None else as_int32("counts", counts)
         n = 1 if lengths is None else len(lengths)
-        handles, cached = np.full(n, NOBODY, np.int32), np.empty(n, np.int32)
+        handles, cached = np.full(n, NO_HANDLE, np.int32), np.empty(n, np.int32)
         salted, keyed = encode_keys(salt, extra_key, adapter)
         try:
             done = self.core.admit_batch(tokens, lengths, salted, keyed, handles, cached)
             return (handles, cached) if done == n else (handles[:done], cached[:done])
         except BaseException:
-            self._give_up(handles)
+            self._discard(handles)
             raise
 
-    def _give_up(self, handles: Handles) -> None:
+    def _discard(self, handles: Handles) -> None:
         """Frees what a call has made for a caller that gets an exception instead."""
-        for handle in handles[handles != NOBODY].tolist():
+        for handle in handles[handles != NO_HANDLE].tolist():
             if self.core.is_live(handle):
                 self.core.free(handle)
 
@@ -73,12 +73,12 @@ class BatchCalls(OpenedCore):
         """Handles of ``n`` new sequences, int32 [n]: all of them or ``OutOfMemory``."""
         if check_size("n", n, 0) > self.max_sequences:
             raise OutOfMemory(f"asked to open {n} sequences; max_sequences is {self.max_sequences}")
-        handles = np.full(n, NOBODY, np.int32)
+        handles = np.full(n, NO_HANDLE, np.int32)
         try:
             self.core.open_batch(handles)
             return handles
         except BaseException:
-            self._give_up(handles)
+            self._discard(handles)
             raise
 
     def extend_batch(self, ids: Ids, counts: Ints) -> None:

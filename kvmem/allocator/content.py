@@ -45,7 +45,7 @@ class ContentCalls(OpenedCore):
             self.core.pin_tokens(tokens, salted, keyed, pin)
             return pin
         except BaseException:
-            pin._give_up()
+            pin._discard()
             raise
 
     def pins(self) -> list[Pin]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import weakref
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
 
 from kvmem import _core
 from kvmem.allocator.batch_buffers import INT32_MAX
 from kvmem.arguments import check_bool, check_choice, check_size, is_fraction, parse_bytes
-from kvmem.errors import SpecError
+from kvmem.errors import SpecError, StaleHandle
 from kvmem.events import EventBatch, EventStream
 from kvmem.events.digests import decode_key
 from kvmem.layouts.base import Sizes, require_supported
@@ -24,7 +24,7 @@ from kvmem.spec import CacheSpec
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["OpenedCore", "default"]
+__all__ = ["Closed", "OpenedCore", "default"]
 
 #: The metadata of each takes some hundred bytes of host memory, needed or not.
 MAX_SEQUENCES = 2**20
@@ -143,7 +143,7 @@ class OpenedCore:
     def _open(self, zero: str, limit: int, prefix: _core.PrefixOptions) -> None:
         self._arenas: dict[tuple[int, int], torch.Tensor] = {}
         self._labels: dict[int, str] = {}  # of live sequences, and of some that were freed since the last listing
-        self._over: weakref.WeakSet[Any] = weakref.WeakSet()  # what has a `_core` of its own, which close() takes away
+        self._holders: weakref.WeakSet[Any] = weakref.WeakSet()  # what has a `_core` of its own, which close() takes away
         self.core = _core.Allocator(
             geometry=_core.Geometry(
                 page_bytes=self.pool.page_bytes,
@@ -178,3 +178,13 @@ def _prefix_options(prefix_cache: bool, partial_reuse: bool, policy: str, events
         hash_bits=int(os.environ.get("KVMEM_HASH_BITS", "64")),  # fewer, to test that collisions are misses
         event_capacity=check_size("events", events, 0, INT32_MAX),
     )
+
+
+class Closed:
+    """Raises ``StaleHandle`` for whatever is asked of it."""
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise StaleHandle("this allocator is closed: close(), or the end of its with-statement, freed its sequences")
+
+    def __setattr__(self, name: str, value: Any) -> NoReturn:
+        self.__getattr__(name)

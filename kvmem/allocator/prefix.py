@@ -138,7 +138,7 @@ class Pin:
         """The blocks are cached like any other again. Twice is a ``StaleHandle``."""
         self._core.unpin(self._id)
 
-    def _give_up(self) -> None:
+    def _discard(self) -> None:
         """Unpins what a call has pinned for a caller that gets an exception instead."""
         if self._id:
             self._core.unpin(self._id)

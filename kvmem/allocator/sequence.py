@@ -20,7 +20,7 @@ __all__ = ["LiveSequence", "Sequence"]
 
 
 #: No sequence's handle.
-NOBODY = -1
+NO_HANDLE = -1
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Sequence:
         self._alloc = alloc
         self._core = alloc.core
         self._id = handle
-        if handle != NOBODY:  # somebody else's, who frees it
+        if handle != NO_HANDLE:  # somebody else's, who frees it
             self._lent = True
         self.num_cached_tokens = num_cached_tokens
 
@@ -143,7 +143,7 @@ class Sequence:
             self._core.pin(self._id, count, pin)
             return pin
         except BaseException:
-            pin._give_up()
+            pin._discard()
             raise
 
     def retain(self, start: int = 0, end: int | None = None, *, priority: int, ttl: float | None = None) -> None:
@@ -174,12 +174,12 @@ class Sequence:
         ``OutOfMemory``, and nothing changed, when there is no room for the copy. What is reserved but not committed
         stays with the parent; a recurrent state is copied as it is, so it may have seen those tokens.
         """
-        child = Sequence(self._alloc, NOBODY)
+        child = Sequence(self._alloc, NO_HANDLE)
         try:
             self._core.fork(self._id, child)
             return child
         except BaseException:
-            child._give_up()
+            child._discard()
             raise
 
     def free(self) -> None:
@@ -197,9 +197,9 @@ class Sequence:
         """K and V of the tokens held, ``[num_tokens, heads, width]``; see ``Allocator.sequence_tensor``."""
         return self._alloc.sequence_tensor(self, layer, "k"), self._alloc.sequence_tensor(self, layer, "v")
 
-    def _give_up(self) -> None:
+    def _discard(self) -> None:
         """Frees it unless it was freed before, or never began. For the end of a call that failed."""
-        if self._id != NOBODY and self._core.is_live(self._id):
+        if self._id != NO_HANDLE and self._core.is_live(self._id):
             self._core.free(self._id)
 
     # Leaving the body frees it, unless the body did; the body's own exception is what is raised. One call to C each: in
