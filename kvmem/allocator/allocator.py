@@ -12,7 +12,7 @@ from kvmem import _core
 from kvmem.allocator.memory_calls import MemoryCalls
 from kvmem.allocator.opening import Closed
 from kvmem.allocator.ops import Op
-from kvmem.allocator.prefix import ContentCalls, Tokens, encode_keys
+from kvmem.allocator.prefix import ContentCalls, Salt, Tokens, encode_keys
 from kvmem.allocator.sequence import NO_HANDLE, LiveSequence, Sequence
 from kvmem.allocator.tensors import TensorCalls
 from kvmem.errors import KVMemError, SpecError, StaleHandle
@@ -86,7 +86,7 @@ class Allocator(TensorCalls, ContentCalls, MemoryCalls):
         self,
         tokens: Tokens | None = None,
         *,
-        salt: str | bytes | None = None,
+        salt: Salt = None,
         extra_key: ExtraKey = None,
         adapter: str | None = None,
         label: str | None = None,

@@ -20,7 +20,7 @@ import torch
 from kvmem.allocator.batch import Batch, new_batch
 from kvmem.allocator.ids import several
 from kvmem.allocator.opening import OpenedCore, default
-from kvmem.allocator.prefix import Tokens, encode_keys
+from kvmem.allocator.prefix import Salt, Tokens, encode_keys
 from kvmem.allocator.sequence import NO_HANDLE, Sequence
 from kvmem.arguments import as_int32, check_group, check_size
 from kvmem.errors import OutOfMemory, SpecError
@@ -46,7 +46,7 @@ class BatchCalls(OpenedCore):
         tokens: Tokens,
         counts: Ints | None = None,
         *,
-        salt: str | bytes | None = None,
+        salt: Salt = None,
         extra_key: ExtraKey = None,
         adapter: str | None = None,
     ) -> tuple[Handles, Handles]:

@@ -90,12 +90,14 @@ class _Prefix:
     """Asking rows ``[begin, end)`` share their first ``blocks`` blocks.
 
     path: how many blocks each prefix around this one has, the outermost first; ``base`` is the last of them, or 0.
+    parent: the index of the prefix around this one; -1 if there is none.
     """
 
     begin: int
     end: int
     blocks: int
     path: tuple[int, ...]
+    parent: int
 
     @property
     def depth(self) -> int:
@@ -153,13 +155,13 @@ def _runs(common: list[int]) -> list[_Run]:
 
 def _nest(runs: list[_Run]) -> list[_Prefix]:
     """Return the runs as prefixes of trees, the outer before the inner, from left to right."""
-    prefixes, around = list[_Prefix](), list[_Prefix]()
+    prefixes, parent = list[_Prefix](), -1
     for begin, end, blocks in sorted(runs, key=lambda run: (run[0], -run[1])):
-        while around and around[-1].end <= begin:
-            around.pop()
-        path = (*around[-1].path, around[-1].blocks) if around else ()
-        around.append(_Prefix(begin, end, blocks, path))
-        prefixes.append(around[-1])
+        while parent >= 0 and prefixes[parent].end <= begin:
+            parent = prefixes[parent].parent
+        path = (*prefixes[parent].path, prefixes[parent].blocks) if parent >= 0 else ()
+        prefixes.append(_Prefix(begin, end, blocks, path, parent))
+        parent = len(prefixes) - 1
     return prefixes
 
 
@@ -175,7 +177,6 @@ def _choose(prefixes: list[_Prefix], max_depth: int, min_blocks: int) -> list[_P
         return prefixes
     within = [np.zeros((p.depth + 2, min(depth, max_depth) + 1), np.int64) for p in prefixes]
     take: list[npt.NDArray[np.bool_]] = []
-    parents = _parents(prefixes)
     for i in range(len(prefixes) - 1, -1, -1):
         p, chosen = prefixes[i], np.full_like(within[i][:-1], -1)
         added = p.blocks - np.array((0, *p.path))[:, None]
@@ -183,25 +184,16 @@ def _choose(prefixes: list[_Prefix], max_depth: int, min_blocks: int) -> list[_P
         chosen[:, 1:] = np.where(added >= min_blocks, saved, -1)
         take.append(chosen > within[i][:-1])
         if p.depth:
-            within[parents[i]] += np.maximum(chosen, within[i][:-1])
+            within[p.parent] += np.maximum(chosen, within[i][:-1])
     take.reverse()
     states, kept = list[tuple[int, int]](), list[_Run]()
     for i, p in enumerate(prefixes):
-        nearest, left = states[parents[i]] if p.depth else (0, min(depth, max_depth))
+        nearest, left = states[p.parent] if p.depth else (0, min(depth, max_depth))
         if take[i][nearest, left]:
             kept.append((p.begin, p.end, p.blocks))
             nearest, left = p.depth + 1, left - 1
         states.append((nearest, left))
     return _nest(kept)
-
-
-def _parents(prefixes: list[_Prefix]) -> list[int]:
-    """Return the index of the prefix around each one; of outermost prefixes an arbitrary number."""
-    latest, parents = dict[int, int](), list[int]()  # latest: the last index of each depth
-    for i, prefix in enumerate(prefixes):
-        latest[prefix.depth] = i
-        parents.append(latest.get(prefix.depth - 1, 0))
-    return parents
 
 
 #: The fields of one level, on the CPU, in the order of ``CascadeLevel``.

@@ -25,6 +25,7 @@ __all__ = [
     "Pin",
     "PrefixMatch",
     "Reason",
+    "Salt",
     "Tokens",
     "committed_count",
     "committed_ids",
@@ -32,7 +33,10 @@ __all__ = [
     "token_ids",
 ]
 
+#: Token ids, one-dimensional: 0 to 2**31 - 1.
 Tokens: TypeAlias = Sequence[int] | np.ndarray | torch.Tensor
+#: The name of a tenant; None is a salt of its own.
+Salt: TypeAlias = str | bytes | None
 
 #: Why a match is not longer, in the order of ``MatchEnd`` in csrc/allocator/match.h.
 Reason: TypeAlias = Literal[
@@ -110,7 +114,7 @@ def committed_count(verb: str, tokens: Tokens | None, count: int | None) -> int:
     return check_count("count", check_size("count", count, 0))
 
 
-def encode_keys(salt: str | bytes | None, extra_key: ExtraKey, adapter: str | None = None) -> tuple[bytes, bytes]:
+def encode_keys(salt: Salt, extra_key: ExtraKey, adapter: str | None = None) -> tuple[bytes, bytes]:
     """Return two byte strings for the core, which compares bytes: the salt; and the adapter, then the extra keys with
     their positions (``csrc/index/block_tags.h``). None, the default, is a value of its own for each of them.
     """
@@ -175,26 +179,14 @@ class ContentCalls(OpenedCore):
     """The calls of an allocator about cached blocks."""
 
     def match(
-        self,
-        tokens: Tokens,
-        *,
-        salt: str | bytes | None = None,
-        extra_key: ExtraKey = None,
-        adapter: str | None = None,
+        self, tokens: Tokens, *, salt: Salt = None, extra_key: ExtraKey = None, adapter: str | None = None
     ) -> PrefixMatch:
         """Return how much of ``tokens`` is cached, and why not more. Changes nothing, not even what is evicted next."""
         salted, keyed = encode_keys(salt, extra_key, adapter)
         found, reason = self.core.match(tokens, salted, keyed)
         return PrefixMatch(found, cast(Reason, reason))
 
-    def pin(
-        self,
-        tokens: Tokens,
-        *,
-        salt: str | bytes | None = None,
-        extra_key: ExtraKey = None,
-        adapter: str | None = None,
-    ) -> Pin:
+    def pin(self, tokens: Tokens, *, salt: Salt = None, extra_key: ExtraKey = None, adapter: str | None = None) -> Pin:
         """Return a pin of the whole blocks of ``tokens`` (a system prompt): they stay cached until ``unpin()``, and a
         prompt that begins with them always finds them. ``SpecError`` if one of them is not cached now, or if the tokens
         fill no block.

@@ -29,7 +29,7 @@ import numpy as np
 
 from kvmem._core import TableChanges
 from kvmem.allocator.allocator import Allocator
-from kvmem.allocator.prefix import Tokens, committed_count, encode_keys
+from kvmem.allocator.prefix import Salt, Tokens, committed_count, encode_keys
 from kvmem.allocator.sequence import NO_HANDLE, Sequence
 from kvmem.arguments import check_count, check_group, check_size
 from kvmem.errors import OutOfMemory, SpecError, StaleHandle
@@ -72,12 +72,7 @@ class SchedulerCache:
     # --- one request at a time ---
 
     def matched_tokens(
-        self,
-        tokens: Tokens,
-        *,
-        salt: str | bytes | None = None,
-        extra_key: ExtraKey = None,
-        adapter: str | None = None,
+        self, tokens: Tokens, *, salt: Salt = None, extra_key: ExtraKey = None, adapter: str | None = None
     ) -> int:
         """Return how many of ``tokens`` (a prompt) ``allocate`` would find cached now; at least one is left to compute.
 
@@ -91,7 +86,7 @@ class SchedulerCache:
         count: int | None = None,
         *,
         tokens: Tokens | None = None,
-        salt: str | bytes | None = None,
+        salt: Salt = None,
         extra_key: ExtraKey = None,
         adapter: str | None = None,
     ) -> TableChanges | None:
@@ -109,7 +104,7 @@ class SchedulerCache:
             handle = self._requests[request]._id
         except (KeyError, TypeError):
             self._find(request)  # raises for what cannot be a request id
-            return self._begin(request, count, tokens, salt, extra_key, adapter)
+            return self._begin(request, count, tokens, encode_keys(salt, extra_key, adapter))
         if tokens is not None or salt is not None or extra_key is not None or adapter is not None:
             raise SpecError(
                 f"request {request!r} has begun: prompt, salt, extra key and adapter are given as it begins"
@@ -122,21 +117,14 @@ class SchedulerCache:
             return None
 
     def _begin(
-        self,
-        request: Hashable,
-        count: int | None,
-        tokens: Tokens | None,
-        salt: str | bytes | None,
-        extra_key: ExtraKey,
-        adapter: str | None,
+        self, request: Hashable, count: int | None, tokens: Tokens | None, keys: tuple[bytes, bytes]
     ) -> TableChanges | None:
         if count is None and tokens is None:
             raise SpecError(f"count: missing; a new request ({request!r}) needs a prompt, or a count of tokens")
         wanted = -1 if count is None else check_count("count", check_size("count", count, 0))
-        salted, keyed = encode_keys(salt, extra_key, adapter)
         sequence = Sequence(self.allocator, NO_HANDLE)
         try:
-            self._core.begin([] if tokens is None else tokens, salted, keyed, wanted, sequence)
+            self._core.begin([] if tokens is None else tokens, *keys, wanted, sequence)
             self._requests[request] = sequence
             return self._core.table(sequence.id, -1) or _NOTHING
         except BaseException as error:

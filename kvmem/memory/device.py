@@ -69,8 +69,9 @@ class Device:
         """Return the bytes of the device that are free for any process, or None if unknown. About 6 us on CUDA."""
         return self.driver.available_bytes() if self.driver is not None and self.info.tells_free_bytes else None
 
-    def auto_bytes(self, held_bytes: int = 0) -> int:
-        """Return the budget of ``memory="auto"``: free bytes plus ``held_bytes``, the pool's own, less a margin.
+    def part_bytes(self, part: float | None, held_bytes: int = 0) -> int:
+        """Return the budget of ``memory=0.9``: that part of the free bytes and of ``held_bytes``, which are the pool's
+        own; or of ``memory="auto"`` (None): all of them, less a margin.
 
         What torch's caching allocator has reserved, used or not, does not count as free. ``SpecError`` if the device
         does not report free memory; ``OutOfMemory`` if no more than the margin is free.
@@ -78,28 +79,18 @@ class Device:
         free, margin = self.free_bytes(), max(AUTO_MARGIN_BYTES, self.info.total_bytes // 50)
         if free is None:
             # On a CPU a page is allocated when it is touched, and if there is none, the process is killed.
+            asked = '"auto"' if part is None else f"{float(part)!r}"
             raise SpecError(
-                f'memory: got "auto", but device {self.name!r} does not report its free memory; give bytes, as "4GiB"'
+                f'memory: got {asked}, but device {self.name!r} does not report its free memory; give bytes, as "4GiB"'
             )
+        if part is not None:
+            return int(part * (held_bytes + free))
         if held_bytes + free <= margin:
             raise OutOfMemory(
                 f'memory="auto": {self.name} has {format_bytes(free)} free, of which {format_bytes(margin)} is left to '
-                f"others; free something (torch.cuda.empty_cache() gives back what torch keeps), or say how much"
+                f"others; free something (torch.cuda.empty_cache() frees what torch has cached), or give bytes"
             )
         return held_bytes + free - margin
-
-    def fraction_bytes(self, fraction: float, held_bytes: int = 0) -> int:
-        """Return the budget of ``memory=0.9``: that fraction of free bytes plus ``held_bytes``, the pool's own.
-
-        ``SpecError`` if the device does not report free memory.
-        """
-        free = self.free_bytes()
-        if free is None:  # for the same reason as "auto"
-            raise SpecError(
-                f"memory: got {float(fraction)!r}, a fraction of the device's free memory, which device {self.name!r} "
-                'does not report; give bytes, as "4GiB"'
-            )
-        return int(fraction * (held_bytes + free))
 
 
 class Opener(Protocol):

@@ -113,9 +113,9 @@ class PagePool:
 
     def _bytes(self, memory: int | float | str, held_bytes: int) -> int:
         if memory == "auto":
-            return self.device.auto_bytes(held_bytes)
+            return self.device.part_bytes(None, held_bytes)
         if is_fraction("memory", memory):
-            return self.device.fraction_bytes(float(memory), held_bytes)
+            return self.device.part_bytes(float(memory), held_bytes)
         return parse_bytes("memory", memory)  # type: ignore[arg-type]  # no float
 
     def set_stream(self, stream: Any) -> None:

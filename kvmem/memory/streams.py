@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import os
 import threading
-from typing import Any, Protocol
+from typing import Any
 
+from kvmem import _core
 from kvmem.errors import DeviceError
 from kvmem.memory.device import Device
 
 __all__ = ["Streams"]
-
-
-class _Pool(Protocol):
-    def set_stream(self, stream: int, only: bool = ...) -> None: ...
 
 
 class Streams:
@@ -24,7 +21,7 @@ class Streams:
     ``pin()`` names the only stream instead.
     """
 
-    def __init__(self, pool: _Pool, device: Device) -> None:
+    def __init__(self, pool: _core.PagePool, device: Device) -> None:
         self._pool, self._device = pool, device
         self._current = current = device.current_stream if device.info.has_streams else None
         self._ask = current

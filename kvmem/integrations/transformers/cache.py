@@ -9,14 +9,14 @@ paged backend each layer's tokens are gathered first, which suits tests more tha
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator
 from collections.abc import Sequence as List
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache, DummyLayer, EncoderDecoderCache
+from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from kvmem.allocator import Allocator
 from kvmem.errors import SpecError
@@ -40,6 +40,23 @@ class _OverRows:
     """What both kinds of cache have in common: they hold their tokens in the rows of a ``DenseBatch``."""
 
     _rows: DenseBatch
+
+    def __init__(
+        self,
+        source: PreTrainedModel | PreTrainedConfig | Allocator,
+        *,
+        max_batch: int | None = None,
+        max_tokens: int | None = None,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device | None = None,
+        assume: str | None = None,
+        **options: Any,
+    ) -> None:
+        self._open(open_rows(source, max_batch, max_tokens, dtype, device, assume, options))
+
+    def _open(self, rows: DenseBatch) -> None:
+        """Check that the spec fits this kind of cache, and make its layers over the rows."""
+        raise NotImplementedError
 
     @property
     def allocator(self) -> Allocator:
@@ -83,18 +100,7 @@ class KVMemCache(_OverRows, Cache):  # type: ignore[misc]
     counts as complete. Not for training: the cache carries no gradients.
     """
 
-    def __init__(
-        self,
-        source: PreTrainedModel | PreTrainedConfig | Allocator,
-        *,
-        max_batch: int | None = None,
-        max_tokens: int | None = None,
-        dtype: torch.dtype | None = None,
-        device: str | torch.device | None = None,
-        assume: str | None = None,
-        **options: Any,
-    ) -> None:
-        rows = open_rows(source, max_batch, max_tokens, dtype, device, assume, options)
+    def _open(self, rows: DenseBatch) -> None:
         if has_cross_attention(rows):
             raise SpecError("the model has cross attention; use KVMemEncoderDecoderCache, which holds both caches")
         self._init(rows, SELF)
@@ -107,7 +113,7 @@ class KVMemCache(_OverRows, Cache):  # type: ignore[misc]
 
     def _init(self, rows: DenseBatch, pairs: tuple[tuple[str, str], ...]) -> None:
         self._rows, self._pairs = rows, pairs
-        super().__init__(layers=make_layers(rows, pairs))
+        Cache.__init__(self, layers=make_layers(rows, pairs))
 
     @property
     def is_initialized(self) -> bool:
@@ -240,25 +246,14 @@ class KVMemEncoderDecoderCache(_OverRows, EncoderDecoderCache):  # type: ignore[
     filled once; beams share it.
     """
 
-    def __init__(
-        self,
-        source: PreTrainedModel | PreTrainedConfig | Allocator,
-        *,
-        max_batch: int | None = None,
-        max_tokens: int | None = None,
-        dtype: torch.dtype | None = None,
-        device: str | torch.device | None = None,
-        assume: str | None = None,
-        **options: Any,
-    ) -> None:
-        self._rows = open_rows(source, max_batch, max_tokens, dtype, device, assume, options)
-        if not has_cross_attention(self._rows):
+    def _open(self, rows: DenseBatch) -> None:
+        if not has_cross_attention(rows):
             raise SpecError("the model has no cross attention; use KVMemCache")
-        self._init()
+        self._init(rows)
 
-    def _init(self) -> None:
-        self._cross = _CrossAttention._over(self._rows, CROSS)
-        super().__init__(KVMemCache._over(self._rows, SELF), self._cross)
+    def _init(self, rows: DenseBatch) -> None:
+        self._rows, self._cross = rows, _CrossAttention._over(rows, CROSS)
+        EncoderDecoderCache.__init__(self, KVMemCache._over(rows, SELF), self._cross)
 
     @property
     def cross_attention_cache(self) -> KVMemCache:
@@ -271,9 +266,9 @@ class KVMemEncoderDecoderCache(_OverRows, EncoderDecoderCache):  # type: ignore[
             raise SpecError("cross_attention_cache: shares its rows with the self attention; make a new cache instead")
 
     @property
-    def is_updated(self) -> MutableMapping[int, bool]:
-        """By layer, True if its cross attention is filled. Read from the rows; assignments have no effect."""
-        return _Filled(self.cross_attention_cache.layers)
+    def is_updated(self) -> dict[int, bool]:
+        """By layer, True if its cross attention is filled. A copy, since a filled layer may be emptied later."""
+        return {i: bool(layer.get_seq_length() > 0) for i, layer in enumerate(self._cross.layers)}
 
     @is_updated.setter
     def is_updated(self, value: object) -> None:
@@ -287,8 +282,7 @@ class KVMemEncoderDecoderCache(_OverRows, EncoderDecoderCache):  # type: ignore[
     def fork(self) -> KVMemEncoderDecoderCache:
         """As ``KVMemCache.fork``."""
         copy = KVMemEncoderDecoderCache.__new__(KVMemEncoderDecoderCache)
-        copy._rows = self._rows.fork()
-        copy._init()
+        copy._init(self._rows.fork())
         return copy
 
     # The two caches share their rows, so rows are moved once.
@@ -316,27 +310,3 @@ class _CrossAttention(KVMemCache):
 
     def __init__(self, config: PreTrainedConfig | None = None, offloading: bool = False) -> None:
         self.is_stand_in = True
-
-
-class _Filled(MutableMapping[int, bool]):
-    """Which layers hold tokens. Assignments have no effect, since a layer may have been emptied after one."""
-
-    def __init__(self, layers: list[KVMemLayer | DummyLayer]) -> None:
-        self._layers = layers
-
-    def __getitem__(self, layer: int) -> bool:
-        if not 0 <= layer < len(self._layers):
-            raise KeyError(layer)
-        return bool(self._layers[layer].get_seq_length() > 0)
-
-    def __setitem__(self, layer: int, value: bool) -> None:
-        pass
-
-    def __delitem__(self, layer: int) -> None:
-        raise TypeError("the layers of a cache are fixed")
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(range(len(self._layers)))
-
-    def __len__(self) -> int:
-        return len(self._layers)
