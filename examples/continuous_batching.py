@@ -1,4 +1,5 @@
-"""Sequences come and go, one batch is refilled in place: the numbers of one at a time, and no driver call once warm."""
+"""Shows continuous batching: requests come and go in one batch, which is refilled in place. Asserts that each gets the
+numbers that it gets alone, and that the driver is not called after the warm-up."""
 
 import numpy as np
 import torch
@@ -8,22 +9,22 @@ from kvmem.kernels import reference, write
 
 SPEC = kvmem.CacheSpec.kv(num_layers=2, num_kv_heads=2, head_dim=16, dtype=torch.float32)
 SLOTS, STEPS, WARM_UP = 4, 60, 20
-torch.set_num_threads(1)  # more would not help with tensors of this size
+torch.set_num_threads(1)  # the tensors are tiny
 
 
 def qkv(request, position, layer):
-    """A stand-in for a model: what request `request` computes for the token at `position`. q [4, 16], k, v [2, 16]."""
+    """A stand-in for a model. Return q [4, 16], k, v [2, 16] of the token at `position` of request `request`."""
     draw = torch.Generator().manual_seed(request * 100_003 + position * 101 + layer)
     return torch.randn(8, 16, generator=draw).split([4, 2, 2])
 
 
 def lengths(request):
-    """(prompt tokens, tokens to generate)."""
+    """Return how many tokens a request's prompt has, and how many tokens it generates."""
     return 5 + request * 7 % 20, 8 + request * 5 % 13
 
 
 def step(alloc, batch, requests):
-    """One step of all requests in the batch; what each row's last token attends to, [rows, layers, 4, 16]."""
+    """Do one step of all requests. Return the attention output of each row's last token, [rows, layers, 4, 16]."""
     results = []
     positions, rows = batch.positions.tolist(), batch.batch_indices.tolist()
     for layer in range(SPEC.num_layers):
@@ -63,7 +64,7 @@ for backend in ("virtual", "paged"):
             live[handle], new_tokens[handle] = (arrived, count), prompt
             arrived += 1
         ids, counts = (np.array(list(x), np.int32) for x in (new_tokens.keys(), new_tokens.values()))
-        alloc.extend_batch(ids, counts)  # prompts and single tokens together
+        alloc.extend_batch(ids, counts)  # room for whole prompts and for single tokens, in one call
         alloc.fill(ids, batch)
         results = step(alloc, batch, [live[i][0] for i in ids.tolist()])
         alloc.commit_batch(ids, counts)
@@ -75,4 +76,4 @@ for backend in ("virtual", "paged"):
             finished += 1
         alloc.free_batch(np.array(done, np.int32))
     assert finished > 10 and alloc.stats().driver_calls == calls and batch.full("block_table").data_ptr() == address
-    print(f"{backend}: {finished} requests in {STEPS} steps, as one at a time; no driver call after step {WARM_UP}")
+    print(f"{backend}: {finished} requests in {STEPS} steps, equal to runs alone; no driver call after step {WARM_UP}")

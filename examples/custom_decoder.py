@@ -1,4 +1,5 @@
-"""A decoder of one's own: extend, write K/V, attend, commit. The same tokens as without a cache, on both backends."""
+"""Shows the cache in a decoder of your own: extend, write K and V, attend, commit. Asserts that both backends generate
+the same tokens as the decoder without a cache."""
 
 import torch
 import torch.nn.functional as F
@@ -6,9 +7,8 @@ import torch.nn.functional as F
 import kvmem
 from kvmem.kernels import reference, write
 
-LAYERS, HEADS, KV_HEADS, WIDTH, VOCAB = 3, 4, 2, 16, 97
-HIDDEN = HEADS * WIDTH
-torch.set_num_threads(1)  # more would not help with tensors of this size
+LAYERS, HEADS, KV_HEADS, WIDTH, VOCAB, HIDDEN = 3, 4, 2, 16, 97, 64  # HIDDEN is HEADS * WIDTH
+torch.set_num_threads(1)  # the tensors are tiny
 
 
 class TinyLlama:
@@ -25,7 +25,7 @@ class TinyLlama:
         self.embed = torch.randn(VOCAB, HIDDEN, generator=draw)
 
     def logits(self, tokens, positions, attend):
-        """tokens, positions: [T]. attend(layer, q [T, HEADS, WIDTH], k, v [T, KV_HEADS, WIDTH]) gives q's shape."""
+        """tokens, positions: [T]. attend(layer, q [T, HEADS, WIDTH], k, v [T, KV_HEADS, WIDTH]) returns q's shape."""
         x = self.embed[tokens]
         for number, w in enumerate(self.layers):
             h = F.rms_norm(x, (HIDDEN,))
@@ -58,7 +58,7 @@ def with_cache(model, tokens, steps, backend):
     with alloc.sequence() as seq:
         new = tokens
         for _ in range(steps):
-            seq.extend(len(new))  # room, or OutOfMemory and nothing has changed
+            seq.extend(len(new))  # make room; OutOfMemory would change nothing
             batch = alloc.batch([seq])
 
             def attend(layer, q, k, v, batch=batch):
@@ -66,7 +66,7 @@ def with_cache(model, tokens, steps, backend):
                 return reference.sdpa(q, alloc.kv(layer), batch)
 
             logits = model.logits(torch.tensor(new), batch.positions, attend)
-            seq.commit(new)  # their K/V is valid now
+            seq.commit(new)  # their K and V are valid now
             new = [int(logits[-1].argmax())]
             tokens = [*tokens, *new]
     return tokens

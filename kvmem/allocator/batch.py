@@ -1,7 +1,8 @@
-"""The metadata of one step, in the forms that attention kernels read: filled by the core, in place."""
+"""The metadata of one step, in the forms that attention kernels read. The core fills it in place."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NoReturn
@@ -20,31 +21,34 @@ __all__ = ["Batch", "GroupBatch", "new_batch"]
 
 
 class GroupBatch:
-    """One group's metadata. ``B`` rows (sequences, then padding rows), ``T`` new tokens. Values are valid until the
-    next fill.
+    """One group's metadata of a step: ``B`` rows (sequences, then padding rows), ``T`` new tokens, ``N`` blocks in all.
 
-    =====================  ===================  ==================================================================
-    block_table            int32 [B, M]         block ids; entries past a sequence's last block are 0
-    seq_lens               int32 [B]            tokens, this step's included
-    first_tokens           int32 [B]            first token still held; 0 without a sliding window
-    slot_mapping           int64 [T]            ``block * block_size + offset``: where each new token is written
-    positions              int32 [T]            position of each new token in its sequence
-    batch_indices          int32 [T]            row of the batch that each new token belongs to
-    cu_seqlens_q           int32 [B + 1]        new tokens, running sum from 0 (FlashInfer's ``qo_indptr``)
-    cu_seqlens_k           int32 [B + 1] *      tokens, running sum from 0
-    kv_indptr              int32 [B + 1]        blocks, running sum from 0 (FlashInfer CSR)
-    kv_indices             int32 [N]            block ids of all sequences, one after the other
-    kv_last_page_len       int32 [B]            tokens in the last block, 1 to ``block_size``
-    rows                   int32 [B] or None    row of each sequence in ``Allocator.rows()``; None where there are none
-    row_starts             int32 [B + 1] *      ``row * row_tokens``; None where ``rows`` is
-    =====================  ===================  ==================================================================
+    Every field is a view into a buffer whose address never changes; its contents are valid until the next fill.
 
-    Each field also exists as ``<field>_cpu`` (on the CPU device, the same tensor): ``plan()`` of FlashInfer reads some
-    there. A padding row has one new token: it reads block 0, which is zero, and writes block 1. Blocks that a window
-    has dropped stand as 0 too.
+    =====================  =====================================================================================
+    block_table            int32 [B, M]: block ids; entries past a sequence's last block are 0
+    seq_lens               int32 [B]: tokens, this step's included
+    first_tokens           int32 [B]: first token in the window; 0 without a sliding window
+    slot_mapping           int64 [T]: ``block * block_size + offset``, where each new token is written
+    positions              int32 [T]: position of each new token in its sequence
+    batch_indices          int32 [T]: row of the batch that each new token belongs to
+    cu_seqlens_q           int32 [B + 1]: new tokens, running sum from 0 (FlashInfer's ``qo_indptr``)
+    cu_seqlens_k           int32 [B + 1] *: tokens, running sum from 0
+    kv_indptr              int32 [B + 1]: blocks, running sum from 0 (FlashInfer's CSR)
+    kv_indices             int32 [N]: block ids of all sequences, one sequence after the other
+    kv_last_page_len       int32 [B]: tokens in the last block, 1 to ``block_size``
+    rows                   int32 [B]: row of each sequence in ``Allocator.rows()``; None on the paged backend
+    row_starts             int32 [B + 1] *: ``row * row_tokens``; None on the paged backend
+    =====================  =====================================================================================
 
-    * int64 where an int32 might not do: ``cu_seqlens_k`` of a batch that was made for 2**31 tokens or more in all,
-    ``row_starts`` where the rows of the group have as many. Kernels that take int32 only refuse those.
+    Each field also exists as ``<field>_cpu``, on the CPU: FlashInfer's ``plan()`` reads some there. On device "cpu"
+    both are one tensor. A padding row has one new token: it reads the null block, block 0, which is zero, and writes to
+    the padding block, block 1. Blocks that are out of window are 0 in ``block_table`` and ``kv_indices``.
+
+    * int64 where int32 might be too small: ``cu_seqlens_k`` of a batch that was made for 2**31 tokens or more in all,
+    ``row_starts`` if the rows of the group have as many. Kernels that take int32 only refuse those.
+
+    block_size: tokens of a block.
     """
 
     block_table: torch.Tensor
@@ -80,7 +84,7 @@ class GroupBatch:
         max_blocks: int,
         max_indices: int,
     ) -> None:
-        """all_rows_tokens: of all rows that the allocator has, 0 where it has none."""
+        """all_rows_tokens: tokens of all rows of the allocator; 0 on the paged backend, which has no rows."""
         self.block_size = block_size
         self._max_blocks = max_blocks
         self._core: _core.Allocator | None = None
@@ -116,7 +120,7 @@ class GroupBatch:
         if on_gpu:
             large = {name: host.to(device) for name, host in self._host.items() if name not in self._small.device}
             self._device = self._small.device | large
-        max_deltas = 4 * max_sequences + 64  # above that whole rows of the table are uploaded
+        max_deltas = 4 * max_sequences + 64  # for more, whole rows of the table are uploaded
         self._places = torch.zeros(max_deltas, dtype=torch.int64, pin_memory=on_gpu)
         self._blocks = torch.zeros(max_deltas, dtype=torch.int32, pin_memory=on_gpu)
         self._uploaded = torch.cuda.Event() if on_gpu else None  # type: ignore[no-untyped-call]
@@ -132,14 +136,14 @@ class GroupBatch:
         )
 
     def begin(self) -> None:
-        """Waits until the last upload has read the host's buffers; they are about to be written."""
+        """Wait until the last upload has read the host buffers, which are about to be written."""
         if self._uploaded is not None:
             self._uploaded.synchronize()
 
     def update(self, core: _core.Allocator, group: int) -> None:
-        """Uploads what the core has changed in the buffers, on torch's current stream.
+        """Upload what the core has changed in the buffers, on torch's current stream.
 
-        core, group: what ``cascade()`` asks for shared blocks.
+        core, group: ``cascade()`` asks them for shared blocks.
         """
         self._core, self._group = core, group
         if self._uploaded is None:
@@ -156,23 +160,25 @@ class GroupBatch:
             table = self._device["block_table"]
             places, blocks = (x.to(table.device, non_blocking=True) for x in self._deltas())
             table.scatter_(0, places, blocks)
-        self._uploaded.record(self._stream())  # not the current device's, where that is another one
+        self._uploaded.record(self._stream())  # by default it would be the current device's stream
 
     def check_current(self) -> None:
-        """``StaleHandle`` if a sequence of this batch was freed since the fill, or if tokens that the batch has of it
-        were moved, or new ones cut off or passed by a window: what is written or read now could be another's.
+        """Raise ``StaleHandle`` if the batch may refer to memory that now belongs to other tokens.
 
-        ``write_kv`` and the attention functions call it. Other sequences may come and go meanwhile, and these may grow.
-        Costs a comparison while nothing has changed in the allocator, else one for each sequence. What was freed and
-        handed on between this check and the write, by another thread, is not found; nor is anything when a captured
-        graph is replayed, which runs no Python: call this before a replay.
+        That is so once a sequence of the batch was freed since the fill, or once tokens that the batch has of it were
+        moved, or its new tokens were cut off or are out of window. Other sequences may come and go meanwhile, and the
+        batch's own may grow. ``write_kv`` and the attention functions call this.
+
+        Cost: one comparison while nothing has changed in the allocator, else one for each sequence. Not found: memory
+        that another thread frees between this check and the write. A captured graph runs no Python: call this before
+        each replay.
         """
         if self._core is not None:
             self._core.check_current(self._group, self.buffers)
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise SpecError(
-            f"{self!r}: a batch speaks of memory of this process, and is not pickled or copied; send its tensors "
+            f"{self!r}: a batch refers to memory of this process, and is not pickled or copied; send its tensors "
             "(block_table, seq_lens ...), or make_batch() a second one"
         )
 
@@ -184,27 +190,27 @@ class GroupBatch:
 
     @property
     def num_rows(self) -> int:
-        """B: sequences, then padding rows."""
+        """B, the number of rows: sequences, then padding rows."""
         return self.buffers.num_rows
 
     @property
     def num_new_tokens(self) -> int:
-        """T, one for each padding row included."""
+        """T, the number of new tokens, one for each padding row included."""
         return self.buffers.num_new_tokens
 
     @property
     def num_indices(self) -> int:
-        """N: blocks of all rows."""
+        """N, the number of blocks of all rows."""
         return self.buffers.num_indices
 
     @property
     def max_seqlen_q(self) -> int:
-        """The most new tokens that a row has."""
+        """The largest number of new tokens of a row."""
         return self.buffers.max_seqlen_q
 
     @property
     def max_seqlen_k(self) -> int:
-        """The most tokens that a row has."""
+        """The largest number of tokens of a row."""
         return self.buffers.max_seqlen_k
 
     def _upload(self, name: str, begin: int, end: int) -> None:
@@ -216,9 +222,11 @@ class GroupBatch:
 
     @property
     def table_deltas(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """What the last fill changed in ``block_table``, for who keeps a copy of it elsewhere: places (int64 [n],
-        ``row * M + column`` with the M that the batch was made for) and blocks (int32 [n]), on the CPU. None when that
-        was more than ``4 * max_sequences + 64`` entries, as in the first fill: copy the table then.
+        """The entries of ``block_table`` that the last fill changed, for copies of it elsewhere; on the CPU.
+
+        A pair: indices, int64 [n], ``row * M + column`` with the M that the batch was made for; and blocks, int32 [n].
+        Valid until the next fill. None if more than ``4 * max_sequences + 64`` entries changed, as in the first fill:
+        copy the whole table then.
         """
         return None if self.buffers.num_deltas < 0 else self._deltas()
 
@@ -228,34 +236,36 @@ class GroupBatch:
 
     @property
     def drops_tokens(self) -> bool:
-        """Whether a sliding window has dropped tokens of this batch, so that kernels must be given the window."""
+        """True if tokens of this batch are out of window, so that kernels must be given the window."""
         return bool(self.first_tokens_cpu.any())
 
     def full(self, name: str) -> torch.Tensor:
-        """The whole buffer of a field on the device: what a captured graph is given. Its address never changes."""
+        """Return the whole buffer of a field on the device, for captured graphs. Its address never changes."""
         buffer = self._device[name]
         return buffer.view(-1, self._max_blocks) if name == "block_table" else buffer
 
     def cascade(
         self, *, max_levels: int = 3, min_tokens: int = 256, queries: GroupBatch | None = None
     ) -> Cascade:  # fmt: skip
-        """This batch for attention that reads shared prefixes once: see ``Cascade``.
+        """Return this batch as levels, for attention that reads shared prefixes once: see ``Cascade``.
 
-        Sequences share what is the same memory in both, after ``fork()`` or a prefix hit, in whole blocks (virtual: in
-        whole pages too). Only neighbours are compared: ``Allocator.cascade_order()`` brings together what shares.
+        Sequences share blocks that are the same memory in both, after ``fork()`` or a prefix hit (virtual backend: in
+        whole pages too). Only neighbours are compared: ``Allocator.cascade_order()`` puts sequences that share side by
+        side.
 
-        max_levels: at most so many, the last one (each sequence's own tokens) included. Each costs a kernel launch and
-            a merge of all queries. Where prefixes are nested deeper, those that save least are left out: their tokens
-            are read with what lies within.
-        min_tokens: a shared part shorter than that gets no level of its own. Default: about what a kernel loads at once
-            anyway.
-        queries: the batch that the queries are packed by where that is another group's (cross attention).
+        max_levels: the most levels, the last one (each sequence's own tokens) included. Each costs a kernel launch and
+            a merge of all queries. If prefixes are nested deeper, those that save least are left out: their tokens are
+            read with the prefixes within them.
+        min_tokens: a shared part that is shorter gets no level of its own. Default: about one tile of a kernel.
+        queries: the batch by which the queries are packed, if that is another group's (cross attention).
 
-        A group with a sliding window gets one level, without sharing: kernels mask a window by the end of each
-        level, and what such sequences share soon leaves the window. So do batches in which nothing is shared.
-        Call it after the fill and before anything changes its sequences. ``StaleHandle`` if one was freed since,
+        A group with a sliding window gets one level, without sharing: kernels place a window relative to the end of
+        each level, and shared tokens of such sequences soon are out of window. A batch that shares nothing gets one
+        level too.
+
+        REQUIRES: the batch is filled, and nothing has changed its sequences since. ``StaleHandle`` if one was freed,
         ``SpecError`` for a batch that was never filled. Cost: a comparison for each shared page or block of each pair
-        of neighbours, then as for making the levels: linear in rows and blocks.
+        of neighbours, then linear in rows and blocks.
         """
         if self._core is None or not self.buffers.filled:
             raise SpecError("cascade: this batch was never filled; Allocator.batch() makes one that is")
@@ -263,10 +273,10 @@ class GroupBatch:
         ids = np.array(self.buffers.handles, np.int32)
         cu_seqlens_q = (queries or self).cu_seqlens_q_cpu.numpy()
         asking = np.flatnonzero(np.diff(cu_seqlens_q))
-        sharing = asking[asking < len(ids)]  # the others are padding
+        sharing = asking[asking < len(ids)]  # without padding rows
         common = np.empty(max(0, len(sharing) - 1), np.int64)
         self._core.common_blocks(ids[sharing], self._group, common)
-        # A commit since the fill must not move new tokens into a shared part: the last level alone is masked.
+        # Only the last level is masked, so new tokens stay out of shared parts, even if they were committed since.
         old = (self.seq_lens_cpu - self.cu_seqlens_q_cpu.diff()).numpy()[sharing] // self.block_size
         rows = Rows(
             cu_seqlens_q, self.kv_indptr_cpu.numpy(), self.kv_indices_cpu.numpy(), self.kv_last_page_len_cpu.numpy(),
@@ -280,7 +290,7 @@ class GroupBatch:
         )
 
     def _view(self, name: str, field: str, buffers: dict[str, torch.Tensor]) -> torch.Tensor | None:
-        """The used part of a buffer: a view, made when it is first asked for."""
+        """Return the used part of a buffer, as a view that is made on first use."""
         if field not in buffers:
             return None
         used, known = self._used(field), self._views.get(name)
@@ -290,32 +300,37 @@ class GroupBatch:
         return known[1]
 
 
+#: Of each field, its line in the table above.
+_DOCS = dict(re.findall(r"^ *(\w+) +(int.+)$", GroupBatch.__doc__ or "", re.MULTILINE))
+
+
 def _field(name: str, *, cpu: bool) -> property:
     def get(batch: GroupBatch) -> torch.Tensor | None:
         return batch._view(name + "_cpu" * cpu, name, batch._host if cpu else batch._device)
 
-    return property(get)
+    return property(get, doc=_DOCS.get(name, "") + "; on the CPU" * cpu)
 
 
-for _name in FIELDS:  # rather than __getattr__, which every other attribute would pay for
+for _name in FIELDS:  # properties, because __getattr__ would slow down every other attribute
     setattr(GroupBatch, _name, _field(_name, cpu=False))
     setattr(GroupBatch, f"{_name}_cpu", _field(_name, cpu=True))
 
 
 class Batch(GroupBatch):
-    """The metadata of a step for every group; attributes are those of the first group that grows with the tokens.
+    """The metadata of a step for every group; its own fields are those of the first group that grows with the tokens.
 
-    Made by ``Allocator.batch()`` and refilled in place by ``Allocator.fill()``. ``batch.group(i)`` gives another group.
+    Made by ``Allocator.batch()`` or ``make_batch()``, refilled in place by ``Allocator.fill()`` and ``step()``.
+    ``batch.group(i)`` gives the fields of another group.
     """
 
     def __init__(self, main: int, others: dict[int, GroupBatch], **sizes: Any) -> None:
-        """main: the index of the group that this is; others: by index. sizes: as for ``GroupBatch``."""
+        """main: the index of this object's own group. others: by index. sizes: as for ``GroupBatch``."""
         super().__init__(**sizes)
         self._main = main
         self.others = others
 
     def begin_others(self) -> list[tuple[int, _core.BatchBuffers]] | None:
-        """``begin()`` of all other groups; their buffers, by group. None where there is no other."""
+        """Call ``begin()`` of all other groups; return their buffers by group, or None if there is no other group."""
         if not self.others:
             return None
         for group in self.others.values():
@@ -323,13 +338,13 @@ class Batch(GroupBatch):
         return [(index, group.buffers) for index, group in self.others.items()]
 
     def forget(self) -> None:
-        """After a fill that failed: nothing is known of what the buffers hold."""
+        """Mark the contents of all buffers as unknown, after a fill that failed."""
         self.buffers.forget()
         for group in self.others.values():
             group.buffers.forget()
 
     def group(self, index: int) -> GroupBatch:
-        """The metadata of group ``index`` of the spec. ``SpecError`` if it has none of this number."""
+        """Return the metadata of group ``index`` of the spec. ``SpecError`` if there is no such group."""
         if index == self._main:
             return self
         try:
@@ -339,7 +354,7 @@ class Batch(GroupBatch):
 
     @property
     def groups(self) -> list[GroupBatch]:
-        """All of them, in the order of the spec."""
+        """The metadata of all groups, in the order of the spec."""
         return [self.group(index) for index in range(1 + len(self.others))]
 
 
@@ -359,10 +374,10 @@ def new_batch(
     longest: list[int],
     blocks: list[int] | None,
 ) -> Batch:
-    """Empty buffers for ``rows`` rows; for each group ``fresh`` new tokens, sequences of ``longest`` tokens and
-    ``blocks`` blocks in all, or as many as that makes. ``SpecError`` where a count would pass an int32.
+    """Return empty buffers for ``rows`` rows. ``SpecError`` if a count would not fit an int32.
 
-    all_rows_tokens: by group, of all rows that there are.
+    all_rows_tokens, fresh, longest, blocks: by group, tokens of all rows of the allocator, new tokens in all, tokens of
+    the longest sequence, and blocks in all (None: the most that these can make).
     """
     sizes: list[dict[str, Any]] = []
     for index, group in enumerate(groups):

@@ -1,4 +1,4 @@
-"""The memory of a batch's fields: on the host, and on the device."""
+"""The buffers of a batch's fields, on the host and on the device."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 __all__ = ["FIELDS", "INT32_MAX", "PER_ROW", "RowFields"]
 
-# name -> (dtype, shape in terms of B rows, T new tokens, M blocks a sequence, N blocks in all)
+# name -> (dtype, shape in terms of B rows, T new tokens, M blocks of a sequence, N blocks in all)
 FIELDS: Final = {
     "block_table": (torch.int32, "BM"),
     "seq_lens": (torch.int32, "B"),
@@ -26,14 +26,14 @@ FIELDS: Final = {
 }
 
 PER_ROW: Final = ("B", "B+1")
-#: What an int32 holds, and so how many tokens or blocks a batch may have in all.
+#: The largest int32, and so the most tokens or blocks of a batch in all.
 INT32_MAX: Final = 2**31 - 1
-#: Sections of a buffer begin at multiples of so many int32: kernels load 16 bytes at once.
+#: Sections of a buffer begin at multiples of 16 int32, since kernels load 16 bytes at once.
 _ALIGN = 16
 
 
 class RowFields:
-    """The fields with an entry for each row, side by side in one buffer, so that a step uploads them with one copy."""
+    """The fields with one entry for each row, in one buffer, so that a step uploads all of them with one copy."""
 
     def __init__(self, fields: dict[str, tuple[torch.dtype, int]], device: torch.device) -> None:
         on_gpu = device.type == "cuda"
@@ -53,4 +53,5 @@ class RowFields:
         self.host, self.device = sections(self._host), sections(self._device)
 
     def upload(self) -> None:
+        """Copy the host's buffer to the device, on torch's current stream."""
         self._device.copy_(self._host, non_blocking=True)

@@ -1,4 +1,4 @@
-"""Attention over shared prefixes: what several sequences of a batch have in common is read once for all of them."""
+"""Cascade attention: a prefix that several sequences of a batch share is read once for all of them."""
 
 from __future__ import annotations
 
@@ -22,16 +22,14 @@ __all__ = ["Cascade", "CascadeLevel", "Rows", "make_cascade"]
 class CascadeLevel:
     """One level: ``G`` groups of neighbouring queries, each with the blocks that all of its queries attend to.
 
-    ================  ===============  ========================================================================
-    qo_indptr         int32 [G + 1]    queries, running sum from 0; the last is the batch's number of new tokens
-    kv_indptr         int32 [G + 1]    blocks, running sum from 0
-    kv_indices        int32 [N]        block ids
-    kv_last_page_len  int32 [G]        tokens in the last block; 0 where a group has no blocks
-    kv_lens           int32 [G]        tokens
-    ================  ===============  ========================================================================
+    qo_indptr, qo_indptr_cpu: int32 [G + 1], queries, running sum from 0; the last is the batch's number of new tokens.
+    kv_indptr, kv_indptr_cpu: int32 [G + 1], blocks, running sum from 0.
+    kv_indices, kv_indices_cpu: int32 [N], block ids.
+    kv_last_page_len, kv_last_page_len_cpu: int32 [G], tokens in the last block; 0 for a group without blocks.
+    kv_lens, kv_lens_cpu: int32 [G], tokens.
 
-    Each also exists as ``<field>_cpu``. A group without blocks stands for queries that share nothing at this level:
-    attention over it is zero, with an lse of -inf.
+    A group without blocks holds queries that share nothing at this level: attention over it is zero, with an lse of
+    -inf.
     """
 
     qo_indptr: torch.Tensor
@@ -48,17 +46,17 @@ class CascadeLevel:
 
 @dataclass(frozen=True)
 class Cascade:
-    """The levels of a batch, the outermost shared prefix first, each sequence's own tokens last. From
-    ``Batch.cascade()``.
+    """The levels of a batch, from ``Batch.cascade()``: the outermost shared prefix first, a sequence's own tokens last.
 
-    Attention over the levels, joined (``kvmem.kernels.merge``), is attention over the batch. Only the last level takes
-    a causal mask: a shared part ends before the first new token of every sequence in it. Its tensors are its own, but
-    the blocks they name are those of the batch: valid as long as the batch's contents are.
+    Attention over the levels, merged (``kvmem.kernels.merge``), equals attention over the batch. Only the last level
+    takes a causal mask: a shared part ends before the first new token of every sequence in it. The tensors belong to
+    this object, but the blocks that they name are those of the batch: valid as long as the batch's contents are.
+    After Hydragen (arXiv:2402.05099) and FlashInfer's cascade attention.
 
-    block_size: tokens of a block.
-    read_tokens: KV tokens that a layer reads with these levels, one read a group; without them, ``read_tokens +
-        saved_tokens``.
-    drops_tokens: a sliding window has dropped tokens of this batch, so kernels must be given the window.
+    levels: at least one. block_size: tokens of a block.
+    read_tokens: KV tokens that a layer reads with these levels, each group's once.
+    saved_tokens: KV tokens that a layer would read in addition without the levels.
+    drops_tokens: True if tokens of this batch are out of window, so that kernels must be given the window.
     """
 
     levels: tuple[CascadeLevel, ...]
@@ -70,11 +68,11 @@ class Cascade:
 
 @dataclass(frozen=True)
 class Rows:
-    """What a cascade is made of, all on the CPU: rows of a batch, as in ``GroupBatch``.
+    """The rows of a batch that a cascade is made from, on the CPU, with fields as in ``GroupBatch``.
 
     cu_seqlens_q [B + 1], kv_indptr [B + 1], kv_indices [N], kv_last_page_len [B], seq_lens [B], first_tokens [B].
-    asking: int64 [A], the rows that have queries, in order. common: int64 [A - 1], the blocks that each of them shares
-    with the next; nothing is shared after the end of it.
+    asking: int64 [A], the rows that have queries, in order.
+    common: int64, at most [A - 1], how many blocks each of them shares with the next; rows past its end share none.
     """
 
     cu_seqlens_q: Int32s
@@ -89,14 +87,17 @@ class Rows:
 
 @dataclass(frozen=True)
 class _Prefix:
-    """Asking rows ``[begin, end)`` have their first ``blocks`` blocks in common; ``base`` of them are in the prefix
-    around this one, and ``path`` says how many are in each around it, the outermost first.
+    """Asking rows ``[begin, end)`` share their first ``blocks`` blocks.
+
+    path: how many blocks each prefix around this one has, the outermost first; ``base`` is the last of them, or 0.
+    parent: the index of the prefix around this one; -1 if there is none.
     """
 
     begin: int
     end: int
     blocks: int
     path: tuple[int, ...]
+    parent: int
 
     @property
     def depth(self) -> int:
@@ -114,8 +115,10 @@ class _Prefix:
 def make_cascade(
     rows: Rows, *, block_size: int, max_levels: int, min_blocks: int, device: torch.device
 ) -> Cascade:  # fmt: skip
-    """Cost: linear in the batch's rows and blocks. Where prefixes are to be left out, which is a question of all of
-    them: their number times how deep they are nested, times ``max_levels``. One upload.
+    """Return the levels, in one upload.
+
+    Cost: linear in the batch's rows and blocks. If prefixes must be left out, in addition the number of prefixes times
+    their depth times ``max_levels``.
     """
     prefixes = _choose(_nest(_runs(rows.common.tolist())), max_levels - 1, min_blocks)
     by_depth: list[list[_Prefix]] = [[] for _ in range(max((p.depth for p in prefixes), default=-1) + 1)]
@@ -138,8 +141,8 @@ _Run = tuple[int, int, int]
 
 
 def _runs(common: list[int]) -> list[_Run]:
-    """Every run of rows that share more with each other than with the rows around them."""
-    found, rising = list[_Run](), list[tuple[int, int]]()  # rising: (begin, blocks) of runs that are not over yet
+    """Return every run of rows that share more with each other than with the rows around them."""
+    found, rising = list[_Run](), list[tuple[int, int]]()  # rising: (begin, blocks) of open runs
     for i, blocks in enumerate([*common, 0]):
         begin = i
         while rising and rising[-1][1] > blocks:
@@ -151,30 +154,29 @@ def _runs(common: list[int]) -> list[_Run]:
 
 
 def _nest(runs: list[_Run]) -> list[_Prefix]:
-    """The runs as trees, the outer before the inner, from left to right."""
-    prefixes, around = list[_Prefix](), list[_Prefix]()
+    """Return the runs as prefixes of trees, the outer before the inner, from left to right."""
+    prefixes, parent = list[_Prefix](), -1
     for begin, end, blocks in sorted(runs, key=lambda run: (run[0], -run[1])):
-        while around and around[-1].end <= begin:
-            around.pop()
-        path = (*around[-1].path, around[-1].blocks) if around else ()
-        around.append(_Prefix(begin, end, blocks, path))
-        prefixes.append(around[-1])
+        while parent >= 0 and prefixes[parent].end <= begin:
+            parent = prefixes[parent].parent
+        path = (*prefixes[parent].path, prefixes[parent].blocks) if parent >= 0 else ()
+        prefixes.append(_Prefix(begin, end, blocks, path, parent))
+        parent = len(prefixes) - 1
     return prefixes
 
 
 def _choose(prefixes: list[_Prefix], max_depth: int, min_blocks: int) -> list[_Prefix]:
-    """Those that together save most, each adding ``min_blocks`` or more to the one around it, nested at most
-    ``max_depth`` deep. What the others held becomes part of what lies within them.
+    """Return the prefixes that together save most, each with ``min_blocks`` or more beyond the one around it, nested at
+    most ``max_depth`` deep. Blocks of a prefix that is left out are read with the prefixes within it.
 
-    From the innermost out, for each prefix: the most that it and those within can save, by which of the prefixes
-    around it is the nearest one chosen (0: none), and by how many levels are left.
+    Dynamic programming, from the innermost prefix out. ``within[i][a, l]``: the most blocks that prefix i and those
+    within it can save if the nearest chosen prefix around them is the a-th of its path (0: none) and l levels are left.
     """
     depth = max((p.depth for p in prefixes), default=-1) + 1
     if depth <= max_depth and all(p.blocks - p.base >= min_blocks for p in prefixes):
         return prefixes
     within = [np.zeros((p.depth + 2, min(depth, max_depth) + 1), np.int64) for p in prefixes]
     take: list[npt.NDArray[np.bool_]] = []
-    parents = _parents(prefixes)
     for i in range(len(prefixes) - 1, -1, -1):
         p, chosen = prefixes[i], np.full_like(within[i][:-1], -1)
         added = p.blocks - np.array((0, *p.path))[:, None]
@@ -182,11 +184,11 @@ def _choose(prefixes: list[_Prefix], max_depth: int, min_blocks: int) -> list[_P
         chosen[:, 1:] = np.where(added >= min_blocks, saved, -1)
         take.append(chosen > within[i][:-1])
         if p.depth:
-            within[parents[i]] += np.maximum(chosen, within[i][:-1])
+            within[p.parent] += np.maximum(chosen, within[i][:-1])
     take.reverse()
     states, kept = list[tuple[int, int]](), list[_Run]()
     for i, p in enumerate(prefixes):
-        nearest, left = states[parents[i]] if p.depth else (0, min(depth, max_depth))
+        nearest, left = states[p.parent] if p.depth else (0, min(depth, max_depth))
         if take[i][nearest, left]:
             kept.append((p.begin, p.end, p.blocks))
             nearest, left = p.depth + 1, left - 1
@@ -194,22 +196,13 @@ def _choose(prefixes: list[_Prefix], max_depth: int, min_blocks: int) -> list[_P
     return _nest(kept)
 
 
-def _parents(prefixes: list[_Prefix]) -> list[int]:
-    """The place of the prefix around each one; without meaning where there is none."""
-    latest, parents = dict[int, int](), list[int]()  # the last one seen of each depth
-    for i, prefix in enumerate(prefixes):
-        latest[prefix.depth] = i
-        parents.append(latest.get(prefix.depth - 1, 0))
-    return parents
-
-
 #: The fields of one level, on the CPU, in the order of ``CascadeLevel``.
 _Level = tuple["Int32s", "Int32s", "Int32s", "Int32s", "Int32s"]
 
 
 def _shared_level(rows: Rows, prefixes: list[_Prefix], block_size: int) -> _Level:
-    """A group for each prefix, and between them groups without blocks for all queries that share nothing here."""
-    ends, groups = [0], list[tuple[int, int]]()  # of queries; the first of its block ids, and how many
+    """Return a group for each prefix, and groups without blocks for the queries between them."""
+    ends, groups = [0], list[tuple[int, int]]()  # ends of queries; index of the first block id, number of block ids
     for prefix in prefixes:
         first, last = rows.asking[prefix.begin], rows.asking[prefix.end - 1]
         begin = int(rows.cu_seqlens_q[first])
@@ -226,8 +219,9 @@ def _shared_level(rows: Rows, prefixes: list[_Prefix], block_size: int) -> _Leve
 
 
 def _own_level(rows: Rows, prefixes: list[_Prefix], block_size: int) -> _Level:
+    """Return one group for each row, with the blocks that are in no prefix."""
     shared = np.zeros(len(rows.seq_lens), np.int64)
-    for prefix in prefixes:  # the inner come after the outer
+    for prefix in prefixes:  # inner ones overwrite outer ones
         shared[rows.asking[prefix.begin : prefix.end]] = prefix.blocks
     begins = rows.kv_indptr[:-1] + shared
     held = rows.kv_indptr[1:] - begins
@@ -235,7 +229,7 @@ def _own_level(rows: Rows, prefixes: list[_Prefix], block_size: int) -> _Level:
 
 
 def _level(rows: Rows, ends: Ints | Int32s, starts: Ints, counts: Ints, last: Ints, block_size: int) -> _Level:
-    """Group i takes ``counts[i]`` of the batch's block ids from ``starts[i]`` on."""
+    """Return a level whose group i has ``counts[i]`` of the batch's block ids, from index ``starts[i]`` on."""
     indptr = np.concatenate(([0], np.cumsum(counts)))
     taken = np.arange(indptr[-1]) + np.repeat(starts - indptr[:-1], counts)
     lengths = np.maximum(counts - 1, 0) * block_size + last
@@ -243,10 +237,10 @@ def _level(rows: Rows, ends: Ints | Int32s, starts: Ints, counts: Ints, last: In
 
 
 def _upload(levels: Iterable[_Level], device: torch.device) -> list[CascadeLevel]:
-    """All fields of all levels in one buffer, so that it takes one copy."""
+    """Return the levels on the device, after one copy of one buffer with all fields of all levels."""
     fields = [part for level in levels for part in level]
     host = torch.from_numpy(np.concatenate(fields).astype(np.int32))
-    # Ordinary memory: torch stages it before it returns, so it need not wait for the copy.
+    # The source is pageable: torch stages it before the call returns, so nothing has to wait for the copy.
     there = host.to(device, non_blocking=True)
     sizes = [len(part) for part in fields]
     gpu, cpu = torch.split(there, sizes), torch.split(host, sizes)

@@ -1,16 +1,16 @@
-"""How an allocator is made: every argument checked, the layout chosen, the core opened. What its parts read."""
+"""How an allocator is made: its arguments are checked, its layout is chosen, its core is opened."""
 
 from __future__ import annotations
 
 import os
 import weakref
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
 
 from kvmem import _core
 from kvmem.allocator.batch_buffers import INT32_MAX
 from kvmem.arguments import check_bool, check_choice, check_size, is_fraction, parse_bytes
-from kvmem.errors import SpecError
+from kvmem.errors import SpecError, StaleHandle
 from kvmem.events import EventBatch, EventStream
 from kvmem.events.digests import decode_key
 from kvmem.layouts.base import Sizes, require_supported
@@ -24,21 +24,21 @@ from kvmem.spec import CacheSpec
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["OpenedCore", "default"]
+__all__ = ["Closed", "OpenedCore", "default"]
 
-#: The metadata of each takes some hundred bytes of host memory, needed or not.
+#: The core allocates some hundred bytes of host memory for each at the start.
 MAX_SEQUENCES = 2**20
 
 _T = TypeVar("_T")
 
 
 def default(value: _T | None, otherwise: _T) -> _T:
-    """``value``, or what None stands for."""
+    """Return ``value``, or ``otherwise`` if it is None."""
     return otherwise if value is None else value
 
 
 class OpenedCore:
-    """An open allocator without its calls: the arguments as they were settled, the pool, the layout and the core."""
+    """The base of ``Allocator`` and of its groups of calls: settled arguments, the pool, the layouts and the core."""
 
     core: _core.Allocator
     pool: PagePool
@@ -98,14 +98,14 @@ class OpenedCore:
 
     def _choose_page(self, interleave: int | str | None, home: Device, memory_bytes: int) -> int:
         least = home.default_page_bytes(memory_bytes)
-        if self.backend != "virtual" or home.info.maps_cheaply:  # few calls, or cheap ones
+        if self.backend != "virtual" or home.info.maps_cheaply:  # then small pages cost little
             return least
         together = resolve_interleave("all" if interleave is None else interleave, self.spec.num_layers)
         layouts = [GroupLayout(group, together) for group in self.spec.groups]
         return choose_page_bytes(layouts, max_tokens=self.max_tokens, memory_bytes=memory_bytes, least=least)
 
     def _settle(self, interleave: int | str | None, guard: int | None, ahead: int | None) -> None:
-        """What depends on the device."""
+        """Set the attributes that depend on the device."""
         home = self.pool.device
         self.device, info = home.torch_device, home.info
         self.interleave = resolve_interleave("all" if interleave is None else interleave, self.spec.num_layers)
@@ -118,14 +118,14 @@ class OpenedCore:
         budget = self.pool.budget_bytes
         if memory in (None, "auto"):
             return budget
-        if is_fraction("memory", memory):  # without a shared pool the budget is that part already
+        if is_fraction("memory", memory):  # the budget of a pool of its own is that fraction already
             return int(float(memory) * budget) if self._shares_pool else budget
         return parse_bytes("memory", memory)  # type: ignore[arg-type]  # no float
 
     def _lay_out(self, cached_rows: int | None, limit: int) -> None:
         self._layouts = [GroupLayout(group, self.interleave) for group in self.spec.groups]
         rows = None if cached_rows is None else check_size("cached_rows", cached_rows, 0, 4 * MAX_SEQUENCES)
-        if self.backend != "virtual":  # with or without prefix_cache: a replica has the rows of the one it follows
+        if self.backend != "virtual":
             rows = 0
         sizes = Sizes(
             page_bytes=self.pool.page_bytes,
@@ -142,8 +142,8 @@ class OpenedCore:
 
     def _open(self, zero: str, limit: int, prefix: _core.PrefixOptions) -> None:
         self._arenas: dict[tuple[int, int], torch.Tensor] = {}
-        self._labels: dict[int, str] = {}  # of live sequences, and of some that were freed since the last listing
-        self._over: weakref.WeakSet[Any] = weakref.WeakSet()  # what has a `_core` of its own, which close() takes away
+        self._labels: dict[int, str] = {}  # by handle; some may have been freed since the last listing
+        self._holders: weakref.WeakSet[Any] = weakref.WeakSet()  # their `_core` is replaced by close()
         self.core = _core.Allocator(
             geometry=_core.Geometry(
                 page_bytes=self.pool.page_bytes,
@@ -175,6 +175,16 @@ def _prefix_options(prefix_cache: bool, partial_reuse: bool, policy: str, events
         on=check_bool("prefix_cache", prefix_cache),
         partial=check_bool("partial_reuse", partial_reuse),
         policy=policy,
-        hash_bits=int(os.environ.get("KVMEM_HASH_BITS", "64")),  # fewer, to test that collisions are misses
+        hash_bits=int(os.environ.get("KVMEM_HASH_BITS", "64")),  # fewer bits in tests of hash collisions
         event_capacity=check_size("events", events, 0, INT32_MAX),
     )
+
+
+class Closed:
+    """Takes the place of a closed core or pool: every access raises ``StaleHandle``."""
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise StaleHandle("this allocator is closed: close(), or the end of its with-statement, freed its sequences")
+
+    def __setattr__(self, name: str, value: Any) -> NoReturn:
+        self.__getattr__(name)

@@ -1,27 +1,31 @@
-"""What callers say and learn about shared prefixes: token ids, salts, matches, pins."""
+"""Shared prefixes: token ids, salts and keys of a prompt, and the calls that find, pin and evict what is cached."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import NoneType, TracebackType
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeAlias, cast
 
 import numpy as np
 import torch
 
 from kvmem import _core
+from kvmem.allocator.opening import OpenedCore
 from kvmem.arguments import check_count, check_size, has_bool
 from kvmem.errors import KVMemError, SpecError, StaleHandle
+from kvmem.events import Event
 from kvmem.events.digests import ExtraKey, encode_key, key_marks
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
 __all__ = [
+    "ContentCalls",
     "Pin",
     "PrefixMatch",
     "Reason",
+    "Salt",
     "Tokens",
     "committed_count",
     "committed_ids",
@@ -29,7 +33,10 @@ __all__ = [
     "token_ids",
 ]
 
+#: Token ids, one-dimensional: 0 to 2**31 - 1.
 Tokens: TypeAlias = Sequence[int] | np.ndarray | torch.Tensor
+#: The name of a tenant; None is a salt of its own.
+Salt: TypeAlias = str | bytes | None
 
 #: Why a match is not longer, in the order of ``MatchEnd`` in csrc/allocator/match.h.
 Reason: TypeAlias = Literal[
@@ -45,13 +52,20 @@ _NO_KEYS = encode_key(None), encode_key(None)
 class PrefixMatch:
     """How much of a prompt is cached.
 
-    num_tokens: what ``Allocator.sequence()`` would start with now; at least one token is always left to compute.
-    reason: why it is not more. ``"complete"``: nothing else could be; ``"shorter than a block"``: fewer tokens than a
-        block are left; ``"other salt"``: another salt or extra key has more; ``"evicted"``: it was cached and given up
-        (remembered for the last thousands of blocks); ``"no snapshot"``: the model has a state of fixed size, and none
-        was kept further on; ``"window passed"``: a sliding window needs blocks that are gone; ``"never seen"``;
-        ``"off"``: this allocator shares nothing; ``"block sizes"``: nor does this one, since the block sizes of the
-        spec's groups have no common multiple of at most 4,096 tokens.
+    num_tokens: how many tokens ``Allocator.sequence()`` would find cached now; at least one is always left to compute.
+    reason: why it is not more.
+
+    =======================  ========================================================================================
+    "complete"               no more tokens could be found
+    "shorter than a block"   fewer tokens than a block are left
+    "other salt"             more is cached under another salt or extra key
+    "evicted"                more was cached and has been evicted (known for the last thousands of blocks)
+    "no snapshot"            the spec has a state of fixed size, and there is no snapshot further on
+    "window passed"          a sliding window needs blocks that are gone
+    "never seen"             these tokens were not cached before
+    "off"                    the allocator was made with ``prefix_cache=False``
+    "block sizes"            the spec's groups have no common multiple of block sizes of at most 4,096 tokens
+    =======================  ========================================================================================
     """
 
     num_tokens: int
@@ -59,7 +73,7 @@ class PrefixMatch:
 
 
 def token_ids(tokens: Tokens) -> npt.NDArray[np.int32]:
-    """Token ids as int32 [n], contiguous, without a copy where they are that already. ``SpecError`` otherwise."""
+    """Return token ids as a contiguous int32 [n], without a copy if they are that already; ``SpecError`` otherwise."""
     if isinstance(tokens, np.ndarray) and tokens.dtype == np.int32 and tokens.ndim == 1:
         return np.ascontiguousarray(tokens)
     if isinstance(tokens, (str, bytes)):
@@ -78,11 +92,12 @@ def token_ids(tokens: Tokens) -> npt.NDArray[np.int32]:
 
 
 def committed_ids(verb: str, tokens: Tokens | None) -> npt.NDArray[np.int32]:
-    """The ids that ``verb`` was given. A bare count is refused: taken for one it would turn sharing off, where the id
-    of a single token was meant.
+    """Return the ids that ``verb`` was given.
+
+    An int is refused: read as a count it would turn sharing off, although the id of a single token may be meant.
     """
     if tokens is None:
-        raise SpecError(f"tokens: missing; {verb} takes token ids, or {verb}(count=n) where nobody knows them")
+        raise SpecError(f"tokens: missing; {verb} takes token ids, or {verb}(count=n) if they are unknown")
     if isinstance(tokens, (int, np.integer)) and not isinstance(tokens, bool):
         raise SpecError(
             f"tokens: got {tokens}; {verb} takes ids, [{tokens}] for one; a count is {verb}(count={tokens})"
@@ -91,7 +106,7 @@ def committed_ids(verb: str, tokens: Tokens | None) -> npt.NDArray[np.int32]:
 
 
 def committed_count(verb: str, tokens: Tokens | None, count: int | None) -> int:
-    """How many tokens ``verb`` was given, by their ids or by a count. ``SpecError`` unless by one of them."""
+    """Return how many tokens ``verb`` was given, by their ids or by a count. ``SpecError`` unless by one of the two."""
     if count is None:
         return len(committed_ids(verb, tokens))
     if tokens is not None:
@@ -99,11 +114,9 @@ def committed_count(verb: str, tokens: Tokens | None, count: int | None) -> int:
     return check_count("count", check_size("count", count, 0))
 
 
-def encode_keys(salt: str | bytes | None, extra_key: ExtraKey, adapter: str | None = None) -> tuple[bytes, bytes]:
-    """For the core, which compares bytes. ``None`` is the salt, the adapter and the extra key of all who give none.
-
-    The second is the adapter, which a chain belongs to as to its salt, and behind it the extra keys with their
-    positions (``csrc/index/block_tags.h``).
+def encode_keys(salt: Salt, extra_key: ExtraKey, adapter: str | None = None) -> tuple[bytes, bytes]:
+    """Return two byte strings for the core, which compares bytes: the salt; and the adapter, then the extra keys with
+    their positions (``csrc/index/block_tags.h``). None, the default, is a value of its own for each of them.
     """
     if salt is None and extra_key is None and adapter is None:
         return _NO_KEYS
@@ -123,8 +136,8 @@ def encode_keys(salt: str | bytes | None, extra_key: ExtraKey, adapter: str | No
 class Pin:
     """Keeps blocks cached until ``unpin()``; a context manager. Made by ``pin()`` of an allocator or a sequence.
 
-    num_tokens: how many tokens from the start are kept, a multiple of the block size (``CacheSpec.block_size`` says of
-        which, where groups have several).
+    num_tokens: how many tokens from the start are pinned, a multiple of the block size (``CacheSpec.block_size`` says
+        which multiple if the groups' block sizes differ).
     """
 
     __slots__ = ("_core", "_id", "num_tokens")
@@ -135,11 +148,11 @@ class Pin:
         self.num_tokens = num_tokens
 
     def unpin(self) -> None:
-        """The blocks are cached like any other again. Twice is a ``StaleHandle``."""
+        """End the pin: its blocks may be evicted like any other. ``StaleHandle`` the second time."""
         self._core.unpin(self._id)
 
-    def _give_up(self) -> None:
-        """Unpins what a call has pinned for a caller that gets an exception instead."""
+    def _discard(self) -> None:
+        """Unpin what a failed call has pinned, since its caller gets an exception instead of this object."""
         if self._id:
             self._core.unpin(self._id)
 
@@ -149,7 +162,7 @@ class Pin:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         try:
             self.unpin()
-        except StaleHandle:  # its body did
+        except StaleHandle:  # the body has unpinned it
             pass
         except KVMemError:
             if kind is None:
@@ -160,3 +173,52 @@ class Pin:
 
     def __repr__(self) -> str:
         return f"Pin({self.num_tokens} tokens)"
+
+
+class ContentCalls(OpenedCore):
+    """The calls of an allocator about cached blocks."""
+
+    def match(
+        self, tokens: Tokens, *, salt: Salt = None, extra_key: ExtraKey = None, adapter: str | None = None
+    ) -> PrefixMatch:
+        """Return how much of ``tokens`` is cached, and why not more. Changes nothing, not even what is evicted next."""
+        salted, keyed = encode_keys(salt, extra_key, adapter)
+        found, reason = self.core.match(tokens, salted, keyed)
+        return PrefixMatch(found, cast(Reason, reason))
+
+    def pin(self, tokens: Tokens, *, salt: Salt = None, extra_key: ExtraKey = None, adapter: str | None = None) -> Pin:
+        """Return a pin of the whole blocks of ``tokens`` (a system prompt): they stay cached until ``unpin()``, and a
+        prompt that begins with them always finds them. ``SpecError`` if one of them is not cached now, or if the tokens
+        fill no block.
+        """
+        salted, keyed = encode_keys(salt, extra_key, adapter)
+        pin = Pin(self.core, 0, 0)
+        try:
+            self.core.pin_tokens(tokens, salted, keyed, pin)
+            return pin
+        except BaseException:
+            pin._discard()
+            raise
+
+    def pins(self) -> list[Pin]:
+        """Return the active pins in the order in which they were made, also those whose ``Pin`` object is lost."""
+        return [Pin(self.core, pin, num_tokens) for pin, num_tokens in self.core.pins()]
+
+    def clear_cache(self) -> int:
+        """Evict all cached content that no sequence or pin uses; return how many blocks. Their memory stays parked.
+
+        Blocks of live sequences that are out of window are evicted too.
+
+        Other threads' calls may run after each 1,024 blocks, as in ``trim()`` and ``set_memory()``; what they cache
+        meanwhile is evicted as well. An error leaves evicted what was evicted before it.
+        """
+        return self.core.clear_cache()
+
+    def events(self, max_events: int | None = None, *, restart: bool = False) -> list[Event]:
+        """Return what was cached and evicted since the last call (``docs/events.md``), at most ``max_events`` events.
+
+        restart: begin again with all that is cached now, for a subscriber that begins late. Empty unless the allocator
+        was made with ``events=``.
+        """
+        self.core.check_usable()
+        return [] if self._events is None else self._events.poll(max_events, restart=restart)

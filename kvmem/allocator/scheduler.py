@@ -1,20 +1,21 @@
-"""The allocator as a scheduler sees it: requests by its own ids, verbs that answer None when memory is short.
+"""The allocator for a scheduler: requests under the scheduler's own ids, and None instead of ``OutOfMemory``.
 
-The verbs are those that vLLM's scheduler uses of its ``KVCacheManager``, so that a framework can swap kvmem in:
+The methods correspond to those that vLLM's scheduler calls on its ``KVCacheManager``, so that a framework can use kvmem
+in its place:
 
 =====================================  =======================================================
 vLLM                                   here
 =====================================  =======================================================
 ``get_computed_blocks(request)``       ``matched_tokens(tokens)``
-``allocate_slots(request, n, ...)``    ``allocate(request, n, tokens=prompt)``, ``allocate_step``; of a request that
-                                       decodes, with what it caches: ``step(request, n, tokens)``
+``allocate_slots(request, n, ...)``    ``allocate(request, n, tokens=prompt)``, ``allocate_step``; for a request that
+                                       decodes, together with caching: ``step(request, n, tokens)``
 ``get_block_ids(id)``                  ``block_ids(request)``
 ``cache_blocks(request, n)``           ``publish(request, tokens)``, ``publish_step``
 ``free(request)``                      ``free(request)``, ``free_all``
 ``take_events()``                      ``take_events()``
 ``usage``                              ``usage``
 ``get_num_common_prefix_blocks(id)``   ``common_prefix_blocks()``
-keeps recurrent states by itself       ``snapshot(request)``
+(recurrent states are kept by itself)  ``snapshot(request)``
 ``reset_prefix_cache()``               ``clear_cache()``
 =====================================  =======================================================
 """
@@ -28,10 +29,10 @@ import numpy as np
 
 from kvmem._core import TableChanges
 from kvmem.allocator.allocator import Allocator
-from kvmem.allocator.prefix import Tokens, committed_count, encode_keys
-from kvmem.allocator.sequence import NOBODY, Sequence
+from kvmem.allocator.prefix import Salt, Tokens, committed_count, encode_keys
+from kvmem.allocator.sequence import NO_HANDLE, Sequence
 from kvmem.arguments import check_count, check_group, check_size
-from kvmem.errors import KVMemError, OutOfMemory, SpecError, StaleHandle
+from kvmem.errors import OutOfMemory, SpecError, StaleHandle
 from kvmem.events import Event
 from kvmem.events.digests import ExtraKey
 
@@ -48,41 +49,34 @@ _NOTHING = TableChanges()  # what most calls return
 class SchedulerCache:
     """Requests over an ``Allocator``, which stays usable beside it (``batch``, ``fill``, ``kv``, ``stats`` ...).
 
-    allocator: of either backend, on any device; ``device="meta"`` where the scheduler is a process of its own.
-    Requests are named by any hashable id. Block ids are those of the first group that grows with the tokens unless
-    ``group`` says otherwise. As with the allocator, what is cached and unused is given up before an answer is None.
+    allocator: of either backend, on any device; ``device="meta"`` if the scheduler is a process of its own.
+    A request is named by any hashable id. Block ids are those of the first group that grows with the tokens unless
+    ``group`` says otherwise. Cached blocks that no request uses are evicted before a call returns None.
 
-    Whoever keeps block tables of its own (a worker) needs the ``TableChanges`` that these calls return, and no more:
-    written in order, in every group (``changes.group(g)``), they make its tables equal to ``block_ids`` as far as the
-    requests are long. What is done through ``sequence()`` or the allocator is not told: ask for ``tables()`` then.
-    ``StaleHandle`` for a request that is not here. Not for several threads at once; the allocator below it is.
+    A worker that keeps block tables of its own needs only the ``TableChanges`` that these calls return: applied in
+    order, in every group (``changes.group(g)``), they make its tables equal to ``block_ids``, up to the length of each
+    request. Calls on a request's ``sequence()`` or on the allocator return no changes: call ``tables()`` after them.
+    ``StaleHandle`` for a request that is not here. Not thread-safe; the allocator below it is.
     """
 
     def __init__(self, allocator: Allocator) -> None:
         if not isinstance(allocator, Allocator):
             raise SpecError(f"allocator: got {type(allocator).__name__}; must be an Allocator")
+        allocator.core.check_usable()  # StaleHandle if it is closed
         self.allocator = allocator
-        groups = allocator.spec.groups
-        self._main = next((i for i, group in enumerate(groups) if group.growth == "token"), 0)
-        self._block_size = groups[self._main].block_size
-        self._requests: dict[Hashable, Sequence] = {}
-        self._handles: dict[Hashable, int] = {}  # of the same requests: saves the calls below an attribute each
-        allocator.core.check_usable()  # not of one that is closed
         self._core = allocator.core
-        allocator._over.add(self)
+        #: Calls for single tokens look a request up here; what they do not find goes to ``_find``, which raises.
+        self._requests: dict[Hashable, Sequence] = {}
+        allocator._holders.add(self)
 
     # --- one request at a time ---
 
     def matched_tokens(
-        self,
-        tokens: Tokens,
-        *,
-        salt: str | bytes | None = None,
-        extra_key: ExtraKey = None,
-        adapter: str | None = None,
+        self, tokens: Tokens, *, salt: Salt = None, extra_key: ExtraKey = None, adapter: str | None = None
     ) -> int:
-        """How many of ``tokens`` (a prompt) ``allocate`` would find cached now; at least one is left to compute.
-        Changes nothing.
+        """Return how many of ``tokens`` (a prompt) ``allocate`` would find cached now; at least one is left to compute.
+
+        Changes nothing, not even the order of eviction.
         """
         return self.allocator.match(tokens, salt=salt, extra_key=extra_key, adapter=adapter).num_tokens
 
@@ -92,24 +86,25 @@ class SchedulerCache:
         count: int | None = None,
         *,
         tokens: Tokens | None = None,
-        salt: str | bytes | None = None,
+        salt: Salt = None,
         extra_key: ExtraKey = None,
         adapter: str | None = None,
     ) -> TableChanges | None:
-        """Room for ``count`` more tokens; what this wrote to the request's block tables, nothing for most tokens. None
-        when memory, or a place for one more request, is short: nothing has changed then, but for what was cached.
+        """Make room for ``count`` more tokens. Return the changes of the request's block tables, empty for most tokens.
 
-        A request that is not here yet begins. tokens: its prompt, whose cached start it takes over: those blocks are
-        added too, and ``num_cached_tokens(request)`` says how many tokens they hold. count: how many tokens beyond that
-        (a chunk of the prompt, lookahead); default the rest of the prompt. salt, extra_key, adapter: as
-        ``Allocator.sequence``. ``SpecError`` for any of these, or a prompt, of a request that has begun.
+        None if memory is short or ``max_sequences`` requests are here: then nothing has changed, except that cached
+        blocks may have been evicted.
+
+        A request that is not here begins. tokens: its prompt. The request reuses the cached start of it, whose blocks
+        are in the changes too; ``num_cached_tokens(request)`` says how many tokens they hold. count: how many tokens
+        beyond those (a chunk of the prompt, lookahead); default the rest of the prompt. salt, extra_key, adapter: as
+        for ``Allocator.sequence``. ``SpecError`` if any of these, or a prompt, is given for a request that has begun.
         """
         try:
-            handle = self._handles[request]
-        except KeyError:
-            return self._begin(request, count, tokens, salt, extra_key, adapter)
-        except TypeError:
-            raise self._no_request(request) from None
+            handle = self._requests[request]._id
+        except (KeyError, TypeError):
+            self._find(request)  # raises for what cannot be a request id
+            return self._begin(request, count, tokens, encode_keys(salt, extra_key, adapter))
         if tokens is not None or salt is not None or extra_key is not None or adapter is not None:
             raise SpecError(
                 f"request {request!r} has begun: prompt, salt, extra key and adapter are given as it begins"
@@ -117,112 +112,101 @@ class SchedulerCache:
         if count is None:
             raise SpecError(f"count: missing; request {request!r} has begun, say how many more tokens")
         try:
-            written = self._core.extend(handle, count, -1, True)
-            return _NOTHING if written is None else written
+            return self._core.extend(handle, count, -1, True) or _NOTHING
         except OutOfMemory:
             return None
 
     def _begin(
-        self,
-        request: Hashable,
-        count: int | None,
-        tokens: Tokens | None,
-        salt: str | bytes | None,
-        extra_key: ExtraKey,
-        adapter: str | None,
+        self, request: Hashable, count: int | None, tokens: Tokens | None, keys: tuple[bytes, bytes]
     ) -> TableChanges | None:
         if count is None and tokens is None:
             raise SpecError(f"count: missing; a new request ({request!r}) needs a prompt, or a count of tokens")
         wanted = -1 if count is None else check_count("count", check_size("count", count, 0))
-        salted, keyed = encode_keys(salt, extra_key, adapter)
-        sequence = Sequence(self.allocator, NOBODY)
+        sequence = Sequence(self.allocator, NO_HANDLE)
         try:
-            self._core.begin([] if tokens is None else tokens, salted, keyed, wanted, sequence)
-            self._requests[request], self._handles[request] = sequence, sequence.id
+            self._core.begin([] if tokens is None else tokens, *keys, wanted, sequence)
+            self._requests[request] = sequence
             return self._core.table(sequence.id, -1) or _NOTHING
         except BaseException as error:
-            self._forget(request)
-            sequence._give_up()
+            self._requests.pop(request, None)
+            sequence._discard()
             if isinstance(error, OutOfMemory):  # also when all max_sequences are in use
                 return None
             raise
 
     def publish(self, request: Hashable, tokens: Tokens | None = None, *, count: int | None = None) -> TableChanges:
-        """The KV of the request's next ``tokens`` is computed: whole blocks of them can be found from now on.
-        ``SpecError`` for more than there is room for.
+        """Commit the request's next tokens: their KV is computed, and whole blocks of them can be found from now on.
 
-        tokens: their ids. count: instead of ids that nobody knows, how many; neither these nor later ones can be found.
+        Return the table entries that changed, mostly none. If an equal block was cached already, the request now reads
+        that block, and its own becomes free (paged); entries of blocks that are out of window become 0. Apply the
+        changes to copies of the tables before the next step. ``SpecError`` for more tokens than there is room for.
 
-        Returns table entries that changed, mostly none: where the same block was cached already, the request now reads
-        that one, and its own is given up (paged); blocks that a sliding window has passed are 0. Who keeps a copy of
-        the tables writes them there before its next step.
+        tokens: the ids. count: how many tokens, if their ids are unknown; then neither these nor later ones of this
+        request can be found.
         """
         try:
-            handle = self._handles[request]
+            handle = self._requests[request]._id
         except (KeyError, TypeError):
-            raise self._stale(request) from None
+            handle = self.sequence(request).id  # raises
         if count is not None:
             tokens, count = None, committed_count("publish", tokens, count)
-        written = self._core.commit(handle, count, -1, tokens, True)
-        return _NOTHING if written is None else written
+        return self._core.commit(handle, count, -1, tokens, True) or _NOTHING
 
     def step(self, request: Hashable, count: int = 1, tokens: Tokens | None = None) -> TableChanges | None:
-        """A decode step of one request in one call: the KV of all that it has room for is computed, and there is room
-        for ``count`` more tokens. What that wrote to its block tables, nothing for most tokens. None when memory is
-        short: nothing has changed then, nor been published, but for what was cached.
+        """Do a decode step of one request in one call: commit all tokens that it has room for, then make room for
+        ``count`` more.
 
-        tokens: the ids of what is computed, a list or an array, all of those that were not published before: of the
-        first step the prompt, unless ``publish`` had it. ``SpecError`` for more or fewer. Without them neither these
-        nor later ones can be found. Cut off rejected drafts first: ``truncate``. As ``Sequence.step``; costs half of
+        Return the changes of its block tables, empty for most tokens. None if memory is short: then nothing has
+        changed or been published, except that cached blocks may have been evicted.
+
+        tokens: the ids of all tokens that were not published before, a list or an array; in the first step those of the
+        prompt, unless ``publish`` had them. ``SpecError`` for more or fewer. Without ids neither these nor later tokens
+        can be found. Cut off rejected draft tokens first: ``truncate``. As ``Sequence.step``; costs half as much as
         ``publish`` and ``allocate``.
         """
         try:
-            handle = self._handles[request]
+            handle = self._requests[request]._id
         except (KeyError, TypeError):
-            raise self._stale(request) from None
+            handle = self.sequence(request).id  # raises
         try:
-            written = self._core.step(handle, count, tokens, True)
-            return _NOTHING if written is None else written
+            return self._core.step(handle, count, tokens, True) or _NOTHING
         except OutOfMemory:
             return None
 
     def truncate(self, request: Hashable, num_tokens: int) -> None:
-        """Keeps the first ``num_tokens`` tokens, as when draft tokens are rejected. See ``Sequence.truncate``. Its
-        tables end earlier then; what is left of them stays as it was, so there is nothing to tell.
+        """Keep the first ``num_tokens`` tokens, as when draft tokens are rejected. See ``Sequence.truncate``.
+
+        Entries of the block tables past the new end are no longer used, and none changes: there is nothing to return.
         """
-        self._sequence(request).truncate(num_tokens)
+        self.sequence(request).truncate(num_tokens)
 
     def snapshot(self, request: Hashable) -> bool:
-        """Keeps a copy of the request's recurrent state, at the end of a chunk of its prompt say, so that others that
-        begin with the same tokens start here. False when there is no memory for the copy: nothing has changed then.
+        """Copy the request's recurrent state, so that requests that begin with the same tokens can start from here.
 
-        All its tokens must be published by their ids, at a multiple of the block size: ``SpecError`` otherwise, see
-        ``Sequence.snapshot``. Without snapshots a spec with a state shares nothing.
+        Return False if there is no memory for the copy: then nothing has changed. Take snapshots at the ends of chunks
+        of a prompt, for example: without them a spec with a state shares nothing. ``SpecError`` unless all tokens are
+        published by their ids, at a multiple of the block size; see ``Sequence.snapshot``.
         """
         try:
-            self._sequence(request).snapshot()
+            self.sequence(request).snapshot()
         except OutOfMemory:
             return False
         return True
 
     def free(self, request: Hashable) -> None:
-        """The request ends, or is preempted. What it has published stays cached until memory is needed."""
-        self._end([request], self._sequence(request).free)
+        """End the request, or preempt it. What it has published stays cached until memory is needed."""
+        self._end([request], self.sequence(request).free)
 
     # --- a whole step in one call ---
 
     def handles(self, requests: Iterable[Hashable]) -> Handles:
-        """Handles for the calls below and for ``Allocator.fill``, int32 [n]: each its request's until that ends."""
-        handles, asked = self._handles, self._several(requests)
-        try:
-            return np.array([handles[request] for request in asked], np.int32)
-        except (KeyError, TypeError):
-            raise self._stale(next(request for request in asked if not self._is_here(request))) from None
+        """Return handles for the calls below and for ``Allocator.fill``, int32 [n], valid until each request ends."""
+        return np.array([self.sequence(request).id for request in self._several(requests)], np.int32)
 
     def allocate_step(self, handles: Ids, counts: Ints) -> TableChanges | None:
         """``allocate`` for many requests that have begun: for all of them, or None and nothing has changed.
 
-        handles, counts: [n], as ids and counts of ``Allocator.extend_batch``. Cost: linear in n and in what is written.
+        handles, counts: [n], as ids and counts of ``Allocator.extend_batch``. Cost: linear in n and in the changes.
         """
         try:
             return self._core.extend_batch(handles, counts, -1, True) or _NOTHING
@@ -239,59 +223,62 @@ class SchedulerCache:
         handles = self.handles(ending)
         self._end(ending, lambda: self.allocator.free_batch(handles))
 
-    # --- what is there ---
+    # --- state ---
 
     def tables(self, handles: Ids) -> TableChanges:
-        """Every entry of the requests' block tables, of all groups, as if they had just been written: for a worker that
-        begins late, and after ``Allocator.compact()`` or calls on a request's ``sequence()``, which tell nothing.
+        """Return every entry of the requests' block tables, of all groups, as changes.
 
-        handles: [n]; entries of its i-th stand in row i.
+        For a worker that begins late, and after ``Allocator.compact()`` or calls on a request's ``sequence()``, which
+        return no changes. handles: [n]; the entries of the i-th are those of row i.
         """
         return self._core.tables(handles) or _NOTHING
 
     def block_ids(self, request: Hashable, *, group: int | None = None) -> Handles:
-        """The request's whole block table, int32 [blocks], a copy. Blocks that a sliding window has dropped are 0."""
-        index = self._main if group is None else check_group("group", group, len(self.allocator.spec.groups))
-        return (self._core.table(self._sequence(request).id, index) or _NOTHING).blocks
+        """Return the request's whole block table, int32 [blocks], a copy. Blocks that are out of window are 0."""
+        allocator = self.allocator
+        index = allocator._main if group is None else check_group("group", group, len(allocator.spec.groups))
+        return (self._core.table(self.sequence(request).id, index) or _NOTHING).blocks
 
     def num_cached_tokens(self, request: Hashable) -> int:
-        """How many tokens the request took over from the cache when it began."""
-        return self._sequence(request).num_cached_tokens
+        """Return how many cached tokens the request began with."""
+        return self.sequence(request).num_cached_tokens
 
     def num_tokens(self, request: Hashable) -> int:
-        """Tokens that the request has room for."""
-        return self._sequence(request).num_tokens
+        """Return how many tokens the request has room for."""
+        return self.sequence(request).num_tokens
 
     def common_prefix_blocks(self, requests: Iterable[Hashable] | None = None) -> int:
-        """Leading whole blocks that all of ``requests`` (default: all that are here) share as memory."""
-        handles = self.handles(self._requests if requests is None else requests)
+        """Return how many leading whole blocks all of ``requests`` (default: all that are here) share as memory."""
+        handles, main = self.handles(self._requests if requests is None else requests), self.allocator._main
         if len(handles) == 0:
             return 0
         if len(handles) == 1:
-            return int(self.allocator.core.committed(int(handles[0]), self._main)) // self._block_size
+            return int(self._core.committed(int(handles[0]), main)) // self.allocator.spec.groups[main].block_size
         common = np.empty(len(handles) - 1, np.int64)
-        self.allocator.core.common_blocks(handles, self._main, common)
+        self._core.common_blocks(handles, main, common)
         return int(common.min())
 
     @property
     def usage(self) -> float:
-        """The part of the memory that requests hold, 0 to 1: ``Stats.held_bytes`` of what this allocator may have. That
-        is its ``memory``, or in a shared pool what others' live sequences leave of it. What is only cached counts as
-        free, as all of it can be given up: the rest is what one more request could have. Costs a look at every request.
+        """The part of the memory that requests hold, 0 to 1: ``Stats.held_bytes`` of what this allocator may map.
+
+        The allocator may map its ``memory``, or in a shared pool what live sequences of others leave of it. Cached
+        content that no request uses counts as free, since all of it can be evicted: one more request could have the
+        rest. Cost: linear in the requests.
         """
         stats = self._core.stats()
         return stats.held_bytes / stats.limit_bytes if stats.limit_bytes > 0 else 1.0
 
     def take_events(self, max_events: int | None = None) -> list[Event]:
-        """What was cached and given up since the last call: ``Allocator.events``."""
+        """Return the events about cached blocks since the last call: ``Allocator.events``."""
         return self.allocator.events(max_events)
 
     def clear_cache(self) -> int:
-        """Forgets every cached block that no request uses; returns how many."""
+        """Evict every cached block that no request uses; return how many."""
         return self.allocator.clear_cache()
 
     def __contains__(self, request: Hashable) -> bool:
-        return self._is_here(request)
+        return self._find(request) is not None
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise SpecError(
@@ -309,14 +296,20 @@ class SchedulerCache:
         return iter(self._requests)
 
     def sequence(self, request: Hashable) -> Sequence:
-        """The request's sequence, for what has no verb here (``pin``, ``retain``, ``fork``). Do not free it."""
-        return self._sequence(request)
+        """Return the request's sequence, for ``pin``, ``retain`` and ``fork``. Do not free it."""
+        found = self._find(request)
+        if found is None:
+            raise StaleHandle(f"request {request!r} is not here: it has ended, or allocate() never began it")
+        return found
 
-    def _sequence(self, request: Hashable) -> Sequence:
+    def _find(self, request: Hashable) -> Sequence | None:
         try:
-            return self._requests[request]
-        except (KeyError, TypeError):
-            raise self._stale(request) from None
+            return self._requests.get(request)
+        except TypeError:  # only hashing tells: isinstance(request, Hashable) accepts a tuple that holds a list
+            raise SpecError(
+                f"request: got {request!r}, a {type(request).__name__}, which cannot be hashed; a request id is a str, "
+                "an int, a tuple of them: one request at a time"
+            ) from None
 
     @staticmethod
     def _several(requests: Iterable[Hashable]) -> list[Hashable]:
@@ -324,39 +317,12 @@ class SchedulerCache:
             raise SpecError(f"requests: got {requests!r}; must be several request ids: [{requests!r}] for one")
         return list(requests)
 
-    def _is_here(self, request: Hashable) -> bool:
-        try:
-            return request in self._requests
-        except TypeError:
-            raise self._no_request(request) from None
-
-    def _stale(self, request: Hashable) -> KVMemError:
-        """The error for what is no request, or none that is here."""
-        try:
-            hash(request)
-        except TypeError:
-            return self._no_request(request)
-        return StaleHandle(f"request {request!r} is not here: it has ended, or allocate() never began it")
-
-    @staticmethod
-    def _no_request(request: object) -> SpecError:
-        return SpecError(
-            f"request: got {request!r}, a {type(request).__name__}, which cannot be hashed; a request id is a str, an "
-            "int, a tuple of them: one request at a time"
-        )
-
     def _end(self, requests: list[Hashable], free: Callable[[], None]) -> None:
-        """Forgets those that ``free`` has freed, also when an exception comes between."""
+        """Remove the requests that ``free`` has freed, also if an exception comes in between."""
         try:
             free()
+        finally:
             for request in requests:
-                self._forget(request)
-        except BaseException:
-            for request in requests:
-                if request in self._handles and not self._core.is_live(self._handles[request]):
-                    self._forget(request)
-            raise
-
-    def _forget(self, request: Hashable) -> None:
-        self._requests.pop(request, None)
-        self._handles.pop(request, None)
+                sequence = self._requests.get(request)
+                if sequence is not None and not self._core.is_live(sequence.id):
+                    del self._requests[request]

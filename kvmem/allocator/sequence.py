@@ -1,4 +1,4 @@
-"""A handle for one request's tokens, and what a list of the live ones says of each."""
+"""A sequence: one request's tokens; and the entries of a list of live sequences."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ if TYPE_CHECKING:
 
 __all__ = ["LiveSequence", "Sequence"]
 
-
-#: No sequence's handle.
-NOBODY = -1
+#: The handle of no sequence.
+NO_HANDLE = -1
 
 
 @dataclass(frozen=True)
 class LiveSequence:
     """A live sequence, as ``Allocator.sequences()`` lists it.
 
+    id: the int32 handle. num_tokens: tokens reserved. num_committed_tokens: tokens whose KV is valid.
     age: seconds since it was opened, to some milliseconds.
-    label: what ``Allocator.sequence(label=)`` was given; None for all others.
+    label: as given to ``Allocator.sequence(label=)``; otherwise None.
     """
 
     id: int
@@ -40,12 +40,15 @@ class LiveSequence:
 
 class Sequence:
     """One request's tokens in an allocator. Made by ``Allocator.sequence()`` and ``fork()``; a context manager that
-    frees it, unless its body did. One that is garbage while it is live gives a ``ResourceWarning``, and its memory
-    stays taken: free it, or ``detach()`` it where only its ``id`` goes on.
+    frees it, unless its body has freed it.
 
-    ``num_cached_tokens``: how many tokens it started with because they were cached; committed from the start.
     A token is first *reserved* by ``extend``, which makes room and nothing else; the model then writes its KV;
-    ``commit`` says that it is valid. ``num_committed_tokens <= num_tokens``.
+    ``commit`` declares it valid. ``num_committed_tokens <= num_tokens``.
+
+    num_cached_tokens: how many tokens the sequence started with because they were cached; committed from the start.
+
+    A ``Sequence`` that is collected as garbage while it is live warns (``ResourceWarning``), and its memory stays in
+    use: free it, or ``detach()`` it if only its ``id`` is needed.
     """
 
     __slots__ = ("_alloc", "_core", "_id", "_lent", "num_cached_tokens")
@@ -54,45 +57,47 @@ class Sequence:
         self._alloc = alloc
         self._core = alloc.core
         self._id = handle
-        if handle != NOBODY:  # somebody else's, who frees it
+        if handle != NO_HANDLE:  # owned elsewhere, and freed there
             self._lent = True
         self.num_cached_tokens = num_cached_tokens
 
     @property
     def id(self) -> int:
-        """The int32 handle, for the batched calls."""
+        """The int32 handle, for the batched calls. Never used twice."""
         return self._id
 
     @property
     def allocator(self) -> Allocator:
-        """Whose sequence it is."""
+        """The allocator that owns the sequence."""
         return self._alloc
 
     @property
     def label(self) -> str | None:
-        """What ``Allocator.sequence(label=)`` was given."""
+        """The text given to ``Allocator.sequence(label=)``, or None."""
         return self._alloc._labels.get(self._id)
 
     @property
     def num_tokens(self) -> int:
-        """Tokens reserved, committed ones included."""
+        """Number of tokens that there is room for, committed ones included."""
         return self._core.tokens(self._id)
 
     @property
     def num_committed_tokens(self) -> int:
-        """Tokens whose KV is valid."""
+        """Number of tokens whose KV is valid."""
         return self._core.committed(self._id)
 
     def extend(self, n: int, *, group: int | None = None) -> None:
-        """Makes room for ``n`` more tokens. ``OutOfMemory``, and nothing changed, when there is none.
+        """Make room for ``n`` more tokens. ``OutOfMemory``, and nothing has changed, if there is no memory for them.
 
-        Costs no driver call while the row or the blocks at hand suffice. ``group`` names a group that is fixed after
-        prefill (cross attention), which grows by its own count, once.
+        group: the index of a group that is fixed after prefill (cross attention) and is extended once, by a count of
+            its own; default all groups that grow with the tokens.
+
+        Costs no driver call while the row's mapped pages or free blocks suffice.
         """
         self._core.extend(self._id, n, -1 if group is None else self._group(group))
 
     def try_extend(self, n: int, *, group: int | None = None) -> bool:
-        """As ``extend``, but False instead of ``OutOfMemory``."""
+        """Return True after ``extend``, and False where it raises ``OutOfMemory``."""
         try:
             self.extend(n, group=group)
         except OutOfMemory:
@@ -100,10 +105,11 @@ class Sequence:
         return True
 
     def commit(self, tokens: Tokens | None = None, *, count: int | None = None, group: int | None = None) -> None:
-        """The KV of the next ``tokens`` is written. Sliding windows move on.
+        """Declare the KV of the next tokens as written. Sliding windows move on.
 
-        tokens: their ids; the blocks that they complete are shared from now on. count: instead of ids that nobody
-            knows, how many; neither these nor any that follow are shared then. group: as for ``extend``.
+        tokens: their ids; the blocks that they complete are shared from now on. count: how many tokens, if their ids
+            are unknown; then neither these nor any later tokens of this sequence are shared. group: as for ``extend``.
+        ``SpecError`` for more tokens than are reserved.
         """
         if count is None and group is None:
             self._core.commit(self._id, None, -1, tokens)
@@ -115,27 +121,28 @@ class Sequence:
         return check_group("group", group, len(self._alloc.spec.groups))
 
     def step(self, n: int = 1, tokens: Tokens | None = None) -> None:
-        """A decode step of one sequence in one call: what is reserved is committed, then there is room for ``n`` more.
+        """Do a decode step of one sequence in one call: commit all reserved tokens, then make room for ``n`` more.
 
-        tokens: the ids of all that is committed, a list or an array; without them it cannot be shared. As ``commit``
-        and ``extend``, but nothing has changed after an error. ``Allocator.step`` does this for a whole batch.
+        tokens: the ids of all tokens that are committed, a list or an array; without them they cannot be shared. Same
+        effect as ``commit`` and ``extend``, except that an error changes nothing. ``Allocator.step`` does this for a
+        whole batch.
         """
         self._core.step(self._id, n, tokens)
 
     def truncate(self, num_tokens: int) -> None:
-        """Keeps the first ``num_tokens`` tokens, as when draft tokens are rejected. Never needs memory.
+        """Keep the first ``num_tokens`` tokens, as when draft tokens are rejected. Never needs memory.
 
-        What is cut off counts as wrong: blocks of it that no other sequence uses are forgotten. ``SpecError`` when some
-        are pinned. To keep them cached, ``fork()`` first. A recurrent state does not go back by itself.
+        What is cut off counts as wrong: its blocks are evicted if no other sequence uses them. ``SpecError`` if some of
+        them are pinned. To keep them cached, ``fork()`` first. A recurrent state does not go back.
         """
         self._core.truncate(self._id, check_count("num_tokens", num_tokens))
 
     def pin(self, num_tokens: int | None = None) -> Pin:
-        """Keeps the whole blocks of the first ``num_tokens`` tokens (default: of all whose ids are known) cached
-        until ``unpin()``, whatever becomes of this sequence: a prompt that begins with them finds them all.
+        """Return a pin of the whole blocks of the first ``num_tokens`` tokens (default: of all whose ids are known).
 
-        ``SpecError`` when their ids are not known, when they fill no block, or when they could not be found even now: a
-        sliding window has passed what it would need and it was given up, or a recurrent state has no snapshot there.
+        They stay cached until ``unpin()``, whatever becomes of this sequence, and a prompt that begins with them finds
+        all of them. ``SpecError`` if their ids are not known, if they fill no block, or if they could not be found even
+        now: blocks that a sliding window needs are evicted, or a recurrent state has no snapshot there.
         """
         count = -1 if num_tokens is None else check_size("num_tokens", num_tokens, 0)
         pin = Pin(self._core, 0, 0)
@@ -143,14 +150,16 @@ class Sequence:
             self._core.pin(self._id, count, pin)
             return pin
         except BaseException:
-            pin._give_up()
+            pin._discard()
             raise
 
     def retain(self, start: int = 0, end: int | None = None, *, priority: int, ttl: float | None = None) -> None:
-        """Overrides the eviction policy for blocks that lie whole in tokens ``[start, end)``, those to come included.
+        """Override the eviction policy for blocks that lie whole in tokens ``[start, end)``, later blocks included.
 
-        priority: 0 to 100. Lower than 50 goes before all else, higher after all else, 50 is as the policy decides.
-        ttl: seconds from the block's release on, after which the policy decides again; default for ever.
+        end: default the end of the sequence, however long it becomes.
+        priority: 0 to 100. Blocks below 50 are evicted before all others, blocks above 50 after all others; 50 leaves
+            the order to the policy.
+        ttl: seconds from the block's release, after which the policy decides again; default never.
         After TensorRT-LLM's retention config.
         """
         first = check_size("start", start, 0)
@@ -159,51 +168,54 @@ class Sequence:
         self._core.retain(self._id, first, last, check_count("priority", priority), seconds)
 
     def snapshot(self) -> None:
-        """Keeps a copy of the recurrent state, so that a sequence that begins with the same tokens can go on from here.
+        """Copy the recurrent state, so that a sequence that begins with the same tokens can start from here.
 
-        All tokens must be committed by their ids, at a multiple of the block size, and the spec must have a component
-        of fixed size; else ``SpecError``. So it is when the state may be ahead of the tokens, as after ``truncate()``,
-        and in a fork of a sequence that had reserved tokens: put the state back and go on, the next ``commit()``
-        answers for it. ``OutOfMemory``, and nothing changed, when there is no room for the copy.
+        REQUIRES: all tokens are committed by their ids, at a multiple of the block size, and the spec has a component
+        of fixed size; else ``SpecError``. The same if the state may be ahead of the tokens, as after ``truncate()``,
+        and in a fork of a sequence that had reserved tokens: restore the state and go on; the next ``commit()``
+        declares it right. ``OutOfMemory``, and nothing has changed, if there is no memory for the copy.
         """
         self._core.snapshot(self._id)
 
     def fork(self) -> Sequence:
-        """A second sequence with the same committed tokens: whole pages or blocks are shared, the cut one is copied.
+        """Return a second sequence with the same committed tokens: it shares whole pages or blocks and copies the rest.
 
-        ``OutOfMemory``, and nothing changed, when there is no room for the copy. What is reserved but not committed
-        stays with the parent; a recurrent state is copied as it is, so it may have seen those tokens.
+        ``OutOfMemory``, and nothing has changed, if there is no memory for the copy. Tokens that are reserved but not
+        committed stay with the parent; a recurrent state is copied as it is, so it may include those tokens.
         """
-        child = Sequence(self._alloc, NOBODY)
+        child = Sequence(self._alloc, NO_HANDLE)
         try:
             self._core.fork(self._id, child)
             return child
         except BaseException:
-            child._give_up()
+            child._discard()
             raise
 
     def free(self) -> None:
-        """Gives everything back; a row stays mapped (parked) for the next sequence. Twice is a ``StaleHandle``."""
+        """End the sequence: its pages are parked for the next one, its published blocks stay cached.
+
+        ``StaleHandle`` the second time.
+        """
         self._core.free(self._id)
 
     def detach(self) -> int:
-        """The handle, which the caller keeps and frees from now on (``Allocator.free_batch``). Of this object nothing
-        is expected any more: no warning comes when it is garbage. As ``detach()`` of a socket.
+        """Return the handle, which the caller owns and frees from now on (``Allocator.free_batch``), as a socket's
+        ``detach()``. This object gives no warning any more when it is collected as garbage.
         """
         self._lent = True
         return self._id
 
     def kv(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V of the tokens held, ``[num_tokens, heads, width]``; see ``Allocator.sequence_tensor``."""
+        """Return K and V of the tokens, each ``[num_tokens, heads, width]``; see ``Allocator.sequence_tensor``."""
         return self._alloc.sequence_tensor(self, layer, "k"), self._alloc.sequence_tensor(self, layer, "v")
 
-    def _give_up(self) -> None:
-        """Frees it unless it was freed before, or never began. For the end of a call that failed."""
-        if self._id != NOBODY and self._core.is_live(self._id):
+    def _discard(self) -> None:
+        """Free what a failed call has opened, unless it was freed before or never opened."""
+        if self._id != NO_HANDLE and self._core.is_live(self._id):
             self._core.free(self._id)
 
-    # Leaving the body frees it, unless the body did; the body's own exception is what is raised. One call to C each: in
-    # the middle of a function of Python's a signal handler may raise, and Python's end of an object runs anywhere.
+    # Leaving the body frees the sequence unless the body has done so; the body's own exception is the one raised. Each
+    # is a single call to C: a signal handler may raise inside a Python function, and a finaliser runs at any point.
     if TYPE_CHECKING:
 
         def __enter__(self) -> Sequence: ...
@@ -226,5 +238,5 @@ class Sequence:
             if not self._core.is_live(self._id):
                 return f"Sequence({named}, freed)"
             return f"Sequence({named}, num_tokens={self.num_tokens}, committed={self.num_committed_tokens})"
-        except KVMemError:  # a forked child's, or freed by another thread just now
+        except KVMemError:  # in a forked child, or freed by another thread in between
             return f"Sequence({named})"

@@ -1,4 +1,4 @@
-"""What an allocator holds, virtual and physical side by side."""
+"""Sizes and counts of an allocator: addresses, physical memory, cached content."""
 
 from __future__ import annotations
 
@@ -13,37 +13,38 @@ __all__ = ["Stats"]
 
 @dataclass(frozen=True)
 class Stats:
-    """A snapshot. All sizes in bytes; physical memory obeys ``mapped = used + wasted + parked + cached_beside``.
+    """A snapshot from ``Allocator.stats()``. Sizes are bytes, and ``mapped = used + wasted + parked + cached_beside``.
 
-    reserved_bytes: addresses, which cost nothing.
-    budget_bytes: what the pool may create, ``created_bytes`` what it has created, ``free_bytes`` the part of that
-        nobody maps.
-    physical_bytes: what the device's system says is really held for the pool (CPU: pages of the memfd that were
-        touched).
-    mapped_bytes: pages mapped by this allocator, each once however often it is mapped.
+    reserved_bytes: reserved addresses, which cost no memory.
+    budget_bytes: the most that the pool may create. created_bytes: what it has created. free_bytes: the part of that
+        which no allocator maps.
+    physical_bytes: what the system holds for the pool (CPU: pages of the memfd that were touched).
+    mapped_bytes: pages mapped by this allocator; a page that is mapped several times counts once.
     used_bytes: tokens of live sequences, each physical byte once.
-    shared_bytes: physical bytes (pages; paged backend: blocks) that more than one sequence reads.
-    parked_bytes: mapped pages no live sequence needs: ready for the next one, given up under pressure and by
-        ``trim()``. Cached blocks that nobody uses lie on such pages, or beside live ones:
-    cached_beside_bytes: the part of ``cached_bytes`` that lies on pages which live sequences need as well. It can be
-        given up for their next tokens, or another's, but the pages cannot (paged; ``compact()`` may help).
-    held_bytes: what live sequences keep from others: the blocks that hold their tokens, whole, and the trash blocks
-        (paged), or their pages (virtual). The rest of the budget can be had, all that is cached included; where groups
-        differ, or other allocators share the pool, some of it only as whole pages.
-    cached_bytes: tokens of cached blocks that nobody uses, ``cached_blocks`` of them; each physical byte once, since
-        blocks that begin alike may share pages (virtual). With sliding windows also what they have passed of blocks
-        that are used, which counts as no block.
-    pinned_blocks: pins of blocks, each pin of a block counted.
-    evicted_blocks: blocks that were cached and given up since the allocator exists.
-    lookup_tokens, hit_tokens: of prompts that began (``sequence()``, ``admit_batch()``, ``SchedulerCache.allocate``),
-        all but the last token of each, and those found. A prompt that was refused counts nothing.
-    wasted_bytes: the rest, which holds nothing: rounding up to pages and blocks, the guard behind the last token, trash
-        blocks.
-    device_free_bytes: what a CUDA device has free, for this process and all others; None elsewhere.
+    shared_bytes: pages (paged: blocks) that more than one sequence reads.
+    parked_bytes: mapped pages that no live sequence needs: ready for the next sequence, reclaimed when memory is short
+        and by ``trim()``. They may hold cached blocks.
+    cached_beside_bytes: the part of ``cached_bytes`` on pages that live sequences need too (paged). These blocks can be
+        evicted for new tokens, but their pages cannot be reclaimed; ``compact()`` may help.
+    held_bytes: memory that live sequences keep from others: the whole blocks that hold their tokens, the null block and
+        the padding block (paged), or their pages (virtual). The rest of the budget is available, including all cached
+        content; if block sizes of groups differ, or other allocators share the pool, some of it only as whole pages.
+    wasted_bytes: the rest of the mapped bytes, which holds nothing: rounding to pages and blocks, the guard behind the
+        last token, null and padding blocks.
+    driver_calls: calls of the pool to its driver since it was made (``"meta"``: the calls that a GPU's driver would
+        get).
+    num_sequences, max_sequences: live sequences, and the most there can be.
+    cached_bytes, cached_blocks: tokens of cached, unreferenced blocks, and how many blocks. Each physical byte counts
+        once, since blocks with a common start may share pages (virtual). The bytes also count those parts of used
+        blocks that are out of window; the blocks do not.
+    pinned_blocks: pins of blocks; a block that is pinned twice counts twice.
+    evicted_blocks: blocks evicted since the allocator was made.
+    lookup_tokens, hit_tokens: tokens of prompts that began (``sequence()``, ``admit_batch()``,
+        ``SchedulerCache.allocate``), all but the last token of each; and how many of them were found cached. A refused
+        prompt does not count.
+    device_free_bytes: memory of the CUDA device that is free for any process; None on other devices.
     torch_allocated_bytes, torch_reserved_bytes: what torch's caching allocator has given to tensors on this CUDA
-        device, and what it holds in all. Its memory and ours are apart; None elsewhere.
-    driver_calls: calls the pool has made to its driver since it exists (``"meta"``: that a GPU's driver would have
-        got).
+        device, and what it holds in all, apart from kvmem's memory; None on other devices.
     """
 
     reserved_bytes: int
@@ -72,7 +73,7 @@ class Stats:
     torch_reserved_bytes: int | None
 
     def summary(self) -> str:
-        """The same in a few lines for people: sequences, memory and what it holds, hits, driver calls."""
+        """Return a text of some lines: sequences, memory and what it holds, hits, driver calls."""
         shown = format_bytes
         parts = [
             f"{self.num_sequences} of {self.max_sequences} sequences",
@@ -81,7 +82,7 @@ class Stats:
             f"mapped: {shown(self.used_bytes)} used by tokens ({shown(self.shared_bytes)} of it shared), "
             f"{shown(self.parked_bytes)} parked, {shown(self.wasted_bytes)} wasted, "
             f"{shown(self.cached_beside_bytes)} cached beside",
-            f"cached: {self.cached_blocks} blocks, {shown(self.cached_bytes)}, that nobody uses; {self.pinned_blocks} "
+            f"cached: {self.cached_blocks} unreferenced blocks, {shown(self.cached_bytes)}; {self.pinned_blocks} "
             f"pinned, {self.evicted_blocks} evicted so far",
             f"prompts: {self.hit_tokens} of {self.lookup_tokens} tokens found cached"
             + (f" ({self.hit_tokens / self.lookup_tokens:.0%})" if self.lookup_tokens else ""),
@@ -95,6 +96,6 @@ class Stats:
 
     @classmethod
     def of(cls, counted: _core.AllocatorStats, **others: Any) -> Stats:
-        """What the core has counted, under the same names, and ``others``."""
+        """Return the core's counts, which have the same names, and ``others``."""
         names = [field.name for field in fields(cls) if field.name not in others]
         return cls(**{name: getattr(counted, name) for name in names}, **others)

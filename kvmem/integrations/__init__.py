@@ -1,1 +1,1 @@
-"""kvmem inside what others wrote. One file or folder each, and nothing here is imported by ``import kvmem``."""
+"""kvmem inside other libraries: one file or folder for each. ``import kvmem`` imports none of them."""

@@ -1,8 +1,7 @@
-"""What cuda-python does for kvmem, off the hot path: ``pip install kvmem[cuda]``.
+"""Device attributes, error names, streams and exported pages by cuda-python: ``pip install kvmem[cuda]``.
 
-Devices and their attributes, the names of errors, the pool's stream for cuda.core, and pages for other processes. The
-allocator itself needs none of it. Errors are ``DeviceError`` with the driver's call and code; ``ImportError`` without
-cuda-python.
+The allocator itself needs none of this. Errors are ``DeviceError`` with the driver's call and code, and ``ImportError``
+if cuda-python is not installed.
 """
 
 from __future__ import annotations
@@ -21,10 +20,11 @@ _OUT_OF_MEMORY = 2
 
 @dataclass(frozen=True)
 class DeviceInfo:
-    """A CUDA device, as far as kvmem cares. ``name`` is what ``Allocator(device=...)`` takes.
+    """The attributes of a CUDA device that kvmem uses.
 
-    cuda_version: of the driver, 13000 for 13.0. total_bytes: of device memory.
-    virtual_memory: kvmem can use it; posix_fd: ``shareable=True`` works; rdma: ``rdma=True`` works.
+    name: as ``Allocator(device=...)`` takes it. compute_capability: ``(major, minor)``. total_bytes: of device memory.
+    cuda_version: of the driver, 13000 for 13.0.
+    virtual_memory: kvmem can use the device. posix_fd, rdma: ``PagePool`` takes ``shareable=True``, ``rdma=True``.
     """
 
     name: str
@@ -37,15 +37,16 @@ class DeviceInfo:
 
 
 def devices() -> list[DeviceInfo]:
-    """The devices that CUDA_VISIBLE_DEVICES leaves, counted as torch does. Makes no context."""
+    """Return the devices that CUDA_VISIBLE_DEVICES leaves, in torch's order. Makes no context."""
     cu = _bindings()
     _call(cu, "cuInit", 0)
     return [_describe(cu, index) for index in range(_call(cu, "cuDeviceGetCount"))]
 
 
 def current_device() -> str | None:
-    """``"cuda:N"``, the device whose context is current in this thread (``cuda.core.Device(N).set_current()``, or
-    torch); None if there is none.
+    """Return ``"cuda:N"``, the device whose context is current in this thread; None if there is none.
+
+    ``cuda.core.Device(N).set_current()`` and torch make a context current.
     """
     cu = _bindings()
     _call(cu, "cuInit", 0)
@@ -55,7 +56,7 @@ def current_device() -> str | None:
 
 
 def error_text(code: int) -> str:
-    """``"CUDA_ERROR_OUT_OF_MEMORY"`` for 2: also of codes that are newer than the driver. Needs no driver."""
+    """Return the name of an error, ``"CUDA_ERROR_OUT_OF_MEMORY"`` for 2. Needs no driver."""
     results = _bindings().CUresult
     try:
         return str(results(code).name)
@@ -64,9 +65,11 @@ def error_text(code: int) -> str:
 
 
 def stream(pool: PagePool) -> Any:
-    """The stream that the pool was used on last, as a ``cuda.core.Stream``, to wait for and record events on:
-    ``kvmem.integrations.cuda_python.stream(alloc.pool).wait(event)``. It does not own the stream. The other way round
-    is ``PagePool.set_stream``. ``DeviceError`` while another device is current; if none is, the pool's becomes it.
+    """Return the stream on which the pool was used last, as a ``cuda.core.Stream``, to wait for events and record them:
+    ``kvmem.integrations.cuda_python.stream(alloc.pool).wait(event)``.
+
+    The object does not own the stream. ``PagePool.set_stream`` is the opposite direction. Makes the pool's device
+    current if none is; ``DeviceError`` if another one is.
     """
     try:
         import cuda.core
@@ -76,20 +79,20 @@ def stream(pool: PagePool) -> Any:
     if current is None:
         cuda.core.Device(home.index).set_current()
     elif current != str(home):
-        raise DeviceError(f"{current} is current and the pool is on {home}: make that one current", "cuCtxGetDevice")
+        raise DeviceError(f"{current} is current, but the pool is on {home}: make {home} current", "cuCtxGetDevice")
     return cuda.core.Stream.from_handle(pool.streams.handle)
 
 
 def export_fd(pool: PagePool, page: int) -> int:
-    """A file descriptor of physical page ``page`` (0 to ``pool.budget_bytes // pool.page_bytes - 1``), for another
-    process to import (cuMemImportFromShareableHandle) and map. The caller closes it.
+    """Return a file descriptor of physical page ``page`` (0 to ``pool.budget_bytes // pool.page_bytes - 1``).
 
-    The memory lives until both sides have let go of it, so a page that is exported outlives its pool. ``SpecError``
-    unless the pool was made with ``shareable=True`` and has the page.
+    Another process imports it (cuMemImportFromShareableHandle) and maps it. The caller closes it. The memory lives
+    until both processes have released it, so an exported page may outlive its pool. ``SpecError`` unless the pool was
+    made with ``shareable=True`` and has the page.
     """
     info = None if pool.device.driver is None else pool.device.driver.info
     if info is None or not info.shareable:
-        raise SpecError(f"the pages of this pool on {pool.device.name!r} stay here; make it with shareable=True")
+        raise SpecError(f"pool: its pages on {pool.device.name!r} cannot be exported; make it with shareable=True")
     handle = pool.core.page_handle(page)
     if handle == 0:
         raise SpecError(f"page: got {page}; the pool has no such page now")
@@ -120,7 +123,7 @@ def _describe(cu: Any, index: int) -> DeviceInfo:
 
 
 def _call(cu: Any, name: str, *arguments: Any, what: str = "") -> Any:
-    """One call of cuda.bindings.driver: its value, or the error as one of ours."""
+    """Return the value of one call of cuda.bindings.driver. ``DeviceError`` or ``OutOfMemory`` if it fails."""
     try:
         result: Sequence[Any] = getattr(cu, name)(*arguments)
     except RuntimeError as error:  # no libcuda, or one without this entry point

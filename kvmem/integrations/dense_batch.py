@@ -1,7 +1,7 @@
-"""A batch whose rows all have one length, read as one rectangle ``[batch, heads, tokens, width]``, which models expect.
+"""A batch whose rows all have the same length, read as one dense tensor, as models expect it.
 
-Each row is a sequence of an allocator. Where rows of the virtual backend lie at equal distances, the rectangle is a
-strided view of the cache and nothing is copied; otherwise, and on the paged backend, reading gathers.
+Each row is a sequence of an allocator. If the rows lie at equal distances (virtual backend), the tensor is a strided
+view of the cache; otherwise, and on the paged backend, reading copies.
 """
 
 from __future__ import annotations
@@ -17,19 +17,28 @@ from kvmem.allocator import Allocator
 from kvmem.allocator.batch import GroupBatch
 from kvmem.allocator.sequence import Sequence
 from kvmem.errors import KVMemError, OutOfMemory, SpecError
-from kvmem.integrations.dense_tail import copy_tail
+from kvmem.layouts.views import plain
 
-__all__ = ["EVERY", "BlockPlace", "DenseBatch", "RowPlace"]
+__all__ = ["EVERY", "BlockPlace", "DenseBatch", "RowPlace", "memory_of"]
 
-#: In place of a group's index: every group that grows with the tokens, as for the allocator's own calls.
+#: In place of a group's index: all groups that grow with the tokens, as in the core.
 EVERY = -1
 
 #: A layer's number, and the first component that it writes there.
 LayerKey = tuple[int, str]
 
 
+def memory_of(alloc: Allocator, layer: int, component: str) -> torch.Tensor:
+    """Return one component of a layer as ``RowPlace`` or ``BlockPlace`` reads it: its rows, or its blocks."""
+    return plain(alloc.rows(layer, component) if alloc.backend == "virtual" else alloc.tensor(layer, component))
+
+
 class RowPlace:
-    """Where one group's tokens lie on the virtual backend. ``memory`` is ``Allocator.rows()``, which never changes."""
+    """Where one group's tokens lie on the virtual backend. ``memory`` is ``Allocator.rows()``.
+
+    slots: int64 [B, n], the flat slots of the n tokens of each row that are not committed.
+    num_blocks: the least number of blocks that ``memory`` must have; 0, as rows have a fixed size.
+    """
 
     num_blocks = 0
 
@@ -41,18 +50,18 @@ class RowPlace:
         self._slice = slice(rows[0], rows[-1] + 1, step) if even else None
 
     def read(self, memory: torch.Tensor, first: int, end: int) -> torch.Tensor:
-        """Tokens ``[first, end)`` of every row, ``[B, end - first, heads, width]``.
+        """Return tokens ``[first, end)`` of every row, ``[B, end - first, heads, width]``.
 
-        A view where rows lie at equal distances, else a copy. Touches nothing else: it may be unmapped.
+        A view if the rows lie at equal distances, else a copy. Other tokens may be unmapped, and are not read.
         """
         if self._slice is not None:
             return memory[self._slice, first:end]
-        # Not memory[rows]: torch walks a strided source element by element there, and is an order of magnitude slower.
+        # memory[rows] is ten times slower, since torch walks a strided source element by element.
         return torch.stack([memory[row, first:end] for row in self._rows])
 
 
 class BlockPlace:
-    """Where they lie on the paged backend. ``memory`` is ``Allocator.tensor()``, of at least ``num_blocks`` blocks."""
+    """Where they lie on the paged backend, as ``RowPlace``. ``memory`` is ``Allocator.tensor()``."""
 
     def __init__(self, batch: GroupBatch, num_rows: int) -> None:
         self.slots = _by_row(batch.slot_mapping, num_rows)
@@ -61,7 +70,7 @@ class BlockPlace:
         self.num_blocks = int(batch.kv_indices_cpu.max()) + 1 if batch.num_indices else 0
 
     def read(self, memory: torch.Tensor, first: int, end: int) -> torch.Tensor:
-        """As for ``RowPlace``; always a copy."""
+        """Return the same as ``RowPlace.read``; always a copy."""
         size = self._block_size
         blocks = self._blocks[:, first // size : -(-end // size)]
         found = memory.index_select(0, blocks.flatten())
@@ -78,25 +87,26 @@ class DenseBatch:
 
     A group's index, or ``EVERY``, says which tokens a call is about: a group that is fixed after prefill has a length
     of its own. Tokens are committed when every layer has written them: by the next ``extend``, or by ``commit``.
-    ``max_rows`` bounds B. The sequences are freed with this object.
+    The sequences are freed when this object is collected.
+
+    max_rows: the largest B; default the allocator's ``max_sequences``.
     """
 
     def __init__(self, alloc: Allocator, max_rows: int | None = None) -> None:
         self.alloc = alloc
         self.max_rows = alloc.max_sequences if max_rows is None else max_rows
-        #: While set, nothing that a sliding window may drop is committed before ``commit()``, so that ``truncate`` can
-        #: take it back.
+        #: While True, tokens of sliding windows are committed only by ``commit()``, so ``truncate`` can remove them.
         self.recording = False
         self._has_windows = any(g.window_tokens is not None for g in alloc.spec.groups)
-        #: Whether what is read must be dense, for a model that reshapes it without a copy.
+        #: True if tensors that are read must be contiguous, for a model that calls ``view`` on them.
         self.dense = False
-        #: Ids that stand for images and the like, by the config's name for them.
+        #: Ids that stand for images, audio or video, by their name in the config.
         self.placeholders: dict[str, int] = {}
-        #: Whether the KV of every token depends on inputs that no id stands for.
+        #: True if the KV of every token depends on inputs without ids.
         self.more_than_ids = False
-        #: How many tokens each layer has written. Kept here, so that what removes tokens removes them for all layers.
+        #: How many tokens each layer has written. Kept here, so that removing tokens removes them for all layers.
         self.written: dict[LayerKey, int] = {}
-        self._layers: dict[int, list[LayerKey]] = {}  # by the tokens that they write
+        self._layers: dict[int, list[LayerKey]] = {}  # by group
         self._ids: list[int] = []
         self._tokens: dict[int, int] = {}
         self._committed: dict[int, int] = {}
@@ -105,26 +115,28 @@ class DenseBatch:
         weakref.finalize(self, _free, alloc, self._ids).atexit = False
 
     def add_layer(self, group: int, key: LayerKey) -> None:
-        """Tokens of ``group`` are complete only when this layer, too, has written them."""
+        """Declare that tokens of ``group`` are complete only when this layer, too, has written them."""
         self._layers.setdefault(group, []).append(key)
         self.written.setdefault(key, 0)
 
     @property
     def num_rows(self) -> int:
+        """B, the number of open sequences; 0 while the cache is empty."""
         return len(self._ids)
 
     def num_tokens(self, group: int = EVERY) -> int:
-        """Tokens of each row, those reserved last included."""
+        """Return the tokens of each row, reserved ones included."""
         return self._tokens.get(group, 0)
 
     def num_complete(self, group: int = EVERY) -> int:
-        """Tokens that every layer has written."""
+        """Return how many tokens every layer has written."""
         return min((self.written[key] for key in self._layers.get(group, ())), default=self.num_tokens(group))
 
     def begin(self, ids: np.ndarray, padding: list[int], salt: str | bytes | None) -> int:
-        """Opens a row for each of ``ids``, int32 [B, tokens], that starts with as many cached tokens as all rows have
-        cached; returns how many. The ids are committed with the tokens. ``padding``: how many ids a row begins with
-        that stand for nothing; the KV of what follows depends on it. Changes nothing where it raises.
+        """Open a row for each of ``ids``, int32 [B, tokens]; return how many cached tokens all of them start with.
+
+        The ids are committed with the tokens. padding: for each row, how many ids at its start are padding, on which
+        the KV of later tokens depends. An error changes nothing.
         """
         if self._ids:
             raise SpecError(f"begin: the cache holds {self.num_tokens()} tokens of {self.num_rows} rows; reset() it")
@@ -138,7 +150,7 @@ class DenseBatch:
             least = min(sequence.num_cached_tokens for sequence in opened)
             if all(sequence.num_cached_tokens == least for sequence in opened):
                 break
-            # A shorter prefix may end where a window has gone. Not truncated: what is cut off would be forgotten.
+            # A shorter prefix may be out of window. Rows are opened again, because truncate() would evict the rest.
             self.alloc.free_batch(np.array([sequence.id for sequence in opened], np.int32))
             found = least
         self._ids.extend(sequence.detach() for sequence in opened)
@@ -151,7 +163,7 @@ class DenseBatch:
     def _open(self, found: int, prompts: list[tuple[np.ndarray, Any]], salt: str | bytes | None) -> list[Sequence]:
         opened: list[Sequence] = []
         try:
-            for row, key in prompts:  # one token more, since one is always left
+            for row, key in prompts:  # one token more, since one is always left to compute
                 opened.append(self.alloc.sequence(row[: found + 1], salt=salt, extra_key=key))
         except BaseException:
             self.alloc.free_batch(np.array([sequence.id for sequence in opened], np.int32))
@@ -159,9 +171,9 @@ class DenseBatch:
         return opened
 
     def extend(self, group: int, num_rows: int, count: int) -> None:
-        """Makes room for ``count`` more tokens in each row; the first call opens ``num_rows`` of them.
+        """Make room for ``count`` more tokens in each row; the first call opens ``num_rows`` rows.
 
-        ``OutOfMemory`` or ``SpecError``, and no token has changed, where that does not fit.
+        ``OutOfMemory`` or ``SpecError``, and no token has changed, if that does not fit.
         """
         opened = not self._ids
         if opened:
@@ -182,41 +194,35 @@ class DenseBatch:
         self._commit(group, due)
 
     def _reserve(self, group: int, count: int, due: int) -> None:
-        """Room first: when there is none, the last step can still be taken back, windows included."""
+        """Reserve before committing: if there is no room, the last step can still be removed, windows included."""
         handles, counts = self._handles(), self._counts(count)
         try:
             self.alloc.core.extend_batch(handles, counts, group)
         except OutOfMemory:
             if not self._commit(group, due):
                 raise
-            self.alloc.core.extend_batch(handles, counts, group)  # in what the windows have passed
+            self.alloc.core.extend_batch(handles, counts, group)  # in blocks that are out of window now
         self._tokens[group] = self.num_tokens(group) + count
         self._places = None
 
     def take_back(self, group: int, num_tokens: int) -> None:
-        """Undoes an ``extend`` whose tokens no layer has written. Room in a group that is fixed after prefill stays."""
+        """Undo an ``extend`` whose tokens no layer has written. Room in a group that is fixed after prefill stays."""
         if not any(self.written.values()) and self._known is None:
             self.free()
         elif group == EVERY and self.num_tokens() > num_tokens:
             self._cut(num_tokens)
 
     def place(self, group: int) -> RowPlace | BlockPlace:
-        """Where the tokens of group number ``group`` lie, until they next change.
-
-        ``slots``, int64 [B, n], are the flat slots of the n tokens that are not committed.
-        """
+        """Return where the tokens of group number ``group`` lie, valid until they next change."""
         if self._places is None:
-            batch = self.alloc.batch(self._handles())
-            self._places = [self._place(b) for b in batch.groups]
+            self._places = [
+                BlockPlace(each, len(self._ids)) if each.rows_cpu is None else RowPlace(each, each.rows_cpu.tolist())
+                for each in self.alloc.batch(self._handles()).groups
+            ]
         return self._places[group]
 
-    def _place(self, batch: GroupBatch) -> RowPlace | BlockPlace:
-        if batch.rows_cpu is None:
-            return BlockPlace(batch, len(self._ids))
-        return RowPlace(batch, batch.rows_cpu.tolist())
-
     def commit(self, *, recorded: bool = True) -> None:
-        """Commits what every layer has written; ``recorded=False`` leaves what is held back while recording."""
+        """Commit what every layer has written; with ``recorded=False`` except what is held back while recording."""
         for group in self._tokens:
             if recorded or not self._holds_back(group):
                 self._commit(group, self.num_complete(group))
@@ -239,22 +245,22 @@ class DenseBatch:
         return True
 
     def _known_until(self, group: int, num_tokens: int) -> np.ndarray | None:
-        """The ids of the tokens that are to be committed, as far as they are known."""
+        """Return the known ids of the tokens that are to be committed, or None."""
         if self._known is None or group != EVERY:
             return None
         ids = self._known[:, self._committed.get(EVERY, 0) : num_tokens]
         return ids if ids.size else None
 
     def truncate(self, num_tokens: int) -> None:
-        """Keeps the first ``num_tokens`` tokens of each row, and commits those that every layer has written. Rows that
-        hold nothing are freed.
+        """Keep the first ``num_tokens`` tokens of each row, and commit those that every layer has written. Rows that
+        then hold nothing are freed.
 
-        ``SpecError``, and nothing has changed, where a sliding window has dropped tokens that would be seen again.
+        ``SpecError``, and nothing has changed, if a query would need tokens that are out of window.
         """
         if num_tokens < self.num_tokens():
             self._cut(num_tokens)
             if self._known is not None:
-                self._known = self._known[:, :num_tokens]  # what comes now may be other tokens
+                self._known = self._known[:, :num_tokens]  # later tokens may differ
             for key in self._layers.get(EVERY, ()):
                 self.written[key] = min(self.written[key], num_tokens)
         if any(self._tokens.values()):
@@ -263,19 +269,18 @@ class DenseBatch:
             self.free()
 
     def _cut(self, num_tokens: int) -> None:
-        for handle in self._ids:  # equal rows: if one is refused, so is the first
+        for handle in self._ids:  # rows are alike: if any is refused, the first one is
             self.alloc.core.truncate(handle, num_tokens)
         self._tokens[EVERY] = num_tokens
         self._committed[EVERY] = min(self._committed.get(EVERY, 0), num_tokens)
         self._places = None
 
     def rearrange(self, parents: list[int]) -> None:
-        """Row i becomes a copy of what row ``parents[i]`` is now; of no rows, the cache is as new.
+        """Make row i a copy of what row ``parents[i]`` is now; with no parents, free all rows.
 
-        The first child of a row takes its place and further ones are forks, which share all but the last page or block:
-        no row is ever copied whole, but for what ``recording`` holds back, which forks get a copy of. They need memory
-        and sequences before what is dropped gives them back. ``OutOfMemory``, and nothing has changed, where there is
-        none; ``SpecError`` while a step is half done.
+        The first child of a row keeps its sequence, and further ones are forks, which share all but the last page or
+        block, and copy what ``recording`` holds back. Forks need memory and sequences before dropped rows are freed:
+        ``OutOfMemory``, and nothing has changed, if there is none. ``SpecError`` if a step is half done.
         """
         if parents == list(range(len(self._ids))):
             return
@@ -294,8 +299,8 @@ class DenseBatch:
         self._places = None
 
     def fork(self) -> DenseBatch:
-        """The same tokens in as many new sequences, shared page by page or block by block. ``OutOfMemory``, and nothing
-        has changed; ``SpecError`` while a step is half done.
+        """Return the same tokens in as many new sequences, which share pages or blocks. ``OutOfMemory``, and nothing
+        has changed, if there is no room; ``SpecError`` if a step is half done.
         """
         self.check_complete()
         copy = DenseBatch(self.alloc, self.max_rows)
@@ -309,7 +314,7 @@ class DenseBatch:
         return copy
 
     def _fork(self, parents: list[int]) -> list[int]:
-        """A fork of each of ``parents``, with all its tokens, and whatever is recorded stays so."""
+        """Return a fork of each of ``parents``, with all its tokens, also those that are held back."""
         self.commit(recorded=False)
         forked: list[int] = []
         try:
@@ -317,25 +322,46 @@ class DenseBatch:
                 forked.append(self.alloc.core.fork(parent))
             held_back = self.num_tokens() - self._committed.get(EVERY, 0)
             if forked and held_back:
-                copy_tail(self.alloc, parents, forked, held_back, EVERY)
-        except BaseException:  # torch's own, while a tail is copied, too
+                self._copy_tail(parents, forked, held_back)
+        except BaseException:  # also torch's, from the copy
             _free(self.alloc, forked)
             raise
         return forked
 
+    def _copy_tail(self, parents: list[int], children: list[int], count: int) -> None:
+        """Copy the last ``count`` tokens of each parent, which are not committed, to its child, a fork without them.
+
+        ``OutOfMemory``, and no child has grown, if there is no room. Costs a gather and a scatter for each component of
+        each layer.
+        """
+        alloc, sources = self.alloc, list(dict.fromkeys(parents))
+        alloc.core.extend_batch(np.array(children, np.int32), np.full(len(children), count, np.int32), EVERY)
+        batch = alloc.batch([*sources, *children])
+        for index, group in enumerate(alloc.spec.groups):
+            if group.growth != "token":
+                continue
+            slots = batch.groups[index].slot_mapping.view(len(sources) + len(children), count)
+            old = slots[[sources.index(parent) for parent in parents]].flatten()
+            new = slots[len(sources) :].flatten()
+            for component in group.components:
+                for layer in group.layers[:1] if component.scope == "shared" else group.layers:
+                    memory = memory_of(alloc, layer, component.name)
+                    tokens = memory.view(-1, *memory.shape[2:])
+                    tokens[new] = tokens[old]
+
     def check_complete(self, group: int | None = None) -> None:
-        """``SpecError`` if some layers have tokens of ``group``, or of any (None), that others lack."""
+        """Raise ``SpecError`` if some layers have tokens of ``group``, or of any group (None), that others lack."""
         for each in list(self._tokens) if group is None else [group]:
             held, complete = self.num_tokens(each), self.num_complete(each)
             if complete != held:
                 way = f"crop({complete - held}) takes that back, " if each == EVERY else ""
                 raise SpecError(
                     f"a step stopped half-way: some layers hold {held} tokens, others {complete}; {way}reset() empties "
-                    "the cache. Tokens that are not a model's go to every layer before more of them go to any"
+                    "the cache. A caller that writes tokens itself gives them to every layer before the next tokens"
                 )
 
     def free(self) -> None:
-        """Frees the sequences: no layer holds anything, and the next ``extend`` opens new ones."""
+        """Free the sequences: no layer holds anything, and the next ``extend`` opens new ones."""
         _free(self.alloc, self._ids)
         self.written.update(dict.fromkeys(self.written, 0))
         self._tokens.clear()
@@ -344,7 +370,7 @@ class DenseBatch:
         self._places = None
 
     def trim(self) -> None:
-        """Parked memory goes back to the system."""
+        """Return parked memory to the system."""
         if not self.alloc.closed:
             self.alloc.trim()
 
@@ -365,6 +391,6 @@ class DenseBatch:
 
 
 def _free(alloc: Allocator, ids: list[int]) -> None:
-    if ids and not alloc.closed:  # close() has freed them, and what is garbage has nobody to tell
+    if ids and not alloc.closed:  # close() has freed them
         alloc.free_batch(np.array(ids, np.int32))
     ids.clear()

@@ -1,4 +1,4 @@
-"""Where pages come from: devices by name, the pool that allocators share, and streams."""
+"""Physical memory: devices by name, the pool of pages that allocators share, and streams."""
 
 from kvmem.memory.device import Device, open_device
 from kvmem.memory.pool import PagePool

@@ -1,4 +1,4 @@
-"""Devices by name: one registry, and what a pool and an allocator ask of a device."""
+"""Devices by name: the registry, and what a pool and an allocator need to know of a device."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from kvmem.memory import torch_cuda
 
 __all__ = ["AUTO_MARGIN_BYTES", "OPENERS", "Device", "Opener", "open_device"]
 
-#: What ``memory="auto"`` leaves free at least; 1/50 of the device if that is more. It is for what comes after the model
-#: has run once: kernels that are loaded late, workspaces of libraries, captured graphs. Activations are in torch's
-#: cache by then.
+#: The least that ``memory="auto"`` leaves free; 1/50 of the device if that is more. It is for what is allocated after
+#: the model has run once: kernels that are loaded late, workspaces of libraries, captured graphs. By then activations
+#: are in torch's cache.
 AUTO_MARGIN_BYTES = 512 << 20
 
 
@@ -36,11 +36,13 @@ def _nothing_known() -> tuple[int | None, int | None]:
 class Device:
     """A device, and what differs between devices.
 
+    name: as ``Allocator(device=)`` takes it, with its index. torch_device: the same for torch.
     driver: None on ``"meta"``, which keeps metadata only.
-    info: the driver's own; what a pool and an allocator do differently on it is data there (``csrc/driver/driver.h``).
-    current_stream: asks torch for the calling thread's stream; None where there is nothing to ask.
-    stream_handle: the driver's handle of a stream that is no int; ``SpecError`` for what is no stream.
-    torch_bytes: what torch's caching allocator has given to tensors, and what it has reserved; None where it has none.
+    info: the driver's properties (``csrc/driver/driver.h``); all that a pool and an allocator treat differently.
+    current_stream: returns the calling thread's current torch stream; None if the device has no streams.
+    stream_handle: returns the driver's handle of a stream object; ``SpecError`` for any other object.
+    torch_bytes: returns the bytes that torch's caching allocator has given to tensors, and has reserved; None each if
+        it has none on this device.
     """
 
     name: str
@@ -53,57 +55,49 @@ class Device:
 
     @property
     def total_bytes(self) -> int | None:
+        """Bytes of the device's memory; None if unknown."""
         return self.info.total_bytes or None
 
     def default_page_bytes(self, memory_bytes: int) -> int:
-        """What the driver recommends, doubled until the memory is at most ``info.most_pages`` pages."""
+        """Return the driver's recommended page size, doubled until memory is at most ``info.most_pages`` pages."""
         page = self.info.recommended_bytes
         while 0 < self.info.most_pages * page < memory_bytes:
             page *= 2
         return page
 
     def free_bytes(self) -> int | None:
-        """What any process could still get of the device; None where it cannot tell. Costs about 6 us on CUDA."""
+        """Return the bytes of the device that are free for any process, or None if unknown. About 6 us on CUDA."""
         return self.driver.available_bytes() if self.driver is not None and self.info.tells_free_bytes else None
 
-    def auto_bytes(self, held_bytes: int = 0) -> int:
-        """``memory="auto"``: what is free now and what we hold, less a margin. ``SpecError`` where the device cannot
-        tell what is free.
+    def part_bytes(self, part: float | None, held_bytes: int = 0) -> int:
+        """Return the budget of ``memory=0.9``: that part of the free bytes and of ``held_bytes``, which are the pool's
+        own; or of ``memory="auto"`` (None): all of them, less a margin.
 
-        What torch's caching allocator has reserved is torch's: it does not count as free, in use or not.
+        What torch's caching allocator has reserved, used or not, does not count as free. ``SpecError`` if the device
+        does not report free memory; ``OutOfMemory`` if no more than the margin is free.
         """
         free, margin = self.free_bytes(), max(AUTO_MARGIN_BYTES, self.info.total_bytes // 50)
         if free is None:
-            # On a CPU pages come when they are touched, and the answer to too many is a signal instead of an error.
+            # On a CPU a page is allocated when it is touched, and if there is none, the process is killed.
+            asked = '"auto"' if part is None else f"{float(part)!r}"
             raise SpecError(
-                f'memory: "auto" asks a device what it has free, which device {self.name!r} cannot tell; give bytes, '
-                f'as "4GiB"'
+                f'memory: got {asked}, but device {self.name!r} does not report its free memory; give bytes, as "4GiB"'
             )
+        if part is not None:
+            return int(part * (held_bytes + free))
         if held_bytes + free <= margin:
             raise OutOfMemory(
                 f'memory="auto": {self.name} has {format_bytes(free)} free, of which {format_bytes(margin)} is left to '
-                f"others; free something (torch.cuda.empty_cache() gives back what torch keeps), or say how much"
+                f"others; free something (torch.cuda.empty_cache() frees what torch has cached), or give bytes"
             )
         return held_bytes + free - margin
 
-    def fraction_bytes(self, fraction: float, held_bytes: int = 0) -> int:
-        """``memory=0.9``: that part of what is free now and of what we hold. ``SpecError`` where the device cannot tell
-        what is free.
-        """
-        free = self.free_bytes()
-        if free is None:  # for the same reason as "auto"
-            raise SpecError(
-                f"memory: got {float(fraction)!r}; a fraction is one of what a device has free, which device "
-                f'{self.name!r} cannot tell: give bytes, as "4GiB"'
-            )
-        return int(fraction * (held_bytes + free))
-
 
 class Opener(Protocol):
-    """Opens the device of a name in ``OPENERS``; ``index`` is the N of ``"name:N"``.
+    """Returns the device of a name in ``OPENERS``; ``index`` is the N of ``"name:N"``, or None.
 
-    ``driver`` takes the place of the device's own; ``shareable`` and ``rdma`` say what pages its own must make.
-    ``DeviceError`` when there is no such device, or its driver cannot map memory on demand, or not such pages.
+    driver: replaces the device's own. shareable, rdma: which pages the device's own driver must make.
+    ``DeviceError`` if there is no such device, or if its driver cannot map memory on demand or make such pages.
     """
 
     def __call__(
@@ -112,7 +106,7 @@ class Opener(Protocol):
 
 
 def in_debug_mode() -> bool:
-    """Whether the environment variable ``KVMEM_DEBUG`` is set."""
+    """Return whether the environment variable ``KVMEM_DEBUG`` is set, to something other than 0."""
     return os.environ.get("KVMEM_DEBUG", "0") not in ("", "0")
 
 
@@ -147,18 +141,17 @@ def _open_meta(index: int | None, **_: Any) -> Device:
     return Device(name="meta", driver=None, info=info, torch_device=torch.device("meta"))
 
 
-#: Every kind of device. A new one is a driver in ``csrc/driver/`` and an entry here.
+#: Every kind of device. For a new kind, add a driver in ``csrc/driver/`` and an entry here.
 OPENERS: dict[str, Opener] = {"cpu": _open_cpu, "cuda": _open_cuda, "meta": _open_meta}
 
 
 def open_device(
     name: str | torch.device, *, driver: _core.Driver | None = None, shareable: bool = False, rdma: bool = False
 ) -> Device:
-    """The device of that name: a key of ``OPENERS``, with ``":N"`` behind it where there are several.
+    """Return the device of that name: a key of ``OPENERS``, followed by ``":N"`` if there are several.
 
-    ``driver`` replaces the device's own (a checked one, in tests). shareable, rdma: see ``PagePool``. ``DeviceError``
-    when there is no such device or its driver cannot map memory on demand; ``SpecError`` when its pages cannot be what
-    was asked for.
+    driver: replaces the device's own, in tests. shareable, rdma: see ``PagePool``. ``DeviceError`` if there is no such
+    device, or if its driver cannot map memory on demand; ``SpecError`` if the driver cannot make pages as asked.
     """
     if driver is not None and not isinstance(driver, _core.Driver):
         raise SpecError(f"driver: got {type(driver).__name__}; must be a driver, or None for the device's own")

@@ -1,4 +1,4 @@
-"""A pool of physical pages under one budget. Allocators that share one hand memory to each other."""
+"""A pool of physical pages under one budget. Memory moves between the allocators that share it."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ MAX_PAGES = 2**31 - 1
 class PagePool:
     """Physical memory for one or more allocators of one device.
 
-    An allocator that finds no free page takes parked ones: its own first, then those of its neighbours. So memory
-    moves to where it is needed, at the price of unmapping and mapping (about 0.1 ms a page on a GPU).
+    An allocator that finds no free page reclaims parked ones: its own first, then those of others. So memory moves to
+    where it is needed, at the price of unmapping and mapping (about 0.1 ms a page on a GPU).
 
-    memory: budget in bytes, an int or a text such as ``"20GiB"`` or ``"20G"``, which is the same (``"20GB"`` is
+    memory: the budget in bytes, an int or a text such as ``"20GiB"`` or ``"20G"``, which is the same (``"20GB"`` is
         decimal); rounded down to whole pages, and never exceeded. On a CUDA device also a float, ``0.9`` for nine
         tenths of what is free now; or ``"auto"``: what is free now, less 1/50 of the device or 512 MiB, whichever is
-        more. Ask for either when the model is loaded and has run once; what torch's caching allocator has reserved is
-        left to torch.
-    page_bytes: size of a page, a multiple of the driver's granularity; None takes the device's default.
+        more. Use either after the model is loaded and has run once; memory that torch's caching allocator has reserved
+        is left to torch.
+    page_bytes: bytes of a page, a multiple of the driver's granularity; None takes the device's default.
     shareable: pages can be exported to other processes as file descriptors
-    (``kvmem.integrations.cuda_python.export_fd``). CUDA only, as is rdma: an RDMA adapter may read and write the pages
-    (GPUDirect). Pages may have to be larger for it.
-        ``DeviceError``, naming the attribute, when the device supports neither.
+        (``kvmem.integrations.cuda_python.export_fd``). CUDA only.
+    rdma: an RDMA adapter may read and write the pages (GPUDirect). Pages may have to be larger for it. CUDA only.
+        ``DeviceError``, which names the attribute, if the device does not support ``rdma`` or ``shareable``.
     driver: replaces the device's own driver; for tests.
 
-    ``OutOfMemory`` when the device has less than the budget, also when another process takes it meanwhile; no page is
-    kept then.
+    ``OutOfMemory``, and no page is kept, if the device has less than the budget, or if another process takes it while
+    pages are created.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class PagePool:
     ) -> None:
         self.device: Device = open_device(device, driver=driver, shareable=shareable, rdma=rdma)
         budget = self._bytes(memory, 0)
-        if callable(page_bytes):  # an allocator's choice, which knows the device and the budget only here
+        if callable(page_bytes):  # an allocator chooses by device and budget, which are known only here
             page_bytes = page_bytes(self.device, budget)
         page = self.device.default_page_bytes(budget) if page_bytes is None else parse_bytes("page_bytes", page_bytes)
         if page <= 0 or page % self.device.info.granularity_bytes:
@@ -67,12 +67,12 @@ class PagePool:
             driver=self.device.driver,
             create_ahead=self.device.info.creates_ahead,
         )
-        self.is_recorded = False  # for an allocator that was made with record_ops
+        self.is_recorded = False  # set by an allocator with record_ops
         self.streams = Streams(self.core, self.device)
 
     @staticmethod
     def pages(field: str, count_bytes: int, page_bytes: int) -> int:
-        """Whole pages in ``count_bytes``; ``SpecError`` when there is not even one."""
+        """Return how many whole pages ``count_bytes`` holds; ``SpecError`` if none."""
         if count_bytes < page_bytes:
             raise SpecError(
                 f"{field}: got {count_bytes} B; one page is {format_bytes(page_bytes)}, which is the least "
@@ -88,41 +88,47 @@ class PagePool:
 
     @property
     def page_bytes(self) -> int:
+        """Bytes of a page."""
         return self.core.page_bytes
 
     @property
     def budget_bytes(self) -> int:
+        """The most bytes that the pool may create, a multiple of ``page_bytes``."""
         return self.core.budget_pages * self.page_bytes
 
     @property
     def mapped_bytes(self) -> int:
+        """Bytes of the pages that allocators have mapped; a page that is mapped several times counts once."""
         return self.core.mapped_pages * self.page_bytes
 
     def set_memory(self, memory: int | float | str) -> None:
-        """Grows or shrinks the budget. ``OutOfMemory``, and nothing changed, when live sequences hold more, or the
+        """Grow or shrink the budget. ``OutOfMemory``, and nothing has changed, if live sequences hold more or the
         device has less. ``"auto"`` and a fraction count what the pool holds as free.
         """
         self.core.set_budget(self.parse_pages(memory))
 
     def parse_pages(self, memory: int | float | str) -> int:
-        """A budget in whole pages."""
+        """Return a budget, in any form that ``memory`` takes, in whole pages."""
         return self.pages("memory", self._bytes(memory, self.core.present_pages * self.page_bytes), self.page_bytes)
 
     def _bytes(self, memory: int | float | str, held_bytes: int) -> int:
         if memory == "auto":
-            return self.device.auto_bytes(held_bytes)
+            return self.device.part_bytes(None, held_bytes)
         if is_fraction("memory", memory):
-            return self.device.fraction_bytes(float(memory), held_bytes)
+            return self.device.part_bytes(float(memory), held_bytes)
         return parse_bytes("memory", memory)  # type: ignore[arg-type]  # no float
 
     def set_stream(self, stream: Any) -> None:
-        """The stream that kernels use the memory on from now on: zeroing and copies go there, and no page is taken away
-        before what it was given is done. A ``torch.cuda.Stream``, an object with ``__cuda_stream__`` (cuda.core), or
-        the driver's handle as an int, which must stay valid; ``None`` follows torch.
+        """Name the only stream on which kernels use the memory from now on; None follows torch again, the default.
 
-        The default follows torch: the stream that is current when memory is handed out (``batch``, ``fill``, ``kv``,
-        ``tensor``, ``rows``); several are all minded. Name one if kernels run elsewhere, as where a scheduler's thread
-        makes the batches. ``DeviceError``, and nothing changed, for a stream of another device.
+        Zeroing and copies go to that stream, and no page is taken away before the work queued on it is done.
+        stream: a ``torch.cuda.Stream``, an object with ``__cuda_stream__`` (cuda.core), or the driver's handle as an
+        int, which must stay valid.
+
+        By default the pool uses torch's current stream at each call that hands out memory (``batch``, ``fill``, ``kv``,
+        ``tensor``, ``rows``), and waits for all streams that it has seen. Name a stream if kernels run on another one,
+        for example if a scheduler's thread makes the batches. ``DeviceError``, and nothing has changed, for a stream of
+        another device.
         """
         self.streams.pin(stream)
 
@@ -135,7 +141,7 @@ class PagePool:
     def __repr__(self) -> str:
         try:
             budget = f", {format_bytes(self.mapped_bytes)} of {format_bytes(self.budget_bytes)} mapped"
-        except KVMemError:  # a forked child's
+        except KVMemError:  # in a forked child
             budget = ""
         return f"PagePool(device={self.device.name!r}, page_bytes={format_bytes(self.page_bytes)}{budget})"
 
@@ -149,9 +155,9 @@ def pool_for(
     record_ops: bool,
     choose_page: Callable[[Device, int], int],
 ) -> PagePool:
-    """The pool of an allocator that is made with these arguments: the given one, or one of its own.
+    """Return the pool for an allocator that is made with these arguments: the given one, or a new one.
 
-    ``choose_page`` says how large its pages are where ``page_bytes`` does not.
+    choose_page: returns the page size of a new pool if ``page_bytes`` is None.
     """
     if pool is None:
         if memory is None:

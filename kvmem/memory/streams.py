@@ -1,36 +1,33 @@
-"""The streams on which kernels use a pool's memory: torch's current one, or the one that was named."""
+"""The stream on which kernels use a pool's memory: torch's current stream, or a named one."""
 
 from __future__ import annotations
 
 import os
 import threading
-from typing import Any, Protocol
+from typing import Any
 
+from kvmem import _core
 from kvmem.errors import DeviceError
 from kvmem.memory.device import Device
 
 __all__ = ["Streams"]
 
 
-class _Pool(Protocol):
-    def set_stream(self, stream: int, only: bool = ...) -> None: ...
-
-
 class Streams:
-    """Tells the pool on which streams its memory is used, since fences must be recorded there.
+    """Tells the pool on which streams its memory is used, so that fences are recorded there.
 
     By default it follows torch: ``follow()``, called whenever memory is handed to kernels, looks up the calling
-    thread's current stream. The new one is ordered behind the old one on the device, and fences cover all that were
-    seen. ``pin()`` names the one stream instead.
+    thread's current stream. Work on a new stream is ordered behind the one before, and fences cover all streams seen.
+    ``pin()`` names the only stream instead.
     """
 
-    def __init__(self, pool: _Pool, device: Device) -> None:
+    def __init__(self, pool: _core.PagePool, device: Device) -> None:
         self._pool, self._device = pool, device
         self._current = current = device.current_stream if device.info.has_streams else None
         self._ask = current
-        self._last = 0  # as the native side begins: the default stream
+        self._last = 0  # the default stream, as in the core
         self._pinned: Any = None  # keeps the stream of the caller alive
-        self._lock = threading.RLock()  # a signal handler may come back here
+        self._lock = threading.RLock()  # a signal handler may enter it again
         self._process = os.getpid()
         if current is not None and (handle := current()) != 0:
             pool.set_stream(handle)
@@ -38,16 +35,16 @@ class Streams:
 
     @property
     def handle(self) -> int:
-        """The stream that was used last."""
+        """The driver's handle of the stream used last."""
         return self._last
 
     def follow(self) -> None:
-        """Costs a look-up in torch while the stream stays the same, and nothing but a call where none is followed."""
+        """Use torch's current stream from now on, unless one is named. Costs a look-up in torch if it is unchanged."""
         if self._ask is not None and (handle := self._ask()) != self._last:
             self._switch(handle)
 
     def _check_process(self) -> None:
-        if os.getpid() != self._process:  # the lock may be closed for ever, by a thread that is not here
+        if os.getpid() != self._process:  # a thread of the parent may hold the lock
             raise DeviceError(
                 "the pool was made before fork() and belongs to the parent process; make a new one here", "fork"
             )
@@ -60,16 +57,17 @@ class Streams:
             try:
                 self._pool.set_stream(handle, only=False)
             except DeviceError as error:
-                if error.code != 0 and error.code == self._device.info.captured_code:  # nothing runs on it meanwhile
+                # A stream that is being captured runs nothing.
+                if error.code != 0 and error.code == self._device.info.captured_code:
                     return
                 raise
             self._last = handle
 
     def pin(self, stream: Any) -> None:
-        """Only ``stream`` from now on; None follows torch again. An error changes nothing."""
+        """Use only ``stream`` from now on; None follows torch again. An error changes nothing."""
         self._check_process()
         with self._lock:
-            if stream is None:  # the one named before is kept: fences still mind it
+            if stream is None:  # the stream named before stays alive, since fences still cover it
                 self._ask = self._current
                 return
             is_handle = isinstance(stream, int) and not isinstance(stream, bool) and stream >= 0

@@ -97,13 +97,16 @@ class Component:
 
     # These three take an index in the group's layers; Group translates layer numbers.
     def heads_at(self, index: int) -> int:
+        """Return the number of heads in the group's layer number ``index``."""
         return self.heads[index] if isinstance(self.heads, tuple) else self.heads
 
     def widths_at(self, index: int) -> tuple[int, ...]:
+        """Return the elements of a head for each head group of the layer; one entry if all heads are equal."""
         width = self.width[index] if isinstance(self.width, tuple) else self.width
         return width if isinstance(width, tuple) else (width,)
 
     def elements_at(self, index: int) -> int:
+        """Return the elements of a token in the layer, over all heads."""
         widths = self.widths_at(index)
         return sum(widths) * (self.heads_at(index) // len(widths))
 

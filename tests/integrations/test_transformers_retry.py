@@ -117,7 +117,7 @@ def test_a_cache_filled_layer_by_layer(name: str, backend: str) -> None:
     for layer in range(count):
         cache.update(k[layer, :, :, 12:20], v[layer, :, :, 12:20], layer)
         if layer < count - 1:
-            with pytest.raises(kvmem.SpecError, match="every layer before more of them"):
+            with pytest.raises(kvmem.SpecError, match="every layer before the next tokens"):
                 cache.update(k[layer, :, :, 20:], v[layer, :, :, 20:], layer)
     cache.crop(-6)
     cache.crop(0)

@@ -4,7 +4,12 @@ rename."""
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import inspect
+import re
+from typing import Any
+
+import pytest
 
 import kvmem
 
@@ -124,3 +129,61 @@ def test_errors_are_what_python_calls_them() -> None:
     assert issubclass(kvmem.StaleHandle, RuntimeError) and issubclass(kvmem.TierError, OSError)
     for error in (kvmem.SpecError, kvmem.OutOfMemory, kvmem.DeviceError, kvmem.StaleHandle, kvmem.TierError):
         assert issubclass(error, kvmem.KVMemError)
+
+
+# What a user imports beside `kvmem` itself. Each has an `__all__`.
+DOCUMENTED = [
+    "kvmem", "kvmem.allocator", "kvmem.allocator.batch", "kvmem.allocator.cascade", "kvmem.allocator.ops", "kvmem.memory",
+    "kvmem.memory.pool", "kvmem.integrations.cuda_python", "kvmem.integrations.dense_batch",
+    "kvmem.integrations.transformers",
+]  # fmt: skip
+
+
+def undocumented(name: str, target: Any) -> list[str]:
+    """What lacks a docstring of `target`: itself, its public methods and properties, fields its docstring does not name."""
+    found = [] if inspect.getdoc(target) else [name]
+    if not inspect.isclass(target):
+        return found
+    fields = [field.name for field in dataclasses.fields(target)] if dataclasses.is_dataclass(target) else []
+    for each, value in vars(target).items():
+        described = isinstance(value, (property, staticmethod, classmethod)) or callable(value)
+        if not each.startswith("_") and each not in fields and described and not inspect.getdoc(getattr(target, each)):
+            found.append(f"{name}.{each}")
+    return found + [f"{name}.{f}" for f in fields if not re.search(rf"\b{f}\b", target.__doc__ or "")]
+
+
+@pytest.mark.parametrize("module", DOCUMENTED)
+def test_every_public_name_is_documented(module: str) -> None:
+    if module == "kvmem.integrations.transformers":
+        pytest.importorskip("transformers", reason="transformers is an optional package")
+    loaded = importlib.import_module(module)
+    assert loaded.__doc__ and loaded.__all__
+    public = [(f"{module}.{name}", getattr(loaded, name)) for name in loaded.__all__]
+    described = [(name, value) for name, value in public if inspect.isclass(value) or inspect.isfunction(value)]
+    assert [missing for name, value in described for missing in undocumented(name, value)] == []
+
+
+def test_what_lacks_a_docstring_is_found() -> None:
+    @dataclasses.dataclass
+    class Sample:
+        """named: int."""
+
+        named: int
+        unnamed: int
+
+        @property
+        def size(self) -> int:
+            return 0
+
+        def call(self) -> None: ...
+
+        def told(self) -> None:
+            """Is documented."""
+
+    assert sorted(undocumented("S", Sample)) == ["S.call", "S.size", "S.unnamed"]
+
+
+def test_fields_of_a_batch_say_shape_and_dtype() -> None:
+    for name in kvmem.allocator.batch_buffers.FIELDS:
+        for field in (name, f"{name}_cpu"):
+            assert re.match(r"int(32|64) \[[A-Z0-9, +]+\]", inspect.getdoc(getattr(kvmem.Batch, field)) or ""), field

@@ -1,4 +1,4 @@
-"""kvmem as the cache of Hugging Face transformers: ``KVMemCache``, and for encoder-decoders its pair."""
+"""kvmem as the cache of Hugging Face transformers: ``KVMemCache``, and for encoder-decoders a pair of them."""
 
 from kvmem.integrations.transformers.cache import KVMemCache, KVMemEncoderDecoderCache, KVMemLayer
 

@@ -3,20 +3,20 @@
     cache = KVMemCache(model, memory="2GiB", max_batch=8, max_tokens=4096)
     model.generate(**inputs, past_key_values=cache, num_beams=4)
 
-Attention stays the model's own. On the virtual backend it reads a view of the cache (beam search gathers); on the paged
-backend each layer's tokens are gathered first, which suits tests more than speed. Beams share what they have in common.
+Attention stays the model's own. On the virtual backend it reads a view of the cache (with beam search, a copy); on the
+paged backend each layer's tokens are gathered first, which suits tests more than speed. Beams share common memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator
 from collections.abc import Sequence as List
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache, DummyLayer, EncoderDecoderCache
+from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from kvmem.allocator import Allocator
 from kvmem.errors import SpecError
@@ -33,25 +33,13 @@ from kvmem.integrations.transformers.opening import (
 
 __all__ = ["KVMemCache", "KVMemEncoderDecoderCache", "KVMemLayer"]
 
+_Self = TypeVar("_Self")
 
-# transformers is optional, so its classes are Any to mypy, which objects to deriving from that.
-class KVMemCache(Cache):  # type: ignore[misc]
-    """The cache of a decoder, with kvmem's memory behind it.
 
-    source: the model, its config, or an ``Allocator`` whose spec has K and V for each layer. With an allocator, which
-        may serve others too, leave out what follows; beam search needs up to twice the batch in its ``max_sequences``.
-    max_batch: rows at once, beams and returned sequences included. max_tokens: prompt plus new tokens.
-    dtype, device: of the cache; default the model's, or what the config says and the CPU. Under ``torch.autocast`` it
-        may also be autocast's: attention gets what it is given now.
-    assume: for a ``model_type`` that kvmem does not know, the one by whose rules to read its config (``"llama"``).
-    options: ``memory="2GiB"``, ``backend="paged"`` and all else that ``Allocator`` takes.
+class _OverRows:
+    """What both kinds of cache have in common: they hold their tokens in the rows of a ``DenseBatch``."""
 
-    ``generate()`` leaves the tokens in the cache, so that a next turn can go on. ``reset()`` frees them and keeps the
-    memory ready; ``close()``, or leaving a with-statement, gives that back too; a cache that is garbage frees its rows.
-    ``OutOfMemory`` in a step leaves the cache as it was before that step. When a forward fails between two layers, the
-    next one is refused until ``crop()`` has taken back what the first layers stored; after the last layer the step
-    counts as taken. Not for training: it carries no gradients.
-    """
+    _rows: DenseBatch
 
     def __init__(
         self,
@@ -64,7 +52,55 @@ class KVMemCache(Cache):  # type: ignore[misc]
         assume: str | None = None,
         **options: Any,
     ) -> None:
-        rows = open_rows(source, max_batch, max_tokens, dtype, device, assume, options)
+        self._open(open_rows(source, max_batch, max_tokens, dtype, device, assume, options))
+
+    def _open(self, rows: DenseBatch) -> None:
+        """Check that the spec fits this kind of cache, and make its layers over the rows."""
+        raise NotImplementedError
+
+    @property
+    def allocator(self) -> Allocator:
+        """The allocator that holds the memory, for ``stats()`` and ``check()``."""
+        return self._rows.alloc
+
+    def close(self) -> None:
+        """``reset()``, then return parked memory to the system. The cache may be used again."""
+        self.reset()  # type: ignore[attr-defined]  # of the other base
+        self._rows.trim()
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Any:
+        return self.fork()  # type: ignore[attr-defined]
+
+    def __enter__(self: _Self) -> _Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+# transformers is optional, so its classes are Any to mypy, which objects to deriving from that.
+class KVMemCache(_OverRows, Cache):  # type: ignore[misc]
+    """The cache of a decoder, in kvmem's memory.
+
+    source: the model, its config, or an ``Allocator`` whose spec has K and V for each layer. With an allocator, which
+        may serve other caches too, omit all other arguments; beam search needs up to twice the batch in its
+        ``max_sequences``.
+    max_batch: the most rows, beams and returned sequences included. max_tokens: prompt plus new tokens.
+    dtype, device: of the cache; default the model's, or the config's dtype and the CPU. Under ``torch.autocast`` the
+        dtype may also be autocast's: attention gets the dtype that it has passed in.
+    assume: for a ``model_type`` that kvmem does not know, the one by whose rules to read its config (``"llama"``).
+    options: ``memory="2GiB"``, ``backend="paged"`` and all other arguments of ``Allocator``.
+
+    ``generate()`` leaves the tokens in the cache, so that a next turn can continue. ``reset()`` frees them and keeps
+    the memory ready; ``close()``, or leaving a with-statement, also returns the memory. A cache that is collected as
+    garbage frees its rows.
+
+    ``OutOfMemory`` in a step leaves the cache as it was before that step. If a forward pass fails between two layers,
+    the next one is refused until ``crop()`` has removed what the first layers stored; after the last layer the step
+    counts as complete. Not for training: the cache carries no gradients.
+    """
+
+    def _open(self, rows: DenseBatch) -> None:
         if has_cross_attention(rows):
             raise SpecError("the model has cross attention; use KVMemEncoderDecoderCache, which holds both caches")
         self._init(rows, SELF)
@@ -77,21 +113,16 @@ class KVMemCache(Cache):  # type: ignore[misc]
 
     def _init(self, rows: DenseBatch, pairs: tuple[tuple[str, str], ...]) -> None:
         self._rows, self._pairs = rows, pairs
-        super().__init__(layers=make_layers(rows, pairs))
-
-    @property
-    def allocator(self) -> Allocator:
-        """Where the memory is, for ``stats()`` and ``check()``."""
-        return self._rows.alloc
+        Cache.__init__(self, layers=make_layers(rows, pairs))
 
     @property
     def is_initialized(self) -> bool:
-        """Whether every layer holds tokens, as ``DynamicCache`` answers it for its own."""
+        """True if every layer holds tokens, as in ``DynamicCache``."""
         held = [layer for layer in self.layers if isinstance(layer, KVMemLayer)]
         return bool(held) and all(layer.is_initialized for layer in held)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]]:
-        """Keys, values and, for a sliding layer, its window of each layer, as ``DynamicCache`` gives them."""
+        """Yield keys, values and the window (None if it is not sliding) of each layer, as ``DynamicCache`` does."""
         for layer in self.layers:
             yield layer.keys, layer.values, getattr(layer, "_sliding_window_tensor", None)
 
@@ -103,18 +134,21 @@ class KVMemCache(Cache):  # type: ignore[misc]
         salt: str | bytes | None = None,
         **others: Any,
     ) -> int:
-        """How many tokens each row starts with, found from earlier prompts; ``generate()`` computes what comes after.
+        """Return how many tokens each row starts with, from the cached prefixes of earlier prompts; ``generate()``
+        computes the tokens after them.
 
-        The cache must be empty, and the next tokens that it gets must be these, ``[B, tokens]``: it sees no ids itself.
-        It keeps the prompt's ids, so a later ``begin()`` finds the blocks that it computes, not those of what is
-        generated. All rows start with the same number, at least one token is left, and padding is on the left: rows
-        that are padded share with rows padded as much. For beams and returned sequences repeat the rows of both first.
-        salt: only calls with the same one share; name in it what else the KV depends on, such as an active LoRA.
-        ``SpecError`` or ``OutOfMemory``, and the cache is as it was. So it is for images and other inputs: their
-        placeholders have the same ids for any of them, and ``generate()`` wants all of these at once.
+        REQUIRES: the cache is empty, and the next tokens that it stores are these, ``[B, tokens]``, since it sees no
+        ids itself. All rows start with the same number of tokens, at least one is left to compute, and padding is on
+        the left; padded rows share with rows of equal padding. For beams and returned sequences, repeat the rows of
+        both arguments first. A later ``begin()`` finds blocks of this prompt, but none of what is generated.
+
+        salt: only calls with the same salt share. Name in it what else the KV depends on, such as an active LoRA.
+
+        ``SpecError`` or ``OutOfMemory``, and the cache is unchanged. ``SpecError`` also for images and other inputs:
+        their placeholders have the same ids whatever they show, and ``generate()`` must compute all of them.
         """
         if given := [name for name, value in others.items() if value is not None]:
-            raise SpecError(f"{', '.join(given)}: begin() knows prompts by their ids alone; call generate() without it")
+            raise SpecError(f"{', '.join(given)}: begin() finds prompts by their ids alone; call generate() without it")
         if self._rows.more_than_ids:
             raise SpecError(
                 "begin: in this model the KV of every token depends on pictures or proteins, not on the ids alone; "
@@ -130,24 +164,19 @@ class KVMemCache(Cache):  # type: ignore[misc]
         return self._rows.begin(ids, padding, salt)
 
     def reset(self) -> None:
-        """Frees the tokens; the memory stays mapped for the next ones."""
+        """Free the tokens; the memory stays mapped for the next ones."""
         self._rows.free()
 
-    def close(self) -> None:
-        """``reset()``, and parked memory goes back to the system. The cache may be used again."""
-        self.reset()
-        self._rows.trim()
-
     def reorder_cache(self, beam_idx: torch.Tensor | List[int]) -> None:
-        """Row i goes on from what row ``beam_idx[i]`` is now, in shared memory. ``OutOfMemory`` changes nothing.
+        """Make row i continue from what row ``beam_idx[i]`` is now, in shared memory. ``OutOfMemory`` changes nothing.
 
-        As for what follows: of no rows the cache is as new, and a cache without tokens stays as it is. ``SpecError``
-        while a step is half done.
+        As in the next two methods: with no rows the cache becomes empty, and an empty cache stays as it is.
+        ``SpecError`` if a step is half done.
         """
         self._rearrange("beam_idx", beam_idx)
 
     def batch_repeat_interleave(self, repeats: int | torch.Tensor) -> None:
-        """Each row becomes ``repeats`` rows that share their past; a tensor says how many, row by row."""
+        """Make each row ``repeats`` rows that share their tokens; a tensor has one number for each row."""
         numbers = torch.arange(self._rows.num_rows)
         try:
             rows = numbers.repeat_interleave(repeats.cpu() if isinstance(repeats, torch.Tensor) else int(repeats))
@@ -158,7 +187,7 @@ class KVMemCache(Cache):  # type: ignore[misc]
         self._rows.rearrange(rows.tolist())
 
     def batch_select_indices(self, indices: torch.Tensor | List[int]) -> None:
-        """Keeps the rows ``indices``, as indexing does: numbers, which may be negative, or a mask."""
+        """Keep the rows ``indices``, as indexing does: numbers, which may be negative, or a mask."""
         self._rearrange("indices", indices)
 
     def _rearrange(self, name: str, indices: torch.Tensor | List[int]) -> None:
@@ -182,83 +211,64 @@ class KVMemCache(Cache):  # type: ignore[misc]
         self._rows.rearrange(rows.tolist())
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Removes the last ``-tokens_to_remove`` tokens; 0 only lets sliding windows drop what they have passed.
+        """Remove the last ``-tokens_to_remove`` tokens; 0 only lets sliding windows drop tokens out of window.
 
-        Refuses a positive number, as transformers does. A sliding window can be taken back by the last step, one that
-        stopped half-way included, or, once ``activate_past_recording()`` was called, by all that came since the last
-        ``crop``; ``SpecError`` beyond that.
+        A positive number is refused, as in transformers. With a sliding window, the last step can be removed, also one
+        that stopped half-way; after ``activate_past_recording()``, all steps since the last ``crop``. ``SpecError``
+        for more.
         """
         if tokens_to_remove > 0:
             raise SpecError(
                 f"tokens_to_remove: got {tokens_to_remove}; give -{tokens_to_remove} to remove {tokens_to_remove}"
             )
         if any(isinstance(layer, KVMemLayer) and layer.growth != EVERY for layer in self.layers):
-            raise SpecError("crop: cross attention is fixed once it is filled; crop the cache of the self attention")
+            raise SpecError("crop: cross attention is fixed after it is filled; crop the cache of the self attention")
         self._rows.truncate(max(0, self._rows.num_tokens() + tokens_to_remove))
 
     def fork(self) -> KVMemCache:
-        """A second cache with the same tokens in shared memory: a prompt computed once, continued in several ways.
+        """Return a second cache with the same tokens in shared memory, to continue one prompt in several ways.
 
-        Needs as many free sequences as there are rows. Sliding windows drop what they have passed, unless
-        ``activate_past_recording()`` was called: what that keeps is copied. ``SpecError`` while a step is half done.
-        ``copy.deepcopy`` does this too.
+        Needs as many free sequences as there are rows. Sliding windows drop tokens out of window, unless
+        ``activate_past_recording()`` was called: then those are copied. ``SpecError`` if a step is half done.
+        ``copy.deepcopy`` does the same.
         """
         return KVMemCache._over(self._rows.fork(), self._pairs)
-
-    def __deepcopy__(self, memo: dict[int, object]) -> KVMemCache:
-        return self.fork()
-
-    def __enter__(self) -> KVMemCache:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         rows = self._rows
         return f"KVMemCache(backend={rows.alloc.backend!r}, num_rows={rows.num_rows}, num_tokens={rows.num_tokens()})"
 
 
-class KVMemEncoderDecoderCache(EncoderDecoderCache):  # type: ignore[misc]
-    """Self and cross attention of an encoder-decoder model, in one allocator; arguments and life as for ``KVMemCache``.
+class KVMemEncoderDecoderCache(_OverRows, EncoderDecoderCache):  # type: ignore[misc]
+    """The caches of self and cross attention of an encoder-decoder model, in one allocator.
 
-    A row's two caches are one sequence, whose cross-attention group is filled once; beams share it.
+    Arguments and lifetime as for ``KVMemCache``. A row's two caches are one sequence, whose cross-attention group is
+    filled once; beams share it.
     """
 
-    def __init__(
-        self,
-        source: PreTrainedModel | PreTrainedConfig | Allocator,
-        *,
-        max_batch: int | None = None,
-        max_tokens: int | None = None,
-        dtype: torch.dtype | None = None,
-        device: str | torch.device | None = None,
-        assume: str | None = None,
-        **options: Any,
-    ) -> None:
-        self._rows = open_rows(source, max_batch, max_tokens, dtype, device, assume, options)
-        if not has_cross_attention(self._rows):
+    def _open(self, rows: DenseBatch) -> None:
+        if not has_cross_attention(rows):
             raise SpecError("the model has no cross attention; use KVMemCache")
-        self._init()
+        self._init(rows)
 
-    def _init(self) -> None:
-        self._cross = _CrossAttention._over(self._rows, CROSS)
-        super().__init__(KVMemCache._over(self._rows, SELF), self._cross)
+    def _init(self, rows: DenseBatch) -> None:
+        self._rows, self._cross = rows, _CrossAttention._over(rows, CROSS)
+        EncoderDecoderCache.__init__(self, KVMemCache._over(rows, SELF), self._cross)
 
     @property
     def cross_attention_cache(self) -> KVMemCache:
-        """The cache of the cross attention, which is the same one for ever."""
+        """The cache of the cross attention. It cannot be replaced."""
         return self._cross
 
     @cross_attention_cache.setter
     def cross_attention_cache(self, value: object) -> None:
         if value is not self._cross and not (isinstance(value, _CrossAttention) and value.is_stand_in):
-            raise SpecError("cross_attention_cache: its rows are those of the self attention; make a new cache instead")
+            raise SpecError("cross_attention_cache: shares its rows with the self attention; make a new cache instead")
 
     @property
-    def is_updated(self) -> MutableMapping[int, bool]:
-        """By layer, whether its cross attention is filled: read from the rows, whatever a model assigns."""
-        return _Filled(self.cross_attention_cache.layers)
+    def is_updated(self) -> dict[int, bool]:
+        """By layer, True if its cross attention is filled. A copy, since a filled layer may be emptied later."""
+        return {i: bool(layer.get_seq_length() > 0) for i, layer in enumerate(self._cross.layers)}
 
     @is_updated.setter
     def is_updated(self, value: object) -> None:
@@ -266,30 +276,16 @@ class KVMemEncoderDecoderCache(EncoderDecoderCache):  # type: ignore[misc]
 
     @property
     def is_initialized(self) -> bool:
-        """Whether every layer of the decoder holds tokens."""
+        """True if every layer of the decoder holds tokens."""
         return bool(self.self_attention_cache.is_initialized)
 
     def fork(self) -> KVMemEncoderDecoderCache:
         """As ``KVMemCache.fork``."""
         copy = KVMemEncoderDecoderCache.__new__(KVMemEncoderDecoderCache)
-        copy._rows = self._rows.fork()
-        copy._init()
+        copy._init(self._rows.fork())
         return copy
 
-    def __deepcopy__(self, memo: dict[int, object]) -> KVMemEncoderDecoderCache:
-        return self.fork()
-
-    @property
-    def allocator(self) -> Allocator:
-        """Where the memory is, for ``stats()`` and ``check()``."""
-        return self._rows.alloc
-
-    def close(self) -> None:
-        """``reset()``, and parked memory goes back to the system. The cache may be used again."""
-        self.reset()
-        self._rows.trim()
-
-    # The two caches have their rows in common, so what moves rows is done once.
+    # The two caches share their rows, so rows are moved once.
     def reorder_cache(self, beam_idx: torch.Tensor | List[int]) -> None:
         self.self_attention_cache.reorder_cache(beam_idx)
 
@@ -302,43 +298,15 @@ class KVMemEncoderDecoderCache(EncoderDecoderCache):  # type: ignore[misc]
     def crop(self, tokens_to_remove: int) -> None:
         self.self_attention_cache.crop(tokens_to_remove)
 
-    def __enter__(self) -> KVMemEncoderDecoderCache:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
 
 class _CrossAttention(KVMemCache):
-    """Of a ``KVMemEncoderDecoderCache``. One made by its class alone is a stand-in that stores nothing: T5Gemma puts a
-    new cache of the same class, for full attention, in place of an empty one, and this one never has windows.
+    """The cross attention of a ``KVMemEncoderDecoderCache``.
+
+    T5Gemma replaces an empty cache by a new one of the same class, to be rid of windows, which this class never has.
+    So an object that is made from outside is a stand-in that stores nothing.
     """
 
     is_stand_in = False
 
     def __init__(self, config: PreTrainedConfig | None = None, offloading: bool = False) -> None:
         self.is_stand_in = True
-
-
-class _Filled(MutableMapping[int, bool]):
-    """Which layers hold tokens. Assignments are not kept: a layer that was emptied since must not count as filled."""
-
-    def __init__(self, layers: list[KVMemLayer | DummyLayer]) -> None:
-        self._layers = layers
-
-    def __getitem__(self, layer: int) -> bool:
-        if not 0 <= layer < len(self._layers):
-            raise KeyError(layer)
-        return bool(self._layers[layer].get_seq_length() > 0)
-
-    def __setitem__(self, layer: int, value: bool) -> None:
-        pass
-
-    def __delitem__(self, layer: int) -> None:
-        raise TypeError("the layers of a cache are fixed")
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(range(len(self._layers)))
-
-    def __len__(self) -> int:
-        return len(self._layers)

@@ -1,4 +1,4 @@
-"""One layer of a cache of transformers: what ``kvmem.integrations.transformers`` makes its caches of."""
+"""One layer of a transformers cache over the rows of a ``DenseBatch``."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from kvmem.errors import SpecError
-from kvmem.integrations.dense_batch import EVERY, DenseBatch
-from kvmem.layouts.views import plain
+from kvmem.integrations.dense_batch import EVERY, DenseBatch, memory_of
 
 __all__ = ["KVMemLayer"]
 
@@ -22,7 +21,7 @@ class KVMemLayer(CacheLayerMixin):  # type: ignore[misc]
     supports_early_init = False
 
     def __init__(self, rows: DenseBatch, layer: int, names: tuple[str, str]) -> None:
-        # Not the base class's: it sets keys and values, which are views here.
+        # super().__init__() would set keys and values, which are properties here.
         spec = rows.alloc.spec
         self._rows, self._layer, self._names = rows, layer, names
         self._group = spec.group_of(layer, names[0])
@@ -32,7 +31,7 @@ class KVMemLayer(CacheLayerMixin):  # type: ignore[misc]
         self.growth = EVERY if group.growth == "token" else self._group
         self._window = group.window_tokens
         self._component = {name: group.component(name) for name in names}
-        self._given = {name: group.component(name).dtype for name in names}  # the dtype that attention reads
+        self._given = {name: group.component(name).dtype for name in names}  # the dtypes that attention passed in last
         self._memory: dict[str, torch.Tensor] = {}
         self._key = layer, names[0]
         rows.add_layer(self.growth, self._key)
@@ -40,45 +39,47 @@ class KVMemLayer(CacheLayerMixin):  # type: ignore[misc]
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that are written in this layer."""
+        """Number of tokens that are written in this layer."""
         return self._rows.written[self._key]
 
     @property
     def is_initialized(self) -> bool:
+        """True if the layer holds tokens."""
         return self.num_tokens > 0
 
     @property
     def device(self) -> torch.device:
-        """Where the memory is."""
+        """The device of the memory."""
         return self._rows.alloc.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """In which keys are stored."""
+        """The dtype in which keys are stored."""
         return self._component[self._names[0]].dtype
 
     @property
     def sliding_window(self) -> int | None:
-        """How many tokens a query sees, itself included; None where it sees all."""
+        """Number of tokens that a query sees, itself included; None if it sees all."""
         return self._window
 
     @property
     def _sliding_window_tensor(self) -> torch.Tensor | None:
-        return None if self._window is None else torch.tensor(self._window)  # DynamicCache reads it under this name
+        return None if self._window is None else torch.tensor(self._window)  # as DynamicCache names it
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Nothing to do: the first ``update`` opens the rows."""
+        """Do nothing: the first ``update`` opens the rows."""
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Stores K and V of n new tokens, ``[B, heads, n, width]``; returns those of all tokens that their queries see.
+        """Store K and V of n new tokens, ``[B, heads, n, width]``; return K and V of all tokens that their queries see.
 
-        The first layer of a step makes room for all layers: ``OutOfMemory`` comes from there, and nothing has changed.
-        ``SpecError`` if batch, dtype, device or shape is not what the cache was made for, or if the step before stopped
-        half-way. Whatever fails in here leaves the cache as it was. Under autocast, where K and V may be of other
-        dtypes than the cache, and than each other, they are stored in the cache's and returned in their own, which
-        costs a copy of what is read.
+        The results are valid until the next ``update``. The first layer of a step makes room for all layers:
+        ``OutOfMemory`` is raised there, and nothing has changed. ``SpecError`` if batch, dtype, device or shape is not
+        what the cache was made for, or if the step before stopped half-way. Any error leaves the cache as it was.
+
+        Under autocast, K and V may have other dtypes than the cache and than each other: they are stored in the cache's
+        dtype and returned in their own, which copies what is read.
         """
         self._check(self._names[0], key_states)
         self._check(self._names[1], value_states)
@@ -118,7 +119,7 @@ class KVMemLayer(CacheLayerMixin):  # type: ignore[misc]
                 self._write(self._names[1], value_states)
             first = self._first_token()
             found = self._read(self._names[0], end, first), self._read(self._names[1], end, first)
-        except BaseException:  # an interrupt, and no memory for what is gathered, too
+        except BaseException:  # also an interrupt, or no memory for the gathered copy
             if begins:
                 self._rows.take_back(self.growth, held)
             raise
@@ -145,13 +146,13 @@ class KVMemLayer(CacheLayerMixin):  # type: ignore[misc]
             raise SpecError("the cache carries no gradients; run the model under torch.no_grad() or inference_mode()")
 
     def _first_token(self) -> int:
-        """The first token that the query after ``num_tokens`` tokens sees."""
+        """Return the first token that the query after ``num_tokens`` tokens sees."""
         return 0 if self._window is None else max(0, self.num_tokens - self._window + 1)
 
     def _write(self, name: str, states: torch.Tensor) -> None:
         slots = self._rows.place(self._group).slots[:, -states.shape[2] :]
         memory = self._tensor(name)
-        # view, never reshape: a copy would read all of it, mapped or not.
+        # reshape() might copy, and so read unmapped memory.
         memory.view(-1, *memory.shape[2:])[slots] = states.transpose(1, 2).to(memory.dtype)
 
     def _read(self, name: str, end: int, first: int | None = None) -> torch.Tensor:
@@ -161,38 +162,39 @@ class KVMemLayer(CacheLayerMixin):  # type: ignore[misc]
         return found.contiguous() if self._rows.dense else found
 
     def _tensor(self, name: str) -> torch.Tensor:
-        """Rows or blocks of one component, as ``place`` reads them. Kept: making the view costs as much as a copy."""
+        """Return ``memory_of`` this layer, cached, because making the view costs as much as copying the tokens."""
         alloc, num_blocks = self._rows.alloc, self._rows.place(self._group).num_blocks
         memory = self._memory.get(name)
         if memory is None or memory.shape[0] < num_blocks:
-            virtual = alloc.backend == "virtual"
-            memory = plain(alloc.rows(self._layer, name) if virtual else alloc.tensor(self._layer, name))
-            self._memory[name] = memory
+            memory = self._memory[name] = memory_of(alloc, self._layer, name)
         return memory
 
     @property
     def keys(self) -> torch.Tensor | None:
-        """K of the tokens held, ``[B, heads, tokens, width]``, or None. Cross attention reads it at every step."""
+        """K of the tokens, ``[B, heads, tokens, width]``, valid until the next ``update``; None if there are none."""
         return self._read(self._names[0], self.num_tokens) if self.num_tokens else None
 
     @property
     def values(self) -> torch.Tensor | None:
-        """V, as ``keys``."""
+        """V of the tokens, as ``keys``."""
         return self._read(self._names[1], self.num_tokens) if self.num_tokens else None
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return how many tokens the queries' mask covers, and the first of them."""
         first = self._first_token()
         return self.num_tokens - first + query_length, first
 
     def get_seq_length(self) -> int:
+        """Return ``num_tokens``."""
         return self.num_tokens
 
     def get_max_length(self) -> int:
+        """Return the most tokens of a row."""
         return self._rows.alloc.max_tokens
 
     @property
     def record_past(self) -> bool:
-        """Whether a sliding window waits for ``crop`` before it drops tokens (assisted decoding)."""
+        """True if sliding windows keep tokens out of window until ``crop`` (assisted decoding)."""
         return self._rows.recording
 
     @record_past.setter
@@ -200,16 +202,18 @@ class KVMemLayer(CacheLayerMixin):  # type: ignore[misc]
         self._rows.recording = value
 
     def activate_past_recording(self) -> None:
+        """Set ``record_past``."""
         self.record_past = True
 
     def _refuse(self, *args: object) -> NoReturn:
+        """Refuse a method that would move rows of one layer only."""
         raise NotImplementedError("the layers of a KVMemCache share their rows: call the method of the cache")
 
     offload = prefetch = reset = reorder_cache = crop = batch_repeat_interleave = batch_select_indices = _refuse
 
 
 def _cast_by_autocast(states: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Whether attention casts ``states`` anyhow, and to a dtype that ``dtype``, the cache's, loses nothing of."""
+    """Return whether ``states`` and ``dtype``, the cache's, are float32 or autocast's dtype: it casts between those."""
     kind = states.device.type
     if not torch.is_autocast_enabled(kind):
         return False

@@ -1,4 +1,4 @@
-"""Which memory a model of transformers needs for its cache, and one layer object for each of its layers."""
+"""From a model of transformers to the memory for its cache, and to one layer object for each of its layers."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from kvmem.spec import CacheSpec
 
 __all__ = ["CROSS", "SELF", "has_cross_attention", "make_layers", "open_rows", "read_prompt"]
 
-# What attention gives to update() as keys and as values: K and V, or under MLA the latent and the rotated key.
+# The components that attention passes to update() as keys and values: K and V, or under MLA the latent and rotated key.
 SELF = (("k", "v"), ("ckv", "kpe"))
 CROSS = (("cross_k", "cross_v"),)
 
-# Their attention reshapes cached keys with view(), which strided memory does not allow.
+# Models whose attention calls view() on cached keys, which fails on strided memory.
 _DENSE = frozenset({"gpt_neox_japanese"})
 
-# Every token's KV depends on the picture or protein, for which no id stands.
+# Models in which every token's KV depends on the picture or protein, for which there is no id.
 _MORE_THAN_IDS = frozenset({"evolla", "idefics"})
 
 
@@ -39,14 +39,14 @@ def open_rows(
     assume: str | None,
     options: dict[str, Any],
 ) -> DenseBatch:
-    """Rows in the allocator given, or in a new one for the model or config given; see ``KVMemCache``."""
+    """Return rows in the given allocator, or in a new one for the given model or config; see ``KVMemCache``."""
     if isinstance(source, Allocator):
         given = {
             "max_batch": max_batch, "max_tokens": max_tokens, "dtype": dtype, "device": device, "assume": assume,
             **options,
         }  # fmt: skip
         if wrong := [name for name, value in given.items() if value is not None]:
-            raise SpecError(f"{', '.join(wrong)}: an allocator brings its own; leave out what comes after it")
+            raise SpecError(f"{', '.join(wrong)}: an allocator has its own; leave out what comes after it")
         return DenseBatch(source)
     if max_batch is None or max_tokens is None:
         raise SpecError(
@@ -55,10 +55,10 @@ def open_rows(
     config = source
     if isinstance(source, PreTrainedModel):
         config, dtype = source.config, dtype or source.dtype
-        if options.get("pool") is None:  # a pool has a device of its own
+        if options.get("pool") is None:  # else the pool's device
             device = device or source.device
     spec = CacheSpec.from_config(_as_stored(config), dtype=dtype, assume=assume)
-    # Twice the rows, because beams are forked before the ones they replace are freed.
+    # Twice the rows, because beams are forked before those that they replace are freed.
     alloc = Allocator(spec, max_sequences=2 * max_batch, max_tokens=max_tokens, device=device, **options)
     rows = DenseBatch(alloc, max_batch)
     rows.dense = getattr(config, "model_type", None) in _DENSE
@@ -69,13 +69,13 @@ def open_rows(
 
 def _placeholders(config: PreTrainedConfig) -> dict[str, int]:
     names = [f"{kind}_token_{word}" for kind in ("image", "video", "audio") for word in ("id", "index")]
-    parts = [getattr(config, name, None) for name in ("vision_config", "audio_config")]  # Phi 4 has them there
+    parts = [getattr(config, name, None) for name in ("vision_config", "audio_config")]  # as Phi 4 has them
     found = [(name, getattr(part, name, None)) for part in (*parts, config) for name in names]
     return {name: value for name, value in found if isinstance(value, int)}
 
 
 def _as_stored(config: PreTrainedConfig) -> PreTrainedConfig | Mapping[str, Any]:
-    """The config, changed where transformers stores another shape than the config, and every other engine, says."""
+    """Return the config, changed for models whose cache in transformers has another shape than the config says."""
     if getattr(config, "model_type", None) == "falcon" and config.new_decoder_architecture:
         # K and V are broadcast to all query heads before they are cached.
         return {**config.to_dict(), "num_kv_heads": config.num_attention_heads}
@@ -83,7 +83,7 @@ def _as_stored(config: PreTrainedConfig) -> PreTrainedConfig | Mapping[str, Any]
 
 
 def has_cross_attention(rows: DenseBatch) -> bool:
-    """Whether layers have cross attention beside self attention; ``SpecError`` where it takes the place of that."""
+    """Return whether layers have cross attention beside self attention; ``SpecError`` if some have it instead."""
     by_growth: dict[str, set[int]] = {"token": set(), "prefill": set(), "fixed": set()}
     for group in rows.alloc.spec.groups:
         by_growth[group.growth].update(group.layers)
@@ -96,9 +96,10 @@ def has_cross_attention(rows: DenseBatch) -> bool:
 
 
 def make_layers(rows: DenseBatch, pairs: tuple[tuple[str, str], ...]) -> list[KVMemLayer | DummyLayer]:
-    """A layer object per model layer; dummies where a layer caches nothing, or reads what an earlier one has stored.
+    """Return one object for each layer of the model: a dummy if it caches nothing or reads what an earlier one stored.
 
-    pairs: the names of what attention stores, the first that a layer has. ``SpecError`` where it has none of them.
+    pairs: names of the components that attention stores; each layer takes the first pair that it has, and ``SpecError``
+        if it has none.
     """
     spec = rows.alloc.spec
     layers: list[KVMemLayer | DummyLayer] = []
@@ -120,7 +121,10 @@ def make_layers(rows: DenseBatch, pairs: tuple[tuple[str, str], ...]) -> list[KV
 
 
 def read_prompt(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> tuple[np.ndarray, list[int]]:
-    """The ids, int32 [B, tokens], and how many tokens of each row are padding, on the left. ``SpecError`` if not so."""
+    """Return the ids, int32 [B, tokens], and for each row how many tokens on the left are padding.
+
+    ``SpecError`` for other ids, or for padding that is not on the left.
+    """
     right = isinstance(input_ids, torch.Tensor) and input_ids.ndim == 2 and input_ids.shape[1] > 0
     if not right or input_ids.is_floating_point():
         raise SpecError(f"input_ids: got {_shape_of(input_ids)}; must be ids [B, tokens] of 1 token or more")
@@ -137,7 +141,7 @@ def read_prompt(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) ->
     padding = (~seen).sum(axis=1)
     if not (seen == (np.arange(ids.shape[1]) >= padding[:, None])).all():
         raise SpecError(
-            "attention_mask: hides tokens after ones that it shows; what is found again is padded on the left"
+            "attention_mask: hides tokens after ones that it shows; begin() takes prompts that are padded on the left"
         )
     return ids, padding.tolist()
 
