@@ -193,6 +193,20 @@ class World(Agreement):
         self.grow(handle, n)
         return handle
 
+    def fill_memory(self) -> None:
+        """New sequences instead of the old ones, which share nothing and grow until memory runs out, as it must."""
+        assert self.run(self.free(sorted(self.sequences)))
+        for _ in range(self.alloc.max_sequences):
+            if not self.run(self.open()):
+                return
+            handle = max(self.sequences)
+            while room := self.alloc.max_tokens - self.sequences[handle][self.model.main].tokens:
+                n = min(room, 50)
+                if not self.run(self.extend(handle, n)):
+                    return
+                assert self.run(self.commit(handle, n, self.token_groups))
+        raise AssertionError("all sequences fit into memory at their greatest lengths: the test asks nothing")
+
     # --- a random life ---
 
     def choose(self, rng: random.Random, memory: tuple[int, int] | None = None) -> Step:

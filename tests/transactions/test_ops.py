@@ -21,7 +21,7 @@ from kvmem.allocator.ops import HEADER, KINDS
 ROOT = Path(__file__).resolve().parents[2]
 SUPPORT = ROOT / "tests" / "support"
 PAGES = {"plain": 24, "mixed": 70}
-STEPS = 10_000
+STEPS = 10_000 if LONG else 5_000
 
 
 class Rank:
@@ -57,9 +57,11 @@ def test_two_ranks_follow_a_scheduler_that_has_no_device(name: str, backend: str
     alloc = make(name, backend, "meta", PAGES[name], record_ops=True)
     world = World(alloc)
     ranks = [Rank(name, backend, PAGES[name]) for _ in range(2)]
-    kinds, pending, short = set(), [], 0
+    kinds, pending = set(), []
     for step in range(1, STEPS + 1):
-        short += not world.run(world.choose(rng))
+        world.run(world.choose(rng))
+        if step % 1_000 == 0:
+            world.fill_memory()
         ops = alloc.take_ops()
         kinds |= {op[0] for op in ops}
         assert all(type(op) is tuple and type(op[0]) is str and all(type(x) is int for x in op[1:]) for op in ops)
@@ -77,7 +79,6 @@ def test_two_ranks_follow_a_scheduler_that_has_no_device(name: str, backend: str
     for rank in ranks:
         assert rank.ask("digest") == [expected, []]
         rank.close()
-    assert short > 0  # it met full memory, too
     usual = {"create", "destroy", "map", "unmap", "copy", "fence", "open", "close", "length", "commit"}
     assert kinds >= usual | ({"bind", "unbind"} if backend == "virtual" else {"block", "acquire", "drop"})
     assert kinds >= ({"front"} if name == "mixed" else set())
