@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import sys
@@ -52,6 +53,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """On a GPU: first the driver's rules, which are timed and want it for themselves; last the kernels, which compile."""
     order = {"test_gpu_rules": 0, "test_gpu_kernels": 2}
     items.sort(key=lambda item: order.get(item.path.stem, 1) if item.get_closest_marker("gpu") else 1)
+
+
+def pytest_collection_finish() -> None:
+    """What the imports left is no garbage. The collector would walk a million objects of torch and transformers each time."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -4,15 +4,14 @@ that failed, cached prefixes that were given up for the call may stay so."""
 
 from __future__ import annotations
 
-import gc
 import random
 from collections.abc import Callable
 
 import pytest
 from lockstep_prefix import PrefixLockstep
-from support import LAYOUTS, LONG, i32, make_allocator
+from support import LAYOUTS, LONG, Steps, i32, make_allocator
 from support_prefix import agree, cached, go_on, grow, text
-from support_world import NOTHING, PAGE, checked, held
+from support_world import PAGE, assert_all_returned, checked
 
 import kvmem
 from kvmem import _core
@@ -173,8 +172,7 @@ def test_memory_runs_out_at_every_size(backend: str, layout: str, seed: int) -> 
         pair.alloc.trim()
         assert pair.alloc.check() == []
         del pair
-        gc.collect()
-        assert held(driver) == NOTHING
+        assert_all_returned(driver)
     assert refused > 0
 
 
@@ -184,7 +182,8 @@ def test_failures_amid_a_random_program(backend: str, layout: str, rng: random.R
     driver = checked()
     pair = pair_on(driver, backend, layout, 60)
     failures = 0
-    for number in range(3000 if LONG else 250):
+    loop = Steps(3000 if LONG else 250)
+    while number := loop.next(failures > 10):
         driver.fail("", rng.randint(1, 12), rng.choice(CODES))
         before = seen(pair)
         handles = pair.handles
@@ -219,7 +218,6 @@ def test_failures_amid_a_random_program(backend: str, layout: str, rng: random.R
             assert is_as_before(pair, before) if met else seen(pair) == before
         if number % 5 == 0:
             agree(pair)
-    assert failures > 10
     agree(pair)
     go_on_after(pair)
 

@@ -32,7 +32,7 @@ def walk_for(pair: PrefixLockstep, walk: random.Random, steps: int, every: int =
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_random_programs_with_memory_enough(backend: str, layout: str, rng: random.Random) -> None:
     """What is found is exactly what the model finds, and reads as it was written."""
-    for size in SIZES if LONG else rng.sample(sorted(SIZES), 2):
+    for size in SIZES if LONG else [rng.choice(sorted(SIZES))]:
         pair = make_pair(layout, backend, size, plentiful=True)
         for _ in range(10):  # a short walk may find nothing by chance
             walk_for(pair, rng, 2000 if LONG else 120)  # every opening asserts it
@@ -45,7 +45,7 @@ def test_random_programs_with_memory_enough(backend: str, layout: str, rng: rand
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_random_programs_under_pressure(backend: str, layout: str, rng: random.Random) -> None:
     """Little memory: what is found may be less than the model's, never other, never more."""
-    for size in SIZES if LONG else rng.sample(sorted(SIZES), 2):
+    for size in SIZES if LONG else [rng.choice(sorted(SIZES))]:
         guard = rng.choice([0, 30])
         pair = make_pair(layout, backend, size, tail_guard_tokens=guard, zero=rng.choice(["fresh", "always"]))
         walk_for(pair, rng, 3000 if LONG else 150)

@@ -8,7 +8,7 @@ from itertools import count
 import numpy as np
 import pytest
 import torch
-from support import BACKENDS, LONG
+from support import BACKENDS, LONG, Steps
 from support_world import NOTHING, PAGE, World, checked, held, mixed_spec, plain_spec
 
 import kvmem
@@ -122,7 +122,8 @@ def test_a_random_life_of_four_allocators(ahead: int, rng: random.Random) -> Non
         for i, spec in enumerate(specs)
     ]
     refused, moved = 0, 0
-    for step in range(8000 if LONG else 700):
+    loop = Steps(8000 if LONG else 700)
+    while step := loop.next(refused and moved):
         world = rng.choice(worlds)
         others = [w.alloc.stats().mapped_bytes for w in worlds if w is not world]
         refused += not world.run(world.choose(rng))
@@ -138,7 +139,6 @@ def test_a_random_life_of_four_allocators(ahead: int, rng: random.Random) -> Non
         if step % 20 == 0:
             for world in worlds:
                 world.healthy()
-    assert refused > 0 and moved > 0, "the pool was never short: the test asks nothing"
     for world in worlds:
         world.healthy()
     while worlds:

@@ -25,6 +25,21 @@ BACKENDS = ("virtual", "paged")
 HALF = torch.float16
 
 
+class Steps:
+    """Counts the steps of a random test from 1: ``least`` of them, and on until what the test claims to meet has come about.
+
+    ``most`` times as many without it are a bug, not bad luck."""
+
+    def __init__(self, least: int, most: int = 100) -> None:
+        self.least, self.most, self.number = least, least * most, 0
+
+    def next(self, met: object) -> int:
+        """The number of the next step; 0 when there need be none."""
+        assert self.number < self.most, f"{self.most} steps did not bring about what this test is about"
+        self.number += 1
+        return self.number if self.number <= self.least or not met else 0
+
+
 def i32(*values: int) -> np.ndarray:
     return np.array(values, np.int32)
 

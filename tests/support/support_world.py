@@ -4,6 +4,7 @@ committed, and what must be true of all of it. A page handed to two users, a los
 
 from __future__ import annotations
 
+import gc
 import random
 from collections.abc import Callable
 from functools import partial
@@ -193,6 +194,20 @@ class World(Agreement):
         self.grow(handle, n)
         return handle
 
+    def fill_memory(self) -> None:
+        """New sequences instead of the old ones, which share nothing and grow until memory runs out, as it must."""
+        assert self.run(self.free(sorted(self.sequences)))
+        for _ in range(self.alloc.max_sequences):
+            if not self.run(self.open()):
+                return
+            handle = max(self.sequences)
+            while room := self.alloc.max_tokens - self.sequences[handle][self.model.main].tokens:
+                n = min(room, 50)
+                if not self.run(self.extend(handle, n)):
+                    return
+                assert self.run(self.commit(handle, n, self.token_groups))
+        raise AssertionError("all sequences fit into memory at their greatest lengths: the test asks nothing")
+
     # --- a random life ---
 
     def choose(self, rng: random.Random, memory: tuple[int, int] | None = None) -> Step:
@@ -259,3 +274,10 @@ def held(driver: _core.CheckedDriver) -> dict[str, int]:
 
 
 NOTHING = {"reservations": 0, "pages": 0, "mappings": 0, "events": 0}
+
+
+def assert_all_returned(driver: _core.CheckedDriver) -> None:
+    """Nothing is held any more. The collector runs only where a traceback made a cycle: it takes longer than most tests."""
+    if held(driver) != NOTHING:
+        gc.collect()
+    assert held(driver) == NOTHING

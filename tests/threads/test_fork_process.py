@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from textwrap import indent
+
 import pytest
+from support import BACKENDS
 from support_drivers import assert_runs
 
 SETUP = """
@@ -21,11 +24,15 @@ def finish(pid, seconds=20):
 """
 
 
-def test_calls_in_the_child_raise_and_the_parent_goes_on(backend: str, seed: int) -> None:
-    assert_runs(
-        SETUP
-        + f"""
-alloc = kvmem.Allocator(mixed_spec(), backend={backend!r}, memory=90 * PAGE, page_bytes=PAGE, max_sequences=4, max_tokens=300, interleave=1, events=50)
+def assert_runs_on_both(code: str, **options: float) -> None:
+    """In one process: starting it takes longer than most of these."""
+    assert_runs(SETUP + f"for backend in {BACKENDS}:\n" + indent(code, "    "), **options)
+
+
+def test_calls_in_the_child_raise_and_the_parent_goes_on(seed: int) -> None:
+    assert_runs_on_both(
+        f"""
+alloc = kvmem.Allocator(mixed_spec(), backend=backend, memory=90 * PAGE, page_bytes=PAGE, max_sequences=4, max_tokens=300, interleave=1, events=50)
 world, rng = World(alloc), random.Random({seed})
 for _ in range(100): world.run(world.choose(rng))
 while not world.sequences: world.run(world.choose(rng))
@@ -57,7 +64,7 @@ if pid == 0:
             assert "fork" in str(error), error
         else:
             print("call", index, "went through", flush=True); os._exit(1)
-    fresh = kvmem.Allocator(plain_spec(), backend={backend!r}, memory="1MiB", max_sequences=2, max_tokens=100)
+    fresh = kvmem.Allocator(plain_spec(), backend=backend, memory="1MiB", max_sequences=2, max_tokens=100)
     with fresh.sequence() as s: s.extend(50)
     assert fresh.check() == []
     os._exit(0)
@@ -69,12 +76,11 @@ world.healthy()
     )
 
 
-def test_memory_is_not_shared_by_accident(backend: str) -> None:
+def test_memory_is_not_shared_by_accident() -> None:
     """A write of the child to an address of the parent's cache ends the child, and the parent's bytes stay."""
-    assert_runs(
-        SETUP
-        + f"""
-alloc = kvmem.Allocator(plain_spec(), backend={backend!r}, memory="1MiB", max_sequences=2, max_tokens=300)
+    assert_runs_on_both(
+        """
+alloc = kvmem.Allocator(plain_spec(), backend=backend, memory="1MiB", max_sequences=2, max_tokens=300)
 world = World(alloc)
 world.run(world.open()); (handle,) = world.sequences
 world.run(world.extend(handle, 200)); world.run(world.commit(handle, 200, [0]))
@@ -92,13 +98,12 @@ world.healthy()
     )
 
 
-def test_a_child_that_ends_as_usual_does_not_hang(backend: str) -> None:
+def test_a_child_that_ends_as_usual_does_not_hang() -> None:
     """Also when the mapper was at work and other threads held the locks at the moment of the fork."""
-    assert_runs(
-        SETUP
-        + f"""
+    assert_runs_on_both(
+        """
 import gc
-alloc = kvmem.Allocator(plain_spec(), backend={backend!r}, memory=400 * PAGE, page_bytes=PAGE, max_sequences=8, max_tokens=2000,
+alloc = kvmem.Allocator(plain_spec(), backend=backend, memory=400 * PAGE, page_bytes=PAGE, max_sequences=8, max_tokens=2000,
                         map_ahead_tokens=64)
 stop = threading.Event()
 def busy(n):

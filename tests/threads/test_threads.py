@@ -173,7 +173,7 @@ def test_long_calls_leave_the_interpreter_to_others(backend: str) -> None:
     alloc, tokens = big(backend, 256 << 10)
     during_extend = during_trim = 0
     with counting() as ticks:
-        for _ in range(8):
+        for _ in range(100):
             with alloc.sequence() as first:
                 first.extend(tokens)
             sequence = alloc.sequence()

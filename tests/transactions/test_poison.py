@@ -6,7 +6,6 @@ and that the pool must be discarded. Ends are safe and leave nothing, and other 
 
 from __future__ import annotations
 
-import gc
 import random
 import re
 import time
@@ -16,7 +15,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support_world import NOTHING, PAGE, SPECS, World, checked, held, plain_spec
+from support import Steps
+from support_world import PAGE, SPECS, World, assert_all_returned, checked, plain_spec
 
 import kvmem
 from kvmem import PagePool, _core
@@ -174,9 +174,7 @@ def assert_poisoned(scene: Scene, *, every: bool) -> None:
     driver = scene.driver
     scene.__dict__.clear()
     del alloc, thing, calls
-    if held(driver) != NOTHING:
-        gc.collect()  # only where a traceback made a cycle
-    assert held(driver) == NOTHING
+    assert_all_returned(driver)
 
 
 def attempt(name: str, backend: str, call: str, nth: int, undo: int) -> tuple[str, str]:
@@ -227,7 +225,8 @@ def test_each_call_fails_and_then_each_call_of_its_undo(name: str, backend: str)
 def test_random_failures_poison_their_own_pool_only(backend: str, rng: random.Random) -> None:
     """Two worlds on one driver, each with a pool of its own: the one whose undoing fails ends, the other never notices."""
     ends = 0
-    for _ in range(12):
+    loop = Steps(8)
+    while loop.next(ends >= 4):
         driver = checked()
         sizes: dict[str, Any] = dict(page_bytes=PAGE, interleave=1, max_sequences=5, max_tokens=400, driver=driver)
         worlds = [World(kvmem.Allocator(SPECS[n](), backend=backend, memory=40 * PAGE, **sizes)) for n in SPECS]
@@ -253,9 +252,7 @@ def test_random_failures_poison_their_own_pool_only(backend: str, rng: random.Ra
         for world in worlds:
             world.__dict__.clear()
         del sick, well, world, worlds
-        gc.collect()
-        assert held(driver) == NOTHING
-    assert ends >= 4
+        assert_all_returned(driver)
 
 
 def test_undoing_that_fails_in_the_mapper_poisons_too() -> None:
@@ -281,8 +278,7 @@ def test_undoing_that_fails_in_the_mapper_poisons_too() -> None:
         driver.clear_failures()
         alloc.close()
         del alloc
-        gc.collect()
-        assert held(driver) == NOTHING
+        assert_all_returned(driver)
     assert ends >= 10
 
 
