@@ -42,7 +42,7 @@ def check_size(field: str, value: object, least: int = 1, most: int = INT64_MAX)
 
 
 def check_count(field: str, value: int) -> int:
-    """Return ``value`` as an int that fits an int32. The native module checks its range against the present state."""
+    """Return ``value`` as an int, which must fit an int32. The core checks it against the allocator's state."""
     if type(value) is not int and (isinstance(value, bool) or not isinstance(value, (int, np.integer))):
         raise SpecError(f"{field}: got {value!r}; must be an integer")
     if not -(2**31) <= value < 2**31:
@@ -86,28 +86,33 @@ def check_sizes(field: str, value: object, depth: int) -> Any:
 
 
 def check_bool(field: str, value: bool) -> bool:
+    """Return ``value``, which must be a bool."""
     if not isinstance(value, bool):
         raise SpecError(f"{field}: got {value!r}; must be True or False")
     return value
 
 
 def check_choice(field: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raise ``SpecError`` unless ``value`` is one of ``choices``."""
     if not isinstance(value, str) or value not in choices:
         raise SpecError(f"{field}: got {brief(value)}; must be one of {', '.join(choices)}")
 
 
 def check_name(field: str, value: object) -> None:
+    """Raise ``SpecError`` unless ``value`` is a text that is not empty."""
     if not isinstance(value, str) or not value:
         raise SpecError(f"{field}: got {brief(value)}; must be a non-empty string")
 
 
 def check_members(field: str, value: object, kind: type[_T]) -> tuple[_T, ...]:
+    """Return a tuple or list of at least one ``kind`` as a tuple."""
     if not isinstance(value, (tuple, list)) or not value or not all(isinstance(item, kind) for item in value):
         raise SpecError(f"{field}: got {brief(value)}; needs a sequence of at least one {kind.__name__}")
     return tuple(value)
 
 
 def check_layers(field: str, value: object) -> tuple[int, ...]:
+    """Return layer numbers as a tuple; they must ascend."""
     if not isinstance(value, (tuple, list, range)) or not 0 < len(value) <= MAX_LAYERS:
         raise SpecError(f"{field}: got {brief(value)}; needs 1 to {MAX_LAYERS} layer numbers")
     for layer in value:
@@ -120,6 +125,7 @@ def check_layers(field: str, value: object) -> tuple[int, ...]:
 
 
 def check_unique(field: str, names: Sequence[str]) -> None:
+    """Raise ``SpecError`` for a name that occurs twice."""
     for name in names:
         if names.count(name) > 1:
             raise SpecError(f"{field}: got {name!r} {names.count(name)} times; names must differ")
@@ -185,8 +191,7 @@ def parse_bytes(field: str, value: int | str) -> int:
     number = match.group(1)
     if "." in number and not match.group(2):
         raise SpecError(
-            f"{field}: got {value!r}, a text without a unit; write one ('{number}GiB'), or a part of what there is as "
-            "a float (0.9)"
+            f"{field}: got {value!r}, a text without a unit; write one ('{number}GiB'), or a fraction as a float (0.9)"
         )
     if len(number) > 20:  # longer than any size in bytes; int() refuses texts of some thousand digits
         raise SpecError(f"{field}: got a number of {len(number)} digits; must be below 2**63 bytes")

@@ -25,7 +25,7 @@ class DeviceError(KVMemError, RuntimeError):
     If undoing a failed call fails too, the pool is poisoned: every later call of its allocators raises a
     ``DeviceError`` that says so. Close and discard them, and make new ones.
 
-    call: the name of the driver's function, or ``""``. code: its error code, or 0.
+    call: the name of the driver's function that failed, or ``""``. code: its error code, or 0.
     """
 
     def __init__(self, message: str, call: str = "", code: int = 0) -> None:

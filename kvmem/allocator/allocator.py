@@ -136,16 +136,16 @@ class Allocator(TensorCalls, ContentCalls, MemoryCalls):
             ages = [core.age_seconds(handle) for handle in ids.tolist()]
         except StaleHandle:  # another thread has freed one in between
             return self.sequences()
-        self._forget_labels()
+        self._drop_labels()
         rows = zip(ids.tolist(), tokens.tolist(), committed.tolist(), ages, strict=True)
         return [LiveSequence(i, n, done, age, self._labels.get(i)) for i, n, done, age in rows]
 
     def _label(self, handle: int, text: str) -> None:
         if len(self._labels) > 2 * self.max_sequences:  # most of them were freed
-            self._forget_labels()
+            self._drop_labels()
         self._labels[handle] = text
 
-    def _forget_labels(self) -> None:
+    def _drop_labels(self) -> None:
         for handle in list(self._labels):  # a copy, since other threads may add to it
             if not self.core.is_live(handle):
                 self._labels.pop(handle, None)

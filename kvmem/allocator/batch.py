@@ -28,25 +28,25 @@ class GroupBatch:
     =====================  =====================================================================================
     block_table            int32 [B, M]: block ids; entries past a sequence's last block are 0
     seq_lens               int32 [B]: tokens, this step's included
-    first_tokens           int32 [B]: first token in the window; 0 without a sliding window
+    first_tokens           int32 [B]: first token that is still held; 0 without a sliding window
     slot_mapping           int64 [T]: ``block * block_size + offset``, where each new token is written
     positions              int32 [T]: position of each new token in its sequence
     batch_indices          int32 [T]: row of the batch that each new token belongs to
     cu_seqlens_q           int32 [B + 1]: new tokens, running sum from 0 (FlashInfer's ``qo_indptr``)
-    cu_seqlens_k           int32 [B + 1] *: tokens, running sum from 0
+    cu_seqlens_k           int32 or int64 [B + 1]: tokens, running sum from 0
     kv_indptr              int32 [B + 1]: blocks, running sum from 0 (FlashInfer's CSR)
     kv_indices             int32 [N]: block ids of all sequences, one sequence after the other
     kv_last_page_len       int32 [B]: tokens in the last block, 1 to ``block_size``
     rows                   int32 [B]: row of each sequence in ``Allocator.rows()``; None on the paged backend
-    row_starts             int32 [B + 1] *: ``row * row_tokens``; None on the paged backend
+    row_starts             int32 or int64 [B + 1]: ``row * row_tokens``; None on the paged backend
     =====================  =====================================================================================
 
     Each field also exists as ``<field>_cpu``, on the CPU: FlashInfer's ``plan()`` reads some there. On device "cpu"
     both are one tensor. A padding row has one new token: it reads the null block, block 0, which is zero, and writes to
     the padding block, block 1. Blocks that are out of window are 0 in ``block_table`` and ``kv_indices``.
 
-    * int64 where int32 might be too small: ``cu_seqlens_k`` of a batch that was made for 2**31 tokens or more in all,
-    ``row_starts`` if the rows of the group have as many. Kernels that take int32 only refuse those.
+    Two fields are int64 if int32 might be too small: ``cu_seqlens_k`` of a batch that was made for 2**31 tokens or more
+    in all, and ``row_starts`` if the rows of the group have as many. Kernels that take int32 only refuse those.
 
     block_size: tokens of a block.
     """

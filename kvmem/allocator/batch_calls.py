@@ -123,7 +123,8 @@ class BatchCalls(OpenedCore):
         out: Batch | None = None,
         pad_to: int | None = None,
     ) -> Batch:
-        """Return the metadata of a step over ``sequences``, valid until one of them changes.
+        """Return the metadata of a step over ``sequences``. Valid until the batch is refilled, or until one of its
+        sequences is freed, cut or moved, which ``Batch.check_current()`` finds.
 
         new_tokens: for each sequence, how many of its reserved tokens this step computes; default all that are not
             committed.

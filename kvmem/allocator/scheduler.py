@@ -15,7 +15,7 @@ vLLM                                   here
 ``take_events()``                      ``take_events()``
 ``usage``                              ``usage``
 ``get_num_common_prefix_blocks(id)``   ``common_prefix_blocks()``
-(recurrent states are kept by itself)  ``snapshot(request)``
+(it stores recurrent states itself)    ``snapshot(request)``
 ``reset_prefix_cache()``               ``clear_cache()``
 =====================================  =======================================================
 """
@@ -107,7 +107,7 @@ class SchedulerCache:
             return self._begin(request, count, tokens, encode_keys(salt, extra_key, adapter))
         if tokens is not None or salt is not None or extra_key is not None or adapter is not None:
             raise SpecError(
-                f"request {request!r} has begun: prompt, salt, extra key and adapter are given as it begins"
+                f"request {request!r} has begun: prompt, salt, extra key and adapter are given when it begins"
             )
         if count is None:
             raise SpecError(f"count: missing; request {request!r} has begun, say how many more tokens")

@@ -133,7 +133,7 @@ class Sequence:
         """Keep the first ``num_tokens`` tokens, as when draft tokens are rejected. Never needs memory.
 
         What is cut off counts as wrong: its blocks are evicted if no other sequence uses them. ``SpecError`` if some of
-        them are pinned. To keep them cached, ``fork()`` first. A recurrent state does not go back.
+        them are pinned. To keep them cached, ``fork()`` first. A recurrent state is not restored.
         """
         self._core.truncate(self._id, check_count("num_tokens", num_tokens))
 
@@ -192,9 +192,8 @@ class Sequence:
             raise
 
     def free(self) -> None:
-        """End the sequence: its pages are parked for the next one, its published blocks stay cached.
-
-        ``StaleHandle`` the second time.
+        """End the sequence. Published blocks stay cached, others become free; a row stays mapped (parked) for the next
+        sequence. ``StaleHandle`` the second time.
         """
         self._core.free(self._id)
 

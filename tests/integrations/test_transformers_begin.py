@@ -131,7 +131,7 @@ def test_what_ids_do_not_say_is_refused(backend: str) -> None:
     """Images have the same ids, whatever they show."""
     model, inputs = model_of("llama"), prompts(rows=1, length=20)
     cache = open_cache(model, backend)
-    with pytest.raises(kvmem.SpecError, match="^pixel_values: begin\\(\\) knows prompts by their ids alone"):
+    with pytest.raises(kvmem.SpecError, match="^pixel_values: begin\\(\\) finds prompts by their ids alone"):
         cache.begin(**inputs, pixel_values=torch.zeros(1, 3, 8, 8))
     with pytest.raises(kvmem.SpecError, match="^input_ids: got bools"):
         cache.begin(inputs["input_ids"] > 3)

@@ -123,7 +123,7 @@ def test_refusals_say_what_would_fit() -> None:
     )
     with pytest.raises(kvmem.SpecError, match="stores ckv; the attention of transformers stores k and v"):
         KVMemCache(alloc)
-    with pytest.raises(kvmem.SpecError, match="max_batch: an allocator brings its own"):
+    with pytest.raises(kvmem.SpecError, match="max_batch: an allocator has its own"):
         KVMemCache(alloc, max_batch=3)
 
 
