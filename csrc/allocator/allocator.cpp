@@ -289,22 +289,10 @@ bool Allocator::close() {
 
 // ---- queries ----------------------------------------------------------------------------------
 
-i64 Allocator::tokens(i64 handle, i64 group) {
+Sequences::Lengths Allocator::lengths(i64 handle, i64 group) {
   const PoolLock lock = lock_to_read();
   groups_.check(group);
-  return sequences_.tokens(sequences_.index(handle), groups_.one(group));
-}
-
-i64 Allocator::committed(i64 handle, i64 group) {
-  const PoolLock lock = lock_to_read();
-  groups_.check(group);
-  return sequences_.committed(sequences_.index(handle), groups_.one(group));
-}
-
-i64 Allocator::first_token(i64 handle, i64 group) {
-  const PoolLock lock = lock_to_read();
-  groups_.check(group);
-  return sequences_.front(sequences_.index(handle), groups_.one(group));
+  return *sequences_.lengths(groups_.one(group), sequences_.index(handle));
 }
 
 void Allocator::lengths(const i32* handles, i64 n, i64 group, i64* tokens, i64* committed) {

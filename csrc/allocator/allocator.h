@@ -110,9 +110,10 @@ class Allocator final : public TableState {
   std::shared_ptr<EventBatch> drain_events(i64 taken, i64 max, bool restart);  // event_batches.h
 
   // --- queries ---
-  i64 tokens(i64 handle, i64 group);
-  i64 committed(i64 handle, i64 group);
-  i64 first_token(i64 handle, i64 group);  // the first token that the group still holds
+  Sequences::Lengths lengths(i64 handle, i64 group);
+  i64 tokens(i64 handle, i64 group) { return lengths(handle, group).tokens; }
+  i64 committed(i64 handle, i64 group) { return lengths(handle, group).committed; }
+  i64 first_token(i64 handle, i64 group) { return lengths(handle, group).front; }  // that the group still holds
   void lengths(const i32* handles, i64 n, i64 group, i64* tokens, i64* committed);
   Placement place(i64 handle, i64 group);
   // Return all table entries of one sequence, and of several in all groups.

@@ -6,7 +6,6 @@ namespace kvmem {
 
 std::shared_ptr<EventBatch> EventBatches::drain(i64 confirmed, i64 max, bool restart,
                                                 std::shared_ptr<EventBatch>* expired) {
-  KVMEM_ASSERT(max >= 0, "a batch has a number of events");
   if (unconfirmed_ && unconfirmed_->number > confirmed && !restart) return unconfirmed_;
   auto batch = std::make_shared<EventBatch>();
   expired->swap(unconfirmed_);

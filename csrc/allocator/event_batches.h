@@ -26,10 +26,10 @@ class EventBatches {
       : groups_(groups), index_(index), table_(table) {}
 
   // Returns the batch after number `confirmed`, the last one that the consumer has processed; if there are no events,
-  // an empty batch with the number of the last one. `max`: the most events of a new batch; with 0 only a batch that is
-  // not confirmed is returned. `restart` drops that batch and all waiting events, and begins with an event for all
-  // cached content. `*expired` receives the confirmed batch, so that the caller can free it without the lock. May throw
-  // std::bad_alloc; the events are returned by the next call then.
+  // an empty batch with the number of the last one. `max`: the most events of a new batch, -1 for all; with 0 only a
+  // batch that is not confirmed is returned. `restart` drops that batch and all waiting events, and begins with an
+  // event for all cached content. `*expired` receives the confirmed batch, so that the caller can free it without the
+  // lock. May throw std::bad_alloc; the events are returned by the next call then.
   std::shared_ptr<EventBatch> drain(i64 confirmed, i64 max, bool restart, std::shared_ptr<EventBatch>* expired);
 
  private:

@@ -63,8 +63,8 @@ class BatchFiller {
   // Writes to out[i], for all but the last, the number of leading whole blocks that sequences i and i + 1 share.
   void find_common_blocks(const std::vector<i64>& indices, i64 g, i64* out) const;
   // Writes a permutation of 0 .. n - 1 that makes sequences with common blocks neighbours, nested groups within outer
-  // ones. A group stands where its first member stood. Cost: as find_common_blocks() in that order, and about n^2 small
-  // steps if groups are nested n deep.
+  // ones. A group takes the position of its first member. Cost: as find_common_blocks() in that order, and about n^2
+  // small steps if groups are nested n deep.
   void find_cascade_order(const std::vector<i64>& indices, i64 g, i64* order) const;
 
  private:

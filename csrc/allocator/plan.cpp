@@ -99,7 +99,7 @@ void Planner::commit_due(const i32* ids, i64 num_ids, StepPlan* plan) const {
     throw SpecError("step: got " + std::to_string(num_ids) + " token ids to commit, but " +
                     std::to_string(plan->totals.due) + " tokens are reserved and not committed");
   }
-  KVMEM_ASSERT(plan->more && static_cast<i64>(plan->due.size()) == plan->n, "the plan was made by extend()");
+  KVMEM_ASSERT(static_cast<i64>(plan->due.size()) == plan->n, "the plan was made by extend()");
   plan->commits = plan->due.data(), plan->ids = ids;
   find_moving(plan);
 }
