@@ -11,17 +11,13 @@ from numpy.typing import NDArray
 debug_build: bool = False
 
 class DriverInfo:
-    """What a driver is, and how a pool on it behaves. Sizes in bytes."""
-
-    def __init__(self, *, name: str, granularity_bytes: int, recommended_bytes: int) -> None:
-        """Of a device without a driver."""
+    def __init__(self, *, name: str, granularity_bytes: int, recommended_bytes: int) -> None: ...
 
     @property
     def name(self) -> str: ...
 
     @property
-    def dlpack_device_type(self) -> int:
-        """kDLCPU = 1, kDLCUDA = 2"""
+    def dlpack_device_type(self) -> int: ...
 
     @property
     def device_index(self) -> int: ...
@@ -45,42 +41,30 @@ class DriverInfo:
     def rdma(self) -> bool: ...
 
     @property
-    def creates_ahead(self) -> bool:
-        """A pool creates its whole budget when it is made."""
+    def creates_ahead(self) -> bool: ...
 
     @property
-    def maps_cheaply(self) -> bool:
-        """Pages need not be larger to save calls."""
+    def maps_cheaply(self) -> bool: ...
 
     @property
-    def tells_free_bytes(self) -> bool:
-        """create() can get what available_bytes() says."""
+    def tells_free_bytes(self) -> bool: ...
 
     @property
-    def has_streams(self) -> bool:
-        """Work may go on after a call has returned."""
+    def has_streams(self) -> bool: ...
 
     @property
-    def captured_code(self) -> int:
-        """
-        DeviceError.code where a stream is being captured into a graph; 0: never.
-        """
+    def captured_code(self) -> int: ...
 
     @property
-    def most_pages(self) -> int:
-        """The default page size keeps a pool below so many; 0: any number."""
+    def most_pages(self) -> int: ...
 
     @property
-    def default_guard_tokens(self) -> int:
-        """How far kernels of this device may load past a sequence's length."""
+    def default_guard_tokens(self) -> int: ...
 
     @property
-    def default_ahead_tokens(self) -> int:
-        """How far ahead of a sequence's growth a pool maps."""
+    def default_ahead_tokens(self) -> int: ...
 
 class DriverCounters:
-    """How often each verb was called, whether it succeeded or not."""
-
     @property
     def reserve(self) -> int: ...
 
@@ -115,14 +99,9 @@ class DriverCounters:
     def wait(self) -> int: ...
 
     @property
-    def total(self) -> int:
-        """Calls that manage memory: all but zero, copy, record and wait."""
+    def total(self) -> int: ...
 
 class Driver:
-    """
-    The verbs of a device. Addresses, page handles, streams and events are ints.
-    """
-
     @property
     def info(self) -> DriverInfo: ...
 
@@ -170,31 +149,24 @@ class Driver:
 
     def order(self, event: int, later: int) -> None: ...
 
-    def undoing(self, begin: bool) -> None:
-        """What follows takes back what was done before."""
+    def undoing(self, begin: bool) -> None: ...
 
 class DriverCall:
-    """One entry of CheckedDriver.log()."""
-
     @property
     def verb(self) -> str: ...
 
     @property
-    def at(self) -> int:
-        """0 where the verb has no address"""
+    def at(self) -> int: ...
 
     @property
     def bytes(self) -> int: ...
 
     @property
-    def id(self) -> int:
-        """The page or the event; 0 where the verb has none."""
+    def id(self) -> int: ...
 
     def __repr__(self) -> str: ...
 
 class DriverLive:
-    """What a CheckedDriver holds now: all zero when nothing leaks."""
-
     @property
     def reservations(self) -> int: ...
 
@@ -211,65 +183,39 @@ class DriverLive:
     def page_bytes(self) -> int: ...
 
 class CheckedDriver(Driver):
-    """
-    Wraps a driver: refuses misuse, fails calls on request, holds events, counts.
-    """
-
     def __init__(self, inner: Driver) -> None: ...
 
-    def fail(self, verb: str, nth: int = 1, code: int = 2, undo_too: bool = False) -> None:
-        """
-        Fails the nth call from now of a verb ('' = any) once. Code 2 raises OutOfMemory, others DeviceError.
-        """
+    def fail(self, verb: str, nth: int = 1, code: int = 2, undo_too: bool = False) -> None: ...
 
     def clear_failures(self) -> None: ...
 
     def pending_failures(self) -> int: ...
 
-    def hold_events(self, hold: bool) -> None:
-        """
-        While held, recorded events are not done; wait() completes its event and counts in held_waits().
-        """
+    def hold_events(self, hold: bool) -> None: ...
 
     def complete_events(self) -> None: ...
 
     def held_waits(self) -> int: ...
 
-    def log(self) -> list[DriverCall]:
-        """The last successful calls, oldest first."""
+    def log(self) -> list[DriverCall]: ...
 
     def clear_log(self) -> None: ...
 
     def live(self) -> DriverLive: ...
 
-    def touch(self, at: int, bytes: int) -> None:
-        """DeviceError unless the range is mapped and accessible."""
+    def touch(self, at: int, bytes: int) -> None: ...
 
-def host_driver(holes_fault: bool = False) -> Driver:
-    """
-    The CPU device: memfd and mmap. Reading where nothing is mapped gives zeros, and faults with `holes_fault`.
-    """
+def host_driver(holes_fault: bool = False) -> Driver: ...
 
-def cuda_driver(index: int = 0, library: str = '', shareable: bool = False, rdma: bool = False) -> Driver:
-    """
-    A CUDA device. `library` is a path to libcuda; empty is $KVMEM_CUDA_DRIVER, or else libcuda.so.1. `shareable` pages can be exported as file descriptors, `rdma` ones registered with an RDMA adapter.
-    """
+def cuda_driver(index: int = 0, library: str = '', shareable: bool = False, rdma: bool = False) -> Driver: ...
 
-def read_bytes(at: int, bytes: int) -> bytes:
-    """
-    The host bytes at an address. DeviceError, never a signal, where they cannot be read.
-    """
+def read_bytes(at: int, bytes: int) -> bytes: ...
 
-def write_bytes(at: int, data: bytes) -> None:
-    """The reverse of read_bytes."""
+def write_bytes(at: int, data: bytes) -> None: ...
 
-def op_kinds() -> list[tuple[str, bool, str]]:
-    """
-    Of each kind of record that stands in a list: its name, whether a device executes it, what its numbers say.
-    """
+def op_kinds() -> list[tuple[str, bool, str]]: ...
 
-def ops_header() -> tuple[str, int, int, int, int, int]:
-    """The record that every list begins with."""
+def ops_header() -> tuple[str, int, int, int, int, int]: ...
 
 class Growth(enum.Enum):
     token = 0
@@ -286,8 +232,6 @@ class Zero(enum.Enum):
     always = 2
 
 class GroupGeometry:
-    """Where one group's tokens lie; see kvmem.layouts."""
-
     def __init__(self, *, growth: Growth, block_tokens: int, window_tokens: int, max_tokens: int, row_tokens: int, max_blocks: int, token_bytes: Sequence[int], row_slots: Sequence[int], arena_slots: Sequence[int]) -> None: ...
 
     @property
@@ -303,8 +247,6 @@ class Geometry:
     def __init__(self, *, page_bytes: int, max_sequences: int, rows: int, tail_guard_tokens: int, map_ahead_tokens: int, zero: Zero, debug: bool, groups: Sequence[GroupGeometry]) -> None: ...
 
 class PagePool:
-    """Physical pages under one budget; see kvmem.PagePool."""
-
     def __init__(self, *, page_bytes: int, budget_pages: int, driver: Driver | None, create_ahead: bool) -> None: ...
 
     @property
@@ -326,13 +268,9 @@ class PagePool:
 
     def set_budget(self, pages: int) -> None: ...
 
-    def set_stream(self, stream: int, only: bool = True) -> None:
-        """
-        Kernels use the memory on this stream from now on; unless it is the only one, also on those before.
-        """
+    def set_stream(self, stream: int, only: bool = True) -> None: ...
 
-    def page_handle(self, page: int) -> int:
-        """The driver's handle of a page; 0 where there is none."""
+    def page_handle(self, page: int) -> int: ...
 
 class AllocatorStats:
     @property
@@ -393,8 +331,6 @@ class AllocatorStats:
     def hit_tokens(self) -> int: ...
 
 class Sequences:
-    """Handles, by themselves; see csrc/table/sequences.h."""
-
     def __init__(self, max_sequences: int, first: int = 1) -> None: ...
 
     def open(self) -> int: ...
@@ -410,15 +346,9 @@ class Sequences:
     def next_handle(self) -> int: ...
 
 class PrefixOptions:
-    """What kvmem.Allocator says about prefix sharing."""
-
     def __init__(self, *, on: bool, partial: bool, policy: str, hash_bits: int = 64, event_capacity: int = 0) -> None: ...
 
 class Allocator:
-    """
-    Sequences over one of the two page tables; kvmem.Allocator is its public face.
-    """
-
     def __init__(self, *, geometry: Geometry, pool: PagePool, paged: bool, limit_pages: int, owns_pool: bool, prefix: PrefixOptions) -> None: ...
 
     def open(self) -> int: ...
@@ -427,14 +357,11 @@ class Allocator:
 
     def truncate(self, handle: int, tokens: int) -> None: ...
 
-    def fork(self, handle: int, sequence: object | None = None) -> int:
-        """The new handle; also told to the object that stands for it."""
+    def fork(self, handle: int, sequence: object | None = None) -> int: ...
 
-    def first_arena(self, group: int) -> int:
-        """Its number, as ops name it."""
+    def first_arena(self, group: int) -> int: ...
 
-    def check_usable(self) -> None:
-        """DeviceError in a forked child, and where the pool is poisoned."""
+    def check_usable(self) -> None: ...
 
     def is_live(self, handle: int) -> bool: ...
 
@@ -444,8 +371,7 @@ class Allocator:
 
     def first_token(self, handle: int, group: int = -1) -> int: ...
 
-    def close(self) -> bool:
-        """False where the pool is poisoned, so that nothing can be freed."""
+    def close(self) -> bool: ...
 
     def can_fit(self, tokens: int) -> bool: ...
 
@@ -455,9 +381,9 @@ class Allocator:
 
     def row(self, handle: int, group: int = -1) -> int: ...
 
-    def common_blocks(self, handles: object | None, group: int, blocks: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu')]) -> None: ...
+    def common_blocks(self, handles: object | None, group: int, out: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu')]) -> None: ...
 
-    def cascade_order(self, handles: object | None, group: int, order: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu')]) -> None: ...
+    def cascade_order(self, handles: object | None, group: int, out: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu')]) -> None: ...
 
     def compact(self, bytes: int) -> int: ...
 
@@ -469,20 +395,13 @@ class Allocator:
 
     def check(self) -> list[str]: ...
 
-    def digest(self) -> tuple[int, int]:
-        """
-        64 bits made of all that a later call could see, and how often a driver has failed when memory was written or in the mapper, or the eviction order has aged. A call that is refused leaves the first, unless the second has moved.
-        """
+    def digest(self) -> tuple[int, int]: ...
 
     def record(self) -> None: ...
 
-    def watch_lost(self) -> None:
-        """For tests: take_lost() says what leaves the cache from now on."""
+    def watch_lost(self) -> None: ...
 
-    def take_lost(self) -> list[tuple[int, int, tuple[int, ...]]]:
-        """
-        (group, ordinal, token ids) of each block that was lost since the last call, in order.
-        """
+    def take_lost(self) -> list[tuple[int, int, tuple[int, ...]]]: ...
 
     def take_ops(self) -> list[tuple[str, int, int, int, int, int]]: ...
 
@@ -498,56 +417,35 @@ class Allocator:
 
     def extend_batch(self, handles: object, counts: object, group: int = -1, tell: bool = False) -> TableChanges | None: ...
 
-    def commit(self, handle: int, count: int | None, group: int = -1, tokens: object = None, tell: bool = False) -> TableChanges | None:
-        """count None: as many as there are tokens."""
+    def commit(self, handle: int, count: int | None, group: int = -1, tokens: object = None, tell: bool = False) -> TableChanges | None: ...
 
     def commit_batch(self, handles: object, counts: object, group: int = -1, tokens: object = None, tell: bool = False) -> TableChanges | None: ...
 
-    def step(self, handle: int, count: int, tokens: object = None, tell: bool = False) -> TableChanges | None:
-        """Commits what was reserved, and makes room for count more tokens."""
+    def step(self, handle: int, count: int, tokens: object = None, tell: bool = False) -> TableChanges | None: ...
 
     def free(self, handle: int) -> None: ...
 
     def free_batch(self, handles: object) -> None: ...
 
-    def check_current(self, group: int, batch: BatchBuffers) -> None:
-        """StaleHandle if the tokens of the batch no longer lie where it says."""
+    def check_current(self, group: int, batch: BatchBuffers) -> None: ...
 
-    def fill(self, handles: object, new_tokens: object, group: int, rows: int, out: BatchBuffers, others: list[tuple[int, BatchBuffers]] | None = None) -> None:
-        """Fills `out` for a group, and others for theirs."""
+    def fill(self, handles: object, new_tokens: object, group: int, rows: int, out: BatchBuffers, others: list[tuple[int, BatchBuffers]] | None = None) -> None: ...
 
-    def step_batch(self, handles: object, counts: object, tokens: object, rows: int, out: BatchBuffers, others: list[tuple[int, BatchBuffers]] | None = None) -> None:
-        """
-        counts None: one token each. `out`: of the first group that grows with the tokens; others: of other groups.
-        """
+    def step_batch(self, handles: object, counts: object, tokens: object, rows: int, out: BatchBuffers, others: list[tuple[int, BatchBuffers]] | None = None) -> None: ...
 
-    def admit(self, tokens: object | None, salt: bytes, extra_key: bytes, sequence: object | None = None) -> tuple[int, int]:
-        """
-        A new sequence: its handle, and how many tokens it has; also told to the object that stands for it.
-        """
+    def admit(self, tokens: object | None, salt: bytes, extra_key: bytes, sequence: object | None = None) -> tuple[int, int]: ...
 
-    def begin(self, tokens: object | None, salt: bytes, extra_key: bytes, count: int, sequence: object | None = None) -> tuple[int, int]:
-        """
-        admit() with room for `count` more tokens, or (-1) for the rest of them; else OutOfMemory.
-        """
+    def begin(self, tokens: object | None, salt: bytes, extra_key: bytes, count: int, sequence: object | None = None) -> tuple[int, int]: ...
 
-    def admit_batch(self, tokens: object | None, counts: object | None, salt: bytes, extra_key: bytes, handles: NDArray[numpy.int32], cached: NDArray[numpy.int32]) -> int:
-        """How many prompts got room."""
+    def admit_batch(self, tokens: object | None, counts: object | None, salt: bytes, extra_key: bytes, handles: NDArray[numpy.int32], cached: NDArray[numpy.int32]) -> int: ...
 
-    def match(self, tokens: object | None, salt: bytes, extra_key: bytes) -> tuple[int, str]:
-        """How many tokens are cached, and why not more."""
+    def match(self, tokens: object | None, salt: bytes, extra_key: bytes) -> tuple[int, str]: ...
 
-    def pin(self, handle: int, tokens: int, pin: object | None = None) -> tuple[int, int]:
-        """
-        The first tokens of a sequence (-1: all known): a pin, and how many it keeps.
-        """
+    def pin(self, handle: int, tokens: int, pin: object | None = None) -> tuple[int, int]: ...
 
     def pin_tokens(self, tokens: object | None, salt: bytes, extra_key: bytes, pin: object | None = None) -> tuple[int, int]: ...
 
-    def pins(self) -> list[tuple[int, int]]:
-        """
-        Every pin that keeps something, and how many tokens it keeps; in the order in which they were made.
-        """
+    def pins(self) -> list[tuple[int, int]]: ...
 
     def unpin(self, pin: int) -> None: ...
 
@@ -555,45 +453,26 @@ class Allocator:
 
     def retain(self, handle: int, start: int, end: int, priority: int, seconds: float) -> None: ...
 
-    def retained(self, handle: int) -> list[tuple[int, int, int, float]]:
-        """
-        What holds of which blocks: (first, end, priority, seconds), ascending, no block twice.
-        """
+    def retained(self, handle: int) -> list[tuple[int, int, int, float]]: ...
 
     def clear_cache(self) -> int: ...
 
-    def drain_events(self, taken: int, max: int, restart: bool) -> tuple[int, EventRecords, dict[int, tuple[bytes, bytes]]]:
-        """
-        The number of a batch, its records, and the (salt, extra key) of the roots that they name. The batch after number ``taken``: given again until a call says that it was taken.
-        """
+    def drain_events(self, taken: int, max: int, restart: bool) -> tuple[int, EventRecords, dict[int, tuple[bytes, bytes]]]: ...
 
-    def table(self, handle: int, group: int, /) -> TableChanges | None:
-        """
-        All entries of one table, or (-1) of those of all groups; those that are out of window are 0.
-        """
+    def table(self, handle: int, group: int, /) -> TableChanges | None: ...
 
-    def tables(self, handles: object, /) -> TableChanges | None:
-        """The same of many sequences, and of all groups."""
+    def tables(self, handles: object, /) -> TableChanges | None: ...
 
 class BatchBuffers:
-    """
-    Where Allocator.fill() writes; one array per field of kvmem.Batch, or None.
-    """
-
-    def __init__(self, *, max_sequences: int, max_new_tokens: int, max_blocks: int, max_indices: int, block_table: object | None = None, seq_lens: object | None = None, first_tokens: object | None = None, slot_mapping: object | None = None, positions: object | None = None, batch_indices: object | None = None, cu_seqlens_q: object | None = None, cu_seqlens_k: object | None = None, kv_indptr: object | None = None, kv_indices: object | None = None, kv_last_page_len: object | None = None, rows: object | None = None, row_starts: object | None = None, delta_places: object | None = None, delta_blocks: object | None = None) -> None: ...
+    def __init__(self, *, max_sequences: int, max_new_tokens: int, max_blocks: int, max_indices: int, **arrays: object) -> None: ...
 
     @property
-    def filled(self) -> bool:
-        """False before the first fill, and if the last one failed."""
+    def filled(self) -> bool: ...
 
-    def forget(self) -> None:
-        """
-        What it was filled with is not where it should be: the next fill writes, and tells, all of it.
-        """
+    def forget(self) -> None: ...
 
     @property
-    def handles(self) -> list[int]:
-        """The sequences of the last fill, without padding rows."""
+    def handles(self) -> list[int]: ...
 
     @property
     def num_rows(self) -> int: ...
@@ -611,20 +490,17 @@ class BatchBuffers:
     def max_seqlen_k(self) -> int: ...
 
     @property
-    def num_deltas(self) -> int:
-        """Entries of the table that changed; -1: more than were noted."""
+    def num_deltas(self) -> int: ...
 
     @property
-    def table_rows(self) -> tuple[int, int]:
-        """The rows that hold them, as a range."""
+    def table_rows(self) -> tuple[int, int]: ...
 
     @property
-    def indices_from(self) -> int:
-        """Where kv_indices changed first."""
+    def indices_from(self) -> int: ...
 
 class TableChanges:
     """
-    What a call wrote to block tables: entry ``columns[k]`` of row ``rows[k]`` is ``blocks[k]`` now, by row, then by column; 0 where a sliding window has passed the block. These are of the main group, the first that grows with the tokens; ``group(g)`` tells the same of group g. The length counts the entries of all groups: most changes are empty, and false.
+    What a call wrote to block tables: entry ``columns[k]`` of row ``rows[k]`` is now ``blocks[k]``, by row, then by column; 0 for a block that is out of window. These are the entries of the main group, the first that grows with the tokens; ``group(g)`` returns those of group g. The length counts the entries of all groups: most changes are empty, and false.
     """
 
     def __init__(self) -> None: ...
@@ -635,7 +511,7 @@ class TableChanges:
     @property
     def rows(self) -> Annotated[NDArray[numpy.int32], dict(shape=(None,))]:
         """
-        int32 [k], made when asked for: positions in the ``handles`` of the call, 0 where it had one request.
+        int32 [k]: positions in the ``handles`` of the call; 0 if it had one request. Cost: a copy.
         """
 
     @property
@@ -648,18 +524,18 @@ class TableChanges:
 
     @property
     def groups(self) -> tuple[int, ...]:
-        """The groups that have entries here, ascending."""
+        """The groups that have entries, ascending."""
 
     def group(self, group: int) -> TableChanges:
         """
-        What was written to the tables of one group, as ``TableChanges`` of which it is the main one; empty if nothing was.
+        Returns what was written to the tables of one group, as ``TableChanges`` with that main group.
         """
 
     def write(self, table: NDArray[numpy.int32], row: int = 0) -> None:
         """
-        Brings a copy of the main group's tables up to date: all of it, or ``SpecError`` where it is too small.
+        Writes the entries of the main group to a copy of its tables. Raises ``SpecError``, and writes nothing, if the copy is too small.
 
-        table: int32 [requests, blocks of the longest], of any strides. row: the request's, or where row 0 of a step stands.
+        table: int32 [requests, blocks of the longest], of any strides. row: the row of the copy that is row 0 here.
         """
 
     def __repr__(self) -> str: ...
@@ -668,14 +544,9 @@ class TableChanges:
 
     def __setstate__(self, arg: tuple[int, bytes], /) -> None: ...
 
-def eviction_policy_names() -> list[str]:
-    """What `policy=` of an allocator may be; the default first."""
+def eviction_policy_names() -> list[str]: ...
 
 class EvictionPolicy:
-    """
-    A policy without an allocator, for tests and simulations (csrc/eviction/policy.h says what each call means). Calls that break its rules raise SpecError.
-    """
-
     def __init__(self, name: str) -> None: ...
 
     def reserve(self, ids: int) -> None: ...
@@ -700,38 +571,30 @@ class EvictionPolicy:
 
     def restore(self, id: int) -> None: ...
 
-    def digest(self) -> int:
-        """Of the order in which blocks stand."""
+    def digest(self) -> int: ...
 
 class RetentionPolicy(EvictionPolicy):
-    """Priorities and times to live over a policy."""
-
     def __init__(self, name: str, clock: Callable[[], float]) -> None: ...
 
     def retain(self, id: int, priority: int, ttl_seconds: float) -> None: ...
 
 class EventRecords:
-    """Records in order: numpy views, one entry a record, read-only."""
-
     def __len__(self) -> int: ...
 
     @property
-    def kinds(self) -> Annotated[NDArray[numpy.int8], dict(shape=(None,), writable=False)]:
-        """0 stored, 1 removed, 2 cleared; int8 [n]."""
+    def kinds(self) -> Annotated[NDArray[numpy.int8], dict(shape=(None,), writable=False)]: ...
 
     @property
     def nodes(self) -> Annotated[NDArray[numpy.int32], dict(shape=(None,), writable=False)]: ...
 
     @property
-    def parents(self) -> Annotated[NDArray[numpy.int32], dict(shape=(None,), writable=False)]:
-        """-1 for the first block of a chain."""
+    def parents(self) -> Annotated[NDArray[numpy.int32], dict(shape=(None,), writable=False)]: ...
 
     @property
     def roots(self) -> Annotated[NDArray[numpy.int32], dict(shape=(None,), writable=False)]: ...
 
     @property
-    def groups(self) -> Annotated[NDArray[numpy.int32], dict(shape=(None,), writable=False)]:
-        """-1: no group holds the node; others continue it."""
+    def groups(self) -> Annotated[NDArray[numpy.int32], dict(shape=(None,), writable=False)]: ...
 
     @property
     def ordinals(self) -> Annotated[NDArray[numpy.int32], dict(shape=(None,), writable=False)]: ...
@@ -740,18 +603,12 @@ class EventRecords:
     def tiers(self) -> Annotated[NDArray[numpy.int32], dict(shape=(None,), writable=False)]: ...
 
     @property
-    def tokens(self) -> Annotated[NDArray[numpy.int32], dict(shape=(None, None), writable=False)]:
-        """int32 [stored records, block_tokens]."""
+    def tokens(self) -> Annotated[NDArray[numpy.int32], dict(shape=(None, None), writable=False)]: ...
 
     @property
-    def tags(self) -> list[bytes | None]:
-        """
-        What of each stored record's block is keyed (csrc/index/block_tags.h); made when asked for.
-        """
+    def tags(self) -> list[bytes | None]: ...
 
 class EventRing:
-    """A bounded queue of records; see csrc/index/events.h."""
-
     def __init__(self, capacity: int, block_tokens: int) -> None: ...
 
     def stored(self, node: int, parent: int, root: int, group: int, ordinal: int, tokens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], tier: int = 0) -> None: ...
@@ -760,10 +617,7 @@ class EventRing:
 
     def cleared(self) -> None: ...
 
-    def drain(self, max: int, resident: Callable[[], Iterable[object]], restart: bool = False) -> EventRecords:
-        """
-        `resident()` gives what stored() takes, in tuples, for all that is there.
-        """
+    def drain(self, max: int, resident: Callable[[], Iterable[object]], restart: bool = False) -> EventRecords: ...
 
     @property
     def on(self) -> bool: ...
@@ -776,31 +630,25 @@ class EventRing:
     @property
     def lost(self) -> int: ...
 
-def keyed_hash(first: int, second: int, bytes: bytes) -> int:
-    """What salts are found by; see csrc/base/keyed_hash.h."""
+def keyed_hash(first: int, second: int, bytes: bytes) -> int: ...
 
 class TokenBlocks:
-    """Blocks of token ids, packed; see csrc/index/token_blocks.h."""
-
     def __init__(self, block_tokens: int) -> None: ...
 
     def reserve(self, blocks: int) -> None: ...
 
     def put(self, block: int, tokens: object) -> None: ...
 
-    def common(self, block: int, tokens: object) -> int:
-        """How many of these tokens the block begins with."""
+    def common(self, block: int, tokens: object) -> int: ...
 
-    def copy(self, block: int, out: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu')]) -> None:
-        """Fills `out` with the first ids of the block."""
+    def copy(self, block: int, out: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu')]) -> None: ...
 
     @property
-    def bits(self) -> int:
-        """Of one id."""
+    def bits(self) -> int: ...
 
 class Scope:
     """
-    What a sequence's Python object does at the ends of its life: it has a ``_core`` and an ``_id``.
+    A base of a sequence's Python object, which has a ``_core`` and an ``_id``.
     """
 
     def __enter__(self) -> object: ...

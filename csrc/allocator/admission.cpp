@@ -24,6 +24,7 @@ void Admission::check_prompts(const i32* counts, i64 n) const {
 }
 
 void Admission::start(i64 n) {
+  KVMEM_ASSERT(n >= 0, "a call opens a number of sequences");
   contents_.used.clear();
   admitted_.clear();
   admitted_.reserve(n);
@@ -41,24 +42,26 @@ void Admission::open(const i32* tokens, i64 n, const PrefixKey& key, i32 root, R
   const auto is_cut = [&] { return match_.tokens % matcher_.block_tokens() != 0; };
   if (reuse == Reuse::whole_blocks && is_cut()) matcher_.cut_to_blocks(match_.tokens, &match_);
   bool done = try_adopt(one, grows, tx);
-  if (!done && is_cut()) {  // whole blocks may need no memory
+  if (!done && is_cut()) {  // whole blocks need no copy, so they may need no memory
     matcher_.cut_to_blocks(match_.tokens, &match_);
     done = try_adopt(one, grows, tx);
   }
   if (!done) tx.push({OpKind::open, 0, one.handle});
   one.cached = done ? match_.tokens : 0;
   one.end = contents_.used.size();
+  KVMEM_ASSERT(sequences_.is_live(one.handle), "the sequence is open");
+  KVMEM_ASSERT(one.cached < std::max(n, i64{1}), "at least one token of the prompt is left to compute");
 }
 
-// False, and nothing has changed, when nothing was found or there is no memory for the copy of what is cut. The nodes
-// of the sequence follow in `used`.
+// Opens the sequence with match_, and adds the nodes that it uses to `used`. Returns false, and has changed nothing, if
+// nothing matched or there is no memory to copy a block that matches in part.
 bool Admission::try_adopt(const Admitted& one, bool grows, Transaction& tx) {
   if (match_.tokens == 0) return false;
   const Transaction::Point before = tx.here();
   UsedNodes& used = contents_.used;
   used.begin(tx);
-  used.use_all(match_.chain);
-  matcher_.for_windows(match_.chain, match_.tokens, [&used](i32 node, i32 window) { used.use(node, window); });
+  used.acquire_all(match_.chain);
+  matcher_.for_windows(match_.chain, match_.tokens, [&used](i32 node, i32 window) { used.acquire(node, window); });
   try {
     tx.push({OpKind::open, 0, one.handle});
     const i64 index = sequences_.index(one.handle);
@@ -76,29 +79,30 @@ bool Admission::try_adopt(const Admitted& one, bool grows, Transaction& tx) {
   return true;
 }
 
-void Admission::give_room(i64 count, Transaction& tx) {
+void Admission::make_room(i64 count, Transaction& tx) {
+  KVMEM_ASSERT(!admitted_.empty(), "open() comes first");
   const Admitted& one = admitted_.back();
   const i64 tokens = count < 0 ? one.tokens : one.cached + count;
   check_length(tokens);
-  room_.grow_to(sequences_.index(one.handle), tokens, one.cached, tx);
+  growth_.grow_to(sequences_.index(one.handle), tokens, one.cached, tx);
 }
 
-void Admission::open_some(const i32* tokens, const i32* counts, i64 n, const PrefixKey& key, i32 root,
-                          Transaction& tx) {
+void Admission::open_first(const i32* tokens, const i32* counts, i64 n, const PrefixKey& key, i32 root,
+                           Transaction& tx) {
   for (i64 i = 0; i < n && sequences_.count() < sequences_.capacity(); tokens += counts[i++]) {
     const Transaction::Point before = tx.here();
     try {
       open(tokens, counts[i], key, root, Reuse::all, true, tx);
-      give_room(-1, tx);
-    } catch (const OutOfMemory&) {  // as many as there is memory for
+      make_room(-1, tx);
+    } catch (const OutOfMemory&) {
       tx.roll_back_to(before);
-      admitted_.resize(i);  // the one that did not fit
+      admitted_.resize(i);
       return;
     }
   }
 }
 
-// What was refused, or taken back, is in no statistic: a request that waits is tried in every step.
+// Only successful admissions are counted, because a scheduler tries a waiting request in every step.
 void Admission::finish(const i32* tokens, i32 root) {
   if (root == kNoNode) return;
   for (Admitted& one : admitted_) {
@@ -110,6 +114,7 @@ void Admission::finish(const i32* tokens, i32 root) {
 }
 
 void Admission::finish_one(Admitted& one, const i32* tokens, i32 root) {
+  KVMEM_ASSERT(one.first <= one.end && one.end <= contents_.used.size(), "its uses are a part of the call's");
   const UsedNodes& used = contents_.used;
   const i64 size = matcher_.block_tokens(), whole = one.cached / size;
   const std::size_t shared = one.first + static_cast<std::size_t>(whole);
@@ -119,10 +124,10 @@ void Admission::finish_one(Admitted& one, const i32* tokens, i32 root) {
   PrefixIndex& index = index_;
   for (std::size_t i = one.first; i < nodes; ++i) index.hit(used[i].node);
   for (std::size_t i = nodes; i < one.end; ++i) index_.hit_window(used[i].node, used[i].window);
-  // Of what is reused whole, the sequence needs it now.
+  // The sequence itself needs the reused parts from now on.
   for (std::size_t i = one.end; i-- > nodes;) index_.unneed(used[i].node, used[i].window, false);
   for (std::size_t i = one.first; groups_.has_state() && i < shared; ++i) table_.allow_eviction(used[i].node);
-  for (std::size_t i = nodes; i-- > shared;) contents_.leave_node(used[i].node);  // what was copied is not shared
+  for (std::size_t i = nodes; i-- > shared;) contents_.drop_node(used[i].node);  // a copied block is not shared
 }
 
 }  // namespace kvmem

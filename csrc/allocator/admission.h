@@ -1,81 +1,88 @@
-// How sequences begin with what is cached of their prompts.
+// Opening sequences with what is cached of their prompts.
 //
-// State: the statistics of look-ups; the rest is the call's in progress. Invariant: a sequence that was admitted holds
-// the first `cached` tokens of its prompt, committed and known, with the node of each whole block in use. Until the
-// transaction is committed all of it can be taken back; finish() comes after that and cannot fail. REQUIRES the pool's
-// lock.
+// State: statistics of lookups, and the admissions of the call in progress. Invariant: an admitted sequence has the
+// first `cached` tokens of its prompt, committed and known, and is a user of the node of each whole block. All of it
+// can be undone until the transaction is committed; finish() comes afterwards and cannot fail. Thread safety: every
+// function REQUIRES the pool's lock.
 #pragma once
 
 #include <vector>
 
 #include "allocator/contents.h"
-#include "allocator/room.h"
+#include "allocator/growth.h"
 
 namespace kvmem {
 
-// How much of what is cached an admission reuses: the fallbacks of one that is short of memory.
+// How much cached content an admission reuses; the later values are fallbacks if memory is short.
 enum class Reuse : std::uint8_t { all, whole_blocks, none };
 
-// A root of the index in use until this ends; or by keep(), for as many sequences.
+// A use of the index's root for `key`. The destructor undoes it, unless commit() has turned it into uses by sequences.
 class RootUse {
  public:
   RootUse(PrefixIndex& index, const PrefixKey& key, bool on) : index_(index) {
     if (on) node_ = index.open_root(key, &made_);
   }
   ~RootUse() {
-    if (node_ != kNoNode && !kept_) index_.unopen_root(node_, made_);
+    if (node_ != kNoNode && !committed_) index_.unopen_root(node_, made_);
   }
   RootUse(const RootUse&) = delete;
   RootUse& operator=(const RootUse&) = delete;
   i32 node() const { return node_; }
-  void keep(i64 users) {
+  void commit(i64 users) {
+    KVMEM_ASSERT(!committed_, "a root is committed once");
     if (node_ == kNoNode || users == 0) return;
-    kept_ = true;
+    committed_ = true;
     for (i64 i = 1; i < users; ++i) index_.acquire(node_);
   }
 
  private:
   PrefixIndex& index_;
   i32 node_ = kNoNode;
-  bool made_ = false, kept_ = false;
+  bool made_ = false, committed_ = false;
 };
 
 class Admission {
  public:
   Admission(const Groups& groups, PrefixMatcher& matcher, Sequences& sequences, PrefixIndex& index, PageTable& table,
-            SequenceRecords& records, Room& room, SequenceContents& contents)
+            SequenceRecords& records, SequenceGrowth& growth, SequenceContents& contents)
       : groups_(groups),
         matcher_(matcher),
         sequences_(sequences),
         index_(index),
         table_(table),
         records_(records),
-        room_(room),
+        growth_(growth),
         contents_(contents) {}
 
   // A sequence opened by the call in progress.
   struct Admitted {
     i64 handle = 0, tokens = 0, cached = 0;
     KeyMarks marks;
-    // In `used` from `first` to before `end`: the nodes that it reuses, from the start on, then what windows need.
+    // Its part of SequenceContents::used, [first, end): the nodes that it reuses, from the first token on, then the
+    // parts that windows need.
     std::size_t first = 0, end = 0;
   };
 
-  void check_length(i64 tokens) const;  // SpecError for more tokens than a sequence can hold
+  // Throw SpecError for more tokens than a sequence can hold, and for a count that is negative or too large.
+  void check_length(i64 tokens) const;
   void check_prompts(const i32* counts, i64 n) const;
 
-  // --- in the call's transaction ---
+  // --- in the transaction of the call ---
+  // Begins a call that opens at most `n` sequences.
   void start(i64 n);
-  // Opens a sequence with as much of `tokens`, without the last one, as is cached in the root's part of the index.
-  // Short of memory it takes less. `grows`: it will get room for all of them. OutOfMemory when all places are taken.
+  // Opens a sequence with the prefix of `tokens`, without the last token, that is cached under `root`. Reuses less if
+  // memory is short. `grows`: the sequence will get room for all its tokens. Throws OutOfMemory if all places are
+  // taken.
   void open(const i32* tokens, i64 n, const PrefixKey& key, i32 root, Reuse reuse, bool grows, Transaction& tx);
-  // Room for `count` more tokens than are cached, or (-1) for all of the latest one's. OutOfMemory.
-  void give_room(i64 count, Transaction& tx);
-  // As many of `n` prompts, in their order, as there is memory and places for.
-  void open_some(const i32* tokens, const i32* counts, i64 n, const PrefixKey& key, i32 root, Transaction& tx);
+  // Makes room in the latest sequence for `count` more tokens than are cached or, with -1, for its whole prompt. Throws
+  // OutOfMemory.
+  void make_room(i64 count, Transaction& tx);
+  // Opens, with room, as many of `n` prompts, in order, as there are memory and places for.
+  void open_first(const i32* tokens, const i32* counts, i64 n, const PrefixKey& key, i32 root, Transaction& tx);
 
-  // --- after it ---
-  void finish(const i32* tokens, i32 root);  // of all; counts them, too
+  // --- after the transaction ---
+  // Completes all admissions of the call and counts them in the statistics. `tokens`: those of all prompts.
+  void finish(const i32* tokens, i32 root);
   const std::vector<Admitted>& admitted() const { return admitted_; }
 
   i64 lookup_tokens() const { return lookup_tokens_; }
@@ -91,10 +98,10 @@ class Admission {
   PrefixIndex& index_;
   PageTable& table_;
   SequenceRecords& records_;
-  Room& room_;
+  SequenceGrowth& growth_;
   SequenceContents& contents_;
-  std::vector<Admitted> admitted_;  // by the call in progress
-  Match match_;                     // of the latest
+  std::vector<Admitted> admitted_;  // of the call in progress
+  Match match_;                     // of the latest sequence
   i64 lookup_tokens_ = 0, hit_tokens_ = 0;
 };
 

@@ -2,15 +2,12 @@
 
 #include <algorithm>
 
-#include "allocator/cascade.h"
-#include "allocator/mutate.h"
-
 namespace kvmem {
 namespace {
 
 Geometry resolve(const Geometry& geometry, bool paged, bool shares) {
   Geometry found = with_unit(geometry, shares ? shared_unit(geometry) : 0);
-  if (paged) found.map_ahead_tokens = 0;  // blocks come from the pool's pages, which are mapped already or soon
+  if (paged) found.map_ahead_tokens = 0;  // blocks lie on mapped pages, so there is nothing to map ahead
   return found;
 }
 
@@ -36,7 +33,7 @@ std::vector<GroupKind> kinds(const Groups& groups, bool shares) {
   return found;
 }
 
-// How many blocks of the content index `pages` of memory hold.
+// Returns the number of the index's blocks for which `pages` pages are enough.
 i64 blocks_in(const Groups& groups, i64 pages) {
   i64 block_bytes = 0;
   for (const GroupGeometry& group : groups.geometry().groups) {
@@ -60,10 +57,10 @@ Allocator::Allocator(const Geometry& geometry, std::shared_ptr<PagePool> pool, b
       table_(make_table(paged, limit_pages)),
       planner_(groups_, *pool_, sequences_, *table_),
       records_(groups_, *pool_, sequences_, *table_, planner_),
-      room_(groups_, *pool_, sequences_, *table_, records_, planner_, *this),
+      growth_(groups_, *pool_, sequences_, *table_, records_, planner_, *this),
       matcher_(groups_, prefix_, why_off(prefix, groups_), index_, *table_),
       contents_(groups_, matcher_, sequences_, index_, *table_),
-      admission_(groups_, matcher_, sequences_, index_, *table_, records_, room_, contents_),
+      admission_(groups_, matcher_, sequences_, index_, *table_, records_, growth_, contents_),
       pins_(groups_, matcher_, index_, *table_),
       follower_(groups_, *pool_, sequences_, index_, *table_, *this),
       table_diff_(groups_, sequences_, index_, planner_, *table_, paged && prefix_.on),
@@ -82,7 +79,7 @@ std::unique_ptr<PageTable> Allocator::make_table(bool paged, i64 limit_pages) {
 
 Allocator::~Allocator() {
   if (pool_->forked()) {
-    table_.release();  // the parent's: nothing here may be unmapped, and its locks may be closed for ever
+    table_.release();  // it belongs to the parent: this process may unmap nothing, and its locks may be held for ever
     return;
   }
   const PoolLock lock = pool_->lock_to_close();
@@ -91,13 +88,6 @@ Allocator::~Allocator() {
 }
 
 // ---- how calls run -------------------------------------------------------------------------------
-
-PoolLock Allocator::enter_still() {
-  fork_guard_.check("the allocator");
-  PoolLock lock = pool_->lock();
-  lock.step_back();
-  return lock;
-}
 
 std::uint64_t Allocator::state_digest() const {
   Hasher hash;
@@ -130,34 +120,35 @@ void Allocator::apply_table(const Op& op, bool undo) {
     case OpKind::close:
       return records_.apply(op, undo);
     case OpKind::use:
-      return contents_.used.take_back(static_cast<std::size_t>(op.a));  // only ever undone
+      KVMEM_ASSERT(undo, "a `use` record is noted, not applied, so it can only be undone");
+      return contents_.used.undo_to(static_cast<std::size_t>(op.a));
     default:
       return table_->apply(op, undo);
   }
 }
 
-// ---- opening and ending --------------------------------------------------------------------------
+// ---- opening and freeing -----------------------------------------------------------------------
 
 void Allocator::open(i64 count, i32* handles) {
-  mutate([&] {
+  update([&] {
     if (count < 0) throw SpecError("asked to open " + std::to_string(count) + " sequences");
     RootUse root(index_, PrefixKey(), prefix_.on && count > 0);
     Transaction tx(*pool_, *this);
     for (i64 i = 0; i < count; ++i) handles[i] = static_cast<i32>(records_.open(tx));
     tx.commit();
     for (i64 i = 0; i < count; ++i) contents_.start(sequences_.index(handles[i]), root.node());
-    root.keep(count);
+    root.commit(count);
   });
 }
 
 i64 Allocator::admit(const i32* tokens, i64 n, const PrefixKey& key, i64* cached) {
-  return mutate([&] {
-    sequences_.next_handle();  // refuses where there is none
+  return update([&] {
+    sequences_.next_handle();  // throws if all places are taken; the fallbacks below would not help
     for (Reuse reuse : {Reuse::all, Reuse::whole_blocks}) {
       try {
         return admit_one(tokens, n, key, reuse, 0, false, cached);
       } catch (const OutOfMemory&) {
-        // The driver had none. Less reuse may need none of it.
+        // The driver had no memory. Reusing less may need none.
       }
     }
     return admit_one(tokens, n, key, Reuse::none, 0, false, cached);
@@ -165,13 +156,13 @@ i64 Allocator::admit(const i32* tokens, i64 n, const PrefixKey& key, i64* cached
 }
 
 i64 Allocator::begin(const i32* tokens, i64 n, const PrefixKey& key, i64 count, i64* cached) {
-  return mutate([&] {
+  return update([&] {
     admission_.check_length(count < 0 ? n : count);
     return admit_one(tokens, n, key, Reuse::all, count, true, cached);
   });
 }
 
-// `grows`: with room for `count` more tokens than it found; -1: for the rest of the prompt.
+// One transaction. `grows`: with room for `count` more tokens than are cached or, with -1, for the whole prompt.
 i64 Allocator::admit_one(const i32* tokens, i64 n, const PrefixKey& key, Reuse reuse, i64 count, bool grows,
                          i64* cached) {
   RootUse root(index_, key, prefix_.on);
@@ -180,59 +171,59 @@ i64 Allocator::admit_one(const i32* tokens, i64 n, const PrefixKey& key, Reuse r
   {
     Transaction tx(*pool_, *this);
     admission_.open(tokens, n, key, root.node(), reuse, grows, tx);
-    if (grows) admission_.give_room(count, tx);
+    if (grows) admission_.make_room(count, tx);
     tx.commit();
   }
-  root.keep(1);
+  root.commit(1);
   admission_.finish(tokens, root.node());
   const Admission::Admitted& one = admission_.admitted().front();
   const i64 index = sequences_.index(one.handle);
-  if (grows) room_.map_ahead(&index, 1, -1);
+  if (grows) growth_.map_ahead(&index, 1, -1);
   *cached = one.cached;
   return one.handle;
 }
 
 i64 Allocator::admit_batch(const i32* tokens, const i32* counts, i64 n, const PrefixKey& key, i32* handles,
                            i32* cached) {
-  return mutate([&]() -> i64 {
+  return update([&]() -> i64 {
     admission_.check_prompts(counts, n);
     for (i64 some = n; some > 0; some /= 2) {
       try {
-        return admit_some(tokens, counts, some, key, handles, cached);
+        return admit_first(tokens, counts, some, key, handles, cached);
       } catch (const OutOfMemory&) {
-        // The driver had less than the metadata says. It may have enough for some of them.
+        // The driver had less memory than the metadata says. It may be enough for fewer prompts.
       }
     }
     return 0;
   });
 }
 
-// In one transaction, so that an error takes all of them back, with what was evicted for them.
-i64 Allocator::admit_some(const i32* tokens, const i32* counts, i64 n, const PrefixKey& key, i32* handles,
-                          i32* cached) {
+// One transaction, so that an error undoes all admissions and the evictions made for them.
+i64 Allocator::admit_first(const i32* tokens, const i32* counts, i64 n, const PrefixKey& key, i32* handles,
+                           i32* cached) {
   RootUse root(index_, key, prefix_.on);
   admission_.start(n);
   plan_.indices.resize(n);
   settle();
   {
     Transaction tx(*pool_, *this);
-    admission_.open_some(tokens, counts, n, key, root.node(), tx);
+    admission_.open_first(tokens, counts, n, key, root.node(), tx);
     tx.commit();
   }
   const std::vector<Admission::Admitted>& admitted = admission_.admitted();
-  root.keep(static_cast<i64>(admitted.size()));
+  root.commit(static_cast<i64>(admitted.size()));
   admission_.finish(tokens, root.node());
   for (std::size_t i = 0; i < admitted.size(); ++i) {
     plan_.indices[i] = sequences_.index(admitted[i].handle);
     handles[i] = static_cast<i32>(admitted[i].handle);
     cached[i] = static_cast<i32>(admitted[i].cached);
   }
-  room_.map_ahead(plan_.indices.data(), static_cast<i64>(admitted.size()), -1);
+  growth_.map_ahead(plan_.indices.data(), static_cast<i64>(admitted.size()), -1);
   return static_cast<i64>(admitted.size());
 }
 
 i64 Allocator::fork(i64 handle) {
-  return mutate([&] {
+  return update([&] {
     const i64 parent = sequences_.index(handle), main = groups_.token_group();
     settle();
     contents_.prepare_fork(parent, sequences_.tokens(parent, main) > sequences_.committed(parent, main));
@@ -241,7 +232,7 @@ i64 Allocator::fork(i64 handle) {
       Transaction tx(*pool_, *this);
       contents_.use_fork(tx);
       child = sequences_.index(records_.open(tx));
-      for (const bool fixed : {false, true}) {  // a row must be bound empty before pages of another are mapped in it
+      for (const bool fixed : {false, true}) {  // a row must be bound while it is empty, so states come last
         for (i64 g = 0; g < groups_.count(); ++g) {
           if ((groups_[g].growth == Growth::fixed) == fixed) share_group(parent, child, g, tx);
         }
@@ -257,14 +248,15 @@ i64 Allocator::fork(i64 handle) {
   });
 }
 
-// Tokens that are reserved but not committed are still to be written, so they cannot be shared.
+// Gives the child the parent's committed tokens. Reserved ones are not written yet, so they cannot be shared.
 void Allocator::share_group(i64 parent, i64 child, i64 g, Transaction& tx) {
+  KVMEM_ASSERT(sequences_.tokens(child, g) == 0, "the child holds nothing in this group");
   const i64 tokens = sequences_.committed(parent, g);
   if (tokens == 0) return;
   records_.set_tokens(child, g, tokens, tx);
-  if (groups_[g].growth == Growth::fixed) {  // a state is rewritten in place: it is copied whole
+  if (groups_[g].growth == Growth::fixed) {  // a state is overwritten in place, so it is copied
     table_->grow(child, g, 0, 1, tx);
-    records_.set_committed(child, g, tokens, tx);  // only now: a row that it comes to may be zeroed first
+    records_.set_committed(child, g, tokens, tx);  // after grow(), which may zero the row it binds
     const std::vector<i64>& bytes = groups_[g].token_bytes;
     for (std::size_t a = 0; a < bytes.size(); ++a) {
       tx.push({OpKind::copy, static_cast<i32>(table_->first_arena(g) + a), table_->offset_bytes(child, g, a, 0),
@@ -278,45 +270,33 @@ void Allocator::share_group(i64 parent, i64 child, i64 g, Transaction& tx) {
 }
 
 void Allocator::free(const i32* handles, i64 n) {
-  mutate([&] {
+  update([&] {
     planner_.find_each_once(handles, n, &plan_);
     Transaction tx(*pool_, *this);
     for (i64 index : plan_.indices) records_.close(index, tx);
     tx.commit();
-    for (i64 index : plan_.indices) contents_.leave(index);
+    for (i64 index : plan_.indices) contents_.end(index);
   });
 }
 
 bool Allocator::close() {
   fork_guard_.check("the allocator");
   const PoolLock lock = pool_->lock_to_close();
-  changes_.store(changes() + 1, std::memory_order_relaxed);
+  count_change();
   sequences_.close();
   return !pool_->is_poisoned();
 }
 
-// ---- what is there -------------------------------------------------------------------------------
+// ---- queries ----------------------------------------------------------------------------------
 
-i64 Allocator::tokens(i64 handle, i64 group) {
-  const PoolLock lock = enter(true);
+Sequences::Lengths Allocator::lengths(i64 handle, i64 group) {
+  const PoolLock lock = lock_to_read();
   groups_.check(group);
-  return sequences_.tokens(sequences_.index(handle), groups_.one(group));
-}
-
-i64 Allocator::committed(i64 handle, i64 group) {
-  const PoolLock lock = enter(true);
-  groups_.check(group);
-  return sequences_.committed(sequences_.index(handle), groups_.one(group));
-}
-
-i64 Allocator::first_token(i64 handle, i64 group) {
-  const PoolLock lock = enter(true);
-  groups_.check(group);
-  return sequences_.front(sequences_.index(handle), groups_.one(group));
+  return *sequences_.lengths(groups_.one(group), sequences_.index(handle));
 }
 
 void Allocator::lengths(const i32* handles, i64 n, i64 group, i64* tokens, i64* committed) {
-  const PoolLock lock = enter(true);
+  const PoolLock lock = lock_to_read();
   groups_.check(group);
   for (i64 i = 0; i < n; ++i) {
     const Sequences::Lengths& now = *sequences_.lengths(groups_.one(group), sequences_.index(handles[i]));
@@ -325,13 +305,13 @@ void Allocator::lengths(const i32* handles, i64 n, i64 group, i64* tokens, i64* 
 }
 
 Placement Allocator::place(i64 handle, i64 group) {
-  const PoolLock lock = enter_still();
+  const PoolLock lock = lock_to_fill();
   groups_.check(group);
   return table_->view(groups_.one(group)).at(sequences_.index(handle));
 }
 
 TableChanges Allocator::table(i64 handle, i64 group) {
-  const PoolLock lock = enter(true);
+  const PoolLock lock = lock_to_read();
   groups_.check(group);
   const i64 index = sequences_.index(handle);
   TableChanges entries;
@@ -341,7 +321,7 @@ TableChanges Allocator::table(i64 handle, i64 group) {
 }
 
 TableChanges Allocator::tables(const i32* handles, i64 n) {
-  const PoolLock lock = enter(true);
+  const PoolLock lock = lock_to_read();
   planner_.find(handles, n, &plan_);
   TableChanges entries;
   entries.main = static_cast<i32>(groups_.token_group());
@@ -352,17 +332,17 @@ TableChanges Allocator::tables(const i32* handles, i64 n) {
 }
 
 bool Allocator::is_live(i64 handle) {
-  const PoolLock lock = enter(true);
+  const PoolLock lock = lock_to_read();
   return sequences_.is_live(handle);
 }
 
 double Allocator::age_seconds(i64 handle) {
-  const PoolLock lock = enter(true);
+  const PoolLock lock = lock_to_read();
   return sequences_.age_seconds(sequences_.index(handle));
 }
 
 std::vector<i64> Allocator::handles() {
-  const PoolLock lock = enter(true);
+  const PoolLock lock = lock_to_read();
   std::vector<i64> found;
   for (i64 index = 0; index < sequences_.capacity(); ++index) {
     if (sequences_.live(index)) found.push_back(sequences_.handle_of(index));
@@ -371,17 +351,17 @@ std::vector<i64> Allocator::handles() {
 }
 
 void Allocator::common_blocks(const i32* handles, i64 n, i64 group, i64* out) {
-  const PoolLock lock = enter(true);
+  const PoolLock lock = lock_to_read();
   groups_.check(group);
   planner_.find(handles, n, &plan_);
-  find_common_blocks(groups_, *table_, plan_.indices, groups_.one(group), out);
+  filler_.find_common_blocks(plan_.indices, groups_.one(group), out);
 }
 
 void Allocator::cascade_order(const i32* handles, i64 n, i64 group, i64* order) {
-  const PoolLock lock = enter(true);
+  const PoolLock lock = lock_to_read();
   groups_.check(group);
   planner_.find(handles, n, &plan_);
-  find_cascade_order(groups_, *table_, sequences_, plan_.indices, groups_.one(group), order);
+  filler_.find_cascade_order(plan_.indices, groups_.one(group), order);
 }
 
 }  // namespace kvmem

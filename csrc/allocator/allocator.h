@@ -1,11 +1,16 @@
-// An allocator: sequences over one of the two page tables. This class locks, puts the calls of its parts in order and
-// reports errors; each part's header says what it does. Any number of threads may call: the pool's lock serialises
-// them, also across allocators that share the pool. A call that fails changes nothing (invariant 5) unless it says so.
+// An allocator: sequences over one of the two page tables. This class takes the lock, calls its parts in order and
+// reports errors; the header of each part says what the part does.
 //
-// The argument `group` is an index, or -1 for every group that grows with the tokens.
+// Thread safety: any number of threads may call. The lock of the pool serialises them, also across allocators that
+// share the pool. Every function takes that lock, except where its comment says otherwise. A call that fails changes
+// nothing (invariant 5), except where its comment says otherwise.
+//
+// `group` is the index of a group, or -1 for all groups that grow with the tokens. A handle that is not live is refused
+// with StaleHandle, any other wrong argument with SpecError.
 #pragma once
 
 #include <atomic>
+#include <exception>
 #include <memory>
 #include <string>
 #include <utility>
@@ -22,7 +27,7 @@
 namespace kvmem {
 
 struct AllocatorStats {
-  i64 limit_bytes = 0;  // the most that the allocator could hold, given what its neighbours in the pool do
+  i64 limit_bytes = 0;  // the most that this allocator could hold beside what the others of the pool hold
   i64 budget_bytes = 0, created_bytes = 0, free_bytes = 0;
   i64 mapped_bytes = 0, used_bytes = 0, parked_bytes = 0, shared_bytes = 0, held_bytes = 0, cached_beside_bytes = 0;
   i64 num_sequences = 0, driver_calls = 0, physical_bytes = 0;
@@ -31,113 +36,128 @@ struct AllocatorStats {
 
 class Allocator final : public TableState {
  public:
-  // `owns_pool`: no other allocator uses the pool, so its budget follows set_memory().
+  // `owns_pool`: no other allocator uses the pool, so set_memory() sets the pool's budget too.
   Allocator(const Geometry& geometry, std::shared_ptr<PagePool> pool, bool paged, i64 limit_pages, bool owns_pool,
             const PrefixOptions& prefix);
   ~Allocator() override;
 
   // --- sequences ---
+  // Opens `count` empty sequences and writes their handles. Throws OutOfMemory if there are fewer places.
   void open(i64 count, i32* handles);
-  // True if a sequence that is opened now could be extended by so many tokens. Costs as much, and changes nothing.
+  // Returns whether a sequence opened now could be extended by `tokens`. Changes nothing, but costs as much.
   bool can_fit(i64 tokens);
+  // Cuts the sequence to its first `tokens` tokens. Throws SpecError if it has fewer, if a window has dropped what the
+  // shorter sequence needs, or if a pin holds what would be cut.
   void truncate(i64 handle, i64 tokens);
+  // Returns the handle of a new sequence that shares the committed tokens of this one. Throws OutOfMemory.
   i64 fork(i64 handle);
   void free(i32 handle) { free(&handle, 1); }
   void free(const i32* handles, i64 n);
-  bool close();  // no sequence is opened from now on. False where the pool is poisoned: then none can be freed either
+  // Refuses to open sequences from now on. Returns false if the pool is poisoned: then no sequence can be freed either.
+  bool close();
 
-  // --- steps (step.cpp): of one sequence, or of many, each once ---
-  // What is written to block tables, of all groups, comes into `changes`; null where nobody asks. A call for one
-  // sequence for which nothing has to be decided is short; any other lets an embedding language's lock go
+  // --- steps (step.cpp): of one sequence, or of several, each named once ---
+  // `changes`, unless null, receives what the call writes to the block tables of all groups. A call for one sequence
+  // takes a fast path where nothing has to be decided; any other call releases the lock of the embedding language
   // (pool_lock.h).
+  //
+  // extend() makes room for more tokens; throws OutOfMemory if there is no memory for them.
   void extend(i32 handle, i64 count, i64 group, TableChanges* changes = nullptr);
   void extend(const i32* handles, const i32* counts, i64 n, i64 group, TableChanges* changes = nullptr);
-  // `ids`: of the tokens, one sequence's after the other's; null if they are not known.
+  // commit() declares the KV of reserved tokens valid. `ids`: their token ids, one sequence's after the other's, or
+  // null if they are unknown.
   void commit(i32 handle, i64 count, i64 group, const i32* ids, TableChanges* changes = nullptr);
   void commit(const i32* handles, const i32* counts, i64 n, i64 group, const i32* ids, TableChanges* changes = nullptr);
-  // Commits all that is reserved (`ids`: all of the `num_ids` of it, or null), and makes room for `count` more tokens.
+  // step() commits all reserved tokens (`ids`: all `num_ids` of them, or null), then makes room for more tokens.
   void step(i32 handle, i64 count, const i32* ids, i64 num_ids, TableChanges* changes = nullptr);
-  // The same for counts[i] (null: 1) more tokens, and fills `groups` with `rows` rows. All that could be refused is,
-  // before anything is changed, the buffers included.
+  // The same for several sequences (counts null: one token each), and fills `groups` with `rows` rows. Checks all
+  // arguments and the sizes of the buffers before it changes anything.
   void step(const i32* handles, const i32* counts, i64 n, const i32* ids, i64 num_ids, i64 rows, GroupBuffers* groups,
             i64 num_groups, TableChanges* changes = nullptr);
-  // Writes the metadata of these sequences, then padding rows up to `rows`. `new_tokens` null: what is reserved but not
-  // committed. SpecError when a buffer is too small; what the buffers hold then is not known.
+  // Writes the metadata of these sequences, then padding rows up to `rows`. `new_tokens` null: all tokens that are
+  // reserved and not committed. Throws SpecError if a buffer is too small; its content is undefined then.
   void fill(const i32* handles, i64 n, const i32* new_tokens, i64 rows, GroupBuffers* groups, i64 num_groups);
-  // Counts the calls that may free, cut or move what a filled batch speaks of. May be read without the lock.
+  // Returns the number of calls so far that may have freed, cut or moved what a filled batch names. Takes no lock.
   i64 changes() const { return changes_.load(std::memory_order_relaxed); }
-  // The first of a fill's sequences that was freed or cut since, or whose tokens no longer lie where the buffers say;
-  // -1 if there is none. Costs a comparison for each sequence, and for each block of those whose table changed.
+  // Returns the first sequence of a fill that was freed or cut since, or whose tokens have moved; -1 if there is none.
+  // Cost: a comparison for each sequence, and for each block of those whose table changed.
   i64 find_stale(i64 group, const BatchBuffers& filled, const BatchMarks& marks, BatchSizes* sizes);
 
   // --- cached content ---
-  // Opens a sequence with as much of `tokens`, without the last one, as is cached; `*cached` is how much. Short of
-  // memory it takes less. OutOfMemory only when all places are taken.
+  // Opens a sequence with the cached prefix of `tokens`, without the last token, and writes its length to `*cached`.
+  // Reuses less if memory is short; throws OutOfMemory only if all places are taken.
   i64 admit(const i32* tokens, i64 n, const PrefixKey& key, i64* cached);
-  // admit() with room for `count` more tokens than are cached, or (-1) for the rest of the prompt; else OutOfMemory,
-  // and it was never here.
+  // As admit(), with room for `count` more tokens than are cached or, with -1, for the whole prompt. Throws OutOfMemory
+  // if there is no memory for them.
   i64 begin(const i32* tokens, i64 n, const PrefixKey& key, i64 count, i64* cached);
-  // As many of `n` prompts, in their order, as there is memory and places for, each with room for all of its tokens;
-  // returns how many. `tokens`: counts[i] of each, one prompt's after the other's.
+  // Opens as many of `n` prompts, in order, as there are memory and places for, each with room for all its tokens.
+  // Returns how many. `tokens`: counts[i] of each prompt, one prompt's after the other's.
   i64 admit_batch(const i32* tokens, const i32* counts, i64 n, const PrefixKey& key, i32* handles, i32* cached);
   Match match(const i32* tokens, i64 n, const PrefixKey& key);
   Pins::Pinned pin(i64 handle, i64 tokens);
   Pins::Pinned pin(const i32* tokens, i64 n, const PrefixKey& key);
   void unpin(i64 pin);
   std::vector<Pins::Pinned> pins();
-  // Keeps a copy of the fixed state with the last block of the sequence's tokens.
+  // Stores a copy of the fixed state with the sequence's last block. Throws OutOfMemory.
   void snapshot(i64 handle);
-  // Blocks that lie whole in [start, end) of the sequence, present and to come. Cost: of the blocks that are there from
-  // `start` on, and of the ranges that the sequence has.
+  // Sets a retention priority for the whole blocks in [start, end) of the sequence, present and future. Cost: linear in
+  // the sequence's blocks from `start` on and in its ranges.
   void retain(i64 handle, i64 start, i64 end, int priority, double seconds);
   std::vector<Retention> retained(i64 handle);
-  // Evicts all that nobody uses or pins, and returns how many blocks. In pieces of some thousand, each of them all or
-  // nothing, between which others are let in; so an error in the middle leaves evicted what was so before.
+  // Evicts all unreferenced content and returns the number of blocks. Works in pieces, each of which is all or nothing,
+  // and lets other threads in between; what earlier pieces evicted stays evicted if a later one fails.
   i64 clear_cache();
   std::shared_ptr<EventBatch> drain_events(i64 taken, i64 max, bool restart);  // event_batches.h
 
-  // --- what is there ---
-  i64 tokens(i64 handle, i64 group);
-  i64 committed(i64 handle, i64 group);
-  i64 first_token(i64 handle, i64 group);
+  // --- queries ---
+  Sequences::Lengths lengths(i64 handle, i64 group);
+  i64 tokens(i64 handle, i64 group) { return lengths(handle, group).tokens; }
+  i64 committed(i64 handle, i64 group) { return lengths(handle, group).committed; }
+  i64 first_token(i64 handle, i64 group) { return lengths(handle, group).front; }  // that the group still holds
   void lengths(const i32* handles, i64 n, i64 group, i64* tokens, i64* committed);
   Placement place(i64 handle, i64 group);
-  TableChanges table(i64 handle, i64 group);  // all entries; -1: of all groups
+  // Return all table entries of one sequence, and of several in all groups.
+  TableChanges table(i64 handle, i64 group);
   TableChanges tables(const i32* handles, i64 n);
   bool is_live(i64 handle);
   std::vector<i64> handles();  // of the live sequences, by index
   double age_seconds(i64 handle);
-  void common_blocks(const i32* handles, i64 n, i64 group, i64* out);    // cascade.h
-  void cascade_order(const i32* handles, i64 n, i64 group, i64* order);  // cascade.h
-  bool shares() const { return prefix_.on; }                             // else it looks at no token
+  void common_blocks(const i32* handles, i64 n, i64 group, i64* out);    // fill.h
+  void cascade_order(const i32* handles, i64 n, i64 group, i64* order);  // fill.h
+  // The next four take no lock.
+  bool shares() const { return prefix_.on; }  // whether it reads token ids
   const Groups& groups() const { return groups_; }
   PagePool& pool() { return *pool_; }
   i64 first_arena(i64 group) const { return table_->first_arena(group); }
-  void check_usable() const {  // DeviceError in a forked child, and where the pool is poisoned
+  // Throws DeviceError in a forked child, and if the pool is poisoned.
+  void check_usable() const {
     fork_guard_.check("the allocator");
     pool_->check_usable();
   }
 
   // --- memory (memory.cpp) ---
-  i64 compact(i64 bytes);  // until so many more (-1: all that can be) are free as whole pages; returns how many are
-  i64 trim(i64 bytes);     // parked and free pages to the system; -1 for all; returns the bytes. In pieces
-  // How much this allocator may map. With a pool of its own this is the pool's budget too. What is parked goes in
-  // pieces as far as it is sure to suffice; the rest is all or nothing.
+  // Moves blocks until `bytes` more (-1: as many as possible) are free as whole pages. Returns the bytes freed.
+  i64 compact(i64 bytes);
+  // Returns parked and free pages to the system, -1 for all of them. Returns the bytes. Works in pieces.
+  i64 trim(i64 bytes);
+  // Sets how much this allocator may map and, with a pool of its own, the pool's budget. Parked pages are reclaimed in
+  // pieces as long as they are sure to suffice; the rest is all or nothing. Throws OutOfMemory if more is in use.
   void set_memory(i64 pages);
   AllocatorStats stats();
   std::vector<std::string> check();
-  // Of all that a later call could see, of every allocator of the pool (digest.h); and how often that may have changed
-  // though no call succeeded: a driver failed when memory had been written, or in the mapper, or a piece of a call that
-  // works in pieces was done, or the eviction order has aged. A call that is refused leaves the first unless the second
-  // has moved. Both are of one moment: the mapper may fail between two calls. Cost grows with everything.
+  // Returns a digest of all state that a later call can observe, of all allocators of the pool (digest.h), and a count
+  // of the events that change it without a successful call: a driver that failed after memory was written, or in the
+  // mapper; a finished piece of a call that works in pieces; aging of the eviction order. A refused call leaves the
+  // digest as it was unless the count has changed. Cost: linear in all state.
   std::pair<std::uint64_t, i64> digest();
   i64 mapped_extent_bytes(i64 group, i64 arena_in_group);
 
-  // For tests: from now on, every block that leaves the cache, once for each group that held it.
+  // For tests: take_lost() returns every block that left the cache, once for each group that held it, from watch_lost()
+  // on.
   void watch_lost();
   std::vector<PageTable::Lost> take_lost();
 
-  // --- deciding here, acting elsewhere. A list of ops that is not empty begins with a `version` ---
+  // --- recording, and following another allocator; a list of ops that is not empty begins with a `version` ---
   void record();
   std::vector<Op> take_ops();
   void apply(const std::vector<Op>& ops);  // follow.h
@@ -145,34 +165,53 @@ class Allocator final : public TableState {
   void apply_table(const Op& op, bool undo) override;
 
  private:
-  class Watch;
-  PoolLock enter(bool look = false);  // look: nothing is changed
-  PoolLock enter_still();             // as enter(), but nothing that a batch speaks of will change
+  class InvariantCheck;
+
+  // How a call takes the lock; all three throw DeviceError in a forked child. lock_to_read() is for short calls that
+  // change nothing. The others also release the lock of the embedding language: lock_to_fill() for calls after which
+  // filled batches are still valid, lock_to_change() for all other changes.
+  PoolLock lock_to_read() {
+    fork_guard_.check("the allocator");
+    return pool_->lock();
+  }
+  PoolLock lock_to_fill() {
+    PoolLock lock = lock_to_read();
+    lock.step_back();
+    return lock;
+  }
+  PoolLock lock_to_change() {
+    PoolLock lock = lock_to_read();
+    count_change();
+    lock.step_back();
+    return lock;
+  }
+  // REQUIRES: the caller holds the lock, so no increment is lost.
+  void count_change() { changes_.store(changes() + 1, std::memory_order_relaxed); }
   void settle() { pool_->settle(); }
-  // Runs `call`, which may change something, with the lock held. A debug build makes sure that the metadata is right
-  // after it, and as it was if it fails.
+  // Returns what `call` returns, which may change something and runs under the lock. An allocator made with `debug`
+  // checks all invariants afterwards, and that a call which failed has changed nothing.
   template <class Call>
-  auto mutate(const Call& call);
-  // Runs a piece of a longer call, which stands whatever becomes of the next ones.
+  auto update(const Call& call);
+  // Runs one piece of a longer call: its changes stand, whatever happens to later pieces. REQUIRES: the lock.
   template <class Call>
-  void piece(const Call& call);
+  void update_piece(const Call& call);
   std::uint64_t state_digest() const;
   std::vector<std::string> violations() const;
-  // While it stays the same, a call that fails leaves the digest as it was.
+  // While this count stays the same, a call that fails leaves the digest as it was.
   i64 disturbances() const { return pool_->disturbed() + index_.aged(); }
   std::unique_ptr<PageTable> make_table(bool paged, i64 limit_pages);
   i64 pages_at_once() const;
-  void carry_out(const BatchGroups& padded, TableChanges* changes);
-  [[gnu::noinline]] void change(const BatchGroups& padded, bool publishes);
-  template <class Short>
-  bool try_short(i32 handle, const Short& run);
+  void execute(const BatchGroups& padded, TableChanges* changes);
+  [[gnu::noinline]] void execute_changes(const BatchGroups& padded, bool publishes);
+  template <class FastPath>
+  bool try_fast_path(i32 handle, const FastPath& run);
   bool has_room(i64 index, i64 count, bool in_last_block);
   bool commit_in_block(i64 index, i64 count, const i32* ids);
   void share_group(i64 parent, i64 child, i64 g, Transaction& tx);
   void check_cut(i64 handle, i64 index, i64 tokens) const;
   void check_snapshot(i64 handle, i64 index) const;
   i64 admit_one(const i32* tokens, i64 n, const PrefixKey& key, Reuse reuse, i64 count, bool grows, i64* cached);
-  i64 admit_some(const i32* tokens, const i32* counts, i64 n, const PrefixKey& key, i32* handles, i32* cached);
+  i64 admit_first(const i32* tokens, const i32* counts, i64 n, const PrefixKey& key, i32* handles, i32* cached);
 
   const Groups groups_;
   const std::shared_ptr<PagePool> pool_;
@@ -183,7 +222,7 @@ class Allocator final : public TableState {
   std::unique_ptr<PageTable> table_;
   Planner planner_;
   SequenceRecords records_;
-  Room room_;
+  SequenceGrowth growth_;
   PrefixMatcher matcher_;
   SequenceContents contents_;
   Admission admission_;
@@ -192,9 +231,76 @@ class Allocator final : public TableState {
   TableDiff table_diff_;
   BatchFiller filler_;
   EventBatches events_;
-  StepPlan plan_;  // of the call in progress; kept for its memory
+  StepPlan plan_;  // of the call in progress; a member so that its memory is reused
   std::atomic<i64> changes_{0};
   ForkGuard fork_guard_;
 };
+
+// Compares the metadata before and after a call, if the allocator was made with `debug`; does nothing otherwise.
+class Allocator::InvariantCheck {
+ public:
+  explicit InvariantCheck(const Allocator& allocator)
+      : allocator_(allocator.groups_.geometry().debug ? &allocator : nullptr),
+        before_(allocator_ ? allocator.state_digest() : 0),
+        logged_(allocator_ ? allocator.pool_->log.size() : 0),
+        disturbed_(allocator_ ? allocator.disturbances() : 0) {}
+
+  template <class Call>
+  auto run(const Call& call) const {
+    try {
+      return call();
+    } catch (...) {
+      check_unchanged();
+      throw;
+    }
+  }
+  // Throws Error with the first violation.
+  void check() const {
+    if (allocator_) check_all();
+  }
+
+ private:
+  [[gnu::cold, gnu::noinline]] void check_all() const {
+    const std::vector<std::string> found = allocator_->violations();
+    if (!found.empty()) throw Error("broken invariant: " + found.front());
+  }
+  // Called while the exception of the call is handled; throws Error, with its message, if the call changed something.
+  [[gnu::cold, gnu::noinline]] void check_unchanged() const {
+    if (!allocator_ || allocator_->disturbances() != disturbed_) return;
+    if (allocator_->state_digest() == before_ && allocator_->pool_->log.size() == logged_) return;
+    try {
+      throw;
+    } catch (const std::exception& e) {
+      throw Error(std::string("broken invariant 5: a call that failed has changed something. It said: ") + e.what());
+    }
+  }
+
+  const Allocator* const allocator_;
+  const std::uint64_t before_;
+  const std::size_t logged_;
+  const i64 disturbed_;
+};
+
+template <class Call>
+auto Allocator::update(const Call& call) {
+  const PoolLock lock = lock_to_change();
+  const InvariantCheck invariants(*this);
+  if constexpr (std::is_void_v<decltype(call())>) {
+    invariants.run(call);
+    invariants.check();
+  } else {
+    auto result = invariants.run(call);
+    invariants.check();
+    return result;
+  }
+}
+
+template <class Call>
+void Allocator::update_piece(const Call& call) {
+  const InvariantCheck invariants(*this);
+  invariants.run(call);
+  invariants.check();
+  pool_->note_piece();
+}
 
 }  // namespace kvmem

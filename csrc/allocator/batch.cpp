@@ -38,14 +38,14 @@ i64 BatchWriter::advance(const StepRows& rows) {
   return sizes_.rows;
 }
 
-// What nothing but a slot and what finish() makes of lengths changes for. Most steps are this loop.
+// Writes rows of which only a slot, and what finish() writes, have changed. Most steps consist of this loop.
 void BatchWriter::advance_in_block(const StepRows& in) {
-  const StepRows rows = in;  // the loop's own, which no store can change
+  const StepRows rows = in;  // a local copy, which no store can change
   const RowMark* const marks = marks_.rows.data();
   i32* const tokens = marks_.lengths.data();
-  const i64 size = size_, first = sizes_.rows, most = last_known(rows);
+  const i64 size = size_, first = sizes_.rows, most = advance_end(rows);
   i64* const slots = out_.slot_mapping ? out_.slot_mapping + sizes_.new_tokens : nullptr;
-  const bool in_sum = is_in_sum();
+  const bool in_sum = has_indices();
   i64 i = first, blocks = sizes_.indices;
   for (; i < most; ++i) {
     const RowMark& mark = marks[i];
@@ -64,9 +64,9 @@ void BatchWriter::advance_in_block(const StepRows& in) {
   sizes_.rows = i, sizes_.new_tokens += i - first, sizes_.indices = blocks;
 }
 
-// Rows that have one block more, or that move in kv_indices with those before them.
+// Writes rows that have one more block, or that earlier rows have moved in kv_indices.
 void BatchWriter::advance_moved(const StepRows& rows) {
-  for (const i64 most = last_known(rows); sizes_.rows < most;) {
+  for (const i64 most = advance_end(rows); sizes_.rows < most;) {
     const i64 i = sizes_.rows;
     RowMark& mark = marks_.rows[i];
     const Sequences::Lengths& now = rows.at(i);
@@ -74,7 +74,7 @@ void BatchWriter::advance_moved(const StepRows& rows) {
     const i64 offset = now.tokens - 1 - mark.last_token, blocks = mark.blocks + (offset == size_);
     const bool follows = mark.handle == rows.handles[i] && mark.version == at.version && mark.first == now.front &&
                          now.tokens - now.committed == 1 && offset >= 0 && offset <= size_;
-    const bool moves = offset == size_ || (mark.index_at != sizes_.indices && is_in_sum());
+    const bool moves = offset == size_ || (mark.index_at != sizes_.indices && has_indices());
     if (!follows || !moves || blocks > out_.max_blocks || sizes_.indices + blocks > out_.max_indices) return;
     if (offset == size_) append(at, mark);
     write_indices(at, mark);
@@ -85,6 +85,7 @@ void BatchWriter::advance_moved(const StepRows& rows) {
 }
 
 void BatchWriter::add(const BatchRow& row) {
+  KVMEM_ASSERT(0 <= row.first && row.first <= row.length, "a window drops tokens of the sequence only");
   const i64 blocks = ceil_div(row.length, size_), dropped = quotient(row.first, size_);
   check_room(blocks, row.fresh);
   RowMark& mark = marks_.rows[sizes_.rows];
@@ -103,7 +104,7 @@ void BatchWriter::add(const BatchRow& row) {
 
 namespace {
 
-// Entries [from, to) of the sequence's table.
+// Writes entries [from, to) of the sequence's table.
 void put_blocks(const Placement& at, i64 from, i64 to, i32* out) {
   if (at.blocks) {
     std::copy(at.blocks + from, at.blocks + to, out);
@@ -114,7 +115,8 @@ void put_blocks(const Placement& at, i64 from, i64 to, i32* out) {
 
 }  // namespace
 
-// Table entries [from, to) of the row become the sequence's blocks, or the null block.
+// Sets table entries [from, to) of the row to the sequence's blocks or, with `zero`, to the null block, and notes them
+// as changed.
 void BatchWriter::change(const BatchRow& row, i64 from, i64 to, bool zero) {
   if (to <= from) return;
   const i64 start = sizes_.rows * out_.max_blocks;
@@ -143,8 +145,9 @@ void BatchWriter::change(const BatchRow& row, i64 from, i64 to, bool zero) {
   sizes_.deltas += to - from;
 }
 
-// What write_table() comes to when the row has got one more block: all rows at once may have.
+// Does what write_table() does for a row with one more block, faster, because all rows of a step may have one.
 void BatchWriter::append(const Placement& at, RowMark& mark) {
+  KVMEM_ASSERT(mark.blocks < out_.max_blocks, "the row has room for one more block");
   const i64 row = sizes_.rows, ordinal = mark.blocks++, place = row * out_.max_blocks + ordinal;
   const i64 block = at.blocks ? at.blocks[ordinal] : at.first_block + ordinal;
   mark.last_token = ordinal * size_, mark.last_slot = block * size_;
@@ -159,7 +162,7 @@ void BatchWriter::append(const Placement& at, RowMark& mark) {
   out_.delta_blocks[sizes_.deltas++] = static_cast<i32>(block);
 }
 
-// Blocks that a window has dropped stand as the null block, whatever the page table says of them.
+// Updates the row of the table. Entries that are out of window are the null block, whatever the page table has there.
 void BatchWriter::write_table(const BatchRow& row, i64 dropped, i64 blocks, RowMark& mark) {
   const bool same = mark.handle == row.handle && mark.version == row.at.version && mark.dropped <= dropped;
   const i64 old_dropped = same ? mark.dropped : 0, old_blocks = same ? mark.blocks : 0;
@@ -175,7 +178,7 @@ void BatchWriter::write_table(const BatchRow& row, i64 dropped, i64 blocks, RowM
     mark.last_slot = (row.at.blocks ? row.at.blocks[blocks - 1] : row.at.first_block + blocks - 1) * size_;
 }
 
-// The row's part of kv_indices, which says what its part of the table does.
+// Writes the row's part of kv_indices: the same blocks as in its row of the table.
 void BatchWriter::write_indices(const Placement& at, RowMark& mark) {
   const i64 from = mark.index_at = sizes_.indices;
   if (out_.kv_indptr) out_.kv_indptr[sizes_.rows + 1] = static_cast<i32>(from + mark.blocks);
@@ -203,25 +206,25 @@ void BatchWriter::pad() {
   close_row(1, 1, 1, 0, 0);
 }
 
-// Plain loops over arrays: the compiler makes vector code of most. What no row has changed stands.
+// Plain loops over arrays, most of which the compiler vectorises. Arrays that no row has changed are not written again.
 BatchSizes BatchWriter::finish() {
   const i64 rows = sizes_.rows;
   const i32 *lengths = marks_.lengths.data(), *fresh = marks_.fresh.data();
-  const bool stands = one_each_before_ && rows == filled_before_ && rows == advanced_;
-  i32 longest = 0, most = stands ? 1 : 0;
+  const bool same_counts = one_each_before_ && rows == filled_before_ && rows == advanced_;
+  i32 longest = 0, most = same_counts ? 1 : 0;
   for (i64 i = 0; i < rows; ++i) longest = std::max(longest, lengths[i]);
-  for (i64 i = 0; !stands && i < rows; ++i) most = std::max(most, fresh[i]);
+  for (i64 i = 0; !same_counts && i < rows; ++i) most = std::max(most, fresh[i]);
   sizes_.max_tokens = longest, sizes_.max_new_tokens = most;
   const bool one_each = most <= 1 && sizes_.new_tokens == rows;
   write_lengths(rows, one_each);
-  if (!stands) write_counts(rows, one_each);
+  if (!same_counts) write_counts(rows, one_each);
   marks_.filled = rows, marks_.one_each = one_each && rows > 0;
   if (sizes_.indices_from < 0) sizes_.indices_from = sizes_.indices;
   sizes_.table_from = std::min(sizes_.table_from, sizes_.table_end);
   return sizes_;
 }
 
-// What follows from how long each row is.
+// Writes what depends on the length of each row.
 void BatchWriter::write_lengths(i64 rows, bool one_each) {
   const i32 *lengths = marks_.lengths.data(), *fresh = marks_.fresh.data();
   if (out_.seq_lens) std::copy(lengths, lengths + rows, out_.seq_lens);
@@ -245,14 +248,14 @@ void BatchWriter::write_lengths(i64 rows, bool one_each) {
   }
 }
 
-// A mark's version is its row, where there are rows: 0 of one that holds nothing, and of padding.
+// On the virtual backend a mark's version is the row of addresses; it is 0 for a sequence without one, and for padding.
 template <class T>
 void BatchWriter::write_starts(i64 rows, T* starts) const {
   for (i64 i = 0; i < rows; ++i) starts[i] = static_cast<T>(marks_.rows[i].version * row_tokens_);
   starts[rows] = rows > 0 ? starts[rows - 1] : 0;
 }
 
-// What follows from how many new tokens each has, and where it lies.
+// Writes what depends on the number of new tokens of each row, and on its address.
 void BatchWriter::write_counts(i64 rows, bool one_each) {
   const i32* fresh = marks_.fresh.data();
   if (out_.cu_seqlens_q) std::partial_sum(fresh, fresh + rows, out_.cu_seqlens_q + 1);

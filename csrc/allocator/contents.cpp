@@ -26,10 +26,11 @@ void SequenceContents::copy_chain(i64 index, std::vector<i32>* chain) const {
   std::reverse(chain->begin(), chain->end());
 }
 
-// ---- opening and ending --------------------------------------------------------------------------
+// ---- opening and freeing -------------------------------------------------------------------------
 
 void SequenceContents::start(i64 index, i32 root) {
   Content& c = contents_[index];
+  KVMEM_ASSERT(c.root == kNoNode, "the place was free");
   c.root = c.leaf = root;
   c.known = 0;
   c.marks.clear();
@@ -38,19 +39,21 @@ void SequenceContents::start(i64 index, i32 root) {
 
 void SequenceContents::start_with(i64 index, i32 root, i32 leaf, i64 known, const i32* tail, KeyMarks&& marks) {
   Content& c = contents_[index];
+  KVMEM_ASSERT(c.root == kNoNode, "the place was free");
+  KVMEM_ASSERT(known <= sequences_.committed(index, main_), "known tokens are committed");
   c.root = root, c.leaf = leaf, c.known = known;
   c.retained.clear();
   std::copy_n(tail, remainder(known, block_tokens()), this->tail(index));
   c.marks = std::move(marks);
 }
 
-void SequenceContents::leave(i64 index) {
+void SequenceContents::end(i64 index) {
   Content& c = contents_[index];
   PrefixIndex& nodes = index_;
   const bool has_state = groups_.has_state();
   for (i32 node = c.leaf, root = c.root; node != root;) {
-    const i32 before = nodes.parent(node);  // read first: the node may go
-    has_state ? leave_node(node) : nodes.drop(node);
+    const i32 before = nodes.parent(node);  // read first, because drop() may remove the node
+    has_state ? drop_node(node) : nodes.drop(node);
     node = before;
   }
   if (c.root != kNoNode) nodes.drop(c.root);
@@ -59,7 +62,7 @@ void SequenceContents::leave(i64 index) {
 
 // ---- forking -----------------------------------------------------------------------------------
 
-// `reserved`: the parent has tokens that are not committed. Its state has seen them and stays behind with the parent.
+// The parent's state includes its reserved tokens, which the child does not have.
 void SequenceContents::prepare_fork(i64 parent, bool reserved) {
   forked_ = contents_[parent];
   forked_.state_ahead = forked_.state_ahead || reserved;
@@ -70,15 +73,17 @@ void SequenceContents::prepare_fork(i64 parent, bool reserved) {
 
 void SequenceContents::use_fork(Transaction& tx) {
   used.begin(tx);
-  used.use_all(chain_);
+  used.acquire_all(chain_);
 }
 
 void SequenceContents::publish_fork(i64 child, Transaction& tx) {
+  KVMEM_ASSERT(published_.empty(), "prepare_fork() comes first");
   for (i32 node : chain_) published_.push_back({child, index_.ordinal(node), node});
   table_.publish(published_, tx);
 }
 
 void SequenceContents::finish_fork(i64 parent, i64 child) {
+  KVMEM_ASSERT(contents_[child].root == kNoNode, "the place of the child was free");
   if (forked_.root != kNoNode) index_.acquire(forked_.root);
   contents_[child] = std::move(forked_);
   std::copy_n(tail(parent), tail_tokens_, tail(child));
@@ -105,24 +110,25 @@ void SequenceContents::publish(const StepPlan& plan, Transaction& tx) {
   if (!published_.empty()) table_.publish(published_, tx);
 }
 
-// The blocks that `count` more committed tokens complete: found or made, and in use by the sequence from now on.
+// Finds or adds the nodes of the blocks that `count` more committed tokens complete, and acquires them for the
+// sequence.
 void SequenceContents::collect(i64 index, const i32* tokens, i64 count) {
   const Content& c = contents_[index];
   const i64 size = block_tokens(), held = remainder(c.known, size);
   if (c.known != sequences_.committed(index, main_)) return;
   i32 last = c.leaf;
   i64 ordinal = quotient(c.known, size);
-  bool is_new = false;  // then so is all that follows
+  bool is_new = false;  // children of a new node are new too
   const bool tagged = !c.marks.empty();
   PrefixIndex& nodes = index_;
   for (i64 end = size - held; end <= count; end += size) {
     const i32* block = tokens + end - size;
-    if (end < size) {  // the tail says what it did, since only its first `held` tokens are known yet
+    if (end < size) {  // this does not change the tail, of which only the first `held` tokens are known
       std::copy(tokens, tokens + end, tail(index) + held);
       block = tail(index);
     }
     const std::string* const tag = tagged ? matcher_.tag_at(c.marks, ordinal * size) : nullptr;
-    last = used.use_found([&] {
+    last = used.acquire_found([&] {
       i32 node = is_new ? kNoNode : nodes.find(last, block, tag);
       if (node == kNoNode) node = nodes.add(last, block, tag), is_new = true;
       nodes.acquire(node);
@@ -132,7 +138,7 @@ void SequenceContents::collect(i64 index, const i32* tokens, i64 count) {
   }
 }
 
-// Every step does this for every sequence whose tokens are known, so the loop looks nothing up twice.
+// Runs in every step for every sequence whose tokens are known, so it keeps what it uses in local variables.
 void SequenceContents::note_published(const StepPlan& plan) {
   if (!plan.ids) return;
   const i64 *const indices = plan.indices.data(), size = block_tokens_, step = groups_.count(), tails = tail_tokens_;
@@ -152,49 +158,51 @@ void SequenceContents::note_published(const StepPlan& plan) {
       note_blocks(index, ids + count, &at);
     } else {
       i32* const to = all_tails + index * tails + held;
-      for (i64 k = 0; k < count; ++k) to[k] = ids[k];  // mostly one: no call
+      for (i64 k = 0; k < count; ++k) to[k] = ids[k];  // mostly one token, so no call of memcpy
     }
   }
 }
 
 void SequenceContents::note_tail(i64 index, const i32* tokens, i64 count) {
   Content& c = contents_[index];
+  KVMEM_ASSERT(!completes(index, count), "no block is completed");
   if (c.known + count != sequences_.committed(index, main_)) return;
   std::copy_n(tokens, count, tail(index) + remainder(c.known, block_tokens_));
   c.known += count;
   c.state_ahead = c.state_ahead && count == 0;
 }
 
-// `end`: of the tokens that completed them.
+// The sequence has published its part of published_, from `*at` on. `end`: the end of its committed token ids.
 void SequenceContents::note_blocks(i64 index, const i32* end, std::size_t* at) {
   Content& c = contents_[index];
   std::copy(end - remainder(c.known, block_tokens()), end, tail(index));
   for (; *at < published_.size() && published_[*at].index == index; ++*at) {
+    KVMEM_ASSERT(index_.parent(published_[*at].node) == c.leaf, "blocks are published in order");
     c.leaf = published_[*at].node;
     if (!c.retained.empty()) apply_retention(c, c.leaf);
   }
 }
 
-// ---- taking back ---------------------------------------------------------------------------------
+// ---- unpublishing --------------------------------------------------------------------------------
 
-// The blocks that a sequence of `tokens` tokens does not hold any more come into leaving_, the last one first.
+// Writes the blocks that a sequence of `tokens` tokens does not have any more to cut_, the last one first.
 void SequenceContents::prepare_cut(i64 handle, i64 index, i64 tokens) {
-  leaving_.clear();
+  cut_.clear();
   const Content& c = contents_[index];
   for (i32 node = c.leaf; node != c.root && index_.ordinal(node) >= tokens / block_tokens();
        node = index_.parent(node)) {
-    leaving_.push_back(node);
+    cut_.push_back(node);
   }
-  if (leaving_.empty() || !index_.pinned(leaving_.back())) return;
-  const auto pinned = std::find_if(leaving_.begin(), leaving_.end(), [this](i32 node) { return index_.pinned(node); });
+  if (cut_.empty() || !index_.pinned(cut_.back())) return;
+  const auto pinned = std::find_if(cut_.begin(), cut_.end(), [this](i32 node) { return index_.pinned(node); });
   throw SpecError("asked to truncate sequence handle " + std::to_string(handle) + " to " + std::to_string(tokens) +
                   " tokens, but its first " + std::to_string((index_.ordinal(*pinned) + 1) * block_tokens()) +
                   " are pinned: unpin() them first, or fork() the sequence at a shorter length");
 }
 
-// What no other sequence uses is evicted, since it will be written over.
+// Evicts the blocks that no other sequence uses, because this one will overwrite them.
 void SequenceContents::unpublish(i64 index, Transaction& tx) {
-  for (i32 node : leaving_) {
+  for (i32 node : cut_) {
     table_.unpublish(index, node, tx);
     if (index_.users(node) > 1) continue;
     table_.evict_subtree(node, tx);
@@ -203,38 +211,41 @@ void SequenceContents::unpublish(i64 index, Transaction& tx) {
 
 void SequenceContents::note_cut(i64 index, i64 have, i64 tokens) {
   Content& c = contents_[index];
-  if (tokens < have) c.state_ahead = true;  // whether they were committed, and by ids, or not
+  if (tokens < have) c.state_ahead = true;  // even if the tokens were not committed
   if (c.root == kNoNode || tokens >= c.known) return;
-  if (!leaving_.empty()) {
-    const i32 cut = leaving_.back();
+  if (!cut_.empty()) {
+    const i32 cut = cut_.back();
     index_.copy_tokens(cut, tokens % block_tokens(), tail(index));
     c.leaf = index_.parent(cut);
   }
   c.known = tokens;
-  for (i32 node : leaving_) leave_node(node);
+  for (i32 node : cut_) drop_node(node);
+  KVMEM_ASSERT(index_.is_root(c.leaf) || index_.ordinal(c.leaf) < tokens / block_tokens(),
+               "only what is left is known");
 }
 
 // ---- retention -----------------------------------------------------------------------------------
 
 namespace {
 
-// It replaces what was said of the same blocks before.
+// Adds a range; it replaces the parts of earlier ranges that it covers.
 void put_retention(const Retention& added, std::vector<Retention>* retained) {
   std::vector<Retention> left;
   left.reserve(retained->size() + 2);
-  const auto leave = [&left](Retention part, i64 first, i64 end) {
+  const auto add_part = [&left](Retention part, i64 first, i64 end) {
     part.first = first, part.end = end;
     if (first < end) left.push_back(part);
   };
-  for (const Retention& r : *retained) leave(r, r.first, std::min(r.end, added.first));
+  for (const Retention& r : *retained) add_part(r, r.first, std::min(r.end, added.first));
   left.push_back(added);
-  for (const Retention& r : *retained) leave(r, std::max(r.first, added.end), r.end);
+  for (const Retention& r : *retained) add_part(r, std::max(r.first, added.end), r.end);
   retained->swap(left);
 }
 
 }  // namespace
 
 void SequenceContents::retain(i64 index, const Retention& added) {
+  KVMEM_ASSERT(0 <= added.first && added.first < added.end, "the range is not empty");
   Content& c = contents_[index];
   index_.expect_retention();
   chain_.clear();
@@ -242,7 +253,7 @@ void SequenceContents::retain(i64 index, const Retention& added) {
   for (; node != c.root && index_.ordinal(node) >= added.end; node = index_.parent(node)) {
   }
   for (; node != c.root && index_.ordinal(node) >= added.first; node = index_.parent(node)) chain_.push_back(node);
-  put_retention(added, &c.retained);  // the last that may find no memory
+  put_retention(added, &c.retained);  // what follows cannot fail
   for (auto at = chain_.rbegin(); at != chain_.rend(); ++at) index_.retain(*at, added.priority, added.seconds);
 }
 
@@ -254,7 +265,7 @@ void SequenceContents::apply_retention(const Content& content, i32 node) {
   index_.retain(node, found->priority, found->seconds);
 }
 
-// ---- proof ---------------------------------------------------------------------------------------
+// ---- checks --------------------------------------------------------------------------------------
 
 void SequenceContents::digest(Hasher& hash) const {
   for (i64 index = 0; index < sequences_.capacity(); ++index) {
@@ -281,7 +292,7 @@ void SequenceContents::check(std::vector<std::string>* out) const {
       continue;
     }
     out->push_back("sequence handle " + std::to_string(sequences_.handle_of(index)) +
-                   ": what is known of its tokens does not add up");
+                   ": its known tokens do not match its chain or its committed tokens");
   }
 }
 

@@ -4,10 +4,11 @@
 
 namespace kvmem {
 
-std::shared_ptr<EventBatch> EventBatches::drain(i64 taken, i64 max, bool restart, std::shared_ptr<EventBatch>* done) {
-  if (given_ && given_->number > taken && !restart) return given_;
+std::shared_ptr<EventBatch> EventBatches::drain(i64 confirmed, i64 max, bool restart,
+                                                std::shared_ptr<EventBatch>* expired) {
+  if (unconfirmed_ && unconfirmed_->number > confirmed && !restart) return unconfirmed_;
   auto batch = std::make_shared<EventBatch>();
-  done->swap(given_);
+  expired->swap(unconfirmed_);
   batch->number = made_;
   if (max == 0 && !restart) return batch;
   batch->records = index_.events().drain(
@@ -28,10 +29,11 @@ std::shared_ptr<EventBatch> EventBatches::drain(i64 taken, i64 max, bool restart
     throw;
   }
   index_.prune_roots();
-  if (batch->records.size() > 0) batch->number = ++made_, given_ = batch;
+  if (batch->records.size() > 0) batch->number = ++made_, unconfirmed_ = batch;
   return batch;
 }
 
+// Adds a `stored` event for each group that has the node; for a node that no group has, one event of group -1.
 void EventBatches::add_resident(i32 node, EventRecords& out) const {
   const i32 before = index_.parent(node), parent = index_.is_root(before) ? kNoNode : before;
   std::vector<i32> tokens(index_.block_tokens());

@@ -1,7 +1,7 @@
-// The events of an allocator's content index, in numbered batches: each is given until the consumer says that it has
-// taken it, so that none is lost on the way.
+// The events of an allocator's content index, in numbered batches. drain() returns the same batch until the consumer
+// confirms its number, so no event is lost if the consumer is interrupted.
 //
-// State: the batch that was given and not taken yet. REQUIRES the pool's lock.
+// State: the batch that is not confirmed yet. Thread safety: every function REQUIRES the pool's lock.
 #pragma once
 
 #include <memory>
@@ -13,9 +13,9 @@
 
 namespace kvmem {
 
-// Events, as EventRing::drain takes them out, and the keys of the roots that they name.
+// Events, as EventRing::drain() returns them, and the keys of the roots that they name.
 struct EventBatch {
-  i64 number = 0;  // counts the batches that were not empty, from 1
+  i64 number = 0;  // batches that are not empty are numbered from 1 on
   EventRecords records;
   std::unordered_map<i32, PrefixKey> roots;
 };
@@ -25,10 +25,12 @@ class EventBatches {
   EventBatches(const Groups& groups, PrefixIndex& index, const PageTable& table)
       : groups_(groups), index_(index), table_(table) {}
 
-  // The batch after number `taken`, the last one that the consumer is done with; without events one of that number.
-  // `restart` drops what was not taken and begins with all that is cached. `max` 0: a batch that is given again, no new
-  // one. `done`: what is not needed any more, to be freed without the lock.
-  std::shared_ptr<EventBatch> drain(i64 taken, i64 max, bool restart, std::shared_ptr<EventBatch>* done);
+  // Returns the batch after number `confirmed`, the last one that the consumer has processed; if there are no events,
+  // an empty batch with the number of the last one. `max`: the most events of a new batch, -1 for all; with 0 only a
+  // batch that is not confirmed is returned. `restart` drops that batch and all waiting events, and begins with an
+  // event for all cached content. `*expired` receives the confirmed batch, so that the caller can free it without the
+  // lock. May throw std::bad_alloc; the events are returned by the next call then.
+  std::shared_ptr<EventBatch> drain(i64 confirmed, i64 max, bool restart, std::shared_ptr<EventBatch>* expired);
 
  private:
   void add_resident(i32 node, EventRecords& out) const;
@@ -36,8 +38,8 @@ class EventBatches {
   const Groups& groups_;
   PrefixIndex& index_;
   const PageTable& table_;
-  std::shared_ptr<EventBatch> given_;
-  i64 made_ = 0;
+  std::shared_ptr<EventBatch> unconfirmed_;
+  i64 made_ = 0;  // batches
 };
 
 }  // namespace kvmem

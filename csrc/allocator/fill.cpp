@@ -2,7 +2,10 @@
 
 #include <algorithm>
 #include <atomic>
+#include <numeric>
 #include <string>
+#include <unordered_map>
+#include <utility>
 
 namespace kvmem {
 
@@ -11,7 +14,7 @@ i64 BatchFiller::next_number() {
   return ++made;
 }
 
-// ---- what could be refused ----------------------------------------------------------------------
+// ---- checks ----------------------------------------------------------------------------------------
 
 void BatchFiller::check_rows(i64 rows, const BatchGroups& batch) const {
   for (const GroupBuffers& group : batch) {
@@ -38,8 +41,7 @@ void BatchFiller::refuse_narrow(const char* field, i64 rows, i64 tokens) {
                   " tokens pass an int32; give an int64 array, as Allocator.make_batch() does");
 }
 
-// How many blocks and new tokens the rows have once each sequence has plan.more tokens more than now, if so planned,
-// and all before those are committed.
+// Returns the blocks and new tokens of the rows after the step that the plan describes.
 RowTotals BatchFiller::total(const StepPlan& plan, i64 g, const i32* new_tokens) const {
   const Growth growth = groups_[g].growth;
   const i32* const more = plan.more;
@@ -94,14 +96,14 @@ void BatchFiller::refuse_step(i64 handle, i64 index, i64 g, i64 fresh) const {
                   " reserved");
 }
 
-// ---- what kernels will load ---------------------------------------------------------------------
+// ---- memory that kernels load ----------------------------------------------------------------------
 
 bool BatchFiller::lacks_padding(const BatchGroups& batch) const {
   return std::any_of(batch.begin(), batch.end(), [&](const GroupBuffers& g) { return !table_.has_reserved(g.group); });
 }
 
 void BatchFiller::back_padding(const BatchGroups& batch, bool follows, Transaction& tx) const {
-  if (follows) {  // the one that it follows takes the page for free, and may give it to a sequence
+  if (follows) {  // the other allocator counts the page as free, and may use it for a sequence
     throw SpecError(
         "padding rows read blocks 0 and 1, which the allocator that this one follows has not made yet: pad a batch "
         "there once, with batch(..., pad_to=), and apply its ops");
@@ -126,7 +128,7 @@ void BatchFiller::zero_cuts(const StepPlan& plan, i64 g) const {
   tx.commit();
 }
 
-// ---- writing ------------------------------------------------------------------------------------
+// ---- metadata --------------------------------------------------------------------------------------
 
 void BatchFiller::write(const StepPlan& plan, const i32* new_tokens, i64 rows, const BatchGroups& batch,
                         i64 changes) const {
@@ -136,9 +138,10 @@ void BatchFiller::write(const StepPlan& plan, const i32* new_tokens, i64 rows, c
   }
 }
 
-// Every reserved token that is not committed is new, unless the caller says how many.
+// Writes one group. All tokens that are reserved and not committed are new, unless the caller says how many are.
 void BatchFiller::write_group(const StepPlan& plan, const i32* new_tokens, i64 rows, GroupBuffers& group) const {
   const i64 g = group.group, n = plan.n;
+  KVMEM_ASSERT(rows >= n && rows <= group.out->max_sequences, "check_rows() comes first");
   const Growth growth = groups_[g].growth;
   const bool chosen = new_tokens && growth == Growth::token;
   const TableView view = table_.view(g);
@@ -150,7 +153,7 @@ void BatchFiller::write_group(const StepPlan& plan, const i32* new_tokens, i64 r
     const StepRows step{handles, plan.indices.data(), sequences_.lengths(g, 0), groups_.count(), n, view};
     const bool may_advance = growth == Growth::token && !chosen;
     for (i64 i = 0; i < n; ++i) {
-      if (may_advance && marks.knows(i, handles[i])) i = writer.advance(step);
+      if (may_advance && marks.has(i, handles[i])) i = writer.advance(step);
       if (i == n) break;
       const i64 index = plan.indices[i];
       const Sequences::Lengths& now = step.at(i);
@@ -167,8 +170,6 @@ void BatchFiller::write_group(const StepPlan& plan, const i32* new_tokens, i64 r
   }
 }
 
-// ---- whether a batch still holds ----------------------------------------------------------------
-
 i64 BatchFiller::find_stale(i64 group, const BatchBuffers& filled, const BatchMarks& marks) const {
   groups_.check(group);
   if (!filled.slot_mapping || !filled.seq_lens || !filled.cu_seqlens_q) return -1;
@@ -177,19 +178,20 @@ i64 BatchFiller::find_stale(i64 group, const BatchBuffers& filled, const BatchMa
     if (handle == RowMark::kNobody) continue;
     const i64 index = sequences_.place_of(handle);
     const bool lives = sequences_.live(index) && sequences_.handle_of(index) == handle;
-    if (!lives || !lies_as(index, group, row, filled, marks)) return handle;
+    if (!lives || !is_current(index, group, row, filled, marks)) return handle;
   }
   return -1;
 }
 
-// Whether the new tokens of a filled row are still there, and whether they and those before them lie where they did.
-bool BatchFiller::lies_as(i64 index, i64 g, i64 row, const BatchBuffers& filled, const BatchMarks& marks) const {
+// Returns whether the sequence still has the new tokens of a filled row, and has them and those before them at the same
+// addresses.
+bool BatchFiller::is_current(i64 index, i64 g, i64 row, const BatchBuffers& filled, const BatchMarks& marks) const {
   const i64 first_slot = filled.cu_seqlens_q[row], fresh = filled.cu_seqlens_q[row + 1] - first_slot;
   const i64 end = filled.seq_lens[row], begin = end - fresh;
   if (end > sequences_.tokens(index, g) || (fresh > 0 && begin < sequences_.front(index, g))) return false;
   if (!groups_.geometry().debug && table_.view(g).at(index).version == marks.rows[row].version) return true;
   const i64 size = groups_[g].block_tokens, token_bytes = groups_[g].token_bytes[0];
-  for (i64 token = begin; token < end; token = (token / size + 1) * size) {  // in a block they follow each other
+  for (i64 token = begin; token < end; token = (token / size + 1) * size) {  // a block is contiguous
     const i64 slot = filled.slot_mapping[first_slot + token - begin];
     if (table_.offset_bytes(index, g, 0, token) != slot * token_bytes) return false;
   }
@@ -199,6 +201,88 @@ bool BatchFiller::lies_as(i64 index, i64 g, i64 row, const BatchBuffers& filled,
     if (table_.offset_bytes(index, g, 0, block * size) != table[block] * size * token_bytes) return false;
   }
   return true;
+}
+
+// ---- sequences that share memory ------------------------------------------------------------------
+
+namespace {
+
+// Arranges the positions of a batch by the blocks that their sequences share in one group.
+class Arrangement {
+ public:
+  Arrangement(const PageTable& table, const Sequences& sequences, const std::vector<i64>& indices, i64 g,
+              i64 block_tokens)
+      : table_(table), sequences_(sequences), indices_(indices), g_(g), block_tokens_(block_tokens) {}
+
+  // Appends `positions` (ascending) to the order. REQUIRES: they share their first `depth` blocks.
+  void arrange(const std::vector<i64>& positions, i64 depth, i64** order) const {
+    std::vector<std::vector<i64>> candidates;
+    std::unordered_map<i64, std::size_t> found;  // by key of the next block
+    for (i64 position : positions) {
+      const i64 index = indices_[position];
+      std::size_t to = candidates.size();
+      if (sequences_.front(index, g_) == 0 && sequences_.committed(index, g_) / block_tokens_ > depth) {
+        to = found.emplace(table_.block_key(index, g_, depth), to).first->second;
+      }
+      if (to == candidates.size()) candidates.emplace_back();
+      candidates[to].push_back(position);
+    }
+    std::vector<Alike> alike;
+    for (std::vector<i64>& some : candidates) split(std::move(some), depth, &alike);
+    std::sort(alike.begin(), alike.end(),
+              [](const Alike& x, const Alike& y) { return x.positions[0] < y.positions[0]; });
+    for (const Alike& some : alike) {
+      if (some.positions.size() < 3) {
+        *order = std::copy(some.positions.begin(), some.positions.end(), *order);
+      } else {
+        arrange(some.positions, some.blocks, order);
+      }
+    }
+  }
+
+ private:
+  struct Alike {  // sequences that share `blocks` blocks
+    std::vector<i64> positions;
+    i64 blocks;
+  };
+
+  // Splits `positions`, whose block after `depth` has the same key, by whether they share that block. Nearly always all
+  // of them do.
+  void split(std::vector<i64> positions, i64 depth, std::vector<Alike>* alike) const {
+    std::vector<i64> rest;
+    for (; !positions.empty(); positions.swap(rest), rest.clear()) {
+      Alike some{{positions[0]}, INT64_MAX};
+      for (std::size_t i = 1; i < positions.size(); ++i) {
+        const i64 blocks = table_.common_blocks(indices_[positions[0]], indices_[positions[i]], g_, depth);
+        (blocks > depth ? some.positions : rest).push_back(positions[i]);
+        if (blocks > depth) some.blocks = std::min(some.blocks, blocks);
+      }
+      alike->push_back(std::move(some));
+    }
+  }
+
+  const PageTable& table_;
+  const Sequences& sequences_;
+  const std::vector<i64>& indices_;
+  const i64 g_, block_tokens_;
+};
+
+}  // namespace
+
+void BatchFiller::find_common_blocks(const std::vector<i64>& indices, i64 g, i64* out) const {
+  for (std::size_t i = 0; i + 1 < indices.size(); ++i) {
+    out[i] = can_share(g) ? table_.common_blocks(indices[i], indices[i + 1], g, 0) : 0;
+  }
+}
+
+void BatchFiller::find_cascade_order(const std::vector<i64>& indices, i64 g, i64* order) const {
+  std::vector<i64> positions(indices.size());
+  std::iota(positions.begin(), positions.end(), 0);
+  if (can_share(g)) {
+    Arrangement(table_, sequences_, indices, g, groups_[g].block_tokens).arrange(positions, 0, &order);
+  } else {
+    std::copy(positions.begin(), positions.end(), order);
+  }
 }
 
 }  // namespace kvmem

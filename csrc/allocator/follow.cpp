@@ -6,7 +6,7 @@
 namespace kvmem {
 namespace {
 
-// Lists that were concatenated have a version in front of each.
+// Concatenated lists have a version in front of each.
 void check_versions(const std::vector<Op>& ops) {
   if (!ops.empty() && ops[0].kind != OpKind::version) {
     throw SpecError("the ops begin with a " + std::string(row_of(ops[0].kind).name) +
@@ -42,10 +42,10 @@ void Follower::apply(const std::vector<Op>& ops) {
 void Follower::follow(const std::vector<Op>& ops, FollowedLengths& lengths, FollowRules& rules, Transaction& tx) {
   std::vector<Grown> grown;
   std::vector<i64> touched;  // sequences
-  std::vector<Op> followed;  // each of one length, entry or run of pages
+  std::vector<Op> followed;  // the expanded records
   for (const Op& record : ops) {
-    for (const Op& op : spelt_out(record)) {
-      follow_one(op, &grown, tx);
+    for (const Op& op : expand(record)) {
+      apply_one(op, &grown, tx);
       lengths.note(op);
       rules.after(op);
       followed.push_back(op);
@@ -58,7 +58,7 @@ void Follower::follow(const std::vector<Op>& ops, FollowedLengths& lengths, Foll
   }
   rules.finish();
   bool shares = false;
-  for (const Op& op : followed) shares = note_mapped(op) || shares;
+  for (const Op& op : followed) shares = note_effects(op) || shares;
   if (shares) table_.note_shared();
   for (const Grown& g : grown) check_grown(g);
   std::vector<bool> checked(static_cast<std::size_t>(sequences_.capacity()));
@@ -69,8 +69,8 @@ void Follower::follow(const std::vector<Op>& ops, FollowedLengths& lengths, Foll
   }
 }
 
-// The rules know records of a single length or table entry: returns those that `op` stands for.
-std::vector<Op> Follower::spelt_out(const Op& op) const {
+// Returns the records that `op` stands for, each of one length, table entry or run of pages, as the rules expect them.
+std::vector<Op> Follower::expand(const Op& op) const {
   if (is_private(op.kind)) throw SpecError(std::string(row_of(op.kind).name) + ": not for another allocator");
   std::vector<Op> found;
   switch (op.kind) {
@@ -99,7 +99,7 @@ std::vector<Op> Follower::spelt_out(const Op& op) const {
   return found;
 }
 
-// Which blocks are there is checked entry by entry.
+// Checks the range of a run. The blocks themselves are checked entry by entry, when the expanded records are applied.
 void Follower::check_run(const Op& op) const {
   const std::string name = row_of(op.kind).name;
   groups_.check(op.at);
@@ -128,26 +128,27 @@ void Follower::check_record(const Op& op) const {
   }
 }
 
-// Applies a record; notes what grows, with the pages or blocks there that others read too.
-void Follower::follow_one(const Op& op, std::vector<Grown>* grown, Transaction& tx) {
+// Applies a record, and notes what grows.
+void Follower::apply_one(const Op& op, std::vector<Grown>* grown, Transaction& tx) {
   check_record(op);
   if (op.kind == OpKind::length && op.b > op.c) {
     groups_.check(op.at);
     const i64 index = sequences_.index(op.a), end = std::min(op.b, groups_[op.at].max_tokens);
-    if (op.c == sequences_.tokens(index, op.at)) {  // else it is refused below
+    if (op.c == sequences_.tokens(index, op.at)) {  // push() below refuses any other record
       grown->push_back({op.a, op.at, op.c, end, table_.shared_pieces(index, op.at, op.c, end)});
     }
   }
   if (op.kind == OpKind::close) check_empty(sequences_.index(op.a));
   if (op.kind != OpKind::create || op.a < 0 || op.b <= 0 || op.b > pool_.known_pages() ||
       op.a > pool_.known_pages() - op.b) {
-    return tx.push(op);  // which refuses a create like that
+    return tx.push(op);  // refuses a create of pages that cannot exist
   }
-  for (i64 page = op.a; page < op.a + op.b; ++page) {  // a replica may have created its pages ahead
+  for (i64 page = op.a; page < op.a + op.b; ++page) {  // this pool may have created its pages ahead
     if (!pool_.present(page)) tx.push({OpKind::create, 0, page, 1});
   }
 }
 
+// Throws SpecError unless the sequence, which is about to close, has neither length nor memory.
 void Follower::check_empty(i64 index) const {
   for (i64 g = 0; g < groups_.count(); ++g) {
     const bool empty = sequences_.tokens(index, g) == 0 && sequences_.committed(index, g) == 0 &&
@@ -161,26 +162,27 @@ void Follower::refuse(i64 handle) const {
                   " would be left with a length that its memory does not match");
 }
 
-void Follower::look_at_tails(i64 g) {
+void Follower::check_tails_again(i64 g) {
   for (i64 index = 0; index < sequences_.capacity(); ++index) {
     if (sequences_.live(index)) table_.check_tail_again(index, g);
   }
 }
 
-// A tail that has come to be shared is to be copied before the next write; mappings are as between calls. True where
-// the record may have mapped a page at a second place.
-bool Follower::note_mapped(const Op& op) {
+// Notes what an applied record means for this table: which tails must be checked again before the next write, because
+// they may be shared now, and which memory was released. Returns whether the record may have mapped a page a second
+// time. Throws SpecError if the record leaves an arena mapped in part.
+bool Follower::note_effects(const Op& op) {
   const bool shorter = (op.kind == OpKind::length && op.b < op.c) || op.kind == OpKind::front;
   if (op.kind == OpKind::unbind || op.kind == OpKind::block || shorter) table_.note_released(op);
-  if (op.kind == OpKind::block && op.c != 0) {  // the block may be the tail of any other sequence
+  if (op.kind == OpKind::block && op.c != 0) {  // the block may be the tail of any sequence
     const i64 inside = op.b * groups_[op.at].block_tokens + 1;
     const std::vector<i64> shared = table_.shared_pieces(sequences_.place_of(op.a), op.at, inside, inside);
-    if (std::any_of(shared.begin(), shared.end(), [](i64 piece) { return piece >= 0; })) look_at_tails(op.at);
+    if (std::any_of(shared.begin(), shared.end(), [](i64 piece) { return piece >= 0; })) check_tails_again(op.at);
   }
   for (i64 g = 0; op.kind == OpKind::bind && g < groups_.count(); ++g) {
-    table_.check_tail_again(sequences_.place_of(op.a), g);  // the row may come with pages that another one shows
+    table_.check_tail_again(sequences_.place_of(op.a), g);  // the row may share pages
   }
-  if (shorter) {  // it holds more than it needs now
+  if (shorter) {
     table_.check_tail_again(sequences_.place_of(op.a), op.at);
     if (op.kind == OpKind::length) table_.note_cut(sequences_.place_of(op.a), op.at, op.c);
   }
@@ -192,7 +194,7 @@ bool Follower::note_mapped(const Op& op) {
   return shares;
 }
 
-// A page or block that others read must have given way to a copy.
+// Throws SpecError if the sequence still shares a page or block that it is about to write.
 void Follower::check_grown(const Grown& g) const {
   const i64 index = sequences_.place_of(g.handle);
   if (!sequences_.live(index) || sequences_.handle_of(index) != g.handle) return;
@@ -204,7 +206,7 @@ void Follower::check_grown(const Grown& g) const {
   }
 }
 
-// What a live sequence's lengths say is possible, and there.
+// Throws SpecError unless the lengths of a live sequence are possible and its memory exists.
 void Follower::check_lengths(i64 index) const {
   for (i64 g = 0; g < groups_.count(); ++g) {
     const GroupGeometry& group = groups_[g];

@@ -1,9 +1,7 @@
-// Follows another allocator's decisions: applies a list of its ops, or refuses it. table/follow.h says what a list may
-// do.
+// Following another allocator: applies a list of its ops, or refuses it. table/follow.h lists the rules for a list.
 //
-// State: whether the latest sequence came by apply(). Invariant: after a list every live sequence that it names has the
-// memory that its lengths speak of. An error leaves all as it was. REQUIRES the pool's lock, and an index that knows
-// nothing.
+// State: whether the latest sequence was opened by apply(). Invariant: after a list every live sequence that it names
+// has the memory that its lengths claim. Thread safety: every function REQUIRES the pool's lock.
 #pragma once
 
 #include <vector>
@@ -22,24 +20,26 @@ class Follower {
            TableState& tables)
       : groups_(groups), pool_(pool), sequences_(sequences), index_(index), table_(table), tables_(tables) {}
 
-  // SpecError when the list does not follow from here. Cost: linear in the list.
+  // Executes the list. Throws SpecError, and has changed nothing, if the list does not follow from the present state or
+  // if the content index is not empty. Cost: linear in the list.
   void apply(const std::vector<Op>& ops);
-  // The latest sequence came by apply(), so another allocator decides about memory.
+  // Returns whether the latest sequence was opened by apply(), so that another allocator decides about memory.
   bool follows() const { return followed_to_ == sequences_.opened(); }
 
  private:
-  // Tokens [from, end) that a followed sequence has got, and which of the pages or blocks there others read.
+  // Tokens [from, end) that the list added to a sequence, and the pages or blocks there that other sequences shared
+  // before (PageTable::shared_pieces).
   struct Grown {
     i64 handle, group, from, end;
     std::vector<i64> shared;
   };
   void follow(const std::vector<Op>& ops, FollowedLengths& lengths, FollowRules& rules, Transaction& tx);
-  void follow_one(const Op& op, std::vector<Grown>* grown, Transaction& tx);
-  std::vector<Op> spelt_out(const Op& op) const;
+  void apply_one(const Op& op, std::vector<Grown>* grown, Transaction& tx);
+  std::vector<Op> expand(const Op& op) const;
   void check_run(const Op& op) const;
   void check_record(const Op& op) const;
-  void look_at_tails(i64 g);
-  bool note_mapped(const Op& op);
+  void check_tails_again(i64 g);
+  bool note_effects(const Op& op);
   void check_grown(const Grown& grown) const;
   void check_empty(i64 index) const;
   void check_lengths(i64 index) const;

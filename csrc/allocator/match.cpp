@@ -18,36 +18,39 @@ void PrefixMatcher::find(i32 root, const i32* tokens, i64 n, const KeyMarks& mar
   // What only lower tiers have is not on the device.
   while (index.whole() && !chain.empty() && index.copies(chain.back()) == 0) chain.pop_back();
   if (!chain.empty()) last = chain.back();
-  if (groups_.has_window()) look_along_windows(chain);
+  if (groups_.has_window()) count_runs(chain);
   const std::size_t known = chain.size();
   for (i64 blocks = static_cast<i64>(known);; --blocks, last = index_.parent(last)) {
     const i64 done = blocks * size;
-    // Others that begin like the next block may have memory where its own is gone.
+    // If the next block has no memory any more, a sibling that begins with the same tokens may have.
     const bool others = blocks == static_cast<i64>(known) || index_.has_siblings(chain[blocks]);
     chain.resize(blocks);
     if (others && find_part(last, tokens + done, most - done, tag_at(marks, done), match)) return;
-    if (blocks == 0 || find_end(done, match)) return;
+    if (blocks == 0 || try_end(done, match)) return;
     if (!groups_.has_window() && !groups_.has_state()) return;
   }
 }
 
-// What is behind the chain and part of one more block, which the chain ends with then; else it is as it was.
+// Returns whether a sequence can continue from the chain and part of one more block; appends that block to the chain if
+// so, and leaves the chain as it was if not.
 bool PrefixMatcher::find_part(i32 last, const i32* tokens, i64 count, const std::string* tag, Match* match) {
-  // States stand at the end of whole blocks only.
+  // Snapshots exist at the end of whole blocks only.
   if (!options_.partial || groups_.has_state() || count <= 0) return false;
   const i64 done = static_cast<i64>(match->chain.size()) * block_tokens();
   index_.find_partial(last, tokens, count, tag, &parts_);
-  for (const PartOfBlock& part : parts_) {  // not all of them are where the tokens before them are
+  for (const PartOfBlock& part : parts_) {
     match->chain.push_back(part.node);
-    if (find_end(done + part.tokens, match)) return true;
+    if (try_end(done + part.tokens, match)) return true;
     match->chain.pop_back();
   }
   return false;
 }
 
-// True if a sequence could go on from the first `tokens` tokens of the chain, which end in its last block.
-bool PrefixMatcher::find_end(i64 tokens, Match* match) const {
+// Returns whether a sequence can continue from the first `tokens` tokens of the chain; sets `tokens` and `row` if so.
+// REQUIRES: they end in the chain's last block.
+bool PrefixMatcher::try_end(i64 tokens, Match* match) const {
   const std::vector<i32>& chain = match->chain;
+  KVMEM_ASSERT(ceil_div(tokens, block_tokens()) == static_cast<i64>(chain.size()), "they end in the last block");
   if (index_.whole() && index_.copies(chain.back()) == 0) return false;
   if (groups_.has_window() && !windows_reach(chain, tokens)) return false;
   if (groups_.has_state() && !table_.has_state(chain.back())) return false;
@@ -57,7 +60,7 @@ bool PrefixMatcher::find_end(i64 tokens, Match* match) const {
   return true;
 }
 
-void PrefixMatcher::look_along_windows(const std::vector<i32>& chain) {
+void PrefixMatcher::count_runs(const std::vector<i32>& chain) {
   const i64 windows = index_.windows();
   runs_.resize(chain.size() * windows);
   for (std::size_t k = 0; k < chain.size(); ++k) {
@@ -68,7 +71,7 @@ void PrefixMatcher::look_along_windows(const std::vector<i32>& chain) {
   }
 }
 
-// True if each window group has what it needs of the first `tokens` tokens, block by block.
+// Returns whether each window group has all blocks that it needs of the first `tokens` tokens.
 bool PrefixMatcher::windows_reach(const std::vector<i32>& chain, i64 tokens) const {
   const i64 last = static_cast<i64>(chain.size()) - 1;
   for (i32 w = 0; w < index_.windows(); ++w) {
@@ -80,39 +83,39 @@ bool PrefixMatcher::windows_reach(const std::vector<i32>& chain, i64 tokens) con
   return true;
 }
 
-bool PrefixMatcher::has_all(Match* match) {
-  if (groups_.has_window()) look_along_windows(match->chain);
-  return find_end(static_cast<i64>(match->chain.size()) * block_tokens(), match);
+bool PrefixMatcher::can_use_all(Match* match) {
+  if (groups_.has_window()) count_runs(match->chain);
+  return try_end(static_cast<i64>(match->chain.size()) * block_tokens(), match);
 }
 
 void PrefixMatcher::cut_to_blocks(i64 tokens, Match* match) {
   std::vector<i32>& chain = match->chain;
   match->tokens = 0, match->row = -1;
   chain.resize(tokens / block_tokens());
-  if (groups_.has_window()) look_along_windows(chain);
-  while (!chain.empty() && !find_end(static_cast<i64>(chain.size()) * block_tokens(), match)) chain.pop_back();
+  if (groups_.has_window()) count_runs(chain);
+  while (!chain.empty() && !try_end(static_cast<i64>(chain.size()) * block_tokens(), match)) chain.pop_back();
 }
 
-Match PrefixMatcher::look(const i32* tokens, i64 n, const PrefixKey& key) {
+Match PrefixMatcher::match(const i32* tokens, i64 n, const PrefixKey& key) {
   Match match;
   match.end = off_;
   if (!options_.on) return match;
   const i32 root = index_.find_root(key);
   const KeyMarks marks = placed(key.marks, tokens, n);
   find(root, tokens, n, marks, &match);
-  match.end = why_not_more(key, marks, root, tokens, n, match);
+  match.end = reason(key, marks, root, tokens, n, match);
   return match;
 }
 
-MatchEnd PrefixMatcher::why_not_more(const PrefixKey& key, const KeyMarks& marks, i32 root, const i32* tokens, i64 n,
-                                     const Match& match) const {
+MatchEnd PrefixMatcher::reason(const PrefixKey& key, const KeyMarks& marks, i32 root, const i32* tokens, i64 n,
+                               const Match& match) const {
   const i64 size = block_tokens(), most = n - 1, blocks = match.tokens / size;
   if (match.tokens >= most) return MatchEnd::complete;
   if (most - blocks * size < size) return MatchEnd::short_block;
   const i32 last = blocks == 0 ? root : match.chain[blocks - 1];
   const i32* const next = tokens + blocks * size;
   const std::string* const tag = tag_at(marks, blocks * size);
-  if (last != kNoNode && index_.find(last, next, tag) != kNoNode) {  // known, but its memory does not do
+  if (last != kNoNode && index_.find(last, next, tag) != kNoNode) {  // the index has the block, but it cannot be used
     if (groups_.has_state()) return MatchEnd::no_snapshot;
     return groups_.has_window() ? MatchEnd::window : MatchEnd::evicted;
   }

@@ -1,43 +1,42 @@
-// What an allocator holds: what is cached, and memory.
+// The calls of an allocator about cached content, memory and recorded ops.
 
 #include <algorithm>
 
 #include "allocator/allocator.h"
-#include "allocator/mutate.h"
 
 namespace kvmem {
 namespace {
 
-constexpr i64 kAtOnce = 1024;  // blocks to evict in one transaction: some 0.5 ms
+constexpr i64 kEvictAtOnce = 1024;  // blocks evicted in one transaction, which takes about 0.5 ms
 
 }  // namespace
 
-// ---- what is cached ------------------------------------------------------------------------------
+// ---- cached content ------------------------------------------------------------------------------
 
 Match Allocator::match(const i32* tokens, i64 n, const PrefixKey& key) {
-  const PoolLock lock = enter(true);
-  return matcher_.look(tokens, n, key);
+  const PoolLock lock = lock_to_read();
+  return matcher_.match(tokens, n, key);
 }
 
 Pins::Pinned Allocator::pin(i64 handle, i64 tokens) {
-  return mutate([&] { return pins_.add(handle, tokens, sequences_.index(handle), contents_); });
+  return update([&] { return pins_.add(handle, tokens, sequences_.index(handle), contents_); });
 }
 
 Pins::Pinned Allocator::pin(const i32* tokens, i64 n, const PrefixKey& key) {
-  return mutate([&] { return pins_.add(prefix_.on ? index_.find_root(key) : kNoNode, tokens, n, key); });
+  return update([&] { return pins_.add(prefix_.on ? index_.find_root(key) : kNoNode, tokens, n, key); });
 }
 
 void Allocator::unpin(i64 pin) {
-  mutate([&] { pins_.remove(pin); });
+  update([&] { pins_.remove(pin); });
 }
 
 std::vector<Pins::Pinned> Allocator::pins() {
-  const PoolLock lock = enter(true);
+  const PoolLock lock = lock_to_read();
   return pins_.list();
 }
 
 void Allocator::snapshot(i64 handle) {
-  mutate([&] {
+  update([&] {
     const i64 index = sequences_.index(handle);
     check_snapshot(handle, index);
     settle();
@@ -68,45 +67,46 @@ void Allocator::check_snapshot(i64 handle, i64 index) const {
                     " was truncated, or forked from one with reserved tokens, and its state may have seen more than "
                     "its " +
                     std::to_string(tokens) +
-                    " tokens: put their state back and go on; it can be kept after the next commit()");
+                    " tokens: restore the state of these tokens; it can be stored after the next commit()");
   }
 }
 
 void Allocator::retain(i64 handle, i64 start, i64 end, int priority, double seconds) {
-  mutate([&] {
+  update([&] {
     const i64 index = sequences_.index(handle), size = matcher_.block_tokens();
     if (start < 0 || end <= start || priority < 0 || priority > 100 || !(seconds > 0)) {
       throw SpecError("retain: tokens [" + std::to_string(start) + ", " + std::to_string(end) + ") at priority " +
                       std::to_string(priority) + "; must be a range, a priority from 0 to 100 and a time above 0");
     }
     const Retention added{ceil_div(start, size), end / size, priority, seconds};
-    if (added.first < added.end) contents_.retain(index, added);  // else no whole block lies in it
+    if (added.first < added.end) contents_.retain(index, added);
   });
 }
 
 std::vector<Retention> Allocator::retained(i64 handle) {
-  const PoolLock lock = enter(true);
+  const PoolLock lock = lock_to_read();
   return contents_.retained(sequences_.index(handle));
 }
 
 i64 Allocator::clear_cache() {
-  PoolLock lock = enter();
+  PoolLock lock = lock_to_change();
   settle();
   i64 blocks = 0;
-  piece([&] {
+  update_piece([&] {
     Transaction tx(*pool_, *this);
     table_->evict_cut_ends(tx);
     tx.commit();
   });
-  // Others may cache as much as is evicted here: then it comes to an end without them.
+  // Other threads may cache content as fast as this evicts it: after twice the present amount it no longer lets them
+  // in, so that it ends.
   const i64 enough = 2 * index_.cached();
-  for (i64 n = kAtOnce; n == kAtOnce;) {
+  for (i64 n = kEvictAtOnce; n == kEvictAtOnce;) {
     const i64 before = index_.cached();
     n = 0;
-    piece([&] {
+    update_piece([&] {
       Transaction tx(*pool_, *this);
       table_->evict_in_order(
-          tx, [&] { return n < kAtOnce; },
+          tx, [&] { return n < kEvictAtOnce; },
           [&](Item x) {
             table_->evict_item(x, tx);
             ++n;
@@ -123,14 +123,14 @@ i64 Allocator::clear_cache() {
 
 std::shared_ptr<EventBatch> Allocator::drain_events(i64 taken, i64 max, bool restart) {
   std::shared_ptr<EventBatch> done;
-  const PoolLock lock = enter(true);
+  const PoolLock lock = lock_to_read();
   return events_.drain(taken, max, restart, &done);
 }
 
 // ---- memory --------------------------------------------------------------------------------------
 
 i64 Allocator::compact(i64 bytes) {
-  return mutate([&] {
+  return update([&] {
     settle();
     const i64 page = pool_->page_bytes();
     Transaction tx(*pool_, *this);
@@ -140,7 +140,7 @@ i64 Allocator::compact(i64 bytes) {
   });
 }
 
-// How many pages a piece of a longer call reclaims: about a millisecond's worth of blocks and of driver calls.
+// Returns how many pages one piece of a longer call reclaims: about a millisecond of block work and driver calls.
 i64 Allocator::pages_at_once() const {
   constexpr i64 kBlocks = 1024, kDriverCalls = 64;
   i64 block_bytes = 0;
@@ -151,12 +151,12 @@ i64 Allocator::pages_at_once() const {
 }
 
 i64 Allocator::trim(i64 bytes) {
-  PoolLock lock = enter();
+  PoolLock lock = lock_to_change();
   settle();
   const i64 page = pool_->page_bytes(), step = pages_at_once();
   i64 left = bytes < 0 ? pool_->present_pages() : ceil_div(bytes, page), given = 0;
-  for (i64 now = step; now > 0 && left > 0;) {  // the free ones first: that costs nobody anything
-    piece([&] {
+  for (i64 now = step; now > 0 && left > 0;) {  // free pages go first
+    update_piece([&] {
       Transaction tx(*pool_, *this);
       const i64 wanted = std::min(left, step), free = pool_->free_pages();
       if (wanted > free) table_->reclaim(wanted - free, true, tx);
@@ -170,14 +170,14 @@ i64 Allocator::trim(i64 bytes) {
 }
 
 void Allocator::set_memory(i64 pages) {
-  PoolLock lock = enter();
+  PoolLock lock = lock_to_change();
   settle();
   if (owns_pool_) {
     pool_->shrink_in_pieces(lock, pages);
   } else {
     pool_->reclaim_in_pieces(lock, *table_, [&] { return table_->owned_pages - pages; });
   }
-  piece([&] {
+  update_piece([&] {
     if (owns_pool_) {
       pool_->set_budget(pages);
     } else if (const i64 excess = table_->owned_pages - pages; excess > 0) {
@@ -185,8 +185,8 @@ void Allocator::set_memory(i64 pages) {
       if (const i64 freed = table_->reclaim(excess, true, tx); freed < excess) {
         throw OutOfMemory("asked for a limit of " + std::to_string(pages) +
                           " pages, but live sequences and pins hold " + std::to_string(table_->owned_pages) +
-                          ", which is the smallest that would fit; free or " +
-                          "preempt sequences first, unpin(), or compact()");
+                          ", which is the smallest that would fit; free or preempt sequences first, unpin(), or "
+                          "compact()");
       }
       tx.commit();
     }
@@ -195,7 +195,7 @@ void Allocator::set_memory(i64 pages) {
 }
 
 AllocatorStats Allocator::stats() {
-  const PoolLock lock = enter(true);
+  const PoolLock lock = lock_to_read();
   const i64 page = pool_->page_bytes();
   AllocatorStats s;
   s.limit_bytes = std::min(table_->limit_pages, pool_->budget_pages() - pool_->held_by_others(*table_)) * page;
@@ -226,39 +226,39 @@ AllocatorStats Allocator::stats() {
 }
 
 std::vector<std::string> Allocator::check() {
-  const PoolLock lock = enter(true);
+  const PoolLock lock = lock_to_read();
   return violations();
 }
 
 std::pair<std::uint64_t, i64> Allocator::digest() {
-  const PoolLock lock = enter(true);
+  const PoolLock lock = lock_to_read();
   return {state_digest(), disturbances()};
 }
 
 i64 Allocator::mapped_extent_bytes(i64 group, i64 arena_in_group) {
-  const PoolLock lock = enter_still();
+  const PoolLock lock = lock_to_fill();
   return table_->mapped_extent_slots(group, arena_in_group) * pool_->page_bytes();
 }
 
-// ---- deciding here, acting elsewhere -------------------------------------------------------------
+// ---- recording, and following another allocator ----------------------------------------------------
 
 void Allocator::record() {
-  const PoolLock lock = enter();
+  const PoolLock lock = lock_to_change();
   pool_->recording = true;
 }
 
 void Allocator::watch_lost() {
-  const PoolLock lock = enter();
+  const PoolLock lock = lock_to_change();
   table_->watch_lost();
 }
 
 std::vector<PageTable::Lost> Allocator::take_lost() {
-  const PoolLock lock = enter(true);
+  const PoolLock lock = lock_to_read();
   return table_->take_lost();
 }
 
 std::vector<Op> Allocator::take_ops() {
-  const PoolLock lock = enter(true);
+  const PoolLock lock = lock_to_read();
   std::vector<Op> ops;
   if (pool_->log.empty()) return ops;
   ops.reserve(pool_->log.size() + 1);
@@ -269,7 +269,7 @@ std::vector<Op> Allocator::take_ops() {
 }
 
 void Allocator::apply(const std::vector<Op>& ops) {
-  mutate([&] {
+  update([&] {
     settle();
     follower_.apply(ops);
   });

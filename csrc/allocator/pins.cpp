@@ -6,17 +6,18 @@
 
 namespace kvmem {
 
-// Of the whole blocks in match_, which can all be found.
+// Pins the chain of match_. REQUIRES: it can be used as whole blocks.
 Pins::Pinned Pins::pin_match() {
   const std::vector<i32>& chain = match_.chain;
   const i64 tokens = static_cast<i64>(chain.size()) * matcher_.block_tokens();
+  KVMEM_ASSERT(!chain.empty() && match_.tokens == tokens, "the chain matches as whole blocks");
   const i32 node = chain.back();
   const auto pin = ends_.emplace(made_ + 1, node).first;
   i32 x = node;
   try {
     table_.pin_end(node, true);
     for (; !index_.is_root(x); x = index_.parent(x)) index_.pin(x);
-  } catch (...) {  // no memory: those behind it are pinned, the last one first
+  } catch (...) {  // std::bad_alloc: the nodes after x are pinned
     if (x != node || index_.pinned(x)) index_.undo_pins(node, x);
     table_.pin_end(node, false);
     ends_.erase(pin);
@@ -36,18 +37,17 @@ Pins::Pinned Pins::add(i64 handle, i64 tokens, i64 index, const SequenceContents
                     " it is known which they are: commit() token ids instead of counts, with prefix_cache=True");
   }
   if (blocks == 0) {
-    throw SpecError("asked to pin " + std::to_string(wanted) + of + ": whole blocks of " + std::to_string(size) +
-                    " are kept, and this is none");
+    throw SpecError("asked to pin " + std::to_string(wanted) + of + ": a pin holds whole blocks of " +
+                    std::to_string(size) + " tokens, and there is none");
   }
   contents.copy_chain(index, &match_.chain);
   match_.chain.resize(blocks);
-  if (matcher_.has_all(&match_)) return pin_match();
+  if (matcher_.can_use_all(&match_)) return pin_match();
   matcher_.cut_to_blocks(blocks * size, &match_);
-  throw SpecError(
-      "asked to pin the first " + std::to_string(blocks * size) + of + ", of which " +
-      (groups_.has_state() ? "no snapshot is kept: call snapshot() there first"
-                           : "a sliding window has passed what it would need: pin them while it reaches them") +
-      "; of its prefixes the longest that can be pinned now has " + std::to_string(match_.tokens) + " tokens");
+  throw SpecError("asked to pin the first " + std::to_string(blocks * size) + of + ", " +
+                  (groups_.has_state() ? "where there is no snapshot: call snapshot() there first"
+                                       : "of which some are out of window already: pin them earlier") +
+                  "; the longest prefix that can be pinned now has " + std::to_string(match_.tokens) + " tokens");
 }
 
 Pins::Pinned Pins::add(i32 root, const i32* tokens, i64 n, const PrefixKey& key) {
@@ -63,7 +63,7 @@ Pins::Pinned Pins::add(i32 root, const i32* tokens, i64 n, const PrefixKey& key)
 
 void Pins::remove(i64 pin) {
   const auto found = ends_.find(pin);
-  if (found == ends_.end()) throw StaleHandle("pin " + std::to_string(pin) + " was given up before");
+  if (found == ends_.end()) throw StaleHandle("pin " + std::to_string(pin) + " was unpinned before");
   std::vector<i32>& chain = match_.chain;
   chain.clear();
   for (i32 node = found->second; !index_.is_root(node); node = index_.parent(node)) chain.push_back(node);
@@ -79,7 +79,7 @@ void Pins::remove(i64 pin) {
   index_.drop(root);
 }
 
-// The last first. Needs no memory.
+// Undoes need() for each part that windows need of the chain, newest first. Needs no memory.
 void Pins::unneed_windows(const std::vector<i32>& chain) {
   const i64 blocks = static_cast<i64>(chain.size()), tokens = blocks * matcher_.block_tokens();
   for (i32 w = index_.windows(); w-- > 0;) {

@@ -1,8 +1,9 @@
-// Pins: chains of blocks that stay cached whatever becomes of the sequences that have them.
+// Pins: chains of blocks that stay cached until they are unpinned, whether or not sequences use them.
 //
-// State: the last node of each pin's chain. Invariants: a pin is one user of its root and a pin of each node of its
-// chain, needs what each window needs of them (invariant 3), and its last node is an end in the page table, so that a
-// prompt that begins with them finds all of them. Errors change nothing. REQUIRES the pool's lock.
+// State: the last node of each pin's chain. Invariants: a pin is one user of its root and pins each node of its chain;
+// it needs the parts that a window needs of them (invariant 3); and its last node is an end in the page table, so that
+// a prompt that begins with the chain finds all of it. Thread safety: every function REQUIRES the pool's lock. A call
+// that fails changes nothing.
 #pragma once
 
 #include <string>
@@ -25,14 +26,15 @@ class Pins {
   Pins(const Groups& groups, PrefixMatcher& matcher, PrefixIndex& index, PageTable& table)
       : groups_(groups), matcher_(matcher), index_(index), table_(table) {}
 
-  // The whole blocks of the first `tokens` tokens of a sequence (-1: all that are known), or of a prompt. SpecError
-  // unless all of them could be found.
+  // Pin the whole blocks of the first `tokens` tokens of a sequence (-1: all known ones), or of a prompt. Throw
+  // SpecError unless all of them are cached and usable.
   Pinned add(i64 handle, i64 tokens, i64 index, const SequenceContents& contents);
   Pinned add(i32 root, const i32* tokens, i64 n, const PrefixKey& key);
-  void remove(i64 pin);              // StaleHandle
-  std::vector<Pinned> list() const;  // in the order in which they were made
+  void remove(i64 pin);              // throws StaleHandle if it was unpinned before
+  std::vector<Pinned> list() const;  // the oldest pin first
 
   void digest(Hasher& hash) const;
+  // Counts each pin as a user of its nodes.
   void count_users(std::vector<i32>* users) const;
 
  private:

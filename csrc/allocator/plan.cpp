@@ -7,6 +7,7 @@ namespace kvmem {
 void Planner::start(const i32* handles, i64 n, i64 group, StepPlan* plan) const {
   plan->handles = handles, plan->n = n, plan->group = group;
   plan->more = plan->commits = plan->ids = nullptr;
+  KVMEM_ASSERT(n >= 0, "a call names a number of sequences");
   ++plan->number;
   plan->indices.resize(n);
   plan->needy.clear();
@@ -20,7 +21,7 @@ void Planner::find(const i32* handles, i64 n, StepPlan* plan) const {
 
 void Planner::find_each_once(const i32* handles, i64 n, StepPlan* plan) const {
   start(handles, n, -1, plan);
-  for (i64 i = 0; i < n; ++i) name_once(plan->indices[i] = sequences_.index(handles[i]), plan);
+  for (i64 i = 0; i < n; ++i) mark_once(plan->indices[i] = sequences_.index(handles[i]), plan);
 }
 
 void Planner::extend(const i32* handles, const i32* counts, i64 n, i64 group, StepPlan* plan) {
@@ -34,7 +35,7 @@ void Planner::extend(const i32* handles, const i32* counts, i64 n, i64 group, St
   const i64 main = groups_.token_group(), size = groups_[main].block_tokens;
   for (i64 i = 0; i < n; ++i) {
     const i64 index = plan->indices[i] = sequences_.index(handles[i]), count = plan->more[i];
-    name_once(index, plan);
+    mark_once(index, plan);
     if (count < 0) refuse_count(handles[i], count);
     bool room = groups_.geometry().zero != Zero::always;
     for (i64 g = groups_.begin(group); g < groups_.end(group); ++g) room = has_room(index, g, group, count) && room;
@@ -43,10 +44,10 @@ void Planner::extend(const i32* handles, const i32* counts, i64 n, i64 group, St
   }
 }
 
-// Every step does this for every sequence, so nothing is looked up twice.
+// Runs in every step for every sequence, so it keeps what it uses in local variables, which no store can change.
 void Planner::extend_simple(StepPlan* plan) {
   const i64 size = groups_[0].block_tokens, most = groups_[0].max_tokens, number = plan->number, n = plan->n;
-  const Sequences& sequences = sequences_;  // locals, which no store can change
+  const Sequences& sequences = sequences_;
   PageTable& table = table_;
   const Sequences::Lengths* const lengths = sequences.lengths(0, 0);
   const i32 *const handles = plan->handles, *const counts = plan->more;
@@ -82,7 +83,7 @@ void Planner::commit(const i32* handles, const i32* counts, i64 n, i64 group, co
   start(handles, n, group, plan);
   for (i64 i = 0; i < n; ++i) {
     const i64 index = plan->indices[i] = sequences_.index(handles[i]);
-    name_once(index, plan);
+    mark_once(index, plan);
     for (i64 g = groups_.begin(group); g < groups_.end(group); ++g) {
       if (!groups_.grows(g, group)) continue;
       const i64 reserved = sequences_.tokens(index, g) - sequences_.committed(index, g);
@@ -98,11 +99,12 @@ void Planner::commit_due(const i32* ids, i64 num_ids, StepPlan* plan) const {
     throw SpecError("step: got " + std::to_string(num_ids) + " token ids to commit, but " +
                     std::to_string(plan->totals.due) + " tokens are reserved and not committed");
   }
+  KVMEM_ASSERT(static_cast<i64>(plan->due.size()) == plan->n, "the plan was made by extend()");
   plan->commits = plan->due.data(), plan->ids = ids;
   find_moving(plan);
 }
 
-// All sequences where everything is recorded.
+// Finds the sequences of which a window moves on; all sequences if the pool is recording.
 void Planner::find_moving(StepPlan* plan) const {
   if (!groups_.has_window() && !pool_.recording) return;
   const i64 group = plan->group;

@@ -1,7 +1,9 @@
-// What a call over several sequences is going to do: found, and every argument checked, before anything changes.
+// Plans: what a call over several sequences will do. A Planner finds the sequences and checks all arguments before
+// anything changes.
 //
-// A plan is good until the next one is made in its memory, and while the lock is held and no length has changed. Its
-// maker reads lengths and page tables, and changes neither. REQUIRES the pool's lock.
+// State: none; a plan is a value. It is valid until the next one is made in its memory, and as long as the lock is held
+// and no length has changed. A Planner reads lengths and page tables, and changes neither. Thread safety: every
+// function REQUIRES the pool's lock.
 #pragma once
 
 #include <algorithm>
@@ -14,11 +16,13 @@
 
 namespace kvmem {
 
-// What the rows of a batch come to, of one group.
+// Sums over the rows of a batch, for one group.
 struct RowTotals {
-  i64 due = 0;                                 // tokens reserved and not committed before the step
-  i64 fresh = 0, blocks = 0, blocks_most = 0;  // new tokens; blocks when there is room for them, and of the longest row
-  // Of a sequence that gets room for `count` more tokens; returns its share of `due`.
+  i64 due = 0;          // tokens that are reserved and not committed before the step
+  i64 fresh = 0;        // new tokens
+  i64 blocks = 0;       // blocks, those of the new tokens included
+  i64 blocks_most = 0;  // the blocks of the longest row
+  // Adds a sequence that gets room for `count` more tokens; returns its share of `due`.
   i32 add(const Sequences::Lengths& now, i64 count, i64 block_tokens) {
     const i64 reserved = now.tokens - now.committed;
     due += reserved;
@@ -39,18 +43,18 @@ struct StepPlan {
 
   const i32* handles = nullptr;
   i64 n = 0, group = -1;         // see groups.h
-  const i32* more = nullptr;     // how many tokens each sequence gets room for
-  const i32* commits = nullptr;  // and how many of those before are committed
-  const i32* ids = nullptr;      // these, one sequence's after the other's; null where they are not known
+  const i32* more = nullptr;     // the number of tokens that each sequence gets room for; null if it does not grow
+  const i32* commits = nullptr;  // the number of tokens of each that are committed; null if none are
+  const i32* ids = nullptr;      // the ids of the committed tokens, one sequence's after the other's; null if unknown
   std::vector<i64> indices;      // of the sequences
-  std::vector<i64> needy;        // positions in it: there is no room yet
-  std::vector<i64> moving;       // positions in it: the commit needs records, as a window moves on
-  std::vector<i32> due;          // what is reserved and not committed, of each
-  RowTotals totals;              // in the first group that grows with the tokens
+  std::vector<i64> needy;        // positions in `indices`: sequences that have no room yet
+  std::vector<i64> moving;       // positions in `indices`: sequences whose commit needs records
+  std::vector<i32> due;          // the number of tokens of each that are reserved and not committed
+  RowTotals totals;              // of the first group that grows with the tokens
 
-  std::vector<i64> stamps;  // by sequence: the last plan that named it
+  std::vector<i64> stamps;  // by sequence: the number of the last plan that named it
   i64 number = 0;           // of this plan
-  std::vector<i32> ones;    // what null counts stand for
+  std::vector<i32> ones;    // stands for counts that are null
 };
 
 class Planner {
@@ -58,25 +62,28 @@ class Planner {
   Planner(const Groups& groups, const PagePool& pool, const Sequences& sequences, PageTable& table)
       : groups_(groups), pool_(pool), sequences_(sequences), table_(table) {}
 
-  // Only where the sequences are. StaleHandle.
+  // All of these throw StaleHandle for a handle that is not live, and all but find() throw SpecError for a sequence
+  // that is named twice.
+  //
+  // Plans the indices only.
   void find(const i32* handles, i64 n, StepPlan* plan) const;
-  // The same; SpecError where one stands twice.
   void find_each_once(const i32* handles, i64 n, StepPlan* plan) const;
-  // Room for counts[i] (null: 1) more tokens of each. StaleHandle; SpecError where a sequence stands twice or a count
-  // is none.
+  // Plans room for counts[i] (null: one) more tokens of each. Throws SpecError for a count that is negative or too
+  // large, and for a group that holds what it can.
   void extend(const i32* handles, const i32* counts, i64 n, i64 group, StepPlan* plan);
-  // counts[i] tokens of each are committed: the same errors.
+  // Plans the commit of counts[i] tokens of each. Throws SpecError if fewer are reserved.
   void commit(const i32* handles, const i32* counts, i64 n, i64 group, const i32* ids, StepPlan* plan) const;
-  // Of one made by extend(): all that is reserved is committed. `ids` (null: unknown) must be as many.
+  // Adds the commit of all reserved tokens to a plan of extend(). Throws SpecError if `ids`, unless null, are not as
+  // many.
   void commit_due(const i32* ids, i64 num_ids, StepPlan* plan) const;
 
-  // Entries that a window has dropped point at the null block and the padding block. Those are backed before the first
-  // can be dropped, when the sequence grows: commit() never needs memory.
+  // Returns whether the sequence must get the group's null and padding block before it has `tokens` tokens. Entries
+  // that are out of window point to them. They are made when a sequence grows, so that commit() needs no memory.
   bool lacks_null_block(i64 g, i64 tokens) const {
     const i64 window = groups_[g].window_tokens;
     return window > 0 && tokens >= window && !table_.has_reserved(g);
   }
-  // The first token that the group keeps once `committed` are valid.
+  // Returns the first token that the group keeps once `committed` tokens are valid.
   i64 front_after(i64 index, i64 g, i64 committed) const {
     return std::max(sequences_.front(index, g), groups_.first_needed(g, committed));
   }
@@ -86,7 +93,7 @@ class Planner {
   void extend_simple(StepPlan* plan);
   bool has_room(i64 index, i64 g, i64 group, i64 count);
   void find_moving(StepPlan* plan) const;
-  void name_once(i64 index, StepPlan* plan) const {
+  void mark_once(i64 index, StepPlan* plan) const {
     if (plan->stamps[index] == plan->number) refuse_twice(index);
     plan->stamps[index] = plan->number;
   }
@@ -98,7 +105,7 @@ class Planner {
   const Groups& groups_;
   const PagePool& pool_;
   const Sequences& sequences_;
-  PageTable& table_;  // has_room() notes what it finds
+  PageTable& table_;  // not const, because has_room() caches its answer
 };
 
 }  // namespace kvmem

@@ -1,4 +1,4 @@
-// kvmem._core.PagePool, Allocator and what they take.
+// kvmem._core.PagePool, Allocator, and the types of their arguments. kvmem.PagePool and kvmem.Allocator document them.
 
 #include "allocator/allocator.h"
 
@@ -18,8 +18,6 @@ using namespace nb::literals;
 
 namespace kvmem {
 namespace {
-
-using Free = nb::call_guard<WithoutGil>;
 
 OpKind kind_of(const std::string& name) {
   std::string names;
@@ -41,7 +39,7 @@ nb::list to_records(const std::vector<Op>& ops) {
 std::vector<Op> from_records(const nb::sequence& records) {
   std::vector<Op> ops;
   for (nb::handle item : records) {
-    // A tuple of its own: a list may change while its entries are converted.
+    // A copy, because another thread may change a list while its entries are converted.
     const bool is_record = nb::isinstance<nb::sequence>(item) && !nb::isinstance<nb::str>(item);
     const nb::object record = is_record ? nb::steal(PySequence_Tuple(item.ptr())) : nb::object();
     if (is_record && !record.is_valid()) nb::raise_python_error();
@@ -56,7 +54,7 @@ std::vector<Op> from_records(const nb::sequence& records) {
       throw SpecError("an op is (kind, at, a, b, c, d): one name and five integers, the first an int32");
     }
     ops.push_back({kind_of(name), static_cast<i32>(value[0]), value[1], value[2], value[3], value[4]});
-    // At once: those that follow may be of kinds that are not known here.
+    // Checked here, because another version may have op kinds that are unknown here.
     if (ops.back().kind == OpKind::version) check_version(ops.back());
   }
   return ops;
@@ -72,11 +70,10 @@ void bind_ops(nb::module_& m) {
         }
         return kinds;
       },
-      nb::sig("def op_kinds() -> list[tuple[str, bool, str]]"),
-      "Of each kind of record that stands in a list: its name, whether a device executes it, what its numbers say.");
+      nb::sig("def op_kinds() -> list[tuple[str, bool, str]]"));  // name, executed by a device, fields
   m.def(
       "ops_header", [] { return to_record({OpKind::version, 0, kOpsVersion}); },
-      nb::sig("def ops_header() -> tuple[str, int, int, int, int, int]"), "The record that every list begins with.");
+      nb::sig("def ops_header() -> tuple[str, int, int, int, int, int]"));
 }
 
 void bind_geometry(nb::module_& m) {
@@ -85,46 +82,24 @@ void bind_geometry(nb::module_& m) {
       .value("prefill", Growth::prefill)
       .value("fixed", Growth::fixed);
   nb::enum_<Zero>(m, "Zero").value("never", Zero::never).value("fresh", Zero::fresh).value("always", Zero::always);
-  nb::class_<GroupGeometry>(m, "GroupGeometry", "Where one group's tokens lie; see kvmem.layouts.")
-      .def(
-          "__init__",
-          [](GroupGeometry* self, Growth growth, i64 block_tokens, i64 window_tokens, i64 max_tokens, i64 row_tokens,
-             i64 max_blocks, std::vector<i64> token_bytes, std::vector<i64> row_slots, std::vector<i64> arena_slots) {
-            new (self) GroupGeometry{growth,
-                                     block_tokens,
-                                     window_tokens,
-                                     max_tokens,
-                                     row_tokens,
-                                     max_blocks,
-                                     std::move(token_bytes),
-                                     std::move(row_slots),
-                                     std::move(arena_slots)};
-          },
-          nb::kw_only(), "growth"_a, "block_tokens"_a, "window_tokens"_a, "max_tokens"_a, "row_tokens"_a,
-          "max_blocks"_a, "token_bytes"_a, "row_slots"_a, "arena_slots"_a)
+  using Sizes = std::vector<i64>;
+  nb::class_<GroupGeometry>(m, "GroupGeometry")
+      .def("__init__", &construct<GroupGeometry, Growth, i64, i64, i64, i64, i64, Sizes, Sizes, Sizes>, nb::kw_only(),
+           "growth"_a, "block_tokens"_a, "window_tokens"_a, "max_tokens"_a, "row_tokens"_a, "max_blocks"_a,
+           "token_bytes"_a, "row_slots"_a, "arena_slots"_a)
       .def_ro("row_tokens", &GroupGeometry::row_tokens)
       .def_ro("max_blocks", &GroupGeometry::max_blocks)
       .def_ro("arena_slots", &GroupGeometry::arena_slots);
   nb::class_<Geometry>(m, "Geometry")
-      .def(
-          "__init__",
-          [](Geometry* self, i64 page_bytes, i64 max_sequences, i64 rows, i64 tail_guard_tokens, i64 map_ahead_tokens,
-             Zero zero, bool debug, std::vector<GroupGeometry> groups) {
-            new (self) Geometry{page_bytes,       max_sequences, rows,  tail_guard_tokens,
-                                map_ahead_tokens, zero,          debug, std::move(groups)};
-          },
-          nb::kw_only(), "page_bytes"_a, "max_sequences"_a, "rows"_a, "tail_guard_tokens"_a, "map_ahead_tokens"_a,
-          "zero"_a, "debug"_a, "groups"_a);
+      .def("__init__", &construct<Geometry, i64, i64, i64, i64, i64, Zero, bool, std::vector<GroupGeometry>>,
+           nb::kw_only(), "page_bytes"_a, "max_sequences"_a, "rows"_a, "tail_guard_tokens"_a, "map_ahead_tokens"_a,
+           "zero"_a, "debug"_a, "groups"_a);
 }
 
 void bind_pool(nb::module_& m) {
-  nb::class_<PagePool>(m, "PagePool", "Physical pages under one budget; see kvmem.PagePool.")
-      .def(
-          "__init__",
-          [](PagePool* self, i64 page_bytes, i64 budget_pages, std::shared_ptr<Driver> driver, bool create_ahead) {
-            new (self) PagePool(page_bytes, budget_pages, std::move(driver), create_ahead);
-          },
-          nb::kw_only(), "page_bytes"_a, "budget_pages"_a, "driver"_a.none(), "create_ahead"_a, Free())
+  nb::class_<PagePool>(m, "PagePool")
+      .def("__init__", &construct<PagePool, i64, i64, std::shared_ptr<Driver>, bool>, nb::kw_only(), "page_bytes"_a,
+           "budget_pages"_a, "driver"_a.none(), "create_ahead"_a, Free())
       .def_prop_ro("page_bytes", &PagePool::page_bytes)
       .def_prop_ro("budget_pages", [](PagePool& p) { return p.lock(), p.budget_pages(); })
       .def_prop_ro("present_pages", [](PagePool& p) { return p.lock(), p.present_pages(); })
@@ -146,15 +121,14 @@ void bind_pool(nb::module_& m) {
             const auto lock = p.lock();
             if (p.space()) p.space()->use_stream(stream, only);
           },
-          "stream"_a, "only"_a = true, Free(),
-          "Kernels use the memory on this stream from now on; unless it is the only one, also on those before.")
+          "stream"_a, "only"_a = true, Free())
       .def(
           "page_handle",
           [](PagePool& p, i64 page) {
             const auto lock = p.lock();
             return p.space() ? p.space()->page_handle(page) : PageHandle{0};
           },
-          "page"_a, Free(), "The driver's handle of a page; 0 where there is none.");
+          "page"_a, Free());
 }
 
 void bind_stats(nb::module_& m) {
@@ -184,7 +158,7 @@ void bind_sequences(nb::module_& m) {
   const auto sizes = [](Sequences* self, i64 max_sequences, i64 first) {
     new (self) Sequences(max_sequences, 1, first);
   };
-  nb::class_<Sequences>(m, "Sequences", "Handles, by themselves; see csrc/table/sequences.h.")
+  nb::class_<Sequences>(m, "Sequences")  // for tests
       .def("__init__", sizes, "max_sequences"_a, "first"_a = 1)
       .def("open",
            [](Sequences& self) {
@@ -202,14 +176,14 @@ void bind_sequences(nb::module_& m) {
       .def("next_handle", &Sequences::next_handle);
 }
 
-// [begin, begin + bytes) of one arena (-1: to its end) as a flat tensor of bytes (DLPack). The tensor owns a reference
-// to the cache, since a cache that goes unmaps its arenas: whoever still looks at the memory keeps it.
+// Returns [begin, begin + bytes) of one arena (-1: to its end) as a flat tensor of bytes (DLPack). The tensor keeps the
+// allocator alive, because the end of an allocator unmaps its arenas.
 nb::ndarray<std::uint8_t> arena_bytes(nb::handle_t<Allocator> self, i64 group, i64 arena_in_group, i64 begin,
                                       i64 bytes) {
   auto& cache = nb::cast<Allocator&>(self);
   cache.check_usable();
   Space* space = cache.pool().space();
-  if (!space) throw DeviceError("device \"meta\" keeps the books only: it has no memory to show");
+  if (!space) throw DeviceError("device \"meta\" has metadata only: there is no memory to show");
   const i32 arena = static_cast<i32>(cache.first_arena(group) + arena_in_group);
   const Address base = space->arena_base(arena);
   const i64 all = space->arena_bytes(arena);
@@ -224,44 +198,29 @@ nb::ndarray<std::uint8_t> arena_bytes(nb::handle_t<Allocator> self, i64 group, i
                                    nb::dtype<std::uint8_t>(), info.dlpack_device_type, info.device_index);
 }
 
-// Fills `out` with what `find` finds of `handles`, without Python's lock: n - `fewer` numbers. `too_short`: the error
-// for a shorter array.
-template <class Find>
-void find_alike(nb::handle self, nb::handle handles, i64 fewer, const char* too_short, const Out<i64>& out,
-                const Find& find) {
+// Writes what kFind finds for n handles, n - kFewer numbers, to `out`. Releases Python's lock meanwhile.
+template <void (Allocator::*kFind)(const i32*, i64, i64, i64*), i64 kFewer>
+void find_shared(nb::handle_t<Allocator> self, nb::handle handles, i64 group, Out<i64> out) {
   const Handles ids("handles", handles, self);
-  const i64 n = ids.size(), wanted = std::max(n - fewer, i64{0});
-  if (static_cast<i64>(out.shape(0)) < wanted) throw SpecError(too_short);
+  const i64 n = ids.size(), wanted = std::max(n - kFewer, i64{0});
+  if (static_cast<i64>(out.shape(0)) < wanted) {
+    throw SpecError(kFewer == 0 ? "order needs an entry for each handle"
+                                : "blocks needs an entry for each pair of neighbours");
+  }
   std::vector<i64> found(n);
+  auto& a = nb::cast<Allocator&>(self);
   {
     const WithoutGil free;
-    find(ids.data(), n, found.data());
+    (a.*kFind)(ids.data(), n, group, found.data());
   }
   std::copy_n(found.data(), wanted, out.data());
 }
 
-void common_blocks(nb::handle_t<Allocator> self, nb::handle handles, i64 group, Out<i64> blocks) {
-  auto& a = nb::cast<Allocator&>(self);
-  find_alike(self, handles, 1, "blocks needs an entry for each pair of neighbours", blocks,
-             [&](const i32* ids, i64 n, i64* out) { a.common_blocks(ids, n, group, out); });
-}
-
-void cascade_order(nb::handle_t<Allocator> self, nb::handle handles, i64 group, Out<i64> order) {
-  auto& a = nb::cast<Allocator&>(self);
-  find_alike(self, handles, 0, "order needs an entry for each handle", order,
-             [&](const i32* ids, i64 n, i64* out) { a.cascade_order(ids, n, group, out); });
-}
-
 nb::class_<Allocator> bind_calls(nb::module_& m) {
-  return nb::class_<Allocator>(m, "Allocator",
-                               "Sequences over one of the two page tables; kvmem.Allocator is its public face.")
-      .def(
-          "__init__",
-          [](Allocator* self, const Geometry& geometry, std::shared_ptr<PagePool> pool, bool paged, i64 limit_pages,
-             bool owns_pool, const PrefixOptions& prefix) {
-            new (self) Allocator(geometry, std::move(pool), paged, limit_pages, owns_pool, prefix);
-          },
-          nb::kw_only(), "geometry"_a, "pool"_a, "paged"_a, "limit_pages"_a, "owns_pool"_a, "prefix"_a, Free())
+  using Pool = std::shared_ptr<PagePool>;
+  return nb::class_<Allocator>(m, "Allocator")
+      .def("__init__", &construct<Allocator, const Geometry&, Pool, bool, i64, bool, const PrefixOptions&>,
+           nb::kw_only(), "geometry"_a, "pool"_a, "paged"_a, "limit_pages"_a, "owns_pool"_a, "prefix"_a, Free())
       .def("open",
            [](Allocator& c) {
              i32 handle = 0;
@@ -281,17 +240,17 @@ nb::class_<Allocator> bind_calls(nb::module_& m) {
           "fork",
           [](Allocator& c, i64 handle, nb::handle sequence) {
             const i64 child = c.fork(handle);
-            keep_in(sequence, "_id", child);
+            store_in(sequence, "_id", child);
             return child;
           },
-          "handle"_a, "sequence"_a = nb::none(), "The new handle; also told to the object that stands for it.")
-      .def("first_arena", &Allocator::first_arena, "group"_a, "Its number, as ops name it.")
-      .def("check_usable", &Allocator::check_usable, "DeviceError in a forked child, and where the pool is poisoned.")
+          "handle"_a, "sequence"_a = nb::none())
+      .def("first_arena", &Allocator::first_arena, "group"_a)
+      .def("check_usable", &Allocator::check_usable)
       .def("is_live", &Allocator::is_live, "handle"_a)
       .def("tokens", &Allocator::tokens, "handle"_a, "group"_a = -1)
       .def("committed", &Allocator::committed, "handle"_a, "group"_a = -1)
       .def("first_token", &Allocator::first_token, "handle"_a, "group"_a = -1)
-      .def("close", &Allocator::close, "False where the pool is poisoned, so that nothing can be freed.")
+      .def("close", &Allocator::close)
       .def("can_fit", &Allocator::can_fit, "tokens"_a)
       .def("age_seconds", &Allocator::age_seconds, "handle"_a)
       .def(
@@ -307,19 +266,18 @@ nb::class_<Allocator> bind_calls(nb::module_& m) {
       .def(
           "row", [](Allocator& c, i64 handle, i64 group) { return c.place(handle, group).row; }, "handle"_a,
           "group"_a = -1)
-      .def("common_blocks", &common_blocks, "handles"_a.none(), "group"_a, "blocks"_a.noconvert())
-      .def("cascade_order", &cascade_order, "handles"_a.none(), "group"_a, "order"_a.noconvert())
+      .def("common_blocks", &find_shared<&Allocator::common_blocks, 1>, "handles"_a.none(), "group"_a,
+           "out"_a.noconvert())
+      .def("cascade_order", &find_shared<&Allocator::cascade_order, 0>, "handles"_a.none(), "group"_a,
+           "out"_a.noconvert())
       .def("compact", &Allocator::compact, "bytes"_a)
       .def("trim", &Allocator::trim, "bytes"_a)
       .def("set_memory", &Allocator::set_memory, "pages"_a)
       .def("stats", &Allocator::stats, Free())
       .def("check", &Allocator::check, Free())
-      .def("digest", &Allocator::digest, Free(),
-           "64 bits made of all that a later call could see, and how often a driver has failed when memory was written "
-           "or in the mapper, or the eviction order has aged. A call that is refused leaves the first, unless the "
-           "second has moved.")
+      .def("digest", &Allocator::digest, Free())
       .def("record", &Allocator::record)
-      .def("watch_lost", &Allocator::watch_lost, "For tests: take_lost() says what leaves the cache from now on.")
+      .def("watch_lost", &Allocator::watch_lost)
       .def(
           "take_lost",
           [](Allocator& c) {
@@ -329,8 +287,7 @@ nb::class_<Allocator> bind_calls(nb::module_& m) {
             }
             return lost;
           },
-          nb::sig("def take_lost(self) -> list[tuple[int, int, tuple[int, ...]]]"),
-          "(group, ordinal, token ids) of each block that was lost since the last call, in order.")
+          nb::sig("def take_lost(self) -> list[tuple[int, int, tuple[int, ...]]]"))
       .def(
           "take_ops", [](Allocator& c) { return to_records(c.take_ops()); },
           nb::sig("def take_ops(self) -> list[tuple[str, int, int, int, int, int]]"))

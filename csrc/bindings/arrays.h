@@ -1,11 +1,11 @@
-// Arguments from Python that are many integers: ids of sequences, counts, token ids. int32 arrays are read by the
-// buffer protocol (numpy, array, memoryview), which takes a third of the time that nanobind's own array does; what has
-// no buffer (torch) by DLPack; lists of ints one by one. All else (other types, sequences for their ids) is asked of
-// kvmem, which converts it or raises the error.
+// Arguments from Python that are many integers: handles of sequences, counts, token ids. int32 arrays are read through
+// the buffer protocol (numpy, array, memoryview), which takes a third of the time of nanobind's own arrays; tensors
+// without a buffer (torch) through DLPack; lists of ints one by one. Every other argument goes to kvmem's Python code,
+// which converts it or raises the error.
 //
-// Another thread may write to a caller's array at any time. So what is passed in is copied once, under Python's lock,
-// before anything is checked; and what is passed out is made in memory of our own and written to the caller's array at
-// the end. Nothing in the core ever sees an address of a caller's.
+// Another thread may write to a caller's array at any time. So an input is copied once, under Python's lock, before it
+// is checked, and an output is computed in a buffer of this file and copied to the caller's array at the end. The core
+// never receives an address of a caller's array.
 #pragma once
 
 #include <nanobind/nanobind.h>
@@ -20,15 +20,15 @@
 
 namespace kvmem {
 
-// By its format, with or without a mark for the byte order that this machine has.
+// Returns whether the format is int32, with or without a prefix for this machine's byte order.
 inline bool is_int32(const Py_buffer& buffer) {
   const char* format = buffer.format;
   if (format && (*format == '=' || *format == '<' || *format == '@')) ++format;
   return format && std::strcmp(format, "i") == 0;
 }
 
-// A contiguous int32 [n] on the CPU, held while this lives; Python's lock is needed to make and to destroy one. T:
-// const i32, or i32 for one to be written. Never a converted copy: writes to that would be lost.
+// Holds a contiguous int32 [n] on the CPU, never a converted copy. T: const i32, or i32 for an output. REQUIRES:
+// Python's lock, also for the destructor.
 template <class T>
 class HeldArray {
  public:
@@ -37,7 +37,7 @@ class HeldArray {
   HeldArray(const HeldArray&) = delete;
   HeldArray& operator=(const HeldArray&) = delete;
 
-  // Once. False for anything else.
+  // Returns false for any other object. REQUIRES: called once.
   bool hold(nanobind::handle given) {
     const int writable = std::is_const_v<T> ? 0 : PyBUF_WRITABLE;
     if (!PyObject_CheckBuffer(given.ptr())) return hold_tensor(given);
@@ -67,7 +67,7 @@ class HeldArray {
   i64 size_ = 0;
 };
 
-// An int that is an int32, and no bool.
+// Reads an int within int32; returns false for any other object, bool included.
 inline bool read_int(nanobind::handle given, i32* value) {
   if (!PyLong_CheckExact(given.ptr())) return false;
   int overflow = 0;
@@ -77,18 +77,20 @@ inline bool read_int(nanobind::handle given, i32* value) {
   return true;
 }
 
-// int32 [n] from Python, copied. Up to kNear of them need no memory from the heap. SpecError for what is none.
+// A copy of an int32 [n] from Python. Up to kNear integers need no heap memory. Throws SpecError for any other
+// argument.
 class Int32s {
  public:
   Int32s(const Int32s&) = delete;
   Int32s& operator=(const Int32s&) = delete;
-  // Null where None was given; an address also of no integers.
+  // Returns null if None was given, and only then.
   const i32* data() const { return data_; }
   i64 size() const { return size_; }
   explicit operator bool() const { return data_ != nullptr; }
 
  protected:
-  // Lists of ints from `least` on, and int32 arrays, or None if they are `optional`. `ask()` returns int32 of all else.
+  // Accepts lists of ints that are `least` or more, int32 arrays and, with `optional`, None. ask() converts any other
+  // argument to an int32 array, or raises the error.
   template <class Ask>
   Int32s(nanobind::handle given, bool optional, i32 least, const Ask& ask) {
     if ((optional && given.is_none()) || take_list(given, least) || take_array(given)) return;
@@ -127,19 +129,19 @@ class Int32s {
   }
 
   std::unique_ptr<i32[]> far_;
-  i32 near_[kNear];  // not set: most calls need few
+  i32 near_[kNear];  // not initialised
   i32* data_ = nullptr;
   i64 size_ = 0;
 };
 
-// `field` names them in an error.
+// Counts; `field` names them in an error.
 class Counts : public Int32s {
  public:
   Counts(const char* field, nanobind::handle given, bool optional = false)
       : Int32s(given, optional, INT32_MIN, [&] { return module("kvmem.arguments").attr("as_int32")(field, given); }) {}
 };
 
-// Handles of an allocator, or sequences for theirs.
+// Handles of an allocator, given as integers or as its sequences.
 class Handles : public Int32s {
  public:
   Handles(const char* field, nanobind::handle given, nanobind::handle allocator)
@@ -147,15 +149,15 @@ class Handles : public Int32s {
                [&] { return module("kvmem.allocator.ids").attr("handles")(field, given, allocator); }) {}
 };
 
-// Token ids. None of them may be negative: a padding value among the ids would be shared as if it were a token.
+// Token ids. Negative ids are refused: a padding value would be shared as if it were a token.
 class TokenIds : public Int32s {
  public:
-  // `read`: whether they are looked at; else arrays may hold anything.
+  // `read`: whether the call reads the ids; if not, arrays may contain anything.
   explicit TokenIds(nanobind::handle given, bool optional = false, bool read = true)
       : Int32s(given, optional, 0, [&] { return module("kvmem.allocator.prefix").attr("token_ids")(given); }) {
     if (read) check();
   }
-  // Of a commit: `verb` names it in an error.
+  // The ids of a commit; `verb` names the call in an error.
   TokenIds(nanobind::handle given, const char* verb)
       : Int32s(given, false, 0, [&] { return module("kvmem.allocator.prefix").attr("committed_ids")(verb, given); }) {
     check();
@@ -169,19 +171,19 @@ class TokenIds : public Int32s {
   }
 };
 
-// One count. `field` names it in an error.
+// Reads one count; `field` names it in an error.
 inline i32 to_count(const char* field, nanobind::handle given) {
   i32 value = 0;
   if (read_int(given, &value)) return value;
   return nanobind::cast<i32>(nanobind::module_::import_("kvmem.arguments").attr("check_count")(field, given));
 }
 
-// int32 [n] that a call writes to when all is done.
+// An int32 [n] that a call writes to at its end.
 class WritableInt32s {
  public:
   bool hold(nanobind::handle given) { return array_.hold(given); }
   i64 size() const { return array_.size(); }
-  // The first `n`, under Python's lock.
+  // Writes the first `n` values. REQUIRES: Python's lock.
   void write(const i32* values, i64 n) const {
     if (n > 0) std::memcpy(array_.data(), values, n * sizeof(i32));
   }

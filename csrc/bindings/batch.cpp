@@ -16,44 +16,94 @@ using namespace nb::literals;
 namespace kvmem {
 namespace {
 
-// The buffers of a batch, kept alive beside their addresses, and what the last fill wrote.
+// The buffers of a batch, with the objects that own them, and what the last fill wrote.
 struct Buffers {
   BatchBuffers at;
   BatchMarks marks;
   std::vector<nb::object> owners;
   BatchSizes sizes = {};
-  bool filled = false;
-  bool filling = false;  // at this moment
+  bool filled = false;   // false before the first fill, and after one that failed
+  bool filling = false;  // a thread fills them now
 };
 
-// Of an array of int32 counts: the last of them must be one too.
+// Returns a size, which int32 counts must be able to reach.
 i64 size_of(i64 size, const char* field) {
   if (size < 0) throw SpecError(std::string(field) + ": got " + std::to_string(size) + "; must be 0 or more");
   return to_int32(size, field);
 }
 
+// An array of a batch: where its address goes, by element type, and the least number of elements. Fields with both
+// addresses accept either type.
+struct Field {
+  const char* name;
+  i32* BatchBuffers::* narrow;
+  i64* BatchBuffers::* wide;
+  i64 (*least)(const BatchBuffers&);
+};
+using B = BatchBuffers;
+constexpr auto kRows = [](const B& b) { return b.max_sequences; };
+constexpr auto kSums = [](const B& b) { return b.max_sequences + 1; };
+constexpr auto kTokens = [](const B& b) { return b.max_new_tokens; };
+constexpr auto kDeltas = [](const B& b) { return b.max_deltas; };
+constexpr Field kFields[] = {
+    {"block_table", &B::block_table, nullptr, [](const B& b) { return b.max_sequences * b.max_blocks; }},
+    {"seq_lens", &B::seq_lens, nullptr, kRows},
+    {"first_tokens", &B::first_tokens, nullptr, kRows},
+    {"slot_mapping", nullptr, &B::slot_mapping, kTokens},
+    {"positions", &B::positions, nullptr, kTokens},
+    {"batch_indices", &B::batch_indices, nullptr, kTokens},
+    {"cu_seqlens_q", &B::cu_seqlens_q, nullptr, kSums},
+    {"cu_seqlens_k", &B::cu_seqlens_k, &B::wide_seqlens_k, kSums},
+    {"kv_indptr", &B::kv_indptr, nullptr, kSums},
+    {"kv_indices", &B::kv_indices, nullptr, [](const B& b) { return b.max_indices; }},
+    {"kv_last_page_len", &B::kv_last_page_len, nullptr, kRows},
+    {"rows", &B::rows, nullptr, kRows},
+    {"row_starts", &B::row_starts, &B::wide_starts, kSums},
+    {"delta_places", nullptr, &B::delta_places, kDeltas},
+    {"delta_blocks", &B::delta_blocks, nullptr, kDeltas},
+};
+
+// Returns the address of a contiguous writable CPU array, null for any other object. It is never converted, because a
+// fill would write to the converted copy.
 template <class T>
-T* take(std::vector<nb::object>& owners, const nb::object& owner, const char* name, i64 least) {
-  if (owner.is_none()) return nullptr;
+T* address_of(nb::handle given, i64 least) {
   Out<T> array;
-  // convert = false: a copy would be written in place of the caller's array
-  if (!nb::try_cast(owner, array, false) || static_cast<i64>(array.shape(0)) < least) {
-    throw SpecError(std::string(name) + ": needs a contiguous writable CPU array of at least " + std::to_string(least) +
-                    " " + (sizeof(T) == 8 ? "int64" : "int32"));
-  }
-  owners.push_back(owner);
-  return array.data();
+  return nb::try_cast(given, array, false) && static_cast<i64>(array.shape(0)) >= least ? array.data() : nullptr;
 }
 
-// Of the two, the one for the type of the array, if there is one.
-void take_either(std::vector<nb::object>& owners, const nb::object& owner, const char* name, i64 least, i32** narrow,
-                 i64** wide) {
+void take(const Field& field, nb::handle given, Buffers* out) {
+  const i64 least = field.least(out->at);
   Out<i64> array;
-  if (!owner.is_none() && nb::try_cast(owner, array, false)) {
-    *wide = take<i64>(owners, owner, name, least);
+  const bool wide = field.wide && (!field.narrow || nb::try_cast(given, array, false));
+  i64* const at_wide = wide ? address_of<i64>(given, least) : nullptr;
+  i32* const at_narrow = wide ? nullptr : address_of<i32>(given, least);
+  if (wide && at_wide) {
+    out->at.*field.wide = at_wide;
+  } else if (!wide && at_narrow) {
+    out->at.*field.narrow = at_narrow;
   } else {
-    *narrow = take<i32>(owners, owner, name, least);
+    throw SpecError(std::string(field.name) + ": needs a contiguous writable CPU array of at least " +
+                    std::to_string(least) + (wide ? " int64" : " int32"));
   }
+  out->owners.push_back(nb::borrow(given));
+}
+
+// Arrays that are missing or None are not filled.
+void make_buffers(Buffers* self, i64 max_sequences, i64 max_new_tokens, i64 max_blocks, i64 max_indices,
+                  const nb::kwargs& arrays) {
+  BatchBuffers sizes;
+  sizes.max_sequences = size_of(max_sequences, "max_sequences");
+  sizes.max_new_tokens = size_of(max_new_tokens, "max_new_tokens");
+  sizes.max_blocks = size_of(max_blocks, "max_blocks");
+  sizes.max_indices = size_of(max_indices, "max_indices");
+  const auto given = [&](const char* name) { return arrays.contains(name) && !arrays[name].is_none(); };
+  if (given("delta_places") != given("delta_blocks")) throw SpecError("delta_places and delta_blocks: both or neither");
+  if (given("delta_places")) sizes.max_deltas = static_cast<i64>(nb::len(nb::object(arrays["delta_places"])));
+  Buffers made{sizes, BatchMarks(sizes), {}};
+  for (const Field& field : kFields) {
+    if (given(field.name)) take(field, arrays[field.name], &made);
+  }
+  new (self) Buffers(std::move(made));
 }
 
 std::vector<i32> handles_of(const Buffers& b) {
@@ -65,76 +115,31 @@ std::vector<i32> handles_of(const Buffers& b) {
 }
 
 void bind_buffers(nb::module_& m) {
-  nb::class_<Buffers>(m, "BatchBuffers", "Where Allocator.fill() writes; one array per field of kvmem.Batch, or None.")
-      .def(
-          "__init__",
-          [](Buffers* self, i64 max_sequences, i64 max_new_tokens, i64 max_blocks, i64 max_indices,
-             nb::object block_table, nb::object seq_lens, nb::object first_tokens, nb::object slot_mapping,
-             nb::object positions, nb::object batch_indices, nb::object cu_seqlens_q, nb::object cu_seqlens_k,
-             nb::object kv_indptr, nb::object kv_indices, nb::object kv_last_page_len, nb::object rows,
-             nb::object row_starts, nb::object delta_places, nb::object delta_blocks) {
-            BatchBuffers at;
-            std::vector<nb::object> owners;
-            at.max_sequences = size_of(max_sequences, "max_sequences");
-            at.max_new_tokens = size_of(max_new_tokens, "max_new_tokens");
-            at.max_blocks = size_of(max_blocks, "max_blocks");
-            at.max_indices = size_of(max_indices, "max_indices");
-            const i64 n = max_sequences;
-            at.block_table = take<i32>(owners, block_table, "block_table", n * max_blocks);
-            at.seq_lens = take<i32>(owners, seq_lens, "seq_lens", n);
-            at.first_tokens = take<i32>(owners, first_tokens, "first_tokens", n);
-            at.slot_mapping = take<i64>(owners, slot_mapping, "slot_mapping", max_new_tokens);
-            at.positions = take<i32>(owners, positions, "positions", max_new_tokens);
-            at.batch_indices = take<i32>(owners, batch_indices, "batch_indices", max_new_tokens);
-            at.cu_seqlens_q = take<i32>(owners, cu_seqlens_q, "cu_seqlens_q", n + 1);
-            take_either(owners, cu_seqlens_k, "cu_seqlens_k", n + 1, &at.cu_seqlens_k, &at.wide_seqlens_k);
-            at.kv_indptr = take<i32>(owners, kv_indptr, "kv_indptr", n + 1);
-            at.kv_indices = take<i32>(owners, kv_indices, "kv_indices", max_indices);
-            at.kv_last_page_len = take<i32>(owners, kv_last_page_len, "kv_last_page_len", n);
-            at.rows = take<i32>(owners, rows, "rows", n);
-            take_either(owners, row_starts, "row_starts", n + 1, &at.row_starts, &at.wide_starts);
-            if (!delta_places.is_none()) {
-              at.delta_places = take<i64>(owners, delta_places, "delta_places", 0);
-              at.max_deltas = static_cast<i64>(nb::len(delta_places));
-              at.delta_blocks = take<i32>(owners, delta_blocks, "delta_blocks", at.max_deltas);
-              if (!at.delta_blocks) throw SpecError("delta_places and delta_blocks: both or neither");
-            }
-            new (self) Buffers{at, BatchMarks(at), std::move(owners)};
-          },
-          nb::kw_only(), "max_sequences"_a, "max_new_tokens"_a, "max_blocks"_a, "max_indices"_a,
-          "block_table"_a.none() = nb::none(), "seq_lens"_a.none() = nb::none(), "first_tokens"_a.none() = nb::none(),
-          "slot_mapping"_a.none() = nb::none(), "positions"_a.none() = nb::none(),
-          "batch_indices"_a.none() = nb::none(), "cu_seqlens_q"_a.none() = nb::none(),
-          "cu_seqlens_k"_a.none() = nb::none(), "kv_indptr"_a.none() = nb::none(), "kv_indices"_a.none() = nb::none(),
-          "kv_last_page_len"_a.none() = nb::none(), "rows"_a.none() = nb::none(), "row_starts"_a.none() = nb::none(),
-          "delta_places"_a.none() = nb::none(), "delta_blocks"_a.none() = nb::none())
-      .def_prop_ro(
-          "filled", [](const Buffers& b) { return b.filled; },
-          "False before the first fill, and if the last one failed.")
-      .def(
-          "forget",
-          [](Buffers& b) {
-            if (!b.filling) b.marks.clear(), b.filled = false;
-          },
-          "What it was filled with is not where it should be: the next fill writes, and tells, all of it.")
-      .def_prop_ro("handles", &handles_of, "The sequences of the last fill, without padding rows.")
+  nb::class_<Buffers>(m, "BatchBuffers")
+      .def("__init__", &make_buffers, nb::kw_only(), "max_sequences"_a, "max_new_tokens"_a, "max_blocks"_a,
+           "max_indices"_a, "arrays"_a,
+           nb::sig("def __init__(self, *, max_sequences: int, max_new_tokens: int, max_blocks: int, max_indices: int, "
+                   "**arrays: object) -> None"))
+      .def_ro("filled", &Buffers::filled)
+      .def("forget",
+           [](Buffers& b) {
+             if (!b.filling) b.marks.clear(), b.filled = false;
+           })
+      .def_prop_ro("handles", &handles_of)
       .def_prop_ro("num_rows", [](const Buffers& b) { return b.sizes.rows; })
       .def_prop_ro("num_new_tokens", [](const Buffers& b) { return b.sizes.new_tokens; })
       .def_prop_ro("num_indices", [](const Buffers& b) { return b.sizes.indices; })
       .def_prop_ro("max_seqlen_q", [](const Buffers& b) { return b.sizes.max_new_tokens; })
       .def_prop_ro("max_seqlen_k", [](const Buffers& b) { return b.sizes.max_tokens; })
-      .def_prop_ro(
-          "num_deltas", [](const Buffers& b) { return b.sizes.deltas; },
-          "Entries of the table that changed; -1: more than were noted.")
+      .def_prop_ro("num_deltas", [](const Buffers& b) { return b.sizes.deltas; })
       .def_prop_ro(
           "table_rows", [](const Buffers& b) { return nb::make_tuple(b.sizes.table_from, b.sizes.table_end); },
-          nb::sig("def table_rows(self) -> tuple[int, int]"), "The rows that hold them, as a range.")
-      .def_prop_ro(
-          "indices_from", [](const Buffers& b) { return b.sizes.indices_from; }, "Where kv_indices changed first.");
+          nb::sig("def table_rows(self) -> tuple[int, int]"))
+      .def_prop_ro("indices_from", [](const Buffers& b) { return b.sizes.indices_from; });
 }
 
-// Of a batch that several threads fill one is served: the pool's lock does not guard its buffers, since a batch may be
-// filled through one pool, then through another. All but the filling itself is done under Python's lock.
+// Marks buffers as being filled for its own lifetime; throws SpecError if another thread fills them. The pool's lock
+// does not guard them, because a batch may be filled through several pools. REQUIRES: Python's lock.
 class Filling {
  public:
   explicit Filling(Buffers& out) : out_(out) {
@@ -151,13 +156,14 @@ class Filling {
   Buffers& out_;
 };
 
-// The buffers of further groups, by these.
+// The buffers of further groups, each with its group.
 using Others = std::vector<std::pair<i64, Buffers*>>;
 
+// Calls fill(groups, count) for the buffers of all groups, and stores what it wrote.
 template <class Fill>
 void refill(const Allocator& c, i64 group, Buffers& out, const std::optional<Others>& others, const Fill& fill) {
   const Filling filling(out);
-  GroupBuffers one{group < 0 ? c.groups().token_group() : group, &out.at, &out.marks, {}};
+  GroupBuffers one{c.groups().one(group), &out.at, &out.marks, {}};
   if (!others) {
     fill(&one, 1);
     out.sizes = one.sizes, out.filled = true;
@@ -178,20 +184,21 @@ void refill(const Allocator& c, i64 group, Buffers& out, const std::optional<Oth
 
 }  // namespace
 
-// Called for each layer: one comparison while nothing has changed.
+// Throws StaleHandle if a sequence of the batch was freed or cut, or its tokens have moved. Called for each layer, so
+// it is one comparison while nothing has changed.
 void check_current(Allocator& c, i64 group, Buffers& batch) {
   if (batch.filled && c.changes() == batch.sizes.changes && !c.pool().is_poisoned()) return;
   if (!batch.filled) throw SpecError("batch: its last fill failed, or there was none; fill() it");
   const i64 stale = c.find_stale(group, batch.at, batch.marks, &batch.sizes);
   if (stale < 0) return;
   throw StaleHandle("batch: since it was filled, sequence handle " + std::to_string(stale) +
-                    " was freed, or tokens that the batch has of it were cut off, passed by a window or moved; " +
-                    "fill() it again, after what changes sequences and before what uses it");
+                    " was freed, or its tokens in the batch were cut off, got out of window or moved; fill() it again, "
+                    "after the calls that change sequences and before those that use the batch");
 }
 
-// A sequence that stands in a batch twice would have its new tokens written twice, to the same places.
+// Throws SpecError for a sequence that is named twice: two rows would write its new tokens to the same slots.
 void check_each_once(const Handles& handles) {
-  constexpr i64 kBits = 4096;  // handles are numbers in a row: where there are fewer, two seldom share a bit
+  constexpr i64 kBits = 4096;  // live handles are nearly consecutive, so two of them seldom share a bit
   std::uint64_t seen[kBits / 64] = {};
   bool again = false;
   for (i64 i = 0, n = handles.size(); i < n; ++i) {
@@ -204,14 +211,13 @@ void check_each_once(const Handles& handles) {
   std::sort(sorted.begin(), sorted.end());
   const auto twice = std::adjacent_find(sorted.begin(), sorted.end());
   if (twice == sorted.end()) return;
-  throw SpecError(
-      "sequences: handle " + std::to_string(*twice) +
-      " stands in the batch twice; name each sequence once, and fork() one that is to be continued in two ways");
+  throw SpecError("sequences: handle " + std::to_string(*twice) +
+                  " stands in the batch twice; name each sequence once, and fork() one that continues in two ways");
 }
 
-// A batch has a row for each sequence at least.
+// Throws SpecError if there are fewer rows than sequences.
 void check_rows(const Handles& handles, i64 rows) {
-  if (rows < 0 || rows >= handles.size()) return;  // below 0: nobody asked
+  if (rows < 0 || rows >= handles.size()) return;  // below 0: no padding
   throw SpecError("pad_to: got " + std::to_string(rows) + "; the batch has " + std::to_string(handles.size()) +
                   " sequences, and pads behind them: give " + std::to_string(handles.size()) +
                   " or more, or leave it out");
@@ -229,6 +235,7 @@ void fill(nb::handle_t<Allocator> self, nb::handle handles, nb::handle new_token
          [&](GroupBuffers* groups, i64 count) { a.fill(ids.data(), ids.size(), fresh.data(), rows, groups, count); });
 }
 
+// `out`: for the first group that grows with the tokens.
 void step_batch(nb::handle_t<Allocator> self, nb::handle handles, nb::handle counts, nb::handle tokens, i64 rows,
                 Buffers& out, const std::optional<Others>& others) {
   auto& a = nb::cast<Allocator&>(self);
@@ -244,20 +251,15 @@ void step_batch(nb::handle_t<Allocator> self, nb::handle handles, nb::handle cou
 
 void bind_batch(nb::module_& m, nb::class_<Allocator>& allocator) {
   bind_buffers(m);
-  allocator
-      .def("check_current", &check_current, "group"_a, "batch"_a,
-           "StaleHandle if the tokens of the batch no longer lie where it says.")
+  allocator.def("check_current", &check_current, "group"_a, "batch"_a)
       .def("fill", &fill, "handles"_a.none(), "new_tokens"_a.none(), "group"_a, "rows"_a, "out"_a,
            "others"_a.none() = nb::none(),
            nb::sig("def fill(self, handles: object, new_tokens: object, group: int, rows: int, out: BatchBuffers, "
-                   "others: list[tuple[int, BatchBuffers]] | None = None) -> None"),
-           "Fills `out` for a group, and others for theirs.")
+                   "others: list[tuple[int, BatchBuffers]] | None = None) -> None"))
       .def("step_batch", &step_batch, "handles"_a.none(), "counts"_a.none(), "tokens"_a.none(), "rows"_a, "out"_a,
            "others"_a.none() = nb::none(),
            nb::sig("def step_batch(self, handles: object, counts: object, tokens: object, rows: int, "
-                   "out: BatchBuffers, others: list[tuple[int, BatchBuffers]] | None = None) -> None"),
-           "counts None: one token each. `out`: of the first group that grows with the tokens; others: of other "
-           "groups.");
+                   "out: BatchBuffers, others: list[tuple[int, BatchBuffers]] | None = None) -> None"));
 }
 
 }  // namespace kvmem

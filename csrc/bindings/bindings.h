@@ -1,4 +1,4 @@
-// What the files that include Python share. Everything else in csrc/ is free of Python.
+// What the files of this folder share: locks, checks and helpers. No other folder of csrc/ includes Python.
 #pragma once
 
 #include <nanobind/nanobind.h>
@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include <string>
+#include <utility>
 
 #include "base/types.h"
 #include "bindings/arrays.h"
@@ -14,18 +15,18 @@ namespace kvmem {
 class Allocator;
 struct TableChanges;
 
-// Python's lock comes back to the thread; `state` is what PyEval_SaveThread() returned. A thread that comes back when
-// the interpreter is ending never gets it: Python ends such a thread by unwinding its stack, which no destructor
-// survives. So it stays here, asleep, until the process is gone.
+// Takes Python's lock again; `state` is what PyEval_SaveThread() returned. While the interpreter shuts down, Python
+// ends a thread that asks for the lock by unwinding its stack, and destructors that run then would crash. So such a
+// thread sleeps here until the process ends.
 inline void take_gil(void* state) {
   try {
     PyEval_RestoreThread(static_cast<PyThreadState*>(state));
-  } catch (...) {  // it has no exception object that could be named, and C code throws nothing else
+  } catch (...) {  // the unwinding has no exception type, and C code throws nothing else
     while (true) pause();
   }
 }
 
-// Other Python threads run while it lives.
+// Releases Python's lock for its own lifetime.
 class WithoutGil {
  public:
   WithoutGil() : state_(PyEval_SaveThread()) {}
@@ -37,9 +38,18 @@ class WithoutGil {
   PyThreadState* const state_;
 };
 
-// What a call makes for Python stands in its object's attributes before the call returns: an exception that a signal
-// handler raises just then finds it there, and not lost on the way.
-inline void keep_in(nanobind::handle object, const char* name, i64 value) {
+// Every call of a driver or a pool may block, so other Python threads run meanwhile.
+using Free = nanobind::call_guard<WithoutGil>;
+
+// __init__ of T, from the arguments of a constructor or from the fields of an aggregate.
+template <class T, class... Args>
+void construct(T* self, Args... args) {
+  new (self) T{std::forward<Args>(args)...};
+}
+
+// Sets an attribute of `object`, unless it is None. A call stores what it has made in the object that will own it
+// before it returns, so that an exception which a signal handler raises in between loses nothing.
+inline void store_in(nanobind::handle object, const char* name, i64 value) {
   if (!object.is_none()) object.attr(name) = value;
 }
 
@@ -55,10 +65,10 @@ void bind_events(nanobind::module_& m);
 void bind_eviction(nanobind::module_& m);
 void bind_scope(nanobind::module_& m);
 
-// None for the most frequent answer, that nothing was written: kvmem has one object for all of those.
+// Returns None if nothing was written, which is the most frequent case.
 nanobind::object to_python(TableChanges changes);  // table_changes.cpp
 
-// Arrays never convert: a conversion would let writes to a wrong-typed output vanish into a temporary copy.
+// An output array. It is never converted, because a call would write to the converted copy.
 template <class T, int D = 1>
 using Out = nanobind::ndarray<T, nanobind::ndim<D>, nanobind::c_contig, nanobind::device::cpu>;
 
@@ -69,7 +79,7 @@ inline void same_length(const Int32s& handles, const Int32s& counts) {
   }
 }
 
-// Tokens of one call: as many as the counts say.
+// Throws SpecError unless there are as many tokens as the counts say.
 inline void check_tokens(const Counts& counts, const TokenIds& tokens) {
   i64 wanted = 0;
   for (i64 i = 0; i < counts.size(); ++i) wanted += counts.data()[i] > 0 ? counts.data()[i] : 0;

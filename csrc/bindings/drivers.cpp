@@ -1,4 +1,5 @@
-// kvmem._core.Driver and what makes one. The verbs are bound one to one; the rules they obey are written in driver.h.
+// kvmem._core.Driver, and the functions that make one. The verbs are bound one to one; driver.h and checked_driver.h
+// describe them.
 
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
@@ -19,10 +20,8 @@ using namespace nb::literals;
 namespace kvmem {
 namespace {
 
-// Every verb may enter the kernel or block on a device, so other Python threads run meanwhile.
-using Free = nb::call_guard<WithoutGil>;
-
-// Through the kernel, which answers EFAULT where a load or store of ours would be a fatal signal.
+// read_bytes() and write_bytes() copy through the kernel, which answers EFAULT where a load or store would be a fatal
+// signal.
 [[noreturn]] void cannot_touch(const char* call, Address at, i64 bytes) {
   const int code = errno;
   throw DeviceError(std::string(call) + " of " + std::to_string(bytes) + " bytes at " + std::to_string(at) + ": " +
@@ -46,16 +45,16 @@ void write_bytes(Address at, nb::bytes data) {
 }
 
 void bind_info(nb::module_& m) {
-  nb::class_<DriverInfo>(m, "DriverInfo", "What a driver is, and how a pool on it behaves. Sizes in bytes.")
+  nb::class_<DriverInfo>(m, "DriverInfo")
       .def(
           "__init__",
           [](DriverInfo* self, const std::string& name, i64 granularity_bytes, i64 recommended_bytes) {
             new (self) DriverInfo{name};
             self->granularity_bytes = granularity_bytes, self->recommended_bytes = recommended_bytes;
           },
-          nb::kw_only(), "name"_a, "granularity_bytes"_a, "recommended_bytes"_a, "Of a device without a driver.")
+          nb::kw_only(), "name"_a, "granularity_bytes"_a, "recommended_bytes"_a)
       .def_ro("name", &DriverInfo::name)
-      .def_ro("dlpack_device_type", &DriverInfo::dlpack_device_type, "kDLCPU = 1, kDLCUDA = 2")
+      .def_ro("dlpack_device_type", &DriverInfo::dlpack_device_type)
       .def_ro("device_index", &DriverInfo::device_index)
       .def_ro("granularity_bytes", &DriverInfo::granularity_bytes)
       .def_ro("recommended_bytes", &DriverInfo::recommended_bytes)
@@ -63,18 +62,15 @@ void bind_info(nb::module_& m) {
       .def_ro("fresh_pages_are_zero", &DriverInfo::fresh_pages_are_zero)
       .def_ro("shareable", &DriverInfo::shareable)
       .def_ro("rdma", &DriverInfo::rdma)
-      .def_ro("creates_ahead", &DriverInfo::creates_ahead, "A pool creates its whole budget when it is made.")
-      .def_ro("maps_cheaply", &DriverInfo::maps_cheaply, "Pages need not be larger to save calls.")
-      .def_ro("tells_free_bytes", &DriverInfo::tells_free_bytes, "create() can get what available_bytes() says.")
-      .def_ro("has_streams", &DriverInfo::has_streams, "Work may go on after a call has returned.")
-      .def_ro("captured_code", &DriverInfo::captured_code,
-              "DeviceError.code where a stream is being captured into a graph; 0: never.")
-      .def_ro("most_pages", &DriverInfo::most_pages, "The default page size keeps a pool below so many; 0: any number.")
-      .def_ro("default_guard_tokens", &DriverInfo::default_guard_tokens,
-              "How far kernels of this device may load past a sequence's length.")
-      .def_ro("default_ahead_tokens", &DriverInfo::default_ahead_tokens,
-              "How far ahead of a sequence's growth a pool maps.");
-  nb::class_<DriverCounters>(m, "DriverCounters", "How often each verb was called, whether it succeeded or not.")
+      .def_ro("creates_ahead", &DriverInfo::creates_ahead)
+      .def_ro("maps_cheaply", &DriverInfo::maps_cheaply)
+      .def_ro("tells_free_bytes", &DriverInfo::tells_free_bytes)
+      .def_ro("has_streams", &DriverInfo::has_streams)
+      .def_ro("captured_code", &DriverInfo::captured_code)
+      .def_ro("most_pages", &DriverInfo::most_pages)
+      .def_ro("default_guard_tokens", &DriverInfo::default_guard_tokens)
+      .def_ro("default_ahead_tokens", &DriverInfo::default_ahead_tokens);
+  nb::class_<DriverCounters>(m, "DriverCounters")
       .def_ro("reserve", &DriverCounters::reserve)
       .def_ro("release", &DriverCounters::release)
       .def_ro("create", &DriverCounters::create)
@@ -86,11 +82,16 @@ void bind_info(nb::module_& m) {
       .def_ro("copy", &DriverCounters::copy)
       .def_ro("record", &DriverCounters::record)
       .def_ro("wait", &DriverCounters::wait)
-      .def_prop_ro("total", &DriverCounters::total, "Calls that manage memory: all but zero, copy, record and wait.");
+      .def_prop_ro("total", &DriverCounters::total);
+}
+
+template <auto kMap>
+auto map_pages(Driver& driver, Address at, i64 page_bytes, const std::vector<PageHandle>& pages) {
+  return (driver.*kMap)(at, page_bytes, pages.data(), static_cast<i64>(pages.size()));
 }
 
 void bind_driver(nb::module_& m) {
-  nb::class_<Driver>(m, "Driver", "The verbs of a device. Addresses, page handles, streams and events are ints.")
+  nb::class_<Driver>(m, "Driver")
       .def_prop_ro("info", &Driver::info, nb::rv_policy::reference_internal)
       .def("counters", &Driver::counters)
       .def("physical_bytes", &Driver::physical_bytes, Free())
@@ -102,18 +103,8 @@ void bind_driver(nb::module_& m) {
       .def("map", &Driver::map, "at"_a, "bytes"_a, "offset"_a, "page"_a, Free())
       .def("set_access", &Driver::set_access, "at"_a, "bytes"_a, Free())
       .def("unmap", &Driver::unmap, "at"_a, "bytes"_a, Free())
-      .def(
-          "map_run",
-          [](Driver& driver, Address at, i64 page_bytes, const std::vector<PageHandle>& pages) {
-            driver.map_run(at, page_bytes, pages.data(), static_cast<i64>(pages.size()));
-          },
-          "at"_a, "page_bytes"_a, "pages"_a, Free())
-      .def(
-          "map_run_open",
-          [](Driver& driver, Address at, i64 page_bytes, const std::vector<PageHandle>& pages) {
-            return driver.map_run_open(at, page_bytes, pages.data(), static_cast<i64>(pages.size()));
-          },
-          "at"_a, "page_bytes"_a, "pages"_a, Free())
+      .def("map_run", &map_pages<&Driver::map_run>, "at"_a, "page_bytes"_a, "pages"_a, Free())
+      .def("map_run_open", &map_pages<&Driver::map_run_open>, "at"_a, "page_bytes"_a, "pages"_a, Free())
       .def("unmap_run", &Driver::unmap_run, "at"_a, "page_bytes"_a, "count"_a, Free())
       .def("zero", &Driver::zero, "at"_a, "bytes"_a, "stream"_a = 0, Free())
       .def("copy", &Driver::copy, "to"_a, "source"_a, "bytes"_a, "stream"_a = 0, Free())
@@ -124,43 +115,37 @@ void bind_driver(nb::module_& m) {
       .def("check_stream", &Driver::check_stream, "stream"_a, Free())
       .def("side_stream", &Driver::side_stream)
       .def("order", &Driver::order, "event"_a, "later"_a, Free())
-      .def("undoing", &Driver::undoing, "begin"_a, Free(), "What follows takes back what was done before.");
+      .def("undoing", &Driver::undoing, "begin"_a, Free());
 }
 
 void bind_checked(nb::module_& m) {
-  nb::class_<CheckedDriver::Call>(m, "DriverCall", "One entry of CheckedDriver.log().")
+  nb::class_<CheckedDriver::Call>(m, "DriverCall")
       .def_ro("verb", &CheckedDriver::Call::verb)
-      .def_ro("at", &CheckedDriver::Call::at, "0 where the verb has no address")
+      .def_ro("at", &CheckedDriver::Call::at)
       .def_ro("bytes", &CheckedDriver::Call::bytes)
-      .def_ro("id", &CheckedDriver::Call::id, "The page or the event; 0 where the verb has none.")
+      .def_ro("id", &CheckedDriver::Call::id)
       .def("__repr__", [](const CheckedDriver::Call& call) {
         return call.verb + "(at=" + std::to_string(call.at) + ", bytes=" + std::to_string(call.bytes) +
                ", id=" + std::to_string(call.id) + ")";
       });
-  nb::class_<CheckedDriver::Live>(m, "DriverLive", "What a CheckedDriver holds now: all zero when nothing leaks.")
+  nb::class_<CheckedDriver::Live>(m, "DriverLive")
       .def_ro("reservations", &CheckedDriver::Live::reservations)
       .def_ro("pages", &CheckedDriver::Live::pages)
       .def_ro("mappings", &CheckedDriver::Live::mappings)
       .def_ro("events", &CheckedDriver::Live::events)
       .def_ro("page_bytes", &CheckedDriver::Live::page_bytes);
-  nb::class_<CheckedDriver, Driver>(m, "CheckedDriver",
-                                    "Wraps a driver: refuses misuse, fails calls on request, holds events, counts.")
-      .def(
-          "__init__",
-          [](CheckedDriver* self, std::shared_ptr<Driver> inner) { new (self) CheckedDriver(std::move(inner)); },
-          "inner"_a)
-      .def("fail", &CheckedDriver::fail, "verb"_a, "nth"_a = 1, "code"_a = 2, "undo_too"_a = false,
-           "Fails the nth call from now of a verb ('' = any) once. Code 2 raises OutOfMemory, others DeviceError.")
+  nb::class_<CheckedDriver, Driver>(m, "CheckedDriver")
+      .def(nb::init<std::shared_ptr<Driver>>(), "inner"_a)
+      .def("fail", &CheckedDriver::fail, "verb"_a, "nth"_a = 1, "code"_a = 2, "undo_too"_a = false)
       .def("clear_failures", &CheckedDriver::clear_failures)
       .def("pending_failures", &CheckedDriver::pending_failures)
-      .def("hold_events", &CheckedDriver::hold_events, "hold"_a,
-           "While held, recorded events are not done; wait() completes its event and counts in held_waits().")
+      .def("hold_events", &CheckedDriver::hold_events, "hold"_a)
       .def("complete_events", &CheckedDriver::complete_events)
       .def("held_waits", &CheckedDriver::held_waits)
-      .def("log", &CheckedDriver::log, "The last successful calls, oldest first.")
+      .def("log", &CheckedDriver::log)
       .def("clear_log", &CheckedDriver::clear_log)
       .def("live", &CheckedDriver::live)
-      .def("touch", &CheckedDriver::touch, "at"_a, "bytes"_a, "DeviceError unless the range is mapped and accessible.");
+      .def("touch", &CheckedDriver::touch, "at"_a, "bytes"_a);
 }
 
 }  // namespace
@@ -169,19 +154,15 @@ void bind_drivers(nb::module_& m) {
   bind_info(m);
   bind_driver(m);
   bind_checked(m);
-  m.def("host_driver", &make_host_driver, "holes_fault"_a = false,
-        "The CPU device: memfd and mmap. Reading where nothing is mapped gives zeros, and faults with `holes_fault`.");
+  m.def("host_driver", &make_host_driver, "holes_fault"_a = false);
   m.def(
       "cuda_driver",
       [](int index, const std::string& library, bool shareable, bool rdma) {
         return make_cuda_driver(index, library, {shareable, rdma});
       },
-      "index"_a = 0, "library"_a = "", "shareable"_a = false, "rdma"_a = false, Free(),
-      "A CUDA device. `library` is a path to libcuda; empty is $KVMEM_CUDA_DRIVER, or else libcuda.so.1. `shareable` "
-      "pages can be exported as file descriptors, `rdma` ones registered with an RDMA adapter.");
-  m.def("read_bytes", &read_bytes, "at"_a, "bytes"_a,
-        "The host bytes at an address. DeviceError, never a signal, where they cannot be read.");
-  m.def("write_bytes", &write_bytes, "at"_a, "data"_a, "The reverse of read_bytes.");
+      "index"_a = 0, "library"_a = "", "shareable"_a = false, "rdma"_a = false, Free());
+  m.def("read_bytes", &read_bytes, "at"_a, "bytes"_a);
+  m.def("write_bytes", &write_bytes, "at"_a, "data"_a);
 }
 
 }  // namespace kvmem

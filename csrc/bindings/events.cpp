@@ -1,5 +1,4 @@
-// kvmem._core.EventRecords, which the cache's events come in, and EventRing, which the cache has one of: bound by
-// itself so that what it promises can be tested without a cache.
+// kvmem._core.EventRecords, a batch of cache events; and EventRing, the queue of an allocator, for tests without one.
 
 #include "index/events.h"
 
@@ -17,10 +16,10 @@ namespace kvmem {
 namespace {
 
 using Tokens = nb::ndarray<const i32, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-
+// Returns the arguments of stored() for all cached content, as tuples.
 using Walk = nb::typed<nb::callable, nb::typed<nb::iterable, nb::object>()>;
 
-// A view, read-only, that keeps the records alive.
+// Returns a read-only view, which keeps the records alive.
 template <class T, std::vector<T> EventRecords::* Field>
 nb::ndarray<nb::numpy, const T, nb::ndim<1>> column(nb::handle_t<EventRecords> self) {
   const std::vector<T>& values = nb::cast<const EventRecords&>(self).*Field;
@@ -43,28 +42,28 @@ const i32* block_of(const Tokens& tokens, i64 block_tokens) {
 }  // namespace
 
 void bind_events(nb::module_& m) {
-  nb::class_<EventRecords>(m, "EventRecords", "Records in order: numpy views, one entry a record, read-only.")
+  nb::class_<EventRecords>(m, "EventRecords")
       .def("__len__", &EventRecords::size)
-      .def_prop_ro("kinds", column<std::int8_t, &EventRecords::kinds>, "0 stored, 1 removed, 2 cleared; int8 [n].")
+      .def_prop_ro("kinds", column<std::int8_t, &EventRecords::kinds>)
       .def_prop_ro("nodes", column<i32, &EventRecords::nodes>)
-      .def_prop_ro("parents", column<i32, &EventRecords::parents>, "-1 for the first block of a chain.")
+      .def_prop_ro("parents", column<i32, &EventRecords::parents>)
       .def_prop_ro("roots", column<i32, &EventRecords::roots>)
-      .def_prop_ro("groups", column<i32, &EventRecords::groups>, "-1: no group holds the node; others continue it.")
+      .def_prop_ro("groups", column<i32, &EventRecords::groups>)
       .def_prop_ro("ordinals", column<i32, &EventRecords::ordinals>)
       .def_prop_ro("tiers", column<i32, &EventRecords::tiers>)
-      .def_prop_ro("tokens", token_rows, "int32 [stored records, block_tokens].")
+      .def_prop_ro("tokens", token_rows)
       .def_prop_ro(
           "tags",
           [](const EventRecords& records) {
             nb::list tags;
-            for (const Tag& tag : records.tags)
+            for (const Tag& tag : records.tags) {
               tags.append(tag ? nb::object(nb::bytes(tag->data(), tag->size())) : nb::none());
+            }
             return tags;
           },
-          nb::sig("def tags(self) -> list[bytes | None]"),
-          "What of each stored record's block is keyed (csrc/index/block_tags.h); made when asked for.");
+          nb::sig("def tags(self) -> list[bytes | None]"));
 
-  nb::class_<EventRing>(m, "EventRing", "A bounded queue of records; see csrc/index/events.h.")
+  nb::class_<EventRing>(m, "EventRing")
       .def(nb::init<i64, i64>(), "capacity"_a, "block_tokens"_a)
       .def(
           "stored",
@@ -86,8 +85,7 @@ void bind_events(nb::module_& m) {
             };
             return self.drain(max, walk, restart);
           },
-          "max"_a, "resident"_a, "restart"_a = false,
-          "`resident()` gives what stored() takes, in tuples, for all that is there.")
+          "max"_a, "resident"_a, "restart"_a = false)
       .def_prop_ro("on", &EventRing::on)
       .def("__len__", &EventRing::size)
       .def_prop_ro("serial", &EventRing::serial)

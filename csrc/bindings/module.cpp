@@ -1,4 +1,4 @@
-// The Python module kvmem._core: arguments in, typed errors out. No logic lives here.
+// The Python module kvmem._core: converts arguments and errors, and contains no logic.
 
 #include <new>
 
@@ -11,8 +11,8 @@ using namespace kvmem;
 
 namespace {
 
-// Raises kvmem.errors.<name>(what, *extra). The classes live in Python so that they can also be a MemoryError,
-// ValueError ...
+// Raises kvmem.errors.<name>(what, *extra). The classes are Python's, because they derive from MemoryError, ValueError
+// and others too.
 template <class... Extra>
 void raise(const char* name, const char* what, Extra... extra) {
   nb::object type = nb::module_::import_("kvmem.errors").attr(name);
@@ -35,8 +35,8 @@ void translate(const std::exception_ptr& pointer, void*) {
     raise("KVMemError", e.what());
   } catch (const std::bad_alloc&) {
     raise("OutOfMemory",
-          "no host memory for the books: the process found none, and nothing has changed. Free some; or lower "
-          "max_sequences, max_tokens or memory, or raise page_bytes");
+          "no host memory for metadata: an allocation of the process failed, and nothing has changed. Free some; or "
+          "lower max_sequences, max_tokens or memory, or raise page_bytes");
   }
 }
 
@@ -50,7 +50,7 @@ NB_MODULE(_core, m) {
   m.attr("debug_build") = false;
   nb::set_leak_warnings(false);  // an allocator that lives until the interpreter exits is no leak
 #endif
-  // Whoever holds the pool may be waiting for Python's lock, and no Python thread shall wait for those that do not.
+  // A thread that holds the pool may wait for Python's lock, so a thread that waits for the pool releases it.
   wait_hooks = {[]() -> void* { return PyGILState_Check() ? PyEval_SaveThread() : nullptr; }, &take_gil};
   nb::register_exception_translator(translate);
   bind_drivers(m);

@@ -1,4 +1,4 @@
-// The eviction policies by themselves, for tests and simulations. In an allocator they are called from C++ only.
+// Eviction policies without an allocator, for tests and simulations; csrc/eviction/policy.h says what each call means.
 
 #include "eviction/policy.h"
 
@@ -16,8 +16,8 @@ using namespace nb::literals;
 namespace kvmem {
 namespace {
 
-// A policy believes its caller, which is right for the allocator and wrong for a test: here the rules are checked. Keys
-// and parents are kept for it, as the index of an allocator does.
+// A policy trusts its caller; this wrapper throws SpecError for a call that breaks the rules. It stores keys and
+// parents, as the content index of an allocator does.
 class CheckedPolicy {
  public:
   explicit CheckedPolicy(const std::string& name) : policy_(make_eviction_policy(name)) {}
@@ -29,7 +29,7 @@ class CheckedPolicy {
   }
   void insert(i32 id, std::uint64_t key, i32 parent) {
     expect(id, kGone, kGone);
-    if (parent != -1) at(parent);  // in any state: a window may have passed it
+    if (parent != -1) at(parent);  // in any state, because it may be out of window
     Block& block = at(id);
     if (block.children > 0 && (key != block.key || parent != block.parent)) {
       throw SpecError("block " + std::to_string(id) + " is the parent of cached ones, so it can be no other content");
@@ -101,7 +101,7 @@ class CheckedPolicy {
   void forget_call(i32 id) { at(id).latest = Call::other; }
 
   enum State : char { kGone, kUsed, kReleased };
-  enum class Call : char { other, insert, use, release };  // only the latest call of a block can be taken back
+  enum class Call : char { other, insert, use, release };  // only the latest call of a block can be undone
 
   void expect(i32 id, State one, State other) {
     static constexpr const char* kNames[] = {"not cached", "in use", "released"};
@@ -162,11 +162,8 @@ class CheckedRetention : public CheckedPolicy {
 }  // namespace
 
 void bind_eviction(nb::module_& m) {
-  m.def("eviction_policy_names", &eviction_policy_names, "What `policy=` of an allocator may be; the default first.");
-  nb::class_<CheckedPolicy>(
-      m, "EvictionPolicy",
-      "A policy without an allocator, for tests and simulations (csrc/eviction/policy.h says what each "
-      "call means). Calls that break its rules raise SpecError.")
+  m.def("eviction_policy_names", &eviction_policy_names);
+  nb::class_<CheckedPolicy>(m, "EvictionPolicy")
       .def(nb::init<const std::string&>(), "name"_a)
       .def("reserve", &CheckedPolicy::reserve, "ids"_a)
       .def("insert", &CheckedPolicy::insert, "id"_a, "key"_a, "parent"_a)
@@ -179,8 +176,8 @@ void bind_eviction(nb::module_& m) {
       .def("victim", &CheckedPolicy::victim)
       .def("evict", &CheckedPolicy::evict, "id"_a)
       .def("restore", &CheckedPolicy::restore, "id"_a)
-      .def("digest", &CheckedPolicy::digest, "Of the order in which blocks stand.");
-  nb::class_<CheckedRetention, CheckedPolicy>(m, "RetentionPolicy", "Priorities and times to live over a policy.")
+      .def("digest", &CheckedPolicy::digest);
+  nb::class_<CheckedRetention, CheckedPolicy>(m, "RetentionPolicy")
       .def(nb::init<const std::string&, std::function<double()>>(), "name"_a, "clock"_a)
       .def("retain", &CheckedRetention::retain, "id"_a, "priority"_a, "ttl_seconds"_a);
 }

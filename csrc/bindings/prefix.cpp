@@ -1,5 +1,5 @@
-// The part of kvmem._core.Allocator that is about shared content; and TokenBlocks, which its index keeps token ids in:
-// bound by itself so that what it promises can be tested without a cache.
+// The calls of kvmem._core.Allocator about cached content; and TokenBlocks, in which the content index stores token
+// ids, for tests without an allocator.
 
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
@@ -23,12 +23,12 @@ using namespace nb::literals;
 namespace kvmem {
 namespace {
 
-// What stands for None is the empty key, which sequences have that were opened without any.
+// Returns the key, and the empty key for None, because sequences opened without a key have the empty one.
 std::string none_is_empty(const char* encoded, std::size_t bytes) {
   return bytes > 0 && encoded[0] == 'n' ? std::string() : std::string(encoded, bytes);
 }
 
-// `extra_key`: the adapter's key, then what else of the prompt is keyed (kvmem.allocator.prefix.encode_keys).
+// `extra_key`: the adapter's key, then the marks of the prompt (kvmem.allocator.prefix.encode_keys).
 PrefixKey key_of(const nb::bytes& salt, const nb::bytes& extra_key) {
   const char* const given = extra_key.c_str();
   const std::size_t bytes = extra_key.size(), adapter = bytes == 0 ? 0 : key_bytes(given, bytes);
@@ -36,7 +36,7 @@ PrefixKey key_of(const nb::bytes& salt, const nb::bytes& extra_key) {
           decode_marks(given + adapter, bytes - adapter)};
 }
 
-// It could not be computed to its end: said before anything is opened for it.
+// Throws SpecError for a prompt that is longer than a sequence can be.
 void check_prompt(const Allocator& c, i64 n) {
   const GroupGeometry& group = c.groups()[c.groups().token_group()];
   if (group.growth != Growth::token || n <= group.max_tokens) return;
@@ -45,26 +45,33 @@ void check_prompt(const Allocator& c, i64 n) {
                   " (max_tokens): cut the prompt, or make the allocator with a larger max_tokens");
 }
 
-// What a call has made for Python, and how many tokens it has.
-std::pair<i64, i64> kept(nb::handle object, i64 id, const char* count, i64 tokens) {
-  keep_in(object, "_id", id), keep_in(object, count, tokens);
+// Returns what a call has made and how many tokens it has, and stores both in the object that stands for it.
+std::pair<i64, i64> stored(nb::handle object, i64 id, const char* count, i64 tokens) {
+  store_in(object, "_id", id), store_in(object, count, tokens);
   return {id, tokens};
 }
 
-// In the order of MatchEnd.
+// Opens a sequence with open(ids, key, &cached), which returns its handle.
+template <class Open>
+std::pair<i64, i64> open_with(Allocator& a, nb::handle tokens, const nb::bytes& salt, const nb::bytes& extra_key,
+                              nb::handle sequence, const Open& open) {
+  const TokenIds ids(tokens, false, a.shares());
+  check_prompt(a, ids.size());
+  i64 cached = 0;
+  const i64 handle = open(ids, key_of(salt, extra_key), &cached);
+  return stored(sequence, handle, "num_cached_tokens", cached);
+}
+
+// The values of MatchEnd have these names, in order.
 const char* const kEnds[] = {"complete",      "shorter than a block", "other salt", "evicted",    "no snapshot",
                              "window passed", "never seen",           "off",        "block sizes"};
 
 }  // namespace
 
 void bind_prefix_options(nb::module_& m) {
-  nb::class_<PrefixOptions>(m, "PrefixOptions", "What kvmem.Allocator says about prefix sharing.")
-      .def(
-          "__init__",
-          [](PrefixOptions* self, bool on, bool partial, std::string policy, int hash_bits, i64 event_capacity) {
-            new (self) PrefixOptions{on, partial, std::move(policy), hash_bits, event_capacity};
-          },
-          nb::kw_only(), "on"_a, "partial"_a, "policy"_a, "hash_bits"_a = 64, "event_capacity"_a = 0);
+  nb::class_<PrefixOptions>(m, "PrefixOptions")
+      .def("__init__", &construct<PrefixOptions, bool, bool, std::string, int, i64>, nb::kw_only(), "on"_a, "partial"_a,
+           "policy"_a, "hash_bits"_a = 64, "event_capacity"_a = 0);
 }
 
 void bind_token_blocks(nb::module_& m) {
@@ -73,7 +80,7 @@ void bind_token_blocks(nb::module_& m) {
       [](std::uint64_t first, std::uint64_t second, const nb::bytes& bytes) {
         return KeyedHash(first, second)(std::string(bytes.c_str(), bytes.size()));
       },
-      "first"_a, "second"_a, "bytes"_a, "What salts are found by; see csrc/base/keyed_hash.h.");
+      "first"_a, "second"_a, "bytes"_a);
   const auto check = [](const TokenBlocks& blocks, i32 block, size_t count, i64 least) {
     const i64 n = static_cast<i64>(count);
     if (block < 0 || block >= blocks.blocks() || n < least || n > blocks.block_tokens()) {
@@ -81,7 +88,7 @@ void bind_token_blocks(nb::module_& m) {
                       std::to_string(blocks.blocks()) + " blocks of " + std::to_string(blocks.block_tokens()));
     }
   };
-  nb::class_<TokenBlocks>(m, "TokenBlocks", "Blocks of token ids, packed; see csrc/index/token_blocks.h.")
+  nb::class_<TokenBlocks>(m, "TokenBlocks")
       .def(nb::init<i64>(), "block_tokens"_a)
       .def("reserve", &TokenBlocks::reserve, "blocks"_a)
       .def(
@@ -99,15 +106,15 @@ void bind_token_blocks(nb::module_& m) {
             check(self, block, tokens.size(), 0);
             return self.common(block, tokens.data(), tokens.size());
           },
-          "block"_a, "tokens"_a, "How many of these tokens the block begins with.")
+          "block"_a, "tokens"_a)
       .def(
           "copy",
           [check](const TokenBlocks& self, i32 block, Out<i32> out) {
             check(self, block, out.shape(0), 0);
             self.copy(block, static_cast<i64>(out.shape(0)), out.data());
           },
-          "block"_a, "out"_a.noconvert(), "Fills `out` with the first ids of the block.")
-      .def_prop_ro("bits", &TokenBlocks::bits, "Of one id.");
+          "block"_a, "out"_a.noconvert())
+      .def_prop_ro("bits", &TokenBlocks::bits);
 }
 
 void bind_prefix(nb::class_<Allocator>& allocator) {
@@ -115,26 +122,22 @@ void bind_prefix(nb::class_<Allocator>& allocator) {
       .def(
           "admit",
           [](Allocator& a, nb::handle tokens, const nb::bytes& salt, const nb::bytes& extra_key, nb::handle sequence) {
-            const TokenIds ids(tokens, false, a.shares());
-            check_prompt(a, ids.size());
-            i64 cached = 0;
-            const i64 handle = a.admit(ids.data(), ids.size(), key_of(salt, extra_key), &cached);
-            return kept(sequence, handle, "num_cached_tokens", cached);
+            return open_with(a, tokens, salt, extra_key, sequence,
+                             [&](const TokenIds& ids, const PrefixKey& key, i64* cached) {
+                               return a.admit(ids.data(), ids.size(), key, cached);
+                             });
           },
-          "tokens"_a.none(), "salt"_a, "extra_key"_a, "sequence"_a = nb::none(),
-          "A new sequence: its handle, and how many tokens it has; also told to the object that stands for it.")
+          "tokens"_a.none(), "salt"_a, "extra_key"_a, "sequence"_a = nb::none())
       .def(
           "begin",
           [](Allocator& a, nb::handle tokens, const nb::bytes& salt, const nb::bytes& extra_key, i64 count,
              nb::handle sequence) {
-            const TokenIds ids(tokens, false, a.shares());
-            check_prompt(a, ids.size());
-            i64 cached = 0;
-            const i64 handle = a.begin(ids.data(), ids.size(), key_of(salt, extra_key), count, &cached);
-            return kept(sequence, handle, "num_cached_tokens", cached);
+            return open_with(a, tokens, salt, extra_key, sequence,
+                             [&](const TokenIds& ids, const PrefixKey& key, i64* cached) {
+                               return a.begin(ids.data(), ids.size(), key, count, cached);
+                             });
           },
-          "tokens"_a.none(), "salt"_a, "extra_key"_a, "count"_a, "sequence"_a = nb::none(),
-          "admit() with room for `count` more tokens, or (-1) for the rest of them; else OutOfMemory.")
+          "tokens"_a.none(), "salt"_a, "extra_key"_a, "count"_a, "sequence"_a = nb::none())
       .def(
           "admit_batch",
           [](Allocator& a, nb::handle tokens, nb::handle counts, const nb::bytes& salt, const nb::bytes& extra_key,
@@ -148,7 +151,7 @@ void bind_prefix(nb::class_<Allocator>& allocator) {
               throw SpecError("handles and cached need an entry for each prompt");
             }
             std::vector<i32> opened(n, -1), found(n);
-            handles.write(opened.data(), n);  // none yet, for a caller that is interrupted
+            handles.write(opened.data(), n);  // -1, for a caller that is interrupted
             const i64 done = a.admit_batch(ids.data(), lengths ? lengths.data() : &all, n, key_of(salt, extra_key),
                                            opened.data(), found.data());
             handles.write(opened.data(), done);
@@ -156,7 +159,7 @@ void bind_prefix(nb::class_<Allocator>& allocator) {
             return done;
           },
           "tokens"_a.none(), "counts"_a.none(), "salt"_a, "extra_key"_a, "handles"_a.noconvert(),
-          "cached"_a.noconvert(), "How many prompts got room.")
+          "cached"_a.noconvert())
       .def(
           "match",
           [](Allocator& a, nb::handle tokens, const nb::bytes& salt, const nb::bytes& extra_key) {
@@ -166,31 +169,28 @@ void bind_prefix(nb::class_<Allocator>& allocator) {
             const Match match = a.match(ids.data(), ids.size(), key);
             return std::make_pair(match.tokens, std::string(kEnds[static_cast<int>(match.end)]));
           },
-          "tokens"_a.none(), "salt"_a, "extra_key"_a, "How many tokens are cached, and why not more.")
+          "tokens"_a.none(), "salt"_a, "extra_key"_a)
       .def(
           "pin",
           [](Allocator& a, i64 handle, i64 tokens, nb::handle pin) {
             const Pins::Pinned made = a.pin(handle, tokens);
-            return kept(pin, made.pin, "num_tokens", made.tokens);
+            return stored(pin, made.pin, "num_tokens", made.tokens);
           },
-          "handle"_a, "tokens"_a, "pin"_a = nb::none(),
-          "The first tokens of a sequence (-1: all known): a pin, and how many it keeps.")
+          "handle"_a, "tokens"_a, "pin"_a = nb::none())
       .def(
           "pin_tokens",
           [](Allocator& a, nb::handle tokens, const nb::bytes& salt, const nb::bytes& extra_key, nb::handle pin) {
             const TokenIds ids(tokens);
             const Pins::Pinned made = a.pin(ids.data(), ids.size(), key_of(salt, extra_key));
-            return kept(pin, made.pin, "num_tokens", made.tokens);
+            return stored(pin, made.pin, "num_tokens", made.tokens);
           },
           "tokens"_a.none(), "salt"_a, "extra_key"_a, "pin"_a = nb::none())
-      .def(
-          "pins",
-          [](Allocator& c) {
-            std::vector<std::pair<i64, i64>> found;
-            for (const Pins::Pinned& p : c.pins()) found.emplace_back(p.pin, p.tokens);
-            return found;
-          },
-          "Every pin that keeps something, and how many tokens it keeps; in the order in which they were made.")
+      .def("pins",
+           [](Allocator& a) {
+             std::vector<std::pair<i64, i64>> found;
+             for (const Pins::Pinned& p : a.pins()) found.emplace_back(p.pin, p.tokens);
+             return found;
+           })
       .def("unpin", &Allocator::unpin, "pin"_a)
       .def("snapshot", &Allocator::snapshot, "handle"_a)
       .def("retain", &Allocator::retain, "handle"_a, "start"_a, "end"_a, "priority"_a, "seconds"_a)
@@ -203,7 +203,7 @@ void bind_prefix(nb::class_<Allocator>& allocator) {
             }
             return ranges;
           },
-          "handle"_a, "What holds of which blocks: (first, end, priority, seconds), ascending, no block twice.")
+          "handle"_a)
       .def("clear_cache", &Allocator::clear_cache)
       .def(
           "drain_events",
@@ -222,9 +222,7 @@ void bind_prefix(nb::class_<Allocator>& allocator) {
           },
           "taken"_a, "max"_a, "restart"_a,
           nb::sig("def drain_events(self, taken: int, max: int, restart: bool) -> tuple[int, EventRecords, dict[int, "
-                  "tuple[bytes, bytes]]]"),
-          "The number of a batch, its records, and the (salt, extra key) of the roots that they name. The batch after "
-          "number ``taken``: given again until a call says that it was taken.");
+                  "tuple[bytes, bytes]]]"));
 }
 
 }  // namespace kvmem

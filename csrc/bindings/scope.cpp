@@ -1,5 +1,5 @@
-// What `with` and the end of a Python object do to a sequence, as one call each: a signal handler that raises comes
-// before it, or after.
+// What a with-statement and the end of a Python object do to a sequence. Each is one C++ call, so that a signal handler
+// which raises runs before or after it, not within.
 
 #include <optional>
 #include <string>
@@ -14,7 +14,8 @@ namespace {
 
 struct Scope {};
 
-// Its body may have freed it, and an exception of its body is what the caller shall see.
+// Frees the sequence, unless the body of the with-statement has. If the body has raised, its exception is the one that
+// the caller sees.
 void leave_scope(nb::handle self, nb::handle kind, nb::handle, nb::handle) {
   auto& cache = nb::cast<Allocator&>(self.attr("_core"));
   const i32 handle = nb::cast<i32>(self.attr("_id"));
@@ -27,7 +28,7 @@ void leave_scope(nb::handle self, nb::handle kind, nb::handle, nb::handle) {
   }
 }
 
-// As the object's repr(), made without any code of Python's: a signal handler could raise in it.
+// Returns what the object's repr() would, but runs no Python code, in which a signal handler could raise.
 std::string text_of(nb::handle self, Allocator& cache, i32 handle) {
   std::string text = "Sequence(id=" + std::to_string(handle);
   const nb::object alloc = nb::getattr(self, "_alloc", nb::none());
@@ -36,38 +37,38 @@ std::string text_of(nb::handle self, Allocator& cache, i32 handle) {
     PyObject* const label = PyDict_GetItem(labels.ptr(), nb::int_(handle).ptr());
     if (label) text += std::string(", label=") + nb::repr(nb::handle(label)).c_str();
   }
-  return text + ", num_tokens=" + std::to_string(cache.tokens(handle, -1)) +
-         ", committed=" + std::to_string(cache.committed(handle, -1)) + ")";
+  const Sequences::Lengths now = cache.lengths(handle, -1);
+  return text + ", num_tokens=" + std::to_string(now.tokens) + ", committed=" + std::to_string(now.committed) + ")";
 }
 
-// What is to be said of the object's sequence: nothing where it was freed, where the object only names another's, or
-// where it is a forked child's, whose parent has it.
-std::optional<std::string> forgotten(nb::handle self) {
+// Returns the text of a sequence that is live although its object ends. Returns nothing if it was freed, if the object
+// does not own it, and in a forked child.
+std::optional<std::string> unfreed(nb::handle self) {
   try {
     const nb::object core = nb::getattr(self, "_core", nb::none());
     i32 handle = 0;
-    if (!nb::isinstance<Allocator>(core) || !nb::try_cast(nb::getattr(self, "_id", nb::none()), handle, false))
-      return {};
+    if (!nb::isinstance<Allocator>(core)) return {};
+    if (!nb::try_cast(nb::getattr(self, "_id", nb::none()), handle, false)) return {};
     auto& cache = nb::cast<Allocator&>(core);
     if (!cache.is_live(handle) || nb::hasattr(self, "_lent")) return {};
     return text_of(self, cache, handle);
-  } catch (const Error&) {  // another thread was faster
+  } catch (const Error&) {  // another thread has freed it
   } catch (const nb::python_error&) {
   }
   return {};
 }
 
-// Nobody has the object any more, and its sequence is live: a warning says so. The sequence stays, since its number may
-// be in use: in a batch, with a scheduler. Python calls this between any two instructions. Not by way of nanobind: a
-// daemon thread may be ended by Python, at exit, in the middle of what the warning runs, and nanobind catches that.
+// Warns of an object that ends while its sequence is live. The sequence stays, because its handle may be in use in a
+// batch or a scheduler. This is no nanobind function: at exit Python may end a daemon thread by unwinding while the
+// warning runs, and nanobind would catch that.
 PyObject* end_of_object(PyObject*, PyObject* self) {
-  const std::optional<std::string> text = forgotten(self);
+  const std::optional<std::string> text = unfreed(self);
   if (text && PyErr_ResourceWarning(
                   self, 1,
-                  "unfreed %s: nobody has the object any more, and its memory stays taken; free() it, use it in a "
-                  "with-statement, or detach() it where its id goes on",
+                  "unfreed %s: the object has no references any more, and its memory stays in use; free() it, use it "
+                  "in a with-statement, or detach() it if its id stays in use",
                   text->c_str()) != 0) {
-    PyErr_WriteUnraisable(self);  // a filter makes errors of warnings
+    PyErr_WriteUnraisable(self);  // a warnings filter has turned it into an error
   }
   Py_RETURN_NONE;
 }
@@ -77,10 +78,8 @@ PyMethodDef end_method = {"__del__", end_of_object, METH_O, nullptr};
 }  // namespace
 
 void bind_scope(nb::module_& m) {
-  nb::class_<Scope>(m, "Scope",
-                    "What a sequence's Python object does at the ends of its life: it has a ``_core`` and an ``_id``.")
-      .def(
-          "__enter__", [](nb::handle self) { return nb::borrow(self); }, nb::sig("def __enter__(self) -> object"))
+  nb::class_<Scope>(m, "Scope", "A base of a sequence's Python object, which has a ``_core`` and an ``_id``.")
+      .def("__enter__", &nb::borrow<nb::object>, nb::sig("def __enter__(self) -> object"))
       .def("__exit__", &leave_scope, nb::arg().none(), nb::arg().none(), nb::arg().none(),
            nb::sig("def __exit__(self, kind: object, error: object, at: object, /) -> None"));
   m.attr("_end_of_object") = nb::steal(PyInstanceMethod_New(nb::steal(PyCFunction_New(&end_method, nullptr)).ptr()));

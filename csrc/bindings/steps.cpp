@@ -1,7 +1,7 @@
-// The verbs of sequences: extend, commit, step, free, each of one sequence and of many. `tell` asks for what was
-// written to block tables: TableChanges, or None for the most frequent answer, nothing.
+// The verbs of sequences: extend, commit, step and free, for one sequence and for several. With `tell`, a call returns
+// what it wrote to block tables: TableChanges, or None if it wrote nothing.
 //
-// The core lets Python's lock go once a call has to decide something (allocator.h), so nothing here does.
+// The core releases Python's lock if a call has to decide something (allocator.h), so nothing here does.
 
 #include <nanobind/nanobind.h>
 
@@ -24,7 +24,8 @@ nb::object changes_of(bool tell, const Verb& verb) {
   return to_python(std::move(changes));
 }
 
-// A scheduler tells of its requests in its own words.
+// The names of arguments in errors depend on the caller: `tell` is set by SchedulerCache, whose arguments have other
+// names.
 nb::object extend(Allocator& a, i32 handle, nb::handle count, i64 group, bool tell) {
   const i32 more = to_count(tell ? "count" : "n", count);
   return changes_of(tell, [&](TableChanges* changes) { a.extend(handle, more, group, changes); });
@@ -80,16 +81,14 @@ void bind_steps(nb::class_<Allocator>& allocator) {
       .def("commit", &commit, "handle"_a, "count"_a.none(), "group"_a = -1, "tokens"_a.none() = nb::none(),
            "tell"_a = false,
            nb::sig("def commit(self, handle: int, count: int | None, group: int = -1, tokens: object = None, "
-                   "tell: bool = False) -> TableChanges | None"),
-           "count None: as many as there are tokens.")
+                   "tell: bool = False) -> TableChanges | None"))
       .def("commit_batch", &commit_batch, "handles"_a.none(), "counts"_a.none(), "group"_a = -1,
            "tokens"_a.none() = nb::none(), "tell"_a = false,
            nb::sig("def commit_batch(self, handles: object, counts: object, group: int = -1, tokens: object = None, "
                    "tell: bool = False) -> TableChanges | None"))
       .def("step", &step, "handle"_a, "count"_a.none(), "tokens"_a.none() = nb::none(), "tell"_a = false,
            nb::sig("def step(self, handle: int, count: int, tokens: object = None, tell: bool = False) "
-                   "-> TableChanges | None"),
-           "Commits what was reserved, and makes room for count more tokens.")
+                   "-> TableChanges | None"))
       .def(
           "free", [](Allocator& a, i32 handle) { a.free(handle); }, "handle"_a)
       .def(

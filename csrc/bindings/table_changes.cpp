@@ -1,5 +1,5 @@
-// What kvmem/scheduler.py is made of: kvmem.TableChanges, and the part of kvmem._core.Allocator that returns them.
-// Called for every request in every step, so these take no keywords, which nanobind would look for.
+// kvmem.TableChanges, and the calls of kvmem._core.Allocator that read tables. A scheduler calls them for every request
+// in every step, so they take no keywords, which nanobind would have to look up.
 
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
@@ -19,7 +19,7 @@ using namespace nb::literals;
 namespace kvmem {
 namespace {
 
-// Of the group that rows, columns, blocks and write() speak of.
+// Calls f(write) for each write of the main group, which rows, columns, blocks and write() are about.
 template <class F>
 void each_main(const TableChanges& changes, F f) {
   for (const TableWrite& w : changes.writes) {
@@ -27,9 +27,9 @@ void each_main(const TableChanges& changes, F f) {
   }
 }
 
-// A slot, because a scheduler asks every answer whether it is empty: a method would be a call each.
+// A type slot, because it is faster than a method, and a scheduler tests every answer for being empty.
 Py_ssize_t length_of(PyObject* self) {
-  if (!nb::inst_ready(self)) {  // what __new__() alone has made
+  if (!nb::inst_ready(self)) {  // an object of __new__() without __init__()
     PyErr_SetString(PyExc_TypeError, "this TableChanges was never initialised");
     return -1;
   }
@@ -49,7 +49,7 @@ Column column_of(const TableChanges& changes) {
   return Column(values, {n}, owner);
 }
 
-// An int32 [rows, columns] of any strides that is written to, held while this lives.
+// Holds a writable int32 [rows, columns] of any strides.
 class Table {
  public:
   explicit Table(nb::handle given) {
@@ -84,7 +84,7 @@ void write_changes(const TableChanges& changes, nb::handle given, i64 row) {
   each_main(changes, [&](const TableWrite& w) {
     if (table.has(row + w.row, w.column)) return;
     throw SpecError("table: entry [" + std::to_string(row + w.row) + ", " + std::to_string(w.column) +
-                    "] was written, which one of [" + table.shape() + "] does not have; nothing was copied to it");
+                    "] was written, which a table of [" + table.shape() + "] does not have; nothing was copied to it");
   });
   each_main(changes, [&](const TableWrite& w) { table.set(row + w.row, w.column, w.block); });
 }
@@ -134,27 +134,27 @@ std::string text_of(const TableChanges& changes) {
 void bind_changes(nb::module_& m) {
   nb::class_<TableChanges>(
       m, "TableChanges", nb::type_slots(changes_slots),
-      "What a call wrote to block tables: entry ``columns[k]`` of row ``rows[k]`` is ``blocks[k]`` now, by row, then "
+      "What a call wrote to block tables: entry ``columns[k]`` of row ``rows[k]`` is now ``blocks[k]``, by row, then "
       "by "
-      "column; 0 where a sliding window has passed the block. These are of the main group, the first that grows with "
-      "the tokens; ``group(g)`` tells the same of group g. The length counts the entries of all groups: most changes "
-      "are empty, and false.")
+      "column; 0 for a block that is out of window. These are the entries of the main group, the first that grows with "
+      "the tokens; ``group(g)`` returns those of group g. The length counts the entries of all groups: most changes "
+      "are "
+      "empty, and false.")
       .def(nb::init<>())
       .def_prop_ro("rows", &column_of<&TableWrite::row>, nb::rv_policy::automatic,
-                   "int32 [k], made when asked for: positions in the ``handles`` of the call, 0 where it had one "
-                   "request.")
+                   "int32 [k]: positions in the ``handles`` of the call; 0 if it had one request. Cost: a copy.")
       .def_prop_ro("columns", &column_of<&TableWrite::column>, nb::rv_policy::automatic, "int32 [k].")
       .def_prop_ro("blocks", &column_of<&TableWrite::block>, nb::rv_policy::automatic, "int32 [k].")
       .def_prop_ro("groups", &groups_of, nb::sig("def groups(self) -> tuple[int, ...]"),
-                   "The groups that have entries here, ascending.")
+                   "The groups that have entries, ascending.")
       .def("group", &of_group, "group"_a,
-           "What was written to the tables of one group, as ``TableChanges`` of which it is the main one; empty if "
-           "nothing was.")
+           "Returns what was written to the tables of one group, as ``TableChanges`` with that main group.")
       .def("write", &write_changes, "table"_a.none(), "row"_a = 0,
            nb::sig("def write(self, table: NDArray[numpy.int32], row: int = 0) -> None"),
-           "Brings a copy of the main group's tables up to date: all of it, or ``SpecError`` where it is too small.\n\n"
-           "table: int32 [requests, blocks of the longest], of any strides. row: the request's, or where row 0 of a "
-           "step stands.")
+           "Writes the entries of the main group to a copy of its tables. Raises ``SpecError``, and writes nothing, if "
+           "the copy is too small.\n\n"
+           "table: int32 [requests, blocks of the longest], of any strides. row: the row of the copy that is row 0 "
+           "here.")
       .def("__repr__", &text_of)
       .def("__getstate__", &packed)
       .def("__setstate__", &unpack);
@@ -171,16 +171,14 @@ void bind_table_changes(nb::module_& m, nb::class_<Allocator>& allocator) {
   allocator
       .def(
           "table", [](Allocator& a, i64 handle, i64 group) { return to_python(a.table(handle, group)); },
-          nb::sig("def table(self, handle: int, group: int, /) -> TableChanges | None"),
-          "All entries of one table, or (-1) of those of all groups; those that are out of window are 0.")
+          nb::sig("def table(self, handle: int, group: int, /) -> TableChanges | None"))
       .def(
           "tables",
           [](nb::handle_t<Allocator> self, nb::handle handles) {
             const Handles ids("handles", handles, self);
             return to_python(nb::cast<Allocator&>(self).tables(ids.data(), ids.size()));
           },
-          nb::sig("def tables(self, handles: object, /) -> TableChanges | None"),
-          "The same of many sequences, and of all groups.");
+          nb::sig("def tables(self, handles: object, /) -> TableChanges | None"));
 }
 
 }  // namespace kvmem

@@ -468,6 +468,6 @@ def test_meta_has_no_memory_to_show() -> None:
     alloc = make(device="meta")
     sequence = alloc.sequence()
     sequence.extend(10)
-    with pytest.raises(DeviceError, match="books only"):
+    with pytest.raises(DeviceError, match="metadata only"):
         alloc.kv(0)
     assert alloc.check() == []

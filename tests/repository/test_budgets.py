@@ -17,8 +17,8 @@ ROOT = Path(__file__).resolve().parents[2]
 # (name, folders, folders inside them that count elsewhere, most lines). These are ceilings: docs/decisions.md, "Sizes",
 # says how far above their targets they are.
 PARTS = [
-    ("csrc without bindings", ["csrc"], ["csrc/bindings"], 18_700),
-    ("bindings", ["csrc/bindings"], [], 2_100),
+    ("csrc without bindings", ["csrc"], ["csrc/bindings"], 18_850),
+    ("bindings", ["csrc/bindings"], [], 2_000),
     ("kvmem without bench", ["kvmem"], ["kvmem/bench"], 9_350),
     ("kvmem/bench", ["kvmem/bench"], ["kvmem/bench/data"], 5_200),
     ("benchmarks", ["benchmarks"], [], 2_800),
@@ -32,7 +32,7 @@ LONGER_FILES = {
     "tests/index/test_eviction.py": 435,
 }
 LONGER_FUNCTIONS: dict[str, int] = {}
-FULLER_FOLDERS = {"csrc/allocator": 18, "kvmem/bench": 18, "tests/index": 16}
+FULLER_FOLDERS = {"kvmem/bench": 18, "tests/index": 16}
 
 SOURCES = (".py", ".pyi", ".cpp", ".h", ".mk")
 GENERATED = {"kvmem/_core.pyi"}
