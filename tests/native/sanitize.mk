@@ -44,10 +44,26 @@ ASAN_LIBRARIES = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -pri
 ASAN_PYTHON = env LD_PRELOAD="$(ASAN_LIBRARIES)" ASAN_OPTIONS=detect_leaks=0:handle_segv=0:allocator_may_return_null=1 \
   PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/$(SAN)/python KVMEM_EXPECT_CORE=$(CURDIR)/$(SAN)/python
 
-.PHONY: test-sanitize test-canaries test-stress test-soak test-tiers test-no-memory test-asan-python test-tsan-python sanitize-programs
+.PHONY: test-sanitize test-canaries test-stress test-soak test-tiers test-no-memory test-asan-python test-tsan-python sanitize-programs asan-module
 test-sanitize: test-canaries test-stress test-tiers test-no-memory test-asan-python  ## C++ stress program and core tests under the sanitizers
 
 sanitize-programs: $(foreach s,asan tsan,$(SAN)/$s/canary $(SAN)/$s/tests/native/stress/stress) $(addprefix $(SAN)/asan/tests/native/stress/,soak tiers no_memory)  ## compile them, no more (make -j2)
+
+# The Python module's objects serve the programs too: under AddressSanitizer the core is compiled once. setup.py knows
+# what is out of date; the archive is written only when it differs, so that nothing is linked for no reason.
+asan-module: $(READY)
+	KVMEM_DEBUG=1 KVMEM_SANITIZE=$(SAN_asan) $(PY) setup.py -q build --build-base $(SAN)/objects --build-lib $(SAN)/python
+
+$(SAN)/asan/core.a: asan-module
+	@mkdir -p $(@D) && rm -f $@.new
+	nanobind=$$($(PY) -c "import nanobind; print(nanobind.__version__)") && \
+	  cd $(SAN)/objects/temp.*-nanobind$$nanobind-debug-address-undefined && \
+	  $(AR) rcsD $(CURDIR)/$@.new $(CORE_OBJECTS)
+	@cmp -s $@.new $@ && rm $@.new || mv $@.new $@
+
+CORE_asan := $(SAN)/asan/core.a
+CORE_tsan := $(addprefix $(SAN)/tsan/,$(CORE_OBJECTS))
+LINK_SANITIZED = -Wl,--whole-archive $^ -Wl,--no-whole-archive -pthread -ldl -o $@
 
 define sanitized  # $(1) is asan or tsan
 $(SAN)/$(1)/%.o: %.cpp tests/native/sanitize.mk
@@ -57,11 +73,11 @@ $(SAN)/$(1)/%.o: %.cpp tests/native/sanitize.mk
 $(SAN)/$(1)/canary: $(SAN)/$(1)/tests/native/stress/canary.o
 	$$(CXX) -fsanitize=$(SAN_$(1)) -pthread $$^ -o $$@
 
-$(addprefix $(SAN)/$(1)/tests/native/stress/,stress tiers no_memory): %: %.o $(addprefix $(SAN)/$(1)/,$(CORE_OBJECTS))
-	$$(CXX) -fsanitize=$(SAN_$(1)) -pthread $$^ -ldl -o $$@
+$(addprefix $(SAN)/$(1)/tests/native/stress/,stress tiers no_memory): %: %.o $(CORE_$(1))
+	$$(CXX) -fsanitize=$(SAN_$(1)) $$(LINK_SANITIZED)
 
-$(SAN)/$(1)/tests/native/stress/soak: $(addprefix $(SAN)/$(1)/,$(SOAK) $(CORE_OBJECTS))
-	$$(CXX) -fsanitize=$(SAN_$(1)) -pthread $$^ -ldl -o $$@
+$(SAN)/$(1)/tests/native/stress/soak: $(addprefix $(SAN)/$(1)/,$(SOAK)) $(CORE_$(1))
+	$$(CXX) -fsanitize=$(SAN_$(1)) $$(LINK_SANITIZED)
 
 .PHONY: test-stress-$(1)
 test-stress-$(1): $(SAN)/$(1)/tests/native/stress/stress
@@ -113,8 +129,7 @@ $(SAN)/libcuda_stub.so: $(filter-out %check_abi.cpp,$(wildcard tests/native/cuda
 
 # PYTHONPATH comes before an installed kvmem, PYTHONSAFEPATH (Python 3.11) keeps the checkout out of the path of every
 # `python -c` that a test starts, and tests/conftest.py refuses to start if another module was loaded all the same.
-test-asan-python: $(READY)
-	KVMEM_DEBUG=1 KVMEM_SANITIZE=$(SAN_asan) $(PY) setup.py -q build --build-base $(SAN)/objects --build-lib $(SAN)/python
+test-asan-python: asan-module
 	$(ASAN_PYTHON) $(BIN)pytest -p no:cacheprovider -m "core and not gpu" \
 	  $(if $(filter-out 1,$(JOBS)),-n $(JOBS) --dist worksteal) $(ARGS)
 

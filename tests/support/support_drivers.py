@@ -46,6 +46,12 @@ def assert_runs(code: str, timeout: float = 60, env: dict[str, str] | None = Non
     return done.stdout
 
 
+def assert_runs_on_both(code: str, setup: str = "", timeout: float = 60, env: dict[str, str] | None = None) -> str:
+    """Runs ``code`` with each ``backend`` in one process: to import torch takes longer than most of these."""
+    loop = "for backend in ('virtual', 'paged'):\n" + textwrap.indent(textwrap.dedent(code), "    ")
+    return assert_runs(textwrap.dedent(setup) + loop, timeout, env)
+
+
 # ---- C++ that only tests need ----------------------------------------------------------------------------------------
 
 

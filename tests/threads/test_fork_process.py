@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from textwrap import indent
-
 import pytest
-from support import BACKENDS
-from support_drivers import assert_runs
+from support_drivers import assert_runs, assert_runs_on_both
 
 SETUP = """
 import os, signal, sys, time, threading
@@ -22,11 +19,6 @@ def finish(pid, seconds=20):
     os.kill(pid, signal.SIGKILL); os.waitpid(pid, 0)
     return "hung"
 """
-
-
-def assert_runs_on_both(code: str, **options: float) -> None:
-    """In one process: starting it takes longer than most of these."""
-    assert_runs(SETUP + f"for backend in {BACKENDS}:\n" + indent(code, "    "), **options)
 
 
 def test_calls_in_the_child_raise_and_the_parent_goes_on(seed: int) -> None:
@@ -72,7 +64,8 @@ assert finish(pid) == 0
 world.healthy()
 for _ in range(200): world.run(world.choose(rng))
 world.healthy()
-"""
+""",
+        SETUP,
     )
 
 
@@ -94,7 +87,8 @@ if pid == 0:
 status = finish(pid)
 assert os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGSEGV, signal.SIGBUS), status
 world.healthy()
-"""
+""",
+        SETUP,
     )
 
 
@@ -131,6 +125,7 @@ stop.set()
 for t in threads: t.join()
 assert alloc.check() == []
 """,
+        SETUP,
         timeout=120,
     )
 
