@@ -47,7 +47,7 @@ bool PrefixMatcher::find_end(i64 tokens, Match* match) const {
   const std::vector<i32>& chain = match->chain;
   if (index_.whole() && index_.copies(chain.back()) == 0) return false;
   if (groups_.has_window() && !windows_reach(chain, tokens)) return false;
-  if (groups_.has_state() && !table_.has_state(chain.back())) return false;
+  if (groups_.has_state() && !table_.has_snapshot(chain.back())) return false;
   const i64 row = table_.find_row(chain, tokens);
   if (row < 0) return false;
   match->tokens = tokens, match->row = row;

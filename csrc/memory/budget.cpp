@@ -139,7 +139,7 @@ void PagePool::set_budget(i64 pages) {
 
 void PagePool::reclaim_in_pieces(PoolLock& lock, PageOwner& owner, const std::function<i64()>& excess) {
   const i64 step = owner.piece_pages, begun = excess();
-  if (begun <= step || begun > owner.sure_pages()) return;
+  if (begun <= step || begun > owner.reclaimable_pages()) return;
   NoTables none;
   i64 freed = step;
   for (i64 pieces = begun / step; pieces > 0 && freed > 0 && excess() > step; --pieces) {
@@ -154,7 +154,7 @@ void PagePool::reclaim_in_pieces(PoolLock& lock, PageOwner& owner, const std::fu
 void PagePool::shrink_in_pieces(PoolLock& lock, i64 pages) {
   i64 sure = 0, step = 0;
   for (const PageOwner* owner : owners_) {
-    sure += owner->sure_pages();
+    sure += owner->reclaimable_pages();
     step = step == 0 ? owner->piece_pages : std::min(step, owner->piece_pages);
   }
   if (step == 0 || mapped_pages_ - pages > sure) return;  // it may be refused

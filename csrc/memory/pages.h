@@ -47,7 +47,7 @@ class PageOwner {
   // Mapped pages that no live sequence needs.
   virtual i64 parked_pages() const = 0;
   // Those of them that reclaim() frees for certain.
-  virtual i64 sure_pages() const = 0;
+  virtual i64 reclaimable_pages() const = 0;
   // Pushes unmap records until `pages` pages are free, as far as there are any that nobody needs; returns how many it
   // freed. `content`: cached content is evicted too, where pages that hold none do not suffice.
   virtual i64 reclaim(i64 pages, bool content, Transaction& tx) = 0;

@@ -11,18 +11,19 @@
 #include <vector>
 
 #include "table/follow.h"
-#include "table/paged/paged_blocks.h"
+#include "table/paged/paged_table.h"
 
 namespace kvmem {
 
-class PagedBlocks::Rules final : public FollowRules {
+namespace {
+
+class PagedRules final : public FollowRules {
  public:
-  Rules(PagedBlocks& table, const FollowedLengths& lengths)
-      : FollowRules(lengths, table.page_bytes()), table_(table), sequences_(table.sequences_) {}
+  PagedRules(PagedBlocks& blocks, const FollowedLengths& lengths) : FollowRules(blocks, lengths), blocks_(blocks) {}
 
   void finish() override {
     for (const Op& op : unmapped_) {
-      const SlotClass& c = table_.class_of(op.at - table_.base_arena_);
+      const SlotClass& c = blocks_.class_of(local_arena(op.at));
       for (i64 slot = op.a; slot < op.a + op.c; ++slot) {
         if (c.slots[slot].users > 0 && c.slots[slot].mapped == 0)
           refuse("unmap: slot " + std::to_string(slot) + " is in use");
@@ -36,9 +37,9 @@ class PagedBlocks::Rules final : public FollowRules {
   void commit() override {
     for (const auto& [key, ordinal] : whole_) {
       if (ordinal < 0) {
-        table_.whole_.erase(key);
+        blocks_.followed_whole.erase(key);
       } else {
-        table_.whole_[key] = ordinal;
+        blocks_.followed_whole[key] = ordinal;
       }
     }
   }
@@ -65,27 +66,25 @@ class PagedBlocks::Rules final : public FollowRules {
     i64 at, bytes;
   };
 
-  i64 tokens(i64 g) const { return table_.blocks_[g].tokens; }
-  i32 refs(i64 g, i64 block) const { return table_.blocks_[g].info[block].refs; }
-  static i64 key(i64 g, i64 block) { return whole_key(g, block); }
+  i64 tokens(i64 g) const { return blocks_[g].tokens; }
+  i32 refs(i64 g, i64 block) const { return blocks_[g].info[block].refs; }
+  static i64 key(i64 g, i64 block) { return PagedBlocks::whole_key(g, block); }
 
   // Where bytes [from, to) of a block lie now, in one arena.
   std::vector<Piece> pieces(i64 a, i64 block, i64 from, i64 to) const {
-    const i64 start = block * table_.class_of(a).block_bytes;
+    const i64 start = block * blocks_.class_of(a).block_bytes;
     std::vector<Piece> found;
-    for (i64 at = start + from; at < start + to;) {
-      const i64 within = at % page_bytes(), n = std::min(start + to - at, page_bytes() - within);
-      found.push_back({table_.pages_[a][at / page_bytes()] * page_bytes() + within, n});
-      at += n;
-    }
+    each_slot(start + from, to - from, [&](i64 slot, i64 within, i64 n) {
+      found.push_back({blocks_.page(a, slot) * page_bytes() + within, n});
+    });
     return found;
   }
 
   // The place where a block was last committed whole, as long as nothing has been written to it since; else -1.
   i64 whole(i64 g, i64 block) const {
     if (const auto now = whole_.find(key(g, block)); now != whole_.end()) return now->second;
-    const auto before = table_.whole_.find(key(g, block));
-    return before == table_.whole_.end() ? -1 : before->second;
+    const auto before = blocks_.followed_whole.find(key(g, block));
+    return before == blocks_.followed_whole.end() ? -1 : before->second;
   }
 
   void forget(i64 g, i64 block) {
@@ -99,12 +98,12 @@ class PagedBlocks::Rules final : public FollowRules {
   void unmapped(const Op& op) override {
     unmapped_.push_back(op);
     for (i64 i = 0; i < op.c; ++i) fresh_.erase(op.b + i);
-    const i64 a = op.at - table_.base_arena_, g = table_.group_of(a), bytes = table_.class_of(a).block_bytes;
-    const i64 end = std::min(table_.blocks_[g].max_blocks, ceil_div((op.a + op.c) * page_bytes(), bytes));
+    const i64 a = local_arena(op.at), g = group_of(a), bytes = blocks_.class_of(a).block_bytes;
+    const i64 end = std::min(blocks_[g].max_blocks, ceil_div((op.a + op.c) * page_bytes(), bytes));
     for (i64 block = op.a * page_bytes() / bytes; block < end; ++block) forget(g, block);
   }
 
-  void told(const Op& op) override {
+  void changed(const Op& op) override {
     if (op.kind == OpKind::block) {
       entered(op);
     } else if (op.kind == OpKind::commit) {
@@ -123,7 +122,7 @@ class PagedBlocks::Rules final : public FollowRules {
       if (!is_copied(r)) others.insert(r.ordinal);
     }
     for (i64 o = std::max(op.c, sequences_.front(index, g)) / tokens(g); o < op.b / tokens(g); ++o) {
-      const i32 block = others.count(o) > 0 ? 0 : table_.entry(index, g, o);
+      const i32 block = others.count(o) > 0 ? 0 : blocks_.entry(index, g, o);
       if (block != 0) whole_[key(g, block)] = o;
     }
     for (Replaced& r : replaced_) {  // a step commits all its sequences after their blocks
@@ -138,7 +137,7 @@ class PagedBlocks::Rules final : public FollowRules {
     if (!sequences_.live(index) || sequences_.handle_of(index) != grown.handle) return;
     const i64 end = std::min(grown.end, sequences_.tokens(index, grown.group));
     for (i64 o = std::max(grown.from, sequences_.committed(index, grown.group)) / t; o * t < end; ++o) {
-      if (const i32 block = table_.entry(index, grown.group, o); block != 0) forget(grown.group, block);
+      if (const i32 block = blocks_.entry(index, grown.group, o); block != 0) forget(grown.group, block);
     }
   }
 
@@ -148,13 +147,13 @@ class PagedBlocks::Rules final : public FollowRules {
     if (op.d != 0) {
       if (moved_.find(entry) == moved_.end()) {
         std::vector<std::vector<Piece>>& where = moved_[entry];
-        for (i64 a = table_.first_[g]; a < table_.first_[g + 1]; ++a) {
-          where.push_back(pieces(a, op.d, 0, table_.class_of(a).block_bytes));
+        for (i64 a = first_[g]; a < first_[g + 1]; ++a) {
+          where.push_back(pieces(a, op.d, 0, blocks_.class_of(a).block_bytes));
         }
       }
       if (refs(g, op.d) == 0) {
         given_.erase(key(g, op.d));
-        for (i64 a = table_.first_[g]; a < table_.first_[g + 1]; ++a) written_.erase({a, op.d});
+        for (i64 a = first_[g]; a < first_[g + 1]; ++a) written_.erase({a, op.d});
       }
     }
     if (op.c == 0) return;
@@ -170,30 +169,29 @@ class PagedBlocks::Rules final : public FollowRules {
 
   // True if the bytes lie in a block of one sequence alone, behind all that it has had.
   bool is_behind(const Op& op) const {
-    const i64 a = op.at - table_.base_arena_, g = table_.group_of(a), bytes = table_.class_of(a).block_bytes;
+    const i64 a = local_arena(op.at), g = group_of(a), bytes = blocks_.class_of(a).block_bytes;
     const i64 block = op.a / bytes, within = op.a % bytes;
     if (block < kReservedBlocks || within + op.b > bytes || refs(g, block) != 1) return false;
     for (i64 index = 0; index < sequences_.capacity(); ++index) {
       if (!sequences_.live(index)) continue;
       const i64 least = lengths_.least(sequences_.handle_of(index), g), ordinal = least / tokens(g);
-      if (least % tokens(g) == 0 || table_.entry(index, g, ordinal) != block) continue;
+      if (least % tokens(g) == 0 || blocks_.entry(index, g, ordinal) != block) continue;
       return within >= least % tokens(g) * (bytes / tokens(g));
     }
     return false;
   }
 
   void zeroed(const Op& op) override {
-    const i64 a = op.at - table_.base_arena_, g = table_.group_of(a), bytes = table_.class_of(a).block_bytes;
+    const i64 a = local_arena(op.at), g = group_of(a), bytes = blocks_.class_of(a).block_bytes;
     const bool behind = is_behind(op), is_block = behind || (op.a % bytes == 0 && op.b % bytes == 0);
-    for (i64 at = op.a; at < op.a + op.b; at += page_bytes() - at % page_bytes()) {
-      const i64 page = table_.pages_[a][at / page_bytes()];
+    each_slot(op.a, op.b, [&](i64 slot, i64 within, i64 n) {
+      const i64 page = blocks_.page(a, slot);
       if (!is_block && (op.a % page_bytes() != 0 || op.b % page_bytes() != 0 || fresh_.count(page) == 0)) {
         refuse("zero: neither blocks, nor what lies behind a sequence, nor pages that the list has mapped");
       }
-      ledger_.erase(page * page_bytes() + at % page_bytes(),
-                    std::min(op.a + op.b - at, page_bytes() - at % page_bytes()));
-    }
-    const i64 end = std::min(table_.blocks_[g].max_blocks, ceil_div(op.a + op.b, bytes));
+      ledger_.erase(page * page_bytes() + within, n);
+    });
+    const i64 end = std::min(blocks_[g].max_blocks, ceil_div(op.a + op.b, bytes));
     for (i64 block = op.a / bytes; block < end; ++block) {
       if (behind) break;
       if (block >= kReservedBlocks && refs(g, block) > 0) refuse("zero: block " + std::to_string(block) + " is in use");
@@ -202,10 +200,10 @@ class PagedBlocks::Rules final : public FollowRules {
   }
 
   void copied(const Op& op) override {
-    const i64 a = op.at - table_.base_arena_, g = table_.group_of(a), bytes = table_.class_of(a).block_bytes;
+    const i64 a = local_arena(op.at), g = group_of(a), bytes = blocks_.class_of(a).block_bytes;
     const i64 to = op.a / bytes, from = op.b / bytes;
     if (op.a % bytes != 0 || op.b % bytes != 0 || op.c > bytes || op.c % (bytes / tokens(g)) != 0 ||
-        std::min(to, from) < kReservedBlocks || std::max(to, from) >= table_.blocks_[g].max_blocks) {
+        std::min(to, from) < kReservedBlocks || std::max(to, from) >= blocks_[g].max_blocks) {
       refuse("copy: not the first tokens of a block to another");
     }
     const bool given = given_.count(key(g, to)) > 0;
@@ -230,7 +228,7 @@ class PagedBlocks::Rules final : public FollowRules {
 
   bool is_copied(const Replaced& r) const {
     bool all = true;
-    for (i64 a = table_.first_[r.group]; a < table_.first_[r.group + 1]; ++a) {
+    for (i64 a = first_[r.group]; a < first_[r.group + 1]; ++a) {
       all = all && copies_.count({a, r.to, r.from}) > 0;
     }
     return all;
@@ -244,17 +242,17 @@ class PagedBlocks::Rules final : public FollowRules {
 
   // Of tokens whose block was replaced, unless by one that may hold the same.
   void check_moved(const Entry& entry, const std::vector<std::vector<Piece>>& before) const {
-    const FollowedLengths::Range kept = lengths_.unchanged_if_live(entry.handle, entry.group);
+    const FollowedLengths::Range kept = lengths_.unchanged(entry.handle, entry.group);
     const i64 start = entry.ordinal * tokens(entry.group);
     const i64 first = std::max(kept.first - start, i64{0}), end = std::min(kept.end - start, tokens(entry.group));
     const bool equal = std::any_of(replaced_.begin(), replaced_.end(),
                                    [&](const Replaced& r) { return !(r < entry) && !(entry < r) && !is_copied(r); });
     if (first >= end || equal) return;
-    const i32 block = table_.entry(sequences_.index(entry.handle), entry.group, entry.ordinal);
-    for (i64 a = table_.first_[entry.group]; a < table_.first_[entry.group + 1]; ++a) {
-      const i64 bytes = table_.class_of(a).block_bytes / tokens(entry.group);
+    const i32 block = blocks_.entry(sequences_.index(entry.handle), entry.group, entry.ordinal);
+    for (i64 a = first_[entry.group]; a < first_[entry.group + 1]; ++a) {
+      const i64 bytes = blocks_.class_of(a).block_bytes / tokens(entry.group);
       if (block == 0 ||
-          !same(pieces(a, block, first * bytes, end * bytes), before[a - table_.first_[entry.group]], first * bytes)) {
+          !same(pieces(a, block, first * bytes, end * bytes), before[a - first_[entry.group]], first * bytes)) {
         refuse("sequence handle " + std::to_string(entry.handle) + " would lose tokens of its block " +
                std::to_string(entry.ordinal));
       }
@@ -276,8 +274,7 @@ class PagedBlocks::Rules final : public FollowRules {
     return true;
   }
 
-  PagedBlocks& table_;
-  const Sequences& sequences_;
+  PagedBlocks& blocks_;
   std::unordered_set<i64> fresh_;          // pages that the list has mapped
   std::unordered_set<i64> given_;          // blocks that the list has put into one table, from none
   std::map<Copied, i64> copies_;           // bytes
@@ -286,11 +283,13 @@ class PagedBlocks::Rules final : public FollowRules {
   std::vector<Replaced> replaced_;
   std::map<Entry, std::vector<std::vector<Piece>>> moved_;  // where an entry's block lay before the list, by arena
   std::vector<Grown> grown_;
-  std::unordered_map<i64, i64> whole_;  // what the list changes of PagedBlocks::whole_
+  std::unordered_map<i64, i64> whole_;  // what the list changes of PagedBlocks::followed_whole
 };
 
-std::unique_ptr<FollowRules> PagedBlocks::rules(const FollowedLengths& lengths) {
-  return std::make_unique<Rules>(*this, lengths);
+}  // namespace
+
+std::unique_ptr<FollowRules> PagedTable::rules(const FollowedLengths& lengths) {
+  return std::make_unique<PagedRules>(blocks_, lengths);
 }
 
 }  // namespace kvmem
