@@ -17,7 +17,7 @@
 //      lengths require, and none is about to grow in memory that another one reads.
 //
 // Not detectable: that a list lacks a zero; that a length or a commit has another number than the leader meant; that
-// memory which no live sequence has does not hold what a later sequence is told to find there.
+// memory which no live sequence has does not hold what a later sequence should find there.
 #pragma once
 
 #include <map>

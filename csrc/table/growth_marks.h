@@ -31,9 +31,9 @@ class GrowthMarks {
     journal_.set(copy_tail_[at(index, group)], static_cast<std::uint8_t>(copy));
   }
 
-  // Tokens before truncated_to() may have been written and truncated. It may be too high, never too low; always 0
-  // without a guard.
-  i64 truncated_to(i64 index, i64 group) const { return truncated_to_.empty() ? 0 : truncated_to_[at(index, group)]; }
+  // Tokens before it may have been written and truncated. It may be too high, never too low. REQUIRES: there is a
+  // guard.
+  i64 truncated_to(i64 index, i64 group) const { return truncated_to_[at(index, group)]; }
   void note_truncated(i64 index, i64 group, i64 old_tokens) {
     if (truncated_to_.empty()) return;
     KVMEM_ASSERT(old_tokens >= 0, "a length");

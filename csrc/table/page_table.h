@@ -70,7 +70,9 @@ class PageTable : public PageOwner, protected ArenaRegistration, protected Table
   virtual void set_pending(i64 index, i64 job) = 0;
   virtual i64 pending(i64 index) const = 0;
   // Whether truncated tokens may lie behind the first `tokens`, where kernels load them.
-  bool has_truncated(i64 index, i64 group, i64 tokens) const { return marks_.truncated_to(index, group) > tokens; }
+  bool has_truncated(i64 index, i64 group, i64 tokens) const {
+    return guarded_ && marks_.truncated_to(index, group) > tokens;
+  }
   // Zeroes them where no other sequence reads that memory. Elsewhere they stay until the sequence grows, which copies.
   virtual void zero_truncated(i64 index, i64 group, i64 tokens, Transaction& tx) = 0;
   // Returns the most tokens to which the sequence could grow with `pages` more pages, for error messages.
@@ -131,7 +133,11 @@ class PageTable : public PageOwner, protected ArenaRegistration, protected Table
 
   // Evicts a node and all cached nodes that continue it, the ends first.
   void evict_subtree(i32 node, Transaction& tx);
-  void evict_item(Item x, Transaction& tx);
+  void evict_item(Item x, Transaction& tx) {
+    if (x.window < 0) return evict_subtree(x.node, tx);
+    unskip_item(x, tx);
+    evict_window(x.node, x.window, tx);
+  }
   // Calls evict(item) for each victim that the policy names, while wants(). evict() returns what became of the item.
   template <class Wants, class Evict>
   void evict_in_order(Transaction& tx, Wants wants, Evict evict) {
@@ -186,7 +192,6 @@ class PageTable : public PageOwner, protected ArenaRegistration, protected Table
 
   // ---- of PageOwner, for both backends; called by PagePool ----
 
-  void on_content(const Op& op, bool undo) final;
   // Reclaims in kReclaimOrder until `pages` pages are free.
   i64 reclaim(i64 pages, bool content, Transaction& tx) final;
   i64 reclaimable_pages() const final { return index_.pinned_count() > 0 ? 0 : parked_pages(); }  // pins keep some
@@ -208,8 +213,12 @@ class PageTable : public PageOwner, protected ArenaRegistration, protected Table
 
   // Returns for how many tokens there is room; 0 if something must be done before the next token is written.
   virtual i64 find_room(i64 index, i64 group) = 0;
-  // A `hold`, `evict` or `shift`: a copy of a node was added, removed or moved.
-  virtual void on_copy(const Op& op, bool undo) = 0;
+  // Whether a private op adds, removes or moves a copy of a node. The others are about the eviction order and tests:
+  // on_order() executes them.
+  static bool is_copy(const Op& op) { return op.kind <= OpKind::shift; }
+  static_assert(OpKind::hold < OpKind::shift && OpKind::evict < OpKind::shift && OpKind::shift < OpKind::aside,
+                "is_copy() compares kinds");
+  void on_order(const Op& op, bool undo);
   // Makes at least `pages` pages of this kind free, as far as there are any; returns how many. They are unmapped, or
   // finish_reclaim() unmaps them.
   virtual i64 reclaim_kind(Reclaim kind, i64 pages, Transaction& tx) = 0;
@@ -240,5 +249,23 @@ std::unique_ptr<PageTable> make_virtual_table(const Geometry& geometry, PagePool
                                               PrefixIndex& index);
 std::unique_ptr<PageTable> make_paged_table(const Geometry& geometry, PagePool& pool, const Sequences& sequences,
                                             PrefixIndex& index);
+
+// Nothing could find the continuations of a node without it. A node of which windows have no copy may have
+// continuations with copies, so it is visited too, and it stays among its siblings until the transaction ends.
+inline void PageTable::evict_subtree(i32 node, Transaction& tx) {
+  const auto last_below = [this](i32 x) {
+    for (i32 child; (child = index_.unused_child(x)) != kNoNode;) x = child;
+    return x;
+  };
+  for (i32 x = last_below(node);;) {
+    const i32 parent = index_.parent(x), sibling = x == node ? kNoNode : index_.unused_sibling(x);
+    for (i32 window = -1; index_.skipped_count() > 0 && window < index_.windows(); ++window) {
+      unskip_item({x, window}, tx);
+    }
+    evict(x, tx);
+    if (x == node) return;
+    x = sibling == kNoNode ? parent : last_below(sibling);
+  }
+}
 
 }  // namespace kvmem

@@ -1,4 +1,4 @@
-// What blocks hold, in bytes and tokens, and what sequences have in common. Nothing here changes anything.
+// Counting: bytes in use, and what sequences have in common. No function here changes state.
 
 #include <algorithm>
 
@@ -18,9 +18,9 @@ i64 PagedTable::common_blocks(i64 a, i64 b, i64 group, i64 known) const {
 i64 PagedTable::tokens_that_fit(i64 index, i64 group, i64 pages) const {
   const Blocks& b = blocks_[group];
   i64 blocks = ceil_div(sequences_.tokens(index, group), b.tokens) + b.ready.size() + b.cached;
-  // Ready blocks lie on parked pages: what is left of the pages backs others, in the order in which next_block() would.
+  // Ready blocks lie on parked pages; the other pages back further blocks, in the order in which make_ready() would.
   i64 left = pages - blocks_.unreferenced_pages();
-  std::vector<i64> next(b.classes.size(), 0);  // slots before it have been counted
+  std::vector<i64> next(b.classes.size(), 0);  // by class: slots before it are counted
   for (i64 block = b.cursor; block < b.max_blocks && blocks * b.tokens < geometry_.groups[group].max_tokens; ++block) {
     if (b.backed[block]) continue;
     for (std::size_t k = 0; k < b.classes.size(); ++k) {
@@ -43,7 +43,7 @@ void PagedTable::count_bytes(i64* used_bytes, i64* shared_bytes) const {
     i64 token_bytes = 0;
     for (i64 bytes : geometry_.groups[g].token_bytes) token_bytes += bytes;
     i64 tokens = 0;
-    std::vector<SharedPart> shared;  // in tokens of a block
+    std::vector<SharedPart> shared;  // the unit is a token of a block
     for (i64 index = 0; index < sequences_.capacity(); ++index) {
       const i64 first = sequences_.front(index, g), end = sequences_.tokens(index, g);
       tokens += end - first;
@@ -77,7 +77,7 @@ i64 PagedTable::held_bytes() const {
   return bytes;
 }
 
-// Cost: a look at each slot, and at its blocks where blocks lie across slots.
+// Cost: proportional to the slots, and to their blocks where a block lies on several slots.
 i64 PagedTable::cached_beside_bytes() const {
   i64 bytes = 0;
   for (i64 g = 0; g < groups_; ++g) {
@@ -95,7 +95,7 @@ i64 PagedTable::cached_beside_bytes() const {
   return bytes;
 }
 
-// Of cached blocks that nobody refers to, what lies in the slot.
+// Returns the bytes of cached, unreferenced blocks on the slot.
 i64 PagedTable::cached_bytes_on(const Blocks& b, const SlotClass& c, i64 slot) const {
   const i64 from = slot * page_bytes(), to = from + page_bytes();
   i64 bytes = 0;

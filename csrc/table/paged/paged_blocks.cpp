@@ -188,7 +188,7 @@ void PagedBlocks::drop(Blocks& b, i64 block, bool undo) {
   }
 }
 
-i64 PagedBlocks::allocate(i64 index, i64 group, i64 first, i64 most) {
+PagedBlocks::Allocated PagedBlocks::allocate(i64 index, i64 group, i64 first, i64 most) {
   Blocks& b = blocks_[group];
   i32* const entries = &b.table[index * b.per_sequence + first];
   KVMEM_ASSERT(!b.ready.empty() && most > 0 && entries[0] == 0, "there is a ready block for an entry that is none");
@@ -198,7 +198,7 @@ i64 PagedBlocks::allocate(i64 index, i64 group, i64 first, i64 most) {
     entries[0] = static_cast<i32>(block);
     b.info[block].refs = 1;
     count<1, 0>(b, block, 1);
-    return 1;
+    return {block, 1};
   }
   const i64 block = b.ready.first(), n = std::min(b.ready.run(block), most);
   for (i64 k = 0; k < n; ++k) {
@@ -207,7 +207,7 @@ i64 PagedBlocks::allocate(i64 index, i64 group, i64 first, i64 most) {
   }
   b.ready.remove(block, n);
   count<1, 0>(b, block, n);
-  return n;
+  return {block, n};
 }
 
 void PagedBlocks::take_back(const Entries& e) {

@@ -142,7 +142,10 @@ class PagedBlocks : public TableContext {
   void on_copy(const Op& op, bool undo);
   // The next ready blocks, at most `most` consecutive ones, become entries from `first` on, which were none; returns
   // how many. REQUIRES: there is a ready block. May throw std::bad_alloc, and has changed nothing then.
-  i64 allocate(i64 index, i64 group, i64 first, i64 most);
+  struct Allocated {
+    i64 block, count;
+  };
+  Allocated allocate(i64 index, i64 group, i64 first, i64 most);
   // The given part of the node's tokens lies in the block from now on. Part 0 is attached first and detached last,
   // because the index counts it. May throw std::bad_alloc, and has changed nothing then.
   void attach(i64 g, i32 node, i32 block, i64 part, bool undo);

@@ -1,10 +1,9 @@
-// Moving blocks together, so that pages come free as a whole. Pages are mapped and given back whole, but blocks of
-// sequences that began and ended in any order leave room in most of them.
+// Compaction: moving blocks together, so that whole pages become empty. Pages are mapped and unmapped whole, but
+// sequences that begin and end in any order leave free blocks on most of them.
 //
-// A block moves only into room in a page that stays in use, and once; so every page that is emptied is one more, and no
-// copy reads what another one has written. What sequences hold moves next to what sequences hold, since a page of
-// cached blocks alone can be had without moving anything. Everything is decided in an order that follows from the
-// metadata.
+// A block moves once, and only to a page that stays in use. So each emptied page is a gain, and no copy reads what
+// another one wrote. Referenced blocks move only to pages with referenced blocks, because a page of cached blocks can
+// be reclaimed without any copy. The plan depends on the metadata alone, so that it can be repeated.
 
 #include <algorithm>
 #include <functional>
@@ -21,7 +20,7 @@ std::vector<i32> all(const ReadyBlocks& ready) {
   return blocks;
 }
 
-// Which blocks of a group move where, decided on a copy of the counts.
+// Decides which blocks of a group move where, on a copy of the counts.
 class Plan {
  public:
   Plan(const PagedBlocks& blocks, i64 group, i64 page_bytes)
@@ -35,7 +34,7 @@ class Plan {
     }
   }
 
-  // Empties pages, the ones with the fewest blocks first, until `pages` are; returns how many are.
+  // Empties pages, those with the fewest blocks first, until `pages` are empty; returns how many are.
   i64 run(i64 pages) {
     for (std::size_t k = 0; k < uses_.size() && emptied_ < pages; ++k) {
       find_room(k);
@@ -54,7 +53,7 @@ class Plan {
   }
 
  private:
-  // Per slot of a class: referenced blocks that touch it, those and the cached ones, and whether a block moves there.
+  // By slot of a class: its referenced blocks, its referenced and cached ones, and whether a block moves there.
   struct Use {
     std::vector<i32> users, live;
     std::vector<std::uint8_t> receives;
@@ -62,7 +61,7 @@ class Plan {
 
   bool live(i64 block) const { return (b_.info[block].refs > 0 || b_.info[block].node != kNoNode) && !leaves_[block]; }
 
-  // A block comes to (+1) or leaves (-1) its pages.
+  // Counts a block on its pages, once more (+1) or less (-1).
   void count(i64 block, bool referenced, i32 sign) {
     for (std::size_t k = 0; k < uses_.size(); ++k) {
       const SlotClass& c = b_.classes[k];
@@ -75,7 +74,7 @@ class Plan {
     }
   }
 
-  // Whether the ready block lies in pages that are in use anyway.
+  // Whether all pages of a ready block are in use by other blocks.
   bool has_neighbours(i64 block, bool referenced) const {
     for (std::size_t k = 0; k < uses_.size(); ++k) {
       const SlotClass& c = b_.classes[k];
@@ -87,7 +86,7 @@ class Plan {
     return true;
   }
 
-  // The ready blocks that could be moved to, those in the fullest pages first.
+  // Finds the ready blocks to which others may move, those on the fullest pages first.
   void find_room(std::size_t k) {
     room_.clear();
     for (i32 block : all(b_.ready)) {
@@ -111,7 +110,7 @@ class Plan {
     return slots;
   }
 
-  // What cannot be had now cannot be had later: pages in use only become fewer.
+  // Returns a block to move to, or -1. One that is refused now is never tried again: pages in use only become fewer.
   i64 take_room(bool referenced) {
     for (std::size_t& at = next_room_[referenced]; at < room_.size(); ++at) {
       const i32 block = room_[at];
@@ -123,7 +122,7 @@ class Plan {
     return -1;
   }
 
-  // Moves all blocks out of a page, or none.
+  // Moves all blocks away from a page, or none.
   void empty(std::size_t k, i64 slot) {
     const SlotClass& c = b_.classes[k];
     if (uses_[k].receives[slot]) return;
@@ -165,10 +164,10 @@ class Plan {
   const Blocks& b_;
   const i64 page_bytes_;
   std::vector<Use> uses_;                     // by class
-  std::vector<std::uint8_t> leaves_, taken_;  // by block: it moves; something moves there
+  std::vector<std::uint8_t> leaves_, taken_;  // by block: it moves; another moves there
   std::vector<i32> room_;
-  std::size_t next_room_[2] = {0, 0};  // for cached blocks, and for referenced ones
-  std::vector<i64> leaving_;           // the page being emptied
+  std::size_t next_room_[2] = {0, 0};  // for cached and for referenced blocks
+  std::vector<i64> leaving_;           // the blocks of the page that is being emptied
   std::vector<BlockMove> moves_;
   i64 emptied_ = 0;
 };
@@ -185,7 +184,7 @@ i64 PagedTable::compact(i64 pages, Transaction& tx) {
   return emptied;
 }
 
-// `moves` is sorted by where from, so that neighbours that stay neighbours are copied at once.
+// REQUIRES: `moves` is sorted by `from`, so that neighbours that stay neighbours are copied together.
 void PagedTable::move(i64 g, const std::vector<BlockMove>& moves, Transaction& tx) {
   const Blocks& b = blocks_[g];
   std::vector<i32> now(b.max_blocks, 0);
@@ -211,7 +210,7 @@ void PagedTable::move(i64 g, const std::vector<BlockMove>& moves, Transaction& t
       tx.push({OpKind::block, static_cast<i32>(g), sequences_.handle_of(index), ordinal, now[old], old});
     }
   }
-  blocks_.set_fence(g, tx.new_fence());  // the copies read what they have left
+  blocks_.set_fence(g, tx.new_fence());  // the copies still read the old blocks
   blocks_.defer_empty_pages(g);
 }
 

@@ -13,7 +13,16 @@ bool PagedTable::has_snapshot(i32 node) const {
 
 void PagedTable::adopt(i64 index, const std::vector<i32>& chain, const SharedPrefix& found, Transaction& tx) {
   const i64 whole = quotient(found.tokens, block_tokens()), tail = remainder(found.tokens, block_tokens());
-  KeptSnapshots kept(blocks_, groups_, chain[tail > 0 ? whole : whole - 1]);
+  const i32 last = chain[tail > 0 ? whole : whole - 1];
+  // The last node's snapshots must not be evicted for these copies. If an exception prevents that they are listed
+  // again, the journal restores the list.
+  std::vector<i64> unlisted;
+  for (i64 g = 0; g < groups_; ++g) {
+    const i32 block = blocks_.block_of(last, g);
+    if (block == 0 || !blocks_[g].snapshots.has(block)) continue;
+    unlisted.push_back(g);
+    blocks_.unlist_snapshot(g, block);
+  }
   for (i64 g = 0; g < groups_; ++g) {
     if (has_state(g)) continue;
     const i64 parts = blocks_[g].parts;
@@ -24,19 +33,25 @@ void PagedTable::adopt(i64 index, const std::vector<i32>& chain, const SharedPre
     }
   }
   for (i64 g = 0; g < groups_; ++g) {
-    const Blocks& b = blocks_[g];
     const bool state = has_state(g);
-    const i64 parts = state ? 1 : ceil_div(tail, b.tokens);
-    if (parts == 0) continue;  // nothing is copied
-    const i64 node = chain[state ? whole - 1 : whole];
-    for (i64 part = 0; part < parts; ++part) {
-      const i64 fresh = next_block(g, parts - part, tx);
-      set_entry(index, g, state ? 0 : whole * b.parts + part, fresh, tx);
-      copy_block(g, blocks_.block_of(node, g, part), fresh, state ? 1 : std::min(b.tokens, tail - part * b.tokens), tx);
-    }
-    blocks_.set_fence(g, tx.new_fence());  // behind the copy, since its source may be evicted
+    if (state || tail > 0) adopt_copies(index, g, chain[state ? whole - 1 : whole], state ? 0 : whole, tail, tx);
   }
-  kept.end();
+  for (const i64 g : unlisted) {
+    const i32 block = blocks_.block_of(last, g);
+    if (blocks_[g].info[block].refs == 0) blocks_.list_snapshot(g, block);
+  }
+}
+
+void PagedTable::adopt_copies(i64 index, i64 g, i32 node, i64 first, i64 tail, Transaction& tx) {
+  const Blocks& b = blocks_[g];
+  const i64 parts = has_state(g) ? 1 : ceil_div(tail, b.tokens);
+  for (i64 part = 0; part < parts; ++part) {
+    const i64 fresh = next_block(g, parts - part, tx);
+    set_entry(index, g, first * b.parts + part, fresh, tx);
+    const i64 tokens = has_state(g) ? 1 : std::min(b.tokens, tail - part * b.tokens);
+    copy_block(g, blocks_.block_of(node, g, part), fresh, tokens, tx);
+  }
+  blocks_.set_fence(g, tx.new_fence());  // behind the copies, since the node may be evicted
 }
 
 void PagedTable::publish(const std::vector<Published>& blocks, Transaction& tx) {

@@ -1,4 +1,4 @@
-// The rules of follow.h for blocks.
+// The rules of follow.h for blocks of the paged backend.
 
 #include <algorithm>
 #include <map>
@@ -31,7 +31,7 @@ class PagedRules final : public FollowRules {
     }
     for (const Replaced& r : replaced_) check_replaced(r);
     for (const auto& [entry, pieces] : moved_) check_moved(entry, pieces);
-    for (const Grown& g : grown_) forget_grown(g);
+    for (const Grown& g : grown_) note_grown(g);
   }
 
   void commit() override {
@@ -53,14 +53,10 @@ class PagedRules final : public FollowRules {
   };
   struct Replaced : Entry {
     i64 from, to;
-    bool equal, committed;  // `to` holds what was committed there; and the tokens are committed
+    bool equal, committed;  // `to` was committed whole at this index; the tokens are committed
   };
   struct Grown {
     i64 handle, group, from, end;
-  };
-  struct Copied {
-    i64 arena, to, from;
-    bool operator<(const Copied& o) const { return std::tie(arena, to, from) < std::tie(o.arena, o.to, o.from); }
   };
   struct Piece {
     i64 at, bytes;
@@ -70,7 +66,7 @@ class PagedRules final : public FollowRules {
   i32 refs(i64 g, i64 block) const { return blocks_[g].info[block].refs; }
   static i64 key(i64 g, i64 block) { return PagedBlocks::whole_key(g, block); }
 
-  // Where bytes [from, to) of a block lie now, in one arena.
+  // Returns where bytes [from, to) of a block lie now, in one arena.
   std::vector<Piece> pieces(i64 a, i64 block, i64 from, i64 to) const {
     const i64 start = block * blocks_.class_of(a).block_bytes;
     std::vector<Piece> found;
@@ -80,14 +76,14 @@ class PagedRules final : public FollowRules {
     return found;
   }
 
-  // The place where a block was last committed whole, as long as nothing has been written to it since; else -1.
+  // Returns the index at which a block was last committed whole, if nothing has been written to it since; else -1.
   i64 whole(i64 g, i64 block) const {
     if (const auto now = whole_.find(key(g, block)); now != whole_.end()) return now->second;
     const auto before = blocks_.followed_whole.find(key(g, block));
     return before == blocks_.followed_whole.end() ? -1 : before->second;
   }
 
-  void forget(i64 g, i64 block) {
+  void note_written(i64 g, i64 block) {
     if (whole(g, block) >= 0) whole_[key(g, block)] = -1;
   }
 
@@ -100,7 +96,7 @@ class PagedRules final : public FollowRules {
     for (i64 i = 0; i < op.c; ++i) fresh_.erase(op.b + i);
     const i64 a = local_arena(op.at), g = group_of(a), bytes = blocks_.class_of(a).block_bytes;
     const i64 end = std::min(blocks_[g].max_blocks, ceil_div((op.a + op.c) * page_bytes(), bytes));
-    for (i64 block = op.a * page_bytes() / bytes; block < end; ++block) forget(g, block);
+    for (i64 block = op.a * page_bytes() / bytes; block < end; ++block) note_written(g, block);
   }
 
   void changed(const Op& op) override {
@@ -115,7 +111,7 @@ class PagedRules final : public FollowRules {
 
   void committed(const Op& op) {
     const i64 g = op.at, index = sequences_.index(op.a);
-    std::set<i64> others;  // ordinals whose block this sequence has from another one, which vouches for it
+    std::set<i64> others;  // ordinals of blocks that another sequence committed
     for (Replaced& r : replaced_) {
       if (r.handle != op.a || r.group != g || op.b < (r.ordinal + 1) * tokens(g)) continue;
       r.committed = true;
@@ -125,19 +121,19 @@ class PagedRules final : public FollowRules {
       const i32 block = others.count(o) > 0 ? 0 : blocks_.entry(index, g, o);
       if (block != 0) whole_[key(g, block)] = o;
     }
-    for (Replaced& r : replaced_) {  // a step commits all its sequences after their blocks
+    for (Replaced& r : replaced_) {  // a step's commits come after its blocks
       r.equal = r.equal || (r.group == g && whole(g, r.to) == r.ordinal);
     }
   }
 
-  // What a sequence has grown into is about to be written, unless it is committed already. Between two calls of one
-  // list it may have been written and left; that is not seen here.
-  void forget_grown(const Grown& grown) {
+  // Blocks into which a sequence has grown will be written, unless they are committed already. That one was written and
+  // released within the list goes unnoticed.
+  void note_grown(const Grown& grown) {
     const i64 index = sequences_.place_of(grown.handle), t = tokens(grown.group);
     if (!sequences_.live(index) || sequences_.handle_of(index) != grown.handle) return;
     const i64 end = std::min(grown.end, sequences_.tokens(index, grown.group));
     for (i64 o = std::max(grown.from, sequences_.committed(index, grown.group)) / t; o * t < end; ++o) {
-      if (const i32 block = blocks_.entry(index, grown.group, o); block != 0) forget(grown.group, block);
+      if (const i32 block = blocks_.entry(index, grown.group, o); block != 0) note_written(grown.group, block);
     }
   }
 
@@ -167,7 +163,7 @@ class PagedRules final : public FollowRules {
     }
   }
 
-  // True if the bytes lie in a block of one sequence alone, behind all that it has had.
+  // Whether the bytes lie in a block of one sequence alone, behind all lengths that it has had.
   bool is_behind(const Op& op) const {
     const i64 a = local_arena(op.at), g = group_of(a), bytes = blocks_.class_of(a).block_bytes;
     const i64 block = op.a / bytes, within = op.a % bytes;
@@ -195,7 +191,7 @@ class PagedRules final : public FollowRules {
     for (i64 block = op.a / bytes; block < end; ++block) {
       if (behind) break;
       if (block >= kReservedBlocks && refs(g, block) > 0) refuse("zero: block " + std::to_string(block) + " is in use");
-      forget(g, block);
+      note_written(g, block);
     }
   }
 
@@ -210,18 +206,9 @@ class PagedRules final : public FollowRules {
     if (refs(g, to) > 1 || (refs(g, to) == 1 && (!given || written_.count({a, to}) > 0))) {
       refuse("copy: block " + std::to_string(to) + " is in use");
     }
-    const std::vector<Piece> sources = pieces(a, from, 0, op.c);
-    std::size_t source = 0;
-    i64 done = 0;  // of that source
-    for (const Piece& piece : pieces(a, to, 0, op.c)) {
-      for (i64 at = 0; at < piece.bytes;) {
-        const i64 n = std::min(piece.bytes - at, sources[source].bytes - done);
-        ledger_.copy(piece.at + at, sources[source].at + done, n);
-        at += n, done += n;
-        if (done == sources[source].bytes) ++source, done = 0;
-      }
-    }
-    copies_[{a, to, from}] = op.c;
+    each_pair(pieces(a, to, 0, op.c), pieces(a, from, 0, op.c), 0,
+              [this](i64 target, i64 source, i64 n) { ledger_.copy(target, source, n); });
+    copies_.insert({a, to, from});
     if (refs(g, to) == 1) written_.insert({a, to});
     whole_[key(g, to)] = op.c == bytes ? whole(g, from) : -1;
   }
@@ -240,7 +227,7 @@ class PagedRules final : public FollowRules {
            " of sequence handle " + std::to_string(r.handle) + ", and nothing says that it holds the same");
   }
 
-  // Of tokens whose block was replaced, unless by one that may hold the same.
+  // Checks the tokens of a replaced entry, unless check_replaced() does.
   void check_moved(const Entry& entry, const std::vector<std::vector<Piece>>& before) const {
     const FollowedLengths::Range kept = lengths_.unchanged(entry.handle, entry.group);
     const i64 start = entry.ordinal * tokens(entry.group);
@@ -251,37 +238,41 @@ class PagedRules final : public FollowRules {
     const i32 block = blocks_.entry(sequences_.index(entry.handle), entry.group, entry.ordinal);
     for (i64 a = first_[entry.group]; a < first_[entry.group + 1]; ++a) {
       const i64 bytes = blocks_.class_of(a).block_bytes / tokens(entry.group);
-      if (block == 0 ||
-          !same(pieces(a, block, first * bytes, end * bytes), before[a - first_[entry.group]], first * bytes)) {
+      bool same = block != 0;
+      const std::vector<Piece> now = same ? pieces(a, block, first * bytes, end * bytes) : std::vector<Piece>();
+      each_pair(now, before[a - first_[entry.group]], first * bytes,
+                [&](i64 at, i64 origin, i64 n) { same = same && ledger_.holds(at, origin, n); });
+      if (!same) {
         refuse("sequence handle " + std::to_string(entry.handle) + " would lose tokens of its block " +
                std::to_string(entry.ordinal));
       }
     }
   }
 
-  // True if `now` holds what was in `before` from `skip` bytes on.
-  bool same(const std::vector<Piece>& now, const std::vector<Piece>& before, i64 skip) const {
+  // Calls f(byte of `now`, byte of `before`, bytes) for each stretch that is contiguous in both. `before` starts `skip`
+  // bytes after its first byte.
+  template <class F>
+  static void each_pair(const std::vector<Piece>& now, const std::vector<Piece>& before, i64 skip, F f) {
     std::size_t b = 0;
     for (; b < before.size() && skip >= before[b].bytes; ++b) skip -= before[b].bytes;
     for (const Piece& piece : now) {
       for (i64 at = 0; at < piece.bytes;) {
         const i64 n = std::min(piece.bytes - at, before[b].bytes - skip);
-        if (!ledger_.holds(piece.at + at, before[b].at + skip, n)) return false;
+        f(piece.at + at, before[b].at + skip, n);
         at += n, skip += n;
         if (skip == before[b].bytes) ++b, skip = 0;
       }
     }
-    return true;
   }
 
   PagedBlocks& blocks_;
-  std::unordered_set<i64> fresh_;          // pages that the list has mapped
-  std::unordered_set<i64> given_;          // blocks that the list has put into one table, from none
-  std::map<Copied, i64> copies_;           // bytes
-  std::set<std::pair<i64, i64>> written_;  // by arena and block: what it has copied to those since
+  std::unordered_set<i64> fresh_;               // pages that the list has mapped
+  std::unordered_set<i64> given_;               // unused blocks that the list has put into one table
+  std::set<std::tuple<i64, i64, i64>> copies_;  // (arena, block copied to, block copied from)
+  std::set<std::pair<i64, i64>> written_;       // (arena, block) of those to which it has copied since
   std::vector<Op> unmapped_;
   std::vector<Replaced> replaced_;
-  std::map<Entry, std::vector<std::vector<Piece>>> moved_;  // where an entry's block lay before the list, by arena
+  std::map<Entry, std::vector<std::vector<Piece>>> moved_;  // where an entry's block was before the list, by arena
   std::vector<Grown> grown_;
   std::unordered_map<i64, i64> whole_;  // what the list changes of PagedBlocks::followed_whole
 };

@@ -1,5 +1,3 @@
-// How a sequence grows, shrinks, is shared and ends: which blocks it takes, and what backs them.
-
 #include "table/paged/paged_table.h"
 
 namespace kvmem {
@@ -21,8 +19,8 @@ void PagedTable::shrink(i64 index, i64 group, i64 old_tokens, i64 new_tokens, Tr
     blocks_.set_fence(group, tx.fence());
     set_entry(index, group, ordinal, 0, tx);
   }
-  // The blocks of the node that the length now cuts are copied when the sequence next grows, so that truncating needs
-  // no memory.
+  // The blocks of the node that the length divides are copied when the sequence next grows, so that truncating needs no
+  // memory.
   for (i64 ordinal = blocks_.first_of_tail(b, new_tokens); ordinal < blocks_.end_of_tail(b, new_tokens); ++ordinal) {
     const i32 cut = blocks_.entry(index, group, ordinal);
     if (!blocks_.is_own(b, cut)) return check_tail_again(index, group);
@@ -34,7 +32,7 @@ void PagedTable::advance_front(i64 index, i64 group, i64 old_first, i64 first, T
   const i64 begin = quotient(old_first, b.tokens), end = quotient(first, b.tokens);
   if (begin == end) return;
   blocks_.set_fence(group, tx.fence());
-  for (i64 ordinal = end; ordinal-- > begin;) set_entry(index, group, ordinal, 0, tx);  // the last goes first, as ever
+  for (i64 ordinal = end; ordinal-- > begin;) set_entry(index, group, ordinal, 0, tx);  // last block first
 }
 
 void PagedTable::share(i64 parent, i64 child, i64 group, i64 first, i64 tokens, Transaction& tx) {
@@ -65,12 +63,12 @@ std::vector<i64> PagedTable::shared_pieces(i64 index, i64 group, i64 from, i64 e
 void PagedTable::close(i64 index, Transaction& tx) {
   for (i64 g = 0; g < groups_; ++g) {
     const Blocks& b = blocks_[g];
-    marks_.reset_room(index, g);  // also where it refers to no block: the next sequence at this place has none either
+    marks_.reset_room(index, g);  // also without blocks: the next sequence with this index has none
     if (sequences_.tokens(index, g) == 0) continue;
     blocks_.set_fence(g, tx.fence());
     const i64 first = quotient(sequences_.front(index, g), b.tokens);
     const i64 end = ceil_div(sequences_.tokens(index, g), b.tokens);
-    if (first == end) continue;  // its window holds none of them
+    if (first == end) continue;  // its window needs no block
     tx.push({OpKind::drop, static_cast<i32>(g), sequences_.handle_of(index), first, end - first});
   }
 }
@@ -103,9 +101,8 @@ i64 PagedTable::allocate_run(i64 index, i64 group, i64 first, i64 most, Transact
   if (b.ready.empty()) make_ready(group, most, tx);
   if (zeroes_blocks()) zero_blocks(group, b.ready.first(), std::min(b.ready.run(b.ready.first()), most), tx);
   tx.expect();
-  const i64 n = blocks_.allocate(index, group, first, most);
-  tx.note({OpKind::acquire, static_cast<i32>(group), sequences_.handle_of(index), first, n,
-           blocks_.entry(index, group, first)});
+  const auto [block, n] = blocks_.allocate(index, group, first, most);
+  tx.note({OpKind::acquire, static_cast<i32>(group), sequences_.handle_of(index), first, n, block});
   return n;
 }
 
@@ -123,7 +120,7 @@ void PagedTable::make_ready(i64 group, i64 wanted, Transaction& tx) {
     if (blocks_.first_unbacked(group) == b.max_blocks)
       throw OutOfMemory("all " + std::to_string(b.max_blocks - kReservedBlocks) + " blocks are in use");
     back(group, blocks_.first_unbacked(group), blocks_.first_unbacked(group) + 1, geometry_.zero,
-         tx);  // from another allocator's content
+         tx);  // reclaims another allocator's content
   }
 }
 
@@ -133,9 +130,9 @@ bool PagedTable::back_some(i64 group, i64 wanted, Transaction& tx) {
   if (first == b.max_blocks) return false;
   const i64 least = blocks_.missing_pages(group, first);
   const i64 ready = pool_.ready_pages(*this);
-  // Counting a run takes a step for each of its blocks: not where there is no room for one.
+  // The run is counted only if there is room for one block, because counting visits each block.
   if (pool_.make_room(*this, least, false, tx) < least) return false;
-  // Room for all that is wanted is made at once: then each arena is mapped, and zeroed, in one run.
+  // Room for all blocks is made at once, so that each arena is mapped and zeroed in one run.
   const i64 room = ready < least
                        ? pool_.make_room(*this, blocks_.unbacked_run(group, first, wanted, kNoLimit).pages, false, tx)
                        : ready;
@@ -185,7 +182,7 @@ void PagedTable::copy_shared(i64 index, i64 group, i64 ordinal, i64 tokens, Tran
   blocks_.keep_bytes(group, old);
   set_entry(index, group, ordinal, fresh, tx);
   copy_block(group, old, fresh, tokens, tx);
-  if (last) blocks_.set_fence(group, tx.new_fence());  // behind the copy: the block may go, and its page
+  if (last) blocks_.set_fence(group, tx.new_fence());  // the device still copies from the block
 }
 
 void PagedTable::copy_block(i64 group, i64 from, i64 to, i64 tokens, Transaction& tx) {

@@ -106,7 +106,7 @@ class PagedTable final : public PageTable {
   bool is_mapped(i32 number, i64 slot, i64 count) const override {
     return blocks_.is_mapped(local_arena(number), slot, count);
   }
-  void on_copy(const Op& op, bool undo) override { blocks_.on_copy(op, undo); }
+  void on_content(const Op& op, bool undo) override { is_copy(op) ? blocks_.on_copy(op, undo) : on_order(op, undo); }
   bool can_evict(const Op& op) const override { return blocks_.can_evict(op); }
   i64 parked_pages() const override { return blocks_.unreferenced_pages(); }
   i64 reclaim_kind(Reclaim kind, i64 pages, Transaction& tx) override;
@@ -160,31 +160,9 @@ class PagedTable final : public PageTable {
   void copy_block(i64 group, i64 from, i64 to, i64 tokens, Transaction& tx);
 
   // ---- paged_content.cpp: content ----
-  // Keeps the snapshots of a node from eviction between the constructor and end(). If an exception prevents end(), the
-  // journal restores the list.
-  class KeptSnapshots {
-   public:
-    KeptSnapshots(PagedBlocks& blocks, i64 groups, i32 node) : blocks_(blocks) {
-      for (i64 g = 0; g < groups; ++g) {
-        const i32 block = blocks.block_of(node, g);
-        if (block == 0 || !blocks[g].snapshots.has(block)) continue;
-        unlisted_.emplace_back(g, block);
-        blocks.unlist_snapshot(g, block);
-      }
-    }
-    void end() {
-      for (const auto& [g, block] : unlisted_) {
-        if (blocks_[g].info[block].refs == 0) blocks_.list_snapshot(g, block);
-      }
-    }
-    KeptSnapshots(const KeptSnapshots&) = delete;
-    KeptSnapshots& operator=(const KeptSnapshots&) = delete;
-
-   private:
-    PagedBlocks& blocks_;
-    std::vector<std::pair<i64, i32>> unlisted_;
-  };
   i64 block_tokens() const { return index_.block_tokens(); }
+  // Copies the first `tail` tokens of a node, or its state, to new blocks of a sequence.
+  void adopt_copies(i64 index, i64 g, i32 node, i64 first, i64 tail, Transaction& tx);
   void publish_part(const Published& p, i64 g, i64 part, i64 ordinal, std::size_t* expected, Transaction& tx);
   void evict_group(i32 node, i64 g, Transaction& tx);
   // Whether only the sequences that end within the node need it. `ends`: how many of a block's references are such

@@ -1,4 +1,4 @@
-// What rows hold, in bytes and tokens, and what they have in common. Nothing here changes anything.
+// Counting: bytes in use, parked pages, and what rows have in common. No function here changes state.
 
 #include <algorithm>
 
@@ -7,7 +7,7 @@
 
 namespace kvmem {
 
-// From the front, never by bisection: rows that computed a block each may still show one page for a later block.
+// Compares from the front, not by bisection: two rows that each computed a block may share a later page.
 i64 VirtualTable::common_blocks(i64 a, i64 b, i64 group, i64 known) const {
   const i64 row = rows_.row_of(a), other = rows_.row_of(b);
   if (row < 0 || other < 0 || sequences_.front(a, group) > 0 || sequences_.front(b, group) > 0) return 0;
@@ -47,7 +47,7 @@ i64 VirtualTable::tokens_that_fit(i64 index, i64 group, i64 pages) const {
 
 i64 VirtualTable::parked_pages() const {
   i64 pages = 0;
-  std::unordered_map<i32, i32> shared;  // page -> how many of its mappings are parked ones
+  std::unordered_map<i32, i32> shared;  // by page: how many of its mappings no sequence needs
   const auto count = [&](const Row& row, const Extent& e, i64 from, i64 to) {
     for (i64 slot = from; slot < to; ++slot) {
       if (e.pages[slot] < 0) continue;
@@ -69,7 +69,7 @@ i64 VirtualTable::parked_pages() const {
   return pages;
 }
 
-// What other rows show too of bytes [from, to) of an arena of a row: in bytes of a page; returns how many.
+// Adds the parts of bytes [from, to) of a row that other rows show too; returns how many bytes they have.
 i64 VirtualTable::add_shared(const Extent& e, i64 from, i64 to, std::vector<SharedPart>* shared) const {
   i64 bytes = 0;
   for (i64 slot = from / page_bytes(); slot * page_bytes() < to; ++slot) {
@@ -102,7 +102,7 @@ void VirtualTable::count_bytes(i64* used_bytes, i64* shared_bytes) const {
   *shared_bytes = count.pieces * page_bytes();
 }
 
-// Blocks that begin alike show one page for their beginnings. Cost: a few steps for each block of the rows that may
+// Blocks that begin alike share the page of their beginnings. Cost: proportional to the blocks of the rows that may
 // share pages.
 i64 VirtualTable::common_bytes() const {
   std::vector<SharedPart> shared;

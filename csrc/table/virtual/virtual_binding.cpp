@@ -1,4 +1,4 @@
-// Which row a sequence gets, and what is done with its pages when it does.
+// The choice of a sequence's row, and what happens to the pages that the row comes with.
 
 #include <algorithm>
 
@@ -32,12 +32,12 @@ i64 VirtualTable::empty_a_row(Transaction& tx) {
   evict_in_order(
       tx, [] { return true; },
       [&](Item x) {
-        const i64 lies = x.window < 0 ? rows_.first_holder(x.node) : rows_.first_part_row(x.node, x.window);
-        if (rows_[lies].index < 0 && can_lose(lies)) {
-          row = lies;
+        const i64 holder = x.window < 0 ? rows_.first_holder(x.node) : rows_.first_part_row(x.node, x.window);
+        if (rows_[holder].index < 0 && can_lose(holder)) {
+          row = holder;
           return Outcome::stop;
         }
-        if (x.window >= 0) return Outcome::skipped;  // it lies in rows that are in use
+        if (x.window >= 0) return Outcome::skipped;  // its rows are bound
         evict_subtree(x.node, tx);
         return Outcome::evicted;
       });
@@ -50,7 +50,7 @@ i64 VirtualTable::empty_a_row(Transaction& tx) {
   throw OutOfMemory("all rows are in use or hold pinned tokens");
 }
 
-// There may be more items before those of a parked row than can be passed over.
+// The last resort: the eviction order may name more items of bound rows than evict_in_order() skips.
 i64 VirtualTable::any_evictable_row() const {
   i64 row = rows_.size() - 1;
   while (row > 0 && (rows_[row].index >= 0 || rows_[row].holds.empty() || !can_lose(row))) --row;
@@ -68,7 +68,8 @@ i64 VirtualTable::pick_row(i64 tokens, i64 shown, Transaction& tx) {
   }
   rows_.offer_row();
   i64 row = best_empty(need);
-  // What a row has in front of its sequence's own tokens comes free, and so does what else is cut.
+  // The slots that the chosen row lacks. Its pages in front of the sequence's own tokens come free, and so do those of
+  // rows whose content is evicted here.
   i64 own = need - in_front - (row < 0 ? 0 : rows_[row].slots);
   if (own > pool_.ready_pages(*this)) {
     const Guard best(filled_row_, row);
@@ -87,17 +88,17 @@ i64 VirtualTable::pick_row(i64 tokens, i64 shown, Transaction& tx) {
 }
 
 i64 VirtualTable::pick_victim(i64 most, Transaction& tx) {
-  constexpr i64 kLooked = 8;
-  i64 best = -1, looked = 0;
+  constexpr i64 kMostSeen = 8;
+  i64 best = -1, seen = 0;
   evict_in_order(
-      tx, [&] { return looked < kLooked; },
+      tx, [&] { return seen < kMostSeen; },
       [&](Item x) {
         if (x.window >= 0) return Outcome::stop;
         const i64 row = rows_.first_holder(x.node), slots = rows_[row].slots;
         const bool fits = rows_[row].index < 0 && slots <= most && can_lose(row);
         if (fits && (best < 0 || slots > rows_[best].slots)) best = row;
-        ++looked;
-        return Outcome::skipped;  // all of them: it is only looked at
+        ++seen;
+        return Outcome::skipped;  // none is evicted here
       });
   return best;
 }

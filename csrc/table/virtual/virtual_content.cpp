@@ -1,4 +1,4 @@
-// Rows that begin alike: the same pages under several of them, a copy of the one that is cut.
+// Content: adopting, publishing and detaching it; sharing pages between rows that begin alike; snapshots.
 
 #include <algorithm>
 
@@ -11,16 +11,16 @@ void VirtualTable::share(i64 parent, i64 child, i64 group, i64 first, i64 tokens
   share_row(rows_.row_of(parent), rows_.row_of(child), group, first, tokens, tx);
 }
 
-// A row holds all blocks before the ones it holds. What windows need may lie in several: each shows it from where its
-// sequence began to compute, or to need, and a row that showed more may have gone. One that is parked, ends there and
-// shows everything can be taken as it is; of the others one that shows everything spares copies.
+// A row that holds a block holds all blocks before it, but the parts that windows need may be spread over several rows:
+// each has those that its own sequence computed or needed. The best row is parked, ends with the chain and has all
+// parts, because it can be reused as it is. Any other row with all parts saves copies.
 i64 VirtualTable::find_row(const std::vector<i32>& chain, i64 tokens) const {
   const i64 last = static_cast<i64>(chain.size()) - 1;
   if (any_state_) return rows_.snapshot_row(chain[last]);
   const i64 any = rows_.first_holder(chain[last]);
   if (any < 0) return !index_.whole() && needs_nothing(tokens) ? kNoRow : -1;
-  i64 row = -1, looked = 0;
-  for (i64 here = any; here >= 0 && looked < PrefixIndex::kCandidates; ++looked, here = rows_[here].holds[last].next) {
+  i64 row = -1, seen = 0;
+  for (i64 here = any; here >= 0 && seen < PrefixIndex::kCandidates; ++seen, here = rows_[here].holds[last].next) {
     const bool best = rows_[here].index < 0 && rows_.blocks_of(here) == last + 1;
     if ((row >= 0 && !best) || !has_needed_parts(here, last + 1, tokens)) continue;
     row = here;
@@ -37,14 +37,9 @@ bool VirtualTable::needs_nothing(i64 tokens) const {
 
 bool VirtualTable::has_needed_parts(i64 row, i64 blocks, i64 tokens) const {
   for (i32 w = 0; w < index_.windows(); ++w) {
-    if (!has_parts(row, w, first_needed(w, tokens), blocks)) return false;
-  }
-  return true;
-}
-
-bool VirtualTable::has_parts(i64 row, i32 window, i64 from, i64 to) const {
-  for (i64 k = to; k-- > from;) {
-    if (!rows_.part(row, k, window).present) return false;
+    for (i64 k = blocks; k-- > first_needed(w, tokens);) {
+      if (!rows_.part(row, k, w).present) return false;
+    }
   }
   return true;
 }
@@ -67,7 +62,7 @@ void VirtualTable::adopt(i64 index, const std::vector<i32>& chain, const SharedP
         share_window(rows_.row_of(index), g, first, found.tokens, tx);
       }
     }
-    if (found.row != kNoRow) rows_.set_fence(found.row, tx.new_fence());  // it may go, and is still being copied from
+    if (found.row != kNoRow) rows_.set_fence(found.row, tx.new_fence());  // the device still copies from it
     attach_all(rows_.row_of(index), chain, whole, index, false, tx);
   }
   for (i64 g = 0; g < groups_; ++g) {
@@ -76,11 +71,11 @@ void VirtualTable::adopt(i64 index, const std::vector<i32>& chain, const SharedP
     grow(index, g, 0, 1, tx);
     copy_state(found.row, rows_.row_of(index), g, tx);
   }
-  // Only now: what lies behind the content may have been another row's too.
+  // Last, because pages behind the content may have been shared until here.
   if (geometry_.zero == Zero::always) zero_row(rows_.row_of(index), found.tokens, tx);
 }
 
-// From the last block back, each from the row of the one behind it if that shows it too, so that there are few.
+// Goes from the last block back, and stays with a row as long as it has the parts, so that there are few rows.
 bool VirtualTable::find_sources(const SharedPrefix& found, const std::vector<i32>& chain, Sources* sources) {
   sources->add(found.row);
   if (has_needed_parts(found.row, static_cast<i64>(chain.size()), found.tokens)) return true;
@@ -97,7 +92,7 @@ bool VirtualTable::find_sources(const SharedPrefix& found, const std::vector<i32
   return false;
 }
 
-// As share_row(), of rows that find_sources() found. A page is shared where one row shows all of it that is needed.
+// A page is shared if one row has everything on it that is needed; otherwise its parts are copied.
 void VirtualTable::share_window(i64 to, i64 group, i64 first, i64 tokens, Transaction& tx) {
   const i64 size = index_.block_tokens(), end = ceil_div(tokens, size);
   const i64* const rows = source_of_.data() + index_.window_of(group) * end;
@@ -140,13 +135,6 @@ void VirtualTable::publish(const std::vector<Published>& blocks, Transaction& tx
   }
 }
 
-void VirtualTable::attach_expected(i64 row, i32 node, i64 index, bool state, Transaction& tx) {
-  const i64 windows = index_.windows() == 0 ? 0 : rows_.mapped_parts(row, index, index_.ordinal(node));
-  index_.expect_copies();
-  rows_.attach(row, node, state, windows, 0, false);
-  tx.note({OpKind::hold, number, node, row, i64{state} | windows << 1});
-}
-
 void VirtualTable::evict(i32 node, Transaction& tx) {
   for (i64 row; (row = rows_.first_holder(node)) >= 0;) truncate_content(row, index_.ordinal(node), tx);
 }
@@ -165,8 +153,6 @@ void VirtualTable::evict_window(i32 node, i32 window, Transaction& tx) {
   }
 }
 
-// Where nothing but windows holds tokens, a parked row ends with a block that it shows: what it holds behind that could
-// not be found.
 void VirtualTable::detach_unfindable(i64 row, Transaction& tx) {
   if (index_.whole()) return;
   const auto is_shown = [&](i64 ordinal) {
@@ -199,7 +185,7 @@ void VirtualTable::unmap_part(const std::vector<i64>& rows, i32 window, i64 ordi
   }
 }
 
-// A row of its own shows the same pages and has a copy of the state. It belongs to no sequence.
+// A parked row gets the same pages and a copy of the state.
 void VirtualTable::snapshot(i64 index, const std::vector<i32>& chain, Transaction& tx) {
   if (has_snapshot(chain.back())) return;
   const i64 from = rows_.row_of(index);
@@ -221,7 +207,7 @@ void VirtualTable::snapshot(i64 index, const std::vector<i32>& chain, Transactio
   attach_all(to, chain, static_cast<i64>(chain.size()), index, true, tx);
 }
 
-// What no other row has of the last block of this one.
+// Reports what no other row has of the row's last block.
 void VirtualTable::demote_last(i64 row, Transaction& tx) {
   const i64 ordinal = rows_.blocks_of(row) - 1;
   const i32 node = rows_[row].holds[ordinal].node;
@@ -252,12 +238,12 @@ void VirtualTable::detach_part(i64 row, i64 ordinal, i32 window, Transaction& tx
            std::max(previous, 0)});
 }
 
-// A block that is needed, and that besides only rows show which this transaction has filled: should the driver fail,
-// the row is the only one that has it. With it stay the blocks before it, since a row holds all of those.
+// That is so if the block is in use, and the other rows that have it got it from this transaction. The blocks before it
+// are kept too, because the row would have to hold all of them again.
 void VirtualTable::keep_last_copy(i64 row, i64 ordinal) {
   if (rows_[row].kept_in != pool_.transactions && !is_last_copy(row, ordinal)) return;
   rows_.note_kept(row);
-  rows_.set_maybe_shared(row, true);  // a sequence that comes to the row must not write there
+  rows_.set_maybe_shared(row, true);  // the next sequence of the row must not write there
   for (i64 g = 0; g < groups_; ++g) {
     if (geometry_.groups[g].growth != Growth::token) continue;
     for (i64 a = first_[g]; a < first_[g + 1]; ++a) {
@@ -313,15 +299,15 @@ bool VirtualTable::can_reuse_row(i64 row, std::size_t blocks) const {
 void VirtualTable::reuse_row(i64 index, i64 row, i64 blocks, Transaction& tx) {
   truncate_content(row, blocks, tx);
   tx.push({OpKind::bind, 0, sequences_.handle_of(index), row});
-  for (i64 g = 0; g < groups_; ++g) check_tail_again(index, g);  // the next write may meet a shared page
-  // Behind that page there may be more: a sequence that a window keeps short shows the later pages only. What is taken
-  // over ends with its tokens, which the last of its blocks may have more of.
+  for (i64 g = 0; g < groups_; ++g) check_tail_again(index, g);  // the next write may go to a shared page
+  // Unmaps what would be in the way behind the tokens: everything if the window leaves holes before them, otherwise
+  // from the first shared page behind the content on. The page that the length divides stays, for copy_tail().
   for (i64 a = 0; a < arenas_; ++a) {
     const Extent& e = rows_.extent(row, a);
     const i64 front = rows_.low_slot(group_of(a), a, sequences_.front(index, group_of(a)));
     const i64 bytes = sequences_.tokens(index, group_of(a)) * token_bytes(group_of(a), a);
     const i64 behind = std::max(e.lo, ceil_div(bytes, page_bytes()));
-    if (e.solid > front) unmap(row, a, behind, e.hi, rows_[row].fence, tx);  // there are holes
+    if (e.solid > front) unmap(row, a, behind, e.hi, rows_[row].fence, tx);  // holes
     i64 slot = std::max(e.lo, blocks * index_.block_tokens() * token_bytes(group_of(a), a) / page_bytes());
     while (slot < e.hi && !pool_.is_shared(e.pages[slot])) ++slot;
     if (slot < e.hi) unmap(row, a, std::max(slot, bytes / page_bytes() + 1), e.hi, rows_[row].fence, tx);
@@ -342,7 +328,7 @@ void VirtualTable::share_row(i64 from, i64 to, i64 group, i64 first, i64 tokens,
       slot += n;
     }
     map_holes(to, a, whole, rows_.high_slot(group, a, tokens), tx);
-    if (const i64 tail = first < tokens ? bytes % page_bytes() : 0) {  // a window of one token may need none of them
+    if (const i64 tail = first < tokens ? bytes % page_bytes() : 0) {  // a window of one token may need no token
       const i64 offset = whole * page_bytes();
       tx.push({OpKind::copy, arena(a), rows_.slot_of(to, group, a) * page_bytes() + offset,
                rows_.slot_of(from, group, a) * page_bytes() + offset, tail});

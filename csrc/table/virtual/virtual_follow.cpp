@@ -48,11 +48,11 @@ class VirtualRules final : public FollowRules {
   i64 sequence_at(const Place& at) const { return at.row < 0 ? -1 : rows_[at.row].index; }
 
   void mapped(const Op& op) override {
-    for (i64 i = 0; i < op.c; ++i) shown(place(op.at, op.a + i), op.b + i);
+    for (i64 i = 0; i < op.c; ++i) on_shown(place(op.at, op.a + i), op.b + i);
   }
 
   void unmapped(const Op& op) override {
-    for (i64 i = 0; i < op.c; ++i) hidden(place(op.at, op.a + i), op.b + i);
+    for (i64 i = 0; i < op.c; ++i) on_hidden(place(op.at, op.a + i), op.b + i);
   }
 
   void changed(const Op& op) override {
@@ -61,12 +61,12 @@ class VirtualRules final : public FollowRules {
     } else if (op.kind == OpKind::unbind) {
       bound_.erase(op.b);
       unbound_.push_back(op.a);
-      forget_copies(op.b);
+      allow_rewrite(op.b);
     }
   }
 
   // What the list has copied to a row that is parked again may be overwritten.
-  void forget_copies(i64 row) {
+  void allow_rewrite(i64 row) {
     if (fresh_.empty() && copied_.empty()) return;
     for (i64 a = 0; a < arenas_; ++a) {
       for (i64 page : rows_.extent(row, a).pages) {
@@ -77,7 +77,7 @@ class VirtualRules final : public FollowRules {
     }
   }
 
-  void shown(const Place& at, i64 page) {
+  void on_shown(const Place& at, i64 page) {
     if (pool_.refs(page) == 1) {
       fresh_[page] = 0;
       return;
@@ -93,7 +93,7 @@ class VirtualRules final : public FollowRules {
     }
   }
 
-  void hidden(const Place& at, i64 page) {
+  void on_hidden(const Place& at, i64 page) {
     if (at.row == 0) refuse("unmap: the null and padding blocks stay mapped");
     if (pool_.refs(page) == 0) fresh_.erase(page), copied_.erase(page);
     if (const i64 index = sequence_at(at); index >= 0) {

@@ -1,4 +1,4 @@
-// Memory that is short: what each kind of reclaim gives.
+// Reclaiming memory: what each kind of reclaim frees, and which content is evicted for it.
 
 #include <algorithm>
 
@@ -6,9 +6,9 @@
 
 namespace kvmem {
 
-// Of what is idle the row that was freed longest ago leads: its fence has most likely passed. Then what live rows hold
-// beyond their need. Cost: a few steps for each row that gives something or has changed since it was last looked at.
-// Only a call for which all but `ahead` does not suffice looks at all rows.
+// Idle pages: first those of the row that was parked first, whose fence has most likely passed; then what bound rows do
+// not need. Cost: proportional to the rows that free something or have changed since they were last visited. Only
+// `out_of_window` and `ahead` visit all rows.
 i64 VirtualTable::reclaim_kind(Reclaim kind, i64 pages, Transaction& tx) {
   switch (kind) {
     case Reclaim::idle: {
@@ -29,9 +29,9 @@ i64 VirtualTable::reclaim_kind(Reclaim kind, i64 pages, Transaction& tx) {
   return 0;
 }
 
-i64 VirtualTable::reclaim_duplicates(bool spare, i64 most, i64 pages, Transaction& tx) {
+i64 VirtualTable::reclaim_duplicates(bool snapshots, i64 most, i64 pages, Transaction& tx) {
   i64 freed = 0;
-  for (i64 row; freed < pages && (row = find_duplicate(spare, most)) != 0;) {
+  for (i64 row; freed < pages && (row = find_duplicate(snapshots, most)) != 0;) {
     truncate_content(row, 0, tx);
     freed += reclaim_row(row, pages - freed, tx);
   }
@@ -46,7 +46,7 @@ i64 VirtualTable::reclaim_victims(i64 pages, Transaction& tx) {
     freed += std::max(now, i64{0});
     return now >= 0 ? Outcome::evicted : Outcome::skipped;
   });
-  evict_in_order(tx, wants, [&](Item x) {  // pages that several have blocks on
+  evict_in_order(tx, wants, [&](Item x) {  // pages that several items share
     const i64 before = owned_pages;
     x.window < 0 ? evict_node(x.node, pages - freed, tx) : (evict_window(x.node, x.window, tx), 0);
     freed += before - owned_pages;
@@ -63,7 +63,7 @@ i64 VirtualTable::reclaim_ahead(i64 pages, Transaction& tx) {
   return freed;
 }
 
-// What is needed, and therefore never a victim, may lie a second time where a window has passed it.
+// A part that is needed is never a victim, but the row of a sequence that is past it may have a second copy.
 i64 VirtualTable::reclaim_out_of_window(i64 pages, Transaction& tx) {
   const i64 before = owned_pages;
   for (i64 row = 1; row < rows_.size() && before - owned_pages < pages; ++row) {
@@ -121,7 +121,7 @@ void VirtualTable::evict_part_copy(i64 row, i64 ordinal, i32 window, Transaction
 
 i64 VirtualTable::reclaim_row(i64 row, i64 pages, Transaction& tx, bool ahead) {
   i64 freed = 0, a = 0;
-  bool all = true;  // that it could give
+  bool all = true;  // whether everything unneeded is unmapped
   for (i64 g = 0; a < arenas_ && freed < pages; ++a) {
     while (a >= first_[g + 1]) ++g;
     const Extent& e = rows_.extent(row, a);
@@ -151,14 +151,13 @@ i64 VirtualTable::evict_node(i32 node, i64 pages, Transaction& tx) {
   if (rows.size() == 1) evict_run(rows[0], pages, tx);
   i64 freed = 0;
   for (i64 row : rows) {
-    if (is_second_copy(row) && can_lose(row)) truncate_content(row, 0, tx);  // what is left is another row's too
+    if (is_second_copy(row) && can_lose(row)) truncate_content(row, 0, tx);  // other rows have the rest
     if (freed < pages) freed += reclaim_row(row, pages - freed, tx);
   }
   return freed;
 }
 
-// What the order names next, as long as it lies in the same row alone: then its pages go in one run, by one call of the
-// driver. `pages`: how many were to come free with the block before. Not where a state goes with a block, too.
+// `pages`: how many pages the caller wants from this row. Not with states, because a row then has one snapshot only.
 void VirtualTable::evict_run(i64 row, i64 pages, Transaction& tx) {
   if (rows_[row].index >= 0 || any_state_) return;
   evict_in_order(
@@ -172,7 +171,6 @@ void VirtualTable::evict_run(i64 row, i64 pages, Transaction& tx) {
       });
 }
 
-// Mapped behind the content of a parked row.
 i64 VirtualTable::unneeded_behind(i64 row) const {
   i64 pages = 0;
   for (i64 g = 0, a = 0; g < groups_; ++g) {
@@ -184,7 +182,7 @@ i64 VirtualTable::unneeded_behind(i64 row) const {
 i64 VirtualTable::evict_part_page(Item x, Transaction& tx) {
   const i64 g = index_.group_of(x.window), size = index_.block_tokens(), ordinal = index_.ordinal(x.node);
   const i64 row = rows_.first_part_row(x.node, x.window);
-  i64 best_a = -1, best_slot = -1;  // of its pages, the one with the least besides
+  i64 best_a = -1, best_slot = -1;  // the page of the part with the fewest other parts
   std::size_t least = SIZE_MAX;
   for (i64 a = first_[g]; a < first_[g + 1]; ++a) {
     const i64 end = ceil_div((ordinal + 1) * size * token_bytes(g, a), page_bytes());
@@ -222,9 +220,10 @@ bool VirtualTable::find_parts_on(i64 row, i64 group, i64 a, i64 slot) {
 bool VirtualTable::is_covered(i64 row, std::size_t from) const {
   const std::vector<Hold>& holds = rows_[row].holds;
   if (holds.size() <= from) return true;
-  i64 looked = 0;
-  const i64 most = index_.windows() == 0 ? PrefixIndex::kCandidates : 4;  // each is compared block by block
-  for (i64 other = rows_.first_holder(holds.back().node); other >= 0 && looked < most; ++looked) {
+  i64 seen = 0;
+  const i64 most =
+      index_.windows() == 0 ? PrefixIndex::kCandidates : 4;  // with windows, rows are compared block by block
+  for (i64 other = rows_.first_holder(holds.back().node); other >= 0 && seen < most; ++seen) {
     bool as_much = other != row;
     for (i32 w = 0; as_much && w < index_.windows(); ++w) {
       // From the first block that is needed to start at the end of block `from`.
@@ -260,7 +259,6 @@ bool VirtualTable::can_lose(i64 row) const {
   return true;
 }
 
-// True if another row shows what each pin keeps that ends in this one's content from block `from` on.
 bool VirtualTable::keeps_pins(i64 row, i64 from) const {
   if (!rows_.any_pin_ends()) return true;
   for (i64 k = from; k < rows_.blocks_of(row); ++k) {
@@ -271,16 +269,16 @@ bool VirtualTable::keeps_pins(i64 row, i64 from) const {
 
 bool VirtualTable::can_start_elsewhere(i64 row, i64 ordinal) const {
   const i32 node = rows_[row].holds[ordinal].node;
-  if (any_state_) return rows_[row].state != node;  // no other row has it
+  if (any_state_) return rows_[row].state != node;  // only one row has a snapshot of a node
   for (i64 other = rows_.first_holder(node); other >= 0; other = rows_[other].holds[ordinal].next) {
     if (other != row && has_needed_parts(other, ordinal + 1, (ordinal + 1) * index_.block_tokens())) return true;
   }
   return false;
 }
 
-i64 VirtualTable::find_duplicate(bool spare, i64 most) {
-  for (i64 looked = 0, row; looked < most && (row = rows_.duplicates().first()) != 0; ++looked) {
-    if (is_second_copy(row) || (spare && can_lose_snapshot(row))) return row;
+i64 VirtualTable::find_duplicate(bool snapshots, i64 most) {
+  for (i64 seen = 0, row; seen < most && (row = rows_.duplicates().first()) != 0; ++seen) {
+    if (is_second_copy(row) || (snapshots && can_lose_snapshot(row))) return row;
     rows_.move_last_of_duplicates(row);
   }
   return 0;

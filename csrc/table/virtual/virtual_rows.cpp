@@ -45,12 +45,6 @@ void VirtualRows::add_rows(i64 rows) {
 
 // ---- what is derived -----------------------------------------------------------------------------
 
-void VirtualRows::needed(i64 row, i64 g, i64 a, i64* lo, i64* hi) const {
-  const i64 index = rows_[row].index;
-  *lo = index < 0 ? extent(row, a).hi : low_slot(g, a, sequences_.front(index, g));
-  *hi = index < 0 ? extent(row, a).hi : high_slot(g, a, sequences_.tokens(index, g));
-}
-
 VirtualRows::Unneeded VirtualRows::unneeded(i64 row, i64 g, i64 a, bool ahead) const {
   const Extent& e = extent(row, a);
   const Row& r = rows_[row];

@@ -134,7 +134,11 @@ class VirtualRows : public TableContext {
 
   // ---- derived from it ----
   // The slots that the row's sequence needs; none for a parked row.
-  void needed(i64 row, i64 g, i64 a, i64* lo, i64* hi) const;
+  void needed(i64 row, i64 g, i64 a, i64* lo, i64* hi) const {
+    const i64 index = rows_[row].index;
+    *lo = index < 0 ? extent(row, a).hi : low_slot(g, a, sequences_.front(index, g));
+    *hi = index < 0 ? extent(row, a).hi : high_slot(g, a, sequences_.tokens(index, g));
+  }
   // Slots [from, to) and [end, hi) of a row, which neither its sequence nor its content needs.
   struct Unneeded {
     i64 from, to, end;

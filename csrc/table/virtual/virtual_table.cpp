@@ -1,11 +1,3 @@
-// The virtual backend (vAttention's idea): each sequence owns a row, a contiguous range of addresses in every arena of
-// every group, and pages are mapped under it as it grows.
-//
-// A row keeps its mappings when its sequence ends (it is parked), and the next sequence that fits takes it over with no
-// driver call. If what it holds is known, it is kept for a sequence that begins alike as long as memory and rows last.
-// The page is the unit of sharing: share_row() maps the same page under two rows. Slots [lo, hi) of a row are
-// mapped; the frontier is hi in bytes, so a token may straddle two pages.
-
 #include "table/virtual/virtual_table.h"
 
 #include <algorithm>
@@ -28,11 +20,11 @@ void VirtualTable::grow(i64 index, i64 group, i64 old_tokens, i64 new_tokens, Tr
     const Extent& e = rows_.extent(row, a);
     const i64 lo = rows_.low_slot(group, a, sequences_.front(index, group));
     const i64 hi = rows_.high_slot(group, a, new_tokens);
-    if (hi < e.solid) unmap(row, a, hi, e.hi, rows_[row].fence, tx);  // what is parked there lies behind a gap
+    if (hi < e.solid) unmap(row, a, hi, e.hi, rows_[row].fence, tx);  // parked pages behind a hole
     map_holes(row, a, lo, e.solid, tx);
     if (hi <= e.hi) continue;
     const i64 from = e.count == 0 ? lo : std::max(lo, e.hi), to = rows_.with_ahead(group, a, hi);
-    // Only what is at hand: were anything given up meanwhile, it could be what is being mapped here.
+    // Only from free pages: reclaiming here could unmap what is mapped here.
     const bool ahead = left > 0 && pool_.ready_pages(*this) - pool_.most_kept() >= left;
     map(row, a, from, ahead ? to : hi, tx);
     left -= to - from;
@@ -99,8 +91,8 @@ void VirtualTable::shrink(i64 index, i64 group, i64 old_tokens, i64 new_tokens, 
   }
   if (frees) rows_.set_fence(row, tx.fence());
   if (!rows_[row].maybe_shared) return;
-  // Pages that another row shows must not be written here again. Those past the guard go now; the others are replaced
-  // when the sequence next grows, so that truncating never needs memory and the guard stays mapped.
+  // Shared pages behind the length must not be written. Those behind the guard are unmapped now. The others are
+  // replaced when the sequence next grows, so that truncating needs no memory and the guard stays mapped.
   bool shared = false;
   for (i64 a = first_[group]; a < first_[group + 1]; ++a) {
     const Extent& e = rows_.extent(row, a);
@@ -152,7 +144,6 @@ bool VirtualTable::map_ahead(i64 index, i64 group, i64 tokens, Transaction& tx) 
   for (i64 a = first_[group]; a < first_[group + 1]; ++a) {
     want += std::max(i64{0}, rows_.high_slot(group, a, tokens + 2 * ahead) - rows_.extent(row, a).hi);
   }
-  // The background thread takes nothing away from anyone.
   if (want == 0 || want > pool_.ready_pages(*this)) return false;
   rows_.note_ready(row, group, have);
   for (i64 a = first_[group]; a < first_[group + 1]; ++a) {
@@ -175,8 +166,8 @@ void VirtualTable::copy_tail(i64 index, i64 group, i64 tokens, Transaction& tx) 
   marks_.set_copy_tail(index, group, false);
 }
 
-// The row's own pages stay. Were they given up, this transaction could write into one that another call finds behind
-// the sequence's end, if the driver then fails.
+// The row's own pages stay mapped. If they were unmapped, this transaction could write to one, and after a failure of
+// the driver it would lie behind the sequence's end again.
 void VirtualTable::drop_shared_guard(i64 row, i64 a, i64 from, Transaction& tx) {
   const Extent& e = rows_.extent(row, a);
   const auto is_shared = [&](i64 slot) { return e.pages[slot] >= 0 && rows_.must_copy(e.pages[slot]); };

@@ -90,7 +90,7 @@ class VirtualTable final : public PageTable {
   bool is_mapped(i32 number, i64 slot, i64 count) const override {
     return rows_.is_mapped(local_arena(number), slot, count);
   }
-  void on_copy(const Op& op, bool undo) override { rows_.on_copy(op, undo); }
+  void on_content(const Op& op, bool undo) override { is_copy(op) ? rows_.on_copy(op, undo) : on_order(op, undo); }
   void on_rewritten(const Op& unmap) override { rows_.on_rewritten(unmap); }
   bool can_evict(const Op& op) const override { return rows_.can_evict(op); }
   i64 parked_pages() const override;
@@ -178,7 +178,6 @@ class VirtualTable final : public PageTable {
     const GroupGeometry& group = geometry_.groups[index_.group_of(window)];
     return window_first(group, geometry_.tail_guard_tokens, tokens) / index_.block_tokens();
   }
-  bool has_parts(i64 row, i32 window, i64 from, i64 to) const;  // of blocks [from, to)
   // Whether the row has all parts that windows need of its first `blocks` blocks, `tokens` tokens of them.
   bool has_needed_parts(i64 row, i64 blocks, i64 tokens) const;
   // Finds the rows with the parts that windows need. Returns true if found.row has all of them; otherwise writes one
@@ -195,7 +194,12 @@ class VirtualTable final : public PageTable {
   void copy_state(i64 from, i64 to, i64 group, Transaction& tx);
   // Adds a block to the row's content: what the sequence at `index` computed or was given, with the parts that its
   // windows reach. attach_expected() REQUIRES that memory for the op was made (Transaction::expect()).
-  void attach_expected(i64 row, i32 node, i64 index, bool state, Transaction& tx);
+  void attach_expected(i64 row, i32 node, i64 index, bool state, Transaction& tx) {
+    const i64 windows = index_.windows() == 0 ? 0 : rows_.mapped_parts(row, index, index_.ordinal(node));
+    index_.expect_copies();
+    rows_.attach(row, node, state, windows, 0, false);
+    tx.note({OpKind::hold, number, node, row, i64{state} | windows << 1});
+  }
   void attach_all(i64 row, const std::vector<i32>& chain, i64 count, i64 index, bool state, Transaction& tx);
   // Removes the last block of the row's content; all blocks from `from` on.
   void detach_last(i64 row, Transaction& tx);
