@@ -57,13 +57,13 @@ i64 VirtualTable::any_evictable_row() const {
   return row;
 }
 
-i64 VirtualTable::pick_row(i64 tokens, i64 shown, Transaction& tx) {
+i64 VirtualTable::pick_row(i64 tokens, i64 shared, Transaction& tx) {
   i64 need = 0, in_front = 0;
   for (i64 g = 0; g < groups_; ++g) {
     if (geometry_.groups[g].growth != Growth::token) continue;
     for (i64 a = first_[g]; a < first_[g + 1]; ++a) {
       need += rows_.with_ahead(g, a, rows_.high_slot(g, a, tokens)),
-          in_front += quotient(shown * token_bytes(g, a), page_bytes());
+          in_front += quotient(shared * token_bytes(g, a), page_bytes());
     }
   }
   rows_.offer_row();

@@ -155,13 +155,13 @@ void VirtualTable::evict_window(i32 node, i32 window, Transaction& tx) {
 
 void VirtualTable::detach_unfindable(i64 row, Transaction& tx) {
   if (index_.whole()) return;
-  const auto is_shown = [&](i64 ordinal) {
+  const auto is_findable = [&](i64 ordinal) {
     for (i32 w = 0; w < index_.windows(); ++w) {
       if (rows_.part(row, ordinal, w).present) return true;
     }
     return false;
   };
-  while (rows_.blocks_of(row) > 0 && !is_shown(rows_.blocks_of(row) - 1)) detach_last(row, tx);
+  while (rows_.blocks_of(row) > 0 && !is_findable(rows_.blocks_of(row) - 1)) detach_last(row, tx);
 }
 
 void VirtualTable::unmap_part(const std::vector<i64>& rows, i32 window, i64 ordinal, Transaction& tx) {
