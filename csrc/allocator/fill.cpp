@@ -116,14 +116,14 @@ void BatchFiller::back_padding(const BatchGroups& batch, bool follows, Transacti
 bool BatchFiller::has_cuts(const StepPlan& plan, i64 g) const {
   if (groups_.geometry().tail_guard_tokens == 0) return false;
   return std::any_of(plan.indices.begin(), plan.indices.end(),
-                     [&](i64 index) { return table_.has_cut(index, g, sequences_.tokens(index, g)); });
+                     [&](i64 index) { return table_.has_truncated(index, g, sequences_.tokens(index, g)); });
 }
 
 void BatchFiller::zero_cuts(const StepPlan& plan, i64 g) const {
   Transaction tx(pool_, tables_);
   for (i64 index : plan.indices) {
     const i64 tokens = sequences_.tokens(index, g);
-    if (table_.has_cut(index, g, tokens)) table_.zero_cut(index, g, tokens, tx);
+    if (table_.has_truncated(index, g, tokens)) table_.zero_truncated(index, g, tokens, tx);
   }
   tx.commit();
 }

@@ -184,7 +184,7 @@ bool Follower::note_effects(const Op& op) {
   }
   if (shorter) {
     table_.check_tail_again(sequences_.place_of(op.a), op.at);
-    if (op.kind == OpKind::length) table_.note_cut(sequences_.place_of(op.a), op.at, op.c);
+    if (op.kind == OpKind::length) table_.note_truncated(sequences_.place_of(op.a), op.at, op.c);
   }
   if ((op.kind == OpKind::map || op.kind == OpKind::unmap) && !table_.is_whole(op)) {
     throw SpecError("the ops lack a record: arena " + std::to_string(op.at) + " would be left mapped in part");

@@ -56,7 +56,7 @@ void SequenceRecords::commit_one(i64 index, i64 count, i64 group, Transaction& t
     const i64 old = sequences_.front(index, g), first = planner_.front_after(index, g, done);
     KVMEM_ASSERT(old <= first && first <= done, "a window only moves forward, over committed tokens");
     set_committed(index, g, done, tx);
-    if (first != old) table_.drop_front(index, g, old, first, tx);
+    if (first != old) table_.advance_front(index, g, old, first, tx);
     set_front(index, g, first, tx);
   }
 }

@@ -53,7 +53,7 @@ bool PrefixMatcher::try_end(i64 tokens, Match* match) const {
   KVMEM_ASSERT(ceil_div(tokens, block_tokens()) == static_cast<i64>(chain.size()), "they end in the last block");
   if (index_.whole() && index_.copies(chain.back()) == 0) return false;
   if (groups_.has_window() && !windows_reach(chain, tokens)) return false;
-  if (groups_.has_state() && !table_.has_state(chain.back())) return false;
+  if (groups_.has_state() && !table_.has_snapshot(chain.back())) return false;
   const i64 row = table_.find_row(chain, tokens);
   if (row < 0) return false;
   match->tokens = tokens, match->row = row;

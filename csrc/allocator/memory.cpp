@@ -94,7 +94,7 @@ i64 Allocator::clear_cache() {
   i64 blocks = 0;
   update_piece([&] {
     Transaction tx(*pool_, *this);
-    table_->evict_cut_ends(tx);
+    table_->evict_truncated_ends(tx);
     tx.commit();
   });
   // Other threads may cache content as fast as this evicts it: after twice the present amount it no longer lets them
@@ -110,7 +110,7 @@ i64 Allocator::clear_cache() {
           [&](Item x) {
             table_->evict_item(x, tx);
             ++n;
-            return Named::evicted;
+            return Outcome::evicted;
           });
       tx.commit();
     });
@@ -206,7 +206,7 @@ AllocatorStats Allocator::stats() {
   s.parked_bytes = table_->parked_pages() * page;
   table_->count_bytes(&s.used_bytes, &s.shared_bytes);
   s.held_bytes = table_->held_bytes();
-  s.cached_beside_bytes = table_->beside_bytes();
+  s.cached_beside_bytes = table_->cached_beside_bytes();
   s.cached_blocks = index_.cached();
   for (i64 g = 0; g < groups_.count(); ++g) {
     if (groups_[g].growth != Growth::token) continue;

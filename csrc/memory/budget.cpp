@@ -161,7 +161,7 @@ void PagePool::in_pieces(PoolLock& lock, i64 pieces, More more, Piece piece) {
 
 void PagePool::reclaim_in_pieces(PoolLock& lock, PageOwner& owner, const std::function<i64()>& excess) {
   const i64 step = owner.piece_pages, begun = excess();
-  if (begun <= step || begun > owner.sure_pages()) return;
+  if (begun <= step || begun > owner.reclaimable_pages()) return;
   in_pieces(
       lock, begun / step, [&] { return excess() > step; },
       [&](Transaction& tx) { return owner.reclaim(step, true, tx); });
@@ -170,7 +170,7 @@ void PagePool::reclaim_in_pieces(PoolLock& lock, PageOwner& owner, const std::fu
 void PagePool::shrink_in_pieces(PoolLock& lock, i64 pages) {
   i64 sure = 0, step = 0;
   for (const PageOwner* owner : owners_) {
-    sure += owner->sure_pages();
+    sure += owner->reclaimable_pages();
     step = step == 0 ? owner->piece_pages : std::min(step, owner->piece_pages);
   }
   if (step == 0 || mapped_pages_ - pages > sure) return;  // set_budget() might refuse

@@ -53,7 +53,7 @@ class PageOwner {
   // Returns the number of mapped pages that no live sequence needs.
   virtual i64 parked_pages() const = 0;
   // Returns the number of those that reclaim() is certain to free.
-  virtual i64 sure_pages() const = 0;
+  virtual i64 reclaimable_pages() const = 0;
   // Pushes unmap ops until `pages` pages are free or no page is left that no sequence needs. Returns how many it freed.
   // With `content` it also evicts cached content, once the pages without content do not suffice.
   virtual i64 reclaim(i64 pages, bool content, Transaction& tx) = 0;

@@ -1,5 +1,5 @@
-// What a list of ops does to bytes, without doing it: where what a byte holds now has come from. Bytes are numbered
-// through all pages: page * page_bytes + offset. Before the list every byte holds itself.
+// Simulates what a list of ops does to bytes: for each byte, from where its present value was copied. Bytes are
+// numbered through all pages: page * page_bytes + offset. Before the list, each byte has its own value.
 #pragma once
 
 #include <algorithm>
@@ -13,17 +13,17 @@ namespace kvmem {
 
 class ByteLedger {
  public:
-  // [to, to + bytes) holds nothing of what any byte held.
+  // [to, to + bytes) no longer has the value of any byte.
   void erase(i64 to, i64 bytes) { put(to, {{bytes, kNowhere}}); }
 
-  // [to, to + bytes) holds what [from, from + bytes) does.
+  // [to, to + bytes) gets the values of [from, from + bytes).
   void copy(i64 to, i64 from, i64 bytes) {
     std::vector<Piece> pieces;
     each(from, bytes, [&pieces](i64, i64 n, i64 origin) { pieces.push_back({n, origin}); });
     put(to, pieces);
   }
 
-  // True if [at, at + bytes) holds what [origin, origin + bytes) held before the list.
+  // Returns whether [at, at + bytes) has the values that [origin, origin + bytes) had before the list.
   bool holds(i64 at, i64 origin, i64 bytes) const {
     bool all = true;
     each(at, bytes, [&](i64 offset, i64, i64 from) { all = all && from == origin + offset; });
@@ -36,10 +36,10 @@ class ByteLedger {
     i64 bytes, origin;
   };
   struct Written {
-    i64 end, origin;  // of the first byte; the others follow
+    i64 end, origin;  // origin of the first byte; those of the others follow
   };
 
-  // f(offset in the range, bytes, origin) for each part of [at, at + bytes) that has come from one place.
+  // Calls f(offset in the range, bytes, origin) for each part of [at, at + bytes) with consecutive origins.
   template <class F>
   void each(i64 at, i64 bytes, F f) const {
     const i64 end = at + bytes;
@@ -60,8 +60,8 @@ class ByteLedger {
   void put(i64 to, const std::vector<Piece>& pieces) {
     i64 bytes = 0;
     for (const Piece& piece : pieces) bytes += piece.bytes;
-    cut(to);
-    cut(to + bytes);
+    split(to);
+    split(to + bytes);
     written_.erase(written_.lower_bound(to), written_.lower_bound(to + bytes));
     for (const Piece& piece : pieces) {
       written_[to] = {to + piece.bytes, piece.origin};
@@ -69,8 +69,8 @@ class ByteLedger {
     }
   }
 
-  // No entry reaches over `at`.
-  void cut(i64 at) {
+  // Splits the entry that extends across `at`, if there is one.
+  void split(i64 at) {
     auto next = written_.lower_bound(at);
     if (next == written_.begin() || std::prev(next)->second.end <= at) return;
     Written& before = std::prev(next)->second;

@@ -1,23 +1,24 @@
-// What a backend is: the page table that says where a sequence's tokens lie. Two implementations, virtual_table (the
-// MMU holds the table: a row of addresses per sequence) and paged_table (kernels read it: a list of blocks per
-// sequence). Everything else (lengths, transactions, batches, accounting) is written once, in allocator/.
+// The interface of a backend: a page table, which says where each token of a sequence lies. There are two: VirtualTable
+// (the MMU holds the table; each sequence has a row of addresses) and PagedTable (kernels read the table; each sequence
+// has a list of blocks). Everything else is written once, in allocator/.
 //
-// Functions that take a Transaction only push records; the state changes in on_map, on_unmap, on_content and apply. Of
-// two kinds there are many in a step (hold, acquire): what decides them changes the state and notes the record.
+// A backend has two halves. Its metadata (VirtualRows, PagedBlocks) is its state, which changes through named functions
+// only. The table derived from PageTable decides: it reads the metadata and pushes ops. The ops return through on_map,
+// on_unmap, on_content and apply, which the table passes to the metadata. Two kinds are too frequent for that: the
+// table changes the metadata itself and then notes the op (Transaction::note), for `hold` and `acquire`.
+//
+// Functions are called under the pool's lock. Those that take a Transaction may throw OutOfMemory, and DeviceError
+// where mapping needs the driver; the transaction is then undone, which restores the state (invariant 5).
 #pragma once
 
-#include <algorithm>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
-#include "base/geometry.h"
-#include "base/zero_vector.h"
-#include "index/prefix_index.h"
-#include "memory/pages.h"
-#include "memory/transaction.h"
+#include "table/arenas.h"
+#include "table/growth_marks.h"
 #include "table/reclaim.h"
-#include "table/sequences.h"
 #include "table/view.h"
 
 namespace kvmem {
@@ -25,214 +26,221 @@ namespace kvmem {
 class FollowedLengths;
 class FollowRules;
 
-// Memory that holds the start of a chain of cached blocks.
-struct Found {
-  i64 tokens = 0;  // how many tokens of the chain are all there, in every group
-  i64 row = -1;    // virtual: the row that shows them
-  i64 wanted = 0;  // how many the sequence that takes them over gets room for in the same call; 0: for no more
+// The memory that adopt() shares with a new sequence.
+struct SharedPrefix {
+  i64 tokens = 0;       // tokens of the chain that every group has
+  i64 row = -1;         // what find_row() returned
+  i64 room_tokens = 0;  // tokens for which the same call makes room afterwards, as a hint; 0: none
 };
 
-// Block `ordinal` of the sequence at `index` holds what the node says.
+// Block `ordinal` of the sequence at `index` holds the tokens of `node`.
 struct Published {
   i64 index, ordinal;
   i32 node;
 };
 
-class PageTable : public PageOwner {
+class PageTable : public PageOwner, protected ArenaRegistration, protected TableContext {
  public:
-  // True if tokens [0, tokens) of the group have room already: nothing to decide, no driver call.
+  // ---- growth: called by StepPlanner, RoomFinder, Records, BatchFiller and Allocator::step() ----
+
+  // Returns whether tokens [0, tokens) of the group have room: there is nothing to decide and no driver call to make.
   bool has_room(i64 index, i64 group, i64 tokens) {
-    i64& ready = ready_tokens_[index * groups_ + group];
-    return tokens <= ready || tokens <= (ready = find_room(index, group));
+    i64& room = marks_.room_tokens(index, group);
+    return tokens <= room || tokens <= (room = find_room(index, group));
   }
-  // Makes room for tokens [old_tokens, new_tokens), copying the tail first where it is shared.
+  // Makes room for tokens [old_tokens, new_tokens). Copies the tail first if it is shared, and zeroes truncated tokens
+  // that kernels may load.
   virtual void grow(i64 index, i64 group, i64 old_tokens, i64 new_tokens, Transaction& tx) = 0;
-  // The length is about to become `new_tokens`; what lies behind may go.
+  // Releases what lies behind `new_tokens`, which is about to become the length. Needs no memory.
   virtual void shrink(i64 index, i64 group, i64 old_tokens, i64 new_tokens, Transaction& tx) = 0;
-  // Tokens before `first` are no longer needed (a sliding window has passed them).
-  virtual void drop_front(i64 index, i64 group, i64 old_first, i64 first, Transaction& tx) = 0;
-  // Gives `child` (which holds nothing) the first `tokens` tokens of `parent`: whole shared pieces plus a copied tail.
+  // Releases tokens [old_first, first), which are out of window.
+  virtual void advance_front(i64 index, i64 group, i64 old_first, i64 first, Transaction& tx) = 0;
+  // Gives `child` tokens [first, tokens) of `parent`: it shares whole pages or blocks, and copies the tail. REQUIRES:
+  // `child` has no memory in the group.
   virtual void share(i64 parent, i64 child, i64 group, i64 first, i64 tokens, Transaction& tx) = 0;
-  // --- content (prefix_index.h): a chain is a list of nodes, one for each block from the first token on ---
-  // A row from which a sequence of the first `tokens` tokens of the chain can be made, or -1. They end in its last
-  // node, which may count in part; the index knows that each block is somewhere. Paged: any answer but -1.
-  virtual i64 find_row(const std::vector<i32>& chain, i64 tokens) const = 0;
-  // True if the groups of fixed size have a snapshot at the end of the node.
-  virtual bool has_state(i32 node) const = 0;
-  // Gives a sequence that holds nothing what was found; its lengths and fronts say so already. All nodes are in use.
-  virtual void adopt(i64 index, const std::vector<i32>& chain, const Found& found, Transaction& tx) = 0;
-  // True if the group has the node's tokens somewhere.
-  virtual bool has(i32 node, i64 group) const = 0;
-  virtual void publish(const std::vector<Published>& blocks, Transaction& tx) = 0;
-  // The last block that the sequence has published is its own again, to be written over.
-  virtual void unpublish(i64 index, i32 node, Transaction& tx) = 0;
-  // Gives up a node that nobody uses and that no cached one continues. Its memory is parked then.
-  virtual void evict(i32 node, Transaction& tx) = 0;
-  // Gives up what a window group holds of a node and nobody needs.
-  virtual void evict_window(i32 node, i32 window, Transaction& tx) = 0;
-  // Gives up what window groups hold of nodes that no sequence needs, though a block of theirs is the end of one that
-  // was cut within it: that block is its own then.
-  virtual void evict_cut_ends(Transaction&) {}
-  // A user has left the node, and others remain: a snapshot that none of them holds may be given up from now on.
-  virtual void allow_eviction(i32 node) = 0;
-  // One more pin ends at the node, or one fewer: some row shows all that a sequence would take over there, and goes on
-  // doing so.
-  virtual void pin_end(i32 node, bool pinned) = 0;
-  // Keeps a copy of the sequence's fixed state with the last node of its chain.
-  virtual void snapshot(i64 index, const std::vector<i32>& chain, Transaction& tx) = 0;
-  // The sequence ends; its lengths are about to become 0.
+  // Releases all memory of a sequence, whose lengths are about to become 0.
   virtual void close(i64 index, Transaction& tx) = 0;
-  // Makes sure that blocks 0 and 1 (kNullBlock, kPaddingBlock) of a group exist.
+  // Backs the null block and the padding block of a group.
   virtual void back_reserved(i64 group, Transaction& tx) = 0;
   virtual bool has_reserved(i64 group) const = 0;
-  // Room beyond the length that can be prepared in the background, best effort. False when nothing is to be done.
+  // Pushes the mappings that the mapper thread should make beyond the length. Returns false if there are none. It never
+  // reclaims memory for them.
   virtual bool map_ahead(i64 index, i64 group, i64 tokens, Transaction& tx) = 0;
-  // The records of the transaction that map_ahead filled are executed once job `job` is done.
+  // The mapper's job that executes what map_ahead() pushed; 0 for none.
   virtual void set_pending(i64 index, i64 job) = 0;
   virtual i64 pending(i64 index) const = 0;
-
-  virtual void apply(const Op& op, bool undo) = 0;  // bind, unbind, block, acquire, drop
-  // The first token that a window still needs has changed, from `old_first` to `first`.
-  virtual void on_front(i64 index, i64 group, i64 old_first, i64 first, bool undo) = 0;
-  // The length has become less by another's decision: whether the tail is shared is to be seen before the next write.
-  virtual void check_tail_again(i64 index, i64 group) = 0;
-  // Another's decision has let go of memory, which the device may use until the pool's latest fence has passed.
-  virtual void note_released(const Op& op) = 0;  // unbind, block, length, front
-  // Another's decision may have mapped a page at a second place. Cost: a look at each mapped page.
-  virtual void note_shared() {}
-  // The length has become less than `old_tokens`, or may have: what the sequence wrote from there on lies behind its
-  // end.
-  void note_cut(i64 index, i64 group, i64 old_tokens) {
-    if (!guarded_) return;
-    i64& cut = cut_to_[index * groups_ + group];
-    cut = std::max(cut, old_tokens);
-    reset_room(index, group);
+  // Whether truncated tokens may lie behind the first `tokens`, where kernels load them.
+  bool has_truncated(i64 index, i64 group, i64 tokens) const {
+    return guarded_ && marks_.truncated_to(index, group) > tokens;
   }
-  // True if tokens that it wrote and has cut off may lie behind the first `tokens`, where kernels load them.
-  bool has_cut(i64 index, i64 group, i64 tokens) const { return guarded_ && cut_to_[index * groups_ + group] > tokens; }
-  // Zeroes those, as far as nobody else reads them: another's tokens stay until the sequence grows and gets a copy.
-  virtual void zero_cut(i64 index, i64 group, i64 tokens, Transaction& tx) = 0;
-  // True if the mappings around those of `op` are as between calls: no holes, arenas in step.
-  virtual bool is_whole(const Op& op) const = 0;
-  // The pages or blocks that tokens [from, end) lie in, and the one that `from` cuts, by arena: -1 for those that are
-  // the sequence's own.
-  virtual std::vector<i64> shared_pieces(i64 index, i64 group, i64 from, i64 end) const = 0;
-  // What a list of ops may do to this table's memory (follow.h).
-  virtual std::unique_ptr<FollowRules> rules(const FollowedLengths& lengths) = 0;
-  virtual bool owns(i32 arena) const = 0;
-  // The sequence whose row a map or unmap is about, -1 for none.
-  virtual i64 sequence_at(const Op& op) const = 0;
-  // True while the sequence has a row, whatever is mapped there.
-  virtual bool has_memory(i64 index) const = 0;
-  // True if what the group's lengths speak of is there. Cost grows with the longest sequence there can be.
-  virtual bool holds(i64 index, i64 group) const = 0;
-  // Where a token of a sequence lies: bytes from the start of the group's a-th arena.
-  virtual i64 offset_bytes(i64 index, i64 group, i64 a, i64 token) const = 0;
-  virtual TableView view(i64 group) const = 0;
-  // How many leading whole blocks of two sequences are the same memory, and committed in both; the first `known` are
-  // known to be. 0 where a window has dropped the front of one. Cost: a comparison for each further page or block.
-  virtual i64 common_blocks(i64 a, i64 b, i64 group, i64 known) const = 0;
-  // A number that sequences with this committed block in common agree on; others may.
-  virtual i64 block_key(i64 index, i64 group, i64 block) const = 0;
-  // The most tokens one sequence could grow to with `pages` more pages (an answer for error messages).
+  // Zeroes them where no other sequence reads that memory. Elsewhere they stay until the sequence grows, which copies.
+  virtual void zero_truncated(i64 index, i64 group, i64 tokens, Transaction& tx) = 0;
+  // Returns the most tokens to which the sequence could grow with `pages` more pages, for error messages.
   virtual i64 tokens_that_fit(i64 index, i64 group, i64 pages) const = 0;
-  // Bytes of live tokens, padding included, each physical byte once; and physical bytes with more than one user.
+  virtual TableView view(i64 group) const = 0;
+  // Returns where a token lies: bytes from the start of the group's a-th arena.
+  virtual i64 offset_bytes(i64 index, i64 group, i64 a, i64 token) const = 0;
+  virtual i64 first_arena(i64 group) const { return arena(first_[group]); }
+
+  // ---- content: called by Matcher, Admission, SequenceContents, Pins and Allocator (memory.cpp, cascade.cpp) ----
+  // A chain is a list of nodes of the index, one for each block from the first token on.
+
+  // Returns a row from which a sequence of the first `tokens` tokens of the chain can be made, or -1. They end in its
+  // last node, which may count in part. REQUIRES: each node has memory. Paged: always 0, because any will do.
+  virtual i64 find_row(const std::vector<i32>& chain, i64 tokens) const = 0;
+  // Whether the groups of fixed state have a snapshot at the end of the node.
+  virtual bool has_snapshot(i32 node) const = 0;
+  // Gives a sequence what was found, sharing whole pages or blocks and copying the tail. REQUIRES: it has no memory;
+  // its lengths and fronts are set; all nodes are in use.
+  virtual void adopt(i64 index, const std::vector<i32>& chain, const SharedPrefix& found, Transaction& tx) = 0;
+  // Whether the group has memory with the node's tokens.
+  virtual bool has(i32 node, i64 group) const = 0;
+  virtual void publish(const std::vector<Published>& blocks, Transaction& tx) = 0;
+  // The inverse for the sequence's last published block, which the sequence is about to overwrite.
+  virtual void unpublish(i64 index, i32 node, Transaction& tx) = 0;
+  // Evicts a node; its memory is parked then. REQUIRES: it has no user, and no cached node continues it.
+  virtual void evict(i32 node, Transaction& tx) = 0;
+  // Evicts the window group's part of a node. REQUIRES: nothing needs the part.
+  virtual void evict_window(i32 node, i32 window, Transaction& tx) = 0;
+  // Evicts the window groups' parts of nodes within which a sequence was truncated, and which no other sequence needs:
+  // the sequence keeps that block as its own.
+  virtual void evict_truncated_ends(Transaction&) {}
+  // A user has left the node and others remain: a snapshot that no sequence refers to may be evicted from now on.
+  virtual void allow_eviction(i32 node) = 0;
+  // Counts one more or one fewer pin that ends at the node. While there is one, some row has all that a sequence needs
+  // to start there.
+  virtual void pin_end(i32 node, bool pinned) = 0;
+  // Copies the sequence's fixed state; the copy belongs to the last node of the chain.
+  virtual void snapshot(i64 index, const std::vector<i32>& chain, Transaction& tx) = 0;
+  // Returns how many leading whole blocks of two sequences are the same memory and committed in both, given that the
+  // first `known` are. Returns 0 if either has a front. Cost: a comparison for each further page or block.
+  virtual i64 common_blocks(i64 a, i64 b, i64 group, i64 known) const = 0;
+  // Returns a number that is equal for sequences which share this committed block; others may have it too.
+  virtual i64 block_key(i64 index, i64 group, i64 block) const = 0;
+  // Writes the bytes of live tokens, padding included, each physical byte once; and the physical bytes with several
+  // users.
   virtual void count_bytes(i64* used_bytes, i64* shared_bytes) const = 0;
-  // What live sequences keep from others: blocks they hold, in part or whole, and trash blocks; or pages.
+  // Returns the bytes that live sequences and reserved blocks occupy: whole blocks (paged) or pages (virtual).
   virtual i64 held_bytes() const = 0;
-  // Cached tokens that no sequence holds, on pages that some sequence needs. They can be given up, the pages cannot.
-  virtual i64 beside_bytes() const = 0;
-  // What cached blocks that nobody uses have in common: bytes that are counted once more for each of them but one.
+  // Returns the bytes of cached, unreferenced tokens on pages that live sequences need: they can be evicted, but their
+  // pages cannot be reclaimed.
+  virtual i64 cached_beside_bytes() const { return 0; }
+  // Returns the bytes that are counted more than once if each cached, unreferenced block is counted in full.
   virtual i64 common_bytes() const { return 0; }
-  virtual i64 first_arena(i64 group) const = 0;
-  // Slots of an arena up to and including the last mapped one: what a default tensor shows.
+  // Returns the slots of an arena up to the last mapped one: what a default tensor shows.
   virtual i64 mapped_extent_slots(i64 group, i64 arena_in_group) const = 0;
   virtual void check(std::vector<std::string>* out) const = 0;
-  i64 sure_pages() const override { return index_.pinned_count() > 0 ? 0 : parked_pages(); }  // pins keep some
 
-  void digest(Hasher& hash) const override { index_.digest(hash); }
-  void on_taken_back() override { zeroed_cuts_.clear(); }  // the marks stay: it may be zeroed once more
-
-  // Along kReclaimOrder, until so many pages are free.
-  i64 reclaim(i64 pages, bool content, Transaction& tx) final;
-  // Pages of this kind, at least so many as far as there are; returns how many. They are unmapped, or finish_reclaim()
-  // does that.
-  virtual i64 reclaim_kind(Reclaim kind, i64 pages, Transaction& tx) = 0;
-  // What reclaim_kind() has given in all becomes free, `pages` at most; returns how many are.
-  virtual i64 finish_reclaim(i64 /*pages*/, i64 given, Transaction&) { return given; }
-  // Content that was lost, a record for each group that held a block; empty unless watch_lost() was called. For tests.
-  struct Lost {
-    i64 group, ordinal;
-    std::vector<i32> tokens;
-  };
-  void watch_lost() { watches_lost_ = true; }
-  std::vector<Lost> take_lost() { return std::exchange(lost_, {}); }
-  // Calls evict(item) with what the policy names next, while wants() and as long as it names something. evict() returns
-  // what has become of the item.
-  template <class Wants, class Evict>
-  void evict_in_order(Transaction& tx, Wants wants, Evict evict) {
-    Skipped aside(index_, number, tx);
-    while (wants()) {
-      const Item x = index_.victim();
-      if (x.node == kNoNode) break;
-      const Named done = evict(x);
-      if (done == Named::last || (done == Named::aside && aside.full())) break;
-      if (done == Named::aside) aside.add(x);
-    }
-    aside.unskip();
-  }
-
-  // Evicts a node and all cached ones that continue it, ends first: nobody could find those without it.
+  // Evicts a node and all cached nodes that continue it, the ends first.
   void evict_subtree(i32 node, Transaction& tx);
   void evict_item(Item x, Transaction& tx) {
     if (x.window < 0) return evict_subtree(x.node, tx);
     unskip_item(x, tx);
     evict_window(x.node, x.window, tx);
   }
+  // Calls evict(item) for each victim that the policy names, while wants(). evict() returns what became of the item.
+  template <class Wants, class Evict>
+  void evict_in_order(Transaction& tx, Wants wants, Evict evict) {
+    SkippedItems skipped(index_, number, tx);
+    while (wants()) {
+      const Item x = index_.victim();
+      if (x.node == kNoNode) break;
+      const Outcome outcome = evict(x);
+      if (outcome == Outcome::stop || (outcome == Outcome::skipped && skipped.full())) break;
+      if (outcome == Outcome::skipped) skipped.add(x);
+    }
+    skipped.restore();
+  }
+
+  // For tests: content that was lost since watch_lost(), one entry for each group that held a block.
+  struct Lost {
+    i64 group, ordinal;
+    std::vector<i32> tokens;
+  };
+  void watch_lost() { watches_lost_ = true; }
+  std::vector<Lost> take_lost() { return std::exchange(lost_, {}); }
+
+  // ---- following: called by Follower for another allocator's ops, and by Records for those of this one ----
+
+  // Applies a bind, unbind, block, acquire or drop. Throws SpecError if it does not fit the state.
+  virtual void apply(const Op& op, bool undo) = 0;
+  // The first token that a window needs has changed.
+  virtual void on_front(i64 index, i64 group, i64 old_first, i64 first, bool undo) = 0;
+  // The tail must be copied before the next write, if it is shared by then.
+  virtual void check_tail_again(i64 index, i64 group) = 0;
+  // An op of another allocator (unbind, block, length, front) has released memory, which the device may use until the
+  // pool's latest fence has passed.
+  virtual void note_released(const Op& op) = 0;
+  // Such an op may have mapped a page a second time. Cost: a few instructions for each mapped page.
+  virtual void note_shared() {}
+  // The length may have become less than `old_tokens`.
+  void note_truncated(i64 index, i64 group, i64 old_tokens) { marks_.note_truncated(index, group, old_tokens); }
+  // Whether the mappings around those of `op` are as between calls: without holes, and equal in the group's arenas.
+  virtual bool is_whole(const Op& op) const = 0;
+  // Returns the pages or blocks of tokens [from, end), and the one that `from` divides, arena by arena: -1 for those
+  // that the sequence does not share.
+  virtual std::vector<i64> shared_pieces(i64 index, i64 group, i64 from, i64 end) const = 0;
+  // Returns what a list of ops may do to this table's memory (follow.h).
+  virtual std::unique_ptr<FollowRules> rules(const FollowedLengths& lengths) = 0;
+  bool owns(i32 number) const { return is_own_arena(number); }
+  // Returns the sequence in whose row the slots of a map or unmap lie, or -1.
+  virtual i64 sequence_at(const Op& op) const = 0;
+  // Whether the sequence has a row, whatever is mapped there.
+  virtual bool has_memory(i64 index) const = 0;
+  // Whether the sequence has exactly the memory that its lengths require. Cost: proportional to the longest sequence.
+  virtual bool holds(i64 index, i64 group) const = 0;
+
+  // ---- of PageOwner, for both backends; called by PagePool ----
+
+  // Reclaims in kReclaimOrder until `pages` pages are free.
+  i64 reclaim(i64 pages, bool content, Transaction& tx) final;
+  i64 reclaimable_pages() const final { return index_.pinned_count() > 0 ? 0 : parked_pages(); }  // pins keep some
+  void digest(Hasher& hash) const override {
+    index_.digest(hash);
+    marks_.digest(hash);
+  }
+  void on_taken_back() override { marks_.undo_zeroed(); }
+  void finish(bool committed) override {
+    marks_.finish();
+    index_.finish(committed);
+  }
 
  protected:
+  PageTable(const Geometry& geometry, PagePool& pool, const Sequences& sequences, PrefixIndex& index)
+      : ArenaRegistration(*this, geometry, pool),
+        TableContext(geometry, pool, sequences, index, first_number()),
+        marks_(geometry.max_sequences, groups_, guarded_, pool.journal) {}
+
+  // Returns for how many tokens there is room; 0 if something must be done before the next token is written.
+  virtual i64 find_room(i64 index, i64 group) = 0;
+  // Whether a private op adds, removes or moves a copy of a node. The others are about the eviction order and tests:
+  // on_order() executes them.
+  static bool is_copy(const Op& op) { return op.kind <= OpKind::shift; }
+  static_assert(OpKind::hold < OpKind::shift && OpKind::evict < OpKind::shift && OpKind::shift < OpKind::aside,
+                "is_copy() compares kinds");
+  void on_order(const Op& op, bool undo);
+  // Makes at least `pages` pages of this kind free, as far as there are any; returns how many. They are unmapped, or
+  // finish_reclaim() unmaps them.
+  virtual i64 reclaim_kind(Reclaim kind, i64 pages, Transaction& tx) = 0;
+  // Ends a reclaim(): unmaps what reclaim_kind() made free, at most `pages`; returns how many pages are free.
+  virtual i64 finish_reclaim(i64 /*pages*/, i64 freed, Transaction&) { return freed; }
+
   // The one hook before content is lost: called once for each loss, while the memory still holds it and the index still
-  // knows it. Where a tier is to keep it, a `store` is pushed here.
+  // knows it. A tier will push a `store` here. `group`: -1 for all groups.
   void demote(i32 node, i64 group, Transaction& tx) {
     if (watches_lost_) tx.push({OpKind::demote, number, node, group});
   }
-  bool demotes() const { return watches_lost_; }  // else it need not be found out what is lost
-  void on_demote(const Op& op, bool undo);
-  // What is about to be evicted is set aside no more: taken back, it then comes to where it stood.
+  bool demotes() const { return watches_lost_; }
+  // Restores the position of an item in the eviction order, so that undoing its eviction returns it there.
   void unskip_item(Item x, Transaction& tx) {
     if (index_.is_skipped(x)) tx.push({OpKind::back, number, x.node, x.window});
   }
-  PageTable(PrefixIndex& index, const Geometry& geometry)
-      : index_(index),
-        groups_(static_cast<i64>(geometry.groups.size())),
-        guarded_(geometry.tail_guard_tokens > 0),
-        ready_tokens_(geometry.max_sequences * groups_) {
-    if (guarded_) cut_to_.assign(ready_tokens_.size(), 0);
-  }
-  // How many tokens have room; 0 where something is to be done before the next token, whatever there is.
-  virtual i64 find_room(i64 index, i64 group) = 0;
-  // Called wherever find_room() might answer less than it did.
-  void reset_room(i64 index, i64 group) { ready_tokens_[index * groups_ + group] = 0; }
 
-  i64 cut_to(i64 index, i64 group) const { return cut_to_[index * groups_ + group]; }
-  // The transaction zeroes all that was cut off. Until it is committed, the mark stays.
-  void forget_cut(i64 index, i64 group) { zeroed_cuts_.push_back(index * groups_ + group); }
-  void reset_cut(i64 index, i64 group) { cut_to_[index * groups_ + group] = 0; }  // it has no memory yet
-  void finish_cuts() {
-    for (const i64 at : zeroed_cuts_) cut_to_[at] = 0;
-    zeroed_cuts_.clear();
-  }
-
-  PrefixIndex& index_;
-  const i64 groups_;
-  const bool guarded_;  // what kernels load behind a length, in whole tiles, has to be finite
+  GrowthMarks marks_;
 
  private:
-  // [sequence][group]: tokens before it may have been written and cut off again. May be too high, never too low; empty
-  // without a guard.
-  std::vector<i64> cut_to_;
-  std::vector<i64> zeroed_cuts_;  // by the transaction in progress
-  ZeroVector<i64> ready_tokens_;  // [sequence][group]: what find_room() said; derived
+  void on_demote(const Op& op, bool undo);
+
   bool watches_lost_ = false;
   std::vector<Lost> lost_;
 };
@@ -242,29 +250,8 @@ std::unique_ptr<PageTable> make_virtual_table(const Geometry& geometry, PagePool
 std::unique_ptr<PageTable> make_paged_table(const Geometry& geometry, PagePool& pool, const Sequences& sequences,
                                             PrefixIndex& index);
 
-inline void PageTable::on_demote(const Op& op, bool undo) {
-  const i32 node = static_cast<i32>(op.a);
-  for (i64 g = 0; g < groups_; ++g) {
-    if ((op.b >= 0 && g != op.b) || !has(node, g)) continue;
-    if (undo) {
-      lost_.pop_back();
-      continue;
-    }
-    lost_.push_back({g, index_.ordinal(node), std::vector<i32>(index_.block_tokens())});
-    index_.copy_tokens(node, index_.block_tokens(), lost_.back().tokens.data());
-  }
-}
-
-inline i64 PageTable::reclaim(i64 pages, bool content, Transaction& tx) {
-  i64 given = 0;
-  for (const Reclaim kind : kReclaimOrder) {
-    if (given < pages && (content || kind == Reclaim::idle)) given += reclaim_kind(kind, pages - given, tx);
-  }
-  return finish_reclaim(pages, given, tx);
-}
-
-// Windows may have nothing of a block while they have something of those behind it, so it is passed, not skipped; and
-// it stays among its siblings until the transaction ends.
+// Nothing could find the continuations of a node without it. A node of which windows have no copy may have
+// continuations with copies, so it is visited too, and it stays among its siblings until the transaction ends.
 inline void PageTable::evict_subtree(i32 node, Transaction& tx) {
   const auto last_below = [this](i32 x) {
     for (i32 child; (child = index_.unused_child(x)) != kNoNode;) x = child;
@@ -272,8 +259,9 @@ inline void PageTable::evict_subtree(i32 node, Transaction& tx) {
   };
   for (i32 x = last_below(node);;) {
     const i32 parent = index_.parent(x), sibling = x == node ? kNoNode : index_.unused_sibling(x);
-    for (i32 window = -1; index_.skipped_count() > 0 && window < index_.windows(); ++window)
+    for (i32 window = -1; index_.skipped_count() > 0 && window < index_.windows(); ++window) {
       unskip_item({x, window}, tx);
+    }
     evict(x, tx);
     if (x == node) return;
     x = sibling == kNoNode ? parent : last_below(sibling);

@@ -1,5 +1,6 @@
-// What is reclaimed first, written once. PageTable::reclaim() goes along the order below; a page table says what it
-// gives of each kind. Whatever asks the eviction policy for its next item does so through PageTable::evict_in_order().
+// The order in which memory is reclaimed, written once. PageTable::reclaim() follows kReclaimOrder; each page table
+// implements what it frees of each kind. Every request for the eviction policy's next victim goes through
+// PageTable::evict_in_order().
 #pragma once
 
 #include <vector>
@@ -11,34 +12,35 @@ namespace kvmem {
 
 enum class Reclaim : std::uint8_t {
   idle,           // pages that neither sequences nor content need
-  second_copies,  // content that lies elsewhere as well
+  second_copies,  // content of which there is another copy
   victims,        // content, as the eviction policy names it
-  spares,         // snapshots of tokens in use, and rows whose blocks sequences hold as well
-  out_of_window,  // what a window needs no more, though its node is in use
+  snapshots,      // snapshots of tokens in use, and rows whose blocks are also in other rows
+  out_of_window,  // second copies of what is out of window, although its node is in use
   ahead,          // what is mapped ahead of live sequences
 };
-// Content is reclaimed only where pages without any do not suffice: that is all but the first.
-constexpr Reclaim kReclaimOrder[] = {Reclaim::idle,   Reclaim::second_copies, Reclaim::victims,
-                                     Reclaim::spares, Reclaim::out_of_window, Reclaim::ahead};
+// All kinds but the first may cost content, and follow only where the kinds before do not suffice.
+constexpr Reclaim kReclaimOrder[] = {Reclaim::idle,      Reclaim::second_copies, Reclaim::victims,
+                                     Reclaim::snapshots, Reclaim::out_of_window, Reclaim::ahead};
 
-// What becomes of an item that the policy has named.
-enum class Named : std::uint8_t {
-  evicted,  // and the policy names another one
-  aside,    // evicting it would free nothing that is asked for: the order passes over it until the end
-  last,     // no further item is asked for
+// What became of a victim.
+enum class Outcome : std::uint8_t {
+  evicted,  // the policy names the next one
+  skipped,  // evicting it would free nothing that is wanted: the eviction order passes over it until the loop ends
+  stop,     // the loop ends
 };
 
-// Items that the eviction order passes over for a while.
-class Skipped {
+// The items over which the eviction order passes for the time being.
+class SkippedItems {
  public:
-  Skipped(const PrefixIndex& index, i32 owner, Transaction& tx) : index_(index), owner_(owner), tx_(tx) {}
+  SkippedItems(const PrefixIndex& index, i32 owner, Transaction& tx) : index_(index), owner_(owner), tx_(tx) {}
   bool full() const { return items_.size() >= kMost; }
   void add(Item x) {
+    KVMEM_ASSERT(!full(), "the loop ends when it is full");
     items_.push_back(x);
     tx_.push({OpKind::aside, owner_, x.node, x.window});
   }
-  // Comes last. Where the transaction fails before, that takes them back.
-  void unskip() {
+  // Restores the order. Must be called last; if an exception prevents that, undoing the transaction restores it.
+  void restore() {
     for (auto x = items_.rbegin(); x != items_.rend(); ++x) {
       if (index_.is_skipped(*x)) tx_.push({OpKind::back, owner_, x->node, x->window});
     }
@@ -46,7 +48,7 @@ class Skipped {
   }
 
  private:
-  static constexpr std::size_t kMost = 1024;  // so that a call stays short
+  static constexpr std::size_t kMost = 1024;  // bounds the time of a call
   const PrefixIndex& index_;
   const i32 owner_;
   Transaction& tx_;

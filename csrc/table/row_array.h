@@ -1,6 +1,5 @@
-// For each row an array of as many values, made when the row comes to be. The addresses of all that there may be are
-// taken at once and cost no memory before they are touched, so rows are added at the end and no value ever moves: the
-// journal, and who looks for memory meanwhile, keep references to them.
+// An array of values for each row, constructed when the row is added. Addresses for all rows are allocated at once,
+// which costs no memory before they are touched. So values never move, and the journal can hold references to them.
 #pragma once
 
 #include <memory>
@@ -9,12 +8,12 @@
 
 namespace kvmem {
 
-// `kWidth`: how many values each row has, where that is known here.
+// `kWidth`: the number of values of a row, if it is known at compile time.
 template <class T, i64 kWidth = 0>
 class RowArray {
  public:
   RowArray() = default;
-  // `most`: how many rows there may be; `width`: how many values a row has; `fill`: what they are at first.
+  // `most`: the largest number of rows; `width`: values of a row; `fill`: their initial value.
   RowArray(i64 most, i64 width, T fill = T())
       : most_(most), width_(width), fill_(std::move(fill)), values_(std::allocator<T>().allocate(most * width)) {}
   ~RowArray() {
@@ -35,7 +34,7 @@ class RowArray {
   const T& operator[](i64 row) const { return *of(row); }
   i64 size() const { return size_; }
 
-  // To `rows`, if there are fewer; needs no memory.
+  // Adds rows until there are `rows`. Needs no memory.
   void grow(i64 rows) {
     for (; size_ < rows; ++size_) {
       if constexpr (std::is_copy_constructible_v<T>) {

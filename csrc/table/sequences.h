@@ -1,15 +1,17 @@
-// Sequences: handles and lengths. A handle is an int32 that counts the sequences of an allocator, so that it is given
-// out once: a handle kept after free() is recognised for ever (invariant 8). Handles run from 1 to 2^31 - 1 and then
-// from -2^31 to -2, more than four thousand million in all; 0 and -1, which callers like for nobody, are none.
+// Sequences: handles and lengths. A handle is an int32 that counts the sequences of an allocator. Each is used once, so
+// a handle kept after free() is recognised for ever (invariant 8). Handles run from 1 to 2^31 - 1 and then from -2^31
+// to -2, more than four thousand million. 0 and -1, which callers often use for "none", are not handles.
 //
-// A table of four slots for each place says where a live handle's sequence stands: slot `handle modulo slots`. The next
-// handle is the next number whose slot is free. Of all numbers, those skipped are at most a quarter.
+// A sequence also has an index below max_sequences, which is used again. A hash table maps handles to indices: it has
+// four slots for each index, and a live handle is in slot `handle modulo slots`. The next handle is the next number
+// whose slot is free; at most a quarter of all numbers are skipped.
 #pragma once
 
 #include <ctime>
 #include <string>
 #include <vector>
 
+#include "base/check.h"
 #include "base/digest.h"
 #include "base/ops.h"
 #include "base/zero_vector.h"
@@ -22,7 +24,7 @@ class Sequences {
     i64 tokens = 0, committed = 0, front = 0;
   };
 
-  // `first` is the number that counting starts from; for tests.
+  // `first`: the number of the first handle, for tests.
   Sequences(i64 max_sequences, i64 groups, i64 first = 1)
       : groups_(groups),
         next_(first),
@@ -33,71 +35,74 @@ class Sequences {
     i64 slots = 4;
     while (slots < 4 * max_sequences) slots *= 2;
     slots_.resize(slots);
-    slots_[0].handle = nobody(0);
+    slots_[0].handle = free_mark(0);
     free_count_ = max_sequences;
   }
 
   i64 capacity() const { return static_cast<i64>(handles_.size()); }
   i64 count() const { return capacity() - free_count_; }
-  i64 opened() const { return next_; }  // grows with every sequence that is opened
+  i64 opened() const { return next_; }  // grows with each sequence that is opened
   bool live(i64 index) const { return handles_[index] != kNone; }
-  i64 handle_of(i64 index) const { return handles_[index]; }  // of a place that is taken
+  i64 handle_of(i64 index) const { return handles_[index]; }  // REQUIRES: live(index)
 
   bool is_live(i64 handle) const { return slots_[slot_of(handle)].handle == handle; }
-  // The place a handle stands for. StaleHandle when it was freed or never given out.
+  // Returns the index of a handle. Throws StaleHandle if it was freed or never existed.
   i64 index(i64 handle) const {
     const Slot& slot = slots_[slot_of(handle)];
     if (slot.handle != handle) throw_stale(handle);
-    return slot.place;
+    return slot.index;
   }
 
-  // Of one group; of the next sequence, as many entries on as there are groups. For loops over many.
+  // The lengths in one group, for loops over many sequences: those of the next index follow groups_ entries later.
   Lengths* lengths(i64 group, i64 index) { return &lengths_[index * groups_ + group]; }
   const Lengths* lengths(i64 group, i64 index) const { return &lengths_[index * groups_ + group]; }
 
-  // The place of a handle that is live, or was until the call in progress.
-  i64 place_of(i64 handle) const { return slots_[slot_of(handle)].place; }
+  // Returns the index of a handle that is live, or was when the call in progress began.
+  i64 place_of(i64 handle) const { return slots_[slot_of(handle)].index; }
 
-  // No sequence is opened any more.
+  // No sequence can be opened from now on.
   void close() { next_ = kLast + 1, closed_ = true; }
 
-  // The handle the next sequence gets. OutOfMemory when all places are taken; SpecError when all handles have been.
+  // Returns the handle of the next sequence. Throws OutOfMemory if all indices are in use, SpecError if all handles
+  // have been used, StaleHandle after close().
   i64 next_handle() const {
     if (free_count_ == 0 || next_ > kLast) refuse_more();
     return handle_of_number(next_);
   }
 
-  // An open or close that is taken back leaves all as it was: the order of places and the next handle too.
+  // Undoing an open or close restores the order of free indices and the next handle too.
   void on_open(i64 handle, bool undo) {
     if (!undo && (free_count_ == 0 || next_ > kLast || handle_of_number(next_) != handle)) refuse_open(handle);
     --free_count_;
-    const i64 place = free_at(undo ? wrap(head_ + free_count_) : head_);
+    const i64 index = free_at(undo ? wrap(head_ + free_count_) : head_);
     if (!undo) head_ = wrap(head_ + 1);
-    handles_[place] = handle;
-    if (!undo) opened_at_[place] = now_ns();
-    slots_[slot_of(handle)] = {static_cast<i32>(handle), static_cast<i32>(place)};
-    // Passes what is taken now, not when it is asked for: taken back, this call knows what came before it.
+    KVMEM_ASSERT(!live(index) && !is_live(handle), "the index and the handle are free");
+    handles_[index] = handle;
+    if (!undo) opened_at_[index] = now_ns();
+    slots_[slot_of(handle)] = {static_cast<i32>(handle), static_cast<i32>(index)};
+    // Slots in use are skipped here, not in next_handle(), so that undoing knows the number before.
     while (!undo && next_ <= kLast && !is_free(next_)) ++next_;
   }
 
   void on_close(i64 handle, bool undo) {
-    const i64 place = index(handle), slot = slot_of(handle);
-    handles_[place] = kNone;
-    slots_[slot].handle = nobody(slot);
+    const i64 freed = index(handle), slot = slot_of(handle);
+    handles_[freed] = kNone;
+    slots_[slot].handle = free_mark(slot);
     if (undo) {
       next_ = number_of(handle);
       head_ = wrap(head_ + capacity() - 1);
-      set_free(head_, place);
+      set_free(head_, freed);
     } else {
-      set_free(wrap(head_ + free_count_), place);
+      set_free(wrap(head_ + free_count_), freed);
     }
     ++free_count_;
+    KVMEM_ASSERT(free_count_ <= capacity() && !is_live(handle), "an index is freed once");
   }
 
-  // How long ago the sequence was opened, to some milliseconds.
+  // Returns how long ago the sequence was opened, to some milliseconds.
   double age_seconds(i64 index) const { return static_cast<double>(now_ns() - opened_at_[index]) * 1e-9; }
 
-  // Per group: tokens held or reserved, how many of them are valid, and the first one still kept (windows).
+  // In one group: tokens for which there is room, how many of them are committed, and the first that a window retains.
   i64& tokens(i64 index, i64 group) { return lengths_[index * groups_ + group].tokens; }
   i64& committed(i64 index, i64 group) { return lengths_[index * groups_ + group].committed; }
   i64& front(i64 index, i64 group) { return lengths_[index * groups_ + group].front; }
@@ -117,33 +122,33 @@ class Sequences {
 
  private:
   struct Slot {
-    i32 handle = 0, place = 0;
+    i32 handle = 0, index = 0;
   };
-  static constexpr i64 kNone = 0;  // no handle
+  static constexpr i64 kNone = 0;  // not a handle
   static constexpr i64 kLast = (i64{1} << 32) - 2;
 
   static i64 handle_of_number(i64 number) { return static_cast<i32>(static_cast<std::uint32_t>(number)); }
   static i64 number_of(i64 handle) { return static_cast<std::uint32_t>(handle); }
   i64 slot_of(i64 handle) const { return handle & (static_cast<i64>(slots_.size()) - 1); }
-  bool is_free(i64 number) const { return slots_[slot_of(number)].handle == nobody(slot_of(number)); }
-  // What a free slot holds: a number whose own slot is another one, so no handle equals it. 0 wherever that can be, so
-  // that slots which were never used take no memory.
-  static i32 nobody(i64 slot) { return slot == 0 ? 1 : 0; }
-  // Entry `at` of the ring of free places. At first it is `at` itself, and all entries are zero bits.
+  bool is_free(i64 number) const { return slots_[slot_of(number)].handle == free_mark(slot_of(number)); }
+  // The content of a free slot: a number that belongs to another slot, so that no handle equals it. It is 0 where
+  // possible, so that slots which were never used take no memory.
+  static i32 free_mark(i64 slot) { return slot == 0 ? 1 : 0; }
+  // Entry `at` of the ring of free indices. It is stored relative to `at`, so that the initial ring is all zero bits.
   i64 free_at(i64 at) const { return at + free_[at]; }
-  void set_free(i64 at, i64 place) { free_[at] = static_cast<i32>(place - at); }
+  void set_free(i64 at, i64 index) { free_[at] = static_cast<i32>(index - at); }
 
-  // A place in the ring, of less than twice as many. Not by division, which every admission and end would make.
+  // Returns `at` modulo capacity(). REQUIRES: at < 2 * capacity(). A division would take longer.
   i64 wrap(i64 at) const { return at < capacity() ? at : at - capacity(); }
 
-  // As the kernel last noted it: reading it costs a tenth of reading the clock itself.
+  // The kernel's coarse clock, which costs a tenth of the exact one.
   static i64 now_ns() {
     timespec now{};
     clock_gettime(CLOCK_MONOTONIC_COARSE, &now);
     return now.tv_sec * 1'000'000'000 + now.tv_nsec;
   }
 
-  // The errors, kept out of the way of what is called for every token.
+  // Errors, out of line because their callers are inlined everywhere.
   [[noreturn, gnu::cold, gnu::noinline]] static void throw_stale(i64 handle) {
     throw StaleHandle("sequence handle " + std::to_string(handle) +
                       " is not live: it was freed, or this allocator never gave it out");
@@ -165,13 +170,13 @@ class Sequences {
 
   const i64 groups_;
   i64 next_;                 // the number of the next handle
-  ZeroVector<Slot> slots_;   // by number, modulo how many there are
-  ZeroVector<i64> handles_;  // of the live sequence at each place
+  ZeroVector<Slot> slots_;   // by handle, modulo their number
+  ZeroVector<i64> handles_;  // by index
   bool closed_ = false;
-  ZeroVector<i64> opened_at_;  // by place, in ns; tells people how old a sequence is, and decides nothing
-  ZeroVector<i32> free_;       // a ring of free places, oldest at head_; see free_at()
+  ZeroVector<i64> opened_at_;  // by index, in ns; reported only
+  ZeroVector<i32> free_;       // ring of free indices, the oldest at head_; see free_at()
   i64 head_ = 0, free_count_ = 0;
-  ZeroVector<Lengths> lengths_;  // [place][group]: read and written together in every step
+  ZeroVector<Lengths> lengths_;  // [index][group]
 };
 
 }  // namespace kvmem

@@ -1,4 +1,4 @@
-// Counting memory that several sequences hold, each byte once.
+// Counts memory that several sequences share, each byte once.
 #pragma once
 
 #include <algorithm>
@@ -8,17 +8,17 @@
 
 namespace kvmem {
 
-// What one sequence has in a page or block that is referred to more than once: [from, to), in any one unit.
+// One sequence's part [from, to) of a page or block (a piece) with several references, in any one unit.
 struct SharedPart {
   i64 piece = 0, from = 0, to = 0;
 };
 
 struct SharedCount {
-  i64 length = 0;  // of all parts, overlaps counted once
-  i64 pieces = 0;  // that more than one part lies in
+  i64 length = 0;  // the sum of all parts, overlaps counted once
+  i64 pieces = 0;  // pieces with more than one part
 };
 
-// Parts may overlap or leave gaps: one sequence's window has left the front of a page, another was truncated there.
+// Parts may overlap or leave gaps, since windows start and sequences end within a piece.
 inline SharedCount count_shared(std::vector<SharedPart>& parts) {
   std::sort(parts.begin(), parts.end(), [](const SharedPart& x, const SharedPart& y) {
     return x.piece != y.piece ? x.piece < y.piece : x.from < y.from;

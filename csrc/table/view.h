@@ -1,4 +1,4 @@
-// What a backend shows of a group's page table. A batch reads it, entry by entry, without asking which backend it is.
+// A group's page table as batches read it, without knowing the backend.
 #pragma once
 
 #include <algorithm>
@@ -7,18 +7,18 @@
 
 namespace kvmem {
 
-// Where one sequence's entries of one group lie, for kernels.
+// One sequence's entries of one group.
 struct Placement {
-  const i32* blocks = nullptr;  // paged: the block table's row
-  i64 first_block = 0;          // virtual: the row's first block; the others follow
-  i64 row = -1;                 // virtual: the row, -1 where there are none
-  i64 version = 0;              // while it stays, entries are only added at the end
+  const i32* blocks = nullptr;  // paged: the sequence's row of the block table
+  i64 first_block = 0;          // virtual: id of the row's first block; consecutive ids follow
+  i64 row = -1;                 // virtual: the row; paged: -1
+  i64 version = 0;              // while it is equal, entries were only appended
 };
 
-// The page table of one group, as a batch reads it: a function from the sequence's place to its entries.
+// A function from a sequence's index to its entries.
 struct TableView {
   const i32* table = nullptr;               // paged: entries, `stride` of them for each sequence
-  const std::uint32_t* versions = nullptr;  // paged: [sequence][group], from this group on
+  const std::uint32_t* versions = nullptr;  // paged: [sequence][group], starting at this group
   i64 stride = 0, groups = 0;
   const i32* rows = nullptr;  // virtual: the row of each sequence, -1 for none yet
   i64 row_blocks = 0;

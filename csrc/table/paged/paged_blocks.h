@@ -1,12 +1,11 @@
-// The metadata of the paged backend: the block tables, what each block is (unbacked, ready, referenced, cached) and
-// which pages lie under it. paged_table.cpp decides; the mappings and table entries it pushes come back through on_map,
-// on_unmap and apply, and change here only, as does what it takes with take_ready() and attach().
+// The metadata of the paged backend: the block tables, the state of each block, and the pages under them. It decides
+// nothing: PagedTable does, and every change is made by a function below.
 //
-// Changed by records: pages, table entries, references, nodes. By the journal: the order of snapshots, which ready
-// blocks were put off, fences, copy_tail_. Derived: backed, ready, slots, counts; cursor, which only says where to look
-// first.
+// Undone by ops: pages, table entries, references, content. Undone by the journal: the order of snapshots, which ready
+// blocks are deferred, fences. Derived: backed, ready, slots, counts; the cursor, which only says where to search.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
@@ -17,42 +16,45 @@
 #include "base/id_list.h"
 #include "base/ready_blocks.h"
 #include "base/zero_vector.h"
-#include "table/page_table.h"
+#include "table/arenas.h"
+#include "table/growth_marks.h"
 
 namespace kvmem {
 
+// A slot of the arenas of one SlotClass. Blocks touch a slot if any byte of them lies on it.
 struct SlotInfo {
-  i32 mapped = 0;  // in how many of the arenas it is mapped (all or none, between calls)
+  i32 mapped = 0;  // in how many of the arenas (all or none, between calls)
   i32 users = 0;   // referenced blocks that touch it
-  i32 cached = 0;  // cached blocks that touch it, which nobody refers to
+  i32 cached = 0;  // cached, unreferenced blocks that touch it
 };
 
 struct BlockInfo {
   i32 refs = 0;
-  ZeroId node;  // what the block holds, kNoNode for nothing that is known
+  ZeroId node;  // its content, kNoNode if that is not known
 };
 
+// The arenas of a group whose blocks have equal size. They are mapped together and share one array of slots.
 struct SlotClass {
   i64 block_bytes = 0;
   std::vector<i64> arenas;  // numbers within the table
   ZeroVector<SlotInfo> slots;
-  i64 hold_from = 0, hold_to = 0;  // slots being prepared at this moment: not to be spilled
-  i64 counted_to = 0;              // scratch of a decision: slots before it have been looked at
+  i64 backing_from = 0, backing_to = 0;  // slots that the decision in progress maps: they must not be reclaimed
 };
 
+// The blocks of a group.
 struct Blocks {
   explicit Blocks(Journal& journal) : ready(journal), snapshots(journal) {}
 
   i64 max_blocks = 0, tokens = 0, per_sequence = 0;
-  i64 unit = 0, parts = 1;  // tokens of a node, and how many of these blocks they are
-  i64 place = 0;            // of its first among the blocks of a node
+  i64 unit = 0, parts = 1;  // tokens of a node, and how many blocks they take
+  i64 first_part = 0;       // index of the first among the blocks of a node, all groups
+  i32 window = -1;          // the group's number among those with a sliding window
   ZeroVector<BlockInfo> info;
   ZeroVector<std::uint8_t> backed;
   ReadyBlocks ready;
-  i32 window = -1;   // its number among the groups with a sliding window
-  IdList snapshots;  // of a fixed state at tokens that are in use: no table entry refers to them
+  IdList snapshots;  // of a fixed state: blocks in no table that may be evicted although their tokens are in use
   std::vector<SlotClass> classes;
-  i64 cached = 0;                // cached blocks that nobody refers to
+  i64 cached = 0;                // cached, unreferenced blocks
   i64 cursor = kReservedBlocks;  // no unbacked block lies below
   i64 extra_refs = 0;            // references beyond the first, all blocks
   i64 fence = 0;                 // the device may use freed blocks until it has passed
@@ -64,117 +66,48 @@ struct Entries {
   i64 group, index, first, count;
 };
 
-struct BlockMove {
-  i32 from, to;
-};
-
-class PagedBlocks : public PageTable {
+class PagedBlocks : public TableContext {
  public:
-  PagedBlocks(const Geometry& geometry, PagePool& pool, const Sequences& sequences, PrefixIndex& index);
-  ~PagedBlocks() override;
+  PagedBlocks(const TableContext& context, GrowthMarks& marks);
+  ~PagedBlocks();
+  PagedBlocks(const PagedBlocks&) = delete;
+  PagedBlocks& operator=(const PagedBlocks&) = delete;
 
-  bool has_reserved(i64 group) const override {
-    return blocks_[group].backed[kNullBlock] && blocks_[group].backed[kPaddingBlock];
-  }
-
-  bool is_whole(const Op& op) const override;
-  std::unique_ptr<FollowRules> rules(const FollowedLengths& lengths) override;  // paged_follow.cpp
-  bool owns(i32 arena) const override {
-    return arena >= base_arena_ && arena - base_arena_ < static_cast<i32>(pages_.size());
-  }
-  i64 sequence_at(const Op&) const override { return -1; }  // what a table shows cannot be unmapped
-  bool has_memory(i64) const override { return false; }     // but for its entries
-  bool holds(i64 index, i64 group) const override;
-  void check_tail_again(i64 index, i64 group) override {
-    set_copy_tail(index, group, true);
-    reset_room(index, group);
-  }
-  void note_released(const Op& op) override {
-    if (op.kind == OpKind::block && op.d != 0) set_fence(blocks_[op.at], pool_.fence());
-  }
-  void apply(const Op& op, bool undo) override;
-  void on_front(i64, i64, i64, i64, bool) override {}  // table entries say what a window needs
-  void pin_end(i32, bool) override {}
-  bool is_mapped(i32 arena, i64 slot, i64 count) const override;
-  void on_map(const Op& op) override { change(op, true); }
-  void on_unmap(const Op& op) override { change(op, false); }
-  void on_content(const Op& op, bool undo) override;
-  void on_taken_back() override {
-    let_go(true);
-    PageTable::on_taken_back();
-  }
-  void finish(bool committed) override {
-    let_go(false);
-    if (!dropped_.empty()) wipe_dropped();
-    finish_cuts();
-    index_.finish(committed);
-  }
-  bool can_evict(const Op& op) const override {
-    const i32 node = static_cast<i32>(op.a);
-    return block_of(node, op.b, op.d) == op.c && (!is_referenced(node, op.b) || !index_.used(node));
-  }
-
-  i64 offset_bytes(i64 index, i64 group, i64 a, i64 token) const override {
-    const Blocks& b = blocks_[group];
-    const i64 bytes = geometry_.groups[group].token_bytes[a];
-    return (entry(index, group, quotient(token, b.tokens)) * b.tokens + remainder(token, b.tokens)) * bytes;
-  }
-
-  TableView view(i64 group) const override {
-    TableView v;
-    v.table = blocks_[group].table.get(), v.stride = blocks_[group].per_sequence;
-    v.versions = &version_[group], v.groups = groups_;
-    return v;
-  }
-
-  i64 common_blocks(i64 a, i64 b, i64 group, i64 known) const override;
-  i64 block_key(i64 index, i64 group, i64 block) const override { return entry(index, group, block); }
-  i64 tokens_that_fit(i64 index, i64 group, i64 pages) const override;
-  i64 parked_pages() const override { return idle_pages_; }
-  i64 compact(i64 pages, Transaction& tx) override;  // paged_compact.cpp
-  void count_bytes(i64* used_bytes, i64* shared_bytes) const override;
-  i64 held_bytes() const override;
-  i64 beside_bytes() const override;
-  i64 cached_bytes(const Blocks& b, const SlotClass& c, i64 slot) const;
-  i64 first_arena(i64 group) const override { return base_arena_ + first_[group]; }
-  i64 mapped_extent_slots(i64 group, i64 arena_in_group) const override;
-  void check(std::vector<std::string>* out) const override;
-  void digest(Hasher& hash) const override;  // paged_check.cpp
-
- protected:
-  i64 page_bytes() const { return geometry_.page_bytes; }
-  i32 arena(i64 a) const { return static_cast<i32>(base_arena_ + a); }
+  // ---- state ----
+  const Blocks& operator[](i64 group) const { return blocks_[group]; }
   i32 entry(i64 index, i64 g, i64 ordinal) const { return blocks_[g].table[index * blocks_[g].per_sequence + ordinal]; }
-  i64 first_slot(const SlotClass& c, i64 block) const { return quotient(block * c.block_bytes, page_bytes()); }
-  i64 end_slot(const SlotClass& c, i64 block) const { return ceil_div((block + 1) * c.block_bytes, page_bytes()); }
-
-  bool idle(const SlotClass& c, i64 slot) const {
-    return c.slots[slot].mapped > 0 && c.slots[slot].users == 0 && c.slots[slot].cached == 0 &&
-           (slot < c.hold_from || slot >= c.hold_to);
-  }
-
-  // The block of a group that holds the node's tokens, or the given part of them; 0 for none. All parts are there, or
-  // none.
+  const std::uint32_t* versions(i64 group) const { return &version_[group]; }  // of index 0; one for each group follows
+  i64 page(i64 a, i64 slot) const { return pages_[a][slot]; }                  // -1 where nothing is mapped
+  const ZeroVector<ZeroId>& pages(i64 a) const { return pages_[a]; }
+  // Mapped pages under no referenced block; and those that are under no cached block either.
+  i64 unreferenced_pages() const { return unreferenced_pages_; }
+  i64 empty_pages() const { return empty_pages_; }
+  // The block of a group with the given part of the node's tokens; 0 for none. A group has all parts of a node or none.
   i32 block_of(i32 node, i64 g, i64 part = 0) const {
-    const std::size_t at = node * stride_ + blocks_[g].place + part;
+    const std::size_t at = node * stride_ + blocks_[g].first_part + part;
     return at < block_of_.size() ? block_of_[at] : 0;
   }
-  void set_copy_tail(i64 index, i64 group, bool look) {
-    pool_.journal.set(copy_tail_[index * groups_ + group], static_cast<std::uint8_t>(look));
-  }
-  // A live sequence of before the transaction leaves the block: should the driver fail, it is there again. So nobody
-  // writes to the block before the transaction ends, and after the last sequence it stays in use till then.
-  void keep_bytes(i64 group, i64 block) {
-    const bool last = blocks_[group].info[block].refs == 1;
-    kept_.push_back({group, block, last});
-    if (last) acquire(blocks_[group], block);
-  }
+  // Whether the transaction in progress keeps the block's bytes.
   bool is_kept(i64 group, i64 block) const {
     return std::any_of(kept_.begin(), kept_.end(),
                        [&](const Kept& kept) { return kept.group == group && kept.block == block; });
   }
-  void set_fence(Blocks& b, i64 fence) { pool_.journal.set(b.fence, fence); }
-  // Whether table entries refer to some block of the node.
+
+  // ---- derived from it ----
+  i64 first_slot(const SlotClass& c, i64 block) const { return quotient(block * c.block_bytes, page_bytes()); }
+  i64 end_slot(const SlotClass& c, i64 block) const { return ceil_div((block + 1) * c.block_bytes, page_bytes()); }
+  bool is_empty(const SlotClass& c, i64 slot) const {
+    return c.slots[slot].mapped > 0 && c.slots[slot].users == 0 && c.slots[slot].cached == 0 &&
+           (slot < c.backing_from || slot >= c.backing_to);
+  }
+  const SlotClass& class_of(i64 a) const;
+  bool has_reserved(i64 group) const {
+    return blocks_[group].backed[kNullBlock] && blocks_[group].backed[kPaddingBlock];
+  }
+  bool is_mapped(i64 a, i64 slot, i64 count) const;
+  bool is_whole(const Op& op) const;
+  bool holds(i64 index, i64 group) const;
+  // Whether a table entry refers to a block of the node.
   bool is_referenced(i32 node, i64 g) const {
     for (i64 part = 0; part < blocks_[g].parts; ++part) {
       const i32 block = block_of(node, g, part);
@@ -182,95 +115,120 @@ class PagedBlocks : public PageTable {
     }
     return false;
   }
-  // Table entries [first, end) of a sequence of so many tokens are blocks of a node that it does not fill: those of
-  // them that others read are copied before it grows. So no block ever belongs to two nodes.
+  bool can_evict(const Op& op) const {
+    const i32 node = static_cast<i32>(op.a);
+    return block_of(node, op.b, op.d) == op.c && (!is_referenced(node, op.b) || !index_.used(node));
+  }
+  // Entries [first_of_tail, end_of_tail) of a sequence of `tokens` tokens are blocks of a node that it fills in part.
+  // Those that others read are copied before it grows, so that no block ever belongs to two nodes.
   i64 first_of_tail(const Blocks& b, i64 tokens) const { return quotient(tokens, b.unit) * b.parts; }
   i64 end_of_tail(const Blocks& b, i64 tokens) const { return ceil_div(tokens, b.tokens); }
-  // The next ready block, or the next run of at most so many, becomes these entries; returns how many.
-  i64 take_ready(Blocks& b, i32* entry);
-  i64 take_ready(Blocks& b, i64 most, i32* entries);
-  // The node's tokens, or the given part of them, lie in the block from now on; and the inverse. The first part comes
-  // first and goes last: the index counts by it.
-  void attach(i64 g, i32 node, i32 block, i64 part, bool undo);
-  void detach(i64 g, i32 node, i32 block, i64 part, bool undo);
-  // The snapshot waits to be given up as the last of those that wait.
-  void list_snapshot(Blocks& b, i64 block);
-
-  const Geometry& geometry_;
-  PagePool& pool_;
-  const Sequences& sequences_;
-  i32 base_arena_ = 0;
-  i64 stride_ = 0;                         // blocks of a node, all groups
-  std::vector<i32> block_of_;              // [node][group][part]
-  std::vector<i64> first_;                 // first arena of each group, and one past the last
-  std::vector<Blocks> blocks_;             // by group
-  std::vector<ZeroVector<ZeroId>> pages_;  // [arena][slot], -1 where nothing is mapped
-  ZeroVector<std::uint8_t> copy_tail_;     // [sequence][group]: look whether the tail block is shared before writing
-  ZeroVector<std::uint32_t> version_;      // [sequence][group]: counts the entries that were replaced or taken out
-  i64 idle_pages_ = 0;                     // mapped, but under no referenced block
-  i64 spare_pages_ = 0;                    // and under no cached one
-
-  // Of an allocator that follows another: whether that one may have the block cached, besides the table that shows it.
-  bool may_be_cached(i64 g, i64 block) const { return !whole_.empty() && whole_.count(whole_key(g, block)) > 0; }
-
- private:
-  class Rules;
-  // Of an allocator that follows another, by group and block: the place where the block was last committed whole, as
-  // long as nothing has been written to it since.
-  std::unordered_map<i64, i64> whole_;
-  static i64 whole_key(i64 g, i64 block) { return g << 32 | block; }
-  struct Kept {
-    i64 group, block;
-    bool in_use;  // it counts as one more reference
+  // Whether nothing but its one sequence reads the block.
+  bool is_own(const Blocks& b, i64 block) const { return b.info[block].refs <= 1 && b.info[block].node == kNoNode; }
+  // The lowest block with missing pages, or max_blocks; and how many pages a block misses.
+  i64 first_unbacked(i64 group);
+  i64 missing_pages(i64 group, i64 block) const;
+  // Returns the unbacked blocks from `first` on, at most `wanted`, for which `room` pages suffice (but at least the
+  // first), and how many pages they miss.
+  struct Run {
+    i64 end, pages;
   };
-  std::vector<Kept> kept_;        // by keep_bytes()
-  std::vector<Entries> dropped_;  // by the transaction in progress; they stand in the table until it ends
+  Run unbacked_run(i64 group, i64 first, i64 wanted, i64 room) const;
 
-  i64 group_of(i64 a) const {
-    i64 g = 0;
-    while (a >= first_[g + 1]) ++g;
-    return g;
+  // ---- changes that ops describe ----
+  void on_map(const Op& op) { change(op, true); }
+  void on_unmap(const Op& op) { change(op, false); }
+  void apply(const Op& op, bool undo);  // block, acquire, drop
+  void on_copy(const Op& op, bool undo);
+  // The next ready blocks, at most `most` consecutive ones, become entries from `first` on, which were none; returns
+  // how many. REQUIRES: there is a ready block. May throw std::bad_alloc, and has changed nothing then.
+  struct Allocated {
+    i64 block, count;
+  };
+  Allocated allocate(i64 index, i64 group, i64 first, i64 most);
+  // The given part of the node's tokens lies in the block from now on. Part 0 is attached first and detached last,
+  // because the index counts it. May throw std::bad_alloc, and has changed nothing then.
+  void attach(i64 g, i32 node, i32 block, i64 part, bool undo);
+
+  // ---- other changes; the journal undoes those of fences and lists ----
+  void set_fence(i64 group, i64 fence) { pool_.journal.set(blocks_[group].fence, fence); }
+  // A sequence that was live before the transaction leaves the block. If the driver fails, it will have it again: the
+  // block is not overwritten before the transaction ends, and stays in use if the sequence was the last.
+  void keep_bytes(i64 group, i64 block) {
+    const bool last = blocks_[group].info[block].refs == 1;
+    kept_.push_back({group, block, last});
+    if (last) acquire(blocks_[group], block, false);
+  }
+  // The pages under blocks [first, end) are being mapped; that has ended.
+  void begin_backing(i64 group, i64 first, i64 end);
+  void end_backing(i64 group);
+  // A snapshot may be evicted, as the last of those that may; it may not.
+  void list_snapshot(i64 group, i64 block) { blocks_[group].snapshots.add_last(block); }
+  void unlist_snapshot(i64 group, i64 block) { blocks_[group].snapshots.remove(block); }
+  // Ready blocks on empty pages are allocated after all others, so that these pages stay empty.
+  void defer_empty_pages(i64 group);
+  void undo_kept() { release_kept(true); }
+  void finish();
+
+  void check(i64 owned_pages, std::vector<std::string>* out) const;
+  void digest(Hasher& hash) const;
+
+  // In an allocator that follows another: the index at which a block was last committed whole, as long as nothing has
+  // been written to it since. The leader may have such a block cached besides the table that contains it.
+  std::unordered_map<i64, i64> followed_whole;
+  static i64 whole_key(i64 g, i64 block) { return g << 32 | block; }
+  bool may_be_cached(i64 g, i64 block) const {
+    return !followed_whole.empty() && followed_whole.count(whole_key(g, block)) > 0;
   }
 
-  const SlotClass& class_of(i64 a) const;
+ private:
+  struct Kept {
+    i64 group, block;
+    bool referenced;  // with one more reference
+  };
+
   void add_group(const GroupGeometry& group);
-  template <i32 kUsers, i32 kKept>
-  void use(SlotClass& c, i64 first, i64 n);
-  template <i32 kUsers, i32 kKept>
+  template <i32 kUsers, i32 kCached>
+  void count_on(SlotClass& c, i64 first, i64 n);
+  template <i32 kUsers, i32 kCached>
   void count(Blocks& b, i64 first, i64 n);
-  // Nobody refers to the block: it is cached now, or no longer.
-  void count_cached(Blocks& b, i64 block);
-  void uncount_cached(Blocks& b, i64 block);
-  // A cached block to which nobody referred is no longer that.
+  // An unreferenced block becomes cached; is no longer cached; is no longer cached, because it is referenced.
+  void enter_cached(Blocks& b, i64 block);
+  void leave_cached(Blocks& b, i64 block);
   void unlist(Blocks& b, i64 block) {
+    KVMEM_ASSERT(b.cached > 0, "cached blocks are counted");
     if (b.snapshots.has(block)) b.snapshots.remove(block);
     --b.cached;
   }
-  void acquire(Blocks& b, i64 block, bool undo = false);
+  void acquire(Blocks& b, i64 block, bool undo);
   void drop(Blocks& b, i64 block, bool undo);
-  void let_go(bool undo) {
-    if (kept_.empty()) return;
-    for (const Kept& kept : kept_) {
-      if (kept.in_use) drop(blocks_[kept.group], kept.block, undo);
-    }
-    kept_.clear();
-  }
-  void shift(i64 g, i32 node, i64 from, i64 to);
-  void acquire_again(const Entries& entries);
+  void acquire_again(const Entries& entries);  // undoes drop_all()
   void drop_all(const Entries& entries);
-  void take_back(const Entries& entries);
-  void wipe_dropped();
-  void move(i64 g, const std::vector<BlockMove>& moves, Transaction& tx);
-  void use_last(Blocks& b);
+  void take_back(const Entries& entries);  // undoes allocate()
+  void detach(i64 g, i32 node, i32 block, i64 part, bool undo);
+  void shift(i64 g, i32 node, i64 from, i64 to);
+  void release_kept(bool undo);
   void change(const Op& op, bool mapped);
-  // Trash slots have users before they are mapped; taking such a mapping back must be possible.
-  bool growing(const Op& op) const {
-    return op.a * page_bytes() < kReservedBlocks * biggest_block(op.at - base_arena_);
-  }
-  i64 biggest_block(i64 a) const;
+  // Whether a map or unmap is of the reserved blocks, which have users before they are mapped.
+  bool is_of_reserved(const Blocks& b, const Op& op) const;
+  void update_backed(Blocks& b, const SlotClass& changed, i64 from, i64 to);
+  void check_tables(i64 g, std::vector<i32>* refs, std::vector<std::string>* out) const;
+  void check_blocks(i64 g, const std::vector<i32>& refs, std::vector<std::string>* out) const;
   void check_content(i64 g, std::vector<std::string>* out) const;
-  // Which blocks over the slots [from, to) of a class are backed now?
-  void refresh(Blocks& b, const SlotClass& changed, i64 from, i64 to);
+  struct PageCounts {
+    i64 mapped = 0, unreferenced = 0, empty = 0;
+  };
+  void check_slots(i64 g, const std::vector<i32>& refs, PageCounts* pages, std::vector<std::string>* out) const;
+
+  GrowthMarks& marks_;
+  std::vector<Blocks> blocks_;             // by group
+  i64 stride_ = 0;                         // blocks of a node, all groups
+  std::vector<i32> block_of_;              // [node][group][part]
+  std::vector<ZeroVector<ZeroId>> pages_;  // [arena][slot], -1 where nothing is mapped
+  ZeroVector<std::uint32_t> version_;      // [sequence][group]: counts the entries that were replaced or removed
+  i64 unreferenced_pages_ = 0, empty_pages_ = 0;
+  std::vector<Kept> kept_;        // by keep_bytes()
+  std::vector<Entries> dropped_;  // by the transaction in progress; they stay in the table until it ends
 };
 
 }  // namespace kvmem

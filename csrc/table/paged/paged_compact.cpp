@@ -1,16 +1,15 @@
-// Moving blocks together, so that pages come free as a whole. Pages are mapped and given back whole, but blocks of
-// sequences that began and ended in any order leave room in most of them.
+// Compaction: moving blocks together, so that whole pages become empty. Pages are mapped and unmapped whole, but
+// sequences that begin and end in any order leave free blocks on most of them.
 //
-// A block moves only into room in a page that stays in use, and once; so every page that is emptied is one more, and no
-// copy reads what another one has written. What sequences hold moves next to what sequences hold, since a page of
-// cached blocks alone can be had without moving anything. Everything is decided in an order that follows from the
-// metadata.
+// A block moves once, and only to a page that stays in use. So each emptied page is a gain, and no copy reads what
+// another one wrote. Referenced blocks move only to pages with referenced blocks, because a page of cached blocks can
+// be reclaimed without any copy. The plan depends on the metadata alone, so that it can be repeated.
 
 #include <algorithm>
 #include <functional>
 #include <utility>
 
-#include "table/paged/paged_blocks.h"
+#include "table/paged/paged_table.h"
 
 namespace kvmem {
 namespace {
@@ -21,11 +20,11 @@ std::vector<i32> all(const ReadyBlocks& ready) {
   return blocks;
 }
 
-// Which blocks of a group move where, decided on a copy of the counts.
+// Decides which blocks of a group move where, on a copy of the counts.
 class Plan {
  public:
-  Plan(const Blocks& blocks, i64 page_bytes)
-      : b_(blocks), page_bytes_(page_bytes), leaves_(blocks.max_blocks), taken_(blocks.max_blocks) {
+  Plan(const PagedBlocks& blocks, i64 group, i64 page_bytes)
+      : blocks_(blocks), b_(blocks[group]), page_bytes_(page_bytes), leaves_(b_.max_blocks), taken_(b_.max_blocks) {
     for (const SlotClass& c : b_.classes) {
       Use use;
       for (const SlotInfo& slot : c.slots)
@@ -35,7 +34,7 @@ class Plan {
     }
   }
 
-  // Empties pages, the ones with the fewest blocks first, until `pages` are; returns how many are.
+  // Empties pages, those with the fewest blocks first, until `pages` are empty; returns how many are.
   i64 run(i64 pages) {
     for (std::size_t k = 0; k < uses_.size() && emptied_ < pages; ++k) {
       find_room(k);
@@ -54,21 +53,19 @@ class Plan {
   }
 
  private:
-  // Per slot of a class: referenced blocks that touch it, those and the cached ones, and whether a block moves there.
+  // By slot of a class: its referenced blocks, its referenced and cached ones, and whether a block moves there.
   struct Use {
     std::vector<i32> users, live;
     std::vector<std::uint8_t> receives;
   };
 
-  i64 first_slot(const SlotClass& c, i64 block) const { return block * c.block_bytes / page_bytes_; }
-  i64 end_slot(const SlotClass& c, i64 block) const { return ceil_div((block + 1) * c.block_bytes, page_bytes_); }
   bool live(i64 block) const { return (b_.info[block].refs > 0 || b_.info[block].node != kNoNode) && !leaves_[block]; }
 
-  // A block comes to (+1) or leaves (-1) its pages.
+  // Counts a block on its pages, once more (+1) or less (-1).
   void count(i64 block, bool referenced, i32 sign) {
     for (std::size_t k = 0; k < uses_.size(); ++k) {
       const SlotClass& c = b_.classes[k];
-      for (i64 slot = first_slot(c, block); slot < end_slot(c, block); ++slot) {
+      for (i64 slot = blocks_.first_slot(c, block); slot < blocks_.end_slot(c, block); ++slot) {
         i32& live = uses_[k].live[slot];
         live += sign;
         if (live == 0 || (live == 1 && sign > 0)) emptied_ -= sign * static_cast<i64>(c.arenas.size());
@@ -77,25 +74,27 @@ class Plan {
     }
   }
 
-  // Whether the ready block lies in pages that are in use anyway.
+  // Whether all pages of a ready block are in use by other blocks.
   bool has_neighbours(i64 block, bool referenced) const {
     for (std::size_t k = 0; k < uses_.size(); ++k) {
       const SlotClass& c = b_.classes[k];
       const std::vector<i32>& use = referenced ? uses_[k].users : uses_[k].live;
-      for (i64 slot = first_slot(c, block); slot < end_slot(c, block); ++slot) {
+      for (i64 slot = blocks_.first_slot(c, block); slot < blocks_.end_slot(c, block); ++slot) {
         if (use[slot] == 0) return false;
       }
     }
     return true;
   }
 
-  // The ready blocks that could be moved to, those in the fullest pages first.
+  // Finds the ready blocks to which others may move, those on the fullest pages first.
   void find_room(std::size_t k) {
     room_.clear();
     for (i32 block : all(b_.ready)) {
       if (!taken_[block] && has_neighbours(block, false)) room_.push_back(block);
     }
-    const auto key = [&](i32 block) { return std::make_pair(-uses_[k].live[first_slot(b_.classes[k], block)], block); };
+    const auto key = [&](i32 block) {
+      return std::make_pair(-uses_[k].live[blocks_.first_slot(b_.classes[k], block)], block);
+    };
     std::sort(room_.begin(), room_.end(), [&](i32 x, i32 y) { return key(x) < key(y); });
     next_room_[0] = next_room_[1] = 0;
   }
@@ -111,7 +110,7 @@ class Plan {
     return slots;
   }
 
-  // What cannot be had now cannot be had later: pages in use only become fewer.
+  // Returns a block to move to, or -1. One that is refused now is never tried again: pages in use only become fewer.
   i64 take_room(bool referenced) {
     for (std::size_t& at = next_room_[referenced]; at < room_.size(); ++at) {
       const i32 block = room_[at];
@@ -123,7 +122,7 @@ class Plan {
     return -1;
   }
 
-  // Moves all blocks out of a page, or none.
+  // Moves all blocks away from a page, or none.
   void empty(std::size_t k, i64 slot) {
     const SlotClass& c = b_.classes[k];
     if (uses_[k].receives[slot]) return;
@@ -137,13 +136,13 @@ class Plan {
     std::vector<BlockMove> found;
     for (i64 block : leaving_) {
       const i64 to = take_room(b_.info[block].refs > 0);
-      if (to < 0) return unskip(found);
+      if (to < 0) return put_back(found);
       found.push_back({static_cast<i32>(block), static_cast<i32>(to)});
     }
     for (const BlockMove& move : found) settle(move);
   }
 
-  void unskip(const std::vector<BlockMove>& found) {
+  void put_back(const std::vector<BlockMove>& found) {
     for (const BlockMove& move : found) {
       taken_[move.to] = 0;
       count(move.to, b_.info[move.from].refs > 0, -1);
@@ -156,36 +155,38 @@ class Plan {
     moves_.push_back(move);
     for (std::size_t k = 0; k < uses_.size(); ++k) {
       const SlotClass& c = b_.classes[k];
-      for (i64 slot = first_slot(c, move.to); slot < end_slot(c, move.to); ++slot) uses_[k].receives[slot] = 1;
+      for (i64 slot = blocks_.first_slot(c, move.to); slot < blocks_.end_slot(c, move.to); ++slot)
+        uses_[k].receives[slot] = 1;
     }
   }
 
+  const PagedBlocks& blocks_;
   const Blocks& b_;
   const i64 page_bytes_;
   std::vector<Use> uses_;                     // by class
-  std::vector<std::uint8_t> leaves_, taken_;  // by block: it moves; something moves there
+  std::vector<std::uint8_t> leaves_, taken_;  // by block: it moves; another moves there
   std::vector<i32> room_;
-  std::size_t next_room_[2] = {0, 0};  // for cached blocks, and for referenced ones
-  std::vector<i64> leaving_;           // the page being emptied
+  std::size_t next_room_[2] = {0, 0};  // for cached and for referenced blocks
+  std::vector<i64> leaving_;           // the blocks of the page that is being emptied
   std::vector<BlockMove> moves_;
   i64 emptied_ = 0;
 };
 
 }  // namespace
 
-i64 PagedBlocks::compact(i64 pages, Transaction& tx) {
+i64 PagedTable::compact(i64 pages, Transaction& tx) {
   i64 emptied = 0;
   for (i64 g = 0; g < groups_ && emptied < pages; ++g) {
-    Plan plan(blocks_[g], page_bytes());
+    Plan plan(blocks_, g, page_bytes());
     emptied += plan.run(pages - emptied);
     if (const std::vector<BlockMove> moves = plan.moves(); !moves.empty()) move(g, moves, tx);
   }
   return emptied;
 }
 
-// `moves` is sorted by where from, so that neighbours that stay neighbours are copied at once.
-void PagedBlocks::move(i64 g, const std::vector<BlockMove>& moves, Transaction& tx) {
-  Blocks& b = blocks_[g];
+// REQUIRES: `moves` is sorted by `from`, so that neighbours that stay neighbours are copied together.
+void PagedTable::move(i64 g, const std::vector<BlockMove>& moves, Transaction& tx) {
+  const Blocks& b = blocks_[g];
   std::vector<i32> now(b.max_blocks, 0);
   for (const SlotClass& c : b.classes) {
     for (i64 a : c.arenas) {
@@ -204,47 +205,13 @@ void PagedBlocks::move(i64 g, const std::vector<BlockMove>& moves, Transaction& 
     if (!sequences_.live(index)) continue;
     const i64 end = ceil_div(sequences_.tokens(index, g), b.tokens);
     for (i64 ordinal = sequences_.front(index, g) / b.tokens; ordinal < end; ++ordinal) {
-      const i32 old = entry(index, g, ordinal);
+      const i32 old = blocks_.entry(index, g, ordinal);
       if (now[old] == 0) continue;
       tx.push({OpKind::block, static_cast<i32>(g), sequences_.handle_of(index), ordinal, now[old], old});
     }
   }
-  set_fence(b, tx.new_fence());  // the copies read what they have left
-  use_last(b);
-}
-
-// Ready blocks in pages that are empty are put off: the next sequence is to use other room first.
-void PagedBlocks::use_last(Blocks& b) {
-  for (i32 block : all(b.ready)) {
-    const auto in_empty_page = [&](const SlotClass& c) {
-      for (i64 slot = first_slot(c, block); slot < end_slot(c, block); ++slot) {
-        if (c.slots[slot].users + c.slots[slot].cached == 0) return true;
-      }
-      return false;
-    };
-    if (std::any_of(b.classes.begin(), b.classes.end(), in_empty_page)) b.ready.put_off(block);
-  }
-}
-
-// Takes the place of `from` in the list of snapshots too, so that what is given up next does not change.
-void PagedBlocks::shift(i64 g, i32 node, i64 from, i64 to) {
-  Blocks& b = blocks_[g];
-  const bool was = b.info[from].refs > 0, is = b.info[to].refs > 0;  // the table entries change before or after
-  if (b.window >= 0 && is && !was) index_.need(node, b.window);
-  if (b.snapshots.has(from)) b.snapshots.add_before(from, to);
-  if (b.info[to].refs == 0) {
-    b.ready.remove(to);
-    count_cached(b, to);
-  }
-  if (b.info[from].refs == 0) {
-    uncount_cached(b, from);
-    b.ready.add(from);
-  }
-  b.info[from].node = kNoNode;
-  b.info[to].node = node;
-  i32* const here = &block_of_[node * stride_ + b.place];
-  *std::find(here, here + b.parts, static_cast<i32>(from)) = static_cast<i32>(to);
-  if (b.window >= 0 && was && !is) index_.unneed(node, b.window, false);
+  blocks_.set_fence(g, tx.new_fence());  // the copies still read the old blocks
+  blocks_.defer_empty_pages(g);
 }
 
 }  // namespace kvmem

@@ -1,168 +1,193 @@
-// The paged backend (PagedAttention): a sequence is a list of blocks, which kernels read.
+// The paged backend (PagedAttention's idea): a sequence is a list of blocks, which kernels read.
 //
-// The arena is reserved addresses; only pages under blocks in use are backed. So a block is
+// The arenas are reserved addresses, and only pages under blocks in use are mapped. So a block is
 //   unbacked    some page under it is not mapped;
-//   ready       backed, and nobody refers to it: in the free list, lowest first (ready_blocks.h);
-//   cached      backed, nobody refers to it, but the content index knows what it holds;
-//   referenced  refs > 0 table entries (invariants 2 and 3), its content known or not.
-// Blocks and pages need not divide each other. Arenas of a group whose tokens have equal size are mapped in lockstep
-// and share their bookkeeping: one SlotClass.
+//   ready       backed, without reference or known content: in the free list, lowest first (ready_blocks.h);
+//   cached      backed and without reference, but the index knows its content;
+//   referenced  by table entries (invariants 2 and 3), whether its content is known or not.
+// Blocks and pages need not divide each other.
+//
+// This class decides; its state is PagedBlocks. paged_table.cpp: growing, shrinking, ending. paged_content.cpp:
+// adopting, publishing and evicting content. paged_reclaim.cpp: reclaiming memory. paged_compact.cpp: moving blocks.
+// paged_accounting.cpp: counting. paged_follow.cpp: the rules for another allocator's ops.
 #pragma once
 
-#include <algorithm>
 #include <limits>
+#include <memory>
+#include <string>
 #include <unordered_map>
 #include <utility>
 #include <vector>
 
+#include "table/page_table.h"
 #include "table/paged/paged_blocks.h"
 
 namespace kvmem {
 
-class PagedTable final : public PagedBlocks {
+struct BlockMove {
+  i32 from, to;
+};
+
+class PagedTable final : public PageTable {
  public:
-  using PagedBlocks::PagedBlocks;
+  PagedTable(const Geometry& geometry, PagePool& pool, const Sequences& sequences, PrefixIndex& index)
+      : PageTable(geometry, pool, sequences, index), blocks_(*this, marks_) {}
+
+  // ---- growth ----
   i64 find_room(i64 index, i64 group) override {
     const i64 tokens = sequences_.tokens(index, group);
-    if (copy_tail_[index * groups_ + group] || has_cut(index, group, tokens)) return 0;
+    if (marks_.copy_tail(index, group) || has_truncated(index, group, tokens)) return 0;
     return round_up(tokens, blocks_[group].tokens);
   }
   void grow(i64 index, i64 group, i64 old_tokens, i64 new_tokens, Transaction& tx) override;
-  void zero_cut(i64 index, i64 group, i64 tokens, Transaction& tx) override {
-    zero_cut(index, group, tokens, tokens, tx);
-  }
   void shrink(i64 index, i64 group, i64 old_tokens, i64 new_tokens, Transaction& tx) override;
-  void drop_front(i64 index, i64 group, i64 old_first, i64 first, Transaction& tx) override;
+  void advance_front(i64 index, i64 group, i64 old_first, i64 first, Transaction& tx) override;
   void share(i64 parent, i64 child, i64 group, i64 first, i64 tokens, Transaction& tx) override;
-  i64 find_row(const std::vector<i32>&, i64) const override { return 0; }
-  bool has_state(i32 node) const override;
-  // What is taken over is referred to, or kept from being given up, before any memory is looked for. The caller needs
-  // what windows hold of it.
-  void adopt(i64 index, const std::vector<i32>& chain, const Found& found, Transaction& tx) override;
-  bool has(i32 node, i64 group) const override { return block_of(node, group) != 0; }
-  // A block that is cached already takes the place of the sequence's own, so that its content is held once.
-  void publish(const std::vector<Published>& blocks, Transaction& tx) override;
-  void unpublish(i64, i32, Transaction&) override {}  // its blocks have left the table, or are marked to be copied
-  void evict(i32 node, Transaction& tx) override;
-  // Where it was all that there is of the node, the node goes with it.
-  void evict_window(i32 node, i32 window, Transaction& tx) override;
-  void evict_cut_ends(Transaction& tx) override;
-  void allow_eviction(i32 node) override {
-    for (i64 g = 0; g < groups_; ++g) {
-      if (const i32 block = has_state(g) ? block_of(node, g) : 0) offer_snapshot(blocks_[g], block);
-    }
-  }
-  void snapshot(i64 index, const std::vector<i32>& chain, Transaction& tx) override;
-  std::vector<i64> shared_pieces(i64 index, i64 group, i64 from, i64 end) const override;
   void close(i64 index, Transaction& tx) override;
   void back_reserved(i64 group, Transaction& tx) override {
     if (!has_reserved(group)) back(group, 0, kReservedBlocks, Zero::always, tx);
   }
-  // Blocks are taken from backed pages as long as there are any, which costs nothing; there is nothing to prepare.
+  bool has_reserved(i64 group) const override { return blocks_.has_reserved(group); }
+  // There is nothing to prepare: blocks are taken from backed pages at no cost as long as there are any.
   bool map_ahead(i64, i64, i64, Transaction&) override { return false; }
   void set_pending(i64, i64) override {}
   i64 pending(i64) const override { return 0; }
-  // Pages that hold nothing are given first and unmapped last, all of them in runs.
+  void zero_truncated(i64 index, i64 group, i64 tokens, Transaction& tx) override {
+    zero_truncated(index, group, tokens, tokens, tx);
+  }
+  i64 tokens_that_fit(i64 index, i64 group, i64 pages) const override;
+  TableView view(i64 group) const override;
+  i64 offset_bytes(i64 index, i64 group, i64 a, i64 token) const override;
+
+  // ---- content ----
+  i64 find_row(const std::vector<i32>&, i64) const override { return 0; }
+  bool has_snapshot(i32 node) const override;
+  // References what is adopted, or keeps it from eviction, before it looks for memory. REQUIRES also: the sequence's
+  // windows need their parts (PrefixIndex::need()).
+  void adopt(i64 index, const std::vector<i32>& chain, const SharedPrefix& found, Transaction& tx) override;
+  bool has(i32 node, i64 group) const override { return blocks_.block_of(node, group) != 0; }
+  // A block that is cached already replaces the sequence's own, so that its content is in memory once.
+  void publish(const std::vector<Published>& blocks, Transaction& tx) override;
+  void unpublish(i64, i32, Transaction&) override {}  // its blocks have left the table, or are marked to be copied
+  void evict(i32 node, Transaction& tx) override;
+  void evict_window(i32 node, i32 window, Transaction& tx) override;
+  void evict_truncated_ends(Transaction& tx) override;
+  void allow_eviction(i32 node) override;
+  void pin_end(i32, bool) override {}  // any blocks of the node will do
+  void snapshot(i64 index, const std::vector<i32>& chain, Transaction& tx) override;
+  i64 common_blocks(i64 a, i64 b, i64 group, i64 known) const override;
+  i64 block_key(i64 index, i64 group, i64 block) const override { return blocks_.entry(index, group, block); }
+  void count_bytes(i64* used_bytes, i64* shared_bytes) const override;
+  i64 held_bytes() const override;
+  i64 cached_beside_bytes() const override;
+  i64 mapped_extent_slots(i64 group, i64 arena_in_group) const override;
+  void check(std::vector<std::string>* out) const override { blocks_.check(owned_pages, out); }
+
+  // ---- following ----
+  void apply(const Op& op, bool undo) override { blocks_.apply(op, undo); }
+  void on_front(i64, i64, i64, i64, bool) override {}  // the table entries say what a window needs
+  void check_tail_again(i64 index, i64 group) override {
+    marks_.set_copy_tail(index, group, true);
+    marks_.reset_room(index, group);
+  }
+  void note_released(const Op& op) override {
+    if (op.kind == OpKind::block && op.d != 0) blocks_.set_fence(op.at, pool_.fence());
+  }
+  bool is_whole(const Op& op) const override { return blocks_.is_whole(op); }
+  std::vector<i64> shared_pieces(i64 index, i64 group, i64 from, i64 end) const override;
+  std::unique_ptr<FollowRules> rules(const FollowedLengths& lengths) override;  // paged_follow.cpp
+  i64 sequence_at(const Op&) const override { return -1; }  // pages under a block in a table cannot be unmapped
+  bool has_memory(i64) const override { return false; }     // beyond its table entries
+  bool holds(i64 index, i64 group) const override { return blocks_.holds(index, group); }
+
+  // ---- of PageOwner ----
+  void on_map(const Op& op) override { blocks_.on_map(op); }
+  void on_unmap(const Op& op) override { blocks_.on_unmap(op); }
+  bool is_mapped(i32 number, i64 slot, i64 count) const override {
+    return blocks_.is_mapped(local_arena(number), slot, count);
+  }
+  void on_content(const Op& op, bool undo) override { is_copy(op) ? blocks_.on_copy(op, undo) : on_order(op, undo); }
+  bool can_evict(const Op& op) const override { return blocks_.can_evict(op); }
+  i64 parked_pages() const override { return blocks_.unreferenced_pages(); }
   i64 reclaim_kind(Reclaim kind, i64 pages, Transaction& tx) override;
-  i64 finish_reclaim(i64 pages, i64, Transaction& tx) override { return reclaim_idle(pages, tx); }
+  // Empty pages are counted first and unmapped last, all of them in runs.
+  i64 finish_reclaim(i64 pages, i64, Transaction& tx) override { return unmap_empty(pages, tx); }
+  i64 compact(i64 pages, Transaction& tx) override;
+  void on_taken_back() override {
+    blocks_.undo_kept();
+    PageTable::on_taken_back();
+  }
+  void finish(bool committed) override {
+    blocks_.finish();
+    PageTable::finish(committed);
+  }
+  void digest(Hasher& hash) const override {
+    PageTable::digest(hash);
+    blocks_.digest(hash);
+  }
 
  private:
-  i64 block_tokens() const { return index_.block_tokens(); }
-  void publish_part(const Published& p, i64 g, i64 part, i64 ordinal, std::size_t* expected, Transaction& tx);
-  // `cut`: how many of a block's references are such ends. A pin needs the node besides its blocks.
-  bool is_needed_by_ends(const Blocks& b, i64 g, i32 node, const std::unordered_map<i32, i32>& cut) const;
-  void evict_of(i32 node, i64 g, Transaction& tx) {
-    for (i64 part = blocks_[g].parts; part-- > 0;) {
-      tx.push({OpKind::evict, number, node, g, block_of(node, g, part), part});
-    }
-  }
-  // Takes the snapshots of a node out of the lists of those that may be given up, for a while.
-  class KeptSnapshots {
-   public:
-    KeptSnapshots(PagedTable& table, i32 node) : table_(table) {
-      for (i64 g = 0; g < table.groups_; ++g) {
-        const i32 block = table.block_of(node, g);
-        if (block == 0 || !table.blocks_[g].snapshots.has(block)) continue;
-        blocks_.emplace_back(g, block);
-        table.blocks_[g].snapshots.remove(block);
-      }
-    }
-    // Puts them back; where an error has come instead, the journal does.
-    void end() {
-      for (const auto& [g, block] : blocks_) {
-        Blocks& b = table_.blocks_[g];
-        if (b.info[block].refs == 0) table_.list_snapshot(b, block);
-      }
-    }
-    KeptSnapshots(const KeptSnapshots&) = delete;
-    KeptSnapshots& operator=(const KeptSnapshots&) = delete;
-
-   private:
-    PagedTable& table_;
-    std::vector<std::pair<i64, i32>> blocks_;
-  };
-  // Pages without users and content that are being prepared just now, and not to be taken away.
-  i64 held_pages() const;
-  i64 reclaim_idle(i64 pages, Transaction& tx);
-  bool has_state(i64 g) const { return geometry_.groups[g].growth == Growth::fixed; }
-  // Evicts the next item of the eviction order; after all of them, snapshots of tokens that are in use. False if there
-  // is nothing left.
-  bool evict_next(Transaction& tx);
-  // What is pinned goes with its node.
-  bool evict_snapshot(Transaction& tx);
-  // Evicts the item and what else lies on one of its pages, the one with the least besides, so that this page comes
-  // free. False, and nothing has happened, where none of its pages could.
-  bool free_page_of(Item x, Transaction& tx);
-  // What is cached on the page at a slot, in on_page_, a block before those it continues; false where that cannot all
-  // be evicted without losing more.
-  bool find_content(const Blocks& b, const SlotClass& c, i64 slot);
-  void set(i64 index, i64 group, i64 ordinal, i64 block, Transaction& tx) {
-    const i32 old = entry(index, group, ordinal);
+  // ---- paged_table.cpp: blocks ----
+  // Pushes the op by which a table entry becomes `block` (0: none).
+  void set_entry(i64 index, i64 group, i64 ordinal, i64 block, Transaction& tx) {
+    const i32 old = blocks_.entry(index, group, ordinal);
     tx.push({OpKind::block, static_cast<i32>(group), sequences_.handle_of(index), ordinal, block, old});
   }
-  // The next ready block. `wanted`: how many the caller will take in all, so that they are backed in one run.
-  i64 take(i64 group, i64 wanted, Transaction& tx);
+  // Returns a ready block, which an entry may then become. `wanted`: how many blocks the caller will need in all, so
+  // that they are backed in one run.
+  i64 next_block(i64 group, i64 wanted, Transaction& tx);
+  // The next run of ready blocks, at most `most`, becomes entries from `first` on; returns how many.
+  i64 allocate_run(i64 index, i64 group, i64 first, i64 most, Transaction& tx);
+  // Makes a block ready. Backs new blocks as long as that needs no content; then evicts: a victim of this group leaves
+  // a ready block, one of another group is evicted only if a page comes free.
+  void make_ready(i64 group, i64 wanted, Transaction& tx);
+  bool can_back_one(i64 group) {
+    const i64 block = blocks_.first_unbacked(group);
+    return block < blocks_[group].max_blocks && blocks_.missing_pages(group, block) <= pool_.ready_pages(*this);
+  }
+  // Backs the next blocks, at most `wanted`, without evicting content. Returns false if there is no room for one.
+  bool back_some(i64 group, i64 wanted, Transaction& tx);
+  void back(i64 group, i64 first, i64 end, Zero zero,
+            Transaction& tx);  // maps the missing pages of blocks [first, end)
   // Kernels that load whole tiles read a block to its end, and multiply what lies behind the length by 0.
   bool zeroes_blocks() const { return guarded_ || geometry_.zero == Zero::always; }
-  void zero_blocks(const Blocks& b, i64 first, i64 n, Transaction& tx) {
-    for (const SlotClass& c : b.classes) {
-      for (i64 a : c.arenas) tx.push({OpKind::zero, arena(a), first * c.block_bytes, n * c.block_bytes});
-    }
-  }
-  // Zeroes [tokens, end of what was cut off) in the block that `old_tokens` cut; any later one is new, and zero.
-  void zero_cut(i64 index, i64 group, i64 old_tokens, i64 tokens, Transaction& tx);
-  // Entries from `first` on become the next run of ready blocks, `most` at most; returns how many.
-  i64 take_run(i64 index, i64 group, i64 first, i64 most, Transaction& tx);
-  // New pages, or pages without content, as long as there are any. Then what is evicted next: of this group it leaves a
-  // block that is ready; of another it goes only if a page comes free by it.
-  void make_ready(i64 group, i64 wanted, Transaction& tx);
-  // Backs the next blocks, `wanted` at most, as far as no content has to go for them; false if there is no room for
-  // one.
-  bool back_some(i64 group, i64 wanted, Transaction& tx);
-  static constexpr i64 kNoLimit = std::numeric_limits<i64>::max();
-  struct Run {
-    i64 end, pages;
-  };
-  // Of the unbacked blocks from `first` on, the first and as many more as `room` pages suffice for, `wanted` in all at
-  // most; and the pages that they need.
-  Run run_behind(Blocks& b, i64 first, i64 wanted, i64 room) const;
-  // The lowest block with pages missing, or max_blocks.
-  i64 unbacked(i64 group);
-  // How many pages are missing under the block.
-  i64 missing_pages(const Blocks& b, i64 block) const;
-  bool has_room_for(const Blocks& b, i64 block) const {
-    return block < b.max_blocks && missing_pages(b, block) <= pool_.ready_pages(*this);
-  }
-  // Maps what is not mapped yet under blocks [first, end).
-  void back(i64 group, i64 first, i64 end, Zero zero, Transaction& tx);
-  // A snapshot of a node in use, which no sequence refers to, may be given up from now on.
-  void offer_snapshot(Blocks& b, i32 block);
+  void zero_blocks(i64 group, i64 first, i64 n, Transaction& tx);
+  // Zeroes tokens [tokens, end of what was truncated) in the block that `old_tokens` divides. Later blocks are new.
+  void zero_truncated(i64 index, i64 group, i64 old_tokens, i64 tokens, Transaction& tx);
+  // Copies the blocks of the tail that others read.
   void copy_tail(i64 index, i64 group, i64 tokens, Transaction& tx);
-  // Unless nobody else reads the block of a tail, `tokens` of which are the sequence's.
   void copy_shared(i64 index, i64 group, i64 ordinal, i64 tokens, Transaction& tx);
   void copy_block(i64 group, i64 from, i64 to, i64 tokens, Transaction& tx);
-  void unmap(i64 a, i64 from, i64 to, i64 fence, Transaction& tx);
-  std::vector<i32> on_page_;  // what find_content() found
+
+  // ---- paged_content.cpp: content ----
+  i64 block_tokens() const { return index_.block_tokens(); }
+  // Copies the first `tail` tokens of a node, or its state, to new blocks of a sequence.
+  void adopt_copies(i64 index, i64 g, i32 node, i64 first, i64 tail, Transaction& tx);
+  void publish_part(const Published& p, i64 g, i64 part, i64 ordinal, std::size_t* expected, Transaction& tx);
+  void evict_group(i32 node, i64 g, Transaction& tx);
+  // Whether only the sequences that end within the node need it. `ends`: how many of a block's references are such
+  // ends.
+  bool is_needed_by_ends(i64 g, i32 node, const std::unordered_map<i32, i32>& ends) const;
+
+  // ---- paged_reclaim.cpp ----
+  i64 backing_pages() const;  // empty pages that are being backed
+  i64 unmap_empty(i64 pages, Transaction& tx);
+  // Evicts the next victim, or, after all of them, a snapshot of tokens in use. Returns false if there is none.
+  bool evict_next(Transaction& tx);
+  bool evict_snapshot(Transaction& tx);  // not a pinned one
+  // Evicts the victim and all others on one of its pages, the page with the fewest. Returns false, and changes nothing,
+  // if no page can come free.
+  bool free_page_of(Item x, Transaction& tx);
+  // Writes the nodes on a slot to on_page_, continuations first. Returns false if not all of them can be evicted
+  // without losing more.
+  bool find_content_on(const Blocks& b, const SlotClass& c, i64 slot);
+
+  void move(i64 g, const std::vector<BlockMove>& moves, Transaction& tx);  // paged_compact.cpp
+  i64 cached_bytes_on(const Blocks& b, const SlotClass& c, i64 slot) const;
+
+  static constexpr i64 kNoLimit = std::numeric_limits<i64>::max();
+  PagedBlocks blocks_;
+  std::vector<i32> on_page_;  // the result of find_content_on()
 };
 
 }  // namespace kvmem

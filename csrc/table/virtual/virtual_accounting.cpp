@@ -1,19 +1,19 @@
-// What rows hold, in bytes and tokens, and what they have in common. Nothing here changes anything.
+// Counting: bytes in use, parked pages, and what rows have in common. No function here changes state.
 
 #include <algorithm>
 
 #include "table/shared_bytes.h"
-#include "table/virtual/virtual_rows.h"
+#include "table/virtual/virtual_table.h"
 
 namespace kvmem {
 
-// From the front, never by bisection: rows that computed a block each may still show one page for a later block.
-i64 VirtualRows::common_blocks(i64 a, i64 b, i64 group, i64 known) const {
-  const i64 row = row_of_[a], other = row_of_[b];
+// Compares from the front, not by bisection: two rows that each computed a block may share a later page.
+i64 VirtualTable::common_blocks(i64 a, i64 b, i64 group, i64 known) const {
+  const i64 row = rows_.row_of(a), other = rows_.row_of(b);
   if (row < 0 || other < 0 || sequences_.front(a, group) > 0 || sequences_.front(b, group) > 0) return 0;
   i64 tokens = std::min(sequences_.committed(a, group), sequences_.committed(b, group));
   for (i64 i = first_[group]; i < first_[group + 1]; ++i) {
-    const auto mine = extent(row, i).pages.begin(), others = extent(other, i).pages.begin();
+    const auto mine = rows_.extent(row, i).pages.begin(), others = rows_.extent(other, i).pages.begin();
     const i64 from = known * geometry_.groups[group].block_tokens * token_bytes(group, i) / page_bytes();
     const i64 end = ceil_div(tokens * token_bytes(group, i), page_bytes());
     const i64 same = std::mismatch(mine + from, mine + end, others + from).first - mine;
@@ -22,14 +22,19 @@ i64 VirtualRows::common_blocks(i64 a, i64 b, i64 group, i64 known) const {
   return tokens / geometry_.groups[group].block_tokens;
 }
 
-i64 VirtualRows::tokens_that_fit(i64 index, i64 group, i64 pages) const {
+i64 VirtualTable::block_key(i64 index, i64 group, i64 block) const {
+  const i64 a = first_[group], start = block * geometry_.groups[group].block_tokens * token_bytes(group, a);
+  return rows_.extent(rows_.row_of(index), a).pages[start / page_bytes()];
+}
+
+i64 VirtualTable::tokens_that_fit(i64 index, i64 group, i64 pages) const {
   i64 low = sequences_.tokens(index, group), high = geometry_.groups[group].max_tokens;
   while (low < high) {  // the need grows with the tokens
     const i64 middle = (low + high + 1) / 2;
     i64 need = 0;
     for (i64 a = first_[group]; a < first_[group + 1]; ++a) {
-      const i64 hi = row_of_[index] < 0 ? 0 : extent(row_of_[index], a).hi;
-      need += std::max(i64{0}, high_slot(group, a, middle) - hi);
+      const i64 hi = rows_.row_of(index) < 0 ? 0 : rows_.extent(rows_.row_of(index), a).hi;
+      need += std::max(i64{0}, rows_.high_slot(group, a, middle) - hi);
     }
     if (need <= pages) {
       low = middle;
@@ -40,9 +45,9 @@ i64 VirtualRows::tokens_that_fit(i64 index, i64 group, i64 pages) const {
   return low;
 }
 
-i64 VirtualRows::parked_pages() const {
+i64 VirtualTable::parked_pages() const {
   i64 pages = 0;
-  std::unordered_map<i32, i32> shared;  // page -> how many of its mappings are parked ones
+  std::unordered_map<i32, i32> shared;  // by page: how many of its mappings no sequence needs
   const auto count = [&](const Row& row, const Extent& e, i64 from, i64 to) {
     for (i64 slot = from; slot < to; ++slot) {
       if (e.pages[slot] < 0) continue;
@@ -53,9 +58,9 @@ i64 VirtualRows::parked_pages() const {
     if (rows_[row].slots == 0) continue;
     for (i64 a = 0, g = 0; a < arenas_; ++a) {
       while (a >= first_[g + 1]) ++g;
-      const Extent& e = extent(row, a);
+      const Extent& e = rows_.extent(row, a);
       i64 lo, hi;
-      needed(row, g, a, &lo, &hi);
+      rows_.needed(row, g, a, &lo, &hi);
       count(rows_[row], e, e.lo, std::min(lo, e.hi));
       count(rows_[row], e, std::max(hi, e.lo), e.hi);
     }
@@ -64,8 +69,8 @@ i64 VirtualRows::parked_pages() const {
   return pages;
 }
 
-// What other rows show too of bytes [from, to) of an arena of a row: in bytes of a page; returns how many.
-i64 VirtualRows::add_shared(const Extent& e, i64 from, i64 to, std::vector<SharedPart>* shared) const {
+// Adds the parts of bytes [from, to) of a row that other rows show too; returns how many bytes they have.
+i64 VirtualTable::add_shared(const Extent& e, i64 from, i64 to, std::vector<SharedPart>* shared) const {
   i64 bytes = 0;
   for (i64 slot = from / page_bytes(); slot * page_bytes() < to; ++slot) {
     if (pool_.refs(e.pages[slot]) <= 1) continue;
@@ -76,11 +81,11 @@ i64 VirtualRows::add_shared(const Extent& e, i64 from, i64 to, std::vector<Share
   return bytes;
 }
 
-void VirtualRows::count_bytes(i64* used_bytes, i64* shared_bytes) const {
+void VirtualTable::count_bytes(i64* used_bytes, i64* shared_bytes) const {
   std::vector<SharedPart> shared;
   *used_bytes = 0;
   for (i64 index = 0; index < sequences_.capacity(); ++index) {
-    const i64 row = row_of_[index];
+    const i64 row = rows_.row_of(index);
     if (row < 0) continue;
     for (i64 g = 0; g < groups_; ++g) {
       const i64 front = sequences_.front(index, g), tokens = sequences_.tokens(index, g);
@@ -88,7 +93,7 @@ void VirtualRows::count_bytes(i64* used_bytes, i64* shared_bytes) const {
         const i64 from = front * token_bytes(g, a), to = tokens * token_bytes(g, a);
         *used_bytes += to - from;
         if (!rows_[row].maybe_shared || from == to) continue;
-        *used_bytes -= add_shared(extent(row, a), from, to, &shared);
+        *used_bytes -= add_shared(rows_.extent(row, a), from, to, &shared);
       }
     }
   }
@@ -97,22 +102,22 @@ void VirtualRows::count_bytes(i64* used_bytes, i64* shared_bytes) const {
   *shared_bytes = count.pieces * page_bytes();
 }
 
-// Blocks that begin alike show one page for their beginnings. Cost: a few steps for each block of the rows that may
+// Blocks that begin alike share the page of their beginnings. Cost: proportional to the blocks of the rows that may
 // share pages.
-i64 VirtualRows::common_bytes() const {
+i64 VirtualTable::common_bytes() const {
   std::vector<SharedPart> shared;
   i64 bytes = 0;
   for (i64 row = 1; row < rows_.size(); ++row) {
-    for (i64 k = 0; rows_[row].maybe_shared && k < blocks_of(row); ++k) {
+    for (i64 k = 0; rows_[row].maybe_shared && k < rows_.blocks_of(row); ++k) {
       const i32 node = rows_[row].holds[k].node;
       for (i64 g = 0; g < groups_; ++g) {
         const i32 w = index_.window_of(g);
-        const bool counted = w < 0 ? holder_[node] == row && !index_.used(node)
-                                   : first_shower(node, w) == row && index_.needs(node, w) == 0;
+        const bool counted = w < 0 ? rows_.first_holder(node) == row && !index_.used(node)
+                                   : rows_.first_part_row(node, w) == row && index_.needs(node, w) == 0;
         if (!counted || geometry_.groups[g].growth != Growth::token) continue;
         for (i64 a = first_[g]; a < first_[g + 1]; ++a) {
           const i64 size = index_.block_tokens() * token_bytes(g, a);
-          bytes += add_shared(extent(row, a), k * size, (k + 1) * size, &shared);
+          bytes += add_shared(rows_.extent(row, a), k * size, (k + 1) * size, &shared);
         }
       }
     }
@@ -120,10 +125,10 @@ i64 VirtualRows::common_bytes() const {
   return bytes - count_shared(shared).length;
 }
 
-i64 VirtualRows::mapped_extent_slots(i64 group, i64 arena_in_group) const {
+i64 VirtualTable::mapped_extent_slots(i64 group, i64 arena_in_group) const {
   const i64 a = first_[group] + arena_in_group;
   for (i64 row = rows_.size() - 1; row >= 0; --row) {
-    if (extent(row, a).count > 0) return slot_of(row, group, a) + extent(row, a).hi;
+    if (rows_.extent(row, a).count > 0) return rows_.slot_of(row, group, a) + rows_.extent(row, a).hi;
   }
   return 0;
 }

@@ -1,4 +1,4 @@
-// Rows that begin alike: the same pages under several of them, a copy of the one that is cut.
+// Content: adopting, publishing and detaching it; sharing pages between rows that begin alike; snapshots.
 
 #include <algorithm>
 
@@ -7,22 +7,22 @@
 namespace kvmem {
 
 void VirtualTable::share(i64 parent, i64 child, i64 group, i64 first, i64 tokens, Transaction& tx) {
-  if (row_of_[child] < 0) bind_empty(child, tx);
-  share_row(row_of_[parent], row_of_[child], group, first, tokens, tx);
+  if (rows_.row_of(child) < 0) bind_without_pages(child, tx);
+  share_row(rows_.row_of(parent), rows_.row_of(child), group, first, tokens, tx);
 }
 
-// A row holds all blocks before the ones it holds. What windows need may lie in several: each shows it from where its
-// sequence began to compute, or to need, and a row that showed more may have gone. One that is parked, ends there and
-// shows everything can be taken as it is; of the others one that shows everything spares copies.
+// A row that holds a block holds all blocks before it, but the parts that windows need may be spread over several rows:
+// each has those that its own sequence computed or needed. The best row is parked, ends with the chain and has all
+// parts, because it can be reused as it is. Any other row with all parts saves copies.
 i64 VirtualTable::find_row(const std::vector<i32>& chain, i64 tokens) const {
   const i64 last = static_cast<i64>(chain.size()) - 1;
-  if (has_state_) return state_row(chain[last]);
-  const i64 any = first_holder(chain[last]);
+  if (any_state_) return rows_.snapshot_row(chain[last]);
+  const i64 any = rows_.first_holder(chain[last]);
   if (any < 0) return !index_.whole() && needs_nothing(tokens) ? kNoRow : -1;
-  i64 row = -1, looked = 0;
-  for (i64 here = any; here >= 0 && looked < PrefixIndex::kCandidates; ++looked, here = rows_[here].holds[last].next) {
-    const bool best = rows_[here].index < 0 && blocks_of(here) == last + 1;
-    if ((row >= 0 && !best) || !shows_windows(here, chain, tokens)) continue;
+  i64 row = -1, seen = 0;
+  for (i64 here = any; here >= 0 && seen < PrefixIndex::kCandidates; ++seen, here = rows_[here].holds[last].next) {
+    const bool best = rows_[here].index < 0 && rows_.blocks_of(here) == last + 1;
+    if ((row >= 0 && !best) || !has_needed_parts(here, last + 1, tokens)) continue;
     row = here;
     if (best) break;
   }
@@ -35,23 +35,18 @@ bool VirtualTable::needs_nothing(i64 tokens) const {
   });
 }
 
-bool VirtualTable::shows_windows(i64 row, const std::vector<i32>& chain, i64 tokens) const {
+bool VirtualTable::has_needed_parts(i64 row, i64 blocks, i64 tokens) const {
   for (i32 w = 0; w < index_.windows(); ++w) {
-    if (!shows_blocks(row, w, first_needed(w, tokens), static_cast<i64>(chain.size()))) return false;
+    for (i64 k = blocks; k-- > first_needed(w, tokens);) {
+      if (!rows_.part(row, k, w).present) return false;
+    }
   }
   return true;
 }
 
-bool VirtualTable::shows_blocks(i64 row, i32 window, i64 from, i64 to) const {
-  for (i64 k = to; k-- > from;) {
-    if (!shown(row, k, window).here) return false;
-  }
-  return true;
-}
-
-void VirtualTable::adopt(i64 index, const std::vector<i32>& chain, const Found& found, Transaction& tx) {
+void VirtualTable::adopt(i64 index, const std::vector<i32>& chain, const SharedPrefix& found, Transaction& tx) {
   const i64 whole = found.tokens / index_.block_tokens();
-  Sources sources(*this);
+  Sources sources(rows_);
   const bool single = found.row == kNoRow || find_sources(found, chain, &sources);
   const bool taken = found.row != kNoRow && single && can_reuse_row(found.row, whole);
   if (taken) {
@@ -62,34 +57,34 @@ void VirtualTable::adopt(i64 index, const std::vector<i32>& chain, const Found& 
       if (geometry_.groups[g].growth != Growth::token || found.row == kNoRow) continue;
       const i64 first = sequences_.front(index, g);
       if (single || index_.window_of(g) < 0) {
-        share_row(found.row, row_of_[index], g, first, found.tokens, tx);
+        share_row(found.row, rows_.row_of(index), g, first, found.tokens, tx);
       } else {
-        share_window(row_of_[index], g, first, found.tokens, tx);
+        share_window(rows_.row_of(index), g, first, found.tokens, tx);
       }
     }
-    if (found.row != kNoRow) set_fence(found.row, tx.new_fence());  // it may go, and is still being copied from
-    attach_all(row_of_[index], chain, whole, index, false, tx);
+    if (found.row != kNoRow) rows_.set_fence(found.row, tx.new_fence());  // the device still copies from it
+    attach_all(rows_.row_of(index), chain, whole, index, false, tx);
   }
   for (i64 g = 0; g < groups_; ++g) {
     if (geometry_.groups[g].growth == Growth::token) grow(index, g, found.tokens, found.tokens, tx);
     if (geometry_.groups[g].growth != Growth::fixed) continue;
     grow(index, g, 0, 1, tx);
-    copy_state(found.row, row_of_[index], g, tx);
+    copy_state(found.row, rows_.row_of(index), g, tx);
   }
-  // Only now: what lies behind the content may have been another row's too.
-  if (geometry_.zero == Zero::always) zero_row(row_of_[index], found.tokens, tx);
+  // Last, because pages behind the content may have been shared until here.
+  if (geometry_.zero == Zero::always) zero_row(rows_.row_of(index), found.tokens, tx);
 }
 
-// From the last block back, each from the row of the one behind it if that shows it too, so that there are few.
-bool VirtualTable::find_sources(const Found& found, const std::vector<i32>& chain, Sources* sources) {
+// Goes from the last block back, and stays with a row as long as it has the parts, so that there are few rows.
+bool VirtualTable::find_sources(const SharedPrefix& found, const std::vector<i32>& chain, Sources* sources) {
   sources->add(found.row);
-  if (shows_windows(found.row, chain, found.tokens)) return true;
+  if (has_needed_parts(found.row, static_cast<i64>(chain.size()), found.tokens)) return true;
   const i64 end = static_cast<i64>(chain.size());
   source_of_.assign(index_.windows() * end, -1);
   for (i32 w = 0; w < index_.windows(); ++w) {
     i64 row = found.row;
     for (i64 k = end; k-- > first_needed(w, found.tokens);) {
-      if (!shown(row, k, w).here) row = first_shower(chain[k], w);
+      if (!rows_.part(row, k, w).present) row = rows_.first_part_row(chain[k], w);
       source_of_[w * end + k] = row;
       sources->add(row);
     }
@@ -97,168 +92,162 @@ bool VirtualTable::find_sources(const Found& found, const std::vector<i32>& chai
   return false;
 }
 
-// As share_row(), of rows that find_sources() found. A page is shared where one row shows all of it that is needed.
+// A page is shared if one row has everything on it that is needed; otherwise its parts are copied.
 void VirtualTable::share_window(i64 to, i64 group, i64 first, i64 tokens, Transaction& tx) {
   const i64 size = index_.block_tokens(), end = ceil_div(tokens, size);
   const i64* const rows = source_of_.data() + index_.window_of(group) * end;
-  set_maybe_shared(to, true);
+  rows_.set_maybe_shared(to, true);
   for (i64 a = first_[group]; a < first_[group + 1]; ++a) {
     const i64 block_bytes = size * token_bytes(group, a), bytes = tokens * token_bytes(group, a);
-    for (i64 slot = low_slot(group, a, first); slot < high_slot(group, a, tokens); ++slot) {
+    for (i64 slot = rows_.low_slot(group, a, first); slot < rows_.high_slot(group, a, tokens); ++slot) {
       const i64 from = std::max(slot * page_bytes(), first * token_bytes(group, a));
       const i64 until = std::min((slot + 1) * page_bytes(), bytes);
       const i64* const begin = rows + std::min(from / block_bytes, end);
       const i64* const behind = rows + ceil_div(until, block_bytes);
       const bool whole = (slot + 1) * page_bytes() <= bytes;
       if (whole && std::all_of(begin, behind, [begin](i64 row) { return row == *begin; })) {
-        set_maybe_shared(*begin, true);
-        tx.push({OpKind::map, arena(a), slot_of(to, group, a) + slot, extent(*begin, a).pages[slot], 1});
+        rows_.set_maybe_shared(*begin, true);
+        tx.push({OpKind::map, arena(a), rows_.slot_of(to, group, a) + slot, rows_.extent(*begin, a).pages[slot], 1});
         continue;
       }
       map(to, a, slot, slot + 1, tx);
       for (i64 at = from, next; at < until; at = next) {
         next = std::min((at / block_bytes + 1) * block_bytes, until);
-        tx.push({OpKind::copy, arena(a), slot_of(to, group, a) * page_bytes() + at,
-                 slot_of(rows[at / block_bytes], group, a) * page_bytes() + at, next - at});
+        tx.push({OpKind::copy, arena(a), rows_.slot_of(to, group, a) * page_bytes() + at,
+                 rows_.slot_of(rows[at / block_bytes], group, a) * page_bytes() + at, next - at});
       }
     }
+  }
+}
+
+bool VirtualTable::has(i32 node, i64 group) const {
+  if (has_state(group)) return has_snapshot(node);
+  const i32 window = index_.window_of(group);
+  return window < 0 ? rows_.first_holder(node) >= 0 : index_.has_window(node, window);
+}
+
+void VirtualTable::publish(const std::vector<Published>& blocks, Transaction& tx) {
+  constexpr std::size_t kAtOnce = 64;
+  for (std::size_t i = 0; i < blocks.size(); ++i) {
+    if (i % kAtOnce == 0) tx.expect(std::min(blocks.size() - i, kAtOnce));
+    const Published& p = blocks[i];
+    attach_expected(rows_.row_of(p.index), p.node, p.index, false, tx);
   }
 }
 
 void VirtualTable::evict(i32 node, Transaction& tx) {
-  for (i64 row; (row = first_holder(node)) >= 0;) cut(row, index_.ordinal(node), tx);
-}
-
-std::vector<i64> VirtualTable::showers(i32 node, i32 window) const {
-  std::vector<i64> rows;
-  for (i64 row = first_shower(node, window); row >= 0; row = shown(row, index_.ordinal(node), window).next) {
-    rows.push_back(row);
-  }
-  return rows;
+  for (i64 row; (row = rows_.first_holder(node)) >= 0;) truncate_content(row, index_.ordinal(node), tx);
 }
 
 void VirtualTable::evict_window(i32 node, i32 window, Transaction& tx) {
-  const std::vector<i64> rows = showers(node, window);
   const i64 ordinal = index_.ordinal(node);
+  std::vector<i64> rows;
+  for (i64 row = rows_.first_part_row(node, window); row >= 0; row = rows_.part(row, ordinal, window).next) {
+    rows.push_back(row);
+  }
   if (!rows.empty()) demote(node, index_.group_of(window), tx);
-  for (i64 row : rows) tx.push(concealing(row, ordinal, window));
-  unmap_block(rows, window, ordinal, tx);
+  for (i64 row : rows) detach_part(row, ordinal, window, tx);
+  unmap_part(rows, window, ordinal, tx);
   for (i64 row : rows) {
-    if (rows_[row].index < 0) drop_out_of_window(row, tx);
+    if (rows_[row].index < 0) detach_unfindable(row, tx);
   }
 }
 
-// Where nothing but windows holds tokens, a parked row ends with a block that it shows: what it holds behind that could
-// not be found.
-void VirtualTable::drop_out_of_window(i64 row, Transaction& tx) {
+void VirtualTable::detach_unfindable(i64 row, Transaction& tx) {
   if (index_.whole()) return;
-  const auto is_shown = [&](i64 ordinal) {
+  const auto is_findable = [&](i64 ordinal) {
     for (i32 w = 0; w < index_.windows(); ++w) {
-      if (shown(row, ordinal, w).here) return true;
+      if (rows_.part(row, ordinal, w).present) return true;
     }
     return false;
   };
-  while (blocks_of(row) > 0 && !is_shown(blocks_of(row) - 1)) detach_last(row, tx);
+  while (rows_.blocks_of(row) > 0 && !is_findable(rows_.blocks_of(row) - 1)) detach_last(row, tx);
 }
 
-void VirtualTable::unmap_block(const std::vector<i64>& rows, i32 window, i64 ordinal, Transaction& tx) {
+void VirtualTable::unmap_part(const std::vector<i64>& rows, i32 window, i64 ordinal, Transaction& tx) {
   const i64 g = index_.group_of(window), size = index_.block_tokens();
   for (i64 row : rows) {
-    if (rows_[row].source || row == copy_) continue;
+    if (rows_[row].source || row == filled_row_) continue;
     for (i64 a = first_[g]; a < first_[g + 1]; ++a) {
       i64 needed_lo, needed_hi;
-      needed(row, g, a, &needed_lo, &needed_hi);
-      const Extent& e = extent(row, a);
+      rows_.needed(row, g, a, &needed_lo, &needed_hi);
+      const Extent& e = rows_.extent(row, a);
       const i64 block_bytes = size * token_bytes(g, a);
       const i64 from = std::max(e.lo, quotient(ordinal * block_bytes, page_bytes()));
       const i64 to = std::min({e.hi, needed_lo, ceil_div((ordinal + 1) * block_bytes, page_bytes())});
       for (i64 slot = from; slot < to; ++slot) {
-        const i64 first = quotient(slot * page_bytes(), block_bytes);
-        const i64 last = std::min(blocks_of(row), ceil_div((slot + 1) * page_bytes(), block_bytes));
-        bool shows = false;
-        for (i64 k = first; !shows && k < last; ++k) shows = shown(row, k, window).here;
-        if (!shows && e.pages[slot] >= 0) unmap(row, a, slot, slot + 1, rows_[row].fence, tx);
+        const BlockRange on = blocks_on(row, slot, block_bytes);
+        bool present = false;
+        for (i64 k = on.first; !present && k < on.last; ++k) present = rows_.part(row, k, window).present;
+        if (!present && e.pages[slot] >= 0) unmap(row, a, slot, slot + 1, rows_[row].fence, tx);
       }
     }
   }
 }
 
-// A row of its own shows the same pages and has a copy of the state. It belongs to no sequence.
+// A parked row gets the same pages and a copy of the state.
 void VirtualTable::snapshot(i64 index, const std::vector<i32>& chain, Transaction& tx) {
-  if (has_state(chain.back())) return;
-  const i64 from = row_of_[index];
-  Sources sources(*this);
+  if (has_snapshot(chain.back())) return;
+  const i64 from = rows_.row_of(index);
+  Sources sources(rows_);
   sources.add(from);
   const i64 to = pick_empty(tx);
-  Guard second(copy_, to);
-  drop_pages(to, tx);
+  Guard second(filled_row_, to);
+  unmap_row(to, tx);
   const i64 tokens = static_cast<i64>(chain.size()) * index_.block_tokens();
   for (i64 g = 0; g < groups_; ++g) {
     if (geometry_.groups[g].growth == Growth::token) {
       share_row(from, to, g, sequences_.front(index, g), tokens, tx);
     } else {
-      for (i64 a = first_[g]; a < first_[g + 1]; ++a) map(to, a, 0, high_slot(g, a, 1), tx);
+      for (i64 a = first_[g]; a < first_[g + 1]; ++a) map(to, a, 0, rows_.high_slot(g, a, 1), tx);
       copy_state(from, to, g, tx);
     }
   }
-  set_fence(to, tx.new_fence());
+  rows_.set_fence(to, tx.new_fence());
   attach_all(to, chain, static_cast<i64>(chain.size()), index, true, tx);
 }
 
-bool VirtualTable::is_covered(i64 row, std::size_t from) const {
-  const std::vector<Hold>& holds = rows_[row].holds;
-  if (holds.size() <= from) return true;
-  i64 looked = 0;
-  const i64 most = index_.windows() == 0 ? PrefixIndex::kCandidates : 4;  // each is compared block by block
-  for (i64 other = first_holder(holds.back().node); other >= 0 && looked < most; ++looked) {
-    bool as_much = other != row;
-    for (i32 w = 0; as_much && w < index_.windows();
-         ++w) {  // also what windows at the first of these blocks' ends need
-      const GroupGeometry& group = geometry_.groups[index_.group_of(w)];
-      const i64 tokens = static_cast<i64>(from + 1) * index_.block_tokens();
-      i64 k = window_first(group, geometry_.tail_guard_tokens, tokens) / index_.block_tokens();
-      while (k < blocks_of(row) && (shown(other, k, w).here || !shown(row, k, w).here)) ++k;
-      as_much = k >= blocks_of(row);
-    }
-    if (as_much) return true;
-    other = rows_[other].holds[holds.size() - 1].next;
-  }
-  return false;
-}
-
-// What no other row has of the last block of this one.
+// Reports what no other row has of the row's last block.
 void VirtualTable::demote_last(i64 row, Transaction& tx) {
-  const i64 ordinal = blocks_of(row) - 1;
+  const i64 ordinal = rows_.blocks_of(row) - 1;
   const i32 node = rows_[row].holds[ordinal].node;
   if (index_.copies(node) == 1) return demote(node, -1, tx);
   for (i64 g = 0; g < groups_; ++g) {
     const i32 w = index_.window_of(g);
-    const bool state = geometry_.groups[g].growth == Growth::fixed && rows_[row].state == node;
-    if (state || (w >= 0 && shown(row, ordinal, w).here && index_.window_copies(node, w) == 1)) demote(node, g, tx);
+    const bool state = has_state(g) && rows_[row].state == node;
+    if (state || (w >= 0 && rows_.part(row, ordinal, w).present && index_.window_copies(node, w) == 1))
+      demote(node, g, tx);
   }
 }
 
 void VirtualTable::detach_last(i64 row, Transaction& tx) {
-  const i64 ordinal = blocks_of(row) - 1;
+  const i64 ordinal = rows_.blocks_of(row) - 1;
   keep_last_copy(row, ordinal);
   if (demotes()) demote_last(row, tx);
   for (i32 w = 0; w < index_.windows(); ++w) {
-    if (shown(row, ordinal, w).here) tx.push(concealing(row, ordinal, w));
+    if (rows_.part(row, ordinal, w).present) detach_part(row, ordinal, w, tx);
   }
-  tx.push(forgetting(row));
+  const Row& r = rows_[row];
+  const Hold& last = r.holds.back();
+  tx.push({OpKind::evict, number, last.node, row, r.state == last.node, std::max(last.previous, 0)});
 }
 
-// A block that is needed, and that besides only rows show which this transaction has filled: should the driver fail,
-// the row is the only one that has it. With it stay the blocks before it, since a row holds all of those.
+void VirtualTable::detach_part(i64 row, i64 ordinal, i32 window, Transaction& tx) {
+  const i32 previous = rows_.part(row, ordinal, window).previous;
+  tx.push({OpKind::evict, number, rows_[row].holds[ordinal].node, row, (i64{1} + window) << kWindowShift,
+           std::max(previous, 0)});
+}
+
+// That is so if the block is in use, and the other rows that have it got it from this transaction. The blocks before it
+// are kept too, because the row would have to hold all of them again.
 void VirtualTable::keep_last_copy(i64 row, i64 ordinal) {
-  Row& r = rows_[row];
-  if (r.kept != pool_.transactions && !is_last_copy(row, ordinal)) return;
-  r.kept = pool_.transactions;
-  set_maybe_shared(row, true);  // a sequence that comes to the row must not write there
+  if (rows_[row].kept_in != pool_.transactions && !is_last_copy(row, ordinal)) return;
+  rows_.note_kept(row);
+  rows_.set_maybe_shared(row, true);  // the next sequence of the row must not write there
   for (i64 g = 0; g < groups_; ++g) {
     if (geometry_.groups[g].growth != Growth::token) continue;
     for (i64 a = first_[g]; a < first_[g + 1]; ++a) {
-      const Extent& e = extent(row, a);
+      const Extent& e = rows_.extent(row, a);
       const i64 bytes = index_.block_tokens() * token_bytes(g, a);
       const i64 end = std::min(e.hi, ceil_div((ordinal + 1) * bytes, page_bytes()));
       for (i64 slot = std::max(e.lo, ordinal * bytes / page_bytes()); slot < end; ++slot) {
@@ -271,51 +260,54 @@ void VirtualTable::keep_last_copy(i64 row, i64 ordinal) {
 bool VirtualTable::is_last_copy(i64 row, i64 ordinal) const {
   const i32 node = rows_[row].holds[ordinal].node;
   if (!index_.used(node)) return false;
-  const auto is_old = [&](i64 other) { return other != row && rows_[other].given != pool_.transactions; };
-  i64 at = first_holder(node);
+  const auto is_old = [&](i64 other) { return other != row && rows_[other].attached_in != pool_.transactions; };
+  i64 at = rows_.first_holder(node);
   while (at >= 0 && !is_old(at)) at = rows_[at].holds[ordinal].next;
   bool last = at < 0;
   for (i32 w = 0; w < index_.windows() && !last; ++w) {
-    if (!shown(row, ordinal, w).here || index_.needs(node, w) == 0) continue;
-    at = first_shower(node, w);
-    while (at >= 0 && !is_old(at)) at = shown(at, ordinal, w).next;
+    if (!rows_.part(row, ordinal, w).present || index_.needs(node, w) == 0) continue;
+    at = rows_.first_part_row(node, w);
+    while (at >= 0 && !is_old(at)) at = rows_.part(at, ordinal, w).next;
     last = at < 0;
   }
   return last;
 }
 
-void VirtualTable::cut(i64 row, i64 from, Transaction& tx) {
-  while (blocks_of(row) > from) detach_last(row, tx);
+void VirtualTable::truncate_content(i64 row, i64 from, Transaction& tx) {
+  while (rows_.blocks_of(row) > from) detach_last(row, tx);
 }
 
 void VirtualTable::attach_all(i64 row, const std::vector<i32>& chain, i64 count, i64 index, bool state,
                               Transaction& tx) {
-  for (i64 k = 0; k < count; ++k) attach_noted(row, chain[k], index, state && k + 1 == count, tx);
+  for (i64 k = 0; k < count; ++k) {
+    tx.expect();
+    attach_expected(row, chain[k], index, state && k + 1 == count, tx);
+  }
 }
 
 bool VirtualTable::can_reuse_row(i64 row, std::size_t blocks) const {
   if (rows_[row].index >= 0) return false;
-  if (has_state_ || !keeps_pins(row, blocks)) return false;
+  if (any_state_ || !keeps_pins(row, blocks)) return false;
   if (is_covered(row, blocks)) return true;
   const std::vector<Hold>& holds = rows_[row].holds;
-  return best_empty(0) < 0 && !has_more_rows() &&
+  return best_empty(0) < 0 && !rows_.has_more_rows() &&
          std::none_of(
              holds.begin() + static_cast<std::ptrdiff_t>(blocks), holds.end(),
              [this](const Hold& h) { return index_.used(h.node); });
 }
 
 void VirtualTable::reuse_row(i64 index, i64 row, i64 blocks, Transaction& tx) {
-  cut(row, blocks, tx);
+  truncate_content(row, blocks, tx);
   tx.push({OpKind::bind, 0, sequences_.handle_of(index), row});
-  for (i64 g = 0; g < groups_; ++g) check_tail_again(index, g);  // the next write may meet a shared page
-  // Behind that page there may be more: a sequence that a window keeps short shows the later pages only. What is taken
-  // over ends with its tokens, which the last of its blocks may have more of.
+  for (i64 g = 0; g < groups_; ++g) check_tail_again(index, g);  // the next write may go to a shared page
+  // Unmaps what would be in the way behind the tokens: everything if the window leaves holes before them, otherwise
+  // from the first shared page behind the content on. The page that the length divides stays, for copy_tail().
   for (i64 a = 0; a < arenas_; ++a) {
-    const Extent& e = extent(row, a);
-    const i64 front = low_slot(group_of(a), a, sequences_.front(index, group_of(a)));
+    const Extent& e = rows_.extent(row, a);
+    const i64 front = rows_.low_slot(group_of(a), a, sequences_.front(index, group_of(a)));
     const i64 bytes = sequences_.tokens(index, group_of(a)) * token_bytes(group_of(a), a);
     const i64 behind = std::max(e.lo, ceil_div(bytes, page_bytes()));
-    if (e.solid > front) unmap(row, a, behind, e.hi, rows_[row].fence, tx);  // there are holes
+    if (e.solid > front) unmap(row, a, behind, e.hi, rows_[row].fence, tx);  // holes
     i64 slot = std::max(e.lo, blocks * index_.block_tokens() * token_bytes(group_of(a), a) / page_bytes());
     while (slot < e.hi && !pool_.is_shared(e.pages[slot])) ++slot;
     if (slot < e.hi) unmap(row, a, std::max(slot, bytes / page_bytes() + 1), e.hi, rows_[row].fence, tx);
@@ -323,31 +315,31 @@ void VirtualTable::reuse_row(i64 index, i64 row, i64 blocks, Transaction& tx) {
 }
 
 void VirtualTable::share_row(i64 from, i64 to, i64 group, i64 first, i64 tokens, Transaction& tx) {
-  set_maybe_shared(from, true);
-  set_maybe_shared(to, true);
+  rows_.set_maybe_shared(from, true);
+  rows_.set_maybe_shared(to, true);
   for (i64 a = first_[group]; a < first_[group + 1]; ++a) {
     const i64 bytes = tokens * token_bytes(group, a);
     const i64 whole = bytes / page_bytes();
-    const Extent& source = extent(from, a);
-    for (i64 slot = low_slot(group, a, first); slot < whole;) {
+    const Extent& source = rows_.extent(from, a);
+    for (i64 slot = rows_.low_slot(group, a, first); slot < whole;) {
       i64 n = 1;
       while (slot + n < whole && source.pages[slot + n] == source.pages[slot] + n) ++n;
-      tx.push({OpKind::map, arena(a), slot_of(to, group, a) + slot, source.pages[slot], n});
+      tx.push({OpKind::map, arena(a), rows_.slot_of(to, group, a) + slot, source.pages[slot], n});
       slot += n;
     }
-    map_holes(to, a, whole, high_slot(group, a, tokens), tx);
-    if (const i64 tail = first < tokens ? bytes % page_bytes() : 0) {  // a window of one token may need none of them
+    map_holes(to, a, whole, rows_.high_slot(group, a, tokens), tx);
+    if (const i64 tail = first < tokens ? bytes % page_bytes() : 0) {  // a window of one token may need no token
       const i64 offset = whole * page_bytes();
-      tx.push({OpKind::copy, arena(a), slot_of(to, group, a) * page_bytes() + offset,
-               slot_of(from, group, a) * page_bytes() + offset, tail});
+      tx.push({OpKind::copy, arena(a), rows_.slot_of(to, group, a) * page_bytes() + offset,
+               rows_.slot_of(from, group, a) * page_bytes() + offset, tail});
     }
   }
 }
 
 void VirtualTable::copy_state(i64 from, i64 to, i64 group, Transaction& tx) {
   for (i64 a = first_[group]; a < first_[group + 1]; ++a) {
-    tx.push({OpKind::copy, arena(a), slot_of(to, group, a) * page_bytes(), slot_of(from, group, a) * page_bytes(),
-             token_bytes(group, a)});
+    tx.push({OpKind::copy, arena(a), rows_.slot_of(to, group, a) * page_bytes(),
+             rows_.slot_of(from, group, a) * page_bytes(), token_bytes(group, a)});
   }
 }
 

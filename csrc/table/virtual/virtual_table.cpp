@@ -1,11 +1,3 @@
-// The virtual backend (vAttention's idea): each sequence owns a row, a contiguous range of addresses in every arena of
-// every group, and pages are mapped under it as it grows.
-//
-// A row keeps its mappings when its sequence ends (it is parked), and the next sequence that fits takes it over with no
-// driver call. If what it holds is known, it is kept for a sequence that begins alike as long as memory and rows last.
-// The page is the unit of sharing: share_row() maps the same page under two rows. Slots [lo, hi) of a row are
-// mapped; the frontier is hi in bytes, so a token may straddle two pages.
-
 #include "table/virtual/virtual_table.h"
 
 #include <algorithm>
@@ -13,51 +5,42 @@
 namespace kvmem {
 
 i64 VirtualTable::find_room(i64 index, i64 group) {
-  const i64 row = row_of_[index];
-  if (row < 0 || copy_tail_[index * groups_ + group]) return 0;
-  if (has_cut(index, group, sequences_.tokens(index, group))) return 0;
-  Row& r = rows_[row];
-  if (r.job != 0) {
-    // A job that failed is done as well; what it left out is taken back under the next settle().
-    if (r.job > pool_.mapper().done() || pool_.mapper().has_failed()) {
-      const i64 ready = ready_.of(row)[group];
-      return finite_room(row, group, ready >= 0 ? ready : room(row, group));
-    }
-    r.job = 0;
-    for (i64 g = 0; g < groups_; ++g) ready_.of(row)[g] = -1;
-  }
-  return finite_room(row, group, room(row, group));
+  const i64 row = rows_.row_of(index);
+  if (row < 0 || marks_.copy_tail(index, group)) return 0;
+  if (has_truncated(index, group, sequences_.tokens(index, group))) return 0;
+  return rows_.usable_room(row, group);
 }
 
 void VirtualTable::grow(i64 index, i64 group, i64 old_tokens, i64 new_tokens, Transaction& tx) {
-  if (row_of_[index] < 0) bind(index, new_tokens, tx);
-  const i64 row = row_of_[index];
-  if (copy_tail_[index * groups_ + group]) copy_tail(index, group, old_tokens, tx);
+  if (rows_.row_of(index) < 0) bind(index, new_tokens, tx);
+  const i64 row = rows_.row_of(index);
+  if (marks_.copy_tail(index, group)) copy_tail(index, group, old_tokens, tx);
   i64 left = geometry_.map_ahead_tokens > 0 ? slots_with_ahead(row, group, new_tokens, tx) : 0;
   for (i64 a = first_[group]; a < first_[group + 1]; ++a) {
-    const Extent& e = extent(row, a);
-    const i64 lo = low_slot(group, a, sequences_.front(index, group));
-    const i64 hi = high_slot(group, a, new_tokens);
-    if (hi < e.solid) unmap(row, a, hi, e.hi, rows_[row].fence, tx);  // what is parked there lies behind a gap
+    const Extent& e = rows_.extent(row, a);
+    const i64 lo = rows_.low_slot(group, a, sequences_.front(index, group));
+    const i64 hi = rows_.high_slot(group, a, new_tokens);
+    if (hi < e.solid) unmap(row, a, hi, e.hi, rows_[row].fence, tx);  // parked pages behind a hole
     map_holes(row, a, lo, e.solid, tx);
     if (hi <= e.hi) continue;
-    const i64 from = e.count == 0 ? lo : std::max(lo, e.hi), to = with_ahead(group, a, hi);
-    // Only what is at hand: were anything given up meanwhile, it could be what is being mapped here.
+    const i64 from = e.count == 0 ? lo : std::max(lo, e.hi), to = rows_.with_ahead(group, a, hi);
+    // Only from free pages: reclaiming here could unmap what is mapped here.
     const bool ahead = left > 0 && pool_.ready_pages(*this) - pool_.most_kept() >= left;
     map(row, a, from, ahead ? to : hi, tx);
     left -= to - from;
   }
   if (!guarded_) return;
-  if (has_cut(index, group, new_tokens)) zero_cut(index, group, new_tokens, tx);
+  if (has_truncated(index, group, new_tokens)) zero_truncated(index, group, new_tokens, tx);
   zero_ahead(row, group, old_tokens, new_tokens, tx);
 }
 
 i64 VirtualTable::slots_with_ahead(i64 row, i64 group, i64 tokens, Transaction& tx) {
   i64 slots = 0, ahead = 0;
   for (i64 a = first_[group]; a < first_[group + 1]; ++a) {
-    const Extent& e = extent(row, a);
-    const i64 lo = low_slot(group, a, sequences_.front(rows_[row].index, group)), hi = high_slot(group, a, tokens);
-    const i64 to = with_ahead(group, a, hi);
+    const Extent& e = rows_.extent(row, a);
+    const i64 lo = rows_.low_slot(group, a, sequences_.front(rows_[row].index, group)),
+              hi = rows_.high_slot(group, a, tokens);
+    const i64 to = rows_.with_ahead(group, a, hi);
     if (hi > e.hi) slots += to - (e.count == 0 ? lo : std::max(lo, e.hi)), ahead += to - hi;
   }
   if (ahead == 0) return 0;
@@ -65,30 +48,32 @@ i64 VirtualTable::slots_with_ahead(i64 row, i64 group, i64 tokens, Transaction& 
 }
 
 void VirtualTable::zero_ahead(i64 row, i64 group, i64 old_tokens, i64 new_tokens, Transaction& tx) {
-  const i64 guard = guard_tokens(group);
-  Finite& f = finite_.of(row)[group];
+  const i64 guard = rows_.guard_tokens(group);
+  const Finite& f = rows_.finite(row, group);
   if (f.to >= f.dirty_to || new_tokens + guard <= f.to) return;
   const i64 to = std::min(f.dirty_to, new_tokens + 2 * guard);
   zero_tokens(row, group, std::max(old_tokens, f.to), to, tx);
-  zeroed_.emplace_back(&f, to);
+  rows_.note_zeroed(row, group, to);
 }
 
-void VirtualTable::zero_cut(i64 index, i64 group, i64 tokens, Transaction& tx) {
-  const i64 row = row_of_[index];
-  if (row < 0 || zero_tokens(row, group, tokens, cut_to(index, group), tx)) forget_cut(index, group);
+void VirtualTable::zero_truncated(i64 index, i64 group, i64 tokens, Transaction& tx) {
+  const i64 row = rows_.row_of(index);
+  if (row < 0 || zero_tokens(row, group, tokens, marks_.truncated_to(index, group), tx))
+    marks_.note_zeroed(index, group);
 }
 
 bool VirtualTable::zero_tokens(i64 row, i64 group, i64 from, i64 to, Transaction& tx) {
   bool all = true;
   for (i64 a = first_[group]; a < first_[group + 1]; ++a) {
-    const Extent& e = extent(row, a);
+    const Extent& e = rows_.extent(row, a);
     const i64 first = from * token_bytes(group, a), end = std::min(to * token_bytes(group, a), e.hi * page_bytes());
     const auto is_own = [&](i64 slot) { return e.pages[slot] >= 0 && !pool_.is_shared(e.pages[slot]); };
     for (i64 slot = std::max(e.lo, first / page_bytes()); slot * page_bytes() < end; ++slot) {
       const i64 begin = std::max(slot * page_bytes(), first);
       while (slot * page_bytes() < end && is_own(slot)) ++slot;
       const i64 stop = std::min(slot * page_bytes(), end);
-      if (begin < stop) tx.push({OpKind::zero, arena(a), slot_of(row, group, a) * page_bytes() + begin, stop - begin});
+      if (begin < stop)
+        tx.push({OpKind::zero, arena(a), rows_.slot_of(row, group, a) * page_bytes() + begin, stop - begin});
       all = all && (slot * page_bytes() >= end || e.pages[slot] < 0);
     }
   }
@@ -96,24 +81,24 @@ bool VirtualTable::zero_tokens(i64 row, i64 group, i64 from, i64 to, Transaction
 }
 
 void VirtualTable::shrink(i64 index, i64 group, i64 old_tokens, i64 new_tokens, Transaction& tx) {
-  const i64 row = row_of_[index];
+  const i64 row = rows_.row_of(index);
   if (row < 0) return;
-  note_cut(index, group, old_tokens);
-  may_reclaim(row);
+  note_truncated(index, group, old_tokens);
+  rows_.may_reclaim(row);
   bool frees = false;
   for (i64 a = first_[group]; a < first_[group + 1]; ++a) {
-    frees = frees || high_slot(group, a, new_tokens) < high_slot(group, a, old_tokens);
+    frees = frees || rows_.high_slot(group, a, new_tokens) < rows_.high_slot(group, a, old_tokens);
   }
-  if (frees) set_fence(row, tx.fence());
+  if (frees) rows_.set_fence(row, tx.fence());
   if (!rows_[row].maybe_shared) return;
-  // Pages that another row shows must not be written here again. Those past the guard go now; the others are replaced
-  // when the sequence next grows, so that truncating never needs memory and the guard stays mapped.
+  // Shared pages behind the length must not be written. Those behind the guard are unmapped now. The others are
+  // replaced when the sequence next grows, so that truncating needs no memory and the guard stays mapped.
   bool shared = false;
   for (i64 a = first_[group]; a < first_[group + 1]; ++a) {
-    const Extent& e = extent(row, a);
-    const i64 first = first_shared(row, a, new_tokens);
+    const Extent& e = rows_.extent(row, a);
+    const i64 first = rows_.first_shared(row, a, new_tokens);
     if (first >= e.hi) continue;
-    const i64 keep = std::max(first, high_slot(group, a, new_tokens));
+    const i64 keep = std::max(first, rows_.high_slot(group, a, new_tokens));
     shared = shared || keep > first;
     unmap(row, a, keep, e.hi, rows_[row].fence, tx);
   }
@@ -122,8 +107,8 @@ void VirtualTable::shrink(i64 index, i64 group, i64 old_tokens, i64 new_tokens, 
 
 std::vector<i64> VirtualTable::shared_pieces(i64 index, i64 group, i64 from, i64 end) const {
   std::vector<i64> pieces;
-  for (i64 a = first_[group]; row_of_[index] >= 0 && a < first_[group + 1]; ++a) {
-    const Extent& e = extent(row_of_[index], a);
+  for (i64 a = first_[group]; rows_.row_of(index) >= 0 && a < first_[group + 1]; ++a) {
+    const Extent& e = rows_.extent(rows_.row_of(index), a);
     i64 slot = from * token_bytes(group, a) / page_bytes();
     for (const i64 last = std::max(slot + 1, ceil_div(end * token_bytes(group, a), page_bytes())); slot < last;
          ++slot) {
@@ -135,58 +120,57 @@ std::vector<i64> VirtualTable::shared_pieces(i64 index, i64 group, i64 from, i64
 }
 
 void VirtualTable::close(i64 index, Transaction& tx) {
-  const i64 row = row_of_[index];
+  const i64 row = rows_.row_of(index);
   if (row < 0) return;
-  set_fence(row, tx.fence());
+  rows_.set_fence(row, tx.fence());
   for (const Hold& hold : rows_[row].holds) index_.prefetch(hold.node);
   tx.push({OpKind::unbind, 0, sequences_.handle_of(index), row});
-  if (index_.windows() > 0) drop_out_of_window(row, tx);
+  if (index_.windows() > 0) detach_unfindable(row, tx);
 }
 
 void VirtualTable::back_reserved(i64 group, Transaction& tx) {
   for (i64 a = first_[group]; a < first_[group + 1]; ++a) {
-    map(0, a, extent(0, a).hi, reserved_slots(group, a), tx, Zero::always);
+    map(0, a, rows_.extent(0, a).hi, rows_.reserved_slots(group, a), tx, Zero::always);
   }
 }
 
 bool VirtualTable::map_ahead(i64 index, i64 group, i64 tokens, Transaction& tx) {
-  const i64 row = row_of_[index];
+  const i64 row = rows_.row_of(index);
   const i64 ahead = geometry_.map_ahead_tokens;
   if (row < 0 || rows_[row].job != 0) return false;
-  const i64 have = room(row, group);
+  const i64 have = rows_.room(row, group);
   if (have - tokens >= ahead || have >= geometry_.groups[group].max_tokens) return false;
   i64 want = 0;
   for (i64 a = first_[group]; a < first_[group + 1]; ++a) {
-    want += std::max(i64{0}, high_slot(group, a, tokens + 2 * ahead) - extent(row, a).hi);
+    want += std::max(i64{0}, rows_.high_slot(group, a, tokens + 2 * ahead) - rows_.extent(row, a).hi);
   }
-  // The background thread takes nothing away from anyone.
   if (want == 0 || want > pool_.ready_pages(*this)) return false;
-  pool_.journal.set(ready_.of(row)[group], have);
+  rows_.note_ready(row, group, have);
   for (i64 a = first_[group]; a < first_[group + 1]; ++a) {
-    const i64 hi = high_slot(group, a, tokens + 2 * ahead);
-    if (extent(row, a).hi < hi) map(row, a, extent(row, a).hi, hi, tx);
+    const i64 hi = rows_.high_slot(group, a, tokens + 2 * ahead);
+    if (rows_.extent(row, a).hi < hi) map(row, a, rows_.extent(row, a).hi, hi, tx);
   }
   return true;
 }
 
 void VirtualTable::copy_tail(i64 index, i64 group, i64 tokens, Transaction& tx) {
-  const i64 row = row_of_[index];
+  const i64 row = rows_.row_of(index);
   for (i64 a = first_[group]; a < first_[group + 1]; ++a) {
-    const Extent& e = extent(row, a);
+    const Extent& e = rows_.extent(row, a);
     const i64 tail = tokens * token_bytes(group, a) % page_bytes();
     const i64 slot = tokens * token_bytes(group, a) / page_bytes();
-    const bool shared = tail > 0 && slot < e.hi && first_shared(row, a, tokens) == slot;
+    const bool shared = tail > 0 && slot < e.hi && rows_.first_shared(row, a, tokens) == slot;
     drop_shared_guard(row, a, std::max(e.lo, slot + (tail > 0)), tx);
     if (shared) replace_page(row, group, a, slot, tail, tx);
   }
-  set_copy_tail(index, group, false);
+  marks_.set_copy_tail(index, group, false);
 }
 
-// The row's own pages stay. Were they given up, this transaction could write into one that another call finds behind
-// the sequence's end, if the driver then fails.
+// The row's own pages stay mapped. If they were unmapped, this transaction could write to one, and after a failure of
+// the driver it would lie behind the sequence's end again.
 void VirtualTable::drop_shared_guard(i64 row, i64 a, i64 from, Transaction& tx) {
-  const Extent& e = extent(row, a);
-  const auto is_shared = [&](i64 slot) { return e.pages[slot] >= 0 && must_copy(e.pages[slot]); };
+  const Extent& e = rows_.extent(row, a);
+  const auto is_shared = [&](i64 slot) { return e.pages[slot] >= 0 && rows_.must_copy(e.pages[slot]); };
   for (i64 slot = from; slot < e.hi; ++slot) {
     const i64 begin = slot;
     while (slot < e.hi && is_shared(slot)) ++slot;
@@ -199,10 +183,10 @@ void VirtualTable::drop_shared_guard(i64 row, i64 a, i64 from, Transaction& tx) 
 }
 
 void VirtualTable::replace_page(i64 row, i64 group, i64 a, i64 slot, i64 used_bytes, Transaction& tx) {
-  const i64 scratch = geometry_.groups[group].arena_slots[a - first_[group]] - 1;
-  const i64 here = slot_of(row, group, a) + slot, old = extent(row, a).pages[slot];
+  const i64 scratch = rows_.scratch_slot(a);
+  const i64 here = rows_.slot_of(row, group, a) + slot, old = rows_.extent(row, a).pages[slot];
   pool_.map_slots(*this, arena(a), scratch, 1, old, page_zero(), tx);
-  const i64 fresh = scratch_pages_[a];
+  const i64 fresh = rows_.scratch_page(a);
   tx.push({OpKind::copy, arena(a), scratch * page_bytes(), here * page_bytes(), used_bytes});
   const i64 fence = tx.new_fence();
   pool_.keep_bytes(old);
@@ -213,14 +197,14 @@ void VirtualTable::replace_page(i64 row, i64 group, i64 a, i64 slot, i64 used_by
 
 void VirtualTable::map(i64 row, i64 a, i64 from, i64 to, Transaction& tx, Zero zero) {
   if (to <= from) return;
-  const Extent& e = extent(row, a);
-  const i64 near = from > 0 && from <= static_cast<i64>(e.pages.size()) ? e.pages[from - 1] : -1;
-  pool_.map_slots(*this, arena(a), slot_of(row, group_of(a), a) + from, to - from, near, zero, tx);
+  const Extent& e = rows_.extent(row, a);
+  const i64 near = from > 0 ? e.page(from - 1) : -1;
+  pool_.map_slots(*this, arena(a), rows_.slot_of(row, group_of(a), a) + from, to - from, near, zero, tx);
 }
 
 void VirtualTable::map_holes(i64 row, i64 a, i64 from, i64 to, Transaction& tx) {
-  const Extent& e = extent(row, a);
-  const auto is_hole = [&e](i64 slot) { return slot >= static_cast<i64>(e.pages.size()) || e.pages[slot] < 0; };
+  const Extent& e = rows_.extent(row, a);
+  const auto is_hole = [&e](i64 slot) { return e.page(slot) < 0; };
   for (i64 slot = from; slot < to; ++slot) {
     const i64 begin = slot;
     while (slot < to && is_hole(slot)) ++slot;
@@ -229,18 +213,32 @@ void VirtualTable::map_holes(i64 row, i64 a, i64 from, i64 to, Transaction& tx) 
 }
 
 void VirtualTable::unmap(i64 row, i64 a, i64 from, i64 to, i64 fence, Transaction& tx) {
-  const Extent& e = extent(row, a);
-  const i64 base = slot_of(row, group_of(a), a);
-  while (from < to) {
-    if (e.pages[from] < 0) {
-      ++from;
-      continue;
-    }
-    i64 n = 1;
-    while (from + n < to && e.pages[from + n] == e.pages[from] + n) ++n;
-    tx.push({OpKind::unmap, arena(a), base + from, e.pages[from], n, fence});
-    from += n;
-  }
+  const Extent& e = rows_.extent(row, a);
+  const auto page = [&e](i64 slot) { return i64{e.pages[slot]}; };
+  unmap_runs(a, rows_.slot_of(row, group_of(a), a), from, to, fence, page, tx);
+}
+
+void VirtualTable::check_tail_again(i64 index, i64 group) {
+  marks_.set_copy_tail(index, group, true);
+  if (rows_.row_of(index) >= 0) rows_.may_reclaim(rows_.row_of(index));
+  marks_.reset_room(index, group);
+}
+
+i64 VirtualTable::sequence_at(const Op& op) const {
+  const i64 a = local_arena(op.at), row = op.a / rows_.row_slots(group_of(a), a);
+  return row < rows_.size() ? rows_[row].index : -1;  // the scratch slot lies behind all rows
+}
+
+TableView VirtualTable::view(i64 group) const {
+  TableView v;
+  v.rows = rows_.row_of_data();
+  v.row_blocks = geometry_.groups[group].row_tokens / geometry_.groups[group].block_tokens;
+  return v;
+}
+
+i64 VirtualTable::offset_bytes(i64 index, i64 group, i64 a, i64 token) const {
+  const i64 arena = first_[group] + a;
+  return rows_.slot_of(rows_.row_of(index), group, arena) * page_bytes() + token * token_bytes(group, arena);
 }
 
 std::unique_ptr<PageTable> make_virtual_table(const Geometry& geometry, PagePool& pool, const Sequences& sequences,
