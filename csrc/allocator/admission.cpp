@@ -71,7 +71,7 @@ bool Admission::try_adopt(const Admitted& one, bool grows, Transaction& tx) {
       records_.set_committed(index, g, tokens, tx);
       if (groups_[g].growth == Growth::token) records_.set_front(index, g, groups_.first_needed(g, tokens), tx);
     }
-    table_.adopt(index, match_.chain, {match_.tokens, match_.row, grows ? one.tokens : 0}, tx);
+    table_.adopt(index, match_.chain, {match_.tokens, match_.cookie, grows ? one.tokens : 0}, tx);
   } catch (const OutOfMemory&) {
     tx.roll_back_to(before);
     return false;

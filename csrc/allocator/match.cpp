@@ -5,7 +5,7 @@ namespace kvmem {
 void PrefixMatcher::find(i32 root, const i32* tokens, i64 n, const KeyMarks& marks, Match* match) {
   std::vector<i32>& chain = match->chain;
   chain.clear();
-  match->tokens = 0, match->row = -1;
+  match->tokens = 0, match->cookie = -1;
   if (root == kNoNode) return;
   const i64 size = block_tokens(), most = n - 1;
   i32 last = root;
@@ -54,9 +54,9 @@ bool PrefixMatcher::try_end(i64 tokens, Match* match) const {
   if (index_.whole() && index_.copies(chain.back()) == 0) return false;
   if (groups_.has_window() && !windows_reach(chain, tokens)) return false;
   if (groups_.has_state() && !table_.has_snapshot(chain.back())) return false;
-  const i64 row = table_.find_row(chain, tokens);
-  if (row < 0) return false;
-  match->tokens = tokens, match->row = row;
+  const i64 cookie = table_.find_memory(chain, tokens);
+  if (cookie < 0) return false;
+  match->tokens = tokens, match->cookie = cookie;
   return true;
 }
 
@@ -90,7 +90,7 @@ bool PrefixMatcher::can_use_all(Match* match) {
 
 void PrefixMatcher::cut_to_blocks(i64 tokens, Match* match) {
   std::vector<i32>& chain = match->chain;
-  match->tokens = 0, match->row = -1;
+  match->tokens = 0, match->cookie = -1;
   chain.resize(tokens / block_tokens());
   if (groups_.has_window()) count_runs(chain);
   while (!chain.empty() && !try_end(static_cast<i64>(chain.size()) * block_tokens(), match)) chain.pop_back();

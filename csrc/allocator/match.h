@@ -40,7 +40,7 @@ struct Match {
   std::vector<i32> chain;  // nodes, the first block's first
   i64 tokens = 0;
   MatchEnd end = MatchEnd::off;  // set by match() only
-  i64 row = -1;                  // PageTable::find_row()
+  i64 cookie = -1;               // PageTable::find_memory()
 };
 
 class PrefixMatcher {

@@ -29,7 +29,7 @@ class FollowRules;
 // The memory that adopt() shares with a new sequence.
 struct SharedPrefix {
   i64 tokens = 0;       // tokens of the chain that every group has
-  i64 row = -1;         // what find_row() returned
+  i64 cookie = -1;      // what find_memory() returned
   i64 room_tokens = 0;  // tokens for which the same call makes room afterwards, as a hint; 0: none
 };
 
@@ -82,12 +82,13 @@ class PageTable : public PageOwner, protected ArenaRegistration, protected Table
   virtual i64 offset_bytes(i64 index, i64 group, i64 a, i64 token) const = 0;
   virtual i64 first_arena(i64 group) const { return arena(first_[group]); }
 
-  // ---- content: called by Matcher, Admission, SequenceContents, Pins and Allocator (memory.cpp, cascade.cpp) ----
+  // ---- content: called by PrefixMatcher, Admission, SequenceContents, Pins and Allocator (memory.cpp, fill.cpp) ----
   // A chain is a list of nodes of the index, one for each block from the first token on.
 
-  // Returns a row from which a sequence of the first `tokens` tokens of the chain can be made, or -1. They end in its
-  // last node, which may count in part. REQUIRES: each node has memory. Paged: always 0, because any will do.
-  virtual i64 find_row(const std::vector<i32>& chain, i64 tokens) const = 0;
+  // Returns where a sequence of the first `tokens` tokens of the chain can find them, or -1. Only adopt() of this table
+  // can read the answer (virtual: a row; paged: 0). They end in the chain's last node, which may count in part.
+  // REQUIRES: each node has memory.
+  virtual i64 find_memory(const std::vector<i32>& chain, i64 tokens) const = 0;
   // Whether the groups of fixed state have a snapshot at the end of the node.
   virtual bool has_snapshot(i32 node) const = 0;
   // Gives a sequence what was found, sharing whole pages or blocks and copying the tail. REQUIRES: it has no memory;

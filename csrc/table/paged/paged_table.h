@@ -60,7 +60,7 @@ class PagedTable final : public PageTable {
   i64 offset_bytes(i64 index, i64 group, i64 a, i64 token) const override;
 
   // ---- content ----
-  i64 find_row(const std::vector<i32>&, i64) const override { return 0; }
+  i64 find_memory(const std::vector<i32>&, i64) const override { return 0; }
   bool has_snapshot(i32 node) const override;
   // References what is adopted, or keeps it from eviction, before it looks for memory. REQUIRES also: the sequence's
   // windows need their parts (PrefixIndex::need()).

@@ -14,7 +14,7 @@ void VirtualTable::share(i64 parent, i64 child, i64 group, i64 first, i64 tokens
 // A row that holds a block holds all blocks before it, but the parts that windows need may be spread over several rows:
 // each has those that its own sequence computed or needed. The best row is parked, ends with the chain and has all
 // parts, because it can be reused as it is. Any other row with all parts saves copies.
-i64 VirtualTable::find_row(const std::vector<i32>& chain, i64 tokens) const {
+i64 VirtualTable::find_memory(const std::vector<i32>& chain, i64 tokens) const {
   const i64 last = static_cast<i64>(chain.size()) - 1;
   if (any_state_) return rows_.snapshot_row(chain[last]);
   const i64 any = rows_.first_holder(chain[last]);
@@ -45,31 +45,31 @@ bool VirtualTable::has_needed_parts(i64 row, i64 blocks, i64 tokens) const {
 }
 
 void VirtualTable::adopt(i64 index, const std::vector<i32>& chain, const SharedPrefix& found, Transaction& tx) {
-  const i64 whole = found.tokens / index_.block_tokens();
+  const i64 source = found.cookie, whole = found.tokens / index_.block_tokens();
   Sources sources(rows_);
-  const bool single = found.row == kNoRow || find_sources(found, chain, &sources);
-  const bool taken = found.row != kNoRow && single && can_reuse_row(found.row, whole);
+  const bool single = source == kNoRow || find_sources(found, chain, &sources);
+  const bool taken = source != kNoRow && single && can_reuse_row(source, whole);
   if (taken) {
-    reuse_row(index, found.row, whole, tx);
+    reuse_row(index, source, whole, tx);
   } else {
     bind_behind(index, found, tx);
     for (i64 g = 0; g < groups_; ++g) {
-      if (geometry_.groups[g].growth != Growth::token || found.row == kNoRow) continue;
+      if (geometry_.groups[g].growth != Growth::token || source == kNoRow) continue;
       const i64 first = sequences_.front(index, g);
       if (single || index_.window_of(g) < 0) {
-        share_row(found.row, rows_.row_of(index), g, first, found.tokens, tx);
+        share_row(source, rows_.row_of(index), g, first, found.tokens, tx);
       } else {
         share_window(rows_.row_of(index), g, first, found.tokens, tx);
       }
     }
-    if (found.row != kNoRow) rows_.set_fence(found.row, tx.new_fence());  // the device still copies from it
+    if (source != kNoRow) rows_.set_fence(source, tx.new_fence());  // the device still copies from it
     attach_all(rows_.row_of(index), chain, whole, index, false, tx);
   }
   for (i64 g = 0; g < groups_; ++g) {
     if (geometry_.groups[g].growth == Growth::token) grow(index, g, found.tokens, found.tokens, tx);
     if (geometry_.groups[g].growth != Growth::fixed) continue;
     grow(index, g, 0, 1, tx);
-    copy_state(found.row, rows_.row_of(index), g, tx);
+    copy_state(source, rows_.row_of(index), g, tx);
   }
   // Last, because pages behind the content may have been shared until here.
   if (geometry_.zero == Zero::always) zero_row(rows_.row_of(index), found.tokens, tx);
@@ -77,12 +77,12 @@ void VirtualTable::adopt(i64 index, const std::vector<i32>& chain, const SharedP
 
 // Goes from the last block back, and stays with a row as long as it has the parts, so that there are few rows.
 bool VirtualTable::find_sources(const SharedPrefix& found, const std::vector<i32>& chain, Sources* sources) {
-  sources->add(found.row);
-  if (has_needed_parts(found.row, static_cast<i64>(chain.size()), found.tokens)) return true;
+  sources->add(found.cookie);
+  if (has_needed_parts(found.cookie, static_cast<i64>(chain.size()), found.tokens)) return true;
   const i64 end = static_cast<i64>(chain.size());
   source_of_.assign(index_.windows() * end, -1);
   for (i32 w = 0; w < index_.windows(); ++w) {
-    i64 row = found.row;
+    i64 row = found.cookie;
     for (i64 k = end; k-- > first_needed(w, found.tokens);) {
       if (!rows_.part(row, k, w).present) row = rows_.first_part_row(chain[k], w);
       source_of_[w * end + k] = row;

@@ -47,7 +47,7 @@ class VirtualTable final : public PageTable {
   i64 offset_bytes(i64 index, i64 group, i64 a, i64 token) const override;
 
   // ---- content ----
-  i64 find_row(const std::vector<i32>& chain, i64 tokens) const override;
+  i64 find_memory(const std::vector<i32>& chain, i64 tokens) const override;
   bool has_snapshot(i32 node) const override { return rows_.snapshot_row(node) >= 0; }
   void adopt(i64 index, const std::vector<i32>& chain, const SharedPrefix& found, Transaction& tx) override;
   bool has(i32 node, i64 group) const override;
@@ -279,7 +279,7 @@ class VirtualTable final : public PageTable {
   // ---- virtual_accounting.cpp ----
   i64 add_shared(const Extent& e, i64 from, i64 to, std::vector<SharedPart>* shared) const;
 
-  static constexpr i64 kNoRow = 0;  // find_row() returns it where nothing is needed: row 0 has no content
+  static constexpr i64 kNoRow = 0;  // find_memory() returns it where nothing is needed: row 0 has no content
   VirtualRows rows_;
   std::vector<i32> on_page_;    // the result of find_parts_on()
   std::vector<i64> source_of_;  // [window][block]: the result of find_sources()
