@@ -1,6 +1,6 @@
-"""What all managers run under, kvmem's and the peers': the loop that is timed, the talk with the process that asked for
-it, and stand-ins for modules that a peer imports without its KV manager needing them. Imports numpy and the standard
-library alone, because it runs in the peers' environments too.
+"""What all managers, kvmem's and the peers', run under: the timed loop, the exchange with the parent process, and
+stand-ins for modules that a peer imports although its KV manager does not need them. It imports only numpy and the
+standard library, because it runs in the peers' environments too.
 """
 
 from __future__ import annotations
@@ -11,13 +11,12 @@ import json
 import sys
 import types
 from collections.abc import Callable, Sequence
+from importlib import import_module, metadata
 from pathlib import Path
 from time import perf_counter_ns, thread_time_ns
 from typing import Any
 
 import numpy as np
-
-__all__ = ["PHASES", "run_round", "serve", "stand_in"]
 
 PHASES = ("admit", "step", "edge", "free")
 
@@ -53,9 +52,10 @@ def run_round(
 def serve(
     make: Callable[[dict[str, Any]], Any], version: str, as_taken: Callable[[Any], Any] = np.ndarray.tolist
 ) -> None:
-    """Talks JSON lines. First in: the workload; out: ``{"version": ...}``. Then in: a folder with ``prompts.npy`` and
-    ``answers.npy``; out: what `run_round` gave, and ``peak_bytes``: what the process has at the end above what it had
-    before the manager was made, less the prompts. as_taken: token ids from int32 arrays to what the manager takes.
+    """Exchanges JSON lines. First in: the workload; out: ``{"version": ...}``. Then in: a folder with ``prompts.npy``
+    and ``answers.npy``; out: the result of `run_round`, and ``peak_bytes``: the memory of the process at the end above
+    that before the manager was made, less the prompts. as_taken: turns int32 arrays of token ids into what the manager
+    takes.
     """
     workload = json.loads(sys.stdin.readline())
     _warm_up(make, workload, as_taken)
@@ -71,6 +71,18 @@ def serve(
             run_round(manager, prompts, answers, workload["block"], not workload["evict"], thread_time_ns)
         )
         _say(result | {"peak_bytes": max(0, _resident() - grown - base)})
+
+
+def drive(
+    make: Callable[[dict[str, Any]], Any], package: str, modules: Sequence[str], absent: Sequence[str],
+    replaced: Sequence[str],
+) -> None:  # fmt: skip
+    """`serve` for a peer, with its stand-ins. ``modules``: imported before memory is measured."""
+    sys.stdout = sys.stderr  # the peer's own output must not mix with the answers
+    stand_in(absent, replaced)
+    for name in modules:
+        import_module(name)
+    serve(make, metadata.version(package))
 
 
 def _warm_up(make: Callable[[dict[str, Any]], Any], workload: dict[str, Any], as_taken: Callable[[Any], Any]) -> None:

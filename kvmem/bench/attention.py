@@ -25,8 +25,6 @@ from kvmem.kernels.checks import plain
 from kvmem.kernels.reference import sdpa as reference_sdpa
 from kvmem.kernels.write import write_kv
 
-__all__ = ["PLAIN", "AttentionResult", "Layouts", "SdpaResult", "attention", "sdpa"]
-
 PLAIN = "plain"
 _SEED = 20240611
 _TOLERANCE = 2e-2  # bfloat16 inputs and outputs of order one, against float64
@@ -184,7 +182,7 @@ def sdpa(
 
 
 def _rectangle(spec: CacheSpec, backend: Backend, interleave: Any, data: _Data) -> _Step:
-    """One call over the rows, or over the blocks, which are gathered in every step. Where they lie is found once."""
+    """One call over the rows, or over the blocks, which are gathered in every step. Their ids are looked up once."""
     sequences, tokens = data.k.shape[:2]
     page_bytes = 64 << 10
     pages = (sequences + 2) * (-(-tokens * spec.bytes_per_token // page_bytes) + spec.num_layers)

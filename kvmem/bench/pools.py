@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from kvmem import Allocator
     from kvmem.bench.traces import Trace
 
-__all__ = ["AllocatorPool", "ContentPool", "Int32s", "Pool", "StaticPool", "Totals", "Usage"]
-
 Int32s = npt.NDArray[np.int32]
 _GENERATED = 1 << 30  # ids of generated tokens begin here
 _MOST_GENERATED = 1 << 13  # of a request; beyond that, ids come round

@@ -19,8 +19,6 @@ from kvmem.bench.text import Progress
 from kvmem.bench.timing import Spread
 from kvmem.bench.traces import Trace
 
-__all__ = ["PUBLISHED", "CallCosts", "DriverCosts", "Meter", "ReplayResult", "Sample", "replay", "sample_columns"]
-
 _SAMPLES = 500  # enough for a plot; a sample is one account, no driver call
 _MOST_SAMPLES = 1000
 
@@ -115,19 +113,6 @@ class ReplayResult:
     mean_parked_bytes: float
     samples: tuple[Sample, ...]
     step_seconds: float
-
-    @property
-    def driver_seconds_an_hour(self) -> float:
-        return self.driver_seconds * 3600 / self.simulated_seconds if self.simulated_seconds else 0.0
-
-    @property
-    def hit_rate(self) -> float:
-        return self.hit_tokens / max(1, self.lookup_tokens)
-
-    @property
-    def end_waste(self) -> float:
-        """Share of the bytes in use at request end."""
-        return self.end_wasted_bytes / max(1, self.end_used_bytes)
 
     def as_row(self) -> dict[str, Any]:
         """Its JSON form, ``samples`` as columns."""

@@ -11,8 +11,6 @@ from kvmem.errors import KVMemError
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["BenchError", "Progress", "TraceError", "format_percent", "format_seconds", "format_us", "progress"]
-
 Progress = Callable[[int], None]
 
 

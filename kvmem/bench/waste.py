@@ -17,8 +17,6 @@ import numpy.typing as npt
 from kvmem.bench.model import Model
 from kvmem.bench.traces import Trace
 
-__all__ = ["Rounding", "round_up_at_end", "rounding_sweep", "rounding_table"]
-
 _SWEEP_PAGES = tuple(1 << shift for shift in range(16, 26))  # 64 KiB (patched kernel modules) to 32 MiB
 
 
@@ -31,16 +29,6 @@ class Rounding:
     page_tokens: float  # tokens of one range that a page holds
     used_bytes: int
     mapped_bytes: int
-
-    @property
-    def share_of_mapped(self) -> float:
-        """The part of the mapped bytes that holds no token."""
-        return (self.mapped_bytes - self.used_bytes) / self.mapped_bytes
-
-    @property
-    def share_of_used(self) -> float:
-        """Bytes that hold no token, beside each byte in use."""
-        return (self.mapped_bytes - self.used_bytes) / self.used_bytes
 
 
 def round_up_at_end(tokens: npt.NDArray[np.int64], range_bytes: Sequence[int], page_bytes: int) -> tuple[int, int]:

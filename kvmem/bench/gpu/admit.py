@@ -17,8 +17,6 @@ from kvmem.bench.gpu.memory import budget_bytes
 from kvmem.bench.model import BACKENDS, Backend
 from kvmem.bench.timing import Spread
 
-__all__ = ["AdmitRow", "admit"]
-
 _CASE_SECONDS = 4.0
 _MORE_TOKENS = 64
 _MOST_PROMPTS = 22
@@ -66,7 +64,7 @@ class _Case:
         self._device, self._backend, self._prompt = device, backend, prompt
         self._model = sizes.model
         room = min(sizes.admit_bytes, int(sizes.memory_share * device.free_bytes()))
-        each = budget_bytes(self._model, backend, "all", 1, prompt + _MORE_TOKENS, page_bytes or (2 << 20))
+        each = budget_bytes(self._model, backend, "all", 1, prompt + _MORE_TOKENS, page_bytes)
         self._count = min(_MOST_PROMPTS, room // each)
         self._allocator = Allocator(
             self._model.spec, backend=backend, device=device.torch_device, memory=self._count * each,

@@ -23,8 +23,6 @@ from kvmem.bench.model import BACKENDS, Backend
 from kvmem.bench.text import BenchError
 from kvmem.bench.timing import Ratio, Spread
 
-__all__ = ["AttentionRow", "LayoutRow", "Verdict", "attention", "layout", "queries"]
-
 _TWINS = {"virtual": "static", "paged": "static pool"}
 _ATTENTION_SECONDS, _LAYOUT_SECONDS, _MOST_SECONDS = 12.0, 14.0, 1.5  # of a case, and of one kernel's calls
 _MARGIN_BYTES = 2 << 30  # queries, results, workspaces
@@ -169,12 +167,11 @@ def _fitting(
     device: BenchDevice, sizes: Sizes, contenders: Sequence[tuple[Backend, Interleave]], sequences: int, tokens: int
 ) -> ModelShape:  # fmt: skip
     """The model with as many layers as fit for all ``contenders`` and a twin for each backend, at once."""
-    page = sizes.page_bytes or (2 << 20)
 
     def need(model: ModelShape) -> int:
         # A number of layers that is all of them is "all".
         chosen = [(backend, g) for backend, g in contenders if g == "all" or g < model.layers]
-        ours = sum(budget_bytes(model, backend, g, sequences, tokens, page) for backend, g in chosen)
+        ours = sum(budget_bytes(model, backend, g, sequences, tokens, sizes.page_bytes) for backend, g in chosen)
         layers = static_layers(model, sequences * tokens, sizes.cold_bytes)
         # The twin of rows has the guard and row 0 too: with one sequence, twice what it needs.
         twins = 3 * len({backend for backend, _ in chosen}) * layers * sequences * tokens * model.layer_bytes // 2

@@ -24,8 +24,6 @@ from kvmem.kernels import flashinfer, reference
 from kvmem.kernels.checks import flat_tokens
 from kvmem.kernels.write import write_kv
 
-__all__ = ["Decoder", "ManagedDecoder", "StaticDecoder", "StepTimes"]
-
 _SEED = 20240611
 
 

@@ -1,4 +1,4 @@
-"""The device under measurement: a clock, captured graphs, and kernels to keep it busy."""
+"""The measured device: its clock, captured graphs, and kernels that keep it busy."""
 
 from __future__ import annotations
 
@@ -15,10 +15,8 @@ from kvmem import _core
 from kvmem.bench.document import version
 from kvmem.bench.text import BenchError
 
-__all__ = ["BenchDevice", "Call", "CudaDevice", "KernelLoad", "open_bench_device"]
-
 Call = Callable[[], Any]
-#: What a timed region waits behind, about 0.2 ms: the host queues the region meanwhile, so its launches are not in it.
+#: A timed region waits for this kernel, about 0.2 ms: the host queues the region meanwhile, so launches are not timed.
 _HOLD_CYCLES = 400_000
 _PACKAGES = ("flashinfer-python", "fa3-fwd", "triton")
 

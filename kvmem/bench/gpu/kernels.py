@@ -17,9 +17,6 @@ from kvmem.bench.gpu.sizes import ModelShape
 from kvmem.bench.text import BenchError
 from kvmem.kernels import registry
 
-__all__ = ["KERNELS", "Kernel", "Phase", "Run", "Unavailable", "kernels_of", "package_of", "plan_arguments",
-           "workspace"]  # fmt: skip
-
 Phase = Literal["decode", "prefill"]
 Run = Callable[[torch.Tensor, int], torch.Tensor]
 _WORKSPACE_BYTES = 128 << 20  # what FlashInfer recommends

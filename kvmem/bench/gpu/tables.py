@@ -13,8 +13,6 @@ from kvmem.arguments import format_bytes
 from kvmem.bench.render import Row, Table, cell
 from kvmem.bench.text import format_us
 
-__all__ = ["Goal", "goal_table", "goals", "part_tables"]
-
 _STEP_US, _FRESH_US, _PARKED_US = 50.0, 1000.0, 50.0
 _STEP_RATIO, _ATTENTION_RATIO = 1.01, 1.02
 _GIB_PER_SECOND, _PAGE_BYTES, _PROMPT = 200.0, 16 << 20, 8192

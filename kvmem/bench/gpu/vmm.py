@@ -14,8 +14,6 @@ from kvmem.bench.gpu.device import KernelLoad
 from kvmem.bench.gpu.measure import Part
 from kvmem.bench.timing import WARM_UP, Spread, timed
 
-__all__ = ["PageCost", "RunCost", "vmm"]
-
 Access = Literal["run", "page"]
 _PAGE_SECONDS = 2.0
 _ACCESS: tuple[Access, ...] = ("run", "page")
