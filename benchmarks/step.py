@@ -16,17 +16,7 @@ import click
 import numpy as np
 from rich.console import Console
 
-from benchmarks.workload import (
-    FLOOR,
-    Manager,
-    Timings,
-    Workload,
-    find_floor,
-    heap_bytes,
-    open_manager,
-    run_floor,
-    run_round,
-)  # fmt: skip
+from benchmarks.workload import FLOOR, Timings, Workload, floors, heap_bytes, open_manager, run_floor, run_round
 from kvmem.bench.__main__ import main
 from kvmem.bench.cli import JSON, QUIET
 from kvmem.bench.document import check_writable, document, write_json
@@ -114,7 +104,7 @@ def step(
     chosen: Sequence[Case], rounds: int = 5, done: Progress = lambda done: None
 ) -> tuple[list[StepResult], list[str]]:  # fmt: skip
     """Every case on the baseline and on kvmem, and notes. Cases of one workload are phases of the same rounds."""
-    floor, notes = find_floor()
+    floor, notes = floors()
     rows: list[StepResult] = []
     for number, workload in enumerate(dict.fromkeys(case.workload for case in chosen), 1):
         here = [case for case in chosen if case.workload == workload]
@@ -130,7 +120,7 @@ def measure(workload: Workload, names: Sequence[str], rounds: int) -> tuple[dict
     """``rounds`` interleaved rounds of each manager, after one that warms up: mapped pages, grown tables."""
     timings = {name: Timings() for name in names}
     heaps: dict[str, int | None] = dict.fromkeys(names)
-    managers: dict[str, Manager] = {}
+    managers: dict[str, Any] = {}
     for name in names:
         if name != FLOOR:
             before = heap_bytes()

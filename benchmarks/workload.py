@@ -122,8 +122,8 @@ def run_floor(workload: Workload, rounds: int = 2) -> dict[str, Any]:
     return run_program(build_floor(), *workload.arguments(), "--rounds", str(rounds))
 
 
-def find_floor() -> tuple[list[str], list[str]]:
-    """The baseline's name, where it can be compiled; and notes that say why not."""
+def floors() -> tuple[list[str], list[str]]:
+    """The baseline's name if it can be compiled, and a note if it cannot."""
     try:
         build_floor()
     except BenchError as error:

@@ -23,7 +23,7 @@ import click
 import numpy as np
 from rich.console import Console
 
-from benchmarks.workload import FLOOR, Timings, Workload, find_floor, run_floor
+from benchmarks.workload import FLOOR, Timings, Workload, floors, run_floor
 from kvmem.bench.cli import JSON, PATH, QUIET
 from kvmem.bench.document import check_writable, document, write_json
 from kvmem.bench.render import Row, Table, console, show
@@ -112,7 +112,7 @@ def peers(
     report = PeersReport(rounds, base)
     installed = [peer for peer in among if (folder / peer.name).is_dir()]
     report.notes += [f"{p.name} is absent; install it with: {p.install(folder)}" for p in among if p not in installed]
-    floor, notes = find_floor()
+    floor, notes = floors()
     report.notes += notes
     for number, (name, workload) in enumerate(workloads(base).items(), 1):
         with ExitStack() as stack:
@@ -127,7 +127,7 @@ def _start(
     stack: ExitStack, workload: Workload, ours: Sequence[str], installed: Sequence[Peer], folder: Path,
     report: PeersReport,
 ) -> dict[str, _Process]:  # fmt: skip
-    """A process for each manager, ready for rounds. All start side by side, as it takes seconds."""
+    """A process for each manager, ready for rounds. They start in parallel, since each takes seconds."""
     drivers: dict[str, tuple[Sequence[str], Path]] = {name: (("kvmem_driver.py", name), _PACKAGES) for name in ours}
     drivers |= {peer.name: ((f"{peer.name}_driver.py",), folder / peer.name) for peer in installed}
     running = {name: stack.enter_context(closing(_Process(*driver, workload))) for name, driver in drivers.items()}

@@ -86,7 +86,7 @@ def drive(
 
 
 def _warm_up(make: Callable[[dict[str, Any]], Any], workload: dict[str, Any], as_taken: Callable[[Any], Any]) -> None:
-    """One short round: what is loaded at the first use is no memory of the manager."""
+    """One short round, so that what is loaded at the first use is not counted as the manager's memory."""
     block = workload["block"]
     small = workload | {"sequences": 2, "prompt": 2 * block, "shared": 0, "steps": block, "pool": 6}
     prompts = as_taken(np.arange(4 * block, dtype=np.int32).reshape(2, -1))
@@ -106,7 +106,7 @@ def _resident() -> int:
 
 
 class _Empty(type):
-    """Of classes in which every name is the class itself."""
+    """A metaclass: every attribute of its classes is the class itself."""
 
     def __getattr__(cls, name: str) -> Any:
         if name.startswith("__"):
@@ -115,7 +115,7 @@ class _Empty(type):
 
 
 class _Module(types.ModuleType):
-    """A module in which every name is an empty class."""
+    """A module in which every attribute is an empty class."""
 
     __path__: list[str] = []  # noqa: RUF012 (what makes it a package)
 

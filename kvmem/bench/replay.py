@@ -1,5 +1,5 @@
-"""A trace against one pool: what fitted, what was preempted, what was mapped beside what was used, and what the
-allocator's calls and the driver's cost.
+"""Replays a trace against one pool and measures it: what fitted, what was preempted, what was mapped and used, and the
+cost of the allocator's and the driver's calls.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class DriverCosts:
         return CallCosts(page_bytes, *(max(0.0, small + share * (large - small)) for small, large in pairs))
 
     def seconds(self, calls: Totals, page_bytes: int) -> float:
-        """Of all maps, accesses and unmaps; what is created and reserved once at start is left out."""
+        """Of all maps, accesses and unmaps, without those that create and reserve once at the start."""
         one = self.at(page_bytes)
         us = calls.map * one.map_us + calls.set_access * one.set_access_us + calls.unmap * one.unmap_us
         return us / 1e6

@@ -41,17 +41,15 @@ class Settings:
     """What the command line asked for. Sizes are texts such as ``80GiB``."""
 
     trace: Path | None = _option(
-        None, "Trace file: Mooncake, Azure, BurstGPT or Qwen-Bailian. Default: 1,000 packaged requests."
+        None, "Mooncake, Azure, BurstGPT or Qwen-Bailian file. Default: 1,000 packaged requests."
     )
     requests: int | None = _option(None, "Only the first requests of the trace.", least=1)
     config: Path | None = _option(None, "Model config.json or its folder. Default: Llama 3 8B.")
-    assume: str | None = _option(None, "Whose rules to read it by if its model_type is unknown.", metavar="MODEL_TYPE")
+    assume: str | None = _option(None, "Whose rules apply if the model_type is unknown.", metavar="MODEL_TYPE")
     dtype: str = _option("bfloat16", "Type of the stored KV.")
     memory: str = _option("80GiB", "Memory of the simulated device.")
-    weights: str | None = _option(
-        None, "Bytes of it that the weights take. Default: 15.0 GiB for Llama 3 8B, 0 with --config."
-    )
-    backend: str = _option("both", "Whose calls are measured.", choices=("both", *BACKENDS))
+    weights: str | None = _option(None, "Bytes of it for weights. Default: 15.0 GiB for Llama 3 8B, 0 with --config.")
+    backend: str = _option("both", "Backends to measure.", choices=("both", *BACKENDS))
     page: str = _option("2MiB", "Bytes of a physical page; 'auto': as the virtual backend chooses.")
     block_size: int = _option(16, "Tokens of a block.", least=1)
     max_sequences: int = _option(256, "Sequences at once.", least=1)
@@ -88,9 +86,7 @@ class Run:
             raise BenchError("--page is 0; a page holds at least one byte: 2MiB is what stock drivers map")
         self.backends = tuple(backend for backend in BACKENDS if settings.backend in ("both", backend))
         if settings.content and settings.chunked:
-            raise BenchError(
-                "--content with --chunked: a prompt with content takes its memory whole; leave one of them out"
-            )
+            raise BenchError("--content with --chunked: a prompt with content takes its memory whole; leave one out")
         self.setup = _setup(settings, self.model, self.trace, self.page_bytes)
         sizes = (self.setup[name] for name in ("kv_bytes", "max_sequences", "max_tokens", "page_bytes"))
         self.budget = Budget(*sizes)

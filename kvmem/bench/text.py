@@ -1,4 +1,4 @@
-"""What the benchmark says: its errors, shares and times as people read them (sizes: `kvmem.arguments`), progress."""
+"""The benchmark's errors and progress, and shares and times as text (sizes: `kvmem.arguments`)."""
 
 from __future__ import annotations
 

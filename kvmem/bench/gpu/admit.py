@@ -1,4 +1,4 @@
-"""How long until a prompt has its memory: from fresh pages, from what a finished one left, by a shared prefix."""
+"""The time until a prompt has its memory: from fresh pages, from a finished prompt's, or by a shared prefix."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Two allocators on one pool hand memory to each other, while one of them decodes.
+"""Memory moves between two allocators on one pool, while one of them decodes.
 
 First the neighbour holds what the load leaves, and parks it; then the decoding allocator admits prompts, one after each
-step, out of the neighbour's pages; then it frees them and the neighbour takes them back. The step of the load is
-timed before and meanwhile.
+step, from the neighbour's pages; then it frees them and the neighbour takes them back. The step of the load is timed
+before and meanwhile.
 """
 
 from __future__ import annotations

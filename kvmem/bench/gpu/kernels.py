@@ -1,4 +1,4 @@
-"""Kernels by name. Each is made ready for one memory and one batch, and is then called with queries and a layer."""
+"""Kernels by name. Each is prepared for one memory and one batch, then called with queries and a layer."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def plan_arguments(model: ModelShape) -> dict[str, Any]:
 
 @contextmanager
 def _prebuilt_only() -> Iterator[None]:
-    """FlashInfer's fa3 takes minutes to compile, which this benchmark does not have: a prebuilt one, or none."""
+    """FlashInfer's fa3 takes minutes to compile, so only a prebuilt one is measured."""
     before = os.environ.get("FLASHINFER_DISABLE_JIT")
     os.environ["FLASHINFER_DISABLE_JIT"] = "1"
     try:

@@ -38,7 +38,7 @@ class Part:
         return monotonic() - self._begin
 
     def allows(self, case: str, seconds: float) -> bool:
-        """Whether there is time for ``case``, which takes so long on a GPU; if not, the report says so."""
+        """Whether ``seconds``, which ``case`` takes on a GPU, are left; if not, the report says so."""
         if self.spent + (seconds if self.device.kind == "cuda" else 0) <= self.seconds:
             return True
         self.report.skip(case, "the part's time was up")

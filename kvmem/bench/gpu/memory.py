@@ -29,8 +29,8 @@ _SEED = 20240611
 
 
 class Memory:
-    """``caches``: K and V ``[blocks, block_size, heads, width]`` of each layer, or of the first few; they are walked
-    round and round. ``rows``: the same as ``[rows, tokens, heads, width]``, where sequences are contiguous. A twin has
+    """``caches``: K and V ``[blocks, block_size, heads, width]`` of each layer, or of the first few, which are
+    read in cycles. ``rows``: the same as ``[rows, tokens, heads, width]``, where sequences are contiguous. A twin has
     the batch of its ``owner``.
     """
 
@@ -48,7 +48,7 @@ class Memory:
 
 
 class Managed(Memory):
-    """A cache of ours, filled with random numbers. ``filling`` names every token."""
+    """A cache of ours, filled with random numbers. ``filling``: a batch of all tokens."""
 
     def __init__(
         self, model: ModelShape, device: BenchDevice, backend: Backend, sequences: int, tokens: int, **options: Any
@@ -68,14 +68,14 @@ class Managed(Memory):
         super().__init__(backend, caches, rows)
 
     def ask(self, new_tokens: int) -> None:
-        """Makes ``batch`` the one in which the last ``new_tokens`` of each sequence ask; fewer from call to call."""
+        """Makes the last ``new_tokens`` of each sequence the queries of ``batch``; fewer from call to call."""
         self.allocator.commit_batch(self.ids, np.full(len(self.ids), self._left - new_tokens, dtype=np.int32))
         self._left = new_tokens
         self.asked = self.allocator.batch(self.ids)
 
 
 def static_layers(model: ModelShape, tokens: int, cold_bytes: int) -> int:
-    """How many layers of a static twin keep its reads out of the cache."""
+    """The layers of a static twin that suffice for its reads to miss the L2 cache."""
     return min(model.layers, -(-cold_bytes // (tokens * model.layer_bytes)))
 
 

@@ -1,4 +1,4 @@
-"""The parts' documents as tables: what was wanted of each device and whether it was met, then every part's figures.
+"""The parts' documents as tables: the goals and whether they are met, then every part's figures.
 
 Documents are in the form of `kvmem.bench.document.PartReport`; parts may be missing or cut short.
 """
