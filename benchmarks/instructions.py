@@ -49,30 +49,25 @@ def instruction_cases() -> dict[str, tuple[str, str, Workload]]:
     return cases
 
 
-def core_program() -> Path:
-    """Raises `BenchError` where it is not compiled, or valgrind is absent."""
+def count(done: Progress = lambda done: None) -> dict[str, Any]:
+    """``schema_version``, ``environment``, and ``instructions``: those of a warm round, by case."""
     if not _PROGRAM.exists():
         raise BenchError("benchmarks/native/core.cpp is not compiled: run `make callgrind` in the source checkout")
     if shutil.which("valgrind") is None:
         raise BenchError("counting instructions needs valgrind: apt-get install valgrind")
-    return _PROGRAM
-
-
-def count(program: Path, done: Progress = lambda done: None) -> dict[str, Any]:
-    """``schema_version``, ``environment``, and ``instructions``: those of a warm round, by case."""
     found: dict[str, int] = {}
     for name, case in instruction_cases().items():
-        found[name] = _count(program, *case)
+        found[name] = _count(*case)
         done(len(found))
     return document(["instructions"], instructions=found)
 
 
-def _count(program: Path, phase: str, backend: str, workload: Workload) -> int:
+def _count(phase: str, backend: str, workload: Workload) -> int:
     with tempfile.TemporaryDirectory() as folder:
         counts = Path(folder) / "counts"
         done = subprocess.run(
             ["valgrind", "--tool=callgrind", f"--toggle-collect=*measured_{phase}*", f"--callgrind-out-file={counts}",
-             str(program), *workload.arguments(), "--backend", backend, "--rounds", "2", "--count"],
+             str(_PROGRAM), *workload.arguments(), "--backend", backend, "--rounds", "2", "--count"],
             capture_output=True, text=True, check=False,
         )  # fmt: skip
         found = _TOTAL.search(counts.read_text(encoding="ascii", errors="replace")) if counts.exists() else None
@@ -141,10 +136,9 @@ def instructions(context: click.Context, older: Path | None, newer: Path | None,
         context.exit(0 if show(older, newer) else 1)
     if older is not None:
         raise BenchError(f"{older}: there is nothing to compare it with; name a second file")
-    program = core_program()
     check_writable(path)
     with progress(Console(stderr=True), "callgrind, cases", len(instruction_cases()), quiet) as done:
-        counts = count(program, done)
+        counts = count(done)
     fresh = path.with_name(path.name + ".new")
     write_json(counts, fresh)
     fine = show(path, fresh) if path.exists() else True

@@ -126,8 +126,7 @@ def measure(workload: Workload, names: Sequence[str], rounds: int) -> tuple[dict
             before = heap_bytes()
             managers[name] = open_manager(name, workload)
             run_round(managers[name], workload, 0)
-            after = heap_bytes()
-            heaps[name] = None if before is None or after is None else after - before
+            heaps[name] = None if before is None else (heap_bytes() or 0) - before
     for number in range(1, rounds + 1):
         for name in names:
             if name == FLOOR:
@@ -183,9 +182,8 @@ def run(words: str, rounds: int, json_path: Path | None, quiet: bool, among: Seq
     every = cases() if among is None else among
     chosen = [case for case in every if words in case.name]
     if not chosen:
-        raise BenchError(
-            f"--case {words!r}: no case has that in its name; there are: " + "; ".join(c.name for c in every)
-        )
+        names = "; ".join(case.name for case in every)
+        raise BenchError(f"--case {words!r}: no case has that in its name; there are: {names}")
     check_writable(json_path)
     with progress(Console(stderr=True), "step, workloads", len({c.workload for c in chosen}), quiet) as done:
         results, notes = step(chosen, rounds, done)

@@ -74,19 +74,12 @@ class Workload:
 
 
 class Manager(Protocol):
-    def admit(self, i: int, prompt: Int32s) -> None:
-        """Begins sequence ``i``: finds what is cached of its prompt, makes room for the rest, publishes all of it."""
+    """What a workload drives; ``native/workload.h`` says what each call does."""
 
-    def step(self, last: Int32s | None) -> None:
-        """Publishes ``last``, the tokens that the previous step wrote (None at the first step), and makes room for one
-        more token of each sequence.
-        """
-
-    def release(self, i: int) -> None:
-        """Ends sequence ``i``."""
-
-    def clear(self) -> None:
-        """Evicts what is cached. Not timed."""
+    def admit(self, i: int, prompt: Int32s) -> None: ...
+    def step(self, last: Int32s | None) -> None: ...
+    def release(self, i: int) -> None: ...
+    def clear(self) -> None: ...
 
 
 class Timings:

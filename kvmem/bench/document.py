@@ -67,12 +67,17 @@ def _commit() -> str | None:
     """The commit of the checkout that this file is in, marked ``-dirty`` when a tracked file differs. Outside of a
     checkout, the environment variable ``KVMEM_COMMIT``, or None.
     """
-    command = ("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
+    folder = str(Path(__file__).parent)
+    described = printed_by("git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
+    return described or os.environ.get("KVMEM_COMMIT")
+
+
+def printed_by(*command: str) -> str:
+    """The output of a command; empty where the command is absent or does not end."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=20).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
-        return os.environ.get("KVMEM_COMMIT")
-    return done.stdout.strip() or os.environ.get("KVMEM_COMMIT")
+        return ""
 
 
 def _cpu_name() -> str:

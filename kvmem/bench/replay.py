@@ -70,12 +70,6 @@ class Sample:
     usage: Usage
 
 
-def sample_columns(samples: tuple[Sample, ...]) -> dict[str, list[int]]:
-    """One list a field of `Sample` and `Usage`."""
-    rows = [{**vars(sample), **vars(sample.usage)} for sample in samples]
-    return {name: [row[name] for row in rows] for name in rows[0] if name != "usage"} if rows else {}
-
-
 @dataclass(frozen=True)
 class ReplayResult:
     """One pool's replay.
@@ -115,8 +109,11 @@ class ReplayResult:
     step_seconds: float
 
     def as_row(self) -> dict[str, Any]:
-        """Its JSON form, ``samples`` as columns."""
-        return asdict(replace(self, samples=())) | {"samples": sample_columns(self.samples)}
+        """Its JSON form. ``samples`` is one list for each field of `Sample` and `Usage`."""
+        moments = [{**vars(sample), **vars(sample.usage)} for sample in self.samples]
+        names = [name for name in (moments[0] if moments else ()) if name != "usage"]
+        columns = {name: [moment[name] for moment in moments] for name in names}
+        return asdict(replace(self, samples=())) | {"samples": columns}
 
 
 class Meter:

@@ -45,7 +45,7 @@ class Settings:
     )
     requests: int | None = _option(None, "Only the first requests of the trace.", least=1)
     config: Path | None = _option(None, "Model config.json or its folder. Default: Llama 3 8B.")
-    assume: str | None = _option(None, "Whose rules apply if the model_type is unknown.", metavar="MODEL_TYPE")
+    assume: str | None = _option(None, "Model type whose rules apply to an unknown one.", metavar="MODEL_TYPE")
     dtype: str = _option("bfloat16", "Type of the stored KV.")
     memory: str = _option("80GiB", "Memory of the simulated device.")
     weights: str | None = _option(None, "Bytes of it for weights. Default: 15.0 GiB for Llama 3 8B, 0 with --config.")
