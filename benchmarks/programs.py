@@ -11,8 +11,6 @@ from typing import Any
 
 from kvmem.bench.text import BenchError
 
-__all__ = ["PROGRAMS", "build_floor", "run_program"]
-
 _CHECKOUT = Path(__file__).parents[1]
 PROGRAMS = _CHECKOUT / "build" / "bench"
 _SOURCES = ("floor.cpp", "workload.h")

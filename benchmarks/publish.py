@@ -1,6 +1,6 @@
 """Measured results as Markdown: a folder of JSON documents as one page, and the short table of the README.
 
-Everything on them is read from the documents, so that a number in the docs is one that a command has printed.
+All numbers are read from the documents, so that each number in the docs was printed by a command.
 """
 
 from __future__ import annotations
@@ -20,13 +20,12 @@ from benchmarks.peers.compare import peer_tables
 from benchmarks.step import step_tables
 from kvmem.arguments import format_bytes
 from kvmem.bench.__main__ import main
+from kvmem.bench.cli import PATH
 from kvmem.bench.document import SCHEMA_VERSION
 from kvmem.bench.gpu.tables import goal_table, part_tables
-from kvmem.bench.render import Row, Table, cell, replay_row, reuse_tables, setup_lines, tables
+from kvmem.bench.render import Row, Table, cell, each, replay_row, reuse_tables, setup_lines, tables
 from kvmem.bench.replay import PUBLISHED
 from kvmem.bench.text import BenchError
-
-__all__ = ["BEGIN", "END", "Document", "insert", "load_documents", "page", "summary"]
 
 BEGIN, END = "<!-- measured:begin -->", "<!-- measured:end -->"
 _HOW = "`python -m kvmem.bench gpu --out FOLDER` measures it"
@@ -81,14 +80,14 @@ def _load(path: Path) -> Document:
         return Document(path.name, report["environment"], report["command"], setup, defaultdict(list, parts))
     except OSError as error:
         raise BenchError(f"{path}: cannot read the report: {error.strerror}") from error
+    except BenchError:
+        raise
     except (ValueError, KeyError, TypeError) as error:
-        if isinstance(error, BenchError):
-            raise
         raise BenchError(f"{path}: not a report of kvmem.bench: {type(error).__name__} {error}") from None
 
 
 def page(documents: Sequence[Document]) -> str:
-    """All that was measured, a section a document."""
+    """Everything that was measured, a section a document."""
     lines = ["# Measured", "", "Written by `python -m benchmarks.publish docs/results`; not by hand.", "", _META, ""]
     lines += [*_gpu_page([report for document in documents for report in document.parts["gpu"]]), ""]
     for document in documents:
@@ -123,7 +122,7 @@ def _tables(document: Document) -> Iterator[Table]:
 
 
 def _gpu_page(reports: Sequence[Row]) -> Iterator[str]:
-    """A section a device, or one that says that nothing was measured."""
+    """A section for each device, or one that says that nothing was measured."""
     if not reports:
         yield from ("## GPU", "", f"Not measured; {_HOW}.", "", *goal_table({}).markdown())
     for device, of_device in _by_device(reports).items():
@@ -152,7 +151,7 @@ def _by_device(reports: Sequence[Row]) -> dict[str, dict[str, Row]]:
 
 
 def summary(documents: Sequence[Document]) -> str:
-    """What a user decides by: a column for each whole trace."""
+    """The figures that a user needs to choose: a column for each whole trace."""
     replays = [document for document in documents if document.parts["replay"] and "replay" in document.command]
     columns = ["", *(f"{_title(document)}, {document.setup['requests']:,} requests" for document in replays)]
     runs = [{run["pool"]: replay_row(run) for run in document.parts["replay"]} for document in replays]
@@ -213,9 +212,8 @@ def _generation(documents: Sequence[Document]) -> Iterator[str]:
     """A sentence for each document of `generate`."""
     for rows in (document.parts["generate"] for document in documents):
         if rows:
-            speeds = ", ".join(
-                f"{row['tokens'] * 1e6 / row['us']['median']:.1f} tokens/s with {row['cache']}" for row in rows
-            )
+            shown = [row | {"speed": row["tokens"] * 1e6 / row["us"]["median"]} for row in rows]
+            speeds = each("{speed:.1f} tokens/s with {cache}", shown)
             same = "the same tokens from all caches" if all(row["same_tokens"] for row in rows) else "DIFFERENT TOKENS"
             yield f"\n`python -m benchmarks.generate`, {rows[0]['model']} on one thread: {same}; {speeds}."
 
@@ -230,8 +228,8 @@ def insert(text: str, between: str, where: str) -> str:
 
 
 @click.command()
-@click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--readme", type=click.Path(path_type=Path), help="Also puts the short table between its markers.")
+@click.argument("folder", type=PATH)
+@click.option("--readme", type=PATH, help="Also puts the short table between its markers.")
 def command(folder: Path, readme: Path | None) -> None:
     """Writes FOLDER/README.md from the JSON documents in FOLDER."""
     documents = load_documents(folder)

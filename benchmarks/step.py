@@ -1,6 +1,6 @@
-"""What a scheduler's calls cost, beside a C++ baseline that does the same bookkeeping with plain arrays.
+"""The cost of a scheduler's calls, beside a C++ baseline that does the same bookkeeping with plain arrays.
 
-All managers of a case run in turn, round after round, so that a slow moment of the machine falls on each.
+All managers of a case run in turn, round after round, so that a slow moment of the machine affects each.
 """
 
 from __future__ import annotations
@@ -16,22 +16,20 @@ import click
 import numpy as np
 from rich.console import Console
 
-from benchmarks.programs import build_floor
-from benchmarks.workload import FLOOR, Manager, Timings, Workload, heap_bytes, open_manager, run_floor, run_round
+from benchmarks.workload import FLOOR, Timings, Workload, floors, heap_bytes, open_manager, run_floor, run_round
 from kvmem.bench.__main__ import main
+from kvmem.bench.cli import JSON, QUIET
 from kvmem.bench.document import check_writable, document, write_json
-from kvmem.bench.render import Row, Table, console, say
+from kvmem.bench.render import Row, Table, console, show
 from kvmem.bench.text import BenchError, Progress, progress
 from kvmem.bench.timing import Spread
-
-__all__ = ["GOALS", "Case", "StepResult", "cases", "measure", "run", "step", "step_tables"]
 
 Phase = Literal["admit", "step", "edge", "free"]
 
 
 @dataclass(frozen=True)
 class Case:
-    """``phase`` of ``workload``, for which a ``unit`` is to cost ``goal_us`` at most. ``managers``: which of ours."""
+    """A ``phase`` of ``workload``, in which a ``unit`` should cost ``goal_us`` at most. ``managers``: of ours."""
 
     name: str
     unit: str
@@ -44,8 +42,8 @@ class Case:
 @dataclass(frozen=True)
 class StepResult:
     """``us``: microseconds a ``unit``; ``quiet_us``: the median of the quietest round. ``typical_p99`` and
-    ``typical_largest``, over the median: of the medians, over all rounds, of each position in the round.
-    ``heap_bytes``: of the manager's metadata at the end of a round.
+    ``typical_largest``: of the medians over all rounds of each position in the round, over their median.
+    ``heap_bytes``: the manager's metadata at the end of a round.
     """
 
     case: str
@@ -71,10 +69,8 @@ def cases(scale: float = 1.0) -> list[Case]:
     cached, tables = replace(plain, cache=True), replace(plain, metadata=True)
     shared = replace(cached, shared=plain.prompt // 2)
     full = replace(cached, evict=True, pool=cached.blocks)
-    batched, calls = (
-        ("paged", "virtual", "paged, cpu"),
-        ("paged, one by one", "virtual, one by one", "paged, SchedulerCache"),
-    )
+    batched = ("paged", "virtual", "paged, cpu")
+    calls = ("paged, one by one", "virtual, one by one", "paged, SchedulerCache")
     edge, admit = "step: all cross a block edge", f"admit {plain.prompt:,} tokens"
     rows = [
         Case("step: slots and what is new in the table", "step", "step", plain, GOALS["step"], batched),
@@ -108,11 +104,7 @@ def step(
     chosen: Sequence[Case], rounds: int = 5, done: Progress = lambda done: None
 ) -> tuple[list[StepResult], list[str]]:  # fmt: skip
     """Every case on the baseline and on kvmem, and notes. Cases of one workload are phases of the same rounds."""
-    floor, notes = [FLOOR], list[str]()
-    try:
-        build_floor()
-    except BenchError as error:
-        floor, notes = [], [f"no floor: {error}"]
+    floor, notes = floors()
     rows: list[StepResult] = []
     for number, workload in enumerate(dict.fromkeys(case.workload for case in chosen), 1):
         here = [case for case in chosen if case.workload == workload]
@@ -128,14 +120,13 @@ def measure(workload: Workload, names: Sequence[str], rounds: int) -> tuple[dict
     """``rounds`` interleaved rounds of each manager, after one that warms up: mapped pages, grown tables."""
     timings = {name: Timings() for name in names}
     heaps: dict[str, int | None] = dict.fromkeys(names)
-    managers: dict[str, Manager] = {}
+    managers: dict[str, Any] = {}
     for name in names:
         if name != FLOOR:
             before = heap_bytes()
             managers[name] = open_manager(name, workload)
             run_round(managers[name], workload, 0)
-            after = heap_bytes()
-            heaps[name] = None if before is None or after is None else after - before
+            heaps[name] = None if before is None else (heap_bytes() or 0) - before
     for number in range(1, rounds + 1):
         for name in names:
             if name == FLOOR:
@@ -165,9 +156,8 @@ largest={us[largest]:us}; typical p99 / median={typical_p99:.2f}"""
 
 
 def step_tables(rows: Sequence[Row]) -> Iterator[Table]:
-    """The baseline's own rows are columns of others. "typical": of each position in the round the median of all rounds,
-    so without the machine's own pauses. "floor" is that of all rounds; a goal met in the quietest round alone is told
-    as such.
+    """The baseline's rows become columns of the others. "typical" is the median over all rounds of each position in the
+    round, which leaves out pauses of the machine; a goal met in the quietest round alone is marked "quietly".
     """
     least = {row["case"]: row["us"]["median"] for row in rows if row["manager"] == FLOOR}
     shown: list[Mapping[str, Any]] = []
@@ -192,28 +182,22 @@ def run(words: str, rounds: int, json_path: Path | None, quiet: bool, among: Seq
     every = cases() if among is None else among
     chosen = [case for case in every if words in case.name]
     if not chosen:
-        raise BenchError(
-            f"--case {words!r}: no case has that in its name; there are: " + "; ".join(c.name for c in every)
-        )
+        names = "; ".join(case.name for case in every)
+        raise BenchError(f"--case {words!r}: no case has that in its name; there are: {names}")
     check_writable(json_path)
-    out = console()
     with progress(Console(stderr=True), "step, workloads", len({c.workload for c in chosen}), quiet) as done:
         results, notes = step(chosen, rounds, done)
     rows = [asdict(row) for row in results]
-    for table in step_tables(rows):
-        table.show(out)
-    for note in notes:
-        say(out, note)
-    if json_path is not None:
-        setup = {"rounds": rounds, "notes": notes}
-        write_json(document(["step", *sys.argv[1:]], setup=setup, results={"step": rows}), json_path)
+    show(console(), [*step_tables(rows), *notes])
+    setup = {"rounds": rounds, "notes": notes}
+    write_json(document(["step", *sys.argv[1:]], setup=setup, results={"step": rows}), json_path)
 
 
 @click.command()
 @click.option("--case", "words", default="", metavar="WORDS", help="Only cases whose name contains this.")
 @click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="After one that warms up.")
-@click.option("--json", "json_path", type=click.Path(path_type=Path), metavar="FILE", help="Write everything as JSON.")
-@click.option("-q", "--quiet", is_flag=True, help="No progress.")
+@JSON
+@QUIET
 def command(words: str, rounds: int, json_path: Path | None, quiet: bool) -> None:
     """A scheduler's calls, each beside the least that a C++ loop needs for the same bookkeeping."""
     run(words, rounds, json_path, quiet)

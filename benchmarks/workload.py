@@ -1,7 +1,7 @@
-"""The serving workload that kvmem, the C++ baseline and the peers are timed on (``native/workload.h`` is its C++ form),
-and kvmem as it is driven: batched, a call a sequence, and by `SchedulerCache`.
+"""The serving workload on which kvmem, the C++ baseline and the peers are timed (its C++ form is
+``native/workload.h``), and the ways to drive kvmem: batched, a call a sequence, and by `SchedulerCache`.
 
-Prompts come in one by one; then all sequences decode in step, a token each; then they end one by one.
+Prompts are admitted one by one; then all sequences decode in step, a token each; then they end one by one.
 """
 
 from __future__ import annotations
@@ -18,15 +18,11 @@ from benchmarks.programs import build_floor, run_program
 from kvmem import Allocator, CacheSpec, SchedulerCache, Sequence
 from kvmem.bench.model import Backend, load_model
 from kvmem.bench.pools import Int32s
-
-__all__ = ["FLOOR", "Batched", "ByRequest", "Manager", "OneByOne", "Timings", "Workload", "heap_bytes",
-           "open_allocator", "open_manager", "run_floor", "run_round"]  # fmt: skip
+from kvmem.bench.text import BenchError
 
 FLOOR = "floor"  # the name of the C++ baseline in documents
 _MALLINFO2 = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
 _SPARE_BLOCKS = 2  # the null block and the padding block
-_PAGE_BYTES = {"meta": 2 << 20, "cpu": 64 << 10}
-
 _VOCABULARY = 128_000
 
 
@@ -78,21 +74,12 @@ class Workload:
 
 
 class Manager(Protocol):
-    """What a workload drives."""
+    """What a workload drives; ``native/workload.h`` says what each call does."""
 
-    def admit(self, i: int, prompt: Int32s) -> None:
-        """Sequence ``i`` begins: what is cached of its prompt is found, the rest gets room, all of it is published."""
-
-    def step(self, last: Int32s | None) -> None:
-        """Publishes the tokens that the step before wrote (``last``, None at the first), and makes room for one more of
-        each sequence.
-        """
-
-    def release(self, i: int) -> None:
-        """Sequence ``i`` ends."""
-
-    def clear(self) -> None:
-        """What is cached is evicted. Not timed."""
+    def admit(self, i: int, prompt: Int32s) -> None: ...
+    def step(self, last: Int32s | None) -> None: ...
+    def release(self, i: int) -> None: ...
+    def clear(self) -> None: ...
 
 
 class Timings:
@@ -109,11 +96,11 @@ class Timings:
         return [value for values in self.rounds[phase] for value in values]
 
     def quietest(self, phase: str) -> float:
-        """The median of the round that has the least: on a machine whose other tenants come and go."""
+        """The smallest of the rounds' medians, because other work on the machine comes and goes."""
         return min((float(np.median(values)) for values in self.rounds[phase] if values), default=0.0)
 
     def typical(self, phase: str) -> npt.NDArray[np.float64]:
-        """The median over the rounds of each position: without the pauses of a busy machine, which come anywhere."""
+        """The median over the rounds of each position, which leaves out the pauses of a busy machine."""
         return np.asarray(np.median(np.array(self.rounds[phase], dtype=np.float64), axis=0))
 
 
@@ -128,38 +115,50 @@ def run_floor(workload: Workload, rounds: int = 2) -> dict[str, Any]:
     return run_program(build_floor(), *workload.arguments(), "--rounds", str(rounds))
 
 
+def floors() -> tuple[list[str], list[str]]:
+    """The baseline's name if it can be compiled, and a note if it cannot."""
+    try:
+        build_floor()
+    except BenchError as error:
+        return [], [f"no floor: {error}"]
+    return [FLOOR], []
+
+
 def open_allocator(workload: Workload, backend: Backend, device: Literal["meta", "cpu"] = "meta") -> Allocator:
     """An allocator with room for ``workload.pool`` blocks. ``"meta"``: Llama 3 8B, of which a block is a page of 2 MiB;
     ``"cpu"``: real memory, with 64 bytes a token.
     """
-    spec = _spec(workload, device)
-    page_bytes = _PAGE_BYTES[device]
+    if device == "meta":
+        spec, page_bytes, partial_pages = load_model(None, dtype="bfloat16", block_size=workload.block).spec, 2 << 20, 0
+    else:  # a row ends anywhere in a page
+        spec = CacheSpec.kv(num_layers=1, num_kv_heads=1, head_dim=16, dtype="bfloat16", block_size=workload.block)
+        page_bytes, partial_pages = 64 << 10, workload.sequences
     block_bytes = spec.bytes_per_token * workload.block
-    room = -(-(workload.pool + _SPARE_BLOCKS) * block_bytes // page_bytes) * page_bytes
-    if device == "cpu":  # a row ends anywhere in a page
-        room += workload.sequences * page_bytes
+    pages = -(-(workload.pool + _SPARE_BLOCKS) * block_bytes // page_bytes) + partial_pages
     return Allocator(
-        spec, backend=backend, device=device, memory=room, max_sequences=workload.sequences,
+        spec, backend=backend, device=device, memory=pages * page_bytes, max_sequences=workload.sequences,
         max_tokens=workload.max_tokens, page_bytes=page_bytes, map_ahead_tokens=0, tail_guard_tokens=0,
         prefix_cache=workload.cache,
     )  # fmt: skip
 
 
-def _spec(workload: Workload, device: str) -> CacheSpec:
-    if device == "meta":
-        return load_model(None, dtype="bfloat16", block_size=workload.block).spec
-    return CacheSpec.kv(num_layers=1, num_kv_heads=1, head_dim=16, dtype="bfloat16", block_size=workload.block)
-
-
-class Batched:
-    """A step is one call for the whole batch, and writes all metadata, as far as it has changed.
-
-    Without a prefix cache an admission is one call too: there is nothing to publish, and the first step commits the
-    prompt with all else that is reserved. The baseline's admission does no more.
-    """
+class _Ours:
+    """A manager over an allocator."""
 
     def __init__(self, workload: Workload, allocator: Allocator) -> None:
         self.workload, self.allocator = workload, allocator
+
+    def clear(self) -> None:
+        self.allocator.clear_cache()
+
+
+class Batched(_Ours):
+    """A step is one call for the whole batch, and writes all metadata that has changed. Without a prefix cache an
+    admission is one call too: nothing is published, and the first step commits the prompt with all that is reserved.
+    """
+
+    def __init__(self, workload: Workload, allocator: Allocator) -> None:
+        super().__init__(workload, allocator)
         self.ids = np.zeros(workload.sequences, np.int32)
         self.batch = allocator.make_batch(max_new_tokens=workload.sequences, max_tokens=workload.max_tokens)
         self.each = [self.ids[i : i + 1] for i in range(workload.sequences)]
@@ -179,15 +178,12 @@ class Batched:
     def release(self, i: int) -> None:
         self.allocator.free_batch(self.each[i])
 
-    def clear(self) -> None:
-        self.allocator.clear_cache()
 
-
-class OneByOne:
-    """For schedulers that ask for one request at a time: a step is a call a sequence, and no metadata."""
+class OneByOne(_Ours):
+    """As a scheduler that asks for one request at a time: a step is a call a sequence, without metadata."""
 
     def __init__(self, workload: Workload, allocator: Allocator) -> None:
-        self.workload, self.allocator = workload, allocator
+        super().__init__(workload, allocator)
         self.sequences: list[Sequence] = []
 
     def admit(self, i: int, prompt: Int32s) -> None:
@@ -208,18 +204,15 @@ class OneByOne:
     def release(self, i: int) -> None:
         self.sequences.pop(0).free()
 
-    def clear(self) -> None:
-        self.allocator.clear_cache()
 
-
-class ByRequest:
-    """`SchedulerCache`, asked about one request at a time, as vLLM's scheduler asks its manager: a step is a call a
-    request, takes what each answer changes into a block table, and the events; all metadata: that table is copied to
-    where kernels read it. As with `Batched`, the first step commits a prompt that is not to be found.
+class ByRequest(_Ours):
+    """`SchedulerCache`, called as vLLM's scheduler calls its manager: a step is a call a request, writes the changes
+    of each answer into a block table, and takes the events. With ``metadata`` the table is copied to where kernels read
+    it. As with `Batched`, the first step commits a prompt that is not published.
     """
 
     def __init__(self, workload: Workload, allocator: Allocator) -> None:
-        self.workload, self.allocator = workload, allocator
+        super().__init__(workload, allocator)
         self.cache = SchedulerCache(allocator)
         self.table = np.zeros((workload.sequences, workload.max_tokens // workload.block), np.int32)
         self.read_table = np.zeros_like(self.table)
@@ -252,8 +245,8 @@ class ByRequest:
 
 
 def open_manager(name: str, workload: Workload) -> Manager:
-    """By name: ``paged`` or ``virtual``, then ``cpu`` for real memory, ``one by one`` for a call a sequence,
-    ``SchedulerCache`` for that.
+    """``name``: ``paged`` or ``virtual``; then ``cpu`` for real memory, ``one by one`` for a call a sequence, or
+    ``SchedulerCache``.
     """
     words = name.split(", ")
     backend: Backend = "paged" if words[0] == "paged" else "virtual"
@@ -263,16 +256,13 @@ def open_manager(name: str, workload: Workload) -> Manager:
     return OneByOne(workload, allocator) if "one by one" in words else Batched(workload, allocator)
 
 
-class _Mallinfo2(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_size_t) for name in _MALLINFO2]
-
-
 def heap_bytes() -> int | None:
-    """Bytes that malloc has given out in this process; Python's own small objects lie elsewhere. None without glibc."""
+    """Bytes that malloc has allocated in this process, without Python's own small objects. None without glibc."""
     try:
         mallinfo2 = ctypes.CDLL(None).mallinfo2
     except AttributeError:
         return None
-    mallinfo2.restype = _Mallinfo2
+    fields = [(name, ctypes.c_size_t) for name in _MALLINFO2]
+    mallinfo2.restype = type("Mallinfo2", (ctypes.Structure,), {"_fields_": fields})
     info = mallinfo2()
     return int(info.uordblks + info.hblkhd)

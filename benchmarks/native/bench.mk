@@ -1,5 +1,5 @@
 # make floor, make callgrind: the C++ baseline beside `python -m benchmarks.step`, and instruction counts of the core.
-# make mapping: what `python -m benchmarks.memory mapping` times without Python.
+# make mapping: the part of `python -m benchmarks.memory mapping` that runs without Python.
 
 BENCH := build/bench
 BENCH_FLAGS := -O3 -g -DNDEBUG -std=c++17 -Wall -Wextra -fno-strict-aliasing -pthread -Icsrc -Ibenchmarks/native -flto=auto
@@ -19,10 +19,7 @@ $(BENCH)/%.o: %.cpp benchmarks/native/bench.mk
 $(BENCH)/floor: $(BENCH)/benchmarks/native/floor.o
 	$(CXX) $(BENCH_FLAGS) $^ -o $@
 
-$(BENCH)/core: $(BENCH)/benchmarks/native/core.o $(BENCH_CORE)
-	$(CXX) $(BENCH_FLAGS) $^ -ldl -o $@
-
-$(BENCH)/mapping: $(BENCH)/benchmarks/native/mapping.o $(BENCH_CORE)
+$(BENCH)/core $(BENCH)/mapping: $(BENCH)/%: $(BENCH)/benchmarks/native/%.o $(BENCH_CORE)
 	$(CXX) $(BENCH_FLAGS) $^ -ldl -o $@
 
 -include $(shell find $(BENCH) -name '*.d' 2>/dev/null)

@@ -1,6 +1,6 @@
-// The workload straight on kvmem's core, without Python: what `valgrind --tool=callgrind` counts the instructions of,
-// and where a profiler sees the core alone. The metadata is that of a device without memory (device="meta") that holds
-// Llama 3 8B: 128 KiB a token, pages of 2 MiB, so that a block of 16 tokens is a page.
+// The workload on kvmem's core, without Python: `valgrind --tool=callgrind` counts its instructions, and a profiler
+// sees the core alone. The metadata is that of a device without memory (device="meta") that holds Llama 3 8B: 128 KiB a
+// token, pages of 2 MiB, so that a block of 16 tokens is a page.
 
 #include "allocator/allocator.h"
 #include "workload.h"
@@ -8,13 +8,7 @@
 namespace kvmem_bench {
 namespace {
 
-using kvmem::Allocator;
-using kvmem::BatchBuffers;
-using kvmem::Geometry;
-using kvmem::GroupGeometry;
-using kvmem::PagePool;
-using kvmem::PrefixKey;
-using kvmem::PrefixOptions;
+using namespace kvmem;
 
 constexpr i64 kTokenBytes = 128 << 10, kPageBytes = 2 << 20;
 
@@ -23,12 +17,12 @@ Geometry geometry_of(const Workload& w, bool paged) {
   GroupGeometry group;
   group.block_tokens = w.block;
   group.max_tokens = longest;
-  group.row_tokens = paged ? 0 : kvmem::round_up(longest, 256);
+  group.row_tokens = paged ? 0 : round_up(longest, 256);
   group.max_blocks = paged ? 2 + w.pool : (1 + w.sequences + cached_rows) * group.row_tokens / w.block;
   group.token_bytes = {kTokenBytes};
   const i64 row_slots = group.row_tokens * kTokenBytes / kPageBytes;
   group.row_slots = {row_slots};
-  group.arena_slots = {paged ? kvmem::ceil_div(group.max_blocks * w.block * kTokenBytes, kPageBytes)
+  group.arena_slots = {paged ? ceil_div(group.max_blocks * w.block * kTokenBytes, kPageBytes)
                              : (1 + w.sequences + cached_rows) * row_slots + 1};
   Geometry geometry;
   geometry.page_bytes = kPageBytes;
@@ -56,7 +50,7 @@ class Core {
     deltas_.resize(4 * w.sequences + 64), delta_blocks_.resize(deltas_.size());
     buffers_.max_deltas = static_cast<i64>(deltas_.size());
     buffers_.delta_places = deltas_.data(), buffers_.delta_blocks = delta_blocks_.data();
-    marks_ = std::make_unique<kvmem::BatchMarks>(buffers_);
+    marks_ = std::make_unique<BatchMarks>(buffers_);
     if (!w.metadata) return;
     const i64 n = w.sequences, table = n * w.blocks_each();
     words_.resize(2 * table + 9 * (n + 1));
@@ -80,13 +74,13 @@ class Core {
 
   void step(const i32* last) {
     const i32* tokens = w_.cache ? last : nullptr;
-    kvmem::GroupBuffers group{0, &buffers_, marks_.get(), {}};
+    GroupBuffers group{0, &buffers_, marks_.get(), {}};
     cache_.step(handles_.data(), ones_.data(), w_.sequences, tokens, tokens ? w_.sequences : 0, 0, &group, 1);
     checksum_ += slots_.back();
   }
 
   void release(i64 i) { cache_.free(&handles_[i], 1); }
-  void forget() { cache_.clear_cache(); }
+  void clear() { cache_.clear_cache(); }
   i64 blocks() { return cache_.stats().cached_blocks; }
   i64 metadata_bytes() const { return 0; }
   i64 checksum() const { return checksum_; }
@@ -105,7 +99,7 @@ class Core {
   std::vector<i32> handles_, ones_;
   std::vector<i64> slots_, deltas_;
   std::vector<i32> delta_blocks_;
-  std::unique_ptr<kvmem::BatchMarks> marks_;
+  std::unique_ptr<BatchMarks> marks_;
   std::vector<i32> words_;
   BatchBuffers buffers_;
   i64 checksum_ = 0;

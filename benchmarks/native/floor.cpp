@@ -1,8 +1,8 @@
-// The floor: the least that the bookkeeping of the workload can cost, with plain arrays of a fixed size and no errors,
-// handles, threads, copy on write, windows or second backend. It does the visible work, all of it: blocks come from a
-// free list, go into a table, carry reference counts; slots are written for the step, and what is new in the table;
-// with --metadata every tensor that kernels read; with --cache full blocks are found by a chained 64-bit hash (believed
-// without a look at the tokens, which a manager in use must not do) and go least recently used first.
+// The C++ baseline ("floor" in reports): the least that the bookkeeping of the workload can cost, with plain arrays of
+// a fixed size and no errors, handles, threads, copy on write, windows or second backend. It does all of the visible
+// work: blocks come from a free list, go into a table and carry reference counts; a step writes slots and what is new
+// in the table, with --metadata every tensor that kernels read. With --cache full blocks are found by a chained 64-bit
+// hash (without comparing the tokens, which a manager in use must do), and the least recently used is evicted first.
 
 #include <algorithm>
 #include <numeric>
@@ -12,9 +12,11 @@
 namespace kvmem_bench {
 namespace {
 
+using Ints = std::vector<i32>;
+using Hashes = std::vector<std::uint64_t>;
 constexpr i32 kNone = -1;
 
-// 64-bit keys to blocks: open addressing, deletion by shifting back.
+// Maps 64-bit keys to blocks, by open addressing; deletion shifts entries back.
 class HashTable {
  public:
   explicit HashTable(i64 entries) {
@@ -46,8 +48,8 @@ class HashTable {
   i64 bytes() const { return static_cast<i64>(keys_.size() * (sizeof(std::uint64_t) + sizeof(i32))); }
 
  private:
-  std::vector<std::uint64_t> keys_;
-  std::vector<i32> blocks_;
+  Hashes keys_;
+  Ints blocks_;
   std::size_t mask_;
 };
 
@@ -58,7 +60,7 @@ std::uint64_t hash_block(std::uint64_t parent, const i32* tokens, i64 count) {
         static_cast<unsigned __int128>(hash ^ static_cast<std::uint64_t>(tokens[i])) * 0xD6E8FEB86659FD93u;
     hash = static_cast<std::uint64_t>(product) ^ static_cast<std::uint64_t>(product >> 64);
   }
-  return hash | 1;  // 0 says: not cached
+  return hash | 1;  // 0 means that a block is not cached
 }
 
 i64 shift_of(i64 block) {
@@ -70,24 +72,7 @@ i64 shift_of(i64 block) {
 
 class Floor {
  public:
-  explicit Floor(const Workload& w)
-      : w_(w),
-        width_(w.blocks_each()),
-        shift_(shift_of(w.block)),
-        free_(w.pool),
-        references_(w.pool, 0),
-        hash_(w.cache ? w.pool : 0, 0),
-        newer_(w.cache ? w.pool + 1 : 0, static_cast<i32>(w.pool)),
-        older_(w.cache ? w.pool + 1 : 0, static_cast<i32>(w.pool)),
-        index_(w.cache ? w.pool : 0),
-        table_(w.sequences * width_, 0),
-        tokens_(w.sequences, 0),
-        tail_(w.sequences * w.block),
-        chain_(w.sequences, 0),
-        slots_(w.sequences),
-        delta_row_(w.sequences),
-        delta_column_(w.sequences),
-        delta_block_(w.sequences) {
+  explicit Floor(const Workload& w) : w_(w) {
     std::iota(free_.rbegin(), free_.rend(), 0);
     if (!w.metadata) return;
     dense_.resize(w.sequences * width_), indices_.resize(w.sequences * width_), indptr_.resize(w.sequences + 1);
@@ -150,20 +135,16 @@ class Floor {
 
   void release(i64 i) {
     const i32* row = &table_[i * width_];
-    for (i64 b = (tokens_[i] + w_.block - 1) / w_.block - 1; b >= 0;
-         --b) {  // last first: what others need stays longer
+    // The last goes first, so that what others need stays longer.
+    for (i64 b = (tokens_[i] + w_.block - 1) / w_.block - 1; b >= 0; --b) {
       const i32 block = row[b];
       if (--references_[block] > 0) continue;
-      if (w_.cache && hash_[block] != 0) {
-        link_newest(block);
-      } else {
-        free_.push_back(block);
-      }
+      w_.cache&& hash_[block] != 0 ? link_newest(block) : free_.push_back(block);
     }
     tokens_[i] = 0;
   }
 
-  void forget() {
+  void clear() {
     if (!w_.cache) return;
     for (i32 block; (block = newer_[w_.pool]) != w_.pool;) drop_oldest(), free_.push_back(block);
   }
@@ -195,7 +176,7 @@ class Floor {
     hash_[block] = hash;
     index_.insert(hash, block);
   }
-  // A ring through all unused cached blocks; its head is entry `pool`.
+  // A ring of all unreferenced cached blocks; its head is entry `pool`.
   void link_newest(i32 block) {
     const i32 head = static_cast<i32>(w_.pool), before = older_[head];
     older_[block] = before, newer_[block] = head, newer_[before] = block, older_[head] = block;
@@ -225,19 +206,18 @@ class Floor {
   }
 
   const Workload w_;
-  const i64 width_, shift_;
-  std::vector<i32> free_, references_;
-  std::vector<std::uint64_t> hash_;
-  std::vector<i32> newer_, older_;
-  HashTable index_;
-  std::vector<i32> table_;
-  std::vector<i64> tokens_;
-  std::vector<i32> tail_;
-  std::vector<std::uint64_t> chain_, hashes_;
-  std::vector<i64> slots_;
-  std::vector<i32> delta_row_, delta_column_, delta_block_;
+  const i64 width_ = w_.blocks_each(), shift_ = shift_of(w_.block);
+  const i64 indexed_ = w_.cache ? w_.pool : 0, ring_ = w_.cache ? w_.pool + 1 : 0;
+  Ints free_ = Ints(w_.pool), references_ = Ints(w_.pool);
+  Hashes hash_ = Hashes(indexed_);
+  Ints newer_ = Ints(ring_, static_cast<i32>(w_.pool)), older_ = newer_;
+  HashTable index_{indexed_};
+  Ints table_ = Ints(w_.sequences * width_), tail_ = Ints(w_.sequences * w_.block);
+  std::vector<i64> tokens_ = std::vector<i64>(w_.sequences), slots_ = tokens_;
+  Hashes chain_ = Hashes(w_.sequences), hashes_;
+  Ints delta_row_ = Ints(w_.sequences), delta_column_ = delta_row_, delta_block_ = delta_row_;
   i64 deltas_ = 0, checksum_ = 0;
-  std::vector<i32> dense_, indices_, indptr_, last_page_, lengths_, first_, positions_, rows_, cu_q_, cu_k_;
+  Ints dense_, indices_, indptr_, last_page_, lengths_, first_, positions_, rows_, cu_q_, cu_k_;
 };
 
 }  // namespace

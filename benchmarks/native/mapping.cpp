@@ -1,15 +1,12 @@
-// What mapping a run of pages costs on the CPU, without Python: a bare mmap of a memfd, the host driver's call, and
-// Allocator::extend, which also decides, keeps metadata and can be undone. In turn, so that a slow moment of the
-// machine falls on all three. Pages exist before, and none is touched.
+// The cost of mapping a run of pages on the CPU, without Python: a bare mmap of a memfd, the host driver's call, and
+// Allocator::extend, which also decides, updates metadata and can be undone. They take turns, so that a slow moment of
+// the machine affects all three. The pages exist before the clock starts, and none is touched.
 
 #include <sys/mman.h>
 #include <unistd.h>
 
-#include <chrono>
-#include <cstdio>
-#include <cstdlib>
-
 #include "allocator/allocator.h"
+#include "workload.h"
 
 namespace kvmem_bench {
 namespace {
@@ -17,18 +14,6 @@ namespace {
 using namespace kvmem;
 
 constexpr i64 kAreas = 8, kRuns = 12, kBlock = 16;  // sequences that grow in turn, and runs of each
-
-i64 now_ns() {
-  return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch())
-      .count();
-}
-
-template <class Call>
-i64 timed(Call call) {
-  const i64 begin = now_ns();
-  call();
-  return now_ns() - begin;
-}
 
 struct Bare {
   explicit Bare(i64 bytes) : bytes(bytes), file(memfd_create("bench", 0)) {
@@ -98,13 +83,6 @@ void repeat(i64 page_bytes, i64 run, Times* times) {
   driver->release(base, kAreas * row);
 }
 
-void print(const char* name, const std::vector<i64>& values) {
-  std::printf("\"%s\": [", name);
-  for (std::size_t i = 0; i < values.size(); ++i)
-    std::printf("%s%lld", i ? ", " : "", static_cast<long long>(values[i]));
-  std::printf("], ");
-}
-
 }  // namespace
 }  // namespace kvmem_bench
 
@@ -118,7 +96,7 @@ int main(int argc, char** argv) {
       repeat(std::atoll(argv[1]), std::atoll(argv[2]), &times);
     }
     std::printf("{");
-    print("bare_ns", times.bare), print("driver_ns", times.driver), print("extend_ns", times.extend);
+    print_list("bare_ns", times.bare), print_list("driver_ns", times.driver), print_list("extend_ns", times.extend);
     std::printf("\"driver_calls\": %lld, \"extend_calls\": %lld}\n", static_cast<long long>(times.driver_calls),
                 static_cast<long long>(times.extend_calls));
   } catch (const kvmem::Error& error) {

@@ -1,13 +1,13 @@
-// The serving workload that kvmem, the floor and the peers are timed on: prompts come in one by one, all sequences
-// decode in step, then all end. One template runs it over any manager, so that what is timed differs in nothing else.
+// The serving workload that kvmem, the C++ baseline and the peers are timed on: prompts are admitted one by one, all
+// sequences decode in step, then all end. One template runs it over any manager, so only the manager differs.
 //
 // A manager offers
 //   Manager(const Workload&)
-//   void admit(i64 i, const i32* prompt)   room for the prompt of sequence i, what is cached found, all of it published
-//   void step(const i32* last)             `last`: the tokens whose KV the step before wrote, null at the first step.
-//                                          Publishes them, then makes room for one more of each sequence
-//   void release(i64 i)                    the sequence ends
-//   void forget()                          what is cached is given up; not timed
+//   void admit(i64 i, const i32* prompt)   finds what is cached of the prompt of sequence i, makes room, publishes it
+//   void step(const i32* last)             publishes `last`, the tokens whose KV the previous step wrote (null at the
+//                                          first step), then makes room for one more token of each sequence
+//   void release(i64 i)                    ends the sequence
+//   void clear()                           evicts what is cached; not timed
 //   i64 blocks() const, metadata_bytes() const, checksum() const
 #pragma once
 
@@ -16,6 +16,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <string>
 #include <vector>
 
@@ -34,8 +35,8 @@ struct Workload {
   i64 sequences = 256, prompt = 2048, shared = 0, steps = 512, block = 16, pool = 49152, rounds = 2;
   bool cache = false;     // share prefixes
   bool metadata = false;  // every tensor that kernels read, not only slots and what is new in the table
-  bool evict = false;     // keep what is cached from round to round: in a small pool every allocation evicts
-  bool count = false;     // under callgrind: the totals are of the rounds after the first
+  bool evict = false;     // what is cached stays from round to round: in a small pool every allocation evicts
+  bool count = false;     // under callgrind: the totals leave out the first round
   std::string backend = "paged";
 
   i64 blocks_each() const { return (prompt + steps + block - 1) / block; }
@@ -50,6 +51,13 @@ inline i64 now_ns() {
       .count();
 }
 
+template <class Call>
+i64 timed(Call call) {
+  const i64 begin = now_ns();
+  call();
+  return now_ns() - begin;
+}
+
 // xorshift: tokens that no two sequences or rounds have in common.
 struct Random {
   std::uint64_t state;
@@ -59,29 +67,18 @@ struct Random {
   }
 };
 
-// The names are what `valgrind --toggle-collect` is told. Each has a comment of its own in its code, because compilers
+// `valgrind --toggle-collect` takes these names. Each function has a comment of its own in its code, because compilers
 // fold functions that are alike.
-#define KVMEM_MEASURED __attribute__((noinline))
-template <class Manager>
-KVMEM_MEASURED void measured_admit(Manager& m, i64 i, const i32* prompt) {
-  asm volatile("# admit");
-  m.admit(i, prompt);
-}
-template <class Manager>
-KVMEM_MEASURED void measured_step(Manager& m, const i32* last) {
-  asm volatile("# step");
-  m.step(last);
-}
-template <class Manager>
-KVMEM_MEASURED void measured_edge(Manager& m, const i32* last) {
-  asm volatile("# edge");
-  m.step(last);
-}
-template <class Manager>
-KVMEM_MEASURED void measured_free(Manager& m, i64 i) {
-  asm volatile("# free");
-  m.release(i);
-}
+#define KVMEM_MEASURED(PHASE, CALL, ...)                                     \
+  template <class Manager>                                                   \
+  __attribute__((noinline)) void measured_##PHASE(Manager& m, __VA_ARGS__) { \
+    asm volatile("# " #PHASE);                                               \
+    CALL;                                                                    \
+  }
+KVMEM_MEASURED(admit, m.admit(i, prompt), i64 i, const i32* prompt)
+KVMEM_MEASURED(step, m.step(last), const i32* last)
+KVMEM_MEASURED(edge, m.step(last), const i32* last)
+KVMEM_MEASURED(free, m.release(i), i64 i)
 
 template <class Manager>
 void run_round(Manager& m, const Workload& w, i64 round, Timings* out) {
@@ -92,28 +89,19 @@ void run_round(Manager& m, const Workload& w, i64 round, Timings* out) {
     std::memcpy(&prompts[i * w.prompt], prompts.data(), static_cast<std::size_t>(w.shared) * sizeof(i32));
   }
   for (i64 i = 0; i < w.sequences; ++i) {
-    const i64 begin = now_ns();
-    measured_admit(m, i, &prompts[i * w.prompt]);
-    out->admit_ns.push_back(now_ns() - begin);
+    out->admit_ns.push_back(timed([&] { measured_admit(m, i, &prompts[i * w.prompt]); }));
   }
   for (i64 step = 0; step < w.steps; ++step) {
     for (i32& token : last) token = random.token();
     const i32* known = step == 0 ? nullptr : last.data();
-    const bool edge = (w.prompt + step) % w.block == 0;
-    const i64 begin = now_ns();
-    if (edge) {
-      measured_edge(m, known);
+    if ((w.prompt + step) % w.block == 0) {
+      out->edge_ns.push_back(timed([&] { measured_edge(m, known); }));
     } else {
-      measured_step(m, known);
+      out->step_ns.push_back(timed([&] { measured_step(m, known); }));
     }
-    (edge ? out->edge_ns : out->step_ns).push_back(now_ns() - begin);
   }
-  for (i64 i = 0; i < w.sequences; ++i) {
-    const i64 begin = now_ns();
-    measured_free(m, i);
-    out->free_ns.push_back(now_ns() - begin);
-  }
-  if (!w.evict) m.forget();
+  for (i64 i = 0; i < w.sequences; ++i) out->free_ns.push_back(timed([&] { measured_free(m, i); }));
+  if (!w.evict) m.clear();
 }
 
 inline void print_list(const char* name, const std::vector<i64>& values) {
@@ -126,35 +114,25 @@ inline void print_list(const char* name, const std::vector<i64>& values) {
 
 inline Workload parse(int argc, char** argv) {
   Workload w;
+  const std::map<std::string, i64*> numbers = {
+      {"--sequences", &w.sequences}, {"--prompt", &w.prompt}, {"--shared", &w.shared}, {"--steps", &w.steps},
+      {"--block", &w.block},         {"--pool", &w.pool},     {"--rounds", &w.rounds}};
+  const std::map<std::string, bool*> flags = {
+      {"--cache", &w.cache}, {"--metadata", &w.metadata}, {"--evict", &w.evict}, {"--count", &w.count}};
   for (int i = 1; i < argc; ++i) {
-    const std::string word = argv[i];
-    const auto take = [&](const char* name, i64* value) {
-      if (word != name || i + 1 >= argc) return false;
-      *value = std::atoll(argv[++i]);
-      return true;
-    };
-    if (take("--sequences", &w.sequences) || take("--prompt", &w.prompt) || take("--shared", &w.shared) ||
-        take("--steps", &w.steps) || take("--block", &w.block) || take("--pool", &w.pool) ||
-        take("--rounds", &w.rounds)) {
-      continue;
-    }
-    if (word == "--cache") {
-      w.cache = true;
-    } else if (word == "--metadata") {
-      w.metadata = true;
-    } else if (word == "--count") {
-      w.count = true;
-    } else if (word == "--evict") {
-      w.evict = true;
-    } else if (word == "--backend" && i + 1 < argc) {
+    const auto flag = flags.find(argv[i]);
+    const auto number = numbers.find(argv[i]);
+    if (flag != flags.end()) {
+      *flag->second = true;
+    } else if (number != numbers.end() && i + 1 < argc) {
+      *number->second = std::atoll(argv[++i]);
+    } else if (std::string(argv[i]) == "--backend" && i + 1 < argc) {
       w.backend = argv[++i];
     } else {
-      std::fprintf(
-          stderr,
-          "unknown word %s\nusage: [--sequences N] [--prompt N] [--shared N] [--steps N] [--block N] "
-          "[--pool BLOCKS] [--rounds N] [--cache] [--metadata] [--evict] [--count] [--backend paged|virtual]\n",
-          word.c_str());
-      std::exit(2);
+      std::fprintf(stderr, "unknown word %s\nusage: [--backend paged|virtual]", argv[i]);
+      for (const auto& [name, value] : numbers) std::fprintf(stderr, " [%s N]", name.c_str());
+      for (const auto& [name, value] : flags) std::fprintf(stderr, " [%s]", name.c_str());
+      std::fprintf(stderr, "\n"), std::exit(2);
     }
   }
   return w;
@@ -174,10 +152,8 @@ int run(int argc, char** argv) {
     run_round(m, w, round, &timings);
   }
   std::printf("{");
-  print_list("admit_ns", timings.admit_ns);
-  print_list("step_ns", timings.step_ns);
-  print_list("edge_ns", timings.edge_ns);
-  print_list("free_ns", timings.free_ns);
+  print_list("admit_ns", timings.admit_ns), print_list("step_ns", timings.step_ns);
+  print_list("edge_ns", timings.edge_ns), print_list("free_ns", timings.free_ns);
   std::printf("\"blocks\": %lld, \"metadata_bytes\": %lld, \"checksum\": %lld}\n", static_cast<long long>(m.blocks()),
               static_cast<long long>(m.metadata_bytes()), static_cast<long long>(m.checksum()));
   return 0;

@@ -1,9 +1,9 @@
 """kvmem beside the KV managers of vLLM and SGLang, and the C++ baseline: one workload, one run, interleaved.
 
 Each peer is its published wheel, installed without dependencies into a folder of its own: only its KV manager is
-imported. Every manager, ours too, runs in a process of its own (``*_driver.py``) under one loop: times are CPU time of
-the calling thread, so that a call that lasts a millisecond does not pay for other programs while one that lasts a
-microsecond does not; the baseline's are wall clock.
+imported. Every manager, kvmem included, runs in a process of its own (``*_driver.py``) under one loop. Times are CPU
+time of the calling thread, because other programs would lengthen long calls more than short ones; the baseline's are
+wall clock.
 """
 
 from __future__ import annotations
@@ -14,24 +14,21 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass, replace
+from contextlib import ExitStack, closing, suppress
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import click
 import numpy as np
 from rich.console import Console
 
-from benchmarks.programs import build_floor
-from benchmarks.workload import FLOOR, Timings, Workload, run_floor
+from benchmarks.workload import FLOOR, Timings, Workload, floors, run_floor
+from kvmem.bench.cli import JSON, PATH, QUIET
 from kvmem.bench.document import check_writable, document, write_json
-from kvmem.bench.render import Row, Table, console, say
+from kvmem.bench.render import Row, Table, console, show
 from kvmem.bench.text import BenchError, Progress, progress
 from kvmem.bench.timing import Spread
-
-__all__ = ["OURS", "PEERS", "Peer", "PeersReport", "PeersResult", "command", "peer_tables", "peers", "run", "workloads"]
 
 _DRIVERS = Path(__file__).parent
 _PACKAGES = Path(__file__).parents[2]  # where benchmarks and kvmem are
@@ -42,14 +39,14 @@ OURS = (*_BATCHED, _BY_REQUEST)
 
 @dataclass(frozen=True)
 class Peer:
-    """A wheel that is measured. ``beside``: small packages that it imports and that are not stood in for."""
+    """A wheel that is measured. ``beside``: small packages that it imports and that have no stand-in."""
 
     name: str
     requirement: str
     beside: tuple[str, ...] = ()
 
     def install(self, folder: Path) -> str:
-        """The command that installs it; its own dependencies stay away."""
+        """The command that installs it without its dependencies."""
         words = " ".join((self.requirement, *self.beside))
         return f"python -m pip install --no-deps --target {folder / self.name} {words}"
 
@@ -62,9 +59,9 @@ PEERS = (
 
 @dataclass(frozen=True)
 class PeersResult:
-    """``us``: microseconds a ``unit`` of ``manager``. ``times_floor``, ``times_kvmem`` and ``times_by_request``: its
-    median over theirs: the baseline's, that of the faster of our backends called once a step, and that of our
-    `SchedulerCache` called for each request. ``peak_bytes``: what the process grew by, None for the baseline.
+    """``us``: microseconds a ``unit``. The median is ``times_floor`` that of the baseline, ``times_kvmem`` that of the
+    faster of our backends called once a step, and ``times_by_request`` that of our `SchedulerCache` called for each
+    request. ``peak_bytes``: the growth of the process, None for the baseline.
     """
 
     workload: str
@@ -82,9 +79,9 @@ class PeersResult:
 class PeersReport:
     rounds: int
     workload: Workload
-    versions: dict[str, str]
-    results: list[PeersResult]
-    notes: list[str]
+    versions: dict[str, str] = field(default_factory=dict)
+    results: list[PeersResult] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def to_dict(self, command: list[str]) -> dict[str, Any]:
         setup = {"rounds": self.rounds, "versions": self.versions, "notes": self.notes} | asdict(self.workload)
@@ -112,15 +109,11 @@ def peers(
     among: Sequence[Peer] = PEERS, ours: Sequence[str] = OURS,
 ) -> PeersReport:  # fmt: skip
     """Every workload on every manager that is there. ``folder``: where the peers are installed, each under its name."""
-    report = PeersReport(rounds, base, {}, [], [])
+    report = PeersReport(rounds, base)
     installed = [peer for peer in among if (folder / peer.name).is_dir()]
     report.notes += [f"{p.name} is absent; install it with: {p.install(folder)}" for p in among if p not in installed]
-    floor = [FLOOR]
-    try:
-        build_floor()
-    except BenchError as error:
-        floor = []
-        report.notes.append(f"no floor: {error}")
+    floor, notes = floors()
+    report.notes += notes
     for number, (name, workload) in enumerate(workloads(base).items(), 1):
         with ExitStack() as stack:
             running = _start(stack, workload, ours, installed, folder, report)
@@ -134,10 +127,10 @@ def _start(
     stack: ExitStack, workload: Workload, ours: Sequence[str], installed: Sequence[Peer], folder: Path,
     report: PeersReport,
 ) -> dict[str, _Process]:  # fmt: skip
-    """A process for each manager, ready for rounds. All start side by side, as it takes seconds."""
+    """A process for each manager, ready for rounds. They start in parallel, since each takes seconds."""
     drivers: dict[str, tuple[Sequence[str], Path]] = {name: (("kvmem_driver.py", name), _PACKAGES) for name in ours}
     drivers |= {peer.name: ((f"{peer.name}_driver.py",), folder / peer.name) for peer in installed}
-    running = {name: stack.enter_context(_Process(*driver, workload)) for name, driver in drivers.items()}
+    running = {name: stack.enter_context(closing(_Process(*driver, workload))) for name, driver in drivers.items()}
     for name, process in list(running.items()):
         try:
             version = process.version()
@@ -202,19 +195,15 @@ def _results(workload: str, timings: dict[str, Timings], peaks: dict[str, int]) 
 
 
 class _Process:
-    """A manager in a process of its own, by the words of its driver; ends with the block."""
+    """A manager in a process of its own. ``driver``: the file in this folder, and its arguments."""
 
     def __init__(self, driver: Sequence[str], folder: Path, workload: Workload) -> None:
         quiet = {"VLLM_LOGGING_LEVEL": "ERROR", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         self.errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         self.process = subprocess.Popen(
-            [sys.executable, str(_DRIVERS / driver[0]), *driver[1:]],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.errors,
-            text=True,
-            env=os.environ | quiet | {"PYTHONPATH": str(folder)},
-        )
+            [sys.executable, str(_DRIVERS / driver[0]), *driver[1:]], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=self.errors, text=True, env=os.environ | quiet | {"PYTHONPATH": str(folder)},
+        )  # fmt: skip
         self._say(asdict(workload))
 
     def version(self) -> str:
@@ -227,7 +216,7 @@ class _Process:
 
     def _say(self, what: object) -> None:
         assert self.process.stdin is not None
-        with suppress(BrokenPipeError):  # a driver that has ended has said why
+        with suppress(BrokenPipeError):  # `_answer` reports why a driver has ended
             self.process.stdin.write(json.dumps(what) + "\n")
             self.process.stdin.flush()
 
@@ -238,14 +227,10 @@ class _Process:
             self.process.wait()
             self.errors.seek(0)
             said = [text.strip() for text in self.errors.read().splitlines() if text.strip()]
-            raise BenchError(f"its driver ended: {said[-1][:300] if said else 'without a word'}")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
+            raise BenchError(f"its driver ended: {said[-1][:300] if said else 'it printed nothing'}")
+        return json.loads(line)  # type: ignore[no-any-return]
 
-    def __enter__(self) -> _Process:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def close(self) -> None:
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.kill()
         self.process.wait()
@@ -255,9 +240,7 @@ class _Process:
 
 
 def peer_tables(rows: Sequence[Row], of: str = "CPU time of the calling thread") -> Iterator[Table]:
-    """ "times kvmem": over the faster of our backends, called once a step; "by request": over `SchedulerCache`, called
-    for each.
-    """
+    """For the ratios see `PeersResult`."""
     spec = """workload={workload}; call={case}, us a {unit}; manager={manager}; median={us[median]:us};
     p99={us[p99]:us}; largest={us[largest]:us}; times the floor={times_floor:,.1f}; times kvmem={times_kvmem:,.1f};
     times kvmem by request={times_by_request:,.1f}; process grew by={peak_bytes:bytes}"""
@@ -270,26 +253,16 @@ def run(folder: Path, rounds: int, json_path: Path | None, quiet: bool, base: Wo
     check_writable(json_path)
     with progress(Console(stderr=True), "peers, workloads", len(workloads(workload)), quiet) as done:
         report = peers(workload, folder, rounds, done)
-    written, out = report.to_dict(["peers", *sys.argv[1:]]), console()
-    for table in peer_tables(written["results"]["peers"]):
-        table.show(out)
-    for note in report.notes:
-        say(out, note)
-    if json_path is not None:
-        write_json(written, json_path)
+    written = report.to_dict(["peers", *sys.argv[1:]])
+    show(console(), [*peer_tables(written["results"]["peers"]), *report.notes])
+    write_json(written, json_path)
 
 
 @click.command()
-@click.option(
-    "--installed",
-    type=click.Path(path_type=Path),
-    default=Path("build/peers"),
-    show_default=True,
-    help="Where the peers are.",
-)
+@click.option("--installed", type=PATH, default=Path("build/peers"), show_default=True, help="Where the peers are.")
 @click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True, help="After one that warms up.")
-@click.option("--json", "json_path", type=click.Path(path_type=Path), metavar="FILE", help="Write everything as JSON.")
-@click.option("-q", "--quiet", is_flag=True, help="No progress.")
+@JSON
+@QUIET
 def command(installed: Path, rounds: int, json_path: Path | None, quiet: bool) -> None:
-    """kvmem beside the KV managers of vLLM and SGLang, and a C++ loop. Says how to install a peer that is absent."""
+    """kvmem beside the KV managers of vLLM and SGLang, and a C++ loop. Prints how to install a peer that is absent."""
     run(installed, rounds, json_path, quiet)

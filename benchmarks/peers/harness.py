@@ -1,6 +1,6 @@
-"""What all managers run under, kvmem's and the peers': the loop that is timed, the talk with the process that asked for
-it, and stand-ins for modules that a peer imports without its KV manager needing them. Imports numpy and the standard
-library alone, because it runs in the peers' environments too.
+"""What all managers, kvmem's and the peers', run under: the timed loop, the exchange with the parent process, and
+stand-ins for modules that a peer imports although its KV manager does not need them. It imports only numpy and the
+standard library, because it runs in the peers' environments too.
 """
 
 from __future__ import annotations
@@ -11,13 +11,12 @@ import json
 import sys
 import types
 from collections.abc import Callable, Sequence
+from importlib import import_module, metadata
 from pathlib import Path
 from time import perf_counter_ns, thread_time_ns
 from typing import Any
 
 import numpy as np
-
-__all__ = ["PHASES", "run_round", "serve", "stand_in"]
 
 PHASES = ("admit", "step", "edge", "free")
 
@@ -53,9 +52,10 @@ def run_round(
 def serve(
     make: Callable[[dict[str, Any]], Any], version: str, as_taken: Callable[[Any], Any] = np.ndarray.tolist
 ) -> None:
-    """Talks JSON lines. First in: the workload; out: ``{"version": ...}``. Then in: a folder with ``prompts.npy`` and
-    ``answers.npy``; out: what `run_round` gave, and ``peak_bytes``: what the process has at the end above what it had
-    before the manager was made, less the prompts. as_taken: token ids from int32 arrays to what the manager takes.
+    """Exchanges JSON lines. First in: the workload; out: ``{"version": ...}``. Then in: a folder with ``prompts.npy``
+    and ``answers.npy``; out: the result of `run_round`, and ``peak_bytes``: the memory of the process at the end above
+    that before the manager was made, less the prompts. as_taken: turns int32 arrays of token ids into what the manager
+    takes.
     """
     workload = json.loads(sys.stdin.readline())
     _warm_up(make, workload, as_taken)
@@ -73,8 +73,20 @@ def serve(
         _say(result | {"peak_bytes": max(0, _resident() - grown - base)})
 
 
+def drive(
+    make: Callable[[dict[str, Any]], Any], package: str, modules: Sequence[str], absent: Sequence[str],
+    replaced: Sequence[str],
+) -> None:  # fmt: skip
+    """`serve` for a peer, with its stand-ins. ``modules``: imported before memory is measured."""
+    sys.stdout = sys.stderr  # the peer's own output must not mix with the answers
+    stand_in(absent, replaced)
+    for name in modules:
+        import_module(name)
+    serve(make, metadata.version(package))
+
+
 def _warm_up(make: Callable[[dict[str, Any]], Any], workload: dict[str, Any], as_taken: Callable[[Any], Any]) -> None:
-    """One short round: what is loaded at the first use is no memory of the manager."""
+    """One short round, so that what is loaded at the first use is not counted as the manager's memory."""
     block = workload["block"]
     small = workload | {"sequences": 2, "prompt": 2 * block, "shared": 0, "steps": block, "pool": 6}
     prompts = as_taken(np.arange(4 * block, dtype=np.int32).reshape(2, -1))
@@ -94,7 +106,7 @@ def _resident() -> int:
 
 
 class _Empty(type):
-    """Of classes in which every name is the class itself."""
+    """A metaclass: every attribute of its classes is the class itself."""
 
     def __getattr__(cls, name: str) -> Any:
         if name.startswith("__"):
@@ -103,7 +115,7 @@ class _Empty(type):
 
 
 class _Module(types.ModuleType):
-    """A module in which every name is an empty class."""
+    """A module in which every attribute is an empty class."""
 
     __path__: list[str] = []  # noqa: RUF012 (what makes it a package)
 

@@ -1,29 +1,28 @@
 """Drives SGLang's paged allocator, request table and unified radix tree (its Rust core where the wheel has one) as its
 scheduler does, on the CPU: one prefill batch a request, then decode batches of all requests.
 
-A request is matched and locked, its prompt gets pages, and what it computed goes into the tree. A step appends the last
-tokens to the requests, gets a slot for each, and gathers the page table anew from the table of tokens, which is how
-SGLang's attention backends come by it. What a request has generated goes into the tree when it ends.
+A request is matched and locked, its prompt gets pages, and what it computed is inserted into the tree. A step appends
+the last tokens to the requests, gets a slot for each, and gathers the page table anew from the table of tokens, as
+SGLang's attention backends do. What a request has generated is inserted into the tree when it ends.
 """
 
 from __future__ import annotations
 
-import sys
 from array import array
-from importlib import import_module, metadata
+from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 
-from harness import serve, stand_in  # type: ignore[import-not-found]
+from harness import drive  # type: ignore[import-not-found]
 
-# Servers, codecs, parsers, other vendors' kernels, Triton (which needs a GPU): all of SGLang shares the modules that
-# import them at their top, and nothing below calls them.
+# Servers, codecs, parsers, other vendors' kernels, Triton (which needs a GPU): modules that all of SGLang shares import
+# them at their top, and nothing below calls them.
 _ABSENT = ("IPython", "PIL", "aiohttp", "aiter", "cuda", "fastapi", "flash_attn", "flashinfer", "openai", "orjson",
            "partial_json_parser", "psutil", "pybase64", "pydantic", "pynvml", "requests", "safetensors", "sgl_kernel",
            "starlette", "torch_memory_saver", "torchcodec", "torchvision", "triton", "tvm_ffi", "uvloop", "xgrammar",
            "zmq")  # fmt: skip
-# Models, layers, grammars, servers, images and the language, which are no part of the manager and would use the above
-# while they are imported; transformers, which takes a stand-in for the real torchvision, and SGLang's patches of it.
+# Models, layers, grammars, servers, images and the language: they are no part of the manager, and would use the above
+# while they are imported. transformers would take a stand-in for the real torchvision; SGLang patches it.
 _NO_PART_OF_IT = ("sglang.lang", "sglang.srt.configs", "sglang.srt.constrained", "sglang.srt.entrypoints",
                   "sglang.srt.layers", "sglang.srt.multimodal", "sglang.srt.utils.hf_transformers_patches",
                   "transformers")  # fmt: skip
@@ -51,15 +50,11 @@ class SglangManager:
         self.pages = paged.PagedTokenToKVPoolAllocator(
             workload["pool"] * block, block, torch.bfloat16, "cpu", kvcache=None, need_sort=False
         )
-        self.tree = trees.UnifiedRadixCache(
-            parameters.CacheInitParams(
-                disable=not workload["cache"],
-                req_to_token_pool=self.rows,
-                token_to_kv_pool_allocator=self.pages,
-                page_size=block,
-                tree_components=(components.ComponentType.FULL,),
-            )
-        )
+        settings = parameters.CacheInitParams(
+            disable=not workload["cache"], req_to_token_pool=self.rows, token_to_kv_pool_allocator=self.pages,
+            page_size=block, tree_components=(components.ComponentType.FULL,),
+        )  # fmt: skip
+        self.tree = trees.UnifiedRadixCache(settings)
         self.requests: list[Any] = [None] * sequences
         self.decoding = self._batch([])
         self.columns = torch.arange(0, longest, block)  # of the first token of each page
@@ -67,18 +62,12 @@ class SglangManager:
         self.number = 0
 
     def _batch(self, requests: list[Any], **more: Any) -> SimpleNamespace:
-        """What the allocation of a ``ScheduleBatch`` reads; a real one belongs to a model that runs."""
+        """The fields of a ``ScheduleBatch`` that the allocation reads; a real one belongs to a model that runs."""
         return SimpleNamespace(
-            reqs=requests,
-            device="cpu",
-            tree_cache=self.tree,
-            req_to_token_pool=self.rows,
-            model_config=SimpleNamespace(is_encoder_decoder=False),
-            hisparse_coordinator=None,
-            maybe_evict_swa=_nothing,
-            is_dllm=_nothing,
-            **more,
-        )
+            reqs=requests, device="cpu", tree_cache=self.tree, req_to_token_pool=self.rows,
+            model_config=SimpleNamespace(is_encoder_decoder=False), hisparse_coordinator=None,
+            maybe_evict_swa=_nothing, is_dllm=_nothing, **more,
+        )  # fmt: skip
 
     def admit(self, i: int, prompt: list[int]) -> None:
         self.number += 1
@@ -87,16 +76,11 @@ class SglangManager:
         request.lock = self.tree.lock(request.last_node)
         request.extend_end = len(prompt)
         lengths = self.torch.tensor([len(prompt)])
-        self.allocation.alloc_for_extend(
-            self._batch(
-                [request],
-                prefix_lens=[request.prefix_len],
-                extend_lens=[request.extend_len],
-                extend_num_tokens=request.extend_len,
-                seq_lens=lengths,
-                seq_lens_cpu=lengths,
-            )
-        )
+        batch = self._batch(
+            [request], prefix_lens=[request.prefix_len], extend_lens=[request.extend_len],
+            extend_num_tokens=request.extend_len, seq_lens=lengths, seq_lens_cpu=lengths,
+        )  # fmt: skip
+        self.allocation.alloc_for_extend(batch)
         self.common.checkpoint_kv_cache(request, self.tree)
         self.requests[i] = request
 
@@ -149,10 +133,6 @@ def _publish(block: int) -> None:
 if __name__ == "__main__":
     import torch
 
-    # What models decorate is not compiled here: that would want Triton.
+    # Models are not compiled here, because that needs Triton.
     torch.compile = lambda function=None, **_: function or (lambda it: it)  # type: ignore[assignment]
-    sys.stdout = sys.stderr  # what the peer prints is not the answer
-    stand_in(_ABSENT, _NO_PART_OF_IT)
-    for name in _MODULES:  # before memory is measured
-        import_module(name)
-    serve(SglangManager, metadata.version("sglang"))
+    drive(SglangManager, "sglang", _MODULES, _ABSENT, _NO_PART_OF_IT)

@@ -1,17 +1,16 @@
 """Drives vLLM's ``KVCacheManager`` and its worker's ``BlockTable`` as its scheduler and model runner do for decoding.
 
-A step appends the last tokens to the requests (which hashes the blocks they fill), asks ``allocate_slots`` for every
-request, takes the new block ids into the table, and takes the events. Slots are left out: vLLM has the GPU compute
-them.
+A step appends the last tokens to the requests (which hashes the blocks that they fill), calls ``allocate_slots`` for
+every request, writes the new block ids into the table, and takes the events. Slots are left out, because in vLLM the
+GPU computes them.
 """
 
 from __future__ import annotations
 
-import sys
-from importlib import import_module, metadata
+from importlib import import_module
 from typing import Any
 
-from harness import serve, stand_in  # type: ignore[import-not-found]
+from harness import drive  # type: ignore[import-not-found]
 
 _ABSENT = ("aiohttp", "cbor2", "cloudpickle", "cpuinfo", "fastapi", "msgspec", "openai", "openai_harmony",
            "partial_json_parser", "prometheus_client", "pybase64", "starlette", "uvloop", "xgrammar",
@@ -25,12 +24,10 @@ class VllmManager:
     def __init__(self, workload: dict[str, Any]) -> None:
         import torch
 
-        utils = import_module("vllm.v1.core.kv_cache_utils")
-        interface = import_module("vllm.v1.kv_cache_interface")
-        manager = import_module("vllm.v1.core.kv_cache_manager")
         hashing = import_module("vllm.utils.hashing")
-        tables = import_module("vllm.v1.worker.block_table")
-        self.request_type = import_module("vllm.v1.request").Request
+        names = ("core.kv_cache_utils", "kv_cache_interface", "core.kv_cache_manager", "worker.block_table", "request")
+        utils, interface, manager, tables, requests = (import_module(f"vllm.v1.{name}") for name in names)
+        self.request_type = requests.Request
         structured = import_module("vllm.v1.structured_output.request")  # a stand-in: these requests have none
         structured.StructuredOutputRequest.from_sampling_params = staticmethod(lambda _: None)
         self.parameters = import_module("vllm.sampling_params").SamplingParams(max_tokens=workload["steps"])
@@ -43,11 +40,7 @@ class VllmManager:
             kv_cache_groups=[interface.KVCacheGroupSpec(["layer"], spec)],
         )
         self.manager = manager.KVCacheManager(
-            config,
-            max_model_len=longest,
-            scheduler_block_size=block,
-            hash_block_size=block,
-            enable_caching=self.cache,
+            config, max_model_len=longest, scheduler_block_size=block, hash_block_size=block, enable_caching=self.cache
         )
         utils.init_none_hash(hashing.sha256)
         self.hasher = utils.get_request_block_hasher(block, hashing.sha256) if self.cache else None
@@ -92,8 +85,4 @@ class VllmManager:
 
 
 if __name__ == "__main__":
-    sys.stdout = sys.stderr  # what the peer prints is not the answer
-    stand_in(_ABSENT, _NO_PART_OF_IT)
-    for name in _MODULES:  # before memory is measured
-        import_module(name)
-    serve(VllmManager, metadata.version("vllm"))
+    drive(VllmManager, "vllm", _MODULES, _ABSENT, _NO_PART_OF_IT)

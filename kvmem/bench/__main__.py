@@ -7,8 +7,6 @@ from typing import Any
 
 from kvmem.errors import KVMemError
 
-__all__ = ["main"]
-
 
 def main(arguments: list[str] | None = None, command: Any = None, name: str = "python -m kvmem.bench") -> int:
     """Runs ``command``, by default this package's, and returns its exit code."""

@@ -25,8 +25,6 @@ from kvmem.kernels.checks import plain
 from kvmem.kernels.reference import sdpa as reference_sdpa
 from kvmem.kernels.write import write_kv
 
-__all__ = ["PLAIN", "AttentionResult", "Layouts", "SdpaResult", "attention", "sdpa"]
-
 PLAIN = "plain"
 _SEED = 20240611
 _TOLERANCE = 2e-2  # bfloat16 inputs and outputs of order one, against float64
@@ -133,7 +131,7 @@ def _over(allocator: Allocator, layer: int, data: _Data) -> _Step:
 
 
 def _write(allocator: Allocator, layer: int, data: _Data) -> Any:
-    """The batch in which the last token of each sequence asks."""
+    """A filled batch. Its queries are the last tokens of the sequences."""
     counts = np.full(len(data.k), data.k.shape[1], dtype=np.int32)
     ids = allocator.open_batch(len(counts))
     allocator.extend_batch(ids, counts)
@@ -143,14 +141,14 @@ def _write(allocator: Allocator, layer: int, data: _Data) -> Any:
 
 
 def _one_by_one(data: _Data) -> torch.Tensor:
-    """[sequences, query heads, width], one call a sequence, as `kvmem.kernels.reference.sdpa` has it."""
+    """[sequences, query heads, width], one call a sequence, as in `kvmem.kernels.reference.sdpa`."""
     out = torch.empty_like(data.q)
     for i in range(len(out)):
-        out[i] = _at_once(data.q[i : i + 1], data.k[i : i + 1], data.v[i : i + 1])[0]
+        out[i] = at_once(data.q[i : i + 1], data.k[i : i + 1], data.v[i : i + 1])[0]
     return out
 
 
-def _at_once(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+def at_once(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """A group's query heads as rows of one head: torch's own GQA is many times slower on a CPU."""
     grouped = q.view(len(q), k.shape[2], -1, q.shape[-1])
     return F.scaled_dot_product_attention(grouped, k.transpose(1, 2), v.transpose(1, 2)).view_as(q)
@@ -170,12 +168,12 @@ def sdpa(
     """
     spec = CacheSpec.kv(num_layers=4, num_kv_heads=2, head_dim=64, dtype="bfloat16", block_size=16, num_query_heads=8)
     data = _Data.random(sequences, tokens, 8, 2, 64, torch.bfloat16)
-    steps: dict[str, _Step] = {PLAIN: lambda: _at_once(data.q, data.k, data.v)}
+    steps: dict[str, _Step] = {PLAIN: lambda: at_once(data.q, data.k, data.v)}
     for name, (backend, interleave) in (layouts or _APART).items():
         steps[name] = _rectangle(spec, backend, interleave, data)
     exact = data.double()
     times, errors = _compare(
-        steps, _at_once(exact.q, exact.k, exact.v), repetitions, clock=thread_time_ns, order=Random(_SEED)
+        steps, at_once(exact.q, exact.k, exact.v), repetitions, clock=thread_time_ns, order=Random(_SEED)
     )
     return [
         SdpaResult(name, sequences, tokens, Spread.of_ns(ns), Ratio.of(ns, times[PLAIN]), errors[name])
@@ -184,7 +182,7 @@ def sdpa(
 
 
 def _rectangle(spec: CacheSpec, backend: Backend, interleave: Any, data: _Data) -> _Step:
-    """One call over the rows, or over the blocks, which are gathered in every step. Where they lie is found once."""
+    """One call over the rows, or over the blocks, which are gathered in every step. Their ids are looked up once."""
     sequences, tokens = data.k.shape[:2]
     page_bytes = 64 << 10
     pages = (sequences + 2) * (-(-tokens * spec.bytes_per_token // page_bytes) + spec.num_layers)
@@ -196,8 +194,8 @@ def _rectangle(spec: CacheSpec, backend: Backend, interleave: Any, data: _Data) 
     if backend == "paged":
         blocks, pool = batch.block_table.long().flatten(), tuple(plain(allocator.tensor(0, name)) for name in "kv")
         shape = (sequences, -1, *pool[0].shape[2:])
-        return lambda: _at_once(data.q, *(part.index_select(0, blocks).view(shape)[:, :tokens] for part in pool))
+        return lambda: at_once(data.q, *(part.index_select(0, blocks).view(shape)[:, :tokens] for part in pool))
     first, memory = int(batch.rows[0]), tuple(plain(allocator.rows(0, name)) for name in "kv")
     if batch.rows.tolist() != list(range(first, first + sequences)):
         raise BenchError("the rows of the batch do not lie side by side, so they cannot be read in place")
-    return lambda: _at_once(data.q, *(part[first : first + sequences, :tokens] for part in memory))
+    return lambda: at_once(data.q, *(part[first : first + sequences, :tokens] for part in memory))

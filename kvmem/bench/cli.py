@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,35 +12,32 @@ import click
 from click.core import ParameterSource
 from rich.console import Console
 
-from kvmem.bench.document import check_writable, write_json
-from kvmem.bench.plots import write_plots, write_reuse_plot
-from kvmem.bench.render import console, reuse_tables, say, setup_lines, tables
-from kvmem.bench.reuse import ReuseReport, Workload, parse_capacities, parse_policies, replay
+from kvmem.bench.document import check_writable, document, write_json
+from kvmem.bench.plots import write_plots
+from kvmem.bench.render import cell, console, reuse_tables, setup_lines, show, tables
+from kvmem.bench.reuse import Workload, default_policy, parse_capacities, parse_policies, replay
 from kvmem.bench.run import Run, Settings, sentences
 from kvmem.bench.text import progress
 from kvmem.bench.traces import EXCERPT, load_trace
 
-__all__ = ["bench"]
-
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 #: The parts of a run without a part's name.
 _WHOLE = ("replay", "micro", "attention")
-_PATH = click.Path(path_type=Path)
+PATH = click.Path(path_type=Path)
+JSON = click.option("--json", "json_path", type=PATH, metavar="FILE", help="Write everything as JSON.")
+PLOT = click.option("--plot", "plot_path", type=PATH, metavar="DIR", help="Write PNG pictures.")
+QUIET = click.option("-q", "--quiet", is_flag=True, help="No progress.")
 
 
 def _options(*names: str) -> Callable[[_Command], _Command]:
-    """The fields of `Settings` as options, those that are named or all; and what all commands write."""
+    """The fields of `Settings` as options, those in ``names`` or all of them; and ``--plot`` and ``--json``."""
 
     def decorate(command: _Command) -> _Command:
-        for name, metavar, help in (
-            ("plot", "DIR", "Write PNG pictures."),
-            ("json", "FILE", "Write everything as JSON."),
-        ):
-            command = click.option(f"--{name}", f"{name}_path", type=_PATH, metavar=metavar, help=help)(command)
+        command = JSON(PLOT(command))
         for field in reversed(fields(Settings)):
             if not names or field.name in names:
                 facts = dict(field.metadata)
-                kind: Any = _PATH if str(field.type).startswith("Path") else None
+                kind: Any = PATH if str(field.type).startswith("Path") else None
                 if "least" in facts:
                     kind = click.IntRange(min=facts.pop("least"))
                 if "choices" in facts:
@@ -59,24 +56,17 @@ def _options(*names: str) -> Callable[[_Command], _Command]:
 def _run(parts: tuple[str, ...], json_path: Path | None, plot_path: Path | None, **options: Any) -> None:
     out = console()
     run = Run(Settings(**options), Console(stderr=True, highlight=False))
-    results = run.results
     check_writable(json_path, plot_path)
     if "replay" in parts:
-        for line in (*setup_lines(results.setup), ""):
-            say(out, line)
+        show(out, [*setup_lines(run.setup), ""])
     for part in parts:
         getattr(run, part)()
-    for table in tables(results.setup, results.rows):
-        table.show(out)
-        say(out)
-    if json_path is not None:
-        write_json(results.to_dict(sys.argv[1:]), json_path)
-    pictures = [] if plot_path is None else write_plots(results.setup, results.rows, plot_path)
-    for path in pictures:
-        say(out, f"wrote {path}")
+    show(out, tables(run.setup, run.rows), end="")
+    write_json(run.to_dict(sys.argv[1:]), json_path)
+    pictures = write_plots(run.setup, run.rows, plot_path)
+    show(out, (f"wrote {path}" for path in pictures))
     if set(parts) >= set(_WHOLE):
-        for line in ("", *sentences(results, pictures)):
-            say(out, line)
+        show(out, ["", *sentences(run, pictures)])
 
 
 @click.group(
@@ -132,21 +122,16 @@ def reuse_command(
     check_writable(json_path, plot_path)
     runs = len(policies) * len(capacities)
     with progress(Console(stderr=True, highlight=False), "reuse", runs, quiet) as done:
-        result = ReuseReport(workload, replay(workload, policies, capacities, done))
-    report, out = result.to_dict(sys.argv[1:]), console()
-    facts = report["trace"]
-    say(out, f"Trace  {facts['name']} ({facts['format']}): {facts['requests']:,} requests read {facts['blocks']:,} "
-             f"blocks of {facts['block_tokens']} tokens, {facts['distinct_blocks']:,} distinct\n")  # fmt: skip
-    for table in reuse_tables(facts, report["default_policy"], report["results"]):
-        table.show(out)
-    if json_path is not None:
-        write_json(report, json_path)
-    for path in [] if plot_path is None else write_reuse_plot(result, plot_path):
-        say(out, f"wrote {path}")
+        rows = [asdict(row) for row in replay(workload, policies, capacities, done)]
+    facts, out, default = workload.facts, console(), default_policy()
+    line = """Trace  {name} ({format}): {requests:,} requests read {blocks:,} blocks of {block_tokens} tokens, """
+    show(out, [cell(line + "{distinct_blocks:,} distinct\n", facts), *reuse_tables(facts, default, rows)])
+    write_json(document(sys.argv[1:], trace=facts, default_policy=default, results=rows), json_path)
+    show(out, (f"wrote {path}" for path in write_plots(facts, {"reuse": rows}, plot_path)))
 
 
 @bench.command("gpu")
-@click.option("--out", "folder", type=_PATH, required=True, metavar="DIR", help="One JSON report a part goes there.")
+@click.option("--out", "folder", type=PATH, required=True, metavar="DIR", help="One JSON report a part goes there.")
 @click.option("--part", metavar="NAME,...", help="vmm, admit, decode, attention, layout, elastic. Default: all.")
 @click.option("--seconds", type=click.FloatRange(min=1), default=460, show_default=True, help="For all parts.")
 @click.option("--device", default="cuda", show_default=True)

@@ -1,4 +1,4 @@
-"""The JSON form of what was measured: its schema, what it was measured on, and how it gets into a file.
+"""The JSON form of measured results: the schema, the environment, and writing to a file.
 
 ``{"schema_version": 1, "environment": {...}, "command": [...], "setup": {...}, "results": {part: [row, ...], ...}}``.
 A row has the fields of its part's dataclass; a part of a run that was left out is an empty list. The ``samples`` of a
@@ -25,9 +25,6 @@ from typing import Any
 import kvmem
 from kvmem.bench.text import BenchError
 
-__all__ = ["SCHEMA_VERSION", "PartReport", "check_writable", "document", "part_path", "version", "without_paths",
-           "write_json"]  # fmt: skip
-
 SCHEMA_VERSION = 1
 _PACKAGES = ("kvmem", "torch", "numpy", "transformers")
 
@@ -39,13 +36,13 @@ def document(command: Sequence[str], **parts: Any) -> dict[str, Any]:
 
 
 def _without_folder(word: str) -> str:
-    """A document is handed on, and where its reader's files lie is private."""
+    """A document is published, so it must not name folders of a machine."""
     option, equals, value = word.rpartition("=") if word.startswith("--") else ("", "", word)
     return f"{option}{equals}{Path(value).name if '/' in value else value}"
 
 
 def without_paths(text: str) -> str:
-    """``text`` with the names of files alone, for the same reason."""
+    """``text`` with file names instead of paths, for the same reason."""
     return re.sub(r"(?<![\w.])(/[\w.+-]+)+/", "", text)
 
 
@@ -67,15 +64,20 @@ def environment() -> dict[str, str | int | float | None]:
 
 
 def _commit() -> str | None:
-    """Of the checkout that this file is in, marked ``-dirty`` when a tracked file differs. Outside of one, as on a
-    machine that got a copy of the tree, the environment variable ``KVMEM_COMMIT``, or None.
+    """The commit of the checkout that this file is in, marked ``-dirty`` when a tracked file differs. Outside of a
+    checkout, the environment variable ``KVMEM_COMMIT``, or None.
     """
-    command = ("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
+    folder = str(Path(__file__).parent)
+    described = printed_by("git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
+    return described or os.environ.get("KVMEM_COMMIT")
+
+
+def printed_by(*command: str) -> str:
+    """The output of a command; empty where the command is absent or does not end."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=20).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
-        return os.environ.get("KVMEM_COMMIT")
-    return done.stdout.strip() or os.environ.get("KVMEM_COMMIT")
+        return ""
 
 
 def _cpu_name() -> str:
@@ -94,7 +96,7 @@ def version(package: str) -> str | None:
 
 
 def check_writable(json_path: Path | None, plot_path: Path | None = None) -> None:
-    """Finds out before the measurement, not after it. Creates the folder of the plots."""
+    """Raises `BenchError` before the measurement instead of after it. Creates the folder of the plots."""
     if json_path is not None and (json_path.is_dir() or not json_path.resolve().parent.is_dir()):
         why = "a folder" if json_path.is_dir() else "its folder does not exist"
         raise BenchError(f"{json_path}: cannot write the JSON report: {why}")
@@ -105,8 +107,10 @@ def check_writable(json_path: Path | None, plot_path: Path | None = None) -> Non
         raise BenchError(f"{plot_path}: cannot make the folder of the plots: {error.strerror}") from error
 
 
-def write_json(content: dict[str, Any], path: Path) -> None:
-    """Whole or not at all, so that a process that is ended leaves the last whole one."""
+def write_json(content: dict[str, Any], path: Path | None) -> None:
+    """Writes all of it or nothing, so that a process that is killed leaves the previous file. None: writes nothing."""
+    if path is None:
+        return
     fresh = path if path.exists() and not path.is_file() else path.with_name(path.name + ".part")  # /dev/stdout
     try:
         fresh.write_text(json.dumps(content) + "\n", encoding="utf-8")
@@ -122,7 +126,7 @@ def part_path(folder: Path, part: str, device: str) -> Path:
 
 
 class PartReport:
-    """The document of one part of `gpu`, written anew after every figure, so that what is measured is not lost.
+    """The document of one part of `gpu`, written after every figure, so that a crash loses nothing measured.
 
     It adds ``gpu_part``, ``skipped`` (``case`` and ``why``), ``error`` (None or a text), ``complete`` and ``seconds``.
     ``facts``: of the device, flat; they join the environment's. ``path``: None writes nothing.
@@ -152,5 +156,4 @@ class PartReport:
         self.save()
 
     def save(self) -> None:
-        if self._path is not None:
-            write_json(self.document, self._path)
+        write_json(self.document, self._path)

@@ -26,8 +26,6 @@ from kvmem.bench.traces import Trace
 if TYPE_CHECKING:
     from kvmem.bench.replay import Meter
 
-__all__ = ["Outcome", "Scheduler", "StepModel"]
-
 
 @dataclass(frozen=True)
 class StepModel:

@@ -1,7 +1,7 @@
-"""What calls cost on the CPU device, where memory is real: pages are created, mapped and unmapped by the kernel.
+"""The cost of calls on the CPU device, where memory is real: the kernel creates, maps and unmaps pages.
 
-`micro` times single calls, on every backend in turn in each repetition, so that a slow moment of the machine falls on
-all; `mapping` a run of pages, beside a bare ``mmap`` of the same pages.
+`micro` times single calls, on every backend in turn in each repetition, so that a slow moment of the machine affects
+all; `mapping` times a run of pages beside a bare ``mmap`` of the same pages.
 """
 
 from __future__ import annotations
@@ -22,8 +22,6 @@ from kvmem.bench.model import Backend, Budget, Model, check_fits, open_allocator
 from kvmem.bench.pools import Int32s
 from kvmem.bench.text import BenchError, Progress
 from kvmem.bench.timing import WARM_UP, Spread
-
-__all__ = ["BARE", "EXTEND", "MappingResult", "MicroResult", "mapping", "micro", "open_rows"]
 
 BARE, EXTEND = "bare mmap", "Sequence.extend"
 _STEPS = 48  # decode steps of a repetition of `micro`: crosses three block edges
@@ -162,8 +160,8 @@ _Call = Callable[[int, int], tuple[int, int]]  # area, run -> nanoseconds, drive
 
 def mapping(page_bytes: int = 64 << 10, run_pages: int = 4, repetitions: int = 10) -> list[MappingResult]:
     """A bare ``mmap(MAP_SHARED | MAP_FIXED)`` of a memfd, and `Sequence.extend`, which also decides, updates metadata
-    and can be undone. Pages exist before the clock starts, and none is touched while it runs: page faults are the first
-    writer's, and the same for all. Takes address space and no memory to speak of.
+    and can be undone. Pages exist before the clock starts, and none is touched while it runs, so no page fault is
+    timed. Uses address space and hardly any memory.
     """
     found: dict[str, list[tuple[int, int]]] = {BARE: [], EXTEND: []}
     for repetition in range(-1, repetitions):
@@ -184,7 +182,7 @@ def mapping(page_bytes: int = 64 << 10, run_pages: int = 4, repetitions: int = 1
 
 @contextmanager
 def _bare(page_bytes: int, run_pages: int) -> Iterator[_Call]:
-    """What ctypes adds is taken off: the same call of a function that does nothing."""
+    """The cost of ctypes is subtracted: that of the same call of a function that does nothing."""
     libc = ctypes.CDLL(None, use_errno=True)
     for function in (libc.mmap, libc.labs):
         function.restype = ctypes.c_void_p

@@ -15,12 +15,9 @@ if TYPE_CHECKING:
     from kvmem import Allocator
     from kvmem.spec import CacheSpec
 
-__all__ = ["BACKENDS", "LLAMA_3_8B", "LLAMA_3_8B_WEIGHT_BYTES", "Backend", "Budget", "Model", "check_fits",
-           "load_model", "open_allocator"]  # fmt: skip
-
 LLAMA_3_8B = Path(__file__).parent / "data" / "llama-3-8b.json"
 LLAMA_3_8B_WEIGHT_BYTES = 8_030_261_248 * 2  # its parameters, 16 bits each
-#: As on CUDA, which the metadata of "meta" stands for.
+#: As on CUDA, which "meta" simulates.
 _MAP_AHEAD_TOKENS = 64
 
 Backend = Literal["virtual", "paged"]
@@ -39,8 +36,7 @@ class Model:
 
     def ranges(self, layers: int) -> tuple[int, ...]:
         """Bytes of one token in each address range of a sequence when ``layers`` layers lie side by side in a range.
-
-        0 stands for one range per tensor: K and V of each layer apart, as with a plain tensor for each.
+        0: one range for each tensor, K and V of each layer apart.
         """
         if layers == 0:
             return tuple(size for sizes in self.layer_bytes for size in sizes)
@@ -70,13 +66,11 @@ def load_model(path: Path | None, *, dtype: str, block_size: int, assume: str | 
         )
     layers = tuple(sizes for layer in range(spec.num_layers) if (sizes := _token_bytes(spec, layer)))
     text = config.get("text_config")
-    longest = config.get("max_position_embeddings") or (
-        text.get("max_position_embeddings") if isinstance(text, dict) else None
-    )
+    of_text = text.get("max_position_embeddings") if isinstance(text, dict) else None
+    longest = config.get("max_position_embeddings") or of_text
     name = source.stem if source.stem != "config" else source.resolve().parent.name
-    return Model(
-        name, spec, spec.bytes_per_token, layers, longest if isinstance(longest, int) and longest > 0 else None
-    )
+    max_tokens = longest if isinstance(longest, int) and longest > 0 else None
+    return Model(name, spec, spec.bytes_per_token, layers, max_tokens)
 
 
 def _read_config(path: Path) -> dict[str, Any]:

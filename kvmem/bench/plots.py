@@ -1,46 +1,28 @@
-"""The pictures of a run as PNG: bytes over time, waste against page size, distribution of the allocator's time in a
-step, hit rate against capacity.
-"""
+"""The pictures of a run as PNG. They are drawn from rows in the JSON form of `kvmem.bench.document`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kvmem.bench.reuse import ReuseReport
 from kvmem.bench.text import BenchError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["write_plots", "write_reuse_plot"]
-
 Row = Mapping[str, Any]
 _GIB = 1 << 30
 
 
-def write_plots(setup: Row, parts: Mapping[str, Sequence[Row]], folder: Path) -> list[Path]:
-    """Writes a picture for each part that was run. Raises `BenchError` when matplotlib or the folder is missing."""
-    pictures = {
-        "bytes_over_time": (_bytes_over_time, parts["replay"]),
-        "waste_by_page_size": (_waste, parts["waste_sweep"]),
-        "latency": (_latency, parts["replay"]),
-    }
-    return _write(
-        {name: partial(draw, setup=setup, rows=rows) for name, (draw, rows) in pictures.items() if rows}, folder
-    )
-
-
-def write_reuse_plot(report: ReuseReport, folder: Path) -> list[Path]:
-    """Writes hit rate against capacity. Raises as `write_plots`."""
-    return _write({"reuse": partial(_reuse, report=report)}, folder)
-
-
-def _write(pictures: dict[str, Callable[[Figure], None]], folder: Path) -> list[Path]:
+def write_plots(setup: Row, parts: Mapping[str, Sequence[Row]], folder: Path | None) -> list[Path]:
+    """Writes the pictures of each part that was run; None writes none. Raises `BenchError` when matplotlib or the
+    folder is missing.
+    """
+    if folder is None:
+        return []
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -48,12 +30,13 @@ def _write(pictures: dict[str, Callable[[Figure], None]], folder: Path) -> list[
         raise BenchError(f"--plot needs matplotlib ({error}); install kvmem[bench]") from error
     written = []
     try:
-        for name, draw in pictures.items():
-            figure = Figure(figsize=(9, 6), layout="constrained")
-            FigureCanvasAgg(figure)
-            draw(figure)
-            written.append(folder / f"{name}.png")
-            figure.savefig(written[-1], dpi=120)
+        for name, (draw, part) in _PICTURES.items():
+            if rows := parts.get(part):
+                figure = Figure(figsize=(9, 6), layout="constrained")
+                FigureCanvasAgg(figure)
+                draw(figure, setup, rows)
+                written.append(folder / f"{name}.png")
+                figure.savefig(written[-1], dpi=120)
     except OSError as error:
         raise BenchError(f"{folder}: cannot write plots: {error.strerror}") from error
     return written
@@ -94,7 +77,7 @@ def _waste(figure: Figure, setup: Row, rows: Sequence[Row]) -> None:
 def _latency(figure: Figure, setup: Row, rows: Sequence[Row]) -> None:
     axes = figure.subplots()
     for run in rows:
-        if run["pool"] != "static":  # its bookkeeping is this benchmark's own
+        if run["pool"] != "static":  # its bookkeeping is part of this benchmark
             label = f"{run['pool']} ({run['mean_running']:.0f} sequences, mean)"
             axes.plot(run["cdf_us"], range(len(run["cdf_us"])), label=label)
     title = "Allocator's time in a scheduler step, driver not included"
@@ -102,20 +85,29 @@ def _latency(figure: Figure, setup: Row, rows: Sequence[Row]) -> None:
     axes.legend()
 
 
-def _reuse(figure: Figure, report: ReuseReport) -> None:
-    """Unlimited capacity stands where every block has room."""
+def _reuse(figure: Figure, trace: Row, rows: Sequence[Row]) -> None:
+    """Unlimited capacity is drawn at the number of distinct blocks."""
     axes = figure.subplots()
-    distinct = report.workload.distinct
+    distinct = trace["distinct_blocks"]
     curves: dict[str, dict[int, float]] = {"Belady, which knows the future": {}}
-    for row in report.rows:
-        capacity = distinct if isinstance(row.capacity, str) else row.capacity
-        curves.setdefault(row.policy, {})[capacity] = 100 * row.hit_rate
-        curves["Belady, which knows the future"][capacity] = 100 * row.belady_hit_rate
+    for row in rows:
+        capacity = distinct if isinstance(row["capacity"], str) else row["capacity"]
+        curves.setdefault(row["policy"], {})[capacity] = 100 * row["hit_rate"]
+        curves["Belady, which knows the future"][capacity] = 100 * row["belady_hit_rate"]
     for index, (name, points) in enumerate(curves.items()):
         color, line = ("black", ":") if index == 0 else (f"C{index}", "-")
         capacities = sorted(points)
         axes.plot(capacities, [points[x] for x in capacities], marker="o", label=name, color=color, linestyle=line)
-    title = f"{report.workload.trace.name}, {distinct:,} distinct blocks"
+    title = f"{trace['name']}, {distinct:,} distinct blocks"
     of = "% of the blocks read that were cached"
     axes.set(title=title, xlabel="capacity, blocks of the trace", ylabel=of, xscale="log", ylim=(0, None))
     axes.legend()
+
+
+#: Name of the file, and the part that it shows.
+_PICTURES: dict[str, tuple[Callable[[Figure, Row, Sequence[Row]], None], str]] = {
+    "bytes_over_time": (_bytes_over_time, "replay"),
+    "waste_by_page_size": (_waste, "waste_sweep"),
+    "latency": (_latency, "replay"),
+    "reuse": (_reuse, "reuse"),
+}

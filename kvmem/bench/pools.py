@@ -1,5 +1,5 @@
-"""What a replay drives: one small protocol, met by kvmem's allocator (prompts with lengths alone, or with content), and
-by a static pool for comparison.
+"""The interface that a replay drives, and its implementations: kvmem's allocator, for prompts that are lengths only or
+have content, and a static pool for comparison.
 """
 
 from __future__ import annotations
@@ -17,18 +17,14 @@ if TYPE_CHECKING:
     from kvmem import Allocator
     from kvmem.bench.traces import Trace
 
-__all__ = ["AllocatorPool", "ContentPool", "Int32s", "Pool", "StaticPool", "Totals", "Usage"]
-
 Int32s = npt.NDArray[np.int32]
 _GENERATED = 1 << 30  # ids of generated tokens begin here
-_MOST_GENERATED = 1 << 13  # of a request; beyond that, ids come round
+_MOST_GENERATED = 1 << 13  # of a request; beyond that, ids repeat
 
 
 @dataclass(frozen=True)
 class Usage:
-    """Bytes at one moment. ``mapped = used + wasted + parked``; ``free`` is what sequences can still be given (unmapped
-    or parked).
-    """
+    """Bytes at one moment. ``mapped = used + wasted + parked``; ``free``: unmapped or parked."""
 
     mapped_bytes: int
     used_bytes: int
@@ -62,13 +58,13 @@ class Pool(Protocol):
         """Room for more tokens in every sequence, or False and nothing changed."""
 
     def commit(self, ids: Int32s, counts: Int32s) -> None:
-        """The KV of so many more tokens is valid."""
+        """Marks the KV of ``counts`` more tokens as valid."""
 
     def free(self, ids: Int32s) -> None:
         """Ends sequences."""
 
     def usage(self) -> Usage:
-        """A moment's account. No driver call."""
+        """The bytes at this moment. Makes no driver call."""
 
     def totals(self) -> Totals:
         return Totals()
@@ -106,8 +102,8 @@ class AllocatorPool(Pool):
     def usage(self) -> Usage:
         stats = self.allocator.stats()
         free = stats.budget_bytes - stats.mapped_bytes + stats.parked_bytes
-        bytes_ = stats.mapped_bytes, stats.used_bytes, stats.wasted_bytes, stats.parked_bytes
-        return Usage(*bytes_, free, stats.driver_calls)
+        held = stats.mapped_bytes, stats.used_bytes, stats.wasted_bytes, stats.parked_bytes
+        return Usage(*held, free, stats.driver_calls)
 
     def totals(self) -> Totals:
         calls, stats = self.allocator.pool.core.driver_counters(), self.allocator.stats()
@@ -166,9 +162,8 @@ class ContentPool(AllocatorPool):
         if begin >= length or not len(blocks):
             return generated.astype(np.int32)
         block = np.minimum(position // self._size, len(blocks) - 1)  # a prompt may be longer than the blocks it names
-        return np.where(position < length, blocks[block] * self._size + position % self._size, generated).astype(
-            np.int32
-        )
+        ids = np.where(position < length, blocks[block] * self._size + position % self._size, generated)
+        return ids.astype(np.int32)
 
 
 class StaticPool(Pool):

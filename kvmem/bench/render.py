@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import string
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,12 +20,10 @@ from kvmem.arguments import format_bytes
 from kvmem.bench.replay import PUBLISHED
 from kvmem.bench.text import format_percent, format_seconds, format_us
 
-__all__ = ["Row", "Table", "cell", "columns", "console", "replay_row", "reuse_tables", "say", "setup_lines", "tables"]
-
 Row = Mapping[str, Any]
 _FILE_WIDTH = 200
 _MOMENTS = 8
-_BY_ITSELF = "static"  # the pool whose bookkeeping is this benchmark's own: its calls are no peer's
+_BY_ITSELF = "static"  # the pool whose bookkeeping is part of this benchmark, so its times compare with nothing
 
 
 @dataclass(frozen=True)
@@ -82,6 +80,11 @@ def cell(form: str, row: Row) -> str:
     return _Cell().vformat(form, (), row)
 
 
+def each(form: str, rows: Sequence[Row]) -> str:
+    """The `cell` of every row, with commas between them."""
+    return ", ".join(cell(form, row) for row in rows)
+
+
 class _Cell(string.Formatter):
     def get_field(self, name: str, args: Any, row: Any) -> tuple[Any, str]:
         first, *rest = name.replace("]", "").split("[")
@@ -120,28 +123,36 @@ def say(to: Console, text: str = "") -> None:
     to.print(Text(text), soft_wrap=not to.is_terminal)
 
 
+def show(to: Console, parts: Iterable[Table | str], end: str | None = None) -> None:
+    """Tables and notes one after the other. ``end``: a line after each of them."""
+    for part in parts:
+        if isinstance(part, Table):
+            part.show(to)
+        else:
+            say(to, part)
+        if end is not None:
+            say(to, end)
+
+
 def setup_lines(setup: Row) -> Iterator[str]:
     """What a replay replays."""
-    yield cell("Trace  {trace} ({trace_format}): {requests:,} requests in {trace_seconds:time}, ", setup) + (
-        f"{setup['input_tokens'] / 1e6:.1f} M prompt and {setup['output_tokens'] / 1e6:.2f} M output tokens"
-    )
+    tokens = f"{setup['input_tokens'] / 1e6:.1f} M prompt and {setup['output_tokens'] / 1e6:.2f} M output tokens"
+    yield cell("Trace  {trace} ({trace_format}): {requests:,} requests in {trace_seconds:time}, ", setup) + tokens
     weights = " - {weight_bytes:bytes} of weights" if setup["weight_bytes"] else " (weights not subtracted: --weights)"
-    room = f" for KV = {setup['kv_bytes'] // setup['bytes_per_token']:,} tokens"
-    yield cell(
-        "Model  {model}: {bytes_per_token:bytes} a token; {device_bytes:bytes}"
-        + weights
-        + " = {kv_bytes:bytes}"
-        + room,
-        setup,
-    )
+    room = f" = {{kv_bytes:bytes}} for KV = {setup['kv_bytes'] // setup['bytes_per_token']:,} tokens"
+    yield cell("Model  {model}: {bytes_per_token:bytes} a token; {device_bytes:bytes}" + weights + room, setup)
     yield from (f"Note   {note}" for note in setup["notes"])
 
 
 def tables(setup: Row, parts: Mapping[str, Sequence[Row]]) -> Iterator[Table]:
     """Every part that was run."""
-    for name, make in _PARTS.items():
-        if parts.get(name):
-            yield from make(setup, parts)
+    for name in (*_PARTS, *_SPECS):
+        if rows := parts.get(name):
+            if name in _PARTS:
+                yield from _PARTS[name](setup, parts)
+            else:
+                title, texts, spec = _SPECS[name]
+                yield Table.of(title, spec, rows, texts)
 
 
 _Parts = Mapping[str, Sequence[Row]]
@@ -163,8 +174,8 @@ _CLOCKED = ("step_us", "grow_us", "admit_us", "free_us")
 
 
 def replay_row(run: Row) -> dict[str, Any]:
-    """With the shares that a reader asks for, and None for what says nothing: a static pool's bookkeeping is this
-    benchmark's own, and with content the making of prompts would be timed too.
+    """``run`` with shares, and None for what has no meaning: a static pool's bookkeeping is part of this benchmark, and
+    with content the times would include the making of prompts.
     """
     row = dict(run)
     row["end_waste"] = run["end_wasted_bytes"] / max(1, run["end_used_bytes"])
@@ -208,9 +219,7 @@ def _waste(setup: Row, parts: _Parts) -> Iterator[Table]:
         lost = row["mapped_bytes"] - row["used_bytes"]
         rows.append({**row, "of_used": lost / row["used_bytes"], "of_mapped": lost / row["mapped_bytes"]})
     title = cell("Rounding at request end, all {requests:,} requests, pages of {page_bytes:bytes}", setup)
-    measured = ", ".join(
-        cell("{pool} {end_waste:share}", replay_row(run)) for run in parts["replay"] if run["pool"] != _BY_ITSELF
-    )
+    measured = each("{pool} {end_waste:share}", [replay_row(r) for r in parts["replay"] if r["pool"] != _BY_ITSELF])
     title += f"; measured by the allocator in the replay (waste of used bytes): {measured}" if measured else ""
     spec = """address ranges={layout}; tokens a page={page_tokens:,.0f}; waste of used bytes={of_used:share};
     of mapped bytes={of_mapped:share}"""
@@ -228,46 +237,38 @@ def _micro(setup: Row, parts: _Parts) -> Iterator[Table]:
     yield Table.of(cell(title, parts["micro"][0]), spec, rows)
 
 
-def _mapping(setup: Row, parts: _Parts) -> Iterator[Table]:
-    spec = """run={run_pages} x {page_bytes:bytes}; way={way}; us a run={us:spread}; times bare={times_bare:.2f};
-    driver calls={driver_calls:g}"""
-    yield Table.of("Mapping a run of pages on the CPU; no page is touched", spec, parts["mapping"], 2)
-
-
-def _attention(setup: Row, parts: _Parts) -> Iterator[Table]:
-    title = "Attention on the CPU: microseconds a layer and step, median (p10 to p90)"
-    yield Table.of(title, "case={case}; memory={backend}; time={us:spread}", parts["attention"], 2)
-
-
-def _sdpa(setup: Row, parts: _Parts) -> Iterator[Table]:
-    spec = """sequences x tokens={sequences} x {tokens:,}; memory={memory}; us={us:spread}; times plain={ratio:ratio}"""
-    rows = parts.get("sdpa") or parts["rectangle"]
-    yield Table.of("One SDPA call for a batch, one layer's decode step, one thread, CPU time", spec, rows, 2)
-
-
-_PARTS: dict[str, Callable[[Row, _Parts], Iterator[Table]]] = {
-    "replay": _replay,
-    "waste": _waste,
-    "micro": _micro,
-    "mapping": _mapping,
-    "attention": _attention,
-    "sdpa": _sdpa,
-    "rectangle": _sdpa,  # the name that `sdpa` had
-}
+_PARTS: dict[str, Callable[[Row, _Parts], Iterator[Table]]] = {"replay": _replay, "waste": _waste, "micro": _micro}
+_SDPA = """sequences x tokens={sequences} x {tokens:,}; memory={memory}; us={us:spread}; times plain={ratio:ratio}"""
+#: Of the other parts the title, how many columns are words, and the columns.
+_SPECS = {
+    "mapping": (
+        "Mapping a run of pages on the CPU; no page is touched", 2,
+        """run={run_pages} x {page_bytes:bytes}; way={way}; us a run={us:spread}; times bare={times_bare:.2f};
+        driver calls={driver_calls:g}""",
+    ),
+    "attention": (
+        "Attention on the CPU: microseconds a layer and step, median (p10 to p90)", 2,
+        "case={case}; memory={backend}; time={us:spread}",
+    ),
+    **dict.fromkeys(  # the second is the name that `sdpa` had
+        ("sdpa", "rectangle"), ("One SDPA call for a batch, one layer's decode step, one thread, CPU time", 2, _SDPA)
+    ),
+}  # fmt: skip
 
 
 def reuse_tables(facts: Row, default_policy: str, rows: Sequence[Row]) -> Iterator[Table]:
     """``facts``: of the trace."""
     found = {(row["capacity"], row["policy"]): row for row in rows}
-    policies = list(dict.fromkeys(row["policy"] for row in rows))
+    policies, capacities = (list(dict.fromkeys(row[name] for row in rows)) for name in ("policy", "capacity"))
     cells = []
-    for capacity in dict.fromkeys(row["capacity"] for row in rows):
+    for capacity in capacities:
         here = [found[capacity, policy] for policy in policies]
         known = not isinstance(capacity, str)
         tokens = f"{capacity * facts['block_tokens'] / 1e6:.1f} M" if known else "all"
         rates = [cell("{hit_rate:share} ({share_of_belady:.0%})", row) for row in here]
-        best = format_percent(here[0]["belady_hit_rate"])
-        cells.append([f"{capacity:,}" if known else capacity, tokens, *rates, best])
+        cells.append(
+            [f"{capacity:,}" if known else capacity, tokens, *rates, format_percent(here[0]["belady_hit_rate"])]
+        )
     named = [f"{policy}, the default" if policy == default_policy else policy for policy in policies]
     title = "Blocks read that were cached, by eviction policy (in brackets: of what Belady's rule finds, "
     yield Table(title + "which knows the future)", ["capacity in blocks", "tokens", *named, "Belady"], cells)

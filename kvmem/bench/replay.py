@@ -1,5 +1,5 @@
-"""A trace against one pool: what fitted, what was preempted, what was mapped beside what was used, and what the
-allocator's calls and the driver's cost.
+"""Replays a trace against one pool and measures it: what fitted, what was preempted, what was mapped and used, and the
+cost of the allocator's and the driver's calls.
 """
 
 from __future__ import annotations
@@ -18,8 +18,6 @@ from kvmem.bench.pools import Int32s, Pool, Totals, Usage
 from kvmem.bench.text import Progress
 from kvmem.bench.timing import Spread
 from kvmem.bench.traces import Trace
-
-__all__ = ["PUBLISHED", "CallCosts", "DriverCosts", "Meter", "ReplayResult", "Sample", "replay", "sample_columns"]
 
 _SAMPLES = 500  # enough for a plot; a sample is one account, no driver call
 _MOST_SAMPLES = 1000
@@ -50,7 +48,7 @@ class DriverCosts:
         return CallCosts(page_bytes, *(max(0.0, small + share * (large - small)) for small, large in pairs))
 
     def seconds(self, calls: Totals, page_bytes: int) -> float:
-        """Of all maps, accesses and unmaps; what is created and reserved once at start is left out."""
+        """Of all maps, accesses and unmaps, without those that create and reserve once at the start."""
         one = self.at(page_bytes)
         us = calls.map * one.map_us + calls.set_access * one.set_access_us + calls.unmap * one.unmap_us
         return us / 1e6
@@ -70,12 +68,6 @@ class Sample:
     running: int
     waiting: int
     usage: Usage
-
-
-def sample_columns(samples: tuple[Sample, ...]) -> dict[str, list[int]]:
-    """One list a field of `Sample` and `Usage`."""
-    rows = [{**vars(sample), **vars(sample.usage)} for sample in samples]
-    return {name: [row[name] for row in rows] for name in rows[0] if name != "usage"} if rows else {}
 
 
 @dataclass(frozen=True)
@@ -116,22 +108,12 @@ class ReplayResult:
     samples: tuple[Sample, ...]
     step_seconds: float
 
-    @property
-    def driver_seconds_an_hour(self) -> float:
-        return self.driver_seconds * 3600 / self.simulated_seconds if self.simulated_seconds else 0.0
-
-    @property
-    def hit_rate(self) -> float:
-        return self.hit_tokens / max(1, self.lookup_tokens)
-
-    @property
-    def end_waste(self) -> float:
-        """Share of the bytes in use at request end."""
-        return self.end_wasted_bytes / max(1, self.end_used_bytes)
-
     def as_row(self) -> dict[str, Any]:
-        """Its JSON form, ``samples`` as columns."""
-        return asdict(replace(self, samples=())) | {"samples": sample_columns(self.samples)}
+        """Its JSON form. ``samples`` is one list for each field of `Sample` and `Usage`."""
+        moments = [{**vars(sample), **vars(sample.usage)} for sample in self.samples]
+        names = [name for name in (moments[0] if moments else ()) if name != "usage"]
+        columns = {name: [moment[name] for moment in moments] for name in names}
+        return asdict(replace(self, samples=())) | {"samples": columns}
 
 
 class Meter:

@@ -1,8 +1,8 @@
-"""How much of a trace's prompts a cache of a given size finds again, by eviction policy, beside the best possible.
+"""Which share of a trace's prompts a cache of a given size finds again, by eviction policy, beside the best possible.
 
-The requests run one after the other through a real `Allocator` whose device only keeps metadata (``device="meta"``). A
+The requests run one after the other through a real `Allocator` whose device has metadata only (``device="meta"``). A
 prefix block of the trace is one block of one token here, and one page. A request's hits are its leading run of cached
-blocks; the blocks it reads are cached afterwards, what it wrote is not.
+blocks; the blocks that it reads are cached afterwards, those that it wrote are not.
 """
 
 from __future__ import annotations
@@ -10,23 +10,20 @@ from __future__ import annotations
 import heapq
 import inspect
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from kvmem.bench.document import document
+from kvmem import Allocator, CacheSpec, _core
 from kvmem.bench.text import BenchError, Progress
 from kvmem.bench.traces import Trace
 
-__all__ = ["Belady", "ReuseReport", "ReuseRow", "Workload", "default_policy", "parse_capacities", "parse_policies",
-           "replay"]  # fmt: skip
-
 UNLIMITED = "unlimited"
 _PAGE_BYTES = 4096  # the smallest page, and one token of the spec below
-_SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # of the distinct blocks: the capacities to try unless told
+_SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # of the distinct blocks: the default capacities
 
 
 @dataclass(frozen=True)
@@ -77,33 +74,21 @@ class Workload:
         """Blocks of the longest request: the smallest capacity that holds every one whole."""
         return max(map(len, self.requests))
 
-
-@dataclass
-class ReuseReport:
-    """``rows`` in order of capacity, then policy."""
-
-    workload: Workload
-    rows: list[ReuseRow]
-
-    def to_dict(self, command: list[str]) -> dict[str, Any]:
-        trace, workload = self.workload.trace, self.workload
-        facts = {"name": trace.name, "format": trace.format, "requests": trace.num_requests, "blocks": workload.blocks,
-                 "distinct_blocks": workload.distinct, "block_tokens": trace.prefix_block_tokens}  # fmt: skip
-        rows = [asdict(row) for row in self.rows]
-        return document(command, trace=facts, default_policy=default_policy(), results=rows)
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Of the trace, for a document."""
+        trace = self.trace
+        return {"name": trace.name, "format": trace.format, "requests": trace.num_requests, "blocks": self.blocks,
+                "distinct_blocks": self.distinct, "block_tokens": trace.prefix_block_tokens}  # fmt: skip
 
 
 def default_policy() -> str:
-    """What an `Allocator` takes when nobody names a policy."""
-    from kvmem import Allocator
-
+    """An `Allocator`'s eviction policy if none is given."""
     return str(inspect.signature(Allocator).parameters["policy"].default)
 
 
 def parse_policies(text: str | None) -> tuple[str, ...]:
-    """``"lru,density"``; None: all there are. Raises `BenchError` for a name that is none."""
-    from kvmem import _core
-
+    """``"lru,density"``; None: all policies. Raises `BenchError` for a name that is none."""
     known = _core.eviction_policy_names()
     names = known if text is None else [name.strip() for name in text.split(",")]
     for name in names:
@@ -156,10 +141,8 @@ def replay(
 def run(requests: Sequence[npt.NDArray[np.int32]], policy: str, capacity: int) -> tuple[int, int]:
     """Serves ``requests`` one after the other with ``capacity`` blocks of memory; hits and evicted blocks.
 
-    Of a request that is longer than that, the first ``capacity`` blocks are read and cached.
+    Of a longer request, only the first ``capacity`` blocks are read and cached.
     """
-    from kvmem import Allocator, CacheSpec
-
     allocator = Allocator(
         CacheSpec.kv(num_layers=1, num_kv_heads=1, head_dim=512, dtype="float32", block_size=1),
         backend="paged", device="meta", memory=capacity * _PAGE_BYTES, page_bytes=_PAGE_BYTES, max_sequences=1,
@@ -167,7 +150,7 @@ def run(requests: Sequence[npt.NDArray[np.int32]], policy: str, capacity: int) -
     )  # fmt: skip
     hits = 0
     for ids in (request[:capacity] for request in requests):
-        sequence = allocator.sequence(np.append(ids, 0))  # a token is always left to compute: one more than is read
+        sequence = allocator.sequence(np.append(ids, 0))  # one token more, since a match never includes the last one
         found = sequence.num_cached_tokens
         sequence.extend(len(ids) - found)
         sequence.commit(ids[found:])
@@ -180,27 +163,23 @@ class Belady:
     """The best hit rate a cache of prefix blocks can have when the future is known (Belady, IBM Systems Journal 1966):
     for a list of requests, each the ids of its blocks from the first on.
 
-    The block whose next use lies farthest ahead goes first, of blocks used next by the same request the deepest, so
-    that what stays is always whole prefixes; a block that is never used again is not cached.
+    The block whose next use lies farthest ahead is evicted first, the deepest of those that the same request uses next,
+    so that whole prefixes stay; a block that is never used again is not cached.
     """
 
     def __init__(self, requests: Sequence[Sequence[int]]) -> None:
-        self.requests = requests
-        self.never = len(requests)
-        self._next_use = self._find_next_uses()
-
-    def _find_next_uses(self) -> list[list[int]]:
-        seen: dict[int, int] = {}
-        found: list[list[int]] = []
-        for index in range(len(self.requests) - 1, -1, -1):
-            found.append([seen.get(block, self.never) for block in self.requests[index]])
-            seen.update(dict.fromkeys(self.requests[index], index))
-        return found[::-1]
+        self.requests, self.never = requests, len(requests)
+        later: dict[int, int] = {}  # block -> the next request that uses it
+        self._next_use: list[list[int]] = []
+        for index in range(len(requests) - 1, -1, -1):
+            self._next_use.append([later.get(block, self.never) for block in requests[index]])
+            later.update(dict.fromkeys(requests[index], index))
+        self._next_use.reverse()
 
     def hits(self, capacity: int) -> int:
         """Blocks found, summed over all requests: each one's leading run of cached blocks. About 2 us a block."""
         cached: dict[int, int] = {}  # block -> its next use
-        farthest: list[tuple[int, int, int]] = []  # a heap; entries whose next use is no longer true are passed over
+        farthest: list[tuple[int, int, int]] = []  # a heap; entries with an outdated next use are ignored
         hits = 0
         for blocks, next_uses in zip(self.requests, self._next_use, strict=True):
             for block in blocks:

@@ -1,4 +1,4 @@
-"""The parts of a run, from the settings of the command line to filled `Results`."""
+"""A run of one or several parts: the settings of the command line, and the rows that the parts fill."""
 # ruff: noqa: RUF009 (what `_option` calls is `dataclasses.field`)
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from kvmem.bench.engine import StepModel
 from kvmem.bench.host import mapping, micro
 from kvmem.bench.model import BACKENDS, LLAMA_3_8B_WEIGHT_BYTES, Backend, Budget, Model, load_model, open_allocator
 from kvmem.bench.pools import AllocatorPool, ContentPool, Pool, StaticPool
+from kvmem.bench.render import each, replay_row
 from kvmem.bench.replay import ReplayResult, replay
-from kvmem.bench.text import BenchError, format_percent, format_seconds, progress
+from kvmem.bench.text import BenchError, progress
 from kvmem.bench.traces import EXCERPT, Trace, load_trace
 from kvmem.bench.waste import rounding_sweep, rounding_table
 from kvmem.layouts.page_size import LEAST_PAGE_BYTES, choose_page_bytes
@@ -24,8 +25,6 @@ from kvmem.layouts.plain import GroupLayout, resolve_interleave
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-__all__ = ["PARTS", "Results", "Run", "Settings", "sentences"]
 
 #: In the order in which they are measured.
 PARTS = ("replay", "waste", "waste_sweep", "micro", "mapping", "attention", "sdpa")
@@ -42,17 +41,15 @@ class Settings:
     """What the command line asked for. Sizes are texts such as ``80GiB``."""
 
     trace: Path | None = _option(
-        None, "Trace file: Mooncake, Azure, BurstGPT or Qwen-Bailian. Default: 1,000 packaged requests."
+        None, "Mooncake, Azure, BurstGPT or Qwen-Bailian file. Default: 1,000 packaged requests."
     )
     requests: int | None = _option(None, "Only the first requests of the trace.", least=1)
     config: Path | None = _option(None, "Model config.json or its folder. Default: Llama 3 8B.")
-    assume: str | None = _option(None, "Whose rules to read it by if its model_type is unknown.", metavar="MODEL_TYPE")
+    assume: str | None = _option(None, "Model type whose rules apply to an unknown one.", metavar="MODEL_TYPE")
     dtype: str = _option("bfloat16", "Type of the stored KV.")
     memory: str = _option("80GiB", "Memory of the simulated device.")
-    weights: str | None = _option(
-        None, "Bytes of it that the weights take. Default: 15.0 GiB for Llama 3 8B, 0 with --config."
-    )
-    backend: str = _option("both", "Whose calls are measured.", choices=("both", *BACKENDS))
+    weights: str | None = _option(None, "Bytes of it for weights. Default: 15.0 GiB for Llama 3 8B, 0 with --config.")
+    backend: str = _option("both", "Backends to measure.", choices=("both", *BACKENDS))
     page: str = _option("2MiB", "Bytes of a physical page; 'auto': as the virtual backend chooses.")
     block_size: int = _option(16, "Tokens of a block.", least=1)
     max_sequences: int = _option(256, "Sequences at once.", least=1)
@@ -64,31 +61,17 @@ class Settings:
     quiet: bool = _option(False, "No progress.", short="-q")
 
 
-class Results:
-    """``setup``: what was measured, the model's cache, the simulated device and the trace. ``rows``: by part, in their
-    JSON form, filled part by part; ``waste`` is at the page size asked for, ``waste_sweep`` over page sizes.
-    """
-
-    def __init__(self, setup: dict[str, Any]) -> None:
-        self.setup = setup
-        self.rows: dict[str, list[dict[str, Any]]] = {part: [] for part in PARTS}
-
-    def add(self, part: str, results: Iterable[Any]) -> None:
-        """``results``: dataclasses."""
-        self.rows[part] += [row.as_row() if isinstance(row, ReplayResult) else asdict(row) for row in results]
-
-    def to_dict(self, command: list[str]) -> dict[str, Any]:
-        parts = self.rows | {"replay": [run | {"samples": _thinned(run["samples"])} for run in self.rows["replay"]]}
-        return document(command, setup=self.setup, results=parts)
-
-
 def _thinned(samples: dict[str, list[int]]) -> dict[str, list[int]]:
     every = -(-len(samples.get("step", ())) // _MOST_SAMPLES) or 1
     return {name: column[::every] for name, column in samples.items()}
 
 
 class Run:
-    """Inputs that were checked before anything is measured, and the parts that measure."""
+    """Inputs, which are checked before anything is measured, and the parts that measure.
+
+    ``setup``: what is measured: the model's cache, the simulated device, the trace. ``rows``: by part, in their JSON
+    form, filled part by part; ``waste`` is at the page size asked for, ``waste_sweep`` over page sizes.
+    """
 
     def __init__(self, settings: Settings, status: Console) -> None:
         self.settings, self.status = settings, status
@@ -103,12 +86,18 @@ class Run:
             raise BenchError("--page is 0; a page holds at least one byte: 2MiB is what stock drivers map")
         self.backends = tuple(backend for backend in BACKENDS if settings.backend in ("both", backend))
         if settings.content and settings.chunked:
-            raise BenchError(
-                "--content with --chunked: a prompt with content takes its memory whole; leave one of them out"
-            )
-        setup = _setup(settings, self.model, self.trace, self.page_bytes)
-        self.budget = Budget(*(setup[name] for name in ("kv_bytes", "max_sequences", "max_tokens", "page_bytes")))
-        self.results = Results(setup)
+            raise BenchError("--content with --chunked: a prompt with content takes its memory whole; leave one out")
+        self.setup = _setup(settings, self.model, self.trace, self.page_bytes)
+        sizes = (self.setup[name] for name in ("kv_bytes", "max_sequences", "max_tokens", "page_bytes"))
+        self.budget = Budget(*sizes)
+        self.rows: dict[str, list[dict[str, Any]]] = {part: [] for part in PARTS}
+
+    def _add(self, part: str, results: Iterable[Any]) -> None:
+        self.rows[part] += [row.as_row() if isinstance(row, ReplayResult) else asdict(row) for row in results]
+
+    def to_dict(self, command: list[str]) -> dict[str, Any]:
+        rows = self.rows | {"replay": [run | {"samples": _thinned(run["samples"])} for run in self.rows["replay"]]}
+        return document(command, setup=self.setup, results=rows)
 
     def _budget(self, pool: str) -> Budget:
         """With ``--page auto`` each backend has its own default."""
@@ -128,17 +117,17 @@ class Run:
                     self.trace, pool, model, max_sequences=self.budget.max_sequences,
                     bytes_per_token=self.model.bytes_per_token, page_bytes=self._budget(name).page_bytes, progress=done,
                 )  # fmt: skip
-            self.results.add("replay", [run])
-        self.results.add("waste", rounding_table(self.trace, self.model, self.page_bytes))
-        self.results.add("waste_sweep", rounding_sweep(self.trace, self.model))
+            self._add("replay", [run])
+        self._add("waste", rounding_table(self.trace, self.model, self.page_bytes))
+        self._add("waste_sweep", rounding_sweep(self.trace, self.model))
 
     def micro(self) -> None:
         self._on_real_memory("micro", micro, "calls on real memory")
-        self.results.add("mapping", mapping())
+        self._add("mapping", mapping())
 
     def attention(self) -> None:
         self._on_real_memory("attention", attention, "attention")
-        self.results.add("sdpa", sdpa(repetitions=self.settings.repetitions))
+        self._add("sdpa", sdpa(repetitions=self.settings.repetitions))
 
     def _on_real_memory(self, part: str, measure: Callable[..., list[Any]], what: str) -> None:
         repetitions = self.settings.repetitions
@@ -147,7 +136,7 @@ class Run:
                 self.model, self.backends, memory_bytes=self.real_bytes, page_bytes=self.page_bytes,
                 repetitions=repetitions, progress=done,
             )  # fmt: skip
-        self.results.add(part, rows)
+        self._add(part, rows)
 
     def _pools(self) -> dict[str, Callable[[], Pool]]:
         budget, model = self.budget, self.model
@@ -220,32 +209,20 @@ def _notes(settings: Settings, trace: Trace, max_tokens: int) -> Iterable[str]:
         yield f"{trace.failed_requests} requests of the trace had failed when it was recorded; they are left out"
 
 
-def sentences(results: Results, pictures: Sequence[Path]) -> list[str]:
-    """What a run with all parts found: what was served, what it cost, what attention takes; with the first picture's
-    name.
-    """
-    runs, rows = results.rows["replay"], results.rows["attention"]
-    served = ", ".join(
-        f"{run['pool']} in {format_seconds(run['simulated_seconds'])} with up to "
-        f"{run['outcome']['peak_running']} at once"
-        for run in runs
-    )
-    wasted = ", ".join(
-        f"{run['pool']} {format_percent(run['end_wasted_bytes'] / max(1, run['end_used_bytes']))}" for run in runs
-    )
+def sentences(run: Run, pictures: Sequence[Path]) -> list[str]:
+    """What a run with all parts has found: what was served, what it cost, what attention takes."""
+    replays, rows = [replay_row(row) for row in run.rows["replay"]], run.rows["attention"]
+    served = "{pool} in {simulated_seconds:time} with up to {outcome[peak_running]} at once"
     # With memory parked: see `kvmem.bench.host`.
-    again = [row for row in results.rows["micro"] if row["case"] in ("admit", "extend", "extend at an edge")]
+    again = [row for row in run.rows["micro"] if row["case"] in ("admit", "extend", "extend at an edge")]
     calls = sum(row["driver_calls"] for row in again) or "no"
     plain = {row["case"]: row["us"]["median"] for row in rows if row["backend"] not in BACKENDS}
-    ratios = ", ".join(
-        f"{row['us']['median'] / plain[row['case']]:.2f} over the {row['backend']} backend"
-        for row in rows
-        if row["backend"] in BACKENDS
-    )
+    ours = [row | {"ratio": row["us"]["median"] / plain[row["case"]]} for row in rows if row["backend"] in BACKENDS]
+    over = "{ratio:.2f} over the {backend} backend"
     drawn = f"; the memory over time is drawn in {pictures[0]}" if pictures else ""
     return [
-        f"Of the trace's {results.setup['requests']:,} requests all that fit were served: {served}.",
-        f"Memory held beyond the tokens in it, at the end of requests: {wasted}; a batch that finds parked memory "
-        f"makes {calls} driver calls.",
-        f"Attention on this CPU takes {ratios}, where plain tensors take 1{drawn}.",
+        f"Of the trace's {run.setup['requests']:,} requests all that fit were served: {each(served, replays)}.",
+        f"Memory held beyond the tokens in it, at the end of requests: {each('{pool} {end_waste:share}', replays)}; a "
+        f"batch that finds parked memory makes {calls} driver calls.",
+        f"Attention on this CPU takes {each(over, ours)}, where plain tensors take 1{drawn}.",
     ]

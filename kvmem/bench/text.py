@@ -1,4 +1,4 @@
-"""What the benchmark says: its errors, shares and times as people read them (sizes: `kvmem.arguments`), progress."""
+"""The benchmark's errors and progress, and shares and times as text (sizes: `kvmem.arguments`)."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from kvmem.errors import KVMemError
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-__all__ = ["BenchError", "Progress", "TraceError", "format_percent", "format_seconds", "format_us", "progress"]
 
 Progress = Callable[[int], None]
 

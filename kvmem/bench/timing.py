@@ -1,4 +1,4 @@
-"""Timings in turn, and what they come to: the middle and the edges, and ratios of what was timed together."""
+"""Timings of calls in turn; percentiles, and ratios of what was timed together."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 import torch
-
-__all__ = ["WARM_UP", "Ratio", "Spread", "in_turn", "one_thread", "timed"]
 
 WARM_UP = 2
 _Result = TypeVar("_Result")
@@ -40,7 +38,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Ratio:
-    """Of times measured in the same repetition: the median of the ratios, and their spread."""
+    """Percentiles of the ratios of times in the same repetition."""
 
     p10: float
     median: float
@@ -68,8 +66,9 @@ def in_turn(
     order: Random | None = None,
     done: Callable[[int], None] | None = None,
 ) -> dict[str, list[int]]:
-    """Nanoseconds of each call, in every repetition after `WARM_UP`, so that a slow moment of the machine falls on all.
-    ``look`` gets every result, outside of the times; ``order`` draws a new order of the calls for each repetition.
+    """Nanoseconds of each call in every repetition after `WARM_UP`. The calls take turns, so that a slow moment of the
+    machine affects all of them. ``look`` gets every result, outside of the times; ``order`` draws a new order of the
+    calls for each repetition.
     """
     times: dict[str, list[int]] = {name: [] for name in calls}
     for repetition in range(WARM_UP + repetitions):
@@ -87,7 +86,7 @@ def in_turn(
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """The spread of a parallel region on a shared machine would drown what is measured: how the memory is read."""
+    """On a shared machine the spread of parallel regions would hide what is measured: how the memory is read."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

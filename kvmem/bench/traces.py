@@ -12,10 +12,9 @@ burstgpt   CSV   Timestamp (s), [Session ID, Elapsed time,] Model, Request token
                  Response tokens, Total tokens, Log Type
 ========== ===== ================================================================== =====================
 
-A reader is strict: the first line it cannot believe ends the read with a `TraceError` that names file, line and reason.
-A file cut in the middle is such a file, unless the cut falls between two lines (then what is left is a shorter, valid
-trace) or inside the last number of an Azure file; a CSV whose last line has no line end therefore carries a note, since
-Azure's own files end that way.
+Reading is strict: the first invalid line raises a `TraceError` that names file, line and reason. A file that was cut is
+invalid, unless it was cut between two lines (the rest is a shorter, valid trace) or inside the last number of an Azure
+file. So a CSV whose last line has no line end carries a note; Azure's own files end that way.
 """
 
 from __future__ import annotations
@@ -34,10 +33,9 @@ import numpy.typing as npt
 
 from kvmem.bench.text import TraceError
 
-__all__ = ["EXCERPT", "FORMATS", "Trace", "load_trace"]
-
 EXCERPT = Path(__file__).parent / "data" / "mooncake_conversation_excerpt.jsonl"
 _LARGEST_TOKENS = 1 << 31  # lengths travel as int32
+_BURSTGPT_TOKENS = ("Request tokens", "Response tokens", "Total tokens")
 _BURSTGPT_LOGS = ("Conversation log", "API log")
 
 
@@ -77,14 +75,8 @@ class Trace:
             raise TraceError(f"{self.name}: asked for the first {requests} requests; ask for 1 to {self.num_requests}")
         offsets = None if self.prefix_offsets is None else self.prefix_offsets[: requests + 1]
         ids = None if self.prefix_ids is None or offsets is None else self.prefix_ids[: offsets[-1]]
-        return replace(
-            self,
-            arrival_seconds=self.arrival_seconds[:requests],
-            input_tokens=self.input_tokens[:requests],
-            output_tokens=self.output_tokens[:requests],
-            prefix_ids=ids,
-            prefix_offsets=offsets,
-        )
+        arrays = {name: getattr(self, name)[:requests] for name in ("arrival_seconds", "input_tokens", "output_tokens")}
+        return replace(self, prefix_ids=ids, prefix_offsets=offsets, **arrays)
 
 
 @dataclass(frozen=True)
@@ -96,7 +88,7 @@ class _Request:
 
 
 class _Line:
-    """One record of a file with accessors that fail with the file, the line and the field in the message."""
+    """One record of a file. The accessors raise a `TraceError` that names file, line and field."""
 
     def __init__(self, path: Path, number: int, fields: dict[str, Any]) -> None:
         self.path, self.number, self.fields = path, number, fields
@@ -167,7 +159,7 @@ def _azure(line: _Line) -> _Request:
 
 
 def _burstgpt(line: _Line) -> _Request | None:
-    sent, received, total = (line.tokens(name, 0) for name in ("Request tokens", "Response tokens", "Total tokens"))
+    sent, received, total = (line.tokens(name, 0) for name in _BURSTGPT_TOKENS)
     if sent + received != total:
         raise line.fail(
             f"`Total tokens` is {total}, but {sent} request and {received} response tokens make {sent + received}"
@@ -180,9 +172,7 @@ def _burstgpt(line: _Line) -> _Request | None:
 
 @dataclass(frozen=True)
 class _Format:
-    """How one format is recognised (all of ``fields`` present) and read. ``block_tokens``: of one prefix id, if it has
-    them.
-    """
+    """A line has this format if it has all ``fields``. ``block_tokens``: of one prefix id, if there are any."""
 
     fields: set[str]
     read: Callable[[_Line], _Request | None]
@@ -195,9 +185,7 @@ FORMATS: dict[str, _Format] = {
     "qwen": _Format({"chat_id", *_HASHED}, _hashed(1.0, 16), 16),
     "mooncake": _Format(_HASHED, _hashed(1e-3, 512), 512),
     "azure": _Format({"TIMESTAMP", "ContextTokens", "GeneratedTokens"}, _azure),
-    "burstgpt": _Format(
-        {"Timestamp", "Model", "Request tokens", "Response tokens", "Total tokens", "Log Type"}, _burstgpt
-    ),
+    "burstgpt": _Format({"Timestamp", "Model", *_BURSTGPT_TOKENS, "Log Type"}, _burstgpt),
 }
 
 
@@ -232,9 +220,8 @@ def _recognise(line: _Line, wanted: str | None) -> str:
     known = "; ".join(
         f"{name}: {', '.join(sorted(FORMATS[name].fields))}" for name in ([wanted] if wanted else FORMATS)
     )
-    raise line.fail(
-        f"no known trace format has the fields {', '.join(map(str, line.fields)) or '(none)'}. Expected {known}"
-    )
+    found = ", ".join(map(str, line.fields)) or "(none)"
+    raise line.fail(f"no known trace format has the fields {found}. Expected {known}")
 
 
 def _json_lines(path: Path, text: str) -> Iterator[_Line]:
@@ -286,25 +273,21 @@ def _collect(path: Path, wanted: str | None, lines: Iterator[_Line], ends_cleanl
         else:
             requests.append(request)
     if not requests:
-        raise TraceError(
-            f"{path}: the file has a header but no request"
-            + (f" that was answered ({failed} failed)" if failed else "")
-        )
+        answered = f" that was answered ({failed} failed)" if failed else ""
+        raise TraceError(f"{path}: the file has a header but no request{answered}")
     requests.sort(key=lambda request: request.seconds)
     start = requests[0].seconds
     block_tokens = FORMATS[name].block_tokens
     offsets = np.cumsum([0, *(len(request.prefix_ids) for request in requests)], dtype=np.int64)
     ids = np.array([block for request in requests for block in request.prefix_ids], dtype=np.int64)
     note = "the last line has no line end: if the file was cut, its last number may be short"
-    return Trace(
-        name=path.stem,
-        format=name,
-        failed_requests=failed,
-        notes=() if ends_cleanly else (note,),
-        arrival_seconds=np.array([request.seconds - start for request in requests]),
-        input_tokens=np.array([request.input_tokens for request in requests], dtype=np.int64),
-        output_tokens=np.array([request.output_tokens for request in requests], dtype=np.int64),
-        prefix_ids=ids if block_tokens else None,
-        prefix_offsets=offsets if block_tokens else None,
-        prefix_block_tokens=block_tokens,
+    seconds = np.array([request.seconds - start for request in requests])
+    inputs, outputs = (
+        np.array([getattr(request, field) for request in requests], dtype=np.int64)
+        for field in ("input_tokens", "output_tokens")
     )
+    notes = () if ends_cleanly else (note,)
+    trace = Trace(path.stem, name, seconds, inputs, outputs, failed_requests=failed, notes=notes)
+    if block_tokens is None:
+        return trace
+    return replace(trace, prefix_ids=ids, prefix_offsets=offsets, prefix_block_tokens=block_tokens)

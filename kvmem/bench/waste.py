@@ -17,8 +17,6 @@ import numpy.typing as npt
 from kvmem.bench.model import Model
 from kvmem.bench.traces import Trace
 
-__all__ = ["Rounding", "round_up_at_end", "rounding_sweep", "rounding_table"]
-
 _SWEEP_PAGES = tuple(1 << shift for shift in range(16, 26))  # 64 KiB (patched kernel modules) to 32 MiB
 
 
@@ -31,16 +29,6 @@ class Rounding:
     page_tokens: float  # tokens of one range that a page holds
     used_bytes: int
     mapped_bytes: int
-
-    @property
-    def share_of_mapped(self) -> float:
-        """The part of the mapped bytes that holds no token."""
-        return (self.mapped_bytes - self.used_bytes) / self.mapped_bytes
-
-    @property
-    def share_of_used(self) -> float:
-        """Bytes that hold no token, beside each byte in use."""
-        return (self.mapped_bytes - self.used_bytes) / self.used_bytes
 
 
 def round_up_at_end(tokens: npt.NDArray[np.int64], range_bytes: Sequence[int], page_bytes: int) -> tuple[int, int]:
@@ -58,14 +46,14 @@ def rounding_table(trace: Trace, model: Model, page_bytes: int) -> list[Rounding
     choices = [("all layers in one range", layers)]
     choices += [(f"{group} layers in a range", group) for group in (8,) if group < layers]
     choices += [("one range a layer", 1), ("one range for each layer's K and V", 0)]
-    return [_rounding(name, trace, model.ranges(group), page_bytes) for name, group in choices]
+    rows = []
+    for name, group in choices:
+        ranges = model.ranges(group)
+        used, mapped = round_up_at_end(trace.total_tokens, ranges, page_bytes)
+        rows.append(Rounding(name, page_bytes, page_bytes / max(ranges), used, mapped))
+    return rows
 
 
 def rounding_sweep(trace: Trace, model: Model) -> list[Rounding]:
     """Every layout of `rounding_table` against page sizes from 64 KiB to 32 MiB."""
     return [row for page_bytes in _SWEEP_PAGES for row in rounding_table(trace, model, page_bytes)]
-
-
-def _rounding(layout: str, trace: Trace, range_bytes: Sequence[int], page_bytes: int) -> Rounding:
-    used, mapped = round_up_at_end(trace.total_tokens, range_bytes, page_bytes)
-    return Rounding(layout, page_bytes, page_bytes / max(range_bytes), used, mapped)

@@ -132,7 +132,7 @@ def test_without_a_floor_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     def absent() -> Path:
         raise BenchError("no compiler here")
 
-    monkeypatch.setattr("benchmarks.step.build_floor", absent)
+    monkeypatch.setattr("benchmarks.workload.build_floor", absent)
     rows, notes = step(cases(scale=0.02)[:1], 1)
     assert notes == ["no floor: no compiler here"]
     assert [row.manager for row in rows] == list(cases()[0].managers)

@@ -1,4 +1,4 @@
-"""How long until a prompt has its memory: from fresh pages, from what a finished one left, by a shared prefix."""
+"""The time until a prompt has its memory: from fresh pages, from a finished prompt's, or by a shared prefix."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ from kvmem.bench.gpu.measure import Part
 from kvmem.bench.gpu.memory import budget_bytes
 from kvmem.bench.model import BACKENDS, Backend
 from kvmem.bench.timing import Spread
-
-__all__ = ["AdmitRow", "admit"]
 
 _CASE_SECONDS = 4.0
 _MORE_TOKENS = 64
@@ -66,7 +64,7 @@ class _Case:
         self._device, self._backend, self._prompt = device, backend, prompt
         self._model = sizes.model
         room = min(sizes.admit_bytes, int(sizes.memory_share * device.free_bytes()))
-        each = budget_bytes(self._model, backend, "all", 1, prompt + _MORE_TOKENS, page_bytes or (2 << 20))
+        each = budget_bytes(self._model, backend, "all", 1, prompt + _MORE_TOKENS, page_bytes)
         self._count = min(_MOST_PROMPTS, room // each)
         self._allocator = Allocator(
             self._model.spec, backend=backend, device=device.torch_device, memory=self._count * each,

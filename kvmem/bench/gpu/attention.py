@@ -12,9 +12,9 @@ from functools import partial
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
-from kvmem.bench.gpu.device import BenchDevice, Call
+from kvmem.bench.attention import at_once
+from kvmem.bench.gpu.device import BenchDevice
 from kvmem.bench.gpu.kernels import Kernel, Phase, Run, kernels_of
 from kvmem.bench.gpu.measure import FAILURES, Part, copy_bandwidth, interleave, spread_us
 from kvmem.bench.gpu.memory import Interleave, Managed, Memory, budget_bytes, fitting, static_layers, static_twin
@@ -22,8 +22,6 @@ from kvmem.bench.gpu.sizes import ModelShape, Sizes
 from kvmem.bench.model import BACKENDS, Backend
 from kvmem.bench.text import BenchError
 from kvmem.bench.timing import Ratio, Spread
-
-__all__ = ["AttentionRow", "LayoutRow", "Verdict", "attention", "layout", "queries"]
 
 _TWINS = {"virtual": "static", "paged": "static pool"}
 _ATTENTION_SECONDS, _LAYOUT_SECONDS, _MOST_SECONDS = 12.0, 14.0, 1.5  # of a case, and of one kernel's calls
@@ -169,12 +167,11 @@ def _fitting(
     device: BenchDevice, sizes: Sizes, contenders: Sequence[tuple[Backend, Interleave]], sequences: int, tokens: int
 ) -> ModelShape:  # fmt: skip
     """The model with as many layers as fit for all ``contenders`` and a twin for each backend, at once."""
-    page = sizes.page_bytes or (2 << 20)
 
     def need(model: ModelShape) -> int:
         # A number of layers that is all of them is "all".
         chosen = [(backend, g) for backend, g in contenders if g == "all" or g < model.layers]
-        ours = sum(budget_bytes(model, backend, g, sequences, tokens, page) for backend, g in chosen)
+        ours = sum(budget_bytes(model, backend, g, sequences, tokens, sizes.page_bytes) for backend, g in chosen)
         layers = static_layers(model, sequences * tokens, sizes.cold_bytes)
         # The twin of rows has the guard and row 0 too: with one sequence, twice what it needs.
         twins = 3 * len({backend for backend, _ in chosen}) * layers * sequences * tokens * model.layer_bytes // 2
@@ -233,10 +230,10 @@ def _attend(
                 part.report.skip(f"{case}, {memory.name}", _text(error))
         if not runs:
             return None
-        difference = _worst_difference(q, results, memories, model)
+        difference = _worst_difference(q, results, memories)
         if not difference < _TOLERANCE:
             raise BenchError(f"WRONG: results differ by {difference}; at most {_TOLERANCE} is rounding")
-        loops = {name: device.capture(_loop(run, q, layers)) for name, run in runs.items()}
+        loops = {name: device.capture(partial(_attend_layers, run, q, layers)) for name, run in runs.items()}
         times = interleave(device, loops, part.sizes.repetitions, _MOST_SECONDS)
     except FAILURES as error:
         part.report.skip(case, _text(error))
@@ -256,30 +253,24 @@ def _text(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip()[:500]}"
 
 
-def _loop(run: Run, q: torch.Tensor, layers: int) -> Call:
-    def loop() -> None:
-        for layer in range(layers):
-            run(q, layer)
-
-    return loop
+def _attend_layers(run: Run, q: torch.Tensor, layers: int) -> None:
+    for layer in range(layers):
+        run(q, layer)
 
 
-def _worst_difference(
-    q: torch.Tensor, results: dict[str, torch.Tensor], memories: Sequence[Memory], model: ModelShape
-) -> float:
+def _worst_difference(q: torch.Tensor, results: dict[str, torch.Tensor], memories: Sequence[Memory]) -> float:
     first = next(iter(results.values())).float()
     worst = max(float((result.float() - first).abs().max()) for result in results.values())
     plain = next((memory for memory in memories if memory.rows is not None and memory.name in results), None)
     if plain is None:
         return worst
-    return max(worst, float((first[0] - _first_token(q, plain, model)).abs().max()))
+    return max(worst, float((first[0] - _first_token(q, plain)).abs().max()))
 
 
-def _first_token(q: torch.Tensor, memory: Memory, model: ModelShape) -> torch.Tensor:
+def _first_token(q: torch.Tensor, memory: Memory) -> torch.Tensor:
     """What the first query of the batch gets, ``[Hq, D]``, computed in float32 over its row."""
     assert memory.rows is not None and memory.batch.rows is not None
     row = int(memory.batch.rows[0])
     tokens = int(memory.batch.seq_lens_cpu[0]) - int(memory.batch.cu_seqlens_q_cpu[1]) + 1  # those it sees
-    k, v = (t[row, :tokens].float().transpose(0, 1)[None] for t in memory.rows[0])
-    grouped = q[0].float().view(1, model.kv_heads, -1, model.head_dim)
-    return F.scaled_dot_product_attention(grouped, k, v).view(model.query_heads, model.head_dim)
+    k, v = (t[row : row + 1, :tokens].float() for t in memory.rows[0])
+    return at_once(q[:1].float(), k, v)[0]

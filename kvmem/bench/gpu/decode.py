@@ -3,7 +3,7 @@
 A step commits, makes room for a token of each sequence and fills the metadata (`Allocator.step`), plans the kernel, and
 writes and attends in every layer (one captured graph on CUDA); then it waits for the device, as a decoder does that
 needs the tokens. There is no other work in it, no matrix product, so the allocator's share is larger here than in a
-model. Contenders take turns of some steps, so that the mapper has no more time than in a decoder of its own.
+model. Contenders take turns of some steps each, so that the mapper has no more time than in a decoder alone.
 
 Two phases: in ``fresh`` the pages are mapped while the sequences grow, by the mapper; in ``parked`` a second batch
 finds the rows of the first. Prompts differ by a token from each other, so that block and page edges are spread over the
@@ -24,8 +24,6 @@ from kvmem.bench.gpu.sizes import ModelShape, Sizes
 from kvmem.bench.model import BACKENDS
 from kvmem.bench.text import BenchError
 from kvmem.bench.timing import WARM_UP, Ratio, Spread
-
-__all__ = ["DecodeRow", "decode"]
 
 _MARGIN_BYTES = 3 << 30
 _TOLERANCE = 2e-2
@@ -87,11 +85,9 @@ def decode(part: Part) -> None:
 
 
 def _fitting(device: BenchDevice, sizes: Sizes, sequences: int, tokens: int) -> ModelShape:
-    page = sizes.page_bytes or (2 << 20)
-
     def need(model: ModelShape) -> int:
         longest = tokens + sizes.map_ahead_tokens
-        ours = sum(budget_bytes(model, name, model.layers, sequences, longest, page) for name in BACKENDS)
+        ours = sum(budget_bytes(model, name, model.layers, sequences, longest, sizes.page_bytes) for name in BACKENDS)
         return ours + sequences * tokens * model.token_bytes + (_MARGIN_BYTES if device.kind == "cuda" else 0)
 
     return fitting(sizes.model, int(sizes.memory_share * device.free_bytes()), need)

@@ -1,6 +1,6 @@
-"""Decoders with no model around them: metadata, plan, writes and attention in every layer, one step at a time.
+"""Decoders without a model: metadata, plan, writes and attention in every layer, one step at a time.
 
-One is over an allocator, one over a static pool, as an engine without an allocator has it: every sequence owns its
+One uses an allocator, one a static pool, as an engine without an allocator does: every sequence owns memory for its
 longest length from the start, block tables never change, and a step adds one to the lengths and uploads what the
 kernel's plan and the write need.
 """
@@ -24,8 +24,6 @@ from kvmem.kernels import flashinfer, reference
 from kvmem.kernels.checks import flat_tokens
 from kvmem.kernels.write import write_kv
 
-__all__ = ["Decoder", "ManagedDecoder", "StaticDecoder", "StepTimes"]
-
 _SEED = 20240611
 
 
@@ -46,7 +44,7 @@ class Decoder:
     """One token of each sequence in every layer: the write, and attention through FlashInfer (CUDA) or SDPA (CPU).
 
     On CUDA the layers are one captured graph, so every step has the same caches and the same batch, refilled; the plan
-    runs on the host before each replay. What only watches (counters, the mapper's lag) is outside of all times.
+    runs on the host before each replay. Reading counters and the mapper's lag is not timed.
     ``out``: ``[sequences, query heads, width]``, the last layer's attention in the last step.
     """
 
@@ -237,7 +235,7 @@ class StaticTables:
         self._indices = 0
 
     def check_current(self) -> None:
-        """Nothing: a static pool never hands a sequence's blocks on."""
+        """Does nothing, because a static pool never reuses a sequence's blocks."""
 
     def fill(self, lengths: Int32s) -> None:
         """``lengths``: of each sequence, this step's token included."""

@@ -1,9 +1,8 @@
-"""The device under measurement: a clock, captured graphs, and kernels to keep it busy."""
+"""The measured device: its clock, captured graphs, and kernels that keep it busy."""
 
 from __future__ import annotations
 
 import gc
-import subprocess
 from collections import deque
 from collections.abc import Callable
 from time import perf_counter_ns
@@ -12,13 +11,11 @@ from typing import Any
 import torch
 
 from kvmem import _core
-from kvmem.bench.document import version
+from kvmem.bench.document import printed_by, version
 from kvmem.bench.text import BenchError
 
-__all__ = ["BenchDevice", "Call", "CudaDevice", "KernelLoad", "open_bench_device"]
-
 Call = Callable[[], Any]
-#: What a timed region waits behind, about 0.2 ms: the host queues the region meanwhile, so its launches are not in it.
+#: A timed region waits for this kernel, about 0.2 ms: the host queues the region meanwhile, so launches are not timed.
 _HOLD_CYCLES = 400_000
 _PACKAGES = ("flashinfer-python", "fa3-fwd", "triton")
 
@@ -107,7 +104,9 @@ class CudaDevice(BenchDevice):
             "device_bytes": found.total_memory,
             "compute_capability": f"{found.major}.{found.minor}",
             "multiprocessors": found.multi_processor_count,
-            "driver": _driver_version(),
+            "driver": next(
+                iter(printed_by("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split()), None
+            ),
             "cuda": torch.version.cuda,
             **{name: version(name) for name in _PACKAGES},
         }
@@ -162,12 +161,3 @@ def open_bench_device(name: str) -> BenchDevice:
     if name.partition(":")[0] == "cuda":
         return CudaDevice(int(name.partition(":")[2] or 0))
     raise BenchError(f'--device: got {name!r}; must be "cuda", "cuda:N" or "cpu"')
-
-
-def _driver_version() -> str | None:
-    command = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return next(iter(done.stdout.split()), None)

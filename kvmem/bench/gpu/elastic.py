@@ -1,8 +1,8 @@
-"""Two allocators on one pool hand memory to each other, while one of them decodes.
+"""Memory moves between two allocators on one pool, while one of them decodes.
 
 First the neighbour holds what the load leaves, and parks it; then the decoding allocator admits prompts, one after each
-step, out of the neighbour's pages; then it frees them and the neighbour takes them back. The step of the load is
-timed before and meanwhile.
+step, from the neighbour's pages; then it frees them and the neighbour takes them back. The step of the load is timed
+before and meanwhile.
 """
 
 from __future__ import annotations
@@ -18,11 +18,9 @@ from kvmem.bench.gpu.device import BenchDevice
 from kvmem.bench.gpu.measure import Part
 from kvmem.bench.gpu.sizes import Sizes
 from kvmem.bench.model import BACKENDS, Backend
-from kvmem.bench.pools import Int32s
+from kvmem.bench.pools import AllocatorPool, Int32s
 from kvmem.bench.text import BenchError
 from kvmem.bench.timing import WARM_UP, Spread
-
-__all__ = ["ElasticRow", "elastic"]
 
 _BACKEND_SECONDS = 15.0
 _MOST_PROMPTS = 64
@@ -124,10 +122,4 @@ class _Neighbours:
         )  # fmt: skip
 
     def _admit(self, allocator: Allocator) -> Int32s | None:
-        counts = np.array([self._sizes.elastic_chunk], dtype=np.int32)
-        ids = allocator.open_batch(1)
-        if not allocator.try_extend_batch(ids, counts):
-            allocator.free_batch(ids)
-            return None
-        allocator.commit_batch(ids, counts)
-        return ids
+        return AllocatorPool(allocator, self._backend, self._sizes.elastic_chunk).admit(0, self._sizes.elastic_chunk)

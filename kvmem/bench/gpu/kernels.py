@@ -1,4 +1,4 @@
-"""Kernels by name. Each is made ready for one memory and one batch, and is then called with queries and a layer."""
+"""Kernels by name. Each is prepared for one memory and one batch, then called with queries and a layer."""
 
 from __future__ import annotations
 
@@ -17,9 +17,6 @@ from kvmem.bench.gpu.sizes import ModelShape
 from kvmem.bench.text import BenchError
 from kvmem.kernels import registry
 
-__all__ = ["KERNELS", "Kernel", "Phase", "Run", "Unavailable", "kernels_of", "package_of", "plan_arguments",
-           "workspace"]  # fmt: skip
-
 Phase = Literal["decode", "prefill"]
 Run = Callable[[torch.Tensor, int], torch.Tensor]
 _WORKSPACE_BYTES = 128 << 20  # what FlashInfer recommends
@@ -31,14 +28,28 @@ class Unavailable(BenchError):
 
 @dataclass(frozen=True)
 class Kernel:
-    """prepare: takes a memory and the model, gives ``run(q, layer) -> [T, Hq, D]``. Raises `Unavailable` where the
-    package is missing, `SpecError` where the kernel cannot read that memory.
-    """
+    """``name``: in the reports; ``registered``: in `kvmem.kernels.registry`; ``kind``: of device, "cuda" or "cpu"."""
 
     name: str
     phase: Phase
-    kind: str  # of device: "cuda" or "cpu"
-    prepare: Callable[[Memory, ModelShape], Run]
+    kind: str
+    registered: str
+
+    def prepare(self, memory: Memory, model: ModelShape) -> Run:
+        """``run(q, layer) -> [T, Hq, D]``. Raises `Unavailable` where the package is missing, `SpecError` where the
+        kernel cannot read that memory.
+        """
+        kernel = registry.find(self.registered)
+        package = package_of(kernel.package)
+        if kernel.contiguous and memory.rows is None:
+            raise Unavailable(f"{self.registered} reads contiguous rows only")
+        step = registry.Step(
+            memory.batch, model.query_heads, model.kv_heads, model.head_dim, model.dtype, model.dtype, return_lse=False
+        )
+        with _prebuilt_only() if self.registered.endswith("fa3") else nullcontext():
+            run = kernel.prepare(package, step)
+        caches = memory.rows if kernel.reads == "rows" and memory.rows is not None else memory.caches
+        return lambda q, layer: run(q, caches[layer % len(caches)])[0]
 
 
 def workspace(device: torch.device) -> torch.Tensor:
@@ -62,7 +73,7 @@ def plan_arguments(model: ModelShape) -> dict[str, Any]:
 
 @contextmanager
 def _prebuilt_only() -> Iterator[None]:
-    """FlashInfer's fa3 takes minutes to compile, which this benchmark does not have: a prebuilt one, or none."""
+    """FlashInfer's fa3 takes minutes to compile, so only a prebuilt one is measured."""
     before = os.environ.get("FLASHINFER_DISABLE_JIT")
     os.environ["FLASHINFER_DISABLE_JIT"] = "1"
     try:
@@ -78,38 +89,18 @@ def _prebuilt_only() -> Iterator[None]:
             os.environ["FLASHINFER_DISABLE_JIT"] = before
 
 
-def _prepare(name: str) -> Callable[[Memory, ModelShape], Run]:
-    kernel = registry.find(name)
-
-    def prepare(memory: Memory, model: ModelShape) -> Run:
-        package = package_of(kernel.package)
-        if kernel.contiguous and memory.rows is None:
-            raise Unavailable(f"{name} reads contiguous rows only")
-        step = registry.Step(
-            memory.batch, model.query_heads, model.kv_heads, model.head_dim, model.dtype, model.dtype, return_lse=False
-        )
-        with _prebuilt_only() if name.endswith("fa3") else nullcontext():
-            run = kernel.prepare(package, step)
-        caches = memory.rows if kernel.reads == "rows" and memory.rows is not None else memory.caches
-        return lambda q, layer: run(q, caches[layer % len(caches)])[0]
-
-    return prepare
-
-
-#: Name in the reports, phase, kind of device, and name in the registry.
-_MEASURED: tuple[tuple[str, Phase, str, str], ...] = (
-    ("FlashInfer decode, CUDA cores", "decode", "cuda", "flashinfer decode"),
-    ("FlashInfer decode, tensor cores", "decode", "cuda", "flashinfer decode, tensor cores"),
-    ("torch flash", "decode", "cuda", "torch flash, blocks"),
-    ("fa3-fwd", "decode", "cuda", "fa3-fwd, rows"),
-    ("torch SDPA", "decode", "cpu", "kvmem sdpa"),
-    ("FlashInfer prefill, fa2", "prefill", "cuda", "flashinfer prefill fa2"),
-    ("FlashInfer prefill, fa3", "prefill", "cuda", "flashinfer prefill fa3"),
-    ("torch flash", "prefill", "cuda", "torch flash, blocks"),
-    ("fa3-fwd", "prefill", "cuda", "fa3-fwd, rows"),
-    ("torch SDPA", "prefill", "cpu", "kvmem sdpa"),
+KERNELS = (
+    Kernel("FlashInfer decode, CUDA cores", "decode", "cuda", "flashinfer decode"),
+    Kernel("FlashInfer decode, tensor cores", "decode", "cuda", "flashinfer decode, tensor cores"),
+    Kernel("torch flash", "decode", "cuda", "torch flash, blocks"),
+    Kernel("fa3-fwd", "decode", "cuda", "fa3-fwd, rows"),
+    Kernel("torch SDPA", "decode", "cpu", "kvmem sdpa"),
+    Kernel("FlashInfer prefill, fa2", "prefill", "cuda", "flashinfer prefill fa2"),
+    Kernel("FlashInfer prefill, fa3", "prefill", "cuda", "flashinfer prefill fa3"),
+    Kernel("torch flash", "prefill", "cuda", "torch flash, blocks"),
+    Kernel("fa3-fwd", "prefill", "cuda", "fa3-fwd, rows"),
+    Kernel("torch SDPA", "prefill", "cpu", "kvmem sdpa"),
 )
-KERNELS = tuple(Kernel(label, phase, kind, _prepare(name)) for label, phase, kind, name in _MEASURED)
 
 
 def kernels_of(device: BenchDevice, phase: Phase) -> list[Kernel]:

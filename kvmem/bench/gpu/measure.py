@@ -1,4 +1,4 @@
-"""What all parts share: their time, what they may fail of, and contenders in turn."""
+"""What all parts share: their time, the errors that a case may raise, and timing in turn."""
 
 from __future__ import annotations
 
@@ -16,15 +16,13 @@ from kvmem.bench.gpu.sizes import Sizes
 from kvmem.bench.timing import WARM_UP, Spread
 from kvmem.errors import KVMemError
 
-__all__ = ["FAILURES", "Part", "copy_bandwidth", "interleave", "spread_us"]
-
-#: What one kernel or one case may die of without the others: ours, torch's and FlashInfer's, and calls that another
-#: version of a package does not take.
+#: Errors that end one kernel or case, not the part: ours, torch's and FlashInfer's, and those of calls that another
+#: version of a package does not accept.
 FAILURES = (KVMemError, RuntimeError, TypeError, ValueError, AttributeError)
 
 
 class Part:
-    """One part at work: its device and sizes, its report, and the ``seconds`` that it may take, from now on."""
+    """A part that runs: its device, sizes and report, and the ``seconds`` that it may take from now on."""
 
     def __init__(
         self, name: str, device: BenchDevice, sizes: Sizes, seconds: float, folder: Path | None, command: list[str]
@@ -40,14 +38,14 @@ class Part:
         return monotonic() - self._begin
 
     def allows(self, case: str, seconds: float) -> bool:
-        """Whether there is time for ``case``, which takes so long on a GPU; if not, the report says so."""
+        """Whether ``seconds``, which ``case`` takes on a GPU, are left; if not, the report says so."""
         if self.spent + (seconds if self.device.kind == "cuda" else 0) <= self.seconds:
             return True
         self.report.skip(case, "the part's time was up")
         return False
 
     def attempt(self, case: str, seconds: float, run: Callable[[], None]) -> None:
-        """Runs ``case`` if there is time, and reports what it fails of (memory, mostly)."""
+        """Runs ``case`` if there is time, and reports its error (mostly a shortage of memory)."""
         if not self.allows(case, seconds):
             return
         try:
@@ -64,8 +62,8 @@ def spread_us(microseconds: Sequence[float]) -> Spread:
 def interleave(
     device: BenchDevice, calls: Mapping[str, Call], repetitions: int, most_seconds: float = 5.0
 ) -> dict[str, list[float]]:
-    """Microseconds of each call in turn, A B A B, so that a slow moment of the device falls on all: ``repetitions``
-    times each, fewer (but 5) once ``most_seconds`` are spent.
+    """Microseconds of each call in turn, A B A B, so that a slow moment of the device affects all: ``repetitions``
+    times each, or at least 5 times once ``most_seconds`` are spent.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     spent = 0.0
@@ -81,7 +79,7 @@ def interleave(
 
 
 def copy_bandwidth(device: BenchDevice, size: int, repetitions: int) -> float:
-    """Bytes a second, read and written, of a copy on the device: what its memory really gives."""
+    """Bytes a second, read and written, of a copy on the device."""
     source = torch.randint(256, (size,), dtype=torch.uint8, device=device.torch_device)
     target = torch.empty_like(source)
     times = interleave(device, {"copy": lambda: target.copy_(source)}, repetitions)["copy"]

@@ -21,18 +21,16 @@ from kvmem.bench.model import Backend
 from kvmem.kernels.checks import plain
 from kvmem.kernels.write import write_kv
 
-__all__ = ["Cache", "Interleave", "Managed", "Memory", "budget_bytes", "fitting", "open_cache", "static_layers",
-           "static_twin", "whole_blocks"]  # fmt: skip
-
 Cache = tuple[torch.Tensor, torch.Tensor]
 Interleave = int | Literal["all"]
+PAGE_BYTES = 2 << 20  # where no size is given
 _GUARD = 256
 _SEED = 20240611
 
 
 class Memory:
-    """``caches``: K and V ``[blocks, block_size, heads, width]`` of each layer, or of the first few; they are walked
-    round and round. ``rows``: the same as ``[rows, tokens, heads, width]``, where sequences are contiguous. A twin has
+    """``caches``: K and V ``[blocks, block_size, heads, width]`` of each layer, or of the first few, which are
+    read in cycles. ``rows``: the same as ``[rows, tokens, heads, width]``, where sequences are contiguous. A twin has
     the batch of its ``owner``.
     """
 
@@ -50,7 +48,7 @@ class Memory:
 
 
 class Managed(Memory):
-    """A cache of ours, filled with random numbers. ``filling`` names every token."""
+    """A cache of ours, filled with random numbers. ``filling``: a batch of all tokens."""
 
     def __init__(
         self, model: ModelShape, device: BenchDevice, backend: Backend, sequences: int, tokens: int, **options: Any
@@ -70,14 +68,14 @@ class Managed(Memory):
         super().__init__(backend, caches, rows)
 
     def ask(self, new_tokens: int) -> None:
-        """Makes ``batch`` the one in which the last ``new_tokens`` of each sequence ask; fewer from call to call."""
+        """Makes the last ``new_tokens`` of each sequence the queries of ``batch``; fewer from call to call."""
         self.allocator.commit_batch(self.ids, np.full(len(self.ids), self._left - new_tokens, dtype=np.int32))
         self._left = new_tokens
         self.asked = self.allocator.batch(self.ids)
 
 
 def static_layers(model: ModelShape, tokens: int, cold_bytes: int) -> int:
-    """How many layers of a static twin keep its reads out of the cache."""
+    """The layers of a static twin that suffice for its reads to miss the L2 cache."""
     return min(model.layers, -(-cold_bytes // (tokens * model.layer_bytes)))
 
 
@@ -109,19 +107,19 @@ def open_cache(
     interleave: Interleave = "all", page_bytes: int | None = None, map_ahead_tokens: int = 0,
 ) -> Allocator:  # fmt: skip
     """An allocator with room for ``sequences`` of ``tokens``, the guard behind each included, and no more."""
-    page = page_bytes or (2 << 20)
-    memory = budget_bytes(model, backend, interleave, sequences, tokens + map_ahead_tokens, page)
+    memory = budget_bytes(model, backend, interleave, sequences, tokens + map_ahead_tokens, page_bytes)
     return Allocator(
         model.spec, backend=backend, device=device.torch_device, memory=memory, max_sequences=sequences,
-        max_tokens=tokens, page_bytes=page, interleave=interleave, map_ahead_tokens=map_ahead_tokens,
-        tail_guard_tokens=_GUARD, prefix_cache=False,
+        max_tokens=tokens, page_bytes=page_bytes or PAGE_BYTES, interleave=interleave,
+        map_ahead_tokens=map_ahead_tokens, tail_guard_tokens=_GUARD, prefix_cache=False,
     )  # fmt: skip
 
 
 def budget_bytes(
-    model: ModelShape, backend: Backend, interleave: Interleave, sequences: int, tokens: int, page: int
+    model: ModelShape, backend: Backend, interleave: Interleave, sequences: int, tokens: int, page_bytes: int | None
 ) -> int:  # fmt: skip
     """Bytes of pages that ``sequences`` of ``tokens`` need, null and padding block and rounding included."""
+    page = page_bytes or PAGE_BYTES
     total, together = 0, model.layers if interleave == "all" else min(interleave, model.layers)
     for first in range(0, model.layers, together):
         width = min(together, model.layers - first) * model.layer_bytes

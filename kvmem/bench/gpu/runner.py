@@ -1,12 +1,11 @@
-"""The parts, in the order of their value: one of them in this process, or all, each in a process of its own.
+"""The parts, the most valuable first: one of them in this process, or all, each in a process of its own.
 
-After an illegal access a CUDA context answers every call with the same error, and a crash takes the process along; so
-a part's process is expendable. It writes its document after every figure; `run_all` notes how the process ended.
+After an illegal access a CUDA context answers every call with the same error, and a crash ends the process; so each
+part has its own. It writes its document after every figure, and `run_all` notes how the process ended.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -30,8 +29,6 @@ from kvmem.bench.gpu.sizes import FULL, TINY, ModelShape, Sizes
 from kvmem.bench.gpu.vmm import vmm
 from kvmem.bench.text import BenchError
 from kvmem.bench.timing import one_thread
-
-__all__ = ["MODULE", "PARTS", "WARM_UP", "parse_parts", "run_all", "run_part"]
 
 MODULE = "kvmem.bench.gpu.runner"
 WARM_UP = "warm-up"
@@ -123,9 +120,9 @@ def run_all(
 def _run(
     name: str, folder: Path, device: str, tiny: bool, seconds: float, limit: float, command: list[str]
 ) -> str | None:
-    """Why the part's process did not come to its end; None when it did."""
-    words = [sys.executable, "-m", MODULE, name, "--out", str(folder), "--device", device]
-    words += ["--seconds", f"{seconds:.1f}", "--command", json.dumps(command), *(["--tiny"] if tiny else [])]
+    """The reason why the part's process did not complete; None when it did."""
+    options = {"device": device, "tiny": tiny, "seconds": seconds, "folder": str(folder), "command": command}
+    words = [sys.executable, "-m", MODULE, name, json.dumps(options)]
     if limit <= 0:
         return "no time was left for it"
     try:
@@ -144,24 +141,16 @@ def _finish(name: str, path: Path, device: BenchDevice, error: str | None, comma
     except (OSError, ValueError):  # it died before its first figure
         document = PartReport(name, device.facts(), command, None).document
     if error is not None or not document["complete"]:
-        document.update(error=error or "the part ended without a word", complete=False)
+        document.update(error=error or "the part did not say that it was complete", complete=False)
         write_json(document, path)
     return document
 
 
-def main() -> None:
-    """One part in this process: what `run_all` starts. Users call ``python -m kvmem.bench gpu``."""
-    parser = argparse.ArgumentParser(prog=f"python -m {MODULE}")
-    parser.add_argument("part", choices=list(PARTS))
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--seconds", type=float, default=60.0)
-    parser.add_argument("--command", type=json.loads, default=[])
-    parser.add_argument("--tiny", action="store_true")
-    given = parser.parse_args()
-    sizes = TINY if given.tiny else FULL
-    run_part(given.part, open_bench_device(given.device), sizes, given.seconds, given.out, given.command)
+def main(name: str, options: dict[str, Any]) -> None:
+    """One part in this process, which `run_all` starts. Users call ``python -m kvmem.bench gpu``."""
+    device, sizes = open_bench_device(options["device"]), TINY if options["tiny"] else FULL
+    run_part(name, device, sizes, options["seconds"], Path(options["folder"]), options["command"])
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1], json.loads(sys.argv[2]))

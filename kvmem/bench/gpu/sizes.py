@@ -8,8 +8,6 @@ import torch
 
 from kvmem.spec import CacheSpec
 
-__all__ = ["FULL", "TINY", "ModelShape", "Sizes"]
-
 _MIB, _GIB = 1 << 20, 1 << 30
 
 

@@ -1,4 +1,4 @@
-"""The parts' documents as tables: what was wanted of each device and whether it was met, then every part's figures.
+"""The parts' documents as tables: the goals and whether they are met, then every part's figures.
 
 Documents are in the form of `kvmem.bench.document.PartReport`; parts may be missing or cut short.
 """
@@ -12,8 +12,6 @@ from typing import Any
 from kvmem.arguments import format_bytes
 from kvmem.bench.render import Row, Table, cell
 from kvmem.bench.text import format_us
-
-__all__ = ["Goal", "goal_table", "goals", "part_tables"]
 
 _STEP_US, _FRESH_US, _PARKED_US = 50.0, 1000.0, 50.0
 _STEP_RATIO, _ATTENTION_RATIO = 1.01, 1.02

@@ -1,5 +1,5 @@
-"""What the driver's calls cost, by page size and by how many pages are mapped at a time, with and without kernels that
-run meanwhile. The calls go through kvmem's own driver, so its metadata is in the times.
+"""The cost of the driver's calls, by page size and number of pages mapped at a time, with and without kernels that run
+meanwhile. The calls go through kvmem's own driver, so the times include its metadata.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ from kvmem import _core
 from kvmem.bench.gpu.device import KernelLoad
 from kvmem.bench.gpu.measure import Part
 from kvmem.bench.timing import WARM_UP, Spread, timed
-
-__all__ = ["PageCost", "RunCost", "vmm"]
 
 Access = Literal["run", "page"]
 _PAGE_SECONDS = 2.0
@@ -37,8 +35,8 @@ class RunCost:
     """Microseconds of each call when ``run_pages`` pages are mapped back to back, then made accessible by one call for
     the ``"run"`` or by one for each ``"page"``. ``gib_per_second``: bytes over map and set_access together.
 
-    load: ``"kernels"`` ran on another stream, or ``"none"``. drained: repetitions in which that load had come to its
-    end before the last call returned, as happens when a call waits for the device.
+    load: ``"kernels"`` ran on another stream, or ``"none"``. drained: repetitions in which that load had
+    ended before the last call returned, as happens when a call waits for the device.
     """
 
     page_bytes: int
