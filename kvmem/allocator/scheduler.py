@@ -321,8 +321,11 @@ class SchedulerCache:
         """Remove the requests that ``free`` has freed, also if an exception comes in between."""
         try:
             free()
-        finally:
+            for request in requests:
+                self._requests.pop(request, None)
+        except BaseException:  # a KeyboardInterrupt can come behind free(), too
             for request in requests:
                 sequence = self._requests.get(request)
                 if sequence is not None and not self._core.is_live(sequence.id):
                     del self._requests[request]
+            raise
