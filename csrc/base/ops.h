@@ -129,7 +129,8 @@ constexpr bool has_arena(OpKind kind) {
   return is_physical(kind) && kind != OpKind::create && kind != OpKind::destroy && kind != OpKind::fence;
 }
 
-// The record that takes `op` back. zero, copy, load and store are their own: they write to what nobody owns yet.
+// Returns the op that undoes `op`. zero, copy, load and store undo themselves: they write to memory that no sequence
+// owns yet.
 inline Op inverse(Op op) {
   const OpRow& row = row_of(op.kind);
   op.kind = row.inverse;

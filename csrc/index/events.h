@@ -1,5 +1,6 @@
 // Cache events for a router outside of the process: which blocks were stored, and which were removed. Records wait in a
-// ring until the consumer fetches them. Making a record calls nobody, hashes nothing and allocates nothing.
+// ring until the consumer fetches them. Making a record calls no function of the consumer, computes no hash and
+// allocates no memory.
 //
 // A consumer that missed one record can trust none of what it knows, because later records may name a block that it
 // never heard of. So when the ring is full, all waiting records are dropped, and no more are stored until the consumer
