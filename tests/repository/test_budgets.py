@@ -20,7 +20,7 @@ PARTS = [
     ("csrc without bindings", ["csrc"], ["csrc/bindings"], 18_700),
     ("bindings", ["csrc/bindings"], [], 2_100),
     ("kvmem without bench", ["kvmem"], ["kvmem/bench"], 9_350),
-    ("kvmem/bench", ["kvmem/bench"], ["kvmem/bench/data"], 4_980),
+    ("kvmem/bench", ["kvmem/bench"], ["kvmem/bench/data"], 4_970),
     ("benchmarks", ["benchmarks"], [], 2_550),
     ("tests", ["tests"], [], 37_900),
 ]
