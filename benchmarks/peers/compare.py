@@ -79,9 +79,18 @@ class PeersResult:
 class PeersReport:
     rounds: int
     workload: Workload
+    ours: Sequence[str]
     versions: dict[str, str] = field(default_factory=dict)
     results: list[PeersResult] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    def leave_out(self, running: dict[str, Any], name: str, error: BenchError, of: str = "") -> None:
+        """Removes a peer that fails, with a note. Raises the error of a manager of ours."""
+        if name in self.ours:
+            raise BenchError(f"{name}: {error}") from error
+        note = f"{name} left out{of}: {error}"
+        self.notes += [note] if note not in self.notes else []
+        del running[name]
 
     def to_dict(self, command: list[str]) -> dict[str, Any]:
         setup = {"rounds": self.rounds, "versions": self.versions, "notes": self.notes} | asdict(self.workload)
@@ -109,14 +118,14 @@ def peers(
     among: Sequence[Peer] = PEERS, ours: Sequence[str] = OURS,
 ) -> PeersReport:  # fmt: skip
     """Every workload on every manager that is there. ``folder``: where the peers are installed, each under its name."""
-    report = PeersReport(rounds, base)
+    report = PeersReport(rounds, base, ours)
     installed = [peer for peer in among if (folder / peer.name).is_dir()]
     report.notes += [f"{p.name} is absent; install it with: {p.install(folder)}" for p in among if p not in installed]
     floor, notes = floors()
     report.notes += notes
     for number, (name, workload) in enumerate(workloads(base).items(), 1):
         with ExitStack() as stack:
-            running = _start(stack, workload, ours, installed, folder, report)
+            running = _start(stack, workload, installed, folder, report)
             timings, peaks = _measure(workload, running, floor, rounds, report)
         report.results += _results(name, timings, peaks)
         done(number)
@@ -124,25 +133,20 @@ def peers(
 
 
 def _start(
-    stack: ExitStack, workload: Workload, ours: Sequence[str], installed: Sequence[Peer], folder: Path,
-    report: PeersReport,
-) -> dict[str, _Process]:  # fmt: skip
+    stack: ExitStack, workload: Workload, installed: Sequence[Peer], folder: Path, report: PeersReport
+) -> dict[str, _Process]:
     """A process for each manager, ready for rounds. They start in parallel, since each takes seconds."""
-    drivers: dict[str, tuple[Sequence[str], Path]] = {name: (("kvmem_driver.py", name), _PACKAGES) for name in ours}
+    drivers: dict[str, tuple[Sequence[str], Path]]
+    drivers = {name: (("kvmem_driver.py", name), _PACKAGES) for name in report.ours}
     drivers |= {peer.name: ((f"{peer.name}_driver.py",), folder / peer.name) for peer in installed}
     running = {name: stack.enter_context(closing(_Process(*driver, workload))) for name, driver in drivers.items()}
     for name, process in list(running.items()):
         try:
             version = process.version()
         except BenchError as error:
-            if name in ours:
-                raise BenchError(f"{name}: {error}") from error
-            note = f"{name} left out: {error}"
-            report.notes += [note] if note not in report.notes else []
-            del running[name]
-            continue
-        if name not in ours:
-            report.versions[name] = version
+            report.leave_out(running, name, error)
+        else:
+            report.versions |= {name: version} if name not in report.ours else {}
     return running
 
 
@@ -159,13 +163,10 @@ def _measure(
             for name, process in list(running.items()):
                 try:
                     turn[name] = process.ask(tokens)
+                    peaks[name] = max(peaks.get(name, 0), turn[name]["peak_bytes"])
                 except BenchError as error:
-                    if name not in report.versions:  # one of ours
-                        raise BenchError(f"{name}: {error}") from error
-                    report.notes.append(f"{name} left out of {workload}: {error}")
-                    del running[name], timings[name]
-                    continue
-                peaks[name] = max(peaks.get(name, 0), turn[name]["peak_bytes"])
+                    report.leave_out(running, name, error, f" of {workload}")
+                    del timings[name]
         if number > 0:  # the first warms up
             for name, printed in turn.items():
                 timings[name].add(printed)
@@ -177,20 +178,13 @@ def _results(workload: str, timings: dict[str, Timings], peaks: dict[str, int]) 
     for case, unit, phase in _CASES:
         spreads = {name: Spread.of_ns(values.all(phase)) for name, values in timings.items()}
         medians = {name: us.median for name, us in spreads.items()}
-        least = medians.get(FLOOR)
         best = min((medians[name] for name in _BATCHED if name in medians), default=None)
-        by_request = medians.get(_BY_REQUEST)
         for name, us in spreads.items():
-            theirs = name not in (FLOOR, *OURS)
-            rows.append(
-                PeersResult(
-                    workload, case, unit, name, us,
-                    times_floor=us.median / least if least and name != FLOOR else None,
-                    times_kvmem=us.median / best if best and theirs else None,
-                    times_by_request=us.median / by_request if by_request and theirs else None,
-                    peak_bytes=peaks.get(name),
-                )
-            )  # fmt: skip
+            of_ours = (best, medians.get(_BY_REQUEST)) if name not in (FLOOR, *OURS) else (None, None)
+            bases = (medians.get(FLOOR) if name != FLOOR else None, *of_ours)
+            floor, best_of_ours, by_request = (us.median / base if base else None for base in bases)
+            times = (floor, best_of_ours, by_request, peaks.get(name))
+            rows.append(PeersResult(workload, case, unit, name, us, *times))
     return rows
 
 

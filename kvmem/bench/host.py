@@ -73,7 +73,7 @@ class _Micro:
 
     def __init__(self, model: Model, backend: Backend, budget: Budget, sequences: int, tokens: int) -> None:
         self.backend, self.sequences, self.tokens = backend, sequences, tokens
-        self.block_size, self.page_bytes = model.spec.block_size, budget.page_bytes
+        self.block_size = model.spec.block_size
         self.allocator = open_allocator(model, backend, "cpu", budget)
         self.batch = self.allocator.make_batch(max_new_tokens=sequences, max_tokens=tokens)
         self.one = np.ones(sequences, dtype=np.int32)

@@ -109,7 +109,7 @@ class Run:
         for name, make in self._pools().items():
             try:
                 pool = make()
-            except BenchError as error:  # memory for not even one reserved sequence: that is the answer for this pool
+            except BenchError as error:  # not even one reserved sequence fits, which is the result for this pool
                 self.status.print(f"{name} pool left out: {error}", highlight=False, markup=False, soft_wrap=True)
                 continue
             with progress(self.status, f"replay, {name}", self.trace.num_requests, self.settings.quiet) as done:

@@ -113,7 +113,7 @@ def _phase(phase: str, decoders: list[Decoder], sizes: Sizes, model: ModelShape)
 
 
 def _worst_difference(decoders: list[Decoder]) -> float:
-    """Of what the last step gave, from the static pool's: all hold the same."""
+    """The largest difference of the last step's results from the static pool's; all have the same content."""
     expected = decoders[0].out.float()
     worst = max(float((decoder.out.float() - expected).abs().max()) for decoder in decoders)
     if not worst < _TOLERANCE:

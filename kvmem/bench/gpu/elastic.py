@@ -90,7 +90,7 @@ class _Neighbours:
         return rows
 
     def _fill(self, allocator: Allocator) -> list[Int32s]:
-        """Prompts until nothing is left, less the last one: the load goes on growing."""
+        """Admits prompts until no memory is left, then frees the last one, because the load goes on growing."""
         held: list[Int32s] = []
         while len(held) < _MOST_PROMPTS and (ids := self._admit(allocator)) is not None:
             held.append(ids)

@@ -43,9 +43,6 @@ class Memory:
     def batch(self) -> Batch:
         return self.owner.asked
 
-    def cache(self, layer: int) -> Cache:
-        return self.caches[layer % len(self.caches)]
-
 
 class Managed(Memory):
     """A cache of ours, filled with random numbers. ``filling``: a batch of all tokens."""
@@ -80,20 +77,16 @@ def static_layers(model: ModelShape, tokens: int, cold_bytes: int) -> int:
 
 
 def fitting(model: ModelShape, room_bytes: int, need: Callable[[ModelShape], int]) -> ModelShape:
-    """The model with as many layers as ``need`` of it leaves within ``room_bytes``; at least one."""
-    layers = model.layers
-    while layers > 1 and need(model.with_layers(layers)) > room_bytes:
-        layers -= 1
-    return model.with_layers(layers)
+    """The model with as many layers as fit: ``need`` of it is at most ``room_bytes``. It has at least one."""
+    smaller = (model.with_layers(layers) for layers in range(model.layers, 1, -1))
+    return next((found for found in smaller if need(found) <= room_bytes), model.with_layers(1))
 
 
 def static_twin(managed: Managed, model: ModelShape, layers: int) -> Memory:
     """The same content in plain tensors, ``layers`` of them; zeroes where the cache has nothing."""
     first = (managed.rows or managed.caches)[0][0]
-    tensors: list[Cache] = []
-    for _ in range(layers):
-        k, v = torch.zeros(2, *first.shape, dtype=model.dtype, device=first.device)
-        tensors.append((k, v))
+    pairs = (torch.zeros(2, *first.shape, dtype=model.dtype, device=first.device) for _ in range(layers))
+    tensors: list[Cache] = [(k, v) for k, v in pairs]
     blocks = (-1, model.block_size, model.kv_heads, model.head_dim)
     caches = [(k.view(blocks), v.view(blocks)) for k, v in tensors]
     _fill(caches, managed.filling, model)

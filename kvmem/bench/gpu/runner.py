@@ -69,7 +69,7 @@ PARTS: dict[str, tuple[Callable[[Part], None], float]] = {
 def run_part(
     name: str, device: BenchDevice, sizes: Sizes, seconds: float, folder: Path | None, command: list[str]
 ) -> dict[str, Any]:
-    """One part in this process; its document, which is in ``folder`` too. Errors are the caller's to see."""
+    """One part in this process; its document, which is in ``folder`` too. Errors propagate."""
     part = Part(name, device, sizes, seconds, folder if name != WARM_UP else None, command)
     with one_thread() if device.torch_device.type == "cpu" else nullcontext():
         PARTS[name][0](part)
@@ -92,7 +92,7 @@ def run_all(
     parts: Sequence[str], folder: Path, *, device: str, tiny: bool, seconds: float, command: list[str],
     say: Callable[[str], None],
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
-    """The documents by part. ``seconds``: for all of it; what a part leaves over goes to those after it."""
+    """The documents by part. ``seconds``: for all of it; the time that a part does not use goes to the later ones."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -105,7 +105,7 @@ def run_all(
         left = end - monotonic()
         wanted = left * PARTS[name][1] / sum(PARTS[other][1] for other in queue[index:])
         path = part_path(folder, name, opened.name)
-        path.unlink(missing_ok=True)  # of a run before this one
+        path.unlink(missing_ok=True)  # of an earlier run
         why = _run(name, folder, device, tiny, wanted, min(left, wanted + _GRACE_SECONDS), command)
         took = f"{monotonic() + left - end:.0f} s"
         if name == WARM_UP:
@@ -138,7 +138,7 @@ def _run(
 def _finish(name: str, path: Path, device: BenchDevice, error: str | None, command: list[str]) -> dict[str, Any]:
     try:
         document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # it died before its first figure
+    except (OSError, ValueError):  # it ended before its first figure
         document = PartReport(name, device.facts(), command, None).document
     if error is not None or not document["complete"]:
         document.update(error=error or "the part did not say that it was complete", complete=False)

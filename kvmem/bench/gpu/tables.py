@@ -5,8 +5,9 @@ Documents are in the form of `kvmem.bench.document.PartReport`; parts may be mis
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from kvmem.arguments import format_bytes
@@ -15,6 +16,7 @@ from kvmem.bench.text import format_us
 
 _STEP_US, _FRESH_US, _PARKED_US = 50.0, 1000.0, 50.0
 _STEP_RATIO, _ATTENTION_RATIO = 1.01, 1.02
+_RELATIONS = {"none": operator.eq, "under": operator.lt, "at most": operator.le, "at least": operator.ge}
 _GIB_PER_SECOND, _PAGE_BYTES, _PROMPT = 200.0, 16 << 20, 8192
 
 
@@ -45,7 +47,7 @@ def goals(documents: Mapping[str, Row]) -> list[Goal]:
     growing = [row for row in decode if row["phase"] == "fresh" and row["memory"] == "virtual"]
     calls = {row["memory"]: row["driver_calls"] for row in parked}
     return [
-        _goal(f"steady decode of {count} sequences: driver calls", "none", calls, lambda value: value == 0, "{v}"),
+        _goal(f"steady decode of {count} sequences: driver calls", "none", 0, calls, "{v}"),
         *_step(parked, f"steady decode of {count} sequences"),
         *_step(growing, f"{count} sequences growing into fresh pages, the mapper on"),
         _attention(rows("attention", "attention")),
@@ -54,19 +56,20 @@ def goals(documents: Mapping[str, Row]) -> list[Goal]:
     ]
 
 
-def _goal(name: str, limit: str, values: Mapping[str, Any], good: Callable[[Any], bool], form: str) -> Goal:
-    """Met when every value is ``good``. ``form``: of one value ``v``, as for `kvmem.bench.render.cell`."""
-    measured = "; ".join(f"{key}: {cell(form, {'v': value})}" for key, value in values.items())
-    return Goal(name, limit, measured or "not measured", all(map(good, values.values())) if values else None)
+def _goal(name: str, relation: str, limit: float, values: Mapping[str, Any], form: str, unit: str = "") -> Goal:
+    """Met when every value is in ``relation`` to ``limit``. ``form``: of one value ``v``, as for `cell`."""
+    measured = "; ".join(f"{key}: {cell(form + unit, {'v': value})}" for key, value in values.items())
+    met = all(_RELATIONS[relation](value, limit) for value in values.values()) if values else None
+    return Goal(name, f"{relation} {limit:,.4g}{unit}" if limit else relation, measured or "not measured", met)
 
 
 def _step(rows: Sequence[Row], what: str) -> Iterator[Goal]:
     p99 = {row["memory"]: row["allocator_us"]["p99"] for row in rows}
     name = f"{what}: the allocator's part of a step, p99"
-    yield _goal(name, f"under {_STEP_US:.0f} us", p99, lambda us: us < _STEP_US, "{v:us} us")
+    yield _goal(name, "under", _STEP_US, p99, "{v:us}", " us")
     ratios = {row["memory"]: row["ratio"]["median"] for row in rows}
     name = f"{what}: a whole step, over a static pool's"
-    yield _goal(name, f"at most {_STEP_RATIO}", ratios, lambda ratio: ratio <= _STEP_RATIO, "{v:.3f}")
+    yield _goal(name, "at most", _STEP_RATIO, ratios, "{v:.3f}")
 
 
 def _extreme(choose: Callable[..., str], values: Mapping[str, float]) -> dict[str, float]:
@@ -79,8 +82,7 @@ def _attention(rows: Sequence[Row]) -> Goal:
     ours = (row for row in rows if row["memory"] == "virtual" and row["ratio"] is not None)
     ratios = {cell(form, row): row["ratio"]["median"] for row in ours}
     name = f"attention over the virtual backend, over static contiguous tensors, worst of {len(ratios) or 'all'} cases"
-    limit, worst = _ATTENTION_RATIO, _extreme(max, ratios)
-    return _goal(name, f"at most {limit}", worst, lambda ratio: ratio <= limit, "{v:.3f}")
+    return _goal(name, "at most", _ATTENTION_RATIO, _extreme(max, ratios), "{v:.3f}")
 
 
 def _admission(rows: Sequence[Row], way: str, limit: float) -> Goal:
@@ -92,9 +94,9 @@ def _admission(rows: Sequence[Row], way: str, limit: float) -> Goal:
     }
     best = _extreme(min, times)
     name = f"a prompt of {_PROMPT:,} tokens on the virtual backend, ready from {way} memory, at the best page size"
-    goal = _goal(name, f"under {limit:,.0f} us", best, lambda us: us < limit, "{v:us} us")
+    goal = _goal(name, "under", limit, best, "{v:us}", " us")
     more = "".join(f"; {name}: {format_us(us)} us" for name, us in times.items() if name not in best)
-    return Goal(goal.name, goal.limit, goal.measured + more, goal.met)
+    return replace(goal, measured=goal.measured + more)
 
 
 def _mapping(rows: Sequence[Row]) -> Goal:
@@ -103,9 +105,8 @@ def _mapping(rows: Sequence[Row]) -> Goal:
         for row in rows
         if (row["page_bytes"], row["access"], row["load"]) == (_PAGE_BYTES, "run", "none")
     }
-    best, limit = _extreme(max, speeds), _GIB_PER_SECOND
     name = f"mapping, pages of {format_bytes(_PAGE_BYTES)}"
-    return _goal(name, f"at least {limit:.0f} GiB/s", best, lambda speed: speed >= limit, "{v:.0f} GiB/s")
+    return _goal(name, "at least", _GIB_PER_SECOND, _extreme(max, speeds), "{v:.0f}", " GiB/s")
 
 
 # The parts' figures: by the name of the rows their title, how many columns are words, and the columns.
