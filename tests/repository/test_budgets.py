@@ -22,7 +22,7 @@ PARTS = [
     ("kvmem without bench", ["kvmem"], ["kvmem/bench"], 9_350),
     ("kvmem/bench", ["kvmem/bench"], ["kvmem/bench/data"], 4_970),
     ("benchmarks", ["benchmarks"], [], 2_550),
-    ("tests", ["tests"], [], 38_050),
+    ("tests", ["tests"], [], 38_250),
 ]
 MOST_LINES_OF_A_FILE, MOST_LINES_OF_A_FUNCTION, MOST_NAMES_IN_A_FOLDER, MOST_FOLDERS_OF_CSRC = 400, 40, 15, 12
 # Each has its reason in docs/decisions.md, "Sizes".
