@@ -9,8 +9,8 @@ namespace {
 // Concatenated lists have a version in front of each.
 void check_versions(const std::vector<Op>& ops) {
   if (!ops.empty() && ops[0].kind != OpKind::version) {
-    throw SpecError("the ops begin with a " + std::string(row_of(ops[0].kind).name) +
-                    " record, not with their version: hand over whole lists, as take_ops() returns them");
+    throw SpecError("the ops begin with '" + std::string(row_of(ops[0].kind).name) +
+                    "', not with their version: hand over whole lists, as take_ops() returns them");
   }
   for (const Op& op : ops) {
     if (op.kind == OpKind::version) check_version(op);

@@ -13,13 +13,15 @@ Pins::Pinned Pins::pin_match() {
   KVMEM_ASSERT(!chain.empty() && match_.tokens == tokens, "the chain matches as whole blocks");
   const i32 node = chain.back();
   const auto pin = ends_.emplace(made_ + 1, node).first;
+  bool ends = false;
   i32 x = node;
   try {
     table_.pin_end(node, true);
+    ends = true;
     for (; !index_.is_root(x); x = index_.parent(x)) index_.pin(x);
   } catch (...) {  // std::bad_alloc: the nodes after x are pinned
     if (x != node || index_.pinned(x)) index_.undo_pins(node, x);
-    table_.pin_end(node, false);
+    if (ends) table_.pin_end(node, false);
     ends_.erase(pin);
     throw;
   }

@@ -41,7 +41,7 @@ struct Published {
 
 class PageTable : public PageOwner, protected ArenaRegistration, protected TableContext {
  public:
-  // ---- growth: called by StepPlanner, RoomFinder, Records, BatchFiller and Allocator::step() ----
+  // ---- growth: called by Planner, SequenceGrowth, SequenceRecords, BatchFiller and Allocator::step() ----
 
   // Returns whether tokens [0, tokens) of the group have room: there is nothing to decide and no driver call to make.
   bool has_room(i64 index, i64 group, i64 tokens) {

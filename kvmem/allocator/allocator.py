@@ -76,8 +76,9 @@ class Allocator(TensorCalls, ContentCalls, MemoryCalls):
     ``max_sequences``, ``max_tokens``, ``cached_rows``, ``map_ahead_tokens``, ``tail_guard_tokens``, as settled.
 
     Thread-safe: calls are serialised, and a call that waits for another releases the GIL. After a ``fork()`` of the
-    process, calls in the child raise ``DeviceError``. If a signal handler raises in the middle of a call, no sequence,
-    pin or event is left that the caller cannot reach.
+    process, calls in the child raise ``DeviceError``; tensors of the cache are not mapped there, and reading one ends
+    the child. If a signal handler raises in the middle of a call, no sequence, pin or event is left that the caller
+    cannot reach.
     """
 
     # --- sequences ---

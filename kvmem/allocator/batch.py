@@ -260,8 +260,7 @@ class GroupBatch:
         queries: the batch by which the queries are packed, if that is another group's (cross attention).
 
         A group with a sliding window gets one level, without sharing: kernels place a window relative to the end of
-        each level, and shared tokens of such sequences soon are out of window. A batch that shares nothing gets one
-        level too.
+        each level, and shared tokens of such sequences soon are out of window. So does a batch that shares nothing.
 
         REQUIRES: the batch is filled, and nothing has changed its sequences since. ``StaleHandle`` if one was freed,
         ``SpecError`` for a batch that was never filled. Cost: a comparison for each shared page or block of each pair
@@ -270,6 +269,8 @@ class GroupBatch:
         if self._core is None or not self.buffers.filled:
             raise SpecError("cascade: this batch was never filled; Allocator.batch() makes one that is")
         check_size("max_levels", max_levels), check_size("min_tokens", min_tokens, 0)
+        if queries is not None and getattr(queries, "num_rows", None) != self.num_rows:
+            raise SpecError(f"queries: got {queries!r}; must be another group's batch of the same {self.num_rows} rows")
         ids = np.array(self.buffers.handles, np.int32)
         cu_seqlens_q = (queries or self).cu_seqlens_q_cpu.numpy()
         asking = np.flatnonzero(np.diff(cu_seqlens_q))

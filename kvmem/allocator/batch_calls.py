@@ -146,13 +146,15 @@ class BatchCalls(OpenedCore):
     ) -> Batch:
         """Return empty buffers for ``out=``, ``fill`` and ``step``. Their addresses never change.
 
-        max_sequences: the most rows; default the allocator's. max_new_tokens: the most new tokens of all rows together.
-        max_tokens: the most tokens of a sequence; default the allocator's.
+        max_sequences: the most rows; default the allocator's. max_new_tokens: the most new tokens of all rows together;
+        the buffers hold max_sequences * max_tokens at most. max_tokens: the most tokens of a sequence; default the
+        allocator's.
         """
         self.core.check_usable()
         rows = check_size("max_sequences", default(max_sequences, self.max_sequences), 0)
         longest = check_size("max_tokens", default(max_tokens, self.max_tokens), 0)
         fresh, groups = check_size("max_new_tokens", max_new_tokens, 0), len(self.spec.groups)
+        fresh = min(fresh, rows * max(longest, 1))
         return self._new_batch(rows, [fresh] * groups, [longest] * groups, None)
 
     def fill(self, ids: Ids, batch: Batch, *, new_tokens: Ints | None = None, pad_to: int | None = None) -> None:

@@ -36,7 +36,8 @@ class TensorCalls(BatchCalls):
         k, v = self.tensor(layer, "k"), self.tensor(layer, "v")
         blocks = min(len(plain(k)), len(plain(v)))
         if len(plain(k)) != len(plain(v)):  # interleave="none": one range has lost parked pages
-            return CacheTensor.over(plain(k)[:blocks]), CacheTensor.over(plain(v)[:blocks])
+            owner = id(self.core)
+            return CacheTensor.over(plain(k)[:blocks], owner=owner), CacheTensor.over(plain(v)[:blocks], owner=owner)
         return k, v
 
     def tensor(self, layer: int, component: str) -> torch.Tensor:
@@ -49,7 +50,7 @@ class TensorCalls(BatchCalls):
         # The last block may be mapped in part, and the last page may reach past the last block.
         blocks = min(self._geometry[index].max_blocks, -(-mapped // (token_bytes * group.block_size)))
         view = block_view(self._arena(index, where.arena), where, token_bytes, group.block_size, blocks)
-        return CacheTensor.over(view)
+        return CacheTensor.over(view, owner=id(self.core))
 
     def rows(self, layer: int, component: str = "k") -> torch.Tensor:
         """Return all rows of a component, ``[1 + max_sequences + cached_rows, row_tokens, heads, width]``.

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeAlias, ca
 import numpy as np
 
 from kvmem import _core
+from kvmem.arguments import check_size
 from kvmem.errors import DeviceError, KVMemError, SpecError
 from kvmem.events.digests import DIGEST_BYTES, ChainDigest, Key, keys_in
 from kvmem.spec import CacheSpec, Group
@@ -161,11 +162,12 @@ class EventStream:
         ``BlockStored`` for all blocks that are cached now. ``restart`` requests the same, for a consumer that starts
         late or has lost events itself.
 
-        Raises ``SpecError`` for a negative ``max_events`` and ``DeviceError`` in a forked child. Costs about 4 us for
-        each block, in the caller's thread; the allocator's lock is held only while records are copied.
+        Raises ``SpecError`` unless ``max_events`` is an integer of at least 0, and ``DeviceError`` in a forked child.
+        Costs about 4 us for each block, in the caller's thread; the allocator's lock is held only while records are
+        copied.
         """
-        if max_events is not None and (isinstance(max_events, bool) or not max_events >= 0):
-            raise SpecError(f"max_events: got {max_events!r}; must be an int, 0 or more, or None")
+        if max_events is not None:
+            max_events = check_size("max_events", max_events, 0)
         if os.getpid() != self._process:  # a thread of the parent may hold the lock, and nobody here would release it
             raise DeviceError(
                 "the events belong to the process that fork() was called in; make an allocator here", "fork"

@@ -10,7 +10,7 @@ from kvmem.allocator.batch import GroupBatch
 from kvmem.errors import SpecError
 from kvmem.kernels.base import Cache, Result, Run, Step
 from kvmem.kernels.checks import all_tokens, as_bytes, check_all_blocks, check_batch
-from kvmem.layouts.views import plain
+from kvmem.layouts.views import CacheTensor, plain
 
 __all__ = ["prepare_write", "to_cache_dtype", "write_component", "write_kv"]
 
@@ -87,7 +87,13 @@ def prepare_write(library: Any, step: Step) -> Run:
 
 def _converted(name: str, blocks: torch.Tensor, batch: GroupBatch, values: torch.Tensor, scale: Scale) -> torch.Tensor:
     """``values`` as bytes of the cache, ready to be stored."""
+    owner = blocks._owner if isinstance(blocks, CacheTensor) else 0
+    if owner != 0 and isinstance(batch, GroupBatch) and batch._core is not None and owner != id(batch._core):
+        raise SpecError("cache: belongs to another allocator than the batch; give that allocator's kv(layer)")
     blocks = plain(blocks)
+    if not isinstance(values, torch.Tensor) or values.device != blocks.device:
+        got = f"a tensor on {values.device}" if isinstance(values, torch.Tensor) else type(values).__name__
+        raise SpecError(f"{name}: got {got}; must be a tensor on {blocks.device}, where the cache is")
     expected = (batch.num_new_tokens, *blocks.shape[2:])
     if tuple(values.shape) != expected:
         raise SpecError(f"{name}: got shape {tuple(values.shape)}; the batch and the cache make it {expected}")

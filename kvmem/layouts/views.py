@@ -56,12 +56,13 @@ class CacheTensor(torch.Tensor):
 
     _plain: torch.Tensor  # the same memory
     _first: bool  # whether the first dimension counts blocks, rows or tokens
+    _owner: int = 0  # id() of the allocator's core, for checks; 0: not known
 
     @staticmethod
-    def over(tensor: torch.Tensor, first: bool = True) -> CacheTensor:
+    def over(tensor: torch.Tensor, first: bool = True, owner: int = 0) -> CacheTensor:
         """``tensor``, guarded."""
         guarded = tensor.as_subclass(CacheTensor)
-        guarded._plain, guarded._first = tensor, first
+        guarded._plain, guarded._first, guarded._owner = tensor, first, owner
         return guarded
 
     @classmethod

@@ -1,5 +1,5 @@
 """The part `generate`: the same tokens from every cache, and exit code 1 when one differs. With the tiny random model;
-tests/test_transformers*.py hold the caches against DynamicCache in depth.
+tests/integrations hold the caches against DynamicCache in depth.
 """
 
 from __future__ import annotations

@@ -214,3 +214,13 @@ def test_a_thread_may_poll_while_others_work(make: Make) -> None:
         worker.result()
     router.follow(alloc.events())
     assert router.held == snapshot(alloc)
+
+
+def test_events_take_an_integer(backend: str) -> None:
+    spec = kvmem.CacheSpec.kv(num_layers=1, num_kv_heads=2, head_dim=8, dtype="float32")
+    alloc = kvmem.Allocator(
+        spec, backend=backend, device="meta", memory="2MiB", max_sequences=4, max_tokens=1024, events=8
+    )
+    for wrong in ("x", 1.0, True, -1):
+        with pytest.raises(kvmem.SpecError, match="max_events: got"):
+            alloc.events(wrong)  # type: ignore[arg-type]

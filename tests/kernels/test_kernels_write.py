@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from kernel_cases import BACKENDS, BLOCK_SIZES, LAYOUTS, assert_close, make_case, one_thread
@@ -134,3 +136,33 @@ def test_host_copies_do_not_follow_the_batch(seed: int) -> None:
     taken = host(case.batch, "kv_indptr")
     assert torch.equal(taken, case.batch.kv_indptr_cpu) and not taken.is_pinned()
     assert taken.data_ptr() != case.batch.kv_indptr_cpu.data_ptr()
+
+
+def test_another_allocators_cache_and_another_device_are_refused(backend: str) -> None:
+    """A write by another's block table would land in tokens of other sequences, or outside what is mapped."""
+    spec = kvmem.CacheSpec.kv(num_layers=1, num_kv_heads=2, head_dim=8, dtype="float32")
+    sizes: dict[str, Any] = {"memory": "2MiB", "max_sequences": 4, "max_tokens": 1024}
+    own, other = (kvmem.Allocator(spec, backend=backend, device="cpu", **sizes) for _ in range(2))
+    seq, k = own.sequence(), torch.ones(3, 2, 8)
+    seq.extend(3)
+    batch = own.batch([seq])
+    with pytest.raises(kvmem.SpecError, match="another allocator"):
+        write_kv(other.kv(0), batch, k, k)
+    with pytest.raises(kvmem.SpecError, match="another allocator"):
+        write_component(other.tensor(0, "v"), batch, k)
+    for wrong in (k.to("meta"), k.numpy(), None):
+        with pytest.raises(kvmem.SpecError, match="k: got .*; must be a tensor on cpu"):
+            write_kv(own.kv(0), batch, wrong, k)  # type: ignore[arg-type]
+    write_kv(own.kv(0), batch, k, 2 * k)
+    assert torch.equal(torch.stack(seq.kv(0)), torch.stack([k, 2 * k]))
+
+
+@pytest.mark.parametrize("queries", [1, "another batch"])
+def test_cascade_refuses_queries_of_other_rows(backend: str, queries: object) -> None:
+    spec = kvmem.CacheSpec.kv(num_layers=1, num_kv_heads=2, head_dim=8, dtype="float32")
+    alloc = kvmem.Allocator(spec, backend=backend, device="cpu", memory="2MiB", max_sequences=4, max_tokens=1024)
+    one, two = alloc.sequence(), alloc.sequence()
+    one.extend(3), two.extend(3)
+    batch, other = alloc.batch([one]), alloc.batch([one, two])
+    with pytest.raises(kvmem.SpecError, match="queries: got .*; must be another group's batch of the same 1 rows"):
+        batch.cascade(queries=other if queries == "another batch" else queries)  # type: ignore[arg-type]

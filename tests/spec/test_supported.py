@@ -205,3 +205,25 @@ def test_values_of_the_caches_own_dtype_are_stored_as_they_are(dtype: torch.dtyp
     assert halved.dtype == dtype and halved.float() == 0.5
     wider = to_cache_dtype(torch.full((1,), 1.5).to(torch.float8_e5m2), dtype)
     assert wider.dtype == dtype and wider.float() == 1.5
+
+
+def test_more_windows_than_a_record_has_bits_for() -> None:
+    """The virtual backend refuses a 33rd group with a window, and has made nothing; the paged backend takes them."""
+    k = kvmem.Component("k", width=4, dtype="float32")
+
+    def spec(windows: int) -> kvmem.CacheSpec:
+        return kvmem.CacheSpec(
+            [kvmem.Group(f"g{i}", (k,), (i,), block_size=4, window_tokens=8) for i in range(windows)]
+        )
+
+    sizes: dict[str, Any] = {"memory": "8MiB", "page_bytes": 4096, "max_sequences": 4, "max_tokens": 256}
+    with pytest.raises(kvmem.SpecError, match="got 33; the virtual backend takes at most 32"):
+        kvmem.Allocator(spec(33), backend="virtual", device="cpu", **sizes)
+    for backend, windows in (("virtual", 32), ("paged", 33)):
+        alloc = kvmem.Allocator(spec(windows), backend=backend, device="cpu", **sizes)
+        seq = alloc.sequence()
+        seq.extend(73)
+        seq.commit([1] * 73)
+        seq.free()
+        assert alloc.sequence([1] * 74).num_cached_tokens == 72
+        assert alloc.check() == []

@@ -92,7 +92,7 @@ def test_lists_of_another_version_are_refused(backend: str) -> None:
         ([newer, ("teleport", 0, 0, 0, 0, 0)], "version 2, and this kvmem reads version 1: run the same kvmem"),
         ([*ops, newer], "version 2"),
         ([("version", 0, 1, 0, 0, 7), *ops[1:]], "version 1"),
-        (ops[1:], "begin with a .* record, not with their version: hand over whole lists"),
+        (ops[1:], "begin with '.*', not with their version: hand over whole lists"),
     ]:
         with pytest.raises(kvmem.SpecError, match=words):
             replica.apply(damaged)

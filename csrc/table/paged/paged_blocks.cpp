@@ -32,7 +32,9 @@ void PagedBlocks::add_group(const GroupGeometry& group) {
   if (group.growth == Growth::fixed) b.snapshots.reserve(b.max_blocks);
   // calloc, because tables for all sequences at full length are large, and mostly never touched.
   b.table.reset(static_cast<i32*>(std::calloc(geometry_.max_sequences * b.per_sequence, sizeof(i32))));
-  if (!b.table) throw OutOfMemory("no host memory for the block table");
+  if (!b.table)
+    throw OutOfMemory("no host memory for a block table of " + std::to_string(geometry_.max_sequences) + " x " +
+                      std::to_string(b.per_sequence) + " entries: lower max_sequences or max_tokens");
   for (std::size_t i = 0; i < group.token_bytes.size(); ++i) {
     const i64 block_bytes = group.token_bytes[i] * group.block_tokens;
     auto same = std::find_if(b.classes.begin(), b.classes.end(),

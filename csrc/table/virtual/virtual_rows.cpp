@@ -251,10 +251,13 @@ void VirtualRows::note_shared() {
 }
 
 void VirtualRows::pin_end(i32 node, bool pinned) {
-  const auto found = pin_ends_.try_emplace(node, 0).first;
-  found->second += pinned ? 1 : -1;
-  KVMEM_ASSERT(found->second >= 0, "pins are counted");
-  if (found->second == 0) pin_ends_.erase(found);
+  if (pinned) {
+    ++pin_ends_[node];  // may throw std::bad_alloc, and has changed nothing then
+    return;
+  }
+  const auto found = pin_ends_.find(node);
+  KVMEM_ASSERT(found != pin_ends_.end(), "a pin ends at the node");
+  if (--found->second == 0) pin_ends_.erase(found);
 }
 
 void VirtualRows::mark_dirty(i64 row) {

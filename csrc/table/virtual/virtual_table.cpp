@@ -243,6 +243,11 @@ i64 VirtualTable::offset_bytes(i64 index, i64 group, i64 a, i64 token) const {
 
 std::unique_ptr<PageTable> make_virtual_table(const Geometry& geometry, PagePool& pool, const Sequences& sequences,
                                               PrefixIndex& index) {
+  if (index.windows() > kMostWindows) {
+    throw SpecError("groups with a sliding window: got " + std::to_string(index.windows()) +
+                    "; the virtual backend takes at most " + std::to_string(kMostWindows) +
+                    ": use backend=\"paged\", or put layers with equal windows into one group");
+  }
   return std::make_unique<VirtualTable>(geometry, pool, sequences, index);
 }
 
