@@ -27,8 +27,9 @@ class Stats:
     cached_beside_bytes: the part of ``cached_bytes`` on pages that live sequences need too (paged). These blocks can be
         evicted for new tokens, but their pages cannot be reclaimed; ``compact()`` may help.
     held_bytes: memory that live sequences keep from others: the whole blocks that hold their tokens, the null block and
-        the padding block (paged), or the pages that hold their tokens (virtual). The rest of the budget is available, including all cached
-        content; if block sizes of groups differ, or other allocators share the pool, some of it only as whole pages.
+        the padding block (paged), or the pages that hold their tokens (virtual). The rest of the budget is available,
+        including all cached content; if block sizes of groups differ, or other allocators share the pool, some of it
+        only as whole pages.
     wasted_bytes: the rest of the mapped bytes, which holds nothing: rounding to pages and blocks, the guard behind the
         last token, null and padding blocks.
     driver_calls: calls of the pool to its driver since it was made (``"meta"``: the calls that a GPU's driver would
