@@ -153,7 +153,7 @@ class BatchCalls(OpenedCore):
         self.core.check_usable()
         rows = check_size("max_sequences", default(max_sequences, self.max_sequences), 0)
         longest = check_size("max_tokens", default(max_tokens, self.max_tokens), 0)
-        fresh, groups = check_size("max_new_tokens", max_new_tokens, 0), len(self.spec.groups)
+        fresh, groups = check_size("max_new_tokens", max_new_tokens, 0, 2**31 - 1), len(self.spec.groups)
         fresh = min(fresh, rows * max(longest, 1))
         return self._new_batch(rows, [fresh] * groups, [longest] * groups, None)
 
