@@ -161,7 +161,7 @@ class PageTable : public PageOwner, protected ArenaRegistration, protected Table
   void watch_lost() { watches_lost_ = true; }
   std::vector<Lost> take_lost() { return std::exchange(lost_, {}); }
 
-  // ---- following: called by Follower for another allocator's ops, and by Records for those of this one ----
+  // ---- following: called by Follower for another allocator's ops, and by SequenceRecords for this one's ----
 
   // Applies a bind, unbind, block, acquire or drop. Throws SpecError if it does not fit the state.
   virtual void apply(const Op& op, bool undo) = 0;

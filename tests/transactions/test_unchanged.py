@@ -110,6 +110,21 @@ def small(backend: str, pages: int, name: str = "plain", **options: Any) -> kvme
     )
 
 
+def test_a_parked_row_gives_way_to_a_write_in_the_page_that_it_shows(backend: str) -> None:
+    """Without free pages, a row without content must not force a copy of a page that only it shares."""
+    alloc = small(backend, 2, max_sequences=4, max_tokens=64, tail_guard_tokens=0)
+    other, parent = alloc.sequence(), alloc.sequence()
+    other.extend(BLOCK)
+    parent.extend(BLOCK), parent.commit(count=BLOCK)  # a page each; no ids, so nothing is cached
+    child = parent.fork()
+    parent.free()
+    child.truncate(1)
+    child.extend(1)
+    assert child.num_tokens == 2 and alloc.check() == []
+    with pytest.raises(kvmem.OutOfMemory):
+        child.extend(BLOCK)
+
+
 def test_a_cut_block_that_is_cached_stays_marked_when_a_batch_is_refused(backend: str) -> None:
     """In the refused call another sequence gives the cached block up, so that nothing seems to be shared any more; the
     block comes back, and with it the mark that it is to be copied before the next write."""

@@ -159,7 +159,10 @@ void VirtualTable::copy_tail(i64 index, i64 group, i64 tokens, Transaction& tx) 
     const Extent& e = rows_.extent(row, a);
     const i64 tail = tokens * token_bytes(group, a) % page_bytes();
     const i64 slot = tokens * token_bytes(group, a) / page_bytes();
-    const bool shared = tail > 0 && slot < e.hi && rows_.first_shared(row, a, tokens) == slot;
+    const auto is_shared = [&] { return tail > 0 && slot < e.hi && rows_.first_shared(row, a, tokens) == slot; };
+    // If the only other row that shows the page is parked and has no content, it gives way, and nothing is copied.
+    if (is_shared() && pool_.ready_pages(*this) == 0) pool_.make_room(*this, 1, false, tx);
+    const bool shared = is_shared();
     drop_shared_guard(row, a, std::max(e.lo, slot + (tail > 0)), tx);
     if (shared) replace_page(row, group, a, slot, tail, tx);
   }
