@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 
+INT32_MAX: Final = 2**31 - 1  # ids, lengths and what kernels count are int32
 INT64_MAX: Final = 2**63 - 1  # addresses and sizes are int64 in the native module
 MAX_LAYERS: Final = 65_536  # far above any model: a larger number is a mistake, and each layer costs memory
 

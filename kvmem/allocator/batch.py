@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from kvmem import _core
-from kvmem.allocator.batch_buffers import FIELDS, INT32_MAX, PER_ROW, RowFields
+from kvmem.allocator.batch_buffers import FIELDS, PER_ROW, RowFields
 from kvmem.allocator.cascade import Cascade, Rows, make_cascade
-from kvmem.arguments import check_size
+from kvmem.arguments import INT32_MAX, check_size
 from kvmem.errors import OutOfMemory, SpecError
 from kvmem.spec import Group
 

@@ -6,7 +6,7 @@ from typing import Final
 
 import torch
 
-__all__ = ["FIELDS", "INT32_MAX", "PER_ROW", "RowFields"]
+__all__ = ["FIELDS", "PER_ROW", "RowFields"]
 
 # name -> (dtype, shape in terms of B rows, T new tokens, M blocks of a sequence, N blocks in all)
 FIELDS: Final = {
@@ -26,8 +26,6 @@ FIELDS: Final = {
 }
 
 PER_ROW: Final = ("B", "B+1")
-#: The largest int32, and so the most tokens or blocks of a batch in all.
-INT32_MAX: Final = 2**31 - 1
 #: Sections of a buffer begin at multiples of 16 int32, since kernels load 16 bytes at once.
 _ALIGN = 16
 

@@ -22,7 +22,7 @@ from kvmem.allocator.ids import several
 from kvmem.allocator.opening import OpenedCore, default
 from kvmem.allocator.prefix import Salt, Tokens, encode_keys
 from kvmem.allocator.sequence import NO_HANDLE, Sequence
-from kvmem.arguments import as_int32, check_group, check_size
+from kvmem.arguments import INT32_MAX, as_int32, check_group, check_size
 from kvmem.errors import OutOfMemory, SpecError
 from kvmem.events.digests import ExtraKey
 
@@ -153,7 +153,7 @@ class BatchCalls(OpenedCore):
         self.core.check_usable()
         rows = check_size("max_sequences", default(max_sequences, self.max_sequences), 0)
         longest = check_size("max_tokens", default(max_tokens, self.max_tokens), 0)
-        fresh, groups = check_size("max_new_tokens", max_new_tokens, 0, 2**31 - 1), len(self.spec.groups)
+        fresh, groups = check_size("max_new_tokens", max_new_tokens, 0, INT32_MAX), len(self.spec.groups)
         fresh = min(fresh, rows * max(longest, 1))
         return self._new_batch(rows, [fresh] * groups, [longest] * groups, None)
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvmem.allocator.batch_buffers import INT32_MAX
 from kvmem.allocator.opening import OpenedCore
 from kvmem.allocator.stats import Stats
-from kvmem.arguments import check_size, is_fraction, parse_bytes
+from kvmem.arguments import INT32_MAX, check_size, is_fraction, parse_bytes
 
 __all__ = ["MemoryCalls"]
 

@@ -8,8 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
 
 from kvmem import _core
-from kvmem.allocator.batch_buffers import INT32_MAX
-from kvmem.arguments import check_bool, check_choice, check_size, is_fraction, parse_bytes
+from kvmem.arguments import INT32_MAX, check_bool, check_choice, check_size, is_fraction, parse_bytes
 from kvmem.errors import SpecError, StaleHandle
 from kvmem.events import EventBatch, EventStream
 from kvmem.events.digests import decode_key

@@ -10,7 +10,7 @@ import torch
 
 from kvmem import _core
 from kvmem.allocator.prefix import Pin, Tokens, committed_count
-from kvmem.arguments import check_count, check_group, check_seconds, check_size
+from kvmem.arguments import INT32_MAX, check_count, check_group, check_seconds, check_size
 from kvmem.errors import KVMemError, OutOfMemory, SpecError
 
 if TYPE_CHECKING:
@@ -163,7 +163,7 @@ class Sequence:
         After TensorRT-LLM's retention config.
         """
         first = check_size("start", start, 0)
-        last = 2**31 - 1 if end is None else check_size("end", end, 0)
+        last = INT32_MAX if end is None else check_size("end", end, 0)
         seconds = math.inf if ttl is None else check_seconds("ttl", ttl)
         self._core.retain(self._id, first, last, check_count("priority", priority), seconds)
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 from math import gcd, lcm
 
 from kvmem import _core
-from kvmem.arguments import check_size, format_bytes
+from kvmem.arguments import INT32_MAX, check_size, format_bytes
 from kvmem.errors import SpecError
 from kvmem.layouts.base import Backend, Layout, Sizes
 
@@ -23,7 +23,7 @@ ROW_TOKENS = 256
 #: 47 bits of addresses, less what the process itself needs.
 MAX_RESERVED_BYTES = 100 << 40
 #: Block ids are int32, and so are lengths.
-MAX_BLOCKS = MAX_TOKENS = 2**31 - 1
+MAX_BLOCKS = MAX_TOKENS = INT32_MAX
 
 
 def _group_tokens(layout: Layout, max_tokens: int) -> int:

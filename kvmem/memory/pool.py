@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import torch
 
 from kvmem import _core
-from kvmem.arguments import format_bytes, is_fraction, parse_bytes
+from kvmem.arguments import INT32_MAX, format_bytes, is_fraction, parse_bytes
 from kvmem.errors import KVMemError, SpecError
 from kvmem.memory.device import Device, open_device
 from kvmem.memory.streams import Streams
@@ -16,7 +16,7 @@ from kvmem.memory.streams import Streams
 __all__ = ["PagePool", "pool_for"]
 
 #: Page ids are int32 in the core.
-MAX_PAGES = 2**31 - 1
+MAX_PAGES = INT32_MAX
 
 
 class PagePool:
