@@ -7,7 +7,7 @@
 #include <memory>
 #include <unordered_map>
 
-#include "allocator/groups.h"
+#include "base/groups.h"
 #include "index/prefix_index.h"
 #include "table/page_table.h"
 

@@ -6,7 +6,7 @@
 
 #include <vector>
 
-#include "allocator/groups.h"
+#include "base/groups.h"
 #include "memory/transaction.h"
 #include "table/follow.h"
 #include "table/page_table.h"

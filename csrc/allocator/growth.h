@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "allocator/groups.h"
+#include "base/groups.h"
 #include "allocator/plan.h"
 #include "base/check.h"
 #include "memory/transaction.h"

@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "allocator/groups.h"
+#include "base/groups.h"
 #include "index/prefix_index.h"
 #include "table/page_table.h"
 

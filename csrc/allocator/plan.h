@@ -9,7 +9,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "allocator/groups.h"
+#include "base/groups.h"
 #include "memory/pages.h"
 #include "table/page_table.h"
 #include "table/sequences.h"

@@ -1,4 +1,4 @@
-#include "allocator/groups.h"
+#include "base/groups.h"
 
 #include <algorithm>
 #include <string>
