@@ -1,6 +1,6 @@
-#include "allocator/allocator.h"
-
 #include <algorithm>
+
+#include "allocator/update.h"
 
 namespace kvmem {
 namespace {
@@ -288,6 +288,11 @@ bool Allocator::close() {
 }
 
 // ---- queries ----------------------------------------------------------------------------------
+
+void Allocator::check_usable() const {
+  fork_guard_.check("the allocator");
+  pool_->check_usable();
+}
 
 Sequences::Lengths Allocator::lengths(i64 handle, i64 group) {
   const PoolLock lock = lock_to_read();

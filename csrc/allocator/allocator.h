@@ -1,38 +1,27 @@
 // An allocator: sequences over one of the two page tables. This class takes the lock, calls its parts in order and
 // reports errors; the header of each part says what the part does.
 //
-// Thread safety: any number of threads may call. The lock of the pool serialises them, also across allocators that
-// share the pool. Every function takes that lock, except where its comment says otherwise. A call that fails changes
-// nothing (invariant 5), except where its comment says otherwise.
+// Thread safety: any number of threads may call. The pool's lock serialises them, also across allocators. Except where
+// its comment says otherwise, a function takes that lock, and changes nothing if it fails (invariant 5).
 //
 // `group` is the index of a group, or -1 for all groups that grow with the tokens. A handle that is not live is refused
 // with StaleHandle, any other wrong argument with SpecError.
 #pragma once
 
 #include <atomic>
-#include <exception>
 #include <memory>
-#include <string>
-#include <utility>
 #include <vector>
 
 #include "allocator/admission.h"
 #include "allocator/event_batches.h"
 #include "allocator/fill.h"
 #include "allocator/follow.h"
+#include "allocator/memory.h"
 #include "allocator/pins.h"
 #include "allocator/table_changes.h"
 #include "base/fork_guard.h"
 
 namespace kvmem {
-
-struct AllocatorStats {
-  i64 limit_bytes = 0;  // the most that this allocator could hold beside what the others of the pool hold
-  i64 budget_bytes = 0, created_bytes = 0, free_bytes = 0;
-  i64 mapped_bytes = 0, used_bytes = 0, parked_bytes = 0, shared_bytes = 0, held_bytes = 0, cached_beside_bytes = 0;
-  i64 num_sequences = 0, driver_calls = 0, physical_bytes = 0;
-  i64 cached_bytes = 0, cached_blocks = 0, pinned_blocks = 0, evicted_blocks = 0, lookup_tokens = 0, hit_tokens = 0;
-};
 
 class Allocator final : public TableState {
  public:
@@ -42,7 +31,7 @@ class Allocator final : public TableState {
   ~Allocator() override;
 
   // --- sequences ---
-  // Opens `count` empty sequences and writes their handles. Throws OutOfMemory if there are fewer places.
+  // Opens empty sequences. Throws OutOfMemory if there are fewer places.
   void open(i64 count, i32* handles);
   // Returns whether a sequence opened now could be extended by `tokens`. Changes nothing, but costs as much.
   bool can_fit(i64 tokens);
@@ -58,8 +47,7 @@ class Allocator final : public TableState {
 
   // --- steps (step.cpp): of one sequence, or of several, each named once ---
   // `changes`, unless null, receives what the call writes to the block tables of all groups. A call for one sequence
-  // takes a fast path where nothing has to be decided; any other call releases the lock of the embedding language
-  // (pool_lock.h).
+  // takes a fast path where nothing has to be decided; others release the embedding language's lock (pool_lock.h).
   //
   // extend() makes room for more tokens; throws OutOfMemory if there is no memory for them.
   void extend(i32 handle, i64 count, i64 group, TableChanges* changes = nullptr);
@@ -111,9 +99,6 @@ class Allocator final : public TableState {
 
   // --- queries ---
   Sequences::Lengths lengths(i64 handle, i64 group);
-  i64 tokens(i64 handle, i64 group) { return lengths(handle, group).tokens; }
-  i64 committed(i64 handle, i64 group) { return lengths(handle, group).committed; }
-  i64 first_token(i64 handle, i64 group) { return lengths(handle, group).front; }  // that the group still holds
   void lengths(const i32* handles, i64 n, i64 group, i64* tokens, i64* committed);
   Placement place(i64 handle, i64 group);
   // Return all table entries of one sequence, and of several in all groups.
@@ -130,10 +115,7 @@ class Allocator final : public TableState {
   PagePool& pool() { return *pool_; }
   i64 first_arena(i64 group) const { return table_->first_arena(group); }
   // Throws DeviceError in a forked child, and if the pool is poisoned.
-  void check_usable() const {
-    fork_guard_.check("the allocator");
-    pool_->check_usable();
-  }
+  void check_usable() const;
 
   // --- memory (memory.cpp) ---
   // Moves blocks until `bytes` more (-1: as many as possible) are free as whole pages. Returns the bytes freed.
@@ -145,59 +127,37 @@ class Allocator final : public TableState {
   void set_memory(i64 pages);
   AllocatorStats stats();
   std::vector<std::string> check();
-  // Returns a digest of all state that a later call can observe, of all allocators of the pool (digest.h), and a count
-  // of the events that change it without a successful call: a driver that failed after memory was written, or in the
-  // mapper; a finished piece of a call that works in pieces; aging of the eviction order. A refused call leaves the
-  // digest as it was unless the count has changed. Cost: linear in all state.
+  // Returns a digest of all state of the pool's allocators (digest.h), and the count disturbances(): a refused call
+  // leaves the digest as it was unless the count has changed. Cost: linear in all state.
   std::pair<std::uint64_t, i64> digest();
   i64 mapped_extent_bytes(i64 group, i64 arena_in_group);
 
-  // For tests: take_lost() returns every block that left the cache, once for each group that held it, from watch_lost()
-  // on.
+  // For tests: the blocks that have left the cache since watch_lost(), once for each group that held them.
   void watch_lost();
   std::vector<PageTable::Lost> take_lost();
-
   // --- recording, and following another allocator; a list of ops that is not empty begins with a `version` ---
   void record();
   std::vector<Op> take_ops();
   void apply(const std::vector<Op>& ops);  // follow.h
-
   void apply_table(const Op& op, bool undo) override;
 
  private:
   class InvariantCheck;
 
-  // How a call takes the lock; all three throw DeviceError in a forked child. lock_to_read() is for short calls that
-  // change nothing. The others also release the lock of the embedding language: lock_to_fill() for calls after which
-  // filled batches are still valid, lock_to_change() for all other changes.
-  PoolLock lock_to_read() {
-    fork_guard_.check("the allocator");
-    return pool_->lock();
-  }
-  PoolLock lock_to_fill() {
-    PoolLock lock = lock_to_read();
-    lock.step_back();
-    return lock;
-  }
-  PoolLock lock_to_change() {
-    PoolLock lock = lock_to_read();
-    count_change();
-    lock.step_back();
-    return lock;
-  }
-  // REQUIRES: the caller holds the lock, so no increment is lost.
-  void count_change() { changes_.store(changes() + 1, std::memory_order_relaxed); }
-  void settle() { pool_->settle(); }
-  // Returns what `call` returns, which may change something and runs under the lock. An allocator made with `debug`
-  // checks all invariants afterwards, and that a call which failed has changed nothing.
+  // How a call takes the lock, and how one that changes something runs (update.h).
+  PoolLock lock_to_read();
+  PoolLock lock_to_fill();
+  PoolLock lock_to_change();
+  void count_change() { changes_.store(changes() + 1, std::memory_order_relaxed); }  // REQUIRES: the lock
   template <class Call>
   auto update(const Call& call);
-  // Runs one piece of a longer call: its changes stand, whatever happens to later pieces. REQUIRES: the lock.
   template <class Call>
   void update_piece(const Call& call);
+  void settle() { pool_->settle(); }
   std::uint64_t state_digest() const;
   std::vector<std::string> violations() const;
-  // While this count stays the same, a call that fails leaves the digest as it was.
+  // Counts what changes the digest without a successful call: a driver that failed after memory was written, or in the
+  // mapper; a finished piece of a call that works in pieces; aging of the eviction order.
   i64 disturbances() const { return pool_->disturbed() + index_.aged(); }
   std::unique_ptr<PageTable> make_table(bool paged, i64 limit_pages);
   i64 pages_at_once() const;
@@ -235,72 +195,5 @@ class Allocator final : public TableState {
   std::atomic<i64> changes_{0};
   ForkGuard fork_guard_;
 };
-
-// Compares the metadata before and after a call, if the allocator was made with `debug`; does nothing otherwise.
-class Allocator::InvariantCheck {
- public:
-  explicit InvariantCheck(const Allocator& allocator)
-      : allocator_(allocator.groups_.geometry().debug ? &allocator : nullptr),
-        before_(allocator_ ? allocator.state_digest() : 0),
-        logged_(allocator_ ? allocator.pool_->log.size() : 0),
-        disturbed_(allocator_ ? allocator.disturbances() : 0) {}
-
-  template <class Call>
-  auto run(const Call& call) const {
-    try {
-      return call();
-    } catch (...) {
-      check_unchanged();
-      throw;
-    }
-  }
-  // Throws Error with the first violation.
-  void check() const {
-    if (allocator_) check_all();
-  }
-
- private:
-  [[gnu::cold, gnu::noinline]] void check_all() const {
-    const std::vector<std::string> found = allocator_->violations();
-    if (!found.empty()) throw Error("broken invariant: " + found.front());
-  }
-  // Called while the exception of the call is handled; throws Error, with its message, if the call changed something.
-  [[gnu::cold, gnu::noinline]] void check_unchanged() const {
-    if (!allocator_ || allocator_->disturbances() != disturbed_) return;
-    if (allocator_->state_digest() == before_ && allocator_->pool_->log.size() == logged_) return;
-    try {
-      throw;
-    } catch (const std::exception& e) {
-      throw Error(std::string("broken invariant 5: a call that failed has changed something. It said: ") + e.what());
-    }
-  }
-
-  const Allocator* const allocator_;
-  const std::uint64_t before_;
-  const std::size_t logged_;
-  const i64 disturbed_;
-};
-
-template <class Call>
-auto Allocator::update(const Call& call) {
-  const PoolLock lock = lock_to_change();
-  const InvariantCheck invariants(*this);
-  if constexpr (std::is_void_v<decltype(call())>) {
-    invariants.run(call);
-    invariants.check();
-  } else {
-    auto result = invariants.run(call);
-    invariants.check();
-    return result;
-  }
-}
-
-template <class Call>
-void Allocator::update_piece(const Call& call) {
-  const InvariantCheck invariants(*this);
-  invariants.run(call);
-  invariants.check();
-  pool_->note_piece();
-}
 
 }  // namespace kvmem

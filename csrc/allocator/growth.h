@@ -8,9 +8,9 @@
 #include <string>
 #include <vector>
 
-#include "base/groups.h"
 #include "allocator/plan.h"
 #include "base/check.h"
+#include "base/groups.h"
 #include "memory/transaction.h"
 #include "table/page_table.h"
 #include "table/sequences.h"

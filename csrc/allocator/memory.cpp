@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "allocator/allocator.h"
+#include "allocator/update.h"
 
 namespace kvmem {
 namespace {

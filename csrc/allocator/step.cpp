@@ -3,7 +3,7 @@
 
 #include <algorithm>
 
-#include "allocator/allocator.h"
+#include "allocator/update.h"
 
 namespace kvmem {
 

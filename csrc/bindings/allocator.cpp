@@ -198,6 +198,11 @@ nb::ndarray<std::uint8_t> arena_bytes(nb::handle_t<Allocator> self, i64 group, i
                                    nb::dtype<std::uint8_t>(), info.dlpack_device_type, info.device_index);
 }
 
+template <i64 Sequences::Lengths::* kWhich>
+i64 length_of(Allocator& c, i64 handle, i64 group) {
+  return c.lengths(handle, group).*kWhich;
+}
+
 // Writes what kFind finds for n handles, n - kFewer numbers, to `out`. Releases Python's lock meanwhile.
 template <void (Allocator::*kFind)(const i32*, i64, i64, i64*), i64 kFewer>
 void find_shared(nb::handle_t<Allocator> self, nb::handle handles, i64 group, Out<i64> out) {
@@ -247,9 +252,9 @@ nb::class_<Allocator> bind_calls(nb::module_& m) {
       .def("first_arena", &Allocator::first_arena, "group"_a)
       .def("check_usable", &Allocator::check_usable)
       .def("is_live", &Allocator::is_live, "handle"_a)
-      .def("tokens", &Allocator::tokens, "handle"_a, "group"_a = -1)
-      .def("committed", &Allocator::committed, "handle"_a, "group"_a = -1)
-      .def("first_token", &Allocator::first_token, "handle"_a, "group"_a = -1)
+      .def("tokens", length_of<&Sequences::Lengths::tokens>, "handle"_a, "group"_a = -1)
+      .def("committed", length_of<&Sequences::Lengths::committed>, "handle"_a, "group"_a = -1)
+      .def("first_token", length_of<&Sequences::Lengths::front>, "handle"_a, "group"_a = -1)
       .def("close", &Allocator::close)
       .def("can_fit", &Allocator::can_fit, "tokens"_a)
       .def("age_seconds", &Allocator::age_seconds, "handle"_a)

@@ -27,10 +27,11 @@ PARTS = [
 MOST_LINES_OF_A_FILE, MOST_LINES_OF_A_FUNCTION, MOST_NAMES_IN_A_FOLDER, MOST_FOLDERS_OF_CSRC = 400, 40, 15, 12
 # Each has its reason in docs/decisions.md, "Sizes".
 LONGER_FILES = {
-    "tests/allocator/test_bad_input.py": 475,
     "tests/bench/test_bench_gpu.py": 440,
     "tests/index/test_eviction.py": 435,
 }
+# The class that everything else of the core is behind stays one screenful of each kind of call.
+SHORTER_FILES = {"csrc/allocator/allocator.h": 199}
 LONGER_FUNCTIONS: dict[str, int] = {}
 FULLER_FOLDERS = {"kvmem/bench": 18, "tests/index": 16}
 
@@ -69,7 +70,8 @@ def test_lines_of_each_file() -> None:
     lengths = {
         name: lines_of(name) for name in sources() if name.split("/")[0] in ("csrc", "kvmem", "benchmarks", "tests")
     }
-    long = {name: lines for name, lines in lengths.items() if lines > LONGER_FILES.get(name, MOST_LINES_OF_A_FILE)}
+    limits = LONGER_FILES | SHORTER_FILES
+    long = {name: lines for name, lines in lengths.items() if lines > limits.get(name, MOST_LINES_OF_A_FILE)}
     assert not long
     assert all(lengths.get(name, 0) > MOST_LINES_OF_A_FILE for name in LONGER_FILES), "an exception that is not needed"
 

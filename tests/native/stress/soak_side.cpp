@@ -75,7 +75,7 @@ void Side::write_next(Live& l, i64 count, Random& random) {
     l.ids.push_back(told ? next : kUntold);
     l.writers.push_back(told ? writer_after(last, next) : mix(mix(last, ++untold), 0xDEAD));
   }
-  if (cache->tokens(l.handle, has_state() ? state_group_ : token_group_) > 0 && has_state() && !l.has_state) {
+  if (cache->lengths(l.handle, has_state() ? state_group_ : token_group_).tokens > 0 && has_state() && !l.has_state) {
     l.has_state = true;
     write_state(l, l.committed);
   }
@@ -187,11 +187,11 @@ void Side::verify_lengths(const Live& l) {
     cache->lengths(&l.handle, 1, g, &tokens, &done);
     const bool state = geometry.groups[g].growth == Growth::fixed;
     const i64 want = state ? l.has_state : l.tokens(), want_done = state ? l.has_state : l.committed;
-    if (tokens != want || done != want_done || cache->first_token(l.handle, g) != l.fronts[g]) {
+    if (tokens != want || done != want_done || cache->lengths(l.handle, g).front != l.fronts[g]) {
       throw Failure("lengths: " + name(l) + ", group " + std::to_string(g) + " has " + std::to_string(tokens) +
                     " tokens, " + std::to_string(done) + " committed, from " +
-                    std::to_string(cache->first_token(l.handle, g)) + " on; should be " + std::to_string(want) + ", " +
-                    std::to_string(want_done) + ", " + std::to_string(l.fronts[g]));
+                    std::to_string(cache->lengths(l.handle, g).front) + " on; should be " + std::to_string(want) +
+                    ", " + std::to_string(want_done) + ", " + std::to_string(l.fronts[g]));
     }
   }
 }
