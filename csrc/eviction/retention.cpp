@@ -44,7 +44,7 @@ void RetentionPolicy::follow(i32 id, bool released) {
 }
 
 void RetentionPolicy::lead(i32 parent, i32 child) {
-  KVMEM_ASSERT(at(parent).cached && at(child).cached && at(child).parent < 0, "both blocks are adopted, unrelated yet");
+  KVMEM_ASSERT(at(child).cached && at(child).parent < 0, "the child is adopted, and has no parent yet");
   at(child).parent = parent;
   ++at(parent).children;
 }

@@ -35,7 +35,8 @@ class RetentionPolicy final : public EvictionPolicy {
   void retain(i32 id, int priority, double ttl_seconds);
 
   // Adopt the state of a base policy that is in use already. REQUIRES: no other call but reserve() came before.
-  // follow(): the base has this block, in use or released. lead(): of two followed blocks, the parent and the child.
+  // follow(): the base has this block, in use or released. lead(): a followed block, and its parent, which need not be
+  // cached (with snapshots, blocks between two of them are not).
   void follow(i32 id, bool released);
   void lead(i32 parent, i32 child);
 

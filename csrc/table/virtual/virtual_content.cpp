@@ -167,7 +167,10 @@ void VirtualTable::detach_unfindable(i64 row, Transaction& tx) {
 void VirtualTable::unmap_part(const std::vector<i64>& rows, i32 window, i64 ordinal, Transaction& tx) {
   const i64 g = index_.group_of(window), size = index_.block_tokens();
   for (i64 row : rows) {
-    if (rows_[row].source || row == filled_row_) continue;
+    if (rows_[row].source || row == filled_row_) {  // its pages stay while the decision reads or fills it
+      rows_.may_reclaim(row);
+      continue;
+    }
     for (i64 a = first_[g]; a < first_[g + 1]; ++a) {
       i64 needed_lo, needed_hi;
       rows_.needed(row, g, a, &needed_lo, &needed_hi);

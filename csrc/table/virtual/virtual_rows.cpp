@@ -49,23 +49,24 @@ VirtualRows::Unneeded VirtualRows::unneeded(i64 row, i64 g, i64 a, bool ahead) c
   const Extent& e = extent(row, a);
   const Row& r = rows_[row];
   const i32 window = index_.window_of(g);
-  i64 blocks = e.count == 0 ? 0 : blocks_of(row);  // up to the last one whose memory counts
   const i64 block_bytes = index_.block_tokens() * token_bytes(g, a);
+  i64 lo, hi;
+  needed(row, g, a, &lo, &hi);
+  Unneeded u{e.hi, std::min(lo, e.hi), e.hi};
+  i64 blocks = e.count == 0 ? 0 : blocks_of(row);  // up to the last one whose memory counts
+  // What the window itself needs lies behind u.to.
+  if (window >= 0 && r.index >= 0) blocks = std::min(blocks, ceil_div(u.to * page_bytes(), block_bytes));
   // The search ends where the mapped slots begin: a window may have no part of any block of a long row.
   while (window >= 0 && blocks * block_bytes > e.lo * page_bytes() && !part(row, blocks - 1, window).present) --blocks;
-  const i64 content = blocks * block_bytes;
-  Unneeded u{e.hi, e.hi, e.hi};
+  const i64 content_end = ceil_div(blocks * block_bytes, page_bytes());  // content stays until it is evicted
   if (r.index >= 0) {
-    i64 lo, hi;
-    needed(row, g, a, &lo, &hi);
+    u.from = std::max(e.lo, content_end);
     u.end = std::max(ahead ? std::min(with_ahead(g, a, hi), e.hi) : hi, e.lo);
-    u.to = std::min(lo, e.hi);
-    u.from = std::max(e.lo, ceil_div(content, page_bytes()));  // content stays until it is evicted
   } else if (has_state(g)) {
     const bool state = !r.holds.empty() && r.state == r.holds.back().node;
     u.end = !state ? e.lo : std::min(e.hi, std::max(e.lo, ceil_div(token_bytes(g, a), page_bytes())));
   } else {
-    u.end = std::min(e.hi, std::max(e.lo, ceil_div(content, page_bytes())));
+    u.end = std::min(e.hi, std::max(e.lo, content_end));
   }
   u.from = std::min(u.from, u.to);
   return u;
