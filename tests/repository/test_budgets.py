@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # (name, folders, folders inside them that count elsewhere, most lines). These are ceilings: docs/decisions.md, "Sizes",
 # says how far above their targets they are.
 PARTS = [
-    ("csrc without bindings", ["csrc"], ["csrc/bindings"], 19_170),
+    ("csrc without bindings", ["csrc"], ["csrc/bindings"], 19_200),
     ("bindings", ["csrc/bindings"], [], 2_000),
     ("kvmem without bench", ["kvmem"], ["kvmem/bench"], 9_350),
     ("kvmem/bench", ["kvmem/bench"], ["kvmem/bench/data"], 4_970),

@@ -48,27 +48,32 @@ void VirtualRows::add_rows(i64 rows) {
 VirtualRows::Unneeded VirtualRows::unneeded(i64 row, i64 g, i64 a, bool ahead) const {
   const Extent& e = extent(row, a);
   const Row& r = rows_[row];
-  const i32 window = index_.window_of(g);
-  const i64 block_bytes = index_.block_tokens() * token_bytes(g, a);
-  i64 lo, hi;
-  needed(row, g, a, &lo, &hi);
-  Unneeded u{e.hi, std::min(lo, e.hi), e.hi};
+  Unneeded u{e.hi, e.hi, e.hi};
   i64 blocks = e.count == 0 ? 0 : blocks_of(row);  // up to the last one whose memory counts
-  // What the window itself needs lies behind u.to.
-  if (window >= 0 && r.index >= 0) blocks = std::min(blocks, ceil_div(u.to * page_bytes(), block_bytes));
-  // The search ends where the mapped slots begin: a window may have no part of any block of a long row.
-  while (window >= 0 && blocks * block_bytes > e.lo * page_bytes() && !part(row, blocks - 1, window).present) --blocks;
-  const i64 content_end = ceil_div(blocks * block_bytes, page_bytes());  // content stays until it is evicted
+  const i64 block_bytes = index_.block_tokens() * token_bytes(g, a);
   if (r.index >= 0) {
-    u.from = std::max(e.lo, content_end);
+    i64 lo, hi;
+    needed(row, g, a, &lo, &hi);
+    u.to = std::min(lo, e.hi);
     u.end = std::max(ahead ? std::min(with_ahead(g, a, hi), e.hi) : hi, e.lo);
-  } else if (has_state(g)) {
+  }
+  if (const i32 window = index_.window_of(g); window >= 0) {
+    // What the window itself needs lies behind u.to. The search ends where the mapped slots begin: a window may have no
+    // part of any block of a long row.
+    if (r.index >= 0) blocks = std::min(blocks, ceil_div(u.to * page_bytes(), block_bytes));
+    while (blocks * block_bytes > e.lo * page_bytes() && !part(row, blocks - 1, window).present) --blocks;
+  }
+  if (r.index < 0 && has_state(g)) {
     const bool state = !r.holds.empty() && r.state == r.holds.back().node;
     u.end = !state ? e.lo : std::min(e.hi, std::max(e.lo, ceil_div(token_bytes(g, a), page_bytes())));
-  } else {
-    u.end = std::min(e.hi, std::max(e.lo, content_end));
+    return u;
   }
-  u.from = std::min(u.from, u.to);
+  const i64 content_end = std::max(e.lo, ceil_div(blocks * block_bytes, page_bytes()));  // stays until it is evicted
+  if (r.index < 0) {
+    u.end = std::min(e.hi, content_end);
+  } else {
+    u.from = std::min(content_end, u.to);
+  }
   return u;
 }
 
