@@ -1,5 +1,5 @@
 // The sizes with which the deciding half calculates: how much memory a token takes, and at which offset it lies.
-// kvmem/layouts/ makes a Geometry from a CacheSpec.
+// kvmem/geometry/ makes a Geometry from a CacheSpec.
 #pragma once
 
 #include <algorithm>

@@ -38,7 +38,7 @@ class Allocator(TensorCalls, ContentCalls, MemoryCalls):
         int32 and is never used twice: five years of 25 a second. After that ``SpecError``: make another allocator.
     page_bytes: bytes of a physical page. Default: CPU 64 KiB (more above 2 GiB of memory); CUDA and meta what the
         driver recommends, 2 MiB. The virtual backend takes larger pages for long sequences, because it calls the driver
-        for each page: ``kvmem.layouts.page_size.choose_page_bytes``. Llama 3 8B, 128 Ki tokens and 65 GiB: 16 MiB.
+        for each page: ``kvmem.geometry.page_size.choose_page_bytes``. Llama 3 8B, 128 Ki tokens and 65 GiB: 16 MiB.
     interleave: how many layers lie side by side in a page; or ``"all"`` (default); or ``"none"``: K and V of a layer
         are apart too, so each has an address range of its own, as dense as a contiguous tensor. More layers mean less
         waste and fewer driver calls; fewer are read faster by a CPU. A row wastes half a page in each range: for Llama

@@ -12,10 +12,10 @@ from kvmem.arguments import INT32_MAX, check_bool, check_choice, check_size, is_
 from kvmem.errors import SpecError, StaleHandle
 from kvmem.events import EventBatch, EventStream
 from kvmem.events.digests import decode_key
-from kvmem.layouts.base import Sizes, require_supported
-from kvmem.layouts.geometry import BACKENDS, lay_out
-from kvmem.layouts.page_size import choose_page_bytes
-from kvmem.layouts.plain import GroupLayout, resolve_interleave
+from kvmem.geometry.backends import BACKENDS, lay_out
+from kvmem.geometry.base import Sizes, require_supported
+from kvmem.geometry.group_layout import GroupLayout, resolve_interleave
+from kvmem.geometry.page_size import choose_page_bytes
 from kvmem.memory.device import Device, in_debug_mode
 from kvmem.memory.pool import PagePool, pool_for
 from kvmem.spec import CacheSpec

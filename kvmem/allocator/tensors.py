@@ -12,7 +12,7 @@ from kvmem import _core
 from kvmem.allocator.batch_calls import BatchCalls
 from kvmem.allocator.ids import handle as handle_of
 from kvmem.errors import SpecError, StaleHandle
-from kvmem.layouts.views import CacheTensor, block_view, plain, row_view, token_view
+from kvmem.geometry.views import CacheTensor, block_view, plain, row_view, token_view
 
 if TYPE_CHECKING:
     from kvmem.allocator.sequence import Sequence

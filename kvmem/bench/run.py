@@ -20,8 +20,8 @@ from kvmem.bench.replay import ReplayResult, replay
 from kvmem.bench.text import BenchError, progress
 from kvmem.bench.traces import EXCERPT, Trace, load_trace
 from kvmem.bench.waste import rounding_sweep, rounding_table
-from kvmem.layouts.page_size import LEAST_PAGE_BYTES, choose_page_bytes
-from kvmem.layouts.plain import GroupLayout, resolve_interleave
+from kvmem.geometry.group_layout import GroupLayout, resolve_interleave
+from kvmem.geometry.page_size import LEAST_PAGE_BYTES, choose_page_bytes
 
 if TYPE_CHECKING:
     from rich.console import Console

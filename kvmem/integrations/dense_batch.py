@@ -17,7 +17,7 @@ from kvmem.allocator import Allocator
 from kvmem.allocator.batch import GroupBatch
 from kvmem.allocator.sequence import Sequence
 from kvmem.errors import KVMemError, OutOfMemory, SpecError
-from kvmem.layouts.views import plain
+from kvmem.geometry.views import plain
 
 __all__ = ["EVERY", "BlockPlace", "DenseBatch", "RowPlace", "memory_of"]
 

@@ -7,8 +7,8 @@ import torch
 from kvmem.allocator.batch import GroupBatch
 from kvmem.allocator.cascade import Cascade
 from kvmem.errors import SpecError
+from kvmem.geometry.views import plain
 from kvmem.kernels.base import Form
-from kvmem.layouts.views import plain
 
 __all__ = [
     "all_tokens", "as_bytes", "as_int32", "check_all_blocks", "check_batch", "check_block_multiple", "check_cache",

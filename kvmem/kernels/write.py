@@ -8,9 +8,9 @@ import torch
 
 from kvmem.allocator.batch import GroupBatch
 from kvmem.errors import SpecError
+from kvmem.geometry.views import CacheTensor, plain
 from kvmem.kernels.base import Cache, Result, Run, Step
 from kvmem.kernels.checks import all_tokens, as_bytes, check_all_blocks, check_batch
-from kvmem.layouts.views import CacheTensor, plain
 
 __all__ = ["prepare_write", "to_cache_dtype", "write_component", "write_kv"]
 

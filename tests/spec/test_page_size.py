@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 import kvmem
-from kvmem.layouts.page_size import LEAST_PAGES, MOST_WASTE, choose_page_bytes
-from kvmem.layouts.plain import GroupLayout, resolve_interleave
+from kvmem.geometry.group_layout import GroupLayout, resolve_interleave
+from kvmem.geometry.page_size import LEAST_PAGES, MOST_WASTE, choose_page_bytes
 
 MIB, GIB = 1 << 20, 1 << 30
 

@@ -14,9 +14,9 @@ import torch
 from support_drivers import assert_runs, assert_runs_on_both
 
 import kvmem
+from kvmem.geometry.views import CacheTensor
 from kvmem.kernels.blocks import scatter
 from kvmem.kernels.checks import plain
-from kvmem.layouts.views import CacheTensor
 
 SPEC = kvmem.CacheSpec.kv(num_layers=2, num_kv_heads=2, head_dim=8, dtype=torch.float32, block_size=4)
 

@@ -14,7 +14,7 @@ from math import gcd, lcm
 from kvmem import _core
 from kvmem.arguments import INT32_MAX, check_size, format_bytes
 from kvmem.errors import SpecError
-from kvmem.layouts.base import Backend, Layout, Sizes
+from kvmem.geometry.base import Backend, Sizes, TokenLayout
 
 __all__ = ["BACKENDS", "PagedBackend", "VirtualBackend", "lay_out"]
 
@@ -26,13 +26,13 @@ MAX_RESERVED_BYTES = 100 << 40
 MAX_BLOCKS = MAX_TOKENS = INT32_MAX
 
 
-def _group_tokens(layout: Layout, max_tokens: int) -> int:
+def _group_tokens(layout: TokenLayout, max_tokens: int) -> int:
     growth = layout.group.growth
     tokens = 1 if growth == "fixed" else (layout.group.max_tokens or max_tokens) if growth == "prefill" else max_tokens
     return check_size(f"max_tokens of group {layout.group.name!r}", tokens, most=MAX_TOKENS)
 
 
-def _refuse_addresses(layout: Layout, reserved: int, blocks: int) -> None:
+def _refuse_addresses(layout: TokenLayout, reserved: int, blocks: int) -> None:
     if reserved > MAX_RESERVED_BYTES or blocks > MAX_BLOCKS:
         raise SpecError(
             f"group {layout.group.name!r} would reserve {format_bytes(reserved)} of addresses and {blocks} block ids; "
@@ -50,7 +50,7 @@ class VirtualBackend:
     paged = False
 
     @staticmethod
-    def geometry(layout: Layout, sizes: Sizes) -> _core.GroupGeometry:
+    def geometry(layout: TokenLayout, sizes: Sizes) -> _core.GroupGeometry:
         """Addresses for all rows. Each starts at a page and at a block in every arena, so that it can be read as blocks
         too.
         """
@@ -87,7 +87,7 @@ class PagedBackend:
     paged = True
 
     @staticmethod
-    def geometry(layout: Layout, sizes: Sizes) -> _core.GroupGeometry:
+    def geometry(layout: TokenLayout, sizes: Sizes) -> _core.GroupGeometry:
         """Addresses for every block that the tables can name, or that memory can ever hold, whichever is less; and at
         least for what memory holds at the start, since blocks stay cached when no table names them any more.
         """
@@ -116,7 +116,7 @@ BACKENDS: dict[str, type[Backend]] = {"virtual": VirtualBackend, "paged": PagedB
 
 
 def lay_out(
-    backend: type[Backend], layouts: Sequence[Layout], sizes: Sizes, *, fewer_rows: bool
+    backend: type[Backend], layouts: Sequence[TokenLayout], sizes: Sizes, *, fewer_rows: bool
 ) -> tuple[int, list[_core.GroupGeometry]]:
     """How many ``cached_rows`` there are, and the geometry of every group. With ``fewer_rows`` there are fewer rows
     than ``sizes`` has where addresses are short; without, that is a ``SpecError``.

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from kvmem.errors import SpecError
-from kvmem.layouts.plain import Slice
+from kvmem.geometry.group_layout import Slice
 
 __all__ = ["CacheTensor", "block_view", "plain", "row_view", "token_view"]
 

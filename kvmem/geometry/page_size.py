@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from kvmem.layouts.plain import GroupLayout
+from kvmem.geometry.group_layout import GroupLayout
 
 __all__ = ["LEAST_PAGE_BYTES", "choose_page_bytes"]
 

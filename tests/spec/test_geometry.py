@@ -15,7 +15,7 @@ from support_drivers import assert_runs_on_both, run_python
 
 import kvmem
 from kvmem import _core
-from kvmem.layouts.plain import GroupLayout, Interleave
+from kvmem.geometry.group_layout import GroupLayout, Interleave
 
 INTERLEAVES: tuple[Interleave, ...] = (1, 2, 3, 99, "none")
 

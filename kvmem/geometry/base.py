@@ -13,10 +13,10 @@ from kvmem import _core
 from kvmem.errors import SpecError
 from kvmem.spec import Group
 
-__all__ = ["Backend", "Layout", "Sizes", "require_supported"]
+__all__ = ["Backend", "Sizes", "TokenLayout", "require_supported"]
 
 
-class Layout(Protocol):
+class TokenLayout(Protocol):
     """Where the components of one group lie within a token."""
 
     @property
@@ -55,7 +55,7 @@ class Backend(Protocol):
     paged: bool
 
     @staticmethod
-    def geometry(layout: Layout, sizes: Sizes) -> _core.GroupGeometry:
+    def geometry(layout: TokenLayout, sizes: Sizes) -> _core.GroupGeometry:
         """The addresses a group reserves. ``SpecError`` when there are not as many."""
 
 
