@@ -289,6 +289,9 @@ class AllocatorStats:
     def used_bytes(self) -> int: ...
 
     @property
+    def group_used_bytes(self) -> list[int]: ...
+
+    @property
     def parked_bytes(self) -> int: ...
 
     @property

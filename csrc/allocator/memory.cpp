@@ -204,7 +204,12 @@ AllocatorStats Allocator::stats() {
   s.free_bytes = pool_->free_pages() * page;
   s.mapped_bytes = table_->owned_pages * page;
   s.parked_bytes = table_->parked_pages() * page;
-  table_->count_bytes(&s.used_bytes, &s.shared_bytes);
+  for (i64 g = 0; g < groups_.count(); ++g) {
+    i64 shared;
+    table_->count_bytes(g, &s.group_used_bytes.emplace_back(0), &shared);
+    s.used_bytes += s.group_used_bytes.back();
+    s.shared_bytes += shared;
+  }
   s.held_bytes = table_->held_bytes();
   s.cached_beside_bytes = table_->cached_beside_bytes();
   s.cached_blocks = index_.cached();

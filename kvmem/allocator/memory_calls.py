@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 from kvmem.allocator.opening import OpenedCore
 from kvmem.allocator.stats import Stats
 from kvmem.arguments import INT32_MAX, check_size, is_fraction, parse_bytes
+from kvmem.memory.ledger import Ledger
 
 __all__ = ["MemoryCalls"]
 
@@ -69,6 +71,23 @@ class MemoryCalls(OpenedCore):
             torch_allocated_bytes=torch_allocated,
             torch_reserved_bytes=torch_reserved,
         )
+
+    @cached_property
+    def ledger(self) -> Ledger:
+        """The byte ledger: what live sequences hold by component, and what layouts have read and moved."""
+        return Ledger(self._bytes_in_use)
+
+    def _bytes_in_use(self) -> dict[str, int]:
+        """Return the bytes of live sequences by component, without padding."""
+        found: dict[str, int] = {}
+        used = self.core.stats().group_used_bytes
+        for group, layout, bytes in zip(self.spec.groups, self._layouts, used, strict=True):
+            for component in group.components:
+                copies = group.layers[:1] if component.scope == "shared" else group.layers
+                row = sum(group.row_bytes(component.name, layer) for layer in copies)
+                held = bytes * row // layout.total_token_bytes
+                found[component.name] = found.get(component.name, 0) + held
+        return found
 
     def free_tokens(self) -> int:
         """Return an upper bound of the tokens that still fit: the memory that live sequences do not hold, cached and

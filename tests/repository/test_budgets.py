@@ -17,12 +17,14 @@ ROOT = Path(__file__).resolve().parents[2]
 # (name, folders, folders inside them that count elsewhere, most lines). These are ceilings: docs/decisions.md, "Sizes",
 # says how far above their targets they are.
 PARTS = [
-    ("csrc without bindings", ["csrc"], ["csrc/bindings"], 19_200),
+    ("csrc without bindings", ["csrc"], ["csrc/bindings"], 19_210),
     ("bindings", ["csrc/bindings"], [], 2_000),
-    ("kvmem without bench", ["kvmem"], ["kvmem/bench"], 9_350),
+    ("kvmem without layouts and bench", ["kvmem"], ["kvmem/layouts", "kvmem/bench"], 9_420),
+    ("kvmem/layouts", ["kvmem/layouts"], [], 3_500),
     ("kvmem/bench", ["kvmem/bench"], ["kvmem/bench/data"], 4_970),
     ("benchmarks", ["benchmarks"], [], 2_550),
-    ("tests", ["tests"], [], 38_250),
+    ("tests without layouts", ["tests"], ["tests/layouts"], 38_250),
+    ("tests/layouts", ["tests/layouts"], [], 3_500),
 ]
 MOST_LINES_OF_A_FILE, MOST_LINES_OF_A_FUNCTION, MOST_NAMES_IN_A_FOLDER, MOST_FOLDERS_OF_CSRC = 400, 40, 15, 12
 # Each has its reason in docs/decisions.md, "Sizes".

@@ -36,30 +36,27 @@ i64 PagedTable::tokens_that_fit(i64 index, i64 group, i64 pages) const {
   return std::min(geometry_.groups[group].max_tokens, blocks * b.tokens);
 }
 
-void PagedTable::count_bytes(i64* used_bytes, i64* shared_bytes) const {
-  *used_bytes = *shared_bytes = 0;
-  for (i64 g = 0; g < groups_; ++g) {
-    const Blocks& b = blocks_[g];
-    i64 token_bytes = 0;
-    for (i64 bytes : geometry_.groups[g].token_bytes) token_bytes += bytes;
-    i64 tokens = 0;
-    std::vector<SharedPart> shared;  // the unit is a token of a block
-    for (i64 index = 0; index < sequences_.capacity(); ++index) {
-      const i64 first = sequences_.front(index, g), end = sequences_.tokens(index, g);
-      tokens += end - first;
-      if (b.extra_refs == 0) continue;
-      for (i64 ordinal = first / b.tokens; ordinal * b.tokens < end; ++ordinal) {
-        const i32 block = blocks_.entry(index, g, ordinal);
-        if (b.info[block].refs <= 1) continue;
-        const i64 start = ordinal * b.tokens;
-        shared.push_back({block, std::max(first - start, i64{0}), std::min(end - start, b.tokens)});
-        tokens -= shared.back().to - shared.back().from;
-      }
+void PagedTable::count_bytes(i64 group, i64* used_bytes, i64* shared_bytes) const {
+  const Blocks& b = blocks_[group];
+  i64 token_bytes = 0;
+  for (i64 bytes : geometry_.groups[group].token_bytes) token_bytes += bytes;
+  i64 tokens = 0;
+  std::vector<SharedPart> shared;  // the unit is a token of a block
+  for (i64 index = 0; index < sequences_.capacity(); ++index) {
+    const i64 first = sequences_.front(index, group), end = sequences_.tokens(index, group);
+    tokens += end - first;
+    if (b.extra_refs == 0) continue;
+    for (i64 ordinal = first / b.tokens; ordinal * b.tokens < end; ++ordinal) {
+      const i32 block = blocks_.entry(index, group, ordinal);
+      if (b.info[block].refs <= 1) continue;
+      const i64 start = ordinal * b.tokens;
+      shared.push_back({block, std::max(first - start, i64{0}), std::min(end - start, b.tokens)});
+      tokens -= shared.back().to - shared.back().from;
     }
-    const SharedCount count = count_shared(shared);
-    *used_bytes += (tokens + count.length) * token_bytes;
-    *shared_bytes += count.pieces * b.tokens * token_bytes;
   }
+  const SharedCount count = count_shared(shared);
+  *used_bytes = (tokens + count.length) * token_bytes;
+  *shared_bytes = count.pieces * b.tokens * token_bytes;
 }
 
 i64 PagedTable::held_bytes() const {

@@ -81,20 +81,18 @@ i64 VirtualTable::add_shared(const Extent& e, i64 from, i64 to, std::vector<Shar
   return bytes;
 }
 
-void VirtualTable::count_bytes(i64* used_bytes, i64* shared_bytes) const {
+void VirtualTable::count_bytes(i64 group, i64* used_bytes, i64* shared_bytes) const {
   std::vector<SharedPart> shared;
   *used_bytes = 0;
   for (i64 index = 0; index < sequences_.capacity(); ++index) {
     const i64 row = rows_.row_of(index);
     if (row < 0) continue;
-    for (i64 g = 0; g < groups_; ++g) {
-      const i64 front = sequences_.front(index, g), tokens = sequences_.tokens(index, g);
-      for (i64 a = first_[g]; a < first_[g + 1]; ++a) {
-        const i64 from = front * token_bytes(g, a), to = tokens * token_bytes(g, a);
-        *used_bytes += to - from;
-        if (!rows_[row].maybe_shared || from == to) continue;
-        *used_bytes -= add_shared(rows_.extent(row, a), from, to, &shared);
-      }
+    const i64 front = sequences_.front(index, group), tokens = sequences_.tokens(index, group);
+    for (i64 a = first_[group]; a < first_[group + 1]; ++a) {
+      const i64 from = front * token_bytes(group, a), to = tokens * token_bytes(group, a);
+      *used_bytes += to - from;
+      if (!rows_[row].maybe_shared || from == to) continue;
+      *used_bytes -= add_shared(rows_.extent(row, a), from, to, &shared);
     }
   }
   const SharedCount count = count_shared(shared);

@@ -1,0 +1,57 @@
+"""Attention of the newest tokens of a sequence over a tile of its tokens, in plain torch. Tiles are joined by ``merge``."""
+
+from __future__ import annotations
+
+import torch
+
+__all__ = ["Partial", "attend_tile", "compute_dtype", "masked_scores", "normalise"]
+
+#: ``(out [n, query heads, width], lse [n, query heads])``; the lse is a natural logarithm, -inf where no key is seen.
+Partial = tuple[torch.Tensor, torch.Tensor]
+
+
+def compute_dtype(q: torch.Tensor) -> torch.dtype:
+    """Return the dtype that attention is computed in: float64 for queries in float64, else float32."""
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def masked_scores(
+    q: torch.Tensor, k: torch.Tensor, *, first: int, length: int, scale: float | None = None, causal: bool = True
+) -> torch.Tensor:
+    """Return the scores ``[query heads, n, m]`` of n queries over m keys, -inf where a query sees no key.
+
+    q: ``[n, query heads, width]``, of tokens ``[length - n, length)``. k: ``[m, KV heads, width]``, of tokens
+    ``[first, first + m)``. Query heads h * g to (h + 1) * g - 1 share KV head h.
+    """
+    dtype = compute_dtype(q)
+    new, heads, width = q.shape
+    grouped = q.to(dtype).view(new, k.shape[1], heads // k.shape[1], width)
+    scores = torch.einsum("qhgd,khd->hgqk", grouped, k.to(dtype)).flatten(0, 1)
+    scores *= width**-0.5 if scale is None else scale
+    if causal and first + len(k) > length - new + 1:
+        positions = torch.arange(length - new, length, device=q.device).unsqueeze(1)
+        keys = torch.arange(first, first + len(k), device=q.device)
+        scores.masked_fill_(keys > positions, -torch.inf)
+    return scores
+
+
+def normalise(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the softmax of ``masked_scores`` ``[query heads, n, m]``, zero where nothing is seen, and the lse ``[n,
+    query heads]``.
+    """
+    lse = scores.logsumexp(-1)
+    return (scores - lse.unsqueeze(-1)).exp().masked_fill((lse == -torch.inf).unsqueeze(-1), 0), lse.T
+
+
+def attend_tile(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, first: int, length: int, scale: float | None = None,
+    causal: bool = True,
+) -> Partial:  # fmt: skip
+    """Return ``(out, lse)`` of the queries over the tokens ``[first, first + m)``; arguments as for ``masked_scores``.
+
+    v: ``[m, KV heads, any width]``.
+    """
+    weights, lse = normalise(masked_scores(q, k, first=first, length=length, scale=scale, causal=causal))
+    heads, new, held = weights.shape
+    grouped = weights.view(v.shape[1], heads // v.shape[1], new, held)
+    return torch.einsum("hgqk,khd->qhgd", grouped, v.to(weights.dtype)).flatten(1, 2), lse

@@ -1,0 +1,98 @@
+"""The interface of a layout: what a token stores when that is not plain K and V, and attention over it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kvmem.errors import SpecError
+from kvmem.kernels.merge import merge_levels
+from kvmem.layouts.attention import Partial, attend_tile
+from kvmem.spec import CacheSpec
+
+if TYPE_CHECKING:
+    from kvmem.layouts.cache import TokenReader
+
+__all__ = ["Layout"]
+
+
+class Layout(ABC):
+    """How the keys and values of a model are stored: the components of a token, and how they become K and V again.
+
+    A layout holds weights and options, and no state of any sequence: one layout serves any number of allocators.
+    ``LayoutCache(layout, alloc)`` joins both. Growth, sharing, eviction and copies see components and bytes only.
+
+    spec: the components. Make the allocator with it.
+    tile_tokens: how many tokens ``attend`` derives at a time, by default.
+
+    Queries are given as the model's attention takes them: after rotation.
+    """
+
+    spec: CacheSpec
+    tile_tokens: int = 256
+
+    @abstractmethod
+    def encode(self, layer: int, *values: torch.Tensor, positions: torch.Tensor) -> Mapping[str, torch.Tensor]:
+        """Return what is stored of new tokens: rows ``[T, heads, width]`` by component, in the dtype of the component
+        or in one that ``kernels.write.to_cache_dtype`` converts.
+
+        values: what the layout stores, ``[T, ...]``; the layout says which. positions: int64 ``[T]``.
+        ``SpecError`` for values of a wrong shape.
+        """
+
+    @abstractmethod
+    def derive(self, reader: TokenReader, first: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return K and V of tokens ``[first, end)``, each ``[n, KV heads, width]``, K after rotation.
+
+        reader: one sequence and one layer. Both are new tensors, or views into the cache: they are not written.
+        """
+
+    def attend(
+        self, q: torch.Tensor, reader: TokenReader, *, scale: float | None = None, causal: bool = True
+    ) -> Partial:
+        """Return ``(out [n, query heads, width], lse [n, query heads])`` of the last n tokens over all tokens.
+
+        q: ``[n, query heads, width]``. scale: of the scores, default ``width ** -0.5``. causal: a query sees the tokens
+        up to its own. lse: natural logarithm. Both are float32, or float64 for a query in float64.
+
+        This form derives K and V of ``tile_tokens`` tokens at a time. Layouts that read compressed bytes directly, or
+        return something else than attention over V, override it.
+        """
+        starts = range(0, reader.length, self.tile_tokens) or [0]
+        return merge_levels(self._attend_tile(q, reader, first, scale, causal) for first in starts)
+
+    def _attend_tile(
+        self, q: torch.Tensor, reader: TokenReader, first: int, scale: float | None, causal: bool
+    ) -> Partial:
+        k, v = self.derive(reader, first, min(first + self.tile_tokens, reader.length))
+        return attend_tile(q, k, v, first=first, length=reader.length, scale=scale, causal=causal)
+
+    # --- components that are encoded a whole block at a time ---
+
+    def tail(self, layer: int) -> tuple[str, ...]:
+        """Return the components of a sliding-window group that hold the newest tokens as they were written, for a
+        layout that encodes others a whole block at a time: an incomplete block is read from there. Empty for most.
+        """
+        return ()
+
+    def encode_blocks(self, layer: int, tail: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        """Return what is stored of whole blocks: ``[m, block_size, heads, width]`` by component.
+
+        tail: ``[m, block_size, heads, width]`` of each component that ``tail()`` names. Called once for each block,
+        when its last token is written.
+        """
+        raise NotImplementedError
+
+    # --- kernels of other packages ---
+
+    def kernel_args(self, layer: int) -> dict[str, Any]:
+        """Return keyword arguments with which attention kernels of other packages read ``Allocator.kv(layer)`` as it
+        is, such as scales. ``SpecError`` if they cannot: derive K and V into a scratch with ``LayoutCache.derive``.
+        """
+        raise SpecError(
+            f"{type(self).__name__} stores no K and V that other kernels read: use LayoutCache.attend(), or give a "
+            "kernel the K and V of LayoutCache.derive()"
+        )

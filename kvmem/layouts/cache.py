@@ -1,0 +1,166 @@
+"""A layout over an allocator: what is written, derived and attended to in a step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from kvmem.allocator import Allocator, Batch
+from kvmem.allocator.batch import GroupBatch
+from kvmem.errors import SpecError
+from kvmem.kernels.checks import check_batch
+from kvmem.kernels.write import write_component
+from kvmem.layouts.attention import Partial, compute_dtype
+from kvmem.layouts.base import Layout
+from kvmem.layouts.reading import TokenReader, read_tokens
+
+__all__ = ["Derived", "LayoutCache"]
+
+
+@dataclass(frozen=True)
+class Derived:
+    """K and V of all tokens of a batch, for kernels that take packed sequences (``varlen``).
+
+    k, v: ``[N, KV heads, width]``, one sequence after the other, in a scratch that the next ``derive()`` overwrites.
+    cu_seqlens_k: int32 ``[rows + 1]``, their running sum. max_seqlen_k: the longest.
+    """
+
+    k: torch.Tensor
+    v: torch.Tensor
+    cu_seqlens_k: torch.Tensor
+    max_seqlen_k: int
+
+
+class LayoutCache:
+    """The cache of one allocator, written and read through a layout.
+
+    Sequences, batches, sharing and memory are the allocator's; a step looks like this::
+
+        alloc.extend_batch(ids, counts)
+        batch = alloc.batch(ids)
+        for layer in range(num_layers):
+            cache.write(layer, batch, k, v)                    # what Layout.encode() takes
+            out, lse = cache.attend(q, layer, batch)           # or kernels over cache.derive(layer, batch)
+
+    Everything read is counted in ``alloc.ledger``, and so is the scratch that ``derive`` keeps.
+    """
+
+    def __init__(self, layout: Layout, alloc: Allocator) -> None:
+        """``SpecError`` unless ``alloc`` was made with ``layout.spec``."""
+        if alloc.spec != layout.spec:
+            raise SpecError(f"alloc: made with another spec than the layout's: Allocator({type(layout).__name__}.spec)")
+        self.layout, self.alloc = layout, alloc
+        self._scratch: dict[str, torch.Tensor] = {}
+
+    def write(self, layer: int, batch: Batch, *values: torch.Tensor) -> None:
+        """Write the new tokens of a layer. values: what ``layout.encode`` takes, ``[T, ...]``, packed as the batch is.
+
+        ``SpecError`` for values that do not fit, ``StaleHandle`` for a batch that is not current; nothing is written
+        then. Cost: the layout's encoding and one write for each component; layouts that encode whole blocks also read
+        each block's tail once, when it is complete.
+        """
+        check_batch(batch)
+        rows = self.layout.encode(layer, *values, positions=batch.positions.long())
+        for component, row in rows.items():
+            write_component(self.alloc.tensor(layer, component), self._group(batch, layer, component), row)
+        if tail := self.layout.tail(layer):
+            self._write_blocks(layer, batch, tail)
+
+    def readers(self, layer: int, batch: Batch) -> list[TokenReader]:
+        """Return one reader for each sequence of the batch, padding rows left out, in order."""
+        check_batch(batch)
+        return [TokenReader(self.alloc, batch, layer, row) for row in range(len(batch.buffers.handles))]
+
+    def attend(
+        self, q: torch.Tensor, layer: int, batch: Batch, *, scale: float | None = None, causal: bool = True,
+        queries: GroupBatch | None = None,
+    ) -> Partial:  # fmt: skip
+        """Return ``(out [T, query heads, width], lse float32 [T, query heads])`` of the new tokens over all tokens.
+
+        q: ``[T, query heads, width]``, packed by ``cu_seqlens_q``, after rotation. scale: of the scores, default
+        ``width ** -0.5``. causal: a query sees the tokens up to its own; False for cross attention. queries: the batch
+        that q is packed by, if that is another group's (cross attention). out: in q's dtype; its width is that of V, or
+        what the layout says. For q in float64, the lse is float64 too. Rows of padding are zero, their lse -inf.
+
+        Cost: a few torch calls for each sequence and tile.
+        """
+        starts = (queries or batch).cu_seqlens_q_cpu.tolist()
+        if q.ndim != 3 or len(q) != starts[-1]:
+            raise SpecError(f"q: got shape {tuple(q.shape)}; must be [{starts[-1]}, query heads, width]")
+        parts = [
+            (begin, end, self.layout.attend(q[begin:end], reader, scale=scale, causal=causal))
+            for reader, begin, end in zip(self.readers(layer, batch), starts, starts[1:], strict=False)
+            if begin < end
+        ]
+        width = parts[0][2][0].shape[-1] if parts else q.shape[-1]
+        out, lse = q.new_zeros(*q.shape[:2], width), q.new_full(q.shape[:2], -torch.inf, dtype=compute_dtype(q))
+        for begin, end, (o, s) in parts:
+            out[begin:end], lse[begin:end] = o.to(q.dtype), s
+        return out, lse
+
+    def derive(self, layer: int, batch: Batch, *, dtype: torch.dtype | None = None) -> Derived:
+        """Return K and V of all tokens of the batch, in a scratch of one layer that the next call overwrites.
+
+        dtype: of the scratch; default what the layout derives. Cost: ``layout.derive`` and one write. The scratch grows
+        to the most that a call needed, and the ledger holds it under ``"scratch"``; ``release_scratch()`` frees it.
+        """
+        readers = self.readers(layer, batch)
+        ends = [0]
+        for reader in readers:
+            ends.append(ends[-1] + reader.length)
+        k, v = torch.empty(0), torch.empty(0)
+        for reader, begin, end in zip(readers, ends, ends[1:], strict=False):
+            for first in range(0, max(reader.length, 1), self.layout.tile_tokens):
+                tile = self.layout.derive(reader, first, min(first + self.layout.tile_tokens, reader.length))
+                if first == begin == 0:
+                    k, v = (self._room(n, ends[-1], t, dtype) for n, t in zip("kv", tile, strict=True))
+                at = slice(begin + first, min(begin + first + self.layout.tile_tokens, end))
+                k[at], v[at] = tile
+        lengths = torch.tensor(ends, dtype=torch.int32, device=k.device)
+        return Derived(k, v, lengths, max((reader.length for reader in readers), default=0))
+
+    def release_scratch(self) -> None:
+        """Free the scratch of ``derive``. Results of earlier calls keep their memory while they are referenced."""
+        self._scratch.clear()
+        self.alloc.ledger.hold("scratch", 0)
+
+    def _room(self, name: str, tokens: int, like: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+        """Return ``[tokens, *like.shape[1:]]`` of the scratch."""
+        kind, each = dtype or like.dtype, like[0:1].numel()
+        known = self._scratch.get(name)
+        if known is None or known.dtype != kind or known.device != like.device or known.numel() < tokens * each:
+            self._scratch[name] = known = like.new_empty(tokens * each, dtype=kind)
+            self.alloc.ledger.hold("scratch", sum(t.numel() * t.element_size() for t in self._scratch.values()))
+        return known[: tokens * each].view(tokens, *like.shape[1:])
+
+    def _group(self, batch: Batch, layer: int, component: str) -> GroupBatch:
+        return batch.group(self.alloc.spec.group_of(layer, component))
+
+    # --- components that are encoded a whole block at a time ---
+
+    def _write_blocks(self, layer: int, batch: Batch, tail: tuple[str, ...]) -> None:
+        """Encode each block whose last token this step has written."""
+        lengths = batch.seq_lens_cpu.tolist()
+        new = batch.cu_seqlens_q_cpu.diff().tolist()
+        size = batch.block_size
+        complete = [  # (row, block) of each
+            (row, block)
+            for row in range(len(batch.buffers.handles))
+            for block in range((lengths[row] - new[row]) // size, lengths[row] // size)
+        ]
+        if not complete:
+            return
+        tokens: Mapping[str, torch.Tensor] = {
+            name: torch.stack([
+                read_tokens(self.alloc, self._group(batch, layer, name), layer, name, row, b * size, (b + 1) * size)
+                for row, b in complete
+            ])
+            for name in tail
+        }  # fmt: skip
+        where = torch.tensor(complete, device=batch.block_table.device)
+        for component, values in self.layout.encode_blocks(layer, tokens).items():
+            group = self._group(batch, layer, component)
+            blocks = self.alloc.tensor(layer, component)
+            blocks[group.block_table[where[:, 0], where[:, 1]].long()] = values.to(blocks.dtype)

@@ -1,0 +1,40 @@
+"""K and V as they are: the layout that every attention kernel reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from kvmem.errors import SpecError
+from kvmem.layouts.base import Layout
+from kvmem.layouts.reading import TokenReader
+from kvmem.spec import CacheSpec
+
+__all__ = ["PlainKV"]
+
+
+class PlainKV(Layout):
+    """Stores K after rotation, and V. Exact up to the dtype of the cache."""
+
+    def __init__(self, spec: CacheSpec) -> None:
+        """spec: K and V of each layer, as ``CacheSpec.kv()`` and ``CacheSpec.from_config()`` give it."""
+        for layer in range(spec.num_layers):
+            names = {component.name for component in spec.layer_components(layer)}
+            if names != {"k", "v"}:
+                raise SpecError(f"spec: layer {layer} has {sorted(names)}; PlainKV stores k and v of every layer")
+        self.spec = spec
+
+    def encode(self, layer: int, *values: torch.Tensor, positions: torch.Tensor) -> Mapping[str, torch.Tensor]:
+        """values: k (after rotation) and v, ``[T, KV heads, width]`` each."""
+        k, v = values
+        return {"k": k, "v": v}
+
+    def derive(self, reader: TokenReader, first: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Views on the virtual backend, gathered on the paged one."""
+        return reader.rows("k", first, end), reader.rows("v", first, end)
+
+    def kernel_args(self, layer: int) -> dict[str, Any]:
+        """Nothing: kernels read ``Allocator.kv(layer)`` as it is."""
+        return {}

@@ -1,0 +1,129 @@
+"""Rotary position embedding as layouts need it: apply, undo and shift, for keys that are stored before rotation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from kvmem.errors import SpecError
+
+__all__ = ["Rope"]
+
+
+class Rope:
+    """Rotates queries and keys by their position (RoFormer, arXiv:2104.09864), as Hugging Face models do: element i of
+    the first half of the rotated part is paired with element i of the second half.
+
+    inv_freq: float64 ``[rotary_dim / 2]``, the angle of a pair at position 1. factor: what a rotated vector is
+    multiplied by (YaRN's attention factor); 1 for most. The elements from ``rotary_dim`` on are not rotated.
+    """
+
+    def __init__(self, inv_freq: torch.Tensor, factor: float = 1.0) -> None:
+        if inv_freq.ndim != 1 or not len(inv_freq):
+            raise SpecError(f"inv_freq: got shape {tuple(inv_freq.shape)}; must be [rotary_dim / 2]")
+        self.inv_freq, self.factor = inv_freq.double(), float(factor)
+
+    @classmethod
+    def default(cls, head_dim: int, *, theta: float = 10_000.0) -> Rope:
+        """Return the plain form: pair i turns by ``theta ** (-2 i / head_dim)`` each position."""
+        return cls(theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim))
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any] | object) -> Rope | None:
+        """Return the rotation of a transformers config, or of its ``to_dict()``; None for a model that rotates nothing.
+
+        Understood: ``default``, ``linear``, ``llama3`` and ``yarn`` (arXiv:2309.00071), each with
+        ``partial_rotary_factor``. ``SpecError`` for others: ``dynamic`` and ``longrope`` change the angles with the
+        length, so a key that was rotated once cannot be rotated anew; and for a config with one rotation for each kind
+        of layer: give that kind's part.
+        """
+        data = dict(config) if isinstance(config, Mapping) else config.to_dict()  # type: ignore[attr-defined]
+        data = data.get("text_config") or data
+        given = dict(data.get("rope_parameters") or data.get("rope_scaling") or {})
+        if any(isinstance(value, Mapping) for value in given.values()):
+            raise SpecError(f"rope_parameters: got one for each of {sorted(given)}; give those of one kind of layer")
+        theta = given.get("rope_theta") or data.get("rope_theta")
+        if theta is None:
+            return None
+        heads = data.get("num_attention_heads") or 1
+        head_dim = data.get("qk_rope_head_dim") or data.get("head_dim") or data.get("hidden_size", 0) // heads
+        partial = given.get("partial_rotary_factor") or data.get("partial_rotary_factor") or 1.0
+        kind = given.get("rope_type") or given.get("type") or "default"
+        plain = cls.default(int(head_dim * partial), theta=float(theta))
+        if kind in _SCALED:
+            given.setdefault("original_max_position_embeddings", data.get("max_position_embeddings"))
+            return _SCALED[kind](plain.inv_freq, float(theta), given)
+        if kind != "default":
+            raise SpecError(f"rope_type: got {kind!r}; must be one of default, {', '.join(_SCALED)}")
+        return plain
+
+    def apply(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Return ``x [T, heads, width]`` rotated to ``positions [T]``, in x's dtype; computed in float32, or float64
+        for x in float64.
+        """
+        return self._turn(x, positions, self.factor)
+
+    def undo(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Return what ``apply`` was given: exact up to rounding."""
+        return self._turn(x, -positions, 1 / self.factor)
+
+    def shift(self, x: torch.Tensor, by: torch.Tensor | int) -> torch.Tensor:
+        """Return rotated keys as if they stood ``by`` positions later: an int, or ints ``[T]``. In a short dtype it
+        costs one more rounding.
+        """
+        return self._turn(x, torch.as_tensor(by, device=x.device).expand(len(x)), 1.0)
+
+    def _turn(self, x: torch.Tensor, positions: torch.Tensor, factor: float) -> torch.Tensor:
+        half, dtype = len(self.inv_freq), torch.float64 if x.dtype == torch.float64 else torch.float32
+        angles = positions.to(x.device).double().unsqueeze(1) * self.inv_freq.to(x.device)  # float32 loses 1e-3 at 1e5
+        cos, sin = ((f(angles) * factor).to(dtype).unsqueeze(1) for f in (torch.cos, torch.sin))
+        first, second, rest = x[..., :half].to(dtype), x[..., half : 2 * half].to(dtype), x[..., 2 * half :]
+        turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+        return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
+
+
+def _linear(inv_freq: torch.Tensor, theta: float, given: Mapping[str, Any]) -> Rope:
+    return Rope(inv_freq / given["factor"])
+
+
+def _llama3(inv_freq: torch.Tensor, theta: float, given: Mapping[str, Any]) -> Rope:
+    """Long wavelengths are stretched by ``factor``, short ones kept, those in between blended."""
+    low, high, length = (
+        given["low_freq_factor"], given["high_freq_factor"], given["original_max_position_embeddings"]
+    )  # fmt: skip
+    turns = length * inv_freq / (2 * math.pi)  # how often a pair turns within the original context
+    keep = ((turns - low) / (high - low)).clamp(0, 1)
+    return Rope(inv_freq * keep + inv_freq / given["factor"] * (1 - keep))
+
+
+def _yarn(inv_freq: torch.Tensor, theta: float, given: Mapping[str, Any]) -> Rope:
+    """As ``_llama3``, with a blend that is linear in the index of a pair, and a factor for the attention."""
+    dim, factor, length = 2 * len(inv_freq), given["factor"], given["original_max_position_embeddings"]
+
+    def pair(turns: float) -> float:
+        return dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = pair(given.get("beta_fast") or 32), pair(given.get("beta_slow") or 1)
+    if given.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    ramp = (torch.arange(dim // 2, dtype=torch.float64) - low) / (high - low if high != low else 0.001)
+    keep = 1 - ramp.clamp(0, 1)
+    return Rope(inv_freq * keep + inv_freq / factor * (1 - keep), _yarn_attention(factor, given))
+
+
+def _yarn_attention(factor: float, given: Mapping[str, Any]) -> float:
+    def mscale(scale: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
+
+    if given.get("attention_factor") is not None:
+        return float(given["attention_factor"])
+    if given.get("mscale") and given.get("mscale_all_dim"):
+        return mscale(given["mscale"]) / mscale(given["mscale_all_dim"])
+    return mscale(1.0)
+
+
+_SCALED = {"linear": _linear, "llama3": _llama3, "yarn": _yarn}
