@@ -1,4 +1,4 @@
-"""Attention of the newest tokens of a sequence over a tile of its tokens, in plain torch. Tiles are joined by ``merge``."""
+"""Attention of the newest tokens of a sequence over a tile of its tokens, in torch. ``merge`` joins tiles."""
 
 from __future__ import annotations
 
