@@ -14,7 +14,7 @@ from kvmem.layouts.attention import Partial, attend_tile
 from kvmem.spec import CacheSpec
 
 if TYPE_CHECKING:
-    from kvmem.layouts.cache import TokenReader
+    from kvmem.layouts.reading import TokenReader
 
 __all__ = ["Layout"]
 

@@ -99,7 +99,7 @@ def read_set(alloc: Allocator, batch: Batch, layer: int, components: tuple[str, 
     begins, ends = [], []
     for row in range(len(batch.buffers.handles)):
         parts = [_token_ranges(alloc, batch, layer, component, row) for component in components]
-        by_arena: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}  # type: ignore[type-arg]
+        by_arena: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}
         for arena, begin, size in parts:
             by_arena.setdefault(arena, []).append((begin, begin + size))
         for pieces in by_arena.values():  # components of one arena lie in one token; others are apart
