@@ -16,22 +16,26 @@ def compute_dtype(q: torch.Tensor) -> torch.dtype:
 
 
 def masked_scores(
-    q: torch.Tensor, k: torch.Tensor, *, first: int, length: int, scale: float | None = None, causal: bool = True
-) -> torch.Tensor:
+    q: torch.Tensor, k: torch.Tensor, *, first: int, length: int, scale: float | None = None, causal: bool = True,
+    window: int | None = None,
+) -> torch.Tensor:  # fmt: skip
     """Return the scores ``[query heads, n, m]`` of n queries over m keys, -inf where a query sees no key.
 
     q: ``[n, query heads, width]``, of tokens ``[length - n, length)``. k: ``[m, KV heads, width]``, of tokens
-    ``[first, first + m)``. Query heads h * g to (h + 1) * g - 1 share KV head h.
+    ``[first, first + m)``. Query heads h * g to (h + 1) * g - 1 share KV head h. window: how many tokens a query sees,
+    itself included; None for all.
     """
     dtype = compute_dtype(q)
     new, heads, width = q.shape
     grouped = q.to(dtype).view(new, k.shape[1], heads // k.shape[1], width)
     scores = torch.einsum("qhgd,khd->hgqk", grouped, k.to(dtype)).flatten(0, 1)
     scores *= width**-0.5 if scale is None else scale
+    positions = torch.arange(length - new, length, device=q.device).unsqueeze(1)
+    keys = torch.arange(first, first + len(k), device=q.device)
     if causal and first + len(k) > length - new + 1:
-        positions = torch.arange(length - new, length, device=q.device).unsqueeze(1)
-        keys = torch.arange(first, first + len(k), device=q.device)
         scores.masked_fill_(keys > positions, -torch.inf)
+    if window is not None:
+        scores.masked_fill_(keys <= positions - window, -torch.inf)
     return scores
 
 
@@ -45,13 +49,14 @@ def normalise(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def attend_tile(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, first: int, length: int, scale: float | None = None,
-    causal: bool = True,
+    causal: bool = True, window: int | None = None,
 ) -> Partial:  # fmt: skip
     """Return ``(out, lse)`` of the queries over the tokens ``[first, first + m)``; arguments as for ``masked_scores``.
 
     v: ``[m, KV heads, any width]``.
     """
-    weights, lse = normalise(masked_scores(q, k, first=first, length=length, scale=scale, causal=causal))
+    scores = masked_scores(q, k, first=first, length=length, scale=scale, causal=causal, window=window)
+    weights, lse = normalise(scores)
     heads, new, held = weights.shape
     grouped = weights.view(v.shape[1], heads // v.shape[1], new, held)
     return torch.einsum("hgqk,khd->qhgd", grouped, v.to(weights.dtype)).flatten(1, 2), lse

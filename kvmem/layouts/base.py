@@ -61,14 +61,19 @@ class Layout(ABC):
         This form derives K and V of ``tile_tokens`` tokens at a time. Layouts that read compressed bytes directly, or
         return something else than attention over V, override it.
         """
-        starts = range(0, reader.length, self.tile_tokens) or [0]
-        return merge_levels(self._attend_tile(q, reader, first, scale, causal) for first in starts)
+        window = self.window_tokens(reader.layer)
+        begin = 0 if window is None else max(0, reader.length - len(q) - window + 1)
+        return merge_levels(
+            attend_tile(
+                q, *self.derive(reader, first, min(first + self.tile_tokens, reader.length)), first=first,
+                length=reader.length, scale=scale, causal=causal, window=window,
+            )
+            for first in range(begin, reader.length, self.tile_tokens) or [0]
+        )  # fmt: skip
 
-    def _attend_tile(
-        self, q: torch.Tensor, reader: TokenReader, first: int, scale: float | None, causal: bool
-    ) -> Partial:
-        k, v = self.derive(reader, first, min(first + self.tile_tokens, reader.length))
-        return attend_tile(q, k, v, first=first, length=reader.length, scale=scale, causal=causal)
+    def window_tokens(self, layer: int) -> int | None:
+        """Return how many tokens a query of the layer sees, itself included; None for all."""
+        return None
 
     # --- components that are encoded a whole block at a time ---
 

@@ -21,7 +21,7 @@ __all__ = ["Derived", "LayoutCache"]
 
 @dataclass(frozen=True)
 class Derived:
-    """K and V of all tokens of a batch, for kernels that take packed sequences (``varlen``).
+    """K and V of all tokens that a batch holds, for kernels that take packed sequences (``varlen``).
 
     k, v: ``[N, KV heads, width]``, one sequence after the other, in a scratch that the next ``derive()`` overwrites.
     cu_seqlens_k: int32 ``[rows + 1]``, their running sum. max_seqlen_k: the longest.
@@ -107,19 +107,21 @@ class LayoutCache:
         to the most that a call needed, and the ledger holds it under ``"scratch"``; ``release_scratch()`` frees it.
         """
         readers = self.readers(layer, batch)
-        ends = [0]
+        lengths = [reader.length - reader.first for reader in readers]
+        total, done, room = sum(lengths), 0, None
         for reader in readers:
-            ends.append(ends[-1] + reader.length)
-        k, v = torch.empty(0), torch.empty(0)
-        for reader, begin, end in zip(readers, ends, ends[1:], strict=False):
-            for first in range(0, max(reader.length, 1), self.layout.tile_tokens):
-                tile = self.layout.derive(reader, first, min(first + self.layout.tile_tokens, reader.length))
-                if first == begin == 0:
-                    k, v = (self._room(n, ends[-1], t, dtype) for n, t in zip("kv", tile, strict=True))
-                at = slice(begin + first, min(begin + first + self.layout.tile_tokens, end))
-                k[at], v[at] = tile
-        lengths = torch.tensor(ends, dtype=torch.int32, device=k.device)
-        return Derived(k, v, lengths, max((reader.length for reader in readers), default=0))
+            for first in range(reader.first, reader.length, self.layout.tile_tokens):
+                end = min(first + self.layout.tile_tokens, reader.length)
+                tile = self.layout.derive(reader, first, end)
+                if room is None:
+                    room = [self._room(name, total, part, dtype) for name, part in zip("kv", tile, strict=True)]
+                for scratch, part in zip(room, tile, strict=True):
+                    scratch[done : done + end - first] = part
+                done += end - first
+        if room is None:
+            raise SpecError("batch: got no tokens to derive; each sequence is empty")
+        cu_seqlens = torch.tensor([0, *lengths], device=room[0].device).cumsum(0).int()
+        return Derived(room[0], room[1], cu_seqlens, max(lengths))
 
     def release_scratch(self) -> None:
         """Free the scratch of ``derive``. Results of earlier calls keep their memory while they are referenced."""

@@ -35,6 +35,10 @@ class PlainKV(Layout):
         """Views on the virtual backend, gathered on the paged one."""
         return reader.rows("k", first, end), reader.rows("v", first, end)
 
+    def window_tokens(self, layer: int) -> int | None:
+        """The window of the group that holds the layer."""
+        return self.spec.groups[self.spec.group_of(layer, "k")].window_tokens
+
     def kernel_args(self, layer: int) -> dict[str, Any]:
         """Nothing: kernels read ``Allocator.kv(layer)`` as it is."""
         return {}

@@ -17,14 +17,15 @@ __all__ = ["ByteRanges", "TokenReader", "read_set", "read_tokens"]
 class TokenReader:
     """One row of a batch and one layer. What is read is counted in the allocator's ledger.
 
-    layer. length: tokens of the sequence, this step's included. block_size: of the batch's own group.
+    layer. first: the first token that is held, 0 without a sliding window. length: tokens of the sequence, this step's
+    included. block_size: of the batch's own group, as ``first`` and ``length``.
     """
 
     def __init__(self, alloc: Allocator, batch: Batch, layer: int, row: int) -> None:
         self._alloc, self._batch, self._row = alloc, batch, row
         self.layer = layer
         self.block_size = batch.block_size
-        self.length = int(batch.seq_lens_cpu[row])
+        self.first, self.length = int(batch.first_tokens_cpu[row]), int(batch.seq_lens_cpu[row])
 
     def tokens(self, component: str) -> int:
         """Return how many tokens of the component's group there are, which differs for what is written at prefill."""

@@ -1,0 +1,216 @@
+"""Every layout on both backends: written and read as sequences grow, share, fork, are cut and evicted, and on replicas.
+
+A layout adds its cases (``NAME_cases.py``) here; everything else is the same for all.
+"""
+
+from __future__ import annotations
+
+from itertools import chain
+
+import plain_cases
+import pytest
+import torch
+from layout_case import Case
+from layout_world import World
+
+from kvmem import Allocator, OutOfMemory, SpecError
+from kvmem.layouts import LayoutCache
+
+CASES = list(chain.from_iterable(module.cases() for module in (plain_cases,)))
+every_layout = pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+both_backends = pytest.mark.parametrize("backend", ["virtual", "paged"])
+
+
+def has_state(case: Case) -> bool:
+    return any(group.growth == "fixed" for group in case.layout.spec.groups)
+
+
+@every_layout
+@both_backends
+def test_prompts_and_decoding(case: Case, backend: str, seed: int) -> None:
+    """Lengths around the ends of blocks and tiles, in chunks and token by token."""
+    world = World(case, backend, seed)
+    size = world.block
+    sequences = [world.alloc.sequence() for _ in range(4)]
+    for seq in sequences:
+        world.ids[seq] = []
+    world.grow(sequences, [world.some(n) for n in (1, size - 1, size, 3 * size + 1)])
+    world.grow(sequences[:2], [world.some(n) for n in (size, 2)])
+    for _ in range(3):
+        world.grow(sequences, [world.some(1) for _ in sequences])
+    assert world.alloc.check() == []
+
+
+@every_layout
+@both_backends
+def test_derive(case: Case, backend: str, seed: int) -> None:
+    """What other kernels are given: attention over it is attention over the layout; one scratch serves every layer."""
+    world = World(case, backend, seed)
+    sequences = [world.open(world.some(n)) for n in (5, 2 * world.block + 3, 300)]
+    batch = world.alloc.batch(sequences, new_tokens=[0, 0, 0])
+    held = []
+    for layer in world.layers:
+        try:
+            found = world.cache.derive(layer, batch)
+        except SpecError as error:  # a layout that has no K and V says so
+            assert "derive" in str(error)
+            return
+        ends = found.cu_seqlens_k.tolist()
+        for seq, begin, end in zip(sequences, ends, ends[1:], strict=False):
+            k, v = case.plain(layer, torch.tensor(world.ids[seq]), torch.arange(len(world.ids[seq])))
+            for part, wanted in ((found.k, k), (found.v, v)):
+                error = (part[begin:end].double() - wanted[begin - end :]).abs().max() / wanted.abs().max()
+                assert error <= case.extra.get("derive_tolerance", case.tolerance)
+        held.append(world.alloc.ledger.held["scratch", "device"])
+    assert held[0] == held[-1] > 0
+    world.cache.release_scratch()
+    assert ("scratch", "device") not in world.alloc.ledger.held
+
+
+@every_layout
+@both_backends
+def test_prefixes_are_shared(case: Case, backend: str, seed: int) -> None:
+    world = World(case, backend, seed)
+    prompt = world.some(6 * world.block + 5)
+    first = world.open(prompt)
+    before = world.alloc.stats().used_bytes
+    second = world.open(prompt[: 5 * world.block + 1] + world.some(7))
+    if has_state(case):  # it is shared where there is a snapshot, which the layout's own tests take
+        assert second.num_cached_tokens == 0
+        return
+    assert second.num_cached_tokens >= 5 * world.block
+    assert world.alloc.stats().used_bytes < 1.5 * before
+    for _ in range(2):
+        world.grow([second, first], [world.some(1), world.some(2)])
+    first.free()
+    third = world.open(prompt)
+    assert third.num_cached_tokens > 0
+    world.check([second, third])
+
+
+@every_layout
+@both_backends
+def test_fork_and_truncate(case: Case, backend: str, seed: int) -> None:
+    """In the middle of a block: both go on with other tokens; draft tokens are taken back and replaced."""
+    world = World(case, backend, seed)
+    seq = world.open(world.some(3 * world.block + world.number(1, world.block - 1)))
+    twin = seq.fork()
+    world.ids[twin] = list(world.ids[seq])
+    world.grow([seq, twin], [world.some(3), world.some(world.block)])
+    world.check([seq, twin])
+    if has_state(case):
+        return  # a state is not restored by truncate(): the layout's own tests roll back by snapshots
+    for drafts in (2, world.block - 1, world.block + 2):
+        world.grow([twin, seq], [world.some(drafts), world.some(drafts)], keep=world.number(0, drafts - 1))
+        world.check([seq, twin])
+        world.grow([twin, seq], [world.some(1), world.some(1)])
+    assert world.alloc.check() == []
+
+
+@every_layout
+@both_backends
+def test_eviction_and_refill(case: Case, backend: str, seed: int) -> None:
+    """Memory for a few sequences: cached content goes, what is written later is right."""
+    world = World(case, backend, seed, memory="256KiB", max_sequences=4)
+    prompts = [world.some(world.number(20, 3 * world.block)) for _ in range(4)]
+    evicted = world.alloc.stats().evicted_blocks
+    for turn in range(400):
+        try:
+            seq = world.open(prompts[turn % 4] + world.some(world.number(1, 2 * world.block)))
+        except OutOfMemory:
+            pytest.fail("one sequence does not fit")
+        seq.free()
+        if world.alloc.stats().evicted_blocks > evicted + 8 and turn >= 12:
+            break
+    else:
+        pytest.fail("nothing was evicted")
+    assert world.alloc.check() == []
+
+
+@every_layout
+@both_backends
+def test_a_replica_reads_what_it_wrote(case: Case, backend: str, seed: int) -> None:
+    """A follower makes the same decisions from the leader's ops; each rank writes and reads its own memory."""
+    world = World(case, backend, seed, record_ops=True)
+    sizes = {"memory": "8MiB", "max_sequences": 16, "max_tokens": 512, "page_bytes": 4096}
+    other = Allocator(case.layout.spec, backend=backend, device="cpu", **sizes)  # type: ignore[arg-type]
+    cache = LayoutCache(case.layout, other)
+    seq = world.alloc.sequence()
+    world.ids[seq] = []
+    for count in (2 * world.block + 3, 1, 5):
+        new = world.some(count)
+        seq.extend(count)
+        other.apply(world.alloc.take_ops())
+        world.write(world.alloc, world.cache, [seq], [new])
+        world.write(other, cache, [seq], [new])
+        world.ids[seq] += new
+        seq.commit(new)
+        other.apply(world.alloc.take_ops())
+    twin = seq.fork()
+    world.ids[twin] = list(world.ids[seq])
+    twin.extend(1)
+    other.apply(world.alloc.take_ops())
+    for alloc, it in ((world.alloc, world.cache), (other, cache)):
+        world.write(alloc, it, [twin], [[7]])
+    world.ids[twin] += [7]
+    twin.commit([7])
+    other.apply(world.alloc.take_ops())
+    world.check_in(other, cache, [seq, twin])
+
+
+@every_layout
+@both_backends
+def test_bytes(case: Case, backend: str) -> None:
+    """By the spec and the ledger exactly; by what the memfd holds, up to one page for each address range."""
+    spec = case.layout.spec
+    tokens = 16 * max(g.block_size for g in spec.groups)
+    window = [g for g in spec.groups if g.window_tokens is not None]
+    assert spec.bytes_per_token - sum(g.bytes_per_token for g in window) * case.blockwise == pytest.approx(
+        case.plain_bytes / case.ratio, rel=0, abs=0
+    )
+    world = World(case, backend, 0, memory="32MiB", max_tokens=2 * tokens, interleave="all", prefix_cache=False)
+    seq = world.alloc.sequence()
+    world.ids[seq] = []
+    before = world.alloc.stats().physical_bytes
+    for _ in range(16):
+        world.grow([seq], [world.some(tokens // 16)])
+    world.alloc.trim()
+    held = world.alloc.ledger.held
+    grown, padded = 0, 0
+    for group, layout in zip(spec.groups, world.alloc._layouts, strict=True):
+        first = world.alloc.core.first_token(seq.id, spec.groups.index(group))
+        count = {"token": tokens - first, "fixed": 1, "prefill": 0}[group.growth]
+        grown += count * (group.bytes_per_token or group.fixed_bytes)
+        padded += count * layout.total_token_bytes
+    assert sum(held.values()) == grown
+    arenas = sum(len(layout.token_bytes) for layout in world.alloc._layouts)
+    reserved = max(g.block_size for g in spec.groups) * 3 * sum(x.total_token_bytes for x in world.alloc._layouts)
+    assert 0 <= world.alloc.stats().physical_bytes - padded <= before + 4096 * arenas * 2 + reserved
+
+
+@every_layout
+@both_backends
+@pytest.mark.parametrize("round", range(3))
+def test_random_walks(case: Case, backend: str, round: int, seed: int) -> None:
+    """Any interleaving of open, grow, fork, cut and free."""
+    world = World(case, backend, seed + round, memory="1MiB")
+    prompts = [world.some(world.number(1, 4 * world.block)) for _ in range(3)]
+    for _ in range(25):
+        live = list(world.ids)
+        kind = world.number(0, 4)
+        if (kind == 0 or not live) and len(live) < 8:
+            world.open(prompts[world.number(0, 2)] + world.some(world.number(1, world.block)))
+        elif kind <= 1 and live:
+            several = live[: world.number(1, len(live))]
+            world.grow(several, [world.some(world.number(1, world.block + 1)) for _ in several])
+        elif kind == 2 and len(live) < 8:
+            twin = (seq := live[world.number(0, len(live) - 1)]).fork()
+            world.ids[twin] = list(world.ids[seq])
+        elif kind == 3 and not has_state(case) and live:
+            drafts = world.number(1, world.block + 1)
+            world.grow([live[0]], [world.some(drafts)], keep=world.number(0, drafts))
+        elif live:
+            seq = live[world.number(0, len(live) - 1)]
+            del world.ids[seq]
+            seq.free()
+    assert world.alloc.check() == []
