@@ -62,7 +62,7 @@ class Layout(ABC):
         return something else than attention over V, override it.
         """
         window = self.window_tokens(reader.layer)
-        begin = 0 if window is None else max(0, reader.length - len(q) - window + 1)
+        begin = 0 if window is None else max(reader.first, reader.length - len(q) - window + 1)
         return merge_levels(
             attend_tile(
                 q, *self.derive(reader, first, min(first + self.tile_tokens, reader.length)), first=first,
