@@ -45,9 +45,9 @@ def check_size(field: str, value: object, least: int = 1, most: int = INT64_MAX)
 def check_count(field: str, value: int) -> int:
     """Return ``value`` as an int, which must fit an int32. The core checks it against the allocator's state."""
     if type(value) is not int and (isinstance(value, bool) or not isinstance(value, (int, np.integer))):
-        raise SpecError(f"{field}: got {value!r}; must be an integer")
+        raise SpecError(f"{field}: got {brief(value)}; must be an integer")
     if not -(2**31) <= value < 2**31:
-        raise SpecError(f"{field}: got {value}; must fit an int32")
+        raise SpecError(f"{field}: got {brief(value)}; must fit an int32")
     return int(value)
 
 
@@ -157,7 +157,8 @@ def as_int32(
     if values.size and (values.dtype.kind not in "iu" or has_bool(given)):
         raise SpecError(f"{field}: got {_shape(given)}, of {values.dtype}; must be one int32 for each sequence")
     if values.size and (values.min() < -(2**31) or values.max() >= 2**31):
-        raise SpecError(f"{field}: got numbers from {values.min()} to {values.max()}; each must fit an int32")
+        least, most = brief(values.min()), brief(values.max())
+        raise SpecError(f"{field}: got numbers from {least} to {most}; each must fit an int32")
     return np.ascontiguousarray(values, np.int32)
 
 
@@ -188,7 +189,9 @@ def parse_bytes(field: str, value: int | str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value) if isinstance(value, str) else None
     unit = None if match is None else _UNITS.get(match.group(2))
     if match is None or unit is None:
-        raise SpecError(f'{field}: got {value!r}; must be bytes as an int, or a text such as "20GiB", "20G" or "500MB"')
+        raise SpecError(
+            f'{field}: got {brief(value)}; must be bytes as an int, or a text such as "20GiB", "20G" or "500MB"'
+        )
     number = match.group(1)
     if "." in number and not match.group(2):
         raise SpecError(
@@ -197,6 +200,11 @@ def parse_bytes(field: str, value: int | str) -> int:
     if len(number) > 20:  # longer than any size in bytes; int() refuses texts of some thousand digits
         raise SpecError(f"{field}: got a number of {len(number)} digits; must be below 2**63 bytes")
     return check_size(field, int(float(number) * unit) if "." in number else int(number) * unit, 0)
+
+
+def is_auto(value: object) -> bool:
+    """Return whether ``value`` is the text ``"auto"``; an array is not compared entry by entry."""
+    return isinstance(value, str) and value == "auto"
 
 
 def is_fraction(field: str, value: object) -> bool:

@@ -13,7 +13,7 @@ import torch
 from kvmem import _core
 from kvmem.allocator.batch_buffers import FIELDS, PER_ROW, RowFields
 from kvmem.allocator.cascade import Cascade, Rows, make_cascade
-from kvmem.arguments import INT32_MAX, check_size
+from kvmem.arguments import INT32_MAX, check_group, check_size
 from kvmem.errors import OutOfMemory, SpecError
 from kvmem.spec import Group
 
@@ -346,12 +346,8 @@ class Batch(GroupBatch):
 
     def group(self, index: int) -> GroupBatch:
         """Return the metadata of group ``index`` of the spec. ``SpecError`` if there is no such group."""
-        if index == self._main:
-            return self
-        try:
-            return self.others[index]
-        except (KeyError, TypeError):
-            raise SpecError(f"index: got {index!r}; the batch has groups 0 to {len(self.others)}") from None
+        found = check_group("index", index, 1 + len(self.others))
+        return self if found == self._main else self.others[found]
 
     @property
     def groups(self) -> list[GroupBatch]:

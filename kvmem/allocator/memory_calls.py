@@ -7,7 +7,7 @@ from typing import Any
 
 from kvmem.allocator.opening import OpenedCore
 from kvmem.allocator.stats import Stats
-from kvmem.arguments import INT32_MAX, check_size, is_fraction, parse_bytes
+from kvmem.arguments import INT32_MAX, check_size, is_auto, is_fraction, parse_bytes
 from kvmem.memory.ledger import Ledger
 
 __all__ = ["MemoryCalls"]
@@ -26,7 +26,7 @@ class MemoryCalls(OpenedCore):
         none. Growing a pool that creates its pages ahead (CUDA) is one piece too. If other threads take memory between
         pieces, the call may be refused after parked pages are gone.
         """
-        if self._shares_pool and (memory == "auto" or is_fraction("memory", memory)):
+        if self._shares_pool and (is_auto(memory) or is_fraction("memory", memory)):
             memory = self._limit_bytes(memory)
         self.core.set_memory(self.pool.parse_pages(memory))
 

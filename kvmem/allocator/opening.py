@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
 
 from kvmem import _core
-from kvmem.arguments import INT32_MAX, check_bool, check_choice, check_size, is_fraction, parse_bytes
+from kvmem.arguments import INT32_MAX, check_bool, check_choice, check_size, is_auto, is_fraction, parse_bytes
 from kvmem.errors import SpecError, StaleHandle
 from kvmem.events import EventBatch, EventStream
 from kvmem.events.digests import decode_key
@@ -115,7 +115,7 @@ class OpenedCore:
 
     def _limit_bytes(self, memory: int | float | str | None) -> int:
         budget = self.pool.budget_bytes
-        if memory in (None, "auto"):
+        if memory is None or is_auto(memory):
             return budget
         if is_fraction("memory", memory):  # the budget of a pool of its own is that fraction already
             return int(float(memory) * budget) if self._shares_pool else budget

@@ -6,14 +6,15 @@ import torch
 
 from kvmem.allocator.batch import GroupBatch
 from kvmem.allocator.cascade import Cascade
+from kvmem.arguments import brief
 from kvmem.errors import SpecError
 from kvmem.geometry.views import plain
 from kvmem.kernels.base import Form
 
 __all__ = [
     "all_tokens", "as_bytes", "as_int32", "check_all_blocks", "check_batch", "check_block_multiple", "check_cache",
-    "check_no_window", "check_strides", "flat_tokens", "form_of", "host", "plain", "row_spans", "rows_of",
-    "window_left",
+    "check_no_window", "check_queries", "check_strides", "flat_tokens", "form_of", "host", "plain", "row_spans",
+    "rows_of", "window_left",
 ]  # fmt: skip
 
 #: Kernels keep strides in uint32 (FlashInfer's ``paged_kv_t``).
@@ -167,6 +168,13 @@ def check_all_blocks(cache: object) -> None:
         f"cache: got {got}; must be alloc.kv(layer), K and V of all blocks; seq.kv(layer) is for attention without a "
         "batch"
     )
+
+
+def check_queries(q: object) -> None:
+    """``SpecError`` for what is not a tensor of floats, ``[T, query heads, width]``."""
+    if not isinstance(q, torch.Tensor) or q.ndim != 3 or not q.is_floating_point():
+        got = f"{tuple(q.shape)} of {q.dtype}" if isinstance(q, torch.Tensor) else brief(q)
+        raise SpecError(f"q: got {got}; must be floats, [new tokens, query heads, width]")
 
 
 def window_left(batch: GroupBatch | Cascade, window_tokens: int | None, causal: bool) -> int:

@@ -14,9 +14,10 @@ import torch.nn.functional as F
 
 from kvmem.allocator.batch import GroupBatch
 from kvmem.allocator.cascade import Cascade, CascadeLevel
+from kvmem.arguments import check_size
 from kvmem.errors import SpecError
 from kvmem.kernels.base import Cache, Result, Run, Step
-from kvmem.kernels.checks import as_bytes, check_all_blocks, check_batch, flat_tokens, plain
+from kvmem.kernels.checks import as_bytes, check_all_blocks, check_batch, check_queries, flat_tokens, plain
 from kvmem.kernels.merge import merge_levels
 
 __all__ = ["cascade_attention", "level_attention", "oracle", "prepare_sdpa", "sdpa", "sdpa_lse"]
@@ -45,6 +46,7 @@ def oracle(
     Arguments as for ``sdpa``. Scores of all queries and keys of a sequence exist at once.
     """
     check_all_blocks(cache)
+    check_queries(q)
     out = torch.zeros(*q.shape[:2], cache[1].shape[-1], dtype=dtype, device=q.device)
     lse = torch.full(q.shape[:2], -torch.inf, dtype=dtype, device=q.device)
     for part in _parts(q, cache[0], batch, queries or batch, causal, window_tokens):
@@ -74,6 +76,7 @@ def sdpa(
     Virtual backend: K and V are views. Paged: they are gathered first, a copy of each sequence's tokens.
     """
     check_all_blocks(cache)
+    check_queries(q)
     out = torch.zeros(*q.shape[:2], cache[1].shape[-1], dtype=q.dtype, device=q.device)
     for part in _parts(q, cache[0], batch, queries or batch, causal, window_tokens):
         k, v = (_tokens(c, batch, part).to(q.dtype).transpose(0, 1).unsqueeze(0) for c in cache)
@@ -180,7 +183,7 @@ def _parts(
             f"q: got {q.shape[1]} heads of width {q.shape[2]}; the cache has {heads} of width {width}: the widths must "
             "be equal, and the queries' heads a multiple of the cache's"
         )
-    if window_tokens is not None and not causal:
+    if window_tokens is not None and not (causal and check_size("window_tokens", window_tokens)):
         raise SpecError(f"window_tokens: got {window_tokens} with causal=False; a sliding window looks back only")
     rows = zip(pairwise(starts), batch.first_tokens_cpu.tolist(), batch.seq_lens_cpu.tolist(), strict=True)
     for row, ((begin, end), first, length) in enumerate(rows):

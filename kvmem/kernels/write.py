@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from kvmem.allocator.batch import GroupBatch
+from kvmem.arguments import brief
 from kvmem.errors import SpecError
 from kvmem.geometry.views import CacheTensor, plain
 from kvmem.kernels.base import Cache, Result, Run, Step
@@ -57,9 +58,13 @@ def to_cache_dtype(
     or V spoils the sequence for good. NaN stays NaN. ``SpecError`` where a cache of integers would have to truncate or
     wrap: it takes values of its own dtype, without a scale.
     """
+    if not isinstance(scale, (torch.Tensor, int, float)):
+        raise SpecError(f"{name}: scale: got {brief(scale)}; must be a number or a tensor")
     scaled = isinstance(scale, torch.Tensor) or scale != 1.0
     if values.dtype == dtype and not scaled:
         return values
+    if dtype.is_floating_point and not values.dtype.is_floating_point:
+        raise SpecError(f"{name}: got {values.dtype}; the cache holds {dtype}: give floats, dequantised if need be")
     if not dtype.is_floating_point:
         raise SpecError(
             f"{name}: got {values.dtype}{' with a scale' * scaled}; the cache holds {dtype}, and a conversion would "

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import torch
 
 from kvmem import _core
-from kvmem.arguments import INT32_MAX, format_bytes, is_fraction, parse_bytes
+from kvmem.arguments import INT32_MAX, format_bytes, is_auto, is_fraction, parse_bytes
 from kvmem.errors import KVMemError, SpecError
 from kvmem.memory.device import Device, open_device
 from kvmem.memory.streams import Streams
@@ -112,7 +112,7 @@ class PagePool:
         return self.pages("memory", self._bytes(memory, self.core.present_pages * self.page_bytes), self.page_bytes)
 
     def _bytes(self, memory: int | float | str, held_bytes: int) -> int:
-        if memory == "auto":
+        if is_auto(memory):
             return self.device.part_bytes(None, held_bytes)
         if is_fraction("memory", memory):
             return self.device.part_bytes(float(memory), held_bytes)

@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, InitVar, dataclass, fields, replace
 from functools import cached_property
+from numbers import Integral
 from os import PathLike
 from typing import Any, Final, TypeVar
 
@@ -283,17 +284,22 @@ class CacheSpec:
 
     def group_of(self, layer: int, component: str) -> int:
         """Return the index in ``groups`` of the group that holds ``component`` for ``layer``; ``SpecError`` if none."""
+        self._check_layer(layer)
+        check.check_name("component", component)
         for index, group in enumerate(self.groups):
             if layer in group.layers and any(c.name == component for c in group.components):
                 return index
         there = ", ".join(c.name for c in self.layer_components(layer))
-        raise SpecError(f"component: got {component!r} of layer {layer!r}; that layer has {there or 'none'}")
+        raise SpecError(f"component: got {check.brief(component)} of layer {layer}; that layer has {there or 'none'}")
 
     def layer_components(self, layer: int) -> tuple[Component, ...]:
         """Return all components that ``layer`` reads, in the order of the groups; empty for a layer without a cache."""
-        if isinstance(layer, bool) or layer not in range(self.num_layers):
-            raise SpecError(f"layer: got {layer!r}; the spec has layers 0 to {self.num_layers - 1}")
+        self._check_layer(layer)
         return tuple(c for g in self.groups if layer in g.layers for c in g.components)
+
+    def _check_layer(self, layer: object) -> None:
+        if isinstance(layer, bool) or not isinstance(layer, Integral) or not 0 <= int(layer) < self.num_layers:
+            raise SpecError(f"layer: got {check.brief(layer)}; the spec has layers 0 to {self.num_layers - 1}")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the spec as plain JSON data: ``CacheSpec.from_dict(spec.to_dict()) == spec``."""

@@ -158,8 +158,8 @@ def _load(config: object) -> Mapping[str, Any]:
         values = to_dict()
     else:
         values = config
-    if not isinstance(values, Mapping):
-        raise SpecError(f"config: got {brief(values)}; must be a dict, a path or an object with to_dict()")
+    if not isinstance(values, Mapping) or not all(isinstance(name, str) for name in values):
+        raise SpecError(f"config: got {brief(values)}; must be a dict by names, a path or an object with to_dict()")
     return values
 
 

@@ -13,7 +13,7 @@ from support import i32
 from support_world import World
 
 import kvmem
-from kvmem import SpecError, StaleHandle
+from kvmem import CacheSpec, SpecError, StaleHandle
 from kvmem.allocator.scheduler import SchedulerCache
 
 __all__ = ["world"]
@@ -303,3 +303,23 @@ def test_layers_and_components_that_do_not_exist(world: World) -> None:
         refused(world, SpecError, ".", lambda layer=layer, name=name: alloc.tensor(layer, name))
     if alloc.backend == "paged":
         refused(world, SpecError, "no rows", lambda: alloc.rows(0))
+
+
+STRANGE: list[Any] = [np.array([0, 1]), 1.0, True, None, "0", [0], 10**5000, float("nan")]
+
+
+@pytest.mark.parametrize("strange", STRANGE, ids=[type(x).__name__ + str(i) for i, x in enumerate(STRANGE)])
+def test_values_of_strange_types(world: World, strange: Any) -> None:
+    """No call compares them entry by entry, rounds them, takes True for 1, or fails while it writes its message."""
+    alloc, sequence = world.alloc, kvmem.Sequence(world.alloc, min(world.sequences))
+    batch = alloc.make_batch(max_sequences=1, max_new_tokens=1)
+    calls: list[Callable[[], object]] = [
+        lambda: alloc.kv(strange), lambda: alloc.tensor(strange, "k"), lambda: alloc.tensor(0, strange),
+        lambda: alloc.rows(strange), lambda: batch.group(strange), lambda: sequence.extend(strange),
+        lambda: alloc.set_memory(strange), lambda: alloc.extend_batch([strange], [1]),
+        lambda: CacheSpec.from_config({strange: 1} if isinstance(strange, (float, str)) else strange),
+    ]  # fmt: skip
+    if isinstance(strange, float):  # a float is a fraction of the memory: 1.0 is fine, others have their own test
+        calls.pop(6)
+    for call in calls:
+        refused(world, SpecError, ".", call)
