@@ -64,6 +64,7 @@ void bind_batch(nanobind::module_& m, nanobind::class_<Allocator>& allocator);
 void bind_events(nanobind::module_& m);
 void bind_eviction(nanobind::module_& m);
 void bind_scope(nanobind::module_& m);
+void bind_codec(nanobind::module_& m);
 
 // Returns None if nothing was written, which is the most frequent case.
 nanobind::object to_python(TableChanges changes);  // table_changes.cpp

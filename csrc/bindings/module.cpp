@@ -59,4 +59,5 @@ NB_MODULE(_core, m) {
   bind_events(m);
   bind_token_blocks(m);
   bind_scope(m);
+  bind_codec(m);
 }

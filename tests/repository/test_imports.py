@@ -191,6 +191,7 @@ NATIVE_LEVELS: dict[str, int] = {
     "driver": 1,
     "eviction": 1,
     "attend": 1,
+    "codec": 1,
     "index": 2,
     "tier": 2,
     "memory": 3,
