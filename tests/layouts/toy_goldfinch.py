@@ -17,7 +17,7 @@ from kvmem.layouts.goldfinch import GoldFinch, GoldLayer, GoldShared, goldfinch_
 from kvmem.layouts.rope import Rope
 
 Tensor = torch.Tensor
-F64 = torch.float64
+F64, D, HEADS, C, VOCABULARY = torch.float64, 64, 4, 4, 50
 
 
 def norm(x: Tensor) -> Tensor:
@@ -28,41 +28,49 @@ def rms_norm(x: Tensor) -> Tensor:
     return x / (x.square().mean(-1, keepdim=True).sqrt() + 1e-8)
 
 
-def rotate(x: Tensor, positions: Tensor, interleaved: bool = True) -> Tensor:
+def rotate(x: Tensor, positions: Tensor, interleaved: bool) -> Tensor:
     """``x [T, heads, width]``: pairs are complex numbers, and each turns by its angle."""
     half = x.shape[-1] // 2
     pairs = x.unflatten(-1, (half, 2)) if interleaved else x.unflatten(-1, (2, half)).mT
     angles = positions.double()[:, None, None] * 10_000.0 ** (-torch.arange(half, dtype=F64) / half)
-    turned = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * torch.polar(torch.ones_like(angles), angles))
+    turned = torch.view_as_real(
+        torch.view_as_complex(pairs.contiguous()) * torch.polar(torch.ones_like(angles), angles)
+    )
     return turned.flatten(-2) if interleaved else turned.mT.flatten(-2)
 
 
 class Toy:
-    """``recurrent`` layers, then ``gold`` layers; d = 64, 4 heads, c of 4 elements, states of 4 matrices 16 x 16."""
+    """``recurrent`` layers, then ``gold`` layers."""
 
-    def __init__(self, seed: int, recurrent: int = 3, gold: int = 3, d: int = 64, *, interleaved: bool = True) -> None:
-        draw, c, rank, self.heads = torch.Generator().manual_seed(seed), d // 16, 5, 4
+    def __init__(self, seed: int, recurrent: int = 3, gold: int = 3, *, interleaved: bool = True) -> None:
+        draw, r = torch.Generator().manual_seed(seed), 5
 
         def w(*shape: int, scale: float = 0.0) -> Tensor:
             return torch.randn(shape, generator=draw, dtype=F64) * (scale or shape[-2] ** -0.5)
 
-        self.gold, self.layers, self.interleaved, self.draw = range(recurrent, recurrent + gold), recurrent + gold, interleaved, draw
-        self.down, self.head = w(d, c), w(d, 50)
-        self.shared = GoldShared(w(50, d), torch.stack((1 + w(d, scale=0.1), w(d, scale=0.1))), w(d + c, d))
-        self.key = {i: GoldLayer(w(3, d, scale=0.5), w(d, 2 * rank), w(2, rank, d), w(2, d, 8), w(2, 8, d), w(2, 2, d, scale=0.5)) for i in self.gold}
-        self.mix = {i: (w(4, d, scale=0.5), w(4, d, d)) for i in range(self.layers)}  # r, k, v, decay; or q and out
-        self.channel = {i: (w(2, d, scale=0.5), w(3, d, d)) for i in range(self.layers)}
-        self.bonus, self.adapter = w(d, scale=0.5), (w(d, rank), w(rank, d))
-        self.spec = goldfinch_spec(num_layers=self.layers, recurrent_layers=recurrent, d_model=d, dtype=F64, state_width=16, state_dtype=F64, block_size=8)
+        def gold_layer() -> GoldLayer:
+            mix, adapter = w(3, D, scale=0.5), (w(D, 2 * r), w(2, r, D))
+            return GoldLayer(mix, *adapter, w(2, D, 8), w(2, 8, D), w(2, 2, D, scale=0.5))
+
+        self.layers, self.gold, self.interleaved = recurrent + gold, range(recurrent, recurrent + gold), interleaved
+        self.down, self.head = w(D, C), w(D, VOCABULARY)
+        self.shared = GoldShared(w(VOCABULARY, D), w(2, D, scale=0.5), w(D + C, D))
+        self.key = {i: gold_layer() for i in self.gold}
+        self.mix = [(w(4, D, scale=0.5), w(4, D, D)) for _ in range(self.layers)]  # r, k, v, decay; or q and out
+        self.channel = [(w(2, D, scale=0.5), w(3, D, D)) for _ in range(self.layers)]
+        sizes = {"num_layers": self.layers, "recurrent_layers": recurrent, "d_model": D, "state_width": D // HEADS}
+        self.spec = goldfinch_spec(**sizes, dtype=F64, state_dtype=F64, block_size=8)
 
     def layout(self, spec: kvmem.CacheSpec | None = None, **options: Any) -> GoldFinch:
-        rope = Rope.default(self.head.shape[0] // self.heads)
-        return GoldFinch(spec or self.spec, self.shared, self.key, **({"num_heads": self.heads, "rope": rope, "interleaved": self.interleaved} | options))
+        options = {"num_heads": HEADS, "rope": Rope.default(D // HEADS), "interleaved": self.interleaved} | options
+        return GoldFinch(spec or self.spec, self.shared, self.key, **options)
+
+    def begin(self, ids: Tensor) -> Tensor:
+        return norm(self.shared.embedding[ids]) * self.shared.norm[0] + self.shared.norm[1]
 
     def keys_values(self, layer: int, c: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         """K after rotation and V of a whole sequence, ``[T, heads, width]``, a token at a time."""
-        g, rows = self.key[layer], []
-        x0 = norm(self.shared.embedding[ids]) * self.shared.norm[0] + self.shared.norm[1]
+        g, rows, x0 = self.key[layer], [], self.begin(ids)
         bases = (rms_norm(torch.cat((x0, c), 1) @ self.shared.expand), rms_norm(x0))
         for t in range(len(ids)):
             now, last = [b[t] for b in bases], [b[t - 1] if t else torch.zeros_like(b[0]) for b in bases]
@@ -71,27 +79,25 @@ class Toy:
                 row = torch.lerp(now[i], last[i], g.mix[1 + i] + hidden[i] @ g.adapter_out[i])
                 row = row + torch.tanh(row @ g.residual_in[i]) @ g.residual_out[i]
                 rows.append(norm(row) * g.norm[i][0] + g.norm[i][1])
-        k, v = torch.stack(rows).view(len(ids), 2, self.heads, -1).unbind(1)
+        k, v = torch.stack(rows).view(len(ids), 2, HEADS, -1).unbind(1)
         return rotate(k, torch.arange(len(ids)), self.interleaved), v
 
-    def forward(self, ids: Tensor, positions: Tensor, tokens: Parallel | Cached) -> Tensor:
-        """Logits. tokens: knows the tokens before, and those before each."""
-        x = norm(self.shared.embedding[ids]) * self.shared.norm[0] + self.shared.norm[1]
+    def forward(self, ids: Tensor, positions: Tensor, form: Parallel | Cached) -> Tensor:
+        """Logits."""
+        x = self.begin(ids)
         for i in range(self.layers):
             if i == self.gold[0]:
-                tokens.store(x @ self.down, ids)
-            a = norm(x)
-            step, (mix, into) = tokens.before(i, 0, a) - a, self.mix[i]
+                form.store(x @ self.down, ids)
+            a, (mix, into) = norm(x), self.mix[i]
+            step = form.before(i, 0, a) - a
             if i in self.gold:
-                mix_q = mix[0] + torch.tanh((a + step * mix[1]) @ self.adapter[0]) @ self.adapter[1]
-                q = norm((a + step * mix_q) @ into[0]).unflatten(1, (self.heads, -1))
-                x = x + norm(tokens.attend(i, rotate(q, positions, self.interleaved))) @ into[1]
+                q = norm((a + step * mix[0]) @ into[0]).unflatten(1, (HEADS, -1))
+                x = x + norm(form.attend(i, rotate(q, positions, self.interleaved))) @ into[1]
             else:
-                r, k, v, w = ((a + step * m) @ n for m, n in zip(mix, into, strict=True))
-                heads = (y.unflatten(1, (self.heads, -1)) for y in (r, k, v, -torch.exp(w - 1)))
-                x = x + norm(tokens.wkv(i, *heads, self.bonus.view(self.heads, -1)).flatten(1))
-            b = norm(x)
-            step, (mix, (key, value, gate)) = tokens.before(i, 1, b) - b, self.channel[i]
+                r, k, v, w = (((a + step * m) @ n).unflatten(1, (HEADS, -1)) for m, n in zip(mix, into, strict=True))
+                x = x + norm((form.wkv(i, r, k, v, -torch.exp(w - 1)) + v).flatten(1))
+            b, (mix, (key, value, gate)) = norm(x), self.channel[i]
+            step = form.before(i, 1, b) - b
             x = x + torch.sigmoid((b + step * mix[0]) @ gate) * (torch.relu((b + step * mix[1]) @ key).square() @ value)
         return norm(x) @ self.head
 
@@ -105,21 +111,19 @@ class Parallel:
     def before(self, layer: int, row: int, x: Tensor) -> Tensor:
         return torch.cat((torch.zeros_like(x[:1]), x[:-1]))
 
-    def wkv(self, layer: int, r: Tensor, k: Tensor, v: Tensor, log_w: Tensor, bonus: Tensor) -> Tensor:
-        total, n = log_w.cumsum(0), len(r)
-        faded = (total - log_w).unsqueeze(1) - total.unsqueeze(0)  # [t, s]: the decay of token s until t
-        share = torch.einsum("thi,tshi,shi->ths", r, faded.clamp(max=0).exp(), k)
-        share = share * torch.ones(n, n, dtype=F64).tril(-1).unsqueeze(1)
-        return torch.einsum("ths,shj->thj", share, v) + (r * bonus * k).sum(-1, keepdim=True) * v
+    def wkv(self, layer: int, r: Tensor, k: Tensor, v: Tensor, log_w: Tensor) -> Tensor:
+        total, past = log_w.cumsum(0), torch.ones(len(r), len(r), dtype=F64).tril(-1)
+        faded = ((total - log_w).unsqueeze(1) - total).clamp(max=0).exp()  # [t, s]: what is left of token s before t
+        return torch.einsum("ts,thi,tshi,shi,shj->thj", past, r, faded, k, v)
 
     def store(self, c: Tensor, ids: Tensor) -> None:
         self.c, self.ids = c, ids
 
     def attend(self, layer: int, q: Tensor) -> Tensor:
         k, v = self.toy.keys_values(layer, self.c, self.ids)
-        scores = torch.einsum("qhd,khd->hqk", q, k) / q.shape[-1] ** 0.5
         unseen = torch.ones(len(q), len(q), dtype=torch.bool).triu(1)
-        return torch.einsum("hqk,khd->qhd", scores.masked_fill(unseen, -torch.inf).softmax(-1), v).flatten(1)
+        scores = torch.einsum("qhd,khd->hqk", q, k).masked_fill(unseen, -torch.inf) / q.shape[-1] ** 0.5
+        return torch.einsum("hqk,khd->qhd", scores.softmax(-1), v).flatten(1)
 
 
 class Cached:
@@ -128,29 +132,28 @@ class Cached:
     def __init__(self, cache: LayoutCache, batch: kvmem.Batch) -> None:
         self.cache, self.batch, self.alloc = cache, batch, cache.alloc
 
-    def _rows(self, layer: int) -> Iterator[tuple[slice, int, bool]]:
+    def rows(self, layer: int) -> Iterator[tuple[slice, int, bool]]:
         """New tokens, block of the state, and whether the sequence begins here; padding rows left out."""
-        group = self.batch.group(self.alloc.spec.group_of(layer, "shift"))
-        spans = list(pairwise(self.batch.cu_seqlens_q_cpu.tolist()))[: len(self.batch.buffers.handles)]
-        for row, (begin, end) in enumerate(spans):
+        group, starts = self.batch.group(self.alloc.spec.group_of(layer, "shift")), self.batch.cu_seqlens_q.tolist()
+        for row, (begin, end) in enumerate(pairwise(starts[: len(self.batch.buffers.handles) + 1])):
             yield slice(begin, end), int(group.block_table[row, 0]), int(self.batch.seq_lens[row]) == end - begin
 
     def before(self, layer: int, row: int, x: Tensor) -> Tensor:
         last, held = torch.zeros_like(x), self.alloc.tensor(layer, "shift")
-        for new, block, fresh in self._rows(layer):
+        for new, block, fresh in self.rows(layer):
             first = torch.zeros_like(x[:1]) if fresh else held[block, 0, row : row + 1]
             last[new] = torch.cat((first, x[new][:-1]))
             held[block, 0, row] = x[new][-1]
         return last
 
-    def wkv(self, layer: int, r: Tensor, k: Tensor, v: Tensor, log_w: Tensor, bonus: Tensor) -> Tensor:
+    def wkv(self, layer: int, r: Tensor, k: Tensor, v: Tensor, log_w: Tensor) -> Tensor:
         out, held = torch.zeros_like(v), self.alloc.tensor(layer, "wkv")
-        for new, block, fresh in self._rows(layer):
-            state = held[block, 0].unflatten(0, (r.shape[1], -1)).clone().mul_(not fresh)
+        for new, block, fresh in self.rows(layer):
+            state = held[block, 0].unflatten(0, (HEADS, -1))
+            state = torch.zeros_like(state) if fresh else state
             for t in range(new.start, new.stop):
-                added = k[t].unsqueeze(2) * v[t].unsqueeze(1)
-                out[t] = torch.einsum("hi,hij->hj", r[t], state + bonus.unsqueeze(2) * added)
-                state = state * log_w[t].exp().unsqueeze(2) + added
+                out[t] = torch.einsum("hi,hij->hj", r[t], state)
+                state = state * log_w[t].exp().unsqueeze(2) + k[t].unsqueeze(2) * v[t].unsqueeze(1)
             held[block, 0] = state.flatten(0, 1)
         return out
 
@@ -166,14 +169,13 @@ def parallel(toy: Toy, ids: list[int]) -> Tensor:
     return toy.forward(torch.tensor(ids), torch.arange(len(ids)), Parallel(toy))
 
 
-def run(toy: Toy, cache: LayoutCache, *new: tuple[kvmem.Sequence, list[int]], pad_to: int | None = None) -> list[Tensor]:
+def run(toy: Toy, cache: LayoutCache, *new: tuple[kvmem.Sequence, list[int]], **batch_options: Any) -> list[Tensor]:
     """Logits of the new tokens of each sequence, which are then committed."""
     for seq, ids in new:
         seq.extend(len(ids))
-    batch = cache.alloc.batch([seq for seq, _ in new], pad_to=pad_to)
-    packed = torch.zeros(batch.num_new_tokens, dtype=torch.int64)
-    packed[: sum(len(ids) for _, ids in new)] = torch.tensor([i for _, ids in new for i in ids])
+    batch = cache.alloc.batch([seq for seq, _ in new], **batch_options)
+    packed = torch.tensor([i for _, ids in new for i in ids] + [7] * (batch.num_rows - len(new)))  # padding at the end
     logits = toy.forward(packed, batch.positions, Cached(cache, batch))
     for seq, ids in new:
         seq.commit(ids)
-    return list(logits.split([len(ids) for _, ids in new] + [1] * (batch.num_rows - len(new))))[: len(new)]
+    return [logits[begin:end] for begin, end in pairwise(batch.cu_seqlens_q.tolist())][: len(new)]
