@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import fields, replace
 from fractions import Fraction
 from typing import Any
@@ -193,48 +194,50 @@ def test_the_fingerprint_covers_every_weight(seed: int) -> None:
     assert len(seen | {before}) == 12
 
 
-REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "sizes": ({"d_model": 100}, "compression: got 16, which does not divide d_model=100"),
-    "matrices": ({"state_width": 48}, "state_width: got 48, which does not divide d_model=64"),
-    "recurrent only": ({"recurrent_layers": 3}, "recurrent_layers: got 3 of 3 layers; at least one must be a GOLD"),
-    "integers": ({"dtype": "int8"}, "dtype: got torch.int8; must be a float"),
-    "integer states": ({"state_dtype": "int8"}, "state_dtype: got torch.int8; must be a float"),
+def small(**wrong: Any) -> CacheSpec:
+    return goldfinch_spec(**({"num_layers": 6, "recurrent_layers": 3, "d_model": 64, "dtype": F64} | wrong))
+
+
+REFUSED_SPECS: dict[str, dict[str, Any]] = {
+    "num_layers: got 1; must be an integer of at least 2": {"num_layers": 1},
+    "compression: got 16, which does not divide d_model=100": {"d_model": 100},
+    "state_width: got 48, which does not divide d_model=64": {"state_width": 48},
+    "recurrent_layers: got 6 of 6 layers; at least one must be a GOLD layer": {"recurrent_layers": 6},
+    "dtype: got torch.int8; must be a float such as bfloat16": {"dtype": "int8"},
+    "state_dtype: got torch.int8; must be a float such as bfloat16": {"state_dtype": "int8"},
+}
+REFUSED_OPTIONS: dict[str, dict[str, Any]] = {
+    "num_heads: got 3, which does not divide d_model=64": {"num_heads": 3},
+    "tile_tokens: got 0; must be an integer of at least 1": {"tile_tokens": 0},
+    "rope: turns 8 elements of a head; GOLD layers turn all of the 16": {"rope": Rope.default(8)},
+    "spec: got groups ['all']; GoldFinch takes what goldfinch_spec": {
+        "spec": CacheSpec.kv(num_layers=6, num_kv_heads=4, head_dim=16, dtype=F64)
+    },
+    "shared.expand: got shape (68, 64); must be (72, 64)": {"spec": small(compression=8)},
+    "layers: got [3, 4, 5]; must be the spec's GOLD layers, [4, 5]": {"spec": small(recurrent_layers=None)},
+}
+REFUSED_WEIGHTS: dict[str, tuple[str, torch.Tensor]] = {
+    "layers[4].mix: got shape (3, 63); must be (3, 64)": ("mix", torch.ones(3, 63)),
+    "layers[4].adapter_out: got shape (5, 64); must be (2, 5, 64)": ("adapter_out", torch.ones(5, 64)),
+    "layers[4].norm: got torch.int32 on cpu; must be a float on cpu": ("norm", torch.ones(2, 2, 64).int()),
+    "layers[4].residual_out: got torch.float32 on meta": ("residual_out", torch.ones(2, 8, 64, device="meta")),
+    "shared.embedding: got shape (50,); must be [vocabulary, d_model]": ("embedding", torch.ones(50)),
 }
 
 
-@pytest.mark.parametrize(("wrong", "message"), REFUSED.values(), ids=REFUSED)
-def test_refused_specs(wrong: dict[str, Any], message: str) -> None:
-    with pytest.raises(SpecError, match=message):
-        goldfinch_spec(**({"num_layers": 3, "d_model": 64, "dtype": "float16"} | wrong))
-
-
 def test_refused_layouts() -> None:
-    toy = Toy(0)
-    narrow = goldfinch_spec(num_layers=6, recurrent_layers=3, d_model=32, dtype=F64, state_width=16)
-    for message, wrong in {
-        "num_heads: got 3, which does not divide d_model=64": {"num_heads": 3},
-        "rope: turns 8 elements of a head; GOLD layers turn all of the 16": {"rope": Rope.default(8)},
-        "spec: got groups .'all'.; GoldFinch takes what goldfinch_spec": {
-            "spec": CacheSpec.kv(num_layers=6, num_kv_heads=4, head_dim=16, dtype=F64)
-        },
-        "shared.expand: got shape .68, 64.; must be .66, 64.": {"spec": narrow},
-        "layers: got .3, 4, 5.; must be the spec's GOLD layers, .4, 5.": {
-            "spec": goldfinch_spec(num_layers=6, d_model=64, dtype=F64)
-        },
-    }.items():
-        with pytest.raises(SpecError, match=message):
-            toy.layout(**wrong)
-    for field, weight in (
-        ("mix", torch.ones(3, 63)),
-        ("adapter_out", torch.ones(5, 64)),
-        ("norm", torch.ones(2, 2, 64).int()),
-    ):
-        toy.key[5] = replace(toy.key[4], **{field: weight})
-        with pytest.raises(SpecError, match=rf"layers.5..{field}: got "):
+    for message, wrong in REFUSED_SPECS.items():
+        with pytest.raises(SpecError, match=re.escape(message)):
+            small(**wrong)
+    for message, wrong in REFUSED_OPTIONS.items():
+        with pytest.raises(SpecError, match=re.escape(message)):
+            Toy(0).layout(**wrong)
+    for message, (field, weight) in REFUSED_WEIGHTS.items():
+        toy = Toy(0)
+        owner, key = (vars(toy), "shared") if field == "embedding" else (toy.key, 4)
+        owner[key] = replace(owner[key], **{field: weight})
+        with pytest.raises(SpecError, match=re.escape(message)):
             toy.layout()
-    toy.shared = replace(toy.shared, embedding=torch.ones(50))
-    with pytest.raises(SpecError, match="shared.embedding: got shape .50,.; must be .vocabulary, d_model."):
-        toy.layout()
 
 
 def test_refused_values(backend: str) -> None:
@@ -248,7 +251,8 @@ def test_refused_values(backend: str) -> None:
         ("values: got 1; GoldFinch stores two", 4, c + 1),
         (r"values: got shapes \(2, 3\) and \(2,\); must be .T, 4. of c", 4, c[:, :3] + 1, ids + 1),
         (r"values: got shapes \(2, 4\) and \(2, 1\)", 4, c + 1, ids[:, None] + 1),
-        ("token ids of torch.float64; must be integers", 4, c + 1, ids.double() + 1),
+        ("token ids of torch.float64 on cpu; must be integers on cpu", 4, c + 1, ids.double() + 1),
+        ("token ids of torch.int64 on meta; must be integers on cpu", 4, c + 1, ids.to("meta")),
         ("token ids from 1 to 50; the embedding table has 0 to 49", 4, c + 1, torch.tensor([1, 50])),
         ("token ids from -1 to 3", 4, c + 1, torch.tensor([3, -1])),
     ):
