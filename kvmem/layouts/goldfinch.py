@@ -128,24 +128,24 @@ class GoldLayer(_Weights):
 
 
 class GoldFinch(Layout):
-    """Stores the compressed key of a token and its id, once for all GOLD layers, and derives K and V of a tile for one
-    layer at a time. Exact: the published model computes the same from the same row, which c is rounded to the dtype of
-    the cache for (the published code keeps the expanded keys, ``compression`` times as many elements).
+    """Stores the compressed key and the id of each token, once for all GOLD layers, and derives K and V of a tile for
+    one layer at a time. Exact, apart from rounding ``c`` to the dtype of the cache. (The published code caches the
+    expanded keys, ``compression`` times as many elements.)
 
-    The weights belong to the cache: the same bytes mean something else under another embedding table. So a key for what
-    leaves the process has to contain ``fingerprint``, for instance as ``Allocator.sequence(salt=)``.
+    The stored bytes mean something else under other weights, the embedding table among them. So a key for what leaves
+    the process must contain ``fingerprint``.
 
-    The recurrent states are the model's: it reads and writes ``Allocator.tensor(layer, "wkv")`` and ``"shift"``. A
-    state is at one token only. So ``Sequence.truncate()`` does not bring it back: ``fork()`` before draft tokens, or
-    keep a copy; and a prompt finds a cached prefix only where ``Sequence.snapshot()`` was called.
+    The model itself reads and writes the recurrent states, ``Allocator.tensor(layer, "wkv")`` and ``"shift"``. A state
+    belongs to one position: ``Sequence.truncate()`` does not restore it, so ``fork()`` before draft tokens, or keep a
+    copy; and a prompt finds a cached prefix only where ``Sequence.snapshot()`` was called.
     """
 
     def __init__(
         self, spec: CacheSpec, shared: GoldShared, layers: Mapping[int, GoldLayer], *, num_heads: int,
         rope: Rope | None, interleaved: bool = True, tile_tokens: int = 256,
     ) -> None:  # fmt: skip
-        """Return the layout; weights are converted to float32 once, or to float64 where ``c`` is stored in float64;
-        only the embedding table is used as it is.
+        """Weights are converted once, to float64 where ``c`` is stored in float64, else to float32; the embedding table
+        is used as it is.
 
         spec: of ``goldfinch_spec``. layers: by number, those of the spec's group ``"gold"``. num_heads: of attention;
         K, V and queries have as many. rope: the rotation of K, which is the last step; None for none. interleaved: it
@@ -182,10 +182,11 @@ class GoldFinch(Layout):
         if d % self.num_heads:
             raise SpecError(f"num_heads: got {self.num_heads}, which does not divide d_model={d}")
         if self.rope is not None and 2 * len(self.rope.inv_freq) != d // self.num_heads:
-            raise SpecError(
-                f"rope: turns {2 * len(self.rope.inv_freq)} elements of a head; GOLD layers turn all of the "
-                f"{d // self.num_heads} that d_model={d} and num_heads={self.num_heads} give"
-            )
+            turned = f"{2 * len(self.rope.inv_freq)} elements of a head"
+            raise SpecError(f"rope: turns {turned}; GOLD layers turn all, {d // self.num_heads} with these num_heads")
+        widths = {group.widths("shift", group.layers[0])[0] for group in self.spec.groups if group.growth == "fixed"}
+        if widths - {d}:
+            raise SpecError(f"spec: its states are for d_model={widths.pop()}; the embedding table is for {d}")
 
     @cached_property
     def fingerprint(self) -> str:

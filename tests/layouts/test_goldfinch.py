@@ -209,11 +209,12 @@ REFUSED_SPECS: dict[str, dict[str, Any]] = {
 REFUSED_OPTIONS: dict[str, dict[str, Any]] = {
     "num_heads: got 3, which does not divide d_model=64": {"num_heads": 3},
     "tile_tokens: got 0; must be an integer of at least 1": {"tile_tokens": 0},
-    "rope: turns 8 elements of a head; GOLD layers turn all of the 16": {"rope": Rope.default(8)},
+    "rope: turns 8 elements of a head; GOLD layers turn all, 16 with these": {"rope": Rope.default(8)},
     "spec: got groups ['all']; GoldFinch takes what goldfinch_spec": {
         "spec": CacheSpec.kv(num_layers=6, num_kv_heads=4, head_dim=16, dtype=F64)
     },
     "shared.expand: got shape (68, 64); must be (72, 64)": {"spec": small(compression=8)},
+    "spec: its states are for d_model=128; the embedding table is for 64": {"spec": small(d_model=128, compression=32)},
     "layers: got [3, 4, 5]; must be the spec's GOLD layers, [4, 5]": {"spec": small(recurrent_layers=None)},
 }
 REFUSED_WEIGHTS: dict[str, tuple[str, torch.Tensor]] = {
