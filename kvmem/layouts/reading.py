@@ -9,6 +9,7 @@ import torch
 
 from kvmem.allocator import Allocator, Batch
 from kvmem.allocator.batch import GroupBatch
+from kvmem.errors import SpecError
 from kvmem.kernels.checks import as_bytes, check_batch, flat_tokens, plain
 
 __all__ = ["ByteRanges", "TokenReader", "read_set", "read_tokens"]
@@ -33,10 +34,14 @@ class TokenReader:
 
     def rows(self, component: str, first: int = 0, end: int | None = None) -> torch.Tensor:
         """Return tokens ``[first, end)`` of a component, ``[n, heads, width]``: a view on the virtual backend, gathered
-        blocks on the paged one. end: default all. A state of fixed size is one token.
+        blocks on the paged one. end: default all. A state of fixed size is one token. ``SpecError`` for tokens that
+        the sequence does not hold, such as those out of window, whose memory may be unmapped.
         """
         group = self._group(component)
-        end = int(group.seq_lens_cpu[self._row]) if end is None else end
+        held, length = int(group.first_tokens_cpu[self._row]), int(group.seq_lens_cpu[self._row])
+        end = length if end is None else end
+        if not held <= first <= end <= length:
+            raise SpecError(f"{component}: got tokens [{first}, {end}); the sequence holds [{held}, {length})")
         found = read_tokens(self._alloc, group, self.layer, component, self._row, first, end)
         self.count_read(component, found.numel() * found.element_size())
         return found
@@ -90,9 +95,12 @@ class ByteRanges:
 
 def read_set(alloc: Allocator, batch: Batch, layer: int, components: tuple[str, ...] = ("k", "v")) -> ByteRanges:
     """Return the exact bytes that a kernel reads of a layer for this batch: for each sequence in turn, the tokens in
-    order, and of each token the components as they lie in memory. For prefetching, and to account for reads.
+    order, and of each token the components as they lie in memory, whatever the order of ``components``; those that lie
+    in ranges of their own (``interleave="none"``) one after the other. For prefetching, and to account for reads.
 
-    Tokens out of window and padding rows are not read. Ranges that touch are joined, so K and V side by side
+    Tokens that no new token's window reaches and padding rows are not read, although the blocks of such tokens may
+    still be held; what several sequences share is read by each. Of a sequence without new tokens, what its next token
+    will read. Ranges that touch are joined, so K and V side by side
     (``interleave="all"`` with one layer, or the whole rows of ``"none"``) make one range. ``StaleHandle`` for a batch
     that is not current. Cost: linear in tokens and components.
     """
@@ -104,6 +112,7 @@ def read_set(alloc: Allocator, batch: Batch, layer: int, components: tuple[str, 
         for arena, begin, size in parts:
             by_arena.setdefault(arena, []).append((begin, begin + size))
         for pieces in by_arena.values():  # components of one arena lie in one token; others are apart
+            pieces.sort(key=lambda piece: piece[0][:1].tolist())
             begins.append(np.stack([begin for begin, _ in pieces], axis=1).ravel())
             ends.append(np.stack([end for _, end in pieces], axis=1).ravel())
     begin, end = (np.concatenate(x) if x else np.zeros(0, np.int64) for x in (begins, ends))
@@ -122,7 +131,11 @@ def _token_ranges(
     group = batch.group(index)
     blocks = plain(alloc.tensor(layer, component))
     size, element = group.block_size, blocks.element_size()
-    tokens = np.arange(int(group.first_tokens_cpu[row]), int(group.seq_lens_cpu[row]))
+    first, end = int(group.first_tokens_cpu[row]), int(group.seq_lens_cpu[row])
+    if (window := alloc.spec.groups[index].window_tokens) is not None:  # blocks are held whole, so first may be lower
+        new = int(group.cu_seqlens_q_cpu[row + 1] - group.cu_seqlens_q_cpu[row])
+        first = max(first, end - new - window + 1)
+    tokens = np.arange(first, end)
     ids = group.block_table[row].cpu().numpy().astype(np.int64)
     token_bytes, heads, width = blocks.stride(1) * element, *blocks.shape[2:]
     at = blocks.data_ptr() + (ids[tokens // size] * size + tokens % size) * token_bytes

@@ -47,6 +47,10 @@ class Ledger:
     def held(self) -> dict[Key, int]:
         """The bytes held now: tokens and states of live sequences, each physical byte once and without padding, and
         what ``hold()`` was told. Cost: as ``Allocator.stats()``.
+
+        On the virtual backend, sequences share whole pages, whose ends fall within tokens. What a group holds is then
+        divided between its components in proportion to their sizes: each may be off by less than a page for every range
+        of memory (``Allocator(interleave=)``) and every sequence that shares.
         """
         used = {(name, "device"): bytes for name, bytes in self._in_use().items()}
         return used | {key: bytes for key, bytes in self._beside.items() if bytes > 0}
