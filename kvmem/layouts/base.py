@@ -61,14 +61,19 @@ class Layout(ABC):
         This form derives K and V of ``tile_tokens`` tokens at a time. Layouts that read compressed bytes directly, or
         return something else than attention over V, override it.
         """
-        starts = range(0, reader.length, self.tile_tokens) or [0]
+        starts = range(0, self.tokens(reader), self.tile_tokens) or [0]
         return merge_levels(self._attend_tile(q, reader, first, scale, causal) for first in starts)
 
     def _attend_tile(
         self, q: torch.Tensor, reader: TokenReader, first: int, scale: float | None, causal: bool
     ) -> Partial:
-        k, v = self.derive(reader, first, min(first + self.tile_tokens, reader.length))
-        return attend_tile(q, k, v, first=first, length=reader.length, scale=scale, causal=causal)
+        length = self.tokens(reader)
+        k, v = self.derive(reader, first, min(first + self.tile_tokens, length))
+        return attend_tile(q, k, v, first=first, length=length, scale=scale, causal=causal)
+
+    def tokens(self, reader: TokenReader) -> int:
+        """Return how many tokens there are to derive: those of the sequence, or of the encoder in cross attention."""
+        return reader.length
 
     # --- components that are encoded a whole block at a time ---
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
@@ -107,19 +108,17 @@ class LayoutCache:
         to the most that a call needed, and the ledger holds it under ``"scratch"``; ``release_scratch()`` frees it.
         """
         readers = self.readers(layer, batch)
-        ends = [0]
-        for reader in readers:
-            ends.append(ends[-1] + reader.length)
+        lengths = [self.layout.tokens(reader) for reader in readers]
+        ends = [0, *accumulate(lengths)]
         k, v = torch.empty(0), torch.empty(0)
         for reader, begin, end in zip(readers, ends, ends[1:], strict=False):
-            for first in range(0, max(reader.length, 1), self.layout.tile_tokens):
-                tile = self.layout.derive(reader, first, min(first + self.layout.tile_tokens, reader.length))
+            for first in range(0, max(end - begin, 1), self.layout.tile_tokens):
+                tile = self.layout.derive(reader, first, min(first + self.layout.tile_tokens, end - begin))
                 if first == begin == 0:
                     k, v = (self._room(n, ends[-1], t, dtype) for n, t in zip("kv", tile, strict=True))
                 at = slice(begin + first, min(begin + first + self.layout.tile_tokens, end))
                 k[at], v[at] = tile
-        lengths = torch.tensor(ends, dtype=torch.int32, device=k.device)
-        return Derived(k, v, lengths, max((reader.length for reader in readers), default=0))
+        return Derived(k, v, torch.tensor(ends, dtype=torch.int32, device=k.device), max(lengths, default=0))
 
     def release_scratch(self) -> None:
         """Free the scratch of ``derive``. Results of earlier calls keep their memory while they are referenced."""
