@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import wraps
 from itertools import accumulate
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -19,6 +21,8 @@ from kvmem.layouts.reading import TokenReader, read_tokens
 
 __all__ = ["Derived", "LayoutCache"]
 
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
 
 @dataclass(frozen=True)
 class Derived:
@@ -32,6 +36,17 @@ class Derived:
     v: torch.Tensor
     cu_seqlens_k: torch.Tensor
     max_seqlen_k: int
+
+
+def _own_dtypes(method: _Method) -> _Method:
+    """Compute in the dtypes that layouts choose, under ``torch.autocast`` too."""
+
+    @wraps(method)
+    def call(self: LayoutCache, *args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(self.alloc.device.type, enabled=False):
+            return method(self, *args, **kwargs)
+
+    return cast(_Method, call)
 
 
 class LayoutCache:
@@ -55,6 +70,7 @@ class LayoutCache:
         self.layout, self.alloc = layout, alloc
         self._scratch: dict[str, torch.Tensor] = {}
 
+    @_own_dtypes
     def write(self, layer: int, batch: Batch, *values: torch.Tensor) -> None:
         """Write the new tokens of a layer. values: what ``layout.encode`` takes, ``[T, ...]``, packed as the batch is.
 
@@ -74,6 +90,7 @@ class LayoutCache:
         check_batch(batch)
         return [TokenReader(self.alloc, batch, layer, row) for row in range(len(batch.buffers.handles))]
 
+    @_own_dtypes
     def attend(
         self, q: torch.Tensor, layer: int, batch: Batch, *, scale: float | None = None, causal: bool = True,
         queries: GroupBatch | None = None,
@@ -101,6 +118,7 @@ class LayoutCache:
             out[begin:end], lse[begin:end] = o.to(q.dtype), s
         return out, lse
 
+    @_own_dtypes
     def derive(self, layer: int, batch: Batch, *, dtype: torch.dtype | None = None) -> Derived:
         """Return K and V of all tokens of the batch, in a scratch of one layer that the next call overwrites.
 
