@@ -40,6 +40,10 @@ Quantised sizes(const Rows& floats, i64 size, int bits) {
   return {static_cast<i64>(floats.shape(0)), static_cast<i64>(floats.shape(1)), width, size, bits};
 }
 
+// Tensors of any package; nanobind would name NumPy's arrays.
+constexpr const char* kArguments =
+    "(floats: object, codes: object, scales: object, size: int, bits: int, skip: int = 0) -> None";
+
 void bind(nb::module_& m, const char* name, bool back, bool channels) {
   m.def(
       name,
@@ -64,7 +68,8 @@ void bind(nb::module_& m, const char* name, bool back, bool channels) {
           back ? dequantise_tokens(q, c, s, out) : quantise_tokens(q, x, c, s);
         }
       },
-      "floats"_a, "codes"_a, "scales"_a, "size"_a, "bits"_a, "skip"_a = 0);
+      "floats"_a, "codes"_a, "scales"_a, "size"_a, "bits"_a, "skip"_a = 0,
+      nb::sig(("def " + std::string(name) + kArguments).c_str()));
 }
 
 }  // namespace

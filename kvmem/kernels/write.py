@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from kvmem.geometry.views import CacheTensor, plain
 from kvmem.kernels.base import Cache, Result, Run, Step
 from kvmem.kernels.checks import all_tokens, as_bytes, check_all_blocks, check_batch
 
-__all__ = ["prepare_write", "to_cache_dtype", "write_component", "write_kv"]
+__all__ = ["prepare_write", "to_cache_dtype", "write_all", "write_component", "write_kv"]
 
 Scale = float | torch.Tensor
 
@@ -33,18 +34,25 @@ def write_kv(
     written then.
     """
     check_all_blocks(cache)
-    check_batch(batch)
-    parts = (("k", cache[0], k, k_scale), ("v", cache[1], v, v_scale))
-    ready = [_converted(name, blocks, batch, values, scale) for name, blocks, values, scale in parts]
-    for blocks, values in zip(cache, ready, strict=True):
+    write_all([("k", cache[0], batch, k, k_scale), ("v", cache[1], batch, v, v_scale)])
+
+
+def write_all(parts: Sequence[tuple[str, torch.Tensor, GroupBatch, torch.Tensor, Scale]]) -> None:
+    """As ``write_kv``, for any components of a layer: all of them, or an error and none is written.
+
+    parts: of each the name that a refusal uses, ``Allocator.tensor(layer, name)``, the batch of its group, the values
+    ``[T, heads, width]``, and what they are divided by.
+    """
+    for batch in {id(part[2]): part[2] for part in parts}.values():
+        check_batch(batch)
+    ready = [_converted(*part) for part in parts]
+    for (_, blocks, batch, _, _), values in zip(parts, ready, strict=True):
         as_bytes(all_tokens(blocks))[batch.slot_mapping] = values
 
 
 def write_component(blocks: torch.Tensor, batch: GroupBatch, values: torch.Tensor, *, scale: Scale = 1.0) -> None:
     """As ``write_kv``, for one tensor ``Allocator.tensor(layer, name)``; values: ``[T, heads, width]``."""
-    check_batch(batch)
-    ready = _converted("values", blocks, batch, values, scale)
-    as_bytes(all_tokens(blocks))[batch.slot_mapping] = ready
+    write_all([("values", blocks, batch, values, scale)])
 
 
 def to_cache_dtype(

@@ -61,15 +61,23 @@ class Layout(ABC):
         This form derives K and V of ``tile_tokens`` tokens at a time. Layouts that read compressed bytes directly, or
         return something else than attention over V, override it.
         """
+        begin, length = self.span(reader)
         window = self.window_tokens(reader.layer)
-        begin = 0 if window is None else max(reader.first, reader.length - len(q) - window + 1)
+        if window is not None:
+            begin = max(begin, length - len(q) - window + 1)
         return merge_levels(
             attend_tile(
-                q, *self.derive(reader, first, min(first + self.tile_tokens, reader.length)), first=first,
-                length=reader.length, scale=scale, causal=causal, window=window,
+                q, *self.derive(reader, first, min(first + self.tile_tokens, length)), first=first, length=length,
+                scale=scale, causal=causal, window=window,
             )
-            for first in range(begin, reader.length, self.tile_tokens) or [0]
+            for first in range(begin, length, self.tile_tokens) or [0]
         )  # fmt: skip
+
+    def span(self, reader: TokenReader) -> tuple[int, int]:
+        """Return which tokens can be derived, ``[first, end)``: those of the sequence that are held, or those of the
+        encoder in cross attention.
+        """
+        return reader.first, reader.length
 
     def window_tokens(self, layer: int) -> int | None:
         """Return how many tokens a query of the layer sees, itself included; None for all."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import wraps
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -11,12 +13,14 @@ from kvmem.allocator import Allocator, Batch
 from kvmem.allocator.batch import GroupBatch
 from kvmem.errors import SpecError
 from kvmem.kernels.checks import check_batch
-from kvmem.kernels.write import write_component
+from kvmem.kernels.write import write_all
 from kvmem.layouts.attention import Partial, compute_dtype
 from kvmem.layouts.base import Layout
 from kvmem.layouts.reading import TokenReader, read_tokens
 
 __all__ = ["Derived", "LayoutCache"]
+
+_Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,17 @@ class Derived:
     v: torch.Tensor
     cu_seqlens_k: torch.Tensor
     max_seqlen_k: int
+
+
+def _own_dtypes(method: _Method) -> _Method:
+    """Compute in the dtypes that layouts choose, under ``torch.autocast`` too."""
+
+    @wraps(method)
+    def call(self: LayoutCache, *args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(self.alloc.device.type, enabled=False):
+            return method(self, *args, **kwargs)
+
+    return cast(_Method, call)
 
 
 class LayoutCache:
@@ -54,6 +69,7 @@ class LayoutCache:
         self.layout, self.alloc = layout, alloc
         self._scratch: dict[str, torch.Tensor] = {}
 
+    @_own_dtypes
     def write(self, layer: int, batch: Batch, *values: torch.Tensor) -> None:
         """Write the new tokens of a layer. values: what ``layout.encode`` takes, ``[T, ...]``, packed as the batch is.
 
@@ -63,8 +79,12 @@ class LayoutCache:
         """
         check_batch(batch)
         rows = self.layout.encode(layer, *values, positions=batch.positions.long())
-        for component, row in rows.items():
-            write_component(self.alloc.tensor(layer, component), self._group(batch, layer, component), row)
+        write_all(
+            [
+                (name, self.alloc.tensor(layer, name), self._group(batch, layer, name), row, 1.0)
+                for name, row in rows.items()
+            ]
+        )
         if tail := self.layout.tail(layer):
             self._write_blocks(layer, batch, tail)
 
@@ -73,6 +93,7 @@ class LayoutCache:
         check_batch(batch)
         return [TokenReader(self.alloc, batch, layer, row) for row in range(len(batch.buffers.handles))]
 
+    @_own_dtypes
     def attend(
         self, q: torch.Tensor, layer: int, batch: Batch, *, scale: float | None = None, causal: bool = True,
         queries: GroupBatch | None = None,
@@ -100,6 +121,7 @@ class LayoutCache:
             out[begin:end], lse[begin:end] = o.to(q.dtype), s
         return out, lse
 
+    @_own_dtypes
     def derive(self, layer: int, batch: Batch, *, dtype: torch.dtype | None = None) -> Derived:
         """Return K and V of all tokens of the batch, in a scratch of one layer that the next call overwrites.
 
@@ -107,11 +129,12 @@ class LayoutCache:
         to the most that a call needed, and the ledger holds it under ``"scratch"``; ``release_scratch()`` frees it.
         """
         readers = self.readers(layer, batch)
-        lengths = [reader.length - reader.first for reader in readers]
+        spans = [self.layout.span(reader) for reader in readers]
+        lengths = [end - first for first, end in spans]
         total, done, room = sum(lengths), 0, None
-        for reader in readers:
-            for first in range(reader.first, reader.length, self.layout.tile_tokens):
-                end = min(first + self.layout.tile_tokens, reader.length)
+        for reader, (begin, length) in zip(readers, spans, strict=True):
+            for first in range(begin, length, self.layout.tile_tokens):
+                end = min(first + self.layout.tile_tokens, length)
                 tile = self.layout.derive(reader, first, end)
                 if room is None:
                     room = [self._room(name, total, part, dtype) for name, part in zip("kv", tile, strict=True)]

@@ -9,8 +9,19 @@ from typing import Any
 import torch
 
 from kvmem.errors import SpecError
+from kvmem.spec.model_families import NO_ROPE, UNROTATED
 
 __all__ = ["Rope"]
+
+# These families pair element 2 i with element 2 i + 1.
+_NEIGHBOURS = frozenset(
+    {
+        "blt", "chatglm", "codegen", "cohere", "cohere2", "cohere2_moe", "deepseek_v2", "deepseek_v3", "deepseek_v32",
+        "deepseek_v4", "ernie4_5", "ernie4_5_moe", "ernie4_5_vl_moe", "glm", "glm4", "glm4_moe_lite", "glm4v",
+        "glm_moe_dsa", "gptj", "helium", "llama4", "llama4_text", "longcat_flash", "mistral4", "moonshine", "roformer",
+        "youtu",
+    }
+)  # fmt: skip
 
 
 class Rope:
@@ -28,7 +39,9 @@ class Rope:
 
     @classmethod
     def default(cls, head_dim: int, *, theta: float = 10_000.0) -> Rope:
-        """Return the plain form: pair i turns by ``theta ** (-2 i / head_dim)`` each position."""
+        """Return the plain form: pair i turns by ``theta ** (-2 i / head_dim)`` each position. head_dim: even."""
+        if head_dim < 2 or head_dim % 2 or theta <= 0:
+            raise SpecError(f"head_dim, theta: got {head_dim}, {theta}; must be even, and above 0")
         return cls(theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim))
 
     @classmethod
@@ -36,29 +49,41 @@ class Rope:
         """Return the rotation of a transformers config, or of its ``to_dict()``; None for a model that rotates nothing.
 
         Understood: ``default``, ``linear``, ``llama3`` and ``yarn`` (arXiv:2309.00071), each with
-        ``partial_rotary_factor``. ``SpecError`` for others: ``dynamic`` and ``longrope`` change the angles with the
-        length, so a key that was rotated once cannot be rotated anew; and for a config with one rotation for each kind
-        of layer: give that kind's part.
+        ``partial_rotary_factor``. Layers that do not rotate although others do (NoPE) are the caller's to know.
+        ``SpecError`` for others: ``dynamic`` and ``longrope`` change the angles with the length, so a key that was
+        rotated once cannot be rotated anew; for a config with one rotation for each kind of layer: give that kind's
+        part; for families that pair neighbouring elements; and for a dict without ``rope_theta``, whose default only
+        the config's class knows.
         """
         data = dict(config) if isinstance(config, Mapping) else config.to_dict()  # type: ignore[attr-defined]
         data = data.get("text_config") or data
         given = dict(data.get("rope_parameters") or data.get("rope_scaling") or {})
         if any(isinstance(value, Mapping) for value in given.values()):
             raise SpecError(f"rope_parameters: got one for each of {sorted(given)}; give those of one kind of layer")
+        family = data.get("model_type")
+        if family in _NEIGHBOURS or data.get("rope_interleave"):
+            raise SpecError(
+                f"model_type: got {family!r}, which pairs neighbouring elements; reorder those of Q and K, even ones "
+                "first, and use Rope(inv_freq)"
+            )
         theta = given.get("rope_theta") or data.get("rope_theta")
-        if theta is None:
+        if data.get("alibi") or data.get("position_embedding_type") in UNROTATED or (not theta and family in NO_ROPE):
             return None
-        heads = data.get("num_attention_heads") or 1
-        head_dim = data.get("qk_rope_head_dim") or data.get("head_dim") or data.get("hidden_size", 0) // heads
+        if not theta:
+            raise SpecError(f"rope_theta: missing from the config of {family!r}; give it, or the config as an object")
+        head_dim = data.get("qk_rope_head_dim") or data.get("head_dim")
+        head_dim = head_dim or data.get("hidden_size", 0) // (data.get("num_attention_heads") or 1)
         partial = given.get("partial_rotary_factor") or data.get("partial_rotary_factor") or 1.0
         kind = given.get("rope_type") or given.get("type") or "default"
         plain = cls.default(int(head_dim * partial), theta=float(theta))
-        if kind in _SCALED:
-            given.setdefault("original_max_position_embeddings", data.get("max_position_embeddings"))
-            return _SCALED[kind](plain.inv_freq, float(theta), given)
-        if kind != "default":
+        if kind == "default":
+            return plain
+        if kind not in _SCALED:
             raise SpecError(f"rope_type: got {kind!r}; must be one of default, {', '.join(_SCALED)}")
-        return plain
+        try:
+            return _SCALED[kind](plain.inv_freq, float(theta), _with_lengths(given, data))
+        except (KeyError, TypeError) as error:
+            raise SpecError(f"rope_parameters: got {given}; a number that {kind} needs is missing ({error})") from error
 
     def apply(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Return ``x [T, heads, width]`` rotated to ``positions [T]``, in x's dtype; computed in float32, or float64
@@ -78,11 +103,24 @@ class Rope:
 
     def _turn(self, x: torch.Tensor, positions: torch.Tensor, factor: float) -> torch.Tensor:
         half, dtype = len(self.inv_freq), torch.float64 if x.dtype == torch.float64 else torch.float32
+        if x.ndim != 3 or x.shape[2] < 2 * half or positions.shape != x.shape[:1]:
+            raise SpecError(
+                f"x, positions: got shapes {tuple(x.shape)} and {tuple(positions.shape)}; must be [T, heads, width], a "
+                f"width of at least {2 * half}, and [T]"
+            )
         angles = positions.to(x.device).double().unsqueeze(1) * self.inv_freq.to(x.device)  # float32 loses 1e-3 at 1e5
         cos, sin = ((f(angles) * factor).to(dtype).unsqueeze(1) for f in (torch.cos, torch.sin))
         first, second, rest = x[..., :half].to(dtype), x[..., half : 2 * half].to(dtype), x[..., 2 * half :]
         turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
         return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
+
+
+def _with_lengths(given: dict[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
+    """``given``, with what transformers takes from the config itself."""
+    longest = data.get("max_position_embeddings")
+    original = data.get("original_max_position_embeddings") or given.get("original_max_position_embeddings") or longest
+    factor = given["factor"] if given.get("factor") is not None else longest / original  # type: ignore[operator]
+    return given | {"original_max_position_embeddings": original, "factor": factor}
 
 
 def _linear(inv_freq: torch.Tensor, theta: float, given: Mapping[str, Any]) -> Rope:

@@ -1,6 +1,7 @@
 """How model families differ in what they cache, as data: field names, defaults, rotation, unsupported features.
 
-Only ``kvmem.spec.from_config`` reads it. A family that uses the usual field names needs no entry.
+``kvmem.spec.from_config`` reads it, and ``kvmem.layouts.rope`` the families without rotation. A family that uses the
+usual field names needs no entry.
 """
 
 from __future__ import annotations

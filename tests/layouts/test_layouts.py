@@ -5,18 +5,21 @@ A layout adds its cases (``NAME_cases.py``) here; everything else is the same fo
 
 from __future__ import annotations
 
-from itertools import chain
+from itertools import chain, pairwise
 
+import goldfinch_cases
 import plain_cases
 import pytest
+import slim_cases
 import torch
 from layout_case import Case
 from layout_world import World
 
-from kvmem import Allocator, OutOfMemory, SpecError
+from kvmem import Allocator, SpecError
+from kvmem.geometry import GroupLayout
 from kvmem.layouts import LayoutCache
 
-CASES = list(chain.from_iterable(module.cases() for module in (plain_cases,)))
+CASES = list(chain.from_iterable(module.cases() for module in (plain_cases, slim_cases, goldfinch_cases)))
 every_layout = pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
 both_backends = pytest.mark.parametrize("backend", ["virtual", "paged"])
 
@@ -62,7 +65,7 @@ def test_derive(case: Case, backend: str, seed: int) -> None:
                 error = (part[begin:end].double() - wanted[begin - end :]).abs().max() / wanted.abs().max()
                 assert error <= case.extra.get("derive_tolerance", case.tolerance)
         held.append(world.alloc.ledger.held["scratch", "device"])
-    assert held[0] == held[-1] > 0
+    assert held[-1] == max(held) > 0 and all(a <= b for a, b in pairwise(held))  # the largest layer's, not their sum
     world.cache.release_scratch()
     assert ("scratch", "device") not in world.alloc.ledger.held
 
@@ -79,7 +82,8 @@ def test_prefixes_are_shared(case: Case, backend: str, seed: int) -> None:
         assert second.num_cached_tokens == 0
         return
     assert second.num_cached_tokens >= 5 * world.block
-    assert world.alloc.stats().used_bytes < 1.5 * before
+    if backend == "paged" or before > 8 * 4096:  # the virtual backend shares whole pages
+        assert world.alloc.stats().used_bytes < 1.5 * before
     for _ in range(2):
         world.grow([second, first], [world.some(1), world.some(2)])
     first.free()
@@ -111,16 +115,15 @@ def test_fork_and_truncate(case: Case, backend: str, seed: int) -> None:
 @both_backends
 def test_eviction_and_refill(case: Case, backend: str, seed: int) -> None:
     """Memory for a few sequences: cached content goes, what is written later is right."""
-    world = World(case, backend, seed, memory="256KiB", max_sequences=4)
+    layouts = [GroupLayout(group, case.layout.spec.num_layers) for group in case.layout.spec.groups]
+    block = max(g.block_size for g in case.layout.spec.groups)
+    pages = sum(2 + -(-6 * block * layout.total_token_bytes // 4096) for layout in layouts)
+    world = World(case, backend, seed, memory=2 * pages * 4096, max_sequences=4)
     prompts = [world.some(world.number(20, 3 * world.block)) for _ in range(4)]
-    evicted = world.alloc.stats().evicted_blocks
-    for turn in range(400):
-        try:
-            seq = world.open(prompts[turn % 4] + world.some(world.number(1, 2 * world.block)))
-        except OutOfMemory:
-            pytest.fail("one sequence does not fit")
+    for turn in range(200):
+        seq = world.open(prompts[turn % 4] + world.some(world.number(1, 2 * world.block)))
         seq.free()
-        if world.alloc.stats().evicted_blocks > evicted + 8 and turn >= 12:
+        if world.alloc.stats().evicted_blocks > 8 and turn >= 8:
             break
     else:
         pytest.fail("nothing was evicted")
