@@ -152,13 +152,13 @@ class LayoutCache:
         self.alloc.ledger.hold("scratch", 0)
 
     def _room(self, name: str, tokens: int, like: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
-        """Return ``[tokens, *like.shape[1:]]`` of the scratch."""
-        kind, each = dtype or like.dtype, like[0:1].numel()
-        known = self._scratch.get(name)
-        if known is None or known.dtype != kind or known.device != like.device or known.numel() < tokens * each:
-            self._scratch[name] = known = like.new_empty(tokens * each, dtype=kind)
-            self.alloc.ledger.hold("scratch", sum(t.numel() * t.element_size() for t in self._scratch.values()))
-        return known[: tokens * each].view(tokens, *like.shape[1:])
+        """Return ``[tokens, *like.shape[1:]]`` of the scratch: bytes, which layers of several dtypes reuse."""
+        kind, numbers = dtype or like.dtype, tokens * like[0:1].numel()
+        known, bytes = self._scratch.get(name), numbers * kind.itemsize
+        if known is None or known.device != like.device or len(known) < bytes:
+            self._scratch[name] = known = torch.empty(bytes, dtype=torch.uint8, device=like.device)
+            self.alloc.ledger.hold("scratch", sum(len(buffer) for buffer in self._scratch.values()))
+        return known[:bytes].view(kind).view(tokens, *like.shape[1:])
 
     def _group(self, batch: Batch, layer: int, component: str) -> GroupBatch:
         return batch.group(self.alloc.spec.group_of(layer, component))
