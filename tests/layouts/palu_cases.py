@@ -68,5 +68,5 @@ def cases() -> list[Case]:
     return [
         _case("palu", half, rope=ROPE, dtype=torch.float64, tolerance=1e-10, ratio=2.0),
         _case("palu, no rope", _UNEQUAL, rope=None, dtype=torch.float32, tolerance=1e-5, ratio=2.0, block_size=4),
-        _case("palu, int4", half, rope=ROPE, dtype=torch.float16, tolerance=0.15, ratio=256 / 48, **packed),
+        _case("palu, int4", half, rope=ROPE, dtype=torch.float16, tolerance=0.25, ratio=256 / 48, **packed),
     ]
