@@ -129,6 +129,27 @@ def test_latents_serve_at_other_positions_as_they_are(backend: str, seed: int) -
     assert error(cache.derive(0, batch).k, expected) < 1e-12
 
 
+def test_perplexity_through_a_cache_is_the_models_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``python -m benchmarks.perplexity``, where nothing is lost: plain, and at the full rank; and a half rank loses."""
+    pytest.importorskip("transformers", reason="needs the extra kvmem[transformers]")
+    from benchmarks import perplexity as module
+    from benchmarks.language_models import load_language_model
+
+    monkeypatch.setattr(module, "DTYPE", torch.float32)
+    monkeypatch.setattr(module, "CALIBRATION_TOKENS", 1024)
+    subject = module.Subject(load_language_model("tiny"))
+    ids = subject.read(module.TEXT, 600)
+    with torch.no_grad():
+        expected = float(subject.model(ids[None], labels=ids[None]).loss.exp())
+    found = {
+        name: module.perplexity(subject, module.LAYOUTS[name](subject), ids)
+        for name in ("plain", "Palu, full rank", "Palu, rank 50 %", "Palu, rank 50 % in all, searched")
+    }
+    assert found.pop("plain") == pytest.approx(expected, rel=1e-4)
+    assert found.pop("Palu, full rank") == pytest.approx(expected, rel=1e-4)
+    assert len({round(x / expected, 3) for x in (expected, *found.values())}) == 3
+
+
 # --- bytes ---
 
 
