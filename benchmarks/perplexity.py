@@ -53,10 +53,9 @@ class Subject:
 
     @cached_property
     def calibrated(self) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """The covariance of the input of each layer's projections, and the mean Fisher information of the weights of
-        each output channel, ``[layers, K and V, channels]``.
-        """
-        covariances = [torch.zeros(2 * [a.k_proj.in_features], dtype=torch.float64) for a in self.attentions]
+        """Each layer's covariance of x, and the mean Fisher information of weights, ``[layers, K and V, channels]``."""
+        # A little on the diagonal, for what the text does not show: a tiny model of bytes sees few of them.
+        covariances = [1e-6 * torch.eye(a.k_proj.in_features, dtype=torch.float64) for a in self.attentions]
 
         def note(layer: int, _: Any, inputs: tuple[torch.Tensor]) -> None:
             x = inputs[0].detach()[0]

@@ -212,6 +212,7 @@ class Palu(Layout):
     ranks: of the latents, ``[layers][K, V][groups]``.
     """
 
+    @torch.no_grad()
     def __init__(
         self, weights: Sequence[Weights], ranks: int | Ranks, *, kv_heads: int, head_dim: int,
         dtype: torch.dtype | str, group_heads: int = 4, rope: Rope | None = None,
