@@ -92,17 +92,17 @@ def search_ranks(
     return torch.from_numpy(units * multiple).view(given.shape).tolist()
 
 
-def hadamard(size: int) -> torch.Tensor:
+def hadamard(size: int, field: str = "size") -> torch.Tensor:
     """Return an orthogonal matrix ``[size, size]`` in float64 whose entries are all ``+-size ** -0.5``: it spreads an
     outlier over all channels.
 
     The constructions are Sylvester's and Paley's first: sizes ``2 ** k`` and ``2 ** k * (p + 1)`` for a prime p = 3 mod
     4, among them all multiples of 32 up to 1,152. ``SpecError`` for other sizes.
     """
-    core = _core_size(check_size("size", size))
+    core = _core_size(check_size(field, size))
     if not core:
         near = min(filter(_core_size, range(1, 2 * size)), key=lambda n: abs(n - size))
-        raise SpecError(f"Hadamard matrix: got size {size}, for which no construction is known here; nearest: {near}")
+        raise SpecError(f"{field}: got {size}; no Hadamard matrix of that size is known here: the nearest is {near}")
     matrix, p = np.ones((1, 1)), core - 1
     if p:  # Paley: from the squares modulo p
         squares = np.full(p, -1.0)
@@ -145,7 +145,7 @@ def pack_latents(latents: torch.Tensor, bits: int, dtype: torch.dtype) -> torch.
     step = torch.where(scale == 0, torch.ones_like(scale), scale).to(latents.dtype)
     codes = ((latents - zero.to(latents.dtype)) / step).round().clamp(0, top).long()
     places = torch.arange(8, device=codes.device)
-    words = (codes.view(len(codes), -1, 8) << bits * places).sum(-1, keepdim=True)
+    words = (codes.view(len(codes), codes.shape[1] // 8, 8) << bits * places).sum(-1, keepdim=True)
     payload = (words >> 8 * places[:bits] & 255).to(torch.uint8).flatten(1)
     return torch.cat((payload, torch.cat((scale, zero), 1).view(torch.uint8)), 1)
 
@@ -155,7 +155,7 @@ def unpack_latents(packed: torch.Tensor, bits: int, dtype: torch.dtype, into: to
     size = 2 * dtype.itemsize
     ends = packed[:, -size:].clone(memory_format=torch.contiguous_format).view(dtype).to(into)  # a clone is aligned
     places = torch.arange(8, device=packed.device)
-    words = packed[:, :-size].reshape(len(packed), -1, bits).long() << 8 * places[:bits]
+    words = packed[:, :-size].unfold(1, bits, bits).long() << 8 * places[:bits]
     codes = words.sum(-1, keepdim=True) >> bits * places & 2**bits - 1
     return torch.addcmul(ends[:, 1:], codes.flatten(1).to(into), ends[:, :1])
 
@@ -239,6 +239,8 @@ class Palu(Layout):
             raise SpecError(f"group_heads: got {group_heads}; must divide {kv_heads} KV heads: the nearest is {near}")
         self._groups, self._head_dim = kv_heads // group_heads, head_dim
         self._dtype, self._bits, self._rope = parse_dtype(dtype, "dtype"), bits, rope
+        if rope is not None and 2 * len(rope.inv_freq) > head_dim:
+            raise SpecError(f"rope: rotates {2 * len(rope.inv_freq)} channels; head_dim is {head_dim}")
         self._hidden = _check_weights(weights, kv_heads * head_dim)
         self.ranks = _check_ranks(ranks, (len(weights), 2, self._groups), min(group_heads * head_dim, self._hidden))
         self.spec = latent_spec(self.ranks, dtype=dtype, bits=bits, rope=rope is not None, block_size=block_size)
@@ -247,7 +249,7 @@ class Palu(Layout):
                 raise SpecError(f"{field}: got {len(given)}; needs one for each of {len(weights)} layers")
         roots = [covariance_root(c, self._hidden, f"covariances[{i}]") for i, c in enumerate(covariances or ())]
         distinct = {rank for layer in self.ranks for part in layer for rank in part} if rotate_latents else set()
-        turns = {rank: hadamard(rank) for rank in distinct}
+        turns = {rank: hadamard(rank, "ranks") for rank in distinct}
         self._layers = []
         for layer, three in enumerate(weights):
             root, k_norm = roots[layer] if roots else None, k_norms[layer] if k_norms else None
@@ -330,7 +332,8 @@ class Palu(Layout):
         folds = self._rope is None and weights.k_norm is None  # nothing lies between the factor of K and the scores
         queries = [q]
         if folds:
-            by_group = q.to(dtype).view(len(q), self._groups, weights.hk.ups[0].shape[1], -1, self._head_dim).unbind(1)
+            shared = self._groups * weights.hk.ups[0].shape[1]  # KV heads
+            by_group = q.to(dtype).view(len(q), shared, heads // shared, self._head_dim).chunk(self._groups, dim=1)
             ups = (up.to(dtype) for up in weights.hk.ups)
             queries = [torch.einsum("nkjd,rkd->nkjr", *pair).flatten(1, 2) for pair in zip(by_group, ups, strict=True)]
 
@@ -347,9 +350,7 @@ class Palu(Layout):
         return merge_levels(tile(first) for first in range(0, reader.length, self.tile_tokens) or [0])
 
     def output_projection(self, layer: int) -> torch.Tensor:
-        """Return W_O with the factor of V folded in: ``[sum of the ranks of V over all query heads, hidden]``, in
-        float32, or in float64 for weights in float64. Query heads are in order.
-        """
+        """Return W_O with the factor of V folded in, ``[sum of the ranks of V over query heads, hidden]``."""
         return self._layers[layer].w_o
 
     def project(self, layer: int, out: torch.Tensor) -> torch.Tensor:
@@ -386,5 +387,4 @@ def _check_ranks(ranks: int | Ranks, shape: tuple[int, int, int], most: int) -> 
     for at, rank in np.ndenumerate(given):
         if not 1 <= rank <= most:
             raise SpecError(f"ranks{list(at) or ''}: got {rank}; must be from 1 to {most}, the channels of a group")
-    found: list[list[list[int]]] = np.broadcast_to(given, shape).tolist()
-    return found
+    return [[[int(rank) for rank in part] for part in layer] for layer in np.broadcast_to(given, shape)]

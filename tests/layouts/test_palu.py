@@ -15,6 +15,7 @@ from kvmem import SpecError
 from kvmem.kernels.write import write_component
 from kvmem.layouts import LayoutCache, palu
 from kvmem.layouts.palu import Palu, hadamard, search_ranks, stored_bytes
+from kvmem.layouts.rope import Rope
 
 WIDTH = GROUP * HEAD_DIM
 UNEQUAL = [[[8, 24], [32, 3]], [[16, 16], [1, 20]]]
@@ -108,6 +109,20 @@ def test_weights_of_a_low_rank_and_of_zeros(seed: int) -> None:
     for weight in (low, torch.zeros_like(low)):
         down, up = palu.factor(weight, WIDTH)
         assert down.isfinite().all() and (down @ up - weight).abs().max() < 1e-10
+
+
+def test_a_bias_is_one_more_row_and_a_column_of_ones(backend: str, seed: int) -> None:
+    (w_k, w_v, w_o), biases, x = (
+        make_weights(1, seed)[0],
+        random(seed, 2, KV_HEADS * HEAD_DIM),
+        random(seed, 20, HIDDEN),
+    )
+    longer = [torch.cat([w, bias[None]]) for w, bias in zip((w_k, w_v), biases, strict=True)]
+    layout = Palu([(*longer, w_o)], WIDTH, **SHAPE, dtype="float64")
+    cache, batch = written(layout, allocator(layout, backend), torch.cat([x, torch.ones(20, 1)], 1))
+    derived = cache.derive(0, batch)
+    assert error(derived.k.flatten(1), x @ w_k + biases[0]) < 1e-12
+    assert error(derived.v.flatten(1), x @ w_v + biases[1]) < 1e-12
 
 
 def test_latents_serve_at_other_positions_as_they_are(backend: str, seed: int) -> None:
@@ -205,6 +220,7 @@ def test_packing_is_exact_on_its_grid_and_half_a_step_beside_it(backend: str, bi
     assert ((round_trip(beside) - beside).abs().amax(1) <= 0.5001 * step).all()
     flat = torch.tensor([[7.0] * 8, [0.0] * 8, [1e30] * 8])  # beyond float16: its largest number, not infinity
     assert torch.equal(round_trip(flat, torch.float16), flat.clamp(max=65504))
+    assert round_trip(flat[:0]).shape == (0, 8)
     layout = Palu(make_weights(1, seed), [[[8, 24], [32, 16]]], **SHAPE, dtype="bfloat16", bits=bits)
     written(layout, alloc := allocator(layout, backend), random(seed, 50, HIDDEN))
     payload, scales_and_zeros = (8 + 24 + 32 + 16) * bits // 8, 4 * (2 + 2)
@@ -264,7 +280,8 @@ def test_options_that_do_not_fit_are_refused(seed: int) -> None:
         *((wrong, {}, shape) for wrong in ([8, 8], above[:1], [[[8, 8], [8]], [[8, 8], [8, 8]]], 8.0, "8")),
         (8, {"group_heads": 3}, "group_heads: got 3; must divide 4 KV heads: the nearest is 2"),
         (8, {"group_heads": 9}, "group_heads: got 9; must divide 4 KV heads: the nearest is 4"),
-        (18, {"rotate_latents": True}, "Hadamard matrix: got size 18, .*; nearest: 16"),
+        (18, {"rotate_latents": True}, "ranks: got 18; no Hadamard matrix of that size .*: the nearest is 16"),
+        (8, {"rope": Rope.default(32)}, "rope: rotates 32 channels; head_dim is 16"),
         (12, {"bits": 4}, "ranks: got 12; packed latents need multiples of 8, such as 8"),
         (8, {"bits": 5}, "bits: got 5; must be None, 2, 3, 4 or 8"),
         (8, {"dtype": "int8"}, "dtype: got torch.int8; .* need a float"),
