@@ -103,8 +103,8 @@ LAYOUTS: dict[str, Callable[[Subject], Layout]] = {
     "Palu, rank 75 %, int3": lambda s: s.palu(0.75, bits=3),
     "Palu, rank 75 %, int3, rotated": lambda s: s.palu(0.75, bits=3, rotate_latents=True),
 }
-#: What `Layout.encode` takes: the input ``x`` of the projections, ``k`` before or ``k_rotated`` after rotation, ``v``.
-TAKES: dict[type[Layout], tuple[str, ...]] = {PlainKV: ("k_rotated", "v"), Palu: ("x",)}
+#: What `encode` takes, if not ``("k_rotated", "v")``: the input ``x`` of the projections, ``k`` before rotation, ``v``.
+TAKES: dict[type[Layout], tuple[str, ...]] = {Palu: ("x",)}
 
 
 class CachedAttention(torch.nn.Module):
@@ -120,7 +120,7 @@ class CachedAttention(torch.nn.Module):
         a, layout, x, at = self.attention, self.cache.layout, hidden_states[0], self.batch.positions
         q, k, v = (project(x).view(len(x), -1, a.head_dim) for project in (a.q_proj, a.k_proj, a.v_proj))
         parts = {"x": x, "k": k, "k_rotated": self.rope.apply(k, at), "v": v}
-        self.cache.write(self.layer, self.batch, *(parts[name] for name in TAKES[type(layout)]))
+        self.cache.write(self.layer, self.batch, *(parts[name] for name in TAKES.get(type(layout), ("k_rotated", "v"))))
         out, _lse = self.cache.attend(self.rope.apply(q, at), self.layer, self.batch, scale=a.scaling)
         # A layout with its own W_O returns what that takes.
         y = layout.project(self.layer, out) if hasattr(layout, "project") else a.o_proj(out.flatten(1))
