@@ -202,8 +202,7 @@ class _LayerWeights:
 
 class Palu(Layout):
     """Stores one latent for each group of KV heads for K (before rotation), and one for V. Equal to the model whose W_K
-    and W_V are the products of their factors, up to the dtype of the cache. How near that is to the model given is up
-    to the ranks.
+    and W_V are the products of their factors, up to the dtype of the cache. Lower ranks are further from the model.
 
     ``attend`` reads the latents. It rebuilds K a tile at a time and rotates it to the positions of its tokens; without
     RoPE and QK-norm, the factor of K goes to the side of the queries instead. V is never rebuilt: ``attend`` returns
@@ -228,7 +227,7 @@ class Palu(Layout):
         not rotate K. covariances: of each layer's x over a calibration text, ``[hidden, hidden]``; the factors lose
         least on inputs that are like these. bits: 2, 3, 4 or 8 packs the latents, with a scale and a zero point for
         each token and group. dtype: of the latents, or of scales and zero points. rotate_latents: put a Hadamard matrix
-        between the factors, so that packed latents lose less. k_norms: for each layer, what K, ``[n, KV heads,
+        between the factors, which spreads outliers. k_norms: for each layer, what K, ``[n, KV heads,
         head_dim]``, goes through between projection and rotation (QK-norm).
 
         ``SpecError`` for what does not fit. Cost: two singular value decompositions for each layer and group.
@@ -247,9 +246,10 @@ class Palu(Layout):
         for field, given in (("covariances", covariances), ("k_norms", k_norms)):
             if given is not None and len(given) != len(weights):
                 raise SpecError(f"{field}: got {len(given)}; needs one for each of {len(weights)} layers")
-        roots = [covariance_root(c, self._hidden, f"covariances[{i}]") for i, c in enumerate(covariances or ())]
-        distinct = {rank for layer in self.ranks for part in layer for rank in part} if rotate_latents else set()
-        turns = {rank: hadamard(rank, "ranks") for rank in distinct}
+        many = enumerate(() if covariances is None else covariances)
+        roots = [covariance_root(c, self._hidden, f"covariances[{i}]") for i, c in many]
+        turned = self.ranks if rotate_latents else []
+        turns = {rank: hadamard(rank, "ranks") for layer in turned for part in layer for rank in part}
         self._layers = []
         for layer, three in enumerate(weights):
             root, k_norm = roots[layer] if roots else None, k_norms[layer] if k_norms else None
