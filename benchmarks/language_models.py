@@ -28,11 +28,12 @@ _SEED = 7
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """``inputs``: what ``model.generate`` takes, a batch padded at the left."""
+    """``inputs``: what ``model.generate`` takes, a batch padded at the left. ``tokenizer``: None for the tiny one."""
 
     name: str
     model: Any
     inputs: dict[str, torch.Tensor]
+    tokenizer: Any = None
 
 
 def load_language_model(which: str) -> LanguageModel:
@@ -69,7 +70,8 @@ def _smollm2(weights: Path) -> LanguageModel:
     with redirect_stderr(io.StringIO()):  # the GGUF reader prints a progress bar of its own
         model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32).eval()
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    return LanguageModel("SmolLM2-135M", model, dict(tokenizer(list(_PROMPTS), return_tensors="pt", padding=True)))
+    inputs = dict(tokenizer(list(_PROMPTS), return_tensors="pt", padding=True))
+    return LanguageModel("SmolLM2-135M", model, inputs, tokenizer)
 
 
 def _tiny() -> LanguageModel:
