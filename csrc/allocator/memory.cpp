@@ -204,11 +204,9 @@ AllocatorStats Allocator::stats() {
   s.free_bytes = pool_->free_pages() * page;
   s.mapped_bytes = table_->owned_pages * page;
   s.parked_bytes = table_->parked_pages() * page;
-  for (i64 g = 0; g < groups_.count(); ++g) {
-    i64 shared;
-    table_->count_bytes(g, &s.group_used_bytes.emplace_back(0), &shared);
-    s.used_bytes += s.group_used_bytes.back();
-    s.shared_bytes += shared;
+  for (i64 g = 0; g < groups_.count(); ++g) table_->count_bytes(g, &s.arena_used_bytes.emplace_back(), &s.shared_bytes);
+  for (const std::vector<i64>& arenas : s.arena_used_bytes) {
+    for (const i64 bytes : arenas) s.used_bytes += bytes;
   }
   s.held_bytes = table_->held_bytes();
   s.cached_beside_bytes = table_->cached_beside_bytes();

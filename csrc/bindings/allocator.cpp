@@ -138,7 +138,7 @@ void bind_stats(nb::module_& m) {
       .def_ro("free_bytes", &AllocatorStats::free_bytes)
       .def_ro("mapped_bytes", &AllocatorStats::mapped_bytes)
       .def_ro("used_bytes", &AllocatorStats::used_bytes)
-      .def_ro("group_used_bytes", &AllocatorStats::group_used_bytes)
+      .def_ro("arena_used_bytes", &AllocatorStats::arena_used_bytes)
       .def_ro("parked_bytes", &AllocatorStats::parked_bytes)
       .def_ro("held_bytes", &AllocatorStats::held_bytes)
       .def_ro("limit_bytes", &AllocatorStats::limit_bytes)

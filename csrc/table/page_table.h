@@ -118,9 +118,9 @@ class PageTable : public PageOwner, protected ArenaRegistration, protected Table
   virtual i64 common_blocks(i64 a, i64 b, i64 group, i64 known) const = 0;
   // Returns a number that is equal for sequences which share this committed block; others may have it too.
   virtual i64 block_key(i64 index, i64 group, i64 block) const = 0;
-  // Writes the bytes of a group's live tokens, padding included, each physical byte once; and the physical bytes with
-  // several users.
-  virtual void count_bytes(i64 group, i64* used_bytes, i64* shared_bytes) const = 0;
+  // Appends the bytes of a group's live tokens for each of its arenas, padding included, each physical byte once; adds
+  // the physical bytes with several users to `shared_bytes`.
+  virtual void count_bytes(i64 group, std::vector<i64>* used_bytes, i64* shared_bytes) const = 0;
   // Returns the bytes that live sequences and reserved blocks occupy: whole blocks (paged) or pages (virtual).
   virtual i64 held_bytes() const = 0;
   // Returns the bytes of cached, unreferenced tokens on pages that live sequences need: they can be evicted, but their

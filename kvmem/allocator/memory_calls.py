@@ -80,13 +80,15 @@ class MemoryCalls(OpenedCore):
     def _bytes_in_use(self) -> dict[str, int]:
         """Return the bytes of live sequences by component, without padding."""
         found: dict[str, int] = {}
-        used = self.core.stats().group_used_bytes
-        for group, layout, bytes in zip(self.spec.groups, self._layouts, used, strict=True):
+        for group, layout, used in zip(
+            self.spec.groups, self._layouts, self.core.stats().arena_used_bytes, strict=True
+        ):
             for component in group.components:
-                copies = group.layers[:1] if component.scope == "shared" else group.layers
-                row = sum(group.row_bytes(component.name, layer) for layer in copies)
-                held = bytes * row // layout.total_token_bytes
-                found[component.name] = found.get(component.name, 0) + held
+                for layer in group.layers[:1] if component.scope == "shared" else group.layers:
+                    arena = layout.slice(layer, component.name).arena
+                    row = group.row_bytes(component.name, layer)
+                    held = used[arena] * row // layout.token_bytes[arena]
+                    found[component.name] = found.get(component.name, 0) + held
         return found
 
     def free_tokens(self) -> int:

@@ -36,10 +36,8 @@ i64 PagedTable::tokens_that_fit(i64 index, i64 group, i64 pages) const {
   return std::min(geometry_.groups[group].max_tokens, blocks * b.tokens);
 }
 
-void PagedTable::count_bytes(i64 group, i64* used_bytes, i64* shared_bytes) const {
+void PagedTable::count_bytes(i64 group, std::vector<i64>* used_bytes, i64* shared_bytes) const {
   const Blocks& b = blocks_[group];
-  i64 token_bytes = 0;
-  for (i64 bytes : geometry_.groups[group].token_bytes) token_bytes += bytes;
   i64 tokens = 0;
   std::vector<SharedPart> shared;  // the unit is a token of a block
   for (i64 index = 0; index < sequences_.capacity(); ++index) {
@@ -55,8 +53,10 @@ void PagedTable::count_bytes(i64 group, i64* used_bytes, i64* shared_bytes) cons
     }
   }
   const SharedCount count = count_shared(shared);
-  *used_bytes = (tokens + count.length) * token_bytes;
-  *shared_bytes = count.pieces * b.tokens * token_bytes;
+  for (i64 token_bytes : geometry_.groups[group].token_bytes) {
+    used_bytes->push_back((tokens + count.length) * token_bytes);
+    *shared_bytes += count.pieces * b.tokens * token_bytes;
+  }
 }
 
 i64 PagedTable::held_bytes() const {

@@ -77,7 +77,7 @@ class PagedTable final : public PageTable {
   void snapshot(i64 index, const std::vector<i32>& chain, Transaction& tx) override;
   i64 common_blocks(i64 a, i64 b, i64 group, i64 known) const override;
   i64 block_key(i64 index, i64 group, i64 block) const override { return blocks_.entry(index, group, block); }
-  void count_bytes(i64 group, i64* used_bytes, i64* shared_bytes) const override;
+  void count_bytes(i64 group, std::vector<i64>* used_bytes, i64* shared_bytes) const override;
   i64 held_bytes() const override;
   i64 cached_beside_bytes() const override;
   i64 mapped_extent_slots(i64 group, i64 arena_in_group) const override;

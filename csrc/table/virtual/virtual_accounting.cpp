@@ -81,23 +81,24 @@ i64 VirtualTable::add_shared(const Extent& e, i64 from, i64 to, std::vector<Shar
   return bytes;
 }
 
-void VirtualTable::count_bytes(i64 group, i64* used_bytes, i64* shared_bytes) const {
+void VirtualTable::count_bytes(i64 group, std::vector<i64>* used_bytes, i64* shared_bytes) const {
   std::vector<SharedPart> shared;
-  *used_bytes = 0;
-  for (i64 index = 0; index < sequences_.capacity(); ++index) {
-    const i64 row = rows_.row_of(index);
-    if (row < 0) continue;
-    const i64 front = sequences_.front(index, group), tokens = sequences_.tokens(index, group);
-    for (i64 a = first_[group]; a < first_[group + 1]; ++a) {
-      const i64 from = front * token_bytes(group, a), to = tokens * token_bytes(group, a);
-      *used_bytes += to - from;
+  for (i64 a = first_[group]; a < first_[group + 1]; ++a) {
+    i64 bytes = 0;
+    shared.clear();
+    for (i64 index = 0; index < sequences_.capacity(); ++index) {
+      const i64 row = rows_.row_of(index);
+      if (row < 0) continue;
+      const i64 from = sequences_.front(index, group) * token_bytes(group, a);
+      const i64 to = sequences_.tokens(index, group) * token_bytes(group, a);
+      bytes += to - from;
       if (!rows_[row].maybe_shared || from == to) continue;
-      *used_bytes -= add_shared(rows_.extent(row, a), from, to, &shared);
+      bytes -= add_shared(rows_.extent(row, a), from, to, &shared);
     }
+    const SharedCount count = count_shared(shared);
+    used_bytes->push_back(bytes + count.length);
+    *shared_bytes += count.pieces * page_bytes();
   }
-  const SharedCount count = count_shared(shared);
-  *used_bytes += count.length;
-  *shared_bytes = count.pieces * page_bytes();
 }
 
 // Blocks that begin alike share the page of their beginnings. Cost: proportional to the blocks of the rows that may

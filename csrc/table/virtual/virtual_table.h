@@ -60,7 +60,7 @@ class VirtualTable final : public PageTable {
   void snapshot(i64 index, const std::vector<i32>& chain, Transaction& tx) override;
   i64 common_blocks(i64 a, i64 b, i64 group, i64 known) const override;
   i64 block_key(i64 index, i64 group, i64 block) const override;
-  void count_bytes(i64 group, i64* used_bytes, i64* shared_bytes) const override;
+  void count_bytes(i64 group, std::vector<i64>* used_bytes, i64* shared_bytes) const override;
   i64 held_bytes() const override { return (owned_pages - parked_pages()) * page_bytes(); }
   i64 common_bytes() const override;
   i64 mapped_extent_slots(i64 group, i64 arena_in_group) const override;
