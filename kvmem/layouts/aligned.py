@@ -130,7 +130,7 @@ class AlignedKV(Layout):
         heads, width = self._shape(reader.layer)
         complete = _complete(reader.length)
         start, stop = _complete(first), min(_complete(end + BLOCK - 1), complete)
-        tail = reader.rows("k_tail", max(first, complete), max(end, complete))
+        tail = reader.rows("k_tail", complete, max(end, complete))
         levels = torch.full((heads, width), 2, device=tail.device)
         k = self._keys(reader, levels, start, max(start, stop))
         v = self._read(reader, "v", levels[:1, :1].expand(end - first, heads), first, end)
@@ -270,8 +270,8 @@ def value_levels(
     """Return the level of each token of V, int32 ``[tokens, KV heads]``, by how far weight times value can lie below
     the output, in the channel where it comes closest; the closest of all queries that share the KV head counts.
 
-    weights: ``[query heads, n, tokens]``. magnitude: of the output, ``[query heads, n, width]``, taken to be up to twice
-    too large. largest: biased exponents ``[KV heads, width]``. Heads that hold infinity or NaN are read whole.
+    weights: ``[query heads, n, tokens]``. magnitude: an estimate of the output, ``[query heads, n, width]``, of which
+    half is relied on. largest: biased exponents ``[KV heads, width]``. Heads that hold infinity or NaN are read whole.
     """
     heads = len(largest)
     output = _exponent(magnitude).view(heads, -1, *magnitude.shape[1:]) - 1
