@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,7 +12,9 @@ from kvmem import Allocator, Batch, CacheSpec, Sequence
 from kvmem.layouts import LayoutCache, TokenReader, aligned
 from kvmem.layouts.aligned import AlignedKV
 
-__all__ = ["Held", "Seen", "cases", "flip_unread", "record", "spec"]
+__all__ = ["Held", "cases", "flip_unread", "record", "spec"]
+
+Seen = dict[str, torch.Tensor]
 
 
 def spec(heads: int, width: int, dtype: torch.dtype = torch.float16, **options: Any) -> CacheSpec:
@@ -78,61 +79,32 @@ class Held:
         return {name: bytes for (name, _), bytes in self.alloc.ledger.read.items() if bytes}
 
 
-class Seen:
-    """The levels that ``attend`` chose, and the statistics that it chose them by."""
-
-    key: torch.Tensor
-    value: torch.Tensor
-    largest: dict[str, torch.Tensor]
-
-
 def record(monkeypatch: pytest.MonkeyPatch) -> Seen:
-    seen = Seen()
-    seen.largest = {}
+    """What ``attend`` reads from now on: the levels of ``"key"`` and ``"value"``, and the exponents they follow from."""
+    seen: Seen = {}
+    rules = {"key": aligned.key_levels, "value": aligned.value_levels}
+    for name in rules:
 
-    def watch(name: str, largest_at: int) -> Callable[..., torch.Tensor]:
-        rule = getattr(aligned, f"{name}_levels")
+        def watched(*args: Any, name: str = name) -> torch.Tensor:
+            seen[name], seen[f"{name} exponents"] = rules[name](*args), args[-3]
+            return seen[name]
 
-        def watched(*args: Any) -> torch.Tensor:
-            levels: torch.Tensor = rule(*args)
-            setattr(seen, name, levels)
-            seen.largest[name] = args[largest_at]
-            return levels
-
-        return watched
-
-    monkeypatch.setattr(aligned, "key_levels", watch("key", 1))
-    monkeypatch.setattr(aligned, "value_levels", watch("value", 2))
+        monkeypatch.setattr(aligned, f"{name}_levels", watched)
     return seen
 
 
 def flip_unread(held: Held, seen: Seen) -> int:
-    """Flip every bit of the sequence's blocks that no level asks for; return the bytes of K and V that were asked for.
-
-    The addresses are counted out byte by byte, independently of the layout.
-    """
-    heads, width = seen.key.shape
-    length, tokens = held.reader().length, 64
-    complete, channels = length // tokens, heads * width
-    ids = held.reader().blocks("k", 0, -(-length // tokens))[1]
-    read = torch.zeros(len(ids), tokens, 4, channels // 2, dtype=torch.bool)  # halves of the high plane, mid, low
-    bytes_of_plane = {0: (0, 2 * (channels // 2)), 1: (channels, channels // 2), 2: (channels * 3 // 2, channels // 2)}
-    read_k, read_v = read.view(len(ids), tokens, -1).clone(), read.view(len(ids), tokens, -1).clone()
-    for plane, (start, row) in bytes_of_plane.items():
-        burst = tokens if plane == 0 else tokens // 2
-        for channel in range(channels):
-            if seen.key.flatten()[channel] >= plane:
-                at, offset = divmod(channel * burst, row)
-                read_k[:complete, at, start + offset : start + offset + burst] = True
-        size = width if plane == 0 else width // 2
-        for head in range(heads):
-            begin = start + head * size
-            asked = torch.zeros(len(ids) * tokens, dtype=torch.bool)
-            asked[:length] = seen.value[:, head] >= plane
-            read_v[:, :, begin : begin + size] |= asked.view(len(ids), tokens, 1)
-    for name, asked in (("k", read_k), ("v", read_v)):
-        cells, here = held.reader().blocks(name, 0, len(ids))
-        cells[here] ^= (~asked).to(torch.uint8).unsqueeze(2) * 255
-    statistics, here = held.reader().blocks("max_exponent", complete, len(ids))
-    statistics[here] ^= 255
-    return int(read_k.sum() + read_v.sum())
+    """Flip every bit of the sequence that no level asks for, and return the bytes of K and V that levels ask for."""
+    kept = torch.tensor((0xFF00 - 0x10000, 0xFFF0 - 0x10000, -1), dtype=torch.int16)
+    shape, token, complete = held.k.shape, torch.arange(len(held.k)), len(held.k) // 64 * 64
+    v = kept[seen["value"].long()].view(held.k.dtype).unsqueeze(2).expand(shape)
+    v = held.layout.encode(0, v, v, positions=token)["v"]
+    k = kept[seen["key"].long()].view(held.k.dtype).expand(complete // 64 + 1, 64, *shape[1:])
+    k = held.layout.encode_blocks(0, {"k_tail": k, "v": v.new_zeros(len(k), 64, *v.shape[1:])})["k"]
+    read = {"k": k.flatten(0, 1)[: len(token)], "v": v}
+    read["k"][complete:] = 0
+    read["max_exponent"] = (token < complete).to(torch.uint8).view(-1, 1, 1) * 255
+    for name, bits in read.items():
+        blocks, ids = held.reader().blocks(name, 0, -(-len(token) // 64))
+        blocks[ids[token // 64], token % 64] ^= ~bits
+    return int(read["k"].count_nonzero() + read["v"].count_nonzero())
