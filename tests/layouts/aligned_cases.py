@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
+from itertools import count, islice
 from typing import Any
 
 import pytest
 import torch
 from layout_case import Case, hidden_states
 
-from kvmem import Allocator, Batch, CacheSpec, Sequence
+from kvmem import Allocator, CacheSpec
 from kvmem.layouts import LayoutCache, TokenReader, aligned
 from kvmem.layouts.aligned import AlignedKV
 
 __all__ = ["Held", "cases", "flip_unread", "record", "spec"]
 
+HALF = torch.float16
 Seen = dict[str, torch.Tensor]
 
 
 def spec(heads: int, width: int, dtype: torch.dtype = torch.float16, **options: Any) -> CacheSpec:
-    options = {"num_layers": 1, "block_size": 64} | options
-    return CacheSpec.kv(num_kv_heads=heads, head_dim=width, dtype=dtype, **options)
+    return CacheSpec.kv(num_layers=1, num_kv_heads=heads, head_dim=width, dtype=dtype, **({"block_size": 64} | options))
 
 
 def cases() -> list[Case]:
-    return [
-        _case(torch.float16, 2, 32, 1, 5e-3),
-        _case(torch.float16, 4, 16, 3, 2e-3),
-        _case(torch.bfloat16, 1, 64, 1, 4e-2),
-    ]
+    return [_case(*each) for each in ((HALF, 2, 32, 1, 1e-2), (HALF, 4, 16, 3, 3e-3), (torch.bfloat16, 1, 64, 1, 8e-2))]
 
 
 def _case(dtype: torch.dtype, heads: int, width: int, guard: int, tolerance: float) -> Case:
@@ -43,8 +40,10 @@ def _case(dtype: torch.dtype, heads: int, width: int, guard: int, tolerance: flo
 
     layout = AlignedKV(spec(heads, width, dtype), guard=guard)
     each = 2 * heads * width * dtype.itemsize
-    name = f"aligned {str(dtype)[6:]} guard {guard}"
-    return Case(name, layout, 4, width, values, plain, tolerance, each, 128 / 129, blockwise=True)
+    name, sizes = f"aligned {str(dtype)[6:]} guard {guard}", {"page_bytes": 16384, "max_tokens": 2048}
+    return Case(
+        name, layout, 4, width, values, plain, tolerance, each, 128 / 129, blockwise=True, extra={"sizes": sizes}
+    )  # fmt: skip
 
 
 class Held:
@@ -54,26 +53,21 @@ class Held:
         sizes = {"memory": "64MiB", "max_sequences": 4, "max_tokens": 4096}
         self.alloc = Allocator(layout.spec, backend=backend, device="cpu", **(sizes | options))
         self.layout, self.cache = layout, LayoutCache(layout, self.alloc)
-        self.seq: Sequence = self.alloc.sequence()
-        group = layout.spec.groups[0]
-        shape = (0, group.heads("k", 0), group.widths("k", 0)[0])
-        self.k, self.v = (torch.zeros(shape, dtype=layout.dtype) for _ in "kv")
-        self.batch: Batch | None = None
+        self.seq, self.ids = self.alloc.sequence(), count()  # a fork has other tokens, so it has other ids
+        k = layout.spec.groups[0].component("k")
+        self.k, self.v = torch.zeros(2, 0, k.heads_at(0), k.widths_at(0)[0], dtype=layout.dtype)
 
-    def add(self, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Write these tokens as one chunk; the batch of the step stays for ``attend``."""
-        self.commit()
+    def add(self, k: torch.Tensor, v: torch.Tensor, drafts: int = 0) -> None:
+        """Write these tokens as one chunk; the last ``drafts`` are taken back."""
         self.seq.extend(len(k))
-        self.batch = self.alloc.batch([self.seq])
-        self.cache.write(0, self.batch, k, v)
+        self.cache.write(0, self.alloc.batch([self.seq]), k, v)
+        k, v = k[: len(k) - drafts], v[: len(v) - drafts]
+        self.seq.truncate(len(self.k) + len(k))
+        self.seq.commit(list(islice(self.ids, len(k))))
         self.k, self.v = torch.cat((self.k, k.to(self.k.dtype))), torch.cat((self.v, v.to(self.v.dtype)))
 
-    def commit(self) -> None:
-        self.seq.commit(list(range(self.seq.num_committed_tokens, len(self.k))))
-
     def reader(self) -> TokenReader:
-        assert self.batch is not None
-        return self.cache.readers(0, self.batch)[0]
+        return self.cache.readers(0, self.alloc.batch([self.seq], new_tokens=[0]))[0]
 
     def reads(self) -> dict[str, int]:
         return {name: bytes for (name, _), bytes in self.alloc.ledger.read.items() if bytes}
