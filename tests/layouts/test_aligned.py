@@ -62,9 +62,6 @@ def test_rows_over_the_end_of_a_block(
         place = torch.randint(32, (2,), generator=random)
         k[0, 1, place[0]] = v[0, 0, place[1]] = -10 - 0.1 * len(held.k)  # a new maximum of negative sign
         held.add(k, v, drafts)
-        check()
-
-    def check() -> None:
         length, q = len(held.k), torch.randn(1, 4, 32, generator=random)
         for first, end in ((0, length), (length // 3, length), (length // 2, length - 1), (0, length // 2)):
             assert_derived(held, first, end)
@@ -83,7 +80,7 @@ def test_rows_over_the_end_of_a_block(
         grow(30, drafts)
         grow(3)
     held.seq, (held.k, held.v) = twin, mine
-    check()
+    grow(1)
     assert held.alloc.check() == []
 
 
@@ -207,13 +204,13 @@ def test_many_queries_are_exact(random: torch.Generator) -> None:
 
 @every_dtype
 def test_infinity_and_nan_are_what_they_were(dtype: torch.dtype, random: torch.Generator) -> None:
-    """An infinite key, which hides its token, where the query is small; and a head whose V has infinities and NaN, one
-    of them at a token of almost no weight.
+    """Infinite keys, which hide their tokens, where the query is small and where it is large; and a head whose V has
+    infinities and NaN, one of them at a token of almost no weight.
     """
     held = Held(AlignedKV(spec(2, 32, dtype)))
     k, v = torch.randn(2, 130, 2, 32, generator=random)
     q = torch.randn(1, 2, 32, generator=random)
-    q[0, 0, 3], k[7, 0, 3] = 1e-4, -torch.inf
+    q[0, 0, 3], k[7, 0, 3], q[0, 0, 4], k[8, 0, 4] = 1e-7, -torch.inf, 4, -torch.inf
     k[12, 1], v[12, 1, 4] = q[0, 1] * -150 / q[0, 1].square().sum(), torch.inf
     v[9, 1, 1], v[11, 1, 2], v[:2, 1, 3] = torch.nan, torch.inf, torch.tensor([torch.inf, -torch.inf])
     held.add(k, v)

@@ -1,6 +1,4 @@
-"""AlignedKV's kernels in Triton against torch. They run in Triton's interpreter, which has to be chosen before Triton is
-imported: so this file runs itself again in a process of its own, with ``TRITON_INTERPRET=1``.
-"""
+"""AlignedKV's kernels in Triton: against torch, in Triton's interpreter, and compiled for GPUs."""
 
 from __future__ import annotations
 
@@ -16,54 +14,48 @@ from aligned_cases import Held, flip_unread, record, spec
 
 from kvmem.layouts.aligned import AlignedKV
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="pip install -e .[triton]")
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process that this file starts")
-compiled = pytest.mark.skipif(INTERPRETED, reason="this is the process that was started")
 #: KV heads, query heads of each, width, new tokens, length: widths that are no power of two, incomplete blocks, GQA.
 SHAPES = [(2, 1, 32, 1, 128), (2, 2, 32, 3, 133), (4, 2, 80, 2, 129), (1, 4, 64, 2, 63), (8, 1, 24, 8, 65)]
 
 
-@interpreted
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize(("backend", "dtype"), [("virtual", torch.float16), ("paged", torch.bfloat16)], ids=str)
 def test_triton_reads_what_torch_reads(
-    shape: tuple[int, ...], backend: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, seed: int
+    backend: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, seed: int, request: pytest.FixtureRequest
 ) -> None:
-    """The same result up to rounding, the same bytes; and no unread bit matters."""
-    heads, group, width, new, length = shape
+    """The same result up to rounding, the same bytes; and no unread bit matters. The interpreter has to be chosen before
+    Triton is imported: so the test runs itself again in a process of its own.
+    """
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        test = f"{Path(__file__)}::{request.node.name}"
+        run = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--seed={seed}", test],
+            env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=110,
+        )  # fmt: skip
+        assert run.returncode == 0 and "1 passed" in run.stdout, run.stdout + run.stderr
+        return
     random, seen = torch.Generator().manual_seed(seed), record(monkeypatch)
-    k, v = torch.randn(2, length, heads, width, generator=random)
-    k[..., :3] *= 16
-    q = torch.randn(new, heads * group, width, generator=random) * 2
-    found = []
-    for impl in ("torch", "triton"):
-        held = Held(
-            AlignedKV(spec(heads, width, dtype), impl=impl), backend, interleave="none", page_bytes=128 * heads * width
-        )
-        for begin, end in ((0, length - new), (length - new, length)):
-            held.add(k[begin:end], v[begin:end])
-        for causal in (True, False):
-            found.append((*held.layout.attend(q, held.reader(), scale=0.3, causal=causal), held.reads()))
-    for (out, lse, reads), (its_out, its_lse, its_reads) in zip(found[:2], found[2:], strict=True):
-        torch.testing.assert_close(its_out, out, rtol=0, atol=2e-5 * float(v.abs().max()))
-        torch.testing.assert_close(its_lse, lse, rtol=1e-5, atol=1e-4)
-        assert its_reads == reads
-    flip_unread(held, seen)
-    again = held.layout.attend(q, held.reader(), scale=0.3, causal=False)
-    assert all(torch.equal(a, b) for a, b in zip(again, found[-1], strict=False))
+    for heads, group, width, new, length in SHAPES:
+        k, v = torch.randn(2, length, heads, width, generator=random)
+        k[..., :3] *= 16
+        q = torch.randn(new, heads * group, width, generator=random) * 2
+        found = []
+        for impl in ("torch", "triton"):
+            layout = AlignedKV(spec(heads, width, dtype), impl=impl)
+            held = Held(layout, backend, interleave="none", page_bytes=128 * heads * width)
+            held.add(k, v)
+            for causal in (True, False):
+                found.append((*layout.attend(q, held.reader(), scale=0.3, causal=causal), held.reads()))
+        for (out, lse, reads), (its_out, its_lse, its_reads) in zip(found[:2], found[2:], strict=True):
+            torch.testing.assert_close(its_out, out, rtol=0, atol=2e-5 * float(v.abs().max()))
+            torch.testing.assert_close(its_lse, lse, rtol=1e-5, atol=1e-4)
+            assert its_reads == reads
+        flip_unread(held, seen)
+        again = layout.attend(q, held.reader(), scale=0.3, causal=False)
+        assert all(torch.equal(a, b) for a, b in zip(again, found[-1], strict=False))
 
 
-@compiled
-def test_all_of_this_in_tritons_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    run = subprocess.run(
-        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=110
-    )
-    assert run.returncode == 0 and f"{2 * len(SHAPES)} passed" in run.stdout, run.stdout + run.stderr
-
-
-@compiled
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels are not compiled")
 def test_the_kernels_compile_for_gpus_without_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """To machine code of two generations of GPUs."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
