@@ -85,9 +85,7 @@ def test_rows_over_the_end_of_a_block(
 
 
 def test_levels_by_hand() -> None:
-    """Operands 3, 4, 5, 7, 8 and 9 powers of two below the first, by the size of the query, of the channel, and of the
-    weight.
-    """
+    """Operands 3, 4, 5, 7, 8 and 9 powers of two below the first, by the size of query, channel or weight."""
     steps, ones = torch.tensor([0, 3, 4, 5, 7, 8, 9, 100]), torch.ones(8)
     by_guard = {0: [2, 2, 1, 1, 1, 0, 0, 0], 1: [2, 2, 2, 1, 1, 1, 0, 0], 5: [2, 2, 2, 2, 2, 2, 1, 0]}
     for guard, wanted in by_guard.items():
@@ -111,10 +109,8 @@ def test_queries_of_a_group_share_the_most_precise_read(random: torch.Generator)
         alone, top = [(head * 3 + i, n) for i in range(3) for n in range(2)], largest[head : head + 1]
         each = [key_levels(q[n : n + 1, h : h + 1], top, *rest)[0] for h, n in alone]
         assert torch.equal(keys[head], torch.stack(each).amax(0))
-        each = [
-            value_levels(weights[h, n].view(1, 1, -1), size[h, n].view(1, 1, -1), top, *rest)[:, 0] for h, n in alone
-        ]
-        assert torch.equal(values[:, head], torch.stack(each).amax(0))
+        parts = [[x[h, n].view(1, 1, -1) for x in (weights, size)] for h, n in alone]
+        assert torch.equal(values[:, head], torch.stack([value_levels(*p, top, *rest)[:, 0] for p in parts]).amax(0))
 
 
 def test_the_saving_and_its_error() -> None:
