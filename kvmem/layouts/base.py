@@ -86,8 +86,9 @@ class Layout(ABC):
     # --- components that are encoded a whole block at a time ---
 
     def tail(self, layer: int) -> tuple[str, ...]:
-        """Return the components of a sliding-window group that hold the newest tokens as they were written, for a
-        layout that encodes others a whole block at a time: an incomplete block is read from there. Empty for most.
+        """Return what ``encode_blocks`` is computed from, for a layout that encodes components a whole block at a time:
+        components of a sliding-window group, which hold the newest tokens as they were written and from which an
+        incomplete block is read; and others that ``encode`` writes, if need be. Empty for most.
         """
         return ()
 
