@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -48,9 +49,12 @@ class LayoutCache:
     """
 
     def __init__(self, layout: Layout, alloc: Allocator) -> None:
-        """``SpecError`` unless ``alloc`` was made with ``layout.spec``."""
+        """``SpecError`` unless ``alloc`` was made with ``layout.spec``; and on the virtual backend, for a layout that
+        encodes whole blocks, unless a page holds whole blocks.
+        """
         if alloc.spec != layout.spec:
             raise SpecError(f"alloc: made with another spec than the layout's: Allocator({type(layout).__name__}.spec)")
+        _check_pages(layout, alloc)
         self.layout, self.alloc = layout, alloc
         self._scratch: dict[str, torch.Tensor] = {}
 
@@ -164,3 +168,23 @@ class LayoutCache:
             group = self._group(batch, layer, component)
             blocks = self.alloc.tensor(layer, component)
             blocks[group.block_table[where[:, 0], where[:, 1]].long()] = values.to(blocks.dtype)
+
+
+def _check_pages(layout: Layout, alloc: Allocator) -> None:
+    """Forks and hits share whole pages, and may end within a block. Each then encodes that block anew, from its first
+    token on, which must not lie in a page that the other reads.
+    """
+    if alloc.backend != "virtual":
+        return
+    for index, group in enumerate(alloc.spec.groups):
+        tails = {name for layer in group.layers for name in layout.tail(layer)}
+        if not tails or tails >= {component.name for component in group.components}:
+            continue
+        page, blocks = alloc.pool.page_bytes, [n * group.block_size for n in alloc._layouts[index].token_bytes]
+        if any(page % block for block in blocks):
+            fits = math.lcm(alloc.pool.device.info.granularity_bytes, *blocks)
+            raise SpecError(
+                f"page_bytes: got {page}; blocks of group {group.name!r} take {sorted(set(blocks))} bytes and are "
+                f"encoded whole, so that a page must hold whole blocks: use page_bytes={fits} or a multiple, "
+                'interleave="none", which makes blocks smaller, or backend="paged"'
+            )
