@@ -132,7 +132,7 @@ class LayoutCache:
 
     def _room(self, name: str, tokens: int, like: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
         """Return ``[tokens, *like.shape[1:]]`` of the scratch."""
-        kind, each = dtype or like.dtype, like[0:1].numel()
+        kind, each = dtype or like.dtype, math.prod(like.shape[1:])
         known = self._scratch.get(name)
         if known is None or known.dtype != kind or known.device != like.device or known.numel() < tokens * each:
             self._scratch[name] = known = like.new_empty(tokens * each, dtype=kind)
