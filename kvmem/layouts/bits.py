@@ -1,4 +1,4 @@
-"""Integers of 2 to 8 bits in place of floats: quantised, packed, and a Hadamard rotation that spreads outliers first."""
+"""Integers of 2 to 8 bits in place of floats: quantised, packed, and a Hadamard rotation before that."""
 
 from __future__ import annotations
 
@@ -17,15 +17,14 @@ _WORDS: Final = {2: (4, 1), 3: (8, 3), 4: (2, 1), 8: (1, 1)}  # bits -> codes an
 
 
 def quantise(
-    x: torch.Tensor, bits: int, *, dim: int = -1, symmetric: bool = False, scale_dtype: torch.dtype = torch.float16
-) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-    """Return codes, uint8 in the shape of x, and what they are scaled by, in ``scale_dtype`` and without ``dim``:
-    ``(scale, zero)``, or with ``symmetric`` ``(scale,)``.
+    x: torch.Tensor, bits: int, *, dim: int = -1, scale_dtype: torch.dtype = torch.float16
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return codes, uint8 in the shape of x, and scales and zero points, in ``scale_dtype`` and without ``dim``.
 
-    The entries along ``dim`` are a group with one scale. Asymmetric: the codes 0 to ``2**bits - 1`` span the group's
-    least and largest entry. Symmetric: they span ``-m`` to ``m``, m the largest magnitude, with one code less, so that
-    0 stays 0. Scale and zero are rounded outward, so no entry is cut: ``dequantise`` is off by half a scale at most, up
-    to rounding in float32. A group of equal entries that ``scale_dtype`` holds is exact.
+    The entries along ``dim`` are a group with one scale, asymmetric: the codes 0 to ``2**bits - 1`` span the group's
+    least entry, which is the zero point, to its largest. Both are rounded outward, so no entry is cut: ``dequantise``
+    is off by half a scale at most, up to rounding in float32. A group of equal entries that ``scale_dtype`` holds is
+    exact, with a scale of 0.
 
     Entries beyond the range of ``scale_dtype`` (65,504 in float16), infinities too, saturate at its end. A NaN makes
     its whole group NaN.
@@ -34,33 +33,26 @@ def quantise(
     limit = min(torch.finfo(scale_dtype).max, 2.0**126)  # high - low stays finite in float32
     x = x.float().clamp(-limit, limit)
     low, high = torch.aminmax(x, dim=dim)
-    if symmetric:
-        top = 2 ** (bits - 1) - 1
-        scale = _rounded_up(torch.maximum(-low, high) / top, scale_dtype)
-        codes = _divided(x, scale.unsqueeze(dim)).round_().clamp_(-top, top) + (top + 1)
-        return codes.nan_to_num_(0).to(torch.uint8), (scale,)
     top = 2**bits - 1
     zero = -_rounded_up(-low, scale_dtype)
     scale = _rounded_up((high - zero.float()) / top, scale_dtype)
-    codes = _divided(x - zero.float().unsqueeze(dim), scale.unsqueeze(dim)).round_().clamp_(0, top)
-    return codes.nan_to_num_(0).to(torch.uint8), (scale, zero)
+    step = torch.where(scale == 0, 1, scale.float())
+    codes = ((x - zero.float().unsqueeze(dim)) / step.unsqueeze(dim)).round_().clamp_(0, top).nan_to_num_(0)
+    return codes.to(torch.uint8), scale, zero
 
 
-def dequantise(codes: torch.Tensor, bits: int, scales: tuple[torch.Tensor, ...], *, dim: int = -1) -> torch.Tensor:
-    """Return what ``quantise`` made codes and scales of, in float32. Arguments as it was given and returned them."""
-    scale, *zero = (s.float().unsqueeze(dim) for s in scales)
-    return codes * scale + zero[0] if zero else (codes.float() - 2 ** (bits - 1)) * scale
+def dequantise(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, *, dim: int = -1) -> torch.Tensor:
+    """Return what ``quantise`` made codes, scales and zero points of, in float32."""
+    return codes * scale.float().unsqueeze(dim) + zero.float().unsqueeze(dim)
 
 
 def _rounded_up(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """x in another dtype, not below x; NaN stays NaN."""
-    near, info = x.to(dtype), torch.finfo(dtype)
-    return torch.where(near.float() < x, (x + (x.abs() + info.tiny) * info.eps).to(dtype), near)
-
-
-def _divided(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """A scale of 0 is that of a group of equal entries: all are code 0."""
-    return x / torch.where(scale == 0, 1, scale.float())
+    """x, float32, as the nearest number of another dtype that is not below it; NaN stays NaN."""
+    near = x.to(dtype)
+    if dtype == torch.float32:
+        return near
+    above = ((near + 0.0).view(torch.int16) + (2 * (near >= 0).short() - 1)).view(dtype)  # + 0.0: -0.0 becomes 0.0
+    return torch.where(near.float() < x, above, near)
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
@@ -69,31 +61,28 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     codes: uint8. REQUIRES: each below ``2**bits``. ``SpecError`` if n codes do not fill whole bytes.
     """
     per, size = _check_bits(bits)
-    n = codes.shape[-1]
-    if codes.dtype != torch.uint8 or n % per:
-        near = max(round(n / per), 1) * per
-        raise SpecError(
-            f"codes: got {n} of {codes.dtype}; must be uint8, a multiple of {per} with {bits} bits: {near}"
-        )
-    if per == 1:
-        return codes
-    places = torch.arange(per, dtype=torch.int32, device=codes.device) * bits
-    words = (codes.unflatten(-1, (n // per, per)).int() << places).sum(-1, keepdim=True, dtype=torch.int32)
-    return (words >> torch.arange(0, 8 * size, 8, dtype=torch.int32, device=codes.device) & 255).byte().flatten(-2)
+    return _regroup("codes", codes, per, bits, size, 8)
 
 
 def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
     """Return the codes that ``pack`` was given."""
     per, size = _check_bits(bits)
-    n = packed.shape[-1]
-    if packed.dtype != torch.uint8 or n % size:
-        raise SpecError(f"packed: got {n} of {packed.dtype}; must be uint8, a multiple of {size} with {bits} bits")
-    if per == 1:
-        return packed
-    places = torch.arange(0, 8 * size, 8, dtype=torch.int32, device=packed.device)
-    words = (packed.unflatten(-1, (n // size, size)).int() << places).sum(-1, keepdim=True, dtype=torch.int32)
-    places = torch.arange(per, dtype=torch.int32, device=packed.device) * bits
-    return (words >> places & 2**bits - 1).byte().flatten(-2)
+    return _regroup("packed", packed, size, 8, per, bits)
+
+
+def _regroup(field: str, x: torch.Tensor, count: int, bits: int, to_count: int, to_bits: int) -> torch.Tensor:
+    """Each ``count`` numbers of ``bits`` bits as ``to_count`` numbers of ``to_bits`` bits."""
+    n = x.shape[-1]
+    if x.dtype != torch.uint8 or n % count:
+        raise SpecError(
+            f"{field}: got {n} of {x.dtype}; must be uint8, a multiple of {count}: {max(round(n / count), 1) * count}"
+        )
+    if count == to_count:
+        return x
+    places, to_places = (torch.arange(0, 24, step, device=x.device) for step in (bits, to_bits))
+    words = x.view(*x.shape[:-1], n // count, count).int() << places[:count]
+    found: torch.Tensor = words.sum(-1, keepdim=True) >> to_places[:to_count] & 2**to_bits - 1
+    return found.to(torch.uint8).flatten(-2)
 
 
 def _check_bits(bits: int) -> tuple[int, int]:
@@ -119,12 +108,11 @@ def hadamard(size: int, *, dtype: torch.dtype = torch.float32, device: torch.dev
 
 @lru_cache(maxsize=16)
 def _hadamard(size: int) -> torch.Tensor:
-    odd = size & -size
-    base = {1: 1, 3: 12, 5: 20}[size // odd]
+    base = {1: 1, 3: 12, 5: 20}[size // (size & -size)]
     h = torch.ones(1, 1, dtype=torch.float64) if base == 1 else _paley(base - 1)
     while len(h) < size:
         h = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64), h)
-    return h / size**0.5
+    return h.div_(size**0.5)
 
 
 def _paley(q: int) -> torch.Tensor:
