@@ -36,9 +36,9 @@ def quantise(
     top = 2**bits - 1
     zero = -_rounded_up(-low, scale_dtype)
     scale = _rounded_up((high - zero.float()) / top, scale_dtype)
-    step = torch.where(scale == 0, 1, scale.float())
-    codes = ((x - zero.float().unsqueeze(dim)) / step.unsqueeze(dim)).round_().clamp_(0, top).nan_to_num_(0)
-    return codes.to(torch.uint8), scale, zero
+    codes = (x - zero.float().unsqueeze(dim)) / scale.float().unsqueeze(dim)
+    # NaN: of a group of equal entries, 0 / 0, whose code is 0; or of a NaN, whatever its code.
+    return codes.round_().clamp_(0, top).nan_to_num_(0).to(torch.uint8), scale, zero
 
 
 def dequantise(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, *, dim: int = -1) -> torch.Tensor:
@@ -51,7 +51,7 @@ def _rounded_up(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     near = x.to(dtype)
     if dtype == torch.float32:
         return near
-    above = ((near + 0.0).view(torch.int16) + (2 * (near >= 0).short() - 1)).view(dtype)  # + 0.0: -0.0 becomes 0.0
+    above = (near.view(torch.int16) + (2 * (near >= 0).short() - 1)).view(dtype)
     return torch.where(near.float() < x, above, near)
 
 
