@@ -157,7 +157,7 @@ class LayoutCache:
 
     def _room(self, name: str, tokens: int, like: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
         """Return ``[tokens, *like.shape[1:]]`` of the scratch: bytes, which layers of several dtypes reuse."""
-        kind, numbers = dtype or like.dtype, tokens * like[0:1].numel()
+        kind, numbers = dtype or like.dtype, tokens * math.prod(like.shape[1:])
         known, bytes = self._scratch.get(name), numbers * kind.itemsize
         if known is None or known.device != like.device or len(known) < bytes:
             self._scratch[name] = known = torch.empty(bytes, dtype=torch.uint8, device=like.device)

@@ -18,6 +18,7 @@ class World:
     def __init__(self, case: Case, backend: str, seed: int, **options: object) -> None:
         sizes: dict[str, object] = {"memory": "8MiB", "max_sequences": 16, "max_tokens": 512, "page_bytes": 4096}
         self.case = case
+        sizes |= case.extra.get("sizes", {})
         self.alloc = Allocator(case.layout.spec, backend=backend, device="cpu", **(sizes | options))  # type: ignore[arg-type]
         self.cache = LayoutCache(case.layout, self.alloc)
         self.random = torch.Generator().manual_seed(seed)

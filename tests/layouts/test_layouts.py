@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from itertools import chain, pairwise
 
+import aligned_cases
 import goldfinch_cases
 import palu_cases
 import plain_cases
 import pytest
+import quantised_cases
 import slim_cases
 import torch
 from layout_case import Case
@@ -20,7 +22,7 @@ from kvmem import Allocator, SpecError
 from kvmem.geometry import GroupLayout
 from kvmem.layouts import LayoutCache
 
-CASES = list(chain.from_iterable(module.cases() for module in (plain_cases, slim_cases, palu_cases, goldfinch_cases)))
+CASES = list(chain.from_iterable(module.cases() for module in (plain_cases, slim_cases, palu_cases, goldfinch_cases, aligned_cases, quantised_cases)))
 every_layout = pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
 both_backends = pytest.mark.parametrize("backend", ["virtual", "paged"])
 
@@ -84,7 +86,7 @@ def test_prefixes_are_shared(case: Case, backend: str, seed: int) -> None:
         assert second.num_cached_tokens == 0
         return
     assert second.num_cached_tokens >= (blocks - 1) * world.block
-    if backend == "paged" or before > 8 * 4096:  # the virtual backend shares whole pages
+    if backend == "paged" or before > 8 * world.alloc.pool.page_bytes:  # the virtual backend shares whole pages
         assert world.alloc.stats().used_bytes < 1.5 * before
     for _ in range(2):
         world.grow([second, first], [world.some(1), world.some(2)])
@@ -119,8 +121,9 @@ def test_eviction_and_refill(case: Case, backend: str, seed: int) -> None:
     """Memory for a few sequences: cached content goes, what is written later is right."""
     layouts = [GroupLayout(group, case.layout.spec.num_layers) for group in case.layout.spec.groups]
     block = max(g.block_size for g in case.layout.spec.groups)
-    pages = sum(2 + -(-6 * block * layout.total_token_bytes // 4096) for layout in layouts)
-    world = World(case, backend, seed, memory=2 * pages * 4096, max_sequences=4)
+    page = case.extra.get("sizes", {}).get("page_bytes", 4096)
+    pages = sum(2 + -(-6 * block * layout.total_token_bytes // page) for layout in layouts)
+    world = World(case, backend, seed, memory=2 * pages * page, max_sequences=4)
     prompts = [world.some(world.number(20, 20 + 3 * world.block)) for _ in range(4)]
     for turn in range(200):
         seq = world.open(prompts[turn % 4] + world.some(world.number(1, 2 * world.block)))
@@ -137,7 +140,7 @@ def test_eviction_and_refill(case: Case, backend: str, seed: int) -> None:
 def test_a_replica_reads_what_it_wrote(case: Case, backend: str, seed: int) -> None:
     """A follower makes the same decisions from the leader's ops; each rank writes and reads its own memory."""
     world = World(case, backend, seed, record_ops=True)
-    sizes = {"memory": "8MiB", "max_sequences": 16, "max_tokens": 512, "page_bytes": 4096}
+    sizes = {"memory": "8MiB", "max_sequences": 16, "max_tokens": 512, "page_bytes": 4096} | case.extra.get("sizes", {})
     other = Allocator(case.layout.spec, backend=backend, device="cpu", **sizes)  # type: ignore[arg-type]
     cache = LayoutCache(case.layout, other)
     seq = world.alloc.sequence()
@@ -190,7 +193,7 @@ def test_bytes(case: Case, backend: str) -> None:
     assert sum(held.values()) == grown
     arenas = sum(len(layout.token_bytes) for layout in world.alloc._layouts)
     reserved = max(g.block_size for g in spec.groups) * 3 * sum(x.total_token_bytes for x in world.alloc._layouts)
-    assert 0 <= world.alloc.stats().physical_bytes - padded <= before + 4096 * arenas * 2 + reserved
+    assert 0 <= world.alloc.stats().physical_bytes - padded <= before + world.alloc.pool.page_bytes * arenas * 2 + reserved
 
 
 @every_layout
