@@ -7,9 +7,14 @@ from typing import Final
 
 import torch
 
+from kvmem import _core
+from kvmem.arguments import check_size
 from kvmem.errors import SpecError
 
-__all__ = ["BITS", "dequantise", "hadamard", "pack", "quantise", "unpack"]
+__all__ = [
+    "BITS", "dequantise", "dequantise_blocks", "dequantise_rows", "hadamard", "pack", "quantise", "quantise_blocks",
+    "quantise_rows", "unpack",
+]  # fmt: skip
 
 #: The widths that ``quantise`` and ``pack`` know.
 BITS: Final = (2, 3, 4, 8)
@@ -36,8 +41,8 @@ def quantise(
     top = 2**bits - 1
     zero = -_rounded_up(-low, scale_dtype)
     scale = _rounded_up((high - zero.float()) / top, scale_dtype)
-    codes = (x - zero.float().unsqueeze(dim)) / scale.float().unsqueeze(dim)
-    # NaN: of a group of equal entries, 0 / 0, whose code is 0; or of a NaN, whatever its code.
+    inverse = 1 / torch.where(scale == 0, 1, scale.float())  # as csrc/codec, where a division would take longer
+    codes = (x - zero.float().unsqueeze(dim)) * inverse.unsqueeze(dim)
     return codes.round_().clamp_(0, top).nan_to_num_(0).to(torch.uint8), scale, zero
 
 
@@ -53,6 +58,72 @@ def _rounded_up(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return near
     above = (near.view(torch.int16) + (2 * (near >= 0).short() - 1)).view(dtype)
     return torch.where(near.float() < x, above, near)
+
+
+def quantise_rows(
+    x: torch.Tensor, bits: int, *, size: int, scale_dtype: torch.dtype = torch.float16
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return packed codes, uint8 ``[n, heads, width * bits / 8]``, and scales, ``[n, heads, 2 * width / size]``: of
+    each head first the scales of its groups of ``size`` neighbours, then their zero points.
+
+    x: ``[n, heads, width]``. On the CPU one pass over the memory (csrc/codec).
+    """
+    n, heads, width = x.shape
+    if x.device.type != "cpu":
+        codes, *two = quantise(x.view(n, heads, width // size, size), bits, scale_dtype=scale_dtype)
+        return pack(codes.flatten(-2), bits), torch.cat(two, -1)
+    packed = torch.empty(n, heads, width * bits // 8, dtype=torch.uint8)
+    scales = torch.empty(n, heads, 2 * (width // size), dtype=scale_dtype)
+    _core.quantise_tokens(_readable(x), packed, scales, size, bits)
+    return packed, scales
+
+
+def dequantise_rows(packed: torch.Tensor, scales: torch.Tensor, bits: int, *, size: int) -> torch.Tensor:
+    """Return what ``quantise_rows`` was given, in float32 ``[n, heads, width]``."""
+    n, heads, width = *packed.shape[:2], packed.shape[2] * 8 // bits
+    if packed.device.type != "cpu":
+        scale, zero = scales.chunk(2, -1)
+        return dequantise(unpack(packed, bits).view(n, heads, -1, size), scale, zero).flatten(-2)
+    out = torch.empty(n, heads, width)
+    _core.dequantise_tokens(out, packed, scales, size, bits)
+    return out
+
+
+def quantise_blocks(
+    x: torch.Tensor, bits: int, *, scale_dtype: torch.dtype = torch.float16
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return packed codes, uint8 ``[m, size, heads, width * bits / 8]``, and scales, ``[m, heads, 2 * width]``: of each
+    channel of a block, and then the zero points. x: ``[m, size, heads, width]``, m blocks of ``size`` tokens.
+    """
+    m, size, heads, width = x.shape
+    if x.device.type != "cpu":
+        codes, *two = quantise(x, bits, dim=1, scale_dtype=scale_dtype)
+        return pack(codes, bits), torch.cat(two, -1)
+    packed = torch.empty(m, size, heads, width * bits // 8, dtype=torch.uint8)
+    scales = torch.empty(m, heads, 2 * width, dtype=scale_dtype)
+    _core.quantise_channels(_readable(x.flatten(0, 1)), packed.flatten(0, 1), scales, size, bits)
+    return packed, scales
+
+
+def dequantise_blocks(
+    packed: torch.Tensor, scales: torch.Tensor, bits: int, *, size: int, skip: int = 0
+) -> torch.Tensor:
+    """Return tokens of ``quantise_blocks`` in float32, ``[n, heads, width]``. packed: ``[n, heads, bytes]``, from token
+    ``skip`` of the first block on; scales: of all blocks that they are in.
+    """
+    n, heads, width = *packed.shape[:2], packed.shape[2] * 8 // bits
+    if packed.device.type != "cpu":
+        scale, zero = scales.repeat_interleave(size, 0)[skip : skip + n].chunk(2, -1)
+        return unpack(packed, bits) * scale.float() + zero.float()
+    out = torch.empty(n, heads, width)
+    _core.dequantise_channels(out, packed, scales.contiguous(), size, bits, skip)
+    return out
+
+
+def _readable(x: torch.Tensor) -> torch.Tensor:
+    """In a dtype that csrc/codec reads, dense within a token."""
+    x = x.float() if x.dtype not in (torch.float16, torch.bfloat16, torch.float32) else x
+    return x if x.stride(-1) == 1 and x.stride(-2) == x.shape[-1] else x.contiguous()
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
@@ -91,36 +162,37 @@ def _check_bits(bits: int) -> tuple[int, int]:
     return _WORDS[bits]
 
 
-def hadamard(size: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> torch.Tensor:
+def hadamard(
+    size: int, *, field: str = "size", dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> torch.Tensor:
     """Return an orthogonal matrix ``[size, size]`` whose entries are all ``size ** -0.5`` or minus that, so that one
     outlier in ``x @ h`` is spread over all elements (QuaRot, arXiv:2404.00456). ``h.T`` undoes it.
 
-    size: a power of two, or 12 or 20 times one (Paley's construction); ``SpecError``, with the nearest, for others.
+    The constructions are Sylvester's and Paley's first: sizes ``2 ** k`` and ``2 ** k * (p + 1)`` for a prime p = 3 mod
+    4, among them all multiples of 32 up to 1,152. ``SpecError``, with the nearest, for others.
     """
-    legal = sorted(base << i for base in (1, 12, 20) for i in range(32))
-    if isinstance(size, bool) or size not in legal:
-        near = min(legal, key=lambda n: abs(n - size)) if isinstance(size, int) else 128
-        raise SpecError(
-            f"size: got {size!r}; a Hadamard matrix is made for a power of two, or 12 or 20 times one: use {near}"
-        )
+    if not _core_size(check_size(field, size)):
+        near = min(filter(_core_size, range(1, 2 * size)), key=lambda n: abs(n - size))
+        raise SpecError(f"{field}: got {size}; no Hadamard matrix of that size is known here: use {near}")
     return _hadamard(size).to(device, dtype)
 
 
 @lru_cache(maxsize=16)
 def _hadamard(size: int) -> torch.Tensor:
-    base = {1: 1, 3: 12, 5: 20}[size // (size & -size)]
-    h = torch.ones(1, 1, dtype=torch.float64) if base == 1 else _paley(base - 1)
-    while len(h) < size:
-        h = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64), h)
-    return h.div_(size**0.5)
+    core = _core_size(size)
+    matrix, p = torch.ones(1, 1, dtype=torch.float64), core - 1
+    if p:  # Paley: from the squares modulo p
+        squares = torch.full((p,), -1.0, dtype=torch.float64)
+        squares[torch.arange(p) ** 2 % p], squares[0] = 1.0, 0.0
+        matrix = torch.eye(core, dtype=torch.float64)
+        matrix[0, 1:], matrix[1:, 0] = 1.0, -1.0
+        matrix[1:, 1:] += squares[(torch.arange(p).unsqueeze(1) - torch.arange(p)) % p]
+    while len(matrix) < size:
+        matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64), matrix)
+    return torch.as_tensor(matrix * size**-0.5)
 
 
-def _paley(q: int) -> torch.Tensor:
-    """A Hadamard matrix of size q + 1 from the squares modulo q, a prime that is 3 modulo 4."""
-    squares = {i * i % q for i in range(1, q)}
-    residue = torch.tensor([0.0] + [1.0 if i in squares else -1.0 for i in range(1, q)], dtype=torch.float64)
-    index = torch.arange(q)
-    skew = torch.zeros(q + 1, q + 1, dtype=torch.float64)
-    skew[0, 1:], skew[1:, 0] = 1, -1
-    skew[1:, 1:] = residue[(index - index.unsqueeze(1)) % q]
-    return skew + torch.eye(q + 1, dtype=torch.float64)
+def _core_size(size: int) -> int:
+    """Return 1 or p + 1, whichever doubles to this size; 0 if none does."""
+    halves = (size >> k for k in range(size.bit_length()) if size % (1 << k) == 0)
+    return next((n for n in halves if n == 1 or (n % 4 == 0 and all((n - 1) % d for d in range(3, n - 1, 2)))), 0)

@@ -137,7 +137,7 @@ class LayoutCache:
         lengths = [end - first for first, end in spans]
         total, done, room = sum(lengths), 0, None
         for reader, (begin, length) in zip(readers, spans, strict=True):
-            for first in range(begin, length, self.layout.tile_tokens):
+            for first in range(begin, length, self.layout.tile_tokens) or [begin]:  # an empty one has shapes too
                 end = min(first + self.layout.tile_tokens, length)
                 tile = self.layout.derive(reader, first, end)
                 if room is None:
@@ -146,7 +146,7 @@ class LayoutCache:
                     scratch[done : done + end - first] = part
                 done += end - first
         if room is None:
-            raise SpecError("batch: got no tokens to derive; each sequence is empty")
+            raise SpecError("batch: got no sequences; there is nothing to derive")
         cu_seqlens = torch.tensor([0, *lengths], device=room[0].device).cumsum(0).int()
         return Derived(room[0], room[1], cu_seqlens, max(lengths))
 

@@ -17,12 +17,13 @@ from kvmem.errors import SpecError
 from kvmem.kernels.merge import merge_levels
 from kvmem.layouts.attention import Partial, compute_dtype, masked_scores, normalise
 from kvmem.layouts.base import Layout
+from kvmem.layouts.bits import BITS, hadamard, pack, quantise, unpack
 from kvmem.layouts.reading import TokenReader
 from kvmem.layouts.rope import Rope
 from kvmem.spec import CacheSpec, Component
 from kvmem.spec.dtypes import parse_dtype
 
-__all__ = ["Palu", "factor", "hadamard", "latent_spec", "pack_latents", "search_ranks", "unpack_latents"]
+__all__ = ["Palu", "factor", "latent_spec", "pack_latents", "search_ranks", "unpack_latents"]
 
 #: ``[layers][K, V][groups]``
 Ranks = Sequence[Sequence[Sequence[int]]]
@@ -92,39 +93,10 @@ def search_ranks(
     return torch.from_numpy(units * multiple).view(given.shape).tolist()
 
 
-def hadamard(size: int, field: str = "size") -> torch.Tensor:
-    """Return an orthogonal matrix ``[size, size]`` in float64 whose entries are all ``+-size ** -0.5``: it spreads an
-    outlier over all channels.
-
-    The constructions are Sylvester's and Paley's first: sizes ``2 ** k`` and ``2 ** k * (p + 1)`` for a prime p = 3 mod
-    4, among them all multiples of 32 up to 1,152. ``SpecError`` for other sizes.
-    """
-    core = _core_size(check_size(field, size))
-    if not core:
-        near = min(filter(_core_size, range(1, 2 * size)), key=lambda n: abs(n - size))
-        raise SpecError(f"{field}: got {size}; no Hadamard matrix of that size is known here: the nearest is {near}")
-    matrix, p = np.ones((1, 1)), core - 1
-    if p:  # Paley: from the squares modulo p
-        squares = np.full(p, -1.0)
-        squares[np.arange(p) ** 2 % p], squares[0] = 1.0, 0.0
-        matrix = np.eye(core)
-        matrix[0, 1:], matrix[1:, 0] = 1.0, -1.0
-        matrix[1:, 1:] += squares[(np.arange(p)[:, None] - np.arange(p)) % p]
-    while len(matrix) < size:
-        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
-    return torch.as_tensor(matrix * size**-0.5)
-
-
-def _core_size(size: int) -> int:
-    """Return 1 or p + 1, whichever doubles to this size; 0 if none does."""
-    halves = (size >> k for k in range(size.bit_length()) if size % (1 << k) == 0)
-    return next((n for n in halves if n == 1 or (n % 4 == 0 and all((n - 1) % d for d in range(3, n - 1, 2)))), 0)
-
-
 def stored_bytes(rank: int, dtype: torch.dtype | str, bits: int | None = None) -> int:
     """Return the bytes of a token and group: of its latent, or of the packed codes with their scale and zero point."""
     kind = parse_dtype(dtype, "dtype")
-    if bits not in (None, 2, 3, 4, 8):
+    if bits not in (None, *BITS):
         raise SpecError(f"bits: got {brief(bits)}; must be None, 2, 3, 4 or 8")
     if not kind.is_floating_point or (bits and kind.itemsize == 1):
         raise SpecError(f"dtype: got {kind}; latents, and the scales of packed ones, need a float, such as bfloat16")
@@ -137,27 +109,18 @@ def pack_latents(latents: torch.Tensor, bits: int, dtype: torch.dtype) -> torch.
     """Return uint8 ``[n, rank * bits / 8 + 2 * itemsize]``: the codes of each row, its scale and its zero point.
 
     latents: floating point ``[n, rank]``, rank a multiple of 8. dtype: of scale and zero point. A code c stands for ``c
-    * scale + zero``: off by half a scale at most, and by what rounding the scale and zero point cuts off at the ends.
+    * scale + zero``: off by half a scale at most (``bits.quantise``).
     """
-    limit, top = torch.finfo(dtype).max, 2**bits - 1
-    low, high = latents.clamp(-limit, limit).aminmax(dim=-1, keepdim=True)
-    zero, scale = low.to(dtype), (high / top - low / top).to(dtype)
-    step = torch.where(scale == 0, torch.ones_like(scale), scale).to(latents.dtype)
-    codes = ((latents - zero.to(latents.dtype)) / step).round().clamp(0, top).long()
-    places = torch.arange(8, device=codes.device)
-    words = (codes.view(len(codes), codes.shape[1] // 8, 8) << bits * places).sum(-1, keepdim=True)
-    payload = (words >> 8 * places[:bits] & 255).to(torch.uint8).flatten(1)
-    return torch.cat((payload, torch.cat((scale, zero), 1).view(torch.uint8)), 1)
+    codes, *ends = quantise(latents, bits, scale_dtype=dtype)
+    return torch.cat((pack(codes, bits), torch.stack(ends, 1).view(torch.uint8)), 1)
 
 
 def unpack_latents(packed: torch.Tensor, bits: int, dtype: torch.dtype, into: torch.dtype) -> torch.Tensor:
     """Return the latents ``[n, rank]`` of ``pack_latents``, in the dtype ``into``."""
     size = 2 * dtype.itemsize
     ends = packed[:, -size:].clone(memory_format=torch.contiguous_format).view(dtype).to(into)  # a clone is aligned
-    places = torch.arange(8, device=packed.device)
-    words = packed[:, :-size].unfold(1, bits, bits).long() << 8 * places[:bits]
-    codes = words.sum(-1, keepdim=True) >> bits * places & 2**bits - 1
-    return torch.addcmul(ends[:, 1:], codes.flatten(1).to(into), ends[:, :1])
+    codes = unpack(packed[:, :-size].contiguous(), bits)
+    return torch.addcmul(ends[:, 1:], codes.to(into), ends[:, :1])
 
 
 def latent_spec(
@@ -248,8 +211,8 @@ class Palu(Layout):
                 raise SpecError(f"{field}: got {len(given)}; needs one for each of {len(weights)} layers")
         many = enumerate(() if covariances is None else covariances)
         roots = [covariance_root(c, self._hidden, f"covariances[{i}]") for i, c in many]
-        turned = self.ranks if rotate_latents else []
-        turns = {rank: hadamard(rank, "ranks") for layer in turned for part in layer for rank in part}
+        turned = {rank for layer in self.ranks for part in layer for rank in part} if rotate_latents else ()
+        turns = {rank: hadamard(rank, field="ranks", dtype=torch.float64) for rank in turned}
         self._layers = []
         for layer, three in enumerate(weights):
             root, k_norm = roots[layer] if roots else None, k_norms[layer] if k_norms else None

@@ -16,7 +16,14 @@ from kvmem.arguments import brief, check_bool, check_choice, check_size
 from kvmem.errors import SpecError
 from kvmem.kernels.write import to_cache_dtype
 from kvmem.layouts.base import Layout
-from kvmem.layouts.bits import BITS, dequantise, hadamard, pack, quantise, unpack
+from kvmem.layouts.bits import (
+    BITS,
+    dequantise_blocks,
+    dequantise_rows,
+    hadamard,
+    quantise_blocks,
+    quantise_rows,
+)
 from kvmem.layouts.reading import TokenReader
 from kvmem.spec import CacheSpec, Component, Group
 from kvmem.spec.dtypes import parse_dtype
@@ -262,16 +269,12 @@ class _PerToken(_Integers):
         self.scale_width = self.width // self._size * 2
 
     def encode(self, layer: int, x: torch.Tensor) -> Rows:
-        codes, *scales = quantise(self._groups(self.rotated(x)), self._bits, scale_dtype=self._how.scale_dtype)
-        return {f"{self.name}_codes": pack(codes.flatten(-2), self._bits), f"{self.name}_scales": torch.cat(scales, -1)}
+        found = quantise_rows(self.rotated(x), self._bits, size=self._size, scale_dtype=self._how.scale_dtype)
+        return dict(zip((f"{self.name}_codes", f"{self.name}_scales"), found, strict=True))
 
     def derive(self, reader: TokenReader, first: int, end: int) -> torch.Tensor:
-        codes = self._groups(unpack(reader.rows(f"{self.name}_codes", first, end), self._bits))
-        scale, zero = reader.rows(f"{self.name}_scales", first, end).chunk(2, -1)
-        return self.rotated(dequantise(codes, scale, zero).flatten(-2), back=True)
-
-    def _groups(self, x: torch.Tensor) -> torch.Tensor:
-        return x.view(*x.shape[:-1], self.width // self._size, self._size)
+        codes, scales = (reader.rows(f"{self.name}_{part}", first, end) for part in ("codes", "scales"))
+        return self.rotated(dequantise_rows(codes, scales, self._bits, size=self._size), back=True)
 
 
 class _PerChannel(_Integers):
@@ -296,9 +299,9 @@ class _PerChannel(_Integers):
         return {f"{self.name}_tail": x.to(self.plain.dtype)}
 
     def encode_blocks(self, tail: torch.Tensor) -> Rows:
-        codes, *scales = quantise(self.rotated(tail), self._bits, dim=1, scale_dtype=self._how.scale_dtype)
-        spread = torch.cat(scales, -1).view(len(tail), -1, self._size, self.scale_width).transpose(1, 2)
-        return {f"{self.name}_codes": pack(codes, self._bits), f"{self.name}_scales": spread}
+        codes, scales = quantise_blocks(self.rotated(tail), self._bits, scale_dtype=self._how.scale_dtype)
+        spread = scales.view(len(tail), -1, self._size, self.scale_width).transpose(1, 2)
+        return {f"{self.name}_codes": codes, f"{self.name}_scales": spread}
 
     def derive(self, reader: TokenReader, first: int, end: int) -> torch.Tensor:
         dtype = torch.promote_types(self.plain.dtype, torch.float32)
@@ -310,13 +313,12 @@ class _PerChannel(_Integers):
 
     def _blocks(self, reader: TokenReader, first: int, end: int) -> torch.Tensor:
         """Tokens ``[first, end)``, all of complete blocks."""
-        codes = unpack(reader.rows(f"{self.name}_codes", first, end), self._bits)
+        codes = reader.rows(f"{self.name}_codes", first, end)
         blocks, ids = reader.blocks(f"{self.name}_scales", first // self._size, -(-end // self._size))
         found = blocks[ids].transpose(1, 2).flatten(-2)
         reader.count_read(f"{self.name}_scales", found.numel() * found.element_size())
-        skip = first % self._size
-        scale, zero = found.repeat_interleave(self._size, 0)[skip : skip + len(codes)].chunk(2, -1)
-        return self.rotated(dequantise(codes.unsqueeze(-1), scale, zero).squeeze(-1), back=True)
+        found = dequantise_blocks(codes, found, self._bits, size=self._size, skip=first % self._size)
+        return self.rotated(found, back=True)
 
 
 def _nearest_divisor(number: int, wanted: int) -> int:

@@ -22,7 +22,12 @@ from kvmem import Allocator, SpecError
 from kvmem.geometry import GroupLayout
 from kvmem.layouts import LayoutCache
 
-CASES = list(chain.from_iterable(module.cases() for module in (plain_cases, slim_cases, palu_cases, goldfinch_cases, aligned_cases, quantised_cases)))
+CASES = list(
+    chain.from_iterable(
+        module.cases()
+        for module in (plain_cases, slim_cases, palu_cases, goldfinch_cases, aligned_cases, quantised_cases)
+    )
+)
 every_layout = pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
 both_backends = pytest.mark.parametrize("backend", ["virtual", "paged"])
 
@@ -193,7 +198,9 @@ def test_bytes(case: Case, backend: str) -> None:
     assert sum(held.values()) == grown
     arenas = sum(len(layout.token_bytes) for layout in world.alloc._layouts)
     reserved = max(g.block_size for g in spec.groups) * 3 * sum(x.total_token_bytes for x in world.alloc._layouts)
-    assert 0 <= world.alloc.stats().physical_bytes - padded <= before + world.alloc.pool.page_bytes * arenas * 2 + reserved
+    assert (
+        0 <= world.alloc.stats().physical_bytes - padded <= before + world.alloc.pool.page_bytes * arenas * 2 + reserved
+    )
 
 
 @every_layout

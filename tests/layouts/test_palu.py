@@ -14,7 +14,8 @@ import kvmem
 from kvmem import SpecError
 from kvmem.kernels.write import write_component
 from kvmem.layouts import LayoutCache, palu
-from kvmem.layouts.palu import Palu, hadamard, search_ranks, stored_bytes
+from kvmem.layouts.bits import hadamard
+from kvmem.layouts.palu import Palu, search_ranks, stored_bytes
 from kvmem.layouts.rope import Rope
 
 WIDTH = GROUP * HEAD_DIM
@@ -229,7 +230,7 @@ def test_packing_is_exact_on_its_grid_and_half_a_step_beside_it(backend: str, bi
 
 def test_each_matrix_is_orthogonal_with_entries_of_one_size() -> None:
     for size in [1, 2, 4, 8, 12, 20, 24, 44, *range(32, 1153, 32)]:
-        matrix = hadamard(size)
+        matrix = hadamard(size, dtype=torch.float64)
         assert torch.allclose(matrix @ matrix.T, torch.eye(size, dtype=torch.float64), atol=1e-12)
         assert torch.allclose(matrix.abs(), torch.full_like(matrix, size**-0.5))
 
@@ -242,7 +243,7 @@ def test_rotation_changes_no_product_and_spreads_outliers(backend: str, seed: in
         derived.append(cache.derive(0, batch))
     assert error(derived[1].k, derived[0].k) < 1e-6 and error(derived[1].v, derived[0].v) < 1e-6
 
-    latents, turn = random(seed + 1, 200, 64), hadamard(64)
+    latents, turn = random(seed + 1, 200, 64), hadamard(64, dtype=torch.float64)
     latents[:, [3, 17, 40]] *= 20  # outlier channels
     plain, rotated = (
         palu.unpack_latents(palu.pack_latents(h, 3, torch.bfloat16), 3, torch.bfloat16, h.dtype)
@@ -280,7 +281,7 @@ def test_options_that_do_not_fit_are_refused(seed: int) -> None:
         *((wrong, {}, shape) for wrong in ([8, 8], above[:1], [[[8, 8], [8]], [[8, 8], [8, 8]]], 8.0, "8")),
         (8, {"group_heads": 3}, "group_heads: got 3; must divide 4 KV heads: the nearest is 2"),
         (8, {"group_heads": 9}, "group_heads: got 9; must divide 4 KV heads: the nearest is 4"),
-        (18, {"rotate_latents": True}, "ranks: got 18; no Hadamard matrix of that size .*: the nearest is 16"),
+        (18, {"rotate_latents": True}, "ranks: got 18; no Hadamard matrix of that size .*: use 16"),
         (8, {"rope": Rope.default(32)}, "rope: rotates 32 channels; head_dim is 16"),
         (12, {"bits": 4}, "ranks: got 12; packed latents need multiples of 8, such as 8"),
         (8, {"bits": 5}, "bits: got 5; must be None, 2, 3, 4 or 8"),
