@@ -1,36 +1,30 @@
-"""A cache in which each (sequence, layer, KV head) keeps tokens of its own, as with learned eviction (Attention-Gate,
-arXiv:2410.12876): one sequence of the allocator for each, a lane.
-"""
+"""A cache in which each lane, a (sequence, layer, KV head), keeps its own tokens (Attention-Gate, arXiv:2410.12876)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence as List
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.nn.utils.rnn import pad_sequence
 
-from kvmem.allocator import Allocator, Batch
+from kvmem.allocator import Allocator, Batch, Sequence
 from kvmem.allocator.opening import MAX_SEQUENCES
-from kvmem.allocator.sequence import Sequence
 from kvmem.arguments import as_int32, brief, check_size
 from kvmem.errors import OutOfMemory, SpecError, StaleHandle
-from kvmem.kernels.base import Cache
 from kvmem.kernels.checks import as_bytes, flat_tokens
 from kvmem.kernels.write import to_cache_dtype
 from kvmem.layouts.attention import Partial, compute_dtype, normalise
 from kvmem.spec import CacheSpec
 
-if TYPE_CHECKING:
-    import numpy.typing as npt
-
-    from kvmem.arguments import Handles
-
-    Held = npt.NDArray[np.int64]
-
 __all__ = ["LaneCache", "LaneSequence", "Lanes"]
+
+Held = NDArray[np.int64]
+Handles = NDArray[np.int32]
 
 
 @dataclass
@@ -39,8 +33,7 @@ class _Layer:
 
     ids: handles of the H lanes. kept: by head int64 ``[2, n]``, the position of each token in the sequence and its row
     in the lane; never written, so forks share it. On the host, since no kernel reads it, and lengths are decided here.
-    stored: rows of each lane at ``since``. owners: one number, how many forks share these lanes. new: tokens of the
-    last append.
+    stored: rows of each lane at ``since``. owners: one number, of forks that share the lanes. new: of the last append.
     """
 
     ids: Handles
@@ -52,31 +45,25 @@ class _Layer:
     new: int = 0
 
     def held(self) -> list[Held]:
-        """Return by head the positions and rows, ``[2, length]``, of what it holds."""
         tail = np.arange(self.num_tokens - self.since)
-        tails = [np.stack((self.since + tail, stored + tail)) for stored in self.stored]
-        return [np.concatenate(parts, 1) for parts in zip(self.kept, tails, strict=True)]
+        parts = zip(self.kept, self.stored, strict=True)
+        return [np.concatenate((kept, (self.since + tail, stored + tail)), 1) for kept, stored in parts]
 
     def lengths(self) -> list[int]:
         return [one.shape[1] + self.num_tokens - self.since for one in self.kept]
 
-    def rows(self) -> list[int]:
-        """Return how many rows each lane stores, hidden ones included."""
+    def rows(self) -> list[int]:  # with hidden ones
         return [stored + self.num_tokens - self.since for stored in self.stored]
 
-    def settle(self, kept: list[Held], stored: list[int]) -> None:
-        self.kept, self.stored, self.since = kept, stored, self.num_tokens
-
-    def grow(self, mask: npt.NDArray[np.bool_]) -> None:
-        """Add tokens. mask: ``[H, count]``, which of them are stored."""
-        kept, rows, self.new = [], self.rows(), mask.shape[1]
-        if not mask.all():
-            for old, stored, fresh in zip(self.held(), rows, map(np.flatnonzero, mask), strict=True):
-                added = np.stack((self.num_tokens + fresh, stored + np.arange(len(fresh))))
-                kept.append(np.concatenate((old, added), 1))
+    def grow(self, mask: NDArray[np.bool_]) -> None:
+        first, self.new = self.num_tokens, mask.shape[1]
+        if mask.all():
+            self.num_tokens += self.new
+            return
+        parts = [*zip(self.held(), self.rows(), map(np.flatnonzero, mask), strict=True)]
         self.num_tokens += self.new
-        if kept:
-            self.settle(kept, [stored + int(n) for stored, n in zip(rows, mask.sum(1), strict=True)])
+        self.kept = [np.concatenate((old, (first + at, n + np.arange(len(at)))), 1) for old, n, at in parts]
+        self.stored, self.since = [n + len(at) for _, n, at in parts], self.num_tokens
 
 
 class LaneCache:
@@ -88,11 +75,9 @@ class LaneCache:
         out, lse = seq.attend(q, layer)         # or a kernel of kvmem.kernels over head_requests()
         seq.evict(layer, mask)                  # masks of policies: kvmem.layouts.policies.apply()
 
-    Attention over what is left is exact: it equals attention over all tokens with the evicted ones masked. Keys are
-    given after rotation to their true positions, and stay so. Lanes are shared by ``fork()`` only, never by prefix,
-    because what a gate keeps depends on the whole prompt.
-
-    alloc: the allocator, for ``stats()`` and ``set_memory()``; its sequences belong to the cache. Not thread-safe.
+    Attention over what is left equals attention over all tokens with the evicted ones masked. Keys keep the rotation to
+    their true positions. Lanes are shared by ``fork()`` only, never by prefix, because what a gate keeps depends on the
+    whole prompt. Each lane is a sequence of ``alloc``. Not thread-safe.
     """
 
     def __init__(
@@ -100,16 +85,12 @@ class LaneCache:
         block_size: int = 16, backend: Literal["virtual", "paged"] = "paged", **options: Any,
     ) -> None:  # fmt: skip
         """options: of ``Allocator``, such as ``device``, ``memory``, ``max_tokens``, ``page_bytes`` and ``pool``.
-
-        ``SpecError`` for more lanes than an allocator has sequences, for ``prefix_cache``, and for the virtual backend
-        unless a page is at most a block: there each lane holds whole pages.
+        ``SpecError`` for more lanes than it takes, and for the virtual backend unless a page is at most a block.
         """
         spec = CacheSpec.kv(num_layers=1, num_kv_heads=1, head_dim=head_dim, dtype=dtype, block_size=block_size)
-        self.num_layers, self.max_sequences = (
-            check_size("num_layers", num_layers),
-            check_size("max_sequences", max_sequences),
-        )
-        self.num_kv_heads, self._live = check_size("num_kv_heads", num_kv_heads), 0
+        check_size("num_layers", num_layers), check_size("num_kv_heads", num_kv_heads)
+        check_size("max_sequences", max_sequences)
+        self.num_layers, self.num_kv_heads, self.max_sequences = num_layers, num_kv_heads, max_sequences
         each = (num_layers + 1) * num_kv_heads  # one more layer: an eviction from shared lanes writes new ones first
         if max_sequences * each > MAX_SEQUENCES:
             raise SpecError(
@@ -124,13 +105,13 @@ class LaneCache:
         if backend == "virtual" and page > block:
             self.alloc.close()
             raise SpecError(
-                f'backend: got "virtual" with pages of {page} bytes; a lane holds whole pages, and one is the memory '
-                f"of {page * block_size // block} tokens of a head, so that eviction gives little back: use "
+                f'backend: got "virtual" with pages of {page} bytes; a lane holds whole pages, each with room for '
+                f"{page * block_size // block} tokens of a head, so that eviction gives little back: use "
                 f'backend="paged", or page_bytes of at most {block}, if the device has such pages'
             )
 
     @property
-    def kv(self) -> Cache:
+    def kv(self) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of all lanes of all layers, ``[num_blocks, block_size, 1, head_dim]`` each, as ``Allocator.kv``."""
         return self.alloc.kv(0)
 
@@ -139,25 +120,22 @@ class LaneCache:
         self._check_room()
         heads, none = self.num_kv_heads, np.empty((2, 0), np.int64)
         lanes = self.alloc.open_batch(self.num_layers * heads).reshape(-1, heads)
-        self._live += 1
         return LaneSequence(self, [_Layer(ids, [none] * heads, [0] * heads, [1]) for ids in lanes])
 
     def lanes(self, sequences: List[LaneSequence]) -> Lanes:
         """Return several sequences of this cache as one object. ``SpecError`` for others, or one twice."""
-        if len(set(map(id, sequences))) != len(sequences) or not {one.cache for one in sequences} == {self}:
+        if len(set(map(id, sequences))) != len(sequences) or {one.cache for one in sequences} != {self}:
             raise SpecError(f"sequences: got {sequences!r:.200}; must be different sequences of this cache")
         return Lanes(self, list(sequences))
 
     def trim(self) -> int:
-        """Return pages that evicted tokens have left to the system; return how many bytes. Blocks move together first
-        (``Allocator.compact``), so batches filled before are stale: call it between steps.
-        """
+        """Give free pages to the system; return how many bytes. Blocks move together first, so batches are stale."""
         self.alloc.compact()
         return self.alloc.trim()
 
     def _check_room(self) -> None:
-        if self._live == self.max_sequences:
-            raise OutOfMemory(f"all {self._live} sequences are in use: free one, or make the cache for more")
+        if self.alloc.stats().num_sequences == self.max_sequences * self.num_layers * self.num_kv_heads:
+            raise OutOfMemory(f"all {self.max_sequences} sequences are in use: free one, or make the cache for more")
 
     def _pending(self, ids: Handles) -> Handles:
         tokens, committed = np.empty(len(ids), np.int64), np.empty(len(ids), np.int64)
@@ -167,17 +145,21 @@ class LaneCache:
     def _slots(self, ids: Handles, rows: list[Held]) -> torch.Tensor:
         """Return where rows of lanes lie in ``flat_tokens``, int64, one lane after the other."""
         batch = self.alloc.batch(ids)
-        device, size = batch.block_table.device, batch.block_size
-        lane = torch.from_numpy(np.repeat(np.arange(len(ids)), [len(one) for one in rows])).to(device)
-        row = torch.from_numpy(np.concatenate(rows)).to(device)
-        return batch.block_table[lane, row // size].long() * size + row % size
+        lane = np.repeat(np.arange(len(ids)), [len(one) for one in rows])
+        at = torch.from_numpy(np.stack((lane, np.concatenate(rows)))).to(batch.block_table.device)
+        return batch.block_table[at[0], at[1] // batch.block_size].long() * batch.block_size + at[1] % batch.block_size
 
     def _compact(self, states: list[_Layer], found: list[list[Held]]) -> None:
         """Leave in each lane what ``found`` holds of it, at the front; in a new lane, if a fork shares it."""
         ids, rows = _ids(states), [one[1] for kept in found for one in kept]
         shared = np.repeat([state.owners[0] > 1 for state in states], self.num_kv_heads)
-        targets = ids.copy()
-        targets[shared] = self._open([len(one) for one, copied in zip(rows, shared, strict=True) if copied])
+        targets, lengths = ids.copy(), np.array([len(one) for one in rows], np.int32)
+        targets[shared] = fresh = self.alloc.open_batch(int(shared.sum()))
+        try:
+            self.alloc.extend_batch(fresh, lengths[shared])
+        except BaseException:
+            self.alloc.free_batch(fresh)
+            raise
         moved = [np.flatnonzero(new | (one != np.arange(len(one)))) for one, new in zip(rows, shared, strict=True)]
         source = self._slots(ids, [one[m] for one, m in zip(rows, moved, strict=True)])
         target = self._slots(targets, moved)
@@ -185,30 +167,18 @@ class LaneCache:
             flat = as_bytes(flat_tokens(blocks))
             flat[target] = flat[source]  # gathered first: source and target may overlap
         self.alloc.commit_batch(targets, self._pending(targets))
-        for lane, one in zip(targets.tolist(), rows, strict=True):
-            self.alloc.core.truncate(lane, len(one))
+        for lane, length in zip(targets.tolist(), lengths.tolist(), strict=True):
+            self.alloc.core.truncate(lane, length)
         self.alloc.free_batch(ids[shared])
         for state, kept, lanes in zip(states, found, targets.reshape(len(states), -1), strict=True):
-            if state.owners[0] > 1:
-                state.owners[0] -= 1
-                state.owners = [1]
-            state.ids, lengths = lanes, [one.shape[1] for one in kept]
-            state.settle([np.stack((one[0], np.arange(n))) for one, n in zip(kept, lengths, strict=True)], lengths)
-
-    def _open(self, lengths: list[int]) -> Handles:
-        lanes = self.alloc.open_batch(len(lengths))
-        try:
-            self.alloc.extend_batch(lanes, lengths)
-            return lanes
-        except BaseException:
-            self.alloc.free_batch(lanes)
-            raise
+            state.owners[0] -= 1
+            state.owners, state.ids, state.since = [1], lanes, state.num_tokens
+            state.kept = [np.stack((at, np.arange(len(at)))) for at, _ in kept]
+            state.stored = [one.shape[1] for one in kept]
 
 
 class Lanes:
-    """The lanes of one or several sequences. Tokens of several are given one sequence's after the other's; a call costs
-    as many calls of the allocator for several as for one.
-    """
+    """The lanes of one or several sequences. Their T tokens are given one sequence's after the other's."""
 
     def __init__(self, cache: LaneCache, sequences: list[LaneSequence]) -> None:
         self.cache, self._sequences = cache, sequences
@@ -226,13 +196,12 @@ class Lanes:
     ) -> None:  # fmt: skip
         """Store new tokens of one layer.
 
-        k, v: ``[T, H, head_dim]``, k after rotation. keep: bool ``[H, T]``, False for rows that are not stored; they
-        count as tokens. counts: tokens of each sequence, default the same for all. ``SpecError`` for values that do not
-        fit, ``OutOfMemory``: nothing has changed then. Cost: one ``extend_batch``, ``batch`` and write; a mask is
-        copied to the host.
+        k, v: ``[T, H, head_dim]``, k after rotation. keep: bool ``[H, T]``, False for rows that are not stored. counts:
+        tokens of each sequence, default the same. ``SpecError``, ``OutOfMemory``: nothing has changed then.
         """
         cache, states, dtype = self.cache, self._states(layer), self.cache.kv[0].dtype
-        each, _ = self._counts("k", k, counts), self._counts("v", v, counts)
+        each = self._counts("k", k, counts)
+        self._counts("v", v, each)
         packed = [_by_lane(to_cache_dtype(x, dtype, name=name), each).unsqueeze(1) for name, x in (("k", k), ("v", v))]
         mask = torch.ones(cache.num_kv_heads, len(k), dtype=torch.bool)
         if keep is not None:
@@ -250,16 +219,15 @@ class Lanes:
             state.grow(part.numpy())
 
     def evict(self, layer: int, keep: torch.Tensor | List[torch.Tensor], *, compact: bool = True) -> int:
-        """Drop rows of one layer; return how many bytes sequences hold less, in whole blocks (virtual: pages).
+        """Drop rows of one layer; return how many bytes all sequences hold less, in whole blocks (virtual: pages).
 
         keep: bool ``[H, S]``, False for rows that go; a list of masks for several sequences. S: rows of the longest
         head (``lengths``); entries past the length of a head do not count. compact: move the rows that stay to the
         front, in their order, and give the blocks behind them to other lanes; ``LaneCache.trim()`` gives them to the
         system. False only hides rows, until the next compaction of the layer, and returns 0.
 
-        Lanes that a fork shares are copied, so its content stays: the result is negative if that takes more than it
-        gives. ``SpecError`` for masks that do not fit, ``OutOfMemory`` only for such a copy: nothing has changed then.
-        Cost: one gather and one write of the rows that move; a mask is copied to the host.
+        Lanes that a fork shares are copied, so the result may be negative. ``SpecError`` for masks that do not fit,
+        ``OutOfMemory`` only for such a copy: nothing has changed then. Cost: a gather and a write of rows that move.
         """
         states, masks = self._states(layer), [keep] if isinstance(keep, torch.Tensor) else list(keep)
         if len(masks) != len(states):
@@ -268,44 +236,38 @@ class Lanes:
         for state, given in zip(states, masks, strict=True):
             mask = self._mask(given, max(state.lengths())).numpy()
             found.append([held[:, one[: held.shape[1]]] for held, one in zip(state.held(), mask, strict=True)])
+        before = self.cache.alloc.stats().held_bytes
         if compact:
-            before = self.cache.alloc.stats().held_bytes
             self.cache._compact(states, found)
-            return before - self.cache.alloc.stats().held_bytes
-        for state, kept in zip(states, found, strict=True):
-            state.settle(kept, state.rows())
-        return 0
+        for state, kept in zip(states, [] if compact else found, strict=False):
+            state.kept, state.stored, state.since = kept, state.rows(), state.num_tokens
+        return before - self.cache.alloc.stats().held_bytes
 
     def attend(self, q: torch.Tensor, layer: int, *, scale: float | None = None) -> Partial:
         """Return ``(out [T, query heads, head_dim], lse [T, query heads])`` of the newest tokens over what is held.
 
-        q: ``[T, query heads, head_dim]``, after rotation, of the tokens that the last ``append`` brought. A query sees
-        the rows whose true position is at most its own. out: in q's dtype. lse: natural, float32, or float64 for q in
-        float64; -inf, and out 0, where a query sees no row. In torch, padded to the longest lane. For kernels:
-        ``head_requests``.
+        q: ``[T, query heads, head_dim]``, after rotation, of the last ``append``. A query sees the rows whose true
+        position is at most its own. out: in q's dtype. lse: natural, float32 (float64 for q in float64); -inf, and out
+        0, where a query sees no row. In torch, padded to the longest lane.
         """
-        states = self._states(layer)
-        counts = self._counts("q", q, [state.new for state in states])
-        weights, lse, v = self._attention(states, counts, q, scale)
+        counts = self._counts("q", q, [state.new for state in self._states(layer)])
+        weights, lse, v = self._attention(q, layer, counts, scale)
         out = torch.einsum("ngtm,nmd->ngtd", weights, v)
-        used = torch.arange(out.shape[2]) < torch.tensor(counts).unsqueeze(1)
-        back = [x.reshape(len(states), -1, *x.shape[2:]).transpose(1, 2)[used.to(q.device)] for x in (out, lse)]
-        return back[0].to(q.dtype), back[1]
+        used = (torch.arange(out.shape[2]) < torch.tensor(counts).unsqueeze(1)).to(q.device)
+        out, lse = (x.reshape(len(counts), -1, *x.shape[2:]).transpose(1, 2)[used] for x in (out, lse))
+        return out.to(q.dtype), lse
 
     def weights(self, q: torch.Tensor, layer: int, *, scale: float | None = None) -> torch.Tensor:
-        """Return the attention of the newest n tokens of each sequence over its rows, ``[B * query heads, n, S]``; S:
-        rows of the longest head. q: ``[B * n, query heads, head_dim]``. For policies; the rest as for ``attend``.
-        """
-        return self._attention(self._states(layer), self._counts("q", q, None), q, scale)[0].flatten(0, 1)
+        """Return what ``attend`` weights V by: ``[B * query heads, n, S]`` of the newest n tokens of B sequences."""
+        return self._attention(q, layer, self._counts("q", q, None), scale)[0].flatten(0, 1)
 
     def _attention(
-        self, states: list[_Layer], counts: list[int], q: torch.Tensor, scale: float | None
+        self, q: torch.Tensor, layer: int, counts: list[int], scale: float | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return the attention of each lane ``[n, g, t, m]``, the lse ``[n, g, t]`` and V ``[n, m, width]``, padded."""
-        k, v = self._padded(states, compute_dtype(q))
+        states, (k, v) = self._states(layer), self.padded(layer, dtype=compute_dtype(q))
         queries = pad_sequence(list(q.to(k.dtype).split_with_sizes(counts)), batch_first=True)
-        split = queries.view(*queries.shape[:2], self.cache.num_kv_heads, -1, q.shape[2])
-        queries = split.permute(0, 2, 3, 1, 4).flatten(0, 1)
+        queries = torch.unflatten(queries, 2, (self.cache.num_kv_heads, -1)).permute(0, 2, 3, 1, 4).flatten(0, 1)
         seen = torch.zeros(len(states), self.cache.num_kv_heads, queries.shape[2], dtype=torch.int64)
         for row, state, count in zip(seen.numpy(), states, counts, strict=True):
             asked = np.arange(state.num_tokens - count, state.num_tokens)
@@ -315,39 +277,31 @@ class Lanes:
         weights, lse = normalise(scores.masked_fill_(hidden, -torch.inf).flatten(0, 1))
         return weights.view_as(scores), lse.T.reshape(scores.shape[:3]), v
 
-    def padded(self, layer: int) -> list[torch.Tensor]:
-        """Return K and V of each lane, ``[B * H, S, head_dim]``, zero past its rows, in float32 (float64 of float64)."""
-        return self._padded(self._states(layer), compute_dtype(self.cache.kv[0]))
-
-    def _padded(self, states: list[_Layer], dtype: torch.dtype) -> list[torch.Tensor]:
+    def padded(self, layer: int, *, dtype: torch.dtype | None = None) -> list[torch.Tensor]:
+        """Return K and V of each lane, ``[B * H, S, head_dim]``, zero past its rows. dtype: default the cache's."""
+        states = self._states(layer)
         rows = [held[1] for state in states for held in state.held()]
-        slots = self.cache._slots(_ids(states), rows)
+        slots, lengths = self.cache._slots(_ids(states), rows), [len(one) for one in rows]
         found = [as_bytes(flat_tokens(x))[slots].view(x.dtype).squeeze(1) for x in self.cache.kv]
         for name, values in zip("kv", found, strict=True):
             self.cache.alloc.ledger.count_read(name, values.numel() * values.element_size())
-        lengths = [len(one) for one in rows]
-        return [pad_sequence(list(x.to(dtype).split_with_sizes(lengths)), batch_first=True) for x in found]
-
-    # --- kernels ---
+        return [pad_sequence(list(x.to(dtype or x.dtype).split_with_sizes(lengths)), batch_first=True) for x in found]
 
     def head_requests(self, layer: int, *, out: Batch | None = None) -> Batch:
-        """Return the batch of a step in which each (sequence, KV head) is a request of its own, heads of a sequence in
-        order: kernels read it over ``LaneCache.kv``, with one KV head and the query heads of ``split_heads``.
-
-        out: a batch to refill. New tokens are those of the last ``append``. ``SpecError`` if its mask dropped some of
-        them, if rows were evicted since, or if some are hidden (``compact=False``): kernels mask by place.
+        """Return the batch of a step in which each (sequence, KV head) is a request of its own: kernels read it over
+        ``LaneCache.kv``, with one KV head and the queries of ``split_heads``. out: a batch to refill. ``SpecError``
+        after an ``append`` that dropped rows, after ``evict`` until the next append, and with hidden rows.
         """
         states = self._states(layer)
-        for state in states:
-            if state.since > state.num_tokens - state.new or state.lengths() != state.rows():
-                raise SpecError(
-                    f"layer: {layer} has new tokens that were not stored, or rows that were evicted since or are "
-                    "hidden, and kernels mask by place: use attend(), or evict() with compact=True between steps"
-                )
+        if any(one.since > one.num_tokens - one.new or one.lengths() != one.rows() for one in states):
+            raise SpecError(
+                f"layer: {layer} has new tokens that were not stored, or rows that were evicted since or are hidden, "
+                "and kernels mask by place: use attend(), or evict() with compact=True between steps"
+            )
         return self.cache.alloc.batch(_ids(states), out=out)
 
     def split_heads(self, q: torch.Tensor, layer: int) -> torch.Tensor:
-        """Return queries ``[T, query heads, width]`` as those of head requests, ``[T * H, query heads / H, width]``."""
+        """Return queries ``[T, query heads, width]`` as those of head requests, ``[T * H, g, width]``."""
         counts = self._counts("q", q, [state.new for state in self._states(layer)])
         return _by_lane(q.view(len(q), self.cache.num_kv_heads, -1, q.shape[2]), counts)
 
@@ -357,34 +311,30 @@ class Lanes:
         parts = zip(out.split_with_sizes([heads * count for count in counts]), counts, strict=True)
         return torch.cat([part.view(heads, n, *out.shape[1:]).transpose(0, 1).flatten(1, 2) for part, n in parts])
 
-    # --- checks ---
-
     def _counts(self, name: str, given: object, counts: List[int] | None) -> list[int]:
-        """Return how many tokens of ``given`` each sequence has; default: the same. ``SpecError`` if it does not fit."""
+        """Return how many tokens of ``given`` each sequence has; default: the same number."""
         n, heads, blocks = len(self._sequences), self.cache.num_kv_heads, self.cache.kv[0]
-        if not isinstance(given, torch.Tensor) or given.ndim != 3 or given.device != blocks.device:
-            raise SpecError(f"{name}: got {brief(given)}; must be a tensor [T, heads, head_dim] on {blocks.device}")
-        if given.shape[1] % heads or given.shape[2] != blocks.shape[3] or (name != "q" and given.shape[1] != heads):
-            wanted = f"{'a multiple of ' * (name == 'q')}{heads} heads, {blocks.shape[3]}]"
-            raise SpecError(f"{name}: got shape {tuple(given.shape)}; must be [T, {wanted}")
-        each = [len(given) // n] * n if counts is None else as_int32("counts", counts).tolist()
-        if len(each) != n or sum(each) != len(given) or min(each) < 0:
-            raise SpecError(f"{name}: got {len(given)} tokens; {n} sequences have {each} (counts, or the last append)")
+        wanted = f"[T, {'a multiple of ' * (name == 'q')}{heads} heads, {blocks.shape[3]}] on {blocks.device}"
+        shape = tuple(given.shape) if isinstance(given, torch.Tensor) and given.device == blocks.device else ()
+        if len(shape) != 3 or shape[2] != blocks.shape[3] or shape[1] % heads or (name != "q" and shape[1] != heads):
+            raise SpecError(f"{name}: got {_got(given)}; must be a tensor {wanted}")
+        each = [shape[0] // n] * n if counts is None else as_int32("counts", counts).tolist()
+        if len(each) != n or sum(each) != shape[0] or min(each) < 0:
+            raise SpecError(f"{name}: got {shape[0]} tokens; {n} sequences have {each} (counts, or the last append)")
         return each
 
     def _mask(self, given: object, length: int) -> torch.Tensor:
         """Return a mask on the host."""
         wanted = (self.cache.num_kv_heads, length)
         if not isinstance(given, torch.Tensor) or given.dtype != torch.bool or tuple(given.shape) != wanted:
-            got = f"{tuple(given.shape)} {given.dtype}" if isinstance(given, torch.Tensor) else type(given).__name__
             raise SpecError(
-                f"keep: got {got}; must be torch.bool [{wanted[0]} KV heads, {length} rows], True for rows that stay "
+                f"keep: got {_got(given)}; must be torch.bool [{wanted[0]} KV heads, {length} rows] "
                 "(policies.any_of_group() makes it of a mask by query head)"
             )
         return given.cpu()
 
 
-class LaneSequence(Lanes):
+class LaneSequence(Lanes, AbstractContextManager["LaneSequence"]):
     """One sequence of a ``LaneCache``. A context manager that frees it."""
 
     def __init__(self, cache: LaneCache, layers: list[_Layer]) -> None:
@@ -404,9 +354,8 @@ class LaneSequence(Lanes):
         return torch.from_numpy(self._states(layer)[0].held()[head][0])
 
     def fork(self) -> LaneSequence:
-        """Return a second sequence with the same rows, which share whole blocks; an eviction in either leaves the other
-        as it is. ``OutOfMemory`` if there is no room for it or for copies of blocks that are filled in part. The step
-        of this sequence ends (it has no new tokens), also then; nothing else has changed.
+        """Return a second sequence with the same rows; both share whole blocks, and neither changes the other.
+        ``OutOfMemory`` if there is no room. The step of this sequence ends, also then; nothing else has changed.
         """
         cache, states = self.cache, [self._states(layer)[0] for layer in range(self.cache.num_layers)]
         cache._check_room()
@@ -420,7 +369,6 @@ class LaneSequence(Lanes):
         except BaseException:
             cache.alloc.free_batch(lanes)
             raise
-        cache._live += 1
         split = np.array(lanes, np.int32).reshape(len(states), -1)
         for state in states:
             state.owners[0] += 1
@@ -432,15 +380,15 @@ class LaneSequence(Lanes):
         self.cache.alloc.free_batch(_ids(states))
         for state in states:
             state.owners[0] -= 1
-        self.cache._live -= 1
         self._freed = True
-
-    def __enter__(self) -> LaneSequence:
-        return self
 
     def __exit__(self, *_: object) -> None:
         if not self._freed:
             self.free()
+
+
+def _got(given: object) -> str:
+    return f"{tuple(given.shape)} {given.dtype} on {given.device}" if isinstance(given, torch.Tensor) else brief(given)
 
 
 def _ids(states: list[_Layer]) -> Handles:

@@ -1,6 +1,4 @@
-"""Which tokens each KV head keeps: pure functions of what a layer holds, behind one protocol. ``LaneCache`` evicts the
-others.
-"""
+"""Which tokens each KV head keeps: pure functions of what a layer holds, behind one protocol."""
 
 from __future__ import annotations
 
@@ -44,13 +42,15 @@ class PolicyInput:
 
 
 class Policy(Protocol):
-    """Decides which rows of a layer stay."""
+    """Decides which rows of a layer stay. The fingerprint is that of a frozen dataclass."""
 
     @property
     def fingerprint(self) -> str:
         """A text that two policies share only if they decide alike. The KV of later layers depends on what earlier
         ones evicted, so whoever stores it under a content key adds this: ``Allocator.sequence(adapter=)``.
         """
+        given = {one.name: getattr(self, one.name) for one in fields(self) if one.compare}  # type: ignore[arg-type]
+        return hashlib.sha256(f"{type(self).__name__} {given}".encode()).hexdigest()
 
     def keep(self, layer: int, given: PolicyInput) -> torch.Tensor:
         """Return a bool mask ``[H, S]``, True for rows that stay; what it says of padding does not count. Pure: equal
@@ -85,16 +85,8 @@ def any_of_group(mask: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
     return mask.view(num_kv_heads, len(mask) // num_kv_heads, -1).any(1)
 
 
-class _Fingerprint:
-    @property
-    def fingerprint(self) -> str:
-        """See ``Policy``."""
-        given = {one.name: getattr(self, one.name) for one in fields(self) if one.compare}  # type: ignore[arg-type]
-        return hashlib.sha256(f"{type(self).__name__} {given}".encode()).hexdigest()
-
-
 @dataclass(frozen=True)
-class Gate(_Fingerprint):
+class Gate(Policy):
     """Keeps what a trained gate says (Attention-Gate, arXiv:2410.12876), or any other callable.
 
     name: names the gate and its weights in the fingerprint, because a callable cannot be compared.
@@ -113,13 +105,12 @@ class Gate(_Fingerprint):
             raise SpecError(f"gate: got {self.gate!r}; must be a callable, gate(layer, given) -> mask")
 
     def keep(self, layer: int, given: PolicyInput) -> torch.Tensor:
-        """See ``Policy``."""
         found = self.gate(layer, given)
         return any_of_group(found if found.dtype == torch.bool else found > self.threshold, len(given.lengths))
 
 
 @dataclass(frozen=True)
-class SinkAndWindow(_Fingerprint):
+class SinkAndWindow(Policy):
     """Keeps the first ``sinks`` tokens of the sequence and the last ``window_tokens`` (StreamingLLM, arXiv:2309.17453).
 
     The original rotates keys by their place in the cache; here they keep their true positions.
@@ -132,13 +123,12 @@ class SinkAndWindow(_Fingerprint):
         check_size("window_tokens", self.window_tokens), check_size("sinks", self.sinks, 0)
 
     def keep(self, layer: int, given: PolicyInput) -> torch.Tensor:
-        """See ``Policy``."""
         at = given.positions
         return (at >= 0) & ((at < self.sinks) | (at >= given.num_tokens - self.window_tokens))
 
 
 @dataclass(frozen=True)
-class HeavyHitter(_Fingerprint):
+class HeavyHitter(Policy):
     """Keeps the last ``recent`` rows of each KV head, and of the others the ``heavy`` ones with the largest sums of
     attention (H2O, arXiv:2306.14048).
 
@@ -152,12 +142,11 @@ class HeavyHitter(_Fingerprint):
         check_size("heavy", self.heavy, 0), check_size("recent", self.recent, 0)
 
     def keep(self, layer: int, given: PolicyInput) -> torch.Tensor:
-        """See ``Policy``."""
         return _best_and_last(_by_kv_head(given, "HeavyHitter").sum(1), given.lengths, self.heavy, self.recent)
 
 
 @dataclass(frozen=True)
-class SnapKV(_Fingerprint):
+class SnapKV(Policy):
     """Keeps ``budget`` rows of each KV head: the last ``window``, and of the others those that the last ``window``
     queries attend to most, after a mean over ``kernel_size`` neighbours (SnapKV, arXiv:2404.14469).
 
@@ -176,7 +165,6 @@ class SnapKV(_Fingerprint):
             raise SpecError(f"kernel_size: got {self.kernel_size}; must be odd, so that a row is in its middle")
 
     def keep(self, layer: int, given: PolicyInput) -> torch.Tensor:
-        """See ``Policy``."""
         weights = _by_kv_head(given, "SnapKV")
         if weights.shape[1] < self.window:
             raise SpecError(f"weights: got those of {weights.shape[1]} queries; SnapKV needs {self.window}")
