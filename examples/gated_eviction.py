@@ -45,10 +45,9 @@ def masked():
         k, v = (x.repeat_interleave(GROUP, 1) for x in stored[layer])
         scores = torch.einsum("qhd,khd->hqk", q, k) * WIDTH**-0.5
         scores = scores.masked_fill(torch.ones(len(q), len(k)).tril(len(old[0])).logical_not(), -torch.inf)
-        if layer in keep:
+        flags = (hidden @ weights[layer]["gate"]).view(-1, KV_HEADS, GROUP) > 1.2
+        if len(q) < keep.setdefault(layer, flags.any(2).T).shape[1]:  # kept by any query head of the KV head
             scores[:, :, :PROMPT].masked_fill_(~keep[layer].repeat_interleave(GROUP, 0).unsqueeze(1), -torch.inf)
-        else:  # a KV head keeps a token if any of its query heads does
-            keep[layer] = ((hidden @ weights[layer]["gate"]).view(-1, KV_HEADS, GROUP) > 1.2).any(2).T
         return torch.einsum("hqk,khd->qhd", normalise(scores)[0], v)
 
     return attend
