@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence as List
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any, Literal
 
 import numpy as np
@@ -55,10 +56,10 @@ class _Layer:
     def rows(self) -> list[int]:  # with hidden ones
         return [stored + self.num_tokens - self.since for stored in self.stored]
 
-    def grow(self, mask: NDArray[np.bool_]) -> None:
-        first, self.new = self.num_tokens, mask.shape[1]
-        if mask.all():
-            self.num_tokens += self.new
+    def grow(self, count: int, mask: NDArray[np.bool_] | None) -> None:
+        first, self.new = self.num_tokens, count
+        if mask is None or mask.all():
+            self.num_tokens += count
             return
         parts = [*zip(self.held(), self.rows(), map(np.flatnonzero, mask), strict=True)]
         self.num_tokens += self.new
@@ -91,6 +92,7 @@ class LaneCache:
         check_size("num_layers", num_layers), check_size("num_kv_heads", num_kv_heads)
         check_size("max_sequences", max_sequences)
         self.num_layers, self.num_kv_heads, self.max_sequences = num_layers, num_kv_heads, max_sequences
+        self.head_dim, self.dtype = head_dim, spec.groups[0].components[0].dtype
         each = (num_layers + 1) * num_kv_heads  # one more layer: an eviction from shared lanes writes new ones first
         if max_sequences * each > MAX_SEQUENCES:
             raise SpecError(
@@ -199,24 +201,22 @@ class Lanes:
         k, v: ``[T, H, head_dim]``, k after rotation. keep: bool ``[H, T]``, False for rows that are not stored. counts:
         tokens of each sequence, default the same. ``SpecError``, ``OutOfMemory``: nothing has changed then.
         """
-        cache, states, dtype = self.cache, self._states(layer), self.cache.kv[0].dtype
-        each = self._counts("k", k, counts)
-        self._counts("v", v, each)
-        packed = [_by_lane(to_cache_dtype(x, dtype, name=name), each).unsqueeze(1) for name, x in (("k", k), ("v", v))]
-        mask = torch.ones(cache.num_kv_heads, len(k), dtype=torch.bool)
-        if keep is not None:
-            mask = self._mask(keep, len(k))
+        cache, states, each = self.cache, self._states(layer), self._counts("k", k, counts)
+        given, _ = (("k", k), ("v", v)), self._counts("v", v, each)
+        packed = [_by_lane(to_cache_dtype(x, cache.dtype, name=name), each).unsqueeze(1) for name, x in given]
+        ids, fresh = _ids(states), np.repeat(np.array(each, np.int32), cache.num_kv_heads)
+        mask = None if keep is None else self._mask(keep, len(k))
+        if mask is not None:
             chosen = _by_lane(mask.T, each).nonzero()[:, 0].to(k.device)
             packed = [value[chosen] for value in packed]
-        parts, ids = mask.split_with_sizes(each, 1), _ids(states)
-        pending = cache._pending(ids)
-        cache.alloc.extend_batch(ids, torch.cat([part.sum(1) for part in parts]))
-        cache.alloc.commit_batch(ids, pending)
+            fresh = torch.cat([part.sum(1) for part in mask.split_with_sizes(each, 1)]).int().numpy()
+        cache.alloc.extend_batch(ids, fresh)
+        cache.alloc.commit_batch(ids, cache._pending(ids) - fresh)
         batch = cache.alloc.batch(ids)
         for blocks, value in zip(cache.kv, packed, strict=True):
             as_bytes(flat_tokens(blocks))[batch.slot_mapping] = as_bytes(value)
-        for state, part in zip(states, parts, strict=True):
-            state.grow(part.numpy())
+        for state, count, end in zip(states, each, accumulate(each), strict=True):
+            state.grow(count, None if mask is None else mask[:, end - count : end].numpy())
 
     def evict(self, layer: int, keep: torch.Tensor | List[torch.Tensor], *, compact: bool = True) -> int:
         """Drop rows of one layer; return how many bytes all sequences hold less, in whole blocks (virtual: pages).
@@ -225,11 +225,10 @@ class Lanes:
         head (``lengths``); entries past the length of a head do not count. compact: move the rows that stay to the
         front, in their order, and give the blocks behind them to other lanes; ``LaneCache.trim()`` gives them to the
         system. False only hides rows, until the next compaction of the layer, and returns 0.
-
         Lanes that a fork shares are copied, so the result may be negative. ``SpecError`` for masks that do not fit,
         ``OutOfMemory`` only for such a copy: nothing has changed then. Cost: a gather and a write of rows that move.
         """
-        states, masks = self._states(layer), [keep] if isinstance(keep, torch.Tensor) else list(keep)
+        states, masks = self._states(layer), list(keep) if isinstance(keep, (list, tuple)) else [keep]
         if len(masks) != len(states):
             raise SpecError(f"keep: got {len(masks)} masks; must be one for each of {len(states)} sequences")
         found = []
@@ -254,7 +253,7 @@ class Lanes:
         weights, lse, v = self._attention(q, layer, counts, scale)
         out = torch.einsum("ngtm,nmd->ngtd", weights, v)
         used = (torch.arange(out.shape[2]) < torch.tensor(counts).unsqueeze(1)).to(q.device)
-        out, lse = (x.reshape(len(counts), -1, *x.shape[2:]).transpose(1, 2)[used] for x in (out, lse))
+        out, lse = (x.reshape(len(counts), q.shape[1], *x.shape[2:]).transpose(1, 2)[used] for x in (out, lse))
         return out.to(q.dtype), lse
 
     def weights(self, q: torch.Tensor, layer: int, *, scale: float | None = None) -> torch.Tensor:
@@ -265,10 +264,10 @@ class Lanes:
         self, q: torch.Tensor, layer: int, counts: list[int], scale: float | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return the attention of each lane ``[n, g, t, m]``, the lse ``[n, g, t]`` and V ``[n, m, width]``, padded."""
-        states, (k, v) = self._states(layer), self.padded(layer, dtype=compute_dtype(q))
+        states, heads, (k, v) = self._states(layer), self.cache.num_kv_heads, self.padded(layer, dtype=compute_dtype(q))
         queries = pad_sequence(list(q.to(k.dtype).split_with_sizes(counts)), batch_first=True)
-        queries = torch.unflatten(queries, 2, (self.cache.num_kv_heads, -1)).permute(0, 2, 3, 1, 4).flatten(0, 1)
-        seen = torch.zeros(len(states), self.cache.num_kv_heads, queries.shape[2], dtype=torch.int64)
+        queries = torch.unflatten(queries, 2, (heads, q.shape[1] // heads)).permute(0, 2, 3, 1, 4).flatten(0, 1)
+        seen = torch.zeros(len(states), heads, queries.shape[2], dtype=torch.int64)
         for row, state, count in zip(seen.numpy(), states, counts, strict=True):
             asked = np.arange(state.num_tokens - count, state.num_tokens)
             row[:, :count] = [np.searchsorted(held[0], asked, side="right") for held in state.held()]
@@ -302,8 +301,8 @@ class Lanes:
 
     def split_heads(self, q: torch.Tensor, layer: int) -> torch.Tensor:
         """Return queries ``[T, query heads, width]`` as those of head requests, ``[T * H, g, width]``."""
-        counts = self._counts("q", q, [state.new for state in self._states(layer)])
-        return _by_lane(q.view(len(q), self.cache.num_kv_heads, -1, q.shape[2]), counts)
+        heads, counts = self.cache.num_kv_heads, self._counts("q", q, [state.new for state in self._states(layer)])
+        return _by_lane(torch.unflatten(q, 1, (heads, q.shape[1] // heads)), counts)
 
     def join_heads(self, out: torch.Tensor, layer: int) -> torch.Tensor:
         """Return what a kernel gave for head requests, ``[T * H, g, ...]`` (out or lse), as ``[T, H * g, ...]``."""
@@ -313,10 +312,10 @@ class Lanes:
 
     def _counts(self, name: str, given: object, counts: List[int] | None) -> list[int]:
         """Return how many tokens of ``given`` each sequence has; default: the same number."""
-        n, heads, blocks = len(self._sequences), self.cache.num_kv_heads, self.cache.kv[0]
-        wanted = f"[T, {'a multiple of ' * (name == 'q')}{heads} heads, {blocks.shape[3]}] on {blocks.device}"
-        shape = tuple(given.shape) if isinstance(given, torch.Tensor) and given.device == blocks.device else ()
-        if len(shape) != 3 or shape[2] != blocks.shape[3] or shape[1] % heads or (name != "q" and shape[1] != heads):
+        cache, n, heads = self.cache, len(self._sequences), self.cache.num_kv_heads
+        shape = tuple(given.shape) if isinstance(given, torch.Tensor) and given.device == cache.alloc.device else ()
+        if len(shape) != 3 or shape[2] != cache.head_dim or shape[1] % heads or (name != "q" and shape[1] != heads):
+            wanted = f"[T, {'a multiple of ' * (name == 'q')}{heads} heads, {cache.head_dim}] on {cache.alloc.device}"
             raise SpecError(f"{name}: got {_got(given)}; must be a tensor {wanted}")
         each = [shape[0] // n] * n if counts is None else as_int32("counts", counts).tolist()
         if len(each) != n or sum(each) != shape[0] or min(each) < 0:
