@@ -5,12 +5,16 @@ from __future__ import annotations
 import random
 from typing import Any
 
+import kernel_oracle_flashinfer as stand_ins
 import pytest
 import torch
 from kernel_cases import assert_close, every_backend, one_thread
 
 import kvmem
+from kvmem.kernels import flashinfer as args
 from kvmem.kernels import reference
+from kvmem.kernels.base import Step
+from kvmem.kernels.registry import find
 from kvmem.layouts.lanes import LaneCache, LaneSequence
 from kvmem.layouts.policies import Gate, PolicyInput, apply
 from kvmem.layouts.rope import Rope
@@ -99,9 +103,16 @@ def step(mirrors: list[Mirror], layer: int, counts: list[int], keep: torch.Tenso
         assert seq.lengths(layer).tolist() == held.sum(1).tolist() and seq.num_tokens(layer) == held.shape[1]
         assert all(torch.equal(seq.positions(layer, h), one.nonzero()[:, 0]) for h, one in enumerate(held))
     if keep is None and not any(layer in mirror.hidden for mirror in mirrors):
-        batch = lanes.head_requests(layer)
-        out = lanes.join_heads(reference.sdpa(lanes.split_heads(q, layer), lanes.cache.kv, batch), layer)
-        assert_close(out, found[0], torch.float64)
+        heads = (q.shape[1] // lanes.cache.num_kv_heads, 1, WIDTH)  # of each head request
+        asked = Step(lanes.head_requests(layer), *heads, dtype=q.dtype, kv_dtype=lanes.cache.dtype)
+        flashinfer, split = stand_ins.BatchPrefillWithPagedKVCacheWrapper(), lanes.split_heads(q, layer)
+        flashinfer.plan(**args.prefill_plan(asked.batch, **asked.heads))
+        outs = (
+            find("kvmem sdpa").prepare(reference, asked)(split, lanes.cache.kv)[0],
+            flashinfer.run(split, args.cache_of(*lanes.cache.kv)),
+        )
+        for out in outs:
+            assert_close(lanes.join_heads(out, layer), found[0], torch.float64)
     return q
 
 
