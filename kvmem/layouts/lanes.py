@@ -46,6 +46,7 @@ class _Layer:
     new: int = 0
 
     def held(self) -> list[Held]:
+        """Return by head the positions and rows of all that it holds, ``[2, length]``."""
         tail = np.arange(self.num_tokens - self.since)
         parts = zip(self.kept, self.stored, strict=True)
         return [np.concatenate((kept, (self.since + tail, stored + tail)), 1) for kept, stored in parts]
@@ -62,7 +63,7 @@ class _Layer:
             self.num_tokens += count
             return
         parts = [*zip(self.held(), self.rows(), map(np.flatnonzero, mask), strict=True)]
-        self.num_tokens += self.new
+        self.num_tokens += count
         self.kept = [np.concatenate((old, (first + at, n + np.arange(len(at)))), 1) for old, n, at in parts]
         self.stored, self.since = [n + len(at) for _, n, at in parts], self.num_tokens
 
@@ -126,7 +127,8 @@ class LaneCache:
 
     def lanes(self, sequences: List[LaneSequence]) -> Lanes:
         """Return several sequences of this cache as one object. ``SpecError`` for others, or one twice."""
-        if len(set(map(id, sequences))) != len(sequences) or {one.cache for one in sequences} != {self}:
+        owners = {getattr(one, "cache", None) for one in sequences}
+        if owners != {self} or len(set(map(id, sequences))) != len(sequences):
             raise SpecError(f"sequences: got {sequences!r:.200}; must be different sequences of this cache")
         return Lanes(self, list(sequences))
 
@@ -159,12 +161,12 @@ class LaneCache:
         targets[shared] = fresh = self.alloc.open_batch(int(shared.sum()))
         try:
             self.alloc.extend_batch(fresh, lengths[shared])
+            moved = [np.flatnonzero(new | (one != np.arange(len(one)))) for one, new in zip(rows, shared, strict=True)]
+            source = self._slots(ids, [one[m] for one, m in zip(rows, moved, strict=True)])
+            target = self._slots(targets, moved)
         except BaseException:
             self.alloc.free_batch(fresh)
             raise
-        moved = [np.flatnonzero(new | (one != np.arange(len(one)))) for one, new in zip(rows, shared, strict=True)]
-        source = self._slots(ids, [one[m] for one, m in zip(rows, moved, strict=True)])
-        target = self._slots(targets, moved)
         for blocks in self.kv:
             flat = as_bytes(flat_tokens(blocks))
             flat[target] = flat[source]  # gathered first: source and target may overlap
@@ -278,8 +280,7 @@ class Lanes:
 
     def padded(self, layer: int, *, dtype: torch.dtype | None = None) -> list[torch.Tensor]:
         """Return K and V of each lane, ``[B * H, S, head_dim]``, zero past its rows. dtype: default the cache's."""
-        states = self._states(layer)
-        rows = [held[1] for state in states for held in state.held()]
+        states, rows = self._states(layer), [held[1] for state in self._states(layer) for held in state.held()]
         slots, lengths = self.cache._slots(_ids(states), rows), [len(one) for one in rows]
         found = [as_bytes(flat_tokens(x))[slots].view(x.dtype).squeeze(1) for x in self.cache.kv]
         for name, values in zip("kv", found, strict=True):
