@@ -20,11 +20,11 @@ PARTS = [
     ("csrc without bindings", ["csrc"], ["csrc/bindings"], 19_560),
     ("bindings", ["csrc/bindings"], [], 2_090),
     ("kvmem without layouts and bench", ["kvmem"], ["kvmem/layouts", "kvmem/bench"], 9_445),
-    ("kvmem/layouts", ["kvmem/layouts"], [], 3_500),
+    ("kvmem/layouts", ["kvmem/layouts"], [], 3_600),
     ("kvmem/bench", ["kvmem/bench"], ["kvmem/bench/data"], 4_970),
     ("benchmarks", ["benchmarks"], [], 2_730),
     ("tests without layouts", ["tests"], ["tests/layouts"], 38_250),
-    ("tests/layouts", ["tests/layouts"], [], 3_500),
+    ("tests/layouts", ["tests/layouts"], [], 3_900),
 ]
 MOST_LINES_OF_A_FILE, MOST_LINES_OF_A_FUNCTION, MOST_NAMES_IN_A_FOLDER, MOST_FOLDERS_OF_CSRC = 400, 40, 15, 13
 # Each has its reason in docs/decisions.md, "Sizes".
@@ -35,7 +35,7 @@ LONGER_FILES = {
 # The class that everything else of the core is behind stays one screenful of each kind of call.
 SHORTER_FILES = {"csrc/allocator/allocator.h": 199}
 LONGER_FUNCTIONS: dict[str, int] = {}
-FULLER_FOLDERS = {"kvmem/bench": 18, "tests/index": 16}
+FULLER_FOLDERS = {"kvmem/bench": 19, "kvmem/layouts": 17, "tests/index": 16}
 
 SOURCES = (".py", ".pyi", ".cpp", ".h", ".mk")
 GENERATED = {"kvmem/_core.pyi"}
