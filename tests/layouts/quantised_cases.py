@@ -44,7 +44,7 @@ def _integers(x: np.ndarray, bits: int, axis: int, scale_dtype: type[np.floating
 
     zero = -upward(-x.min(axis, keepdims=True))
     scale = upward((x.max(axis, keepdims=True) - zero) / np.float32(2**bits - 1))
-    codes = np.rint((x - zero) / np.where(scale > 0, scale, np.float32(1)))
+    codes = np.rint((x - zero) * (np.float32(1) / np.where(scale > 0, scale, np.float32(1))))
     return codes.astype(np.float64) * scale + zero
 
 
