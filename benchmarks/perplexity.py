@@ -27,6 +27,7 @@ from kvmem.bench.text import BenchError, progress
 from kvmem.bench.timing import one_thread
 from kvmem.layouts import Layout, LayoutCache, PlainKV
 from kvmem.layouts.palu import Palu, search_ranks
+from kvmem.layouts.quantised import QuantisedKV
 from kvmem.layouts.rope import Rope
 
 #: What is measured, and what whitening and rank search are calibrated on: documents of kvmem's own.
@@ -85,10 +86,16 @@ class Subject:
             rope=self.rope, covariances=self.calibrated[0] if whitened else None, **how,
         )  # fmt: skip
 
+    def plain(self) -> CacheSpec:
+        return CacheSpec.from_config(self.config, dtype=DTYPE)
+
+    def quantised(self, **how: Any) -> QuantisedKV:
+        return QuantisedKV(self.plain(), **how)
+
 
 #: Each layout that is measured, made for a model.
 LAYOUTS: dict[str, Callable[[Subject], Layout]] = {
-    "plain": lambda s: PlainKV(CacheSpec.from_config(s.config, dtype=DTYPE)),
+    "plain": lambda s: PlainKV(s.plain()),
     "Palu, full rank": lambda s: s.palu(1, whitened=False),
     "Palu, rank 75 %, not whitened": lambda s: s.palu(0.75, whitened=False),
     "Palu, rank 50 %, not whitened": lambda s: s.palu(0.5, whitened=False),
@@ -102,6 +109,14 @@ LAYOUTS: dict[str, Callable[[Subject], Layout]] = {
     "Palu, rank 75 %, int4, rotated": lambda s: s.palu(0.75, bits=4, rotate_latents=True),
     "Palu, rank 75 %, int3": lambda s: s.palu(0.75, bits=3),
     "Palu, rank 75 %, int3, rotated": lambda s: s.palu(0.75, bits=3, rotate_latents=True),
+    "quantised, fp8 e4m3": lambda s: s.quantised(k="fp8_e4m3", v="fp8_e4m3"),
+    "quantised, fp8 e5m2": lambda s: s.quantised(k="fp8_e5m2", v="fp8_e5m2"),
+    "quantised, int8 by token": lambda s: s.quantised(k="int8", v="int8", k_scales="token"),
+    "quantised, int4 (KIVI)": lambda s: s.quantised(),
+    "quantised, int4 by token": lambda s: s.quantised(k_scales="token"),
+    "quantised, int4 by token, rotated": lambda s: s.quantised(k_scales="token", rotate=True),
+    "quantised, int3 (KIVI)": lambda s: s.quantised(k="int3", v="int3"),
+    "quantised, int2 (KIVI)": lambda s: s.quantised(k="int2", v="int2"),
 }
 #: What `encode` takes, if not ``("k_rotated", "v")``: the input ``x`` of the projections, ``k`` before rotation, ``v``.
 TAKES: dict[type[Layout], tuple[str, ...]] = {Palu: ("x",)}
@@ -131,7 +146,9 @@ class CachedAttention(torch.nn.Module):
 def perplexity(subject: Subject, layout: Layout, ids: torch.Tensor) -> float:
     """Of the tokens after the first, each given all before it, a chunk at a time. ``ids``: int64 ``[tokens]``."""
     memory, lost = 2 * layout.spec.bytes_per_token * len(ids) + (64 << 20), 0.0
-    with Allocator(layout.spec, device="cpu", memory=memory, max_sequences=1, max_tokens=len(ids)) as alloc:
+    with Allocator(
+        layout.spec, backend="paged", device="cpu", memory=memory, max_sequences=1, max_tokens=len(ids)
+    ) as alloc:
         cache, seq = LayoutCache(layout, alloc), alloc.sequence()
         attentions = [CachedAttention(attention, cache, subject.rope) for attention in subject.attentions]
         try:
@@ -164,7 +181,9 @@ def command(model: str, tokens: int, json_path: Path | None, quiet: bool) -> Non
         rows: list[dict[str, Any]] = []
         for layout_name, make in LAYOUTS.items():
             layout = make(subject)
-            row = {"layout": layout_name, "bytes_per_token": layout.spec.bytes_per_token, "tokens": tokens}
+            # Without a tail of the newest tokens, which is the same for any length.
+            bytes = sum(group.bytes_per_token for group in layout.spec.groups if group.window_tokens is None)
+            row = {"layout": layout_name, "bytes_per_token": bytes, "tokens": tokens}
             rows.append({**row, "perplexity": perplexity(subject, layout, ids)})
             done(len(rows))
     title = f"{name} on {tokens:,} tokens of {TEXT}, calibrated on {CALIBRATION_TOKENS:,} of {CALIBRATION}"

@@ -67,6 +67,6 @@ def require_supported(group: Group) -> None:
     for component in group.components:
         if component.ragged:
             raise SpecError(
-                f"group {group.name!r}: component {component.name!r}: ragged: got True; no layout supports lengths per "
-                "head yet: use ragged=False, with one length for all heads of a sequence"
+                f"group {group.name!r}: component {component.name!r}: ragged: got True; an allocator "
+                "has one length for all heads of a sequence: use kvmem.layouts.lanes.LaneCache, or ragged=False"
             )

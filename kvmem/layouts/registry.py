@@ -60,6 +60,7 @@ LAYOUTS: Final[tuple[LayoutEntry, ...]] = (
         {
             "gqa": "the K of a token has a lower rank than its hidden state, so V cannot be derived: store K and V",
             "bf16": "deriving V multiplies the rounding of K by the condition number of W_K: store float16 or float32",
+            "sliding window": "not built: use plain K and V for such layers",
             "low-bit keys": "as for bf16, and worse: quantise K and V of the plain layout instead",
             "eviction per head": "V of any head is derived from the K of every head: evict whole tokens",
             "heads over ranks": "every head needs the K of all heads: give each rank whole layers, or plain K and V",
@@ -70,6 +71,7 @@ LAYOUTS: Final[tuple[LayoutEntry, ...]] = (
         "slim x", "slim", "SlimX", "arXiv:2503.05840",
         {
             "rotation": "a rotation between projection and dot product cannot be folded: use SlimK",
+            "sliding window": "not built: use plain K and V for such layers",
             "low-bit keys": "the input of a layer is stored as floats: quantise K and V of the plain layout instead",
             "eviction per head": "all heads read one row of a token: evict whole tokens",
             "heads over ranks": "each rank would hold all of X: use plain K and V",
@@ -82,7 +84,8 @@ LAYOUTS: Final[tuple[LayoutEntry, ...]] = (
             "rotation": "a rotation between projection and dot product cannot be folded; cross attention has none",
             "low-bit keys": "the encoder's output is stored as floats: quantise the plain cross K and V instead",
             "eviction per head": "all layers and heads read one row of a token: evict whole tokens",
-            "sliding window": "what is written at prefill is read whole by every step",
+            "sliding window": "every step reads all that prefill wrote: store plain cross K and V of the tokens needed",
+            "prefix cache": "what a decoder stores depends on the encoder's input: no token ids name that",
             "truncate": "what is written at prefill has a fixed length: free the sequence",
             "heads over ranks": "each rank would hold all of the encoder's output: use plain cross K and V",
             "other kernels": "there is no K and V to read: LayoutCache.derive() projects them into a scratch",
@@ -102,7 +105,7 @@ LAYOUTS: Final[tuple[LayoutEntry, ...]] = (
             "gqa": "it is a model of its own, whose attention layers have as many KV heads as query heads",
             "low-bit keys": "the compressed keys are stored as floats: they are 1/16 of the width already",
             "eviction per head": "all layers and heads read one row of a token, and each row needs the one before it",
-            "sliding window": "all attention layers read all tokens",
+            "sliding window": "all attention layers read all tokens: it is a model of its own",
             "prefix cache": "the recurrent state exists at one position only: share at snapshots (Sequence.snapshot)",
             "truncate": "the recurrent state cannot go back: fork or snapshot before drafting",
             "heads over ranks": "all heads read one row of a token: give each rank whole layers",
@@ -113,6 +116,7 @@ LAYOUTS: Final[tuple[LayoutEntry, ...]] = (
         "aligned", "aligned", "AlignedKV", "arXiv:2409.16546",
         {
             "low-bit keys": "it reads fewer bits of 16-bit floats: there is nothing to leave out of 8 bits",
+            "eviction per head": "blocks of K are encoded whole, and compaction would move rows: use plain K and V",
             "sliding window": "blocks of K are encoded whole and read whole: use plain K and V for such layers",
             "other kernels": "elements are split into planes: LayoutCache.derive() joins them in a scratch",
         },
@@ -120,7 +124,6 @@ LAYOUTS: Final[tuple[LayoutEntry, ...]] = (
     LayoutEntry(
         "quantised", "quantised", "QuantisedKV", "arXiv:2402.02750",
         {
-            "bf16": "that is the plain layout: choose float8, or 8 to 2 bits",
             "eviction per head": "compaction would move rows between blocks that share scales: use float8 in lanes",
             "sliding window": "scales of a block outlive the tokens that leave the window: use plain K and V",
         },
@@ -128,7 +131,6 @@ LAYOUTS: Final[tuple[LayoutEntry, ...]] = (
     LayoutEntry(
         "lanes", "lanes", "LaneCache", "arXiv:2410.12876",
         {
-            "low-bit keys": "compaction would move rows between blocks that share scales: float8 is fine",
             "sliding window": "rows are compacted, so a block spans no range of positions: SinkAndWindow is a policy",
             "prefix cache": "a gate has seen the whole prompt, so what it kept depends on it: share by fork()",
             "truncate": "the rows that were evicted do not come back: fork() before drafting",
