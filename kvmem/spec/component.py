@@ -46,7 +46,7 @@ class Component:
         ``[..., 1, bytes of a token]``: the writer splits elements into planes, the reader joins them, and ``write_kv``
         takes only such bytes.
     ragged: True if each (sequence, head) has a length of its own, as with eviction of tokens per head. A
-        spec can describe it and count its bytes; an ``Allocator`` refuses it: ``kvmem.layouts.lanes`` stores such caches.
+        spec can describe it and count its bytes; an ``Allocator`` refuses it, and ``kvmem.layouts.lanes`` stores it.
 
     Raises ``SpecError`` for fields that are invalid or contradict each other.
     """

@@ -17,6 +17,7 @@ import slim_cases
 import torch
 from layout_case import Case
 from layout_world import World
+from support import LONG
 
 from kvmem import Allocator, SpecError
 from kvmem.geometry import GroupLayout
@@ -205,7 +206,7 @@ def test_bytes(case: Case, backend: str) -> None:
 
 @every_layout
 @both_backends
-@pytest.mark.parametrize("round", range(3))
+@pytest.mark.parametrize("round", range(4 if LONG else 1))
 def test_random_walks(case: Case, backend: str, round: int, seed: int) -> None:
     """Any interleaving of open, grow, fork, cut and free."""
     world = World(case, backend, seed + round, memory="1MiB")
