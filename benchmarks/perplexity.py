@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from kvmem import Allocator, CacheSpec
 from kvmem.bench.__main__ import main
 from kvmem.bench.cli import JSON, QUIET
 from kvmem.bench.document import check_writable, document, write_json
-from kvmem.bench.render import Table, console, show
+from kvmem.bench.render import Row, Table, cell, console, show
 from kvmem.bench.text import BenchError, progress
 from kvmem.bench.timing import one_thread
 from kvmem.layouts import Layout, LayoutCache, PlainKV
@@ -167,6 +167,13 @@ def perplexity(subject: Subject, layout: Layout, ids: torch.Tensor) -> float:
     return math.exp(lost / (len(ids) - 1))
 
 
+def perplexity_tables(setup: Row, rows: Sequence[Row]) -> Iterator[Table]:
+    shown = [{**row, "share": row["bytes_per_token"] / rows[0]["bytes_per_token"]} for row in rows]
+    title = f"{{model}} on {rows[0]['tokens']:,} tokens of {{text}}, calibrated on {{calibration}}"
+    columns = "layout={layout}; bytes a token={bytes_per_token:,}; of plain={share:share}; perplexity={perplexity:.2f}"
+    yield Table.of(cell(title, setup), columns, shown)
+
+
 @click.command()
 @click.option("--model", type=click.Choice(LANGUAGE_MODELS), default="auto", help="Default: SmolLM2 if installed.")
 @click.option("--tokens", type=click.IntRange(min=2), default=2000, show_default=True, help="Of the text.")
@@ -186,11 +193,8 @@ def command(model: str, tokens: int, json_path: Path | None, quiet: bool) -> Non
             row = {"layout": layout_name, "bytes_per_token": bytes, "tokens": tokens}
             rows.append({**row, "perplexity": perplexity(subject, layout, ids)})
             done(len(rows))
-    title = f"{name} on {tokens:,} tokens of {TEXT}, calibrated on {CALIBRATION_TOKENS:,} of {CALIBRATION}"
-    shown = [{**row, "share": row["bytes_per_token"] / rows[0]["bytes_per_token"]} for row in rows]
-    columns = "layout={layout}; bytes a token={bytes_per_token:,}; of plain={share:share}; perplexity={perplexity:.2f}"
-    show(console(), [Table.of(title, columns, shown)])
     setup = {"model": name, "text": TEXT, "calibration": CALIBRATION}
+    show(console(), perplexity_tables(setup, rows))
     write_json(document(["perplexity", *sys.argv[1:]], setup=setup, results={"perplexity": rows}), json_path)
 
 

@@ -134,7 +134,9 @@ def test_every_spec_works_or_is_refused(fields: dict[str, Any], interleave: int 
     (group,) = spec.groups
     for backend in BACKENDS:
         if group.ragged:
-            with pytest.raises(kvmem.SpecError, match=r"component '\w+': ragged: got True; an allocator has one length"):
+            with pytest.raises(
+                kvmem.SpecError, match=r"component '\w+': ragged: got True; an allocator has one length"
+            ):
                 use(spec, backend, interleave)
         else:
             use(spec, backend, interleave)
