@@ -26,7 +26,7 @@ def test_the_models_own_perplexity(subject: Subject, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(module, "DTYPE", torch.float32)  # rounding to bfloat16 changes this model by 0.3 %
     ids = subject.read(TEXT, TOKENS)
     own = math.exp(float(subject.model(ids[None], labels=ids[None], use_cache=False).loss))
-    for name, error in (("plain", 1e-4), ("Palu, full rank", 1e-4), ("quantised, int8 by token", 5e-3)):
+    for name, error in (("plain", 1e-4), ("Palu, full rank", 1e-4), ("quantised, int8 by token", 3e-2)):
         assert perplexity(subject, LAYOUTS[name](subject), ids) == pytest.approx(own, rel=error), name
     assert all(layer.self_attn in subject.attentions for layer in subject.layers), "the model is as it was"
 
