@@ -232,7 +232,7 @@ def _against_copy(case: Case, backend: Backend, convert_bytes: int, repetitions:
         written = sum(group.bytes_per_token for group in layout.spec.groups if group.window_tokens is None)
         derived = sum(alloc.ledger.read.values()) + alloc.ledger.held["scratch", "device"]
         moved = {"encode": 2 * k.nbytes + written * prompts * tokens, "derive": derived}
-        source, target = torch.zeros(2, max(moved.values()) // 2, dtype=torch.uint8)
+        source, target = torch.ones(2, max(moved.values()) // 2, dtype=torch.uint8)  # pages of zeros would not be read
         calls |= {f"copy, {name}": partial(target[: n // 2].copy_, source[: n // 2]) for name, n in moved.items()}
         times = in_turn(calls, repetitions, clock=thread_time_ns, order=Random(_SEED))
     return [Ratio.of(times[name], times[f"copy, {name}"]) for name in moved]
