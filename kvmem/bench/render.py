@@ -239,8 +239,8 @@ def _micro(setup: Row, parts: _Parts) -> Iterator[Table]:
 
 def _layouts(setup: Row, parts: _Parts) -> Iterator[Table]:
     step = """Layouts on the {backend} backend, one layer of {heads} heads of {width}: a decode step of {sequences}
-    sequences of {tokens:,} tokens, one thread, CPU time. Weights are random: errors (relative, of the output) compare
-    formats, not models"""
+    sequences of {tokens:,} tokens, one thread, CPU time. Weights are random, W_K well conditioned as Slim needs it:
+    errors (relative, of the output) compare formats, not models"""
     spec = """layout={name}; error relative to={error_of}; bytes a token={bytes_per_token:,.0f};
     bytes a step reads={read_bytes:bytes}; error={error:.1e}; us a step={step_us:spread};
     times plain fp16={step_ratio:ratio}"""
