@@ -12,12 +12,14 @@ import click
 from click.core import ParameterSource
 from rich.console import Console
 
+from kvmem.arguments import parse_bytes
 from kvmem.bench.document import check_writable, document, write_json
+from kvmem.bench.model import BACKENDS, Backend
 from kvmem.bench.plots import write_plots
 from kvmem.bench.render import cell, console, reuse_tables, setup_lines, show, tables
 from kvmem.bench.reuse import Workload, default_policy, parse_capacities, parse_policies, replay
 from kvmem.bench.run import Run, Settings, sentences
-from kvmem.bench.text import progress
+from kvmem.bench.text import BenchError, progress
 from kvmem.bench.traces import EXCERPT, load_trace
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
@@ -128,6 +130,37 @@ def reuse_command(
     show(out, [cell(line + "{distinct_blocks:,} distinct\n", facts), *reuse_tables(facts, default, rows)])
     write_json(document(sys.argv[1:], trace=facts, default_policy=default, results=rows), json_path)
     show(out, (f"wrote {path}" for path in write_plots(facts, {"reuse": rows}, plot_path)))
+
+
+@bench.command("layouts")
+@_options("repetitions", "quiet")
+@click.option("--sequences", type=click.IntRange(min=1), default=4, show_default=True, help="Of the decode step.")
+@click.option("--tokens", type=click.IntRange(min=64), default=2048, show_default=True, help="Of each sequence.")
+@click.option("--backend", type=click.Choice(BACKENDS), default="virtual", show_default=True)
+@click.option("--convert", default="128MiB", show_default=True, help="K and V to convert: several times the caches.")
+def layouts_command(
+    repetitions: int, quiet: bool, sequences: int, tokens: int, backend: Backend, convert: str, json_path: Path | None,
+    plot_path: Path | None,
+) -> None:  # fmt: skip
+    """All layouts of kvmem.layouts on one shape: bytes a token, reads, error and time of a decode step, conversions."""
+    from kvmem.bench import layouts
+
+    convert_bytes, out = parse_bytes("--convert", convert), console()
+    if not convert_bytes:
+        raise BenchError("--convert is 0; K and V of at least one token are converted: 128MiB is beyond most caches")
+    check_writable(json_path, plot_path)
+    setup = {
+        "sequences": sequences, "tokens": tokens, "backend": backend, "repetitions": repetitions,
+        "convert_bytes": convert_bytes, "heads": layouts.HEADS, "width": layouts.WIDTH, "hidden": layouts.HIDDEN,
+    }  # fmt: skip
+    model = layouts.Model(sequences, tokens)
+    cases = layouts.cases(model, backend)
+    with progress(Console(stderr=True, highlight=False), "layouts", len(cases), quiet) as done:
+        found = layouts.layouts(model, cases, backend, repetitions, convert_bytes, done)
+    parts = {"layouts": [asdict(row) for row in found]}
+    show(out, tables(setup, parts))
+    write_json(document(sys.argv[1:], setup=setup, results=parts), json_path)
+    show(out, (f"wrote {path}" for path in write_plots(setup, parts, plot_path)))
 
 
 @bench.command("gpu")

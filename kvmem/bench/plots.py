@@ -104,10 +104,27 @@ def _reuse(figure: Figure, trace: Row, rows: Sequence[Row]) -> None:
     axes.legend()
 
 
+def _layouts(figure: Figure, setup: Row, rows: Sequence[Row]) -> None:
+    """A panel a figure, a bar a layout."""
+    panels = figure.subplots(1, 3, sharey=True)
+    names = [row["name"] for row in rows]
+    values = {
+        "bytes a token": [row["bytes_per_token"] for row in rows],
+        "relative error of attention": [row["error"] for row in rows],
+        "time of a decode step, of plain": [row["step_ratio"]["median"] for row in rows],
+    }
+    for axes, (label, widths), color in zip(panels, values.items(), ("C0", "C3", "C2"), strict=True):
+        axes.barh(names, widths, color=color)
+        axes.set(xlabel=label, xscale="log" if "error" in label else "linear")
+    panels[0].invert_yaxis()
+    figure.suptitle("{sequences} sequences of {tokens:,} tokens, {heads} heads of {width}, {backend}".format(**setup))
+
+
 #: Name of the file, and the part that it shows.
 _PICTURES: dict[str, tuple[Callable[[Figure, Row, Sequence[Row]], None], str]] = {
     "bytes_over_time": (_bytes_over_time, "replay"),
     "waste_by_page_size": (_waste, "waste_sweep"),
     "latency": (_latency, "replay"),
     "reuse": (_reuse, "reuse"),
+    "layouts": (_layouts, "layouts"),
 }

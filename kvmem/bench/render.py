@@ -237,7 +237,25 @@ def _micro(setup: Row, parts: _Parts) -> Iterator[Table]:
     yield Table.of(cell(title, parts["micro"][0]), spec, rows)
 
 
-_PARTS: dict[str, Callable[[Row, _Parts], Iterator[Table]]] = {"replay": _replay, "waste": _waste, "micro": _micro}
+def _layouts(setup: Row, parts: _Parts) -> Iterator[Table]:
+    step = """Layouts on the {backend} backend, one layer of {heads} heads of {width}: a decode step of {sequences}
+    sequences of {tokens:,} tokens, one thread, CPU time. Weights are random, W_K well conditioned as Slim needs it:
+    errors (relative, of the output) compare formats, not models"""
+    spec = """layout={name}; error relative to={error_of}; bytes a token={bytes_per_token:,.0f};
+    bytes a step reads={read_bytes:bytes}; error={error:.1e}; us a step={step_us:spread};
+    times plain fp16={step_ratio:ratio}"""
+    yield Table.of(" ".join(cell(step, setup).split()), spec, parts["layouts"], 2)
+    convert = """Conversion, one thread, CPU time: encode, which stores nothing, and derive into a scratch, beside a
+    copy that reads and writes as many bytes ({convert_bytes:bytes} of K and V in fp16). Slim, Palu, GoldFinch and the
+    encoder's output multiply by weights, and lanes are gathered: they have no ratio"""
+    spec = """layout={name}; us to derive a token={derive_us:spread}; encode / copy={encode_ratio:ratio};
+    derive / copy={derive_ratio:ratio}"""
+    yield Table.of(" ".join(cell(convert, setup).split()), spec, parts["layouts"])
+
+
+_PARTS: dict[str, Callable[[Row, _Parts], Iterator[Table]]] = {
+    "replay": _replay, "waste": _waste, "micro": _micro, "layouts": _layouts,
+}  # fmt: skip
 _SDPA = """sequences x tokens={sequences} x {tokens:,}; memory={memory}; us={us:spread}; times plain={ratio:ratio}"""
 #: Of the other parts the title, how many columns are words, and the columns.
 _SPECS = {

@@ -21,9 +21,9 @@ PARTS = [
     ("bindings", ["csrc/bindings"], [], 2_090),
     ("kvmem without layouts and bench", ["kvmem"], ["kvmem/layouts", "kvmem/bench"], 9_445),
     ("kvmem/layouts", ["kvmem/layouts"], [], 3_600),
-    ("kvmem/bench", ["kvmem/bench"], ["kvmem/bench/data"], 4_970),
+    ("kvmem/bench", ["kvmem/bench"], ["kvmem/bench/data"], 5_300),
     ("benchmarks", ["benchmarks"], [], 2_770),
-    ("tests without layouts", ["tests"], ["tests/layouts"], 38_250),
+    ("tests without layouts", ["tests"], ["tests/layouts"], 38_350),
     ("tests/layouts", ["tests/layouts"], [], 3_900),
 ]
 MOST_LINES_OF_A_FILE, MOST_LINES_OF_A_FUNCTION, MOST_NAMES_IN_A_FOLDER, MOST_FOLDERS_OF_CSRC = 400, 40, 15, 13
