@@ -7,13 +7,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any, TypeVar, cast
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 
 from kvmem.allocator import Allocator, Batch
 from kvmem.allocator.batch import GroupBatch
+from kvmem.arguments import brief
 from kvmem.errors import SpecError
-from kvmem.kernels.checks import check_batch
+from kvmem.kernels.checks import check_queries
 from kvmem.kernels.write import write_all
 from kvmem.layouts.attention import Partial, compute_dtype
 from kvmem.layouts.base import Layout
@@ -22,6 +24,8 @@ from kvmem.layouts.reading import TokenReader, read_tokens
 __all__ = ["Derived", "LayoutCache"]
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
+#: The caches of each allocator: its ledger holds the scratches of all of them.
+_CACHES: WeakKeyDictionary[Allocator, WeakSet[LayoutCache]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -64,14 +68,18 @@ class LayoutCache:
     """
 
     def __init__(self, layout: Layout, alloc: Allocator) -> None:
-        """``SpecError`` unless ``alloc`` was made with ``layout.spec``; and on the virtual backend, for a layout that
-        encodes whole blocks, unless a page holds whole blocks.
+        """``SpecError`` unless ``alloc`` was made with ``layout.spec`` and has memory (device "meta" has none); and on
+        the virtual backend, for a layout that encodes whole blocks, unless a page holds whole blocks.
         """
+        if not isinstance(layout, Layout) or not isinstance(alloc, Allocator) or alloc.device.type == "meta":
+            got = f"{brief(layout)} and {brief(alloc)}"
+            raise SpecError(f"layout, alloc: got {got}; must be a Layout and an Allocator, not of device meta")
         if alloc.spec != layout.spec:
             raise SpecError(f"alloc: made with another spec than the layout's: Allocator({type(layout).__name__}.spec)")
         _check_pages(layout, alloc)
         self.layout, self.alloc = layout, alloc
         self._scratch: dict[str, torch.Tensor] = {}
+        _CACHES.setdefault(alloc, WeakSet()).add(self)
 
     @_own_dtypes
     def write(self, layer: int, batch: Batch, *values: torch.Tensor) -> None:
@@ -81,7 +89,11 @@ class LayoutCache:
         then. Cost: the layout's encoding and one write for each component; layouts that encode whole blocks also read
         each block's tail once, when it is complete.
         """
-        check_batch(batch)
+        self._check(layer, batch)
+        for value in values:
+            if not isinstance(value, torch.Tensor) or value.device != batch.positions.device:
+                got = f"a tensor on {value.device}" if isinstance(value, torch.Tensor) else type(value).__name__
+                raise SpecError(f"values: got {got}; must be tensors on {batch.positions.device}, where the cache is")
         rows = self.layout.encode(layer, *values, positions=batch.positions.long())
         write_all(
             [
@@ -93,8 +105,10 @@ class LayoutCache:
             self._write_blocks(layer, batch, tail)
 
     def readers(self, layer: int, batch: Batch) -> list[TokenReader]:
-        """Return one reader for each sequence of the batch, padding rows left out, in order."""
-        check_batch(batch)
+        """Return one reader for each sequence of the batch, padding rows left out, in order. ``SpecError`` for a batch
+        of another allocator, ``StaleHandle`` for one that is not current.
+        """
+        self._check(layer, batch)
         return [TokenReader(self.alloc, batch, layer, row) for row in range(len(batch.buffers.handles))]
 
     @_own_dtypes
@@ -111,13 +125,19 @@ class LayoutCache:
 
         Cost: a few torch calls for each sequence and tile.
         """
-        starts = (queries or batch).cu_seqlens_q_cpu.tolist()
-        if q.ndim != 3 or len(q) != starts[-1]:
-            raise SpecError(f"q: got shape {tuple(q.shape)}; must be [{starts[-1]}, query heads, width]")
+        readers = self.readers(layer, batch)
+        packed = batch if queries is None else self._check_batch("queries", queries, GroupBatch)
+        if packed.buffers.handles != batch.buffers.handles:
+            raise SpecError(f"queries: got {queries!r}; must be another group's batch of the same sequences")
+        check_queries(q)
+        starts = packed.cu_seqlens_q_cpu.tolist()
+        if len(q) != starts[-1] or q.device != batch.positions.device:
+            got = f"{tuple(q.shape)} on {q.device}"
+            raise SpecError(f"q: got {got}; must be [{starts[-1]}, query heads, width] on {batch.positions.device}")
         parts = [
             (begin, end, self.layout.attend(q[begin:end], reader, scale=scale, causal=causal))
-            for reader, begin, end in zip(self.readers(layer, batch), starts, starts[1:], strict=False)
-            if begin < end
+            for reader, begin, end in zip(readers, starts, starts[1:], strict=False)
+            if begin < end or not len(q)  # without new tokens, for the width of the output
         ]
         width = parts[0][2][0].shape[-1] if parts else q.shape[-1]
         out, lse = q.new_zeros(*q.shape[:2], width), q.new_full(q.shape[:2], -torch.inf, dtype=compute_dtype(q))
@@ -153,7 +173,11 @@ class LayoutCache:
     def release_scratch(self) -> None:
         """Free the scratch of ``derive``. Results of earlier calls keep their memory while they are referenced."""
         self._scratch.clear()
-        self.alloc.ledger.hold("scratch", 0)
+        self._hold_scratch()
+
+    def _hold_scratch(self) -> None:
+        sizes = [len(buffer) for cache in _CACHES[self.alloc] for buffer in cache._scratch.values()]
+        self.alloc.ledger.hold("scratch", sum(sizes))
 
     def _room(self, name: str, tokens: int, like: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
         """Return ``[tokens, *like.shape[1:]]`` of the scratch: bytes, which layers of several dtypes reuse."""
@@ -161,8 +185,24 @@ class LayoutCache:
         known, bytes = self._scratch.get(name), numbers * kind.itemsize
         if known is None or known.device != like.device or len(known) < bytes:
             self._scratch[name] = known = torch.empty(bytes, dtype=torch.uint8, device=like.device)
-            self.alloc.ledger.hold("scratch", sum(len(buffer) for buffer in self._scratch.values()))
+            self._hold_scratch()
         return known[:bytes].view(kind).view(tokens, *like.shape[1:])
+
+    def _check(self, layer: int, batch: Batch) -> None:
+        """``SpecError`` for a layer that the spec does not have; and as ``_check_batch``."""
+        self.alloc.spec.layer_components(layer)
+        self._check_batch("batch", batch, Batch)
+
+    def _check_batch(self, field: str, batch: object, kind: type[GroupBatch]) -> GroupBatch:
+        """``SpecError`` for what is no batch that this allocator has filled, ``StaleHandle`` for one that is not
+        current.
+        """
+        if not isinstance(batch, kind) or batch._core is not self.alloc.core:
+            raise SpecError(
+                f"{field}: got {batch!r:.200}; must be a batch of this cache's allocator: alloc.batch([seq])"
+            )
+        batch.check_current()
+        return batch
 
     def _group(self, batch: Batch, layer: int, component: str) -> GroupBatch:
         return batch.group(self.alloc.spec.group_of(layer, component))

@@ -28,6 +28,8 @@ class PlainKV(Layout):
 
     def encode(self, layer: int, *values: torch.Tensor, positions: torch.Tensor) -> Mapping[str, torch.Tensor]:
         """values: k (after rotation) and v, ``[T, KV heads, width]`` each."""
+        if len(values) != 2:
+            raise SpecError(f"values: got {len(values)}; PlainKV stores two: k and v")
         k, v = values
         return {"k": k, "v": v}
 

@@ -18,9 +18,9 @@ import torch
 from layout_case import Case
 from layout_world import World
 
-from kvmem import Allocator, SpecError
+from kvmem import Allocator, Batch, SpecError
 from kvmem.geometry import GroupLayout
-from kvmem.layouts import LayoutCache
+from kvmem.layouts import LayoutCache, PlainKV
 
 CASES = list(
     chain.from_iterable(
@@ -229,3 +229,73 @@ def test_random_walks(case: Case, backend: str, round: int, seed: int) -> None:
             del world.ids[seq]
             seq.free()
     assert world.alloc.check() == []
+
+
+# --- what is refused ---
+
+
+def prepared(case: Case, backend: str) -> tuple[World, Batch, list[torch.Tensor]]:
+    """A step of nine tokens, of which the first layer is written; and what was written."""
+    world = World(case, backend, 0)
+    (seq := world.alloc.sequence()).extend(9)
+    batch, layer = world.alloc.batch([seq]), world.layers[0]
+    values = case.values(layer, torch.arange(9), torch.arange(9))
+    world.cache.write(layer, batch, *values)
+    return world, batch, list(values)
+
+
+def stored(world: World, batch: Batch) -> list[torch.Tensor]:
+    (reader,) = world.cache.readers(layer := world.layers[0], batch)
+    components = world.case.layout.spec.layer_components(layer)
+    return [reader.rows(c.name, reader.first, 9).clone() for c in components if c.growth == "token"]
+
+
+@every_layout
+@both_backends
+def test_a_batch_of_another_allocator_is_refused(case: Case, backend: str) -> None:
+    """It would be read at the right addresses of the wrong memory."""
+    world, mine, values = prepared(case, backend)
+    other, foreign, _ = prepared(case, backend)
+    layer, q, before = world.layers[0], world.queries(9), stored(world, mine)
+    for batch in (foreign, world.alloc.make_batch(max_sequences=1, max_new_tokens=9), None, list(world.ids)):
+        for call in (
+            lambda batch: world.cache.write(layer, batch, *values),
+            lambda batch: world.cache.attend(q, layer, batch),
+            lambda batch: world.cache.derive(layer, batch),
+            lambda batch: world.cache.readers(layer, batch),
+        ):
+            with pytest.raises(SpecError, match="batch: got .*; must be a batch of this cache's allocator"):
+                call(batch)
+    with pytest.raises(SpecError, match="queries: got .*; must be a batch of this cache's allocator"):
+        world.cache.attend(q, layer, mine, queries=foreign)
+    assert other.alloc.core is not world.alloc.core
+    two = [world.alloc.sequence() for _ in range(2)]
+    with pytest.raises(SpecError, match="queries: got .*; must be another group's batch of the same sequences"):
+        world.cache.attend(q, layer, mine, queries=world.alloc.batch([seq.id for seq in two], new_tokens=[0, 0]))
+    assert all(map(torch.equal, stored(world, mine), before))
+
+
+@every_layout
+@both_backends
+def test_arguments_of_a_wrong_kind_change_nothing(case: Case, backend: str) -> None:
+    world, batch, values = prepared(case, backend)
+    layer, q, before, cache = world.layers[0], world.queries(9), stored(world, batch), world.cache
+    for wrong in ([x.numpy() for x in values], [x.to("meta") for x in values], [None for _ in values], [[1.0]]):
+        with pytest.raises(SpecError, match="values: got .*; must be tensors on cpu"):
+            cache.write(layer, batch, *wrong)
+    if isinstance(case.layout, PlainKV):
+        for wrong in ([], [*values, *values]):
+            with pytest.raises(SpecError, match="values: got .; PlainKV stores two: k and v"):
+                cache.write(layer, batch, *wrong)
+    for wrong in (q.numpy(), q.int(), q.to(torch.complex64), q[0], None, q[1:], q.to("meta"), q[..., 1:], q[:, :0]):
+        with pytest.raises(SpecError, match="q: got"):
+            cache.attend(wrong, layer, batch)  # type: ignore[arg-type]
+    for number in (case.layout.spec.num_layers, -1, None, "0", True):
+        with pytest.raises(SpecError, match="layer: got"):
+            cache.write(number, batch, *values)  # type: ignore[arg-type]
+        with pytest.raises(SpecError, match="layer: got"):
+            cache.attend(q, number, batch)  # type: ignore[arg-type]
+    assert all(map(torch.equal, stored(world, batch), before))
+    for layout, alloc in ((None, world.alloc), (case.layout, None), (type(case.layout), world.alloc)):
+        with pytest.raises(SpecError, match="layout, alloc: got .*; must be a Layout and an Allocator"):
+            LayoutCache(layout, alloc)  # type: ignore[arg-type]
