@@ -16,10 +16,11 @@ from kvmem.allocator.batch import GroupBatch
 from kvmem.arguments import brief
 from kvmem.errors import SpecError
 from kvmem.kernels.checks import check_queries
-from kvmem.kernels.write import write_all
+from kvmem.kernels.write import to_cache_dtype, write_all
 from kvmem.layouts.attention import Partial, compute_dtype
 from kvmem.layouts.base import Layout
 from kvmem.layouts.reading import TokenReader, read_tokens
+from kvmem.spec.dtypes import parse_dtype
 
 __all__ = ["Derived", "LayoutCache"]
 
@@ -81,6 +82,7 @@ class LayoutCache:
         self._scratch: dict[str, torch.Tensor] = {}
         _CACHES.setdefault(alloc, WeakSet()).add(self)
 
+    @torch.no_grad()
     @_own_dtypes
     def write(self, layer: int, batch: Batch, *values: torch.Tensor) -> None:
         """Write the new tokens of a layer. values: what ``layout.encode`` takes, ``[T, ...]``, packed as the batch is.
@@ -145,13 +147,17 @@ class LayoutCache:
             out[begin:end], lse[begin:end] = o.to(q.dtype), s
         return out, lse
 
+    @torch.no_grad()  # the scratch would keep the graph of every call
     @_own_dtypes
-    def derive(self, layer: int, batch: Batch, *, dtype: torch.dtype | None = None) -> Derived:
+    def derive(self, layer: int, batch: Batch, *, dtype: torch.dtype | str | None = None) -> Derived:
         """Return K and V of all tokens of the batch, in a scratch of one layer that the next call overwrites.
 
-        dtype: of the scratch; default what the layout derives. Cost: ``layout.derive`` and one write. The scratch grows
-        to the most that a call needed, and the ledger holds it under ``"scratch"``; ``release_scratch()`` frees it.
+        dtype: of the scratch, a float; those of 8 bits saturate. Default: what the layout derives. Cost:
+        ``layout.derive`` and one write. The scratch grows to the most that a call needed, and the ledger holds it, with
+        those of the allocator's other caches, as ``"scratch"``; ``release_scratch()`` frees it. No gradients.
         """
+        if dtype is not None and not (dtype := parse_dtype(dtype)).is_floating_point:
+            raise SpecError(f"dtype: got {dtype}; K and V would be truncated: derive floats, such as torch.float16")
         readers = self.readers(layer, batch)
         spans = [self.layout.span(reader) for reader in readers]
         lengths = [end - first for first, end in spans]
@@ -163,7 +169,7 @@ class LayoutCache:
                 if room is None:
                     room = [self._room(name, total, part, dtype) for name, part in zip("kv", tile, strict=True)]
                 for scratch, part in zip(room, tile, strict=True):
-                    scratch[done : done + end - first] = part
+                    scratch[done : done + end - first] = to_cache_dtype(part, scratch.dtype)
                 done += end - first
         if room is None:
             raise SpecError("batch: got no sequences; there is nothing to derive")

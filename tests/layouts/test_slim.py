@@ -175,6 +175,30 @@ def test_kernels_of_other_packages_take_a_scratch_and_autocast_shortens_nothing(
         cache.layout.kernel_args(0)
 
 
+def test_the_scratch_keeps_no_gradients_and_has_the_dtype_that_was_asked_for(backend: str) -> None:
+    norm = torch.nn.LayerNorm(WIDTH)
+    cache, batch = step(slim(dtype=torch.float32, k_norm=lambda layer, k: norm(k)), backend, 3)
+    cache.write(0, batch, k := 1e4 * torch.randn(3, HEADS, WIDTH, requires_grad=True))
+    first = cache.derive(0, batch).k.clone()
+    assert cache.attend(k, 0, batch)[0].requires_grad and not first.requires_grad
+    assert torch.equal(cache.derive(0, batch, dtype="float16").k, first.half())
+    saturated = cache.derive(0, batch, dtype=torch.float8_e4m3fn)
+    assert saturated.v.float().abs().max() == 448 and not cache.derive(0, batch).k.grad_fn
+    for wrong in (torch.int32, torch.bool, "floating", 16):
+        with pytest.raises(SpecError, match="dtype: got"):
+            cache.derive(0, batch, dtype=wrong)
+
+
+def test_the_ledger_holds_the_scratch_of_every_cache_of_an_allocator(backend: str) -> None:
+    cache, batch = step(slim(dtype=torch.float32), backend, 3)
+    other, one = LayoutCache(cache.layout, cache.alloc), 2 * 3 * HIDDEN * 4
+    for number, each in enumerate((cache, other)):
+        each.derive(0, batch)
+        assert cache.alloc.ledger.held["scratch", "device"] == (number + 1) * one
+    cache.release_scratch()
+    assert cache.alloc.ledger.held["scratch", "device"] == one
+
+
 @pytest.mark.parametrize("order", ["derive", "fold"])
 def test_one_encoder_output_for_four_layers(backend: str, order: Any) -> None:
     """Query heads share KV heads in cross attention; layer 2 has none of it; self attention uses the same allocator."""
