@@ -19,7 +19,7 @@ from kvmem.kernels.checks import check_queries
 from kvmem.kernels.write import to_cache_dtype, write_all
 from kvmem.layouts.attention import Partial, compute_dtype
 from kvmem.layouts.base import Layout
-from kvmem.layouts.reading import TokenReader, read_tokens
+from kvmem.layouts.reading import TokenReader, check_batch_of, read_tokens
 from kvmem.spec.dtypes import parse_dtype
 
 __all__ = ["Derived", "LayoutCache"]
@@ -128,7 +128,7 @@ class LayoutCache:
         Cost: a few torch calls for each sequence and tile.
         """
         readers = self.readers(layer, batch)
-        packed = batch if queries is None else self._check_batch("queries", queries, GroupBatch)
+        packed = batch if queries is None else check_batch_of(self.alloc, queries, GroupBatch, "queries")
         if packed.buffers.handles != batch.buffers.handles:
             raise SpecError(f"queries: got {queries!r}; must be another group's batch of the same sequences")
         check_queries(q)
@@ -195,20 +195,8 @@ class LayoutCache:
         return known[:bytes].view(kind).view(tokens, *like.shape[1:])
 
     def _check(self, layer: int, batch: Batch) -> None:
-        """``SpecError`` for a layer that the spec does not have; and as ``_check_batch``."""
-        self.alloc.spec.layer_components(layer)
-        self._check_batch("batch", batch, Batch)
-
-    def _check_batch(self, field: str, batch: object, kind: type[GroupBatch]) -> GroupBatch:
-        """``SpecError`` for what is no batch that this allocator has filled, ``StaleHandle`` for one that is not
-        current.
-        """
-        if not isinstance(batch, kind) or batch._core is not self.alloc.core:
-            raise SpecError(
-                f"{field}: got {batch!r:.200}; must be a batch of this cache's allocator: alloc.batch([seq])"
-            )
-        batch.check_current()
-        return batch
+        self.alloc.spec.layer_components(layer)  # refuses a layer that the spec does not have
+        check_batch_of(self.alloc, batch, Batch)
 
     def _group(self, batch: Batch, layer: int, component: str) -> GroupBatch:
         return batch.group(self.alloc.spec.group_of(layer, component))

@@ -20,7 +20,7 @@ from layout_world import World
 
 from kvmem import Allocator, Batch, SpecError
 from kvmem.geometry import GroupLayout
-from kvmem.layouts import LayoutCache, PlainKV
+from kvmem.layouts import LayoutCache, PlainKV, read_set
 
 CASES = list(
     chain.from_iterable(
@@ -263,10 +263,11 @@ def test_a_batch_of_another_allocator_is_refused(case: Case, backend: str) -> No
             lambda batch: world.cache.attend(q, layer, batch),
             lambda batch: world.cache.derive(layer, batch),
             lambda batch: world.cache.readers(layer, batch),
+            lambda batch: read_set(world.alloc, batch, layer, ()),
         ):
-            with pytest.raises(SpecError, match="batch: got .*; must be a batch of this cache's allocator"):
+            with pytest.raises(SpecError, match="batch: got .*; must be a batch of this allocator"):
                 call(batch)
-    with pytest.raises(SpecError, match="queries: got .*; must be a batch of this cache's allocator"):
+    with pytest.raises(SpecError, match="queries: got .*; must be a batch of this allocator"):
         world.cache.attend(q, layer, mine, queries=foreign)
     assert other.alloc.core is not world.alloc.core
     two = [world.alloc.sequence() for _ in range(2)]
