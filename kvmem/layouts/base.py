@@ -65,13 +65,18 @@ class Layout(ABC):
         window = self.window_tokens(reader.layer)
         if window is not None:
             begin = max(begin, length - len(q) - window + 1)
-        return merge_levels(
-            attend_tile(
-                q, *self.derive(reader, first, min(first + self.tile_tokens, length)), first=first, length=length,
-                scale=scale, causal=causal, window=window,
-            )
-            for first in range(begin, length, self.tile_tokens) or [0]
-        )  # fmt: skip
+        how: Any = {"length": length, "scale": scale, "causal": causal, "window": window}
+        tiles = self.tiles(begin, length)
+        return merge_levels(attend_tile(q, *self.derive(reader, *tile), first=tile[0], **how) for tile in tiles)
+
+    def out_width(self, layer: int, width: int) -> int:
+        """Return the width of what ``attend`` gives for queries of this width, where there are none."""
+        return width
+
+    def tiles(self, first: int, end: int) -> list[tuple[int, int]]:
+        """Return ``[first, end)`` in pieces of ``tile_tokens``; for no tokens an empty piece, which has shapes too."""
+        size = self.tile_tokens
+        return [(at, min(at + size, end)) for at in range(first, end, size) or [first]]
 
     def span(self, reader: TokenReader) -> tuple[int, int]:
         """Return which tokens can be derived, ``[first, end)``: those of the sequence that are held, or those of the

@@ -139,9 +139,9 @@ class LayoutCache:
         parts = [
             (begin, end, self.layout.attend(q[begin:end], reader, scale=scale, causal=causal))
             for reader, begin, end in zip(readers, starts, starts[1:], strict=False)
-            if begin < end or not len(q)  # without new tokens, for the width of the output
+            if begin < end
         ]
-        width = parts[0][2][0].shape[-1] if parts else q.shape[-1]
+        width = parts[0][2][0].shape[-1] if parts else self.layout.out_width(layer, q.shape[-1])
         out, lse = q.new_zeros(*q.shape[:2], width), q.new_full(q.shape[:2], -torch.inf, dtype=compute_dtype(q))
         for begin, end, (o, s) in parts:
             out[begin:end], lse[begin:end] = o.to(q.dtype), s
@@ -162,9 +162,8 @@ class LayoutCache:
         spans = [self.layout.span(reader) for reader in readers]
         lengths = [end - first for first, end in spans]
         total, done, room = sum(lengths), 0, None
-        for reader, (begin, length) in zip(readers, spans, strict=True):
-            for first in range(begin, length, self.layout.tile_tokens) or [begin]:  # an empty one has shapes too
-                end = min(first + self.layout.tile_tokens, length)
+        for reader, span in zip(readers, spans, strict=True):
+            for first, end in self.layout.tiles(*span):
                 tile = self.layout.derive(reader, first, end)
                 if room is None:
                     room = [self._room(name, total, part, dtype) for name, part in zip("kv", tile, strict=True)]

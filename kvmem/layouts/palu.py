@@ -300,8 +300,8 @@ class Palu(Layout):
             ups = (up.to(dtype) for up in weights.hk.ups)
             queries = [torch.einsum("nkjd,rkd->nkjr", *pair).flatten(1, 2) for pair in zip(by_group, ups, strict=True)]
 
-        def tile(first: int) -> Partial:
-            end, where = min(first + self.tile_tokens, reader.length), {"first": first, "length": reader.length, **how}
+        def tile(first: int, end: int) -> Partial:
+            where = {"first": first, "length": reader.length, **how}
             latents = self._latents(reader, "hk", first, end, dtype)
             keys = [h.unsqueeze(1) for h in latents] if folds else [self._keys(reader.layer, latents, first)]
             scores = [masked_scores(part, k, **where) for part, k in zip(queries, keys, strict=True)]
@@ -310,7 +310,11 @@ class Palu(Layout):
             outs = [(share @ h).transpose(0, 1) for share, h in zip(shares.chunk(self._groups), values, strict=True)]
             return torch.cat([pad(out, (0, max(weights.hv.ranks) - out.shape[2])) for out in outs], 1), lse
 
-        return merge_levels(tile(first) for first in range(0, reader.length, self.tile_tokens) or [0])
+        return merge_levels(tile(*where) for where in self.tiles(0, reader.length))
+
+    def out_width(self, layer: int, width: int) -> int:
+        """The largest rank of V."""
+        return max(self._layers[layer].hv.ranks)
 
     def output_projection(self, layer: int) -> torch.Tensor:
         """Return W_O with the factor of V folded in, ``[sum of the ranks of V over query heads, hidden]``."""

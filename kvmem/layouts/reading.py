@@ -42,9 +42,10 @@ class TokenReader:
         self.block_size = batch.block_size
         self.first, self.length = int(batch.first_tokens_cpu[row]), int(batch.seq_lens_cpu[row])
 
-    def tokens(self, component: str) -> int:
-        """Return how many tokens of the component's group there are, which differs for what is written at prefill."""
-        return int(self._group(component).seq_lens_cpu[self._row])
+    def span(self, component: str) -> tuple[int, int]:
+        """Return the tokens of a component that the sequence holds, ``[first, end)``, which differ by group."""
+        group = self._group(component)
+        return int(group.first_tokens_cpu[self._row]), int(group.seq_lens_cpu[self._row])
 
     def rows(self, component: str, first: int = 0, end: int | None = None) -> torch.Tensor:
         """Return tokens ``[first, end)`` of a component, ``[n, heads, width]``: a view on the virtual backend, gathered
@@ -52,7 +53,7 @@ class TokenReader:
         the sequence does not hold, such as those out of window, whose memory may be unmapped.
         """
         group = self._group(component)
-        held, length = int(group.first_tokens_cpu[self._row]), int(group.seq_lens_cpu[self._row])
+        held, length = self.span(component)
         end = length if end is None else end
         if not held <= first <= end <= length:
             raise SpecError(f"{component}: got tokens [{first}, {end}); the sequence holds [{held}, {length})")

@@ -124,8 +124,7 @@ class _Folding(Layout):
         self, reader: TokenReader, tile: Callable[[int, int], Partial], weight: torch.Tensor, bias: torch.Tensor
     ) -> Partial:
         """Sums of what is stored, over tiles, become sums of V ``[n, query heads, V width]``."""
-        (_, length), size = self.span(reader), self.tile_tokens
-        sums, lse = merge_levels(tile(at, min(at + size, length)) for at in range(0, length, size) or [0])
+        sums, lse = merge_levels(tile(*where) for where in self.tiles(*self.span(reader)))
         out = _per_head(sums, weight.transpose(0, 1))
         offset = bias.to(out.dtype).repeat_interleave(out.shape[1] // len(bias), 0)
         return out + offset.masked_fill((lse == -torch.inf).unsqueeze(2), 0), lse  # what saw nothing stays zero
@@ -366,7 +365,7 @@ class SharedEncoder(_Inputs):
 
     def span(self, reader: TokenReader) -> tuple[int, int]:
         """The encoder's tokens."""
-        return 0, reader.tokens("enc")
+        return reader.span("enc")
 
     def attend(
         self, q: torch.Tensor, reader: TokenReader, *, scale: float | None = None, causal: bool = True

@@ -18,7 +18,7 @@ import torch
 from layout_case import Case
 from layout_world import World
 
-from kvmem import Allocator, Batch, SpecError
+from kvmem import Allocator, Batch, CacheSpec, Component, Group, SpecError
 from kvmem.geometry import GroupLayout
 from kvmem.layouts import LayoutCache, PlainKV, read_set
 
@@ -229,6 +229,54 @@ def test_random_walks(case: Case, backend: str, round: int, seed: int) -> None:
             del world.ids[seq]
             seq.free()
     assert world.alloc.check() == []
+
+
+@pytest.mark.parametrize("window_first", [False, True])
+@both_backends
+def test_plain_layers_with_and_without_a_window(window_first: bool, backend: str) -> None:
+    """Each layer derives what its own group holds, whichever group comes first."""
+    parts = tuple(Component(name, heads=2, width=8, dtype=torch.float32) for name in "kv")
+    groups = Group("full", parts, (0,)), Group("window", parts, (1,), window_tokens=1)
+    layout = PlainKV(CacheSpec(groups[:: -1 if window_first else 1], block_size=4))
+    alloc = Allocator(layout.spec, backend=backend, device="cpu", memory="1MiB", max_sequences=2, max_tokens=128)
+    cache, seq, (k, v) = LayoutCache(layout, alloc), alloc.sequence(), torch.randn(2, 100, 2, 8)
+    for at in range(0, 100, 10):
+        seq.extend(10)
+        for layer in range(2):
+            cache.write(layer, alloc.batch([seq]), k[at : at + 10], v[at : at + 10])
+        seq.commit(count=10)
+    batch = alloc.batch([seq], new_tokens=[0])
+    for layer, held in enumerate((100, 0)):
+        found = cache.derive(layer, batch)
+        assert found.cu_seqlens_k.tolist() == [0, held] and found.max_seqlen_k == held
+        assert torch.equal(found.k, k[100 - held :]) and torch.equal(found.v, v[100 - held :])
+        assert [x.shape for x in cache.attend(k[:0], layer, batch)] == [(0, 2, 8), (0, 2)]
+    for wrong in (
+        [Group("k", parts[:1], (0,)), Group("v", parts[1:], (0,), window_tokens=8)],
+        [Group("k", parts[:1], (0,))],
+    ):
+        with pytest.raises(
+            SpecError, match="spec: layer 0 has .*; PlainKV stores k and v of every layer, in one group"
+        ):
+            PlainKV(CacheSpec(tuple(wrong)))
+
+
+@every_layout
+@both_backends
+def test_a_step_without_new_tokens(case: Case, backend: str, seed: int) -> None:
+    """Its output has the width that others have."""
+    world = World(case, backend, seed)
+    sequences = [world.open(world.some(n)) for n in (9, 1)]
+    batch = world.alloc.batch(sequences, new_tokens=[0, 0])
+    padding = world.alloc.make_batch(max_sequences=1, max_new_tokens=1)
+    world.alloc.fill([], padding, pad_to=1)
+    for layer in world.layers:
+        one = case.layout.attend(world.queries(1), world.cache.readers(layer, batch)[0])
+        for new, each in enumerate((batch, padding)):
+            found = world.cache.attend(world.queries(new), layer, each)
+            assert [x.shape for x in found] == [(new, *x.shape[1:]) for x in one]
+            assert not found[0].any() and (found[1] == -torch.inf).all()
+            assert case.finish(layer, found[0]).shape[0] == new
 
 
 # --- what is refused ---

@@ -93,7 +93,7 @@ def test_the_bytes_of_a_step(spec_of: Any, interleave: Any, backend: str) -> Non
         assert all(a < b for a, b in spans) and all(x[1] != y[0] for x, y in pairwise(spans))
     reader = TokenReader(alloc, batch, 0, 0)
     seqs[1].free()
-    for read in (lambda: read_set(alloc, batch, 0, ()), lambda: reader.tokens(spec.layer_components(0)[0].name)):
+    for read in (lambda: read_set(alloc, batch, 0, ()), lambda: reader.span(spec.layer_components(0)[0].name)):
         with pytest.raises(StaleHandle):
             read()
 
