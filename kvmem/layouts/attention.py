@@ -6,10 +6,15 @@ import torch
 
 from kvmem.errors import SpecError
 
-__all__ = ["Partial", "attend_tile", "compute_dtype", "masked_scores", "normalise"]
+__all__ = ["Partial", "attend_tile", "compute_dtype", "described", "masked_scores", "normalise"]
 
 #: ``(out [n, query heads, width], lse [n, query heads])``; the lse is a natural logarithm, -inf where no key is seen.
 Partial = tuple[torch.Tensor, torch.Tensor]
+
+
+def described(value: object) -> str:
+    """Return what a refusal says of a value: its shape and dtype, or its type."""
+    return f"{tuple(value.shape)} of {value.dtype}" if isinstance(value, torch.Tensor) else type(value).__name__
 
 
 def compute_dtype(q: torch.Tensor) -> torch.dtype:
