@@ -3,20 +3,38 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from kvmem.arguments import brief
 from kvmem.errors import SpecError
 from kvmem.kernels.merge import merge_levels
-from kvmem.layouts.attention import Partial, attend_tile
+from kvmem.layouts.attention import Partial, attend_tile, described
 from kvmem.spec import CacheSpec
 
 if TYPE_CHECKING:
     from kvmem.layouts.reading import TokenReader
 
-__all__ = ["Layout"]
+__all__ = ["Layout", "check_floats", "of_layer"]
+
+_W = TypeVar("_W")
+
+
+def check_floats(values: Sequence[object], shapes: Sequence[tuple[int, ...]], must_be: str) -> None:
+    """``SpecError`` unless values are floats ``[T, *shape]``, one for each shape. must_be: the same in words."""
+    given = [value for value in values if isinstance(value, torch.Tensor) and value.is_floating_point()]
+    if len(given) != len(values) or [tuple(value.shape[1:]) for value in given] != list(shapes):
+        got = ", ".join(map(described, values)) or "none"
+        raise SpecError(f"values: got {got}; must be {must_be}")
+
+
+def of_layer(weights: Mapping[int, _W], layer: int) -> _W:
+    """Return the weights of a layer; ``SpecError``, with the layers that have some, for any other."""
+    if layer not in weights:
+        raise SpecError(f"layer: got {brief(layer)}; must be one of {brief(tuple(weights))}")
+    return weights[layer]
 
 
 class Layout(ABC):

@@ -13,7 +13,7 @@ from kvmem.errors import SpecError
 from kvmem.layouts.attention import compute_dtype, described
 from kvmem.spec.model_families import NO_ROPE, UNROTATED
 
-__all__ = ["Rope"]
+__all__ = ["Rope", "check_rope"]
 
 # These families pair element 2 i with element 2 i + 1.
 _NEIGHBOURS = frozenset(
@@ -123,6 +123,13 @@ class Rope:
         first, second, rest = x[..., :half].to(dtype), x[..., half : 2 * half].to(dtype), x[..., 2 * half :]
         turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
         return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
+
+
+def check_rope(rope: object, head_dim: int) -> None:
+    """``SpecError`` unless rope is None, or a ``Rope`` that turns no more elements than a head has."""
+    if rope is not None and not (isinstance(rope, Rope) and 2 * len(rope.inv_freq) <= head_dim):
+        got = f"{2 * len(rope.inv_freq)} elements" if isinstance(rope, Rope) else type(rope).__name__
+        raise SpecError(f"rope: got {got}; must be None, or a Rope of at most head_dim={head_dim} elements")
 
 
 def _check_number(field: str, value: object) -> None:
