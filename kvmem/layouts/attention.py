@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["Partial", "attend_tile", "compute_dtype", "masked_scores", "normalise"]
+from kvmem.errors import SpecError
+
+__all__ = ["Partial", "attend_tile", "compute_dtype", "described", "masked_scores", "normalise"]
 
 #: ``(out [n, query heads, width], lse [n, query heads])``; the lse is a natural logarithm, -inf where no key is seen.
 Partial = tuple[torch.Tensor, torch.Tensor]
+
+
+def described(value: object) -> str:
+    """Return what a refusal says of a value: its shape and dtype, or its type."""
+    return f"{tuple(value.shape)} of {value.dtype}" if isinstance(value, torch.Tensor) else type(value).__name__
 
 
 def compute_dtype(q: torch.Tensor) -> torch.dtype:
@@ -23,10 +30,13 @@ def masked_scores(
 
     q: ``[n, query heads, width]``, of tokens ``[length - n, length)``. k: ``[m, KV heads, width]``, of tokens
     ``[first, first + m)``. Query heads h * g to (h + 1) * g - 1 share KV head h. window: how many tokens a query sees,
-    itself included; None for all.
+    itself included; None for all. ``SpecError`` for queries whose heads or width do not fit.
     """
     dtype = compute_dtype(q)
     new, heads, width = q.shape
+    if width != k.shape[2] or not heads or heads % k.shape[1]:
+        fit = f"a multiple of {k.shape[1]} heads, {k.shape[2]}"
+        raise SpecError(f"q: got shape {tuple(q.shape)}; must be [{new}, {fit}]")
     grouped = q.to(dtype).view(new, k.shape[1], heads // k.shape[1], width)
     scores = torch.einsum("qhgd,khd->hgqk", grouped, k.to(dtype)).flatten(0, 1)
     scores *= width**-0.5 if scale is None else scale

@@ -3,20 +3,38 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from kvmem.arguments import brief
 from kvmem.errors import SpecError
 from kvmem.kernels.merge import merge_levels
-from kvmem.layouts.attention import Partial, attend_tile
+from kvmem.layouts.attention import Partial, attend_tile, described
 from kvmem.spec import CacheSpec
 
 if TYPE_CHECKING:
     from kvmem.layouts.reading import TokenReader
 
-__all__ = ["Layout"]
+__all__ = ["Layout", "check_floats", "of_layer"]
+
+_W = TypeVar("_W")
+
+
+def check_floats(values: Sequence[object], shapes: Sequence[tuple[int, ...]], must_be: str) -> None:
+    """``SpecError`` unless values are floats ``[T, *shape]``, one for each shape. must_be: the same in words."""
+    given = [value for value in values if isinstance(value, torch.Tensor) and value.is_floating_point()]
+    if len(given) != len(values) or [tuple(value.shape[1:]) for value in given] != list(shapes):
+        got = ", ".join(map(described, values)) or "none"
+        raise SpecError(f"values: got {got}; must be {must_be}")
+
+
+def of_layer(weights: Mapping[int, _W], layer: int) -> _W:
+    """Return the weights of a layer; ``SpecError``, with the layers that have some, for any other."""
+    if layer not in weights:
+        raise SpecError(f"layer: got {brief(layer)}; must be one of {brief(tuple(weights))}")
+    return weights[layer]
 
 
 class Layout(ABC):
@@ -65,13 +83,18 @@ class Layout(ABC):
         window = self.window_tokens(reader.layer)
         if window is not None:
             begin = max(begin, length - len(q) - window + 1)
-        return merge_levels(
-            attend_tile(
-                q, *self.derive(reader, first, min(first + self.tile_tokens, length)), first=first, length=length,
-                scale=scale, causal=causal, window=window,
-            )
-            for first in range(begin, length, self.tile_tokens) or [0]
-        )  # fmt: skip
+        how: Any = {"length": length, "scale": scale, "causal": causal, "window": window}
+        tiles = self.tiles(begin, length)
+        return merge_levels(attend_tile(q, *self.derive(reader, *tile), first=tile[0], **how) for tile in tiles)
+
+    def out_width(self, layer: int, width: int) -> int:
+        """Return the width of what ``attend`` gives for queries of this width, where there are none."""
+        return width
+
+    def tiles(self, first: int, end: int) -> list[tuple[int, int]]:
+        """Return ``[first, end)`` in pieces of ``tile_tokens``; for no tokens an empty piece, which has shapes too."""
+        size = self.tile_tokens
+        return [(at, min(at + size, end)) for at in range(first, end, size) or [first]]
 
     def span(self, reader: TokenReader) -> tuple[int, int]:
         """Return which tokens can be derived, ``[first, end)``: those of the sequence that are held, or those of the

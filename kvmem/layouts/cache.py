@@ -7,21 +7,26 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any, TypeVar, cast
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 
 from kvmem.allocator import Allocator, Batch
 from kvmem.allocator.batch import GroupBatch
+from kvmem.arguments import brief
 from kvmem.errors import SpecError
-from kvmem.kernels.checks import check_batch
-from kvmem.kernels.write import write_all
+from kvmem.kernels.checks import check_queries
+from kvmem.kernels.write import to_cache_dtype, write_all
 from kvmem.layouts.attention import Partial, compute_dtype
 from kvmem.layouts.base import Layout
-from kvmem.layouts.reading import TokenReader, read_tokens
+from kvmem.layouts.reading import TokenReader, check_batch_of, read_tokens
+from kvmem.spec.dtypes import parse_dtype
 
 __all__ = ["Derived", "LayoutCache"]
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
+#: The caches of each allocator: its ledger holds the scratches of all of them.
+_CACHES: WeakKeyDictionary[Allocator, WeakSet[LayoutCache]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -64,15 +69,20 @@ class LayoutCache:
     """
 
     def __init__(self, layout: Layout, alloc: Allocator) -> None:
-        """``SpecError`` unless ``alloc`` was made with ``layout.spec``; and on the virtual backend, for a layout that
-        encodes whole blocks, unless a page holds whole blocks.
+        """``SpecError`` unless ``alloc`` was made with ``layout.spec`` and has memory (device "meta" has none); and on
+        the virtual backend, for a layout that encodes whole blocks, unless a page holds whole blocks.
         """
+        if not isinstance(layout, Layout) or not isinstance(alloc, Allocator) or alloc.device.type == "meta":
+            got = f"{brief(layout)} and {brief(alloc)}"
+            raise SpecError(f"layout, alloc: got {got}; must be a Layout and an Allocator, not of device meta")
         if alloc.spec != layout.spec:
             raise SpecError(f"alloc: made with another spec than the layout's: Allocator({type(layout).__name__}.spec)")
         _check_pages(layout, alloc)
         self.layout, self.alloc = layout, alloc
         self._scratch: dict[str, torch.Tensor] = {}
+        _CACHES.setdefault(alloc, WeakSet()).add(self)
 
+    @torch.no_grad()
     @_own_dtypes
     def write(self, layer: int, batch: Batch, *values: torch.Tensor) -> None:
         """Write the new tokens of a layer. values: what ``layout.encode`` takes, ``[T, ...]``, packed as the batch is.
@@ -81,7 +91,11 @@ class LayoutCache:
         then. Cost: the layout's encoding and one write for each component; layouts that encode whole blocks also read
         each block's tail once, when it is complete.
         """
-        check_batch(batch)
+        self._check(layer, batch)
+        for value in values:
+            if not isinstance(value, torch.Tensor) or value.device != batch.positions.device:
+                got = f"a tensor on {value.device}" if isinstance(value, torch.Tensor) else type(value).__name__
+                raise SpecError(f"values: got {got}; must be tensors on {batch.positions.device}, where the cache is")
         rows = self.layout.encode(layer, *values, positions=batch.positions.long())
         write_all(
             [
@@ -93,8 +107,10 @@ class LayoutCache:
             self._write_blocks(layer, batch, tail)
 
     def readers(self, layer: int, batch: Batch) -> list[TokenReader]:
-        """Return one reader for each sequence of the batch, padding rows left out, in order."""
-        check_batch(batch)
+        """Return one reader for each sequence of the batch, padding rows left out, in order. ``SpecError`` for a batch
+        of another allocator, ``StaleHandle`` for one that is not current.
+        """
+        self._check(layer, batch)
         return [TokenReader(self.alloc, batch, layer, row) for row in range(len(batch.buffers.handles))]
 
     @_own_dtypes
@@ -111,39 +127,48 @@ class LayoutCache:
 
         Cost: a few torch calls for each sequence and tile.
         """
-        starts = (queries or batch).cu_seqlens_q_cpu.tolist()
-        if q.ndim != 3 or len(q) != starts[-1]:
-            raise SpecError(f"q: got shape {tuple(q.shape)}; must be [{starts[-1]}, query heads, width]")
+        readers = self.readers(layer, batch)
+        packed = batch if queries is None else check_batch_of(self.alloc, queries, GroupBatch, "queries")
+        if packed.buffers.handles != batch.buffers.handles:
+            raise SpecError(f"queries: got {queries!r}; must be another group's batch of the same sequences")
+        check_queries(q)
+        starts = packed.cu_seqlens_q_cpu.tolist()
+        if len(q) != starts[-1] or q.device != batch.positions.device:
+            got = f"{tuple(q.shape)} on {q.device}"
+            raise SpecError(f"q: got {got}; must be [{starts[-1]}, query heads, width] on {batch.positions.device}")
         parts = [
             (begin, end, self.layout.attend(q[begin:end], reader, scale=scale, causal=causal))
-            for reader, begin, end in zip(self.readers(layer, batch), starts, starts[1:], strict=False)
+            for reader, begin, end in zip(readers, starts, starts[1:], strict=False)
             if begin < end
         ]
-        width = parts[0][2][0].shape[-1] if parts else q.shape[-1]
+        width = parts[0][2][0].shape[-1] if parts else self.layout.out_width(layer, q.shape[-1])
         out, lse = q.new_zeros(*q.shape[:2], width), q.new_full(q.shape[:2], -torch.inf, dtype=compute_dtype(q))
         for begin, end, (o, s) in parts:
             out[begin:end], lse[begin:end] = o.to(q.dtype), s
         return out, lse
 
+    @torch.no_grad()  # the scratch would keep the graph of every call
     @_own_dtypes
-    def derive(self, layer: int, batch: Batch, *, dtype: torch.dtype | None = None) -> Derived:
+    def derive(self, layer: int, batch: Batch, *, dtype: torch.dtype | str | None = None) -> Derived:
         """Return K and V of all tokens of the batch, in a scratch of one layer that the next call overwrites.
 
-        dtype: of the scratch; default what the layout derives. Cost: ``layout.derive`` and one write. The scratch grows
-        to the most that a call needed, and the ledger holds it under ``"scratch"``; ``release_scratch()`` frees it.
+        dtype: of the scratch, a float; those of 8 bits saturate. Default: what the layout derives. Cost:
+        ``layout.derive`` and one write. The scratch grows to the most that a call needed, and the ledger holds it, with
+        those of the allocator's other caches, as ``"scratch"``; ``release_scratch()`` frees it. No gradients.
         """
+        if dtype is not None and not (dtype := parse_dtype(dtype)).is_floating_point:
+            raise SpecError(f"dtype: got {dtype}; K and V would be truncated: derive floats, such as torch.float16")
         readers = self.readers(layer, batch)
         spans = [self.layout.span(reader) for reader in readers]
         lengths = [end - first for first, end in spans]
         total, done, room = sum(lengths), 0, None
-        for reader, (begin, length) in zip(readers, spans, strict=True):
-            for first in range(begin, length, self.layout.tile_tokens) or [begin]:  # an empty one has shapes too
-                end = min(first + self.layout.tile_tokens, length)
+        for reader, span in zip(readers, spans, strict=True):
+            for first, end in self.layout.tiles(*span):
                 tile = self.layout.derive(reader, first, end)
                 if room is None:
                     room = [self._room(name, total, part, dtype) for name, part in zip("kv", tile, strict=True)]
                 for scratch, part in zip(room, tile, strict=True):
-                    scratch[done : done + end - first] = part
+                    scratch[done : done + end - first] = to_cache_dtype(part, scratch.dtype)
                 done += end - first
         if room is None:
             raise SpecError("batch: got no sequences; there is nothing to derive")
@@ -153,7 +178,11 @@ class LayoutCache:
     def release_scratch(self) -> None:
         """Free the scratch of ``derive``. Results of earlier calls keep their memory while they are referenced."""
         self._scratch.clear()
-        self.alloc.ledger.hold("scratch", 0)
+        self._hold_scratch()
+
+    def _hold_scratch(self) -> None:
+        sizes = [len(buffer) for cache in _CACHES[self.alloc] for buffer in cache._scratch.values()]
+        self.alloc.ledger.hold("scratch", sum(sizes))
 
     def _room(self, name: str, tokens: int, like: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
         """Return ``[tokens, *like.shape[1:]]`` of the scratch: bytes, which layers of several dtypes reuse."""
@@ -161,8 +190,12 @@ class LayoutCache:
         known, bytes = self._scratch.get(name), numbers * kind.itemsize
         if known is None or known.device != like.device or len(known) < bytes:
             self._scratch[name] = known = torch.empty(bytes, dtype=torch.uint8, device=like.device)
-            self.alloc.ledger.hold("scratch", sum(len(buffer) for buffer in self._scratch.values()))
+            self._hold_scratch()
         return known[:bytes].view(kind).view(tokens, *like.shape[1:])
+
+    def _check(self, layer: int, batch: Batch) -> None:
+        self.alloc.spec.layer_components(layer)  # refuses a layer that the spec does not have
+        check_batch_of(self.alloc, batch, Batch)
 
     def _group(self, batch: Batch, layer: int, component: str) -> GroupBatch:
         return batch.group(self.alloc.spec.group_of(layer, component))

@@ -15,11 +15,11 @@ from torch.nn.functional import pad
 from kvmem.arguments import brief, check_size
 from kvmem.errors import SpecError
 from kvmem.kernels.merge import merge_levels
-from kvmem.layouts.attention import Partial, compute_dtype, masked_scores, normalise
-from kvmem.layouts.base import Layout
+from kvmem.layouts.attention import Partial, compute_dtype, described, masked_scores, normalise
+from kvmem.layouts.base import Layout, check_floats, of_layer
 from kvmem.layouts.bits import BITS, hadamard, pack, quantise, unpack
 from kvmem.layouts.reading import TokenReader
-from kvmem.layouts.rope import Rope
+from kvmem.layouts.rope import Rope, check_rope
 from kvmem.spec import CacheSpec, Component
 from kvmem.spec.dtypes import parse_dtype
 
@@ -51,8 +51,8 @@ def covariance_root(covariance: torch.Tensor, hidden: int, field: str = "covaria
 
     ``SpecError`` unless it is ``[hidden, hidden]``, finite and positive definite.
     """
-    if tuple(covariance.shape) != (hidden, hidden):
-        raise SpecError(f"{field}: got shape {tuple(covariance.shape)}; must be ({hidden}, {hidden})")
+    if not isinstance(covariance, torch.Tensor) or tuple(covariance.shape) != (hidden, hidden):
+        raise SpecError(f"{field}: got {described(covariance)}; must be a tensor ({hidden}, {hidden})")
     if not covariance.isfinite().all():
         raise SpecError(f"{field}: got NaN or infinity; must be finite: leave out the inputs that overflowed")
     covariance = covariance.double()
@@ -76,7 +76,10 @@ def search_ranks(
     information of the group's weights. width: the channels of a group, its largest rank. dtype, bits: as ``Palu`` takes
     them. ``SpecError`` for a budget in which some group would have no rank.
     """
-    given = torch.as_tensor(scores, dtype=torch.float64)
+    try:
+        given = torch.as_tensor(scores, dtype=torch.float64)
+    except (TypeError, ValueError):  # None, or lists of unequal lengths
+        given = torch.empty(0)
     if not given.numel() or not (given.isfinite() & (given > 0)).all():
         raise SpecError(f"scores: got {brief(scores)}; all must be finite and above 0")
     most = check_size("width", width) // check_size("multiple", multiple)
@@ -201,26 +204,28 @@ class Palu(Layout):
             raise SpecError(f"group_heads: got {group_heads}; must divide {kv_heads} KV heads: the nearest is {near}")
         self._groups, self._head_dim = kv_heads // group_heads, head_dim
         self._dtype, self._bits, self._rope = parse_dtype(dtype, "dtype"), bits, rope
-        if rope is not None and 2 * len(rope.inv_freq) > head_dim:
-            raise SpecError(f"rope: rotates {2 * len(rope.inv_freq)} channels; head_dim is {head_dim}")
+        check_rope(rope, head_dim)
         self._hidden = _check_weights(weights, kv_heads * head_dim)
         self.ranks = _check_ranks(ranks, (len(weights), 2, self._groups), min(group_heads * head_dim, self._hidden))
         self.spec = latent_spec(self.ranks, dtype=dtype, bits=bits, rope=rope is not None, block_size=block_size)
+        given: Any
         for field, given in (("covariances", covariances), ("k_norms", k_norms)):
-            if given is not None and len(given) != len(weights):
-                raise SpecError(f"{field}: got {len(given)}; needs one for each of {len(weights)} layers")
+            count = len(given) if hasattr(given, "__len__") else type(given).__name__
+            if given is not None and count != len(weights):
+                raise SpecError(f"{field}: got {count}; needs one for each of {len(weights)} layers")
         many = enumerate(() if covariances is None else covariances)
         roots = [covariance_root(c, self._hidden, f"covariances[{i}]") for i, c in many]
         turned = {rank for layer in self.ranks for part in layer for rank in part} if rotate_latents else ()
         turns = {rank: hadamard(rank, field="ranks", dtype=torch.float64) for rank in turned}
-        self._layers = []
+        self._layers: dict[int, _LayerWeights] = {}
         for layer, three in enumerate(weights):
             root, k_norm = roots[layer] if roots else None, k_norms[layer] if k_norms else None
             hk, hv = (self._factor(w, r, root, turns) for w, r in zip(three, self.ranks[layer], strict=False))
             # W_O by group, KV head of the group, query head of the KV head, channel
-            w_o = three[2].to(hv.down.dtype).view(self._groups, group_heads, -1, head_dim, three[2].shape[1])
-            folded = [torch.einsum("rkd,kjdo->kjro", up, of).flatten(0, 2) for up, of in zip(hv.ups, w_o, strict=True)]
-            self._layers.append(_LayerWeights(hk, hv, torch.cat(folded), k_norm))
+            w_o = three[2].double().view(self._groups, group_heads, -1, head_dim, three[2].shape[1])
+            pairs = zip(hv.ups, w_o, strict=True)  # in float64, which autocast does not shorten
+            folded = [torch.einsum("rkd,kjdo->kjro", up.double(), of).flatten(0, 2) for up, of in pairs]
+            self._layers[layer] = _LayerWeights(hk, hv, torch.cat(folded).to(hv.down.dtype), k_norm)
 
     def _factor(
         self, weight: torch.Tensor, ranks: list[int], root: torch.Tensor | None, turns: Mapping[int, torch.Tensor]
@@ -240,19 +245,17 @@ class Palu(Layout):
         """The bytes of all factors and folded W_O, which the device holds in place of W_K, W_V and W_O. A folded W_O
         has a row for each channel of each query head's latent: more than W_O, where a rank is above head_dim.
         """
-        tensors = [t for w in self._layers for t in (w.hk.down, *w.hk.ups, w.hv.down, *w.hv.ups, w.w_o)]
+        tensors = [t for w in self._layers.values() for t in (w.hk.down, *w.hk.ups, w.hv.down, *w.hv.ups, w.w_o)]
         return sum(t.numel() * t.element_size() for t in tensors)
 
     def encode(self, layer: int, *values: torch.Tensor, positions: torch.Tensor) -> Mapping[str, torch.Tensor]:
         """values: x, the input of the K and V projections, ``[T, hidden]``. A latent is taken before rotation, so the
         same bytes serve at any position.
         """
-        if len(values) != 1 or values[0].ndim != 2 or values[0].shape[1] != self._hidden:
-            shapes = ", ".join(str(tuple(v.shape)) for v in values)
-            raise SpecError(f"values: got {shapes}; must be x, the input of the projections: [T, {self._hidden}]")
+        check_floats(values, [(self._hidden,)], f"x, the input of the projections: [T, {self._hidden}]")
         x, rows = values[0].to(compute_dtype(values[0])), {}
         for name in ("hk", "hv"):
-            part: _Factored = getattr(self._layers[layer], name)
+            part: _Factored = getattr(of_layer(self._layers, layer), name)
             parts = torch.split(x @ part.down.to(x.dtype), part.ranks, dim=1)
             if self._bits is not None:
                 parts = tuple(pack_latents(h, self._bits, self._dtype) for h in parts)
@@ -277,7 +280,7 @@ class Palu(Layout):
 
     def derive(self, reader: TokenReader, first: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         """New tensors, float32, or float64 for weights in float64: K rotated to the positions of its tokens, and V."""
-        weights = self._layers[reader.layer]
+        weights = of_layer(self._layers, reader.layer)
         hk, hv = (self._latents(reader, name, first, end, weights.w_o.dtype) for name in ("hk", "hv"))
         return self._keys(reader.layer, hk, first), weights.hv.rebuilt(hv)
 
@@ -287,7 +290,7 @@ class Palu(Layout):
         """As ``Layout.attend``, but ``out`` is ``[n, query heads, largest rank of V]``: weighted latents, zero past the
         rank of their group. ``project`` turns them into what W_O makes of attention over V.
         """
-        weights, dtype = self._layers[reader.layer], compute_dtype(q)
+        weights, dtype = of_layer(self._layers, reader.layer), compute_dtype(q)
         heads = len(weights.w_o) * self._groups // sum(weights.hv.ranks)
         if q.ndim != 3 or tuple(q.shape[1:]) != (heads, self._head_dim):
             raise SpecError(f"q: got shape {tuple(q.shape)}; must be [n, {heads}, {self._head_dim}]")
@@ -300,8 +303,8 @@ class Palu(Layout):
             ups = (up.to(dtype) for up in weights.hk.ups)
             queries = [torch.einsum("nkjd,rkd->nkjr", *pair).flatten(1, 2) for pair in zip(by_group, ups, strict=True)]
 
-        def tile(first: int) -> Partial:
-            end, where = min(first + self.tile_tokens, reader.length), {"first": first, "length": reader.length, **how}
+        def tile(first: int, end: int) -> Partial:
+            where = {"first": first, "length": reader.length, **how}
             latents = self._latents(reader, "hk", first, end, dtype)
             keys = [h.unsqueeze(1) for h in latents] if folds else [self._keys(reader.layer, latents, first)]
             scores = [masked_scores(part, k, **where) for part, k in zip(queries, keys, strict=True)]
@@ -310,25 +313,34 @@ class Palu(Layout):
             outs = [(share @ h).transpose(0, 1) for share, h in zip(shares.chunk(self._groups), values, strict=True)]
             return torch.cat([pad(out, (0, max(weights.hv.ranks) - out.shape[2])) for out in outs], 1), lse
 
-        return merge_levels(tile(first) for first in range(0, reader.length, self.tile_tokens) or [0])
+        return merge_levels(tile(*where) for where in self.tiles(0, reader.length))
+
+    def out_width(self, layer: int, width: int) -> int:
+        """The largest rank of V."""
+        return max(self._layers[layer].hv.ranks)
 
     def output_projection(self, layer: int) -> torch.Tensor:
         """Return W_O with the factor of V folded in, ``[sum of the ranks of V over query heads, hidden]``."""
-        return self._layers[layer].w_o
+        return of_layer(self._layers, layer).w_o
 
     def project(self, layer: int, out: torch.Tensor) -> torch.Tensor:
         """Return ``[n, hidden]``: what W_O makes of attention over V. out: what ``attend`` returned, in any dtype."""
-        weights = self._layers[layer]
+        weights = of_layer(self._layers, layer)
         by_group = zip(out.chunk(self._groups, dim=1), weights.hv.ranks, strict=True)
         return torch.cat([part[..., :rank].flatten(1) for part, rank in by_group], 1) @ weights.w_o.to(out.dtype)
 
 
 def _check_weights(weights: Sequence[Weights], width: int) -> int:
     """Return the width of x. width: KV heads * head_dim. ``SpecError`` unless shapes agree and numbers are finite."""
-    if not len(weights):
-        raise SpecError("weights: got none; needs (W_K, W_V, W_O) of at least one layer")
-    hidden = len(weights[0][0])
+    if not isinstance(weights, (tuple, list)) or not weights:
+        raise SpecError(f"weights: got {described(weights)}; needs (W_K, W_V, W_O) of at least one layer")
+    hidden = 0
     for layer, three in enumerate(weights):
+        given = three if isinstance(three, (tuple, list)) else (three,)
+        if [isinstance(w, torch.Tensor) and w.is_floating_point() and w.ndim for w in given] != [2, 2, 2]:
+            got = ", ".join(map(described, given))
+            raise SpecError(f"weights[{layer}]: got {got}; must be the matrices W_K, W_V and W_O, of floats")
+        hidden = hidden or len(three[0])
         rows = max(1, len(three[2]) // width) * width  # each KV head has the same number of query heads
         shapes = ((hidden, width), (hidden, width), (rows, three[2].shape[-1]))
         for name, weight, shape in zip(("W_K", "W_V", "W_O"), three, shapes, strict=True):

@@ -21,19 +21,27 @@ class PlainKV(Layout):
     def __init__(self, spec: CacheSpec) -> None:
         """spec: K and V of each layer, as ``CacheSpec.kv()`` and ``CacheSpec.from_config()`` give it."""
         for layer in range(spec.num_layers):
-            names = {component.name for component in spec.layer_components(layer)}
-            if names != {"k", "v"}:
-                raise SpecError(f"spec: layer {layer} has {sorted(names)}; PlainKV stores k and v of every layer")
+            groups = [g for g in spec.groups if layer in g.layers]
+            names = [sorted(component.name for component in group.components) for group in groups]
+            if names != [["k", "v"]] or groups[0].growth != "token":
+                why = "PlainKV stores k and v of every layer, in one group that grows with the tokens"
+                raise SpecError(f"spec: layer {layer} has {', '.join(map(str, names)) or 'nothing'}; {why}")
         self.spec = spec
 
     def encode(self, layer: int, *values: torch.Tensor, positions: torch.Tensor) -> Mapping[str, torch.Tensor]:
         """values: k (after rotation) and v, ``[T, KV heads, width]`` each."""
+        if len(values) != 2:
+            raise SpecError(f"values: got {len(values)}; PlainKV stores two: k and v")
         k, v = values
         return {"k": k, "v": v}
 
     def derive(self, reader: TokenReader, first: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Views on the virtual backend, gathered on the paged one."""
         return reader.rows("k", first, end), reader.rows("v", first, end)
+
+    def span(self, reader: TokenReader) -> tuple[int, int]:
+        """As ``Layout.span``, of the group that holds the layer: those of other groups have other windows."""
+        return reader.span("k")
 
     def window_tokens(self, layer: int) -> int | None:
         """The window of the group that holds the layer."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -10,13 +11,26 @@ import torch
 from kvmem.allocator import Allocator, Batch
 from kvmem.allocator.batch import GroupBatch
 from kvmem.errors import SpecError
-from kvmem.kernels.checks import as_bytes, check_batch, flat_tokens, plain
+from kvmem.kernels.checks import as_bytes, flat_tokens, plain
 
-__all__ = ["ByteRanges", "TokenReader", "read_set", "read_tokens"]
+__all__ = ["ByteRanges", "TokenReader", "check_batch_of", "read_set", "read_tokens"]
+
+_B = TypeVar("_B", bound=GroupBatch)
+
+
+def check_batch_of(alloc: Allocator, batch: object, kind: type[_B], field: str = "batch") -> _B:
+    """Return the batch. ``SpecError`` unless it is of this kind and this allocator has filled it, ``StaleHandle``
+    unless it is current.
+    """
+    if not isinstance(batch, kind) or batch._core is not alloc.core:
+        raise SpecError(f"{field}: got {batch!r:.200}; must be a batch of this allocator: alloc.batch(sequences)")
+    batch.check_current()
+    return batch
 
 
 class TokenReader:
-    """One row of a batch and one layer. What is read is counted in the allocator's ledger.
+    """One row of a batch and one layer. What is read is counted in the allocator's ledger. ``StaleHandle`` once the
+    batch is not current.
 
     layer. first: the first token that is held, 0 without a sliding window. length: tokens of the sequence, this step's
     included. block_size: of the batch's own group, as ``first`` and ``length``.
@@ -28,9 +42,10 @@ class TokenReader:
         self.block_size = batch.block_size
         self.first, self.length = int(batch.first_tokens_cpu[row]), int(batch.seq_lens_cpu[row])
 
-    def tokens(self, component: str) -> int:
-        """Return how many tokens of the component's group there are, which differs for what is written at prefill."""
-        return int(self._group(component).seq_lens_cpu[self._row])
+    def span(self, component: str) -> tuple[int, int]:
+        """Return the tokens of a component that the sequence holds, ``[first, end)``, which differ by group."""
+        group = self._group(component)
+        return int(group.first_tokens_cpu[self._row]), int(group.seq_lens_cpu[self._row])
 
     def rows(self, component: str, first: int = 0, end: int | None = None) -> torch.Tensor:
         """Return tokens ``[first, end)`` of a component, ``[n, heads, width]``: a view on the virtual backend, gathered
@@ -38,7 +53,7 @@ class TokenReader:
         the sequence does not hold, such as those out of window, whose memory may be unmapped.
         """
         group = self._group(component)
-        held, length = int(group.first_tokens_cpu[self._row]), int(group.seq_lens_cpu[self._row])
+        held, length = self.span(component)
         end = length if end is None else end
         if not held <= first <= end <= length:
             raise SpecError(f"{component}: got tokens [{first}, {end}); the sequence holds [{held}, {length})")
@@ -60,6 +75,7 @@ class TokenReader:
         self._alloc.ledger.count_read(component, bytes)
 
     def _group(self, component: str) -> GroupBatch:
+        self._batch.check_current()
         return self._batch.group(self._alloc.spec.group_of(self.layer, component))
 
 
@@ -101,10 +117,10 @@ def read_set(alloc: Allocator, batch: Batch, layer: int, components: tuple[str, 
     Tokens that no new token's window reaches and padding rows are not read, although the blocks of such tokens may
     still be held; what several sequences share is read by each. Of a sequence without new tokens, what its next token
     will read. Ranges that touch are joined, so K and V side by side
-    (``interleave="all"`` with one layer, or the whole rows of ``"none"``) make one range. ``StaleHandle`` for a batch
-    that is not current. Cost: linear in tokens and components.
+    (``interleave="all"`` with one layer, or the whole rows of ``"none"``) make one range. ``SpecError`` for a batch of
+    another allocator, ``StaleHandle`` for one that is not current. Cost: linear in tokens and components.
     """
-    check_batch(batch)
+    check_batch_of(alloc, batch, Batch)
     begins, ends = [], []
     for row in range(len(batch.buffers.handles)):
         parts = [_token_ranges(alloc, batch, layer, component, row) for component in components]

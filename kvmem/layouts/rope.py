@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 
+from kvmem.arguments import brief, check_choice, check_size
 from kvmem.errors import SpecError
+from kvmem.layouts.attention import compute_dtype, described
 from kvmem.spec.model_families import NO_ROPE, UNROTATED
 
-__all__ = ["Rope"]
+__all__ = ["Rope", "check_rope"]
 
 # These families pair element 2 i with element 2 i + 1.
 _NEIGHBOURS = frozenset(
@@ -33,15 +35,19 @@ class Rope:
     """
 
     def __init__(self, inv_freq: torch.Tensor, factor: float = 1.0) -> None:
-        if inv_freq.ndim != 1 or not len(inv_freq):
-            raise SpecError(f"inv_freq: got shape {tuple(inv_freq.shape)}; must be [rotary_dim / 2]")
+        if not isinstance(inv_freq, torch.Tensor) or inv_freq.ndim != 1 or not len(inv_freq):
+            raise SpecError(f"inv_freq: got {described(inv_freq)}; must be a tensor [rotary_dim / 2]")
+        if not inv_freq.isfinite().all():
+            raise SpecError(f"inv_freq: got {brief(inv_freq.tolist())}; must be finite")
+        _check_number("factor", factor)
         self.inv_freq, self.factor = inv_freq.double(), float(factor)
 
     @classmethod
     def default(cls, head_dim: int, *, theta: float = 10_000.0) -> Rope:
         """Return the plain form: pair i turns by ``theta ** (-2 i / head_dim)`` each position. head_dim: even."""
-        if head_dim < 2 or head_dim % 2 or theta <= 0:
-            raise SpecError(f"head_dim, theta: got {head_dim}, {theta}; must be even, and above 0")
+        if check_size("head_dim", head_dim, 2) % 2:
+            raise SpecError(f"head_dim: got {head_dim}; must be even")
+        _check_number("theta", theta)
         return cls(theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim))
 
     @classmethod
@@ -55,9 +61,11 @@ class Rope:
         part; for families that pair neighbouring elements; and for a dict without ``rope_theta``, whose default only
         the config's class knows.
         """
-        data = dict(config) if isinstance(config, Mapping) else config.to_dict()  # type: ignore[attr-defined]
-        data = data.get("text_config") or data
-        given = dict(data.get("rope_parameters") or data.get("rope_scaling") or {})
+        data: Any = config.to_dict() if hasattr(config, "to_dict") else config
+        data = data.get("text_config") or data if isinstance(data, Mapping) else {}
+        given = data.get("rope_parameters") or data.get("rope_scaling") or {}
+        if not data or not isinstance(given, Mapping):
+            raise SpecError(f"config: got {brief(config)}; must be a transformers config, or its to_dict()")
         if any(isinstance(value, Mapping) for value in given.values()):
             raise SpecError(f"rope_parameters: got one for each of {sorted(given)}; give those of one kind of layer")
         family = data.get("model_type")
@@ -72,55 +80,69 @@ class Rope:
         if not theta:
             raise SpecError(f"rope_theta: missing from the config of {family!r}; give it, or the config as an object")
         head_dim = data.get("qk_rope_head_dim") or data.get("head_dim")
-        head_dim = head_dim or data.get("hidden_size", 0) // (data.get("num_attention_heads") or 1)
+        head_dim = head_dim or (data.get("hidden_size") or 0) // (data.get("num_attention_heads") or 1)
         partial = given.get("partial_rotary_factor") or data.get("partial_rotary_factor") or 1.0
         kind = given.get("rope_type") or given.get("type") or "default"
-        plain = cls.default(int(head_dim * partial), theta=float(theta))
-        if kind == "default":
-            return plain
-        if kind not in _SCALED:
-            raise SpecError(f"rope_type: got {kind!r}; must be one of default, {', '.join(_SCALED)}")
+        check_choice("rope_type", kind, ("default", *_SCALED))
         try:
-            return _SCALED[kind](plain.inv_freq, float(theta), _with_lengths(given, data))
-        except (KeyError, TypeError) as error:
-            raise SpecError(f"rope_parameters: got {given}; a number that {kind} needs is missing ({error})") from error
+            plain = cls.default(int(head_dim * partial), theta=float(theta))
+            scaled = _SCALED.get(kind)
+            return scaled(plain.inv_freq, float(theta), _with_lengths(given, data)) if scaled else plain
+        except (ArithmeticError, KeyError, TypeError, ValueError) as error:
+            raise SpecError(f"rope_parameters: got {given}; {kind} needs another number: {error}") from error
 
     def apply(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Return ``x [T, heads, width]`` rotated to ``positions [T]``, in x's dtype; computed in float32, or float64
         for x in float64.
         """
-        return self._turn(x, positions, self.factor)
+        return self._turn(x, positions, self.inv_freq, self.factor)
 
     def undo(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Return what ``apply`` was given: exact up to rounding."""
-        return self._turn(x, -positions, 1 / self.factor)
+        return self._turn(x, positions, -self.inv_freq, 1 / self.factor)
 
     def shift(self, x: torch.Tensor, by: torch.Tensor | int) -> torch.Tensor:
         """Return rotated keys as if they stood ``by`` positions later: an int, or ints ``[T]``. In a short dtype it
         costs one more rounding.
         """
-        return self._turn(x, torch.as_tensor(by, device=x.device).expand(len(x)), 1.0)
+        positions = torch.full(x.shape[:1], by) if isinstance(by, int) else by
+        return self._turn(x, positions, self.inv_freq, 1.0)
 
-    def _turn(self, x: torch.Tensor, positions: torch.Tensor, factor: float) -> torch.Tensor:
-        half, dtype = len(self.inv_freq), torch.float64 if x.dtype == torch.float64 else torch.float32
-        if x.ndim != 3 or x.shape[2] < 2 * half or positions.shape != x.shape[:1]:
+    def _turn(self, x: torch.Tensor, positions: Any, angle: torch.Tensor, factor: float) -> torch.Tensor:
+        """angle: of each pair, for one position."""
+        half, fits = len(angle), isinstance(x, torch.Tensor) and isinstance(positions, torch.Tensor)
+        fits = fits and x.is_floating_point() and x.ndim == 3 and positions.shape == x.shape[:1]
+        if not fits or x.shape[2] < 2 * half:
             raise SpecError(
-                f"x, positions: got shapes {tuple(x.shape)} and {tuple(positions.shape)}; must be [T, heads, width], a "
+                f"x, positions: got {described(x)} and {described(positions)}; must be floats [T, heads, width], a "
                 f"width of at least {2 * half}, and [T]"
             )
-        angles = positions.to(x.device).double().unsqueeze(1) * self.inv_freq.to(x.device)  # float32 loses 1e-3 at 1e5
+        dtype = compute_dtype(x)
+        angles = positions.to(x.device).double().unsqueeze(1) * angle.to(x.device)  # float32 loses 1e-3 at 1e5
         cos, sin = ((f(angles) * factor).to(dtype).unsqueeze(1) for f in (torch.cos, torch.sin))
         first, second, rest = x[..., :half].to(dtype), x[..., half : 2 * half].to(dtype), x[..., 2 * half :]
         turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
         return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
 
 
-def _with_lengths(given: dict[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
+def check_rope(rope: object, head_dim: int) -> None:
+    """``SpecError`` unless rope is None, or a ``Rope`` that turns no more elements than a head has."""
+    if rope is not None and not (isinstance(rope, Rope) and 2 * len(rope.inv_freq) <= head_dim):
+        got = f"{2 * len(rope.inv_freq)} elements" if isinstance(rope, Rope) else type(rope).__name__
+        raise SpecError(f"rope: got {got}; must be None, or a Rope of at most head_dim={head_dim} elements")
+
+
+def _check_number(field: str, value: object) -> None:
+    if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise SpecError(f"{field}: got {brief(value)}; must be a finite number above 0")
+
+
+def _with_lengths(given: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
     """``given``, with what transformers takes from the config itself."""
     longest = data.get("max_position_embeddings")
     original = data.get("original_max_position_embeddings") or given.get("original_max_position_embeddings") or longest
     factor = given["factor"] if given.get("factor") is not None else longest / original  # type: ignore[operator]
-    return given | {"original_max_position_embeddings": original, "factor": factor}
+    return {**given, "original_max_position_embeddings": original, "factor": factor}
 
 
 def _linear(inv_freq: torch.Tensor, theta: float, given: Mapping[str, Any]) -> Rope:

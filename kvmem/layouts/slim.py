@@ -9,13 +9,13 @@ from typing import Any, Final, Literal, get_args
 
 import torch
 
-from kvmem.arguments import brief, check_choice, check_size
+from kvmem.arguments import check_choice, check_size
 from kvmem.errors import SpecError
 from kvmem.kernels.merge import merge_levels
 from kvmem.layouts.attention import Partial, attend_tile, compute_dtype
-from kvmem.layouts.base import Layout
+from kvmem.layouts.base import Layout, check_floats, of_layer
 from kvmem.layouts.reading import TokenReader
-from kvmem.layouts.rope import Rope
+from kvmem.layouts.rope import Rope, check_rope
 from kvmem.spec import CacheSpec, Component, Group
 
 __all__ = ["Fold", "Projection", "SharedEncoder", "SlimK", "SlimX", "fold"]
@@ -40,9 +40,10 @@ class Projection:
     def __post_init__(self) -> None:
         given = {name: weight for name, weight in vars(self).items() if weight is not None or name in ("w_k", "w_v")}
         for name, weight in given.items():
-            kind = getattr(weight, "dtype", type(weight).__name__)
-            if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
-                raise SpecError(f"{name}: got {kind}; must be a tensor of floating-point numbers")
+            tensor = isinstance(weight, torch.Tensor)
+            if not tensor or not weight.is_floating_point() or weight.dtype.itemsize == 1 or weight.is_meta:
+                got = f"{weight.dtype} on {weight.device}" if tensor else type(weight).__name__
+                raise SpecError(f"{name}: got {got}; must be a tensor of floating-point numbers, of 16 bits or more")
             if not weight.isfinite().all():
                 raise SpecError(f"{name}: got NaN or infinity; no V can be derived from it")
             object.__setattr__(self, name, weight.detach())
@@ -97,6 +98,13 @@ def fold(
     return Fold(w_kv, v.double() - k.double() @ w_kv, cond)
 
 
+def _check_projections(layers: object) -> None:
+    given = layers if isinstance(layers, (tuple, list)) else ()
+    if not given or not all(isinstance(layer, Projection) for layer in given):
+        got = [type(layer).__name__ for layer in given] if given is layers else type(layers).__name__
+        raise SpecError(f"layers: got {got}; needs a Projection for each")
+
+
 class _Folding(Layout):
     """What the three layouts share: checks, weights by head, and the choice between two orders of evaluation."""
 
@@ -105,8 +113,7 @@ class _Folding(Layout):
         check_choice("order", order, get_args(Order))
         if dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
             raise SpecError(f"dtype: got {dtype}; a derived V amplifies its rounding: store torch.float16 or wider")
-        if not layers or not all(isinstance(layer, Projection) for layer in layers):
-            raise SpecError(f"layers: got {[type(layer).__name__ for layer in layers]}; needs a Projection for each")
+        _check_projections(layers)
         self._weights_dtype = torch.float64 if dtype == torch.float64 else torch.float32
 
     def _by_head(self, weight: torch.Tensor, bias: torch.Tensor | None, heads: int) -> tuple[torch.Tensor, ...]:
@@ -124,8 +131,7 @@ class _Folding(Layout):
         self, reader: TokenReader, tile: Callable[[int, int], Partial], weight: torch.Tensor, bias: torch.Tensor
     ) -> Partial:
         """Sums of what is stored, over tiles, become sums of V ``[n, query heads, V width]``."""
-        (_, length), size = self.span(reader), self.tile_tokens
-        sums, lse = merge_levels(tile(at, min(at + size, length)) for at in range(0, length, size) or [0])
+        sums, lse = merge_levels(tile(*where) for where in self.tiles(*self.span(reader)))
         out = _per_head(sums, weight.transpose(0, 1))
         offset = bias.to(out.dtype).repeat_interleave(out.shape[1] // len(bias), 0)
         return out + offset.masked_fill((lse == -torch.inf).unsqueeze(2), 0), lse  # what saw nothing stays zero
@@ -163,6 +169,7 @@ class SlimK(_Folding):
         of ``w_v``, in float32 (float64 for a cache in float64).
         """
         self._check(layers, head_dim, dtype, order)
+        check_rope(rope, head_dim)
         self.num_heads, self.rope, self._k_norm = check_size("num_heads", num_heads), rope, k_norm
         for number, layer in enumerate(layers):
             self._check_layer(f"layers[{number}]", layer, layers[0].w_v.shape[1])
@@ -184,11 +191,12 @@ class SlimK(_Folding):
             best = f"all layers have more, at least {min(self.conds):.4g}"
             raise SpecError(f"max_cond: got {limit:.4g}; {best}, and would store V: use PlainKV, or a wider dtype")
         self.folded = tuple(self._weights)
-        self.spec = self._make_spec(layers[0].w_v.shape[1] // num_heads, dtype, block_size)
+        self._v_width = layers[0].w_v.shape[1] // num_heads
+        self.spec = self._make_spec(dtype, block_size)
 
-    def _make_spec(self, v_width: int, dtype: torch.dtype, block_size: int) -> CacheSpec:
+    def _make_spec(self, dtype: torch.dtype, block_size: int) -> CacheSpec:
         k = Component("k", heads=self.num_heads, width=self.head_dim, dtype=dtype, rope="pre" if self.rope else "none")
-        v = Component("v", heads=self.num_heads, width=v_width, dtype=dtype)
+        v = Component("v", heads=self.num_heads, width=self._v_width, dtype=dtype)
         groups = [Group("k_only", (k,), self.folded)]
         if others := tuple(i for i in range(len(self.conds)) if i not in self._weights):
             groups.append(Group("k_and_v", (replace(k, rope="post" if self.rope else "none"), v), others))
@@ -211,10 +219,9 @@ class SlimK(_Folding):
         """values: k as ``w_k`` and ``b_k`` make it, before norm and rotation, ``[T, num_heads, head_dim]``; then v,
         which only layers that store V need. Give k in float32 where its bias is large: rounding comes after it.
         """
-        shape, least = (self.num_heads, self.head_dim), 1 if layer in self._weights else 2
-        if not least <= len(values) <= 2 or tuple(values[0].shape[1:]) != shape:
-            got, takes = [tuple(value.shape) for value in values], "k and v, for it stores both" if least == 2 else "k"
-            raise SpecError(f"values: got shapes {got}; layer {layer} takes {takes}; k must be [T, *{shape}]")
+        shapes = [(self.num_heads, self.head_dim), (self.num_heads, self._v_width)]
+        least, both = (1, "") if layer in self._weights else (2, f", and v: layer {layer} stores both")
+        check_floats(values, shapes[: max(least, len(values))], f"k, [T, {self.num_heads}, {self.head_dim}]{both}")
         if layer not in self._weights:
             return {"k": self._finished(layer, values[0], positions), "v": values[1]}
         return {"k": values[0].to(self._weights_dtype) - self._weights[layer][2]}
@@ -279,21 +286,14 @@ class _Inputs(_Folding):
             pairs = ((layer.w_k, layer.b_k), (layer.w_v, layer.b_v))
             self._weights[number] = tuple(x for pair in pairs for x in self._by_head(*pair, heads))
 
-    def _layer(self, layer: int) -> tuple[torch.Tensor, ...]:
-        if layer not in self._weights:
-            raise SpecError(f"layer: got {layer}; must be one of {brief(tuple(self._weights))}")
-        return self._weights[layer]
-
     def encode(self, layer: int, *values: torch.Tensor, positions: torch.Tensor) -> Mapping[str, torch.Tensor]:
         """values: one, what ``w_k`` and ``w_v`` are applied to (after the layer's norm), ``[T, d]``."""
-        got = [tuple(value.shape) for value in values]
-        if [shape[1:] for shape in got] != [(self._width,)]:
-            raise SpecError(f"values: got shapes {got}; must be [T, {self._width}], the input of w_k")
+        check_floats(values, [(self._width,)], f"[T, {self._width}], the input of w_k")
         return {self.component: values[0].unsqueeze(1)}
 
     def derive(self, reader: TokenReader, first: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Two matrix products."""
-        w_k, b_k, w_v, b_v = self._layer(reader.layer)
+        w_k, b_k, w_v, b_v = of_layer(self._weights, reader.layer)
         x = reader.rows(self.component, first, end).squeeze(1).to(self._weights_dtype)
         return torch.tensordot(x, w_k, 1) + b_k, torch.tensordot(x, w_v, 1) + b_v
 
@@ -301,7 +301,7 @@ class _Inputs(_Folding):
         self, q: torch.Tensor, reader: TokenReader, *, scale: float | None = None, causal: bool = True
     ) -> Partial:
         """As ``Layout.attend``. What is stored is read once, in either order."""
-        w_k, b_k, w_v, b_v = self._layer(reader.layer)
+        w_k, b_k, w_v, b_v = of_layer(self._weights, reader.layer)
         if not self._folds(q, w_k.shape[1]):
             return super().attend(q, reader, scale=scale, causal=causal)
         scale, q = self.head_dim**-0.5 if scale is None else scale, q.to(compute_dtype(q))
@@ -332,6 +332,7 @@ class SlimX(_Inputs):
         """
         if rope is not None:
             raise SpecError("rope: SlimX multiplies q by w_k, and a rotation stands between them: use SlimK")
+        _check_projections(layers)
         self._set_layers(dict(enumerate(layers)), head_dim, dtype, order)
         if (both := min(layer.w_k.shape[1] + layer.w_v.shape[1] for layer in layers)) <= self._width:
             raise SpecError(f"layers: got {both} elements of K and V for {self._width} of x, no more: store K and V")
@@ -356,6 +357,9 @@ class SharedEncoder(_Inputs):
         """layers: the projection of cross attention by layer. decoder: the layout of self attention. dtype: of the
         encoder output. max_tokens: of the encoder (Whisper: 1,500). order: as for ``SlimK``.
         """
+        if not isinstance(layers, Mapping) or not isinstance(decoder, Layout):
+            got = f"{type(layers).__name__} and {type(decoder).__name__}"
+            raise SpecError(f"layers, decoder: got {got}; must be a Projection by layer number, and a Layout")
         self._set_layers(dict(sorted(layers.items())), head_dim, dtype, order)
         part = Component("enc", width=self._width, dtype=dtype, scope="shared", growth="prefill")
         encoder = Group("encoder", (part,), tuple(self._weights), max_tokens=max_tokens)
@@ -366,7 +370,7 @@ class SharedEncoder(_Inputs):
 
     def span(self, reader: TokenReader) -> tuple[int, int]:
         """The encoder's tokens."""
-        return 0, reader.tokens("enc")
+        return reader.span("enc")
 
     def attend(
         self, q: torch.Tensor, reader: TokenReader, *, scale: float | None = None, causal: bool = True

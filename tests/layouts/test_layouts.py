@@ -19,9 +19,9 @@ from layout_case import Case
 from layout_world import World
 from support import LONG
 
-from kvmem import Allocator, SpecError
+from kvmem import Allocator, Batch, CacheSpec, Component, Group, SpecError
 from kvmem.geometry import GroupLayout
-from kvmem.layouts import LayoutCache
+from kvmem.layouts import LayoutCache, PlainKV, read_set
 
 CASES = list(
     chain.from_iterable(
@@ -230,3 +230,122 @@ def test_random_walks(case: Case, backend: str, round: int, seed: int) -> None:
             del world.ids[seq]
             seq.free()
     assert world.alloc.check() == []
+
+
+@pytest.mark.parametrize("window_first", [False, True])
+@both_backends
+def test_plain_layers_with_and_without_a_window(window_first: bool, backend: str) -> None:
+    """Each layer derives what its own group holds, whichever group comes first."""
+    parts = tuple(Component(name, heads=2, width=8, dtype=torch.float32) for name in "kv")
+    groups = Group("full", parts, (0,)), Group("window", parts, (1,), window_tokens=1)
+    layout = PlainKV(CacheSpec(groups[:: -1 if window_first else 1], block_size=4))
+    alloc = Allocator(layout.spec, backend=backend, device="cpu", memory="1MiB", max_sequences=2, max_tokens=128)
+    cache, seq, (k, v) = LayoutCache(layout, alloc), alloc.sequence(), torch.randn(2, 100, 2, 8)
+    for at in range(0, 100, 10):
+        seq.extend(10)
+        for layer in range(2):
+            cache.write(layer, alloc.batch([seq]), k[at : at + 10], v[at : at + 10])
+        seq.commit(count=10)
+    batch = alloc.batch([seq], new_tokens=[0])
+    for layer, held in enumerate((100, 0)):
+        found = cache.derive(layer, batch)
+        assert found.cu_seqlens_k.tolist() == [0, held] and found.max_seqlen_k == held
+        assert torch.equal(found.k, k[100 - held :]) and torch.equal(found.v, v[100 - held :])
+        assert [x.shape for x in cache.attend(k[:0], layer, batch)] == [(0, 2, 8), (0, 2)]
+    for wrong in (
+        [Group("k", parts[:1], (0,)), Group("v", parts[1:], (0,), window_tokens=8)],
+        [Group("k", parts[:1], (0,))],
+    ):
+        with pytest.raises(
+            SpecError, match="spec: layer 0 has .*; PlainKV stores k and v of every layer, in one group"
+        ):
+            PlainKV(CacheSpec(tuple(wrong)))
+
+
+@every_layout
+@both_backends
+def test_a_step_without_new_tokens(case: Case, backend: str, seed: int) -> None:
+    """Its output has the width that others have."""
+    world = World(case, backend, seed)
+    sequences = [world.open(world.some(n)) for n in (9, 1)]
+    batch = world.alloc.batch(sequences, new_tokens=[0, 0])
+    padding = world.alloc.make_batch(max_sequences=1, max_new_tokens=1)
+    world.alloc.fill([], padding, pad_to=1)
+    for layer in world.layers:
+        one = case.layout.attend(world.queries(1), world.cache.readers(layer, batch)[0])
+        for new, each in enumerate((batch, padding)):
+            found = world.cache.attend(world.queries(new), layer, each)
+            assert [x.shape for x in found] == [(new, *x.shape[1:]) for x in one]
+            assert not found[0].any() and (found[1] == -torch.inf).all()
+            assert case.finish(layer, found[0]).shape[0] == new
+
+
+# --- what is refused ---
+
+
+def prepared(case: Case, backend: str) -> tuple[World, Batch, list[torch.Tensor]]:
+    """A step of nine tokens, of which the first layer is written; and what was written."""
+    world = World(case, backend, 0)
+    (seq := world.alloc.sequence()).extend(9)
+    batch, layer = world.alloc.batch([seq]), world.layers[0]
+    values = case.values(layer, torch.arange(9), torch.arange(9))
+    world.cache.write(layer, batch, *values)
+    return world, batch, list(values)
+
+
+def stored(world: World, batch: Batch) -> list[torch.Tensor]:
+    (reader,) = world.cache.readers(layer := world.layers[0], batch)
+    components = world.case.layout.spec.layer_components(layer)
+    return [reader.rows(c.name, reader.first, 9).clone() for c in components if c.growth == "token"]
+
+
+@every_layout
+@both_backends
+def test_a_batch_of_another_allocator_is_refused(case: Case, backend: str) -> None:
+    """It would be read at the right addresses of the wrong memory."""
+    world, mine, values = prepared(case, backend)
+    other, foreign, _ = prepared(case, backend)
+    layer, q, before = world.layers[0], world.queries(9), stored(world, mine)
+    for batch in (foreign, world.alloc.make_batch(max_sequences=1, max_new_tokens=9), None, list(world.ids)):
+        for call in (
+            lambda batch: world.cache.write(layer, batch, *values),
+            lambda batch: world.cache.attend(q, layer, batch),
+            lambda batch: world.cache.derive(layer, batch),
+            lambda batch: world.cache.readers(layer, batch),
+            lambda batch: read_set(world.alloc, batch, layer, ()),
+        ):
+            with pytest.raises(SpecError, match="batch: got .*; must be a batch of this allocator"):
+                call(batch)
+    with pytest.raises(SpecError, match="queries: got .*; must be a batch of this allocator"):
+        world.cache.attend(q, layer, mine, queries=foreign)
+    assert other.alloc.core is not world.alloc.core
+    two = [world.alloc.sequence() for _ in range(2)]
+    with pytest.raises(SpecError, match="queries: got .*; must be another group's batch of the same sequences"):
+        world.cache.attend(q, layer, mine, queries=world.alloc.batch([seq.id for seq in two], new_tokens=[0, 0]))
+    assert all(map(torch.equal, stored(world, mine), before))
+
+
+@every_layout
+@both_backends
+def test_arguments_of_a_wrong_kind_change_nothing(case: Case, backend: str) -> None:
+    world, batch, values = prepared(case, backend)
+    layer, q, before, cache = world.layers[0], world.queries(9), stored(world, batch), world.cache
+    for wrong in ([x.numpy() for x in values], [x.to("meta") for x in values], [None for _ in values], [[1.0]]):
+        with pytest.raises(SpecError, match="values: got .*; must be tensors on cpu"):
+            cache.write(layer, batch, *wrong)
+    if isinstance(case.layout, PlainKV):
+        for wrong in ([], [*values, *values]):
+            with pytest.raises(SpecError, match="values: got .; PlainKV stores two: k and v"):
+                cache.write(layer, batch, *wrong)
+    for wrong in (q.numpy(), q.int(), q.to(torch.complex64), q[0], None, q[1:], q.to("meta"), q[..., 1:], q[:, :0]):
+        with pytest.raises(SpecError, match="q: got"):
+            cache.attend(wrong, layer, batch)  # type: ignore[arg-type]
+    for number in (case.layout.spec.num_layers, -1, None, "0", True):
+        with pytest.raises(SpecError, match="layer: got"):
+            cache.write(number, batch, *values)  # type: ignore[arg-type]
+        with pytest.raises(SpecError, match="layer: got"):
+            cache.attend(q, number, batch)  # type: ignore[arg-type]
+    assert all(map(torch.equal, stored(world, batch), before))
+    for layout, alloc in ((None, world.alloc), (case.layout, None), (type(case.layout), world.alloc)):
+        with pytest.raises(SpecError, match="layout, alloc: got .*; must be a Layout and an Allocator"):
+            LayoutCache(layout, alloc)  # type: ignore[arg-type]

@@ -91,9 +91,11 @@ def test_the_bytes_of_a_step(spec_of: Any, interleave: Any, backend: str) -> Non
         assert b"".join(ctypes.string_at(a, b - a) for a, b in spans) == b"".join(w.numpy().tobytes() for w in want)
         assert found.bytes == sum(w.numel() for w in want)
         assert all(a < b for a, b in spans) and all(x[1] != y[0] for x, y in pairwise(spans))
+    reader = TokenReader(alloc, batch, 0, 0)
     seqs[1].free()
-    with pytest.raises(StaleHandle):
-        read_set(alloc, batch, 0, ())
+    for read in (lambda: read_set(alloc, batch, 0, ()), lambda: reader.span(spec.layer_components(0)[0].name)):
+        with pytest.raises(StaleHandle):
+            read()
 
 
 @pytest.mark.parametrize(("layers", "interleave", "ranges"), [(1, "all", 1), (2, "none", 2), (2, "all", 9)])
@@ -115,7 +117,7 @@ def test_what_a_reader_reads_and_counts(spec_of: Any, interleave: Any, backend: 
     for layer, name, row, group in held(alloc, seqs):
         reader, rows = TokenReader(alloc, batch, layer, row), stored(alloc, seqs[row], layer, name)
         low, length = int(group.first_tokens_cpu[row]), int(group.seq_lens_cpu[row])
-        assert (reader.tokens(name), reader.length) == (length, seqs[row].num_tokens)
+        assert (reader.span(name), reader.length) == ((low, length), seqs[row].num_tokens)
         first = rng.randint(low, length)
         for a, b in [(first, rng.randint(first, length)), (low, length), (length, length), (length - 1, None)]:
             alloc.ledger.reset()

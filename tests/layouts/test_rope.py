@@ -144,12 +144,12 @@ PLAIN = dict(hidden_size=256, num_attention_heads=4, max_position_embeddings=204
         (dict(rope_parameters=dict(rope_type="dynamic", factor=2.0, rope_theta=1e4)), "'dynamic'; must be one of default, linear"),
         (dict(rope_parameters=dict(rope_type="longrope", rope_theta=1e4)), "'longrope'; must be one of"),
         (dict(rope_parameters=dict(full_attention={"rope_theta": 1e6}, sliding_attention={"rope_theta": 1e4})), r"\['full_attention', 'sliding_attention'\]"),
-        (dict(rope_parameters=dict(rope_type="llama3", factor=8.0, rope_theta=1e4)), "llama3 needs is missing .'low_freq_factor'"),
+        (dict(rope_parameters=dict(rope_type="llama3", factor=8.0, rope_theta=1e4)), "llama3 needs another number: 'low_freq_factor'"),
         (dict(model_type="llama"), "rope_theta: missing from the config of 'llama'"),
         (dict(model_type="glm", rope_theta=1e4), "'glm', which pairs neighbouring elements"),
         (dict(model_type="deepseek_v3", rope_theta=1e4), "'deepseek_v3', which pairs neighbouring"),
         (dict(model_type="new", rope_theta=1e4, rope_interleave=True), "pairs neighbouring elements"),
-        (dict(rope_theta=1e4, hidden_size=0), "head_dim, theta: got 0, 10000.0"),
+        (dict(rope_theta=1e4, hidden_size=0), "head_dim: got 0; must be an integer of at least 2"),
     ],
 )  # fmt: skip
 def test_configs_that_are_refused(config: dict[str, Any], why: str) -> None:
@@ -159,12 +159,41 @@ def test_configs_that_are_refused(config: dict[str, Any], why: str) -> None:
 
 def test_shapes_that_are_refused() -> None:
     rope, x = Rope.default(32), torch.zeros(5, 2, 16)
-    with pytest.raises(SpecError, match=r"inv_freq: got shape \(0,\)"):
+    with pytest.raises(SpecError, match=r"inv_freq: got \(0,\) of torch.float32; must be a tensor"):
         Rope(torch.zeros(0))
-    with pytest.raises(SpecError, match="head_dim, theta: got 7, 10000.0; must be even"):
-        Rope.default(7)
+    for head_dim in (7, 8.0, "8", None):
+        with pytest.raises(SpecError, match="head_dim: got .*; must be (an integer of at least 2|even)"):
+            Rope.default(head_dim)  # type: ignore[arg-type]
     for bad in (x, torch.zeros(5, 32)):
         with pytest.raises(SpecError, match="width of at least 32"):
             rope.apply(bad, torch.arange(5))
-    with pytest.raises(SpecError, match=r"got shapes \(5, 2, 32\) and \(4,\)"):
+    with pytest.raises(SpecError, match=r"got \(5, 2, 32\) of torch.float32 and \(4,\) of torch.int64"):
         rope.undo(torch.zeros(5, 2, 32), torch.arange(4))
+
+
+def test_positions_of_any_integer_type_are_undone() -> None:
+    """Unsigned ones cannot be negated."""
+    x, rope = torch.randn(5, 2, 32), Rope.default(32)
+    for dtype in (torch.uint8, torch.int8, torch.int32):
+        positions = torch.arange(5, dtype=dtype)
+        torch.testing.assert_close(rope.undo(rope.apply(x, positions), positions), x)
+
+
+def test_values_of_a_wrong_kind_are_refused() -> None:
+    x, at = torch.zeros(5, 2, 32), torch.arange(5)
+    calls: list[Any] = [
+        *(lambda v=v: Rope(v) for v in (None, [1.0], at.numpy(), torch.tensor([torch.inf]))),
+        *(lambda v=v: Rope(torch.ones(2), v) for v in (0, None, "1", torch.nan)),
+        *(lambda v=v: Rope.default(8, theta=v) for v in (0, None, "1", torch.nan, torch.inf)),
+        *(lambda v=v: Rope.default(32).apply(x, v) for v in (None, 3, [1] * 5, at.numpy())),
+        *(lambda v=v: Rope.default(32).apply(v, at) for v in (None, x.numpy(), x.int())),
+        *(lambda v=v: Rope.default(32).shift(x, v) for v in (None, 0.5, "1", at[:3], at[None])),
+        *(lambda v=v: Rope.from_config(v) for v in (None, "llama", PLAIN | dict(rope_scaling="linear"))),
+        *(lambda v=v: Rope.from_config(PLAIN | dict(rope_theta=1e4) | v) for v in (
+            dict(rope_scaling=[1]), dict(rope_scaling=dict(type=["yarn"])), dict(hidden_size=None),
+            dict(rope_scaling=dict(type="linear", factor=0)), dict(partial_rotary_factor="a"),
+        )),
+    ]  # fmt: skip
+    for call in calls:
+        with pytest.raises(SpecError, match="got"):
+            call()

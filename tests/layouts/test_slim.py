@@ -175,6 +175,30 @@ def test_kernels_of_other_packages_take_a_scratch_and_autocast_shortens_nothing(
         cache.layout.kernel_args(0)
 
 
+def test_the_scratch_keeps_no_gradients_and_has_the_dtype_that_was_asked_for(backend: str) -> None:
+    norm = torch.nn.LayerNorm(WIDTH)
+    cache, batch = step(slim(dtype=torch.float32, k_norm=lambda layer, k: norm(k)), backend, 3)
+    cache.write(0, batch, k := 1e4 * torch.randn(3, HEADS, WIDTH, requires_grad=True))
+    first = cache.derive(0, batch).k.clone()
+    assert cache.attend(k, 0, batch)[0].requires_grad and not first.requires_grad
+    assert torch.equal(cache.derive(0, batch, dtype="float16").k, first.half())
+    saturated = cache.derive(0, batch, dtype=torch.float8_e4m3fn)
+    assert saturated.v.float().abs().max() == 448 and not cache.derive(0, batch).k.grad_fn
+    for wrong in (torch.int32, torch.bool, "floating", 16):
+        with pytest.raises(SpecError, match="dtype: got"):
+            cache.derive(0, batch, dtype=wrong)
+
+
+def test_the_ledger_holds_the_scratch_of_every_cache_of_an_allocator(backend: str) -> None:
+    cache, batch = step(slim(dtype=torch.float32), backend, 3)
+    other, one = LayoutCache(cache.layout, cache.alloc), 2 * 3 * HIDDEN * 4
+    for number, each in enumerate((cache, other)):
+        each.derive(0, batch)
+        assert cache.alloc.ledger.held["scratch", "device"] == (number + 1) * one
+    cache.release_scratch()
+    assert cache.alloc.ledger.held["scratch", "device"] == one
+
+
 @pytest.mark.parametrize("order", ["derive", "fold"])
 def test_one_encoder_output_for_four_layers(backend: str, order: Any) -> None:
     """Query heads share KV heads in cross attention; layer 2 has none of it; self attention uses the same allocator."""
@@ -262,7 +286,7 @@ def test_layers_above_the_threshold_store_k_and_v(backend: str) -> None:
         if number in (1, 3):  # an unmodified kernel
             assert not layout.kernel_args(number)
             assert error(reference.sdpa(q.half(), cache.alloc.kv(number), batch), expected) <= 3e-3
-    with pytest.raises(SpecError, match="layer 1 takes k and v, for it stores both"):
+    with pytest.raises(SpecError, match="must be k, .T, 4, 16., and v: layer 1 stores both"):
         cache.write(1, batch, torch.zeros(20, HEADS, WIDTH))
 
 
@@ -307,8 +331,8 @@ def slim(layer: Projection = GOOD, **how: Any) -> SlimK:
         (lambda: fold(GOOD.w_k, GOOD.w_v, max_cond=9), "w_k: got condition number 10, above 9"),
         (lambda: fold(NAN, GOOD.w_v), "w_k: got NaN or infinity"),
         (lambda: fold(GOOD.w_k, GOOD.w_v, None, torch.full((HIDDEN,), torch.inf)), "b_v: got NaN or infinity"),
-        (lambda: fold(GOOD.w_k, GOOD.w_v.int()), "w_v: got torch.int32; must be a tensor of floating-point"),
-        (lambda: fold(GOOD.w_k.numpy(), GOOD.w_v), "w_k: got float64; must be a tensor of floating-point"),
+        (lambda: fold(GOOD.w_k, GOOD.w_v.int()), "w_v: got torch.int32 on cpu; must be a tensor of floating-point"),
+        (lambda: fold(GOOD.w_k.numpy(), GOOD.w_v), "w_k: got ndarray; must be a tensor of floating-point"),
         (lambda: fold(GOOD.w_k[:32], GOOD.w_v), r"w_k, w_v: got shapes \(32, 64\) and \(64, 64\)"),
         (lambda: fold(GOOD.w_k, GOOD.w_v, torch.zeros(63)), r"b_k: got shape \(63,\); must be \(64,\)"),
         (lambda: fold(GOOD.w_k[:, :32], GOOD.w_v), "w_k: got 32 columns for 64 rows; K does not determine V"),
@@ -321,10 +345,19 @@ def slim(layer: Projection = GOOD, **how: Any) -> SlimK:
         (lambda: slim(order="second"), "order: got 'second'; must be one of auto, derive, fold"),
         (lambda: SlimK([], num_heads=4, head_dim=16), r"layers: got \[\]; needs a Projection for each"),
         (lambda: slim(GOOD.w_k), r"layers: got \['Tensor'\]; needs a Projection"),
+        (lambda: SlimK(None, num_heads=4, head_dim=16), "layers: got NoneType; needs a Projection for each"),
+        (lambda: SlimX(GOOD, head_dim=16, dtype=torch.float16), "layers: got Projection; needs a Projection for each"),
+        (lambda: slim(x for x in [GOOD]), r"layers: got \['generator'\]"),
+        (lambda: slim(rope=Rope.default(32)), "rope: got 32 elements; must be None, or a Rope of at most head_dim=16"),
+        (lambda: slim(rope=torch.nn.Identity()), "rope: got Identity; must be None, or a Rope"),
+        (lambda: fold(GOOD.w_k.to(torch.float8_e4m3fn), GOOD.w_v), "w_k: got torch.float8_e4m3fn on cpu; .*of 16 bits or more"),
+        (lambda: fold(GOOD.w_k.to("meta"), GOOD.w_v), "w_k: got torch.float64 on meta"),
         (lambda: SlimX([GOOD], head_dim=16, dtype=torch.float16, rope=YARN), "rope: SlimX multiplies q by w_k, and a rotation stands"),
         (lambda: SlimX([projection(HIDDEN, 32, 1)], head_dim=16, dtype=torch.float16), "layers: got 64 elements of K and V for 64 of x"),
         (lambda: SlimX([GOOD], head_dim=24, dtype=torch.float16), r"layers\[0\]: got w_k \(64, 64\) .* head_dim=24"),
-        (lambda: SharedEncoder({}, head_dim=16, decoder=slim(), dtype=torch.float16), r"layers: got \[\]"),
+        (lambda: SharedEncoder([GOOD], head_dim=16, decoder=slim(), dtype=torch.float16), "got list and SlimK; must be a Projection by layer"),
+        (lambda: SharedEncoder({0: GOOD}, head_dim=16, decoder=None, dtype=torch.float16), "got dict and NoneType; must be"),
+        (lambda: SharedEncoder({}, head_dim=16, decoder=slim(), dtype=torch.float16), r"layers: got \[\]; needs"),
     ],
 )  # fmt: skip
 def test_refused_when_it_is_made(make: Callable[[], object], why: str) -> None:
@@ -335,15 +368,19 @@ def test_refused_when_it_is_made(make: Callable[[], object], why: str) -> None:
 def test_values_and_queries_of_a_wrong_shape_change_nothing(backend: str) -> None:
     k = torch.ones(3, HEADS, WIDTH)
     for layout, good, bad in (
-        (slim(dtype=torch.float32), k, ([], [k[:, :2]], [k[:2]], [k, k, k])),
-        (SlimX([GOOD], head_dim=WIDTH, dtype=torch.float32), k.flatten(1), ([k[:, 0]], 2 * [k.flatten(1)])),
+        (slim(dtype=torch.float32), k, ([], [k[:, :2]], [k[:2]], [k, k, k], [k.int()], [k > 0])),
+        (
+            SlimX([GOOD], head_dim=WIDTH, dtype=torch.float32),
+            k.flatten(1),
+            ([k[:, 0]], 2 * [k.flatten(1)], [k.flatten(1).int()]),
+        ),
     ):
         cache, batch = step(layout, backend, 3)
         name = layout.spec.groups[0].components[0].name
         cache.write(0, batch, good)
         before = cache.readers(0, batch)[0].rows(name).clone()
         for values in bad:
-            with pytest.raises(SpecError, match="got shape"):
+            with pytest.raises(SpecError, match="(values|k): got .*(must be|make it)"):
                 cache.write(0, batch, *values)
         with pytest.raises(SpecError, match=r"q: got \(3, 4, 8\); must be"):
             cache.attend(k[..., :8], 0, batch)
