@@ -8,11 +8,11 @@ from math import gcd
 
 import torch
 
-from kvmem.arguments import check_choice, check_size
+from kvmem.arguments import brief, check_choice, check_size
 from kvmem.errors import SpecError
 from kvmem.kernels.blocks import Impl, pick
 from kvmem.layouts.attention import Partial, masked_scores, normalise
-from kvmem.layouts.base import Layout
+from kvmem.layouts.base import Layout, check_values
 from kvmem.layouts.reading import TokenReader
 from kvmem.spec import CacheSpec, Component, Group
 
@@ -85,7 +85,7 @@ class AlignedKV(Layout):
         ``SpecError`` for a sliding window, for another dtype or block size, where K and V differ in shape, and where
         64 does not divide KV heads x width: a burst would not lie whole in a row.
         """
-        self.guard = check_size("guard", guard, 0)
+        self.guard = check_size("guard", guard, 0, -_NOTHING)
         if impl is not None:
             check_choice("impl", impl, ("torch", "triton"))
         group, k, v = _checked(spec)
@@ -105,10 +105,8 @@ class AlignedKV(Layout):
 
     def encode(self, layer: int, *values: torch.Tensor, positions: torch.Tensor) -> Mapping[str, torch.Tensor]:
         """values: k (after rotation) and v, ``[T, KV heads, width]`` each."""
-        heads, width = self._shape(layer)
-        for name, value in zip("kv", values, strict=True):
-            if tuple(value.shape) != (len(positions), heads, width):
-                raise SpecError(f"{name}: got {tuple(value.shape)}; must be {(len(positions), heads, width)}")
+        shape = (len(positions), *self._shape(layer))
+        check_values(values, k=shape, v=shape)
         k, v = values
         return {"k_tail": k, "v": split_planes(v.to(self.dtype)).unsqueeze(1)}
 
@@ -143,7 +141,7 @@ class AlignedKV(Layout):
         share its reads, so each bit is read that one of them needs. Cost: the device is waited for a few times, to
         count what was read.
         """
-        if reader.length == 0 or len(q) > MOST_QUERIES:
+        if reader.length == 0 or not 0 < len(q) <= MOST_QUERIES:
             return super().attend(q, reader, scale=scale, causal=causal)
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         complete = _complete(reader.length)
@@ -356,6 +354,8 @@ def _complete(tokens: int) -> int:
 
 def _checked(spec: CacheSpec) -> tuple[Group, Component, Component]:
     """Return the only group of a spec of plain K and V, and both; ``SpecError`` for what cannot be cut into planes."""
+    if not isinstance(spec, CacheSpec):
+        raise SpecError(f"spec: got {brief(spec)}; must be a CacheSpec, as CacheSpec.kv() gives it")
     names = [sorted(component.name for component in group.components) for group in spec.groups]
     if names != [["k", "v"]]:
         raise SpecError(f"spec: got groups of {names}; AlignedKV takes one, of k and v, as CacheSpec.kv() gives it")

@@ -15,7 +15,7 @@ import torch
 from kvmem.arguments import brief, check_bool, check_choice, check_size
 from kvmem.errors import SpecError
 from kvmem.kernels.write import to_cache_dtype
-from kvmem.layouts.base import Layout
+from kvmem.layouts.base import Layout, check_values
 from kvmem.layouts.bits import (
     BITS,
     dequantise_blocks,
@@ -94,12 +94,9 @@ class QuantisedKV(Layout):
 
     def encode(self, layer: int, *values: torch.Tensor, positions: torch.Tensor) -> Mapping[str, torch.Tensor]:
         """values: k (after rotation) and v, ``[T, KV heads, width]`` each, of any floating-point dtype."""
-        if len(values) != 2:
-            raise SpecError(f"values: got {len(values)} tensors; must be k and v")
-        for side, x in zip(self._sides, values, strict=True):
-            expected = (len(positions), self.spec.groups[0].heads(side.components()[0].name, layer), side.width)
-            if tuple(x.shape) != expected or not x.is_floating_point():
-                raise SpecError(f"{side.name}: got {x.dtype} {tuple(x.shape)}; must be floats of shape {expected}")
+        heads = (self.spec.groups[0].heads(side.components()[0].name, layer) for side in self._sides)
+        shapes = {s.name: (len(positions), n, s.width) for s, n in zip(self._sides, heads, strict=True)}
+        check_values(values, **shapes)
         return {n: r for side, x in zip(self._sides, values, strict=True) for n, r in side.encode(layer, x).items()}
 
     def tail(self, layer: int) -> tuple[str, ...]:
@@ -134,6 +131,8 @@ class QuantisedKV(Layout):
 
 def _plain_group(spec: CacheSpec) -> Group:
     """The only group of a spec of plain K and V."""
+    if not isinstance(spec, CacheSpec):
+        raise SpecError(f"spec: got {brief(spec)}; must be a CacheSpec, as CacheSpec.kv() gives it")
     group = spec.groups[0]
     names = sorted(c.name for g in spec.groups for c in g.components)
     if len(spec.groups) > 1 or names != ["k", "v"] or group.window_tokens or group.growth != "token" or group.ragged:
@@ -213,8 +212,10 @@ class _Floats(_Stored):
         if len(many) != len(layers):
             raise SpecError(f"{field}: got {len(many)} numbers; must be one, or {len(layers)}: one for each layer")
         for one in many if scales is not None else ():
-            if isinstance(one, bool) or not isinstance(one, (int, float)) or not 0 < one < math.inf:
-                raise SpecError(f"{field}: got {brief(one)}; {self.dtype} is divided by a finite number above 0")
+            if isinstance(one, bool) or not isinstance(one, (int, float)) or not 2.0**-126 <= one <= 2.0**127:
+                raise SpecError(
+                    f"{field}: got {brief(one)}; {self.dtype} is divided by an int or float above 0 (float32)"
+                )
         self.scales = {layer: float(one or 1.0) for layer, one in zip(layers, many, strict=True)}
 
     def components(self) -> tuple[Component, ...]:

@@ -196,6 +196,7 @@ def test_many_queries_are_exact(random: torch.Generator) -> None:
     q[:, :, 0] = 2  # or some query needs the other channels
     assert error(held.layout.attend(q, held.reader())[0], q, held).max() < 1e-12
     assert error(held.layout.attend(q[1:], held.reader())[0], q[1:], held).max() > 1e-6
+    assert [part.shape for part in held.layout.attend(q[:0], held.reader())] == [(0, 4, 64), (0, 4)]
 
 
 @every_dtype
@@ -235,7 +236,9 @@ def test_refusals(random: torch.Generator) -> None:
     ]:
         with pytest.raises(SpecError, match=message):
             AlignedKV(given)
-    for field, value in (("guard", -1), ("guard", 1.5), ("impl", "c")):
+    with pytest.raises(SpecError, match="spec: got None; must be a CacheSpec"):
+        AlignedKV(None)
+    for field, value in (("guard", -1), ("guard", 1.5), ("guard", 2**31), ("impl", "c")):
         with pytest.raises(SpecError, match=f"{field}: got '?{value}"):
             AlignedKV(spec(2, 64), **{field: value})
     held = Held(AlignedKV(spec(1, 64), impl="triton"))
@@ -246,10 +249,12 @@ def test_refusals(random: torch.Generator) -> None:
     held, good = Held(AlignedKV(spec(2, 64))), torch.randn(70, 2, 64, generator=random)
     held.add(good, -good)
     held.seq.extend(70)
-    for k, v, message in (
-        (good.view(70, 4, 32), good, "k: got .* must be .70, 2, 64"),
-        (good, good[1:], "v: got .69, 2"),
+    for given, message in (
+        ((good.view(70, 4, 32), good), "k: got .* must be floats of shape .70, 2, 64"),
+        ((good, good[1:]), "v: got torch.float32 .69, 2"),
+        ((good, good.int()), "v: got torch.int32"),
+        ((good,), "values: got 1 tensors; must be k and v"),
     ):
         with pytest.raises(SpecError, match=message):
-            held.cache.write(0, held.alloc.batch([held.seq]), k, v)
+            held.cache.write(0, held.alloc.batch([held.seq]), *given)
     assert_derived(held, 0, 70)

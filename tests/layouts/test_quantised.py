@@ -297,10 +297,12 @@ def over(spec: kvmem.CacheSpec | None = None, **options: Any) -> Callable[[], ob
 
 
 REFUSED: list[tuple[Callable[[], object], str]] = [
-    (over(k="fp8_e4m3", k_scales=0.0), "k_scales: got 0.0; .* a finite number above 0"),
+    (over(k="fp8_e4m3", k_scales=0.0), "k_scales: got 0.0; .* an int or float above 0"),
     (over(v="fp8_e5m2", v_scales=[1.0, -2.0]), "v_scales: got -2.0"),
     (over(k="fp8_e4m3", k_scales=float("nan")), "k_scales: got nan"),
     (over(k="fp8_e4m3", k_scales=float("inf")), "k_scales: got inf"),
+    (over(k="fp8_e4m3", k_scales=1e-40), "k_scales: got 1e-40; .* an int or float above 0"),
+    (over(k="fp8_e4m3", k_scales=10**400), "k_scales: got "),
     (over(k="fp8_e4m3", k_scales=True), "k_scales: got True"),
     (over(k="fp8_e4m3", k_scales="token"), "k_scales: got 'token'"),
     (over(k="fp8_e4m3", k_scales=[1.0] * 3), "k_scales: got 3 numbers; must be one, or 2"),
@@ -322,6 +324,7 @@ REFUSED: list[tuple[Callable[[], object], str]] = [
     (over(kvmem.CacheSpec(components=[K3], num_layers=1)), "spec: got 1 groups with k, "),
     (over(kvmem.CacheSpec(components=[K3, WIDE], num_layers=2)), "spec: v has width"),
     (over(TWO), "spec: got 2 groups"),
+    (lambda: QuantisedKV({"num_layers": 1}), "spec: got {'num_layers': 1}; must be a CacheSpec"),  # type: ignore[arg-type]
     (lambda: hadamard(30), "size: got 30; .* use 32"),
     (lambda: hadamard(100), "size: got 100; .* use 96"),
     (lambda: hadamard("64"), "size: got '64'"),  # type: ignore[arg-type]
@@ -344,10 +347,17 @@ def test_refused_values_change_nothing() -> None:
     world.write(seq, [1, 2, 3])
     seq.extend(2)
     batch, k = world.alloc.batch([seq]), torch.ones(2, HEADS, WIDTH)
-    for given in ((k,), (k, k[:1]), (k.int(), k), (k, k[..., :8])):
-        with pytest.raises(
-            kvmem.SpecError, match=r"values: got 1 tensors|[kv]: got .*; must be floats of shape \(2, 2"
-        ):
+    for given, message in [
+        ((k,), "values: got 1 tensors; must be k and v"),
+        ((k, k[:1]), r"v: got torch.float32 \(1, 2, 16\); must be floats of shape \(2, 2, 16\)"),
+        ((k.int(), k), "k: got torch.int32"),
+        ((k, k[..., :8]), "v: got torch.float32"),
+        ((None, k), "k: got None"),
+        ((k, k.numpy()), "v: got array"),
+    ]:
+        with pytest.raises(kvmem.SpecError, match=message):
+            world.case.layout.encode(0, *given, positions=batch.positions)
+        with pytest.raises(kvmem.SpecError):
             world.cache.write(0, batch, *given)
     seq.truncate(3)
     world.check()
