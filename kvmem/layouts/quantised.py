@@ -213,9 +213,7 @@ class _Floats(_Stored):
             raise SpecError(f"{field}: got {len(many)} numbers; must be one, or {len(layers)}: one for each layer")
         for one in many if scales is not None else ():
             if isinstance(one, bool) or not isinstance(one, (int, float)) or not 2.0**-126 <= one <= 2.0**127:
-                raise SpecError(
-                    f"{field}: got {brief(one)}; {self.dtype} is divided by an int or float above 0"
-                )
+                raise SpecError(f"{field}: got {brief(one)}; {self.dtype} is divided by an int or float above 0")
         self.scales = {layer: float(one or 1.0) for layer, one in zip(layers, many, strict=True)}
 
     def components(self) -> tuple[Component, ...]:
