@@ -97,9 +97,7 @@ class LaneCache:
         self.head_dim, self.dtype = head_dim, spec.groups[0].components[0].dtype
         each = (num_layers + 1) * num_kv_heads  # one more layer: an eviction from shared lanes writes new ones first
         if max_sequences > (most := MAX_SEQUENCES // each):
-            raise SpecError(
-                f"max_sequences: got {max_sequences}, of {each} lanes each; at most {most} fit an allocator"
-            )
+            raise SpecError(f"max_sequences: got {max_sequences}, of {each} lanes each; at most {most} fit a cache")
         if str(options.get("device")) == "meta":
             raise SpecError('device: got "meta", which has no memory; lanes hold and move rows: use "cpu" or a GPU')
         if options.pop("prefix_cache", False):
