@@ -305,7 +305,7 @@ def cut_planes(rows: torch.Tensor, units: int) -> list[torch.Tensor]:
     """Return views of the planes of such rows: ``[..., units, n]``, then twice ``[..., units, n / 2]``."""
     quarter = rows.shape[-1] // 4
     planes = torch.tensor_split(rows, (2 * quarter, 3 * quarter), dim=-1)
-    return [plane.view(*plane.shape[:-1], units, -1) for plane in planes]
+    return [plane.view(*plane.shape[:-1], units, plane.shape[-1] // units) for plane in planes]  # of no rows too
 
 
 def join_planes(rows: torch.Tensor, units: int) -> torch.Tensor:

@@ -84,6 +84,16 @@ def test_rows_over_the_end_of_a_block(
     assert held.alloc.check() == []
 
 
+@both_backends
+def test_a_sequence_without_tokens(backend: str) -> None:
+    """In an allocator that has not held any yet."""
+    held = Held(AlignedKV(spec(2, 32)), backend, page_bytes=16384)
+    held.add(*torch.ones(2, 0, 2, 32))
+    assert_derived(held, 0, 0)
+    out, lse = held.layout.attend(torch.ones(1, 4, 32), held.reader())
+    assert not out.any() and (lse == -torch.inf).all()
+
+
 def test_levels_by_hand() -> None:
     """Operands 3, 4, 5, 7, 8 and 9 powers of two below the first, by the size of query, channel or weight."""
     steps, ones = torch.tensor([0, 3, 4, 5, 7, 8, 9, 100]), torch.ones(8)
