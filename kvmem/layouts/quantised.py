@@ -8,6 +8,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, Final
 
 import torch
@@ -62,7 +63,8 @@ class QuantisedKV(Layout):
 
     Exact: incomplete blocks, and floats of the spec's dtype. Integers are off by half a scale at most
     (``bits.quantise``). What is out of range saturates; NaN stays NaN, and makes those that share its scale NaN.
-    ``attend`` and ``derive`` compute from what is stored; kernels of other packages read floats (``kernel_args``).
+    ``attend`` and ``derive`` compute from what is stored, and dequantise every token that they read in each call: fewer
+    bytes, more arithmetic. Kernels of other packages read floats (``kernel_args``).
     """
 
     def __init__(
@@ -252,7 +254,7 @@ class _Integers(_Stored):
         """``[..., width]`` by the Hadamard matrix, if there is to be one."""
         if not self._how.rotate:
             return x
-        h = hadamard(self.width, device=x.device)
+        h = _rotation(self.width, x.device)
         return x.float() @ (h.T if back else h)
 
 
@@ -318,6 +320,12 @@ class _PerChannel(_Integers):
         reader.count_read(f"{self.name}_scales", found.numel() * found.element_size())
         found = dequantise_blocks(codes, found, self._bits, size=self._size, skip=first % self._size)
         return self.rotated(found, back=True)
+
+
+@lru_cache(maxsize=16)
+def _rotation(width: int, device: torch.device) -> torch.Tensor:
+    with torch.inference_mode(False):  # or autograd could not use it later
+        return hadamard(width, device=device)
 
 
 def _nearest_divisor(number: int, wanted: int) -> int:

@@ -66,6 +66,8 @@ def test_hadamard_matrices_are_orthogonal_and_spread(size: int) -> None:
     h = hadamard(size, dtype=torch.float64)
     torch.testing.assert_close(h @ h.T, torch.eye(size, dtype=torch.float64), rtol=0, atol=1e-14)
     torch.testing.assert_close(h.abs(), torch.full_like(h, size**-0.5), rtol=0, atol=1e-15)
+    h.zero_()
+    assert hadamard(size, dtype=torch.float64).all(), "each caller has its own"
 
 
 def numbers(dtype: torch.dtype, shape: tuple[int, ...], seed: int) -> list[torch.Tensor]:

@@ -17,7 +17,7 @@ import kvmem
 from kvmem.kernels import reference
 from kvmem.kernels.base import Step
 from kvmem.kernels.registry import find
-from kvmem.layouts import LayoutCache
+from kvmem.layouts import LayoutCache, quantised
 from kvmem.layouts.bits import BITS, hadamard, pack, quantise, unpack
 from kvmem.layouts.quantised import QuantisedKV
 
@@ -361,3 +361,12 @@ def test_refused_values_change_nothing() -> None:
             world.cache.write(0, batch, *given)
     seq.truncate(3)
     world.check()
+
+
+def test_a_rotation_first_used_in_inference_serves_gradients_too() -> None:
+    quantised._rotation.cache_clear()
+    layout, k = QuantisedKV(plain_spec(), k_scales="token", rotate=True), torch.ones(1, HEADS, WIDTH)
+    with torch.inference_mode():
+        wanted = layout.encode(0, k, k, positions=torch.zeros(1))
+    found = layout.encode(0, k.clone().requires_grad_(), k, positions=torch.zeros(1))
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
