@@ -69,7 +69,9 @@ class AlignedKV(Layout):
     saves reads, not memory. ``derive`` is exact, and so is ``attend`` for more than 8 queries of a sequence (prompts);
     for fewer (decoding) it leaves out bits and assumes the middle of what they can be. How many it leaves out depends
     on the data: many where a few channels of K are much larger than the others and a few tokens have most of the
-    weight, few for random data. An output depends on no bit that was not read.
+    weight, few for random data. An output depends on no bit that was not read. Measured with 4 of 128 channels 16 times
+    larger, over 2,048 tokens: fp16 reads 29 % fewer bytes with a relative error of 1.5e-3, bf16 19 % with 1.1e-2. Where
+    V is alike in all tokens, what is left out adds up: to 4e-3 (fp16) and 3e-2 (bf16) at worst in what was tried.
 
     A block of 64 tokens lies in the rows of its tokens: K as ``[channels, 64]``, so that a channel can be left out; V
     row by row, so that a token can; ``max_exponent`` as the largest biased exponent of each channel of K, then of V. K
