@@ -13,20 +13,24 @@ namespace {
 // [tokens, heads, numbers], dense but for the stride of a token.
 using Rows = nb::ndarray<nb::ndim<3>, nb::device::cpu>;
 
+constexpr auto kFloat = static_cast<uint8_t>(nb::dlpack::dtype_code::Float);
+constexpr auto kBfloat = static_cast<uint8_t>(nb::dlpack::dtype_code::Bfloat);
+
 FloatKind kind_of(nb::dlpack::dtype dtype) {
-  if (dtype == nb::dtype<float>()) return FloatKind::f32;
-  if (dtype.code == static_cast<uint8_t>(nb::dlpack::dtype_code::Bfloat)) return FloatKind::bf16;
-  return FloatKind::f16;
+  return dtype.bits == 32 ? FloatKind::f32 : dtype.code == kBfloat ? FloatKind::bf16 : FloatKind::f16;
 }
 
 Tokens tokens(const Rows& rows, const char* name, i64 tokens, i64 heads, i64 numbers, bool floats) {
   const auto width = static_cast<i64>(rows.shape(2));
-  const bool dense = rows.stride(2) == 1 && (rows.shape(1) == 1 || rows.stride(1) == width);
-  const bool right = floats ? rows.dtype().bits != 64 && rows.dtype().bits != 8 : rows.dtype().bits == 8;
+  const bool dense = rows.size() == 0 || (rows.stride(2) == 1 && (rows.shape(1) == 1 || rows.stride(1) == width));
+  const auto [code, bits, lanes] = rows.dtype();
+  const bool right =
+      floats ? (code == kFloat && (bits == 16 || bits == 32)) || (code == kBfloat && bits == 16) : bits == 8;
   if (!dense || !right || static_cast<i64>(rows.shape(0)) != tokens || static_cast<i64>(rows.shape(1)) != heads ||
       width != numbers) {
     throw SpecError(std::string(name) + ": must be [" + std::to_string(tokens) + ", " + std::to_string(heads) + ", " +
-                    std::to_string(numbers) + "], dense within a token");
+                    std::to_string(numbers) + "] of " + (floats ? "16 or 32-bit floats" : "bytes") +
+                    ", dense within a token");
   }
   const i64 stride = rows.stride(0) * rows.dtype().bits / 8;
   return {static_cast<unsigned char*>(rows.data()), stride, kind_of(rows.dtype())};

@@ -1,3 +1,10 @@
+// A product and a sum stay two roundings on every machine, as in bits.py, whatever vector unit runs them.
+#if defined(__clang__)
+#pragma clang fp contract(off)
+#else
+#pragma GCC optimize("fp-contract=off")
+#endif
+
 #include "codec/quantise.h"
 
 #include <algorithm>

@@ -8,11 +8,11 @@ from math import gcd
 
 import torch
 
-from kvmem.arguments import check_choice, check_size
+from kvmem.arguments import brief, check_choice, check_size
 from kvmem.errors import SpecError
 from kvmem.kernels.blocks import Impl, pick
 from kvmem.layouts.attention import Partial, masked_scores, normalise
-from kvmem.layouts.base import Layout
+from kvmem.layouts.base import Layout, check_values
 from kvmem.layouts.reading import TokenReader
 from kvmem.spec import CacheSpec, Component, Group
 
@@ -69,7 +69,9 @@ class AlignedKV(Layout):
     saves reads, not memory. ``derive`` is exact, and so is ``attend`` for more than 8 queries of a sequence (prompts);
     for fewer (decoding) it leaves out bits and assumes the middle of what they can be. How many it leaves out depends
     on the data: many where a few channels of K are much larger than the others and a few tokens have most of the
-    weight, few for random data. An output depends on no bit that was not read.
+    weight, few for random data. An output depends on no bit that was not read. Measured with 4 of 128 channels 16 times
+    larger, over 2,048 tokens: fp16 reads 29 % fewer bytes with a relative error of 1.5e-3, bf16 19 % with 1.1e-2. Where
+    V is alike in all tokens, what is left out adds up: to 4e-3 (fp16) and 3e-2 (bf16) at worst in what was tried.
 
     A block of 64 tokens lies in the rows of its tokens: K as ``[channels, 64]``, so that a channel can be left out; V
     row by row, so that a token can; ``max_exponent`` as the largest biased exponent of each channel of K, then of V. K
@@ -85,7 +87,7 @@ class AlignedKV(Layout):
         ``SpecError`` for a sliding window, for another dtype or block size, where K and V differ in shape, and where
         64 does not divide KV heads x width: a burst would not lie whole in a row.
         """
-        self.guard = check_size("guard", guard, 0)
+        self.guard = check_size("guard", guard, 0, -_NOTHING)
         if impl is not None:
             check_choice("impl", impl, ("torch", "triton"))
         group, k, v = _checked(spec)
@@ -105,10 +107,8 @@ class AlignedKV(Layout):
 
     def encode(self, layer: int, *values: torch.Tensor, positions: torch.Tensor) -> Mapping[str, torch.Tensor]:
         """values: k (after rotation) and v, ``[T, KV heads, width]`` each."""
-        heads, width = self._shape(layer)
-        for name, value in zip("kv", values, strict=True):
-            if tuple(value.shape) != (len(positions), heads, width):
-                raise SpecError(f"{name}: got {tuple(value.shape)}; must be {(len(positions), heads, width)}")
+        shape = (len(positions), *self._shape(layer))
+        check_values(values, k=shape, v=shape)
         k, v = values
         return {"k_tail": k, "v": split_planes(v.to(self.dtype)).unsqueeze(1)}
 
@@ -143,7 +143,7 @@ class AlignedKV(Layout):
         share its reads, so each bit is read that one of them needs. Cost: the device is waited for a few times, to
         count what was read.
         """
-        if reader.length == 0 or len(q) > MOST_QUERIES:
+        if reader.length == 0 or not 0 < len(q) <= MOST_QUERIES:
             return super().attend(q, reader, scale=scale, causal=causal)
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         complete = _complete(reader.length)
@@ -307,7 +307,7 @@ def cut_planes(rows: torch.Tensor, units: int) -> list[torch.Tensor]:
     """Return views of the planes of such rows: ``[..., units, n]``, then twice ``[..., units, n / 2]``."""
     quarter = rows.shape[-1] // 4
     planes = torch.tensor_split(rows, (2 * quarter, 3 * quarter), dim=-1)
-    return [plane.view(*plane.shape[:-1], units, -1) for plane in planes]
+    return [plane.view(*plane.shape[:-1], units, plane.shape[-1] // units) for plane in planes]  # of no rows too
 
 
 def join_planes(rows: torch.Tensor, units: int) -> torch.Tensor:
@@ -356,6 +356,8 @@ def _complete(tokens: int) -> int:
 
 def _checked(spec: CacheSpec) -> tuple[Group, Component, Component]:
     """Return the only group of a spec of plain K and V, and both; ``SpecError`` for what cannot be cut into planes."""
+    if not isinstance(spec, CacheSpec):
+        raise SpecError(f"spec: got {brief(spec)}; must be a CacheSpec, as CacheSpec.kv() gives it")
     names = [sorted(component.name for component in group.components) for group in spec.groups]
     if names != [["k", "v"]]:
         raise SpecError(f"spec: got groups of {names}; AlignedKV takes one, of k and v, as CacheSpec.kv() gives it")

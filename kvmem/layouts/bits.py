@@ -169,12 +169,13 @@ def hadamard(
     outlier in ``x @ h`` is spread over all elements (QuaRot, arXiv:2404.00456). ``h.T`` undoes it.
 
     The constructions are Sylvester's and Paley's first: sizes ``2 ** k`` and ``2 ** k * (p + 1)`` for a prime p = 3 mod
-    4, among them all multiples of 32 up to 1,152. ``SpecError``, with the nearest, for others.
+    4, among them all multiples of 32 up to 1,152. ``SpecError``, with the nearest, for others. Cost: a copy to the
+    device.
     """
     if not _core_size(check_size(field, size)):
         near = min(filter(_core_size, range(1, 2 * size)), key=lambda n: abs(n - size))
         raise SpecError(f"{field}: got {size}; no Hadamard matrix of that size is known here: use {near}")
-    return _hadamard(size).to(device, dtype)
+    return _hadamard(size).to(device, dtype, copy=True)
 
 
 @lru_cache(maxsize=16)

@@ -20,6 +20,7 @@ from kvmem.errors import OutOfMemory, SpecError, StaleHandle
 from kvmem.kernels.checks import as_bytes, flat_tokens
 from kvmem.kernels.write import to_cache_dtype
 from kvmem.layouts.attention import Partial, compute_dtype, normalise
+from kvmem.layouts.cache import own_dtypes
 from kvmem.spec import CacheSpec
 
 __all__ = ["LaneCache", "LaneSequence", "Lanes"]
@@ -95,11 +96,10 @@ class LaneCache:
         self.num_layers, self.num_kv_heads, self.max_sequences = num_layers, num_kv_heads, max_sequences
         self.head_dim, self.dtype = head_dim, spec.groups[0].components[0].dtype
         each = (num_layers + 1) * num_kv_heads  # one more layer: an eviction from shared lanes writes new ones first
-        if max_sequences * each > MAX_SEQUENCES:
-            raise SpecError(
-                f"max_sequences: got {max_sequences}, of {num_layers * num_kv_heads} lanes each and {num_kv_heads} to "
-                f"copy to; an allocator has {MAX_SEQUENCES} sequences: at most {MAX_SEQUENCES // each} fit"
-            )
+        if max_sequences > (most := MAX_SEQUENCES // each):
+            raise SpecError(f"max_sequences: got {max_sequences}, of {each} lanes each; at most {most} fit a cache")
+        if str(options.get("device")) == "meta":
+            raise SpecError('device: got "meta", which has no memory; lanes hold and move rows: use "cpu" or a GPU')
         if options.pop("prefix_cache", False):
             raise SpecError("prefix_cache: got True; lanes are shared by fork() only, as a gate sees the whole prompt")
         options = {"cached_rows": 0, **options} if backend == "virtual" else options
@@ -107,11 +107,8 @@ class LaneCache:
         page, block = self.alloc.pool.page_bytes, spec.bytes_per_token * block_size
         if backend == "virtual" and page > block:
             self.alloc.close()
-            raise SpecError(
-                f'backend: got "virtual" with pages of {page} bytes; a lane holds whole pages, each with room for '
-                f"{page * block_size // block} tokens of a head, so that eviction gives little back: use "
-                f'backend="paged", or page_bytes of at most {block}, if the device has such pages'
-            )
+            few = f"{page * block_size // block} tokens of a lane each, so that eviction gives little back"
+            raise SpecError(f'backend: got "virtual" with pages of {page} bytes, {few}: use "paged", or {block} bytes')
 
     @property
     def kv(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -127,7 +124,7 @@ class LaneCache:
 
     def lanes(self, sequences: List[LaneSequence]) -> Lanes:
         """Return several sequences of this cache as one object. ``SpecError`` for others, or one twice."""
-        owners = {getattr(one, "cache", None) for one in sequences}
+        owners = {getattr(one, "cache", None) for one in sequences} if isinstance(sequences, (list, tuple)) else set()
         if owners != {self} or len(set(map(id, sequences))) != len(sequences):
             raise SpecError(f"sequences: got {sequences!r:.200}; must be different sequences of this cache")
         return Lanes(self, list(sequences))
@@ -185,15 +182,14 @@ class Lanes:
     """The lanes of one or several sequences. Their T tokens are given one sequence's after the other's."""
 
     def __init__(self, cache: LaneCache, sequences: list[LaneSequence]) -> None:
-        self.cache, self._sequences = cache, sequences
+        self.cache, self.alloc, self._sequences = cache, cache.alloc, sequences
 
     def _states(self, layer: int) -> list[_Layer]:
         if any(one._freed for one in self._sequences):
             raise StaleHandle("a sequence of these lanes was freed")
-        if check_size("layer", layer, 0) >= self.cache.num_layers:
-            raise SpecError(f"layer: got {layer}; the last is {self.cache.num_layers - 1}")
-        return [one._layers[layer] for one in self._sequences]
+        return [one._layers[check_size("layer", layer, 0, self.cache.num_layers - 1)] for one in self._sequences]
 
+    @own_dtypes
     def append(
         self, layer: int, k: torch.Tensor, v: torch.Tensor, *, keep: torch.Tensor | None = None,
         counts: List[int] | None = None,
@@ -226,9 +222,9 @@ class Lanes:
         keep: bool ``[H, S]``, False for rows that go; a list of masks for several sequences. S: rows of the longest
         head (``lengths``); entries past the length of a head do not count. compact: move the rows that stay to the
         front, in their order, and give the blocks behind them to other lanes; ``LaneCache.trim()`` gives them to the
-        system. False only hides rows, until the next compaction of the layer, and returns 0.
-        Lanes that a fork shares are copied, so the result may be negative. ``SpecError`` for masks that do not fit,
-        ``OutOfMemory`` only for such a copy: nothing has changed then. Cost: a gather and a write of rows that move.
+        system. False only hides rows, until the next compaction of the layer, and returns 0. Lanes that a fork shares
+        are copied, so the result may be negative. ``SpecError`` for masks that do not fit, ``OutOfMemory`` only for
+        such a copy: nothing has changed then. Cost: a gather and a write of rows that move.
         """
         states, masks = self._states(layer), list(keep) if isinstance(keep, (list, tuple)) else [keep]
         if len(masks) != len(states):
@@ -237,19 +233,20 @@ class Lanes:
         for state, given in zip(states, masks, strict=True):
             mask = self._mask(given, max(state.lengths())).numpy()
             found.append([held[:, one[: held.shape[1]]] for held, one in zip(state.held(), mask, strict=True)])
-        before = self.cache.alloc.stats().held_bytes
+        before = self.alloc.stats().held_bytes
         if compact:
             self.cache._compact(states, found)
         for state, kept in zip(states, [] if compact else found, strict=False):
             state.kept, state.stored, state.since = kept, state.rows(), state.num_tokens
-        return before - self.cache.alloc.stats().held_bytes
+        return before - self.alloc.stats().held_bytes
 
+    @own_dtypes
     def attend(self, q: torch.Tensor, layer: int, *, scale: float | None = None) -> Partial:
         """Return ``(out [T, query heads, head_dim], lse [T, query heads])`` of the newest tokens over what is held.
 
         q: ``[T, query heads, head_dim]``, after rotation, of the last ``append``. A query sees the rows whose true
         position is at most its own. out: in q's dtype. lse: natural, float32 (float64 for q in float64); -inf, and out
-        0, where a query sees no row. In torch, padded to the longest lane.
+        0, where a query sees no row. Cost: in torch, over all scores at once, padded to the longest lane.
         """
         counts = self._counts("q", q, [state.new for state in self._states(layer)])
         weights, lse, v = self._attention(q, layer, counts, scale)
@@ -258,13 +255,12 @@ class Lanes:
         out, lse = (x.reshape(len(counts), q.shape[1], *x.shape[2:]).transpose(1, 2)[used] for x in (out, lse))
         return out.to(q.dtype), lse
 
+    @own_dtypes
     def weights(self, q: torch.Tensor, layer: int, *, scale: float | None = None) -> torch.Tensor:
         """Return what ``attend`` weights V by: ``[B * query heads, n, S]`` of the newest n tokens of B sequences."""
         return self._attention(q, layer, self._counts("q", q, None), scale)[0].flatten(0, 1)
 
-    def _attention(
-        self, q: torch.Tensor, layer: int, counts: list[int], scale: float | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _attention(self, q: torch.Tensor, layer: int, counts: list[int], scale: float | None) -> list[torch.Tensor]:
         """Return the attention of each lane ``[n, g, t, m]``, the lse ``[n, g, t]`` and V ``[n, m, width]``, padded."""
         states, heads, (k, v) = self._states(layer), self.cache.num_kv_heads, self.padded(layer, dtype=compute_dtype(q))
         queries = pad_sequence(list(q.to(k.dtype).split_with_sizes(counts)), batch_first=True)
@@ -276,7 +272,7 @@ class Lanes:
         scores = torch.einsum("ngtd,nmd->ngtm", queries, k) * (q.shape[2] ** -0.5 if scale is None else scale)
         hidden = torch.arange(k.shape[1], device=q.device) >= seen.flatten(0, 1)[:, None, :, None].to(q.device)
         weights, lse = normalise(scores.masked_fill_(hidden, -torch.inf).flatten(0, 1))
-        return weights.view_as(scores), lse.T.reshape(scores.shape[:3]), v
+        return [weights.view_as(scores), lse.T.reshape(scores.shape[:3]), v]
 
     def padded(self, layer: int, *, dtype: torch.dtype | None = None) -> list[torch.Tensor]:
         """Return K and V of each lane, ``[B * H, S, head_dim]``, zero past its rows. dtype: default the cache's."""
@@ -284,7 +280,7 @@ class Lanes:
         slots, lengths = self.cache._slots(_ids(states), rows), [len(one) for one in rows]
         found = [as_bytes(flat_tokens(x))[slots].view(x.dtype).squeeze(1) for x in self.cache.kv]
         for name, values in zip("kv", found, strict=True):
-            self.cache.alloc.ledger.count_read(name, values.numel() * values.element_size())
+            self.alloc.ledger.count_read(name, values.numel() * values.element_size())
         return [pad_sequence(list(x.to(dtype or x.dtype).split_with_sizes(lengths)), batch_first=True) for x in found]
 
     def head_requests(self, layer: int, *, out: Batch | None = None) -> Batch:
@@ -298,26 +294,31 @@ class Lanes:
                 f"layer: {layer} has new tokens that were not stored, or rows that were evicted since or are hidden, "
                 "and kernels mask by place: use attend(), or evict() with compact=True between steps"
             )
-        return self.cache.alloc.batch(_ids(states), out=out)
+        return self.alloc.batch(_ids(states), out=out)
 
+    @own_dtypes
     def split_heads(self, q: torch.Tensor, layer: int) -> torch.Tensor:
         """Return queries ``[T, query heads, width]`` as those of head requests, ``[T * H, g, width]``."""
         heads, counts = self.cache.num_kv_heads, self._counts("q", q, [state.new for state in self._states(layer)])
         return _by_lane(torch.unflatten(q, 1, (heads, q.shape[1] // heads)), counts)
 
+    @own_dtypes
     def join_heads(self, out: torch.Tensor, layer: int) -> torch.Tensor:
         """Return what a kernel gave for head requests, ``[T * H, g, ...]`` (out or lse), as ``[T, H * g, ...]``."""
         heads, counts = self.cache.num_kv_heads, [state.new for state in self._states(layer)]
+        if not isinstance(out, torch.Tensor) or out.ndim < 2 or len(out) != heads * sum(counts):
+            raise SpecError(f"out: got {_got(out)}; must be a tensor [{heads * sum(counts)}, g, ...]")
         parts = zip(out.split_with_sizes([heads * count for count in counts]), counts, strict=True)
         return torch.cat([part.view(heads, n, *out.shape[1:]).transpose(0, 1).flatten(1, 2) for part, n in parts])
 
-    def _counts(self, name: str, given: object, counts: List[int] | None) -> list[int]:
+    def _counts(self, name: str, given: Any, counts: List[int] | None) -> list[int]:
         """Return how many tokens of ``given`` each sequence has; default: the same number."""
         cache, n, heads = self.cache, len(self._sequences), self.cache.num_kv_heads
-        shape = tuple(given.shape) if isinstance(given, torch.Tensor) and given.device == cache.alloc.device else ()
+        fits = isinstance(given, torch.Tensor) and given.device == self.alloc.device
+        shape = tuple(given.shape) if fits and (name != "q" or given.is_floating_point()) else ()
         if len(shape) != 3 or shape[2] != cache.head_dim or shape[1] % heads or (name != "q" and shape[1] != heads):
-            wanted = f"[T, {'a multiple of ' * (name == 'q')}{heads} heads, {cache.head_dim}] on {cache.alloc.device}"
-            raise SpecError(f"{name}: got {_got(given)}; must be a tensor {wanted}")
+            wanted = f"[T, {'a multiple of ' * (name == 'q')}{heads} heads, {cache.head_dim}] on {self.alloc.device}"
+            raise SpecError(f"{name}: got {_got(given)}; must be {'floats' if name == 'q' else 'a tensor'} {wanted}")
         each = [shape[0] // n] * n if counts is None else as_int32("counts", counts).tolist()
         if len(each) != n or sum(each) != shape[0] or min(each) < 0:
             raise SpecError(f"{name}: got {shape[0]} tokens; {n} sequences have {each} (counts, or the last append)")
@@ -327,15 +328,13 @@ class Lanes:
         """Return a mask on the host."""
         wanted = (self.cache.num_kv_heads, length)
         if not isinstance(given, torch.Tensor) or given.dtype != torch.bool or tuple(given.shape) != wanted:
-            raise SpecError(
-                f"keep: got {_got(given)}; must be torch.bool [{wanted[0]} KV heads, {length} rows] "
-                "(policies.any_of_group() makes it of a mask by query head)"
-            )
+            must = f"torch.bool [{wanted[0]} KV heads, {length} rows]; policies.any_of_group() reduces query heads"
+            raise SpecError(f"keep: got {_got(given)}; must be {must}")
         return given.cpu()
 
 
 class LaneSequence(Lanes, AbstractContextManager["LaneSequence"]):
-    """One sequence of a ``LaneCache``. A context manager that frees it."""
+    """One sequence of a ``LaneCache``. A context manager that frees it; its lanes stay in use if nobody does."""
 
     def __init__(self, cache: LaneCache, layers: list[_Layer]) -> None:
         super().__init__(cache, [self])
@@ -351,7 +350,8 @@ class LaneSequence(Lanes, AbstractContextManager["LaneSequence"]):
 
     def positions(self, layer: int, head: int) -> torch.Tensor:
         """Return where the rows of a head stand in the sequence, int64 ``[length]``, ascending, on the CPU."""
-        return torch.from_numpy(self._states(layer)[0].held()[head][0])
+        held = self._states(layer)[0].held()
+        return torch.from_numpy(held[check_size("head", head, 0, len(held) - 1)][0])
 
     def fork(self) -> LaneSequence:
         """Return a second sequence with the same rows; both share whole blocks, and neither changes the other.
@@ -377,13 +377,13 @@ class LaneSequence(Lanes, AbstractContextManager["LaneSequence"]):
     def free(self) -> None:
         """Free all lanes. ``StaleHandle`` the second time."""
         states = [self._states(layer)[0] for layer in range(self.cache.num_layers)]
-        self.cache.alloc.free_batch(_ids(states))
+        self.alloc.free_batch(_ids(states))
         for state in states:
             state.owners[0] -= 1
         self._freed = True
 
     def __exit__(self, *_: object) -> None:
-        if not self._freed:
+        if not self._freed and not self.alloc.closed:
             self.free()
 
 

@@ -5,17 +5,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from kvmem.arguments import check_name, check_size
+from kvmem.arguments import brief, check_name, check_size
 from kvmem.errors import SpecError
-
-if TYPE_CHECKING:
-    from kvmem.layouts.lanes import LaneSequence
+from kvmem.layouts.lanes import LaneSequence
 
 __all__ = ["Gate", "HeavyHitter", "Policy", "PolicyInput", "SinkAndWindow", "SnapKV", "any_of_group", "apply"]
 
@@ -67,6 +65,9 @@ def apply(
     q: the newest n queries, ``[n, query heads, head_dim]``, whose attention is computed for the policy. hidden: what a
     gate sees. With prefill in chunks, call it after the last: rows stay until then.
     """
+    if not isinstance(sequence, LaneSequence) or isinstance(policy, type) or not hasattr(policy, "keep"):
+        got = f"{brief(policy)} and {brief(sequence)}"
+        raise SpecError(f"policy, sequence: got {got}; must be a policy, and one sequence of a LaneCache")
     (k, v), lengths = sequence.padded(layer), sequence.lengths(layer)
     positions = [sequence.positions(layer, head) for head in range(len(k))]
     given = PolicyInput(
@@ -80,8 +81,10 @@ def any_of_group(mask: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
     """Return a mask ``[num_kv_heads, S]`` of one ``[query heads, S]``: a row stays if any query head of its group keeps
     it, since these share the KV head. ``SpecError`` unless ``num_kv_heads`` divides the query heads.
     """
-    if mask.ndim != 2 or len(mask) % num_kv_heads:
-        raise SpecError(f"keep: got shape {tuple(mask.shape)}; must be [a multiple of {num_kv_heads} KV heads, S]")
+    check_size("num_kv_heads", num_kv_heads)
+    if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool or mask.ndim != 2 or len(mask) % num_kv_heads:
+        got = f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, torch.Tensor) else brief(mask)
+        raise SpecError(f"keep: got {got}; must be torch.bool [a multiple of {num_kv_heads} KV heads, S]")
     return mask.view(num_kv_heads, len(mask) // num_kv_heads, -1).any(1)
 
 
@@ -103,10 +106,13 @@ class Gate(Policy):
         check_name("name", self.name)
         if not callable(self.gate):
             raise SpecError(f"gate: got {self.gate!r}; must be a callable, gate(layer, given) -> mask")
+        if not isinstance(self.threshold, (int, float)) or self.threshold != self.threshold:
+            raise SpecError(f"threshold: got {brief(self.threshold)}; must be a number")
 
     def keep(self, layer: int, given: PolicyInput) -> torch.Tensor:
         found = self.gate(layer, given)
-        return any_of_group(found if found.dtype == torch.bool else found > self.threshold, len(given.lengths))
+        probabilities = isinstance(found, torch.Tensor) and found.is_floating_point()
+        return any_of_group(found > self.threshold if probabilities else found, len(given.lengths))
 
 
 @dataclass(frozen=True)
@@ -171,20 +177,20 @@ class SnapKV(Policy):
         seen = weights[:, -self.window :].sum(1)
         place = torch.arange(seen.shape[1], device=seen.device)
         before = place < (given.lengths.to(seen.device) - self.window).unsqueeze(1)  # the window takes no part
+        if not before.any():  # pooling refuses what is empty
+            return place < given.lengths.to(seen.device).unsqueeze(1)
         seen = F.avg_pool1d(seen.where(before, 0).unsqueeze(1), self.kernel_size, 1, self.kernel_size // 2)[:, 0]
         return _best_and_last(seen, given.lengths, self.budget - self.window, self.window)
 
 
 def _by_kv_head(given: PolicyInput, policy: str) -> torch.Tensor:
     """Return the weights ``[H, n, S]``, query heads of a group added."""
-    heads = len(given.lengths)
-    if given.weights is None:
-        raise SpecError(f"weights: got None; {policy} ranks rows by attention: give the queries, or the weights")
-    w = given.weights
-    if w.ndim != 3 or len(w) % heads or w.shape[2] != given.positions.shape[1]:
-        raise SpecError(
-            f"weights: got shape {tuple(w.shape)}; must be [a multiple of {heads}, n, {given.positions.shape[1]}]"
-        )
+    heads, rows, w = len(given.lengths), given.positions.shape[1], given.weights
+    if not isinstance(w, torch.Tensor):
+        raise SpecError(f"weights: got {brief(w)}; {policy} ranks rows by attention: give the queries, or the weights")
+    if not w.is_floating_point() or w.ndim != 3 or not len(w) or len(w) % heads or w.shape[2] != rows:
+        got = f"{w.dtype} of shape {tuple(w.shape)}"
+        raise SpecError(f"weights: got {got}; must be floats [a multiple of {heads}, n, {rows}]")
     return w.view(heads, len(w) // heads, *w.shape[1:]).sum(1)
 
 

@@ -8,6 +8,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, Final
 
 import torch
@@ -15,7 +16,7 @@ import torch
 from kvmem.arguments import brief, check_bool, check_choice, check_size
 from kvmem.errors import SpecError
 from kvmem.kernels.write import to_cache_dtype
-from kvmem.layouts.base import Layout
+from kvmem.layouts.base import Layout, check_values
 from kvmem.layouts.bits import (
     BITS,
     dequantise_blocks,
@@ -62,7 +63,8 @@ class QuantisedKV(Layout):
 
     Exact: incomplete blocks, and floats of the spec's dtype. Integers are off by half a scale at most
     (``bits.quantise``). What is out of range saturates; NaN stays NaN, and makes those that share its scale NaN.
-    ``attend`` and ``derive`` compute from what is stored; kernels of other packages read floats (``kernel_args``).
+    ``attend`` and ``derive`` compute from what is stored, and dequantise every token that they read in each call: fewer
+    bytes, more arithmetic. Kernels of other packages read floats (``kernel_args``).
     """
 
     def __init__(
@@ -94,12 +96,9 @@ class QuantisedKV(Layout):
 
     def encode(self, layer: int, *values: torch.Tensor, positions: torch.Tensor) -> Mapping[str, torch.Tensor]:
         """values: k (after rotation) and v, ``[T, KV heads, width]`` each, of any floating-point dtype."""
-        if len(values) != 2:
-            raise SpecError(f"values: got {len(values)} tensors; must be k and v")
-        for side, x in zip(self._sides, values, strict=True):
-            expected = (len(positions), self.spec.groups[0].heads(side.components()[0].name, layer), side.width)
-            if tuple(x.shape) != expected or not x.is_floating_point():
-                raise SpecError(f"{side.name}: got {x.dtype} {tuple(x.shape)}; must be floats of shape {expected}")
+        heads = (self.spec.groups[0].heads(side.components()[0].name, layer) for side in self._sides)
+        shapes = {s.name: (len(positions), n, s.width) for s, n in zip(self._sides, heads, strict=True)}
+        check_values(values, **shapes)
         return {n: r for side, x in zip(self._sides, values, strict=True) for n, r in side.encode(layer, x).items()}
 
     def tail(self, layer: int) -> tuple[str, ...]:
@@ -134,6 +133,8 @@ class QuantisedKV(Layout):
 
 def _plain_group(spec: CacheSpec) -> Group:
     """The only group of a spec of plain K and V."""
+    if not isinstance(spec, CacheSpec):
+        raise SpecError(f"spec: got {brief(spec)}; must be a CacheSpec, as CacheSpec.kv() gives it")
     group = spec.groups[0]
     names = sorted(c.name for g in spec.groups for c in g.components)
     if len(spec.groups) > 1 or names != ["k", "v"] or group.window_tokens or group.growth != "token" or group.ragged:
@@ -213,8 +214,8 @@ class _Floats(_Stored):
         if len(many) != len(layers):
             raise SpecError(f"{field}: got {len(many)} numbers; must be one, or {len(layers)}: one for each layer")
         for one in many if scales is not None else ():
-            if isinstance(one, bool) or not isinstance(one, (int, float)) or not 0 < one < math.inf:
-                raise SpecError(f"{field}: got {brief(one)}; {self.dtype} is divided by a finite number above 0")
+            if isinstance(one, bool) or not isinstance(one, (int, float)) or not 2.0**-126 <= one <= 2.0**127:
+                raise SpecError(f"{field}: got {brief(one)}; {self.dtype} is divided by an int or float above 0")
         self.scales = {layer: float(one or 1.0) for layer, one in zip(layers, many, strict=True)}
 
     def components(self) -> tuple[Component, ...]:
@@ -253,7 +254,7 @@ class _Integers(_Stored):
         """``[..., width]`` by the Hadamard matrix, if there is to be one."""
         if not self._how.rotate:
             return x
-        h = hadamard(self.width, device=x.device)
+        h = _rotation(self.width, x.device)
         return x.float() @ (h.T if back else h)
 
 
@@ -319,6 +320,12 @@ class _PerChannel(_Integers):
         reader.count_read(f"{self.name}_scales", found.numel() * found.element_size())
         found = dequantise_blocks(codes, found, self._bits, size=self._size, skip=first % self._size)
         return self.rotated(found, back=True)
+
+
+@lru_cache(maxsize=16)
+def _rotation(width: int, device: torch.device) -> torch.Tensor:
+    with torch.inference_mode(False):  # or autograd could not use it later
+        return hadamard(width, device=device)
 
 
 def _nearest_divisor(number: int, wanted: int) -> int:

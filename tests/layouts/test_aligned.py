@@ -84,6 +84,16 @@ def test_rows_over_the_end_of_a_block(
     assert held.alloc.check() == []
 
 
+@both_backends
+def test_a_sequence_without_tokens(backend: str) -> None:
+    """In an allocator that has not held any yet."""
+    held = Held(AlignedKV(spec(2, 32)), backend, page_bytes=16384)
+    held.add(*torch.ones(2, 0, 2, 32))
+    assert_derived(held, 0, 0)
+    out, lse = held.layout.attend(torch.ones(1, 4, 32), held.reader())
+    assert not out.any() and (lse == -torch.inf).all()
+
+
 def test_levels_by_hand() -> None:
     """Operands 3, 4, 5, 7, 8 and 9 powers of two below the first, by the size of query, channel or weight."""
     steps, ones = torch.tensor([0, 3, 4, 5, 7, 8, 9, 100]), torch.ones(8)
@@ -113,6 +123,16 @@ def test_queries_of_a_group_share_the_most_precise_read(random: torch.Generator)
         assert torch.equal(values[:, head], torch.stack([value_levels(*p, top, *rest)[:, 0] for p in parts]).amax(0))
 
 
+def measure(dtype: torch.dtype, guard: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[float, float]:
+    """What share of the reads is saved, and the mean error of the heads."""
+    held = Held(AlignedKV(spec(*k.shape[1:], dtype), guard=guard))
+    held.add(k, v)
+    out, _ = held.layout.attend(q.to(dtype), held.reader())
+    saved, off = 1 - sum(held.reads().values()) / (k.numel() * 4), error(out, q.to(dtype), held).mean().item()
+    print(f"{dtype}, guard {guard}: {saved:.1%} saved, error {off:.1e}")
+    return saved, off
+
+
 def test_the_saving_and_its_error() -> None:
     """2,048 tokens, 20 heads of independent data; statistics and estimate are counted. Four channels of 128 that are 16
     times larger save a quarter of all reads, random data do not. The data are fixed: errors of single heads lie far
@@ -125,16 +145,15 @@ def test_the_saving_and_its_error() -> None:
         for head in range(20 if kind != "gaussian" else 0):
             k[:, head, torch.randperm(128, generator=random)[:4]] *= 16
         for guard in range(4):
-            held = Held(AlignedKV(spec(20, 128), guard=guard))
-            held.add(k, v)
-            out, _ = held.layout.attend(q.half(), held.reader())
-            saved[kind, guard] = 1 - sum(held.reads().values()) / (2048 * 20 * 128 * 4)
-            errors[kind, guard] = error(out, q.half(), held).mean().item()
-            print(f"{kind}, guard {guard}: {saved[kind, guard]:.1%} saved, error {errors[kind, guard]:.1e}")
+            saved[kind, guard], errors[kind, guard] = measure(HALF, guard, q, k, v)
         for guard in range(3):
             assert saved[kind, guard] >= saved[kind, guard + 1] and errors[kind, guard] >= errors[kind, guard + 1]
+        if kind == "outliers":
+            fewer, off = measure(BRAIN, 1, q, k, v)
+            assert fewer >= 0.18 and off <= 1.5e-2
     assert all(saved[kind, 1] >= 0.25 and errors[kind, 1] <= 2e-3 for kind in ("outliers", "peaky"))
     assert saved["gaussian", 1] < 0.15
+    assert 1e-3 < measure(HALF, 1, q, k * 1e-3, torch.ones_like(v))[1] < 5e-3, "low bits that are alike add up"
 
 
 def test_reads_are_counted_to_the_byte(monkeypatch: pytest.MonkeyPatch, random: torch.Generator) -> None:
@@ -196,6 +215,7 @@ def test_many_queries_are_exact(random: torch.Generator) -> None:
     q[:, :, 0] = 2  # or some query needs the other channels
     assert error(held.layout.attend(q, held.reader())[0], q, held).max() < 1e-12
     assert error(held.layout.attend(q[1:], held.reader())[0], q[1:], held).max() > 1e-6
+    assert [part.shape for part in held.layout.attend(q[:0], held.reader())] == [(0, 4, 64), (0, 4)]
 
 
 @every_dtype
@@ -235,7 +255,9 @@ def test_refusals(random: torch.Generator) -> None:
     ]:
         with pytest.raises(SpecError, match=message):
             AlignedKV(given)
-    for field, value in (("guard", -1), ("guard", 1.5), ("impl", "c")):
+    with pytest.raises(SpecError, match="spec: got None; must be a CacheSpec"):
+        AlignedKV(None)
+    for field, value in (("guard", -1), ("guard", 1.5), ("guard", 2**31), ("impl", "c")):
         with pytest.raises(SpecError, match=f"{field}: got '?{value}"):
             AlignedKV(spec(2, 64), **{field: value})
     held = Held(AlignedKV(spec(1, 64), impl="triton"))
@@ -246,10 +268,12 @@ def test_refusals(random: torch.Generator) -> None:
     held, good = Held(AlignedKV(spec(2, 64))), torch.randn(70, 2, 64, generator=random)
     held.add(good, -good)
     held.seq.extend(70)
-    for k, v, message in (
-        (good.view(70, 4, 32), good, "k: got .* must be .70, 2, 64"),
-        (good, good[1:], "v: got .69, 2"),
+    for given, message in (
+        ((good.view(70, 4, 32), good), "k: got .* must be floats of shape .70, 2, 64"),
+        ((good, good[1:]), "v: got torch.float32 .69, 2"),
+        ((good, good.int()), "v: got torch.int32"),
+        ((good,), "values: got 1 tensors; must be k and v"),
     ):
         with pytest.raises(SpecError, match=message):
-            held.cache.write(0, held.alloc.batch([held.seq]), k, v)
+            held.cache.write(0, held.alloc.batch([held.seq]), *given)
     assert_derived(held, 0, 70)

@@ -261,20 +261,26 @@ def test_bad_input_changes_nothing(seed: int) -> None:
         (lambda: seq.evict(0, good.float()), r"keep: got \(2, 20\) torch.float32 .*must be torch.bool \[2 KV heads, 20"),
         (lambda: seq.evict(0, good.repeat(2, 1)), r"keep: got \(4, 20\).*any_of_group"),
         (lambda: seq.evict(0, [good, good]), "keep: got 2 masks; must be one for each of 1 sequences"),
-        (lambda: seq.evict(2, good), "layer: got 2; the last is 1"),
+        (lambda: seq.evict(2, good), "layer: got 2; the largest that works is 1"),
         (lambda: seq.append(0, k, k, keep=good), r"keep: got \(2, 20\)"),
         (lambda: seq.append(0, k, k[:2]), "v: got 2 tokens"),
         (lambda: seq.append(0, k, k[:, :1]), r"v: got \(3, 1, 16\) .* \[T, 2 heads, 16\] on cpu"),
         (lambda: seq.attend(q, 0), "q: got 3 tokens; 1 sequences have"),
+        (lambda: seq.attend(q.int(), 0), r"q: got \(3, 4, 16\) torch.int32 .*must be floats"),
+        (lambda: seq.join_heads(q, 0), r"out: got \(3, 4, 16\) .*must be a tensor \[40, g"),
+        (lambda: seq.positions(0, 2), "head: got 2; the largest that works is 1"),
+        (lambda: seq.positions(0, -1), "head: got -1"),
+        (lambda: cache.lanes(seq), "different sequences of this cache"),
         (lambda: seq.attend(q[:, :3], 0), "a multiple of 2 heads"),
         (lambda: twins.append(0, k, k, counts=[4, -1]), "k: got 3 tokens"),
         (lambda: cache.lanes([seq, seq]), "different sequences of this cache"),
         (lambda: cache.lanes([seq, other]), "different sequences of this cache"),
         (lambda: other.append(0, k, k), "k: got torch.float32; the cache holds torch.int8.*quantise first"),
         (lambda: make(backend="virtual", page_bytes=65536), r'"virtual" with pages of 65536.* 256 tokens.*paged.* 4096'),
-        (lambda: make(8, num_layers=32, max_sequences=4096), "max_sequences: got 4096, of 256 lanes.* at most 3971 fit"),
+        (lambda: make(8, num_layers=32, max_sequences=4096), "max_sequences: got 4096, of 264 lanes.* at most 3971 fit"),
         (lambda: make(prefix_cache=True), "prefix_cache: got True"),
         (lambda: make(num_layers=0), "num_layers: got 0"),
+        (lambda: make(device=torch.device("meta")), 'device: got "meta"'),
     ]:  # fmt: skip
         unchanged(mirror, call, REFUSED, match)
     assert other.num_tokens(0) == 0
@@ -295,3 +301,29 @@ def test_memory_that_is_short_changes_nothing(seed: int) -> None:
     assert len([cache.sequence(), cache.sequence()]) == 2
     for call in (cache.sequence, mirror.seq.fork):
         unchanged(mirror, call, NO_MEMORY, "all 3 sequences are in use")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_autocast_changes_nothing(dtype: torch.dtype, seed: int) -> None:
+    cache, draw = make(dtype=dtype, page_bytes=None), torch.Generator().manual_seed(seed)
+    seq, q, k = cache.sequence(), *torch.randn(2, 9, 2, WIDTH, generator=draw).to(dtype)
+
+    def step() -> list[torch.Tensor]:
+        seq.append(0, k, -k)
+        out, lse = seq.attend(q, 0)
+        return [out, lse, seq.weights(q, 0), seq.join_heads(seq.split_heads(q, 0), 0), *seq.padded(0)]
+
+    wanted = step()
+    seq.free()
+    seq = cache.sequence()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(map(torch.equal, step(), wanted))
+
+
+def test_a_closed_allocator_has_no_sequences_to_free() -> None:
+    cache = make()
+    with pytest.raises(ZeroDivisionError), cache.sequence() as seq:
+        cache.alloc.close()
+        1 / 0  # noqa: B018
+    with pytest.raises(kvmem.StaleHandle, match="closed"):
+        seq.free()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import kvmem
-from kvmem.layouts.policies import Gate, HeavyHitter, Policy, PolicyInput, SinkAndWindow, SnapKV, any_of_group
+from kvmem.layouts.policies import Gate, HeavyHitter, Policy, PolicyInput, SinkAndWindow, SnapKV, any_of_group, apply
 
 EVEN = Gate("a", lambda layer, given: given.positions % 2 == 0)
 
@@ -56,6 +56,9 @@ def test_snapkv_pools_what_the_window_looks_at() -> None:
     assert kept(SnapKV(budget=20, window=2), given) == [list(range(8))]
     short = held([[3, 4, -1], [0, 1, 2]], [[[1, 2, 0], [1, 2, 0]], [[8, 2, 1], [0, 0, 1]]])
     assert kept(SnapKV(budget=2, window=1, kernel_size=1), short) == [[0, 1], [0, 2]]
+    nothing = replace(held([[-1], [-1]]), positions=torch.zeros(2, 0), weights=torch.zeros(2, 1, 0), num_tokens=0)
+    for policy in (SnapKV(budget=2, window=1), HeavyHitter(1, 1), SinkAndWindow(1)):
+        assert kept(policy, nothing) == [[], []], "a layer that is still empty"
 
 
 def test_a_gate_by_query_head_is_reduced_with_or() -> None:
@@ -80,6 +83,10 @@ def test_fingerprints_part_what_decides_differently() -> None:
     assert found == [32, 0], "KV of one policy is no hit for another"
 
 
+def gate(found: Any) -> torch.Tensor:
+    return Gate("a", lambda layer, given: found).keep(0, held([[0], [0]]))
+
+
 REFUSED = [
     (lambda: SinkAndWindow(0), "window_tokens: got 0"),
     (lambda: HeavyHitter(-1, 4), "heavy: got -1"),
@@ -89,8 +96,18 @@ REFUSED = [
     (lambda: Gate("a", None), "gate: got None"),
     (lambda: HeavyHitter(1, 1).keep(0, held([[0, 1]])), "weights: got None; HeavyHitter ranks rows by attention"),
     (lambda: SnapKV(2, 2).keep(0, held([[0, 1]], [[[1, 1]]])), "weights: got those of 1 queries; SnapKV needs 2"),
-    (lambda: SnapKV(2, 1).keep(0, held([[0, 1]], [[[1]]])), r"weights: got shape \(1, 1, 1\)"),
-    (lambda: Gate("a", lambda layer, given: torch.ones(3, 2)).keep(0, held([[0], [0]])), r"keep: got shape \(3, 2\)"),
+    (lambda: SnapKV(2, 1).keep(0, held([[0, 1]], [[[1]]])), r"weights: got torch.float32 of shape \(1, 1, 1\)"),
+    (lambda: HeavyHitter(1, 1).keep(0, replace(held([[0]]), weights=torch.ones(0, 1, 1))), r"weights: .* \(0, 1, 1\)"),
+    (lambda: HeavyHitter(1, 1).keep(0, replace(held([[0]]), weights=torch.ones(1, 1, 1).int())), "got torch.int32 of"),
+    (lambda: HeavyHitter(1, 1).keep(0, replace(held([[0]]), weights=3)), "weights: got 3; HeavyHitter ranks"),
+    (lambda: gate(torch.ones(3, 2)), r"keep: got torch.bool of shape \(3, 2\)"),
+    (lambda: gate(torch.ones(2, 1).int()), "keep: got torch.int32 of .*must be torch.bool"),
+    (lambda: gate(None), "keep: got None"),
+    (lambda: Gate("a", lambda layer, given: None, threshold=float("nan")), "threshold: got nan; must be a number"),
+    (lambda: any_of_group(torch.ones(4, 2), 2), "keep: got torch.float32"),
+    (lambda: any_of_group(torch.ones(4, 2).bool(), 0), "num_kv_heads: got 0"),
+    (lambda: apply(SinkAndWindow, None, 0), "policy, sequence: got .*SinkAndWindow.* and None; must be a policy"),
+    (lambda: apply(SinkAndWindow(1), None, 0), "policy, sequence: got SinkAndWindow.* and None"),
 ]
 
 
