@@ -76,6 +76,23 @@ void bind(nb::module_& m, const char* name, bool back, bool channels) {
       nb::sig(("def " + std::string(name) + kArguments).c_str()));
 }
 
+void bind_look_up(nb::module_& m) {
+  m.def(
+      "look_up",
+      [](Rows floats, Rows codes, Out<const float> table) {
+        const auto heads = static_cast<i64>(floats.shape(1)), width = static_cast<i64>(floats.shape(2));
+        const auto rows = static_cast<i64>(floats.shape(0));
+        const Tokens x = tokens(floats, "floats", rows, heads, width, true);
+        const Tokens c = tokens(codes, "codes", rows, heads, width, false);
+        if (x.kind != FloatKind::f32 || (rows > 1 && x.stride != heads * width * 4) || table.shape(0) != 256) {
+          throw SpecError("floats: the output must be dense float32, and the table have 256 floats");
+        }
+        const WithoutGil free;
+        look_up(rows, heads * width, c, table.data(), reinterpret_cast<float*>(x.data));
+      },
+      "floats"_a, "codes"_a, "table"_a, nb::sig("def look_up(floats: object, codes: object, table: object) -> None"));
+}
+
 }  // namespace
 
 void kvmem::bind_codec(nb::module_& m) {
@@ -83,4 +100,5 @@ void kvmem::bind_codec(nb::module_& m) {
   bind(m, "dequantise_tokens", true, false);
   bind(m, "quantise_channels", false, true);
   bind(m, "dequantise_channels", true, true);
+  bind_look_up(m);
 }

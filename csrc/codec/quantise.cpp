@@ -250,6 +250,10 @@ KVMEM_VECTORS void unpack(const unsigned char* packed, i64 count, int bits, u8* 
   }
 }
 
+KVMEM_VECTORS void values_of_bytes(const u8* codes, i64 count, const float* table, float* out) {
+  for (i64 i = 0; i < count; ++i) out[i] = table[codes[i]];
+}
+
 float limit_of(FloatKind kind) { return kind == FloatKind::f16 ? Half::kLimit : Single::kLimit; }
 i64 bytes_of(FloatKind kind) { return kind == FloatKind::f32 ? 4 : 2; }
 
@@ -318,6 +322,10 @@ void dequantise_channels(const Quantised& q, i64 skip, Tokens codes, Tokens scal
     unpack(codes.data + t * codes.stride, numbers, q.bits, wide.data());
     values_of_channels(wide.data(), q.heads, q.width, stored.data(), out);
   }
+}
+
+void look_up(i64 tokens, i64 numbers, Tokens codes, const float* table, float* out) {
+  for (i64 t = 0; t < tokens; ++t, out += numbers) values_of_bytes(codes.data + t * codes.stride, numbers, table, out);
 }
 
 }  // namespace kvmem

@@ -35,4 +35,7 @@ void dequantise_tokens(const Quantised& q, Tokens codes, Tokens scales, float* o
 void quantise_channels(const Quantised& q, Tokens x, Tokens codes, Tokens scales);
 void dequantise_channels(const Quantised& q, i64 skip, Tokens codes, Tokens scales, float* out);
 
+// Bytes as floats, by a table of 256: 8-bit floats, whose conversion is slow one by one.
+void look_up(i64 tokens, i64 numbers, Tokens codes, const float* table, float* out);
+
 }  // namespace kvmem

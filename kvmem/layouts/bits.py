@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Final
 
 import torch
@@ -12,8 +12,8 @@ from kvmem.arguments import check_size
 from kvmem.errors import SpecError
 
 __all__ = [
-    "BITS", "dequantise", "dequantise_blocks", "dequantise_rows", "hadamard", "pack", "quantise", "quantise_blocks",
-    "quantise_rows", "unpack",
+    "BITS", "dequantise", "dequantise_blocks", "dequantise_rows", "from_float8", "hadamard", "pack", "quantise",
+    "quantise_blocks", "quantise_rows", "unpack",
 ]  # fmt: skip
 
 #: The widths that ``quantise`` and ``pack`` know.
@@ -118,6 +118,21 @@ def dequantise_blocks(
     out = torch.empty(n, heads, width)
     _core.dequantise_channels(out, packed, scales.contiguous(), size, bits, skip)
     return out
+
+
+def from_float8(x: torch.Tensor, scale: float) -> torch.Tensor:
+    """Return 8-bit floats ``[n, heads, width]`` times a scale, in float32."""
+    if x.device.type != "cpu":
+        return x.float() * scale
+    out = torch.empty(x.shape)
+    _core.look_up(out, x.view(torch.uint8), _all_of(x.dtype) * scale)
+    return out
+
+
+@cache
+def _all_of(dtype: torch.dtype) -> torch.Tensor:
+    """The value of every byte; torch converts 8-bit floats on a CPU one by one."""
+    return torch.arange(256, dtype=torch.uint8).view(dtype).float()
 
 
 def _readable(x: torch.Tensor) -> torch.Tensor:

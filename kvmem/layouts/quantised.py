@@ -21,6 +21,7 @@ from kvmem.layouts.bits import (
     BITS,
     dequantise_blocks,
     dequantise_rows,
+    from_float8,
     hadamard,
     quantise_blocks,
     quantise_rows,
@@ -226,7 +227,7 @@ class _Floats(_Stored):
 
     def derive(self, reader: TokenReader, first: int, end: int) -> torch.Tensor:
         rows = reader.rows(self.name, first, end)
-        return rows.float() * self.scales[reader.layer] if self.dtype.itemsize == 1 else rows
+        return from_float8(rows, self.scales[reader.layer]) if self.dtype.itemsize == 1 else rows
 
 
 class _Integers(_Stored):

@@ -12,6 +12,7 @@ from kvmem.layouts.bits import (
     dequantise,
     dequantise_blocks,
     dequantise_rows,
+    from_float8,
     hadamard,
     pack,
     quantise,
@@ -154,3 +155,16 @@ def test_the_codec_refuses_what_it_would_misread() -> None:
     with pytest.raises(kvmem.SpecError, match="with skip 4"):
         _core.dequantise_channels(x, codes, scales[:1], 4, 4, 4)
     assert not codes.any() and not scales.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_every_8_bit_float_is_looked_up(dtype: torch.dtype) -> None:
+    """NaN, infinities and both zeros too, from rows with a stride."""
+    rows = torch.zeros(4, 2, 48, dtype=torch.uint8).view(dtype)[:, :, :32]
+    rows = rows.view(torch.uint8)[:, :1].copy_(torch.arange(128, dtype=torch.uint8).view(4, 1, 32)).view(dtype)
+    rest = (rows.view(torch.uint8) + 128).view(dtype)
+    for x in (rows, rest):
+        found, wanted = from_float8(x, 0.5), x.float() * 0.5
+        assert torch.equal(found.nan_to_num(7), wanted.nan_to_num(7)) and torch.equal(found.isnan(), wanted.isnan())
+    with pytest.raises(kvmem.SpecError, match="256"):
+        _core.look_up(torch.empty(4, 1, 32), rows.view(torch.uint8), torch.empty(255))
