@@ -1,16 +1,17 @@
 """SmolLM2 over lanes: its K and V are in kvmem only. Presses of the package kvpress decide, and lanes evict: the same
 tokens as with kvpress alone, and memory given back.
 
-kvpress 0.5.5 declares transformers below 5.3; with 5.23, its hooks run if the caller passes ``cache_position``:
-
-    pip install --no-deps kvpress==0.5.5 && pip install 'cachetools>=5.5.2,<6' 'datasets>=2.21' 'fire<0.7'
+kvpress 0.5.5 declares transformers below 5.3; with 5.23, its hooks run if the caller passes ``cache_position``. `make
+kvpress-peers` installs it beside the environment.
 """
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from kvmem.layouts.lanes import LaneCache
 
 __all__ = ["one_thread"]
+sys.path.append(str(Path(__file__).parents[2] / "build" / "peers" / "kvpress"))  # last: the environment's torch is used
 pytestmark = [pytest.mark.model, pytest.mark.slow, pytest.mark.timeout(400), pytest.mark.usefixtures("one_thread")]
 TOKENS, STEPS, EVICTED, ROW = 400, 12, 0.628, 2 * 64 * 4  # bytes of K and V of a token and KV head
 
@@ -112,7 +114,7 @@ def kept(press: Any, module: Any, keys: torch.Tensor, kwargs: Any) -> torch.Tens
 def test_presses_drive_lanes(name: str, seed: int) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of its dependencies
-        kvpress = pytest.importorskip("kvpress", reason="kvpress is not installed: see the top of this file")
+        kvpress = pytest.importorskip("kvpress", reason="kvpress is not installed: make kvpress-peers")
     model, (mirror, prompt), freed = smollm2(), start(seed), []
     press = (
         kvpress.AdaKVPress(kvpress.SnapKVPress(EVICTED)) if name == "AdaKVPress" else getattr(kvpress, name)(EVICTED)
