@@ -12,8 +12,8 @@ from kvmem.arguments import check_size
 from kvmem.errors import SpecError
 
 __all__ = [
-    "BITS", "dequantise", "dequantise_blocks", "dequantise_rows", "hadamard", "pack", "quantise", "quantise_blocks",
-    "quantise_rows", "unpack",
+    "BITS", "check_scale_dtype", "dequantise", "dequantise_blocks", "dequantise_rows", "hadamard", "pack", "quantise",
+    "quantise_blocks", "quantise_rows", "unpack",
 ]  # fmt: skip
 
 #: The widths that ``quantise`` and ``pack`` know.
@@ -34,7 +34,7 @@ def quantise(
     Entries beyond the range of ``scale_dtype`` (65,504 in float16), infinities too, saturate at its end. A NaN makes
     its whole group NaN.
     """
-    _check_bits(bits)
+    _check_bits(bits), check_scale_dtype(scale_dtype)
     limit = min(torch.finfo(scale_dtype).max, 2.0**126)  # high - low stays finite in float32
     x = x.float().clamp(-limit, limit)
     low, high = torch.aminmax(x, dim=dim)
@@ -162,6 +162,13 @@ def _check_bits(bits: int) -> tuple[int, int]:
     return _WORDS[bits]
 
 
+def check_scale_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return it; ``SpecError`` unless scales can be of this dtype."""
+    if dtype not in (known := (torch.float16, torch.bfloat16, torch.float32)):
+        raise SpecError(f"scale_dtype: got {dtype}; must be one of {known}")
+    return dtype
+
+
 def hadamard(
     size: int, *, field: str = "size", dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> torch.Tensor:
@@ -172,7 +179,7 @@ def hadamard(
     4, among them all multiples of 32 up to 1,152. ``SpecError``, with the nearest, for others. Cost: a copy to the
     device.
     """
-    if not _core_size(check_size(field, size)):
+    if not _core_size(check_size(field, size, 1, 1 << 13)):
         near = min(filter(_core_size, range(1, 2 * size)), key=lambda n: abs(n - size))
         raise SpecError(f"{field}: got {size}; no Hadamard matrix of that size is known here: use {near}")
     return _hadamard(size).to(device, dtype, copy=True)

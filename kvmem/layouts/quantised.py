@@ -19,6 +19,7 @@ from kvmem.kernels.write import to_cache_dtype
 from kvmem.layouts.base import Layout, check_values
 from kvmem.layouts.bits import (
     BITS,
+    check_scale_dtype,
     dequantise_blocks,
     dequantise_rows,
     hadamard,
@@ -62,7 +63,8 @@ class QuantisedKV(Layout):
     the tail of a new token; what an old one keeps is ``spec.groups[0].bytes_per_token``.
 
     Exact: incomplete blocks, and floats of the spec's dtype. Integers are off by half a scale at most
-    (``bits.quantise``). What is out of range saturates; NaN stays NaN, and makes those that share its scale NaN.
+    (``bits.quantise``). In 8 bits and less, what is out of range saturates; in incomplete blocks and longer floats it
+    is infinite, as in plain K and V. NaN stays NaN, and makes those that share its scale NaN.
     ``attend`` and ``derive`` compute from what is stored, and dequantise every token that they read in each call: fewer
     bytes, more arithmetic. Kernels of other packages read floats (``kernel_args``).
     """
@@ -161,9 +163,7 @@ class _How:
     group_size: int | None
 
     def __post_init__(self) -> None:
-        check_bool("rotate", self.rotate)
-        if self.scale_dtype not in _PLAIN[:3]:
-            raise SpecError(f"scale_dtype: got {self.scale_dtype}; must be one of {_PLAIN[:3]}")
+        check_bool("rotate", self.rotate), check_scale_dtype(self.scale_dtype)
 
 
 def _stored(group: Group, name: str, kind: object, scales: Scales | None, default: str, how: _How) -> _Stored:

@@ -328,7 +328,9 @@ REFUSED: list[tuple[Callable[[], object], str]] = [
     (lambda: hadamard(30), "size: got 30; .* use 32"),
     (lambda: hadamard(100), "size: got 100; .* use 96"),
     (lambda: hadamard("64"), "size: got '64'"),  # type: ignore[arg-type]
+    (lambda: hadamard(1 << 40), "size: got 1099511627776; the largest that works is 8192"),
     (lambda: quantise(torch.ones(4), 5), "bits: got 5; must be one of 2, 3, 4, 8"),
+    (lambda: quantise(torch.ones(4), 4, scale_dtype=torch.float64), "scale_dtype: got torch.float64; must be one of"),
     (lambda: pack(torch.zeros(3, 12, dtype=torch.uint8), 3), "codes: got 12 .* multiple of 8: 16"),
     (lambda: pack(torch.zeros(8), 4), "codes: got 8 of torch.float32; must be uint8"),
     (lambda: unpack(torch.zeros(4, dtype=torch.uint8), 3), "packed: got 4 .* multiple of 3: 3"),
