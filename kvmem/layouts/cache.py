@@ -19,7 +19,7 @@ from kvmem.layouts.attention import Partial, compute_dtype
 from kvmem.layouts.base import Layout
 from kvmem.layouts.reading import TokenReader, read_tokens
 
-__all__ = ["Derived", "LayoutCache", "own_dtypes"]
+__all__ = ["Derived", "LayoutCache"]
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 
@@ -38,11 +38,11 @@ class Derived:
     max_seqlen_k: int
 
 
-def own_dtypes(method: _Method) -> _Method:
-    """Compute in the dtypes that layouts choose, under ``torch.autocast`` too; for methods of what has an ``alloc``."""
+def _own_dtypes(method: _Method) -> _Method:
+    """Compute in the dtypes that layouts choose, under ``torch.autocast`` too."""
 
     @wraps(method)
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def call(self: LayoutCache, *args: Any, **kwargs: Any) -> Any:
         with torch.autocast(self.alloc.device.type, enabled=False):
             return method(self, *args, **kwargs)
 
@@ -73,7 +73,7 @@ class LayoutCache:
         self.layout, self.alloc = layout, alloc
         self._scratch: dict[str, torch.Tensor] = {}
 
-    @own_dtypes
+    @_own_dtypes
     def write(self, layer: int, batch: Batch, *values: torch.Tensor) -> None:
         """Write the new tokens of a layer. values: what ``layout.encode`` takes, ``[T, ...]``, packed as the batch is.
 
@@ -97,7 +97,7 @@ class LayoutCache:
         check_batch(batch)
         return [TokenReader(self.alloc, batch, layer, row) for row in range(len(batch.buffers.handles))]
 
-    @own_dtypes
+    @_own_dtypes
     def attend(
         self, q: torch.Tensor, layer: int, batch: Batch, *, scale: float | None = None, causal: bool = True,
         queries: GroupBatch | None = None,
@@ -125,7 +125,7 @@ class LayoutCache:
             out[begin:end], lse[begin:end] = o.to(q.dtype), s
         return out, lse
 
-    @own_dtypes
+    @_own_dtypes
     def derive(self, layer: int, batch: Batch, *, dtype: torch.dtype | None = None) -> Derived:
         """Return K and V of all tokens of the batch, in a scratch of one layer that the next call overwrites.
 
