@@ -8,16 +8,18 @@ from typing import Final
 import torch
 
 from kvmem import _core
-from kvmem.arguments import check_size
+from kvmem.arguments import check_choice, check_size
 from kvmem.errors import SpecError
 
 __all__ = [
-    "BITS", "check_scale_dtype", "dequantise", "dequantise_blocks", "dequantise_rows", "hadamard", "pack", "quantise",
+    "BITS", "SCALES", "dequantise", "dequantise_blocks", "dequantise_rows", "hadamard", "pack", "quantise",
     "quantise_blocks", "quantise_rows", "unpack",
 ]  # fmt: skip
 
 #: The widths that ``quantise`` and ``pack`` know.
 BITS: Final = (2, 3, 4, 8)
+#: The dtypes of scales.
+SCALES: Final = ("float16", "bfloat16", "float32")
 _WORDS: Final = {2: (4, 1), 3: (8, 3), 4: (2, 1), 8: (1, 1)}  # bits -> codes and bytes of the shortest whole word
 
 
@@ -34,7 +36,8 @@ def quantise(
     Entries beyond the range of ``scale_dtype`` (65,504 in float16), infinities too, saturate at its end. A NaN makes
     its whole group NaN.
     """
-    _check_bits(bits), check_scale_dtype(scale_dtype)
+    _check_bits(bits)
+    check_choice("scale_dtype", str(scale_dtype).removeprefix("torch."), SCALES)
     limit = min(torch.finfo(scale_dtype).max, 2.0**126)  # high - low stays finite in float32
     x = x.float().clamp(-limit, limit)
     low, high = torch.aminmax(x, dim=dim)
@@ -160,13 +163,6 @@ def _check_bits(bits: int) -> tuple[int, int]:
     if isinstance(bits, bool) or bits not in BITS:
         raise SpecError(f"bits: got {bits!r}; must be one of {', '.join(map(str, BITS))}")
     return _WORDS[bits]
-
-
-def check_scale_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return it; ``SpecError`` unless scales can be of this dtype."""
-    if dtype not in (known := (torch.float16, torch.bfloat16, torch.float32)):
-        raise SpecError(f"scale_dtype: got {dtype}; must be one of {known}")
-    return dtype
 
 
 def hadamard(

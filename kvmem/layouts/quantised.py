@@ -77,8 +77,9 @@ class QuantisedKV(Layout):
         ``SpecError`` for what does not fit: a scale that is not a number above 0, a group size that does not divide the
         width, a block size that does not divide the numbers of a head (by channel, they lie spread over its tokens).
         """
-        check_bool("rotate", rotate), codec.check_scale_dtype(dtype := parse_dtype(scale_dtype, "scale_dtype"))
-        group, how = _plain_group(spec), _How(dtype, rotate, group_size)
+        group, how = _plain_group(spec), _How(parse_dtype(scale_dtype, "scale_dtype"), rotate, group_size)
+        check_bool("rotate", rotate)
+        check_choice("scale_dtype", str(how.scale_dtype)[6:], codec.SCALES)
         self._sides = _stored(group, "k", k, k_scales, "channel", how), _stored(group, "v", v, v_scales, "token", how)
         if group_size is not None and not any(isinstance(side, _PerToken) for side in self._sides):
             raise SpecError(f"group_size: got {group_size}, but neither K nor V is an integer with scales by token")
