@@ -12,7 +12,7 @@ from kvmem.arguments import brief, check_choice, check_size
 from kvmem.errors import SpecError
 from kvmem.kernels.blocks import Impl, pick
 from kvmem.layouts.attention import Partial, masked_scores, normalise
-from kvmem.layouts.base import Layout, check_values
+from kvmem.layouts.base import Layout
 from kvmem.layouts.reading import TokenReader
 from kvmem.spec import CacheSpec, Component, Group
 
@@ -108,7 +108,9 @@ class AlignedKV(Layout):
     def encode(self, layer: int, *values: torch.Tensor, positions: torch.Tensor) -> Mapping[str, torch.Tensor]:
         """values: k (after rotation) and v, ``[T, KV heads, width]`` each."""
         shape = (len(positions), *self._shape(layer))
-        check_values(values, k=shape, v=shape)
+        if [(tuple(x.shape), x.is_floating_point()) for x in values] != [(shape, True)] * 2:
+            got = ", ".join(f"{x.dtype} {tuple(x.shape)}" for x in values)
+            raise SpecError(f"values: got {got}; must be k and v, floats of shape {shape}")
         k, v = values
         return {"k_tail": k, "v": split_planes(v.to(self.dtype)).unsqueeze(1)}
 

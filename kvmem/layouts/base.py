@@ -17,7 +17,7 @@ from kvmem.spec import CacheSpec
 if TYPE_CHECKING:
     from kvmem.layouts.reading import TokenReader
 
-__all__ = ["Layout", "check_floats", "check_values", "of_layer"]
+__all__ = ["Layout", "check_floats", "of_layer"]
 
 _W = TypeVar("_W")
 
@@ -133,13 +133,3 @@ class Layout(ABC):
             f"{type(self).__name__} stores no K and V that other kernels read: use LayoutCache.attend(), or give a "
             "kernel the K and V of LayoutCache.derive()"
         )
-
-
-def check_values(values: tuple[torch.Tensor, ...], **shapes: tuple[int, ...]) -> None:
-    """``SpecError`` unless ``values``, what ``encode`` was given, are floats of these shapes, named so."""
-    if len(values) != len(shapes):
-        raise SpecError(f"values: got {len(values)} tensors; must be {' and '.join(shapes)}")
-    for x, (name, shape) in zip(values, shapes.items(), strict=True):
-        if not isinstance(x, torch.Tensor) or tuple(x.shape) != shape or not x.is_floating_point():
-            got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, torch.Tensor) else brief(x)
-            raise SpecError(f"{name}: got {got}; must be floats of shape {shape}")

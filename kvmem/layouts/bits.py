@@ -8,16 +8,18 @@ from typing import Final
 import torch
 
 from kvmem import _core
-from kvmem.arguments import check_size
+from kvmem.arguments import check_choice, check_size
 from kvmem.errors import SpecError
 
 __all__ = [
-    "BITS", "dequantise", "dequantise_blocks", "dequantise_rows", "from_float8", "hadamard", "pack", "quantise",
-    "quantise_blocks", "quantise_rows", "unpack",
+    "BITS", "SCALES", "dequantise", "dequantise_blocks", "dequantise_rows", "from_float8", "hadamard", "pack",
+    "quantise", "quantise_blocks", "quantise_rows", "unpack",
 ]  # fmt: skip
 
 #: The widths that ``quantise`` and ``pack`` know.
 BITS: Final = (2, 3, 4, 8)
+#: The dtypes of scales.
+SCALES: Final = ("float16", "bfloat16", "float32")
 _WORDS: Final = {2: (4, 1), 3: (8, 3), 4: (2, 1), 8: (1, 1)}  # bits -> codes and bytes of the shortest whole word
 
 
@@ -35,6 +37,7 @@ def quantise(
     its whole group NaN.
     """
     _check_bits(bits)
+    check_choice("scale_dtype", str(scale_dtype).removeprefix("torch."), SCALES)
     limit = min(torch.finfo(scale_dtype).max, 2.0**126)  # high - low stays finite in float32
     x = x.float().clamp(-limit, limit)
     low, high = torch.aminmax(x, dim=dim)
@@ -187,7 +190,7 @@ def hadamard(
     4, among them all multiples of 32 up to 1,152. ``SpecError``, with the nearest, for others. Cost: a copy to the
     device.
     """
-    if not _core_size(check_size(field, size)):
+    if not _core_size(check_size(field, size, 1, 1 << 13)):
         near = min(filter(_core_size, range(1, 2 * size)), key=lambda n: abs(n - size))
         raise SpecError(f"{field}: got {size}; no Hadamard matrix of that size is known here: use {near}")
     return _hadamard(size).to(device, dtype, copy=True)

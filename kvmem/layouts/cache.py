@@ -22,7 +22,7 @@ from kvmem.layouts.base import Layout
 from kvmem.layouts.reading import TokenReader, check_batch_of, read_tokens
 from kvmem.spec.dtypes import parse_dtype
 
-__all__ = ["Derived", "LayoutCache", "own_dtypes"]
+__all__ = ["Derived", "LayoutCache"]
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 #: The caches of each allocator: its ledger holds the scratches of all of them.
@@ -43,11 +43,11 @@ class Derived:
     max_seqlen_k: int
 
 
-def own_dtypes(method: _Method) -> _Method:
-    """Compute in the dtypes that layouts choose, under ``torch.autocast`` too; for methods of what has an ``alloc``."""
+def _own_dtypes(method: _Method) -> _Method:
+    """Compute in the dtypes that layouts choose, under ``torch.autocast`` too."""
 
     @wraps(method)
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def call(self: LayoutCache, *args: Any, **kwargs: Any) -> Any:
         with torch.autocast(self.alloc.device.type, enabled=False):
             return method(self, *args, **kwargs)
 
@@ -83,7 +83,7 @@ class LayoutCache:
         _CACHES.setdefault(alloc, WeakSet()).add(self)
 
     @torch.no_grad()
-    @own_dtypes
+    @_own_dtypes
     def write(self, layer: int, batch: Batch, *values: torch.Tensor) -> None:
         """Write the new tokens of a layer. values: what ``layout.encode`` takes, ``[T, ...]``, packed as the batch is.
 
@@ -113,7 +113,7 @@ class LayoutCache:
         self._check(layer, batch)
         return [TokenReader(self.alloc, batch, layer, row) for row in range(len(batch.buffers.handles))]
 
-    @own_dtypes
+    @_own_dtypes
     def attend(
         self, q: torch.Tensor, layer: int, batch: Batch, *, scale: float | None = None, causal: bool = True,
         queries: GroupBatch | None = None,
@@ -148,7 +148,7 @@ class LayoutCache:
         return out, lse
 
     @torch.no_grad()  # the scratch would keep the graph of every call
-    @own_dtypes
+    @_own_dtypes
     def derive(self, layer: int, batch: Batch, *, dtype: torch.dtype | str | None = None) -> Derived:
         """Return K and V of all tokens of the batch, in a scratch of one layer that the next call overwrites.
 

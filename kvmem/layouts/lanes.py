@@ -20,7 +20,6 @@ from kvmem.errors import OutOfMemory, SpecError, StaleHandle
 from kvmem.kernels.checks import as_bytes, flat_tokens
 from kvmem.kernels.write import to_cache_dtype
 from kvmem.layouts.attention import Partial, compute_dtype, normalise
-from kvmem.layouts.cache import own_dtypes
 from kvmem.spec import CacheSpec
 
 __all__ = ["LaneCache", "LaneSequence", "Lanes"]
@@ -189,7 +188,6 @@ class Lanes:
             raise StaleHandle("a sequence of these lanes was freed")
         return [one._layers[check_size("layer", layer, 0, self.cache.num_layers - 1)] for one in self._sequences]
 
-    @own_dtypes
     def append(
         self, layer: int, k: torch.Tensor, v: torch.Tensor, *, keep: torch.Tensor | None = None,
         counts: List[int] | None = None,
@@ -240,7 +238,6 @@ class Lanes:
             state.kept, state.stored, state.since = kept, state.rows(), state.num_tokens
         return before - self.alloc.stats().held_bytes
 
-    @own_dtypes
     def attend(self, q: torch.Tensor, layer: int, *, scale: float | None = None) -> Partial:
         """Return ``(out [T, query heads, head_dim], lse [T, query heads])`` of the newest tokens over what is held.
 
@@ -250,12 +247,12 @@ class Lanes:
         """
         counts = self._counts("q", q, [state.new for state in self._states(layer)])
         weights, lse, v = self._attention(q, layer, counts, scale)
-        out = torch.einsum("ngtm,nmd->ngtd", weights, v)
+        with torch.autocast(q.device.type, enabled=False):
+            out = torch.einsum("ngtm,nmd->ngtd", weights, v)
         used = (torch.arange(out.shape[2]) < torch.tensor(counts).unsqueeze(1)).to(q.device)
         out, lse = (x.reshape(len(counts), q.shape[1], *x.shape[2:]).transpose(1, 2)[used] for x in (out, lse))
         return out.to(q.dtype), lse
 
-    @own_dtypes
     def weights(self, q: torch.Tensor, layer: int, *, scale: float | None = None) -> torch.Tensor:
         """Return what ``attend`` weights V by: ``[B * query heads, n, S]`` of the newest n tokens of B sequences."""
         return self._attention(q, layer, self._counts("q", q, None), scale)[0].flatten(0, 1)
@@ -269,7 +266,8 @@ class Lanes:
         for row, state, count in zip(seen.numpy(), states, counts, strict=True):
             asked = np.arange(state.num_tokens - count, state.num_tokens)
             row[:, :count] = [np.searchsorted(held[0], asked, side="right") for held in state.held()]
-        scores = torch.einsum("ngtd,nmd->ngtm", queries, k) * (q.shape[2] ** -0.5 if scale is None else scale)
+        with torch.autocast(q.device.type, enabled=False):
+            scores = torch.einsum("ngtd,nmd->ngtm", queries, k) * (q.shape[2] ** -0.5 if scale is None else scale)
         hidden = torch.arange(k.shape[1], device=q.device) >= seen.flatten(0, 1)[:, None, :, None].to(q.device)
         weights, lse = normalise(scores.masked_fill_(hidden, -torch.inf).flatten(0, 1))
         return [weights.view_as(scores), lse.T.reshape(scores.shape[:3]), v]
@@ -290,26 +288,22 @@ class Lanes:
         """
         states = self._states(layer)
         if any(one.since > one.num_tokens - one.new or one.lengths() != one.rows() for one in states):
-            raise SpecError(
-                f"layer: {layer} has new tokens that were not stored, or rows that were evicted since or are hidden, "
-                "and kernels mask by place: use attend(), or evict() with compact=True between steps"
-            )
+            use = "kernels mask by place: use attend(), or evict() with compact=True between steps"
+            raise SpecError(f"layer: {layer} has new tokens that were not stored, or evicted or hidden rows; {use}")
         return self.alloc.batch(_ids(states), out=out)
 
-    @own_dtypes
     def split_heads(self, q: torch.Tensor, layer: int) -> torch.Tensor:
         """Return queries ``[T, query heads, width]`` as those of head requests, ``[T * H, g, width]``."""
         heads, counts = self.cache.num_kv_heads, self._counts("q", q, [state.new for state in self._states(layer)])
         return _by_lane(torch.unflatten(q, 1, (heads, q.shape[1] // heads)), counts)
 
-    @own_dtypes
     def join_heads(self, out: torch.Tensor, layer: int) -> torch.Tensor:
         """Return what a kernel gave for head requests, ``[T * H, g, ...]`` (out or lse), as ``[T, H * g, ...]``."""
-        heads, counts = self.cache.num_kv_heads, [state.new for state in self._states(layer)]
-        if not isinstance(out, torch.Tensor) or out.ndim < 2 or len(out) != heads * sum(counts):
-            raise SpecError(f"out: got {_got(out)}; must be a tensor [{heads * sum(counts)}, g, ...]")
-        parts = zip(out.split_with_sizes([heads * count for count in counts]), counts, strict=True)
-        return torch.cat([part.view(heads, n, *out.shape[1:]).transpose(0, 1).flatten(1, 2) for part, n in parts])
+        heads, sizes = self.cache.num_kv_heads, [state.new * self.cache.num_kv_heads for state in self._states(layer)]
+        if not isinstance(out, torch.Tensor) or out.ndim < 2 or len(out) != sum(sizes):
+            raise SpecError(f"out: got {_got(out)}; must be a tensor [{sum(sizes)}, g, ...]")
+        parts = [torch.unflatten(part, 0, (heads, len(part) // heads)) for part in out.split_with_sizes(sizes)]
+        return _joined([part.transpose(0, 1).flatten(1, 2) for part in parts])
 
     def _counts(self, name: str, given: Any, counts: List[int] | None) -> list[int]:
         """Return how many tokens of ``given`` each sequence has; default: the same number."""
@@ -397,4 +391,9 @@ def _ids(states: list[_Layer]) -> Handles:
 
 def _by_lane(x: torch.Tensor, counts: list[int]) -> torch.Tensor:
     """Return tokens ``[T, H, ...]`` of several sequences as ``[T * H, ...]``: by sequence, then head, then token."""
-    return torch.cat([part.transpose(0, 1).flatten(0, 1) for part in x.split_with_sizes(counts)])
+    return _joined([part.transpose(0, 1).flatten(0, 1) for part in x.split_with_sizes(counts)])
+
+
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    with torch.autocast(parts[0].device.type, enabled=False):  # which refuses to join float16
+        return torch.cat(parts)

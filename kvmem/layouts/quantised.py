@@ -16,16 +16,8 @@ import torch
 from kvmem.arguments import brief, check_bool, check_choice, check_size
 from kvmem.errors import SpecError
 from kvmem.kernels.write import to_cache_dtype
-from kvmem.layouts.base import Layout, check_values
-from kvmem.layouts.bits import (
-    BITS,
-    dequantise_blocks,
-    dequantise_rows,
-    from_float8,
-    hadamard,
-    quantise_blocks,
-    quantise_rows,
-)
+from kvmem.layouts import bits as codec
+from kvmem.layouts.base import Layout
 from kvmem.layouts.reading import TokenReader
 from kvmem.spec import CacheSpec, Component, Group
 from kvmem.spec.dtypes import parse_dtype
@@ -36,7 +28,7 @@ Scales = str | float | Sequence[float]
 Rows = dict[str, torch.Tensor]
 
 _PLAIN: Final = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-_INTEGERS: Final = {f"int{bits}": bits for bits in BITS}
+_INTEGERS: Final = {f"int{bits}": bits for bits in codec.BITS}
 
 
 class QuantisedKV(Layout):
@@ -63,7 +55,8 @@ class QuantisedKV(Layout):
     the tail of a new token; what an old one keeps is ``spec.groups[0].bytes_per_token``.
 
     Exact: incomplete blocks, and floats of the spec's dtype. Integers are off by half a scale at most
-    (``bits.quantise``). What is out of range saturates; NaN stays NaN, and makes those that share its scale NaN.
+    (``bits.quantise``). In 8 bits and less, what is out of range saturates; in incomplete blocks and longer floats it
+    is infinite, as in plain K and V. NaN stays NaN, and makes those that share its scale NaN.
     ``attend`` and ``derive`` compute from what is stored, and dequantise every token that they read in each call: fewer
     bytes, more arithmetic. Kernels of other packages read floats (``kernel_args``).
     """
@@ -85,6 +78,8 @@ class QuantisedKV(Layout):
         width, a block size that does not divide the numbers of a head (by channel, they lie spread over its tokens).
         """
         group, how = _plain_group(spec), _How(parse_dtype(scale_dtype, "scale_dtype"), rotate, group_size)
+        check_bool("rotate", rotate)
+        check_choice("scale_dtype", str(how.scale_dtype)[6:], codec.SCALES)
         self._sides = _stored(group, "k", k, k_scales, "channel", how), _stored(group, "v", v, v_scales, "token", how)
         if group_size is not None and not any(isinstance(side, _PerToken) for side in self._sides):
             raise SpecError(f"group_size: got {group_size}, but neither K nor V is an integer with scales by token")
@@ -97,9 +92,12 @@ class QuantisedKV(Layout):
 
     def encode(self, layer: int, *values: torch.Tensor, positions: torch.Tensor) -> Mapping[str, torch.Tensor]:
         """values: k (after rotation) and v, ``[T, KV heads, width]`` each, of any floating-point dtype."""
-        heads = (self.spec.groups[0].heads(side.components()[0].name, layer) for side in self._sides)
-        shapes = {s.name: (len(positions), n, s.width) for s, n in zip(self._sides, heads, strict=True)}
-        check_values(values, **shapes)
+        if len(values) != 2:
+            raise SpecError(f"values: got {len(values)} tensors; must be k and v")
+        for side, x in zip(self._sides, values, strict=True):
+            expected = (len(positions), self.spec.groups[0].heads(side.components()[0].name, layer), side.width)
+            if tuple(x.shape) != expected or not x.is_floating_point():
+                raise SpecError(f"{side.name}: got {x.dtype} {tuple(x.shape)}; must be floats of shape {expected}")
         return {n: r for side, x in zip(self._sides, values, strict=True) for n, r in side.encode(layer, x).items()}
 
     def tail(self, layer: int) -> tuple[str, ...]:
@@ -160,11 +158,6 @@ class _How:
     scale_dtype: torch.dtype
     rotate: bool
     group_size: int | None
-
-    def __post_init__(self) -> None:
-        check_bool("rotate", self.rotate)
-        if self.scale_dtype not in _PLAIN[:3]:
-            raise SpecError(f"scale_dtype: got {self.scale_dtype}; must be one of {_PLAIN[:3]}")
 
 
 def _stored(group: Group, name: str, kind: object, scales: Scales | None, default: str, how: _How) -> _Stored:
@@ -227,7 +220,7 @@ class _Floats(_Stored):
 
     def derive(self, reader: TokenReader, first: int, end: int) -> torch.Tensor:
         rows = reader.rows(self.name, first, end)
-        return from_float8(rows, self.scales[reader.layer]) if self.dtype.itemsize == 1 else rows
+        return codec.from_float8(rows, self.scales[reader.layer]) if self.dtype.itemsize == 1 else rows
 
 
 class _Integers(_Stored):
@@ -244,7 +237,7 @@ class _Integers(_Stored):
                 f"width that is a multiple of {8 // math.gcd(8, bits)}"
             )
         if how.rotate:
-            hadamard(self.width)  # refuses a width of which there is none
+            codec.hadamard(self.width, field="head_dim")  # refuses a width of which there is none
 
     def components(self) -> tuple[Component, ...]:
         codes = replace(self.plain, name=f"{self.name}_codes", width=self.width * self._bits // 8, dtype=torch.uint8)
@@ -271,12 +264,12 @@ class _PerToken(_Integers):
         self.scale_width = self.width // self._size * 2
 
     def encode(self, layer: int, x: torch.Tensor) -> Rows:
-        found = quantise_rows(self.rotated(x), self._bits, size=self._size, scale_dtype=self._how.scale_dtype)
+        found = codec.quantise_rows(self.rotated(x), self._bits, size=self._size, scale_dtype=self._how.scale_dtype)
         return dict(zip((f"{self.name}_codes", f"{self.name}_scales"), found, strict=True))
 
     def derive(self, reader: TokenReader, first: int, end: int) -> torch.Tensor:
         codes, scales = (reader.rows(f"{self.name}_{part}", first, end) for part in ("codes", "scales"))
-        return self.rotated(dequantise_rows(codes, scales, self._bits, size=self._size), back=True)
+        return self.rotated(codec.dequantise_rows(codes, scales, self._bits, size=self._size), back=True)
 
 
 class _PerChannel(_Integers):
@@ -301,7 +294,7 @@ class _PerChannel(_Integers):
         return {f"{self.name}_tail": x.to(self.plain.dtype)}
 
     def encode_blocks(self, tail: torch.Tensor) -> Rows:
-        codes, scales = quantise_blocks(self.rotated(tail), self._bits, scale_dtype=self._how.scale_dtype)
+        codes, scales = codec.quantise_blocks(self.rotated(tail), self._bits, scale_dtype=self._how.scale_dtype)
         spread = scales.view(len(tail), -1, self._size, self.scale_width).transpose(1, 2)
         return {f"{self.name}_codes": codes, f"{self.name}_scales": spread}
 
@@ -319,14 +312,14 @@ class _PerChannel(_Integers):
         blocks, ids = reader.blocks(f"{self.name}_scales", first // self._size, -(-end // self._size))
         found = blocks[ids].transpose(1, 2).flatten(-2)
         reader.count_read(f"{self.name}_scales", found.numel() * found.element_size())
-        found = dequantise_blocks(codes, found, self._bits, size=self._size, skip=first % self._size)
+        found = codec.dequantise_blocks(codes, found, self._bits, size=self._size, skip=first % self._size)
         return self.rotated(found, back=True)
 
 
 @lru_cache(maxsize=16)
 def _rotation(width: int, device: torch.device) -> torch.Tensor:
     with torch.inference_mode(False):  # or autograd could not use it later
-        return hadamard(width, device=device)
+        return codec.hadamard(width, device=device)
 
 
 def _nearest_divisor(number: int, wanted: int) -> int:

@@ -269,10 +269,10 @@ def test_refusals(random: torch.Generator) -> None:
     held.add(good, -good)
     held.seq.extend(70)
     for given, message in (
-        ((good.view(70, 4, 32), good), "k: got .* must be floats of shape .70, 2, 64"),
-        ((good, good[1:]), "v: got torch.float32 .69, 2"),
-        ((good, good.int()), "v: got torch.int32"),
-        ((good,), "values: got 1 tensors; must be k and v"),
+        ((good.view(70, 4, 32), good), "values: got .*70, 4, 32.* must be k and v, floats of shape .70, 2, 64"),
+        ((good, good[1:]), "values: got .*, torch.float32 .69, 2"),
+        ((good, good.int()), "values: got .*, torch.int32"),
+        ((good,), "values: got torch.float32 .70, 2, 64.; must be k and v"),
     ):
         with pytest.raises(SpecError, match=message):
             held.cache.write(0, held.alloc.batch([held.seq]), *given)
