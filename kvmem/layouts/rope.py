@@ -37,17 +37,15 @@ class Rope:
     def __init__(self, inv_freq: torch.Tensor, factor: float = 1.0) -> None:
         if not isinstance(inv_freq, torch.Tensor) or inv_freq.ndim != 1 or not len(inv_freq):
             raise SpecError(f"inv_freq: got {described(inv_freq)}; must be a tensor [rotary_dim / 2]")
-        if not inv_freq.isfinite().all():
-            raise SpecError(f"inv_freq: got {brief(inv_freq.tolist())}; must be finite")
-        _check_number("factor", factor)
+        if not isinstance(factor, (int, float)) or not (0 < factor < math.inf and inv_freq.isfinite().all()):
+            raise SpecError(f"inv_freq, factor: got {inv_freq}, {factor!r}; must be finite, and the factor above 0")
         self.inv_freq, self.factor = inv_freq.double(), float(factor)
 
     @classmethod
     def default(cls, head_dim: int, *, theta: float = 10_000.0) -> Rope:
         """Return the plain form: pair i turns by ``theta ** (-2 i / head_dim)`` each position. head_dim: even."""
-        if check_size("head_dim", head_dim, 2) % 2:
-            raise SpecError(f"head_dim: got {head_dim}; must be even")
-        _check_number("theta", theta)
+        if check_size("head_dim", head_dim, 2) % 2 or not isinstance(theta, (int, float)) or not 0 < theta < math.inf:
+            raise SpecError(f"head_dim, theta: got {head_dim}, {theta!r}; must be even, and a finite number above 0")
         return cls(theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim))
 
     @classmethod
@@ -127,14 +125,9 @@ class Rope:
 
 def check_rope(rope: object, head_dim: int) -> None:
     """``SpecError`` unless rope is None, or a ``Rope`` that turns no more elements than a head has."""
-    if rope is not None and not (isinstance(rope, Rope) and 2 * len(rope.inv_freq) <= head_dim):
-        got = f"{2 * len(rope.inv_freq)} elements" if isinstance(rope, Rope) else type(rope).__name__
-        raise SpecError(f"rope: got {got}; must be None, or a Rope of at most head_dim={head_dim} elements")
-
-
-def _check_number(field: str, value: object) -> None:
-    if not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise SpecError(f"{field}: got {brief(value)}; must be a finite number above 0")
+    turned = 2 * len(rope.inv_freq) if isinstance(rope, Rope) else type(rope).__name__
+    if rope is not None and (isinstance(turned, str) or turned > head_dim):
+        raise SpecError(f"rope: got {turned}; must be None, or a Rope of at most head_dim={head_dim} elements")
 
 
 def _with_lengths(given: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
