@@ -95,9 +95,7 @@ class Layout(ABC):
         return [(at, min(at + size, end)) for at in range(first, end, size) or [first]]
 
     def span(self, reader: TokenReader) -> tuple[int, int]:
-        """Return which tokens can be derived, ``[first, end)``: those of the sequence that are held, or those of the
-        encoder in cross attention.
-        """
+        """Return which tokens can be derived, ``[first, end)``: those held, of the encoder in cross attention."""
         return reader.first, reader.length
 
     def window_tokens(self, layer: int) -> int | None:

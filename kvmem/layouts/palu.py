@@ -59,10 +59,9 @@ def covariance_root(covariance: torch.Tensor, hidden: int, field: str = "covaria
     deviations = covariance.diagonal().clamp(min=torch.finfo(torch.float64).tiny).sqrt()
     values = torch.linalg.eigvalsh(covariance / deviations / deviations.unsqueeze(1))
     if values[0] <= torch.finfo(torch.float64).eps * hidden * values[-1]:
-        raise SpecError(
-            f"{field}: got a matrix that is not positive definite: calibrate on more than {hidden} tokens, or add a "
-            f"little to its diagonal, such as {float(deviations.square().mean()) * 1e-6:.3g}"
-        )
+        little = f"a little to its diagonal, such as {float(deviations.square().mean()) * 1e-6:.3g}"
+        why = f"not positive definite: calibrate on more than {hidden} tokens, or add {little}"
+        raise SpecError(f"{field}: got a matrix that is {why}")
     return torch.as_tensor(torch.linalg.cholesky(covariance))
 
 

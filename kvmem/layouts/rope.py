@@ -68,10 +68,8 @@ class Rope:
             raise SpecError(f"rope_parameters: got one for each of {sorted(given)}; give those of one kind of layer")
         family = data.get("model_type")
         if family in _NEIGHBOURS or data.get("rope_interleave"):
-            raise SpecError(
-                f"model_type: got {family!r}, which pairs neighbouring elements; reorder those of Q and K, even ones "
-                "first, and use Rope(inv_freq)"
-            )
+            why = "pairs neighbouring elements; reorder those of Q and K, even ones first, and use Rope(inv_freq)"
+            raise SpecError(f"model_type: got {family!r}, which {why}")
         theta = given.get("rope_theta") or data.get("rope_theta")
         if data.get("alibi") or data.get("position_embedding_type") in UNROTATED or (not theta and family in NO_ROPE):
             return None
@@ -90,9 +88,7 @@ class Rope:
             raise SpecError(f"rope_parameters: got {given}; {kind} needs another number: {error}") from error
 
     def apply(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Return ``x [T, heads, width]`` rotated to ``positions [T]``, in x's dtype; computed in float32, or float64
-        for x in float64.
-        """
+        """Return ``x [T, heads, width]`` rotated to ``positions [T]``, in its dtype; computed in float32 or float64."""
         return self._turn(x, positions, self.inv_freq, self.factor)
 
     def undo(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -111,10 +107,8 @@ class Rope:
         half, fits = len(angle), isinstance(x, torch.Tensor) and isinstance(positions, torch.Tensor)
         fits = fits and x.is_floating_point() and x.ndim == 3 and positions.shape == x.shape[:1]
         if not fits or x.shape[2] < 2 * half:
-            raise SpecError(
-                f"x, positions: got {described(x)} and {described(positions)}; must be floats [T, heads, width], a "
-                f"width of at least {2 * half}, and [T]"
-            )
+            fit = f"floats [T, heads, width], a width of at least {2 * half}, and a tensor [T]"
+            raise SpecError(f"x, positions: got {described((x, positions))}; must be {fit}")
         dtype = compute_dtype(x)
         angles = positions.to(x.device).double().unsqueeze(1) * angle.to(x.device)  # float32 loses 1e-3 at 1e5
         cos, sin = ((f(angles) * factor).to(dtype).unsqueeze(1) for f in (torch.cos, torch.sin))

@@ -43,8 +43,7 @@ class Projection:
         for name, weight in given.items():
             tensor = isinstance(weight, torch.Tensor) and not weight.is_meta
             if not tensor or not weight.is_floating_point() or weight.dtype.itemsize == 1:
-                got = described(weight)
-                raise SpecError(f"{name}: got {got}; must be a tensor of floating-point numbers, of 16 bits or more")
+                raise SpecError(f"{name}: got {described(weight)}; must be a tensor of floats of 16 bits or more")
             if not weight.isfinite().all():
                 raise SpecError(f"{name}: got NaN or infinity; no V can be derived from it")
             object.__setattr__(self, name, weight.detach())
@@ -178,10 +177,8 @@ class SlimK(_Folding):
                 _, b_k = self._by_head(layer.w_k, layer.b_k, num_heads)
                 self._weights[number] = (*self._by_head(found.w_kv, layer.b_v, num_heads), b_k)
         if dtype == torch.bfloat16 and max_cond is None:
-            raise SpecError(
-                "dtype: got torch.bfloat16; it rounds K to 8 bits, which V multiplies by up to the condition number, "
-                f"here {max(self.conds):.4g}: store torch.float16, or give max_cond to accept it"
-            )
+            why = f"it rounds K to 8 bits, which V multiplies by up to the condition number, here {max(self.conds):.4g}"
+            raise SpecError(f"dtype: got torch.bfloat16; {why}: store torch.float16, or give max_cond to accept it")
         if not self._weights:
             best = f"all layers have more, at least {min(self.conds):.4g}"
             raise SpecError(f"max_cond: got {limit:.4g}; {best}, and would store V: use PlainKV, or a wider dtype")
@@ -275,10 +272,8 @@ class _Inputs(_Folding):
             (inputs, k), v = layer.w_k.shape, layer.w_v.shape[1]
             heads = k // head_dim
             if inputs != self._width or k % head_dim or v % heads:
-                raise SpecError(
-                    f"layers[{number}]: got w_k {(inputs, k)} and w_v {(inputs, v)}; must be [{self._width}, heads * "
-                    f"width], where head_dim={head_dim} is the width of K"
-                )
+                fit = f"[{self._width}, heads * width], where head_dim={head_dim} is the width of K"
+                raise SpecError(f"layers[{number}]: got w_k {(inputs, k)} and w_v {(inputs, v)}; must be {fit}")
             pairs = ((layer.w_k, layer.b_k), (layer.w_v, layer.b_v))
             self._weights[number] = tuple(x for pair in pairs for x in self._by_head(*pair, heads))
 
@@ -353,8 +348,7 @@ class SharedEncoder(_Inputs):
         encoder output. max_tokens: of the encoder (Whisper: 1,500). order: as for ``SlimK``.
         """
         if not isinstance(layers, Mapping) or not isinstance(decoder, Layout):
-            got = described((layers, decoder))
-            raise SpecError(f"layers, decoder: got {got}; must be a Projection by layer number, and a Layout")
+            raise SpecError(f"layers, decoder: got {described((layers, decoder))}; must be a dict and a Layout")
         self._set_layers(dict(sorted(layers.items())), head_dim, dtype, order)
         part = Component("enc", width=self._width, dtype=dtype, scope="shared", growth="prefill")
         encoder = Group("encoder", (part,), tuple(self._weights), max_tokens=max_tokens)

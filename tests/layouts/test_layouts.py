@@ -255,9 +255,7 @@ def test_plain_layers_with_and_without_a_window(window_first: bool, backend: str
         [Group("k", parts[:1], (0,)), Group("v", parts[1:], (0,), window_tokens=8)],
         [Group("k", parts[:1], (0,))],
     ):
-        with pytest.raises(
-            SpecError, match="spec: layer 0 has .*; PlainKV stores k and v of every layer, in one group"
-        ):
+        with pytest.raises(SpecError, match="spec: layer 0 has .*; PlainKV stores k and v of every layer in one group"):
             PlainKV(CacheSpec(tuple(wrong)))
 
 
