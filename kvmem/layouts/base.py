@@ -76,10 +76,8 @@ class Layout(ABC):
         """Return ``(out [n, query heads, width], lse [n, query heads])`` of the last n tokens over all tokens.
 
         q: ``[n, query heads, width]``. scale: of the scores, default ``width ** -0.5``. causal: a query sees the tokens
-        up to its own. lse: natural logarithm. Both are float32, or float64 for a query in float64.
-
-        This form derives K and V of ``tile_tokens`` tokens at a time. Layouts that read compressed bytes directly, or
-        return something else than attention over V, override it.
+        up to its own. lse: natural logarithm. Both are float32, or float64 for a query in float64. This form derives K
+        and V of ``tile_tokens`` tokens at a time; a layout that reads compressed bytes overrides it.
         """
         begin, length = self.span(reader)
         window = self.window_tokens(reader.layer)

@@ -108,16 +108,14 @@ class LayoutCache:
 
         Cost: a few torch calls for each sequence and tile.
         """
-        readers = self.readers(layer, batch)
-        packed = batch if queries is None else queries
+        readers, packed = self.readers(layer, batch), batch if queries is None else queries
         check_batch_of(self.alloc, packed, GroupBatch, "queries")
         if packed.buffers.handles != batch.buffers.handles:
             raise SpecError(f"queries: got {queries!r}; must be another group's batch of the same sequences")
         check_queries(q)
-        starts = packed.cu_seqlens_q_cpu.tolist()
-        if len(q) != starts[-1] or q.device != batch.positions.device:
-            fit = f"[{starts[-1]}, query heads, width] on {batch.positions.device}"
-            raise SpecError(f"q: got {described(q)}; must be {fit}")
+        starts, device = packed.cu_seqlens_q_cpu.tolist(), batch.positions.device
+        if len(q) != starts[-1] or q.device != device:
+            raise SpecError(f"q: got {described(q)}; must be [{starts[-1]}, query heads, width] on {device}")
         with self._own_dtypes():
             parts = [
                 (begin, end, self.layout.attend(q[begin:end], reader, scale=scale, causal=causal))

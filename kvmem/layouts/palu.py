@@ -327,7 +327,7 @@ def _check_weights(weights: Sequence[Weights], width: int) -> int:
         raise SpecError(f"weights: got {described(weights)}; needs (W_K, W_V, W_O) of at least one layer")
     hidden = 0
     for layer, three in enumerate(weights):
-        given = three if isinstance(three, (tuple, list)) else (three,)
+        given = three if isinstance(three, (tuple, list)) else ()
         if [isinstance(w, torch.Tensor) and w.is_floating_point() and w.ndim for w in given] != [2, 2, 2]:
             raise SpecError(f"weights[{layer}]: got {described(three)}; must be W_K, W_V and W_O, float matrices")
         hidden = hidden or len(three[0])

@@ -109,9 +109,8 @@ def read_set(alloc: Allocator, batch: Batch, layer: int, components: tuple[str, 
 
     Tokens that no new token's window reaches and padding rows are not read, although the blocks of such tokens may
     still be held; what several sequences share is read by each. Of a sequence without new tokens, what its next token
-    will read. Ranges that touch are joined, so K and V side by side
-    (``interleave="all"`` with one layer, or the whole rows of ``"none"``) make one range. ``SpecError`` for a batch of
-    another allocator, ``StaleHandle`` for one that is not current. Cost: linear in tokens and components.
+    will read. Ranges that touch are joined: K and V side by side (``interleave="all"`` with one layer, or the whole
+    rows of ``"none"``) make one range. Errors: as ``check_batch_of``. Cost: linear in tokens and components.
     """
     check_batch_of(alloc, batch, Batch)
     begins, ends = [], []

@@ -96,9 +96,7 @@ class Rope:
         return self._turn(x, positions, -self.inv_freq, 1 / self.factor)
 
     def shift(self, x: torch.Tensor, by: torch.Tensor | int) -> torch.Tensor:
-        """Return rotated keys as if they stood ``by`` positions later: an int, or ints ``[T]``. In a short dtype it
-        costs one more rounding.
-        """
+        """Return rotated keys as if ``by`` positions later, an int or ints ``[T]``. Short dtypes are rounded again."""
         positions = torch.full(x.shape[:1], by) if isinstance(by, int) else by
         return self._turn(x, positions, self.inv_freq, 1.0)
 
