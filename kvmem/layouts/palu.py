@@ -189,8 +189,8 @@ class Palu(Layout):
         not rotate K. covariances: of each layer's x over a calibration text, ``[hidden, hidden]``; the factors lose
         least on inputs that are like these. bits: 2, 3, 4 or 8 packs the latents, with a scale and a zero point for
         each token and group. dtype: of the latents, or of scales and zero points. rotate_latents: put a Hadamard matrix
-        between the factors, which spreads outliers. k_norms: for each layer, what K, ``[n, KV heads,
-        head_dim]``, goes through between projection and rotation (QK-norm).
+        between the factors, which spreads outliers. k_norms: for each layer, what K, ``[n, KV heads, head_dim]`` in
+        float32 (float64 for such weights), goes through between projection and rotation (QK-norm).
 
         ``SpecError`` for what does not fit. Cost: two singular value decompositions for each layer and group.
         """
@@ -270,7 +270,7 @@ class Palu(Layout):
         weights = self._layers[layer]
         k = weights.hk.rebuilt(latents)
         if weights.k_norm is not None:
-            k = weights.k_norm(k).to(k.dtype)
+            k = weights.k_norm(k.to(weights.w_o.dtype)).to(k.dtype)
         return k if self._rope is None else self._rope.apply(k, torch.arange(first, first + len(k), device=k.device))
 
     def derive(self, reader: TokenReader, first: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -30,8 +30,7 @@ class PlainKV(Layout):
         """values: k (after rotation) and v, ``[T, KV heads, width]`` each."""
         if len(values) != 2:
             raise SpecError(f"values: got {len(values)}; PlainKV stores two: k and v")
-        k, v = values
-        return {"k": k, "v": v}
+        return dict(zip("kv", values, strict=True))
 
     def derive(self, reader: TokenReader, first: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Views on the virtual backend, gathered on the paged one."""

@@ -32,13 +32,16 @@ class Rope:
 
     inv_freq: float64 ``[rotary_dim / 2]``, the angle of a pair at position 1. factor: what a rotated vector is
     multiplied by (YaRN's attention factor); 1 for most. The elements from ``rotary_dim`` on are not rotated.
+    Vectors keep their dtype; only float64 is computed in float64. Each call copies an ``inv_freq`` on another device.
     """
 
     def __init__(self, inv_freq: torch.Tensor, factor: float = 1.0) -> None:
         if not isinstance(inv_freq, torch.Tensor) or inv_freq.ndim != 1 or not len(inv_freq):
             raise SpecError(f"inv_freq: got {described(inv_freq)}; must be a tensor [rotary_dim / 2]")
         if not isinstance(factor, (int, float)) or not (0 < factor < math.inf and inv_freq.isfinite().all()):
-            raise SpecError(f"inv_freq, factor: got {inv_freq}, {factor!r}; must be finite, and the factor above 0")
+            raise SpecError(
+                f"inv_freq, factor: got {inv_freq!r:.99}, {factor!r}; must be finite, and the factor above 0"
+            )
         self.inv_freq, self.factor = inv_freq.double(), float(factor)
 
     @classmethod
@@ -88,7 +91,7 @@ class Rope:
             raise SpecError(f"rope_parameters: got {given}; {kind} needs another number: {error}") from error
 
     def apply(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Return ``x [T, heads, width]`` rotated to ``positions [T]``, in its dtype; computed in float32 or float64."""
+        """Return ``x [T, heads, width]`` rotated to ``positions [T]``."""
         return self._turn(x, positions, self.inv_freq, self.factor)
 
     def undo(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

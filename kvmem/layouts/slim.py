@@ -154,9 +154,9 @@ class SlimK(_Folding):
     ) -> None:  # fmt: skip
         """layers: one projection for each layer. num_heads: query heads, and KV heads. rope: None for no rotation.
         k_norm: what the model does to K between projection and rotation (QK norm), called with the layer and K
-        ``[n, num_heads, head_dim]``. dtype: of the cache. max_cond: by default 4,096 for fp16, which keeps the error of
-        the output near 1 %, and more for wider types as they are more precise; 1e12 at most. order: ``"derive"`` V and
-        attend, ``"fold"`` V into the output, or the cheaper of both.
+        ``[n, num_heads, head_dim]`` in float32 (float64 for such a cache). dtype: of the cache. max_cond: by default
+        4,096 for fp16, which keeps the error of the output near 1 %, and more for wider types; 1e12 at most. order:
+        ``"derive"`` V and attend, ``"fold"`` V into the output, or the cheaper of both.
 
         ``SpecError`` for GQA, for 8-bit and integer types, for bf16 unless ``max_cond`` is given, and if no layer is
         below ``max_cond``. Cost: that of ``fold()`` for each layer. Memory: one matrix a layer, which takes the place

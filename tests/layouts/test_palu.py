@@ -194,6 +194,16 @@ def test_the_published_setting_of_llama_2_7b_is_half() -> None:
     assert (spec.groups[0].rope("hk", 3), spec.groups[0].rope("hv", 3)) == ("pre", "none")
 
 
+def test_a_norm_sees_the_dtype_of_the_weights(backend: str, seed: int) -> None:
+    """Whatever that of the queries: torch's LayerNorm takes its own only."""
+    norm = torch.nn.LayerNorm(HEAD_DIM)
+    layout = Palu(make_weights(1, seed, torch.float32), 8, **SHAPE, dtype="float32", rope=ROPE, k_norms=[norm])
+    cache, batch = written(layout, allocator(layout, backend), random(seed, 20, HIDDEN))
+    q = random(seed, 20, QUERY_HEADS, HEAD_DIM)[: batch.num_new_tokens]
+    outs = [cache.attend(q.to(dtype), 0, batch)[0].detach() for dtype in (torch.float64, torch.float32)]
+    assert error(outs[1].double(), outs[0]) < 1e-5
+
+
 def test_autocast_shortens_no_weights(seed: int) -> None:
     weights = make_weights(1, seed, torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
