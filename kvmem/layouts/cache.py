@@ -58,9 +58,7 @@ class LayoutCache:
         the virtual backend, for a layout that encodes whole blocks, unless a page holds whole blocks.
         """
         if not isinstance(layout, Layout) or not isinstance(alloc, Allocator) or alloc.device.type == "meta":
-            raise SpecError(
-                f"layout, alloc: got {layout!r:.50}, {alloc!r:.50}; give a Layout, an Allocator with memory"
-            )
+            raise SpecError(f"layout, alloc: got {layout!r:.50}, {alloc!r:.50}; give Layout and Allocator with memory")
         if alloc.spec != layout.spec:
             raise SpecError(f"alloc: made with another spec than the layout's: Allocator({type(layout).__name__}.spec)")
         _check_pages(layout, alloc)

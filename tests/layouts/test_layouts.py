@@ -350,5 +350,5 @@ def test_arguments_of_a_wrong_kind_change_nothing(case: Case, backend: str) -> N
         (type(case.layout), world.alloc),
         (case.layout, meta),
     ):
-        with pytest.raises(SpecError, match="layout, alloc: got .*; give a Layout, an Allocator with memory"):
+        with pytest.raises(SpecError, match="layout, alloc: got .*; give Layout and Allocator with memory"):
             LayoutCache(layout, alloc)  # type: ignore[arg-type]
