@@ -13,8 +13,12 @@ Partial = tuple[torch.Tensor, torch.Tensor]
 
 
 def described(value: object) -> str:
-    """Return what a refusal says of a value: its shape and dtype, or its type."""
-    return f"{tuple(value.shape)} of {value.dtype}" if isinstance(value, torch.Tensor) else type(value).__name__
+    """Return what a refusal says of a value: shape, dtype and device of a tensor, or the type; and that of members."""
+    if isinstance(value, (tuple, list)):
+        return f"[{', '.join(map(described, value[:4]))}{', ...' * (len(value) > 4)}]"
+    if isinstance(value, torch.Tensor):
+        return f"{tuple(value.shape)} {value.dtype} on {value.device}"
+    return type(value).__name__
 
 
 def compute_dtype(q: torch.Tensor) -> torch.dtype:

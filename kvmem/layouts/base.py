@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -26,8 +27,7 @@ def check_floats(values: Sequence[object], shapes: Sequence[tuple[int, ...]], mu
     """``SpecError`` unless values are floats ``[T, *shape]``, one for each shape. must_be: the same in words."""
     given = [value for value in values if isinstance(value, torch.Tensor) and value.is_floating_point()]
     if len(given) != len(values) or [tuple(value.shape[1:]) for value in given] != list(shapes):
-        got = ", ".join(map(described, values)) or "none"
-        raise SpecError(f"values: got {got}; must be {must_be}")
+        raise SpecError(f"values: got {described(values)}; must be {must_be}")
 
 
 def of_layer(weights: Mapping[int, _W], layer: int) -> _W:
@@ -44,12 +44,14 @@ class Layout(ABC):
     ``LayoutCache(layout, alloc)`` joins both. Growth, sharing, eviction and copies see components and bytes only.
 
     spec: the components. Make the allocator with it.
+    out_widths: of what ``attend`` returns, by layer, unless it is that of the queries.
     tile_tokens: how many tokens ``attend`` derives at a time, by default.
 
     Queries are given as the model's attention takes them: after rotation.
     """
 
     spec: CacheSpec
+    out_widths: Mapping[int, int] = MappingProxyType({})
     tile_tokens: int = 256
 
     @abstractmethod
@@ -74,10 +76,8 @@ class Layout(ABC):
         """Return ``(out [n, query heads, width], lse [n, query heads])`` of the last n tokens over all tokens.
 
         q: ``[n, query heads, width]``. scale: of the scores, default ``width ** -0.5``. causal: a query sees the tokens
-        up to its own. lse: natural logarithm. Both are float32, or float64 for a query in float64.
-
-        This form derives K and V of ``tile_tokens`` tokens at a time. Layouts that read compressed bytes directly, or
-        return something else than attention over V, override it.
+        up to its own. lse: natural logarithm. Both are float32, or float64 for a query in float64. This form derives K
+        and V of ``tile_tokens`` tokens at a time; a layout that reads compressed bytes overrides it.
         """
         begin, length = self.span(reader)
         window = self.window_tokens(reader.layer)
@@ -87,19 +87,13 @@ class Layout(ABC):
         tiles = self.tiles(begin, length)
         return merge_levels(attend_tile(q, *self.derive(reader, *tile), first=tile[0], **how) for tile in tiles)
 
-    def out_width(self, layer: int, width: int) -> int:
-        """Return the width of what ``attend`` gives for queries of this width, where there are none."""
-        return width
-
     def tiles(self, first: int, end: int) -> list[tuple[int, int]]:
         """Return ``[first, end)`` in pieces of ``tile_tokens``; for no tokens an empty piece, which has shapes too."""
         size = self.tile_tokens
         return [(at, min(at + size, end)) for at in range(first, end, size) or [first]]
 
     def span(self, reader: TokenReader) -> tuple[int, int]:
-        """Return which tokens can be derived, ``[first, end)``: those of the sequence that are held, or those of the
-        encoder in cross attention.
-        """
+        """Return which tokens can be derived, ``[first, end)``: those held, of the encoder in cross attention."""
         return reader.first, reader.length
 
     def window_tokens(self, layer: int) -> int | None:

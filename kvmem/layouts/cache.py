@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import wraps
-from typing import Any, TypeVar, cast
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 
 from kvmem.allocator import Allocator, Batch
 from kvmem.allocator.batch import GroupBatch
-from kvmem.arguments import brief
 from kvmem.errors import SpecError
 from kvmem.kernels.checks import check_queries
 from kvmem.kernels.write import to_cache_dtype, write_all
-from kvmem.layouts.attention import Partial, compute_dtype
+from kvmem.layouts.attention import Partial, compute_dtype, described
 from kvmem.layouts.base import Layout
 from kvmem.layouts.reading import TokenReader, check_batch_of, read_tokens
 from kvmem.spec.dtypes import parse_dtype
 
 __all__ = ["Derived", "LayoutCache"]
 
-_Method = TypeVar("_Method", bound=Callable[..., Any])
 #: The caches of each allocator: its ledger holds the scratches of all of them.
 _CACHES: WeakKeyDictionary[Allocator, WeakSet[LayoutCache]] = WeakKeyDictionary()
 
@@ -41,17 +37,6 @@ class Derived:
     v: torch.Tensor
     cu_seqlens_k: torch.Tensor
     max_seqlen_k: int
-
-
-def _own_dtypes(method: _Method) -> _Method:
-    """Compute in the dtypes that layouts choose, under ``torch.autocast`` too."""
-
-    @wraps(method)
-    def call(self: LayoutCache, *args: Any, **kwargs: Any) -> Any:
-        with torch.autocast(self.alloc.device.type, enabled=False):
-            return method(self, *args, **kwargs)
-
-    return cast(_Method, call)
 
 
 class LayoutCache:
@@ -73,8 +58,7 @@ class LayoutCache:
         the virtual backend, for a layout that encodes whole blocks, unless a page holds whole blocks.
         """
         if not isinstance(layout, Layout) or not isinstance(alloc, Allocator) or alloc.device.type == "meta":
-            got = f"{brief(layout)} and {brief(alloc)}"
-            raise SpecError(f"layout, alloc: got {got}; must be a Layout and an Allocator, not of device meta")
+            raise SpecError(f"layout, alloc: got {layout!r:.50}, {alloc!r:.50}; give Layout and Allocator with memory")
         if alloc.spec != layout.spec:
             raise SpecError(f"alloc: made with another spec than the layout's: Allocator({type(layout).__name__}.spec)")
         _check_pages(layout, alloc)
@@ -83,7 +67,6 @@ class LayoutCache:
         _CACHES.setdefault(alloc, WeakSet()).add(self)
 
     @torch.no_grad()
-    @_own_dtypes
     def write(self, layer: int, batch: Batch, *values: torch.Tensor) -> None:
         """Write the new tokens of a layer. values: what ``layout.encode`` takes, ``[T, ...]``, packed as the batch is.
 
@@ -92,11 +75,11 @@ class LayoutCache:
         each block's tail once, when it is complete.
         """
         self._check(layer, batch)
-        for value in values:
-            if not isinstance(value, torch.Tensor) or value.device != batch.positions.device:
-                got = f"a tensor on {value.device}" if isinstance(value, torch.Tensor) else type(value).__name__
-                raise SpecError(f"values: got {got}; must be tensors on {batch.positions.device}, where the cache is")
-        rows = self.layout.encode(layer, *values, positions=batch.positions.long())
+        device = batch.positions.device
+        if not all(isinstance(value, torch.Tensor) and value.device == device for value in values):
+            raise SpecError(f"values: got {described(values)}; must be tensors on {device}, where the cache is")
+        with self._own_dtypes():
+            rows = self.layout.encode(layer, *values, positions=batch.positions.long())
         write_all(
             [
                 (name, self.alloc.tensor(layer, name), self._group(batch, layer, name), row, 1.0)
@@ -107,13 +90,10 @@ class LayoutCache:
             self._write_blocks(layer, batch, tail)
 
     def readers(self, layer: int, batch: Batch) -> list[TokenReader]:
-        """Return one reader for each sequence of the batch, padding rows left out, in order. ``SpecError`` for a batch
-        of another allocator, ``StaleHandle`` for one that is not current.
-        """
+        """Return one reader for each sequence of the batch, padding rows left out, in order. Errors: as ``write``."""
         self._check(layer, batch)
         return [TokenReader(self.alloc, batch, layer, row) for row in range(len(batch.buffers.handles))]
 
-    @_own_dtypes
     def attend(
         self, q: torch.Tensor, layer: int, batch: Batch, *, scale: float | None = None, causal: bool = True,
         queries: GroupBatch | None = None,
@@ -127,28 +107,27 @@ class LayoutCache:
 
         Cost: a few torch calls for each sequence and tile.
         """
-        readers = self.readers(layer, batch)
-        packed = batch if queries is None else check_batch_of(self.alloc, queries, GroupBatch, "queries")
+        readers, packed = self.readers(layer, batch), batch if queries is None else queries
+        check_batch_of(self.alloc, packed, GroupBatch, "queries")
         if packed.buffers.handles != batch.buffers.handles:
             raise SpecError(f"queries: got {queries!r}; must be another group's batch of the same sequences")
         check_queries(q)
-        starts = packed.cu_seqlens_q_cpu.tolist()
-        if len(q) != starts[-1] or q.device != batch.positions.device:
-            got = f"{tuple(q.shape)} on {q.device}"
-            raise SpecError(f"q: got {got}; must be [{starts[-1]}, query heads, width] on {batch.positions.device}")
-        parts = [
-            (begin, end, self.layout.attend(q[begin:end], reader, scale=scale, causal=causal))
-            for reader, begin, end in zip(readers, starts, starts[1:], strict=False)
-            if begin < end
-        ]
-        width = parts[0][2][0].shape[-1] if parts else self.layout.out_width(layer, q.shape[-1])
+        starts, device = packed.cu_seqlens_q_cpu.tolist(), batch.positions.device
+        if len(q) != starts[-1] or q.device != device:
+            raise SpecError(f"q: got {described(q)}; must be [{starts[-1]}, query heads, width] on {device}")
+        with self._own_dtypes():
+            parts = [
+                (begin, end, self.layout.attend(q[begin:end], reader, scale=scale, causal=causal))
+                for reader, begin, end in zip(readers, starts, starts[1:], strict=False)
+                if begin < end
+            ]
+        width = parts[0][2][0].shape[-1] if parts else self.layout.out_widths.get(layer, q.shape[-1])
         out, lse = q.new_zeros(*q.shape[:2], width), q.new_full(q.shape[:2], -torch.inf, dtype=compute_dtype(q))
         for begin, end, (o, s) in parts:
             out[begin:end], lse[begin:end] = o.to(q.dtype), s
         return out, lse
 
     @torch.no_grad()  # the scratch would keep the graph of every call
-    @_own_dtypes
     def derive(self, layer: int, batch: Batch, *, dtype: torch.dtype | str | None = None) -> Derived:
         """Return K and V of all tokens of the batch, in a scratch of one layer that the next call overwrites.
 
@@ -164,7 +143,8 @@ class LayoutCache:
         total, done, room = sum(lengths), 0, None
         for reader, span in zip(readers, spans, strict=True):
             for first, end in self.layout.tiles(*span):
-                tile = self.layout.derive(reader, first, end)
+                with self._own_dtypes():
+                    tile = self.layout.derive(reader, first, end)
                 if room is None:
                     room = [self._room(name, total, part, dtype) for name, part in zip("kv", tile, strict=True)]
                 for scratch, part in zip(room, tile, strict=True):
@@ -192,6 +172,10 @@ class LayoutCache:
             self._scratch[name] = known = torch.empty(bytes, dtype=torch.uint8, device=like.device)
             self._hold_scratch()
         return known[:bytes].view(kind).view(tokens, *like.shape[1:])
+
+    def _own_dtypes(self) -> torch.autocast:
+        """Layouts compute in the dtypes that they choose, under ``torch.autocast`` too."""
+        return torch.autocast(self.alloc.device.type, enabled=False)
 
     def _check(self, layer: int, batch: Batch) -> None:
         self.alloc.spec.layer_components(layer)  # refuses a layer that the spec does not have
@@ -222,7 +206,9 @@ class LayoutCache:
             for name in tail
         }  # fmt: skip
         where = torch.tensor(complete, device=batch.block_table.device)
-        for component, values in self.layout.encode_blocks(layer, tokens).items():
+        with self._own_dtypes():
+            encoded = self.layout.encode_blocks(layer, tokens)
+        for component, values in encoded.items():
             group = self._group(batch, layer, component)
             blocks = self.alloc.tensor(layer, component)
             blocks[group.block_table[where[:, 0], where[:, 1]].long()] = values.to(blocks.dtype)

@@ -15,6 +15,7 @@ from torch.nn.functional import embedding, layer_norm, pad
 
 from kvmem.arguments import check_size
 from kvmem.errors import SpecError
+from kvmem.layouts.attention import described
 from kvmem.layouts.base import Layout, of_layer
 from kvmem.layouts.reading import TokenReader
 from kvmem.layouts.rope import Rope
@@ -209,12 +210,9 @@ class GoldFinch(Layout):
         the vocabulary; on a GPU ids are not looked at, because that would wait for the device.
         """
         of_layer(self._layers, layer)
-        if len(values) != 2:
-            raise SpecError(f"values: got {len(values)}; GoldFinch stores two: c and the token ids")
+        if len(values) != 2 or values[0].shape[1:] != (self.width,) or values[1].shape != values[0].shape[:1]:
+            raise SpecError(f"values: got {described(values)}; must be c, [T, {self.width}], and the token ids, [T]")
         c, ids = values
-        if c.ndim != 2 or c.shape[1] != self.width or ids.shape != c.shape[:1]:
-            got = f"{tuple(c.shape)} and {tuple(ids.shape)}"
-            raise SpecError(f"values: got shapes {got}; must be [T, {self.width}] of c and [T] of the token ids")
         if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
             raise SpecError(f"values: got token ids of {ids.dtype}; must be integers")
         known = len(self._shared.embedding)

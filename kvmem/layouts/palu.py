@@ -59,10 +59,9 @@ def covariance_root(covariance: torch.Tensor, hidden: int, field: str = "covaria
     deviations = covariance.diagonal().clamp(min=torch.finfo(torch.float64).tiny).sqrt()
     values = torch.linalg.eigvalsh(covariance / deviations / deviations.unsqueeze(1))
     if values[0] <= torch.finfo(torch.float64).eps * hidden * values[-1]:
-        raise SpecError(
-            f"{field}: got a matrix that is not positive definite: calibrate on more than {hidden} tokens, or add a "
-            f"little to its diagonal, such as {float(deviations.square().mean()) * 1e-6:.3g}"
-        )
+        little = f"a little to its diagonal, such as {float(deviations.square().mean()) * 1e-6:.3g}"
+        why = f"not positive definite: calibrate on more than {hidden} tokens, or add {little}"
+        raise SpecError(f"{field}: got a matrix that is {why}")
     return torch.as_tensor(torch.linalg.cholesky(covariance))
 
 
@@ -76,10 +75,7 @@ def search_ranks(
     information of the group's weights. width: the channels of a group, its largest rank. dtype, bits: as ``Palu`` takes
     them. ``SpecError`` for a budget in which some group would have no rank.
     """
-    try:
-        given = torch.as_tensor(scores, dtype=torch.float64)
-    except (TypeError, ValueError):  # None, or lists of unequal lengths
-        given = torch.empty(0)
+    given = torch.as_tensor(scores, dtype=torch.float64)
     if not given.numel() or not (given.isfinite() & (given > 0)).all():
         raise SpecError(f"scores: got {brief(scores)}; all must be finite and above 0")
     most = check_size("width", width) // check_size("multiple", multiple)
@@ -193,8 +189,8 @@ class Palu(Layout):
         not rotate K. covariances: of each layer's x over a calibration text, ``[hidden, hidden]``; the factors lose
         least on inputs that are like these. bits: 2, 3, 4 or 8 packs the latents, with a scale and a zero point for
         each token and group. dtype: of the latents, or of scales and zero points. rotate_latents: put a Hadamard matrix
-        between the factors, which spreads outliers. k_norms: for each layer, what K, ``[n, KV heads,
-        head_dim]``, goes through between projection and rotation (QK-norm).
+        between the factors, which spreads outliers. k_norms: for each layer, what K, ``[n, KV heads, head_dim]`` in
+        float32 (float64 for such weights), goes through between projection and rotation (QK-norm).
 
         ``SpecError`` for what does not fit. Cost: two singular value decompositions for each layer and group.
         """
@@ -207,12 +203,11 @@ class Palu(Layout):
         check_rope(rope, head_dim)
         self._hidden = _check_weights(weights, kv_heads * head_dim)
         self.ranks = _check_ranks(ranks, (len(weights), 2, self._groups), min(group_heads * head_dim, self._hidden))
+        self.out_widths = {layer: max(of_v) for layer, (_, of_v) in enumerate(self.ranks)}
         self.spec = latent_spec(self.ranks, dtype=dtype, bits=bits, rope=rope is not None, block_size=block_size)
-        given: Any
         for field, given in (("covariances", covariances), ("k_norms", k_norms)):
-            count = len(given) if hasattr(given, "__len__") else type(given).__name__
-            if given is not None and count != len(weights):
-                raise SpecError(f"{field}: got {count}; needs one for each of {len(weights)} layers")
+            if given is not None and len(given) != len(weights):
+                raise SpecError(f"{field}: got {len(given)}; needs one for each of {len(weights)} layers")
         many = enumerate(() if covariances is None else covariances)
         roots = [covariance_root(c, self._hidden, f"covariances[{i}]") for i, c in many]
         turned = {rank for layer in self.ranks for part in layer for rank in part} if rotate_latents else ()
@@ -275,7 +270,7 @@ class Palu(Layout):
         weights = self._layers[layer]
         k = weights.hk.rebuilt(latents)
         if weights.k_norm is not None:
-            k = weights.k_norm(k).to(k.dtype)
+            k = weights.k_norm(k.to(weights.w_o.dtype)).to(k.dtype)
         return k if self._rope is None else self._rope.apply(k, torch.arange(first, first + len(k), device=k.device))
 
     def derive(self, reader: TokenReader, first: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -294,7 +289,8 @@ class Palu(Layout):
         heads = len(weights.w_o) * self._groups // sum(weights.hv.ranks)
         if q.ndim != 3 or tuple(q.shape[1:]) != (heads, self._head_dim):
             raise SpecError(f"q: got shape {tuple(q.shape)}; must be [n, {heads}, {self._head_dim}]")
-        how: dict[str, Any] = {"scale": self._head_dim**-0.5 if scale is None else scale, "causal": causal}
+        scale = self._head_dim**-0.5 if scale is None else scale  # before the factor of K, which is not as wide
+        how: dict[str, Any] = {"length": reader.length, "scale": scale, "causal": causal}
         folds = self._rope is None and weights.k_norm is None  # nothing lies between the factor of K and the scores
         queries = [q]
         if folds:
@@ -304,20 +300,15 @@ class Palu(Layout):
             queries = [torch.einsum("nkjd,rkd->nkjr", *pair).flatten(1, 2) for pair in zip(by_group, ups, strict=True)]
 
         def tile(first: int, end: int) -> Partial:
-            where = {"first": first, "length": reader.length, **how}
             latents = self._latents(reader, "hk", first, end, dtype)
             keys = [h.unsqueeze(1) for h in latents] if folds else [self._keys(reader.layer, latents, first)]
-            scores = [masked_scores(part, k, **where) for part, k in zip(queries, keys, strict=True)]
+            scores = [masked_scores(part, k, first=first, **how) for part, k in zip(queries, keys, strict=True)]
             shares, lse = normalise(torch.cat(scores))
             values = self._latents(reader, "hv", first, end, dtype)
             outs = [(share @ h).transpose(0, 1) for share, h in zip(shares.chunk(self._groups), values, strict=True)]
             return torch.cat([pad(out, (0, max(weights.hv.ranks) - out.shape[2])) for out in outs], 1), lse
 
         return merge_levels(tile(*where) for where in self.tiles(0, reader.length))
-
-    def out_width(self, layer: int, width: int) -> int:
-        """The largest rank of V."""
-        return max(self._layers[layer].hv.ranks)
 
     def output_projection(self, layer: int) -> torch.Tensor:
         """Return W_O with the factor of V folded in, ``[sum of the ranks of V over query heads, hidden]``."""
@@ -336,10 +327,9 @@ def _check_weights(weights: Sequence[Weights], width: int) -> int:
         raise SpecError(f"weights: got {described(weights)}; needs (W_K, W_V, W_O) of at least one layer")
     hidden = 0
     for layer, three in enumerate(weights):
-        given = three if isinstance(three, (tuple, list)) else (three,)
+        given = three if isinstance(three, (tuple, list)) else ()
         if [isinstance(w, torch.Tensor) and w.is_floating_point() and w.ndim for w in given] != [2, 2, 2]:
-            got = ", ".join(map(described, given))
-            raise SpecError(f"weights[{layer}]: got {got}; must be the matrices W_K, W_V and W_O, of floats")
+            raise SpecError(f"weights[{layer}]: got {described(three)}; must be W_K, W_V and W_O, float matrices")
         hidden = hidden or len(three[0])
         rows = max(1, len(three[2]) // width) * width  # each KV head has the same number of query heads
         shapes = ((hidden, width), (hidden, width), (rows, three[2].shape[-1]))

@@ -21,19 +21,16 @@ class PlainKV(Layout):
     def __init__(self, spec: CacheSpec) -> None:
         """spec: K and V of each layer, as ``CacheSpec.kv()`` and ``CacheSpec.from_config()`` give it."""
         for layer in range(spec.num_layers):
-            groups = [g for g in spec.groups if layer in g.layers]
-            names = [sorted(component.name for component in group.components) for group in groups]
-            if names != [["k", "v"]] or groups[0].growth != "token":
-                why = "PlainKV stores k and v of every layer, in one group that grows with the tokens"
-                raise SpecError(f"spec: layer {layer} has {', '.join(map(str, names)) or 'nothing'}; {why}")
+            groups = [(g.growth, *sorted(c.name for c in g.components)) for g in spec.groups if layer in g.layers]
+            if groups != [("token", "k", "v")]:
+                raise SpecError(f"spec: layer {layer} has {groups}; PlainKV stores k and v of every layer in one group")
         self.spec = spec
 
     def encode(self, layer: int, *values: torch.Tensor, positions: torch.Tensor) -> Mapping[str, torch.Tensor]:
         """values: k (after rotation) and v, ``[T, KV heads, width]`` each."""
         if len(values) != 2:
             raise SpecError(f"values: got {len(values)}; PlainKV stores two: k and v")
-        k, v = values
-        return {"k": k, "v": v}
+        return dict(zip("kv", values, strict=True))
 
     def derive(self, reader: TokenReader, first: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Views on the virtual backend, gathered on the paged one."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -15,22 +14,16 @@ from kvmem.kernels.checks import as_bytes, flat_tokens, plain
 
 __all__ = ["ByteRanges", "TokenReader", "check_batch_of", "read_set", "read_tokens"]
 
-_B = TypeVar("_B", bound=GroupBatch)
 
-
-def check_batch_of(alloc: Allocator, batch: object, kind: type[_B], field: str = "batch") -> _B:
-    """Return the batch. ``SpecError`` unless it is of this kind and this allocator has filled it, ``StaleHandle``
-    unless it is current.
-    """
+def check_batch_of(alloc: Allocator, batch: object, kind: type[GroupBatch], field: str = "batch") -> None:
+    """``SpecError`` unless the batch is of this kind and filled by this allocator; ``StaleHandle`` if not current."""
     if not isinstance(batch, kind) or batch._core is not alloc.core:
         raise SpecError(f"{field}: got {batch!r:.200}; must be a batch of this allocator: alloc.batch(sequences)")
     batch.check_current()
-    return batch
 
 
 class TokenReader:
-    """One row of a batch and one layer. What is read is counted in the allocator's ledger. ``StaleHandle`` once the
-    batch is not current.
+    """One row of a batch, until it is refilled, and one layer. What is read is counted in the allocator's ledger.
 
     layer. first: the first token that is held, 0 without a sliding window. length: tokens of the sequence, this step's
     included. block_size: of the batch's own group, as ``first`` and ``length``.
@@ -116,9 +109,8 @@ def read_set(alloc: Allocator, batch: Batch, layer: int, components: tuple[str, 
 
     Tokens that no new token's window reaches and padding rows are not read, although the blocks of such tokens may
     still be held; what several sequences share is read by each. Of a sequence without new tokens, what its next token
-    will read. Ranges that touch are joined, so K and V side by side
-    (``interleave="all"`` with one layer, or the whole rows of ``"none"``) make one range. ``SpecError`` for a batch of
-    another allocator, ``StaleHandle`` for one that is not current. Cost: linear in tokens and components.
+    will read. Ranges that touch are joined: K and V side by side (``interleave="all"`` with one layer, or the whole
+    rows of ``"none"``) make one range. Errors: as ``check_batch_of``. Cost: linear in tokens and components.
     """
     check_batch_of(alloc, batch, Batch)
     begins, ends = [], []

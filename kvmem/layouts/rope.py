@@ -32,22 +32,23 @@ class Rope:
 
     inv_freq: float64 ``[rotary_dim / 2]``, the angle of a pair at position 1. factor: what a rotated vector is
     multiplied by (YaRN's attention factor); 1 for most. The elements from ``rotary_dim`` on are not rotated.
+    Vectors keep their dtype; only float64 is computed in float64. Each call copies an ``inv_freq`` on another device.
     """
 
     def __init__(self, inv_freq: torch.Tensor, factor: float = 1.0) -> None:
         if not isinstance(inv_freq, torch.Tensor) or inv_freq.ndim != 1 or not len(inv_freq):
             raise SpecError(f"inv_freq: got {described(inv_freq)}; must be a tensor [rotary_dim / 2]")
-        if not inv_freq.isfinite().all():
-            raise SpecError(f"inv_freq: got {brief(inv_freq.tolist())}; must be finite")
-        _check_number("factor", factor)
+        if not isinstance(factor, (int, float)) or not (0 < factor < math.inf and inv_freq.isfinite().all()):
+            raise SpecError(
+                f"inv_freq, factor: got {inv_freq!r:.99}, {factor!r}; must be finite, and the factor above 0"
+            )
         self.inv_freq, self.factor = inv_freq.double(), float(factor)
 
     @classmethod
     def default(cls, head_dim: int, *, theta: float = 10_000.0) -> Rope:
         """Return the plain form: pair i turns by ``theta ** (-2 i / head_dim)`` each position. head_dim: even."""
-        if check_size("head_dim", head_dim, 2) % 2:
-            raise SpecError(f"head_dim: got {head_dim}; must be even")
-        _check_number("theta", theta)
+        if check_size("head_dim", head_dim, 2) % 2 or not isinstance(theta, (int, float)) or not 0 < theta < math.inf:
+            raise SpecError(f"head_dim, theta: got {head_dim}, {theta!r}; must be even, and a finite number above 0")
         return cls(theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim))
 
     @classmethod
@@ -70,10 +71,8 @@ class Rope:
             raise SpecError(f"rope_parameters: got one for each of {sorted(given)}; give those of one kind of layer")
         family = data.get("model_type")
         if family in _NEIGHBOURS or data.get("rope_interleave"):
-            raise SpecError(
-                f"model_type: got {family!r}, which pairs neighbouring elements; reorder those of Q and K, even ones "
-                "first, and use Rope(inv_freq)"
-            )
+            why = "pairs neighbouring elements; reorder those of Q and K, even ones first, and use Rope(inv_freq)"
+            raise SpecError(f"model_type: got {family!r}, which {why}")
         theta = given.get("rope_theta") or data.get("rope_theta")
         if data.get("alibi") or data.get("position_embedding_type") in UNROTATED or (not theta and family in NO_ROPE):
             return None
@@ -92,9 +91,7 @@ class Rope:
             raise SpecError(f"rope_parameters: got {given}; {kind} needs another number: {error}") from error
 
     def apply(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Return ``x [T, heads, width]`` rotated to ``positions [T]``, in x's dtype; computed in float32, or float64
-        for x in float64.
-        """
+        """Return ``x [T, heads, width]`` rotated to ``positions [T]``."""
         return self._turn(x, positions, self.inv_freq, self.factor)
 
     def undo(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -102,9 +99,7 @@ class Rope:
         return self._turn(x, positions, -self.inv_freq, 1 / self.factor)
 
     def shift(self, x: torch.Tensor, by: torch.Tensor | int) -> torch.Tensor:
-        """Return rotated keys as if they stood ``by`` positions later: an int, or ints ``[T]``. In a short dtype it
-        costs one more rounding.
-        """
+        """Return rotated keys as if ``by`` positions later, an int or ints ``[T]``. Short dtypes are rounded again."""
         positions = torch.full(x.shape[:1], by) if isinstance(by, int) else by
         return self._turn(x, positions, self.inv_freq, 1.0)
 
@@ -113,10 +108,8 @@ class Rope:
         half, fits = len(angle), isinstance(x, torch.Tensor) and isinstance(positions, torch.Tensor)
         fits = fits and x.is_floating_point() and x.ndim == 3 and positions.shape == x.shape[:1]
         if not fits or x.shape[2] < 2 * half:
-            raise SpecError(
-                f"x, positions: got {described(x)} and {described(positions)}; must be floats [T, heads, width], a "
-                f"width of at least {2 * half}, and [T]"
-            )
+            fit = f"floats [T, heads, width], a width of at least {2 * half}, and a tensor [T]"
+            raise SpecError(f"x, positions: got {described((x, positions))}; must be {fit}")
         dtype = compute_dtype(x)
         angles = positions.to(x.device).double().unsqueeze(1) * angle.to(x.device)  # float32 loses 1e-3 at 1e5
         cos, sin = ((f(angles) * factor).to(dtype).unsqueeze(1) for f in (torch.cos, torch.sin))
@@ -127,14 +120,9 @@ class Rope:
 
 def check_rope(rope: object, head_dim: int) -> None:
     """``SpecError`` unless rope is None, or a ``Rope`` that turns no more elements than a head has."""
-    if rope is not None and not (isinstance(rope, Rope) and 2 * len(rope.inv_freq) <= head_dim):
-        got = f"{2 * len(rope.inv_freq)} elements" if isinstance(rope, Rope) else type(rope).__name__
-        raise SpecError(f"rope: got {got}; must be None, or a Rope of at most head_dim={head_dim} elements")
-
-
-def _check_number(field: str, value: object) -> None:
-    if not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise SpecError(f"{field}: got {brief(value)}; must be a finite number above 0")
+    turned = 2 * len(rope.inv_freq) if isinstance(rope, Rope) else type(rope).__name__
+    if rope is not None and (isinstance(turned, str) or turned > head_dim):
+        raise SpecError(f"rope: got {turned}; must be None, or a Rope of at most head_dim={head_dim} elements")
 
 
 def _with_lengths(given: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch
 from kvmem.arguments import check_choice, check_size
 from kvmem.errors import SpecError
 from kvmem.kernels.merge import merge_levels
-from kvmem.layouts.attention import Partial, attend_tile, compute_dtype
+from kvmem.layouts.attention import Partial, attend_tile, compute_dtype, described
 from kvmem.layouts.base import Layout, check_floats, of_layer
 from kvmem.layouts.reading import TokenReader
 from kvmem.layouts.rope import Rope, check_rope
@@ -21,6 +21,7 @@ from kvmem.spec import CacheSpec, Component, Group
 __all__ = ["Fold", "Projection", "SharedEncoder", "SlimK", "SlimX", "fold"]
 
 Order = Literal["auto", "derive", "fold"]
+_Layers = Sequence["Projection"] | Mapping[int, "Projection"]
 _MAX_COND: Final = 1e12  # beyond it, float64 keeps fewer than four digits of V
 
 
@@ -40,10 +41,9 @@ class Projection:
     def __post_init__(self) -> None:
         given = {name: weight for name, weight in vars(self).items() if weight is not None or name in ("w_k", "w_v")}
         for name, weight in given.items():
-            tensor = isinstance(weight, torch.Tensor)
-            if not tensor or not weight.is_floating_point() or weight.dtype.itemsize == 1 or weight.is_meta:
-                got = f"{weight.dtype} on {weight.device}" if tensor else type(weight).__name__
-                raise SpecError(f"{name}: got {got}; must be a tensor of floating-point numbers, of 16 bits or more")
+            tensor = isinstance(weight, torch.Tensor) and not weight.is_meta
+            if not tensor or not weight.is_floating_point() or weight.dtype.itemsize == 1:
+                raise SpecError(f"{name}: got {described(weight)}; must be a tensor of floats of 16 bits or more")
             if not weight.isfinite().all():
                 raise SpecError(f"{name}: got NaN or infinity; no V can be derived from it")
             object.__setattr__(self, name, weight.detach())
@@ -98,13 +98,6 @@ def fold(
     return Fold(w_kv, v.double() - k.double() @ w_kv, cond)
 
 
-def _check_projections(layers: object) -> None:
-    given = layers if isinstance(layers, (tuple, list)) else ()
-    if not given or not all(isinstance(layer, Projection) for layer in given):
-        got = [type(layer).__name__ for layer in given] if given is layers else type(layers).__name__
-        raise SpecError(f"layers: got {got}; needs a Projection for each")
-
-
 class _Folding(Layout):
     """What the three layouts share: checks, weights by head, and the choice between two orders of evaluation."""
 
@@ -113,7 +106,8 @@ class _Folding(Layout):
         check_choice("order", order, get_args(Order))
         if dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
             raise SpecError(f"dtype: got {dtype}; a derived V amplifies its rounding: store torch.float16 or wider")
-        _check_projections(layers)
+        if not isinstance(layers, (tuple, list)) or not all(isinstance(x, Projection) for x in layers or (None,)):
+            raise SpecError(f"layers: got {described(layers)}; needs a Projection for each")
         self._weights_dtype = torch.float64 if dtype == torch.float64 else torch.float32
 
     def _by_head(self, weight: torch.Tensor, bias: torch.Tensor | None, heads: int) -> tuple[torch.Tensor, ...]:
@@ -160,9 +154,9 @@ class SlimK(_Folding):
     ) -> None:  # fmt: skip
         """layers: one projection for each layer. num_heads: query heads, and KV heads. rope: None for no rotation.
         k_norm: what the model does to K between projection and rotation (QK norm), called with the layer and K
-        ``[n, num_heads, head_dim]``. dtype: of the cache. max_cond: by default 4,096 for fp16, which keeps the error of
-        the output near 1 %, and more for wider types as they are more precise; 1e12 at most. order: ``"derive"`` V and
-        attend, ``"fold"`` V into the output, or the cheaper of both.
+        ``[n, num_heads, head_dim]`` in float32 (float64 for such a cache). dtype: of the cache. max_cond: by default
+        4,096 for fp16, which keeps the error of the output near 1 %, and more for wider types; 1e12 at most. order:
+        ``"derive"`` V and attend, ``"fold"`` V into the output, or the cheaper of both.
 
         ``SpecError`` for GQA, for 8-bit and integer types, for bf16 unless ``max_cond`` is given, and if no layer is
         below ``max_cond``. Cost: that of ``fold()`` for each layer. Memory: one matrix a layer, which takes the place
@@ -183,10 +177,8 @@ class SlimK(_Folding):
                 _, b_k = self._by_head(layer.w_k, layer.b_k, num_heads)
                 self._weights[number] = (*self._by_head(found.w_kv, layer.b_v, num_heads), b_k)
         if dtype == torch.bfloat16 and max_cond is None:
-            raise SpecError(
-                "dtype: got torch.bfloat16; it rounds K to 8 bits, which V multiplies by up to the condition number, "
-                f"here {max(self.conds):.4g}: store torch.float16, or give max_cond to accept it"
-            )
+            why = f"it rounds K to 8 bits, which V multiplies by up to the condition number, here {max(self.conds):.4g}"
+            raise SpecError(f"dtype: got torch.bfloat16; {why}: store torch.float16, or give max_cond to accept it")
         if not self._weights:
             best = f"all layers have more, at least {min(self.conds):.4g}"
             raise SpecError(f"max_cond: got {limit:.4g}; {best}, and would store V: use PlainKV, or a wider dtype")
@@ -251,11 +243,11 @@ class SlimK(_Folding):
         if reader.layer not in self._weights or not self._folds(q, self.num_heads):
             return super().attend(q, reader, scale=scale, causal=causal)
 
+        how: dict[str, Any] = {"length": reader.length, "scale": scale, "causal": causal}
+
         def tile(first: int, end: int) -> Partial:
             all_k, k = self._keys(reader, first, end)
-            return attend_tile(
-                q, k, all_k.flatten(1)[:, None], first=first, length=reader.length, scale=scale, causal=causal
-            )
+            return attend_tile(q, k, all_k.flatten(1)[:, None], first=first, **how)
 
         return self._sum(reader, tile, *self._weights[reader.layer][:2])
 
@@ -271,18 +263,17 @@ class _Inputs(_Folding):
 
     component: str
 
-    def _set_layers(self, layers: Mapping[int, Projection], head_dim: int, dtype: torch.dtype, order: Order) -> None:
-        self._check(tuple(layers.values()), head_dim, dtype, order)
-        self._width = next(iter(layers.values())).w_k.shape[0]
+    def _set_layers(self, layers: _Layers, head_dim: int, dtype: torch.dtype, order: Order) -> None:
+        self._check(list(layers.values()) if isinstance(layers, Mapping) else layers, head_dim, dtype, order)
+        numbered = layers if isinstance(layers, Mapping) else dict(enumerate(layers))
+        self._width = next(iter(numbered.values())).w_k.shape[0]
         self._weights = {}
-        for number, layer in layers.items():
+        for number, layer in numbered.items():
             (inputs, k), v = layer.w_k.shape, layer.w_v.shape[1]
             heads = k // head_dim
             if inputs != self._width or k % head_dim or v % heads:
-                raise SpecError(
-                    f"layers[{number}]: got w_k {(inputs, k)} and w_v {(inputs, v)}; must be [{self._width}, heads * "
-                    f"width], where head_dim={head_dim} is the width of K"
-                )
+                fit = f"[{self._width}, heads * width], where head_dim={head_dim} is the width of K"
+                raise SpecError(f"layers[{number}]: got w_k {(inputs, k)} and w_v {(inputs, v)}; must be {fit}")
             pairs = ((layer.w_k, layer.b_k), (layer.w_v, layer.b_v))
             self._weights[number] = tuple(x for pair in pairs for x in self._by_head(*pair, heads))
 
@@ -332,8 +323,7 @@ class SlimX(_Inputs):
         """
         if rope is not None:
             raise SpecError("rope: SlimX multiplies q by w_k, and a rotation stands between them: use SlimK")
-        _check_projections(layers)
-        self._set_layers(dict(enumerate(layers)), head_dim, dtype, order)
+        self._set_layers(layers, head_dim, dtype, order)
         if (both := min(layer.w_k.shape[1] + layer.w_v.shape[1] for layer in layers)) <= self._width:
             raise SpecError(f"layers: got {both} elements of K and V for {self._width} of x, no more: store K and V")
         part = Component("x", width=self._width, dtype=dtype)
@@ -358,8 +348,7 @@ class SharedEncoder(_Inputs):
         encoder output. max_tokens: of the encoder (Whisper: 1,500). order: as for ``SlimK``.
         """
         if not isinstance(layers, Mapping) or not isinstance(decoder, Layout):
-            got = f"{type(layers).__name__} and {type(decoder).__name__}"
-            raise SpecError(f"layers, decoder: got {got}; must be a Projection by layer number, and a Layout")
+            raise SpecError(f"layers, decoder: got {described((layers, decoder))}; must be a dict and a Layout")
         self._set_layers(dict(sorted(layers.items())), head_dim, dtype, order)
         part = Component("enc", width=self._width, dtype=dtype, scope="shared", growth="prefill")
         encoder = Group("encoder", (part,), tuple(self._weights), max_tokens=max_tokens)
