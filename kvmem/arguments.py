@@ -230,8 +230,9 @@ def brief(value: object) -> str:
     """Return a value as a text for a message: components by name, long texts shortened."""
     if isinstance(value, int) and abs(value) >= 2**64:  # str() refuses integers of some thousand digits
         return f"a number of {value.bit_length()} bits"
-    names = [getattr(item, "name", None) for item in value] if isinstance(value, (tuple, list)) else []
-    if names and all(isinstance(name, str) for name in names):
-        return ", ".join(names)
+    if isinstance(value, (tuple, list)) and value:
+        names = [name for item in value if isinstance(name := getattr(item, "name", None), str)]  # a tensor's is None
+        if len(names) == len(value):
+            return ", ".join(names)
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
