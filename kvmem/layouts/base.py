@@ -12,6 +12,7 @@ import torch
 from kvmem.arguments import brief
 from kvmem.errors import SpecError
 from kvmem.kernels.merge import merge_levels
+from kvmem.kernels.write import to_cache_dtype
 from kvmem.layouts.attention import Partial, attend_tile, described
 from kvmem.spec import CacheSpec
 
@@ -69,6 +70,13 @@ class Layout(ABC):
 
         reader: one sequence and one layer. Both are new tensors, or views into the cache: they are not written.
         """
+
+    def derive_into(self, reader: TokenReader, first: int, end: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Write what ``derive`` returns into k and v, ``[n, KV heads, width]`` of any float dtype. A layout that need
+        not make tensors of its own for that overrides it.
+        """
+        for room, part in zip((k, v), self.derive(reader, first, end), strict=True):
+            room.copy_(to_cache_dtype(part, room.dtype))
 
     def attend(
         self, q: torch.Tensor, reader: TokenReader, *, scale: float | None = None, causal: bool = True

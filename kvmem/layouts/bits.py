@@ -81,13 +81,17 @@ def quantise_rows(
     return packed, scales
 
 
-def dequantise_rows(packed: torch.Tensor, scales: torch.Tensor, bits: int, *, size: int) -> torch.Tensor:
-    """Return what ``quantise_rows`` was given, in float32 ``[n, heads, width]``."""
+def dequantise_rows(
+    packed: torch.Tensor, scales: torch.Tensor, bits: int, *, size: int, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return what ``quantise_rows`` was given, in float32 ``[n, heads, width]``; on the CPU in ``out``, if that is
+    dense and float32.
+    """
     n, heads, width = *packed.shape[:2], packed.shape[2] * 8 // bits
     if packed.device.type != "cpu":
         scale, zero = scales.chunk(2, -1)
         return dequantise(unpack(packed, bits).view(n, heads, -1, size), scale, zero).flatten(-2)
-    out = torch.empty(n, heads, width)
+    out = _room(out, n, heads, width)
     _core.dequantise_tokens(out, packed, scales, size, bits)
     return out
 
@@ -109,25 +113,26 @@ def quantise_blocks(
 
 
 def dequantise_blocks(
-    packed: torch.Tensor, scales: torch.Tensor, bits: int, *, size: int, skip: int = 0
-) -> torch.Tensor:
+    packed: torch.Tensor, scales: torch.Tensor, bits: int, *, size: int, skip: int = 0,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
     """Return tokens of ``quantise_blocks`` in float32, ``[n, heads, width]``. packed: ``[n, heads, bytes]``, from token
-    ``skip`` of the first block on; scales: of all blocks that they are in.
+    ``skip`` of the first block on; scales: of all blocks that they are in. out: as for ``dequantise_rows``.
     """
     n, heads, width = *packed.shape[:2], packed.shape[2] * 8 // bits
     if packed.device.type != "cpu":
         scale, zero = scales.repeat_interleave(size, 0)[skip : skip + n].chunk(2, -1)
         return unpack(packed, bits) * scale.float() + zero.float()
-    out = torch.empty(n, heads, width)
+    out = _room(out, n, heads, width)
     _core.dequantise_channels(out, packed, scales.contiguous(), size, bits, skip)
     return out
 
 
-def from_float8(x: torch.Tensor, scale: float) -> torch.Tensor:
-    """Return 8-bit floats ``[n, heads, width]`` times a scale, in float32."""
+def from_float8(x: torch.Tensor, scale: float, *, out: torch.Tensor | None = None) -> torch.Tensor:
+    """Return 8-bit floats ``[n, heads, width]`` times a scale, in float32. out: as for ``dequantise_rows``."""
     if x.device.type != "cpu":
         return x.float() * scale
-    out = torch.empty(x.shape)
+    out = _room(out, *x.shape)
     _core.look_up(out, x.view(torch.uint8), _all_of(x.dtype) * scale)
     return out
 
@@ -136,6 +141,11 @@ def from_float8(x: torch.Tensor, scale: float) -> torch.Tensor:
 def _all_of(dtype: torch.dtype) -> torch.Tensor:
     """The value of every byte; torch converts 8-bit floats on a CPU one by one."""
     return torch.arange(256, dtype=torch.uint8).view(dtype).float()
+
+
+def _room(out: torch.Tensor | None, *shape: int) -> torch.Tensor:
+    fits = out is not None and out.dtype == torch.float32 and out.is_contiguous() and out.shape == shape
+    return out if out is not None and fits else torch.empty(shape)
 
 
 def _readable(x: torch.Tensor) -> torch.Tensor:

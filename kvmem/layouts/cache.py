@@ -13,7 +13,7 @@ from kvmem.allocator import Allocator, Batch
 from kvmem.allocator.batch import GroupBatch
 from kvmem.errors import SpecError
 from kvmem.kernels.checks import check_queries
-from kvmem.kernels.write import to_cache_dtype, write_all
+from kvmem.kernels.write import write_all
 from kvmem.layouts.attention import Partial, compute_dtype, described
 from kvmem.layouts.base import Layout
 from kvmem.layouts.reading import TokenReader, check_batch_of, read_tokens
@@ -140,20 +140,17 @@ class LayoutCache:
         readers = self.readers(layer, batch)
         spans = [self.layout.span(reader) for reader in readers]
         lengths = [end - first for first, end in spans]
-        total, done, room = sum(lengths), 0, None
-        for reader, span in zip(readers, spans, strict=True):
-            for first, end in self.layout.tiles(*span):
-                with self._own_dtypes():
-                    tile = self.layout.derive(reader, first, end)
-                if room is None:
-                    room = [self._room(name, total, part, dtype) for name, part in zip("kv", tile, strict=True)]
-                for scratch, part in zip(room, tile, strict=True):
-                    scratch[done : done + end - first] = to_cache_dtype(part, scratch.dtype)
-                done += end - first
-        if room is None:
+        if not readers:
             raise SpecError("batch: got no sequences; there is nothing to derive")
-        cu_seqlens = torch.tensor([0, *lengths], device=room[0].device).cumsum(0).int()
-        return Derived(room[0], room[1], cu_seqlens, max(lengths))
+        with self._own_dtypes():
+            shapes = self.layout.derive(readers[0], spans[0][0], spans[0][0])
+            k, v = (self._room(name, sum(lengths), like, dtype) for name, like in zip("kv", shapes, strict=True))
+            done = 0
+            for reader, span in zip(readers, spans, strict=True):
+                for first, end in self.layout.tiles(*span):
+                    at = slice(done, done := done + end - first)
+                    self.layout.derive_into(reader, first, end, k[at], v[at])
+        return Derived(k, v, torch.tensor([0, *lengths], device=k.device).cumsum(0).int(), max(lengths))
 
     def release_scratch(self) -> None:
         """Free the scratch of ``derive``. Results of earlier calls keep their memory while they are referenced."""

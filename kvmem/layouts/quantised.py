@@ -114,6 +114,13 @@ class QuantisedKV(Layout):
         k, v = self._sides
         return k.derive(reader, first, end), v.derive(reader, first, end)
 
+    def derive_into(self, reader: TokenReader, first: int, end: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Without tensors in between for float32, unless heads are rotated."""
+        for side, room in zip(self._sides, (k, v), strict=True):
+            found = side.derive(reader, first, end, room)
+            if found is not room:
+                room.copy_(to_cache_dtype(found, room.dtype))
+
     def kernel_args(self, layer: int) -> dict[str, Any]:
         """``{"k_scale": float, "v_scale": float}`` for float8, as FlashInfer's ``run()`` takes them, and for
         ``kernels.base.Step(scales=...)``, which passes them on to any kernel; nothing for longer floats.
@@ -187,7 +194,8 @@ class _Stored(ABC):
     def encode(self, layer: int, x: torch.Tensor) -> Rows: ...
 
     @abstractmethod
-    def derive(self, reader: TokenReader, first: int, end: int) -> torch.Tensor: ...
+    def derive(self, reader: TokenReader, first: int, end: int, out: torch.Tensor | None = None) -> torch.Tensor:
+        """out: where it may be written, if dtype and layout fit; then it is what is returned."""
 
 
 class _Floats(_Stored):
@@ -218,9 +226,9 @@ class _Floats(_Stored):
     def encode(self, layer: int, x: torch.Tensor) -> Rows:
         return {self.name: to_cache_dtype(x, self.dtype, scale=self.scales[layer], name=self.name)}
 
-    def derive(self, reader: TokenReader, first: int, end: int) -> torch.Tensor:
+    def derive(self, reader: TokenReader, first: int, end: int, out: torch.Tensor | None = None) -> torch.Tensor:
         rows = reader.rows(self.name, first, end)
-        return codec.from_float8(rows, self.scales[reader.layer]) if self.dtype.itemsize == 1 else rows
+        return codec.from_float8(rows, self.scales[reader.layer], out=out) if self.dtype.itemsize == 1 else rows
 
 
 class _Integers(_Stored):
@@ -267,9 +275,9 @@ class _PerToken(_Integers):
         found = codec.quantise_rows(self.rotated(x), self._bits, size=self._size, scale_dtype=self._how.scale_dtype)
         return dict(zip((f"{self.name}_codes", f"{self.name}_scales"), found, strict=True))
 
-    def derive(self, reader: TokenReader, first: int, end: int) -> torch.Tensor:
+    def derive(self, reader: TokenReader, first: int, end: int, out: torch.Tensor | None = None) -> torch.Tensor:
         codes, scales = (reader.rows(f"{self.name}_{part}", first, end) for part in ("codes", "scales"))
-        return self.rotated(codec.dequantise_rows(codes, scales, self._bits, size=self._size), back=True)
+        return self.rotated(codec.dequantise_rows(codes, scales, self._bits, size=self._size, out=out), back=True)
 
 
 class _PerChannel(_Integers):
@@ -298,21 +306,29 @@ class _PerChannel(_Integers):
         spread = scales.view(len(tail), -1, self._size, self.scale_width).transpose(1, 2)
         return {f"{self.name}_codes": codes, f"{self.name}_scales": spread}
 
-    def derive(self, reader: TokenReader, first: int, end: int) -> torch.Tensor:
+    def derive(self, reader: TokenReader, first: int, end: int, out: torch.Tensor | None = None) -> torch.Tensor:
         dtype = torch.promote_types(self.plain.dtype, torch.float32)
-        complete = reader.length // self._size * self._size
-        parts = [self._blocks(reader, first, min(end, complete)).to(dtype)] if first < complete else []
-        if complete < end or not parts:
-            parts.append(reader.rows(f"{self.name}_tail", max(first, complete), end).to(dtype))
-        return torch.cat(parts)
+        split = max(first, min(end, reader.length // self._size * self._size))  # complete blocks end there
+        codes = reader.rows(f"{self.name}_codes", first, split)
+        if out is None or out.dtype != dtype:
+            out = torch.empty(end - first, codes.shape[1], self.width, dtype=dtype, device=codes.device)
+        if first < split:
+            room = out[: split - first]
+            found = self._blocks(reader, codes, first, split, room)
+            if found is not room:
+                room.copy_(found)
+        if split < end:
+            out[split - first :] = reader.rows(f"{self.name}_tail", split, end)
+        return out
 
-    def _blocks(self, reader: TokenReader, first: int, end: int) -> torch.Tensor:
+    def _blocks(
+        self, reader: TokenReader, codes: torch.Tensor, first: int, end: int, out: torch.Tensor
+    ) -> torch.Tensor:
         """Tokens ``[first, end)``, all of complete blocks."""
-        codes = reader.rows(f"{self.name}_codes", first, end)
         blocks, ids = reader.blocks(f"{self.name}_scales", first // self._size, -(-end // self._size))
         found = blocks[ids].transpose(1, 2).flatten(-2)
         reader.count_read(f"{self.name}_scales", found.numel() * found.element_size())
-        found = codec.dequantise_blocks(codes, found, self._bits, size=self._size, skip=first % self._size)
+        found = codec.dequantise_blocks(codes, found, self._bits, size=self._size, skip=first % self._size, out=out)
         return self.rotated(found, back=True)
 
 
