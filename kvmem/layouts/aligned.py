@@ -150,9 +150,9 @@ class AlignedKV(Layout):
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         complete = _complete(reader.length)
         tail = reader.rows("k_tail", complete, reader.length)
+        newest = masked_scores(q, tail, first=complete, length=reader.length, scale=scale, causal=causal)  # checks q
         k_top, v_top = self._largest_exponents(reader, tail)
         levels = key_levels(q, k_top, self.format, self.guard)
-        newest = masked_scores(q, tail, first=complete, length=reader.length, scale=scale, causal=causal)
         older = self._scores(q, reader, levels, scale, causal) if complete else newest[..., :0]
         weights, lse = normalise(torch.cat((older, newest), dim=-1))
         levels = value_levels(weights, self._magnitude(weights, reader), v_top, self.format, self.guard)

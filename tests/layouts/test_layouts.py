@@ -104,6 +104,22 @@ def test_prefixes_are_shared(case: Case, backend: str, seed: int) -> None:
 
 @every_layout
 @both_backends
+@pytest.mark.parametrize("new", [1, 12])
+def test_queries_of_another_shape_are_refused(case: Case, backend: str, new: int, seed: int) -> None:
+    """For few queries and for many, which some layouts compute in different ways."""
+    world = World(case, backend, seed)
+    seq = world.open(world.some(world.block + 3))
+    seq.extend(new)
+    batch = world.alloc.batch([seq])
+    kv_heads = case.plain(world.layers[0], torch.tensor([0]), torch.tensor([0]))[0].shape[1]
+    heads = case.query_heads + (kv_heads > 1)  # one KV head takes any number
+    for heads, width in ((case.query_heads, case.head_dim + 2), (heads, case.head_dim + 2 * (kv_heads == 1))):
+        with pytest.raises(SpecError, match="^q: got"):
+            world.cache.attend(torch.zeros(new, heads, width), world.layers[0], batch)
+
+
+@every_layout
+@both_backends
 def test_fork_and_truncate(case: Case, backend: str, seed: int) -> None:
     """In the middle of a block: both go on with other tokens; draft tokens are taken back and replaced."""
     world = World(case, backend, seed)
