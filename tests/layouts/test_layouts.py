@@ -112,8 +112,8 @@ def test_queries_of_another_shape_are_refused(case: Case, backend: str, new: int
     seq.extend(new)
     batch = world.alloc.batch([seq])
     kv_heads = case.plain(world.layers[0], torch.tensor([0]), torch.tensor([0]))[0].shape[1]
-    heads = case.query_heads + (kv_heads > 1)  # one KV head takes any number
-    for heads, width in ((case.query_heads, case.head_dim + 2), (heads, case.head_dim + 2 * (kv_heads == 1))):
+    other = case.query_heads + (kv_heads > 1)  # one KV head takes any number
+    for heads, width in ((case.query_heads, case.head_dim + 2), (other, case.head_dim + 2 * (kv_heads == 1))):
         with pytest.raises(SpecError, match="^q: got"):
             world.cache.attend(torch.zeros(new, heads, width), world.layers[0], batch)
 
