@@ -22,6 +22,9 @@ pytest.register_assert_rewrite(*(f.stem for f in HERE.rglob("*.py") if not f.nam
 settings.register_profile("kvmem", deadline=None, print_blob=True)
 settings.load_profile("kvmem")
 
+# Before torch is imported. Tests compute on tiny tensors, for which threads only wait for each other: ten times as long.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed", type=int, help="repeat a run")

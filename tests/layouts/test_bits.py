@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support import LONG
 
 import kvmem
 from kvmem import _core
@@ -89,7 +90,7 @@ def assert_same(found: torch.Tensor, wanted: torch.Tensor) -> None:
 @every_bits
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_the_codec_rounds_as_torch_does(bits: int, dtype: torch.dtype, scales: torch.dtype, seed: int) -> None:
-    for tokens, heads, width in ((8, 1, 8), (24, 3, 40), (8, 2, 128)):
+    for tokens, heads, width in ((8, 1, 8), (24, 3, 40), (8, 2, 128)) if LONG else ((24, 3, 40),):
         for x in numbers(dtype, (tokens, heads, width), seed):
             for size in (1, 4, width):
                 packed, stored = codec.quantise_rows(x, bits, size=size, scale_dtype=scales)
@@ -109,6 +110,7 @@ def test_the_codec_rounds_as_torch_does(bits: int, dtype: torch.dtype, scales: t
                 assert_same(codec.dequantise_blocks(*part, bits, size=8, skip=skip), wanted[skip:end])
 
 
+@pytest.mark.core
 @every_bits
 def test_the_codec_reads_tokens_that_lie_apart(bits: int, seed: int) -> None:
     """As rows of a cache do, beside other components; and any strides, gradients and empty tensors."""
@@ -123,6 +125,7 @@ def test_the_codec_reads_tokens_that_lie_apart(bits: int, seed: int) -> None:
     assert codec.quantise_blocks(x.view(5, 1, 8, 24)[:0], bits)[0].shape == (0, 1, 8, 3 * bits)
 
 
+@pytest.mark.core
 def test_the_codec_refuses_what_it_would_misread() -> None:
     """It writes nothing then."""
     x, codes, scales = torch.ones(4, 2, 8), torch.zeros(4, 2, 4, dtype=torch.uint8), torch.zeros(4, 2, 2)
@@ -145,6 +148,7 @@ def test_the_codec_refuses_what_it_would_misread() -> None:
     assert not codes.any() and not scales.any()
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
 def test_every_8_bit_float_is_looked_up(dtype: torch.dtype) -> None:
     """NaN, infinities and both zeros too, from rows with a stride."""

@@ -18,8 +18,6 @@ import kvmem
 from kvmem import _core
 from kvmem.memory.device import OPENERS, Device
 
-torch.set_num_threads(1)  # tiny tensors: threads would only wait for each other
-
 LONG = os.environ.get("KVMEM_LONG") == "1"  # longer random runs and every case of a grid; read nowhere else
 BACKENDS = ("virtual", "paged")
 HALF = torch.float16
