@@ -97,6 +97,7 @@ def public_calls(scene: Scene) -> dict[str, dict[str, Callable[[], object]]]:
         "set_memory": lambda: alloc.set_memory(30 * PAGE),
         "set_stream": lambda: alloc.set_stream(0),
         "stats": alloc.stats,
+        "ledger": lambda: alloc.ledger.held,
         "step": lambda: alloc.step(ids, batch),
         "take_ops": alloc.take_ops,
         "tensor": lambda: alloc.tensor(0, "k"),
