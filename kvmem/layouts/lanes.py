@@ -15,11 +15,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 from kvmem.allocator import Allocator, Batch, Sequence
 from kvmem.allocator.opening import MAX_SEQUENCES
-from kvmem.arguments import as_int32, brief, check_size
+from kvmem.arguments import as_int32, check_size
 from kvmem.errors import OutOfMemory, SpecError, StaleHandle
 from kvmem.kernels.checks import as_bytes, flat_tokens
 from kvmem.kernels.write import to_cache_dtype
-from kvmem.layouts.attention import Partial, compute_dtype, normalise
+from kvmem.layouts.attention import Partial, compute_dtype, described, normalise
 from kvmem.spec import CacheSpec
 
 __all__ = ["LaneCache", "LaneSequence", "Lanes"]
@@ -301,7 +301,7 @@ class Lanes:
         """Return what a kernel gave for head requests, ``[T * H, g, ...]`` (out or lse), as ``[T, H * g, ...]``."""
         heads, sizes = self.cache.num_kv_heads, [state.new * self.cache.num_kv_heads for state in self._states(layer)]
         if not isinstance(out, torch.Tensor) or out.ndim < 2 or len(out) != sum(sizes):
-            raise SpecError(f"out: got {_got(out)}; must be a tensor [{sum(sizes)}, g, ...]")
+            raise SpecError(f"out: got {described(out)}; must be a tensor [{sum(sizes)}, g, ...]")
         parts = [torch.unflatten(part, 0, (heads, len(part) // heads)) for part in out.split_with_sizes(sizes)]
         return _joined([part.transpose(0, 1).flatten(1, 2) for part in parts])
 
@@ -312,7 +312,9 @@ class Lanes:
         shape = tuple(given.shape) if fits and (name != "q" or given.is_floating_point()) else ()
         if len(shape) != 3 or shape[2] != cache.head_dim or shape[1] % heads or (name != "q" and shape[1] != heads):
             wanted = f"[T, {'a multiple of ' * (name == 'q')}{heads} heads, {cache.head_dim}] on {self.alloc.device}"
-            raise SpecError(f"{name}: got {_got(given)}; must be {'floats' if name == 'q' else 'a tensor'} {wanted}")
+            raise SpecError(
+                f"{name}: got {described(given)}; must be {'floats' if name == 'q' else 'a tensor'} {wanted}"
+            )
         each = [shape[0] // n] * n if counts is None else as_int32("counts", counts).tolist()
         if len(each) != n or sum(each) != shape[0] or min(each) < 0:
             raise SpecError(f"{name}: got {shape[0]} tokens; {n} sequences have {each} (counts, or the last append)")
@@ -323,7 +325,7 @@ class Lanes:
         wanted = (self.cache.num_kv_heads, length)
         if not isinstance(given, torch.Tensor) or given.dtype != torch.bool or tuple(given.shape) != wanted:
             must = f"torch.bool [{wanted[0]} KV heads, {length} rows]; policies.any_of_group() reduces query heads"
-            raise SpecError(f"keep: got {_got(given)}; must be {must}")
+            raise SpecError(f"keep: got {described(given)}; must be {must}")
         return given.cpu()
 
 
@@ -379,10 +381,6 @@ class LaneSequence(Lanes, AbstractContextManager["LaneSequence"]):
     def __exit__(self, *_: object) -> None:
         if not self._freed and not self.alloc.closed:
             self.free()
-
-
-def _got(given: object) -> str:
-    return f"{tuple(given.shape)} {given.dtype} on {given.device}" if isinstance(given, torch.Tensor) else brief(given)
 
 
 def _ids(states: list[_Layer]) -> Handles:
