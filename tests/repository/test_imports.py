@@ -25,7 +25,8 @@ LEVELS: dict[str, int] = {
         [
             "_core errors arguments",
             "spec",
-            "memory geometry tiers events",
+            "memory geometry events",
+            "tiers",
             "allocator",
             "kernels",
             "layouts",
@@ -36,8 +37,9 @@ LEVELS: dict[str, int] = {
     for name in names.split()
 }
 ALONE = 2  # folders of this level never import each other: they meet in the allocator
-FACADE = 3  # kvmem/__init__.py names what is public up to this level; only higher levels write `from kvmem import ...`
-OPTIONAL_FROM = 4  # from this level on a file may import an optional package, the one it is about
+FACADE = 4  # kvmem/__init__.py names what is public up to this level; only higher levels write `from kvmem import ...`
+OPTIONAL_FROM = 5  # from this level on a file may import an optional package, the one it is about
+OPTIONAL_TOO = {"tiers"}  # clients of stores
 
 REQUIRED = {"torch", "numpy"}
 OPTIONAL = {
@@ -54,6 +56,7 @@ OPTIONAL = {
         "rich",
     ),
     *("transformers", "triton"),
+    *("liburing", "mooncake", "nixl", "obstore", "redis", "xxhash", "zstandard", "constriction"),  # of tiers
 }
 
 
@@ -100,7 +103,7 @@ def objection(mine: str, level: int, name: str) -> str | None:
     """Why the file or folder `mine`, of `level`, may not import `name`; None when it may."""
     top, _, rest = name.partition(".")
     if top != "kvmem":
-        return objection_to_package(level, top)
+        return objection_to_package(mine, level, top)
     other = rest.split(".")[0]
     if other not in LEVELS:  # `import kvmem`, or a public name from it
         if other and ((PACKAGE / other).is_dir() or (PACKAGE / f"{other}.py").exists()):
@@ -115,12 +118,16 @@ def objection(mine: str, level: int, name: str) -> str | None:
     return None
 
 
-def objection_to_package(level: int, top: str) -> str | None:
+def objection_to_package(mine: str, level: int, top: str) -> str | None:
     if top in sys.stdlib_module_names or top in REQUIRED:
         return None
     if top not in OPTIONAL:
         return "neither the standard library, nor torch or numpy, nor an optional package of ours"
-    return None if level >= OPTIONAL_FROM else f"an optional package may be imported from level {OPTIONAL_FROM} on"
+    return (
+        None
+        if level >= OPTIONAL_FROM or mine in OPTIONAL_TOO
+        else f"an optional package may be imported from level {OPTIONAL_FROM} on"
+    )
 
 
 def test_imports_point_down() -> None:
@@ -140,12 +147,12 @@ def test_imports_point_down() -> None:
             "\nfrom kvmem.allocator import Allocator",
             "kvmem/spec/rules.py:2: imports kvmem.allocator.Allocator: level 1",
         ),
-        ("spec/rules.py", "from kvmem import allocator", "level 1 may not import level 3"),
-        ("spec/rules.py", "from .. import allocator", "level 1 may not import level 3"),
+        ("spec/rules.py", "from kvmem import allocator", "level 1 may not import level 4"),
+        ("spec/rules.py", "from .. import allocator", "level 1 may not import level 4"),
         ("spec/rules.py", "def f():\n    import kvmem.memory", "kvmem/spec/rules.py:2"),
         ("spec/rules.py", "from kvmem import Allocator", "not from kvmem"),
         ("spec/rules.py", "import kvmem", "not from kvmem"),
-        ("spec/rules.py", "import transformers", "from level 4 on"),
+        ("spec/rules.py", "import transformers", "from level 5 on"),
         ("geometry/group_layout.py", "from kvmem import memory", "do not know each other"),
         ("memory/pool.py", "from kvmem import _core", None),
         (
@@ -161,14 +168,14 @@ def test_imports_point_down() -> None:
             "kvmem/allocator/allocator.py:2: imports flashinfer",
         ),
         ("kernels/flashinfer.py", "import flashinfer\nfrom kvmem import Allocator", None),
-        ("kernels/flashinfer.py", "from kvmem.bench import ledger", "level 4 may not import level 7"),
+        ("kernels/flashinfer.py", "from kvmem.bench import ledger", "level 5 may not import level 8"),
         ("integrations/serving.py", "import vllm", "neither the standard library"),
         ("bench/__main__.py", "import click, rich, matplotlib.pyplot", None),
         ("bench/run.py", "from benchmarks import step", "neither the standard library"),
         ("bench/render.py", "from kvmem.bench.gpu import tables", "only the command line knows the GPU"),
         ("bench/gpu/runner.py", "from kvmem.bench.gpu import tables", None),
         ("__init__.py", "from kvmem.allocator import Allocator\nfrom kvmem import memory", None),
-        ("__init__.py", "from kvmem.kernels import flashinfer", "level 3 may not import level 4"),
+        ("__init__.py", "from kvmem.kernels import flashinfer", "level 4 may not import level 5"),
         ("unheard_of.py", "", "has no level"),
     ],
 )

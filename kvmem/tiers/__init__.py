@@ -1,0 +1,6 @@
+"""Where blocks live behind the device: host memory, disk, remote stores. A tier's answer is right, or it is a miss."""
+
+from kvmem.tiers.base import Capacity, Result, Status, Tier
+from kvmem.tiers.keys import Identity
+
+__all__ = ["Capacity", "Identity", "Result", "Status", "Tier"]
