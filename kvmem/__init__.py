@@ -6,7 +6,7 @@ from kvmem.allocator.prefix import Pin, PrefixMatch
 from kvmem.allocator.scheduler import SchedulerCache, TableChanges
 from kvmem.allocator.sequence import LiveSequence, Sequence
 from kvmem.allocator.stats import Stats
-from kvmem.errors import DeviceError, KVMemError, OutOfMemory, SpecError, StaleHandle, TierError
+from kvmem.errors import DeviceError, KVMemError, NotReady, OutOfMemory, SpecError, StaleHandle, TierError
 from kvmem.memory.pool import PagePool
 from kvmem.spec import CacheSpec, Component, Group
 
@@ -21,6 +21,7 @@ __all__ = [
     "Group",
     "KVMemError",
     "LiveSequence",
+    "NotReady",
     "OutOfMemory",
     "PagePool",
     "Pin",

@@ -4,7 +4,7 @@ what to change.
 
 from __future__ import annotations
 
-__all__ = ["DeviceError", "KVMemError", "OutOfMemory", "SpecError", "StaleHandle", "TierError"]
+__all__ = ["DeviceError", "KVMemError", "NotReady", "OutOfMemory", "SpecError", "StaleHandle", "TierError"]
 
 
 class KVMemError(Exception):
@@ -36,6 +36,10 @@ class DeviceError(KVMemError, RuntimeError):
 
 class TierError(KVMemError, OSError):
     """A storage tier behind the device (host, disk, remote) failed."""
+
+
+class NotReady(KVMemError, RuntimeError):
+    """A sequence that is pending: its blocks are still being loaded from a tier. Ask ``Allocator.ready()``."""
 
 
 class StaleHandle(KVMemError, RuntimeError):

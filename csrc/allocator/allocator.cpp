@@ -22,6 +22,31 @@ MatchEnd why_off(const PrefixOptions& options, const Groups& groups) {
   return options.on && sizes ? MatchEnd::block_sizes : MatchEnd::off;
 }
 
+// While it exists, the pending sequence can be used; afterwards it is pending again, unless the call was done.
+class PendingUse {
+ public:
+  PendingUse(Sequences& sequences, i64 handle) : sequences_(sequences), handle_(handle) {
+    if (handle == 0) return;
+    if (!sequences.is_pending(handle)) {
+      throw StaleHandle("sequence handle " + std::to_string(handle) + " is not pending: it was freed meanwhile");
+    }
+    sequences.set_pending(handle, false);
+  }
+  ~PendingUse() {
+    if (handle_ != 0) sequences_.set_pending(handle_, true);
+  }
+  PendingUse(const PendingUse&) = delete;
+  PendingUse& operator=(const PendingUse&) = delete;
+  i64 done(i64 result) const {
+    handle_ = 0;
+    return result;
+  }
+
+ private:
+  Sequences& sequences_;
+  mutable i64 handle_;
+};
+
 std::vector<GroupKind> kinds(const Groups& groups, bool shares) {
   std::vector<GroupKind> found;
   for (const GroupGeometry& group : groups.geometry().groups) {
@@ -53,7 +78,8 @@ Allocator::Allocator(const Geometry& geometry, std::shared_ptr<PagePool> pool, b
       prefix_(resolve(prefix, groups_)),
       sequences_(geometry.max_sequences, groups_.count()),
       index_(unit_tokens(groups_[groups_.token_group()]), kinds(groups_, prefix_.on), prefix.policy, prefix.hash_bits,
-             prefix.event_capacity, prefix_.on ? blocks_in(groups_, limit_pages) : 0),
+             prefix.event_capacity, prefix_.on ? prefix.move_capacity : 0,
+             prefix_.on ? blocks_in(groups_, limit_pages) : 0),
       table_(make_table(paged, limit_pages)),
       planner_(groups_, *pool_, sequences_, *table_),
       records_(groups_, *pool_, sequences_, *table_, planner_),
@@ -65,7 +91,8 @@ Allocator::Allocator(const Geometry& geometry, std::shared_ptr<PagePool> pool, b
       follower_(groups_, *pool_, sequences_, index_, *table_, *this),
       table_diff_(groups_, sequences_, index_, planner_, *table_, paged && prefix_.on),
       filler_(groups_, *pool_, sequences_, *table_, *this),
-      events_(groups_, index_, *table_),
+      events_(groups_, index_, index_.events(), *table_),
+      tiers_(groups_, matcher_, sequences_, index_, *table_, contents_),
       plan_(geometry.max_sequences) {}
 
 std::unique_ptr<PageTable> Allocator::make_table(bool paged, i64 limit_pages) {
@@ -83,7 +110,7 @@ Allocator::~Allocator() {
     return;
   }
   const PoolLock lock = pool_->lock_to_close();
-  settle();
+  pool_->settle();
   table_.reset();
 }
 
@@ -141,39 +168,41 @@ void Allocator::open(i64 count, i32* handles) {
   });
 }
 
-i64 Allocator::admit(const i32* tokens, i64 n, const PrefixKey& key, i64* cached) {
+i64 Allocator::admit(const i32* tokens, i64 n, const PrefixKey& key, i64* cached, i64 into) {
   return update([&] {
-    sequences_.next_handle();  // throws if all places are taken; the fallbacks below would not help
+    const PendingUse pending(sequences_, into);
+    if (into == 0) sequences_.next_handle();  // throws if all places are taken; the fallbacks below would not help
     for (Reuse reuse : {Reuse::all, Reuse::whole_blocks}) {
       try {
-        return admit_one(tokens, n, key, reuse, 0, false, cached);
+        return pending.done(admit_one(tokens, n, key, reuse, 0, false, cached, into));
       } catch (const OutOfMemory&) {
         // The driver had no memory. Reusing less may need none.
       }
     }
-    return admit_one(tokens, n, key, Reuse::none, 0, false, cached);
+    return pending.done(admit_one(tokens, n, key, Reuse::none, 0, false, cached, into));
   });
 }
 
 i64 Allocator::begin(const i32* tokens, i64 n, const PrefixKey& key, i64 count, i64* cached) {
   return update([&] {
     admission_.check_length(count < 0 ? n : count);
-    return admit_one(tokens, n, key, Reuse::all, count, true, cached);
+    return admit_one(tokens, n, key, Reuse::all, count, true, cached, 0);
   });
 }
 
-// One transaction. `grows`: with room for `count` more tokens than are cached or, with -1, for the whole prompt.
+// One transaction. `into`: as in admit(). `grows`: with room for `count` more tokens than are cached or, with -1, for the whole prompt.
 i64 Allocator::admit_one(const i32* tokens, i64 n, const PrefixKey& key, Reuse reuse, i64 count, bool grows,
-                         i64* cached) {
+                         i64* cached, i64 into) {
   RootUse root(index_, key, prefix_.on);
   admission_.start(1);
-  if (prefix_.on || grows) settle();
+  if (prefix_.on || grows) pool_->settle();
   {
     Transaction tx(*pool_, *this);
-    admission_.open(tokens, n, key, root.node(), reuse, grows, tx);
+    admission_.open(tokens, n, key, root.node(), reuse, grows, tx, into);
     if (grows) admission_.make_room(count, tx);
     tx.commit();
   }
+  if (into != 0) contents_.end(sequences_.index(into));  // it was opened empty
   root.commit(1);
   admission_.finish(tokens, root.node());
   const Admission::Admitted& one = admission_.admitted().front();
@@ -204,7 +233,7 @@ i64 Allocator::admit_first(const i32* tokens, const i32* counts, i64 n, const Pr
   RootUse root(index_, key, prefix_.on);
   admission_.start(n);
   plan_.indices.resize(n);
-  settle();
+  pool_->settle();
   {
     Transaction tx(*pool_, *this);
     admission_.open_first(tokens, counts, n, key, root.node(), tx);
@@ -222,10 +251,35 @@ i64 Allocator::admit_first(const i32* tokens, const i32* counts, i64 n, const Pr
   return static_cast<i64>(admitted.size());
 }
 
+void Allocator::promote(const i32* tokens, i64 n, const PrefixKey& key, const std::vector<i64>& slots) {
+  update([&] {
+    RootUse root(index_, key, true);
+    contents_.used.clear();
+    pool_->settle();
+    {
+      Transaction tx(*pool_, *this);
+      tiers_.promote(tokens, n, key, root.node(), slots, tx);
+      tx.commit();
+    }
+    root.commit(1);
+    tiers_.finish_promote();
+    index_.drop(root.node());
+  });
+}
+
+void Allocator::store(const i32* tokens, i64 n, const PrefixKey& key, const std::vector<bool>& wanted) {
+  update([&] {
+    pool_->settle();
+    Transaction tx(*pool_, *this);
+    tiers_.store(tokens, n, key, wanted, tx);
+    tx.commit();
+  });
+}
+
 i64 Allocator::fork(i64 handle) {
   return update([&] {
     const i64 parent = sequences_.index(handle), main = groups_.token_group();
-    settle();
+    pool_->settle();
     contents_.prepare_fork(parent, sequences_.tokens(parent, main) > sequences_.committed(parent, main));
     i64 child = 0;
     try {
@@ -271,7 +325,14 @@ void Allocator::share_group(i64 parent, i64 child, i64 g, Transaction& tx) {
 
 void Allocator::free(const i32* handles, i64 n) {
   update([&] {
-    planner_.find_each_once(handles, n, &plan_);
+    try {
+      planner_.find_each_once(handles, n, &plan_);
+    } catch (const NotReady&) {  // whoever loads for a pending sequence finds that it has gone
+      for (i64 i = 0; i < n; ++i) {
+        if (sequences_.is_pending(handles[i])) sequences_.set_pending(handles[i], false);
+      }
+      planner_.find_each_once(handles, n, &plan_);
+    }
     Transaction tx(*pool_, *this);
     for (i64 index : plan_.indices) records_.close(index, tx);
     tx.commit();
@@ -350,7 +411,8 @@ std::vector<i64> Allocator::handles() {
   const PoolLock lock = lock_to_read();
   std::vector<i64> found;
   for (i64 index = 0; index < sequences_.capacity(); ++index) {
-    if (sequences_.live(index)) found.push_back(sequences_.handle_of(index));
+    if (!sequences_.live(index) || sequences_.is_pending(sequences_.handle_of(index))) continue;
+    found.push_back(sequences_.handle_of(index));
   }
   return found;
 }

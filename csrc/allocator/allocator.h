@@ -13,12 +13,12 @@
 #include <vector>
 
 #include "allocator/admission.h"
-#include "allocator/event_batches.h"
 #include "allocator/fill.h"
 #include "allocator/follow.h"
 #include "allocator/memory.h"
 #include "allocator/pins.h"
 #include "allocator/table_changes.h"
+#include "allocator/tiers.h"
 #include "base/fork_guard.h"
 
 namespace kvmem {
@@ -73,8 +73,9 @@ class Allocator final : public TableState {
 
   // --- cached content ---
   // Opens a sequence with the cached prefix of `tokens`, without the last token, and writes its length to `*cached`.
-  // Reuses less if memory is short; throws OutOfMemory only if all places are taken.
-  i64 admit(const i32* tokens, i64 n, const PrefixKey& key, i64* cached);
+  // Reuses less if memory is short; throws OutOfMemory only if all places are taken. `into`: a pending sequence that
+  // gets the prefix instead.
+  i64 admit(const i32* tokens, i64 n, const PrefixKey& key, i64* cached, i64 into = 0);
   // As admit(), with room for `count` more tokens than are cached or, with -1, for the whole prompt. Throws OutOfMemory
   // if there is no memory for them.
   i64 begin(const i32* tokens, i64 n, const PrefixKey& key, i64 count, i64* cached);
@@ -132,9 +133,16 @@ class Allocator final : public TableState {
   std::pair<std::uint64_t, i64> digest();
   i64 mapped_extent_bytes(i64 group, i64 arena_in_group);
 
-  // For tests: the blocks that have left the cache since watch_lost(), once for each group that held them.
-  void watch_lost();
-  std::vector<PageTable::Lost> take_lost();
+  // --- tiers (tiers.h) ---
+  // Returns what `call` returns of Tiers, under the lock.
+  template <class Call>
+  auto with_tiers(const Call& call) {
+    fork_guard_.check("the allocator");
+    const PoolLock lock = pool_->lock();
+    return call(tiers_);
+  }
+  void promote(const i32* tokens, i64 n, const PrefixKey& key, const std::vector<i64>& slots);  // throws OutOfMemory
+  void store(const i32* tokens, i64 n, const PrefixKey& key, const std::vector<bool>& wanted);
   // --- recording, and following another allocator; a list of ops that is not empty begins with a `version` ---
   void record();
   std::vector<Op> take_ops();
@@ -153,7 +161,6 @@ class Allocator final : public TableState {
   auto update(const Call& call);
   template <class Call>
   void update_piece(const Call& call);
-  void settle() { pool_->settle(); }
   std::uint64_t state_digest() const;
   std::vector<std::string> violations() const;
   // Counts what changes the digest without a successful call: a driver that failed after memory was written, or in the
@@ -170,7 +177,8 @@ class Allocator final : public TableState {
   void share_group(i64 parent, i64 child, i64 g, Transaction& tx);
   void check_cut(i64 handle, i64 index, i64 tokens) const;
   void check_snapshot(i64 handle, i64 index) const;
-  i64 admit_one(const i32* tokens, i64 n, const PrefixKey& key, Reuse reuse, i64 count, bool grows, i64* cached);
+  i64 admit_one(const i32* tokens, i64 n, const PrefixKey& key, Reuse reuse, i64 count, bool grows, i64* cached,
+                i64 into);
   i64 admit_first(const i32* tokens, const i32* counts, i64 n, const PrefixKey& key, i32* handles, i32* cached);
 
   const Groups groups_;
@@ -191,6 +199,7 @@ class Allocator final : public TableState {
   TableDiff table_diff_;
   BatchFiller filler_;
   EventBatches events_;
+  Tiers tiers_;
   StepPlan plan_;  // of the call in progress; a member so that its memory is reused
   std::atomic<i64> changes_{0};
   ForkGuard fork_guard_;

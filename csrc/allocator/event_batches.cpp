@@ -11,7 +11,7 @@ std::shared_ptr<EventBatch> EventBatches::drain(i64 confirmed, i64 max, bool res
   expired->swap(unconfirmed_);
   batch->number = made_;
   if (max == 0 && !restart) return batch;
-  batch->records = index_.events().drain(
+  batch->records = queue_.drain(
       max,
       [this](EventRecords& out) {
         for (i32 root : index_.roots()) {
@@ -25,7 +25,7 @@ std::shared_ptr<EventBatch> EventBatches::drain(i64 confirmed, i64 max, bool res
       if (number >= 0 && number != last) batch->roots.emplace(last = number, index_.root_key(number));
     }
   } catch (...) {
-    index_.events().undo_drain();
+    queue_.undo_drain();
     throw;
   }
   index_.prune_roots();

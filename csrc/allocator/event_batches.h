@@ -1,4 +1,4 @@
-// The events of an allocator's content index, in numbered batches. drain() returns the same batch until the consumer
+// The events or moves of an allocator's content index, in numbered batches. drain() returns the same batch until the consumer
 // confirms its number, so no event is lost if the consumer is interrupted.
 //
 // State: the batch that is not confirmed yet. Thread safety: every function REQUIRES the pool's lock.
@@ -22,8 +22,8 @@ struct EventBatch {
 
 class EventBatches {
  public:
-  EventBatches(const Groups& groups, PrefixIndex& index, const PageTable& table)
-      : groups_(groups), index_(index), table_(table) {}
+  EventBatches(const Groups& groups, PrefixIndex& index, EventRing& queue, const PageTable& table)
+      : groups_(groups), index_(index), queue_(queue), table_(table) {}
 
   // Returns the batch after number `confirmed`, the last one that the consumer has processed; if there are no events,
   // an empty batch with the number of the last one. `max`: the most events of a new batch, -1 for all; with 0 only a
@@ -37,6 +37,7 @@ class EventBatches {
 
   const Groups& groups_;
   PrefixIndex& index_;
+  EventRing& queue_;
   const PageTable& table_;
   std::shared_ptr<EventBatch> unconfirmed_;
   i64 made_ = 0;  // batches

@@ -15,7 +15,7 @@ void PrefixMatcher::find(i32 root, const i32* tokens, i64 n, const KeyMarks& mar
     if (node == kNoNode) break;
     chain.push_back(last = node);
   }
-  // What only lower tiers have is not on the device.
+  // Nodes in use may have no memory.
   while (index.whole() && !chain.empty() && index.copies(chain.back()) == 0) chain.pop_back();
   if (!chain.empty()) last = chain.back();
   if (groups_.has_window()) count_runs(chain);

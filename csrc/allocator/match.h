@@ -20,6 +20,7 @@ struct PrefixOptions {
   std::string policy = "lru";  // the eviction policy
   int hash_bits = 64;          // fewer make hashes collide, for tests
   i64 event_capacity = 0;      // events that can wait to be drained; 0: no events are made
+  i64 move_capacity = 0;       // the same for the moves that tiers follow
 };
 
 // Why a match is not longer.

@@ -39,7 +39,7 @@ void Allocator::snapshot(i64 handle) {
   update([&] {
     const i64 index = sequences_.index(handle);
     check_snapshot(handle, index);
-    settle();
+    pool_->settle();
     std::vector<i32> chain;
     contents_.copy_chain(index, &chain);
     Transaction tx(*pool_, *this);
@@ -90,7 +90,7 @@ std::vector<Retention> Allocator::retained(i64 handle) {
 
 i64 Allocator::clear_cache() {
   PoolLock lock = lock_to_change();
-  settle();
+  pool_->settle();
   i64 blocks = 0;
   update_piece([&] {
     Transaction tx(*pool_, *this);
@@ -131,7 +131,7 @@ std::shared_ptr<EventBatch> Allocator::drain_events(i64 taken, i64 max, bool res
 
 i64 Allocator::compact(i64 bytes) {
   return update([&] {
-    settle();
+    pool_->settle();
     const i64 page = pool_->page_bytes();
     Transaction tx(*pool_, *this);
     const i64 freed = table_->compact(bytes < 0 ? pool_->present_pages() : ceil_div(bytes, page), tx);
@@ -152,7 +152,7 @@ i64 Allocator::pages_at_once() const {
 
 i64 Allocator::trim(i64 bytes) {
   PoolLock lock = lock_to_change();
-  settle();
+  pool_->settle();
   const i64 page = pool_->page_bytes(), step = pages_at_once();
   i64 left = bytes < 0 ? pool_->present_pages() : ceil_div(bytes, page), given = 0;
   for (i64 now = step; now > 0 && left > 0;) {  // free pages go first
@@ -171,7 +171,7 @@ i64 Allocator::trim(i64 bytes) {
 
 void Allocator::set_memory(i64 pages) {
   PoolLock lock = lock_to_change();
-  settle();
+  pool_->settle();
   if (owns_pool_) {
     pool_->shrink_in_pieces(lock, pages);
   } else {
@@ -250,16 +250,6 @@ void Allocator::record() {
   pool_->recording = true;
 }
 
-void Allocator::watch_lost() {
-  const PoolLock lock = lock_to_change();
-  table_->watch_lost();
-}
-
-std::vector<PageTable::Lost> Allocator::take_lost() {
-  const PoolLock lock = lock_to_read();
-  return table_->take_lost();
-}
-
 std::vector<Op> Allocator::take_ops() {
   const PoolLock lock = lock_to_read();
   std::vector<Op> ops;
@@ -273,7 +263,7 @@ std::vector<Op> Allocator::take_ops() {
 
 void Allocator::apply(const std::vector<Op>& ops) {
   update([&] {
-    settle();
+    pool_->settle();
     follower_.apply(ops);
   });
 }

@@ -93,7 +93,7 @@ void Allocator::execute_changes(const BatchGroups& padded, bool publishes) {
   try {
     AddedLengths lengths(groups_, *pool_, sequences_, plan_);
     if (makes_room || publishes || !plan_.moving.empty()) {
-      if (makes_room) settle();
+      if (makes_room) pool_->settle();
       Transaction tx(*pool_, *this);
       if (padded.count > 0) filler_.back_padding(padded, follower_.follows(), tx);
       growth_.grow_needy(plan_, &done, tx);
@@ -115,14 +115,14 @@ void Allocator::fill(const i32* handles, i64 n, const i32* new_tokens, i64 rows,
   filler_.check_rows(rows, batch);
   if (rows > n && filler_.lacks_padding(batch)) {
     filler_.check_fill(plan_, new_tokens, rows, batch);
-    settle();
+    pool_->settle();
     Transaction tx(*pool_, *this);
     filler_.back_padding(batch, follower_.follows(), tx);
     tx.commit();
   }
   for (const GroupBuffers& group : batch) {
     if (!filler_.has_cuts(plan_, group.group)) continue;
-    settle();
+    pool_->settle();
     filler_.zero_cuts(plan_, group.group);
   }
   filler_.write(plan_, new_tokens, rows, batch, changes());
@@ -176,7 +176,7 @@ void Allocator::truncate(i64 handle, i64 tokens) {
     const i64 index = sequences_.index(handle), have = sequences_.tokens(index, groups_.token_group());
     check_cut(handle, index, tokens);
     contents_.prepare_cut(handle, index, tokens);
-    if (table_->pending(index) != 0) settle();  // shrink() may unmap pages that the mapper thread still maps
+    if (table_->pending(index) != 0) pool_->settle();  // shrink() may unmap pages that the mapper thread still maps
     Transaction tx(*pool_, *this);
     for (i64 g = 0; g < groups_.count(); ++g) {
       if (groups_[g].growth != Growth::token) continue;
@@ -212,7 +212,7 @@ bool Allocator::can_fit(i64 tokens) {
     for (const GroupGeometry& group : groups_.geometry().groups) {
       if (group.growth == Growth::token && tokens > group.max_tokens) return false;
     }
-    settle();
+    pool_->settle();
     Transaction tx(*pool_, *this);
     try {
       const i64 index = sequences_.index(records_.open(tx));

@@ -14,7 +14,7 @@
 namespace kvmem {
 
 // Counts the forms that a list of records has had.
-constexpr i64 kOpsVersion = 1;
+constexpr i64 kOpsVersion = 2;
 
 // ROW(kind, what it belongs to, the inverse kind, the numbers that the inverse exchanges, what the numbers say)
 //
@@ -30,10 +30,8 @@ constexpr i64 kOpsVersion = 1;
       "at: arena; a: first slot, b: first page, c: count, d: number of the fence to wait for.")                       \
   ROW(zero, physical, zero, none, "at: arena; a: offset in bytes, b: bytes.")                                         \
   ROW(copy, physical, copy, none, "at: arena; a: offset to copy to, b: offset to copy from, c: bytes.")               \
-  ROW(load, physical, load, none,                                                                                     \
-      "at: arena; a: offset in bytes, b: slot of the tier, c: bytes, d: number of the fence to wait for.")            \
-  ROW(store, physical, store, none,                                                                                   \
-      "at: arena; a: offset in bytes, b: slot of the tier, c: bytes, d: number of the fence to wait for.")            \
+  ROW(load, physical, load, none, "at: arena; a: offset to copy to, b: offset in the host slots, c: bytes.")          \
+  ROW(store, physical, store, none, "at: arena; a: offset to copy from, b: offset in the host slots, c: bytes.")      \
   ROW(fence, physical, fence, number, "a: number. Marks what the device has been given so far.")                      \
   ROW(version, logical, version, none, "a: number. The form of the list that it leads.")                              \
   ROW(open, logical, close, none, "a: sequence handle.")                                                              \
@@ -65,7 +63,7 @@ constexpr i64 kOpsVersion = 1;
   /* The eviction order passes over an item, and names it again. */                                                   \
   ROW(aside, private_, back, none, "a: node, b: its window or -1")                                                    \
   ROW(back, private_, aside, none, "a: node, b: its window or -1")                                                    \
-  ROW(demote, private_, demote, none, "a: node, b: group, -1 for all that hold it: no other copy of it is left")      \
+  ROW(keep, private_, keep, none, "a: node, b: group, c: the host slot that gets its bytes, d: the slot's generation") \
   /* The call uses nodes of the index from here on, which must not be evicted. */                                     \
   ROW(use, private_, use, none, "a: the first of them in the list of what the call uses")
 

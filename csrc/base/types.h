@@ -34,6 +34,11 @@ class StaleHandle : public Error {  // a sequence that was freed or never existe
   using Error::Error;
 };
 
+class NotReady : public Error {  // a sequence whose blocks are still being loaded from a tier
+ public:
+  using Error::Error;
+};
+
 // A driver call failed for another reason than lack of memory. `call` and `code` name the call and its error code.
 class DeviceError : public Error {
  public:

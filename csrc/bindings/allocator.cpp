@@ -283,17 +283,6 @@ nb::class_<Allocator> bind_calls(nb::module_& m) {
       .def("check", &Allocator::check, Free())
       .def("digest", &Allocator::digest, Free())
       .def("record", &Allocator::record)
-      .def("watch_lost", &Allocator::watch_lost)
-      .def(
-          "take_lost",
-          [](Allocator& c) {
-            nb::list lost;
-            for (const PageTable::Lost& x : c.take_lost()) {
-              lost.append(nb::make_tuple(x.group, x.ordinal, nb::tuple(nb::cast(x.tokens))));
-            }
-            return lost;
-          },
-          nb::sig("def take_lost(self) -> list[tuple[int, int, tuple[int, ...]]]"))
       .def(
           "take_ops", [](Allocator& c) { return to_records(c.take_ops()); },
           nb::sig("def take_ops(self) -> list[tuple[str, int, int, int, int, int]]"))
@@ -318,6 +307,7 @@ void bind_allocator(nb::module_& m) {
   bind_steps(allocator);
   bind_batch(m, allocator);
   bind_prefix(allocator);
+  bind_tiers(allocator);
   bind_table_changes(m, allocator);
 }
 

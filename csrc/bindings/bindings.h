@@ -5,6 +5,8 @@
 #include <nanobind/ndarray.h>
 #include <unistd.h>
 
+#include <functional>
+#include <memory>
 #include <string>
 #include <utility>
 
@@ -13,6 +15,8 @@
 
 namespace kvmem {
 class Allocator;
+struct EventBatch;
+struct PrefixKey;
 struct TableChanges;
 
 // Takes Python's lock again; `state` is what PyEval_SaveThread() returned. While the interpreter shuts down, Python
@@ -58,6 +62,7 @@ void bind_allocator(nanobind::module_& m);
 void bind_prefix_options(nanobind::module_& m);
 void bind_token_blocks(nanobind::module_& m);
 void bind_prefix(nanobind::class_<Allocator>& allocator);
+void bind_tiers(nanobind::class_<Allocator>& allocator);
 void bind_steps(nanobind::class_<Allocator>& allocator);
 void bind_table_changes(nanobind::module_& m, nanobind::class_<Allocator>& allocator);
 void bind_batch(nanobind::module_& m, nanobind::class_<Allocator>& allocator);
@@ -68,6 +73,10 @@ void bind_codec(nanobind::module_& m);
 
 // Returns None if nothing was written, which is the most frequent case.
 nanobind::object to_python(TableChanges changes);  // table_changes.cpp
+// Calls drain() without Python's lock; returns (number, records, roots).
+nanobind::tuple to_python(const std::function<std::shared_ptr<EventBatch>()>& drain);  // prefix.cpp
+// `extra_key`: the adapter's key, then the marks of the prompt (kvmem.allocator.prefix.encode_keys).
+PrefixKey key_of(const nanobind::bytes& salt, const nanobind::bytes& extra_key);  // prefix.cpp
 
 // An output array. It is never converted, because a call would write to the converted copy.
 template <class T, int D = 1>

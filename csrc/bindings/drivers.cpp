@@ -80,6 +80,8 @@ void bind_info(nb::module_& m) {
       .def_ro("unmap", &DriverCounters::unmap)
       .def_ro("zero", &DriverCounters::zero)
       .def_ro("copy", &DriverCounters::copy)
+      .def_ro("load", &DriverCounters::load)
+      .def_ro("store", &DriverCounters::store)
       .def_ro("record", &DriverCounters::record)
       .def_ro("wait", &DriverCounters::wait)
       .def_prop_ro("total", &DriverCounters::total);

@@ -29,6 +29,8 @@ void translate(const std::exception_ptr& pointer, void*) {
     raise("SpecError", e.what());
   } catch (const StaleHandle& e) {
     raise("StaleHandle", e.what());
+  } catch (const NotReady& e) {
+    raise("NotReady", e.what());
   } catch (const DeviceError& e) {
     raise("DeviceError", e.what(), e.call().c_str(), e.code());
   } catch (const Error& e) {

@@ -23,18 +23,39 @@ using namespace nb::literals;
 namespace kvmem {
 namespace {
 
+}  // namespace
+
+nb::tuple to_python(const std::function<std::shared_ptr<EventBatch>()>& drain) {
+  std::shared_ptr<EventBatch> batch;
+  {
+    const WithoutGil free;
+    batch = drain();
+  }
+  nb::dict roots;
+  for (const auto& [number, key] : batch->roots) {
+    roots[nb::int_(number)] = nb::make_tuple(nb::bytes(key.salt.data(), key.salt.size()),
+                                             nb::bytes(key.extra_key.data(), key.extra_key.size()));
+  }
+  return nb::make_tuple(batch->number, std::shared_ptr<EventRecords>(batch, &batch->records), roots);
+}
+
+namespace {
+
 // Returns the key, and the empty key for None, because sequences opened without a key have the empty one.
 std::string none_is_empty(const char* encoded, std::size_t bytes) {
   return bytes > 0 && encoded[0] == 'n' ? std::string() : std::string(encoded, bytes);
 }
 
-// `extra_key`: the adapter's key, then the marks of the prompt (kvmem.allocator.prefix.encode_keys).
+}  // namespace
+
 PrefixKey key_of(const nb::bytes& salt, const nb::bytes& extra_key) {
   const char* const given = extra_key.c_str();
   const std::size_t bytes = extra_key.size(), adapter = bytes == 0 ? 0 : key_bytes(given, bytes);
   return {none_is_empty(salt.c_str(), salt.size()), none_is_empty(given, adapter),
           decode_marks(given + adapter, bytes - adapter)};
 }
+
+namespace {
 
 // Throws SpecError for a prompt that is longer than a sequence can be.
 void check_prompt(const Allocator& c, i64 n) {
@@ -70,8 +91,8 @@ const char* const kEnds[] = {"complete",      "shorter than a block", "other sal
 
 void bind_prefix_options(nb::module_& m) {
   nb::class_<PrefixOptions>(m, "PrefixOptions")
-      .def("__init__", &construct<PrefixOptions, bool, bool, std::string, int, i64>, nb::kw_only(), "on"_a, "partial"_a,
-           "policy"_a, "hash_bits"_a = 64, "event_capacity"_a = 0);
+      .def("__init__", &construct<PrefixOptions, bool, bool, std::string, int, i64, i64>, nb::kw_only(), "on"_a, "partial"_a,
+           "policy"_a, "hash_bits"_a = 64, "event_capacity"_a = 0, "move_capacity"_a = 0);
 }
 
 void bind_token_blocks(nb::module_& m) {
@@ -121,13 +142,14 @@ void bind_prefix(nb::class_<Allocator>& allocator) {
   allocator
       .def(
           "admit",
-          [](Allocator& a, nb::handle tokens, const nb::bytes& salt, const nb::bytes& extra_key, nb::handle sequence) {
+          [](Allocator& a, nb::handle tokens, const nb::bytes& salt, const nb::bytes& extra_key, nb::handle sequence,
+             i64 into) {
             return open_with(a, tokens, salt, extra_key, sequence,
                              [&](const TokenIds& ids, const PrefixKey& key, i64* cached) {
-                               return a.admit(ids.data(), ids.size(), key, cached);
+                               return a.admit(ids.data(), ids.size(), key, cached, into);
                              });
           },
-          "tokens"_a.none(), "salt"_a, "extra_key"_a, "sequence"_a = nb::none())
+          "tokens"_a.none(), "salt"_a, "extra_key"_a, "sequence"_a = nb::none(), "into"_a = 0)
       .def(
           "begin",
           [](Allocator& a, nb::handle tokens, const nb::bytes& salt, const nb::bytes& extra_key, i64 count,
@@ -208,17 +230,7 @@ void bind_prefix(nb::class_<Allocator>& allocator) {
       .def(
           "drain_events",
           [](Allocator& c, i64 taken, i64 max, bool restart) {
-            std::shared_ptr<EventBatch> batch;
-            {
-              const WithoutGil free;
-              batch = c.drain_events(taken, max, restart);
-            }
-            nb::dict roots;
-            for (const auto& [number, key] : batch->roots) {
-              roots[nb::int_(number)] = nb::make_tuple(nb::bytes(key.salt.data(), key.salt.size()),
-                                                       nb::bytes(key.extra_key.data(), key.extra_key.size()));
-            }
-            return nb::make_tuple(batch->number, std::shared_ptr<EventRecords>(batch, &batch->records), roots);
+            return to_python([&] { return c.drain_events(taken, max, restart); });
           },
           "taken"_a, "max"_a, "restart"_a,
           nb::sig("def drain_events(self, taken: int, max: int, restart: bool) -> tuple[int, EventRecords, dict[int, "

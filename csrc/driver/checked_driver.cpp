@@ -16,8 +16,8 @@ constexpr i64 kInvalidValue = 1, kOutOfMemory = 2;  // CUDA's error codes
 }
 
 bool is_verb(const std::string& name) {
-  static const char* const verbs[] = {"",           "reserve", "release", "create", "destroy", "map",
-                                      "set_access", "unmap",   "zero",    "copy",   "record",  "wait"};
+  static const char* const verbs[] = {"",     "reserve", "release", "create", "destroy", "map",    "set_access",
+                                      "unmap", "zero",    "copy",    "load",   "store",   "record", "wait"};
   return std::find(std::begin(verbs), std::end(verbs), name) != std::end(verbs);
 }
 
@@ -282,6 +282,24 @@ void CheckedDriver::copy(Address to, Address from, i64 bytes, Stream stream) {
   inject("copy");
   inner_->copy(to, from, bytes, stream);
   log_call("copy", to, bytes, 0);
+}
+
+void CheckedDriver::load(Address to, const char* from, i64 bytes, Stream stream) {
+  std::lock_guard<ForkMutex> lock(mutex_);
+  ++counters_.load;
+  check_accessible("load", to, bytes);
+  inject("load");
+  inner_->load(to, from, bytes, stream);
+  log_call("load", to, bytes, 0);
+}
+
+void CheckedDriver::store(char* to, Address from, i64 bytes, Stream stream) {
+  std::lock_guard<ForkMutex> lock(mutex_);
+  ++counters_.store;
+  check_accessible("store", from, bytes);
+  inject("store");
+  inner_->store(to, from, bytes, stream);
+  log_call("store", from, bytes, 0);
 }
 
 Event CheckedDriver::record(Stream stream) {

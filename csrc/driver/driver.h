@@ -81,7 +81,7 @@ struct PageOptions {
 // How often each function was called, whether it succeeded or not.
 struct DriverCounters {
   i64 reserve = 0, release = 0, create = 0, destroy = 0, map = 0, set_access = 0, unmap = 0;
-  i64 zero = 0, copy = 0, record = 0, wait = 0;
+  i64 zero = 0, copy = 0, load = 0, store = 0, record = 0, wait = 0;
   i64 total() const { return reserve + release + create + destroy + map + set_access + unmap; }
 };
 
@@ -128,6 +128,9 @@ class Driver {
   // REQUIRES: the ranges are mapped by this driver and accessible, and those of a copy do not overlap.
   virtual void zero(Address at, i64 bytes, Stream stream) = 0;
   virtual void copy(Address to, Address from, i64 bytes, Stream stream) = 0;
+  // Copy from and to memory of the host, which must stay until the work is done.
+  virtual void load(Address to, const char* from, i64 bytes, Stream stream) = 0;
+  virtual void store(char* to, Address from, i64 bytes, Stream stream) = 0;
 
   // --- events ---
   // Returns an event that completes when the work put on `stream` so far is done. Each is released by forget().

@@ -20,13 +20,14 @@ void EventRecords::stored(i32 node, i32 parent, i32 root, i32 group, i32 ordinal
 
 namespace {
 
-void append_bare(EventRecords& out, EventKind kind, i32 node, i32 group, i32 tier) {
+// A record without tokens. The last two are of `kept` records: a host slot and its generation.
+void append_bare(EventRecords& out, EventKind kind, i32 node, i32 group, i32 tier, i32 slot = -1, i32 generation = -1) {
   out.kinds.push_back(static_cast<std::int8_t>(kind));
   out.nodes.push_back(node);
-  out.parents.push_back(-1);
+  out.parents.push_back(generation);
   out.roots.push_back(-1);
   out.groups.push_back(group);
-  out.ordinals.push_back(-1);
+  out.ordinals.push_back(slot);
   out.tiers.push_back(tier);
 }
 
@@ -69,6 +70,10 @@ void EventRing::removed(i32 node, i32 group, i32 tier) noexcept {
   push({EventKind::removed, node, -1, -1, group, -1, tier, {}}, nullptr);
 }
 
+void EventRing::kept(i32 node, i32 group, i32 slot, i32 generation) noexcept {
+  push({EventKind::kept, node, generation, -1, group, slot, 1, {}}, nullptr);
+}
+
 void EventRing::cleared() noexcept { push({EventKind::cleared, -1, -1, -1, -1, -1, 0, {}}, nullptr); }
 
 void EventRing::append_to(EventRecords& out, i64 index) const {
@@ -76,7 +81,7 @@ void EventRing::append_to(EventRecords& out, i64 index) const {
   if (r.kind == EventKind::stored) {
     out.stored(r.node, r.parent, r.root, r.group, r.ordinal, &tokens_[index * block_tokens_], r.tier, r.tag);
   } else {
-    append_bare(out, r.kind, r.node, r.group, r.tier);
+    append_bare(out, r.kind, r.node, r.group, r.tier, r.ordinal, r.parent);
   }
 }
 

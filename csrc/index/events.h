@@ -22,7 +22,8 @@ namespace kvmem {
 
 using Tag = std::shared_ptr<const std::string>;  // block_tags.h; null for none
 
-enum class EventKind : std::int8_t { stored, removed, cleared };
+// `kept`: the bytes of a block lie in a host slot from now on; for tiers only.
+enum class EventKind : std::int8_t { stored, removed, cleared, kept };
 
 // Records in order, as columns. The walk over resident blocks writes the same form.
 struct EventRecords {
@@ -56,6 +57,8 @@ class EventRing {
               Tag tag = {}) noexcept;
   // Records that `group` no longer has the node. The id may stand for another block from the next stored() on.
   void removed(i32 node, i32 group, i32 tier = 0) noexcept;
+  // Records that host slot `slot`, in this generation, has the group's bytes of the node.
+  void kept(i32 node, i32 group, i32 slot, i32 generation) noexcept;
   // Records that no group has any block.
   void cleared() noexcept;
 

@@ -32,9 +32,6 @@ struct Item {
   i32 window = -1;
 };
 
-// Where a copy of an item lies.
-enum class Tier : std::uint8_t { device, host, disk, remote };
-
 // A cached block whose first `tokens` tokens match.
 struct PartOfBlock {
   i32 node;

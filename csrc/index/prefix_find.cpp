@@ -169,7 +169,7 @@ void PrefixIndex::check(const std::vector<i32>& users, std::vector<std::string>*
     if (n.pinned) pins += pinned->second;
     if (n.parent == kNoNode) continue;
     const Node& parent = nodes_[n.parent];
-    const bool same_root = !events_.on() || root_of_[x] == root_of_[n.parent];
+    const bool same_root = !watched_ || root_of_[x] == root_of_[n.parent];
     if (n.ordinal != parent.ordinal + 1 || !same_root)
       say(x, "its ordinal or root does not follow from the block before it");
     copy_tokens(static_cast<i32>(x), block_tokens(), block.data());
@@ -185,7 +185,7 @@ void PrefixIndex::check(const std::vector<i32>& users, std::vector<std::string>*
     for (i32 w = 0; w < windows_; ++w) {
       const Part& p = part(static_cast<i32>(x), w);
       parts[static_cast<std::size_t>(w)] += p.copies > 0 && p.needs == 0;
-      const bool more = (p.copies > 0 && n.copies == 0) || (p.lower & ~n.lower) != 0;
+      const bool more = p.copies > 0 && n.copies == 0;
       if (more) say(x, "a window group has a copy in a tier where the node has none");
     }
     linked += n.linked;
@@ -204,16 +204,16 @@ void PrefixIndex::digest(Hasher& hash) const {
     const Node& n = nodes_[x];
     if (n.ordinal < -1) continue;  // a free node
     hash.add(x, n.parent, n.ordinal, n.first_child, n.next_child, n.users);
-    hash.add(n.copies, n.lower, n.linked, n.released, n.pinned);
+    hash.add(n.copies, n.linked, n.released, n.pinned);
     if (n.ordinal >= 0) {
       tokens_.copy(static_cast<i32>(x), block_tokens(), tokens.data());
       hash.add_all(tokens);
       if (!tags_.empty() && tags_[x]) hash.add_text(*tags_[x]);
     }
-    if (events_.on()) hash.add(root_of_[x]);
+    if (watched_) hash.add(root_of_[x]);
     for (i32 w = 0; w < windows_; ++w) {
       const Part& p = part(static_cast<i32>(x), w);
-      hash.add(p.copies, p.needs, p.aside, p.lower);
+      hash.add(p.copies, p.needs, p.aside);
     }
   }
   policy_->digest(hash);
@@ -239,7 +239,7 @@ void PrefixIndex::digest(Hasher& hash) const {
     hash.add_member(one);
   }
   hash.add(roots_seen_, linked_, in_buckets_, cached_, pinned_, evicted_);
-  hash.add(events_.serial(), events_.size(), events_.lost());
+  hash.add(events_.serial(), events_.size(), events_.lost(), moves_.serial(), moves_.size(), moves_.lost());
 }
 
 }  // namespace kvmem

@@ -35,14 +35,16 @@ void resize_exactly(std::vector<T>& v, i64 size) {  // resize() alone would doub
 }  // namespace
 
 PrefixIndex::PrefixIndex(i64 block_tokens, std::vector<GroupKind> groups, const std::string& policy, int hash_bits,
-                         i64 event_capacity, i64 blocks)
+                         i64 event_capacity, i64 move_capacity, i64 blocks)
     : mask_(hash_bits >= 64 ? ~std::uint64_t{0} : (std::uint64_t{1} << hash_bits) - 1),
       policy_(make_eviction_policy(policy)),
       events_(event_capacity, block_tokens),
+      moves_(move_capacity, block_tokens),
+      watched_(events_.on() || moves_.on()),
       tokens_(block_tokens),
       roots_(0, KeyedHash(secret(), secret())),
       ghosts_(kGhosts, 0),
-      block_(event_capacity > 0 ? block_tokens : 0),
+      block_(watched_ ? block_tokens : 0),
       least_nodes_(std::clamp(kFirstTokens / block_tokens, kFewestNodes, kFirstNodes)) {
   for (std::size_t g = 0; g < groups.size(); ++g) {
     const i32 group = static_cast<i32>(g);
@@ -70,7 +72,7 @@ void PrefixIndex::reserve(i64 nodes) {
   policy_->reserve(nodes * items_);
   if (windows_ > 0) resize_exactly(parts_, nodes * windows_);
   resize_exactly(siblings_, nodes);
-  if (events_.on()) resize_exactly(root_of_, nodes);
+  if (watched_) resize_exactly(root_of_, nodes);
   if (!tags_.empty()) resize_exactly(tags_, nodes);
   resize_exactly(nodes_, nodes);
   for (i64 id = nodes; id-- > before;) free_node(static_cast<i32>(id));
@@ -189,7 +191,7 @@ i32 PrefixIndex::add(i32 parent, const i32* tokens, const std::string* tag) {
   if (whole_) policy_->expect(item(node), n.key);
   n.parent = parent;
   n.ordinal = nodes_[parent].ordinal + 1;
-  if (events_.on()) root_of_[node] = root_of_[parent];
+  if (watched_) root_of_[node] = root_of_[parent];
   link(node);
   n.added = true;
   loose_.push_back(node);
@@ -222,11 +224,10 @@ void PrefixIndex::add_copy(i32 node, i64 group, bool undo) {
   if (!n.linked) relink(node);  // undoes the drop_copy() that unlinked it
   const bool first = n.copies++ == 0;
   if (first) {
-    const bool was_loose = undo && n.lower == 0;
-    KVMEM_ASSERT(!was_loose || (!loose_.empty() && loose_.back() == node), "changes are undone newest first");
+    KVMEM_ASSERT(!undo || (!loose_.empty() && loose_.back() == node), "changes are undone newest first");
     n.released = n.users == 0;
     cached_ += n.released;
-    if (was_loose) loose_.pop_back();
+    if (undo) loose_.pop_back();
     if (whole_ && undo) {
       policy_->restore(item(node), n.key, parent_item(n));
       if (n.users > 0) policy_->undo_release(item(node));
@@ -235,7 +236,9 @@ void PrefixIndex::add_copy(i32 node, i64 group, bool undo) {
       if (n.users == 0) policy_->release(item(node));
     }
   }
-  if (events_.on() && (group < 0 ? first : window_of(group) < 0)) note({node, static_cast<i32>(group), true}, undo);
+  if (watched_ && (group < 0 ? first : window_of(group) < 0)) {
+    note({node, static_cast<i32>(group), EventKind::stored}, undo);
+  }
 }
 
 void PrefixIndex::drop_copy(i32 node, i64 group, bool undo) {
@@ -252,10 +255,12 @@ void PrefixIndex::drop_copy(i32 node, i64 group, bool undo) {
     }
     cached_ -= n.released;
     n.released = false;
-    if (!undo && n.lower == 0) loose_.push_back(node);
+    if (!undo) loose_.push_back(node);
     if (!undo && idle(n)) unlink(node);
   }
-  if (events_.on() && (group < 0 ? last : window_of(group) < 0)) note({node, static_cast<i32>(group), false}, undo);
+  if (watched_ && (group < 0 ? last : window_of(group) < 0)) {
+    note({node, static_cast<i32>(group), EventKind::removed}, undo);
+  }
 }
 
 // The key of a part differs from that of its node, because the policy learns about them separately.
@@ -275,7 +280,7 @@ void PrefixIndex::add_window_copy(i32 node, i32 window, bool undo) {
     policy_->insert(id, part_key(node, window), kNoNode);
     if (p.needs == 0) policy_->release(id);
   }
-  note({node, group_of(window), true}, undo);
+  note({node, group_of(window), EventKind::stored}, undo);
 }
 
 void PrefixIndex::drop_window_copy(i32 node, i32 window, bool undo) {
@@ -291,7 +296,7 @@ void PrefixIndex::drop_window_copy(i32 node, i32 window, bool undo) {
     if (p.needs > 0) policy_->release(id);
     policy_->evict(id, part_key(node, window), kNoNode);
   }
-  note({node, group_of(window), false}, undo);
+  note({node, group_of(window), EventKind::removed}, undo);
 }
 
 void PrefixIndex::need_again(i32 node, i32 window, bool undo) {
@@ -307,20 +312,25 @@ void PrefixIndex::need_no_more(i32 node, i32 window, bool undo) {
 }
 
 void PrefixIndex::note_state(i32 node, bool stored, bool undo) {
-  for (i32 group : state_groups_) note({node, group, stored}, undo);
+  const EventKind kind = stored ? EventKind::stored : EventKind::removed;
+  for (i32 group : state_groups_) note({node, group, kind}, undo);
 }
 
 void PrefixIndex::publish(const Change& change) {
+  if (change.kind == EventKind::kept) return moves_.kept(change.node, change.group, change.slot, change.generation);
   const Node& n = nodes_[change.node];
-  if (change.stored) copy_tokens(change.node, block_tokens(), block_.data());
+  const bool stored = change.kind == EventKind::stored;
+  if (stored) copy_tokens(change.node, block_tokens(), block_.data());
   const auto publish_for = [&](i32 group) {
-    if (change.stored) {
+    for (EventRing* const queue : {&events_, &moves_}) {
+      if (!stored) {
+        queue->removed(change.node, group);
+        continue;
+      }
       const i32 parent = is_root(n.parent) ? kNoNode : n.parent;
-      note_root(root_of_[change.node]);
-      events_.stored(change.node, parent, root_of_[change.node], group, n.ordinal, block_.data(), 0, tag(change.node));
-    } else {
-      events_.removed(change.node, group);
+      queue->stored(change.node, parent, root_of_[change.node], group, n.ordinal, block_.data(), 0, tag(change.node));
     }
+    if (stored) note_root(root_of_[change.node]);
   };
   if (change.group >= 0) return publish_for(change.group);
   for (i32 group : full_groups_) publish_for(group);
@@ -336,7 +346,7 @@ void PrefixIndex::finish_changes(bool committed) {
     loose_.pop_back();
     Node& n = nodes_[node];
     n.added = false;
-    if (n.copies > 0 || n.lower != 0 || n.parent == kNoNode) continue;  // it has a copy, or was freed already
+    if (n.copies > 0 || n.parent == kNoNode) continue;  // it has a copy, or was freed already
     const bool evicted = committed && n.users == 0;
     if (evicted) remember(n.key), ++evicted_;
     prune(node, evicted);

@@ -15,9 +15,9 @@
 // out of window while its sequence goes on, so parts have a use count of their own (need(), unneed()). Parts and whole
 // nodes share one eviction order, by when and how often each was used.
 //
-// A copy can also lie in a tier below the device (host memory, disk, a remote store), one at most in each. Such a node
-// stays linked and is found when its last copy on the device is dropped: that is a demotion, not an eviction. The
-// eviction order here is the device's; a tier has its own.
+// Copies in tiers below the device are found by keys that are valid in every process (kvmem/tiers/keys.py), not here.
+// Whoever knows the keys follows the index by a second queue of events, moves(), which also says which host slot has got
+// the bytes of a block that was evicted.
 //
 // Functions with `undo` make a change (false), or undo the opposite change (true): add_copy(undo) undoes drop_copy(),
 // and the eviction order is restored too. Changes are undone newest first.
@@ -46,8 +46,9 @@ class PrefixIndex {
   // `groups`: the kind of each group. `hash_bits` below 64 makes hashes collide, for tests. `blocks`: about how many
   // blocks there is memory for; the tables are sized for as many, at most 65,536, so that later calls need not grow
   // them.
+  // `move_capacity`: that of moves(), as event_capacity.
   PrefixIndex(i64 block_tokens, std::vector<GroupKind> groups, const std::string& policy, int hash_bits,
-              i64 event_capacity, i64 blocks);
+              i64 event_capacity, i64 move_capacity, i64 blocks);
 
   i64 block_tokens() const { return tokens_.block_tokens(); }
   i32 windows() const { return windows_; }  // the number of sliding-window groups
@@ -115,7 +116,7 @@ class PrefixIndex {
   }
   // The same for an op that only adds copies.
   void expect_copies() {
-    if (events_.on() && changes_.capacity() - changes_.size() < changes_per_op_) grow_lists();
+    if (watched_ && changes_.capacity() - changes_.size() < changes_per_op_) grow_lists();
   }
   // add_copy() counts one more copy of the node, drop_copy() one fewer: in group `group`, or, with -1, in all
   // full-attention groups at once.
@@ -124,20 +125,9 @@ class PrefixIndex {
   // The same for the copies that a sliding-window group has.
   void add_window_copy(i32 node, i32 window, bool undo);
   void drop_window_copy(i32 node, i32 window, bool undo);
-  // Record that the item has a copy in a tier below the device, or has none there any more. REQUIRES: the opposite held
-  // before; a part has a copy in a tier only while its node has one there; of a chain, the last block loses its last
-  // copy first.
-  void add_copy(Item x, Tier tier, bool undo);
-  void drop_copy(Item x, Tier tier, bool undo);
-  // Returns whether the item has a copy in the tier, the device included.
-  bool has_copy(Item x, Tier tier) const {
-    if (tier == Tier::device) return (x.window < 0 ? i64{nodes_[x.node].copies} : part(x.node, x.window).copies) > 0;
-    return (lower(x) & bit(tier)) != 0;
-  }
-  // Returns how many of the chain's first blocks have a copy of the whole node in the tier, without a gap.
-  i64 blocks_in(const std::vector<i32>& chain, Tier tier) const {
-    const auto is_out = [&](i32 node) { return !has_copy({node, -1}, tier); };
-    return std::find_if(chain.begin(), chain.end(), is_out) - chain.begin();
+  // Records that a host slot has got the group's bytes of the node.
+  void note_kept(i32 node, i64 group, i64 slot, i64 generation, bool undo) {
+    note({node, static_cast<i32>(group), EventKind::kept, static_cast<i32>(slot), static_cast<i32>(generation)}, undo);
   }
   // need() counts one more sequence or pin that needs the window group's part of the node, unneed() one fewer.
   void need(i32 node, i32 window, bool undo = false) {
@@ -223,6 +213,8 @@ class PrefixIndex {
   i64 pinned_count() const { return pinned_; }
   i64 evicted() const { return evicted_; }  // nodes evicted since the start
   EventRing& events() { return events_; }
+  EventRing& moves() { return moves_; }
+  std::uint64_t key(i32 node) const { return nodes_[node].key; }
   // Returns the salt and extra key of the root that events call `number`. Throws SpecError once the root is gone, no
   // waiting event names it, and prune_roots() was called.
   const PrefixKey& root_key(i32 number) const;
@@ -244,14 +236,13 @@ class PrefixIndex {
     i32 first_child = kNoNode;  // the newest child; next_child links to the older ones
     i32 next_child = kNoNode;   // of a root, which has no siblings: its number; of a free node: the next free one
     i32 users = 0;
-    std::uint32_t copies : 24;   // on the device
-    std::uint32_t lower : 3;     // a bit for each tier below the device that has a copy
+    std::uint32_t copies : 27;
     std::uint32_t linked : 1;    // can be found
     std::uint32_t released : 1;  // has a copy and no users, so the policy may return it as a victim
     std::uint32_t pinned : 1;
     std::uint32_t aside : 1;
     std::uint32_t added : 1;  // the current transaction made it
-    Node() : copies(0), lower(0), linked(0), released(0), pinned(0), aside(0), added(0) {}
+    Node() : copies(0), linked(0), released(0), pinned(0), aside(0), added(0) {}
   };
   static_assert(sizeof(Node) == 32, "two nodes fill a cache line");
   // Hash-table links of a node that is not the newest child of its parent.
@@ -260,19 +251,19 @@ class PrefixIndex {
   };
   // The part of a node that a sliding-window group has.
   struct Part {
-    i32 copies = 0, needs = 0;  // copies on the device
+    i32 copies = 0, needs = 0;
     bool aside = false;
-    std::uint8_t lower = 0;  // as Node::lower
   };
   struct Change {
     i32 node;
     i32 group;
-    bool stored;
+    EventKind kind;  // stored, removed or kept
+    i32 slot = -1, generation = -1;
   };
   struct RootKey {
     PrefixKey key;
     std::string flat;
-    i64 last_event = 0;  // the serial of the last event that names it
+    i64 last_event = 0, last_move = 0;  // the serials of the last records that name it, in both queues
   };
 
   static std::string flat(const PrefixKey& key);
@@ -315,20 +306,17 @@ class PrefixIndex {
   }
   Part& part(i32 node, i32 window) { return parts_[static_cast<std::size_t>(node * windows_ + window)]; }
   const Part& part(i32 node, i32 window) const { return parts_[static_cast<std::size_t>(node * windows_ + window)]; }
-  static std::uint32_t bit(Tier tier) { return 1u << (static_cast<int>(tier) - 1); }
-  std::uint32_t lower(Item x) const { return x.window < 0 ? nodes_[x.node].lower : part(x.node, x.window).lower; }
-  void set_lower(Item x, Tier tier, bool stored);
   std::uint64_t part_key(i32 node, i32 window) const;
   i32 parent_item(const Node& n) const { return n.ordinal > 0 ? item(n.parent) : kNoNode; }
   void need_again(i32 node, i32 window, bool undo);
   void need_no_more(i32 node, i32 window, bool undo);
   void use_again(i32 node);
   void drop_last(i32 node);
-  bool idle(const Node& n) const { return n.users == 0 && n.copies == 0 && n.lower == 0 && n.first_child == kNoNode; }
+  bool idle(const Node& n) const { return n.users == 0 && n.copies == 0 && n.first_child == kNoNode; }
   void prune(i32 node, bool evicted = false);
   void remember(std::uint64_t key) { ghosts_[key & (ghosts_.size() - 1)] = key; }
   void note(const Change& change, bool undo) {
-    if (!events_.on()) return;
+    if (!watched_) return;
     KVMEM_ASSERT(undo ? changes_.back().node == change.node : changes_.size() < changes_.capacity(),
                  "expect_change() made room, and changes are undone newest first");
     undo ? changes_.pop_back() : changes_.push_back(change);
@@ -338,7 +326,9 @@ class PrefixIndex {
   void publish(const Change& change);
   void note_root(i32 number);
   void drop_root(i32 number);
-  bool is_waiting(const RootKey& root) const { return root.last_event > events_.serial() - events_.size(); }
+  bool is_waiting(const RootKey& root) const {
+    return root.last_event > events_.serial() - events_.size() || root.last_move > moves_.serial() - moves_.size();
+  }
 
   std::vector<i32> full_groups_, state_groups_, window_of_, group_of_;
   i32 windows_ = 0;
@@ -348,7 +338,8 @@ class PrefixIndex {
   std::uint64_t seed_;
   std::unique_ptr<EvictionPolicy> policy_;
   RetentionPolicy* retention_ = nullptr;  // policy_, once a block was retained; costs nothing before
-  EventRing events_;
+  EventRing events_, moves_;
+  const bool watched_;  // one of them is on
   std::vector<Node> nodes_;
   std::vector<Sibling> siblings_;                         // by node
   TokenBlocks tokens_;                                    // by node
@@ -356,7 +347,7 @@ class PrefixIndex {
   std::vector<i64> cached_parts_;                         // by window
   std::vector<std::shared_ptr<const std::string>> tags_;  // by node; empty until the first node that has one
   const std::shared_ptr<const std::string> no_tag_;
-  std::vector<i32> root_of_;  // by node, if events are on: the number of its root, which is never used twice
+  std::vector<i32> root_of_;  // by node, if events or moves are on: the number of its root, which is never used twice
   i32 free_ = kNoNode;
   std::vector<i32> buckets_;
   std::unordered_map<i32, i32> pins_;                      // the number of pins, of nodes that have any

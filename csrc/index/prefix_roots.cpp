@@ -23,7 +23,7 @@ i32 PrefixIndex::open_root(const PrefixKey& key, bool* made) {
     root = new_node();
     nodes_[root].next_child = number;
     nodes_[root].key = hash;
-    if (events_.on()) root_of_[root] = number;
+    if (watched_) root_of_[root] = number;
   }
   ++nodes_[root].users;
   return root;
@@ -40,10 +40,10 @@ void PrefixIndex::unopen_root(i32 root, bool made) {
   free_node(root);
 }
 
-// Notes that the next event names this root.
+// Notes that the latest records name this root.
 void PrefixIndex::note_root(i32 number) {
   if (recent_number_ != number) recent_root_ = &root_keys_.find(number)->second, recent_number_ = number;
-  recent_root_->last_event = events_.serial() + 1;
+  recent_root_->last_event = events_.serial(), recent_root_->last_move = moves_.serial();
 }
 
 void PrefixIndex::drop_root(i32 number) {

@@ -74,6 +74,15 @@ void Space::wait_for(i64 number) {
   KVMEM_ASSERT(fences_.empty() || fences_.front().number > number, "no work before the fence is left");
 }
 
+bool Space::has_passed(i64 number) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  while (!fences_.empty() && driver_->done(fences_.front().event)) {
+    driver_->forget(fences_.front().event);
+    fences_.pop_front();
+  }
+  return fences_.empty() || fences_.front().number > number;
+}
+
 // Blocks until the work that the stream has been given is done.
 void Space::sync(Stream stream) {
   const Event event = driver_->record(stream);

@@ -118,6 +118,13 @@ void PagePool::add_arena(PageOwner* owner, i32 number, i64 slots) {
   arenas_[number] = {owner, slots};
 }
 
+void PagePool::set_host(PageOwner* owner, char* host, i64 bytes) {
+  owner->host_bytes = bytes;
+  for (std::size_t i = 0; space_ && i < arenas_.size(); ++i) {
+    if (arenas_[i].owner == owner) space_->set_host(static_cast<i32>(i), host);
+  }
+}
+
 void PagePool::grow_metadata(i64 pages) {
   if (pages <= known_pages()) return;
   free_.reserve(pages);
@@ -178,7 +185,7 @@ void PagePool::apply(const Op& op, bool undo) {
     check_bytes("copy", op.at, op.b, op.c);
     if (std::max(op.a, op.b) - std::min(op.a, op.b) < op.c) throw SpecError("copy: the ranges overlap");
   } else {
-    refuse_tier(op);
+    check_move(op);
   }
 }
 
@@ -276,12 +283,13 @@ void PagePool::forget_content(i64 first, i64 count) {
 
 // ---- Checks --------------------------------------------------------------------------------------------------------
 
-void PagePool::refuse_tier(const Op& op) const {
+void PagePool::check_move(const Op& op) const {
   const std::string name = row_of(op.kind).name;
   check_bytes(name.c_str(), op.at, op.a, op.c);
-  if (op.b < 0) throw SpecError(name + ": no slot " + std::to_string(op.b) + " of a tier");
-  throw SpecError(name + ": slot " + std::to_string(op.b) +
-                  " of a tier, and this allocator has none; only an allocator with the same tiers can follow");
+  const i64 host = arenas_[op.at].owner->host_bytes;
+  if (op.b >= 0 && op.b <= host && op.c <= host - op.b) return;
+  throw SpecError(name + ": no such bytes of host slots: " + std::to_string(op.c) + " from " + std::to_string(op.b) +
+                  "; this allocator has " + std::to_string(host) + ". Make it with the host= of the one that it follows");
 }
 
 void PagePool::check_slots(const char* kind, const Op& op) const {

@@ -63,6 +63,7 @@ class PageOwner {
   virtual i64 compact(i64 /*pages*/, Transaction& /*tx*/) { return 0; }
   virtual void digest(Hasher& hash) const = 0;
 
+  i64 host_bytes = 0;   // of its host slots; 0: it has none
   i64 owned_pages = 0;  // distinct pages mapped in its arenas
   i64 limit_pages = 0;  // the most that owned_pages may become
   i64 piece_pages = 1;  // how many pages it reclaims in about a millisecond
@@ -119,6 +120,8 @@ class PagePool {
   void remove_owner(PageOwner* owner);
   // REQUIRES: `number` is unused, and the owner is registered.
   void add_arena(PageOwner* owner, i32 number, i64 slots);
+  // The arenas of the owner load from and store to these host slots from now on. REQUIRES: `host` outlives them.
+  void set_host(PageOwner* owner, char* host, i64 bytes);
 
   // --- decisions: these push ops to `tx` ---
   // Maps `count` slots of an arena from `slot` on. It prefers pages that follow `near`, so that neighbours in the arena
@@ -237,7 +240,7 @@ class PagePool {
   void check_bytes(const char* kind, i32 arena, i64 offset, i64 bytes) const;
   template <class More, class Piece>
   void in_pieces(PoolLock& lock, i64 pieces, More more, Piece piece);
-  [[noreturn]] void refuse_tier(const Op& op) const;  // nothing executes load and store
+  void check_move(const Op& op) const;
   [[noreturn]] void refuse(const PageOwner& owner, i64 asked) const;
 
   const i64 page_bytes_;

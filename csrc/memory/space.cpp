@@ -74,6 +74,11 @@ i64 Space::arena_bytes(i32 arena) const {
   return arenas_[arena].slots * page_bytes_;
 }
 
+void Space::set_host(i32 arena, char* host) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  arenas_[arena].host = host;
+}
+
 bool Space::try_unmap(i32 arena, i64 slot, i64 count) {
   return attempt([&] { driver_->unmap_run(at(arena, slot), page_bytes_, count); });
 }
@@ -118,8 +123,8 @@ void Space::execute(const Op* first, const Op* last, bool ahead, Progress* progr
 std::size_t Space::execute_next(const Op* ops, std::size_t count) {
   const Op& op = ops[0];
   // Zeroes wait until an op touches memory or marks a point in time; nothing can observe them earlier.
-  const bool observes =
-      op.kind == OpKind::copy || op.kind == OpKind::unmap || op.kind == OpKind::destroy || op.kind == OpKind::fence;
+  const bool observes = op.kind == OpKind::copy || op.kind == OpKind::unmap || op.kind == OpKind::destroy ||
+                        op.kind == OpKind::fence || op.kind == OpKind::load || op.kind == OpKind::store;
   if (observes) flush_zeroes();
   switch (op.kind) {
     case OpKind::map:
@@ -142,7 +147,7 @@ std::size_t Space::execute_next(const Op* ops, std::size_t count) {
       return 1;
     case OpKind::load:
     case OpKind::store:
-      throw SpecError(std::string(row_of(op.kind).name) + ": this space has no tier");
+      return move_run(ops, count);
     default:
       return 1;
   }
@@ -200,6 +205,28 @@ std::size_t Space::copy_run(const Op* ops, std::size_t count) {
   join_streams_once();
   const Address base = at(ops[0].at, 0);
   driver_->copy(base + Address(ops[0].a), base + Address(ops[0].b), bytes, content_stream_);
+  return taken;
+}
+
+// The same for loads or stores. Nothing overlaps, since one side is host memory.
+std::size_t Space::move_run(const Op* ops, std::size_t count) {
+  const Op& first = ops[0];
+  i64 bytes = first.c;
+  std::size_t taken = 1;
+  for (; taken < count; ++taken) {
+    const Op& op = ops[taken];
+    if (op.kind != first.kind || op.at != first.at || op.a != first.a + bytes || op.b != first.b + bytes) break;
+    bytes += op.c;
+  }
+  const Address device = at(first.at, 0) + Address(first.a);
+  char* const host = arenas_[first.at].host + first.b;
+  join_streams_once();
+  if (first.kind == OpKind::store) {
+    driver_->store(host, device, bytes, content_stream_);
+  } else {
+    wrote_ = true;
+    driver_->load(device, host, bytes, content_stream_);
+  }
   return taken;
 }
 
@@ -327,8 +354,9 @@ std::string Space::free_text() const {
 
 // Undoes [first, last), newest first. Throws UndoFailed if that fails.
 void Space::undo(const Op* first, const Op* last, const std::exception& cause) {
-  const bool writes =
-      std::any_of(first, last, [](const Op& op) { return op.kind == OpKind::zero || op.kind == OpKind::copy; });
+  const bool writes = std::any_of(first, last, [](const Op& op) {
+    return op.kind == OpKind::zero || op.kind == OpKind::copy || op.kind == OpKind::load || op.kind == OpKind::store;
+  });
   undo_call(*driver_, "a driver call", cause, [&] {
     // The device may still be writing to what is unmapped next. If it cannot be waited for, it does not work any more.
     if (writes) attempt([this] { sync(content_stream_); });
@@ -339,7 +367,7 @@ void Space::undo(const Op* first, const Op* last, const std::exception& cause) {
 
 void Space::undo_one(const Op& op) {
   const Op back = inverse(op);
-  if (is_physical(op.kind) && back.kind != op.kind) execute_next(&back, 1);  // zero and copy are not undone
+  if (is_physical(op.kind) && back.kind != op.kind) execute_next(&back, 1);  // zero, copy, load and store are not undone
   if (op.kind != OpKind::fence || fences_.empty() || fences_.back().number != op.a) return;
   driver_->forget(fences_.back().event);
   fences_.pop_back();

@@ -39,13 +39,16 @@ class Space {
   void remove_arena(i32 arena);
   Address arena_base(i32 arena) const;
   i64 arena_bytes(i32 arena) const;
+  // The arena loads from and stores to `host` from now on, which must outlive it.
+  void set_host(i32 arena, char* host);
 
   struct Progress {
     std::size_t begun = 0;  // the number of ops that were begun, including the one that failed
-    bool wrote = false;     // the device has been asked to zero or copy
+    bool wrote = false;     // the device has been asked to zero, copy or load
   };
   // Executes the physical ops of [first, last) in order and skips the others. Neighbours become one driver call: a run
-  // of maps with one set_access, a run of unmaps, adjacent zeroes, and copies that are contiguous on both sides.
+  // of maps with one set_access, a run of unmaps, adjacent zeroes, and copies, loads and stores that are contiguous on both
+  // sides.
   //
   // If a call fails, the ops executed so far are undone, and the error is thrown; `progress` then tells how far the
   // list had come. If the undo fails too, the space is poisoned and a DeviceError says so. std::bad_alloc can be thrown
@@ -58,6 +61,8 @@ class Space {
   // Throws the DeviceError of every use of a poisoned space: what failed, and that the pool must be discarded.
   [[noreturn]] void refuse_poisoned() const;
 
+  // Returns whether the device has done the work before fence `number`. Does not wait.
+  bool has_passed(i64 number);
   // Blocks until the device has done what was executed ahead. Called by the mapper, so that no step overtakes it.
   void wait_ahead();
   // Blocks until the device has done all the work that it was given. Called before arenas are removed. Never throws.
@@ -78,6 +83,7 @@ class Space {
     Address base = 0;  // of its reserved addresses; 0 if the number is unused
     i64 slots = 0;
     IdSet mapped;  // the slots that are mapped, or that may be after a failed undo
+    char* host = nullptr;  // the host slots of its owner
   };
   struct Fence {
     i64 number;
@@ -93,6 +99,7 @@ class Space {
   std::size_t map_run(const Op* ops, std::size_t count);
   std::size_t unmap_run(const Op* ops, std::size_t count);
   std::size_t copy_run(const Op* ops, std::size_t count);
+  std::size_t move_run(const Op* ops, std::size_t count);
   void set_access(i32 arena, i64 slot, i64 pages);
   void add_zero(const Op& op) { pending_zeroes_.push_back({op.at, op.a, op.b}); }
   void flush_zeroes();

@@ -6,7 +6,7 @@
 //
 //   1. Every id, slot, byte, row, block, group and handle exists, in an arena of this allocator. Pages are below the
 //      largest number that the pool was ever allowed.
-//   2. A write (zero, copy) goes to memory that nothing uses: a page that the list has mapped from the free ones; a
+//   2. A write (zero, copy, load) goes to memory that nothing uses: a page that the list has mapped from the free ones; a
 //      block that no table contains, or that the list has since put into one table; a row that is parked, or bound by
 //      the list. A zero may also go behind the length of the one sequence that has the memory, the least length that it
 //      has had in the list. What the list has copied is not overwritten while anything uses it.
@@ -112,6 +112,8 @@ class FollowRules : protected TableContext {
         return zeroed(op);
       case OpKind::copy:
         return copied(op);
+      case OpKind::load:  // like a zero, it writes what the list says nothing else of
+        return zeroed({OpKind::zero, op.at, op.a, op.c});
       case OpKind::destroy:
         return ledger_.erase(op.a * page_bytes(), op.b * page_bytes());
       default:

@@ -10,21 +10,37 @@ void PageTable::on_order(const Op& op, bool undo) {
     case OpKind::back:
       return index_.unskip(x);
     default:
-      return on_demote(op, undo);
+      KVMEM_ASSERT(op.kind == OpKind::keep, "one of the other private kinds");
+      index_.note_kept(x.node, op.b, op.c, op.d, undo);
+      if (undo) slots_->undo_take(op.c);
   }
 }
 
-void PageTable::on_demote(const Op& op, bool undo) {
-  const i32 node = static_cast<i32>(op.a);
+void PageTable::use_slots(std::shared_ptr<HostSlots> slots) {
+  KVMEM_ASSERT(!slots_, "a table has one set of host slots");
+  pool_.set_host(this, slots->memory()->data(), slots->memory()->bytes());
+  slots_ = std::move(slots);
+}
+
+i64 PageTable::slot_bytes(i64 group) const {
+  i64 bytes = 0;
+  for (i64 a = first_[group]; a < first_[group + 1]; ++a) bytes += slot_tokens(group) * token_bytes(group, a);
+  return bytes;
+}
+
+void PageTable::keep(i32 node, i64 group, Transaction& tx) {
   for (i64 g = 0; g < groups_; ++g) {
-    if ((op.b >= 0 && g != op.b) || !has(node, g)) continue;
-    if (undo) {
-      KVMEM_ASSERT(!lost_.empty(), "the op added an entry");
-      lost_.pop_back();
-      continue;
+    if ((group >= 0 && g != group) || slots_->count(g) == 0 || !has(node, g)) continue;
+    index_.expect_change();
+    const SlotName name = slots_->take(g, index_.key(node));
+    if (name.slot < 0) continue;  // all slots are in use by transfers
+    try {
+      tx.push({OpKind::keep, number, node, g, name.slot, name.generation});
+    } catch (...) {
+      slots_->undo_take(name.slot);
+      throw;
     }
-    lost_.push_back({g, index_.ordinal(node), std::vector<i32>(index_.block_tokens())});
-    index_.copy_tokens(node, index_.block_tokens(), lost_.back().tokens.data());
+    store(node, g, slots_->offset(name.slot), tx);
   }
 }
 

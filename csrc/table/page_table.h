@@ -20,6 +20,7 @@
 #include "table/growth_marks.h"
 #include "table/reclaim.h"
 #include "table/view.h"
+#include "tier/host_slots.h"
 
 namespace kvmem {
 
@@ -37,6 +38,13 @@ struct SharedPrefix {
 struct Published {
   i64 index, ordinal;
   i32 node;
+};
+
+// Where the groups' bytes of a chain's blocks lie in host slots: -1 where they are on the device, or are not wanted.
+struct SlotsOfChain {
+  const i64* slots;  // [block][group]
+  i64 groups;
+  i64 at(i64 block, i64 group) const { return slots[block * groups + group]; }
 };
 
 class PageTable : public PageOwner, protected ArenaRegistration, protected TableContext {
@@ -153,13 +161,18 @@ class PageTable : public PageOwner, protected ArenaRegistration, protected Table
     skipped.restore();
   }
 
-  // For tests: content that was lost since watch_lost(), one entry for each group that held a block.
-  struct Lost {
-    i64 group, ordinal;
-    std::vector<i32> tokens;
-  };
-  void watch_lost() { watches_lost_ = true; }
-  std::vector<Lost> take_lost() { return std::exchange(lost_, {}); }
+  // ---- tiers: called by Tiers ----
+
+  // Blocks get one of these slots when they are evicted. REQUIRES: called once.
+  void use_slots(std::shared_ptr<HostSlots> slots);
+  HostSlots* slots() const { return slots_.get(); }
+  // Returns the bytes of a block in a host slot of the group.
+  i64 slot_bytes(i64 group) const;
+  // Copies the group's bytes of a node that the device has to a slot, unless all are held. `group`: -1 for all groups.
+  [[gnu::cold, gnu::noinline]] void keep(i32 node, i64 group, Transaction& tx);
+  // Makes cached content of what the slots have of a chain's blocks. REQUIRES: all nodes are in use; after the call,
+  // each node has memory in every full-attention group. May evict other content; a slot that is held stays.
+  virtual void promote(const std::vector<i32>& chain, const SlotsOfChain& from, Transaction& tx) = 0;
 
   // ---- following: called by Follower for another allocator's ops, and by SequenceRecords for this one's ----
 
@@ -214,7 +227,7 @@ class PageTable : public PageOwner, protected ArenaRegistration, protected Table
 
   // Returns for how many tokens there is room; 0 if something must be done before the next token is written.
   virtual i64 find_room(i64 index, i64 group) = 0;
-  // Whether a private op adds, removes or moves a copy of a node. The others are about the eviction order and tests:
+  // Whether a private op adds, removes or moves a copy of a node. The others are about the eviction order and tiers:
   // on_order() executes them.
   static bool is_copy(const Op& op) { return op.kind <= OpKind::shift; }
   static_assert(OpKind::hold < OpKind::shift && OpKind::evict < OpKind::shift && OpKind::shift < OpKind::aside,
@@ -227,11 +240,15 @@ class PageTable : public PageOwner, protected ArenaRegistration, protected Table
   virtual i64 finish_reclaim(i64 /*pages*/, i64 freed, Transaction&) { return freed; }
 
   // The one hook before content is lost: called once for each loss, while the memory still holds it and the index still
-  // knows it. A tier will push a `store` here. `group`: -1 for all groups.
+  // knows it. Copies it to a host slot, if there are any. `group`: -1 for all groups.
   void demote(i32 node, i64 group, Transaction& tx) {
-    if (watches_lost_) tx.push({OpKind::demote, number, node, group});
+    if (slots_) keep(node, group, tx);
   }
-  bool demotes() const { return watches_lost_; }
+  bool demotes() const { return slots_ != nullptr; }
+  // Pushes the ops that copy the group's bytes of the node to host memory from `at` on, arena after arena.
+  virtual void store(i32 node, i64 group, i64 at, Transaction& tx) = 0;
+  // The tokens of an index block that a group stores: a unit of them, or one fixed state.
+  i64 slot_tokens(i64 g) const { return has_state(g) ? 1 : index_.block_tokens(); }
   // Restores the position of an item in the eviction order, so that undoing its eviction returns it there.
   void unskip_item(Item x, Transaction& tx) {
     if (index_.is_skipped(x)) tx.push({OpKind::back, number, x.node, x.window});
@@ -240,10 +257,7 @@ class PageTable : public PageOwner, protected ArenaRegistration, protected Table
   GrowthMarks marks_;
 
  private:
-  void on_demote(const Op& op, bool undo);
-
-  bool watches_lost_ = false;
-  std::vector<Lost> lost_;
+  std::shared_ptr<HostSlots> slots_;
 };
 
 std::unique_ptr<PageTable> make_virtual_table(const Geometry& geometry, PagePool& pool, const Sequences& sequences,

@@ -46,10 +46,10 @@ class Sequences {
   i64 handle_of(i64 index) const { return handles_[index]; }  // REQUIRES: live(index)
 
   bool is_live(i64 handle) const { return slots_[slot_of(handle)].handle == handle; }
-  // Returns the index of a handle. Throws StaleHandle if it was freed or never existed.
+  // Returns the index of a handle. Throws StaleHandle if it was freed or never existed, NotReady if it is pending.
   i64 index(i64 handle) const {
     const Slot& slot = slots_[slot_of(handle)];
-    if (slot.handle != handle) throw_stale(handle);
+    if (slot.handle != handle) refuse(handle);
     return slot.index;
   }
 
@@ -99,6 +99,16 @@ class Sequences {
     KVMEM_ASSERT(free_count_ <= capacity() && !is_live(handle), "an index is freed once");
   }
 
+  // While a sequence is pending, index() refuses it, so that no call but free() can use it. REQUIRES: it is open.
+  void set_pending(i64 handle, bool pending) {
+    const i64 slot = slot_of(handle);
+    slots_[slot].handle = static_cast<i32>(pending ? pending_mark(slot) : handle);
+  }
+  bool is_pending(i64 handle) const {
+    const Slot& slot = slots_[slot_of(handle)];
+    return slot.handle == pending_mark(slot_of(handle)) && handles_[slot.index] == handle;
+  }
+
   // Returns how long ago the sequence was opened, to some milliseconds.
   double age_seconds(i64 index) const { return static_cast<double>(now_ns() - opened_at_[index]) * 1e-9; }
 
@@ -134,6 +144,8 @@ class Sequences {
   // The content of a free slot: a number that belongs to another slot, so that no handle equals it. It is 0 where
   // possible, so that slots which were never used take no memory.
   static i32 free_mark(i64 slot) { return slot == 0 ? 1 : 0; }
+  // The content of a pending sequence's slot: another such number, and no mark of a free slot.
+  i32 pending_mark(i64 slot) const { return slot + 1 == static_cast<i64>(slots_.size()) ? 1 : -1; }
   // Entry `at` of the ring of free indices. It is stored relative to `at`, so that the initial ring is all zero bits.
   i64 free_at(i64 at) const { return at + free_[at]; }
   void set_free(i64 at, i64 index) { free_[at] = static_cast<i32>(index - at); }
@@ -149,7 +161,11 @@ class Sequences {
   }
 
   // Errors, out of line because their callers are inlined everywhere.
-  [[noreturn, gnu::cold, gnu::noinline]] static void throw_stale(i64 handle) {
+  [[noreturn, gnu::cold, gnu::noinline]] void refuse(i64 handle) const {
+    if (is_pending(handle)) {
+      throw NotReady("sequence handle " + std::to_string(handle) +
+                     " is pending: its blocks are still being loaded; wait until ready() names it, or free it");
+    }
     throw StaleHandle("sequence handle " + std::to_string(handle) +
                       " is not live: it was freed, or this allocator never gave it out");
   }

@@ -15,6 +15,7 @@ from kvmem.allocator.ops import Op
 from kvmem.allocator.prefix import ContentCalls, Salt, Tokens, encode_keys
 from kvmem.allocator.sequence import NO_HANDLE, LiveSequence, Sequence
 from kvmem.allocator.tensors import TensorCalls
+from kvmem.allocator.tier_calls import LoadFrom, TierCalls
 from kvmem.errors import KVMemError, SpecError, StaleHandle
 from kvmem.events.digests import ExtraKey
 from kvmem.memory.pool import PagePool
@@ -22,7 +23,7 @@ from kvmem.memory.pool import PagePool
 __all__ = ["Allocator"]
 
 
-class Allocator(TensorCalls, ContentCalls, MemoryCalls):
+class Allocator(TensorCalls, ContentCalls, MemoryCalls, TierCalls):
     """Manages the KV cache of many sequences on one device. A context manager that closes it.
 
     spec: what a token stores.
@@ -67,6 +68,8 @@ class Allocator(TensorCalls, ContentCalls, MemoryCalls):
     events: how many events about cached blocks are kept for ``events()``; 0: none are made.
     event_key: a secret of up to 64 bytes for the block hashes of events. Without it, a reader of hashes and tokens can
         guess salts by trial.
+    tiers: ``kvmem.tiers.Tiers(host="8GiB", lower=[...])``: blocks that the device evicts stay in host memory, on disk and
+        in remote stores, and come back when a prompt begins with them (docs/tiers.md).
     pool: a ``PagePool`` to share with other allocators; excludes ``device`` and ``page_bytes``.
     record_ops: record every decision for ``take_ops()``.
     debug: run ``check()`` after each call that changes something; default: the environment variable ``KVMEM_DEBUG``.
@@ -91,6 +94,7 @@ class Allocator(TensorCalls, ContentCalls, MemoryCalls):
         extra_key: ExtraKey = None,
         adapter: str | None = None,
         label: str | None = None,
+        load: LoadFrom = "host",
     ) -> Sequence:
         """Return a new sequence that starts with the longest cached prefix of ``tokens``, the prompt.
 
@@ -105,6 +109,9 @@ class Allocator(TensorCalls, ContentCalls, MemoryCalls):
             from the first token. Tokens before it are shared with all sequences. So **give positions if an input takes
             a single id**, which makes no run.
         label: the name of the sequence in ``sequences()``.
+        load: with ``tiers=``, how far to look for cached blocks. ``"device"``; ``"host"``: blocks in host memory are copied
+            to the device first, in this call; ``"all"``: if lower tiers have more, the sequence is *pending*: empty, and
+            refused by every call but ``free()`` (``NotReady``), until ``ready()`` names it or ``Sequence.wait()`` returns.
 
         ``SpecError`` for a prompt of more than ``max_tokens``. ``OutOfMemory`` only if all ``max_sequences`` are in
         use: if memory is short, the sequence starts with fewer tokens. Cost: one comparison a block, plus the mapping
@@ -113,9 +120,14 @@ class Allocator(TensorCalls, ContentCalls, MemoryCalls):
         salted, keyed = encode_keys(salt, extra_key, adapter)
         if not isinstance(label, (str, NoneType)):
             raise SpecError(f"label: got {label!r}; must be a text, or None")
-        sequence = Sequence(self, NO_HANDLE)
+        sequence, started = Sequence(self, NO_HANDLE), None
+        if self._tiering is not None and tokens is not None:
+            tokens, started = self._bring(tokens, salt, extra_key, adapter, load)
         try:
-            self.core.admit([] if tokens is None else tokens, salted, keyed, sequence)
+            if started is not None:
+                self._begin_pending(sequence, started, tokens, (salted, keyed))  # type: ignore[arg-type]
+            else:
+                self.core.admit([] if tokens is None else tokens, salted, keyed, sequence)
             if label is not None:
                 self._label(sequence._id, label)
             return sequence
@@ -161,6 +173,7 @@ class Allocator(TensorCalls, ContentCalls, MemoryCalls):
         """
         if self.closed:
             return
+        self._end_tiers()
         core = self.core
         if core.close():  # from here on, no thread can open a sequence
             _free_all(core)

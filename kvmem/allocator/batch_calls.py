@@ -20,7 +20,7 @@ import torch
 from kvmem.allocator.batch import Batch, new_batch
 from kvmem.allocator.ids import several
 from kvmem.allocator.opening import OpenedCore, default
-from kvmem.allocator.prefix import Salt, Tokens, encode_keys
+from kvmem.allocator.prefix import Salt, Tokens, encode_keys, token_ids
 from kvmem.allocator.sequence import NO_HANDLE, Sequence
 from kvmem.arguments import INT32_MAX, as_int32, check_group, check_size
 from kvmem.errors import OutOfMemory, SpecError
@@ -63,6 +63,10 @@ class BatchCalls(OpenedCore):
         n = 1 if lengths is None else len(lengths)
         handles, cached = np.full(n, NO_HANDLE, np.int32), np.empty(n, np.int32)
         salted, keyed = encode_keys(salt, extra_key, adapter)
+        if self._tiering is not None:
+            tokens = token_ids(tokens)
+            for ids in [tokens] if lengths is None else np.split(tokens, np.cumsum(lengths)[:-1]):
+                self._tiering.promote(self._tiering.prompt(ids, (salted, keyed), salt, extra_key, adapter, 1))
         try:
             done = self.core.admit_batch(tokens, lengths, salted, keyed, handles, cached)
             return (handles, cached) if done == n else (handles[:done], cached[:done])

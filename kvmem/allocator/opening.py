@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
 
 from kvmem import _core
+from kvmem.allocator.tiering import MOVE_TOKENS, open_tiers
 from kvmem.arguments import INT32_MAX, check_bool, check_choice, check_size, is_auto, is_fraction, parse_bytes
 from kvmem.errors import SpecError, StaleHandle
 from kvmem.events import EventBatch, EventStream
@@ -19,6 +20,7 @@ from kvmem.geometry.page_size import choose_page_bytes
 from kvmem.memory.device import Device, in_debug_mode
 from kvmem.memory.pool import PagePool, pool_for
 from kvmem.spec import CacheSpec
+from kvmem.tiers.config import Tiers
 
 if TYPE_CHECKING:
     import torch
@@ -62,6 +64,7 @@ class OpenedCore:
         cached_rows: int | None = None,
         events: int = 0,
         event_key: bytes = b"",
+        tiers: Tiers | None = None,
         pool: PagePool | None = None,
         record_ops: bool = False,
         debug: bool | None = None,
@@ -75,7 +78,9 @@ class OpenedCore:
         self._settle(interleave, tail_guard_tokens, map_ahead_tokens)
         limit = self._limit_bytes(memory)
         self._lay_out(cached_rows, limit)
-        self._open(zero, limit, _prefix_options(prefix_cache, partial_reuse, policy, events))
+        self._open(zero, limit, _prefix_options(prefix_cache, partial_reuse, policy, events, self._moves(tiers)))
+        self._pending: dict[int, Any] = {}  # by handle: sequences that wait for a load
+        self._tiering = None if tiers is None else open_tiers(self.core, spec, self._layouts, self.device.type, tiers)
         self._events = EventStream(spec, self._drain_events, key=event_key) if events else None
 
     def _check_names(self, spec: CacheSpec, backend: Literal["virtual", "paged"], zero: str, policy: str) -> None:
@@ -164,18 +169,26 @@ class OpenedCore:
             self.core.record()
             self.pool.is_recorded = True
 
+    def _moves(self, tiers: Tiers | None) -> int:
+        if tiers is None:
+            return 0
+        if not isinstance(tiers, Tiers):
+            raise SpecError(f"tiers: got {type(tiers).__name__}; must be Tiers(host=...)")
+        return max(1 << 12, MOVE_TOKENS // max(g.block_size for g in self.spec.groups))
+
     def _drain_events(self, taken: int, most: int, restart: bool) -> EventBatch:
         number, records, roots = self.core.drain_events(taken, most, restart)
         return EventBatch(number, records, {root: (decode_key(s), decode_key(e)) for root, (s, e) in roots.items()})
 
 
-def _prefix_options(prefix_cache: bool, partial_reuse: bool, policy: str, events: int) -> _core.PrefixOptions:
+def _prefix_options(prefix_cache: bool, partial_reuse: bool, policy: str, events: int, moves: int) -> _core.PrefixOptions:
     return _core.PrefixOptions(
         on=check_bool("prefix_cache", prefix_cache),
         partial=check_bool("partial_reuse", partial_reuse),
         policy=policy,
         hash_bits=int(os.environ.get("KVMEM_HASH_BITS", "64")),  # fewer bits in tests of hash collisions
         event_capacity=check_size("events", events, 0, INT32_MAX),
+        move_capacity=moves,
     )
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from types import NoneType, TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeAlias, cast
 
@@ -54,6 +54,8 @@ class PrefixMatch:
 
     num_tokens: how many tokens ``Allocator.sequence()`` would find cached now; at least one is always left to compute.
     reason: why it is not more.
+    by_tier: with ``tiers=``, how many of them are found on the device and in host memory, ``{"device": n, "host": m}``;
+        ``sequence(load="all")`` may find more in lower tiers.
 
     =======================  ========================================================================================
     "complete"               no more tokens could be found
@@ -70,6 +72,7 @@ class PrefixMatch:
 
     num_tokens: int
     reason: Reason
+    by_tier: Mapping[str, int] = field(default_factory=dict)
 
 
 def token_ids(tokens: Tokens) -> npt.NDArray[np.int32]:
@@ -184,7 +187,15 @@ class ContentCalls(OpenedCore):
         """Return how much of ``tokens`` is cached, and why not more. Changes nothing, not even what is evicted next."""
         salted, keyed = encode_keys(salt, extra_key, adapter)
         found, reason = self.core.match(tokens, salted, keyed)
-        return PrefixMatch(found, cast(Reason, reason))
+        if self._tiering is None:
+            return PrefixMatch(found, cast(Reason, reason))
+        ids = token_ids(tokens)
+        prompt = self._tiering.prompt(ids, (salted, keyed), salt, extra_key, adapter, 1)
+        both = self._tiering.reach(prompt.num_blocks, self._tiering.locate(prompt).has) * self._tiering.block_size
+        total = max(found, both)
+        if total > found and prompt.num_blocks * self._tiering.block_size == total:
+            reason = "complete" if total == len(ids) - 1 else "shorter than a block"
+        return PrefixMatch(total, cast(Reason, reason), {"device": found, "host": total - found})
 
     def pin(self, tokens: Tokens, *, salt: Salt = None, extra_key: ExtraKey = None, adapter: str | None = None) -> Pin:
         """Return a pin of the whole blocks of ``tokens`` (a system prompt): they stay cached until ``unpin()``, and a
@@ -207,12 +218,16 @@ class ContentCalls(OpenedCore):
     def clear_cache(self) -> int:
         """Evict all cached content that no sequence or pin uses; return how many blocks. Their memory stays parked.
 
-        Blocks of live sequences that are out of window are evicted too.
+        Blocks of live sequences that are out of window are evicted too. With ``tiers=``, host memory is cleared as well;
+        lower tiers keep what they have.
 
         Other threads' calls may run after each 1,024 blocks, as in ``trim()`` and ``set_memory()``; what they cache
         meanwhile is evicted as well. An error leaves evicted what was evicted before it.
         """
-        return self.core.clear_cache()
+        evicted = self.core.clear_cache()
+        if self._tiering is not None:
+            self._tiering.clear()
+        return evicted
 
     def events(self, max_events: int | None = None, *, restart: bool = False) -> list[Event]:
         """Return what was cached and evicted since the last call (``docs/events.md``), at most ``max_events`` events.

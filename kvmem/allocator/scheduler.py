@@ -38,6 +38,7 @@ from kvmem.events.digests import ExtraKey
 
 if TYPE_CHECKING:
     from kvmem.allocator.batch_calls import Ids, Ints
+    from kvmem.allocator.transfers import Load
     from kvmem.arguments import Handles
 
 __all__ = ["SchedulerCache", "TableChanges"]
@@ -80,6 +81,18 @@ class SchedulerCache:
         """
         return self.allocator.match(tokens, salt=salt, extra_key=extra_key, adapter=adapter).num_tokens
 
+    def load(
+        self, tokens: Tokens, *, salt: Salt = None, extra_key: ExtraKey = None, adapter: str | None = None
+    ) -> Load | None:
+        """Start to load from lower tiers (``tiers=``) what device and host memory do not have of a prompt; None if there
+        is nothing to wait for. Never waits.
+
+        Keep the request waiting until ``load.done()``, which is polled once a step and moves what has arrived; then
+        ``allocate`` finds it. ``load.cancel()`` if the request is aborted.
+        """
+        allocator = self.allocator
+        return None if allocator._tiering is None else allocator._bring(tokens, salt, extra_key, adapter, "all")[1]
+
     def allocate(
         self,
         request: Hashable,
@@ -104,7 +117,7 @@ class SchedulerCache:
             handle = self._requests[request]._id
         except (KeyError, TypeError):
             self._find(request)  # raises for what cannot be a request id
-            return self._begin(request, count, tokens, encode_keys(salt, extra_key, adapter))
+            return self._begin(request, count, tokens, (salt, extra_key, adapter))
         if tokens is not None or salt is not None or extra_key is not None or adapter is not None:
             raise SpecError(
                 f"request {request!r} has begun: prompt, salt, extra key and adapter are given when it begins"
@@ -117,14 +130,20 @@ class SchedulerCache:
             return None
 
     def _begin(
-        self, request: Hashable, count: int | None, tokens: Tokens | None, keys: tuple[bytes, bytes]
+        self,
+        request: Hashable,
+        count: int | None,
+        tokens: Tokens | None,
+        names: tuple[Salt, ExtraKey, str | None],
     ) -> TableChanges | None:
         if count is None and tokens is None:
             raise SpecError(f"count: missing; a new request ({request!r}) needs a prompt, or a count of tokens")
         wanted = -1 if count is None else check_count("count", check_size("count", count, 0))
         sequence = Sequence(self.allocator, NO_HANDLE)
+        if self.allocator._tiering is not None and tokens is not None:
+            self.allocator._bring(tokens, *names, "host")
         try:
-            self._core.begin([] if tokens is None else tokens, *keys, wanted, sequence)
+            self._core.begin([] if tokens is None else tokens, *encode_keys(*names), wanted, sequence)
             self._requests[request] = sequence
             return self._core.table(sequence.id, -1) or _NOTHING
         except BaseException as error:

@@ -77,6 +77,18 @@ class Sequence:
         return self._alloc._labels.get(self._id)
 
     @property
+    def pending(self) -> bool:
+        """True while blocks of the prompt are being loaded from a tier (``load="all"``); no call but ``free()`` may use
+        the sequence then.
+        """
+        return self._id in self._alloc._pending
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until the sequence is not pending any more, ``timeout`` seconds at most; return whether it is not."""
+        waiting = self._alloc._pending.get(self._id)
+        return waiting is None or (waiting.load.wait(timeout) and self._alloc._finish(self._id))
+
+    @property
     def num_tokens(self) -> int:
         """Number of tokens that there is room for, committed ones included."""
         return self._core.tokens(self._id)

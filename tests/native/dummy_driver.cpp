@@ -96,6 +96,14 @@ class DummyDriver final : public Driver {
     const auto lock = begin(&DriverCounters::copy);
     std::memcpy(at_address(to), at_address(from), bytes);
   }
+  void load(Address to, const char* from, i64 bytes, Stream) override {
+    const auto lock = begin(&DriverCounters::load);
+    std::memcpy(at_address(to), from, bytes);
+  }
+  void store(char* to, Address from, i64 bytes, Stream) override {
+    const auto lock = begin(&DriverCounters::store);
+    std::memcpy(to, at_address(from), bytes);
+  }
   Event record(Stream) override { return 0; }
   bool done(Event) override { return true; }
   void wait(Event) override {}

@@ -44,10 +44,10 @@ ASAN_LIBRARIES = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -pri
 ASAN_PYTHON = env LD_PRELOAD="$(ASAN_LIBRARIES)" ASAN_OPTIONS=detect_leaks=0:handle_segv=0:allocator_may_return_null=1 \
   PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/$(SAN)/python KVMEM_EXPECT_CORE=$(CURDIR)/$(SAN)/python
 
-.PHONY: test-sanitize test-canaries test-stress test-soak test-tiers test-no-memory test-asan-python test-tsan-python sanitize-programs asan-module
-test-sanitize: test-canaries test-stress test-tiers test-no-memory test-asan-python  ## C++ stress program and core tests under the sanitizers
+.PHONY: test-sanitize test-canaries test-stress test-soak test-no-memory test-asan-python test-tsan-python sanitize-programs asan-module
+test-sanitize: test-canaries test-stress test-no-memory test-asan-python  ## C++ stress program and core tests under the sanitizers
 
-sanitize-programs: $(foreach s,asan tsan,$(SAN)/$s/canary $(SAN)/$s/tests/native/stress/stress) $(addprefix $(SAN)/asan/tests/native/stress/,soak tiers no_memory)  ## compile them, no more (make -j2)
+sanitize-programs: $(foreach s,asan tsan,$(SAN)/$s/canary $(SAN)/$s/tests/native/stress/stress) $(addprefix $(SAN)/asan/tests/native/stress/,soak no_memory)  ## compile them, no more (make -j2)
 
 # The Python module's objects serve the programs too: under AddressSanitizer the core is compiled once. setup.py knows
 # what is out of date; the archive is written only when it differs, so that nothing is linked for no reason.
@@ -73,7 +73,7 @@ $(SAN)/$(1)/%.o: %.cpp tests/native/sanitize.mk
 $(SAN)/$(1)/canary: $(SAN)/$(1)/tests/native/stress/canary.o
 	$$(CXX) -fsanitize=$(SAN_$(1)) -pthread $$^ -o $$@
 
-$(addprefix $(SAN)/$(1)/tests/native/stress/,stress tiers no_memory): %: %.o $(CORE_$(1))
+$(addprefix $(SAN)/$(1)/tests/native/stress/,stress no_memory): %: %.o $(CORE_$(1))
 	$$(CXX) -fsanitize=$(SAN_$(1)) $$(LINK_SANITIZED)
 
 $(SAN)/$(1)/tests/native/stress/soak: $(addprefix $(SAN)/$(1)/,$(SOAK)) $(CORE_$(1))
@@ -113,8 +113,6 @@ test-soak: $(SAN)/asan/tests/native/stress/soak
 	$(RUN_asan) timeout -k 10 $$(($(SOAK_SECONDS) * 3 + 60)) $< --operations 1000000000 --seconds $(SOAK_SECONDS) \
 	  --seed $(STRESS_SEED) $(SOAK_ARGS)
 
-test-tiers: $(SAN)/asan/tests/native/stress/tiers
-	$(RUN_asan) timeout -k 10 120 $< --seed $(STRESS_SEED) --transactions 20000
 
 # Its operator new takes the sanitizer's place, which still sees all that malloc gives. 200 steps: about half a minute.
 test-no-memory: $(SAN)/asan/tests/native/stress/no_memory $(SAN)/libcuda_stub.so

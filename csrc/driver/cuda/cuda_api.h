@@ -84,6 +84,8 @@ constexpr std::size_t kPerThreadStream = 2;  // a handle that stands for another
   ENTRY(cuMemSetAccess, 10020, DevicePtr at, size_t bytes, const AccessDesc* access, size_t count)                     \
   ENTRY(cuMemsetD8Async, 3020, DevicePtr at, unsigned char value, size_t bytes, StreamPtr stream)                      \
   ENTRY(cuMemcpyDtoDAsync, 3020, DevicePtr to, DevicePtr from, size_t bytes, StreamPtr stream)                         \
+  ENTRY(cuMemcpyHtoDAsync, 3020, DevicePtr to, const void* from, size_t bytes, StreamPtr stream)                       \
+  ENTRY(cuMemcpyDtoHAsync, 3020, void* to, DevicePtr from, size_t bytes, StreamPtr stream)                             \
   ENTRY(cuStreamCreate, 2000, StreamPtr* stream, unsigned flags)                                                       \
   ENTRY(cuStreamDestroy, 4000, StreamPtr stream)                                                                       \
   ENTRY(cuStreamGetCtx, 9020, StreamPtr stream, ContextPtr* context)                                                   \

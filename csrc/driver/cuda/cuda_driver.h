@@ -47,6 +47,8 @@ class CudaDriver final : public Driver {
 
   void zero(Address at, i64 bytes, Stream stream) override;
   void copy(Address to, Address from, i64 bytes, Stream stream) override;
+  void load(Address to, const char* from, i64 bytes, Stream stream) override;
+  void store(char* to, Address from, i64 bytes, Stream stream) override;
   Event record(Stream stream) override;
   bool done(Event event) override;
   void wait(Event event) override;

@@ -100,6 +100,22 @@ void CudaDriver::copy(Address to, Address from, i64 bytes, Stream stream) {
                 "cuMemcpyDtoDAsync", [&] { return range_text(from, bytes) + " to " + range_text(to, bytes); });
 }
 
+void CudaDriver::load(Address to, const char* from, i64 bytes, Stream stream) {
+  count(&DriverCounters::load);
+  check_positive("load", bytes);
+  check_not_captured("load", stream);
+  device_.check(device_.in_context([&] { return api_.cuMemcpyHtoDAsync(to, from, bytes, cu(stream)); }),
+                "cuMemcpyHtoDAsync", [&] { return range_text(to, bytes); });
+}
+
+void CudaDriver::store(char* to, Address from, i64 bytes, Stream stream) {
+  count(&DriverCounters::store);
+  check_positive("store", bytes);
+  check_not_captured("store", stream);
+  device_.check(device_.in_context([&] { return api_.cuMemcpyDtoHAsync(to, from, bytes, cu(stream)); }),
+                "cuMemcpyDtoHAsync", [&] { return range_text(from, bytes); });
+}
+
 // Returns an idle event, or a new one.
 cuda::EventPtr CudaDriver::take_event() {
   std::size_t index = 0;

@@ -74,6 +74,14 @@ class HostDriver final : public Driver {
 
   void zero(Address at, i64 bytes, Stream stream) override;
   void copy(Address to, Address from, i64 bytes, Stream stream) override;
+  void load(Address to, const char* from, i64 bytes, Stream) override {
+    count(&DriverCounters::load, [&] { check_accessible("load", to, bytes); });
+    std::memcpy(reinterpret_cast<void*>(to), from, bytes);
+  }
+  void store(char* to, Address from, i64 bytes, Stream) override {
+    count(&DriverCounters::store, [&] { check_accessible("store", from, bytes); });
+    std::memcpy(to, reinterpret_cast<void*>(from), bytes);
+  }
 
   // All work is done when a call returns, so the only event is the completed one.
   Event record(Stream) override {

@@ -75,6 +75,7 @@ class PagedTable final : public PageTable {
   void allow_eviction(i32 node) override;
   void pin_end(i32, bool) override {}  // any blocks of the node will do
   void snapshot(i64 index, const std::vector<i32>& chain, Transaction& tx) override;
+  void promote(const std::vector<i32>& chain, const SlotsOfChain& from, Transaction& tx) override;  // paged_tiers.cpp
   i64 common_blocks(i64 a, i64 b, i64 group, i64 known) const override;
   i64 block_key(i64 index, i64 group, i64 block) const override { return blocks_.entry(index, group, block); }
   void count_bytes(i64 group, std::vector<i64>* used_bytes, i64* shared_bytes) const override;
@@ -165,6 +166,9 @@ class PagedTable final : public PageTable {
   void adopt_copies(i64 index, i64 g, i32 node, i64 first, i64 tail, Transaction& tx);
   void publish_part(const Published& p, i64 g, i64 part, i64 ordinal, std::size_t* expected, Transaction& tx);
   void evict_group(i32 node, i64 g, Transaction& tx);
+  // Pushes the ops that copy a part of a node between its block and host memory.
+  void move_part(OpKind kind, i64 g, i64 part, i64 block, i64 at, Transaction& tx);
+  void store(i32 node, i64 group, i64 at, Transaction& tx) override;
   // Whether only the sequences that end within the node need it. `ends`: how many of a block's references are such
   // ends.
   bool is_needed_by_ends(i64 g, i32 node, const std::unordered_map<i32, i32>& ends) const;

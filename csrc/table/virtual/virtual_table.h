@@ -58,6 +58,7 @@ class VirtualTable final : public PageTable {
   void allow_eviction(i32) override {}  // the list of duplicates has the rows that this concerns
   void pin_end(i32 node, bool pinned) override { rows_.pin_end(node, pinned); }
   void snapshot(i64 index, const std::vector<i32>& chain, Transaction& tx) override;
+  void promote(const std::vector<i32>& chain, const SlotsOfChain& from, Transaction& tx) override;  // virtual_tiers.cpp
   i64 common_blocks(i64 a, i64 b, i64 group, i64 known) const override;
   i64 block_key(i64 index, i64 group, i64 block) const override;
   void count_bytes(i64 group, std::vector<i64>* used_bytes, i64* shared_bytes) const override;
@@ -134,6 +135,7 @@ class VirtualTable final : public PageTable {
       marked_.push_back(row);
       rows_.set_source(row, true);
     }
+    const std::vector<i64>& rows() const { return marked_; }
 
    private:
     VirtualRows& rows_;
@@ -192,6 +194,13 @@ class VirtualTable final : public PageTable {
   // The same from the rows that find_sources() found.
   void share_window(i64 to, i64 group, i64 first, i64 tokens, Transaction& tx);
   void copy_state(i64 from, i64 to, i64 group, Transaction& tx);
+  // Pushes the ops that copy block `ordinal` (of a fixed state 0) between the row and host memory.
+  void move_block(OpKind kind, i64 row, i64 group, i64 ordinal, i64 at, Transaction& tx);
+  void store(i32 node, i64 group, i64 at, Transaction& tx) override;
+  // Maps the group's tokens of a chain in a parked row, and fills them from slots and other rows.
+  void fill_full(i64 row, i64 group, const std::vector<i32>& chain, const SlotsOfChain& from, Transaction& tx);
+  void fill_window(i64 row, i64 group, const std::vector<i32>& chain, const SlotsOfChain& from, Transaction& tx);
+  void fill_state(i64 row, i64 group, i64 slot, Transaction& tx);
   // Adds a block to the row's content: what the sequence at `index` computed or was given, with the parts that its
   // windows reach. attach_expected() REQUIRES that memory for the op was made (Transaction::expect()).
   void attach_expected(i64 row, i32 node, i64 index, bool state, Transaction& tx) {

@@ -32,6 +32,8 @@ void cuMemUnmap();
 void cuMemSetAccess();
 void cuMemsetD8Async();
 void cuMemcpyDtoDAsync_v2();
+void cuMemcpyHtoDAsync_v2();
+void cuMemcpyDtoHAsync_v2();
 void cuStreamCreate();
 void cuStreamDestroy_v2();
 void cuStreamGetCtx();
@@ -151,6 +153,8 @@ Result cuGetProcAddress_v2(const char* symbol, void** found, int version, unsign
       STUB_ENTRY("cuMemSetAccess", 10020, cuMemSetAccess),
       STUB_ENTRY("cuMemsetD8Async", 3020, cuMemsetD8Async),
       STUB_ENTRY("cuMemcpyDtoDAsync", 3020, cuMemcpyDtoDAsync_v2),
+      STUB_ENTRY("cuMemcpyHtoDAsync", 3020, cuMemcpyHtoDAsync_v2),
+      STUB_ENTRY("cuMemcpyDtoHAsync", 3020, cuMemcpyDtoHAsync_v2),
       STUB_ENTRY("cuStreamCreate", 2000, cuStreamCreate),
       STUB_ENTRY("cuStreamDestroy", 4000, cuStreamDestroy_v2),
       STUB_ENTRY("cuStreamGetCtx", 9020, cuStreamGetCtx),

@@ -67,6 +67,22 @@ Result cuMemcpyDtoDAsync_v2(DevicePtr to, DevicePtr from, size_t bytes, StreamPt
   return kOk;
 }
 
+Result cuMemcpyHtoDAsync_v2(DevicePtr to, const void* from, size_t bytes, StreamPtr stream) {
+  ENTER("cuMemcpyHtoDAsync", Needs::kContext);
+  if (Result code = accessible(s, to, bytes)) return code;
+  if (Result code = put(s, "memcpy", stream)) return code;
+  std::memcpy(pointer(to), from, bytes);
+  return kOk;
+}
+
+Result cuMemcpyDtoHAsync_v2(void* to, DevicePtr from, size_t bytes, StreamPtr stream) {
+  ENTER("cuMemcpyDtoHAsync", Needs::kContext);
+  if (Result code = accessible(s, from, bytes)) return code;
+  if (Result code = put(s, "memcpy", stream)) return code;
+  std::memcpy(to, pointer(from), bytes);
+  return kOk;
+}
+
 Result cuMemcpyHtoD_v2(DevicePtr to, const void* from, size_t bytes) {
   ENTER("cuMemcpyHtoD", Needs::kContext);
   if (Result code = accessible(s, to, bytes)) return code;

@@ -1,0 +1,76 @@
+// Blocks in tiers below the device, as far as the core knows them: the device's blocks go to host slots when they are
+// evicted (PageTable::demote), and come back by promote(). What lies in which slot, and in tiers below, is known outside
+// (kvmem/allocator/tiering.py), which follows the queue of moves.
+//
+// State: the host slots. Thread safety: every function REQUIRES the pool's lock.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "allocator/contents.h"
+#include "allocator/event_batches.h"
+#include "allocator/match.h"
+
+namespace kvmem {
+
+class Tiers {
+ public:
+  Tiers(const Groups& groups, const PrefixMatcher& matcher, Sequences& sequences, PrefixIndex& index, PageTable& table,
+        SequenceContents& contents)
+      : moves(groups, index, index.moves(), table),
+        groups_(groups),
+        matcher_(matcher),
+        sequences_(sequences),
+        index_(index),
+        table_(table),
+        contents_(contents) {}
+
+  EventBatches moves;
+
+  // Makes `counts[g]` slots for group g. Throws SpecError unless it is the first call and content is shared.
+  void open(const std::vector<i64>& counts, const std::string& policy);
+  // Throws SpecError if open() was not called.
+  HostSlots& slots() const;
+  i64 slot_bytes(i64 group) const { return table_.slot_bytes(group); }
+  // Returns the first token that the group needs of a sequence's first `tokens` tokens, where it may begin.
+  i64 first_needed(i64 group, i64 tokens) const { return groups_.first_needed(group, tokens); }
+  // Returns for each whole block of the tokens, and for each group, whether the device has its bytes: [block][group].
+  std::vector<std::uint8_t> residency(const i32* tokens, i64 n, const PrefixKey& key) const;
+  // Copies to slots what the device has of the whole blocks of `tokens`, and `wanted` names: [block][group].
+  void store(const i32* tokens, i64 n, const PrefixKey& key, const std::vector<bool>& wanted, Transaction& tx);
+  // Makes cached content on the device of the whole blocks of `tokens`: `slots` names a held slot for what the device
+  // does not have, [block][group], and -1 elsewhere. Throws SpecError, before it changes anything, if a block would lack
+  // the bytes of a full-attention group.
+  void promote(const i32* tokens, i64 n, const PrefixKey& key, i32 root, const std::vector<i64>& slots, Transaction& tx);
+  // Marks an empty sequence as pending: only Allocator::admit(into) and free() can use it.
+  void set_pending(i64 handle) {
+    sequences_.index(handle);  // throws if it is not live
+    sequences_.set_pending(handle, true);
+  }
+  // After the transaction: the content is unreferenced.
+  void finish_promote();
+
+ private:
+  // Calls f(block, node) for each whole block of the tokens that the index has.
+  template <class F>
+  void for_chain(const i32* tokens, i64 n, const PrefixKey& key, const F& f) const {
+    const i64 size = matcher_.block_tokens();
+    const KeyMarks marks = placed(key.marks, tokens, n);
+    i32 node = index_.find_root(key);
+    for (i64 k = 0; k < n / size && node != kNoNode; ++k) {
+      node = index_.find(node, tokens + k * size, matcher_.tag_at(marks, k * size));
+      if (node != kNoNode) f(k, node);
+    }
+  }
+  void check_promote(const std::vector<i32>& chain, const std::vector<i64>& slots) const;
+
+  const Groups& groups_;
+  const PrefixMatcher& matcher_;
+  Sequences& sequences_;
+  PrefixIndex& index_;
+  PageTable& table_;
+  SequenceContents& contents_;
+};
+
+}  // namespace kvmem

@@ -1,0 +1,98 @@
+// The slots of host memory in which blocks lie that the device has lost. A slot holds one block of one group, with the
+// bytes as they were on the device: arena after arena. The owner of the content index decides what goes into a slot and
+// how long it stays; who knows what the bytes mean (the keys) is outside of the core, and names a slot by its number
+// and generation. The generation changes whenever a slot is given to other content, so an old name finds nothing.
+//
+// State of a slot: free; taken (it has content, and may be given to other content when none is free); or held (taken,
+// and in use by a transfer, so that it is not given away). Slots are numbered group by group.
+//
+// Thread safety: every function REQUIRES the lock of the allocator's pool. The bytes are guarded by nothing: a thread
+// touches those of slots that it holds.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "base/types.h"
+#include "eviction/policy.h"
+
+namespace kvmem {
+
+// Memory of the host, zeroed, in huge pages where the system gives them. Throws OutOfMemory where there are no
+// addresses for it. Physical memory is taken when a page is first written.
+class HostMemory {
+ public:
+  explicit HostMemory(i64 bytes);
+  ~HostMemory();
+  HostMemory(const HostMemory&) = delete;
+  HostMemory& operator=(const HostMemory&) = delete;
+  char* data() const { return data_; }
+  i64 bytes() const { return bytes_; }
+
+ private:
+  i64 bytes_;
+  char* data_;
+};
+
+// A slot, and which content it is about.
+struct SlotName {
+  i64 slot = -1;
+  i64 generation = 0;
+};
+
+class HostSlots {
+ public:
+  // `slot_bytes` and `counts`: of each group; a group with count 0 has no slots. `policy`: which slot is given to other
+  // content first (eviction/policy.h).
+  HostSlots(std::vector<i64> slot_bytes, const std::vector<i64>& counts, const std::string& policy);
+
+  const std::shared_ptr<HostMemory>& memory() const { return memory_; }
+  i64 groups() const { return static_cast<i64>(slot_bytes_.size()); }
+  i64 slot_bytes(i64 group) const { return slot_bytes_[group]; }
+  i64 first(i64 group) const { return first_[group]; }
+  i64 count(i64 group) const { return first_[group + 1] - first_[group]; }
+  i64 free_count(i64 group) const { return static_cast<i64>(free_[group].size()); }
+  i64 offset(i64 slot) const {
+    const i64 group = group_of(slot);
+    return start_[group] + (slot - first_[group]) * slot_bytes_[group];
+  }
+  i64 group_of(i64 slot) const;
+
+  // Gives a slot to new content: a free one, else the policy's victim, whose content is lost. `key` identifies the
+  // content to the policy. Returns a name with slot -1 if all are held. Needs no memory.
+  SlotName take(i64 group, std::uint64_t key);
+  // The latest take() did not happen: the slot is free. What it had before is lost all the same.
+  void undo_take(i64 slot);
+  // Whether the slot still has the content that this name is about.
+  bool has(const SlotName& name) const {
+    return name.slot >= 0 && name.slot < static_cast<i64>(slots_.size()) && slots_[name.slot].taken &&
+           slots_[name.slot].generation == name.generation;
+  }
+  // Keeps the slot from being given away until release(); calls nest. Returns false, and does nothing, unless has().
+  bool hold(const SlotName& name);
+  void release(const SlotName& name);  // REQUIRES: hold() was true
+  // The content was used again: it stays longer. Does nothing unless has().
+  void hit(const SlotName& name);
+  // Frees the slot. Does nothing unless has(); a held slot becomes free with its last release().
+  void drop(const SlotName& name);
+  void check(std::vector<std::string>* out) const;
+
+ private:
+  struct Slot {
+    i64 generation = 0;
+    std::uint64_t key = 0;
+    i32 holds = 0;
+    bool taken = false, dropped = false;
+  };
+  void free(i64 slot);
+  i32 item(i64 slot) const { return static_cast<i32>(slot - first_[group_of(slot)]); }
+
+  std::vector<i64> slot_bytes_, first_{0}, start_{0};  // by group, and one past the last
+  std::vector<Slot> slots_;
+  std::vector<std::vector<i64>> free_;                    // by group; room for all of its slots
+  std::vector<std::unique_ptr<EvictionPolicy>> policies_;  // by group
+  std::shared_ptr<HostMemory> memory_;
+};
+
+}  // namespace kvmem

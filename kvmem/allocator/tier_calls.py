@@ -1,0 +1,135 @@
+"""The calls of an allocator about tiers: blocks that come back from host memory, disk and remote stores."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Literal
+
+from kvmem.allocator.opening import OpenedCore
+from kvmem.allocator.prefix import Salt, Tokens, encode_keys, token_ids
+from kvmem.allocator.sequence import Sequence
+from kvmem.allocator.tiering import Prompt, Tiering
+from kvmem.allocator.transfers import Load
+from kvmem.arguments import check_choice
+from kvmem.errors import SpecError, StaleHandle
+from kvmem.events.digests import ExtraKey
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+__all__ = ["LoadFrom", "TierCalls"]
+
+#: How far a new sequence looks for cached blocks: see ``Allocator.sequence``.
+LoadFrom = Literal["device", "host", "all"]
+
+
+class _Pending:
+    """A sequence that waits for a load."""
+
+    def __init__(self, sequence: Sequence, load: Load, ids: npt.NDArray[np.int32], keys: tuple[bytes, bytes]) -> None:
+        self.sequence, self.load, self.ids, self.keys = sequence, load, ids, keys
+
+
+class TierCalls(OpenedCore):
+    """What an allocator with ``tiers=`` can do; the calls raise ``SpecError`` without."""
+
+    @property
+    def tiering(self) -> Tiering:
+        """The engine behind these calls. ``SpecError`` if the allocator has no tiers."""
+        if self._tiering is None:
+            raise SpecError("this allocator has no tiers: make it with tiers=Tiers(host=...)")
+        return self._tiering
+
+    def prefetch(
+        self,
+        tokens: Tokens,
+        *,
+        to: Literal["device", "host"] = "device",
+        salt: Salt = None,
+        extra_key: ExtraKey = None,
+        adapter: str | None = None,
+    ) -> Load:
+        """Start to bring the blocks of ``tokens`` from lower tiers, and return a handle: ``load.done()``, polled between
+        steps, moves what has arrived; ``load.wait()``; ``load.cancel()``.
+
+        to: ``"device"``, as cached content that ``sequence(tokens)`` then finds; or ``"host"``, where a later call finds
+            it faster. Never waits, and a fault of a tier is a block that is not found.
+        """
+        check_choice("to", to, ("device", "host"))
+        prompt = self._prompt(token_ids(tokens), salt, extra_key, adapter, leave=0)
+        return self.tiering.load(prompt, to_device=to == "device")
+
+    def ready(self, sequences: Iterable[Sequence | int] | None = None) -> list[int]:
+        """Return the ids of those sequences (default: all that were pending) whose blocks have been loaded.
+
+        Moves what has arrived, so it is called once a step while a sequence is pending. Never waits for a tier.
+        Cost: the copies to the device.
+        """
+        wanted = None if sequences is None else [s.id if isinstance(s, Sequence) else s for s in sequences]
+        found = [] if wanted is None else [handle for handle in wanted if handle not in self._pending]
+        for handle in list(self._pending) if wanted is None else wanted:
+            if handle in self._pending and self._finish(handle):
+                found.append(handle)
+        return found
+
+    def store(self, tokens: Tokens, *, salt: Salt = None, extra_key: ExtraKey = None, adapter: str | None = None) -> int:
+        """Copy the cached blocks of ``tokens`` to host memory, and on to a lower tier as ``Tiers.write`` says, without
+        evicting them. Return how many blocks of all groups were copied: those that no slot has yet.
+
+        For content that should outlive the process or be found elsewhere although the device has room for it: call it
+        when a request ends. Cost: the copies.
+        """
+        return self.tiering.store(self._prompt(token_ids(tokens), salt, extra_key, adapter, leave=0))
+
+    def flush(self, timeout: float | None = None) -> bool:
+        """Wait until lower tiers have what is on its way to them, ``timeout`` seconds at most; return whether they do."""
+        self.tiering.settle()
+        return self.tiering.transfers.flush(timeout)
+
+    def _prompt(
+        self, ids: npt.NDArray[np.int32], salt: Salt, extra_key: ExtraKey, adapter: str | None, leave: int = 1
+    ) -> Prompt:
+        """Return the whole blocks of the ids without the last ``leave`` tokens."""
+        keys = encode_keys(salt, extra_key, adapter)
+        return self.tiering.prompt(ids, keys, salt, extra_key, adapter, leave)
+
+    def _bring(
+        self, tokens: Tokens, salt: Salt, extra_key: ExtraKey, adapter: str | None, load: LoadFrom
+    ) -> tuple[npt.NDArray[np.int32], Load | None]:
+        """Promote what host slots have of a prompt; return its ids, and the load of the rest if there is one."""
+        check_choice("load", load, ("device", "host", "all"))
+        ids = token_ids(tokens)
+        if load == "device":
+            return ids, None
+        prompt = self._prompt(ids, salt, extra_key, adapter)
+        if self.tiering.promote(prompt) == prompt.num_blocks or load == "host":
+            return ids, None
+        started = self.tiering.load(prompt, to_device=True)
+        return ids, None if started.advance() else started
+
+    def _begin_pending(
+        self, sequence: Sequence, load: Load, ids: npt.NDArray[np.int32], keys: tuple[bytes, bytes]
+    ) -> None:
+        sequence._id = self.core.open()
+        self._pending[sequence._id] = _Pending(sequence, load, ids, keys)
+        self.core.set_pending(sequence._id)
+
+    def _finish(self, handle: int) -> bool:
+        """Give a pending sequence its prefix if its load is done. True also if it was freed meanwhile."""
+        waiting = self._pending[handle]
+        if not waiting.load.advance():
+            return False
+        try:
+            self.core.admit(waiting.ids, *waiting.keys, waiting.sequence, handle)
+        except StaleHandle:  # it was freed: nobody waits
+            pass
+        self._pending.pop(handle, None)
+        return True
+
+    def _end_tiers(self) -> None:
+        for waiting in self._pending.values():
+            waiting.load.cancel()
+        self._pending.clear()
+        if self._tiering is not None:
+            self._tiering.transfers.close()

@@ -1,0 +1,330 @@
+"""The transfer engine: threads that move blocks between host slots and the tiers below, and the handles of loads.
+
+Its threads touch host slots that they hold, and nothing else of the allocator. A fault of a tier ends a load early, or
+leaves a block unwritten; it is counted, and never raised.
+"""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from kvmem.tiers.base import Result, Status, Tier
+from kvmem.tiers.keys import slot_key
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from kvmem.allocator.tiering import Located, Prompt, Tiering
+
+    Bytes = npt.NDArray[np.uint8]
+    Place = tuple[int, int]  # block of a prompt, group
+
+__all__ = ["Block", "Load", "Transfers"]
+
+_log = logging.getLogger("kvmem")
+_THREADS = 4
+_AT_ONCE = 16  # blocks in one call of a tier
+_MOST_QUEUED = 1024  # blocks that wait to be written; what comes then is not written
+_POLL_SECONDS = 0.0005
+_FENCE_SECONDS = 30.0
+
+
+class Block(NamedTuple):
+    """One group's bytes of a block: its digest, and the host slot that has them."""
+
+    group: int
+    digest: bytes
+    name: tuple[int, int]
+
+    @property
+    def key(self) -> bytes:
+        """The key in tiers below the host."""
+        return slot_key(self.digest, self.group)
+
+
+class Load:
+    """Blocks on their way from lower tiers to the device or to host slots.
+
+    Attributes: ``num_blocks`` of the prompt that are wanted; ``num_reached``, behind which a sequence can begin once the
+    load is done; ``reason`` why it is not more, or ``""``.
+    """
+
+    def __init__(self, engine: Transfers, prompt: Prompt, to_device: bool) -> None:
+        self.prompt, self.num_blocks, self.num_reached, self.reason = prompt, prompt.num_blocks, 0, ""
+        self._engine, self._to_device = engine, to_device
+        self._finished = False
+        self.cancelled = threading.Event()
+        self.starved = threading.Event()  # its thread waits for a free slot
+        self.held: list[tuple[int, int]] = []  # slots that have arrived; by the thread, then by advance()
+        self.lock = threading.Lock()
+        self.future: Future[None] | None = None
+
+    def advance(self) -> bool:
+        """Copy to the device what has arrived, if all has or if host slots are short. Return whether the load is done.
+
+        Must be called until then: nothing else changes the device's memory. Never waits. Cost: the copies.
+        """
+        if self._finished:
+            return True
+        arrived = self.future is None or self.future.done()
+        if not arrived and not self.starved.is_set():
+            return False
+        if self._to_device and not self.cancelled.is_set():
+            self.num_reached = self._engine.tiering.promote(self.prompt)
+        self._let_go()
+        if arrived and not self._finished:
+            if not self._to_device:
+                located = self._engine.tiering.locate(self.prompt)
+                self.num_reached = self._engine.tiering.reach(self.num_blocks, located.has)
+            self._finished = True
+        return arrived
+
+    def done(self) -> bool:
+        """Return whether the load has ended; the same as ``advance()``."""
+        return self.advance()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until the load is done, ``timeout`` seconds at most; return whether it is."""
+        end = None if timeout is None else time.monotonic() + timeout
+        while not self.advance():
+            if end is not None and time.monotonic() >= end:
+                return False
+            time.sleep(_POLL_SECONDS)
+        return True
+
+    def cancel(self) -> None:
+        """Stop the load. What has arrived stays in host slots."""
+        self.cancelled.set()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        with self.lock:
+            names, self.held = self.held, []
+        if names:
+            self._engine.tiering.core.release_slots(names)
+        self.starved.clear()
+
+
+class Transfers:
+    """The engine of one ``Tiering``, whose lock it never holds while a tier works."""
+
+    def __init__(self, tiering: Tiering) -> None:
+        self.tiering = tiering
+        self._lock = threading.Lock()
+        self._queued = 0
+        self._threads: ThreadPoolExecutor | None = None
+        self._writes: set[Future[None]] = set()
+        self._bytes: Bytes | None = None
+        self._spare: dict[int, list[Bytes]] = {}
+        self._logged: dict[str, float] = {}
+
+    # --- to lower tiers ---
+
+    def put(self, blocks: Sequence[Block], fence: int) -> None:
+        """Write blocks to the first lower tier. ``fence``: until it has passed, the device fills their slots."""
+        core = self.tiering.core
+        held = [b for b, here in zip(blocks, core.hold_slots([b.name for b in blocks]), strict=True) if here]
+        for first in range(0, len(held), _AT_ONCE):
+            some = held[first : first + _AT_ONCE]
+            with self._lock:
+                full = self._queued + len(some) > _MOST_QUEUED
+                self._queued += 0 if full else len(some)
+            if full:  # the tier is slower than the device evicts: back-pressure would hold up a step
+                self.tiering.counters["not written: queue full"] += len(some)
+                self._end_write(some, [False] * len(some), 0)
+                continue
+            future = self._submit(self._write, some, fence)
+            self._writes.add(future)
+            future.add_done_callback(self._writes.discard)
+
+    def _write(self, blocks: list[Block], fence: int) -> None:
+        stored = [False] * len(blocks)
+        try:
+            self._wait_for(fence)
+            stored = self._put_all(blocks)
+        except Exception as error:  # a tier must not raise; if it does, its thread goes on
+            self._fault("writing", f"{type(error).__name__}: {error}")
+        finally:
+            self._end_write(blocks, stored, len(blocks))
+
+    def _put_all(self, blocks: list[Block]) -> list[bool]:
+        tier = self.tiering.tiers[0]
+        stored = [tier.contains([b.key]) == 1 for b in blocks]
+        new = [b for b, is_there in zip(blocks, stored, strict=True) if not is_there]
+        with self._staging([b.group for b in new]) as buffers:
+            for block, buffer in zip(new, buffers, strict=True):
+                self.tiering.forms[block.group].to_canonical(self._slot(block.group, block.name[0]), buffer)
+            results = tier.put([b.key for b in new], [memoryview(b) for b in buffers]) if new else []
+        self._count(tier, "written", results)
+        ok = iter([r.ok for r in results])
+        return [is_there or next(ok) for is_there in stored]
+
+    def _end_write(self, blocks: Sequence[Block], stored: list[bool], queued: int) -> None:
+        for block, done in zip(blocks, stored, strict=True):
+            self.tiering.written(block, done)
+        self.tiering.core.release_slots([b.name for b in blocks])
+        with self._lock:
+            self._queued -= queued
+
+    def flush(self, timeout: float | None = None) -> bool:
+        """Wait until everything that was handed over is written, ``timeout`` seconds at most; return whether it is."""
+        return not wait(list(self._writes), timeout).not_done
+
+    # --- from lower tiers ---
+
+    def load(self, prompt: Prompt, located: Located, *, to_device: bool) -> Load:
+        """Start a load of what device and host do not have."""
+        load = Load(self, prompt, to_device)
+        if self.tiering.tiers and self.tiering.reach(prompt.num_blocks, located.has) < prompt.num_blocks:
+            load.future = self._submit(self._load, load, located)
+        return load
+
+    def _load(self, load: Load, located: Located) -> None:
+        try:
+            wanted = self._find(load, located)
+            for first in range(0, len(wanted), _AT_ONCE):
+                some = wanted[first : first + _AT_ONCE]
+                for tier in dict.fromkeys(tier for _, tier in some):
+                    if not self._get(load, tier, [place for place, of in some if of is tier]):
+                        return
+        except Exception as error:  # as in _write()
+            load.reason = f"{type(error).__name__}: {error}"
+            self._fault("reading", load.reason)
+
+    def _find(self, load: Load, located: Located) -> list[tuple[Place, Tier]]:
+        """Return where each block lies that the load needs and that device and host do not have."""
+        tiering, prompt, found = self.tiering, load.prompt, dict[Place, Tier]()
+        whole = 0
+        while whole < prompt.num_blocks:
+            places = [(k, g) for k in range(whole, prompt.num_blocks) for g in tiering.full_groups]
+            rest = [place for place in places if not located.has(*place)]
+            before = whole
+            for tier in tiering.tiers:
+                found.update(dict.fromkeys(rest[: tier.contains([_key(prompt, p) for p in rest])], tier))
+                whole = next((k for k, g in places if (k, g) not in found and not located.has(k, g)), prompt.num_blocks)
+                if whole > before:
+                    break
+            else:
+                break
+        if whole < prompt.num_blocks:
+            load.reason = f"no tier has block {whole}"
+
+        def has(block: int, group: int) -> bool:
+            place = (block, group)
+            if located.has(block, group) or place in found:
+                return True
+            tier = next((t for t in tiering.tiers if t.contains([_key(prompt, place)]) == 1), None)
+            if tier is not None:
+                found[place] = tier
+            return tier is not None
+
+        blocks = tiering.reach(whole, has)
+        return [(place, found[place]) for place in sorted(tiering.needed(blocks)) if place in found]
+
+    def _get(self, load: Load, tier: Tier, places: list[Place]) -> bool:
+        """Fill slots with these blocks of a tier. Return whether to go on: no, once a full group's block is missing."""
+        tiering, core = self.tiering, self.tiering.core
+        keys = [_key(load.prompt, place) for place in places]
+        with self._staging([g for _, g in places]) as buffers:
+            results = tier.get(keys, [memoryview(b) for b in buffers])
+            self._count(tier, "read", results)
+            for (k, g), result, buffer in zip(places, results, buffers, strict=True):
+                if result.ok and result.num_bytes != len(buffer):
+                    result = Result(Status.CORRUPT, 0, f"the block has {result.num_bytes} of {len(buffer)} bytes")
+                name = self._take_slot(load, g, load.prompt.digests[k]) if result.ok else (-1, 0)
+                if name[0] < 0:
+                    load.reason = load.reason or f"block {k} from {tier.name}: {result.reason or 'cancelled'}"
+                    if g in tiering.full_groups or load.cancelled.is_set():
+                        return False
+                    continue
+                tiering.forms[g].from_canonical(buffer, self._slot(g, name[0]))
+                tiering.note(Block(g, load.prompt.digests[k], name))
+                with load.lock:
+                    load.held.append(name)
+                if load.cancelled.is_set():
+                    load._let_go()
+                    return False
+        return True
+
+    def _take_slot(self, load: Load, group: int, digest: bytes) -> tuple[int, int]:
+        """Return a slot, held. Waits for load.advance() while all are held; slot -1 if the load is cancelled."""
+        key = int.from_bytes(digest[:8], "little")
+        while (name := self.tiering.core.take_slot(group, key))[0] < 0 and not load.cancelled.is_set():
+            load.starved.set()
+            load.cancelled.wait(_POLL_SECONDS)
+        return name
+
+    # --- helpers ---
+
+    def _submit(self, call: Callable[..., None], *args: object) -> Future[None]:
+        with self._lock:
+            if self._threads is None:
+                self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="kvmem-tier")
+            return self._threads.submit(call, *args)
+
+    def _wait_for(self, fence: int) -> None:
+        end = time.monotonic() + _FENCE_SECONDS
+        while not self.tiering.core.has_passed(fence):
+            if time.monotonic() > end:
+                raise TimeoutError("the device has not filled the host slots")
+            time.sleep(_POLL_SECONDS)
+
+    def _slot(self, group: int, slot: int) -> Bytes:
+        """The bytes of a slot that the caller holds."""
+        if self._bytes is None:
+            self._bytes = self.tiering.core.host_bytes()
+        first = self.tiering.core.slot_offset(slot)
+        return self._bytes[first : first + self.tiering.forms[group].slot_bytes]
+
+    @contextmanager
+    def _staging(self, groups: Sequence[int]) -> Iterator[list[Bytes]]:
+        """Lend one buffer for each group, in the canonical form's size, aligned to pages."""
+        buffers = []
+        with self._lock:
+            for g in groups:
+                spare = self._spare.setdefault(g, [])
+                buffers.append(spare.pop() if spare else _aligned(self.tiering.forms[g].canonical_bytes))
+        try:
+            yield buffers
+        finally:
+            with self._lock:
+                for g, buffer in zip(groups, buffers, strict=True):
+                    if len(self._spare[g]) < _AT_ONCE:
+                        self._spare[g].append(buffer)
+
+    def _count(self, tier: Tier, verb: str, results: Sequence[Result]) -> None:
+        for result in results:
+            self.tiering.counters[f"{tier.name}: {verb if result.ok else result.status.value}"] += 1
+            if not result.ok and result.status is not Status.MISS:
+                self._fault(tier.name, result.reason)
+
+    def _fault(self, what: str, reason: str) -> None:
+        """Log the first fault of a kind in each minute."""
+        now = time.monotonic()
+        if now - self._logged.get(what, -60.0) >= 60.0:
+            self._logged[what] = now
+            _log.warning("tier %s: %s; its blocks count as missing", what, reason)
+
+    def close(self) -> None:
+        """Finish what was begun, and end the threads."""
+        with self._lock:
+            threads, self._threads = self._threads, None
+        if threads is not None:
+            threads.shutdown(wait=True, cancel_futures=False)
+
+
+def _key(prompt: Prompt, place: Place) -> bytes:
+    return slot_key(prompt.digests[place[0]], place[1])
+
+
+def _aligned(size: int) -> Bytes:
+    return np.frombuffer(mmap.mmap(-1, max(size, 1)), np.uint8)[:size]

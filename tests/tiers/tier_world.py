@@ -1,0 +1,214 @@
+"""A world of prompts over an allocator with tiers. Every token holds bytes that follow from all tokens before it, in every
+group, layer and component, so that a byte of another block, salt or model is seen wherever it comes from."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from contents import by_sequence, expected, write_slots
+
+import kvmem
+from kvmem import CacheSpec, Component, Group
+from kvmem.tiers import Capacity, Identity, Result, Status, Tier, Tiers
+from kvmem.tiers.base import Buffer
+
+PAGE = 4096
+
+
+def _kv(width: int, heads: int = 1) -> tuple[Component, Component]:
+    k, v = (Component(n, heads=heads, width=width, dtype=torch.float32) for n in "kv")
+    return k, v
+
+
+def full_spec() -> CacheSpec:
+    """Two layers, two arenas, rows padded to 16 bytes."""
+    return CacheSpec.kv(num_layers=2, num_kv_heads=1, head_dim=25, dtype=torch.float16, block_size=4)
+
+
+def window_spec() -> CacheSpec:
+    return CacheSpec((Group("full", _kv(24), (0, 2)), Group("window", _kv(16), (1, 3), window_tokens=9)), block_size=4)
+
+
+def windows_only_spec() -> CacheSpec:
+    return CacheSpec((Group("window", _kv(16), (0, 1), window_tokens=9),), block_size=4)
+
+
+def state_spec() -> CacheSpec:
+    state = Component("state", heads=2, width=600, dtype=torch.float32, growth="fixed")
+    return CacheSpec((Group("full", _kv(32), (0,)), Group("state", (state,), (1,))), block_size=4)
+
+
+def sizes_spec() -> CacheSpec:
+    """Groups of different block sizes: an index block is several blocks of one group."""
+    return CacheSpec((Group("a", _kv(16), (0,), block_size=4), Group("b", _kv(8), (1,), block_size=8)), block_size=4)
+
+
+def latent_spec() -> CacheSpec:
+    return CacheSpec((Group("mla", (Component("ckv", heads=1, width=72, dtype=torch.bfloat16),), (0, 1, 2)),), block_size=8)
+
+
+SPECS = {
+    "full": full_spec,
+    "window": window_spec,
+    "windows only": windows_only_spec,
+    "state": state_spec,
+    "sizes": sizes_spec,
+    "latent": latent_spec,
+}
+
+
+class DictTier(Tier):
+    """The simplest lower tier: bytes in a dict. ``lies`` and ``fails`` are what a broken one would do."""
+
+    def __init__(self, most: int = 10_000) -> None:
+        self.name, self.most, self.data = "dict", most, dict[bytes, bytes]()
+        self.fails = self.raises = False
+        self.lock = threading.Lock()
+
+    def _check(self) -> None:
+        if self.raises:
+            raise RuntimeError("this tier breaks its promise")
+
+    def contains(self, keys: Sequence[bytes]) -> int:
+        self._check()
+        return next((i for i, key in enumerate(keys) if key not in self.data), len(keys))
+
+    def get(self, keys: Sequence[bytes], buffers: Sequence[Buffer]) -> list[Result]:
+        self._check()
+        found = []
+        for key, buffer in zip(keys, buffers, strict=True):
+            data = self.data.get(key)
+            if self.fails:
+                found.append(Result(Status.FAILED, 0, "asked to fail"))
+            elif data is None:
+                found.append(Result(Status.MISS, 0, "it is not here"))
+            else:
+                buffer[: len(data)] = data
+                found.append(Result(Status.OK, len(data)))
+        return found
+
+    def put(self, keys: Sequence[bytes], buffers: Sequence[Buffer]) -> list[Result]:
+        self._check()
+        found = []
+        with self.lock:
+            for key, buffer in zip(keys, buffers, strict=True):
+                if self.fails or len(self.data) >= self.most:
+                    found.append(Result(Status.FULL, 0, "full"))
+                else:
+                    self.data[key] = bytes(buffer)
+                    found.append(Result(Status.OK, len(buffer)))
+        return found
+
+    def delete(self, keys: Sequence[bytes]) -> list[Result]:
+        with self.lock:
+            return [Result(Status.OK if self.data.pop(key, None) is not None else Status.MISS) for key in keys]
+
+    def capacity(self) -> Capacity:
+        return Capacity(None, sum(map(len, self.data.values())), len(self.data))
+
+    def close(self) -> None:
+        pass
+
+
+def make(name: str, backend: str, *, host_blocks: int = 8, lower: Sequence[Tier] = (), **options: Any) -> kvmem.Allocator:
+    spec = SPECS[name]()
+    sizes = {"memory": 24 * PAGE, "page_bytes": PAGE, "interleave": 1, "max_sequences": 4, "max_tokens": 96, "debug": True}
+    tiers = {k: options.pop(k) for k in ("write", "admit", "policy") if k in options}
+    model = options.pop("model", "toy")
+    probe = kvmem.Allocator(spec, backend=backend, **{**sizes, **options, "debug": False})
+    block = sum(probe.core.slot_bytes(g) * (0.25 if spec.groups[g].growth == "fixed" else 1) for g in range(len(spec.groups)))
+    probe.close()
+    where = Tiers(host=int(block * host_blocks) + 1, lower=list(lower), identity=Identity(model), **tiers)
+    return kvmem.Allocator(spec, backend=backend, tiers=where, **{**sizes, **options})
+
+
+def tags(tokens: Sequence[int], salt: str | None = None) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """A number for each token that follows from all tokens up to it."""
+    found, state = [], hash(("tags", salt)) & 0xFFFF
+    for token in tokens:
+        state = (state * 1_000_003 + token + 1) % 2_147_483_647
+        found.append(state)
+    return np.array(found, np.int64)
+
+
+class World:
+    """Runs prompts to their end, and checks every byte of every token that a sequence has."""
+
+    def __init__(self, alloc: kvmem.Allocator) -> None:
+        self.alloc, self.spec = alloc, alloc.spec
+        self.fixed = [g for g, group in enumerate(self.spec.groups) if group.growth == "fixed"]
+        self.hits = self.tokens = 0
+
+    def check(self, seq: kvmem.Sequence, tokens: Sequence[int], salt: str | None = None) -> None:
+        """The sequence's committed tokens hold what ``tokens`` made them hold."""
+        n = seq.num_committed_tokens
+        by = tags(tokens[:n], salt)
+        for g in range(len(self.spec.groups)):
+            if g in self.fixed:
+                writers, positions, first = by[n - 1 : n], np.zeros(min(n, 1), np.int64), 0
+            else:
+                first = self.alloc.core.first_token(seq.id, g)
+                writers, positions = by[first:], np.arange(first, n)
+            if n == 0:
+                continue
+            for got, want in zip(by_sequence(self.alloc, seq.id, g), expected(self.spec, g, writers, positions), strict=True):
+                assert torch.equal(got[: len(want)], want), f"group {g}: tokens {tokens[:n]}, salt {salt!r}"
+
+    def write(self, seq: kvmem.Sequence, tokens: Sequence[int], salt: str | None = None) -> None:
+        """Writes what is reserved and not committed, and the state behind it."""
+        by, batch = tags(tokens, salt), self.alloc.batch([seq])
+        for g in range(len(self.spec.groups)):
+            fields = batch.group(g)
+            if g in self.fixed:
+                assert fields.block_table is not None
+                write_slots(self.alloc, g, fields.block_table[:1, 0].long(), by[-1:], np.zeros(1, np.int64))
+                continue
+            assert fields.slot_mapping is not None and fields.positions is not None
+            positions = fields.positions.numpy().astype(np.int64)
+            write_slots(self.alloc, g, fields.slot_mapping, by[positions], positions)
+
+    def go_on(self, seq: kvmem.Sequence, tokens: Sequence[int], salt: str | None = None) -> None:
+        """Computes ``tokens`` behind what is cached, with a snapshot at the last whole block."""
+        size = self.alloc.tiering.block_size
+        for end in (len(tokens) // size * size, len(tokens)) if self.fixed else (len(tokens),):
+            done = seq.num_committed_tokens
+            if end <= done:
+                continue
+            seq.extend(end - done)
+            self.write(seq, tokens[:end], salt)
+            seq.commit(list(tokens[done:end]))
+            if self.fixed and end % size == 0:
+                seq.snapshot()
+
+    def run(self, tokens: Sequence[int], *, salt: str | None = None, load: Any = "host", free: bool = True) -> int:
+        """One request; returns how many tokens were cached."""
+        seq = self.alloc.sequence(list(tokens), salt=salt, load=load)
+        try:
+            if load == "all":
+                assert seq.wait(30)
+            self.check(seq, tokens, salt)
+            self.hits += seq.num_cached_tokens
+            self.tokens += len(tokens)
+            try:
+                self.go_on(seq, tokens, salt)
+            except kvmem.OutOfMemory:
+                return seq.num_cached_tokens
+            self.check(seq, tokens, salt)
+            return seq.num_cached_tokens
+        finally:
+            if free:
+                seq.free()
+
+
+def prompts(rng: random.Random, count: int, *, most: int = 60) -> list[list[int]]:
+    """Prompts that share prefixes: few ids, and each begins like an earlier one or anew."""
+    found: list[list[int]] = []
+    for _ in range(count):
+        start = rng.choice(found)[: rng.randrange(40)] if found and rng.random() < 0.6 else []
+        found.append([*start, *(rng.randrange(4) for _ in range(rng.randrange(6, most - len(start))))])
+    return found
