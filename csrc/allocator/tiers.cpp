@@ -56,7 +56,10 @@ void Tiers::promote(const i32* tokens, i64 n, const PrefixKey& key, i32 root, co
     const std::string* const tag = matcher_.tag_at(marks, k * size);
     last = used.acquire_found([&] {
       i32 node = index_.find(last, block, tag);
-      if (node == kNoNode) node = index_.add(last, block, tag);
+      if (node == kNoNode) {
+        node = index_.add(last, block, tag);
+        if (!index_.whole()) index_.note_path(node);
+      }
       index_.acquire(node);
       return node;
     });

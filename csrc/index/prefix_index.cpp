@@ -332,6 +332,7 @@ void PrefixIndex::publish(const Change& change) {
     }
     if (stored) note_root(root_of_[change.node]);
   };
+  if (change.group == kPath) return publish_for(-1);
   if (change.group >= 0) return publish_for(change.group);
   for (i32 group : full_groups_) publish_for(group);
 }

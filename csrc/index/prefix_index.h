@@ -129,6 +129,12 @@ class PrefixIndex {
   void note_kept(i32 node, i64 group, i64 slot, i64 generation, bool undo) {
     note({node, static_cast<i32>(group), EventKind::kept, static_cast<i32>(slot), static_cast<i32>(generation)}, undo);
   }
+  // Records that the new node leads to others, whether it gets a copy or not, before any change of the transaction:
+  // events of those others name it.
+  void note_path(i32 node) {
+    expect_change();
+    note({node, kPath, EventKind::stored}, false);
+  }
   // need() counts one more sequence or pin that needs the window group's part of the node, unneed() one fewer.
   void need(i32 node, i32 window, bool undo = false) {
     Part& p = part(node, window);
@@ -254,9 +260,10 @@ class PrefixIndex {
     i32 copies = 0, needs = 0;
     bool aside = false;
   };
+  static constexpr i32 kPath = -2;  // in place of a group
   struct Change {
     i32 node;
-    i32 group;
+    i32 group;  // -1: all full-attention groups
     EventKind kind;  // stored, removed or kept
     i32 slot = -1, generation = -1;
   };

@@ -12,7 +12,7 @@ void PageTable::on_order(const Op& op, bool undo) {
     default:
       KVMEM_ASSERT(op.kind == OpKind::keep, "one of the other private kinds");
       index_.note_kept(x.node, op.b, op.c, op.d, undo);
-      if (undo) slots_->undo_take(op.c);
+      if (undo) slots_->undo_take({op.c, op.d});
   }
 }
 
@@ -37,7 +37,7 @@ void PageTable::keep(i32 node, i64 group, Transaction& tx) {
     try {
       tx.push({OpKind::keep, number, node, g, name.slot, name.generation});
     } catch (...) {
-      slots_->undo_take(name.slot);
+      slots_->undo_take(name);
       throw;
     }
     store(node, g, slots_->offset(name.slot), tx);

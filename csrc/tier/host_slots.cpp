@@ -72,8 +72,6 @@ SlotName HostSlots::take(i64 group, std::uint64_t key) {
   return {at, s.generation};
 }
 
-void HostSlots::undo_take(i64 slot) { free(slot); }
-
 void HostSlots::free(i64 slot) {
   Slot& s = slots_[slot];
   KVMEM_ASSERT(s.taken && s.holds == 0, "the slot has content, and nothing uses it");

@@ -62,8 +62,11 @@ class HostSlots {
   // Gives a slot to new content: a free one, else the policy's victim, whose content is lost. `key` identifies the
   // content to the policy. Returns a name with slot -1 if all are held. Needs no memory.
   SlotName take(i64 group, std::uint64_t key);
-  // The latest take() did not happen: the slot is free. What it had before is lost all the same.
-  void undo_take(i64 slot);
+  // The take() of this name did not happen: the slot is free, unless the same transaction has taken it again. What it
+  // had before is lost all the same.
+  void undo_take(const SlotName& name) {
+    if (has(name)) free(name.slot);
+  }
   // Whether the slot still has the content that this name is about.
   bool has(const SlotName& name) const {
     return name.slot >= 0 && name.slot < static_cast<i64>(slots_.size()) && slots_[name.slot].taken &&

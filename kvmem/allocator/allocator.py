@@ -68,8 +68,8 @@ class Allocator(TensorCalls, ContentCalls, MemoryCalls, TierCalls):
     events: how many events about cached blocks are kept for ``events()``; 0: none are made.
     event_key: a secret of up to 64 bytes for the block hashes of events. Without it, a reader of hashes and tokens can
         guess salts by trial.
-    tiers: ``kvmem.tiers.Tiers(host="8GiB", lower=[...])``: blocks that the device evicts stay in host memory, on disk and
-        in remote stores, and come back when a prompt begins with them (docs/tiers.md).
+    tiers: ``kvmem.tiers.Tiers(host="8GiB", lower=[...])``: blocks that the device evicts stay in host memory, on disk
+        and in remote stores, and come back when a prompt begins with them (docs/tiers.md).
     pool: a ``PagePool`` to share with other allocators; excludes ``device`` and ``page_bytes``.
     record_ops: record every decision for ``take_ops()``.
     debug: run ``check()`` after each call that changes something; default: the environment variable ``KVMEM_DEBUG``.
@@ -109,9 +109,10 @@ class Allocator(TensorCalls, ContentCalls, MemoryCalls, TierCalls):
             from the first token. Tokens before it are shared with all sequences. So **give positions if an input takes
             a single id**, which makes no run.
         label: the name of the sequence in ``sequences()``.
-        load: with ``tiers=``, how far to look for cached blocks. ``"device"``; ``"host"``: blocks in host memory are copied
-            to the device first, in this call; ``"all"``: if lower tiers have more, the sequence is *pending*: empty, and
-            refused by every call but ``free()`` (``NotReady``), until ``ready()`` names it or ``Sequence.wait()`` returns.
+        load: with ``tiers=``, how far to look for cached blocks. ``"device"``; ``"host"``: blocks in host memory are
+            copied to the device first, in this call; ``"all"``: if lower tiers have more, the sequence is *pending*:
+            empty, and refused by every call but ``free()`` (``NotReady``), until ``ready()`` names it or
+            ``Sequence.wait()`` returns.
 
         ``SpecError`` for a prompt of more than ``max_tokens``. ``OutOfMemory`` only if all ``max_sequences`` are in
         use: if memory is short, the sequence starts with fewer tokens. Cost: one comparison a block, plus the mapping

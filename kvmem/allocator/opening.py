@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
 
 from kvmem import _core
+from kvmem.allocator.tier_events import TierEvents
 from kvmem.allocator.tiering import MOVE_TOKENS, open_tiers
 from kvmem.arguments import INT32_MAX, check_bool, check_choice, check_size, is_auto, is_fraction, parse_bytes
 from kvmem.errors import SpecError, StaleHandle
@@ -82,6 +83,8 @@ class OpenedCore:
         self._pending: dict[int, Any] = {}  # by handle: sequences that wait for a load
         self._tiering = None if tiers is None else open_tiers(self.core, spec, self._layouts, self.device.type, tiers)
         self._events = EventStream(spec, self._drain_events, key=event_key) if events else None
+        if self._tiering is not None and self._events is not None:
+            self._tiering.events = TierEvents(spec, self._events.digest)
 
     def _check_names(self, spec: CacheSpec, backend: Literal["virtual", "paged"], zero: str, policy: str) -> None:
         if not isinstance(spec, CacheSpec):
@@ -181,7 +184,9 @@ class OpenedCore:
         return EventBatch(number, records, {root: (decode_key(s), decode_key(e)) for root, (s, e) in roots.items()})
 
 
-def _prefix_options(prefix_cache: bool, partial_reuse: bool, policy: str, events: int, moves: int) -> _core.PrefixOptions:
+def _prefix_options(
+    prefix_cache: bool, partial_reuse: bool, policy: str, events: int, moves: int
+) -> _core.PrefixOptions:
     return _core.PrefixOptions(
         on=check_bool("prefix_cache", prefix_cache),
         partial=check_bool("partial_reuse", partial_reuse),

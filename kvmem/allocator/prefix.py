@@ -218,8 +218,8 @@ class ContentCalls(OpenedCore):
     def clear_cache(self) -> int:
         """Evict all cached content that no sequence or pin uses; return how many blocks. Their memory stays parked.
 
-        Blocks of live sequences that are out of window are evicted too. With ``tiers=``, host memory is cleared as well;
-        lower tiers keep what they have.
+        Blocks of live sequences that are out of window are evicted too. With ``tiers=``, host memory is cleared as
+        well; lower tiers keep what they have.
 
         Other threads' calls may run after each 1,024 blocks, as in ``trim()`` and ``set_memory()``; what they cache
         meanwhile is evicted as well. An error leaves evicted what was evicted before it.
@@ -236,4 +236,9 @@ class ContentCalls(OpenedCore):
         was made with ``events=``.
         """
         self.core.check_usable()
-        return [] if self._events is None else self._events.poll(max_events, restart=restart)
+        if self._events is None:
+            return []
+        found = self._events.poll(max_events, restart=restart)
+        if self._tiering is None or (max_events is not None and len(found) == max_events):
+            return found
+        return found + self._tiering.take_events(restart=restart)

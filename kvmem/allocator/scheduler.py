@@ -84,8 +84,9 @@ class SchedulerCache:
     def load(
         self, tokens: Tokens, *, salt: Salt = None, extra_key: ExtraKey = None, adapter: str | None = None
     ) -> Load | None:
-        """Start to load from lower tiers (``tiers=``) what device and host memory do not have of a prompt; None if there
-        is nothing to wait for. Never waits.
+        """Start to load from lower tiers (``tiers=``) what device and host memory do not have of a prompt.
+
+        Return None if there is nothing to wait for. Never waits.
 
         Keep the request waiting until ``load.done()``, which is polled once a step and moves what has arrived; then
         ``allocate`` finds it. ``load.cancel()`` if the request is aborted.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Literal
 
 from kvmem.allocator.opening import OpenedCore
@@ -50,11 +51,12 @@ class TierCalls(OpenedCore):
         extra_key: ExtraKey = None,
         adapter: str | None = None,
     ) -> Load:
-        """Start to bring the blocks of ``tokens`` from lower tiers, and return a handle: ``load.done()``, polled between
-        steps, moves what has arrived; ``load.wait()``; ``load.cancel()``.
+        """Start to bring the blocks of ``tokens`` from lower tiers, and return a handle.
 
-        to: ``"device"``, as cached content that ``sequence(tokens)`` then finds; or ``"host"``, where a later call finds
-            it faster. Never waits, and a fault of a tier is a block that is not found.
+        Poll ``load.done()`` between steps, which moves what has arrived; or ``load.wait()``; or ``load.cancel()``.
+
+        to: ``"device"``, as cached content that ``sequence(tokens)`` then finds; or ``"host"``, where a later call
+            finds it faster. Never waits, and a fault of a tier is a block that is not found.
         """
         check_choice("to", to, ("device", "host"))
         prompt = self._prompt(token_ids(tokens), salt, extra_key, adapter, leave=0)
@@ -66,6 +68,7 @@ class TierCalls(OpenedCore):
         Moves what has arrived, so it is called once a step while a sequence is pending. Never waits for a tier.
         Cost: the copies to the device.
         """
+        self.core.check_usable()
         wanted = None if sequences is None else [s.id if isinstance(s, Sequence) else s for s in sequences]
         found = [] if wanted is None else [handle for handle in wanted if handle not in self._pending]
         for handle in list(self._pending) if wanted is None else wanted:
@@ -73,7 +76,9 @@ class TierCalls(OpenedCore):
                 found.append(handle)
         return found
 
-    def store(self, tokens: Tokens, *, salt: Salt = None, extra_key: ExtraKey = None, adapter: str | None = None) -> int:
+    def store(
+        self, tokens: Tokens, *, salt: Salt = None, extra_key: ExtraKey = None, adapter: str | None = None
+    ) -> int:
         """Copy the cached blocks of ``tokens`` to host memory, and on to a lower tier as ``Tiers.write`` says, without
         evicting them. Return how many blocks of all groups were copied: those that no slot has yet.
 
@@ -83,7 +88,10 @@ class TierCalls(OpenedCore):
         return self.tiering.store(self._prompt(token_ids(tokens), salt, extra_key, adapter, leave=0))
 
     def flush(self, timeout: float | None = None) -> bool:
-        """Wait until lower tiers have what is on its way to them, ``timeout`` seconds at most; return whether they do."""
+        """Wait until lower tiers have what is on its way to them, ``timeout`` seconds at most.
+
+        Return whether nothing is on its way any more.
+        """
         self.tiering.settle()
         return self.tiering.transfers.flush(timeout)
 
@@ -120,10 +128,8 @@ class TierCalls(OpenedCore):
         waiting = self._pending[handle]
         if not waiting.load.advance():
             return False
-        try:
+        with suppress(StaleHandle):  # it was freed: nobody waits
             self.core.admit(waiting.ids, *waiting.keys, waiting.sequence, handle)
-        except StaleHandle:  # it was freed: nobody waits
-            pass
         self._pending.pop(handle, None)
         return True
 

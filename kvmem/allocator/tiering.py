@@ -16,16 +16,18 @@ import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from math import lcm
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
 from kvmem import _core
+from kvmem.allocator.tier_events import TierEvents
 from kvmem.allocator.transfers import Block, Load, Transfers
 from kvmem.arguments import parse_bytes
 from kvmem.errors import OutOfMemory, SpecError
 from kvmem.events.digests import ExtraKey, decode_key
+from kvmem.events.stream import Event
 from kvmem.geometry.group_layout import GroupLayout
 from kvmem.spec import CacheSpec
 from kvmem.tiers.base import Tier
@@ -48,8 +50,8 @@ MOVE_TOKENS = 1 << 20  # tokens in the core's queue of moves; where a call moves
 class Prompt(NamedTuple):
     """Whole blocks of some tokens.
 
-    ids: int32 [blocks * block_size]. keys: salt, and adapter with extra keys, for the core (``encode_keys``). digests: of
-    each block, with all blocks before it.
+    ids: int32 [blocks * block_size]. keys: salt, and adapter with extra keys, for the core (``encode_keys``).
+    digests: of each block, with all blocks before it.
     """
 
     ids: Ids
@@ -66,9 +68,8 @@ class Tiering:
 
     core: an allocator's, with host slots opened and a queue of moves. layouts: by group. counts: of slots by group.
     tiers: below the host, the fastest first. block_size: tokens of a block of the index.
-    write: ``"through"`` writes a block to the first lower tier as soon as it is in a host slot; ``"back"`` when slots run
-        short. admit: ``"always"``, or ``"second_use"``: a block is written when it comes to a slot for the second time
-        (three quarters of all blocks are never read again: docs/tiers.md).
+    write, admit: as in ``Tiers``. Three quarters of all blocks are never read again, so ``"second_use"`` saves most of
+        a disk's writes.
     """
 
     def __init__(
@@ -102,6 +103,7 @@ class Tiering:
         self._owner: dict[int, tuple[int, bytes]] = {}  # by slot
         self._seen: OrderedDict[bytes, None] = OrderedDict()  # blocks that came to a slot before
         self._leaving: set[Name] = set()  # slots that are written back
+        self.events: TierEvents | None = None
         self.transfers = Transfers(self)
 
     # --- what lies where ---
@@ -122,16 +124,21 @@ class Tiering:
     def _follow(self, records: _core.EventRecords, roots: dict[int, tuple[bytes, bytes]]) -> Iterable[Block]:
         """Yield the blocks that have got a slot."""
         tokens, tags, row = np.ascontiguousarray(records.tokens, "<i4"), records.tags, 0
-        starts = {number: self.block_keys.root(decode_key(s), decode_key(a)) for number, (s, a) in roots.items()}
+        keys = {number: (decode_key(salt), decode_key(adapter)) for number, (salt, adapter) in roots.items()}
+        starts = {number: self.block_keys.root(*names) for number, names in keys.items()}
         columns = (records.kinds, records.nodes, records.parents, records.roots, records.groups, records.ordinals)
         for kind, node, parent, root, group, ordinal in zip(*(c.tolist() for c in columns), strict=True):
             if kind == _STORED:
                 before = starts[root] if parent < 0 else self._digests[parent]
                 self._digests[node] = self.block_keys.block(before, tokens[row].data, tags[row] or b"")
+                if self.events is not None:
+                    self.events.node(node, parent, keys[root], ordinal, tokens[row].tobytes(), tags[row] or b"")
                 row += 1
             elif kind == _KEPT:
                 block = Block(group, self._digests[node], (ordinal, parent))
                 self.note(block)
+                if self.events is not None:
+                    self.events.kept(node, group, block.digest)
                 yield block
 
     def note(self, block: Block) -> None:
@@ -139,13 +146,18 @@ class Tiering:
         with self._lock:
             slot = block.name[0]
             group, digest = self._owner.get(slot, (0, b""))
-            if self._host[group].get(digest, (-1, -1))[0] == slot:
-                del self._host[group][digest]
+            if self._host[group].get(digest, (-1, -1))[0] == slot and digest != block.digest:
+                self._forget(group, digest)
             older = self._host[block.group].pop(block.digest, None)
             if older is not None and older != block.name:  # one copy is enough
                 self.core.drop_slots([older])
             self._host[block.group][block.digest] = block.name
             self._owner[slot] = (block.group, block.digest)
+
+    def _forget(self, group: int, digest: bytes) -> None:
+        del self._host[group][digest]
+        if self.events is not None:
+            self.events.gone(group, digest)
 
     def _goes_on(self, block: Block) -> bool:
         """Whether a block that has got a slot is written to a lower tier."""
@@ -177,8 +189,9 @@ class Tiering:
         with self._lock:
             if block.name in self._leaving:
                 self._leaving.discard(block.name)
-                if stored:
+                if stored and self._host[block.group].get(block.digest) == block.name:
                     self.core.drop_slots([block.name])
+                    self._forget(block.group, block.digest)
 
     def prompt(
         self,
@@ -253,13 +266,18 @@ class Tiering:
         slots = np.full((blocks, len(self.kinds)), -1, np.int64)
         wanted = [(place, located.names[place]) for place in self.needed(blocks) if place in located.names]
         held = self.core.hold_slots([name for _, name in wanted])
-        names = [name for (_, name), here in zip(wanted, held, strict=True) if here]
-        for (place, name), here in zip(wanted, held, strict=True):
-            slots[place] = name[0] if here else -1
+        used = [one for one, here in zip(wanted, held, strict=True) if here]
+        names = [name for _, name in used]
+        for place, name in used:
+            slots[place] = name[0]
         try:
             self.core.promote(prompt.ids[: blocks * self.block_size], *prompt.keys, slots.ravel().tolist())
             self.core.drop_slots(names)  # the device has them: the slots serve others
             self.counters["host"] += len(names)
+            with self._lock:
+                for (k, g), name in used:
+                    if self._host[g].get(prompt.digests[k]) == name:
+                        self._forget(g, prompt.digests[k])
         finally:
             self.core.release_slots(names)
 
@@ -267,11 +285,10 @@ class Tiering:
         """Copy blocks that the device has to slots, unless they have one. Return how many."""
         located = self.locate(prompt)
         with self._lock:
-            has = [
-                [digest in self._host[g] and self.core.has_slots([self._host[g][digest]])[0] for g in range(len(self.kinds))]
-                for digest in prompt.digests
-            ]
-        wanted = [not here and located.on_device(k, g) for k, row in enumerate(has) for g, here in enumerate(row)]
+            names = [blocks.get(digest, (-1, 0)) for digest in prompt.digests for blocks in self._host]
+        has = self.core.has_slots(names)
+        groups = len(self.kinds)
+        wanted = [not here and located.on_device(*divmod(at, groups)) for at, here in enumerate(has)]
         if any(wanted):
             self.core.store(prompt.ids, *prompt.keys, wanted)
             self.settle()
@@ -285,10 +302,17 @@ class Tiering:
         """Forget what host slots have."""
         self.settle()
         with self._lock:
-            for blocks in self._host:
+            for g, blocks in enumerate(self._host):
                 self.core.drop_slots(list(blocks.values()))
-                blocks.clear()
+                for digest in list(blocks):
+                    self._forget(g, digest)
             self._owner.clear()
+
+    def take_events(self, *, restart: bool) -> list[Event]:
+        """Return what host slots have got and lost since the last call; with ``restart``, all that they have."""
+        self.settle()
+        with self._lock:
+            return [] if self.events is None else self.events.take(restart=restart)
 
     def host_blocks(self) -> list[int]:
         """Return how many blocks of each group host slots have."""
@@ -298,7 +322,10 @@ class Tiering:
 
 
 class Located:
-    """Where device and host have a prompt's blocks: ``names`` of host slots by (block, group), not those on the device."""
+    """Where device and host have a prompt's blocks.
+
+    names: of host slots by (block, group), for what is not on the device.
+    """
 
     def __init__(self, device: npt.NDArray[np.uint8], names: dict[tuple[int, int], Name]) -> None:
         self._device, self.names = device, names
@@ -310,11 +337,13 @@ class Located:
         return bool(self._device[block, group]) or (block, group) in self.names
 
 
-def open_tiers(core: _core.Allocator, spec: CacheSpec, layouts: Sequence[GroupLayout], device: str, tiers: Tiers) -> Tiering:
+def open_tiers(
+    core: _core.Allocator, spec: CacheSpec, layouts: Sequence[GroupLayout], device: str, tiers: Tiers
+) -> Tiering:
     """Give an allocator host slots and the tiers below them. device: the type of its device."""
     if tiers.lower and device == "meta":
         raise SpecError('tiers: device "meta" has no bytes to write to a lower tier; it can have host slots only')
-    host = parse_bytes("host", tiers.host)  # type: ignore[arg-type]
+    host = parse_bytes("host", tiers.host)
     shares = ["state" if g.growth == "fixed" else g.growth for g in spec.groups]
     size = lcm(*(g.block_size for g in spec.groups if g.growth == "token"))
     sizes = [core.slot_bytes(g) for g in range(len(shares))]
@@ -327,7 +356,8 @@ def open_tiers(core: _core.Allocator, spec: CacheSpec, layouts: Sequence[GroupLa
     core.open_host_slots(counts, tiers.policy)
     if device == "cuda":  # copies from and to pinned memory do not hold up the host
         memory = core.host_bytes()
-        torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(memory.ctypes.data, memory.nbytes, 0))
+        runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        torch.cuda.check_error(runtime.cudaHostRegister(memory.ctypes.data, memory.nbytes, 0))
     identity = tiers.identity or Identity("this process")
     return Tiering(
         core,

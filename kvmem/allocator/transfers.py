@@ -54,8 +54,8 @@ class Block(NamedTuple):
 class Load:
     """Blocks on their way from lower tiers to the device or to host slots.
 
-    Attributes: ``num_blocks`` of the prompt that are wanted; ``num_reached``, behind which a sequence can begin once the
-    load is done; ``reason`` why it is not more, or ``""``.
+    Attributes: ``num_blocks`` of the prompt that are wanted; ``num_reached``, behind which a sequence can begin once
+    the load is done; ``reason`` why it is not more, or ``""``.
     """
 
     def __init__(self, engine: Transfers, prompt: Prompt, to_device: bool) -> None:
@@ -151,7 +151,7 @@ class Transfers:
         try:
             self._wait_for(fence)
             stored = self._put_all(blocks)
-        except Exception as error:  # a tier must not raise; if it does, its thread goes on
+        except Exception as error:  # noqa: BLE001  # of somebody's tier, which must not raise
             self._fault("writing", f"{type(error).__name__}: {error}")
         finally:
             self._end_write(blocks, stored, len(blocks))
@@ -163,7 +163,7 @@ class Transfers:
         with self._staging([b.group for b in new]) as buffers:
             for block, buffer in zip(new, buffers, strict=True):
                 self.tiering.forms[block.group].to_canonical(self._slot(block.group, block.name[0]), buffer)
-            results = tier.put([b.key for b in new], [memoryview(b) for b in buffers]) if new else []
+            results = tier.put([b.key for b in new], [b.data for b in buffers]) if new else []
         self._count(tier, "written", results)
         ok = iter([r.ok for r in results])
         return [is_there or next(ok) for is_there in stored]
@@ -196,13 +196,14 @@ class Transfers:
                 for tier in dict.fromkeys(tier for _, tier in some):
                     if not self._get(load, tier, [place for place, of in some if of is tier]):
                         return
-        except Exception as error:  # as in _write()
+        except Exception as error:  # noqa: BLE001  # as in _write()
             load.reason = f"{type(error).__name__}: {error}"
             self._fault("reading", load.reason)
 
     def _find(self, load: Load, located: Located) -> list[tuple[Place, Tier]]:
         """Return where each block lies that the load needs and that device and host do not have."""
-        tiering, prompt, found = self.tiering, load.prompt, dict[Place, Tier]()
+        tiering, prompt = self.tiering, load.prompt
+        found: dict[Place, Tier] = {}
         whole = 0
         while whole < prompt.num_blocks:
             places = [(k, g) for k in range(whole, prompt.num_blocks) for g in tiering.full_groups]
@@ -232,10 +233,10 @@ class Transfers:
 
     def _get(self, load: Load, tier: Tier, places: list[Place]) -> bool:
         """Fill slots with these blocks of a tier. Return whether to go on: no, once a full group's block is missing."""
-        tiering, core = self.tiering, self.tiering.core
+        tiering = self.tiering
         keys = [_key(load.prompt, place) for place in places]
         with self._staging([g for _, g in places]) as buffers:
-            results = tier.get(keys, [memoryview(b) for b in buffers])
+            results = tier.get(keys, [b.data for b in buffers])
             self._count(tier, "read", results)
             for (k, g), result, buffer in zip(places, results, buffers, strict=True):
                 if result.ok and result.num_bytes != len(buffer):

@@ -147,7 +147,7 @@ class EventStream:
         media: Sequence[str] = MEDIA,
     ) -> None:
         self._drain = drain
-        self._digest = ChainDigest(spec.fingerprint, key)
+        self.digest = ChainDigest(spec.fingerprint, key)
         self._groups = [(group_kind(group), group.window_tokens) for group in spec.groups]
         self._media = tuple(media)
         self._digests = np.zeros(0, _DIGEST)  # by node; zero means never stored
@@ -233,9 +233,9 @@ class EventStream:
         for row, (node, parent, root, group, tier, ordinal) in enumerate(
             zip(*(field[begin:end].tolist() for field in fields), strict=True)
         ):
-            before = self._digest.root(*made.batch.roots[root]) if parent < 0 else made.digest_of(parent)
+            before = self.digest.root(*made.batch.roots[root]) if parent < 0 else made.digest_of(parent)
             tag = tags[first_row + row] or b""
-            digest = self._digest.block(before, content[row * width : (row + 1) * width], tag)
+            digest = self.digest.block(before, content[row * width : (row + 1) * width], tag)
             made.digests[node] = digest
             if group < 0:  # no group has the block: it only provides the digest for the blocks after it
                 continue

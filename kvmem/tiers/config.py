@@ -18,12 +18,12 @@ __all__ = ["Tiers"]
 class Tiers:
     """The tiers of an allocator: ``Allocator(..., tiers=Tiers(host="8GiB"))``.
 
-    host: bytes of host memory for blocks that the device evicts, an int or a text such as ``"8GiB"``. Physical memory is
-        taken as it fills. The blocks of a load from a lower tier pass through it too, so it must hold some of them.
+    host: bytes of host memory for blocks that the device evicts, an int or a text such as ``"8GiB"``. Physical memory
+        is taken as it fills. The blocks of a load from a lower tier pass through it too, so it must hold some of them.
     lower: tiers below the host, the fastest first, such as a ``DiskTier``. The allocator does not close them.
     identity: the model; needed with ``lower``, so that no other model's blocks are ever found.
-    write: when a block is written to the first of ``lower``: ``"through"``, as soon as it is in host memory, or ``"back"``,
-        when host memory runs short (fewer writes, but a restart finds less).
+    write: when a block is written to the first of ``lower``: ``"through"``, as soon as it is in host memory, or
+        ``"back"``, when host memory runs short (fewer writes, but a restart finds less).
     admit: which blocks are written: ``"always"``, or ``"second_use"``, those that come to host memory a second time.
     policy: which block leaves host memory first, by name, as for ``Allocator(policy=)``.
     """
@@ -43,4 +43,4 @@ class Tiers:
         if self.identity is not None and not isinstance(self.identity, Identity):
             raise SpecError(f"identity: got {self.identity!r}; must be an Identity")
         if self.lower and self.identity is None:
-            raise SpecError("identity: missing; name the model, so that no other model's blocks are ever found in a tier")
+            raise SpecError("identity: missing; name the model, so that no other model's blocks are ever found")

@@ -8,8 +8,6 @@ import pytest
 from support import LONG, Steps
 from tier_world import SPECS, DictTier, World, make, prompts
 
-import kvmem
-
 STEPS = 2_000 if LONG else 120
 
 
@@ -23,3 +21,38 @@ def test_blocks_come_back_from_host_memory(name: str, backend: str, seed: int) -
         world.run(rng.choice(texts), salt=rng.choice([None, "a"]))
         assert world.alloc.check() == []
     assert world.hits > 0
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("write", ["through", "back"])
+@pytest.mark.parametrize("name", sorted(SPECS))
+def test_blocks_come_back_from_a_lower_tier(name: str, backend: str, write: str, seed: int) -> None:
+    """Host memory of a few blocks, so that most loads pass through slots that others want too."""
+    rng = random.Random(seed)
+    tier = DictTier()
+    world = World(make(name, backend, host_blocks=rng.choice([2, 3, 9]), lower=[tier], write=write))
+    texts, loop = prompts(rng, 14), Steps(STEPS)
+    while loop.next(world.alloc.tiering.counters["dict: read"] > 5):
+        world.run(rng.choice(texts), salt=rng.choice([None, "a"]), load="all" if rng.random() < 0.5 else "host")
+        assert world.alloc.check() == []
+    world.alloc.close()
+
+
+@pytest.mark.core
+def test_another_process_finds_what_one_has_written(backend: str, seed: int) -> None:
+    """A second allocator of the other backend and another interleave, over the same tier."""
+    rng, tier = random.Random(seed), DictTier()
+    text = [rng.randrange(100) for _ in range(60)]
+    other = {"paged": "virtual", "virtual": "paged"}[backend]
+    with make("full", backend, lower=[tier]) as alloc:
+        World(alloc).run(text)
+        assert alloc.store(text) == 15 and alloc.store(text) == 0
+        assert alloc.flush(30)
+    assert len(tier.data) == 15
+    for model, cached in (("toy", 56), ("another", 0)):
+        with make("full", other, interleave="none", host_blocks=3, lower=[tier], model=model) as alloc:
+            world = World(alloc)
+            assert world.run(text) == 0  # host memory has nothing
+            assert alloc.clear_cache() == 15
+            assert world.run(text, load="all") == cached
+            assert world.run(text, salt="other", load="all") == 0

@@ -49,7 +49,9 @@ def sizes_spec() -> CacheSpec:
 
 
 def latent_spec() -> CacheSpec:
-    return CacheSpec((Group("mla", (Component("ckv", heads=1, width=72, dtype=torch.bfloat16),), (0, 1, 2)),), block_size=8)
+    return CacheSpec(
+        (Group("mla", (Component("ckv", heads=1, width=72, dtype=torch.bfloat16),), (0, 1, 2)),), block_size=8
+    )
 
 
 SPECS = {
@@ -115,13 +117,24 @@ class DictTier(Tier):
         pass
 
 
-def make(name: str, backend: str, *, host_blocks: int = 8, lower: Sequence[Tier] = (), **options: Any) -> kvmem.Allocator:
+def make(
+    name: str, backend: str, *, host_blocks: int = 8, lower: Sequence[Tier] = (), **options: Any
+) -> kvmem.Allocator:
     spec = SPECS[name]()
-    sizes = {"memory": 24 * PAGE, "page_bytes": PAGE, "interleave": 1, "max_sequences": 4, "max_tokens": 96, "debug": True}
+    sizes = {
+        "memory": 24 * PAGE,
+        "page_bytes": PAGE,
+        "interleave": 1,
+        "max_sequences": 4,
+        "max_tokens": 96,
+        "debug": True,
+    }
     tiers = {k: options.pop(k) for k in ("write", "admit", "policy") if k in options}
     model = options.pop("model", "toy")
     probe = kvmem.Allocator(spec, backend=backend, **{**sizes, **options, "debug": False})
-    block = sum(probe.core.slot_bytes(g) * (0.25 if spec.groups[g].growth == "fixed" else 1) for g in range(len(spec.groups)))
+    block = sum(
+        probe.core.slot_bytes(g) * (0.25 if spec.groups[g].growth == "fixed" else 1) for g in range(len(spec.groups))
+    )
     probe.close()
     where = Tiers(host=int(block * host_blocks) + 1, lower=list(lower), identity=Identity(model), **tiers)
     return kvmem.Allocator(spec, backend=backend, tiers=where, **{**sizes, **options})
@@ -156,7 +169,9 @@ class World:
                 writers, positions = by[first:], np.arange(first, n)
             if n == 0:
                 continue
-            for got, want in zip(by_sequence(self.alloc, seq.id, g), expected(self.spec, g, writers, positions), strict=True):
+            for got, want in zip(
+                by_sequence(self.alloc, seq.id, g), expected(self.spec, g, writers, positions), strict=True
+            ):
                 assert torch.equal(got[: len(want)], want), f"group {g}: tokens {tokens[:n]}, salt {salt!r}"
 
     def write(self, seq: kvmem.Sequence, tokens: Sequence[int], salt: str | None = None) -> None:

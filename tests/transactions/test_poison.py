@@ -20,6 +20,7 @@ from support_world import PAGE, SPECS, World, assert_all_returned, checked, plai
 
 import kvmem
 from kvmem import PagePool, _core
+from kvmem.tiers import Tiers
 
 SENTENCE = r"this pool cannot be trusted any more: .* failed \(.*\) and could not be undone \(.*\).*Discard it"
 CODE, UNDO_CODE = 719, 700
@@ -36,7 +37,7 @@ class Scene:
             pool=self.pool, max_sequences=5, max_tokens=400, interleave=1, tail_guard_tokens=16
         )
         self.alloc = kvmem.Allocator(SPECS[name](), backend=backend, **sizes)
-        self.neighbour = kvmem.Allocator(plain_spec(), backend="virtual", **sizes)
+        self.neighbour = kvmem.Allocator(plain_spec(), backend="virtual", tiers=Tiers(host="64KiB"), **sizes)
         self.live, self.tail = self.alloc.sequence(), self.alloc.sequence()
         self.live.extend(70)
         self.live.commit(count=70)
@@ -81,6 +82,10 @@ def public_calls(scene: Scene) -> dict[str, dict[str, Callable[[], object]]]:
         "compact": alloc.compact,
         "events": alloc.events,
         "extend_batch": lambda: alloc.extend_batch(ids, one),
+        "flush": scene.neighbour.flush,
+        "prefetch": lambda: scene.neighbour.prefetch([1]),
+        "ready": scene.neighbour.ready,
+        "store": lambda: scene.neighbour.store([1]),
         "fill": lambda: alloc.fill(ids, batch),
         "free_batch": lambda: alloc.free_batch(ids),
         "free_tokens": alloc.free_tokens,
@@ -140,8 +145,8 @@ def public_calls(scene: Scene) -> dict[str, dict[str, Callable[[], object]]]:
 
 #: Names that ask neither the core nor the device.
 NO_CALLS = {
-    kvmem.Allocator: {"close", "closed"},
-    kvmem.Sequence: {"allocator", "detach", "id", "label", "num_cached_tokens"},
+    kvmem.Allocator: {"close", "closed", "tiering"},
+    kvmem.Sequence: {"allocator", "detach", "id", "label", "num_cached_tokens", "pending", "wait"},
     PagePool: {"page_bytes", "pages"},
 }
 

@@ -85,13 +85,13 @@ def test_lists_of_another_version_are_refused(backend: str) -> None:
     first = leader.sequence()
     first.extend(8)
     ops = leader.take_ops()
-    assert ops[0] == HEADER == ("version", 0, 1, 0, 0, 0) and [op[0] for op in ops].count("version") == 1
+    assert ops[0] == HEADER == ("version", 0, 2, 0, 0, 0) and [op[0] for op in ops].count("version") == 1
     before = replica.core.digest()
-    newer = ("version", 0, 2, 0, 0, 0)
+    newer = ("version", 0, 3, 0, 0, 0)
     for damaged, words in [
-        ([newer, ("teleport", 0, 0, 0, 0, 0)], "version 2, and this kvmem reads version 1: run the same kvmem"),
-        ([*ops, newer], "version 2"),
-        ([("version", 0, 1, 0, 0, 7), *ops[1:]], "version 1"),
+        ([newer, ("teleport", 0, 0, 0, 0, 0)], "version 3, and this kvmem reads version 2: run the same kvmem"),
+        ([*ops, newer], "version 3"),
+        ([("version", 0, 2, 0, 0, 7), *ops[1:]], "version 2"),
         (ops[1:], "begin with '.*', not with their version: hand over whole lists"),
     ]:
         with pytest.raises(kvmem.SpecError, match=words):
@@ -113,8 +113,8 @@ def test_a_record_of_a_tier_is_refused_where_there_is_none(backend: str, device:
     first = next(op[2] for op in ops if op[0] == "map" and op[1] == mapped)
     at, before = first * 4096, replica.core.digest()
     for record, words in [
-        ((kind, mapped, at, 5, 768, 0), f"{kind}: slot 5 of a tier, and this allocator has none"),
-        ((kind, mapped, at, -1, 768, 0), f"{kind}: no slot -1 of a tier"),
+        ((kind, mapped, at, 5, 768, 0), f"{kind}: no such bytes of host slots: 768 from 5; this allocator has 0"),
+        ((kind, mapped, at, -1, 768, 0), f"{kind}: no such bytes of host slots: 768 from -1"),
         ((kind, mapped, 2**40, 5, 768, 0), f"{kind}: .*"),
         ((kind, 9, at, 5, 768, 0), "no such slots: arena 9"),
     ]:
