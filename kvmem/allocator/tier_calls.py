@@ -129,7 +129,8 @@ class TierCalls(OpenedCore):
         if not waiting.load.advance():
             return False
         with suppress(StaleHandle):  # it was freed: nobody waits
-            self.core.admit(waiting.ids, *waiting.keys, waiting.sequence, handle)
+            salted, keyed = waiting.keys
+            self.core.admit(waiting.ids, salted, keyed, waiting.sequence, handle)
         self._pending.pop(handle, None)
         return True
 
