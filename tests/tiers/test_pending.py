@@ -6,6 +6,7 @@ import threading
 from collections.abc import Sequence
 
 import pytest
+import torch
 from tier_world import DictTier, World, make
 
 import kvmem
@@ -51,6 +52,7 @@ def alloc(backend: str, tier: SlowTier) -> kvmem.Allocator:
 
 def test_no_call_but_free_takes_a_pending_sequence(alloc: kvmem.Allocator, tier: SlowTier) -> None:
     seq, other = alloc.sequence(TEXT, load="all", label="waits"), alloc.sequence()
+    batch = alloc.make_batch(max_new_tokens=4)
     assert seq.pending and not other.pending and not alloc.core.is_live(seq.id)
     assert alloc.ready([seq, other]) == [other.id] and alloc.ready() == []
     for call in (
@@ -63,7 +65,7 @@ def test_no_call_but_free_takes_a_pending_sequence(alloc: kvmem.Allocator, tier:
         seq.pin,
         lambda: alloc.batch([other, seq]),
         lambda: alloc.extend_batch([other, seq], [1, 1]),
-        lambda: alloc.step([seq]),
+        lambda: alloc.fill([seq], batch),
     ):
         with pytest.raises(NotReady, match=f"handle {seq.id} is pending: .* ready"):
             call()  # type: ignore[no-untyped-call]
@@ -144,7 +146,7 @@ def test_a_scheduler_sees_its_loads(alloc: kvmem.Allocator, tier: SlowTier) -> N
 
 def test_without_tiers_these_calls_are_refused(backend: str) -> None:
     alloc = kvmem.Allocator(
-        kvmem.CacheSpec.kv(num_layers=1, num_kv_heads=1, head_dim=8, block_size=4), backend=backend, device="cpu",
+        kvmem.CacheSpec.kv(num_layers=1, num_kv_heads=1, head_dim=8, dtype=torch.float16, block_size=4), backend=backend, device="cpu",
         memory="1MiB", max_sequences=2, max_tokens=64,
     )  # fmt: skip
     for call in (lambda: alloc.prefetch([1]), lambda: alloc.store([1]), alloc.flush):

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 
 import pytest
 from support_world import checked
-from tier_world import PAGE, SPECS, DictTier, World, make, prompts
+from tier_world import SPECS, DictTier, World, make, prompts
 
 import kvmem
-from kvmem import PagePool
 from kvmem.tiers import Capacity, Identity, Result, Status, Tiers
 from kvmem.tiers.base import Buffer
 
@@ -62,8 +61,7 @@ def test_a_tier_that_does_everything_wrong(name: str, backend: str, seed: int, c
 def test_a_driver_that_fails_while_blocks_move(verb: str, backend: str, seed: int) -> None:
     """Each such call raises and changes nothing; the blocks are found later, or computed again."""
     rng, driver = random.Random(seed), checked()
-    pool = PagePool(memory=24 * PAGE, page_bytes=PAGE, driver=driver)
-    world = World(make("window", backend, host_blocks=20, pool=pool, memory=None))
+    world = World(make("window", backend, host_blocks=20, driver=driver))
     texts, failed = prompts(rng, 8), 0
     for _ in range(120):
         driver.fail(verb, rng.randrange(1, 6), rng.choice([2, 719]))

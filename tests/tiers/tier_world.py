@@ -131,7 +131,7 @@ def make(
     }
     tiers = {k: options.pop(k) for k in ("write", "admit", "policy") if k in options}
     model = options.pop("model", "toy")
-    probe = kvmem.Allocator(spec, backend=backend, **{**sizes, **options, "debug": False})
+    probe = kvmem.Allocator(spec, backend=backend, **{**sizes, **options, "debug": False, "driver": None})
     block = sum(
         probe.core.slot_bytes(g) * (0.25 if spec.groups[g].growth == "fixed" else 1) for g in range(len(spec.groups))
     )
