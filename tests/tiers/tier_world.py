@@ -170,7 +170,7 @@ class World:
             if n == 0:
                 continue
             for got, want in zip(
-                by_sequence(self.alloc, seq.id, g), expected(self.spec, g, writers, positions), strict=True
+                by_sequence(self.alloc, [seq.id], g), expected(self.spec, g, writers, positions), strict=True
             ):
                 assert torch.equal(got[: len(want)], want), f"group {g}: tokens {tokens[:n]}, salt {salt!r}"
 
