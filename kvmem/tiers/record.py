@@ -17,7 +17,7 @@ __all__ = ["HEADER_BYTES", "MAGIC", "VERSION", "header_of", "key_in", "payload_b
 MAGIC: Final = b"kvmemblk"
 VERSION: Final = 1
 
-# magic, version, bytes of the header, key, bytes of the payload, checksum of the payload, stamp; then that of all these.
+# magic, version, bytes of the header, key, bytes of the payload and its checksum, stamp; then the checksum of these.
 _FIELDS: Final = struct.Struct("<8sII32sQ16sQ")
 HEADER_BYTES: Final = 96
 

@@ -1,0 +1,25 @@
+"""Faults of a tier in the log: one line for each kind and minute, however many blocks it meets."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+__all__ = ["FaultLog"]
+
+SECONDS = 60.0
+
+
+class FaultLog:
+    """Warns through the logger ``"kvmem"``. Thread-safe as far as needed: two threads at once may write two lines."""
+
+    def __init__(self, tier: str) -> None:
+        self._tier = tier
+        self._next: dict[str, float] = {}
+
+    def warn(self, kind: str, message: str) -> None:
+        """Write the message, unless one of this kind was written within the last minute."""
+        now = time.monotonic()
+        if now >= self._next.get(kind, 0.0):
+            self._next[kind] = now + SECONDS
+            logging.getLogger("kvmem").warning("%s: %s (further ones are not logged for a minute)", self._tier, message)
