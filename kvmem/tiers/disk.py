@@ -143,11 +143,12 @@ class DiskTier(Tier):
             changed = False
             try:
                 for segment in self._folder.refresh():
-                    self._replace(segment, ())
+                    first = segment.number * self._geometry.slots
+                    self._replace((first + i, None) for i in range(segment.slots(self._geometry, self._files)))
                 for segment in self._folder.segments.values():
                     time_ns = self._files.stat(segment.fd).st_mtime_ns
                     if time_ns != segment.seen_ns:
-                        self._replace(segment, self._headers(segment))
+                        self._replace(self._headers(segment))
                         segment.seen_ns, changed = time_ns, True
             except OSError as error:
                 self._log.warn("rescan", f"what the writer has added cannot be read: {error}")
@@ -157,14 +158,12 @@ class DiskTier(Tier):
         finally:
             self._rescan_lock.release()
 
-    def _replace(self, segment: Segment, headers: Iterable[tuple[int, Record | OSError | None]]) -> None:
-        """Make a reader's index of a segment what its headers say."""
-        seen = dict(headers)
-        first = segment.number * self._geometry.slots
+    def _replace(self, headers: Iterable[tuple[int, Record | OSError | None]]) -> None:
+        """Make a reader's index of these slots what their headers say."""
+        seen = list(headers)
         with self._lock:
-            self._index.reserve(first + self._geometry.slots)
-            for slot in range(first, first + self._geometry.slots):
-                record = seen.get(slot)
+            self._index.reserve(max((slot for slot, _ in seen), default=0) + 1)
+            for slot, record in seen:
                 if record != self._index.at(slot):
                     self._index.empty(slot)
                     if isinstance(record, Record):
@@ -340,7 +339,7 @@ class DiskTier(Tier):
                     if place is not None:
                         self._index.empty(place[0])
             errors = self._clean(slot for slot in slots if slot is not None)
-            unsynced = self._sync() if any(slot is not None for slot in slots) else None
+            unsynced = self._sync()  # also for what was evicted: until then its slot may have the old block
             return [
                 _ABSENT
                 if slot is None

@@ -55,7 +55,11 @@ class Read(_Move):
     def _check(self, piece: Buffer) -> Answer:
         length, whole = self._record.length, self._whole
         self._buffer[whole:length] = piece[PAGE + whole : PAGE + length]
-        return verify(piece[:HEADER_BYTES], self._record.key, self._buffer[:length]) or None
+        header = piece[:HEADER_BYTES]
+        why = verify(header, self._record.key, self._buffer[:length])
+        if not why and stamp_in(header) != self._record.stamp:  # the disk lost a write that it had confirmed
+            why = "the block is an older one of its key"
+        return why or None
 
 
 class Write(_Move):

@@ -154,18 +154,24 @@ def transfer(files: Files, request: Request) -> None:
 
 
 class ThreadIO:
-    """A pool of threads. One request alone runs in the thread of its caller."""
+    """A pool of threads. A request alone runs in the thread of its caller, and so do all without other threads."""
 
     name = "threads"
 
     def __init__(self, files: Files, threads: int) -> None:
-        self._files = files
+        self._files, self._threads = files, threads
         self._pool = ThreadPoolExecutor(threads, "kvmem-disk")
 
     def run(self, requests: Sequence[Request]) -> None:
-        if len(requests) == 1:
-            return transfer(self._files, requests[0])
-        futures = [self._pool.submit(transfer, self._files, request) for request in requests]
+        waiting = iter(requests)  # the threads take from it in turn
+
+        def work() -> None:
+            for request in waiting:
+                transfer(self._files, request)
+
+        if len(requests) <= 1 or self._threads == 1:
+            return work()
+        futures = [self._pool.submit(work) for _ in range(min(self._threads, len(requests)))]
         try:
             for future in futures:
                 future.result()

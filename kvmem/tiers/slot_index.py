@@ -29,6 +29,7 @@ class SlotIndex:
         self._slots: dict[bytes, int] = {}
         self._records: dict[int, Record] = {}
         self._free: list[int] = []
+        self._reserved = 0
         self.stamp = 0  # the last that was given out
 
     def __len__(self) -> int:
@@ -36,7 +37,8 @@ class SlotIndex:
 
     def reserve(self, num_slots: int) -> None:
         """Allow slots below ``num_slots``."""
-        self._policy.reserve(num_slots)
+        self._reserved = max(self._reserved, num_slots)
+        self._policy.reserve(self._reserved)
 
     def find(self, key: bytes, hit: bool = True) -> tuple[int, Record] | None:
         """Return slot and record of a key. hit: it counts as used."""

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from tier_suite import payload_of
+
 from kvmem.errors import SpecError, TierError
+from kvmem.tiers.disk import DiskTier
 from kvmem.tiers.file_io import UringIO
 from kvmem.tiers.segments import Geometry
 
@@ -26,3 +31,18 @@ def capacity_of(num_slots: int, block_bytes: int) -> int:
     geometry = Geometry(block_bytes)
     full, rest = divmod(num_slots, geometry.slots)
     return full * geometry.file_bytes(geometry.slots) + (geometry.file_bytes(rest) if rest else 0)
+
+
+def open_disk(
+    path: object, num_slots: int = 6, block_bytes: int = 6000, fingerprint: bytes = FINGERPRINT, **options: Any
+) -> DiskTier:
+    """A disk tier of a few small slots: one thread, unless the options say otherwise."""
+    options = dict(io="threads", threads=1, capacity=capacity_of(num_slots, block_bytes)) | options
+    return DiskTier(str(path), block_bytes=block_bytes, fingerprint=fingerprint, **options)
+
+
+def version_in(key: bytes, data: bytes) -> int:
+    """The version of a payload, every byte of which is verified. REQUIRES: it has eight bytes or more."""
+    version = int.from_bytes(data[:8], "little")
+    assert data == payload_of(key, version, len(data)), "these bytes were never put under this key"
+    return version
