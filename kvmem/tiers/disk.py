@@ -82,7 +82,8 @@ class DiskTier(Tier):
         self._files, self._pid, self._log = files or Files(), os.getpid(), FaultLog(f"disk tier {os.fspath(path)!r}")
         self._lock = threading.Lock()  # of the index and the counts below; never held while a file is read or written
         self._idle = threading.Condition(self._lock)
-        self._calls, self._closed, self._num_slots = 0, False, 0
+        self._calls, self._closed = 0, False
+        self._stuck = set[int]()  # slots that may hold any block, because they could not be read or cleared
         self._sync_lock, self._rescan_lock, self._rescan_after = threading.Lock(), threading.Lock(), 0.0
         self._scratch = Scratch(self._geometry.slot_bytes)
         self._io = open_io(io, self._files, check_size("threads", threads, most=256))
@@ -109,12 +110,12 @@ class DiskTier(Tier):
     def _recover(self) -> None:
         """Fill the index of a writer: records in the order in which they were put, so that the oldest goes first."""
         segments = list(self._folder.segments.values())
-        self._num_slots = sum(segment.slots(self._geometry, self._files) for segment in segments)
         self._index.reserve((max(self._folder.segments) + 1) * self._geometry.slots)
         found, free = list[tuple[int, Record]](), list[int]()
         for segment in segments:
             for slot, seen in self._headers(segment):
-                if isinstance(seen, OSError):  # the slot is not used
+                if isinstance(seen, OSError):
+                    self._stuck.add(slot)
                     self._log.warn("header", f"the header of slot {slot} cannot be read: {seen}")
                 elif seen is None:
                     free.append(slot)
@@ -127,9 +128,8 @@ class DiskTier(Tier):
         self._clean(slot for slot in lost if slot is not None)
 
     def _headers(self, segment: Segment) -> Iterator[tuple[int, Record | OSError | None]]:
-        count = segment.slots(self._geometry, self._files)
         first = segment.number * self._geometry.slots
-        for index, seen in enumerate(read_headers(self._io, segment.fd, self._geometry, count)):
+        for index, seen in enumerate(read_headers(self._io, segment.fd, self._geometry, segment.count)):
             yield first + index, seen
 
     def _rescan(self) -> bool:
@@ -144,10 +144,11 @@ class DiskTier(Tier):
             try:
                 for segment in self._folder.refresh():
                     first = segment.number * self._geometry.slots
-                    self._replace((first + i, None) for i in range(segment.slots(self._geometry, self._files)))
+                    self._replace((first + i, None) for i in range(segment.count))
                 for segment in self._folder.segments.values():
-                    time_ns = self._files.stat(segment.fd).st_mtime_ns
-                    if time_ns != segment.seen_ns:
+                    seen = self._files.stat(segment.fd)
+                    if (time_ns := seen.st_mtime_ns) != segment.seen_ns:
+                        segment.count = self._geometry.slots_in(seen.st_size)
                         self._replace(self._headers(segment))
                         segment.seen_ns, changed = time_ns, True
             except OSError as error:
@@ -164,10 +165,11 @@ class DiskTier(Tier):
         with self._lock:
             self._index.reserve(max((slot for slot, _ in seen), default=0) + 1)
             for slot, record in seen:
-                if record != self._index.at(slot):
+                held = self._index.at(slot)
+                if held is not None and held != record:
                     self._index.empty(slot)
-                    if isinstance(record, Record):
-                        self._index.fill(slot, record)
+                if isinstance(record, Record) and held != record:
+                    self._index.fill(slot, record)
 
     # The interface.
 
@@ -207,6 +209,8 @@ class DiskTier(Tier):
                 if place is None:
                     continue
                 slot, record = place
+                if slot // self._geometry.slots not in self._folder.segments:  # the writer has just removed it
+                    continue
                 if len(buffers[i]) < record.length:
                     reason = f"the payload has {record.length} bytes, the buffer {len(buffers[i])}"
                     results[i] = Result(Status.MISS, reason=reason)
@@ -312,17 +316,17 @@ class DiskTier(Tier):
             self._log.warn("announce", f"readers will not see new blocks: {error}")
 
     def _clean(self, slots: Iterable[int]) -> dict[int, OSError]:
-        """Overwrite the headers of slots that are in no index, and free them. Return those where that failed, which are
-        not used again."""
+        """Overwrite the headers of slots that are in no index, and free them. Return those where that failed."""
         errors = dict[int, OSError]()
         slots = list(slots)
         self._io.run([self._request(slot, zero_header(partial(errors.__setitem__, slot))) for slot in slots])
         with self._lock:
+            self._stuck.update(errors)
             for slot in slots:
                 if slot not in errors:
                     self._index.free(slot)
         for slot, error in errors.items():
-            self._log.warn("clean", f"slot {slot} cannot be cleared, and is not used again: {error}")
+            self._log.warn("clean", f"slot {slot} cannot be cleared, and is not used: {error}")
         return errors
 
     def delete(self, keys: Sequence[bytes]) -> list[Result]:
@@ -332,22 +336,18 @@ class DiskTier(Tier):
             if self._read_only:
                 return [_READ_ONLY] * len(keys)
             with self._lock:
-                slots = []
-                for key in keys:
-                    place = self._index.find(key, hit=False)
-                    slots.append(None if place is None else place[0])
-                    if place is not None:
-                        self._index.empty(place[0])
-            errors = self._clean(slot for slot in slots if slot is not None)
-            unsynced = self._sync()  # also for what was evicted: until then its slot may have the old block
-            return [
-                _ABSENT
-                if slot is None
-                else Result(Status.FAILED, reason=f"it may come back with the next opening: {error}")
-                if (error := errors.get(slot, unsynced))
-                else Result(Status.OK)
-                for slot in slots
-            ]
+                places = [self._index.find(key, hit=False) for key in dict.fromkeys(keys)]
+                slots = [place[0] for place in places if place is not None]
+                found = {self._index.empty(slot).key for slot in slots}
+                stuck, self._stuck = self._stuck, set()
+            # Also for what was evicted: until then its slot may still have the old block.
+            errors = self._clean([*slots, *stuck])
+            error = self._sync() or next(iter(errors.values()), None)
+            if error is not None:
+                reason = f"it may come back with the next opening: {error}"
+                return [Result(Status.FAILED, reason=reason)] * len(keys)
+            answers = dict.fromkeys(found, Result(Status.OK))
+            return [answers.pop(key, _ABSENT) for key in keys]
 
     def _sync(self) -> OSError | None:
         with self._sync_lock:
@@ -361,9 +361,7 @@ class DiskTier(Tier):
     def capacity(self) -> Capacity:
         """Return whole slots: a payload takes one, whatever its size."""
         with self._call(), self._lock:
-            slots = self._num_slots
-            if self._read_only:
-                slots = sum(one.slots(self._geometry, self._files) for one in self._folder.segments.values())
+            slots = sum(segment.count for segment in list(self._folder.segments.values()))
             size = self._geometry.slot_bytes
             return Capacity(slots * size, len(self._index) * size, len(self._index))
 

@@ -37,6 +37,9 @@ class Geometry:
         self.slot_bytes = PAGE + padded(block_bytes)  # a page with the header in front
         self.slots = max(1, (SEGMENT_BYTES - PAGE) // self.slot_bytes)  # of a full segment
 
+    def slots_in(self, file_bytes: int) -> int:
+        return max(0, min(self.slots, (file_bytes - PAGE) // self.slot_bytes))
+
     def file_bytes(self, slots: int) -> int:
         return PAGE + slots * self.slot_bytes
 
@@ -60,13 +63,10 @@ class Segment:
     def __init__(self, name: str, fd: int, direct: bool) -> None:
         self.name, self.fd, self.direct = name, fd, direct
         self.number = int(name[8:13])
+        self.count = 0  # slots
         self.blank = False  # nothing was ever written to it: whoever made it did not get to its end
         self.dirty = False  # written to since the last sync
         self.seen_ns = -1  # the time of its last change when its headers were read, for readers
-
-    def slots(self, geometry: Geometry, files: Files) -> int:
-        size = files.stat(self.fd).st_size
-        return max(0, min(geometry.slots, (size - PAGE) // geometry.slot_bytes))
 
 
 class Folder:
@@ -169,6 +169,7 @@ class Folder:
             if found.strip(b"\0"):
                 raise TierError(f"path: {segment.name} in {self.path!r} {_difference(found, self._superblock)}")
             segment.blank = True
+        segment.count = self._geometry.slots_in(self._files.stat(segment.fd).st_size)
         self._keep(segment.fd)
         self.segments[segment.number] = segment
 
@@ -195,6 +196,7 @@ class Folder:
                     segment.blank = False
                 if files.stat(segment.fd).st_size > size:
                     files.truncate(segment.fd, size)
+                segment.count = counts[number]
             for number in [number for number in self.segments if number >= len(counts)]:
                 files.unlink(self._fd, self.segments.pop(number).name)
             files.sync(self._fd)

@@ -86,12 +86,11 @@ class SlotIndex:
         self._policy.release(slot)
         return other
 
-    def empty(self, slot: int) -> Record | None:
-        """Take a slot's record from it, if it has one; the slot is then the caller's."""
-        record = self._records.pop(slot, None)
-        if record is not None:
-            del self._slots[record.key]
-            self._policy.evict(slot)
+    def empty(self, slot: int) -> Record:
+        """Take a slot's record from it, and return it; the slot is then the caller's. REQUIRES: it has one."""
+        record = self._records.pop(slot)
+        del self._slots[record.key]
+        self._policy.evict(slot)
         return record
 
     def free(self, slot: int) -> None:

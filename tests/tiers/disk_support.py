@@ -28,7 +28,7 @@ IOS = _ios()  # the ways to read and write that work here
 
 def capacity_of(num_slots: int, block_bytes: int) -> int:
     """The bytes of disk that so many slots take, in segments as large as they get."""
-    geometry = Geometry(block_bytes)
+    geometry = Geometry(block_bytes)  # segments as large as they get
     full, rest = divmod(num_slots, geometry.slots)
     return full * geometry.file_bytes(geometry.slots) + (geometry.file_bytes(rest) if rest else 0)
 
