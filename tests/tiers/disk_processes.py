@@ -1,13 +1,14 @@
-"""Programs of the disk tier's tests that need processes of their own: a writer that is killed, and readers beside a writer.
+"""What tests of the disk tier do with processes: a writer is killed, readers read beside a writer, a child is forked.
 
-``python disk_processes.py kills FOLDER COUNT SEED`` or ``... readers FOLDER ROUNDS SEED``. The program imports what it
-needs once and forks from there, before it has any thread. It prints what it found as JSON. Processes take turns with
-the ways to read and write that work here.
+``python disk_processes.py FOLDER KILLS ROUNDS SEED`` imports what it needs once and forks from there, before it has any
+thread. It prints what each part found as JSON, or its traceback. Processes take turns with the ways to read and write
+that work here.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import mmap
 import os
 import random
@@ -15,7 +16,8 @@ import signal
 import struct
 import sys
 import time
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parent))
@@ -23,6 +25,7 @@ sys.path.append(str(Path(__file__).parent))
 from disk_support import IOS, open_disk, version_in
 from tier_suite import get, key_of, payload_of, put
 
+from kvmem.errors import TierError
 from kvmem.tiers import Result
 from kvmem.tiers.base import Buffer
 from kvmem.tiers.files import Files
@@ -213,9 +216,42 @@ def readers(folder: str, rounds: int, seed: int) -> dict[str, int]:
     return {"rounds": rounds, "left": len(model)}
 
 
-if __name__ == "__main__":
-    import logging
+def forked(folder: str) -> dict[str, str]:
+    """A forked child cannot use the tier of its parent, and does not keep its lock."""
+    (wait, go), (answer, say) = os.pipe(), os.pipe()
+    tier = open_disk(folder)
+    if (child := os.fork()) == 0:
+        try:
+            os.close(go)
+            tier.contains(KEYS)
+        except TierError as e:
+            os.write(say, str(e).encode())
+            tier.close()
+            os.read(wait, 1)
+        finally:
+            os._exit(0)
+    os.close(say)
+    said = os.read(answer, 500).decode()
+    tier.close()
+    open_disk(folder).close()  # while the child lives
+    os.close(go)
+    os.waitpid(child, 0)
+    return {"said": said}
 
+
+def outcome(part: Callable[..., object], *args: object) -> object:
+    try:
+        return part(*args)
+    except Exception:  # noqa: BLE001 - shown by the test
+        return traceback.format_exc()
+
+
+if __name__ == "__main__":
     logging.disable()
-    program = {"kills": kills, "readers": readers}[sys.argv[1]]
-    print(json.dumps(program(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))))
+    place, seed = sys.argv[1], int(sys.argv[4])
+    found = {
+        "forked": outcome(forked, f"{place}/forked"),
+        "kills": outcome(kills, f"{place}/kills", int(sys.argv[2]), seed),
+        "readers": outcome(readers, f"{place}/readers", int(sys.argv[3]), seed),
+    }
+    print(json.dumps(found))

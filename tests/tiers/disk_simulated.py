@@ -14,7 +14,22 @@ from kvmem.tiers.base import Buffer
 from kvmem.tiers.files import Files
 
 FOLDER = 1  # the descriptor of the one folder
-KINDS = ("make_folder", "open_folder", "names", "free_bytes", "open", "unlink", "stat", "lock", "allocate", "truncate", "preadv", "pwritev", "sync", "touch")
+KINDS = (
+    "make_folder",
+    "open_folder",
+    "names",
+    "free_bytes",
+    "open",
+    "unlink",
+    "stat",
+    "lock",
+    "allocate",
+    "truncate",
+    "preadv",
+    "pwritev",
+    "sync",
+    "touch",
+)
 
 
 class Inode:
@@ -90,7 +105,13 @@ class SimulatedFiles(Files):
     def stat(self, fd: int) -> Any:
         inode = self._fds[fd]
         size = len(inode.content)
-        return SimpleNamespace(st_mode=stat.S_IFREG, st_size=size, st_blocks=-(-size // 512), st_nlink=inode.links, st_mtime_ns=inode.mtime_ns)
+        return SimpleNamespace(
+            st_mode=stat.S_IFREG,
+            st_size=size,
+            st_blocks=-(-size // 512),
+            st_nlink=inode.links,
+            st_mtime_ns=inode.mtime_ns,
+        )
 
     def lock(self, fd: int) -> None:
         if self.locked is not None:

@@ -7,47 +7,32 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from disk_support import FINGERPRINT, IOS, capacity_of
+from disk_support import IOS, open_disk
 from tier_suite import LARGEST, TierSuite
 
 from kvmem.tiers import Tier
 from kvmem.tiers.disk import DiskTier
 
+CASES: dict[str, dict[str, Any]] = {
+    "threads": dict(threads=3),
+    "one thread, page cache": dict(threads=1, direct=False),
+    "density": dict(threads=2, policy="density"),
+    "io_uring": dict(io="io_uring"),
+    "io_uring, page cache": dict(io="io_uring", direct=False),
+}
 
-class DiskSuite(TierSuite):
-    options: dict[str, Any] = {}
 
-    @pytest.fixture
-    def make(self, tmp_path: Path) -> Iterator[Callable[..., Tier]]:
-        tiers = list[DiskTier]()
+class TestDisk(TierSuite):
+    @pytest.fixture(params=CASES)
+    def make(self, request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[..., Tier]]:
+        options, tiers = CASES[request.param], list[DiskTier]()
+        if options.get("io", "threads") not in IOS:
+            pytest.skip("needs the package liburing, and a kernel that allows io_uring")
 
         def opened(num_blocks: int = 64) -> Tier:
-            options = dict(capacity=capacity_of(num_blocks, LARGEST), block_bytes=LARGEST, fingerprint=FINGERPRINT)
-            tiers.append(DiskTier(tmp_path / f"disk{len(tiers)}", **options, **self.options))
+            tiers.append(open_disk(tmp_path / f"disk{len(tiers)}", num_blocks, LARGEST, **options))
             return tiers[-1]
 
         yield opened
         for tier in tiers:
             tier.close()
-
-
-class TestThreads(DiskSuite):
-    options = dict(io="threads")
-
-
-class TestOneThreadBuffered(DiskSuite):
-    options = dict(io="threads", threads=1, direct=False)
-
-
-class TestDensity(DiskSuite):
-    options = dict(io="threads", threads=2, policy="density")
-
-
-@pytest.mark.skipif("io_uring" not in IOS, reason="needs the package liburing, and a kernel that allows io_uring")
-class TestUring(DiskSuite):
-    options = dict(io="io_uring")
-
-
-@pytest.mark.skipif("io_uring" not in IOS, reason="needs the package liburing, and a kernel that allows io_uring")
-class TestUringBuffered(DiskSuite):
-    options = dict(io="io_uring", direct=False)

@@ -29,12 +29,17 @@ def contents_of(version: int) -> dict[bytes, bytes]:
 def slot_of(files: SimulatedFiles, key: bytes) -> int:
     """Where the newest record of a key begins."""
     content = files.inodes[SEGMENT].content
-    return max((at for at in range(FIRST, len(content), SLOT) if content[at + 16 : at + 48] == key), key=lambda at: content[at + 72 : at + 80])
+    return max(
+        (at for at in range(FIRST, len(content), SLOT) if content[at + 16 : at + 48] == key),
+        key=lambda at: content[at + 72 : at + 80],
+    )
 
 
 def damage(content: bytearray, at: int, size: int, stale: bytes, foreign: bytes, rng: random.Random) -> str:
     """Change what a read of the slot at ``at`` sees; return how."""
-    kind = rng.choice(("flip in header", "flip in payload", "overwritten", "cut", "swapped", "stale", "another model's"))
+    kind = rng.choice(
+        ("flip in header", "flip in payload", "overwritten", "cut", "swapped", "stale", "another model's")
+    )
     if kind == "flip in header":
         content[at + rng.randrange(HEADER_BYTES)] ^= 1 << rng.randrange(8)
     elif kind == "flip in payload":
@@ -108,7 +113,9 @@ def hostile_slot(rng: random.Random) -> bytes:
     """Random bytes, a valid header with fields at their limits, or a valid one with random bytes in it."""
     if (kind := rng.randrange(3)) == 0:
         return rng.randbytes(SLOT)
-    slot = bytearray(header_of(rng.choice(KEYS), memoryview(rng.randbytes(rng.choice((0, 8, 6000)))), rng.getrandbits(64)))
+    slot = bytearray(
+        header_of(rng.choice(KEYS), memoryview(rng.randbytes(rng.choice((0, 8, 6000)))), rng.getrandbits(64))
+    )
     if kind == 1:
         length = rng.choice((0, 1, 6000, 6001, 8192, 8193, 2**31, 2**32 - 1, 2**32, 2**63 - 1, 2**63, 2**64 - 1))
         slot[48:56] = struct.pack("<Q", length)

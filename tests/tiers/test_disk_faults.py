@@ -15,8 +15,7 @@ from disk_support import IOS, open_disk, version_in
 from tier_suite import get, key_of, payload_of, put
 
 from kvmem.errors import TierError
-from kvmem.tiers import Result, Status
-from kvmem.tiers import fault_log, segments
+from kvmem.tiers import Result, Status, fault_log, segments
 from kvmem.tiers.disk import DiskTier
 from kvmem.tiers.file_io import PAGE, Request, UringIO, _Ring
 

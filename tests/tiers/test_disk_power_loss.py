@@ -21,7 +21,7 @@ def test_power_loss(seed: int) -> None:
     while images < wanted:
         files, deleted = SimulatedFiles(), set[bytes]()
 
-        def after_write() -> None:
+        def after_write(files: SimulatedFiles = files, deleted: set[bytes] = deleted) -> None:
             nonlocal images, found, gone
             if rng.random() < 0.7:
                 return
