@@ -12,7 +12,6 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Final
 from weakref import finalize
 
@@ -20,9 +19,9 @@ from kvmem.arguments import brief, check_bool, check_size, parse_bytes
 from kvmem.errors import SpecError, TierError
 from kvmem.tiers.base import Buffer, Capacity, Result, Status, Tier, check_batch
 from kvmem.tiers.checksum import checksum
-from kvmem.tiers.disk_moves import Answer, Read, Write, read_headers, zero_header
+from kvmem.tiers.disk_moves import Clear, Read, ReadHeader, Scratch, Write
 from kvmem.tiers.fault_log import FaultLog
-from kvmem.tiers.file_io import DEPTH, Request, Scratch, open_io
+from kvmem.tiers.file_io import DEPTH, PAGE, PageIO, open_io, pages
 from kvmem.tiers.files import Files
 from kvmem.tiers.keys import KEY_BYTES
 from kvmem.tiers.segments import Folder, Geometry, Segment
@@ -31,8 +30,10 @@ from kvmem.tiers.slot_index import Record, SlotIndex
 __all__ = ["DiskTier"]
 
 _ABSENT: Final = Result(Status.MISS, reason="the tier does not have it")
+_BUSY: Final = Result(Status.FULL, reason="every slot is being written")
 _READ_ONLY: Final = Result(Status.FAILED, reason="the tier was opened with read_only=True")
-_RESCAN_SHARE: Final = 10  # a reader spends at most one part in so many looking for what the writer has added
+_HEADERS: Final = 256  # read at a time
+_RESCAN_SHARE = 10  # a reader spends at most one part in so many looking for what the writer has added
 
 
 class DiskTier(Tier):
@@ -68,9 +69,7 @@ class DiskTier(Tier):
         if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
             raise SpecError(f"path: got {brief(path)}; name a folder")
         if not isinstance(fingerprint, bytes) or len(fingerprint) != KEY_BYTES:
-            raise SpecError(
-                f"fingerprint: got {brief(fingerprint)}; must be 32 bytes, as of Identity.fingerprint"
-            )
+            raise SpecError(f"fingerprint: got {brief(fingerprint)}; must be 32 bytes, as of Identity.fingerprint")
         self._geometry = Geometry(check_size("block_bytes", block_bytes, most=1 << 40))
         self._read_only = check_bool("read_only", read_only)
         if capacity is None and not read_only:
@@ -105,61 +104,60 @@ class DiskTier(Tier):
             self._closer()
             raise
 
-    # Opening: the index from the headers.
+    # Opening, and for readers again and again: the index from the headers.
 
     def _recover(self) -> None:
         """Fill the index of a writer: records in the order in which they were put, so that the oldest goes first."""
-        segments = list(self._folder.segments.values())
-        self._index.reserve((max(self._folder.segments) + 1) * self._geometry.slots)
         found, free = list[tuple[int, Record]](), list[int]()
-        for segment in segments:
-            for slot, seen in self._headers(segment):
-                if isinstance(seen, OSError):
+        for segment in self._folder.segments.values():
+            for slot, header in self._headers(segment):
+                if header.error is not None:
                     self._stuck.add(slot)
-                    self._log.warn("header", f"the header of slot {slot} cannot be read: {seen}")
-                elif seen is None:
+                    self._log.warn("header", f"the header of slot {slot} cannot be read: {header.error}")
+                elif header.record is None:
                     free.append(slot)
                 else:
-                    found.append((slot, seen))
+                    found.append((slot, header.record))
+        self._index.reserve(max(self._folder.slots(one).stop for one in self._folder.segments.values()))
         for slot in reversed(free):
             self._index.free(slot)
         found.sort(key=lambda one: one[1].stamp)
-        lost = [self._index.fill(slot, record) for slot, record in found]
-        self._clean(slot for slot in lost if slot is not None)
+        self._clear([self._index.fill(slot, record) for slot, record in found])
 
-    def _headers(self, segment: Segment) -> Iterator[tuple[int, Record | OSError | None]]:
-        first = segment.number * self._geometry.slots
-        for index, seen in enumerate(read_headers(self._io, segment.fd, self._geometry, segment.count)):
-            yield first + index, seen
+    def _headers(self, segment: Segment) -> Iterator[tuple[int, ReadHeader]]:
+        slots, memory, most = self._folder.slots(segment), pages(PAGE * _HEADERS), self._geometry.block_bytes
+        for batch in (slots[first : first + _HEADERS] for first in range(0, len(slots), _HEADERS)):
+            moves = [
+                ReadHeader(segment.fd, self._folder.place(slot)[1], memory[PAGE * i :][:PAGE], most)
+                for i, slot in enumerate(batch)
+            ]
+            self._io.run(moves)
+            yield from zip(batch, moves, strict=True)
 
     def _rescan(self) -> bool:
         """Bring a reader's index up to date; return whether anything may have changed. Bounded in its share of time."""
-        if not self._rescan_lock.acquire(blocking=False):
+        start = time.monotonic()
+        if start < self._rescan_after or not self._rescan_lock.acquire(blocking=False):
             return False
+        changed = False
         try:
-            start = time.monotonic()
-            if start < self._rescan_after:
-                return False
-            changed = False
-            try:
-                for segment in self._folder.refresh():
-                    first = segment.number * self._geometry.slots
-                    self._replace((first + i, None) for i in range(segment.count))
-                for segment in self._folder.segments.values():
-                    seen = self._files.stat(segment.fd)
-                    if (time_ns := seen.st_mtime_ns) != segment.seen_ns:
-                        segment.count = self._geometry.slots_in(seen.st_size)
-                        self._replace(self._headers(segment))
-                        segment.seen_ns, changed = time_ns, True
-            except OSError as error:
-                self._log.warn("rescan", f"what the writer has added cannot be read: {error}")
+            for segment in self._folder.refresh():
+                self._replace((slot, None) for slot in self._folder.slots(segment))
+            for segment in self._folder.segments.values():
+                seen = self._files.stat(segment.fd)
+                if seen.st_mtime_ns != segment.seen_ns:
+                    segment.count = self._geometry.slots_in(seen.st_size)
+                    self._replace((slot, header.record) for slot, header in self._headers(segment))
+                    segment.seen_ns, changed = seen.st_mtime_ns, True
+        except OSError as error:
+            self._log.warn("rescan", f"what the writer has added cannot be read: {error}")
+        finally:
             end = time.monotonic()
             self._rescan_after = end + _RESCAN_SHARE * (end - start)
-            return changed
-        finally:
             self._rescan_lock.release()
+        return changed
 
-    def _replace(self, headers: Iterable[tuple[int, Record | OSError | None]]) -> None:
+    def _replace(self, headers: Iterable[tuple[int, Record | None]]) -> None:
         """Make a reader's index of these slots what their headers say."""
         seen = list(headers)
         with self._lock:
@@ -168,7 +166,7 @@ class DiskTier(Tier):
                 held = self._index.at(slot)
                 if held is not None and held != record:
                     self._index.empty(slot)
-                if isinstance(record, Record) and held != record:
+                if record is not None and held != record:
                     self._index.fill(slot, record)
 
     # The interface.
@@ -203,23 +201,21 @@ class DiskTier(Tier):
     def get(self, keys: Sequence[bytes], buffers: Sequence[Buffer]) -> list[Result]:
         check_batch(keys, buffers, writable=True)
         with self._call():
-            results, damaged = [_ABSENT] * len(keys), list[int]()
-            requests = []
-            for i, place in enumerate(self._find(keys)):
+            results, moves, damaged = [_ABSENT] * len(keys), dict[int, Read](), list[int]()
+            for i, (place, buffer) in enumerate(zip(self._find(keys), buffers, strict=True)):
                 if place is None:
                     continue
                 slot, record = place
-                if slot // self._geometry.slots not in self._folder.segments:  # the writer has just removed it
-                    continue
-                if len(buffers[i]) < record.length:
-                    reason = f"the payload has {record.length} bytes, the buffer {len(buffers[i])}"
+                segment, offset = self._folder.place(slot)
+                if len(buffer) < record.length:
+                    reason = f"the payload has {record.length} bytes, the buffer {len(buffer)}"
                     results[i] = Result(Status.MISS, reason=reason)
-                else:
-                    answer = partial(self._was_read, slot, record, results, i, damaged)
-                    move = Read(self._scratch, record, buffers[i], answer)
-                    requests.append(self._request(slot, move))
-            self._io.run(requests)
-            self._clean(damaged)
+                elif segment is not None:
+                    moves[i] = Read(segment.fd, offset, self._scratch, slot, record, buffer)
+            self._io.run(list(moves.values()))
+            for i, move in moves.items():
+                results[i] = self._was_read(move, damaged)
+            self._clear(damaged)
             return results
 
     def _find(self, keys: Sequence[bytes]) -> list[tuple[int, Record] | None]:
@@ -230,104 +226,92 @@ class DiskTier(Tier):
                 places = [self._index.find(key) for key in keys]
         return places
 
-    def _request(self, slot: int, move: Read | Write) -> Request:
-        number, index = divmod(slot, self._geometry.slots)
-        segment = self._folder.segments[number]
-        if move.write:
-            segment.dirty = True
-        return Request(segment.fd, self._geometry.offset(index), move.write, move.begin, move.end)
-
-    def _was_read(
-        self, slot: int, record: Record, results: list[Result], i: int, damaged: list[int], answer: Answer
-    ) -> None:
-        if answer is None:
-            results[i] = Result(Status.OK, record.length)
-        elif isinstance(answer, OSError):
-            results[i] = Result(Status.FAILED, reason=f"the disk cannot be read: {answer}")
-            self._log.warn("read", results[i].reason)
-        else:
-            results[i] = self._misread(slot, record, damaged, answer)
-
-    def _misread(self, slot: int, record: Record, damaged: list[int], why: str) -> Result:
-        """Forget a record that was not found in its slot, and return the result."""
+    def _was_read(self, move: Read, damaged: list[int]) -> Result:
+        if move.error is not None:
+            self._log.warn("read", reason := f"the disk cannot be read: {move.error}")
+            return Result(Status.FAILED, reason=reason)
+        if not move.wrong:
+            return Result(Status.OK, move.record.length)
         with self._lock:
-            if self._index.at(slot) != record:
+            if self._index.at(move.slot) != move.record:
                 return Result(Status.MISS, reason="it was replaced while it was read")
-            self._index.empty(slot)
+            self._index.empty(move.slot)
         if self._read_only:
-            return Result(Status.MISS, reason=f"the writer is replacing it, or it is damaged: {why}")
-        damaged.append(slot)
-        self._log.warn("corrupt", f"a block is damaged and counts as absent: {why}")
-        return Result(Status.CORRUPT, reason=why)
+            return Result(Status.MISS, reason=f"the writer is replacing it, or it is damaged: {move.wrong}")
+        damaged.append(move.slot)
+        self._log.warn("corrupt", f"a block is damaged and counts as absent: {move.wrong}")
+        return Result(Status.CORRUPT, reason=move.wrong)
 
     def put(self, keys: Sequence[bytes], buffers: Sequence[Buffer]) -> list[Result]:
         check_batch(keys, buffers)
         with self._call():
             if self._read_only:
                 return [_READ_ONLY] * len(keys)
-            most = self._geometry.block_bytes
-            results = [
-                Result(Status.FULL, reason=f"the payload has {len(b)} bytes, a slot {most}")
-                for b in buffers
-            ]
-            waiting = deque(i for i, buffer in enumerate(buffers) if len(buffer) <= most)
-            while waiting:
-                lost, requests = list[int](), list[Request]()
-                while waiting and len(requests) < DEPTH and (place := self._take(keys[waiting[0]])) is not None:
-                    i, (slot, stamp) = waiting.popleft(), place
-                    record = Record(keys[i], len(buffers[i]), stamp)
-                    answer = partial(self._was_written, slot, record, results, i, lost)
-                    requests.append(self._request(slot, Write(self._scratch, record, buffers[i], answer)))
-                if not requests:
-                    for i in waiting:
-                        results[i] = Result(Status.FULL, reason="every slot is being written")
-                    break
-                self._io.run(requests)
-                self._clean(lost)
-                self._announce(requests)
+            most, results = self._geometry.block_bytes, [_BUSY] * len(keys)
+            waiting = deque[int]()
+            for i, buffer in enumerate(buffers):
+                if len(buffer) <= most:
+                    waiting.append(i)
+                else:
+                    results[i] = Result(Status.FULL, reason=f"the payload has {len(buffer)} bytes, a slot {most}")
+            while moves := self._take(keys, buffers, waiting):
+                self._io.run(list(moves.values()))
+                lost = list[int | None]()
+                for i, move in moves.items():
+                    results[i] = self._was_written(move, lost)
+                self._clear(lost)
+                self._announce({move.fd for move in moves.values()})
             return results
 
-    def _take(self, key: bytes) -> tuple[int, int] | None:
-        """Return a slot to write, which is then in no index, and the stamp of its record."""
+    def _take(self, keys: Sequence[bytes], buffers: Sequence[Buffer], waiting: deque[int]) -> dict[int, Write]:
+        """Take slots for the first of those that wait; a slot taken is in no index."""
+        moves = dict[int, Write]()
         with self._lock:
-            slot = self._index.take(key)
-            return None if slot is None else (slot, self._index.next_stamp())
+            while waiting and len(moves) < DEPTH and (slot := self._index.take(keys[waiting[0]])) is not None:
+                i = waiting.popleft()
+                record = Record(keys[i], len(buffers[i]), self._index.next_stamp())
+                segment, offset = self._folder.place(slot)
+                assert segment is not None
+                segment.dirty = True
+                moves[i] = Write(segment.fd, offset, self._scratch, slot, record, buffers[i])
+        return moves
 
-    def _was_written(
-        self, slot: int, record: Record, results: list[Result], i: int, lost: list[int], answer: Answer
-    ) -> None:
-        if answer is None:
+    def _was_written(self, move: Write, lost: list[int | None]) -> Result:
+        if move.error is None:
             with self._lock:
-                loser = self._index.fill(slot, record)
-            if loser is not None:
-                lost.append(loser)
-            results[i] = Result(Status.OK, record.length)
-            return
-        lost.append(slot)
-        full = isinstance(answer, OSError) and answer.errno in (errno.ENOSPC, errno.EDQUOT)
-        results[i] = Result(Status.FULL if full else Status.FAILED, reason=f"the disk cannot be written: {answer}")
-        self._log.warn("write", results[i].reason)
+                lost.append(self._index.fill(move.slot, move.record))
+            return Result(Status.OK, move.record.length)
+        lost.append(move.slot)
+        self._log.warn("write", reason := f"the disk cannot be written: {move.error}")
+        full = move.error.errno in (errno.ENOSPC, errno.EDQUOT)
+        return Result(Status.FULL if full else Status.FAILED, reason=reason)
 
-    def _announce(self, requests: Sequence[Request]) -> None:
-        written = {request.fd for request in requests}
+    def _announce(self, fds: set[int]) -> None:
         try:
-            self._folder.announce([one for one in self._folder.segments.values() if one.fd in written])
+            self._folder.announce([one for one in self._folder.segments.values() if one.fd in fds])
         except OSError as error:
             self._log.warn("announce", f"readers will not see new blocks: {error}")
 
-    def _clean(self, slots: Iterable[int]) -> dict[int, OSError]:
-        """Overwrite the headers of slots that are in no index, and free them. Return those where that failed."""
-        errors = dict[int, OSError]()
-        slots = list(slots)
-        self._io.run([self._request(slot, zero_header(partial(errors.__setitem__, slot))) for slot in slots])
+    def _clear(self, slots: Iterable[int | None]) -> OSError | None:
+        """Overwrite the headers of slots that are in no index, and free them. Return an error if one could not be."""
+        moves = dict[int, Clear]()
+        for slot in slots:
+            segment, offset = (None, 0) if slot is None else self._folder.place(slot)
+            if slot is not None and segment is not None:
+                segment.dirty = True
+                moves[slot] = Clear(segment.fd, offset)
+        self._io.run(list(moves.values()))
+        error = None
         with self._lock:
-            self._stuck.update(errors)
-            for slot in slots:
-                if slot not in errors:
+            for slot, move in moves.items():
+                if move.error is None:
                     self._index.free(slot)
-        for slot, error in errors.items():
-            self._log.warn("clean", f"slot {slot} cannot be cleared, and is not used: {error}")
-        return errors
+                else:
+                    self._stuck.add(slot)
+                    error = move.error
+        if error is not None:
+            self._log.warn("clear", f"slots cannot be cleared, and are not used: {error}")
+        return error
 
     def delete(self, keys: Sequence[bytes]) -> list[Result]:
         """Also after a loss of power the keys are gone. Cost: a sync of the files that were written since the last."""
@@ -340,10 +324,10 @@ class DiskTier(Tier):
                 slots = [place[0] for place in places if place is not None]
                 found = {self._index.empty(slot).key for slot in slots}
                 stuck, self._stuck = self._stuck, set()
-            # Also for what was evicted: until then its slot may still have the old block.
-            errors = self._clean([*slots, *stuck])
-            error = self._sync() or next(iter(errors.values()), None)
-            if error is not None:
+            failed = self._clear([*slots, *stuck])
+            if (
+                error := self._sync() or failed
+            ):  # the sync is also for what was evicted: its slot may have the old block
                 reason = f"it may come back with the next opening: {error}"
                 return [Result(Status.FAILED, reason=reason)] * len(keys)
             answers = dict.fromkeys(found, Result(Status.OK))
@@ -361,8 +345,7 @@ class DiskTier(Tier):
     def capacity(self) -> Capacity:
         """Return whole slots: a payload takes one, whatever its size."""
         with self._call(), self._lock:
-            slots = sum(segment.count for segment in list(self._folder.segments.values()))
-            size = self._geometry.slot_bytes
+            slots, size = sum(one.count for one in list(self._folder.segments.values())), self._geometry.slot_bytes
             return Capacity(slots * size, len(self._index) * size, len(self._index))
 
     def close(self) -> None:
@@ -379,6 +362,6 @@ class DiskTier(Tier):
         self._closer()
 
 
-def _close(folder: Folder, io: object) -> None:
-    io.close()  # type: ignore[attr-defined]
+def _close(folder: Folder, io: PageIO) -> None:
+    io.close()
     folder.close()

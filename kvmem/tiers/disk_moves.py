@@ -1,124 +1,133 @@
-"""What the disk tier reads and writes: a slot with its payload, and headers alone."""
+"""What the disk tier moves: a slot with its payload, a header alone, and the page that clears a header."""
 
 from __future__ import annotations
 
-import mmap
-from collections.abc import Callable, Iterator
-from typing import Final, TypeAlias
+from collections import deque
+from typing import Final
+
+import numpy as np
 
 from kvmem.tiers.base import Buffer
-from kvmem.tiers.file_io import PAGE, PageIO, Request, Scratch, padded, slot_views
+from kvmem.tiers.file_io import DEPTH, PAGE, Move, padded, pages
 from kvmem.tiers.record import HEADER_BYTES, header_of, key_in, payload_bytes, stamp_in, verify
-from kvmem.tiers.segments import Geometry
 from kvmem.tiers.slot_index import Record
 
-__all__ = ["Answer", "Read", "Write", "read_headers", "zero_header"]
+__all__ = ["Clear", "Read", "ReadHeader", "Scratch", "Write"]
 
-Answer: TypeAlias = "OSError | str | None"
-"""How a move ended: None if all is well, the error of the system, or what is wrong with the bytes."""
-
-_HEADERS: Final = 256  # read at a time
 _MOST_STAMP: Final = 1 << 63  # no count gets there
 
 
-class _Move:
-    write = False
+class Scratch:
+    """Memory for the parts of a slot that do not lie in the caller's buffer. Thread-safe.
 
-    def __init__(self, scratch: Scratch, record: Record, buffer: Buffer, answer: Callable[[Answer], None]) -> None:
-        self._scratch, self._record, self._buffer, self._answer = scratch, record, buffer, answer
-        self._piece: memoryview | None = None
-        self._whole = 0  # bytes of the payload that move between file and buffer without a copy
+    size: bytes of a slot. Memory of at most ``DEPTH`` slots is kept.
+    """
 
-    def _views(self) -> list[Buffer]:
-        self._piece = self._scratch.take()
-        views, self._whole = slot_views(self._piece, self._buffer, self._record.length)
-        return views
+    def __init__(self, size: int) -> None:
+        self._size, self._free = size, deque[memoryview](maxlen=DEPTH)
 
-    def end(self, error: OSError | None) -> None:
-        answer: Answer = error
-        if self._piece is not None:
-            if error is None:
-                answer = self._check(self._piece)
-            self._scratch.give(self._piece)
-        self._answer(answer)
+    def take(self) -> memoryview:
+        """Return memory for a slot, with any content."""
+        try:
+            return self._free.pop()
+        except IndexError:
+            return pages(self._size)
 
-    def _check(self, piece: Buffer) -> Answer:
-        return None
+    def give(self, memory: memoryview) -> None:
+        self._free.append(memory)
 
 
-class Read(_Move):
-    """Reads a slot into a buffer, and verifies it there. REQUIRES: the buffer has room for the record's payload."""
+class _SlotMove(Move):
+    """Whole pages of a payload move straight between the file and an aligned buffer. The header's page, the last page,
+    and all of a buffer that is not aligned move by way of ``scratch``, at their offset in the slot."""
+
+    _own: memoryview | None = None
+    _direct = 0  # bytes of the payload that move without a copy
+
+    def __init__(self, fd: int, offset: int, scratch: Scratch, slot: int, record: Record, buffer: Buffer) -> None:
+        super().__init__(fd, offset)
+        self.slot, self.record, self._scratch, self._buffer = slot, record, scratch, buffer[: record.length]
 
     def begin(self) -> list[Buffer]:
-        return self._views()
+        length = self.record.length
+        self._own, whole = self._scratch.take(), length - length % PAGE
+        if not whole or np.frombuffer(self._buffer, np.uint8).ctypes.data % PAGE:
+            return [self._own[: PAGE + padded(length)]]
+        self._direct = whole
+        parts = [self._own[:PAGE], self._buffer[:whole], self._own[PAGE + whole : PAGE + padded(length)]]
+        return [part for part in parts if part]
 
-    def _check(self, piece: Buffer) -> Answer:
-        length, whole = self._record.length, self._whole
-        self._buffer[whole:length] = piece[PAGE + whole : PAGE + length]
-        header = piece[:HEADER_BYTES]
-        why = verify(header, self._record.key, self._buffer[:length])
-        if not why and stamp_in(header) != self._record.stamp:  # the disk lost a write that it had confirmed
-            why = "the block is an older one of its key"
-        return why or None
+    def end(self, error: OSError | None) -> None:
+        if self._own is not None:
+            if error is None:
+                self.finish(self._own, PAGE + self._direct, self._buffer[self._direct :])
+            self._scratch.give(self._own)
+        self.error = error
+
+    def finish(self, own: Buffer, at: int, rest: Buffer) -> None:
+        """Called when all was moved. rest: the part of the payload that lies in ``own``, at ``at``."""
 
 
-class Write(_Move):
-    """Writes header and payload of a slot at once."""
+class Read(_SlotMove):
+    """Reads a slot into a buffer and verifies it there. wrong: what is wrong with it, ``""`` for nothing.
+
+    REQUIRES: the buffer has room for the record's payload.
+    """
+
+    wrong = ""
+
+    def finish(self, own: Buffer, at: int, rest: Buffer) -> None:
+        rest[:] = own[at : at + len(rest)]
+        header = own[:HEADER_BYTES]
+        self.wrong = verify(header, self.record.key, self._buffer)
+        if not self.wrong and stamp_in(header) != self.record.stamp:  # the disk lost a write that it had confirmed
+            self.wrong = "the block is an older one of its key"
+
+
+class Write(_SlotMove):
+    """Writes the header and the payload of a slot."""
 
     write = True
 
     def begin(self) -> list[Buffer]:
-        views, (key, length, stamp), whole = self._views(), self._record, self._whole
-        piece = self._piece
-        assert piece is not None
-        header = header_of(key, self._buffer, stamp)
-        piece[:PAGE] = header.ljust(PAGE, b"\0")
-        piece[PAGE + whole : PAGE + length] = self._buffer[whole:]
-        piece[PAGE + length : PAGE + padded(length)] = bytes(padded(length) - length)
+        views, (key, length, stamp) = super().begin(), self.record
+        own, at, rest = self._own, PAGE + self._direct, self._buffer[self._direct :]
+        assert own is not None
+        own[:PAGE] = header_of(key, self._buffer, stamp).ljust(PAGE, b"\0")
+        own[at : at + len(rest)] = rest
+        own[PAGE + length : PAGE + padded(length)] = bytes(padded(length) - length)
         return views
 
 
-def zero_header(failed: Callable[[OSError], object]) -> Write:
-    """Return a move that makes a slot's header invalid. failed: called with the error."""
-    return _Zeros(failed)
+class Clear(Move):
+    """Overwrites the header of a slot."""
 
-
-_PAGE_OF_ZEROS: Final = memoryview(mmap.mmap(-1, PAGE)).toreadonly()
-
-
-class _Zeros(Write):
-    def __init__(self, failed: Callable[[OSError], object]) -> None:
-        self._failed = failed
+    write = True
+    _zeros = pages(PAGE)
 
     def begin(self) -> list[Buffer]:
-        return [_PAGE_OF_ZEROS]
+        return [self._zeros]
+
+
+class ReadHeader(Move):
+    """Reads the header of a slot. record: what it says, None if it is not valid.
+
+    page: memory for it. most: the largest length that can be true.
+    """
+
+    record: Record | None = None
+
+    def __init__(self, fd: int, offset: int, page: Buffer, most: int) -> None:
+        super().__init__(fd, offset)
+        self._page, self._most = page, most
+
+    def begin(self) -> list[Buffer]:
+        return [self._page]
 
     def end(self, error: OSError | None) -> None:
-        if error is not None:
-            self._failed(error)
-
-
-def read_headers(io: PageIO, fd: int, geometry: Geometry, count: int) -> Iterator[Record | OSError | None]:
-    """Yield what each of the first ``count`` slots holds: a record, None for none, or the error of the read."""
-    memory = memoryview(mmap.mmap(-1, PAGE * max(1, min(count, _HEADERS))))
-    for first in range(0, count, _HEADERS):
-        batch = range(first, min(first + _HEADERS, count))
-        seen: dict[int, Record | OSError | None] = {}
-        io.run([_header_request(fd, geometry, index, memory[PAGE * (index - first) :][:PAGE], seen) for index in batch])
-        yield from (seen[index] for index in batch)
-
-
-def _header_request(
-    fd: int, geometry: Geometry, index: int, page: Buffer, seen: dict[int, Record | OSError | None]
-) -> Request:
-    def end(error: OSError | None) -> None:
-        seen[index] = error or _record_in(page[:HEADER_BYTES], geometry.block_bytes)
-
-    return Request(fd, geometry.offset(index), False, lambda: [page], end)
-
-
-def _record_in(header: Buffer, most: int) -> Record | None:
-    length = payload_bytes(header)
-    if isinstance(length, str) or length > most or stamp_in(header) >= _MOST_STAMP:
-        return None
-    return Record(key_in(header), length, stamp_in(header))
+        self.error = error
+        if error is None:
+            header = self._page[:HEADER_BYTES]
+            length = payload_bytes(header)
+            if not isinstance(length, str) and length <= self._most and stamp_in(header) < _MOST_STAMP:
+                self.record = Record(key_in(header), length, stamp_in(header))

@@ -16,7 +16,7 @@ from weakref import WeakSet
 from kvmem.arguments import format_bytes
 from kvmem.errors import SpecError, TierError
 from kvmem.tiers.checksum import checksum
-from kvmem.tiers.file_io import PAGE, Scratch, padded
+from kvmem.tiers.file_io import PAGE, padded, pages
 from kvmem.tiers.files import Files
 
 __all__ = ["Folder", "Geometry", "Segment"]
@@ -43,9 +43,6 @@ class Geometry:
     def file_bytes(self, slots: int) -> int:
         return PAGE + slots * self.slot_bytes
 
-    def offset(self, index: int) -> int:
-        return PAGE + index * self.slot_bytes
-
     def segment_slots(self, capacity: int) -> list[int]:
         """Return the number of slots of each segment, which together take at most ``capacity`` bytes."""
         full, rest = divmod(capacity, self.file_bytes(self.slots))
@@ -58,11 +55,10 @@ class Geometry:
 
 
 class Segment:
-    """An open segment file. Its slot ``index`` has the number ``first + index`` in the tier."""
+    """An open segment file."""
 
-    def __init__(self, name: str, fd: int, direct: bool) -> None:
-        self.name, self.fd, self.direct = name, fd, direct
-        self.number = int(name[8:13])
+    def __init__(self, name: str, fd: int) -> None:
+        self.name, self.fd, self.number = name, fd, int(name[8:13])
         self.count = 0  # slots
         self.blank = False  # nothing was ever written to it: whoever made it did not get to its end
         self.dirty = False  # written to since the last sync
@@ -78,8 +74,7 @@ class Folder:
     def __init__(self, path: str, files: Files, geometry: Geometry, fingerprint: bytes, *, write: bool, direct: bool):
         self.path, self._files, self._geometry = path, files, geometry
         self._superblock = _superblock(fingerprint, geometry.block_bytes)
-        self._flags = (os.O_RDWR if write else os.O_RDONLY) | os.O_NOFOLLOW | os.O_NONBLOCK
-        self._write, self._direct = write, direct
+        self._flags, self._direct = os.O_RDWR if write else os.O_RDONLY, direct
         self._fds: list[int] = []
         self.segments: dict[int, Segment] = {}
         self._clock_ns = 0
@@ -114,8 +109,7 @@ class Folder:
         return TierError(f"path: {self.path!r} cannot be used: {error.strerror or error}; {cure}")
 
     def _lock(self) -> None:
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
-        fd = self._keep(self._checked_open(LOCK_NAME, flags))
+        fd = self._keep(self._checked_open(LOCK_NAME, os.O_RDWR | os.O_CREAT))
         try:
             self._files.lock(fd)
         except BlockingIOError as e:
@@ -132,7 +126,7 @@ class Folder:
     def _checked_open(self, name: str, flags: int) -> int:
         """Open a regular file of this folder. ``TierError`` for a link or anything else of that name."""
         try:
-            fd = self._files.open(self._fd, name, flags)
+            fd = self._files.open(self._fd, name, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
         except OSError as error:
             if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
                 raise self._refused(name, "is no regular file") from error
@@ -154,7 +148,7 @@ class Folder:
             fd = -1
             try:
                 fd = self._checked_open(name, self._flags | create | (os.O_DIRECT if direct else 0))
-                self._check(Segment(name, fd, direct))
+                self._check(Segment(name, fd))
                 return
             except BaseException as error:
                 if fd >= 0:
@@ -163,7 +157,7 @@ class Folder:
                     raise
 
     def _check(self, segment: Segment) -> None:
-        page = Scratch(PAGE).take()
+        page = pages(PAGE)
         found = bytes(page[: self._files.preadv(segment.fd, [page], 0)])
         if found[: len(self._superblock)] != self._superblock:
             if found.strip(b"\0"):
@@ -189,7 +183,7 @@ class Folder:
                 segment = self.segments[number]
                 files.allocate(segment.fd, size)
                 if segment.blank:
-                    page = Scratch(PAGE).take()
+                    page = pages(PAGE)
                     page[:] = self._superblock.ljust(PAGE, b"\0")
                     files.pwritev(segment.fd, [page], 0)
                     files.sync(segment.fd)  # or a power loss could keep slots and lose what says whose they are
@@ -216,6 +210,16 @@ class Folder:
                 f"capacity: {self.path!r} needs {format_bytes(size - held)} more, and its file system has "
                 f"{format_bytes(free)}; the largest capacity that works is {held + free}"
             )
+
+    def slots(self, segment: Segment) -> range:
+        """Return the numbers of a segment's slots."""
+        first = segment.number * self._geometry.slots
+        return range(first, first + segment.count)
+
+    def place(self, slot: int) -> tuple[Segment | None, int]:
+        """Return the segment of a slot, None if the writer has removed it, and the slot's offset."""
+        number, index = divmod(slot, self._geometry.slots)
+        return self.segments.get(number), self._geometry.file_bytes(index)
 
     def refresh(self) -> list[Segment]:
         """For readers: open segments that are new, forget those that were removed, and return these; their files stay

@@ -94,9 +94,9 @@ for _name in ("open", "preadv", "allocate", "sync", "touch"):
     def _call(self: KillingFiles, *args: object, _name: str = _name) -> object:
         if self._killed():
             if self._rng.random() < 0.5:
-                getattr(Files, _name)(self, *args)
+                getattr(super(KillingFiles, self), _name)(*args)
             os.kill(os.getpid(), signal.SIGKILL)
-        return getattr(Files, _name)(self, *args)
+        return getattr(super(KillingFiles, self), _name)(*args)
 
     setattr(KillingFiles, _name, _call)
 
@@ -130,6 +130,8 @@ def kills(folder: str, count: int, seed: int) -> dict[str, int]:
             try:
                 own = random.Random(child_seed)
                 write(folder, diary, own, written, io, KillingFiles(own.randint(1, 60), own) if chosen else None)
+            except Exception:  # noqa: BLE001 - the parent sees the exit code
+                traceback.print_exc()
             finally:
                 os._exit(2)
         if not chosen:

@@ -16,8 +16,9 @@ from tier_suite import get, key_of, payload_of, put
 
 from kvmem.errors import TierError
 from kvmem.tiers import Result, Status, fault_log, segments
+from kvmem.tiers.base import Buffer
 from kvmem.tiers.disk import DiskTier
-from kvmem.tiers.file_io import PAGE, Request, UringIO, _Ring
+from kvmem.tiers.file_io import PAGE, Move, UringIO, _Ring
 
 KEYS = [key_of(n) for n in range(8)]
 CODES = (errno.EIO, errno.ENOSPC, errno.EINTR, errno.EACCES, errno.EINVAL)
@@ -267,20 +268,21 @@ class TestCompletions:
         (tmp_path / "file").write_bytes(bytes(64 * PAGE))
         fd, ended, io = os.open(tmp_path / "file", os.O_RDONLY), list[int](), UringIO()
 
-        def end(number: int, error: OSError | None) -> None:
-            ended.append(number)
-            if number == 3:
-                raise KeyboardInterrupt
+        class Recorded(Move):
+            def begin(self) -> list[Buffer]:
+                return [memoryview(bytearray(PAGE))]
 
-        requests = [
-            Request(fd, n * PAGE, False, lambda: [memoryview(bytearray(PAGE))], lambda error, n=n: end(n, error))  # type: ignore[misc]
-            for n in range(16)
-        ]
+            def end(self, error: OSError | None) -> None:
+                ended.append(self.offset)
+                if self.offset == 3 * PAGE:
+                    raise KeyboardInterrupt
+
         with pytest.raises(KeyboardInterrupt):
-            io.run(requests)
-        assert len(set(ended)) == len(ended) >= 4
-        later = list[int]()
-        io.run([Request(fd, 0, False, lambda: [memoryview(bytearray(PAGE))], lambda error: later.append(1))])
-        assert later == [1]
+            io.run([Recorded(fd, n * PAGE) for n in range(16)])
+        assert len(ended) == len(set(ended)) >= 1
+        assert not io._rings[0]._flying
+        del ended[:]
+        io.run([Recorded(fd, 8 * PAGE)])
+        assert ended == [8 * PAGE]
         io.close()
         os.close(fd)

@@ -19,6 +19,7 @@ from tier_suite import assert_miss, get, key_of, payload_of, put
 from kvmem.errors import SpecError, TierError
 from kvmem.tiers import Result, Status, segments
 from kvmem.tiers.disk import DiskTier
+from kvmem.tiers.file_io import ThreadIO
 from kvmem.tiers.files import Files
 
 SEGMENT = "segment-00000.kvmem"
@@ -342,7 +343,7 @@ def test_io_uring_is_named_where_it_is_missing(tmp_path: Path, monkeypatch: pyte
         open_disk(tmp_path / "disk", io="io_uring")
     assert not (tmp_path / "disk").exists()
     with open_disk(tmp_path / "disk", io="auto") as tier:
-        assert tier._io.name == "threads"
+        assert isinstance(tier._io, ThreadIO)
 
 
 @pytest.mark.skipif("io_uring" not in IOS, reason="needs the package liburing, and a kernel that allows io_uring")
@@ -356,7 +357,7 @@ def test_a_kernel_that_refuses_io_uring(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(TierError, match="Operation not permitted.*threads"):
         open_disk(tmp_path / "disk", io="io_uring")
     with open_disk(tmp_path / "disk", io="auto") as tier:
-        assert tier._io.name == "threads"
+        assert isinstance(tier._io, ThreadIO)
 
 
 def test_corrupt_slots_are_used_again(rng: random.Random) -> None:
