@@ -186,8 +186,7 @@ class Folder:
                     page = pages(PAGE)
                     page[:] = self._superblock.ljust(PAGE, b"\0")
                     files.pwritev(segment.fd, [page], 0)
-                    files.sync(segment.fd)  # or a power loss could keep slots and lose what says whose they are
-                    segment.blank = False
+                    segment.blank, segment.dirty = False, True
                 if files.stat(segment.fd).st_size > size:
                     files.truncate(segment.fd, size)
                 segment.count = counts[number]

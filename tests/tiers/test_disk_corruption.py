@@ -156,6 +156,20 @@ def test_hostile_headers(seed: int) -> None:
             assert len(tier._scratch._free) <= 2 and tier._scratch._size == SLOT  # memory is what the options said
 
 
+@pytest.mark.parametrize(("length", "blocks"), [(6000, 1), (6001, 0), (2**32 + 8, 0), (2**64 - 1, 0)])
+def test_a_length_beyond_the_slot_is_no_record(length: int, blocks: int) -> None:
+    header = bytearray(header_of(KEYS[0], memoryview(b"")))
+    header[48:56] = struct.pack("<Q", length)
+    header[80:] = checksum(bytes(header[:80]))
+    with open_disk("disk", files=(files := SimulatedFiles())):
+        pass
+    files.inodes[SEGMENT].content[FIRST : FIRST + HEADER_BYTES] = header
+    with open_disk("disk", files=files) as tier:
+        assert tier.capacity().num_blocks == blocks
+        result = get(tier, KEYS[0], 20_000)
+        assert isinstance(result, Result) and not result.ok
+
+
 def test_a_block_of_another_fingerprint_is_never_found(rng: random.Random) -> None:
     """Even if its slot is copied into a folder: its key is not among ours."""
     files, foreign = SimulatedFiles(), SimulatedFiles()
