@@ -66,8 +66,9 @@ class DiskTier(Tier):
         policy: str = "lru",
         files: Files | None = None,
     ) -> None:
-        if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
-            raise SpecError(f"path: got {brief(path)}; name a folder")
+        folder = os.fspath(path) if isinstance(path, (str, os.PathLike)) else path
+        if not isinstance(folder, str) or not folder or "\0" in folder:
+            raise SpecError(f"path: got {brief(path)}; must be the name of a folder")
         if not isinstance(fingerprint, bytes) or len(fingerprint) != KEY_BYTES:
             raise SpecError(f"fingerprint: got {brief(fingerprint)}; must be 32 bytes, as of Identity.fingerprint")
         self._geometry = Geometry(check_size("block_bytes", block_bytes, most=1 << 40))
@@ -78,7 +79,7 @@ class DiskTier(Tier):
         check_bool("direct", direct)
         checksum(b"")  # SpecError without the package
         self._index = SlotIndex(policy)
-        self._files, self._pid, self._log = files or Files(), os.getpid(), FaultLog(f"disk tier {os.fspath(path)!r}")
+        self._files, self._pid, self._log = files or Files(), os.getpid(), FaultLog(f"disk tier {folder!r}")
         self._lock = threading.Lock()  # of the index and the counts below; never held while a file is read or written
         self._idle = threading.Condition(self._lock)
         self._calls, self._closed = 0, False
@@ -87,9 +88,7 @@ class DiskTier(Tier):
         self._scratch = Scratch(self._geometry.slot_bytes)
         self._io = open_io(io, self._files, check_size("threads", threads, most=256))
         try:
-            self._folder = Folder(
-                os.fspath(path), self._files, self._geometry, fingerprint, write=not read_only, direct=direct
-            )
+            self._folder = Folder(folder, self._files, self._geometry, fingerprint, not read_only, direct)
         except BaseException:
             self._io.close()
             raise

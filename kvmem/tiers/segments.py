@@ -13,7 +13,7 @@ from contextlib import suppress
 from typing import Final
 from weakref import WeakSet
 
-from kvmem.arguments import format_bytes
+from kvmem.arguments import INT32_MAX, format_bytes
 from kvmem.errors import SpecError, TierError
 from kvmem.tiers.checksum import checksum
 from kvmem.tiers.file_io import PAGE, padded, pages
@@ -23,6 +23,7 @@ __all__ = ["Folder", "Geometry", "Segment"]
 
 SEGMENT_BYTES = 1 << 30  # the largest segment, unless one slot is larger; part of the format
 LOCK_NAME: Final = "kvmem.lock"
+_SEGMENTS: Final = 100_000
 _NAME: Final = re.compile(r"segment-(\d{5})\.kvmem")
 _MAGIC: Final = b"kvmemseg"
 _VERSION: Final = 1
@@ -46,6 +47,12 @@ class Geometry:
     def segment_slots(self, capacity: int) -> list[int]:
         """Return the number of slots of each segment, which together take at most ``capacity`` bytes."""
         full, rest = divmod(capacity, self.file_bytes(self.slots))
+        most = min(_SEGMENTS, INT32_MAX // self.slots - 1)  # their names have five digits, and ids of slots are int32
+        if full >= most:
+            raise SpecError(
+                f"capacity: got {capacity}; with block_bytes={self.block_bytes} the largest capacity that works is "
+                f"{most * self.file_bytes(self.slots) - 1}"
+            )
         counts = [self.slots] * full + [max(0, rest - PAGE) // self.slot_bytes]
         counts = [count for count in counts if count]
         if not counts:
@@ -71,7 +78,7 @@ class Folder:
     ``TierError`` says what is wrong with the folder, and nothing in it was changed.
     """
 
-    def __init__(self, path: str, files: Files, geometry: Geometry, fingerprint: bytes, *, write: bool, direct: bool):
+    def __init__(self, path: str, files: Files, geometry: Geometry, fingerprint: bytes, write: bool, direct: bool):
         self.path, self._files, self._geometry = path, files, geometry
         self._superblock = _superblock(fingerprint, geometry.block_bytes)
         self._flags, self._direct = os.O_RDWR if write else os.O_RDONLY, direct
@@ -186,7 +193,7 @@ class Folder:
                     page = pages(PAGE)
                     page[:] = self._superblock.ljust(PAGE, b"\0")
                     files.pwritev(segment.fd, [page], 0)
-                    segment.blank, segment.dirty = False, True
+                    segment.blank = False
                 if files.stat(segment.fd).st_size > size:
                     files.truncate(segment.fd, size)
                 segment.count = counts[number]
