@@ -66,9 +66,7 @@ class DiskTier(Tier):
         policy: str = "lru",
         files: Files | None = None,
     ) -> None:
-        folder = os.fspath(path) if isinstance(path, (str, os.PathLike)) else path
-        if not isinstance(folder, str) or not folder or "\0" in folder:
-            raise SpecError(f"path: got {brief(path)}; must be the name of a folder")
+        folder = _folder_name(path)
         if not isinstance(fingerprint, bytes) or len(fingerprint) != KEY_BYTES:
             raise SpecError(f"fingerprint: got {brief(fingerprint)}; must be 32 bytes, as of Identity.fingerprint")
         self._geometry = Geometry(check_size("block_bytes", block_bytes, most=1 << 40))
@@ -93,17 +91,20 @@ class DiskTier(Tier):
             self._io.close()
             raise
         self._closer = finalize(self, _close, self._folder, self._io)
+        self._open(counts)
+
+    # Opening, and for readers again and again: the index from the headers.
+
+    def _open(self, counts: list[int]) -> None:
         try:
-            if not read_only:
+            if self._read_only:
+                self._rescan()
+            else:
                 self._folder.resize(counts)
                 self._recover()
-            else:
-                self._rescan()
         except BaseException:
             self._closer()
             raise
-
-    # Opening, and for readers again and again: the index from the headers.
 
     def _recover(self) -> None:
         """Fill the index of a writer: records in the order in which they were put, so that the oldest goes first."""
@@ -359,6 +360,13 @@ class DiskTier(Tier):
                 self._idle.wait()
         self._sync()
         self._closer()
+
+
+def _folder_name(path: object) -> str:
+    name = os.fspath(path) if isinstance(path, (str, os.PathLike)) else path
+    if not isinstance(name, str) or not name or "\0" in name:
+        raise SpecError(f"path: got {brief(path)}; must be the name of a folder")
+    return name
 
 
 def _close(folder: Folder, io: PageIO) -> None:
