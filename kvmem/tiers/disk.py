@@ -46,8 +46,8 @@ class DiskTier(Tier):
     cache where the file system can. threads: of the pool. policy: what goes when the tier is full, as of an allocator.
     files: the system calls; tests replace them.
 
-    ``SpecError`` for arguments, ``TierError`` if the folder cannot be used, which is then as it was. Waits for the disk
-    as long as the operating system does. Cost of opening: one read of 4 KiB for each slot.
+    ``SpecError`` for arguments, ``TierError`` if the folder cannot be used; no block of it was then touched. Waits for
+    the disk as long as the operating system does. Cost of opening: one read of 4 KiB for each slot.
     """
 
     name = "disk"
@@ -146,8 +146,9 @@ class DiskTier(Tier):
             for segment in self._folder.segments.values():
                 seen = self._files.stat(segment.fd)
                 if seen.st_mtime_ns != segment.seen_ns:
-                    segment.count = self._geometry.slots_in(seen.st_size)
+                    before, segment.count = self._folder.slots(segment), self._geometry.slots_in(seen.st_size)
                     self._replace((slot, header.record) for slot, header in self._headers(segment))
+                    self._replace((slot, None) for slot in before[segment.count :])
                     segment.seen_ns, changed = seen.st_mtime_ns, True
         except OSError as error:
             self._log.warn("rescan", f"what the writer has added cannot be read: {error}")

@@ -75,7 +75,7 @@ class Segment:
 class Folder:
     """An open folder, its lock if it was opened for writing, and its segments.
 
-    ``TierError`` says what is wrong with the folder, and nothing in it was changed.
+    ``TierError`` says what is wrong with the folder. Nothing in it was then changed, but for the lock file's text.
     """
 
     def __init__(self, path: str, files: Files, geometry: Geometry, fingerprint: bytes, write: bool, direct: bool):

@@ -274,6 +274,10 @@ def test_a_truncated_segment(size: int, tmp_path: Path) -> None:
         assert {key: get(tier, key, 6000) for key in contents} == contents
 
 
+def present(tier: DiskTier) -> list[int]:
+    return [n for n in range(9) if tier.contains([key_of(n)])]
+
+
 def test_a_reader_learns_what_the_writer_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also of a segment that is added or removed. A reader writes nothing."""
     monkeypatch.setattr(segments, "SEGMENT_BYTES", 3 * 12288)
@@ -292,10 +296,12 @@ def test_a_reader_learns_what_the_writer_does(tmp_path: Path, monkeypatch: pytes
             put(writer, {key_of(n): b"%d" % n for n in range(3, 7)})
             assert [get(reader, key_of(n)) for n in (2, 6)] == [b"two", b"6"]
             assert reader.capacity().num_blocks == 6
-        with open_disk(tmp_path / "disk", num_slots=2) as writer:
-            found = [n for n in range(9) if writer.contains([key_of(n)])]
+        with open_disk(tmp_path / "disk", num_slots=5) as writer:  # the last segment is cut
             assert_miss(reader, key_of(8))
-            assert [n for n in range(9) if reader.contains([key_of(n)])] == found
+            assert len(present(reader)) == 5 and present(reader) == present(writer)
+        with open_disk(tmp_path / "disk", num_slots=2) as writer:  # and here removed
+            assert_miss(reader, key_of(8))
+            assert present(reader) == present(writer)
         before = listing(tmp_path)
         for result in (reader.put([key_of(1)], [memoryview(b"x")])[0], reader.delete([key_of(1)])[0]):
             assert result.status is Status.FAILED and "read_only" in result.reason

@@ -10,6 +10,7 @@ from hashlib import blake2b
 from typing import Any
 
 import pytest
+from support import LONG
 
 from kvmem.errors import SpecError, TierError
 from kvmem.tiers import Result, Status, Tier
@@ -50,7 +51,7 @@ class TierSuite:
     ``LARGEST`` bytes. The fixture closes what it opened."""
 
     bounded = True  # never holds more than num_blocks, and refuses a payload above LARGEST; a remote store may not
-    steps = 400  # of a random walk, and of each thread
+    steps = 10_000 if LONG else 400  # of a random walk; half as many for each thread
 
     def test_empty(self, make: Callable[..., Tier]) -> None:
         tier = make()
