@@ -46,7 +46,9 @@ class WorstTier(DictTier):
 
 
 @pytest.mark.parametrize("name", sorted(SPECS))
-def test_a_tier_that_does_everything_wrong(name: str, backend: str, seed: int, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_tier_that_does_everything_wrong(
+    name: str, backend: str, seed: int, caplog: pytest.LogCaptureFixture
+) -> None:
     rng = random.Random(seed)
     world = World(make(name, backend, host_blocks=4, lower=[WorstTier(rng), DictTier(most=6)], debug=False))
     texts = prompts(rng, 10)
@@ -64,7 +66,8 @@ def test_a_driver_that_fails_while_blocks_move(verb: str, backend: str, seed: in
     world = World(make("window", backend, host_blocks=20, driver=driver))
     texts, failed = prompts(rng, 8), 0
     for _ in range(120):
-        driver.fail(verb, rng.randrange(1, 6), rng.choice([2, 719]))
+        if rng.random() < 0.4:
+            driver.fail(verb, rng.randrange(1, 6), rng.choice([2, 719]))
         try:
             world.run(rng.choice(texts))
         except kvmem.DeviceError:
