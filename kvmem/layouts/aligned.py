@@ -8,11 +8,13 @@ from math import gcd
 
 import torch
 
-from kvmem.arguments import brief, check_choice, check_size
+from kvmem import _core
+from kvmem.arguments import check_choice, check_size
 from kvmem.errors import SpecError
 from kvmem.kernels.blocks import Impl, pick
 from kvmem.layouts.attention import Partial, masked_scores, normalise
-from kvmem.layouts.base import Layout
+from kvmem.layouts.base import Layout, check_spec
+from kvmem.layouts.bits import readable
 from kvmem.layouts.reading import TokenReader
 from kvmem.spec import CacheSpec, Component, Group
 
@@ -120,23 +122,46 @@ class AlignedKV(Layout):
 
     def encode_blocks(self, layer: int, tail: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
         """K in planes, and the largest exponents of K and V."""
-        k, v = tail["k_tail"], tail["v"].squeeze(2)
-        heads, _ = self._shape(layer)
-        bursts = k.permute(0, 2, 3, 1).reshape(len(k), BLOCK, -1, BLOCK)  # [blocks, rows, bursts of a row, tokens]
-        largest = [self.format.exponents(bits).amax(1) for bits in (_bits(k), join_planes(v, heads))]
-        exponents = torch.stack(largest, dim=1).to(torch.uint8)
-        return {"k": split_planes(bursts).unsqueeze(2), "max_exponent": exponents.view(len(k), BLOCK, 1, -1)}
+        k, v = tail["k_tail"], join_planes(tail["v"].squeeze(2), self._shape(layer)[0], self.dtype)
+        # The largest magnitude has the largest exponent.
+        largest = torch.stack([(x.view(torch.int16) & 0x7FFF).amax(1) for x in (k, v)], dim=1)
+        exponents = self.format.exponents(largest).to(torch.uint8).view(len(k), BLOCK, 1, -1)
+        return {"k": split_columns(k).unsqueeze(2), "max_exponent": exponents}
 
     def derive(self, reader: TokenReader, first: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Every bit that was written. Blocks of K are read whole."""
         heads, width = self._shape(reader.layer)
         complete = _complete(reader.length)
+        if reader.device.type == "cpu" and self._joins(reader, first, end):
+            both = torch.empty(2, end - first, heads, width, dtype=self.dtype)
+            self._join(reader, first, end, *both)
+            return both[0], both[1]
         start, stop = _complete(first), min(_complete(end + BLOCK - 1), complete)
         tail = reader.rows("k_tail", complete, max(end, complete))
         levels = torch.full((heads, width), 2, device=tail.device)
         k = self._keys(reader, levels, start, max(start, stop))
         v = self._read(reader, "v", levels[:1, :1].expand(end - first, heads), first, end)
         return torch.cat((k, tail))[first - start : end - start], self._numbers(v)
+
+    def derive_into(self, reader: TokenReader, first: int, end: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        """On the CPU in one pass over the memory (csrc/codec), for the layout's own dtype."""
+        if k.device.type == "cpu" and k.dtype == v.dtype == self.dtype and self._joins(reader, first, end):
+            return self._join(reader, first, end, k, v)
+        super().derive_into(reader, first, end, k, v)
+
+    def _joins(self, reader: TokenReader, first: int, end: int) -> bool:
+        """Whether these tokens are whole blocks of K, and what lies in the tail."""
+        return first % BLOCK == 0 and (end % BLOCK == 0 or end >= _complete(reader.length))
+
+    def _join(self, reader: TokenReader, first: int, end: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        whole = max(first, min(end, _complete(reader.length)))
+        _core.join_columns(k[: whole - first], reader.rows("k", first, whole, count=False))
+        if whole < end:
+            k[whole - first :] = reader.rows("k_tail", whole, end)
+        _core.join_planes(v, reader.rows("v", first, end, count=False))
+        for component, numbers in (("k", k[: whole - first].numel()), ("v", v.numel())):
+            for plane, bytes in (("high", numbers), ("mid", numbers // 2), ("low", numbers // 2)):
+                reader.count_read(f"{component}.{plane}", bytes)
 
     def attend(
         self, q: torch.Tensor, reader: TokenReader, *, scale: float | None = None, causal: bool = True
@@ -298,11 +323,27 @@ def split_planes(values: torch.Tensor) -> torch.Tensor:
 
     values: 16-bit floats ``[..., units, n]``, n even. A byte holds the nibbles of elements i and i + n / 2 of a unit.
     """
+    if values.device.type == "cpu":
+        rows = torch.empty(*values.shape[:-2], values.shape[-2] * values.shape[-1] * 2, dtype=torch.uint8)
+        flat = values.reshape(-1, *values.shape[-2:])
+        _core.split_planes(readable(flat), rows.view(-1, 1, rows.shape[-1]))
+        return rows
     bits = _bits(values)
     nibbles = ((bits >> shift) & 15 for shift in (4, 0))
     halves = (torch.tensor_split(nibble, 2, dim=-1) for nibble in nibbles)
     planes = [bits >> 8, *(low | high << 4 for low, high in halves)]
     return torch.cat([plane.flatten(-2) for plane in planes], dim=-1).to(torch.uint8)
+
+
+def split_columns(k: torch.Tensor) -> torch.Tensor:
+    """Return blocks of K ``[m, 64, heads, width]`` as rows of bytes ``[m, 64, 2 * heads * width]``: ``split_planes`` of
+    their channels, each a unit of 64 tokens, with the same number of channels in each row.
+    """
+    if k.device.type == "cpu":
+        rows = torch.empty(len(k) * BLOCK, 1, 2 * k[0, 0].numel(), dtype=torch.uint8)
+        _core.split_columns(readable(k.flatten(0, 1)), rows)
+        return rows.view(len(k), BLOCK, -1)
+    return split_planes(k.permute(0, 2, 3, 1).reshape(len(k), BLOCK, -1, BLOCK))
 
 
 def cut_planes(rows: torch.Tensor, units: int) -> list[torch.Tensor]:
@@ -312,10 +353,14 @@ def cut_planes(rows: torch.Tensor, units: int) -> list[torch.Tensor]:
     return [plane.view(*plane.shape[:-1], units, plane.shape[-1] // units) for plane in planes]  # of no rows too
 
 
-def join_planes(rows: torch.Tensor, units: int) -> torch.Tensor:
-    """Return the bits that ``split_planes`` was given, int32 ``[..., units, n]``."""
+def join_planes(rows: torch.Tensor, units: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return what ``split_planes`` was given, ``[..., units, n]`` in a 16-bit dtype."""
+    if rows.device.type == "cpu":
+        found = torch.empty(*rows.shape[:-1], units, rows.shape[-1] // (2 * units), dtype=dtype)
+        _core.join_planes(found.view(-1, *found.shape[-2:]), rows.reshape(-1, 1, rows.shape[-1]))
+        return found
     high, mid, low = cut_planes(rows, units)
-    return high.int() << 8 | _open(mid) << 4 | _open(low)
+    return (high.int() << 8 | _open(mid) << 4 | _open(low)).to(torch.int16).view(dtype)
 
 
 def _open(nibbles: torch.Tensor) -> torch.Tensor:
@@ -358,8 +403,7 @@ def _complete(tokens: int) -> int:
 
 def _checked(spec: CacheSpec) -> tuple[Group, Component, Component]:
     """Return the only group of a spec of plain K and V, and both; ``SpecError`` for what cannot be cut into planes."""
-    if not isinstance(spec, CacheSpec):
-        raise SpecError(f"spec: got {brief(spec)}; must be a CacheSpec, as CacheSpec.kv() gives it")
+    check_spec(spec)
     names = [sorted(component.name for component in group.components) for group in spec.groups]
     if names != [["k", "v"]]:
         raise SpecError(f"spec: got groups of {names}; AlignedKV takes one, of k and v, as CacheSpec.kv() gives it")

@@ -15,12 +15,13 @@ from torch.nn.utils.rnn import pad_sequence
 
 from kvmem.allocator import Allocator, Batch, Sequence
 from kvmem.allocator.opening import MAX_SEQUENCES
-from kvmem.arguments import as_int32, check_size
+from kvmem.arguments import as_int32, brief, check_bool, check_choice, check_number, check_size
 from kvmem.errors import OutOfMemory, SpecError, StaleHandle
 from kvmem.kernels.checks import as_bytes, flat_tokens
 from kvmem.kernels.write import to_cache_dtype
 from kvmem.layouts.attention import Partial, compute_dtype, described, normalise
 from kvmem.spec import CacheSpec
+from kvmem.spec.dtypes import parse_dtype
 
 __all__ = ["LaneCache", "LaneSequence", "Lanes"]
 
@@ -92,6 +93,7 @@ class LaneCache:
         spec = CacheSpec.kv(num_layers=1, num_kv_heads=1, head_dim=head_dim, dtype=dtype, block_size=block_size)
         check_size("num_layers", num_layers), check_size("num_kv_heads", num_kv_heads)
         check_size("max_sequences", max_sequences)
+        check_choice("backend", backend, ("virtual", "paged"))
         self.num_layers, self.num_kv_heads, self.max_sequences = num_layers, num_kv_heads, max_sequences
         self.head_dim, self.dtype = head_dim, spec.groups[0].components[0].dtype
         each = (num_layers + 1) * num_kv_heads  # one more layer: an eviction from shared lanes writes new ones first
@@ -125,7 +127,7 @@ class LaneCache:
         """Return several sequences of this cache as one object. ``SpecError`` for others, or one twice."""
         owners = {getattr(one, "cache", None) for one in sequences} if isinstance(sequences, (list, tuple)) else set()
         if owners != {self} or len(set(map(id, sequences))) != len(sequences):
-            raise SpecError(f"sequences: got {sequences!r:.200}; must be different sequences of this cache")
+            raise SpecError(f"sequences: got {brief(sequences)}; must be different sequences of this cache")
         return Lanes(self, list(sequences))
 
     def trim(self) -> int:
@@ -225,6 +227,7 @@ class Lanes:
         such a copy: nothing has changed then. Cost: a gather and a write of rows that move.
         """
         states, masks = self._states(layer), list(keep) if isinstance(keep, (list, tuple)) else [keep]
+        check_bool("compact", compact)
         if len(masks) != len(states):
             raise SpecError(f"keep: got {len(masks)} masks; must be one for each of {len(states)} sequences")
         found = []
@@ -259,6 +262,7 @@ class Lanes:
 
     def _attention(self, q: torch.Tensor, layer: int, counts: list[int], scale: float | None) -> list[torch.Tensor]:
         """Return the attention of each lane ``[n, g, t, m]``, the lse ``[n, g, t]`` and V ``[n, m, width]``, padded."""
+        scale = q.shape[2] ** -0.5 if scale is None else check_number("scale", scale)
         states, heads, (k, v) = self._states(layer), self.cache.num_kv_heads, self.padded(layer, dtype=compute_dtype(q))
         queries = pad_sequence(list(q.to(k.dtype).split_with_sizes(counts)), batch_first=True)
         queries = torch.unflatten(queries, 2, (heads, q.shape[1] // heads)).permute(0, 2, 3, 1, 4).flatten(0, 1)
@@ -267,13 +271,15 @@ class Lanes:
             asked = np.arange(state.num_tokens - count, state.num_tokens)
             row[:, :count] = [np.searchsorted(held[0], asked, side="right") for held in state.held()]
         with torch.autocast(q.device.type, enabled=False):
-            scores = torch.einsum("ngtd,nmd->ngtm", queries, k) * (q.shape[2] ** -0.5 if scale is None else scale)
+            scores = torch.einsum("ngtd,nmd->ngtm", queries, k) * scale
         hidden = torch.arange(k.shape[1], device=q.device) >= seen.flatten(0, 1)[:, None, :, None].to(q.device)
         weights, lse = normalise(scores.masked_fill_(hidden, -torch.inf).flatten(0, 1))
         return [weights.view_as(scores), lse.T.reshape(scores.shape[:3]), v]
 
     def padded(self, layer: int, *, dtype: torch.dtype | None = None) -> list[torch.Tensor]:
         """Return K and V of each lane, ``[B * H, S, head_dim]``, zero past its rows. dtype: default the cache's."""
+        if dtype is not None and not (dtype := parse_dtype(dtype)).is_floating_point:
+            raise SpecError(f"dtype: got {dtype}; must be a float, such as torch.float16")
         states, rows = self._states(layer), [held[1] for state in self._states(layer) for held in state.held()]
         slots, lengths = self.cache._slots(_ids(states), rows), [len(one) for one in rows]
         found = [as_bytes(flat_tokens(x))[slots].view(x.dtype).squeeze(1) for x in self.cache.kv]

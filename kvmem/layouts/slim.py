@@ -9,7 +9,7 @@ from typing import Any, Final, Literal, get_args
 
 import torch
 
-from kvmem.arguments import check_choice, check_size
+from kvmem.arguments import brief, check_choice, check_number, check_size
 from kvmem.errors import SpecError
 from kvmem.kernels.merge import merge_levels
 from kvmem.layouts.attention import Partial, attend_tile, compute_dtype, described
@@ -57,6 +57,9 @@ class Projection:
     @classmethod
     def of(cls, k: torch.nn.Linear, v: torch.nn.Linear) -> Projection:
         """Return the projection of a model's two layers, whose ``weight`` is the transpose of ``w_k`` and ``w_v``."""
+        for name, layer in (("k", k), ("v", v)):
+            if not isinstance(layer, torch.nn.Module) or not isinstance(layer.weight, torch.Tensor):
+                raise SpecError(f"{name}: got {brief(layer)}; must be a torch.nn.Linear, or another module like it")
         return cls(k.weight.T, v.weight.T, k.bias, v.bias)
 
 
@@ -86,6 +89,7 @@ def fold(
     determine V (GQA, MQA); and for a condition number above ``max_cond``, as a singular ``w_k`` has.
     """
     layer, (inputs, columns) = Projection(w_k, w_v, b_k, b_v), w_k.shape
+    max_cond = check_number("max_cond", max_cond, above=0, most=float("inf"))
     if columns < inputs:
         raise SpecError(f"w_k: got {columns} columns for {inputs} rows; K does not determine V (GQA, MQA): store both")
     q, r = torch.linalg.qr(layer.w_k.double().T)  # w_k = r.T @ q.T: the inverse without squaring its condition number
@@ -104,8 +108,11 @@ class _Folding(Layout):
     def _check(self, layers: Sequence[Projection], head_dim: int, dtype: torch.dtype, order: Order) -> None:
         self.head_dim, self.order = check_size("head_dim", head_dim), order
         check_choice("order", order, get_args(Order))
-        if dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-            raise SpecError(f"dtype: got {dtype}; a derived V amplifies its rounding: store torch.float16 or wider")
+        known = torch.float16, torch.bfloat16, torch.float32, torch.float64
+        if not isinstance(dtype, torch.dtype) or dtype not in known:
+            raise SpecError(
+                f"dtype: got {brief(dtype)}; a derived V amplifies its rounding: store torch.float16 or wider"
+            )
         if not isinstance(layers, (tuple, list)) or not all(isinstance(x, Projection) for x in layers or (None,)):
             raise SpecError(f"layers: got {described(layers)}; needs a Projection for each")
         self._weights_dtype = torch.float64 if dtype == torch.float64 else torch.float32
@@ -164,10 +171,13 @@ class SlimK(_Folding):
         """
         self._check(layers, head_dim, dtype, order)
         check_rope(rope, head_dim)
+        if k_norm is not None and not callable(k_norm):
+            raise SpecError(f"k_norm: got {brief(k_norm)}; must be None, or a callable, k_norm(layer, k)")
         self.num_heads, self.rope, self._k_norm = check_size("num_heads", num_heads), rope, k_norm
         for number, layer in enumerate(layers):
             self._check_layer(f"layers[{number}]", layer, layers[0].w_v.shape[1])
-        limit = min(4 / torch.finfo(dtype).eps if max_cond is None else max_cond, _MAX_COND)
+        given = 4 / torch.finfo(dtype).eps if max_cond is None else max_cond
+        limit = min(check_number("max_cond", given, above=0, most=float("inf")), _MAX_COND)
         self.conds: tuple[float, ...] = ()
         self._weights: dict[int, tuple[torch.Tensor, ...]] = {}
         for number, layer in enumerate(layers):

@@ -8,8 +8,9 @@ from support import LONG
 
 import kvmem
 from kvmem import _core
+from kvmem.kernels.write import to_cache_dtype
 from kvmem.layouts import bits as codec
-from kvmem.layouts.bits import BITS, dequantise, hadamard, pack, quantise, unpack
+from kvmem.layouts.bits import BITS, FLOAT8, dequantise, hadamard, pack, quantise, quantise_float8, unpack
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 every_scale = pytest.mark.parametrize("scales", FLOATS[:3], ids=str)
@@ -103,11 +104,44 @@ def test_the_codec_rounds_as_torch_does(bits: int, dtype: torch.dtype, scales: t
             packed, stored = codec.quantise_blocks(blocks, bits, scale_dtype=scales)
             codes, *two = quantise(blocks, bits, dim=1, scale_dtype=scales)
             assert torch.equal(packed, pack(codes, bits))
-            assert_same(stored, torch.cat(two, -1))
-            wanted = dequantise(codes, *stored.chunk(2, -1), dim=1).flatten(0, 1)
+            of_blocks = stored.transpose(1, 2).flatten(-2)
+            assert_same(of_blocks, torch.cat(two, -1))
+            wanted = dequantise(codes, *of_blocks.chunk(2, -1), dim=1).flatten(0, 1)
             for skip, end in ((0, tokens), (3, tokens - 2), (7, 8)):
-                part = packed.flatten(0, 1)[skip:end], stored[: -(-end // 8)]
+                part = packed.flatten(0, 1)[skip:end], stored.flatten(0, 1)[: -(-end // 8) * 8]
                 assert_same(codec.dequantise_blocks(*part, bits, size=8, skip=skip), wanted[skip:end])
+
+
+@every_scale
+@pytest.mark.parametrize("kind", list(FLOAT8), ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_the_codec_rounds_8_bit_floats_as_torch_does(
+    kind: torch.dtype, dtype: torch.dtype, scales: torch.dtype, seed: int
+) -> None:
+    """With scales by token, by channel, and one for all."""
+    tokens, heads, width = 24, 3, 40
+    for x in numbers(dtype, (tokens, heads, width), seed):
+        for size in (1, 4, width):
+            found, stored = codec.quantise_rows(x, kind, size=size, scale_dtype=scales)
+            codes, scale = quantise_float8(x.view(tokens, heads, -1, size), kind, scale_dtype=scales)
+            assert_same(found.view(kind).float(), codes.flatten(-2).view(kind).float())
+            assert_same(stored, scale)
+            wanted = (codes.view(kind).float() * scale.float().unsqueeze(-1)).flatten(-2)
+            assert_same(codec.dequantise_rows(found, stored, kind, size=size), wanted)
+        blocks = x.view(-1, 8, heads, width)
+        found, stored = codec.quantise_blocks(blocks, kind, scale_dtype=scales)
+        codes, scale = quantise_float8(blocks, kind, dim=1, scale_dtype=scales)
+        assert_same(found.view(kind).float(), codes.view(kind).float())
+        assert_same(stored.transpose(1, 2).flatten(-2), scale)
+        wanted = (codes.view(kind).float() * scale.float().unsqueeze(1)).flatten(0, 1)
+        part = found.flatten(0, 1)[3:], stored.flatten(0, 1)
+        assert_same(codec.dequantise_blocks(*part, kind, size=8, skip=3), wanted[3:])
+        for scale in (1.0, 0.3, 2.0**-20, 2.0**127, 3e5):
+            codes = to_cache_dtype(x, kind, scale=scale)
+            found = codec.to_float8(x, kind, scale)
+            same = found.view(torch.uint8) == codes.view(torch.uint8)  # zeros have signs
+            assert (same | (found.float().isnan() & codes.float().isnan())).all()
+            assert_same(codec.from_float8(found, scale), codes.float() * scale)
 
 
 @pytest.mark.core
@@ -144,7 +178,7 @@ def test_the_codec_refuses_what_it_would_misread() -> None:
     with pytest.raises(kvmem.SpecError, match="size: got 3, with skip 0"):
         _core.quantise_channels(x, codes, scales, 3, 4)
     with pytest.raises(kvmem.SpecError, match="with skip 4"):
-        _core.dequantise_channels(x, codes, scales[:1], 4, 4, 4)
+        _core.dequantise_channels(x, codes, scales[:1], 4, 4, 0, 4)
     assert not codes.any() and not scales.any()
 
 
@@ -158,5 +192,7 @@ def test_every_8_bit_float_is_looked_up(dtype: torch.dtype) -> None:
     for x in (rows, rest):
         found, wanted = codec.from_float8(x, 0.5), x.float() * 0.5
         assert torch.equal(found.nan_to_num(7), wanted.nan_to_num(7)) and torch.equal(found.isnan(), wanted.isnan())
-    with pytest.raises(kvmem.SpecError, match="256"):
-        _core.look_up(torch.empty(4, 1, 32), rows.view(torch.uint8), torch.empty(255))
+    with pytest.raises(kvmem.SpecError, match="exponent_bits 3"):
+        _core.from_float8(torch.empty(4, 1, 32), rows.view(torch.uint8), 1.0, 3)
+    with pytest.raises(kvmem.SpecError, match="floats: must be .4, 1, 32. of 32-bit floats"):
+        _core.from_float8(torch.empty(4, 1, 32).half(), rows.view(torch.uint8), 1.0, 4)
