@@ -61,7 +61,7 @@ def goldfinch_spec(
             raise SpecError(f"{field}: got {part}, which does not divide d_model={d_model}")
     kind, state_kind = parse_dtype(dtype, "dtype"), parse_dtype(state_dtype, "state_dtype")
     for field, each in (("dtype", kind), ("state_dtype", state_kind)):
-        if not each.is_floating_point:
+        if not each.is_floating_point or each.itemsize == 1:
             raise SpecError(f"{field}: got {each}; must be a float such as bfloat16: nothing here is quantised")
     gold = tuple(range(first, num_layers))
     groups = [Group("gold", _shared_components(d_model // compression, kind), gold)]

@@ -101,6 +101,8 @@ class LaneCache:
             raise SpecError(f"max_sequences: got {max_sequences}, of {each} lanes each; at most {most} fit a cache")
         if str(options.get("device")) == "meta":
             raise SpecError('device: got "meta", which has no memory; lanes hold and move rows: use "cpu" or a GPU')
+        if options.pop("window_tokens", None) is not None:
+            raise SpecError("window_tokens: lanes keep rows of any positions: policies.SinkAndWindow keeps the newest")
         if options.pop("prefix_cache", False):
             raise SpecError("prefix_cache: got True; lanes are shared by fork() only, as a gate sees the whole prompt")
         options = {"cached_rows": 0, **options} if backend == "virtual" else options

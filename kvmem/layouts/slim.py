@@ -273,7 +273,14 @@ class _Inputs(_Folding):
 
     component: str
 
-    def _set_layers(self, layers: _Layers, head_dim: int, dtype: torch.dtype, order: Order) -> None:
+    def _set_layers(
+        self, layers: _Layers, head_dim: int, dtype: torch.dtype, order: Order, rope: Rope | None
+    ) -> None:  # fmt: skip
+        if rope is not None:
+            name = type(self).__name__
+            raise SpecError(
+                f"rope: {name} multiplies q by w_k, and a rotation stands between them: use SlimK, or K and V"
+            )
         self._check(list(layers.values()) if isinstance(layers, Mapping) else layers, head_dim, dtype, order)
         numbered = layers if isinstance(layers, Mapping) else dict(enumerate(layers))
         self._width = next(iter(numbered.values())).w_k.shape[0]
@@ -331,9 +338,7 @@ class SlimX(_Inputs):
         """layers: one projection for each layer. dtype: of the cache. order: as for ``SlimK``. ``SpecError`` for a
         model with ``rope``, and where K and V have no more elements than the input.
         """
-        if rope is not None:
-            raise SpecError("rope: SlimX multiplies q by w_k, and a rotation stands between them: use SlimK")
-        self._set_layers(layers, head_dim, dtype, order)
+        self._set_layers(layers, head_dim, dtype, order, rope)
         if (both := min(layer.w_k.shape[1] + layer.w_v.shape[1] for layer in layers)) <= self._width:
             raise SpecError(f"layers: got {both} elements of K and V for {self._width} of x, no more: store K and V")
         part = Component("x", width=self._width, dtype=dtype)
@@ -352,14 +357,15 @@ class SharedEncoder(_Inputs):
 
     def __init__(
         self, layers: Mapping[int, Projection], *, head_dim: int, decoder: Layout, dtype: torch.dtype,
-        max_tokens: int | None = None, order: Order = "auto",
+        max_tokens: int | None = None, rope: Rope | None = None, order: Order = "auto",
     ) -> None:  # fmt: skip
         """layers: the projection of cross attention by layer. decoder: the layout of self attention. dtype: of the
-        encoder output. max_tokens: of the encoder (Whisper: 1,500). order: as for ``SlimK``.
+        encoder output. max_tokens: of the encoder (Whisper: 1,500). order: as for ``SlimK``. ``SpecError`` for a model
+        that rotates K of cross attention (``rope``).
         """
         if not isinstance(layers, Mapping) or not isinstance(decoder, Layout):
             raise SpecError(f"layers, decoder: got {described((layers, decoder))}; must be a dict and a Layout")
-        self._set_layers(dict(sorted(layers.items())), head_dim, dtype, order)
+        self._set_layers(dict(sorted(layers.items())), head_dim, dtype, order, rope)
         part = Component("enc", width=self._width, dtype=dtype, scope="shared", growth="prefill")
         encoder = Group("encoder", (part,), tuple(self._weights), max_tokens=max_tokens)
         self.group, self.decoder = len(decoder.spec.groups), copy.copy(decoder)

@@ -88,8 +88,8 @@ CALLS: dict[str, Call] = {
     "SharedEncoder": (
         lambda _: SharedEncoder,
         {"layers": {0: ONE}, "head_dim": 16, "decoder": PlainKV(plain_spec()), "dtype": HALF, "max_tokens": 32,
-         "order": "auto"},
-        {"max_tokens": {"None"}},
+         "order": "auto", "rope": None},
+        {"max_tokens": {"None"}, "rope": {"None"}},
     ),
     "factor": (lambda _: factor, {"weight": W, "rank": 4, "root": None}, {"root": {"None"}}),
     "search_ranks": (
