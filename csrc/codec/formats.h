@@ -83,6 +83,12 @@ inline typename T::Order turned(typename T::Bits bits) {  // its own inverse
   return static_cast<Order>(order ^ (order >> (8 * sizeof(order) - 1) & std::numeric_limits<Order>::max()));
 }
 
+template <class T>
+inline float unturned(typename T::Order order) {
+  using Bits = typename T::Bits;
+  return T::get(static_cast<Bits>(turned<T>(static_cast<Bits>(order))));
+}
+
 // A format of codes. top: what the largest number of a group becomes. zero: whether groups have a zero point. `code`:
 // of a number that is divided by the scale already. `value`: of a code.
 struct Integers {

@@ -86,12 +86,6 @@ KVMEM_INLINE void transpose_tile(const u16* in, i64 from, u16* out, i64 to) {
 }
 #endif
 
-void transpose(const u16* in, i64 from, u16* out, i64 to) {
-  for (i64 i = 0; i < kBlock; i += 8) {
-    for (i64 j = 0; j < kBlock; j += 8) transpose_tile(in + i * from + j, from, out + j * to + i, to);
-  }
-}
-
 // Rows of numbers and of bytes.
 u16* numbers_at(const Planes& p, i64 row) { return p.numbers + row * p.stride / 2; }
 u8* bytes_at(const Planes& p, i64 row) { return p.bytes + row * p.bytes_stride; }
@@ -106,29 +100,31 @@ void join_planes(const Planes& p) {
   for (i64 row = 0; row < p.rows; ++row) join_row(bytes_at(p, row), p.units, p.width, numbers_at(p, row));
 }
 
-// Column c lies in row c / units of the bytes; 64 columns are turned at a time.
+// Column c lies in row c / units of the bytes. Numbers are read 8 rows at a time, each from end to end.
 void split_columns(const Planes& p) {
-  const i64 columns = p.units * p.width, units = columns / kBlock;
+  const i64 columns = p.units * p.width, stride = p.stride / 2;
   std::vector<u16> turned(static_cast<size_t>(columns * kBlock));
   for (i64 block = 0; block < p.rows; block += kBlock) {
-    for (i64 c = 0; c < columns; c += kBlock) {
-      transpose(numbers_at(p, block) + c, p.stride / 2, turned.data() + c * kBlock, kBlock);
+    for (i64 t = 0; t < kBlock; t += 8) {
+      const u16* const rows = numbers_at(p, block + t);
+      for (i64 c = 0; c < columns; c += 8) transpose_tile(rows + c, stride, turned.data() + c * kBlock + t, kBlock);
     }
     for (i64 row = 0; row < kBlock; ++row) {
-      split_row(turned.data() + row * columns, units, kBlock, bytes_at(p, block + row));
+      split_row(turned.data() + row * columns, columns / kBlock, kBlock, bytes_at(p, block + row));
     }
   }
 }
 
 void join_columns(const Planes& p) {
-  const i64 columns = p.units * p.width, units = columns / kBlock;
+  const i64 columns = p.units * p.width, stride = p.stride / 2;
   std::vector<u16> turned(static_cast<size_t>(columns * kBlock));
   for (i64 block = 0; block < p.rows; block += kBlock) {
     for (i64 row = 0; row < kBlock; ++row) {
-      join_row(bytes_at(p, block + row), units, kBlock, turned.data() + row * columns);
+      join_row(bytes_at(p, block + row), columns / kBlock, kBlock, turned.data() + row * columns);
     }
-    for (i64 c = 0; c < columns; c += kBlock) {
-      transpose(turned.data() + c * kBlock, kBlock, numbers_at(p, block) + c, p.stride / 2);
+    for (i64 c = 0; c < columns; c += 8) {
+      const u16* const from = turned.data() + c * kBlock;
+      for (i64 t = 0; t < kBlock; t += 8) transpose_tile(from + t, kBlock, numbers_at(p, block + t) + c, stride);
     }
   }
 }

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "codec/formats.h"
+#include "codec/packing.h"
 #include "codec/vectors.h"
 #if KVMEM_CLONES
 #include <immintrin.h>
@@ -21,7 +22,7 @@
 namespace kvmem {
 namespace {
 
-constexpr i64 kTile = 8192;  // numbers that stay in the first caches between the passes over them
+constexpr i64 kTile = 2048;  // numbers that stay in the first cache between the passes over them
 
 // Calls work(format) with the format of floats, or of codes.
 template <class Work>
@@ -100,12 +101,6 @@ void to_floats(const Tokens& from, i64 token, i64 tokens, i64 first, i64 count, 
       copy_others(from.kind, at, count, out);
     }
   }
-}
-
-template <class T>
-KVMEM_INLINE float unturned(typename T::Order order) {
-  using Bits = typename T::Bits;
-  return T::get(static_cast<Bits>(turned<T>(static_cast<Bits>(order))));
 }
 
 KVMEM_VECTORS void find_extremes(const Tokens& x, i64 token, i64 tokens, i64 groups, i64 size, float* low,
@@ -250,29 +245,6 @@ KVMEM_VECTORS void values_of_channels(CodeKind code, const u8* codes, i64 heads,
   });
 }
 
-// `count` codes, which fill whole words, as bytes.
-template <class Word, int kBits>
-KVMEM_INLINE void pack_words(const u8* codes, i64 count, unsigned char* out) {
-  constexpr int kCodes = sizeof(Word);  // of a word
-  for (i64 i = 0; i < count / kCodes; ++i) {
-    Word word, packed = 0;
-    std::memcpy(&word, codes + i * kCodes, sizeof(word));
-    for (int j = 0; j < kCodes; ++j) packed |= word >> (8 - kBits) * j & Word{(1 << kBits) - 1} << kBits * j;
-    for (int j = 0; j < kCodes * kBits / 8; ++j) out[kCodes * kBits / 8 * i + j] = static_cast<u8>(packed >> 8 * j);
-  }
-}
-
-template <class Word, int kBits>
-KVMEM_INLINE void unpack_words(const unsigned char* packed, i64 count, u8* codes) {
-  constexpr int kCodes = sizeof(Word), kBytes = kCodes * kBits / 8;
-  for (i64 i = 0; i < count / kCodes; ++i) {
-    Word bytes = 0, word = 0;
-    for (int j = 0; j < kBytes; ++j) bytes |= Word{packed[kBytes * i + j]} << 8 * j;
-    for (int j = 0; j < kCodes; ++j) word |= (bytes >> kBits * j & Word{(1 << kBits) - 1}) << 8 * j;
-    std::memcpy(codes + i * kCodes, &word, sizeof(word));
-  }
-}
-
 KVMEM_VECTORS void pack(const u8* codes, i64 count, int bits, unsigned char* out) {
   if (bits == 4) return pack_words<u16, 4>(codes, count, out);
   if (bits == 2) return pack_words<u32, 2>(codes, count, out);
@@ -359,7 +331,7 @@ void dequantise_tokens(const Quantised& q, Tokens codes, Tokens scales, float* o
 
 void quantise_channels(const Quantised& q, Tokens x, Tokens codes, Tokens scales) {
   const i64 bytes = q.width * bytes_of(scales.kind), each = q.parts() * bytes / q.size;
-  const i64 heads = std::clamp<i64>(2 * kTile / (q.size * q.width), 1, q.heads),
+  const i64 heads = std::clamp<i64>(8 * kTile / (q.size * q.width), 1, q.heads),
             channels = heads * q.width;  // at a time
   const float top = top_of(q), limit = limit_of(scales.kind);
   std::vector<float> values(static_cast<size_t>(q.size * channels));  // of a block

@@ -96,12 +96,8 @@ def parts_of(kind: Kind) -> int:
     return 1 if isinstance(kind, torch.dtype) else 2
 
 
-def _bits(kind: Kind) -> int:
-    return 8 if isinstance(kind, torch.dtype) else kind
-
-
 def _how(kind: Kind) -> tuple[int, int]:
-    """As csrc/codec takes a kind: bits, and bits of the exponent."""
+    """Return the bits of a code, and those of an exponent in it: 0 for integers."""
     return (8, FLOAT8[kind]) if isinstance(kind, torch.dtype) else (kind, 0)
 
 
@@ -129,8 +125,8 @@ def quantise_rows(
     n, heads, width = x.shape
     if x.device.type != "cpu":
         codes, *parts = _to_codes(x.view(n, heads, width // size, size), kind, -1, scale_dtype)
-        return pack(codes.flatten(-2), _bits(kind)), torch.cat(parts, -1)
-    packed = torch.empty(n, heads, width * _bits(kind) // 8, dtype=torch.uint8)
+        return pack(codes.flatten(-2), _how(kind)[0]), torch.cat(parts, -1)
+    packed = torch.empty(n, heads, width * _how(kind)[0] // 8, dtype=torch.uint8)
     scales = torch.empty(n, heads, parts_of(kind) * (width // size), dtype=scale_dtype)
     _core.quantise_tokens(readable(x), packed, scales, size, *_how(kind))
     return packed, scales
@@ -142,9 +138,9 @@ def dequantise_rows(
     """Return what ``quantise_rows`` was given, in float32 ``[n, heads, width]``; on the CPU in ``out``, if that is
     dense and float32.
     """
-    n, heads, width = *packed.shape[:2], packed.shape[2] * 8 // _bits(kind)
+    n, heads, width = *packed.shape[:2], packed.shape[2] * 8 // _how(kind)[0]
     if packed.device.type != "cpu":
-        codes = unpack(packed, _bits(kind)).view(n, heads, -1, size)
+        codes = unpack(packed, _how(kind)[0]).view(n, heads, -1, size)
         return _from_codes(codes, kind, scales, -1).flatten(-2)
     out = _room(out, n, heads, width)
     _core.dequantise_tokens(out, packed, scales, size, *_how(kind))
@@ -163,8 +159,8 @@ def quantise_blocks(
     each = parts_of(kind) * width // size
     if x.device.type != "cpu":
         codes, *parts = _to_codes(x, kind, 1, scale_dtype)
-        return pack(codes, _bits(kind)), torch.cat(parts, -1).view(m, heads, size, each).transpose(1, 2)
-    packed = torch.empty(m, size, heads, width * _bits(kind) // 8, dtype=torch.uint8)
+        return pack(codes, _how(kind)[0]), torch.cat(parts, -1).view(m, heads, size, each).transpose(1, 2)
+    packed = torch.empty(m, size, heads, width * _how(kind)[0] // 8, dtype=torch.uint8)
     scales = torch.empty(m, size, heads, each, dtype=scale_dtype)
     _core.quantise_channels(readable(x.flatten(0, 1)), packed.flatten(0, 1), scales.flatten(0, 1), size, *_how(kind))
     return packed, scales
@@ -178,11 +174,11 @@ def dequantise_blocks(
     ``skip`` of the first block on; scales: ``[k * size, heads, ...]``, of all blocks that they are in. out: as for
     ``dequantise_rows``.
     """
-    n, heads, width = *packed.shape[:2], packed.shape[2] * 8 // _bits(kind)
+    n, heads, width = *packed.shape[:2], packed.shape[2] * 8 // _how(kind)[0]
     if packed.device.type != "cpu":
         of_blocks = scales.view(-1, size, heads, scales.shape[-1]).transpose(1, 2).flatten(-2)
         each = of_blocks.repeat_interleave(size, 0)[skip : skip + n]
-        return _from_codes(unpack(packed, _bits(kind)).unsqueeze(1), kind, each, 1).squeeze(1)
+        return _from_codes(unpack(packed, _how(kind)[0]).unsqueeze(1), kind, each, 1).squeeze(1)
     out = _room(out, n, heads, width)
     _core.dequantise_channels(out, packed, scales, size, *_how(kind), skip)
     return out

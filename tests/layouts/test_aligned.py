@@ -7,8 +7,9 @@ import torch
 from aligned_cases import Held, flip_unread, record, spec
 
 from kvmem import CacheSpec, Component, Group, SpecError
-from kvmem.layouts.aligned import FORMATS, AlignedKV, join_planes, key_levels, split_planes, value_levels
+from kvmem.layouts.aligned import AlignedKV, key_levels, value_levels
 from kvmem.layouts.attention import attend_tile
+from kvmem.layouts.planes import FORMATS, join_planes, split_planes
 
 HALF, BRAIN = torch.float16, torch.bfloat16
 every_dtype = pytest.mark.parametrize("dtype", [HALF, BRAIN], ids=str)

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
 import pytest
 import torch
 from support import LONG
@@ -10,6 +16,7 @@ import kvmem
 from kvmem import _core
 from kvmem.kernels.write import to_cache_dtype
 from kvmem.layouts import bits as codec
+from kvmem.layouts import planes
 from kvmem.layouts.bits import BITS, FLOAT8, dequantise, hadamard, pack, quantise, quantise_float8, unpack
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -142,6 +149,46 @@ def test_the_codec_rounds_8_bit_floats_as_torch_does(
             same = found.view(torch.uint8) == codes.view(torch.uint8)  # zeros have signs
             assert (same | (found.float().isnan() & codes.float().isnan())).all()
             assert_same(codec.from_float8(found, scale), codes.float() * scale)
+
+
+def on_a_gpu(module: ModuleType) -> Any:
+    """The module as it runs where csrc/codec does not: every choice by device falls the other way."""
+    text = Path(str(module.__file__)).read_text()
+    swapped = re.sub(r'device\.type ([=!])= "cpu"', lambda m: f'device.type {"!" if m[1] == "=" else "="}= "cpu"', text)
+    assert swapped != text
+    made = ModuleType(f"{module.__name__}_on_a_gpu")
+    sys.modules[made.__name__] = made  # where dataclasses look for it
+    exec(compile(swapped, str(module.__file__), "exec"), vars(made))
+    return made
+
+
+@pytest.mark.parametrize("kind", [*BITS, *FLOAT8], ids=str)
+def test_torch_gives_the_same_on_other_devices(kind: int | torch.dtype, seed: int) -> None:
+    other, x = on_a_gpu(codec), torch.randn(24, 3, 40, generator=torch.Generator().manual_seed(seed))
+    for size in (4, 40):
+        found = codec.quantise_rows(x, kind, size=size)
+        assert all(map(torch.equal, found, other.quantise_rows(x, kind, size=size)))
+        wanted = other.dequantise_rows(*found, kind, size=size)
+        assert torch.equal(codec.dequantise_rows(*found, kind, size=size), wanted)
+    blocks = codec.quantise_blocks(x.view(3, 8, 3, 40), kind)
+    assert all(map(torch.equal, blocks, other.quantise_blocks(x.view(3, 8, 3, 40), kind)))
+    part = blocks[0].flatten(0, 1)[3:22], blocks[1].flatten(0, 1)
+    assert torch.equal(*(each.dequantise_blocks(*part, kind, size=8, skip=3) for each in (codec, other)))
+    if isinstance(kind, torch.dtype):
+        codes = other.to_float8(x, kind, 0.3)
+        assert torch.equal(codec.to_float8(x, kind, 0.3).view(torch.uint8), codes.view(torch.uint8))
+        assert torch.equal(codec.from_float8(codes, 0.3), other.from_float8(codes, 0.3))
+
+
+@pytest.mark.parametrize("dtype", FLOATS[:2], ids=str)
+@pytest.mark.parametrize(("heads", "width"), [(4, 16), (1, 64), (2, 96), (32, 2)])
+def test_torch_cuts_the_same_planes_on_other_devices(dtype: torch.dtype, heads: int, width: int, seed: int) -> None:
+    other, draw = on_a_gpu(planes), torch.Generator().manual_seed(seed)
+    k = torch.randint(-(1 << 15), 1 << 15, (3, 64, heads, width), generator=draw, dtype=torch.int16).view(dtype)
+    rows = planes.split_planes(k)
+    assert torch.equal(rows, other.split_planes(k)) and torch.equal(planes.split_columns(k), other.split_columns(k))
+    joined = (each.join_planes(rows, heads, dtype).view(torch.int16) for each in (planes, other))
+    assert all(torch.equal(found, k.view(torch.int16)) for found in joined)
 
 
 @pytest.mark.core
