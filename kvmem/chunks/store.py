@@ -1,0 +1,162 @@
+"""A store of chunks by content, over any tiers: what was computed once is found again in every process that shares a
+tier (Knowledge Delivery Network; LMCache's store and retrieve).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence as List
+from typing import NamedTuple
+
+import numpy as np
+
+from kvmem.allocator import Allocator
+from kvmem.allocator.prefix import Salt, Tokens, token_ids
+from kvmem.allocator.sequence import Sequence
+from kvmem.arguments import brief, check_size
+from kvmem.chunks.chunk import Chunk, export, import_, sections_of
+from kvmem.chunks.codecs import codec_named
+from kvmem.chunks.folder import FolderTier
+from kvmem.chunks.format import FRAME_BYTES, MOST_HEADER_BYTES, blob_of, chunk_in
+from kvmem.errors import SpecError, TierError
+from kvmem.events.digests import ExtraKey
+from kvmem.spec import CacheSpec
+from kvmem.tiers.base import Tier
+from kvmem.tiers.keys import BlockKeys, Identity
+
+__all__ = ["ChunkStore", "Found"]
+
+
+class Found(NamedTuple):
+    """What a store has of a key: the chunk, or None and the reason, as a sentence."""
+
+    chunk: Chunk | None
+    reason: str = ""
+
+
+class ChunkStore:
+    """Chunks of ``chunk_tokens`` tokens under two kinds of keys: *chained* ones name a chunk and all tokens before it,
+    for prefixes; *position-free* ones name the tokens alone, for ``compose``. Both cover spec, model, RoPE, rank, salt,
+    adapter and chunk size, so what differs in one of these is not found. A chunk that is found is right.
+
+    tiers: a folder, a tier, or several, the fastest first: a chunk is put in all of them, and one that a slower tier
+    has is put in the faster ones when it is found. Each keeps what it has room for. The caller closes tiers that it
+    opened.
+    codec: how chunks are stored, ``"none"``, ``"int8"``, ``"int4"`` or ``"cachegen"``. What comes back through a lossy
+    one is not shared with other prompts.
+
+    The last, incomplete chunk of a prompt is not stored: its key would change with each token, and a prompt that goes
+    on would not find it.
+    """
+
+    def __init__(
+        self, tiers: str | os.PathLike[str] | Tier | List[Tier], *, spec: CacheSpec, identity: Identity,
+        chunk_tokens: int = 256, codec: str = "none",
+    ) -> None:  # fmt: skip
+        if isinstance(tiers, (str, os.PathLike)):
+            tiers = FolderTier(tiers)
+        self._tiers = [tiers] if isinstance(tiers, Tier) else list(tiers)
+        if not self._tiers or not all(isinstance(tier, Tier) for tier in self._tiers):
+            raise SpecError(f"tiers: got {brief(tiers)}; must be a folder, a Tier, or a list of at least one")
+        self.chunk_tokens = check_size("chunk_tokens", chunk_tokens)
+        codec_named(codec)
+        self._spec, self._identity, self._codec = spec, identity, codec
+        self._keys = BlockKeys(identity.fingerprint(spec), self.chunk_tokens)
+
+    # --- by key ---
+
+    def key(self, tokens: Tokens, *, salt: Salt = None, adapter: str | None = None) -> bytes:
+        """Return the position-free key of a chunk of any length."""
+        return self._keys.chunk(token_ids(tokens), salt=salt, adapter=adapter)
+
+    def chain(
+        self, tokens: Tokens, *, salt: Salt = None, adapter: str | None = None, extra_key: ExtraKey = None
+    ) -> list[bytes]:
+        """Return the chained keys of the complete chunks of a prompt, the first chunk's first."""
+        return self._keys.chain(token_ids(tokens), salt=salt, extra_key=extra_key, adapter=adapter)
+
+    def put(self, key: bytes, chunk: Chunk) -> str:
+        """Store a chunk under a key; return ``""``, or why a tier does not have it now, as a sentence.
+
+        A tier that has the key is not written. ``SpecError`` for a chunk of another spec or identity.
+        """
+        if chunk.head.spec != self._spec or chunk.head.identity != self._identity:
+            raise SpecError("chunk: is of another spec or identity than the store's")
+        lacking = [tier for tier in self._tiers if not tier.contains([key])]
+        blob = blob_of(chunk, codec=self._codec, extra={"key": key.hex()}) if lacking else memoryview(b"")
+        results = [(tier.name, tier.put([key], [blob])[0]) for tier in lacking]
+        return "; ".join(f"{name}: {result.reason}" for name, result in results if not result.ok)
+
+    def get(self, key: bytes, num_tokens: int | None = None) -> Found:
+        """Return the chunk under a key. num_tokens: of the chunk, if it is not ``chunk_tokens``; at most as many."""
+        count = self.chunk_tokens if num_tokens is None else check_size("num_tokens", num_tokens)
+        parts = [part for section in sections_of(self._spec) for part in section]
+        most = count * (4 + sum(part.token_bytes for part in parts)) + MOST_HEADER_BYTES + 2 * FRAME_BYTES
+        buffer = memoryview(bytearray(most + (FRAME_BYTES + 9) * len(parts)))
+        reasons = []
+        for tier in self._tiers:
+            result = tier.get([key], [buffer])[0]
+            if result.ok:
+                blob = buffer[: result.num_bytes]
+                try:
+                    chunk, extra = chunk_in(blob, tier.name, spec=self._spec, identity=self._identity)
+                    if extra == {"key": key.hex()} and len(chunk.head.tokens) <= count:
+                        for faster in self._tiers[: self._tiers.index(tier)]:
+                            faster.put([key], [blob])
+                        return Found(chunk)
+                    reasons.append(f"{tier.name}: the chunk belongs to another key")
+                except TierError as error:
+                    reasons.append(str(error))
+            else:
+                reasons.append(f"{tier.name}: {result.reason}")
+        return Found(None, "; ".join(reasons))
+
+    # --- of prompts ---
+
+    def store(
+        self, alloc: Allocator, sequence: Sequence, tokens: Tokens, *, salt: Salt = None, adapter: str | None = None,
+        extra_key: ExtraKey = None,
+    ) -> int:  # fmt: skip
+        """Store the complete chunks of a sequence's committed tokens under their chained keys; return how many tokens
+        the first tier has of it then, from the start.
+
+        tokens: the ids of the sequence, from its start on. salt, adapter, extra_key: as it was opened with. Chunks that
+        a tier has are not read from the device. Errors: as ``export``.
+        """
+        ids = token_ids(tokens)[: sequence.num_committed_tokens]
+        keys, size = self.chain(ids, salt=salt, adapter=adapter, extra_key=extra_key), self.chunk_tokens
+        for at, key in enumerate(keys):
+            if not all(tier.contains([key]) for tier in self._tiers):
+                chunk = export(alloc, sequence, ids, identity=self._identity, first=at * size, end=(at + 1) * size)
+                self.put(key, chunk)
+        return self._tiers[0].contains(keys) * size
+
+    def lookup(
+        self, tokens: Tokens, *, salt: Salt = None, adapter: str | None = None, extra_key: ExtraKey = None
+    ) -> int:
+        """Return how many tokens of a prompt, from its start, some tier seems to have. ``retrieve`` may find fewer."""
+        keys = self.chain(tokens, salt=salt, adapter=adapter, extra_key=extra_key)
+        count = 0
+        while count < len(keys) and any(tier.contains([keys[count]]) for tier in self._tiers):
+            count += 1
+        return count * self.chunk_tokens
+
+    def retrieve(
+        self, alloc: Allocator, sequence: Sequence, tokens: Tokens, *, salt: Salt = None, adapter: str | None = None,
+        extra_key: ExtraKey = None,
+    ) -> int:  # fmt: skip
+        """Append to a sequence the chunks that the store has of ``tokens``, up to the first that is missing, and return
+        how many tokens that added. At least one token is left to compute.
+
+        tokens: the whole prompt, of which the sequence has the first ``num_committed_tokens``, such as those that it
+        found cached. ``OutOfMemory`` leaves the tokens that were appended before it.
+        """
+        ids, start, size = token_ids(tokens), sequence.num_committed_tokens, self.chunk_tokens
+        keys = self.chain(ids[:-1], salt=salt, adapter=adapter, extra_key=extra_key)
+        for at in range(start // size, len(keys)):
+            chunk = self.get(keys[at]).chunk
+            begin = sequence.num_committed_tokens
+            if chunk is None or not np.array_equal(chunk.head.tokens, ids[at * size : (at + 1) * size]):
+                break
+            import_(alloc, sequence, chunk, prefix=ids[:begin], skip=begin - at * size)
+        return sequence.num_committed_tokens - start
