@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -77,9 +78,9 @@ class Head:
     """What a chunk says of its bytes.
 
     spec, identity: of the cache that wrote it. tokens: their ids, int32 ``[n]``. position: of the first one, when it
-    was computed. before: ``digest_before`` of the ids in front of them then. exact: False if a lossy codec has changed
-    the bytes. spans: of a whole sequence, the tokens ``[first, end)`` that each group holds; None: all groups hold the
-    chunk's tokens.
+    was computed. before: ``digest_before`` of the ids in front of them then. exact: False for bytes that a lossy codec
+    or a composition has made. spans: of a whole sequence, the tokens ``[first, end)`` that each group holds; None: all
+    groups hold the chunk's tokens.
     """
 
     spec: CacheSpec
@@ -124,6 +125,21 @@ class Chunk:
         return sum(len(section) for section in self.sections)
 
 
+#: The sequences of each allocator whose KV is approximate: composed, moved, or from a lossy codec.
+_APPROXIMATE: WeakKeyDictionary[Allocator, set[int]] = WeakKeyDictionary()
+
+
+def is_exact(alloc: Allocator, sequence: Sequence) -> bool:
+    """Return whether nothing here has made the sequence's KV approximate. Of its forks this is not known."""
+    return sequence.id not in _APPROXIMATE.get(alloc, ())
+
+
+def mark_approximate(alloc: Allocator, sequence: Sequence) -> None:
+    """What is exported of the sequence from now on is not exact."""
+    known = _APPROXIMATE.get(alloc, set())
+    _APPROXIMATE[alloc] = {handle for handle in known if alloc.core.is_live(handle)} | {sequence.id}
+
+
 def digest_before(ids: npt.NDArray[np.int32]) -> bytes:
     """Return what names the tokens in front of a chunk: SHA-256 over their ids as little-endian int32."""
     return hashlib.sha256(np.ascontiguousarray(ids, "<i4").tobytes()).digest()
@@ -138,7 +154,8 @@ def export(
     """Return tokens ``[first, end)`` of a sequence as a chunk in host memory.
 
     tokens: the ids of the sequence from its start on, at least ``end`` of them, since an allocator gives none back.
-    end: default the last committed token whose id is given.
+    end: default the last committed token whose id is given. The chunk is exact unless ``import_`` or ``compose`` has
+    made the sequence approximate.
 
     ``SpecError`` for tokens that are not committed, that a sliding window has dropped, or that the sequence's layers
     cannot cut out: a recurrent state is that after all tokens, and cross attention depends on the encoder's input.
@@ -161,7 +178,8 @@ def export_layers(
         raise SpecError(f"first, end: got {got}; the sequence has {committed} committed tokens")
     for index, group in enumerate(alloc.spec.groups):
         _check_cut(alloc, sequence, index, group, first)
-    head = Head(alloc.spec, identity, ids[first:end].copy(), first, digest_before(ids[:first]))
+    exact = is_exact(alloc, sequence)
+    head = Head(alloc.spec, identity, ids[first:end].copy(), first, digest_before(ids[:first]), exact)
     return head, read_sections(alloc, sequence, head)
 
 
@@ -209,7 +227,7 @@ def import_(
     """Append the tokens of a chunk to a sequence: extend, write, commit.
 
     prefix: the ids of the tokens that the sequence has. If the chunk was computed after exactly these, at this
-    position, and no codec has changed it, the tokens are committed by their ids, so other prompts find them; otherwise
+    position, and it is exact, the tokens are committed by their ids, so other prompts find them; otherwise
     by count, and neither they nor later tokens of this sequence are shared. An empty sequence needs no prefix.
     rope: how the model rotates keys, needed where the chunk was computed at another position: components that the spec
     calls ``"post"`` are rotated by the difference; ``"pre"`` and ``"none"`` are position-free. skip: tokens of the
@@ -242,10 +260,19 @@ def import_layers(
     sequence.extend(len(new))
     try:
         write_sections(alloc, alloc.batch([sequence]), head, sections, shift, rope)
-        sequence.commit(new) if exact else sequence.commit(count=len(new))
+        commit(alloc, sequence, new, exact)
     except BaseException:
         sequence.truncate(start)
         raise
+
+
+def commit(alloc: Allocator, sequence: Sequence, tokens: npt.NDArray[np.int32], exact: bool) -> None:
+    """Commit tokens by their ids if their KV is exact; else by count, so that no other prompt finds it."""
+    if exact:
+        sequence.commit(tokens)
+    else:
+        sequence.commit(count=len(tokens))
+        mark_approximate(alloc, sequence)
 
 
 def check_import(alloc: Allocator, sequence: Sequence, head: Head, shift: int, rope: Ropes) -> None:

@@ -1,4 +1,4 @@
-"""A folder as a tier: one file for each payload, written beside and renamed, so that any number of processes share it."""
+"""A folder as a tier: a file for each payload, written beside and renamed, so that any number of processes share it."""
 
 from __future__ import annotations
 

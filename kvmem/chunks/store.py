@@ -4,6 +4,7 @@ tier (Knowledge Delivery Network; LMCache's store and retrieve).
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Sequence as List
 from typing import NamedTuple
@@ -21,7 +22,7 @@ from kvmem.chunks.format import FRAME_BYTES, MOST_HEADER_BYTES, blob_of, chunk_i
 from kvmem.errors import SpecError, TierError
 from kvmem.events.digests import ExtraKey
 from kvmem.spec import CacheSpec
-from kvmem.tiers.base import Tier
+from kvmem.tiers.base import Status, Tier
 from kvmem.tiers.keys import BlockKeys, Identity
 
 __all__ = ["ChunkStore", "Found"]
@@ -37,7 +38,7 @@ class Found(NamedTuple):
 class ChunkStore:
     """Chunks of ``chunk_tokens`` tokens under two kinds of keys: *chained* ones name a chunk and all tokens before it,
     for prefixes; *position-free* ones name the tokens alone, for ``compose``. Both cover spec, model, RoPE, rank, salt,
-    adapter and chunk size, so what differs in one of these is not found. A chunk that is found is right.
+    adapter, chunk size and codec, so what differs in one of these is not found. A chunk that is found is right.
 
     tiers: a folder, a tier, or several, the fastest first: a chunk is put in all of them, and one that a slower tier
     has is put in the faster ones when it is found. Each keeps what it has room for. The caller closes tiers that it
@@ -59,9 +60,11 @@ class ChunkStore:
         if not self._tiers or not all(isinstance(tier, Tier) for tier in self._tiers):
             raise SpecError(f"tiers: got {brief(tiers)}; must be a folder, a Tier, or a list of at least one")
         self.chunk_tokens = check_size("chunk_tokens", chunk_tokens)
-        codec_named(codec)
-        self._spec, self._identity, self._codec = spec, identity, codec
-        self._keys = BlockKeys(identity.fingerprint(spec), self.chunk_tokens)
+        self._spec, self._identity, self._codec = spec, identity, codec_named(codec).name
+        root = identity.fingerprint(spec)
+        if codec != "none":  # who asks for exact bytes never finds others
+            root = hashlib.sha256(root + codec.encode()).digest()
+        self._keys = BlockKeys(root, self.chunk_tokens)
 
     # --- by key ---
 
@@ -78,10 +81,13 @@ class ChunkStore:
     def put(self, key: bytes, chunk: Chunk) -> str:
         """Store a chunk under a key; return ``""``, or why a tier does not have it now, as a sentence.
 
-        A tier that has the key is not written. ``SpecError`` for a chunk of another spec or identity.
+        A tier that has the key is not written, and a chunk that is not exact is stored nowhere. ``SpecError`` for a
+        chunk of another spec or identity.
         """
         if chunk.head.spec != self._spec or chunk.head.identity != self._identity:
             raise SpecError("chunk: is of another spec or identity than the store's")
+        if not chunk.head.exact:
+            return "the chunk is not exact, and who finds it by its tokens would take it for computed"
         lacking = [tier for tier in self._tiers if not tier.contains([key])]
         blob = blob_of(chunk, codec=self._codec, extra={"key": key.hex()}) if lacking else memoryview(b"")
         results = [(tier.name, tier.put([key], [blob])[0]) for tier in lacking]
@@ -96,20 +102,23 @@ class ChunkStore:
         reasons = []
         for tier in self._tiers:
             result = tier.get([key], [buffer])[0]
-            if result.ok:
-                blob = buffer[: result.num_bytes]
-                try:
-                    chunk, extra = chunk_in(blob, tier.name, spec=self._spec, identity=self._identity)
-                    if extra == {"key": key.hex()} and len(chunk.head.tokens) <= count:
-                        for faster in self._tiers[: self._tiers.index(tier)]:
-                            faster.put([key], [blob])
-                        return Found(chunk)
-                    reasons.append(f"{tier.name}: the chunk belongs to another key")
-                except TierError as error:
-                    reasons.append(str(error))
-            else:
-                reasons.append(f"{tier.name}: {result.reason}")
+            found = self._believed(key, count, buffer[: result.num_bytes], tier.name) if result.ok else result.reason
+            if isinstance(found, Chunk):
+                for faster in self._tiers[: self._tiers.index(tier)]:
+                    faster.put([key], [buffer[: result.num_bytes]])
+                return Found(found)
+            if result.status in (Status.OK, Status.CORRUPT):
+                tier.delete([key])  # or it would keep a good one out
+            reasons.append(f"{tier.name}: {found}")
         return Found(None, "; ".join(reasons))
+
+    def _believed(self, key: bytes, count: int, blob: memoryview, name: str) -> Chunk | str:
+        try:
+            chunk, extra = chunk_in(blob, name, spec=self._spec, identity=self._identity)
+        except TierError as error:
+            return str(error)
+        mine = extra == {"key": key.hex()} and len(chunk.head.tokens) <= count
+        return chunk if mine else "the chunk belongs to another key"
 
     # --- of prompts ---
 
@@ -123,8 +132,9 @@ class ChunkStore:
         tokens: the ids of the sequence, from its start on. salt, adapter, extra_key: as it was opened with. Chunks that
         a tier has are not read from the device. Errors: as ``export``.
         """
-        ids = token_ids(tokens)[: sequence.num_committed_tokens]
-        keys, size = self.chain(ids, salt=salt, adapter=adapter, extra_key=extra_key), self.chunk_tokens
+        ids, size = token_ids(tokens), self.chunk_tokens
+        complete = min(len(ids), sequence.num_committed_tokens) // size
+        keys = self.chain(ids, salt=salt, adapter=adapter, extra_key=extra_key)[:complete]
         for at, key in enumerate(keys):
             if not all(tier.contains([key]) for tier in self._tiers):
                 chunk = export(alloc, sequence, ids, identity=self._identity, first=at * size, end=(at + 1) * size)
@@ -152,11 +162,12 @@ class ChunkStore:
         found cached. ``OutOfMemory`` leaves the tokens that were appended before it.
         """
         ids, start, size = token_ids(tokens), sequence.num_committed_tokens, self.chunk_tokens
-        keys = self.chain(ids[:-1], salt=salt, adapter=adapter, extra_key=extra_key)
+        keys = self.chain(ids, salt=salt, adapter=adapter, extra_key=extra_key)[: max(0, len(ids) - 1) // size]
         for at in range(start // size, len(keys)):
-            chunk = self.get(keys[at]).chunk
+            chunk, first = self.get(keys[at]).chunk, at * size
             begin = sequence.num_committed_tokens
-            if chunk is None or not np.array_equal(chunk.head.tokens, ids[at * size : (at + 1) * size]):
+            here = chunk is not None and np.array_equal(chunk.head.tokens, ids[first : first + size])
+            if chunk is None or not here or chunk.head.position != first:
                 break
-            import_(alloc, sequence, chunk, prefix=ids[:begin], skip=begin - at * size)
+            import_(alloc, sequence, chunk, prefix=ids[:begin], skip=begin - first)
         return sequence.num_committed_tokens - start

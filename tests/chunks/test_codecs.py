@@ -41,7 +41,9 @@ def chunk_of(spec: kvmem.CacheSpec, values: Any = smooth) -> Chunk:
 
 def through(codec: str, chunk: Chunk, folder: Path) -> tuple[Chunk, int]:
     write_chunk(folder / codec, chunk, codec=codec)
-    return read_chunk(folder / codec, spec=chunk.head.spec, identity=ME), (folder / codec).stat().st_size
+    return read_chunk(folder / codec, spec=chunk.head.spec, identity=chunk.head.identity), (
+        folder / codec
+    ).stat().st_size
 
 
 def floats(chunk: Chunk) -> list[torch.Tensor]:
