@@ -8,7 +8,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -327,25 +327,23 @@ def write_sections(
     """Write the head's sections to the new tokens of the batch's only row; if these are fewer, the last ones."""
     todo = iter(sections_of(head.spec))
     for data in sections:
-        section = next(todo, None)
-        if section is None or not isinstance(data, torch.Tensor) or len(data) != head.bytes_of(section):
-            raise SpecError(f"sections: got {_size(data)}; must be {_size(section and head.bytes_of(section))}")
-        for part, slots, values in placed_parts(batch, head, section, data, shift, rope):
+        for part, slots, values in placed_parts(batch, head, next(todo, ()), data, shift, rope):
             scatter_tokens(alloc.tensor(part.layer, part.name), slots, values.to(slots.device))
         del data  # or the next one would be staged beside two others
     if (missing := len(list(todo))) > 0:
         raise SpecError(f"sections: {missing} are missing of {len(sections_of(head.spec))}")
 
 
-def _size(found: Any) -> str:
-    size = found.numel() if isinstance(found, torch.Tensor) else found
-    return "no section" if size is None else f"a section of {size} bytes"
-
-
 def placed_parts(
-    batch: Batch, head: Head, section: Section, data: torch.Tensor, shift: int, rope: Ropes
+    batch: Batch, head: Head, section: Section, data: torch.Tensor | None, shift: int, rope: Ropes
 ) -> Iterator[tuple[Part, torch.Tensor, torch.Tensor]]:
-    """Yield each part of a section, the slots of the batch's new tokens, and their values, rotated by ``shift``."""
+    """Yield each part of a section, the slots of the batch's last new tokens, and their values, rotated by ``shift``.
+
+    ``SpecError`` unless data are the section's bytes.
+    """
+    if not isinstance(data, torch.Tensor) or not section or data.shape != (head.bytes_of(section),):
+        got = f"{data.numel()} bytes" if isinstance(data, torch.Tensor) else type(data).__name__
+        raise SpecError(f"sections: got {got}; must be {head.bytes_of(section)} for {section[:1] or 'no further one'}")
     for part, at, size in head.places(section):
         raw = data[at : at + size]
         raw = raw.clone() if at % part.dtype.itemsize else raw  # a view needs aligned elements

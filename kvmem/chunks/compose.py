@@ -18,6 +18,7 @@ from kvmem.allocator.prefix import Tokens, token_ids
 from kvmem.allocator.sequence import Sequence
 from kvmem.arguments import brief, check_size
 from kvmem.chunks.chunk import Chunk, Ropes, check_import, commit, placed_parts, sections_of
+from kvmem.chunks.format import ChunkFile
 from kvmem.errors import SpecError
 from kvmem.kernels.blocks import scatter_tokens
 from kvmem.layouts.attention import compute_dtype, described
@@ -30,14 +31,15 @@ __all__ = ["Composition", "compose"]
 
 
 def compose(
-    alloc: Allocator, sequence: Sequence, chunks: List[Chunk], new_tokens: Tokens, *, ratio: float = 0.15,
+    alloc: Allocator, sequence: Sequence, chunks: List[Chunk | ChunkFile], new_tokens: Tokens, *, ratio: float = 0.15,
     check_layer: int = 1, rope: Ropes = None,
 ) -> Composition:  # fmt: skip
     """Append chunks, wherever they were computed, and new tokens to a sequence; return the plan of one forward pass.
 
-    new_tokens: ids that no chunk has, such as the question; they come last and are always computed. ratio: the share of
-    the chunks' tokens that is computed in the layers behind ``check_layer``, the one whose keys are compared. rope: how
-    the model rotates keys (``import_``).
+    chunks: in their order; of a ``ChunkFile`` one layer at a time is in host memory. new_tokens: ids that no chunk has,
+    such as the question; they come last and are always computed. ratio: the share of the chunks' tokens that is
+    computed in the layers behind ``check_layer``, the one whose keys are compared. rope: how the model rotates keys
+    (``import_``).
 
     The pass, in which ``plan.tokens`` and ``plan.positions`` are those of all rows, chunks and new tokens::
 
@@ -59,8 +61,8 @@ def compose(
     if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 <= ratio <= 1:
         raise SpecError(f"ratio: got {brief(ratio)}; must be from 0 to 1")
     check_size("check_layer", check_layer, 0, alloc.spec.num_layers - 1)
-    if not chunks or not all(isinstance(chunk, Chunk) for chunk in chunks):
-        raise SpecError(f"chunks: got {brief(chunks)}; must be at least one Chunk")
+    if not chunks or not all(isinstance(chunk, (Chunk, ChunkFile)) for chunk in chunks):
+        raise SpecError(f"chunks: got {brief(chunks)}; must be at least one Chunk or ChunkFile")
     start = at = sequence.num_committed_tokens
     for chunk in chunks:
         check_import(alloc, sequence, chunk.head, at - chunk.head.position, rope)
@@ -78,11 +80,12 @@ class Composition:
     """
 
     def __init__(
-        self, alloc: Allocator, sequence: Sequence, chunks: list[Chunk], new: npt.NDArray[np.int32], ratio: float,
-        check_layer: int, rope: Ropes,
+        self, alloc: Allocator, sequence: Sequence, chunks: list[Chunk | ChunkFile], new: npt.NDArray[np.int32],
+        ratio: float, check_layer: int, rope: Ropes,
     ) -> None:  # fmt: skip
         self.check_layer = check_layer
-        self._alloc, self._sequence, self._chunks, self._rope, self._ratio = alloc, sequence, chunks, rope, ratio
+        self._alloc, self._sequence, self._rope, self._ratio = alloc, sequence, rope, ratio
+        self._feeds, self._next = [(chunk.head, iter(chunk.sections)) for chunk in chunks], 0
         self._start = sequence.num_committed_tokens
         self._batch = alloc.batch([sequence])
         self.tokens = np.concatenate([*(chunk.head.tokens for chunk in chunks), new])
@@ -91,21 +94,30 @@ class Composition:
         self.rows = torch.arange(len(self.tokens), device=self.positions.device)
 
     def load(self, layer: int) -> None:
-        """Write the chunks' bytes of a layer, keys rotated to their new positions, to the sequence."""
+        """Write the chunks' bytes of a layer, keys rotated to their new positions, to the sequence.
+
+        Each layer once, in ascending order, before the pass needs it: in another thread, say, while the layer before it
+        is computed. Errors: as ``Allocator.tensor``, and ``TierError`` from a file.
+        """
         self._batch.check_current()
+        if layer != self._next:
+            raise SpecError(f"layer: got {brief(layer)}; layers are loaded in order, and the next one is {self._next}")
+        self._next += 1
+        wanted = [section for section in sections_of(self._alloc.spec) if section[0].layer == layer]
         first = 0
-        for chunk in self._chunks:
-            head, end = chunk.head, first + len(chunk.head.tokens)
+        for head, sections in self._feeds:
+            end = first + len(head.tokens)
             shift = self._start + first - head.position
-            for section, data in zip(sections_of(head.spec), chunk.sections, strict=True):
-                if section[0].layer == layer:
-                    for part, slots, values in placed_parts(self._batch, head, section, data, shift, self._rope):
-                        slots = self._batch.group(part.group).slot_mapping[first:end]
-                        scatter_tokens(self._alloc.tensor(layer, part.name), slots, values.to(slots.device))
+            for section in wanted:
+                for part, _, values in placed_parts(
+                    self._batch, head, section, next(sections, None), shift, self._rope
+                ):
+                    slots = self._batch.group(part.group).slot_mapping[first:end]
+                    scatter_tokens(self._alloc.tensor(layer, part.name), slots, values.to(slots.device))
             first = end
 
     def read(self, layer: int, component: str) -> torch.Tensor:
-        """Return a component of all tokens of the sequence, ``[tokens, heads, width]``: those before the chunks, too."""
+        """Return a component of all tokens of the sequence, ``[tokens, heads, width]``, also before the chunks."""
         self._batch.check_current()
         group = self._batch.group(self._alloc.spec.group_of(layer, component))
         first, end = int(group.first_tokens_cpu[0]), int(group.seq_lens_cpu[0])
@@ -139,7 +151,11 @@ class Composition:
             scatter_tokens(self._alloc.tensor(layer, name), group.slot_mapping[self.rows], values)
 
     def commit(self) -> None:
-        """Declare the tokens as written."""
+        """Declare the tokens as written. ``SpecError`` if a layer was not loaded; ``TierError`` if a file goes on."""
+        if self._next < self._alloc.spec.num_layers:
+            raise SpecError(f"commit: {self._next} of {self._alloc.spec.num_layers} layers were loaded")
+        for _, sections in self._feeds:
+            next(sections, None)
         commit(self._alloc, self._sequence, self.tokens, exact=False)
 
     def __enter__(self) -> Composition:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -40,7 +41,9 @@ class FolderTier(Tier):
             with atomic_file(self._folder / "writable"):
                 pass
             (self._folder / "writable").unlink(missing_ok=True)
-            self._entries()
+            for left in self._folder.glob(".*.tmp"):  # of a process that was killed while it wrote
+                if time.time() - left.stat(follow_symlinks=False).st_mtime > 3600:
+                    left.unlink(missing_ok=True)
         except OSError as error:
             raise TierError(f"folder: cannot use {folder!s}: {error}") from error
 

@@ -198,24 +198,23 @@ def _checked_spans(fields: dict[str, Any], groups: int) -> tuple[tuple[int, int]
 class ChunkFile:
     """An open file of one chunk, whose sections are read one at a time; a context manager.
 
-    head: of the chunk. ``TierError`` for a file that is not this cache's, or damaged.
+    head, sections: as of a ``Chunk``, but ``sections`` is an iterator: each section is read and verified when it is
+    asked for, and the last one is followed by ``TierError`` if the file goes on. ``TierError`` for a file that is not
+    this cache's, or damaged.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, spec: CacheSpec, identity: Identity) -> None:
         self._file = open_plain(path)
         try:
-            self._reader = Reader(self._file, os.fstat(self._file.fileno()).st_size, str(path))
-            self._fields = self._reader.header()
-            if self._fields["kind"] != "chunk":
-                raise self._reader.fail(f"holds a {self._fields['kind']}, not a chunk: kvmem.chunks.load() reads it")
-            self.head = self._reader.head(self._fields, spec, identity)
+            reader = Reader(self._file, os.fstat(self._file.fileno()).st_size, str(path))
+            fields = reader.header()
+            if fields["kind"] != "chunk":
+                raise reader.fail(f"holds a {fields['kind']}, not a chunk: kvmem.chunks.load() reads it")
+            self.head = reader.head(fields, spec, identity)
+            self.sections = checked_end(reader, reader.sections(fields, self.head))
         except BaseException:
             self._file.close()
             raise
-
-    def sections(self) -> Iterator[torch.Tensor]:
-        """Yield each section once, verified; the last one only if nothing follows it."""
-        yield from checked_end(self._reader, self._reader.sections(self._fields, self.head))
 
     def __enter__(self) -> ChunkFile:
         return self
@@ -243,7 +242,7 @@ def write_chunk(path: str | os.PathLike[str], chunk: Chunk, *, codec: str = "non
 def read_chunk(path: str | os.PathLike[str], *, spec: CacheSpec, identity: Identity) -> Chunk:
     """Return the chunk of a file; ``TierError``, with the reason, for a damaged file or that of another cache."""
     with ChunkFile(path, spec=spec, identity=identity) as file:
-        return Chunk(file.head, tuple(file.sections()))
+        return Chunk(file.head, tuple(file.sections))
 
 
 def blob_of(chunk: Chunk, *, codec: str = "none", extra: dict[str, Any] | None = None) -> memoryview:

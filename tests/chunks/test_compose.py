@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from chunk_world import filled, make, plain, rows
 from toy_model import HEADS, KV_HEADS, LAYERS, ME, VOCAB, WIDTH, Toy, allocator, blend, computed, run
 
-from kvmem.chunks import Chunk, compose, export, import_
+from kvmem.chunks import Chunk, ChunkFile, compose, export, import_, write_chunk
 from kvmem.errors import SpecError, StaleHandle
 from kvmem.layouts.rope import Rope
 
@@ -96,6 +97,34 @@ def test_one_chunk_and_generation_goes_on(model: Toy, backend: str) -> None:
     for token in ids(5, 4):
         a, b = run(model, plain_alloc, one, [token]), run(model, alloc, two, [token])
         assert relative(b, a) < 1e-12
+
+
+def test_chunks_from_files_layer_by_layer(model: Toy, backend: str, tmp_path: Path) -> None:
+    """The same tokens as from memory, with one layer of each chunk in memory; layers come in order, and all of them."""
+    chunks, files = [computed(model, A), computed(model, B)], []
+    for number, chunk in enumerate(chunks):
+        write_chunk(tmp_path / str(number), chunk)
+        files.append(ChunkFile(tmp_path / str(number), spec=chunk.head.spec, identity=ME))
+    one, two = allocator(backend), allocator(backend)
+    expected, _ = blend(model, one, one.sequence(), chunks, QUESTION)
+    got, _ = blend(model, two, two.sequence(), files, QUESTION)
+    assert torch.equal(got, expected)
+    seq = one.sequence()
+    with compose(one, seq, chunks, QUESTION, rope=model.rope) as plan:
+        for wrong in (1, 4, "0"):
+            with pytest.raises(SpecError, match="the next one is 0"):
+                plan.load(wrong)  # type: ignore[arg-type]
+        plan.load(0)
+        with pytest.raises(SpecError, match="1 of 4 layers were loaded"):
+            plan.commit()
+    with (
+        compose(two, two.sequence(), files, QUESTION, rope=model.rope) as plan,
+        pytest.raises(SpecError, match="got NoneType"),
+    ):
+        plan.load(0)  # a file is read once
+    assert seq.num_tokens == 0 and one.check() == []
+    for file in files:
+        file.__exit__()
 
 
 def test_other_check_layers(model: Toy) -> None:

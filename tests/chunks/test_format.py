@@ -47,7 +47,7 @@ def test_there_and_back(path: Path, chunk: Chunk) -> None:
     assert same(found, chunk) and found.head.exact
     assert (found.head.tokens.tolist(), found.head.position, found.head.before) == (IDS[4:], 4, chunk.head.before)
     with ChunkFile(path, spec=SPEC, identity=ME) as file:
-        assert [torch.equal(a, b) for a, b in zip(file.sections(), chunk.sections, strict=True)] == [True] * 3
+        assert [torch.equal(a, b) for a, b in zip(file.sections, chunk.sections, strict=True)] == [True] * 3
 
 
 def test_the_file_is_what_the_page_says(path: Path, chunk: Chunk) -> None:

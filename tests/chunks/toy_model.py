@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import kvmem
-from kvmem.chunks import Chunk, compose, export
+from kvmem.chunks import Chunk, ChunkFile, compose, export
 from kvmem.kernels.write import write_kv
 from kvmem.layouts.rope import Rope
 from kvmem.tiers import Identity
@@ -125,7 +125,12 @@ def computed(model: Toy, tokens: list[int], backend: str = "paged") -> Chunk:
 
 
 def blend(
-    model: Toy, alloc: kvmem.Allocator, seq: kvmem.Sequence, chunks: list[Chunk], question: list[int], **options: Any
+    model: Toy,
+    alloc: kvmem.Allocator,
+    seq: kvmem.Sequence,
+    chunks: Sequence[Chunk | ChunkFile],
+    question: list[int],
+    **options: Any,
 ) -> tuple[torch.Tensor, int]:
     """Logits of the last token after one pass over chunks and question, and how many rows were computed behind the
     check layer."""
