@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
-from math import lcm
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +19,6 @@ from kvmem.chunks.chunk import Head, commit, digest_before, is_exact, read_secti
 from kvmem.chunks.format import Reader, atomic_file, open_plain, write_record
 from kvmem.errors import SpecError
 from kvmem.events.digests import ExtraKey, decode_key, encode_key
-from kvmem.spec import CacheSpec
 from kvmem.tiers.keys import Identity
 
 __all__ = ["Session", "load", "save"]
@@ -47,9 +45,9 @@ class Session:
         key = tuple(self.extra_key) if isinstance(self.extra_key, list) else self.extra_key
         return encode_key((self.salt, self.adapter, key)).hex()  # type: ignore[arg-type]
 
-    def _open(self, alloc: Allocator, ids: np.ndarray) -> Sequence:
+    def _open(self, alloc: Allocator, ids: np.ndarray | None) -> Sequence:
         """Return a sequence that starts with what is cached of the ids: of all, if there is room for a token more."""
-        prompt = np.append(ids, np.int32(0)) if len(ids) < alloc.max_tokens else ids
+        prompt = ids if ids is None or len(ids) >= alloc.max_tokens else np.append(ids, np.int32(0))
         keys: Any = dict(salt=self.salt, adapter=self.adapter, extra_key=self.extra_key, label=self.label)
         return alloc.sequence(prompt, **keys)
 
@@ -66,51 +64,30 @@ def save(alloc: Allocator, path: str | os.PathLike[str], sessions: Iterable[Sess
     with atomic_file(path) as file:
         start = Head(alloc.spec, identity, _NOTHING, 0, digest_before(_NOTHING))
         write_record(file, start, (), kind="cache", extra={"sessions": len(todo)})
-        written: list[tuple[np.ndarray, str]] = []
-        for session in todo:
+        for number, session in enumerate(todo):
             with ExitStack() as opened:
-                sequence = session.sequence or opened.enter_context(session._open(alloc, token_ids(session.tokens)))
-                _save_one(alloc, file, session, sequence, identity, written)
+                ids = token_ids(session.tokens)
+                sequence = session.sequence or opened.enter_context(session._open(alloc, ids))
+                head, committed = _head_of(alloc, sequence, ids, identity), sequence.num_committed_tokens
+                if session.sequence is None and not committed:
+                    raise SpecError(f"sessions: nothing is cached of a prompt of {len(ids)} tokens")
+                extra = {
+                    "number": number, "committed": committed, "keys": session._keys(), "label": session.label,
+                }  # fmt: skip
+                kind = "prompt" if session.sequence is None else "session"
+                write_record(file, head, read_sections(alloc, sequence, head), kind=kind, extra=extra)
 
 
-def _save_one(
-    alloc: Allocator, file: IO[bytes], session: Session, sequence: Sequence, identity: Identity,
-    written: list[tuple[np.ndarray, str]],
-) -> None:  # fmt: skip
-    """written: the ids and keys of the sessions before this one, which is added."""
-    ids, committed, keys = token_ids(session.tokens), sequence.num_committed_tokens, session._keys()
-    if committed > len(ids):
+def _head_of(alloc: Allocator, sequence: Sequence, ids: np.ndarray, identity: Identity) -> Head:
+    """Return the head of a whole sequence. Its spans: what each group holds, a state as one token."""
+    if (committed := sequence.num_committed_tokens) > len(ids):
         raise SpecError(f"tokens: got {len(ids)} ids of a session with {committed} committed tokens")
-    if session.sequence is None and not committed:
-        raise SpecError(f"sessions: nothing is cached of a prompt of {len(ids)} tokens")
-    exact = is_exact(alloc, sequence)
-    after, skip = _longest(alloc.spec, written, ids[:committed], keys) if exact else (0, 0)
-    written.append((ids[:committed] if exact else _NOTHING, keys))
-    spans = tuple(_held(alloc, sequence, index, skip) for index in range(len(alloc.spec.groups)))
-    head = Head(alloc.spec, identity, ids, 0, digest_before(_NOTHING), exact, spans)
-    extra = {"committed": committed, "keys": keys, "label": session.label, "after": after, "skip": skip}
-    kind = "prompt" if session.sequence is None else "session"
-    write_record(file, head, read_sections(alloc, sequence, head), kind=kind, extra=extra)
-
-
-def _longest(spec: CacheSpec, written: list[tuple[np.ndarray, str]], ids: np.ndarray, keys: str) -> tuple[int, int]:
-    """Return the session in the file that begins most like these ids, and how many whole blocks' tokens both have."""
-    best = (0, 0)
-    if all(group.growth == "token" and group.window_tokens is None for group in spec.groups):
-        unit = lcm(*(group.block_size for group in spec.groups))
-        for index, (other, its_keys) in enumerate(written):
-            most = min(len(ids), len(other)) if keys == its_keys else 0
-            differ = np.flatnonzero(ids[:most] != other[:most])
-            same = (int(differ[0]) if len(differ) else most) // unit * unit
-            best = (index, same) if same > best[1] else best
-    return best
-
-
-def _held(alloc: Allocator, sequence: Sequence, index: int, skip: int) -> tuple[int, int]:
-    """What is saved of a group: a state is one token."""
-    if alloc.spec.groups[index].growth == "fixed":
-        return 0, 1
-    return max(skip, alloc.core.first_token(sequence.id, index)), alloc.core.committed(sequence.id, index)
+    spans = tuple(
+        (0, 1) if group.growth == "fixed" else
+        (alloc.core.first_token(sequence.id, index), alloc.core.committed(sequence.id, index))
+        for index, group in enumerate(alloc.spec.groups)
+    )  # fmt: skip
+    return Head(alloc.spec, identity, ids, 0, digest_before(_NOTHING), is_exact(alloc, sequence), spans)
 
 
 def load(alloc: Allocator, path: str | os.PathLike[str], *, identity: Identity) -> list[Session]:
@@ -124,7 +101,7 @@ def load(alloc: Allocator, path: str | os.PathLike[str], *, identity: Identity) 
     ``TierError``, with the reason, for a damaged file, another format version, and a file of another model, RoPE, rank
     or spec; ``OutOfMemory``. No sequence is open then. Cost: as ``save``.
     """
-    done: list[tuple[Session, Sequence]] = []
+    done: list[Session] = []
     with ExitStack() as undo:
         with open_plain(path) as file:
             reader = Reader(file, os.fstat(file.fileno()).st_size, str(path))
@@ -132,61 +109,42 @@ def load(alloc: Allocator, path: str | os.PathLike[str], *, identity: Identity) 
             if fields["kind"] != "cache":
                 raise reader.fail(f"holds a {fields['kind']}, not a cache: kvmem.chunks.read_chunk() reads it")
             reader.head(fields, alloc.spec, identity)
-            for _ in range(_int(reader, fields, "sessions")):
-                done.append(_load_one(alloc, reader, identity, [sequence for _, sequence in done]))
-                undo.enter_context(done[-1][1])
+            for number in range(_int(reader, fields, "sessions")):
+                done.append(_load_one(alloc, reader, identity, number))
+                undo.enter_context(done[-1].sequence or nullcontext())
             if not reader.at_end:
                 raise reader.fail("goes on after its last session")
         undo.pop_all()
-    for session, sequence in done:
-        if session.sequence is None:
-            sequence.free()
-    return [session for session, _ in done]
+    return done
 
 
-def _int(reader: Reader, fields: dict[str, Any], name: str, below: int = 2**31) -> int:
+def _int(reader: Reader, fields: dict[str, Any], name: str) -> int:
     value = fields["extra"].get(name)
-    if type(value) is not int or not 0 <= value < below:
+    if type(value) is not int or not 0 <= value < 2**31:
         raise reader.fail(f"the header has no {name}")
     return value
 
 
-def _load_one(
-    alloc: Allocator, reader: Reader, identity: Identity, earlier: list[Sequence]
-) -> tuple[Session, Sequence]:
+def _load_one(alloc: Allocator, reader: Reader, identity: Identity, number: int) -> Session:
     fields = reader.header()
+    if _int(reader, fields, "number") != number:
+        raise reader.fail(f"another session stands in place of number {number}")
     head, committed = reader.head(fields, alloc.spec, identity), _int(reader, fields, "committed")
     _check_spans(alloc, reader, head, committed)
-    session = _session_of(reader, fields, head)
-    skip = _int(reader, fields, "skip")
-    before = earlier[_int(reader, fields, "after", len(earlier))] if skip else None
-    sequence = _opened(alloc, reader, session, head.tokens[:committed], before, skip)
+    session, ids = _session_of(reader, fields, head), head.tokens[:committed]
     try:
-        _fill(alloc, sequence, head, reader.sections(fields, head), head.tokens[:committed])
+        sequence = session._open(alloc, ids if head.exact else None)
+    except SpecError as error:
+        raise reader.fail(f"a session cannot be opened here: {error}") from error
+    try:
+        _fill(alloc, sequence, head, reader.sections(fields, head), ids)
     except BaseException:
         sequence.free()
         raise
-    return (session if fields["kind"] == "prompt" else replace(session, sequence=sequence)), sequence
-
-
-def _opened(
-    alloc: Allocator, reader: Reader, session: Session, ids: np.ndarray, before: Sequence | None, skip: int
-) -> Sequence:
-    """Return a sequence that has the first ``skip`` tokens: cached, or else in common with the session before it."""
-    try:
-        sequence = session._open(alloc, ids)
-    except SpecError as error:
-        raise reader.fail(f"a session cannot be opened here: {error}") from error
-    if before is None or sequence.num_committed_tokens >= skip:
-        return sequence
-    sequence.free()
-    if before.num_committed_tokens < skip:
-        raise reader.fail("a session begins with more tokens than the one before it has")
-    sequence = before.fork()
-    sequence.truncate(skip)
-    if session.label is not None:
-        alloc._label(sequence.id, session.label)
-    return sequence
+    if fields["kind"] == "prompt":
+        sequence.free()
+        return session
+    return replace(session, sequence=sequence)
 
 
 def _fill(alloc: Allocator, sequence: Sequence, head: Head, sections: Iterator[torch.Tensor], ids: np.ndarray) -> None:

@@ -46,9 +46,11 @@ def test_every_spec_comes_back(name: str, backend: str, tmp_path: Path) -> None:
         assert other.match(IDS, extra_key=None).num_tokens == alloc.match(IDS).num_tokens
     else:
         assert other.match(IDS).num_tokens == 0
+    (again,) = load(other, tmp_path / "cache", identity=ME)  # beside the first one
+    assert again.sequence is not None and holds(other, again.sequence) == holds(alloc, seq)
     write(other, found.sequence, [1, 2, 3])
     assert other.check() == []
-    found.sequence.free()
+    found.sequence.free(), again.sequence.free()
     assert other.check() == [] and other.stats().num_sequences == 0
 
 
@@ -90,14 +92,13 @@ def test_a_system_prompt_without_a_sequence(backend: str, tmp_path: Path) -> Non
     assert os.listdir(tmp_path) == ["cache"]
 
 
-@pytest.mark.parametrize("prefix_cache", [True, False])
-def test_sessions_with_a_common_prefix_hold_it_once(prefix_cache: bool, backend: str, tmp_path: Path) -> None:
-    """Ten sequences of 1,024 common tokens and some of their own: once in the file, once in memory."""
+def test_sessions_with_a_common_prefix_share_it(backend: str, tmp_path: Path) -> None:
+    """Ten sequences of 1,024 common tokens and some of their own hold the common ones once, also when loaded twice."""
     spec = plain(num_layers=2)
-    sizes = dict(max_sequences=24, max_tokens=1100, debug=False, prefix_cache=prefix_cache)
+    sizes: Any = dict(max_sequences=24, max_tokens=1100, debug=False)
     alloc = make(spec, backend, **sizes)
-    system = [7] * 1024
-    parent, sessions = alloc.sequence(), []
+    system, sessions = [7] * 1024, []
+    parent = alloc.sequence()
     write(alloc, parent, system)
     for user in range(10):
         seq = parent.fork()
@@ -105,16 +106,13 @@ def test_sessions_with_a_common_prefix_hold_it_once(prefix_cache: bool, backend:
         sessions.append(Session(system + [user] * (20 + user), seq, label=str(user)))
     save(alloc, tmp_path / "cache", sessions, identity=ME)
     once = spec.bytes_per_token * 1024
-    assert (tmp_path / "cache").stat().st_size < 1.5 * once + 10 * 4 * 1100
     other = make(spec, OTHER[backend], **sizes)
-    found = load(other, tmp_path / "cache", identity=ME)
-    assert [s.label for s in found] == [str(i) for i in range(10)]
-    for mine, its in zip(found, sessions, strict=True):
-        assert holds(other, mine.sequence) == holds(alloc, its.sequence)  # type: ignore[arg-type]
-        assert mine.sequence is not None and mine.sequence.label == its.label
-    assert other.stats().used_bytes < 1.5 * once and other.check() == []
-    (kept,) = load(other, tmp_path / "cache", identity=ME)[3:4]  # a second time: shared with the first, if cached
-    assert holds(other, kept.sequence) == holds(alloc, sessions[3].sequence) if prefix_cache else True  # type: ignore[arg-type]
+    for _ in range(2):
+        found = load(other, tmp_path / "cache", identity=ME)
+        assert [s.label for s in found] == [str(i) for i in range(10)]
+        for mine, its in zip(found, sessions, strict=True):
+            assert holds(other, mine.sequence) == holds(alloc, its.sequence)  # type: ignore[arg-type]
+        assert other.stats().used_bytes < 2 * once and other.check() == []
 
 
 def test_approximate_sequences_stay_unshared(backend: str, tmp_path: Path) -> None:
@@ -243,7 +241,7 @@ def test_other_caches_and_bad_arguments(backend: str, tmp_path: Path) -> None:
 def test_sessions_that_lie_with_right_checksums(backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, real = tmp_path / "cache", chunk_format.json.dumps
     lies: list[dict[str, Any]] = [
-        dict(committed=91), dict(committed=-1), dict(committed="9"), dict(skip=16, after=0), dict(skip=16, after=5),
+        dict(committed=91), dict(committed=-1), dict(committed="9"),
         dict(keys="00"), dict(keys="zz"), dict(keys=None), dict(keys=(b"t" + b"\xff" * 8).hex()), dict(label=5),
     ]  # fmt: skip
     for lie in lies:
