@@ -150,7 +150,9 @@ class CacheGen(Lossy):
         try:
             self._stream: Any = import_module("constriction").stream
         except ImportError as error:
-            raise SpecError("codec: 'cachegen' needs the package constriction: pip install constriction") from error
+            raise SpecError(
+                "codec: 'cachegen' needs the package constriction: pip install 'kvmem[cachegen]'"
+            ) from error
 
     def encode_part(self, part: Part, x: torch.Tensor) -> bytes | None:
         x = x.float().flatten(1)

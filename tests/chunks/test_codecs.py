@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from chunk_world import ME, make, plain, same, write
+from chunk_world import ME, make, plain, random_bytes, same, write
 
 import kvmem
 from kvmem.chunks import Chunk, export, read_chunk, write_chunk
@@ -22,7 +22,7 @@ IDS = list(range(64))
 
 def need(codec: str) -> None:
     if codec == "cachegen":
-        pytest.importorskip("constriction", reason="the codec cachegen needs the package constriction")
+        pytest.importorskip("constriction", reason="needs the extra kvmem[cachegen]")
 
 
 def smooth(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -85,8 +85,6 @@ def test_error_and_size(codec: str, most_bytes: float, dtype: torch.dtype, tmp_p
 def test_what_cannot_be_coded_is_kept_as_it_is(codec: str, tmp_path: Path) -> None:
     """Random bits with NaN and infinities, 8-bit floats, integers, rows that would grow; no tokens at all."""
     need(codec)
-    from chunk_world import random_bytes
-
     for spec in (plain(), plain("float8_e4m3fn"), plain("int8"), plain(torch.float16, num_kv_heads=1, head_dim=1)):
         chunk = chunk_of(spec, random_bytes)
         found, size = through(codec, chunk, tmp_path)
@@ -146,12 +144,12 @@ def test_sections_that_were_never_encoded(codec: str, rng: random.Random) -> Non
 def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chunk = chunk_of(plain(torch.float16, head_dim=32))
     monkeypatch.setitem(sys.modules, "constriction", None)
-    with pytest.raises(SpecError, match="pip install constriction"):
+    with pytest.raises(SpecError, match="needs the package constriction"):
         write_chunk(tmp_path / "one", chunk, codec="cachegen")
     assert not list(tmp_path.iterdir())
     monkeypatch.undo()
     need("cachegen")
     write_chunk(tmp_path / "one", chunk, codec="cachegen")
     monkeypatch.setitem(sys.modules, "constriction", None)
-    with pytest.raises(TierError, match="pip install constriction"):
+    with pytest.raises(TierError, match="needs the package constriction"):
         read_chunk(tmp_path / "one", spec=chunk.head.spec, identity=ME)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from chunk_world import ME, filled, plain, same
+from support import LONG
 
 from kvmem.chunks import Chunk, ChunkFile, export, read_chunk, write_chunk
 from kvmem.chunks import format as chunk_format
@@ -22,7 +23,7 @@ from kvmem.tiers.checksum import checksum
 
 IDS = list(range(30))
 SPEC = plain()
-FUZZ = int(os.environ.get("KVMEM_CHUNK_FUZZ", "400"))  # 20,000 in a campaign
+FUZZ = 10_000 if LONG else 400
 
 
 @pytest.fixture(scope="module")
