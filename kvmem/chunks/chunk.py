@@ -255,7 +255,7 @@ def import_layers(
         raise SpecError(f"prefix: got {len(known)} ids; the sequence has {start} tokens")
     cut = start - skip
     follows = len(known) == start and cut >= 0 and np.array_equal(known[max(cut, 0) :], head.tokens[:skip])
-    exact = head.exact and shift == 0 and follows and digest_before(known[:cut]) == head.before
+    exact = head.exact and follows and digest_before(known[:cut]) == head.before
     new = head.tokens[skip:]
     sequence.extend(len(new))
     try:

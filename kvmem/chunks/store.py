@@ -15,7 +15,7 @@ from kvmem.allocator import Allocator
 from kvmem.allocator.prefix import Salt, Tokens, token_ids
 from kvmem.allocator.sequence import Sequence
 from kvmem.arguments import brief, check_size
-from kvmem.chunks.chunk import Chunk, export, import_, sections_of
+from kvmem.chunks.chunk import Chunk, digest_before, export, import_, is_exact, sections_of
 from kvmem.chunks.codecs import codec_named
 from kvmem.chunks.folder import FolderTier
 from kvmem.chunks.format import FRAME_BYTES, MOST_HEADER_BYTES, blob_of, chunk_in
@@ -66,43 +66,39 @@ class ChunkStore:
             root = hashlib.sha256(root + codec.encode()).digest()
         self._keys = BlockKeys(root, self.chunk_tokens)
 
-    # --- by key ---
+    # --- chunks for composition ---
 
-    def key(self, tokens: Tokens, *, salt: Salt = None, adapter: str | None = None) -> bytes:
-        """Return the position-free key of a chunk of any length."""
-        return self._keys.chunk(token_ids(tokens), salt=salt, adapter=adapter)
+    def put(self, chunk: Chunk, *, salt: Salt = None, adapter: str | None = None) -> str:
+        """Store a chunk under its position-free key; return ``""``, or why some tier does not have it now.
 
-    def chain(
-        self, tokens: Tokens, *, salt: Salt = None, adapter: str | None = None, extra_key: ExtraKey = None
-    ) -> list[bytes]:
-        """Return the chained keys of the complete chunks of a prompt, the first chunk's first."""
-        return self._keys.chain(token_ids(tokens), salt=salt, extra_key=extra_key, adapter=adapter)
-
-    def put(self, key: bytes, chunk: Chunk) -> str:
-        """Store a chunk under a key; return ``""``, or why a tier does not have it now, as a sentence.
-
-        A tier that has the key is not written, and a chunk that is not exact is stored nowhere. ``SpecError`` for a
-        chunk of another spec or identity.
+        A tier that has the key is not written. ``SpecError`` for a chunk of another spec or identity, for one that is
+        not exact, and for one that was computed behind other tokens, on which its KV depends.
         """
+        if not chunk.head.exact or chunk.head.before != digest_before(np.zeros(0, np.int32)):
+            raise SpecError("chunk: is not exact or was computed behind other tokens; compute its tokens alone")
+        return self._put(self._keys.chunk(chunk.head.tokens, salt=salt, adapter=adapter), chunk)
+
+    def get(self, tokens: Tokens, *, salt: Salt = None, adapter: str | None = None) -> Found:
+        """Return the chunk of these tokens, computed alone."""
+        ids = token_ids(tokens)
+        return self._get(self._keys.chunk(ids, salt=salt, adapter=adapter), ids)
+
+    def _put(self, key: bytes, chunk: Chunk) -> str:
         if chunk.head.spec != self._spec or chunk.head.identity != self._identity:
             raise SpecError("chunk: is of another spec or identity than the store's")
-        if not chunk.head.exact:
-            return "the chunk is not exact, and who finds it by its tokens would take it for computed"
         lacking = [tier for tier in self._tiers if not tier.contains([key])]
         blob = blob_of(chunk, codec=self._codec, extra={"key": key.hex()}) if lacking else memoryview(b"")
         results = [(tier.name, tier.put([key], [blob])[0]) for tier in lacking]
         return "; ".join(f"{name}: {result.reason}" for name, result in results if not result.ok)
 
-    def get(self, key: bytes, num_tokens: int | None = None) -> Found:
-        """Return the chunk under a key. num_tokens: of the chunk, if it is not ``chunk_tokens``; at most as many."""
-        count = self.chunk_tokens if num_tokens is None else check_size("num_tokens", num_tokens)
+    def _get(self, key: bytes, ids: np.ndarray) -> Found:
         parts = [part for section in sections_of(self._spec) for part in section]
-        most = count * (4 + sum(part.token_bytes for part in parts)) + MOST_HEADER_BYTES + 2 * FRAME_BYTES
+        most = len(ids) * (4 + sum(part.token_bytes for part in parts)) + MOST_HEADER_BYTES + 2 * FRAME_BYTES
         buffer = memoryview(bytearray(most + (FRAME_BYTES + 9) * len(parts)))
         reasons = []
         for tier in self._tiers:
             result = tier.get([key], [buffer])[0]
-            found = self._believed(key, count, buffer[: result.num_bytes], tier.name) if result.ok else result.reason
+            found = self._believed(key, ids, buffer[: result.num_bytes], tier.name) if result.ok else result.reason
             if isinstance(found, Chunk):
                 for faster in self._tiers[: self._tiers.index(tier)]:
                     faster.put([key], [buffer[: result.num_bytes]])
@@ -112,15 +108,15 @@ class ChunkStore:
             reasons.append(f"{tier.name}: {found}")
         return Found(None, "; ".join(reasons))
 
-    def _believed(self, key: bytes, count: int, blob: memoryview, name: str) -> Chunk | str:
+    def _believed(self, key: bytes, ids: np.ndarray, blob: memoryview, name: str) -> Chunk | str:
         try:
             chunk, extra = chunk_in(blob, name, spec=self._spec, identity=self._identity)
         except TierError as error:
             return str(error)
-        mine = extra == {"key": key.hex()} and len(chunk.head.tokens) <= count
+        mine = extra == {"key": key.hex()} and np.array_equal(chunk.head.tokens, ids)
         return chunk if mine else "the chunk belongs to another key"
 
-    # --- of prompts ---
+    # --- prefixes of prompts ---
 
     def store(
         self, alloc: Allocator, sequence: Sequence, tokens: Tokens, *, salt: Salt = None, adapter: str | None = None,
@@ -129,26 +125,25 @@ class ChunkStore:
         """Store the complete chunks of a sequence's committed tokens under their chained keys; return how many tokens
         the first tier has of it then, from the start.
 
-        tokens: the ids of the sequence, from its start on. salt, adapter, extra_key: as it was opened with. Chunks that
-        a tier has are not read from the device. Errors: as ``export``.
+        tokens: the ids of the sequence, from its start on. salt, adapter, extra_key: as it was opened with. What all
+        tiers have is not read from the device; what is approximate is not stored. Errors: as ``export``.
         """
         ids, size = token_ids(tokens), self.chunk_tokens
-        complete = min(len(ids), sequence.num_committed_tokens) // size
-        keys = self.chain(ids, salt=salt, adapter=adapter, extra_key=extra_key)[:complete]
-        for at, key in enumerate(keys):
-            if not all(tier.contains([key]) for tier in self._tiers):
-                chunk = export(alloc, sequence, ids, identity=self._identity, first=at * size, end=(at + 1) * size)
-                self.put(key, chunk)
+        complete = min(len(ids), sequence.num_committed_tokens) // size if is_exact(alloc, sequence) else 0
+        keys = self._chain(ids, salt, adapter, extra_key)[:complete]
+        for at in range(min(tier.contains(keys) for tier in self._tiers), len(keys)):
+            first = at * size
+            self._put(keys[at], export(alloc, sequence, ids, identity=self._identity, first=first, end=first + size))
         return self._tiers[0].contains(keys) * size
 
     def lookup(
         self, tokens: Tokens, *, salt: Salt = None, adapter: str | None = None, extra_key: ExtraKey = None
     ) -> int:
         """Return how many tokens of a prompt, from its start, some tier seems to have. ``retrieve`` may find fewer."""
-        keys = self.chain(tokens, salt=salt, adapter=adapter, extra_key=extra_key)
+        keys = self._chain(token_ids(tokens), salt, adapter, extra_key)
         count = 0
-        while count < len(keys) and any(tier.contains([keys[count]]) for tier in self._tiers):
-            count += 1
+        while more := max(tier.contains(keys[count:]) for tier in self._tiers):
+            count += more
         return count * self.chunk_tokens
 
     def retrieve(
@@ -162,12 +157,14 @@ class ChunkStore:
         found cached. ``OutOfMemory`` leaves the tokens that were appended before it.
         """
         ids, start, size = token_ids(tokens), sequence.num_committed_tokens, self.chunk_tokens
-        keys = self.chain(ids, salt=salt, adapter=adapter, extra_key=extra_key)[: max(0, len(ids) - 1) // size]
+        keys = self._chain(ids, salt, adapter, extra_key)[: max(0, len(ids) - 1) // size]
         for at in range(start // size, len(keys)):
-            chunk, first = self.get(keys[at]).chunk, at * size
-            begin = sequence.num_committed_tokens
-            here = chunk is not None and np.array_equal(chunk.head.tokens, ids[first : first + size])
-            if chunk is None or not here or chunk.head.position != first:
+            begin, first = sequence.num_committed_tokens, at * size
+            chunk = self._get(keys[at], ids[first : first + size]).chunk
+            if chunk is None or chunk.head.position != first:
                 break
             import_(alloc, sequence, chunk, prefix=ids[:begin], skip=begin - first)
         return sequence.num_committed_tokens - start
+
+    def _chain(self, ids: np.ndarray, salt: Salt, adapter: str | None, extra_key: ExtraKey) -> list[bytes]:
+        return self._keys.chain(ids, salt=salt, extra_key=extra_key, adapter=adapter)

@@ -7,9 +7,11 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from chunk_world import ME, OTHER, filled, holds, make, plain, same
@@ -18,7 +20,7 @@ from toy_model import ME as TOY
 from toy_model import Toy, allocator, computed, generate, run
 
 import kvmem
-from kvmem.chunks import ChunkStore, FolderTier, export
+from kvmem.chunks import Chunk, ChunkStore, FolderTier, export
 from kvmem.errors import SpecError, TierError
 from kvmem.tiers import Identity, Status, Tier
 
@@ -83,8 +85,8 @@ def test_what_differs_is_not_found(tier: Tier) -> None:
     store = store_over(tier)
     alloc, seq = filled(SPEC, IDS)
     store.store(alloc, seq, IDS)
-    store.put(store.key(IDS[:16]), export(alloc, seq, IDS, identity=ME, end=16))
-    assert (store.lookup(IDS), store.get(store.key(IDS[:16])).reason) == (64, "")
+    store.put(export(alloc, seq, IDS, identity=ME, end=16))
+    assert (store.lookup(IDS), store.get(IDS[:16]).reason) == (64, "")
     others: list[tuple[dict[str, Any], dict[str, Any]]] = [
         (dict(identity=Identity("toy 2", rope="theta 1e4")), {}),
         (dict(identity=Identity("toy 1", rope="theta 5e5")), {}),
@@ -100,23 +102,31 @@ def test_what_differs_is_not_found(tier: Tier) -> None:
     for options, keys in others:
         other = store_over(tier, **options)
         assert other.lookup(IDS, **keys) == 0
-        assert "lookup" if options.get("chunk_tokens") else other.get(other.key(IDS[:16], **keys)).chunk is None
+        assert "chunk_tokens" in options or other.get(IDS[:16], **keys).chunk is None
     assert store.lookup(IDS, extra_key=[(3, "image")]) == 0 and store.lookup(IDS, extra_key=[(20, "image")]) == 16
     assert store.lookup([9, *IDS[1:]]) == 0 and store.lookup([*IDS[:20], 9, *IDS[21:]]) == 16
-    assert store.get(store.key(IDS[1:17])).chunk is None
+    assert store.get(IDS[1:17]).chunk is None
 
 
 def test_position_free_chunks(tier: Tier) -> None:
-    """Found by their tokens alone, of any length, wherever they were computed."""
+    """Found by their tokens alone, of any length; what was computed behind other tokens is none."""
     store = store_over(tier)
-    alloc, seq = filled(SPEC, IDS)
-    for first, end in ((0, 16), (10, 33), (40, 70)):
-        chunk, key = export(alloc, seq, IDS, identity=ME, first=first, end=end), store.key(IDS[first:end])
-        assert store.put(key, chunk) == ""
-        found = store.get(key, end - first).chunk
-        assert found is not None and same(found, chunk) and found.head.position == first
-    assert "not in the folder" in store.get(b"\0" * 32).reason or "never put" in store.get(b"\0" * 32).reason
-    assert store.get(store.key(IDS[40:70]), 8).chunk is None  # longer than asked for
+    for tokens in (IDS[:16], IDS[10:33], IDS[40:70]):
+        alloc, seq = filled(SPEC, tokens)
+        chunk = export(alloc, seq, tokens, identity=ME)
+        assert store.put(chunk) == "" == store.put(chunk)
+        found = store.get(tokens).chunk
+        assert found is not None and same(found, chunk)
+    assert tier.capacity().num_blocks == 3
+    assert store.get([1, 2]).reason in ("dict: never put", "folder: it is not in the folder")
+    for bad in (
+        export(alloc, seq, IDS[40:70], identity=ME, first=1),
+        Chunk(replace(chunk.head, exact=False), chunk.sections),
+    ):
+        with pytest.raises(SpecError, match="not exact or was computed behind other tokens"):
+            store.put(bad)
+    with pytest.raises(SpecError, match="another spec or identity"):
+        store.put(export(alloc, seq, IDS[40:70], identity=Identity("toy 2")))
 
 
 def _damage(tier: Tier, change: Callable[[bytearray], None]) -> None:
@@ -141,6 +151,7 @@ def test_a_damaged_chunk_is_a_miss_and_is_stored_anew(tier: Tier, rng: random.Ra
     def cut(data: bytearray) -> None:
         del data[rng.randrange(len(data)) :]
 
+    keys = store._chain(np.array(IDS), None, None, None)
     for change in (flip, cut) * 10:
         assert store.store(alloc, seq, IDS) == 64
         _damage(tier, change)
@@ -148,20 +159,18 @@ def test_a_damaged_chunk_is_a_miss_and_is_stored_anew(tier: Tier, rng: random.Ra
         copy = other.sequence()
         assert store.retrieve(other, copy, IDS) == 0 and copy.num_tokens == 0
         assert tier.capacity().num_blocks == 3  # the damaged one that was asked for is gone
-        tier.delete(store.chain(IDS))
-    foreign = store_over(DictTier(), identity=Identity("toy 2"))
-    alien = export(alloc, seq, IDS, identity=Identity("toy 2"), end=16)
-    foreign.put(store.key(IDS[:16]), alien)
-    record = foreign._tiers[0].held[store.key(IDS[:16])]  # type: ignore[attr-defined]
-    tier.put([store.key(IDS[:16])], [memoryview(record)[96:]])
-    assert "model: was written for 'toy 2'" in store.get(store.key(IDS[:16])).reason
-    store.put(store.key(IDS[:16]), export(alloc, seq, IDS, identity=ME, end=16))
-    buffer = memoryview(bytearray(1 << 16))
-    size = tier.get([store.key(IDS[:16])], [buffer])[0].num_bytes
-    tier.put([b"k" * 32], [buffer[:size]])
-    assert "belongs to another key" in store.get(b"k" * 32).reason
-    with pytest.raises(SpecError, match="another spec or identity"):
-        store.put(b"k" * 32, alien)
+        tier.delete(keys)
+    foreign, ids = DictTier(), IDS[:16]
+    store_over(foreign, identity=Identity("toy 2")).put(export(alloc, seq, IDS, identity=Identity("toy 2"), end=16))
+    (record,) = foreign.held.values()
+    (mine,) = [store._keys.chunk(np.array(ids))]
+    tier.put([mine], [memoryview(record)[96:]])
+    assert "model: was written for 'toy 2'" in store.get(ids).reason
+    store.put(export(alloc, seq, IDS, identity=ME, end=16))
+    buffer, other_key = memoryview(bytearray(1 << 16)), store._keys.chunk(np.array(IDS[:15]))
+    size = tier.get([mine], [buffer])[0].num_bytes
+    tier.put([other_key], [buffer[:size]])
+    assert "belongs to another key" in store.get(IDS[:15]).reason and store.get(ids).chunk is not None
 
 
 def test_several_tiers(tmp_path: Path) -> None:
@@ -171,16 +180,16 @@ def test_several_tiers(tmp_path: Path) -> None:
     fast, slow = DictTier("fast", limit=int(2.9 * one)), FolderTier(tmp_path)
     store = store_over([fast, slow])
     assert store.store(alloc, seq, IDS) == 0  # the first tier has kept the last two
-    keys = store.chain(IDS)
+    keys = store._chain(np.array(IDS), None, None, None)
     assert [fast.contains([key]) for key in keys] == [0, 0, 1, 1] and slow.contains(keys) == 4
     assert store.lookup(IDS) == 64
     reads = fast.calls[0]
-    found = store.get(keys[0])
-    assert found.chunk is not None and fast.contains([keys[0]]) == 1 and fast.calls[0] == reads + 1
+    assert store._get(keys[0], np.array(IDS[:16])).chunk is not None
+    assert fast.contains([keys[0]]) == 1 and fast.calls[0] == reads + 1
     assert [fast.contains([key]) for key in keys] == [1, 0, 0, 1]
     other = make(SPEC)
     assert store.retrieve(other, other.sequence(), IDS) == 64
-    assert "too large" in store_over([DictTier(limit=10)]).put(keys[0], found.chunk)
+    assert store_over([DictTier(limit=10)]).put(export(alloc, seq, IDS, identity=ME, end=16)) == "dict: too large"
 
 
 def test_lossy_chunks_are_not_shared(tier: Tier) -> None:
@@ -190,6 +199,8 @@ def test_lossy_chunks_are_not_shared(tier: Tier) -> None:
     other = make(plain(head_dim=32))
     copy = other.sequence()
     assert store.retrieve(other, copy, IDS) == 64 and other.match(IDS).num_tokens == 0
+    clean = store_over(DictTier(), spec=plain(head_dim=32))
+    assert clean.store(other, copy, IDS) == 0 == clean.lookup(IDS)  # nobody takes them for computed
 
 
 def test_arguments() -> None:
