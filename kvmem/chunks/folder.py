@@ -115,7 +115,12 @@ class FolderTier(Tier):
         return found
 
     def capacity(self) -> Capacity:
-        found = self._entries()
+        try:
+            found = self._entries()
+        except OSError as error:
+            if isinstance(error, TierError):
+                raise
+            found = []  # somebody has removed the folder
         return Capacity(self._limit, sum(size for _, size, _ in found), len(found))
 
     def close(self) -> None:

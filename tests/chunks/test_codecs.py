@@ -14,7 +14,7 @@ from chunk_world import ME, make, plain, random_bytes, same, write
 import kvmem
 from kvmem.chunks import Chunk, export, read_chunk, write_chunk
 from kvmem.chunks.chunk import sections_of
-from kvmem.chunks.codecs import CODECS, codec_named
+from kvmem.chunks.codecs import CODECS, CacheGen, codec_named
 from kvmem.errors import SpecError, TierError
 
 IDS = list(range(64))
@@ -139,6 +139,17 @@ def test_sections_that_were_never_encoded(codec: str, rng: random.Random) -> Non
         else:
             assert len(out) == len(chunk.sections[0])
     assert found > 40
+
+
+def test_the_coder_takes_rows_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of any size, with the same bytes: what it needs beside the section does not grow with it."""
+    need("cachegen")
+    chunk = chunk_of(plain(torch.float16, head_dim=32))
+    whole, _ = through("cachegen", chunk, tmp_path)
+    stored = (tmp_path / "cachegen").read_bytes()
+    monkeypatch.setattr(CacheGen, "rows_at_once", 7)
+    pieces, _ = through("cachegen", chunk, tmp_path)
+    assert same(pieces, whole) and (tmp_path / "cachegen").read_bytes() == stored
 
 
 def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

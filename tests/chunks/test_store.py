@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from chunk_tier import DictTier
 from chunk_world import ME, OTHER, filled, holds, make, plain, same
-from dict_tier import DictTier
 from toy_model import ME as TOY
 from toy_model import Toy, allocator, computed, generate, run
 
@@ -258,7 +258,13 @@ def test_folders_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for path in (tmp_path / "file", tmp_path / "file" / "below", "/proc/none"):
         with pytest.raises(TierError, match="folder: cannot use|path: cannot write"):
             FolderTier(path)
-    tier = FolderTier(tmp_path / "chunks")
+    tier, left = FolderTier(tmp_path / "chunks"), tmp_path / "chunks" / ".of a killed process.tmp"
+    left.write_text("x")
+    FolderTier(tmp_path / "chunks")
+    assert left.exists()  # its process may be alive
+    os.utime(left, (0, 0))
+    FolderTier(tmp_path / "chunks")
+    assert not left.exists()
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
@@ -266,6 +272,11 @@ def test_folders_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(os, "fsync", full)
     result = tier.put([b"k" * 32], [memoryview(bytes(10))])[0]
     assert result.status is Status.FAILED and "No space left" in result.reason and not os.listdir(tmp_path / "chunks")
+    (tmp_path / "chunks").rmdir()  # while it is in use
+    assert [tier.put([b"k" * 32], [memoryview(bytes(9))])[0].status, tier.capacity().num_blocks] == [Status.FAILED, 0]
+    assert (
+        tier.get([b"k" * 32], [memoryview(bytearray(9))])[0].status is tier.delete([b"k" * 32])[0].status is Status.MISS
+    )
 
 
 OTHER_PROCESS = """
