@@ -42,8 +42,9 @@ class FolderTier(Tier):
                 pass
             (self._folder / "writable").unlink(missing_ok=True)
             for left in self._folder.glob(".*.tmp"):  # of a process that was killed while it wrote
-                if time.time() - left.stat(follow_symlinks=False).st_mtime > 3600:
-                    left.unlink(missing_ok=True)
+                with suppress(FileNotFoundError):
+                    if time.time() - left.lstat().st_mtime > 3600:
+                        left.unlink()
         except OSError as error:
             raise TierError(f"folder: cannot use {folder!s}: {error}") from error
 

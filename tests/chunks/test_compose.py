@@ -52,6 +52,20 @@ def test_layer_0_is_exact_after_rotation(model: Toy, backend: str) -> None:
     assert relative(unrotated, expected[0][0][48:]) > 1.0
 
 
+def test_chunks_are_rotated_to_where_they_stand(model: Toy, backend: str) -> None:
+    """Behind tokens that the sequence has, and behind each other: layer 0 is that of a prefill, to 1e-12."""
+    prefix = ids(9, 21)
+    (k, v), *_ = model.full(prefix + B + A + QUESTION)[1]
+    alloc = allocator(backend)
+    seq = alloc.sequence()
+    run(model, alloc, seq, prefix)
+    with compose(alloc, seq, [computed(model, B), computed(model, A)], QUESTION, rope=model.rope) as plan:
+        plan.load(0)
+        assert plan.positions.tolist() == [*range(21, 115)] and plan.tokens.tolist() == B + A + QUESTION
+        for name, expected in (("k", k), ("v", v)):
+            assert (plan.read(0, name)[:109] - expected[:109]).abs().max() < 1e-12
+
+
 @pytest.mark.parametrize("before", [0, 21])
 def test_the_error_falls_with_the_ratio(model: Toy, backend: str, before: int) -> None:
     """After chunks of 48 and 40 tokens and 6 new ones; also behind tokens that the sequence has already."""
@@ -79,7 +93,8 @@ def test_a_chunk_that_is_a_true_prefix_is_not_computed_anew(model: Toy, backend:
         x = model.embed[torch.as_tensor(plan.tokens).long()]
         plan.load(0), plan.load(1)
         full = model.full(A + B + QUESTION)[1]
-        scores = plan.deviations(full[1][0])
+        scores, stored = plan.deviations(full[1][0]), plan.read(1, "k")
+        torch.testing.assert_close(scores[60], ((full[1][0][60] - stored[60]) ** 2).sum())
         assert scores[:48].max() < 1e-20 and scores[48:].min() > 1e-6 and len(scores) == 88
         chosen = plan.select(full[1][0])
         assert chosen[:-6].min() >= 48 and chosen[-6:].tolist() == [*range(88, 94)] and len(x) == 94
