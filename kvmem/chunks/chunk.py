@@ -277,7 +277,10 @@ def commit(alloc: Allocator, sequence: Sequence, tokens: npt.NDArray[np.int32], 
 
 def check_import(alloc: Allocator, sequence: Sequence, head: Head, shift: int, rope: Ropes) -> None:
     """``SpecError`` unless the tokens of head can follow those of the sequence, ``shift`` positions later."""
-    check_spec(alloc, head)
+    if head.spec != alloc.spec:
+        fields = ("num_layers", "block_size", "num_query_heads", "groups")
+        differ = [name for name in fields if getattr(head.spec, name) != getattr(alloc.spec, name)]
+        raise SpecError(f"chunk: was written with another spec than the allocator's; they differ in {differ}")
     if head.spans is not None:
         raise SpecError("chunk: it is a whole sequence; kvmem.chunks.load() restores it")
     if sequence.num_tokens != sequence.num_committed_tokens:
@@ -290,14 +293,6 @@ def check_import(alloc: Allocator, sequence: Sequence, head: Head, shift: int, r
     if shift:
         for part in {(part.name, part.layer): part for section in sections_of(head.spec) for part in section}.values():
             _check_shift(part, shift, rope)
-
-
-def check_spec(alloc: Allocator, head: Head) -> None:
-    """``SpecError`` unless the head's spec is the allocator's."""
-    if head.spec != alloc.spec:
-        fields = [f for f in ("num_layers", "block_size", "num_query_heads", "groups")
-                  if getattr(head.spec, f) != getattr(alloc.spec, f)]  # fmt: skip
-        raise SpecError(f"chunk: was written with another spec than the allocator's; they differ in {fields}")
 
 
 def _check_shift(part: Part, shift: int, rope: Ropes) -> None:

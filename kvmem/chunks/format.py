@@ -129,11 +129,14 @@ class Reader:
 
     def head(self, fields: dict[str, Any], spec: CacheSpec, identity: Identity) -> Head:
         """Return the head of fields and ids, the record's first section; ``TierError`` if it is another cache's."""
-        mine = {name: getattr(identity, name) for name in ("model", "rope", "rank", "ranks")}
-        mine["spec"] = spec.fingerprint
-        for name, value in mine.items():
-            if fields[name] != value:
+        for name in ("model", "rope", "rank", "ranks"):
+            if fields[name] != (value := getattr(identity, name)):
                 raise self.fail(f"{name}: was written for {fields[name]!r}, and is read for {value!r}")
+        if fields["spec"] != spec.fingerprint:
+            raise self.fail(
+                f"spec: was written with another CacheSpec, of fingerprint {fields['spec'][:12]}..., than "
+                f"{spec.fingerprint[:12]}...: make the allocator with that one's layers, widths, dtypes and block size"
+            )
         ids = np.frombuffer(self.section(fields["tokens"] * 4).numpy(), "<i4").astype(np.int32, copy=False)
         try:
             spans = _checked_spans(fields, len(spec.groups))

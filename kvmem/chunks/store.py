@@ -154,7 +154,8 @@ class ChunkStore:
         how many tokens that added. At least one token is left to compute.
 
         tokens: the whole prompt, of which the sequence has the first ``num_committed_tokens``, such as those that it
-        found cached. ``OutOfMemory`` leaves the tokens that were appended before it.
+        found cached. salt, adapter, extra_key: as it was opened with. ``OutOfMemory`` leaves the tokens that were
+        appended before it.
         """
         ids, start, size = token_ids(tokens), sequence.num_committed_tokens, self.chunk_tokens
         keys = self._chain(ids, salt, adapter, extra_key)[: max(0, len(ids) - 1) // size]
