@@ -125,7 +125,7 @@ def test_approximate_sequences_stay_unshared(backend: str, tmp_path: Path) -> No
     other = make(plain(), backend)
     write(other, other.sequence(), IDS[10:])  # the same ids, cached already, with KV that was computed
     (found,) = load(other, tmp_path / "cache", identity=ME)
-    assert other.match(IDS[10:]).num_tokens == 64 and holds(other, found.sequence) == holds(target, copy)  # type: ignore[arg-type]
+    assert holds(other, found.sequence) == holds(target, copy)  # type: ignore[arg-type]
     assert not export(other, found.sequence, IDS[10:], identity=ME).head.exact  # type: ignore[arg-type]
     other = make(plain(), backend)
     load(other, tmp_path / "cache", identity=ME)
