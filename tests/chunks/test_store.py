@@ -227,6 +227,14 @@ def test_the_folder_as_a_tier(tmp_path: Path) -> None:
     tier.put([keys[2]], [data[1]])  # replaces
     assert tier.get([keys[2]], [rooms[2]])[0].num_bytes == 100
     assert [r.status for r in tier.delete([keys[0], keys[3]])] == [Status.OK, Status.MISS]
+    file, copied = (tmp_path / "a" / "b" / f"{key.hex()}.kvc" for key in (keys[1], keys[0]))
+    good = file.read_bytes()
+    for damaged in (good[:-1], good[:50], b"", good[:-1] + b"x", b"x" + good[1:], good[:90] + b"x" + good[91:]):
+        file.write_bytes(damaged)
+        assert tier.get([keys[1]], [rooms[0]])[0].status is Status.CORRUPT
+    file.write_bytes(good), copied.write_bytes(good)
+    assert [r.status for r in tier.get(keys[:2], rooms[:2])] == [Status.CORRUPT, Status.OK]
+    copied.unlink()
     assert tier.capacity()[::2] == (None, 2) and os.listdir(tmp_path / "a") == ["b"]
     for key in (b"short", "text", b"/" * 31):
         with pytest.raises(SpecError, match="32 bytes"):
