@@ -324,7 +324,6 @@ def write_sections(
     for data in sections:
         for part, slots, values in placed_parts(batch, head, next(todo, ()), data, shift, rope):
             scatter_tokens(alloc.tensor(part.layer, part.name), slots, values.to(slots.device))
-        del data  # or the next one would be staged beside two others
     if (missing := len(list(todo))) > 0:
         raise SpecError(f"sections: {missing} are missing of {len(sections_of(head.spec))}")
 

@@ -71,7 +71,8 @@ class FolderTier(Tier):
                 got = 0
                 while got < length and (more := file.readinto(buffer[got:length])):  # type: ignore[attr-defined]
                     got += more
-                os.utime(file.fileno())  # what is used last is deleted last
+                with suppress(OSError):  # of another user's file
+                    os.utime(file.fileno())  # what is used last is deleted last
         except OSError as error:  # a TierError too; FileNotFoundError where another process has deleted it
             return Result(Status.FAILED, reason=str(error))
         if why := verify(header, key, buffer[:got]):

@@ -171,7 +171,6 @@ class Reader:
                 yield coder.decode(data, places)
             except ValueError as error:
                 raise self.fail(f"section {self._index - 1}: {error}") from error
-            del data
 
     def _take(self, length: int, what: str) -> bytearray:
         if length > self._left:
