@@ -155,7 +155,7 @@ def export(
 
     tokens: the ids of the sequence from its start on, at least ``end`` of them, since an allocator gives none back.
     end: default the last committed token whose id is given. The chunk is exact unless ``import_`` or ``compose`` has
-    made the sequence approximate.
+    made the sequence approximate. REQUIRES: it is no fork of such a sequence, which is not known of it.
 
     ``SpecError`` for tokens that are not committed, that a sliding window has dropped, or that the sequence's layers
     cannot cut out: a recurrent state is that after all tokens, and cross attention depends on the encoder's input.
@@ -226,9 +226,9 @@ def import_(
 ) -> None:  # fmt: skip
     """Append the tokens of a chunk to a sequence: extend, write, commit.
 
-    prefix: the ids of the tokens that the sequence has. If the chunk was computed after exactly these, at this
-    position, and it is exact, the tokens are committed by their ids, so other prompts find them; otherwise
-    by count, and neither they nor later tokens of this sequence are shared. An empty sequence needs no prefix.
+    prefix: the ids of the tokens that the sequence has. If the chunk was computed after exactly these and is exact, its
+    tokens are committed by their ids, so other prompts find them; otherwise by count, and neither they nor later tokens
+    of this sequence are shared. An empty sequence needs no prefix.
     rope: how the model rotates keys, needed where the chunk was computed at another position: components that the spec
     calls ``"post"`` are rotated by the difference; ``"pre"`` and ``"none"`` are position-free. skip: tokens of the
     chunk's start that are left out, because the sequence has them.
@@ -257,8 +257,8 @@ def import_layers(
     follows = len(known) == start and cut >= 0 and np.array_equal(known[max(cut, 0) :], head.tokens[:skip])
     exact = head.exact and follows and digest_before(known[:cut]) == head.before
     new = head.tokens[skip:]
-    sequence.extend(len(new))
     try:
+        sequence.extend(len(new))
         write_sections(alloc, alloc.batch([sequence]), head, sections, shift, rope)
         commit(alloc, sequence, new, exact)
     except BaseException:

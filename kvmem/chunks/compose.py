@@ -67,8 +67,12 @@ def compose(
     for chunk in chunks:
         check_import(alloc, sequence, chunk.head, at - chunk.head.position, rope)
         at += len(chunk.head.tokens)
-    sequence.extend(at - start + len(new))
-    return Composition(alloc, sequence, list(chunks), new, ratio, check_layer, rope)
+    try:
+        sequence.extend(at - start + len(new))
+        return Composition(alloc, sequence, list(chunks), new, ratio, check_layer, rope)
+    except BaseException:
+        sequence.truncate(start)
+        raise
 
 
 class Composition:

@@ -126,7 +126,7 @@ class ChunkStore:
         the first tier has of it then, from the start.
 
         tokens: the ids of the sequence, from its start on. salt, adapter, extra_key: as it was opened with. What all
-        tiers have is not read from the device; what is approximate is not stored. Errors: as ``export``.
+        tiers have is not read from the device; what is approximate is not stored. REQUIRES and errors: as ``export``.
         """
         ids, size = token_ids(tokens), self.chunk_tokens
         complete = min(len(ids), sequence.num_committed_tokens) // size if is_exact(alloc, sequence) else 0

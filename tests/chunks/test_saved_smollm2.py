@@ -82,7 +82,7 @@ def test_a_prompt_from_another_process_and_its_codecs(tmp_path: Path) -> None:
 
 
 def check_codecs(chunk: Chunk, folder: Path) -> None:
-    """Sizes against 16-bit floats, and the error of K and of V, as docs/format.md has them for this chunk."""
+    """Bounds on sizes, against 16-bit floats, and on the errors; docs/format.md has the figures of running text."""
     half = Chunk(Head(chunk.head.spec, ME, chunk.head.tokens, 0, b"\0" * 32), chunk.sections).num_bytes // 2
     for codec, ratio, k_error, v_error in (
         ("int8", 1.7, 0.01, 0.01),
