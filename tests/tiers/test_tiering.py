@@ -46,7 +46,7 @@ def test_another_process_finds_what_one_has_written(backend: str, seed: int) -> 
     rng, tier = random.Random(seed), DictTier()
     text = [rng.randrange(100) for _ in range(60)]
     other = {"paged": "virtual", "virtual": "paged"}[backend]
-    with make("full", backend, lower=[tier]) as alloc:
+    with make("full", backend, host_blocks=20, lower=[tier]) as alloc:
         World(alloc).run(text)
         assert alloc.store(text) == 15 and alloc.store(text) == 0
         assert alloc.flush(30)

@@ -18,6 +18,7 @@ from kvmem.tiers import Capacity, Identity, Result, Status, Tier, Tiers
 from kvmem.tiers.base import Buffer
 
 PAGE = 4096
+MEMORY = {"virtual": 24 * PAGE, "paged": 10 * PAGE}  # so little that prompts evict each other
 
 
 def _kv(width: int, heads: int = 1) -> tuple[Component, Component]:
@@ -122,7 +123,7 @@ def make(
 ) -> kvmem.Allocator:
     spec = SPECS[name]()
     sizes = {
-        "memory": 24 * PAGE,
+        "memory": MEMORY[backend],
         "page_bytes": PAGE,
         "interleave": 1,
         "max_sequences": 4,
