@@ -18,8 +18,7 @@ from typing import Any, ClassVar, Final, TypeAlias
 
 from kvmem.arguments import check_size
 from kvmem.errors import SpecError, TierError
-from kvmem.tiers.base import Buffer, Capacity, Result, Status, Tier
-from kvmem.tiers.keys import KEY_BYTES
+from kvmem.tiers.base import Buffer, Capacity, Result, Status, Tier, check_batch
 from kvmem.tiers.record import HEADER_BYTES, VERSION, header_of, payload_bytes, verify
 
 __all__ = ["ABSENT", "Call", "Limits", "Record", "RemoteTier", "failed"]
@@ -270,16 +269,7 @@ class RemoteTier(Tier):
     ) -> list[str]:
         """Return the store's names for the keys. Everything is checked before anything is sent."""
         self._check_open()
-        for i, key in enumerate(keys):
-            if not isinstance(key, bytes) or len(key) != KEY_BYTES:
-                raise SpecError(f"keys[{i}]: got {key!r}; must be {KEY_BYTES} bytes")
-        if buffers is not None and len(buffers) != len(keys):
-            raise SpecError(f"buffers: got {len(buffers)} for {len(keys)} keys")
-        for i, buffer in enumerate(buffers or ()):
-            if not isinstance(buffer, memoryview) or buffer.format != "B" or buffer.ndim != 1 or not buffer.contiguous:
-                raise SpecError(f"buffers[{i}]: got {buffer!r}; must be a contiguous memoryview of bytes, format 'B'")
-            if writable and buffer.readonly:
-                raise SpecError(f"buffers[{i}]: is read-only, and get fills it")
+        check_batch(keys, buffers, writable=writable)
         return [self._prefix + key.hex() for key in keys]
 
     def _results(

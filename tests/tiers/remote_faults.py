@@ -1,0 +1,234 @@
+"""What every remote tier must do when its store is slow, gone, or lies. A test file derives a class for each store."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import pytest
+from remote_proxy import Mode, Proxy, cut, delay, flip, garbage, plain, swallow
+from tier_suite import LARGEST, get, key_of, payload_of, put
+
+from kvmem.errors import TierError
+from kvmem.tiers import Result, Status, Tier
+from kvmem.tiers.remote import Limits
+
+SECONDS, MARGIN = 0.4, 2.0  # the tier's bound, and what a loaded machine may add to it
+LIMITS = Limits(batch_seconds=1.5, batch_bytes=16 << 10, faults=3, pause_seconds=0.2, calls=8)
+
+
+class RemoteFaults:
+    """The subclass has the fixtures ``port``, of a running store that is empty; ``connect(port, **options)``, which
+    returns a tier and closes it at the end; and ``store(key, record)``, which puts raw bytes under a key.
+    """
+
+    #: Operations of the random walks; KVMEM_STORE_STEPS sets more, for a campaign.
+    walk_steps = int(os.environ.get("KVMEM_STORE_STEPS", 200))
+
+    @pytest.fixture
+    def proxy(self, port: int) -> Iterator[Proxy]:
+        proxy = Proxy(port)
+        yield proxy
+        proxy.close()
+
+    @pytest.fixture
+    def tier(self, proxy: Proxy, connect: Callable[..., Tier]) -> Tier:
+        return connect(proxy.port, timeout_seconds=SECONDS, limits=LIMITS)
+
+    def recovers(self, tier: Tier) -> None:
+        """Within some pauses the tier is used again."""
+        for _ in range(100):
+            if put(tier, {key_of(9): b"back"})[0].ok and get(tier, key_of(9)) == b"back":
+                return
+            time.sleep(LIMITS.pause_seconds / 2)
+        raise AssertionError("not used again after 100 tries")
+
+    @pytest.mark.parametrize("fault", ["swallow", "cut", "garbage", "slow", "drip", "refused"])
+    def test_a_fault_is_a_bounded_wait_a_reason_and_one_line(
+        self, fault: str, tier: Tier, proxy: Proxy, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        key, data = key_of(0), payload_of(key_of(0), 1, 3000)
+        assert put(tier, {key: data})[0].ok and get(tier, key) == data
+        modes: dict[str, Mode] = {"swallow": swallow, "cut": cut, "garbage": garbage, "slow": delay(30), "drip": plain, "refused": plain}  # fmt: skip
+        proxy.mode, proxy.drip = modes[fault], 0.02 if fault == "drip" else 0
+        if fault == "refused":
+            proxy.close()
+        for _ in range(LIMITS.faults):
+            began = time.monotonic()
+            result = get(tier, key)
+            assert time.monotonic() - began < SECONDS + MARGIN
+            assert isinstance(result, Result) and result.status is Status.FAILED and result.reason, result
+        # The circuit is open: no call reaches the store.
+        proxy_saw, began = proxy.connections, time.monotonic()
+        assert tier.contains([key]) == 0
+        for results in (put(tier, {key: data}), tier.delete([key])):
+            assert results[0].status is Status.FAILED and "again" in results[0].reason
+        if time.monotonic() - began < LIMITS.pause_seconds:
+            assert proxy.connections == proxy_saw
+        assert [r.levelno for r in caplog.records if r.name == "kvmem.tiers"] == [logging.WARNING]
+        if fault != "refused":
+            proxy.mode, proxy.drip = plain, 0
+            self.recovers(tier)
+            assert get(tier, key) == data
+
+    def test_a_batch_ends_with_its_first_part_without_answer(self, tier: Tier, proxy: Proxy) -> None:
+        keys = [key_of(n) for n in range(40)]  # 13 parts of 16 KiB
+        assert all(r.ok for r in put(tier, {key: payload_of(key, 1, LARGEST) for key in keys}))
+        proxy.mode = swallow
+        began = time.monotonic()
+        results = tier.get(keys, [memoryview(bytearray(LARGEST)) for _ in keys])
+        assert time.monotonic() - began < SECONDS + MARGIN
+        assert {r.status for r in results} == {Status.FAILED}
+
+    def test_a_batch_of_slow_parts_is_bounded_as_a_whole(self, tier: Tier, proxy: Proxy) -> None:
+        keys = [key_of(n) for n in range(120)]
+        assert all(r.ok for r in put(tier, {key: payload_of(key, 1, LARGEST) for key in keys}))
+        proxy.mode = delay(SECONDS / 4)
+        began = time.monotonic()
+        results = tier.get(keys, [memoryview(bytearray(LARGEST)) for _ in keys])
+        assert time.monotonic() - began < LIMITS.batch_seconds + MARGIN
+        assert results[-1].status is Status.FAILED
+        assert sorted(results, key=lambda r: not r.ok) == results  # the parts that came in time are kept
+
+    @pytest.mark.parametrize(
+        "lie", ["flipped", "cut off", "longer", "another key", "no record", "empty", "another version"]
+    )
+    def test_what_is_not_the_block_is_no_answer(
+        self, lie: str, tier: Tier, store: Callable[[bytes, bytes], None], rng: random.Random, caplog: pytest.LogCaptureFixture
+    ) -> None:  # fmt: skip
+        from kvmem.tiers.record import header_of
+
+        key, data = key_of(0), payload_of(key_of(0), 1, 3000)
+        record = header_of(key, memoryview(data)) + data
+        at = rng.randrange(len(record))
+        stored = {
+            "flipped": record[:at] + bytes([record[at] ^ 1 << rng.randrange(8)]) + record[at + 1 :],
+            "cut off": record[: max(1, at)],
+            "longer": record + b"x",
+            "another key": header_of(key_of(1), memoryview(data)) + data,
+            "no record": bytes(3096),
+            "empty": b"",
+            "another version": record[:8] + b"\x02" + record[9:],
+        }[lie]
+        for _ in range(2):
+            store(key, stored)
+            result = get(tier, key)
+            assert isinstance(result, Result) and result.reason, (lie, at, result)
+            assert result.status is Status.CORRUPT or lie == "empty", (at, result)
+        assert len([r for r in caplog.records if r.name == "kvmem.tiers"]) <= 1
+        assert lie == "empty" or tier.contains([key]) == 0, "what is not believed is deleted"
+        assert put(tier, {key: data})[0].ok and get(tier, key) == data
+
+    @pytest.mark.parametrize("requests", [False, True])
+    def test_random_walk_on_a_wire_that_flips_bits(
+        self, requests: bool, proxy: Proxy, connect: Callable[..., Tier], rng: random.Random
+    ) -> None:
+        """Never a wrong byte: a payload that is found is one that was put under its key, whole."""
+        tier = connect(proxy.port, timeout_seconds=0.1, limits=replace(LIMITS, pause_seconds=0.01))
+        found = wrong = 0
+        for step in range(self.walk_steps):
+            if step % 10 == 0:
+                proxy.mode = flip(rng, rng.choice((0, 0.1, 0.5)), requests)
+            keys = [key_of(n) for n in rng.sample(range(6), 2)]
+            if (kind := rng.random()) < 0.4:
+                put(tier, {key: payload_of(key, step, rng.randint(8, LARGEST)) for key in keys})
+            elif kind < 0.9:
+                for key in keys:
+                    data = get(tier, key)
+                    if isinstance(data, Result):
+                        wrong += data.status in (Status.CORRUPT, Status.FAILED)
+                    else:
+                        assert data == payload_of(key, int.from_bytes(data[:8], "little"), len(data))
+                        found += 1
+            else:
+                tier.delete(keys)
+        assert found and wrong, "the walk met nothing"
+        proxy.mode = plain
+        self.recovers(tier)
+
+    def test_random_faults_against_a_model(
+        self, proxy: Proxy, connect: Callable[..., Tier], rng: random.Random
+    ) -> None:
+        """A put that is OK is found; one that FAILED is found whole, or not at all, or what was there before is."""
+        tier = connect(proxy.port, timeout_seconds=0.15, limits=replace(LIMITS, faults=2, pause_seconds=0.02))
+        model = dict[bytes, set[bytes]]()
+        for step in range(self.walk_steps // 5):
+            proxy.mode = rng.choice((plain, plain, cut, garbage, swallow))
+            if proxy.mode is plain:
+                self.recovers(tier)
+            keys = [key_of(n) for n in rng.sample(range(8), 3)]
+            contents = {key: payload_of(key, step, rng.randint(8, LARGEST)) for key in keys}
+            for (key, data), result in zip(contents.items(), put(tier, contents), strict=True):
+                assert result.status is (Status.OK if proxy.mode is plain else Status.FAILED)
+                model[key] = {data} if result.ok else model.get(key, {b"none"}) | {data}
+            for key in rng.sample(sorted(model), 2):
+                got = get(tier, key)
+                assert got in model[key] or (
+                    isinstance(got, Result) and (proxy.mode is not plain or len(model[key]) > 1)
+                )
+        proxy.mode = plain
+        self.recovers(tier)
+
+    def test_eight_threads_share_the_connections(self, tier: Tier, proxy: Proxy, rng: random.Random) -> None:
+        errors, seed = list[BaseException](), rng.random()
+
+        def work(name: int) -> None:
+            mine = random.Random(f"{seed} {name}")
+            try:
+                for step in range(15):
+                    key = key_of(mine.randrange(4))
+                    put(tier, {key: payload_of(key, step, mine.randint(8, LARGEST))})
+                    data = get(tier, key)
+                    assert isinstance(data, Result) or data == payload_of(
+                        key, int.from_bytes(data[:8], "little"), len(data)
+                    )
+            except BaseException as e:  # noqa: BLE001  shown by the test's own thread
+                errors.append(e)
+
+        threads = [threading.Thread(target=work, args=(name,)) for name in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not errors, errors
+        assert proxy.connections <= 2 * LIMITS.calls, "connections are kept"
+
+    def test_close_ends_the_connections(self, tier: Tier, proxy: Proxy) -> None:
+        put(tier, {key_of(0): b"x"})
+        assert proxy.connections
+        tier.close()
+        for _ in range(200):
+            if not proxy.open_connections():
+                return
+            time.sleep(0.02)
+        raise AssertionError(f"{proxy.open_connections()} connections are open")
+
+    def test_a_forked_process_is_told_to_open_its_own(self, tier: Tier, proxy: Proxy) -> None:
+        put(tier, {key_of(0): b"x"})
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                tier.contains([key_of(0)])
+            except TierError as e:
+                tier.close()
+                status = 0 if "fork" in str(e) else 2
+            finally:
+                os._exit(status)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert get(tier, key_of(0)) == b"x"  # over the parent's own connection
+
+    def test_opening_with_check(self, proxy: Proxy, connect: Callable[..., Tier]) -> None:
+        connect(proxy.port, timeout_seconds=2, check=True)
+        for mode in (garbage, cut, swallow):
+            proxy.mode = mode
+            with pytest.raises(TierError, match="check"):
+                connect(proxy.port, timeout_seconds=SECONDS, check=True)
+        proxy.close()
+        with pytest.raises(TierError, match="check"):
+            connect(proxy.port, timeout_seconds=SECONDS, check=True)
