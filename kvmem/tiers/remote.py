@@ -27,7 +27,7 @@ logger = logging.getLogger("kvmem.tiers")
 
 Record: TypeAlias = "bytes | Buffer | Result | None"
 """What a store answers for one key: the bytes of the record, None if it has none, or a Result that says what failed."""
-Work: TypeAlias = "Callable[[Call], Sequence[Any]]"
+Work: TypeAlias = "Callable[[Call], Sequence[Any] | Result]"
 
 ABSENT: Final = Result(Status.MISS, 0, "the store has no such block")
 _QUIET_SECONDS: Final = 60.0  # a kind of trouble that comes and goes is logged no oftener
@@ -164,8 +164,8 @@ class RemoteTier(Tier):
         """Return if the store answers and understands us; what, does not matter."""
 
     @abstractmethod
-    def _exists(self, call: Call, names: Sequence[str]) -> list[bool]:
-        """Return whether it has each."""
+    def _exists(self, call: Call, names: Sequence[str]) -> list[bool] | Result:
+        """Return whether it has each; a Result if it does not say."""
 
     @abstractmethod
     def _read(self, call: Call, names: Sequence[str], sizes: Sequence[int]) -> Sequence[Record]:
