@@ -160,7 +160,7 @@ class RemoteTier(Tier):
     # call.deadline.
 
     @abstractmethod
-    def _ping(self, call: Call) -> list[object]:
+    def _ping(self, call: Call) -> Sequence[object] | Result:
         """Return if the store answers and understands us; what, does not matter."""
 
     @abstractmethod
@@ -168,8 +168,8 @@ class RemoteTier(Tier):
         """Return whether it has each; a Result if it does not say."""
 
     @abstractmethod
-    def _read(self, call: Call, names: Sequence[str], sizes: Sequence[int]) -> Sequence[Record]:
-        """Return the first bytes of each record, at most as many as its size."""
+    def _read(self, call: Call, names: Sequence[str], sizes: Sequence[int]) -> Sequence[Record] | Result:
+        """Return the first bytes of each record, at least as many as its size if there are so many."""
 
     @abstractmethod
     def _write(self, call: Call, names: Sequence[str], records: Sequence[tuple[bytes, Buffer]]) -> list[Result]:

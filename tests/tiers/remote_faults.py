@@ -16,10 +16,42 @@ from tier_suite import LARGEST, get, key_of, payload_of, put
 
 from kvmem.errors import TierError
 from kvmem.tiers import Result, Status, Tier
+from kvmem.tiers.record import header_of
 from kvmem.tiers.remote import Limits
 
 SECONDS, MARGIN = 0.4, 2.0  # the tier's bound, and what a loaded machine may add to it
 LIMITS = Limits(batch_seconds=1.5, batch_bytes=16 << 10, faults=3, pause_seconds=0.2, calls=8)
+
+
+def lies(key: bytes, data: bytes, rng: random.Random) -> dict[str, bytes]:
+    """What a store may hold in place of the record of a key."""
+    record = header_of(key, memoryview(data)) + data
+    at = rng.randrange(1, len(record))
+    return {
+        "flipped": record[:at] + bytes([record[at] ^ 1 << rng.randrange(8)]) + record[at + 1 :],
+        "cut off": record[:at],
+        "longer": record + b"x",
+        "another key": header_of(key_of(1), memoryview(data)) + data,
+        "no record": bytes(3096),
+        "empty": b"",
+        "another version": record[:8] + b"\x02" + record[9:],
+    }
+
+
+def assert_fork_is_refused(tier: Tier) -> None:
+    put(tier, {key_of(0): b"x"})
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            tier.contains([key_of(0)])
+        except TierError as e:
+            tier.close()
+            status = 0 if "fork" in str(e) else 2
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert get(tier, key_of(0)) == b"x"  # over the parent's own connection
 
 
 class RemoteFaults:
@@ -101,25 +133,13 @@ class RemoteFaults:
     def test_what_is_not_the_block_is_no_answer(
         self, lie: str, tier: Tier, store: Callable[[bytes, bytes], None], rng: random.Random, caplog: pytest.LogCaptureFixture
     ) -> None:  # fmt: skip
-        from kvmem.tiers.record import header_of
-
         key, data = key_of(0), payload_of(key_of(0), 1, 3000)
-        record = header_of(key, memoryview(data)) + data
-        at = rng.randrange(len(record))
-        stored = {
-            "flipped": record[:at] + bytes([record[at] ^ 1 << rng.randrange(8)]) + record[at + 1 :],
-            "cut off": record[: max(1, at)],
-            "longer": record + b"x",
-            "another key": header_of(key_of(1), memoryview(data)) + data,
-            "no record": bytes(3096),
-            "empty": b"",
-            "another version": record[:8] + b"\x02" + record[9:],
-        }[lie]
+        stored = lies(key, data, rng)[lie]
         for _ in range(2):
             store(key, stored)
             result = get(tier, key)
-            assert isinstance(result, Result) and result.reason, (lie, at, result)
-            assert result.status is Status.CORRUPT or lie == "empty", (at, result)
+            assert isinstance(result, Result) and result.reason, (lie, result)
+            assert result.status is Status.CORRUPT or lie == "empty", result
         assert len([r for r in caplog.records if r.name == "kvmem.tiers"]) <= 1
         assert lie == "empty" or tier.contains([key]) == 0, "what is not believed is deleted"
         assert put(tier, {key: data})[0].ok and get(tier, key) == data
@@ -209,19 +229,7 @@ class RemoteFaults:
         raise AssertionError(f"{proxy.open_connections()} connections are open")
 
     def test_a_forked_process_is_told_to_open_its_own(self, tier: Tier, proxy: Proxy) -> None:
-        put(tier, {key_of(0): b"x"})
-        child = os.fork()
-        if child == 0:
-            status = 1
-            try:
-                tier.contains([key_of(0)])
-            except TierError as e:
-                tier.close()
-                status = 0 if "fork" in str(e) else 2
-            finally:
-                os._exit(status)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-        assert get(tier, key_of(0)) == b"x"  # over the parent's own connection
+        assert_fork_is_refused(tier)
 
     def test_opening_with_check(self, proxy: Proxy, connect: Callable[..., Tier]) -> None:
         connect(proxy.port, timeout_seconds=2, check=True)

@@ -53,11 +53,12 @@ def flip(rng: random.Random, rate: float, requests: bool = False) -> Mode:
 
 
 class Proxy:
-    """Between clients and a port of this machine. ``drip``: seconds between single bytes of the server's answers."""
+    """Between clients and a port of this machine. ``drip``: seconds between single bytes of the server's answers.
+    ``greeting``: what a client hears first."""
 
     def __init__(self, target: int) -> None:
-        self.mode, self.drip, self.connections = plain, 0.0, 0
-        self.mode: Mode
+        self.drip, self.greeting, self.connections = 0.0, b"", 0
+        self.mode: Mode = plain
         self._target, self._open, self._lock = target, list[socket.socket](), threading.Lock()
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = int(self._listener.getsockname()[1])
@@ -76,6 +77,7 @@ class Proxy:
                     client.close()
                     continue
                 server.settimeout(None)
+                client.sendall(self.greeting)
                 with self._lock:
                     self.connections += 1
                     self._open += [client, server]
