@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import random
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -85,8 +84,8 @@ def connect(master: tuple[Server, int]) -> Iterator[Callable[..., MooncakeTier]]
         return opened[-1]
 
     yield connect
-    for tier in opened:  # a client of Mooncake takes a second, in which the next test may run
-        threading.Thread(target=tier.close).start()
+    for tier in opened:
+        tier.close()
 
 
 @pytest.fixture(scope="module")
@@ -163,15 +162,16 @@ def test_a_pool_that_is_full(port: int, connect: Callable[..., MooncakeTier]) ->
     assert_comes_back(tier)
 
 
-@pytest.mark.parametrize("lie", ["flipped", "cut off", "longer", "another key", "no record"])
-def test_what_is_not_the_block_is_no_answer(lie: str, tier: Tier, admin: Any, rng: random.Random) -> None:
+def test_what_is_not_the_block_is_no_answer(tier: Tier, admin: Any, rng: random.Random) -> None:
     key, data = key_of(0), payload_of(key_of(0), 1, 3000)
-    stored = lies(key, data, rng)[lie]
-    assert admin.upsert(f"kvmem/1/{key.hex()}", stored) == 0
-    result = get(tier, key)
-    assert isinstance(result, Result) and result.status is Status.CORRUPT and result.reason
-    assert tier.contains([key]) == 0, "what is not believed is deleted"
-    assert put(tier, {key: data})[0].ok and get(tier, key) == data
+    for lie, stored in lies(key, data, rng).items():
+        if not stored:
+            continue  # Mooncake has no empty objects
+        assert admin.upsert(f"kvmem/1/{key.hex()}", stored) == 0
+        result = get(tier, key)
+        assert isinstance(result, Result) and result.status is Status.CORRUPT and result.reason, (lie, result)
+        assert tier.contains([key]) == 0, "what is not believed is deleted"
+        assert put(tier, {key: data})[0].ok and get(tier, key) == data
 
 
 def test_a_forked_process_is_told_to_open_its_own(tier: Tier) -> None:
