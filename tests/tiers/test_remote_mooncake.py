@@ -7,9 +7,10 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from remote_servers import STORES, Server, free_port, running
@@ -22,7 +23,7 @@ pytest.importorskip("xxhash", reason="needs the extra kvmem[tiers]")
 
 import mooncake
 from mooncake.store import MooncakeDistributedStore
-from remote_faults import LIMITS, MARGIN, SECONDS, assert_fork_is_refused, lies
+from remote_faults import LIMITS, MARGIN, PATIENT, SECONDS, assert_fork_is_refused, comes_back, hurry, lies
 from remote_proxy import Proxy
 from tier_suite import TierSuite, get, key_of, payload_of, put
 
@@ -44,43 +45,50 @@ threading.Event().wait()
 """
 
 
-@pytest.fixture(scope="module")
-def master() -> Iterator[tuple[Server, int]]:
-    port, metrics = free_port(), free_port()
+class Pool(NamedTuple):
+    master: Server
+    metrics_port: int
+    giver: Server
+
+
+@contextmanager
+def a_pool() -> Iterator[Pool]:
+    port, metrics_port, giver_port = free_port(), free_port(), free_port()
     program = next(Path(path) / "mooncake_master" for path in mooncake.__path__)
-    command = [str(program), f"-rpc_port={port}", "-rpc_address=127.0.0.1", f"-metrics_port={metrics}",
+    command = [str(program), f"-rpc_port={port}", "-rpc_address=127.0.0.1", f"-metrics_port={metrics_port}",
                "-metrics_host=127.0.0.1", "-enable_metric_reporting=false"]  # fmt: skip
-    with running(command, port) as server:
-        yield server, metrics
+    give = [sys.executable, "-c", GIVER, str(STORES), f"127.0.0.1:{port}", str(giver_port)]
+    with running(command, port) as master, running(give, giver_port) as giver:
+        yield Pool(master, metrics_port, giver)
 
 
 @pytest.fixture(scope="module")
-def giver(master: tuple[Server, int]) -> Iterator[Server]:
-    port = free_port()
-    with running([sys.executable, "-c", GIVER, str(STORES), f"127.0.0.1:{master[0].port}", str(port)], port) as server:
-        yield server
+def pool() -> Iterator[Pool]:
+    with a_pool() as pool:
+        yield pool
 
 
 @pytest.fixture(scope="module")
-def admin(master: tuple[Server, int], giver: Server) -> Iterator[Any]:
+def admin(pool: Pool) -> Iterator[Any]:
     client = MooncakeDistributedStore()
-    assert client.setup("127.0.0.1", "P2PHANDSHAKE", 0, 4 << 20, "tcp", "", f"127.0.0.1:{master[0].port}") == 0
+    assert client.setup("127.0.0.1", "P2PHANDSHAKE", 0, 4 << 20, "tcp", "", f"127.0.0.1:{pool.master.port}") == 0
     yield client
     client.close()
 
 
 @pytest.fixture
-def port(master: tuple[Server, int], admin: Any) -> int:
+def port(pool: Pool, admin: Any) -> int:
     admin.remove_all(True)
-    return master[0].port
+    return pool.master.port
 
 
 @pytest.fixture
-def connect(master: tuple[Server, int]) -> Iterator[Callable[..., MooncakeTier]]:
+def connect(pool: Pool) -> Iterator[Callable[..., MooncakeTier]]:
     opened: list[MooncakeTier] = []
 
-    def connect(port: int, **options: Any) -> MooncakeTier:
-        opened.append(MooncakeTier(f"127.0.0.1:{port}", metrics_port=master[1], **options))
+    def connect(port: int, timeout_seconds: float = PATIENT, **options: Any) -> MooncakeTier:
+        options = {"metrics_port": pool.metrics_port, "limits": replace(LIMITS, calls=4), **options}
+        opened.append(MooncakeTier(f"127.0.0.1:{port}", timeout_seconds=timeout_seconds, **options))
         return opened[-1]
 
     yield connect
@@ -101,39 +109,31 @@ class TestMooncake(TierSuite):
     bounded, steps = False, 100
 
     @pytest.fixture
-    def make(self, master: tuple[Server, int], port: int, shared: list[MooncakeTier]) -> Callable[..., Tier]:
+    def make(self, pool: Pool, port: int, shared: list[MooncakeTier]) -> Callable[..., Tier]:
         def make(num_blocks: int = 64) -> Tier:
-            limits = Limits(batch_seconds=30, batch_bytes=1 << 20, calls=4)
+            limits = Limits(batch_seconds=PATIENT, batch_bytes=1 << 20, calls=4)
             try:
                 shared[0].capacity()
             except (IndexError, TierError):
-                shared[:] = [
-                    MooncakeTier(f"127.0.0.1:{port}", metrics_port=master[1], timeout_seconds=20, limits=limits)
-                ]
+                place = {"metrics_port": pool.metrics_port, "timeout_seconds": PATIENT}
+                shared[:] = [MooncakeTier(f"127.0.0.1:{port}", limits=limits, **place)]
             return shared[0]
 
         return make
 
 
 @pytest.fixture
-def tier(port: int, connect: Callable[..., MooncakeTier]) -> Tier:
-    return connect(port, timeout_seconds=SECONDS, limits=replace(LIMITS, calls=4))
-
-
-def assert_comes_back(tier: Tier) -> None:
-    """The client of Mooncake itself takes some seconds to find a master again."""
-    until = time.monotonic() + 30
-    while not (put(tier, {key_of(9): b"back"})[0].ok and get(tier, key_of(9)) == b"back"):
-        assert time.monotonic() < until, put(tier, {key_of(9): b"back"})
-        time.sleep(LIMITS.pause_seconds / 2)
+def tier(port: int, connect: Callable[..., MooncakeTier]) -> MooncakeTier:
+    return connect(port)
 
 
 @pytest.mark.parametrize("who", ["master", "giver"])
 def test_who_stops_is_a_bounded_wait_and_one_line(
-    who: str, master: tuple[Server, int], giver: Server, tier: Tier, caplog: pytest.LogCaptureFixture
+    who: str, pool: Pool, tier: MooncakeTier, caplog: pytest.LogCaptureFixture
 ) -> None:
-    stopped = master[0] if who == "master" else giver
+    stopped: Server = getattr(pool, who)
     assert put(tier, {key_of(0): b"x" * 3000})[0].ok
+    hurry(tier)
     stopped.freeze()
     try:
         for _ in range(LIMITS.faults):
@@ -145,12 +145,13 @@ def test_who_stops_is_a_bounded_wait_and_one_line(
         assert [r.levelno for r in caplog.records if r.name == "kvmem.tiers"] == [logging.WARNING]
     finally:
         stopped.thaw()
-    assert_comes_back(tier)
+    hurry(tier, PATIENT)
+    comes_back(tier)
 
 
 def test_a_pool_that_is_full(port: int, connect: Callable[..., MooncakeTier]) -> None:
     """The master drops nothing that was written just now."""
-    tier = connect(port, timeout_seconds=20, limits=Limits(batch_seconds=30, batch_bytes=5 << 20, calls=1))
+    tier = connect(port, limits=Limits(batch_seconds=PATIENT, batch_bytes=5 << 20, calls=1))
     data, found = payload_of(key_of(0), 1, 4 << 20), list[Result]()
     for n in range(12):  # 48 of 32 MiB
         found += tier.put([key_of(n)], [memoryview(data)])
@@ -159,10 +160,10 @@ def test_a_pool_that_is_full(port: int, connect: Callable[..., MooncakeTier]) ->
     (result,) = tier.put([key_of(20)], [memoryview(bytes(6 << 20))])
     assert result.status is Status.FULL and "limits.batch_bytes is 5242880" in result.reason
     tier.delete([key_of(n) for n in range(12)])
-    assert_comes_back(tier)
+    comes_back(tier)
 
 
-def test_what_is_not_the_block_is_no_answer(tier: Tier, admin: Any, rng: random.Random) -> None:
+def test_what_is_not_the_block_is_no_answer(tier: MooncakeTier, admin: Any, rng: random.Random) -> None:
     key, data = key_of(0), payload_of(key_of(0), 1, 3000)
     for lie, stored in lies(key, data, rng).items():
         if not stored:
@@ -174,54 +175,49 @@ def test_what_is_not_the_block_is_no_answer(tier: Tier, admin: Any, rng: random.
         assert put(tier, {key: data})[0].ok and get(tier, key) == data
 
 
-def test_a_forked_process_is_told_to_open_its_own(tier: Tier) -> None:
+def test_a_forked_process_is_told_to_open_its_own(tier: MooncakeTier) -> None:
     assert_fork_is_refused(tier)
 
 
-def test_a_master_that_starts_anew(
-    master: tuple[Server, int], tier: Tier, connect: Callable[..., MooncakeTier]
-) -> None:
-    """It knows no blocks any more. Those who give memory come back to it by themselves."""
-    assert put(tier, {key_of(0): b"x"})[0].ok
-    master[0].kill()
-    result = get(tier, key_of(0))
-    assert isinstance(result, Result) and result.status is Status.FAILED
-    with pytest.raises(TierError, match="no master answers"):
-        connect(master[0].port)
-    master[0].start()
-    assert_comes_back(tier)
-    assert isinstance(get(tier, key_of(0)), Result)
+def test_memory_that_goes_and_a_master_that_goes(connect: Callable[..., MooncakeTier]) -> None:
+    with a_pool() as pool:
+        tier = connect(pool.master.port, metrics_port=pool.metrics_port)
+        assert put(tier, {key_of(0): b"x"})[0].ok
+        pool.giver.kill()
+        result = get(tier, key_of(0))
+        assert isinstance(result, Result) and result.status in (Status.FAILED, Status.MISS)
+        pool.master.kill()
+        result = get(tier, key_of(0))
+        assert isinstance(result, Result) and result.status is Status.FAILED
+        with pytest.raises(TierError, match="no master answers"):
+            connect(pool.master.port, timeout_seconds=SECONDS)
+        pool.master.start()  # which knows no blocks any more
+        pool.giver.start()
+        comes_back(tier)
+        result = get(tier, key_of(0))
+        assert isinstance(result, Result) and result.status is Status.MISS
 
 
-def test_a_master_that_does_not_answer_at_opening(master: tuple[Server, int], connect: Callable[..., Any]) -> None:
+def test_a_master_that_does_not_answer_at_opening(pool: Pool, connect: Callable[..., Any]) -> None:
     """Mooncake's client would try for minutes."""
-    master[0].freeze()
+    pool.master.freeze()
     began = time.monotonic()
     try:
         with pytest.raises(TierError, match="no master answers"):
-            connect(master[0].port, timeout_seconds=SECONDS)
+            connect(pool.master.port, timeout_seconds=SECONDS)
     finally:
-        master[0].thaw()
+        pool.master.thaw()
     assert time.monotonic() - began < SECONDS + MARGIN
 
 
-def test_another_protocol(master: tuple[Server, int], connect: Callable[..., Any]) -> None:
-    proxy = Proxy(master[0].port)
+def test_another_protocol(pool: Pool, connect: Callable[..., Any]) -> None:
+    proxy = Proxy(pool.master.port)
     proxy.greeting = b"SSH-2.0-OpenSSH_9.2\r\n"
     try:
         with pytest.raises(TierError, match="another protocol"):
             connect(proxy.port)
     finally:
         proxy.close()
-
-
-def test_memory_that_goes_takes_its_blocks_with_it(master: tuple[Server, int], giver: Server, tier: Tier) -> None:
-    assert put(tier, {key_of(0): b"x"})[0].ok
-    giver.kill()
-    result = get(tier, key_of(0))
-    assert isinstance(result, Result) and result.status in (Status.FAILED, Status.MISS)
-    giver.start()
-    assert_comes_back(tier)
 
 
 @pytest.mark.parametrize(

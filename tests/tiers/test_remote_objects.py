@@ -14,7 +14,7 @@ pytest.importorskip("xxhash", reason="needs the extra kvmem[tiers]")
 
 import obstore
 from obstore.store import from_url
-from remote_faults import RemoteFaults
+from remote_faults import RemoteFaults, hurry
 from remote_servers import Server, moto
 from tier_suite import TierSuite, get, key_of, payload_of, put
 
@@ -60,6 +60,7 @@ def connect() -> Iterator[Callable[..., ObjectStoreTier]]:
 
     yield connect
     for tier in opened:
+        hurry(tier)  # the test may have left a call behind
         tier.close()
 
 

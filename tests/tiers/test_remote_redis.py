@@ -12,7 +12,7 @@ pytest.importorskip("redis", reason="needs the extra kvmem[redis]")
 pytest.importorskip("xxhash", reason="needs the extra kvmem[tiers]")
 
 import redis
-from remote_faults import LIMITS, SECONDS, RemoteFaults
+from remote_faults import LIMITS, PATIENT, SECONDS, RemoteFaults, comes_back, hurry
 from remote_servers import Server, free_port, redis_command, running
 from tier_suite import TierSuite, get, key_of, put
 
@@ -51,6 +51,7 @@ def connect() -> Iterator[Callable[..., RedisTier]]:
 
     yield connect
     for tier in opened:
+        hurry(tier)  # the test may have left a call behind
         tier.close()
 
 
@@ -89,21 +90,23 @@ class TestRedisFaults(RemoteFaults):
         assert put(tier, {key_of(0): b"x"})[0].ok and get(tier, key_of(0)) == b"x"
 
     def test_namespaces_do_not_meet(self, port: int, connect: Callable[..., RedisTier]) -> None:
-        one, other = connect(port, namespace="one"), connect(port, namespace="other")
+        one, other = (connect(port, namespace=name, timeout_seconds=PATIENT) for name in ("one", "other"))
         put(one, {key_of(0): b"one"})
         assert other.contains([key_of(0)]) == 0 and not isinstance(get(one, key_of(0)), Result)
 
     def test_a_server_that_stops_and_comes_back(self, server: Server, tier: RedisTier) -> None:
         put(tier, {key_of(0): b"x"})
+        hurry(tier)
         server.freeze()
         result = get(tier, key_of(0))
         server.thaw()
         assert isinstance(result, Result) and result.status is Status.FAILED
-        self.recovers(tier)
+        hurry(tier, PATIENT)
+        comes_back(tier)
         server.kill()
         assert isinstance(get(tier, key_of(0)), Result)
         server.start()
-        self.recovers(tier)
+        comes_back(tier)
         assert isinstance(get(tier, key_of(0)), Result)  # it had saved nothing
 
     def test_a_password(self, port: int, admin: Any) -> None:
