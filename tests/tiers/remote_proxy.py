@@ -59,7 +59,8 @@ class Proxy:
     def __init__(self, target: int) -> None:
         self.drip, self.greeting, self.connections = 0.0, b"", 0
         self.mode: Mode = plain
-        self._target, self._open, self._lock = target, list[socket.socket](), threading.Lock()
+        self._target, self._lock, self._closed = target, threading.Lock(), False
+        self._clients, self._servers = list[socket.socket](), list[socket.socket]()
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = int(self._listener.getsockname()[1])
         self._start(self._accept)
@@ -70,19 +71,26 @@ class Proxy:
     def _accept(self) -> None:
         with suppress(OSError):
             while True:
-                client, _ = self._listener.accept()
-                try:
-                    server = socket.create_connection(("127.0.0.1", self._target), 5)
-                except OSError:
-                    client.close()
-                    continue
-                server.settimeout(None)
-                client.sendall(self.greeting)
-                with self._lock:
-                    self.connections += 1
-                    self._open += [client, server]
-                self._start(self._pump, client, server, False)
-                self._start(self._pump, server, client, True)
+                self._serve(self._listener.accept()[0])
+
+    def _serve(self, client: socket.socket) -> None:
+        try:
+            server = socket.create_connection(("127.0.0.1", self._target), 5)
+        except OSError:
+            client.close()
+            return
+        server.settimeout(None)
+        with self._lock:
+            self.connections += 1
+            self._clients.append(client)
+            self._servers.append(server)
+            closed = self._closed
+        if closed:
+            self.close()
+        with suppress(OSError):
+            client.sendall(self.greeting)
+        self._start(self._pump, client, server, False)
+        self._start(self._pump, server, client, True)
 
     def _pump(self, source: socket.socket, sink: socket.socket, from_server: bool) -> None:
         with suppress(OSError):
@@ -103,14 +111,15 @@ class Proxy:
     def open_connections(self) -> int:
         """Connections of clients that are still there."""
         with self._lock:
-            return sum(s.fileno() >= 0 and _connected(s) for s in self._open[::2])
+            return sum(map(_connected, self._clients))
 
     def close(self) -> None:
         with suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         with self._lock:
-            for end in self._open:
+            self._closed = True
+            for end in self._clients + self._servers:
                 with suppress(OSError):
                     end.shutdown(socket.SHUT_RDWR)
                 end.close()
