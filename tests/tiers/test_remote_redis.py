@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import builtins
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,7 +13,6 @@ pytest.importorskip("xxhash", reason="needs the extra kvmem[tiers]")
 
 import redis
 from remote_faults import LIMITS, PATIENT, SECONDS, RemoteFaults, comes_back, hurry
-from remote_proxy import Proxy, delay, plain
 from remote_servers import Server, free_port, redis_command, running
 from tier_suite import TierSuite, get, key_of, put
 
@@ -84,24 +82,6 @@ class TestRedisFaults(RemoteFaults):
             admin.config_set("maxmemory", 64 << 20)
         assert put(tier, {key_of(0): b"new"})[0].ok and get(tier, key_of(0)) == b"new"
         assert len([r for r in caplog.records if r.name == "kvmem.tiers"]) == 1
-
-    def test_a_put_that_was_given_up_vouches_for_nothing_else(
-        self, proxy: Proxy, connect: Callable[..., RedisTier], admin: Any
-    ) -> None:
-        """The caller fills its buffer anew while the client still connects, and the put arrives after that."""
-        tier, data, other = connect(proxy.port, timeout_seconds=PATIENT, limits=LIMITS), b"right" * 50, b"wrong" * 50
-        proxy.mode, buffer = delay(3 * SECONDS), bytearray(data)
-        hurry(tier)
-        assert tier.put([key_of(0)], [memoryview(buffer)])[0].status is Status.FAILED
-        buffer[:] = other
-        until = time.monotonic() + PATIENT
-        while not admin.dbsize() and time.monotonic() < until:
-            time.sleep(0.02)
-        assert admin.dbsize(), "the put did not arrive"
-        proxy.mode = plain
-        hurry(tier, PATIENT)
-        result = get(tier, key_of(0))
-        assert isinstance(result, Result) and result.status is Status.CORRUPT
 
     def test_a_value_of_another_type(self, tier: RedisTier, admin: Any) -> None:
         admin.rpush(f"kvmem/1/{key_of(0).hex()}", "x")
