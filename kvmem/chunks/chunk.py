@@ -22,7 +22,7 @@ from kvmem.errors import SpecError
 from kvmem.geometry.group_layout import GroupLayout
 from kvmem.kernels.blocks import scatter_tokens
 from kvmem.kernels.checks import as_bytes
-from kvmem.layouts.reading import read_tokens
+from kvmem.layouts.reading import Held
 from kvmem.layouts.rope import Rope, check_rope
 from kvmem.spec import CacheSpec, Group
 from kvmem.tiers.keys import Identity
@@ -211,8 +211,7 @@ def read_sections(alloc: Allocator, sequence: Sequence, head: Head) -> Iterator[
         data = torch.empty(head.bytes_of(section), dtype=torch.uint8)
         for part, at, size in head.places(section):
             first, end = head.span(part.group)
-            group = batch.group(part.group)
-            found = as_bytes(read_tokens(alloc, group, part.layer, part.name, 0, first, end)).view(torch.uint8)
+            found = as_bytes(Held(alloc, batch, part.layer, part.name).tokens(0, first, end)).view(torch.uint8)
             data[at : at + size].view(found.shape).copy_(found)
         yield data
 

@@ -22,7 +22,7 @@ from kvmem.chunks.format import ChunkFile
 from kvmem.errors import SpecError
 from kvmem.kernels.blocks import scatter_tokens
 from kvmem.layouts.attention import compute_dtype, described
-from kvmem.layouts.reading import read_tokens
+from kvmem.layouts.reading import Held
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -123,9 +123,8 @@ class Composition:
     def read(self, layer: int, component: str) -> torch.Tensor:
         """Return a component of all tokens of the sequence, ``[tokens, heads, width]``, also before the chunks."""
         self._batch.check_current()
-        group = self._batch.group(self._alloc.spec.group_of(layer, component))
-        first, end = int(group.first_tokens_cpu[0]), int(group.seq_lens_cpu[0])
-        return read_tokens(self._alloc, group, layer, component, 0, first, end)
+        held = Held(self._alloc, self._batch, layer, component)
+        return held.tokens(0, *held.span(0))
 
     def deviations(self, k: torch.Tensor, component: str = "k") -> torch.Tensor:
         """Return ``||k - stored||**2`` of each of the chunks' tokens in the check layer, ``[num_loaded]``.
