@@ -22,30 +22,6 @@ MatchEnd why_off(const PrefixOptions& options, const Groups& groups) {
   return options.on && sizes ? MatchEnd::block_sizes : MatchEnd::off;
 }
 
-// While it exists, the pending sequence can be used; afterwards it is pending again, unless the call was done.
-class PendingUse {
- public:
-  PendingUse(Sequences& sequences, i64 handle) : sequences_(sequences), handle_(handle) {
-    if (!sequences.is_pending(handle)) {
-      throw StaleHandle("sequence handle " + std::to_string(handle) + " is not pending: it was freed meanwhile");
-    }
-    sequences.set_pending(handle, false);
-  }
-  ~PendingUse() {
-    if (handle_ != 0) sequences_.set_pending(handle_, true);
-  }
-  PendingUse(const PendingUse&) = delete;
-  PendingUse& operator=(const PendingUse&) = delete;
-  i64 done(i64 result) const {
-    handle_ = 0;
-    return result;
-  }
-
- private:
-  Sequences& sequences_;
-  mutable i64 handle_;
-};
-
 std::vector<GroupKind> kinds(const Groups& groups, bool shares) {
   std::vector<GroupKind> found;
   for (const GroupGeometry& group : groups.geometry().groups) {
@@ -181,32 +157,6 @@ i64 Allocator::admit(const i32* tokens, i64 n, const PrefixKey& key, i64* cached
   });
 }
 
-i64 Allocator::admit_pending(i64 handle, const i32* tokens, i64 n, const PrefixKey& key) {
-  return update([&] {
-    const PendingUse pending(sequences_, handle);
-    i64 cached = 0;
-    for (Reuse reuse : {Reuse::all, Reuse::whole_blocks, Reuse::none}) {
-      RootUse root(index_, key, prefix_.on);
-      admission_.start(1);
-      pool_->settle();
-      try {
-        Transaction tx(*pool_, *this);
-        admission_.open_pending(handle, tokens, n, key, root.node(), reuse, tx);
-        tx.commit();
-      } catch (const OutOfMemory&) {
-        if (reuse == Reuse::none) throw;
-        continue;
-      }
-      contents_.end(sequences_.index(handle));  // it was opened empty
-      root.commit(1);
-      admission_.finish(tokens, root.node());
-      cached = admission_.admitted().front().cached;
-      break;
-    }
-    return pending.done(cached);
-  });
-}
-
 i64 Allocator::begin(const i32* tokens, i64 n, const PrefixKey& key, i64 count, i64* cached) {
   return update([&] {
     admission_.check_length(count < 0 ? n : count);
@@ -272,31 +222,6 @@ i64 Allocator::admit_first(const i32* tokens, const i32* counts, i64 n, const Pr
   }
   growth_.map_ahead(plan_.indices.data(), static_cast<i64>(admitted.size()), -1);
   return static_cast<i64>(admitted.size());
-}
-
-void Allocator::promote(const i32* tokens, i64 n, const PrefixKey& key, const std::vector<i64>& slots) {
-  update([&] {
-    RootUse root(index_, key, true);
-    contents_.used.clear();
-    pool_->settle();
-    {
-      Transaction tx(*pool_, *this);
-      tiers_.promote(tokens, n, key, root.node(), slots, tx);
-      tx.commit();
-    }
-    root.commit(1);
-    tiers_.finish_promote();
-    index_.drop(root.node());
-  });
-}
-
-void Allocator::store(const i32* tokens, i64 n, const PrefixKey& key, const std::vector<bool>& wanted) {
-  update([&] {
-    pool_->settle();
-    Transaction tx(*pool_, *this);
-    tiers_.store(tokens, n, key, wanted, tx);
-    tx.commit();
-  });
 }
 
 i64 Allocator::fork(i64 handle) {

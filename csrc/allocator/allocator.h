@@ -75,8 +75,6 @@ class Allocator final : public TableState {
   // Opens a sequence with the cached prefix of `tokens`, without the last token, and writes its length to `*cached`.
   // Reuses less if memory is short; throws OutOfMemory only if all places are taken.
   i64 admit(const i32* tokens, i64 n, const PrefixKey& key, i64* cached);
-  // The same for a pending sequence, which is empty. Returns how many tokens are cached.
-  i64 admit_pending(i64 handle, const i32* tokens, i64 n, const PrefixKey& key);
   // As admit(), with room for `count` more tokens than are cached or, with -1, for the whole prompt. Throws OutOfMemory
   // if there is no memory for them.
   i64 begin(const i32* tokens, i64 n, const PrefixKey& key, i64 count, i64* cached);
@@ -134,16 +132,6 @@ class Allocator final : public TableState {
   std::pair<std::uint64_t, i64> digest();
   i64 mapped_extent_bytes(i64 group, i64 arena_in_group);
 
-  // --- tiers (tiers.h) ---
-  // Returns what `call` returns of Tiers, under the lock.
-  template <class Call>
-  auto with_tiers(const Call& call) {
-    fork_guard_.check("the allocator");
-    const PoolLock lock = pool_->lock();
-    return call(tiers_);
-  }
-  void promote(const i32* tokens, i64 n, const PrefixKey& key, const std::vector<i64>& slots);  // throws OutOfMemory
-  void store(const i32* tokens, i64 n, const PrefixKey& key, const std::vector<bool>& wanted);
   // --- recording, and following another allocator; a list of ops that is not empty begins with a `version` ---
   void record();
   std::vector<Op> take_ops();
@@ -152,6 +140,7 @@ class Allocator final : public TableState {
 
  private:
   class InvariantCheck;
+  friend class LockedTiers;  // the calls about tiers: tiers.h
 
   // How a call takes the lock, and how one that changes something runs (update.h).
   PoolLock lock_to_read();

@@ -3,7 +3,36 @@
 #include <memory>
 #include <utility>
 
+#include "allocator/update.h"
+
 namespace kvmem {
+namespace {
+
+// While it exists, the pending sequence can be used; afterwards it is pending again, unless the call was done.
+class PendingUse {
+ public:
+  PendingUse(Sequences& sequences, i64 handle) : sequences_(sequences), handle_(handle) {
+    if (!sequences.is_pending(handle)) {
+      throw StaleHandle("sequence handle " + std::to_string(handle) + " is not pending: it was freed meanwhile");
+    }
+    sequences.set_pending(handle, false);
+  }
+  ~PendingUse() {
+    if (handle_ != 0) sequences_.set_pending(handle_, true);
+  }
+  PendingUse(const PendingUse&) = delete;
+  PendingUse& operator=(const PendingUse&) = delete;
+  i64 done(i64 result) const {
+    handle_ = 0;
+    return result;
+  }
+
+ private:
+  Sequences& sequences_;
+  mutable i64 handle_;
+};
+
+}  // namespace
 
 void Tiers::open(const std::vector<i64>& counts, const std::string& policy) {
   if (table_.slots()) throw SpecError("host slots: this allocator has some already");
@@ -94,6 +123,60 @@ void Tiers::finish_promote() {
     x.window < 0 ? contents_.drop_node(x.node) : index_.unneed(x.node, x.window, false);
   }
   used.clear();
+}
+
+LockedTiers::LockedTiers(Allocator& allocator)
+    : lock_((allocator.fork_guard_.check("the allocator"), allocator.pool_->lock())), tiers_(allocator.tiers_) {}
+
+void LockedTiers::promote(Allocator& a, const i32* tokens, i64 n, const PrefixKey& key, const std::vector<i64>& slots) {
+  a.update([&] {
+    RootUse root(a.index_, key, true);
+    a.contents_.used.clear();
+    a.pool_->settle();
+    {
+      Transaction tx(*a.pool_, a);
+      a.tiers_.promote(tokens, n, key, root.node(), slots, tx);
+      tx.commit();
+    }
+    root.commit(1);
+    a.tiers_.finish_promote();
+    a.index_.drop(root.node());
+  });
+}
+
+void LockedTiers::store(Allocator& a, const i32* tokens, i64 n, const PrefixKey& key, const std::vector<bool>& wanted) {
+  a.update([&] {
+    a.pool_->settle();
+    Transaction tx(*a.pool_, a);
+    a.tiers_.store(tokens, n, key, wanted, tx);
+    tx.commit();
+  });
+}
+
+i64 LockedTiers::admit(Allocator& a, i64 handle, const i32* tokens, i64 n, const PrefixKey& key) {
+  return a.update([&] {
+    const PendingUse pending(a.sequences_, handle);
+    i64 cached = 0;
+    for (Reuse reuse : {Reuse::all, Reuse::whole_blocks, Reuse::none}) {
+      RootUse root(a.index_, key, a.prefix_.on);
+      a.admission_.start(1);
+      a.pool_->settle();
+      try {
+        Transaction tx(*a.pool_, a);
+        a.admission_.open_pending(handle, tokens, n, key, root.node(), reuse, tx);
+        tx.commit();
+      } catch (const OutOfMemory&) {
+        if (reuse == Reuse::none) throw;
+        continue;
+      }
+      a.contents_.end(a.sequences_.index(handle));  // it was opened empty
+      root.commit(1);
+      a.admission_.finish(tokens, root.node());
+      cached = a.admission_.admitted().front().cached;
+      break;
+    }
+    return pending.done(cached);
+  });
 }
 
 }  // namespace kvmem

@@ -1,6 +1,6 @@
 // Blocks in tiers below the device, as far as the core knows them: the device's blocks go to host slots when they are
 // evicted (PageTable::demote), and come back by promote(). What lies in which slot, and in tiers below, is known outside
-// (kvmem/allocator/tiering.py), which follows the queue of moves.
+// (kvmem/allocator/tiers/engine.py), which follows the queue of moves.
 //
 // State: the host slots. Thread safety: every function REQUIRES the pool's lock.
 #pragma once
@@ -13,6 +13,8 @@
 #include "allocator/match.h"
 
 namespace kvmem {
+
+class Allocator;
 
 class Tiers {
  public:
@@ -43,7 +45,7 @@ class Tiers {
   // does not have, [block][group], and -1 elsewhere. Throws SpecError, before it changes anything, if a block would lack
   // the bytes of a full-attention group.
   void promote(const i32* tokens, i64 n, const PrefixKey& key, i32 root, const std::vector<i64>& slots, Transaction& tx);
-  // Marks an empty sequence as pending: only Allocator::admit_pending() can use it. Throws if it is not live.
+  // Marks an empty sequence as pending: only LockedTiers::admit() can use it. Throws if it is not live.
   void set_pending(i64 handle) {
     sequences_.index(handle);
     sequences_.set_pending(handle, true);
@@ -78,6 +80,25 @@ class Tiers {
   PrefixIndex& index_;
   PageTable& table_;
   SequenceContents& contents_;
+};
+
+// An allocator's tiers under its lock, and its calls about them, which change something.
+class LockedTiers {
+ public:
+  explicit LockedTiers(Allocator& allocator);
+  Tiers* operator->() const { return &tiers_; }
+
+  // Tiers::promote() in a transaction. Throws OutOfMemory.
+  static void promote(Allocator& a, const i32* tokens, i64 n, const PrefixKey& key, const std::vector<i64>& slots);
+  // Tiers::store() in a transaction.
+  static void store(Allocator& a, const i32* tokens, i64 n, const PrefixKey& key, const std::vector<bool>& wanted);
+  // As Allocator::admit(), for a pending sequence, which is empty. Returns how many tokens are cached. Throws
+  // StaleHandle if the sequence is not pending any more.
+  static i64 admit(Allocator& a, i64 handle, const i32* tokens, i64 n, const PrefixKey& key);
+
+ private:
+  PoolLock lock_;
+  Tiers& tiers_;
 };
 
 }  // namespace kvmem

@@ -1,4 +1,4 @@
-// The calls of kvmem._core.Allocator about host slots. kvmem/allocator/tiering.py is their only user.
+// The calls of kvmem._core.Allocator about host slots. kvmem/allocator/tiers/engine.py is their only user.
 
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/function.h>
@@ -21,17 +21,16 @@ using Name = std::pair<i64, i64>;  // slot and generation
 // Calls f(slots, name) for each name, under the lock; returns which of them were true.
 template <class F>
 std::vector<bool> each(Allocator& a, const std::vector<Name>& names, const F& f) {
-  return a.with_tiers([&](Tiers& tiers) {
-    std::vector<bool> found;
-    for (const auto& [slot, generation] : names) found.push_back(f(tiers.slots(), SlotName{slot, generation}));
-    return found;
-  });
+  const LockedTiers tiers(a);
+  std::vector<bool> found;
+  for (const auto& [slot, generation] : names) found.push_back(f(tiers->slots(), SlotName{slot, generation}));
+  return found;
 }
 
 // Returns the bytes of all host slots as one array, which keeps their memory.
 nb::ndarray<nb::numpy, std::uint8_t, nb::ndim<1>> host_bytes(Allocator& a) {
   auto* const memory =
-      new std::shared_ptr<HostMemory>(a.with_tiers([](Tiers& tiers) { return tiers.slots().memory(); }));
+      new std::shared_ptr<HostMemory>(LockedTiers(a)->slots().memory());
   const nb::capsule owner(memory, [](void* p) noexcept { delete static_cast<std::shared_ptr<HostMemory>*>(p); });
   const size_t shape[1] = {static_cast<size_t>((*memory)->bytes())};
   return {(*memory)->data(), 1, shape, owner};
@@ -39,12 +38,21 @@ nb::ndarray<nb::numpy, std::uint8_t, nb::ndim<1>> host_bytes(Allocator& a) {
 
 }  // namespace
 
+void free_any(Allocator& allocator, const i32* handles, i64 n) {
+  try {
+    allocator.free(handles, n);
+  } catch (const NotReady&) {
+    LockedTiers(allocator)->end_pending(handles, n);
+    allocator.free(handles, n);
+  }
+}
+
 void bind_tiers(nb::class_<Allocator>& allocator) {
   allocator
       .def(
           "open_host_slots",
           [](Allocator& a, const std::vector<i64>& counts, const std::string& policy) {
-            a.with_tiers([&](Tiers& tiers) { tiers.open(counts, policy); });
+            LockedTiers(a)->open(counts, policy);
           },
           "counts"_a, "policy"_a)
       .def("host_bytes", &host_bytes)
@@ -52,29 +60,28 @@ void bind_tiers(nb::class_<Allocator>& allocator) {
           "slot_bytes",
           [](Allocator& a, i64 group) {
             a.groups().check(group);
-            return a.with_tiers([&](Tiers& tiers) { return tiers.slot_bytes(group); });
+            return LockedTiers(a)->slot_bytes(group);
           },
           "group"_a)
       .def(
           "slot_offset",
-          [](Allocator& a, i64 slot) { return a.with_tiers([&](Tiers& tiers) { return tiers.slots().offset(slot); }); },
+          [](Allocator& a, i64 slot) { return LockedTiers(a)->slots().offset(slot); },
           "slot"_a)
       .def(
           "free_slots",
           [](Allocator& a, i64 group) {
             a.groups().check(group);
-            return a.with_tiers([&](Tiers& tiers) { return tiers.slots().free_count(group); });
+            return LockedTiers(a)->slots().free_count(group);
           },
           "group"_a)
       .def(
           "take_slot",  // held
           [](Allocator& a, i64 group, std::uint64_t key) {
             a.groups().check(group);
-            return a.with_tiers([&](Tiers& tiers) {
-              const SlotName name = tiers.slots().take(group, key);
-              if (name.slot >= 0) tiers.slots().hold(name);
-              return Name{name.slot, name.generation};
-            });
+            const LockedTiers tiers(a);
+            const SlotName name = tiers->slots().take(group, key);
+            if (name.slot >= 0) tiers->slots().hold(name);
+            return Name{name.slot, name.generation};
           },
           "group"_a, "key"_a)
       .def(
@@ -111,7 +118,7 @@ void bind_tiers(nb::class_<Allocator>& allocator) {
           "first_needed",
           [](Allocator& a, i64 group, i64 tokens) {
             a.groups().check(group);
-            return a.with_tiers([&](Tiers& tiers) { return tiers.first_needed(group, tokens); });
+            return LockedTiers(a)->first_needed(group, tokens);
           },
           "group"_a, "tokens"_a)
       .def(
@@ -122,7 +129,7 @@ void bind_tiers(nb::class_<Allocator>& allocator) {
             std::vector<std::uint8_t> found;
             {
               const WithoutGil free;
-              found = a.with_tiers([&](Tiers& tiers) { return tiers.residency(ids.data(), ids.size(), key); });
+              found = LockedTiers(a)->residency(ids.data(), ids.size(), key);
             }
             return nb::bytes(found.data(), found.size());
           },
@@ -134,7 +141,7 @@ void bind_tiers(nb::class_<Allocator>& allocator) {
             const TokenIds ids(tokens);
             const PrefixKey key = key_of(salt, extra_key);
             const WithoutGil free;
-            a.promote(ids.data(), ids.size(), key, slots);
+            LockedTiers::promote(a, ids.data(), ids.size(), key, slots);
           },
           "tokens"_a, "salt"_a, "extra_key"_a, "slots"_a)
       .def(
@@ -144,7 +151,7 @@ void bind_tiers(nb::class_<Allocator>& allocator) {
             const TokenIds ids(tokens);
             const PrefixKey key = key_of(salt, extra_key);
             const WithoutGil free;
-            a.store(ids.data(), ids.size(), key, wanted);
+            LockedTiers::store(a, ids.data(), ids.size(), key, wanted);
           },
           "tokens"_a, "salt"_a, "extra_key"_a, "wanted"_a)
       .def(
@@ -152,7 +159,7 @@ void bind_tiers(nb::class_<Allocator>& allocator) {
           [](Allocator& a, i64 taken, bool restart) {
             return to_python([&] {
               std::shared_ptr<EventBatch> expired;
-              return a.with_tiers([&](Tiers& tiers) { return tiers.moves.drain(taken, -1, restart, &expired); });
+              return LockedTiers(a)->moves.drain(taken, -1, restart, &expired);
             });
           },
           "taken"_a, "restart"_a = false,
@@ -160,18 +167,18 @@ void bind_tiers(nb::class_<Allocator>& allocator) {
                   "tuple[bytes, bytes]]]"))
       .def(
           "set_pending",
-          [](Allocator& a, i64 handle) { a.with_tiers([&](Tiers& tiers) { tiers.set_pending(handle); }); }, "handle"_a)
+          [](Allocator& a, i64 handle) { LockedTiers(a)->set_pending(handle); }, "handle"_a)
       .def(
           "admit_pending",
           [](Allocator& a, i64 handle, nb::handle tokens, const nb::bytes& salt, const nb::bytes& extra_key) {
             const TokenIds ids(tokens);
             const PrefixKey key = key_of(salt, extra_key);
             const WithoutGil free;
-            return a.admit_pending(handle, ids.data(), ids.size(), key);
+            return LockedTiers::admit(a, handle, ids.data(), ids.size(), key);
           },
           "handle"_a, "tokens"_a, "salt"_a, "extra_key"_a)
       .def("latest_fence",
-           [](Allocator& a) { return a.with_tiers([&](Tiers&) { return a.pool().fence(); }); })
+           [](Allocator& a) { return LockedTiers(a), a.pool().fence(); })
       .def(
           "has_passed",
           [](Allocator& a, i64 fence) {

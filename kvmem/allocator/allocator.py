@@ -15,7 +15,7 @@ from kvmem.allocator.ops import Op
 from kvmem.allocator.prefix import ContentCalls, Salt, Tokens, encode_keys
 from kvmem.allocator.sequence import NO_HANDLE, LiveSequence, Sequence
 from kvmem.allocator.tensors import TensorCalls
-from kvmem.allocator.tier_calls import LoadFrom, TierCalls
+from kvmem.allocator.tiers.calls import LoadFrom, TierCalls
 from kvmem.errors import KVMemError, SpecError, StaleHandle
 from kvmem.events.digests import ExtraKey
 from kvmem.memory.pool import PagePool

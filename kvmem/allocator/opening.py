@@ -8,8 +8,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
 
 from kvmem import _core
-from kvmem.allocator.tier_events import TierEvents
-from kvmem.allocator.tiering import MOVE_TOKENS, open_tiers
+from kvmem.allocator.tiers.engine import MOVE_TOKENS, open_tiers
+from kvmem.allocator.tiers.events import TierEvents
 from kvmem.arguments import INT32_MAX, check_bool, check_choice, check_size, is_auto, is_fraction, parse_bytes
 from kvmem.errors import SpecError, StaleHandle
 from kvmem.events import EventBatch, EventStream

@@ -38,7 +38,7 @@ from kvmem.events.digests import ExtraKey
 
 if TYPE_CHECKING:
     from kvmem.allocator.batch_calls import Ids, Ints
-    from kvmem.allocator.transfers import Load
+    from kvmem.allocator.tiers.transfers import Load
     from kvmem.arguments import Handles
 
 __all__ = ["SchedulerCache", "TableChanges"]

@@ -17,25 +17,35 @@ ROOT = Path(__file__).resolve().parents[2]
 # (name, folders, folders inside them that count elsewhere, most lines). These are ceilings: docs/decisions.md, "Sizes",
 # says how far above their targets they are.
 PARTS = [
-    ("csrc without bindings", ["csrc"], ["csrc/bindings"], 19_970),
-    ("bindings", ["csrc/bindings"], [], 2_145),
-    ("kvmem without layouts and bench", ["kvmem"], ["kvmem/layouts", "kvmem/bench"], 9_445),
+    ("csrc without bindings", ["csrc"], ["csrc/bindings"], 21_000),
+    ("bindings", ["csrc/bindings"], [], 2_400),
+    (
+        "kvmem without the next parts",
+        ["kvmem"],
+        ["kvmem/layouts", "kvmem/tiers", "kvmem/chunks", "kvmem/bench"],
+        10_800,
+    ),
+    ("kvmem/tiers", ["kvmem/tiers"], [], 2_600),
+    ("kvmem/chunks", ["kvmem/chunks"], [], 1_650),
     ("kvmem/layouts", ["kvmem/layouts"], [], 3_910),
-    ("kvmem/bench", ["kvmem/bench"], ["kvmem/bench/data"], 5_300),
-    ("benchmarks", ["benchmarks"], [], 2_770),
-    ("tests without layouts", ["tests"], ["tests/layouts"], 38_350),
+    ("kvmem/bench", ["kvmem/bench"], ["kvmem/bench/data"], 5_750),
+    ("benchmarks", ["benchmarks"], [], 2_950),
+    ("tests without the next parts", ["tests"], ["tests/layouts", "tests/tiers", "tests/chunks"], 38_600),
     ("tests/layouts", ["tests/layouts"], [], 4_590),
+    ("tests/tiers", ["tests/tiers"], [], 4_900),
+    ("tests/chunks", ["tests/chunks"], [], 1_950),
 ]
-MOST_LINES_OF_A_FILE, MOST_LINES_OF_A_FUNCTION, MOST_NAMES_IN_A_FOLDER, MOST_FOLDERS_OF_CSRC = 400, 40, 15, 13
+MOST_LINES_OF_A_FILE, MOST_LINES_OF_A_FUNCTION, MOST_NAMES_IN_A_FOLDER, MOST_FOLDERS_OF_CSRC = 400, 40, 15, 14
 # Each has its reason in docs/decisions.md, "Sizes".
 LONGER_FILES = {
+    "csrc/driver/host/host_driver.cpp": 407,
     "tests/bench/test_bench_gpu.py": 440,
     "tests/index/test_eviction.py": 435,
 }
 # The class that everything else of the core is behind stays one screenful of each kind of call.
 SHORTER_FILES = {"csrc/allocator/allocator.h": 199}
 LONGER_FUNCTIONS: dict[str, int] = {}
-FULLER_FOLDERS = {"kvmem/bench": 19, "kvmem/layouts": 18, "tests/index": 16}
+FULLER_FOLDERS = {"csrc/allocator": 16, "kvmem/bench": 20, "kvmem/layouts": 18, "tests/index": 16}
 
 SOURCES = (".py", ".pyi", ".cpp", ".h", ".mk")
 GENERATED = {"kvmem/_core.pyi"}

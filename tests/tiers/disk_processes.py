@@ -28,7 +28,7 @@ from tier_suite import get, key_of, payload_of, put
 from kvmem.errors import TierError
 from kvmem.tiers import Result
 from kvmem.tiers.base import Buffer
-from kvmem.tiers.files import Files
+from kvmem.tiers.disk.files import Files
 
 KEYS = [key_of(n) for n in range(10)]
 SLOTS, BLOCK_BYTES = 7, 20_000

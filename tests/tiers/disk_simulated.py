@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from kvmem.tiers.base import Buffer
-from kvmem.tiers.files import Files
+from kvmem.tiers.disk.files import Files
 
 FOLDER = 1  # the descriptor of the one folder
 KINDS = (

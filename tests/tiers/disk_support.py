@@ -8,8 +8,8 @@ from tier_suite import payload_of
 
 from kvmem.errors import SpecError, TierError
 from kvmem.tiers.disk import DiskTier
-from kvmem.tiers.file_io import UringIO
-from kvmem.tiers.segments import Geometry
+from kvmem.tiers.disk.file_io import UringIO
+from kvmem.tiers.disk.segments import Geometry
 
 FINGERPRINT = b"model one".ljust(32, b".")
 OTHER_FINGERPRINT = b"model two".ljust(32, b".")

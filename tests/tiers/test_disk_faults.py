@@ -15,10 +15,11 @@ from disk_support import IOS, open_disk, version_in
 from tier_suite import get, key_of, payload_of, put
 
 from kvmem.errors import TierError
-from kvmem.tiers import Result, Status, fault_log, segments
+from kvmem.tiers import Result, Status, fault_log
+from kvmem.tiers.disk import segments
 from kvmem.tiers.base import Buffer
 from kvmem.tiers.disk import DiskTier
-from kvmem.tiers.file_io import PAGE, Move, UringIO, _Ring
+from kvmem.tiers.disk.file_io import PAGE, Move, UringIO, _Ring
 
 KEYS = [key_of(n) for n in range(8)]
 CODES = (errno.EIO, errno.ENOSPC, errno.EINTR, errno.EACCES, errno.EINVAL)

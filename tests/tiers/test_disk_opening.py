@@ -17,10 +17,11 @@ from disk_support import FINGERPRINT, IOS, OTHER_FINGERPRINT, capacity_of, open_
 from tier_suite import assert_miss, get, key_of, payload_of, put
 
 from kvmem.errors import SpecError, TierError
-from kvmem.tiers import Result, Status, segments
+from kvmem.tiers import Result, Status
+from kvmem.tiers.disk import segments
 from kvmem.tiers.disk import DiskTier
-from kvmem.tiers.file_io import ThreadIO
-from kvmem.tiers.files import Files
+from kvmem.tiers.disk.file_io import ThreadIO
+from kvmem.tiers.disk.files import Files
 
 SEGMENT = "segment-00000.kvmem"
 
@@ -281,7 +282,9 @@ def present(tier: DiskTier) -> list[int]:
 def test_a_reader_learns_what_the_writer_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also of a segment that is added or removed. A reader writes nothing."""
     monkeypatch.setattr(segments, "SEGMENT_BYTES", 3 * 12288)
-    monkeypatch.setattr("kvmem.tiers.disk._RESCAN_SHARE", 0)  # or it may wait for ten times what its last look took
+    monkeypatch.setattr(
+        "kvmem.tiers.disk.tier._RESCAN_SHARE", 0
+    )  # or it may wait for ten times what its last look took
     tmp_path.joinpath("disk").mkdir()
     with open_disk(tmp_path / "disk", read_only=True) as reader:
         assert_miss(reader, key_of(0))
@@ -310,7 +313,7 @@ def test_a_reader_learns_what_the_writer_does(tmp_path: Path, monkeypatch: pytes
 
 def test_a_reader_ignores_what_is_not_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A segment of another model that appears later is no error, finds nothing, and uses up no descriptors."""
-    monkeypatch.setattr("kvmem.tiers.disk._RESCAN_SHARE", 0)
+    monkeypatch.setattr("kvmem.tiers.disk.tier._RESCAN_SHARE", 0)
     (folder := tmp_path / "disk").mkdir()
     with open_disk(folder, read_only=True) as reader:
         filled(folder, fingerprint=OTHER_FINGERPRINT)

@@ -72,15 +72,15 @@ class HostDriver final : public Driver {
   }
   void unmap_run(Address at, i64 page_bytes, i64 count) override;
 
-  void zero(Address at, i64 bytes, Stream stream) override;
+  void zero(Address at, i64 bytes, Stream) override {
+    std::memset(accessible(&DriverCounters::zero, "zero", at, bytes), 0, bytes);
+  }
   void copy(Address to, Address from, i64 bytes, Stream stream) override;
   void load(Address to, const char* from, i64 bytes, Stream) override {
-    count(&DriverCounters::load, [&] { check_accessible("load", to, bytes); });
-    std::memcpy(reinterpret_cast<void*>(to), from, bytes);
+    std::memcpy(accessible(&DriverCounters::load, "load", to, bytes), from, bytes);
   }
   void store(char* to, Address from, i64 bytes, Stream) override {
-    count(&DriverCounters::store, [&] { check_accessible("store", from, bytes); });
-    std::memcpy(to, reinterpret_cast<void*>(from), bytes);
+    std::memcpy(to, accessible(&DriverCounters::store, "store", from, bytes), bytes);
   }
 
   // All work is done when a call returns, so the only event is the completed one.
@@ -126,6 +126,11 @@ class HostDriver final : public Driver {
   HostPieces& reservation(const char* call, Address at, i64 bytes);
   Page& page_of(const char* call, PageHandle page, i64 bytes);
   void check_accessible(const char* call, Address at, i64 bytes);
+  // Counts a call, and returns where it may write or read.
+  void* accessible(i64 DriverCounters::* counter, const char* call, Address at, i64 bytes) {
+    count(counter, [&] { check_accessible(call, at, bytes); });
+    return reinterpret_cast<void*>(at);
+  }
   // Fills pages_of_call_ and runs_ for these pages.
   void find_runs(i64 page_bytes, const PageHandle* pages, i64 count);
   void map_pages(Address at, i64 page_bytes, const PageHandle* pages, i64 count, bool accessible);
@@ -381,11 +386,6 @@ void HostDriver::unmap_run(Address at, i64 page_bytes, i64 count) {
 }
 
 // ---- Contents ------------------------------------------------------------------------------------------------------
-
-void HostDriver::zero(Address at, i64 bytes, Stream) {
-  count(&DriverCounters::zero, [&] { check_accessible("zero", at, bytes); });
-  std::memset(reinterpret_cast<void*>(at), 0, bytes);
-}
 
 void HostDriver::copy(Address to, Address from, i64 bytes, Stream) {
   count(&DriverCounters::copy, [&] {

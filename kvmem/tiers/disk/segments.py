@@ -16,8 +16,8 @@ from weakref import WeakSet
 from kvmem.arguments import INT32_MAX, format_bytes
 from kvmem.errors import SpecError, TierError
 from kvmem.tiers.checksum import checksum
-from kvmem.tiers.file_io import PAGE, padded, pages
-from kvmem.tiers.files import Files
+from kvmem.tiers.disk.file_io import PAGE, padded, pages
+from kvmem.tiers.disk.files import Files
 
 __all__ = ["Folder", "Geometry", "Segment"]
 

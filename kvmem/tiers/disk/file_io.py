@@ -14,7 +14,7 @@ from typing import Any, Final
 from kvmem.arguments import check_choice
 from kvmem.errors import SpecError, TierError
 from kvmem.tiers.base import Buffer
-from kvmem.tiers.files import Files
+from kvmem.tiers.disk.files import Files
 
 __all__ = ["DEPTH", "PAGE", "Move", "PageIO", "UringIO", "open_io", "padded", "pages"]
 

@@ -19,13 +19,13 @@ from kvmem.arguments import brief, check_bool, check_size, parse_bytes
 from kvmem.errors import SpecError, TierError
 from kvmem.tiers.base import Buffer, Capacity, Result, Status, Tier, check_batch
 from kvmem.tiers.checksum import checksum
-from kvmem.tiers.disk_moves import Clear, Read, ReadHeader, Scratch, Write
+from kvmem.tiers.disk.file_io import DEPTH, PAGE, Move, PageIO, open_io, pages
+from kvmem.tiers.disk.files import Files
+from kvmem.tiers.disk.moves import Clear, Read, ReadHeader, Scratch, Write
+from kvmem.tiers.disk.segments import Folder, Geometry, Segment
+from kvmem.tiers.disk.slot_index import Record, SlotIndex
 from kvmem.tiers.fault_log import FaultLog
-from kvmem.tiers.file_io import DEPTH, PAGE, Move, PageIO, open_io, pages
-from kvmem.tiers.files import Files
 from kvmem.tiers.keys import KEY_BYTES
-from kvmem.tiers.segments import Folder, Geometry, Segment
-from kvmem.tiers.slot_index import Record, SlotIndex
 
 __all__ = ["DiskTier"]
 

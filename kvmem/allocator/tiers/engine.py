@@ -22,8 +22,8 @@ import numpy as np
 import torch
 
 from kvmem import _core
-from kvmem.allocator.tier_events import TierEvents
-from kvmem.allocator.transfers import Block, Load, Transfers
+from kvmem.allocator.tiers.events import TierEvents
+from kvmem.allocator.tiers.transfers import Block, Load, Transfers
 from kvmem.arguments import parse_bytes
 from kvmem.errors import OutOfMemory, SpecError
 from kvmem.events.digests import ExtraKey, decode_key

@@ -8,9 +8,9 @@ from typing import Final
 import numpy as np
 
 from kvmem.tiers.base import Buffer
-from kvmem.tiers.file_io import DEPTH, PAGE, Move, padded, pages
+from kvmem.tiers.disk.file_io import DEPTH, PAGE, Move, padded, pages
+from kvmem.tiers.disk.slot_index import Record
 from kvmem.tiers.record import HEADER_BYTES, header_of, key_in, payload_bytes, stamp_in, verify
-from kvmem.tiers.slot_index import Record
 
 __all__ = ["Clear", "Read", "ReadHeader", "Scratch", "Write"]
 

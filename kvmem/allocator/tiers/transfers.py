@@ -23,7 +23,7 @@ from kvmem.tiers.keys import slot_key
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from kvmem.allocator.tiering import Located, Prompt, Tiering
+    from kvmem.allocator.tiers.engine import Located, Prompt, Tiering
 
     Bytes = npt.NDArray[np.uint8]
     Place = tuple[int, int]  # block of a prompt, group
