@@ -163,7 +163,7 @@ i64 LockedTiers::admit(Allocator& a, i64 handle, const i32* tokens, i64 n, const
       a.pool_->settle();
       try {
         Transaction tx(*a.pool_, a);
-        a.admission_.open_pending(handle, tokens, n, key, root.node(), reuse, tx);
+        a.admission_.open(tokens, n, key, root.node(), reuse, false, tx, handle);
         tx.commit();
       } catch (const OutOfMemory&) {
         if (reuse == Reuse::none) throw;

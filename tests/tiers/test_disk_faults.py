@@ -16,9 +16,8 @@ from tier_suite import get, key_of, payload_of, put
 
 from kvmem.errors import TierError
 from kvmem.tiers import Result, Status, fault_log
-from kvmem.tiers.disk import segments
 from kvmem.tiers.base import Buffer
-from kvmem.tiers.disk import DiskTier
+from kvmem.tiers.disk import DiskTier, segments
 from kvmem.tiers.disk.file_io import PAGE, Move, UringIO, _Ring
 
 KEYS = [key_of(n) for n in range(8)]

@@ -18,8 +18,7 @@ from tier_suite import assert_miss, get, key_of, payload_of, put
 
 from kvmem.errors import SpecError, TierError
 from kvmem.tiers import Result, Status
-from kvmem.tiers.disk import segments
-from kvmem.tiers.disk import DiskTier
+from kvmem.tiers.disk import DiskTier, segments
 from kvmem.tiers.disk.file_io import ThreadIO
 from kvmem.tiers.disk.files import Files
 
