@@ -130,6 +130,7 @@ std::vector<std::string> Allocator::violations() const {
   std::vector<std::string> found;
   pool_->check(&found);
   table_->check(&found);
+  if (table_->slots()) table_->slots()->check(&found);
   contents_.check(&found);
   std::vector<i32> users(index_.capacity(), 0);
   contents_.count_users(&users);
@@ -328,10 +329,17 @@ void Allocator::free(const i32* handles, i64 n) {
     try {
       planner_.find_each_once(handles, n, &plan_);
     } catch (const NotReady&) {  // whoever loads for a pending sequence finds that it has gone
+      std::vector<i64> waited;
       for (i64 i = 0; i < n; ++i) {
-        if (sequences_.is_pending(handles[i])) sequences_.set_pending(handles[i], false);
+        if (sequences_.is_pending(handles[i])) waited.push_back(handles[i]);
       }
-      planner_.find_each_once(handles, n, &plan_);
+      for (i64 handle : waited) sequences_.set_pending(handle, false);
+      try {
+        planner_.find_each_once(handles, n, &plan_);
+      } catch (...) {
+        for (i64 handle : waited) sequences_.set_pending(handle, true);
+        throw;
+      }
     }
     Transaction tx(*pool_, *this);
     for (i64 index : plan_.indices) records_.close(index, tx);

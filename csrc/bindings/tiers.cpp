@@ -67,11 +67,14 @@ void bind_tiers(nb::class_<Allocator>& allocator) {
           },
           "group"_a)
       .def(
+          "lost_slots", [](Allocator& a) { return a.with_tiers([](Tiers& tiers) { return tiers.slots().lost(); }); })
+      .def(
           "take_slot",  // held
           [](Allocator& a, i64 group, std::uint64_t key) {
             a.groups().check(group);
             return a.with_tiers([&](Tiers& tiers) {
               const SlotName name = tiers.slots().take(group, key);
+              tiers.slots().confirm_takes();
               if (name.slot >= 0) tiers.slots().hold(name);
               return Name{name.slot, name.generation};
             });
