@@ -105,6 +105,7 @@ std::vector<std::string> Allocator::violations() const {
   std::vector<std::string> found;
   pool_->check(&found);
   table_->check(&found);
+  if (table_->slots()) table_->slots()->check(&found);
   contents_.check(&found);
   std::vector<i32> users(index_.capacity(), 0);
   contents_.count_users(&users);

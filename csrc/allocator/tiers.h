@@ -51,10 +51,18 @@ class Tiers {
     sequences_.set_pending(handle, true);
   }
   // Ends that for those of the handles that are pending, so that they can be freed; whoever loads for one finds that it
-  // has gone.
-  void end_pending(const i32* handles, i64 n) {
+  // has gone. Returns them, for mark_pending_again() if the free fails.
+  std::vector<i32> end_pending(const i32* handles, i64 n) {
+    std::vector<i32> ended;
     for (i64 i = 0; i < n; ++i) {
-      if (sequences_.is_pending(handles[i])) sequences_.set_pending(handles[i], false);
+      if (sequences_.is_pending(handles[i])) ended.push_back(handles[i]);
+    }
+    for (i32 handle : ended) sequences_.set_pending(handle, false);
+    return ended;
+  }
+  void mark_pending_again(const std::vector<i32>& handles) {
+    for (i32 handle : handles) {
+      if (sequences_.is_live(handle)) sequences_.set_pending(handle, true);
     }
   }
   // After the transaction: the content is unreferenced.

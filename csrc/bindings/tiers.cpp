@@ -42,8 +42,13 @@ void free_any(Allocator& allocator, const i32* handles, i64 n) {
   try {
     allocator.free(handles, n);
   } catch (const NotReady&) {
-    LockedTiers(allocator)->end_pending(handles, n);
-    allocator.free(handles, n);
+    const std::vector<i32> ended = LockedTiers(allocator)->end_pending(handles, n);
+    try {
+      allocator.free(handles, n);
+    } catch (...) {
+      LockedTiers(allocator)->mark_pending_again(ended);
+      throw;
+    }
   }
 }
 
@@ -75,11 +80,14 @@ void bind_tiers(nb::class_<Allocator>& allocator) {
           },
           "group"_a)
       .def(
+          "lost_slots", [](Allocator& a) { return a.with_tiers([](Tiers& tiers) { return tiers.slots().lost(); }); })
+      .def(
           "take_slot",  // held
           [](Allocator& a, i64 group, std::uint64_t key) {
             a.groups().check(group);
             const LockedTiers tiers(a);
             const SlotName name = tiers->slots().take(group, key);
+            tiers->slots().confirm_takes();
             if (name.slot >= 0) tiers->slots().hold(name);
             return Name{name.slot, name.generation};
           },

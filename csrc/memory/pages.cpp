@@ -260,6 +260,7 @@ bool PagePool::invalidate_content(const std::vector<Op>& ops, const Space::Progr
   KVMEM_ASSERT(progress.begun <= ops.size(), "progress is about these ops");
   bool recreated = false;  // the undo of a destroy creates other pages, and the memory may have had another user
   for (std::size_t i = 0; i < progress.begun; ++i) {
+    if (ops[i].kind == OpKind::keep) owner_numbered(ops[i].at).on_kept_in_vain(ops[i]), ++disturbed_;
     if (ops[i].kind == OpKind::destroy) recreated = true, forget_content(ops[i].a, ops[i].b);
     if (ops[i].kind == OpKind::map && progress.wrote) forget_content(ops[i].b, ops[i].c);
     if (ops[i].kind == OpKind::unmap && progress.wrote) arenas_[ops[i].at].owner->on_rewritten(ops[i]);

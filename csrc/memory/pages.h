@@ -45,6 +45,8 @@ class PageOwner {
   // The pages of these slots belonged to other slots while a call ran that failed and was undone: their content is
   // unknown.
   virtual void on_rewritten(const Op& /*unmap*/) {}
+  // A `keep` was undone whose transaction had begun to run: the bytes of its host slot may be overwritten.
+  virtual void on_kept_in_vain(const Op& /*keep*/) {}
   // Ops were undone: cancels everything that the transaction had scheduled for its end.
   virtual void on_taken_back() {}
   virtual void finish(bool committed) = 0;

@@ -29,6 +29,8 @@ i64 PageTable::slot_bytes(i64 group) const {
 }
 
 void PageTable::keep(i32 node, i64 group, Transaction& tx) {
+  if (keeps_in_ != pool_.transactions) slots_->confirm_takes();
+  keeps_in_ = pool_.transactions;
   for (i64 g = 0; g < groups_; ++g) {
     if ((group >= 0 && g != group) || slots_->count(g) == 0 || !has(node, g)) continue;
     index_.expect_change();

@@ -212,8 +212,10 @@ class PageTable : public PageOwner, protected ArenaRegistration, protected Table
   void digest(Hasher& hash) const override {
     index_.digest(hash);
     marks_.digest(hash);
+    if (slots_) slots_->digest(hash);
   }
   void on_taken_back() override { marks_.undo_zeroed(); }
+  void on_kept_in_vain(const Op& keep) final { slots_->lose(keep.c); }
   void finish(bool committed) override {
     marks_.finish();
     index_.finish(committed);
@@ -258,6 +260,7 @@ class PageTable : public PageOwner, protected ArenaRegistration, protected Table
 
  private:
   std::shared_ptr<HostSlots> slots_;
+  i64 keeps_in_ = -1;  // the latest transaction that called keep()
 };
 
 std::unique_ptr<PageTable> make_virtual_table(const Geometry& geometry, PagePool& pool, const Sequences& sequences,

@@ -53,23 +53,39 @@ i64 HostSlots::group_of(i64 slot) const {
 }
 
 SlotName HostSlots::take(i64 group, std::uint64_t key) {
-  i64 at = -1;
-  if (!free_[group].empty()) {
-    at = free_[group].back();
-    free_[group].pop_back();
-  } else {
-    const i32 victim = policies_[group]->victim();
-    if (victim < 0) return {};
-    at = first_[group] + victim;
-    policies_[group]->evict(victim, slots_[at].key, -1);
-  }
+  const bool any = !free_[group].empty();
+  const i32 victim = any ? -1 : policies_[group]->victim();
+  if (!any && victim < 0) return {};
+  const i64 at = any ? free_[group].back() : first_[group] + victim;
   Slot& s = slots_[at];
-  KVMEM_ASSERT(s.holds == 0, "a held slot is not given away");
+  KVMEM_ASSERT(s.holds == 0 && s.taken != any, "a held slot is not given away");
+  takes_.push_back({at, s.key, s.taken});
+  any ? free_[group].pop_back() : policies_[group]->evict(victim, s.key, -1);
   s.taken = true, s.dropped = false, s.key = key;
   ++s.generation;
   policies_[group]->insert(item(at), key, -1);
   policies_[group]->release(item(at));
   return {at, s.generation};
+}
+
+void HostSlots::undo_take(const SlotName& name) {
+  KVMEM_ASSERT(!takes_.empty() && takes_.back().slot == name.slot && has(name), "the latest take is undone first");
+  const Take before = takes_.back();
+  takes_.pop_back();
+  Slot& s = slots_[name.slot];
+  const i64 group = group_of(name.slot);
+  EvictionPolicy& policy = *policies_[group];
+  policy.undo_release(item(name.slot));
+  policy.undo_insert(item(name.slot), s.key, -1);
+  s.taken = before.taken, s.key = before.key;
+  --s.generation;  // nobody has seen the name that was undone
+  before.taken ? policy.restore(item(name.slot), s.key, -1) : free_[group].push_back(name.slot);
+}
+
+void HostSlots::lose(i64 slot) {
+  if (!slots_[slot].taken) return;
+  free(slot);
+  ++lost_;
 }
 
 void HostSlots::free(i64 slot) {
@@ -107,13 +123,27 @@ void HostSlots::drop(const SlotName& name) {
   }
 }
 
+void HostSlots::digest(Hasher& hash) const {
+  for (const std::unique_ptr<EvictionPolicy>& policy : policies_) policy->digest(hash);
+  for (const Slot& s : slots_) hash.add(s.taken, s.dropped, s.holds, s.taken ? s.generation : 0, s.taken ? s.key : 0);
+}
+
 void HostSlots::check(std::vector<std::string>* out) const {
   for (i64 g = 0; g < groups(); ++g) {
     i64 taken = 0;
     for (i64 slot = first_[g]; slot < first_[g + 1]; ++slot) taken += slots_[slot].taken;
-    if (taken + free_count(g) == count(g)) continue;
+    const bool all_free = std::all_of(free_[g].begin(), free_[g].end(), [&](i64 slot) {
+      return slot >= first_[g] && slot < first_[g + 1] && !slots_[slot].taken;
+    });
+    if (taken + free_count(g) == count(g) && all_free) continue;
     out->push_back("of the " + std::to_string(count(g)) + " host slots of group " + std::to_string(g) + ", " +
-                   std::to_string(taken) + " are taken and " + std::to_string(free_count(g)) + " free");
+                   std::to_string(taken) + " are taken and " + std::to_string(free_count(g)) + " are listed as free");
+  }
+  for (std::size_t slot = 0; slot < slots_.size(); ++slot) {
+    const Slot& s = slots_[slot];
+    if (s.holds >= 0 && (s.taken || s.holds == 0) && (!s.dropped || s.holds > 0)) continue;
+    out->push_back("host slot " + std::to_string(slot) + " has " + std::to_string(s.holds) + " holds, and is " +
+                   (s.taken ? "taken" : "free") + (s.dropped ? " and dropped" : ""));
   }
 }
 

@@ -14,6 +14,7 @@
 #include <string>
 #include <vector>
 
+#include "base/digest.h"
 #include "base/types.h"
 #include "eviction/policy.h"
 
@@ -60,13 +61,18 @@ class HostSlots {
   i64 group_of(i64 slot) const;
 
   // Gives a slot to new content: a free one, else the policy's victim, whose content is lost. `key` identifies the
-  // content to the policy. Returns a name with slot -1 if all are held. Needs no memory.
+  // content to the policy. Returns a name with slot -1 if all are held. May throw std::bad_alloc, and has changed
+  // nothing then.
   SlotName take(i64 group, std::uint64_t key);
-  // The take() of this name did not happen: the slot is free, unless the same transaction has taken it again. What it
-  // had before is lost all the same.
-  void undo_take(const SlotName& name) {
-    if (has(name)) free(name.slot);
-  }
+  // Undoes the latest take() that is neither undone nor confirmed: the slot has what it had before, under the old name,
+  // since nothing writes to it before the transaction is executed. REQUIRES: `name` is of that call.
+  void undo_take(const SlotName& name);
+  // The takes until now are not undone any more.
+  void confirm_takes() { takes_.clear(); }
+  // The transaction that gave the slot away failed and was undone, but had begun to write: what the slot had is lost.
+  void lose(i64 slot);
+  // Counts the slots that lose() has emptied. Whoever names slots must ask has() when it changes.
+  i64 lost() const { return lost_; }
   // Whether the slot still has the content that this name is about.
   bool has(const SlotName& name) const {
     return name.slot >= 0 && name.slot < static_cast<i64>(slots_.size()) && slots_[name.slot].taken &&
@@ -79,6 +85,7 @@ class HostSlots {
   void hit(const SlotName& name);
   // Frees the slot. Does nothing unless has(); a held slot becomes free with its last release().
   void drop(const SlotName& name);
+  void digest(Hasher& hash) const;
   void check(std::vector<std::string>* out) const;
 
  private:
@@ -88,6 +95,11 @@ class HostSlots {
     i32 holds = 0;
     bool taken = false, dropped = false;
   };
+  struct Take {
+    i64 slot;
+    std::uint64_t key;  // of what the slot had before
+    bool taken;
+  };
   void free(i64 slot);
   i32 item(i64 slot) const { return static_cast<i32>(slot - first_[group_of(slot)]); }
 
@@ -95,6 +107,8 @@ class HostSlots {
   std::vector<Slot> slots_;
   std::vector<std::vector<i64>> free_;                    // by group; room for all of its slots
   std::vector<std::unique_ptr<EvictionPolicy>> policies_;  // by group
+  std::vector<Take> takes_;  // those that may be undone, the latest last
+  i64 lost_ = 0;
   std::shared_ptr<HostMemory> memory_;
 };
 

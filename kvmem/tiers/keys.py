@@ -78,11 +78,21 @@ class BlockKeys:
         return hashlib.sha256(b"".join((before, tokens, tag))).digest()
 
     def chain(
-        self, tokens: npt.ArrayLike, *, salt: Key = None, extra_key: ExtraKey = None, adapter: Key = None
+        self,
+        tokens: npt.ArrayLike,
+        *,
+        salt: Key = None,
+        extra_key: ExtraKey = None,
+        adapter: Key = None,
+        marks: list[tuple[int, bytes]] | None = None,
     ) -> list[bytes]:
-        """Return the digests of the full blocks of ``tokens``, the first block's first. Cost: a microsecond a block."""
+        """Return the digests of the full blocks of ``tokens``, the first block's first. Cost: a microsecond a block.
+
+        marks: instead of ``extra_key``, if the prompt goes on behind ``tokens``: as ``placed()`` returns them.
+        """
         ids = np.ascontiguousarray(tokens, "<i4")
-        marks = placed(key_marks(extra_key), ids)
+        if marks is None:
+            marks = placed(key_marks(extra_key), ids)
         size, before, data = self.block_size, self.root(salt, adapter), ids.data.cast("B")
         found = []
         for end in range(size, len(ids) + 1, size):

@@ -33,6 +33,7 @@ void PagedTable::promote(const std::vector<i32>& chain, const SlotsOfChain& from
       if (has_state(g)) blocks_.list_snapshot(g, blocks_.block_of(chain[k], g));
     }
   }
+  tx.new_fence();  // until it has passed, the device reads the slots
 }
 
 }  // namespace kvmem

@@ -12,7 +12,7 @@ from kvmem.allocator.sequence import Sequence
 from kvmem.allocator.tiers.engine import Prompt, Tiering
 from kvmem.allocator.tiers.transfers import Load
 from kvmem.arguments import check_choice
-from kvmem.errors import SpecError, StaleHandle
+from kvmem.errors import NotReady, SpecError, StaleHandle
 from kvmem.events.digests import ExtraKey
 
 if TYPE_CHECKING:
@@ -119,13 +119,31 @@ class TierCalls(OpenedCore):
     def _begin_pending(
         self, sequence: Sequence, load: Load, ids: npt.NDArray[np.int32], keys: tuple[bytes, bytes]
     ) -> None:
-        sequence._id = self.core.open()
-        self._pending[sequence._id] = _Pending(sequence, load, ids, keys)
-        self.core.set_pending(sequence._id)
+        try:
+            for handle in [handle for handle in list(self._pending) if self._was_freed(handle)]:
+                self._finish(handle)
+            sequence._id = self.core.open()
+            self._pending[sequence._id] = _Pending(sequence, load, ids, keys)
+            self.core.set_pending(sequence._id)
+        except BaseException:  # the caller frees the sequence
+            load.cancel()
+            self._pending.pop(sequence._id, None)
+            raise
+
+    def _was_freed(self, handle: int) -> bool:
+        try:
+            self.core.age_seconds(handle)
+        except NotReady:
+            return False
+        except StaleHandle:
+            return True
+        return False
 
     def _finish(self, handle: int) -> bool:
         """Give a pending sequence its prefix if its load is done. True also if it was freed meanwhile."""
-        waiting = self._pending[handle]
+        waiting = self._pending.get(handle)
+        if waiting is None:  # another thread was faster
+            return True
         if not waiting.load.advance():
             return False
         with suppress(StaleHandle):  # it was freed: nobody waits
@@ -135,8 +153,6 @@ class TierCalls(OpenedCore):
         return True
 
     def _end_tiers(self) -> None:
-        for waiting in self._pending.values():
-            waiting.load.cancel()
         self._pending.clear()
         if self._tiering is not None:
             self._tiering.transfers.close()

@@ -13,8 +13,9 @@ device by a call of the allocator, like everything else that changes it.
 from __future__ import annotations
 
 import threading
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
+from itertools import compress
 from math import lcm
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,11 +23,11 @@ import numpy as np
 import torch
 
 from kvmem import _core
-from kvmem.allocator.tiers.events import TierEvents
+from kvmem.allocator.tiers.events import Facts, TierEvents
 from kvmem.allocator.tiers.transfers import Block, Load, Transfers
 from kvmem.arguments import parse_bytes
 from kvmem.errors import OutOfMemory, SpecError
-from kvmem.events.digests import ExtraKey, decode_key
+from kvmem.events.digests import ExtraKey, Key, decode_key, encode_key, key_marks, placed
 from kvmem.events.stream import Event
 from kvmem.geometry.group_layout import GroupLayout
 from kvmem.spec import CacheSpec
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MOVE_TOKENS", "Prompt", "Tiering", "open_tiers"]
 
-_STORED, _KEPT = 0, 3  # EventKind in csrc/index/events.h
+_STORED, _CLEARED, _KEPT = 0, 2, 3  # EventKind in csrc/index/events.h
 MOVE_TOKENS = 1 << 20  # tokens in the core's queue of moves; where a call moves more, some slots lose their names
 
 
@@ -51,16 +52,34 @@ class Prompt(NamedTuple):
     """Whole blocks of some tokens.
 
     ids: int32 [blocks * block_size]. keys: salt, and adapter with extra keys, for the core (``encode_keys``).
-    digests: of each block, with all blocks before it.
+    digests: of each block, with all blocks before it. root: salt and adapter. marks: the extra keys, with positions.
     """
 
     ids: Ids
     keys: tuple[bytes, bytes]
     digests: list[bytes]
+    root: tuple[Key, Key]
+    marks: list[tuple[int, bytes]]
 
     @property
     def num_blocks(self) -> int:
         return len(self.digests)
+
+
+class _Node(NamedTuple):
+    """What is known of a node of the core's index. facts: None without events."""
+
+    digest: bytes
+    facts: Facts | None
+
+
+class _Batch(NamedTuple):
+    """A batch of moves that is read. Applying it again does no harm, so a signal may end a call at any line."""
+
+    number: int
+    nodes: dict[int, _Node]
+    kept: deque[tuple[Block, Facts | None]]
+    lossy: bool  # moves before it were lost
 
 
 class Tiering:
@@ -90,6 +109,7 @@ class Tiering:
         self.block_size = block_size
         self.kinds = ["state" if g.growth == "fixed" else "window" if g.window_tokens else "full" for g in spec.groups]
         self.full_groups = [g for g, kind in enumerate(self.kinds) if kind == "full"]
+        self.other_groups = [g for g, kind in enumerate(self.kinds) if kind != "full"]
         self.forms = [
             SlotForm(layout, 1 if kind == "state" else block_size)
             for layout, kind in zip(layouts, self.kinds, strict=True)
@@ -98,11 +118,13 @@ class Tiering:
         self.counters: Counter[str] = Counter()
         self._lock = threading.RLock()
         self._taken = 0  # the last batch of moves that was received
-        self._digests: dict[int, bytes] = {}  # by node of the core's index
+        self._batch: _Batch | None = None  # the latest
+        self._nodes: dict[int, _Node] = {}  # by node of the core's index
+        self._lost = 0  # core.lost_slots() when names were compared with the slots
         self._host: list[OrderedDict[bytes, Name]] = [OrderedDict() for _ in spec.groups]  # the oldest first
         self._owner: dict[int, tuple[int, bytes]] = {}  # by slot
-        self._seen: OrderedDict[bytes, None] = OrderedDict()  # blocks that came to a slot before
-        self._leaving: set[Name] = set()  # slots that are written back
+        self._seen: Counter[tuple[int, bytes]] = Counter()  # how often a block came to a slot, the oldest first
+        self.leaving: set[Block] = set()  # on their way to a lower tier
         self.events: TierEvents | None = None
         self.transfers = Transfers(self)
 
@@ -110,88 +132,144 @@ class Tiering:
 
     def settle(self) -> None:
         """Learn what the core has evicted since the last call. Cost: some microseconds a block."""
+        self.transfers.release_left()
         with self._lock:
             number, records, roots = self.core.drain_moves(self._taken)
-            if number == self._taken:
-                return
-            written = [block for block in self._follow(records, roots) if self._goes_on(block)]
-            self._taken = number
-            if self._write == "back" and self.tiers:
-                written = self._written_back()
+            onward: list[Block] = []
+            if number != self._taken:
+                if self._batch is None or self._batch.number != number:
+                    self._batch = self._read(number, records, roots)
+                self._apply(self._batch, onward)
+                self._taken = number
+                if self._write == "back" and self.tiers:
+                    onward = self._written_back()
+            if self.core.lost_slots() != self._lost:
+                self._compare()
             fence = self.core.latest_fence()
-        self.transfers.put(written, fence)
+        if onward:
+            self.transfers.put(onward, fence)
 
-    def _follow(self, records: _core.EventRecords, roots: dict[int, tuple[bytes, bytes]]) -> Iterable[Block]:
-        """Yield the blocks that have got a slot."""
+    def _read(self, number: int, records: _core.EventRecords, roots: dict[int, tuple[bytes, bytes]]) -> _Batch:
+        batch = _Batch(number, {}, deque(), _CLEARED in records.kinds)
         tokens, tags, row = np.ascontiguousarray(records.tokens, "<i4"), records.tags, 0
         keys = {number: (decode_key(salt), decode_key(adapter)) for number, (salt, adapter) in roots.items()}
         starts = {number: self.block_keys.root(*names) for number, names in keys.items()}
         columns = (records.kinds, records.nodes, records.parents, records.roots, records.groups, records.ordinals)
         for kind, node, parent, root, group, ordinal in zip(*(c.tolist() for c in columns), strict=True):
             if kind == _STORED:
-                before = starts[root] if parent < 0 else self._digests[parent]
-                self._digests[node] = self.block_keys.block(before, tokens[row].data, tags[row] or b"")
+                before = None if parent < 0 else batch.nodes.get(parent) or self._nodes[parent]
+                digest, tag = starts[root] if before is None else before.digest, tags[row] or b""
+                facts = None
                 if self.events is not None:
-                    self.events.node(node, parent, keys[root], ordinal, tokens[row].tobytes(), tags[row] or b"")
+                    facts = self.events.facts(before and before.facts, keys[root], ordinal, tokens[row].tobytes(), tag)
+                batch.nodes[node] = _Node(self.block_keys.block(digest, tokens[row].data, tag), facts)
                 row += 1
             elif kind == _KEPT:
-                block = Block(group, self._digests[node], (ordinal, parent))
-                self.note(block)
-                if self.events is not None:
-                    self.events.kept(node, group, block.digest)
-                yield block
+                known = batch.nodes.get(node) or self._nodes[node]
+                batch.kept.append((Block(group, known.digest, (ordinal, parent)), known.facts))
+        return batch
 
-    def note(self, block: Block) -> None:
-        """The slot has the block from now on."""
+    def _apply(self, batch: _Batch, onward: list[Block]) -> None:
+        """Note what the slots have got. onward: receives what is written to a lower tier at once."""
+        self._nodes.update(batch.nodes)
+        through = self._write == "through" and len(self.tiers) > 0
+        while batch.kept:
+            block, facts = batch.kept[0]
+            self.note(block, facts)
+            self._count(block)
+            if through and self._is_admitted(block):
+                onward.append(block)
+            batch.kept.popleft()
+        if batch.lossy:
+            self._compare()
+
+    def note(self, block: Block, facts: Facts | None) -> None:
+        """The slot has the block from now on, unless it has been given to another since."""
         with self._lock:
             slot = block.name[0]
-            group, digest = self._owner.get(slot, (0, b""))
-            if self._host[group].get(digest, (-1, -1))[0] == slot and digest != block.digest:
-                self._forget(group, digest)
+            if not self._displace(block.name):
+                return
             older = self._host[block.group].pop(block.digest, None)
             if older is not None and older != block.name:  # one copy is enough
                 self.core.drop_slots([older])
             self._host[block.group][block.digest] = block.name
             self._owner[slot] = (block.group, block.digest)
+            if self.events is not None and facts is not None:
+                self.events.kept(block.group, block.digest, facts)
+
+    def take(self, group: int, digest: bytes) -> Name:
+        """Return a slot for a block, held; slot -1 if all are held."""
+        with self._lock:
+            name = self.core.take_slot(group, int.from_bytes(digest[:8], "little"))
+            self._displace(name)
+        return name
+
+    def _displace(self, name: Name) -> bool:
+        """Forget what the slot had under an older name. Return False if ``name`` is the older one: the queue of moves
+        may tell of a slot that a load has taken since.
+        """
+        group, digest = self._owner.get(name[0], (0, b""))
+        slot, generation = self._host[group].get(digest, (-1, -1))
+        if slot == name[0] and generation < name[1]:
+            self._forget(group, digest)
+        return slot != name[0] or generation <= name[1]
 
     def _forget(self, group: int, digest: bytes) -> None:
-        del self._host[group][digest]
+        self._host[group].pop(digest, None)
         if self.events is not None:
             self.events.gone(group, digest)
 
-    def _goes_on(self, block: Block) -> bool:
-        """Whether a block that has got a slot is written to a lower tier."""
-        if not self.tiers or self._write == "back":
-            return False
-        if self._admit == "always" or block.digest in self._seen:
-            return True
-        self._seen[block.digest] = None
-        while len(self._seen) > 4 * sum(self.counts) + 1024:
-            self._seen.popitem(last=False)
-        return False
+    def forget(self, block: Block) -> None:
+        """The slot does not have the block any more."""
+        with self._lock:
+            if self._host[block.group].get(block.digest) == block.name:
+                self._forget(block.group, block.digest)
+
+    def _compare(self) -> None:
+        """Forget all names whose slots have other content, after slots were lost of which the queue does not tell."""
+        self._lost = self.core.lost_slots()
+        for g, blocks in enumerate(self._host):
+            for (digest, _), here in zip(list(blocks.items()), self.core.has_slots(list(blocks.values())), strict=True):
+                if not here:
+                    self._forget(g, digest)
+
+    def _count(self, block: Block) -> None:
+        if self._admit == "second_use":
+            key = (block.group, block.digest)
+            self._seen[key] = self._seen.pop(key, 0) + 1
+            if len(self._seen) > 4 * sum(self.counts) + 1024:
+                del self._seen[next(iter(self._seen))]
+
+    def _is_admitted(self, block: Block) -> bool:
+        return self._admit == "always" or self._seen[block.group, block.digest] > 1
 
     def _written_back(self) -> list[Block]:
         """Return the oldest blocks of groups whose slots run short, an eighth of all slots."""
         found = []
         for g, blocks in enumerate(self._host):
-            short = max(1, self.counts[g] // 8) - self.core.free_slots(g) - len(self._leaving)
+            leaving = sum(block.group == g for block in self.leaving)
+            short = max(1, self.counts[g] // 8) - self.core.free_slots(g) - leaving
             for digest, name in blocks.items():
                 if short <= 0:
                     break
-                if name not in self._leaving:
+                block = Block(g, digest, name)
+                if block not in self.leaving and self._is_admitted(block):
                     short -= 1
-                    self._leaving.add(name)
-                    found.append(Block(g, digest, name))
+                    found.append(block)
         return found
+
+    def leave(self, blocks: Sequence[Block]) -> None:
+        """The blocks, whose slots are held, are on their way to a lower tier until ``written()``."""
+        with self._lock:
+            self.leaving.update(blocks)
 
     def written(self, block: Block, stored: bool) -> None:
         """The transfer engine is done with a block of ``settle``; its slot is still held."""
         with self._lock:
-            if block.name in self._leaving:
-                self._leaving.discard(block.name)
-                if stored and self._host[block.group].get(block.digest) == block.name:
-                    self.core.drop_slots([block.name])
-                    self._forget(block.group, block.digest)
+            self.leaving.discard(block)
+            if stored and self._write == "back" and self._host[block.group].get(block.digest) == block.name:
+                self.core.drop_slots([block.name])
+                self._forget(block.group, block.digest)
 
     def prompt(
         self,
@@ -203,10 +281,14 @@ class Tiering:
         leave: int,
     ) -> Prompt:
         """Return the whole blocks of the ids without the last ``leave`` of them. keys: what the core calls the rest."""
+        marks = placed(key_marks(extra_key), ids)  # by all ids: the last ones may say where the placeholders begin
+        if marks:
+            keyed = b"".join(at.to_bytes(8, "little", signed=True) + key for at, key in marks)
+            keys = keys[0], encode_key(adapter) + keyed
         blocks = max(0, len(ids) - leave) // self.block_size
         ids = np.ascontiguousarray(ids[: blocks * self.block_size])
-        digests = self.block_keys.chain(ids, salt=salt, extra_key=extra_key, adapter=adapter)
-        return Prompt(ids, keys, digests)
+        digests = self.block_keys.chain(ids, salt=salt, marks=marks, adapter=adapter)
+        return Prompt(ids, keys, digests, (salt, adapter), marks)
 
     def locate(self, prompt: Prompt) -> Located:
         """Return where device and host have the blocks now."""
@@ -230,17 +312,20 @@ class Tiering:
         whole = 0
         while whole < blocks and all(has(whole, g) for g in self.full_groups):
             whole += 1
-        while whole > 0 and not all(has(k, g) for k, g in self.needed(whole) if self.kinds[g] != "full"):
+        while whole > 0 and not all(has(k, g) for k, g in self._needed(whole, self.other_groups)):
             whole -= 1
         return whole
 
     def needed(self, blocks: int) -> Iterable[tuple[int, int]]:
         """Yield (block, group) of what a sequence needs that begins behind ``blocks`` blocks."""
-        for g, kind in enumerate(self.kinds):
-            first = {"full": 0, "state": blocks - 1}.get(kind)
+        return self._needed(blocks, range(len(self.kinds)))
+
+    def _needed(self, blocks: int, groups: Iterable[int]) -> Iterable[tuple[int, int]]:
+        for g in groups:
+            first = {"full": 0, "state": blocks - 1}.get(self.kinds[g])
             if first is None:
                 first = self.core.first_needed(g, blocks * self.block_size) // self.block_size
-            for k in range(first, blocks):
+            for k in range(blocks - 1, first - 1, -1):  # what is missing is mostly the last
                 yield k, g
 
     # --- between device and host ---
@@ -265,12 +350,13 @@ class Tiering:
     def _promote(self, prompt: Prompt, blocks: int, located: Located) -> None:
         slots = np.full((blocks, len(self.kinds)), -1, np.int64)
         wanted = [(place, located.names[place]) for place in self.needed(blocks) if place in located.names]
-        held = self.core.hold_slots([name for _, name in wanted])
-        used = [one for one, here in zip(wanted, held, strict=True) if here]
-        names = [name for _, name in used]
-        for place, name in used:
-            slots[place] = name[0]
+        held: list[bool] = []
         try:
+            held[:] = self.core.hold_slots([name for _, name in wanted])
+            used = list(compress(wanted, held))
+            names = [name for _, name in used]
+            for place, name in used:
+                slots[place] = name[0]
             self.core.promote(prompt.ids[: blocks * self.block_size], *prompt.keys, slots.ravel().tolist())
             self.core.drop_slots(names)  # the device has them: the slots serve others
             self.counters["host"] += len(names)
@@ -279,7 +365,7 @@ class Tiering:
                     if self._host[g].get(prompt.digests[k]) == name:
                         self._forget(g, prompt.digests[k])
         finally:
-            self.core.release_slots(names)
+            self.core.release_slots([name for _, name in compress(wanted, held)])
 
     def store(self, prompt: Prompt) -> int:
         """Copy blocks that the device has to slots, unless they have one. Return how many."""

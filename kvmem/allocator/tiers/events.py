@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from kvmem.events.digests import ChainDigest, Key, keys_in
+from kvmem.events.digests import ChainDigest, Key, keys_in, tag_of_block
 from kvmem.events.stream import BlockRemoved, BlockStored, Event, group_kind
 from kvmem.spec import CacheSpec
 
-__all__ = ["TierEvents"]
+if TYPE_CHECKING:
+    from kvmem.allocator.tiers.engine import Prompt
+
+__all__ = ["Facts", "TierEvents"]
 
 _MEDIUM = "CPU"
 
 
-class _Facts(NamedTuple):
+class Facts(NamedTuple):
     """What events say of a block, whichever group has it."""
 
     before: bytes | None
@@ -25,33 +28,38 @@ class _Facts(NamedTuple):
 
 
 class TierEvents:
-    """Follows the blocks of the index by node, as ``Tiering`` does, and collects events until they are taken.
+    """Collects events until they are taken.
 
     digest: of the allocator's event stream, so that hashes agree. Not thread-safe: its owner holds a lock.
     """
 
     def __init__(self, spec: CacheSpec, digest: ChainDigest) -> None:
         self._spec, self._digest = spec, digest
-        self._facts: dict[int, _Facts] = {}  # by node
-        self._here: dict[tuple[int, bytes], _Facts] = {}  # by group and key of the tiers
+        self._here: dict[tuple[int, bytes], Facts] = {}  # by group and key of the tiers
         self._waiting: list[Event] = []
 
-    def node(self, node: int, parent: int, root: tuple[Key, Key], ordinal: int, tokens: bytes, tag: bytes) -> None:
-        """The index has the block under this number from now on."""
-        before = None if parent < 0 else self._facts[parent].digest
-        digest = self._digest.block(before or self._digest.root(*root), tokens, tag)
+    def facts(self, before: Facts | None, root: tuple[Key, Key], ordinal: int, tokens: bytes, tag: bytes) -> Facts:
+        """Return what events say of a block. before: of the block before it. root: salt and adapter."""
+        digest = self._digest.block(self._digest.root(*root) if before is None else before.digest, tokens, tag)
         ids = tuple(memoryview(tokens).cast("i"))
         adapter = root[1] if isinstance(root[1], str) else None
-        self._facts[node] = _Facts(before, digest, ids, ordinal, keys_in(tag), adapter)
+        return Facts(None if before is None else before.digest, digest, ids, ordinal, keys_in(tag), adapter)
 
-    def kept(self, node: int, group: int, key: bytes) -> None:
-        """A host slot has the group's bytes of the node."""
-        facts = self._facts[node]
-        if self._here.setdefault((group, key), facts) is not facts:
-            return  # it had them before
-        self._waiting.append(self._stored(group, facts))
+    def chain(self, prompt: Prompt, block_size: int) -> list[Facts]:
+        """Return the facts of a prompt's blocks."""
+        found: list[Facts] = []
+        for k in range(prompt.num_blocks):
+            tokens = prompt.ids[k * block_size : (k + 1) * block_size].astype("<i4").tobytes()
+            tag = tag_of_block(prompt.marks, k * block_size, block_size)
+            found.append(self.facts(found[-1] if found else None, prompt.root, k, tokens, tag))
+        return found
 
-    def _stored(self, group: int, facts: _Facts) -> BlockStored:
+    def kept(self, group: int, key: bytes, facts: Facts) -> None:
+        """A host slot has the group's bytes of the block that the tiers call ``key``."""
+        if self._here.setdefault((group, key), facts) is facts:  # it did not have them before
+            self._waiting.append(self._stored(group, facts))
+
+    def _stored(self, group: int, facts: Facts) -> BlockStored:
         rules = self._spec.groups[group]
         return BlockStored(
             block_hashes=(facts.digest,),

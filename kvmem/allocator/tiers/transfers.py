@@ -10,10 +10,13 @@ import logging
 import mmap
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from itertools import compress
 from typing import TYPE_CHECKING, NamedTuple
+from weakref import WeakSet
 
 import numpy as np
 
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from kvmem.allocator.tiers.engine import Located, Prompt, Tiering
+    from kvmem.allocator.tiers.events import Facts
 
     Bytes = npt.NDArray[np.uint8]
     Place = tuple[int, int]  # block of a prompt, group
@@ -36,6 +40,7 @@ _AT_ONCE = 16  # blocks in one call of a tier
 _MOST_QUEUED = 1024  # blocks that wait to be written; what comes then is not written
 _POLL_SECONDS = 0.0005
 _FENCE_SECONDS = 30.0
+_STARVED_SECONDS = 60.0  # without a call of advance(): nobody asks for the load any more
 
 
 class Block(NamedTuple):
@@ -49,6 +54,14 @@ class Block(NamedTuple):
     def key(self) -> bytes:
         """The key in tiers below the host."""
         return slot_key(self.digest, self.group)
+
+
+class _Write:
+    """Blocks on their way to a lower tier, whose slots are held."""
+
+    def __init__(self) -> None:
+        self.blocks: list[Block] = []
+        self.begun = self.claimed = False
 
 
 class Load:
@@ -68,6 +81,9 @@ class Load:
         self.lock = threading.Lock()
         self.future: Future[None] | None = None
 
+    def __del__(self) -> None:
+        self._engine.left.extend(self.held)  # takes no lock, because the collector may run anywhere
+
     def advance(self) -> bool:
         """Copy to the device what has arrived, if all has or if host slots are short. Return whether the load is done.
 
@@ -82,7 +98,7 @@ class Load:
             self.num_reached = self._engine.tiering.promote(self.prompt)
         self._let_go()
         if arrived and not self._finished:
-            if not self._to_device:
+            if not self._to_device and not self.cancelled.is_set():
                 located = self._engine.tiering.locate(self.prompt)
                 self.num_reached = self._engine.tiering.reach(self.num_blocks, located.has)
             self._finished = True
@@ -108,9 +124,9 @@ class Load:
 
     def _let_go(self) -> None:
         with self.lock:
-            names, self.held = self.held, []
-        if names:
-            self._engine.tiering.core.release_slots(names)
+            while self.held:  # one by one, so that a signal finds each in one place
+                self._engine.left.append(self.held.pop())
+        self._engine.release_left()
         self.starved.clear()
 
 
@@ -120,41 +136,60 @@ class Transfers:
     def __init__(self, tiering: Tiering) -> None:
         self.tiering = tiering
         self._lock = threading.Lock()
-        self._queued = 0
         self._threads: ThreadPoolExecutor | None = None
-        self._writes: set[Future[None]] = set()
+        self._writes: set[_Write] = set()  # under way
         self._bytes: Bytes | None = None
         self._spare: dict[int, list[Bytes]] = {}
         self._logged: dict[str, float] = {}
+        self._closed = False
+        self._loads: WeakSet[Load] = WeakSet()
+        self.left: deque[tuple[int, int]] = deque()  # held slots of loads that nobody asked for any more
 
     # --- to lower tiers ---
 
     def put(self, blocks: Sequence[Block], fence: int) -> None:
         """Write blocks to the first lower tier. ``fence``: until it has passed, the device fills their slots."""
-        core = self.tiering.core
-        held = [b for b, here in zip(blocks, core.hold_slots([b.name for b in blocks]), strict=True) if here]
-        for first in range(0, len(held), _AT_ONCE):
-            some = held[first : first + _AT_ONCE]
-            with self._lock:
-                full = self._queued + len(some) > _MOST_QUEUED
-                self._queued += 0 if full else len(some)
-            if full:  # the tier is slower than the device evicts: back-pressure would hold up a step
-                self.tiering.counters["not written: queue full"] += len(some)
-                self._end_write(some, [False] * len(some), 0)
-                continue
-            future = self._submit(self._write, some, fence)
-            self._writes.add(future)
-            future.add_done_callback(self._writes.discard)
+        for first in range(0, len(blocks), _AT_ONCE):
+            some, held = blocks[first : first + _AT_ONCE], list[bool]()
+            write = _Write()
+            try:
+                held[:] = self.tiering.core.hold_slots([b.name for b in some])
+                write.blocks += compress(some, held)
+                self.tiering.leave(write.blocks)
+                self._begin(write, fence)
+            finally:
+                if not write.begun and self._claim(write):
+                    write.blocks = list(compress(some, held))
+                    self._end_write(write, [False] * len(write.blocks))
+            for block, here in zip(some, held, strict=True):
+                if not here:
+                    self.tiering.forget(block)
 
-    def _write(self, blocks: list[Block], fence: int) -> None:
-        stored = [False] * len(blocks)
+    def _begin(self, write: _Write, fence: int) -> None:
+        waiting = sum(len(w.blocks) for w in list(self._writes))
+        if waiting + len(write.blocks) > _MOST_QUEUED:  # back-pressure would hold up a step
+            self.tiering.counters["not written: queue full"] += len(write.blocks)
+        elif write.blocks:
+            self._writes.add(write)
+            write.begun = self._submit(self._write, write, fence) is not None
+
+    def _claim(self, write: _Write) -> bool:
+        """Whether the caller is the one that ends this write: the thread, or ``put()`` if no thread was started."""
+        with self._lock:
+            first, write.claimed = not write.claimed, True
+        return first
+
+    def _write(self, write: _Write, fence: int) -> None:
+        if not self._claim(write):
+            return
+        stored = [False] * len(write.blocks)
         try:
             self._wait_for(fence)
-            stored = self._put_all(blocks)
+            stored = self._put_all(write.blocks)
         except Exception as error:  # noqa: BLE001  # of somebody's tier, which must not raise
             self._fault("writing", f"{type(error).__name__}: {error}")
         finally:
-            self._end_write(blocks, stored, len(blocks))
+            self._end_write(write, stored)
 
     def _put_all(self, blocks: list[Block]) -> list[bool]:
         tier = self.tiering.tiers[0]
@@ -168,22 +203,30 @@ class Transfers:
         ok = iter([r.ok for r in results])
         return [is_there or next(ok) for is_there in stored]
 
-    def _end_write(self, blocks: Sequence[Block], stored: list[bool], queued: int) -> None:
-        for block, done in zip(blocks, stored, strict=True):
-            self.tiering.written(block, done)
-        self.tiering.core.release_slots([b.name for b in blocks])
-        with self._lock:
-            self._queued -= queued
+    def _end_write(self, write: _Write, stored: list[bool]) -> None:
+        try:
+            for block, done in zip(write.blocks, stored, strict=True):
+                self.tiering.written(block, done)
+        finally:
+            self.tiering.core.release_slots([b.name for b in write.blocks])
+            self._writes.discard(write)
 
     def flush(self, timeout: float | None = None) -> bool:
         """Wait until everything that was handed over is written, ``timeout`` seconds at most; return whether it is."""
-        return not wait(list(self._writes), timeout).not_done
+        end, writes = None if timeout is None else time.monotonic() + timeout, set(self._writes)
+        while not writes.isdisjoint(self._writes):
+            if end is not None and time.monotonic() >= end:
+                return False
+            time.sleep(_POLL_SECONDS)
+        return True
 
     # --- from lower tiers ---
 
     def load(self, prompt: Prompt, located: Located, *, to_device: bool) -> Load:
         """Start a load of what device and host do not have."""
         load = Load(self, prompt, to_device)
+        with self._lock:
+            self._loads.add(load)
         if self.tiering.tiers and self.tiering.reach(prompt.num_blocks, located.has) < prompt.num_blocks:
             load.future = self._submit(self._load, load, located)
         return load
@@ -191,10 +234,12 @@ class Transfers:
     def _load(self, load: Load, located: Located) -> None:
         try:
             wanted = self._find(load, located)
+            events = self.tiering.events
+            facts = None if events is None else events.chain(load.prompt, self.tiering.block_size)
             for first in range(0, len(wanted), _AT_ONCE):
                 some = wanted[first : first + _AT_ONCE]
                 for tier in dict.fromkeys(tier for _, tier in some):
-                    if not self._get(load, tier, [place for place, of in some if of is tier]):
+                    if not self._get(load, tier, [place for place, of in some if of is tier], facts):
                         return
         except Exception as error:  # noqa: BLE001  # as in _write()
             load.reason = f"{type(error).__name__}: {error}"
@@ -231,7 +276,7 @@ class Transfers:
         blocks = tiering.reach(whole, has)
         return [(place, found[place]) for place in sorted(tiering.needed(blocks)) if place in found]
 
-    def _get(self, load: Load, tier: Tier, places: list[Place]) -> bool:
+    def _get(self, load: Load, tier: Tier, places: list[Place], facts: list[Facts] | None) -> bool:
         """Fill slots with these blocks of a tier. Return whether to go on: no, once a full group's block is missing."""
         tiering = self.tiering
         keys = [_key(load.prompt, place) for place in places]
@@ -241,36 +286,66 @@ class Transfers:
             for (k, g), result, buffer in zip(places, results, buffers, strict=True):
                 if result.ok and result.num_bytes != len(buffer):
                     result = Result(Status.CORRUPT, 0, f"the block has {result.num_bytes} of {len(buffer)} bytes")
-                name = self._take_slot(load, g, load.prompt.digests[k]) if result.ok else (-1, 0)
-                if name[0] < 0:
-                    load.reason = load.reason or f"block {k} from {tier.name}: {result.reason or 'cancelled'}"
-                    if g in tiering.full_groups or load.cancelled.is_set():
+                if not result.ok:
+                    load.reason = load.reason or f"block {k} from {tier.name}: {result.reason}"
+                    if g in tiering.full_groups:
                         return False
-                    continue
-                tiering.forms[g].from_canonical(buffer, self._slot(g, name[0]))
-                tiering.note(Block(g, load.prompt.digests[k], name))
-                with load.lock:
-                    load.held.append(name)
-                if load.cancelled.is_set():
-                    load._let_go()
+                elif not self._arrive(load, (k, g), buffer, None if facts is None else facts[k]):
+                    load.reason = load.reason or f"block {k} from {tier.name}: cancelled"
                     return False
         return True
 
+    def _arrive(self, load: Load, place: Place, buffer: Bytes, facts: Facts | None) -> bool:
+        """Put a block into a slot, which the load holds then. Return False if the load is cancelled."""
+        tiering, (k, g) = self.tiering, place
+        block = Block(g, load.prompt.digests[k], self._take_slot(load, g, load.prompt.digests[k]))
+        if block.name[0] < 0:
+            return False
+        try:
+            self._wait_for(tiering.core.latest_fence())  # the device may still read or fill the slot for what it had
+            tiering.forms[g].from_canonical(buffer, self._slot(g, block.name[0]))
+            tiering.note(block, facts)
+        except BaseException:
+            tiering.core.drop_slots([block.name])
+            tiering.core.release_slots([block.name])
+            raise
+        with load.lock:
+            load.held.append(block.name)
+        if load.cancelled.is_set():
+            load._let_go()
+        return not load.cancelled.is_set()
+
     def _take_slot(self, load: Load, group: int, digest: bytes) -> tuple[int, int]:
-        """Return a slot, held. Waits for load.advance() while all are held; slot -1 if the load is cancelled."""
-        key = int.from_bytes(digest[:8], "little")
-        while (name := self.tiering.core.take_slot(group, key))[0] < 0 and not load.cancelled.is_set():
+        """Return a slot, held. Waits for load.advance() while all are held; slot -1 if the load is cancelled, or if
+        nobody calls it.
+        """
+        end = time.monotonic() + _STARVED_SECONDS
+        while (name := self.tiering.take(group, digest))[0] < 0 and not load.cancelled.is_set():
+            if time.monotonic() > end:
+                load.cancel()
+            self.release_left()
             load.starved.set()
             load.cancelled.wait(_POLL_SECONDS)
         return name
 
+    def release_left(self) -> None:
+        """Release the slots of loads that nobody asked for any more."""
+        with suppress(IndexError):  # another thread was faster
+            while self.left:
+                self.tiering.core.release_slots([self.left.popleft()])
+
     # --- helpers ---
 
-    def _submit(self, call: Callable[..., None], *args: object) -> Future[None]:
+    def _submit(self, call: Callable[..., None], *args: object) -> Future[None] | None:
+        """Start a call on a thread; return None after ``close()``."""
         with self._lock:
+            if self._closed:
+                return None
             if self._threads is None:
                 self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="kvmem-tier")
-            return self._threads.submit(call, *args)
+            with suppress(RuntimeError):  # the interpreter ends
+                return self._threads.submit(call, *args)
+            return None
 
     def _wait_for(self, fence: int) -> None:
         end = time.monotonic() + _FENCE_SECONDS
@@ -316,9 +391,12 @@ class Transfers:
             _log.warning("tier %s: %s; its blocks count as missing", what, reason)
 
     def close(self) -> None:
-        """Finish what was begun, and end the threads."""
+        """End the loads, finish the writes that were begun, and end the threads."""
         with self._lock:
-            threads, self._threads = self._threads, None
+            threads, self._threads, self._closed = self._threads, None, True
+            loads = list(self._loads)
+        for load in loads:
+            load.cancel()
         if threads is not None:
             threads.shutdown(wait=True, cancel_futures=False)
 
