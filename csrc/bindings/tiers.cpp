@@ -80,7 +80,7 @@ void bind_tiers(nb::class_<Allocator>& allocator) {
           },
           "group"_a)
       .def(
-          "lost_slots", [](Allocator& a) { return a.with_tiers([](Tiers& tiers) { return tiers.slots().lost(); }); })
+          "lost_slots", [](Allocator& a) { return LockedTiers(a)->slots().lost(); })
       .def(
           "take_slot",  // held
           [](Allocator& a, i64 group, std::uint64_t key) {
