@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Literal
@@ -30,6 +31,7 @@ class _Pending:
 
     def __init__(self, sequence: Sequence, load: Load, ids: npt.NDArray[np.int32], keys: tuple[bytes, bytes]) -> None:
         self.sequence, self.load, self.ids, self.keys = sequence, load, ids, keys
+        self.lock = threading.Lock()  # one thread finishes it, and the others wait until it has
 
 
 class TierCalls(OpenedCore):
@@ -123,8 +125,8 @@ class TierCalls(OpenedCore):
             for handle in [handle for handle in list(self._pending) if self._was_freed(handle)]:
                 self._finish(handle)
             sequence._id = self.core.open()
+            self.core.set_pending(sequence._id)  # first, because another thread may finish what it finds here
             self._pending[sequence._id] = _Pending(sequence, load, ids, keys)
-            self.core.set_pending(sequence._id)
         except BaseException:  # the caller frees the sequence
             load.cancel()
             self._pending.pop(sequence._id, None)
@@ -142,14 +144,16 @@ class TierCalls(OpenedCore):
     def _finish(self, handle: int) -> bool:
         """Give a pending sequence its prefix if its load is done. True also if it was freed meanwhile."""
         waiting = self._pending.get(handle)
-        if waiting is None:  # another thread was faster
-            return True
-        if not waiting.load.advance():
-            return False
-        with suppress(StaleHandle):  # it was freed: nobody waits
-            salted, keyed = waiting.keys
-            waiting.sequence.num_cached_tokens = self.core.admit_pending(handle, waiting.ids, salted, keyed)
-        self._pending.pop(handle, None)
+        if waiting is None or not waiting.load.advance():
+            return waiting is None
+        with waiting.lock:
+            if handle in self._pending:
+                with suppress(StaleHandle):  # it was freed: nobody waits
+                    salted, keyed = waiting.keys
+                    waiting.sequence.num_cached_tokens = self.core.admit_pending(
+                        handle, waiting.ids, salted, keyed
+                    )
+                self._pending.pop(handle, None)
         return True
 
     def _end_tiers(self) -> None:

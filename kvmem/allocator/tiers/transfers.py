@@ -35,12 +35,12 @@ if TYPE_CHECKING:
 __all__ = ["Block", "Load", "Transfers"]
 
 _log = logging.getLogger("kvmem")
-_THREADS = 4
+_THREADS = 4  # for loads, and as many for writes, which must not wait for loads that wait for slots
 _AT_ONCE = 16  # blocks in one call of a tier
 _MOST_QUEUED = 1024  # blocks that wait to be written; what comes then is not written
 _POLL_SECONDS = 0.0005
 _FENCE_SECONDS = 30.0
-_STARVED_SECONDS = 60.0  # without a call of advance(): nobody asks for the load any more
+_STARVED_SECONDS = 30.0  # without a call of advance(): nobody asks for the load any more
 
 
 class Block(NamedTuple):
@@ -64,25 +64,54 @@ class _Write:
         self.begun = self.claimed = False
 
 
+class _Arrivals:
+    """What the thread of a load and its handle share: the thread does not keep the handle, so that it ends when nobody
+    has that any more.
+    """
+
+    def __init__(self, prompt: Prompt, to_device: bool) -> None:
+        self.prompt, self.to_device, self.reason = prompt, to_device, ""
+        self.cancelled = threading.Event()
+        self.starved = threading.Event()  # the thread waits for a free slot
+        self.abandoned = False
+        self.held: list[tuple[int, int]] = []  # slots that have arrived
+
+    @property
+    def over(self) -> bool:
+        return self.abandoned or self.cancelled.is_set()
+
+    def give_to(self, left: deque[tuple[int, int]]) -> None:
+        """Hand over what is held. One by one, so that a signal finds each in one place."""
+        with suppress(IndexError):  # another thread was faster
+            while self.held:
+                left.append(self.held.pop())
+
+
 class Load:
-    """Blocks on their way from lower tiers to the device or to host slots.
+    """Blocks on their way from lower tiers to the device or to host slots. It ends when nobody has it any more.
 
     Attributes: ``num_blocks`` of the prompt that are wanted; ``num_reached``, behind which a sequence can begin once
     the load is done; ``reason`` why it is not more, or ``""``.
     """
 
-    def __init__(self, engine: Transfers, prompt: Prompt, to_device: bool) -> None:
-        self.prompt, self.num_blocks, self.num_reached, self.reason = prompt, prompt.num_blocks, 0, ""
-        self._engine, self._to_device = engine, to_device
+    _arrivals: _Arrivals | None = None
+
+    def __init__(self, engine: Transfers, arrivals: _Arrivals) -> None:
+        self._engine, self._to_device = engine, arrivals.to_device
+        self.prompt, self.num_blocks, self.num_reached = arrivals.prompt, arrivals.prompt.num_blocks, 0
         self._finished = False
-        self.cancelled = threading.Event()
-        self.starved = threading.Event()  # its thread waits for a free slot
-        self.held: list[tuple[int, int]] = []  # slots that have arrived; by the thread, then by advance()
-        self.lock = threading.Lock()
+        self.cancelled, self.starved = arrivals.cancelled, arrivals.starved
         self.future: Future[None] | None = None
+        self._arrivals = arrivals
 
     def __del__(self) -> None:
-        self._engine.left.extend(self.held)  # takes no lock, because the collector may run anywhere
+        if self._arrivals is not None:  # no lock is taken, because the collector may run anywhere
+            self._arrivals.abandoned = True
+            self._arrivals.give_to(self._engine.left)
+
+    @property
+    def reason(self) -> str:
+        return "" if self._arrivals is None else self._arrivals.reason
 
     def advance(self) -> bool:
         """Copy to the device what has arrived, if all has or if host slots are short. Return whether the load is done.
@@ -123,9 +152,8 @@ class Load:
         self._let_go()
 
     def _let_go(self) -> None:
-        with self.lock:
-            while self.held:  # one by one, so that a signal finds each in one place
-                self._engine.left.append(self.held.pop())
+        if self._arrivals is not None:
+            self._arrivals.give_to(self._engine.left)
         self._engine.release_left()
         self.starved.clear()
 
@@ -136,7 +164,7 @@ class Transfers:
     def __init__(self, tiering: Tiering) -> None:
         self.tiering = tiering
         self._lock = threading.Lock()
-        self._threads: ThreadPoolExecutor | None = None
+        self._threads: dict[str, ThreadPoolExecutor] = {}
         self._writes: set[_Write] = set()  # under way
         self._bytes: Bytes | None = None
         self._spare: dict[int, list[Bytes]] = {}
@@ -224,14 +252,15 @@ class Transfers:
 
     def load(self, prompt: Prompt, located: Located, *, to_device: bool) -> Load:
         """Start a load of what device and host do not have."""
-        load = Load(self, prompt, to_device)
+        arrivals = _Arrivals(prompt, to_device)
+        load = Load(self, arrivals)
         with self._lock:
             self._loads.add(load)
         if self.tiering.tiers and self.tiering.reach(prompt.num_blocks, located.has) < prompt.num_blocks:
-            load.future = self._submit(self._load, load, located)
+            load.future = self._submit(self._load, arrivals, located)
         return load
 
-    def _load(self, load: Load, located: Located) -> None:
+    def _load(self, load: _Arrivals, located: Located) -> None:
         try:
             wanted = self._find(load, located)
             events = self.tiering.events
@@ -245,7 +274,7 @@ class Transfers:
             load.reason = f"{type(error).__name__}: {error}"
             self._fault("reading", load.reason)
 
-    def _find(self, load: Load, located: Located) -> list[tuple[Place, Tier]]:
+    def _find(self, load: _Arrivals, located: Located) -> list[tuple[Place, Tier]]:
         """Return where each block lies that the load needs and that device and host do not have."""
         tiering, prompt = self.tiering, load.prompt
         found: dict[Place, Tier] = {}
@@ -276,7 +305,7 @@ class Transfers:
         blocks = tiering.reach(whole, has)
         return [(place, found[place]) for place in sorted(tiering.needed(blocks)) if place in found]
 
-    def _get(self, load: Load, tier: Tier, places: list[Place], facts: list[Facts] | None) -> bool:
+    def _get(self, load: _Arrivals, tier: Tier, places: list[Place], facts: list[Facts] | None) -> bool:
         """Fill slots with these blocks of a tier. Return whether to go on: no, once a full group's block is missing."""
         tiering = self.tiering
         keys = [_key(load.prompt, place) for place in places]
@@ -295,7 +324,7 @@ class Transfers:
                     return False
         return True
 
-    def _arrive(self, load: Load, place: Place, buffer: Bytes, facts: Facts | None) -> bool:
+    def _arrive(self, load: _Arrivals, place: Place, buffer: Bytes, facts: Facts | None) -> bool:
         """Put a block into a slot, which the load holds then. Return False if the load is cancelled."""
         tiering, (k, g) = self.tiering, place
         block = Block(g, load.prompt.digests[k], self._take_slot(load, g, load.prompt.digests[k]))
@@ -309,22 +338,25 @@ class Transfers:
             tiering.core.drop_slots([block.name])
             tiering.core.release_slots([block.name])
             raise
-        with load.lock:
-            load.held.append(block.name)
-        if load.cancelled.is_set():
-            load._let_go()
-        return not load.cancelled.is_set()
+        load.held.append(block.name)
+        if load.over:
+            load.give_to(self.left)
+            self.release_left()
+        return not load.over
 
-    def _take_slot(self, load: Load, group: int, digest: bytes) -> tuple[int, int]:
+    def _take_slot(self, load: _Arrivals, group: int, digest: bytes) -> tuple[int, int]:
         """Return a slot, held. Waits for load.advance() while all are held; slot -1 if the load is cancelled, or if
         nobody calls it.
         """
         end = time.monotonic() + _STARVED_SECONDS
-        while (name := self.tiering.take(group, digest))[0] < 0 and not load.cancelled.is_set():
+        while (name := self.tiering.take(group, digest))[0] < 0 and not load.over:
             if time.monotonic() > end:
-                load.cancel()
+                load.cancelled.set()
+            if load.to_device and not load.over:
+                load.starved.set()
+            else:  # what has arrived needs no further call
+                load.give_to(self.left)
             self.release_left()
-            load.starved.set()
             load.cancelled.wait(_POLL_SECONDS)
         return name
 
@@ -341,10 +373,11 @@ class Transfers:
         with self._lock:
             if self._closed:
                 return None
-            if self._threads is None:
-                self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="kvmem-tier")
+            kind = call.__name__
+            if kind not in self._threads:
+                self._threads[kind] = ThreadPoolExecutor(_THREADS, thread_name_prefix=f"kvmem-tier{kind}")
             with suppress(RuntimeError):  # the interpreter ends
-                return self._threads.submit(call, *args)
+                return self._threads[kind].submit(call, *args)
             return None
 
     def _wait_for(self, fence: int) -> None:
@@ -393,12 +426,12 @@ class Transfers:
     def close(self) -> None:
         """End the loads, finish the writes that were begun, and end the threads."""
         with self._lock:
-            threads, self._threads, self._closed = self._threads, None, True
+            threads, self._threads, self._closed = self._threads, {}, True
             loads = list(self._loads)
         for load in loads:
             load.cancel()
-        if threads is not None:
-            threads.shutdown(wait=True, cancel_futures=False)
+        for some in threads.values():
+            some.shutdown(wait=True, cancel_futures=False)
 
 
 def _key(prompt: Prompt, place: Place) -> bytes:

@@ -1,0 +1,150 @@
+"""Calls about tiers that an exception ends at any line, as Ctrl-C does, and calls from several threads at a time."""
+
+from __future__ import annotations
+
+import linecache
+import random
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from tier_world import SPECS, DictTier, World, make, prompts
+
+import kvmem
+from kvmem.allocator import tier_calls, tier_events, tiering, transfers
+
+pytestmark = pytest.mark.core
+FILES = {module.__file__ for module in (tier_calls, tier_events, tiering, transfers)}
+
+
+class Stop(BaseException):
+    """As KeyboardInterrupt, but nobody's."""
+
+
+@contextmanager
+def stopped_at(line: int) -> Iterator[None]:
+    """This thread's ``line``-th line in the files about tiers raises ``Stop``."""
+    left = line
+
+    def trace(frame: Any, event: str, arg: object) -> Any:
+        nonlocal left
+        if frame.f_code.co_filename not in FILES or frame.f_code.co_name == "__del__":
+            return None
+        # The end of a with-statement counts as its line, before what it holds is released.
+        if event == "line" and not linecache.getline(frame.f_code.co_filename, frame.f_lineno).lstrip().startswith(
+            "with"
+        ):
+            left -= 1
+            if left == 0:
+                raise Stop
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield
+    except Stop:
+        pass
+    finally:
+        sys.settrace(before)
+
+
+def end_loads(engine: tiering.Tiering) -> None:
+    for load in list(engine.transfers._loads):
+        load.cancel()
+        assert load.wait(60)
+
+
+def check_nothing_is_held(alloc: kvmem.Allocator) -> None:
+    """No slot is held, and after a clear_cache() none is taken."""
+    engine = alloc.tiering
+    alloc.free_batch([live.id for live in alloc.sequences()])
+    while alloc._pending:
+        alloc.ready()
+    end_loads(engine)
+    alloc.clear_cache()
+    assert alloc.flush(60)
+    engine.settle()
+    free = [engine.core.free_slots(g) for g in range(len(engine.counts))]
+    unnamed = [count - n for count, n in zip(engine.counts, free, strict=True)]
+    # Slots without a name may still be taken: they serve others. None is held, so all can be taken now.
+    taken = [[engine.core.take_slot(g, 0) for _ in range(count)] for g, count in enumerate(engine.counts)]
+    assert all(name[0] >= 0 for names in taken for name in names), (unnamed, taken)
+    for names in taken:
+        engine.core.drop_slots(names)
+        engine.core.release_slots(names)
+    assert not engine.leaving and alloc.check() == []
+
+
+@pytest.mark.parametrize("write", ["through", "back"])
+@pytest.mark.parametrize("name", ["full", "window", "state"])
+def test_an_exception_at_any_line(name: str, write: str, backend: str, seed: int) -> None:
+    rng = random.Random(f"{seed} {name} {write} {backend}")
+    world = World(make(name, backend, host_blocks=5, lower=[DictTier()], write=write, events=64))
+    texts = prompts(rng, 8)
+    for _ in range(60):
+        text, load = rng.choice(texts), rng.choice(["host", "all"])
+        with stopped_at(rng.choice([rng.randrange(1, 60), rng.randrange(1, 2000)])):
+            what = rng.randrange(5)
+            if what == 0:
+                world.alloc.store(text)
+            elif what == 1:
+                world.alloc.prefetch(text, to=rng.choice(["device", "host"])).wait(60)
+            elif what == 2:
+                world.alloc.events()
+            else:
+                world.run(text, load=load)
+        world.alloc.free_batch([live.id for live in world.alloc.sequences()])
+        world.run(rng.choice(texts), load="all")
+        assert world.alloc.check() == []
+    check_nothing_is_held(world.alloc)
+    assert world.alloc.tiering.transfers.flush(60)
+    world.alloc.close()
+
+
+@pytest.mark.parametrize("name", sorted(SPECS))
+def test_threads_at_once(name: str, backend: str, seed: int) -> None:
+    """Each thread opens, loads and frees; what it finds is right. Device and host memory are short for all."""
+    tier, errors = DictTier(), list[BaseException]()
+    alloc = make(name, backend, host_blocks=6, lower=[tier], max_sequences=8, events=4096, debug=False)
+
+    def work(number: int) -> None:
+        rng = random.Random(f"{seed} {number}")
+        texts = prompts(random.Random(seed), 8)
+        world = World(alloc)
+        try:
+            for _ in range(12):
+                try:
+                    with alloc.sequence(rng.choice(texts), load=rng.choice(["host", "all"])) as seq:
+                        assert seq.wait(60)
+                        assert seq.num_committed_tokens == seq.num_cached_tokens
+                    what = rng.randrange(4)
+                    if what == 0:
+                        alloc.store(rng.choice(texts))
+                    elif what == 1:
+                        alloc.prefetch(rng.choice(texts)).wait(60)
+                    elif what == 2:
+                        alloc.ready()
+                        alloc.events()
+                    else:
+                        world.run(rng.choice(texts))
+                except kvmem.OutOfMemory:
+                    pass
+        except BaseException as error:  # noqa: BLE001
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert not errors, errors
+    assert alloc.check() == []
+    texts = prompts(random.Random(seed), 8)
+    for text in texts:
+        World(alloc).run(text, load="all")
+    check_nothing_is_held(alloc)
+    alloc.close()
