@@ -11,7 +11,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
-__all__ = ["Buffer", "Capacity", "Result", "Status", "Tier"]
+from kvmem.errors import SpecError
+from kvmem.tiers.keys import KEY_BYTES
+
+__all__ = ["Buffer", "Capacity", "Result", "Status", "Tier", "check_batch"]
 
 Buffer: TypeAlias = memoryview
 """Contiguous bytes (format ``"B"``); writable where a tier fills them. Aligned to 4,096 bytes where a disk profits."""
@@ -50,6 +53,22 @@ class Capacity(NamedTuple):
     total_bytes: int | None
     used_bytes: int
     num_blocks: int
+
+
+def check_batch(keys: Sequence[bytes], buffers: Sequence[Buffer] | None = None, *, writable: bool = False) -> None:
+    """Raise ``SpecError`` unless keys have 32 bytes each and buffers, one for each key, are contiguous bytes."""
+    for key in keys:
+        if not isinstance(key, bytes) or len(key) != KEY_BYTES:
+            raise SpecError(f"keys: got {key!r}; each is {KEY_BYTES} bytes, as kvmem.tiers.keys makes them")
+    if buffers is None:
+        return
+    if len(buffers) != len(keys):
+        raise SpecError(f"buffers: got {len(buffers)} for {len(keys)} keys; there is one for each key")
+    for view in buffers:
+        if not (isinstance(view, memoryview) and view.format == "B" and view.ndim == 1 and view.c_contiguous):
+            raise SpecError(f"buffers: got {view!r}; each is a contiguous memoryview of bytes: memoryview(x).cast('B')")
+        if writable and view.readonly:
+            raise SpecError("buffers: one is read-only; get needs memory that it may write")
 
 
 class Tier(ABC):

@@ -12,20 +12,22 @@ from typing import Final
 from kvmem.tiers.base import Buffer
 from kvmem.tiers.checksum import checksum
 
-__all__ = ["HEADER_BYTES", "MAGIC", "VERSION", "header_of", "key_in", "payload_bytes", "verify"]
+__all__ = ["HEADER_BYTES", "MAGIC", "VERSION", "header_of", "key_in", "payload_bytes", "stamp_in", "verify"]
 
 MAGIC: Final = b"kvmemblk"
 VERSION: Final = 1
 
-# magic, version, bytes of the header, key, bytes of the payload, checksum of the payload; then that of all of these.
-_FIELDS: Final = struct.Struct("<8sII32sQ16s")
+# magic, version, bytes of the header, key, bytes of the payload and its checksum, stamp; then the checksum of these.
+_FIELDS: Final = struct.Struct("<8sII32sQ16sQ")
 HEADER_BYTES: Final = 96
-_ZEROS: Final = bytes(HEADER_BYTES - _FIELDS.size - 16)
 
 
-def header_of(key: bytes, payload: Buffer) -> bytes:
-    """Return the 96 bytes that go in front of the payload. Cost: one pass over the payload."""
-    fields = _FIELDS.pack(MAGIC, VERSION, HEADER_BYTES, key, len(payload), checksum(payload)) + _ZEROS
+def header_of(key: bytes, payload: Buffer, stamp: int = 0) -> bytes:
+    """Return the 96 bytes that go in front of the payload. Cost: one pass over the payload.
+
+    stamp: 8 bytes of the store's own; a disk counts its records, to know the newest of a key.
+    """
+    fields = _FIELDS.pack(MAGIC, VERSION, HEADER_BYTES, key, len(payload), checksum(payload), stamp)
     return fields + checksum(memoryview(fields))
 
 
@@ -37,7 +39,7 @@ def payload_bytes(header: bytes | Buffer, key: bytes | None = None) -> int | str
     if len(header) < HEADER_BYTES:
         return f"the header is cut off after {len(header)} of {HEADER_BYTES} bytes"
     fields = bytes(header[:HEADER_BYTES])
-    magic, version, size, found, length, _ = _FIELDS.unpack(fields[: _FIELDS.size])
+    magic, version, size, found, length, _, _ = _FIELDS.unpack(fields[: _FIELDS.size])
     if magic != MAGIC:
         return "this is no block of kvmem"
     if version != VERSION or size != HEADER_BYTES:
@@ -52,6 +54,11 @@ def payload_bytes(header: bytes | Buffer, key: bytes | None = None) -> int | str
 def key_in(header: bytes | Buffer) -> bytes:
     """Return the key in a header that ``payload_bytes`` believes."""
     return bytes(header[16:48])
+
+
+def stamp_in(header: bytes | Buffer) -> int:
+    """Return the stamp in a header that ``payload_bytes`` believes."""
+    return int.from_bytes(header[72:80], "little")
 
 
 def verify(header: bytes | Buffer, key: bytes, payload: Buffer) -> str:
