@@ -35,7 +35,7 @@ LONGER_FILES = {
 # The class that everything else of the core is behind stays one screenful of each kind of call.
 SHORTER_FILES = {"csrc/allocator/allocator.h": 199}
 LONGER_FUNCTIONS: dict[str, int] = {}
-FULLER_FOLDERS = {"kvmem/bench": 19, "kvmem/layouts": 17, "tests/index": 16}
+FULLER_FOLDERS = {"kvmem/bench": 20, "kvmem/layouts": 17, "tests/index": 16}
 
 SOURCES = (".py", ".pyi", ".cpp", ".h", ".mk")
 GENERATED = {"kvmem/_core.pyi"}

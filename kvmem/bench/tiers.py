@@ -1,0 +1,380 @@
+"""Tiers beside their plain limits: host memory beside memcpy, a disk beside reads in order, Redis beside a socket; the
+cost of verification, the prompt length from which on loading is faster than prefill, and a trace replayed with tiers.
+
+A tier and its limit move the same bytes in turn, so that a slow moment of the machine affects both.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import os
+import shutil
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from time import thread_time_ns
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kvmem import Allocator, CacheSpec, _core
+from kvmem.bench.model import BACKENDS, Backend, Model
+from kvmem.bench.reuse import Workload, replay_tiers
+from kvmem.bench.text import BenchError, Progress
+from kvmem.bench.timing import Ratio, Spread, in_turn
+from kvmem.tiers import Tier, Tiers
+
+if TYPE_CHECKING:
+    from kvmem.tiers.base import Buffer
+
+#: The share of the plain limit that a tier should reach, and the most that verification may take of a disk's time.
+GOAL, VERIFICATION_GOAL = 0.9, 0.1
+_REDIS_SECONDS = 30.0
+_Calls = dict[str, Callable[[], object]]
+
+
+@dataclass(frozen=True)
+class TierRow:
+    """A run of ``blocks`` moved by one call of a tier, and by its plain ``limit``.
+
+    ``us``, ``limit_us``: of the run; ``bytes_per_second``, ``limit_bytes_per_second``: at the median. ``share``: of the
+    limit's speed, by repetition. ``goal``: for its median, or None.
+    """
+
+    tier: str
+    call: str
+    blocks: int
+    block_bytes: int
+    us: Spread
+    bytes_per_second: float
+    limit: str
+    limit_us: Spread
+    limit_bytes_per_second: float
+    share: Ratio
+    goal: float | None
+
+    @classmethod
+    def of(cls, what: tuple[str, str, int, int], limit: str, times: Sequence[int], limit_times: Sequence[int],
+           goal: float | None = GOAL) -> TierRow:  # fmt: skip
+        """``what``: tier, call, blocks, and bytes of a block."""
+        us, limit_us, size = Spread.of_ns(times), Spread.of_ns(limit_times), 1e6 * what[2] * what[3]
+        speeds = size / us.median, size / limit_us.median
+        return cls(*what, us, speeds[0], limit, limit_us, speeds[1], Ratio.of(limit_times, times), goal)
+
+
+@dataclass(frozen=True)
+class VerificationRow:
+    """The checksum of a run of ``blocks`` over the time of the disk's ``get`` of it."""
+
+    blocks: int
+    block_bytes: int
+    us: Spread
+    share: Ratio
+    goal: float = VERIFICATION_GOAL
+
+
+@dataclass(frozen=True)
+class BreakEvenRow:
+    """Loading from a tier beside computing again at ``prefill_tokens_per_second``.
+
+    ``start_us``: before the first block moves, and ``tokens_per_second`` from then on: a line through the times of the
+    shortest and the longest run. ``least_tokens``: from which prompt length on loading is faster; None: never.
+    """
+
+    tier: str
+    start_us: float
+    tokens_per_second: float
+    prefill_tokens_per_second: float
+    least_tokens: int | None
+
+
+class _Host:
+    """One backend's allocator on the CPU, whose content goes to host memory and comes back."""
+
+    def __init__(self, spec: CacheSpec, backend: Backend, blocks: int) -> None:
+        size = spec.groups[0].block_size
+        block_bytes, self.tokens = spec.bytes_per_token * size, blocks * size
+        # A page is a block, as on a GPU; hardly more of them than needed, so that all have been touched soon.
+        self.alloc = Allocator(
+            spec, backend=backend, device="cpu", memory=(blocks + 2) * block_bytes, page_bytes=block_bytes,
+            max_sequences=2, max_tokens=self.tokens + size, interleave="all", tail_guard_tokens=0,
+            tiers=Tiers(host=(blocks + 2) * block_bytes),
+        )  # fmt: skip
+        self.ids = np.arange(self.tokens + 1, dtype=np.int32)
+        with self.alloc.sequence() as sequence:
+            sequence.extend(self.tokens)
+            sequence.commit(self.ids[:-1])
+
+    def store(self) -> None:
+        self.alloc.store(self.ids)
+
+    def leave_device(self) -> None:
+        """What the device has goes to host memory, and it has nothing."""
+        self.alloc.core.clear_cache()
+        self.alloc.tiering.settle()
+
+    def promote(self) -> None:
+        with self.alloc.sequence(self.ids) as sequence:
+            if sequence.num_cached_tokens != self.tokens:
+                raise BenchError(f"host memory gave {sequence.num_cached_tokens} of {self.tokens} tokens back")
+
+
+def host(spec: CacheSpec, blocks: int, repetitions: int) -> list[TierRow]:
+    """Runs of ``blocks`` from the device to host memory and back, on both backends: CPU time of one thread.
+
+    The device of a CPU is shared memory in small pages, and so is that of the memcpy. On the virtual backend a block
+    comes back to pages just mapped, and the first touch of each is a fault, which a GPU does not have: the memcpy is to
+    such pages too.
+    """
+    size = spec.bytes_per_token * spec.groups[0].block_size
+    rigs = {backend: _Host(spec, backend, blocks) for backend in BACKENDS}
+    memory, fd = np.ones(blocks * size, np.uint8), os.memfd_create("bench")
+    os.ftruncate(fd, len(memory))
+    device = {"paged": _mapped(fd), "virtual": _mapped(fd)}
+
+    def memcpy(backend: str, back: bool) -> None:  # block by block, as the tier copies
+        here, there = (memory, device[backend]) if back else (device[backend], memory)
+        for first in range(0, len(memory), size):
+            there[first : first + size] = here[first : first + size]
+
+    def after(name: str, result: object) -> None:
+        if name.startswith("store"):
+            rigs[name.split()[1]].leave_device()  # type: ignore[index]
+        elif name == "limit of promote virtual":
+            device["virtual"] = _mapped(fd)
+
+    calls: _Calls = {}
+    for backend, rig in rigs.items():
+        calls |= {f"store {backend}": rig.store, f"limit of store {backend}": partial(memcpy, "paged", False)}
+        calls |= {f"promote {backend}": rig.promote, f"limit of promote {backend}": partial(memcpy, backend, True)}
+    times = in_turn(calls, repetitions, clock=thread_time_ns, look=after)
+    os.close(fd)
+    limits = dict.fromkeys(calls, "memcpy") | {"promote virtual": "memcpy to pages just mapped"}
+    return [
+        TierRow.of((f"host, {backend}", call, blocks, size), limits[name], times[name], times[f"limit of {name}"])
+        for backend in BACKENDS
+        for call in ("store", "promote")
+        for name in [f"{call} {backend}"]
+    ]
+
+
+def _mapped(fd: int) -> npt.NDArray[np.uint8]:
+    return np.frombuffer(mmap.mmap(fd, os.fstat(fd).st_size), np.uint8)
+
+
+def _run_of(blocks: int, block_bytes: int) -> tuple[list[bytes], list[Buffer], list[Buffer]]:
+    """Keys, payloads that no store can compress, and buffers for them that lie on pages."""
+    draw = np.random.default_rng(blocks)
+    keys = [hashlib.sha256(b"%d of %d" % (i, blocks)).digest() for i in range(blocks)]
+    memory = [memoryview(mmap.mmap(-1, block_bytes)) for _ in range(2 * blocks)]
+    for view in memory[:blocks]:
+        view[:] = draw.bytes(block_bytes)
+    return keys, memory[:blocks], memory[blocks:]
+
+
+class _Store:
+    """A tier that is measured through its interface; all results must be right."""
+
+    def __init__(self, tier: Tier, blocks: int, block_bytes: int) -> None:
+        self.tier, (self.keys, self.payloads, self.buffers) = tier, _run_of(blocks, block_bytes)
+
+    def put(self) -> None:
+        self._check(self.tier.put(self.keys, self.payloads))
+
+    def get(self) -> None:
+        self._check(self.tier.get(self.keys, self.buffers))
+
+    def _check(self, results: Sequence[Any]) -> None:
+        if bad := next((result for result in results if not result.ok), None):
+            raise BenchError(f"{self.tier.name}: {bad.reason}")
+
+
+def disk(folder: Path, blocks: int, block_bytes: int, repetitions: int) -> tuple[list[TierRow], VerificationRow]:
+    """Runs of ``blocks`` in files in ``folder``, which must be on the disk that is meant, beside files read and written
+    in order past the page cache, block by block; and the checksums that are part of each ``get``.
+    """
+    from kvmem.tiers.checksum import checksum
+    from kvmem.tiers.disk import DiskTier
+
+    capacity, own = (blocks + 2) * (block_bytes + 2 * mmap.PAGESIZE), folder / f"tier_{blocks}"
+    with DiskTier(own, capacity=capacity, block_bytes=block_bytes, fingerprint=bytes(32)) as tier:
+        store = _Store(tier, blocks, block_bytes)
+        with _plain_file(folder / f"plain_{blocks}") as fd:
+            calls: _Calls = {
+                "write": lambda: [os.pwritev(fd, [p], i * block_bytes) for i, p in enumerate(store.payloads)],
+                "put": store.put,
+                "read": lambda: [os.preadv(fd, [b], i * block_bytes) for i, b in enumerate(store.buffers)],
+                "get": store.get,
+                "verify": lambda: [checksum(buffer) for buffer in store.buffers],
+            }
+            times = in_turn(calls, repetitions)
+    shutil.rmtree(own)
+    size = blocks, block_bytes
+    rows = [
+        TierRow.of(("disk", "get", *size), "reads in order", times["get"], times["read"]),
+        TierRow.of(("disk", "put", *size), "writes in order", times["put"], times["write"], None),
+    ]
+    return rows, VerificationRow(*size, Spread.of_ns(times["verify"]), Ratio.of(times["verify"], times["get"]))
+
+
+@contextmanager
+def _folder(within: Path | None) -> Iterator[Path]:
+    try:
+        made = TemporaryDirectory(dir=within)
+    except OSError as error:
+        raise BenchError(f"--folder: cannot make a folder in {within}: {error.strerror}") from error
+    with made as name:
+        yield Path(name)
+
+
+@contextmanager
+def _plain_file(path: Path) -> Iterator[int]:
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_DIRECT)
+    except OSError as error:
+        raise BenchError(f"--folder: {path.parent} has no O_DIRECT ({error.strerror}); name one on a disk") from error
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+        path.unlink()
+
+
+def redis(program: str, blocks: int, block_bytes: int, repetitions: int) -> list[TierRow]:
+    """Runs of ``blocks`` in a server on this machine, beside the same bytes through a bare TCP socket of it."""
+    from kvmem.tiers.redis import RedisTier
+
+    with ExitStack() as stack:
+        port = stack.enter_context(_redis_server(program, (64 << 20) + 4 * blocks * block_bytes))
+        tier = stack.enter_context(RedisTier(f"redis://127.0.0.1:{port}", timeout_seconds=_REDIS_SECONDS, check=True))
+        store = _Store(tier, blocks, block_bytes)
+        receive = stack.enter_context(_socket(store.payloads, store.buffers))
+        times = in_turn({"put": store.put, "socket": receive, "get": store.get}, repetitions)
+    return [
+        TierRow.of(("redis", call, blocks, block_bytes), "a socket", times[call], times["socket"], None)
+        for call in ("get", "put")
+    ]
+
+
+@contextmanager
+def _redis_server(program: str, most_bytes: int) -> Iterator[int]:
+    """Yields the port of a server that saves nothing and listens on this machine only."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = int(free.getsockname()[1])
+    words = ["--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no", "--daemonize", "no"]
+    try:
+        server = subprocess.Popen([program, *words, "--maxmemory", str(most_bytes)], stdout=subprocess.DEVNULL)
+    except OSError as error:
+        raise BenchError(f"--redis-server: cannot start {program}: {error.strerror}") from error
+    try:
+        end = time.monotonic() + _REDIS_SECONDS
+        while time.monotonic() < end and server.poll() is None:
+            with suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+                break
+            time.sleep(0.02)
+        else:
+            raise BenchError(f"--redis-server: {program} does not listen on port {port} (exit code {server.poll()})")
+        yield port
+    finally:
+        server.kill()
+        server.wait()
+
+
+@contextmanager
+def _socket(payloads: Sequence[Buffer], buffers: Sequence[Buffer]) -> Iterator[Callable[[], None]]:
+    """Yields a function that asks a thread for all payloads and receives them in the buffers."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        here = socket.create_connection(listener.getsockname())
+        there, _ = listener.accept()
+
+    def serve() -> None:
+        while there.recv(1):
+            for payload in payloads:
+                there.sendall(payload)
+
+    def receive() -> None:
+        here.sendall(b"?")
+        for buffer in buffers:
+            at = 0
+            while at < len(buffer):
+                at += here.recv_into(buffer[at:])
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    try:
+        yield receive
+    finally:
+        here.close()
+        thread.join()
+        there.close()
+
+
+class TierBench:
+    """What was asked for, checked before anything is measured. ``steps``: for a bar of progress. ``runs``: blocks that
+    are moved at once, ``"16,64"``. ``redis_server``: the program, or None. ``prefill_tokens_per_second``: or None.
+    """
+
+    def __init__(
+        self, model: Model, workload: Workload, *, repetitions: int, runs: str, folder: Path | None,
+        redis_server: str | None, device_blocks: int, host_blocks: int, prefill_tokens_per_second: float | None,
+    ) -> None:  # fmt: skip
+        words = runs.split(",")
+        self.runs = sorted(
+            {int(word) for word in words if word.isascii() and word.isdigit() and 0 < int(word) < 1 << 16}
+        )
+        if len(self.runs) != len(words):
+            raise BenchError(f"--runs: got {runs!r}; give different numbers of blocks, from 1 on, such as 16,64")
+        if len(model.spec.groups) > 1 or model.spec.fixed_bytes:
+            raise BenchError(f"{model.name}: has {len(model.spec.groups)} groups; this measures models with one")
+        if device_blocks < workload.longest:
+            raise BenchError(f"--device-blocks is {device_blocks}; the longest request has {workload.longest} blocks")
+        self.model, self.workload, self.folder, self.repetitions = model, workload, folder, repetitions
+        self.sizes, self.prefill = (device_blocks, host_blocks), prefill_tokens_per_second
+        self.redis_server = redis_server or shutil.which("redis-server")
+        self.steps = 3 * len(self.runs) + len(BACKENDS) * len(_core.eviction_policy_names()) ** 2
+        self.setup = {
+            "model": model.name, "bytes_per_token": model.bytes_per_token, "repetitions": repetitions,
+            "redis": self.redis_server is not None, "trace": workload.facts,
+        }  # fmt: skip
+
+    def measure(self, done: Progress = lambda count: None) -> dict[str, list[Any]]:
+        """Rows by part."""
+        spec, tiers, checks = self.model.spec, list[TierRow](), list[VerificationRow]()
+        block_tokens = spec.groups[0].block_size
+        with _folder(self.folder) as folder:
+            for i, blocks in enumerate(self.runs):
+                size = blocks, block_tokens * spec.bytes_per_token, self.repetitions
+                tiers += host(spec, blocks, self.repetitions)
+                done(3 * i + 1)
+                rows, check = disk(folder, *size)
+                tiers, checks = tiers + rows, [*checks, check]
+                done(3 * i + 2)
+                tiers += redis(self.redis_server, *size) if self.redis_server else []
+                done(3 * i + 3)
+        tiers.sort(key=lambda row: row.tier)
+        even = break_even(tiers, block_tokens, self.prefill) if self.prefill and len(self.runs) > 1 else []
+        found = replay_tiers(self.workload, *self.sizes, lambda count: done(3 * len(self.runs) + count))
+        return {"tiers": tiers, "verification": checks, "break_even": even, "tier_replay": found}
+
+
+def break_even(rows: Sequence[TierRow], block_tokens: int, prefill: float) -> list[BreakEvenRow]:
+    """A row for each tier with runs of two lengths. ``prefill``: tokens a second."""
+    found = []
+    back = [row for row in rows if row.call in ("promote", "get")]
+    for tier in dict.fromkeys(row.tier for row in back):
+        short, *_, long = sorted((row for row in back if row.tier == tier), key=lambda row: row.blocks)
+        each = (long.us.median - short.us.median) / ((long.blocks - short.blocks) * block_tokens)  # us a token
+        start, saved = max(0.0, short.us.median - each * short.blocks * block_tokens), 1e6 / prefill - each
+        least = int(start / saved) + 1 if saved > 0 else None
+        found.append(BreakEvenRow(tier, start, 1e6 / each if each > 0 else float("inf"), prefill, least))
+    return found
