@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import mmap
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -21,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import thread_time_ns
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -32,14 +33,10 @@ from kvmem.bench.reuse import Workload, replay_tiers
 from kvmem.bench.text import BenchError, Progress
 from kvmem.bench.timing import Ratio, Spread, in_turn
 from kvmem.tiers import Tier, Tiers
+from kvmem.tiers.base import Buffer
 
-if TYPE_CHECKING:
-    from kvmem.tiers.base import Buffer
-
-#: The share of the plain limit that a tier should reach, and the most that verification may take of a disk's time.
-GOAL, VERIFICATION_GOAL = 0.9, 0.1
-_REDIS_SECONDS = 30.0
-_Calls = dict[str, Callable[[], object]]
+_GOAL = 0.9  # the share of the plain limit that a tier should reach
+_SERVER_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -64,7 +61,7 @@ class TierRow:
 
     @classmethod
     def of(cls, what: tuple[str, str, int, int], limit: str, times: Sequence[int], limit_times: Sequence[int],
-           goal: float | None = GOAL) -> TierRow:  # fmt: skip
+           goal: float | None = _GOAL) -> TierRow:  # fmt: skip
         """``what``: tier, call, blocks, and bytes of a block."""
         us, limit_us, size = Spread.of_ns(times), Spread.of_ns(limit_times), 1e6 * what[2] * what[3]
         speeds = size / us.median, size / limit_us.median
@@ -79,7 +76,7 @@ class VerificationRow:
     block_bytes: int
     us: Spread
     share: Ratio
-    goal: float = VERIFICATION_GOAL
+    goal: float = 0.1
 
 
 @dataclass(frozen=True)
@@ -152,7 +149,7 @@ def host(spec: CacheSpec, blocks: int, repetitions: int) -> list[TierRow]:
         elif name == "limit of promote virtual":
             device["virtual"] = _mapped(fd)
 
-    calls: _Calls = {}
+    calls: dict[str, Callable[[], object]] = {}
     for backend, rig in rigs.items():
         calls |= {f"store {backend}": rig.store, f"limit of store {backend}": partial(memcpy, "paged", False)}
         calls |= {f"promote {backend}": rig.promote, f"limit of promote {backend}": partial(memcpy, backend, True)}
@@ -209,7 +206,7 @@ def disk(folder: Path, blocks: int, block_bytes: int, repetitions: int) -> tuple
     with DiskTier(own, capacity=capacity, block_bytes=block_bytes, fingerprint=bytes(32)) as tier:
         store = _Store(tier, blocks, block_bytes)
         with _plain_file(folder / f"plain_{blocks}") as fd:
-            calls: _Calls = {
+            calls: dict[str, Callable[[], object]] = {
                 "write": lambda: [os.pwritev(fd, [p], i * block_bytes) for i, p in enumerate(store.payloads)],
                 "put": store.put,
                 "read": lambda: [os.preadv(fd, [b], i * block_bytes) for i, b in enumerate(store.buffers)],
@@ -254,9 +251,9 @@ def redis(program: str, blocks: int, block_bytes: int, repetitions: int) -> list
     from kvmem.tiers.redis import RedisTier
 
     with ExitStack() as stack:
-        port = stack.enter_context(_redis_server(program, (64 << 20) + 4 * blocks * block_bytes))
-        tier = stack.enter_context(RedisTier(f"redis://127.0.0.1:{port}", timeout_seconds=_REDIS_SECONDS, check=True))
-        store = _Store(tier, blocks, block_bytes)
+        command = redis_command(program, port := free_port(), (64 << 20) + 4 * blocks * block_bytes)
+        stack.enter_context(listening(command, port))
+        store = _Store(stack.enter_context(RedisTier(f"redis://127.0.0.1:{port}", check=True)), blocks, block_bytes)
         receive = stack.enter_context(_socket(store.payloads, store.buffers))
         times = in_turn({"put": store.put, "socket": receive, "get": store.get}, repetitions)
     return [
@@ -265,26 +262,33 @@ def redis(program: str, blocks: int, block_bytes: int, repetitions: int) -> list
     ]
 
 
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return int(free.getsockname()[1])
+
+
+def redis_command(program: str, port: int, most_bytes: int) -> list[str]:
+    """Of a server that saves nothing and listens on this machine only."""
+    words = f"--port {port} --bind 127.0.0.1 --appendonly no --daemonize no --maxmemory {most_bytes} --save".split()
+    return [program, *words, ""]
+
+
 @contextmanager
-def _redis_server(program: str, most_bytes: int) -> Iterator[int]:
-    """Yields the port of a server that saves nothing and listens on this machine only."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = int(free.getsockname()[1])
-    words = ["--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no", "--daemonize", "no"]
+def listening(command: Sequence[str], port: int) -> Iterator[None]:
+    """A server that listens on the port of this machine, until the end of the block."""
     try:
-        server = subprocess.Popen([program, *words, "--maxmemory", str(most_bytes)], stdout=subprocess.DEVNULL)
+        server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     except OSError as error:
-        raise BenchError(f"--redis-server: cannot start {program}: {error.strerror}") from error
+        raise BenchError(f"cannot start {command[0]}: {error.strerror}") from error
     try:
-        end = time.monotonic() + _REDIS_SECONDS
+        end = time.monotonic() + _SERVER_SECONDS
         while time.monotonic() < end and server.poll() is None:
             with suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
                 break
             time.sleep(0.02)
         else:
-            raise BenchError(f"--redis-server: {program} does not listen on port {port} (exit code {server.poll()})")
-        yield port
+            raise BenchError(f"{command[0]} does not listen on port {port} (exit code {server.poll()})")
+        yield
     finally:
         server.kill()
         server.wait()
@@ -305,9 +309,7 @@ def _socket(payloads: Sequence[Buffer], buffers: Sequence[Buffer]) -> Iterator[C
     def receive() -> None:
         here.sendall(b"?")
         for buffer in buffers:
-            at = 0
-            while at < len(buffer):
-                at += here.recv_into(buffer[at:])
+            here.recv_into(buffer, len(buffer), socket.MSG_WAITALL)
 
     thread = threading.Thread(target=serve, daemon=True)
     thread.start()
@@ -328,11 +330,8 @@ class TierBench:
         self, model: Model, workload: Workload, *, repetitions: int, runs: str, folder: Path | None,
         redis_server: str | None, device_blocks: int, host_blocks: int, prefill_tokens_per_second: float | None,
     ) -> None:  # fmt: skip
-        words = runs.split(",")
-        self.runs = sorted(
-            {int(word) for word in words if word.isascii() and word.isdigit() and 0 < int(word) < 1 << 16}
-        )
-        if len(self.runs) != len(words):
+        self.runs = sorted({int(word) for word in runs.split(",") if re.fullmatch("[1-9][0-9]{0,4}", word)})
+        if len(self.runs) != runs.count(",") + 1:
             raise BenchError(f"--runs: got {runs!r}; give different numbers of blocks, from 1 on, such as 16,64")
         if len(model.spec.groups) > 1 or model.spec.fixed_bytes:
             raise BenchError(f"{model.name}: has {len(model.spec.groups)} groups; this measures models with one")

@@ -73,7 +73,7 @@ def test_the_command(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[
         (["--runs", "0,16"], "--runs: got '0,16'"),
         (["--runs", "16,16"], "--runs: got '16,16'"),
         (["--device-blocks", "3"], "--device-blocks is 3; the longest request has"),
-        (["--redis-server", "/nowhere/redis-server"], "--redis-server: cannot start /nowhere/redis-server"),
+        (["--redis-server", "/nowhere/redis-server"], "cannot start /nowhere/redis-server"),
         (["--redis-server", shutil.which("false") or "false"], "does not listen on port"),
         (["--folder", "/proc"], "--folder: cannot make a folder in /proc"),
     ],
