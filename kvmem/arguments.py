@@ -69,6 +69,18 @@ def check_seconds(field: str, value: float) -> float:
         return math.inf
 
 
+def check_number(field: str, value: object, *, above: float = -math.inf, most: float = 1e300) -> float:
+    """Return a number, which must be above ``above`` and at most ``most``, as a float. NaN is no number."""
+    number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    if not number or not above < value <= most:  # type: ignore[operator]
+        must = "a number" + f" above {above:g}" * (above > -math.inf) + f", {most:g} at most" * (most < math.inf)
+        raise SpecError(f"{field}: got {brief(value)}; must be {must}")
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except OverflowError:  # an int, where infinity is allowed
+        return math.inf
+
+
 def check_sizes(field: str, value: object, depth: int) -> Any:
     """Return a size, or up to ``depth`` levels of non-empty tuples of sizes.
 
@@ -89,7 +101,7 @@ def check_sizes(field: str, value: object, depth: int) -> Any:
 def check_bool(field: str, value: bool) -> bool:
     """Return ``value``, which must be a bool."""
     if not isinstance(value, bool):
-        raise SpecError(f"{field}: got {value!r}; must be True or False")
+        raise SpecError(f"{field}: got {brief(value)}; must be True or False")
     return value
 
 

@@ -31,10 +31,20 @@ void Admission::start(i64 n) {
 }
 
 void Admission::open(const i32* tokens, i64 n, const PrefixKey& key, i32 root, Reuse reuse, bool grows,
-                     Transaction& tx, i64 into) {
+                     Transaction& tx) {
+  begin<true>(sequences_.next_handle(), tokens, n, key, root, reuse, grows, tx);
+}
+
+void Admission::open_pending(i64 handle, const i32* tokens, i64 n, const PrefixKey& key, i32 root, Reuse reuse,
+                             Transaction& tx) {
+  begin<false>(handle, tokens, n, key, root, reuse, false, tx);
+}
+
+template <bool kOpens>
+void Admission::begin(i64 handle, const i32* tokens, i64 n, const PrefixKey& key, i32 root, Reuse reuse, bool grows,
+                      Transaction& tx) {
   Admitted& one = admitted_.emplace_back();
-  const bool opens = into == 0;
-  one.handle = opens ? sequences_.next_handle() : into;
+  one.handle = handle;
   one.tokens = n;
   one.first = contents_.used.size();
   one.marks = placed(key.marks, tokens, n);
@@ -42,12 +52,12 @@ void Admission::open(const i32* tokens, i64 n, const PrefixKey& key, i32 root, R
   if (root != kNoNode && reuse != Reuse::none) matcher_.find(root, tokens, n, one.marks, &match_);
   const auto is_cut = [&] { return match_.tokens % matcher_.block_tokens() != 0; };
   if (reuse == Reuse::whole_blocks && is_cut()) matcher_.cut_to_blocks(match_.tokens, &match_);
-  bool done = try_adopt(one, opens, grows, tx);
+  bool done = try_adopt<kOpens>(one, grows, tx);
   if (!done && is_cut()) {  // whole blocks need no copy, so they may need no memory
     matcher_.cut_to_blocks(match_.tokens, &match_);
-    done = try_adopt(one, opens, grows, tx);
+    done = try_adopt<kOpens>(one, grows, tx);
   }
-  if (!done && opens) tx.push({OpKind::open, 0, one.handle});
+  if (kOpens && !done) tx.push({OpKind::open, 0, one.handle});
   one.cached = done ? match_.tokens : 0;
   one.end = contents_.used.size();
   KVMEM_ASSERT(sequences_.is_live(one.handle), "the sequence is open");
@@ -56,7 +66,8 @@ void Admission::open(const i32* tokens, i64 n, const PrefixKey& key, i32 root, R
 
 // Opens the sequence with match_, and adds the nodes that it uses to `used`. Returns false, and has changed nothing, if
 // nothing matched or there is no memory to copy a block that matches in part.
-bool Admission::try_adopt(const Admitted& one, bool opens, bool grows, Transaction& tx) {
+template <bool kOpens>
+bool Admission::try_adopt(const Admitted& one, bool grows, Transaction& tx) {
   if (match_.tokens == 0) return false;
   const Transaction::Point before = tx.here();
   UsedNodes& used = contents_.used;
@@ -64,7 +75,7 @@ bool Admission::try_adopt(const Admitted& one, bool opens, bool grows, Transacti
   used.acquire_all(match_.chain);
   matcher_.for_windows(match_.chain, match_.tokens, [&used](i32 node, i32 window) { used.acquire(node, window); });
   try {
-    if (opens) tx.push({OpKind::open, 0, one.handle});
+    if (kOpens) tx.push({OpKind::open, 0, one.handle});
     const i64 index = sequences_.index(one.handle);
     for (i64 g = 0; g < groups_.count(); ++g) {
       const i64 tokens = groups_[g].growth == Growth::fixed ? 1 : match_.tokens;

@@ -72,9 +72,10 @@ class Admission {
   void start(i64 n);
   // Opens a sequence with the prefix of `tokens`, without the last token, that is cached under `root`. Reuses less if
   // memory is short. `grows`: the sequence will get room for all its tokens. Throws OutOfMemory if all places are
-  // taken. `into`: an open, empty sequence that gets the prefix; 0: a new one.
-  void open(const i32* tokens, i64 n, const PrefixKey& key, i32 root, Reuse reuse, bool grows, Transaction& tx,
-            i64 into = 0);
+  // taken.
+  void open(const i32* tokens, i64 n, const PrefixKey& key, i32 root, Reuse reuse, bool grows, Transaction& tx);
+  // The same for a sequence that is open and empty.
+  void open_pending(i64 handle, const i32* tokens, i64 n, const PrefixKey& key, i32 root, Reuse reuse, Transaction& tx);
   // Makes room in the latest sequence for `count` more tokens than are cached or, with -1, for its whole prompt. Throws
   // OutOfMemory.
   void make_room(i64 count, Transaction& tx);
@@ -90,7 +91,12 @@ class Admission {
   i64 hit_tokens() const { return hit_tokens_; }
 
  private:
-  bool try_adopt(const Admitted& one, bool opens, bool grows, Transaction& tx);
+  // `kOpens`: the sequence is a new one.
+  template <bool kOpens>
+  void begin(i64 handle, const i32* tokens, i64 n, const PrefixKey& key, i32 root, Reuse reuse, bool grows,
+             Transaction& tx);
+  template <bool kOpens>
+  bool try_adopt(const Admitted& one, bool grows, Transaction& tx);
   void finish_one(Admitted& one, const i32* tokens, i32 root);
 
   const Groups& groups_;

@@ -26,7 +26,6 @@ MatchEnd why_off(const PrefixOptions& options, const Groups& groups) {
 class PendingUse {
  public:
   PendingUse(Sequences& sequences, i64 handle) : sequences_(sequences), handle_(handle) {
-    if (handle == 0) return;
     if (!sequences.is_pending(handle)) {
       throw StaleHandle("sequence handle " + std::to_string(handle) + " is not pending: it was freed meanwhile");
     }
@@ -168,41 +167,65 @@ void Allocator::open(i64 count, i32* handles) {
   });
 }
 
-i64 Allocator::admit(const i32* tokens, i64 n, const PrefixKey& key, i64* cached, i64 into) {
+i64 Allocator::admit(const i32* tokens, i64 n, const PrefixKey& key, i64* cached) {
   return update([&] {
-    const PendingUse pending(sequences_, into);
-    if (into == 0) sequences_.next_handle();  // throws if all places are taken; the fallbacks below would not help
+    sequences_.next_handle();  // throws if all places are taken; the fallbacks below would not help
     for (Reuse reuse : {Reuse::all, Reuse::whole_blocks}) {
       try {
-        return pending.done(admit_one(tokens, n, key, reuse, 0, false, cached, into));
+        return admit_one(tokens, n, key, reuse, 0, false, cached);
       } catch (const OutOfMemory&) {
         // The driver had no memory. Reusing less may need none.
       }
     }
-    return pending.done(admit_one(tokens, n, key, Reuse::none, 0, false, cached, into));
+    return admit_one(tokens, n, key, Reuse::none, 0, false, cached);
+  });
+}
+
+i64 Allocator::admit_pending(i64 handle, const i32* tokens, i64 n, const PrefixKey& key) {
+  return update([&] {
+    const PendingUse pending(sequences_, handle);
+    i64 cached = 0;
+    for (Reuse reuse : {Reuse::all, Reuse::whole_blocks, Reuse::none}) {
+      RootUse root(index_, key, prefix_.on);
+      admission_.start(1);
+      pool_->settle();
+      try {
+        Transaction tx(*pool_, *this);
+        admission_.open_pending(handle, tokens, n, key, root.node(), reuse, tx);
+        tx.commit();
+      } catch (const OutOfMemory&) {
+        if (reuse == Reuse::none) throw;
+        continue;
+      }
+      contents_.end(sequences_.index(handle));  // it was opened empty
+      root.commit(1);
+      admission_.finish(tokens, root.node());
+      cached = admission_.admitted().front().cached;
+      break;
+    }
+    return pending.done(cached);
   });
 }
 
 i64 Allocator::begin(const i32* tokens, i64 n, const PrefixKey& key, i64 count, i64* cached) {
   return update([&] {
     admission_.check_length(count < 0 ? n : count);
-    return admit_one(tokens, n, key, Reuse::all, count, true, cached, 0);
+    return admit_one(tokens, n, key, Reuse::all, count, true, cached);
   });
 }
 
-// One transaction. `into`: as in admit(). `grows`: with room for `count` more tokens than are cached or, with -1, for the whole prompt.
+// One transaction. `grows`: with room for `count` more tokens than are cached or, with -1, for the whole prompt.
 i64 Allocator::admit_one(const i32* tokens, i64 n, const PrefixKey& key, Reuse reuse, i64 count, bool grows,
-                         i64* cached, i64 into) {
+                         i64* cached) {
   RootUse root(index_, key, prefix_.on);
   admission_.start(1);
   if (prefix_.on || grows) pool_->settle();
   {
     Transaction tx(*pool_, *this);
-    admission_.open(tokens, n, key, root.node(), reuse, grows, tx, into);
+    admission_.open(tokens, n, key, root.node(), reuse, grows, tx);
     if (grows) admission_.make_room(count, tx);
     tx.commit();
   }
-  if (into != 0) contents_.end(sequences_.index(into));  // it was opened empty
   root.commit(1);
   admission_.finish(tokens, root.node());
   const Admission::Admitted& one = admission_.admitted().front();
@@ -325,14 +348,7 @@ void Allocator::share_group(i64 parent, i64 child, i64 g, Transaction& tx) {
 
 void Allocator::free(const i32* handles, i64 n) {
   update([&] {
-    try {
-      planner_.find_each_once(handles, n, &plan_);
-    } catch (const NotReady&) {  // whoever loads for a pending sequence finds that it has gone
-      for (i64 i = 0; i < n; ++i) {
-        if (sequences_.is_pending(handles[i])) sequences_.set_pending(handles[i], false);
-      }
-      planner_.find_each_once(handles, n, &plan_);
-    }
+    planner_.find_each_once(handles, n, &plan_);
     Transaction tx(*pool_, *this);
     for (i64 index : plan_.indices) records_.close(index, tx);
     tx.commit();

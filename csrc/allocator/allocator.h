@@ -73,9 +73,10 @@ class Allocator final : public TableState {
 
   // --- cached content ---
   // Opens a sequence with the cached prefix of `tokens`, without the last token, and writes its length to `*cached`.
-  // Reuses less if memory is short; throws OutOfMemory only if all places are taken. `into`: a pending sequence that
-  // gets the prefix instead.
-  i64 admit(const i32* tokens, i64 n, const PrefixKey& key, i64* cached, i64 into = 0);
+  // Reuses less if memory is short; throws OutOfMemory only if all places are taken.
+  i64 admit(const i32* tokens, i64 n, const PrefixKey& key, i64* cached);
+  // The same for a pending sequence, which is empty. Returns how many tokens are cached.
+  i64 admit_pending(i64 handle, const i32* tokens, i64 n, const PrefixKey& key);
   // As admit(), with room for `count` more tokens than are cached or, with -1, for the whole prompt. Throws OutOfMemory
   // if there is no memory for them.
   i64 begin(const i32* tokens, i64 n, const PrefixKey& key, i64 count, i64* cached);
@@ -177,8 +178,7 @@ class Allocator final : public TableState {
   void share_group(i64 parent, i64 child, i64 g, Transaction& tx);
   void check_cut(i64 handle, i64 index, i64 tokens) const;
   void check_snapshot(i64 handle, i64 index) const;
-  i64 admit_one(const i32* tokens, i64 n, const PrefixKey& key, Reuse reuse, i64 count, bool grows, i64* cached,
-                i64 into);
+  i64 admit_one(const i32* tokens, i64 n, const PrefixKey& key, Reuse reuse, i64 count, bool grows, i64* cached);
   i64 admit_first(const i32* tokens, const i32* counts, i64 n, const PrefixKey& key, i32* handles, i32* cached);
 
   const Groups groups_;

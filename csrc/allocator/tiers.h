@@ -43,10 +43,17 @@ class Tiers {
   // does not have, [block][group], and -1 elsewhere. Throws SpecError, before it changes anything, if a block would lack
   // the bytes of a full-attention group.
   void promote(const i32* tokens, i64 n, const PrefixKey& key, i32 root, const std::vector<i64>& slots, Transaction& tx);
-  // Marks an empty sequence as pending: only Allocator::admit(into) and free() can use it.
+  // Marks an empty sequence as pending: only Allocator::admit_pending() can use it. Throws if it is not live.
   void set_pending(i64 handle) {
-    sequences_.index(handle);  // throws if it is not live
+    sequences_.index(handle);
     sequences_.set_pending(handle, true);
+  }
+  // Ends that for those of the handles that are pending, so that they can be freed; whoever loads for one finds that it
+  // has gone.
+  void end_pending(const i32* handles, i64 n) {
+    for (i64 i = 0; i < n; ++i) {
+      if (sequences_.is_pending(handles[i])) sequences_.set_pending(handles[i], false);
+    }
   }
   // After the transaction: the content is unreferenced.
   void finish_promote();

@@ -82,6 +82,17 @@ PrefixKey key_of(const nanobind::bytes& salt, const nanobind::bytes& extra_key);
 template <class T, int D = 1>
 using Out = nanobind::ndarray<T, nanobind::ndim<D>, nanobind::c_contig, nanobind::device::cpu>;
 
+// Frees sequences, pending ones too. Template, so that this file needs no header of the allocator.
+template <class A>
+void free_any(A& allocator, const i32* handles, i64 n) {
+  try {
+    allocator.free(handles, n);
+  } catch (const NotReady&) {
+    allocator.with_tiers([&](auto& tiers) { tiers.end_pending(handles, n); });
+    allocator.free(handles, n);
+  }
+}
+
 inline void same_length(const Int32s& handles, const Int32s& counts) {
   if (handles.size() != counts.size()) {
     throw SpecError("got " + std::to_string(handles.size()) + " handles and " + std::to_string(counts.size()) +

@@ -142,14 +142,13 @@ void bind_prefix(nb::class_<Allocator>& allocator) {
   allocator
       .def(
           "admit",
-          [](Allocator& a, nb::handle tokens, const nb::bytes& salt, const nb::bytes& extra_key, nb::handle sequence,
-             i64 into) {
+          [](Allocator& a, nb::handle tokens, const nb::bytes& salt, const nb::bytes& extra_key, nb::handle sequence) {
             return open_with(a, tokens, salt, extra_key, sequence,
                              [&](const TokenIds& ids, const PrefixKey& key, i64* cached) {
-                               return a.admit(ids.data(), ids.size(), key, cached, into);
+                               return a.admit(ids.data(), ids.size(), key, cached);
                              });
           },
-          "tokens"_a.none(), "salt"_a, "extra_key"_a, "sequence"_a = nb::none(), "into"_a = 0)
+          "tokens"_a.none(), "salt"_a, "extra_key"_a, "sequence"_a = nb::none())
       .def(
           "begin",
           [](Allocator& a, nb::handle tokens, const nb::bytes& salt, const nb::bytes& extra_key, i64 count,

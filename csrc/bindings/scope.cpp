@@ -21,7 +21,7 @@ void leave_scope(nb::handle self, nb::handle kind, nb::handle, nb::handle) {
   const i32 handle = nb::cast<i32>(self.attr("_id"));
   const WithoutGil free;
   try {
-    cache.free(&handle, 1);
+    free_any(cache, &handle, 1);
   } catch (const StaleHandle&) {
   } catch (const std::exception&) {
     if (kind.is_none()) throw;

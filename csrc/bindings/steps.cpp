@@ -90,12 +90,12 @@ void bind_steps(nb::class_<Allocator>& allocator) {
            nb::sig("def step(self, handle: int, count: int, tokens: object = None, tell: bool = False) "
                    "-> TableChanges | None"))
       .def(
-          "free", [](Allocator& a, i32 handle) { a.free(handle); }, "handle"_a)
+          "free", [](Allocator& a, i32 handle) { free_any(a, &handle, 1); }, "handle"_a)
       .def(
           "free_batch",
           [](nb::handle_t<Allocator> self, nb::handle handles) {
             const Handles ids("ids", handles, self);
-            nb::cast<Allocator&>(self).free(ids.data(), ids.size());
+            free_any(nb::cast<Allocator&>(self), ids.data(), ids.size());
           },
           "handles"_a.none(), nb::sig("def free_batch(self, handles: object) -> None"));
 }

@@ -161,6 +161,15 @@ void bind_tiers(nb::class_<Allocator>& allocator) {
       .def(
           "set_pending",
           [](Allocator& a, i64 handle) { a.with_tiers([&](Tiers& tiers) { tiers.set_pending(handle); }); }, "handle"_a)
+      .def(
+          "admit_pending",
+          [](Allocator& a, i64 handle, nb::handle tokens, const nb::bytes& salt, const nb::bytes& extra_key) {
+            const TokenIds ids(tokens);
+            const PrefixKey key = key_of(salt, extra_key);
+            const WithoutGil free;
+            return a.admit_pending(handle, ids.data(), ids.size(), key);
+          },
+          "handle"_a, "tokens"_a, "salt"_a, "extra_key"_a)
       .def("latest_fence",
            [](Allocator& a) { return a.with_tiers([&](Tiers&) { return a.pool().fence(); }); })
       .def(

@@ -12,7 +12,7 @@
 //      has had in the list. What the list has copied is not overwritten while anything uses it.
 //   3. Tokens that are live before and after the list have the same bytes before and after, wherever they have moved:
 //      ByteLedger follows the copies. The one exception is a whole block that becomes committed and is replaced by a
-//      block with equal tokens: one that was committed whole at the same index and has not been written since.
+//      block with equal tokens: one that was committed whole at the same index and has not been written since, but for a store and a load.
 //   4. After the list, every live sequence that it names, or whose row or blocks it touches, has the memory that its
 //      lengths require, and none is about to grow in memory that another one reads.
 //
@@ -112,8 +112,10 @@ class FollowRules : protected TableContext {
         return zeroed(op);
       case OpKind::copy:
         return copied(op);
-      case OpKind::load:  // like a zero, it writes what the list says nothing else of
-        return zeroed({OpKind::zero, op.at, op.a, op.c});
+      case OpKind::load:
+        return loaded(op);
+      case OpKind::store:
+        return stored(op);
       case OpKind::destroy:
         return ledger_.erase(op.a * page_bytes(), op.b * page_bytes());
       default:
@@ -130,6 +132,8 @@ class FollowRules : protected TableContext {
   virtual void unmapped(const Op& op) = 0;
   virtual void zeroed(const Op& op) = 0;
   virtual void copied(const Op& op) = 0;
+  virtual void loaded(const Op& op) { zeroed({OpKind::zero, op.at, op.a, op.c}); }  // writes what nothing uses
+  virtual void stored(const Op&) {}
   virtual void changed(const Op& op) = 0;  // a logical op, or one without a rule
 
   [[noreturn]] static void refuse(const std::string& why) {

@@ -130,7 +130,7 @@ class TierCalls(OpenedCore):
             return False
         with suppress(StaleHandle):  # it was freed: nobody waits
             salted, keyed = waiting.keys
-            self.core.admit(waiting.ids, salted, keyed, waiting.sequence, handle)
+            waiting.sequence.num_cached_tokens = self.core.admit_pending(handle, waiting.ids, salted, keyed)
         self._pending.pop(handle, None)
         return True
 

@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import gcd
 
 import torch
 
-from kvmem.arguments import brief, check_choice, check_size
+from kvmem import _core
+from kvmem.arguments import check_choice, check_size
 from kvmem.errors import SpecError
 from kvmem.kernels.blocks import Impl, pick
 from kvmem.layouts.attention import Partial, masked_scores, normalise
-from kvmem.layouts.base import Layout
+from kvmem.layouts.base import Layout, check_spec
+from kvmem.layouts.planes import (
+    BLOCK,
+    FORMATS,
+    Format,
+    bits_of,
+    cut_planes,
+    join_planes,
+    open_nibbles,
+    split_columns,
+    split_planes,
+)  # fmt: skip
 from kvmem.layouts.reading import TokenReader
 from kvmem.spec import CacheSpec, Component, Group
 
-__all__ = ["AlignedKV", "Format", "cut_planes", "join_planes", "key_levels", "split_planes", "value_levels"]
+__all__ = ["AlignedKV", "key_levels", "value_levels"]
 
-#: Tokens of a block, and so of a burst of K: 64 bytes of the high plane, 32 of each nibble plane.
-BLOCK = 64
 #: The least that memory is read in.
 SECTOR_BYTES = 32
 #: How many tokens the size of the output is estimated from.
@@ -28,38 +38,6 @@ ESTIMATE_TOKENS = 32
 MOST_QUERIES = 8
 #: Stands for the exponent of zero.
 _NOTHING = -(1 << 16)
-
-
-@dataclass(frozen=True)
-class Format:
-    """How a 16-bit float is cut: into its high byte, its middle nibble and its low nibble, which lie apart.
-
-    planes: bits of each plane. mantissa: its bits. floor: the lowest level of reading. Level 0 reads the high byte,
-    1 the middle nibble too, 2 everything. The high byte of bf16 lacks a bit of the exponent, so its floor is 1: byte
-    and middle nibble are always read, as one plane.
-    """
-
-    planes: tuple[int, ...]
-    mantissa: int
-    floor: int
-
-    @property
-    def top(self) -> int:
-        """The biased exponent of infinity and NaN."""
-        return 0x7FFF >> self.mantissa
-
-    def exponents(self, bits: torch.Tensor) -> torch.Tensor:
-        """Return biased exponents. That of zero and subnormal numbers is 1, which bounds them."""
-        return ((bits & 0x7FFF) >> self.mantissa).clamp(min=1)
-
-    def levels(self, delta: torch.Tensor, guard: int) -> torch.Tensor:
-        """Return the levels for operands ``delta`` powers of two below what they are added to: from ``4 + guard`` on,
-        the low nibble cannot be seen in the sum; from ``8 + guard`` on, the middle one neither.
-        """
-        return (2 - (delta >= 4 + guard).int() - (delta >= 8 + guard).int()).clamp(min=self.floor)
-
-
-FORMATS = {torch.float16: Format((8, 4, 4), 10, 0), torch.bfloat16: Format((12, 4), 7, 1)}
 
 
 class AlignedKV(Layout):
@@ -120,23 +98,46 @@ class AlignedKV(Layout):
 
     def encode_blocks(self, layer: int, tail: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
         """K in planes, and the largest exponents of K and V."""
-        k, v = tail["k_tail"], tail["v"].squeeze(2)
-        heads, _ = self._shape(layer)
-        bursts = k.permute(0, 2, 3, 1).reshape(len(k), BLOCK, -1, BLOCK)  # [blocks, rows, bursts of a row, tokens]
-        largest = [self.format.exponents(bits).amax(1) for bits in (_bits(k), join_planes(v, heads))]
-        exponents = torch.stack(largest, dim=1).to(torch.uint8)
-        return {"k": split_planes(bursts).unsqueeze(2), "max_exponent": exponents.view(len(k), BLOCK, 1, -1)}
+        k, v = tail["k_tail"], join_planes(tail["v"].squeeze(2), self._shape(layer)[0], self.dtype)
+        # The largest magnitude has the largest exponent.
+        largest = torch.stack([(x.view(torch.int16) & 0x7FFF).amax(1) for x in (k, v)], dim=1)
+        exponents = self.format.exponents(largest).to(torch.uint8).view(len(k), BLOCK, 1, -1)
+        return {"k": split_columns(k).unsqueeze(2), "max_exponent": exponents}
 
     def derive(self, reader: TokenReader, first: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Every bit that was written. Blocks of K are read whole."""
         heads, width = self._shape(reader.layer)
         complete = _complete(reader.length)
+        if reader.device.type == "cpu" and self._joins(reader, first, end):
+            both = torch.empty(2, end - first, heads, width, dtype=self.dtype)
+            self._join(reader, first, end, *both)
+            return both[0], both[1]
         start, stop = _complete(first), min(_complete(end + BLOCK - 1), complete)
         tail = reader.rows("k_tail", complete, max(end, complete))
         levels = torch.full((heads, width), 2, device=tail.device)
         k = self._keys(reader, levels, start, max(start, stop))
         v = self._read(reader, "v", levels[:1, :1].expand(end - first, heads), first, end)
         return torch.cat((k, tail))[first - start : end - start], self._numbers(v)
+
+    def derive_into(self, reader: TokenReader, first: int, end: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        """On the CPU in one pass over the memory (csrc/codec), for the layout's own dtype."""
+        if k.device.type == "cpu" and k.dtype == v.dtype == self.dtype and self._joins(reader, first, end):
+            return self._join(reader, first, end, k, v)
+        super().derive_into(reader, first, end, k, v)
+
+    def _joins(self, reader: TokenReader, first: int, end: int) -> bool:
+        """Whether these tokens are whole blocks of K, and what lies in the tail."""
+        return first % BLOCK == 0 and (end % BLOCK == 0 or end >= _complete(reader.length))
+
+    def _join(self, reader: TokenReader, first: int, end: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        whole = max(first, min(end, _complete(reader.length)))
+        _core.join_columns(k[: whole - first], reader.rows("k", first, whole, count=False))
+        if whole < end:
+            k[whole - first :] = reader.rows("k_tail", whole, end)
+        _core.join_planes(v, reader.rows("v", first, end, count=False))
+        for component, numbers in (("k", k[: whole - first].numel()), ("v", v.numel())):
+            for plane, bytes in (("high", numbers), ("mid", numbers // 2), ("low", numbers // 2)):
+                reader.count_read(f"{component}.{plane}", bytes)
 
     def attend(
         self, q: torch.Tensor, reader: TokenReader, *, scale: float | None = None, causal: bool = True
@@ -170,7 +171,7 @@ class AlignedKV(Layout):
         blocks = reader.rows("max_exponent", 0, complete).reshape(-1, 2, heads, width).int()
         floor = torch.full((len(tail), heads), self.format.floor, device=tail.device)
         values = self._read(reader, "v", floor, complete, reader.length)
-        newest = torch.stack([self.format.exponents(bits) for bits in (_bits(tail), values)], dim=1)
+        newest = torch.stack([self.format.exponents(bits) for bits in (bits_of(tail), values)], dim=1)
         return torch.cat((blocks, newest)).amax(0)
 
     def _keys(self, reader: TokenReader, levels: torch.Tensor, first: int, end: int) -> torch.Tensor:
@@ -289,41 +290,7 @@ def _exponent(x: torch.Tensor) -> torch.Tensor:
     return (torch.frexp(x).exponent - 1).masked_fill(x == 0, _NOTHING)
 
 
-# --- bits ---
-
-
-def split_planes(values: torch.Tensor) -> torch.Tensor:
-    """Return rows of bytes, ``[..., 2 * units * n]``: the high bytes of all units, then their middle nibbles,
-    then their low ones.
-
-    values: 16-bit floats ``[..., units, n]``, n even. A byte holds the nibbles of elements i and i + n / 2 of a unit.
-    """
-    bits = _bits(values)
-    nibbles = ((bits >> shift) & 15 for shift in (4, 0))
-    halves = (torch.tensor_split(nibble, 2, dim=-1) for nibble in nibbles)
-    planes = [bits >> 8, *(low | high << 4 for low, high in halves)]
-    return torch.cat([plane.flatten(-2) for plane in planes], dim=-1).to(torch.uint8)
-
-
-def cut_planes(rows: torch.Tensor, units: int) -> list[torch.Tensor]:
-    """Return views of the planes of such rows: ``[..., units, n]``, then twice ``[..., units, n / 2]``."""
-    quarter = rows.shape[-1] // 4
-    planes = torch.tensor_split(rows, (2 * quarter, 3 * quarter), dim=-1)
-    return [plane.view(*plane.shape[:-1], units, plane.shape[-1] // units) for plane in planes]  # of no rows too
-
-
-def join_planes(rows: torch.Tensor, units: int) -> torch.Tensor:
-    """Return the bits that ``split_planes`` was given, int32 ``[..., units, n]``."""
-    high, mid, low = cut_planes(rows, units)
-    return high.int() << 8 | _open(mid) << 4 | _open(low)
-
-
-def _open(nibbles: torch.Tensor) -> torch.Tensor:
-    return torch.cat((nibbles & 15, nibbles >> 4), dim=-1).int()
-
-
-def _bits(values: torch.Tensor) -> torch.Tensor:
-    return values.view(torch.int16).int() & 0xFFFF
+# --- reads ---
 
 
 def _gather(blocks: torch.Tensor, at: tuple[torch.Tensor, ...], levels: torch.Tensor, units: int) -> torch.Tensor:
@@ -336,7 +303,7 @@ def _gather(blocks: torch.Tensor, at: tuple[torch.Tensor, ...], levels: torch.Te
     bits = high[at].int() << 8
     for level, (plane, shift) in enumerate(zip(nibbles, (4, 0), strict=True), start=1):
         read = levels >= level
-        bits[read] |= _open(plane[tuple(index[read] for index in at)]) << shift
+        bits[read] |= open_nibbles(plane[tuple(index[read] for index in at)]) << shift
     return bits | torch.tensor((0x80, 0x08, 0), dtype=torch.int32, device=bits.device)[levels].unsqueeze(-1)
 
 
@@ -358,8 +325,7 @@ def _complete(tokens: int) -> int:
 
 def _checked(spec: CacheSpec) -> tuple[Group, Component, Component]:
     """Return the only group of a spec of plain K and V, and both; ``SpecError`` for what cannot be cut into planes."""
-    if not isinstance(spec, CacheSpec):
-        raise SpecError(f"spec: got {brief(spec)}; must be a CacheSpec, as CacheSpec.kv() gives it")
+    check_spec(spec)
     names = [sorted(component.name for component in group.components) for group in spec.groups]
     if names != [["k", "v"]]:
         raise SpecError(f"spec: got groups of {names}; AlignedKV takes one, of k and v, as CacheSpec.kv() gives it")

@@ -19,9 +19,15 @@ from kvmem.spec import CacheSpec
 if TYPE_CHECKING:
     from kvmem.layouts.reading import TokenReader
 
-__all__ = ["Layout", "check_floats", "of_layer"]
+__all__ = ["Layout", "check_floats", "check_spec", "of_layer"]
 
 _W = TypeVar("_W")
+
+
+def check_spec(spec: object) -> None:
+    """``SpecError`` for what is no ``CacheSpec``."""
+    if not isinstance(spec, CacheSpec):
+        raise SpecError(f"spec: got {brief(spec)}; must be a CacheSpec, as CacheSpec.kv() gives it")
 
 
 def check_floats(values: Sequence[object], shapes: Sequence[tuple[int, ...]], must_be: str) -> None:
@@ -72,11 +78,13 @@ class Layout(ABC):
         """
 
     def derive_into(self, reader: TokenReader, first: int, end: int, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Write what ``derive`` returns into k and v, ``[n, KV heads, width]`` of any float dtype. A layout that need
-        not make tensors of its own for that overrides it.
+        """Write what ``derive`` returns into k and v, ``[n, KV heads, width]`` of any float dtype. This form derives
+        ``tile_tokens`` tokens at a time; a layout that need not make tensors of its own for that overrides it.
         """
-        for room, part in zip((k, v), self.derive(reader, first, end), strict=True):
-            room.copy_(to_cache_dtype(part, room.dtype))
+        for begin, stop in self.tiles(first, end):
+            parts = self.derive(reader, begin, stop)
+            for room, part in zip((k, v), parts, strict=True):
+                room[begin - first : stop - first].copy_(to_cache_dtype(part, room.dtype))
 
     def attend(
         self, q: torch.Tensor, reader: TokenReader, *, scale: float | None = None, causal: bool = True

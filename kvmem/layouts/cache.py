@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -11,12 +10,13 @@ import torch
 
 from kvmem.allocator import Allocator, Batch
 from kvmem.allocator.batch import GroupBatch
+from kvmem.arguments import brief, check_bool, check_number
 from kvmem.errors import SpecError
 from kvmem.kernels.checks import check_queries
 from kvmem.kernels.write import write_all
 from kvmem.layouts.attention import Partial, compute_dtype, described
 from kvmem.layouts.base import Layout
-from kvmem.layouts.reading import TokenReader, check_batch_of, read_tokens
+from kvmem.layouts.reading import Held, TokenReader, check_batch_of
 from kvmem.spec.dtypes import parse_dtype
 
 __all__ = ["Derived", "LayoutCache"]
@@ -58,7 +58,9 @@ class LayoutCache:
         the virtual backend, for a layout that encodes whole blocks, unless a page holds whole blocks.
         """
         if not isinstance(layout, Layout) or not isinstance(alloc, Allocator) or alloc.device.type == "meta":
-            raise SpecError(f"layout, alloc: got {layout!r:.50}, {alloc!r:.50}; give Layout and Allocator with memory")
+            raise SpecError(
+                f"layout, alloc: got {brief(layout)}, {brief(alloc)}; give Layout and Allocator with memory"
+            )
         if alloc.spec != layout.spec:
             raise SpecError(f"alloc: made with another spec than the layout's: Allocator({type(layout).__name__}.spec)")
         _check_pages(layout, alloc)
@@ -92,7 +94,8 @@ class LayoutCache:
     def readers(self, layer: int, batch: Batch) -> list[TokenReader]:
         """Return one reader for each sequence of the batch, padding rows left out, in order. Errors: as ``write``."""
         self._check(layer, batch)
-        return [TokenReader(self.alloc, batch, layer, row) for row in range(len(batch.buffers.handles))]
+        held: dict[str, Held] = {}
+        return [TokenReader(self.alloc, batch, layer, row, held) for row in range(len(batch.buffers.handles))]
 
     def attend(
         self, q: torch.Tensor, layer: int, batch: Batch, *, scale: float | None = None, causal: bool = True,
@@ -110,8 +113,10 @@ class LayoutCache:
         readers, packed = self.readers(layer, batch), batch if queries is None else queries
         check_batch_of(self.alloc, packed, GroupBatch, "queries")
         if packed.buffers.handles != batch.buffers.handles:
-            raise SpecError(f"queries: got {queries!r}; must be another group's batch of the same sequences")
+            raise SpecError(f"queries: got {brief(queries)}; must be another group's batch of the same sequences")
         check_queries(q)
+        check_bool("causal", causal)
+        scale = None if scale is None else check_number("scale", scale)
         starts, device = packed.cu_seqlens_q_cpu.tolist(), batch.positions.device
         if len(q) != starts[-1] or q.device != device:
             raise SpecError(f"q: got {described(q)}; must be [{starts[-1]}, query heads, width] on {device}")
@@ -146,10 +151,9 @@ class LayoutCache:
             shapes = self.layout.derive(readers[0], spans[0][0], spans[0][0])
             k, v = (self._room(name, sum(lengths), like, dtype) for name, like in zip("kv", shapes, strict=True))
             done = 0
-            for reader, span in zip(readers, spans, strict=True):
-                for first, end in self.layout.tiles(*span):
-                    at = slice(done, done := done + end - first)
-                    self.layout.derive_into(reader, first, end, k[at], v[at])
+            for reader, (first, end) in zip(readers, spans, strict=True):
+                at = slice(done, done := done + end - first)
+                self.layout.derive_into(reader, first, end, k[at], v[at])
         return Derived(k, v, torch.tensor([0, *lengths], device=k.device).cumsum(0).int(), max(lengths))
 
     def release_scratch(self) -> None:
@@ -188,27 +192,23 @@ class LayoutCache:
         lengths = batch.seq_lens_cpu.tolist()
         new = batch.cu_seqlens_q_cpu.diff().tolist()
         size = batch.block_size
-        complete = [  # (row, block) of each
-            (row, block)
-            for row in range(len(batch.buffers.handles))
-            for block in range((lengths[row] - new[row]) // size, lengths[row] // size)
+        runs = [
+            (row, (lengths[row] - new[row]) // size, lengths[row] // size) for row in range(len(batch.buffers.handles))
         ]
-        if not complete:
+        if not (runs := [(row, first, end) for row, first, end in runs if first < end]):
             return
-        tokens: Mapping[str, torch.Tensor] = {
-            name: torch.stack([
-                read_tokens(self.alloc, self._group(batch, layer, name), layer, name, row, b * size, (b + 1) * size)
-                for row, b in complete
-            ])
-            for name in tail
-        }  # fmt: skip
-        where = torch.tensor(complete, device=batch.block_table.device)
+        held = {name: Held(self.alloc, batch, layer, name) for name in tail}
         with self._own_dtypes():
-            encoded = self.layout.encode_blocks(layer, tokens)
+            tokens = {
+                name: torch.cat([part.tokens(row, first * size, end * size) for row, first, end in runs])
+                for name, part in held.items()
+            }
+            encoded = self.layout.encode_blocks(
+                layer, {name: x.view(-1, size, *x.shape[1:]) for name, x in tokens.items()}
+            )
         for component, values in encoded.items():
-            group = self._group(batch, layer, component)
-            blocks = self.alloc.tensor(layer, component)
-            blocks[group.block_table[where[:, 0], where[:, 1]].long()] = values.to(blocks.dtype)
+            table, blocks = self._group(batch, layer, component).block_table, self.alloc.tensor(layer, component)
+            blocks[torch.cat([table[row, first:end] for row, first, end in runs]).long()] = values.to(blocks.dtype)
 
 
 def _check_pages(layout: Layout, alloc: Allocator) -> None:

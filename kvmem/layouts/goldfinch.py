@@ -13,12 +13,12 @@ from functools import cached_property
 import torch
 from torch.nn.functional import embedding, layer_norm, pad
 
-from kvmem.arguments import check_size
+from kvmem.arguments import brief, check_bool, check_size
 from kvmem.errors import SpecError
 from kvmem.layouts.attention import described
-from kvmem.layouts.base import Layout, of_layer
+from kvmem.layouts.base import Layout, check_spec, of_layer
 from kvmem.layouts.reading import TokenReader
-from kvmem.layouts.rope import Rope
+from kvmem.layouts.rope import Rope, check_rope
 from kvmem.spec import CacheSpec, Component, Group
 from kvmem.spec.dtypes import parse_dtype
 
@@ -52,7 +52,7 @@ def goldfinch_spec(
     says so, as the ledger does. In memory each row is padded to 16 bytes, so an id takes 16. ``SpecError`` for sizes
     that do not divide, and for a dtype that is no float.
     """
-    check_size("num_layers", num_layers, 2)
+    check_size("num_layers", num_layers, 2), check_bool("states", states)
     first = num_layers * 2 // 3 if recurrent_layers is None else check_size("recurrent_layers", recurrent_layers, 0)
     if first >= num_layers:
         raise SpecError(f"recurrent_layers: got {first} of {num_layers} layers; at least one must be a GOLD layer")
@@ -61,7 +61,7 @@ def goldfinch_spec(
             raise SpecError(f"{field}: got {part}, which does not divide d_model={d_model}")
     kind, state_kind = parse_dtype(dtype, "dtype"), parse_dtype(state_dtype, "state_dtype")
     for field, each in (("dtype", kind), ("state_dtype", state_kind)):
-        if not each.is_floating_point:
+        if not each.is_floating_point or each.itemsize == 1:
             raise SpecError(f"{field}: got {each}; must be a float such as bfloat16: nothing here is quantised")
     gold = tuple(range(first, num_layers))
     groups = [Group("gold", _shared_components(d_model // compression, kind), gold)]
@@ -87,6 +87,8 @@ class _Weights:
     def check(self, where: str, device: torch.device, **shapes: tuple[int, ...]) -> None:
         """``SpecError`` for a tensor of another shape, no float, or on another device."""
         for name, tensor in vars(self).items():
+            if not isinstance(tensor, torch.Tensor):
+                raise SpecError(f"{where}.{name}: got {described(tensor)}; must be a tensor")
             if tuple(tensor.shape) != shapes[name]:
                 raise SpecError(f"{where}.{name}: got shape {tuple(tensor.shape)}; must be {shapes[name]}")
             if not tensor.dtype.is_floating_point or tensor.device != device:
@@ -153,11 +155,18 @@ class GoldFinch(Layout):
         pairs elements 2 i and 2 i + 1, as the published model does; False: i and i + half, as ``Rope`` does.
         tile_tokens: what ``attend`` derives at a time. ``SpecError`` for weights that do not fit the spec.
         """
+        check_spec(spec)
         self.spec, self.num_heads = spec, check_size("num_heads", num_heads)
+        check_rope(rope)
+        check_bool("interleaved", interleaved)
         self.rope, self.interleaved, self.tile_tokens = rope, interleaved, check_size("tile_tokens", tile_tokens)
         self.gold_layers, self.width, dtype = _gold_group(spec)
-        if sorted(layers) != list(self.gold_layers):
-            raise SpecError(f"layers: got {sorted(layers)}; must be the spec's GOLD layers, {list(self.gold_layers)}")
+        right = isinstance(layers, Mapping) and all(isinstance(weights, GoldLayer) for weights in layers.values())
+        if not right or set(layers) != set(self.gold_layers):
+            got = brief(sorted(layers)) if right else described(layers)
+            raise SpecError(f"layers: got {got}; must be the spec's GOLD layers, {list(self.gold_layers)}")
+        if not isinstance(shared, GoldShared):
+            raise SpecError(f"shared: got {brief(shared)}; must be a GoldShared")
         self._check(shared, layers)
         self.head_dim = shared.embedding.shape[1] // self.num_heads
         self.dtype = torch.float64 if dtype == torch.float64 else torch.float32

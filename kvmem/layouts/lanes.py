@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from kvmem.allocator import Allocator, Batch, Sequence
 from kvmem.allocator.opening import MAX_SEQUENCES
-from kvmem.arguments import as_int32, check_size
+from kvmem.arguments import as_int32, brief, check_bool, check_choice, check_number, check_size
 from kvmem.errors import OutOfMemory, SpecError, StaleHandle
 from kvmem.kernels.checks import as_bytes, flat_tokens
 from kvmem.kernels.write import to_cache_dtype
@@ -25,7 +25,6 @@ from kvmem.spec import CacheSpec
 __all__ = ["LaneCache", "LaneSequence", "Lanes"]
 
 Held = NDArray[np.int64]
-Handles = NDArray[np.int32]
 
 
 @dataclass
@@ -37,7 +36,7 @@ class _Layer:
     stored: rows of each lane at ``since``. owners: one number, of forks that share the lanes. new: of the last append.
     """
 
-    ids: Handles
+    ids: NDArray[np.int32]
     kept: list[Held]
     stored: list[int]
     owners: list[int]
@@ -91,14 +90,17 @@ class LaneCache:
         """
         spec = CacheSpec.kv(num_layers=1, num_kv_heads=1, head_dim=head_dim, dtype=dtype, block_size=block_size)
         check_size("num_layers", num_layers), check_size("num_kv_heads", num_kv_heads)
-        check_size("max_sequences", max_sequences)
-        self.num_layers, self.num_kv_heads, self.max_sequences = num_layers, num_kv_heads, max_sequences
+        self.num_layers, self.num_kv_heads = num_layers, num_kv_heads
+        self.max_sequences = check_size("max_sequences", max_sequences)
+        check_choice("backend", backend, ("virtual", "paged"))
         self.head_dim, self.dtype = head_dim, spec.groups[0].components[0].dtype
         each = (num_layers + 1) * num_kv_heads  # one more layer: an eviction from shared lanes writes new ones first
         if max_sequences > (most := MAX_SEQUENCES // each):
             raise SpecError(f"max_sequences: got {max_sequences}, of {each} lanes each; at most {most} fit a cache")
         if str(options.get("device")) == "meta":
             raise SpecError('device: got "meta", which has no memory; lanes hold and move rows: use "cpu" or a GPU')
+        if options.pop("window_tokens", None) is not None:
+            raise SpecError("window_tokens: lanes keep rows of any positions: policies.SinkAndWindow keeps the newest")
         if options.pop("prefix_cache", False):
             raise SpecError("prefix_cache: got True; lanes are shared by fork() only, as a gate sees the whole prompt")
         options = {"cached_rows": 0, **options} if backend == "virtual" else options
@@ -125,7 +127,7 @@ class LaneCache:
         """Return several sequences of this cache as one object. ``SpecError`` for others, or one twice."""
         owners = {getattr(one, "cache", None) for one in sequences} if isinstance(sequences, (list, tuple)) else set()
         if owners != {self} or len(set(map(id, sequences))) != len(sequences):
-            raise SpecError(f"sequences: got {sequences!r:.200}; must be different sequences of this cache")
+            raise SpecError(f"sequences: got {brief(sequences)}; must be different sequences of this cache")
         return Lanes(self, list(sequences))
 
     def trim(self) -> int:
@@ -137,12 +139,12 @@ class LaneCache:
         if self.alloc.stats().num_sequences == self.max_sequences * self.num_layers * self.num_kv_heads:
             raise OutOfMemory(f"all {self.max_sequences} sequences are in use: free one, or make the cache for more")
 
-    def _pending(self, ids: Handles) -> Handles:
+    def _pending(self, ids: NDArray[np.int32]) -> NDArray[np.int32]:
         tokens, committed = np.empty(len(ids), np.int64), np.empty(len(ids), np.int64)
         self.alloc.core.lengths(ids, 0, tokens, committed)
         return (tokens - committed).astype(np.int32)
 
-    def _slots(self, ids: Handles, rows: list[Held]) -> torch.Tensor:
+    def _slots(self, ids: NDArray[np.int32], rows: list[Held]) -> torch.Tensor:
         """Return where rows of lanes lie in ``flat_tokens``, int64, one lane after the other."""
         batch = self.alloc.batch(ids)
         lane = np.repeat(np.arange(len(ids)), [len(one) for one in rows])
@@ -192,10 +194,9 @@ class Lanes:
         self, layer: int, k: torch.Tensor, v: torch.Tensor, *, keep: torch.Tensor | None = None,
         counts: List[int] | None = None,
     ) -> None:  # fmt: skip
-        """Store new tokens of one layer.
-
-        k, v: ``[T, H, head_dim]``, k after rotation. keep: bool ``[H, T]``, False for rows that are not stored. counts:
-        tokens of each sequence, default the same. ``SpecError``, ``OutOfMemory``: nothing has changed then.
+        """Store new tokens of one layer. k, v: ``[T, H, head_dim]``, k after rotation. keep: bool ``[H, T]``, False for
+        rows that are not stored. counts: tokens of each sequence, default the same. ``SpecError``, ``OutOfMemory``:
+        nothing has changed then.
         """
         cache, states, each = self.cache, self._states(layer), self._counts("k", k, counts)
         given, _ = (("k", k), ("v", v)), self._counts("v", v, each)
@@ -225,6 +226,7 @@ class Lanes:
         such a copy: nothing has changed then. Cost: a gather and a write of rows that move.
         """
         states, masks = self._states(layer), list(keep) if isinstance(keep, (list, tuple)) else [keep]
+        check_bool("compact", compact)
         if len(masks) != len(states):
             raise SpecError(f"keep: got {len(masks)} masks; must be one for each of {len(states)} sequences")
         found = []
@@ -259,6 +261,7 @@ class Lanes:
 
     def _attention(self, q: torch.Tensor, layer: int, counts: list[int], scale: float | None) -> list[torch.Tensor]:
         """Return the attention of each lane ``[n, g, t, m]``, the lse ``[n, g, t]`` and V ``[n, m, width]``, padded."""
+        scale = q.shape[2] ** -0.5 if scale is None else check_number("scale", scale)
         states, heads, (k, v) = self._states(layer), self.cache.num_kv_heads, self.padded(layer, dtype=compute_dtype(q))
         queries = pad_sequence(list(q.to(k.dtype).split_with_sizes(counts)), batch_first=True)
         queries = torch.unflatten(queries, 2, (heads, q.shape[1] // heads)).permute(0, 2, 3, 1, 4).flatten(0, 1)
@@ -267,13 +270,15 @@ class Lanes:
             asked = np.arange(state.num_tokens - count, state.num_tokens)
             row[:, :count] = [np.searchsorted(held[0], asked, side="right") for held in state.held()]
         with torch.autocast(q.device.type, enabled=False):
-            scores = torch.einsum("ngtd,nmd->ngtm", queries, k) * (q.shape[2] ** -0.5 if scale is None else scale)
+            scores = torch.einsum("ngtd,nmd->ngtm", queries, k) * scale
         hidden = torch.arange(k.shape[1], device=q.device) >= seen.flatten(0, 1)[:, None, :, None].to(q.device)
         weights, lse = normalise(scores.masked_fill_(hidden, -torch.inf).flatten(0, 1))
         return [weights.view_as(scores), lse.T.reshape(scores.shape[:3]), v]
 
     def padded(self, layer: int, *, dtype: torch.dtype | None = None) -> list[torch.Tensor]:
         """Return K and V of each lane, ``[B * H, S, head_dim]``, zero past its rows. dtype: default the cache's."""
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise SpecError(f"dtype: got {brief(dtype)}; must be a float, such as torch.float16")
         states, rows = self._states(layer), [held[1] for state in self._states(layer) for held in state.held()]
         slots, lengths = self.cache._slots(_ids(states), rows), [len(one) for one in rows]
         found = [as_bytes(flat_tokens(x))[slots].view(x.dtype).squeeze(1) for x in self.cache.kv]
@@ -311,17 +316,15 @@ class Lanes:
         fits = isinstance(given, torch.Tensor) and given.device == self.alloc.device
         shape = tuple(given.shape) if fits and (name != "q" or given.is_floating_point()) else ()
         if len(shape) != 3 or shape[2] != cache.head_dim or shape[1] % heads or (name != "q" and shape[1] != heads):
-            wanted = f"[T, {'a multiple of ' * (name == 'q')}{heads} heads, {cache.head_dim}] on {self.alloc.device}"
-            raise SpecError(
-                f"{name}: got {described(given)}; must be {'floats' if name == 'q' else 'a tensor'} {wanted}"
-            )
+            kind = "floats [T, a multiple of" if name == "q" else "a tensor [T,"
+            must = f"{kind} {heads} heads, {cache.head_dim}] on {self.alloc.device}"
+            raise SpecError(f"{name}: got {described(given)}; must be {must}")
         each = [shape[0] // n] * n if counts is None else as_int32("counts", counts).tolist()
         if len(each) != n or sum(each) != shape[0] or min(each) < 0:
             raise SpecError(f"{name}: got {shape[0]} tokens; {n} sequences have {each} (counts, or the last append)")
         return each
 
-    def _mask(self, given: object, length: int) -> torch.Tensor:
-        """Return a mask on the host."""
+    def _mask(self, given: object, length: int) -> torch.Tensor:  # on the host
         wanted = (self.cache.num_kv_heads, length)
         if not isinstance(given, torch.Tensor) or given.dtype != torch.bool or tuple(given.shape) != wanted:
             must = f"torch.bool [{wanted[0]} KV heads, {length} rows]; policies.any_of_group() reduces query heads"
@@ -383,7 +386,7 @@ class LaneSequence(Lanes, AbstractContextManager["LaneSequence"]):
             self.free()
 
 
-def _ids(states: list[_Layer]) -> Handles:
+def _ids(states: list[_Layer]) -> NDArray[np.int32]:
     return np.concatenate([state.ids for state in states])
 
 

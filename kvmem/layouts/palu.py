@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.nn.functional import pad
 
-from kvmem.arguments import brief, check_size
+from kvmem.arguments import INT32_MAX, brief, check_bool, check_size
 from kvmem.errors import SpecError
 from kvmem.kernels.merge import merge_levels
 from kvmem.layouts.attention import Partial, compute_dtype, described, masked_scores, normalise
@@ -38,6 +38,10 @@ def factor(weight: torch.Tensor, rank: int, root: torch.Tensor | None = None) ->
     weight: ``[hidden, width]``, as in ``x @ weight``. root: what ``covariance_root`` returned. Both factors take the
     square roots of the singular values. Cost: one singular value decomposition.
     """
+    check_matrix("weight", weight)
+    check_size("rank", rank, 1, min(weight.shape))
+    if root is not None:
+        check_matrix("root", root, (len(weight), len(weight)))
     weight = weight.double()
     seen = weight if root is None else root.mT @ weight
     _, sizes, right = torch.linalg.svd(seen, full_matrices=False)
@@ -46,13 +50,19 @@ def factor(weight: torch.Tensor, rank: int, root: torch.Tensor | None = None) ->
     return weight @ right[:rank].mT / split, split.unsqueeze(1) * right[:rank]
 
 
+def check_matrix(field: str, given: object, shape: tuple[int, int] | None = None) -> None:
+    """``SpecError`` unless it is a matrix of floats, of this shape."""
+    matrix = isinstance(given, torch.Tensor) and given.is_floating_point() and given.ndim == 2
+    if not matrix or (shape is not None and given.shape != shape):  # type: ignore[attr-defined]
+        raise SpecError(f"{field}: got {described(given)}; must be a tensor {shape or '[rows, columns]'} of floats")
+
+
 def covariance_root(covariance: torch.Tensor, hidden: int, field: str = "covariance") -> torch.Tensor:
     """Return the Cholesky factor of a covariance, the mean of ``outer(x, x)`` over calibration inputs x, in float64.
 
     ``SpecError`` unless it is ``[hidden, hidden]``, finite and positive definite.
     """
-    if not isinstance(covariance, torch.Tensor) or tuple(covariance.shape) != (hidden, hidden):
-        raise SpecError(f"{field}: got {described(covariance)}; must be a tensor ({hidden}, {hidden})")
+    check_matrix(field, covariance, (hidden, hidden))
     if not covariance.isfinite().all():
         raise SpecError(f"{field}: got NaN or infinity; must be finite: leave out the inputs that overflowed")
     covariance = covariance.double()
@@ -75,7 +85,10 @@ def search_ranks(
     information of the group's weights. width: the channels of a group, its largest rank. dtype, bits: as ``Palu`` takes
     them. ``SpecError`` for a budget in which some group would have no rank.
     """
-    given = torch.as_tensor(scores, dtype=torch.float64)
+    try:
+        given = torch.as_tensor(scores, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        given = torch.empty(0)
     if not given.numel() or not (given.isfinite() & (given > 0)).all():
         raise SpecError(f"scores: got {brief(scores)}; all must be finite and above 0")
     most = check_size("width", width) // check_size("multiple", multiple)
@@ -95,7 +108,7 @@ def search_ranks(
 def stored_bytes(rank: int, dtype: torch.dtype | str, bits: int | None = None) -> int:
     """Return the bytes of a token and group: of its latent, or of the packed codes with their scale and zero point."""
     kind = parse_dtype(dtype, "dtype")
-    if bits not in (None, *BITS):
+    if bits is not None and (not isinstance(bits, int) or bits not in BITS):
         raise SpecError(f"bits: got {brief(bits)}; must be None, 2, 3, 4 or 8")
     if not kind.is_floating_point or (bits and kind.itemsize == 1):
         raise SpecError(f"dtype: got {kind}; latents, and the scales of packed ones, need a float, such as bfloat16")
@@ -131,7 +144,11 @@ def latent_spec(
     Packed latents are bytes, scale and zero point behind the codes of their group: components of their own would be
     padded to 16 bytes in each layer.
     """
-    kind = torch.uint8 if bits else parse_dtype(dtype, "dtype")
+    check_bool("rope", rope)
+    kind, ranks = (
+        torch.uint8 if bits is not None else parse_dtype(dtype, "dtype"),
+        _check_ranks(ranks, (None, 2, None), INT32_MAX),
+    )
     components = []
     for part, name in enumerate(("hk", "hv")):
         widths = tuple(tuple(stored_bytes(r, dtype, bits) // kind.itemsize for r in layer[part]) for layer in ranks)
@@ -198,6 +215,7 @@ class Palu(Layout):
         if kv_heads % check_size("group_heads", group_heads):
             near = min((n for n in range(1, kv_heads + 1) if kv_heads % n == 0), key=lambda n: abs(n - group_heads))
             raise SpecError(f"group_heads: got {group_heads}; must divide {kv_heads} KV heads: the nearest is {near}")
+        check_bool("rotate_latents", rotate_latents)
         self._groups, self._head_dim = kv_heads // group_heads, head_dim
         self._dtype, self._bits, self._rope = parse_dtype(dtype, "dtype"), bits, rope
         check_rope(rope, head_dim)
@@ -206,8 +224,10 @@ class Palu(Layout):
         self.out_widths = {layer: max(of_v) for layer, (_, of_v) in enumerate(self.ranks)}
         self.spec = latent_spec(self.ranks, dtype=dtype, bits=bits, rope=rope is not None, block_size=block_size)
         for field, given in (("covariances", covariances), ("k_norms", k_norms)):
-            if given is not None and len(given) != len(weights):
-                raise SpecError(f"{field}: got {len(given)}; needs one for each of {len(weights)} layers")
+            fits = isinstance(given, (tuple, list)) and len(given) == len(weights)
+            got = len(given) if isinstance(given, (tuple, list)) else described(given)
+            if given is not None and not (fits and (field == "covariances" or all(map(callable, given)))):
+                raise SpecError(f"{field}: got {got}; needs one for each of {len(weights)} layers")
         many = enumerate(() if covariances is None else covariances)
         roots = [covariance_root(c, self._hidden, f"covariances[{i}]") for i, c in many]
         turned = {rank for layer in self.ranks for part in layer for rank in part} if rotate_latents else ()
@@ -341,15 +361,21 @@ def _check_weights(weights: Sequence[Weights], width: int) -> int:
     return hidden
 
 
-def _check_ranks(ranks: int | Ranks, shape: tuple[int, int, int], most: int) -> list[list[list[int]]]:
-    """Return ranks as ``[layers][K, V][groups]``."""
+def _check_ranks(ranks: int | Ranks, shape: tuple[int | None, ...], most: int) -> list[list[list[int]]]:
+    """Return ranks as ``[layers][K, V][groups]``. shape: None for what may be any number."""
     try:
         given = np.asarray(ranks)
     except ValueError:  # lists of unequal lengths
         given = np.empty(0)
-    if given.dtype.kind not in "iu" or given.shape not in ((), shape):
-        raise SpecError(f"ranks: got {brief(ranks)}; must be one integer, or integers of shape {shape}")
+    whole = tuple(have if want is None else want for have, want in zip(given.shape, shape, strict=False))
+    one = given.ndim == 0 and None not in shape
+    if given.dtype.kind not in "iu" or not (one or (given.ndim == 3 and given.size and given.shape == whole)):
+        of = str(shape).replace("None", "any")
+        raise SpecError(
+            f"ranks: got {brief(ranks)}; must be {'one integer, or ' * (None not in shape)}integers of shape {of}"
+        )
     for at, rank in np.ndenumerate(given):
         if not 1 <= rank <= most:
             raise SpecError(f"ranks{list(at) or ''}: got {rank}; must be from 1 to {most}, the channels of a group")
-    return [[[int(rank) for rank in part] for part in layer] for layer in np.broadcast_to(given, shape)]
+    full = given if whole else np.broadcast_to(given, [want or 1 for want in shape])
+    return [[[int(rank) for rank in part] for part in layer] for layer in full]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from kvmem.errors import SpecError
-from kvmem.layouts.base import Layout
+from kvmem.layouts.base import Layout, check_spec
 from kvmem.layouts.reading import TokenReader
 from kvmem.spec import CacheSpec
 
@@ -20,6 +20,7 @@ class PlainKV(Layout):
 
     def __init__(self, spec: CacheSpec) -> None:
         """spec: K and V of each layer, as ``CacheSpec.kv()`` and ``CacheSpec.from_config()`` give it."""
+        check_spec(spec)
         for layer in range(spec.num_layers):
             groups = [(g.growth, *sorted(c.name for c in g.components)) for g in spec.groups if layer in g.layers]
             if groups != [("token", "k", "v")]:
@@ -35,6 +36,12 @@ class PlainKV(Layout):
     def derive(self, reader: TokenReader, first: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Views on the virtual backend, gathered on the paged one."""
         return reader.rows("k", first, end), reader.rows("v", first, end)
+
+    def derive_into(self, reader: TokenReader, first: int, end: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        """A copy."""
+        if k.dtype.itemsize == 1 or v.dtype.itemsize == 1:  # which saturates
+            return super().derive_into(reader, first, end, k, v)
+        k.copy_(reader.rows("k", first, end)), v.copy_(reader.rows("v", first, end))
 
     def span(self, reader: TokenReader) -> tuple[int, int]:
         """As ``Layout.span``, of the group that holds the layer: those of other groups have other windows."""

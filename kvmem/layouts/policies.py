@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from kvmem.arguments import brief, check_name, check_size
+from kvmem.arguments import brief, check_name, check_number, check_size
 from kvmem.errors import SpecError
 from kvmem.layouts.lanes import LaneSequence
 
@@ -68,6 +68,7 @@ def apply(
     if not isinstance(sequence, LaneSequence) or isinstance(policy, type) or not hasattr(policy, "keep"):
         got = f"{brief(policy)} and {brief(sequence)}"
         raise SpecError(f"policy, sequence: got {got}; must be a policy, and one sequence of a LaneCache")
+    scale = None if scale is None else check_number("scale", scale)
     (k, v), lengths = sequence.padded(layer), sequence.lengths(layer)
     positions = [sequence.positions(layer, head) for head in range(len(k))]
     given = PolicyInput(
@@ -105,9 +106,8 @@ class Gate(Policy):
     def __post_init__(self) -> None:
         check_name("name", self.name)
         if not callable(self.gate):
-            raise SpecError(f"gate: got {self.gate!r}; must be a callable, gate(layer, given) -> mask")
-        if not isinstance(self.threshold, (int, float)) or self.threshold != self.threshold:
-            raise SpecError(f"threshold: got {brief(self.threshold)}; must be a number")
+            raise SpecError(f"gate: got {brief(self.gate)}; must be a callable, gate(layer, given) -> mask")
+        check_number("threshold", self.threshold)
 
     def keep(self, layer: int, given: PolicyInput) -> torch.Tensor:
         found = self.gate(layer, given)

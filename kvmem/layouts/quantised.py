@@ -17,7 +17,7 @@ from kvmem.arguments import brief, check_bool, check_choice, check_size
 from kvmem.errors import SpecError
 from kvmem.kernels.write import to_cache_dtype
 from kvmem.layouts import bits as codec
-from kvmem.layouts.base import Layout
+from kvmem.layouts.base import Layout, check_spec
 from kvmem.layouts.reading import TokenReader
 from kvmem.spec import CacheSpec, Component, Group
 from kvmem.spec.dtypes import parse_dtype
@@ -39,10 +39,10 @@ class QuantisedKV(Layout):
     ==================  ==============================  ==========================================================
     float, 16 bits up   none                            ``k``: W floats
     float8              one, or one for each layer      ``k``: W bytes
-    intN                ``"token"``: of ``group_size``  ``k_codes``: W * N / 8 bytes; ``k_scales``: W / group_size
-                        channels of one token           scales, and as many zero points
-    intN                ``"channel"``: of the tokens    ``k_codes``: W * N / 8 bytes; ``k_scales``: W / block_size
-                        of a block in one channel       scales, and as many zero points
+    float8, intN        ``"token"``: of ``group_size``  ``k_codes``: W * N / 8 bytes; ``k_scales``: W / group_size
+                        channels of one token           scales, and for integers as many zero points
+    float8, intN        ``"channel"``: of the tokens    ``k_codes``: W * N / 8 bytes; ``k_scales``: W / block_size
+                        of a block in one channel       scales, and for integers as many zero points
     ==================  ==============================  ==========================================================
 
     The names of V begin with ``v``. KIVI's split is the default: K by channel, because a few channels of K are large in
@@ -55,10 +55,11 @@ class QuantisedKV(Layout):
     the tail of a new token; what an old one keeps is ``spec.groups[0].bytes_per_token``.
 
     Exact: incomplete blocks, and floats of the spec's dtype. Integers are off by half a scale at most
-    (``bits.quantise``). In 8 bits and less, what is out of range saturates; in incomplete blocks and longer floats it
-    is infinite, as in plain K and V. NaN stays NaN, and makes those that share its scale NaN.
-    ``attend`` and ``derive`` compute from what is stored, and dequantise every token that they read in each call: fewer
-    bytes, more arithmetic. Kernels of other packages read floats (``kernel_args``).
+    (``bits.quantise``), normal 8-bit floats by 1/16 (e4m3) or 1/8 (e5m2) of the number. In 8 bits and less, what is out
+    of range saturates; in incomplete blocks and longer floats it is infinite, as in plain K and V. NaN stays NaN, and
+    makes those that share its scale NaN, unless that was given. ``attend`` and ``derive`` compute from what is stored,
+    and dequantise every token that they read in each call: fewer bytes, more arithmetic. Kernels of other packages read
+    floats with one scale for each layer (``kernel_args``).
     """
 
     def __init__(
@@ -117,9 +118,12 @@ class QuantisedKV(Layout):
     def derive_into(self, reader: TokenReader, first: int, end: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """Without tensors in between for float32, unless heads are rotated."""
         for side, room in zip(self._sides, (k, v), strict=True):
-            found = side.derive(reader, first, end, room)
-            if found is not room:
-                room.copy_(to_cache_dtype(found, room.dtype))
+            pieces = [(first, end)] if side.writes(room.dtype) else self.tiles(first, end)
+            for begin, stop in pieces:
+                piece = room[begin - first : stop - first]
+                found = side.derive(reader, begin, stop, piece)
+                if found is not piece:
+                    piece.copy_(to_cache_dtype(found, room.dtype))
 
     def kernel_args(self, layer: int) -> dict[str, Any]:
         """``{"k_scale": float, "v_scale": float}`` for float8, as FlashInfer's ``run()`` takes them, and for
@@ -139,8 +143,7 @@ class QuantisedKV(Layout):
 
 def _plain_group(spec: CacheSpec) -> Group:
     """The only group of a spec of plain K and V."""
-    if not isinstance(spec, CacheSpec):
-        raise SpecError(f"spec: got {brief(spec)}; must be a CacheSpec, as CacheSpec.kv() gives it")
+    check_spec(spec)
     group = spec.groups[0]
     names = sorted(c.name for g in spec.groups for c in g.components)
     if len(spec.groups) > 1 or names != ["k", "v"] or group.window_tokens or group.growth != "token" or group.ragged:
@@ -167,13 +170,27 @@ class _How:
     group_size: int | None
 
 
-def _stored(group: Group, name: str, kind: object, scales: Scales | None, default: str, how: _How) -> _Stored:
-    plain, bits = group.component(name), _INTEGERS.get(str(kind).removeprefix("torch."))
-    if bits is None:
+def _stored(group: Group, name: str, given: object, scales: Scales | None, default: str, how: _How) -> _Stored:
+    plain, kind = group.component(name), _kind(name, given)
+    if isinstance(kind, torch.dtype) and not (kind in codec.FLOAT8 and isinstance(scales, str)):
         return _Floats(plain, kind, scales, group.layers)
     scales = default if scales is None else scales
     check_choice(f"{name}_scales", scales, ("token", "channel"))
-    return _PerToken(plain, bits, how) if scales == "token" else _PerChannel(plain, bits, how, group.block_size)
+    return _PerToken(plain, kind, how) if scales == "token" else _PerChannel(plain, kind, how, group.block_size)
+
+
+def _kind(name: str, given: object) -> codec.Kind:
+    """The bits of an integer, or a floating-point dtype."""
+    text = str(given) if isinstance(given, (str, torch.dtype)) else ""
+    if bits := _INTEGERS.get(text.removeprefix("torch.")):
+        return bits
+    try:
+        dtype = parse_dtype(given, name)  # type: ignore[arg-type]
+    except SpecError:
+        dtype = torch.uint8
+    if not dtype.is_floating_point:
+        raise SpecError(f"{name}: got {brief(given)}; must be one of {', '.join(_INTEGERS)}, or a floating-point dtype")
+    return dtype
 
 
 class _Stored(ABC):
@@ -197,19 +214,17 @@ class _Stored(ABC):
     def derive(self, reader: TokenReader, first: int, end: int, out: torch.Tensor | None = None) -> torch.Tensor:
         """out: where it may be written, if dtype and layout fit; then it is what is returned."""
 
+    def writes(self, dtype: torch.dtype) -> bool:
+        """Whether ``derive`` writes into an ``out`` of this dtype without tensors of its own."""
+        return dtype == torch.float32
+
 
 class _Floats(_Stored):
     """Floats; those of 8 bits are divided by a number. scales: by layer."""
 
-    def __init__(self, plain: Component, kind: object, scales: Scales | None, layers: Sequence[int]) -> None:
+    def __init__(self, plain: Component, dtype: torch.dtype, scales: Scales | None, layers: Sequence[int]) -> None:
         super().__init__(plain)
-        name, field = plain.name, f"{plain.name}_scales"
-        try:
-            self.dtype = parse_dtype(kind, name)  # type: ignore[arg-type]
-        except SpecError:
-            self.dtype = torch.uint8
-        if not self.dtype.is_floating_point:
-            raise SpecError(f"{name}: got {kind!r}; must be one of {', '.join(_INTEGERS)}, or a floating-point dtype")
+        self.dtype, name, field = dtype, plain.name, f"{plain.name}_scales"
         if scales is not None and self.dtype.itemsize > 1:
             raise SpecError(f"{field}: got {brief(scales)}; {name} is stored as {self.dtype}, which is not scaled")
         many: list[Any] = list(scales) if isinstance(scales, (list, tuple)) else [scales] * len(layers)
@@ -224,25 +239,30 @@ class _Floats(_Stored):
         return (replace(self.plain, dtype=self.dtype),)
 
     def encode(self, layer: int, x: torch.Tensor) -> Rows:
-        return {self.name: to_cache_dtype(x, self.dtype, scale=self.scales[layer], name=self.name)}
+        if self.dtype.itemsize > 1:
+            return {self.name: to_cache_dtype(x, self.dtype, name=self.name)}
+        return {self.name: codec.to_float8(x, self.dtype, self.scales[layer], name=self.name)}
 
     def derive(self, reader: TokenReader, first: int, end: int, out: torch.Tensor | None = None) -> torch.Tensor:
         rows = reader.rows(self.name, first, end)
         return codec.from_float8(rows, self.scales[reader.layer], out=out) if self.dtype.itemsize == 1 else rows
 
+    def writes(self, dtype: torch.dtype) -> bool:
+        return dtype == (torch.float32 if self.dtype.itemsize == 1 else self.dtype)
 
-class _Integers(_Stored):
-    """Packed codes, and scales with zero points. scale_width: how many of both a token and head has."""
+
+class _Grouped(_Stored):
+    """Packed codes, and scales of groups of numbers. scale_width: how many, zero points too, a token and head has."""
 
     scale_width: int
 
-    def __init__(self, plain: Component, bits: int, how: _How) -> None:
+    def __init__(self, plain: Component, kind: codec.Kind, how: _How) -> None:
         super().__init__(plain)
-        self._bits, self._how = bits, how
-        if self.width * bits % 8:
+        self._kind, self._how, self._bits = kind, how, kind if isinstance(kind, int) else 8
+        if self.width * self._bits % 8:
             raise SpecError(
-                f"{self.name}: got int{bits} for a width of {self.width}, which leaves part of a byte: use int8, or a "
-                f"width that is a multiple of {8 // math.gcd(8, bits)}"
+                f"{self.name}: got int{kind} for a width of {self.width}, which leaves part of a byte: use int8, or a "
+                f"width that is a multiple of {8 // math.gcd(8, self._bits)}"
             )
         if how.rotate:
             codec.hadamard(self.width, field="head_dim")  # refuses a width of which there is none
@@ -259,35 +279,38 @@ class _Integers(_Stored):
         h = _rotation(self.width, x.device)
         return x.float() @ (h.T if back else h)
 
+    def writes(self, dtype: torch.dtype) -> bool:
+        return super().writes(dtype) and not self._how.rotate
 
-class _PerToken(_Integers):
+
+class _PerToken(_Grouped):
     """A scale is that of some channels of one token."""
 
-    def __init__(self, plain: Component, bits: int, how: _How) -> None:
-        super().__init__(plain, bits, how)
+    def __init__(self, plain: Component, kind: codec.Kind, how: _How) -> None:
+        super().__init__(plain, kind, how)
         self._size = self.width if how.group_size is None else check_size("group_size", how.group_size)
         if self.width % self._size:
             near = _nearest_divisor(self.width, self._size)
             raise SpecError(f"group_size: got {self._size}, which does not divide the width {self.width}: use {near}")
-        self.scale_width = self.width // self._size * 2
+        self.scale_width = self.width // self._size * codec.parts_of(kind)
 
     def encode(self, layer: int, x: torch.Tensor) -> Rows:
-        found = codec.quantise_rows(self.rotated(x), self._bits, size=self._size, scale_dtype=self._how.scale_dtype)
+        found = codec.quantise_rows(self.rotated(x), self._kind, size=self._size, scale_dtype=self._how.scale_dtype)
         return dict(zip((f"{self.name}_codes", f"{self.name}_scales"), found, strict=True))
 
     def derive(self, reader: TokenReader, first: int, end: int, out: torch.Tensor | None = None) -> torch.Tensor:
         codes, scales = (reader.rows(f"{self.name}_{part}", first, end) for part in ("codes", "scales"))
-        return self.rotated(codec.dequantise_rows(codes, scales, self._bits, size=self._size, out=out), back=True)
+        return self.rotated(codec.dequantise_rows(codes, scales, self._kind, size=self._size, out=out), back=True)
 
 
-class _PerChannel(_Integers):
+class _PerChannel(_Grouped):
     """A scale is that of one channel of a block's tokens. The scales and zero points of a block, ``[heads, n]``, lie in
     its rows as ``[block_size, heads, n / block_size]``, so that a block holds all that it takes to read it.
     """
 
-    def __init__(self, plain: Component, bits: int, how: _How, block_size: int) -> None:
-        super().__init__(plain, bits, how)
-        self._size, count = block_size, self.width * 2
+    def __init__(self, plain: Component, kind: codec.Kind, how: _How, block_size: int) -> None:
+        super().__init__(plain, kind, how)
+        self._size, count = block_size, self.width * codec.parts_of(kind)
         if count % block_size:
             raise SpecError(
                 f"block_size: got {block_size}; by channel, the {count} scales and zero points of a head of "
@@ -302,9 +325,8 @@ class _PerChannel(_Integers):
         return {f"{self.name}_tail": x.to(self.plain.dtype)}
 
     def encode_blocks(self, tail: torch.Tensor) -> Rows:
-        codes, scales = codec.quantise_blocks(self.rotated(tail), self._bits, scale_dtype=self._how.scale_dtype)
-        spread = scales.view(len(tail), -1, self._size, self.scale_width).transpose(1, 2)
-        return {f"{self.name}_codes": codes, f"{self.name}_scales": spread}
+        found = codec.quantise_blocks(self.rotated(tail), self._kind, scale_dtype=self._how.scale_dtype)
+        return dict(zip((f"{self.name}_codes", f"{self.name}_scales"), found, strict=True))
 
     def derive(self, reader: TokenReader, first: int, end: int, out: torch.Tensor | None = None) -> torch.Tensor:
         dtype = torch.promote_types(self.plain.dtype, torch.float32)
@@ -313,23 +335,19 @@ class _PerChannel(_Integers):
         if out is None or out.dtype != dtype:
             out = torch.empty(end - first, codes.shape[1], self.width, dtype=dtype, device=codes.device)
         if first < split:
-            room = out[: split - first]
-            found = self._blocks(reader, codes, first, split, room)
-            if found is not room:
-                room.copy_(found)
+            blocks, room = (
+                (first // self._size * self._size, -(-split // self._size) * self._size),
+                out[: split - first],
+            )
+            scales = reader.rows(f"{self.name}_scales", *blocks)
+            found = codec.dequantise_blocks(
+                codes, scales, self._kind, size=self._size, skip=first - blocks[0], out=room
+            )
+            if self._how.rotate or found is not room:
+                room.copy_(self.rotated(found, back=True))
         if split < end:
             out[split - first :] = reader.rows(f"{self.name}_tail", split, end)
         return out
-
-    def _blocks(
-        self, reader: TokenReader, codes: torch.Tensor, first: int, end: int, out: torch.Tensor
-    ) -> torch.Tensor:
-        """Tokens ``[first, end)``, all of complete blocks."""
-        blocks, ids = reader.blocks(f"{self.name}_scales", first // self._size, -(-end // self._size))
-        found = blocks[ids].transpose(1, 2).flatten(-2)
-        reader.count_read(f"{self.name}_scales", found.numel() * found.element_size())
-        found = codec.dequantise_blocks(codes, found, self._bits, size=self._size, skip=first % self._size, out=out)
-        return self.rotated(found, back=True)
 
 
 @lru_cache(maxsize=16)

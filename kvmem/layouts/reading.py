@@ -9,49 +9,85 @@ import torch
 
 from kvmem.allocator import Allocator, Batch
 from kvmem.allocator.batch import GroupBatch
+from kvmem.arguments import brief, check_members
 from kvmem.errors import SpecError
 from kvmem.kernels.checks import as_bytes, flat_tokens, plain
 
-__all__ = ["ByteRanges", "TokenReader", "check_batch_of", "read_set", "read_tokens"]
+__all__ = ["ByteRanges", "Held", "TokenReader", "check_batch_of", "read_set"]
 
 
 def check_batch_of(alloc: Allocator, batch: object, kind: type[GroupBatch], field: str = "batch") -> None:
     """``SpecError`` unless the batch is of this kind and filled by this allocator; ``StaleHandle`` if not current."""
     if not isinstance(batch, kind) or batch._core is not alloc.core:
-        raise SpecError(f"{field}: got {batch!r:.200}; must be a batch of this allocator: alloc.batch(sequences)")
+        raise SpecError(f"{field}: got {brief(batch)}; must be a batch of this allocator: alloc.batch(sequences)")
     batch.check_current()
+
+
+class Held:
+    """One component of a layer, as the rows of a batch hold it until the batch is refilled.
+
+    group: the batch of the component's group. blocks: ``[num_blocks, block_size, heads, width]``.
+    """
+
+    def __init__(self, alloc: Allocator, batch: Batch, layer: int, component: str) -> None:
+        self.group = group = batch.group(alloc.spec.group_of(layer, component))
+        self.blocks = plain(alloc.tensor(layer, component))
+        self._firsts, self._lengths = group.first_tokens_cpu.numpy(), group.seq_lens_cpu.numpy()
+        self._starts = None if group.row_starts_cpu is None else group.row_starts_cpu.numpy()
+        self._tokens = flat_tokens(self.blocks)
+
+    def span(self, row: int) -> tuple[int, int]:
+        """Return the tokens that a row holds, ``[first, end)``."""
+        return int(self._firsts[row]), int(self._lengths[row])
+
+    def tokens(self, row: int, first: int, end: int) -> torch.Tensor:
+        """Return tokens ``[first, end)`` of a row, ``[n, heads, width]``: a view on the virtual backend."""
+        if self._starts is not None:
+            start = int(self._starts[row])
+            return self._tokens[start + first : start + end]
+        size = self.group.block_size
+        ids = self.group.block_table[row, first // size : -(-end // size)]
+        found = as_bytes(self.blocks).index_select(0, ids).view(self.blocks.dtype)
+        return found.flatten(0, 1)[first % size : first % size + end - first]
 
 
 class TokenReader:
     """One row of a batch, until it is refilled, and one layer. What is read is counted in the allocator's ledger.
 
     layer. first: the first token that is held, 0 without a sliding window. length: tokens of the sequence, this step's
-    included. block_size: of the batch's own group, as ``first`` and ``length``.
+    included. block_size: of the batch's own group, as ``first`` and ``length``. device: of the cache.
     """
 
-    def __init__(self, alloc: Allocator, batch: Batch, layer: int, row: int) -> None:
+    def __init__(
+        self, alloc: Allocator, batch: Batch, layer: int, row: int, held: dict[str, Held] | None = None
+    ) -> None:
+        """held: by component, found on first use; the readers of a batch and layer may share it."""
         self._alloc, self._batch, self._row = alloc, batch, row
-        self.layer = layer
+        self._held: dict[str, Held] = {} if held is None else held
+        self.layer, self.device = layer, alloc.device
         self.block_size = batch.block_size
         self.first, self.length = int(batch.first_tokens_cpu[row]), int(batch.seq_lens_cpu[row])
 
     def span(self, component: str) -> tuple[int, int]:
         """Return the tokens of a component that the sequence holds, ``[first, end)``, which differ by group."""
-        group = self._group(component)
-        return int(group.first_tokens_cpu[self._row]), int(group.seq_lens_cpu[self._row])
+        return self._of(component).span(self._row)
 
-    def rows(self, component: str, first: int = 0, end: int | None = None) -> torch.Tensor:
+    def rows(
+        self, component: str, first: int = 0, end: int | None = None, *, count: bool = True
+    ) -> torch.Tensor:  # fmt: skip
         """Return tokens ``[first, end)`` of a component, ``[n, heads, width]``: a view on the virtual backend, gathered
-        blocks on the paged one. end: default all. A state of fixed size is one token. ``SpecError`` for tokens that
-        the sequence does not hold, such as those out of window, whose memory may be unmapped.
+        blocks on the paged one. end: default all. A state of fixed size is one token. count: False for a caller that
+        counts what it reads by itself. ``SpecError`` for tokens that the sequence does not hold, such as those out of
+        window, whose memory may be unmapped.
         """
-        group = self._group(component)
-        held, length = self.span(component)
+        part = self._of(component)
+        held, length = part.span(self._row)
         end = length if end is None else end
         if not held <= first <= end <= length:
             raise SpecError(f"{component}: got tokens [{first}, {end}); the sequence holds [{held}, {length})")
-        found = read_tokens(self._alloc, group, self.layer, component, self._row, first, end)
-        self.count_read(component, found.numel() * found.element_size())
+        found = part.tokens(self._row, first, end)
+        if count:
+            self.count_read(component, found.numel() * found.element_size())
         return found
 
     def blocks(self, component: str, first: int = 0, end: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -59,31 +95,19 @@ class TokenReader:
         this sequence's blocks ``[first, end)``. end: default the complete ones. Nothing is counted: the caller reads a
         part of these blocks and calls ``count_read``.
         """
-        group = self._group(component)
-        end = int(group.seq_lens_cpu[self._row]) // group.block_size if end is None else end
-        return plain(self._alloc.tensor(self.layer, component)), group.block_table[self._row, first:end].long()
+        part = self._of(component)
+        end = part.span(self._row)[1] // part.group.block_size if end is None else end
+        return part.blocks, part.group.block_table[self._row, first:end].long()
 
     def count_read(self, component: str, bytes: int) -> None:
         """Add to ``alloc.ledger.read``."""
         self._alloc.ledger.count_read(component, bytes)
 
-    def _group(self, component: str) -> GroupBatch:
+    def _of(self, component: str) -> Held:
         self._batch.check_current()
-        return self._batch.group(self._alloc.spec.group_of(self.layer, component))
-
-
-def read_tokens(
-    alloc: Allocator, group: GroupBatch, layer: int, component: str, row: int, first: int, end: int
-) -> torch.Tensor:
-    """Return tokens ``[first, end)`` of a row of a batch, ``[n, heads, width]``; group: that of the component."""
-    blocks = alloc.tensor(layer, component)
-    if group.row_starts_cpu is not None:
-        start = int(group.row_starts_cpu[row])
-        return flat_tokens(blocks)[start + first : start + end]
-    size = group.block_size
-    ids = group.block_table[row, first // size : -(-end // size)]
-    found = as_bytes(plain(blocks)).index_select(0, ids).view(blocks.dtype)
-    return found.flatten(0, 1)[first % size : first % size + end - first]
+        if component not in self._held:
+            self._held[component] = Held(self._alloc, self._batch, self.layer, component)
+        return self._held[component]
 
 
 @dataclass(frozen=True)
@@ -112,7 +136,10 @@ def read_set(alloc: Allocator, batch: Batch, layer: int, components: tuple[str, 
     will read. Ranges that touch are joined: K and V side by side (``interleave="all"`` with one layer, or the whole
     rows of ``"none"``) make one range. Errors: as ``check_batch_of``. Cost: linear in tokens and components.
     """
+    if not isinstance(alloc, Allocator):
+        raise SpecError(f"alloc: got {brief(alloc)}; must be an Allocator")
     check_batch_of(alloc, batch, Batch)
+    components = check_members("components", components, str)
     begins, ends = [], []
     for row in range(len(batch.buffers.handles)):
         parts = [_token_ranges(alloc, batch, layer, component, row) for component in components]

@@ -149,7 +149,8 @@ def check_combination(layout: str, *features: str) -> None:
     """Raise ``SpecError``, with the reason and what works instead, for the first of ``features`` that the layout cannot
     be combined with. layout: a name of ``LAYOUTS``; features: names of ``FEATURES``.
 
-    Constructors refuse the same when a spec is made; this answers before there are weights.
+    This answers before there are weights. ``tests/layouts/test_registry.py`` lists what else refuses each: most a
+    constructor, some ``LayoutCache`` or ``kernel_args``; what no argument can ask for, nothing.
     """
     entry = find(layout)
     for feature in features:

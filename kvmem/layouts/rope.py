@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from kvmem.arguments import brief, check_choice, check_size
+from kvmem.arguments import brief, check_choice, check_count, check_number, check_size
 from kvmem.errors import SpecError
 from kvmem.layouts.attention import compute_dtype, described
 from kvmem.spec.model_families import NO_ROPE, UNROTATED
@@ -38,17 +38,16 @@ class Rope:
     def __init__(self, inv_freq: torch.Tensor, factor: float = 1.0) -> None:
         if not isinstance(inv_freq, torch.Tensor) or inv_freq.ndim != 1 or not len(inv_freq):
             raise SpecError(f"inv_freq: got {described(inv_freq)}; must be a tensor [rotary_dim / 2]")
-        if not isinstance(factor, (int, float)) or not (0 < factor < math.inf and inv_freq.isfinite().all()):
-            raise SpecError(
-                f"inv_freq, factor: got {inv_freq!r:.99}, {factor!r}; must be finite, and the factor above 0"
-            )
-        self.inv_freq, self.factor = inv_freq.double(), float(factor)
+        if not inv_freq.isfinite().all():
+            raise SpecError(f"inv_freq: got {inv_freq!r:.99}; must be finite")
+        self.inv_freq, self.factor = inv_freq.double(), check_number("factor", factor, above=0)
 
     @classmethod
     def default(cls, head_dim: int, *, theta: float = 10_000.0) -> Rope:
         """Return the plain form: pair i turns by ``theta ** (-2 i / head_dim)`` each position. head_dim: even."""
-        if check_size("head_dim", head_dim, 2) % 2 or not isinstance(theta, (int, float)) or not 0 < theta < math.inf:
-            raise SpecError(f"head_dim, theta: got {head_dim}, {theta!r}; must be even, and a finite number above 0")
+        if check_size("head_dim", head_dim, 2, 1 << 20) % 2:
+            raise SpecError(f"head_dim: got {head_dim}; must be even")
+        theta = check_number("theta", theta, above=0)
         return cls(theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim))
 
     @classmethod
@@ -100,7 +99,9 @@ class Rope:
 
     def shift(self, x: torch.Tensor, by: torch.Tensor | int) -> torch.Tensor:
         """Return rotated keys as if ``by`` positions later, an int or ints ``[T]``. Short dtypes are rounded again."""
-        positions = torch.full(x.shape[:1], by) if isinstance(by, int) else by
+        if not isinstance(x, torch.Tensor):
+            raise SpecError(f"x: got {described(x)}; must be floats [T, heads, width]")
+        positions = by if isinstance(by, torch.Tensor) else torch.full((len(x),), check_count("by", by))
         return self._turn(x, positions, self.inv_freq, 1.0)
 
     def _turn(self, x: torch.Tensor, positions: Any, angle: torch.Tensor, factor: float) -> torch.Tensor:
@@ -118,7 +119,7 @@ class Rope:
         return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
 
 
-def check_rope(rope: object, head_dim: int) -> None:
+def check_rope(rope: object, head_dim: float = math.inf) -> None:
     """``SpecError`` unless rope is None, or a ``Rope`` that turns no more elements than a head has."""
     turned = 2 * len(rope.inv_freq) if isinstance(rope, Rope) else type(rope).__name__
     if rope is not None and (isinstance(turned, str) or turned > head_dim):

@@ -9,7 +9,7 @@ from typing import Any, Final, Literal, get_args
 
 import torch
 
-from kvmem.arguments import check_choice, check_size
+from kvmem.arguments import brief, check_choice, check_number, check_size
 from kvmem.errors import SpecError
 from kvmem.kernels.merge import merge_levels
 from kvmem.layouts.attention import Partial, attend_tile, compute_dtype, described
@@ -57,6 +57,9 @@ class Projection:
     @classmethod
     def of(cls, k: torch.nn.Linear, v: torch.nn.Linear) -> Projection:
         """Return the projection of a model's two layers, whose ``weight`` is the transpose of ``w_k`` and ``w_v``."""
+        for name, layer in (("k", k), ("v", v)):
+            if not isinstance(layer, torch.nn.Module) or not isinstance(layer.weight, torch.Tensor):
+                raise SpecError(f"{name}: got {brief(layer)}; must be a torch.nn.Linear, or another module like it")
         return cls(k.weight.T, v.weight.T, k.bias, v.bias)
 
 
@@ -86,6 +89,7 @@ def fold(
     determine V (GQA, MQA); and for a condition number above ``max_cond``, as a singular ``w_k`` has.
     """
     layer, (inputs, columns) = Projection(w_k, w_v, b_k, b_v), w_k.shape
+    max_cond = check_number("max_cond", max_cond, above=0, most=float("inf"))
     if columns < inputs:
         raise SpecError(f"w_k: got {columns} columns for {inputs} rows; K does not determine V (GQA, MQA): store both")
     q, r = torch.linalg.qr(layer.w_k.double().T)  # w_k = r.T @ q.T: the inverse without squaring its condition number
@@ -104,8 +108,11 @@ class _Folding(Layout):
     def _check(self, layers: Sequence[Projection], head_dim: int, dtype: torch.dtype, order: Order) -> None:
         self.head_dim, self.order = check_size("head_dim", head_dim), order
         check_choice("order", order, get_args(Order))
-        if dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-            raise SpecError(f"dtype: got {dtype}; a derived V amplifies its rounding: store torch.float16 or wider")
+        known = torch.float16, torch.bfloat16, torch.float32, torch.float64
+        if not isinstance(dtype, torch.dtype) or dtype not in known:
+            raise SpecError(
+                f"dtype: got {brief(dtype)}; a derived V amplifies its rounding: store torch.float16 or wider"
+            )
         if not isinstance(layers, (tuple, list)) or not all(isinstance(x, Projection) for x in layers or (None,)):
             raise SpecError(f"layers: got {described(layers)}; needs a Projection for each")
         self._weights_dtype = torch.float64 if dtype == torch.float64 else torch.float32
@@ -164,10 +171,13 @@ class SlimK(_Folding):
         """
         self._check(layers, head_dim, dtype, order)
         check_rope(rope, head_dim)
+        if k_norm is not None and not callable(k_norm):
+            raise SpecError(f"k_norm: got {brief(k_norm)}; must be None, or a callable, k_norm(layer, k)")
         self.num_heads, self.rope, self._k_norm = check_size("num_heads", num_heads), rope, k_norm
         for number, layer in enumerate(layers):
             self._check_layer(f"layers[{number}]", layer, layers[0].w_v.shape[1])
-        limit = min(4 / torch.finfo(dtype).eps if max_cond is None else max_cond, _MAX_COND)
+        given = 4 / torch.finfo(dtype).eps if max_cond is None else max_cond
+        limit = min(check_number("max_cond", given, above=0, most=float("inf")), _MAX_COND)
         self.conds: tuple[float, ...] = ()
         self._weights: dict[int, tuple[torch.Tensor, ...]] = {}
         for number, layer in enumerate(layers):
@@ -263,7 +273,14 @@ class _Inputs(_Folding):
 
     component: str
 
-    def _set_layers(self, layers: _Layers, head_dim: int, dtype: torch.dtype, order: Order) -> None:
+    def _set_layers(
+        self, layers: _Layers, head_dim: int, dtype: torch.dtype, order: Order, rope: Rope | None
+    ) -> None:  # fmt: skip
+        if rope is not None:
+            name = type(self).__name__
+            raise SpecError(
+                f"rope: {name} multiplies q by w_k, and a rotation stands between them: use SlimK, or K and V"
+            )
         self._check(list(layers.values()) if isinstance(layers, Mapping) else layers, head_dim, dtype, order)
         numbered = layers if isinstance(layers, Mapping) else dict(enumerate(layers))
         self._width = next(iter(numbered.values())).w_k.shape[0]
@@ -321,9 +338,7 @@ class SlimX(_Inputs):
         """layers: one projection for each layer. dtype: of the cache. order: as for ``SlimK``. ``SpecError`` for a
         model with ``rope``, and where K and V have no more elements than the input.
         """
-        if rope is not None:
-            raise SpecError("rope: SlimX multiplies q by w_k, and a rotation stands between them: use SlimK")
-        self._set_layers(layers, head_dim, dtype, order)
+        self._set_layers(layers, head_dim, dtype, order, rope)
         if (both := min(layer.w_k.shape[1] + layer.w_v.shape[1] for layer in layers)) <= self._width:
             raise SpecError(f"layers: got {both} elements of K and V for {self._width} of x, no more: store K and V")
         part = Component("x", width=self._width, dtype=dtype)
@@ -342,14 +357,15 @@ class SharedEncoder(_Inputs):
 
     def __init__(
         self, layers: Mapping[int, Projection], *, head_dim: int, decoder: Layout, dtype: torch.dtype,
-        max_tokens: int | None = None, order: Order = "auto",
+        max_tokens: int | None = None, rope: Rope | None = None, order: Order = "auto",
     ) -> None:  # fmt: skip
         """layers: the projection of cross attention by layer. decoder: the layout of self attention. dtype: of the
-        encoder output. max_tokens: of the encoder (Whisper: 1,500). order: as for ``SlimK``.
+        encoder output. max_tokens: of the encoder (Whisper: 1,500). order: as for ``SlimK``. ``SpecError`` for a model
+        that rotates K of cross attention (``rope``).
         """
         if not isinstance(layers, Mapping) or not isinstance(decoder, Layout):
             raise SpecError(f"layers, decoder: got {described((layers, decoder))}; must be a dict and a Layout")
-        self._set_layers(dict(sorted(layers.items())), head_dim, dtype, order)
+        self._set_layers(dict(sorted(layers.items())), head_dim, dtype, order, rope)
         part = Component("enc", width=self._width, dtype=dtype, scope="shared", growth="prefill")
         encoder = Group("encoder", (part,), tuple(self._weights), max_tokens=max_tokens)
         self.group, self.decoder = len(decoder.spec.groups), copy.copy(decoder)

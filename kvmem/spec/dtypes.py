@@ -6,6 +6,7 @@ from typing import Final
 
 import torch
 
+from kvmem.arguments import brief
 from kvmem.errors import SpecError
 
 # With the exponent bits of floating-point types, because the first bit plane must hold a whole exponent.
@@ -34,7 +35,7 @@ def parse_dtype(value: torch.dtype | str, field: str = "dtype") -> torch.dtype:
         name = value.removeprefix("torch.")
         if (name := _ALIASES.get(name, name)) in _DTYPES:
             return _DTYPES[name]
-    raise SpecError(f"{field}: got {value!r}; a cache holds one of {', '.join(_DTYPES)}")
+    raise SpecError(f"{field}: got {brief(value)}; a cache holds one of {', '.join(_DTYPES)}")
 
 
 def dtype_name(dtype: torch.dtype) -> str:

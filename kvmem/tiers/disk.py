@@ -10,7 +10,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Final
 from weakref import finalize
@@ -21,7 +21,7 @@ from kvmem.tiers.base import Buffer, Capacity, Result, Status, Tier, check_batch
 from kvmem.tiers.checksum import checksum
 from kvmem.tiers.disk_moves import Clear, Read, ReadHeader, Scratch, Write
 from kvmem.tiers.fault_log import FaultLog
-from kvmem.tiers.file_io import DEPTH, PAGE, PageIO, open_io, pages
+from kvmem.tiers.file_io import DEPTH, PAGE, Move, PageIO, open_io, pages
 from kvmem.tiers.files import Files
 from kvmem.tiers.keys import KEY_BYTES
 from kvmem.tiers.segments import Folder, Geometry, Segment
@@ -256,12 +256,12 @@ class DiskTier(Tier):
                 else:
                     results[i] = Result(Status.FULL, reason=f"the payload has {len(buffer)} bytes, a slot {most}")
             while moves := self._take(keys, buffers, waiting):
-                self._io.run(list(moves.values()))
+                segments = self._write(moves)
                 lost = list[int | None]()
                 for i, move in moves.items():
                     results[i] = self._was_written(move, lost)
                 self._clear(lost)
-                self._announce({move.fd for move in moves.values()})
+                self._announce(segments)
             return results
 
     def _take(self, keys: Sequence[bytes], buffers: Sequence[Buffer], waiting: deque[int]) -> dict[int, Write]:
@@ -273,7 +273,6 @@ class DiskTier(Tier):
                 record = Record(keys[i], len(buffers[i]), self._index.next_stamp())
                 segment, offset = self._folder.place(slot)
                 assert segment is not None
-                segment.dirty = True
                 moves[i] = Write(segment.fd, offset, self._scratch, slot, record, buffers[i])
         return moves
 
@@ -287,9 +286,20 @@ class DiskTier(Tier):
         full = move.error.errno in (errno.ENOSPC, errno.EDQUOT)
         return Result(Status.FULL if full else Status.FAILED, reason=reason)
 
-    def _announce(self, fds: set[int]) -> None:
+    def _write(self, moves: Mapping[int, Move]) -> list[Segment]:
+        """Run the moves, and return the segments that they write."""
+        fds = {move.fd for move in moves.values()}
+        segments = [segment for segment in self._folder.segments.values() if segment.fd in fds]
+        for segment in segments:
+            segment.dirty = True
+        self._io.run(list(moves.values()))
+        for segment in segments:
+            segment.dirty = True  # again: a sync that began meanwhile need not cover the write
+        return segments
+
+    def _announce(self, segments: list[Segment]) -> None:
         try:
-            self._folder.announce([one for one in self._folder.segments.values() if one.fd in fds])
+            self._folder.announce(segments)
         except OSError as error:
             self._log.warn("announce", f"readers will not see new blocks: {error}")
 
@@ -299,9 +309,8 @@ class DiskTier(Tier):
         for slot in slots:
             segment, offset = (None, 0) if slot is None else self._folder.place(slot)
             if slot is not None and segment is not None:
-                segment.dirty = True
                 moves[slot] = Clear(segment.fd, offset)
-        self._io.run(list(moves.values()))
+        self._write(moves)
         error = None
         with self._lock:
             for slot, move in moves.items():
@@ -326,9 +335,8 @@ class DiskTier(Tier):
                 found = {self._index.empty(slot).key for slot in slots}
                 stuck, self._stuck = self._stuck, set()
             failed = self._clear([*slots, *stuck])
-            if (
-                error := self._sync() or failed
-            ):  # the sync is also for what was evicted: its slot may have the old block
+            error = self._sync() or failed  # synced also for evicted blocks, which may not be overwritten yet
+            if error is not None:
                 reason = f"it may come back with the next opening: {error}"
                 return [Result(Status.FAILED, reason=reason)] * len(keys)
             answers = dict.fromkeys(found, Result(Status.OK))

@@ -67,7 +67,8 @@ class MooncakeTier(RemoteTier):
     def _probe(self, host: str, port: int) -> None:
         """Raise ``TierError`` unless a master is there: the client would try for minutes, and hold the GIL meanwhile.
 
-        A master hangs up on what is not its protocol. One that is stuck accepts, and says nothing.
+        A master hangs up on what is not its protocol. One that is stuck accepts, and says nothing. (One that gets stuck
+        after this answer holds the caller as long as Mooncake does.)
         """
         try:
             with socket.create_connection((host, port), self._seconds) as probe:

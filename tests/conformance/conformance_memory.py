@@ -120,7 +120,7 @@ def test_fresh_memory_reads_zero(make: Make) -> None:
         seq.extend(150)
         for g in range(len(alloc.spec.groups)):
             if alloc.core.tokens(seq.id, g):
-                assert all(not found.any() for found in by_sequence(alloc, seq.id, g))
+                assert all(not found.any() for found in by_sequence(alloc, [seq.id], g))
 
 
 def test_always_zero_hides_the_last_owner(make: Make) -> None:
@@ -130,13 +130,13 @@ def test_always_zero_hides_the_last_owner(make: Make) -> None:
     assert pair.extend({new: 100})
     for g in range(len(pair.model.groups)):
         if pair.model.sequences[new][g].tokens:
-            assert all(not found.any() for found in by_sequence(pair.alloc, new, g))
+            assert all(not found.any() for found in by_sequence(pair.alloc, [new], g))
     pair.free([b])
     pair.trim()
     assert pair.extend({new: 60})
     main = pair.model.main
     assert all(
-        not found[pair.model.sequences[new][main].first + 100 :].any() for found in by_sequence(pair.alloc, new, main)
+        not found[pair.model.sequences[new][main].first + 100 :].any() for found in by_sequence(pair.alloc, [new], main)
     )
 
 

@@ -37,15 +37,15 @@ def values(layer: int, ids: torch.Tensor, positions: torch.Tensor) -> tuple[torc
 
 def _integers(x: np.ndarray, bits: int, axis: int, scale_dtype: type[np.floating]) -> np.ndarray:
     """Float64 of float32 x after rounding to integers that span least to largest along an axis."""
-
-    def upward(y: np.ndarray) -> np.ndarray:
-        near = y.astype(scale_dtype)
-        return np.where(near < y, np.nextafter(near, scale_dtype(np.inf)), near).astype(np.float32)
-
-    zero = -upward(-x.min(axis, keepdims=True))
-    scale = upward((x.max(axis, keepdims=True) - zero) / np.float32(2**bits - 1))
+    zero = -_upward(-x.min(axis, keepdims=True), scale_dtype)
+    scale = _upward((x.max(axis, keepdims=True) - zero) / np.float32(2**bits - 1), scale_dtype)
     codes = np.rint((x - zero) * (np.float32(1) / np.where(scale > 0, scale, np.float32(1))))
     return codes.astype(np.float64) * scale + zero
+
+
+def _upward(y: np.ndarray, scale_dtype: type[np.floating]) -> np.ndarray:
+    near = y.astype(scale_dtype)
+    return np.where(near < y, np.nextafter(near, scale_dtype(np.inf)), near).astype(np.float32)
 
 
 def by_token(
@@ -57,11 +57,21 @@ def by_token(
 
 def by_channel(x: torch.Tensor, bits: int, block: int = BLOCK) -> torch.Tensor:
     """Whole blocks; the rest as it is."""
+    return by_blocks(lambda blocks: torch.from_numpy(_integers(blocks.numpy(), bits, 1, np.float16)), x, block)
+
+
+def by_blocks(rounded: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, block: int = BLOCK) -> torch.Tensor:
     whole = len(x) // block * block
-    blocks = x[:whole].float().numpy().reshape(-1, block, *x.shape[1:])
-    return torch.cat(
-        [torch.from_numpy(_integers(blocks, bits, 1, np.float16)).reshape(x[:whole].shape), x[whole:].double()]
-    )
+    blocks = x[:whole].float().reshape(-1, block, *x.shape[1:])
+    return torch.cat([rounded(blocks).reshape(x[:whole].shape), x[whole:].double()])
+
+
+def own_scale(x: torch.Tensor, dtype: torch.dtype, axis: int) -> torch.Tensor:
+    """Float64 of x after rounding to 8-bit floats, the largest along an axis to the largest of the dtype."""
+    scale = _upward((x.float().abs().amax(axis, keepdim=True) / torch.finfo(dtype).max).numpy(), np.float16)
+    scale = torch.from_numpy(scale)
+    codes = (x.float() * (1 / scale.where(scale > 0, 1))).clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max)
+    return codes.to(dtype).double() * scale
 
 
 def eight_bits(x: torch.Tensor, dtype: torch.dtype, scale: float) -> torch.Tensor:
@@ -90,6 +100,11 @@ ALL: dict[str, tuple[dict[str, Any], Meaning, Meaning, int]] = {
         {"k": "fp8_e4m3", "v": "fp8_e4m3", "k_scales": 0.02, "v_scales": V_SCALES},
         lambda _, k: eight_bits(k, FP8, 0.02), lambda layer, v: eight_bits(v, FP8, V_SCALES[layer]), 2 * 16,
     ),
+    "fp8 by channel and token": (
+        {"k": "fp8_e4m3", "v": "fp8_e5m2", "k_scales": "channel", "v_scales": "token", "group_size": 8},
+        lambda _, k: by_blocks(lambda x: own_scale(x, FP8, 1), k),
+        lambda _, v: own_scale(v.unflatten(-1, (2, 8)), torch.float8_e5m2, -1).flatten(-2), (16 + 4) + (16 + 4),
+    ),
     "fp8_e5m2 and bf16": (
         {"k": "fp8_e5m2", "v": "bfloat16"}, lambda _, k: eight_bits(k, torch.float8_e5m2, 1.0),
         lambda _, v: v.bfloat16().double(), 16 + 2 * 16,
@@ -109,6 +124,7 @@ def _case(name: str) -> Case:
     return Case(
         name, layout, query_heads=2 * HEADS, head_dim=WIDTH, values=values, plain=plain, tolerance=1e-5,
         plain_bytes=plain_bytes, ratio=plain_bytes / (LAYERS * HEADS * bytes), blockwise=bool(layout.tail(0)),
+        extra={"sizes": {"page_bytes": 12288}} if "by channel and token" in name else {},  # whole blocks of 1,536 bytes
     )  # fmt: skip
 
 

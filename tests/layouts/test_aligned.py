@@ -7,8 +7,9 @@ import torch
 from aligned_cases import Held, flip_unread, record, spec
 
 from kvmem import CacheSpec, Component, Group, SpecError
-from kvmem.layouts.aligned import FORMATS, AlignedKV, join_planes, key_levels, split_planes, value_levels
+from kvmem.layouts.aligned import AlignedKV, key_levels, value_levels
 from kvmem.layouts.attention import attend_tile
+from kvmem.layouts.planes import FORMATS, join_planes, split_planes
 
 HALF, BRAIN = torch.float16, torch.bfloat16
 every_dtype = pytest.mark.parametrize("dtype", [HALF, BRAIN], ids=str)
@@ -37,7 +38,7 @@ def test_every_pattern_of_bits(dtype: torch.dtype) -> None:
     patterns = torch.arange(1 << 16).to(torch.int16).view(dtype)
     for units in (1, 4, 512):
         rows = split_planes(patterns.view(8, units, -1))
-        assert torch.equal(join_planes(rows, units).flatten(), torch.arange(1 << 16))
+        assert torch.equal(join_planes(rows, units, dtype).view(torch.int16).flatten(), patterns.view(torch.int16))
     assert FORMATS[dtype].exponents(torch.arange(1 << 16)).unique().tolist() == list(range(1, FORMATS[dtype].top + 1))
     held = Held(AlignedKV(spec(2, 64, dtype)))
     held.add(patterns.view(512, 2, 64), patterns.flip(0).view(512, 2, 64))

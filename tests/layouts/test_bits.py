@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
 import pytest
 import torch
 from support import LONG
 
 import kvmem
 from kvmem import _core
+from kvmem.kernels.write import to_cache_dtype
 from kvmem.layouts import bits as codec
-from kvmem.layouts.bits import BITS, dequantise, hadamard, pack, quantise, unpack
+from kvmem.layouts import planes
+from kvmem.layouts.bits import BITS, FLOAT8, dequantise, hadamard, pack, quantise, quantise_float8, unpack
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 every_scale = pytest.mark.parametrize("scales", FLOATS[:3], ids=str)
@@ -103,11 +111,84 @@ def test_the_codec_rounds_as_torch_does(bits: int, dtype: torch.dtype, scales: t
             packed, stored = codec.quantise_blocks(blocks, bits, scale_dtype=scales)
             codes, *two = quantise(blocks, bits, dim=1, scale_dtype=scales)
             assert torch.equal(packed, pack(codes, bits))
-            assert_same(stored, torch.cat(two, -1))
-            wanted = dequantise(codes, *stored.chunk(2, -1), dim=1).flatten(0, 1)
+            of_blocks = stored.transpose(1, 2).flatten(-2)
+            assert_same(of_blocks, torch.cat(two, -1))
+            wanted = dequantise(codes, *of_blocks.chunk(2, -1), dim=1).flatten(0, 1)
             for skip, end in ((0, tokens), (3, tokens - 2), (7, 8)):
-                part = packed.flatten(0, 1)[skip:end], stored[: -(-end // 8)]
+                part = packed.flatten(0, 1)[skip:end], stored.flatten(0, 1)[: -(-end // 8) * 8]
                 assert_same(codec.dequantise_blocks(*part, bits, size=8, skip=skip), wanted[skip:end])
+
+
+@every_scale
+@pytest.mark.parametrize("kind", list(FLOAT8), ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_the_codec_rounds_8_bit_floats_as_torch_does(
+    kind: torch.dtype, dtype: torch.dtype, scales: torch.dtype, seed: int
+) -> None:
+    """With scales by token, by channel, and one for all."""
+    tokens, heads, width = 24, 3, 40
+    for x in numbers(dtype, (tokens, heads, width), seed):
+        for size in (1, 4, width):
+            found, stored = codec.quantise_rows(x, kind, size=size, scale_dtype=scales)
+            codes, scale = quantise_float8(x.view(tokens, heads, -1, size), kind, scale_dtype=scales)
+            assert_same(found.view(kind).float(), codes.flatten(-2).view(kind).float())
+            assert_same(stored, scale)
+            wanted = (codes.view(kind).float() * scale.float().unsqueeze(-1)).flatten(-2)
+            assert_same(codec.dequantise_rows(found, stored, kind, size=size), wanted)
+        blocks = x.view(-1, 8, heads, width)
+        found, stored = codec.quantise_blocks(blocks, kind, scale_dtype=scales)
+        codes, scale = quantise_float8(blocks, kind, dim=1, scale_dtype=scales)
+        assert_same(found.view(kind).float(), codes.view(kind).float())
+        assert_same(stored.transpose(1, 2).flatten(-2), scale)
+        wanted = (codes.view(kind).float() * scale.float().unsqueeze(1)).flatten(0, 1)
+        part = found.flatten(0, 1)[3:], stored.flatten(0, 1)
+        assert_same(codec.dequantise_blocks(*part, kind, size=8, skip=3), wanted[3:])
+        for scale in (1.0, 0.3, 2.0**-20, 2.0**127, 3e5):
+            codes = to_cache_dtype(x, kind, scale=scale)
+            found = codec.to_float8(x, kind, scale)
+            same = found.view(torch.uint8) == codes.view(torch.uint8)  # zeros have signs
+            assert (same | (found.float().isnan() & codes.float().isnan())).all()
+            assert_same(codec.from_float8(found, scale), codes.float() * scale)
+
+
+def on_a_gpu(module: ModuleType) -> Any:
+    """The module as it runs where csrc/codec does not: every choice by device falls the other way."""
+    text = Path(str(module.__file__)).read_text()
+    swapped = re.sub(r'device\.type ([=!])= "cpu"', lambda m: f'device.type {"!" if m[1] == "=" else "="}= "cpu"', text)
+    assert swapped != text
+    made = ModuleType(f"{module.__name__}_on_a_gpu")
+    sys.modules[made.__name__] = made  # where dataclasses look for it
+    exec(compile(swapped, str(module.__file__), "exec"), vars(made))
+    return made
+
+
+@pytest.mark.parametrize("kind", [*BITS, *FLOAT8], ids=str)
+def test_torch_gives_the_same_on_other_devices(kind: int | torch.dtype, seed: int) -> None:
+    other, x = on_a_gpu(codec), torch.randn(24, 3, 40, generator=torch.Generator().manual_seed(seed))
+    for size in (4, 40):
+        found = codec.quantise_rows(x, kind, size=size)
+        assert all(map(torch.equal, found, other.quantise_rows(x, kind, size=size)))
+        wanted = other.dequantise_rows(*found, kind, size=size)
+        assert torch.equal(codec.dequantise_rows(*found, kind, size=size), wanted)
+    blocks = codec.quantise_blocks(x.view(3, 8, 3, 40), kind)
+    assert all(map(torch.equal, blocks, other.quantise_blocks(x.view(3, 8, 3, 40), kind)))
+    part = blocks[0].flatten(0, 1)[3:22], blocks[1].flatten(0, 1)
+    assert torch.equal(*(each.dequantise_blocks(*part, kind, size=8, skip=3) for each in (codec, other)))
+    if isinstance(kind, torch.dtype):
+        codes = other.to_float8(x, kind, 0.3)
+        assert torch.equal(codec.to_float8(x, kind, 0.3).view(torch.uint8), codes.view(torch.uint8))
+        assert torch.equal(codec.from_float8(codes, 0.3), other.from_float8(codes, 0.3))
+
+
+@pytest.mark.parametrize("dtype", FLOATS[:2], ids=str)
+@pytest.mark.parametrize(("heads", "width"), [(4, 16), (1, 64), (2, 96), (32, 2)])
+def test_torch_cuts_the_same_planes_on_other_devices(dtype: torch.dtype, heads: int, width: int, seed: int) -> None:
+    other, draw = on_a_gpu(planes), torch.Generator().manual_seed(seed)
+    k = torch.randint(-(1 << 15), 1 << 15, (3, 64, heads, width), generator=draw, dtype=torch.int16).view(dtype)
+    rows = planes.split_planes(k)
+    assert torch.equal(rows, other.split_planes(k)) and torch.equal(planes.split_columns(k), other.split_columns(k))
+    joined = (each.join_planes(rows, heads, dtype).view(torch.int16) for each in (planes, other))
+    assert all(torch.equal(found, k.view(torch.int16)) for found in joined)
 
 
 @pytest.mark.core
@@ -144,7 +225,7 @@ def test_the_codec_refuses_what_it_would_misread() -> None:
     with pytest.raises(kvmem.SpecError, match="size: got 3, with skip 0"):
         _core.quantise_channels(x, codes, scales, 3, 4)
     with pytest.raises(kvmem.SpecError, match="with skip 4"):
-        _core.dequantise_channels(x, codes, scales[:1], 4, 4, 4)
+        _core.dequantise_channels(x, codes, scales[:1], 4, 4, 0, 4)
     assert not codes.any() and not scales.any()
 
 
@@ -158,5 +239,7 @@ def test_every_8_bit_float_is_looked_up(dtype: torch.dtype) -> None:
     for x in (rows, rest):
         found, wanted = codec.from_float8(x, 0.5), x.float() * 0.5
         assert torch.equal(found.nan_to_num(7), wanted.nan_to_num(7)) and torch.equal(found.isnan(), wanted.isnan())
-    with pytest.raises(kvmem.SpecError, match="256"):
-        _core.look_up(torch.empty(4, 1, 32), rows.view(torch.uint8), torch.empty(255))
+    with pytest.raises(kvmem.SpecError, match="exponent_bits 3"):
+        _core.from_float8(torch.empty(4, 1, 32), rows.view(torch.uint8), 1.0, 3)
+    with pytest.raises(kvmem.SpecError, match="floats: must be .4, 1, 32. of 32-bit floats"):
+        _core.from_float8(torch.empty(4, 1, 32).half(), rows.view(torch.uint8), 1.0, 4)

@@ -35,7 +35,9 @@ class World:
 
     def __init__(self, case: Case, backend: str, **sizes: Any) -> None:
         self.case = case
-        self.alloc = kvmem.Allocator(case.layout.spec, backend=backend, **SIZES | {"debug": True} | sizes)
+        self.alloc = kvmem.Allocator(
+            case.layout.spec, backend=backend, **SIZES | {"debug": True} | case.extra.get("sizes", {}) | sizes
+        )
         self.cache = LayoutCache(case.layout, self.alloc)
         self.ids: dict[kvmem.Sequence, list[int]] = {}
         self._known: dict[tuple[int, tuple[int, ...]], tuple[torch.Tensor, torch.Tensor]] = {}
@@ -304,7 +306,11 @@ REFUSED: list[tuple[Callable[[], object], str]] = [
     (over(k="fp8_e4m3", k_scales=1e-40), "k_scales: got 1e-40; .* an int or float above 0"),
     (over(k="fp8_e4m3", k_scales=10**400), "k_scales: got "),
     (over(k="fp8_e4m3", k_scales=True), "k_scales: got True"),
-    (over(k="fp8_e4m3", k_scales="token"), "k_scales: got 'token'"),
+    (over(k="fp8_e4m3", k_scales="row"), "k_scales: got 'row'; must be one of token, channel"),
+    (
+        over(plain_spec(block_size=32), k="fp8_e4m3", k_scales="channel"),
+        "block_size: got 32; .*the 16 scales.*: use 16",
+    ),
     (over(k="fp8_e4m3", k_scales=[1.0] * 3), "k_scales: got 3 numbers; must be one, or 2"),
     (over(k="bf16", k_scales=1.0), "k_scales: got 1.0; k is stored as torch.bfloat16, which is not scaled"),
     (over(k="int4", k_scales=0.5), "k_scales: got 0.5; must be one of token, channel"),

@@ -1,25 +1,31 @@
-"""What cannot be combined: the table answers before there are weights, constructors refuse the same when a spec is made."""
+"""What cannot be combined: the table answers before there are weights, and each row says what else refuses it."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from goldfinch_cases import cases as goldfinch_cases
 from palu_cases import make_weights
 
-from kvmem import CacheSpec, Component, Group, SpecError
-from kvmem.layouts import Layout
+from kvmem import Allocator, CacheSpec, Component, Group, SpecError
+from kvmem.layouts import Layout, LayoutCache, PlainKV
 from kvmem.layouts.aligned import AlignedKV
+from kvmem.layouts.goldfinch import GoldFinch, goldfinch_spec
 from kvmem.layouts.lanes import LaneCache
 from kvmem.layouts.quantised import QuantisedKV
 from kvmem.layouts.registry import FEATURES, LAYOUTS, check_combination, find
 from kvmem.layouts.rope import Rope
-from kvmem.layouts.slim import Projection, SlimK, SlimX
+from kvmem.layouts.slim import Projection, SharedEncoder, SlimK, SlimX
 
 DOCS = Path(__file__).parents[2] / "docs" / "layouts.md"
+W = torch.randn(64, 64, generator=torch.Generator().manual_seed(1), dtype=torch.float64) + 16 * torch.eye(64)
+GOLD = goldfinch_cases()[0]
 REFUSALS = [(entry.name, feature) for entry in LAYOUTS for feature in entry.refuses]
 
 
@@ -28,9 +34,8 @@ def kv(heads: int = 4, *, dtype: torch.dtype = torch.float16, window: int | None
 
 
 def slim(kv_heads: int = 4, dtype: torch.dtype = torch.float16) -> SlimK:
-    draw = torch.Generator().manual_seed(1)
-    w = torch.randn(64, 64, generator=draw, dtype=torch.float64) + 16 * torch.eye(64)
-    return SlimK([Projection(w[:, : kv_heads * 16], w[:, : kv_heads * 16])], num_heads=4, head_dim=16, dtype=dtype)
+    w = W[:, : kv_heads * 16]
+    return SlimK([Projection(w, w)], num_heads=4, head_dim=16, dtype=dtype)
 
 
 def wide(rope: Rope | None = None, dtype: torch.dtype = torch.float16) -> SlimX:
@@ -38,27 +43,96 @@ def wide(rope: Rope | None = None, dtype: torch.dtype = torch.float16) -> SlimX:
     return SlimX([Projection(w, w)], head_dim=64, dtype=dtype, rope=rope)
 
 
-def ragged(*names: str) -> Group:
-    return Group("lanes", tuple(Component(n, heads=4, width=16, dtype=torch.float16, ragged=True) for n in names), (0,))
+def encoder(dtype: torch.dtype = torch.float16, **options: Any) -> SharedEncoder:
+    one = Projection(W, W)
+    return SharedEncoder({0: one}, head_dim=16, decoder=PlainKV(kv()), dtype=dtype, **options)
 
 
-#: What a constructor refuses. The rest of the table are things that no constructor is asked for.
+def ragged(*names: str, **options: Any) -> Group:
+    made = [Component(n, heads=4, width=16, dtype=torch.float16, ragged=True, **options) for n in names]
+    return Group("lanes", tuple(made), (0,))
+
+
+def per_head() -> CacheSpec:
+    return CacheSpec((ragged("k", "v"),), block_size=64)
+
+
+def gold_window() -> object:
+    layout = GOLD.layout
+    return GoldFinch(
+        windowed(layout.spec), layout._shared, layout._layers, num_heads=layout.num_heads, rope=layout.rope
+    )
+
+
+def windowed(spec: CacheSpec) -> CacheSpec:
+    return replace(spec, groups=tuple(replace(group, window_tokens=64) for group in spec.groups), components=None)
+
+
+def joined(layout: Layout, spec: CacheSpec) -> object:
+    """The layout over an allocator of another spec than its own."""
+    sizes: dict[str, Any] = {"memory": "8MiB", "max_sequences": 4, "max_tokens": 256}
+    return LayoutCache(layout, Allocator(spec, backend="paged", device="cpu", **sizes))
+
+
+def per_head_of(layout: Layout) -> CacheSpec:
+    (group,) = layout.spec.groups
+    parts = tuple(replace(component, ragged=True, heads=2) for component in group.components)
+    return replace(layout.spec, groups=(replace(group, components=parts),), components=None)
+
+
+#: Refused where the layout or its spec is made.
 CONSTRUCTED: dict[tuple[str, str], Callable[[], object]] = {
     ("slim", "gqa"): lambda: slim(kv_heads=2),
     ("slim", "bf16"): lambda: slim(dtype=torch.bfloat16),
     ("slim", "low-bit keys"): lambda: slim(dtype=torch.float8_e4m3fn),
     ("slim", "eviction per head"): lambda: ragged("k"),
+    ("slim", "heads over ranks"): lambda: SlimK([Projection(W[:, :32], W[:, :32])], num_heads=2, head_dim=16),
     ("slim x", "rotation"): lambda: wide(Rope.default(64)),
     ("slim x", "low-bit keys"): lambda: wide(dtype=torch.float8_e4m3fn),
+    ("shared encoder", "rotation"): lambda: encoder(rope=Rope.default(16)),
+    ("shared encoder", "low-bit keys"): lambda: encoder(torch.float8_e4m3fn),
+    ("shared encoder", "eviction per head"): lambda: ragged("enc", scope="shared", growth="prefill"),
     ("shared encoder", "sliding window"): lambda: Group(
         "encoder", (Component("enc", width=64, dtype=torch.float16, growth="prefill"),), (0,), window_tokens=8
     ),
-    ("palu", "other kernels"): lambda: palu().kernel_args(0),
+    ("goldfinch", "low-bit keys"): lambda: goldfinch_spec(num_layers=3, d_model=64, dtype="fp8_e4m3"),
+    ("goldfinch", "eviction per head"): lambda: ragged("c", scope="shared"),
+    ("goldfinch", "sliding window"): gold_window,
     ("aligned", "low-bit keys"): lambda: AlignedKV(kv(dtype=torch.float8_e4m3fn)),
+    ("aligned", "eviction per head"): lambda: AlignedKV(per_head()),
     ("aligned", "sliding window"): lambda: AlignedKV(kv(window=128)),
-    ("aligned", "other kernels"): lambda: AlignedKV(kv()).kernel_args(0),
+    ("quantised", "eviction per head"): lambda: QuantisedKV(per_head()),
     ("quantised", "sliding window"): lambda: QuantisedKV(kv(window=128)),
     ("lanes", "prefix cache"): lambda: lanes(prefix_cache=True),
+    ("lanes", "sliding window"): lambda: lanes(window_tokens=8),
+}
+#: The layout makes its own spec, and an allocator of another one is refused.
+JOINED: dict[tuple[str, str], Callable[[], object]] = {
+    ("slim", "sliding window"): lambda: joined(slim(), windowed(slim().spec)),
+    ("slim x", "sliding window"): lambda: joined(wide(), windowed(wide().spec)),
+    ("slim x", "eviction per head"): lambda: joined(wide(), per_head_of(wide())),
+    ("palu", "sliding window"): lambda: joined(palu(), windowed(palu().spec)),
+    ("palu", "eviction per head"): lambda: joined(palu(), per_head_of(palu())),
+}
+#: Refused when kernels ask for their arguments.
+ASKED: dict[tuple[str, str], Callable[[], object]] = {
+    (name, "other kernels"): lambda made=made: made().kernel_args(0)
+    for name, made in {
+        "slim": lambda: slim(), "slim x": lambda: wide(), "shared encoder": encoder, "palu": lambda: palu(),
+        "goldfinch": lambda: GOLD.layout, "aligned": lambda: AlignedKV(kv()),
+    }.items()
+}  # fmt: skip
+#: What no argument can ask for, so only the table says no; and what the user has to mind.
+ONLY_SAID = {
+    ("slim x", "heads over ranks"): "no argument gives a part of X",
+    ("shared encoder", "heads over ranks"): "no argument gives a part of the encoder's output",
+    ("shared encoder", "prefix cache"): "the decoder's own blocks can be found: name the input with adapter=",
+    ("shared encoder", "truncate"): "truncate() cuts the groups that grow with the tokens",
+    ("goldfinch", "gqa"): "num_heads is that of queries, K and V",
+    ("goldfinch", "heads over ranks"): "no argument gives a part of c",
+    ("goldfinch", "prefix cache"): "nothing is found but snapshots",
+    ("goldfinch", "truncate"): "the model has to restore its states",
+    ("lanes", "truncate"): "sequences of lanes have no such call",
 }
 
 
@@ -81,13 +155,17 @@ def test_every_refusal_says_why_and_what_works(layout: str, feature: str) -> Non
     assert re.search(r"[:,;] ", reason), "a reason, and the nearest choice"
     with pytest.raises(SpecError, match=re.escape(reason)):
         check_combination(layout, feature)
-    if build := CONSTRUCTED.get((layout, feature)):
+    if build := (CONSTRUCTED | JOINED | ASKED).get((layout, feature)):
         with pytest.raises(SpecError):
             build()
 
 
+def test_each_refusal_has_one_way() -> None:
+    ways = [*CONSTRUCTED, *JOINED, *ASKED, *ONLY_SAID]
+    assert sorted(ways) == sorted(REFUSALS)
+
+
 def test_what_is_not_refused_is_built() -> None:
-    assert set(CONSTRUCTED) <= set(REFUSALS)
     assert slim().spec.bytes_per_token * 2 == kv(1).bytes_per_token
     assert wide().spec and palu().spec and AlignedKV(kv()).spec and QuantisedKV(kv()).spec and lanes()
     for entry in LAYOUTS:

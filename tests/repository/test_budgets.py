@@ -17,14 +17,14 @@ ROOT = Path(__file__).resolve().parents[2]
 # (name, folders, folders inside them that count elsewhere, most lines). These are ceilings: docs/decisions.md, "Sizes",
 # says how far above their targets they are.
 PARTS = [
-    ("csrc without bindings", ["csrc"], ["csrc/bindings"], 19_580),
-    ("bindings", ["csrc/bindings"], [], 2_120),
+    ("csrc without bindings", ["csrc"], ["csrc/bindings"], 19_970),
+    ("bindings", ["csrc/bindings"], [], 2_145),
     ("kvmem without layouts and bench", ["kvmem"], ["kvmem/layouts", "kvmem/bench"], 9_445),
-    ("kvmem/layouts", ["kvmem/layouts"], [], 3_800),
+    ("kvmem/layouts", ["kvmem/layouts"], [], 3_910),
     ("kvmem/bench", ["kvmem/bench"], ["kvmem/bench/data"], 5_300),
     ("benchmarks", ["benchmarks"], [], 2_770),
     ("tests without layouts", ["tests"], ["tests/layouts"], 38_350),
-    ("tests/layouts", ["tests/layouts"], [], 4_400),
+    ("tests/layouts", ["tests/layouts"], [], 4_590),
 ]
 MOST_LINES_OF_A_FILE, MOST_LINES_OF_A_FUNCTION, MOST_NAMES_IN_A_FOLDER, MOST_FOLDERS_OF_CSRC = 400, 40, 15, 13
 # Each has its reason in docs/decisions.md, "Sizes".
@@ -35,7 +35,7 @@ LONGER_FILES = {
 # The class that everything else of the core is behind stays one screenful of each kind of call.
 SHORTER_FILES = {"csrc/allocator/allocator.h": 199}
 LONGER_FUNCTIONS: dict[str, int] = {}
-FULLER_FOLDERS = {"kvmem/bench": 20, "kvmem/layouts": 17, "tests/index": 16}
+FULLER_FOLDERS = {"kvmem/bench": 20, "kvmem/layouts": 18, "tests/index": 16}
 
 SOURCES = (".py", ".pyi", ".cpp", ".h", ".mk")
 GENERATED = {"kvmem/_core.pyi"}

@@ -30,6 +30,7 @@ LEVELS: dict[str, int] = {
             "allocator",
             "kernels",
             "layouts",
+            "chunks",
             "integrations plan",
             "cli bench",
         ]
@@ -168,7 +169,7 @@ def test_imports_point_down() -> None:
             "kvmem/allocator/allocator.py:2: imports flashinfer",
         ),
         ("kernels/flashinfer.py", "import flashinfer\nfrom kvmem import Allocator", None),
-        ("kernels/flashinfer.py", "from kvmem.bench import ledger", "level 5 may not import level 8"),
+        ("kernels/flashinfer.py", "from kvmem.bench import ledger", "level 5 may not import level 9"),
         ("integrations/serving.py", "import vllm", "neither the standard library"),
         ("bench/__main__.py", "import click, rich, matplotlib.pyplot", None),
         ("bench/run.py", "from benchmarks import step", "neither the standard library"),

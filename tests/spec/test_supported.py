@@ -113,7 +113,7 @@ def use(spec: kvmem.CacheSpec, backend: str, interleave: int | str) -> None:
         held = np.arange(first, tokens)
         wanted = list(expected(spec, 0, np.full(len(held), writer), held))
         for read in (by_sequence, by_table):
-            found = list(read(alloc, seq.id, 0))
+            found = list(read(alloc, [seq.id], 0))
             assert len(found) == len(wanted) and all(map(torch.equal, found, wanted)), read.__name__
     for seq in seqs:
         seq.free()

@@ -62,21 +62,23 @@ def write_row(
         view.copy_(pattern(writers, positions, number, view.shape[1:].numel()).view_as(view))
 
 
-def by_sequence(alloc: kvmem.Allocator, handle: int, group: int) -> Iterator[torch.Tensor]:
-    """uint8 [tokens held, row bytes] of every place of a group, by ``sequence_tensor``."""
+def by_sequence(alloc: kvmem.Allocator, handles: list[int], group: int) -> Iterator[torch.Tensor]:
+    """uint8 [tokens held, row bytes] of every place of a group, one sequence after another, by ``sequence_tensor``."""
     for layer, name in places(alloc.spec, group):
-        yield _bytes(alloc.sequence_tensor(handle, layer, name)).flatten(1).cpu()
+        yield torch.cat([_bytes(alloc.sequence_tensor(h, layer, name)).flatten(1).cpu() for h in handles])
 
 
-def by_table(alloc: kvmem.Allocator, handle: int, group: int) -> Iterator[torch.Tensor]:
-    """The same, walking the block table as a paged kernel does."""
-    batch, size = alloc.batch([handle]).group(group), alloc.spec.groups[group].block_size
+def by_table(alloc: kvmem.Allocator, handles: list[int], group: int) -> Iterator[torch.Tensor]:
+    """The same, walking the block table of one batch as a paged kernel does."""
+    batch, size = alloc.batch(handles).group(group), alloc.spec.groups[group].block_size
     assert batch.block_table is not None and batch.seq_lens is not None and batch.first_tokens is not None
-    first, end = int(batch.first_tokens[0]), int(batch.seq_lens[0])
-    positions = torch.arange(first, end, device=alloc.device)
-    blocks = batch.block_table[0].long()[positions // size]
+    table, firsts, ends = batch.block_table.cpu().numpy(), batch.first_tokens.tolist(), batch.seq_lens.tolist()
+    held = [np.arange(first, end) for first, end in zip(firsts, ends, strict=True)]
+    blocks = np.concatenate([row[positions // size] for row, positions in zip(table, held, strict=True)])
+    rows = torch.from_numpy(blocks.astype(np.int64)).to(alloc.device)
+    columns = torch.from_numpy(np.concatenate(held) % size).to(alloc.device)
     for layer, name in places(alloc.spec, group):
-        yield _bytes(alloc.tensor(layer, name)[blocks, positions % size]).flatten(1).cpu()
+        yield _bytes(alloc.tensor(layer, name)[rows, columns]).flatten(1).cpu()
 
 
 def expected(spec: kvmem.CacheSpec, group: int, writers: np.ndarray, positions: np.ndarray) -> Iterator[torch.Tensor]:

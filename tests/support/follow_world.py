@@ -95,7 +95,7 @@ def all_held(alloc: kvmem.Allocator) -> dict[tuple[int, int], dict[int, bytes]]:
     for handle in alloc.core.handles():
         for g in range(len(alloc.spec.groups)):
             first, end = alloc.core.first_token(handle, g), alloc.core.tokens(handle, g)
-            rows = torch.cat(list(by_table(alloc, handle, g)), 1).numpy() if end > first else []
+            rows = torch.cat(list(by_table(alloc, [handle], g)), 1).numpy() if end > first else []
             found[handle, g] = {first + i: row.tobytes() for i, row in enumerate(rows)}
     return found
 

@@ -233,14 +233,16 @@ class Lockstep(Agreement):
     def contents_agree(self) -> None:
         """Every written token of every sequence, in every layer and component, read two ways."""
         self.hand_over()
-        for handle, groups in self.model.sequences.items():
-            for g, held in enumerate(groups):
-                if held.tokens == 0:
-                    continue
-                writers = np.array(held.writers[held.first :], np.int64)
-                positions = np.arange(held.first, held.tokens)
-                written = torch.from_numpy(writers != 0)
-                for read in (by_sequence, by_table):
-                    wanted = expected(self.alloc.spec, g, writers, positions)
-                    for found, right in zip(read(self.memory, handle, g), wanted, strict=True):
-                        assert torch.equal(found[written], right[written]), (read.__name__, handle, g)
+        for g in range(len(self.model.groups)):
+            held = {handle: groups[g] for handle, groups in self.model.sequences.items() if groups[g].tokens}
+            if not held:
+                continue
+            owners = np.repeat(list(held), [h.tokens - h.first for h in held.values()])
+            writers = np.array([writer for h in held.values() for writer in h.writers[h.first :]], np.int64)
+            positions = np.concatenate([np.arange(h.first, h.tokens) for h in held.values()])
+            tokens, written = np.stack([owners, positions], 1)[writers != 0], torch.from_numpy(writers != 0)
+            wanted = [right[written] for right in expected(self.alloc.spec, g, writers, positions)]
+            for read in (by_sequence, by_table):
+                for found, right in zip(read(self.memory, list(held), g), wanted, strict=True):
+                    equal = torch.equal(found[written], right)
+                    assert equal, (read.__name__, g, tokens[(found[written] != right).any(1).numpy()].tolist())

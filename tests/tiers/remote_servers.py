@@ -52,6 +52,7 @@ class Server:
     def freeze(self) -> None:
         assert self.process is not None
         self.process.send_signal(signal.SIGSTOP)
+        os.waitpid(self.process.pid, os.WUNTRACED)  # until it has stopped
 
     def thaw(self) -> None:
         assert self.process is not None

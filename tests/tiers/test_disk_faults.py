@@ -171,6 +171,24 @@ def test_a_slot_with_a_torn_write_is_not_believed_by_the_next_opening() -> None:
         assert put(opened, {KEYS[2]: b"used again"})[0].ok
 
 
+def test_a_sync_beside_a_write() -> None:
+    """Another thread's delete syncs while a write is under way, which the sync need not cover: close() syncs again."""
+    files = SimulatedFiles()
+    tier = open_disk("disk", files=files)
+
+    def before(kind: str, number: int) -> None:
+        if kind == "pwritev":
+            files.before = lambda kind, number: None
+            thread = threading.Thread(target=tier.delete, args=([KEYS[1]],))
+            thread.start()
+            thread.join()
+
+    files.before = before
+    put(tier, {KEYS[0]: b"zero"})
+    tier.close()
+    assert not files.inodes["segment-00000.kvmem"].pending
+
+
 def test_a_slot_is_reused_while_it_is_read() -> None:
     """Between the index and the read, another thread evicts the block and writes into its slot: a miss."""
     files = SimulatedFiles()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Sequence
@@ -28,7 +29,7 @@ class HeldTier(RemoteTier):
     def __init__(self, seconds: float = PATIENT, **limits: Any) -> None:
         super().__init__("held", seconds, "test", Limits(batch_seconds=PATIENT, **limits))
         self.contents, self.parts, self.gate = dict[str, bytes](), list[int](), threading.Event()
-        self.answers: list[Any] | None = None
+        self.answers: list[Any] | Exception | None = None
         self.gate.set()
 
     def _pass(self, items: Sequence[object]) -> None:
@@ -44,6 +45,8 @@ class HeldTier(RemoteTier):
 
     def _read(self, call: Call, names: Sequence[str], sizes: Sequence[int]) -> list[Any]:
         self._pass(names)
+        if isinstance(self.answers, Exception):
+            raise self.answers
         return [self.contents.get(name) for name in names] if self.answers is None else self.answers
 
     def _write(self, call: Call, names: Sequence[str], records: Sequence[tuple[bytes, Buffer]]) -> list[Result]:
@@ -137,3 +140,20 @@ def test_the_breaker() -> None:
     while not quick.admits():
         time.sleep(0.01)
     assert not quick.admits()  # one tries, alone
+
+
+def test_one_line_as_long_as_it_is_gone(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr("kvmem.tiers.remote._QUIET_SECONDS", 0.0)
+    caplog.set_level(logging.INFO, "kvmem.tiers")
+    with HeldTier(faults=2, pause_seconds=0.01) as tier:
+        tier.answers = OSError("gone")
+        for _ in range(5):
+            assert isinstance(get(tier, key_of(0)), Result)
+            time.sleep(0.02)
+        tier.answers = None
+        while not put(tier, {key_of(0): b"x"})[0].ok:
+            time.sleep(0.01)
+    assert [r.getMessage() for r in caplog.records] == [
+        "held: failed: OSError: gone; its blocks are misses until it answers",
+        "held: answers again",
+    ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import tracemalloc
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -88,6 +89,16 @@ class TestRedisFaults(RemoteFaults):
         result = get(tier, key_of(0))
         assert isinstance(result, Result) and result.status is Status.CORRUPT
         assert put(tier, {key_of(0): b"x"})[0].ok and get(tier, key_of(0)) == b"x"
+
+    def test_a_value_that_is_longer_than_the_buffer(self, tier: RedisTier, store: Callable[..., None]) -> None:
+        """Of what somebody put there, no more is read than the buffer could hold."""
+        store(key_of(0), bytes(20 << 20))
+        tracemalloc.start()
+        result = get(tier, key_of(0))
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 4 << 20
+        assert isinstance(result, Result) and result.status is Status.CORRUPT
 
     def test_namespaces_do_not_meet(self, port: int, connect: Callable[..., RedisTier]) -> None:
         one, other = (connect(port, namespace=name, timeout_seconds=PATIENT) for name in ("one", "other"))

@@ -6,7 +6,9 @@ import random
 
 import pytest
 from support import LONG, Steps
-from tier_world import SPECS, DictTier, World, make, prompts
+from tier_world import SPECS, DictTier, Ranks, World, make, prompts
+
+from kvmem.events import AllBlocksCleared, BlockRemoved, BlockStored
 
 STEPS = 2_000 if LONG else 120
 
@@ -44,7 +46,7 @@ def test_another_process_finds_what_one_has_written(backend: str, seed: int) -> 
     rng, tier = random.Random(seed), DictTier()
     text = [rng.randrange(100) for _ in range(60)]
     other = {"paged": "virtual", "virtual": "paged"}[backend]
-    with make("full", backend, lower=[tier]) as alloc:
+    with make("full", backend, host_blocks=20, lower=[tier]) as alloc:
         World(alloc).run(text)
         assert alloc.store(text) == 15 and alloc.store(text) == 0
         assert alloc.flush(30)
@@ -56,3 +58,41 @@ def test_another_process_finds_what_one_has_written(backend: str, seed: int) -> 
             assert alloc.clear_cache() == 15
             assert world.run(text, load="all") == cached
             assert world.run(text, salt="other", load="all") == 0
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("name", sorted(SPECS))
+def test_a_rank_that_follows_the_ops_holds_the_same_bytes(name: str, backend: str, seed: int) -> None:
+    rng = random.Random(seed)
+    world = Ranks(name, backend, host_blocks=6)
+    texts, loop = prompts(rng, 12), Steps(60)
+    while loop.next({"load", "store"} <= world.kinds):
+        world.run(rng.choice(texts))
+        assert world.alloc.check() == [] and world.memories[1].check() == []
+
+
+@pytest.mark.core
+def test_events_tell_what_host_memory_has(backend: str, seed: int) -> None:
+    """A router that applies them knows which blocks it has, and tells the device's apart by the medium."""
+    rng = random.Random(seed)
+    world = World(make("window", backend, host_blocks=5, events=4096))
+    texts = prompts(rng, 10)
+    here: dict[str, set[tuple[int, bytes]]] = {"GPU": set(), "CPU": set()}
+    for step in range(120):
+        world.run(rng.choice(texts))
+        for event in world.alloc.events(restart=step == 60):
+            if isinstance(event, AllBlocksCleared):
+                here = {"GPU": set(), "CPU": set()}
+            elif isinstance(event, BlockStored):
+                assert len(event.token_ids) == event.block_size * len(event.block_hashes)
+                here[event.medium] |= {(event.group, name) for name in event.block_hashes}
+            else:
+                here[event.medium] -= {(event.group, name) for name in event.block_hashes}
+        counts = [sum(g == group for g, _ in here["CPU"]) for group in range(2)]
+        assert counts == world.alloc.tiering.host_blocks(), step
+    assert here["CPU"] and here["GPU"]
+    world.alloc.clear_cache()
+    for event in world.alloc.events():
+        if isinstance(event, BlockRemoved):
+            here[event.medium] -= {(event.group, name) for name in event.block_hashes}
+    assert not here["CPU"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import random
 import threading
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from hashlib import blake2b
 from typing import Any
 
 import pytest
+from support import LONG
 
 from kvmem.errors import SpecError, TierError
 from kvmem.tiers import Result, Status, Tier
@@ -49,7 +51,7 @@ class TierSuite:
     ``LARGEST`` bytes. The fixture closes what it opened."""
 
     bounded = True  # never holds more than num_blocks, and refuses a payload above LARGEST; a remote store may not
-    steps = 400  # of a random walk, and of each thread
+    steps = 10_000 if LONG else 400  # of a random walk; half as many for each thread
 
     def test_empty(self, make: Callable[..., Tier]) -> None:
         tier = make()
@@ -121,15 +123,15 @@ class TierSuite:
 
     @pytest.mark.parametrize("shift", [0, 1, 64, 512])
     def test_nothing_is_written_beside_a_buffer(self, make: Callable[..., Tier], shift: int) -> None:
-        """Buffers anywhere in memory, the end of which is anywhere, too."""
+        """Buffers on pages and off them, which end anywhere."""
         tier, key = make(), key_of(0)
         for size, room in ((1000, 1000), (1000, 1001), (4096, 4096), (4097, 4097), (300, LARGEST)):
             data = payload_of(key, size, size)
-            around = bytearray(b"\xa5" * 20000)
+            around = mmap.mmap(-1, 20480)
             around[shift + 8192 : shift + 8192 + size] = data
             whole = memoryview(around)
             assert tier.put([key], [whole[shift + 8192 : shift + 8192 + size]])[0].ok
-            around[:] = b"\x5a" * 20000
+            around[:] = b"\x5a" * 20480
             assert tier.get([key], [whole[shift + 8192 : shift + 8192 + room]])[0] == Result(Status.OK, size)
             assert around[shift + 8192 : shift + 8192 + size] == data
             assert not around[: shift + 8192].strip(b"\x5a") and not around[shift + 8192 + room :].strip(b"\x5a")

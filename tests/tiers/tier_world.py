@@ -18,6 +18,7 @@ from kvmem.tiers import Capacity, Identity, Result, Status, Tier, Tiers
 from kvmem.tiers.base import Buffer
 
 PAGE = 4096
+MEMORY = {"virtual": 24 * PAGE, "paged": 10 * PAGE}  # so little that prompts evict each other
 
 
 def _kv(width: int, heads: int = 1) -> tuple[Component, Component]:
@@ -122,7 +123,7 @@ def make(
 ) -> kvmem.Allocator:
     spec = SPECS[name]()
     sizes = {
-        "memory": 24 * PAGE,
+        "memory": MEMORY[backend],
         "page_bytes": PAGE,
         "interleave": 1,
         "max_sequences": 4,
@@ -131,7 +132,7 @@ def make(
     }
     tiers = {k: options.pop(k) for k in ("write", "admit", "policy") if k in options}
     model = options.pop("model", "toy")
-    probe = kvmem.Allocator(spec, backend=backend, **{**sizes, **options, "debug": False})
+    probe = kvmem.Allocator(spec, backend=backend, **{**sizes, **options, "debug": False, "driver": None})
     block = sum(
         probe.core.slot_bytes(g) * (0.25 if spec.groups[g].growth == "fixed" else 1) for g in range(len(spec.groups))
     )
@@ -156,9 +157,14 @@ class World:
         self.alloc, self.spec = alloc, alloc.spec
         self.fixed = [g for g, group in enumerate(self.spec.groups) if group.growth == "fixed"]
         self.hits = self.tokens = 0
+        self.memories = [alloc]
+
+    def hand_over(self) -> None:
+        """Before memory is written or read; replicas follow then."""
 
     def check(self, seq: kvmem.Sequence, tokens: Sequence[int], salt: str | None = None) -> None:
         """The sequence's committed tokens hold what ``tokens`` made them hold."""
+        self.hand_over()
         n = seq.num_committed_tokens
         by = tags(tokens[:n], salt)
         for g in range(len(self.spec.groups)):
@@ -169,23 +175,26 @@ class World:
                 writers, positions = by[first:], np.arange(first, n)
             if n == 0:
                 continue
-            for got, want in zip(
-                by_sequence(self.alloc, seq.id, g), expected(self.spec, g, writers, positions), strict=True
-            ):
-                assert torch.equal(got[: len(want)], want), f"group {g}: tokens {tokens[:n]}, salt {salt!r}"
+            wanted = list(expected(self.spec, g, writers, positions))
+            for memory in self.memories:
+                for got, want in zip(by_sequence(memory, [seq.id], g), wanted, strict=True):
+                    assert torch.equal(got[: len(want)], want), f"group {g}: tokens {tokens[:n]}, salt {salt!r}"
 
     def write(self, seq: kvmem.Sequence, tokens: Sequence[int], salt: str | None = None) -> None:
         """Writes what is reserved and not committed, and the state behind it."""
+        self.hand_over()
         by, batch = tags(tokens, salt), self.alloc.batch([seq])
         for g in range(len(self.spec.groups)):
             fields = batch.group(g)
             if g in self.fixed:
                 assert fields.block_table is not None
-                write_slots(self.alloc, g, fields.block_table[:1, 0].long(), by[-1:], np.zeros(1, np.int64))
-                continue
-            assert fields.slot_mapping is not None and fields.positions is not None
-            positions = fields.positions.numpy().astype(np.int64)
-            write_slots(self.alloc, g, fields.slot_mapping, by[positions], positions)
+                slots, writers, positions = fields.block_table[:1, 0].long(), by[-1:], np.zeros(1, np.int64)
+            else:
+                assert fields.slot_mapping is not None and fields.positions is not None
+                positions = fields.positions.numpy().astype(np.int64)
+                slots, writers = fields.slot_mapping, by[positions]
+            for memory in self.memories:
+                write_slots(memory, g, slots, writers, positions)
 
     def go_on(self, seq: kvmem.Sequence, tokens: Sequence[int], salt: str | None = None) -> None:
         """Computes ``tokens`` behind what is cached, with a snapshot at the last whole block."""
@@ -218,6 +227,20 @@ class World:
         finally:
             if free:
                 seq.free()
+
+
+class Ranks(World):
+    """A leader and a replica that follows its ops: both have host slots, and hold the same bytes."""
+
+    def __init__(self, name: str, backend: str, **options: Any) -> None:
+        super().__init__(make(name, backend, record_ops=True, **options))
+        self.memories.append(make(name, backend, **options))
+        self.kinds: set[str] = set()
+
+    def hand_over(self) -> None:
+        ops = self.alloc.take_ops()
+        self.kinds |= {str(op[0]) for op in ops}
+        self.memories[1].apply(ops)
 
 
 def prompts(rng: random.Random, count: int, *, most: int = 60) -> list[list[int]]:

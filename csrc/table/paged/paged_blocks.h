@@ -176,6 +176,7 @@ class PagedBlocks : public TableContext {
   // In an allocator that follows another: the index at which a block was last committed whole, as long as nothing has
   // been written to it since. The leader may have such a block cached besides the table that contains it.
   std::unordered_map<i64, i64> followed_whole;
+  std::unordered_map<i64, i64> followed_stored;  // the same for what host slots have, by offset
   static i64 whole_key(i64 g, i64 block) { return g << 32 | block; }
   bool may_be_cached(i64 g, i64 block) const {
     return !followed_whole.empty() && followed_whole.count(whole_key(g, block)) > 0;

@@ -35,6 +35,7 @@ class PagedRules final : public FollowRules {
   }
 
   void commit() override {
+    for (const auto& [at, ordinal] : stored_) blocks_.followed_stored[at] = ordinal;
     for (const auto& [key, ordinal] : whole_) {
       if (ordinal < 0) {
         blocks_.followed_whole.erase(key);
@@ -195,6 +196,23 @@ class PagedRules final : public FollowRules {
     }
   }
 
+  // A block keeps what is known of it on its way through a host slot.
+  void stored(const Op& op) override {
+    const i64 a = local_arena(op.at), bytes = blocks_.class_of(a).block_bytes;
+    stored_[op.b] = op.a % bytes == 0 && op.c == bytes ? whole(group_of(a), op.a / bytes) : -1;
+  }
+
+  void loaded(const Op& op) override {
+    FollowRules::loaded(op);
+    const i64 a = local_arena(op.at), bytes = blocks_.class_of(a).block_bytes;
+    const auto now = stored_.find(op.b);
+    const auto before = blocks_.followed_stored.find(op.b);
+    const i64 ordinal = now != stored_.end()                       ? now->second
+                        : before != blocks_.followed_stored.end() ? before->second
+                                                                   : -1;
+    if (op.a % bytes == 0 && op.c == bytes) whole_[key(group_of(a), op.a / bytes)] = ordinal;
+  }
+
   void copied(const Op& op) override {
     const i64 a = local_arena(op.at), g = group_of(a), bytes = blocks_.class_of(a).block_bytes;
     const i64 to = op.a / bytes, from = op.b / bytes;
@@ -275,6 +293,7 @@ class PagedRules final : public FollowRules {
   std::map<Entry, std::vector<std::vector<Piece>>> moved_;  // where an entry's block was before the list, by arena
   std::vector<Grown> grown_;
   std::unordered_map<i64, i64> whole_;  // what the list changes of PagedBlocks::followed_whole
+  std::unordered_map<i64, i64> stored_;  // by offset in the host slots: whole() of the block that lies there
 };
 
 }  // namespace

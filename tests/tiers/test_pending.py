@@ -1,0 +1,155 @@
+"""Sequences that wait for a load: what may be done with them meanwhile, and what becomes of them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+import pytest
+import torch
+from tier_world import DictTier, World, make
+
+import kvmem
+from kvmem import NotReady, SchedulerCache, SpecError, StaleHandle
+from kvmem.tiers import Result
+from kvmem.tiers.base import Buffer
+
+pytestmark = pytest.mark.core
+
+TEXT = [7 * i % 50 for i in range(50)]
+WHOLE = 48  # tokens of its whole blocks, of which one token at least is left to compute
+
+
+class SlowTier(DictTier):
+    """Answers when it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.go_on = threading.Event()
+        self.go_on.set()
+
+    def get(self, keys: Sequence[bytes], buffers: Sequence[Buffer]) -> list[Result]:
+        assert self.go_on.wait(60)
+        return super().get(keys, buffers)
+
+
+@pytest.fixture
+def tier() -> SlowTier:
+    return SlowTier()
+
+
+@pytest.fixture
+def alloc(backend: str, tier: SlowTier) -> kvmem.Allocator:
+    """Only the tier has the blocks of TEXT."""
+    alloc = make("full", backend, host_blocks=20, lower=[tier])
+    World(alloc).run(TEXT)
+    assert alloc.store(TEXT) == 12 and alloc.flush(60)
+    alloc.clear_cache()
+    assert alloc.match(TEXT).by_tier == {"device": 0, "host": 0}
+    tier.go_on.clear()
+    return alloc
+
+
+def test_no_call_but_free_takes_a_pending_sequence(alloc: kvmem.Allocator, tier: SlowTier) -> None:
+    seq, other = alloc.sequence(TEXT, load="all", label="waits"), alloc.sequence()
+    batch = alloc.make_batch(max_new_tokens=4)
+    assert seq.pending and not other.pending and not alloc.core.is_live(seq.id)
+    assert alloc.ready([seq, other]) == [other.id] and alloc.ready() == []
+    for call in (
+        lambda: seq.extend(1),
+        lambda: seq.commit([1]),
+        lambda: seq.step(1),
+        lambda: seq.truncate(0),
+        lambda: seq.num_tokens,
+        seq.fork,
+        seq.pin,
+        lambda: alloc.batch([other, seq]),
+        lambda: alloc.extend_batch([other, seq], [1, 1]),
+        lambda: alloc.fill([seq], batch),
+    ):
+        with pytest.raises(NotReady, match=f"handle {seq.id} is pending: .* ready"):
+            call()  # type: ignore[no-untyped-call]
+    assert [live.id for live in alloc.sequences()] == [other.id]
+    assert alloc.check() == [] and other.num_tokens == 0
+    tier.go_on.set()
+    assert seq.wait(60) and not seq.pending and alloc.ready([seq]) == [seq.id]
+    assert seq.num_cached_tokens == WHOLE and seq.num_tokens == WHOLE
+    World(alloc).check(seq, TEXT)
+    World(alloc).go_on(seq, TEXT)
+
+
+def test_a_pending_sequence_can_be_freed(alloc: kvmem.Allocator, tier: SlowTier) -> None:
+    with alloc.sequence(TEXT, load="all") as seq:
+        assert seq.pending
+    with pytest.raises(StaleHandle):
+        seq.free()
+    second = alloc.sequence(TEXT, load="all")
+    alloc.free_batch([second.id])
+    tier.go_on.set()
+    assert second.wait(60) and second.id not in [live.id for live in alloc.sequences()]
+    while alloc.ready([seq]) == []:
+        pass
+    assert alloc.ready() == [] and alloc.check() == []
+    assert World(alloc).run(TEXT) == WHOLE  # what arrived for nobody is cached all the same
+
+
+def test_ready_moves_what_has_arrived(alloc: kvmem.Allocator, tier: SlowTier) -> None:
+    seqs = [alloc.sequence(TEXT[:n], load="all") for n in (50, 21)]
+    assert alloc.ready() == []
+    tier.go_on.set()
+    waiting = {seq.id for seq in seqs}
+    while waiting:
+        waiting -= set(alloc.ready())
+    for seq, n in zip(seqs, (48, 20), strict=True):
+        assert seq.num_cached_tokens == n
+        World(alloc).check(seq, TEXT)
+
+
+def test_close_does_not_wait_for_ever(alloc: kvmem.Allocator, tier: SlowTier) -> None:
+    alloc.sequence(TEXT, load="all")
+    tier.go_on.set()
+    alloc.close()
+    assert alloc.closed
+
+
+def test_prefetch_to_host_and_to_the_device(alloc: kvmem.Allocator, tier: SlowTier) -> None:
+    load = alloc.prefetch(TEXT, to="host")
+    assert not load.done() and not load.wait(0.01)
+    tier.go_on.set()
+    assert load.wait(60) and load.num_reached == 12 and load.reason == ""
+    assert alloc.match(TEXT).by_tier == {"device": 0, "host": WHOLE}
+    load = alloc.prefetch(TEXT)
+    assert load.wait(60) and alloc.match(TEXT).by_tier == {"device": WHOLE, "host": 0}
+    unknown = alloc.prefetch([1, 2, 3, 4, 5, 6, 7, 8])
+    assert unknown.wait(60) and unknown.num_reached == 0 and unknown.reason == "no tier has block 0"
+
+
+def test_a_load_can_be_cancelled(alloc: kvmem.Allocator, tier: SlowTier) -> None:
+    load = alloc.prefetch(TEXT)
+    load.cancel()
+    tier.go_on.set()
+    assert load.wait(60) and load.num_reached == 0
+    assert World(alloc).run(TEXT, load="all") == WHOLE and alloc.check() == []
+
+
+def test_a_scheduler_sees_its_loads(alloc: kvmem.Allocator, tier: SlowTier) -> None:
+    cache = SchedulerCache(alloc)
+    assert cache.matched_tokens(TEXT) == 0
+    load = cache.load(TEXT)
+    assert load is not None and not load.done()
+    tier.go_on.set()
+    assert load.wait(60)
+    assert cache.matched_tokens(TEXT) == WHOLE and cache.load(TEXT) is None
+    assert cache.allocate("a", tokens=TEXT) is not None and cache.num_cached_tokens("a") == WHOLE
+    World(alloc).check(cache.sequence("a"), TEXT[:WHOLE])
+
+
+def test_without_tiers_these_calls_are_refused(backend: str) -> None:
+    alloc = kvmem.Allocator(
+        kvmem.CacheSpec.kv(num_layers=1, num_kv_heads=1, head_dim=8, dtype=torch.float16, block_size=4), backend=backend, device="cpu",
+        memory="1MiB", max_sequences=2, max_tokens=64,
+    )  # fmt: skip
+    for call in (lambda: alloc.prefetch([1]), lambda: alloc.store([1]), alloc.flush):
+        with pytest.raises(SpecError, match=r"no tiers: make it with tiers=Tiers\(host=\.\.\.\)"):
+            call()
+    assert alloc.sequence([1, 2, 3], load="all").num_cached_tokens == 0 and alloc.ready() == []
