@@ -37,6 +37,7 @@ from kvmem.tiers.base import Buffer
 
 _GOAL = 0.9  # the share of the plain limit that a tier should reach
 _SERVER_SECONDS = 30.0
+_Memory = dict[Backend, npt.NDArray[np.uint8]]
 
 
 @dataclass(frozen=True)
@@ -128,34 +129,34 @@ class _Host:
 def host(spec: CacheSpec, blocks: int, repetitions: int) -> list[TierRow]:
     """Runs of ``blocks`` from the device to host memory and back, on both backends: CPU time of one thread.
 
-    The device of a CPU is shared memory in small pages, and so is that of the memcpy. On the virtual backend a block
-    comes back to pages just mapped, and the first touch of each is a fault, which a GPU does not have: the memcpy is to
-    such pages too.
+    The device of a CPU is shared memory in small pages, and so is that of the memcpy. On the virtual backend pages are
+    mapped for what comes back, and the first touch of each is a fault, which a GPU does not have: its limit does both.
     """
     size = spec.bytes_per_token * spec.groups[0].block_size
     rigs = {backend: _Host(spec, backend, blocks) for backend in BACKENDS}
-    memory, fd = np.ones(blocks * size, np.uint8), os.memfd_create("bench")
-    os.ftruncate(fd, len(memory))
-    device = {"paged": _mapped(fd), "virtual": _mapped(fd)}
+    # Memory of its own for each, or the copies would find more in the processor's caches than the tiers.
+    files = {backend: os.memfd_create("bench") for backend in BACKENDS}
+    device = {backend: _mapped(fd, blocks * size) for backend, fd in files.items()}
+    memory = {backend: np.ones(blocks * size, np.uint8) for backend in BACKENDS}
 
-    def memcpy(backend: str, back: bool) -> None:  # block by block, as the tier copies
-        here, there = (memory, device[backend]) if back else (device[backend], memory)
-        for first in range(0, len(memory), size):
-            there[first : first + size] = here[first : first + size]
+    def memcpy(source: _Memory, target: _Memory, backend: Backend) -> None:  # block by block, as the tier copies
+        if target is device and backend == "virtual":
+            device[backend] = _mapped(files[backend], blocks * size)
+        for first in range(0, blocks * size, size):
+            target[backend][first : first + size] = source[backend][first : first + size]
 
     def after(name: str, result: object) -> None:
         if name.startswith("store"):
             rigs[name.split()[1]].leave_device()  # type: ignore[index]
-        elif name == "limit of promote virtual":
-            device["virtual"] = _mapped(fd)
 
     calls: dict[str, Callable[[], object]] = {}
-    for backend, rig in rigs.items():
-        calls |= {f"store {backend}": rig.store, f"limit of store {backend}": partial(memcpy, "paged", False)}
-        calls |= {f"promote {backend}": rig.promote, f"limit of promote {backend}": partial(memcpy, backend, True)}
+    for call, source, target in (("store", device, memory), ("promote", memory, device)):
+        calls |= {f"{call} {backend}": getattr(rig, call) for backend, rig in rigs.items()}
+        calls |= {f"limit of {call} {backend}": partial(memcpy, source, target, backend) for backend in BACKENDS}
     times = in_turn(calls, repetitions, clock=thread_time_ns, look=after)
-    os.close(fd)
-    limits = dict.fromkeys(calls, "memcpy") | {"promote virtual": "memcpy to pages just mapped"}
+    for fd in files.values():
+        os.close(fd)
+    limits = dict.fromkeys(calls, "memcpy") | {"promote virtual": "mmap and memcpy"}
     return [
         TierRow.of((f"host, {backend}", call, blocks, size), limits[name], times[name], times[f"limit of {name}"])
         for backend in BACKENDS
@@ -164,8 +165,9 @@ def host(spec: CacheSpec, blocks: int, repetitions: int) -> list[TierRow]:
     ]
 
 
-def _mapped(fd: int) -> npt.NDArray[np.uint8]:
-    return np.frombuffer(mmap.mmap(fd, os.fstat(fd).st_size), np.uint8)
+def _mapped(fd: int, size: int) -> npt.NDArray[np.uint8]:
+    os.ftruncate(fd, size)
+    return np.frombuffer(mmap.mmap(fd, size), np.uint8)
 
 
 def _run_of(blocks: int, block_bytes: int) -> tuple[list[bytes], list[Buffer], list[Buffer]]:
