@@ -130,7 +130,7 @@ def _tiers(figure: Figure, setup: Row, rows: Sequence[Row]) -> None:
     for offset, name, label in ((-0.2, "bytes_per_second", "the tier"), (0.2, "limit_bytes_per_second", "its limit")):
         axes.barh(places + offset, [row[name] / _GIB for row in shown], 0.4, label=label)
     title = f"{setup['model']}: runs of {most} blocks of {shown[0]['block_bytes'] / (1 << 20):.3g} MiB"
-    axes.set(title=title, xlabel="GiB a second", xscale="log")
+    axes.set(title=title, xlabel="GiB a second")
     axes.set_yticks(places, names)
     axes.invert_yaxis()
     axes.legend()
