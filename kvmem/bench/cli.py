@@ -14,7 +14,7 @@ from rich.console import Console
 
 from kvmem.arguments import parse_bytes
 from kvmem.bench.document import check_writable, document, write_json
-from kvmem.bench.model import BACKENDS, Backend
+from kvmem.bench.model import BACKENDS, Backend, load_model
 from kvmem.bench.plots import write_plots
 from kvmem.bench.render import cell, console, reuse_tables, setup_lines, show, tables
 from kvmem.bench.reuse import Workload, default_policy, parse_capacities, parse_policies, replay
@@ -161,6 +161,37 @@ def layouts_command(
     show(out, tables(setup, parts))
     write_json(document(sys.argv[1:], setup=setup, results=parts), json_path)
     show(out, (f"wrote {path}" for path in write_plots(setup, parts, plot_path)))
+
+
+@bench.command("tiers")
+@_options("trace", "requests", "config", "assume", "dtype", "block_size", "repetitions", "quiet")
+@click.option("--runs", default="16,64", show_default=True, metavar="N,N,...", help="Blocks that are moved at once.")
+@click.option("--folder", type=PATH, metavar="DIR", help="On the disk to measure. Default: that of temporary files.")
+@click.option("--redis-server", help="The program. Default: redis-server if it is installed, else Redis is left out.")
+@click.option("--device-blocks", type=click.IntRange(min=1), default=1000, show_default=True, help="Of the replay.")
+@click.option("--host-blocks", type=click.IntRange(min=1), default=9000, show_default=True, help="Of the replay.")
+@click.option(
+    "--prefill-tokens-per-second", type=click.FloatRange(min=0, min_open=True),
+    help="Of the model: says from which prompt length on loading is faster.",
+)  # fmt: skip
+def tiers_command(
+    trace: Path | None, requests: int | None, config: Path | None, assume: str | None, dtype: str, block_size: int,
+    quiet: bool, json_path: Path | None, plot_path: Path | None, **options: Any,
+) -> None:  # fmt: skip
+    """Host memory, disk and Redis beside their plain limits; a trace replayed with blocks in host memory."""
+    from kvmem.bench import tiers
+
+    loaded = load_trace(trace or EXCERPT)
+    workload = Workload.of(loaded if requests is None else loaded.head(requests))
+    model = load_model(config, dtype=dtype, block_size=block_size, assume=assume)
+    bench = tiers.TierBench(model, workload, **options)
+    check_writable(json_path, plot_path)
+    with progress(Console(stderr=True, highlight=False), "tiers", bench.steps, quiet) as done:
+        parts = {name: [asdict(row) for row in rows] for name, rows in bench.measure(done).items()}
+    out = console()
+    show(out, tables(bench.setup, parts), end="")
+    write_json(document(sys.argv[1:], setup=bench.setup, results=parts), json_path)
+    show(out, (f"wrote {path}" for path in write_plots(bench.setup, parts, plot_path)))
 
 
 @bench.command("gpu")

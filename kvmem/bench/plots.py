@@ -120,6 +120,22 @@ def _layouts(figure: Figure, setup: Row, rows: Sequence[Row]) -> None:
     figure.suptitle("{sequences} sequences of {tokens:,} tokens, {heads} heads of {width}, {backend}".format(**setup))
 
 
+def _tiers(figure: Figure, setup: Row, rows: Sequence[Row]) -> None:
+    """A bar for the longest run of each call, beside its limit."""
+    axes = figure.subplots()
+    most = max(row["blocks"] for row in rows)
+    shown = [row for row in rows if row["blocks"] == most]
+    names = [f"{row['tier']}: {row['call']}\nlimit: {row['limit']}" for row in shown]
+    places = np.arange(len(shown))
+    for offset, name, label in ((-0.2, "bytes_per_second", "the tier"), (0.2, "limit_bytes_per_second", "its limit")):
+        axes.barh(places + offset, [row[name] / _GIB for row in shown], 0.4, label=label)
+    title = f"{setup['model']}: runs of {most} blocks of {shown[0]['block_bytes'] / (1 << 20):.3g} MiB"
+    axes.set(title=title, xlabel="GiB a second")
+    axes.set_yticks(places, names)
+    axes.invert_yaxis()
+    axes.legend()
+
+
 #: Name of the file, and the part that it shows.
 _PICTURES: dict[str, tuple[Callable[[Figure, Row, Sequence[Row]], None], str]] = {
     "bytes_over_time": (_bytes_over_time, "replay"),
@@ -127,4 +143,5 @@ _PICTURES: dict[str, tuple[Callable[[Figure, Row, Sequence[Row]], None], str]] =
     "latency": (_latency, "replay"),
     "reuse": (_reuse, "reuse"),
     "layouts": (_layouts, "layouts"),
+    "tiers": (_tiers, "tiers"),
 }

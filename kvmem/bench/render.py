@@ -268,6 +268,27 @@ _SPECS = {
         "Attention on the CPU: microseconds a layer and step, median (p10 to p90)", 2,
         "case={case}; memory={backend}; time={us:spread}",
     ),
+    "tiers": (
+        "Tiers beside their plain limits in turn; host memory in CPU time of one thread, others by the clock", 3,
+        """tier={tier}; call={call}; limit={limit}; run={blocks} x {block_bytes:bytes}; us a run={us:spread};
+        bytes/s={bytes_per_second:bytes}; ... of the limit={limit_bytes_per_second:bytes};
+        share of the limit={share:ratio}; goal={goal:g}""",
+    ),
+    "verification": (
+        "Verification: the checksums of a run beside the disk's get of it, which includes them", 1,
+        "run={blocks} x {block_bytes:bytes}; us a run={us:spread}; share of get={share:ratio}; goal, at most={goal:g}",
+    ),
+    "break_even": (
+        "Loading beside computing again", 1,
+        """tier={tier}; before the first block, us={start_us:us}; tokens/s={tokens_per_second:,.0f};
+        prefill, tokens/s={prefill_tokens_per_second:,.0f}; faster from tokens on (empty: never)={least_tokens:,}""",
+    ),
+    "tier_replay": (
+        "A trace replayed with blocks in host memory, beside one cache of as many blocks with the device's policy", 3,
+        """backend={backend}; device's policy={device_policy}; host's policy={host_policy};
+        blocks, device + host={device_blocks:,} + {host_blocks:,}; prompt blocks found={hits:,};
+        ... in host memory={host_hits:,}; one cache finds={one_cache_hits:,}; share={share:share}; goal={goal:share}""",
+    ),
     **dict.fromkeys(  # the second is the name that `sdpa` had
         ("sdpa", "rectangle"), ("One SDPA call for a batch, one layer's decode step, one thread, CPU time", 2, _SDPA)
     ),

@@ -11,6 +11,8 @@ import heapq
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import product
 from time import perf_counter
 from typing import Any
 
@@ -18,11 +20,13 @@ import numpy as np
 import numpy.typing as npt
 
 from kvmem import Allocator, CacheSpec, _core
+from kvmem.bench.model import BACKENDS
 from kvmem.bench.text import BenchError, Progress
 from kvmem.bench.traces import Trace
+from kvmem.tiers import Tiers
 
 UNLIMITED = "unlimited"
-_PAGE_BYTES = 4096  # the smallest page, and one token of the spec below
+PAGE_BYTES = 4096  # the smallest page, and one token of the spec below
 _SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # of the distinct blocks: the default capacities
 
 
@@ -44,6 +48,26 @@ class ReuseRow:
     share_of_belady: float
     evicted_blocks: int
     seconds: float
+
+
+@dataclass(frozen=True)
+class TierReplayRow:
+    """A trace replayed on a device of metadata. Counts are of the blocks of prompts: ``hits`` are those found, of them
+    ``host_hits`` in host memory. ``one_cache_hits``: what a device as large as both finds under the device's policy.
+    """
+
+    backend: str
+    device_policy: str
+    host_policy: str
+    device_blocks: int
+    host_blocks: int
+    blocks: int
+    hits: int
+    host_hits: int
+    one_cache_hits: int
+    share: float
+    seconds: float
+    goal: float = 0.97
 
 
 @dataclass(frozen=True)
@@ -143,11 +167,21 @@ def run(requests: Sequence[npt.NDArray[np.int32]], policy: str, capacity: int) -
 
     Of a longer request, only the first ``capacity`` blocks are read and cached.
     """
-    allocator = Allocator(
-        CacheSpec.kv(num_layers=1, num_kv_heads=1, head_dim=512, dtype="float32", block_size=1),
-        backend="paged", device="meta", memory=capacity * _PAGE_BYTES, page_bytes=_PAGE_BYTES, max_sequences=1,
-        max_tokens=1 + min(capacity, max(map(len, requests))), policy=policy,
+    with open_cache(policy, capacity, longest=max(map(len, requests))) as allocator:
+        return serve(requests, capacity, allocator), allocator.stats().evicted_blocks
+
+
+def open_cache(policy: str, capacity: int, *, longest: int, **options: Any) -> Allocator:
+    """An allocator on a device of ``capacity`` blocks, for requests of at most ``longest`` blocks."""
+    return Allocator(
+        CacheSpec.kv(num_layers=1, num_kv_heads=1, head_dim=512, dtype="float32", block_size=1), device="meta",
+        memory=capacity * PAGE_BYTES, page_bytes=PAGE_BYTES, max_sequences=1, max_tokens=1 + min(capacity, longest),
+        policy=policy, **({"backend": "paged"} | options),
     )  # fmt: skip
+
+
+def serve(requests: Sequence[npt.NDArray[np.int32]], capacity: int, allocator: Allocator) -> int:
+    """Hits of ``requests``, of each its first ``capacity`` blocks, one after the other."""
     hits = 0
     for ids in (request[:capacity] for request in requests):
         sequence = allocator.sequence(np.append(ids, 0))  # one token more, since a match never includes the last one
@@ -156,7 +190,34 @@ def run(requests: Sequence[npt.NDArray[np.int32]], policy: str, capacity: int) -
         sequence.commit(ids[found:])
         sequence.free()
         hits += found
-    return hits, allocator.stats().evicted_blocks
+    return hits
+
+
+def replay_tiers(
+    workload: Workload, device_blocks: int, host_blocks: int, progress: Progress = lambda done: None
+) -> list[TierReplayRow]:
+    """Every policy of the device with every one of host memory, on both backends.
+
+    REQUIRES: the device holds the longest request. About 10 us a block and replay.
+    """
+    rows: list[TierReplayRow] = []
+    both, policies = device_blocks + host_blocks, _core.eviction_policy_names()
+    for backend, policy in product(BACKENDS, policies):
+        # A row for each block: each may end another prompt (virtual).
+        cache = partial(open_cache, policy, longest=workload.longest, backend=backend, cached_rows=both)
+        with cache(both) as alone:
+            one_cache = serve(workload.requests, workload.longest, alone)
+        for of_host in policies:
+            begin = perf_counter()
+            with cache(device_blocks, tiers=Tiers(host=host_blocks * PAGE_BYTES, policy=of_host)) as allocator:
+                hits = serve(workload.requests, workload.longest, allocator)
+                host_hits = allocator.tiering.counters["host"]
+            rows.append(TierReplayRow(
+                backend, policy, of_host, device_blocks, host_blocks, workload.blocks, hits, host_hits, one_cache,
+                hits / one_cache if one_cache else 1.0, perf_counter() - begin,
+            ))  # fmt: skip
+            progress(len(rows))
+    return rows
 
 
 class Belady:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -132,17 +132,22 @@ class DenseBatch:
         """Return how many tokens every layer has written."""
         return min((self.written[key] for key in self._layers.get(group, ())), default=self.num_tokens(group))
 
-    def begin(self, ids: np.ndarray, padding: list[int], salt: str | bytes | None) -> int:
+    def begin(
+        self, ids: np.ndarray, padding: list[int], salt: str | bytes | None, load: Literal["host", "all"] = "host"
+    ) -> int:
         """Open a row for each of ``ids``, int32 [B, tokens]; return how many cached tokens all of them start with.
 
         The ids are committed with the tokens. padding: for each row, how many ids at its start are padding, on which
-        the KV of later tokens depends. An error changes nothing.
+        the KV of later tokens depends. load: ``"all"`` waits for lower tiers. An error changes nothing.
         """
         if self._ids:
             raise SpecError(f"begin: the cache holds {self.num_tokens()} tokens of {self.num_rows} rows; reset() it")
         self._check_rows(len(ids))
         keys = [[(0, f"{count} tokens of padding")] if count else None for count in padding]
         prompts = list(zip(ids, keys, strict=True))
+        if load == "all":
+            for load_of_row in [self.alloc.prefetch(row, salt=salt, extra_key=key) for row, key in prompts]:
+                load_of_row.wait()
         found = min(self.alloc.match(row, salt=salt, extra_key=key).num_tokens for row, key in prompts)
         found = min(found, ids.shape[1] - 1)
         while True:

@@ -13,7 +13,7 @@ import pytest
 
 from kvmem import _core
 from kvmem.bench.__main__ import main
-from kvmem.bench.reuse import Belady, ReuseRow, Workload, default_policy, parse_capacities, replay
+from kvmem.bench.reuse import Belady, ReuseRow, Workload, default_policy, parse_capacities, replay, replay_tiers
 from kvmem.bench.text import BenchError
 from kvmem.bench.traces import EXCERPT, load_trace
 
@@ -130,6 +130,23 @@ def test_the_new_policy_on_the_full_trace(full):
     for capacity in capacities:
         ratio = rows[DENSITY, capacity] / rows["lru", capacity]
         assert ratio >= (1.4 if capacity in (1000, 2000, 5000) else 0.99), (capacity, ratio)
+
+
+def test_a_device_with_host_memory_finds_what_one_cache_finds(excerpt):
+    for row in replay_tiers(excerpt, 1000, 9000):
+        if (row.device_policy, row.host_policy) == ("lru", "lru"):
+            assert row.share >= 0.97
+
+
+@needs_traces
+def test_a_device_with_host_memory_on_the_full_trace(full):
+    """With LRU in both; and by default at least as much as a cache with LRU, whose rate is known."""
+    rows = replay_tiers(full, 1000, 9000)
+    for row in rows:
+        if (row.device_policy, row.host_policy) == ("lru", "lru"):
+            assert row.share >= 0.97 and round(100 * row.one_cache_hits / row.blocks, 2) == 21.16
+        if (row.device_policy, row.host_policy) == (default_policy(), "lru"):
+            assert row.hits >= 0.97 * 0.2116 * row.blocks
 
 
 def test_the_command(capsys, tmp_path):

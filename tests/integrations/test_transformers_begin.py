@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from torch import nn
 
 import kvmem
 from kvmem.integrations.dense_batch import DenseBatch
+from kvmem.tiers import Identity, Tiers, largest_block_bytes
 
 __all__ = ["one_thread"]  # a fixture of every test here
 
@@ -203,3 +205,41 @@ def test_a_step_that_fails_before_it_is_written_forgets_no_ids(
         model(inputs["input_ids"][:, :1], past_key_values=cache)
     cache.reset()
     assert cache.begin(**inputs) >= 32
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_another_cache_continues_from_a_disk(name: str, backend: str, tmp_path: Path) -> None:
+    """What one cache has stored, one of another process would find: its allocator has only the folder in common."""
+    pytest.importorskip("xxhash", reason="the disk tier needs the extra kvmem[tiers]")
+    from kvmem.tiers.disk import DiskTier
+
+    model, inputs, identity = model_of(name), prompts(rows=2, length=45), Identity("toy")
+    expected = generate(model, inputs, dynamic_cache(model))
+    spec = kvmem.CacheSpec.from_config(model.config, dtype=model.dtype)
+    facts = {"block_bytes": largest_block_bytes(spec), "fingerprint": identity.fingerprint(spec)}
+    for run in range(2):
+        with DiskTier(tmp_path, capacity="1MiB", **facts) as tier:
+            tiers = Tiers(host="64KiB", lower=[tier], identity=identity)
+            cache = open_cache(model, backend, tiers=tiers)
+            assert cache.begin(**inputs) == 0
+            cache.reset()
+            found = cache.begin(**inputs, load="all")
+            with counting(model) as lengths:
+                assert_same(generate(model, inputs, cache), expected)
+            assert lengths[0] == 45 - found
+            assert found == (32 if run else 0)
+            assert cache.allocator.check() == []
+            for row in inputs["input_ids"]:
+                cache.allocator.store(row.numpy())
+            assert cache.allocator.flush(60)
+            cache.allocator.close()
+
+
+def test_a_load_without_tiers_is_refused(backend: str) -> None:
+    model, inputs = model_of("llama"), prompts(rows=2, length=45)
+    cache = open_cache(model, backend)
+    with pytest.raises(kvmem.SpecError, match="this allocator has no tiers"):
+        cache.begin(**inputs, load="all")
+    with pytest.raises(kvmem.SpecError, match="load: got 'disk'; must be one of host, all"):
+        cache.begin(**inputs, load="disk")  # type: ignore[arg-type]
+    assert cache.begin(**inputs) == 0

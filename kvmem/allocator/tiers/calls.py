@@ -150,9 +150,7 @@ class TierCalls(OpenedCore):
             if handle in self._pending:
                 with suppress(StaleHandle):  # it was freed: nobody waits
                     salted, keyed = waiting.keys
-                    waiting.sequence.num_cached_tokens = self.core.admit_pending(
-                        handle, waiting.ids, salted, keyed
-                    )
+                    waiting.sequence.num_cached_tokens = self.core.admit_pending(handle, waiting.ids, salted, keyed)
                 self._pending.pop(handle, None)
         return True
 

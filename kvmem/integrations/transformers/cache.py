@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from collections.abc import Sequence as List
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from kvmem.allocator import Allocator
+from kvmem.arguments import check_choice
 from kvmem.errors import SpecError
 from kvmem.integrations.dense_batch import EVERY, DenseBatch
 from kvmem.integrations.transformers.layer import KVMemLayer
@@ -132,6 +133,7 @@ class KVMemCache(_OverRows, Cache):  # type: ignore[misc]
         attention_mask: torch.Tensor | None = None,
         *,
         salt: str | bytes | None = None,
+        load: Literal["host", "all"] = "host",
         **others: Any,
     ) -> int:
         """Return how many tokens each row starts with, from the cached prefixes of earlier prompts; ``generate()``
@@ -143,10 +145,13 @@ class KVMemCache(_OverRows, Cache):  # type: ignore[misc]
         both arguments first. A later ``begin()`` finds blocks of this prompt, but none of what is generated.
 
         salt: only calls with the same salt share. Name in it what else the KV depends on, such as an active LoRA.
+        load: ``"all"`` also waits for what the lower tiers of an allocator with ``tiers=`` have of the prompts, such as
+            a disk. To have a prompt there that was computed: ``allocator.store(ids)``, with the ids of one row.
 
         ``SpecError`` or ``OutOfMemory``, and the cache is unchanged. ``SpecError`` also for images and other inputs:
         their placeholders have the same ids whatever they show, and ``generate()`` must compute all of them.
         """
+        check_choice("load", load, ("host", "all"))
         if given := [name for name, value in others.items() if value is not None]:
             raise SpecError(f"{', '.join(given)}: begin() finds prompts by their ids alone; call generate() without it")
         if self._rows.more_than_ids:
@@ -161,7 +166,7 @@ class KVMemCache(_OverRows, Cache):  # type: ignore[misc]
                     f"input_ids: have {placeholder}, the {name}, whose KV depends on more than the ids; call "
                     "generate() without begin()"
                 )
-        return self._rows.begin(ids, padding, salt)
+        return self._rows.begin(ids, padding, salt, load)
 
     def reset(self) -> None:
         """Free the tokens; the memory stays mapped for the next ones."""
