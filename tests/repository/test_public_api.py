@@ -14,7 +14,7 @@ import pytest
 import kvmem
 
 NAMES = [
-    "Allocator", "Batch", "CacheSpec", "Component", "DeviceError", "Group", "KVMemError", "LiveSequence", "OutOfMemory", "PagePool",
+    "Allocator", "Batch", "CacheSpec", "Component", "DeviceError", "Group", "KVMemError", "LiveSequence", "NotReady", "OutOfMemory", "PagePool",
     "Pin", "PrefixMatch", "SchedulerCache", "Sequence", "SpecError", "StaleHandle", "Stats",
     "TableChanges", "TierError",
 ]  # fmt: skip
@@ -22,9 +22,13 @@ NAMES = [
 # Parameters without annotations: name, "=" where there is a default, and "*" before what is keyword-only.
 SIGNATURES = {
     "Allocator": "spec, *, backend=, device=, memory=, max_sequences, max_tokens, page_bytes=, interleave=, "
-    "map_ahead_tokens=, tail_guard_tokens=, zero=, prefix_cache=, partial_reuse=, policy=, cached_rows=, events=, event_key=, pool=, "
+    "map_ahead_tokens=, tail_guard_tokens=, zero=, prefix_cache=, partial_reuse=, policy=, cached_rows=, events=, event_key=, tiers=, pool=, "
     "record_ops=, debug=, driver=",
-    "Allocator.sequence": "self, tokens=, *, salt=, extra_key=, adapter=, label=",
+    "Allocator.sequence": "self, tokens=, *, salt=, extra_key=, adapter=, label=, load=",
+    "Allocator.prefetch": "self, tokens, *, to=, salt=, extra_key=, adapter=",
+    "Allocator.ready": "self, sequences=",
+    "Allocator.store": "self, tokens, *, salt=, extra_key=, adapter=",
+    "Allocator.flush": "self, timeout=",
     "Allocator.sequences": "self",
     "Allocator.free_tokens": "self",
     "Allocator.can_fit": "self, n",
@@ -68,6 +72,7 @@ SIGNATURES = {
     "Sequence.snapshot": "self",
     "Pin.unpin": "self",
     "Sequence.free": "self",
+    "Sequence.wait": "self, timeout=",
     "Sequence.detach": "self",
     "Sequence.kv": "self, layer",
     "Batch.group": "self, index",
