@@ -7,11 +7,12 @@ from collections.abc import Iterable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Literal
 
+from kvmem.allocator.loads import Load
 from kvmem.allocator.opening import OpenedCore
+from kvmem.allocator.places import Prompt
 from kvmem.allocator.prefix import Salt, Tokens, encode_keys, token_ids
 from kvmem.allocator.sequence import Sequence
-from kvmem.allocator.tiering import Prompt, Tiering
-from kvmem.allocator.transfers import Load
+from kvmem.allocator.tiering import Tiering
 from kvmem.arguments import check_choice
 from kvmem.errors import NotReady, SpecError, StaleHandle
 from kvmem.events.digests import ExtraKey
