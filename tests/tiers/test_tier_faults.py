@@ -66,7 +66,8 @@ def test_a_driver_that_fails_while_blocks_move(verb: str, backend: str, seed: in
     rng, driver = random.Random(seed), checked()
     world = World(make("window", backend, host_blocks=20, driver=driver))
     texts, failed, loop = prompts(rng, 8), 0, Steps(120)
-    while loop.next(world.hits > 0 and (failed > 0 or (verb == "map" and backend == "paged"))):
+    seldom = backend == "paged" and verb in ("map", "copy")  # an admission without the copy does instead
+    while loop.next(world.hits > 0 and (failed > 0 or seldom)):
         if rng.random() < 0.4:
             driver.fail(verb, rng.randrange(1, 6), rng.choice([2, 719]))
         try:

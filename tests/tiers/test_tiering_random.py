@@ -227,11 +227,9 @@ class Campaign(World):
         while self.alloc._pending:
             self.alloc.ready()
         tiering = self.alloc.tiering
-        while any(load.future is not None and not load.future.done() for load in list(tiering.transfers._loads)):
-            for load in list(tiering.transfers._loads):
-                load.cancel()
-        self.alloc.clear_cache()  # what it evicts is written
         assert self.alloc.flush(60)
+        tiering.transfers.close()  # also loads that nobody asked for have ended
+        self.alloc.clear_cache()
         tiering.settle()
         assert [tiering.core.free_slots(g) for g in range(len(tiering.counts))] == tiering.counts
         assert not tiering.leaving and self.alloc.check() == []
