@@ -75,11 +75,12 @@ void HostSlots::undo_take(const SlotName& name) {
   Slot& s = slots_[name.slot];
   const i64 group = group_of(name.slot);
   EvictionPolicy& policy = *policies_[group];
-  policy.undo_release(item(name.slot));
-  policy.undo_insert(item(name.slot), s.key, -1);
+  policy.evict(item(name.slot), s.key, -1);
   s.taken = before.taken, s.key = before.key;
   --s.generation;  // nobody has seen the name that was undone
-  before.taken ? policy.restore(item(name.slot), s.key, -1) : free_[group].push_back(name.slot);
+  if (!before.taken) return free_[group].push_back(name.slot);
+  policy.insert(item(name.slot), s.key, -1);
+  policy.release(item(name.slot));
 }
 
 void HostSlots::lose(i64 slot) {
@@ -124,7 +125,6 @@ void HostSlots::drop(const SlotName& name) {
 }
 
 void HostSlots::digest(Hasher& hash) const {
-  for (const std::unique_ptr<EvictionPolicy>& policy : policies_) policy->digest(hash);
   for (const Slot& s : slots_) hash.add(s.taken, s.dropped, s.holds, s.taken ? s.generation : 0, s.taken ? s.key : 0);
 }
 

@@ -65,7 +65,8 @@ class HostSlots {
   // nothing then.
   SlotName take(i64 group, std::uint64_t key);
   // Undoes the latest take() that is neither undone nor confirmed: the slot has what it had before, under the old name,
-  // since nothing writes to it before the transaction is executed. REQUIRES: `name` is of that call.
+  // since nothing writes to it before the transaction is executed. Only its place in the order of eviction is new,
+  // because policies cannot undo the eviction of an id that is in use again. REQUIRES: `name` is of that call.
   void undo_take(const SlotName& name);
   // The takes until now are not undone any more.
   void confirm_takes() { takes_.clear(); }
@@ -85,7 +86,7 @@ class HostSlots {
   void hit(const SlotName& name);
   // Frees the slot. Does nothing unless has(); a held slot becomes free with its last release().
   void drop(const SlotName& name);
-  void digest(Hasher& hash) const;
+  void digest(Hasher& hash) const;  // without the order of eviction
   void check(std::vector<std::string>* out) const;
 
  private:

@@ -6,6 +6,7 @@ import random
 from collections.abc import Sequence
 
 import pytest
+from support import Steps
 from support_world import checked
 from tier_world import SPECS, DictTier, World, make, prompts
 
@@ -64,8 +65,9 @@ def test_a_driver_that_fails_while_blocks_move(verb: str, backend: str, seed: in
     """Each such call raises and changes nothing; the blocks are found later, or computed again."""
     rng, driver = random.Random(seed), checked()
     world = World(make("window", backend, host_blocks=20, driver=driver))
-    texts, failed = prompts(rng, 8), 0
-    for _ in range(120):
+    texts, failed, loop = prompts(rng, 8), 0, Steps(120)
+    seldom = backend == "paged" and verb in ("map", "copy")  # an admission without the copy does instead
+    while loop.next(world.hits > 0 and (failed > 0 or seldom)):
         if rng.random() < 0.4:
             driver.fail(verb, rng.randrange(1, 6), rng.choice([2, 719]))
         try:
@@ -75,7 +77,6 @@ def test_a_driver_that_fails_while_blocks_move(verb: str, backend: str, seed: in
         driver.clear_failures()
         world.alloc.free_batch([live.id for live in world.alloc.sequences()])
         assert world.alloc.check() == []
-    assert world.hits > 0 and (failed > 0 or (verb in ("map", "copy") and backend == "paged"))  # it hardly makes any
 
 
 def test_refusals(backend: str) -> None:

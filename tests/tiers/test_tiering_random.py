@@ -101,7 +101,8 @@ class Campaign(World):
         if seq.pending:
             return self.done.add("pending")
         if load == "device" or (load == "host" and not self.loads):
-            assert seq.num_cached_tokens <= match.num_tokens, (match, text)
+            # Behind what host slots bring, a part of a block on the device may match, too.
+            assert seq.num_cached_tokens < match.num_tokens + self.alloc.tiering.block_size, (match, text)
         return self.compare(self.live[-1])
 
     def compare(self, one: Live) -> None:
@@ -227,11 +228,9 @@ class Campaign(World):
         while self.alloc._pending:
             self.alloc.ready()
         tiering = self.alloc.tiering
-        while any(load.future is not None and not load.future.done() for load in list(tiering.transfers._loads)):
-            for load in list(tiering.transfers._loads):
-                load.cancel()
-        self.alloc.clear_cache()  # what it evicts is written
         assert self.alloc.flush(60)
+        tiering.transfers.close()  # also loads that nobody asked for have ended
+        self.alloc.clear_cache()
         tiering.settle()
         assert [tiering.core.free_slots(g) for g in range(len(tiering.counts))] == tiering.counts
         assert not tiering.leaving and self.alloc.check() == []

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Literal
 from kvmem.allocator.opening import OpenedCore
 from kvmem.allocator.prefix import Salt, Tokens, encode_keys, token_ids
 from kvmem.allocator.sequence import Sequence
-from kvmem.allocator.tiers.engine import Prompt, Tiering
-from kvmem.allocator.tiers.transfers import Load
+from kvmem.allocator.tiers.engine import Tiering
+from kvmem.allocator.tiers.loads import Load
+from kvmem.allocator.tiers.places import Prompt
 from kvmem.arguments import check_choice
 from kvmem.errors import NotReady, SpecError, StaleHandle
 from kvmem.events.digests import ExtraKey

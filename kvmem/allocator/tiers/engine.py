@@ -13,21 +13,24 @@ device by a call of the allocator, like everything else that changes it.
 from __future__ import annotations
 
 import threading
-from collections import Counter, OrderedDict, deque
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from itertools import compress
 from math import lcm
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from kvmem import _core
 from kvmem.allocator.tiers.events import Facts, TierEvents
-from kvmem.allocator.tiers.transfers import Block, Load, Transfers
+from kvmem.allocator.tiers.loads import Block, Load
+from kvmem.allocator.tiers.moves import Batch, Moves
+from kvmem.allocator.tiers.places import Located, Prompt
+from kvmem.allocator.tiers.transfers import Transfers
 from kvmem.arguments import parse_bytes
 from kvmem.errors import OutOfMemory, SpecError
-from kvmem.events.digests import ExtraKey, Key, decode_key, encode_key, key_marks, placed
+from kvmem.events.digests import ExtraKey, encode_key, key_marks, placed
 from kvmem.events.stream import Event
 from kvmem.geometry.group_layout import GroupLayout
 from kvmem.spec import CacheSpec
@@ -42,44 +45,9 @@ if TYPE_CHECKING:
     Ids = npt.NDArray[np.int32]
     Name = tuple[int, int]  # a host slot and its generation
 
-__all__ = ["MOVE_TOKENS", "Prompt", "Tiering", "open_tiers"]
+__all__ = ["MOVE_TOKENS", "Tiering", "open_tiers"]
 
-_STORED, _CLEARED, _KEPT = 0, 2, 3  # EventKind in csrc/index/events.h
 MOVE_TOKENS = 1 << 20  # tokens in the core's queue of moves; where a call moves more, some slots lose their names
-
-
-class Prompt(NamedTuple):
-    """Whole blocks of some tokens.
-
-    ids: int32 [blocks * block_size]. keys: salt, and adapter with extra keys, for the core (``encode_keys``).
-    digests: of each block, with all blocks before it. root: salt and adapter. marks: the extra keys, with positions.
-    """
-
-    ids: Ids
-    keys: tuple[bytes, bytes]
-    digests: list[bytes]
-    root: tuple[Key, Key]
-    marks: list[tuple[int, bytes]]
-
-    @property
-    def num_blocks(self) -> int:
-        return len(self.digests)
-
-
-class _Node(NamedTuple):
-    """What is known of a node of the core's index. facts: None without events."""
-
-    digest: bytes
-    facts: Facts | None
-
-
-class _Batch(NamedTuple):
-    """A batch of moves that is read. Applying it again does no harm, so a signal may end a call at any line."""
-
-    number: int
-    nodes: dict[int, _Node]
-    kept: deque[tuple[Block, Facts | None]]
-    lossy: bool  # moves before it were lost
 
 
 class Tiering:
@@ -118,8 +86,8 @@ class Tiering:
         self.counters: Counter[str] = Counter()
         self._lock = threading.RLock()
         self._taken = 0  # the last batch of moves that was received
-        self._batch: _Batch | None = None  # the latest
-        self._nodes: dict[int, _Node] = {}  # by node of the core's index
+        self._batch: Batch | None = None  # the latest
+        self._moves = Moves(self.block_keys)
         self._lost = 0  # core.lost_slots() when names were compared with the slots
         self._host: list[OrderedDict[bytes, Name]] = [OrderedDict() for _ in spec.groups]  # the oldest first
         self._owner: dict[int, tuple[int, bytes]] = {}  # by slot
@@ -138,7 +106,7 @@ class Tiering:
             onward: list[Block] = []
             if number != self._taken:
                 if self._batch is None or self._batch.number != number:
-                    self._batch = self._read(number, records, roots)
+                    self._batch = self._moves.read(number, records, roots, self.events)
                 self._apply(self._batch, onward)
                 self._taken = number
                 if self._write == "back" and self.tiers:
@@ -149,29 +117,9 @@ class Tiering:
         if onward:
             self.transfers.put(onward, fence)
 
-    def _read(self, number: int, records: _core.EventRecords, roots: dict[int, tuple[bytes, bytes]]) -> _Batch:
-        batch = _Batch(number, {}, deque(), _CLEARED in records.kinds)
-        tokens, tags, row = np.ascontiguousarray(records.tokens, "<i4"), records.tags, 0
-        keys = {number: (decode_key(salt), decode_key(adapter)) for number, (salt, adapter) in roots.items()}
-        starts = {number: self.block_keys.root(*names) for number, names in keys.items()}
-        columns = (records.kinds, records.nodes, records.parents, records.roots, records.groups, records.ordinals)
-        for kind, node, parent, root, group, ordinal in zip(*(c.tolist() for c in columns), strict=True):
-            if kind == _STORED:
-                before = None if parent < 0 else batch.nodes.get(parent) or self._nodes[parent]
-                digest, tag = starts[root] if before is None else before.digest, tags[row] or b""
-                facts = None
-                if self.events is not None:
-                    facts = self.events.facts(before and before.facts, keys[root], ordinal, tokens[row].tobytes(), tag)
-                batch.nodes[node] = _Node(self.block_keys.block(digest, tokens[row].data, tag), facts)
-                row += 1
-            elif kind == _KEPT:
-                known = batch.nodes.get(node) or self._nodes[node]
-                batch.kept.append((Block(group, known.digest, (ordinal, parent)), known.facts))
-        return batch
-
-    def _apply(self, batch: _Batch, onward: list[Block]) -> None:
+    def _apply(self, batch: Batch, onward: list[Block]) -> None:
         """Note what the slots have got. onward: receives what is written to a lower tier at once."""
-        self._nodes.update(batch.nodes)
+        self._moves.learn(batch)
         through = self._write == "through" and len(self.tiers) > 0
         while batch.kept:
             block, facts = batch.kept[0]
@@ -405,22 +353,6 @@ class Tiering:
         self.settle()
         with self._lock:
             return [sum(self.core.has_slots(list(blocks.values()))) for blocks in self._host]
-
-
-class Located:
-    """Where device and host have a prompt's blocks.
-
-    names: of host slots by (block, group), for what is not on the device.
-    """
-
-    def __init__(self, device: npt.NDArray[np.uint8], names: dict[tuple[int, int], Name]) -> None:
-        self._device, self.names = device, names
-
-    def on_device(self, block: int, group: int) -> bool:
-        return bool(self._device[block, group])
-
-    def has(self, block: int, group: int) -> bool:
-        return bool(self._device[block, group]) or (block, group) in self.names
 
 
 def open_tiers(

@@ -9,7 +9,7 @@ from kvmem.events.stream import BlockRemoved, BlockStored, Event, group_kind
 from kvmem.spec import CacheSpec
 
 if TYPE_CHECKING:
-    from kvmem.allocator.tiers.engine import Prompt
+    from kvmem.allocator.tiers.places import Prompt
 
 __all__ = ["Facts", "TierEvents"]
 

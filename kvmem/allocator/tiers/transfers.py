@@ -1,4 +1,4 @@
-"""The transfer engine: threads that move blocks between host slots and the tiers below, and the handles of loads.
+"""The transfer engine: threads that move blocks between host slots and the tiers below.
 
 Its threads touch host slots that they hold, and nothing else of the allocator. A fault of a tier ends a load early, or
 leaves a block unwritten; it is counted, and never raised.
@@ -15,45 +15,32 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from itertools import compress
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 from weakref import WeakSet
 
 import numpy as np
 
+from kvmem.allocator.tiers.loads import POLL_SECONDS, Arrivals, Block, Load, Place
 from kvmem.tiers.base import Result, Status, Tier
 from kvmem.tiers.keys import slot_key
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from kvmem.allocator.tiers.engine import Located, Prompt, Tiering
+    from kvmem.allocator.tiers.engine import Tiering
     from kvmem.allocator.tiers.events import Facts
+    from kvmem.allocator.tiers.places import Located, Prompt
 
     Bytes = npt.NDArray[np.uint8]
-    Place = tuple[int, int]  # block of a prompt, group
 
-__all__ = ["Block", "Load", "Transfers"]
+__all__ = ["Load", "Transfers"]
 
 _log = logging.getLogger("kvmem")
 _THREADS = 4  # for loads, and as many for writes, which must not wait for loads that wait for slots
 _AT_ONCE = 16  # blocks in one call of a tier
 _MOST_QUEUED = 1024  # blocks that wait to be written; what comes then is not written
-_POLL_SECONDS = 0.0005
 _FENCE_SECONDS = 30.0
 _STARVED_SECONDS = 30.0  # without a call of advance(): nobody asks for the load any more
-
-
-class Block(NamedTuple):
-    """One group's bytes of a block: its digest, and the host slot that has them."""
-
-    group: int
-    digest: bytes
-    name: tuple[int, int]
-
-    @property
-    def key(self) -> bytes:
-        """The key in tiers below the host."""
-        return slot_key(self.digest, self.group)
 
 
 class _Write:
@@ -62,100 +49,6 @@ class _Write:
     def __init__(self) -> None:
         self.blocks: list[Block] = []
         self.begun = self.claimed = False
-
-
-class _Arrivals:
-    """What the thread of a load and its handle share: the thread does not keep the handle, so that it ends when nobody
-    has that any more.
-    """
-
-    def __init__(self, prompt: Prompt, to_device: bool) -> None:
-        self.prompt, self.to_device, self.reason = prompt, to_device, ""
-        self.cancelled = threading.Event()
-        self.starved = threading.Event()  # the thread waits for a free slot
-        self.abandoned = False
-        self.held: list[tuple[int, int]] = []  # slots that have arrived
-
-    @property
-    def over(self) -> bool:
-        return self.abandoned or self.cancelled.is_set()
-
-    def give_to(self, left: deque[tuple[int, int]]) -> None:
-        """Hand over what is held. One by one, so that a signal finds each in one place."""
-        with suppress(IndexError):  # another thread was faster
-            while self.held:
-                left.append(self.held.pop())
-
-
-class Load:
-    """Blocks on their way from lower tiers to the device or to host slots. It ends when nobody has it any more.
-
-    Attributes: ``num_blocks`` of the prompt that are wanted; ``num_reached``, behind which a sequence can begin once
-    the load is done; ``reason`` why it is not more, or ``""``.
-    """
-
-    _arrivals: _Arrivals | None = None
-
-    def __init__(self, engine: Transfers, arrivals: _Arrivals) -> None:
-        self._engine, self._to_device = engine, arrivals.to_device
-        self.prompt, self.num_blocks, self.num_reached = arrivals.prompt, arrivals.prompt.num_blocks, 0
-        self._finished = False
-        self.cancelled, self.starved = arrivals.cancelled, arrivals.starved
-        self.future: Future[None] | None = None
-        self._arrivals = arrivals
-
-    def __del__(self) -> None:
-        if self._arrivals is not None:  # no lock is taken, because the collector may run anywhere
-            self._arrivals.abandoned = True
-            self._arrivals.give_to(self._engine.left)
-
-    @property
-    def reason(self) -> str:
-        return "" if self._arrivals is None else self._arrivals.reason
-
-    def advance(self) -> bool:
-        """Copy to the device what has arrived, if all has or if host slots are short. Return whether the load is done.
-
-        Must be called until then: nothing else changes the device's memory. Never waits. Cost: the copies.
-        """
-        if self._finished:
-            return True
-        arrived = self.future is None or self.future.done()
-        if not arrived and not self.starved.is_set():
-            return False
-        if self._to_device and not self.cancelled.is_set():
-            self.num_reached = self._engine.tiering.promote(self.prompt)
-        self._let_go()
-        if arrived and not self._finished:
-            if not self._to_device and not self.cancelled.is_set():
-                located = self._engine.tiering.locate(self.prompt)
-                self.num_reached = self._engine.tiering.reach(self.num_blocks, located.has)
-            self._finished = True
-        return arrived
-
-    def done(self) -> bool:
-        """Return whether the load has ended; the same as ``advance()``."""
-        return self.advance()
-
-    def wait(self, timeout: float | None = None) -> bool:
-        """Wait until the load is done, ``timeout`` seconds at most; return whether it is."""
-        end = None if timeout is None else time.monotonic() + timeout
-        while not self.advance():
-            if end is not None and time.monotonic() >= end:
-                return False
-            time.sleep(_POLL_SECONDS)
-        return True
-
-    def cancel(self) -> None:
-        """Stop the load. What has arrived stays in host slots."""
-        self.cancelled.set()
-        self._let_go()
-
-    def _let_go(self) -> None:
-        if self._arrivals is not None:
-            self._arrivals.give_to(self._engine.left)
-        self._engine.release_left()
-        self.starved.clear()
 
 
 class Transfers:
@@ -245,14 +138,14 @@ class Transfers:
         while not writes.isdisjoint(self._writes):
             if end is not None and time.monotonic() >= end:
                 return False
-            time.sleep(_POLL_SECONDS)
+            time.sleep(POLL_SECONDS)
         return True
 
     # --- from lower tiers ---
 
     def load(self, prompt: Prompt, located: Located, *, to_device: bool) -> Load:
         """Start a load of what device and host do not have."""
-        arrivals = _Arrivals(prompt, to_device)
+        arrivals = Arrivals(prompt, to_device)
         load = Load(self, arrivals)
         with self._lock:
             self._loads.add(load)
@@ -260,7 +153,7 @@ class Transfers:
             load.future = self._submit(self._load, arrivals, located)
         return load
 
-    def _load(self, load: _Arrivals, located: Located) -> None:
+    def _load(self, load: Arrivals, located: Located) -> None:
         try:
             wanted = self._find(load, located)
             events = self.tiering.events
@@ -274,7 +167,7 @@ class Transfers:
             load.reason = f"{type(error).__name__}: {error}"
             self._fault("reading", load.reason)
 
-    def _find(self, load: _Arrivals, located: Located) -> list[tuple[Place, Tier]]:
+    def _find(self, load: Arrivals, located: Located) -> list[tuple[Place, Tier]]:
         """Return where each block lies that the load needs and that device and host do not have."""
         tiering, prompt = self.tiering, load.prompt
         found: dict[Place, Tier] = {}
@@ -305,7 +198,7 @@ class Transfers:
         blocks = tiering.reach(whole, has)
         return [(place, found[place]) for place in sorted(tiering.needed(blocks)) if place in found]
 
-    def _get(self, load: _Arrivals, tier: Tier, places: list[Place], facts: list[Facts] | None) -> bool:
+    def _get(self, load: Arrivals, tier: Tier, places: list[Place], facts: list[Facts] | None) -> bool:
         """Fill slots with these blocks of a tier. Return whether to go on: no, once a full group's block is missing."""
         tiering = self.tiering
         keys = [_key(load.prompt, place) for place in places]
@@ -324,7 +217,7 @@ class Transfers:
                     return False
         return True
 
-    def _arrive(self, load: _Arrivals, place: Place, buffer: Bytes, facts: Facts | None) -> bool:
+    def _arrive(self, load: Arrivals, place: Place, buffer: Bytes, facts: Facts | None) -> bool:
         """Put a block into a slot, which the load holds then. Return False if the load is cancelled."""
         tiering, (k, g) = self.tiering, place
         block = Block(g, load.prompt.digests[k], self._take_slot(load, g, load.prompt.digests[k]))
@@ -344,7 +237,7 @@ class Transfers:
             self.release_left()
         return not load.over
 
-    def _take_slot(self, load: _Arrivals, group: int, digest: bytes) -> tuple[int, int]:
+    def _take_slot(self, load: Arrivals, group: int, digest: bytes) -> tuple[int, int]:
         """Return a slot, held. Waits for load.advance() while all are held; slot -1 if the load is cancelled, or if
         nobody calls it.
         """
@@ -357,7 +250,7 @@ class Transfers:
             else:  # what has arrived needs no further call
                 load.give_to(self.left)
             self.release_left()
-            load.cancelled.wait(_POLL_SECONDS)
+            load.cancelled.wait(POLL_SECONDS)
         return name
 
     def release_left(self) -> None:
@@ -385,7 +278,7 @@ class Transfers:
         while not self.tiering.core.has_passed(fence):
             if time.monotonic() > end:
                 raise TimeoutError("the device has not filled the host slots")
-            time.sleep(_POLL_SECONDS)
+            time.sleep(POLL_SECONDS)
 
     def _slot(self, group: int, slot: int) -> Bytes:
         """The bytes of a slot that the caller holds."""
