@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -132,9 +132,7 @@ class DenseBatch:
         """Return how many tokens every layer has written."""
         return min((self.written[key] for key in self._layers.get(group, ())), default=self.num_tokens(group))
 
-    def begin(
-        self, ids: np.ndarray, padding: list[int], salt: str | bytes | None, load: Literal["host", "all"] = "host"
-    ) -> int:
+    def begin(self, ids: np.ndarray, padding: list[int], salt: str | bytes | None, load: str = "host") -> int:
         """Open a row for each of ``ids``, int32 [B, tokens]; return how many cached tokens all of them start with.
 
         The ids are committed with the tokens. padding: for each row, how many ids at its start are padding, on which

@@ -28,8 +28,8 @@ PARTS = [
     ("kvmem/tiers", ["kvmem/tiers"], [], 2_600),
     ("kvmem/chunks", ["kvmem/chunks"], [], 1_650),
     ("kvmem/layouts", ["kvmem/layouts"], [], 3_910),
-    ("kvmem/bench", ["kvmem/bench"], ["kvmem/bench/data"], 5_750),
-    ("benchmarks", ["benchmarks"], [], 2_950),
+    ("kvmem/bench", ["kvmem/bench"], ["kvmem/bench/data"], 5_810),
+    ("benchmarks", ["benchmarks"], [], 3_000),
     ("tests without the next parts", ["tests"], ["tests/layouts", "tests/tiers", "tests/chunks"], 38_600),
     ("tests/layouts", ["tests/layouts"], [], 4_590),
     ("tests/tiers", ["tests/tiers"], [], 4_900),
@@ -45,7 +45,7 @@ LONGER_FILES = {
 # The class that everything else of the core is behind stays one screenful of each kind of call.
 SHORTER_FILES = {"csrc/allocator/allocator.h": 199}
 LONGER_FUNCTIONS: dict[str, int] = {}
-FULLER_FOLDERS = {"csrc/allocator": 16, "kvmem/bench": 20, "kvmem/layouts": 18, "tests/index": 16}
+FULLER_FOLDERS = {"csrc/allocator": 16, "kvmem/bench": 20, "kvmem/layouts": 18, "tests/bench": 16, "tests/index": 16, "tests/tiers": 17}
 
 SOURCES = (".py", ".pyi", ".cpp", ".h", ".mk")
 GENERATED = {"kvmem/_core.pyi"}
