@@ -80,8 +80,8 @@ class _Session:
             options = {"endpoint": where, **_PLACE}
             return ObjectStoreTier(f"s3://{_BUCKET}/bench", options=options, timeout_seconds=_SECONDS, check=True)
         spec = CacheSpec.from_config(self.model.config, dtype=self.model.dtype)
-        facts = {"block_bytes": largest_block_bytes(spec), "fingerprint": self.identity.fingerprint(spec)}
-        return DiskTier(where, capacity="1GiB", **facts)
+        block, fingerprint = largest_block_bytes(spec), self.identity.fingerprint(spec)
+        return DiskTier(where, capacity="1GiB", block_bytes=block, fingerprint=fingerprint)
 
     def cache(self, tier: Tier, new_tokens: int) -> Any:
         """An empty cache over the tier."""

@@ -30,8 +30,8 @@ void Admission::start(i64 n) {
   admitted_.reserve(n);
 }
 
-void Admission::open(const i32* tokens, i64 n, const PrefixKey& key, i32 root, Reuse reuse, bool grows,
-                     Transaction& tx, i64 pending) {
+void Admission::open(const i32* tokens, i64 n, const PrefixKey& key, i32 root, Reuse reuse, bool grows, Transaction& tx,
+                     i64 pending) {
   Admitted& one = admitted_.emplace_back();
   one.handle = pending != 0 ? pending : sequences_.next_handle();
   one.tokens = n;

@@ -1,5 +1,5 @@
-// The events or moves of an allocator's content index, in numbered batches. drain() returns the same batch until the consumer
-// confirms its number, so no event is lost if the consumer is interrupted.
+// The events or moves of an allocator's content index, in numbered batches. drain() returns the same batch until the
+// consumer confirms its number, so no event is lost if the consumer is interrupted.
 //
 // State: the batch that is not confirmed yet. Thread safety: every function REQUIRES the pool's lock.
 #pragma once

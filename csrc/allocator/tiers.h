@@ -1,6 +1,6 @@
 // Blocks in tiers below the device, as far as the core knows them: the device's blocks go to host slots when they are
-// evicted (PageTable::demote), and come back by promote(). What lies in which slot, and in tiers below, is known outside
-// (kvmem/allocator/tiers/engine.py), which follows the queue of moves.
+// evicted (PageTable::demote), and come back by promote(). What lies in which slot, and in tiers below, is known
+// outside (kvmem/allocator/tiers/engine.py), which follows the queue of moves.
 //
 // State: the host slots. Thread safety: every function REQUIRES the pool's lock.
 #pragma once
@@ -42,9 +42,10 @@ class Tiers {
   // Copies to slots what the device has of the whole blocks of `tokens`, and `wanted` names: [block][group].
   void store(const i32* tokens, i64 n, const PrefixKey& key, const std::vector<bool>& wanted, Transaction& tx);
   // Makes cached content on the device of the whole blocks of `tokens`: `slots` names a held slot for what the device
-  // does not have, [block][group], and -1 elsewhere. Throws SpecError, before it changes anything, if a block would lack
-  // the bytes of a full-attention group.
-  void promote(const i32* tokens, i64 n, const PrefixKey& key, i32 root, const std::vector<i64>& slots, Transaction& tx);
+  // does not have, [block][group], and -1 elsewhere. Throws SpecError, before it changes anything, if a block would
+  // lack the bytes of a full-attention group.
+  void promote(const i32* tokens, i64 n, const PrefixKey& key, i32 root, const std::vector<i64>& slots,
+               Transaction& tx);
   // Marks an empty sequence as pending: only LockedTiers::admit() can use it. Throws if it is not live.
   void set_pending(i64 handle) {
     sequences_.index(handle);

@@ -22,49 +22,49 @@ constexpr i64 kOpsVersion = 2;
 // logical   what only the tables need
 // private   what the content index of one allocator knows of memory, and the order of eviction; never in a list.
 //           at: the number of the page table (PageOwner::number)
-#define KVMEM_OPS(ROW)                                                                                                \
-  ROW(create, physical, destroy, none, "a: first page, b: count. Physical pages come into being.")                    \
-  ROW(destroy, physical, create, none, "a: first page, b: count. They go back to the system.")                        \
-  ROW(map, physical, unmap, none, "at: arena; a: first slot, b: first page, c: count. Slot a+i shows page b+i.")      \
-  ROW(unmap, physical, map, none,                                                                                     \
-      "at: arena; a: first slot, b: first page, c: count, d: number of the fence to wait for.")                       \
-  ROW(zero, physical, zero, none, "at: arena; a: offset in bytes, b: bytes.")                                         \
-  ROW(copy, physical, copy, none, "at: arena; a: offset to copy to, b: offset to copy from, c: bytes.")               \
-  ROW(load, physical, load, none, "at: arena; a: offset to copy to, b: offset in the host slots, c: bytes.")          \
-  ROW(store, physical, store, none, "at: arena; a: offset to copy from, b: offset in the host slots, c: bytes.")      \
-  ROW(fence, physical, fence, number, "a: number. Marks what the device has been given so far.")                      \
-  ROW(version, logical, version, none, "a: number. The form of the list that it leads.")                              \
-  ROW(open, logical, close, none, "a: sequence handle.")                                                              \
-  ROW(close, logical, open, none,                                                                                     \
-      "a: sequence handle; b: its tokens, c: its committed tokens in group 0. It has none in the others any more.")   \
-  ROW(bind, logical, unbind, none, "a: sequence handle, b: row. Virtual backend.")                                    \
-  ROW(unbind, logical, bind, none, "a: sequence handle, b: row. Virtual backend.")                                    \
-  ROW(length, logical, length, b_and_c, "at: group; a: sequence handle, b: tokens, c: tokens before.")                \
-  ROW(commit, logical, commit, b_and_c,                                                                               \
-      "at: group; a: sequence handle, b: committed tokens, c: committed tokens before.")                              \
-  ROW(front, logical, front, b_and_c,                                                                                 \
-      "at: group; a: sequence handle, b: first token that a window still holds, c: the one before.")                  \
-  ROW(block, logical, block, c_and_d,                                                                                 \
-      "at: group; a: sequence handle, b: index in its block table, c: block, d: block before; 0 is none. Paged "      \
-      "backend.")                                                                                                     \
-  ROW(acquire, logical, drop, none,                                                                                   \
-      "at: group; a: sequence handle, b: first index, c: count, d: first block. Entry b+i, which was none, is block " \
-      "d+i. Paged backend.")                                                                                          \
-  ROW(drop, logical, acquire, none,                                                                                   \
-      "at: group; a: sequence handle, b: first index, c: count. These entries, blocks till now, are none. Paged "     \
-      "backend.")                                                                                                     \
-  ROW(hold, private_, evict, none,                                                                                    \
-      "a: node, b: group (paged) or row (virtual), c: block, or 1 where the row has the fixed state too")             \
-  /* Virtual, c = (1 + w) << kWindowShift: only what the row shows of it for window w; d is then of those rows. */    \
-  ROW(evict, private_, hold, none,                                                                                    \
-      "as hold; d: of the rows that hold the node the one just before this (virtual), or which part of the node's "   \
-      "blocks in the group it is (paged)")                                                                            \
-  ROW(shift, private_, shift, c_and_d, "a: node, b: group, c: new block, d: old block, whose bytes are copied there") \
-  /* The eviction order passes over an item, and names it again. */                                                   \
-  ROW(aside, private_, back, none, "a: node, b: its window or -1")                                                    \
-  ROW(back, private_, aside, none, "a: node, b: its window or -1")                                                    \
+#define KVMEM_OPS(ROW)                                                                                                 \
+  ROW(create, physical, destroy, none, "a: first page, b: count. Physical pages come into being.")                     \
+  ROW(destroy, physical, create, none, "a: first page, b: count. They go back to the system.")                         \
+  ROW(map, physical, unmap, none, "at: arena; a: first slot, b: first page, c: count. Slot a+i shows page b+i.")       \
+  ROW(unmap, physical, map, none,                                                                                      \
+      "at: arena; a: first slot, b: first page, c: count, d: number of the fence to wait for.")                        \
+  ROW(zero, physical, zero, none, "at: arena; a: offset in bytes, b: bytes.")                                          \
+  ROW(copy, physical, copy, none, "at: arena; a: offset to copy to, b: offset to copy from, c: bytes.")                \
+  ROW(load, physical, load, none, "at: arena; a: offset to copy to, b: offset in the host slots, c: bytes.")           \
+  ROW(store, physical, store, none, "at: arena; a: offset to copy from, b: offset in the host slots, c: bytes.")       \
+  ROW(fence, physical, fence, number, "a: number. Marks what the device has been given so far.")                       \
+  ROW(version, logical, version, none, "a: number. The form of the list that it leads.")                               \
+  ROW(open, logical, close, none, "a: sequence handle.")                                                               \
+  ROW(close, logical, open, none,                                                                                      \
+      "a: sequence handle; b: its tokens, c: its committed tokens in group 0. It has none in the others any more.")    \
+  ROW(bind, logical, unbind, none, "a: sequence handle, b: row. Virtual backend.")                                     \
+  ROW(unbind, logical, bind, none, "a: sequence handle, b: row. Virtual backend.")                                     \
+  ROW(length, logical, length, b_and_c, "at: group; a: sequence handle, b: tokens, c: tokens before.")                 \
+  ROW(commit, logical, commit, b_and_c,                                                                                \
+      "at: group; a: sequence handle, b: committed tokens, c: committed tokens before.")                               \
+  ROW(front, logical, front, b_and_c,                                                                                  \
+      "at: group; a: sequence handle, b: first token that a window still holds, c: the one before.")                   \
+  ROW(block, logical, block, c_and_d,                                                                                  \
+      "at: group; a: sequence handle, b: index in its block table, c: block, d: block before; 0 is none. Paged "       \
+      "backend.")                                                                                                      \
+  ROW(acquire, logical, drop, none,                                                                                    \
+      "at: group; a: sequence handle, b: first index, c: count, d: first block. Entry b+i, which was none, is block "  \
+      "d+i. Paged backend.")                                                                                           \
+  ROW(drop, logical, acquire, none,                                                                                    \
+      "at: group; a: sequence handle, b: first index, c: count. These entries, blocks till now, are none. Paged "      \
+      "backend.")                                                                                                      \
+  ROW(hold, private_, evict, none,                                                                                     \
+      "a: node, b: group (paged) or row (virtual), c: block, or 1 where the row has the fixed state too")              \
+  /* Virtual, c = (1 + w) << kWindowShift: only what the row shows of it for window w; d is then of those rows. */     \
+  ROW(evict, private_, hold, none,                                                                                     \
+      "as hold; d: of the rows that hold the node the one just before this (virtual), or which part of the node's "    \
+      "blocks in the group it is (paged)")                                                                             \
+  ROW(shift, private_, shift, c_and_d, "a: node, b: group, c: new block, d: old block, whose bytes are copied there")  \
+  /* The eviction order passes over an item, and names it again. */                                                    \
+  ROW(aside, private_, back, none, "a: node, b: its window or -1")                                                     \
+  ROW(back, private_, aside, none, "a: node, b: its window or -1")                                                     \
   ROW(keep, private_, keep, none, "a: node, b: group, c: the host slot that gets its bytes, d: the slot's generation") \
-  /* The call uses nodes of the index from here on, which must not be evicted. */                                     \
+  /* The call uses nodes of the index from here on, which must not be evicted. */                                      \
   ROW(use, private_, use, none, "a: the first of them in the list of what the call uses")
 
 enum class OpKind : std::uint8_t {

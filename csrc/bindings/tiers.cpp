@@ -29,8 +29,7 @@ std::vector<bool> each(Allocator& a, const std::vector<Name>& names, const F& f)
 
 // Returns the bytes of all host slots as one array, which keeps their memory.
 nb::ndarray<nb::numpy, std::uint8_t, nb::ndim<1>> host_bytes(Allocator& a) {
-  auto* const memory =
-      new std::shared_ptr<HostMemory>(LockedTiers(a)->slots().memory());
+  auto* const memory = new std::shared_ptr<HostMemory>(LockedTiers(a)->slots().memory());
   const nb::capsule owner(memory, [](void* p) noexcept { delete static_cast<std::shared_ptr<HostMemory>*>(p); });
   const size_t shape[1] = {static_cast<size_t>((*memory)->bytes())};
   return {(*memory)->data(), 1, shape, owner};
@@ -69,9 +68,7 @@ void bind_tiers(nb::class_<Allocator>& allocator) {
           },
           "group"_a)
       .def(
-          "slot_offset",
-          [](Allocator& a, i64 slot) { return LockedTiers(a)->slots().offset(slot); },
-          "slot"_a)
+          "slot_offset", [](Allocator& a, i64 slot) { return LockedTiers(a)->slots().offset(slot); }, "slot"_a)
       .def(
           "free_slots",
           [](Allocator& a, i64 group) {
@@ -79,8 +76,7 @@ void bind_tiers(nb::class_<Allocator>& allocator) {
             return LockedTiers(a)->slots().free_count(group);
           },
           "group"_a)
-      .def(
-          "lost_slots", [](Allocator& a) { return LockedTiers(a)->slots().lost(); })
+      .def("lost_slots", [](Allocator& a) { return LockedTiers(a)->slots().lost(); })
       .def(
           "take_slot",  // held
           [](Allocator& a, i64 group, std::uint64_t key) {
@@ -174,8 +170,7 @@ void bind_tiers(nb::class_<Allocator>& allocator) {
           nb::sig("def drain_moves(self, taken: int, restart: bool = False) -> tuple[int, EventRecords, dict[int, "
                   "tuple[bytes, bytes]]]"))
       .def(
-          "set_pending",
-          [](Allocator& a, i64 handle) { LockedTiers(a)->set_pending(handle); }, "handle"_a)
+          "set_pending", [](Allocator& a, i64 handle) { LockedTiers(a)->set_pending(handle); }, "handle"_a)
       .def(
           "admit_pending",
           [](Allocator& a, i64 handle, nb::handle tokens, const nb::bytes& salt, const nb::bytes& extra_key) {
@@ -185,8 +180,7 @@ void bind_tiers(nb::class_<Allocator>& allocator) {
             return LockedTiers::admit(a, handle, ids.data(), ids.size(), key);
           },
           "handle"_a, "tokens"_a, "salt"_a, "extra_key"_a)
-      .def("latest_fence",
-           [](Allocator& a) { return LockedTiers(a), a.pool().fence(); })
+      .def("latest_fence", [](Allocator& a) { return LockedTiers(a), a.pool().fence(); })
       .def(
           "has_passed",
           [](Allocator& a, i64 fence) {

@@ -16,7 +16,7 @@ constexpr i64 kInvalidValue = 1, kOutOfMemory = 2;  // CUDA's error codes
 }
 
 bool is_verb(const std::string& name) {
-  static const char* const verbs[] = {"",     "reserve", "release", "create", "destroy", "map",    "set_access",
+  static const char* const verbs[] = {"",      "reserve", "release", "create", "destroy", "map",    "set_access",
                                       "unmap", "zero",    "copy",    "load",   "store",   "record", "wait"};
   return std::find(std::begin(verbs), std::end(verbs), name) != std::end(verbs);
 }

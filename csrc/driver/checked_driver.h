@@ -26,8 +26,9 @@ class CheckedDriver final : public Driver {
   // --- test controls ---
   // Makes the n-th call (1 is the next) of `verb` fail once with CUDA's `code`: 2 is an OutOfMemory, any other a
   // DeviceError. `verb` is reserve, release, create, destroy, map, set_access, unmap, zero, copy, load, store, record,
-  // wait, or "" for any of them. The failing call does not reach the inner driver. Undoing calls (rule 8 of driver.h) neither count
-  // nor fail, unless `undo_too` is set. Several failures may be pending. Throws SpecError for another verb, n or code.
+  // wait, or "" for any of them. The failing call does not reach the inner driver. Undoing calls (rule 8 of driver.h)
+  // neither count nor fail, unless `undo_too` is set. Several failures may be pending. Throws SpecError for another
+  // verb, n or code.
   void fail(const std::string& verb, i64 nth, i64 code, bool undo_too = false);
   void clear_failures() {
     locked([this] { failures_.clear(); });

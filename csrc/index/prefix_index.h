@@ -16,8 +16,8 @@
 // nodes share one eviction order, by when and how often each was used.
 //
 // Copies in tiers below the device are found by keys that are valid in every process (kvmem/tiers/keys.py), not here.
-// Whoever knows the keys follows the index by a second queue of events, moves(), which also says which host slot has got
-// the bytes of a block that was evicted.
+// Whoever knows the keys follows the index by a second queue of events, moves(), which also says which host slot has
+// got the bytes of a block that was evicted.
 //
 // Functions with `undo` make a change (false), or undo the opposite change (true): add_copy(undo) undoes drop_copy(),
 // and the eviction order is restored too. Changes are undone newest first.
@@ -263,7 +263,7 @@ class PrefixIndex {
   static constexpr i32 kPath = -2;  // in place of a group
   struct Change {
     i32 node;
-    i32 group;  // -1: all full-attention groups
+    i32 group;       // -1: all full-attention groups
     EventKind kind;  // stored, removed or kept
     i32 slot = -1, generation = -1;
   };

@@ -290,7 +290,8 @@ void PagePool::check_move(const Op& op) const {
   const i64 host = arenas_[op.at].owner->host_bytes;
   if (op.b >= 0 && op.b <= host && op.c <= host - op.b) return;
   throw SpecError(name + ": no such bytes of host slots: " + std::to_string(op.c) + " from " + std::to_string(op.b) +
-                  "; this allocator has " + std::to_string(host) + ". Make it with the host= of the one that it follows");
+                  "; this allocator has " + std::to_string(host) +
+                  ". Make it with the host= of the one that it follows");
 }
 
 void PagePool::check_slots(const char* kind, const Op& op) const {

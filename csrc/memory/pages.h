@@ -107,6 +107,8 @@ class PagePool {
   i64 known_pages() const { return static_cast<i64>(refs_.size()); }
   bool create_ahead() const { return create_ahead_; }
   Space* space() const { return space_.get(); }
+  // Whether work may continue after a call has returned, here or where another allocator follows the ops.
+  bool has_streams() const { return !space_ || space_->info().has_streams; }
   std::shared_ptr<Space> shared_space() const { return space_; }
   Mapper& mapper() { return *mapper_; }
   i64 fence() const { return fence_; }

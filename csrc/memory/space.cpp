@@ -215,6 +215,7 @@ std::size_t Space::move_run(const Op* ops, std::size_t count) {
   std::size_t taken = 1;
   for (; taken < count; ++taken) {
     const Op& op = ops[taken];
+    if (!is_physical(op.kind)) continue;
     if (op.kind != first.kind || op.at != first.at || op.a != first.a + bytes || op.b != first.b + bytes) break;
     bytes += op.c;
   }
@@ -367,7 +368,8 @@ void Space::undo(const Op* first, const Op* last, const std::exception& cause) {
 
 void Space::undo_one(const Op& op) {
   const Op back = inverse(op);
-  if (is_physical(op.kind) && back.kind != op.kind) execute_next(&back, 1);  // zero, copy, load and store are not undone
+  if (is_physical(op.kind) && back.kind != op.kind)
+    execute_next(&back, 1);  // zero, copy, load and store are not undone
   if (op.kind != OpKind::fence || fences_.empty() || fences_.back().number != op.a) return;
   driver_->forget(fences_.back().event);
   fences_.pop_back();

@@ -47,8 +47,8 @@ class Space {
     bool wrote = false;     // the device has been asked to zero, copy or load
   };
   // Executes the physical ops of [first, last) in order and skips the others. Neighbours become one driver call: a run
-  // of maps with one set_access, a run of unmaps, adjacent zeroes, and copies, loads and stores that are contiguous on both
-  // sides.
+  // of maps with one set_access, a run of unmaps, adjacent zeroes, and copies, loads and stores that are contiguous on
+  // both sides.
   //
   // If a call fails, the ops executed so far are undone, and the error is thrown; `progress` then tells how far the
   // list had come. If the undo fails too, the space is poisoned and a DeviceError says so. std::bad_alloc can be thrown
@@ -82,7 +82,7 @@ class Space {
   struct Arena {
     Address base = 0;  // of its reserved addresses; 0 if the number is unused
     i64 slots = 0;
-    IdSet mapped;  // the slots that are mapped, or that may be after a failed undo
+    IdSet mapped;          // the slots that are mapped, or that may be after a failed undo
     char* host = nullptr;  // the host slots of its owner
   };
   struct Fence {

@@ -106,9 +106,9 @@ class HostSlots {
 
   std::vector<i64> slot_bytes_, first_{0}, start_{0};  // by group, and one past the last
   std::vector<Slot> slots_;
-  std::vector<std::vector<i64>> free_;                    // by group; room for all of its slots
+  std::vector<std::vector<i64>> free_;                     // by group; room for all of its slots
   std::vector<std::unique_ptr<EvictionPolicy>> policies_;  // by group
-  std::vector<Take> takes_;  // those that may be undone, the latest last
+  std::vector<Take> takes_;                                // those that may be undone, the latest last
   i64 lost_ = 0;
   std::shared_ptr<HostMemory> memory_;
 };

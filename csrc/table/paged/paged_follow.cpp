@@ -207,9 +207,9 @@ class PagedRules final : public FollowRules {
     const i64 a = local_arena(op.at), bytes = blocks_.class_of(a).block_bytes;
     const auto now = stored_.find(op.b);
     const auto before = blocks_.followed_stored.find(op.b);
-    const i64 ordinal = now != stored_.end()                       ? now->second
+    const i64 ordinal = now != stored_.end()                      ? now->second
                         : before != blocks_.followed_stored.end() ? before->second
-                                                                   : -1;
+                                                                  : -1;
     if (op.a % bytes == 0 && op.c == bytes) whole_[key(group_of(a), op.a / bytes)] = ordinal;
   }
 
@@ -292,7 +292,7 @@ class PagedRules final : public FollowRules {
   std::vector<Replaced> replaced_;
   std::map<Entry, std::vector<std::vector<Piece>>> moved_;  // where an entry's block was before the list, by arena
   std::vector<Grown> grown_;
-  std::unordered_map<i64, i64> whole_;  // what the list changes of PagedBlocks::followed_whole
+  std::unordered_map<i64, i64> whole_;   // what the list changes of PagedBlocks::followed_whole
   std::unordered_map<i64, i64> stored_;  // by offset in the host slots: whole() of the block that lies there
 };
 

@@ -17,7 +17,8 @@ void PagedTable::store(i32 node, i64 group, i64 at, Transaction& tx) {
   for (i64 part = 0; part < blocks_[group].parts; ++part) {
     move_part(OpKind::store, group, part, blocks_.block_of(node, group, part), at, tx);
   }
-  blocks_.set_fence(group, tx.new_fence());  // the device still copies from the blocks
+  // The device still copies from the blocks. Without streams it does not, and stores of neighbours become one copy.
+  if (pool_.has_streams()) blocks_.set_fence(group, tx.new_fence());
 }
 
 void PagedTable::promote(const std::vector<i32>& chain, const SlotsOfChain& from, Transaction& tx) {

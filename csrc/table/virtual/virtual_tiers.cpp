@@ -21,7 +21,8 @@ void VirtualTable::store(i32 node, i64 group, i64 at, Transaction& tx) {
                                    : rows_.first_holder(node);
   KVMEM_ASSERT(row >= 0, "the group has the node");
   move_block(OpKind::store, row, group, has_state(group) ? 0 : index_.ordinal(node), at, tx);
-  rows_.set_fence(row, tx.new_fence());  // the device still copies from it
+  // The device still copies from it. Without streams it does not, and stores of neighbours become one copy.
+  if (pool_.has_streams()) rows_.set_fence(row, tx.new_fence());
 }
 
 // The blocks become the content of one parked row, so that a sequence can take it as it is. What the device has of
