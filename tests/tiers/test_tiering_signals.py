@@ -14,10 +14,10 @@ import pytest
 from tier_world import SPECS, DictTier, World, make, prompts
 
 import kvmem
-from kvmem.allocator import loads, moves, tier_calls, tier_events, tiering, transfers
+from kvmem.allocator.tiers import calls, engine, events, loads, moves, transfers
 
 pytestmark = pytest.mark.core
-FILES = {module.__file__ for module in (loads, moves, tier_calls, tier_events, tiering, transfers)}
+FILES = {module.__file__ for module in (calls, engine, events, loads, moves, transfers)}
 
 
 class Stop(BaseException):
