@@ -177,6 +177,11 @@ class OpenedCore:
             return 0
         if not isinstance(tiers, Tiers):
             raise SpecError(f"tiers: got {type(tiers).__name__}; must be Tiers(host=...)")
+        if tiers.lower and self._recording:
+            raise SpecError(
+                "tiers: lower tiers fill this allocator's host memory and not that of one that follows its ops; with "
+                "record_ops=True give host memory only"
+            )
         return max(1 << 12, MOVE_TOKENS // max(g.block_size for g in self.spec.groups))
 
     def _drain_events(self, taken: int, most: int, restart: bool) -> EventBatch:

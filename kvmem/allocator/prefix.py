@@ -55,7 +55,8 @@ class PrefixMatch:
     num_tokens: how many tokens ``Allocator.sequence()`` would find cached now; at least one is always left to compute.
     reason: why it is not more.
     by_tier: with ``tiers=``, how many of them are found on the device and in host memory, ``{"device": n, "host": m}``;
-        ``sequence(load="all")`` may find more in lower tiers.
+        ``sequence(load="all")`` may find more in lower tiers. With sliding windows the sequence may find a part of one
+        more block.
 
     =======================  ========================================================================================
     "complete"               no more tokens could be found

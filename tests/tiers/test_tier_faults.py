@@ -97,6 +97,9 @@ def test_refusals(backend: str) -> None:
             kvmem.Allocator(spec, tiers=Tiers(**options), **sizes)  # type: ignore[arg-type]
     with pytest.raises(kvmem.SpecError, match="tiers: got DictTier; must be Tiers"):
         kvmem.Allocator(spec, tiers=tier, **sizes)  # type: ignore[arg-type]
+    with pytest.raises(kvmem.SpecError, match="not that of one that follows its ops"):
+        where = Tiers(host="1MiB", lower=[tier], identity=Identity("m"))
+        kvmem.Allocator(spec, tiers=where, record_ops=True, **sizes)  # type: ignore[arg-type]
     with pytest.raises(kvmem.SpecError, match="nothing is shared"):
         kvmem.Allocator(spec, tiers=Tiers(host="1MiB"), prefix_cache=False, **sizes)  # type: ignore[arg-type]
     with pytest.raises(kvmem.SpecError, match='device "meta" has no bytes'):
