@@ -110,6 +110,21 @@ void bind_driver(nb::module_& m) {
       .def("unmap_run", &Driver::unmap_run, "at"_a, "page_bytes"_a, "count"_a, Free())
       .def("zero", &Driver::zero, "at"_a, "bytes"_a, "stream"_a = 0, Free())
       .def("copy", &Driver::copy, "to"_a, "source"_a, "bytes"_a, "stream"_a = 0, Free())
+      // For tests of devices that are done when the call returns.
+      .def(
+          "load",
+          [](Driver& d, Address to, const nb::bytes& data, Stream stream) {
+            d.load(to, data.c_str(), static_cast<i64>(data.size()), stream);
+          },
+          "to"_a, "data"_a, "stream"_a = 0)
+      .def(
+          "store",
+          [](Driver& d, Address source, i64 bytes, Stream stream) {
+            std::string data(static_cast<std::size_t>(bytes), '\0');
+            d.store(data.data(), source, bytes, stream);
+            return nb::bytes(data.data(), data.size());
+          },
+          "source"_a, "bytes"_a, "stream"_a = 0)
       .def("record", &Driver::record, "stream"_a = 0, Free())
       .def("done", &Driver::done, "event"_a, Free())
       .def("wait", &Driver::wait, "event"_a, Free())

@@ -38,6 +38,8 @@ def scenario(stub: CudaStub) -> None:
     driver.set_access(base, size)
     driver.zero(base, size)
     driver.copy(base, base + size // 2, size // 2)
+    driver.load(base + 16, b"sixteen bytes ok")
+    assert driver.store(base + 16, 16) == b"sixteen bytes ok"
     driver.check_stream(0)
     event = driver.record()
     driver.order(event, driver.side_stream())
@@ -59,7 +61,7 @@ NEVER_RAISES = {
 
 
 def test_the_list_of_entry_points_was_read() -> None:
-    assert len(ENTRIES) == 35 and {"cuMemMap", "cuMemSetAccess", *NEVER_RAISES} <= set(ENTRIES)
+    assert len(ENTRIES) == 37 and {"cuMemMap", "cuMemSetAccess", *NEVER_RAISES} <= set(ENTRIES)
 
 
 def test_the_scenario_calls_every_entry_point(stub: CudaStub) -> None:

@@ -37,7 +37,8 @@ class Scene:
             pool=self.pool, max_sequences=5, max_tokens=400, interleave=1, tail_guard_tokens=16
         )
         self.alloc = kvmem.Allocator(SPECS[name](), backend=backend, **sizes)
-        self.neighbour = kvmem.Allocator(plain_spec(), backend="virtual", tiers=Tiers(host="64KiB"), **sizes)
+        self.neighbour = kvmem.Allocator(plain_spec(), backend="virtual", **sizes)
+        self.tiered = kvmem.Allocator(plain_spec(), backend="virtual", tiers=Tiers(host="64KiB"), **sizes)
         self.live, self.tail = self.alloc.sequence(), self.alloc.sequence()
         self.live.extend(70)
         self.live.commit(count=70)
@@ -82,10 +83,10 @@ def public_calls(scene: Scene) -> dict[str, dict[str, Callable[[], object]]]:
         "compact": alloc.compact,
         "events": alloc.events,
         "extend_batch": lambda: alloc.extend_batch(ids, one),
-        "flush": scene.neighbour.flush,
-        "prefetch": lambda: scene.neighbour.prefetch([1]),
-        "ready": scene.neighbour.ready,
-        "store": lambda: scene.neighbour.store([1]),
+        "flush": scene.tiered.flush,
+        "prefetch": lambda: scene.tiered.prefetch([1]),
+        "ready": scene.tiered.ready,
+        "store": lambda: scene.tiered.store([1]),
         "fill": lambda: alloc.fill(ids, batch),
         "free_batch": lambda: alloc.free_batch(ids),
         "free_tokens": alloc.free_tokens,
@@ -173,7 +174,7 @@ def assert_poisoned(scene: Scene, *, every: bool) -> None:
         assert repr(thing)
     with pytest.raises(KeyError), scene.live:  # what the body raises is what is raised
         raise KeyError
-    for alloc in (scene.alloc, scene.neighbour):
+    for alloc in (scene.alloc, scene.neighbour, scene.tiered):
         alloc.close()
         alloc.close()
         assert alloc.closed
