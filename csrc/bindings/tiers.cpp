@@ -107,12 +107,6 @@ void bind_tiers(nb::class_<Allocator>& allocator) {
           },
           "names"_a)
       .def(
-          "hit_slots",
-          [](Allocator& a, const std::vector<Name>& names) {
-            each(a, names, [](HostSlots& slots, const SlotName& name) { return slots.hit(name), true; });
-          },
-          "names"_a)
-      .def(
           "has_slots",
           [](Allocator& a, const std::vector<Name>& names) {
             return each(a, names, [](HostSlots& slots, const SlotName& name) { return slots.has(name); });

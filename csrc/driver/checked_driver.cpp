@@ -263,13 +263,27 @@ void CheckedDriver::undoing(bool begin) {
 
 // ---- Contents and fences -------------------------------------------------------------------------------------------
 
-void CheckedDriver::zero(Address at, i64 bytes, Stream stream) {
+template <class Inner>
+void CheckedDriver::touch_content(i64 DriverCounters::* counter, const char* verb, Address at, i64 bytes,
+                                  Inner inner_call) {
   std::lock_guard<ForkMutex> lock(mutex_);
-  ++counters_.zero;
-  check_accessible("zero", at, bytes);
-  inject("zero");
-  inner_->zero(at, bytes, stream);
-  log_call("zero", at, bytes, 0);
+  ++(counters_.*counter);
+  check_accessible(verb, at, bytes);
+  inject(verb);
+  inner_call();
+  log_call(verb, at, bytes, 0);
+}
+
+void CheckedDriver::zero(Address at, i64 bytes, Stream stream) {
+  touch_content(&DriverCounters::zero, "zero", at, bytes, [&] { inner_->zero(at, bytes, stream); });
+}
+
+void CheckedDriver::load(Address to, const char* from, i64 bytes, Stream stream) {
+  touch_content(&DriverCounters::load, "load", to, bytes, [&] { inner_->load(to, from, bytes, stream); });
+}
+
+void CheckedDriver::store(char* to, Address from, i64 bytes, Stream stream) {
+  touch_content(&DriverCounters::store, "store", from, bytes, [&] { inner_->store(to, from, bytes, stream); });
 }
 
 void CheckedDriver::copy(Address to, Address from, i64 bytes, Stream stream) {
@@ -282,24 +296,6 @@ void CheckedDriver::copy(Address to, Address from, i64 bytes, Stream stream) {
   inject("copy");
   inner_->copy(to, from, bytes, stream);
   log_call("copy", to, bytes, 0);
-}
-
-void CheckedDriver::load(Address to, const char* from, i64 bytes, Stream stream) {
-  std::lock_guard<ForkMutex> lock(mutex_);
-  ++counters_.load;
-  check_accessible("load", to, bytes);
-  inject("load");
-  inner_->load(to, from, bytes, stream);
-  log_call("load", to, bytes, 0);
-}
-
-void CheckedDriver::store(char* to, Address from, i64 bytes, Stream stream) {
-  std::lock_guard<ForkMutex> lock(mutex_);
-  ++counters_.store;
-  check_accessible("store", from, bytes);
-  inject("store");
-  inner_->store(to, from, bytes, stream);
-  log_call("store", from, bytes, 0);
 }
 
 Event CheckedDriver::record(Stream stream) {

@@ -140,6 +140,9 @@ class CheckedDriver final : public Driver {
   void for_cover(const char* verb, Address at, i64 bytes, Visit visit) const;
   bool overlaps(Address at, i64 bytes) const;
   void check_accessible(const char* verb, Address at, i64 bytes) const;
+  // A call that reads or writes one range: counted, checked, failed on request, logged.
+  template <class Inner>
+  void touch_content(i64 DriverCounters::* counter, const char* verb, Address at, i64 bytes, Inner inner_call);
 
   const std::shared_ptr<Driver> inner_;
   mutable ForkMutex mutex_{"the checked driver"};

@@ -111,10 +111,6 @@ void HostSlots::release(const SlotName& name) {
   if (slots_[name.slot].dropped) free(name.slot);
 }
 
-void HostSlots::hit(const SlotName& name) {
-  if (has(name)) policies_[group_of(name.slot)]->hit(item(name.slot));
-}
-
 void HostSlots::drop(const SlotName& name) {
   if (!has(name)) return;
   if (slots_[name.slot].holds > 0) {

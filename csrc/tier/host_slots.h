@@ -82,8 +82,6 @@ class HostSlots {
   // Keeps the slot from being given away until release(); calls nest. Returns false, and does nothing, unless has().
   bool hold(const SlotName& name);
   void release(const SlotName& name);  // REQUIRES: hold() was true
-  // The content was used again: it stays longer. Does nothing unless has().
-  void hit(const SlotName& name);
   // Frees the slot. Does nothing unless has(); a held slot becomes free with its last release().
   void drop(const SlotName& name);
   void digest(Hasher& hash) const;  // without the order of eviction

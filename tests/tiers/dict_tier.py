@@ -14,7 +14,7 @@ class DictTier(Tier):
 
     def __init__(self, num_blocks: int, block_bytes: int) -> None:
         self._num_blocks, self._block_bytes = num_blocks, block_bytes
-        self._lock, self._contents, self._closed = threading.Lock(), dict[bytes, bytes](), False
+        self._lock, self.data, self._closed = threading.Lock(), dict[bytes, bytes](), False
 
     def _check(self) -> None:
         if self._closed:
@@ -23,7 +23,7 @@ class DictTier(Tier):
     def contains(self, keys: Sequence[bytes]) -> int:
         check_batch(keys)
         self._check()
-        return next((i for i, key in enumerate(keys) if key not in self._contents), len(keys))
+        return next((i for i, key in enumerate(keys) if key not in self.data), len(keys))
 
     def get(self, keys: Sequence[bytes], buffers: Sequence[Buffer]) -> list[Result]:
         check_batch(keys, buffers, writable=True)
@@ -31,7 +31,7 @@ class DictTier(Tier):
         return [self._get(key, buffer) for key, buffer in zip(keys, buffers, strict=True)]
 
     def _get(self, key: bytes, buffer: Buffer) -> Result:
-        if (data := self._contents.get(key)) is None:
+        if (data := self.data.get(key)) is None:
             return Result(Status.MISS, reason="the tier does not have it")
         if len(buffer) < len(data):
             return Result(Status.MISS, reason=f"the payload has {len(data)} bytes, the buffer {len(buffer)}")
@@ -47,23 +47,23 @@ class DictTier(Tier):
         if len(data) > self._block_bytes:
             return Result(Status.FULL, reason=f"the payload has {len(data)} bytes, a slot {self._block_bytes}")
         with self._lock:
-            if key not in self._contents and len(self._contents) >= self._num_blocks:
-                del self._contents[next(iter(self._contents))]
-            self._contents[key] = data
+            if key not in self.data and len(self.data) >= self._num_blocks:
+                del self.data[next(iter(self.data))]
+            self.data[key] = data
         return Result(Status.OK, len(data))
 
     def delete(self, keys: Sequence[bytes]) -> list[Result]:
         check_batch(keys)
         self._check()
         with self._lock:
-            found = [self._contents.pop(key, None) is not None for key in keys]
+            found = [self.data.pop(key, None) is not None for key in keys]
         return [Result(Status.OK) if ok else Result(Status.MISS, reason="the tier does not have it") for ok in found]
 
     def capacity(self) -> Capacity:
         self._check()
         with self._lock:
-            used = sum(map(len, self._contents.values()))
-            return Capacity(self._num_blocks * self._block_bytes, used, len(self._contents))
+            used = sum(map(len, self.data.values()))
+            return Capacity(self._num_blocks * self._block_bytes, used, len(self.data))
 
     def close(self) -> None:
         self._closed = True

@@ -4,10 +4,10 @@ group, layer and component, so that a byte of another block, salt or model is se
 from __future__ import annotations
 
 import random
-import threading
 from collections.abc import Sequence
 from typing import Any
 
+import dict_tier
 import numpy as np
 import torch
 from contents import by_sequence, expected, write_slots
@@ -65,57 +65,23 @@ SPECS = {
 }
 
 
-class DictTier(Tier):
-    """The simplest lower tier: bytes in a dict. ``lies`` and ``fails`` are what a broken one would do."""
+class DictTier(dict_tier.DictTier):
+    """One that is full where the other evicts, and that fails when it is told to."""
 
     def __init__(self, most: int = 10_000) -> None:
-        self.name, self.most, self.data = "dict", most, dict[bytes, bytes]()
-        self.fails = self.raises = False
-        self.lock = threading.Lock()
-
-    def _check(self) -> None:
-        if self.raises:
-            raise RuntimeError("this tier breaks its promise")
-
-    def contains(self, keys: Sequence[bytes]) -> int:
-        self._check()
-        return next((i for i, key in enumerate(keys) if key not in self.data), len(keys))
+        super().__init__(most, 1 << 30)
+        self.most, self.fails = most, False
 
     def get(self, keys: Sequence[bytes], buffers: Sequence[Buffer]) -> list[Result]:
-        self._check()
-        found = []
-        for key, buffer in zip(keys, buffers, strict=True):
-            data = self.data.get(key)
-            if self.fails:
-                found.append(Result(Status.FAILED, 0, "asked to fail"))
-            elif data is None:
-                found.append(Result(Status.MISS, 0, "it is not here"))
-            else:
-                buffer[: len(data)] = data
-                found.append(Result(Status.OK, len(data)))
-        return found
+        found = super().get(keys, buffers)
+        return [Result(Status.FAILED, 0, "asked to fail")] * len(found) if self.fails else found
 
-    def put(self, keys: Sequence[bytes], buffers: Sequence[Buffer]) -> list[Result]:
-        self._check()
-        found = []
-        with self.lock:
-            for key, buffer in zip(keys, buffers, strict=True):
-                if self.fails or len(self.data) >= self.most:
-                    found.append(Result(Status.FULL, 0, "full"))
-                else:
-                    self.data[key] = bytes(buffer)
-                    found.append(Result(Status.OK, len(buffer)))
-        return found
-
-    def delete(self, keys: Sequence[bytes]) -> list[Result]:
-        with self.lock:
-            return [Result(Status.OK if self.data.pop(key, None) is not None else Status.MISS) for key in keys]
+    def _put(self, key: bytes, data: bytes) -> Result:
+        full = self.fails or len(self.data) >= self.most
+        return Result(Status.FULL, 0, "full") if full else super()._put(key, data)
 
     def capacity(self) -> Capacity:
-        return Capacity(None, sum(map(len, self.data.values())), len(self.data))
-
-    def close(self) -> None:
-        pass
+        return super().capacity()._replace(total_bytes=None)
 
 
 def make(

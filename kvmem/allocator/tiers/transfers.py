@@ -6,7 +6,6 @@ leaves a block unwritten; it is counted, and never raised.
 
 from __future__ import annotations
 
-import logging
 import mmap
 import threading
 import time
@@ -22,6 +21,7 @@ import numpy as np
 
 from kvmem.allocator.tiers.loads import POLL_SECONDS, Arrivals, Block, Load, Place
 from kvmem.tiers.base import Result, Status, Tier
+from kvmem.tiers.fault_log import FaultLog
 from kvmem.tiers.keys import slot_key
 
 if TYPE_CHECKING:
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Load", "Transfers"]
 
-_log = logging.getLogger("kvmem")
 _THREADS = 4  # for loads, and as many for writes, which must not wait for loads that wait for slots
 _AT_ONCE = 16  # blocks in one call of a tier
 _MOST_QUEUED = 1024  # blocks that wait to be written; what comes then is not written
@@ -61,7 +60,7 @@ class Transfers:
         self._writes: set[_Write] = set()  # under way
         self._bytes: Bytes | None = None
         self._spare: dict[int, list[Bytes]] = {}
-        self._logged: dict[str, float] = {}
+        self._log = FaultLog("tiers")
         self._closed = False
         self._loads: WeakSet[Load] = WeakSet()
         self.left: deque[tuple[int, int]] = deque()  # held slots of loads that nobody asked for any more
@@ -108,7 +107,7 @@ class Transfers:
             self._wait_for(fence)
             stored = self._put_all(write.blocks)
         except Exception as error:  # noqa: BLE001  # of somebody's tier, which must not raise
-            self._fault("writing", f"{type(error).__name__}: {error}")
+            self._log.warn("writing", f"writing failed with {type(error).__name__}: {error}")
         finally:
             self._end_write(write, stored)
 
@@ -165,7 +164,7 @@ class Transfers:
                         return
         except Exception as error:  # noqa: BLE001  # as in _write()
             load.reason = f"{type(error).__name__}: {error}"
-            self._fault("reading", load.reason)
+            self._log.warn("reading", f"reading failed with {load.reason}")
 
     def _find(self, load: Arrivals, located: Located) -> list[tuple[Place, Tier]]:
         """Return where each block lies that the load needs and that device and host do not have."""
@@ -307,14 +306,7 @@ class Transfers:
         for result in results:
             self.tiering.counters[f"{tier.name}: {verb if result.ok else result.status.value}"] += 1
             if not result.ok and result.status is not Status.MISS:
-                self._fault(tier.name, result.reason)
-
-    def _fault(self, what: str, reason: str) -> None:
-        """Log the first fault of a kind in each minute."""
-        now = time.monotonic()
-        if now - self._logged.get(what, -60.0) >= 60.0:
-            self._logged[what] = now
-            _log.warning("tier %s: %s; its blocks count as missing", what, reason)
+                self._log.warn(tier.name, f"{tier.name}: {result.reason}; its blocks count as missing")
 
     def close(self) -> None:
         """End the loads, finish the writes that were begun, and end the threads."""
