@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pytest
 from support import Steps
 from support_world import checked
-from tier_world import SPECS, DictTier, World, make, prompts
+from tier_world import SPECS, DictTier, Prompts, World, make, prompts
 
 import kvmem
 from kvmem.tiers import Capacity, Identity, Result, Status, Tiers
@@ -65,13 +65,13 @@ def test_a_driver_that_fails_while_blocks_move(verb: str, backend: str, seed: in
     """Each such call raises and changes nothing; the blocks are found later, or computed again."""
     rng, driver = random.Random(seed), checked()
     world = World(make("window", backend, host_blocks=20, driver=driver))
-    texts, failed, loop = prompts(rng, 8), 0, Steps(120)
+    texts, failed, loop = Prompts(rng, 8), 0, Steps(120)
     seldom = backend == "paged" and verb in ("map", "copy")  # an admission without the copy does instead
     while loop.next(world.hits > 0 and (failed > 0 or seldom)):
         if rng.random() < 0.4:
             driver.fail(verb, rng.randrange(1, 6), rng.choice([2, 719]))
         try:
-            world.run(rng.choice(texts))
+            world.run(texts.next())
         except (kvmem.DeviceError, kvmem.OutOfMemory):
             failed += 1
         driver.clear_failures()

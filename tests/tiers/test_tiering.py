@@ -6,7 +6,7 @@ import random
 
 import pytest
 from support import LONG, Steps
-from tier_world import SPECS, DictTier, Ranks, World, make, prompts
+from tier_world import SPECS, DictTier, Prompts, Ranks, World, make, prompts
 
 from kvmem.events import AllBlocksCleared, BlockRemoved, BlockStored
 
@@ -18,9 +18,9 @@ STEPS = 2_000 if LONG else 120
 def test_blocks_come_back_from_host_memory(name: str, backend: str, seed: int) -> None:
     rng = random.Random(seed)
     world = World(make(name, backend, host_blocks=rng.choice([2, 8, 40])))
-    texts, loop = prompts(rng, 14), Steps(STEPS)
+    texts, loop = Prompts(rng, 14), Steps(STEPS)
     while loop.next(world.alloc.tiering.counters["host"] > 5):
-        world.run(rng.choice(texts), salt=rng.choice([None, "a"]))
+        world.run(texts.next(), salt=rng.choice([None, "a"]))
         assert world.alloc.check() == []
     assert world.hits > 0
 
@@ -33,9 +33,9 @@ def test_blocks_come_back_from_a_lower_tier(name: str, backend: str, write: str,
     rng = random.Random(seed)
     tier = DictTier()
     world = World(make(name, backend, host_blocks=rng.choice([2, 3, 9]), lower=[tier], write=write))
-    texts, loop = prompts(rng, 14), Steps(STEPS)
+    texts, loop = Prompts(rng, 14), Steps(STEPS)
     while loop.next(world.alloc.tiering.counters["dict: read"] > 5):
-        world.run(rng.choice(texts), salt=rng.choice([None, "a"]), load="all" if rng.random() < 0.5 else "host")
+        world.run(texts.next(), salt=rng.choice([None, "a"]), load="all" if rng.random() < 0.5 else "host")
         assert world.alloc.check() == []
     world.alloc.close()
 
@@ -64,9 +64,9 @@ def test_another_process_finds_what_one_has_written(backend: str, seed: int) -> 
 def test_a_rank_that_follows_the_ops_holds_the_same_bytes(name: str, backend: str, seed: int) -> None:
     rng = random.Random(seed)
     world = Ranks(name, backend, host_blocks=6)
-    texts, loop = prompts(rng, 12), Steps(60)
+    texts, loop = Prompts(rng, 12), Steps(60)
     while loop.next({"load", "store"} <= world.kinds):
-        world.run(rng.choice(texts))
+        world.run(texts.next())
         assert world.alloc.check() == [] and world.memories[1].check() == []
 
 

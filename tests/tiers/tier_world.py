@@ -209,6 +209,20 @@ class Ranks(World):
         self.memories[1].apply(ops)
 
 
+class Prompts:
+    """Prompts that come again, each set of them for 60 steps: no run depends on the luck of one set."""
+
+    def __init__(self, rng: random.Random, count: int) -> None:
+        self.rng, self.count, self.step = rng, count, 0
+        self.texts: list[list[int]] = []
+
+    def next(self) -> list[int]:
+        if self.step % 60 == 0:
+            self.texts = prompts(self.rng, self.count)
+        self.step += 1
+        return self.rng.choice(self.texts)
+
+
 def prompts(rng: random.Random, count: int, *, most: int = 60) -> list[list[int]]:
     """Prompts that share prefixes: few ids, and each begins like an earlier one or anew."""
     found: list[list[int]] = []
