@@ -70,6 +70,7 @@ void bind_events(nanobind::module_& m);
 void bind_eviction(nanobind::module_& m);
 void bind_scope(nanobind::module_& m);
 void bind_codec(nanobind::module_& m);
+void bind_attend(nanobind::module_& m);
 
 // Returns None if nothing was written, which is the most frequent case.
 nanobind::object to_python(TableChanges changes);  // table_changes.cpp

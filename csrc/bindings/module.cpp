@@ -62,4 +62,5 @@ NB_MODULE(_core, m) {
   bind_token_blocks(m);
   bind_scope(m);
   bind_codec(m);
+  bind_attend(m);
 }

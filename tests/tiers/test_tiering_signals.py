@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -24,6 +25,15 @@ class Stop(BaseException):
     """As KeyboardInterrupt, but nobody's."""
 
 
+def in_finalizer(frame: FrameType | None) -> bool:
+    """Whether ``__del__`` is running: Python reports what is raised there, and goes on."""
+    while frame is not None:
+        if frame.f_code.co_name == "__del__":
+            return True
+        frame = frame.f_back
+    return False
+
+
 @contextmanager
 def stopped_at(line: int) -> Iterator[None]:
     """This thread's ``line``-th line in the files about tiers raises ``Stop``."""
@@ -31,7 +41,7 @@ def stopped_at(line: int) -> Iterator[None]:
 
     def trace(frame: Any, event: str, arg: object) -> Any:
         nonlocal left
-        if frame.f_code.co_filename not in FILES or frame.f_code.co_name == "__del__":
+        if frame.f_code.co_filename not in FILES or in_finalizer(frame):
             return None
         # The end of a with-statement counts as its line, before what it holds is released.
         if event == "line" and not linecache.getline(frame.f_code.co_filename, frame.f_lineno).lstrip().startswith(

@@ -77,7 +77,10 @@ class Load:
     def __del__(self) -> None:
         if self._arrivals is not None:  # no lock is taken, because the collector may run anywhere
             self._arrivals.abandoned = True
-            self._arrivals.give_to(self._engine.left)
+            try:
+                self._arrivals.give_to(self._engine.left)
+            finally:  # once more, where a signal ended it: no one else can
+                self._arrivals.give_to(self._engine.left)
 
     @property
     def reason(self) -> str:

@@ -1,0 +1,49 @@
+// One task of attention, as the vector units of a machine compute it. kernel.inl is compiled once for each of them.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "attend/attention.h"
+
+namespace kvmem {
+
+// Tokens whose scores exist at once.
+constexpr i64 kTileTokens = 64;
+// Registers of no vector unit here have more floats, so that widths that are padded to it suit all.
+constexpr i64 kMostLanes = 16;
+
+// Memory of one thread. A row is a query token and a query head; rows of the same head of K lie side by side, and of
+// these the tokens of a query head.
+struct AttentionScratch {
+  std::vector<float> q, scores, out, top, sum;  // [rows, width], [rows, kTileTokens], [rows, value_width], [rows]
+  i64 width = 0, value_width = 0;               // padded to kMostLanes
+};
+
+// Adds tokens [begin, end) to the rows of a unit: `out` has the sums of exp(score - top) * value, `sum` those of the
+// exponentials, `top` the greatest score. REQUIRES: what precedes is there, at first 0, 0 and -inf; q is scaled.
+struct AttentionTask {
+  const Attention& plan;
+  const AttentionCall& call;
+  const AttentionUnit& unit;
+  i64 begin, end;
+};
+
+using AttentionKernel = void (*)(const AttentionTask& task, AttentionScratch& scratch);
+
+// Each returns null where the compiler has no such target.
+AttentionKernel portable_kernel();
+AttentionKernel avx2_kernel();
+AttentionKernel avx512_kernel();
+
+// Formats of stored elements, and their size.
+struct F32 { static constexpr i64 kBytes = 4; };
+struct Bf16 { static constexpr i64 kBytes = 2; };
+struct F16 { static constexpr i64 kBytes = 2; };
+struct F8E4M3 { static constexpr i64 kBytes = 1; };
+struct F8E5M2 { static constexpr i64 kBytes = 1; };
+struct I8 { static constexpr i64 kBytes = 1; };
+
+}  // namespace kvmem
