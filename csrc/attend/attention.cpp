@@ -13,9 +13,9 @@
 namespace kvmem {
 namespace {
 
-constexpr i64 kTasks = 64;            // that a batch is divided into, if it is long enough
-constexpr i64 kLeastPartTokens = 256;  // of a sequence: below, merging costs more than a second thread saves
-constexpr i64 kMostRows = 256;         // of a unit, for which q and out stay in the second cache
+constexpr i64 kTasks = 64;              // that a batch is divided into, if it is long enough
+constexpr i64 kLeastPartTokens = 256;   // of a sequence: below, merging costs more than a second thread saves
+constexpr i64 kMostRows = 256;          // of a unit, for which q and out stay in the second cache
 constexpr i64 kFewTasks = 4;            // below, heads are tasks of their own, if they have
 constexpr i64 kLeastHeadBytes = 32768;  // of K and V, so that a task takes longer than to wake a thread
 
@@ -60,7 +60,7 @@ u16 half_of(float value) {
   const u32 bits = as_bits(value), size = bits & 0x7fffffff, sign = bits >> 31 << 15;
   if (size > 0x7f800000) return static_cast<u16>(sign | 0x7e00);
   if (size >= 0x477ff000) return static_cast<u16>(sign | 0x7c00);  // what rounds to 65536 and more
-  if (size < 0x38800000) {                                          // subnormal: the addition rounds
+  if (size < 0x38800000) {                                         // subnormal: the addition rounds
     return static_cast<u16>(sign | (as_bits(as_float(size) + 0.5f) - as_bits(0.5f)));
   }
   return static_cast<u16>(sign | ((size - 0x38000000 + 0xfff + (size >> 13 & 1)) >> 13));
@@ -84,8 +84,10 @@ void write(Element element, unsigned char* at, float value) {
 // tasks are left.
 struct Partials {
   Partials(const std::vector<AttentionUnit>& units, i64 rows, i64 width)
-      : out(new float[static_cast<size_t>(rows * width)]), top(new float[static_cast<size_t>(rows)]),
-        sum(new float[static_cast<size_t>(rows)]), left(new std::atomic<i64>[units.size()]) {
+      : out(new float[static_cast<size_t>(rows * width)]),
+        top(new float[static_cast<size_t>(rows)]),
+        sum(new float[static_cast<size_t>(rows)]),
+        left(new std::atomic<i64>[units.size()]) {
     for (size_t i = 0; i < units.size(); ++i) left[i].store(units[i].parts);
   }
   std::unique_ptr<float[]> out, top, sum;
@@ -95,8 +97,12 @@ struct Partials {
 class Run {
  public:
   Run(const Attention& plan, const AttentionCall& call)
-      : plan_(plan), shape_(plan.shape()), call_(call), kernel_(chosen_kernel().load()),
-        width_(round_up(shape_.width, kMostLanes)), value_width_(round_up(shape_.value_width, kMostLanes)) {}
+      : plan_(plan),
+        shape_(plan.shape()),
+        call_(call),
+        kernel_(chosen_kernel().load()),
+        width_(round_up(shape_.width, kMostLanes)),
+        value_width_(round_up(shape_.value_width, kMostLanes)) {}
 
   void attend(const AttentionUnit& unit, i64 part, AttentionScratch& s) const {
     const i64 rows = rows_of(unit);
@@ -250,7 +256,8 @@ i64 Attention::copy_blocks(const AttentionBatch& batch, i64 row, i64 first) {
   const i32* table = batch.block_table + row * batch.table_blocks;
   blocks_.insert(blocks_.end(), table, table + count);
   for (i64 i = quotient(std::max(i64{0}, first), block_size_); i < count; ++i) {
-    if (table[i] < 0) throw SpecError("block_table: row " + std::to_string(row) + " has block " + std::to_string(table[i]));
+    if (table[i] < 0)
+      throw SpecError("block_table: row " + std::to_string(row) + " has block " + std::to_string(table[i]));
     greatest_block_ = std::max(greatest_block_, table[i]);
   }
   return at;

@@ -1,7 +1,7 @@
 // Attention on the CPU over K and V where they lie: blocks of either backend, or slots of host memory. Each byte of K
 // and V is read once for all query heads and new tokens of a block of queries, in the order of memory. The softmax is
-// computed tile by tile (Milakov and Gimelshein, arXiv:1805.02867), and parts of a long sequence are merged by their log
-// of the sum of exponentials (Flash-Decoding, Dao et al., 2023).
+// computed tile by tile (Milakov and Gimelshein, arXiv:1805.02867), and parts of a long sequence are merged by their
+// log of the sum of exponentials (Flash-Decoding, Dao et al., 2023).
 //
 // Results depend on the problem and on the vector unit, not on the number of threads.
 // Thread safety: an Attention is read only; calls of several threads run one after the other.

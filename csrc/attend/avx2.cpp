@@ -1,6 +1,5 @@
 // x86-64 with AVX2, FMA and F16C: Intel from 2013, AMD from 2015 on.
 #include "attend/kernel.h"
-#include "attend/math.h"
 
 #if defined(__x86_64__)
 
@@ -20,6 +19,20 @@ struct Vector {
   static KVMEM_SIMD Register load(const float* at) { return _mm256_loadu_ps(at); }
   static KVMEM_SIMD void store(float* at, Register r) { _mm256_storeu_ps(at, r); }
   static KVMEM_SIMD Register fma(Register a, Register b, Register c) { return _mm256_fmadd_ps(a, b, c); }
+  static KVMEM_SIMD Register mul(Register a, Register b) { return _mm256_mul_ps(a, b); }
+  static KVMEM_SIMD Register div(Register a, Register b) { return _mm256_div_ps(a, b); }
+  static KVMEM_SIMD Register max(Register a, Register b) { return _mm256_max_ps(a, b); }
+  static KVMEM_SIMD Register where_below(Register x, Register y, Register a, Register b) {
+    return _mm256_blendv_ps(b, a, _mm256_cmp_ps(x, y, _CMP_LT_OQ));
+  }
+  static KVMEM_SIMD Register power(Register r) {
+    const __m256i n = _mm256_sub_epi32(_mm256_castps_si256(r), _mm256_castps_si256(all(kRound)));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23));
+  }
+  static KVMEM_SIMD Register kept(Register r) {
+    __asm__("" : "+x"(r));
+    return r;
+  }
   static KVMEM_SIMD void sums(const Register* r, float* out) {
     const Register pairs = _mm256_hadd_ps(_mm256_hadd_ps(r[0], r[1]), _mm256_hadd_ps(r[2], r[3]));
     _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1)));
@@ -46,7 +59,7 @@ KVMEM_SIMD __m256 read(F8E4M3, const unsigned char* at) {  // an fp16 whose expo
 }
 KVMEM_SIMD __m256 read(I8, const unsigned char* at) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(load_8(at))); }
 
-#include "attend/kernel.inl"
+#include "attend/kernel_body.h"
 
 }  // namespace avx2
 

@@ -1,6 +1,5 @@
 // x86-64 with AVX-512: Intel servers from 2017, AMD from 2022 on.
 #include "attend/kernel.h"
-#include "attend/math.h"
 
 #if defined(__x86_64__)
 
@@ -24,6 +23,20 @@ struct Vector {
   static KVMEM_SIMD Register load(const float* at) { return _mm512_loadu_ps(at); }
   static KVMEM_SIMD void store(float* at, Register r) { _mm512_storeu_ps(at, r); }
   static KVMEM_SIMD Register fma(Register a, Register b, Register c) { return _mm512_fmadd_ps(a, b, c); }
+  static KVMEM_SIMD Register mul(Register a, Register b) { return _mm512_mul_ps(a, b); }
+  static KVMEM_SIMD Register div(Register a, Register b) { return _mm512_div_ps(a, b); }
+  static KVMEM_SIMD Register max(Register a, Register b) { return _mm512_max_ps(a, b); }
+  static KVMEM_SIMD Register where_below(Register x, Register y, Register a, Register b) {
+    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, y, _CMP_LT_OQ), b, a);
+  }
+  static KVMEM_SIMD Register power(Register r) {
+    const __m512i n = _mm512_sub_epi32(_mm512_castps_si512(r), _mm512_castps_si512(all(kRound)));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(n, _mm512_set1_epi32(127)), 23));
+  }
+  static KVMEM_SIMD Register kept(Register r) {
+    __asm__("" : "+v"(r));
+    return r;
+  }
   static KVMEM_SIMD void sums(const Register* r, float* out) {
     for (int i = 0; i < 4; ++i) out[i] = _mm512_reduce_add_ps(r[i]);
   }
@@ -49,7 +62,7 @@ KVMEM_SIMD __m512 read(F8E4M3, const unsigned char* at) {  // an fp16 whose expo
 }
 KVMEM_SIMD __m512 read(I8, const unsigned char* at) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_16(at))); }
 
-#include "attend/kernel.inl"
+#include "attend/kernel_body.h"
 
 }  // namespace avx512
 

@@ -1,4 +1,4 @@
-// One task of attention, as the vector units of a machine compute it. kernel.inl is compiled once for each of them.
+// One task of attention, as the vector units of a machine compute it. kernel_body.h is compiled once for each of them.
 #pragma once
 
 #include <algorithm>
@@ -14,6 +14,8 @@ namespace kvmem {
 constexpr i64 kTileTokens = 64;
 // Registers of no vector unit here have more floats, so that widths that are padded to it suit all.
 constexpr i64 kMostLanes = 16;
+// A float that is added to this is rounded to an integer, which is then in the lowest bits.
+constexpr float kRound = 0x1.8p23f;
 
 // Memory of one thread. A row is a query token and a query head; rows of the same head of K lie side by side, and of
 // these the tokens of a query head.
@@ -39,11 +41,23 @@ AttentionKernel avx2_kernel();
 AttentionKernel avx512_kernel();
 
 // Formats of stored elements, and their size.
-struct F32 { static constexpr i64 kBytes = 4; };
-struct Bf16 { static constexpr i64 kBytes = 2; };
-struct F16 { static constexpr i64 kBytes = 2; };
-struct F8E4M3 { static constexpr i64 kBytes = 1; };
-struct F8E5M2 { static constexpr i64 kBytes = 1; };
-struct I8 { static constexpr i64 kBytes = 1; };
+struct F32 {
+  static constexpr i64 kBytes = 4;
+};
+struct Bf16 {
+  static constexpr i64 kBytes = 2;
+};
+struct F16 {
+  static constexpr i64 kBytes = 2;
+};
+struct F8E4M3 {
+  static constexpr i64 kBytes = 1;
+};
+struct F8E5M2 {
+  static constexpr i64 kBytes = 1;
+};
+struct I8 {
+  static constexpr i64 kBytes = 1;
+};
 
 }  // namespace kvmem

@@ -1,6 +1,6 @@
 // For processors without a kernel of their own: 16 floats at a time, in whatever registers the compiler has for them.
 #include "attend/kernel.h"
-#include "attend/math.h"
+#include "codec/formats.h"
 
 #define KVMEM_TARGET
 #define KVMEM_SIMD inline __attribute__((always_inline))
@@ -13,22 +13,39 @@ struct Vector {
     float at[16];
   };
   static constexpr int kLanes = 16, kSums = 4;
-  static KVMEM_SIMD Register all(float x) {
+  template <class Of>
+  static KVMEM_SIMD Register each(const Of& of) {
     Register r;
-    for (float& a : r.at) a = x;
+    for (int i = 0; i < kLanes; ++i) r.at[i] = of(i);
     return r;
+  }
+  static KVMEM_SIMD Register all(float x) {
+    return each([&](int) { return x; });
   }
   static KVMEM_SIMD Register zero() { return all(0); }
   static KVMEM_SIMD Register load(const float* at) {
-    Register r;
-    std::memcpy(r.at, at, sizeof(r.at));
-    return r;
+    return each([&](int i) { return at[i]; });
   }
   static KVMEM_SIMD void store(float* at, const Register& r) { std::memcpy(at, r.at, sizeof(r.at)); }
-  static KVMEM_SIMD Register fma(const Register& a, const Register& b, Register c) {
-    for (int i = 0; i < kLanes; ++i) c.at[i] += a.at[i] * b.at[i];
-    return c;
+  static KVMEM_SIMD Register mul(const Register& a, const Register& b) {
+    return each([&](int i) { return a.at[i] * b.at[i]; });
   }
+  static KVMEM_SIMD Register div(const Register& a, const Register& b) {
+    return each([&](int i) { return a.at[i] / b.at[i]; });
+  }
+  static KVMEM_SIMD Register fma(const Register& a, const Register& b, const Register& c) {
+    return each([&](int i) { return a.at[i] * b.at[i] + c.at[i]; });
+  }
+  static KVMEM_SIMD Register max(const Register& a, const Register& b) {
+    return each([&](int i) { return a.at[i] > b.at[i] ? a.at[i] : b.at[i]; });
+  }
+  static KVMEM_SIMD Register where_below(const Register& x, const Register& y, const Register& a, const Register& b) {
+    return each([&](int i) { return x.at[i] < y.at[i] ? a.at[i] : b.at[i]; });
+  }
+  static KVMEM_SIMD Register power(const Register& r) {
+    return each([&](int i) { return as_float((as_bits(r.at[i]) - as_bits(kRound) + 127) << 23); });
+  }
+  static KVMEM_SIMD const Register& kept(const Register& r) { return r; }
   static KVMEM_SIMD void sums(const Register* r, float* out) {
     for (int i = 0; i < 4; ++i) {
       float part[4] = {};
@@ -56,12 +73,10 @@ inline float value_of(I8, const unsigned char* at) { return static_cast<float>(s
 
 template <class E>
 KVMEM_SIMD Vector::Register read(E stored, const unsigned char* at) {
-  Vector::Register r;
-  for (i64 i = 0; i < Vector::kLanes; ++i) r.at[i] = value_of(stored, at + i * E::kBytes);
-  return r;
+  return Vector::each([&](int i) { return value_of(stored, at + i * E::kBytes); });
 }
 
-#include "attend/kernel.inl"
+#include "attend/kernel_body.h"
 
 }  // namespace portable
 

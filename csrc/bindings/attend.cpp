@@ -1,12 +1,11 @@
 // kvmem._core.Attention: attention on the CPU, csrc/attend/. kvmem/kernels/cpu.py explains arguments and checks
 // dtypes; what is checked again here is what memory safety needs.
 
-#include "attend/attention.h"
-
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include "attend/attention.h"
 #include "bindings/bindings.h"
 
 namespace nb = nanobind;
@@ -23,7 +22,7 @@ using Blocks = nb::ndarray<nb::ndim<4>, nb::device::cpu>;  // [blocks, block_siz
 
 Element element_of(const std::string& name) {
   constexpr std::pair<const char*, Element> kNames[] = {
-      {"float32", Element::f32},       {"bfloat16", Element::bf16},  {"float16", Element::f16},
+      {"float32", Element::f32},        {"bfloat16", Element::bf16},    {"float16", Element::f16},
       {"float8_e4m3fn", Element::e4m3}, {"float8_e5m2", Element::e5m2}, {"int8", Element::i8}};
   for (const auto& [known, element] : kNames) {
     if (name == known) return element;
@@ -50,11 +49,16 @@ void make_plan(Plan* self, Table block_table, Ints seq_lens, Ints first_tokens, 
   if (bytes_of(query_element) == 1) throw SpecError("q: got " + query + "; must be float32, bfloat16 or float16");
   Plan plan;
   if (sinks) plan.sinks.assign(sinks->data(), sinks->data() + query_heads);
-  const AttentionShape shape = {query_heads,   heads,       width,    value_width, query_element,
-                                element_of(stored), scale,   value_scale, soft_cap, window,
-                                causal,        sinks ? plan.sinks.data() : nullptr};
-  const AttentionBatch batch = {block_table.data(), seq_lens.data(), first_tokens.data(), cu_seqlens_q.data(), rows,
-                                static_cast<i64>(block_table.shape(1)), block_size};
+  const AttentionShape shape = {
+      query_heads, heads,       width,    value_width, query_element, element_of(stored),
+      scale,       value_scale, soft_cap, window,      causal,        sinks ? plan.sinks.data() : nullptr};
+  const AttentionBatch batch = {block_table.data(),
+                                seq_lens.data(),
+                                first_tokens.data(),
+                                cu_seqlens_q.data(),
+                                rows,
+                                static_cast<i64>(block_table.shape(1)),
+                                block_size};
   plan.attention = std::make_unique<Attention>(batch, shape);
   new (self) Plan(std::move(plan));
 }
@@ -90,8 +94,8 @@ void run_plan(const Plan& self, Packed q, Blocks k, Blocks v, Packed out, std::o
               i64 threads) {
   const Attention& plan = *self.attention;
   const AttentionShape& shape = plan.shape();
-  if (lse && (static_cast<i64>(lse->shape(0)) != plan.queries() ||
-              static_cast<i64>(lse->shape(1)) != shape.query_heads)) {
+  if (lse &&
+      (static_cast<i64>(lse->shape(0)) != plan.queries() || static_cast<i64>(lse->shape(1)) != shape.query_heads)) {
     throw SpecError("lse: must be float32 [queries, query heads]");
   }
   const AttentionCall call = {rows_of(q, "q", plan.queries(), shape.query_heads, shape.width, shape.query),

@@ -3,6 +3,7 @@
 ========================  ======================================================================================
 ``registry``              every kernel by name: what it needs, and how it is run; ``base`` has its types
 ``reference``             attention in plain torch: ``sdpa`` for use on a CPU, ``oracle`` in float64 for tests
+``cpu``                   kvmem's own kernel for decoding on a CPU: reads both backends in place
 ``write``                 new K/V into the cache by ``slot_mapping``
 ``blocks``                gathers, scatters, copies and zeroing of many tokens or blocks in one launch
 ``flashinfer``            arguments for FlashInfer's wrappers, cascades among them, and for its append

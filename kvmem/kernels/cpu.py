@@ -7,17 +7,16 @@ decoding, where memory bandwidth is the limit; a long prompt is as right, and sl
 from __future__ import annotations
 
 from functools import cache as cached
-from typing import Any
 
 import torch
 
 from kvmem import _core
 from kvmem.allocator.batch import GroupBatch
 from kvmem.errors import SpecError
-from kvmem.kernels.base import Cache, Result, Run, Step
+from kvmem.kernels.base import Cache, Result, Run
 from kvmem.kernels.checks import as_bytes, check_all_blocks, check_batch, check_queries, plain, window_left
 
-__all__ = ["DTYPES", "attention", "plan", "prepare_attention"]
+__all__ = ["DTYPES", "attention", "plan"]
 
 #: Of K and V. Queries are float32, bfloat16 or float16, whatever K and V are.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
@@ -101,15 +100,6 @@ def plan(
         work.run(q.detach(), k, v, out, lse, threads or torch.get_num_threads())
         return out, lse
 
-    return run
-
-
-def prepare_attention(library: Any, step: Step) -> Run:
-    """library: this module."""
-    scales = step.scales or {"k_scale": 1.0, "v_scale": 1.0}
-    run: Run = library.plan(
-        step.batch, **step.heads, window_tokens=step.window_tokens, return_lse=step.return_lse, **scales
-    )
     return run
 
 

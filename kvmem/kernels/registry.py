@@ -13,7 +13,6 @@ import torch
 from kvmem.allocator import Allocator
 from kvmem.errors import SpecError
 from kvmem.kernels import (
-    cpu,
     flash_attention,
     flash_attention_4,
     flashinfer,
@@ -66,7 +65,6 @@ KERNELS: Final[tuple[Kernel, ...]] = (
            block_multiple=256, queries="equal", pads=False),
     Kernel("FlashAttention 2, varlen", "flash_attention", "flash_attn", flash_attention.prepare_fa2_varlen,
            block_multiple=256),
-    Kernel("kvmem cpu", "cpu", "kvmem.kernels.cpu", cpu.prepare_attention, dtypes=cpu.DTYPES[:3]),
     Kernel("kvmem sdpa", "reference", "kvmem.kernels.reference", reference.prepare_sdpa, dtypes=()),
     Kernel("kvmem write_kv", "write", "kvmem.kernels.write", write.prepare_write, kind="write", dtypes=()),
 )  # fmt: skip

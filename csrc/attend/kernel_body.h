@@ -2,13 +2,18 @@
 // defined
 //
 //   KVMEM_TARGET, KVMEM_SIMD   attributes of the functions here: the vector unit; the same, and always inlined
-//   struct Vector { kLanes, kSums, Register, zero(), all(float), load(at), store(at, r), fma(a, b, c), sums(r, out) }
+//   struct Vector { kLanes, kSums, Register, zero(), all(float), load(at), store(at, r), mul, div, fma, max,
+//                   where_below, power, kept, sums }
 //   Vector::Register read(E, const unsigned char* at)   for each E of kernel.h
 //
 // kLanes: floats of a register. kSums: registers that can hold sums while operands have theirs, a multiple of 4.
-// fma: a * b + c. sums: of each of 4 registers. read: kLanes stored elements.
+// fma(a, b, c): a * b + c. max(a, b): b where one is NaN. where_below(x, y, a, b): a where x < y, else b. power(r): 2^n
+// for n + kRound. kept(r): r, in a register: compilers would load it again for each use. sums(r, out): out[i] is the
+// sum of r[i], of 4 registers. read: kLanes stored elements.
 
 constexpr i64 kWeighedTokens = 16;  // tokens whose V is read before that of the next head
+constexpr i64 kAheadTokens = 16;    // of the next tile, whose addresses are known
+constexpr float kNone = -std::numeric_limits<float>::infinity();
 
 using Register = Vector::Register;
 
@@ -21,13 +26,25 @@ KVMEM_SIMD Register read_up_to(E stored, const unsigned char* at, i64 count) {
   return read(stored, some);
 }
 
+// Asks for share `h` of what the heads of a unit have of `count` tokens, a block of tokens ahead and in the order of
+// memory: the order of use, head by head, visits the tokens of a page in turn, which processors do not foresee.
+KVMEM_SIMD void prefetch(const unsigned char* const* tokens, i64 count, i64 head, i64 row_bytes, i64 h, i64 heads) {
+  const i64 lines = ceil_div(row_bytes, 64), end = count * lines * (h + 1) / heads;
+  for (i64 i = count * lines * h / heads; i < end;) {
+    const i64 t = i / lines, from = i - t * lines, some = std::min(end - i, lines - from);
+    const unsigned char* at = tokens[t] + head + 64 * from;
+    for (i64 j = 0; j < some; ++j) __builtin_prefetch(at + 64 * j);
+    i += some;
+  }
+}
+
 // Adds to sums[r][t] the products of elements [i, i + kLanes) of kRows queries and kSums / kRows keys.
 template <int kRows, bool kSome, class E>
 KVMEM_SIMD void add_products(E stored, const float* q, i64 q_stride, const unsigned char* const* k, i64 head, i64 i,
                              i64 count, Register* sums) {
   constexpr int kTokens = Vector::kSums / kRows;
   Register query[kRows];
-  for (int r = 0; r < kRows; ++r) query[r] = Vector::load(q + r * q_stride + i);
+  for (int r = 0; r < kRows; ++r) query[r] = Vector::kept(Vector::load(q + r * q_stride + i));
   for (int t = 0; t < kTokens; ++t) {
     const Register key = read_up_to<kSome>(stored, k[t] + head + i * E::kBytes, count);
     for (int r = 0; r < kRows; ++r) sums[r * kTokens + t] = Vector::fma(query[r], key, sums[r * kTokens + t]);
@@ -131,33 +148,67 @@ KVMEM_SIMD void weigh_rows(E stored, AttentionScratch& s, i64 row, i64 rows, con
   }
 }
 
+// exp(x) for x <= 0, within 2 units in the last place; 0 below -87, where floats lose digits; NaN for NaN. 2^n exp(f)
+// with |f| <= ln(2) / 2, by its Taylor polynomial.
+KVMEM_SIMD Register exp_of(Register x) {
+  const Register within = Vector::max(Vector::all(-87), x), round = Vector::all(kRound);
+  const Register rounded = Vector::fma(within, Vector::all(1.44269504f), round);
+  const Register n = Vector::fma(round, Vector::all(-1), rounded);
+  const Register f = Vector::fma(n, Vector::all(2.12194440e-4f), Vector::fma(n, Vector::all(-0.693359375f), within));
+  Register sum = Vector::all(1.0f / 5040);
+  for (const float factor : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) {
+    sum = Vector::fma(sum, f, Vector::all(factor));
+  }
+  return Vector::where_below(x, Vector::all(-87), Vector::zero(), Vector::mul(sum, Vector::power(rounded)));
+}
+
+// Near 0 by its Taylor polynomial, because the exponential would lose digits there.
+KVMEM_SIMD Register tanh_of(Register x) {
+  const Register minus = Vector::mul(x, Vector::all(-1)), size = Vector::max(minus, x);
+  const Register shrunk = exp_of(Vector::mul(size, Vector::all(-2))), one = Vector::all(1);
+  const Register far = Vector::div(Vector::fma(shrunk, Vector::all(-1), one), Vector::fma(shrunk, one, one));
+  const Register square = Vector::mul(x, x);
+  Register sum = Vector::all(21844.0f / 6081075);
+  for (const float factor : {-1382.0f / 155925, 62.0f / 2835, -17.0f / 315, 2.0f / 15, -1.0f / 3}) {
+    sum = Vector::fma(sum, square, Vector::all(factor));
+  }
+  const Register near = Vector::fma(Vector::mul(x, square), sum, x);
+  const Register signed_far = Vector::where_below(x, Vector::zero(), Vector::mul(far, Vector::all(-1)), far);
+  return Vector::where_below(size, Vector::all(0.4f), near, signed_far);
+}
+
 // Turns the scores of tokens [low, high) of a tile into weights, and all others into 0, after it has scaled down what
 // was summed with a smaller `top`.
-KVMEM_TARGET void to_weights(float* scores, i64 low, i64 high, float soft_cap, float* top, float* sum, float* out,
-                             i64 width) {
-  constexpr float kNone = -std::numeric_limits<float>::infinity();
+KVMEM_SIMD void to_weights(float* scores, i64 low, i64 high, float soft_cap, float* top, float* sum, float* out,
+                           i64 width) {
   if (soft_cap > 0) {
-    for (i64 t = 0; t < kTileTokens; ++t) scores[t] = soft_cap * tanh_of(scores[t] / soft_cap);
+    const Register cap = Vector::all(soft_cap);
+    for (i64 t = 0; t < kTileTokens; t += Vector::kLanes) {
+      Vector::store(scores + t, Vector::mul(cap, tanh_of(Vector::div(Vector::load(scores + t), cap))));
+    }
   }
   for (i64 t = 0; t < low; ++t) scores[t] = kNone;
   for (i64 t = high; t < kTileTokens; ++t) scores[t] = kNone;
-  float tops[16], sums[16] = {};
-  for (int j = 0; j < 16; ++j) tops[j] = *top;
-  for (i64 t = 0; t < kTileTokens; t += 16) {
-    for (int j = 0; j < 16; ++j) tops[j] = scores[t + j] > tops[j] ? scores[t + j] : tops[j];
-  }
-  float greatest = tops[0];
-  for (int j = 1; j < 16; ++j) greatest = tops[j] > greatest ? tops[j] : greatest;
+  Register tops = Vector::all(*top), sums = Vector::zero();
+  for (i64 t = 0; t < kTileTokens; t += Vector::kLanes) tops = Vector::max(Vector::load(scores + t), tops);
+  float each[Vector::kLanes];
+  Vector::store(each, tops);
+  float greatest = each[0];
+  for (int i = 1; i < Vector::kLanes; ++i) greatest = each[i] > greatest ? each[i] : greatest;
   if (greatest > *top) {
-    const float factor = exp_of(*top - greatest);
-    for (i64 i = 0; i < width; ++i) out[i] *= factor;
-    *sum *= factor, *top = greatest;
+    Vector::store(each, exp_of(Vector::all(*top - greatest)));
+    const Register factor = Vector::all(each[0]);
+    for (i64 i = 0; i < width; i += Vector::kLanes) Vector::store(out + i, Vector::mul(Vector::load(out + i), factor));
+    *sum *= each[0], *top = greatest;
   }
-  const float shift = greatest == kNone ? 0.0f : greatest;
-  for (i64 t = 0; t < kTileTokens; t += 16) {
-    for (int j = 0; j < 16; ++j) sums[j] += scores[t + j] = exp_of(scores[t + j] - shift);
+  const Register shift = Vector::all(greatest == kNone ? 0.0f : -greatest);
+  for (i64 t = 0; t < kTileTokens; t += Vector::kLanes) {
+    const Register weight = exp_of(Vector::fma(Vector::load(scores + t), Vector::all(1), shift));
+    Vector::store(scores + t, weight);
+    sums = Vector::fma(weight, Vector::all(1), sums);
   }
-  for (int j = 0; j < 16; ++j) *sum += sums[j];
+  Vector::store(each, sums);
+  for (int i = 0; i < Vector::kLanes; ++i) *sum += each[i];
 }
 
 template <class E>
@@ -168,16 +219,20 @@ KVMEM_TARGET void attend_stored(E stored, const AttentionTask& task, AttentionSc
   const i64 rows = shape.query_heads / shape.heads * unit.queries;  // of a head
   const i32* blocks = task.plan.blocks().data() + unit.first_block;
   const i64 block_size = task.plan.block_size();
-  const unsigned char *k_at[kTileTokens + Vector::kSums], *v_at[kTileTokens];
+  const i64 k_bytes = (unit.heads - 1) * k.head + shape.width * E::kBytes;  // of a token
+  const i64 v_bytes = (unit.heads - 1) * v.head + shape.value_width * E::kBytes;
+  // Behind the last token stands the last again: its scores are not used, and nothing else may be touched.
+  const unsigned char *k_at[kTileTokens + kAheadTokens], *v_at[kTileTokens + kAheadTokens];
   for (i64 first = task.begin; first < task.end; first += kTileTokens) {
     const i64 tokens = std::min(kTileTokens, task.end - first);
-    for (i64 t = 0; t < tokens; ++t) {
-      const i64 block = blocks[quotient(first + t, block_size)], offset = remainder(first + t, block_size);
+    for (i64 t = 0; t < kTileTokens + kAheadTokens; ++t) {
+      const i64 token = std::min(first + t, task.end - 1);
+      const i64 block = blocks[quotient(token, block_size)], offset = remainder(token, block_size);
       k_at[t] = k.data + block * k.block + offset * k.token, v_at[t] = v.data + block * v.block + offset * v.token;
     }
-    for (i64 t = tokens; t < tokens + Vector::kSums; ++t) k_at[t] = k_at[tokens - 1];  // scores that are not used
     for (i64 t = 0; t < tokens; t += Vector::kSums) {
       for (i64 h = 0; h < unit.heads; ++h) {
+        if (rows >= 4) prefetch(k_at + t + Vector::kSums, Vector::kSums, unit.head * k.head, k_bytes, h, unit.heads);
         score_rows(stored, s, h * rows, rows, k_at + t, (unit.head + h) * k.head, shape.width, t);
       }
     }
@@ -191,6 +246,7 @@ KVMEM_TARGET void attend_stored(E stored, const AttentionTask& task, AttentionSc
     }
     for (i64 t = 0; t < tokens; t += kWeighedTokens) {
       for (i64 h = 0; h < unit.heads; ++h) {
+        if (rows >= 4) prefetch(v_at + t + kWeighedTokens, kWeighedTokens, unit.head * v.head, v_bytes, h, unit.heads);
         weigh_rows(stored, s, h * rows, rows, v_at + t, (unit.head + h) * v.head, shape.value_width, t,
                    std::min(kWeighedTokens, tokens - t));
       }
@@ -200,11 +256,17 @@ KVMEM_TARGET void attend_stored(E stored, const AttentionTask& task, AttentionSc
 
 KVMEM_TARGET void attend(const AttentionTask& task, AttentionScratch& scratch) {
   switch (task.plan.shape().stored) {
-    case Element::f32: return attend_stored(F32(), task, scratch);
-    case Element::bf16: return attend_stored(Bf16(), task, scratch);
-    case Element::f16: return attend_stored(F16(), task, scratch);
-    case Element::e4m3: return attend_stored(F8E4M3(), task, scratch);
-    case Element::e5m2: return attend_stored(F8E5M2(), task, scratch);
-    case Element::i8: return attend_stored(I8(), task, scratch);
+    case Element::f32:
+      return attend_stored(F32(), task, scratch);
+    case Element::bf16:
+      return attend_stored(Bf16(), task, scratch);
+    case Element::f16:
+      return attend_stored(F16(), task, scratch);
+    case Element::e4m3:
+      return attend_stored(F8E4M3(), task, scratch);
+    case Element::e5m2:
+      return attend_stored(F8E5M2(), task, scratch);
+    case Element::i8:
+      return attend_stored(I8(), task, scratch);
   }
 }
