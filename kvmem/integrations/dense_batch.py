@@ -38,12 +38,14 @@ class RowPlace:
 
     slots: int64 [B, n], the flat slots of the n tokens of each row that are not committed.
     num_blocks: the least number of blocks that ``memory`` must have; 0, as rows have a fixed size.
+    batch: the metadata. step: what an integration keeps as long as the place is valid.
     """
 
     num_blocks = 0
+    step: Any
 
     def __init__(self, batch: GroupBatch, rows: list[int]) -> None:
-        self.slots = _by_row(batch.slot_mapping, len(rows))
+        self.slots, self.batch, self.step = _by_row(batch.slot_mapping, len(rows)), batch, None
         self._rows = rows
         step = rows[1] - rows[0] if len(rows) > 1 else 1
         even = step > 0 and all(b - a == step for a, b in pairwise(rows))
@@ -63,8 +65,10 @@ class RowPlace:
 class BlockPlace:
     """Where they lie on the paged backend, as ``RowPlace``. ``memory`` is ``Allocator.tensor()``."""
 
+    step: Any
+
     def __init__(self, batch: GroupBatch, num_rows: int) -> None:
-        self.slots = _by_row(batch.slot_mapping, num_rows)
+        self.slots, self.batch, self.step = _by_row(batch.slot_mapping, num_rows), batch, None
         self._blocks = batch.block_table.long()
         self._block_size = batch.block_size
         self.num_blocks = int(batch.kv_indices_cpu.max()) + 1 if batch.num_indices else 0
@@ -94,6 +98,8 @@ class DenseBatch:
 
     def __init__(self, alloc: Allocator, max_rows: int | None = None) -> None:
         self.alloc = alloc
+        #: Of the model, if its attention may be asked what it reads (``integrations.transformers``).
+        self.config: Any = None
         self.max_rows = alloc.max_sequences if max_rows is None else max_rows
         #: While True, tokens of sliding windows are committed only by ``commit()``, so ``truncate`` can remove them.
         self.recording = False
@@ -309,7 +315,7 @@ class DenseBatch:
         copy = DenseBatch(self.alloc, self.max_rows)
         copy._ids.extend(self._fork(self._ids))
         copy.recording, copy.dense, copy.placeholders = self.recording, self.dense, self.placeholders
-        copy.more_than_ids = self.more_than_ids
+        copy.more_than_ids, copy.config = self.more_than_ids, self.config
         copy._known = self._known
         copy.written.update(self.written)
         copy._tokens.update(self._tokens)

@@ -63,15 +63,18 @@ def plan(
     kv_dtype: torch.dtype | None = None, value_dim: int | None = None, scale: float | None = None, causal: bool = True,
     window_tokens: int | None = None, queries: GroupBatch | None = None, k_scale: float = 1.0, v_scale: float = 1.0,
     soft_cap: float | None = None, sinks: torch.Tensor | None = None, threads: int | None = None,
-    return_lse: bool = True,
+    first_tokens: torch.Tensor | None = None, return_lse: bool = True,
 ) -> Run:  # fmt: skip
     """``run(q, cache)`` for all layers of a step, which returns ``(out, lse)``; lse is None without ``return_lse``.
 
-    Shapes and dtypes are those of each layer; value_dim: width of V, default that of K. Other arguments: as for
-    ``attention``. The batch's numbers are copied: make a new plan after the next fill. Cost: linear in the blocks of
-    the batch.
+    Shapes and dtypes are those of each layer; value_dim: width of V, default that of K. first_tokens: int32 ``[rows]``
+    or ``[1]``, the first token that the queries of a row see, where they do not see all that are held (padding on the
+    left). Other arguments: as for ``attention``. The batch's numbers are copied: make a new plan after the next fill.
+    Cost: linear in the blocks of the batch.
     """
-    left = window_left(batch, window_tokens, causal)
+    held = batch.first_tokens
+    first = held if first_tokens is None else torch.maximum(held, first_tokens).contiguous()
+    left = -1 if first_tokens is not None and window_tokens is None else window_left(batch, window_tokens, causal)
     packed = queries or batch
     _check_dtypes(dtype, kv_dtype or dtype)
     if num_query_heads % num_kv_heads:
@@ -79,7 +82,7 @@ def plan(
     if sinks is not None and (sinks.dtype != torch.float32 or sinks.shape != (num_query_heads,)):
         raise SpecError(f"sinks: got {tuple(sinks.shape)} {sinks.dtype}; must be float32 [{num_query_heads}]")
     work = _core.Attention(
-        batch.block_table, batch.seq_lens, batch.first_tokens, packed.cu_seqlens_q, block_size=batch.block_size,
+        batch.block_table, batch.seq_lens, first, packed.cu_seqlens_q, block_size=batch.block_size,
         query_heads=num_query_heads, heads=num_kv_heads, width=head_dim, value_width=value_dim or head_dim,
         query=_name(dtype), stored=_name(kv_dtype or dtype),
         scale=(head_dim**-0.5 if scale is None else scale) * k_scale, value_scale=v_scale, soft_cap=soft_cap or 0.0,

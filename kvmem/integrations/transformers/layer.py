@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from kvmem.errors import SpecError
+from kvmem.geometry.views import plain
 from kvmem.integrations.dense_batch import EVERY, DenseBatch, memory_of
+from kvmem.integrations.transformers.attention import NAME, DecodeStep, StoredTokens
+from kvmem.kernels import cpu
 
 __all__ = ["KVMemLayer"]
 
@@ -33,6 +36,8 @@ class KVMemLayer(CacheLayerMixin):  # type: ignore[misc]
         self._component = {name: group.component(name) for name in names}
         self._given = {name: group.component(name).dtype for name in names}  # the dtypes that attention passed in last
         self._memory: dict[str, torch.Tensor] = {}
+        self._blocks: tuple[torch.Tensor, torch.Tensor] | None = None  # as `_memory`, but blocks on both backends
+        self._begins = 0  # the first token that the queries of the last update see
         self._key = layer, names[0]
         rows.add_layer(self.growth, self._key)
         self.is_sliding = self._window is not None
@@ -110,7 +115,7 @@ class KVMemLayer(CacheLayerMixin):  # type: ignore[misc]
         if begins:
             self._rows.check_complete(self.growth)
         if count == 0 and num_rows == self._rows.num_rows:
-            return self._read(self._names[0], end), self._read(self._names[1], end)
+            return self.read()
         try:
             if begins:
                 self._rows.extend(self.growth, num_rows, count)
@@ -118,13 +123,50 @@ class KVMemLayer(CacheLayerMixin):  # type: ignore[misc]
                 self._write(self._names[0], key_states)
                 self._write(self._names[1], value_states)
             first = self._first_token()
-            found = self._read(self._names[0], end, first), self._read(self._names[1], end, first)
+            if self._reads_in_place():
+                found = self._stored(self._names[0], end - first), self._stored(self._names[1], end - first)
+            else:
+                found = self._read(self._names[0], end, first), self._read(self._names[1], end, first)
         except BaseException:  # also an interrupt, or no memory for the gathered copy
             if begins:
                 self._rows.take_back(self.growth, held)
             raise
         self._rows.written[self._key] = end
+        self._begins = first
         return found
+
+    def _reads_in_place(self) -> bool:
+        """Return whether attention reads the cache itself (``transformers.attention``)."""
+        config, dtypes = self._rows.config, {self._component[name].dtype for name in self._names}
+        return (
+            getattr(config, "_attn_implementation", None) == NAME
+            and self._rows.alloc.device.type == "cpu"
+            and set(self._given.values()) == dtypes
+            and dtypes <= set(cpu.DTYPES)
+        )
+
+    def _stored(self, name: str, tokens: int) -> StoredTokens:
+        group = self._rows.alloc.spec.groups[self._group]
+        shape = self._rows.num_rows, group.heads(name, self._layer), tokens, group.widths(name, self._layer)[0]
+        return StoredTokens.of(self, shape, self._component[name].dtype)
+
+    def read(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return K and V of the tokens that the queries of the last ``update`` see, ``[B, heads, tokens, width]``."""
+        k, v = (self._read(name, self.num_tokens, self._begins) for name in self._names)
+        return k, v
+
+    def attend(self, query: torch.Tensor, mask: torch.Tensor | None, options: dict[str, Any]) -> torch.Tensor | None:
+        """Return attention of one new token a row, ``[B, 1, Hq, width of V]``; None if ``DecodeStep`` cannot tell.
+
+        query: ``[B, Hq, 1, D]``. mask: over the tokens that ``read()`` returns. options: of ``kernels.cpu.plan``.
+        """
+        place = self._rows.place(self._group)
+        if place.step is None:
+            place.step = DecodeStep(place.batch)
+        if self._blocks is None or self._blocks[0].shape[0] < place.step.num_blocks:
+            k, v = (plain(self._rows.alloc.tensor(self._layer, name)) for name in self._names)
+            self._blocks = k, v
+        return place.step.attention(query, self._blocks, mask, self._begins, options)
 
     def _check(self, name: str, states: torch.Tensor) -> None:
         alloc = self._rows.alloc

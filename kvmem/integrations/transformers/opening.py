@@ -64,6 +64,9 @@ def open_rows(
     rows.dense = getattr(config, "model_type", None) in _DENSE
     rows.more_than_ids = getattr(config, "model_type", None) in _MORE_THAN_IDS
     rows.placeholders = _placeholders(config)
+    if isinstance(source, PreTrainedModel):
+        text = source.config.get_text_config(decoder=True)  # of an encoder-decoder, a copy
+        rows.config = text if any(text is part for part in vars(source.config).values()) else source.config
     return rows
 
 
