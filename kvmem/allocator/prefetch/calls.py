@@ -1,0 +1,267 @@
+"""``Allocator.prefetch``: blocks from lower tiers to host memory, from there to the device, and what a kernel will read
+to the cache in front of the device's memory. Hints: they change no result, whatever becomes of them.
+"""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any, Literal, Protocol, overload
+
+import numpy as np
+import torch
+
+from kvmem import _core
+from kvmem.allocator.prefetch.block_sets import BlockSet
+from kvmem.allocator.prefetch.ranges import Ranges
+from kvmem.allocator.prefetch.read_sets import ReadCalls, ReadSet
+from kvmem.allocator.prefix import Salt, Tokens, token_ids
+from kvmem.allocator.tiers.calls import TierCalls
+from kvmem.allocator.tiers.loads import POLL_SECONDS, Load
+from kvmem.arguments import brief, check_choice
+from kvmem.errors import SpecError
+from kvmem.events.digests import ExtraKey
+
+if TYPE_CHECKING:
+    from kvmem.allocator.prefetch.l2_triton import L2Prefetcher
+    from kvmem.allocator.prefetch.ranges import Int64s
+
+__all__ = ["PrefetchCalls", "Prefetching", "Window"]
+
+
+@dataclass(frozen=True)
+class Window:
+    """What is prefetched in one window of a plan (``kvmem.plan.prefetch``), in the order in which it will be read.
+
+    parts: ``Ranges``, read sets and ``BlockSet``. seconds: of the window. capacity_bytes: the most that fits in it.
+    wanted_bytes: what is read after it. num_bytes: what of that is prefetched.
+    """
+
+    parts: tuple[Ranges | BlockSet, ...]
+    seconds: Fraction
+    capacity_bytes: int
+    wanted_bytes: int
+
+    @property
+    def num_bytes(self) -> int:
+        """How many bytes are prefetched."""
+        return sum(part.num_bytes for part in self.parts)
+
+
+class _Touch(Protocol):
+    """Ranges on their way to a cache."""
+
+    @property
+    def issued_bytes(self) -> int: ...
+
+    def done(self) -> bool: ...
+
+    def cancel(self) -> None: ...
+
+
+class Prefetching:
+    """A prefetch under way. Nothing needs to wait for it.
+
+    num_bytes: of the window. skipped_bytes: what of them is left out, because it was freed, moved or cut off since the
+        plan was made, or on a GPU because the ranges are too many. loads: of blocks from lower tiers.
+    """
+
+    def __init__(self, num_bytes: int, skipped_bytes: int, touch: _Touch | None, loads: list[Load]) -> None:
+        self.num_bytes, self.skipped_bytes, self.loads, self._touch = num_bytes, skipped_bytes, loads, touch
+
+    @property
+    def issued_bytes(self) -> int:
+        """How many bytes the cache was asked for so far; on a GPU all of them at once."""
+        return 0 if self._touch is None else self._touch.issued_bytes
+
+    def done(self) -> bool:
+        """Return whether it has ended. Moves what has arrived, as ``Load.done()``; never waits."""
+        ended = [load.done() for load in self.loads]
+        return all(ended) and (self._touch is None or self._touch.done())
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until it has ended, ``timeout`` seconds at most; return whether it has."""
+        end = None if timeout is None else time.monotonic() + timeout
+        while not self.done():
+            if end is not None and time.monotonic() >= end:
+                return False
+            time.sleep(POLL_SECONDS)
+        return True
+
+    def cancel(self) -> None:
+        """Stop it where it is. What a GPU was given, it does."""
+        for load in self.loads:
+            load.cancel()
+        if self._touch is not None:
+            self._touch.cancel()
+
+
+class _CpuTouch:
+    """A helper thread asks for one cache line after the other."""
+
+    def __init__(self, table: Int64s, threads: ThreadPoolExecutor) -> None:
+        self._state = np.array([0, np.iinfo(np.int64).max], np.int64)  # bytes asked for, and the most
+        self._future: Future[None] = threads.submit(_core.prefetch_lines, table, self._state)
+
+    @property
+    def issued_bytes(self) -> int:
+        return int(self._state[0])
+
+    def done(self) -> bool:
+        return self._future.done()
+
+    def cancel(self) -> None:
+        self._state[1] = 0
+        self._future.cancel()
+
+
+class _CudaTouch:
+    """A kernel on a stream beside the one in use."""
+
+    def __init__(self, table: Int64s, prefetcher: L2Prefetcher, stream: Any) -> None:
+        with torch.cuda.stream(stream):
+            self.issued_bytes = prefetcher.fill(table)
+            prefetcher.launch()
+            self._event = stream.record_event()
+
+    def done(self) -> bool:
+        return bool(self._event.query())
+
+    def cancel(self) -> None:
+        """The kernel is short."""
+
+
+class PrefetchCalls(ReadCalls, TierCalls):
+    """The calls of an allocator that bring data closer before it is used."""
+
+    _helper: ThreadPoolExecutor | None = None
+    _l2: dict[Any, L2Prefetcher] | None = None  # by stream
+
+    @overload
+    def prefetch(self, tokens: Window, stream: Any = None) -> Prefetching: ...
+
+    @overload
+    def prefetch(
+        self,
+        tokens: Tokens,
+        stream: None = None,
+        *,
+        to: Literal["device", "host"] = "device",
+        salt: Salt = None,
+        extra_key: ExtraKey = None,
+        adapter: str | None = None,
+    ) -> Load: ...
+
+    def prefetch(
+        self,
+        tokens: Tokens | Window,
+        stream: Any = None,
+        *,
+        to: Literal["device", "host"] = "device",
+        salt: Salt = None,
+        extra_key: ExtraKey = None,
+        adapter: str | None = None,
+    ) -> Load | Prefetching:
+        """Start to bring closer what a window of a plan names (``Prefetching``), or the blocks of a prompt (``Load``).
+
+        tokens: a ``Window`` of ``kvmem.plan.prefetch``. Its ranges go to the cache in front of the device's memory: on
+            a CPU a helper thread asks for each line, on CUDA a kernel of few programs runs on ``stream``. Its blocks go
+            from lower tiers to host memory in the background, and from there to the device in this call. What was
+            freed, moved, cut off or got out of window since the plan was made is skipped and not touched.
+        tokens: or token ids, whose blocks are brought from lower tiers: poll ``done()`` between steps, which moves what
+            has arrived; or ``wait()``; or ``cancel()``.
+        stream: of torch, beside the one that computes; default one of the allocator's own.
+        to: for token ids; ``"device"``, as cached content that ``sequence(tokens)`` then finds; or ``"host"``, where a
+            later call finds it faster. salt, extra_key, adapter: as for ``sequence()``.
+
+        A hint: it never waits, results are the same with and without, and a fault of a tier is a block that is not
+        found. Not found: memory that another thread frees between the check and the launch on a GPU.
+        """
+        if isinstance(tokens, Window):
+            return self._prefetch_window(tokens, stream)
+        check_choice("to", to, ("device", "host"))
+        if stream is not None:
+            raise SpecError("stream: blocks are loaded on the stream in use; a stream is for a window of a plan")
+        prompt = self._prompt(token_ids(tokens), salt, extra_key, adapter, leave=0)
+        return self.tiering.load(prompt, to_device=to == "device")
+
+    def block_set(
+        self,
+        tokens: Tokens,
+        *,
+        to: Literal["device", "host"],
+        salt: Salt = None,
+        extra_key: ExtraKey = None,
+        adapter: str | None = None,
+    ) -> BlockSet:
+        """Return what a plan can bring closer of a prompt: ``to="device"``, the blocks that host memory has and the
+        device has not; ``to="host"``, those that neither has, all of which the lower tiers are taken to have.
+
+        tokens, salt, extra_key, adapter: as for ``sequence()``. ``SpecError`` without tiers. Never asks a lower tier.
+        """
+        check_choice("to", to, ("device", "host"))
+        prompt, tiering = self._prompt(token_ids(tokens), salt, extra_key, adapter, leave=0), self.tiering
+        located, forms, places = tiering.locate(prompt), tiering.forms, []
+        for k, g in tiering.needed(prompt.num_blocks) if prompt.num_blocks else ():
+            if to == "device" and (k, g) in located.names:
+                places.append((k, g, forms[g].slot_bytes))
+            elif to == "host" and tiering.tiers and not located.has(k, g):
+                places.append((k, g, forms[g].canonical_bytes))
+        return BlockSet.of(prompt, to, places)
+
+    def _prefetch_window(self, window: Window, stream: Any) -> Prefetching:
+        self.core.check_usable()
+        ranges = [self._current(part) for part in window.parts if isinstance(part, Ranges)]
+        planned = sum(part.num_bytes for part in window.parts if isinstance(part, Ranges))
+        table = np.concatenate([part.table for part in ranges]) if ranges else np.empty((0, 4), np.int64)
+        loads = [self._load_blocks(part) for part in window.parts if isinstance(part, BlockSet)]
+        touch = self._touch(table, stream) if len(table) else None
+        given = sum(part.num_bytes for part in ranges)
+        if isinstance(touch, _CudaTouch):
+            given = touch.issued_bytes
+        return Prefetching(window.num_bytes, planned - given, touch, [load for load in loads if load is not None])
+
+    def _current(self, part: Ranges) -> Ranges:
+        if isinstance(part, ReadSet):
+            return self._still_there(part)
+        if isinstance(part.memory, torch.Tensor) and part.memory.device != self.device:
+            raise SpecError(f"prefetch: got a tensor on {part.memory.device}; the allocator's device is {self.device}")
+        return part
+
+    def _load_blocks(self, blocks: BlockSet) -> Load | None:
+        """Start to load the blocks, or promote them to the device, and all before them."""
+        end = blocks.num_blocks
+        size = self.tiering.block_size
+        prompt = blocks.prompt._replace(ids=blocks.prompt.ids[: end * size], digests=blocks.prompt.digests[:end])
+        if blocks.to == "host":
+            return self.tiering.load(prompt, to_device=False)
+        self.tiering.promote(prompt)
+        return None
+
+    def _touch(self, table: Int64s, stream: Any) -> _Touch:
+        if self.device.type == "cuda":
+            return self._touch_cuda(table, stream)
+        if stream is not None:
+            raise SpecError(f"stream: got {brief(stream)}; device {str(self.device)!r} has no streams")
+        if self._helper is None:  # of two threads that get here, one finds the other's
+            self.__dict__.setdefault("_helper", ThreadPoolExecutor(1, thread_name_prefix="kvmem-prefetch"))
+        return _CpuTouch(table, self.__dict__["_helper"])
+
+    def _touch_cuda(self, table: Int64s, stream: Any) -> _Touch:
+        from kvmem.allocator.prefetch.l2_triton import L2Prefetcher  # Triton is imported where it is needed
+
+        self._l2 = {} if self._l2 is None else self._l2
+        if stream is None:
+            stream = next(iter(self._l2), None) or torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        if stream not in self._l2:
+            self.pool.streams.include(stream)
+            with torch.cuda.stream(stream):
+                self._l2[stream] = L2Prefetcher(self.device)
+        return _CudaTouch(table, self._l2[stream], stream)
+
+    def _end_prefetches(self) -> None:
+        if self._helper is not None:
+            self._helper.shutdown(wait=True, cancel_futures=True)
+        self._l2 = None
