@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import torch
 
@@ -46,6 +46,8 @@ def prefetch(
     Ranges are cut at any byte, blocks are brought whole and in one window only, since they stay where they were
     brought. ``SpecError`` for times below 0, rates that are not above 0, and lists of different lengths.
     """
+    if not isinstance(read_sets, (list, tuple)):
+        raise SpecError(f"read_sets: got {brief(read_sets)}; must be a list, with an entry for each window")
     rate, count = exact_rate("bytes_per_second", bytes_per_second), len(read_sets)
     budget = parse_bytes("budget_bytes", budget_bytes) if budget_bytes != 0 else 0
     seconds = _each("window_seconds", window_seconds, count)
@@ -71,11 +73,14 @@ def _each(field: str, given: Number | Sequence[Number], count: int) -> list[Frac
 def _listed(field: str, reads: Reads) -> list[Ranges | BlockSet]:
     if reads is None:
         return []
-    found = [reads] if isinstance(reads, (Ranges, BlockSet, torch.Tensor)) else list(reads)
-    for one in found:
-        if not isinstance(one, (Ranges, BlockSet, torch.Tensor)):
-            raise SpecError(f"{field}: got {brief(one)}; must be a read set, a block set, Ranges, a tensor, or several")
-    return [Ranges.of(one) if isinstance(one, torch.Tensor) else one for one in found]
+    found: list[object] = [*reads] if isinstance(reads, Iterable) and not isinstance(reads, torch.Tensor) else [reads]
+    parts = [Ranges.of(one) if isinstance(one, torch.Tensor) else one for one in found]
+    for part in parts:
+        if not isinstance(part, (Ranges, BlockSet)):
+            raise SpecError(
+                f"{field}: got {brief(part)}; must be a read set, a block set, Ranges, a tensor, or several"
+            )
+    return cast(list[Ranges | BlockSet], parts)
 
 
 def _window(wanted: list[Ranges | BlockSet], before: list[BlockSet], capacity: int, seconds: Fraction) -> Window:

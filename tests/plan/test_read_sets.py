@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from prefetch_world import BLOCK, HEADS, LAYERS, LAYOUTS, WIDTH, bytes_in_order, grow, make
 
 import kvmem
 from kvmem import CacheSpec, SpecError, StaleHandle, _core
@@ -16,24 +17,6 @@ from kvmem.allocator.prefetch import Ranges
 from kvmem.allocator.prefetch.ranges import first_seen
 from kvmem.geometry import plain
 from kvmem.kernels import reference
-
-HEADS, WIDTH, BLOCK, LAYERS = 2, 4, 4, 2
-LAYOUTS = ["all", "none", 1]
-
-
-def make(
-    backend: str, interleave: Any = "all", window: int | None = None, layers: int = LAYERS, **fields: Any
-) -> kvmem.Allocator:
-    spec = CacheSpec.kv(
-        num_layers=layers, num_kv_heads=HEADS, head_dim=WIDTH, dtype="float32", block_size=BLOCK, window_tokens=window
-    )
-    settings = dict(device="cpu", memory=4 << 20, max_sequences=12, max_tokens=512, page_bytes=4096) | fields
-    return kvmem.Allocator(spec, backend=backend, interleave=interleave, **settings)
-
-
-def grow(sequence: kvmem.Sequence, n: int, rng: random.Random) -> None:
-    sequence.extend(n)
-    sequence.commit([rng.randrange(1000) for _ in range(n)])
 
 
 def populate(alloc: kvmem.Allocator, rng: random.Random) -> list[kvmem.Sequence]:
@@ -198,10 +181,6 @@ def test_bad_input(backend: str) -> None:
     assert Ranges.of(torch.empty(0)).num_bytes == 0
     weight = torch.empty(4, 6, dtype=torch.float16)
     assert Ranges.of(weight.T).rows.tolist() == [[weight.data_ptr(), 48, 1, 48]]
-
-
-def bytes_in_order(ranges: Ranges) -> list[int]:
-    return [at for begin, end in ranges.pieces().tolist() for at in range(begin, end)]
 
 
 def test_cuts_and_differences_of_ranges(rng: random.Random) -> None:
