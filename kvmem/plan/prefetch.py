@@ -77,9 +77,7 @@ def _listed(field: str, reads: Reads) -> list[Ranges | BlockSet]:
     parts = [Ranges.of(one) if isinstance(one, torch.Tensor) else one for one in found]
     for part in parts:
         if not isinstance(part, (Ranges, BlockSet)):
-            raise SpecError(
-                f"{field}: got {brief(part)}; must be a read set, a block set, Ranges, a tensor, or several"
-            )
+            raise SpecError(f"{field}: got {brief(part)}; must be a read set, block set, Ranges, tensor, or several")
     return cast(list[Ranges | BlockSet], parts)
 
 

@@ -26,7 +26,7 @@ inline void prefetch_lines(const StridedRange* ranges, i64 n, i64* issued, const
       for (const i64 end = at + r->bytes; at < end;) {
         const i64 left = __atomic_load_n(most, __ATOMIC_RELAXED) - done;
         if (left <= 0) return;
-        const i64 until = std::min({end, (at & -kStep) + kStep, at + left});
+        const i64 until = at + std::min({end - at, kStep - (at & (kStep - 1)), left});
         for (i64 line = at & -kLine; line < until; line += kLine) {
           __builtin_prefetch(reinterpret_cast<const void*>(line), 0, 2);
         }
