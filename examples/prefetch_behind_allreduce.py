@@ -48,7 +48,6 @@ def write(folder: Path, rank: int) -> torch.Tensor:
 
 
 def rank_main(rank: int, port: int, folder: Path) -> None:
-    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     written, times, partial = write(folder, rank), ([], []), torch.zeros(1 << 21)
     for behind in (False, True) * 3:
