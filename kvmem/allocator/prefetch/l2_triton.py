@@ -24,22 +24,26 @@ _LINES = 256  # that a program asks for at once
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _prefetch(table, PROGRAMS: tl.constexpr, LINE: tl.constexpr, LINES: tl.constexpr):  # type: ignore[no-untyped-def]
-    # The number of ranges is read from memory, so that a captured graph can be given other ranges.
+    # The number of ranges is read from memory, so that a captured graph can be given other ranges. Loops are `while`,
+    # because Triton's interpreter takes no tensor for a range().
     n = tl.load(table)
-    for i in range(n):
-        row = table + 1 + 4 * i
+    row = table + 1
+    while n > 0:
         address, size, count, stride = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
         lines = (size + 2 * LINE - 2) // LINE  # a piece that begins within a line reaches into one more
-        total = count * lines
-        for step in range(tl.program_id(0), tl.cdiv(total, LINES), PROGRAMS):
-            at = step * LINES + tl.arange(0, LINES).to(tl.int64)
+        step = tl.program_id(0).to(tl.int64)
+        while step * LINES < count * lines:
+            at = step * LINES + tl.arange(0, LINES)
             begin = address + (at // lines) * stride
             line = (begin // LINE + at % lines) * LINE
-            here = ((at < total) & (line < begin + size)).to(tl.int32)
+            here = ((at < count * lines) & (line < begin + size)).to(tl.int32)
             tl.inline_asm_elementwise(
                 "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.b32 $0, 0; }",
                 "=r,l,r", [line, here], dtype=tl.int32, is_pure=False, pack=1,
             )  # fmt: skip
+            step += PROGRAMS
+        row += 4
+        n -= 1
 
 
 class L2Prefetcher:
