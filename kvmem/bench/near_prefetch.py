@@ -11,15 +11,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from kvmem import Allocator, CacheSpec
-from kvmem.allocator.prefetch import BlockSet, ReadSet, Window
-from kvmem.bench.timing import Ratio, Spread
+from kvmem.allocator.prefetch import Window
+from kvmem.bench.timing import WARM_UP, Ratio, Spread
 from kvmem.plan.clock import Clock
 from kvmem.plan.prefetch import play, prefetch
 from kvmem.tiers import Identity, Tiers, largest_block_bytes
@@ -31,15 +31,16 @@ _SPEC = CacheSpec.kv(num_layers=8, num_kv_heads=4, head_dim=64, dtype="float16",
 _WINDOWS, _BLOCKS = 8, 48
 _PROMPT = list(range(_BLOCKS * 64 + 1))
 _SIZES: dict[str, Any] = dict(device="cpu", memory="64MiB", max_sequences=2, max_tokens=4096)
+_Way = Literal["collective", "after", "behind"]
 
 
 @dataclass(frozen=True)
 class PrefetchRow:
-    """One pass over ``windows`` all-reduces, with ``window_bytes`` read for each; of rank 0.
+    """One pass over ``windows`` all-reduces, with ``window_bytes`` read for each, on rank 0.
 
     medium: ``"disk"``, to host memory, or ``"memory"``, to the CPU's caches. collective_us: the all-reduces alone.
     after_us: each read after its all-reduce; behind_us: prefetched while that runs. share: of the second in the first,
-    by repetition. predicted_us: the second by the virtual clock, from the medians of the other two. error: of that.
+    by repetition. predicted_us: the second by the virtual clock, from the medians of the other two; error: of that.
     """
 
     medium: str
@@ -53,6 +54,31 @@ class PrefetchRow:
     error: float
 
 
+@dataclass(frozen=True)
+class _Reads:
+    """windows: what is read. use(i): computes with what the i-th brings. waits: whether that must be there first."""
+
+    alloc: Allocator
+    windows: list[Window]
+    use: Callable[[int], object]
+    waits: bool
+
+    def run(self, way: _Way, partial: torch.Tensor) -> int:
+        """Nanoseconds of a pass."""
+        if self.waits:
+            self.alloc.tiering.clear()  # the blocks are on disk only
+        dist.barrier()
+        start = time.perf_counter_ns()
+        for i, window in enumerate(self.windows):
+            reading = self.alloc.prefetch(window) if way == "behind" else None
+            dist.all_reduce(partial)
+            if way != "collective":
+                if self.waits:
+                    (reading or self.alloc.prefetch(window)).wait()
+                self.use(i)
+        return time.perf_counter_ns() - start
+
+
 def near_prefetch(
     folder: Path | None = None, *, repetitions: int = 10, collective_bytes: int = 8 << 20
 ) -> list[PrefetchRow]:
@@ -61,79 +87,39 @@ def near_prefetch(
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with TemporaryDirectory(dir=folder) as temporary:
-        context = mp.get_context("spawn")
-        rows = context.SimpleQueue()
+        rows = mp.get_context("spawn").SimpleQueue()
         args = (port, temporary, rows, repetitions, collective_bytes)
-        mp.spawn(_rank, args, nprocs=2)  # type: ignore[no-untyped-call]
+        mp.spawn(_rank, args, nprocs=2)  # type: ignore[attr-defined,no-untyped-call]
         return [rows.get() for _ in ("disk", "memory")]
 
 
 def _rank(rank: int, port: int, folder: str, rows: Any, repetitions: int, collective_bytes: int) -> None:
-    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     partial = torch.zeros(collective_bytes // 4)
-    with _from_disk(Path(folder) / str(rank), rank) as disk, _from_memory() as memory:
-        for medium, reads in (("disk", disk), ("memory", memory)):
-            row = _measure(medium, reads, partial, repetitions)
+    for medium, opened in (("disk", _from_disk(Path(folder) / str(rank), rank)), ("memory", _from_memory())):
+        times: dict[_Way, list[int]] = {"collective": [], "after": [], "behind": []}
+        with opened as reads:
+            for repetition in range(WARM_UP + repetitions):
+                for way, found in times.items():
+                    took = reads.run(way, partial)
+                    found += [took] * (repetition >= WARM_UP)
             if rank == 0:
-                rows.put(row)
+                rows.put(_row(medium, reads.windows, times))
     dist.destroy_process_group()
 
 
-class _Reads:
-    """What each window reads: ``fetch(window)`` does it at once, ``use(i)`` computes with it."""
-
-    def __init__(self, alloc: Allocator, sets: list[BlockSet] | list[ReadSet], use: Callable[[int], object]) -> None:
-        size = sets[0].num_bytes if isinstance(sets[0], ReadSet) else sets[0].num_bytes // _WINDOWS
-        fits: dict[str, Any] = dict(window_seconds=1, bytes_per_second=size, budget_bytes="1GiB")
-        self.alloc, self.plan, self.use, self.window_bytes = alloc, prefetch(sets, **fits), use, size
-        self.waits = isinstance(sets[0], BlockSet)  # for what is not in host memory, a computation has to
-
-    def forget(self) -> None:
-        """The next pass finds the blocks on disk only."""
-        if self.waits:
-            self.alloc.tiering.clear()
-
-    def all(self, i: int, window: Window | None) -> None:
-        """Read and use what the i-th window brings; window: None if it was prefetched."""
-        if window is not None and self.waits:
-            self.alloc.prefetch(window).wait()
-        self.use(i)
-
-
-def _measure(medium: str, reads: _Reads, partial: torch.Tensor, repetitions: int) -> PrefetchRow:
-    times: dict[str, list[int]] = {"collective": [], "after": [], "behind": []}
-    for _ in range(2 + repetitions):
-        for way, found in times.items():
-            reads.forget()
-            dist.barrier()
-            start = time.perf_counter_ns()
-            for i, window in enumerate(reads.plan):
-                under_way = reads.alloc.prefetch(window) if way == "behind" else None
-                dist.all_reduce(partial)
-                if under_way is not None and reads.waits:
-                    under_way.wait()
-                if way != "collective":
-                    reads.all(i, window if way == "after" else None)
-            found.append(time.perf_counter_ns() - start)
-    spreads = {way: Spread.of_ns(found[2:]) for way, found in times.items()}
-    predicted = _predict(reads.plan, spreads)
-    measured = spreads["behind"].median
-    ratio = Ratio.of(times["behind"][2:], times["after"][2:])
-    return PrefetchRow(medium, len(reads.plan), reads.window_bytes, *spreads.values(), ratio, predicted,
-                       (predicted - measured) / measured)  # fmt: skip
-
-
-def _predict(plan: list[Window], spreads: dict[str, Spread]) -> float:
-    """Return the time of the plan on the virtual clock, in microseconds."""
-    window = spreads["collective"].median / len(plan)
-    rate = sum(w.num_bytes for w in plan) / max(1e-3, spreads["after"].median - spreads["collective"].median)
-    reads = [part for w in plan for part in w.parts]
-    clock = Clock()
-    play(
-        clock, prefetch(reads, window_seconds=window, bytes_per_second=rate, budget_bytes="1GiB"), bytes_per_second=rate
-    )
-    return float(clock.now)
+def _row(medium: str, windows: list[Window], times: dict[_Way, list[int]]) -> PrefetchRow:
+    alone, after, behind = (Spread.of_ns(found) for found in times.values())
+    reads = [window.parts for window in windows]
+    rate = sum(window.num_bytes for window in windows) / max(1e-3, after.median - alone.median)  # bytes a microsecond
+    clock, seconds = Clock(), alone.median / len(windows)
+    ideal = prefetch(reads, window_seconds=seconds, bytes_per_second=rate, budget_bytes="1GiB")
+    play(clock, ideal, bytes_per_second=rate)
+    predicted = float(clock.now)
+    return PrefetchRow(
+        medium, len(windows), windows[0].num_bytes, alone, after, behind, Ratio.of(times["behind"], times["after"]),
+        predicted, predicted / behind.median - 1,
+    )  # fmt: skip
 
 
 @contextmanager
@@ -150,7 +136,9 @@ def _from_disk(folder: Path, rank: int) -> Iterator[_Reads]:
             alloc.clear_cache()
             alloc.tiering.clear()
             blocks = alloc.block_set(_PROMPT, to="host")
-            yield _Reads(alloc, [blocks] * _WINDOWS, lambda i: None)
+            share = blocks.num_bytes // _WINDOWS
+            windows = prefetch([blocks] * _WINDOWS, window_seconds=1, bytes_per_second=share, budget_bytes=share)
+            yield _Reads(alloc, windows, lambda i: None, True)
 
 
 @contextmanager
@@ -159,8 +147,8 @@ def _from_memory() -> Iterator[_Reads]:
         sequence.extend(4000)
         sequence.commit(count=4000)
         caches = [sequence.kv(layer) for layer in range(_SPEC.num_layers)]
-        for cache in caches:
-            for one in cache:
-                one.fill_(1)
+        for k, v in caches:
+            k.fill_(1), v.fill_(1)
         sets = [alloc.read_set(layer, [sequence]) for layer in range(_SPEC.num_layers)]
-        yield _Reads(alloc, sets, lambda i: [one.view(torch.int16).amax() for one in caches[i]])
+        windows = prefetch(sets, window_seconds=1, bytes_per_second=1 << 40, budget_bytes="1GiB")
+        yield _Reads(alloc, windows, lambda i: [one.view(torch.int16).amax() for one in caches[i]], False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections import Counter
 from typing import Any
 
@@ -151,6 +152,50 @@ def test_results_are_the_same_on_off_and_cancelled(backend: str, rng: random.Ran
             assert under_way.issued_bytes == item.num_bytes or cancelled
             assert under_way.issued_bytes <= item.num_bytes and under_way.skipped_bytes == 0
     assert alloc.core.digest() == digest and alloc.check() == []
+
+
+def test_other_threads_change_the_tables_meanwhile(backend: str, touched: list[int], rng: random.Random) -> None:
+    """Whatever they do, nothing raises, and no byte is touched that was not planned."""
+    alloc, stop = make(backend), threading.Event()
+    sequence = alloc.sequence()
+    grow(sequence, 50, rng)
+
+    def churn() -> None:
+        while not stop.is_set():
+            with sequence.fork() as other:
+                grow(other, 30, random.Random(1))
+
+    thread = threading.Thread(target=churn)
+    thread.start()
+    try:
+        for _ in range(100):
+            touched.clear()
+            other = sequence.fork()
+            reads = alloc.read_set(1, [other, sequence])
+            (item,) = prefetch([reads], **ENOUGH)
+            other.free()
+            under_way = alloc.prefetch(item)
+            assert under_way.wait(60) and set(touched) <= set(bytes_in_order(reads))
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_a_plan_of_a_changing_table_ends(backend: str, monkeypatch: pytest.MonkeyPatch, touched: list[int]) -> None:
+    """A table that changes at every look is left alone."""
+    alloc = make(backend)
+    sequence = alloc.sequence()
+    grow(sequence, 50, random.Random(1))
+    (item,) = prefetch([alloc.read_set(1, [sequence])], **ENOUGH)
+    look = alloc._intersection
+
+    def looked(*args: Any) -> Any:
+        alloc.sequence().free()
+        return look(*args)
+
+    alloc.sequence().free()
+    monkeypatch.setattr(alloc, "_intersection", looked)
+    assert alloc.prefetch(item).skipped_bytes == item.num_bytes and touched == []
 
 
 @pytest.mark.core

@@ -124,6 +124,7 @@ def test_order_and_number_of_ranges(backend: str, interleave: Any) -> None:
         if k is not None:
             assert next(read) == k.data_ptr()
             assert interleave != "none" or next(read) == v.data_ptr()
+    assert alloc.read_set(1, [first, second.id, first]).rows.tolist() == found.rows.tolist()
     only_v = alloc.read_set(1, [first], components=["v"])
     assert only_v.num_bytes == found.num_bytes // 4
 

@@ -20,8 +20,9 @@ class _Missing(NamedTuple):
 class BlockSet:
     """Whole blocks, all layers of a group each, that are one place below ``to``, in the order of the prompt.
 
-    A prefetch of them starts at the first block that is missing then. What was brought stays, so a plan names each
-    block once in all its windows.
+    A prefetch of them brings what a sequence needs that begins behind the last of them, as far as it is missing then:
+    with sliding windows and states, that may be other blocks of these groups. What was brought stays, so a plan names
+    each block once in all its windows.
     """
 
     def __init__(self, prompt: Prompt, to: Literal["device", "host"], missing: list[_Missing]) -> None:

@@ -8,7 +8,7 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any, Literal, Protocol, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 import torch
@@ -50,25 +50,16 @@ class Window:
         return sum(part.num_bytes for part in self.parts)
 
 
-class _Touch(Protocol):
-    """Ranges on their way to a cache."""
-
-    @property
-    def issued_bytes(self) -> int: ...
-
-    def done(self) -> bool: ...
-
-    def cancel(self) -> None: ...
-
-
 class Prefetching:
-    """A prefetch under way. Nothing needs to wait for it.
+    """A prefetch under way. Nothing needs to wait for it; but a load ends when nobody has its handle any more.
 
     num_bytes: of the window. skipped_bytes: what of them is left out, because it was freed, moved or cut off since the
         plan was made, or on a GPU because the ranges are too many. loads: of blocks from lower tiers.
     """
 
-    def __init__(self, num_bytes: int, skipped_bytes: int, touch: _Touch | None, loads: list[Load]) -> None:
+    def __init__(
+        self, num_bytes: int, skipped_bytes: int, touch: _CpuTouch | _CudaTouch | None, loads: list[Load]
+    ) -> None:
         self.num_bytes, self.skipped_bytes, self.loads, self._touch = num_bytes, skipped_bytes, loads, touch
 
     @property
@@ -137,7 +128,7 @@ class PrefetchCalls(ReadCalls, TierCalls):
     """The calls of an allocator that bring data closer before it is used."""
 
     _helper: ThreadPoolExecutor | None = None
-    _l2: dict[Any, L2Prefetcher] | None = None  # by stream
+    _l2: dict[Any, tuple[Any, L2Prefetcher]] | None = None  # by the stream asked for: the one used, and its buffer
 
     @overload
     def prefetch(self, tokens: Window, stream: Any = None) -> Prefetching: ...
@@ -212,23 +203,26 @@ class PrefetchCalls(ReadCalls, TierCalls):
         return BlockSet.of(prompt, to, places)
 
     def _prefetch_window(self, window: Window, stream: Any) -> Prefetching:
-        self.core.check_usable()
-        ranges = [self._current(part) for part in window.parts if isinstance(part, Ranges)]
+        table = self.current_ranges(window)
         planned = sum(part.num_bytes for part in window.parts if isinstance(part, Ranges))
-        table = np.concatenate([part.table for part in ranges]) if ranges else np.empty((0, 4), np.int64)
         loads = [self._load_blocks(part) for part in window.parts if isinstance(part, BlockSet)]
         touch = self._touch(table, stream) if len(table) else None
-        given = sum(part.num_bytes for part in ranges)
-        if isinstance(touch, _CudaTouch):
-            given = touch.issued_bytes
+        given = touch.issued_bytes if isinstance(touch, _CudaTouch) else Ranges(table).num_bytes
         return Prefetching(window.num_bytes, planned - given, touch, [load for load in loads if load is not None])
 
-    def _current(self, part: Ranges) -> Ranges:
-        if isinstance(part, ReadSet):
-            return self._still_there(part)
-        if isinstance(part.memory, torch.Tensor) and part.memory.device != self.device:
-            raise SpecError(f"prefetch: got a tensor on {part.memory.device}; the allocator's device is {self.device}")
-        return part
+    def current_ranges(self, window: Window) -> Int64s:
+        """Return the ranges of a window, as of ``Ranges.table``, without what was freed, moved, cut off or got out of
+        window since the plan was made: for ``L2Prefetcher.fill``.
+        """
+        self.core.check_usable()
+        tables = [np.empty((0, 4), np.int64)]
+        for part in window.parts:
+            if isinstance(part, Ranges):
+                memory = part.memory
+                if isinstance(memory, torch.Tensor) and memory.device != self.device:
+                    raise SpecError(f"prefetch: got a tensor on {memory.device}; the allocator's is {self.device}")
+                tables.append((self._still_there(part) if isinstance(part, ReadSet) else part).table)
+        return np.concatenate(tables)
 
     def _load_blocks(self, blocks: BlockSet) -> Load | None:
         """Start to load the blocks, or promote them to the device, and all before them."""
@@ -240,7 +234,7 @@ class PrefetchCalls(ReadCalls, TierCalls):
         self.tiering.promote(prompt)
         return None
 
-    def _touch(self, table: Int64s, stream: Any) -> _Touch:
+    def _touch(self, table: Int64s, stream: Any) -> _CpuTouch | _CudaTouch:
         if self.device.type == "cuda":
             return self._touch_cuda(table, stream)
         if stream is not None:
@@ -249,19 +243,19 @@ class PrefetchCalls(ReadCalls, TierCalls):
             self.__dict__.setdefault("_helper", ThreadPoolExecutor(1, thread_name_prefix="kvmem-prefetch"))
         return _CpuTouch(table, self.__dict__["_helper"])
 
-    def _touch_cuda(self, table: Int64s, stream: Any) -> _Touch:
+    def _touch_cuda(self, table: Int64s, stream: Any) -> _CpuTouch | _CudaTouch:
         from kvmem.allocator.prefetch.l2_triton import L2Prefetcher  # Triton is imported where it is needed
 
-        self._l2 = {} if self._l2 is None else self._l2
-        if stream is None:
-            stream = next(iter(self._l2), None) or torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-        if stream not in self._l2:
-            self.pool.streams.include(stream)
-            with torch.cuda.stream(stream):
-                self._l2[stream] = L2Prefetcher(self.device)
-        return _CudaTouch(table, self._l2[stream], stream)
+        held = self.__dict__.setdefault("_l2", {})
+        if stream not in held:
+            beside = torch.cuda.Stream(self.device) if stream is None else stream  # type: ignore[no-untyped-call]
+            self.pool.streams.include(beside)
+            with torch.cuda.stream(beside):
+                held[stream] = beside, L2Prefetcher(self.device)
+        beside, prefetcher = held[stream]
+        return _CudaTouch(table, prefetcher, beside)
 
     def _end_prefetches(self) -> None:
         if self._helper is not None:
             self._helper.shutdown(wait=True, cancel_futures=True)
-        self._l2 = None
+        self.__dict__.pop("_l2", None)

@@ -49,7 +49,8 @@ def _prefetch(table, PROGRAMS: tl.constexpr, LINE: tl.constexpr, LINES: tl.const
 class L2Prefetcher:
     """Ranges in a buffer of the device whose address never changes, and the launch that prefetches them.
 
-    For a captured CUDA graph: capture ``launch()``, and ``fill()`` before each replay, on the same stream.
+    For a captured CUDA graph: capture ``launch()``, and on the same stream, before each replay,
+    ``fill(alloc.current_ranges(window))``.
     """
 
     def __init__(self, device: torch.device, *, most_ranges: int = MOST_RANGES) -> None:

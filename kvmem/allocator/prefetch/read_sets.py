@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["ReadCalls", "ReadSet"]
 
 GROUP, HANDLE, SLOT = range(3)
+_ROUNDS = 4  # after which other threads change too much for a hint
 _SLOTS = 1 << 43  # more than the token slots of any group: 100 TiB of addresses, 16 bytes a token
 
 
@@ -70,12 +71,9 @@ class ReadCalls(TensorCalls):
         if isinstance(sequences, GroupBatch):
             sequences = np.array(sequences.buffers.handles, np.int32)
         ids = several(sequences, self.core)
-        by_group = self._places(layer, components)
-        while True:
-            changes = self.core.changes
-            parts = [self._rows(group, ids, np.array(places)) for group, places in by_group.items()]
-            if self.core.changes == changes:  # no other thread has changed the tables in between
-                break
+        ids = ids[np.sort(np.unique(ids, return_index=True)[1])]  # one that is named twice is read once
+        changes = self.core.changes  # before the tables are read, which another thread may change meanwhile
+        parts = [self._rows(group, ids, np.array(places)) for group, places in self._places(layer, components).items()]
         rows, where = (np.concatenate(p) for p in zip(*parts, strict=True))
         return ReadSet(rows, where, self.core, changes)
 
@@ -167,7 +165,9 @@ class ReadCalls(TensorCalls):
         core = self.core
         if planned.core is not core:
             raise SpecError("prefetch: the read set is of another allocator, or of one that was closed")
-        while planned.changes != (changes := core.changes):
+        for _ in range(_ROUNDS):
+            if planned.changes == (changes := core.changes):
+                return planned
             try:
                 found = [self._intersection(planned, group) for group in np.unique(planned.where[:, GROUP]).tolist()]
             except StaleHandle:  # another thread has freed a sequence in between
@@ -175,7 +175,7 @@ class ReadCalls(TensorCalls):
             source, rows = (np.concatenate(p) for p in zip(*found, strict=True)) if found else ((), planned.rows)
             part = planned._part(np.asarray(source, np.int64), rows)
             planned = ReadSet(part.rows, part.where, core, changes)
-        return planned
+        return planned if planned.changes == core.changes else planned.cut(0)  # type: ignore[return-value]
 
     def _intersection(self, planned: ReadSet, group: int) -> tuple[Int64s, Int64s]:
         at = np.flatnonzero(planned.where[:, GROUP] == group)
