@@ -110,10 +110,8 @@ def play(
 
     prefetches: False for the same without them.
     """
-    rate, times = (
-        exact_rate("bytes_per_second", bytes_per_second),
-        _each("compute_seconds", compute_seconds, len(windows)),
-    )
+    rate = exact_rate("bytes_per_second", bytes_per_second)
+    times = _each("compute_seconds", compute_seconds, len(windows))
     last, stalls = list[Work](), list[Fraction]()
     for i, window in enumerate(windows):
         brought = window.num_bytes if prefetches else 0

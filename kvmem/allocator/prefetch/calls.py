@@ -128,7 +128,6 @@ class PrefetchCalls(ReadCalls, TierCalls):
     """The calls of an allocator that bring data closer before it is used."""
 
     _helper: ThreadPoolExecutor | None = None
-    _l2: dict[Any, tuple[Any, L2Prefetcher]] | None = None  # by the stream asked for: the one used, and its buffer
 
     @overload
     def prefetch(self, tokens: Window, stream: Any = None) -> Prefetching: ...
@@ -225,10 +224,10 @@ class PrefetchCalls(ReadCalls, TierCalls):
         return np.concatenate(tables)
 
     def _load_blocks(self, blocks: BlockSet) -> Load | None:
-        """Start to load the blocks, or promote them to the device, and all before them."""
-        end = blocks.num_blocks
-        size = self.tiering.block_size
-        prompt = blocks.prompt._replace(ids=blocks.prompt.ids[: end * size], digests=blocks.prompt.digests[:end])
+        """Start to load what is missing up to the end of the blocks, or promote it to the device."""
+        end, prompt = blocks.num_blocks, blocks.prompt
+        ids = prompt.ids[: end * self.tiering.block_size]
+        prompt = prompt._replace(ids=ids, digests=prompt.digests[:end])
         if blocks.to == "host":
             return self.tiering.load(prompt, to_device=False)
         self.tiering.promote(prompt)
@@ -244,9 +243,14 @@ class PrefetchCalls(ReadCalls, TierCalls):
         return _CpuTouch(table, self.__dict__["_helper"])
 
     def _touch_cuda(self, table: Int64s, stream: Any) -> _CpuTouch | _CudaTouch:
-        from kvmem.allocator.prefetch.l2_triton import L2Prefetcher  # Triton is imported where it is needed
-
-        held = self.__dict__.setdefault("_l2", {})
+        try:  # Triton is imported where it is needed
+            from kvmem.allocator.prefetch.l2_triton import L2Prefetcher
+        except ImportError as error:
+            raise SpecError(
+                "prefetch: a GPU's L2 is reached by a Triton kernel: pip install 'kvmem[triton]'"
+            ) from error
+        # By the stream that was asked for: the one used, and its buffer.
+        held: dict[Any, tuple[Any, L2Prefetcher]] = self.__dict__.setdefault("_l2", {})
         if stream not in held:
             beside = torch.cuda.Stream(self.device) if stream is None else stream  # type: ignore[no-untyped-call]
             self.pool.streams.include(beside)
