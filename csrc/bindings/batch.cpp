@@ -251,7 +251,8 @@ void step_batch(nb::handle_t<Allocator> self, nb::handle handles, nb::handle cou
 
 void bind_batch(nb::module_& m, nb::class_<Allocator>& allocator) {
   bind_buffers(m);
-  allocator.def("check_current", &check_current, "group"_a, "batch"_a)
+  allocator.def_prop_ro("changes", &Allocator::changes)
+      .def("check_current", &check_current, "group"_a, "batch"_a)
       .def("fill", &fill, "handles"_a.none(), "new_tokens"_a.none(), "group"_a, "rows"_a, "out"_a,
            "others"_a.none() = nb::none(),
            nb::sig("def fill(self, handles: object, new_tokens: object, group: int, rows: int, out: BatchBuffers, "

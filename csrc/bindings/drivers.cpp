@@ -13,6 +13,7 @@
 #include "bindings/bindings.h"
 #include "driver/checked_driver.h"
 #include "driver/driver.h"
+#include "driver/host/prefetch.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -180,6 +181,16 @@ void bind_drivers(nb::module_& m) {
       "index"_a = 0, "library"_a = "", "shareable"_a = false, "rdma"_a = false, Free());
   m.def("read_bytes", &read_bytes, "at"_a, "bytes"_a);
   m.def("write_bytes", &write_bytes, "at"_a, "data"_a);
+  // ranges: int64 [n, 4]: address, bytes, count and stride of each; any address is allowed. state: int64 [2]: what was
+  // asked for so far, and the most.
+  m.def(
+      "prefetch_lines",
+      [](const nb::ndarray<const i64, nb::shape<-1, 4>, nb::c_contig, nb::device::cpu>& ranges,
+         const nb::ndarray<i64, nb::shape<2>, nb::c_contig, nb::device::cpu>& state) {
+        const auto* first = reinterpret_cast<const StridedRange*>(ranges.data());
+        prefetch_lines(first, static_cast<i64>(ranges.shape(0)), state.data(), state.data() + 1);
+      },
+      "ranges"_a, "state"_a, Free());
 }
 
 }  // namespace kvmem

@@ -12,10 +12,10 @@ from kvmem import _core
 from kvmem.allocator.memory_calls import MemoryCalls
 from kvmem.allocator.opening import Closed
 from kvmem.allocator.ops import Op
+from kvmem.allocator.prefetch.calls import PrefetchCalls
 from kvmem.allocator.prefix import ContentCalls, Salt, Tokens, encode_keys
 from kvmem.allocator.sequence import NO_HANDLE, LiveSequence, Sequence
-from kvmem.allocator.tensors import TensorCalls
-from kvmem.allocator.tiers.calls import LoadFrom, TierCalls
+from kvmem.allocator.tiers.calls import LoadFrom
 from kvmem.errors import KVMemError, SpecError, StaleHandle
 from kvmem.events.digests import ExtraKey
 from kvmem.memory.pool import PagePool
@@ -23,7 +23,7 @@ from kvmem.memory.pool import PagePool
 __all__ = ["Allocator"]
 
 
-class Allocator(TensorCalls, ContentCalls, MemoryCalls, TierCalls):
+class Allocator(PrefetchCalls, ContentCalls, MemoryCalls):
     """Manages the KV cache of many sequences on one device. A context manager that closes it.
 
     spec: what a token stores.
@@ -174,6 +174,7 @@ class Allocator(TensorCalls, ContentCalls, MemoryCalls, TierCalls):
         """
         if self.closed:
             return
+        self._end_prefetches()
         self._end_tiers()
         core = self.core
         if core.close():  # from here on, no thread can open a sequence

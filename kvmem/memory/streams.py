@@ -27,6 +27,7 @@ class Streams:
         self._ask = current
         self._last = 0  # the default stream, as in the core
         self._pinned: Any = None  # keeps the stream of the caller alive
+        self._beside: dict[int, Any] = {}  # by handle: streams of include(), kept alive
         self._lock = threading.RLock()  # a signal handler may enter it again
         self._process = os.getpid()
         if current is not None and (handle := current()) != 0:
@@ -63,6 +64,19 @@ class Streams:
                 raise
             self._last = handle
 
+    def include(self, stream: Any) -> None:
+        """Let fences cover the work of a further stream, from now on. It is ordered with the stream in use at the first
+        call only, so that what is put there later runs beside it. An error changes nothing.
+        """
+        self._check_process()
+        handle = self._device.stream_handle(stream)
+        with self._lock:
+            if handle == self._last or handle in self._beside:
+                return
+            self._pool.set_stream(handle, only=False)
+            self._pool.set_stream(self._last, only=False)
+            self._beside[handle] = stream
+
     def pin(self, stream: Any) -> None:
         """Use only ``stream`` from now on; None follows torch again. An error changes nothing."""
         self._check_process()
@@ -74,3 +88,4 @@ class Streams:
             handle = stream if is_handle else self._device.stream_handle(stream)
             self._pool.set_stream(handle)
             self._ask, self._pinned, self._last = None, stream, handle
+            self._beside = {}

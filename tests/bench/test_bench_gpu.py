@@ -30,6 +30,7 @@ from kvmem.bench.gpu.device import BenchDevice
 from kvmem.bench.gpu.elastic import ElasticRow
 from kvmem.bench.gpu.measure import Part
 from kvmem.bench.gpu.memory import open_cache
+from kvmem.bench.gpu.prefetch import PrefetchRow
 from kvmem.bench.gpu.runner import MODULE, PARTS, WARM_UP, run_part
 from kvmem.bench.gpu.sizes import FULL, TINY, ModelShape
 from kvmem.bench.gpu.tables import goals
@@ -45,6 +46,7 @@ ROWS = {
     "attention": {"attention": AttentionRow},
     "layout": {"layout": LayoutRow, "verdict": Verdict},
     "elastic": {"elastic": ElasticRow},
+    "prefetch": {"prefetch": PrefetchRow},
 }
 
 
@@ -71,6 +73,12 @@ def test_every_part_writes_the_documented_fields(reports):
             for row in document["results"][name]:
                 assert row.keys() == {field.name for field in fields(kind)}
     assert len(list(folder.iterdir())) == len(ROWS) <= 8
+
+
+def test_prefetch(reports):
+    found = {(row["backend"], row["budget_bytes"]): row for row in rows_of(reports, "prefetch")}
+    assert found.keys() == {(b, size) for b in BACKENDS for size in (0, *TINY.prefetch_budgets)}
+    assert {row["layer_bytes"] for row in found.values()} == {3 * 39 * TINY.model.layer_bytes}  # without the newest
 
 
 def test_decode(reports):

@@ -22,15 +22,18 @@ PARTS = [
     (
         "kvmem without the next parts",
         ["kvmem"],
-        ["kvmem/layouts", "kvmem/tiers", "kvmem/chunks", "kvmem/bench"],
+        ["kvmem/layouts", "kvmem/tiers", "kvmem/chunks", "kvmem/bench", "kvmem/allocator/prefetch", "kvmem/plan"],
         10_800,
     ),
+    ("kvmem/allocator/prefetch", ["kvmem/allocator/prefetch"], [], 780),
+    ("kvmem/plan", ["kvmem/plan"], [], 290),
     ("kvmem/tiers", ["kvmem/tiers"], [], 2_600),
     ("kvmem/chunks", ["kvmem/chunks"], [], 1_650),
     ("kvmem/layouts", ["kvmem/layouts"], [], 3_910),
-    ("kvmem/bench", ["kvmem/bench"], ["kvmem/bench/data"], 5_810),
+    ("kvmem/bench", ["kvmem/bench"], ["kvmem/bench/data"], 6_060),
     ("benchmarks", ["benchmarks"], [], 3_000),
-    ("tests without the next parts", ["tests"], ["tests/layouts", "tests/tiers", "tests/chunks"], 38_600),
+    ("tests without the next parts", ["tests"], ["tests/layouts", "tests/tiers", "tests/chunks", "tests/plan"], 38_600),
+    ("tests/plan", ["tests/plan"], [], 980),
     ("tests/layouts", ["tests/layouts"], [], 4_590),
     ("tests/tiers", ["tests/tiers"], [], 4_900),
     ("tests/chunks", ["tests/chunks"], [], 1_950),
@@ -39,7 +42,7 @@ MOST_LINES_OF_A_FILE, MOST_LINES_OF_A_FUNCTION, MOST_NAMES_IN_A_FOLDER, MOST_FOL
 # Each has its reason in docs/decisions.md, "Sizes".
 LONGER_FILES = {
     "csrc/driver/host/host_driver.cpp": 407,
-    "tests/bench/test_bench_gpu.py": 440,
+    "tests/bench/test_bench_gpu.py": 446,
     "tests/index/test_eviction.py": 435,
 }
 # The class that everything else of the core is behind stays one screenful of each kind of call.
@@ -47,7 +50,7 @@ SHORTER_FILES = {"csrc/allocator/allocator.h": 199}
 LONGER_FUNCTIONS: dict[str, int] = {}
 FULLER_FOLDERS = {
     "csrc/allocator": 16,
-    "kvmem/bench": 20,
+    "kvmem/bench": 21,
     "kvmem/layouts": 18,
     "tests/bench": 16,
     "tests/index": 16,

@@ -25,7 +25,9 @@ SIGNATURES = {
     "map_ahead_tokens=, tail_guard_tokens=, zero=, prefix_cache=, partial_reuse=, policy=, cached_rows=, events=, event_key=, tiers=, pool=, "
     "record_ops=, debug=, driver=",
     "Allocator.sequence": "self, tokens=, *, salt=, extra_key=, adapter=, label=, load=",
-    "Allocator.prefetch": "self, tokens, *, to=, salt=, extra_key=, adapter=",
+    "Allocator.prefetch": "self, tokens, stream=, *, to=, salt=, extra_key=, adapter=",
+    "Allocator.read_set": "self, layer, sequences, *, components=",
+    "Allocator.block_set": "self, tokens, *, to, salt=, extra_key=, adapter=",
     "Allocator.ready": "self, sequences=",
     "Allocator.store": "self, tokens, *, salt=, extra_key=, adapter=",
     "Allocator.flush": "self, timeout=",
@@ -138,9 +140,9 @@ def test_errors_are_what_python_calls_them() -> None:
 
 # What a user imports beside `kvmem` itself. Each has an `__all__`.
 DOCUMENTED = [
-    "kvmem", "kvmem.allocator", "kvmem.allocator.batch", "kvmem.allocator.cascade", "kvmem.allocator.ops", "kvmem.memory",
+    "kvmem", "kvmem.allocator", "kvmem.allocator.batch", "kvmem.allocator.cascade", "kvmem.allocator.ops", "kvmem.allocator.prefetch", "kvmem.memory",
     "kvmem.memory.pool", "kvmem.integrations.cuda_python", "kvmem.integrations.dense_batch",
-    "kvmem.integrations.transformers",
+    "kvmem.integrations.transformers", "kvmem.plan.prefetch",
 ]  # fmt: skip
 
 

@@ -45,26 +45,6 @@ class TierCalls(OpenedCore):
             raise SpecError("this allocator has no tiers: make it with tiers=Tiers(host=...)")
         return self._tiering
 
-    def prefetch(
-        self,
-        tokens: Tokens,
-        *,
-        to: Literal["device", "host"] = "device",
-        salt: Salt = None,
-        extra_key: ExtraKey = None,
-        adapter: str | None = None,
-    ) -> Load:
-        """Start to bring the blocks of ``tokens`` from lower tiers, and return a handle.
-
-        Poll ``load.done()`` between steps, which moves what has arrived; or ``load.wait()``; or ``load.cancel()``.
-
-        to: ``"device"``, as cached content that ``sequence(tokens)`` then finds; or ``"host"``, where a later call
-            finds it faster. Never waits, and a fault of a tier is a block that is not found.
-        """
-        check_choice("to", to, ("device", "host"))
-        prompt = self._prompt(token_ids(tokens), salt, extra_key, adapter, leave=0)
-        return self.tiering.load(prompt, to_device=to == "device")
-
     def ready(self, sequences: Iterable[Sequence | int] | None = None) -> list[int]:
         """Return the ids of those sequences (default: all that were pending) whose blocks have been loaded.
 

@@ -25,6 +25,7 @@ from kvmem.bench.gpu.elastic import elastic
 from kvmem.bench.gpu.kernels import KERNELS, Kernel
 from kvmem.bench.gpu.measure import FAILURES, Part
 from kvmem.bench.gpu.memory import Managed
+from kvmem.bench.gpu.prefetch import prefetched
 from kvmem.bench.gpu.sizes import FULL, TINY, ModelShape, Sizes
 from kvmem.bench.gpu.vmm import vmm
 from kvmem.bench.text import BenchError
@@ -63,6 +64,7 @@ PARTS: dict[str, tuple[Callable[[Part], None], float]] = {
     "attention": (attention, 0.23),
     "layout": (layout, 0.13),
     "elastic": (elastic, 0.09),
+    "prefetch": (prefetched, 0.04),
 }
 
 

@@ -78,6 +78,8 @@ class Sizes:
     elastic_prompt: int = 1024
     elastic_chunk: int = 4096
     elastic_steps: int = 100
+    prefetch_case: tuple[int, int] = (16, 1024)  # 64 MiB in a layer
+    prefetch_budgets: tuple[int, ...] = (4 * _MIB, 8 * _MIB, 16 * _MIB, 24 * _MIB, 32 * _MIB, 48 * _MIB, 64 * _MIB)
 
 
 FULL = Sizes()
@@ -88,5 +90,5 @@ TINY = Sizes(
     layout_interleaves=(1, 2), attention_cases=((1, 100), (3, 40)), prefill_tokens=16, prefill_layers=2,
     decode_sequences=4, decode_prompt=40, decode_steps=12, decode_turn=4, map_ahead_tokens=4, admit_prompts=(256,),
     admit_pages=(64 * 1024,), admit_bytes=4 * _MIB, elastic_bytes=4 * _MIB, elastic_sequences=2, elastic_prompt=64,
-    elastic_chunk=256, elastic_steps=4,
+    elastic_chunk=256, elastic_steps=4, prefetch_case=(3, 40), prefetch_budgets=(1000, 1 << 20),
 )  # fmt: skip

@@ -164,6 +164,11 @@ _SPECS: dict[str, tuple[str, int, str]] = {
         step meanwhile, us: median={step_us[median]:us}; p99={step_us[p99]:us}; max={step_us[largest]:us};
         step before={quiet_step_us[median]:us}; ratio={ratio:.3f}; driver calls={driver_calls:,}""",
     ),
+    "prefetch": (
+        "Attention over a layer of which some was prefetched into the cache", 2,
+        """kernel={kernel}; backend={backend}; layer={layer_bytes:bytes}; prefetched={budget_bytes:bytes};
+        us of the prefetch={prefetch_us[median]:us}; us={us:spread}; over a cold cache={ratio:ratio}""",
+    ),
 }  # fmt: skip
 
 
