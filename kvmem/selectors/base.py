@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -63,7 +64,7 @@ class LayerView:
         blocks = plain(self._alloc.tensor(self.layer, name))
         self._alloc.ledger.count_read(name, self._complete * elements * blocks.element_size())
         found = as_bytes(blocks).index_select(0, self.table.flatten()).view(blocks.dtype)
-        return found.view(*self.table.shape, -1)[..., :elements]
+        return found.view(*self.table.shape, math.prod(blocks.shape[1:]))[..., :elements]
 
     def channels(self, wanted: torch.Tensor) -> torch.Tensor:
         """Return channels of K of every token, ``[B, M, block_size, heads, r]``; past a row's end without a meaning.

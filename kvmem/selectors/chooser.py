@@ -184,7 +184,7 @@ def _padded(q: torch.Tensor, plan: Plan, heads: int) -> tuple[torch.Tensor, torc
     asked = torch.from_numpy(there).to(q.device)
     padded = q.new_zeros(there.size, *q.shape[1:])
     padded[torch.from_numpy(np.flatnonzero(there)).to(q.device)] = q
-    return padded.view(len(counts), most, heads, -1, q.shape[2]), asked
+    return padded.view(len(counts), most, heads, q.shape[1] // heads, q.shape[2]), asked
 
 
 def _chosen(scores: torch.Tensor, plan: Plan, device: torch.device) -> torch.Tensor:
