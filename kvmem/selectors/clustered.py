@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import accumulate
 
+import numpy as np
 import torch
 
 from kvmem.arguments import check_size
@@ -63,15 +63,12 @@ class Clustered(Selector):
 
     def summarise(self, keys: torch.Tensor, runs: list[int]) -> Mapping[str, torch.Tensor]:
         """k-means in each segment, those of equal length together."""
-        segments = [min(self.segment_blocks, run - at) for run in runs for at in range(0, run, self.segment_blocks)]
-        firsts = torch.tensor([0, *accumulate(segments)], device=keys.device)
-        lengths = torch.tensor(segments, device=keys.device)
-        parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
-        for length in sorted(set(segments)):
-            at = firsts[:-1][lengths == length].unsqueeze(1) + torch.arange(length, device=keys.device)
-            parts.append((at.flatten(), *self._cluster(keys[at])))
-        order = torch.cat([part[0] for part in parts]).argsort()
-        centroids, labels = (torch.cat([part[i] for part in parts])[order] for i in (1, 2))
+        lengths = np.array([min(self.segment_blocks, n - at) for n in runs for at in range(0, n, self.segment_blocks)])
+        firsts = lengths.cumsum() - lengths
+        places = [firsts[lengths == n][:, None] + np.arange(n) for n in np.unique(lengths)]
+        parts = [self._cluster(keys[torch.from_numpy(at).to(keys.device)]) for at in places]
+        order = torch.from_numpy(np.concatenate([at.ravel() for at in places]).argsort()).to(keys.device)
+        centroids, labels = (torch.cat(part)[order] for part in zip(*parts, strict=True))
         return {"k_centroids": centroids, "k_labels": labels}
 
     def _cluster(self, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -140,7 +140,7 @@ def test_errors_are_what_python_calls_them() -> None:
 DOCUMENTED = [
     "kvmem", "kvmem.allocator", "kvmem.allocator.batch", "kvmem.allocator.cascade", "kvmem.allocator.ops", "kvmem.memory",
     "kvmem.memory.pool", "kvmem.integrations.cuda_python", "kvmem.integrations.dense_batch",
-    "kvmem.integrations.transformers",
+    "kvmem.integrations.transformers", "kvmem.selectors",
 ]  # fmt: skip
 
 

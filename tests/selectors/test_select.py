@@ -21,7 +21,9 @@ SELECTORS: dict[str, Selector] = {
 }  # fmt: skip
 
 
-def block_logits(name: str, keys: list[torch.Tensor], q: torch.Tensor, queries: torch.Tensor, written: int) -> list[float]:
+def block_logits(
+    name: str, keys: list[torch.Tensor], q: torch.Tensor, queries: torch.Tensor, written: int
+) -> list[float]:
     """The logarithm of each block's mass. keys: of each block ``[tokens, WIDTH]``. q: of one query head. queries: all
     of the KV head's, ``[n, WIDTH]``. written: blocks that the prompt completed.
     """
@@ -29,7 +31,8 @@ def block_logits(name: str, keys: list[torch.Tensor], q: torch.Tensor, queries: 
         return [float(n) for n in range(len(keys))]
     if name == "quest":
         return [
-            sum(max(float(q[c] * k[:, c].min()), float(q[c] * k[:, c].max())) for c in range(WIDTH)) * SCALE for k in keys
+            sum(max(float(q[c] * k[:, c].min()), float(q[c] * k[:, c].max())) for c in range(WIDTH)) * SCALE
+            for k in keys
         ]
     if name == "clustered":
         keys = list(keys)
@@ -53,7 +56,9 @@ def reference(world: World, name: str, sequence: Any, q: torch.Tensor, budget: i
         k = world.kv(0, world.tokens[sequence])[0][:, head]
         mine = q[:, 3 * head : 3 * head + 3].flatten(0, 1)
         for query in mine:
-            logits = torch.tensor(block_logits(name, list(k.split(BLOCK)), query, mine, (length - len(q)) // BLOCK), dtype=torch.float64)
+            logits = torch.tensor(
+                block_logits(name, list(k.split(BLOCK)), query, mine, (length - len(q)) // BLOCK), dtype=torch.float64
+            )
             mass[:scored] += logits[:scored].softmax(0)
     ranked = sorted(set(range(number)) - always, key=lambda n: -float(mass[n]))
     return sorted([*always, *ranked[: max(0, min(number, budget // BLOCK) - len(always))]])
@@ -61,7 +66,9 @@ def reference(world: World, name: str, sequence: Any, q: torch.Tensor, budget: i
 
 def rows_of(world: World, new: int) -> tuple[list[Any], Any]:
     """Sequences of several lengths with ``new`` tokens each that are not committed, the shortest one without others."""
-    sequences = [world.open([(3 * n + i) % 50 for n in range(length)]) for i, length in enumerate((90, 16 * BLOCK - new, 5))]
+    sequences = [
+        world.open([(3 * n + i) % 50 for n in range(length)]) for i, length in enumerate((90, 16 * BLOCK - new, 5))
+    ]
     sequences.append(empty := world.alloc.sequence())
     world.tokens[empty] = []
     return sequences, world.grow({s: [(7 * n + 1) % 50 for n in range(new)] for s in sequences}, commit=False)
@@ -104,8 +111,15 @@ def test_unmodified_kernels_read_the_chosen_tokens(new: int, per_head: bool, bac
             at, mine = row * new + query, slice(3 * head, 3 * head + 3)
             scores = q[at, mine].double() @ k[tokens, head].double().T * SCALE
             for out, lse in results:
-                torch.testing.assert_close(chosen.outputs(out)[at, mine].double(), scores.softmax(-1) @ v[tokens, head].double(), atol=1e-5, rtol=1e-5)
-                torch.testing.assert_close(chosen.outputs(lse)[at, mine].double(), scores.logsumexp(-1), atol=1e-5, rtol=1e-5)
+                torch.testing.assert_close(
+                    chosen.outputs(out)[at, mine].double(),
+                    scores.softmax(-1) @ v[tokens, head].double(),
+                    atol=1e-5,
+                    rtol=1e-5,
+                )
+                torch.testing.assert_close(
+                    chosen.outputs(lse)[at, mine].double(), scores.logsumexp(-1), atol=1e-5, rtol=1e-5
+                )
 
 
 @pytest.mark.parametrize("name", SELECTORS)
@@ -128,24 +142,35 @@ def test_what_flashinfer_and_flash_attention_are_called_with(backend: str) -> No
     world = World(SELECTORS["quest"], backend)
     sequences, batch = rows_of(world, 1)
     q = torch.randn(4, QUERY_HEADS, WIDTH)
-    sizes: dict[str, Any] = {"head_dim": WIDTH, "dtype": torch.float16, "num_query_heads": QUERY_HEADS, "num_kv_heads": HEADS}
+    sizes: dict[str, Any] = {
+        "head_dim": WIDTH,
+        "dtype": torch.float16,
+        "num_query_heads": QUERY_HEADS,
+        "num_kv_heads": HEADS,
+    }
     chosen = world.chooser.select(q, 0, batch, budget_tokens=4 * BLOCK)
     plan = flashinfer.decode_plan(chosen, **sizes)
-    ids = [[int(batch.block_table[row, n]) for n in blocks if n >= 0] for row, blocks in enumerate(chosen.blocks.tolist())]
+    ids = [
+        [int(batch.block_table[row, n]) for n in blocks if n >= 0] for row, blocks in enumerate(chosen.blocks.tolist())
+    ]
     assert plan["indices"].tolist() == list(itertools.chain(*ids)) and plan["indices"].dtype == torch.int32
     assert plan["indptr"].tolist() == [0, *itertools.accumulate(map(len, ids))] and plan["indptr"].dtype == torch.int32
     lengths = [len(world.tokens[s]) for s in sequences]
     assert plan["last_page_len"].tolist() == [(n - 1) % BLOCK + 1 for n in lengths]
     assert plan["page_size"] == BLOCK and plan["num_kv_heads"] == HEADS and plan["window_left"] == -1
     expected = [(len(blocks) - 1) * BLOCK + (n - 1) % BLOCK + 1 for blocks, n in zip(ids, lengths, strict=True)]
-    assert flashinfer.batch_attention_plan(chosen, **sizes)["kv_len_arr"].tolist() == expected == chosen.seq_lens.tolist()
+    assert (
+        flashinfer.batch_attention_plan(chosen, **sizes)["kv_len_arr"].tolist() == expected == chosen.seq_lens.tolist()
+    )
     assert flashinfer.prefill_plan(chosen, **sizes)["qo_indptr"].tolist() == [0, 1, 2, 3, 4]
     assert flash_attention.fa3_args(chosen)["page_table"] is chosen.block_table
     heads = world.chooser.select(q, 0, batch, budget_tokens=4 * BLOCK, per_head=True)
     k, v = flashinfer.cache_of(*heads.cache(*world.alloc.kv(0)))
     plan = flashinfer.decode_plan(heads, **sizes | {"num_query_heads": 3, "num_kv_heads": 1})
     assert len(plan["indptr"]) == 4 * HEADS + 1 and k.shape[1:] == (BLOCK, 1, WIDTH)
-    for row, (head, tensor) in itertools.product(range(4), itertools.product(range(HEADS), zip((k, v), world.alloc.kv(0), strict=True))):
+    for row, (head, tensor) in itertools.product(
+        range(4), itertools.product(range(HEADS), zip((k, v), world.alloc.kv(0), strict=True))
+    ):
         begin = int(plan["indptr"][row * HEADS + head])
         for n, block in enumerate(b for b in heads.blocks[row * HEADS + head].tolist() if b >= 0):
             view, whole = tensor
@@ -178,7 +203,9 @@ def test_padding_rows_and_graphs_of_one_plan(backend: str) -> None:
     world = World(SELECTORS["quest"], backend)
     sequences, _ = rows_of(world, 1)
     batch = world.alloc.batch(sequences, pad_to=6)
-    chosen = [world.chooser.select(torch.randn(6, QUERY_HEADS, WIDTH), layer, batch, budget_tokens=40) for layer in (0, 1)]
+    chosen = [
+        world.chooser.select(torch.randn(6, QUERY_HEADS, WIDTH), layer, batch, budget_tokens=40) for layer in (0, 1)
+    ]
     assert not torch.equal(chosen[0].blocks, chosen[1].blocks)
     for field in ("seq_lens_cpu", "kv_indptr_cpu", "kv_last_page_len_cpu", "cu_seqlens_q_cpu"):
         assert torch.equal(getattr(chosen[0], field), getattr(chosen[1], field)), field

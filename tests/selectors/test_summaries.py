@@ -54,7 +54,7 @@ class Segments:
 
     @staticmethod
     def check_means(keys: torch.Tensor, labels: torch.Tensor, centroids: torch.Tensor) -> None:
-        assert 0 <= labels.min() and labels.max() < len(centroids)
+        assert labels.min() >= 0 and labels.max() < len(centroids)
         for head in range(HEADS):
             for label in labels[..., head].unique().tolist():
                 mean = keys[:, :, head][labels[..., head] == label].mean(0)
@@ -65,7 +65,11 @@ class Segments:
 def test_random_worlds(kind: str, backend: str, rng: random.Random, seed: int) -> None:
     # 40 pages: a few hundred tokens, so that cached blocks are evicted and their memory is used again.
     selector = Quest() if kind == "bounds" else Clustered(iterations=3)
-    world, segments, whole = World(selector, backend, seed, memory=(40 + 16 * (backend == "virtual")) * 4096), Segments(), 0
+    world, segments, whole = (
+        World(selector, backend, seed, memory=(40 + 16 * (backend == "virtual")) * 4096),
+        Segments(),
+        0,
+    )
     for _ in range(120):
         try:
             world.random_step(rng)
