@@ -229,6 +229,6 @@ def check_whole_blocks(alloc: Allocator, group: int, why: str) -> None:
         fits = math.lcm(alloc.pool.device.info.granularity_bytes, *blocks)
         raise SpecError(
             f"page_bytes: got {page}; blocks of group {found.name!r} take {sorted(set(blocks))} bytes and {why}, so a "
-            f'page must hold whole blocks: use page_bytes={fits} or a multiple, interleave="none" for smaller blocks, or '
+            f'page must hold whole blocks: use page_bytes={fits} or a multiple, interleave="none" for smaller ones, or '
             'backend="paged"'
         )
