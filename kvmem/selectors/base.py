@@ -45,16 +45,19 @@ def spread(name: str, elements: Iterable[int], block_size: int, dtype: torch.dty
 class LayerView:
     """What a selector reads of one layer for a batch of ``B`` rows, of which the longest has ``M`` blocks.
 
-    layer. block_size. table: int64 ``[B, M]``, block ids, 0 past a row's end. lengths: int64 ``[B]``, tokens.
-    heads, width: of K. Reads are counted in the allocator's ledger.
+    layer. block_size. table: int64 ``[B, M]``, block ids, past a row's end those of another one. lengths: int64
+    ``[B]``, tokens. heads, width: of K. Reads are counted in the allocator's ledger.
     """
 
     def __init__(self, alloc: Allocator, layer: int, group: GroupBatch, num_blocks: int) -> None:
         self._alloc, self.layer = alloc, layer
         self.block_size = group.block_size
-        self.table = group.block_table[:, :num_blocks].long()
-        self.lengths = group.seq_lens.long()
+        self.table, self.lengths = group.block_table[:, :num_blocks].long(), group.seq_lens.long()
         lengths = group.seq_lens_cpu
+        if num_blocks:  # block 0, which the rest of the table names, may be unmapped
+            longest = self.table[int(lengths.argmax())]
+            past = torch.arange(num_blocks, device=longest.device) * self.block_size >= self.lengths.unsqueeze(1)
+            self.table = torch.where(past, longest, self.table)
         self._tokens, self._complete = int(lengths.sum()), int((lengths // group.block_size).sum())
         self.k = plain(alloc.tensor(layer, "k"))
         self.heads, self.width = self.k.shape[2:]
@@ -71,7 +74,7 @@ class LayerView:
 
         wanted: int64 ``[B, heads, r]``.
         """
-        self._alloc.ledger.count_read("k", self._tokens * wanted[0].numel() * self.k.element_size())
+        self._alloc.ledger.count_read("k", self._tokens * math.prod(wanted.shape[1:]) * self.k.element_size())
         device = wanted.device
         offsets = torch.arange(self.block_size, device=device).view(-1, 1, 1)
         heads = torch.arange(self.heads, device=device).unsqueeze(1)

@@ -134,7 +134,7 @@ class ChosenBatch(GroupBatch):
                 "one table is for both: use per_head=False"
             )
         step, (blocks, size, heads, width) = head_stride(k), k.shape
-        shape, strides = ((blocks - 1) * step + heads, size, 1, width), (width, k.stride(1), width, 1)
+        shape, strides = (max(0, (blocks - 1) * step + heads), size, 1, width), (width, k.stride(1), width, 1)
         return k.as_strided(shape, strides), v.as_strided(shape, strides)
 
     def queries(self, q: torch.Tensor) -> torch.Tensor:

@@ -19,9 +19,15 @@ class World:
     """``tokens``: the ids of each live sequence. Every write is followed by an update and a commit."""
 
     def __init__(self, selector: Selector, backend: str, seed: int = 0, **options: Any) -> None:
-        sizes: dict[str, Any] = {"memory": "2MiB", "max_sequences": 8, "max_tokens": 512, "page_bytes": 4096}
+        sizes: dict[str, Any] = {
+            "memory": "2MiB",
+            "max_sequences": 8,
+            "max_tokens": 512,
+            "page_bytes": 4096,
+            "interleave": "none",
+        }
         self.alloc = Allocator(
-            selector.extend(SPEC), backend=backend, device="cpu", interleave="none", **(sizes | options)  # type: ignore[arg-type]
+            selector.extend(SPEC), backend=backend, device="cpu", **(sizes | options)  # type: ignore[arg-type]
         )  # fmt: skip
         self.chooser = Chooser(selector, self.alloc)
         draw = torch.Generator().manual_seed(seed)

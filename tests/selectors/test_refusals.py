@@ -85,6 +85,18 @@ def test_pages_that_hold_no_whole_blocks() -> None:
     Chooser(Recent(), allocator(odd, backend="paged"))
 
 
+def test_heads_that_are_no_blocks(backend: str) -> None:
+    """A token of 12 halves takes 32 bytes, so that blocks are not a whole number of heads apart."""
+    spec = CacheSpec.kv(num_layers=1, num_kv_heads=1, head_dim=12, dtype=torch.float16, block_size=1)
+    alloc = allocator(spec, backend=backend)
+    sequence = alloc.sequence()
+    sequence.extend(1)
+    batch, chooser, q = alloc.batch([sequence]), Chooser(Recent(), alloc), torch.randn(1, 2, 12)
+    with pytest.raises(SpecError, match="per_head: this cache has .* one every 16 elements"):
+        chooser.select(q, 0, batch, budget_tokens=1, per_head=True)
+    assert chooser.select(q, 0, batch, budget_tokens=1).blocks.tolist() == [[0]]
+
+
 @pytest.mark.parametrize(
     "make",
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -10,7 +11,7 @@ from selector_world import BLOCK, HEADS, LAYERS, WIDTH, World
 
 from kvmem import Sequence
 from kvmem.errors import OutOfMemory
-from kvmem.selectors import Clustered, Quest
+from kvmem.selectors import Clustered, LayerView, Quest
 from kvmem.tiers import Tiers
 
 
@@ -107,37 +108,32 @@ def test_draft_tokens_that_are_taken_back(backend: str) -> None:
     check_bounds(world)
 
 
-def test_a_part_of_a_segment_is_scored_by_means(backend: str) -> None:
-    """A fork that shares half of a prompt cannot have the centroids of the other half."""
+@pytest.mark.parametrize("cut", [8 * BLOCK, 8 * BLOCK + 5])
+@pytest.mark.parametrize("forked", [False, True])
+def test_a_part_of_a_segment_is_scored_by_means(forked: bool, cut: int, backend: str) -> None:
+    """Who has a part of a prompt, from a fork or after a cut, cannot have the centroids of the rest."""
     world = World(Clustered(), backend)
     one = world.open([n % 50 for n in range(16 * BLOCK)])
-    other = world.fork(one)
-    world.truncate(other, 8 * BLOCK)
-    world.grow({other: [n % 7 for n in range(2 * BLOCK)]})  # other centroids where the first ones were
-    batch = world.alloc.batch([other], new_tokens=[0])
-    ids = Segments.ids(world, other, 0)
-    assert len(ids[:8].unique()) == 1 and len(ids[8:].unique()) == 1 and ids[0] != ids[8]
-    labels = world.summary(other, 0, "k_labels")[:, : BLOCK * HEADS].view(-1, BLOCK, HEADS).long()
-    target = labels + torch.arange(10).view(-1, 1, 1)
-    assert (target[:8] >= 8).any(), "some tokens had their centroid in the other half"
-    queries = world.open([0])  # one query
-    q = torch.randn(1, HEADS, WIDTH, dtype=torch.float64)
-    vectors = world.summary(other, 0, "k_centroids").view(10, 2, HEADS, WIDTH).double()
-    scores = torch.empty(10, BLOCK, HEADS, dtype=torch.float64)
-    for block in range(10):
-        for token in range(BLOCK):
-            for head in range(HEADS):
-                at = int(target[block, token, head])
-                cut = not 0 <= at < 10 or ids[at] != ids[block]
-                scores[block, token, head] = q[0, head] @ (vectors[block, 1, head] if cut else vectors[at, 0, head])
-    shares = (scores * WIDTH**-0.5).logsumexp(1).log_softmax(0).logsumexp(1)
-    expected = [0, 9, *[n for n in shares.argsort(descending=True).tolist() if n not in (0, 9)][:3]]
-    asking = world.alloc.batch([queries], new_tokens=[0])
-    with pytest.raises(Exception, match="q: got"):
-        world.chooser.select(q, 0, batch, budget_tokens=5 * BLOCK, queries=asking)
-    world.alloc.extend_batch([queries.id], [1])
-    chosen = world.chooser.select(q, 0, batch, budget_tokens=5 * BLOCK, queries=world.alloc.batch([queries]))
-    assert chosen.blocks[0].tolist() == sorted(expected)
+    part = world.fork(one) if forked else one
+    world.truncate(part, cut)
+    for new in (0, 2 * BLOCK):  # then with other centroids where those of the rest were
+        if new:
+            world.grow({part: [n % 7 for n in range(new)]})
+        batch, m = world.alloc.batch([part], new_tokens=[0]), len(world.tokens[part]) // BLOCK
+        labels = world.summary(part, 0, "k_labels")[:, : BLOCK * HEADS].view(-1, BLOCK, HEADS).long()
+        target, ids = labels + torch.arange(m).view(-1, 1, 1), Segments.ids(world, part, 0)
+        assert (target[:8] >= 8).any(), "some tokens had their centroid in the rest"
+        assert not new or ids[0] != ids[-1]
+        vectors = world.summary(part, 0, "k_centroids").view(m, 2, HEADS, WIDTH).double()
+        q = torch.randn(1, 1, HEADS, 1, WIDTH, dtype=torch.float64)
+        scores = torch.empty(m, BLOCK, HEADS, dtype=torch.float64)
+        for block, token, head in itertools.product(range(m), range(BLOCK), range(HEADS)):
+            at = int(target[block, token, head])
+            cut_off = not 0 <= at < m or ids[at] != ids[block]
+            scores[block, token, head] = q[0, 0, head, 0] @ (vectors[block, 1] if cut_off else vectors[at, 0])[head]
+        view = LayerView(world.alloc, 0, batch, -(-len(world.tokens[part]) // BLOCK))
+        found = Clustered().logits(q, view, 1.0)[0, 0, :, 0, :m]
+        torch.testing.assert_close(found, scores.logsumexp(1).T, atol=1e-9, rtol=1e-9)
 
 
 def test_summaries_come_back_from_a_tier(backend: str) -> None:
