@@ -5,6 +5,7 @@ attention when all blocks are chosen, and that a choice by Quest loses far less 
 import torch
 
 from kvmem import Allocator, CacheSpec
+from kvmem.kernels import cpu
 from kvmem.kernels.blocks import gather
 from kvmem.kernels.merge import merge
 from kvmem.kernels.reference import sdpa_lse
@@ -49,7 +50,7 @@ def attend(query, step, budget):
         return out.cpu()
     held = host.batch([far], new_tokens=[0])
     chosen = chooser.select(query, 0, held, budget_tokens=budget, per_head=True, queries=step)
-    part = sdpa_lse(chosen.queries(query), chosen.cache(*host.kv(0)), chosen, causal=False)
+    part = cpu.attention(chosen.queries(query), chosen.cache(*host.kv(0)), chosen, causal=False)
     return merge(out, lse, *(chosen.outputs(x).to(DEVICE) for x in part))[0].cpu()
 
 

@@ -38,7 +38,7 @@ PARTS = [
         38_600,
     ),
     ("tests/layouts", ["tests/layouts"], [], 4_590),
-    ("tests/selectors", ["tests/selectors"], [], 755),
+    ("tests/selectors", ["tests/selectors"], [], 765),
     ("tests/tiers", ["tests/tiers"], [], 4_900),
     ("tests/chunks", ["tests/chunks"], [], 1_950),
 ]

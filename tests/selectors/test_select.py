@@ -11,7 +11,7 @@ import pytest
 import torch
 from selector_world import BLOCK, HEADS, LAYERS, WIDTH, World
 
-from kvmem.kernels import flash_attention, flashinfer
+from kvmem.kernels import cpu, flash_attention, flashinfer
 from kvmem.kernels.reference import oracle, sdpa, sdpa_lse
 from kvmem.selectors import Clustered, LayerView, Quest, Recent, Selector, SparF
 from kvmem.selectors.clustered import k_means
@@ -111,6 +111,7 @@ def test_unmodified_kernels_read_the_chosen_tokens(new: int, per_head: bool, bac
     cache = chosen.cache(*world.alloc.kv(1))
     results = [oracle(chosen.queries(q), cache, chosen), sdpa_lse(chosen.queries(q), cache, chosen)]
     results.append((sdpa(chosen.queries(q), cache, chosen), results[0][1]))
+    results.append(cpu.attention(chosen.queries(q), cache, chosen))
     for row, sequence in enumerate(sequences):
         k, v = world.kv(1, world.tokens[sequence])
         begin, end = batch.cu_seqlens_q_cpu[row : row + 2].tolist()
