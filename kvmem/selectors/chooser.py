@@ -110,8 +110,8 @@ class Chooser:
         are first made a share of its own. True: a choice for each KV head, as rows of one head: ``ChosenBatch``.
 
         ``SpecError`` for queries that do not fit and layers without a choice (sliding windows); ``StaleHandle``. Cost:
-        what ``selector.logits`` reads, a top-k over blocks, some thirty calls of torch for the whole batch; the device
-        is not waited for.
+        what ``selector.logits`` reads, a top-k over blocks, and some hundred small operations of torch for the whole
+        batch; the device is not waited for.
         """
         group = self._group(layer, batch)
         packed = self._packed(group, queries)
