@@ -27,7 +27,8 @@ def objection(group: Group) -> str | None:
         return "it does not store k and v of every token, with one length for all heads"
     k = group.component("k")
     if not isinstance(k.width, int) or k.scope != "layer" or k.planes or not k.dtype.is_floating_point:
-        return f"its k has width {k.width}, scope {k.scope!r}, planes {k.planes} and {k.dtype}; selectors score floats"
+        stored = f"width {k.width}, scope {k.scope!r}, planes {k.planes} and {k.dtype}"
+        return f"its k has {stored}; selectors score plain floats of one width, which each layer has for itself"
     if "pre" in k.ropes:
         return "its k is stored before rotation, and queries come after it"
     return None

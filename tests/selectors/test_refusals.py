@@ -34,8 +34,8 @@ def allocator(spec: CacheSpec, **options: Any) -> Allocator:
     ("component", "why"),
     [
         (Component("k", heads=2, width=16, dtype=torch.float32, rope="pre"), "before rotation"),
-        (Component("k", heads=2, width=16, dtype=torch.int8, rope="post"), "selectors score floats"),
-        (Component("k", heads=2, width=((8, 16),), dtype=torch.float32), "selectors score floats"),
+        (Component("k", heads=2, width=16, dtype=torch.int8, rope="post"), "selectors score plain floats of one width"),
+        (Component("k", heads=2, width=((8, 16),), dtype=torch.float32), "selectors score plain floats of one width"),
         (Component("ckv", width=16, dtype=torch.float32), "does not store k and v"),
     ],
 )
