@@ -13,11 +13,11 @@ import click
 import torch
 from rich.console import Console
 
-from benchmarks.language_models import LANGUAGE_MODELS, LanguageModel, load_language_model
 from kvmem.arguments import parse_bytes
 from kvmem.bench.__main__ import main
 from kvmem.bench.cli import JSON, QUIET
 from kvmem.bench.document import check_writable, document, write_json
+from kvmem.bench.language_models import LANGUAGE_MODELS, LanguageModel, load_language_model
 from kvmem.bench.model import BACKENDS, Backend
 from kvmem.bench.render import Row, Table, cell, console, show
 from kvmem.bench.text import Progress, progress

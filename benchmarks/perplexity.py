@@ -17,11 +17,11 @@ import torch
 from rich.console import Console
 from torch.nn.functional import cross_entropy
 
-from benchmarks.language_models import LANGUAGE_MODELS, LanguageModel, load_language_model
 from kvmem import Allocator, CacheSpec
 from kvmem.bench.__main__ import main
 from kvmem.bench.cli import JSON, QUIET
 from kvmem.bench.document import check_writable, document, write_json
+from kvmem.bench.language_models import LANGUAGE_MODELS, LanguageModel, load_language_model
 from kvmem.bench.render import Row, Table, cell, console, show
 from kvmem.bench.text import BenchError, progress
 from kvmem.bench.timing import one_thread

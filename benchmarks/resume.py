@@ -25,10 +25,10 @@ from typing import Any
 import click
 import torch
 
-from benchmarks.language_models import LANGUAGE_MODELS, LanguageModel, load_language_model
 from kvmem.bench.__main__ import main
 from kvmem.bench.cli import JSON
 from kvmem.bench.document import check_writable, document, write_json
+from kvmem.bench.language_models import LANGUAGE_MODELS, LanguageModel, load_language_model
 from kvmem.bench.render import Row, Table, cell, console, show
 from kvmem.bench.text import BenchError
 from kvmem.bench.tiers import free_port, listening, redis_command

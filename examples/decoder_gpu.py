@@ -104,7 +104,7 @@ def random_llama(seed=0):
 def smollm2():
     """Return the model with weights that transformers has read from the package, and prompts."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where benchmarks/ is
-    from benchmarks.language_models import load_language_model
+    from kvmem.bench.language_models import load_language_model
 
     loaded = load_language_model("smollm2")
     config, state = loaded.model.config, loaded.model.state_dict()

@@ -19,7 +19,7 @@ from kvmem.layouts.base import Layout
 from kvmem.layouts.reading import Held, TokenReader, check_batch_of
 from kvmem.spec.dtypes import parse_dtype
 
-__all__ = ["Derived", "LayoutCache"]
+__all__ = ["Derived", "LayoutCache", "check_whole_blocks"]
 
 #: The caches of each allocator: its ledger holds the scratches of all of them.
 _CACHES: WeakKeyDictionary[Allocator, WeakSet[LayoutCache]] = WeakKeyDictionary()
@@ -215,17 +215,20 @@ def _check_pages(layout: Layout, alloc: Allocator) -> None:
     """Forks and hits share whole pages, and may end within a block. Each then encodes that block anew, from its first
     token on, which must not lie in a page that the other reads.
     """
-    if alloc.backend != "virtual":
-        return
     for index, group in enumerate(alloc.spec.groups):
         tails = {name for layer in group.layers for name in layout.tail(layer)}
-        if not tails or tails >= {component.name for component in group.components}:
-            continue
-        page, blocks = alloc.pool.page_bytes, [n * group.block_size for n in alloc._layouts[index].token_bytes]
-        if any(page % block for block in blocks):
-            fits = math.lcm(alloc.pool.device.info.granularity_bytes, *blocks)
-            raise SpecError(
-                f"page_bytes: got {page}; blocks of group {group.name!r} take {sorted(set(blocks))} bytes and are "
-                f"encoded whole, so that a page must hold whole blocks: use page_bytes={fits} or a multiple, "
-                'interleave="none", which makes blocks smaller, or backend="paged"'
-            )
+        if tails and not tails >= {component.name for component in group.components}:
+            check_whole_blocks(alloc, index, "are encoded whole")
+
+
+def check_whole_blocks(alloc: Allocator, group: int, why: str) -> None:
+    """``SpecError`` where a block may lie in two pages, as the paged backend never puts it. why: what forbids that."""
+    page, found = alloc.pool.page_bytes, alloc.spec.groups[group]
+    blocks = [n * found.block_size for n in alloc._layouts[group].token_bytes]
+    if alloc.backend == "virtual" and any(page % block for block in blocks):
+        fits = math.lcm(alloc.pool.device.info.granularity_bytes, *blocks)
+        raise SpecError(
+            f"page_bytes: got {page}; blocks of group {found.name!r} take {sorted(set(blocks))} bytes and {why}, so a "
+            f'page must hold whole blocks: use page_bytes={fits} or a multiple, interleave="none" for smaller ones, or '
+            'backend="paged"'
+        )

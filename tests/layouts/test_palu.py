@@ -149,7 +149,7 @@ def test_perplexity_through_a_cache_is_the_models_own(monkeypatch: pytest.Monkey
     """``python -m benchmarks.perplexity``, where nothing is lost: plain, and at the full rank; and a half rank loses."""
     pytest.importorskip("transformers", reason="needs the extra kvmem[transformers]")
     from benchmarks import perplexity as module
-    from benchmarks.language_models import load_language_model
+    from kvmem.bench.language_models import load_language_model
 
     monkeypatch.setattr(module, "DTYPE", torch.float32)
     monkeypatch.setattr(module, "CALIBRATION_TOKENS", 1024)

@@ -16,25 +16,28 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # (name, folders, folders inside them that count elsewhere, most lines). These are ceilings: docs/decisions.md, "Sizes",
 # says how far above their targets they are.
+NEXT = ["layouts", "selectors", "tiers", "chunks", "plan", "near"]  # parts of kvmem and of its tests that count apart
 PARTS = [
     ("csrc without bindings", ["csrc"], ["csrc/bindings"], 21_000),
     ("bindings", ["csrc/bindings"], [], 2_400),
     (
         "kvmem without the next parts",
         ["kvmem"],
-        ["kvmem/layouts", "kvmem/tiers", "kvmem/chunks", "kvmem/bench", "kvmem/allocator/prefetch", "kvmem/plan"],
+        [*(f"kvmem/{part}" for part in NEXT), "kvmem/bench", "kvmem/allocator/prefetch"],
         10_800,
     ),
     ("kvmem/allocator/prefetch", ["kvmem/allocator/prefetch"], [], 780),
     ("kvmem/plan", ["kvmem/plan"], [], 290),
+    ("kvmem/selectors", ["kvmem/selectors"], [], 745),
     ("kvmem/tiers", ["kvmem/tiers"], [], 2_600),
     ("kvmem/chunks", ["kvmem/chunks"], [], 1_650),
     ("kvmem/layouts", ["kvmem/layouts"], [], 3_910),
     ("kvmem/bench", ["kvmem/bench"], ["kvmem/bench/data"], 6_060),
-    ("benchmarks", ["benchmarks"], [], 3_000),
-    ("tests without the next parts", ["tests"], ["tests/layouts", "tests/tiers", "tests/chunks", "tests/plan"], 38_600),
+    ("benchmarks", ["benchmarks"], [], 2_905),
+    ("tests without the next parts", ["tests"], [f"tests/{part}" for part in NEXT], 38_600),
     ("tests/plan", ["tests/plan"], [], 980),
     ("tests/layouts", ["tests/layouts"], [], 4_590),
+    ("tests/selectors", ["tests/selectors"], [], 765),
     ("tests/tiers", ["tests/tiers"], [], 4_900),
     ("tests/chunks", ["tests/chunks"], [], 1_950),
 ]
@@ -50,7 +53,7 @@ SHORTER_FILES = {"csrc/allocator/allocator.h": 199}
 LONGER_FUNCTIONS: dict[str, int] = {}
 FULLER_FOLDERS = {
     "csrc/allocator": 16,
-    "kvmem/bench": 21,
+    "kvmem/bench": 22,
     "kvmem/layouts": 18,
     "tests/bench": 16,
     "tests/index": 16,

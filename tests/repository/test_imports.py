@@ -30,7 +30,7 @@ LEVELS: dict[str, int] = {
             "allocator",
             "kernels",
             "layouts",
-            "chunks",
+            "chunks selectors",
             "integrations plan",
             "cli bench",
         ]

