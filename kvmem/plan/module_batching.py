@@ -1,0 +1,244 @@
+"""Module batching (MoE-Gen, arXiv:2503.09716): the sizes at which each module of a mixture-of-experts decoder works, so
+that a machine whose memory holds neither the weights nor the KV on the device generates the most tokens a second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import product
+
+from kvmem.arguments import brief, check_number, check_size, format_bytes
+from kvmem.errors import SpecError
+from kvmem.plan.hardware import HardwareProfile
+from kvmem.plan.module_costs import PICOSECONDS, Choice, ModuleCosts
+from kvmem.plan.moe_shape import ModelShape
+from kvmem.spec import CacheSpec
+
+__all__ = ["Grid", "ModulePlan", "modules"]
+
+
+@dataclass(frozen=True)
+class ModulePlan:
+    """How one step is done, and what it takes if the profile is right. Names as in the paper.
+
+    B: sequences that are accumulated. ba: sequences of a micro-batch of attention. be: tokens that an expert computes
+    at once. omega: the share of the sequences that the CPU attends, ``cpu_rows / B``. s_expert: bytes of the buffers
+    for experts' weights, ``expert_buffers`` of them. s_params: bytes of weights that stay on the device.
+    staging_buffers, staging_bytes: for the KV of micro-batches. layer_seconds: the mean of all layers of a step of
+    ``step_seconds``. tokens_per_second: computed tokens; in decode, generated ones. bound_by: ``"device"``, ``"cpu"``,
+    ``"to_device"`` or ``"to_host"``, which works longest (``"thread"`` where the profile is not concurrent).
+    device_bytes, host_bytes: the most that the step uses.
+    """
+
+    B: int
+    ba: int
+    be: int
+    omega: float
+    cpu_rows: int
+    expert_buffers: int
+    s_expert: int
+    s_params: int
+    staging_buffers: int
+    staging_bytes: int
+    layer_seconds: float
+    step_seconds: float
+    tokens_per_second: float
+    bound_by: str
+    device_bytes: int
+    host_bytes: int
+    choice: Choice
+
+    def micro_batches(self) -> list[range]:
+        """The rows of the batch that are attended at once on the device. The CPU attends those before the first."""
+        return [range(first, min(first + self.ba, self.B)) for first in range(self.cpu_rows, self.B, self.ba)]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The values that are tried; None: chosen by the model and the profile.
+
+    B: None tries the largest batch that fits the other values, and three quarters, a half and a quarter of it.
+    ba, be: None: powers of two. omega: None: steps of 0.05; a prefill has no CPU share. expert_buffers: None: 1, 2,
+    half of the experts and all of them. resident: as ``Choice.resident``; None: as many weights as fit.
+    """
+
+    B: tuple[int, ...] | None = None
+    ba: tuple[int, ...] | None = None
+    be: tuple[int, ...] | None = None
+    omega: tuple[float, ...] | None = None
+    expert_buffers: tuple[int, ...] | None = None
+    resident: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("B", 1), ("ba", 1), ("be", 1), ("expert_buffers", 0), ("resident", 0)):
+            values = getattr(self, name)
+            if values is not None:
+                _check_tuple(name, values)
+                for value in values:
+                    check_size(f"Grid.{name}", value, least)
+        if self.omega is not None:
+            _check_tuple("omega", self.omega)
+            for share in self.omega:
+                if not check_number("Grid.omega", share, most=1) >= 0:
+                    raise SpecError(f"Grid.omega: got {share}; a share is from 0 to 1")
+
+
+def modules(
+    spec: CacheSpec, model: ModelShape, profile: HardwareProfile, *, context: int, queries: int | None = None,
+    prefill: bool = False, staging_buffers: int = 3, grid: Grid | None = None,
+) -> ModulePlan:  # fmt: skip
+    """The plan with the most tokens a second of all in ``grid``: decode, or with ``prefill`` the prompts.
+
+    spec: of the KV in host memory, from which its bytes are taken. context: tokens of each sequence, this step's
+    included; where they differ, the longest. queries: sequences that there are in all; None: any number.
+
+    The search is exact: choices are evaluated on the graph of ``ModuleCosts`` in the order of a lower bound of their
+    time, until no bound is better than the best. Of equal ones, that with the fewest bytes on the device, then in the
+    host. ``SpecError`` if nothing fits, which names the memory that is short. Cost: some seconds for 32 layers.
+    """
+    if not isinstance(profile, HardwareProfile):
+        raise SpecError(f"profile: got {brief(profile)}; must be a HardwareProfile, as kvmem.plan.profile() measures it")
+    if queries is not None:
+        check_size("queries", queries)
+    costs = ModuleCosts(spec, model, profile, context=context, prefill=prefill, staging_buffers=staging_buffers)
+    search = _Search(costs, grid or Grid(), queries)
+    best = _best(costs, set(search.choices()))
+    if best is None:
+        raise SpecError(search.shortage())
+    return _plan(costs, best)
+
+
+class _Search:
+    """The choices of a grid that fit."""
+
+    def __init__(self, costs: ModuleCosts, grid: Grid, queries: int | None) -> None:
+        self.costs, self.grid, self.queries = costs, grid, queries
+        model = costs.model
+        most = self._most_rows()
+        self.micro_batches = grid.ba or tuple(_powers(max(1, most // 64), most))
+        tokens = -(-most * costs.new * model.experts_per_token // model.num_experts)
+        self.expert_batches = grid.be or tuple(_powers(max(1, min(256, tokens // 64)), min(tokens, 65_536)))
+        self.shares = (0.0,) if costs.prefill else grid.omega or tuple(step / 20 for step in range(21))
+        few = {1, 2, model.num_experts // 2, model.num_experts}
+        self.buffers = grid.expert_buffers or (0, *sorted(few - {0}))
+
+    def choices(self) -> Iterator[Choice]:
+        for ba, be, omega, buffers in product(self.micro_batches, self.expert_batches, self.shares, self.buffers):
+            least = 0 if buffers else self.costs.most_resident
+            for batch in self._batches(ba, be, omega, buffers, least):
+                choice = self._choice(batch, ba, be, omega, buffers, least)
+                for resident in self._residents(choice, least):
+                    yield choice._replace(resident=resident)
+
+    def shortage(self) -> str:
+        """Which memory is short, for the least that the grid allows."""
+        costs, grid = self.costs, self.grid
+        smallest = self._choice(
+            min(grid.B or (1,)), min(self.micro_batches), min(self.expert_batches), min(self.shares),
+            min(count for count in (*self.buffers, costs.model.num_experts) if count), min(grid.resident or (0,)),
+        )  # fmt: skip
+        host, device, profile = costs.host_bytes(smallest), costs.device_bytes(smallest), costs.profile
+        if host > profile.host_bytes:
+            return (
+                f"host memory: {profile.host_bytes:,} bytes; weights take {costs.weight_bytes:,} and a sequence of "
+                f"{costs.context} tokens {costs.kv_bytes * costs.model.num_layers:,}: needs {host:,} "
+                f"({format_bytes(host)}) at least; lower context, or give more host_bytes"
+            )
+        if self.queries is not None and smallest.batch > self.queries:
+            return f"queries: got {self.queries}; the smallest batch of the grid is {smallest.batch}"
+        return (
+            f"device memory: {profile.device_bytes:,} bytes; one expert, two dense parts, embedding and output matrix, "
+            f"and the buffers for {smallest.batch} sequences take {device:,} ({format_bytes(device)}) at least; lower "
+            "context or staging_buffers, or give more device_bytes"
+        )
+
+    def _most_rows(self) -> int:
+        """Sequences that host memory holds, or fewer where there are not as many."""
+        costs = self.costs
+        left = costs.profile.host_bytes - costs.weight_bytes
+        fit = max(1, left // (costs.kv_bytes * costs.model.num_layers))
+        return min(fit, self.queries or fit, max(self.grid.B or (fit,)))
+
+    def _choice(self, batch: int, ba: int, be: int, omega: float, buffers: int, resident: int) -> Choice:
+        return Choice(batch, ba, be, int(omega * batch + 0.5), buffers, resident)
+
+    def _fits(self, choice: Choice) -> bool:
+        profile = self.costs.profile
+        return (
+            self.costs.host_bytes(choice) <= profile.host_bytes
+            and self.costs.device_bytes(choice) <= profile.device_bytes
+        )
+
+    def _batches(self, ba: int, be: int, omega: float, buffers: int, resident: int) -> list[int]:
+        def fits(batch: int) -> bool:
+            return self._fits(self._choice(batch, ba, be, omega, buffers, resident))
+
+        if self.grid.B is not None:
+            return [batch for batch in self.grid.B if batch <= (self.queries or batch) and fits(batch)]
+        most = _largest(fits, self._most_rows())
+        return sorted({most * quarters // 4 for quarters in (1, 2, 3, 4)} - {0})
+
+    def _residents(self, choice: Choice, least: int) -> list[int]:
+        most = self.costs.most_resident
+        if self.grid.resident is not None:
+            return [n for n in self.grid.resident if least <= n <= most and self._fits(choice._replace(resident=n))]
+        return [_largest(lambda n: self._fits(choice._replace(resident=n)), most, least)]
+
+
+def _best(costs: ModuleCosts, choices: set[Choice]) -> Choice | None:
+    """Best first by the bound; of equal bounds, by the order of ties: so the first one that attains its bound ends it."""
+
+    def order(choice: Choice) -> tuple[int, int, Choice]:
+        return costs.device_bytes(choice), costs.host_bytes(choice), choice
+
+    bounds = sorted((Fraction(costs.least_picoseconds(one), one.batch), order(one)) for one in choices)
+    best: tuple[Fraction, tuple[int, int, Choice]] | None = None
+    for bound, rank in bounds:
+        if best is not None and bound > best[0]:
+            break
+        if best is not None and bound == best[0] and rank > best[1]:
+            continue
+        found = Fraction(costs.picoseconds(rank[2]), rank[2].batch), rank
+        best = found if best is None else min(best, found)
+    return best[1][2] if best is not None else None
+
+
+def _plan(costs: ModuleCosts, choice: Choice) -> ModulePlan:
+    seconds = costs.picoseconds(choice) / PICOSECONDS
+    busy = costs.busy(choice)
+    return ModulePlan(
+        B=choice.batch, ba=choice.micro_batch, be=choice.expert_batch, omega=choice.cpu_rows / choice.batch,
+        cpu_rows=choice.cpu_rows, expert_buffers=choice.expert_buffers,
+        s_expert=choice.expert_buffers * costs.model.expert_bytes, s_params=costs.resident_bytes(choice.resident),
+        staging_buffers=costs.staging_buffers, staging_bytes=costs.staging_bytes(choice),
+        layer_seconds=seconds / costs.model.num_layers, step_seconds=seconds,
+        tokens_per_second=choice.batch * costs.new / seconds if seconds else float("inf"),
+        bound_by=max(busy, key=lambda name: busy[name]), device_bytes=costs.device_bytes(choice),
+        host_bytes=costs.host_bytes(choice), choice=choice,
+    )  # fmt: skip
+
+
+def _largest(fits: object, most: int, least: int = 0) -> int:
+    """The largest number up to ``most`` that fits, by bisection; ``least``, which need not fit, if none does."""
+    assert callable(fits)
+    low, high = least, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def _powers(least: int, most: int) -> Iterator[int]:
+    """Powers of two from ``least`` on, and the first that is not below ``most``."""
+    power = 1 << (least - 1).bit_length()
+    yield power
+    while power < most:
+        power *= 2
+        yield power
+
+
+def _check_tuple(name: str, values: object) -> None:
+    if not isinstance(values, tuple) or not values:
+        raise SpecError(f"Grid.{name}: got {brief(values)}; must be a tuple of at least one value, or None")
