@@ -99,7 +99,9 @@ def modules(
     host. ``SpecError`` if nothing fits, which names the memory that is short. Cost: some seconds for 32 layers.
     """
     if not isinstance(profile, HardwareProfile):
-        raise SpecError(f"profile: got {brief(profile)}; must be a HardwareProfile, as kvmem.plan.profile() measures it")
+        raise SpecError(
+            f"profile: got {brief(profile)}; must be a HardwareProfile, as kvmem.plan.profile() measures it"
+        )
     if queries is not None:
         check_size("queries", queries)
     costs = ModuleCosts(spec, model, profile, context=context, prefill=prefill, staging_buffers=staging_buffers)
@@ -188,7 +190,7 @@ class _Search:
 
 
 def _best(costs: ModuleCosts, choices: set[Choice]) -> Choice | None:
-    """Best first by the bound; of equal bounds, by the order of ties: so the first one that attains its bound ends it."""
+    """In the order of the bounds, of equal ones in that of ties: so the first that attains its bound is the best."""
 
     def order(choice: Choice) -> tuple[int, int, Choice]:
         return costs.device_bytes(choice), costs.host_bytes(choice), choice

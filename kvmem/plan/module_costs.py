@@ -2,15 +2,17 @@
 
 The schedule is MoE-Gen's (arXiv:2503.09716). All KV and all weights are in host memory. In each layer the sequences of
 the device's share are attended in micro-batches, whose KV is copied to one of a few staging buffers; the others are
-attended by the CPU where their KV lies, at the same time. Then each expert computes its tokens of the whole batch, while
-the weights of the next experts are copied to a few buffers. Copies run ahead into the next layer as buffers permit.
+attended by the CPU where their KV lies, at the same time. Then each expert computes its tokens of the whole batch,
+while the weights of the next experts are copied to a few buffers. Copies run ahead as buffers permit, also into the
+next layer. With buffers for all of a layer, a step takes as long as its busiest engine, and the time to fill and drain.
+For the CPU that counts what waits for it: the layer's experts, and the next layer's queries.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from fractions import Fraction
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from math import ceil
 from typing import Any, NamedTuple, TypeVar
 
@@ -66,8 +68,8 @@ class ModuleCosts:
     """Times and bytes of every ``Choice`` for a step of sequences with ``context`` tokens.
 
     prefill: the step computes all ``context`` tokens of each sequence; else its last one (decode). staging_buffers: of
-    the KV of one micro-batch and layer each. ``SpecError`` for a spec that is not the model's: one group that grows by
-    token, with the same bytes in every layer.
+    the KV of one micro-batch and layer each. ``SpecError`` for a spec that is not the model's: one group of full
+    attention, with the same bytes in every layer.
     """
 
     def __init__(
@@ -85,7 +87,7 @@ class ModuleCosts:
 
     # --- bytes ---
 
-    @property
+    @cached_property
     def weight_bytes(self) -> int:
         """Of all layers, in host memory."""
         return self.model.num_layers * self.model.layer_bytes
@@ -101,8 +103,9 @@ class ModuleCosts:
         return self.model.vocabulary_bytes + self.resident_bytes(choice.resident) + self._buffer_bytes(choice)
 
     def staging_bytes(self, choice: Choice) -> int:
-        """Of all staging buffers; a prefill needs none."""
-        return 0 if self.prefill else self.staging_buffers * choice.micro_batch * self.kv_bytes
+        """Of all staging buffers; a prefill needs none, nor does a step that the CPU attends alone."""
+        rows = min(choice.micro_batch, choice.batch - choice.cpu_rows)
+        return 0 if self.prefill else self.staging_buffers * rows * self.kv_bytes
 
     def resident_bytes(self, resident: int) -> int:
         model = self.model
@@ -149,7 +152,9 @@ class ModuleCosts:
         )
 
     def _project(self, tokens: int) -> float:
-        return self._matmul(tokens, self.model.qkv_width) + self._passes(2 * tokens * self.model.hidden, 2 * (tokens > 0))
+        return self._matmul(tokens, self.model.qkv_width) + self._passes(
+            2 * tokens * self.model.hidden, 2 * (tokens > 0)
+        )
 
     def _attend(self, sequences: int) -> float:
         if not self.prefill:
@@ -158,7 +163,11 @@ class ModuleCosts:
             return 0.0
         flops = 2.0 * sequences * self.context**2 * self.model.query_width  # causal: half of the square
         computed = flops / self.profile.flops_per_second(self.model.dtype_name, self.context)
-        return self._project(sequences * self.context) + computed + sequences * float(self.profile.device_attention.latency_seconds)
+        return (
+            self._project(sequences * self.context)
+            + computed
+            + sequences * float(self.profile.device_attention.latency_seconds)
+        )
 
     def _mix(self, choice: Choice) -> float:
         """After attention: the CPU's results are read by the device where they lie; output matrix and router."""
@@ -295,15 +304,18 @@ class ModuleCosts:
 def _kv_bytes(spec: Any, model: Any, context: int) -> int:
     """Of one sequence and layer, in whole blocks."""
     if not isinstance(spec, CacheSpec) or not isinstance(model, ModelShape):
-        raise SpecError(f"spec, model: got {type(spec).__name__}, {type(model).__name__}; give a CacheSpec, a ModelShape")
+        raise SpecError(
+            f"spec, model: got {type(spec).__name__}, {type(model).__name__}; give a CacheSpec, a ModelShape"
+        )
     (group, *others) = spec.groups
     rows = {sum(group.row_bytes(part.name, layer) for part in group.components) for layer in group.layers}
-    if others or group.growth != "token" or len(rows) > 1 or len(group.layers) != model.num_layers:
+    plain = group.growth == "token" and group.window_tokens is None
+    if others or not plain or len(rows) > 1 or len(group.layers) != model.num_layers:
         raise SpecError(
             f"spec: has {len(spec.groups)} groups and {len(group.layers)} layers with {sorted(rows)} bytes a token; "
-            f"module batching takes one group that grows by token, with {model.num_layers} equal layers"
+            f"module batching takes one group of full attention, with {model.num_layers} equal layers"
         )
-    blocks = -(-min(context, group.window_tokens or context) // group.block_size)
+    blocks = -(-context // group.block_size)
     return int(blocks * group.block_size * rows.pop())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -64,37 +65,37 @@ class ModelShape:
         head_dim = config.get("head_dim") or check_size("hidden_size", sizes["hidden"]) // heads
         return cls(**sizes, head_dim=head_dim, dtype=dtype, tied=bool(config.get("tie_word_embeddings", False)))
 
-    @property
+    @cached_property
     def element_bytes(self) -> int:
         return parse_dtype(self.dtype).itemsize
 
-    @property
+    @cached_property
     def dtype_name(self) -> str:
         return dtype_name(parse_dtype(self.dtype))
 
-    @property
+    @cached_property
     def query_width(self) -> int:
         return self.num_query_heads * self.head_dim
 
-    @property
+    @cached_property
     def qkv_width(self) -> int:
         return (self.num_query_heads + 2 * self.num_kv_heads) * self.head_dim
 
-    @property
+    @cached_property
     def dense_bytes(self) -> int:
         """What every token of a layer needs: the projections of attention, and the router."""
         return self.element_bytes * self.hidden * (self.qkv_width + self.query_width + self.num_experts)
 
-    @property
+    @cached_property
     def expert_bytes(self) -> int:
         """One expert of one layer: gate, up and down."""
         return self.element_bytes * 3 * self.hidden * self.expert_hidden
 
-    @property
+    @cached_property
     def layer_bytes(self) -> int:
         return self.dense_bytes + self.num_experts * self.expert_bytes
 
-    @property
+    @cached_property
     def vocabulary_bytes(self) -> int:
         """Embedding and output matrix."""
         return self.element_bytes * self.vocab * self.hidden * (1 if self.tied else 2)
