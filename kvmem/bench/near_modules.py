@@ -117,9 +117,8 @@ def module_batching(
     ) as host:
         ids = _filled(host, batch, context - 1)
         model = RandomMixtral(shape)
-        blocks = -(-context // spec.block_size)
         rings = {
-            case: StagingRing(host, blocks=plan.ba * blocks, buffers=plan.staging_buffers)
+            case: StagingRing(host, blocks=max(1, plan.staging_blocks), buffers=plan.staging_buffers)
             for case, plan in plans.items()
         }
         steps = {case: partial(_step, rings[case], model, ids, plan) for case, plan in plans.items()}

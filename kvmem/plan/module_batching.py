@@ -26,7 +26,8 @@ class ModulePlan:
     B: sequences that are accumulated. ba: sequences of a micro-batch of attention. be: tokens that an expert computes
     at once. omega: the share of the sequences that the CPU attends, ``cpu_rows / B``. s_expert: bytes of the buffers
     for experts' weights, ``expert_buffers`` of them. s_params: bytes of weights that stay on the device.
-    staging_buffers, staging_bytes: for the KV of micro-batches. layer_seconds: the mean of all layers of a step of
+    staging_buffers, staging_blocks: for the KV of micro-batches, as ``StagingRing`` takes them; staging_bytes: of all of
+    them. layer_seconds: the mean of all layers of a step of
     ``step_seconds``. tokens_per_second: computed tokens; in decode, generated ones. bound_by: ``"device"``, ``"cpu"``,
     ``"to_device"`` or ``"to_host"``, which works longest (``"thread"`` where the profile is not concurrent).
     device_bytes, host_bytes: the most that the step uses.
@@ -41,6 +42,7 @@ class ModulePlan:
     s_expert: int
     s_params: int
     staging_buffers: int
+    staging_blocks: int
     staging_bytes: int
     layer_seconds: float
     step_seconds: float
@@ -214,7 +216,8 @@ def _plan(costs: ModuleCosts, choice: Choice) -> ModulePlan:
         B=choice.batch, ba=choice.micro_batch, be=choice.expert_batch, omega=choice.cpu_rows / choice.batch,
         cpu_rows=choice.cpu_rows, expert_buffers=choice.expert_buffers,
         s_expert=choice.expert_buffers * costs.model.expert_bytes, s_params=costs.resident_bytes(choice.resident),
-        staging_buffers=costs.staging_buffers, staging_bytes=costs.staging_bytes(choice),
+        staging_buffers=costs.staging_buffers, staging_blocks=costs.staging_blocks(choice),
+        staging_bytes=costs.staging_bytes(choice),
         layer_seconds=seconds / costs.model.num_layers, step_seconds=seconds,
         tokens_per_second=choice.batch * costs.new / seconds if seconds else float("inf"),
         bound_by=max(busy, key=lambda name: busy[name]), device_bytes=costs.device_bytes(choice),

@@ -104,8 +104,13 @@ class ModuleCosts:
 
     def staging_bytes(self, choice: Choice) -> int:
         """Of all staging buffers; a prefill needs none, nor does a step that the CPU attends alone."""
-        rows = min(choice.micro_batch, choice.batch - choice.cpu_rows)
-        return 0 if self.prefill else self.staging_buffers * rows * self.kv_bytes
+        rows = 0 if self.prefill else min(choice.micro_batch, choice.batch - choice.cpu_rows)
+        return self.staging_buffers * rows * self.kv_bytes
+
+    def staging_blocks(self, choice: Choice) -> int:
+        """Of one buffer."""
+        block = self.spec.groups[0].block_size
+        return min(choice.micro_batch, choice.batch - choice.cpu_rows) * -(-self.context // block)
 
     def resident_bytes(self, resident: int) -> int:
         model = self.model

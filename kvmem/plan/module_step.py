@@ -77,10 +77,10 @@ class ModuleStep:
 
     def _begin(self, micro_batch: int) -> None:
         count, host = len(self._ids), self.host
-        self._all = host.batch(self._ids)
+        self._all = self.ring.filled(-1, self._ids)
         self._rows = [slice(n, min(n + micro_batch, count)) for n in range(self.cpu_rows, count, micro_batch)]
-        self._by_cpu = host.batch(self._ids[: self.cpu_rows]) if self.cpu_rows else None
-        self._parts = [self.ring.micro_batch(host.batch(self._ids[rows])) for rows in self._rows]
+        self._by_cpu = self.ring.filled(-2, self._ids[: self.cpu_rows]) if self.cpu_rows else None
+        self._parts = [self.ring.micro_batch(self.ring.filled(n, self._ids[r])) for n, r in enumerate(self._rows)]
         self._todo: Iterator[tuple[int, MicroBatch]] = iter(product(range(host.spec.num_layers), self._parts))
         self._ahead: deque[StagedKV] = deque()
         while self._fetch():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,6 +13,9 @@ from kvmem.arguments import brief, check_size
 from kvmem.errors import OutOfMemory, SpecError, StaleHandle
 from kvmem.kernels.blocks import gather_blocks, scatter_tokens
 from kvmem.spec import CacheSpec
+
+if TYPE_CHECKING:
+    from kvmem.arguments import Handles
 
 __all__ = ["MicroBatch", "StagedKV", "StagingRing"]
 
@@ -91,6 +94,7 @@ class StagingRing:
         except (RuntimeError, MemoryError) as error:  # torch raises RuntimeError on both devices
             raise OutOfMemory(f"staging: no memory for {buffers} buffers of {size:,} bytes on {self.device}") from error
         self._held: set[StagedKV] = set()
+        self._batches: dict[int, tuple[int, Batch]] = {}
         self.bytes = sum(buffer.memory.nbytes for buffer in self._free)
         self.peak_bytes, self._closed = 0, False
         host.ledger.hold("staging", self.bytes, "staging")
@@ -99,6 +103,15 @@ class StagingRing:
     def used_bytes(self) -> int:
         """Of the buffers that are taken now; ``peak_bytes`` is the most so far, ``bytes`` all of them."""
         return len(self._held) * (self.bytes // self.num_buffers)
+
+    def filled(self, place: int, ids: Handles) -> Batch:
+        """A batch of sequences with one new token each, in buffers that the next call for ``place`` fills again."""
+        rows, batch = self._batches.get(place, (0, None))
+        if batch is None or rows < len(ids):
+            rows, batch = len(ids), self.host.make_batch(max_sequences=len(ids), max_new_tokens=len(ids))
+            self._batches[place] = rows, batch
+        self.host.fill(ids, batch)
+        return batch
 
     def micro_batch(self, batch: Batch) -> MicroBatch:
         """What all fetches of a step share. ``SpecError`` if its blocks do not fit a buffer. Cost: linear in them."""
