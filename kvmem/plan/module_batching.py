@@ -26,10 +26,10 @@ class ModulePlan:
     B: sequences that are accumulated. ba: sequences of a micro-batch of attention. be: tokens that an expert computes
     at once. omega: the share of the sequences that the CPU attends, ``cpu_rows / B``. s_expert: bytes of the buffers
     for experts' weights, ``expert_buffers`` of them. s_params: bytes of weights that stay on the device.
-    staging_buffers, staging_blocks: for the KV of micro-batches, as ``StagingRing`` takes them; staging_bytes: of all of
-    them. layer_seconds: the mean of all layers of a step of
-    ``step_seconds``. tokens_per_second: computed tokens; in decode, generated ones. bound_by: ``"device"``, ``"cpu"``,
-    ``"to_device"`` or ``"to_host"``, which works longest (``"thread"`` where the profile is not concurrent).
+    staging_buffers, staging_blocks: for the KV of micro-batches, as ``StagingRing`` takes them; staging_bytes: of all.
+    layer_seconds: the mean of all layers of a step of ``step_seconds``. tokens_per_second: computed tokens; in decode,
+    generated ones. bound_by: ``"device"``, ``"cpu"``, ``"to_device"`` or ``"to_host"``, which works longest
+    (``"thread"`` where the profile is not concurrent).
     device_bytes, host_bytes: the most that the step uses.
     """
 

@@ -68,7 +68,7 @@ class StagedKV:
 
 
 class StagingRing:
-    """``buffers`` of ``blocks`` blocks of one layer each, allocated once.
+    """``buffers`` of ``blocks`` blocks of one layer each, allocated once; 0 blocks where the CPU attends all.
 
     When all are taken, a fetch is refused and does not wait, because it is the caller who releases them: release the
     oldest first. So no more than ``bytes`` are ever used: that is the back-pressure. On CUDA a released buffer can be
@@ -84,7 +84,7 @@ class StagingRing:
         self, host: Allocator, *, blocks: int, buffers: int = 3, device: torch.device | str | None = None
     ) -> None:
         self.host, self.layout = host, _layout(host)
-        self.blocks, self.num_buffers = check_size("blocks", blocks), check_size("buffers", buffers)
+        self.blocks, self.num_buffers = check_size("blocks", blocks, 0), check_size("buffers", buffers)
         self.device = torch.device("cpu" if device is None else device)
         size = self.blocks * sum(part.block_bytes for part in self.layout)
         on_cuda = self.device.type == "cuda"
@@ -102,7 +102,7 @@ class StagingRing:
     @property
     def used_bytes(self) -> int:
         """Of the buffers that are taken now; ``peak_bytes`` is the most so far, ``bytes`` all of them."""
-        return len(self._held) * (self.bytes // self.num_buffers)
+        return sum(buffer.memory.nbytes for buffer in self._held.values())
 
     def filled(self, place: int, ids: Handles) -> Batch:
         """A batch of sequences with one new token each, in buffers that the next call for ``place`` fills again."""
