@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -109,7 +109,8 @@ def module_batching(
     )
     found = profile("cpu", model=shape, context=context, repetitions=repetitions)
     plans = {
-        case: modules(spec, shape, found, context=context, queries=batch, grid=grid) for case, grid in CASES.items()
+        case: modules(spec, shape, found, context=context, grid=replace(grid, B=(batch,)))
+        for case, grid in CASES.items()
     }
     memory = (batch + 4) * (context + 16) * spec.bytes_per_token + (8 << 20)
     with Allocator(

@@ -17,6 +17,7 @@ from kvmem.allocator.ids import several
 from kvmem.allocator.prefix import Tokens
 from kvmem.arguments import brief, check_number, check_size
 from kvmem.errors import SpecError
+from kvmem.kernels import cpu
 from kvmem.kernels.checks import check_queries
 from kvmem.kernels.reference import level_attention, oracle
 from kvmem.kernels.write import write_kv
@@ -183,8 +184,13 @@ def attend_staged(q: torch.Tensor, staged: StagedKV, scale: float | None) -> tor
 
 
 def attend_in_place(q: torch.Tensor, host: Allocator, layer: int, batch: Batch, scale: float | None) -> torch.Tensor:
-    """The CPU's share, over host memory: ``[n, Hq, D]`` in q's dtype."""
-    return oracle(q, host.kv(layer), batch, scale=scale)[0].to(q.dtype)
+    """The CPU's share, over host memory: ``[n, Hq, D]`` in q's dtype. By kvmem's own kernel, or where it has not the
+    dtype of cache or queries, in float64 by torch.
+    """
+    cache = host.kv(layer)
+    if cache[0].dtype in cpu.DTYPES and q.dtype in cpu.DTYPES[:3]:
+        return cpu.attention(q, cache, batch, scale=scale)[0]
+    return oracle(q, cache, batch, scale=scale)[0].to(q.dtype)
 
 
 def expert_batches(chosen: torch.Tensor, most: int) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:

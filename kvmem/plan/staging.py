@@ -93,7 +93,7 @@ class StagingRing:
             self._free = [_Buffer(size, self.device, stream) for _ in range(self.num_buffers)]
         except (RuntimeError, MemoryError) as error:  # torch raises RuntimeError on both devices
             raise OutOfMemory(f"staging: no memory for {buffers} buffers of {size:,} bytes on {self.device}") from error
-        self._held: set[StagedKV] = set()
+        self._held: dict[StagedKV, _Buffer] = {}
         self._batches: dict[int, tuple[int, Batch]] = {}
         self.bytes = sum(buffer.memory.nbytes for buffer in self._free)
         self.peak_bytes, self._closed = 0, False
@@ -158,7 +158,7 @@ class StagingRing:
             begin = end
         buffer.copy(begin)
         staged = StagedKV(self, self._free.pop(), part, tuple(parts))
-        self._held.add(staged)
+        self._held[staged] = buffer
         self.peak_bytes = max(self.peak_bytes, self.used_bytes)
         return staged
 
@@ -169,11 +169,11 @@ class StagingRing:
 
     def close(self) -> None:
         """Free the buffers. Staged KV becomes stale, and a fetch raises ``StaleHandle``."""
-        self._free, self._held, self._closed = [], set(), True
+        self._free, self._held, self._closed = [], {}, True
         self.host.ledger.hold("staging", 0, "staging")
 
     def _give_back(self, staged: StagedKV, buffer: _Buffer) -> None:
-        self._held.remove(staged)
+        del self._held[staged]
         self._free.insert(0, buffer)  # the one that has been free for longest is taken first
 
 

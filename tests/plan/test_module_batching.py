@@ -181,30 +181,34 @@ def test_the_break_even_that_the_paper_reports() -> None:
     assert abs(modules(spec_of(MIXTRAL), MIXTRAL, profile, context=4096, grid=grid).omega - 0.6) <= 0.05
 
 
-ENGINES = {
-    # The engine that is slow; the share of the CPU; and what must pass before it can begin, and after it has ended.
-    "to_device": (0.3, lambda t: 0, lambda t: t.attend[0] + t.mix + t.expert + t.head),
-    "device": (0.1, lambda t: t.dense_copy, lambda t: 0),
-    "cpu": (0.9, lambda t: t.dense_copy + t.project_cpu + t.send_cpu, lambda t: t.mix + 8 * t.expert + t.head),
-}
+def working(seconds: dict[str, float], choice: Choice) -> HardwareProfile:
+    """A machine whose engines work for so long in a step of this choice."""
+    names = ("to_device", "device_memory", "device_attention", "cpu_attention")
+    base = costless(matmul=(MatmulRate("bfloat16", 1, 1e12),), **{name: Link(name, 1e9) for name in names})
+    busy = ModuleCosts(spec_of(MIXTRAL), MIXTRAL, base, context=768).busy(choice)
+    faster = {name: busy[name] / PICOSECONDS / spent for name, spent in seconds.items()}
+    rates = {name: Link(name, 1e9 * faster[name.replace("_attention", "").replace("_memory", "")]) for name in names}
+    return costless(matmul=(MatmulRate("bfloat16", 1, 1e12 * faster["device"]),), **rates)
 
 
-@pytest.mark.parametrize("slow", ENGINES)
-def test_a_step_takes_its_busiest_engine_and_the_fill(slow: str) -> None:
-    """Not the sum of the engines: copies, device and CPU work at the same time, in every layer."""
-    share, before, after = ENGINES[slow]
-    changes: dict[str, Any] = {
-        "to_device": {"to_device": Link("to_device", 5e9)},
-        "device": {"matmul": (MatmulRate("bfloat16", 1, 4e11),), "device_attention": Link("device_attention", 5e9)},
-        "cpu": {"cpu_attention": Link("cpu_attention", 4e9)},
-    }[slow]
-    costs = ModuleCosts(spec_of(MIXTRAL), MIXTRAL, machine(**changes), context=768)
-    choice = Choice(1000, 8, 4096, int(1000 * share), 8, 0)
-    busy, t, layers = costs.busy(choice), costs.times(choice), MIXTRAL.num_layers
-    assert max(busy, key=lambda name: busy[name]) == slow
-    assert sum(busy.values()) > 1.2 * max(busy.values())
-    expected = max(busy.values()) + before(t) + after(t) * (layers if slow == "cpu" else 1)
-    assert costs.picoseconds(choice) == pytest.approx(expected, rel=0.01)
+@pytest.mark.parametrize("slow", ["to_device", "device", "cpu"])
+def test_a_step_takes_its_busiest_engine_and_the_fill(slow: str, seed: int) -> None:
+    """Not the sum of the engines: with buffers for a layer, copies, device and CPU work at the same time. The CPU's work
+    is part of a chain: its queries, and the experts that wait for it, are computed before and after."""
+    draw, shares = random.Random(seed), []
+    for _ in range(12):
+        choice = Choice(draw.randrange(500, 1500), draw.choice([1, 4, 8]), 4096, draw.randrange(1, 400), 16, 0)
+        spent = {name: 10.0 if name == slow else draw.uniform(0.5, 9.9) for name in ("to_device", "device", "cpu")}
+        buffers = 1 + choice.batch // choice.micro_batch
+        costs = ModuleCosts(spec_of(MIXTRAL), MIXTRAL, working(spent, choice), context=768, staging_buffers=buffers)
+        busy, t = costs.busy(choice), costs.times(choice)
+        chain = t.project_cpu + t.send_cpu + t.attend_cpu + t.mix + 8 * t.expert
+        engines = max(*busy.values(), 32 * chain + t.head)
+        fill = t.dense_copy + t.project + t.fetch[0] + t.attend[0] + t.expert
+        assert max(busy, key=lambda name: busy[name]) == slow
+        assert costs.picoseconds(choice) == pytest.approx(engines + fill, rel=0.01)
+        shares.append(costs.picoseconds(choice) / sum(busy.values()))
+    assert min(shares) < 0.7
 
 
 def test_mixtral_on_a_small_gpu() -> None:
